@@ -1,0 +1,34 @@
+"""Tolerances of the whole suite, and the settings every test runs under."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "standard")
+
+# Largest relative L2 error against the reference, by the type of the computation.
+FORWARD = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 5e-3}
+GRADIENT = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 1e-2}
+
+
+def relative_error(value, reference) -> float:
+    """Relative L2 error; a NaN in the reference fails."""
+    value, reference = np.asarray(value, np.float64), np.asarray(reference, np.float64)
+    assert value.shape == reference.shape, (value.shape, reference.shape)
+    assert np.isfinite(reference).all(), "the reference is not finite"
+    return float(np.linalg.norm(value - reference) / max(np.linalg.norm(reference), 1e-30))
+
+
+def assert_close(value, reference, tolerance: float, name: str = "") -> None:
+    error = relative_error(value, reference)
+    assert error <= tolerance, f"{name}: relative error {error:.2e} above {tolerance:.0e}"
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
