@@ -169,6 +169,7 @@ class DataConfig:
     def __post_init__(self):
         _check_choices(self)
         _at_least(self, 1, "T", "B")
+        _at_least(self, 0, "seed")
         _at_least(self, 2, "heldout_every")
         if self.source == "stdlib" and self.path is not None:
             raise ValueError(f"path={self.path!r} is not used by source='stdlib'; did you mean source='text'?")

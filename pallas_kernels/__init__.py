@@ -1,0 +1,16 @@
+"""Kernels of sparse, stick-breaking models: arrays in, arrays out. Needs jax, numpy and jaxtyping alone."""
+
+from .dispatch import explain
+from .scatter_moe import Routing, expert_linear, expert_mlp, route
+from .stick_breaking import Stats, merge_stick_breaking, stick_breaking_attention
+
+__all__ = [
+    "Routing",
+    "Stats",
+    "expert_linear",
+    "expert_mlp",
+    "explain",
+    "merge_stick_breaking",
+    "route",
+    "stick_breaking_attention",
+]

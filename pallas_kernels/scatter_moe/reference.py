@@ -1,0 +1,29 @@
+"""Expert products as they are defined: every expert on every row, one expert after the other, at highest precision."""
+
+import jax.numpy as jnp
+from jax import lax
+
+from .call import ACTIVATIONS, LinearCall, MlpCall
+
+
+def linear(call: LinearCall):
+    dtype = jnp.promote_types(call.x.dtype, jnp.float32)
+    routing, (T, k) = call.routing, call.routing.expert_indices.shape
+    slots = {"token": lambda x: jnp.repeat(x, k, 0), "slot": lambda x: x, "sorted": lambda x: x[routing.inverse]}
+    x = slots[call.x_rows](call.x).astype(dtype)
+    bias = jnp.zeros((routing.num_experts, call.weight.shape[2]), dtype) if call.bias is None else call.bias
+
+    def expert(total, e):
+        y = jnp.einsum("RD,DF->RF", x, call.weight[e].astype(dtype), precision="highest") + bias[e].astype(dtype)[None]
+        return jnp.where((routing.expert_indices == e).reshape(-1, 1), y, total), None
+
+    y, _ = lax.scan(expert, jnp.zeros((T * k, call.weight.shape[2]), dtype), jnp.arange(routing.num_experts))
+    if call.gates is not None:
+        y = (call.gates.astype(dtype)[..., None] * y.reshape(T, k, y.shape[-1])).sum(1)
+    return (y[routing.order] if call.out_rows == "sorted" else y).astype(call.x.dtype)
+
+
+def mlp(call: MlpCall):
+    up = LinearCall(call.x, call.w_in, call.b_in, None, call.routing, "token", "slot")
+    hidden = ACTIVATIONS[call.activation](linear(up))
+    return linear(LinearCall(hidden, call.w_out, call.b_out, call.gates, call.routing, "slot", "token"))

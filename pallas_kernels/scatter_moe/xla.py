@@ -1,0 +1,222 @@
+"""Expert products in plain JAX: real grouped work, for any routing.
+
+Everything is one map of a per-expert function over blocks of that expert's rows (`_grouped`):
+- the first C rows of all experts together, as one batched product that reads every weight in place, with C a little
+  above the mean number of rows;
+- what an expert has beyond C, block by block in a loop whose length is the number of such blocks, zero when balanced.
+  With few rows (decoding) C is 0 and the loop runs the chosen experts only.
+Cost: at most a fixed factor over the useful work, and never an array of size T * E.
+
+The backward pass is the same map over the vjp of the function: it recomputes from the inputs, so nothing else is saved,
+and the transposes of dispatch and combine are gathers.
+"""
+
+import math
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .call import ACTIVATIONS, LinearCall, MlpCall
+from .routing import Routing
+
+
+class _Plan(NamedTuple):
+    """C rows of every expert at once, then blocks of `block` rows."""
+
+    together: int
+    block: int
+
+
+def plan(rows: int, experts: int) -> _Plan:
+    """Sizes by the mean number of rows per expert, in multiples of 32, which the CPU's batched product likes best."""
+    mean = rows / experts
+    if mean < 4:
+        return _Plan(0, max(1, min(rows, 32)))
+    together = math.ceil((1.03 * mean + 1.5 * math.sqrt(mean)) / 32) * 32
+    together = min(together, rows)
+    return _Plan(together, min(together, 128, rows))
+
+
+def detail(call: LinearCall | MlpCall) -> str:
+    together, block = plan(call.routing.order.shape[0], call.routing.num_experts)
+    return f"{together} rows of every expert together, the rest in blocks of {block}"
+
+
+def _dot(x, w):
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.matmul(x, w, precision="highest", preferred_element_type=dtype)
+
+
+def _affine(x, w, b):
+    y = _dot(x, w)
+    return y if b is None else y + b.astype(y.dtype)[None]
+
+
+@jax.custom_vjp
+def _gated_affine(x, w, b, gate):
+    return gate.astype(jnp.promote_types(x.dtype, jnp.float32)) * _affine(x, w, b)
+
+
+def _gated_affine_backward(inputs, dy):
+    """With dx' = dy @ w^T: dgate = <x, dx'> + <b, dy>, so that the product x @ w is not needed again."""
+    x, w, b, gate = inputs
+    dx = _dot(dy.astype(x.dtype), w.T)
+    d_gate = (x.astype(dx.dtype) * dx).sum(-1, keepdims=True)
+    gated = gate.astype(dy.dtype) * dy
+    d_b = None
+    if b is not None:
+        d_gate += (b.astype(dy.dtype)[None] * dy).sum(-1, keepdims=True)
+        d_b = gated.sum(0).astype(b.dtype)
+    d_w = _dot(x.T, gated.astype(x.dtype)).astype(w.dtype)
+    return (gate.astype(dx.dtype) * dx).astype(x.dtype), d_w, d_b, d_gate.astype(gate.dtype)
+
+
+_gated_affine.defvjp(lambda *inputs: (_gated_affine(*inputs), inputs), _gated_affine_backward)
+
+
+def _linear_block(weights, rows):
+    weight, bias = weights
+    x, gate = rows
+    y = _affine(x, weight, bias) if gate is None else _gated_affine(x, weight, bias, gate)
+    return y.astype(x.dtype) if gate is None else y  # gated rows are summed over k in fp32 first
+
+
+def _mlp_block(activation, weights, rows):
+    w_in, b_in, w_out, b_out = weights
+    x, gate = rows
+    hidden = ACTIVATIONS[activation](_affine(x, w_in, b_in)).astype(x.dtype)
+    return _gated_affine(hidden, w_out, b_out, gate)
+
+
+def linear(call: LinearCall):
+    gates = None if call.gates is None else call.gates.reshape(-1, 1)
+    out_rows = "slot" if call.out_rows == "token" else call.out_rows
+    function = _Function(_linear_block, (call.x_rows, "slot"), out_rows)
+    y = _grouped(function, (call.weight, call.bias), (call.x, gates), call.routing)
+    return _sum_over_slots(y, call.routing).astype(call.x.dtype) if call.out_rows == "token" else y
+
+
+def mlp(call: MlpCall):
+    function = _Function(partial(_mlp_block, call.activation), ("token", "slot"), "slot")
+    weights = (call.w_in, call.b_in, call.w_out, call.b_out)
+    y = _grouped(function, weights, (call.x, call.gates.reshape(-1, 1)), call.routing)
+    return _sum_over_slots(y, call.routing).astype(call.x.dtype)
+
+
+def _sum_over_slots(y, routing):
+    return y.reshape(*routing.expert_indices.shape, y.shape[-1]).sum(1)
+
+
+class _Function(NamedTuple):
+    """`apply(weights of one expert, rows) -> rows`, and how its row inputs and its output are ordered."""
+
+    apply: object
+    in_rows: tuple
+    out_rows: str
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _grouped(function: _Function, weights, rows, routing):
+    """Apply the function to every row with the weights of its expert; rows without an expert give zero."""
+    (y,), _ = _map_blocks(
+        lambda w, xs, valid: ((function.apply(w, xs),), ()), weights, rows, function.in_rows, (function.out_rows,), routing
+    )
+    return y
+
+
+def _grouped_forward(function, weights, rows, routing):
+    return _grouped(function, weights, rows, routing), (weights, rows, routing)
+
+
+def _grouped_backward(function, residuals, dy):
+    weights, rows, routing = residuals
+
+    def block(w, inputs, valid):
+        *xs, d = inputs
+        _, vjp = jax.vjp(function.apply, w, tuple(xs))
+        d_w, d_xs = vjp(jnp.where(valid[:, None], d, 0))  # a padding row adds nothing to the weights
+        return d_xs, d_w
+
+    # The gradient of a token's row is the sum over its k slots: rows come back per slot and are summed.
+    d_rows = tuple("slot" if r == "token" else r for r in function.in_rows)
+    d_xs, d_w = _map_blocks(block, weights, (*rows, dy), (*function.in_rows, function.out_rows), d_rows, routing)
+    d_xs = tuple(
+        _sum_over_slots(d.astype(jnp.promote_types(d.dtype, jnp.float32)), routing).astype(d.dtype) if r == "token" else d
+        for d, r in zip(d_xs, function.in_rows, strict=True)
+    )
+    d_w = jax.tree.map(lambda d, w: d.astype(w.dtype), d_w, weights)
+    return d_w, d_xs, None
+
+
+_grouped.defvjp(_grouped_forward, _grouped_backward)
+
+
+def _map_blocks(block, weights, arrays, in_rows, out_rows, routing: Routing):
+    """Run `block(weights of e, rows of e, valid) -> (row outputs, weight outputs)` over all rows of all experts.
+
+    `in_rows` and `out_rows` say how each array's rows are ordered. Weight outputs are summed per expert. A None among
+    the arrays or outputs stays None.
+    """
+    k = routing.expert_indices.shape[1]
+    R, E = routing.order.shape[0], routing.num_experts
+    C, size = plan(R, E)
+    starts, ends = routing.offsets[:-1], routing.offsets[1:]
+
+    def take(p):
+        slot = routing.order[p]
+        index = {"token": slot // max(k, 1), "slot": slot, "sorted": p}
+        return tuple(None if a is None else a[index[r]] for a, r in zip(arrays, in_rows, strict=True))
+
+    def run(w, p, end):
+        valid = p < end
+        return block(w, take(jnp.minimum(p, R - 1)), valid)
+
+    if R == 0:
+        shapes = jax.eval_shape(lambda w: block(jax.tree.map(lambda x: x[0], w), arrays, jnp.zeros(0, bool)), weights)
+        outs = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes[0])
+        return outs, jax.tree.map(lambda s: jnp.zeros((E, *s.shape), s.dtype), shapes[1])
+
+    # The expert and the rank within it of every row, in the order of each output.
+    slot_expert = routing.expert_indices.reshape(-1)
+    clipped = jnp.minimum(slot_expert, E - 1)
+    slot_rank = routing.inverse - starts[clipped]
+
+    def placed(y, order):
+        """Rows [E, C, ...] of the blocks in the order of an output; zero where the row is elsewhere or nowhere."""
+        expert, rank = (slot_expert, slot_rank) if order == "slot" else (slot_expert[routing.order], slot_rank[routing.order])
+        here = (expert < E) & (rank < C)
+        index = jnp.where(here, expert * C + rank, 0)
+        return jnp.where(here[:, None], y.reshape(E * C, -1)[index], 0)
+
+    if C:
+        p = starts[:, None] + jnp.arange(C)[None]
+        rows_out, sums = jax.vmap(run)(weights, p, ends)
+        outs = tuple(None if y is None else placed(y, o) for y, o in zip(rows_out, out_rows, strict=True))
+    else:
+        p = jax.ShapeDtypeStruct((size,), jnp.int32)
+        one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), weights)
+        rows_out, sums = jax.eval_shape(run, one, p, jax.ShapeDtypeStruct((), jnp.int32))
+        outs = jax.tree.map(lambda s: jnp.zeros((R, *s.shape[1:]), s.dtype), tuple(rows_out))
+        sums = jax.tree.map(lambda s: jnp.zeros((E, *s.shape), s.dtype), sums)
+
+    # Blocks beyond the first C rows: block i belongs to the expert whose cumulative count of blocks passes i.
+    blocks = jnp.cumsum(-(-jnp.maximum(routing.counts - C, 0) // size))
+
+    def rest(i, state):
+        outs, sums = state
+        e = jnp.searchsorted(blocks, i, side="right")
+        before = jnp.where(e > 0, blocks[e - 1], 0)
+        p = starts[e] + C + (i - before) * size + jnp.arange(size)
+        rows_out, expert_sums = run(jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, e, 0, False), weights), p, ends[e])
+        slot = routing.order[jnp.minimum(p, R - 1)]
+        valid = p < ends[e]
+        outs = tuple(
+            None if y is None else out.at[jnp.where(valid, slot if o == "slot" else p, R)].set(y, mode="drop")
+            for out, y, o in zip(outs, rows_out, out_rows, strict=True)
+        )
+        return outs, jax.tree.map(lambda total, part: total.at[e].add(part), sums, expert_sums)
+
+    return lax.fori_loop(0, blocks[-1], rest, (outs, sums))

@@ -1,0 +1,57 @@
+"""One checked call of stick-breaking attention, and which keys its queries see: shared by every implementation."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Call(NamedTuple):
+    """Arrays and settings of one call; every default is resolved."""
+
+    query: jax.Array  # [B, T, N, H]
+    key: jax.Array  # [B, S, K, H]
+    value: jax.Array  # [B, S, K, Hv]
+    where: "Where"
+    scale: float | jax.Array
+    mask: "Mask"
+    skip_below: float | None  # log2 of the stick left
+    tiles: tuple[int, int] | None  # query rows, key columns
+
+
+class Where(NamedTuple):
+    """Where the queries stand, per batch entry: vmapped over, so a leaf may have lost its B."""
+
+    offset: jax.Array  # [B], position of the first query among the keys
+    query_segments: jax.Array | None  # [B, T]
+    key_segments: jax.Array | None  # [B, S]
+
+
+class Mask(NamedTuple):
+    """The static part of the mask."""
+
+    T: int
+    S: int
+    attend_current: bool
+    window: int | None
+    static_offset: int | None  # the offset when it is known before running
+
+    def visible(self, where: Where, q, k):
+        """bool [len(q), len(k)] for one batch entry; an index outside the arrays (padding of a tile) sees nothing."""
+        offset = where.offset if self.static_offset is None else self.static_offset
+        distance = (offset + q)[:, None] - k[None, :]
+        seen = (distance >= (0 if self.attend_current else 1)) & (q < self.T)[:, None] & (k < self.S)[None, :]
+        if self.window is not None:
+            seen &= distance <= self.window
+        if where.query_segments is not None:
+            seg_q = jnp.take(where.query_segments, q, mode="clip")[:, None]
+            seg_k = jnp.take(where.key_segments, k, mode="clip")[None, :]
+            seen &= (seg_q == seg_k) & (seg_q >= 0)
+        return seen
+
+
+class Stats(NamedTuple):
+    """`log_rem` [B,T,N]: natural logarithm of the stick left. `kept` [B,K]: share of the key tiles computed."""
+
+    log_rem: jax.Array
+    kept: jax.Array

@@ -1,0 +1,305 @@
+"""Stick-breaking attention in plain JAX: blockwise from the diagonal to the left, memory linear in T.
+
+Two drivers over the same tiles. Short calls unroll over query tiles, each against one tile that holds all of its keys.
+Long calls loop: query tiles one after the other, key tiles in a while loop that stops at the last tile in reach or,
+with `skip_below`, when every row of the query tile has less stick left than that.
+The backward pass recomputes from query, key and value; it never needs the output.
+"""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from . import tile
+from .call import Call, Where
+
+_SHORT_ROWS = 64
+_SHORT_SCORES = 2**18  # scores per head of one unrolled query tile
+_LONG_TILES = (256, 256)
+_SKIP_TILES = (128, 256)
+
+
+def _is_short(call: Call) -> bool:
+    T, S = call.mask.T, call.mask.S
+    return call.skip_below is None and call.tiles is None and T <= 512 and min(T, _SHORT_ROWS) * S <= _SHORT_SCORES
+
+
+def detail(call: Call) -> str:
+    if _is_short(call):
+        rows = _short_rows(call)
+        return f"{-(-call.mask.T // rows)} query tiles of {rows} rows, each against all its keys"
+    rows, columns = _long_tiles(call)
+    skip = "" if call.skip_below is None else f", skipping below 2^{call.skip_below:g}"
+    return f"loop over {rows} x {columns} tiles{skip}"
+
+
+def attention(call: Call):
+    """(out [B,T,N,Hv], log_rem [B,T,N], share of the key tiles computed [B,K])."""
+    scale = jnp.asarray(call.scale, jnp.promote_types(call.query.dtype, jnp.float32))
+    static = call._replace(query=None, key=None, value=None, scale=None, where=None)
+    return _attention(call.query, call.key, call.value, scale, call.where, static)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attention(query, key, value, scale, where, static):
+    return _forward(query, key, value, scale, where, static)[0]
+
+
+def _forward(query, key, value, scale, where, static):
+    call = static._replace(query=query, key=key, value=value, scale=scale, where=where)
+    out, log_rem, kept = _over_heads(_short_forward if _is_short(call) else _long_forward, call)
+    return (_to_tokens(out).astype(value.dtype), _to_tokens(log_rem), kept), (query, key, value, scale, where)
+
+
+def _backward(static, residuals, cotangents):
+    query, key, value, scale, where = residuals
+    call = static._replace(query=query, key=key, value=value, scale=scale, where=where)
+    d_out, d_log_rem, _ = cotangents
+    d_log_rem = d_log_rem.astype(jnp.promote_types(query.dtype, jnp.float32))
+    extra = (_to_heads(call, d_out), _to_heads(call, d_log_rem))
+    dq, dk, dv = _over_heads(_short_backward if _is_short(call) else _long_backward, call, *extra)
+    dq = _to_tokens(dq)
+    # z = scale * q.k, so the gradient of scale is sum(dz * z) / scale = sum(dq * q) / scale.
+    d_scale = ((dq * query).sum() / scale).astype(scale.dtype)
+    return dq.astype(query.dtype), dk.swapaxes(1, 2).astype(key.dtype), dv.swapaxes(1, 2).astype(value.dtype), d_scale, None
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _to_heads(call, x):
+    """[B,T,N,...] -> [B,K,G,T,...] with query head n = key head n // G."""
+    B, T, N = x.shape[:3]
+    K = call.key.shape[2]
+    return jnp.moveaxis(x.reshape(B, T, K, N // K, *x.shape[3:]), 1, 3)
+
+
+def _to_tokens(x):
+    """[B,K,G,T,...] -> [B,T,N,...]."""
+    x = jnp.moveaxis(x, 3, 1)
+    return x.reshape(*x.shape[:2], -1, *x.shape[4:])
+
+
+def _over_heads(one_head, call: Call, *extra):
+    """Map `one_head(call of one head, *extra)` over B and K.
+
+    Together as a batch, unless tiles may be skipped: then one by one, because heads stop at very different tiles
+    and a batch would wait for the last of them.
+    """
+    arrays = (_to_heads(call, call.query), call.key.swapaxes(1, 2), call.value.swapaxes(1, 2), *extra)
+
+    def run(where, reach, q, k, v, *more):
+        return one_head(call._replace(query=q, key=k, value=v, where=where), reach, *more)
+
+    if call.skip_below is None:
+        reach = None if _is_short(call) else _reach(call, call.where)
+        heads = jax.vmap(run, in_axes=(None, None) + (0,) * len(arrays))
+        return jax.vmap(heads, in_axes=(0, None) + (0,) * len(arrays))(call.where, reach, *arrays)
+    B, K = arrays[1].shape[:2]
+    where = jax.tree.map(lambda x: jnp.repeat(x, K, axis=0), call.where)
+
+    def one(args):
+        own = jax.tree.map(lambda x: x[None], args[0])
+        return run(args[0], _reach(call, own), *args[1:])
+
+    flat = lax.map(one, (where, *(x.reshape(B * K, *x.shape[2:]) for x in arrays)))
+    return jax.tree.map(lambda x: x.reshape(B, K, *x.shape[1:]), flat)
+
+
+# Short calls.
+
+
+def _short_rows(call):
+    return max(1, min(call.mask.T, _SHORT_ROWS))
+
+
+def _short_tiles(call: Call):
+    """(query slice, key slice) of every query tile; the keys in reach are known when the offset is."""
+    mask, rows = call.mask, _short_rows(call)
+    for start in range(0, mask.T, rows):
+        stop, low, high = min(start + rows, mask.T), 0, mask.S
+        if mask.static_offset is not None:
+            high = min(max(mask.static_offset + stop, 0), mask.S)
+            if mask.window is not None:
+                low = min(max(mask.static_offset + start - mask.window, 0), high)
+        yield slice(start, stop), slice(low, high)
+
+
+def _short_mask(call, rows, columns):
+    return call.mask.visible(call.where, np.arange(rows.start, rows.stop), np.arange(columns.start, columns.stop))
+
+
+def _short_forward(call: Call, reach):
+    G, _, _ = call.query.shape
+    dtype = jnp.promote_types(call.query.dtype, jnp.float32)
+    outs, sticks = [], []
+    for rows, columns in _short_tiles(call):
+        q, k, v = call.query[:, rows], call.key[columns], call.value[columns]
+        log_rem = jnp.zeros(q.shape[:2], dtype)
+        out, log_rem = tile.forward(q, k, v, _short_mask(call, rows, columns), log_rem, call.scale)
+        outs.append(out)
+        sticks.append(log_rem)
+    if not outs:
+        return jnp.zeros((G, 0, call.value.shape[-1]), dtype), jnp.zeros((G, 0), dtype), jnp.ones((), jnp.float32)
+    return jnp.concatenate(outs, 1), jnp.concatenate(sticks, 1), jnp.ones((), jnp.float32)
+
+
+def _short_backward(call: Call, reach, d_out, d_log_rem):
+    dtype = jnp.promote_types(call.query.dtype, jnp.float32)
+    dqs, dk, dv = [], jnp.zeros(call.key.shape, dtype), jnp.zeros(call.value.shape, dtype)
+    for rows, columns in _short_tiles(call):
+        q, k, v = call.query[:, rows], call.key[columns], call.value[columns]
+        mask, entering = _short_mask(call, rows, columns), jnp.zeros(q.shape[:2], dtype)
+        dq, dk_part, dv_part, _ = tile.backward(
+            q, k, v, d_out[:, rows], mask, entering, d_log_rem[:, rows], call.scale
+        )
+        dqs.append(dq)
+        dk, dv = dk.at[columns].add(dk_part), dv.at[columns].add(dv_part)
+    return jnp.concatenate(dqs, 1) if dqs else jnp.zeros(call.query.shape, dtype), dk, dv
+
+
+# Long calls.
+
+
+def _long_tiles(call):
+    # Fewer rows leave earlier: under skip_below a tile goes on as long as its most patient row.
+    rows, columns = call.tiles or (_LONG_TILES if call.skip_below is None else _SKIP_TILES)
+    return max(1, min(rows, call.mask.T)), max(1, min(columns, call.mask.S))
+
+
+def _reach(call: Call, where: Where):
+    """First and one past the last key tile that each query tile can see, over all batch entries of `where`."""
+    mask, (rows, columns) = call.mask, _long_tiles(call)
+    first_q, first_k = np.arange(0, mask.T, rows), np.arange(0, mask.S, columns)
+    last_q, last_k = np.minimum(first_q + rows, mask.T) - 1, np.minimum(first_k + columns, mask.S) - 1
+    offset = where.offset[:, None, None]
+    needed = offset + (last_q[:, None] - first_k)[None] >= (0 if mask.attend_current else 1)
+    if mask.window is not None:
+        needed &= offset + (first_q[:, None] - last_k)[None] <= mask.window
+    if where.query_segments is not None:
+        low_q, high_q = _segment_range(where.query_segments, rows)
+        low_k, high_k = _segment_range(where.key_segments, columns)
+        needed &= (low_q[:, :, None] <= high_k[:, None, :]) & (low_k[:, None, :] <= high_q[:, :, None])
+    needed = needed.any(0)
+    n = len(first_k)
+    if n == 0 or len(first_q) == 0:
+        return jnp.zeros((2, len(first_q)), jnp.int32)
+    any_needed = needed.any(1)
+    first = jnp.where(any_needed, jnp.argmax(needed, axis=1), 0)
+    last = jnp.where(any_needed, n - jnp.argmax(needed[:, ::-1], axis=1), 0)
+    return jnp.stack([first, last]).astype(jnp.int32)
+
+
+def _segment_range(segments, size):
+    """Smallest and largest segment id of every tile, [B, tiles]; padding (negative ids) does not count."""
+    pad = -segments.shape[1] % size
+    tiles = jnp.pad(segments, ((0, 0), (0, pad)), constant_values=-1).reshape(segments.shape[0], -1, size)
+    big = jnp.iinfo(tiles.dtype).max
+    return jnp.where(tiles < 0, big, tiles).min(-1), tiles.max(-1)
+
+
+def _pad(x, axis, size):
+    pads = [(0, 0)] * x.ndim
+    pads[axis] = (0, -x.shape[axis] % size)
+    return jnp.pad(x, pads)
+
+
+class _Tiles:
+    """Cuts the padded arrays of one head in tiles, by traced tile numbers."""
+
+    def __init__(self, call: Call):
+        self.call, (self.rows, self.columns) = call, _long_tiles(call)
+        self.q = _pad(call.query, 1, self.rows)
+        self.k, self.v = _pad(call.key, 0, self.columns), _pad(call.value, 0, self.columns)
+        self.count = self.q.shape[1] // self.rows
+        self.key_count = self.k.shape[0] // self.columns
+        self.dtype = jnp.promote_types(call.query.dtype, jnp.float32)
+
+    def queries(self, i, x):
+        return lax.dynamic_slice_in_dim(x, i * self.rows, self.rows, 1)
+
+    def keys(self, j):
+        return (lax.dynamic_slice_in_dim(x, j * self.columns, self.columns, 0) for x in (self.k, self.v))
+
+    def mask(self, i, j):
+        q, k = i * self.rows + jnp.arange(self.rows), j * self.columns + jnp.arange(self.columns)
+        return self.call.mask.visible(self.call.where, q, k)
+
+    def goes_on(self, i, log_rem):
+        """Whether some real row still has enough stick to reach further left."""
+        if self.call.skip_below is None:
+            return True
+        q = i * self.rows + jnp.arange(self.rows)
+        alive = q < self.call.mask.T
+        if self.call.where.query_segments is not None:
+            alive &= jnp.take(self.call.where.query_segments, q, mode="clip") >= 0
+        return jnp.where(alive, log_rem, -jnp.inf).max() >= self.call.skip_below * math.log(2)
+
+
+def _long_forward(call: Call, reach):
+    t = _Tiles(call)
+    G, T = call.query.shape[:2]
+
+    def query_tile(i):
+        q, (first, last) = t.queries(i, t.q), reach[:, i]
+
+        def key_tile(state):
+            j, out, log_rem = state
+            k, v = t.keys(j)
+            part, log_rem = tile.forward(q, k, v, t.mask(i, j), log_rem, call.scale)
+            return j - 1, out + part, log_rem
+
+        start = (last - 1, jnp.zeros((G, t.rows, call.value.shape[-1]), t.dtype), jnp.zeros((G, t.rows), t.dtype))
+        j, out, log_rem = lax.while_loop(lambda s: (s[0] >= first) & t.goes_on(i, s[2]), key_tile, start)
+        return out, log_rem, last - 1 - j
+
+    outs, sticks, kept = lax.map(query_tile, jnp.arange(t.count))
+    outs, sticks = (jnp.moveaxis(x, 0, 1).reshape(G, t.count * t.rows, *x.shape[3:])[:, :T] for x in (outs, sticks))
+    return outs, sticks, kept.sum() / jnp.maximum((reach[1] - reach[0]).sum(), 1).astype(jnp.float32)
+
+
+def _long_backward(call: Call, reach, d_out, d_log_rem):
+    t = _Tiles(call)
+    G, T = call.query.shape[:2]
+    d_out, d_log_rem = _pad(d_out, 1, t.rows), _pad(d_log_rem, 1, t.rows)
+
+    def query_tile(grads, i):
+        q, (first, last) = t.queries(i, t.q), reach[:, i]
+        do, prefix = t.queries(i, d_out), t.queries(i, d_log_rem)
+
+        # Right to left: the stick on entry to every tile, and where the forward pass stopped.
+        def spend(state):
+            j, log_rem, sticks = state
+            sticks = lax.dynamic_update_index_in_dim(sticks, log_rem, j, 0)
+            return j - 1, log_rem - tile.spent(q, next(t.keys(j)), t.mask(i, j), call.scale), sticks
+
+        start = (last - 1, jnp.zeros((G, t.rows), t.dtype), jnp.zeros((t.key_count, G, t.rows), t.dtype))
+        j, _, sticks = lax.while_loop(lambda s: (s[0] >= first) & t.goes_on(i, s[1]), spend, start)
+
+        # Left to right: the prefix sums of a, and the gradients.
+        def key_tile(state):
+            j, dq, dk, dv, prefix = state
+            k, v = t.keys(j)
+            entering = lax.dynamic_index_in_dim(sticks, j, 0, False)
+            dq_part, dk_part, dv_part, prefix = tile.backward(
+                q, k, v, do, t.mask(i, j), entering, prefix, call.scale
+            )
+            return j + 1, dq + dq_part, _add_at(dk, dk_part, j), _add_at(dv, dv_part, j), prefix
+
+        state = (j + 1, jnp.zeros((G, t.rows, q.shape[-1]), t.dtype), *grads, prefix)
+        _, dq, dk, dv, _ = lax.while_loop(lambda s: s[0] < last, key_tile, state)
+        return (dk, dv), dq
+
+    zeros = (jnp.zeros(t.k.shape, t.dtype), jnp.zeros(t.v.shape, t.dtype))
+    (dk, dv), dq = lax.scan(query_tile, zeros, jnp.arange(t.count))
+    dq = jnp.moveaxis(dq, 0, 1).reshape(G, t.count * t.rows, -1)[:, :T]
+    return dq, dk[: call.mask.S], dv[: call.mask.S]
+
+
+def _add_at(total, part, j):
+    size = part.shape[0]
+    return lax.dynamic_update_slice_in_dim(total, lax.dynamic_slice_in_dim(total, j * size, size) + part, j * size, 0)

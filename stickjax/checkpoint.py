@@ -1,0 +1,333 @@
+"""Checkpoints: arrays and a JSON dictionary per step, read back to the bit or not at all.
+
+A run folder holds data, nothing in it is ever executed: config.json, metrics.jsonl and
+
+    checkpoints/<step>/arrays/          by Orbax, flat: "params/blocks/attention/query" is a place in the pytree
+    checkpoints/<step>/manifest.json    shapes, types and checksums of the arrays, the caller's dictionary,
+                                        the crc32 of every file and of the manifest itself
+
+A checkpoint is written as `<step>.tmp` and renamed when it is complete. Two kinds of sums, because Orbax must
+not be fed damaged files (it prints pages, and trusts sizes), and because what Orbax wrote may not be what was
+on the device.
+"""
+
+import base64
+import contextlib
+import errno
+import itertools
+import json
+import logging
+import os
+import re
+import shutil
+import warnings
+import zlib
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from orbax.checkpoint import v1
+
+from stickjax.config import nearest
+
+# Orbax logs a traceback per thread for an error that it also raises; the raised one is enough.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+
+
+class DamagedCheckpoint(RuntimeError):
+    """A checkpoint does not hold what was saved."""
+
+
+class Restored(NamedTuple):
+    step: int
+    state: Any
+    extra: dict
+
+
+class Checkpoints(contextlib.AbstractContextManager):
+    """The newest `keep` checkpoints of a run, in `run_folder/checkpoints/<step>`. One run writes at a time.
+
+    >>> import tempfile
+    >>> folder, state = tempfile.mkdtemp(), {"params": {"w": jnp.arange(3.0)}, "key": jax.random.key(0)}
+    >>> with Checkpoints(folder) as checkpoints:
+    ...     checkpoints.save(100, state, {"tokens": 4096})
+    >>> abstract = jax.eval_shape(lambda: state)
+    >>> step, restored, extra = Checkpoints(folder).restore(abstract)
+    >>> step, restored["params"]["w"].tolist(), extra
+    (100, [0.0, 1.0, 2.0], {'tokens': 4096})
+    >>> Checkpoints(folder).restore(abstract["params"], prefix="params").state["w"].tolist()
+    [0.0, 1.0, 2.0]
+    """
+
+    def __init__(self, run_folder: str | os.PathLike, keep: int = 3):
+        if keep < 1:
+            raise ValueError(f"keep={keep} must be at least 1")
+        self.folder, self.keep = Path(run_folder).absolute() / "checkpoints", keep
+        self._position: int | None = None  # the last step saved or restored here
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: tuple[int, Future] | None = None
+
+    def steps(self) -> list[int]:
+        """The steps of all complete checkpoints, oldest first."""
+        return sorted(int(path.name) for path in self.folder.glob("*") if path.name.isdecimal())
+
+    def save(self, step: int, state, extra: dict) -> None:
+        """Save without waiting for the disk: once this returns, `state` may be donated or changed.
+
+        Waits for the save before. A checkpoint at `step` or later was damaged or belongs to a future
+        that is trained again: it is renamed to `<step>.aside`, never overwritten or deleted.
+
+        Args:
+          step: later than the last one saved or restored here.
+          state: any pytree of arrays, typed PRNG keys and numbers (stored as JAX arrays).
+          extra: what JSON can hold, and bytes.
+
+        Raises:
+          ValueError: `step` is not later, or two leaves have one name.
+          TypeError: `extra` is not JSON, or JAX would narrow a NumPy array.
+          OSError: this save or the one before failed, with errno ENOSPC on a full disk. The checkpoints
+            before it are intact.
+        """
+        self.wait()
+        if self._position is not None and step <= self._position:
+            raise ValueError(f"step={step} is not after step {self._position}, the last one saved or restored")
+        arrays = {name: _stored(name, leaf) for name, leaf in named_leaves(state).items()}
+        sums = jax.device_get({name: _checksum(a) for name, a in arrays.items()})
+        rows = {name: [list(a.shape), str(a.dtype), int(sums[name])] for name, a in arrays.items()}
+        manifest = json.dumps({"step": step, "arrays": rows, "extra": extra}, default=_encode_bytes)
+        # Orbax refuses arrays of size 0; the manifest alone describes them.
+        arrays = {name: a for name, a in arrays.items() if a.size}
+        with self._saving(step):
+            if jax.process_index() == 0:
+                self._make_room(step)
+            response = v1.save_async(self.folder / f"{step}.tmp" / "arrays", arrays)
+        self._pending = step, self._thread.submit(self._finish, step, response, manifest)
+
+    def wait(self) -> None:
+        """Wait for the save in progress; raises its OSError."""
+        if self._pending is not None:
+            (step, done), self._pending = self._pending, None
+            with self._saving(step):
+                done.result()
+            self._position = step
+
+    close = wait
+
+    def __exit__(self, *exception):
+        self.close()
+
+    def restore(self, abstract_state, step: int | None = None, prefix: str = "") -> Restored | None:
+        """The newest intact checkpoint (or that of `step`), every array verified; None when there is none at all.
+
+        A damaged one is passed over with a warning that names it and the reason, and stays where it is.
+
+        Args:
+          abstract_state: the pytree that was saved, its leaves arrays or ShapeDtypeStructs. An array is
+            placed by the leaf's `sharding`, or else on the first device.
+          prefix: read one branch only; `abstract_state` is then that branch ("params": the parameters).
+
+        Raises:
+          ValueError: there is no such step, or a name, shape or type differs from the checkpoint.
+          DamagedCheckpoint: there are checkpoints, but none (or not that of `step`) is intact.
+        """
+        self.wait()
+        steps, leaves, reasons = self.steps(), named_leaves(abstract_state, prefix), []
+        if step is not None and step not in steps:
+            raise ValueError(f"no checkpoint of step {step} in {self.folder}, only of {steps}")
+        for candidate in reversed(steps) if step is None else [step]:
+            folder = self.folder / str(candidate)
+            try:
+                manifest = _read_manifest(folder, candidate)
+                specs = _match(leaves, manifest["arrays"], prefix, folder)
+                arrays = _read_arrays(folder, specs, manifest["arrays"])
+            except DamagedCheckpoint as error:
+                reasons.append(f"{folder}: {error}")
+                if step is None:
+                    warnings.warn(f"passed over a damaged checkpoint, {reasons[-1]}", stacklevel=2)
+                continue
+            self._position = candidate
+            state = [_rebuild(leaf, arrays[name]) for name, leaf in leaves.items()]
+            return Restored(candidate, jax.tree.structure(abstract_state).unflatten(state), manifest["extra"])
+        if reasons:
+            raise DamagedCheckpoint("no intact checkpoint; nothing was deleted\n  " + "\n  ".join(reasons))
+        return None
+
+    def _make_room(self, step: int) -> None:
+        for path in sorted(self.folder.glob("*")):
+            if path.suffix in (".tmp", ".deleting"):  # left by a process that was killed
+                shutil.rmtree(path)
+            elif path.name.isdecimal() and int(path.name) >= step:
+                names = (f"{path.name}.aside{n or ''}" for n in itertools.count())
+                aside = next(a for a in map(self.folder.joinpath, names) if not a.exists())
+                warnings.warn(f"training is back at step {step}: {path} is now {path.rename(aside).name}", stacklevel=3)
+        (self.folder / f"{step}.tmp").mkdir(parents=True)
+
+    def _finish(self, step: int, response, manifest: str) -> None:
+        response.result()
+        if jax.process_index() != 0:
+            return
+        folder = self.folder / f"{step}.tmp"
+        files = {str(p.relative_to(folder)): _crc32(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+        body = json.dumps(json.loads(manifest) | {"files": files})
+        (folder / "manifest.json").write_text(f'{{"crc32": {zlib.crc32(body.encode())}, "manifest": {body}}}\n')
+        folder.rename(self.folder / str(step))
+        for old in self.steps()[: -self.keep]:
+            # Renamed first, so that a half-deleted folder is never taken for a checkpoint.
+            shutil.rmtree((self.folder / str(old)).rename(self.folder / f"{old}.deleting"), ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _saving(self, step: int):
+        try:
+            yield
+        except Exception as error:
+            shutil.rmtree(self.folder / f"{step}.tmp", ignore_errors=True)
+            # TensorStore raises ValueError and leaves the number of the system's error in its text.
+            found = re.search(r"os_error_code='(\d+)'", str(error))
+            code = int(found[1]) if found else getattr(error, "errno", None) or errno.EIO
+            reason = "the disk is full" if code == errno.ENOSPC else _line(error)
+            message = f"the checkpoint of step {step} was not saved: {reason}; there are {self.steps()}"
+            raise OSError(code, message, str(self.folder)) from error
+
+
+def named_leaves(tree, prefix: str = "") -> dict[str, Any]:
+    """Leaves by their place in a pytree, in its order; the `.value` of a Flax variable is left out.
+
+    >>> named_leaves({"w": 1, "layers": [2, 3]}, prefix="params")
+    {'params/layers/0': 2, 'params/layers/1': 3, 'params/w': 1}
+    """
+    leaves = {}
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        name = re.sub("(^|/)value$", "", jax.tree_util.keystr(path, simple=True, separator="/"))
+        name = "/".join(filter(None, (prefix, name)))
+        if name in leaves:
+            raise ValueError(f"two leaves of the pytree have the name {name!r}")
+        leaves[name] = leaf
+    return leaves
+
+
+def check_finite(params, where: str) -> None:
+    """ValueError, naming `where` and the leaf, when floating-point parameters hold a NaN or an infinity.
+
+    >>> check_finite({"w": jnp.zeros(3)}, "step 100")
+    """
+    leaves = {n: a for n, a in named_leaves(params).items() if jnp.issubdtype(a.dtype, jnp.floating)}
+    for name, count in jax.device_get({n: jnp.sum(~jnp.isfinite(a)) for n, a in leaves.items()}).items():
+        if count:
+            raise ValueError(f"{where}: {count} of {leaves[name].size} values of {name} are not finite")
+
+
+@jax.jit
+def _checksum(array):
+    """sum_i mix(bits_i + i * 0x9E3779B9) mod 2^32, i the row-major position, mix the end of MurmurHash3.
+
+    A sum of integers: the same for every sharding. `mix` is one-to-one, so that a change within one word
+    is always seen, and it keeps changes of high bits (signs) from cancelling in the sum.
+    """
+    array = array.astype(jnp.uint8) if array.dtype == bool else array
+    bits = jax.lax.bitcast_convert_type(array, f"uint{min(32, 8 * array.dtype.itemsize)}").astype(jnp.uint32)
+    x, stride = bits, 0x9E3779B9
+    for axis in reversed(range(bits.ndim)):
+        x += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(stride)
+        stride = stride * bits.shape[axis] % 2**32
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return jnp.sum(x ^ (x >> 16), dtype=jnp.uint32)
+
+
+def _is_key(leaf) -> bool:
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _stored(name: str, leaf) -> jax.Array:
+    if isinstance(leaf, jax.Array):
+        return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+    array = jnp.array(leaf)  # a copy: the caller may change a NumPy array while it is being written
+    if hasattr(leaf, "dtype") and array.dtype != leaf.dtype:
+        raise TypeError(f"{name} is a NumPy array of {leaf.dtype}, which JAX would store as {array.dtype}")
+    return array
+
+
+def _spec(leaf) -> jax.ShapeDtypeStruct:
+    spec = jax.eval_shape(jax.random.key_data if _is_key(leaf) else jnp.asarray, leaf)
+    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding)
+
+
+def _rebuild(leaf, array):
+    if _is_key(leaf):
+        found: list = []  # key_impl takes a key or a tracer, not a ShapeDtypeStruct
+        jax.eval_shape(lambda key: found.append(jax.random.key_impl(key)), leaf)
+        return jax.random.wrap_key_data(array, impl=found[0])
+    return type(leaf)(array) if isinstance(leaf, int | float) else array
+
+
+def _read_manifest(folder: Path, step: int) -> dict:
+    """The manifest, once it and every file it names are known to be what was written."""
+    try:
+        outer = json.loads((folder / "manifest.json").read_text())
+        manifest = outer["manifest"]
+        if zlib.crc32(json.dumps(manifest).encode()) != outer["crc32"]:
+            raise ValueError("the crc32 of manifest.json differs")
+        if manifest["step"] != step:
+            raise ValueError(f"this is the checkpoint of step {manifest['step']}")
+        for name, crc32 in manifest["files"].items():
+            if _crc32(folder / name) != crc32:
+                raise ValueError(f"the crc32 of {name} differs")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DamagedCheckpoint(_line(error)) from error
+    return manifest | {"extra": json.loads(json.dumps(manifest["extra"]), object_hook=_decode_bytes)}
+
+
+def _crc32(path: Path) -> int:
+    crc32 = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            crc32 = zlib.crc32(block, crc32)
+    return crc32
+
+
+def _match(leaves: dict, rows: dict, prefix: str, folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
+    """What to read for `leaves`; ValueError unless the manifest has the same names, shapes and types."""
+    specs = {name: _spec(leaf) for name, leaf in leaves.items()}
+    saved = {n for n in rows if not prefix or n == prefix or n.startswith(f"{prefix}/")}
+    hint = f"; was {folder} saved with another config?"
+    for name in sorted(specs.keys() ^ saved):
+        here, there, others = ("has", "no", saved) if name in specs else ("has no", "one", specs)
+        raise ValueError(f"the state {here} {name}, the checkpoint has {there}{nearest(name, others)}{hint}")
+    for name, spec in specs.items():
+        shape, dtype, _ = rows[name]
+        if (list(spec.shape), str(spec.dtype)) != (shape, dtype):
+            raise ValueError(f"{name} is {spec.dtype}{list(spec.shape)}, in the checkpoint {dtype}{shape}{hint}")
+    return specs
+
+
+def _read_arrays(folder: Path, specs: dict, rows: dict) -> dict[str, jax.Array]:
+    arrays = {name: jnp.zeros(spec.shape, spec.dtype) for name, spec in specs.items() if not spec.size}
+    context = v1.Context()
+    context.pytree.loading.partial_load = True
+    stored = {name: spec for name, spec in specs.items() if spec.size}
+    try:
+        with context:
+            arrays |= v1.load(folder / "arrays", stored) if stored else {}
+    except Exception as error:
+        raise DamagedCheckpoint(f"Orbax cannot read the arrays: {_line(error)}") from error
+    for name, value in jax.device_get({n: _checksum(a) for n, a in arrays.items()}).items():
+        if value != rows[name][2]:
+            raise DamagedCheckpoint(f"the checksum of {name} differs")
+    return arrays
+
+
+def _encode_bytes(value):
+    if isinstance(value, bytes):
+        return {"base64": base64.b64encode(value).decode()}
+    raise TypeError(f"extra holds a {type(value).__name__}, which JSON cannot: {value!r:.80}")
+
+
+def _decode_bytes(value: dict):
+    return base64.b64decode(value["base64"]) if value.keys() == {"base64"} else value
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

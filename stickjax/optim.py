@@ -1,0 +1,301 @@
+"""The Power learning-rate schedule and AdamW under muP, all lengths in tokens (arXiv 2408.13359).
+
+A *token schedule* is a pure function `(tokens, batch_size) -> learning rate`. `power_schedule` drives it by the step;
+`make_optimizer` by an exact count of the tokens seen, which stays right when the batch size changes.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from stickjax.config import Config, nearest
+
+SEQUENCE = 4096  # tokens in one of the sequences in which the law counts the batch
+UNIT = 2.0**36  # tokens, about 7e10: dividing by a power of two is exact
+Transform = optax.GradientTransformationExtraArgs
+TokenSchedule = Callable[[jax.typing.ArrayLike, jax.typing.ArrayLike], jax.Array]
+
+# Each shape falls from 1 to 0 as r, the share of the decay still to come, falls from 1 to 0. Counting what is left
+# instead of what has passed makes the last step exact: float32 cannot tell 1 - x from 1 there, but r is 0.
+DECAYS = {
+    "exponential": lambda r: jnp.expm1(r) / math.expm1(1),
+    "linear": lambda r: r,
+    "sqrt": lambda r: 1 - jnp.sqrt(1 - r),
+    "cosine": lambda r: jnp.sin(math.pi / 2 * r) ** 2,
+}
+
+
+def power_by_tokens(
+    *, warmup_tokens, total_tokens=None, decay_tokens=0, decay="exponential", a=4, b=-0.51, max_value=0.02, end_ratio=0
+) -> TokenSchedule:
+    r"""The Power schedule (Shen et al., arXiv 2408.13359) by the tokens n already trained, the warmup included.
+
+    .. math::
+        \eta(n) = \min(\eta_{max}, \beta a n^b), \qquad
+        Power(n) = \min(1, n/W) \; \eta(clip(n, W, N - M)) \; f(x), \quad x = clip((n - (N - M)) / M, 0, 1)
+
+    Args:
+      warmup_tokens: W, length of the linear warmup (to eta(W), not to the cap), in tokens.
+      total_tokens: N, length of the run, in tokens. None never decays: any checkpoint of such a run can be
+        continued with a decay later, and is then the run that had planned it.
+      decay_tokens: M, length of the decay at the end, in tokens; it starts from eta(N - M).
+      decay: f, from 1 to d: exponential, (1 - d) e/(e-1) exp(-x) + (d e - 1)/(e-1); linear; sqrt, 1 - sqrt(x); cosine.
+      a, b, max_value: scale and exponent of the law, and its cap eta_max.
+      end_ratio: d, the last learning rate as a share of the one where the decay began.
+
+    Returns:
+      `(tokens, batch_size) -> learning rate`, a strong float32; batch_size is beta, in sequences of 4096 tokens.
+    Raises:
+      ValueError: a length is negative or not finite, the parts exceed the whole, or the decay is unknown.
+
+    >>> learning_rate = power_by_tokens(warmup_tokens=10**9, total_tokens=32 * 10**9, decay_tokens=32 * 10**8)
+    >>> [f"{learning_rate(n, 128):.6f}" for n in (0, 10**9, 10**10, 32 * 10**9)]
+    ['0.000000', '0.013160', '0.004067', '0.000000']
+    """
+    _check("warmup_tokens", warmup_tokens)
+    _check("decay_tokens", decay_tokens)
+    _check("max_value", max_value, positive=True)
+    if not (a > 0 and math.isfinite(b) and 0 <= end_ratio <= 1):
+        raise ValueError(f"a={a} must be positive, b={b} finite and end_ratio={end_ratio} between 0 and 1")
+    if decay not in DECAYS:
+        raise ValueError(f"decay={decay!r} is not one of {', '.join(map(repr, DECAYS))}{nearest(str(decay), DECAYS)}")
+    if total_tokens is None and decay_tokens:
+        raise ValueError(f"{decay_tokens=} needs total_tokens: without an end there is nothing to decay to")
+    if total_tokens is not None and not warmup_tokens + decay_tokens <= total_tokens < math.inf:  # NaN fails, too
+        raise ValueError(f"{warmup_tokens=} and {decay_tokens=} do not fit into {total_tokens=}")
+
+    # Floats, as whole numbers of tokens overflow int32. A negative power has no value at n = 0.
+    warmup, first = float(warmup_tokens), float(max(warmup_tokens, 1))
+    end, span = (float(total_tokens), float(decay_tokens)) if decay_tokens else (math.inf, 0.0)
+    last = max(end - span, first)
+
+    def schedule(tokens, batch_size):
+        n = jnp.asarray(tokens, jnp.float32)  # strong: a weak learning rate would turn into the type of the parameters
+        # The power of a number near 1: in float32 that of 1e12 itself is wrong in the seventh digit.
+        rate = jnp.minimum(max_value, batch_size * (a * UNIT**b) * (jnp.clip(n, first, last) / UNIT) ** b)
+        if warmup:
+            rate = rate * jnp.minimum(n / warmup, 1)
+        if span:
+            left = jnp.clip((end - n) / span, 0, 1)  # past the end the exponential would be negative
+            rate = rate * (end_ratio + (1 - end_ratio) * DECAYS[decay](left))
+        return rate.astype(jnp.float32)  # numpy scalars among the arguments are float64 under x64
+
+    return schedule
+
+
+def wsd_by_tokens(*, warmup_tokens, **shape) -> TokenSchedule:
+    """Warmup, stable, decay (arXiv 2404.06395): the Power schedule whose cap always binds; it takes no a and b.
+
+    A decay that fills the run behind the warmup is the usual cosine (or linear) schedule; no decay, the constant one.
+
+    >>> learning_rate = wsd_by_tokens(warmup_tokens=100, total_tokens=1000, decay_tokens=200, decay="linear")
+    >>> [f"{learning_rate(n, 1):.3f}" for n in (50, 100, 800, 900, 1000)]
+    ['0.010', '0.020', '0.020', '0.010', '0.000']
+    """
+    return power_by_tokens(warmup_tokens=warmup_tokens, a=1e30, b=0.0, **shape)
+
+
+def power_schedule(*, tokens_per_step, batch_size=None, warmup_tokens, start_tokens=0, **law) -> optax.Schedule:
+    """The Power schedule as a function of the step: `power_by_tokens` at n = start_tokens + count * tokens_per_step.
+
+    Args:
+      tokens_per_step: tokens in one step.
+      batch_size: beta, in sequences of 4096 tokens; None is tokens_per_step / 4096, whatever their real length.
+      warmup_tokens, **law: the arguments of `power_by_tokens`.
+      start_tokens: tokens trained before step 0, of a run that goes on with another batch size.
+
+    Raises:
+      ValueError: as `power_by_tokens`, or tokens_per_step or batch_size is not positive.
+
+    >>> schedule = power_schedule(tokens_per_step=128 * 4096, warmup_tokens=10**9)
+    >>> f"{schedule(20_000):.6f}"
+    '0.003970'
+    """
+    return _by_steps(power_by_tokens(warmup_tokens=warmup_tokens, **law), tokens_per_step, batch_size, start_tokens)
+
+
+def wsd_schedule(*, tokens_per_step, warmup_tokens, start_tokens=0, **shape) -> optax.Schedule:
+    """`wsd_by_tokens` as a function of the step; arguments as in `power_schedule`, without batch_size, a and b."""
+    return _by_steps(wsd_by_tokens(warmup_tokens=warmup_tokens, **shape), tokens_per_step, None, start_tokens)
+
+
+def _by_steps(schedule: TokenSchedule, tokens_per_step, batch_size=None, start_tokens=0) -> optax.Schedule:
+    _check("tokens_per_step", tokens_per_step, positive=True)
+    _check("start_tokens", start_tokens)
+    batch_size = tokens_per_step / SEQUENCE if batch_size is None else batch_size
+    _check("batch_size", batch_size, positive=True)
+
+    # A product of integers overflows int32 after 2^31 tokens, and a float32 sum of tokens stalls.
+    start, step = float(start_tokens), float(tokens_per_step)
+    return lambda count: schedule(start + jnp.asarray(count, jnp.float32) * step, batch_size)
+
+
+class TokenCount(NamedTuple):
+    """A whole number of tokens in two uint32 words: exact to 2^64 where JAX has no int64 and float32 stops at 2^24."""
+
+    high: jax.Array
+    low: jax.Array
+
+    @classmethod
+    def of(cls, tokens) -> "TokenCount":
+        if not jnp.issubdtype(jnp.result_type(tokens), jnp.integer):
+            raise ValueError(f"tokens must be an integer, not {jnp.result_type(tokens)}: a float loses count past 2^24")
+        if isinstance(tokens, jax.Array):
+            return cls(jnp.zeros((), jnp.uint32), tokens.astype(jnp.uint32))
+        if not 0 <= tokens < 2**64:
+            raise ValueError(f"tokens={tokens} must be at least 0 and below 2^64")
+        return cls(*(jnp.uint32(word) for word in divmod(int(tokens), 2**32)))
+
+    def __add__(self, other: "TokenCount") -> "TokenCount":
+        low = self.low + other.low
+        return TokenCount(self.high + other.high + (low < other.low).astype(jnp.uint32), low)
+
+    def __int__(self) -> int:
+        return int(self.high) * 2**32 + int(self.low)
+
+    def float32(self) -> jax.Array:
+        return self.high.astype(jnp.float32) * 2.0**32 + self.low.astype(jnp.float32)
+
+
+class ScaleByTokensState(NamedTuple):
+    """Tokens trained so far, and the learning rate of the last update (for logs)."""
+
+    tokens: TokenCount
+    learning_rate: jax.Array
+
+
+def scale_by_tokens(schedule: TokenSchedule, tokens_per_step=None, *, batch_size=None, start_tokens=0) -> Transform:
+    """Multiply updates by -schedule(n, beta), n being the exact count of the tokens trained so far.
+
+    `update(updates, state, params, tokens=...)` takes the tokens of this step. They are added to a counter in the
+    state, which a checkpoint carries along, so that a run may resume with another batch size.
+
+    Args:
+      schedule: a token schedule, `power_by_tokens(...)` or `wsd_by_tokens(...)`.
+      tokens_per_step: tokens of a step whose update is not given `tokens=`.
+      batch_size: beta, in sequences of 4096 tokens; None follows the batch: tokens / 4096 of each step.
+      start_tokens: tokens trained before the first update.
+    Raises:
+      ValueError: an argument is out of range, or `tokens` is missing, negative or not an integer.
+
+    >>> tx = scale_by_tokens(power_by_tokens(warmup_tokens=8192))
+    >>> state = tx.init(jnp.zeros(()))
+    >>> for tokens in (4096, 4096, 8192):
+    ...     update, state = tx.update(jnp.ones(()), state, tokens=tokens)
+    >>> int(state.tokens), f"{state.learning_rate:.4f}"
+    (16384, '0.0200')
+    """
+    _check("tokens_per_step", 1 if tokens_per_step is None else tokens_per_step, positive=True)
+    _check("batch_size", 1 if batch_size is None else batch_size, positive=True)
+
+    def update(updates, state, params=None, *, tokens=None, **extra):
+        tokens = tokens_per_step if tokens is None else tokens
+        if tokens is None:
+            raise ValueError("the number of tokens of this step is missing: update(grads, state, params, tokens=...)")
+        step = TokenCount.of(tokens)
+        rate = schedule(state.tokens.float32(), step.float32() / SEQUENCE if batch_size is None else batch_size)
+        updates = jax.tree.map(lambda u: -rate.astype(u.dtype) * u, updates)
+        return updates, ScaleByTokensState(state.tokens + step, rate)
+
+    init = lambda params: ScaleByTokensState(TokenCount.of(start_tokens), jnp.zeros((), jnp.float32))  # noqa: E731
+    return Transform(init, update)
+
+
+def make_token_schedule(config: Config) -> TokenSchedule:
+    """The token schedule of `config.optim`; `decay_tokens` is of power and wsd, cosine decays over the whole run."""
+    o, total = config.optim, config.total_tokens
+    shape = dict(warmup_tokens=o.warmup_tokens, max_value=o.peak_lr, end_ratio=o.end_ratio)
+    if o.schedule == "cosine":
+        return wsd_by_tokens(**shape, total_tokens=total, decay_tokens=total - o.warmup_tokens, decay="cosine")
+    if o.schedule == "constant":
+        return wsd_by_tokens(**shape)
+    shape |= dict(total_tokens=total if o.decay_tokens else None, decay_tokens=o.decay_tokens, decay=o.decay)
+    return wsd_by_tokens(**shape) if o.schedule == "wsd" else power_by_tokens(**shape, a=o.a, b=o.b)
+
+
+def make_schedule(config: Config) -> optax.Schedule:
+    """The schedule of `config.optim` as a function of the step, for logs and plots."""
+    return _by_steps(make_token_schedule(config), config.data.tokens_per_step)
+
+
+MATRICES = {"query", "key", "value", "output", "w_in", "w_out", "weight"}
+EMBEDDINGS = {"embed", "embedding", "unembed"}
+
+
+def label_of(names: tuple[str, ...]) -> str:
+    """The muP label of a parameter by the names on its path; an unknown name is an error, as a guess could be wrong.
+
+    >>> label_of(("blocks", "attention", "query")), label_of(("blocks", "norm", "scale"))
+    ('matrix', 'vector')
+    """
+    if (last := names[-1]) == "router_bias":
+        return "frozen"  # the auxiliary-loss-free router moves it by a rule of its own
+    if last.endswith(("scale", "bias")):
+        return "vector"  # not by ndim: stacked layers give the vectors of `blocks` a second axis
+    if EMBEDDINGS.intersection(names[-2:]):
+        return "embedding"
+    if last in MATRICES:
+        return "matrix"
+    raise ValueError(f"no muP label for {'.'.join(names)!r}{nearest(last, [*MATRICES, *EMBEDDINGS, 'scale', 'bias'])}")
+
+
+def label_tree(params):
+    """A tree like params with the label of every parameter: "matrix", "embedding", "vector" or "frozen"."""
+
+    def label(path, leaf):
+        names = tuple(str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in path)
+        return jax.tree.map(lambda _: label_of(names), leaf)
+
+    # Stopping at nnx variables leaves their own `.value` out of the path, so that attention.value keeps its name.
+    return jax.tree_util.tree_map_with_path(label, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def make_optimizer(config: Config, params) -> Transform:
+    """AdamW under muP: matrices learn at eta / m_width, embeddings, norms and biases at eta.
+
+    A chain of clipping, one Adam, decoupled weight decay (not of norms and biases), the learning rate by tokens,
+    and last the factor 1 / m_width of the matrices. Being last it also divides their weight decay, as the published
+    models do; `scale_decay` multiplies that by m_width again (strict muP). It computes in float32 whatever the
+    parameters are stored in, and `optax.apply_updates` keeps their type.
+
+    Args:
+      config: its optim section, m_width, and tokens_per_step for updates not given `tokens=`.
+      params: the parameters, or their shapes; only their names are read, and one without a label is a ValueError.
+    Returns:
+      The optimizer; `optax.tree.get(state, "learning_rate")` and `"tokens"` (an int by `int()`) are for logs.
+    """
+    label_tree(params)  # fails here rather than inside jit
+    o, m_width = config.optim, config.model.m_width
+    rate = dict(matrix=1 / m_width, embedding=1.0, vector=1.0, frozen=0.0)
+    decay = dict(matrix=m_width if o.scale_decay else 1.0, embedding=1.0, vector=0.0, frozen=0.0)
+    chain = optax.chain(
+        optax.identity() if o.clip is None else optax.clip_by_global_norm(o.clip),
+        optax.scale_by_adam(o.beta1, o.beta2, o.eps),
+        _by_label(lambda label, update, param: update + o.weight_decay * decay[label] * param),
+        scale_by_tokens(make_token_schedule(config), config.data.tokens_per_step),
+        _by_label(lambda label, update, param: update * rate[label]),
+    )
+    return _in_float32(chain)
+
+
+def _by_label(function) -> optax.GradientTransformation:
+    return optax.stateless(lambda updates, params: jax.tree.map(function, label_tree(params), updates, params))
+
+
+def _in_float32(tx: Transform) -> Transform:
+    """Moments of bfloat16 parameters would lose the small changes, and those of float16 underflow to 0 / 0."""
+    cast = lambda tree: optax.tree.cast(tree, jnp.float32)  # noqa: E731
+    return Transform(
+        lambda params: tx.init(cast(params)),
+        lambda updates, state, params=None, **extra: tx.update(cast(updates), state, cast(params), **extra),
+    )
+
+
+def _check(name: str, value, *, positive: bool = False) -> None:
+    if not (math.isfinite(value) and (value > 0 if positive else value >= 0)):
+        raise ValueError(f"{name}={value} must be finite and {'positive' if positive else 'at least 0'}")

@@ -1,0 +1,251 @@
+"""Does muP hold, and which power law? Coordinate checks, learning-rate sweeps and the fit of gamma = a T^b, drawn.
+
+Every experiment takes the training as a callable and returns its records as plain dictionaries, ready for JSON;
+every plot takes such records and writes a PNG.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+Records = list[dict[str, Any]]
+
+
+def coordinate_check(widths: Iterable[int], make: Callable, *, steps: int = 4, plot=None) -> Records:
+    """The size of every activation at initialisation and after each of a few steps, for models of growing width.
+
+    Under muP no activation grows or shrinks with the width: |slope| < 0.1 in log2 mean |activation| against
+    log2 width. Without muP some slope exceeds 0.3.
+
+    Args:
+      widths: the widths, at least two for a slope.
+      make: `make(width) -> (params, optimizer, forward)`, `forward(params) -> (loss, {name: activation})`.
+      steps: optimizer steps, all on the batch inside forward.
+      plot: path of a PNG of the last step.
+
+    Returns:
+      A record {"width", "step", "name", "mean_abs"} for every width, step 0...steps and activation.
+
+    References: Yang et al., `Tensor Programs V <https://arxiv.org/abs/2203.03466>`_, 2022, appendix D.1.
+
+    >>> def make(width):
+    ...     forward = lambda w: (jnp.sum(w**2), {"hidden": jnp.ones(3) * width})
+    ...     return jnp.ones(()), optax.sgd(0.1), forward
+    >>> {name: round(slope, 3) for name, slope in slopes(coordinate_check([64, 128], make)).items()}
+    {'hidden': 1.0}
+    """
+    records = []
+    for width in widths:
+        params, optimizer, forward = make(width)
+
+        def step(params, state, optimizer=optimizer, forward=forward):
+            (_, activations), grads = jax.value_and_grad(forward, has_aux=True)(params)
+            updates, state = optimizer.update(grads, state, params)
+            sizes = {name: jnp.abs(x.astype(jnp.float32)).mean() for name, x in activations.items()}
+            return optax.apply_updates(params, updates), state, sizes
+
+        step, state = jax.jit(step), optimizer.init(params)
+        for i in range(steps + 1):
+            params, state, sizes = step(params, state)
+            records += [dict(width=width, step=i, name=name, mean_abs=float(x)) for name, x in sizes.items()]
+    if plot is not None:
+        plot_coordinate_check({"": records}, plot)
+    return records
+
+
+def slopes(records: Records, step: int | None = None) -> dict[str, float]:
+    """The slope of log2 mean |activation| against log2 width, by activation, at a step (the last by default).
+
+    Raises:
+      ValueError: there is only one width, or an activation is zero or not finite.
+    """
+    step = max(r["step"] for r in records) if step is None else step
+    found = {}
+    for name, line in _group([r for r in records if r["step"] == step], "name").items():
+        width, size = (np.array([r[key] for r in line], float) for key in ("width", "mean_abs"))
+        if len(set(width)) < 2:
+            raise ValueError(f"a slope needs at least two widths, not {sorted(set(width))}")
+        if not (np.isfinite(size) & (size > 0)).all():
+            raise ValueError(f"activation {name!r} is zero or not finite at step {step}: {size.tolist()}")
+        found[name] = float(np.polyfit(np.log2(width), np.log2(size), 1)[0])
+    return found
+
+
+def learning_rate_sweep(
+    widths: Iterable[int], learning_rates: Iterable[float], run: Callable, *, mup=(True, False), plot=None
+) -> Records:
+    """The last loss of a short training for every width and learning rate, with muP and without.
+
+    Under muP the best learning rate is the same at every width, and wider is better at each of them.
+
+    Args:
+      widths: the widths.
+      learning_rates: the peak learning rates.
+      run: `run(width, learning_rate, mup) -> loss`; a run that diverged returns what is not finite.
+      mup: which of the two parametrisations to run.
+      plot: path of a PNG.
+
+    Returns:
+      A record {"width", "learning_rate", "loss", "mup"} for every run.
+
+    >>> run = lambda width, rate, mup: (math.log2(rate * (1 if mup else width)) + 7) ** 2 / width
+    >>> records = learning_rate_sweep([16, 32], [2**-12, 2**-11, 2**-7], run)
+    >>> [(r["width"], r["mup"], math.log2(r["learning_rate"])) for r in best_runs(records, "width", "mup")]
+    [(16, True, -7.0), (16, False, -11.0), (32, True, -7.0), (32, False, -12.0)]
+    """
+    learning_rates = list(learning_rates)
+    records = [
+        dict(width=width, learning_rate=rate, loss=float(run(width, rate, m)), mup=m)
+        for width in widths
+        for m in mup
+        for rate in learning_rates
+    ]
+    if plot is not None:
+        plot_learning_rate_sweep(records, plot)
+    return records
+
+
+def best_runs(records: Records, *keys: str) -> Records:
+    """The record of the smallest finite loss for every combination of `keys`; one that always diverged has none."""
+    groups = _group([r for r in records if math.isfinite(r["loss"])], *keys)
+    return [min(line, key=lambda r: r["loss"]) for line in groups.values()]
+
+
+class PowerLaw(NamedTuple):
+    """gamma = a T^b, and ln(gamma) minus its fit for every best run."""
+
+    a: float
+    b: float
+    residuals: np.ndarray
+
+
+def fit_power_law(records: Records, *, plot=None) -> PowerLaw:
+    r"""Fit the law of the Power schedule to a sweep of constant-rate (WSD) trainings.
+
+    .. math::
+        \gamma = \eta^* / \beta = a T^b
+
+    with eta* the learning rate of the smallest loss for every pair of T and beta, by least squares of ln(gamma)
+    on ln(T). A best learning rate at the edge of the sweep is no minimum yet; widen the sweep.
+
+    Args:
+      records: dictionaries with "tokens" (T), "batch_size" (beta, in sequences of 4096 tokens), "learning_rate"
+        and "loss"; other keys are ignored.
+      plot: path of a PNG.
+
+    Raises:
+      ValueError: fewer than two numbers of tokens have a finite loss.
+
+    References: Shen et al., `Power Scheduler <https://arxiv.org/abs/2408.13359>`_, 2024: a = 4.6, b = -0.51.
+
+    >>> rate = lambda tokens: 128 * 4.6 * tokens**-0.51
+    >>> sweep = [dict(tokens=t, batch_size=128, learning_rate=rate(t), loss=1.0) for t in (1e9, 1e10, 1e11)]
+    >>> law = fit_power_law(sweep)
+    >>> f"{law.a:.3f} {law.b:.3f}"
+    '4.600 -0.510'
+    """
+    best = best_runs(records, "tokens", "batch_size")
+    tokens = np.array([r["tokens"] for r in best], float)
+    gamma = np.array([r["learning_rate"] / r["batch_size"] for r in best], float)
+    if len(set(tokens)) < 2:
+        raise ValueError(f"a power law needs finite losses at two numbers of tokens or more, not {len(set(tokens))}")
+    b, log_a = np.polyfit(np.log(tokens), np.log(gamma), 1)
+    law = PowerLaw(float(np.exp(log_a)), float(b), np.log(gamma) - (log_a + b * np.log(tokens)))
+    if plot is not None:
+        plot_power_law(best, law, plot)
+    return law
+
+
+def plot_schedule(schedules: dict[str, optax.Schedule], path, *, tokens_per_step, total_tokens, log=False) -> None:
+    """Learning rates against tokens; `log` makes both axes logarithmic, where a power law is a line."""
+    tokens = np.geomspace(tokens_per_step, total_tokens, 1000) if log else np.linspace(0, total_tokens, 1000)
+    figure, (axes,) = _figure("tokens", "learning rate", **(dict(xscale="log", yscale="log") if log else {}))
+    for name, schedule in schedules.items():
+        rate = np.asarray(schedule(tokens / tokens_per_step))
+        axes.plot(tokens, np.where(rate > 0, rate, np.nan) if log else rate, label=name)
+    axes.legend()
+    figure.savefig(path)
+
+
+def plot_coordinate_check(runs: dict[str, Records], path, step: int | None = None) -> None:
+    """One panel for each named run, such as {"muP": ..., "without muP": ...}, its slopes in the legend."""
+    scales = dict(xscale=("log", dict(base=2)), yscale=("log", dict(base=2)))
+    figure, panels = _figure("width", "mean |activation|", list(runs), **scales)
+    for axes, records in zip(panels, runs.values(), strict=True):
+        last = max(r["step"] for r in records) if step is None else step
+        slope = slopes(records, last)
+        for name, line in _group([r for r in records if r["step"] == last], "name").items():
+            line = sorted(line, key=lambda r: r["width"])
+            label = f"{name} ({slope[name]:+.2f})"
+            axes.plot([r["width"] for r in line], [r["mean_abs"] for r in line], "o-", label=label)
+        _ticks(axes, records, "width")
+        axes.legend(title=f"slope after {last} steps", fontsize="small")
+    figure.savefig(path)
+
+
+def plot_learning_rate_sweep(records: Records, path) -> None:
+    """Loss against learning rate, a line for each width with its minimum marked; with and without muP side by side."""
+    runs = _group(records, "mup")
+    titles = ["muP" if mup else "without muP" for mup in runs]
+    figure, panels = _figure("learning rate", "loss", titles, xscale=("log", dict(base=2)))
+    widths = sorted({r["width"] for r in records})
+    for axes, run in zip(panels, runs.values(), strict=True):
+        for i, width in enumerate(widths):
+            line = sorted((r for r in run if r["width"] == width), key=lambda r: r["learning_rate"])
+            color = f"C{i}"
+            loss = [r["loss"] if math.isfinite(r["loss"]) else math.nan for r in line]
+            axes.plot([r["learning_rate"] for r in line], loss, ".-", color=color, label=f"width {width}")
+            for best in best_runs(line, "width"):
+                axes.plot(best["learning_rate"], best["loss"], "*", color=color, markersize=13, markeredgecolor="k")
+        axes.legend(title="star: minimum")
+    figure.savefig(path)
+
+
+def plot_power_law(best: Records, law: PowerLaw, path) -> None:
+    """The best gamma of every T and beta, and the line fitted through them."""
+    figure, (axes,) = _figure("tokens T", r"$\gamma = \eta^*/\beta$ (per sequence)", xscale="log", yscale="log")
+    for beta, line in sorted(_group(best, "batch_size").items()):
+        gamma = [r["learning_rate"] / beta for r in line]
+        axes.plot([r["tokens"] for r in line], gamma, "o", label=rf"$\beta$ = {beta:g} sequences")
+    ends = np.array([min(r["tokens"] for r in best), max(r["tokens"] for r in best)], float)
+    axes.plot(ends, law.a * ends**law.b, "k--", label=rf"{law.a:.3g} $T^{{{law.b:.3g}}}$")
+    axes.legend()
+    figure.savefig(path)
+
+
+def _group(records: Records, *keys: str) -> dict[Any, Records]:
+    """Records by the value of a key, or by the tuple of several, in order of appearance."""
+    groups: dict[Any, Records] = {}
+    for record in records:
+        value = tuple(record[key] for key in keys)
+        groups.setdefault(value if len(keys) > 1 else value[0], []).append(record)
+    return groups
+
+
+def _figure(xlabel: str, ylabel: str, titles=("",), *, xscale=None, yscale=None):
+    """A figure without pyplot's global state, and its panels in a row; a scale is a name or (name, options)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1 + 4.5 * len(titles), 4), dpi=150, layout="constrained")
+    panels = figure.subplots(1, len(titles), sharex=True, sharey=True, squeeze=False)[0]
+    for axes, title in zip(panels, titles, strict=True):
+        axes.set(xlabel=xlabel, title=title)
+        for scale, set_scale in ((xscale, axes.set_xscale), (yscale, axes.set_yscale)):
+            if scale:
+                name, options = (scale, {}) if isinstance(scale, str) else scale
+                set_scale(name, **options)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel(ylabel)
+    return figure, panels
+
+
+def _ticks(axes, records: Records, key: str) -> None:
+    """Ticks at the values that were run, as plain numbers."""
+    values = sorted({r[key] for r in records})
+    axes.set_xticks(values, [f"{v:g}" for v in values])
+    axes.minorticks_off()

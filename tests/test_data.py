@@ -1,0 +1,461 @@
+"""Sources, token files, the split, batches and their resumption, evaluation windows, bad input."""
+
+import builtins
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stickjax import data
+from stickjax.config import DataConfig
+from stickjax.data import Corpus, heldout_windows, load_corpus, make_batch, text_documents, tokenize, train_loader
+from stickjax.tokenizer import ByteTokenizer, StreamDecoder, load_tokenizer, token_dtype
+
+EOT = 256
+
+
+def corpus_of(*lengths: int) -> Corpus:
+    """Documents of these lengths (with their end of text); every byte tells its document."""
+    tokens = np.concatenate([np.append(np.full(n - 1, i % 256), EOT) for i, n in enumerate(lengths)])
+    return Corpus(tokens.astype(np.uint16), ByteTokenizer(), "memory", len(lengths), int(sum(lengths)), "0" * 16)
+
+
+def counting(n: int) -> Corpus:
+    """A stream in which every token tells its own position."""
+    return Corpus(np.arange(n, dtype=np.uint32) + 1000, ByteTokenizer(), "memory", 1, n, "0" * 16)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / "texts"
+    (root / "sub" / ".hidden").mkdir(parents=True)
+    (root / "b.txt").write_bytes(b"second\r\n")
+    (root / "a.md").write_text("first é", encoding="utf-8")
+    (root / "c.jsonl").write_text('{"text": "third"}\n\n{"text": ""}\n{"text": "fourth", "x": 1}\n')
+    (root / "sub" / "d.py").write_text("fifth")
+    (root / "empty.txt").touch()
+    (root / "image.png").write_bytes(b"\x89PNG\xff")
+    (root / "tokens.bin").write_bytes(b"a\0b\0")
+    (root / ".secret").write_text("hidden")
+    (root / "sub" / ".hidden" / "e.txt").write_text("hidden")
+    return root
+
+
+@pytest.fixture(scope="session")
+def bpe(tmp_path_factory):
+    """A small byte-level BPE tokenizer.json."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(["the stick is broken and the rest of the stick is left"] * 9, trainer)
+    path = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
+    tokenizer.save(str(path))
+    return str(path)
+
+
+# Tokenizers
+
+
+@settings(deadline=None)
+@given(st.text())
+def test_bytes_round_trip(text):
+    tokenizer = ByteTokenizer()
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode([*ids, EOT]) == text
+    assert tokenizer.count_bytes([*ids, EOT]) == len(text.encode())
+
+
+@given(st.lists(st.integers(0, 300)))
+def test_streamed_bytes_are_the_decoded_text(ids):
+    stream = StreamDecoder(ByteTokenizer())
+    assert "".join(map(stream.feed, ids)) + stream.flush() == ByteTokenizer().decode(ids)
+
+
+@pytest.mark.parametrize("text", ["the stick", "né 漢字 🙂 end", "", "<|endoftext|> is written out"])
+def test_huggingface_round_trip(bpe, text):
+    tokenizer = load_tokenizer(bpe)
+    ids = tokenizer.encode(text)
+    assert tokenizer.vocab_size > 256 and ids.dtype == np.uint16
+    assert tokenizer.eot not in ids, "a text must not forge the end of its document"
+    assert tokenizer.decode([*ids, tokenizer.eot]) == text
+    assert tokenizer.count_bytes(ids) == len(text.encode())
+    stream = StreamDecoder(tokenizer)
+    assert "".join(map(stream.feed, ids)) + stream.flush() == text
+
+
+def test_a_broken_character_is_streamed_in_the_end(bpe):
+    tokenizer = load_tokenizer(bpe)
+    stream = StreamDecoder(tokenizer)
+    assert [stream.feed(i) for i in tokenizer.encode("🙂")[:2]] == ["", ""]
+    assert "\ufffd" in stream.flush()
+
+
+def test_token_dtype():
+    assert [token_dtype(v).itemsize for v in (256, 257, 2**16, 2**16 + 1)] == [1, 2, 2, 4]
+
+
+def test_missing_tokenizers_package_names_the_extra(bpe, monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name == "tokenizers":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ValueError, match=r"stickjax\[hf\]"):
+        load_tokenizer(bpe)
+
+
+def test_bad_tokenizer_files(tmp_path, bpe):
+    with pytest.raises(ValueError, match="neither 'byte' nor a readable"):
+        load_tokenizer(str(tmp_path / "none.json"))
+    (tmp_path / "bad.json").write_text("{}")
+    with pytest.raises(ValueError, match="not a tokenizer.json"):
+        load_tokenizer(str(tmp_path / "bad.json"))
+    with open(bpe) as file:
+        (tmp_path / "endless.json").write_text(file.read().replace("<|endoftext|>", "<|other|>"))
+    with pytest.raises(ValueError, match="no end of text"):
+        load_tokenizer(str(tmp_path / "endless.json"))
+
+
+# Sources
+
+
+def test_folder_is_read_in_order_without_hidden_and_binary_files(folder, caplog):
+    assert list(text_documents(str(folder))) == ["first é", "second\r\n", "third", "fourth", "fifth"]
+    assert "left out 2 files" in caplog.text
+
+
+def test_stdlib_split():
+    train, heldout = load_corpus(DataConfig(heldout_every=10))
+    again, _ = load_corpus(DataConfig(heldout_every=10))
+    assert train.hash == again.hash != heldout.hash and len(train.hash) == 16
+    assert train.tokens.dtype == np.uint16 and train.tokens[-1] == EOT
+    assert train.bytes + train.documents == len(train.tokens)
+    assert train.documents == (train.tokens == EOT).sum() > 8 * heldout.documents
+    assert heldout.summary().startswith("stdlib: ") and "\n" not in heldout.summary()
+    text = train.tokenizer.decode(train.tokens) + heldout.tokenizer.decode(heldout.tokens)
+    assert "class OrderedDict(" in text and "class JSONDecoder(" in text
+    for absent in ("build_time_vars = {", "please don't muck it up", "class CommonTest(", "GB18030"):
+        assert absent not in text, f"{absent}: no library source"
+
+
+def documents_of(corpus: Corpus) -> list[str]:
+    ends = np.flatnonzero(corpus.tokens == EOT)
+    return [corpus.tokenizer.decode(part) for part in np.split(corpus.tokens, ends + 1) if len(part)]
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(2, 30), st.integers(2, 12))
+def test_held_out_documents_are_disjoint_and_nothing_is_lost(tmp_path_factory, documents, every):
+    path = tmp_path_factory.mktemp("jsonl") / "x.jsonl"
+    path.write_text("".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(documents)))
+    tokenize(str(path), str(path.with_name("t")))
+    for source, name in (("text", "x.jsonl"), ("tokens", "t")):
+        parts = load_corpus(DataConfig(source=source, path=str(path.with_name(name)), heldout_every=every))
+        train, heldout = map(documents_of, parts)
+        assert train and heldout
+        assert sorted(train + heldout) == sorted(f"document {i}" for i in range(documents))
+        assert [c.documents for c in parts] == [len(train), len(heldout)]
+        if source == "text":
+            assert heldout == [f"document {i}" for i in range(0, documents, every)]
+
+
+def test_one_document_is_cut_in_two(tmp_path):
+    path = tmp_path / "one.txt"
+    path.write_text("x" * 99)
+    tokenize(str(path), str(tmp_path / "one"))
+    for source, name in (("text", "one.txt"), ("tokens", "one")):
+        train, heldout = load_corpus(DataConfig(source=source, path=str(tmp_path / name), heldout_every=4))
+        assert (len(train.tokens), len(heldout.tokens)) == (75, 25)
+        assert train.documents == heldout.documents == 1 and train.hash != heldout.hash
+
+
+def test_heldout_path(folder, tmp_path):
+    (tmp_path / "held.txt").write_text("held")
+    train, heldout = load_corpus(DataConfig(source="text", path=str(folder), heldout_path=str(tmp_path / "held.txt")))
+    assert train.documents == 5 and documents_of(heldout) == ["held"] and heldout.bytes == 4
+
+
+# Token files
+
+
+def test_token_file_equals_the_text(folder, tmp_path, capsys):
+    out = str(tmp_path / "t")
+    data.main(["tokenize", str(folder), out])
+    assert "5 documents" in capsys.readouterr().out
+    for path in (out, out + ".bin", out + ".json"):
+        train, heldout = load_corpus(DataConfig(source="tokens", path=path, heldout_path=path))
+        assert isinstance(train.tokens, np.memmap)
+    text, _ = load_corpus(DataConfig(source="text", path=str(folder), heldout_path=str(folder)))
+    assert np.array_equal(train.tokens, text.tokens)
+    assert (train.hash, train.documents, train.bytes) == (text.hash, text.documents, text.bytes)
+    part, _ = load_corpus(DataConfig(source="tokens", path=out))
+    assert np.shares_memory(part.tokens, part.tokens.base), "the parts stay views of the file"
+    assert sorted(os.listdir(tmp_path)) == ["t.bin", "t.json", "texts"]
+
+
+def test_token_file_of_a_huggingface_tokenizer(bpe, folder, tmp_path):
+    meta = tokenize(str(folder), str(tmp_path / "t"), bpe)
+    assert meta["tokenizer"].startswith("hf:")
+    train, heldout = load_corpus(DataConfig(source="tokens", path=str(tmp_path / "t"), tokenizer=bpe, heldout_every=5))
+    assert train.tokenizer.decode(heldout.tokens) == "fifth"
+    with pytest.raises(ValueError, match="was made by tokenizer 'hf:.*data.tokenizer is 'byte'"):
+        load_corpus(DataConfig(source="tokens", path=str(tmp_path / "t")))
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path):
+    (tmp_path / "long.txt").write_text("x" * 100_000)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # writing beyond fails as on a full disk
+    try:
+        with pytest.raises(ValueError, match="cannot write .*t.bin: File too large"):
+            tokenize(str(tmp_path / "long.txt"), str(tmp_path / "t"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert os.listdir(tmp_path) == ["long.txt"]
+
+
+def test_the_command_prints_one_line_for_bad_input(tmp_path):
+    command = [sys.executable, "-m", "stickjax.data", "tokenize", str(tmp_path / "none"), str(tmp_path / "t")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == f"error: SOURCE={str(tmp_path / 'none')!r} does not exist\n"
+    with pytest.raises(SystemExit, match="cannot write .*No such file"):
+        data.main(["tokenize", __file__, str(tmp_path / "no" / "folder")])
+
+
+def spoil(meta=None, **changes):
+    """An edit of a token file: changes to its json, or the number of bytes to keep."""
+    return lambda folder: (folder / "t.json").write_text(
+        meta or json.dumps(json.loads((folder / "t.json").read_text()) | changes)
+    )
+
+
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        (lambda folder: os.truncate(folder / "t.bin", 7), "has 7 bytes instead of num_tokens=22 times 2"),
+        (lambda folder: (folder / "t.json").unlink(), "no .*t.json; make it by"),
+        (lambda folder: (folder / "t.bin").write_bytes(b"\xff" * 44), "token 65535 is outside vocab_size=257"),
+        (spoil("{"), "does not describe a token file"),
+        (spoil("[]"), "does not describe a token file"),
+        (spoil(version=9), "version 9"),
+        (spoil(dtype="<u4"), "dtype <u4 does not follow from vocab_size=257"),
+        (spoil(vocab_size=300), "with vocab_size=300"),
+    ],
+)
+def test_bad_token_files(tmp_path, edit, message):
+    (tmp_path / "x.jsonl").write_text('{"text": "one two tri"}\n{"text": "four five"}')
+    tokenize(str(tmp_path / "x.jsonl"), str(tmp_path / "t"))
+    edit(tmp_path)
+    with pytest.raises(ValueError, match=message) as error:
+        load_corpus(DataConfig(source="tokens", path=str(tmp_path / "t")))
+    assert "data.path=" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("none.txt", None, "data.path='.*none.txt' does not exist"),
+        ("empty.txt", b"", "data.path=.* holds no text"),
+        ("latin.txt", "né".encode("latin-1"), "latin.txt' is not UTF-8 text: .* at byte 1"),
+        ("x.jsonl", b'{"text": "a"}\n\n{"body": "b"}', r"x.jsonl:3: no text in the field data.text_field='text'"),
+        ("x.jsonl", b'{"text": 3}', "x.jsonl:1: no text"),
+        ("x.jsonl", b'["text"]', "x.jsonl:1: no text"),
+        ("x.jsonl", b'{"text": "a"}\n{"text"', "x.jsonl:2: not a line of JSON"),
+        ("x.jsonl", b'{"text": "\xff"}', "x.jsonl:1: not a line of JSON"),
+        ("x.jsonl", b'{"text": "\\ud800"}', "x.jsonl:1: half a surrogate pair"),
+    ],
+)
+def test_bad_text(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        load_corpus(DataConfig(source="text", path=str(tmp_path / name)))
+    assert "\n" not in str(error.value)
+
+
+def test_empty_folders_and_unreadable_files(tmp_path, folder, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="data.path=.* holds no text"):
+        load_corpus(DataConfig(source="text", path=str(tmp_path / "empty")))
+    with pytest.raises(ValueError, match="data.heldout_path='no' does not exist"):
+        load_corpus(DataConfig(source="text", path=str(folder), heldout_path="no"))
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(folder), "open", refuse)
+    with pytest.raises(ValueError, match="cannot read .*a.md: Permission denied"):
+        load_corpus(DataConfig(source="text", path=str(folder)))
+
+
+# Batches
+
+
+@given(st.lists(st.lists(st.integers(0, 255), max_size=9), min_size=1, max_size=20), st.integers(1, 12))
+def test_batch_properties(documents, T):
+    stream = np.array([token for d in documents for token in [*d, EOT]])
+    stream = stream[: (len(stream) - 1) // T * T + 1]
+    if len(stream) <= T:
+        return
+    windows = np.stack([stream[i : i + T + 1] for i in range(0, len(stream) - T, T)])
+    batch = make_batch(windows, EOT)
+    assert all(a.shape == (len(windows), T) for a in batch.values())
+    assert [str(a.dtype) for a in batch.values()] == ["int32", "int32", "int32", "bool"]
+    assert np.array_equal(batch["tokens"].ravel(), stream[:-1])
+    assert np.array_equal(batch["targets"].ravel(), stream[1:])
+    assert np.array_equal(batch["loss_mask"], batch["tokens"] != EOT)
+    steps = np.diff(batch["segment_ids"], axis=1)
+    assert (batch["segment_ids"][:, 0] == 0).all() and ((steps == 0) | (steps == 1)).all()
+    assert np.array_equal(steps == 1, ~batch["loss_mask"][:, :-1]), "a document ends with its end of text"
+
+
+CONFIG = DataConfig(T=8, B=4, seed=3)
+
+
+def take(iterator, n):
+    return [next(iterator) for _ in range(n)]
+
+
+def assert_same(here, there):
+    assert len(here) == len(there)
+    for a, b in zip(here, there, strict=True):
+        assert a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+
+
+def starts(batches):
+    return np.concatenate([batch["tokens"][:, 0] for batch in batches])
+
+
+def test_every_epoch_is_a_new_order_of_all_windows():
+    corpus = counting(8 * 20 + 5)  # 20 windows: 5 steps an epoch
+    first, second = np.split(starts(take(train_loader(corpus, CONFIG), 10)), 2)
+    assert sorted(first) == sorted(second) == list(range(1000, 1160, 8))
+    assert not np.array_equal(first, second)
+    assert_same(take(train_loader(corpus, CONFIG), 10), take(train_loader(corpus, CONFIG), 10))
+    neighbour = starts(take(train_loader(corpus, DataConfig(T=8, B=4, seed=4)), 5))
+    assert not np.array_equal(neighbour, first) and not np.array_equal(neighbour, second)
+
+
+def test_an_epoch_need_not_be_a_multiple_of_the_batch():
+    drawn = starts(take(train_loader(counting(8 * 7 + 1), CONFIG), 7))  # 28 = 4 epochs of 7
+    assert all(sorted(epoch) == list(range(1000, 1056, 8)) for epoch in np.split(drawn, 4))
+
+
+@pytest.mark.parametrize("process_count", [2, 4])
+def test_processes_share_the_global_batch(process_count):
+    corpus = counting(8 * 23 + 1)
+    whole = take(train_loader(corpus, CONFIG), 15)
+    shares = [
+        take(train_loader(corpus, CONFIG, process_index=p, process_count=process_count), 15)
+        for p in range(process_count)
+    ]
+    joined = [{k: np.concatenate([share[k] for share in step]) for k in step[0]} for step in zip(*shares, strict=True)]
+    assert_same(whole, joined)
+
+
+def test_resume_is_exact_and_does_not_depend_on_the_number_of_processes():
+    corpus = counting(8 * 23 + 1)
+    iterator = train_loader(corpus, CONFIG)
+    take(iterator, 5)
+    state = json.dumps(iterator.get_state())
+    assert len(state) < 100
+    rest = take(iterator, 5)
+    resumed = train_loader(corpus, CONFIG)
+    resumed.set_state(json.loads(state))
+    assert_same(take(resumed, 5), rest)
+    assert resumed.get_state() == iterator.get_state()
+    second = train_loader(corpus, CONFIG, process_index=1, process_count=2)
+    second.set_state(json.loads(state))
+    assert_same(take(second, 5), [{k: a[2:] for k, a in batch.items()} for batch in rest])
+
+
+def test_resume_reads_nothing_it_skips():
+    class Counting(np.ndarray):
+        reads = 0
+
+        def __getitem__(self, index):
+            Counting.reads += 1
+            return np.asarray(self).__getitem__(index)
+
+    corpus = counting(8 * 23 + 1)
+    object.__setattr__(corpus, "tokens", corpus.tokens.view(Counting))
+    iterator = train_loader(corpus, CONFIG)
+    iterator.set_state({"next_index": 10**9})
+    next(iterator)
+    assert Counting.reads <= 4 * (1 + 2), "one batch and those read ahead"
+
+
+def test_loader_reads_a_token_file(tmp_path):
+    tokenize(__file__, str(tmp_path / "t"))
+    train, _ = load_corpus(DataConfig(source="tokens", path=str(tmp_path / "t")))
+    batch = next(train_loader(train, DataConfig(T=32, B=2)))
+    assert train.tokenizer.decode(batch["tokens"][0]) in Path(__file__).read_text()
+
+
+def test_bad_loaders():
+    with pytest.raises(ValueError, match="T=8 needs 9 tokens, but memory has 8 to train on"):
+        train_loader(counting(8), CONFIG)
+    with pytest.raises(ValueError, match="B=4 sequences must be a multiple of process_count=3"):
+        train_loader(counting(99), CONFIG, process_count=3)
+    with pytest.raises(ValueError, match="process_index=2 must be in 0..1"):
+        train_loader(counting(99), CONFIG, process_index=2, process_count=2)
+
+
+# Evaluation windows
+
+
+def test_windows_stay_inside_documents_and_share_their_targets():
+    corpus = corpus_of(10, 33, 100, 16, 17, 64)  # windows of 17: 0, 2, 6, 0, 1, 3
+    windows = heldout_windows(corpus, 4, lengths=(1, 2, 4))
+    assert windows.tokens.shape == (12, 17) and windows.tokens.dtype == np.int32
+    assert (windows.tokens[:, :-1] != EOT).all() and (np.ptp(windows.tokens[:, :-1], axis=1) == 0).all()
+    for m in (1, 2, 4):
+        pieces = windows.pieces(m)
+        assert pieces.shape == (12 * 4 // m, 4 * m + 1)
+        assert np.array_equal(pieces[:, 1:].ravel(), windows.tokens[:, 1:].ravel())
+    assert windows.bytes == (windows.tokens[:, 1:] != EOT).sum() == 12 * 16 - 2
+
+
+def test_windows_are_spread_over_documents():
+    corpus = corpus_of(100, 100, 10, 100, 17)
+    windows = heldout_windows(corpus, 4, lengths=(4,), max_tokens=6 * 16)
+    assert sorted(windows.tokens[:, 0])[:1] == [0] and len(windows.tokens) == 6
+    per_document = np.bincount(windows.tokens[:, 0], minlength=5)
+    assert per_document[[2, 4]].tolist() == [0, 1] and sorted(per_document[[0, 1, 3]]) == [1, 2, 2]
+    assert np.array_equal(windows.tokens, heldout_windows(corpus, 4, lengths=(4,), max_tokens=6 * 16).tokens)
+    assert len(heldout_windows(corpus, 4, lengths=(4,), max_tokens=1).tokens) == 1
+
+
+def test_bytes_of_subword_targets(bpe):
+    tokenizer = load_tokenizer(bpe)
+    text = "the stick is left "
+    tokens = np.append(tokenizer.encode(text * 4), tokenizer.eot)
+    T = len(tokens) - 1
+    corpus = Corpus(tokens, tokenizer, "memory", 1, 0, "0" * 16)
+    windows = heldout_windows(corpus, T, lengths=(1,))
+    assert windows.bytes == len(text * 4) - len(tokenizer.decode(tokens[:1]))
+
+
+def test_bad_windows():
+    with pytest.raises(ValueError, match=r"holds 8 \* T \+ 1 = 33 tokens \(T=4, .*the longest has 20"):
+        heldout_windows(corpus_of(9, 20), 4)
+    with pytest.raises(ValueError, match="3 does not divide 8"):
+        heldout_windows(corpus_of(99), 4, lengths=(3, 8))
+    with pytest.raises(ValueError, match="m=3 must divide the largest length M=4"):
+        heldout_windows(corpus_of(99), 4, lengths=(4,)).pieces(3)

@@ -1,0 +1,505 @@
+"""The Power schedule against the numbers of its specification, its seven traps, and muP against an AdamW by hand."""
+
+import doctest
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stickjax import optim
+from stickjax.config import Config
+from stickjax.optim import (
+    TokenCount,
+    label_of,
+    label_tree,
+    make_optimizer,
+    make_schedule,
+    power_by_tokens,
+    power_schedule,
+    scale_by_tokens,
+    wsd_by_tokens,
+    wsd_schedule,
+)
+
+DECAYS = list(optim.DECAYS)
+STEP = 10**6  # tokens: every golden value lies on a step
+LARGE = dict(
+    tokens_per_step=STEP,
+    batch_size=1024,
+    warmup_tokens=10**9,
+    total_tokens=1250 * 10**9,
+    decay_tokens=250 * 10**9,
+)
+SMALL = dict(
+    tokens_per_step=STEP, batch_size=128, warmup_tokens=10**9, total_tokens=32 * 10**9, decay_tokens=32 * 10**8
+)
+GOLDEN_LARGE = {
+    0: 0.0, 5e8: 0.01, 1e9: 0.02, 2.5e10: 0.02, 3e10: 0.018579247, 1e11: 0.010054488, 5e11: 0.004424714,
+    1e12: 0.003107134, 1.0625e12: 0.002019848, 1.125e12: 0.001173069, 1.1875e12: 0.000513597, 1.25e12: 0.0,
+}  # fmt: skip
+GOLDEN_SMALL = {
+    5e8: 0.006580213, 1e9: 0.013160426, 2e9: 0.009241547, 1e10: 0.004066961, 2.88e10: 0.002371263, 3.2e10: 0.0,
+}  # fmt: skip
+HALF_DIGIT = 5e-10  # the golden values are printed with nine decimals
+
+
+def place_in_decay(decay) -> float:
+    """float32 knows n to 6e-8 of N, so x to 6e-7; sqrt x is infinitely steep at 0 and knows it to the root of that."""
+    return 8e-4 if decay == "sqrt" else 2e-6
+
+
+def steps(tokens) -> int:
+    return round(tokens / STEP)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("tokens", GOLDEN_LARGE)
+def test_golden_values_of_the_large_batch(tokens, jit):
+    schedule = power_schedule(**LARGE)
+    value = (jax.jit(schedule) if jit else schedule)(steps(tokens))
+    np.testing.assert_allclose(value, GOLDEN_LARGE[tokens], rtol=3e-7, atol=HALF_DIGIT)
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("tokens", GOLDEN_SMALL)
+def test_golden_values_of_the_small_batch(tokens, decay):
+    value = power_schedule(**SMALL, decay=decay)(steps(tokens))
+    np.testing.assert_allclose(value, GOLDEN_SMALL[tokens], rtol=3e-7, atol=HALF_DIGIT)
+
+
+@pytest.mark.parametrize("decay, golden", [("exponential", 0.000895248), ("linear", 0.001185632)])
+def test_golden_values_half_way_through_the_decay(decay, golden):
+    value = power_schedule(**SMALL, decay=decay)(steps(3.04e10))
+    np.testing.assert_allclose(value, golden, rtol=3e-7, atol=HALF_DIGIT)
+
+
+@pytest.mark.parametrize(
+    "beta, end, unit",
+    [
+        (16, 7.46e6, 1e4), (32, 2.905e7, 1e4), (64, 1.131e8, 1e5), (128, 4.402e8, 1e5), (256, 1.713e9, 1e6),
+        (512, 6.67e9, 1e7), (1024, 2.596e10, 1e7), (2048, 1.011e11, 1e8), (4096, 3.934e11, 1e8),
+    ],
+)  # fmt: skip
+def test_the_cap_ends_where_the_table_says(beta, end, unit):
+    rate = power_by_tokens(warmup_tokens=0)
+    assert rate(end - unit, beta) == np.float32(0.02)
+    assert rate(end + unit, beta) < np.float32(0.02)
+    np.testing.assert_allclose((0.02 / (beta * 4)) ** (1 / -0.51), end, atol=unit / 2)
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("ratio", [0.0, 0.1])
+def test_against_the_equations_in_float64(decay, ratio):
+    shapes = {
+        "exponential": lambda x: (1 - ratio) * math.e / (math.e - 1) * np.exp(-x) + (ratio * math.e - 1) / (math.e - 1),
+        "linear": lambda x: 1 + (ratio - 1) * x,
+        "sqrt": lambda x: 1 + (ratio - 1) * np.sqrt(x),
+        "cosine": lambda x: ratio + (1 - ratio) * (1 + np.cos(np.pi * x)) / 2,
+    }
+    n = np.linspace(0, 32e9, 641)
+    law = lambda n: np.minimum(0.02, 128 * 4 * n**-0.51)  # noqa: E731
+    begin = 32e9 - 32e8
+    expected = np.where(n < 1e9, n / 1e9 * law(1e9), law(np.clip(n, 1e9, begin)))
+    expected = np.where(n > begin, shapes[decay](np.maximum(n - begin, 0) / 32e8) * law(begin), expected)
+    value = power_schedule(**SMALL, decay=decay, end_ratio=ratio)(n / STEP)
+    stable = n < begin
+    np.testing.assert_allclose(value[stable], expected[stable], rtol=3e-7)
+    np.testing.assert_allclose(value[~stable], expected[~stable], rtol=0, atol=place_in_decay(decay) * law(begin))
+
+
+# The traps of the specification, in its order.
+
+
+def test_trap_1_tokens_of_a_long_run_do_not_overflow():
+    schedule = jax.jit(power_schedule(tokens_per_step=1024 * 4096, warmup_tokens=10**9))
+    for count in (511, 512, 513, 10**5, 10**6):
+        n = count * 1024 * 4096
+        expected = min(0.02, 4096 * max(n, 10**9) ** -0.51)
+        np.testing.assert_allclose(schedule(jnp.int32(count)), expected, rtol=3e-7)
+
+
+def test_trap_1_tokens_are_not_accumulated_in_float32():
+    tx = scale_by_tokens(wsd_by_tokens(warmup_tokens=0), start_tokens=2**24)
+    state = tx.init(())
+    for _ in range(3):  # 2^24 + 1 is no float32: such a sum would stand still
+        _, state = tx.update((), state, tokens=1)
+    assert int(state.tokens) == 2**24 + 3
+
+
+def test_trap_2_tokens_count_from_the_start_of_the_warmup():
+    short = power_schedule(tokens_per_step=STEP, batch_size=128, warmup_tokens=STEP)
+    long = power_schedule(tokens_per_step=STEP, batch_size=128, warmup_tokens=10**9)
+    assert long(2000) == short(2000)
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 10**9])
+def test_trap_3_no_negative_power_of_zero(warmup):
+    value, slope = jax.value_and_grad(power_by_tokens(warmup_tokens=warmup))(0.0, 128.0)
+    assert value == (0.0 if warmup else np.float32(0.02)) and np.isfinite(slope)
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("ratio", [0.0, 0.25])
+def test_trap_4_the_decay_stays_at_its_end(decay, ratio):
+    schedule = power_schedule(**LARGE, decay=decay, end_ratio=ratio)
+    end = steps(1.25e12)
+    for count in (end, end + 1, 2 * end):
+        np.testing.assert_allclose(schedule(count), ratio * 0.003107134, rtol=3e-7)
+
+
+@pytest.mark.parametrize("count", [7, np.int64(7), np.float64(7), "int32"])
+def test_trap_5_the_learning_rate_is_a_strong_float32(count, x64):
+    count = jnp.int32(7) if isinstance(count, str) else count
+    decaying = dict(tokens_per_step=8, total_tokens=80, decay_tokens=30, max_value=np.float64(0.1))
+    for schedule in (
+        power_schedule(tokens_per_step=8, warmup_tokens=0),
+        power_schedule(warmup_tokens=0, **decaying),
+        wsd_schedule(tokens_per_step=8, warmup_tokens=0),
+        wsd_schedule(warmup_tokens=20, **decaying),
+    ):
+        value = schedule(count)
+        assert value.dtype == jnp.float32 and not value.weak_type
+        assert (value * jnp.ones((), jnp.bfloat16)).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_trap_5_parameters_keep_their_type(dtype):
+    params = {"attention": {"query": jnp.ones((2, 2), dtype)}, "norm": {"scale": jnp.ones(2, dtype)}}
+    grads = jax.tree.map(lambda p: p * 1e-6, params)  # its square is no float16
+    tx = make_optimizer(Config(), params)
+    updates, state = tx.update(grads, tx.init(params), params)
+    for leaf in jax.tree.leaves(optax.apply_updates(params, updates)):
+        assert leaf.dtype == dtype and np.isfinite(leaf.astype(jnp.float32)).all()
+    assert {leaf.dtype for leaf in jax.tree.leaves(optax.tree.get(state, "nu"))} == {jnp.dtype("float32")}
+
+
+def test_trap_6_the_batch_size_changes_on_the_way():
+    rate = power_by_tokens(warmup_tokens=10**6)
+    tx = scale_by_tokens(rate)
+    state, n = tx.init(()), 0
+    for beta in [256] * 3 + [64] * 3:
+        _, state = tx.update((), state, tokens=beta * 4096)
+        np.testing.assert_allclose(state.learning_rate, rate(n, beta), rtol=1e-7)
+        n += beta * 4096
+    assert int(state.tokens) == n
+    # By steps the same is said by hand: the second phase starts where the first ended.
+    resumed = power_schedule(tokens_per_step=64 * 4096, warmup_tokens=10**6, start_tokens=3 * 256 * 4096)
+    np.testing.assert_allclose(resumed(2), state.learning_rate, rtol=1e-7)
+
+
+def test_trap_7_short_sequences_count_as_parts_of_4096_tokens():
+    tokens = 512 * 1024  # 512 sequences of 1024 tokens are 128 of 4096
+    law = dict(tokens_per_step=tokens, warmup_tokens=10**6)
+    assert power_schedule(**law)(10**4) == power_schedule(**law, batch_size=128)(10**4)
+    assert power_schedule(**law)(10**4) < power_schedule(**law, batch_size=512)(10**4)
+    fixed = scale_by_tokens(power_by_tokens(warmup_tokens=1), batch_size=16, start_tokens=10**9)
+    _, state = fixed.update((), fixed.init(()), tokens=tokens)
+    np.testing.assert_allclose(state.learning_rate, 64 * 1e9**-0.51, rtol=3e-7)
+
+
+# Shape.
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("schedule", [power_by_tokens, wsd_by_tokens])
+def test_continuous_where_the_parts_meet(schedule, decay):
+    rate = schedule(warmup_tokens=10**6, total_tokens=10**8, decay_tokens=10**7, decay=decay)
+    for n in (10**6, 9 * 10**7):
+        before, after = rate(n - 8.0, 4), rate(n + 8.0, 4)
+        np.testing.assert_allclose(before, after, rtol=2e-3 if decay == "sqrt" else 3e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    beta=st.integers(1, 4096),
+    warmup=st.integers(0, 10**10),
+    stable=st.integers(0, 10**12),
+    decay_tokens=st.integers(0, 10**11),
+    decay=st.sampled_from(DECAYS),
+    ratio=st.floats(0, 1),
+)
+def test_rises_in_the_warmup_and_never_again(beta, warmup, stable, decay_tokens, decay, ratio):
+    total = warmup + stable + decay_tokens
+    rate = power_by_tokens(
+        warmup_tokens=warmup, total_tokens=total, decay_tokens=decay_tokens, decay=decay, end_ratio=ratio
+    )
+    up = np.asarray(rate(np.linspace(0, warmup, 50), beta))
+    down = np.asarray(rate(np.linspace(warmup, 1.1 * total, 200), beta))
+    slack = 1e-6 * down[0]
+    assert (np.diff(up) >= -slack).all() and (np.diff(down) <= slack).all()
+    assert (up >= 0).all() and (down >= 0).all() and max(up.max(), down.max()) <= np.float32(0.02)
+
+
+@pytest.mark.parametrize("schedule", [power_schedule(**LARGE), make_schedule(Config())])
+def test_jit_vmap_and_scan(schedule):
+    counts = jnp.arange(0, 1_300_000, 50_000)
+    _, scanned = jax.lax.scan(lambda c, n: (c, schedule(n)), 0, counts)
+    np.testing.assert_allclose(scanned, schedule(counts), rtol=3e-7, atol=1e-12)
+    np.testing.assert_allclose(scanned, jax.jit(jax.vmap(schedule))(counts), rtol=3e-7, atol=1e-12)
+
+
+@settings(max_examples=20, deadline=None)
+@given(done=st.integers(0, 10**6), count=st.integers(0, 10**5))
+def test_start_tokens_resume_a_run(done, count):
+    whole = power_schedule(tokens_per_step=2**20, warmup_tokens=10**9)
+    resumed = power_schedule(tokens_per_step=2**20, warmup_tokens=10**9, start_tokens=done * 2**20)
+    np.testing.assert_allclose(resumed(count), whole(done + count), rtol=3e-7)
+
+
+def test_wsd():
+    rate = wsd_schedule(
+        tokens_per_step=10, warmup_tokens=100, total_tokens=1000, decay_tokens=200, max_value=0.5, end_ratio=0.1
+    )
+    np.testing.assert_allclose([rate(0), rate(5), rate(10), rate(80), rate(100)], [0, 0.25, 0.5, 0.5, 0.05], rtol=1e-6)
+    assert wsd_by_tokens(warmup_tokens=0)(10**13, 0) == 0  # a step of no tokens, not a NaN
+
+
+def test_make_schedule_reads_the_config():
+    config = Config().replace({"optim.warmup_tokens": 4096 * 10, "data.B": 16, "data.T": 256, "train.steps": 100})
+
+    def at(schedule, *counts, **changes):
+        schedule = make_schedule(config.replace({"optim.schedule": schedule, "optim.peak_lr": 0.01} | changes))
+        return [float(schedule(count)) for count in counts]
+
+    law = min(0.01, 4 * (4096 * 50) ** -0.51)
+    ends = {"optim.decay_tokens": 4096 * 50}
+    assert at("constant", 0, 5, 50, 200) == pytest.approx([0, 0.005, 0.01, 0.01])
+    assert at("cosine", 0, 10, 55, 100, 200) == pytest.approx([0, 0.01, 0.005, 0, 0], abs=1e-8)
+    assert at("wsd", 50, 100) == pytest.approx([0.01, 0.01])
+    assert at("wsd", 50, 75, 100, **ends, **{"optim.decay": "linear"}) == pytest.approx([0.01, 0.005, 0], abs=1e-8)
+    assert at("power", 5, 50, 200) == pytest.approx([min(0.01, 4 * 40960**-0.51) / 2, law, 4 * (4096 * 200) ** -0.51])
+    assert at("power", 50, 100, **ends, **{"optim.end_ratio": 0.5}) == pytest.approx([law, law / 2])
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(tokens_per_step=0), "tokens_per_step=0"),
+        (dict(tokens_per_step=math.nan), "tokens_per_step=nan"),
+        (dict(batch_size=-1), "batch_size=-1"),
+        (dict(start_tokens=-1), "start_tokens=-1"),
+        (dict(warmup_tokens=-1), "warmup_tokens=-1"),
+        (dict(warmup_tokens=math.nan), "warmup_tokens=nan"),
+        (dict(decay_tokens=-5), "decay_tokens=-5"),
+        (dict(decay_tokens=5), "needs total_tokens"),
+        (dict(decay_tokens=50, warmup_tokens=60, total_tokens=100), "do not fit into total_tokens=100"),
+        (dict(total_tokens=math.nan), "total_tokens=nan"),
+        (dict(total_tokens=-1), "total_tokens=-1"),
+        (dict(decay="exponental"), "did you mean 'exponential'"),
+        (dict(max_value=0), "max_value=0"),
+        (dict(a=-1), "a=-1"),
+        (dict(b=math.nan), "b=nan"),
+        (dict(end_ratio=1.5), "end_ratio=1.5"),
+        (dict(end_ratio=math.nan), "end_ratio=nan"),
+    ],
+)
+def test_errors(changes, message):
+    with pytest.raises(ValueError, match=message) as error:
+        power_schedule(**dict(tokens_per_step=1, warmup_tokens=0) | changes)
+    assert "\n" not in str(error.value)
+
+
+# The exact count.
+
+
+@settings(max_examples=50, deadline=None)
+@given(start=st.integers(0, 2**63), step=st.integers(0, 2**33))
+def test_token_count_is_exact(start, step):
+    total = TokenCount.of(start) + TokenCount.of(step)
+    assert int(total) == start + step
+    np.testing.assert_allclose(total.float32(), start + step, rtol=1.2e-7)
+
+
+def test_token_count_passes_2_31_in_jit():
+    tx = scale_by_tokens(power_by_tokens(warmup_tokens=1, a=1))
+
+    def body(state, tokens):
+        _, state = tx.update((), state, tokens=tokens)
+        return state, state.learning_rate
+
+    tokens = np.full(3000, 1024 * 4096 + 1, np.int32)
+    state, rates = jax.jit(lambda state: jax.lax.scan(body, state, tokens))(tx.init(()))
+    assert int(state.tokens) == tokens.astype(np.int64).sum() > 2**33
+    n = tokens.astype(np.int64).cumsum()[:-1]
+    np.testing.assert_allclose(rates[1:], np.minimum(0.02, tokens[1:] / 4096 * n**-0.51), rtol=3e-7)
+
+
+@pytest.mark.parametrize("tokens, message", [(None, "missing"), (-1, "tokens=-1"), (4096.0, "integer"), (2**64, "2")])
+def test_token_errors(tokens, message):
+    tx = scale_by_tokens(power_by_tokens(warmup_tokens=0))
+    with pytest.raises(ValueError, match=message):
+        tx.update((), tx.init(()), tokens=tokens)
+    with pytest.raises(ValueError, match="tokens_per_step"):
+        scale_by_tokens(power_by_tokens(warmup_tokens=0), 0)
+
+
+# muP.
+
+
+class Norm(nnx.Module):
+    def __init__(self, *shape):
+        self.scale = nnx.Param(jnp.full(shape, 2.0))
+
+
+class Weights(nnx.Module):
+    def __init__(self, **shapes):
+        for name, shape in shapes.items():
+            setattr(self, name, nnx.Param(jnp.full(shape, 2.0)))
+
+
+class Blocks(nnx.Module):
+    def __init__(self, L=2, D=4):
+        self.norm = Norm(L, D)
+        self.attention = Weights(query=(L, D, 1, D), key=(L, D, 1, D), value=(L, D, 1, D), output=(L, 1, D, D))
+        self.attention.head_bias = nnx.Param(jnp.ones((L, 1, D)))
+        self.router = Weights(weight=(L, D, 3), router_bias=(L, 3))
+        self.experts = Weights(w_in=(L, 3, D, D), w_out=(L, 3, D, D), bias=(L, D))
+
+
+class Model(nnx.Module):
+    def __init__(self):
+        self.embed = Weights(embedding=(5, 4))
+        self.unembed = nnx.Param(jnp.ones((4, 5)))
+        self.blocks = Blocks()
+        self.norm = Norm(4)
+
+
+LABELS = {
+    "embed.embedding": "embedding",
+    "unembed": "embedding",
+    "norm.scale": "vector",
+    "blocks.norm.scale": "vector",
+    "blocks.attention.head_bias": "vector",
+    "blocks.experts.bias": "vector",
+    "blocks.router.router_bias": "frozen",
+} | {
+    f"blocks.{name}": "matrix"
+    for name in (
+        *("attention.query", "attention.key", "attention.value", "attention.output"),
+        *("router.weight", "experts.w_in", "experts.w_out"),
+    )
+}
+
+
+def flat(tree) -> dict:
+    return {jax.tree_util.keystr(p, simple=True, separator=".").removesuffix(".value"): x
+            for p, x in jax.tree_util.tree_leaves_with_path(tree)}  # fmt: skip
+
+
+@pytest.mark.parametrize("view", [lambda m: m, lambda m: jax.eval_shape(lambda: m), nnx.state])
+def test_labels_by_name(view):
+    params = view(Model())
+    labels = label_tree(params)
+    assert jax.tree.structure(labels) == jax.tree.structure(params)
+    assert flat(labels) == LABELS
+
+
+def test_labels_of_plain_dictionaries():
+    assert label_tree({"attention": {"value": 0.0}, "embed": 0.0}) == {
+        "attention": {"value": "matrix"},
+        "embed": "embedding",
+    }
+
+
+def test_unknown_names_are_not_guessed():
+    with pytest.raises(ValueError, match="blocks.attention.qeury.*did you mean 'query'"):
+        label_of(("blocks", "attention", "qeury"))
+    with pytest.raises(ValueError, match="surprise"):
+        make_optimizer(Config(), {"surprise": jnp.ones(2)})
+
+
+def mup_step(model, **changes):
+    """Update of the first step for a gradient of ones, over the learning rate, by name."""
+    changes = {"model.m_width": 4.0, "optim.peak_lr": 1e-3, "optim.schedule": "constant"} | changes
+    tx = make_optimizer(Config().replace(changes), model)
+    update = jax.jit(lambda model: tx.update(jax.tree.map(jnp.ones_like, model), tx.init(model), model))
+    updates, _ = update(model)
+    return {name: -np.unique(np.asarray(x)) / 1e-3 for name, x in flat(updates).items()}
+
+
+@pytest.mark.parametrize("scale_decay", [False, True])
+def test_mup_learning_rates_and_decay_by_numbers(scale_decay):
+    """Adam's first step is the sign of the gradient: 1 + decay * p for every parameter, matrices a quarter of it."""
+    found = mup_step(Model(), **{"optim.scale_decay": scale_decay, "optim.weight_decay": 0.1})
+    matrix = (1 + 0.1 * 2.0 * (4 if scale_decay else 1)) / 4
+    values = {"matrix": matrix, "vector": 1.0, "frozen": 0.0}
+    for name, label in LABELS.items():
+        expected = 1 + 0.1 * (1.0 if name == "unembed" else 2.0) if label == "embedding" else values[label]
+        np.testing.assert_allclose(found[name], [expected], rtol=1e-5, err_msg=name)
+
+
+def test_against_plain_adamw():
+    """With m_width = 1 and nothing but matrices it is optax's AdamW behind a clip."""
+    params = {"w_in": jnp.linspace(-1, 1, 6).reshape(2, 3)}
+    config = Config().replace({"optim.schedule": "constant", "optim.peak_lr": 1e-2})
+    ours = make_optimizer(config, params)
+    theirs = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2, 0.9, 0.95, 1e-10, weight_decay=0.1))
+    a, b = params, params
+    sa, sb = ours.init(params), theirs.init(params)
+    for i in range(5):
+        grads = jax.tree.map(lambda p, i=i: jnp.sin(3 * p + i) * 5, a)
+        ua, sa = ours.update(grads, sa, a)
+        ub, sb = theirs.update(grads, sb, b)
+        a, b = optax.apply_updates(a, ua), optax.apply_updates(b, ub)
+    np.testing.assert_allclose(a["w_in"], b["w_in"], rtol=1e-6)
+
+
+def test_no_clipping():
+    params = {"w_in": jnp.ones(3)}
+    clipped, free = (
+        make_optimizer(Config().replace({"optim.clip": clip, "optim.eps": 1.0}), params) for clip in (1.0, None)
+    )
+    small, large = (tx.update({"w_in": jnp.full(3, 9.0)}, tx.init(params), params)[0] for tx in (clipped, free))
+    assert (jnp.abs(large["w_in"]) > jnp.abs(small["w_in"])).all()
+
+
+def train(config, params, state, count):
+    tx = make_optimizer(config, params)
+    state = tx.init(params) if state is None else state
+
+    def step(carry, _):
+        params, state = carry
+        grads = jax.grad(lambda p: ((p["w_in"] @ p["w_in"].T - 1) ** 2).sum() + (p["norm"]["scale"] ** 2).sum())(params)
+        updates, state = tx.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), optax.tree.get(state, "learning_rate")
+
+    return jax.jit(lambda *carry: jax.lax.scan(step, carry, length=count))(params, state)
+
+
+PARAMS = {"w_in": jnp.linspace(-1, 1, 6).reshape(2, 3), "norm": {"scale": jnp.ones(3)}}
+
+
+def test_a_decay_may_branch_off_any_stable_checkpoint():
+    stable = Config().replace({"train.steps": 10**6, "optim.warmup_tokens": 4096 * 5})
+    branch = stable.replace({"train.steps": 30, "optim.decay_tokens": 4096 * 10})
+    (whole, _), _ = train(branch, PARAMS, None, 30)
+    (params, state), _ = train(stable, PARAMS, None, 20)
+    (params, state), rates = train(branch, params, state, 10)
+    for name, leaf in flat(params).items():
+        np.testing.assert_array_equal(leaf, flat(whole)[name])
+    assert int(optax.tree.get(state, "tokens")) == branch.total_tokens
+    schedule = make_schedule(branch)  # what is logged is what was used
+    np.testing.assert_allclose(rates, schedule(jnp.arange(20, 30)), rtol=3e-7)
+
+
+def test_the_optimizer_follows_the_tokens_of_another_batch():
+    small, large = Config(), Config().replace({"data.B": 64})
+    (params, state), _ = train(small, PARAMS, None, 20)
+    (_, state), rates = train(large, params, state, 2)
+    n = 20 * 4096 + 16384
+    assert int(optax.tree.get(state, "tokens")) == n + 16384
+    np.testing.assert_allclose(rates[1], min(0.02, 16 * n**-0.51), rtol=3e-7)
+    tx = make_optimizer(small, PARAMS)
+    _, state = tx.update(PARAMS, state, PARAMS, tokens=100)
+    assert int(optax.tree.get(state, "tokens")) == n + 16384 + 100
+
+
+def test_examples():
+    result = doctest.testmod(optim)
+    assert result.attempted and not result.failed
