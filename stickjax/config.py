@@ -57,7 +57,7 @@ class ModelConfig:
     k: int = _f(0, "experts chosen per token")
     attention: Literal["stick_breaking", "softmax"] = _f("stick_breaking", "softmax comes with RoPE")
     remainder: Literal["none", "value", "bias"] = _f("none", "what is added for the unbroken rest of the stick")
-    head_norm: bool = _f(False, "RMS normalisation of every head's output, before the output projection")
+    head_norm: bool = _f(False, "normalise every head's output (GroupNorm, a group per head) before the output projection")
     attend_current: bool = _f(False, "let a token attend to itself (stick-breaking only)")
     window: int | None = _f(None, "keys at most this far to the left are attended; None: all")
     skip_below: float | None = _f(None, "skip blocks once log2 of the stick left is below this (stick-breaking only)")
@@ -76,7 +76,7 @@ class ModelConfig:
     m_width: float = _f(1.0, "muP width multiplier: D / 256 by its usual base width")
     m_emb: float = _f(1.0, "multiplier of the embedding output")
     m_res: float = _f(1.0, "multiplier of every residual branch")
-    attention_scale: float | None = _f(None, "multiplier of q.k; None: 1/H with muP (m_width != 1), else 1/sqrt(H)")
+    attention_scale: float | None = _f(None, "multiplier of q.k; None: 1/sqrt(H). muP asks for one that is constant / H")
     logits_scaling: float | None = _f(None, "divisor of the output logits; None: m_width")
     init_std: float = _f(0.1, "standard deviation of the embedding; matrices have init_std / sqrt(m_width)")
     dtype: Literal["float32", "bfloat16", "float16"] = _f("float32", "type of the computation")
@@ -113,9 +113,7 @@ class ModelConfig:
     @property
     def scale(self) -> float:
         """Multiplier of q.k."""
-        if self.attention_scale is not None:
-            return self.attention_scale
-        return 1 / self.H if self.m_width != 1 else 1 / math.sqrt(self.H)
+        return 1 / math.sqrt(self.H) if self.attention_scale is None else self.attention_scale
 
     @classmethod
     def powerlm_1b(cls, **changes) -> "ModelConfig":
@@ -147,7 +145,9 @@ class ModelConfig:
         )
 
 
-_POWER: dict[str, Any] = dict(V=49152, H=64, m_emb=12.0, attention="softmax", dtype="bfloat16", remat="full")
+_POWER: dict[str, Any] = dict(
+    V=49152, H=64, m_emb=12.0, attention="softmax", attention_scale=1 / 64, dtype="bfloat16", remat="full"
+)
 
 
 @dataclass(frozen=True)

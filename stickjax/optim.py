@@ -163,10 +163,8 @@ class TokenCount(NamedTuple):
 
 
 class ScaleByTokensState(NamedTuple):
-    """Tokens trained so far, and the learning rate of the last update (for logs)."""
-
-    tokens: TokenCount
-    learning_rate: jax.Array
+    tokens: TokenCount  # trained so far
+    learning_rate: jax.Array  # of the last update, for logs
 
 
 def scale_by_tokens(schedule: TokenSchedule, tokens_per_step=None, *, batch_size=None, start_tokens=0) -> Transform:
@@ -223,7 +221,7 @@ def make_schedule(config: Config) -> optax.Schedule:
     return _by_steps(make_token_schedule(config), config.data.tokens_per_step)
 
 
-MATRICES = {"query", "key", "value", "output", "w_in", "w_out", "weight"}
+MATRICES = {"query", "key", "value", "output", "router", "w_in", "w_out", "weight"}
 EMBEDDINGS = {"embed", "embedding", "unembed"}
 
 

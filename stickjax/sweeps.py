@@ -20,7 +20,8 @@ def coordinate_check(widths: Iterable[int], make: Callable, *, steps: int = 4, p
     """The size of every activation at initialisation and after each of a few steps, for models of growing width.
 
     Under muP no activation grows or shrinks with the width: |slope| < 0.1 in log2 mean |activation| against
-    log2 width. Without muP some slope exceeds 0.3.
+    log2 width. Without muP some slope exceeds 0.3. Logits of an output matrix that does not start at zero are the
+    exception: they start at width^-1/2 and reach their size only as they learn.
 
     Args:
       widths: the widths, at least two for a slope.
@@ -168,7 +169,7 @@ def plot_schedule(schedules: dict[str, optax.Schedule], path, *, tokens_per_step
     for name, schedule in schedules.items():
         rate = np.asarray(schedule(tokens / tokens_per_step))
         axes.plot(tokens, np.where(rate > 0, rate, np.nan) if log else rate, label=name)
-    axes.legend()
+    figure.legend(loc="outside right upper")
     figure.savefig(path)
 
 
@@ -184,7 +185,9 @@ def plot_coordinate_check(runs: dict[str, Records], path, step: int | None = Non
             label = f"{name} ({slope[name]:+.2f})"
             axes.plot([r["width"] for r in line], [r["mean_abs"] for r in line], "o-", label=label)
         _ticks(axes, records, "width")
-        axes.legend(title=f"slope after {last} steps", fontsize="small")
+        axes.legend(
+            title=f"slope at step {last}", fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2
+        )
     figure.savefig(path)
 
 

@@ -1,0 +1,70 @@
+"""What a run reports: metrics.jsonl, floating-point operations, the share of the chip's peak."""
+
+import json
+import os
+from pathlib import Path
+
+import jax
+
+from stickjax.config import ModelConfig
+from stickjax.models.transformer import parameter_counts
+
+# Dense bf16 peak of a device in FLOP/s, by the beginning of its name, from the vendors' tables.
+PEAK_FLOPS = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA L40S": 362e12,
+}
+
+
+def flops_per_token(config: ModelConfig, T: int) -> float:
+    """Floating-point operations of a training step (forward and backward), per token, at context T.
+
+    Six for every active parameter, and for the causal attention 3 * 2 products of 2 * N * H * T / 2 per layer.
+    What a remat policy computes again is not counted.
+    """
+    _, active = parameter_counts(config)
+    if config.tied:
+        active += config.V * config.D  # the embedding works as output matrix
+    return 6 * active + 6 * config.L * config.N * config.H * T
+
+
+def peak_flops() -> float | None:
+    """The bf16 peak of all devices together, or None when the chip is not known."""
+    kind = jax.devices()[0].device_kind
+    return next((jax.device_count() * peak for name, peak in PEAK_FLOPS.items() if kind.startswith(name)), None)
+
+
+class MetricsLog:
+    """One JSON object per line, in `run_folder/metrics.jsonl`.
+
+    Opened at `after_step`, what was logged after that step is cut off: a resumed run writes it again. A last line
+    that was cut off by a crash goes with it.
+    """
+
+    def __init__(self, run_folder: str | os.PathLike, after_step: int):
+        self.path = Path(run_folder) / "metrics.jsonl"
+        kept = [row for row in read_metrics(run_folder) if row["step"] <= after_step]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        temporary.replace(self.path)
+        self._file = self.path.open("a", buffering=1)
+
+    def write(self, row: dict) -> None:
+        self._file.write(json.dumps(row) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(run_folder: str | os.PathLike) -> list[dict]:
+    """All complete lines of a run's metrics.jsonl."""
+    path, rows = Path(run_folder) / "metrics.jsonl", []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break  # torn by a crash; nothing behind it can be trusted
+    return rows

@@ -1,0 +1,93 @@
+"""The attention layer: stick-breaking, or softmax with rotary positions, with an optional key/value cache."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import stick_breaking_attention
+from stickjax.config import ModelConfig
+from stickjax.models.layers import HeadNorm, cast, matrix_std, normal, output_std, rotary
+
+
+class Context(NamedTuple):
+    """Where the T tokens of a call stand among the S keys; the same for all layers.
+
+    `segment_ids` [B,T] and `key_segment_ids` [B,S]: attention stays within equal ids, negative ones are padding.
+    `positions` [B,T]: rotary positions. `offset`: index of the first token among the keys.
+    """
+
+    segment_ids: jax.Array | None
+    key_segment_ids: jax.Array | None
+    positions: jax.Array | None
+    offset: int | jax.Array
+
+
+class Attention(nnx.Module):
+    """out W_o of the attention of x W_q over x W_k, x W_v; N query heads on K key/value heads of dimension H.
+
+    `remainder` says what becomes of the stick left: none; value, rem * the token's own value; bias, rem * a learned
+    vector per head, which starts at zero.
+    """
+
+    def __init__(self, config: ModelConfig, key):
+        self.config = c = config
+        kq, kk, kv, ko = jax.random.split(key, 4)
+        self.query = normal(kq, (c.D, c.N, c.H), matrix_std(c), c)
+        self.key = normal(kk, (c.D, c.K, c.H), matrix_std(c), c)
+        self.value = normal(kv, (c.D, c.K, c.H), matrix_std(c), c)
+        self.output = normal(ko, (c.N, c.H, c.D), output_std(c), c)
+        self.head_bias = nnx.Param(jnp.zeros((c.N, c.H), c.param_dtype)) if c.remainder == "bias" else None
+        self.norm = HeadNorm(c) if c.head_norm else None
+
+    def __call__(
+        self, x: Float[Array, "B T D"], context: Context, cache: tuple[jax.Array, jax.Array] | None = None
+    ) -> tuple[Float[Array, "B T D"], tuple[jax.Array, jax.Array] | None]:
+        """The layer's output, and the cache ([B,S,K,H] keys and values) with this call's T written at the offset."""
+        c = self.config
+        q = jnp.einsum("BTD,DNH->BTNH", x, cast(self.query, c))
+        k = jnp.einsum("BTD,DKH->BTKH", x, cast(self.key, c))
+        own = v = jnp.einsum("BTD,DKH->BTKH", x, cast(self.value, c))
+        if c.attention == "softmax":
+            q, k = (rotary(a, context.positions, c.rope_theta) for a in (q, k))
+        if cache is not None:
+            k, v = cache = tuple(
+                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), context.offset, axis=1)
+                for old, new in zip(cache, (k, v), strict=True)
+            )
+        attend = self._softmax if c.attention == "softmax" else self._stick_breaking
+        out = attend(q, k, v, own, context)
+        if self.norm is not None:
+            out = self.norm(out)
+        return jnp.einsum("BTNH,NHD->BTD", out, cast(self.output, c)), cache
+
+    def _stick_breaking(self, q, k, v, own, context: Context):
+        c = self.config
+        out, rem = stick_breaking_attention(
+            q, k, v, segment_ids=context.segment_ids, key_segment_ids=context.key_segment_ids,
+            query_offset=context.offset, scale=c.scale, attend_current=c.attend_current, window=c.window,
+            skip_below=c.skip_below, implementation=c.implementation,
+        )  # fmt: skip
+        if c.remainder == "none":
+            return out
+        rest = jnp.repeat(own, c.N // c.K, axis=2) if c.remainder == "value" else cast(self.head_bias, c)[None, None]
+        return (out + rem[..., None] * rest.astype(jnp.float32)).astype(out.dtype)
+
+    def _softmax(self, q, k, v, own, context: Context):
+        del own
+        distance = (context.offset + jnp.arange(q.shape[1]))[:, None] - jnp.arange(k.shape[1])[None, :]
+        mask = (distance >= 0)[None]
+        if self.config.window is not None:
+            mask &= (distance <= self.config.window)[None]
+        if context.segment_ids is not None:
+            mask = mask & (context.segment_ids[:, :, None] == context.key_segment_ids[:, None, :])
+        return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=self.config.scale)
+
+
+def segment_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Rotary positions within every segment: the distance to its first token."""
+    index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]
+    first = jnp.concatenate([jnp.ones_like(segment_ids[:, :1], bool), segment_ids[:, 1:] != segment_ids[:, :-1]], 1)
+    return index - jax.lax.cummax(jnp.where(first, index, 0), axis=1)

@@ -1,0 +1,83 @@
+"""Small parts: initialisers, normalisations, rotary positions, the dense feed-forward network."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.scatter_moe.call import ACTIVATIONS, GATED
+from stickjax.config import ModelConfig
+
+
+def normal(key, shape, std: float, config: ModelConfig) -> nnx.Param:
+    return nnx.Param(std * jax.random.normal(key, shape, config.param_dtype))
+
+
+def matrix_std(config: ModelConfig) -> float:
+    """muP: the deviation of an internal matrix."""
+    return config.init_std / config.m_width**0.5
+
+
+def output_std(config: ModelConfig) -> float:
+    """muP: the deviation of a matrix that ends a residual branch; there are two branches per layer."""
+    return matrix_std(config) / (2 * config.L) ** 0.5
+
+
+def cast(param: nnx.Param, config: ModelConfig) -> jax.Array:
+    """A stored parameter in the type of the computation."""
+    return param[...].astype(config.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps) * scale, in fp32, over the last axis."""
+
+    def __init__(self, config: ModelConfig):
+        self.config = config
+        self.scale = nnx.Param(jnp.ones(config.D, config.param_dtype))
+
+    def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.config.norm_eps)
+        return (y * self.scale[...].astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+
+
+class HeadNorm(nnx.Module):
+    """GroupNorm with one group per head: mean 0 and variance 1 over H, then scale and bias per head and channel.
+
+    A row of near zeros, which the first token's always is, is amplified by up to 1 / sqrt(eps).
+    """
+
+    def __init__(self, config: ModelConfig):
+        self.config = config
+        self.scale = nnx.Param(jnp.ones((config.N, config.H), config.param_dtype))
+        self.bias = nnx.Param(jnp.zeros((config.N, config.H), config.param_dtype))
+
+    def __call__(self, x: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
+        y = x.astype(jnp.float32)
+        y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.config.norm_eps)
+        return (y * self.scale[...].astype(jnp.float32)[None, None] + self.bias[...].astype(jnp.float32)[None, None]).astype(x.dtype)
+
+
+def rotary(x: Float[Array, "B T N H"], positions: Int[Array, "B T"], theta: float) -> Float[Array, "B T N H"]:
+    """Rotary positions (arXiv 2104.09864), half-split: channel i turns with channel i + H/2 by position * theta^(-2i/H)."""
+    half = x.shape[-1] // 2
+    angle = positions[..., None, None].astype(jnp.float32) * (theta ** -(jnp.arange(half) / half))[None, None, None]
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+
+
+class FeedForward(nnx.Module):
+    """act(x w_in) w_out; a gated activation has twice the width in w_in, the gate's half first."""
+
+    def __init__(self, config: ModelConfig, key):
+        self.config = config
+        k_in, k_out = jax.random.split(key)
+        width = config.F * (2 if config.activation in GATED else 1)
+        self.w_in = normal(k_in, (config.D, width), matrix_std(config), config)
+        self.w_out = normal(k_out, (config.F, config.D), output_std(config), config)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        hidden = ACTIVATIONS[self.config.activation](jnp.einsum("BTD,DF->BTF", x, cast(self.w_in, self.config)))
+        return jnp.einsum("BTF,FD->BTD", hidden, cast(self.w_out, self.config))

@@ -1,0 +1,111 @@
+"""Sparse experts: the router, its losses, and the expert network.
+
+The losses are means over all tokens of the batch; under jit a sharded batch is one batch, so the statistics are global.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels import expert_mlp, route
+from pallas_kernels.scatter_moe.call import GATED
+from stickjax.config import ModelConfig
+from stickjax.models.layers import cast, matrix_std, normal, output_std
+
+
+class RouterStats(NamedTuple):
+    """The losses of one router (unweighted), and the share of the T * k rows that went to each expert, [E]."""
+
+    switch: jax.Array
+    z: jax.Array
+    mutual_information: jax.Array
+    load: jax.Array
+
+
+def choose_experts(
+    logits: Float[Array, "T E"], k: int, order: str, *, bias=None, sample_topk: int = 0, key=None
+) -> tuple[Int[Array, "T k"], Float[Array, "T k"]]:
+    """Expert indices and gates of every token.
+
+    `topk_softmax`: the k largest logits, their softmax (gates sum to one). `softmax_topk`: the softmax over E, its k
+    largest probabilities as they are. `bias` [E] is added for the selection only. With a key, the last `sample_topk`
+    of the k are drawn without replacement by their probabilities instead (Gumbel top-k); gates are as without.
+    """
+    logits = logits.astype(jnp.float32)
+    scores = logits if order == "topk_softmax" else jax.nn.softmax(logits, axis=-1)
+    wanted = scores if bias is None else scores + bias.astype(jnp.float32)[None]
+    _, chosen = jax.lax.top_k(jax.lax.stop_gradient(wanted), k)
+    if sample_topk and key is not None:
+        best = chosen[:, : k - sample_topk]
+        taken = jax.nn.one_hot(best, logits.shape[1], dtype=bool).any(1)
+        noisy = jax.nn.log_softmax(logits, axis=-1) + jax.random.gumbel(key, logits.shape)
+        _, drawn = jax.lax.top_k(jax.lax.stop_gradient(jnp.where(taken, -jnp.inf, noisy)), sample_topk)
+        chosen = jnp.concatenate([best, drawn], 1)
+    gates = jnp.take_along_axis(scores, chosen, axis=1)
+    return chosen, jax.nn.softmax(gates, axis=-1) if order == "topk_softmax" else gates
+
+
+def router_stats(
+    logits: Float[Array, "T E"], expert_indices: Int[Array, "T k"], real: Bool[Array, "T"] | None = None
+) -> RouterStats:
+    """The losses over the real tokens, with g the softmax of the logits.
+
+      switch = E * sum_e f_e P_e, f_e the share of the rows and P_e the mean of g_e: 1 at balance (arXiv 2101.03961;
+        Hugging Face's variant does not divide the rows by k and is k at balance).
+      z = mean(logsumexp(logits)^2) (arXiv 2202.08906).
+      mutual information = H(e|x) - H(e), the entropy of g_t averaged, less that of P (arXiv 2306.04640).
+    """
+    E = logits.shape[1]
+    logits = logits.astype(jnp.float32)
+    weight = jnp.ones(logits.shape[:1]) if real is None else real.astype(jnp.float32)
+    tokens = jnp.maximum(weight.sum(), 1)
+    log_g = jax.nn.log_softmax(logits, axis=-1)
+    g = jnp.exp(log_g)
+    mean_g = (weight[:, None] * g).sum(0) / tokens
+    # The index of a padding token is E; bincount drops it.
+    load = jnp.bincount(expert_indices.reshape(-1), length=E).astype(jnp.float32)
+    load = load / (tokens * expert_indices.shape[1])
+    z = (weight * jnp.square(jax.nn.logsumexp(logits, axis=-1))).sum() / tokens
+    conditional = -(weight * (g * log_g).sum(-1)).sum() / tokens
+    marginal = -(mean_g * jnp.log(mean_g + 1e-8)).sum()
+    return RouterStats(E * (load * mean_g).sum(), z, conditional - marginal, load)
+
+
+def updated_router_bias(bias: Float[Array, "*L E"], load: Float[Array, "*L E"], rate: float) -> Float[Array, "*L E"]:
+    """Auxiliary-loss-free balancing (arXiv 2408.15664): b_e + rate * sign(mean load - load_e)."""
+    return (bias + rate * jnp.sign(load.mean(-1, keepdims=True) - load)).astype(bias.dtype)
+
+
+class SparseExperts(nnx.Module):
+    """sum over the k chosen experts of gate * act(x w_in[e]) w_out[e]; a padding token runs no expert and gives zero."""
+
+    def __init__(self, config: ModelConfig, key):
+        self.config = c = config
+        kr, ki, ko = jax.random.split(key, 3)
+        width = c.F * (2 if c.activation in GATED else 1)
+        self.router = normal(kr, (c.D, c.E), matrix_std(c), c)
+        self.w_in = normal(ki, (c.E, c.D, width), matrix_std(c), c)
+        self.w_out = normal(ko, (c.E, c.F, c.D), output_std(c), c)
+        self.router_bias = nnx.Param(jnp.zeros(c.E, c.param_dtype)) if c.bias_rate else None
+
+    def __call__(
+        self, x: Float[Array, "B T D"], real: Bool[Array, "B T"] | None = None, key=None
+    ) -> tuple[Float[Array, "B T D"], RouterStats]:
+        c = self.config
+        tokens = x.reshape(-1, c.D)
+        # Routing in fp32 whatever the type of the computation: a rounded logit is another expert.
+        logits = jnp.einsum("TD,DE->TE", tokens.astype(jnp.float32), self.router[...].astype(jnp.float32))
+        bias = None if self.router_bias is None else self.router_bias[...]
+        chosen, gates = choose_experts(logits, c.k, c.router, bias=bias, sample_topk=c.sample_topk, key=key)
+        if real is not None:
+            real = real.reshape(-1)
+            chosen = jnp.where(real[:, None], chosen, c.E)
+        routing = route(chosen, c.E)
+        w_in, w_out = cast(self.w_in, c), cast(self.w_out, c)
+        y = expert_mlp(
+            tokens, w_in, w_out, routing, gates, activation=c.activation, implementation=c.implementation
+        )
+        return y.reshape(x.shape), router_stats(logits, chosen, real)

@@ -1,0 +1,167 @@
+"""The decoder: embedding, L layers under one scan, output. `init` makes it, `apply` runs it on a batch."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Int
+
+from stickjax.config import ModelConfig
+from stickjax.models.attention import Attention, Context, segment_positions
+from stickjax.models.layers import FeedForward, RMSNorm, cast, normal
+from stickjax.models.moe import RouterStats, SparseExperts
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens read so far: S places, of which `length` are taken.
+
+    `key`, `value` [L,B,S,K,H]; `segment_ids` [B,S], -1 for padding and for places not yet taken; `length` a scalar.
+    """
+
+    key: jax.Array
+    value: jax.Array
+    segment_ids: jax.Array
+    length: jax.Array
+
+
+class Output(NamedTuple):
+    """`logits` [B,T,V] in fp32; `router` the statistics of every layer, or None when the model is dense."""
+
+    logits: jax.Array
+    router: RouterStats | None
+    cache: Cache | None
+
+
+class Block(nnx.Module):
+    """x + m_res * attention(norm(x)), then x + m_res * feed_forward(norm(x))."""
+
+    def __init__(self, config: ModelConfig, key):
+        self.config = config
+        k_attention, k_ffn = jax.random.split(key)
+        self.attention_norm = RMSNorm(config)
+        self.attention = Attention(config, k_attention)
+        self.ffn_norm = RMSNorm(config)
+        self.ffn = (SparseExperts if config.E else FeedForward)(config, k_ffn)
+
+    def __call__(self, x, context: Context, real, cache, key):
+        y, cache = self.attention(self.attention_norm(x), context, cache)
+        x = x + self.config.m_res * y
+        y = self.ffn_norm(x)
+        y, stats = self.ffn(y, real, key) if self.config.E else (self.ffn(y), None)
+        return x + self.config.m_res * y, cache, stats
+
+
+class Transformer(nnx.Module):
+    """A language model of `config`. The layers' parameters are stacked on a leading axis L under `blocks`."""
+
+    def __init__(self, config: ModelConfig, key):
+        self.config = c = config
+        k_embed, k_blocks, k_unembed = jax.random.split(key, 3)
+        self.embed = normal(k_embed, (c.V, c.D), c.init_std, c)
+        self.blocks = jax.vmap(lambda k: Block(c, k))(jax.random.split(k_blocks, c.L))
+        self.norm = RMSNorm(c)
+        self.unembed = None if c.tied else normal(k_unembed, (c.D, c.V), c.init_std, c)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        *,
+        cache: Cache | None = None,
+        key: jax.Array | None = None,
+    ) -> Output:
+        """Logits of the next token at every position.
+
+        Args:
+          tokens: [B, T].
+          segment_ids: [B, T]; tokens see only their own segment, a negative id is padding.
+          cache: from `empty_cache`; this call's keys and values are appended to it.
+          key: randomness of a training step (only `sample_topk` uses any); None for inference.
+        """
+        c = self.config
+        if cache is not None and segment_ids is None:
+            segment_ids = jnp.zeros_like(tokens)
+        real = None if segment_ids is None else segment_ids >= 0
+        context, cache = _context(c, tokens, segment_ids, cache)
+        x = c.m_emb * cast(self.embed, c)[tokens]
+
+        def layer(x, inputs):
+            block, layer_cache, layer_key = inputs
+            x, layer_cache, stats = block(x, context, real, layer_cache, layer_key)
+            return x, (layer_cache, stats)
+
+        if c.remat != "none":
+            policy = jax.checkpoint_policies.checkpoint_dots if c.remat == "dots" else None
+            layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)  # scan already keeps the two apart
+        keys = None if key is None else jax.random.split(key, c.L)
+        layer_caches = None if cache is None else (cache.key, cache.value)
+        x, (layer_caches, stats) = jax.lax.scan(layer, x, (self.blocks, layer_caches, keys))
+        if cache is not None:
+            cache = cache._replace(key=layer_caches[0], value=layer_caches[1])
+
+        unembed = cast(self.embed, c).T if self.unembed is None else cast(self.unembed, c)
+        logits = jnp.einsum("BTD,DV->BTV", self.norm(x), unembed, preferred_element_type=jnp.float32)
+        return Output(logits / (c.m_width if c.logits_scaling is None else c.logits_scaling), stats, cache)
+
+
+def _context(config: ModelConfig, tokens, segment_ids, cache: Cache | None) -> tuple[Context, Cache | None]:
+    """Where the tokens stand, and the cache with their segment ids and its new length."""
+    rotary = config.attention == "softmax"
+    if cache is None:
+        positions = None
+        if rotary:
+            positions = segment_positions(jnp.zeros_like(tokens) if segment_ids is None else segment_ids)
+        return Context(segment_ids, segment_ids, positions, 0), None
+    offset = cache.length
+    known = jax.lax.dynamic_update_slice_in_dim(cache.segment_ids, segment_ids, offset, axis=1)
+    positions = None
+    if rotary:
+        positions = jax.lax.dynamic_slice_in_dim(segment_positions(known), offset, tokens.shape[1], axis=1)
+    return Context(segment_ids, known, positions, offset), cache._replace(
+        segment_ids=known, length=offset + tokens.shape[1]
+    )
+
+
+def empty_cache(config: ModelConfig, batch: int, size: int) -> Cache:
+    """A cache for `batch` sequences of up to `size` tokens, [L,B,S,K,H] in the type of the computation."""
+    shape = (config.L, batch, size, config.K, config.H)
+    return Cache(
+        jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype),
+        jnp.full((batch, size), -1, jnp.int32), jnp.zeros((), jnp.int32),
+    )  # fmt: skip
+
+
+def init(config: ModelConfig, key: jax.Array) -> Transformer:
+    """Parameters of a model, as a pytree that is also the model.
+
+    >>> model = init(ModelConfig(V=16, D=8, L=2, N=2, K=1, H=4, F=16), jax.random.key(0))
+    >>> model.blocks.attention.query.shape
+    (2, 8, 2, 4)
+    """
+    return Transformer(config, key)
+
+
+def apply(params: Transformer, batch: dict[str, jax.Array], key: jax.Array | None = None) -> Output:
+    """Run the model on a batch with `tokens` [B,T] and, when documents are packed, `segment_ids` [B,T].
+
+    >>> model = init(ModelConfig(V=16, D=8, L=2, N=2, K=1, H=4, F=16), jax.random.key(0))
+    >>> apply(model, {"tokens": jnp.zeros((3, 5), jnp.int32)}).logits.shape
+    (3, 5, 16)
+    """
+    return params(batch["tokens"], batch.get("segment_ids"), key=key)
+
+
+def parameter_counts(config: ModelConfig) -> tuple[int, int]:
+    """All parameters, and those that work on one token ("active": k of E experts, without the input embedding).
+
+    >>> parameter_counts(ModelConfig.powermoe_3b())[0]
+    3298788864
+    """
+    shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
+    total = sum(x.size for x in jax.tree.leaves(shapes))
+    idle = shapes.embed.size
+    if config.E:
+        experts = shapes.blocks.ffn.w_in.size + shapes.blocks.ffn.w_out.size
+        idle += experts * (config.E - config.k) // config.E
+    return total, total - idle

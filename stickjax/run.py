@@ -1,0 +1,75 @@
+"""A run folder: config.json, metrics.jsonl, checkpoints. Data only; nothing in it is executed."""
+
+import json
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+from stickjax.checkpoint import Checkpoints, check_finite
+from stickjax.config import Config
+from stickjax.models.transformer import Transformer, init
+from stickjax.tokenizer import Tokenizer, load_tokenizer
+
+# May differ between two parts of one run: they change neither the state nor what a step computes.
+_FREE = ("train.log_every", "train.checkpoint_every", "train.keep", "train.max_bad_steps", "model.implementation")
+
+
+class Loaded(NamedTuple):
+    """A trained model, ready to call: `model(tokens).logits`."""
+
+    model: Transformer
+    config: Config
+    tokenizer: Tokenizer
+    step: int
+
+
+def read_config(run: str | os.PathLike) -> Config:
+    """The config of a run folder; ValueError when it has none or it cannot be read."""
+    path = Path(run) / "config.json"
+    if not path.exists():
+        raise ValueError(f"{run} is not a run folder: it has no config.json")
+    try:
+        return Config.from_dict(json.loads(path.read_text()))
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def write_config(run: str | os.PathLike, config: Config) -> None:
+    """Make the folder of a run, or check that it is of this config.
+
+    Raises:
+      ValueError: the folder belongs to another config; the message lists the fields that differ.
+    """
+    folder = Path(run)
+    if (folder / "config.json").exists():
+        changed = [d for d in read_config(run).diff(config) if not d.startswith(_FREE)]
+        if not (config.optim.decay_tokens or config.optim.schedule == "cosine"):
+            changed = [d for d in changed if not d.startswith("train.steps")]  # nothing depends on the end of the run
+        if changed:
+            raise ValueError(f"{run} is a run of another config ({'; '.join(changed)}); choose another --run folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / "config.json.tmp"
+    temporary.write_text(config.to_json())
+    temporary.replace(folder / "config.json")
+
+
+def load(run: str | os.PathLike, *, step: int | None = None, changes: dict | None = None) -> Loaded:
+    """The model of a run folder, from its newest intact checkpoint or that of `step`.
+
+    Args:
+      run: the folder.
+      step: which checkpoint.
+      changes: config fields to change, such as {"model.window": 128}; the parameters must stay the same.
+
+    Raises:
+      ValueError: no run folder, no checkpoint, parameters of another shape, or parameters that are not finite.
+    """
+    config = read_config(run).replace(changes or {})
+    abstract = jax.eval_shape(lambda: init(config.model, jax.random.key(0)))
+    restored = Checkpoints(run).restore(abstract, step=step, prefix="params")
+    if restored is None:
+        raise ValueError(f"{run} has no checkpoint yet")
+    check_finite(restored.state, f"{run}, checkpoint of step {restored.step}")
+    return Loaded(restored.state, config, load_tokenizer(config.data.tokenizer), restored.step)
