@@ -1,4 +1,7 @@
-"""A stick-breaking mixture of experts that learns Python source in a few minutes on two CPU cores."""
+"""A stick-breaking mixture of experts that learns Python source in a few minutes on two CPU cores.
+
+python -m stickjax.train configs/tiny.py
+"""
 
 from stickjax import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 

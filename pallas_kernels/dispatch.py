@@ -1,6 +1,6 @@
 """Which implementation of an op runs, and why.
 
-An op lists its implementations from the most to the least wanted; each one can say why it does not take a call.
+An op has some of the implementations `NAMES`; each one can say why it does not take a call.
 `implementation=None` takes the first that does, logs the choice and the reasons once, and `explain` repeats them.
 A named implementation works or raises: nothing falls back silently.
 """
@@ -11,7 +11,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
+# From the most to the least wanted.
 NAMES = ("mosaic", "triton", "xla", "reference")
 logger = logging.getLogger("pallas_kernels")
 
@@ -41,41 +43,42 @@ def register(op: Op) -> Op:
     return op
 
 
-def _named(op: Op, name: str) -> Implementation:
-    if name not in NAMES:
-        near = difflib.get_close_matches(name, NAMES, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(f"implementation={name!r} is not one of {', '.join(NAMES)}{hint}")
-    if name not in op.implementations:
-        raise NotImplementedError(f"{op.name} has no implementation {name!r}; it has {', '.join(op.implementations)}")
-    return op.implementations[name]
+def _wanted(implementation: str | Sequence[str] | None) -> Sequence[str]:
+    if implementation is None:
+        return NAMES[:-1]  # the reference runs only by its name
+    wanted = (implementation,) if isinstance(implementation, str) else implementation
+    if not wanted:
+        raise ValueError("implementation=() names nothing; None takes the best one")
+    for name in wanted:
+        if name not in NAMES:
+            near = difflib.get_close_matches(name, NAMES, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise ValueError(f"implementation={name!r} is not one of {', '.join(NAMES)}{hint}")
+    return wanted
 
 
 def choose(op: Op, call: Any, implementation: str | Sequence[str] | None) -> tuple[str, list[str]]:
     """The name of the implementation that runs `call`, and the reasons why the ones before it do not."""
-    if isinstance(implementation, str):
-        reason = _named(op, implementation).refuses(call)
-        if reason:
-            can = [n for n, i in op.implementations.items() if not i.refuses(call)]
-            raise NotImplementedError(f"{op.name}: {implementation} cannot run this call: {reason}; use {' or '.join(can)}")
-        return implementation, []
-    wanted = implementation if implementation is not None else [n for n in op.implementations if n != "reference"]
+
+    def refuses(name):
+        found = op.implementations.get(name)
+        return found.refuses(call) if found else "this op has no such kernel yet"
+
     reasons = []
-    for name in wanted:
-        reason = _named(op, name).refuses(call)
+    for name in _wanted(implementation):
+        reason = refuses(name)
         if reason is None:
             return name, reasons
         reasons.append(f"{name}: {reason}")
-    raise NotImplementedError(f"{op.name}: no implementation can run this call: {'; '.join(reasons)}")
+    can = [name for name in op.implementations if refuses(name) is None]
+    raise NotImplementedError(f"{op.name} cannot run this call by {'; '.join(reasons)}; use {' or '.join(can)}")
 
 
 def _sentence(op: Op, call: Any, implementation: str | Sequence[str] | None) -> str:
     name, reasons = choose(op, call, implementation)
     detail = op.implementations[name].detail(call)
-    absent = [n for n in NAMES[:2] if n not in op.implementations]
-    reasons = reasons + [f"{n}: this op has no such kernel yet" for n in absent]
-    why = "asked for" if isinstance(implementation, str) else f"on {jax.default_backend()}; " + "; ".join(reasons)
-    return f"{op.name}: {name}{f' ({detail})' if detail else ''}, {why}"
+    why = "asked for" if isinstance(implementation, str) else f"on {jax.default_backend()}"
+    return f"{op.name}: {name}{f' ({detail})' if detail else ''}, {'; '.join([why, *reasons])}"
 
 
 def run(op: Op, call: Any, implementation: str | Sequence[str] | None) -> Any:
@@ -106,4 +109,9 @@ def explain(op_name: str, *args, **kwargs) -> str:
         raise ValueError(f"{op_name!r} is no op; the ops are {', '.join(_ops)}")
     op = _ops[op_name]
     implementation = kwargs.pop("implementation", None)
+
+    def stand_in(x):  # an array of the same shape that takes no memory
+        return np.broadcast_to(np.zeros((), x.dtype), x.shape) if isinstance(x, jax.ShapeDtypeStruct) else x
+
+    args, kwargs = jax.tree.map(stand_in, (args, kwargs))
     return _sentence(op, op.prepare(*args, **kwargs), implementation)

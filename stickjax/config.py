@@ -1,7 +1,7 @@
 """One experiment as nested frozen dataclasses: every field has a default, a type and a sentence.
 
 Field names of the model are the shape letters (README, "Letters"). `parse(config, argv)` applies
-`--section.field=value`; a config is stored as plain JSON and read back with `Config.from_dict`.
+`--section.field=value` words; a config is stored as plain JSON and read back with `Config.from_dict`.
 """
 
 import dataclasses
@@ -98,7 +98,8 @@ class ModelConfig:
             raise ValueError("k=1 with router='topk_softmax' has a constant gate and trains no router; use k >= 2 or 'softmax_topk'")
         if self.sample_topk > self.k:
             raise ValueError(f"sample_topk={self.sample_topk} cannot exceed k={self.k}")
-        for name in ("m_width", "m_emb", "m_res", "init_std", "norm_eps"):
+        _at_least(self, 0, "m_res")
+        for name in ("m_width", "m_emb", "init_std", "norm_eps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
         if self.attention == "softmax":
@@ -316,11 +317,14 @@ def _parse_value(key: str, text: str, hint):
     raise ValueError(f"--{key}={text}: expected {names}")
 
 
-def parse(config: Config, argv: list[str]) -> Config:
-    """Apply command-line words `--section.field=value` (or `--section.field value`) to a config.
+def parse_changes(config: Config, argv: list[str]) -> dict[str, Any]:
+    """The words `--section.field=value` (or `--section.field value`) as `{"section.field": value}`.
 
-    >>> parse(Config(), ["--optim.peak_lr=3e-4", "--data.B", "8"]).optim.peak_lr
-    0.0003
+    Raises:
+      ValueError: an unknown field (with the nearest name), or a value of another type.
+
+    >>> parse_changes(Config(), ["--optim.peak_lr=3e-4", "--data.B", "8"])
+    {'optim.peak_lr': 0.0003, 'data.B': 8}
     """
     changes, words = {}, iter(argv)
     for word in words:
@@ -333,7 +337,12 @@ def parse(config: Config, argv: list[str]) -> Config:
             if text is None:
                 raise ValueError(f"--{key} needs a value")
         changes[key] = _parse_value(key, text, typing.get_type_hints(type(getattr(config, section)))[name])
-    return config.replace(changes)
+    return changes
+
+
+def parse(config: Config, argv: list[str]) -> Config:
+    """A config with the words of a command line applied; see `parse_changes`."""
+    return config.replace(parse_changes(config, argv))
 
 
 def describe(config: Config) -> str:

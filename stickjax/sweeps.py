@@ -6,14 +6,14 @@ every plot takes such records and writes a PNG.
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-Records = list[dict[str, Any]]
+from stickjax.plots import Records, figure, group
 
 
 def coordinate_check(widths: Iterable[int], make: Callable, *, steps: int = 4, plot=None) -> Records:
@@ -67,7 +67,7 @@ def slopes(records: Records, step: int | None = None) -> dict[str, float]:
     """
     step = max(r["step"] for r in records) if step is None else step
     found = {}
-    for name, line in _group([r for r in records if r["step"] == step], "name").items():
+    for name, line in group([r for r in records if r["step"] == step], "name").items():
         width, size = (np.array([r[key] for r in line], float) for key in ("width", "mean_abs"))
         if len(set(width)) < 2:
             raise ValueError(f"a slope needs at least two widths, not {sorted(set(width))}")
@@ -113,7 +113,7 @@ def learning_rate_sweep(
 
 def best_runs(records: Records, *keys: str) -> Records:
     """The record of the smallest finite loss for every combination of `keys`; one that always diverged has none."""
-    groups = _group([r for r in records if math.isfinite(r["loss"])], *keys)
+    groups = group([r for r in records if math.isfinite(r["loss"])], *keys)
     return [min(line, key=lambda r: r["loss"]) for line in groups.values()]
 
 
@@ -165,22 +165,22 @@ def fit_power_law(records: Records, *, plot=None) -> PowerLaw:
 def plot_schedule(schedules: dict[str, optax.Schedule], path, *, tokens_per_step, total_tokens, log=False) -> None:
     """Learning rates against tokens; `log` makes both axes logarithmic, where a power law is a line."""
     tokens = np.geomspace(tokens_per_step, total_tokens, 1000) if log else np.linspace(0, total_tokens, 1000)
-    figure, (axes,) = _figure("tokens", "learning rate", **(dict(xscale="log", yscale="log") if log else {}))
+    page, (axes,) = figure("tokens", "learning rate", **(dict(xscale="log", yscale="log") if log else {}))
     for name, schedule in schedules.items():
         rate = np.asarray(schedule(tokens / tokens_per_step))
         axes.plot(tokens, np.where(rate > 0, rate, np.nan) if log else rate, label=name)
-    figure.legend(loc="outside right upper")
-    figure.savefig(path)
+    page.legend(loc="outside right upper")
+    page.savefig(path)
 
 
 def plot_coordinate_check(runs: dict[str, Records], path, step: int | None = None) -> None:
     """One panel for each named run, such as {"muP": ..., "without muP": ...}, its slopes in the legend."""
     scales = dict(xscale=("log", dict(base=2)), yscale=("log", dict(base=2)))
-    figure, panels = _figure("width", "mean |activation|", list(runs), **scales)
+    page, panels = figure("width", "mean |activation|", list(runs), **scales)
     for axes, records in zip(panels, runs.values(), strict=True):
         last = max(r["step"] for r in records) if step is None else step
         slope = slopes(records, last)
-        for name, line in _group([r for r in records if r["step"] == last], "name").items():
+        for name, line in group([r for r in records if r["step"] == last], "name").items():
             line = sorted(line, key=lambda r: r["width"])
             label = f"{name} ({slope[name]:+.2f})"
             axes.plot([r["width"] for r in line], [r["mean_abs"] for r in line], "o-", label=label)
@@ -188,14 +188,14 @@ def plot_coordinate_check(runs: dict[str, Records], path, step: int | None = Non
         axes.legend(
             title=f"slope at step {last}", fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2
         )
-    figure.savefig(path)
+    page.savefig(path)
 
 
 def plot_learning_rate_sweep(records: Records, path) -> None:
     """Loss against learning rate, a line for each width with its minimum marked; with and without muP side by side."""
-    runs = _group(records, "mup")
+    runs = group(records, "mup")
     titles = ["muP" if mup else "without muP" for mup in runs]
-    figure, panels = _figure("learning rate", "loss", titles, xscale=("log", dict(base=2)))
+    page, panels = figure("learning rate", "loss", titles, xscale=("log", dict(base=2)))
     widths = sorted({r["width"] for r in records})
     for axes, run in zip(panels, runs.values(), strict=True):
         for i, width in enumerate(widths):
@@ -206,45 +206,19 @@ def plot_learning_rate_sweep(records: Records, path) -> None:
             for best in best_runs(line, "width"):
                 axes.plot(best["learning_rate"], best["loss"], "*", color=color, markersize=13, markeredgecolor="k")
         axes.legend(title="star: minimum")
-    figure.savefig(path)
+    page.savefig(path)
 
 
 def plot_power_law(best: Records, law: PowerLaw, path) -> None:
     """The best gamma of every T and beta, and the line fitted through them."""
-    figure, (axes,) = _figure("tokens T", r"$\gamma = \eta^*/\beta$ (per sequence)", xscale="log", yscale="log")
-    for beta, line in sorted(_group(best, "batch_size").items()):
+    page, (axes,) = figure("tokens T", r"$\gamma = \eta^*/\beta$ (per sequence)", xscale="log", yscale="log")
+    for beta, line in sorted(group(best, "batch_size").items()):
         gamma = [r["learning_rate"] / beta for r in line]
         axes.plot([r["tokens"] for r in line], gamma, "o", label=rf"$\beta$ = {beta:g} sequences")
     ends = np.array([min(r["tokens"] for r in best), max(r["tokens"] for r in best)], float)
     axes.plot(ends, law.a * ends**law.b, "k--", label=rf"{law.a:.3g} $T^{{{law.b:.3g}}}$")
     axes.legend()
-    figure.savefig(path)
-
-
-def _group(records: Records, *keys: str) -> dict[Any, Records]:
-    """Records by the value of a key, or by the tuple of several, in order of appearance."""
-    groups: dict[Any, Records] = {}
-    for record in records:
-        value = tuple(record[key] for key in keys)
-        groups.setdefault(value if len(keys) > 1 else value[0], []).append(record)
-    return groups
-
-
-def _figure(xlabel: str, ylabel: str, titles=("",), *, xscale=None, yscale=None):
-    """A figure without pyplot's global state, and its panels in a row; a scale is a name or (name, options)."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(1 + 4.5 * len(titles), 4), dpi=150, layout="constrained")
-    panels = figure.subplots(1, len(titles), sharex=True, sharey=True, squeeze=False)[0]
-    for axes, title in zip(panels, titles, strict=True):
-        axes.set(xlabel=xlabel, title=title)
-        for scale, set_scale in ((xscale, axes.set_xscale), (yscale, axes.set_yscale)):
-            if scale:
-                name, options = (scale, {}) if isinstance(scale, str) else scale
-                set_scale(name, **options)
-        axes.grid(alpha=0.3)
-    panels[0].set_ylabel(ylabel)
-    return figure, panels
+    page.savefig(path)
 
 
 def _ticks(axes, records: Records, key: str) -> None:

@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stickjax import data
+from stickjax import corpus, data
 from stickjax.config import DataConfig
-from stickjax.data import Corpus, heldout_windows, load_corpus, make_batch, text_documents, tokenize, train_loader
+from stickjax.corpus import Corpus, load_corpus, text_documents, tokenize
+from stickjax.data import heldout_windows, make_batch, train_loader
 from stickjax.tokenizer import ByteTokenizer, StreamDecoder, load_tokenizer, token_dtype
 
 EOT = 256

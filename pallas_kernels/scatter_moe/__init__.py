@@ -113,6 +113,11 @@ def _check_float(**arrays):
             raise ValueError(f"{name} must be floating point, got {name}.dtype={a.dtype}")
 
 
+def _check_one_dtype(**arrays):
+    if len({a.dtype for a in arrays.values()}) > 1:
+        raise ValueError(f"{', '.join(arrays)} must have one dtype, got {', '.join(str(a.dtype) for a in arrays.values())}")
+
+
 def _check_shape(name, a, shape, letters):
     if a is not None and a.shape != shape:
         raise ValueError(f"{name} must be [{letters}]={list(shape)}, got {name}.shape={a.shape}")
@@ -120,6 +125,7 @@ def _check_shape(name, a, shape, letters):
 
 def _prepare_linear(x, weight, routing, *, grouped_in=False, grouped_out=False, gates=None, bias=None) -> LinearCall:
     _check_float(x=x, weight=weight, gates=gates, bias=bias)
+    _check_one_dtype(x=x, weight=weight)
     (T, k), E = routing.expert_indices.shape, routing.num_experts
     if len(x.shape) != 2:
         raise ValueError(f"x must be [T,D] or [T*k,D], got x.shape={x.shape}")
@@ -140,6 +146,7 @@ def _prepare_linear(x, weight, routing, *, grouped_in=False, grouped_out=False, 
 
 def _prepare_mlp(x, w_in, w_out, routing, gates, *, b_in=None, b_out=None, activation="swiglu") -> MlpCall:
     _check_float(x=x, w_in=w_in, w_out=w_out, gates=gates, b_in=b_in, b_out=b_out)
+    _check_one_dtype(x=x, w_in=w_in, w_out=w_out)
     (T, k), E = routing.expert_indices.shape, routing.num_experts
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r} is not one of {', '.join(ACTIVATIONS)}")

@@ -11,6 +11,7 @@ def linear(call: LinearCall):
     routing, (T, k) = call.routing, call.routing.expert_indices.shape
     slots = {"token": lambda x: jnp.repeat(x, k, 0), "slot": lambda x: x, "sorted": lambda x: x[routing.inverse]}
     x = slots[call.x_rows](call.x).astype(dtype)
+    x = jnp.where(routing.expert_indices.reshape(-1, 1) < routing.num_experts, x, 0)  # a row nobody reads may hold NaN
     bias = jnp.zeros((routing.num_experts, call.weight.shape[2]), dtype) if call.bias is None else call.bias
 
     def expert(total, e):

@@ -48,6 +48,8 @@ def route(expert_indices: Int[Array, "T k"], num_experts: int) -> Routing:
     """
     if len(expert_indices.shape) != 2 or not jnp.issubdtype(expert_indices.dtype, jnp.integer):
         raise ValueError(f"expert_indices must be integers [T,k], got {expert_indices.dtype}{list(expert_indices.shape)}")
+    if expert_indices.shape[1] < 1:
+        raise ValueError(f"k={expert_indices.shape[1]} experts per token must be at least 1")
     if num_experts < 1:
         raise ValueError(f"E={num_experts} experts must be at least 1")
     experts = expert_indices.reshape(-1).astype(jnp.int32)

@@ -135,10 +135,11 @@ def _grouped_backward(function, residuals, dy):
     weights, rows, routing = residuals
 
     def block(w, inputs, valid):
-        *xs, d = inputs
+        # A padding row adds nothing to the weights, whatever the row it reads holds: 0 * NaN is NaN.
+        *xs, d = (None if a is None else jnp.where(valid[:, None], a, 0) for a in inputs)
         _, vjp = jax.vjp(function.apply, w, tuple(xs))
-        d_w, d_xs = vjp(jnp.where(valid[:, None], d, 0))  # a padding row adds nothing to the weights
-        return d_xs, d_w
+        d_w, d_xs = vjp(d)
+        return d_xs, jax.tree.map(lambda d: d.astype(jnp.promote_types(d.dtype, jnp.float32)), d_w)
 
     # The gradient of a token's row is the sum over its k slots: rows come back per slot and are summed.
     d_rows = tuple("slot" if r == "token" else r for r in function.in_rows)

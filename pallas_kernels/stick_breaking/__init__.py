@@ -162,13 +162,16 @@ def _prepare(
         raise ValueError(f"skip_below={skip_below} is a log2 of the stick left and must be negative")
     if tiles is not None and (len(tiles) != 2 or min(tiles) < 1):
         raise ValueError(f"tiles={tiles} must be two positive sizes, query rows and key columns")
+    if np.shape(scale) != ():
+        raise ValueError(f"scale must be a number or an array [], got scale.shape={np.shape(scale)}")
     static = None
     if query_offset is None or isinstance(query_offset, int | np.integer):
         static = S - T if query_offset is None else int(query_offset)
         offset = jnp.full((B,), static, jnp.int32)
     else:
-        if query_offset.shape not in ((), (B,)) or not jnp.issubdtype(query_offset.dtype, jnp.integer):
-            raise ValueError(f"query_offset must be an int or integers [B]=[{B}], got {query_offset.shape}")
+        dtype, shape = jnp.result_type(query_offset), np.shape(query_offset)
+        if shape not in ((), (B,)) or not jnp.issubdtype(dtype, jnp.integer):
+            raise ValueError(f"query_offset must be an int or integers [B]=[{B}], got {dtype}{list(shape)}")
         offset = jnp.broadcast_to(query_offset, (B,))
     return Call(
         query, key, value, Where(offset, segment_ids, key_segment_ids), 1 / math.sqrt(H) if scale is None else scale,

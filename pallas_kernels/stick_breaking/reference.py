@@ -12,7 +12,7 @@ def attention(call: Call):
     dtype = jnp.promote_types(call.query.dtype, jnp.float32)
     q, k, v = (x.astype(dtype) for x in (call.query, call.key, call.value))
     k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
-    z = call.scale * jnp.einsum("BTNH,BSNH->BNTS", q, k, precision="highest")
+    z = jnp.asarray(call.scale, dtype) * jnp.einsum("BTNH,BSNH->BNTS", q, k, precision="highest")
     T, S = z.shape[2:]
     mask = jax.vmap(lambda where: call.mask.visible(where, jnp.arange(T), jnp.arange(S)))(call.where)[:, None]
     softplus = jnp.where(mask, jnp.maximum(z, 0) + jnp.log1p(jnp.exp(-jnp.abs(z))), 0)

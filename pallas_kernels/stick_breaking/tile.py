@@ -35,7 +35,7 @@ def _sum_after(x, reverse: bool):
     The last axis is cut in chunks, so that the cost per score does not grow with the tile.
     """
     C = x.shape[-1]
-    chunk = min(C, _CHUNK)
+    chunk = max(1, min(C, _CHUNK))
     x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -C % chunk)]).reshape(*x.shape[:-1], -1, chunk)
 
     def triangle(n):
@@ -71,7 +71,7 @@ def forward(q, k, v, mask, log_rem, scale):
 
 
 def backward(q, k, v, d_out, mask, log_rem, prefix, scale):
-    """Gradients (dq, dk, dv) of the tile and the prefix after it.
+    """Gradients (dq / scale, dk / scale, dv) of the tile and the prefix after it.
 
     `log_rem` is the stick on entry from the right, `prefix` = dlog_rem + sum of a over the keys further left.
     """
@@ -83,8 +83,7 @@ def backward(q, k, v, d_out, mask, log_rem, prefix, scale):
     # beta and 1 - beta from the same y: neither is ever one minus the other.
     near, far = 1 / (1 + y), y / (1 + y)
     beta, rest = jnp.where(z >= 0, near, far), jnp.where(z >= 0, far, near)
-    dz = scale * jnp.where(mask, rest * a - beta * (prefix[..., None] + further), 0)
-    dz = dz.astype(k.dtype)
+    dz = jnp.where(mask, rest * a - beta * (prefix[..., None] + further), 0).astype(k.dtype)
     return (
         _dot("grc,ch->grh", dz, k),
         _dot("grc,grh->ch", dz, q),

@@ -25,6 +25,8 @@ _SKIP_TILES = (128, 256)
 
 def _is_short(call: Call) -> bool:
     T, S = call.mask.T, call.mask.S
+    if 0 in (T, S):
+        return True
     return call.skip_below is None and call.tiles is None and T <= 512 and min(T, _SHORT_ROWS) * S <= _SHORT_SCORES
 
 
@@ -62,10 +64,10 @@ def _backward(static, residuals, cotangents):
     d_log_rem = d_log_rem.astype(jnp.promote_types(query.dtype, jnp.float32))
     extra = (_to_heads(call, d_out), _to_heads(call, d_log_rem))
     dq, dk, dv = _over_heads(_short_backward if _is_short(call) else _long_backward, call, *extra)
-    dq = _to_tokens(dq)
-    # z = scale * q.k, so the gradient of scale is sum(dz * z) / scale = sum(dq * q) / scale.
-    d_scale = ((dq * query).sum() / scale).astype(scale.dtype)
-    return dq.astype(query.dtype), dk.swapaxes(1, 2).astype(key.dtype), dv.swapaxes(1, 2).astype(value.dtype), d_scale, None
+    dq, dk, dv = _to_tokens(dq), dk.swapaxes(1, 2), dv.swapaxes(1, 2)
+    # z = scale * q.k, and dq, dk come without the scale: its own gradient is sum(dz * q.k) = sum(dq * q).
+    d_scale = (dq * query).sum().astype(scale.dtype)
+    return (scale * dq).astype(query.dtype), (scale * dk).astype(key.dtype), dv.astype(value.dtype), d_scale, None
 
 
 _attention.defvjp(_forward, _backward)
@@ -81,7 +83,7 @@ def _to_heads(call, x):
 def _to_tokens(x):
     """[B,K,G,T,...] -> [B,T,N,...]."""
     x = jnp.moveaxis(x, 3, 1)
-    return x.reshape(*x.shape[:2], -1, *x.shape[4:])
+    return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3], *x.shape[4:])
 
 
 def _over_heads(one_head, call: Call, *extra):
@@ -197,7 +199,7 @@ def _reach(call: Call, where: Where):
 def _segment_range(segments, size):
     """Smallest and largest segment id of every tile, [B, tiles]; padding (negative ids) does not count."""
     pad = -segments.shape[1] % size
-    tiles = jnp.pad(segments, ((0, 0), (0, pad)), constant_values=-1).reshape(segments.shape[0], -1, size)
+    tiles = jnp.pad(segments, ((0, 0), (0, pad)), mode="edge").reshape(segments.shape[0], -1, size)
     big = jnp.iinfo(tiles.dtype).max
     return jnp.where(tiles < 0, big, tiles).min(-1), tiles.max(-1)
 

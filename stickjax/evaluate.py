@@ -1,0 +1,120 @@
+"""Held-out bits per byte at 1, 2, 4 and 8 times the training length: the same bytes are scored at every length.
+
+python -m stickjax.evaluate RUN [RUN ...] [--plot PNG]
+"""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.console import Console
+from rich.table import Table
+
+from stickjax import plots
+from stickjax.config import Config, parse_changes
+from stickjax.corpus import load_corpus
+from stickjax.data import heldout_windows
+from stickjax.metrics import read_metrics
+from stickjax.models.transformer import Transformer, apply
+from stickjax.plots import Records
+from stickjax.run import load, read_config
+
+LENGTHS = (1, 2, 4, 8)
+
+
+@jax.jit
+def _nll_sum(model: Transformer, windows: jax.Array, real: jax.Array) -> jax.Array:
+    """Sum of the negative log-likelihood, in nats, of the targets of windows [B, T+1] for which `real` [B] is true."""
+    logits = apply(model, {"tokens": windows[:, :-1]}).logits
+    nll = optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:])
+    return jnp.where(real[:, None], nll, 0).sum()
+
+
+def evaluate(
+    model: Transformer, config: Config, *, lengths: tuple[int, ...] = LENGTHS, max_tokens: int = 2**17, batch_tokens: int = 2**13
+) -> Records:
+    """Bits per byte of the held-out text, at contexts of m * T tokens for every m of `lengths`.
+
+    Windows of max(lengths) * T tokens, each within one document, are cut in pieces of m * T; every piece begins
+    without context. So all lengths score the same targets, and a longer one only adds context.
+
+    Args:
+      model: the parameters.
+      config: its data section names the text and T.
+      lengths: multiples of T; each must divide the largest.
+      max_tokens: targets to score.
+      batch_tokens: tokens in one call of the model.
+
+    Returns:
+      A record {"multiple", "context", "bits_per_byte", "bits_per_token", "tokens", "bytes", "text"} per length.
+
+    Raises:
+      ValueError: no held-out document is long enough.
+    """
+    _, heldout = load_corpus(config.data)
+    windows = heldout_windows(heldout, config.data.T, lengths=lengths, max_tokens=max_tokens)
+    records = []
+    for m in lengths:
+        pieces = windows.pieces(m)
+        B = max(1, batch_tokens // (m * config.data.T))
+        real = np.arange(-(-len(pieces) // B) * B) < len(pieces)
+        padded = np.concatenate([pieces, np.repeat(pieces[:1], len(real) - len(pieces), 0)])
+        batches = zip(np.split(padded, len(real) // B), np.split(real, len(real) // B), strict=True)
+        bits = sum(float(_nll_sum(model, *batch)) for batch in batches) / math.log(2)
+        tokens = pieces.shape[0] * m * config.data.T
+        records.append(
+            dict(
+                multiple=m, context=m * config.data.T, bits_per_byte=bits / windows.bytes, bits_per_token=bits / tokens,
+                tokens=tokens, bytes=windows.bytes, text=heldout.hash,
+            )
+        )  # fmt: skip
+    return records
+
+
+def table(runs: dict[str, Records]) -> Table:
+    """Bits per byte, a row per run and a column per context length."""
+    result = Table(title="held-out bits per byte")
+    result.add_column("run")
+    first = next(iter(runs.values()))
+    for record in first:
+        result.add_column(f"{record['multiple']}x ({record['context']})", justify="right")
+    for name, records in runs.items():
+        result.add_row(name, *(f"{r['bits_per_byte']:.3f}" for r in records))
+    return result
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m stickjax.evaluate", allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders; several are drawn in one picture")
+    parser.add_argument("--step", type=int, help="evaluate the checkpoint of this step")
+    parser.add_argument("--max-tokens", type=int, default=2**17, help="how many tokens to score")
+    parser.add_argument("--plot", help="path of the length curves; RUN/length.png of the first run by default")
+    words, rest = parser.parse_known_args(argv)
+    results, trainings = {}, {}
+    try:
+        for run in words.runs:
+            loaded = load(run, step=words.step, changes=parse_changes(read_config(run), rest))
+            name = Path(run).name
+            results[name] = evaluate(loaded.model, loaded.config, max_tokens=words.max_tokens)
+            trainings[name] = read_metrics(run)
+            record = {"run": name, "step": loaded.step, "lengths": results[name]}
+            (Path(run) / "evaluation.json").write_text(json.dumps(record, indent=2) + "\n")
+            plots.plot_training({name: trainings[name]}, Path(run) / "training.png")
+        picture = words.plot or str(Path(words.runs[0]) / "length.png")
+        plots.plot_length_curves(results, picture)
+    except (ValueError, OSError, NotImplementedError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    Console(highlight=False).print(table(results))
+    print(f"curves: {picture}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

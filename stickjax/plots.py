@@ -1,0 +1,74 @@
+"""Pictures of runs: learning curves, context length, attention weights, expert use. Matplotlib is imported when used."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+Records = list[dict[str, Any]]
+
+
+def figure(xlabel: str, ylabel: str, titles=("",), *, xscale=None, yscale=None, sharey=True):
+    """A figure without pyplot's global state, and its panels in a row; a scale is a name or (name, options)."""
+    from matplotlib.figure import Figure
+
+    page = Figure(figsize=(1 + 4.5 * len(titles), 4), dpi=150, layout="constrained")
+    panels = page.subplots(1, len(titles), sharex=True, sharey=sharey, squeeze=False)[0]
+    for axes, title in zip(panels, titles, strict=True):
+        axes.set(xlabel=xlabel, title=title)
+        for scale, set_scale in ((xscale, axes.set_xscale), (yscale, axes.set_yscale)):
+            if scale:
+                name, options = (scale, {}) if isinstance(scale, str) else scale
+                set_scale(name, **options)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel(ylabel)
+    return page, panels
+
+
+def group(records: Records, *keys: str) -> dict[Any, Records]:
+    """Records by the value of a key, or by the tuple of several, in order of appearance."""
+    groups: dict[Any, Records] = {}
+    for record in records:
+        value = tuple(record[key] for key in keys)
+        groups.setdefault(value if len(keys) > 1 else value[0], []).append(record)
+    return groups
+
+
+def plot_length_curves(runs: dict[str, Records], path) -> None:
+    """Held-out bits per byte against the context length, a line per named run; the training length is marked."""
+    page, (axes,) = figure("context length (tokens)", "held-out bits per byte", xscale=("log", dict(base=2)))
+    for name, records in runs.items():
+        axes.plot([r["context"] for r in records], [r["bits_per_byte"] for r in records], "o-", label=name)
+    contexts = sorted({r["context"] for records in runs.values() for r in records})
+    trained = {r["context"] for records in runs.values() for r in records if r["multiple"] == 1}
+    for T in trained:
+        axes.axvline(T, color="k", linestyle=":", alpha=0.5, label="training length")
+    axes.set_xticks(contexts, [f"{c}" for c in contexts])
+    axes.minorticks_off()
+    axes.legend()
+    page.savefig(path)
+
+
+def plot_training(runs: dict[str, Records], path) -> None:
+    """Training loss in bits per token and the learning rate against tokens, from the rows of metrics.jsonl."""
+    page, panels = figure("tokens", "", ("training loss (bits per token)", "learning rate"), sharey=False)
+    for name, rows in runs.items():
+        tokens = [r["tokens"] for r in rows]
+        panels[0].plot(tokens, [r["loss"] / math.log(2) for r in rows], label=name, linewidth=1)
+        panels[1].plot(tokens, [r["learning_rate"] for r in rows], label=name)
+    panels[0].legend()
+    page.savefig(path)
+
+
+def plot_attention(weights: np.ndarray, path, labels: list[str] | None = None) -> None:
+    """Attention weights [N, T, S] as one picture per head: queries down, keys to the right."""
+    page, panels = figure("key", "query", [f"head {n}" for n in range(len(weights))])
+    for axes, weight in zip(panels, weights, strict=True):
+        image = axes.imshow(np.asarray(weight), vmin=0, vmax=1, cmap="viridis")
+        axes.grid(visible=False)
+        if labels:
+            ticks = range(len(labels))
+            axes.set_xticks(ticks, labels, family="monospace", fontsize="x-small")
+            axes.set_yticks(ticks, labels, family="monospace", fontsize="x-small")
+    page.colorbar(image, ax=list(panels), label="weight", shrink=0.8)
+    page.savefig(path)

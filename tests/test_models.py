@@ -1,0 +1,286 @@
+"""The decoder: causality, packing, experts against a dense einsum, multipliers, presets, caches."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import FORWARD, GRADIENT, assert_close
+
+from stickjax.config import ModelConfig
+from stickjax.models.layers import rotary
+from stickjax.models.moe import SparseExperts, choose_experts, router_stats, updated_router_bias
+from stickjax.models.transformer import apply, empty_cache, init, parameter_counts
+
+SMALL = dict(V=31, D=24, L=2, N=4, K=2, H=8, F=20, norm_eps=1e-5)
+MODELS = {
+    "dense": ModelConfig(**SMALL),
+    "experts": ModelConfig(**SMALL, E=4, k=2),
+    "softmax": ModelConfig(**SMALL, attention="softmax", E=4, k=2, router="softmax_topk", tied=False),
+    "value": ModelConfig(**SMALL, remainder="value", window=5),
+    "bias": ModelConfig(**SMALL, remainder="bias", head_norm=True, attend_current=True, activation="gelu"),
+}
+each_model = pytest.mark.parametrize("config", MODELS.values(), ids=MODELS.keys())
+
+
+def tokens_of(config, B=2, T=13, seed=1):
+    return jax.random.randint(jax.random.key(seed), (B, T), 0, config.V)
+
+
+def by_embedding(model, config, segment_ids=None):
+    """Logits as a function of one added embedding per position, to differentiate by position."""
+    tokens = tokens_of(config)
+
+    def logits(extra):
+        changed = jax.tree.map(lambda x: x, model)
+        # Every position gets a token of its own, so that an embedding is a position.
+        rows = changed.embed[...][tokens.reshape(-1)] + extra.reshape(-1, config.D)
+        changed.embed = type(changed.embed)(rows)
+        own = jnp.arange(tokens.size).reshape(tokens.shape)
+        big = jax.tree.map(lambda x: x, changed)
+        out = big(own, segment_ids)
+        return out.logits
+
+    return logits, jnp.zeros((*tokens.shape, config.D))
+
+
+def influence(config, segment_ids=None):
+    """[B, T, T]: how much the output at row position depends on the embedding at column position."""
+    import dataclasses
+
+    config = dataclasses.replace(config, tied=False)
+    logits, zero = by_embedding(init(config, jax.random.key(0)), config, segment_ids)
+    jacobian = jax.jacrev(lambda x: jnp.square(logits(x)).sum(-1))(zero)
+    return np.abs(np.asarray(jacobian)).sum(-1)  # [B, T, B, T]
+
+
+@each_model
+def test_no_position_sees_a_later_one_or_another_row(config):
+    seen = influence(config)
+    T = seen.shape[1]
+    for b in range(2):
+        assert (seen[b, :, 1 - b] == 0).all()
+        assert (seen[b, :, b][np.triu_indices(T, 1)] == 0).all()
+        assert (seen[b, :, b][np.arange(T), np.arange(T)] > 0).all()
+    assert (seen[0, 1:, 0][np.arange(T - 1), np.arange(T - 1)] > 0).all(), "the previous token must matter"
+
+
+@each_model
+def test_packed_documents_do_not_see_each_other(config):
+    segments = jnp.array([[0] * 5 + [1] * 8, [0] * 9 + [3] * 4])
+    seen = influence(config, segments)
+    for b in range(2):
+        other = np.asarray(segments[b])[:, None] != np.asarray(segments[b])[None]
+        assert (seen[b, :, b][other] == 0).all()
+    # And a document's logits are those it has alone.
+    model, tokens = init(config, jax.random.key(0)), tokens_of(config)
+    packed = model(tokens, segments).logits
+    alone = model(tokens[:1, 5:]).logits
+    assert_close(packed[:1, 5:], alone, FORWARD["float32"])
+
+
+@each_model
+def test_padding_changes_nothing(config):
+    model, tokens = init(config, jax.random.key(0)), tokens_of(config, B=1)
+    padded = jnp.concatenate([jnp.full((1, 6), 7), tokens], 1)
+    segments = jnp.concatenate([jnp.full((1, 6), -1), jnp.zeros_like(tokens)], 1)
+    assert_close(model(padded, segments).logits[:, 6:], model(tokens).logits, FORWARD["float32"])
+
+
+@each_model
+def test_the_cache_gives_the_full_pass(config):
+    model, tokens = init(config, jax.random.key(0)), tokens_of(config)
+    segments = jnp.zeros_like(tokens).at[1, :4].set(-1)
+    full = model(tokens, segments).logits
+    cache, parts = empty_cache(config, 2, 20), []
+    for start, stop in ((0, 6), (6, 7), (7, 8), (8, 13)):
+        out = model(tokens[:, start:stop], segments[:, start:stop], cache=cache)
+        cache, parts = out.cache, [*parts, out.logits]
+    real = (segments >= 0)[..., None]
+    assert_close(jnp.where(real, jnp.concatenate(parts, 1), 0), jnp.where(real, full, 0), FORWARD["float32"])
+
+
+@pytest.mark.parametrize("router", ["topk_softmax", "softmax_topk"])
+def test_all_experts_equal_a_dense_einsum(router):
+    config = ModelConfig(**SMALL, E=3, k=3, router=router)
+    layer = SparseExperts(config, jax.random.key(0))
+    x = jax.random.normal(jax.random.key(1), (2, 7, config.D))
+
+    def sparse(layer, x):
+        return layer(x)[0]
+
+    def dense(layer, x):
+        gates = jax.nn.softmax(x @ layer.router[...], axis=-1)
+        gate, up = jnp.split(jnp.einsum("BTD,EDF->BTEF", x, layer.w_in[...]), 2, axis=-1)
+        return jnp.einsum("BTE,BTEF,EFD->BTD", gates, jax.nn.silu(gate) * up, layer.w_out[...])
+
+    (y, vjp), (expected, vjp_expected) = (jax.vjp(f, layer, x) for f in (sparse, dense))
+    assert_close(y, expected, FORWARD["float32"])
+    cotangent = jax.random.normal(jax.random.key(2), y.shape)
+    for a, b in zip(jax.tree.leaves(vjp(cotangent)), jax.tree.leaves(vjp_expected(cotangent)), strict=True):
+        assert_close(a, b, GRADIENT["float32"])
+
+
+def test_router_orders():
+    logits = jnp.log(jnp.array([[0.1, 0.2, 0.3, 0.4]]))
+    chosen, gates = choose_experts(logits, 2, "topk_softmax")
+    assert chosen.tolist() == [[3, 2]]
+    np.testing.assert_allclose(gates, [[4 / 7, 3 / 7]], rtol=1e-6)
+    _, gates = choose_experts(logits, 2, "softmax_topk")
+    np.testing.assert_allclose(gates, [[0.4, 0.3]], rtol=1e-6)
+    chosen, gates = choose_experts(logits, 2, "softmax_topk", bias=jnp.array([1.0, 0, 0, 0]))
+    assert chosen.tolist() == [[0, 3]]
+    np.testing.assert_allclose(gates, [[0.1, 0.4]], rtol=1e-6)  # the bias selects and never weighs
+
+
+def test_sampled_experts_follow_the_probabilities():
+    p = jnp.array([0.5, 0.25, 0.15, 0.1])
+    chosen, gates = choose_experts(
+        jnp.tile(jnp.log(p), (20_000, 1)), 2, "softmax_topk", sample_topk=1, key=jax.random.key(0)
+    )
+    assert (chosen[:, 0] == 0).all() and (chosen[:, 1] != 0).all()
+    share = np.bincount(chosen[:, 1], minlength=4) / 20_000
+    np.testing.assert_allclose(share, [0, 0.5, 0.3, 0.2], atol=0.015)
+    np.testing.assert_allclose(gates, p[chosen], rtol=1e-6)
+
+
+def test_router_losses():
+    rng = np.random.default_rng(0)
+    logits, chosen = rng.normal(size=(50, 4)), rng.integers(0, 4, (50, 2))
+    real = rng.random(50) < 0.7
+    stats = router_stats(jnp.array(logits, jnp.float32), jnp.array(np.where(real[:, None], chosen, 4)), jnp.array(real))
+    x, c = logits[real], chosen[real]
+    g = np.exp(x) / np.exp(x).sum(1, keepdims=True)
+    f, P = np.bincount(c.reshape(-1), minlength=4) / c.size, g.mean(0)
+    np.testing.assert_allclose(stats.load, f, rtol=1e-6)
+    np.testing.assert_allclose(stats.switch, 4 * (f * P).sum(), rtol=1e-5)
+    np.testing.assert_allclose(stats.z, (np.log(np.exp(x).sum(1)) ** 2).mean(), rtol=1e-5)
+    mutual = -(g * np.log(g)).sum(1).mean() + (P * np.log(P)).sum()
+    np.testing.assert_allclose(stats.mutual_information, mutual, rtol=1e-4)
+    assert stats.mutual_information < 0, "H(e|x) - H(e) is minus the mutual information"
+
+
+def test_balance_gives_switch_loss_one():
+    logits = jnp.tile(jnp.eye(4) * 3, (5, 1))
+    stats = router_stats(logits, jnp.argsort(-logits, axis=1)[:, :1])
+    np.testing.assert_allclose(stats.switch, 1, rtol=1e-6)
+
+
+def test_router_bias_moves_against_the_load():
+    bias = updated_router_bias(jnp.zeros((2, 4)), jnp.array([[0.7, 0.1, 0.1, 0.1], [0.25] * 4]), 0.01)
+    np.testing.assert_allclose(bias, [[-0.01, 0.01, 0.01, 0.01], [0] * 4], atol=1e-8)
+
+
+PRESETS = {
+    "powerlm_1b": (1.208e9, 40),
+    "powermoe_1b": (1.335e9, 24),
+    "powerlm_3b": (3.511e9, 40),
+    "powermoe_3b": (3.299e9, 32),
+    "stickbreaking_3b": (3.629e9, 40),
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_have_the_published_sizes(name):
+    total, layers = PRESETS[name]
+    config = getattr(ModelConfig, name)()
+    assert config.L == layers
+    assert abs(parameter_counts(config)[0] / total - 1) < 5e-4
+
+
+def test_stickbreaking_3b_tied_and_active_counts():
+    assert abs(parameter_counts(ModelConfig.stickbreaking_3b(tied=True))[0] / 3.513e9 - 1) < 5e-4
+    assert abs(parameter_counts(ModelConfig.powermoe_1b())[1] / 377e6 - 1) < 5e-3
+    assert abs(parameter_counts(ModelConfig.powermoe_3b())[1] / 800e6 - 1) < 2e-2
+
+
+def test_multipliers():
+    """m_emb, m_res, the attention scale and the logits' divisor are where the specification has them."""
+    config = ModelConfig(**SMALL, m_emb=3.0, m_res=0.0, m_width=4.0)
+    model, tokens = init(config, jax.random.key(0)), tokens_of(config)
+    x = 3.0 * np.asarray(model.embed[...])[tokens]  # m_res = 0 removes every layer
+    x = x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_eps)
+    assert_close(model(tokens).logits, x @ np.asarray(model.embed[...]).T / 4.0, FORWARD["float32"])
+    scaled = init(ModelConfig(**SMALL, attention_scale=0.0), jax.random.key(0))
+    assert not np.allclose(scaled(tokens).logits, init(ModelConfig(**SMALL), jax.random.key(0))(tokens).logits)
+
+
+def test_initial_deviations():
+    config = ModelConfig(V=512, D=256, L=8, N=4, K=4, H=64, F=512, m_width=4.0, init_std=0.1, tied=False)
+    model = init(config, jax.random.key(0))
+    expected = {
+        "embed": (model.embed, 0.1), "unembed": (model.unembed, 0.1), "query": (model.blocks.attention.query, 0.05),
+        "w_in": (model.blocks.ffn.w_in, 0.05), "output": (model.blocks.attention.output, 0.05 / 4),
+        "w_out": (model.blocks.ffn.w_out, 0.05 / 4),
+    }  # fmt: skip
+    for name, (param, std) in expected.items():
+        assert abs(float(param[...].std()) / std - 1) < 0.02, name
+
+
+def test_rotary_depends_on_distances_only():
+    q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 16))
+
+    def dot(i, j):
+        return float((rotary(q, jnp.array([[i]]), 100.0) * rotary(k, jnp.array([[j]]), 100.0)).sum())
+
+    assert abs(dot(5, 3) - dot(105, 103)) < 1e-4 and abs(dot(5, 3) - dot(5, 4)) > 1e-3
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_changes_no_value(remat):
+    import dataclasses
+
+    config = MODELS["experts"]
+    model, tokens = init(config, jax.random.key(0)), tokens_of(config)
+
+    def loss(model):
+        return jnp.square(model(tokens).logits).mean()
+
+    other = init(dataclasses.replace(config, remat=remat), jax.random.key(0))
+    pairs = zip(*map(jax.tree.leaves, (jax.grad(loss)(other), jax.grad(loss)(model))), strict=True)
+    for a, b in pairs:
+        assert_close(a, b, GRADIENT["float32"])
+
+
+def test_bfloat16_computes_and_float32_stores():
+    import dataclasses
+
+    config = dataclasses.replace(MODELS["experts"], dtype="bfloat16")
+    model, tokens = init(config, jax.random.key(0)), tokens_of(config)
+    assert {x.dtype for x in jax.tree.leaves(model)} == {jnp.dtype("float32")}
+    out = apply(model, {"tokens": tokens})
+    assert out.logits.dtype == jnp.float32
+    exact = init(MODELS["dense"], jax.random.key(0))(tokens).logits
+    half = init(dataclasses.replace(MODELS["dense"], dtype="bfloat16"), jax.random.key(0))(tokens).logits
+    assert_close(half, exact, 2e-2)
+
+
+@each_model
+def test_gradients_are_finite_and_reach_every_parameter(config):
+    model, tokens = init(config, jax.random.key(0)), tokens_of(config)
+
+    def loss(model):
+        return jnp.square(model(tokens).logits).mean()
+
+    from stickjax.checkpoint import named_leaves
+
+    for name, g in named_leaves(jax.grad(loss)(model)).items():
+        assert np.isfinite(g).all() and np.abs(g).max() > 0, name
+
+
+def test_tree_mode_of_nnx():
+    """The modules are plain pytrees, so they work with NNX's graph mode switched off."""
+    code = """
+import jax, jax.numpy as jnp
+from stickjax.config import ModelConfig
+from stickjax.models.transformer import init
+m = init(ModelConfig(V=8, D=8, L=2, N=2, K=1, H=4, F=8, E=2, k=2), jax.random.key(0))
+g = jax.jit(jax.grad(lambda m: m(jnp.zeros((1, 4), jnp.int32)).logits.sum()))(m)
+assert jax.tree.structure(g) == jax.tree.structure(m)
+"""
+    environment = {**os.environ, "NNX_GRAPH_MODE": "false", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
