@@ -32,7 +32,9 @@ def _check_choices(config) -> None:
         choices = [c for o in options for c in typing.get_args(o)]
         value = getattr(config, name)
         if choices and value is not None and value not in choices:
-            raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}{nearest(str(value), choices)}")
+            raise ValueError(
+                f"{name}={value!r} is not one of {', '.join(map(repr, choices))}{nearest(str(value), choices)}"
+            )
 
 
 def _at_least(config, low, *names) -> None:
@@ -57,7 +59,9 @@ class ModelConfig:
     k: int = _f(0, "experts chosen per token")
     attention: Literal["stick_breaking", "softmax"] = _f("stick_breaking", "softmax comes with RoPE")
     remainder: Literal["none", "value", "bias"] = _f("none", "what is added for the unbroken rest of the stick")
-    head_norm: bool = _f(False, "normalise every head's output (GroupNorm, a group per head) before the output projection")
+    head_norm: bool = _f(
+        False, "normalise every head's output (GroupNorm, a group per head) before the output projection"
+    )
     attend_current: bool = _f(False, "let a token attend to itself (stick-breaking only)")
     window: int | None = _f(None, "keys at most this far to the left are attended; None: all")
     skip_below: float | None = _f(None, "skip blocks once log2 of the stick left is below this (stick-breaking only)")
@@ -76,7 +80,9 @@ class ModelConfig:
     m_width: float = _f(1.0, "muP width multiplier: D / 256 by its usual base width")
     m_emb: float = _f(1.0, "multiplier of the embedding output")
     m_res: float = _f(1.0, "multiplier of every residual branch")
-    attention_scale: float | None = _f(None, "multiplier of q.k; None: 1/sqrt(H). muP asks for one that is constant / H")
+    attention_scale: float | None = _f(
+        None, "multiplier of q.k; None: 1/sqrt(H). muP asks for one that is constant / H"
+    )
     logits_scaling: float | None = _f(None, "divisor of the output logits; None: m_width")
     init_std: float = _f(0.1, "standard deviation of the embedding; matrices have init_std / sqrt(m_width)")
     dtype: Literal["float32", "bfloat16", "float16"] = _f("float32", "type of the computation")
@@ -95,7 +101,9 @@ class ModelConfig:
         if self.E and not self.k:
             raise ValueError(f"E={self.E} experts need k >= 1 experts per token")
         if self.E and self.k == 1 and self.router == "topk_softmax":
-            raise ValueError("k=1 with router='topk_softmax' has a constant gate and trains no router; use k >= 2 or 'softmax_topk'")
+            raise ValueError(
+                "k=1 with router='topk_softmax' has a constant gate and trains no router; use k >= 2 or 'softmax_topk'"
+            )
         if self.sample_topk > self.k:
             raise ValueError(f"sample_topk={self.sample_topk} cannot exceed k={self.k}")
         _at_least(self, 0, "m_res")
@@ -285,7 +293,9 @@ def _alternatives(hint) -> tuple:
 
 
 def _locate(config: Config, key: str) -> tuple[str, str]:
-    known = [f"{s.name}.{f.name}" for s in dataclasses.fields(config) for f in dataclasses.fields(getattr(config, s.name))]
+    known = [
+        f"{s.name}.{f.name}" for s in dataclasses.fields(config) for f in dataclasses.fields(getattr(config, s.name))
+    ]
     if key not in known:
         # A bare or mistyped field name is matched against the last parts as well.
         ends = [k for k in known if k.split(".")[1] == key.split(".")[-1]]

@@ -37,7 +37,12 @@ def _nll_sum(model: Transformer, windows: jax.Array, real: jax.Array) -> jax.Arr
 
 
 def evaluate(
-    model: Transformer, config: Config, *, lengths: tuple[int, ...] = LENGTHS, max_tokens: int = 2**17, batch_tokens: int = 2**13
+    model: Transformer,
+    config: Config,
+    *,
+    lengths: tuple[int, ...] = LENGTHS,
+    max_tokens: int = 2**17,
+    batch_tokens: int = 2**13,
 ) -> Records:
     """Bits per byte of the held-out text, at contexts of m * T tokens for every m of `lengths`.
 

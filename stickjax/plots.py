@@ -1,4 +1,4 @@
-"""Pictures of runs: learning curves, context length, attention weights, expert use. Matplotlib is imported when used."""
+"""Pictures of runs: learning curves, context length, attention weights. Matplotlib is imported when used."""
 
 import math
 from typing import Any

@@ -35,7 +35,8 @@ class Progress:
 
     def update(self, row: dict) -> None:
         bits = row["loss"] / math.log(2)
-        words = f"loss {row['loss']:.4f} ({bits:.3f} bits/token)  lr {row['learning_rate']:.2e}  {row['tokens_per_second']:,.0f} tokens/s"
+        words = f"loss {row['loss']:.4f} ({bits:.3f} bits/token)  lr {row['learning_rate']:.2e}"
+        words += f"  {row['tokens_per_second']:,.0f} tokens/s"
         words += f"  mfu {row['mfu']:.1%}" if "mfu" in row else ""
         if self._bar:
             self._bar.update(self._task, completed=row["step"], description=words)

@@ -36,19 +36,20 @@ def read_config(run: str | os.PathLike) -> Config:
         raise ValueError(f"{path}: {error}") from error
 
 
-def write_config(run: str | os.PathLike, config: Config) -> None:
-    """Make the folder of a run, or check that it is of this config.
+def check_config(run: str | os.PathLike, config: Config) -> None:
+    """ValueError, listing the fields that differ, when the folder `run` belongs to another config."""
+    if not (Path(run) / "config.json").exists():
+        return
+    changed = [d for d in read_config(run).diff(config) if not d.startswith(_FREE)]
+    if not (config.optim.decay_tokens or config.optim.schedule == "cosine"):
+        changed = [d for d in changed if not d.startswith("train.steps")]  # nothing depends on the end of the run
+    if changed:
+        raise ValueError(f"{run} is a run of another config ({'; '.join(changed)}); choose another --run folder")
 
-    Raises:
-      ValueError: the folder belongs to another config; the message lists the fields that differ.
-    """
+
+def write_config(run: str | os.PathLike, config: Config) -> None:
+    """Make the folder of a run and its config.json, at once or not at all."""
     folder = Path(run)
-    if (folder / "config.json").exists():
-        changed = [d for d in read_config(run).diff(config) if not d.startswith(_FREE)]
-        if not (config.optim.decay_tokens or config.optim.schedule == "cosine"):
-            changed = [d for d in changed if not d.startswith("train.steps")]  # nothing depends on the end of the run
-        if changed:
-            raise ValueError(f"{run} is a run of another config ({'; '.join(changed)}); choose another --run folder")
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / "config.json.tmp"
     temporary.write_text(config.to_json())

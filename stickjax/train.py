@@ -1,125 +1,28 @@
-"""Training: a pure, jitted step, and a loop that logs, checkpoints, resumes and stops cleanly.
+"""Training: a loop around the jitted step that logs, checkpoints, resumes and stops cleanly.
 
 python -m stickjax.train configs/tiny.py [--run DIR] [--section.field=value ...]
 """
 
 import argparse
 import contextlib
-import math
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
-from flax import nnx
 
 import pallas_kernels
-from stickjax.checkpoint import Checkpoints, check_finite
+from stickjax.checkpoint import Checkpoints, check_finite, named_leaves
 from stickjax.config import Config, describe, load_config, parse
 from stickjax.data import Corpus, load_corpus, train_loader
 from stickjax.metrics import MetricsLog, flops_per_token, peak_flops
-from stickjax.models.moe import updated_router_bias
-from stickjax.models.transformer import Transformer, apply, init, parameter_counts
-from stickjax.optim import make_optimizer
+from stickjax.models.transformer import init, parameter_counts
 from stickjax.progress import Progress
-from stickjax.run import load, read_config, write_config
-
-
-class TrainState(NamedTuple):
-    """Everything a step changes. `bad_steps`: steps in a row that were skipped because they were not finite."""
-
-    params: Transformer
-    opt_state: Any
-    step: jax.Array
-    key: jax.Array
-    bad_steps: jax.Array
-
-
-def init_state(config: Config, key: jax.Array) -> TrainState:
-    """The state before the first step."""
-    k_init, k_train = jax.random.split(key)
-    params = init(config.model, k_init)
-    opt_state = make_optimizer(config, params).init(params)
-    zero = jnp.zeros((), jnp.int32)
-    return TrainState(params, opt_state, zero, k_train, zero)
-
-
-def loss_and_metrics(config: Config, params, batch, key) -> tuple[jax.Array, dict]:
-    """Mean cross-entropy over the targets that `loss_mask` keeps, plus the routers' weighted losses, summed over layers.
-
-    `batch["loss_scale"]`, when given, replaces 1 / (number of targets): microbatches then add up to the whole batch.
-    """
-    output = apply(params, batch, key)
-    nll = optax.softmax_cross_entropy_with_integer_labels(output.logits, batch["targets"])
-    mask = batch["loss_mask"].astype(jnp.float32)
-    scale = batch.get("loss_scale", 1 / jnp.maximum(mask.sum(), 1))
-    loss = (nll * mask).sum() * scale
-    metrics = {"loss": loss}
-    if output.router is not None:
-        m, stats = config.model, output.router
-        losses = {"switch": stats.switch, "z": stats.z, "mutual_information": stats.mutual_information}
-        weights = {"switch": m.switch_weight, "z": m.z_weight, "mutual_information": m.mi_weight}
-        loss += sum(weights[name] * value.sum() for name, value in losses.items()) / config.train.accumulate
-        metrics |= {name: value.mean() / config.train.accumulate for name, value in losses.items()}
-        metrics["load"] = stats.load / config.train.accumulate
-    return loss, metrics
-
-
-def make_step(config: Config) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
-    """The pure step `(state, batch) -> (state, metrics)`; jit it with `donate_argnums=0`."""
-    accumulate = config.train.accumulate
-
-    def gradients(params, batch, key):
-        grad = jax.grad(lambda p, b, k: loss_and_metrics(config, p, b, k), has_aux=True)
-        if accumulate == 1:
-            return grad(params, batch, key)
-        micro = {name: x.reshape(accumulate, -1, *x.shape[1:]) for name, x in batch.items()}
-        scale = 1 / jnp.maximum(batch["loss_mask"].astype(jnp.float32).sum(), 1)
-
-        def one(total, inputs):
-            part, k = inputs
-            return jax.tree.map(jnp.add, total, grad(params, part | {"loss_scale": scale}, k)), None
-
-        first = jax.tree.map(lambda x: x[0], micro)
-        shapes = jax.eval_shape(grad, params, first | {"loss_scale": scale}, key)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        return jax.lax.scan(one, zeros, (micro, jax.random.split(key, accumulate)))[0]
-
-    def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
-        grads, metrics = gradients(state.params, batch, jax.random.fold_in(state.key, state.step))
-        load = metrics.pop("load", None)
-        norm = optax.tree.norm(grads)
-        optimizer = make_optimizer(config, state.params)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        if load is not None:
-            metrics["load_max"] = load.max() * config.model.E  # 1 at balance
-            if config.model.bias_rate:
-                params = _with_router_bias(params, load, config.model.bias_rate)
-        good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(good, new, old), (params, opt_state), (state.params, state.opt_state)
-        )
-        bad_steps = jnp.where(good, 0, state.bad_steps + 1)
-        metrics |= {
-            "grad_norm": norm,
-            "learning_rate": optax.tree.get(opt_state, "learning_rate"),
-            "bad_steps": bad_steps,
-        }
-        return TrainState(params, opt_state, state.step + 1, state.key, bad_steps), metrics
-
-    return step
-
-
-def _with_router_bias(params: Transformer, load, rate: float) -> Transformer:
-    params = jax.tree.map(lambda x: x, params)  # a copy: modules are changed by assignment
-    params.blocks.ffn.router_bias = nnx.Param(updated_router_bias(params.blocks.ffn.router_bias[...], load, rate))
-    return params
+from stickjax.run import check_config, load, read_config, write_config
+from stickjax.step import TrainState, init_state, make_step
 
 
 def banner(config: Config, corpus: Corpus) -> str:
@@ -129,7 +32,7 @@ def banner(config: Config, corpus: Corpus) -> str:
     rows = [
         f"parameters {total:,} ({active:,} active, embedding left out), {flops_per_token(m, d.T):,.0f} FLOP per token",
         f"data {corpus.summary()}",
-        f"{config.train.steps} steps of B={d.B} x T={d.T} tokens on {jax.device_count()} {jax.devices()[0].device_kind} device(s)",
+        f"{config.train.steps} steps of B={d.B} x T={d.T} on {jax.device_count()} x {jax.devices()[0].device_kind}",
     ]
     struct = jax.ShapeDtypeStruct
     B = d.B // config.train.accumulate
@@ -182,12 +85,19 @@ def _stop_signals():
             signal.signal(number, handler)
 
 
-def _start(config: Config, checkpoints: Checkpoints, init_from: str | None, branch: str | None, say) -> tuple[TrainState, dict | None]:
-    """The state to begin with and the data iterator's state: resumed, branched, from other weights, or new."""
+def _start(
+    config, corpus, checkpoints, init_from: str | None, branch: str | None, say
+) -> tuple[TrainState, dict | None]:
+    """The state and the data iterator's state to begin with: resumed, branched, or new (from other parameters)."""
     key = jax.random.key(config.train.seed)
     abstract = jax.eval_shape(lambda: init_state(config, key))
     if (restored := checkpoints.restore(abstract)) is not None:
-        source = f"{checkpoints.folder.parent.name}@{restored.step}"
+        source, data_state = f"{checkpoints.folder.parent}@{restored.step}", restored.extra["data"]
+        if restored.extra["corpus"] != corpus.hash:
+            raise ValueError(
+                f"the text has changed: {corpus.source} is now {corpus.hash}, "
+                f"{source} was trained on {restored.extra['corpus']}"
+            )
         say(f"resuming {source}")
     elif branch is not None:
         run, step = split_branch(branch)
@@ -195,20 +105,25 @@ def _start(config: Config, checkpoints: Checkpoints, init_from: str | None, bran
         if restored is None:
             raise ValueError(f"{run} has no checkpoint to branch from")
         source = f"{run}@{restored.step}"
-        say(f"branching from {source}")
+        # A decay is often trained on other text than the stable phase; that text is read from its beginning.
+        data_state = restored.extra["data"] if restored.extra["corpus"] == corpus.hash else None
+        say(f"branching from {source}" + ("" if data_state else ", with other text"))
     else:
         state = jax.jit(lambda: init_state(config, key))()
         if init_from is not None:
             loaded = load(init_from)
-            own, other = (jax.tree.structure(p) for p in (state.params, loaded.model))
-            if own != other or any(a.shape != b.shape for a, b in zip(*map(jax.tree.leaves, (state.params, loaded.model)), strict=True)):
-                diff = [d for d in loaded.config.diff(config) if d.startswith("model.")]
-                raise ValueError(f"--init-from {init_from} is another model ({'; '.join(diff)})")
-            state = state._replace(params=loaded.model)
+            ours, theirs = (
+                {name: leaf.shape for name, leaf in named_leaves(tree).items()} for tree in (state.params, loaded.model)
+            )
+            if ours != theirs:
+                changed = [d for d in loaded.config.diff(config) if d.startswith("model.")]
+                raise ValueError(f"--init-from {init_from} is another model ({'; '.join(changed)})")
+            params = jax.tree.unflatten(jax.tree.structure(state.params), jax.tree.leaves(loaded.model))
+            state = state._replace(params=params)
             say(f"parameters from {init_from}@{loaded.step}")
         return state, None
     check_finite(restored.state.params, source)
-    return restored.state, restored.extra
+    return restored.state, data_state
 
 
 def split_branch(branch: str) -> tuple[str, int | None]:
@@ -248,80 +163,81 @@ def fit(
     corpus, _ = load_corpus(config.data)
     if corpus.tokenizer.vocab_size > config.model.V:
         raise ValueError(f"V={config.model.V} is smaller than the tokenizer's {corpus.tokenizer.vocab_size} ids")
-    loader = train_loader(
-        corpus, config.data, process_index=jax.process_index(), process_count=jax.process_count()
-    )
-    write_config(run, config)
+    loader = train_loader(corpus, config.data, process_index=jax.process_index(), process_count=jax.process_count())
+    check_config(run, config)
     with Progress(config, quiet=quiet) as progress, Checkpoints(run, config.train.keep) as checkpoints:
         progress.say(banner(config, corpus))
-        state, extra = _start(config, checkpoints, init_from, branch, progress.say)
-        if extra is not None:
-            if extra["corpus"] != corpus.hash:
-                raise ValueError(f"the text has changed: {corpus.source} is {corpus.hash}, the checkpoint was trained on {extra['corpus']}")
-            loader.set_state(extra["data"])
+        state, data_state = _start(config, corpus, checkpoints, init_from, branch, progress.say)
+        if data_state is not None:
+            loader.set_state(data_state)
+        write_config(run, config)  # only now: a start that is refused leaves no folder behind
         log = MetricsLog(run, after_step=int(state.step))
         with contextlib.closing(log), _stop_signals() as asked:
-            return _loop(config, state, loader, corpus, checkpoints, log, progress, asked, Path(run) / "profile" if profile else None)
+            return _loop(
+                config,
+                state,
+                loader,
+                corpus,
+                checkpoints,
+                log,
+                progress,
+                asked,
+                Path(run) / "profile" if profile else None,
+            )
 
 
 def _loop(config, state, loader, corpus, checkpoints, log, progress, asked, profile) -> Result:
     step_function = jax.jit(make_step(config), donate_argnums=0)
-    first = step = int(state.step)
     tokens, peak = config.data.tokens_per_step, peak_flops()
     per_token = flops_per_token(config.model, config.data.T)
-    inside, started, saved = 0.0, time.perf_counter(), step if step else None
-
-    def save():
-        nonlocal saved
-        extra = {"data": data_state, "corpus": corpus.hash, "tokens": step * tokens, "config": config.to_dict()}
-        checkpoints.save(step, state, extra)
-        saved = step
-
-    batch, data_state = next(loader), loader.get_state()
-    while step < config.train.steps and not asked():
+    first = step = saved = int(state.step)
+    inside, started = 0.0, time.perf_counter()
+    batch, bad_steps = next(loader), 0
+    stop = asked() or step >= config.train.steps
+    while not stop:
+        data_state = loader.get_state()  # behind the batch of this step, before the next one is taken
         if profile and step == first + 3:
             jax.profiler.start_trace(str(profile))
         begun = time.perf_counter()
         state, metrics = step_function(state, batch)
-        at_step = data_state
-        batch, data_state = next(loader), loader.get_state()  # while the device works
+        batch = next(loader)  # while the device works
         metrics = jax.device_get(metrics)
         now = time.perf_counter()
         step += 1
-        data_state, ahead = at_step, data_state
         if step == first + 1:
-            started = now  # compiled
+            started = now  # the first step compiled
         else:
             inside += now - begun
         if profile and step == first + 6:
             jax.profiler.stop_trace()
-        if metrics["bad_steps"] >= config.train.max_bad_steps:
+        bad_steps = int(metrics["bad_steps"])
+        if bad_steps >= config.train.max_bad_steps:
             checkpoints.wait()
             raise FloatingPointError(
-                f"step {step}: {config.train.max_bad_steps} steps in a row were not finite; "
+                f"step {step}: {bad_steps} steps in a row were not finite; "
                 f"the last good checkpoint is step {max(checkpoints.steps(), default=0)}"
             )
+        stop = asked() or step == config.train.steps  # asked once, so that a step that stops is a step that saves
         if step % config.train.log_every == 0 or step == config.train.steps:
             rate = (step - first - 1) * tokens / max(now - started, 1e-9)
-            row = {"step": step, "tokens": step * tokens, **{k: float(v) for k, v in metrics.items()}, "tokens_per_second": rate}
+            row = {"step": step, "tokens": step * tokens, **{k: float(v) for k, v in metrics.items()}}
+            row["tokens_per_second"] = rate
             if peak:
                 row["mfu"] = rate * per_token / peak
             log.write(row)
             progress.update(row)
-        if metrics["bad_steps"] == 0 and step % config.train.checkpoint_every == 0:
-            save()
-        data_state = ahead
-    if saved != step and step > first and metrics["bad_steps"] == 0:
-        data_state = at_step
-        save()
+        if not bad_steps and (step % config.train.checkpoint_every == 0 or stop):
+            extra = {"data": data_state, "corpus": corpus.hash, "tokens": step * tokens, "config": config.to_dict()}
+            checkpoints.save(step, state, extra)
+            saved = step
     checkpoints.wait()
     total = max(time.perf_counter() - started, 1e-9)
-    rate, outside = max(step - first - 1, 0) * tokens / total, 1 - inside / total
+    rate, outside = max(step - first - 1, 0) * tokens / total, max(0.0, 1 - inside / total)
     finished = step >= config.train.steps
     if finished:
         progress.say(f"step {step}: {rate:,.0f} tokens/s, {outside:.1%} of the time outside the jitted step")
     else:
-        progress.say(f"stopped at step {step}; run the same command again to go on")
+        progress.say(f"stopped at step {step}, saved at {saved}; run the same command again to go on")
     return Result(state, finished, rate, outside)
 
 
@@ -330,7 +246,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("config", nargs="?", help="a config file, or a run's config.json")
     parser.add_argument("--run", help="run folder; runs/NAME of the config file by default")
     parser.add_argument("--init-from", metavar="RUN", help="begin with the parameters of another run")
-    parser.add_argument("--from", dest="branch", metavar="RUN@STEP", help="go on from a checkpoint under a changed config")
+    parser.add_argument(
+        "--from", dest="branch", metavar="RUN@STEP", help="go on from a checkpoint under a changed config"
+    )
     parser.add_argument("--profile", action="store_true", help="write a trace of a few steps to RUN/profile")
     parser.add_argument("-h", "--help", action="store_true")
     words, rest = parser.parse_known_args(argv)

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stickjax import corpus, data
+from stickjax import data
 from stickjax.config import DataConfig
 from stickjax.corpus import Corpus, load_corpus, text_documents, tokenize
 from stickjax.data import heldout_windows, make_batch, train_loader

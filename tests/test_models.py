@@ -160,7 +160,7 @@ def test_router_losses():
     np.testing.assert_allclose(stats.z, (np.log(np.exp(x).sum(1)) ** 2).mean(), rtol=1e-5)
     mutual = -(g * np.log(g)).sum(1).mean() + (P * np.log(P)).sum()
     np.testing.assert_allclose(stats.mutual_information, mutual, rtol=1e-4)
-    assert stats.mutual_information < 0, "H(e|x) - H(e) is minus the mutual information"
+    assert float(stats.mutual_information) < 0, "H(e|x) - H(e) is minus the mutual information"
 
 
 def test_balance_gives_switch_loss_one():

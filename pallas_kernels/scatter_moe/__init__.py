@@ -114,8 +114,9 @@ def _check_float(**arrays):
 
 
 def _check_one_dtype(**arrays):
-    if len({a.dtype for a in arrays.values()}) > 1:
-        raise ValueError(f"{', '.join(arrays)} must have one dtype, got {', '.join(str(a.dtype) for a in arrays.values())}")
+    dtypes = [str(a.dtype) for a in arrays.values()]
+    if len(set(dtypes)) > 1:
+        raise ValueError(f"{', '.join(arrays)} must have one dtype, got {', '.join(dtypes)}")
 
 
 def _check_shape(name, a, shape, letters):

@@ -200,7 +200,7 @@ def _segment_range(segments, size):
     """Smallest and largest segment id of every tile, [B, tiles]; padding (negative ids) does not count."""
     pad = -segments.shape[1] % size
     tiles = jnp.pad(segments, ((0, 0), (0, pad)), mode="edge").reshape(segments.shape[0], -1, size)
-    big = jnp.iinfo(tiles.dtype).max
+    big = jnp.asarray(jnp.iinfo(tiles.dtype).max, tiles.dtype)
     return jnp.where(tiles < 0, big, tiles).min(-1), tiles.max(-1)
 
 

@@ -56,11 +56,13 @@ class HeadNorm(nnx.Module):
         y = x.astype(jnp.float32)
         y = y - y.mean(-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.config.norm_eps)
-        return (y * self.scale[...].astype(jnp.float32)[None, None] + self.bias[...].astype(jnp.float32)[None, None]).astype(x.dtype)
+        return (
+            y * self.scale[...].astype(jnp.float32)[None, None] + self.bias[...].astype(jnp.float32)[None, None]
+        ).astype(x.dtype)
 
 
 def rotary(x: Float[Array, "B T N H"], positions: Int[Array, "B T"], theta: float) -> Float[Array, "B T N H"]:
-    """Rotary positions (arXiv 2104.09864), half-split: channel i turns with channel i + H/2 by position * theta^(-2i/H)."""
+    """Rotary positions (arXiv 2104.09864), half-split: channels i and i + H/2 turn by position * theta^(-2i/H)."""
     half = x.shape[-1] // 2
     angle = positions[..., None, None].astype(jnp.float32) * (theta ** -(jnp.arange(half) / half))[None, None, None]
     cos, sin = jnp.cos(angle), jnp.sin(angle)

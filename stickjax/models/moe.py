@@ -53,10 +53,10 @@ def router_stats(
 ) -> RouterStats:
     """The losses over the real tokens, with g the softmax of the logits.
 
-      switch = E * sum_e f_e P_e, f_e the share of the rows and P_e the mean of g_e: 1 at balance (arXiv 2101.03961;
-        Hugging Face's variant does not divide the rows by k and is k at balance).
-      z = mean(logsumexp(logits)^2) (arXiv 2202.08906).
-      mutual information = H(e|x) - H(e), the entropy of g_t averaged, less that of P (arXiv 2306.04640).
+    switch = E * sum_e f_e P_e, f_e the share of the rows and P_e the mean of g_e: 1 at balance (arXiv 2101.03961;
+      Hugging Face's variant does not divide the rows by k and is k at balance).
+    z = mean(logsumexp(logits)^2) (arXiv 2202.08906).
+    mutual information = H(e|x) - H(e), the entropy of g_t averaged, less that of P (arXiv 2306.04640).
     """
     E = logits.shape[1]
     logits = logits.astype(jnp.float32)
@@ -80,7 +80,7 @@ def updated_router_bias(bias: Float[Array, "*L E"], load: Float[Array, "*L E"], 
 
 
 class SparseExperts(nnx.Module):
-    """sum over the k chosen experts of gate * act(x w_in[e]) w_out[e]; a padding token runs no expert and gives zero."""
+    """sum over the k chosen experts of gate * act(x w_in[e]) w_out[e]; a padding token runs none and gives zero."""
 
     def __init__(self, config: ModelConfig, key):
         self.config = c = config
@@ -105,7 +105,5 @@ class SparseExperts(nnx.Module):
             chosen = jnp.where(real[:, None], chosen, c.E)
         routing = route(chosen, c.E)
         w_in, w_out = cast(self.w_in, c), cast(self.w_out, c)
-        y = expert_mlp(
-            tokens, w_in, w_out, routing, gates, activation=c.activation, implementation=c.implementation
-        )
+        y = expert_mlp(tokens, w_in, w_out, routing, gates, activation=c.activation, implementation=c.implementation)
         return y.reshape(x.shape), router_stats(logits, chosen, real)

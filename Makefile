@@ -1,0 +1,60 @@
+# make demo          train, evaluate and sample configs/tiny.py on the standard library's source (about 8 minutes, 2 cores)
+# make demo-compare  the same for its softmax + RoPE twin, and both length curves in one picture
+# make test          the whole test suite
+# make test-oldest   the fast tests against the oldest JAX allowed
+# make lint          ruff
+
+.PHONY: demo demo-compare test test-oldest lint clean
+SHELL := /bin/bash
+RUN := .venv/bin/python
+
+demo: .venv/.base
+	$(RUN) -m stickjax.train configs/tiny.py
+	$(RUN) -m stickjax.evaluate runs/tiny --max-tokens=65536
+	$(RUN) -m stickjax.generate runs/tiny --prompt "def read_lines(path):" --max-new-tokens 200 --temperature 0.7 --seed 1
+
+demo-compare: demo
+	$(RUN) -m stickjax.train configs/tiny_softmax.py
+	$(RUN) -m stickjax.evaluate runs/tiny runs/tiny_softmax --max-tokens=65536 --plot runs/compare.png
+
+test: .venv/.test
+	$(RUN) -m ruff check .
+	$(RUN) -m pytest
+
+test-oldest: .venv-oldest/.test
+	.venv-oldest/bin/python -m pytest -m "not slow"
+
+lint: .venv/.test
+	$(RUN) -m ruff check .
+
+clean:
+	rm -rf .venv .venv-oldest
+
+# A Python of 3.12 or newer: .python-version lets pyenv choose one behind `python3`; otherwise look for it by name.
+define make-venv
+	@for python in python3 python3.14 python3.13 python3.12; do \
+	  if $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then \
+	    $$python -m venv $(1) && exit 0; \
+	  fi; \
+	done; \
+	if command -v uv >/dev/null; then uv venv --seed --python 3.12 $(1) && exit 0; fi; \
+	echo "error: stickjax needs Python >= 3.12 with venv, and neither python3 nor python3.12 to python3.14 is one" >&2; exit 1
+endef
+
+.venv/bin/python:
+	$(call make-venv,.venv)
+
+.venv/.base: .venv/bin/python pyproject.toml
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+.venv/.test: .venv/bin/python pyproject.toml
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[test]"
+	@touch $@ .venv/.base
+
+.venv-oldest/bin/python:
+	$(call make-venv,.venv-oldest)
+
+.venv-oldest/.test: .venv-oldest/bin/python pyproject.toml
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[test]" jax==0.11.2 jaxlib==0.11.2
+	@touch $@

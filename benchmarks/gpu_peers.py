@@ -1,0 +1,120 @@
+"""What a user would take instead, each as its own documentation calls it. One that is not installed is not in the race.
+
+A torch peer is `(shape, backward, seconds) -> Times` on random inputs of its own; JAX peers take ours.
+"""
+
+import importlib.util
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import route
+from pallas_kernels.scatter_moe.call import ACTIVATIONS
+
+from .timing import Times, rotating
+
+
+def _have(*names: str) -> bool:
+    return all(importlib.util.find_spec(name) for name in names)
+
+
+def softmax(q, k, v):
+    """cuDNN's causal softmax attention: another function, the speed to come near."""
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+
+
+def ragged_dots() -> Iterator[tuple[str, Callable]]:
+    """Grouped products `(rows [R,D], weights [E,D,F], rows per expert [E]) -> [R,F]`."""
+    yield "jax.lax.ragged_dot", jax.lax.ragged_dot
+    if _have("tokamax"):
+        import tokamax
+
+        yield "tokamax.ragged_dot", lambda x, w, sizes: tokamax.ragged_dot(lhs=x, rhs=w, group_sizes=sizes)
+
+
+def ragged_mlp(dot: Callable, chosen, E: int) -> Callable:
+    """Expert networks by a gather, two grouped products and a gather back: the usual recipe around a `ragged_dot`."""
+
+    def run(x, w_in, w_out, gates):
+        routing, (T, k) = route(chosen, E), chosen.shape
+        hidden = dot(x[routing.order // k], w_in, routing.counts)
+        y = dot(ACTIVATIONS["swiglu"](hidden).astype(x.dtype), w_out, routing.counts)[routing.inverse]
+        return (gates[..., None] * y.reshape(T, k, -1).astype(jnp.float32)).sum(1).astype(x.dtype)
+
+    return run
+
+
+def attention() -> list[Callable]:
+    return [stickbreaking_attention] if _have("torch", "stickbreaking_attention") else []
+
+
+def experts() -> list[Callable]:
+    peers = {"scattermoe": scattermoe, "sonicmoe": sonicmoe}
+    return [peer for name, peer in peers.items() if _have("torch", name)]
+
+
+def _torch_times(forward: Callable, make_inputs: Callable, parameters: list, backward: bool, seconds: float) -> Times:
+    """`forward(*inputs)` with the gradients of inputs and parameters if `backward`, on two rotating sets of inputs."""
+    import torch
+
+    def both(*inputs):
+        out = forward(*inputs)
+        wanted = [x for x in (*inputs, *parameters) if x.requires_grad]
+        return torch.autograd.grad(out, wanted, torch.ones_like(out).normal_(), allow_unused=True)
+
+    def only(*inputs):
+        with torch.no_grad():
+            return forward(*inputs)
+
+    sets = [make_inputs() for _ in range(2)]
+    return rotating(both if backward else only, sets, seconds=seconds, block=lambda out: torch.cuda.synchronize())
+
+
+def _normal(*shape):
+    import torch
+
+    return torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+
+
+def stickbreaking_attention(shape: dict, backward: bool, seconds: float) -> Times:
+    """The original Triton kernel, [B, N, T, H]."""
+    from stickbreaking_attention.sb_attn import sb_attn
+
+    B, T, N, H = (shape[letter] for letter in "BTNH")
+    return _torch_times(
+        lambda q, k, v: sb_attn(q, k, v, inv_temp=H**-0.5)[0],
+        lambda: tuple(_normal(B, N, T, H) for _ in range(3)), [], backward, seconds,
+    )  # fmt: skip
+
+
+def scattermoe(shape: dict, backward: bool, seconds: float) -> Times:
+    import torch
+    from scattermoe.mlp import GLUMLP
+
+    T, k, D, F, E = (shape[letter] for letter in ("T", "k", "D", "F", "E"))
+    mlp = GLUMLP(D, F, E, k).to(device="cuda", dtype=torch.bfloat16)
+
+    def make():
+        gates, chosen = torch.rand((T, E), device="cuda").topk(k)
+        return _normal(T, D), (gates / gates.sum(-1, keepdim=True)).bfloat16(), chosen
+
+    return _torch_times(mlp, make, list(mlp.parameters()), backward, seconds)
+
+
+def sonicmoe(shape: dict, backward: bool, seconds: float) -> Times:
+    """With its router, a product of D x E more than the others."""
+    import torch
+    from sonicmoe import KernelBackendMoE, MoE
+    from sonicmoe.enums import ActivationType
+
+    T, k, D, F, E = (shape[letter] for letter in ("T", "k", "D", "F", "E"))
+    moe = MoE(
+        num_experts=E, num_experts_per_tok=k, hidden_size=D, intermediate_size=F,
+        activation_function=ActivationType.SWIGLU, add_bias=False, std=0.02,
+    ).to(device="cuda", dtype=torch.bfloat16)  # fmt: skip
+
+    def forward(x):
+        return moe(x, kernel_backend_moe=KernelBackendMoE.sonicmoe)[0]
+
+    return _torch_times(forward, lambda: (_normal(T, D),), list(moe.parameters()), backward, seconds)

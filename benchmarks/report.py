@@ -1,0 +1,107 @@
+"""Rows, their table, and their JSON."""
+
+import dataclasses
+import datetime
+import json
+import os
+import platform
+from pathlib import Path
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from .timing import Times
+
+PASSES = ("forward", "forward+backward")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One contestant of one case. `ratio` is over the contestant `against`, of times unless `extra` names another."""
+
+    part: str
+    case: str
+    contestant: str
+    milliseconds: float | None = None  # median
+    best: float | None = None
+    ratio: float | None = None
+    against: str | None = None
+    at_most: float | None = None
+    at_least: float | None = None
+    extra: dict = dataclasses.field(default_factory=dict)
+
+    @property
+    def holds(self) -> bool | None:
+        """Whether the bound holds; None without one."""
+        if self.ratio is None or (self.at_most is None and self.at_least is None):
+            return None
+        return self.ratio <= (self.at_most or float("inf")) and self.ratio >= (self.at_least or 0)
+
+    @classmethod
+    def timed(cls, part: str, case: str, contestant: str, times: Times, **fields) -> "Row":
+        return cls(part, case, contestant, times.median, times.best, **fields)
+
+    def to_dict(self) -> dict:
+        row = {name: value for name, value in dataclasses.asdict(self).items() if value not in (None, {})}
+        return row | ({} if self.holds is None else {"holds": self.holds})
+
+
+def compared(
+    part: str, case: str, times: dict[str, Times], against: str, bounds: dict[str, float], limits: dict[str, float]
+) -> list[Row]:
+    """A row per contestant with its ratio against one of them, and a row per limit."""
+    rows = [
+        Row.timed(part, case, name, t)
+        if name == against
+        else Row.timed(part, case, name, t, ratio=t.over(times[against]), against=against, at_most=bounds.get(name))
+        for name, t in times.items()
+    ]
+    return rows + [Row(part, case, name, milliseconds) for name, milliseconds in limits.items()]
+
+
+def machine() -> dict:
+    """Where and when. The load says whether others were at work on the same cores."""
+    return {
+        "machine": platform.platform(),
+        "device": jax.devices()[0].device_kind,
+        "cpu_count": os.cpu_count(),
+        "load": [round(x, 2) for x in os.getloadavg()],
+        "jax": jax.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def write_json(path: str | Path, rows: list[Row]) -> None:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(machine() | {"rows": [row.to_dict() for row in rows]}, indent=1) + "\n")
+
+
+def print_table(rows: list[Row], console: Console | None = None) -> None:
+    console = console or Console(width=160, soft_wrap=False)
+    for part in dict.fromkeys(row.part for row in rows):
+        table = Table("case", "contestant", title=part, title_justify="left")
+        for column in ("median ms", "best ms", "ratio", "bound"):
+            table.add_column(column, justify="right")
+        table.add_column("")
+        last = None
+        for row in (r for r in rows if r.part == part):
+            if last not in (None, row.case):
+                table.add_section()
+            table.add_row("" if row.case == last else row.case, row.contestant, *_cells(row))
+            last = row.case
+        console.print(table)
+
+
+def _number(x: float | None) -> str:
+    return "" if x is None else f"{x:,.2f}" if x < 1000 else f"{x:,.0f}"
+
+
+def _cells(row: Row):
+    yield from (_number(row.milliseconds), _number(row.best), _number(row.ratio))
+    verdict = {True: "yes", False: "[bold]NO[/bold]", None: ""}[row.holds]
+    bounds = (("<=", row.at_most), (">=", row.at_least))
+    yield " ".join([f"{sign} {bound:.2f}" for sign, bound in bounds if bound is not None] + [verdict])
+    values = {k: v if isinstance(v, str) else f"{v:.2e}" if 0 < v < 0.01 else _number(v) for k, v in row.extra.items()}
+    yield ", ".join(f"{name} {value}" for name, value in values.items())

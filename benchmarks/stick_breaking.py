@@ -1,0 +1,89 @@
+"""Stick-breaking attention on the CPU: the blockwise implementation against the quadratic definition."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import stick_breaking_attention
+
+from . import cost
+from .report import PASSES, Row, compared
+from .timing import forward_backward, interleave
+
+PART = "stick_breaking"
+SHAPES = {
+    "tiny T=128": dict(B=16, T=128, N=4, H=32),
+    "tiny T=256": dict(B=16, T=256, N=4, H=32),
+    "tiny T=512": dict(B=16, T=512, N=4, H=32),
+    "H=64 T=512": dict(B=1, T=512, N=12, H=64),
+}
+LONG = dict(B=1, T=4096, N=4, H=64)
+MEMORY = dict(B=1, T=16384, N=4, H=64)
+BOUND = 1.10  # xla over reference at T <= 512
+
+
+@partial(jax.jit, static_argnames=("B", "T", "N", "H", "dtype", "mean"))
+def inputs(key, B: int, T: int, N: int, H: int, dtype=jnp.float32, mean: float = 0.0):
+    """(cotangents, query, key, value): logits N(mean, 1), the mean carried by the first component of q and k.
+
+    At a mean of 0 the stick is gone after a few keys; -4 reaches some hundred keys, as heads of trained models do.
+    """
+    q, k, v, d_out = jax.random.normal(key, (4, B, T, N, H), jnp.float32)
+    d_rem = jax.random.normal(jax.random.fold_in(key, 1), (B, T, N), jnp.float32)
+    if mean:
+        size = (-mean * H**0.5) ** 0.5
+        q, k = q.at[..., 0].set(size), k.at[..., 0].set(-size)
+    q, k, v, d_out = (x.astype(dtype) for x in (q, k, v, d_out))
+    return (d_out, d_rem), q, k, v
+
+
+def attention(**settings):
+    """`(q, k, v) -> (out, rem)`"""
+    return lambda q, k, v: stick_breaking_attention(q, k, v, **settings)
+
+
+def _race(name, shape, contestants, *, mean=0.0, seconds):
+    cotangent, *qkv = inputs(jax.random.key(0), **shape, mean=mean)
+    forward = {n: jax.jit(f) for n, f in contestants.items()}
+    times = interleave({n: lambda f=f: f(*qkv) for n, f in forward.items()}, seconds=seconds)
+    yield f"{name} {PASSES[0]}", times, False
+    both = {n: forward_backward(f) for n, f in contestants.items()}
+    times = interleave({n: lambda f=f: f(cotangent, *qkv) for n, f in both.items()}, seconds=seconds)
+    yield f"{name} {PASSES[1]}", times, True
+
+
+def rows(ceilings: cost.Ceilings, *, quick: bool = False):
+    seconds = 0.1 if quick else 3.0
+    contestants = {name: attention(implementation=name) for name in ("reference", "xla")}
+    for name, shape in {"quick T=32": dict(B=2, T=32, N=2, H=8)}.items() if quick else SHAPES.items():
+        for case, times, backward in _race(name, shape, contestants, seconds=seconds):
+            limits = cost.stick_breaking(**shape, backward=backward).limits(ceilings)
+            yield from compared(PART, case, times, "reference", {"xla": BOUND}, limits)
+    yield from _long(dict(B=1, T=300, N=2, H=8) if quick else LONG, seconds, ceilings)
+    yield from _memory(dict(B=1, T=1024, N=2, H=8) if quick else MEMORY)
+
+
+def _long(shape, seconds, ceilings):
+    contestants = {
+        "xla": attention(implementation="xla"),
+        "xla skip_below=-24": attention(implementation="xla", skip_below=-24.0),
+    }
+    _, *qkv = inputs(jax.random.key(0), **shape, mean=-4.0)
+    stats = jax.jit(attention(implementation="xla", skip_below=-24.0, return_stats=True))(*qkv)[2]
+    name = f"T={shape['T']} N={shape['N']} H={shape['H']} logits N(-4,1)"
+    for case, times, backward in _race(name, shape, contestants, mean=-4.0, seconds=seconds):
+        limits = cost.stick_breaking(**shape, backward=backward).limits(ceilings)
+        for row in compared(PART, case, times, "xla", {}, limits):
+            if "skip" in row.contestant:
+                row.extra["kept"] = float(stats.kept.mean())
+            yield row
+
+
+def _memory(shape):
+    """Temporary memory of the compiled forward and backward pass; nothing runs, so the reference fits as well."""
+    cotangent, *qkv = jax.eval_shape(lambda: inputs(jax.random.key(0), **shape))
+    for name in ("reference", "xla"):
+        compiled = forward_backward(attention(implementation=name)).lower(cotangent, *qkv).compile()
+        megabytes = compiled.memory_analysis().temp_size_in_bytes / 1e6
+        yield Row(PART, f"T={shape['T']} N={shape['N']} H={shape['H']} temporary memory", name, extra={"MB": megabytes})

@@ -1,0 +1,80 @@
+"""Time of a call. Contestants take turns, so that another job on the machine slows all of them alike."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .cost import Ceilings, matmul
+
+
+class Times(NamedTuple):
+    """Milliseconds of every round, in the order of the rounds."""
+
+    rounds: np.ndarray
+
+    @property
+    def median(self) -> float:
+        return float(np.median(self.rounds))
+
+    @property
+    def best(self) -> float:
+        return float(np.min(self.rounds))
+
+    def over(self, other: "Times") -> float:
+        """How many times as long as `other`: the median over rounds, whose two halves met the same load."""
+        return float(np.median(self.rounds / other.rounds))
+
+
+def interleave(
+    contestants: dict[str, Callable[[], Any]], *, seconds: float = 3.0, least: int = 5, block=jax.block_until_ready
+) -> dict[str, Times]:
+    """Run the contestants round-robin for about `seconds`, `least` rounds at least, after two rounds to warm up.
+
+    Every second round goes backwards, so that nobody always runs right after the same neighbour.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(2):
+        for run in contestants.values():
+            block(run())
+    end, i = time.perf_counter() + seconds, 0
+    while i < least or time.perf_counter() < end:
+        for name in list(contestants)[:: -1 if i % 2 else 1]:
+            begun = time.perf_counter()
+            block(contestants[name]())
+            samples[name].append(1e3 * (time.perf_counter() - begun))
+        i += 1
+    return {name: Times(np.array(values)) for name, values in samples.items()}
+
+
+def rotating(function: Callable, sets: Sequence[tuple], **how) -> Times:
+    """Milliseconds of one call on an asynchronous device.
+
+    A sample queues one call per set of inputs and waits for the last: the launches overlap, and the sets together are
+    larger than the cache, so that no call finds its inputs there.
+    """
+    times = interleave({"": lambda: [function(*arguments) for arguments in sets]}, **how)[""]
+    return Times(times.rounds / len(sets))
+
+
+def forward_backward(function: Callable) -> Callable:
+    """`(cotangent, *arguments) -> (output, gradients)`, jitted."""
+
+    def run(cotangent, *arguments):
+        output, vjp = jax.vjp(function, *arguments)
+        return output, vjp(cotangent)
+
+    return jax.jit(run)
+
+
+def ceilings(size: int, dtype, copied: int, *, seconds: float = 1.0) -> Ceilings:
+    """Measured on random numbers: a product of [size, size], and a pass that reads and writes `copied` bytes."""
+    a, b = jax.random.normal(jax.random.key(0), (2, size, size), dtype)
+    x = jax.random.normal(jax.random.key(1), (copied // 4,), jnp.float32)
+    product, add = jax.jit(jnp.matmul), jax.jit(lambda x: x + 1)
+    times = interleave({"product": lambda: product(a, b), "copy": lambda: add(x)}, seconds=seconds)
+    seconds_of = {name: t.best / 1e3 for name, t in times.items()}
+    return Ceilings(matmul(size, size, size).flops / seconds_of["product"], 2 * x.nbytes / seconds_of["copy"])

@@ -1,0 +1,109 @@
+"""A training step at configs/tiny.py: stick-breaking, its softmax twin, and Hugging Face's GraniteMoe in torch.
+
+Torch runs in a process of its own (`torch_peer --serve`) that takes its turn like the others: neither its Python nor
+its thread pool has to be ours. It is found by TORCH_PYTHON, in this environment, or in `.peers/`.
+"""
+
+import contextlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from configs import tiny
+from stickjax.config import Config
+from stickjax.data import make_batch
+from stickjax.metrics import flops_per_token
+from stickjax.train import init_state, make_step
+
+from .cost import Ceilings
+from .report import Row
+from .timing import interleave
+
+PART = "train"
+# Tokens/s over torch's. Stick-breaking does more per score than softmax, and torch has no kernel for it.
+GOALS = {"softmax": 0.8, "stick_breaking": 0.7}
+ROOT = Path(__file__).parents[1]
+
+
+class TorchPeer:
+    """`peer()` is one training step of the torch model, in the child process."""
+
+    def __init__(self, python: str, shape: dict):
+        command = [python, "-m", "benchmarks.torch_peer", "--serve", "--shape", json.dumps(shape)]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, bufsize=1, cwd=ROOT)
+        self.versions = self._line()
+
+    def __call__(self) -> None:
+        self.process.stdin.write("step\n")
+        self._line()
+
+    def _line(self) -> str:
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the torch peer ended with code {self.process.wait()}")
+        return line.strip()
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def torch_python() -> str | None:
+    """A Python that has torch and transformers, or None."""
+    if named := os.environ.get("TORCH_PYTHON"):
+        return named
+    if all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
+        return sys.executable
+    peers = ROOT / ".peers" / "bin" / "python"
+    return str(peers) if peers.exists() else None
+
+
+def stepper(config: Config):
+    """A function that makes one training step; the state stays with it and is donated to the next."""
+    step = jax.jit(make_step(config), donate_argnums=0)
+    state = jax.jit(lambda: init_state(config, jax.random.key(0)))()
+    eot = config.model.V - 1
+    windows = np.random.default_rng(0).integers(0, config.model.V, (config.data.B, config.data.T + 1))
+    batch = jax.device_put(make_batch(windows, eot))
+
+    def run():
+        nonlocal state
+        state, metrics = step(state, batch)
+        return metrics
+
+    return run
+
+
+def rows(ceilings: Ceilings, *, quick: bool = False):
+    config = tiny.get_config()
+    if quick:
+        config = config.replace({"model.L": 1, "model.D": 16, "model.F": 16, "model.H": 8, "data.B": 2, "data.T": 32})
+    m, tokens = config.model, config.data.tokens_per_step
+    contestants = {name: stepper(config.replace({"model.attention": name})) for name in GOALS}
+    with contextlib.ExitStack() as stack:
+        python, versions = torch_python(), ""
+        if python:
+            sizes = {letter: getattr(m, letter) for letter in "VDLNKHFEk"} | {"B": config.data.B, "T": config.data.T}
+            peer = contestants["torch GraniteMoe"] = TorchPeer(python, sizes)
+            versions = peer.versions
+            stack.callback(peer.close)
+        times = interleave(contestants, seconds=0.2 if quick else 40.0, least=3 if quick else 15)
+    case = f"B={config.data.B} T={config.data.T} D={m.D} L={m.L} E={m.E} k={m.k}"
+    torch = times.get("torch GraniteMoe")
+    for name, t in times.items():
+        extra = {"tokens/s": 1e3 * tokens / t.median, "best tokens/s": 1e3 * tokens / t.best}
+        if name in GOALS and torch:
+            yield Row.timed(
+                PART, case, name, t, ratio=torch.over(t), against="torch GraniteMoe", at_least=GOALS[name],
+                extra=extra | {"ratio of": "tokens/s"},
+            )  # fmt: skip
+        else:
+            yield Row.timed(PART, case, name, t, extra=extra | ({} if name in GOALS else {"with": versions}))
+    yield Row(PART, case, "limit: compute", 1e3 * tokens * flops_per_token(m, config.data.T) / ceilings.flops)

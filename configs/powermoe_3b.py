@@ -1,0 +1,16 @@
+"""PowerMoE-3B: 3.3B parameters, 800M active.
+
+python -m stickjax.train configs/powermoe_3b.py --data.path=TOKENS --data.tokenizer=tokenizer.json
+
+Time: not run here. 2.0e+22 FLOP, an estimated 571 H200-days at 40% of the bf16 peak.
+Expected: see arXiv 2408.13359.
+"""
+
+from stickjax import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+
+
+def get_config() -> Config:
+    data = DataConfig(source="tokens", path="data/tokens", tokenizer="data/tokenizer.json", T=4096, B=1024)
+    optim = OptimConfig(warmup_tokens=10**9, decay_tokens=500 * 10**9)
+    steps = round(3e12 / data.tokens_per_step)
+    return Config(ModelConfig.powermoe_3b(), data, optim, TrainConfig(steps=steps, checkpoint_every=1000))

@@ -1,0 +1,106 @@
+"""The pure training step: state and batch in, state and metrics out."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from stickjax.config import Config
+from stickjax.models.moe import updated_router_bias
+from stickjax.models.transformer import Transformer, apply, init
+from stickjax.optim import make_optimizer
+
+
+class TrainState(NamedTuple):
+    """Everything a step changes. `bad_steps`: steps in a row that were skipped because they were not finite."""
+
+    params: Transformer
+    opt_state: Any
+    step: jax.Array
+    key: jax.Array
+    bad_steps: jax.Array
+
+
+def init_state(config: Config, key: jax.Array) -> TrainState:
+    """The state before the first step."""
+    k_init, k_train = jax.random.split(key)
+    params = init(config.model, k_init)
+    opt_state = make_optimizer(config, params).init(params)
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(params, opt_state, zero, k_train, zero)
+
+
+def loss_and_metrics(config: Config, params, batch, key) -> tuple[jax.Array, dict]:
+    """Mean cross-entropy over the targets that `loss_mask` keeps, plus the routers' weighted losses of all layers.
+
+    `batch["loss_scale"]`, when given, replaces 1 / (number of targets): microbatches then add up to the whole batch.
+    """
+    output = apply(params, batch, key)
+    nll = optax.softmax_cross_entropy_with_integer_labels(output.logits, batch["targets"])
+    mask = batch["loss_mask"].astype(jnp.float32)
+    scale = batch.get("loss_scale", 1 / jnp.maximum(mask.sum(), 1))
+    loss = (nll * mask).sum() * scale
+    metrics = {"loss": loss}
+    if output.router is not None:
+        m, stats = config.model, output.router
+        losses = {"switch": stats.switch, "z": stats.z, "mutual_information": stats.mutual_information}
+        weights = {"switch": m.switch_weight, "z": m.z_weight, "mutual_information": m.mi_weight}
+        loss += sum(weights[name] * value.sum() for name, value in losses.items()) / config.train.accumulate
+        metrics |= {name: value.mean() / config.train.accumulate for name, value in losses.items()}
+        metrics["load"] = stats.load / config.train.accumulate
+    return loss, metrics
+
+
+def make_step(config: Config) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
+    """The pure step `(state, batch) -> (state, metrics)`; jit it with `donate_argnums=0`."""
+    accumulate = config.train.accumulate
+
+    def gradients(params, batch, key):
+        grad = jax.grad(lambda p, b, k: loss_and_metrics(config, p, b, k), has_aux=True)
+        if accumulate == 1:
+            return grad(params, batch, key)
+        micro = {name: x.reshape(accumulate, -1, *x.shape[1:]) for name, x in batch.items()}
+        scale = 1 / jnp.maximum(batch["loss_mask"].astype(jnp.float32).sum(), 1)
+
+        def one(total, inputs):
+            part, k = inputs
+            return jax.tree.map(jnp.add, total, grad(params, part | {"loss_scale": scale}, k)), None
+
+        first = jax.tree.map(lambda x: x[0], micro)
+        shapes = jax.eval_shape(grad, params, first | {"loss_scale": scale}, key)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        return jax.lax.scan(one, zeros, (micro, jax.random.split(key, accumulate)))[0]
+
+    def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
+        grads, metrics = gradients(state.params, batch, jax.random.fold_in(state.key, state.step))
+        load = metrics.pop("load", None)
+        norm = optax.tree.norm(grads)
+        optimizer = make_optimizer(config, state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        if load is not None:
+            metrics["load_max"] = load.max() * config.model.E  # 1 at balance
+            if config.model.bias_rate:
+                params = _with_router_bias(params, load, config.model.bias_rate)
+        good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(good, new, old), (params, opt_state), (state.params, state.opt_state)
+        )
+        bad_steps = jnp.where(good, 0, state.bad_steps + 1)
+        metrics |= {
+            "grad_norm": norm,
+            "learning_rate": optax.tree.get(opt_state, "learning_rate"),
+            "bad_steps": bad_steps,
+        }
+        return TrainState(params, opt_state, state.step + 1, state.key, bad_steps), metrics
+
+    return step
+
+
+def _with_router_bias(params: Transformer, load, rate: float) -> Transformer:
+    params = jax.tree.map(lambda x: x, params)  # a copy: modules are changed by assignment
+    params.blocks.ffn.router_bias = nnx.Param(updated_router_bias(params.blocks.ffn.router_bias[...], load, rate))
+    return params

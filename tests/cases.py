@@ -1,0 +1,147 @@
+"""Named calls of the ops, as data: every implementation runs all of them. A new implementation is one line here."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+
+STICK_IMPLEMENTATIONS = {
+    "xla": {"implementation": "xla"},
+    "xla-loop": {"implementation": "xla", "tiles": (16, 24)},
+    "xla-skip": {"implementation": "xla", "tiles": (24, 16), "skip_below": -100.0},
+}
+EXPERT_IMPLEMENTATIONS = ("xla", "reference")
+
+
+@dataclass(frozen=True)
+class Stick:
+    """A call of stick_breaking_attention with logits of mean `shift` and deviation `std`.
+
+    `segments`: lengths of the documents, padding where negative; odd batch entries have them in reverse order.
+    """
+
+    T: int = 37
+    S: int | None = None
+    B: int = 1
+    N: int = 2
+    K: int | None = None
+    H: int = 8
+    Hv: int | None = None
+    offset: int | tuple[int, ...] | None = None
+    segments: tuple[int, ...] | None = None
+    key_segments: tuple[int, ...] | None = None
+    window: int | None = None
+    attend_current: bool = False
+    std: float = 1.0
+    shift: float = 0.0
+
+    def arrays(self, dtype=np.float32, seed=0):
+        """query, key, value."""
+        S, K = self.T if self.S is None else self.S, self.K or self.N
+        rng = np.random.default_rng(seed)
+        q = self.std * rng.standard_normal((self.B, self.T, self.N, self.H))
+        k = rng.standard_normal((self.B, S, K, self.H))
+        v = rng.standard_normal((self.B, S, K, self.Hv or self.H))
+        if self.shift:
+            q[..., 0], k[..., 0] = self.shift * self.H**0.5, 1
+        return tuple(jnp.asarray(x, dtype) for x in (q, k, v))
+
+    def options(self) -> dict:
+        offset = jnp.asarray(self.offset, jnp.int32) if isinstance(self.offset, tuple) else self.offset
+        options = {"query_offset": offset, "window": self.window, "attend_current": self.attend_current}
+        for name in ("segments", "key_segments"):
+            if getattr(self, name) is not None:
+                ids = documents(getattr(self, name), self.B)
+                options[{"segments": "segment_ids", "key_segments": "key_segment_ids"}[name]] = ids
+        return options
+
+
+def documents(lengths: tuple[int, ...], B: int = 1):
+    """Segment ids [B,T] of documents of these lengths; a negative length is padding."""
+    ids = np.concatenate([np.full(abs(n), i if n > 0 else -1, np.int32) for i, n in enumerate(lengths)])
+    return jnp.stack([ids[:: (-1) ** b] for b in range(B)])
+
+
+STICK = {
+    "plain": Stick(B=2),
+    "one-token": Stick(T=1),
+    "odd-63": Stick(T=63),
+    "odd-100": Stick(T=100, H=16),
+    "above-short": Stick(T=513, N=1),
+    "grouped-heads": Stick(B=2, N=6, K=2),
+    "one-key-head": Stick(N=4, K=1),
+    "wide-values": Stick(H=8, Hv=20),
+    "narrow-values": Stick(N=4, K=2, H=8, Hv=3),
+    "cache": Stick(T=9, S=40),
+    "more-queries": Stick(T=40, S=9),
+    "offset": Stick(T=20, S=40, offset=7),
+    "far-offset": Stick(T=20, S=40, offset=90),
+    "negative-offset": Stick(T=70, S=40, offset=-66),
+    "before-all-keys": Stick(T=10, S=40, offset=-50),
+    "offsets": Stick(T=20, S=60, B=3, offset=(40, 0, -7)),
+    "decode": Stick(T=1, S=100, B=4, N=4, K=2, offset=(99, 31, 1, 0)),
+    "no-queries": Stick(T=0, S=10),
+    "no-keys": Stick(T=10, S=0),
+    "packed": Stick(T=70, B=2, segments=(30, 1, 2, 37)),
+    "padded": Stick(T=70, B=2, segments=(-3, 30, 20, -17)),
+    "all-padding": Stick(T=40, segments=(-40,)),
+    "key-segments": Stick(T=20, S=50, B=2, segments=(12, 6, -2), key_segments=(30, 10, -10), offset=30),
+    "no-window": Stick(T=40, window=0),
+    "window": Stick(T=100, window=11),
+    "wide-window": Stick(T=40, window=90),
+    "current": Stick(T=40, attend_current=True),
+    "current-only": Stick(T=40, attend_current=True, window=0),
+    "everything": Stick(
+        T=50, S=90, B=2, N=4, K=2, Hv=12, segments=(30, 15, -5), key_segments=(60, 20, -10), offset=(40, 17),
+        window=33, attend_current=True,
+    ),  # fmt: skip
+    "saturated": Stick(T=70, std=12.0, shift=-6.0),
+    "very-saturated": Stick(T=70, std=80.0),
+    "all-far": Stick(T=70, shift=-80.0),
+    "all-near": Stick(T=70, shift=80.0),
+}
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A call of expert_mlp or expert_linear. `share` of the slots go to the first expert, `idle` to none, by chance."""
+
+    T: int = 37
+    k: int = 2
+    E: int = 5
+    D: int = 8
+    F: int = 12
+    share: float = 0.0
+    idle: float = 0.0
+    used: int | None = None  # experts from here on are never chosen
+
+    def indices(self, seed=0):
+        rng = np.random.default_rng(seed)
+        used = self.used or self.E
+        if self.k <= used:
+            chosen = np.argsort(rng.random((self.T, used)), axis=1)[:, : self.k]
+        else:
+            chosen = rng.integers(0, used, (self.T, self.k))
+        chosen = np.where(rng.random(chosen.shape) < self.share, 0, chosen)
+        return np.where(rng.random(chosen.shape) < self.idle, self.E, chosen).astype(np.int32)
+
+    @property
+    def rows(self) -> int:
+        return self.T * self.k
+
+
+EXPERTS = {
+    "plain": Experts(),
+    "odd": Experts(T=41, D=7, F=5),
+    "one-token": Experts(T=1, E=8),
+    "no-tokens": Experts(T=0),
+    "few-rows": Experts(T=9, E=16),
+    "all-chosen": Experts(k=5),
+    "one-expert": Experts(k=1, E=1),
+    "many-experts": Experts(T=30, E=128, D=4, F=6),
+    "empty-experts": Experts(T=40, E=9, used=3),
+    "skewed": Experts(T=130, E=8, share=0.6),
+    "one-takes-all": Experts(T=150, E=8, share=1.0),
+    "some-idle": Experts(T=60, share=0.3, idle=0.5),
+    "all-idle": Experts(idle=1.0),
+}

@@ -1,0 +1,514 @@
+"""Stick-breaking attention: every implementation against the numbers of the original and the quadratic reference."""
+
+import math
+from functools import lru_cache, partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import STICK, STICK_IMPLEMENTATIONS, Stick, documents
+from conftest import FORWARD, GRADIENT, LOG1P, SATURATED, assert_close
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax import lax
+
+from pallas_kernels import Stats, merge_stick_breaking, stick_breaking_attention
+from pallas_kernels.stick_breaking import tile
+
+ORACLES = sorted((Path(__file__).parent / "oracles" / "stick_breaking").glob("*.npz"))
+REFERENCE = {"implementation": "reference"}
+every_implementation = pytest.mark.parametrize(
+    "options", STICK_IMPLEMENTATIONS.values(), ids=STICK_IMPLEMENTATIONS.keys()
+)
+
+
+def results(arrays, options, scale=None, cotangents=None, seed=1) -> dict:
+    """The outputs, and their gradients by the cotangents of out, rem and log_rem (random ones unless given).
+
+    Under skip_below log_rem is that of the exit, far from the whole one, so it takes no part.
+    """
+    skips = options.get("skip_below") is not None
+    scale = arrays[0].shape[-1] ** -0.5 if scale is None else scale
+    wide = jnp.promote_types(arrays[0].dtype, jnp.float32)
+
+    def function(query, key, value, scale):
+        out, rem, stats = stick_breaking_attention(query, key, value, scale=scale, return_stats=True, **options)
+        return (out, rem) if skips else (out, rem, stats.log_rem)
+
+    @jax.jit
+    def both(inputs, cotangents):
+        outputs, vjp = jax.vjp(function, *inputs)
+        return outputs, vjp(tuple(c.astype(o.dtype) for c, o in zip(cotangents, outputs, strict=True)))
+
+    inputs = (*arrays, jnp.asarray(scale, wide))
+    if cotangents is None:
+        rng = np.random.default_rng(seed)
+        shapes = jax.eval_shape(function, *inputs)
+        # Cotangents of the inputs' own precision, so that rounding them is no error of the implementation.
+        cotangents = tuple(jnp.asarray(rng.standard_normal(s.shape), arrays[0].dtype) for s in shapes)
+    outputs, gradients = both(inputs, cotangents)
+    names = ("out", "rem", "log_rem")[: len(outputs)], ("d_query", "d_key", "d_value", "d_scale")
+    return dict(zip(names[0], outputs, strict=True)) | dict(zip(names[1], gradients, strict=True))
+
+
+@lru_cache(maxsize=64)
+def expected(case: Stick, dtype: str, skips: bool) -> dict:
+    """The reference in fp64, on inputs and cotangents of `dtype`."""
+    options = case.options()
+    arrays = case.arrays(dtype)
+    rng = np.random.default_rng(1)
+    B, T, N, _ = arrays[0].shape
+    shapes = [(B, T, N, arrays[2].shape[-1]), (B, T, N), (B, T, N)]
+    cotangents = [np.asarray(jnp.asarray(rng.standard_normal(s), dtype), np.float64) for s in shapes]
+    if skips:
+        cotangents[2] *= 0
+    arrays = [np.asarray(x, np.float64) for x in arrays]
+    with jax.enable_x64(True):
+        values = results([jnp.asarray(x) for x in arrays], options | REFERENCE, cotangents=tuple(cotangents))
+        return {name: np.asarray(x) for name, x in values.items()}
+
+
+def check(case: Stick, options: dict, dtype="float32", forward=None, gradient=None):
+    skips = options.get("skip_below") is not None
+    values = results(case.arrays(dtype), case.options() | options)
+    for name, value in values.items():
+        usual = (GRADIENT if name.startswith("d_") else FORWARD)[dtype]
+        tolerance = (gradient if name.startswith("d_") else forward) or usual
+        assert_close(value, expected(case, dtype, skips)[name], tolerance, name)
+
+
+@every_implementation
+@pytest.mark.parametrize("name", STICK)
+def test_outputs_and_gradients_are_those_of_the_reference(name, options):
+    tolerance = SATURATED if "saturated" in name else None
+    check(STICK[name], options, forward=tolerance, gradient=tolerance)
+
+
+@every_implementation
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["grouped-heads", "packed", "saturated"])
+def test_half_precision(name, dtype, options):
+    check(STICK[name], options, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("options", [REFERENCE, *STICK_IMPLEMENTATIONS.values()], ids=["reference", *STICK_IMPLEMENTATIONS])
+@pytest.mark.parametrize("path", ORACLES, ids=lambda p: p.stem)
+def test_the_numbers_of_the_original(path, options, dtype, x64):
+    oracle = np.load(path)
+    arrays = [jnp.asarray(oracle[name], dtype) for name in ("query", "key", "value")]
+    cotangents = [jnp.asarray(oracle["cot_out"], dtype), jnp.asarray(oracle["cot_rem"], dtype)]
+    if options.get("skip_below") is None:
+        cotangents.append(jnp.zeros_like(cotangents[1]))
+    options = options | {"attend_current": bool(oracle["attend_current"])}
+    values = results(arrays, options, float(oracle["scale"]), tuple(cotangents))
+    for name in ("out", "rem", "d_query", "d_key", "d_value"):
+        assert values[name].dtype == dtype
+        assert_close(values[name], oracle[name], (GRADIENT if name.startswith("d_") else FORWARD)[dtype], name)
+
+
+def test_there_are_oracles():
+    assert len(ORACLES) == 5
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(
+    case=st.builds(
+        Stick,
+        T=st.sampled_from([5, 18]), S=st.sampled_from([11, 30]), B=st.just(2), N=st.just(4), K=st.sampled_from([1, 2, 4]),
+        H=st.just(4), Hv=st.sampled_from([None, 3]), offset=st.one_of(st.integers(-9, 40), st.tuples(*[st.integers(-9, 40)] * 2)),
+        window=st.one_of(st.none(), st.integers(0, 30)), attend_current=st.booleans(), std=st.sampled_from([1.0, 5.0]),
+    ),
+    tiles=st.sampled_from([None, (4, 4), (7, 3), (64, 64)]),
+    skip_below=st.sampled_from([None, -90.0]),
+    data=st.data(),
+)  # fmt: skip
+def test_any_combination(case, tiles, skip_below, data):
+    options = case.options() | {"implementation": "xla", "tiles": tiles, "skip_below": skip_below}
+    reference = case.options() | REFERENCE
+    ids = st.integers(-1, 2)
+    if data.draw(st.booleans(), "segments"):
+        for name, length in (("segment_ids", case.T), ("key_segment_ids", case.S)):
+            drawn = data.draw(st.lists(ids, min_size=2 * length, max_size=2 * length), name)
+            options[name] = reference[name] = jnp.asarray(drawn, jnp.int32).reshape(2, length)
+    arrays = case.arrays()
+    values, wanted = results(arrays, options), results(arrays, reference)
+    if skip_below is not None:
+        shape = jax.eval_shape(lambda x: x, values["rem"]).shape
+        rng = np.random.default_rng(1)
+        cotangents = [jnp.asarray(rng.standard_normal(s), jnp.float32) for s in (values["out"].shape, shape)]
+        wanted = results(arrays, reference, cotangents=(*cotangents, jnp.zeros(shape)))
+    for name, value in values.items():
+        assert_close(value, wanted[name], SATURATED, name)
+
+
+# What holds whatever the numbers.
+
+
+@every_implementation
+def test_the_first_token_keeps_the_whole_stick(options):
+    out, rem = stick_breaking_attention(*STICK["plain"].arrays(), **options)
+    assert (out[:, 0] == 0).all() and (rem[:, 0] == 1).all()
+
+
+@every_implementation
+@pytest.mark.parametrize("name", ["plain", "saturated", "padded", "current", "above-short"])
+def test_weights_and_rest_sum_to_one(name, options):
+    case = STICK[name]
+    query, key, value = case.arrays()
+    out, rem = stick_breaking_attention(query, key, jnp.ones_like(value), **case.options(), **options)
+    np.testing.assert_allclose(out + rem[..., None], 1, atol=5e-6)
+
+
+@every_implementation
+def test_padding_is_exactly_nothing(options):
+    case = STICK["padded"]
+    values = results(case.arrays(), case.options() | options)
+    padding = np.asarray(case.options()["segment_ids"]) < 0
+    assert (np.asarray(values["out"])[padding] == 0).all() and (np.asarray(values["rem"])[padding] == 1).all()
+    for name in ("d_query", "d_key", "d_value"):
+        assert (np.asarray(values[name])[padding] == 0).all(), name
+
+
+def test_a_remainder_too_small_for_fp32_has_a_logarithm():
+    query, key, value = STICK["all-near"].arrays()
+    _, rem, stats = stick_breaking_attention(query, key, value, return_stats=True)
+    assert (rem[:, -1] == 0).all()
+    np.testing.assert_allclose(stats.log_rem[:, -1], -80.0 * 69, rtol=1e-5)
+
+
+@every_implementation
+@pytest.mark.parametrize("current", [False, True])
+def test_no_gradient_reaches_the_future(current, options):
+    arrays, t = STICK["plain"].arrays(), 20
+
+    def before(query, key, value):
+        out, rem = stick_breaking_attention(query, key, value, attend_current=current, **options)
+        return (out[:, :t] ** 2).sum() + (rem[:, :t] ** 2).sum()
+
+    d_query, d_key, d_value = jax.jit(jax.grad(before, (0, 1, 2)))(*arrays)
+    first_unseen = t if current else t - 1
+    assert (d_query[:, t:] == 0).all()
+    for d in (d_key, d_value):
+        assert (d[:, first_unseen:] == 0).all() and (d[:, :first_unseen] != 0).any(-1).all()
+
+
+@every_implementation
+def test_no_gradient_crosses_documents(options):
+    arrays = Stick(T=60).arrays()
+
+    def second(query, key, value):
+        out, rem = stick_breaking_attention(query, key, value, segment_ids=documents((25, 35)), **options)
+        return (out[:, 25:] ** 2).sum() + (rem[:, 25:] ** 2).sum()
+
+    for d in jax.jit(jax.grad(second, (0, 1, 2)))(*arrays):
+        assert (d[:, :25] == 0).all() and (d[:, 26:-1] != 0).any()
+
+
+@every_implementation
+def test_packed_documents_are_the_documents_alone(options):
+    arrays = Stick(T=60).arrays()
+    whole = stick_breaking_attention(*arrays, segment_ids=documents((25, 35)), **options)
+    for part in (slice(0, 25), slice(25, 60)):
+        alone = stick_breaking_attention(*(x[:, part] for x in arrays), **options)
+        for a, b in zip(alone, whole, strict=True):
+            assert_close(a, b[:, part], FORWARD["float32"])
+
+
+@every_implementation
+def test_two_runs_are_bitwise_equal(options):
+    case = STICK["grouped-heads"]
+    first, second = (results(case.arrays(), case.options() | options) for _ in range(2))
+    for name in first:
+        assert (np.asarray(first[name]) == np.asarray(second[name])).all(), name
+
+
+# Parts of the keys and of the queries.
+
+
+@every_implementation
+@pytest.mark.parametrize("chunk", [7, 30])
+def test_chunks_of_queries_give_the_whole(chunk, options):
+    query, key, value = Stick(T=61, N=4, K=2).arrays()
+    whole = stick_breaking_attention(query, key, value, **REFERENCE)
+    run = jax.jit(lambda q, start: stick_breaking_attention(q, key, value, query_offset=start, **options))
+    parts = [run(query[:, start : start + chunk], start) for start in range(0, 61, chunk)]
+    for name, part, want in zip(("out", "rem"), zip(*parts, strict=True), whole, strict=True):
+        assert_close(jnp.concatenate(part, 1), want, FORWARD["float32"], name)
+
+
+@every_implementation
+def test_merged_runs_of_keys_give_the_whole_with_gradients(options, x64):
+    options = {name: option for name, option in options.items() if name != "skip_below"}
+    arrays = Stick(T=40, N=4, K=2).arrays(np.float64)
+    cotangents = np.random.default_rng(2).standard_normal((2, *arrays[0].shape))
+
+    def part(query, key, value, start, stop):
+        key, value = key[:, start:stop], value[:, start:stop]
+        out, _, stats = stick_breaking_attention(query, key, value, query_offset=-start, return_stats=True, **options)
+        return out, stats.log_rem
+
+    def merged(from_left, *arrays):
+        far, middle, near = (part(*arrays, *ends) for ends in ((0, 13), (13, 29), (29, 40)))
+        if from_left:
+            return merge_stick_breaking(near, merge_stick_breaking(middle, far))
+        return merge_stick_breaking(merge_stick_breaking(near, middle), far)
+
+    def whole(*arrays):
+        out, _, stats = stick_breaking_attention(*arrays, return_stats=True, **REFERENCE)
+        return out, stats.log_rem
+
+    def loss(function, *arrays):
+        out, log_rem = function(*arrays)
+        return (out * cotangents[0]).sum() + (log_rem * cotangents[1, ..., 0]).sum(), (out, log_rem)
+
+    def run(function):
+        return jax.jit(jax.grad(partial(loss, function), (0, 1, 2), has_aux=True))(*arrays)
+
+    wanted = run(whole)
+    for function in (partial(merged, True), partial(merged, False)):
+        for value, want in zip(jax.tree.leaves(run(function)), jax.tree.leaves(wanted), strict=True):
+            assert_close(value, want, GRADIENT["float64"])
+
+
+def test_merge_refuses_shapes_that_do_not_fit():
+    out, log_rem = jnp.zeros((2, 3, 4)), jnp.zeros((2, 3))
+    with pytest.raises(ValueError, match=r"got near \(2, 3, 4\), \(2, 3\) and far \(2, 1, 4\), \(2, 1\)"):
+        merge_stick_breaking((out, log_rem), (out[:, :1], log_rem[:, :1]))
+
+
+# Early exit.
+
+SKIP = {"implementation": "xla", "tiles": (16, 16), "skip_below": -24.0, "return_stats": True}
+
+
+def kept_tiles(query, key, threshold, size, padding=None) -> float:
+    """Share of the tiles left of the diagonal that are needed, for one head: counted one by one."""
+    z = np.asarray(query, np.float64) @ np.asarray(key, np.float64).T / math.sqrt(query.shape[-1])
+    T = len(z)
+    spent = np.where(np.tri(T, k=-1, dtype=bool), np.logaddexp(0, z), 0) / math.log(2)
+    real = np.ones(T, bool) if padding is None else ~padding
+    kept = reachable = 0
+    for start in range(0, T, size):
+        rows = slice(start, min(start + size, T))
+        reachable += start // size + 1
+        for tile_start in range(start, -1, -size):
+            left = -spent[rows, tile_start + size :].sum(1)[real[rows]]
+            if tile_start < start and (left.size == 0 or left.max() < threshold):
+                break
+            kept += 1
+    return kept / reachable
+
+
+def test_skipping_is_exact_to_the_threshold_and_counts_its_tiles():
+    query, key, value = Stick(T=250, N=4, K=2).arrays()
+    exact, _ = stick_breaking_attention(query, key, value, **REFERENCE)
+    for threshold in (-8.0, -24.0):
+        options = SKIP | {"skip_below": threshold}
+        out, rem, stats = stick_breaking_attention(query, key, value, **options)
+        assert np.abs(out - exact).max() <= 2**threshold * np.abs(value).max() + 2e-6
+        assert (stats.log_rem[:, 100:] < threshold * math.log(2)).all() and (rem[:, 100:] < 2**threshold).all()
+        for head in range(2):
+            # Query heads 2 * head and 2 * head + 1 share key head `head`: a tile stays for the more patient of them.
+            one = [kept_tiles(query[0, :, n], key[0, :, head], threshold, 16) for n in (2 * head, 2 * head + 1)]
+            assert max(one) - 1e-6 <= stats.kept[0, head] <= min(1, sum(one))
+            assert stats.kept[0, head] < 0.6
+
+
+@pytest.mark.parametrize("padding", [0, 25])
+def test_the_tiles_kept_are_those_needed(padding):
+    case = Stick(T=150, N=1, std=2.0, segments=(150 - padding, -padding) if padding else None)
+    query, key, value = case.arrays()
+    *_, stats = stick_breaking_attention(query, key, value, **(case.options() | SKIP))
+    rows = np.arange(150) >= 150 - padding
+    # Tiles of nothing but padding are not in reach at all; tile 7 is half padding.
+    real = 150 - padding
+    wanted = kept_tiles(query[0, :real, 0], key[0, :real, 0], -24, 16, rows[:real])
+    np.testing.assert_allclose(stats.kept, wanted, rtol=1e-6)
+    assert wanted < 0.6
+
+
+def test_skipped_keys_are_never_read():
+    query, key, value = Stick(T=200).arrays()
+    key, value = (x.at[:, :16].set(jnp.nan) for x in (key, value))
+
+    def late(skip_below, *arrays):
+        options = SKIP | {"skip_below": skip_below}
+        out, rem, _ = stick_breaking_attention(*arrays, **options, query_offset=120)
+        return (out**2).sum() + rem.sum()
+
+    arrays = (query[:, 120:], key, value)
+    value, gradients = jax.value_and_grad(partial(late, -24.0), (0, 1, 2))(*arrays)
+    assert np.isfinite(value) and all(np.isfinite(g).all() for g in gradients)
+    assert (gradients[1][:, :16] == 0).all() and (gradients[2][:, :16] == 0).all()
+    assert np.isnan(late(None, *arrays))
+
+
+def test_gradients_under_skipping_are_close_to_exact():
+    case = Stick(T=200, N=4, K=2)
+    options = {name: option for name, option in SKIP.items() if name != "return_stats"}
+    check(case, options)
+    *_, stats = stick_breaking_attention(*case.arrays(), **SKIP)
+    assert (stats.kept < 0.7).all()
+
+
+def test_every_head_skips_for_itself():
+    query, key, value = Stick(T=200).arrays()
+    query, key = (x.at[..., 0].set(1) for x in (query, key))
+    query = query.at[:, :, 1, 0].set(-12 * math.sqrt(8))
+    *_, stats = stick_breaking_attention(query, key, value, **SKIP)
+    assert stats.kept[0, 0] < 0.5 and stats.kept[0, 1] == 1
+
+
+def test_without_a_threshold_every_tile_is_kept():
+    for options in STICK_IMPLEMENTATIONS.values():
+        if "skip_below" not in options:
+            *_, stats = stick_breaking_attention(*STICK["plain"].arrays(), return_stats=True, **options)
+            assert isinstance(stats, Stats) and stats.kept.shape == (2, 2) and (stats.kept == 1).all()
+
+
+# Transformations.
+
+
+def _stacked():
+    parts = [Stick(T=20, B=2, N=4, K=2).arrays(seed=seed) for seed in range(2)]
+    arrays = [jnp.stack(x) for x in zip(*parts, strict=True)]
+    segments = jnp.stack([documents((9, 11), 2), documents((3, 15, -2), 2)])
+    return (*arrays, jnp.asarray([0.3, 0.5])), (jnp.asarray([[0, 2], [1, -1]]), segments)
+
+
+TRANSFORMATIONS = {
+    "vmap": jax.vmap,
+    "scan": lambda f: lambda *xs: lax.scan(lambda carry, x: (carry, f(*x)), None, xs)[1],
+    "checkpoint": lambda f: jax.vmap(jax.checkpoint(f)),
+    "none": lambda f: lambda *xs: jax.tree.map(lambda *ys: jnp.stack(ys), *(f(*x) for x in zip(*xs, strict=True))),
+}
+
+
+@every_implementation
+def test_transformations(options):
+    """Over every argument at once, the scale included, with gradients: grad of vmap, of scan, of checkpoint."""
+    arrays, integers = _stacked()
+
+    def one(query, key, value, scale, offset, segments):
+        return stick_breaking_attention(
+            query, key, value, scale=scale, query_offset=offset, segment_ids=segments, key_segment_ids=segments, **options
+        )
+
+    def loss(transform, *arrays):
+        out, rem = transform(one)(*arrays, *integers)
+        return (jnp.sin(out) * jnp.arange(out.shape[-1])).sum() + jnp.cos(rem).sum()
+
+    def run(name):
+        with jax.numpy_rank_promotion("allow"):
+            return jax.jit(jax.value_and_grad(partial(loss, TRANSFORMATIONS[name]), (0, 1, 2, 3)))(*arrays)
+
+    wanted = run("none")
+    for name in ("vmap", "scan", "checkpoint"):
+        for value, want in zip(jax.tree.leaves(run(name)), jax.tree.leaves(wanted), strict=True):
+            assert_close(value, want, GRADIENT["float32"], name)
+
+
+def test_vmap_over_the_scale_alone():
+    arrays = STICK["plain"].arrays()
+    scales = jnp.asarray([0.0, 0.2, 1.0])
+    for options in STICK_IMPLEMENTATIONS.values():
+        function = jax.value_and_grad(lambda s: stick_breaking_attention(*arrays, scale=s, **options)[0].sum())  # noqa: B023
+        for batched, single in zip(jax.vmap(function)(scales), zip(*map(function, scales), strict=True), strict=True):
+            assert_close(batched, jnp.stack(single), GRADIENT["float32"])
+
+
+# Types and memory.
+
+
+@pytest.mark.parametrize("x64_on", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("options", [REFERENCE, *STICK_IMPLEMENTATIONS.values()], ids=["reference", *STICK_IMPLEMENTATIONS])
+def test_types_do_not_leak(options, dtype, x64_on):
+    if dtype == "float64" and not x64_on:
+        pytest.skip("fp64 needs x64")
+    wide = "float64" if dtype == "float64" else "float32"
+    with jax.enable_x64(x64_on):
+        arrays = STICK["plain"].arrays(dtype)
+
+        def function(*arrays):
+            return stick_breaking_attention(*arrays, scale=np.float64(0.3), return_stats=True, **options)
+
+        out, rem, stats = jax.eval_shape(function, *arrays)
+        gradients = jax.eval_shape(jax.grad(lambda *a: function(*a)[0].astype(wide).sum(), (0, 1, 2)), *arrays)
+    assert [x.dtype for x in (out, rem, stats.log_rem, stats.kept)] == [dtype, wide, wide, "float32"]
+    assert [g.dtype for g in gradients] == [dtype] * 3
+
+
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.int8, jnp.uint32])
+def test_segments_of_any_integer_type(dtype):
+    arrays, ids = Stick(T=60).arrays(), documents((25, 35))
+    for options in STICK_IMPLEMENTATIONS.values():
+        out, _ = stick_breaking_attention(*arrays, segment_ids=ids.astype(dtype), **options)
+        assert (out == stick_breaking_attention(*arrays, segment_ids=ids, **options)[0]).all()
+
+
+def _temporaries(**options) -> int:
+    x = jax.ShapeDtypeStruct((1, 16384, 4, 64), jnp.float32)
+    loss = lambda *arrays: sum(y.sum() for y in stick_breaking_attention(*arrays, **options))  # noqa: E731
+    return jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_memory_is_linear_in_the_length():
+    assert _temporaries(implementation="xla") < 2**30
+    assert _temporaries(implementation="xla", skip_below=-24.0) < 2**30
+    assert _temporaries(implementation="reference") > 4 * 2**30
+
+
+def test_log1p_by_multiply_adds():
+    y = np.concatenate([np.linspace(0, 1, 500_001)[1:], 0.5 ** np.arange(1, 126)]).astype(np.float32)
+    value = np.asarray(jax.jit(tile._log1p)(y), np.float64)
+    assert np.abs(value / np.log1p(y.astype(np.float64)) - 1).max() <= LOG1P
+    assert tile._log1p(jnp.zeros(1))[0] == 0
+
+
+# Bad calls.
+
+
+def _bad(**changes):
+    shapes = {"query": (2, 8, 4, 16), "key": (2, 8, 2, 16), "value": (2, 8, 2, 16)}
+    arrays = {name: jnp.zeros(changes.pop(name, shape)) for name, shape in shapes.items()}
+    return arrays | changes
+
+
+IDS = jnp.zeros((2, 8), jnp.int32)
+BAD = {
+    "heads": (_bad(query=(2, 8, 3, 16)), r"N=3 query heads must be a multiple of K=2 key heads \(query.shape=\(2, 8, 3, 16\)\)"),
+    "no key heads": (_bad(key=(2, 8, 0, 16), value=(2, 8, 0, 16)), "multiple of K=0"),
+    "query rank": (_bad(query=(8, 4, 16)), r"query must be \[B,T,N,H\], got query.shape=\(8, 4, 16\)"),
+    "key rank": (_bad(key=(8, 2, 16)), r"key must be \[B,S,K,H\]"),
+    "value rank": (_bad(value=(2, 8, 2, 16, 1)), r"value must be \[B,S,K,Hv\]"),
+    "batch": (_bad(key=(3, 8, 2, 16), value=(3, 8, 2, 16)), "B=2 and H=16 of query"),
+    "head size": (_bad(key=(2, 8, 2, 8)), "B=2 and H=16 of query"),
+    "value length": (_bad(value=(2, 9, 2, 16)), "B=2, S=8, K=2 of key"),
+    "integers": (_bad() | {"query": jnp.zeros((2, 8, 4, 16), int)}, "query must be floating point, got query.dtype=int32"),
+    "types": (_bad() | {"key": jnp.zeros((2, 8, 2, 16), jnp.bfloat16)}, "one dtype, got float32, bfloat16, float32"),
+    "segments": (_bad(segment_ids=IDS[:, :7]), r"segment_ids must be integers \[B,T\]=\[2, 8\], got int32\[2, 7\]"),
+    "float segments": (_bad(segment_ids=jnp.zeros((2, 8))), "segment_ids must be integers"),
+    "key segments": (_bad(segment_ids=IDS, key_segment_ids=IDS[:1]), r"key_segment_ids must be integers \[B,S\]=\[2, 8\]"),
+    "key segments alone": (_bad(key_segment_ids=IDS), "key_segment_ids needs segment_ids"),
+    "one of two segments": (_bad(query=(2, 5, 4, 16), segment_ids=IDS[:, :5]), "T=5 queries and S=8 keys need key_segment_ids"),
+    "window": (_bad(window=-1), "window=-1 must not be negative"),
+    "skip_below": (_bad(skip_below=0.0), "skip_below=0.0 is a log2 of the stick left and must be negative"),
+    "skip_below nan": (_bad(skip_below=math.nan), "must be negative"),
+    "tiles": (_bad(tiles=(0, 16)), r"tiles=\(0, 16\) must be two positive sizes"),
+    "three tiles": (_bad(tiles=(8, 8, 8)), "must be two positive sizes"),
+    "offset": (_bad(query_offset=jnp.zeros(3, int)), r"query_offset must be an int or integers \[B\]=\[2\], got int32\[3\]"),
+    "float offset": (_bad(query_offset=1.5), r"query_offset must be an int or integers \[B\]=\[2\], got float32\[\]"),
+    "scale": (_bad(scale=jnp.ones(4)), r"scale must be a number or an array \[\], got scale.shape=\(4,\)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_calls_name_letters_and_sizes(name):
+    kwargs, message = BAD[name]
+    arrays = [kwargs.pop(n) for n in ("query", "key", "value")] if "query" in kwargs else None
+    with pytest.raises(ValueError, match=message):
+        stick_breaking_attention(*arrays, **kwargs)

@@ -1,0 +1,340 @@
+"""Training: the same run bit for bit after any interruption, and one clear line for whatever goes wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import GRADIENT, assert_close
+
+from stickjax import step as step_module
+from stickjax import train
+from stickjax.checkpoint import Checkpoints, named_leaves
+from stickjax.config import Config
+from stickjax.metrics import read_metrics
+from stickjax.step import TrainState, init_state, loss_and_metrics, make_step
+from stickjax.train import fit, main
+
+# Small, with everything that has a state: sampled routing, the router's bias, accumulation, packed documents.
+SMALL = Config().replace(
+    {
+        "model.V": 257, "model.D": 16, "model.L": 2, "model.N": 2, "model.K": 1, "model.H": 8, "model.F": 16,
+        "model.E": 4, "model.k": 2, "model.sample_topk": 1, "model.bias_rate": 0.01, "model.z_weight": 0.001,
+        "data.T": 32, "data.B": 4, "train.accumulate": 2, "train.steps": 24, "train.log_every": 1,
+        "train.checkpoint_every": 5, "optim.peak_lr": 0.01, "optim.warmup_tokens": 128,
+    }
+)  # fmt: skip
+
+
+def words(config: Config) -> list[str]:
+    return [f"--{s}.{n}={v}" for s, fields in config.to_dict().items() for n, v in fields.items()]
+
+
+def rows(run) -> list[dict]:
+    """The metrics of a run without the clock's."""
+    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in read_metrics(run)]
+
+
+def start(run, config=SMALL) -> subprocess.Popen:
+    path = Path(run).parent / "config.json"
+    path.write_text(config.to_json())
+    command = [sys.executable, "-m", "stickjax.train", str(path), "--run", str(run)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(run, step, process) -> None:
+    deadline = time.monotonic() + 120
+    while not any(row["step"] >= step for row in read_metrics(run)):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "the training does not get on"
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    run = tmp_path_factory.mktemp("whole") / "run"
+    result = fit(SMALL, str(run), quiet=True)
+    assert result.finished
+    return run, result.state
+
+
+def assert_same_state(a: TrainState, b: TrainState) -> None:
+    pairs = zip(named_leaves(a).items(), named_leaves(b).items(), strict=True)
+    for (name, x), (_, y) in pairs:
+        if name == "key":
+            x, y = map(jax.random.key_data, (x, y))
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y), err_msg=name)
+
+
+@pytest.mark.slow
+def test_killed_at_any_step_and_started_again_it_is_the_same_run(uninterrupted, tmp_path):
+    run = tmp_path / "run"
+    for step in (3, 8, 17):  # before the first checkpoint, and twice between two
+        process = start(run)
+        wait_for_step(run, step, process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    result = fit(SMALL, str(run), quiet=True)
+    assert rows(run) == rows(uninterrupted[0])
+    assert_same_state(result.state, uninterrupted[1])
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_exits_cleanly(uninterrupted, tmp_path):
+    run = tmp_path / "run"
+    process = start(run, SMALL.replace({"train.checkpoint_every": 1000}))
+    wait_for_step(run, 4, process)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "run the same command again" in out
+    (saved,) = Checkpoints(run).steps()
+    assert [row["step"] for row in rows(run)] == list(range(1, saved + 1))
+    fit(SMALL, str(run), quiet=True)
+    assert rows(run) == rows(uninterrupted[0])
+
+
+def test_two_runs_are_equal_bit_for_bit(uninterrupted, tmp_path):
+    result = fit(SMALL, str(tmp_path / "run"), quiet=True)
+    assert rows(tmp_path / "run") == rows(uninterrupted[0])
+    assert_same_state(result.state, uninterrupted[1])
+
+
+def test_loss_falls_and_metrics_are_complete(uninterrupted):
+    log = rows(uninterrupted[0])
+    assert log[-1]["loss"] < log[0]["loss"] - 0.5
+    assert log[-1]["tokens"] == 24 * 4 * 32
+    assert {"step", "loss", "grad_norm", "learning_rate", "bad_steps", "switch", "z", "mutual_information"} <= set(
+        log[0]
+    )
+
+
+def copy_run(source, target):
+    import shutil
+
+    shutil.copytree(source, target)
+    return target
+
+
+def flip(path: Path, place=-1) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut"])
+def test_a_damaged_checkpoint_is_passed_over(uninterrupted, tmp_path, damage):
+    run = copy_run(uninterrupted[0], tmp_path / "run")
+    newest = run / "checkpoints" / "24"
+    largest = max((p for p in (newest / "arrays").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    if damage == "flip":
+        flip(largest, largest.stat().st_size // 2)
+    else:
+        largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    with pytest.warns(UserWarning, match="damaged checkpoint.*24|training is back at step"):
+        result = fit(SMALL, str(run), quiet=True)
+    assert rows(run) == rows(uninterrupted[0])
+    assert_same_state(result.state, uninterrupted[1])
+
+
+def test_not_finite_parameters_are_refused(uninterrupted, tmp_path, capsys):
+    run = tmp_path / "run"
+    state = uninterrupted[1]
+    broken = jax.tree.map(lambda x: x, state.params)
+    broken.norm.scale = type(broken.norm.scale)(jnp.full(16, jnp.nan))
+    (run).mkdir()
+    (run / "config.json").write_text(SMALL.to_json())
+    extra = {"data": {"next_index": 5}, "corpus": "", "tokens": 0, "config": {}}
+    with Checkpoints(run) as checkpoints:
+        checkpoints.save(5, state._replace(params=broken), extra)
+    (tmp_path / "config.json").write_text(SMALL.to_json())
+    assert main([str(tmp_path / "config.json"), "--run", str(run)]) == 1
+    assert "16 of 16 values of norm/scale are not finite" in capsys.readouterr().err
+
+
+def test_accumulation_is_the_whole_batch():
+    """The gradient of two microbatches is that of their union, seams and all."""
+    dense = SMALL.replace({"model.E": 0, "model.k": 0, "model.sample_topk": 0, "model.bias_rate": 0.0})
+    state = init_state(dense, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    batch = {
+        "tokens": rng.integers(0, 257, (4, 32)), "targets": rng.integers(0, 257, (4, 32)),
+        "segment_ids": np.zeros((4, 32), np.int32), "loss_mask": rng.random((4, 32)) < np.array([0.9, 0.1, 0.5, 0.3])[:, None],
+    }  # fmt: skip
+    batch = {k: jnp.asarray(v) for k, v in batch.items()}
+    whole = dense.replace({"train.accumulate": 1})
+    (a, metrics_a), (b, metrics_b) = (make_step(c)(state, batch) for c in (dense, whole))
+    assert abs(metrics_a["loss"] - metrics_b["loss"]) < 1e-5
+    for x, y in zip(jax.tree.leaves(a.opt_state), jax.tree.leaves(b.opt_state), strict=True):
+        assert_close(x, y, GRADIENT["float32"] * 10)  # second moments are squares: twice the error of a gradient
+
+
+def test_the_loss_masks_the_seams():
+    state = init_state(SMALL, jax.random.key(0))
+    tokens = jnp.zeros((2, 32), jnp.int32)
+    batch = {
+        "tokens": tokens,
+        "targets": tokens,
+        "segment_ids": tokens,
+        "loss_mask": jnp.arange(32)[None] < jnp.array([[5], [32]]),
+    }
+    other = batch | {"targets": tokens.at[0, 5:].set(99)}
+    config = SMALL.replace({"train.accumulate": 1})
+    a, b = (loss_and_metrics(config, state.params, x, None)[0] for x in (batch, other))
+    assert a == b
+
+
+def test_steps_that_are_not_finite_are_skipped(tmp_path, monkeypatch, capsys):
+    """Skipped and counted; after max_bad_steps in a row the run stops and keeps its last good checkpoint."""
+    real = step_module.loss_and_metrics
+
+    def poisoned(config, params, batch, key):
+        loss, metrics = real(config, params, batch, key)
+        loss = loss * jnp.where(poison[0], jnp.nan, 1.0)
+        return loss, metrics
+
+    config = SMALL.replace({"train.accumulate": 1, "train.max_bad_steps": 3})
+    poison = [True]
+    monkeypatch.setattr(step_module, "loss_and_metrics", poisoned)
+    state = init_state(config, jax.random.key(0))
+    tokens = jnp.zeros((4, 32), jnp.int32)
+    batch = {"tokens": tokens, "targets": tokens, "segment_ids": tokens, "loss_mask": tokens == 0}
+    after, metrics = make_step(config)(state, batch)
+    assert int(after.bad_steps) == 1 and int(after.step) == 1 and not np.isfinite(metrics["grad_norm"])
+    assert_same_state(after._replace(bad_steps=state.bad_steps, step=state.step), state)
+    poison[0] = False
+    good, _ = make_step(config)(after, batch)
+    assert int(good.bad_steps) == 0
+
+    run = tmp_path / "run"
+    fit(config.replace({"train.steps": 6}), str(run), quiet=True)
+    poison[0] = True
+    (tmp_path / "config.json").write_text(config.to_json())
+    assert main([str(tmp_path / "config.json"), "--run", str(run)]) == 1
+    assert "step 9: 3 steps in a row were not finite; the last good checkpoint is step 6" in capsys.readouterr().err
+    assert Checkpoints(run).steps()[-1] == 6
+
+
+def test_a_branch_with_a_decay_is_the_run_that_had_planned_it(tmp_path):
+    """Power's selling point: a decay may be added to any checkpoint of a run that never decays."""
+    stable = SMALL.replace({"train.steps": 10, "train.keep": 5})
+    decay = SMALL.replace({"train.steps": 15, "optim.decay_tokens": 5 * 128})
+    fit(stable, str(tmp_path / "stable"), quiet=True)
+    fit(decay, str(tmp_path / "branch"), branch=f"{tmp_path / 'stable'}@10", quiet=True)
+    fit(decay, str(tmp_path / "planned"), quiet=True)
+    assert rows(tmp_path / "branch") == [row for row in rows(tmp_path / "planned") if row["step"] > 10]
+    assert rows(tmp_path / "branch")[-1]["learning_rate"] < rows(tmp_path / "stable")[-1]["learning_rate"] / 2
+
+
+def test_init_from_takes_the_parameters_alone(uninterrupted, tmp_path):
+    config = SMALL.replace({"train.steps": 1, "optim.peak_lr": 1e-9, "model.bias_rate": 0.01})
+    result = fit(config, str(tmp_path / "run"), init_from=str(uninterrupted[0]), quiet=True)
+    assert int(result.state.step) == 1
+    assert_close(result.state.params.embed[...], uninterrupted[1].params.embed[...], 1e-6)
+    with pytest.raises(ValueError, match="model.D: 16 -> 32"):
+        fit(SMALL.replace({"model.D": 32}), str(tmp_path / "other"), init_from=str(uninterrupted[0]), quiet=True)
+
+
+def test_a_longer_run_goes_on(uninterrupted, tmp_path):
+    run = copy_run(uninterrupted[0], tmp_path / "run")
+    result = fit(SMALL.replace({"train.steps": 26}), str(run), quiet=True)
+    assert int(result.state.step) == 26 and len(rows(run)) == 26
+
+
+def test_a_finished_run_does_nothing(uninterrupted, tmp_path):
+    run = copy_run(uninterrupted[0], tmp_path / "run")
+    assert fit(SMALL, str(run), quiet=True).finished
+    assert rows(run) == rows(uninterrupted[0])
+
+
+def test_banner_and_lines(tmp_path, capsys):
+    fit(SMALL.replace({"train.steps": 2}), str(tmp_path / "run"))
+    text = capsys.readouterr().out
+    for part in (
+        "parameters",
+        "FLOP per token",
+        "stick_breaking_attention: xla",
+        "expert_mlp: xla",
+        "step 2/2  loss",
+        "tokens/s",
+        "outside the jitted step",
+    ):
+        assert part in text
+
+
+def test_profile_writes_a_trace(tmp_path):
+    fit(SMALL.replace({"train.steps": 8}), str(tmp_path / "run"), profile=True, quiet=True)
+    assert any((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+
+
+def test_a_run_folder_holds_data_only(uninterrupted):
+    suffixes = {p.suffix for p in uninterrupted[0].rglob("*") if p.is_file()}
+    assert not suffixes & {".py", ".pkl", ".pickle", ".so"}
+    json.loads((uninterrupted[0] / "config.json").read_text())
+
+
+def bad_runs(tmp_path, uninterrupted):
+    (tmp_path / "short.txt").write_text("too short")
+    (tmp_path / "no.py").write_text("x = 1\n")
+    yield [str(tmp_path / "none.py")], "none.py"
+    yield [str(tmp_path / "no.py")], "defines no get_config()"
+    yield [], "which config?"
+    yield ["--train.stesp=3", "CONFIG"], "did you mean 'train.steps'?"
+    yield ["CONFIG", "--model.V=100"], "V=100 is smaller than the tokenizer's 257 ids"
+    yield ["CONFIG", "--data.source=text", f"--data.path={tmp_path / 'short.txt'}"], "T=32 needs 33 tokens"
+    yield ["CONFIG", "--data.source=text", f"--data.path={tmp_path / 'none.txt'}"], "does not exist"
+    yield ["CONFIG", f"--run={uninterrupted[0]}", "--model.D=8", "--data.seed=3"], "model.D: 16 -> 8; data.seed: 0 -> 3"
+    yield ["CONFIG", "--from", "nowhere@3"], "--from needs a new folder"
+    yield ["CONFIG", "--from", f"{uninterrupted[0]}@7", "--run", str(tmp_path / "b")], "no checkpoint of step 7"
+    yield ["CONFIG", "--init-from", str(tmp_path)], "is not a run folder"
+    yield ["CONFIG", "--model.implementation=mosaic"], "has no implementation 'mosaic'; it has xla, reference"
+    yield ["CONFIG", "--model.implementation=xal"], "did you mean 'xla'?"
+
+
+def test_bad_input_is_one_clear_line(uninterrupted, tmp_path, capsys):
+    (tmp_path / "small.json").write_text(SMALL.to_json())
+    before = {p: p.stat().st_mtime_ns for p in uninterrupted[0].rglob("*")}
+    for number, (argv, message) in enumerate(bad_runs(tmp_path, uninterrupted)):
+        argv = [str(tmp_path / "small.json") if word == "CONFIG" else word for word in argv]
+        if not any(word.startswith(("--run", "--from")) for word in argv):
+            argv += ["--run", str(tmp_path / f"run{number}")]
+        assert main(argv) == 1, argv
+        err = capsys.readouterr().err
+        assert not (tmp_path / f"run{number}").exists(), argv
+        assert message in err and err.startswith("error: ") and err.count("\n") == 1, (argv, err)
+    assert {p: p.stat().st_mtime_ns for p in uninterrupted[0].rglob("*")} == before, "a refused run changed a folder"
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_clear_line(tmp_path):
+    """Files are limited to 100 kB: the checkpoint does not fit, the one before (none) and the metrics stay."""
+    (tmp_path / "small.json").write_text(SMALL.replace({"model.D": 64}).to_json())
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000));"
+        "from stickjax.train import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "small.json"), "--run", str(tmp_path / "run")]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "0"}
+    )
+    assert done.returncode == 1
+    assert "error: " in done.stderr and "was not saved" in done.stderr and "Traceback" not in done.stderr
+    assert len(rows(tmp_path / "run")) >= 5
+
+
+def test_help_lists_the_fields(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert "--model.skip_below=None" in text and "--init-from" in text
+
+
+def test_words_round_trip():
+    assert train.parse(Config(), words(SMALL)) == SMALL
