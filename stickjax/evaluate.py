@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from stickjax import plots
+from stickjax.checkpoint import DamagedCheckpoint
 from stickjax.config import Config, parse_changes
 from stickjax.corpus import load_corpus
 from stickjax.data import heldout_windows
@@ -113,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
             plots.plot_training({name: trainings[name]}, Path(run) / "training.png")
         picture = words.plot or str(Path(words.runs[0]) / "length.png")
         plots.plot_length_curves(results, picture)
-    except (ValueError, OSError, NotImplementedError) as error:
+    except (ValueError, OSError, NotImplementedError, DamagedCheckpoint) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     Console(highlight=False).print(table(results))

@@ -24,7 +24,7 @@ from stickjax.step import TrainState, init_state, loss_and_metrics, make_step
 SMALL = Config().replace(
     {
         "model.D": 64, "model.L": 2, "model.N": 4, "model.K": 4, "model.H": 16, "model.F": 128, "model.m_emb": 12.0,
-        "model.m_res": 0.5, "data.T": 64, "data.B": 8, "train.steps": 100, "optim.peak_lr": 0.002,
+        "model.m_res": 0.5, "data.T": 64, "data.B": 8, "train.steps": 80, "optim.peak_lr": 0.002,
     }
 )  # fmt: skip
 

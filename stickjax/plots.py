@@ -1,6 +1,7 @@
 """Pictures of runs: learning curves, context length, attention weights. Matplotlib is imported when used."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -71,4 +72,15 @@ def plot_attention(weights: np.ndarray, path, labels: list[str] | None = None) -
             axes.set_xticks(ticks, labels, family="monospace", fontsize="x-small")
             axes.set_yticks(ticks, labels, family="monospace", fontsize="x-small")
     page.colorbar(image, ax=list(panels), label="weight", shrink=0.8)
+    page.savefig(path)
+
+
+def plot_schedule(schedules: dict[str, Callable], path, *, tokens_per_step, total_tokens, log=False) -> None:
+    """Learning rates against tokens; `log` makes both axes logarithmic, where a power law is a line."""
+    tokens = np.geomspace(tokens_per_step, total_tokens, 1000) if log else np.linspace(0, total_tokens, 1000)
+    page, (axes,) = figure("tokens", "learning rate", **(dict(xscale="log", yscale="log") if log else {}))
+    for name, schedule in schedules.items():
+        rate = np.asarray(schedule(tokens / tokens_per_step))
+        axes.plot(tokens, np.where(rate > 0, rate, np.nan) if log else rate, label=name)
+    page.legend(loc="outside right upper")
     page.savefig(path)

@@ -1,18 +1,28 @@
 """Does muP hold, and which power law? Coordinate checks, learning-rate sweeps and the fit of gamma = a T^b, drawn.
 
-Every experiment takes the training as a callable and returns its records as plain dictionaries, ready for JSON;
-every plot takes such records and writes a PNG.
+Every experiment takes the training as a callable (`stickjax.mup` has those of the real model) and returns its records
+as plain dictionaries, ready for JSON; every plot takes such records and writes a PNG.
+
+python -m stickjax.sweeps coordinate|learning-rate|power-law [--config FILE] [--out DIR] [--section.field=value ...]
 """
 
+import argparse
+import json
 import math
+import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from rich.console import Console
+from rich.table import Table
 
+from stickjax import mup as models
+from stickjax.config import Config, load_config, parse
 from stickjax.plots import Records, figure, group
 
 
@@ -162,17 +172,6 @@ def fit_power_law(records: Records, *, plot=None) -> PowerLaw:
     return law
 
 
-def plot_schedule(schedules: dict[str, optax.Schedule], path, *, tokens_per_step, total_tokens, log=False) -> None:
-    """Learning rates against tokens; `log` makes both axes logarithmic, where a power law is a line."""
-    tokens = np.geomspace(tokens_per_step, total_tokens, 1000) if log else np.linspace(0, total_tokens, 1000)
-    page, (axes,) = figure("tokens", "learning rate", **(dict(xscale="log", yscale="log") if log else {}))
-    for name, schedule in schedules.items():
-        rate = np.asarray(schedule(tokens / tokens_per_step))
-        axes.plot(tokens, np.where(rate > 0, rate, np.nan) if log else rate, label=name)
-    page.legend(loc="outside right upper")
-    page.savefig(path)
-
-
 def plot_coordinate_check(runs: dict[str, Records], path, step: int | None = None) -> None:
     """One panel for each named run, such as {"muP": ..., "without muP": ...}, its slopes in the legend."""
     scales = dict(xscale=("log", dict(base=2)), yscale=("log", dict(base=2)))
@@ -226,3 +225,98 @@ def _ticks(axes, records: Records, key: str) -> None:
     values = sorted({r[key] for r in records})
     axes.set_xticks(values, [f"{v:g}" for v in values])
     axes.minorticks_off()
+
+
+def _coordinate(config: Config, widths, rates, out, status) -> tuple[dict, Table]:
+    def make(width, mup):
+        status.update(f"width {width}, {_NAMES[mup]}")
+        return models.transformer(config, width, mup)
+
+    runs = {_NAMES[mup]: coordinate_check(widths, lambda width, mup=mup: make(width, mup)) for mup in (True, False)}
+    table = Table("activation", *_NAMES.values(), title="slope of log2 mean |activation| against log2 width")
+    found = [slopes(records) for records in runs.values()]
+    for name in found[0]:
+        table.add_row(name, *(f"{slope[name]:+.2f}" for slope in found))
+    plot_coordinate_check(runs, out.with_suffix(".png"))
+    return {"records": runs}, table
+
+
+def _learning_rate(config: Config, widths, rates, out, status) -> tuple[dict, Table]:
+    def run(width, rate, mup):
+        status.update(f"width {width}, learning rate {rate:g}, {_NAMES[mup]}")
+        return models.final_loss(config, width, rate, mup)
+
+    records = learning_rate_sweep(widths, rates, run, plot=out.with_suffix(".png"))
+    best = best_runs(records, "width", "mup")
+    table = Table("learning rate", title="loss after the training; * is the smallest of its column")
+    columns = group(records, "mup", "width")
+    for mup, width in columns:
+        table.add_column(f"{width} {_NAMES[mup]}", justify="right")
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(f"{row[0]['learning_rate']:g}", *(f"{r['loss']:.3f}{' *'[r in best]}" for r in row))
+    table.caption = _edge(best, rates)
+    return {"records": records}, table
+
+
+def _power_law(config: Config, widths, rates, out, status) -> tuple[dict, Table]:
+    status.update(f"{len(rates)} constant learning rates")
+    records = models.power_law_records(config, rates, tokens=[config.total_tokens * m for m in (1, 2, 4, 8)])
+    law = fit_power_law(records, plot=out.with_suffix(".png"))
+    table = Table("tokens T", "best learning rate", "loss", "gamma", title=f"gamma = {law.a:.3g} T^{law.b:.3g}")
+    best = best_runs(records, "tokens", "batch_size")
+    for r in best:
+        gamma = r["learning_rate"] / r["batch_size"]
+        table.add_row(f"{r['tokens']:,}", f"{r['learning_rate']:g}", f"{r['loss']:.3f}", f"{gamma:.3g}")
+    table.caption = _edge(best, rates)
+    return {"records": records, "a": law.a, "b": law.b}, table
+
+
+_NAMES = {True: "muP", False: "without muP"}
+_COMMANDS = {"coordinate": _coordinate, "learning-rate": _learning_rate, "power-law": _power_law}
+
+
+def _edge(best: Records, rates) -> str | None:
+    at_edge = any(r["learning_rate"] in (min(rates), max(rates)) for r in best)
+    return "a minimum at the edge of --rates may not be one: widen them" if at_edge else None
+
+
+def _numbers(name: str, text: str, kind: type) -> list:
+    try:
+        values = [kind(word) for word in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or not all(0 < value < math.inf for value in values):
+        raise ValueError(f"--{name}={text}: expected positive numbers separated by commas")
+    return values
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m stickjax.sweeps", allow_abbrev=False)
+    parser.add_argument("command", choices=_COMMANDS, help="power-law trains 1, 2, 4 and 8 times the config's steps")
+    parser.add_argument("--config", help="a config file, or a run's config.json; by default a small model")
+    parser.add_argument("--out", default="runs/sweeps", help="folder for COMMAND.json and COMMAND.png")
+    parser.add_argument("--widths", help="widths, such as 64,128,256; by default D, 2D and 4D of the config")
+    parser.add_argument("--rates", help="learning rates, such as 1e-3,2e-3; by default 2^-3 ... 2^4 of peak_lr")
+    words, rest = parser.parse_known_args(argv)
+    console = Console(highlight=False)
+    try:
+        config = parse(load_config(words.config) if words.config else models.SMALL, rest)
+        D, peak = config.model.D, config.optim.peak_lr
+        widths = _numbers("widths", words.widths, int) if words.widths else [D, 2 * D, 4 * D]
+        rates = _numbers("rates", words.rates, float) if words.rates else [peak * 2.0**e for e in range(-3, 5)]
+        out = Path(words.out) / words.command
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with console.status(words.command) as status:
+            result, table = _COMMANDS[words.command](config, widths, rates, out, status)
+        out.with_suffix(".json").write_text(json.dumps({"config": config.to_dict()} | result, indent=1) + "\n")
+    except (ValueError, OSError, NotImplementedError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    console.print(table)
+    print(f"{out}.json, {out}.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 import pallas_kernels
-from stickjax.checkpoint import Checkpoints, check_finite, named_leaves
+from stickjax.checkpoint import Checkpoints, DamagedCheckpoint, check_finite, named_leaves
 from stickjax.config import Config, describe, load_config, parse
 from stickjax.data import Corpus, load_corpus, train_loader
 from stickjax.metrics import MetricsLog, flops_per_token, peak_flops
@@ -267,7 +267,7 @@ def main(argv: list[str] | None = None) -> int:
         config = parse(config, rest)
         run = words.run or str(Path("runs") / Path(words.config).stem)
         fit(config, run, init_from=words.init_from, branch=words.branch, profile=words.profile)
-    except (ValueError, OSError, FloatingPointError, NotImplementedError) as error:
+    except (ValueError, OSError, FloatingPointError, NotImplementedError, DamagedCheckpoint) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -1,0 +1,35 @@
+"""The README's Python runs, its commands exist, and its table of letters is the code's."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_python_of_the_readme_runs(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == 2
+    names: dict = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    out = capsys.readouterr().out
+    assert "stick_breaking_attention: xla" in out and "(1, 12, 257)" in out
+
+
+def test_what_the_readme_names_is_there():
+    targets = set(re.findall(r"^(\S+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"make ([a-z-]+)", README)) <= targets
+    for path in re.findall(r"(?:configs|notebooks)/[\w./]+\w", README):
+        assert (ROOT / path).exists(), path
+    for module in set(re.findall(r"python -m (stickjax\.\w+|benchmarks)", README)):
+        base = ROOT / module.replace(".", "/")
+        assert base.with_suffix(".py").exists() or (base / "__main__.py").exists(), module
+
+
+def test_every_option_of_the_readme_is_an_option():
+    from stickjax.config import Config, describe
+
+    known = describe(Config())
+    for option in re.findall(r"--((?:model|data|optim|train)\.\w+)", README):
+        assert f"--{option}=" in known, option
