@@ -17,8 +17,8 @@ RESULTS = Path(__file__).parent / "results"
 
 def cpu_rows(only: str | None = None, quick: bool = False) -> list[report.Row]:
     """The rows of all parts, or of one; `quick` makes every shape tiny, to see that it runs."""
-    size, copied = (128, 2**20) if quick else (2048, 2**29)
-    ceilings = timing.ceilings(size, jnp.float32, copied, seconds=0.05 if quick else 2.0)
+    size, copied = (128, 2**20) if quick else (1024, 2**28)
+    ceilings = timing.ceilings(size, jnp.float32, copied, seconds=0.05 if quick else 5.0)
     rows = []
     for name, part in PARTS.items():
         if only in (None, name):

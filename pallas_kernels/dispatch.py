@@ -99,8 +99,8 @@ def explain(op_name: str, *args, **kwargs) -> str:
 
     >>> import jax, jax.numpy as jnp
     >>> x = jax.ShapeDtypeStruct((1, 64, 4, 32), jnp.float32)
-    >>> explain("stick_breaking_attention", x, x, x).split(",")[0]
-    'stick_breaking_attention: xla (4 query tiles of 16 rows, each against all its keys)'
+    >>> explain("stick_breaking_attention", x, x, x, implementation="xla", tiles=(32, 16))
+    'stick_breaking_attention: xla (loop over 32 x 16 tiles), asked for'
 
     Raises:
       ValueError: `op_name` is no op, or the op's own errors.

@@ -52,7 +52,6 @@ def generate(
       on_token: `on_token(row, id)` is called for each new token as it comes; returning True ends the row.
 
     Returns B lists of new ids; the last id is `eot` when that is what ended the row.
-
     Raises ValueError for an option out of range, a prompt id outside the vocabulary, an empty prompt without `eot`.
 
     >>> from stickjax.config import ModelConfig
@@ -81,10 +80,9 @@ def generate(
         chosen = ids
         if index < max_new_tokens:  # begun before `chosen` is looked at: the device never waits for Python
             ids, cache = _advance(model, chosen[:, None], together, cache, key, index, **options)
-        for row, token in enumerate(np.asarray(chosen).tolist()):
-            if row not in going:
-                continue  # an ended row runs on, unseen, until all have ended
-            new[row].append(token)
+        chosen = np.asarray(chosen).tolist()
+        for row in sorted(going):  # an ended row runs on, unseen, until all have ended
+            new[row].append(token := chosen[row])
             if (on_token is not None and on_token(row, token)) or token == eot:
                 going.discard(row)
         if not going:
@@ -147,8 +145,7 @@ class _TextStream:
     """The text of one row as it becomes certain: whole characters, and nothing that may begin a stop string."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):
-        self._decoder, self._stop, self._held = StreamDecoder(tokenizer), stop, ""
-        self.stopped = False  # by a stop string
+        self._decoder, self._stop, self._held, self.stopped = StreamDecoder(tokenizer), stop, "", False
 
     def feed(self, token: int | None) -> str:
         """What is certain once `token` is known; None ends the row, and a character cut in half there is dropped."""
@@ -175,11 +172,9 @@ def generate_text(
 
     Args:
       loaded: from `stickjax.load(run)`.
-      prompts: B texts.
-      max_new_tokens: at most so many tokens per text.
       stop: strings that end a text; they are not part of it.
       on_text: `on_text(row, piece)` is called with whole characters that will stay; a row's pieces make up its text.
-      **sampling: `temperature`, `top_k`, `top_p` and `seed` of `generate`.
+      max_new_tokens, **sampling: as in `generate`; of its options `temperature`, `top_k`, `top_p` and `seed`.
 
     Raises ValueError as `generate` does, for one string in place of a list, and for an empty stop string.
 

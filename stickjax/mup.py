@@ -24,7 +24,7 @@ from stickjax.step import TrainState, init_state, loss_and_metrics, make_step
 SMALL = Config().replace(
     {
         "model.D": 64, "model.L": 2, "model.N": 4, "model.K": 4, "model.H": 16, "model.F": 128, "model.m_emb": 12.0,
-        "model.m_res": 0.5, "data.T": 64, "data.B": 8, "train.steps": 80, "optim.peak_lr": 0.002,
+        "model.m_res": 0.5, "data.T": 64, "data.B": 8, "train.steps": 60, "optim.peak_lr": 0.002,
     }
 )  # fmt: skip
 
@@ -167,9 +167,9 @@ def power_law_records(
             raise ValueError(f"tokens={tokens[0]} is less than one step of B={B} x T={config.data.T} tokens")
         run = training(config.replace({"data.B": B, "train.steps": tokens[-1] // per_step, "optim.decay_tokens": 0}))
         for rate in learning_rates:
-            losses = run(rate)
+            losses, beta = run(rate), per_step / SEQUENCE
             records += [
-                dict(tokens=n, batch_size=per_step / SEQUENCE, learning_rate=rate, loss=last_loss(losses[: n // per_step]))
+                dict(tokens=n, batch_size=beta, learning_rate=rate, loss=last_loss(losses[: n // per_step]))
                 for n in tokens
             ]
     return records

@@ -26,6 +26,12 @@ def figure(xlabel: str, ylabel: str, titles=("",), *, xscale=None, yscale=None, 
     return page, panels
 
 
+def ticks(axes, values) -> None:
+    """Ticks at the values that were run, as plain numbers."""
+    axes.set_xticks(sorted(values), [f"{v:.10g}" for v in sorted(values)])
+    axes.xaxis.minorticks_off()
+
+
 def group(records: Records, *keys: str) -> dict[Any, Records]:
     """Records by the value of a key, or by the tuple of several, in order of appearance."""
     groups: dict[Any, Records] = {}
@@ -35,17 +41,22 @@ def group(records: Records, *keys: str) -> dict[Any, Records]:
     return groups
 
 
+def best_runs(records: Records, *keys: str) -> Records:
+    """The record of the smallest finite loss for every combination of `keys`; one that always diverged has none."""
+    groups = group([r for r in records if math.isfinite(r["loss"])], *keys)
+    return [min(line, key=lambda r: r["loss"]) for line in groups.values()]
+
+
 def plot_length_curves(runs: dict[str, Records], path) -> None:
     """Held-out bits per byte against the context length, a line per named run; the training length is marked."""
     page, (axes,) = figure("context length (tokens)", "held-out bits per byte", xscale=("log", dict(base=2)))
     for name, records in runs.items():
         axes.plot([r["context"] for r in records], [r["bits_per_byte"] for r in records], "o-", label=name)
-    contexts = sorted({r["context"] for records in runs.values() for r in records})
+    contexts = {r["context"] for records in runs.values() for r in records}
     trained = {r["context"] for records in runs.values() for r in records if r["multiple"] == 1}
     for T in trained:
         axes.axvline(T, color="k", linestyle=":", alpha=0.5, label="training length")
-    axes.set_xticks(contexts, [f"{c}" for c in contexts])
-    axes.minorticks_off()
+    ticks(axes, contexts)
     axes.legend()
     page.savefig(path)
 
@@ -83,4 +94,35 @@ def plot_schedule(schedules: dict[str, Callable], path, *, tokens_per_step, tota
         rate = np.asarray(schedule(tokens / tokens_per_step))
         axes.plot(tokens, np.where(rate > 0, rate, np.nan) if log else rate, label=name)
     page.legend(loc="outside right upper")
+    page.savefig(path)
+
+
+def plot_learning_rate_sweep(records: Records, path) -> None:
+    """Loss against learning rate, a line for each width with its minimum marked; with and without muP side by side."""
+    runs = group(records, "mup")
+    titles = ["muP" if mup else "without muP" for mup in runs]
+    page, panels = figure("learning rate", "loss", titles, xscale=("log", dict(base=2)))
+    widths = sorted({r["width"] for r in records})
+    for axes, run in zip(panels, runs.values(), strict=True):
+        for i, width in enumerate(widths):
+            line = sorted((r for r in run if r["width"] == width), key=lambda r: r["learning_rate"])
+            color = f"C{i}"
+            loss = [r["loss"] if math.isfinite(r["loss"]) else math.nan for r in line]
+            axes.plot([r["learning_rate"] for r in line], loss, ".-", color=color, label=f"width {width}")
+            for best in best_runs(line, "width"):
+                axes.plot(best["learning_rate"], best["loss"], "*", color=color, markersize=13, markeredgecolor="k")
+        axes.legend(title="star: minimum")
+    page.savefig(path)
+
+
+def plot_power_law(best: Records, a: float, b: float, path) -> None:
+    """The best gamma of every T and beta, and the line fitted through them."""
+    page, (axes,) = figure("tokens T", r"$\gamma = \eta^*/\beta$ (per sequence)", xscale="log", yscale="log")
+    for beta, line in sorted(group(best, "batch_size").items()):
+        gamma = [r["learning_rate"] / beta for r in line]
+        axes.plot([r["tokens"] for r in line], gamma, "o", label=rf"$\beta$ = {beta:g} sequences")
+    ends = np.array([min(r["tokens"] for r in best), max(r["tokens"] for r in best)], float)
+    axes.plot(ends, a * ends**b, "k--", label=rf"{a:.3g} $T^{{{b:.3g}}}$")
+    ticks(axes, {r["tokens"] for r in best})
+    axes.legend()
     page.savefig(path)

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from stickjax import mup as models
 from stickjax.config import Config, load_config, parse
-from stickjax.plots import Records, figure, group
+from stickjax.plots import Records, best_runs, figure, group, plot_learning_rate_sweep, plot_power_law, ticks
 
 
 def coordinate_check(widths: Iterable[int], make: Callable, *, steps: int = 4, plot=None) -> Records:
@@ -121,18 +121,25 @@ def learning_rate_sweep(
     return records
 
 
-def best_runs(records: Records, *keys: str) -> Records:
-    """The record of the smallest finite loss for every combination of `keys`; one that always diverged has none."""
-    groups = group([r for r in records if math.isfinite(r["loss"])], *keys)
-    return [min(line, key=lambda r: r["loss"]) for line in groups.values()]
-
-
 class PowerLaw(NamedTuple):
-    """gamma = a T^b, and ln(gamma) minus its fit for every best run."""
+    """gamma = a T^b, the best run for every T and beta, and ln(gamma) minus its fit for each of them."""
 
     a: float
     b: float
+    best: Records
     residuals: np.ndarray
+
+
+def _refined(best: dict, line: Records) -> dict:
+    """The best run, at the minimum of the parabola in ln(rate) through it and its neighbours: the grid is coarse."""
+    line = sorted(line, key=lambda r: r["learning_rate"])
+    at = line.index(best)
+    three = line[max(at - 1, 0) : at + 2]
+    x, y = (np.array([r[key] for r in three], float) for key in ("learning_rate", "loss"))
+    if len(set(x)) < 3 or not np.isfinite(y).all() or y.max() == y.min():
+        return best
+    curvature, slope, _ = np.polyfit(np.log(x / x[1]), y, 2)
+    return best | {"learning_rate": float(x[1] * np.exp(-slope / (2 * curvature)))}
 
 
 def fit_power_law(records: Records, *, plot=None) -> PowerLaw:
@@ -141,8 +148,9 @@ def fit_power_law(records: Records, *, plot=None) -> PowerLaw:
     .. math::
         \gamma = \eta^* / \beta = a T^b
 
-    with eta* the learning rate of the smallest loss for every pair of T and beta, by least squares of ln(gamma)
-    on ln(T). A best learning rate at the edge of the sweep is no minimum yet; widen the sweep.
+    with eta* the learning rate of the smallest loss for every pair of T and beta (of the parabola through the best
+    run and its two neighbours), by least squares of ln(gamma) on ln(T). A best learning rate at the edge of the
+    sweep is no minimum yet; widen the sweep.
 
     Args:
       records: dictionaries with "tokens" (T), "batch_size" (beta, in sequences of 4096 tokens), "learning_rate"
@@ -160,15 +168,17 @@ def fit_power_law(records: Records, *, plot=None) -> PowerLaw:
     >>> f"{law.a:.3f} {law.b:.3f}"
     '4.600 -0.510'
     """
-    best = best_runs(records, "tokens", "batch_size")
+    keys = ("tokens", "batch_size")
+    lines = group(records, *keys)
+    best = [_refined(r, lines[r["tokens"], r["batch_size"]]) for r in best_runs(records, *keys)]
     tokens = np.array([r["tokens"] for r in best], float)
     gamma = np.array([r["learning_rate"] / r["batch_size"] for r in best], float)
     if len(set(tokens)) < 2:
         raise ValueError(f"a power law needs finite losses at two numbers of tokens or more, not {len(set(tokens))}")
     b, log_a = np.polyfit(np.log(tokens), np.log(gamma), 1)
-    law = PowerLaw(float(np.exp(log_a)), float(b), np.log(gamma) - (log_a + b * np.log(tokens)))
+    law = PowerLaw(float(np.exp(log_a)), float(b), best, np.log(gamma) - (log_a + b * np.log(tokens)))
     if plot is not None:
-        plot_power_law(best, law, plot)
+        plot_power_law(best, law.a, law.b, plot)
     return law
 
 
@@ -183,48 +193,11 @@ def plot_coordinate_check(runs: dict[str, Records], path, step: int | None = Non
             line = sorted(line, key=lambda r: r["width"])
             label = f"{name} ({slope[name]:+.2f})"
             axes.plot([r["width"] for r in line], [r["mean_abs"] for r in line], "o-", label=label)
-        _ticks(axes, records, "width")
+        ticks(axes, {r["width"] for r in records})
         axes.legend(
             title=f"slope at step {last}", fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2
         )
     page.savefig(path)
-
-
-def plot_learning_rate_sweep(records: Records, path) -> None:
-    """Loss against learning rate, a line for each width with its minimum marked; with and without muP side by side."""
-    runs = group(records, "mup")
-    titles = ["muP" if mup else "without muP" for mup in runs]
-    page, panels = figure("learning rate", "loss", titles, xscale=("log", dict(base=2)))
-    widths = sorted({r["width"] for r in records})
-    for axes, run in zip(panels, runs.values(), strict=True):
-        for i, width in enumerate(widths):
-            line = sorted((r for r in run if r["width"] == width), key=lambda r: r["learning_rate"])
-            color = f"C{i}"
-            loss = [r["loss"] if math.isfinite(r["loss"]) else math.nan for r in line]
-            axes.plot([r["learning_rate"] for r in line], loss, ".-", color=color, label=f"width {width}")
-            for best in best_runs(line, "width"):
-                axes.plot(best["learning_rate"], best["loss"], "*", color=color, markersize=13, markeredgecolor="k")
-        axes.legend(title="star: minimum")
-    page.savefig(path)
-
-
-def plot_power_law(best: Records, law: PowerLaw, path) -> None:
-    """The best gamma of every T and beta, and the line fitted through them."""
-    page, (axes,) = figure("tokens T", r"$\gamma = \eta^*/\beta$ (per sequence)", xscale="log", yscale="log")
-    for beta, line in sorted(group(best, "batch_size").items()):
-        gamma = [r["learning_rate"] / beta for r in line]
-        axes.plot([r["tokens"] for r in line], gamma, "o", label=rf"$\beta$ = {beta:g} sequences")
-    ends = np.array([min(r["tokens"] for r in best), max(r["tokens"] for r in best)], float)
-    axes.plot(ends, law.a * ends**law.b, "k--", label=rf"{law.a:.3g} $T^{{{law.b:.3g}}}$")
-    axes.legend()
-    page.savefig(path)
-
-
-def _ticks(axes, records: Records, key: str) -> None:
-    """Ticks at the values that were run, as plain numbers."""
-    values = sorted({r[key] for r in records})
-    axes.set_xticks(values, [f"{v:g}" for v in values])
-    axes.minorticks_off()
 
 
 def _coordinate(config: Config, widths, rates, out, status) -> tuple[dict, Table]:
@@ -251,7 +224,7 @@ def _learning_rate(config: Config, widths, rates, out, status) -> tuple[dict, Ta
     table = Table("learning rate", title="loss after the training; * is the smallest of its column")
     columns = group(records, "mup", "width")
     for mup, width in columns:
-        table.add_column(f"{width} {_NAMES[mup]}", justify="right")
+        table.add_column(f"{width}\n{_NAMES[mup]}", justify="right")
     for row in zip(*columns.values(), strict=True):
         table.add_row(f"{row[0]['learning_rate']:g}", *(f"{r['loss']:.3f}{' *'[r in best]}" for r in row))
     table.caption = _edge(best, rates)
@@ -263,11 +236,10 @@ def _power_law(config: Config, widths, rates, out, status) -> tuple[dict, Table]
     records = models.power_law_records(config, rates, tokens=[config.total_tokens * m for m in (1, 2, 4, 8)])
     law = fit_power_law(records, plot=out.with_suffix(".png"))
     table = Table("tokens T", "best learning rate", "loss", "gamma", title=f"gamma = {law.a:.3g} T^{law.b:.3g}")
-    best = best_runs(records, "tokens", "batch_size")
-    for r in best:
+    for r in law.best:
         gamma = r["learning_rate"] / r["batch_size"]
-        table.add_row(f"{r['tokens']:,}", f"{r['learning_rate']:g}", f"{r['loss']:.3f}", f"{gamma:.3g}")
-    table.caption = _edge(best, rates)
+        table.add_row(f"{r['tokens']:,}", f"{r['learning_rate']:.2g}", f"{r['loss']:.3f}", f"{gamma:.3g}")
+    table.caption = _edge(law.best, rates)
     return {"records": records, "a": law.a, "b": law.b}, table
 
 
@@ -297,14 +269,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", help="a config file, or a run's config.json; by default a small model")
     parser.add_argument("--out", default="runs/sweeps", help="folder for COMMAND.json and COMMAND.png")
     parser.add_argument("--widths", help="widths, such as 64,128,256; by default D, 2D and 4D of the config")
-    parser.add_argument("--rates", help="learning rates, such as 1e-3,2e-3; by default 2^-3 ... 2^4 of peak_lr")
+    parser.add_argument("--rates", help="learning rates, such as 1e-3,2e-3; by default 2^-2 ... 2^4 times peak_lr")
     words, rest = parser.parse_known_args(argv)
     console = Console(highlight=False)
     try:
         config = parse(load_config(words.config) if words.config else models.SMALL, rest)
         D, peak = config.model.D, config.optim.peak_lr
         widths = _numbers("widths", words.widths, int) if words.widths else [D, 2 * D, 4 * D]
-        rates = _numbers("rates", words.rates, float) if words.rates else [peak * 2.0**e for e in range(-3, 5)]
+        rates = _numbers("rates", words.rates, float) if words.rates else [peak * 2.0**e for e in range(-2, 5)]
         out = Path(words.out) / words.command
         out.parent.mkdir(parents=True, exist_ok=True)
         with console.status(words.command) as status:

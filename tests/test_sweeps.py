@@ -1,7 +1,11 @@
-"""Sweeps on a small residual network: muP keeps activations and the best learning rate, its absence does not."""
+"""Sweeps: muP keeps activations and the best learning rate, its absence does not.
+
+First on a small residual network, for speed; at the end on the model itself.
+"""
 
 import doctest
 import functools
+import json
 import math
 
 import jax
@@ -10,9 +14,14 @@ import numpy as np
 import optax
 import pytest
 
-from stickjax import sweeps
+from stickjax import mup as models
+from stickjax import plots, sweeps
 from stickjax.config import Config
+from stickjax.data import load_corpus, train_loader
+from stickjax.models.transformer import apply, init
+from stickjax.mup import SMALL, at_width, final_loss, power_law_records, training, transformer
 from stickjax.optim import make_optimizer, make_schedule
+from stickjax.step import init_state, make_step
 from stickjax.sweeps import coordinate_check, fit_power_law, learning_rate_sweep, slopes
 
 BASE, V, L = 32, 32, 1  # width where m_width is 1, vocabulary, layers
@@ -54,6 +63,14 @@ def network(width, mup, learning_rate):
         return loss, activations | {"logits": logits}
 
     return params, make_optimizer(Config().replace(changes), params), forward
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_quickly():
+    """Most of the time of these tests would go into optimizing programs that run for milliseconds."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +156,18 @@ def test_fit_recovers_the_law_of_the_paper():
     assert law.residuals.shape == (12,) and np.abs(law.residuals).max() < 1e-9
 
 
+def test_fit_finds_minima_between_the_rates_of_a_coarse_sweep():
+    best = lambda tokens: 4.6 * tokens**-0.51  # noqa: E731
+    records = [
+        dict(tokens=tokens, batch_size=1, learning_rate=rate, loss=math.log(rate / best(tokens)) ** 2)
+        for tokens in (1e9, 3e9, 1e10)
+        for rate in 2.0 ** np.arange(-22, -8)
+    ]
+    law = fit_power_law(records)
+    assert (law.a, law.b) == (pytest.approx(4.6), pytest.approx(-0.51))
+    assert [r["learning_rate"] for r in law.best] == pytest.approx([best(1e9), best(3e9), best(1e10)])
+
+
 def test_fit_of_noisy_minima_and_diverged_runs():
     diverged = [dict(tokens=2e9, batch_size=16, learning_rate=9.0, loss=math.nan)]
     law = fit_power_law(sweep(noise=0.05) + diverged)
@@ -163,10 +192,140 @@ def test_plots(tmp_path, coordinates):
     names = ["power", "wsd", "cosine", "constant"]
     schedules = {name: make_schedule(config.replace({"optim.schedule": name})) for name in names}
     for log, path in ((False, paths[3]), (True, paths[4])):
-        sweeps.plot_schedule(schedules, path, tokens_per_step=4096, total_tokens=config.total_tokens, log=log)
+        plots.plot_schedule(schedules, path, tokens_per_step=4096, total_tokens=config.total_tokens, log=log)
     make = lambda width: (jnp.ones(width), optax.sgd(0.1), lambda p: (p.sum(), {"sum": p.sum()[None]}))  # noqa: E731
     coordinate_check(WIDTHS, make, plot=paths[5])
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+
+
+# The model itself
+
+TINY = SMALL.replace({"model.L": 1, "data.T": 32, "data.B": 4, "train.steps": 4})
+EXPERTS = {"model.E": 4, "model.k": 2, "model.F": 64, "model.z_weight": 0.001, "model.bias_rate": 0.01}
+
+
+def test_at_width_differs_by_mup_alone():
+    config = Config().replace({"model.m_width": 0.5, "model.logits_scaling": 2.0, "model.E": 4, "model.k": 2})
+    assert at_width(config, 128, mup=True) == config
+    wide, narrow = at_width(config, 512, mup=True), at_width(config, 64, mup=False)
+    assert wide.diff(at_width(config, 512, mup=False)) == [
+        "model.m_width: 2.0 -> 1.0", "model.logits_scaling: 8.0 -> 4.0"
+    ]  # fmt: skip
+    m = narrow.model
+    assert (m.D, m.N, m.K, m.H, m.F, m.m_width, m.scale) == (64, 2, 2, 32, 192, 1.0, config.model.scale)
+    assert at_width(config, 512, mup=True, base=128).model.m_width == 4
+    assert wide.optim == config.optim
+
+
+def test_activations_are_those_of_the_model():
+    config = SMALL.replace({"data.T": 32, "data.B": 2} | EXPERTS)
+    batch = next(train_loader(load_corpus(config.data)[0], config.data))
+    model = init(config.model, jax.random.key(0, impl="rbg"))
+    seen = jax.jit(models.activations)(model, batch)
+    parts = [f"{part} {i}" for i in range(2) for part in ("attention", "ffn", "residual")]
+    assert list(seen) == sorted(["embedding", *parts, "logits"])  # jit sorts a dictionary
+    logits = jnp.einsum("BTD,VD->BTV", model.norm(seen["residual 1"]), model.embed[...])
+    np.testing.assert_allclose(logits, apply(model, batch).logits, rtol=1e-4, atol=1e-4)
+    streams = [seen[name] for name in ("embedding", "residual 0", "residual 1")]
+    for i in range(2):
+        branches = config.model.m_res * (seen[f"attention {i}"] + seen[f"ffn {i}"])
+        np.testing.assert_allclose(streams[i] + branches, streams[i + 1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{}, EXPERTS], ids=["dense", "experts"])
+def test_the_model_keeps_its_activations_with_mup_only(changes):
+    config = TINY.replace(changes)
+    check = lambda width, mup: coordinate_check([width], lambda width: transformer(config, width, mup))  # noqa: E731
+    base = check(64, True)  # the same model without muP
+    slope = slopes(base + check(256, True))
+    assert slope.pop("logits") < 0.1
+    assert all(abs(x) < 0.1 for x in slope.values()), slope
+    slope = slopes(base + check(256, False))
+    assert min(slope["attention 0"], slope["ffn 0"], slope["logits"]) > 0.3, slope
+
+
+def test_a_training_of_any_rate_is_that_of_the_step():
+    config = at_width(TINY, 16, mup=True).replace(EXPERTS | {"optim.schedule": "constant", "optim.warmup_tokens": 256})
+    config = config.replace({"optim.peak_lr": 0.03})
+    state, expected = jax.jit(lambda: init_state(config, jax.random.key(0, impl="rbg")))(), []
+    step, loader = jax.jit(make_step(config)), train_loader(load_corpus(config.data)[0], config.data)
+    for _ in range(4):
+        state, metrics = step(state, next(loader))
+        expected.append(float(metrics["loss"]))
+    run = training(config.replace({"optim.peak_lr": 1.0, "optim.schedule": "power"}))
+    np.testing.assert_allclose(run(0.03), expected, rtol=1e-5)
+    assert run(0.03)[-1] != run(0.001)[-1]
+
+
+def test_sweeps_of_the_model():
+    run = lambda width, rate, mup: final_loss(TINY, width, rate, mup)  # noqa: E731
+    records = learning_rate_sweep([16], [0.001, 0.01], run, mup=[True])
+    assert len(records) == 2 and all(0 < r["loss"] < 10 for r in records)
+    narrow = at_width(TINY, 16, mup=True)
+    records = power_law_records(narrow, [0.001, 0.01], tokens=[512, 128])
+    assert [(r["tokens"], r["batch_size"], r["learning_rate"]) for r in records] == [
+        (n, 128 / 4096, rate) for rate in (0.001, 0.01) for n in (128, 512)
+    ]
+    losses = training(narrow)(0.01)
+    assert len(losses) == 4 and [r["loss"] for r in records[2:]] == [losses[0], losses[3]]
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """The command line on the small network."""
+    monkeypatch.setattr(models, "transformer", lambda config, width, mup: network(width, mup, 0.005))
+    monkeypatch.setattr(models, "final_loss", lambda config, width, rate, mup: losses(width, mup)[rate])
+    loss = lambda n, rate: math.log(rate / n**-0.5) ** 2  # noqa: E731
+    records = lambda config, rates, *, tokens: [  # noqa: E731
+        dict(tokens=n, batch_size=0.125, learning_rate=rate, loss=loss(n, rate)) for n in tokens for rate in rates
+    ]
+    monkeypatch.setattr(models, "power_law_records", records)
+
+
+@pytest.mark.parametrize("command", ["coordinate", "learning-rate", "power-law"])
+def test_command_line(command, toy, tmp_path, capsys):
+    rates = [f"--rates={','.join(map(str, RATES))}"]
+    assert sweeps.main([command, "--out", str(tmp_path), "--widths=32,256", "--train.steps=2", *rates]) == 0
+    out = capsys.readouterr().out
+    assert f"{tmp_path}/{command}.png" in out
+    assert {"coordinate": "residual 0", "learning-rate": "*", "power-law": "T^-0.5"}[command] in out
+    assert (tmp_path / f"{command}.png").read_bytes().startswith(b"\x89PNG")
+    result = json.loads((tmp_path / f"{command}.json").read_text())
+    assert result["config"]["train"]["steps"] == 2 and result["records"]
+    # Of too few rates the best is at the edge, and the table says so.
+    if command != "coordinate":
+        sweeps.main([command, "--out", str(tmp_path), "--widths=32", "--rates", str(RATES[0])])
+        assert "widen" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["coordinate", "--widths=48,x"], "--widths=48,x: expected positive numbers separated by commas"),
+        (["power-law", "--rates=0.1,-1"], "--rates=0.1,-1: expected positive numbers separated by commas"),
+        (["coordinate", "--widths=33"], "width=33: N=4, K=4 and F=128 at D=64 do not scale to whole numbers"),
+        (["learning-rate", "--model.V=100", "--widths=16"], "V=100 is smaller than the tokenizer's 257 ids"),
+        (["coordinate", "--model.WIDTH=3"], "unknown config key 'model.WIDTH'"),
+        (["coordinate", "--config=nowhere.py"], "No such file"),
+    ],
+)
+def test_command_line_says_what_is_wrong(words, message, tmp_path, capsys):
+    assert sweeps.main([*words, "--out", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_power_law_needs_whole_steps():
+    with pytest.raises(ValueError, match="tokens=100 is less than one step of B=4 x T=32 tokens"):
+        power_law_records(TINY, [0.01], tokens=[100, 1000])
+
+
+@pytest.mark.slow
+def test_commands_on_the_model(tmp_path):
+    tiny = ["--model.L=1", "--train.steps=2", "--data.T=16", "--out", str(tmp_path), "--rates=0.001,0.004,0.016"]
+    for command in ("coordinate", "learning-rate", "power-law"):
+        assert sweeps.main([command, "--widths=16,32", *tiny]) == 0
+    assert len(list(tmp_path.iterdir())) == 6
 
 
 def test_examples():

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+_PACKED_BELOW = 2**31  # beyond, an expert and a slot do not fit one int32
+
 
 class Routing(NamedTuple):
     """T tokens with k slots each, sorted by expert. R = T * k rows; slot t * k + s is choice s of token t.
@@ -52,10 +54,11 @@ def route(expert_indices: Int[Array, "T k"], num_experts: int) -> Routing:
         raise ValueError(f"k={expert_indices.shape[1]} experts per token must be at least 1")
     if num_experts < 1:
         raise ValueError(f"E={num_experts} experts must be at least 1")
+    expert_indices = jnp.asarray(expert_indices)
     experts = expert_indices.reshape(-1).astype(jnp.int32)
     rows = experts.shape[0]
     slots = jnp.arange(rows, dtype=jnp.int32)
-    if (num_experts + 1) * rows < 2**31:
+    if (num_experts + 1) * rows < _PACKED_BELOW:
         # One sort of expert * R + slot is stable by construction and twice as fast as sorting pairs.
         packed = jnp.sort(experts * rows + slots)
         order = packed % max(rows, 1)

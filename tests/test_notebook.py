@@ -1,0 +1,43 @@
+"""The notebook runs from top to bottom, shows its pictures, and is committed without outputs."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOK = ROOT / "notebooks" / "build_and_check.ipynb"
+
+
+def test_the_committed_notebook_has_no_outputs():
+    cells = json.loads(NOTEBOOK.read_text())["cells"]
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
+
+
+@pytest.fixture
+def kernel(tmp_path, monkeypatch):
+    """A kernel of this very interpreter, whatever kernels the machine has installed."""
+    folder = tmp_path / "kernels" / "this-python"
+    folder.mkdir(parents=True)
+    argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    (folder / "kernel.json").write_text(json.dumps(dict(argv=argv, display_name="this", language="python")))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    for name in ("JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "IPYTHONDIR"):  # nothing is left in the home folder
+        monkeypatch.setenv(name, str(tmp_path / name.lower()))
+    return folder.name
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(kernel):
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    resources = {"metadata": {"path": str(ROOT)}}  # the kernel's folder, so that it imports this source tree
+    NotebookClient(notebook, kernel_name=kernel, timeout=300, resources=resources).execute()  # an error raises
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    pictures = [output.data for output in outputs if output.output_type in ("display_data", "execute_result")]
+    assert sum("image/png" in data for data in pictures) == 3
+    printed = "".join(output.text for output in outputs if output.output_type == "stream")
+    assert "stick_breaking_attention: " in printed and "bits per byte" in printed

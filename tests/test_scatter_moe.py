@@ -1,0 +1,382 @@
+"""Expert products: every implementation against a plain loop over experts in numpy, fp64."""
+
+import math
+from functools import lru_cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import EXPERT_IMPLEMENTATIONS, EXPERTS, Experts
+from conftest import FORWARD, GRADIENT, assert_close
+from jax import lax
+from jax.extend.core import jaxprs_in_params
+
+from pallas_kernels import expert_linear, expert_mlp, route
+from pallas_kernels.scatter_moe import routing as routing_module
+from pallas_kernels.scatter_moe import xla
+
+QUICK = {"xla_backend_optimization_level": 0}
+every_implementation = pytest.mark.parametrize("implementation", EXPERT_IMPLEMENTATIONS)
+
+
+# The loop over experts.
+
+_erf = np.vectorize(math.erf, otypes=[float])
+
+
+def _gelu_tanh(x):
+    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+POINTWISE = {
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "gelu": lambda x: 0.5 * x * (1 + _erf(x / math.sqrt(2))),
+    "gelu_tanh": _gelu_tanh,
+    "relu": lambda x: np.maximum(x, 0),
+    "relu2": lambda x: np.maximum(x, 0) ** 2,
+}
+GATED = {"swiglu": "silu", "geglu": "gelu_tanh", "reglu": "relu"}
+ACTIVATIONS = (*POINTWISE, *GATED)
+
+
+def _activate(name, h):
+    """act(h), and the function from its cotangent to that of h."""
+    f = POINTWISE[GATED.get(name, name)]
+
+    def slope(x):
+        return (f(x + 1e-5) - f(x - 1e-5)) / 2e-5
+
+    if name not in GATED:
+        return f(h), lambda d: d * slope(h)
+    gate, up = np.split(h, 2, axis=1)
+    return f(gate) * up, lambda d: np.concatenate([d * up * slope(gate), d * f(gate)], 1)
+
+
+def loop_linear(x, weight, bias, indices, dy):
+    """y, dx, d_weight, d_bias of rows x with one expert each."""
+    y, dx, d_weight, d_bias = (np.zeros(s) for s in (dy.shape, x.shape, weight.shape, bias.shape))
+    for e in range(len(weight)):
+        rows = indices == e
+        y[rows] = x[rows] @ weight[e] + bias[e]
+        dx[rows] = dy[rows] @ weight[e].T
+        d_weight[e], d_bias[e] = x[rows].T @ dy[rows], dy[rows].sum(0)
+    return y, dx, d_weight, d_bias
+
+
+def loop_mlp(x, w_in, w_out, gates, b_in, b_out, indices, activation, d_out):
+    """out, and the gradients of the first six."""
+    T, k = indices.shape
+    flat, slots = indices.reshape(-1), np.repeat(x, k, 0)
+    h, *_ = loop_linear(slots, w_in, b_in, flat, np.zeros((T * k, w_in.shape[2])))
+    a, back = _activate(activation, h)
+    dy = (gates[..., None] * d_out[:, None]).reshape(T * k, d_out.shape[1])
+    y, da, d_w_out, d_b_out = loop_linear(a, w_out, b_out, flat, dy)
+    _, dx, d_w_in, d_b_in = loop_linear(slots, w_in, b_in, flat, back(da))
+    y = y.reshape(T, k, y.shape[1])
+    out = (gates[..., None] * y).sum(1)
+    d_gates = (y * d_out[:, None]).sum(-1)
+    return out, dx.reshape(T, k, dx.shape[1]).sum(1), d_w_in, d_w_out, d_gates, d_b_in, d_b_out
+
+
+MLP_NAMES = "out", "x", "w_in", "w_out", "gates", "b_in", "b_out"
+
+
+@lru_cache
+def mlp_inputs(case: Experts, activation: str, dtype="float32"):
+    """x, w_in, w_out, gates, b_in, b_out and the cotangent; rounded to the type of the computation."""
+    rng = np.random.default_rng(0)
+    width = case.F * (2 if activation in GATED else 1)
+    shapes = {
+        "x": (case.T, case.D), "w_in": (case.E, case.D, width), "w_out": (case.E, case.F, case.D),
+        "gates": (case.T, case.k), "b_in": (case.E, width), "b_out": (case.E, case.D), "d_out": (case.T, case.D),
+    }  # fmt: skip
+    return tuple(jnp.asarray(0.7 * rng.standard_normal(s), dtype) for s in shapes.values())
+
+
+@partial(jax.jit, static_argnames=("E", "activation", "implementation"), compiler_options=QUICK)
+def run_mlp(inputs, indices, d_out, E, activation, implementation):
+    def function(x, w_in, w_out, gates, b_in, b_out):
+        options = {"b_in": b_in, "b_out": b_out, "activation": activation, "implementation": implementation}
+        return expert_mlp(x, w_in, w_out, route(indices, E), gates, **options)
+
+    out, vjp = jax.vjp(function, *inputs)
+    return out, *vjp(d_out)
+
+
+def check_mlp(case, implementation, activation="swiglu", dtype="float32", indices=None):
+    *inputs, d_out = mlp_inputs(case, activation, dtype)
+    indices = case.indices() if indices is None else indices
+    values = run_mlp(inputs, indices, d_out, case.E, activation, implementation)
+    wide = [np.asarray(x, np.float64) for x in inputs]
+    wanted = loop_mlp(*wide, indices, activation, np.asarray(d_out, np.float64))
+    for name, value, want in zip(MLP_NAMES, values, wanted, strict=True):
+        assert value.dtype == dtype
+        assert_close(value, want, (FORWARD if name == "out" else GRADIENT)[dtype], name)
+    idle = (indices == case.E).all(1)
+    assert (np.asarray(values[0])[idle] == 0).all() and (np.asarray(values[1])[idle] == 0).all()
+
+
+@every_implementation
+@pytest.mark.parametrize("name", EXPERTS)
+def test_mlp_is_the_loop_over_experts(name, implementation):
+    check_mlp(EXPERTS[name], implementation)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation(activation):
+    check_mlp(EXPERTS["odd"], "xla", activation)
+
+
+@every_implementation
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision(dtype, implementation):
+    check_mlp(EXPERTS["skewed"], implementation, "gelu", dtype)
+
+
+def test_sums_over_many_blocks_are_not_rounded_to_half_precision():
+    """One expert takes the rows of 50 blocks: summed in bf16 its gradient would drift."""
+    case = Experts(T=3200, k=2, E=40, D=4, F=4)
+    check_mlp(case, "xla", "relu2", "bfloat16", np.zeros((3200, 2), np.int32))
+
+
+@every_implementation
+def test_double_precision(implementation, x64):
+    check_mlp(EXPERTS["some-idle"], implementation, "silu", "float64")
+
+
+def test_the_cases_reach_both_parts_of_the_algorithm():
+    """Together only, the loop only, and both."""
+    reached = set()
+    for case in EXPERTS.values():
+        if case.T:
+            C = xla.plan(case.rows, case.E).together
+            counts = np.bincount(case.indices().reshape(-1), minlength=case.E + 1)[: case.E]
+            reached.add((C > 0, bool((counts > C).any())))
+    assert {(True, False), (False, True), (True, True)} <= reached
+
+
+# One linear map, in every order of rows.
+
+
+def _sorted(indices):
+    return np.argsort(indices.reshape(-1), kind="stable")
+
+
+@every_implementation
+@pytest.mark.parametrize("name", ["some-idle", "few-rows"])
+@pytest.mark.parametrize("rows_in", ["token", "slot", "sorted"])
+@pytest.mark.parametrize("rows_out", ["token", "slot", "sorted"])
+def test_linear_in_every_order(rows_in, rows_out, name, implementation):
+    case, rng = EXPERTS[name], np.random.default_rng(0)
+    T, k, E, D, F = case.T, case.k, case.E, case.D, case.F
+    indices = case.indices()
+    order = _sorted(indices)
+    x = rng.standard_normal((T if rows_in == "token" else T * k, D))
+    weight, bias, gates = (rng.standard_normal(s) for s in ((E, D, F), (E, F), (T, k)))
+    gated = rows_out == "token"
+    dy = rng.standard_normal((T if gated else T * k, F))
+
+    slots = np.repeat(x, k, 0) if rows_in == "token" else x
+    if rows_in == "sorted":
+        slots = np.empty_like(x)
+        slots[order] = x
+    d_slots = np.repeat(dy, k, 0) * gates.reshape(-1, 1) if gated else dy
+    if rows_out == "sorted":
+        d_slots = np.empty_like(dy)
+        d_slots[order] = dy
+    y, dx, d_weight, d_bias = loop_linear(slots, weight, bias, indices.reshape(-1), d_slots)
+    y_slots = y.reshape(T, k, F)
+    d_gates = (y_slots * dy[:, None]).sum(-1) if gated else np.zeros((T, k))
+    y = (gates[..., None] * y_slots).sum(1) if gated else y[order] if rows_out == "sorted" else y
+    dx = dx.reshape(T, k, D).sum(1) if rows_in == "token" else dx[order] if rows_in == "sorted" else dx
+
+    @partial(jax.jit, compiler_options=QUICK)
+    def run(x, weight, bias, gates, dy):
+        def function(x, weight, bias, gates):
+            return expert_linear(
+                x, weight, route(indices, E), grouped_in=rows_in == "sorted", grouped_out=rows_out == "sorted",
+                gates=gates if gated else None, bias=bias, implementation=implementation,
+            )  # fmt: skip
+
+        out, vjp = jax.vjp(function, x, weight, bias, gates)
+        return out, *vjp(dy)
+
+    values = run(*(jnp.asarray(a, jnp.float32) for a in (x, weight, bias, gates, dy)))
+    wanted = y, dx, d_weight, d_bias, d_gates
+    for name_, value, want in zip(("out", "x", "weight", "bias", "gates"), values, wanted, strict=True):
+        assert_close(value, want, GRADIENT["float32"], name_)
+    if not gated:
+        idle = indices.reshape(-1)[order] if rows_out == "sorted" else indices.reshape(-1)
+        assert (np.asarray(values[0])[idle == E] == 0).all()
+
+
+@every_implementation
+def test_grouped_up_then_grouped_down_is_the_mlp(implementation):
+    case = EXPERTS["skewed"]
+    x, w_in, w_out, gates, *_ = mlp_inputs(case, "relu")
+    routing = route(case.indices(), case.E)
+    hidden = expert_linear(x, w_in, routing, grouped_out=True, implementation=implementation)
+    out = expert_linear(
+        jax.nn.relu(hidden), w_out, routing, grouped_in=True, gates=gates, implementation=implementation
+    )
+    whole = expert_mlp(x, w_in, w_out, routing, gates, activation="relu", implementation=implementation)
+    assert_close(out, whole, FORWARD["float32"])
+
+
+@every_implementation
+@pytest.mark.parametrize("T", [6, 120])
+def test_rows_that_no_expert_reads_may_hold_anything(T, implementation):
+    case = Experts(T=T, E=3)
+    *inputs, d_out = mlp_inputs(case, "swiglu")
+    indices = case.indices()
+    indices[1::3] = case.E
+    poisoned = [inputs[0].at[1::3].set(jnp.nan).at[1].set(jnp.inf), *inputs[1:]]
+    values = run_mlp(poisoned, indices, d_out, case.E, "swiglu", implementation)
+    clean = run_mlp(inputs, indices, d_out, case.E, "swiglu", implementation)
+    for name, value, want in zip(MLP_NAMES, values, clean, strict=True):
+        assert_close(value, want, FORWARD["float32"], name)
+    assert (np.asarray(values[0])[1::3] == 0).all()
+
+
+# Routing.
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("name", EXPERTS)
+def test_routing_is_a_stable_sort(name, wide, monkeypatch):
+    if wide:  # as if E * T * k passed 2^31
+        monkeypatch.setattr(routing_module, "_PACKED_BELOW", 0)
+    case = EXPERTS[name]
+    indices = case.indices()
+    r = route(jnp.asarray(indices), case.E)
+    order = _sorted(indices)
+    counts = np.bincount(indices.reshape(-1), minlength=case.E + 1)[: case.E]
+    np.testing.assert_array_equal(r.order, order)
+    np.testing.assert_array_equal(r.inverse, np.argsort(order))
+    np.testing.assert_array_equal(r.counts, counts)
+    np.testing.assert_array_equal(r.offsets, [0, *np.cumsum(counts)])
+    assert r.num_experts == case.E and {a.dtype for a in r[:3]} == {np.dtype("int32")}
+
+
+def test_routing_of_many_rows_does_not_pack():
+    """(E + 1) * T * k >= 2^31: expert and slot no longer fit one int32."""
+
+    def packs(T, E):
+        indices = jax.ShapeDtypeStruct((T, 8), jnp.int32)
+        return "argsort" not in str(jax.make_jaxpr(lambda i: route(i, E))(indices))
+
+    assert packs(2**16, 128) and not packs(2**21, 128)
+
+
+# Transformations, determinism, memory.
+
+TRANSFORMATIONS = {
+    "vmap": jax.vmap,
+    "scan": lambda f: lambda *xs: lax.scan(lambda carry, x: (carry, f(*x)), None, xs)[1],
+    "checkpoint": lambda f: lambda *xs: lax.map(lambda x: jax.checkpoint(f)(*x), xs),
+}
+
+
+@pytest.mark.parametrize("T", [5, 60])
+@every_implementation
+def test_transformations(implementation, T):
+    """Over every argument at once, the indices included, with gradients."""
+    cases = Experts(T=T, E=4, share=0.5), Experts(T=T, E=4, used=2)
+    indices = jnp.stack([case.indices() for case in cases])
+    inputs = [jnp.stack([x, 0.5 * x]) for x in mlp_inputs(cases[0], "swiglu")[:4]]
+
+    def one(x, w_in, w_out, gates, indices):
+        return expert_mlp(x, w_in, w_out, route(indices, 4), gates, implementation=implementation)
+
+    def run(function, inputs, indices):
+        loss = lambda *inputs: jnp.sin(function(*inputs, indices)).sum()  # noqa: E731
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3)), compiler_options=QUICK)(*inputs)
+
+    each = [run(one, [x[i] for x in inputs], indices[i]) for i in range(2)]
+    wanted = sum(value for value, _ in each), jax.tree.map(lambda *x: jnp.stack(x), *(gradient for _, gradient in each))
+    for name, transform in TRANSFORMATIONS.items():
+        values = run(transform(one), inputs, indices)
+        for value, want in zip(jax.tree.leaves(values), jax.tree.leaves(wanted), strict=True):
+            assert_close(value, want, GRADIENT["float32"], name)
+
+
+@every_implementation
+def test_two_runs_are_bitwise_equal(implementation):
+    case = EXPERTS["skewed"]
+    *inputs, d_out = mlp_inputs(case, "swiglu")
+    first, second = (run_mlp(inputs, case.indices(), d_out, case.E, "swiglu", implementation) for _ in range(2))
+    for name, a, b in zip(MLP_NAMES, first, second, strict=True):
+        assert (np.asarray(a) == np.asarray(b)).all(), name
+
+
+def _equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from _equations(inner)
+
+
+def test_the_work_does_not_grow_with_the_number_of_experts():
+    """No intermediate near T * E rows, no dense product, and no ragged_dot, which is dense by default."""
+    T, E, k, D, F = 2048, 64, 2, 64, 64
+    shapes = (T, D), (E, D, 2 * F), (E, F, D), (T, k)
+    inputs = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
+    indices = jax.ShapeDtypeStruct((T, k), jnp.int32)
+
+    def loss(x, w_in, w_out, gates, indices):
+        return expert_mlp(x, w_in, w_out, route(indices, E), gates).sum()
+
+    equations = list(_equations(jax.make_jaxpr(jax.grad(loss, (0, 1, 2, 3)))(*inputs, indices).jaxpr))
+    largest = max(math.prod(v.aval.shape) for equation in equations for v in equation.outvars)
+    useful = T * k * max(D, 2 * F) + E * D * 2 * F
+    assert largest <= 1.5 * useful < T * E * F / 4
+    names = {equation.primitive.name for equation in equations}
+    assert "dot_general" in names and not any("ragged" in name for name in names)
+
+
+# Bad calls.
+
+R = route(jnp.zeros((6, 2), jnp.int32), 3)
+X, W, W_IN, W_OUT, G = (jnp.zeros(s) for s in ((6, 4), (3, 4, 5), (3, 4, 10), (3, 5, 4), (6, 2)))
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: route(jnp.zeros(6, int), 3), r"expert_indices must be integers \[T,k\], got int32\[6\]"),
+        (lambda: route(jnp.zeros((6, 2)), 3), r"expert_indices must be integers \[T,k\], got float32\[6, 2\]"),
+        (lambda: route(jnp.zeros((6, 2), int), 0), "E=0 experts must be at least 1"),
+        (lambda: route(jnp.zeros((6, 0), int), 3), "k=0 experts per token must be at least 1"),
+        (lambda: expert_linear(X[0], W, R), r"x must be \[T,D\] or \[T\*k,D\], got x.shape=\(4,\)"),
+        (lambda: expert_linear(X[:5], W, R), r"x must have T or T\*k rows with T=6, k=2, got x.shape=\(5, 4\)"),
+        (lambda: expert_linear(X, W, R, grouped_in=True), r"x must have T\*k \(grouped_in\) rows with T=6, k=2"),
+        (lambda: expert_linear(X, W[:2], R), r"weight must be \[E,D,F\] with E=3, D=4, got weight.shape=\(2, 4, 5\)"),
+        (lambda: expert_linear(X, W_OUT, R), r"weight must be \[E,D,F\] with E=3, D=4"),
+        (lambda: expert_linear(X, W[0], R), r"weight must be \[E,D,F\]"),
+        (lambda: expert_linear(X.astype(int), W, R), "x must be floating point, got x.dtype=int32"),
+        (lambda: expert_linear(X, W.astype(jnp.bfloat16), R), "x, weight must have one dtype, got float32, bfloat16"),
+        (lambda: expert_linear(X, W, R, gates=G, grouped_out=True), "gates .* need grouped_out=False"),
+        (lambda: expert_linear(X, W, R, gates=G[:, :1]), r"gates must be \[T,k\]=\[6, 2\], got gates.shape=\(6, 1\)"),
+        (
+            lambda: expert_linear(X, W, R, bias=jnp.zeros((3, 4))),
+            r"bias must be \[E,F\]=\[3, 5\], got bias.shape=\(3, 4\)",
+        ),
+        (lambda: expert_mlp(X[:5], W_IN, W_OUT, R, G), r"x must be \[T,D\] with T=6 as in expert_indices"),
+        (lambda: expert_mlp(X, W, W_OUT, R, G), r"w_in must be \[E,D,2F\]=\[3, 4, 10\], got w_in.shape=\(3, 4, 5\)"),
+        (lambda: expert_mlp(X, W_IN, W_OUT, R, G, activation="relu"), r"w_in must be \[E,D,F\]=\[3, 4, 5\]"),
+        (lambda: expert_mlp(X, W_IN, W, R, G), r"w_out must be \[E,F,D\] with E=3, D=4, got w_out.shape=\(3, 4, 5\)"),
+        (lambda: expert_mlp(X, W_IN, W_OUT, R, G[:, 0]), r"gates must be \[T,k\]=\[6, 2\], got gates.shape=\(6,\)"),
+        (lambda: expert_mlp(X, W_IN, W_OUT, R, G.astype(int)), "gates must be floating point"),
+        (lambda: expert_mlp(X, W_IN, W_OUT, R, G, b_in=jnp.zeros((3, 5))), r"b_in must be \[E,2F\]=\[3, 10\]"),
+        (lambda: expert_mlp(X, W_IN, W_OUT, R, G, b_out=jnp.zeros((3, 5))), r"b_out must be \[E,D\]=\[3, 4\]"),
+        (
+            lambda: expert_mlp(X, W_IN, W_OUT, R, G, activation="swish"),
+            "activation='swish' is not one of swiglu, geglu",
+        ),
+        (lambda: expert_mlp(X.astype(jnp.bfloat16), W_IN, W_OUT, R, G), "x, w_in, w_out must have one dtype"),
+    ],
+)
+def test_bad_calls_name_letters_and_sizes(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
