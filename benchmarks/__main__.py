@@ -17,7 +17,7 @@ RESULTS = Path(__file__).parent / "results"
 
 def cpu_rows(only: str | None = None, quick: bool = False) -> list[report.Row]:
     """The rows of all parts, or of one; `quick` makes every shape tiny, to see that it runs."""
-    size, copied = (128, 2**20) if quick else (1024, 2**28)
+    size, copied = (128, 2**20) if quick else (1024, 2**30)
     ceilings = timing.ceilings(size, jnp.float32, copied, seconds=0.05 if quick else 5.0)
     rows = []
     for name, part in PARTS.items():
@@ -39,19 +39,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="tiny shapes and few rounds: does it run?")
     parser.add_argument("--json", nargs="?", const="", metavar="PATH", help="also write JSON")
     arguments = parser.parse_args(argv)
+    if arguments.gpu and not gpu.available():
+        print("error: --gpu needs a GPU that JAX can see; this machine has none", file=sys.stderr)
+        return 1
+    info = report.machine()
+    if info["load"][0] > 0.5 * info["cpu_count"]:
+        print(f"others are at work here (load {info['load'][0]}): times are long and ratios rough", file=sys.stderr)
     if arguments.gpu:
-        if not gpu.available():
-            print("error: --gpu needs a GPU that JAX can see; this machine has none", file=sys.stderr)
-            return 1
         ceilings, rows = gpu.rows(arguments.only, arguments.quick)
         rows, default = [*rows, ceiling_row(ceilings)], f"{gpu.chip()}.json"
     else:
         rows, default = cpu_rows(arguments.only, arguments.quick), "cpu.json"
     report.print_table(rows)
-    info = report.machine()
     print("; ".join(f"{name} {value}" for name, value in info.items()))
     if arguments.json is not None:
-        report.write_json(arguments.json or RESULTS / default, rows)
+        report.write_json(arguments.json or RESULTS / default, info, rows)
     return 0
 
 

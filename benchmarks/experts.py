@@ -1,7 +1,5 @@
 """Expert networks on the CPU, against a dense network of the same useful work: as many rows, one set of weights."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 
@@ -19,7 +17,6 @@ BOUNDS = {512: 1.3, 128: 1.8, 32: 2.6}  # forward, by the mean number of rows pe
 BACKWARD = 1.3  # the bound of forward+backward over that of forward
 
 
-@partial(jax.jit, static_argnames=("T", "k", "D", "F", "E", "dtype"))
 def inputs(key, T: int, k: int, D: int, F: int, E: int, dtype=jnp.float32):
     """(cotangent, x, w_in, w_out, gates) and expert indices [T,k]: k different ones per token, all equally likely."""
     keys = jax.random.split(key, 6)

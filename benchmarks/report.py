@@ -61,7 +61,7 @@ def compared(
 
 
 def machine() -> dict:
-    """Where and when. The load says whether others were at work on the same cores."""
+    """Where and when. The load, taken before the run, says whether others are at work on the same cores."""
     return {
         "machine": platform.platform(),
         "device": jax.devices()[0].device_kind,
@@ -72,10 +72,10 @@ def machine() -> dict:
     }
 
 
-def write_json(path: str | Path, rows: list[Row]) -> None:
+def write_json(path: str | Path, info: dict, rows: list[Row]) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(machine() | {"rows": [row.to_dict() for row in rows]}, indent=1) + "\n")
+    path.write_text(json.dumps(info | {"rows": [row.to_dict() for row in rows]}, indent=1) + "\n")
 
 
 def print_table(rows: list[Row], console: Console | None = None) -> None:

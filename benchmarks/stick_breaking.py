@@ -1,7 +1,5 @@
 """Stick-breaking attention on the CPU: the blockwise implementation against the quadratic definition."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 
@@ -23,7 +21,6 @@ MEMORY = dict(B=1, T=16384, N=4, H=64)
 BOUND = 1.10  # xla over reference at T <= 512
 
 
-@partial(jax.jit, static_argnames=("B", "T", "N", "H", "dtype", "mean"))
 def inputs(key, B: int, T: int, N: int, H: int, dtype=jnp.float32, mean: float = 0.0):
     """(cotangents, query, key, value): logits N(mean, 1), the mean carried by the first component of q and k.
 

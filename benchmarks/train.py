@@ -84,7 +84,8 @@ def stepper(config: Config):
 def rows(ceilings: Ceilings, *, quick: bool = False):
     config = tiny.get_config()
     if quick:
-        config = config.replace({"model.L": 1, "model.D": 16, "model.F": 16, "model.H": 8, "data.B": 2, "data.T": 32})
+        small = {"model.L": 1, "model.D": 16, "model.F": 16, "model.H": 8, "data.B": 2, "data.T": 32}
+        config = config.replace(small | {"optim.warmup_tokens": 0, "optim.decay_tokens": 0})
     m, tokens = config.model, config.data.tokens_per_step
     contestants = {name: stepper(config.replace({"model.attention": name})) for name in GOALS}
     with contextlib.ExitStack() as stack:
@@ -100,10 +101,11 @@ def rows(ceilings: Ceilings, *, quick: bool = False):
     for name, t in times.items():
         extra = {"tokens/s": 1e3 * tokens / t.median, "best tokens/s": 1e3 * tokens / t.best}
         if name in GOALS and torch:
-            yield Row.timed(
-                PART, case, name, t, ratio=torch.over(t), against="torch GraniteMoe", at_least=GOALS[name],
-                extra=extra | {"ratio of": "tokens/s"},
-            )  # fmt: skip
+            # Of the best rounds: torch's threads wait for the slowest of them, so that a second job on the machine
+            # slows torch several times as much as XLA, and the medians then flatter us.
+            extra |= {"ratio of": "best tokens/s", "of medians": torch.over(t)}
+            bound = dict(against="torch GraniteMoe", at_least=GOALS[name])
+            yield Row.timed(PART, case, name, t, ratio=torch.best / t.best, **bound, extra=extra)
         else:
             yield Row.timed(PART, case, name, t, extra=extra | ({} if name in GOALS else {"with": versions}))
     yield Row(PART, case, "limit: compute", 1e3 * tokens * flops_per_token(m, config.data.T) / ceilings.flops)

@@ -71,7 +71,7 @@ STICK = {
     "one-token": Stick(T=1),
     "odd-63": Stick(T=63),
     "odd-100": Stick(T=100, H=16),
-    "above-short": Stick(T=513, N=1),
+    "above-short": Stick(T=513, B=2, N=4, K=2),
     "grouped-heads": Stick(B=2, N=6, K=2),
     "one-key-head": Stick(N=4, K=1),
     "wide-values": Stick(H=8, Hv=20),

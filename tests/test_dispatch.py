@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import dispatch, expert_mlp, explain, route, stick_breaking_attention
+from pallas_kernels.scatter_moe.xla import plan
 
 X = jax.ShapeDtypeStruct((2, 40, 4, 8), jnp.float32)
 
@@ -118,7 +119,7 @@ def test_explain_raises_as_the_op_does():
 def test_explain_of_the_experts():
     routing = jax.eval_shape(lambda i: route(i, 8), jax.ShapeDtypeStruct((100, 2), jnp.int32))
     x, w_in, w_out, gates = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((100, 8), (8, 8, 32), (8, 16, 8), (100, 2)))
-    said = "xla (64 rows of every expert together, the rest in blocks of 64), on cpu"
+    said = "xla ({} rows of every expert together, the rest in blocks of {}), on cpu".format(*plan(200, 8))
     assert explain("expert_mlp", x, w_in, w_out, routing, gates).startswith(f"expert_mlp: {said}")
     assert explain("expert_linear", x, w_in, routing).startswith(f"expert_linear: {said}")
 

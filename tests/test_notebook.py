@@ -35,7 +35,7 @@ def test_the_notebook_runs(kernel):
 
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     resources = {"metadata": {"path": str(ROOT)}}  # the kernel's folder, so that it imports this source tree
-    NotebookClient(notebook, kernel_name=kernel, timeout=300, resources=resources).execute()  # an error raises
+    NotebookClient(notebook, kernel_name=kernel, timeout=600, resources=resources).execute()  # an error raises
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     pictures = [output.data for output in outputs if output.output_type in ("display_data", "execute_result")]
     assert sum("image/png" in data for data in pictures) == 3

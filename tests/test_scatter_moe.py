@@ -83,7 +83,7 @@ MLP_NAMES = "out", "x", "w_in", "w_out", "gates", "b_in", "b_out"
 
 
 @lru_cache
-def mlp_inputs(case: Experts, activation: str, dtype="float32"):
+def mlp_inputs(case: Experts, activation: str, dtype="float32", positive=False):
     """x, w_in, w_out, gates, b_in, b_out and the cotangent; rounded to the type of the computation."""
     rng = np.random.default_rng(0)
     width = case.F * (2 if activation in GATED else 1)
@@ -91,7 +91,8 @@ def mlp_inputs(case: Experts, activation: str, dtype="float32"):
         "x": (case.T, case.D), "w_in": (case.E, case.D, width), "w_out": (case.E, case.F, case.D),
         "gates": (case.T, case.k), "b_in": (case.E, width), "b_out": (case.E, case.D), "d_out": (case.T, case.D),
     }  # fmt: skip
-    return tuple(jnp.asarray(0.7 * rng.standard_normal(s), dtype) for s in shapes.values())
+    arrays = (0.7 * rng.standard_normal(s) for s in shapes.values())
+    return tuple(jnp.asarray(abs(x) if positive else x, dtype) for x in arrays)
 
 
 @partial(jax.jit, static_argnames=("E", "activation", "implementation"), compiler_options=QUICK)
@@ -104,8 +105,8 @@ def run_mlp(inputs, indices, d_out, E, activation, implementation):
     return out, *vjp(d_out)
 
 
-def check_mlp(case, implementation, activation="swiglu", dtype="float32", indices=None):
-    *inputs, d_out = mlp_inputs(case, activation, dtype)
+def check_mlp(case, implementation, activation="swiglu", dtype="float32", indices=None, positive=False):
+    *inputs, d_out = mlp_inputs(case, activation, dtype, positive)
     indices = case.indices() if indices is None else indices
     values = run_mlp(inputs, indices, d_out, case.E, activation, implementation)
     wide = [np.asarray(x, np.float64) for x in inputs]
@@ -135,9 +136,9 @@ def test_half_precision(dtype, implementation):
 
 
 def test_sums_over_many_blocks_are_not_rounded_to_half_precision():
-    """One expert takes the rows of 50 blocks: summed in bf16 its gradient would drift."""
-    case = Experts(T=3200, k=2, E=40, D=4, F=4)
-    check_mlp(case, "xla", "relu2", "bfloat16", np.zeros((3200, 2), np.int32))
+    """One expert takes the rows of 400 blocks: summed in bf16 its gradient would be off by 5e-2."""
+    case = Experts(T=6400, k=2, E=400, D=4, F=4)
+    check_mlp(case, "xla", "relu2", "bfloat16", np.zeros((6400, 2), np.int32), positive=True)
 
 
 @every_implementation
@@ -163,8 +164,9 @@ def _sorted(indices):
     return np.argsort(indices.reshape(-1), kind="stable")
 
 
-@every_implementation
-@pytest.mark.parametrize("name", ["some-idle", "few-rows"])
+@pytest.mark.parametrize(
+    "name, implementation", [("some-idle", "xla"), ("few-rows", "xla"), ("some-idle", "reference")]
+)
 @pytest.mark.parametrize("rows_in", ["token", "slot", "sorted"])
 @pytest.mark.parametrize("rows_out", ["token", "slot", "sorted"])
 def test_linear_in_every_order(rows_in, rows_out, name, implementation):

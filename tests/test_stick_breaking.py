@@ -522,7 +522,7 @@ BAD = {
     "batch": (_bad(key=(3, 8, 2, 16), value=(3, 8, 2, 16)), "B=2 and H=16 of query"),
     "head size": (_bad(key=(2, 8, 2, 8)), "B=2 and H=16 of query"),
     "value length": (_bad(value=(2, 9, 2, 16)), "B=2, S=8, K=2 of key"),
-    "integers": (_bad() | {"query": jnp.zeros((2, 8, 4, 16), int)}, "query must be floating point, got query.dtype=int32"),
+    "integers": (_bad() | {"query": jnp.zeros((2, 8, 4, 16), int)}, "query must be floating point, got .*int32"),
     "types": (_bad() | {"key": jnp.zeros((2, 8, 2, 16), jnp.bfloat16)}, "one dtype, got float32, bfloat16, float32"),
     "segments": (_bad(segment_ids=IDS[:, :7]), r"segment_ids must be integers \[B,T\]=\[2, 8\], got int32\[2, 7\]"),
     "float segments": (_bad(segment_ids=jnp.zeros((2, 8))), "segment_ids must be integers"),

@@ -56,9 +56,7 @@ def expert_linear(
     >>> expert_linear(x, w, route(jnp.array([[0, 1], [1, 2]]), 2))[:, 0].tolist()
     [0.0, 3.0, 3.0, 0.0]
     """
-    call = _prepare_linear(
-        x, weight, routing, grouped_in=grouped_in, grouped_out=grouped_out, gates=gates, bias=bias
-    )
+    call = _prepare_linear(x, weight, routing, grouped_in=grouped_in, grouped_out=grouped_out, gates=gates, bias=bias)
     return dispatch.run(_linear_op, call, implementation)
 
 

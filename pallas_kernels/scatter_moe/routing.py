@@ -49,7 +49,9 @@ def route(expert_indices: Int[Array, "T k"], num_experts: int) -> Routing:
     ([1, 0, 3, 2], [0, 1, 3])
     """
     if len(expert_indices.shape) != 2 or not jnp.issubdtype(expert_indices.dtype, jnp.integer):
-        raise ValueError(f"expert_indices must be integers [T,k], got {expert_indices.dtype}{list(expert_indices.shape)}")
+        raise ValueError(
+            f"expert_indices must be integers [T,k], got {expert_indices.dtype}{list(expert_indices.shape)}"
+        )
     if expert_indices.shape[1] < 1:
         raise ValueError(f"k={expert_indices.shape[1]} experts per token must be at least 1")
     if num_experts < 1:

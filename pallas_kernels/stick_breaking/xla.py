@@ -19,6 +19,7 @@ from .call import Call, Where
 
 _SHORT_ROWS = 64
 _SHORT_SCORES = 2**18  # scores per head of one unrolled query tile
+_CACHED_SCORES = 2**18  # 1 MiB of fp32
 _LONG_TILES = (256, 256)
 _SKIP_TILES = (128, 256)
 
@@ -89,7 +90,8 @@ def _to_tokens(x):
 def _over_heads(one_head, call: Call, *extra):
     """Map `one_head(call of one head, *extra)` over B and K.
 
-    Together as a batch, unless tiles may be skipped: then one by one, because heads stop at very different tiles
+    As many batch entries together as keep a tile in the cache of a CPU core; everything passes through memory several
+    times otherwise. One head after the other where tiles may be skipped, because heads stop at very different tiles
     and a batch would wait for the last of them.
     """
     arrays = (_to_heads(call, call.query), call.key.swapaxes(1, 2), call.value.swapaxes(1, 2), *extra)
@@ -100,7 +102,11 @@ def _over_heads(one_head, call: Call, *extra):
     if call.skip_below is None:
         reach = None if _is_short(call) else _reach(call, call.where)
         heads = jax.vmap(run, in_axes=(None, None) + (0,) * len(arrays))
-        return jax.vmap(heads, in_axes=(0, None) + (0,) * len(arrays))(call.where, reach, *arrays)
+        entries = (call.where, *arrays)
+        group = _entries_together(call)
+        if group == call.query.shape[0]:
+            return jax.vmap(lambda entry: heads(entry[0], reach, *entry[1:]))(entries)
+        return lax.map(lambda entry: heads(entry[0], reach, *entry[1:]), entries, batch_size=group)
     B, K = arrays[1].shape[:2]
     where = jax.tree.map(lambda x: jnp.repeat(x, K, axis=0), call.where)
 
@@ -110,6 +116,16 @@ def _over_heads(one_head, call: Call, *extra):
 
     flat = lax.map(one, (where, *(x.reshape(B * K, *x.shape[2:]) for x in arrays)))
     return jax.tree.map(lambda x: x.reshape(B, K, *x.shape[1:]), flat)
+
+
+def _entries_together(call: Call) -> int:
+    """The largest divisor of B whose tiles together stay within _CACHED_SCORES; all of B where there is no such cache."""
+    B, _, N, _ = call.query.shape
+    if jax.default_backend() != "cpu":
+        return B
+    tile_scores = _short_rows(call) * call.mask.S if _is_short(call) else math.prod(_long_tiles(call))
+    most = max(1, _CACHED_SCORES // max(1, N * tile_scores))
+    return max((g for g in range(1, B + 1) if B % g == 0 and g <= most), default=B)
 
 
 # Short calls.
@@ -156,9 +172,7 @@ def _short_backward(call: Call, reach, d_out, d_log_rem):
     for rows, columns in _short_tiles(call):
         q, k, v = call.query[:, rows], call.key[columns], call.value[columns]
         mask, entering = _short_mask(call, rows, columns), jnp.zeros(q.shape[:2], dtype)
-        dq, dk_part, dv_part, _ = tile.backward(
-            q, k, v, d_out[:, rows], mask, entering, d_log_rem[:, rows], call.scale
-        )
+        dq, dk_part, dv_part, _ = tile.backward(q, k, v, d_out[:, rows], mask, entering, d_log_rem[:, rows], call.scale)
         dqs.append(dq)
         dk, dv = dk.at[columns].add(dk_part), dv.at[columns].add(dv_part)
     return jnp.concatenate(dqs, 1) if dqs else jnp.zeros(call.query.shape, dtype), dk, dv
@@ -287,9 +301,7 @@ def _long_backward(call: Call, reach, d_out, d_log_rem):
             j, dq, dk, dv, prefix = state
             k, v = t.keys(j)
             entering = lax.dynamic_index_in_dim(sticks, j, 0, False)
-            dq_part, dk_part, dv_part, prefix = tile.backward(
-                q, k, v, do, t.mask(i, j), entering, prefix, call.scale
-            )
+            dq_part, dk_part, dv_part, prefix = tile.backward(q, k, v, do, t.mask(i, j), entering, prefix, call.scale)
             return j + 1, dq + dq_part, _add_at(dk, dk_part, j), _add_at(dv, dv_part, j), prefix
 
         state = (j + 1, jnp.zeros((G, t.rows, q.shape[-1]), t.dtype), *grads, prefix)

@@ -47,9 +47,10 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], tuple[jax.Array, jax.Array] | None]:
         """The layer's output, and the cache ([B,S,K,H] keys and values) with this call's T written at the offset."""
         c = self.config
-        q = jnp.einsum("BTD,DNH->BTNH", x, cast(self.query, c))
-        k = jnp.einsum("BTD,DKH->BTKH", x, cast(self.key, c))
-        own = v = jnp.einsum("BTD,DKH->BTKH", x, cast(self.value, c))
+        # One product for the three: x is read once, and a CPU wants wide products.
+        weights = jnp.concatenate([cast(w, c) for w in (self.query, self.key, self.value)], axis=1)
+        q, k, v = jnp.split(jnp.einsum("BTD,DXH->BTXH", x, weights), (c.N, c.N + c.K), axis=2)
+        own = v
         if c.attention == "softmax":
             q, k = (rotary(a, context.positions, c.rope_theta) for a in (q, k))
         if cache is not None:
@@ -78,12 +79,22 @@ class Attention(nnx.Module):
     def _softmax(self, q, k, v, own, context: Context):
         del own
         distance = (context.offset + jnp.arange(q.shape[1]))[:, None] - jnp.arange(k.shape[1])[None, :]
-        mask = (distance >= 0)[None]
+        mask = distance >= 0
         if self.config.window is not None:
-            mask &= (distance <= self.config.window)[None]
-        if context.segment_ids is not None:
-            mask = mask & (context.segment_ids[:, :, None] == context.key_segment_ids[:, None, :])
-        return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=self.config.scale)
+            mask &= distance <= self.config.window
+
+        @jax.checkpoint  # saves q, k and v instead of the weights, of which there are T * S per head
+        def attend(entry):
+            q, k, v, segments = entry
+            seen = mask if segments is None else mask & (segments[0][:, None] == segments[1][None, :])
+            return jax.nn.dot_product_attention(q, k, v, mask=seen[None], scale=self.config.scale)
+
+        segments = None if context.segment_ids is None else (context.segment_ids, context.key_segment_ids)
+        # On a CPU in groups whose weights stay in the cache, as the stick-breaking op does by itself.
+        group = q.shape[0]
+        if jax.default_backend() == "cpu":
+            group = max(1, min(group, 2**20 // (q.shape[1] * q.shape[2] * k.shape[1])))
+        return jax.lax.map(attend, (q, k, v, segments), batch_size=group)
 
 
 def segment_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
