@@ -166,7 +166,8 @@ def test_accumulation_is_the_whole_batch():
     rng = np.random.default_rng(0)
     batch = {
         "tokens": rng.integers(0, 257, (4, 32)), "targets": rng.integers(0, 257, (4, 32)),
-        "segment_ids": np.zeros((4, 32), np.int32), "loss_mask": rng.random((4, 32)) < np.array([0.9, 0.1, 0.5, 0.3])[:, None],
+        "segment_ids": np.zeros((4, 32), np.int32),
+        "loss_mask": rng.random((4, 32)) < np.array([[0.9], [0.1], [0.5], [0.3]]),
     }  # fmt: skip
     batch = {k: jnp.asarray(v) for k, v in batch.items()}
     whole = dense.replace({"train.accumulate": 1})

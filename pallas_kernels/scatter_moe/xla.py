@@ -22,7 +22,6 @@ from jax import lax
 from .call import ACTIVATIONS, LinearCall, MlpCall
 from .routing import Routing
 
-
 _MANY_ROWS = 512
 
 
