@@ -104,6 +104,8 @@ class ModelConfig:
             raise ValueError(
                 "k=1 with router='topk_softmax' has a constant gate and trains no router; use k >= 2 or 'softmax_topk'"
             )
+        if self.bias_rate and not self.E:
+            raise ValueError(f"bias_rate={self.bias_rate} needs experts, but E=0")
         if self.sample_topk > self.k:
             raise ValueError(f"sample_topk={self.sample_topk} cannot exceed k={self.k}")
         _at_least(self, 0, "m_res")

@@ -78,17 +78,20 @@ def make_step(config: Config) -> Callable[[TrainState, dict], tuple[TrainState, 
         grads, metrics = gradients(state.params, batch, jax.random.fold_in(state.key, state.step))
         load = metrics.pop("load", None)
         norm = optax.tree.norm(grads)
-        optimizer = make_optimizer(config, state.params)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        if load is not None:
-            metrics["load_max"] = load.max() * config.model.E  # 1 at balance
+        good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+
+        def learn():
+            optimizer = make_optimizer(config, state.params)
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
             if config.model.bias_rate:
                 params = _with_router_bias(params, load, config.model.bias_rate)
-        good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(good, new, old), (params, opt_state), (state.params, state.opt_state)
-        )
+            return params, opt_state
+
+        # A branch, not a selection between old and new, which would read and write every parameter once more.
+        params, opt_state = jax.lax.cond(good, learn, lambda: (state.params, state.opt_state))
+        if load is not None:
+            metrics["load_max"] = load.max() * config.model.E  # 1 at balance
         bad_steps = jnp.where(good, 0, state.bad_steps + 1)
         metrics |= {
             "grad_norm": norm,

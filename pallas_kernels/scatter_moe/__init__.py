@@ -84,7 +84,8 @@ def expert_mlp(
       gates: [T, k].
       b_in: [E, F] or [E, 2F].
       b_out: [E, D].
-      activation: swiglu (silu(gate) * up), geglu (tanh gelu), reglu, gelu (exact), gelu_tanh, relu, relu2 (squared), silu.
+      activation: swiglu (silu(gate) * up), geglu (tanh gelu), reglu, gelu (exact), gelu_tanh, relu, relu2 (squared),
+        silu.
       implementation: as in `stick_breaking_attention`.
 
     Returns:

@@ -33,7 +33,7 @@ class _Plan(NamedTuple):
 
 
 def plan(rows: int, experts: int) -> _Plan:
-    """Sizes by the mean number of rows per expert, as measured on a CPU, whose batched product is slow below 64 rows."""
+    """Sizes by the mean number of rows per expert, as measured on CPUs, whose batched products are slow below 64."""
     mean = rows / experts
     if mean < 4:
         return _Plan(0, max(1, min(rows, 32)))

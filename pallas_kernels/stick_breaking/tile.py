@@ -7,7 +7,7 @@ Everything is the exclusive form of the specification: z - softplus(z) first, th
 import jax.numpy as jnp
 import numpy as np
 
-# log1p(y) / y on [0, 1], highest power first: least squares at Chebyshev nodes, within 5e-9. Multiply-adds
+# log1p(y) / y on [0, 1], highest power first: interpolated at Chebyshev nodes, within 1e-9. Multiply-adds
 # vectorise where the library's log1p does not, and small y keep their relative precision.
 _LOG1P = np.polynomial.Chebyshev.interpolate(lambda y: np.log1p(y) / y, 10, [0, 1])
 _LOG1P = _LOG1P.convert(kind=np.polynomial.Polynomial).coef[::-1].tolist()  # Python floats take the type of y
@@ -43,7 +43,6 @@ def _sum_after(x, reverse: bool):
         ones = np.tri(size, k=-1, dtype=x.dtype)  # [m, c]: m > c
         return ones.T if reverse else ones
 
-    # One plain matrix product over all rows: XLA's CPU backend is several times slower with them kept apart.
     within = _dot("rm,mc->rc", x.reshape(-1, chunk), triangle(chunk)).reshape(*rows, n, chunk)
     sums = x.reshape(*rows, n, chunk).sum(-1)
     if n > 1:

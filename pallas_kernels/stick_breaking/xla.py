@@ -119,7 +119,7 @@ def _over_heads(one_head, call: Call, *extra):
 
 
 def _entries_together(call: Call) -> int:
-    """The largest divisor of B whose tiles together stay within _CACHED_SCORES; all of B where there is no such cache."""
+    """The largest divisor of B whose tiles together stay within _CACHED_SCORES; all of B anywhere but on a CPU."""
     B, _, N, _ = call.query.shape
     if jax.default_backend() != "cpu":
         return B
