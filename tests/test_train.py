@@ -18,6 +18,7 @@ from stickjax import step as step_module
 from stickjax import train
 from stickjax.checkpoint import Checkpoints, named_leaves
 from stickjax.config import Config
+from stickjax.corpus import load_corpus
 from stickjax.metrics import read_metrics
 from stickjax.step import TrainState, init_state, loss_and_metrics, make_step
 from stickjax.train import fit, main
@@ -151,7 +152,7 @@ def test_not_finite_parameters_are_refused(uninterrupted, tmp_path, capsys):
     broken.norm.scale = type(broken.norm.scale)(jnp.full(16, jnp.nan))
     (run).mkdir()
     (run / "config.json").write_text(SMALL.to_json())
-    extra = {"data": {"next_index": 5}, "corpus": "", "tokens": 0, "config": {}}
+    extra = {"data": {"next_index": 5}, "corpus": load_corpus(SMALL.data)[0].hash, "tokens": 0, "config": {}}
     with Checkpoints(run) as checkpoints:
         checkpoints.save(5, state._replace(params=broken), extra)
     (tmp_path / "config.json").write_text(SMALL.to_json())
@@ -295,7 +296,7 @@ def bad_runs(tmp_path, uninterrupted):
     yield ["CONFIG", "--from", "nowhere@3"], "--from needs a new folder"
     yield ["CONFIG", "--from", f"{uninterrupted[0]}@7", "--run", str(tmp_path / "b")], "no checkpoint of step 7"
     yield ["CONFIG", "--init-from", str(tmp_path)], "is not a run folder"
-    yield ["CONFIG", "--model.implementation=mosaic"], "has no implementation 'mosaic'; it has xla, reference"
+    yield ["CONFIG", "--model.implementation=mosaic"], "by mosaic: this op has no such kernel yet; use xla or reference"
     yield ["CONFIG", "--model.implementation=xal"], "did you mean 'xla'?"
 
 
