@@ -13,5 +13,5 @@ def get_config() -> Config:
     )  # fmt: skip
     data = DataConfig(source="stdlib", T=256, B=16)
     step = data.tokens_per_step
-    optim = OptimConfig(schedule="power", peak_lr=0.002, warmup_tokens=40 * step, decay_tokens=150 * step)
-    return Config(model, data, optim, TrainConfig(steps=600))
+    optim = OptimConfig(schedule="power", peak_lr=0.002, warmup_tokens=40 * step, decay_tokens=100 * step)
+    return Config(model, data, optim, TrainConfig(steps=500))
