@@ -1,6 +1,8 @@
 """A stick-breaking mixture of experts that learns Python source in a few minutes on two CPU cores.
 
 python -m stickjax.train configs/tiny.py
+
+About three minutes. Expected: 2.14 held-out bits per byte at T, and no more at 8 T (`python -m stickjax.evaluate`).
 """
 
 from stickjax import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig

@@ -1,6 +1,8 @@
 """The twin of tiny.py: the same parameters and data, with softmax attention and rotary positions.
 
 python -m stickjax.train configs/tiny_softmax.py
+
+About three minutes. Expected: 2.26 held-out bits per byte at T, above 4 at 8 T.
 """
 
 import dataclasses

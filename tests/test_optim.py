@@ -473,7 +473,8 @@ def test_a_decay_may_branch_off_any_stable_checkpoint():
     (params, state), _ = train(stable, PARAMS, None, 20)
     (params, state), rates = train(branch, params, state, 10)
     for name, leaf in flat(params).items():
-        np.testing.assert_array_equal(leaf, flat(whole)[name])
+        # Two compiled programs: rounding may differ (JAX 0.11.2: in the last bit).
+        np.testing.assert_allclose(leaf, flat(whole)[name], rtol=1e-6, err_msg=name)
     assert int(optax.tree.get(state, "tokens")) == branch.total_tokens
     schedule = make_schedule(branch)  # what is logged is what was used
     np.testing.assert_allclose(rates, schedule(jnp.arange(20, 30)), rtol=3e-7)

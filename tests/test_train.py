@@ -231,7 +231,10 @@ def test_a_branch_with_a_decay_is_the_run_that_had_planned_it(tmp_path):
     fit(stable, str(tmp_path / "stable"), quiet=True)
     fit(decay, str(tmp_path / "branch"), branch=f"{tmp_path / 'stable'}@10", quiet=True)
     fit(decay, str(tmp_path / "planned"), quiet=True)
-    assert rows(tmp_path / "branch") == [row for row in rows(tmp_path / "planned") if row["step"] > 10]
+    # Two programs, one with the decay compiled in from the beginning: equal up to rounding, not to the bit.
+    planned = [row for row in rows(tmp_path / "planned") if row["step"] > 10]
+    for row, wanted in zip(rows(tmp_path / "branch"), planned, strict=True):
+        assert row == pytest.approx(wanted, rel=1e-4)
     assert rows(tmp_path / "branch")[-1]["learning_rate"] < rows(tmp_path / "stable")[-1]["learning_rate"] / 2
 
 
