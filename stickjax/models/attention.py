@@ -47,7 +47,7 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], tuple[jax.Array, jax.Array] | None]:
         """The layer's output, and the cache ([B,S,K,H] keys and values) with this call's T written at the offset."""
         c = self.config
-        # One product for the three: x is read once, and a CPU wants wide products.
+        # One product for the three, so that x is read once.
         weights = jnp.concatenate([cast(w, c) for w in (self.query, self.key, self.value)], axis=1)
         q, k, v = jnp.split(jnp.einsum("BTD,DXH->BTXH", x, weights), (c.N, c.N + c.K), axis=2)
         own = v
