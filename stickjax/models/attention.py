@@ -78,22 +78,34 @@ class Attention(nnx.Module):
 
     def _softmax(self, q, k, v, own, context: Context):
         del own
-        distance = (context.offset + jnp.arange(q.shape[1]))[:, None] - jnp.arange(k.shape[1])[None, :]
-        mask = distance >= 0
-        if self.config.window is not None:
-            mask &= distance <= self.config.window
+        c, T, S = self.config, q.shape[1], k.shape[1]
+        # Query tiles, each with the keys that it can see: half the scores of a causal square. At most eight of them.
+        tile = max(64, -(-T // 8)) if isinstance(context.offset, int) else T
 
         @jax.checkpoint  # saves q, k and v instead of the weights, of which there are T * S per head
+        def attend_tile(q, k, v, mask):
+            return jax.nn.dot_product_attention(q, k, v, mask=mask[None], scale=c.scale)
+
         def attend(entry):
             q, k, v, segments = entry
-            seen = mask if segments is None else mask & (segments[0][:, None] == segments[1][None, :])
-            return jax.nn.dot_product_attention(q, k, v, mask=seen[None], scale=self.config.scale)
+            tiles = []
+            for start in range(0, T, tile):
+                queries = slice(start, start + tile)
+                keys = slice(0, context.offset + start + tile if isinstance(context.offset, int) else S)
+                distance = (context.offset + jnp.arange(T)[queries])[:, None] - jnp.arange(S)[keys][None, :]
+                mask = distance >= 0
+                if c.window is not None:
+                    mask &= distance <= c.window
+                if segments is not None:
+                    mask &= segments[0][queries, None] == segments[1][None, keys]
+                tiles.append(attend_tile(q[queries], k[keys], v[keys], mask))
+            return jnp.concatenate(tiles)
 
         segments = None if context.segment_ids is None else (context.segment_ids, context.key_segment_ids)
         # On a CPU in groups whose weights stay in the cache, as the stick-breaking op does by itself.
         group = q.shape[0]
         if jax.default_backend() == "cpu":
-            group = max(1, min(group, 2**20 // (q.shape[1] * q.shape[2] * k.shape[1])))
+            group = max(1, min(group, 2**20 // (T * q.shape[2] * S)))
         return jax.lax.map(attend, (q, k, v, segments), batch_size=group)
 
 
