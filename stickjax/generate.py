@@ -93,7 +93,7 @@ def generate(
 @partial(jax.jit, static_argnames=("top_k", "vocab_size"), donate_argnames="cache")
 def _advance(model, tokens, segment_ids, cache, key, index, *, temperature, top_k, top_p, vocab_size):
     """Read tokens [B,T] into the cache and choose each row's `index`-th new token: ids [B]. No temperature: greedy."""
-    output = model(tokens, segment_ids, cache=cache)
+    output = model(tokens, segment_ids, cache=cache, last_only=True)
 
     def choose(logits, row):
         logits = jnp.where(jnp.arange(len(logits)) < vocab_size, logits, -jnp.inf)

@@ -85,7 +85,7 @@ def test_explain_of_an_unknown_op():
 @pytest.mark.parametrize(
     "options, said",
     [
-        ({}, "xla (1 query tiles of 40 rows, each against all its keys), on cpu; mosaic: "),
+        ({}, "xla (1 query tile of 40 rows, each against all its keys), on cpu; mosaic: "),
         ({"tiles": (16, 8)}, "xla (loop over 16 x 8 tiles), on cpu"),
         ({"skip_below": -24.0}, "xla (loop over 40 x 40 tiles, skipping below 2^-24), on cpu"),
         ({"implementation": "reference", "return_stats": True}, "reference, asked for"),

@@ -93,18 +93,21 @@ def _mlp_block(activation, weights, rows):
     return _gated_affine(hidden, w_out, b_out, gate)
 
 
+_MLP_BLOCKS = {name: partial(_mlp_block, name) for name in ACTIVATIONS}  # one object each, so that jit knows it again
+
+
 def linear(call: LinearCall):
     gates = None if call.gates is None else call.gates.reshape(-1, 1)
     out_rows = "slot" if call.out_rows == "token" else call.out_rows
     function = _Function(_linear_block, (call.x_rows, "slot"), out_rows)
-    y = _grouped(function, (call.weight, call.bias), (call.x, gates), call.routing)
+    y = _jitted(function, (call.weight, call.bias), (call.x, gates), call.routing)
     return _sum_over_slots(y, call.routing).astype(call.x.dtype) if call.out_rows == "token" else y
 
 
 def mlp(call: MlpCall):
-    function = _Function(partial(_mlp_block, call.activation), ("token", "slot"), "slot")
+    function = _Function(_MLP_BLOCKS[call.activation], ("token", "slot"), "slot")
     weights = (call.w_in, call.b_in, call.w_out, call.b_out)
-    y = _grouped(function, weights, (call.x, call.gates.reshape(-1, 1)), call.routing)
+    y = _jitted(function, weights, (call.x, call.gates.reshape(-1, 1)), call.routing)
     return _sum_over_slots(y, call.routing).astype(call.x.dtype)
 
 
@@ -162,6 +165,7 @@ def _grouped_backward(function, residuals, dy):
 
 
 _grouped.defvjp(_grouped_forward, _grouped_backward)
+_jitted = jax.jit(_grouped, static_argnums=0)  # outside of any jit the loop would be compiled at every call
 
 
 def _map_blocks(block, weights, arrays, in_rows, out_rows, routing: Routing):

@@ -34,7 +34,8 @@ def _is_short(call: Call) -> bool:
 def detail(call: Call) -> str:
     if _is_short(call):
         rows = _short_rows(call)
-        return f"{-(-call.mask.T // rows)} query tiles of {rows} rows, each against all its keys"
+        tiles = -(-call.mask.T // rows)
+        return f"{tiles} query tile{'' if tiles == 1 else 's'} of {rows} rows, each against all its keys"
     rows, columns = _long_tiles(call)
     skip = "" if call.skip_below is None else f", skipping below 2^{call.skip_below:g}"
     return f"loop over {rows} x {columns} tiles{skip}"
@@ -44,7 +45,7 @@ def attention(call: Call):
     """(out [B,T,N,Hv], log_rem [B,T,N], share of the key tiles computed [B,K])."""
     scale = jnp.asarray(call.scale, jnp.promote_types(call.query.dtype, jnp.float32))
     static = call._replace(query=None, key=None, value=None, scale=None, where=None)
-    return _attention(call.query, call.key, call.value, scale, call.where, static)
+    return _jitted(call.query, call.key, call.value, scale, call.where, static)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -72,6 +73,7 @@ def _backward(static, residuals, cotangents):
 
 
 _attention.defvjp(_forward, _backward)
+_jitted = jax.jit(_attention, static_argnums=5)  # outside of any jit the loops would be compiled at every call
 
 
 def _to_heads(call, x):
@@ -275,7 +277,8 @@ def _long_forward(call: Call, reach):
 
     outs, sticks, kept = lax.map(query_tile, jnp.arange(t.count))
     outs, sticks = (jnp.moveaxis(x, 0, 1).reshape(G, t.count * t.rows, *x.shape[3:])[:, :T] for x in (outs, sticks))
-    return outs, sticks, kept.sum() / jnp.maximum((reach[1] - reach[0]).sum(), 1).astype(jnp.float32)
+    in_reach = (reach[1] - reach[0]).sum()
+    return outs, sticks, jnp.where(in_reach == 0, 1, kept.sum() / jnp.maximum(in_reach, 1)).astype(jnp.float32)
 
 
 def _long_backward(call: Call, reach, d_out, d_log_rem):

@@ -70,6 +70,7 @@ class Transformer(nnx.Module):
         *,
         cache: Cache | None = None,
         key: jax.Array | None = None,
+        last_only: bool = False,
     ) -> Output:
         """Logits of the next token at every position.
 
@@ -78,6 +79,7 @@ class Transformer(nnx.Module):
           segment_ids: [B, T]; tokens see only their own segment, a negative id is padding.
           cache: from `empty_cache`; this call's keys and values are appended to it.
           key: randomness of a training step (only `sample_topk` uses any); None for inference.
+          last_only: logits [B, 1, V] of the last position alone: the others of a long prompt take B * T * V floats.
         """
         c = self.config
         if cache is not None and segment_ids is None:
@@ -101,7 +103,8 @@ class Transformer(nnx.Module):
             cache = cache._replace(key=layer_caches[0], value=layer_caches[1])
 
         unembed = cast(self.embed, c).T if self.unembed is None else cast(self.unembed, c)
-        logits = jnp.einsum("BTD,DV->BTV", self.norm(x), unembed, preferred_element_type=jnp.float32)
+        x = self.norm(x[:, -1:] if last_only else x)
+        logits = jnp.einsum("BTD,DV->BTV", x, unembed, preferred_element_type=jnp.float32)
         return Output(logits / (c.m_width if c.logits_scaling is None else c.logits_scaling), stats, cache)
 
 
