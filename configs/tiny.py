@@ -2,7 +2,7 @@
 
 python -m stickjax.train configs/tiny.py
 
-About three minutes. Expected: about 2.14 held-out bits per byte at T, and no more at 8 T (`python -m stickjax.evaluate`).
+About three minutes. Expected: about 2.14 held-out bits per byte at T, no more at 8 T (`python -m stickjax.evaluate`).
 """
 
 from stickjax import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
