@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from .. import dispatch
-from . import reference, xla
+from . import mosaic, reference, xla
 from .call import Call, Mask, Stats, Where
 
 __all__ = ["Stats", "merge_stick_breaking", "stick_breaking_attention"]
@@ -188,6 +188,7 @@ _op = dispatch.register(
         "stick_breaking_attention",
         _prepare,
         {
+            "mosaic": dispatch.Implementation(mosaic.attention, mosaic.refuses, mosaic.detail),
             "xla": dispatch.Implementation(xla.attention, _refuses_nothing, xla.detail),
             "reference": dispatch.Implementation(reference.attention, _refuses_nothing),
         },

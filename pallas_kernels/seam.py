@@ -1,0 +1,192 @@
+"""What the Mosaic GPU interpreter cannot run, each thing with a device body and an interpreted one; kernels call these.
+
+Also `interpret()`, which makes kernels run on a CPU, and `chip()`, which says what they would run on.
+
+Register layout of an accumulator [64, C]: a thread holds, for every group g of 8 columns and both row halves, the two
+columns 8 g + 2 t and 8 g + 2 t + 1, t being its place in its quad of threads. The quad holds whole rows.
+"""
+
+import contextlib
+import contextvars
+import os
+from collections.abc import Iterator
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractDevice, AbstractMesh, get_abstract_mesh, use_abstract_mesh
+
+TILE = plgpu.Layout.WGMMA  # [64, C]
+ROW = plgpu.Layout.WGMMA.reduce(1)  # [64], one number per row
+COLUMN = plgpu.Layout.WGMMA.reduce(0)  # [C], one number per column
+HOPPER = AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=132)
+
+_interpreted = contextvars.ContextVar("interpreted", default=False)
+
+
+@contextlib.contextmanager
+def absent_gpu() -> Iterator[None]:
+    """Trace and lower for a Hopper GPU that need not be there."""
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=HOPPER)):
+        yield
+
+
+@contextlib.contextmanager
+def interpret(*, detect_races: bool = False) -> Iterator[None]:
+    """Run Mosaic GPU kernels on the CPU, with their barriers, shared memory and warpgroups.
+
+    Every warpgroup waits in a thread of XLA's, which has as many as there are CPU devices or cores: with fewer than
+    four it would wait for ever (`--xla_force_host_platform_device_count=8` in XLA_FLAGS).
+    """
+    if max(jax.local_device_count("cpu"), os.cpu_count() or 1) < 4:
+        raise RuntimeError("the interpreter needs 4 CPU cores or XLA_FLAGS=--xla_force_host_platform_device_count=4")
+    token = _interpreted.set(True)
+    try:
+        with absent_gpu(), plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=detect_races)):
+            yield
+    finally:
+        _interpreted.reset(token)
+
+
+def is_interpreted() -> bool:
+    return _interpreted.get()
+
+
+def chip() -> str:
+    """ "sm_90" and so on, or the platform where there is no NVIDIA GPU; an absent GPU counts."""
+    device = get_abstract_mesh().abstract_device
+    if device is not None and device.platform == "gpu":
+        return "sm_90" if device.device_kind in HOPPERS else device.device_kind
+    if jax.default_backend() != "gpu":
+        return jax.default_backend()
+    capability = getattr(jax.devices()[0], "compute_capability", None)
+    return f"sm_{capability.replace('.', '')}" if capability else "gpu"
+
+
+HOPPERS = ("NVIDIA H100", "NVIDIA H200", "NVIDIA H100 80GB HBM3", "NVIDIA GH200 480GB")
+
+
+def product(a, b):
+    """a @ b in fp32, from shared memory (either may be a transposed reference)."""
+
+    def run(acc):
+        plgpu.wgmma(acc, a, b)
+        return acc[...]
+
+    return pl.run_scoped(run, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+
+
+def add_product(acc, a, b):
+    """acc + a @ b in fp32; a is a value in registers or a reference, b a reference to shared memory."""
+    if _interpreted.get():
+        result = acc + jnp.dot(a if isinstance(a, jax.Array) else a[...], b[...], preferred_element_type=jnp.float32)
+        plgpu.commit_smem()  # a tensor core reads by the same path as the copies that overwrite; this read does not
+        return result
+    return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(plgpu.ACC.init(acc))
+
+
+def exp2_of_minus_abs(x):
+    """2^-|x|, at most 1: one instruction, whose operand takes both signs for nothing (LLVM would spend another)."""
+    if _interpreted.get():
+        return jnp.exp2(-jnp.abs(x))
+    from jax._src.lib.mlir import ir
+    from jax._src.lib.mlir.dialects import llvm, vector
+
+    ptx = "{ .reg .f32 a; abs.f32 a, $1; neg.f32 a, a; ex2.approx.ftz.f32 $0, a; }"
+
+    @plgpu.inline_mgpu(arg_types=(TILE,), return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=TILE))
+    def run(ctx, x):
+        f32, registers = ir.F32Type.get(), x.registers.copy()
+        for index, register in np.ndenumerate(x.registers):
+            elements = [vector.extract(register, [], [i]) for i in range(2)]
+            elements = [llvm.inline_asm(f32, [e], ptx, "=f,f") for e in elements]
+            registers[index] = vector.from_elements(register.type, elements)
+        return _like(x, registers)
+
+    return run(x)
+
+
+def minus_sum_right(minuend, factor, x, start):
+    """(minuend - factor * (start + sum of x over the columns strictly right of each), [64, C]; the sum over all, [64]).
+
+    A factor of None is one. One operation, so that the sums of a tile are never held in registers all at once.
+    """
+    if _interpreted.get():
+        total = jnp.cumsum(x[:, ::-1], axis=1)[:, ::-1]
+        before = start[:, None] + jnp.pad(total[:, 1:], ((0, 0), (0, 1)))
+        return minuend - (before if factor is None else factor * before), total[:, 0]
+    return _scan(minuend, factor, x, start, right=True)
+
+
+def minus_sum_left(minuend, factor, x, start):
+    """The same over the columns strictly left of each."""
+    if _interpreted.get():
+        total = jnp.cumsum(x, axis=1)
+        before = start[:, None] + jnp.pad(total[:, :-1], ((0, 0), (1, 0)))
+        return minuend - (before if factor is None else factor * before), total[:, -1]
+    return _scan(minuend, factor, x, start, right=False)
+
+
+def _like(x, registers):
+    from jax.experimental.mosaic.gpu import FragmentedArray
+
+    return FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=None)
+
+
+def _scan(minuend, factor, x, start, *, right: bool):
+    """Two butterfly shuffles per group of 8 columns and row half; the groups one after the other."""
+    from jax._src.lib.mlir import ir
+    from jax._src.lib.mlir.dialects import arith, gpu, math, vector
+    from jax.experimental.mosaic.gpu import utils
+
+    @plgpu.inline_mgpu(
+        arg_types=(ROW,) + (TILE,) * (2 if factor is None else 3),
+        return_type=(
+            plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=TILE),
+            plgpu.ShapeDtypeStruct((x.shape[0],), jnp.float32, layout=ROW),
+        ),
+    )
+    def scan(ctx, start, x, minuend, factor=None):
+        f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
+        thread = arith.index_castui(i32, gpu.thread_id(gpu.Dimension.x))
+
+        def one_if(bit):  # 1.0 where the partner at this distance comes first in the direction of the sum
+            is_set = arith.andi(thread, utils.c(bit, i32))
+            compare = arith.CmpIPredicate.eq if right else arith.CmpIPredicate.ne
+            chosen = arith.cmpi(compare, is_set, utils.c(0, i32))
+            return arith.select(chosen, utils.c(1.0, f32), utils.c(0.0, f32))
+
+        def element(register, i):
+            return vector.extract(register, [], [i])
+
+        near, far = one_if(1), one_if(2)
+        result, sums = x.registers.copy(), start.registers.copy()
+        for half in range(2):
+            place = (0, 0, half, 0, 0)
+            running, total = element(start.registers[place], 0), utils.c(0.0, f32)
+            groups = range(x.registers.shape[1])
+            for g in reversed(groups) if right else groups:
+                index = (0, g, 0, 0, half) + (0,) * (x.registers.ndim - 5)
+                a, b = element(x.registers[index], 0), element(x.registers[index], 1)
+                pair = arith.addf(a, b)
+                partner = utils.shfl_bfly(pair, 1)
+                both = arith.addf(pair, partner)
+                others = utils.shfl_bfly(both, 2)
+                base = math.fma(others, far, math.fma(partner, near, running))
+                sums_before = (arith.addf(base, b), base) if right else (base, arith.addf(base, a))
+
+                def minus(index, i, sums_before=sums_before):
+                    own = element(minuend.registers[index], i)
+                    if factor is None:
+                        return arith.subf(own, sums_before[i])
+                    return math.fma(arith.negf(element(factor.registers[index], i)), sums_before[i], own)
+
+                result[index] = vector.from_elements(x.registers[index].type, [minus(index, i) for i in range(2)])
+                group = arith.addf(both, others)
+                running, total = arith.addf(running, group), arith.addf(total, group)
+            sums[place] = vector.from_elements(start.registers[place].type, [total])
+        return _like(x, result), _like(start, sums)
+
+    return scan(start, x, minuend, *(() if factor is None else (factor,)))

@@ -1,0 +1,55 @@
+"""Which key tiles a query tile must visit, and which of them it sees whole: the plan of the GPU kernels.
+
+One rule for causality, windows, offsets, documents and ragged ends, so that a kernel has two loop bodies and no cases.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+
+from .call import Call
+
+
+def spans(call: Call, rows: int, columns: int, per_position: int = 1):
+    """(stop, whole_stop, whole_start, start) of every query tile, int32 [B, query tiles, 4], in falling order.
+
+    A query tile visits the key tiles start..stop-1; those from whole_start to whole_stop-1 need no mask. `per_position`
+    query rows stand at one position (decoding: the heads of a group).
+    """
+    mask, where = call.mask, call.where
+    T = mask.T * per_position
+    first_q, first_k = np.arange(0, T, rows), np.arange(0, mask.S, columns)
+    last_q = (np.minimum(first_q + rows, T) - 1) // per_position
+    first_q, last_k = first_q // per_position, np.minimum(first_k + columns, mask.S) - 1
+    offset, nearest = where.offset[:, None, None], 0 if mask.attend_current else 1
+    reached = offset + (last_q[:, None] - first_k)[None] >= nearest
+    whole = (offset + (first_q[:, None] - last_k)[None] >= nearest) & (first_k + columns <= mask.S)[None, None]
+    if mask.window is not None:
+        reached &= offset + (first_q[:, None] - last_k)[None] <= mask.window
+        whole &= offset + (last_q[:, None] - first_k)[None] <= mask.window
+    if where.query_segments is not None:
+        low_q, high_q, pad_q = _segment_range(jnp.repeat(where.query_segments, per_position, 1), rows)
+        low_k, high_k, pad_k = _segment_range(where.key_segments, columns)
+        reached &= (low_q[:, :, None] <= high_k[:, None]) & (low_k[:, None] <= high_q[:, :, None])
+        one = (low_q == high_q)[:, :, None] & (low_q[:, :, None] == low_k[:, None]) & (low_k == high_k)[:, None]
+        whole &= one & ~pad_q[:, :, None] & ~pad_k[:, None]
+    whole &= reached
+    n, tile = len(first_k), jnp.arange(len(first_k))
+    if n == 0:
+        return jnp.zeros((reached.shape[0], len(first_q), 4), jnp.int32)
+    stop = jnp.where(reached, tile + 1, 0).max(-1)
+    start = jnp.minimum(jnp.where(reached, tile, n).min(-1), stop)
+    # The run of whole tiles that ends nearest to the queries.
+    whole_stop = jnp.where(whole, tile + 1, 0).max(-1)
+    broken = jnp.where(~whole & (tile < whole_stop[..., None]), tile + 1, 0).max(-1)
+    none = whole_stop <= start
+    whole_stop = jnp.where(none, start, whole_stop)
+    whole_start = jnp.where(none, start, jnp.maximum(broken, start))
+    return jnp.stack([stop, whole_stop, whole_start, start], -1).astype(jnp.int32)
+
+
+def _segment_range(segments, size):
+    """Smallest and largest segment id of every tile, and whether it holds padding (negative ids), [B, tiles]."""
+    pad = -segments.shape[1] % size
+    tiles = jnp.pad(segments, ((0, 0), (0, pad)), mode="edge").reshape(segments.shape[0], -1, size)
+    big = jnp.asarray(jnp.iinfo(tiles.dtype).max, tiles.dtype)
+    return jnp.where(tiles < 0, big, tiles).min(-1), tiles.max(-1), (tiles < 0).any(-1)
