@@ -37,18 +37,16 @@ def refuses(call: Call) -> str | None:
         return f"needs queries and keys, got query {call.query.shape} and S={S}"
     if call.tiles is not None and call.tiles not in ((ROWS, KEYS), (2 * ROWS, KEYS)):
         return f"takes tiles of (64, 64) and (128, 64), not {call.tiles}"
-    axes = {
-        axis
-        for axis, kind in zip(jax.typeof(call.query).sharding.mesh.axis_names, _axis_types(call.query), strict=True)
-        if kind != jax.sharding.AxisType.Manual
-    }
-    if axes and not seam.is_interpreted():
-        return f"must be inside jax.shard_map under a mesh with the axes {', '.join(sorted(map(str, axes)))}"
+    if axes := _axes_to_split(call.query):
+        return f"must be inside jax.shard_map under a mesh with the axes {', '.join(axes)}"
     return None
 
 
-def _axis_types(x):
-    return jax.typeof(x).sharding.mesh.axis_types or ()
+def _axes_to_split(x) -> list[str]:
+    """Axes of the mesh of x over which XLA, not shard_map, divides the work: it would gather everything instead."""
+    mesh = jax.typeof(x).sharding.mesh
+    axes = zip(mesh.axis_names, mesh.axis_types or (), mesh.axis_sizes, strict=True) if not mesh.empty else ()
+    return [str(name) for name, kind, size in axes if kind != jax.sharding.AxisType.Manual and size > 1]
 
 
 def detail(call: Call) -> str:
@@ -104,12 +102,12 @@ def _gradients(plan: Plan, arrays, scale, planned):
         dq, snapshots = mosaic_backward.d_query(
             plan, query, key, value, d_out, d_log_rem, spent, reached, scale, *planned
         )
-        second = plan._replace(stages=max(1, min(2, (MEMORY - _bytes(plan, KEYS) - 32768) // _bytes(plan, 2 * ROWS))))
+        second = plan._replace(stages=max(1, min(2, (MEMORY - _bytes(plan, 2 * KEYS) - 32768) // _bytes(plan, 2 * ROWS))))
         dk, dv = mosaic_backward.d_key_value(second, query, key, value, d_out, snapshots, reached, scale, *planned)
         return dq, dk, dv
 
     B, K, G = plan.B, plan.K, plan.N // plan.K
-    per_head = G * 8 * spent.shape[-1] * -(-plan.S // plan.columns)
+    per_head = G * 16 * spent.shape[-1] * -(-plan.S // KEYS)
     if B * K * per_head <= SNAPSHOTS:
         return some(plan, *arrays, planned)
     heads = max(n for n in range(1, K + 1) if K % n == 0 and n * per_head <= max(SNAPSHOTS, per_head))

@@ -17,7 +17,9 @@ from jax import lax
 from .. import seam
 from .mosaic_forward import LOG2E, ROWS, Plan, block, sticks, tile_memory, two_sum, visible
 
-KEYS = 64  # of a tile, in both kernels
+KEYS = 64  # of a tile, taken in two halves: a whole one would not fit the registers next to the sums
+HALF = KEYS // 2
+SWIZZLE = 64  # bytes: as wide as a half, along which tiles are multiplied
 NOWHERE = -(2**30)  # a query row left of all keys
 
 
@@ -48,12 +50,13 @@ def d_query(
     plan: Plan, query, key, value, d_out, d_log_rem, spent, reached, scale, spans, offset,
     query_segments=None, key_segments=None,
 ):  # fmt: skip
-    """(dq [B,T,N,H], snapshots [B,N,key tiles,2,rows padded] of (spent on entry, P); tiles not visited hold anything).
+    """(dq [B,T,N,H], snapshots [B,N,key tiles,2 halves,2,rows padded]: spent on entry, P; anything where not visited).
 
     `d_log_rem` [B,N,rows padded]; `spent` and `reached` as the forward pass left them.
     """
-    W, C, stages, dtype = plan.warpgroups, plan.columns, plan.stages, plan.dtype
+    W, stages, dtype = plan.warpgroups, plan.stages, plan.dtype
     padded = plan.tiles * W * ROWS
+    memory = partial(tile_memory, dtype=dtype, swizzle=SWIZZLE)
 
     def stick_breaking_d_query(
         q_ref, k_ref, v_ref, do_ref, dr_ref, spent_ref, reached_ref, scale_ref, spans_ref, offset_ref, *refs
@@ -86,9 +89,10 @@ def d_query(
                 def _():
                     plgpu.barrier_wait(used.at[slot])
 
-                for ref, mem in ((k_ref, k_mem), (v_ref, v_mem)):
-                    tile = ref.at[b, pl.ds((start + step) * C, C), head]
-                    plgpu.copy_gmem_to_smem(tile, mem.at[slot], full.at[slot])
+                for half in range(2):
+                    keys = pl.ds((start + step) * KEYS + half * HALF, HALF)
+                    for ref, mem in ((k_ref, k_mem), (v_ref, v_mem)):
+                        plgpu.copy_gmem_to_smem(ref.at[b, keys, head], mem[half].at[slot], full.at[slot])
 
             lax.fori_loop(0, jnp.maximum(stop - start, 0), load, None)
 
@@ -110,33 +114,36 @@ def d_query(
             multiplier, position = scale_ref[0] * LOG2E, offset_ref[b]
 
             def visit(masked, j, state):
-                prefix, high, low, acc = state
                 slot = (j - start) % stages
                 plgpu.barrier_wait(full.at[slot])
-                z = seam.product(q_mem.at[wg], k_mem.at[slot].transpose((1, 0))) * multiplier
-                d_weights = seam.product(do_mem.at[wg], v_mem.at[slot].transpose((1, 0)))
-                seen = None
-                if masked:
-                    q_segments = k_segments = None
-                    if plan.segments:
-                        q_segments = plgpu.load(q_segments_ref.at[b, rows], layout=seam.ROW)
-                        k_segments = plgpu.load(k_segments_ref.at[b, pl.ds(j * C, C)], layout=seam.COLUMN)
-                    seen = visible(plan, row, j * C, position, q_segments, k_segments)
-                entered = []
-
-                def entering(total):
-                    entered[:] = two_sum(high, low, -total)
-                    return entered[0] + entered[1]
-
-                weights, logs = _weights(z, seen, entering)
-                dz, total_a = _d_logits(weights * d_weights, logs, prefix)
-                acc = seam.add_product(acc, dz.astype(dtype), k_mem.at[slot])
-                plgpu.barrier_arrive(used.at[slot])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                snap_mem[wg, 0], snap_mem[wg, 1] = entered[0] + entered[1], prefix
+                for half in range(2):
+                    prefix, high, low, acc = state
+                    keys = pl.ds(j * KEYS + half * HALF, HALF)
+                    z = seam.product(q_mem.at[wg], k_mem[half].at[slot].transpose((1, 0))) * multiplier
+                    d_weights = seam.product(do_mem.at[wg], v_mem[half].at[slot].transpose((1, 0)))
+                    seen = None
+                    if masked:
+                        q_segments = k_segments = None
+                        if plan.segments:
+                            q_segments = plgpu.load(q_segments_ref.at[b, rows], layout=seam.ROW)
+                            k_segments = plgpu.load(k_segments_ref.at[b, keys], layout=seam.COLUMN)
+                        seen = visible(plan, HALF, row, keys.start, position, q_segments, k_segments)
+                    entered = []
+
+                    def entering(total, entered=entered, high=high, low=low):
+                        entered[:] = two_sum(high, low, -total)
+                        return entered[0] + entered[1]
+
+                    weights, logs = _weights(z, seen, entering)
+                    dz, total_a = _d_logits(weights * d_weights, logs, prefix)
+                    acc = seam.add_product(acc, dz.astype(dtype), k_mem[half].at[slot])
+                    snap_mem[wg, half, 0], snap_mem[wg, half, 1] = entered[0] + entered[1], prefix
+                    state = prefix + total_a, *entered, acc
+                plgpu.barrier_arrive(used.at[slot])
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(snap_mem.at[wg], snap_ref.at[b, n, j, :, rows])
-                return prefix + total_a, *entered, acc
+                plgpu.copy_smem_to_gmem(snap_mem.at[wg], snap_ref.at[b, n, j, :, :, rows])
+                return state
 
             def idle(j, _):
                 slot = (j - start) % stages
@@ -161,17 +168,17 @@ def d_query(
         stick_breaking_d_query,
         out_type=(
             jax.ShapeDtypeStruct((plan.B, plan.rows, plan.N, plan.H), dtype),
-            jax.ShapeDtypeStruct((plan.B, plan.N, -(-plan.S // C), 2, padded), jnp.float32),
+            jax.ShapeDtypeStruct((plan.B, plan.N, -(-plan.S // KEYS), 2, 2, padded), jnp.float32),
         ),
         scratch_types=(
-            tile_memory((W, ROWS, plan.H), dtype),
-            tile_memory((W, ROWS, plan.Hv), dtype),
+            memory((W, ROWS, plan.H)),
+            memory((W, ROWS, plan.Hv)),
             plgpu.SMEM((W, 3, ROWS), jnp.float32),
-            tile_memory((stages, C, plan.H), dtype),
-            tile_memory((stages, C, plan.Hv), dtype),
-            plgpu.SMEM((W, 2, ROWS), jnp.float32),
+            (memory((stages, HALF, plan.H)),) * 2,
+            (memory((stages, HALF, plan.Hv)),) * 2,
+            plgpu.SMEM((W, 2, 2, ROWS), jnp.float32),
             plgpu.Barrier(num_arrivals=5, num_barriers=W),
-            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=4, num_barriers=stages),
             plgpu.Barrier(num_arrivals=W, num_barriers=stages),
         ),
         grid=(plan.B * plan.N * plan.tiles,),
@@ -199,13 +206,14 @@ def d_key_value(
     query_tiles = spans.shape[1]
     pairs = -(-query_tiles // 2)
     key_tiles = -(-plan.S // KEYS)
+    memory = partial(tile_memory, dtype=dtype, swizzle=SWIZZLE)
 
     def stick_breaking_d_key_value(
         q_ref, k_ref, v_ref, do_ref, snap_ref, reached_ref, scale_ref, spans_ref, offset_ref, *refs
     ):
         if plan.segments:
             (q_segments_ref, k_segments_ref), refs = refs[:2], refs[2:]
-        dk_ref, dv_ref, k_mem, v_mem, q_mem, do_mem, snap_mem, kinds, places, w_mem, dz_mem, *barriers = refs
+        dk_ref, dv_ref, k_mem, v_mem, dk_mem, dv_mem, q_mem, do_mem, snap_mem, kinds, places, w_mem, dz_mem, *barriers = refs
         resident, full, used, exchanged, drained = barriers
         item = lax.axis_index("block")
         j, head, b = item // (plan.B * plan.K), item % plan.K, item // plan.K % plan.B
@@ -241,7 +249,7 @@ def d_key_value(
                         rows = pl.ds(row, ROWS)
                         plgpu.copy_gmem_to_smem(q_ref.at[b, rows, n], q_mem[w].at[slot], full.at[slot])
                         plgpu.copy_gmem_to_smem(do_ref.at[b, rows, n], do_mem[w].at[slot], full.at[slot])
-                        plgpu.copy_gmem_to_smem(snap_ref.at[b, n, j, :, rows], snap_mem.at[slot, w], full.at[slot])
+                        plgpu.copy_gmem_to_smem(snap_ref.at[b, n, j, :, :, rows], snap_mem.at[slot, w], full.at[slot])
 
                 return step + jnp.where(go, 1, 0)
 
@@ -273,10 +281,11 @@ def d_key_value(
         def compute(own, mine, other, own_mem, own_ref, width, factor):
             """Warpgroup `own` (0 for dv, 1 for dk): the sum of mine^T @ other over all tiles, times the factor."""
             plgpu.set_max_registers(240, action="increase")
-            keys = pl.ds(j * KEYS, KEYS)
             if own == 0:
-                plgpu.copy_gmem_to_smem(k_ref.at[b, keys, head], k_mem, resident)
-                plgpu.copy_gmem_to_smem(v_ref.at[b, keys, head], v_mem, resident)
+                for half in range(2):
+                    for ref, mem in ((k_ref, k_mem), (v_ref, v_mem)):
+                        part = ref.at[b, pl.ds(j * KEYS + half * HALF, HALF), head]
+                        plgpu.copy_gmem_to_smem(part, mem[half], resident)
             plgpu.barrier_wait(resident)
             multiplier, position = scale_ref[0] * LOG2E, offset_ref[b]
 
@@ -287,23 +296,27 @@ def d_key_value(
                 kind = kinds[slot, own]
 
                 def tile(acc):
-                    z = seam.product(q_mem[own].at[slot], k_mem.transpose((1, 0))) * multiplier
-                    d_weights = seam.product(do_mem[own].at[slot], v_mem.transpose((1, 0)))
-                    entering, prefix = (plgpu.load(snap_mem.at[slot, own, part], layout=seam.ROW) for part in range(2))
-                    seen = None
-                    if masked:
-                        q_segments = k_segments = None
-                        row = places[slot, own]
-                        if plan.segments:
-                            rows = pl.ds(jnp.maximum(row, 0), ROWS)
-                            q_segments = plgpu.load(q_segments_ref.at[b, rows], layout=seam.ROW)
-                            k_segments = plgpu.load(k_segments_ref.at[b, keys], layout=seam.COLUMN)
-                        seen = visible(plan, row, j * KEYS, position, q_segments, k_segments)
-                    weights, logs = _weights(z, seen, entering)
-                    dz, _ = _d_logits(weights * d_weights, logs, prefix)
-                    plgpu.barrier_wait(drained)
-                    w_mem[own][...] = weights.astype(dtype)
-                    dz_mem[own][...] = dz.astype(dtype)
+                    for half in range(2):
+                        z = seam.product(q_mem[own].at[slot], k_mem[half].transpose((1, 0))) * multiplier
+                        d_weights = seam.product(do_mem[own].at[slot], v_mem[half].transpose((1, 0)))
+                        entering, prefix = (
+                            plgpu.load(snap_mem.at[slot, own, half, part], layout=seam.ROW) for part in range(2)
+                        )
+                        seen = None
+                        if masked:
+                            q_segments = k_segments = None
+                            row, column = places[slot, own], j * KEYS + half * HALF
+                            if plan.segments:
+                                rows = pl.ds(jnp.maximum(row, 0), ROWS)
+                                q_segments = plgpu.load(q_segments_ref.at[b, rows], layout=seam.ROW)
+                                k_segments = plgpu.load(k_segments_ref.at[b, pl.ds(column, HALF)], layout=seam.COLUMN)
+                            seen = visible(plan, HALF, row, column, position, q_segments, k_segments)
+                        weights, logs = _weights(z, seen, entering)
+                        dz, _ = _d_logits(weights * d_weights, logs, prefix)
+                        if half == 0:
+                            plgpu.barrier_wait(drained)
+                        w_mem[own][:, half * HALF : (half + 1) * HALF] = weights.astype(dtype)
+                        dz_mem[own][:, half * HALF : (half + 1) * HALF] = dz.astype(dtype)
                     plgpu.commit_smem()
                     plgpu.barrier_arrive(exchanged)
                     plgpu.barrier_wait(exchanged)
@@ -323,19 +336,19 @@ def d_key_value(
             for masked in (False, True):
                 state = step, jnp.bool_(True), acc
                 step, _, acc = lax.while_loop(lambda s: s[1], partial(visit, masked), state)
-            plgpu.barrier_wait(drained)  # the other one reads K and V up to its last tile, too
+            plgpu.barrier_wait(drained)  # the other one may still read this step's query tiles
             own_mem[...] = (acc * factor).astype(dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(own_mem, own_ref.at[b, keys, head])
+            plgpu.copy_smem_to_gmem(own_mem, own_ref.at[b, pl.ds(j * KEYS, KEYS), head])
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(wg == 0)
         def _():
-            compute(0, w_mem, do_mem, v_mem, dv_ref, plan.Hv, 1.0)
+            compute(0, w_mem, do_mem, dv_mem, dv_ref, plan.Hv, 1.0)
 
         @pl.when(wg == 1)
         def _():
-            compute(1, dz_mem, q_mem, k_mem, dk_ref, plan.H, scale_ref[0])
+            compute(1, dz_mem, q_mem, dk_mem, dk_ref, plan.H, scale_ref[0])
 
     run = plgpu.kernel(
         stick_breaking_d_key_value,
@@ -344,16 +357,18 @@ def d_key_value(
             jax.ShapeDtypeStruct((plan.B, plan.S, plan.K, plan.Hv), dtype),
         ),
         scratch_types=(
-            tile_memory((KEYS, plan.H), dtype),
-            tile_memory((KEYS, plan.Hv), dtype),
-            (tile_memory((stages, ROWS, plan.H), dtype),) * 2,
-            (tile_memory((stages, ROWS, plan.Hv), dtype),) * 2,
-            plgpu.SMEM((stages, 2, 2, ROWS), jnp.float32),
+            (memory((HALF, plan.H)),) * 2,
+            (memory((HALF, plan.Hv)),) * 2,
+            memory((KEYS, plan.H)),
+            memory((KEYS, plan.Hv)),
+            (memory((stages, ROWS, plan.H)),) * 2,
+            (memory((stages, ROWS, plan.Hv)),) * 2,
+            plgpu.SMEM((stages, 2, 2, 2, ROWS), jnp.float32),
             plgpu.SMEM((stages, 2), jnp.int32),
             plgpu.SMEM((stages, 2), jnp.int32),
-            (tile_memory((ROWS, KEYS), dtype),) * 2,
-            (tile_memory((ROWS, KEYS), dtype),) * 2,
-            plgpu.Barrier(num_arrivals=2),
+            (memory((ROWS, KEYS)),) * 2,
+            (memory((ROWS, KEYS)),) * 2,
+            plgpu.Barrier(num_arrivals=4),
             plgpu.Barrier(num_arrivals=6, num_barriers=stages),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=2),

@@ -55,14 +55,12 @@ class Plan(NamedTuple):
         return -(-self.rows // (ROWS * self.warpgroups))
 
 
-def transforms(width: int, dtype) -> tuple:
-    """Tiling and swizzle of a tile in shared memory with rows of `width` elements."""
-    swizzle = min(128, width * jnp.dtype(dtype).itemsize)
-    return plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(swizzle)
-
-
-def tile_memory(shape, dtype):
-    return plgpu.SMEM(shape, dtype, transforms=transforms(shape[-1], dtype))
+def tile_memory(shape, dtype, swizzle: int = 128):
+    """Shared memory for tiles [.., rows, width], swizzled by so many bytes: alike in both operands of a product."""
+    size = jnp.dtype(dtype).itemsize
+    swizzle = min(swizzle, shape[-1] * size)
+    tiling = plgpu.TilingTransform((8, swizzle // size))
+    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
 
 
 NOTHING = -1e30  # log2 of a beta of zero: a finite number, so that no difference of it is NaN
@@ -87,9 +85,9 @@ def two_sum(high, low, x):
     return total, low + ((high - (total - rest)) + (x - rest))
 
 
-def visible(plan: Plan, first_row, first_column, offset, query_segments, key_segments):
-    """bool [64, C] in registers."""
-    shape = (ROWS, plan.columns)
+def visible(plan: Plan, columns, first_row, first_column, offset, query_segments, key_segments):
+    """bool [64, columns] in registers."""
+    shape = (ROWS, columns)
     row = first_row + plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=seam.TILE)
     k = first_column + plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=seam.TILE)
     distance = offset + (row // plan.per_position if plan.per_position > 1 else row) - k
@@ -195,7 +193,7 @@ def forward(plan: Plan, query, key, value, scale, spans, offset, query_segments=
                     if plan.segments:
                         q_segments = plgpu.load(q_segments_ref.at[b, pl.ds(row, ROWS)], layout=seam.ROW)
                         k_segments = plgpu.load(k_segments_ref.at[b, pl.ds(j * C, C)], layout=seam.COLUMN)
-                    seen = visible(plan, row, j * C, position, q_segments, k_segments)
+                    seen = visible(plan, C, row, j * C, position, q_segments, k_segments)
                 log_beta, softplus = sticks(z, seen)
                 log_weights, total = seam.minus_sum_right(log_beta, None, softplus, high)
                 weights = jnp.exp2(log_weights)
