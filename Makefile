@@ -2,9 +2,10 @@
 # make demo-compare  the same for its softmax + RoPE twin, and both length curves in one picture
 # make test          the whole test suite
 # make test-oldest   the fast tests against the oldest JAX allowed
+# make test-absent   the GPU kernels compiled for an H200 that is not there; needs the CUDA wheels (3.4 GB), no GPU
 # make lint          ruff
 
-.PHONY: demo demo-compare test test-oldest lint clean
+.PHONY: demo demo-compare test test-oldest test-absent lint clean
 SHELL := /bin/bash
 RUN := .venv/bin/python
 
@@ -26,11 +27,14 @@ FAST := config data dispatch optim checkpoint models train readme
 test-oldest: .venv-oldest/.test
 	.venv-oldest/bin/python -m pytest -m "not slow" $(FAST:%=tests/test_%.py)
 
+test-absent: .venv-cuda/.test
+	JAX_PLATFORMS=cpu .venv-cuda/bin/python -m pytest tests/test_absent_gpu.py
+
 lint: .venv/.test
 	$(RUN) -m ruff check .
 
 clean:
-	rm -rf .venv .venv-oldest
+	rm -rf .venv .venv-oldest .venv-cuda
 
 # A Python of 3.12 or newer: .python-version lets pyenv choose one behind `python3`; otherwise look for it by name.
 define make-venv
@@ -59,4 +63,12 @@ endef
 
 .venv-oldest/.test: .venv-oldest/bin/python pyproject.toml
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[test]" jax==0.11.2 jaxlib==0.11.2
+	@touch $@
+
+.venv-cuda/bin/python:
+	$(call make-venv,.venv-cuda)
+
+# The cuda13 extra includes Triton, whose disassembler the compile needs.
+.venv-cuda/.test: .venv-cuda/bin/python pyproject.toml
+	.venv-cuda/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[test,cuda13]"
 	@touch $@

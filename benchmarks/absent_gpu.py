@@ -3,8 +3,9 @@
 Prints their registers, spills and shared memory, and what an iteration of their main loops costs at the least; with
 --json also writes benchmarks/results/h200-static.json. Needs the CUDA wheels and no GPU.
 
-The machine code is that of the executable itself. A loop counts every instruction from its first to its last as run
-once: a branch around some of them still counts them, and waiting for a barrier costs nothing.
+The machine code is that of the executable itself, which comes from the linker of the CUDA libraries: it ignores
+setmaxnreg, so that 384 threads get 168 registers each. `alone` is what ptxas makes of the same PTX without the linker,
+where setmaxnreg counts. Memory traffic is in no bound: decoding, which is bound by it, takes longer.
 """
 
 import argparse
@@ -14,14 +15,13 @@ import datetime
 import functools
 import importlib.util
 import json
-import math
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -36,53 +36,15 @@ from rich.console import Console
 from rich.table import Table
 
 from .absent_kernels import KERNELS
+from .sass import ATOMICS, Loop, find_loops, read
 
 HERE = Path(__file__).parent
-WARPGROUP = 128  # threads: four warps, one on each scheduler of a multiprocessor
-# What a Hopper multiprocessor does in a clock: special-function lanes, dense bf16 floating-point operations.
-SPECIAL_LANES, TENSOR_FLOPS = 16, 4096
-FP32 = ("FFMA", "FADD", "FMUL", "FMNMX")
-ATOMICS = ("ATOM", "ATOMG", "ATOMS", "RED", "REDG", "REDAS", "UTMAREDG")
-# A wait for a barrier is a loop of its own: a few instructions and one of these.
-SPIN = {"SYNCS", "NANOSLEEP", "YIELD"}
+# PTX by which blocks could add to each other's results or wait for each other: atomics, reductions, semaphores.
+SHARING = r"(?:atom|red|multimem|membar|cp\.reduce|(?:ld|st)\.(?:acquire|release|relaxed|volatile))\.[\w.:]*"
 
 
 class MissingWheels(ImportError):
     """The message says how to install them."""
-
-
-class Instruction(NamedTuple):
-    address: int
-    op: str  # up to the first dot
-    modifiers: str
-    operands: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Loop:
-    """An innermost loop of the machine code: instructions of one warp in one iteration."""
-
-    start: int  # address
-    instructions: int
-    special: int  # MUFU
-    fp32: int
-    shuffles: int
-    products: dict[str, int]  # HGMMA, by shape
-    flops: int  # of the products, for the whole warpgroup
-
-    @property
-    def cycles(self) -> dict[str, float]:
-        """What an iteration of one warpgroup takes of a multiprocessor, by resource, if nothing ever waits."""
-        return {
-            "special": self.special * WARPGROUP / SPECIAL_LANES,
-            "issue": float(self.instructions),
-            "tensor": self.flops / TENSOR_FLOPS,
-        }
-
-    @property
-    def bound(self) -> str:
-        """The resource that takes the most: no iteration is shorter, even when everything overlaps."""
-        return max(self.cycles, key=self.cycles.get)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +58,9 @@ class Machine:
     spill_loads: int
     static_shared: int
     dynamic_shared: int
+    alone: dict[str, int]  # registers, stack and spills as ptxas makes them without the linker
     atomics: dict[str, int]  # of the whole kernel
+    sharing: dict[str, int]  # of its PTX: what matches SHARING
     warnings: list[str]  # what ptxas says of lost performance
     loops: list[Loop]  # in the order of the code
 
@@ -165,72 +129,71 @@ def compile_kernel(function: Callable, *shapes, chip: str = "h200") -> list[Mach
         return [_machine(path) for path in written]
 
 
-def compile_named(name: str) -> tuple[tuple[int, ...], list[Machine]]:
-    """The tiles and the machine code of one of KERNELS."""
+class Compiled(NamedTuple):
+    """One of KERNELS."""
+
+    tiles: tuple[int, ...]
+    scores: int
+    machines: list[Machine]
+
+
+def compile_named(name: str) -> Compiled:
     target()
     kernel = KERNELS[name]()
-    return kernel.tiles, compile_kernel(kernel.function, *kernel.shapes)
+    return Compiled(kernel.tiles, kernel.scores, compile_kernel(kernel.function, *kernel.shapes))
+
+
+def compile_all(names: Iterable[str]) -> dict[str, Compiled]:
+    """By name, each in a process of its own: see compile_kernel. Raises MissingWheels."""
+    names = list(names)
+    workers = max(1, min(len(names), os.cpu_count() or 1, 4))
+    # Of the processes; this one need not ask JAX for a device.
+    with (
+        mock.patch.dict(os.environ, JAX_PLATFORMS="cpu"),
+        ProcessPoolExecutor(workers, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool,
+    ):
+        return dict(zip(names, pool.map(compile_named, names), strict=True))
+
+
+def _usage(log: str) -> dict[str, int]:
+    """What ptxas says a kernel takes. The linker repeats some of it, and has the last word."""
+    patterns = {
+        "registers": r"[Uu]sed (\d+) registers",
+        "stack": r"(\d+) bytes stack frame",
+        "spill_stores": r"(\d+) bytes spill stores",
+        "spill_loads": r"(\d+) bytes spill loads",
+        "static_shared": r"(\d+) bytes smem",
+    }
+    # What there is none of has no line.
+    return {name: int((re.findall(pattern, log) or ["0"])[-1]) for name, pattern in patterns.items()}
+
+
+def _alone(ptx: Path) -> dict[str, int]:
+    """The usage of the same PTX without the linker, which is what setmaxnreg asks for."""
+    chip = re.search(r"^\.target (\w+)", ptx.read_text(), re.M)[1]
+    tool = _folder("nvidia.cu13") / "bin" / "ptxas"
+    with tempfile.TemporaryDirectory() as folder:
+        command = [tool, f"-arch={chip}", "-v", ptx, "-o", Path(folder, "cubin")]
+        return _usage(subprocess.run(command, capture_output=True, text=True, check=True).stderr)
 
 
 def _machine(path: Path) -> Machine:
     """From one kernel's files."""
-    log, listing = (path.with_suffix(suffix).read_text(errors="replace") for suffix in (".ptxas", ".sass_ctrl"))
+    log, listing, ptx = (path.with_suffix(x).read_text(errors="replace") for x in (".ptxas", ".sass_ctrl", ".ptx"))
     with path.with_suffix(".mlir-passes.log").open(errors="replace") as passes:
         module = passes.read(2**22)  # of many times that: the first passes, which still name it
     dynamic = re.search(r"dynamic_shared_memory_size (%\w+)", module)
     dynamic = dynamic and re.search(rf"{dynamic[1]} = arith.constant (\d+) : i32", module)
-
-    def last(pattern: str) -> int:
-        # The linker repeats registers and shared memory, and has the last word. What there is none of has no line.
-        return int((re.findall(pattern, log) or ["0"])[-1])
-
     return Machine(
         name=path.stem,
-        registers=last(r"[Uu]sed (\d+) registers"),
-        stack=last(r"(\d+) bytes stack frame"),
-        spill_stores=last(r"(\d+) bytes spill stores"),
-        spill_loads=last(r"(\d+) bytes spill loads"),
-        static_shared=last(r"(\d+) bytes smem"),
+        **_usage(log),
         dynamic_shared=int(dynamic[1]) if dynamic else 0,
+        alone=_alone(path.with_suffix(".ptx")),
         atomics=dict(Counter(i.op for i in read(listing)[0] if i.op in ATOMICS)),
+        sharing=dict(Counter(re.findall(rf"^\s*(?:@!?%\w+\s+)?({SHARING})", ptx, re.M))),
         warnings=re.findall(r"Potential Performance Loss: (.*)", log),
         loops=find_loops(listing),
     )
-
-
-def read(listing: str) -> tuple[list[Instruction], dict[str, int]]:
-    """The instructions that nvdisasm printed, and the address that each label stands for."""
-    instructions, labels, waiting = [], {}, []
-    for line in listing.splitlines():
-        if label := re.match(r"(\.L\w+):", line):
-            waiting.append(label[1])
-        elif found := re.search(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)([\w.:]*)\s*([^;]*)", line):
-            address, *rest = found.groups()
-            instructions.append(Instruction(int(address, 16), *rest))
-            labels |= dict.fromkeys(waiting, instructions[-1].address)
-            waiting.clear()
-    return instructions, labels
-
-
-def find_loops(listing: str) -> list[Loop]:
-    """The innermost loops of a kernel's machine code, waits for barriers aside."""
-    instructions, labels = read(listing)
-    found = [(i.address, re.search(r"\.L\w+", i.operands)) for i in instructions if i.op == "BRA"]
-    branches = [(source, labels[label[0]]) for source, label in found if label and label[0] in labels]
-    spans = {start: end for end, start in branches if start < end}  # to the last branch back; traps go to themselves
-    # A wait that failed goes on below the code, and from there back into it: no loop, it is entered in its middle.
-    spans = {s: e for s, e in spans.items() if not any(source < s < goal <= e for source, goal in branches)}
-    bodies = {(s, e): [i for i in instructions if s <= i.address <= e] for s, e in sorted(spans.items())}
-    real = {span: x for span, x in bodies.items() if len(x) > 12 or SPIN.isdisjoint(i.op for i in x)}
-    return [_loop(x) for (s, e), x in real.items() if not any((s, e) != (a, b) and s <= a and b <= e for a, b in real)]
-
-
-def _loop(body: list[Instruction]) -> Loop:
-    ops = Counter(i.op for i in body)
-    products = Counter(re.search(r"\d+x\d+x\d+", i.modifiers)[0] for i in body if i.op == "HGMMA")
-    flops = sum(2 * math.prod(map(int, shape.split("x"))) * n for shape, n in products.items())
-    fp32 = sum(ops[op] for op in FP32)
-    return Loop(body[0].address, len(body), ops["MUFU"], fp32, ops["SHFL"], dict(products), flops)
 
 
 def milliseconds(cycles_per_tile: float, tiles: int, sms: int = 132, ghz: float = 1.755) -> float:
@@ -245,42 +208,45 @@ def bound(machines: list[Machine], tiles: tuple[int, ...]) -> float | None:
         return sum(milliseconds(x.cycles[x.bound], n) for x, n in zip(loops, tiles, strict=True))
 
 
-# By name: how often each main loop runs, and the kernels.
-type Compiled = dict[str, tuple[tuple[int, ...], list[Machine]]]
-
-
-def print_table(compiled: Compiled, console: Console) -> None:
+def print_table(compiled: dict[str, Compiled], console: Console) -> None:
+    kernels = Table("kernel", title="bytes spilled by a thread: stores + loads; alone: without the linker")
+    for column in ("registers", "stack", "spilled", "alone: spilled", "shared", "atomics"):
+        kernels.add_column(column, justify="right")
     table = Table("kernel", "loop", title="main loops: instructions of a warp, cycles of a warpgroup, per iteration")
-    for column in ("MUFU", "fp32", "SHFL", "HGMMA", "all", "special", "issue", "tensor"):
+    for column in ("runs", "MUFU", "a score", "fp32", "SHFL", "HGMMA", "all", "special", "issue", "tensor"):
         table.add_column(column, justify="right")
-    for name, (tiles, machines) in compiled.items():
+    for name, (tiles, scores, machines) in compiled.items():
+        kernels.add_row(f"[bold]{name}[/bold]")
+        runs = iter(tiles)
         for m in machines:
-            spills, shared = f"{m.spill_stores}+{m.spill_loads}", f"{m.static_shared}+{m.dynamic_shared}"
-            console.print(
-                f"{name} {m.name}: {m.registers} registers, {spills} bytes spilled, stack {m.stack}", end=", "
-            )
-            console.print(f"shared {shared}, atomics {m.atomics or 'none'}")
-            for warning in m.warnings:
-                console.print(f"  ptxas: {warning}")
+            spilled, alone = (f"{x['spill_stores']}+{x['spill_loads']}" for x in (vars(m), m.alone))
+            shared, atomics = f"{m.static_shared}+{m.dynamic_shared}", str({**m.atomics, **m.sharing} or "none")
+            kernels.add_row(m.name, str(m.registers), str(m.stack), spilled, alone, shared, atomics)
             for x in m.main_loops:
                 products = ", ".join(f"{n} {shape}" for shape, n in x.products.items())
-                counts = map(str, (x.special, x.fp32, x.shuffles, products, x.instructions))
+                counts = (x.special, f"{x.special / scores:.2f}", x.fp32, x.shuffles, products, x.instructions)
                 cycles = (f"[bold]{n:.0f}[/bold]" if what == x.bound else f"{n:.0f}" for what, n in x.cycles.items())
-                table.add_row(m.name, f"{x.start:#x}", *counts, *cycles)
+                table.add_row(m.name, f"{x.start:#x}", str(next(runs, "?")), *map(str, counts), *cycles)
         least = bound(machines, tiles)
-        said = f"{least:.3f} ms" if least else f"no bound, tiles={tiles} are not one for each loop"
-        table.add_row(f"{name}: {said}", end_section=True)
+        said = f"no bound, tiles={tiles} are not one for each loop" if least is None else f"{least:.3f} ms"
+        table.add_row(f"[bold]{name}[/bold]", said, end_section=True)
+    console.print(kernels)
+    for warning in sorted({w for x in compiled.values() for m in x.machines for w in m.warnings}):
+        console.print(f"ptxas: {warning}")
     console.print(table)
 
 
-def write_json(path: Path, compiled: Compiled) -> None:
+def write_json(path: Path, compiled: dict[str, Compiled]) -> None:
     said = subprocess.run([_folder("nvidia.cu13") / "bin" / "ptxas", "--version"], capture_output=True, text=True)
     info = {"date": datetime.date.today().isoformat(), "jax": jax.__version__, "device": "NVIDIA H200"}
     info["ptxas"] = re.search(r"V([\d.]+)", said.stdout)[1]
-    for name, (tiles, machines) in compiled.items():
+    for name, (tiles, scores, machines) in compiled.items():
         info[name] = {"milliseconds": bound(machines, tiles), "tiles": tiles, "kernels": []}
         for m in machines:
-            loops = [dataclasses.asdict(x) | {"cycles": x.cycles, "bound": x.bound} for x in m.main_loops]
+            loops = [
+                dataclasses.asdict(x) | {"special_per_score": x.special / scores, "cycles": x.cycles, "bound": x.bound}
+                for x in m.main_loops
+            ]
             info[name]["kernels"].append(dataclasses.asdict(m) | {"loops": loops})
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(info, indent=1) + "\n")
@@ -291,18 +257,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", choices=KERNELS, help="one kernel")
     parser.add_argument("--json", action="store_true", help="also write benchmarks/results/h200-static.json")
     arguments = parser.parse_args(argv)
-    os.environ["JAX_PLATFORMS"] = "cpu"  # of the processes; this one asks JAX for no device
-    names = [arguments.only] if arguments.only else list(KERNELS)
-    try:  # a process for each: see compile_kernel
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-            compiled = dict(zip(names, pool.map(compile_named, names), strict=True))
+    try:
+        compiled = compile_all([arguments.only] if arguments.only else KERNELS)
     except MissingWheels as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print_table(compiled, Console(width=140, soft_wrap=False))
+    print_table(compiled, Console(width=150, soft_wrap=False))
     if arguments.json:
         write_json(HERE / "results" / "h200-static.json", compiled)
-    return int(any(m.atomics for _, machines in compiled.values() for m in machines))
+    return int(any(m.atomics or m.sharing for x in compiled.values() for m in x.machines))
 
 
 if __name__ == "__main__":

@@ -4,10 +4,13 @@ To add one, write such a function and enter it in KERNELS. Imports that need the
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from pallas_kernels import stick_breaking_attention
 
 
 class Kernel(NamedTuple):
@@ -17,6 +20,7 @@ class Kernel(NamedTuple):
     shapes: tuple[jax.ShapeDtypeStruct, ...]
     # Iterations of each main loop, of all warpgroups together; kernels in the order of their names, loops of the code.
     tiles: tuple[int, ...]
+    scores: int = 32  # of a thread, in an iteration of a main loop: a tile of 64 x 64
 
 
 def softmax_mosaic() -> Kernel:
@@ -32,7 +36,58 @@ def softmax_mosaic() -> Kernel:
         lambda query, key, value: attention_mgpu.attention(query, key, value, config),
         (jax.ShapeDtypeStruct((B, T, N, H), jnp.float16),) * 3,
         tiles=(B * N * sum(unmasked), B * N * (sum(every) - sum(unmasked))),
+        scores=block_q * block_kv // 128,
     )
 
 
-KERNELS: dict[str, Callable[[], Kernel]] = {"softmax_mosaic": softmax_mosaic}
+def stick_breaking(
+    *, B: int = 4, T: int = 4096, N: int, H: int, document: int | None = None, backward: bool = False, **options
+) -> Kernel:
+    """Causal, with tiles of 64 x 64; `document`: the length of packed documents, an even number of tiles.
+
+    What skip_below skips depends on the data: its loops are counted as if nothing were skipped.
+    """
+    n, copies = (document or T) // 64, B * N * (T // (document or T))
+    whole, diagonal = copies * n * (n - 1) // 2, copies * n
+    # The derivative of keys and values takes query tiles in pairs, one for each warpgroup; only pairs without a tile on
+    # or above the diagonal run without a mask.
+    pairs = copies * sum(n // 2 - 1 - j // 2 for j in range(n))
+    forward, d_query, d_key_value = (diagonal, whole, 0), (0, whole, diagonal), (pairs, diagonal) * 2
+
+    def run(query, key, value, d_out, segment_ids=None):
+        def attend(*arrays):
+            return stick_breaking_attention(*arrays, segment_ids=segment_ids, implementation="mosaic", **options)[0]
+
+        if not backward:
+            return attend(query, key, value)
+        out, vjp = jax.vjp(attend, query, key, value)
+        return out, vjp(d_out)
+
+    shapes = (jax.ShapeDtypeStruct((B, T, N, H), jnp.bfloat16),) * 4
+    if document:
+        shapes += (jax.ShapeDtypeStruct((B, T), jnp.int32),)
+    return Kernel(run, shapes, tiles=d_key_value + d_query + forward if backward else forward)
+
+
+def stick_breaking_decode() -> Kernel:
+    """One query each over a long cache; the heads of a group are the rows of one tile."""
+    B, S, N, K, H = 8, 32768, 32, 8, 128
+    query, cache = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((B, 1, N, H), (B, S, K, H)))
+    return Kernel(
+        lambda query, key, value: stick_breaking_attention(query, key, value, implementation="mosaic")[0],
+        (query, cache, cache),
+        tiles=(B * K, B * K * (S // 64 - 1), 0),  # a position does not see itself: the last tile takes a mask
+    )
+
+
+# The benchmark's shape, the 3B and the 350M model's; training is forward and backward.
+KERNELS: dict[str, Callable[[], Kernel]] = {
+    "softmax_mosaic": softmax_mosaic,
+    "stick_breaking": partial(stick_breaking, N=12, H=128),
+    "stick_breaking_training": partial(stick_breaking, N=12, H=128, backward=True),
+    "stick_breaking_skip": partial(stick_breaking, N=12, H=128, backward=True, skip_below=-24.0),
+    "stick_breaking_3b": partial(stick_breaking, N=36, H=64, backward=True),
+    "stick_breaking_packed": partial(stick_breaking, N=36, H=64, backward=True, document=1024),
+    "stick_breaking_350m": partial(stick_breaking, N=32, H=32, backward=True),
+    "stick_breaking_decode": stick_breaking_decode,
+}

@@ -1,0 +1,88 @@
+"""Hopper machine code as nvdisasm prints it: its instructions, its innermost loops, and what an iteration costs.
+
+A loop counts every instruction from its first to its last as run once: a branch around some of them still counts them,
+and waiting for a barrier costs nothing.
+"""
+
+import dataclasses
+import math
+import re
+from collections import Counter
+from typing import NamedTuple
+
+WARPGROUP = 128  # threads: four warps, one on each scheduler of a multiprocessor
+# What a Hopper multiprocessor does in a clock: special-function lanes, dense bf16 floating-point operations.
+SPECIAL_LANES, TENSOR_FLOPS = 16, 4096
+FP32 = ("FFMA", "FADD", "FMUL", "FMNMX")
+ATOMICS = ("ATOM", "ATOMG", "ATOMS", "RED", "REDG", "REDAS", "UTMAREDG")
+# A wait for a barrier is a loop of its own: a few instructions and one of these.
+SPIN = {"SYNCS", "NANOSLEEP", "YIELD"}
+
+
+class Instruction(NamedTuple):
+    address: int
+    op: str  # up to the first dot
+    modifiers: str
+    operands: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """An innermost loop of the machine code: instructions of one warp in one iteration."""
+
+    start: int  # address
+    instructions: int
+    special: int  # MUFU
+    fp32: int
+    shuffles: int
+    products: dict[str, int]  # HGMMA, by shape
+    flops: int  # of the products, for the whole warpgroup
+
+    @property
+    def cycles(self) -> dict[str, float]:
+        """What an iteration of one warpgroup takes of a multiprocessor, by resource, if nothing ever waits."""
+        return {
+            "special": self.special * WARPGROUP / SPECIAL_LANES,
+            "issue": float(self.instructions),
+            "tensor": self.flops / TENSOR_FLOPS,
+        }
+
+    @property
+    def bound(self) -> str:
+        """The resource that takes the most: no iteration is shorter, even when everything overlaps."""
+        return max(self.cycles, key=self.cycles.get)
+
+
+def read(listing: str) -> tuple[list[Instruction], dict[str, int]]:
+    """The instructions that nvdisasm printed, and the address that each label stands for."""
+    instructions, labels, waiting = [], {}, []
+    for line in listing.splitlines():
+        if label := re.match(r"(\.L\w+):", line):
+            waiting.append(label[1])
+        elif found := re.search(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)([\w.:]*)\s*([^;]*)", line):
+            address, *rest = found.groups()
+            instructions.append(Instruction(int(address, 16), *rest))
+            labels |= dict.fromkeys(waiting, instructions[-1].address)
+            waiting.clear()
+    return instructions, labels
+
+
+def find_loops(listing: str) -> list[Loop]:
+    """The innermost loops of a kernel's machine code, waits for barriers aside."""
+    instructions, labels = read(listing)
+    found = [(i.address, re.search(r"\.L\w+", i.operands)) for i in instructions if i.op == "BRA"]
+    branches = [(source, labels[label[0]]) for source, label in found if label and label[0] in labels]
+    spans = {start: end for end, start in branches if start < end}  # to the last branch back; traps go to themselves
+    # A wait that failed goes on below the code, and from there back into it: no loop, it is entered in its middle.
+    spans = {s: e for s, e in spans.items() if not any(source < s < goal <= e for source, goal in branches)}
+    bodies = {(s, e): [i for i in instructions if s <= i.address <= e] for s, e in sorted(spans.items())}
+    real = {span: x for span, x in bodies.items() if len(x) > 12 or SPIN.isdisjoint(i.op for i in x)}
+    return [_loop(x) for (s, e), x in real.items() if not any((s, e) != (a, b) and s <= a and b <= e for a, b in real)]
+
+
+def _loop(body: list[Instruction]) -> Loop:
+    ops = Counter(i.op for i in body)
+    products = Counter(re.search(r"\d+x\d+x\d+", i.modifiers)[0] for i in body if i.op == "HGMMA")
+    flops = sum(2 * math.prod(map(int, shape.split("x"))) * n for shape, n in products.items())
+    fp32 = sum(ops[op] for op in FP32)
+    return Loop(body[0].address, len(body), ops["MUFU"], fp32, ops["SHFL"], dict(products), flops)

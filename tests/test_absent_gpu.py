@@ -1,0 +1,134 @@
+"""The Mosaic kernels, compiled for an H200 that is not there: no atomics, no spills, and an iteration's cost."""
+
+import importlib.util
+import json
+
+import pytest
+from rich.console import Console
+
+from benchmarks import absent_gpu, sass
+from benchmarks.absent_kernels import KERNELS, stick_breaking
+
+needs_wheels = pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None,
+    reason="needs the CUDA wheels and no GPU: make test-absent",
+)
+
+# A kernel with an outer loop (0x10), an inner one with a product (0x30), a wait for a barrier (0x80) and a final trap.
+LISTING = """
+.L_x_0:
+        /*0010*/                   MOV R1, R2 ;                            /* 0x0 */
+                                                                           /* 0x1 */
+        /*0020*/              @!P0 BRA `(.L_x_3) ;
+.L_x_1:
+        /*0030*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], RZ, !UPT ;
+        /*0040*/                   MUFU.EX2 R3, R4 ;
+        /*0050*/             @!UP1 FFMA.FTZ R3, R4, R5, R6 ;
+        /*0060*/                   SHFL.BFLY PT, R5, R3, 0x1, 0x1f ;
+        /*0070*/               @P1 BRA `(.L_x_1) ;
+.L_x_2:
+        /*0080*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R2+URZ], R3 ;
+        /*0090*/              @!P0 BRA `(.L_x_2) ;
+        /*00a0*/                   ATOMG.E.ADD.STRONG.GPU PT, R3, [R2.64], R3 ;
+        /*00b0*/               @P2 BRA `(.L_x_0) ;
+.L_x_3:
+        /*00c0*/                   EXIT ;
+.L_x_4:
+        /*00d0*/                   BRA `(.L_x_4);
+"""
+
+
+def test_a_listing_is_read():
+    instructions, labels = sass.read(LISTING)
+    assert labels == {".L_x_0": 0x10, ".L_x_1": 0x30, ".L_x_2": 0x80, ".L_x_3": 0xC0, ".L_x_4": 0xD0}
+    assert [i.address for i in instructions] == list(range(0x10, 0xE0, 0x10))
+    assert instructions[2] == (0x30, "HGMMA", ".64x64x16.F32.BF16", "R24, gdesc[UR4], RZ, !UPT ")
+    assert instructions[4][1:3] == ("FFMA", ".FTZ")
+    assert [i.op for i in instructions if i.op in sass.ATOMICS] == ["ATOMG"]
+
+
+def test_only_the_innermost_loop_that_works_is_found():
+    (loop,) = sass.find_loops(LISTING)
+    assert (loop.start, loop.instructions, loop.special, loop.fp32, loop.shuffles) == (0x30, 5, 1, 1, 1)
+    assert loop.products == {"64x64x16": 1} and loop.flops == 2 * 64 * 64 * 16
+    # 128 threads on 16 lanes; five instructions of four warps on four schedulers; 4096 operations a clock.
+    assert loop.cycles == {"special": 8, "issue": 5, "tensor": 32} and loop.bound == "tensor"
+
+
+def test_a_wait_that_goes_on_below_the_code_is_no_loop():
+    below = """
+        /*0010*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R2+URZ], R3 ;
+        /*0020*/              @!P0 BRA `(.L_x_1) ;
+.L_x_0:
+        /*0030*/                   MUFU.EX2 R3, R4 ;
+        /*0040*/                   EXIT ;
+.L_x_1:
+        /*0050*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R2+URZ], R3 ;
+        /*0060*/               @P0 BRA `(.L_x_0) ;
+        /*0070*/                   BRA `(.L_x_1) ;
+"""
+    assert sass.find_loops(below) == []
+
+
+def test_usage_takes_the_last_word():
+    log = """ptxas         .     48 bytes stack frame, 64 bytes spill stores, 116 bytes spill loads
+ptxas info    : Used 168 registers, used 16 barriers, 17 bytes smem
+info    : used 162 registers, used 16 barriers, 48 stack, 1025 bytes smem"""
+    usage = dict(registers=162, stack=48, spill_stores=64, spill_loads=116, static_shared=1025)
+    assert absent_gpu._usage(log) == usage
+
+
+def test_bound_by_hand():
+    """A clock of 1.755 GHz on 132 multiprocessors: 1e6 iterations of 231.66 cycles take 1 ms."""
+    assert absent_gpu.milliseconds(231.66, 10**6) == pytest.approx(1)
+
+
+def test_tiles_by_hand():
+    """Eight tiles of queries: 8 on the diagonal, 28 left of it; for the pairs of queries, 3 3 2 2 1 1 0 0 of them."""
+    small = dict(B=1, T=512, N=1, H=64)
+    assert stick_breaking(**small).tiles == (8, 28, 0)
+    assert stick_breaking(**small, backward=True).tiles == (12, 8, 12, 8, 0, 28, 8, 8, 28, 0)
+    # Two documents of four tiles each: 1 1 0 0.
+    assert stick_breaking(**small, backward=True, document=256).tiles == (4, 8, 4, 8, 0, 12, 8, 8, 12, 0)
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    return absent_gpu.compile_all(KERNELS)
+
+
+@needs_wheels
+@pytest.mark.parametrize("name", KERNELS)
+def test_compiles(compiled, name):
+    tiles, _, machines = compiled[name]
+    assert machines and absent_gpu.bound(machines, tiles) > 0
+    for m in machines:
+        assert not m.atomics and not m.sharing, f"{m.name}: {m.atomics} {m.sharing}"
+        assert m.static_shared + m.dynamic_shared <= 227 * 1024
+
+
+@needs_wheels
+@pytest.mark.parametrize("name", [name for name in KERNELS if name != "softmax_mosaic"])
+def test_forward_keeps_to_its_registers(compiled, name):
+    _, scores, machines = compiled[name]
+    (m,) = (m for m in machines if m.name.startswith("stick_breaking_forward"))
+    assert (m.spill_stores, m.spill_loads, m.stack) == (0, 0, 0)
+    assert (m.alone["spill_stores"], m.alone["spill_loads"]) == (0, 0)
+    assert max(x.special for x in m.main_loops) <= 2.1 * scores
+
+
+@needs_wheels
+def test_forward_bound(compiled):
+    """B=4, T=4096, N=12, H=128 on an H200."""
+    tiles, _, machines = compiled["stick_breaking"]
+    assert absent_gpu.bound(machines, tiles) <= 0.32
+
+
+@needs_wheels
+def test_table_and_json(compiled, tmp_path):
+    console = Console(width=160, record=True, file=(tmp_path / "out").open("w"))
+    absent_gpu.print_table(compiled, console)
+    absent_gpu.write_json(tmp_path / "h200.json", compiled)
+    text, info = console.export_text(), json.loads((tmp_path / "h200.json").read_text())
+    assert all(name in text for name in KERNELS) and info.keys() >= KERNELS.keys()
+    assert info["stick_breaking"]["kernels"][0]["alone"]["spill_loads"] == 0
