@@ -45,15 +45,26 @@ def main(argv: list[str] | None = None) -> int:
     info = report.machine()
     if info["load"][0] > 0.5 * info["cpu_count"]:
         print(f"others are at work here (load {info['load'][0]}): times are long and ratios rough", file=sys.stderr)
+    rows: list[report.Row] = []
+
+    def finish(default: str, rows: list[report.Row]) -> None:
+        report.print_table(rows)
+        print("; ".join(f"{name} {value}" for name, value in info.items()))
+        if arguments.json is not None:
+            report.write_json(arguments.json or RESULTS / default, info, rows)
+
     if arguments.gpu:
-        ceilings, rows = gpu.rows(arguments.only, arguments.quick)
-        rows, default = [*rows, ceiling_row(ceilings)], f"{gpu.chip()}.json"
+        ceilings = gpu.measured_ceilings(arguments.quick)
+        default = f"{gpu.chip()}.json"
+
+        def finish_gpu():
+            finish(default, [*gpu.finished(rows), ceiling_row(ceilings)])
+
+        with gpu.give_up_after(gpu.HANGS, finish_gpu):
+            gpu.rows(arguments.only, arguments.quick, ceilings, rows)
+        finish_gpu()
     else:
-        rows, default = cpu_rows(arguments.only, arguments.quick), "cpu.json"
-    report.print_table(rows)
-    print("; ".join(f"{name} {value}" for name, value in info.items()))
-    if arguments.json is not None:
-        report.write_json(arguments.json or RESULTS / default, info, rows)
+        finish("cpu.json", cpu_rows(arguments.only, arguments.quick))
     return 0
 
 

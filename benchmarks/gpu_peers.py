@@ -1,10 +1,11 @@
 """What a user would take instead, each as its own documentation calls it. One that is not installed is not in the race.
 
-A torch peer is `(shape, backward, seconds) -> Times` on random inputs of its own; JAX peers take ours.
+A torch peer is `(shape, passes, seconds) -> Times` on random inputs of its own; JAX peers take ours.
 """
 
 import importlib.util
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,11 @@ def _have(*names: str) -> bool:
 def softmax(q, k, v):
     """cuDNN's causal softmax attention: another function, the speed to come near."""
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+
+
+def softmax_step(query, key, value):
+    """One query per sequence against the whole cache."""
+    return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
 
 
 def ragged_dots() -> Iterator[tuple[str, Callable]]:
@@ -54,21 +60,28 @@ def experts() -> list[Callable]:
     return [peer for name, peer in peers.items() if _have("torch", name)]
 
 
-def _torch_times(forward: Callable, make_inputs: Callable, parameters: list, backward: bool, seconds: float) -> Times:
-    """`forward(*inputs)` with the gradients of inputs and parameters if `backward`, on two rotating sets of inputs."""
+def _torch_times(forward: Callable, make_inputs: Callable, parameters: list, passes: str, seconds: float) -> Times:
+    """`forward(*inputs)` or the gradients of inputs and parameters or both, on two rotating sets of inputs."""
     import torch
 
-    def both(*inputs):
-        out = forward(*inputs)
+    def gradients(out, d_out, *inputs, **how):
         wanted = [x for x in (*inputs, *parameters) if x.requires_grad]
-        return torch.autograd.grad(out, wanted, torch.ones_like(out).normal_(), allow_unused=True)
+        return torch.autograd.grad(out, wanted, d_out, allow_unused=True, **how)
 
-    def only(*inputs):
+    def both(d_out, *inputs):
+        return gradients(forward(*inputs), d_out, *inputs)
+
+    def only(d_out, *inputs):
         with torch.no_grad():
             return forward(*inputs)
 
-    sets = [make_inputs() for _ in range(2)]
-    return rotating(both if backward else only, sets, seconds=seconds, block=lambda out: torch.cuda.synchronize())
+    sets = []
+    for inputs in (make_inputs() for _ in range(2)):
+        out = forward(*inputs)
+        d_out = torch.randn_like(out)
+        sets.append((out, d_out, *inputs) if passes == "backward" else (d_out, *inputs))
+    run = {"forward": only, "backward": partial(gradients, retain_graph=True), "forward+backward": both}[passes]
+    return rotating(run, sets, seconds=seconds, block=lambda out: torch.cuda.synchronize())
 
 
 def _normal(*shape):
@@ -77,18 +90,18 @@ def _normal(*shape):
     return torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
 
 
-def stickbreaking_attention(shape: dict, backward: bool, seconds: float) -> Times:
+def stickbreaking_attention(shape: dict, passes: str, seconds: float) -> Times:
     """The original Triton kernel, [B, N, T, H]."""
     from stickbreaking_attention.sb_attn import sb_attn
 
     B, T, N, H = (shape[letter] for letter in "BTNH")
     return _torch_times(
         lambda q, k, v: sb_attn(q, k, v, inv_temp=H**-0.5)[0],
-        lambda: tuple(_normal(B, N, T, H) for _ in range(3)), [], backward, seconds,
+        lambda: tuple(_normal(B, N, T, H) for _ in range(3)), [], passes, seconds,
     )  # fmt: skip
 
 
-def scattermoe(shape: dict, backward: bool, seconds: float) -> Times:
+def scattermoe(shape: dict, passes: str, seconds: float) -> Times:
     import torch
     from scattermoe.mlp import GLUMLP
 
@@ -99,10 +112,10 @@ def scattermoe(shape: dict, backward: bool, seconds: float) -> Times:
         gates, chosen = torch.rand((T, E), device="cuda").topk(k)
         return _normal(T, D), (gates / gates.sum(-1, keepdim=True)).bfloat16(), chosen
 
-    return _torch_times(mlp, make, list(mlp.parameters()), backward, seconds)
+    return _torch_times(mlp, make, list(mlp.parameters()), passes, seconds)
 
 
-def sonicmoe(shape: dict, backward: bool, seconds: float) -> Times:
+def sonicmoe(shape: dict, passes: str, seconds: float) -> Times:
     """With its router, a product of D x E more than the others."""
     import torch
     from sonicmoe import KernelBackendMoE, MoE
@@ -117,4 +130,4 @@ def sonicmoe(shape: dict, backward: bool, seconds: float) -> Times:
     def forward(x):
         return moe(x, kernel_backend_moe=KernelBackendMoE.sonicmoe)[0]
 
-    return _torch_times(forward, lambda: (_normal(T, D),), list(moe.parameters()), backward, seconds)
+    return _torch_times(forward, lambda: (_normal(T, D),), list(moe.parameters()), passes, seconds)

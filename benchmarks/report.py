@@ -82,7 +82,7 @@ def print_table(rows: list[Row], console: Console | None = None) -> None:
     console = console or Console(width=160, soft_wrap=False)
     for part in dict.fromkeys(row.part for row in rows):
         table = Table("case", "contestant", title=part, title_justify="left")
-        for column in ("median ms", "best ms", "ratio", "bound"):
+        for column in ("median ms", "best ms", "ratio over", "bound"):
             table.add_column(column, justify="right")
         table.add_column("")
         last = None
@@ -95,11 +95,12 @@ def print_table(rows: list[Row], console: Console | None = None) -> None:
 
 
 def _number(x: float | None) -> str:
-    return "" if x is None else f"{x:,.2f}" if x < 1000 else f"{x:,.0f}"
+    return "" if x is None else f"{x:,.3f}" if abs(x) < 1 else f"{x:,.2f}" if x < 1000 else f"{x:,.0f}"
 
 
 def _cells(row: Row):
-    yield from (_number(row.milliseconds), _number(row.best), _number(row.ratio))
+    yield from (_number(row.milliseconds), _number(row.best))
+    yield _number(row.ratio) if row.against is None else f"{_number(row.ratio)} {row.against}"
     verdict = {True: "yes", False: "[bold]NO[/bold]", None: ""}[row.holds]
     bounds = (("<=", row.at_most), (">=", row.at_least))
     yield " ".join([f"{sign} {bound:.2f}" for sign, bound in bounds if bound is not None] + [verdict])

@@ -50,14 +50,33 @@ def interleave(
     return {name: Times(np.array(values)) for name, values in samples.items()}
 
 
-def rotating(function: Callable, sets: Sequence[tuple], **how) -> Times:
-    """Milliseconds of one call on an asynchronous device.
+def rotating(
+    function: Callable, sets: Sequence[tuple], *, seconds: float = 1.0, least: int = 5, block=jax.block_until_ready
+) -> Times:
+    """Milliseconds of one call on an asynchronous device, whose calls run in the order they were queued.
 
-    A sample queues one call per set of inputs and waits for the last: the launches overlap, and the sets together are
-    larger than the cache, so that no call finds its inputs there.
+    A sample queues calls that take some milliseconds together and waits for the last, so that launching them from
+    Python overlaps with their running. The sets of inputs take turns: together larger than the cache, no call finds its
+    inputs there. A call shorter than its own launch, some 20 us, must be repeated inside of one compiled function.
     """
-    times = interleave({"": lambda: [function(*arguments) for arguments in sets]}, **how)[""]
-    return Times(times.rounds / len(sets))
+
+    def queue(calls: int) -> float:
+        begun = time.perf_counter()
+        for i in range(calls):
+            output = function(*sets[i % len(sets)])  # the one before is freed as soon as it is computed
+        block(output)
+        return time.perf_counter() - begun
+
+    queue(len(sets))  # compiles
+    turns = int(np.clip(_SAMPLE / queue(len(sets)), 1, 32))
+    samples: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(samples) < least or time.perf_counter() < end:
+        samples.append(1e3 * queue(turns * len(sets)) / (turns * len(sets)))
+    return Times(np.array(samples))
+
+
+_SAMPLE = 0.02  # seconds
 
 
 def forward_backward(function: Callable) -> Callable:
@@ -70,8 +89,11 @@ def forward_backward(function: Callable) -> Callable:
     return jax.jit(run)
 
 
-def ceilings(size: int, dtype, copied: int, *, seconds: float = 1.0) -> Ceilings:
-    """Measured on random numbers: a product of [size, size], and a pass that reads and writes `copied` bytes."""
+def ceilings(size: int, dtype, copied: int, *, seconds: float = 1.0, queued: bool = False) -> Ceilings:
+    """Measured on random numbers: a product of [size, size], and a pass that reads and writes `copied` bytes.
+
+    `queued` is for an asynchronous device: without the wait after every call.
+    """
     a, b = jax.random.normal(jax.random.key(0), (2, size, size), dtype)
     x = jax.random.normal(jax.random.key(1), (copied // 4,), jnp.float32)
     # In place: on a CPU a fresh output would cost more in page faults than in memory traffic.
@@ -83,6 +105,10 @@ def ceilings(size: int, dtype, copied: int, *, seconds: float = 1.0) -> Ceilings
         return x
 
     # The best of many: a limit that was taken while another job ran would be no limit.
-    times = interleave({"product": lambda: product(a, b), "copy": pass_over}, seconds=seconds)
+    runs = {"product": lambda: product(a, b), "copy": pass_over}
+    if queued:
+        times = {name: rotating(run, [()], seconds=seconds / 2) for name, run in runs.items()}
+    else:
+        times = interleave(runs, seconds=seconds)
     seconds_of = {name: t.best / 1e3 for name, t in times.items()}
     return Ceilings(matmul(size, size, size).flops / seconds_of["product"], 2 * x.nbytes / seconds_of["copy"])

@@ -135,58 +135,77 @@ def _like(x, registers):
     return FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=None)
 
 
+class _Device:
+    """The arithmetic of one thread, as MLIR; a test puts numbers in its place."""
+
+    def __init__(self):
+        from jax._src.lib.mlir import ir
+        from jax._src.lib.mlir.dialects import arith, gpu, math, vector
+        from jax.experimental.mosaic.gpu import utils
+
+        f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
+        thread = arith.index_castui(i32, gpu.thread_id(gpu.Dimension.x))
+
+        def one_if(bit, is_set):
+            compare = arith.CmpIPredicate.ne if is_set else arith.CmpIPredicate.eq
+            chosen = arith.cmpi(compare, arith.andi(thread, utils.c(bit, i32)), utils.c(0, i32))
+            return arith.select(chosen, utils.c(1.0, f32), utils.c(0.0, f32))
+
+        self.add, self.subtract, self.negate, self.fma = arith.addf, arith.subf, arith.negf, math.fma
+        self.shuffle, self.one_if, self.zero = utils.shfl_bfly, one_if, utils.c(0.0, f32)
+        self.element = lambda register, i: vector.extract(register, [], [i])
+        self.pack = lambda elements, like: vector.from_elements(like.type, elements)
+
+
+def scan_registers(ops, minuend, factor, x, start, *, right: bool):
+    """`minus_sum_right` or `minus_sum_left` on the registers of a thread: two shuffles per group of columns and half.
+
+    Registers are arrays of objects, [1, groups, 1, 1, 2 halves, ..] of pairs and for rows [1, 1, 2 halves, ..] of one.
+    """
+    near, far = (ops.one_if(bit, is_set=not right) for bit in (1, 2))  # one where the partner comes first
+    result, sums = x.copy(), start.copy()
+    for half in range(2):
+        place = (0, 0, half) + (0,) * (start.ndim - 3)
+        running, total = ops.element(start[place], 0), ops.zero
+        groups = range(x.shape[1])
+        for g in reversed(groups) if right else groups:
+            index = (0, g, 0, 0, half) + (0,) * (x.ndim - 5)
+            a, b = (ops.element(x[index], i) for i in range(2))
+            pair = ops.add(a, b)
+            partner = ops.shuffle(pair, 1)
+            both = ops.add(pair, partner)
+            others = ops.shuffle(both, 2)
+            base = ops.fma(others, far, ops.fma(partner, near, running))
+            before = (ops.add(base, b), base) if right else (base, ops.add(base, a))
+            outs = []
+            for i in range(2):
+                own = ops.element(minuend[index], i)
+                if factor is None:
+                    outs.append(ops.subtract(own, before[i]))
+                else:
+                    outs.append(ops.fma(ops.negate(ops.element(factor[index], i)), before[i], own))
+            result[index] = ops.pack(outs, x[index])
+            group = ops.add(both, others)
+            running, total = ops.add(running, group), ops.add(total, group)
+        sums[place] = ops.pack([total], start[place])
+    return result, sums
+
+
 def _scan(minuend, factor, x, start, *, right: bool):
-    """Two butterfly shuffles per group of 8 columns and row half; the groups one after the other."""
-    from jax._src.lib.mlir import ir
-    from jax._src.lib.mlir.dialects import arith, gpu, math, vector
-    from jax.experimental.mosaic.gpu import utils
+    arrays = (x, minuend) if factor is None else (x, minuend, factor)
 
     @plgpu.inline_mgpu(
-        arg_types=(ROW,) + (TILE,) * (2 if factor is None else 3),
+        arg_types=(ROW,) + (TILE,) * len(arrays),
         return_type=(
             plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=TILE),
             plgpu.ShapeDtypeStruct((x.shape[0],), jnp.float32, layout=ROW),
         ),
     )
     def scan(ctx, start, x, minuend, factor=None):
-        f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
-        thread = arith.index_castui(i32, gpu.thread_id(gpu.Dimension.x))
-
-        def one_if(bit):  # 1.0 where the partner at this distance comes first in the direction of the sum
-            is_set = arith.andi(thread, utils.c(bit, i32))
-            compare = arith.CmpIPredicate.eq if right else arith.CmpIPredicate.ne
-            chosen = arith.cmpi(compare, is_set, utils.c(0, i32))
-            return arith.select(chosen, utils.c(1.0, f32), utils.c(0.0, f32))
-
-        def element(register, i):
-            return vector.extract(register, [], [i])
-
-        near, far = one_if(1), one_if(2)
-        result, sums = x.registers.copy(), start.registers.copy()
-        for half in range(2):
-            place = (0, 0, half, 0, 0)
-            running, total = element(start.registers[place], 0), utils.c(0.0, f32)
-            groups = range(x.registers.shape[1])
-            for g in reversed(groups) if right else groups:
-                index = (0, g, 0, 0, half) + (0,) * (x.registers.ndim - 5)
-                a, b = element(x.registers[index], 0), element(x.registers[index], 1)
-                pair = arith.addf(a, b)
-                partner = utils.shfl_bfly(pair, 1)
-                both = arith.addf(pair, partner)
-                others = utils.shfl_bfly(both, 2)
-                base = math.fma(others, far, math.fma(partner, near, running))
-                sums_before = (arith.addf(base, b), base) if right else (base, arith.addf(base, a))
-
-                def minus(index, i, sums_before=sums_before):
-                    own = element(minuend.registers[index], i)
-                    if factor is None:
-                        return arith.subf(own, sums_before[i])
-                    return math.fma(arith.negf(element(factor.registers[index], i)), sums_before[i], own)
-
-                result[index] = vector.from_elements(x.registers[index].type, [minus(index, i) for i in range(2)])
-                group = arith.addf(both, others)
-                running, total = arith.addf(running, group), arith.addf(total, group)
-            sums[place] = vector.from_elements(start.registers[place].type, [total])
+        registers = None if factor is None else factor.registers
+        result, sums = scan_registers(
+            _Device(), minuend.registers, registers, x.registers, start.registers, right=right
+        )
         return _like(x, result), _like(start, sums)
 
-    return scan(start, x, minuend, *(() if factor is None else (factor,)))
+    return scan(start, *arrays)

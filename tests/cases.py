@@ -119,6 +119,32 @@ STICK = {
 SKIP_CASES = "plain", "grouped-heads", "offsets", "no-keys", "padded", "everything", "saturated", "very-saturated"
 
 
+# For the GPU kernels, whose tiles are of 64 queries and 64 keys and whose heads have 32 channels or more.
+MOSAIC = {
+    "plain": Stick(T=200, N=1, H=64),
+    "one-token": Stick(T=1, H=32),
+    "grouped": Stick(T=70, B=2, N=2, K=1, H=32),
+    "two-groups": Stick(T=66, N=4, K=2, H=32, Hv=64),
+    "narrow-values": Stick(T=63, N=1, H=64, Hv=32),
+    "fp16-128": Stick(T=130, N=1, H=128),
+    "wide-256": Stick(T=70, N=1, H=256),
+    "cache": Stick(T=40, S=150, H=32),
+    "more-queries": Stick(T=140, S=70, H=32),
+    "offsets": Stick(T=70, S=140, B=3, N=1, H=32, offset=(70, 3, -40)),
+    "packed": Stick(T=200, N=1, H=32, segments=(70, 1, 2, 127)),
+    "padded": Stick(T=150, B=2, N=1, H=32, segments=(-30, 60, 20, -40)),
+    "window": Stick(T=200, N=1, H=32, window=70),
+    "current-only": Stick(T=70, N=1, H=32, attend_current=True, window=0),
+    "everything": Stick(
+        T=80, S=150, B=2, N=2, K=1, H=32, Hv=64, segments=(50, 25, -5), key_segments=(100, 40, -10),
+        offset=(70, 30), window=66, attend_current=True,
+    ),
+    "saturated": Stick(T=100, N=1, H=32, std=1.0, shift=12.0),
+    "wild": Stick(T=100, N=1, H=32, std=12.0, shift=-6.0),
+    "all-far": Stick(T=200, N=1, H=32, shift=-8.0),
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Experts:
     """A call of expert_mlp or expert_linear. `share` of the slots go to the first expert, `idle` to none, by chance."""

@@ -21,7 +21,8 @@ KEYS = 64  # of a tile
 MEMORY = 208 * 1024  # bytes of shared memory for tiles
 SNAPSHOTS = 2**31  # bytes; the backward pass takes fewer heads at a time above
 MULTIPROCESSORS = 132
-ROUND = 4  # key tiles of a split in one round of decoding with skip_below
+SPLIT = 4  # key tiles that are worth a split of their own when all are read
+ROUND = 8  # key tiles read first when decoding with skip_below; every further round reads twice as many
 LN2 = math.log(2)
 
 
@@ -102,7 +103,9 @@ def _gradients(plan: Plan, arrays, scale, planned):
         dq, snapshots = mosaic_backward.d_query(
             plan, query, key, value, d_out, d_log_rem, spent, reached, scale, *planned
         )
-        second = plan._replace(stages=max(1, min(2, (MEMORY - _bytes(plan, 2 * KEYS) - 32768) // _bytes(plan, 2 * ROWS))))
+        second = plan._replace(
+            stages=max(1, min(2, (MEMORY - _bytes(plan, 2 * KEYS) - 32768) // _bytes(plan, 2 * ROWS)))
+        )
         dk, dv = mosaic_backward.d_key_value(second, query, key, value, d_out, snapshots, reached, scale, *planned)
         return dq, dk, dv
 
@@ -193,7 +196,7 @@ def _is_decoding(call: Call) -> bool:
 
 def _splits(call: Call) -> int:
     B, K = call.query.shape[0], call.key.shape[2]
-    return max(1, min(MULTIPROCESSORS // (B * K), call.mask.S // (ROUND * KEYS)))
+    return max(1, min(MULTIPROCESSORS // (B * K), call.mask.S // (SPLIT * KEYS)))
 
 
 def _decode(call: Call):
@@ -210,7 +213,7 @@ def _decode(call: Call):
     def some(high, low):
         """Key tiles low..high-1 of every row tile: (out [B,K,rows,Hv], spent [B,K,rows]), all in fp32."""
         share = jnp.arange(P + 1).reshape(-1, 1, 1)
-        edges = low + (high - low) * share // P
+        edges = low[None] + (high - low)[None] * share // P
         clipped = jnp.clip(table[None], edges[:-1, ..., None], edges[1:, ..., None])
         empty = clipped[..., :1] <= clipped[..., 3:]
         split = jnp.where(empty, 0, clipped).reshape(P * B, *table.shape[1:])
@@ -226,17 +229,18 @@ def _decode(call: Call):
     else:
 
         def further(state):
-            high, out, spent = state
-            low = jnp.maximum(start, high - ROUND * P)
+            width, high, out, spent = state
+            low = jnp.maximum(start, high - width)
             more, more_spent = some(high, low)
-            return low, out + jnp.exp2(-spent)[..., None] * more, spent + more_spent
+            return 2 * width, low, out + jnp.exp2(-spent)[..., None] * more, spent + more_spent
 
         def goes_on(state):
-            high, _, spent = state
+            _, high, _, spent = state
             return (high > start).any() & (spent.min() <= -call.skip_below)
 
         zeros = jnp.zeros((B, K, plan.rows), jnp.float32)
-        reached, out, spent = lax.while_loop(goes_on, further, (stop, zeros[..., None] * jnp.zeros(Hv), zeros))
+        nothing = jnp.zeros((B, K, plan.rows, Hv), jnp.float32)
+        _, reached, out, spent = lax.while_loop(goes_on, further, (ROUND, stop, nothing, zeros))
         in_reach = (stop - start).sum(-1)
         share = jnp.where(in_reach == 0, 1, (stop - reached).sum(-1) / jnp.maximum(in_reach, 1))
         kept = jnp.broadcast_to(share.astype(jnp.float32)[:, None], (B, K))

@@ -213,7 +213,22 @@ def d_key_value(
     ):
         if plan.segments:
             (q_segments_ref, k_segments_ref), refs = refs[:2], refs[2:]
-        dk_ref, dv_ref, k_mem, v_mem, dk_mem, dv_mem, q_mem, do_mem, snap_mem, kinds, places, w_mem, dz_mem, *barriers = refs
+        (
+            dk_ref,
+            dv_ref,
+            k_mem,
+            v_mem,
+            dk_mem,
+            dv_mem,
+            q_mem,
+            do_mem,
+            snap_mem,
+            kinds,
+            places,
+            w_mem,
+            dz_mem,
+            *barriers,
+        ) = refs
         resident, full, used, exchanged, drained = barriers
         item = lax.axis_index("block")
         j, head, b = item // (plan.B * plan.K), item % plan.K, item // plan.K % plan.B

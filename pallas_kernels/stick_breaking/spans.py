@@ -33,7 +33,7 @@ def spans(call: Call, rows: int, columns: int, per_position: int = 1):
         one = (low_q == high_q)[:, :, None] & (low_q[:, :, None] == low_k[:, None]) & (low_k == high_k)[:, None]
         whole &= one & ~pad_q[:, :, None] & ~pad_k[:, None]
     whole &= reached
-    n, tile = len(first_k), jnp.arange(len(first_k))
+    n, tile = len(first_k), jnp.arange(len(first_k))[None, None]
     if n == 0:
         return jnp.zeros((reached.shape[0], len(first_q), 4), jnp.int32)
     stop = jnp.where(reached, tile + 1, 0).max(-1)

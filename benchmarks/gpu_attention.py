@@ -1,0 +1,94 @@
+"""Speed of stick-breaking attention on a GPU: training shapes, on the logits of a trained model."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import stick_breaking_attention
+
+from . import cost, gpu_check, gpu_peers, stick_breaking, trained_logits
+from .gpu_run import Case, Run, work_of
+
+PART, CHECKS = stick_breaking.PART, "stick_breaking checks at size"
+PEERS = ("stickbreaking_attention", "cudnn softmax")
+SHAPES = [
+    dict(B=4, T=4096, N=12, H=128),
+    dict(B=4, T=16384, N=12, H=128),
+    dict(B=4, T=4096, N=36, H=64),
+    dict(B=8, T=4096, N=32, H=128),
+    dict(B=4, T=8192, N=12, H=128),
+]
+QUICK = [dict(B=1, T=96, N=2, H=32)]
+CHECKED = 1024  # queries: the scores of the reference for all of them fit
+LAST = 256  # queries checked at the full size
+SKIP = -24.0
+
+
+def _inputs(seed: int, shape: dict):
+    """(cotangent, query, key, value) in bfloat16."""
+    arrays = trained_logits.inputs(jax.random.key(seed), **shape, dtype=jnp.bfloat16)
+    return trained_logits.cotangents(jax.random.key(seed + 100), arrays[0], arrays[2]), *arrays
+
+
+def check_last(function, reference, cotangent, arrays, last: int) -> gpu_check.Errors:
+    """Only the last queries get a cotangent, so that the reference needs only their scores, with every key.
+
+    The gradients of keys and values are then those of the last queries, at every key; the other queries' are zero.
+    """
+    tail = slice(arrays[0].shape[1] - last, None)
+    small = jax.tree.map(lambda c: c[:, tail], cotangent)
+    cotangent = jax.tree.map(lambda c: jnp.zeros_like(c).at[:, tail].set(c[:, tail]), cotangent)
+    outputs, (dq, dk, dv) = gpu_check.exact(reference, small, (arrays[0][:, tail], *arrays[1:]))
+
+    def look(results):
+        outputs, (dq, dk, dv) = results
+        return jax.tree.map(lambda x: x[:, tail], outputs), (dq[:, tail], dq[:, : tail.start].any(), dk, dv)
+
+    return gpu_check.errors(function, (outputs, (dq, 0.0, dk, dv)), cotangent, arrays, look)
+
+
+def _agrees(run: Run, name: str, shape: dict, implementation: str, skip) -> bool:
+    f = stick_breaking.attention(implementation=implementation, skip_below=skip)
+    reference = stick_breaking.attention(implementation="reference")
+    small = shape | dict(B=1, T=min(shape["T"], CHECKED))
+    checks = [(f"one entry, T={small['T']}", small, small["T"])]
+    if small != shape:
+        checks.append((f"last {LAST} queries", shape, LAST))
+    agrees = True
+    for what, sizes, last in checks:
+
+        def check(sizes=sizes, last=last):
+            cotangent, *arrays = _inputs(2, sizes)
+            return check_last(f, reference, cotangent, arrays, last)
+
+        agrees &= run.checked(CHECKS, f"{name}: {what}", contestant(implementation, skip), jnp.bfloat16, check)
+    return agrees
+
+
+def contestant(implementation: str, skip: float | None) -> str:
+    return implementation if skip is None else f"{implementation} skip_below={skip:g}"
+
+
+def _kept(implementation: str, arrays) -> float:
+    stats = partial(stick_breaking_attention, skip_below=SKIP, return_stats=True, implementation=implementation)
+    return float(jax.jit(lambda *arrays: stats(*arrays)[2].kept.mean())(*arrays))
+
+
+def rows(run: Run, shape: dict, implementation: str, *, others: tuple[str, ...] = ()) -> None:
+    """Those of one shape. `others` are implementations timed without `skip_below` and without a check."""
+    name = "B{B} N{N} T{T} H{H} bf16".format(**shape)
+    forward, both = (cost.stick_breaking(**shape, itemsize=2, backward=b) for b in (False, True))
+    case = Case(PART, name, work_of(forward, both), [_inputs(seed, shape) for seed in (0, 1)])
+    for skip in (None, SKIP):
+        if _agrees(run, name, shape, implementation, skip):
+            extra = None if skip is None else {"kept": _kept(implementation, case.sets[0][1:])}
+            f = stick_breaking.attention(implementation=implementation, skip_below=skip)
+            run.jax(case, contestant(implementation, skip), f, extra)
+    for peer in gpu_peers.attention():
+        run.torch(case, peer, shape)
+    no_rem = [(cotangent[0], *arrays) for cotangent, *arrays in case.sets]
+    run.jax(case._replace(sets=no_rem), "cudnn softmax", gpu_peers.softmax)
+    for other in others:
+        run.jax(case, other, stick_breaking.attention(implementation=other))
+    run.limits(case)

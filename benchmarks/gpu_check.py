@@ -1,0 +1,88 @@
+"""Whether an op on a GPU gives what its fp32 reference gives on the same numbers: the gate before any timing."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .timing import forward_backward
+
+# The tolerances of tests/conftest.py: relative L2 error of the outputs, of the gradients.
+TOLERANCES = {"bfloat16": (5e-3, 1e-2), "float16": (1e-3, 2e-3), "float32": (1e-5, 1e-5)}
+
+
+class Errors(NamedTuple):
+    """Largest relative L2 errors, infinite where not finite; whether a second run gave the same bits."""
+
+    forward: float
+    gradient: float | None
+    repeats: bool
+
+    def passes(self, dtype) -> bool:
+        forward, gradient = TOLERANCES[jnp.dtype(dtype).name]
+        return self.forward <= forward and (self.gradient or 0) <= gradient and self.repeats
+
+    def extra(self) -> dict:
+        """For a row."""
+        gradient = {} if self.gradient is None else {"gradient error": self.gradient}
+        return {"error": self.forward} | gradient | {"two runs": "equal" if self.repeats else "DIFFER"}
+
+
+def poison(like) -> None:
+    """Leave NaN in the memory that the next outputs are likely to get, so that an unwritten row is seen."""
+
+    def nan(x):
+        return jnp.full(x.shape, jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else -1, x.dtype)
+
+    jax.block_until_ready(jax.tree.map(nan, like))
+
+
+def fp32(tree):
+    return jax.tree.map(lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+
+def exact(reference: Callable, cotangent, arguments):
+    """(outputs, gradients) of the reference on the same numbers in fp32, on the host."""
+    return jax.device_get(forward_backward(reference)(*fp32((cotangent, *arguments))))
+
+
+def exact_forward(reference: Callable, arguments):
+    """(outputs, None)"""
+    return jax.device_get(jax.jit(reference)(*fp32(arguments))), None
+
+
+def _relative(got, want) -> float:
+    error = np.linalg.norm(np.asarray(got, np.float32) - want) / max(np.linalg.norm(want), 1e-30)
+    return float(error) if np.isfinite(error) else float("inf")
+
+
+def _largest(got, want) -> float:
+    return max(jax.tree.leaves(jax.tree.map(_relative, got, want)))
+
+
+def _twice(run: Callable, arguments):
+    """The results on the host, and whether those of a second run have the same bits."""
+    results = []
+    for _ in range(2):
+        poison(jax.eval_shape(run, *arguments))
+        results.append(jax.device_get(run(*arguments)))
+    same = jax.tree.map(lambda a, b: a.tobytes() == b.tobytes(), *results)
+    return results[0], all(jax.tree.leaves(same))
+
+
+def errors(function: Callable, expected, cotangent, arguments, look: Callable = lambda results: results) -> Errors:
+    """Of `function` against `expected`, from `exact` or `exact_forward`; `look` picks what is compared.
+
+    The outputs are those without gradients and those with: an op may take another kernel when it keeps residuals.
+    """
+    wanted, wanted_gradients = expected
+    alone, repeats = _twice(jax.jit(function), arguments)
+    if wanted_gradients is None:
+        return Errors(_largest(look((alone, None))[0], wanted), None, repeats)
+    (outputs, gradients), both_repeat = _twice(forward_backward(function), (cotangent, *arguments))
+    alone, _ = look((alone, gradients))
+    outputs, gradients = look((outputs, gradients))
+    forward = max(_largest(alone, wanted), _largest(outputs, wanted))
+    return Errors(forward, _largest(gradients, wanted_gradients), repeats and both_repeat)

@@ -1,0 +1,109 @@
+"""Speed of one decoding step on a GPU: a query per sequence against a long cache, at the speed of reading the cache."""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import stick_breaking_attention
+
+from . import gpu_check, gpu_peers, trained_logits
+from .gpu_attention import SKIP, contestant
+from .gpu_run import Run
+from .timing import rotating
+
+PART, CHECKS = "stick_breaking decode", "stick_breaking checks at size"
+PEERS = ("cudnn softmax",)
+SHAPES = [dict(B=B, N=32, K=8, H=128) for B in (8, 1, 64)]
+QUICK = [dict(B=2, N=4, K=2, H=32)]
+LENGTHS = (32768, 4096)
+QUICK_LENGTHS = (200, 100)
+STEPS = 16
+CACHES = 2**31  # bytes of all caches that take turns: what a step with skip_below reads of each must exceed the L2
+
+
+def steps(function: Callable) -> Callable:
+    """`STEPS` steps as one compiled call, each on the next of the caches. The launch of one step would be its time.
+
+    A query contains a trace of the output before, so that no step can be left out or begun early: as in generation.
+    """
+
+    def run(query, *caches):
+        for i in range(STEPS):
+            query = query + (1e-3 * function(query, *caches[i % len(caches)])).astype(query.dtype)
+        return query
+
+    return jax.jit(run)
+
+
+def _step(implementation: str, S: int, **settings):
+    """The sequences are as long as the cache but one: the offsets are data, as in generation."""
+
+    def run(query, key, value):
+        offsets = jnp.full(query.shape[0], S - 1, jnp.int32)
+        return stick_breaking_attention(
+            query, key, value, query_offset=offsets, implementation=implementation, **settings
+        )
+
+    return run
+
+
+def _check(f: Callable, reference: Callable, arrays) -> gpu_check.Errors:
+    """All sequences run; the first two are compared, since the reference repeats keys and values in fp32."""
+    expected = gpu_check.exact_forward(reference, [x[:2] for x in arrays])
+
+    def look(results):
+        return jax.tree.map(lambda x: x[:2], results[0]), None
+
+    return gpu_check.errors(f, expected, None, arrays, look)
+
+
+def rows(run: Run, shape: dict, implementation: str, lengths: tuple[int, int] = LENGTHS) -> None:
+    """Without and with `skip_below`, at every length: with it, the time should not depend on the length."""
+    for S in lengths:
+        name = "B{B} N{N} K{K} H{H} bf16 S{S}".format(**shape, S=S)
+        size = 2 * 2 * shape["B"] * S * shape["K"] * shape["H"]  # bytes of K and V of one cache, bfloat16
+        number = max(1, min(STEPS, CACHES // size))
+        sets = [trained_logits.inputs(jax.random.key(i), T=1, S=S, **shape, dtype=jnp.bfloat16) for i in range(number)]
+        query, caches = sets[0][0], [s[1:] for s in sets]
+        for skip in (None, SKIP):
+            f, label = _step(implementation, S, skip_below=skip), contestant(implementation, skip)
+            check = partial(_check, f, _step("reference", S), sets[0])
+            if not run.checked(CHECKS, f"decode {name}", label, jnp.bfloat16, check):
+                continue
+            kept = 1.0
+            if skip is not None:
+                stats = jax.jit(_step(implementation, S, skip_below=skip, return_stats=True))(*sets[0])[2]
+                kept = float(stats.kept.mean())
+            _time(run, name, label, lambda *arrays, f=f: f(*arrays)[0], query, caches, size, kept)
+        if implementation == "mosaic":  # a stand-in for it is not in that race
+            _time(run, name, PEERS[0], gpu_peers.softmax_step, query, caches, size, 1.0)
+    _against_lengths(run, shape, contestant(implementation, SKIP), lengths)
+
+
+def _time(run: Run, name: str, label: str, f: Callable, query, caches, size: int, kept: float) -> None:
+    """GB/s of the keys and values that had to be read."""
+
+    def make():
+        times = rotating(steps(f), [(query, *caches)], seconds=run.seconds)
+        median, best = times.median / STEPS, times.best / STEPS
+        rate = kept * size / (median / 1e3)
+        extra = {"GB/s": rate / 1e9, "of bandwidth": rate / run.ceilings.bytes}
+        return dict(milliseconds=median, best=best, extra=extra | ({"kept": kept} if kept < 1 else {}))
+
+    run.row(PART, name, label, make)
+
+
+def _against_lengths(run: Run, shape: dict, label: str, lengths: tuple[int, int]) -> None:
+    """The time with skip_below at the greater length over that at the smaller one."""
+    prefix = "B{B} N{N} K{K} H{H} bf16".format(**shape)
+    names = [f"{prefix} S{S}" for S in lengths]
+    times = {r.case: r.milliseconds for r in run.rows if (r.part, r.contestant) == (PART, label) and r.milliseconds}
+
+    def make():
+        long, short = (times[name] for name in names)
+        return dict(ratio=long / short, against=f"S{lengths[1]}")
+
+    if set(names) <= set(times):
+        run.row(PART, f"{prefix} S{lengths[0]} over S{lengths[1]}", label, make)

@@ -1,0 +1,45 @@
+"""Speed of expert networks on a GPU."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import route
+
+from . import cost, experts, gpu_check, gpu_peers
+from .gpu_run import Case, Run, work_of
+
+PART = experts.PART
+PEERS = ("scattermoe", "sonicmoe", "jax.lax.ragged_dot", "tokamax.ragged_dot")
+SHAPES = [
+    dict(T=8192, k=8, D=1536, F=512, E=40),
+    dict(T=8192, k=2, D=2048, F=3072, E=8),
+    dict(T=16384, k=4, D=2560, F=1280, E=64),
+    dict(T=65536, k=8, D=1536, F=512, E=40),
+]
+QUICK = [dict(T=128, k=2, D=32, F=32, E=4)]
+CHECKED = 2048  # tokens: the reference sends every token through every expert
+
+
+def rows(run: Run, shape: dict, implementations) -> None:
+    """`implementations(op, *arguments)` gives the names of those to time."""
+    E, make = shape["E"], partial(experts.inputs, dtype=jnp.bfloat16)
+    forward, both = (cost.experts(**shape, itemsize=2, backward=b) for b in (False, True))
+    (first, chosen), (second, _) = (make(jax.random.key(i), **shape) for i in (0, 1))
+    name = "T{T} D{D} F{F} E{E} k{k} bf16".format(**shape)
+    case = Case(PART, name, work_of(forward, both), [first, second])
+    (cotangent, *small), few = make(jax.random.key(2), **(shape | dict(T=min(shape["T"], CHECKED))))
+    expected = gpu_check.exact(experts.experts(few, E, implementation="reference"), cotangent, small)
+    _, x, w_in, w_out, gates = first
+    names = implementations("expert_mlp", x, w_in, w_out, jax.eval_shape(lambda: route(chosen, E)), gates)
+    # Each as a function of the routing: the check has fewer tokens.
+    contestants = {name: lambda c, name=name: experts.experts(c, E, implementation=name) for name in names}
+    contestants |= {name: lambda c, dot=dot: gpu_peers.ragged_mlp(dot, c, E) for name, dot in gpu_peers.ragged_dots()}
+    for contestant, routed in contestants.items():
+        check = partial(gpu_check.errors, routed(few), expected, cotangent, small)
+        if run.checked(f"{PART} checks", name, contestant, jnp.bfloat16, check):
+            run.jax(case, contestant, routed(chosen))
+    for peer in gpu_peers.experts():
+        run.torch(case, peer, shape)
+    run.limits(case)
