@@ -111,6 +111,17 @@ def test_gpu_without_a_gpu(capsys):
     assert capsys.readouterr().err == "error: --gpu needs a GPU that JAX can see; this machine has none\n"
 
 
+def test_gpu_command(monkeypatch, tmp_path, capsys):
+    """With a stand-in for the run: a table, and JSON with the ceilings of the machine."""
+    monkeypatch.setattr(gpu, "available", lambda: True)
+    monkeypatch.setattr(gpu, "measured_ceilings", lambda quick: cost.Ceilings(1e12, 1e9))
+    monkeypatch.setattr(gpu, "rows", lambda only, quick, measured, rows: rows.append(report.Row("p", "c", "x", 1.5)))
+    path = tmp_path / "gpu.json"
+    assert cli.main(["--gpu", "--json", str(path)]) == 0
+    assert "1.50" in capsys.readouterr().out
+    assert [row["part"] for row in json.loads(path.read_text())["rows"]] == ["p", "summary", "machine"]
+
+
 def test_gpu_check_sees_a_wrong_answer():
     """The gate before any timing: rounding passes; a wrong gradient, an unwritten row or a changing result does not."""
     x, cotangent = jax.random.normal(jax.random.key(0), (2, 8, 4), jnp.bfloat16)
