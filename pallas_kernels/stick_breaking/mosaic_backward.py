@@ -27,6 +27,16 @@ def _row(x):
     return plgpu.layout_cast(x, seam.ROW)
 
 
+def _zeros(step, opaque: bool):
+    """Two zeros, of which no compiler knows that they are zero or the same where they are opaque; step below 2^24.
+
+    What a product reads from the same place in every iteration has the same descriptors, one for every 16 columns, and
+    the compiler would keep them all in registers, from half to half and from iteration to iteration. An opaque zero in
+    the place makes it add them up again, in uniform registers.
+    """
+    return [lax.shift_right_logical(step, 24 + half) if opaque else jnp.int32(0) for half in range(2)]
+
+
 def _weights(z, seen, entering):
     """(A, beta and 1 - beta as logarithms, what the tile spends) of logits z in units of log2.
 
@@ -117,11 +127,12 @@ def d_query(
                 slot = (j - start) % stages
                 plgpu.barrier_wait(full.at[slot])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                for half in range(2):
+                for half, zero in enumerate(_zeros(j, plan.H + plan.Hv > 128)):
                     prefix, high, low, acc = state
+                    own = wg + zero
                     keys = pl.ds(j * KEYS + half * HALF, HALF)
-                    z = seam.product(q_mem.at[wg], k_mem[half].at[slot].transpose((1, 0))) * multiplier
-                    d_weights = seam.product(do_mem.at[wg], v_mem[half].at[slot].transpose((1, 0)))
+                    z = seam.product(q_mem.at[own], k_mem[half].at[slot].transpose((1, 0))) * multiplier
+                    d_weights = seam.product(do_mem.at[own], v_mem[half].at[slot].transpose((1, 0)))
                     seen = None
                     if masked:
                         q_segments = k_segments = None
@@ -300,7 +311,7 @@ def d_key_value(
                 for half in range(2):
                     for ref, mem in ((k_ref, k_mem), (v_ref, v_mem)):
                         part = ref.at[b, pl.ds(j * KEYS + half * HALF, HALF), head]
-                        plgpu.copy_gmem_to_smem(part, mem[half], resident)
+                        plgpu.copy_gmem_to_smem(part, mem.at[half], resident)
             plgpu.barrier_wait(resident)
             multiplier, position = scale_ref[0] * LOG2E, offset_ref[b]
 
@@ -309,11 +320,13 @@ def d_key_value(
                 slot = step % stages
                 plgpu.barrier_wait(full.at[slot])
                 kind = kinds[slot, own]
+                zeros = _zeros(step, plan.H + plan.Hv > 64)
 
                 def tile(acc):
-                    for half in range(2):
-                        z = seam.product(q_mem[own].at[slot], k_mem[half].transpose((1, 0))) * multiplier
-                        d_weights = seam.product(do_mem[own].at[slot], v_mem[half].transpose((1, 0)))
+                    for half, zero in enumerate(zeros):
+                        at = slot + zero
+                        z = seam.product(q_mem[own].at[at], k_mem.at[half + zero].transpose((1, 0))) * multiplier
+                        d_weights = seam.product(do_mem[own].at[at], v_mem.at[half + zero].transpose((1, 0)))
                         entering, prefix = (
                             plgpu.load(snap_mem.at[slot, own, half, part], layout=seam.ROW) for part in range(2)
                         )
@@ -330,13 +343,13 @@ def d_key_value(
                         dz, _ = _d_logits(weights * d_weights, logs, prefix)
                         if half == 0:
                             plgpu.barrier_wait(drained)
-                        w_mem[own][:, half * HALF : (half + 1) * HALF] = weights.astype(dtype)
-                        dz_mem[own][:, half * HALF : (half + 1) * HALF] = dz.astype(dtype)
+                        w_mem[own, :, half * HALF : (half + 1) * HALF] = weights.astype(dtype)
+                        dz_mem[own, :, half * HALF : (half + 1) * HALF] = dz.astype(dtype)
                     plgpu.commit_smem()
                     plgpu.barrier_arrive(exchanged)
                     plgpu.barrier_wait(exchanged)
-                    for w in range(2):
-                        acc = seam.add_product(acc, mine[w].transpose((1, 0)), other[w].at[slot])
+                    for w, zero in enumerate(zeros):
+                        acc = seam.add_product(acc, mine.at[w + zero].transpose((1, 0)), other[w].at[slot + zero])
                     plgpu.barrier_arrive(drained)
                     return acc
 
@@ -372,8 +385,8 @@ def d_key_value(
             jax.ShapeDtypeStruct((plan.B, plan.S, plan.K, plan.Hv), dtype),
         ),
         scratch_types=(
-            (memory((HALF, plan.H)),) * 2,
-            (memory((HALF, plan.Hv)),) * 2,
+            memory((2, HALF, plan.H)),
+            memory((2, HALF, plan.Hv)),
             memory((KEYS, plan.H)),
             memory((KEYS, plan.Hv)),
             (memory((stages, ROWS, plan.H)),) * 2,
@@ -381,8 +394,8 @@ def d_key_value(
             plgpu.SMEM((stages, 2, 2, 2, ROWS), jnp.float32),
             plgpu.SMEM((stages, 2), jnp.int32),
             plgpu.SMEM((stages, 2), jnp.int32),
-            (memory((ROWS, KEYS)),) * 2,
-            (memory((ROWS, KEYS)),) * 2,
+            memory((2, ROWS, KEYS)),
+            memory((2, ROWS, KEYS)),
             plgpu.Barrier(num_arrivals=4),
             plgpu.Barrier(num_arrivals=6, num_barriers=stages),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),

@@ -68,14 +68,14 @@ NOTHING = -1e30  # log2 of a beta of zero: a finite number, so that no differenc
 
 def sticks(z, seen=None):
     """(log2 of beta, -log2 of 1 - beta) of logits in units of log2; a key that is not seen breaks nothing off."""
+    if seen is not None:
+        z = jnp.where(seen, z, NOTHING)
     y = seam.exp2_of_minus_abs(z)
     poly = jnp.full_like(z, LOG2P1[0])
     for c in LOG2P1[1:]:
         poly = poly * y + c
     softplus = jnp.maximum(z, 0) + y * poly
-    if seen is None:
-        return z - softplus, softplus
-    return jnp.where(seen, z - softplus, NOTHING), jnp.where(seen, softplus, 0.0)
+    return z - softplus, softplus
 
 
 def two_sum(high, low, x):
@@ -89,11 +89,13 @@ def visible(plan: Plan, columns, first_row, first_column, offset, query_segments
     """bool [64, columns] in registers."""
     shape = (ROWS, columns)
     row = first_row + plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=seam.TILE)
-    k = first_column + plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=seam.TILE)
-    distance = offset + (row // plan.per_position if plan.per_position > 1 else row) - k
-    seen = (distance >= (0 if plan.attend_current else 1)) & (k < plan.S)
+    column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=seam.TILE)
+    # The last and the first column that a row sees, in columns of the tile: one comparison each for an element.
+    position = offset + (row // plan.per_position if plan.per_position > 1 else row)
+    last = jnp.minimum(position if plan.attend_current else position - 1, plan.S - 1) - first_column
+    seen = column <= last
     if plan.window is not None:
-        seen &= distance <= plan.window
+        seen &= column >= position - plan.window - first_column
     if plan.segments:
         q = lax.broadcast_in_dim(query_segments, shape, [0])
         seen &= (q == lax.broadcast_in_dim(key_segments, shape, [1])) & (q >= 0)
