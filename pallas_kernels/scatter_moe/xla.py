@@ -33,11 +33,11 @@ class _Plan(NamedTuple):
 
 
 def plan(rows: int, experts: int) -> _Plan:
-    """Sizes by the mean number of rows per expert, as measured on CPUs, whose batched products are slow below 64."""
+    """Sizes by the mean number of rows per expert, as measured on CPUs, whose batched products are slow below 48."""
     mean = rows / experts
     if mean < 4:
         return _Plan(0, max(1, min(rows, 32)))
-    together = max(64, math.ceil((mean + math.sqrt(mean)) / 16) * 16) if mean > 16 else 32
+    together = max(48, math.ceil((mean + math.sqrt(mean)) / 16) * 16) if mean > 16 else 32
     together = min(together, rows)
     return _Plan(together, min(together, max(32, together // 128 * 16), 128))
 
