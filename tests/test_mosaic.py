@@ -282,6 +282,21 @@ def test_it_says_what_it_does_not_take():
     assert "(64, 64) and (128, 64), not (32, 32)" in refusal(x, x, x, tiles=(32, 32))
 
 
+def test_under_a_mesh_it_asks_for_shard_map():
+    mesh = jax.make_mesh((2, 1), ("data", "model"))
+    with jax.sharding.set_mesh(mesh):
+        x = jax.device_put(jnp.zeros((2, 100, 2, 64), jnp.bfloat16), jax.NamedSharding(mesh, jax.P("data")))
+        assert "must be inside jax.shard_map under a mesh with the axes data;" in refusal(x, x, x)
+        inside = []
+
+        def local(x):
+            inside.append(explain("stick_breaking_attention", x, x, x, **MOSAIC_ONLY))
+            return x
+
+        jax.eval_shape(jax.shard_map(local, in_specs=jax.P("data"), out_specs=jax.P("data"), check_vma=False), x)
+        assert "mosaic (128 x 64 tiles)" in inside[0]
+
+
 def test_elsewhere_it_says_why_not():
     x = jax.ShapeDtypeStruct((1, 100, 2, 64), jnp.bfloat16)
     token = seam._interpreted.set(False)

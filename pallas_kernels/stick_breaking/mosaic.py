@@ -30,6 +30,8 @@ def refuses(call: Call) -> str | None:
     H, (S, Hv) = call.query.shape[-1], call.value.shape[1::2]
     if not seam.is_interpreted() and (chip := seam.chip()) != "sm_90":
         return f"needs compute capability 9.0, found {chip}"
+    if _miscompiles():
+        return "needs CUDA 12.9.1 or newer: the compiler of 12.8.0 to 12.9.0 breaks causal kernels"
     if call.query.dtype not in (jnp.bfloat16, jnp.float16):
         return f"takes bfloat16 and float16, not {call.query.dtype}"
     if H not in WIDTHS or Hv not in WIDTHS:
@@ -41,6 +43,15 @@ def refuses(call: Call) -> str | None:
     if axes := _axes_to_split(call.query):
         return f"must be inside jax.shard_map under a mesh with the axes {', '.join(axes)}"
     return None
+
+
+def _miscompiles() -> bool:
+    """Whether the CUDA of this process has the assembler that is known to be wrong."""
+    if seam.is_interpreted() or jax.default_backend() != "gpu":
+        return False
+    from jax._src.lib import cuda_versions  # None without the plugin
+
+    return cuda_versions is not None and 12080 <= cuda_versions.cuda_runtime_get_version() < 12091
 
 
 def _axes_to_split(x) -> list[str]:

@@ -90,8 +90,6 @@ def d_query(
 
         @pl.when(wg == W)
         def copy():
-            plgpu.set_max_registers(32, action="decrease")
-
             def load(step, _):
                 slot = step % stages
 
@@ -108,7 +106,6 @@ def d_query(
 
         @pl.when(wg < W)
         def compute():
-            plgpu.set_max_registers(240, action="increase")
             row = (i * W + wg) * ROWS
             rows = pl.ds(row, ROWS)
             for source, mem in (
@@ -247,8 +244,6 @@ def d_key_value(
 
         @pl.when(wg == 2)
         def copy():
-            plgpu.set_max_registers(32, action="decrease")
-
             def kind(n, i):
                 """0: not visited, 1: with a mask, 2: whole."""
                 inside = i < query_tiles
@@ -306,7 +301,6 @@ def d_key_value(
 
         def compute(own, mine, other, own_mem, own_ref, width, factor):
             """Warpgroup `own` (0 for dv, 1 for dk): the sum of mine^T @ other over all tiles, times the factor."""
-            plgpu.set_max_registers(240, action="increase")
             if own == 0:
                 for half in range(2):
                     for ref, mem in ((k_ref, k_mem), (v_ref, v_mem)):
