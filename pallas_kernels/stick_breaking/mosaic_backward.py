@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .. import seam
-from .mosaic_forward import LOG2E, ROWS, Plan, block, sticks, tile_memory, two_sum, visible
+from .mosaic_forward import LOG2E, ROWS, Plan, block, sticks, tile_memory, two_sum, visible, visited
 
 KEYS = 64  # of a tile, taken in two halves: a whole one would not fit the registers next to the sums
 HALF = KEYS // 2
@@ -82,11 +82,7 @@ def d_query(
             x = spans_ref[b, i * W + w, which]
             return jnp.maximum(x, reached_ref[b, n, i * W + w]) if which else x
 
-        stop, start = bound(0, 0), bound(0, 3)
-        for w in range(1, W):
-            stop, start = jnp.maximum(stop, bound(w, 0)), jnp.minimum(start, bound(w, 3))
-        if W > 1:  # an empty span starts and stops at 0
-            start = jnp.where(bound(0, 0) == 0, bound(1, 3), jnp.where(bound(1, 0) == 0, bound(0, 3), start))
+        stop, start = visited(bound, W)
 
         @pl.when(wg == W)
         def copy():
@@ -248,9 +244,9 @@ def d_key_value(
                 """0: not visited, 1: with a mask, 2: whole."""
                 inside = i < query_tiles
                 i = jnp.minimum(i, query_tiles - 1)
-                visited = (j < spans_ref[b, i, 0]) & (j >= spans_ref[b, i, 3]) & (j >= reached_ref[b, n, i])
+                visits = (j < spans_ref[b, i, 0]) & (j >= spans_ref[b, i, 3]) & (j >= reached_ref[b, n, i])
                 whole = (j < spans_ref[b, i, 1]) & (j >= spans_ref[b, i, 2])
-                return jnp.where(inside & visited, jnp.where(whole, 2, 1), 0)
+                return jnp.where(inside & visits, jnp.where(whole, 2, 1), 0)
 
             def send(step, go, n, pair, both):
                 slot = step % stages
@@ -263,10 +259,10 @@ def d_key_value(
                 def _():
                     for w in range(2):
                         # In the place of a tile that is not visited stands the other one, and no key is seen from it.
-                        visited = both[w] > 0
-                        row = (pair * 2 + jnp.where(visited, w, 1 - w)) * ROWS
+                        is_visited = both[w] > 0
+                        row = (pair * 2 + jnp.where(is_visited, w, 1 - w)) * ROWS
                         kinds[slot, w] = both[w]
-                        places[slot, w] = jnp.where(visited, row, NOWHERE)
+                        places[slot, w] = jnp.where(is_visited, row, NOWHERE)
                         rows = pl.ds(row, ROWS)
                         plgpu.copy_gmem_to_smem(q_ref.at[b, rows, n], q_mem[w].at[slot], full.at[slot])
                         plgpu.copy_gmem_to_smem(do_ref.at[b, rows, n], do_mem[w].at[slot], full.at[slot])

@@ -116,6 +116,17 @@ def block(plan: Plan):
     return head // plan.N, head % plan.N, plan.tiles - 1 - i // together
 
 
+def visited(bound, warpgroups: int):
+    """(stop, start) of the key tiles that some warpgroup of a block visits; `bound(w, which)` is from the table."""
+    if warpgroups == 1:
+        return bound(0, 0), bound(0, 3)
+    (stop, start), (other_stop, other_start) = ((bound(w, 0), bound(w, 3)) for w in range(2))
+    both = jnp.minimum(start, other_start)
+    # An empty span starts and stops at 0.
+    start = jnp.where(stop == 0, other_start, jnp.where(other_stop == 0, start, both))
+    return jnp.maximum(stop, other_stop), start
+
+
 def forward(plan: Plan, query, key, value, scale, spans, offset, query_segments=None, key_segments=None):
     """(out [B,rows,N,Hv], spent [2,B,N,rows padded], first visited tile [B,N,tiles * warpgroups]); B times splits."""
     W, C, stages, dtype = plan.warpgroups, plan.columns, plan.stages, plan.dtype
@@ -137,11 +148,7 @@ def forward(plan: Plan, query, key, value, scale, spans, offset, query_segments=
         def bound(w, which):
             return spans_ref[entry, i * W + w, which]
 
-        stop, start = bound(0, 0), bound(0, 3)
-        for w in range(1, W):
-            stop, start = jnp.maximum(stop, bound(w, 0)), jnp.minimum(start, bound(w, 3))
-        if W > 1:  # an empty span starts and stops at 0
-            start = jnp.where(bound(0, 0) == 0, bound(1, 3), jnp.where(bound(1, 0) == 0, bound(0, 3), start))
+        stop, start = visited(bound, W)
 
         @pl.when(wg == W)
         def copy():
