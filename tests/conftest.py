@@ -1,5 +1,6 @@
 """Tolerances of the whole suite, and the settings every test runs under."""
 
+import gc
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -38,3 +39,11 @@ def assert_close(value, reference, tolerance: float, name: str = "") -> None:
 def x64():
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Every compiled program maps memory, and Linux gives a process 65,530 mappings: one process runs out of them."""
+    yield
+    jax.clear_caches()
+    gc.collect()
