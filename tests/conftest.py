@@ -6,10 +6,13 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The warpgroups of an interpreted GPU kernel wait for one another in threads of XLA's: one per CPU device or core.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+import hypothesis
 import jax
 import numpy as np
 import pytest
 
+hypothesis.settings.register_profile("same", derandomize=True, deadline=None)  # the same examples in every run
+hypothesis.settings.load_profile("same")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "standard")
 

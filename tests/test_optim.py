@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from stickjax import optim
@@ -217,6 +217,7 @@ def test_continuous_where_the_parts_meet(schedule, decay):
 )
 def test_rises_in_the_warmup_and_never_again(beta, warmup, stable, decay_tokens, decay, ratio):
     total = warmup + stable + decay_tokens
+    assume(decay_tokens == 0 or decay_tokens > 1e-6 * total)  # float32 cannot tell the ends of a shorter one apart
     rate = power_by_tokens(
         warmup_tokens=warmup, total_tokens=total, decay_tokens=decay_tokens, decay=decay, end_ratio=ratio
     )
