@@ -20,12 +20,14 @@ demo-compare: demo
 
 test: .venv/.test
 	$(RUN) -m ruff check .
-	$(RUN) -m pytest
+	$(RUN) -m pytest $(PARALLEL)
 
+# Most of the time goes into compiling, which one core does at a time. The files of a worker share its fixtures.
+PARALLEL := -n 2 --dist loadfile
 # The fast ones: compiling every case of the ops takes longer than all of these.
 FAST := config data dispatch optim checkpoint models train readme
 test-oldest: .venv-oldest/.test
-	.venv-oldest/bin/python -m pytest -m "not slow" $(FAST:%=tests/test_%.py)
+	.venv-oldest/bin/python -m pytest $(PARALLEL) -m "not slow" $(FAST:%=tests/test_%.py)
 
 test-absent: .venv-cuda/.test
 	JAX_PLATFORMS=cpu .venv-cuda/bin/python -m pytest tests/test_absent_gpu.py

@@ -79,7 +79,8 @@ def rows(
         gpu_cases.rows(run, implementation, gpu_cases.QUICK if quick else tuple(gpu_cases.FEATURES))
         first, *others = gpu_attention.QUICK if quick else gpu_attention.SHAPES
         # Plain JAX only once, as a measure of what the kernels bring: its loops take seconds at the larger shapes.
-        _shape(run, gpu_attention, first, implementation, others=() if quick else ("xla",))
+        others, tiles = ((), ()) if quick else (("xla",), ((64, 64),))
+        _shape(run, gpu_attention, first, implementation, others=others, tiles=tiles)
         for shape in gpu_decode.QUICK if quick else gpu_decode.SHAPES:
             _shape(run, gpu_decode, shape, implementation, gpu_decode.QUICK_LENGTHS if quick else gpu_decode.LENGTHS)
         for shape in others:

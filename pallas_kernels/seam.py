@@ -21,6 +21,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, get_abstract_mesh, use_ab
 TILE = plgpu.Layout.WGMMA  # [64, C]
 ROW = plgpu.Layout.WGMMA.reduce(1)  # [64], one number per row
 COLUMN = plgpu.Layout.WGMMA.reduce(0)  # [C], one number per column
+HOPPERS = ("NVIDIA H100", "NVIDIA H200", "NVIDIA H100 80GB HBM3", "NVIDIA GH200 480GB")
 HOPPER = AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=132)
 
 _interpreted = contextvars.ContextVar("interpreted", default=False)
@@ -63,9 +64,6 @@ def chip() -> str:
         return jax.default_backend()
     capability = getattr(jax.devices()[0], "compute_capability", None)
     return f"sm_{capability.replace('.', '')}" if capability else "gpu"
-
-
-HOPPERS = ("NVIDIA H100", "NVIDIA H200", "NVIDIA H100 80GB HBM3", "NVIDIA GH200 480GB")
 
 
 def product(a, b):

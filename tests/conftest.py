@@ -1,11 +1,20 @@
 """Tolerances of the whole suite, and the settings every test runs under."""
 
+import atexit
 import gc
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The warpgroups of an interpreted GPU kernel wait for one another in threads of XLA's: one per CPU device or core.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+# What one test, worker or program that a test starts has compiled, the others load: it is most of what they do.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="stickjax-compiled-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 import hypothesis
 import jax
 import numpy as np

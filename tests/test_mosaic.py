@@ -11,7 +11,7 @@ import pytest
 from cases import MOSAIC, STICK, Stick
 from conftest import FORWARD, GRADIENT, relative_error
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from test_stick_breaking import expected, random_cotangents
+from test_stick_breaking import assert_close_d_scale, expected, random_cotangents
 
 from pallas_kernels import explain, merge_stick_breaking, seam, stick_breaking_attention
 from pallas_kernels.stick_breaking import _prepare, spans
@@ -34,24 +34,25 @@ def run(case: Stick, dtype: str, **options) -> dict:
     """Outputs and gradients, named as those of `expected`."""
     arrays = case.arrays(dtype)
 
-    def function(*arrays):
-        out, rem, stats = attend(case, **options)(*arrays)
+    def function(query, key, value, scale):
+        out, rem, stats = attend(case, **options)(query, key, value, scale=scale)
         return (out, rem, stats.log_rem), stats.kept
 
     @jax.jit
     def both(arrays, cotangents):
-        outputs, vjp, kept = jax.vjp(function, *arrays, has_aux=True)
+        outputs, vjp, kept = jax.vjp(function, *arrays, jnp.float32(case.H**-0.5), has_aux=True)
         return outputs, vjp(tuple(c.astype(o.dtype) for c, o in zip(cotangents, outputs, strict=True))), kept
 
     outputs, gradients, kept = both(arrays, random_cotangents(arrays, "skip_below" in options))
-    names = "out", "rem", "log_rem", "d_query", "d_key", "d_value"
-    return dict(zip(names, (*outputs, *gradients), strict=True)) | {"kept": kept}
+    names = "out", "rem", "log_rem", "d_query", "d_key", "d_value", "d_scale"
+    return dict(zip(names, (*outputs, *gradients), strict=True)) | {"kept": kept, "query": arrays[0]}
 
 
 def compare(values: dict, wanted: dict, dtype: str, *, skips: bool = False) -> None:
     for name in ("out", "d_query", "d_key", "d_value"):
         error, bound = relative_error(values[name], wanted[name]), (GRADIENT if name[0] == "d" else FORWARD)[dtype]
         assert error <= bound, f"{name}: {error:.1e} above {bound:.0e}"
+    assert_close_d_scale(values["d_scale"], wanted, values["query"], GRADIENT[dtype])
     if not skips:
         np.testing.assert_allclose(values["log_rem"], wanted["log_rem"], rtol=1e-6, atol=REM)
 
@@ -84,6 +85,18 @@ def test_far_keys_keep_their_weight_behind_a_long_row():
     values, wanted = run(case, "bfloat16"), expected(case, "bfloat16", False)
     assert wanted["log_rem"].min() < -1000
     compare(values, wanted, "bfloat16")
+
+
+def test_the_gradient_of_the_scale_is_no_quotient_by_it():
+    arrays = Stick(T=70, N=1, H=32).arrays("bfloat16")
+
+    def total(scale, arrays, implementation):
+        out, rem = stick_breaking_attention(*arrays, scale=scale, implementation=implementation)
+        return out.astype(jnp.float32).sum() + rem.sum()
+
+    got = jax.jit(jax.grad(total), static_argnums=2)(0.0, arrays, "mosaic")
+    wide = [x.astype(jnp.float32) for x in arrays]
+    np.testing.assert_allclose(got, jax.grad(total)(0.0, wide, "reference"), rtol=GRADIENT["bfloat16"])
 
 
 def test_two_runs_are_equal():
@@ -156,7 +169,10 @@ def test_few_heads_at_a_time_give_the_same_gradients(monkeypatch):
     case = Stick(T=40, B=2, N=2, H=32)
     together = run(case, "bfloat16")
     monkeypatch.setattr("pallas_kernels.stick_breaking.mosaic.SNAPSHOTS", 1)
-    chex.assert_trees_all_equal(run(case, "bfloat16"), together)
+    apart = run(case, "bfloat16")
+    # The one sum over all heads, in another order.
+    np.testing.assert_allclose(apart.pop("d_scale"), together.pop("d_scale"), rtol=1e-5)
+    chex.assert_trees_all_equal(apart, together)
 
 
 def test_vmap():

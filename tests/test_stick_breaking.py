@@ -72,15 +72,20 @@ def expected(case: Stick, dtype: str, skips: bool) -> dict:
         return {name: np.asarray(x) for name, x in values.items()}
 
 
+def assert_close_d_scale(value, wanted: dict, query, tolerance: float) -> None:
+    """One sum over everything, which may come out near zero: its terms say how large an error is."""
+    want = wanted["d_scale"]
+    terms = float(np.linalg.norm(np.asarray(wanted["d_query"]) * np.asarray(query, np.float64)))
+    assert abs(value - want) <= tolerance * (abs(want) + terms * query.shape[-1] ** 0.5), (value, want, terms)
+
+
 def compare(values: dict, wanted: dict, query, options: dict, forward: float, gradient: float) -> None:
     for name, want in wanted.items():
         if name == "log_rem" and options.get("skip_below") is not None:
             continue
         value = values[name]
         if name == "d_scale":
-            # One sum over everything, which may come out near zero: its terms say how large an error is.
-            terms = float(np.linalg.norm(np.asarray(wanted["d_query"]) * np.asarray(query, np.float64)))
-            assert abs(value - want) <= gradient * (abs(want) + terms * query.shape[-1] ** 0.5), (value, want, terms)
+            assert_close_d_scale(value, wanted, query, gradient)
         else:
             assert_close(value, want, gradient if name.startswith("d_") else forward, name)
 
@@ -545,3 +550,19 @@ def test_bad_calls_name_letters_and_sizes(name):
     kwargs, message = BAD[name]
     with pytest.raises(ValueError, match=message):
         stick_breaking_attention(**kwargs)
+
+
+@pytest.mark.parametrize("options", [*STICK_IMPLEMENTATIONS.values(), REFERENCE])
+def test_the_gradient_at_a_logit_of_zero(options):
+    """Half of every stick is broken off: a softplus by absolute values has a kink there."""
+
+    def total(query):
+        out, rem = attend(query, key, value, **options)
+        return out.sum() + rem.sum()
+
+    _, key, value = Stick(T=20).arrays()
+    query = jnp.zeros_like(key)
+    (direction,) = random_cotangents((query, key, value), False)[:1]
+    derivative = (jax.grad(total)(query) * direction).sum()
+    difference = (total(0.01 * direction) - total(-0.01 * direction)) / 0.02
+    np.testing.assert_allclose(derivative, difference, rtol=1e-3)

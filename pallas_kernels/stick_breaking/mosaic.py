@@ -10,14 +10,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .. import seam
-from . import mosaic_backward, mosaic_forward
+from .. import hopper, tuning
 from .call import Call
-from .mosaic_forward import ROWS, Plan
+from .mosaic_d_key_value import d_key_value
+from .mosaic_d_query import d_query
+from .mosaic_forward import forward
+from .mosaic_tile import KEYS, ROWS, Plan
 from .spans import spans
 
 WIDTHS = (32, 64, 128, 256)
-KEYS = 64  # of a tile
 MEMORY = 208 * 1024  # bytes of shared memory for tiles
 SNAPSHOTS = 2**31  # bytes; the backward pass takes fewer heads at a time above
 MULTIPROCESSORS = 132
@@ -28,10 +29,8 @@ LN2 = math.log(2)
 
 def refuses(call: Call) -> str | None:
     H, (S, Hv) = call.query.shape[-1], call.value.shape[1::2]
-    if not seam.is_interpreted() and (chip := seam.chip()) != "sm_90":
-        return f"needs compute capability 9.0, found {chip}"
-    if _miscompiles():
-        return "needs CUDA 12.9.1 or newer: the compiler of 12.8.0 to 12.9.0 breaks causal kernels"
+    if reason := hopper.refuses(call.query):
+        return reason
     if call.query.dtype not in (jnp.bfloat16, jnp.float16):
         return f"takes bfloat16 and float16, not {call.query.dtype}"
     if H not in WIDTHS or Hv not in WIDTHS:
@@ -40,25 +39,7 @@ def refuses(call: Call) -> str | None:
         return f"needs queries and keys, got query {call.query.shape} and S={S}"
     if call.tiles is not None and call.tiles not in ((ROWS, KEYS), (2 * ROWS, KEYS)):
         return f"takes tiles of (64, 64) and (128, 64), not {call.tiles}"
-    if axes := _axes_to_split(call.query):
-        return f"must be inside jax.shard_map under a mesh with the axes {', '.join(axes)}"
     return None
-
-
-def _miscompiles() -> bool:
-    """Whether the CUDA of this process has the assembler that is known to be wrong."""
-    if seam.is_interpreted() or jax.default_backend() != "gpu":
-        return False
-    from jax._src.lib import cuda_versions  # None without the plugin
-
-    return cuda_versions is not None and 12080 <= cuda_versions.cuda_runtime_get_version() < 12091
-
-
-def _axes_to_split(x) -> list[str]:
-    """Axes of the mesh of x over which XLA, not shard_map, divides the work: it would gather everything instead."""
-    mesh = jax.typeof(x).sharding.mesh
-    axes = zip(mesh.axis_names, mesh.axis_types or (), mesh.axis_sizes, strict=True) if not mesh.empty else ()
-    return [str(name) for name, kind, size in axes if kind != jax.sharding.AxisType.Manual and size > 1]
 
 
 def detail(call: Call) -> str:
@@ -84,7 +65,7 @@ def _attention(query, key, value, scale, where, static):
 def _forward(query, key, value, scale, where, static):
     call = static._replace(query=query, key=key, value=value, scale=scale, where=where)
     plan, planned = _plan(call), _planned(call)
-    out, spent, reached = mosaic_forward.forward(plan, query, key, value, scale, *planned)
+    out, spent, reached = forward(plan, query, key, value, scale, *planned)
     log_rem = -LN2 * (spent[0] + spent[1])[:, :, : plan.rows].swapaxes(1, 2)
     residuals = query, key, value, scale, where, spent, reached
     return (out, log_rem, _kept(plan, planned[0], reached)), residuals
@@ -97,28 +78,24 @@ def _backward(static, residuals, cotangents):
     plan, planned = _plan(call, backward=True), _planned(call)
     d_log_rem = jnp.pad(d_log_rem.swapaxes(1, 2), ((0, 0), (0, 0), (0, spent.shape[-1] - plan.rows)))
     arrays = query, key, value, d_out.astype(query.dtype), d_log_rem, spent, reached
-    dq, dk, dv = _gradients(plan, arrays, scale, planned)
-    # z = scale * q.k: the gradient of the scale is sum(dz * q.k) = sum(dq * q) / scale.
-    d_scale = (dq.astype(jnp.float32) * query).sum() / scale
-    return dq, dk, dv, d_scale, None
+    dq, d_scale, dk, dv = _gradients(plan, arrays, scale, planned)
+    return dq, dk, dv, d_scale.sum(), None
 
 
 _attention.defvjp(_forward, _backward)
 
 
 def _gradients(plan: Plan, arrays, scale, planned):
-    """(dq, dk, dv), over so many heads at a time that the snapshots stay within SNAPSHOTS bytes."""
+    """(dq, parts of d_scale, dk, dv), over so many heads at a time that the snapshots stay within SNAPSHOTS bytes."""
     query, key, value, d_out, d_log_rem, spent, reached = arrays
 
     def some(plan, query, key, value, d_out, d_log_rem, spent, reached, planned):
-        dq, snapshots = mosaic_backward.d_query(
-            plan, query, key, value, d_out, d_log_rem, spent, reached, scale, *planned
-        )
+        dq, d_scale, snapshots = d_query(plan, query, key, value, d_out, d_log_rem, spent, reached, scale, *planned)
         second = plan._replace(
             stages=max(1, min(2, (MEMORY - _bytes(plan, 2 * KEYS) - 32768) // _bytes(plan, 2 * ROWS)))
         )
-        dk, dv = mosaic_backward.d_key_value(second, query, key, value, d_out, snapshots, reached, scale, *planned)
-        return dq, dk, dv
+        dk, dv = d_key_value(second, query, key, value, d_out, snapshots, reached, scale, *planned)
+        return dq, d_scale[..., : plan.rows].sum(-1), dk, dv
 
     B, K, G = plan.B, plan.K, plan.N // plan.K
     per_head = G * 16 * spent.shape[-1] * -(-plan.S // KEYS)
@@ -142,17 +119,17 @@ def _gradients(plan: Plan, arrays, scale, planned):
         x = x.reshape(B, K // heads, *x.shape[2:])
         return jnp.moveaxis(x, 1, 2).reshape(B, x.shape[2], -1, x.shape[-1])
 
-    return jax.tree.map(join, outs)
+    dq, d_scale, dk, dv = outs
+    return join(dq), d_scale, join(dk), join(dv)
 
 
 # Sizes.
 
 
 def _warpgroups(call: Call) -> int:
-    wide = call.query.shape[-1] + call.value.shape[-1] > 256
-    if call.tiles is not None:
-        return call.tiles[0] // ROWS
-    return 1 if call.mask.T <= ROWS or wide else 2
+    width = call.query.shape[-1] + call.value.shape[-1]
+    rows, _ = call.tiles or tuning.tuned("sm_90", "stick_breaking", T=call.mask.T, width=width)["tiles"]
+    return rows // ROWS
 
 
 def _bytes(plan: Plan, rows: int) -> int:
@@ -164,7 +141,7 @@ def _plan(call: Call, *, backward: bool = False) -> Plan:
     (B, T, N, H), (_, S, K, Hv) = call.query.shape, call.value.shape
     m = call.mask
     plan = Plan(
-        B, T, S, N, K, H, Hv, call.query.dtype, KEYS, 2, _warpgroups(call), m.attend_current, m.window,
+        B, T, S, N, K, H, Hv, call.query.dtype, 2, _warpgroups(call), m.attend_current, m.window,
         call.skip_below, call.where.query_segments is not None,
     )  # fmt: skip
     stages = (MEMORY - _bytes(plan, plan.warpgroups * ROWS)) // _bytes(plan, KEYS)
@@ -228,7 +205,7 @@ def _decode(call: Call):
         clipped = jnp.clip(table[None], edges[:-1, ..., None], edges[1:, ..., None])
         empty = clipped[..., :1] <= clipped[..., 3:]
         split = jnp.where(empty, 0, clipped).reshape(P * B, *table.shape[1:])
-        out, spent, _ = mosaic_forward.forward(plan, query, call.key, call.value, call.scale, split, *planned)
+        out, spent, _ = forward(plan, query, call.key, call.value, call.scale, split, *planned)
         spent = spent.sum(0)[..., : plan.rows].reshape(P, B, K, plan.rows)
         nearer = jnp.cumsum(spent[::-1], 0)[::-1] - spent
         out = jnp.moveaxis(out, 2, 1).reshape(P, B, K, plan.rows, Hv)

@@ -15,7 +15,7 @@ def attention(call: Call):
     z = jnp.asarray(call.scale, dtype) * jnp.einsum("BTNH,BSNH->BNTS", q, k, precision="highest")
     T, S = z.shape[2:]
     mask = jax.vmap(lambda where: call.mask.visible(where, jnp.arange(T), jnp.arange(S)))(call.where)[:, None]
-    softplus = jnp.where(mask, jnp.maximum(z, 0) + jnp.log1p(jnp.exp(-jnp.abs(z))), 0)
+    softplus = jnp.where(mask, jax.nn.softplus(z), 0)
     nearer = jnp.pad(softplus, ((0, 0),) * 3 + ((0, 1),))[..., 1:]  # leaves out the key itself
     weights = jnp.where(mask, jnp.exp(z - softplus - lax.cumsum(nearer, 3, reverse=True)), 0)
     out = jnp.einsum("BNTS,BSNH->BTNH", weights, v, precision="highest")
