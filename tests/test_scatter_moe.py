@@ -13,8 +13,8 @@ from jax import lax
 from jax.extend.core import jaxprs_in_params
 
 from pallas_kernels import expert_linear, expert_mlp, route
+from pallas_kernels.scatter_moe import call, xla
 from pallas_kernels.scatter_moe import routing as routing_module
-from pallas_kernels.scatter_moe import xla
 
 QUICK = {"xla_backend_optimization_level": 0}
 every_implementation = pytest.mark.parametrize("implementation", EXPERT_IMPLEMENTATIONS)
@@ -129,6 +129,15 @@ def test_every_activation(activation):
     check_mlp(EXPERTS["odd"], "xla", activation)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_derivatives_of_activations(activation, x64):
+    rng = np.random.default_rng(0)
+    d, *halves = jnp.asarray(3 * rng.standard_normal((3 if activation in GATED else 2, 200)))
+    _, vjp = jax.vjp(partial(call.activate, activation), *halves)
+    for got, want in zip(call.d_activate(activation, d, *halves), vjp(d), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-12)
+
+
 @every_implementation
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision(dtype, implementation):
@@ -164,20 +173,15 @@ def _sorted(indices):
     return np.argsort(indices.reshape(-1), kind="stable")
 
 
-@pytest.mark.parametrize(
-    "name, implementation", [("some-idle", "xla"), ("few-rows", "xla"), ("some-idle", "reference")]
-)
-@pytest.mark.parametrize("rows_in", ["token", "slot", "sorted"])
-@pytest.mark.parametrize("rows_out", ["token", "slot", "sorted"])
-def test_linear_in_every_order(rows_in, rows_out, name, implementation):
-    case, rng = EXPERTS[name], np.random.default_rng(0)
+def check_linear(case: Experts, rows_in: str, rows_out: str, implementation: str, dtype="float32") -> None:
+    rng = np.random.default_rng(0)
     T, k, E, D, F = case.T, case.k, case.E, case.D, case.F
     indices = case.indices()
     order = _sorted(indices)
-    x = rng.standard_normal((T if rows_in == "token" else T * k, D))
-    weight, bias, gates = (rng.standard_normal(s) for s in ((E, D, F), (E, F), (T, k)))
     gated = rows_out == "token"
-    dy = rng.standard_normal((T if gated else T * k, F))
+    shapes = (T if rows_in == "token" else T * k, D), (E, D, F), (E, F), (T, k), (T if gated else T * k, F)
+    arrays = [jnp.asarray(rng.standard_normal(s), dtype) for s in shapes]
+    x, weight, bias, gates, dy = (np.asarray(a, np.float64) for a in arrays)
 
     slots = np.repeat(x, k, 0) if rows_in == "token" else x
     if rows_in == "sorted":
@@ -204,13 +208,22 @@ def test_linear_in_every_order(rows_in, rows_out, name, implementation):
         out, vjp = jax.vjp(function, x, weight, bias, gates)
         return out, *vjp(dy)
 
-    values = run(*(jnp.asarray(a, jnp.float32) for a in (x, weight, bias, gates, dy)))
+    values = run(*arrays)
     wanted = y, dx, d_weight, d_bias, d_gates
-    for name_, value, want in zip(("out", "x", "weight", "bias", "gates"), values, wanted, strict=True):
-        assert_close(value, want, GRADIENT["float32"], name_)
+    for name, value, want in zip(("out", "x", "weight", "bias", "gates"), values, wanted, strict=True):
+        assert_close(value, want, GRADIENT[dtype], name)
     if not gated:
         idle = indices.reshape(-1)[order] if rows_out == "sorted" else indices.reshape(-1)
         assert (np.asarray(values[0])[idle == E] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "name, implementation", [("some-idle", "xla"), ("few-rows", "xla"), ("some-idle", "reference")]
+)
+@pytest.mark.parametrize("rows_in", ["token", "slot", "sorted"])
+@pytest.mark.parametrize("rows_out", ["token", "slot", "sorted"])
+def test_linear_in_every_order(rows_in, rows_out, name, implementation):
+    check_linear(EXPERTS[name], rows_in, rows_out, implementation)
 
 
 @every_implementation

@@ -1,9 +1,12 @@
 """One checked call of an expert product, as the implementations take it."""
 
+import math
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from .routing import Routing
 
@@ -36,22 +39,67 @@ class MlpCall(NamedTuple):
     activation: str
 
 
-def _gated(act):
-    def apply(h):
-        gate, up = jnp.split(h, 2, axis=-1)
-        return act(gate) * up
-
-    return apply
-
-
-ACTIVATIONS = {
-    "swiglu": _gated(jax.nn.silu),
-    "geglu": _gated(lambda x: jax.nn.gelu(x, approximate=True)),
-    "reglu": _gated(jax.nn.relu),
+GATED = ("swiglu", "geglu", "reglu")
+_POINTWISE = {
+    "swiglu": jax.nn.silu,
+    "geglu": lambda x: jax.nn.gelu(x, approximate=True),
+    "reglu": jax.nn.relu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),
     "silu": jax.nn.silu,
 }
-GATED = ("swiglu", "geglu", "reglu")
+
+
+def activate(name: str, gate, up=None):
+    """The activation of a hidden layer that is given in its halves, or whole where `name` is not gated."""
+    return _POINTWISE[name](gate) if up is None else _POINTWISE[name](gate) * up
+
+
+def _d_silu(x):
+    s = jax.nn.sigmoid(x)
+    return s * (1 + x * (1 - s))
+
+
+def _d_gelu(x):
+    return 0.5 * (1 + lax.erf(x * math.sqrt(0.5))) + x * jnp.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+
+
+def _d_gelu_tanh(x):
+    c = math.sqrt(2 / math.pi)
+    t = jnp.tanh(c * (x + 0.044715 * x * x * x))
+    return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * c * (1 + 3 * 0.044715 * x * x)
+
+
+def _d_relu(x):
+    return jnp.where(x > 0, 1.0, 0.0)
+
+
+# Written out for kernels, in which the derivative of a function cannot be taken.
+_SLOPES = {
+    "swiglu": _d_silu,
+    "geglu": _d_gelu_tanh,
+    "reglu": _d_relu,
+    "gelu": _d_gelu,
+    "gelu_tanh": _d_gelu_tanh,
+    "relu": _d_relu,
+    "relu2": lambda x: 2 * jnp.maximum(x, 0),
+    "silu": _d_silu,
+}
+
+
+def d_activate(name: str, d, gate, up=None) -> Iterator:
+    """The derivative of `activate` by each half, times d; one after the other, for the sake of registers."""
+    slope = d * _SLOPES[name](gate)
+    yield slope if up is None else slope * up
+    if up is not None:
+        yield d * _POINTWISE[name](gate)
+
+
+def _activation(name: str):
+    parts = 2 if name in GATED else 1
+    return lambda h: activate(name, *jnp.split(h, parts, axis=-1))
+
+
+ACTIVATIONS = {name: _activation(name) for name in _POINTWISE}

@@ -1,0 +1,104 @@
+"""Gradients of expert weights on Hopper GPUs (Pallas Mosaic GPU).
+
+d_weight[e] = sum over the rows r of expert e of left[r]^T right[r], both copied by their row numbers: no operand is
+transposed or padded in memory, rows that do not exist are zeros, and an expert without rows gets zeros. A block holds
+64 x 256 of a weight per multiplying warpgroup; experts with many rows come first.
+"""
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from .. import seam_rows
+from . import mosaic_pipeline as pipeline
+from .mosaic_pipeline import STAGES, memory
+from .tasks import Tasks
+
+ROWS = 64  # of a step
+WARPGROUPS = 2
+LEFT = 64  # columns of the left rows, of a warpgroup
+RIGHT = 128  # columns of the right rows, of an accumulator
+ACCUMULATORS = 2  # of a warpgroup
+
+
+def d_weights(left, left_numbers, right, right_numbers, tasks: Tasks):
+    """[E, D, parts, F] of left [Q, D] and right [parts, Q', F]; row numbers [tiles * M] as of `tasks`."""
+    (_, D), (P, _, F), E = left.shape, right.shape, tasks.rows.shape[0]
+    M = left_numbers.shape[0] // tasks.expert.shape[0]
+    dtype, down, across = left.dtype, -(-D // (LEFT * WARPGROUPS)), -(-F // (RIGHT * ACCUMULATORS))
+    heavy_first = jnp.argsort(-tasks.rows, stable=True).astype(jnp.int32)
+    per_expert = down * P * across
+    blocks = pipeline.blocks(E * per_expert)
+
+    def kernel(
+        left_ref, left_numbers_ref, right_ref, right_numbers_ref, heavy_ref, first_ref, rows_ref, out_ref,
+        left_mem, right_mem, out_mem, full, used,
+    ):  # fmt: skip
+        wg, ring = lax.axis_index("wg"), pipeline.Ring(full, used)
+
+        def pieces(body, state):
+            def one(_, number, state):
+                e, rest = heavy_ref[number // per_expert], number % per_expert
+                row, part, column = rest // (P * across), rest // across % P, rest % across
+                return body(
+                    e, row * LEFT * WARPGROUPS, part, column * RIGHT * ACCUMULATORS, -(-rows_ref[e] // ROWS), state
+                )
+
+            return pipeline.every(blocks, E * per_expert, one, state)
+
+        @pl.when(wg == WARPGROUPS)
+        def copy():
+            def body(e, row, part, column, steps, sent):
+                def load(s, slot):
+                    numbers = pl.ds(first_ref[e] * M + s * ROWS, ROWS)
+                    for w in range(WARPGROUPS):
+                        seam_rows.gather(left_ref, left_numbers_ref.at[numbers], row + w * LEFT, left_mem.at[slot, w])
+                    for p in range(ACCUMULATORS):
+                        rows = right_numbers_ref.at[numbers]
+                        seam_rows.gather(right_ref.at[part], rows, column + p * RIGHT, right_mem.at[slot, p])
+
+                return pipeline.send(ring, steps, load, sent)
+
+            pipeline.hand_over(ring, pieces(body, pipeline.nothing_sent()))
+
+        @pl.when(wg < WARPGROUPS)
+        def compute():
+            def body(e, row, part, column, steps, step):
+                def multiply(*accumulators):
+                    def one(slot):
+                        for p, acc in enumerate(accumulators):
+                            plgpu.wgmma(acc, left_mem.at[slot, wg].transpose((1, 0)), right_mem.at[slot, p])
+
+                    last = pipeline.receive(ring, steps, one, ACCUMULATORS, step)
+                    return last, *(acc[...] for acc in accumulators)
+
+                accumulator = plgpu.ACC((LEFT, RIGHT), jnp.float32)
+                last, *sums = pl.run_scoped(multiply, *(accumulator,) * ACCUMULATORS)
+                for p, x in enumerate(sums):
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    out_mem[wg] = x.astype(dtype)
+                    plgpu.commit_smem()
+                    at = pl.ds(row + wg * LEFT, LEFT), part, pl.ds(column + p * RIGHT, RIGHT)
+                    plgpu.copy_smem_to_gmem(out_mem.at[wg], out_ref.at[e, *at])
+                return last
+
+            pieces(body, jnp.int32(0))
+            plgpu.wait_smem_to_gmem(0)
+
+    run = pipeline.run(
+        kernel,
+        name="expert_d_weights",
+        blocks=blocks,
+        warpgroups=WARPGROUPS,
+        out_type=jax.ShapeDtypeStruct((E, D, P, F), dtype),
+        scratch=(
+            memory((STAGES, WARPGROUPS, ROWS, LEFT), dtype),
+            memory((STAGES, ACCUMULATORS, ROWS, RIGHT), dtype),
+            memory((WARPGROUPS, LEFT, RIGHT), dtype),
+            plgpu.Barrier(num_barriers=STAGES),
+            plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=STAGES),
+        ),
+    )
+    return run(left, left_numbers, right, right_numbers, heavy_first, tasks.first, tasks.rows)

@@ -1,0 +1,192 @@
+"""Rows of an array by their numbers, to and from shared memory: what ScatterMoE is made of. A part of the seam.
+
+Hopper's copy engine takes blocks of consecutive rows only, so the threads of a warpgroup copy single rows, in chunks of
+16 bytes. Tiles [rows, columns] lie in shared memory as the tensor cores read them: in atoms of 8 rows x 128 bytes, one
+row of atoms after the other, and chunk c of row r of an atom at place c ^ r.
+"""
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from . import seam
+
+CHUNK = 16  # bytes
+ATOM = 8, 128  # rows, bytes
+THREADS = 128  # of a warpgroup
+
+
+def atoms(dtype) -> tuple:
+    """The transforms of a tile in shared memory."""
+    return plgpu.TilingTransform((ATOM[0], ATOM[1] // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(ATOM[1])
+
+
+def chunks(ops, rows: int, columns: int, itemsize: int):
+    """(row, column, byte in shared memory) of the first chunk that a thread copies, as `ops` counts, and how far from
+    it all of its chunks are: numbers that are the same for every thread."""
+    per_atom, across = ATOM[1] // CHUNK, columns * itemsize // ATOM[1]
+    chunk, row = ops.remainder(ops.thread, per_atom), ops.divide(ops.thread, per_atom)
+    row_of_atom, down = ops.remainder(row, ATOM[0]), ops.divide(row, ATOM[0])
+    in_atom = ops.add(ops.multiply(row_of_atom, ATOM[1]), ops.multiply(ops.exclusive_or(chunk, row_of_atom), CHUNK))
+    byte = ops.add(in_atom, ops.multiply(down, across * ATOM[0] * ATOM[1]))
+    at_once = THREADS // per_atom  # rows that the warpgroup copies at once: two rows of atoms
+    steps = [
+        (first, atom * ATOM[1] // itemsize, (first // ATOM[0] * across + atom) * ATOM[0] * ATOM[1])
+        for first in range(0, rows, at_once)
+        for atom in range(across)
+    ]
+    return (row, ops.multiply(chunk, CHUNK // itemsize), byte), steps
+
+
+def gather(source, rows, column, tile) -> None:
+    """tile[r] = source[rows[r], column : column + C], zero where rows[r] is negative and beyond the last column.
+
+    Runs ahead of the thread: `gather_commit` ends a group of copies, `gather_wait` waits for groups.
+
+    Args:
+      source: reference to [R, D] in global memory, D a multiple of 16 bytes.
+      rows: reference to int32 [M] in global memory.
+      column: a multiple of 8 elements.
+      tile: reference to [M, C] in shared memory with `atoms`, C a multiple of 128 bytes.
+    """
+    if seam.is_interpreted():
+        tile[...] = _read_rows(source, rows, column, tile.shape)
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), _SCALAR, plgpu.RefType(atoms(source.dtype))))
+    def copy(ctx, source, rows, column, tile):
+        for thread in _copies(source, rows, column, tile):
+            bytes_read = thread.select(thread.inside, CHUNK, 0)  # the rest of the chunk is filled with zeros
+            ptx = f"cp.async.cg.shared.global [$0 + {thread.step}], [$1], 16, $2;"
+            thread.asm(ptx, "r,l,r", thread.shared, thread.far, bytes_read)
+
+    copy(source, rows, column, tile)
+
+
+def gather_commit() -> None:
+    _asm("cp.async.commit_group;")
+
+
+def gather_wait(pending: int) -> None:
+    """All groups of this warpgroup but the last `pending` are in shared memory, also for the tensor cores."""
+    _asm(f"cp.async.wait_group {pending};")
+    plgpu.commit_smem()
+
+
+def scatter(tile, rows, column, target) -> None:
+    """target[rows[r], column : column + C] = tile[r] but where rows[r] is negative or beyond the last column.
+
+    The tile must be visible to the whole warpgroup (`plgpu.commit_smem`), and again before it is overwritten.
+    """
+    if seam.is_interpreted():
+        _write_rows(tile, rows, column, target)
+        return
+
+    ptx = (
+        "{{ .reg .pred p; .reg .b32 a, b, c, d; setp.ne.b32 p, $2, 0; ld.shared.v4.b32 {{a, b, c, d}}, [$0 + {step}];"
+        " @p st.global.v4.b32 [$1], {{a, b, c, d}}; }}"
+    )
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(atoms(tile.dtype)), plgpu.RefType(), _SCALAR, plgpu.RefType()))
+    def copy(ctx, tile, rows, column, target):
+        for thread in _copies(target, rows, column, tile):
+            inside = thread.select(thread.inside, 1, 0)
+            thread.asm(ptx.format(step=thread.step), "r,l,r", thread.shared, thread.far, inside)
+
+    copy(tile, rows, column, target)
+
+
+_SCALAR = plgpu.Layout.WG_SPLAT
+
+
+def _read_rows(source, rows, column, shape):
+    """`gather` in the interpreter, for which every access is expensive."""
+    numbers = rows[...]
+    there = source[...][jnp.maximum(numbers, 0)]
+    there = lax.dynamic_slice(jnp.pad(there, ((0, 0), (0, shape[1]))), (0, column), shape)
+    return jnp.where((numbers < 0)[:, None], 0, there)
+
+
+def _write_rows(tile, rows, column, target) -> None:
+    """`scatter` in the interpreter: the copy engine writes nothing beyond the last column."""
+    numbers = rows[...]
+
+    def one(r, _):
+        row = lax.dynamic_index_in_dim(numbers, r, keepdims=False)
+
+        @pl.when(row >= 0)
+        def _():
+            plgpu.copy_smem_to_gmem(tile.at[r], target.at[row, pl.ds(column, tile.shape[1])])
+
+    lax.fori_loop(0, tile.shape[0], one, None)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _asm(text: str) -> None:
+    if seam.is_interpreted():
+        return
+
+    @plgpu.inline_mgpu()
+    def run(ctx):
+        _Thread.asm(text, "")
+
+    run()
+
+
+class _Thread:
+    """The integers of one thread, as MLIR; a test puts numbers in its place."""
+
+    def __init__(self):
+        from jax._src.lib.mlir import ir
+        from jax._src.lib.mlir.dialects import arith, gpu
+        from jax.experimental.mosaic.gpu import utils
+
+        i32 = ir.IntegerType.get_signless(32)
+        self.constant = lambda x: utils.c(x, i32) if isinstance(x, int) else x
+
+        def of(operation):
+            return lambda a, b: operation(self.constant(a), self.constant(b))
+
+        self.add, self.multiply, self.exclusive_or = of(arith.addi), of(arith.muli), of(arith.xori)
+        self.divide, self.remainder = of(arith.divui), of(arith.remui)
+        self.thread = self.remainder(arith.index_castui(i32, gpu.thread_id(gpu.Dimension.x)), THREADS)
+        self.select = lambda condition, a, b: arith.select(condition, self.constant(a), self.constant(b))
+
+    @staticmethod
+    def asm(text, constraints, *operands):
+        from jax._src.lib.mlir import ir
+        from jax._src.lib.mlir.dialects import llvm
+
+        llvm.inline_asm(ir.Type.parse("!llvm.void"), list(operands), text, constraints, has_side_effects=True)
+
+
+def _copies(array, rows, column, tile):
+    """The thread once for every chunk: `shared` + `step` and `far`, its addresses; if it is `inside` of the array."""
+    from jax._src.lib.mlir import ir
+    from jax._src.lib.mlir.dialects import arith, llvm
+    from jax.experimental.mosaic.gpu import utils
+
+    thread = _Thread()
+    i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
+    _, width = ir.MemRefType(array.type).shape
+    itemsize = utils.bitwidth(ir.MemRefType(array.type).element_type) // 8
+    groups, across = ir.MemRefType(tile.type).shape[:2]
+    near, far, numbers = (llvm.ptrtoint(t, utils.memref_ptr(x)) for x, t in ((tile, i32), (array, i64), (rows, i64)))
+    (row, chunk_column, byte), steps = chunks(thread, groups * ATOM[0], across * ATOM[1] // itemsize, itemsize)
+    thread.shared = thread.add(near, byte)
+    column = thread.add(column.registers.item(), chunk_column)
+    numbers = arith.addi(numbers, arith.extui(i64, thread.multiply(row, 4)))
+    less, not_negative = arith.CmpIPredicate.slt, arith.CmpIPredicate.sge
+    number, before = None, None
+    for further, columns, thread.step in steps:
+        if further != before:
+            at = llvm.inttoptr(llvm.PointerType.get(1), arith.addi(numbers, utils.c(4 * further, i64)))
+            number, before = llvm.load(i32, at), further
+        own, exists = thread.add(column, columns), arith.cmpi(not_negative, number, thread.constant(0))
+        thread.inside = arith.andi(exists, arith.cmpi(less, own, thread.constant(width)))
+        # In 64 bits: the rows of all slots are more elements than 32 bits count.
+        place = arith.muli(arith.extui(i64, thread.select(exists, number, 0)), utils.c(width * itemsize, i64))
+        place = arith.addi(place, arith.extui(i64, thread.multiply(thread.select(thread.inside, own, 0), itemsize)))
+        thread.far = arith.addi(far, place)
+        yield thread

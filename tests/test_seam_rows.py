@@ -1,0 +1,83 @@
+"""Rows to and from shared memory by their numbers: in the interpreter, and the device's places as numbers."""
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from pallas_kernels import seam, seam_rows
+
+
+def move(x, source_rows, target_rows, out_rows: int, columns: int = 64):
+    """Rows of x, 64 at a time, to rows of an array of NaN, by way of shared memory."""
+    blocks = source_rows.shape[0] // 64
+
+    def kernel(x_ref, source_ref, target_ref, out_ref, tile):
+        rows = pl.ds(lax.axis_index("block") * 64, 64)
+
+        def one(i, _):
+            column = i * columns
+            seam_rows.gather(x_ref, source_ref.at[rows], column, tile)
+            seam_rows.gather_commit()
+            seam_rows.gather_wait(0)
+            seam_rows.scatter(tile, target_ref.at[rows], column, out_ref)
+            plgpu.commit_smem()
+
+        lax.fori_loop(0, -(-x.shape[1] // columns), one, None)
+
+    run = plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((out_rows, x.shape[1]), x.dtype),
+        scratch_types=(plgpu.SMEM((64, columns), x.dtype, transforms=seam_rows.atoms(x.dtype)),),
+        grid=(blocks,),
+        grid_names=("block",),
+        num_threads=1,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+    )
+    return run(x, source_rows, target_rows)
+
+
+@pytest.mark.parametrize("width", [64, 72, 136])
+def test_rows_move(width):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((50, width)), jnp.bfloat16)
+    source = rng.integers(0, 50, 128)
+    source[[3, 70]] = -1
+    target = rng.permutation(140)[:128]
+    target[[5, 127]] = -1
+    with seam.interpret(detect_races=True):
+        out = jax.jit(lambda *a: move(*a, 140, 128 if width == 136 else 64))(x, *map(jnp.int32, (source, target)))
+    want = np.full((140, width), np.nan, np.float32)
+    kept = target >= 0
+    want[target[kept]] = np.where(source[:, None] < 0, 0, np.asarray(x, np.float32)[source])[kept]
+    np.testing.assert_array_equal(np.asarray(out, np.float32), want)
+
+
+class Numbers:
+    """All threads at once, as numbers."""
+
+    thread = np.arange(seam_rows.THREADS)
+    add, multiply, exclusive_or = staticmethod(np.add), staticmethod(np.multiply), staticmethod(np.bitwise_xor)
+    divide, remainder = staticmethod(np.floor_divide), staticmethod(np.remainder)
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("rows, columns", [(64, 64), (64, 128), (128, 64), (16, 256)])
+def test_every_chunk_is_copied_once_to_where_the_tensor_cores_read_it(rows, columns, itemsize):
+    """A swizzle of 128 bytes: bits 4 to 6 of the address are exclusive-ored with bits 7 to 9."""
+    seen = {}
+    first, steps = seam_rows.chunks(Numbers, rows, columns, itemsize)
+    for step in steps:
+        for r, c, b in zip(*(x + further for x, further in zip(first, step, strict=True)), strict=True):
+            assert (r, c) not in seen
+            seen[int(r), int(c)] = int(b)
+    assert len(seen) == rows * columns * itemsize // 16
+    per_atom = 128 // itemsize
+    for (r, c), byte in seen.items():
+        atom = r // 8 * (columns // per_atom) + c // per_atom
+        plain = atom * 1024 + r % 8 * 128 + c % per_atom * itemsize
+        assert byte == plain ^ (plain >> 7 & 7) << 4
