@@ -35,7 +35,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, Mesh, NamedSharding, Part
 from rich.console import Console
 from rich.table import Table
 
-from .absent_kernels import KERNELS
+from .absent_kernels import KERNELS, Kernel
 from .sass import ATOMICS, Loop, find_loops, read
 
 HERE = Path(__file__).parent
@@ -105,6 +105,17 @@ def _dumping() -> Iterator[Path]:
             yield dump
 
 
+def compile_for(function: Callable, *shapes, chip: str = "h200") -> tuple[jax.stages.Lowered, jax.stages.Compiled]:
+    """jit(function), compiled for an absent chip. `shapes`: pytrees of jax.ShapeDtypeStruct. Raises MissingWheels."""
+    devices = target(chip)
+    on = NamedSharding(Mesh(np.array(devices), ("x",)), PartitionSpec())
+    shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=on), shapes)
+    device = AbstractDevice(device_kind=devices[0].device_kind, platform="gpu", num_cores=devices[0].core_count)
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        lowered = jax.jit(lambda *arguments: function(*arguments)).trace(*shapes).lower()
+        return lowered, lowered.compile()
+
+
 def compile_kernel(function: Callable, *shapes, chip: str = "h200") -> list[Machine]:
     """The Mosaic kernels in jit(function), after XLA, Mosaic and ptxas compiled it for an absent chip.
 
@@ -115,18 +126,20 @@ def compile_kernel(function: Callable, *shapes, chip: str = "h200") -> list[Mach
       MissingWheels: without jax[cuda13], or without triton, which has the disassembler.
       RuntimeError: this process compiled one of them before: Mosaic remembers it and writes nothing.
     """
-    devices = target(chip)
-    on = NamedSharding(Mesh(np.array(devices), ("x",)), PartitionSpec())
-    shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=on), shapes)
-    device = AbstractDevice(device_kind=devices[0].device_kind, platform="gpu", num_cores=devices[0].core_count)
-    with _dumping() as dump, use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
-        lowered = jax.jit(lambda *arguments: function(*arguments)).trace(*shapes).lower()
-        lowered.compile()
+    target(chip)
+    with _dumping() as dump:
+        lowered, _ = compile_for(function, *shapes, chip=chip)
         distinct = set(re.findall(r'kernel_hash = "[^"]*"', lowered.as_text()))
         written = sorted(dump.glob("*.sass_ctrl"))
         if len(written) != len(distinct):
             raise RuntimeError(f"{len(written)} of {len(distinct)} kernels were compiled; use a new process")
         return [_machine(path) for path in written]
+
+
+def temporaries(kernel: Kernel) -> int:
+    """Bytes of an absent GPU's memory beyond arguments and results."""
+    _, compiled = compile_for(kernel.function, *kernel.shapes)
+    return compiled.memory_analysis().temp_size_in_bytes
 
 
 class Compiled(NamedTuple):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import stick_breaking_attention
+from pallas_kernels import expert_mlp, route, stick_breaking_attention
 
 
 class Kernel(NamedTuple):
@@ -80,6 +80,45 @@ def stick_breaking_decode() -> Kernel:
     )
 
 
+def experts(*, T: int, k: int, D: int, F: int, E: int, activation: str = "swiglu") -> Kernel:
+    """Forward and backward of a gated feed-forward layer, its rows spread evenly over the experts."""
+
+    def run(x, w_in, w_out, gates, indices, d_out):
+        def mlp(*arrays):
+            x, w_in, w_out, gates = arrays
+            routing = route(indices, E)
+            return expert_mlp(x, w_in, w_out, routing, gates, activation=activation, implementation="mosaic")
+
+        out, vjp = jax.vjp(mlp, x, w_in, w_out, gates)
+        return out, vjp(out * d_out)  # as in a model, the backward pass waits for the forward pass
+
+    per_expert = -(-T * k // E)
+    rows = E * -(-per_expert // 128) * 2  # tiles of 64
+    up, d_hidden = (rows * -(-F // 128) * -(-D // 64),) * 2
+    down, d_x = rows * -(-D // 256) * -(-F // 64), rows * -(-D // 256) * 2 * -(-F // 64)
+    depth = E * -(-per_expert // 64)
+    d_w_out = 2 * -(-F // 128) * -(-D // 256) * depth
+    d_w_in = 2 * -(-D // 128) * 2 * -(-F // 256) * depth
+    shapes = (T, D), (E, D, 2 * F), (E, F, D), (T, k), (T, k), (T, D)
+    dtypes = (jnp.bfloat16,) * 4 + (jnp.int32, jnp.bfloat16)
+    return Kernel(
+        run,
+        tuple(map(jax.ShapeDtypeStruct, shapes, dtypes)),
+        tiles=(up, d_hidden, d_w_out, d_w_in, d_x, down),
+    )
+
+
+def experts_decode() -> Kernel:
+    """16 tokens: tiles of 64 rows, of the chosen experts only."""
+    T, k, D, F, E = 16, 8, 1536, 512, 40
+    bf16 = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((T, D), (E, D, 2 * F), (E, F, D), (T, k))]
+    return Kernel(
+        lambda x, w_in, w_out, gates, i: expert_mlp(x, w_in, w_out, route(i, E), gates, implementation="mosaic"),
+        (*bf16, jax.ShapeDtypeStruct((T, k), jnp.int32)),
+        tiles=(E * -(-F // 128) * -(-D // 64), E * -(-D // 256) * -(-F // 64)),
+    )
+
+
 # The benchmark's shape, the 3B and the 350M model's; training is forward and backward.
 KERNELS: dict[str, Callable[[], Kernel]] = {
     "softmax_mosaic": softmax_mosaic,
@@ -90,4 +129,15 @@ KERNELS: dict[str, Callable[[], Kernel]] = {
     "stick_breaking_packed": partial(stick_breaking, N=36, H=64, backward=True, document=1024),
     "stick_breaking_350m": partial(stick_breaking, N=32, H=32, backward=True),
     "stick_breaking_decode": stick_breaking_decode,
+    "experts_powermoe_3b": partial(experts, T=8192, k=8, D=1536, F=512, E=40),
+    "experts_8_wide": partial(experts, T=8192, k=2, D=2048, F=3072, E=8),
+    "experts_64": partial(experts, T=16384, k=4, D=2560, F=1280, E=64),
+    "experts_geglu": partial(experts, T=8192, k=8, D=1536, F=512, E=40, activation="geglu"),
+    "experts_decode": experts_decode,
+}
+
+# What to compile for the memory it takes, and the most that its temporaries may be, in bytes.
+MEMORY: dict[str, tuple[Callable[[], Kernel], float]] = {
+    "stick_breaking": (partial(stick_breaking, T=65536, N=12, H=128, backward=True), 8 * 2**30),
+    "experts_powermoe_3b": (partial(experts, T=65536, k=8, D=1536, F=512, E=40), 3e9),
 }

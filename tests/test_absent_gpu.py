@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from benchmarks import absent_gpu, sass
-from benchmarks.absent_kernels import KERNELS, stick_breaking
+from benchmarks.absent_kernels import KERNELS, MEMORY, stick_breaking
 
 needs_wheels = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda13_plugin") is None,
@@ -105,7 +105,8 @@ def test_compiles(compiled, name):
     assert machines and absent_gpu.bound(machines, tiles) > 0
     for m in machines:
         assert not m.atomics and not m.sharing, f"{m.name}: {m.atomics} {m.sharing}"
-        assert m.static_shared + m.dynamic_shared <= 227 * 1024
+        # Of a multiprocessor; the static part includes the 1 KiB that the system takes of every block.
+        assert m.static_shared + m.dynamic_shared <= 228 * 1024
 
 
 @needs_wheels
@@ -115,8 +116,8 @@ def test_nothing_spills(compiled, name):
     for m in machines:
         assert (m.spill_stores, m.spill_loads, m.stack) == (0, 0, 0), m.name
         assert (m.alone["spill_stores"], m.alone["spill_loads"]) == (0, 0), m.name
-    (forward,) = (m for m in machines if m.name.startswith("stick_breaking_forward"))
-    assert max(x.special for x in forward.main_loops) <= 2.1 * scores
+        if m.name.startswith("stick_breaking_forward"):
+            assert max(x.special for x in m.main_loops) <= 2.1 * scores
 
 
 @needs_wheels
@@ -124,6 +125,19 @@ def test_forward_bound(compiled):
     """B=4, T=4096, N=12, H=128 on an H200."""
     tiles, _, machines = compiled["stick_breaking"]
     assert absent_gpu.bound(machines, tiles) <= 0.32
+
+
+@needs_wheels
+def test_products_of_experts_are_bound_by_the_tensor_cores(compiled):
+    _, _, machines = compiled["experts_powermoe_3b"]
+    assert all(loop.bound == "tensor" for m in machines for loop in m.main_loops)
+
+
+@needs_wheels
+@pytest.mark.parametrize("name", MEMORY)
+def test_memory(name):
+    kernel, most = MEMORY[name]
+    assert absent_gpu.temporaries(kernel()) <= most
 
 
 @needs_wheels

@@ -9,6 +9,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from .. import hopper
 from . import xla
@@ -80,7 +81,9 @@ def _combined(x, weight, routing, work, gates=None, bias=None, *, columns: int, 
         plan = _plan(routing, x, size, transposed=transposed, first=first)
         some = None if bias is None else _bias(bias[:, first : first + size])
         y = product(plan, x, work.sorted, weight, work, work.sorted, rows, some)
-        pieces.append(_combine(y, routing, gates).astype(x.dtype))
+        out = _combine(y, routing, gates).astype(x.dtype)
+        x, out = lax.optimization_barrier((x, out))  # one y after the other
+        pieces.append(out)
     return jnp.concatenate(pieces, 1)
 
 

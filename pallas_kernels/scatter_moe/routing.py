@@ -67,5 +67,7 @@ def route(expert_indices: Int[Array, "T k"], num_experts: int) -> Routing:
     else:
         order = jnp.argsort(experts, stable=True).astype(jnp.int32)
     inverse = jnp.zeros_like(order).at[order].set(slots, unique_indices=True)
-    offsets = jnp.searchsorted(experts[order], jnp.arange(num_experts + 1, dtype=jnp.int32)).astype(jnp.int32)
+    firsts = jnp.arange(num_experts + 1, dtype=jnp.int32)
+    # Unrolled: as a loop every step would be a kernel of its own on a GPU.
+    offsets = jnp.searchsorted(experts[order], firsts, method="scan_unrolled").astype(jnp.int32)
     return Routing(order, inverse, offsets, expert_indices)

@@ -12,7 +12,7 @@ from .. import seam
 from .mosaic_backward import HALF, SWIZZLE, d_logits, weights_of, zeros
 from .mosaic_tile import KEYS, LOG2E, ROWS, Plan, tile_memory, visible
 
-NOWHERE = -(2**30)  # a query row left of all keys
+NOWHERE = -(2**30)  # a position left of all keys
 
 
 def d_key_value(
@@ -67,7 +67,7 @@ def d_key_value(
                         is_visited = both[w] > 0
                         row = (pair * 2 + jnp.where(is_visited, w, 1 - w)) * ROWS
                         kinds[slot, w] = both[w]
-                        places[slot, w] = jnp.where(is_visited, row, NOWHERE)
+                        places[slot, w] = row
                         rows = pl.ds(row, ROWS)
                         plgpu.copy_gmem_to_smem(q_ref.at[b, rows, n], q_mem[w].at[slot], full.at[slot])
                         plgpu.copy_gmem_to_smem(do_ref.at[b, rows, n], do_mem[w].at[slot], full.at[slot])
@@ -128,7 +128,8 @@ def d_key_value(
                         seen = None
                         if masked:
                             row, column = places[slot, own], j * KEYS + half * HALF
-                            seen = visible(plan, segments, b, row, column, HALF, position)
+                            stands = jnp.where(kind > 0, position, NOWHERE)
+                            seen = visible(plan, segments, b, row, column, HALF, stands)
                         weights, logs = weights_of(z, seen, entering)
                         dz, _ = d_logits(weights * d_weights, logs, prefix)
                         if half == 0:

@@ -77,7 +77,7 @@ def d_query(
                 slot = (j - start) % stages
                 plgpu.barrier_wait(full.at[slot])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                for half, zero in enumerate(zeros(j, plan.H + plan.Hv > 128)):
+                for half, zero in enumerate(zeros(j, plan.H + plan.Hv > 128 or plan.segments)):
                     prefix, high, low, acc = state
                     own = wg + zero
                     keys = pl.ds(j * KEYS + half * HALF, HALF)
@@ -117,11 +117,15 @@ def d_query(
             lax.fori_loop(jnp.maximum(own_stop, start), stop, idle, None)
 
             acc = state[3]
-            # The sum of dz * q.k over the keys, before anything is rounded.
-            row_mem[wg, 0] = (acc * plgpu.load(q_mem.at[wg], layout=seam.TILE).astype(jnp.float32)).sum(1)
+            # The sum of dz * q.k over the keys, before anything is rounded; in pieces, for the sake of registers.
+            d_scale = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), seam.ROW)
+            for first in range(0, plan.H, HALF):
+                q = plgpu.load(q_mem.at[wg, :, pl.ds(first, HALF)], layout=seam.TILE).astype(jnp.float32)
+                d_scale += (acc[:, first : first + HALF] * q).sum(1)
+            plgpu.commit_smem()  # all have read what is overwritten next
+            d_scale_ref[b, n, rows] = d_scale
             q_mem[wg] = (acc * scale_ref[0]).astype(dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(row_mem.at[wg, 0], d_scale_ref.at[b, n, rows])
             plgpu.copy_smem_to_gmem(q_mem.at[wg], dq_ref.at[b, rows, n])
             plgpu.wait_smem_to_gmem(0)
 

@@ -95,8 +95,7 @@ def visible(plan: Plan, segments, b, first_row, first_column, columns, offset):
         seen &= column >= position - plan.window - first_column
     if plan.segments:
         queries, keys = segments
-        # A row left of all keys, which sees none anyway, need not exist.
-        q = plgpu.load(queries.at[b, pl.ds(jnp.maximum(first_row, 0), ROWS)], layout=seam.ROW)
+        q = plgpu.load(queries.at[b, pl.ds(first_row, ROWS)], layout=seam.ROW)
         k = plgpu.load(keys.at[b, pl.ds(first_column, columns)], layout=seam.COLUMN)
         q = lax.broadcast_in_dim(q, shape, [0])
         seen &= (q == lax.broadcast_in_dim(k, shape, [1])) & (q >= 0)
