@@ -11,7 +11,9 @@ from . import cost, experts, gpu_check, gpu_peers
 from .gpu_run import Case, Run, work_of
 
 PART = experts.PART
-PEERS = ("scattermoe", "sonicmoe", "jax.lax.ragged_dot", "tokamax.ragged_dot")
+PEERS = (
+    "scattermoe", "sonicmoe", "tokamax.ragged_dot", "jax.lax.ragged_dot by Triton", "jax.lax.ragged_dot", "dense of k F",
+)  # fmt: skip
 SHAPES = [
     dict(T=8192, k=8, D=1536, F=512, E=40),
     dict(T=8192, k=2, D=2048, F=3072, E=8),
@@ -19,6 +21,7 @@ SHAPES = [
     dict(T=65536, k=8, D=1536, F=512, E=40),
 ]
 QUICK = [dict(T=128, k=2, D=32, F=32, E=4)]
+TRITON = {"xla_gpu_experimental_use_ragged_dot_fusion": True}  # without it every expert multiplies every row
 CHECKED = 2048  # tokens: the reference sends every token through every expert
 
 
@@ -40,6 +43,19 @@ def rows(run: Run, shape: dict, implementations) -> None:
         check = partial(gpu_check.errors, routed(few), expected, cotangent, small)
         if run.checked(f"{PART} checks", name, contestant, jnp.bfloat16, check):
             run.jax(case, contestant, routed(chosen))
+            if contestant == "jax.lax.ragged_dot":
+                run.jax(case, f"{contestant} by Triton", routed(chosen), options=TRITON)
     for peer in gpu_peers.experts():
         run.torch(case, peer, shape)
+    run.jax(case._replace(sets=[_dense_inputs(seed, **shape) for seed in (0, 1)]), "dense of k F", experts.dense)
     run.limits(case)
+
+
+def _dense_inputs(seed: int, *, T: int, k: int, D: int, F: int, E: int):
+    """(cotangent, x, w_in, w_out) of a network without experts that is as wide as those of a token together."""
+    keys = jax.random.split(jax.random.key(seed), 4)
+    shapes = (T, D), (T, D), (D, 2 * k * F), (k * F, D)
+    scales = 1, 1, D**-0.5, (k * F) ** -0.5
+    return tuple(
+        s * jax.random.normal(*a, jnp.bfloat16) for s, a in zip(scales, zip(keys, shapes, strict=True), strict=True)
+    )

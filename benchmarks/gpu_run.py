@@ -32,17 +32,18 @@ def work_of(forward: cost.Cost, both: cost.Cost) -> dict[str, cost.Cost]:
     return dict(zip(PASSES, (forward, backward, both), strict=True))
 
 
-def to_rotate(function: Callable, case: Case, passes: str) -> tuple[Callable, list[tuple]]:
+def to_rotate(function: Callable, case: Case, passes: str, options: dict | None = None) -> tuple[Callable, list]:
     """What `rotating` takes for one pass. The backward pass alone applies a vjp whose residuals are already there."""
     plain = [tuple(arguments) for _, *arguments in case.sets]
+    jit = partial(jax.jit, compiler_options=options)
     if passes == "forward":
-        return jax.jit(function), plain
+        return jit(function), plain
     if passes == "forward+backward":
-        return forward_backward(function), case.sets
-    keep = jax.jit(lambda *arguments: jax.vjp(function, *arguments)[1])
+        return forward_backward(function, compiler_options=options), case.sets
+    keep = jit(lambda *arguments: jax.vjp(function, *arguments)[1])
     vjps = [keep(*arguments) for arguments in plain]
     structure = jax.tree.structure(vjps[0])
-    pull = jax.jit(lambda residuals, cotangent: structure.unflatten(residuals)(cotangent))
+    pull = jit(lambda residuals, cotangent: structure.unflatten(residuals)(cotangent))
     return pull, [(jax.tree.leaves(vjp), cotangent) for vjp, (cotangent, *_) in zip(vjps, case.sets, strict=True)]
 
 
@@ -93,9 +94,11 @@ class Run:
 
             self.row(case.part, f"{case.name} {passes}", name, make)
 
-    def jax(self, case: Case, name: str, function: Callable, extra: dict | None = None) -> None:
+    def jax(self, case: Case, name: str, function: Callable, extra: dict | None = None, options=None) -> None:
+        """`options` are the compiler's."""
+
         def measure(passes):
-            return rotating(*to_rotate(function, case, passes), seconds=self.seconds)
+            return rotating(*to_rotate(function, case, passes, options), seconds=self.seconds)
 
         self.passes(case, name, measure, extra)
 

@@ -79,14 +79,14 @@ def rotating(
 _SAMPLE = 0.02  # seconds
 
 
-def forward_backward(function: Callable) -> Callable:
-    """`(cotangent, *arguments) -> (output, gradients)`, jitted."""
+def forward_backward(function: Callable, **options) -> Callable:
+    """`(cotangent, *arguments) -> (output, gradients)`, jitted with these options."""
 
     def run(cotangent, *arguments):
         output, vjp = jax.vjp(function, *arguments)
         return output, vjp(cotangent)
 
-    return jax.jit(run)
+    return jax.jit(run, **options)
 
 
 def ceilings(size: int, dtype, copied: int, *, seconds: float = 1.0, queued: bool = False) -> Ceilings:
