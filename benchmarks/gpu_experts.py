@@ -12,8 +12,13 @@ from .gpu_run import Case, Run, work_of
 
 PART = experts.PART
 PEERS = (
-    "scattermoe", "sonicmoe", "tokamax.ragged_dot", "jax.lax.ragged_dot by Triton", "jax.lax.ragged_dot", "dense of k F",
-)  # fmt: skip
+    "scattermoe",
+    "sonicmoe",
+    "tokamax.ragged_dot",
+    "jax.lax.ragged_dot by Triton",
+    "jax.lax.ragged_dot",
+    "dense of k F",
+)
 SHAPES = [
     dict(T=8192, k=8, D=1536, F=512, E=40),
     dict(T=8192, k=2, D=2048, F=3072, E=8),
