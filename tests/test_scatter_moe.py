@@ -359,6 +359,13 @@ X, W, W_IN, W_OUT, G = (jnp.zeros(s) for s in ((6, 4), (3, 4, 5), (3, 4, 10), (3
 @pytest.mark.parametrize(
     "call, message",
     [
+        (lambda: route(jnp.zeros((6, 4), int), 3), "k=4 experts per token cannot exceed E=3 experts"),
+        (
+            lambda: route(jax.ShapeDtypeStruct((2**29, 4), jnp.int32), 9),
+            "T=536870912 tokens of k=4 slots are more rows",
+        ),
+        (lambda: route(np.array([[0, 1], [4, 1]]), 3), r"expert_indices\[1,0\]=4 is not from 0 to E=3"),
+        (lambda: route(np.array([[0, -1]]), 3), r"expert_indices\[0,1\]=-1 is not from 0 to E=3"),
         (lambda: route(jnp.zeros(6, int), 3), r"expert_indices must be integers \[T,k\], got int32\[6\]"),
         (lambda: route(jnp.zeros((6, 2)), 3), r"expert_indices must be integers \[T,k\], got float32\[6, 2\]"),
         (lambda: route(jnp.zeros((6, 2), int), 0), "E=0 experts must be at least 1"),
@@ -395,3 +402,9 @@ X, W, W_IN, W_OUT, G = (jnp.zeros(s) for s in ((6, 4), (3, 4, 5), (3, 4, 10), (3
 def test_bad_calls_name_letters_and_sizes(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_wrong_indices_are_found_in_a_program_under_checks():
+    with jax.enable_checks(True), pytest.raises(Exception, match=r"expert_indices\[0,1\]=7 is not from 0 to E=3"):
+        jax.block_until_ready(jax.jit(lambda i: route(i, 3))(jnp.array([[0, 7]])))
+        jax.effects_barrier()

@@ -1,10 +1,15 @@
 """The expert products for Hopper GPUs, in the interpreter with race detection, against the loop over experts."""
 
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
-from cases import MOSAIC_EXPERTS, Experts
-from test_scatter_moe import check_linear, check_mlp
+from cases import EXPERTS, MOSAIC_EXPERTS, Experts
+from test_scatter_moe import check_linear, check_mlp, mlp_inputs, run_mlp
 
-from pallas_kernels import seam
+from pallas_kernels import route, seam
+from pallas_kernels.scatter_moe import tasks
 
 
 @pytest.fixture(autouse=True)
@@ -33,3 +38,39 @@ def test_many_experts():
 @pytest.mark.parametrize("rows_out", ["token", "slot", "sorted"])
 def test_linear_in_every_order(rows_in, rows_out):
     check_linear(MOSAIC_EXPERTS["some-idle"], rows_in, rows_out, "mosaic", "bfloat16")
+
+
+def test_rows_that_no_expert_reads_may_hold_anything_and_two_runs_are_equal():
+    case = Experts(T=6, E=3)
+    *inputs, d_out = mlp_inputs(case, "swiglu", "bfloat16")
+    indices = case.indices()
+    indices[1::3] = case.E
+    poisoned = [inputs[0].at[1::3].set(jnp.nan).at[1].set(jnp.inf), *inputs[1:]]
+    clean, *twice = (run_mlp(x, indices, d_out, case.E, "swiglu", "mosaic") for x in (inputs, poisoned, poisoned))
+    chex.assert_trees_all_equal(*twice, clean)
+
+
+# The work list.
+
+
+@pytest.mark.parametrize("M", [4, 64])
+@pytest.mark.parametrize("name", EXPERTS)
+def test_tiles_hold_every_row_once_and_one_expert_each(name, M):
+    case = EXPERTS[name]
+    if not case.T:
+        return
+    indices = case.indices()
+    routing = route(indices, case.E)
+    work = jax.tree.map(np.asarray, jax.jit(lambda: tasks.tasks(routing, M))())
+    slots, position = work.slots.reshape(-1, M), work.sorted.reshape(-1, M)
+    flat, count = indices.reshape(-1), int(work.count[0])
+    for tile, (expert, s) in enumerate(zip(work.expert, slots, strict=True)):
+        assert (s[s >= 0].size > 0) == (tile < count)
+        assert (flat[s[s >= 0]] == expert).all()
+    np.testing.assert_array_equal(np.sort(slots[slots >= 0]), np.arange(case.rows))
+    np.testing.assert_array_equal(position[position >= 0], np.arange(case.rows))
+    np.testing.assert_array_equal(work.slots[work.place], np.arange(case.rows))
+    np.testing.assert_array_equal(work.rows, np.bincount(flat, minlength=case.E + 1)[: case.E])
+    for e in range(case.E):
+        assert work.rows[e] == 0 or work.expert[work.first[e]] == e
+        assert e == 0 or work.first[e] == work.first[e - 1] + -(-work.rows[e - 1] // M)

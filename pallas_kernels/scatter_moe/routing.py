@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int
 
 _PACKED_BELOW = 2**31  # beyond, an expert and a slot do not fit one int32
@@ -31,6 +32,13 @@ class Routing(NamedTuple):
         return jnp.diff(self.offsets)
 
 
+def _check_indices(indices, E: int) -> None:
+    wrong = np.argwhere((indices < 0) | (indices > E))
+    if len(wrong):
+        t, s = wrong[0]
+        raise ValueError(f"expert_indices[{t},{s}]={indices[t, s]} is not from 0 to E={E}, where E means no expert")
+
+
 def route(expert_indices: Int[Array, "T k"], num_experts: int) -> Routing:
     """Sort the T * k (token, slot) pairs by expert, stably, so that a run is deterministic.
 
@@ -39,7 +47,8 @@ def route(expert_indices: Int[Array, "T k"], num_experts: int) -> Routing:
       num_experts: E.
 
     Raises:
-      ValueError: indices that are not integers [T,k], or E < 1.
+      ValueError: indices that are not integers [T,k], k > E, E < 1, or T * k of 2^31 and more. Also indices below 0 or
+        above E, where they are known: in a numpy array, or as a program runs under `jax_enable_checks`.
 
     Source: "Scattered Mixture-of-Experts Implementation", arXiv 2403.08245.
 
@@ -56,6 +65,15 @@ def route(expert_indices: Int[Array, "T k"], num_experts: int) -> Routing:
         raise ValueError(f"k={expert_indices.shape[1]} experts per token must be at least 1")
     if num_experts < 1:
         raise ValueError(f"E={num_experts} experts must be at least 1")
+    (T, k), E = expert_indices.shape, num_experts
+    if k > E:
+        raise ValueError(f"k={k} experts per token cannot exceed E={E} experts")
+    if T * k >= 2**31:
+        raise ValueError(f"T={T} tokens of k={k} slots are more rows than 32 bits count; split the tokens")
+    if isinstance(expert_indices, np.ndarray):
+        _check_indices(expert_indices, E)
+    elif jax.config.jax_enable_checks:
+        jax.debug.callback(_check_indices, expert_indices, E)
     expert_indices = jnp.asarray(expert_indices)
     experts = expert_indices.reshape(-1).astype(jnp.int32)
     rows = experts.shape[0]
