@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import expert_mlp, route, stick_breaking_attention
+from pallas_kernels import expert_linear, expert_mlp, route, stick_breaking_attention
 
 
 class Kernel(NamedTuple):
@@ -80,31 +80,57 @@ def stick_breaking_decode() -> Kernel:
     )
 
 
-def experts(*, T: int, k: int, D: int, F: int, E: int, activation: str = "swiglu") -> Kernel:
+def experts(*, T: int, k: int, D: int, F: int, E: int, activation: str = "swiglu", bias: bool = False) -> Kernel:
     """Forward and backward of a gated feed-forward layer, its rows spread evenly over the experts."""
 
     def run(x, w_in, w_out, gates, indices, d_out):
-        def mlp(*arrays):
-            x, w_in, w_out, gates = arrays
-            routing = route(indices, E)
-            return expert_mlp(x, w_in, w_out, routing, gates, activation=activation, implementation="mosaic")
+        def mlp(x, w_in, w_out, gates, b_in, b_out):
+            options = dict(b_in=b_in, b_out=b_out, activation=activation, implementation="mosaic")
+            return expert_mlp(x, w_in, w_out, route(indices, E), gates, **options)
 
-        out, vjp = jax.vjp(mlp, x, w_in, w_out, gates)
+        biases = (w_in[:, 0], w_out[:, 0]) if bias else (None, None)
+        out, vjp = jax.vjp(mlp, x, w_in, w_out, gates, *biases)
         return out, vjp(out * d_out)  # as in a model, the backward pass waits for the forward pass
 
+    shapes = (T, D), (E, D, 2 * F), (E, F, D), (T, k), (T, k), (T, D)
+    D, F = (-(-n // 64) * 64 for n in (D, F))
     per_expert = -(-T * k // E)
     rows = E * -(-per_expert // 128) * 2  # tiles of 64
-    up, d_hidden = (rows * -(-F // 128) * -(-D // 64),) * 2
-    down, d_x = rows * -(-D // 256) * -(-F // 64), rows * -(-D // 256) * 2 * -(-F // 64)
-    depth = E * -(-per_expert // 64)
-    d_w_out = 2 * -(-F // 128) * -(-D // 256) * depth
-    d_w_in = 2 * -(-D // 128) * 2 * -(-F // 256) * depth
-    shapes = (T, D), (E, D, 2 * F), (E, F, D), (T, k), (T, k), (T, D)
+    up, d_hidden = (rows * -(-F // 128) * (D // 64),) * 2
+    down, d_x = rows * -(-D // 256) * (F // 64), rows * -(-D // 256) * 2 * (F // 64)
+    depth = 2 * E * -(-per_expert // 64)
+    d_w_out, d_w_in = depth * -(-F // 128) * -(-D // 256), depth * -(-D // 128) * 2 * -(-F // 256)
+    d_biases = (depth * 2 * -(-F // 256), depth * -(-D // 256)) if bias else ()
     dtypes = (jnp.bfloat16,) * 4 + (jnp.int32, jnp.bfloat16)
     return Kernel(
         run,
         tuple(map(jax.ShapeDtypeStruct, shapes, dtypes)),
-        tiles=(up, d_hidden, d_w_out, d_w_in, d_x, down),
+        tiles=(up, d_hidden, d_w_out, d_w_in, *d_biases, d_x, down),
+    )
+
+
+def expert_heads(*, T: int, k: int, D: int, F: int, E: int) -> Kernel:
+    """The two maps of a mixture of attention heads, forward and backward: tokens to slots, and back with gates."""
+
+    def run(x, w_in, w_out, gates, indices, d_out):
+        def maps(x, w_in, w_out, gates):
+            routing = route(indices, E)
+            heads = expert_linear(x, w_in, routing, implementation="mosaic")
+            return expert_linear(heads, w_out, routing, gates=gates, implementation="mosaic")
+
+        out, vjp = jax.vjp(maps, x, w_in, w_out, gates)
+        return out, vjp(out * d_out)
+
+    per_expert = -(-T * k // E)
+    rows, depth = E * -(-per_expert // 128) * 2, 2 * E * -(-per_expert // 64)
+    to_slots, back = rows * -(-F // 256) * (D // 64), rows * -(-D // 256) * (F // 64)
+    d_weights = depth * -(-D // 128) * -(-F // 256), depth * -(-F // 128) * -(-D // 256)
+    shapes = (T, D), (E, D, F), (E, F, D), (T, k), (T, k), (T, D)
+    dtypes = (jnp.bfloat16,) * 4 + (jnp.int32, jnp.bfloat16)
+    return Kernel(
+        run,
+        tuple(map(jax.ShapeDtypeStruct, shapes, dtypes)),
+        tiles=(*d_weights, to_slots, back, to_slots, back),
     )
 
 
@@ -133,6 +159,8 @@ KERNELS: dict[str, Callable[[], Kernel]] = {
     "experts_8_wide": partial(experts, T=8192, k=2, D=2048, F=3072, E=8),
     "experts_64": partial(experts, T=16384, k=4, D=2560, F=1280, E=64),
     "experts_geglu": partial(experts, T=8192, k=8, D=1536, F=512, E=40, activation="geglu"),
+    "experts_odd": partial(experts, T=1000, k=2, D=200, F=300, E=6, bias=True),
+    "expert_heads": partial(expert_heads, T=8192, k=4, D=1024, F=256, E=16),
     "experts_decode": experts_decode,
 }
 

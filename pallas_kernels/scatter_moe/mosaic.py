@@ -19,7 +19,8 @@ from .mosaic_weights import d_weights
 from .tasks import row_numbers, tasks
 
 UNCOMBINED = 2**30  # bytes of the outputs of all slots at a time; more columns come in a second product
-WIDE = 16  # bytes that rows are copied by
+WIDTH = 64  # columns of a tile in shared memory, of which the copy engine takes whole ones
+ONES = 8  # columns of ones, by whose products rows are summed: as few as rows can be copied by
 
 
 def refuses(call: LinearCall | MlpCall) -> str | None:
@@ -32,8 +33,8 @@ def refuses(call: LinearCall | MlpCall) -> str | None:
 
 def detail(call: LinearCall | MlpCall) -> str:
     rows, experts = call.routing.order.shape[0], call.routing.num_experts
-    odd = any(n * call.x.dtype.itemsize % WIDE for n in _widths(call))
-    return f"{ROWS * _warpgroups(rows, experts)} x {2 * COLUMNS} tiles{', padded to 8 columns' if odd else ''}"
+    odd = any(n % WIDTH for n in _widths(call))
+    return f"{ROWS * _warpgroups(rows, experts)} x {2 * COLUMNS} tiles{f', padded to {WIDTH} columns' if odd else ''}"
 
 
 def _widths(call) -> tuple[int, ...]:
@@ -52,9 +53,8 @@ def _plan(routing, x, columns: int, *, parts: int = 1, **options) -> Plan:
 
 
 def _padded(x, *axes: int):
-    """Up to a whole number of 16 bytes along these axes."""
-    size = WIDE // x.dtype.itemsize
-    return jnp.pad(x, [(0, -n % size if axis in axes else 0) for axis, n in enumerate(x.shape)])
+    """Up to whole tiles along these axes: a copy of arrays whose widths are no multiples of 64."""
+    return jnp.pad(x, [(0, -n % WIDTH if axis in axes else 0) for axis, n in enumerate(x.shape)])
 
 
 def _bias(bias, parts: int = 1):
@@ -91,7 +91,7 @@ def _d_bias(bias, rows, work, numbers, right):
     """[E, parts * F]: the sums over the rows of an expert, as a product with ones."""
     if bias is None:
         return None
-    ones = jnp.ones((rows, WIDE // right.dtype.itemsize), right.dtype)
+    ones = jnp.ones((rows, ONES), right.dtype)
     return d_weights(ones, work.sorted, right, numbers, work)[:, 0].reshape(bias.shape).astype(bias.dtype)
 
 
@@ -155,7 +155,7 @@ def _mlp_backward(activation, residuals, d_out):
     d_b_in = _d_bias(b_in, R, work, work.sorted, dh)
     d_b_out = None
     if b_out is not None:
-        by_slot = gates.astype(x.dtype).reshape(-1, 1) * jnp.ones((1, WIDE // x.dtype.itemsize), x.dtype)
+        by_slot = gates.astype(x.dtype).reshape(-1, 1) * jnp.ones((1, ONES), x.dtype)
         d_b_out = d_weights(by_slot, work.slots, d_out[None], by_token, work)[:, 0].reshape(E, D).astype(b_out.dtype)
     return dx, d_w_in, d_w_out, d_b_in, d_b_out, d_gates.astype(gates.dtype), None
 
@@ -222,7 +222,7 @@ def _linear_backward(x_rows, out_rows, residuals, d_out):
     d_weight = d_weights(left, left_numbers, d_out[None], d_numbers, work).reshape(weight.shape)
     d_bias = None
     if bias is not None:
-        ones = jnp.broadcast_to(ones.astype(x.dtype), (rows, WIDE // x.dtype.itemsize))
+        ones = jnp.broadcast_to(ones.astype(x.dtype), (rows, ONES))
         d_bias = d_weights(ones, work.slots, d_out[None], d_numbers, work)[:, 0].reshape(bias.shape).astype(bias.dtype)
     return dx, d_weight, d_bias, None if gates is None else d_gates.astype(gates.dtype), None
 

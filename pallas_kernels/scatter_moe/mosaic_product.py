@@ -197,12 +197,15 @@ def activated(plan: Plan, activation: str, x, source, weight, tasks: Tasks, bias
     def finish(at, accumulators, inputs, outputs, own):
         (sorted_ref, *bias_ref), (memory,), (out_ref, *hidden_ref) = inputs, own, outputs
         numbers, memory = sorted_ref.at[at.rows], memory.at[at.wg]
-        if bias_ref:
-            accumulators = [_biased(acc, *bias_ref, p, at) for p, acc in enumerate(accumulators)]
-        if keep:
-            for p, h in enumerate(accumulators):
+        halves = []
+        for p, h in enumerate(accumulators):
+            if bias_ref:
+                plgpu.commit_smem()  # keeps the compiler from loading all biases at once: they would not fit
+                h = _biased(h, *bias_ref, p, at)
+            if keep:
                 _store(h, numbers, memory, at.column, hidden_ref[0].at[p])
-        _store(activate(activation, *accumulators), numbers, memory, at.column, out_ref)
+            halves.append(h)
+        _store(activate(activation, *halves), numbers, memory, at.column, out_ref)
 
     inputs = (tasks.sorted,) if bias is None else (tasks.sorted, bias)
     shape = jax.ShapeDtypeStruct((R, plan.columns), plan.dtype)
