@@ -105,8 +105,8 @@ def test_compiles(compiled, name):
     assert machines and absent_gpu.bound(machines, tiles) > 0
     for m in machines:
         assert not m.atomics and not m.sharing, f"{m.name}: {m.atomics} {m.sharing}"
-        # Of a multiprocessor; the static part includes the 1 KiB that the system takes of every block.
-        assert m.static_shared + m.dynamic_shared <= 228 * 1024
+        # Without the 1 KiB that the system takes of every block, which the linker counts as static.
+        assert m.alone["static_shared"] + m.dynamic_shared <= 227 * 1024
 
 
 @needs_wheels
@@ -115,7 +115,7 @@ def test_nothing_spills(compiled, name):
     _, scores, machines = compiled[name]
     for m in machines:
         assert (m.spill_stores, m.spill_loads, m.stack) == (0, 0, 0), m.name
-        if m.name.startswith("stick_breaking"):  # the experts' leave registers to the linker
+        if (name, m.name) != ("experts_odd", "expert_activated_0"):  # 8 bytes in the build that does not run
             assert (m.alone["spill_stores"], m.alone["spill_loads"]) == (0, 0), m.name
         if m.name.startswith("stick_breaking_forward"):
             assert max(x.special for x in m.main_loops) <= 2.1 * scores
