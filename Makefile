@@ -1,7 +1,7 @@
 # make demo          train, evaluate and sample configs/tiny.py on the standard library's source (about 4 minutes, 2 cores)
 # make demo-compare  the same for its softmax + RoPE twin, and both length curves in one picture
 # make test          the whole test suite
-# make test-oldest   the fast tests against the oldest JAX allowed
+# make test-oldest   the fast tests against the oldest JAX allowed, optimised as users compile
 # make test-absent   the GPU kernels compiled for an H200 that is not there; needs the CUDA wheels (3.4 GB), no GPU
 # make lint          ruff
 
@@ -23,11 +23,11 @@ test: .venv/.test
 	$(RUN) -m pytest $(PARALLEL)
 
 # Most of the time goes into compiling, which one core does at a time. The files of a worker share its fixtures.
-PARALLEL := -n 2 --dist loadfile
+PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 # The fast ones: compiling every case of the ops takes longer than all of these.
 FAST := config data dispatch optim checkpoint models train readme
 test-oldest: .venv-oldest/.test
-	.venv-oldest/bin/python -m pytest $(PARALLEL) -m "not slow" $(FAST:%=tests/test_%.py)
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 .venv-oldest/bin/python -m pytest $(PARALLEL) -m "not slow" $(FAST:%=tests/test_%.py)
 
 test-absent: .venv-cuda/.test
 	JAX_PLATFORMS=cpu .venv-cuda/bin/python -m pytest tests/test_absent_gpu.py

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch, explain
 
-from . import cost, experts, gpu_attention, gpu_cases, gpu_decode, gpu_experts, stick_breaking
+from . import cost, experts, gpu_attention, gpu_cases, gpu_decode, gpu_experts, stick_breaking, trained_logits
 from .gpu_run import DEADLINE, Run, with_ratios
 from .report import Row
 from .timing import ceilings
@@ -106,4 +106,5 @@ def finished(collected: list[Row]) -> list[Row]:
     passed = [row for row in checks if row.extra.get("passed") == "yes"]
     others = [f"{row.case} ({row.contestant})" for row in checks if row not in passed]
     extra = {"passed": len(passed), "did not": "; ".join(others) or "none"}
-    return [*rows, Row("summary", "checks", "all", extra=extra)]
+    logits = Row("summary", "logits", "stick_breaking", extra={"of": trained_logits.source()})
+    return [*rows, logits, Row("summary", "checks", "all", extra=extra)]

@@ -27,7 +27,7 @@ SKIP = -24.0
 
 def _inputs(seed: int, shape: dict):
     """(cotangent, query, key, value) in bfloat16."""
-    arrays = trained_logits.inputs(jax.random.key(seed), **shape, dtype=jnp.bfloat16)
+    arrays = trained_logits.inputs(jax.random.key(seed), **shape, dtype=jnp.bfloat16, heads=trained_logits.saved())
     return trained_logits.cotangents(jax.random.key(seed + 100), arrays[0], arrays[2]), *arrays
 
 

@@ -65,7 +65,8 @@ def rows(run: Run, shape: dict, implementation: str, lengths: tuple[int, int] = 
         name = "B{B} N{N} K{K} H{H} bf16 S{S}".format(**shape, S=S)
         size = 2 * 2 * shape["B"] * S * shape["K"] * shape["H"]  # bytes of K and V of one cache, bfloat16
         number = max(1, min(STEPS, CACHES // size))
-        sets = [trained_logits.inputs(jax.random.key(i), T=1, S=S, **shape, dtype=jnp.bfloat16) for i in range(number)]
+        make = partial(trained_logits.inputs, T=1, S=S, **shape, dtype=jnp.bfloat16, heads=trained_logits.saved())
+        sets = [make(jax.random.key(i)) for i in range(number)]
         query, caches = sets[0][0], [s[1:] for s in sets]
         for skip in (None, SKIP):
             f, label = _step(implementation, S, skip_below=skip), contestant(implementation, skip)

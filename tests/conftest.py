@@ -53,9 +53,29 @@ def x64():
         yield
 
 
+OPTIMISED = ("test_stick_breaking", "test_scatter_moe")  # what they measure are errors of rounding: as users compile
+LONG = ("test_train", "test_notebook", "test_readme")  # a worker that got one of these last would leave the other idle
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
+
 @pytest.fixture(autouse=True, scope="module")
-def forget_programs():
-    """Every compiled program maps memory, and Linux gives a process 65,530 mappings: one process runs out of them."""
-    yield
+def programs(request):
+    """Compile without optimisation, which halves the time of most files, and forget the programs after each file.
+
+    Every compiled program maps memory, and Linux gives a process 65,530 mappings: one process runs out of them.
+    With JAX_DISABLE_MOST_OPTIMIZATIONS in the environment, as against the oldest JAX, that decides.
+    """
+    name = "JAX_DISABLE_MOST_OPTIMIZATIONS"
+    quick = name not in os.environ and request.path.stem not in OPTIMISED
+    with pytest.MonkeyPatch.context() as patch:
+        if quick:
+            patch.setenv(name, "1")  # of the programs that a test starts
+            jax.config.update(name.lower(), True)
+        yield
+    if quick:
+        jax.config.update(name.lower(), False)
     jax.clear_caches()
     gc.collect()

@@ -1,26 +1,25 @@
 """The benchmarks run and say what they mean; nothing here asserts a time."""
 
-import contextlib
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import FORWARD, assert_close
 
 from benchmarks import __main__ as cli
 from benchmarks import cost, gpu, gpu_attention, gpu_cases, gpu_check, gpu_decode, gpu_run, report, stick_breaking
+from benchmarks import trained_heads as recipe
 from benchmarks import trained_logits as trained
 from benchmarks.timing import Times, interleave, rotating
 from pallas_kernels import explain, seam, stick_breaking_attention
+from stickjax.config import ModelConfig
+from stickjax.models.transformer import empty_cache, init
+from stickjax.train import main as train_main
 
-
-@contextlib.contextmanager
-def quick_compilation():
-    """Half of the time of a tiny run is compilation."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+TINY = str(Path(__file__).parent.parent / "configs" / "tiny.py")
 
 
 def test_matmul_cost():
@@ -145,8 +144,7 @@ def test_gpu_check_of_the_last_queries():
     reference = stick_breaking.attention(implementation="reference")
 
     def check(f):
-        with quick_compilation():
-            return gpu_attention.check_last(f, reference, cotangent, arrays, 16).passes("bfloat16")
+        return gpu_attention.check_last(f, reference, cotangent, arrays, 16).passes("bfloat16")
 
     assert check(reference)
     assert not check(lambda q, k, v: reference(q, k.at[:, 40].set(0), v))
@@ -161,6 +159,67 @@ def test_trained_logits_keep_what_a_trained_model_keeps():
         kept[T] = jax.jit(lambda *arrays: stick_breaking_attention(*arrays, **settings)[2].kept[0])(*arrays)
     assert abs(kept[1024].mean() - 0.34) < 0.04 and abs(kept[2048].mean() - 0.21) < 0.04
     assert abs(kept[2048].min() - 0.12) < 0.02 and abs(kept[2048].max() - 0.65) < 0.1
+
+
+MODEL = dict(V=257, D=32, L=2, N=4, K=2, H=8, F=16, attention_scale=0.5)
+
+
+def test_heads_of_a_model_are_those_it_attends_with():
+    model = init(ModelConfig(**MODEL), jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (50,), 0, 257)
+    heads = recipe.of_model(model, tokens)
+    assert heads.query.shape == heads.key.shape == (8, 50, 8)
+    cached = model(tokens[None], cache=empty_cache(model.config, 1, 50)).cache.key  # [L,1,T,K,H]
+    every = jnp.repeat(cached[:, 0], 2, axis=2).swapaxes(1, 2).reshape(8, 50, 8)
+    assert_close(heads.key, every, FORWARD["float32"], "keys")
+    block = jax.tree.map(lambda p: p[0], model.blocks)
+    x = block.attention_norm(model.config.m_emb * model.embed[...][tokens][None])
+    query = jnp.einsum("BTD,DNH->NTH", x, block.attention.query[...]) * 0.5
+    assert_close(heads.query[:4], query, FORWARD["float32"], "queries")
+    with pytest.raises(ValueError, match="stick-breaking attention, this model's is 'softmax'"):
+        recipe.of_model(init(ModelConfig(**MODEL, attention="softmax"), jax.random.key(0)), tokens)
+
+
+def test_inputs_keep_the_logits_of_the_heads():
+    """In wider heads, more of them than the model has, on a longer text; and those of grouped heads."""
+    rng = np.random.default_rng(0)
+    heads = trained.Heads(*rng.normal(size=(2, 3, 20, 8)).astype(np.float32))
+    every = np.einsum("Mih,Mjh->Mij", *heads)
+    for N, K in ((5, 5), (4, 2)):
+        q, k, v = trained.inputs(jax.random.key(3), B=2, T=7, N=N, H=16, K=K, S=33, heads=heads)
+        assert q.shape == (2, 7, N, 16) and k.shape == v.shape == (2, 33, K, 16)
+        logits = np.einsum("BTNH,BSNH->BNTS", q, np.repeat(k, N // K, axis=2)) * 16**-0.5
+        for entry in logits.reshape(-1, 7, 33):
+            found = [
+                (m, i, j)
+                for m, i, j in np.ndindex(3, 20, 20)
+                if np.allclose(entry, every[m][(i + np.arange(7)) % 20][:, (j + np.arange(33)) % 20], atol=1e-4)
+            ]
+            assert len(found) == 1, found
+            # The last query stands where the last key does, less the rest of its group.
+            assert (found[0][2] + 32 - found[0][1] - 6) % 20 < N // K
+    with pytest.raises(ValueError, match="H=4 cannot hold .* H=8"):
+        trained.inputs(jax.random.key(0), B=1, T=4, N=1, H=4, heads=heads)
+
+
+def test_the_recipe_of_trained_heads(tmp_path, monkeypatch, capsys):
+    """From a run folder to the inputs of the benchmarks; a folder that is none is one clear line and writes nothing."""
+    run, out = tmp_path / "run", tmp_path / "heads.npz"
+    changes = [f"--model.{name}={value}" for name, value in MODEL.items()]
+    fast = ["--model.E=0", "--data.T=32", "--data.B=2", "--train.steps=1"]
+    assert train_main([TINY, f"--run={run}", *changes, *fast]) == 0
+    assert recipe.main([str(run), "--tokens=300", f"--out={out}"]) == 0
+    assert "8 heads on 300 tokens" in capsys.readouterr().out
+    monkeypatch.setattr(trained, "SAVED", out)
+    trained.saved.cache_clear()
+    try:
+        assert "a trained model's, 8 heads" in trained.source()
+        assert gpu_attention._inputs(0, dict(B=1, T=48, N=2, H=32))[1].shape == (1, 48, 2, 32)
+    finally:
+        monkeypatch.undo()
+        trained.saved.cache_clear()
+    assert recipe.main([str(tmp_path), f"--out={tmp_path / 'none.npz'}"]) == 1
+    assert "error: " in capsys.readouterr().err and not list(tmp_path.glob("none*"))
 
 
 @pytest.mark.parametrize("name", gpu_cases.FEATURES)
@@ -200,8 +259,7 @@ def test_gpu_rows_on_this_backend(monkeypatch):
     monkeypatch.setattr(gpu_decode, "STEPS", 2)
     monkeypatch.setattr(gpu_attention, "QUICK", [dict(B=1, T=32, N=2, H=32)])
     rows = []
-    with quick_compilation():
-        gpu.rows(None, True, gpu.measured_ceilings(True), rows, implementation="xla")
+    gpu.rows(None, True, gpu.measured_ceilings(True), rows, implementation="xla")
     rows = gpu.finished(rows)
     assert rows[-1].extra == {"passed": 10, "did not": "none"}
     timed = {(row.part, row.case.split(" bf16 ")[1], row.contestant) for row in rows if row.milliseconds}

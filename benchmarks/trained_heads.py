@@ -1,0 +1,86 @@
+"""The logits of a trained model, for the benchmarks: the queries and keys of all its heads on held-out text.
+
+python -m benchmarks.trained_heads [RUN] [--tokens N] [--out PATH]
+
+After `make demo`, which trains runs/tiny. Writes runs/trained_heads.npz, which benchmarks/trained_logits.py reads, and
+prints how much of the attention `skip_below` would leave.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from pallas_kernels import stick_breaking_attention
+from stickjax import load
+from stickjax.corpus import load_corpus
+from stickjax.models.attention import Context
+
+from .trained_logits import SAVED, Heads
+
+SKIP = -24.0
+
+
+def of_model(model, tokens) -> Heads:
+    """Those of all layers of a stick-breaking model, head by head, on tokens [P]."""
+    c = model.config
+    if c.attention != "stick_breaking":
+        raise ValueError(f"the logits are to be those of stick-breaking attention, this model's is {c.attention!r}")
+
+    @jax.jit
+    def layer(block, x):
+        q, k = (
+            jnp.einsum("BTD,DNH->NTH", block.attention_norm(x), w[...].astype(c.dtype))
+            for w in (block.attention.query, block.attention.key)
+        )
+        context = Context(None, None, None, 0)
+        return block(x, context, None, None, None)[0], (q * c.scale, jnp.repeat(k, c.N // c.K, axis=0))
+
+    x, found = c.m_emb * model.embed[...].astype(c.dtype)[jnp.asarray(tokens)[None]], []
+    for i in range(c.L):
+        x, heads = layer(jax.tree.map(lambda p, i=i: p[i], model.blocks), x)
+        found.append(jax.tree.map(np.asarray, heads))
+    return Heads(*map(np.concatenate, zip(*found, strict=True)))
+
+
+def kept(heads: Heads, T: int) -> np.ndarray:
+    """[M]: the share of the 64 x 64 tiles that `skip_below` leaves, on the first T tokens."""
+    q, k = (jnp.asarray(x[:, :T]).swapaxes(0, 1)[None] for x in heads)
+    settings = dict(skip_below=SKIP, tiles=(64, 64), scale=1.0, return_stats=True, implementation="xla")
+    return np.asarray(jax.jit(lambda q, k: stick_breaking_attention(q, k, k, **settings)[2].kept[0])(q, k))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.trained_heads", description=__doc__.splitlines()[0])
+    parser.add_argument("run", nargs="?", default="runs/tiny", help="the folder of a training (runs/tiny)")
+    parser.add_argument("--tokens", type=int, default=2**14, help="how many of held-out text (16384)")
+    parser.add_argument("--out", type=Path, default=SAVED, help="the file to write")
+    arguments = parser.parse_args(argv)
+    try:
+        loaded = load(arguments.run)
+        tokens = load_corpus(loaded.config.data)[1].tokens[: arguments.tokens]
+        heads = of_model(loaded.model, tokens)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    table = Table("T", "all", "least", "most", title=f"share of the 64 x 64 tiles kept at skip_below={SKIP:g}, by head")
+    for T in sorted({min(T, len(tokens)) for T in (1024, 2048, 4096, len(tokens))}):
+        shares = kept(heads, T)
+        table.add_row(str(T), *(f"{x:.0%}" for x in (shares.mean(), shares.min(), shares.max())))
+    Console(highlight=False).print(table)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    whole = arguments.out.with_suffix(".tmp")  # the file appears at once or not at all
+    with whole.open("wb") as file:
+        np.savez(file, query=heads.query.astype(np.float16), key=heads.key.astype(np.float16))
+    whole.replace(arguments.out)
+    print(f"{heads.key.shape[0]} heads on {heads.key.shape[1]} tokens: {arguments.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
