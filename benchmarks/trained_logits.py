@@ -82,18 +82,18 @@ def _taken(key, heads: Heads, query_shape, key_shape, dtype):
     (B, T, N, H), (_, S, K, _) = query_shape, key_shape
     M, P, h = heads.key.shape
     k_start, k_turn, k_value = jax.random.split(key, 3)
-    head = np.random.default_rng(0).permutation(M)[np.arange(K) % M]
+    head = np.random.default_rng(0).permutation(M)[np.arange(K) % M][None, None]
     start = jax.random.randint(k_start, (B, -(-K // M)), 0, P).repeat(M, axis=1)[:, :K]  # [B,K]
-    place = (start[:, None] + jnp.arange(S)[:, None]) % P  # [B,S,K]
+    place = (start[:, None] + jnp.arange(S)[None, :, None]) % P  # [B,S,K]
     rows = jnp.linalg.qr(jax.random.normal(k_turn, (H, h)))[0].T  # [h,H]
 
     def turn(x, scale):
         return jnp.einsum("...h,hH->...H", x * scale, rows, precision="highest").astype(dtype)
 
     # Several queries on one key head are those of as many tokens in a row, the last one's included.
-    group = jnp.arange(N) % (N // K)
+    group = (jnp.arange(N) % (N // K))[None, None]
     late = jnp.repeat(place[:, S - T :], N // K, axis=2) - (N // K - 1 - group)
-    query = turn(heads.query[jnp.repeat(head, N // K), late % P].astype(jnp.float32), H**0.5)
+    query = turn(heads.query[np.repeat(head, N // K, axis=2), late % P].astype(jnp.float32), H**0.5)
     return query, turn(heads.key[head, place].astype(jnp.float32), 1.0), jax.random.normal(k_value, key_shape, dtype)
 
 

@@ -206,7 +206,15 @@ def test_the_recipe_of_trained_heads(tmp_path, monkeypatch, capsys):
     """From a run folder to the inputs of the benchmarks; a folder that is none is one clear line and writes nothing."""
     run, out = tmp_path / "run", tmp_path / "heads.npz"
     changes = [f"--model.{name}={value}" for name, value in MODEL.items()]
-    fast = ["--model.E=0", "--data.T=32", "--data.B=2", "--train.steps=1"]
+    fast = [
+        "--model.E=0",
+        "--model.k=0",
+        "--data.T=32",
+        "--data.B=2",
+        "--train.steps=1",
+        "--optim.warmup_tokens=0",
+        "--optim.decay_tokens=0",
+    ]
     assert train_main([TINY, f"--run={run}", *changes, *fast]) == 0
     assert recipe.main([str(run), "--tokens=300", f"--out={out}"]) == 0
     assert "8 heads on 300 tokens" in capsys.readouterr().out
