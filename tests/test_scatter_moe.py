@@ -408,3 +408,36 @@ def test_wrong_indices_are_found_in_a_program_under_checks():
     with jax.enable_checks(True), pytest.raises(Exception, match=r"expert_indices\[0,1\]=7 is not from 0 to E=3"):
         jax.block_until_ready(jax.jit(lambda i: route(i, 3))(jnp.array([[0, 7]])))
         jax.effects_barrier()
+
+
+@pytest.mark.parametrize("D", [8, xla._WIDE])
+def test_the_backward_pass_keeps_the_inputs_and_in_wide_models_the_pre_activation(D):
+    """And a remat policy may name it."""
+    T, F, E, k = 6, 20, 4, 2
+    routing = route(np.array([[0, 1], [1, 2], [3, 0], [0, 3], [2, 1], [1, 0]]), E)
+    rng = np.random.default_rng(0)
+    x, w_in, w_out, gates = (
+        jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((T, D), (E, D, 2 * F), (E, F, D), (T, k))
+    )
+
+    def f(*arguments):
+        return expert_mlp(*arguments[:3], routing, arguments[3], implementation="xla")
+
+    def pre_activations(f):
+        """How many of its shape are kept, and what there is besides it, the inputs and the routing."""
+        inputs = {a.shape for a in (x, w_in, w_out, gates, gates.reshape(-1, 1), *jax.tree.leaves(routing))}
+        shapes = [a.shape for a in jax.tree.leaves(jax.vjp(f, x, w_in, w_out, gates)[1])]
+        other = [s for s in shapes if s not in inputs and np.prod(s) > 1]
+        assert set(other) <= {(T * k, 2 * F)}, other
+        return len(other)
+
+    named = jax.checkpoint_policies.save_only_these_names(call.PRE_ACTIVATION)
+    wide = int(D >= xla._WIDE)
+    assert pre_activations(f) == pre_activations(jax.checkpoint(f, policy=named)) == wide
+    assert pre_activations(jax.checkpoint(f)) == 0
+
+    gradients = jax.grad(lambda *a: (f(*a) ** 2).sum(), (0, 1, 2, 3))(x, w_in, w_out, gates)
+    reference = partial(expert_mlp, implementation="reference")
+    expected = jax.grad(lambda x, i, o, g: (reference(x, i, o, routing, g) ** 2).sum(), (0, 1, 2, 3))
+    for ours, theirs in zip(gradients, expected(x, w_in, w_out, gates), strict=True):
+        assert_close(ours, theirs, GRADIENT["float32"])

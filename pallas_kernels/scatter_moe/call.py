@@ -39,6 +39,9 @@ class MlpCall(NamedTuple):
     activation: str
 
 
+# What the backward pass of an expert network keeps besides its inputs, as a remat policy may name it:
+# jax.checkpoint_policies.save_only_these_names(PRE_ACTIVATION).
+PRE_ACTIVATION = "expert_pre_activation"
 GATED = ("swiglu", "geglu", "reglu")
 _POINTWISE = {
     "swiglu": jax.nn.silu,

@@ -10,10 +10,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from .. import hopper
 from . import xla
-from .call import GATED, LinearCall, MlpCall
+from .call import GATED, PRE_ACTIVATION, LinearCall, MlpCall
 from .mosaic_product import COLUMNS, ROWS, Plan, activated, d_activated, product
 from .mosaic_weights import d_weights
 from .tasks import row_numbers, tasks
@@ -133,7 +134,7 @@ def _mlp_forward(x, w_in, w_out, b_in, b_out, gates, routing, activation, keep=T
     numbers = row_numbers(work, "token", k)
     hidden, *kept = activated(plan, activation, x[None], numbers, w_in, work, _bias(b_in, parts), keep=keep)
     out = _combined(hidden[None], w_out, routing, work, gates, b_out, columns=D)
-    return out, (x, w_in, w_out, b_in, b_out, gates, routing, *kept)
+    return out, (x, w_in, w_out, b_in, b_out, gates, routing, *(checkpoint_name(a, PRE_ACTIVATION) for a in kept))
 
 
 def _mlp_backward(activation, residuals, d_out):

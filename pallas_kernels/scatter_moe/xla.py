@@ -7,8 +7,9 @@ Everything is one map of a per-expert function over blocks of that expert's rows
   With few rows (decoding) C is 0 and the loop runs the chosen experts only.
 Cost: at most a fixed factor over the useful work, and never an array of size T * E.
 
-The backward pass is the same map over the vjp of the function: it recomputes from the inputs, so nothing else is saved,
-and the transposes of dispatch and combine are gathers.
+The backward pass is the same map over the vjp of the function. Besides the inputs it is given the pre-activation
+where D is not small, in the order of the experts (a remat policy knows it by the name PRE_ACTIVATION); the hidden rows
+are computed again from it, and the transposes of dispatch and combine are gathers.
 """
 
 import math
@@ -18,11 +19,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
-from .call import ACTIVATIONS, LinearCall, MlpCall
+from .call import ACTIVATIONS, PRE_ACTIVATION, LinearCall, MlpCall
 from .routing import Routing
 
 _MANY_ROWS = 512
+_WIDE = 256  # of x: below, to compute the pre-activation again measured faster on CPUs than to write and to read it
 
 
 class _Plan(NamedTuple):
@@ -57,55 +60,82 @@ def _affine(x, w, b):
     return y if b is None else y + b.astype(y.dtype)[None]
 
 
-@jax.custom_vjp
-def _gated_affine(x, w, b, gate):
-    return gate.astype(jnp.promote_types(x.dtype, jnp.float32)) * _affine(x, w, b)
+def _gated(gate, y):
+    return y if gate is None else gate.astype(y.dtype) * y
 
 
-def _gated_affine_backward(inputs, dy):
-    """With dx' = dy @ w^T: dgate = <x, dx'> + <b, dy>, so that the product x @ w is not needed again."""
-    x, w, b, gate = inputs
-    dx = _dot(dy.astype(x.dtype), w.T)
-    d_gate = (x.astype(dx.dtype) * dx).sum(-1, keepdims=True)
-    gated = gate.astype(dy.dtype) * dy
-    d_b = None
+def _affine_backward(x, w, b, gate, dy):
+    """Of gate * (x @ w + b). With dx' = dy @ w^T: dgate = <x, dx'> + <b, dy>, so x @ w is not needed again."""
+    dx, gated, d_gate, d_b = _dot(dy.astype(x.dtype), w.T), _gated(gate, dy), None, None
+    if gate is not None:
+        d_gate = (x.astype(dx.dtype) * dx).sum(-1, keepdims=True)
+        if b is not None:
+            d_gate += (b.astype(dy.dtype)[None] * dy).sum(-1, keepdims=True)
+        d_gate = d_gate.astype(gate.dtype)
     if b is not None:
-        d_gate += (b.astype(dy.dtype)[None] * dy).sum(-1, keepdims=True)
-        d_b = gated.sum(0).astype(b.dtype)
-    d_w = _dot(x.T, gated.astype(x.dtype)).astype(w.dtype)
-    return (gate.astype(dx.dtype) * dx).astype(x.dtype), d_w, d_b, d_gate.astype(gate.dtype)
+        d_b = gated.sum(0)
+    return _gated(gate, dx), _dot(x.T, gated.astype(x.dtype)), d_b, d_gate
 
 
-_gated_affine.defvjp(lambda *inputs: (_gated_affine(*inputs), inputs), _gated_affine_backward)
+class _Function(NamedTuple):
+    """A function of one expert's rows, and how the rows of its arrays are ordered.
+
+    `forward(weights, rows) -> (y, saved rows)`; `backward(weights, rows, saved, dy) -> (d_weights, d_rows)`.
+    """
+
+    forward: object
+    backward: object
+    in_rows: tuple
+    out_rows: str
+    saved_rows: tuple = ()  # of as many saved arrays as the backward pass is to be given
 
 
-def _linear_block(weights, rows):
+def _linear_forward(weights, rows):
     weight, bias = weights
     x, gate = rows
-    y = _affine(x, weight, bias) if gate is None else _gated_affine(x, weight, bias, gate)
-    return y.astype(x.dtype) if gate is None else y  # gated rows are summed over k in fp32 first
+    y = _gated(gate, _affine(x, weight, bias))
+    return (y.astype(x.dtype) if gate is None else y), ()  # gated rows are summed over k in fp32 first
 
 
-def _mlp_block(activation, weights, rows):
+def _linear_backward(weights, rows, saved, dy):
+    (x, gate), () = rows, saved
+    dx, d_weight, d_bias, d_gate = _affine_backward(x, *weights, gate, dy)
+    return (d_weight, d_bias), (dx.astype(x.dtype), d_gate)
+
+
+def _mlp_forward(activation, weights, rows):
     w_in, b_in, w_out, b_out = weights
     x, gate = rows
-    hidden = ACTIVATIONS[activation](_affine(x, w_in, b_in)).astype(x.dtype)
-    return _gated_affine(hidden, w_out, b_out, gate)
+    pre = _affine(x, w_in, b_in)
+    hidden = ACTIVATIONS[activation](pre).astype(x.dtype)
+    return _gated(gate, _affine(hidden, w_out, b_out)), (pre.astype(x.dtype),)
 
 
-_MLP_BLOCKS = {name: partial(_mlp_block, name) for name in ACTIVATIONS}  # one object each, so that jit knows it again
+def _mlp_backward(activation, weights, rows, saved, dy):
+    w_in, b_in, w_out, b_out = weights
+    x, gate = rows
+    pre = saved[0] if saved else _affine(x, w_in, b_in)
+    hidden, d_activation = jax.vjp(ACTIVATIONS[activation], pre.astype(dy.dtype))
+    d_hidden, d_w_out, d_b_out, d_gate = _affine_backward(hidden.astype(x.dtype), w_out, b_out, gate, dy)
+    dx, d_w_in, d_b_in, _ = _affine_backward(x, w_in, b_in, None, *d_activation(d_hidden))
+    return (d_w_in, d_b_in, d_w_out, d_b_out), (dx.astype(x.dtype), d_gate)
+
+
+# One object for each activation, so that jit knows it again.
+_MLP = {name: (partial(_mlp_forward, name), partial(_mlp_backward, name)) for name in ACTIVATIONS}
 
 
 def linear(call: LinearCall):
     gates = None if call.gates is None else call.gates.reshape(-1, 1)
     out_rows = "slot" if call.out_rows == "token" else call.out_rows
-    function = _Function(_linear_block, (call.x_rows, "slot"), out_rows)
+    function = _Function(_linear_forward, _linear_backward, (call.x_rows, "slot"), out_rows)
     y = _jitted(function, (call.weight, call.bias), (call.x, gates), call.routing)
     return _sum_over_slots(y, call.routing).astype(call.x.dtype) if call.out_rows == "token" else y
 
 
 def mlp(call: MlpCall):
-    function = _Function(_MLP_BLOCKS[call.activation], ("token", "slot"), "slot")
+    saved = ("sorted",) if call.x.shape[1] >= _WIDE else ()
+    function = _Function(*_MLP[call.activation], ("token", "slot"), "slot", saved)
     weights = (call.w_in, call.b_in, call.w_out, call.b_out)
     y = _jitted(function, weights, (call.x, call.gates.reshape(-1, 1)), call.routing)
     return _sum_over_slots(y, call.routing).astype(call.x.dtype)
@@ -115,45 +145,41 @@ def _sum_over_slots(y, routing):
     return y.reshape(*routing.expert_indices.shape, y.shape[-1]).sum(1)
 
 
-class _Function(NamedTuple):
-    """`apply(weights of one expert, rows) -> rows`, and how its row inputs and its output are ordered."""
-
-    apply: object
-    in_rows: tuple
-    out_rows: str
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _grouped(function: _Function, weights, rows, routing):
     """Apply the function to every row with the weights of its expert; rows without an expert give zero."""
-    (y,), _ = _map_blocks(
-        lambda w, xs, valid: ((function.apply(w, xs),), ()),
-        weights,
-        rows,
-        function.in_rows,
-        (function.out_rows,),
-        routing,
-    )
+
+    def block(w, xs, valid):
+        return function.forward(w, xs)[:1], ()
+
+    (y,), _ = _map_blocks(block, weights, rows, function.in_rows, (function.out_rows,), routing)
     return y
 
 
 def _grouped_forward(function, weights, rows, routing):
-    return _grouped(function, weights, rows, routing), (weights, rows, routing)
+    def block(w, xs, valid):
+        y, saved = function.forward(w, xs)
+        return (y, *saved[: len(function.saved_rows)]), ()
+
+    orders = (function.out_rows, *function.saved_rows)
+    (y, *saved), _ = _map_blocks(block, weights, rows, function.in_rows, orders, routing)
+    return y, (weights, rows, routing, [checkpoint_name(x, PRE_ACTIVATION) for x in saved])
 
 
 def _grouped_backward(function, residuals, dy):
-    weights, rows, routing = residuals
+    weights, rows, routing, saved = residuals
 
     def block(w, inputs, valid):
         # A padding row adds nothing to the weights, whatever the row it reads holds: 0 * NaN is NaN.
-        *xs, d = (None if a is None else jnp.where(valid[:, None], a, 0) for a in inputs)
-        _, vjp = jax.vjp(function.apply, w, tuple(xs))
-        d_w, d_xs = vjp(d)
-        return d_xs, jax.tree.map(lambda d: d.astype(jnp.promote_types(d.dtype, jnp.float32)), d_w)
+        inputs = [None if a is None else jnp.where(valid[:, None], a, 0) for a in inputs]
+        xs, d, kept = tuple(inputs[: len(rows)]), inputs[len(rows)], tuple(inputs[len(rows) + 1 :])
+        d_w, d_xs = function.backward(w, xs, kept, d.astype(jnp.promote_types(d.dtype, jnp.float32)))
+        return d_xs, d_w
 
     # The gradient of a token's row is the sum over its k slots: rows come back per slot and are summed.
     d_rows = tuple("slot" if r == "token" else r for r in function.in_rows)
-    d_xs, d_w = _map_blocks(block, weights, (*rows, dy), (*function.in_rows, function.out_rows), d_rows, routing)
+    orders = (*function.in_rows, function.out_rows, *function.saved_rows)
+    d_xs, d_w = _map_blocks(block, weights, (*rows, dy, *saved), orders, d_rows, routing)
     d_xs = tuple(
         _sum_over_slots(d.astype(jnp.promote_types(d.dtype, jnp.float32)), routing).astype(d.dtype)
         if r == "token"
