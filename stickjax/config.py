@@ -57,6 +57,9 @@ class ModelConfig:
     F: int = _f(384, "hidden width of the feed-forward network, of one expert when E > 0")
     E: int = _f(0, "experts; 0 makes the feed-forward network dense")
     k: int = _f(0, "experts chosen per token")
+    attention_experts: int = _f(
+        0, "experts that own the query heads, K each, of which a token chooses N / K; 0: all tokens share the heads"
+    )
     attention: Literal["stick_breaking", "softmax"] = _f("stick_breaking", "softmax comes with RoPE")
     remainder: Literal["none", "value", "bias"] = _f("none", "what is added for the unbroken rest of the stick")
     head_norm: bool = _f(
@@ -71,6 +74,9 @@ class ModelConfig:
     )
     router: Literal["topk_softmax", "softmax_topk"] = _f("topk_softmax", "order of the selection and the softmax")
     sample_topk: int = _f(0, "in training, how many of the k experts are sampled instead of the best")
+    round_rows: int = _f(
+        0, "in training, an expert's rows are rounded down to a multiple of this, smallest gates first; 0: all run"
+    )
     switch_weight: float = _f(0.0, "weight of the load-balancing loss E * sum_e f_e P_e")
     z_weight: float = _f(0.0, "weight of mean(logsumexp(router logits)^2)")
     mi_weight: float = _f(0.0, "weight of the mutual-information loss H(e|x) - H(e)")
@@ -93,7 +99,7 @@ class ModelConfig:
     def __post_init__(self):
         _check_choices(self)
         _at_least(self, 1, "V", "D", "L", "N", "K", "H", "F")
-        _at_least(self, 0, "E", "k", "sample_topk", "window", "bias_rate")
+        _at_least(self, 0, "E", "k", "attention_experts", "sample_topk", "round_rows", "window", "bias_rate")
         if self.N % self.K:
             raise ValueError(f"N={self.N} query heads must be a multiple of K={self.K} key heads")
         if self.k > self.E:
@@ -104,7 +110,11 @@ class ModelConfig:
             raise ValueError(
                 "k=1 with router='topk_softmax' has a constant gate and trains no router; use k >= 2 or 'softmax_topk'"
             )
-        if self.bias_rate and not self.E:
+        if self.attention_experts:
+            self._check_attention_experts()
+        if self.round_rows and not (self.E or self.attention_experts):
+            raise ValueError(f"round_rows={self.round_rows} needs experts, but E=0")
+        if self.bias_rate and not (self.E or self.attention_experts):
             raise ValueError(f"bias_rate={self.bias_rate} needs experts, but E=0")
         if self.sample_topk > self.k:
             raise ValueError(f"sample_topk={self.sample_topk} cannot exceed k={self.k}")
@@ -120,6 +130,20 @@ class ModelConfig:
                     raise ValueError(f"{name}={getattr(self, name)} needs attention='stick_breaking'")
             if self.remainder != "none":
                 raise ValueError(f"remainder={self.remainder!r} needs attention='stick_breaking': softmax leaves none")
+
+    def _check_attention_experts(self):
+        chosen, E = self.N // self.K, self.attention_experts
+        said = f"N / K = {chosen} experts of K={self.K} heads per token"
+        if chosen > E:
+            raise ValueError(f"{said} cannot exceed attention_experts={E}")
+        if chosen == 1 and self.router == "topk_softmax":
+            raise ValueError(
+                f"{said} with router='topk_softmax' train no router; use N = 2 K or more or 'softmax_topk'"
+            )
+        if self.sample_topk > chosen:
+            raise ValueError(f"sample_topk={self.sample_topk} cannot exceed {said}")
+        if self.head_norm or self.remainder == "bias":
+            raise ValueError("head_norm and remainder='bias' need heads that all tokens share, not attention_experts")
 
     @property
     def scale(self) -> float:

@@ -44,13 +44,16 @@ def loss_and_metrics(config: Config, params, batch, key) -> tuple[jax.Array, dic
     scale = batch.get("loss_scale", 1 / jnp.maximum(mask.sum(), 1))
     loss = (nll * mask).sum() * scale
     metrics = {"loss": loss}
-    if output.router is not None:
-        m, stats = config.model, output.router
-        losses = {"switch": stats.switch, "z": stats.z, "mutual_information": stats.mutual_information}
-        weights = {"switch": m.switch_weight, "z": m.z_weight, "mutual_information": m.mi_weight}
-        loss += sum(weights[name] * value.sum() for name, value in losses.items()) / config.train.accumulate
-        metrics |= {name: value.mean() / config.train.accumulate for name, value in losses.items()}
-        metrics["load"] = stats.load / config.train.accumulate
+    m, load = config.model, {}
+    weights = {"switch": m.switch_weight, "z": m.z_weight, "mutual_information": m.mi_weight}
+    for kind, stats in {"": output.router, "attention_": output.attention_router}.items():
+        if stats is not None:
+            losses = {name: getattr(stats, name) / config.train.accumulate for name in weights}
+            loss += sum(weights[name] * value.sum() for name, value in losses.items())
+            metrics |= {f"{kind}{name}": value.mean() for name, value in losses.items()}
+            load[kind] = stats.load / config.train.accumulate
+    if load:
+        metrics["load"] = load
     return loss, metrics
 
 
@@ -76,7 +79,7 @@ def make_step(config: Config) -> Callable[[TrainState, dict], tuple[TrainState, 
 
     def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         grads, metrics = gradients(state.params, batch, jax.random.fold_in(state.key, state.step))
-        load = metrics.pop("load", None)
+        load = metrics.pop("load", {})
         norm = optax.tree.norm(grads)
         good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
 
@@ -90,8 +93,7 @@ def make_step(config: Config) -> Callable[[TrainState, dict], tuple[TrainState, 
 
         # A branch, not a selection between old and new, which would read and write every parameter once more.
         params, opt_state = jax.lax.cond(good, learn, lambda: (state.params, state.opt_state))
-        if load is not None:
-            metrics["load_max"] = load.max() * config.model.E  # 1 at balance
+        metrics |= {f"{kind}load_max": x.max() * x.shape[-1] for kind, x in load.items()}  # 1 at balance
         bad_steps = jnp.where(good, 0, state.bad_steps + 1)
         metrics |= {
             "grad_norm": norm,
@@ -103,7 +105,9 @@ def make_step(config: Config) -> Callable[[TrainState, dict], tuple[TrainState, 
     return step
 
 
-def _with_router_bias(params: Transformer, load, rate: float) -> Transformer:
+def _with_router_bias(params: Transformer, load: dict[str, jax.Array], rate: float) -> Transformer:
     params = jax.tree.map(lambda x: x, params)  # a copy: modules are changed by assignment
-    params.blocks.ffn.router_bias = nnx.Param(updated_router_bias(params.blocks.ffn.router_bias[...], load, rate))
+    for kind, layer in {"": params.blocks.ffn, "attention_": params.blocks.attention}.items():
+        if kind in load:
+            layer.router_bias = nnx.Param(updated_router_bias(layer.router_bias[...], load[kind], rate))
     return params

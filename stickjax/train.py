@@ -45,10 +45,14 @@ def banner(config: Config, corpus: Corpus) -> str:
                 attend_current=m.attend_current, skip_below=m.skip_below, implementation=m.implementation,
             )
         )  # fmt: skip
+    layers = jax.eval_shape(lambda: init(m, jax.random.key(0))).blocks
+    if E := m.attention_experts:
+        routing = jax.eval_shape(lambda: pallas_kernels.route(jnp.zeros((B * d.T, m.N // m.K), jnp.int32), E))
+        x, query = struct((B * d.T, m.D), m.dtype), struct(layers.attention.query.shape[1:], m.dtype)
+        rows.append(pallas_kernels.explain("expert_linear", x, query, routing, implementation=m.implementation))
     if m.E:
         routing = jax.eval_shape(lambda: pallas_kernels.route(jnp.zeros((B * d.T, m.k), jnp.int32), m.E))
-        ffn = jax.eval_shape(lambda: init(m, jax.random.key(0))).blocks.ffn
-        w_in, w_out = (struct(w.shape[1:], m.dtype) for w in (ffn.w_in, ffn.w_out))
+        w_in, w_out = (struct(w.shape[1:], m.dtype) for w in (layers.ffn.w_in, layers.ffn.w_out))
         x, gates = struct((B * d.T, m.D), m.dtype), struct((B * d.T, m.k), jnp.float32)
         call = dict(activation=m.activation, implementation=m.implementation)
         rows.append(pallas_kernels.explain("expert_mlp", x, w_in, w_out, routing, gates, **call))

@@ -1,5 +1,6 @@
 """The decoder: causality, packing, experts against a dense einsum, multipliers, presets, caches."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from conftest import FORWARD, GRADIENT, assert_close
 
 from stickjax.config import ModelConfig
 from stickjax.models.layers import rotary
-from stickjax.models.moe import SparseExperts, choose_experts, router_stats, updated_router_bias
+from stickjax.models.moe import SparseExperts, choose_experts, rounded, router_stats, updated_router_bias
 from stickjax.models.transformer import apply, empty_cache, init, parameter_counts
 
 SMALL = dict(V=31, D=24, L=2, N=4, K=2, H=8, F=20, norm_eps=1e-5)
@@ -20,6 +21,7 @@ MODELS = {
     "dense": ModelConfig(**SMALL),
     "experts": ModelConfig(**SMALL, E=4, k=2),
     "softmax": ModelConfig(**SMALL, attention="softmax", E=4, k=2, router="softmax_topk", tied=False),
+    "heads": ModelConfig(**SMALL | dict(N=4, K=2), attention_experts=5, E=4, k=2),
     "value": ModelConfig(**SMALL, remainder="value", window=5),
     "bias": ModelConfig(**SMALL, remainder="bias", head_norm=True, attend_current=True, activation="gelu"),
 }
@@ -49,8 +51,6 @@ def by_embedding(model, config, segment_ids=None):
 
 def influence(config, segment_ids=None):
     """[B, T, T]: how much the output at row position depends on the embedding at column position."""
-    import dataclasses
-
     config = dataclasses.replace(config, tied=False)
     logits, zero = by_embedding(init(config, jax.random.key(0)), config, segment_ids)
     jacobian = jax.jacrev(lambda x: jnp.square(logits(x)).sum(-1))(zero)
@@ -145,6 +145,31 @@ def test_sampled_experts_follow_the_probabilities():
     share = np.bincount(chosen[:, 1], minlength=4) / 20_000
     np.testing.assert_allclose(share, [0, 0.5, 0.3, 0.2], atol=0.015)
     np.testing.assert_allclose(gates, p[chosen], rtol=1e-6)
+
+
+@pytest.mark.parametrize("multiple", [1, 4, 16])
+def test_rounding_drops_the_smallest_gates_of_every_expert(multiple):
+    rng = np.random.default_rng(0)
+    chosen, gates = rng.permuted(np.tile(np.arange(7), (50, 1)), axis=1)[:, :3], rng.random((50, 3))
+    chosen[:9] = 6  # of E = 6: padding
+    kept = np.asarray(rounded(jnp.asarray(chosen), jnp.asarray(gates, jnp.float32), 6, multiple))
+    assert (kept[kept != chosen] == 6).all()
+    for e in range(6):
+        before, after = gates[chosen == e], gates[kept == e]
+        assert len(after) == len(before) // multiple * multiple
+        np.testing.assert_array_equal(np.sort(after), np.sort(before)[len(before) - len(after) :])
+
+
+def test_rounding_is_for_training_alone():
+    config = ModelConfig(**SMALL, E=4, k=2, round_rows=8)
+    model, tokens = init(config, jax.random.key(0)), tokens_of(config)
+    plain = init(dataclasses.replace(config, round_rows=0), jax.random.key(0))
+    np.testing.assert_array_equal(model(tokens).logits, plain(tokens).logits)
+    trained, whole = (m(tokens, key=jax.random.key(1)) for m in (model, plain))
+    assert (trained.logits != whole.logits).any()
+    np.testing.assert_array_equal(trained.router.load[0], whole.router.load[0])  # of what the router wanted
+    with pytest.raises(ValueError, match="round_rows=8 needs experts"):
+        ModelConfig(**SMALL, round_rows=8)
 
 
 def test_router_losses():
@@ -246,8 +271,6 @@ def test_remat_changes_no_value(remat):
 
 
 def test_bfloat16_computes_and_float32_stores():
-    import dataclasses
-
     config = dataclasses.replace(MODELS["experts"], dtype="bfloat16")
     model, tokens = init(config, jax.random.key(0)), tokens_of(config)
     assert {x.dtype for x in jax.tree.leaves(model)} == {jnp.dtype("float32")}

@@ -10,6 +10,9 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import stick_breaking_attention
 from stickjax.config import ModelConfig
 from stickjax.models.layers import HeadNorm, cast, matrix_std, normal, output_std, rotary
+from stickjax.models.moe import RouterStats
+
+KeyValues = tuple[jax.Array, jax.Array]  # [B,S,K,H] each
 
 
 class Context(NamedTuple):
@@ -43,14 +46,19 @@ class Attention(nnx.Module):
         self.norm = HeadNorm(c) if c.head_norm else None
 
     def __call__(
-        self, x: Float[Array, "B T D"], context: Context, cache: tuple[jax.Array, jax.Array] | None = None
-    ) -> tuple[Float[Array, "B T D"], tuple[jax.Array, jax.Array] | None]:
-        """The layer's output, and the cache ([B,S,K,H] keys and values) with this call's T written at the offset."""
+        self, x: Float[Array, "B T D"], context: Context, cache: KeyValues | None = None, real=None, key=None
+    ) -> tuple[Float[Array, "B T D"], KeyValues | None, RouterStats | None]:
+        """The layer's output, the cache with this call's T written at the offset, and the statistics of a router."""
         c = self.config
         # One product for the three, so that x is read once.
         weights = jnp.concatenate([cast(w, c) for w in (self.query, self.key, self.value)], axis=1)
         q, k, v = jnp.split(jnp.einsum("BTD,DXH->BTXH", x, weights), (c.N, c.N + c.K), axis=2)
-        own = v
+        out, cache = self.attend(q, k, v, context, cache)
+        return jnp.einsum("BTNH,NHD->BTD", out, cast(self.output, c)), cache, None
+
+    def attend(self, q, k, v, context: Context, cache: KeyValues | None = None):
+        """The heads' outputs [B,T,N,H] for q [B,T,N,H] and this call's k, v [B,T,K,H]; and the cache."""
+        c, own = self.config, v
         if c.attention == "softmax":
             q, k = (rotary(a, context.positions, c.rope_theta) for a in (q, k))
         if cache is not None:
@@ -62,7 +70,7 @@ class Attention(nnx.Module):
         out = attend(q, k, v, own, context)
         if self.norm is not None:
             out = self.norm(out)
-        return jnp.einsum("BTNH,NHD->BTD", out, cast(self.output, c)), cache
+        return out, cache
 
     def _stick_breaking(self, q, k, v, own, context: Context):
         c = self.config

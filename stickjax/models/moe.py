@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import expert_mlp, route
+from pallas_kernels import Routing, expert_mlp, route
 from pallas_kernels.scatter_moe.call import GATED
 from stickjax.config import ModelConfig
 from stickjax.models.layers import cast, matrix_std, normal, output_std
@@ -48,6 +48,26 @@ def choose_experts(
     return chosen, jax.nn.softmax(gates, axis=-1) if order == "topk_softmax" else gates
 
 
+def rounded(
+    expert_indices: Int[Array, "T k"], gates: Float[Array, "T k"], num_experts: int, multiple: int
+) -> Int[Array, "T k"]:
+    """The indices with every expert's rows rounded down to a multiple, so that no tile of a kernel is part empty.
+
+    The rows of an expert with the smallest gates go, fewer than `multiple` of them; their index becomes E, no expert
+    (after arXiv 2512.14080, which also rounds up). A token's rows then depend on the whole batch: for training alone.
+
+    >>> rounded(jnp.array([[0], [0], [1], [0]]), jnp.array([[0.3], [0.1], [0.9], [0.2]]), 2, 2).T
+    Array([[0, 2, 2, 0]], dtype=int32)
+    """
+    experts, E = expert_indices.reshape(-1), num_experts
+    order = jnp.lexsort((-jax.lax.stop_gradient(gates).reshape(-1), experts))
+    counts = jnp.bincount(experts, length=E + 1)
+    starts = jnp.cumsum(counts) - counts
+    rank = jnp.zeros_like(experts).at[order].set(jnp.arange(experts.size) - starts[experts[order]])
+    keep = rank < (counts // multiple * multiple)[experts]
+    return jnp.where(keep, experts, E).reshape(expert_indices.shape)
+
+
 def router_stats(
     logits: Float[Array, "T E"], expert_indices: Int[Array, "T k"], real: Bool[Array, "T"] | None = None
 ) -> RouterStats:
@@ -79,6 +99,23 @@ def updated_router_bias(bias: Float[Array, "*L E"], load: Float[Array, "*L E"], 
     return (bias + rate * jnp.sign(load.mean(-1, keepdims=True) - load)).astype(bias.dtype)
 
 
+def routed(
+    config: ModelConfig, tokens: Float[Array, "T D"], router, bias, k: int, real: Bool[Array, "T"] | None, key
+) -> tuple[Routing, Float[Array, "T k"], RouterStats]:
+    """Where the tokens go: `router` [D,E] chooses k experts for each, none for those that are not real."""
+    # In fp32 whatever the type of the computation: a rounded logit is another expert.
+    logits = jnp.einsum("TD,DE->TE", tokens.astype(jnp.float32), router[...].astype(jnp.float32))
+    bias = None if bias is None else bias[...]
+    chosen, gates = choose_experts(logits, k, config.router, bias=bias, sample_topk=config.sample_topk, key=key)
+    E = logits.shape[1]
+    if real is not None:
+        chosen = jnp.where(real[:, None], chosen, E)
+    stats = router_stats(logits, chosen, real)
+    if config.round_rows and key is not None:
+        chosen = rounded(chosen, gates, E, config.round_rows)
+    return route(chosen, E), gates, stats
+
+
 class SparseExperts(nnx.Module):
     """sum over the k chosen experts of gate * act(x w_in[e]) w_out[e]; a padding token runs none and gives zero."""
 
@@ -96,14 +133,8 @@ class SparseExperts(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
         c = self.config
         tokens = x.reshape(-1, c.D)
-        # Routing in fp32 whatever the type of the computation: a rounded logit is another expert.
-        logits = jnp.einsum("TD,DE->TE", tokens.astype(jnp.float32), self.router[...].astype(jnp.float32))
-        bias = None if self.router_bias is None else self.router_bias[...]
-        chosen, gates = choose_experts(logits, c.k, c.router, bias=bias, sample_topk=c.sample_topk, key=key)
-        if real is not None:
-            real = real.reshape(-1)
-            chosen = jnp.where(real[:, None], chosen, c.E)
-        routing = route(chosen, c.E)
+        real = None if real is None else real.reshape(-1)
+        routing, gates, stats = routed(c, tokens, self.router, self.router_bias, c.k, real, key)
         w_in, w_out = cast(self.w_in, c), cast(self.w_out, c)
         y = expert_mlp(tokens, w_in, w_out, routing, gates, activation=c.activation, implementation=c.implementation)
-        return y.reshape(x.shape), router_stats(logits, chosen, real)
+        return y.reshape(x.shape), stats

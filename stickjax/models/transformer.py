@@ -10,6 +10,7 @@ from jaxtyping import Array, Int
 from stickjax.config import ModelConfig
 from stickjax.models.attention import Attention, Context, segment_positions
 from stickjax.models.layers import FeedForward, RMSNorm, cast, normal
+from stickjax.models.moa import MixtureOfHeads
 from stickjax.models.moe import RouterStats, SparseExperts
 
 
@@ -26,11 +27,13 @@ class Cache(NamedTuple):
 
 
 class Output(NamedTuple):
-    """`logits` [B,T,V] in fp32; `router` the statistics of every layer, or None when the model is dense."""
+    """`logits` [B,T,V] in fp32; the statistics of every layer's routers, of its feed-forward experts and of the experts
+    that own its heads, or None where it has none."""
 
     logits: jax.Array
     router: RouterStats | None
     cache: Cache | None
+    attention_router: RouterStats | None = None
 
 
 class Block(nnx.Module):
@@ -40,16 +43,17 @@ class Block(nnx.Module):
         self.config = config
         k_attention, k_ffn = jax.random.split(key)
         self.attention_norm = RMSNorm(config)
-        self.attention = Attention(config, k_attention)
+        self.attention = (MixtureOfHeads if config.attention_experts else Attention)(config, k_attention)
         self.ffn_norm = RMSNorm(config)
         self.ffn = (SparseExperts if config.E else FeedForward)(config, k_ffn)
 
     def __call__(self, x, context: Context, real, cache, key):
-        y, cache = self.attention(self.attention_norm(x), context, cache)
+        key_attention = None if key is None else jax.random.fold_in(key, 1)
+        y, cache, heads = self.attention(self.attention_norm(x), context, cache, real, key_attention)
         x = x + self.config.m_res * y
         y = self.ffn_norm(x)
         y, stats = self.ffn(y, real, key) if self.config.E else (self.ffn(y), None)
-        return x + self.config.m_res * y, cache, stats
+        return x + self.config.m_res * y, cache, (stats, heads)
 
 
 class Transformer(nnx.Module):
@@ -98,14 +102,14 @@ class Transformer(nnx.Module):
             layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)  # scan already keeps the two apart
         keys = None if key is None else jax.random.split(key, c.L)
         layer_caches = None if cache is None else (cache.key, cache.value)
-        x, (layer_caches, stats) = jax.lax.scan(layer, x, (self.blocks, layer_caches, keys))
+        x, (layer_caches, (stats, heads)) = jax.lax.scan(layer, x, (self.blocks, layer_caches, keys))
         if cache is not None:
             cache = cache._replace(key=layer_caches[0], value=layer_caches[1])
 
         unembed = cast(self.embed, c).T if self.unembed is None else cast(self.unembed, c)
         x = self.norm(x[:, -1:] if last_only else x)
         logits = jnp.einsum("BTD,DV->BTV", x, unembed, preferred_element_type=jnp.float32)
-        return Output(logits / (c.m_width if c.logits_scaling is None else c.logits_scaling), stats, cache)
+        return Output(logits / (c.m_width if c.logits_scaling is None else c.logits_scaling), stats, cache, heads)
 
 
 def _context(config: ModelConfig, tokens, segment_ids, cache: Cache | None) -> tuple[Context, Cache | None]:
@@ -167,4 +171,7 @@ def parameter_counts(config: ModelConfig) -> tuple[int, int]:
     if config.E:
         experts = shapes.blocks.ffn.w_in.size + shapes.blocks.ffn.w_out.size
         idle += experts * (config.E - config.k) // config.E
+    if E := config.attention_experts:
+        experts = shapes.blocks.attention.query.size + shapes.blocks.attention.output.size
+        idle += experts * (E - config.N // config.K) // E
     return total, total - idle

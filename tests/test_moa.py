@@ -1,0 +1,136 @@
+"""Mixture of attention heads against a loop over its experts, the original layer, and in training."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import FORWARD, GRADIENT, assert_close
+
+from pallas_kernels import expert_linear, route, stick_breaking_attention
+from stickjax.config import Config, ModelConfig
+from stickjax.models.attention import Context
+from stickjax.models.moa import MixtureOfHeads
+from stickjax.models.moe import choose_experts, router_stats
+from stickjax.models.transformer import init, parameter_counts
+from stickjax.step import init_state, make_step
+
+SIZES = dict(V=31, D=16, L=2, H=4, F=24)
+HERE = Path(__file__).parent
+
+
+def every_expert(layer, x):
+    """The definition, with the heads of all experts at all tokens and gates of zero."""
+    c, (B, T, _) = layer.config, x.shape
+    chosen, gates = choose_experts((x @ layer.router[...]).reshape(B * T, -1), c.N // c.K, c.router)
+    E = c.attention_experts
+    gate = (jax.nn.one_hot(chosen, E) * gates[..., None]).sum(1).reshape(B, T, E)
+    key, value = (jnp.einsum("BTD,DKH->BTKH", x, w[...]) for w in (layer.key, layer.value))
+    out = jnp.zeros_like(x)
+    for e in range(E):
+        query = (x @ layer.query[...][e]).reshape(B, T, c.K, c.H)
+        heads, rem = stick_breaking_attention(query, key, value, implementation="reference")
+        if c.remainder == "value":
+            heads += rem[..., None] * value
+        out += gate[..., e, None] * (heads.reshape(B, T, -1) @ layer.output[...][e])
+    return out
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(N=6, K=2, attention_experts=5),
+        dict(N=2, K=1, attention_experts=2, remainder="value"),
+        dict(N=3, K=3, attention_experts=4, router="softmax_topk"),
+    ],
+    ids=["two-heads", "all-chosen", "one-chosen"],
+)
+def test_outputs_and_gradients_are_those_of_a_loop_over_experts(changes):
+    layer = MixtureOfHeads(ModelConfig(**SIZES | changes), jax.random.key(0))
+    x = jax.random.normal(jax.random.key(1), (2, 9, 16))
+    (y, vjp), (expected, vjp_expected) = (
+        jax.vjp(f, layer, x) for f in (lambda layer, x: layer(x, Context(None, None, None, 0))[0], every_expert)
+    )
+    assert_close(y, expected, FORWARD["float32"])
+    cotangent = jax.random.normal(jax.random.key(2), y.shape)
+    for a, b in zip(jax.tree.leaves(vjp(cotangent)), jax.tree.leaves(vjp_expected(cotangent)), strict=True):
+        assert_close(a, b, 3 * GRADIENT["float32"])
+
+
+def test_padding_runs_no_expert():
+    layer = MixtureOfHeads(ModelConfig(**SIZES, N=4, K=2, attention_experts=3), jax.random.key(0))
+    x = jax.random.normal(jax.random.key(1), (1, 8, 16))
+    segments = jnp.array([[-1, -1, 0, 0, 0, 0, 0, -1]])
+    real = segments >= 0
+    y, _, stats = layer(x, Context(segments, segments, None, 0), None, real)
+    assert (y[0, [0, 1, 7]] == 0).all() and (jnp.abs(y[0, 3:7]).max(-1) > 0).all()
+    alone, _, alone_stats = layer(x[:, 2:7], Context(None, None, None, 0))
+    assert_close(y[:, 2:7], alone, FORWARD["float32"])
+    np.testing.assert_allclose(stats.load, alone_stats.load, rtol=1e-6)
+
+
+def test_the_products_are_those_of_the_original_layer():
+    """Softmax self-attention with one head per expert and masked keys; outputs and losses."""
+    with np.load(HERE / "oracles" / "moa" / "attention.npz", allow_pickle=False) as arrays:
+        x, out = (arrays[name].swapaxes(0, 1) for name in ("x", "out"))  # [B,T,D]
+        pad, aux = arrays["pad"], arrays["aux"]
+        p = {name.removeprefix("param/"): arrays[name] for name in arrays.files if name.startswith("param/")}
+    B, T, D = x.shape
+    tokens = jnp.asarray(x.reshape(B * T, D))
+    logits = tokens @ p["q_proj.w_gate"]
+    chosen, gates = choose_experts(logits, 2, "softmax_topk")
+    real = jnp.asarray(~pad.reshape(-1))
+    routing = route(jnp.where(real[:, None], chosen, 6), 6)
+    query = expert_linear(tokens, jnp.asarray(p["q_proj.experts.w"]), routing).reshape(B, T, 2, 8) * 8**-0.5
+    key, value = (x @ p[f"{name}_proj.weight"].T for name in "kv")
+    scores = jnp.where(pad[:, None, None], -jnp.inf, jnp.einsum("BTkH,BSH->BkTS", query, key))
+    heads = jnp.einsum("BkTS,BSH->BTkH", jax.nn.softmax(scores, axis=-1), value).reshape(-1, 8)
+    y = expert_linear(heads, jnp.asarray(p["q_proj.output_experts.w"]), routing, gates=gates).reshape(B, T, D)
+    assert_close(y, out, FORWARD["float32"])
+    stats = router_stats(logits, jnp.where(real[:, None], chosen, 6), real)
+    everywhere = jnp.square(jax.nn.logsumexp(logits, axis=-1)).mean()  # the original's z loss counts padding as well
+    np.testing.assert_allclose(0.01 * stats.switch + 0.001 * everywhere, aux[0], rtol=1e-5)
+
+
+def test_training_balances_both_routers():
+    """Both kinds of statistics are reported and weighed, and both biases move."""
+    model = ModelConfig(**SIZES, N=4, K=2, attention_experts=4, E=4, k=2, bias_rate=0.01, switch_weight=0.1)
+    config = Config(model=model).replace({"data.T": 8, "data.B": 2, "train.steps": 2, "train.accumulate": 2})
+    state = init_state(config, jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (2, 9), 0, 31)
+    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "loss_mask": jnp.ones((2, 8), bool)}
+    before = jax.tree.map(jnp.copy, state.params)
+    state, metrics = jax.jit(make_step(config))(state, batch | {"segment_ids": jnp.zeros((2, 8), jnp.int32)})
+    for name in ("switch", "z", "mutual_information", "load_max"):
+        assert np.isfinite(metrics[name]) and np.isfinite(metrics[f"attention_{name}"]), name
+    for layer in ("ffn", "attention"):
+        old, new = (getattr(params.blocks, layer) for params in (before, state.params))
+        np.testing.assert_allclose(np.abs(new.router_bias[...]).max(), 0.01, rtol=1e-6)
+        assert (new.router[...] != old.router[...]).any()
+
+
+def test_active_parameters_are_those_of_the_chosen_experts():
+    config = ModelConfig(**SIZES, N=6, K=2, attention_experts=5)
+    total, active = parameter_counts(config)
+    assert total == sum(leaf.size for leaf in jax.tree.leaves(init(config, jax.random.key(0))))
+    idle = 2 * 2 * (5 - 3) * 16 * 8  # layers, query and output, experts not chosen, D, K * H
+    assert active == total - 31 * 16 - idle
+    dense, _ = parameter_counts(dataclasses.replace(config, attention_experts=0))
+    assert total - dense == 2 * (2 * (5 - 3) * 16 * 8 + 16 * 5)  # five experts for three, and routers
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(N=4, K=2, attention_experts=1), r"N / K = 2 .* cannot exceed attention_experts=1"),
+        (dict(N=2, K=2, attention_experts=4), r"router='topk_softmax' train no router"),
+        (dict(N=4, K=2, attention_experts=4, head_norm=True), "need heads that all tokens share"),
+        (dict(N=4, K=2, attention_experts=4, sample_topk=3), "sample_topk=3 cannot exceed N / K = 2"),
+        (dict(N=4, K=2, attention_experts=-1), "attention_experts=-1 must be at least 0"),
+    ],
+)
+def test_configs_that_make_no_sense(changes, message):
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(**SIZES | changes)
