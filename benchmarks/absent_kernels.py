@@ -109,7 +109,7 @@ def experts(*, T: int, k: int, D: int, F: int, E: int, activation: str = "swiglu
     )
 
 
-def expert_heads(*, T: int, k: int, D: int, F: int, E: int) -> Kernel:
+def expert_heads(*, T: int, k: int, D: int, F: int, E: int, dtype=jnp.bfloat16) -> Kernel:
     """The two maps of a mixture of attention heads, forward and backward: tokens to slots, and back with gates."""
 
     def run(x, w_in, w_out, gates, indices, d_out):
@@ -123,10 +123,12 @@ def expert_heads(*, T: int, k: int, D: int, F: int, E: int) -> Kernel:
 
     per_expert = -(-T * k // E)
     rows, depth = E * -(-per_expert // 128) * 2, 2 * E * -(-per_expert // 64)
-    to_slots, back = rows * -(-F // 256) * (D // 64), rows * -(-D // 256) * (F // 64)
-    d_weights = depth * -(-D // 128) * -(-F // 256), depth * -(-F // 128) * -(-D // 256)
+    # float32 as bfloat16: sums three times as long, weights' gradients of twice the rows and of twice the columns.
+    deep, wide = (3, 2) if dtype == jnp.float32 else (1, 1)
+    to_slots, back = deep * rows * -(-F // 256) * (D // 64), deep * rows * -(-D // 256) * (F // 64)
+    d_weights = [depth * -(-wide * left // 128) * wide * -(-right // 256) for left, right in ((D, F), (F, D))]
     shapes = (T, D), (E, D, F), (E, F, D), (T, k), (T, k), (T, D)
-    dtypes = (jnp.bfloat16,) * 4 + (jnp.int32, jnp.bfloat16)
+    dtypes = (dtype,) * 4 + (jnp.int32, dtype)
     return Kernel(
         run,
         tuple(map(jax.ShapeDtypeStruct, shapes, dtypes)),
@@ -161,6 +163,7 @@ KERNELS: dict[str, Callable[[], Kernel]] = {
     "experts_geglu": partial(experts, T=8192, k=8, D=1536, F=512, E=40, activation="geglu"),
     "experts_odd": partial(experts, T=1000, k=2, D=200, F=300, E=6, bias=True),
     "expert_heads": partial(expert_heads, T=8192, k=4, D=1024, F=256, E=16),
+    "expert_heads_float32": partial(expert_heads, T=8192, k=4, D=1024, F=256, E=16, dtype=jnp.float32),
     "experts_decode": experts_decode,
 }
 

@@ -9,7 +9,7 @@ from cases import EXPERTS, MOSAIC_EXPERTS, Experts
 from test_scatter_moe import check_linear, check_mlp, mlp_inputs, run_mlp
 
 from pallas_kernels import route, seam
-from pallas_kernels.scatter_moe import tasks
+from pallas_kernels.scatter_moe import mosaic_float32, tasks
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +27,19 @@ def test_mlp_is_the_loop_over_experts(name):
 
 def test_an_activation_without_a_gate():  # the others: test_scatter_moe.py, test_absent_gpu.py
     check_mlp(Experts(T=5, E=3), "mosaic", "gelu", "float16")
+
+
+def test_float32_is_three_products_of_bfloat16():
+    """To the bounds of float32, which one product would miss by a hundred times."""
+    check_mlp(Experts(T=30, D=40, F=36, share=0.3, idle=0.5), "mosaic", dtype="float32")
+
+
+def test_the_parts_of_a_float32():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=1000), jnp.float32).at[:4].set([jnp.inf, -3e38, 0, 1e-30])
+    hi, lo = jax.jit(mosaic_float32.split)(x)
+    assert hi.dtype == lo.dtype == jnp.bfloat16 and hi[0] == jnp.inf and lo[0] == 0
+    total = np.asarray(hi, np.float64) + np.asarray(lo, np.float64)
+    assert (np.abs(total - x)[1:] <= 2**-16.9 * np.abs(x)[1:]).all()
 
 
 def test_many_experts():

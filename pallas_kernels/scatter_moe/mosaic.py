@@ -14,9 +14,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from .. import hopper
 from . import xla
-from .call import GATED, PRE_ACTIVATION, LinearCall, MlpCall
-from .mosaic_product import COLUMNS, ROWS, Plan, activated, d_activated, product
-from .mosaic_weights import d_weights
+from .call import ACTIVATIONS, GATED, PRE_ACTIVATION, LinearCall, MlpCall
+from .mosaic_float32 import d_weights, product
+from .mosaic_product import COLUMNS, ROWS, Plan, activated, d_activated
 from .tasks import row_numbers, tasks
 
 UNCOMBINED = 2**30  # bytes of the outputs of all slots at a time; more columns come in a second product
@@ -27,15 +27,17 @@ ONES = 8  # columns of ones, by whose products rows are summed: as few as rows c
 def refuses(call: LinearCall | MlpCall) -> str | None:
     if reason := hopper.refuses(call.x):
         return reason
-    if call.x.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"takes bfloat16 and float16, not {call.x.dtype}"
+    if call.x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        return f"takes bfloat16, float16 and float32, not {call.x.dtype}"
     return None
 
 
 def detail(call: LinearCall | MlpCall) -> str:
     rows, experts = call.routing.order.shape[0], call.routing.num_experts
     odd = any(n % WIDTH for n in _widths(call))
-    return f"{ROWS * _warpgroups(rows, experts)} x {2 * COLUMNS} tiles{f', padded to {WIDTH} columns' if odd else ''}"
+    said = f"{ROWS * _warpgroups(rows, experts)} x {2 * COLUMNS} tiles"
+    said += f", padded to {WIDTH} columns" if odd else ""
+    return said + (", float32 as three products of bfloat16" if call.x.dtype == jnp.float32 else "")
 
 
 def _widths(call) -> tuple[int, ...]:
@@ -106,6 +108,8 @@ def _work(routing):
 def mlp(call: MlpCall):
     if 0 in call.x.shape + call.w_out.shape:
         return xla.mlp(call)
+    if call.x.dtype == jnp.float32:
+        return _mlp_of_linears(call)
     D, F = call.w_out.shape[2], call.w_out.shape[1]
     parts = 2 if call.activation in GATED else 1
 
@@ -119,6 +123,13 @@ def mlp(call: MlpCall):
     out = _mlp(_padded(call.x, 1), w_in, _padded(call.w_out, 1, 2), b_in, b_out, call.gates, call.routing,
                call.activation)  # fmt: skip
     return out[:, :D]
+
+
+def _mlp_of_linears(call: MlpCall):
+    """Nothing fused: float32 is for checks and small models."""
+    up = LinearCall(call.x, call.w_in, call.b_in, None, call.routing, "token", "sorted")
+    hidden = ACTIVATIONS[call.activation](checkpoint_name(linear(up), PRE_ACTIVATION))
+    return linear(LinearCall(hidden, call.w_out, call.b_out, call.gates, call.routing, "sorted", "token"))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(7,))

@@ -38,6 +38,7 @@ class Plan(NamedTuple):
     warpgroups: int
     transposed: bool = False  # weight [E, columns, width]
     first: int = 0  # column of the weight
+    out_dtype: jnp.dtype | None = None  # of `product`; None: dtype
 
     @property
     def rows(self) -> int:
@@ -154,11 +155,13 @@ def _product(
 
 
 def _store(values, numbers, memory, column, out_ref) -> None:
-    """values [64, 128] as rows of an array, by their numbers."""
-    memory[...] = values.astype(memory.dtype)
-    plgpu.commit_smem()
-    seam_rows.scatter(memory, numbers, column, out_ref)
-    plgpu.commit_smem()
+    """values [64, 128] as rows of an array, by their numbers; through memory for all of them or for half."""
+    at_once = memory.shape[1]
+    for first in range(0, COLUMNS, at_once):
+        memory[...] = values[:, first : first + at_once].astype(memory.dtype)
+        plgpu.commit_smem()
+        seam_rows.scatter(memory, numbers, column + first, out_ref)
+        plgpu.commit_smem()
 
 
 def _biased(accumulator, bias_ref, part, at):
@@ -181,10 +184,11 @@ def product(plan: Plan, x, source, weight, tasks: Tasks, target, rows: int, bias
             _store(y, target_ref.at[at.rows], memory.at[at.wg], at.column, out_ref)
 
     inputs = (target,) if bias is None else (target, bias)
+    dtype = plan.out_dtype or plan.dtype
     (out,) = _product(
         plan, "expert_product", finish, x, source, weight, tasks, inputs,
-        (jax.ShapeDtypeStruct((rows, plan.columns), plan.dtype),),
-        (memory((plan.warpgroups, ROWS, COLUMNS), plan.dtype),),
+        (jax.ShapeDtypeStruct((rows, plan.columns), dtype),),
+        (memory((plan.warpgroups, ROWS, COLUMNS * 2 // dtype.itemsize), dtype),),
         per_tile=2, apart=COLUMNS,
     )  # fmt: skip
     return out

@@ -23,11 +23,13 @@ RIGHT = 128  # columns of the right rows, of an accumulator
 ACCUMULATORS = 2  # of a warpgroup
 
 
-def d_weights(left, left_numbers, right, right_numbers, tasks: Tasks):
+def d_weights(left, left_numbers, right, right_numbers, tasks: Tasks, out_dtype=None):
     """[E, D, parts, F] of left [Q, D] and right [parts, Q', F]; row numbers [tiles * M] as of `tasks`."""
     (_, D), (P, _, F), E = left.shape, right.shape, tasks.rows.shape[0]
     M = left_numbers.shape[0] // tasks.expert.shape[0]
-    dtype, down, across = left.dtype, -(-D // (LEFT * WARPGROUPS)), -(-F // (RIGHT * ACCUMULATORS))
+    dtype, out_dtype = left.dtype, jnp.dtype(out_dtype or left.dtype)
+    at_once = RIGHT * 2 // out_dtype.itemsize  # columns on their way out
+    down, across = -(-D // (LEFT * WARPGROUPS)), -(-F // (RIGHT * ACCUMULATORS))
     heavy_first = jnp.argsort(-tasks.rows, stable=True).astype(jnp.int32)
     per_expert = down * P * across
     blocks = pipeline.blocks(E * per_expert)
@@ -76,11 +78,12 @@ def d_weights(left, left_numbers, right, right_numbers, tasks: Tasks):
 
                 accumulator = plgpu.ACC((LEFT, RIGHT), jnp.float32)
                 last, *sums = pl.run_scoped(multiply, *(accumulator,) * ACCUMULATORS)
-                for p, x in enumerate(sums):
+                for first in range(0, ACCUMULATORS * RIGHT, at_once):
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    out_mem[wg] = x.astype(dtype)
+                    x, inner = sums[first // RIGHT], first % RIGHT
+                    out_mem[wg] = x[:, inner : inner + at_once].astype(out_dtype)
                     plgpu.commit_smem()
-                    at = pl.ds(row + wg * LEFT, LEFT), part, pl.ds(column + p * RIGHT, RIGHT)
+                    at = pl.ds(row + wg * LEFT, LEFT), part, pl.ds(column + first, at_once)
                     plgpu.copy_smem_to_gmem(out_mem.at[wg], out_ref.at[e, *at])
                 return last
 
@@ -92,11 +95,11 @@ def d_weights(left, left_numbers, right, right_numbers, tasks: Tasks):
         name="expert_d_weights",
         blocks=blocks,
         warpgroups=WARPGROUPS,
-        out_type=jax.ShapeDtypeStruct((E, D, P, F), dtype),
+        out_type=jax.ShapeDtypeStruct((E, D, P, F), out_dtype),
         scratch=(
             memory((STAGES, WARPGROUPS, ROWS, LEFT), dtype),
             memory((STAGES, ACCUMULATORS, ROWS, RIGHT), dtype),
-            memory((WARPGROUPS, LEFT, RIGHT), dtype),
+            memory((WARPGROUPS, LEFT, at_once), out_dtype),
             plgpu.Barrier(num_barriers=STAGES),
             plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=STAGES),
         ),
