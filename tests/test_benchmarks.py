@@ -118,7 +118,7 @@ def test_gpu_command(monkeypatch, tmp_path, capsys):
     path = tmp_path / "gpu.json"
     assert cli.main(["--gpu", "--json", str(path)]) == 0
     assert "1.50" in capsys.readouterr().out
-    assert [row["part"] for row in json.loads(path.read_text())["rows"]] == ["p", "summary", "machine"]
+    assert [row["part"] for row in json.loads(path.read_text())["rows"]] == ["p", "summary", "summary", "machine"]
 
 
 def test_gpu_check_sees_a_wrong_answer():
