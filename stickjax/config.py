@@ -261,6 +261,21 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class MeshConfig:
+    """How many devices share the work, by axis; one may be -1, what the other leaves. 1 x 1 is a single device."""
+
+    data: int = _f(1, "parts of the batch on devices that each keep all parameters")
+    fsdp: int = _f(1, "parts of the batch on devices that also divide parameters and optimizer state")
+
+    def __post_init__(self):
+        if self.data == self.fsdp == -1:
+            raise ValueError("only one of data and fsdp may be -1")
+        for name in ("data", "fsdp"):
+            if (size := getattr(self, name)) != -1 and size < 1:
+                raise ValueError(f"{name}={size} must be at least 1, or -1 for what the other axis leaves")
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole experiment."""
 
@@ -268,6 +283,7 @@ class Config:
     data: DataConfig = _f(None, "the data", DataConfig)
     optim: OptimConfig = _f(None, "the optimizer", OptimConfig)
     train: TrainConfig = _f(None, "the run", TrainConfig)
+    mesh: MeshConfig = _f(None, "the devices", MeshConfig)
 
     def __post_init__(self):
         total = self.total_tokens

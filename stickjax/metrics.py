@@ -31,10 +31,10 @@ def flops_per_token(config: ModelConfig, T: int) -> float:
     return 6 * active + 6 * config.L * config.N * config.H * T
 
 
-def peak_flops() -> float | None:
-    """The bf16 peak of all devices together, or None when the chip is not known."""
+def peak_flops(devices: int = 1) -> float | None:
+    """The bf16 peak of so many devices together, or None when the chip is not known."""
     kind = jax.devices()[0].device_kind
-    return next((jax.device_count() * peak for name, peak in PEAK_FLOPS.items() if kind.startswith(name)), None)
+    return next((devices * peak for name, peak in PEAK_FLOPS.items() if kind.startswith(name)), None)
 
 
 class MetricsLog:

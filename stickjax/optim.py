@@ -11,9 +11,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 
 from stickjax.config import Config, nearest
+from stickjax.sharding import by_name
 
 SEQUENCE = 4096  # tokens in one of the sequences in which the law counts the batch
 UNIT = 2.0**36  # tokens, about 7e10: dividing by a power of two is exact
@@ -221,7 +221,9 @@ def make_schedule(config: Config) -> optax.Schedule:
     return _by_steps(make_token_schedule(config), config.data.tokens_per_step)
 
 
-MATRICES = {"query", "key", "value", "output", "router", "w_in", "w_out", "weight"}
+MATRICES = {
+    "query", "key", "value", "output", "expert_query", "expert_output", "router", "w_in", "w_out", "weight"
+}  # fmt: skip
 EMBEDDINGS = {"embed", "embedding", "unembed"}
 
 
@@ -245,12 +247,7 @@ def label_of(names: tuple[str, ...]) -> str:
 def label_tree(params):
     """A tree like params with the label of every parameter: "matrix", "embedding", "vector" or "frozen"."""
 
-    def label(path, leaf):
-        names = tuple(str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in path)
-        return jax.tree.map(lambda _: label_of(names), leaf)
-
-    # Stopping at nnx variables leaves their own `.value` out of the path, so that attention.value keeps its name.
-    return jax.tree_util.tree_map_with_path(label, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    return by_name(lambda names, leaf: label_of(names), params)
 
 
 def make_optimizer(config: Config, params) -> Transform:

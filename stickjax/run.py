@@ -13,7 +13,14 @@ from stickjax.models.transformer import Transformer, init
 from stickjax.tokenizer import Tokenizer, load_tokenizer
 
 # May differ between two parts of one run: they change neither the state nor what a step computes.
-_FREE = ("train.log_every", "train.checkpoint_every", "train.keep", "train.max_bad_steps", "model.implementation")
+_FREE = (
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep",
+    "train.max_bad_steps",
+    "model.implementation",
+    "mesh.",
+)
 
 
 class Loaded(NamedTuple):

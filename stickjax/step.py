@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 from stickjax.config import Config
 from stickjax.models.moe import updated_router_bias
 from stickjax.models.transformer import Transformer, apply, init
 from stickjax.optim import make_optimizer
+from stickjax.sharding import over, total
 
 
 class TrainState(NamedTuple):
@@ -41,8 +43,8 @@ def loss_and_metrics(config: Config, params, batch, key) -> tuple[jax.Array, dic
     output = apply(params, batch, key)
     nll = optax.softmax_cross_entropy_with_integer_labels(output.logits, batch["targets"])
     mask = batch["loss_mask"].astype(jnp.float32)
-    scale = batch.get("loss_scale", 1 / jnp.maximum(mask.sum(), 1))
-    loss = (nll * mask).sum() * scale
+    scale = batch.get("loss_scale", 1 / jnp.maximum(total(mask.sum()), 1))
+    loss = total((nll * mask).sum()) * scale
     metrics = {"loss": loss}
     m, load = config.model, {}
     weights = {"switch": m.switch_weight, "z": m.z_weight, "mutual_information": m.mi_weight}
@@ -57,8 +59,12 @@ def loss_and_metrics(config: Config, params, batch, key) -> tuple[jax.Array, dic
     return loss, metrics
 
 
-def make_step(config: Config) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
-    """The pure step `(state, batch) -> (state, metrics)`; jit it with `donate_argnums=0`."""
+def make_step(config: Config, mesh: Mesh | None = None) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
+    """The pure step `(state, batch) -> (state, metrics)`; jit it with `donate_argnums=0`.
+
+    On a mesh every device takes its part of each microbatch (`sharding.over`), and the state lies by
+    `sharding.shardings`.
+    """
     accumulate = config.train.accumulate
 
     def gradients(params, batch, key):
@@ -66,7 +72,7 @@ def make_step(config: Config) -> Callable[[TrainState, dict], tuple[TrainState, 
         if accumulate == 1:
             return grad(params, batch, key)
         micro = {name: x.reshape(accumulate, -1, *x.shape[1:]) for name, x in batch.items()}
-        scale = 1 / jnp.maximum(batch["loss_mask"].astype(jnp.float32).sum(), 1)
+        scale = 1 / jnp.maximum(total(batch["loss_mask"].astype(jnp.float32).sum()), 1)
 
         def one(total, inputs):
             part, k = inputs
@@ -78,7 +84,7 @@ def make_step(config: Config) -> Callable[[TrainState, dict], tuple[TrainState, 
         return jax.lax.scan(one, zeros, (micro, jax.random.split(key, accumulate)))[0]
 
     def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
-        grads, metrics = gradients(state.params, batch, jax.random.fold_in(state.key, state.step))
+        grads, metrics = over(mesh, gradients)(state.params, batch, jax.random.fold_in(state.key, state.step))
         load = metrics.pop("load", {})
         norm = optax.tree.norm(grads)
         good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)

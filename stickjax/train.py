@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 import pallas_kernels
+from stickjax import sharding
 from stickjax.checkpoint import Checkpoints, DamagedCheckpoint, check_finite, named_leaves
 from stickjax.config import Config, describe, load_config, parse
 from stickjax.data import Corpus, load_corpus, train_loader
@@ -25,17 +26,17 @@ from stickjax.run import check_config, load, read_config, write_config
 from stickjax.step import TrainState, init_state, make_step
 
 
-def banner(config: Config, corpus: Corpus) -> str:
-    """What is about to run: model, data, and the kernels with the reason for each."""
+def banner(config: Config, corpus: Corpus, devices: int = 1) -> str:
+    """What is about to run: model, data, and the kernels with the reason for each, on a device's share of the batch."""
     m, d = config.model, config.data
     total, active = parameter_counts(m)
     rows = [
         f"parameters {total:,} ({active:,} active, embedding left out), {flops_per_token(m, d.T):,.0f} FLOP per token",
         f"data {corpus.summary()}",
-        f"{config.train.steps} steps of B={d.B} x T={d.T} on {jax.device_count()} x {jax.devices()[0].device_kind}",
+        f"{config.train.steps} steps of B={d.B} x T={d.T} on {devices} x {jax.devices()[0].device_kind}",
     ]
     struct = jax.ShapeDtypeStruct
-    B = d.B // config.train.accumulate
+    B = d.B // config.train.accumulate // devices
     if m.attention == "stick_breaking":
         q, k = (struct((B, d.T, heads, m.H), m.dtype) for heads in (m.N, m.K))
         seg = struct((B, d.T), jnp.int32)
@@ -48,7 +49,7 @@ def banner(config: Config, corpus: Corpus) -> str:
     layers = jax.eval_shape(lambda: init(m, jax.random.key(0))).blocks
     if E := m.attention_experts:
         routing = jax.eval_shape(lambda: pallas_kernels.route(jnp.zeros((B * d.T, m.N // m.K), jnp.int32), E))
-        x, query = struct((B * d.T, m.D), m.dtype), struct(layers.attention.query.shape[1:], m.dtype)
+        x, query = struct((B * d.T, m.D), m.dtype), struct(layers.attention.expert_query.shape[1:], m.dtype)
         rows.append(pallas_kernels.explain("expert_linear", x, query, routing, implementation=m.implementation))
     if m.E:
         routing = jax.eval_shape(lambda: pallas_kernels.route(jnp.zeros((B * d.T, m.k), jnp.int32), m.E))
@@ -90,11 +91,16 @@ def _stop_signals():
 
 
 def _start(
-    config, corpus, checkpoints, init_from: str | None, branch: str | None, say
+    config, mesh, corpus, checkpoints, init_from: str | None, branch: str | None, say
 ) -> tuple[TrainState, dict | None]:
     """The state and the data iterator's state to begin with: resumed, branched, or new (from other parameters)."""
     key = jax.random.key(config.train.seed)
     abstract = jax.eval_shape(lambda: init_state(config, key))
+    places = None if mesh is None else sharding.shardings(mesh, abstract)
+    if mesh is not None:
+        abstract = jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract, places
+        )
     if (restored := checkpoints.restore(abstract)) is not None:
         source, data_state = f"{checkpoints.folder.parent}@{restored.step}", restored.extra["data"]
         if restored.extra["corpus"] != corpus.hash:
@@ -113,7 +119,7 @@ def _start(
         data_state = restored.extra["data"] if restored.extra["corpus"] == corpus.hash else None
         say(f"branching from {source}" + ("" if data_state else ", with other text"))
     else:
-        state = jax.jit(lambda: init_state(config, key))()
+        state = jax.jit(lambda: init_state(config, key), out_shardings=places)()
         if init_from is not None:
             loaded = load(init_from)
             ours, theirs = (
@@ -123,6 +129,7 @@ def _start(
                 changed = [d for d in loaded.config.diff(config) if d.startswith("model.")]
                 raise ValueError(f"--init-from {init_from} is another model ({'; '.join(changed)})")
             params = jax.tree.unflatten(jax.tree.structure(state.params), jax.tree.leaves(loaded.model))
+            params = params if mesh is None else jax.device_put(params, places.params)
             state = state._replace(params=params)
             say(f"parameters from {init_from}@{loaded.step}")
         return state, None
@@ -169,9 +176,10 @@ def fit(
         raise ValueError(f"V={config.model.V} is smaller than the tokenizer's {corpus.tokenizer.vocab_size} ids")
     loader = train_loader(corpus, config.data, process_index=jax.process_index(), process_count=jax.process_count())
     check_config(run, config)
+    mesh = sharding.make_mesh(config.mesh, D=config.model.D, rows=config.data.B // config.train.accumulate)
     with Progress(config, quiet=quiet) as progress, Checkpoints(run, config.train.keep) as checkpoints:
-        progress.say(banner(config, corpus))
-        state, data_state = _start(config, corpus, checkpoints, init_from, branch, progress.say)
+        progress.say(banner(config, corpus, 1 if mesh is None else mesh.size))
+        state, data_state = _start(config, mesh, corpus, checkpoints, init_from, branch, progress.say)
         if data_state is not None:
             loader.set_state(data_state)
         write_config(run, config)  # only now: a start that is refused leaves no folder behind
@@ -179,6 +187,7 @@ def fit(
         with contextlib.closing(log), _stop_signals() as asked:
             return _loop(
                 config,
+                mesh,
                 state,
                 loader,
                 corpus,
@@ -190,13 +199,14 @@ def fit(
             )
 
 
-def _loop(config, state, loader, corpus, checkpoints, log, progress, asked, profile) -> Result:
-    step_function = jax.jit(make_step(config), donate_argnums=0)
-    tokens, peak = config.data.tokens_per_step, peak_flops()
+def _loop(config, mesh, state, loader, corpus, checkpoints, log, progress, asked, profile) -> Result:
+    places = None if mesh is None else (sharding.shardings(mesh, state), None)
+    step_function = jax.jit(make_step(config, mesh), donate_argnums=0, out_shardings=places)
+    tokens, peak = config.data.tokens_per_step, peak_flops(1 if mesh is None else mesh.size)
     per_token = flops_per_token(config.model, config.data.T)
     first = step = saved = int(state.step)
     inside, started = 0.0, time.perf_counter()
-    batch, bad_steps = next(loader), 0
+    batch, bad_steps = sharding.place(mesh, next(loader)), 0
     stop = asked() or step >= config.train.steps
     while not stop:
         data_state = loader.get_state()  # behind the batch of this step, before the next one is taken
@@ -204,7 +214,7 @@ def _loop(config, state, loader, corpus, checkpoints, log, progress, asked, prof
             jax.profiler.start_trace(str(profile))
         begun = time.perf_counter()
         state, metrics = step_function(state, batch)
-        batch = next(loader)  # while the device works
+        batch = sharding.place(mesh, next(loader))  # while the device works
         metrics = jax.device_get(metrics)
         now = time.perf_counter()
         step += 1

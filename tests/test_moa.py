@@ -30,11 +30,11 @@ def every_expert(layer, x):
     key, value = (jnp.einsum("BTD,DKH->BTKH", x, w[...]) for w in (layer.key, layer.value))
     out = jnp.zeros_like(x)
     for e in range(E):
-        query = (x @ layer.query[...][e]).reshape(B, T, c.K, c.H)
+        query = (x @ layer.expert_query[...][e]).reshape(B, T, c.K, c.H)
         heads, rem = stick_breaking_attention(query, key, value, implementation="reference")
         if c.remainder == "value":
             heads += rem[..., None] * value
-        out += gate[..., e, None] * (heads.reshape(B, T, -1) @ layer.output[...][e])
+        out += gate[..., e, None] * (heads.reshape(B, T, -1) @ layer.expert_output[...][e])
     return out
 
 

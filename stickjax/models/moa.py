@@ -28,10 +28,10 @@ class MixtureOfHeads(Attention):
         E = c.attention_experts
         kr, kq, kk, kv, ko = jax.random.split(key, 5)
         self.router = normal(kr, (c.D, E), matrix_std(c), c)
-        self.query = normal(kq, (E, c.D, c.K * c.H), matrix_std(c), c)
+        self.expert_query = normal(kq, (E, c.D, c.K * c.H), matrix_std(c), c)
         self.key = normal(kk, (c.D, c.K, c.H), matrix_std(c), c)
         self.value = normal(kv, (c.D, c.K, c.H), matrix_std(c), c)
-        self.output = normal(ko, (E, c.K * c.H, c.D), output_std(c), c)
+        self.expert_output = normal(ko, (E, c.K * c.H, c.D), output_std(c), c)
         self.router_bias = nnx.Param(jnp.zeros(E, c.param_dtype)) if c.bias_rate else None
         self.head_bias = self.norm = None  # a head of a token is another one of the next
 
@@ -47,11 +47,11 @@ class MixtureOfHeads(Attention):
         chosen = c.N // c.K
         tokens, real = x.reshape(-1, D), None if real is None else real.reshape(-1)
         routing, gates, stats = routed(c, tokens, self.router, self.router_bias, chosen, real, key)
-        q = expert_linear(tokens, cast(self.query, c), routing, implementation=c.implementation)
+        q = expert_linear(tokens, cast(self.expert_query, c), routing, implementation=c.implementation)
         k, v = (jnp.einsum("BTD,DKH->BTKH", x, cast(w, c)) for w in (self.key, self.value))
         # Query heads stand by their key head: head j of all chosen experts reads key head j.
         q = q.reshape(B, T, chosen, c.K, c.H).swapaxes(2, 3).reshape(B, T, c.N, c.H)
         out, cache = self.attend(q, k, v, context, cache)
         out = out.reshape(B, T, c.K, chosen, c.H).swapaxes(2, 3).reshape(-1, c.K * c.H)
-        y = expert_linear(out, cast(self.output, c), routing, gates=gates, implementation=c.implementation)
+        y = expert_linear(out, cast(self.expert_output, c), routing, gates=gates, implementation=c.implementation)
         return y.reshape(x.shape), cache, stats

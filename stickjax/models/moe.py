@@ -1,6 +1,6 @@
 """Sparse experts: the router, its losses, and the expert network.
 
-The losses are means over all tokens of the batch; under jit a sharded batch is one batch, so the statistics are global.
+The losses are means over all tokens of the batch, on however many devices it lies.
 """
 
 from typing import NamedTuple
@@ -14,6 +14,7 @@ from pallas_kernels import Routing, expert_mlp, route
 from pallas_kernels.scatter_moe.call import GATED
 from stickjax.config import ModelConfig
 from stickjax.models.layers import cast, matrix_std, normal, output_std
+from stickjax.sharding import total
 
 
 class RouterStats(NamedTuple):
@@ -81,15 +82,15 @@ def router_stats(
     E = logits.shape[1]
     logits = logits.astype(jnp.float32)
     weight = jnp.ones(logits.shape[:1]) if real is None else real.astype(jnp.float32)
-    tokens = jnp.maximum(weight.sum(), 1)
+    tokens = jnp.maximum(total(weight.sum()), 1)
     log_g = jax.nn.log_softmax(logits, axis=-1)
     g = jnp.exp(log_g)
-    mean_g = (weight[:, None] * g).sum(0) / tokens
+    mean_g = total((weight[:, None] * g).sum(0)) / tokens
     # The index of a padding token is E; bincount drops it.
-    load = jnp.bincount(expert_indices.reshape(-1), length=E).astype(jnp.float32)
+    load = total(jnp.bincount(expert_indices.reshape(-1), length=E).astype(jnp.float32))
     load = load / (tokens * expert_indices.shape[1])
-    z = (weight * jnp.square(jax.nn.logsumexp(logits, axis=-1))).sum() / tokens
-    conditional = -(weight * (g * log_g).sum(-1)).sum() / tokens
+    z = total((weight * jnp.square(jax.nn.logsumexp(logits, axis=-1))).sum()) / tokens
+    conditional = -total((weight * (g * log_g).sum(-1)).sum()) / tokens
     marginal = -(mean_g * jnp.log(mean_g + 1e-8)).sum()
     return RouterStats(E * (load * mean_g).sum(), z, conditional - marginal, load)
 

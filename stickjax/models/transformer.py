@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Int
 
+from stickjax import sharding
 from stickjax.config import ModelConfig
 from stickjax.models.attention import Attention, Context, segment_positions
 from stickjax.models.layers import FeedForward, RMSNorm, cast, normal
@@ -90,11 +91,12 @@ class Transformer(nnx.Module):
             segment_ids = jnp.zeros_like(tokens)
         real = None if segment_ids is None else segment_ids >= 0
         context, cache = _context(c, tokens, segment_ids, cache)
-        x = c.m_emb * cast(self.embed, c)[tokens]
+        embed, unembed = sharding.gather({"embed": self.embed, "unembed": self.unembed}).values()
+        x = c.m_emb * cast(embed, c)[tokens]
 
         def layer(x, inputs):
             block, layer_cache, layer_key = inputs
-            x, layer_cache, stats = block(x, context, real, layer_cache, layer_key)
+            x, layer_cache, stats = sharding.gather(block)(x, context, real, layer_cache, layer_key)
             return x, (layer_cache, stats)
 
         if c.remat != "none":
@@ -106,7 +108,7 @@ class Transformer(nnx.Module):
         if cache is not None:
             cache = cache._replace(key=layer_caches[0], value=layer_caches[1])
 
-        unembed = cast(self.embed, c).T if self.unembed is None else cast(self.unembed, c)
+        unembed = cast(embed, c).T if unembed is None else cast(unembed, c)
         x = self.norm(x[:, -1:] if last_only else x)
         logits = jnp.einsum("BTD,DV->BTV", x, unembed, preferred_element_type=jnp.float32)
         return Output(logits / (c.m_width if c.logits_scaling is None else c.logits_scaling), stats, cache, heads)
@@ -172,6 +174,6 @@ def parameter_counts(config: ModelConfig) -> tuple[int, int]:
         experts = shapes.blocks.ffn.w_in.size + shapes.blocks.ffn.w_out.size
         idle += experts * (config.E - config.k) // config.E
     if E := config.attention_experts:
-        experts = shapes.blocks.attention.query.size + shapes.blocks.attention.output.size
+        experts = shapes.blocks.attention.expert_query.size + shapes.blocks.attention.expert_output.size
         idle += experts * (E - config.N // config.K) // E
     return total, total - idle
