@@ -18,6 +18,7 @@ from rich.table import Table
 
 from pallas_kernels import stick_breaking_attention
 from stickjax import load
+from stickjax.checkpoint import DamagedCheckpoint
 from stickjax.corpus import load_corpus
 from stickjax.models.attention import Context
 
@@ -27,10 +28,12 @@ SKIP = -24.0
 
 
 def of_model(model, tokens) -> Heads:
-    """Those of all layers of a stick-breaking model, head by head, on tokens [P]."""
+    """Those of all layers of a stick-breaking model, head by head, on tokens [P] as one document."""
     c = model.config
     if c.attention != "stick_breaking":
         raise ValueError(f"the logits are to be those of stick-breaking attention, this model's is {c.attention!r}")
+    if c.attention_experts:
+        raise ValueError(f"needs heads that all tokens share; here attention_experts={c.attention_experts} own them")
 
     @jax.jit
     def layer(block, x):
@@ -65,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
         loaded = load(arguments.run)
         tokens = load_corpus(loaded.config.data)[1].tokens[: arguments.tokens]
         heads = of_model(loaded.model, tokens)
-    except ValueError as error:
+    except (ValueError, OSError, DamagedCheckpoint) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     table = Table("T", "all", "least", "most", title=f"share of the 64 x 64 tiles kept at skip_below={SKIP:g}, by head")

@@ -1,7 +1,7 @@
 """One experiment as nested frozen dataclasses: every field has a default, a type and a sentence.
 
-Field names of the model are the shape letters (README, "Letters"). `parse(config, argv)` applies
-`--section.field=value` words; a config is stored as plain JSON and read back with `Config.from_dict`.
+Field names of the model are the shape letters (README, "Letters"). A config is stored as plain JSON and
+read back with `Config.from_dict`; `stickjax.options` changes one by the words of a command line.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ def nearest(name: str, known) -> str:
 
 def _check_choices(config) -> None:
     for name, hint in typing.get_type_hints(type(config)).items():
-        options = [o for o in _alternatives(hint) if typing.get_origin(o) is Literal]
+        options = [o for o in alternatives(hint) if typing.get_origin(o) is Literal]
         choices = [c for o in options for c in typing.get_args(o)]
         value = getattr(config, name)
         if choices and value is not None and value not in choices:
@@ -75,7 +75,8 @@ class ModelConfig:
     router: Literal["topk_softmax", "softmax_topk"] = _f("topk_softmax", "order of the selection and the softmax")
     sample_topk: int = _f(0, "in training, how many of the k experts are sampled instead of the best")
     round_rows: int = _f(
-        0, "in training, an expert's rows are rounded down to a multiple of this, smallest gates first; 0: all run"
+        0,
+        "in training, an expert's rows on a device are rounded down to a multiple, smallest gates first; 0: no",
     )
     switch_weight: float = _f(0.0, "weight of the load-balancing loss E * sum_e f_e P_e")
     z_weight: float = _f(0.0, "weight of mean(logsumexp(router logits)^2)")
@@ -116,7 +117,7 @@ class ModelConfig:
             raise ValueError(f"round_rows={self.round_rows} needs experts, but E=0")
         if self.bias_rate and not (self.E or self.attention_experts):
             raise ValueError(f"bias_rate={self.bias_rate} needs experts, but E=0")
-        if self.sample_topk > self.k:
+        if self.sample_topk > self.k and (self.E or not self.attention_experts):
             raise ValueError(f"sample_topk={self.sample_topk} cannot exceed k={self.k}")
         _at_least(self, 0, "m_res")
         for name in ("m_width", "m_emb", "init_std", "norm_eps"):
@@ -304,7 +305,7 @@ class Config:
         """A copy with `{"section.field": value}` changed; all changes are checked together."""
         sections: dict[str, dict] = {}
         for key, value in changes.items():
-            section, name = _locate(self, key)
+            section, name = locate(self, key)
             sections.setdefault(section, {})[name] = value
         return dataclasses.replace(
             self, **{s: dataclasses.replace(getattr(self, s), **fields) for s, fields in sections.items()}
@@ -330,11 +331,11 @@ class Config:
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
 
-def _alternatives(hint) -> tuple:
+def alternatives(hint) -> tuple:
     return typing.get_args(hint) if typing.get_origin(hint) not in (None, Literal) else (hint,)
 
 
-def _locate(config: Config, key: str) -> tuple[str, str]:
+def locate(config: Config, key: str) -> tuple[str, str]:
     known = [
         f"{s.name}.{f.name}" for s in dataclasses.fields(config) for f in dataclasses.fields(getattr(config, s.name))
     ]
@@ -345,77 +346,3 @@ def _locate(config: Config, key: str) -> tuple[str, str]:
         raise ValueError(f"unknown config key {key!r}{hint}")
     section, name = key.split(".")
     return section, name
-
-
-def _parse_value(key: str, text: str, hint):
-    options = _alternatives(hint)
-    if type(None) in options and text.lower() in ("none", "null"):
-        return None
-    for option in options:
-        if option is bool and text.lower() in ("true", "false"):
-            return text.lower() == "true"
-        if option is str or typing.get_origin(option) is Literal:
-            return text
-        if option in (int, float):
-            try:
-                number = float(text)
-                if option is float:
-                    return number
-                if number == int(number):  # 1e6 is a fine way to write an integer
-                    return int(number) if abs(number) >= 2**53 or not text.lstrip("+-").isdigit() else int(text)
-            except (ValueError, OverflowError):
-                continue
-    names = " or ".join(getattr(o, "__name__", str(o)) for o in options)
-    raise ValueError(f"--{key}={text}: expected {names}")
-
-
-def parse_changes(config: Config, argv: list[str]) -> dict[str, Any]:
-    """The words `--section.field=value` (or `--section.field value`) as `{"section.field": value}`.
-
-    Raises:
-      ValueError: an unknown field (with the nearest name), or a value of another type.
-
-    >>> parse_changes(Config(), ["--optim.peak_lr=3e-4", "--data.B", "8"])
-    {'optim.peak_lr': 0.0003, 'data.B': 8}
-    """
-    changes, words = {}, iter(argv)
-    for word in words:
-        if not word.startswith("--"):
-            raise ValueError(f"unexpected argument {word!r}; config fields are written --section.field=value")
-        key, eq, text = word[2:].partition("=")
-        section, name = _locate(config, key)
-        if not eq:
-            text = next(words, None)
-            if text is None:
-                raise ValueError(f"--{key} needs a value")
-        changes[key] = _parse_value(key, text, typing.get_type_hints(type(getattr(config, section)))[name])
-    return changes
-
-
-def parse(config: Config, argv: list[str]) -> Config:
-    """A config with the words of a command line applied; see `parse_changes`."""
-    return config.replace(parse_changes(config, argv))
-
-
-def describe(config: Config) -> str:
-    """Every field with its present value and its sentence: the body of --help."""
-    lines = []
-    for section in dataclasses.fields(config):
-        part = getattr(config, section.name)
-        for field in dataclasses.fields(part):
-            head = f"  --{section.name}.{field.name}={getattr(part, field.name)}"
-            lines.append(f"{head:<44} {field.metadata['doc']}")
-    return "\n".join(lines)
-
-
-def load_config(path: str) -> Config:
-    """Run a config file (Python with `get_config()`, chosen by the user) or read a run's config.json."""
-    if path.endswith(".json"):
-        with open(path) as file:
-            return Config.from_dict(json.load(file))
-    import runpy
-
-    namespace = runpy.run_path(path)
-    if "get_config" not in namespace:
-        raise ValueError(f"{path} defines no get_config()")
-    return namespace["get_config"]()

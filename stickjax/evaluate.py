@@ -18,11 +18,12 @@ from rich.table import Table
 
 from stickjax import plots
 from stickjax.checkpoint import DamagedCheckpoint
-from stickjax.config import Config, parse_changes
+from stickjax.config import Config
 from stickjax.corpus import load_corpus
 from stickjax.data import heldout_windows
 from stickjax.metrics import read_metrics
 from stickjax.models.transformer import Transformer, apply
+from stickjax.options import parse_changes
 from stickjax.plots import Records
 from stickjax.run import load, read_config
 

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from stickjax.checkpoint import DamagedCheckpoint
-from stickjax.config import parse
 from stickjax.models.transformer import Transformer, empty_cache
+from stickjax.options import parse
 from stickjax.run import Loaded, load, read_config
 from stickjax.tokenizer import StreamDecoder, Tokenizer
 

@@ -93,6 +93,8 @@ def make_mesh(config: MeshConfig, *, D: int, rows: int, devices=None) -> Mesh | 
         )
     if D % fsdp:
         raise ValueError(f"D={D} must be a multiple of fsdp={fsdp}")
+    if jax.process_count() > 1 and data * fsdp != len(devices):
+        raise ValueError(f"data={data} x fsdp={fsdp} must be all {len(devices)} devices of the processes")
     if data * fsdp == 1:
         return None
     return jax.make_mesh((data, fsdp), AXES, devices=devices[: data * fsdp])
@@ -131,12 +133,20 @@ def _is_spec(leaf) -> bool:
     return isinstance(leaf, PartitionSpec)
 
 
-def place(mesh: Mesh | None, batch: dict) -> dict:
-    """This process' share of a batch, on its devices."""
+def place(mesh: Mesh | None, batch: dict, accumulate: int = 1) -> dict:
+    """This process' share of a batch, on its devices.
+
+    Rows are dealt so that the i-th microbatches of all devices are together the i-th of the batch.
+    """
     if mesh is None:
         return batch
-    sharding = NamedSharding(mesh, BATCH)
-    return {name: jax.make_array_from_process_local_data(sharding, np.asarray(x)) for name, x in batch.items()}
+    sharding, devices = NamedSharding(mesh, BATCH), len(mesh.local_devices)
+
+    def one(x):
+        dealt = np.asarray(x).reshape(accumulate, devices, -1, *x.shape[1:]).swapaxes(0, 1)
+        return jax.make_array_from_process_local_data(sharding, dealt.reshape(x.shape))
+
+    return {name: one(x) for name, x in batch.items()}
 
 
 # Inside of the shard_map.
@@ -172,7 +182,8 @@ def over(mesh: Mesh | None, gradients: Callable) -> Callable:
         return gradients
 
     def local(params, batch, key):
-        grads, metrics = gradients(params, batch, key)
+        # What routers draw differs between devices, as between the rows of one.
+        grads, metrics = gradients(params, batch, jax.random.fold_in(key, lax.axis_index(AXES)))
 
         def summed(spec, grad):  # what was gathered is summed over "fsdp" by the transpose
             axes = tuple(axis for axis in AXES if axis not in spec)

@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from stickjax import mup as models
-from stickjax.config import Config, load_config, parse
+from stickjax.config import Config
+from stickjax.options import load_config, parse
 from stickjax.plots import Records, best_runs, figure, group, plot_learning_rate_sweep, plot_power_law, ticks
 
 

@@ -17,10 +17,11 @@ import jax.numpy as jnp
 import pallas_kernels
 from stickjax import sharding
 from stickjax.checkpoint import Checkpoints, DamagedCheckpoint, check_finite, named_leaves
-from stickjax.config import Config, describe, load_config, parse
+from stickjax.config import Config
 from stickjax.data import Corpus, load_corpus, train_loader
 from stickjax.metrics import MetricsLog, flops_per_token, peak_flops
 from stickjax.models.transformer import init, parameter_counts
+from stickjax.options import describe, load_config, parse
 from stickjax.progress import Progress
 from stickjax.run import check_config, load, read_config, write_config
 from stickjax.step import TrainState, init_state, make_step
@@ -206,7 +207,7 @@ def _loop(config, mesh, state, loader, corpus, checkpoints, log, progress, asked
     per_token = flops_per_token(config.model, config.data.T)
     first = step = saved = int(state.step)
     inside, started = 0.0, time.perf_counter()
-    batch, bad_steps = sharding.place(mesh, next(loader)), 0
+    batch, bad_steps = sharding.place(mesh, next(loader), config.train.accumulate), 0
     stop = asked() or step >= config.train.steps
     while not stop:
         data_state = loader.get_state()  # behind the batch of this step, before the next one is taken
@@ -214,7 +215,7 @@ def _loop(config, mesh, state, loader, corpus, checkpoints, log, progress, asked
             jax.profiler.start_trace(str(profile))
         begun = time.perf_counter()
         state, metrics = step_function(state, batch)
-        batch = sharding.place(mesh, next(loader))  # while the device works
+        batch = sharding.place(mesh, next(loader), config.train.accumulate)  # while the device works
         metrics = jax.device_get(metrics)
         now = time.perf_counter()
         step += 1

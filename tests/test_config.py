@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from stickjax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, describe, load_config, parse
+from stickjax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from stickjax.options import describe, load_config, parse
 
 ROOT = Path(__file__).parent.parent
 

@@ -121,6 +121,10 @@ def test_active_parameters_are_those_of_the_chosen_experts():
     assert total - dense == 2 * (2 * (5 - 3) * 16 * 8 + 16 * 5)  # five experts for three, and routers
 
 
+def test_experts_may_be_sampled_for_the_heads_alone():
+    assert ModelConfig(**SIZES, N=4, K=1, attention_experts=8, sample_topk=1).E == 0
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -7,7 +7,7 @@ Everything is one map of a per-expert function over blocks of that expert's rows
   With few rows (decoding) C is 0 and the loop runs the chosen experts only.
 Cost: at most a fixed factor over the useful work, and never an array of size T * E.
 
-The backward pass is the same map over the vjp of the function. Besides the inputs it is given the pre-activation
+The backward pass is the same map over the derivative of the function. Besides the inputs it is given the pre-activation
 where D is not small, in the order of the experts (a remat policy knows it by the name PRE_ACTIVATION); the hidden rows
 are computed again from it, and the transposes of dispatch and combine are gathers.
 """

@@ -91,9 +91,7 @@ def _gradients(plan: Plan, arrays, scale, planned):
 
     def some(plan, query, key, value, d_out, d_log_rem, spent, reached, planned):
         dq, d_scale, snapshots = d_query(plan, query, key, value, d_out, d_log_rem, spent, reached, scale, *planned)
-        second = plan._replace(
-            stages=max(1, min(2, (MEMORY - _bytes(plan, 2 * KEYS) - 32768) // _bytes(plan, 2 * ROWS)))
-        )
+        second = plan._replace(stages=max(1, min(2, (MEMORY - _bytes(plan, KEYS) - 32768) // _bytes(plan, 2 * ROWS))))
         dk, dv = d_key_value(second, query, key, value, d_out, snapshots, reached, scale, *planned)
         return dq, d_scale[..., : plan.rows].sum(-1), dk, dv
 

@@ -30,14 +30,15 @@ def d_key_value(
     pairs = -(-query_tiles // 2)
     key_tiles = -(-plan.S // KEYS)
     memory = partial(tile_memory, dtype=dtype, swizzle=SWIZZLE)
+    ahead = plan.H + plan.Hv < 512  # whether there is room to copy snapshots ahead, by the copy engine
+    arrivals = 6 if ahead else 4
 
     def stick_breaking_d_key_value(
         q_ref, k_ref, v_ref, do_ref, snap_ref, reached_ref, scale_ref, spans_ref, offset_ref, *refs
     ):
         segments, refs = (refs[:2], refs[2:]) if plan.segments else (None, refs)
         (dk_ref, dv_ref), refs = refs[:2], refs[2:]
-        (k_mem, v_mem, dk_mem, dv_mem, q_mem, do_mem, snap_mem), refs = refs[:7], refs[7:]
-        (kinds, places, w_mem, dz_mem), barriers = refs[:4], refs[4:]
+        k_mem, v_mem, q_mem, do_mem, snap_mem, tiles_mem, w_mem, dz_mem, *barriers = refs
         resident, full, used, exchanged, drained = barriers
         item = lax.axis_index("block")
         j, head, b = item // (plan.B * plan.K), item % plan.K, item // plan.K % plan.B
@@ -66,12 +67,14 @@ def d_key_value(
                         # In the place of a tile that is not visited stands the other one, and no key is seen from it.
                         is_visited = both[w] > 0
                         row = (pair * 2 + jnp.where(is_visited, w, 1 - w)) * ROWS
-                        kinds[slot, w] = both[w]
-                        places[slot, w] = row
+                        for what, x in enumerate((both[w], row, n)):
+                            tiles_mem[slot, w, what] = x
                         rows = pl.ds(row, ROWS)
                         plgpu.copy_gmem_to_smem(q_ref.at[b, rows, n], q_mem[w].at[slot], full.at[slot])
                         plgpu.copy_gmem_to_smem(do_ref.at[b, rows, n], do_mem[w].at[slot], full.at[slot])
-                        plgpu.copy_gmem_to_smem(snap_ref.at[b, n, j, :, :, rows], snap_mem.at[slot, w], full.at[slot])
+                        if ahead:
+                            snapshots = snap_ref.at[b, n, j, :, :, rows]
+                            plgpu.copy_gmem_to_smem(snapshots, snap_mem.at[slot, w], full.at[slot])
 
                 return step + jnp.where(go, 1, 0)
 
@@ -83,8 +86,8 @@ def d_key_value(
                     plgpu.barrier_wait(used.at[slot])
 
                 for w in range(2):
-                    kinds[slot, w] = -1
-                for _ in range(6):
+                    tiles_mem[slot, w, 0] = -1
+                for _ in range(arrivals):
                     plgpu.barrier_arrive(full.at[slot])
                 return step + 1
 
@@ -100,8 +103,11 @@ def d_key_value(
 
                 step = end(lax.fori_loop(0, G * pairs, visit, step))
 
-        def compute(own, mine, other, own_mem, own_ref, width, factor):
-            """Warpgroup `own` (0 for dv, 1 for dk): the sum of mine^T @ other over all tiles, times the factor."""
+        def compute(own, mine, other, own_ref, width, factor):
+            """Warpgroup `own` (0 for dv, 1 for dk): the sum of mine^T @ other over all tiles, times the factor.
+
+            It leaves through the first stage of other[own], which the other warpgroup does not read.
+            """
             if own == 0:
                 for half in range(2):
                     for ref, mem in ((k_ref, k_mem), (v_ref, v_mem)):
@@ -114,7 +120,7 @@ def d_key_value(
                 step, _, acc = state
                 slot = step % stages
                 plgpu.barrier_wait(full.at[slot])
-                kind = kinds[slot, own]
+                kind, row, n = (tiles_mem[slot, own, what] for what in range(3))
                 opaque = zeros(step, plan.H + plan.Hv > 64)
 
                 def tile(acc):
@@ -122,12 +128,14 @@ def d_key_value(
                         at = slot + zero
                         z = seam.product(q_mem[own].at[at], k_mem.at[half + zero].transpose((1, 0))) * multiplier
                         d_weights = seam.product(do_mem[own].at[at], v_mem.at[half + zero].transpose((1, 0)))
-                        entering, prefix = (
-                            plgpu.load(snap_mem.at[slot, own, half, part], layout=seam.ROW) for part in range(2)
-                        )
+                        if ahead:
+                            snapshots = snap_mem.at[slot, own, half]
+                        else:
+                            snapshots = snap_ref.at[b, n, j, half, :, pl.ds(row, ROWS)]
+                        entering, prefix = (plgpu.load(snapshots.at[part], layout=seam.ROW) for part in range(2))
                         seen = None
                         if masked:
-                            row, column = places[slot, own], j * KEYS + half * HALF
+                            column = j * KEYS + half * HALF
                             stands = jnp.where(kind > 0, position, NOWHERE)
                             seen = visible(plan, segments, b, row, column, HALF, stands)
                         weights, logs = weights_of(z, seen, entering)
@@ -156,18 +164,19 @@ def d_key_value(
                 state = step, jnp.bool_(True), acc
                 step, _, acc = lax.while_loop(lambda s: s[1], partial(visit, masked), state)
             plgpu.barrier_wait(drained)  # the other one may still read this step's query tiles
-            own_mem[...] = (acc * factor).astype(dtype)
+            out_mem = other[own].at[0]
+            out_mem[...] = (acc * factor).astype(dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(own_mem, own_ref.at[b, pl.ds(j * KEYS, KEYS), head])
+            plgpu.copy_smem_to_gmem(out_mem, own_ref.at[b, pl.ds(j * KEYS, KEYS), head])
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(wg == 0)
         def _():
-            compute(0, w_mem, do_mem, dv_mem, dv_ref, plan.Hv, 1.0)
+            compute(0, w_mem, do_mem, dv_ref, plan.Hv, 1.0)
 
         @pl.when(wg == 1)
         def _():
-            compute(1, dz_mem, q_mem, dk_mem, dk_ref, plan.H, scale_ref[0])
+            compute(1, dz_mem, q_mem, dk_ref, plan.H, scale_ref[0])
 
     run = plgpu.kernel(
         stick_breaking_d_key_value,
@@ -178,17 +187,14 @@ def d_key_value(
         scratch_types=(
             memory((2, HALF, plan.H)),
             memory((2, HALF, plan.Hv)),
-            memory((KEYS, plan.H)),
-            memory((KEYS, plan.Hv)),
             (memory((stages, ROWS, plan.H)),) * 2,
             (memory((stages, ROWS, plan.Hv)),) * 2,
-            plgpu.SMEM((stages, 2, 2, 2, ROWS), jnp.float32),
-            plgpu.SMEM((stages, 2), jnp.int32),
-            plgpu.SMEM((stages, 2), jnp.int32),
+            plgpu.SMEM((stages, 2, 2, 2, ROWS), jnp.float32) if ahead else None,
+            plgpu.SMEM((stages, 2, 3), jnp.int32),  # of every tile: its kind, its first row, its head
             memory((2, ROWS, KEYS)),
             memory((2, ROWS, KEYS)),
             plgpu.Barrier(num_arrivals=4),
-            plgpu.Barrier(num_arrivals=6, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=2),
             plgpu.Barrier(num_arrivals=2),

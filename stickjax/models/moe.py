@@ -55,7 +55,7 @@ def rounded(
     """The indices with every expert's rows rounded down to a multiple, so that no tile of a kernel is part empty.
 
     The rows of an expert with the smallest gates go, fewer than `multiple` of them; their index becomes E, no expert
-    (after arXiv 2512.14080, which also rounds up). A token's rows then depend on the whole batch: for training alone.
+    (after arXiv 2512.14080, which also rounds up). What runs depends on the device's whole batch: for training alone.
 
     >>> rounded(jnp.array([[0], [0], [1], [0]]), jnp.array([[0.3], [0.1], [0.9], [0.2]]), 2, 2).T
     Array([[0, 2, 2, 0]], dtype=int32)

@@ -1,0 +1,100 @@
+"""Early exit of stick-breaking attention: what it may leave out, what it counts, and what it never reads."""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import STICK, STICK_IMPLEMENTATIONS, Stick
+from test_stick_breaking import QUICK, REFERENCE, attend, check
+
+from pallas_kernels import Stats, stick_breaking_attention
+
+SKIP = {"implementation": "xla", "tiles": (16, 16), "skip_below": -24.0}
+
+
+def kept_tiles(query, key, threshold, size, padding=None) -> float:
+    """Share of the tiles left of the diagonal that are needed, for one head: counted one by one."""
+    z = np.asarray(query, np.float64) @ np.asarray(key, np.float64).T / math.sqrt(query.shape[-1])
+    T = len(z)
+    spent = np.where(np.tri(T, k=-1, dtype=bool), np.logaddexp(0, z), 0) / math.log(2)
+    real = np.ones(T, bool) if padding is None else ~padding
+    kept = reachable = 0
+    for start in range(0, T, size):
+        rows = slice(start, min(start + size, T))
+        reachable += start // size + 1
+        for tile_start in range(start, -1, -size):
+            left = -spent[rows, tile_start + size :].sum(1)[real[rows]]
+            if tile_start < start and (left.size == 0 or left.max() < threshold):
+                break
+            kept += 1
+    return kept / reachable
+
+
+def test_skipping_is_exact_to_the_threshold_and_counts_its_tiles():
+    query, key, value = Stick(T=250, N=4, K=2).arrays()
+    exact, _ = attend(query, key, value, **REFERENCE)
+    for threshold in (-8.0, -24.0):
+        options = SKIP | {"skip_below": threshold}
+        out, rem, stats = attend(query, key, value, **options, return_stats=True)
+        assert np.abs(out - exact).max() <= 2**threshold * np.abs(value).max() + 2e-6
+        assert (stats.log_rem[:, 100:] < threshold * math.log(2)).all() and (rem[:, 100:] < 2**threshold).all()
+        for head in range(2):
+            # Query heads 2 * head and 2 * head + 1 share key head `head`: a tile stays for the more patient of them.
+            one = [kept_tiles(query[0, :, n], key[0, :, head], threshold, 16) for n in (2 * head, 2 * head + 1)]
+            assert max(one) - 1e-6 <= stats.kept[0, head] <= min(1, sum(one))
+            assert stats.kept[0, head] < 0.6
+
+
+@pytest.mark.parametrize("padding", [0, 25])
+def test_the_tiles_kept_are_those_needed(padding):
+    case = Stick(T=150, N=1, std=2.0, segments=(150 - padding, -padding) if padding else None)
+    query, key, value = case.arrays()
+    *_, stats = attend(query, key, value, **case.options(), **SKIP, return_stats=True)
+    rows = np.arange(150) >= 150 - padding
+    # Tiles of nothing but padding are not in reach at all; tile 7 is half padding.
+    real = 150 - padding
+    wanted = kept_tiles(query[0, :real, 0], key[0, :real, 0], -24, 16, rows[:real])
+    np.testing.assert_allclose(stats.kept, wanted, rtol=1e-6)
+    assert wanted < 0.6
+
+
+def test_skipped_keys_are_never_read():
+    query, key, value = Stick(T=200).arrays()
+    key, value = (x.at[:, :16].set(jnp.nan) for x in (key, value))
+
+    def late(skip_below, *arrays):
+        options = SKIP | {"skip_below": skip_below}
+        out, rem = stick_breaking_attention(*arrays, **options, query_offset=120)
+        return (out**2).sum() + rem.sum()
+
+    arrays = (query[:, 120:], key, value)
+    run = jax.jit(jax.value_and_grad(partial(late, -24.0), (0, 1, 2)), compiler_options=QUICK)
+    value, gradients = run(*arrays)
+    assert np.isfinite(value) and all(np.isfinite(g).all() for g in gradients)
+    assert (gradients[1][:, :16] == 0).all() and (gradients[2][:, :16] == 0).all()
+    assert np.isnan(jax.jit(partial(late, None), compiler_options=QUICK)(*arrays))
+
+
+def test_gradients_under_skipping_are_close_to_exact():
+    case = Stick(T=200, N=4, K=2)
+    check(case, SKIP)
+    *_, stats = attend(*case.arrays(), **SKIP, return_stats=True)
+    assert (stats.kept < 0.7).all()
+
+
+def test_every_head_skips_for_itself():
+    query, key, value = Stick(T=200).arrays()
+    query, key = (x.at[..., 0].set(1) for x in (query, key))
+    query = query.at[:, :, 1, 0].set(-12 * math.sqrt(8))
+    *_, stats = attend(query, key, value, **SKIP, return_stats=True)
+    assert stats.kept[0, 0] < 0.5 and stats.kept[0, 1] == 1
+
+
+def test_without_a_threshold_every_tile_is_kept():
+    for options in STICK_IMPLEMENTATIONS.values():
+        if "skip_below" not in options:
+            *_, stats = attend(*STICK["plain"].arrays(), return_stats=True, **options)
+            assert isinstance(stats, Stats) and stats.kept.shape == (2, 2) and (stats.kept == 1).all()
