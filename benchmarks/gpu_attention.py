@@ -9,6 +9,7 @@ from pallas_kernels import stick_breaking_attention
 
 from . import cost, gpu_check, gpu_peers, stick_breaking, trained_logits
 from .gpu_run import Case, Run, work_of
+from .trained_logits import SKIP
 
 PART, CHECKS = stick_breaking.PART, "stick_breaking checks at size"
 PEERS = ("stickbreaking_attention", "cudnn softmax")
@@ -22,7 +23,6 @@ SHAPES = [
 QUICK = [dict(B=1, T=96, N=2, H=32)]
 CHECKED = 1024  # queries: the scores of the reference for all of them fit
 LAST = 256  # queries checked at the full size
-SKIP = -24.0
 
 
 def _inputs(seed: int, shape: dict):

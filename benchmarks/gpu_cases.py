@@ -64,7 +64,7 @@ def _documents(lengths: tuple[int, ...], B: int):
     return jnp.tile(ids, (B, 1))
 
 
-SKIP = {"skip_below": -24.0}
+SKIP = {"skip_below": trained_logits.SKIP}
 DECODE = dict(T=1, S=2000, N=8, K=2, B=3, forward_only=True)
 # From the plain to the special: what fails first says the most.
 FEATURES = {

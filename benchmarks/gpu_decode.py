@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from pallas_kernels import stick_breaking_attention
 
 from . import gpu_check, gpu_peers, trained_logits
-from .gpu_attention import SKIP, contestant
+from .gpu_attention import contestant
 from .gpu_run import Run
 from .timing import rotating
+from .trained_logits import SKIP
 
 PART, CHECKS = "stick_breaking decode", "stick_breaking checks at size"
 PEERS = ("cudnn softmax",)

@@ -22,9 +22,7 @@ from stickjax.checkpoint import DamagedCheckpoint
 from stickjax.corpus import load_corpus
 from stickjax.models.attention import Context
 
-from .trained_logits import SAVED, Heads
-
-SKIP = -24.0
+from .trained_logits import SAVED, SKIP, Heads
 
 
 def of_model(model, tokens) -> Heads:

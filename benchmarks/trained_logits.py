@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+SKIP = -24.0  # skip_below wherever early exit is timed
 FARTHEST, CURVE = -4.1, 2.3
 SAVED = Path(__file__).parent.parent / "runs" / "trained_heads.npz"
 

@@ -73,8 +73,8 @@ def d_key_value(
                         plgpu.copy_gmem_to_smem(q_ref.at[b, rows, n], q_mem[w].at[slot], full.at[slot])
                         plgpu.copy_gmem_to_smem(do_ref.at[b, rows, n], do_mem[w].at[slot], full.at[slot])
                         if ahead:
-                            snapshots = snap_ref.at[b, n, j, :, :, rows]
-                            plgpu.copy_gmem_to_smem(snapshots, snap_mem.at[slot, w], full.at[slot])
+                            entered = snap_ref.at[b, n, j, :, :, rows]
+                            plgpu.copy_gmem_to_smem(entered, snap_mem.at[slot, w], full.at[slot])
 
                 return step + jnp.where(go, 1, 0)
 
@@ -129,10 +129,10 @@ def d_key_value(
                         z = seam.product(q_mem[own].at[at], k_mem.at[half + zero].transpose((1, 0))) * multiplier
                         d_weights = seam.product(do_mem[own].at[at], v_mem.at[half + zero].transpose((1, 0)))
                         if ahead:
-                            snapshots = snap_mem.at[slot, own, half]
+                            entered = snap_mem.at[slot, own, half]
                         else:
-                            snapshots = snap_ref.at[b, n, j, half, :, pl.ds(row, ROWS)]
-                        entering, prefix = (plgpu.load(snapshots.at[part], layout=seam.ROW) for part in range(2))
+                            entered = snap_ref.at[b, n, j, half, :, pl.ds(row, ROWS)]
+                        entering, prefix = (plgpu.load(entered.at[part], layout=seam.ROW) for part in range(2))
                         seen = None
                         if masked:
                             column = j * KEYS + half * HALF
