@@ -263,17 +263,21 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How many devices share the work, by axis; one may be -1, what the other leaves. 1 x 1 is a single device."""
+    """How many devices share the work, by axis; one may be -1, what the others leave. All 1 is a single device."""
 
     data: int = _f(1, "parts of the batch on devices that each keep all parameters")
     fsdp: int = _f(1, "parts of the batch on devices that also divide parameters and optimizer state")
+    expert: int = _f(1, "parts of the batch on devices that also divide the experts")
+    context: int = _f(1, "parts of every sequence (stick-breaking only)")
+    tensor: int = _f(1, "parts of the heads, the hidden units and the vocabulary")
 
     def __post_init__(self):
-        if self.data == self.fsdp == -1:
-            raise ValueError("only one of data and fsdp may be -1")
-        for name in ("data", "fsdp"):
-            if (size := getattr(self, name)) != -1 and size < 1:
-                raise ValueError(f"{name}={size} must be at least 1, or -1 for what the other axis leaves")
+        sizes = dataclasses.asdict(self)
+        for axis, size in sizes.items():
+            if size != -1 and size < 1:
+                raise ValueError(f"{axis}={size} must be at least 1, or -1 for what the other axes leave")
+        if len(left := [axis for axis, size in sizes.items() if size == -1]) > 1:
+            raise ValueError(f"only one axis may be -1, not {' and '.join(left)}")
 
 
 @dataclass(frozen=True)

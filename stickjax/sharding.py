@@ -1,9 +1,7 @@
-"""Where arrays lie on several devices: the mesh, one table of partitions, and what a model does under it.
+"""Where arrays lie on several devices: the mesh, one table of partitions, and the gradients of a step on it.
 
-The gradients of a step run in one `jax.shard_map`: kernels and routers see the rows of their own device. Three things
-leave it: the parts of a parameter are gathered where a layer uses them (`gather`; the transpose sums their gradients
-and leaves each device its part), sums over the batch are `total`, and gradients of whole parameters are summed at the
-end. On a single device there is no mesh, and none of this exists.
+The gradients of a step run in one `jax.shard_map`: kernels and routers see the rows of their own device, and what
+crosses devices is written out (`stickjax.collectives`). On a single device there is no mesh, and none of this exists.
 """
 
 import dataclasses
@@ -16,37 +14,40 @@ from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from stickjax.config import MeshConfig
+from stickjax.config import Config
 
-AXES = ("data", "fsdp")  # both divide the batch; "fsdp" divides parameters and the optimizer's state as well
-BATCH = PartitionSpec(AXES)
+# Neighbours of the last axis are neighbours among the devices: what talks most stands last.
+AXES = ("data", "fsdp", "expert", "context", "tensor")
+ROW_AXES = ("data", "fsdp", "expert")  # divide the sequences of a batch
+BATCH_AXES = (*ROW_AXES, "context")  # and the tokens of a sequence
+BATCH = PartitionSpec(ROW_AXES, "context")
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """How parameters are divided, by their name and the letters of their axes. All others are whole everywhere.
+    """How parameters are divided, by their name and the letters of their axes. All others are whole everywhere."""
 
-    Every matrix is divided along D, so that one size has to divide.
-    """
-
-    embed_vd: PartitionSpec = PartitionSpec(None, "fsdp")
-    unembed_dv: PartitionSpec = PartitionSpec("fsdp")
-    query_dnh: PartitionSpec = PartitionSpec("fsdp")
-    key_dkh: PartitionSpec = PartitionSpec("fsdp")
-    value_dkh: PartitionSpec = PartitionSpec("fsdp")
-    output_nhd: PartitionSpec = PartitionSpec(None, None, "fsdp")
-    expert_query_edh: PartitionSpec = PartitionSpec(None, "fsdp")
-    expert_output_ehd: PartitionSpec = PartitionSpec(None, None, "fsdp")
+    embed_vd: PartitionSpec = PartitionSpec("tensor", "fsdp")
+    unembed_dv: PartitionSpec = PartitionSpec("fsdp", "tensor")
+    query_dnh: PartitionSpec = PartitionSpec("fsdp", "tensor")
+    key_dkh: PartitionSpec = PartitionSpec("fsdp", "tensor")
+    value_dkh: PartitionSpec = PartitionSpec("fsdp", "tensor")
+    output_nhd: PartitionSpec = PartitionSpec("tensor", None, "fsdp")
+    head_bias_nh: PartitionSpec = PartitionSpec("tensor")
+    scale_nh: PartitionSpec = PartitionSpec("tensor")
+    bias_nh: PartitionSpec = PartitionSpec("tensor")
+    expert_query_edh: PartitionSpec = PartitionSpec(None, "fsdp", "tensor")
+    expert_output_ehd: PartitionSpec = PartitionSpec(None, "tensor", "fsdp")
     router_de: PartitionSpec = PartitionSpec("fsdp")
-    w_in_df: PartitionSpec = PartitionSpec("fsdp")
-    w_out_fd: PartitionSpec = PartitionSpec(None, "fsdp")
-    w_in_edf: PartitionSpec = PartitionSpec(None, "fsdp")
-    w_out_efd: PartitionSpec = PartitionSpec(None, None, "fsdp")
+    w_in_dgf: PartitionSpec = PartitionSpec("fsdp", None, "tensor")
+    w_out_fd: PartitionSpec = PartitionSpec("tensor", "fsdp")
+    w_in_edgf: PartitionSpec = PartitionSpec("expert", "fsdp", None, "tensor")
+    w_out_efd: PartitionSpec = PartitionSpec("expert", "tensor", "fsdp")
 
     def find(self, name: str, ndim: int) -> PartitionSpec:
         """Of the parameter `name`; ValueError for a matrix that the table does not know.
 
-        >>> Table().find("w_in", 3) == PartitionSpec(None, "fsdp"), Table().find("scale", 1) == PartitionSpec()
+        >>> Table().find("w_out", 2) == PartitionSpec("tensor", "fsdp"), Table().find("scale", 1) == PartitionSpec()
         (True, True)
         """
         for field in dataclasses.fields(self):
@@ -61,43 +62,65 @@ class Table:
 TABLE = Table()
 
 
-def make_mesh(config: MeshConfig, *, D: int, rows: int, devices=None) -> Mesh | None:
+def make_mesh(config: Config, devices=None) -> Mesh | None:
     """The mesh of a config, None for a single device.
 
     Args:
-      config: sizes of the axes, of which one may be -1: what the others leave of the devices.
-      D: width of the model; a multiple of fsdp.
-      rows: sequences of one microbatch; a multiple of data * fsdp.
+      config: its mesh section, of which one axis may be -1, what the others leave of the devices; and the sizes of the
+        model and the batch, which have to divide.
       devices: those to use; None: all.
 
     Raises:
       ValueError: more devices than there are, or a size that does not divide.
 
-    >>> make_mesh(MeshConfig(), D=128, rows=16) is None
+    >>> make_mesh(Config()) is None
     True
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [getattr(config, axis) for axis in AXES]
-    known = math.prod(size for size in sizes if size > 0)
-    if -1 in sizes:
-        if len(devices) % known:
-            raise ValueError(f"{AXES[1 - sizes.index(-1)]}={known} does not divide the {len(devices)} devices")
-        sizes[sizes.index(-1)] = len(devices) // known
-    data, fsdp = sizes
-    if data * fsdp > len(devices):
-        raise ValueError(f"data={data} x fsdp={fsdp} needs {data * fsdp} devices, there are {len(devices)}")
-    if rows % (data * fsdp):
-        raise ValueError(
-            f"{rows} sequences (B / accumulate) must be a multiple of data={data} x fsdp={fsdp}; "
-            f"B={rows // (data * fsdp) * data * fsdp or data * fsdp} per microbatch would do"
-        )
-    if D % fsdp:
-        raise ValueError(f"D={D} must be a multiple of fsdp={fsdp}")
-    if jax.process_count() > 1 and data * fsdp != len(devices):
-        raise ValueError(f"data={data} x fsdp={fsdp} must be all {len(devices)} devices of the processes")
-    if data * fsdp == 1:
+    sizes = {axis: getattr(config.mesh, axis) for axis in AXES}
+    known = math.prod(size for size in sizes.values() if size > 0)
+    for axis, size in sizes.items():
+        if size == -1:
+            if len(devices) % known:
+                raise ValueError(
+                    f"{axis}=-1 is what the other axes leave, but their {known} do not divide {len(devices)} devices"
+                )
+            sizes[axis] = len(devices) // known
+    count, said = math.prod(sizes.values()), " x ".join(f"{axis}={n}" for axis, n in sizes.items() if n > 1)
+    if count > len(devices):
+        raise ValueError(f"{said} needs {count} devices, there are {len(devices)}")
+    if jax.process_count() > 1 and count != len(devices):
+        raise ValueError(f"{said or 'a single device'} must be all {len(devices)} devices of the processes")
+    _check_sizes(config, sizes)
+    if count == 1:
         return None
-    return jax.make_mesh((data, fsdp), AXES, devices=devices[: data * fsdp])
+    return jax.make_mesh(tuple(sizes.values()), AXES, devices=devices[:count])
+
+
+def _check_sizes(config: Config, sizes: dict[str, int]) -> None:
+    m, d, accumulate = config.model, config.data, config.train.accumulate
+    if sizes["expert"] > 1 and not m.E:
+        raise ValueError(f"expert={sizes['expert']} divides the experts, but E=0")
+    if sizes["context"] > 1 and m.attention != "stick_breaking":
+        raise ValueError(f"context={sizes['context']} needs attention='stick_breaking'")
+    rows = math.prod(sizes[axis] for axis in ROW_AXES)
+    if d.B % (rows * accumulate):
+        said = " x ".join(f"{axis}={sizes[axis]}" for axis in ROW_AXES if sizes[axis] > 1)
+        raise ValueError(
+            f"{d.B // accumulate} sequences (B / accumulate) must be a multiple of {said}; "
+            f"B={max(d.B // (rows * accumulate), 1) * rows * accumulate} would do"
+        )
+    tensor, context = sizes["tensor"], sizes["context"]
+    divided = [
+        ("T", d.T, context > 1 and 2 * context, f"2 x context={context}, as every device takes two pieces"),
+        ("D", m.D, sizes["fsdp"], f"fsdp={sizes['fsdp']}"),
+        ("E", m.E, sizes["expert"], f"expert={sizes['expert']}"),
+        *((letter, getattr(m, letter), tensor, f"tensor={tensor}") for letter in "NKFV"),
+    ]
+    for letter, size, parts, said in divided:
+        if parts and size % parts:
+            near = -(-size // parts) * parts
+            raise ValueError(f"{letter}={size} must be a multiple of {said}; {letter}={near} would do")
 
 
 def by_name(function: Callable, tree):
@@ -113,83 +136,81 @@ def by_name(function: Callable, tree):
     return jax.tree_util.tree_map_with_path(variable, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
+def spec_of(names: tuple[str, ...], leaf) -> PartitionSpec:
+    """The partition of one array of a model or of a training state, by the names on its path."""
+    stacked = "blocks" in names  # the layers' axis comes first
+    spec = TABLE.find(names[-1] if names else "", np.ndim(leaf) - stacked)
+    return PartitionSpec(None, *spec) if stacked and spec else spec
+
+
 def specs(tree):
     """A tree like `tree`, of parameters or of a whole training state, with the partition of every array."""
-
-    def one(names, leaf):
-        stacked = "blocks" in names  # the layers' axis comes first
-        spec = TABLE.find(names[-1] if names else "", np.ndim(leaf) - stacked)
-        return PartitionSpec(None, *spec) if stacked and spec else spec
-
-    return by_name(one, tree)
+    return by_name(spec_of, tree)
 
 
 def shardings(mesh: Mesh, tree):
     """`specs` as shardings of a mesh."""
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(tree), is_leaf=_is_spec)
+    return by_name(lambda names, leaf: NamedSharding(mesh, spec_of(names, leaf)), tree)
 
 
-def _is_spec(leaf) -> bool:
-    return isinstance(leaf, PartitionSpec)
+def rows_of_process(mesh: Mesh | None) -> tuple[int, int]:
+    """(index, count): this process loads part `index` of `count` of the sequences of every batch.
+
+    Processes whose devices share their sequences, because "context" or "tensor" reaches across them, load the same.
+    """
+    if mesh is None:
+        return 0, 1
+    owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    owners = owners.reshape(math.prod(mesh.shape[axis] for axis in ROW_AXES), -1)
+    mine = np.flatnonzero((owners == jax.process_index()).any(axis=1))
+    return int(mine[0]) // len(mine), len(owners) // len(mine)
 
 
 def place(mesh: Mesh | None, batch: dict, accumulate: int = 1) -> dict:
-    """This process' share of a batch, on its devices.
+    """The sequences that `rows_of_process` names, as a batch on the devices of the mesh.
 
-    Rows are dealt so that the i-th microbatches of all devices are together the i-th of the batch.
+    Rows are dealt so that the i-th microbatches of all devices are together the i-th of the batch. Along "context" a
+    device takes one piece of a sequence from its beginning and one from its end: together they see as many keys as
+    those of any other device.
     """
     if mesh is None:
         return batch
-    sharding, devices = NamedSharding(mesh, BATCH), len(mesh.local_devices)
+    index, count = rows_of_process(mesh)
+    sharding, context = NamedSharding(mesh, BATCH), mesh.shape["context"]
+    shards = math.prod(mesh.shape[axis] for axis in ROW_AXES) // count
+    pieces = np.stack([np.arange(context), 2 * context - 1 - np.arange(context)], axis=1).reshape(-1)
 
     def one(x):
-        dealt = np.asarray(x).reshape(accumulate, devices, -1, *x.shape[1:]).swapaxes(0, 1)
-        return jax.make_array_from_process_local_data(sharding, dealt.reshape(x.shape))
+        rows, T = x.shape
+        x = np.asarray(x).reshape(accumulate, shards, -1, T).swapaxes(0, 1).reshape(rows, T)
+        if context > 1:
+            x = x.reshape(rows, 2 * context, -1)[:, pieces].reshape(rows, T)
+
+        def part(where):
+            first = (where[0].start or 0) - index * rows
+            return x[first : first + rows // shards, where[1]]
+
+        return jax.make_array_from_callback((rows * count, T), sharding, part)
 
     return {name: one(x) for name, x in batch.items()}
-
-
-# Inside of the shard_map.
-
-
-def _axes() -> tuple[str, ...]:
-    """Those of AXES that this code runs under."""
-    return tuple(axis for axis in AXES if axis in jax.sharding.get_abstract_mesh().manual_axes)
-
-
-def gather(module):
-    """The module with whole parameters: each device had a part. The same module where nothing is divided."""
-    if "fsdp" not in _axes():
-        return module
-
-    def whole(spec, leaf):
-        axes = [i for i, axis in enumerate(spec) if axis == "fsdp"]
-        return lax.all_gather(leaf, "fsdp", axis=axes[0], tiled=True) if axes else leaf
-
-    return jax.tree.map(whole, specs(module), module, is_leaf=_is_spec)
-
-
-def total(x):
-    """The sum of x over all devices, with the gradient of this device's x: gradients are summed in the end."""
-    if not (axes := _axes()):
-        return x
-    return lax.stop_gradient(lax.psum(x, axes)) + (x - lax.stop_gradient(x))
 
 
 def over(mesh: Mesh | None, gradients: Callable) -> Callable:
     """`gradients(params, batch, key) -> (gradients, metrics)` on every device for its part of the batch."""
     if mesh is None:
         return gradients
+    parts_of_batch = tuple(axis for axis in BATCH_AXES if mesh.shape[axis] > 1)
 
     def local(params, batch, key):
-        # What routers draw differs between devices, as between the rows of one.
-        grads, metrics = gradients(params, batch, jax.random.fold_in(key, lax.axis_index(AXES)))
+        # What routers draw differs between parts of the batch, as between its rows on one device.
+        index = lax.axis_index(parts_of_batch) if parts_of_batch else 0
+        grads, metrics = gradients(params, batch, jax.random.fold_in(key, index))
 
-        def summed(spec, grad):  # what was gathered is summed over "fsdp" by the transpose
-            axes = tuple(axis for axis in AXES if axis not in spec)
+        def summed(names, grad):  # over the axes that have not divided it: the transpose of a gather has summed there
+            axes = tuple(axis for axis in parts_of_batch if axis not in spec_of(names, grad))
             return lax.psum(grad, axes) if axes else grad
 
-        return jax.tree.map(summed, specs(grads), grads, is_leaf=_is_spec), metrics
+        return by_name(summed, grads), metrics
 
     def run(params, batch, key):
         parts = specs(params)

@@ -9,11 +9,13 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from stickjax.collectives import total
 from stickjax.config import Config
 from stickjax.models.moe import updated_router_bias
 from stickjax.models.transformer import Transformer, apply, init
+from stickjax.models.vocabulary import cross_entropy
 from stickjax.optim import make_optimizer
-from stickjax.sharding import over, total
+from stickjax.sharding import over
 
 
 class TrainState(NamedTuple):
@@ -41,7 +43,7 @@ def loss_and_metrics(config: Config, params, batch, key) -> tuple[jax.Array, dic
     `batch["loss_scale"]`, when given, replaces 1 / (number of targets): microbatches then add up to the whole batch.
     """
     output = apply(params, batch, key)
-    nll = optax.softmax_cross_entropy_with_integer_labels(output.logits, batch["targets"])
+    nll = cross_entropy(output.logits, batch["targets"])
     mask = batch["loss_mask"].astype(jnp.float32)
     scale = batch.get("loss_scale", 1 / jnp.maximum(total(mask.sum()), 1))
     loss = total((nll * mask).sum()) * scale

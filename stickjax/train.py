@@ -5,6 +5,7 @@ python -m stickjax.train configs/tiny.py [--run DIR] [--section.field=value ...]
 
 import argparse
 import contextlib
+import math
 import signal
 import sys
 import time
@@ -13,6 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 import pallas_kernels
 from stickjax import sharding
@@ -20,44 +22,52 @@ from stickjax.checkpoint import Checkpoints, DamagedCheckpoint, check_finite, na
 from stickjax.config import Config
 from stickjax.data import Corpus, load_corpus, train_loader
 from stickjax.metrics import MetricsLog, flops_per_token, peak_flops
-from stickjax.models.transformer import init, parameter_counts
+from stickjax.models.layers import gates
+from stickjax.models.transformer import parameter_counts
 from stickjax.options import describe, load_config, parse
 from stickjax.progress import Progress
 from stickjax.run import check_config, load, read_config, write_config
 from stickjax.step import TrainState, init_state, make_step
 
 
-def banner(config: Config, corpus: Corpus, devices: int = 1) -> str:
-    """What is about to run: model, data, and the kernels with the reason for each, on a device's share of the batch."""
+def banner(config: Config, corpus: Corpus, mesh: Mesh | None = None) -> str:
+    """What is about to run: model, data, and the kernels with the reason for each, on a device's share of the work."""
     m, d = config.model, config.data
     total, active = parameter_counts(m)
+    parts = {axis: 1 for axis in sharding.AXES} if mesh is None else mesh.shape
+    divided = ", ".join(f"{axis}={size}" for axis, size in parts.items() if size > 1)
     rows = [
         f"parameters {total:,} ({active:,} active, embedding left out), {flops_per_token(m, d.T):,.0f} FLOP per token",
         f"data {corpus.summary()}",
-        f"{config.train.steps} steps of B={d.B} x T={d.T} on {devices} x {jax.devices()[0].device_kind}",
+        f"{config.train.steps} steps of B={d.B} x T={d.T} on {math.prod(parts.values())} x "
+        f"{jax.devices()[0].device_kind}{f' ({divided})' if divided else ''}",
     ]
-    struct = jax.ShapeDtypeStruct
-    B = d.B // config.train.accumulate // devices
+    struct, options = jax.ShapeDtypeStruct, dict(implementation=m.implementation)
+    B = d.B // config.train.accumulate // math.prod(parts[axis] for axis in sharding.ROW_AXES)
+    tokens, N, K = B * d.T // parts["context"], m.N // parts["tensor"], m.K // parts["tensor"]
     if m.attention == "stick_breaking":
-        q, k = (struct((B, d.T, heads, m.H), m.dtype) for heads in (m.N, m.K))
-        seg = struct((B, d.T), jnp.int32)
+        T = d.T if parts["context"] == 1 else d.T // parts["context"] // 2
+        q, k = (struct((tokens // T, T, heads, m.H), m.dtype) for heads in (N, K))
+        call = dict(scale=m.scale, window=m.window, attend_current=m.attend_current, skip_below=m.skip_below)
+        segments = struct((tokens // T, T), jnp.int32)
         rows.append(
-            pallas_kernels.explain(
-                "stick_breaking_attention", q, k, k, segment_ids=seg, scale=m.scale, window=m.window,
-                attend_current=m.attend_current, skip_below=m.skip_below, implementation=m.implementation,
-            )
-        )  # fmt: skip
-    layers = jax.eval_shape(lambda: init(m, jax.random.key(0))).blocks
+            pallas_kernels.explain("stick_breaking_attention", q, k, k, segment_ids=segments, **call, **options)
+        )
+
+    def routed(tokens, k, E):
+        return jax.eval_shape(lambda: pallas_kernels.route(jnp.zeros((tokens, k), jnp.int32), E))
+
     if E := m.attention_experts:
-        routing = jax.eval_shape(lambda: pallas_kernels.route(jnp.zeros((B * d.T, m.N // m.K), jnp.int32), E))
-        x, query = struct((B * d.T, m.D), m.dtype), struct(layers.attention.expert_query.shape[1:], m.dtype)
-        rows.append(pallas_kernels.explain("expert_linear", x, query, routing, implementation=m.implementation))
+        x, query = struct((tokens, m.D), m.dtype), struct((E, m.D, K * m.H), m.dtype)
+        rows.append(pallas_kernels.explain("expert_linear", x, query, routed(tokens, m.N // m.K, E), **options))
     if m.E:
-        routing = jax.eval_shape(lambda: pallas_kernels.route(jnp.zeros((B * d.T, m.k), jnp.int32), m.E))
-        w_in, w_out = (struct(w.shape[1:], m.dtype) for w in (layers.ffn.w_in, layers.ffn.w_out))
-        x, gates = struct((B * d.T, m.D), m.dtype), struct((B * d.T, m.k), jnp.float32)
-        call = dict(activation=m.activation, implementation=m.implementation)
-        rows.append(pallas_kernels.explain("expert_mlp", x, w_in, w_out, routing, gates, **call))
+        tokens, E, F = tokens * parts["expert"], m.E // parts["expert"], m.F // parts["tensor"]
+        shapes = (tokens, m.D), (E, m.D, gates(m) * F), (E, F, m.D)
+        x, w_in, w_out = (struct(shape, m.dtype) for shape in shapes)
+        weights, call = struct((tokens, m.k), jnp.float32), dict(activation=m.activation)
+        rows.append(
+            pallas_kernels.explain("expert_mlp", x, w_in, w_out, routed(tokens, m.k, E), weights, **call, **options)
+        )
     return "\n".join(rows)
 
 
@@ -175,11 +185,12 @@ def fit(
     corpus, _ = load_corpus(config.data)
     if corpus.tokenizer.vocab_size > config.model.V:
         raise ValueError(f"V={config.model.V} is smaller than the tokenizer's {corpus.tokenizer.vocab_size} ids")
-    loader = train_loader(corpus, config.data, process_index=jax.process_index(), process_count=jax.process_count())
+    mesh = sharding.make_mesh(config)
+    index, count = sharding.rows_of_process(mesh)
+    loader = train_loader(corpus, config.data, process_index=index, process_count=count)
     check_config(run, config)
-    mesh = sharding.make_mesh(config.mesh, D=config.model.D, rows=config.data.B // config.train.accumulate)
     with Progress(config, quiet=quiet) as progress, Checkpoints(run, config.train.keep) as checkpoints:
-        progress.say(banner(config, corpus, 1 if mesh is None else mesh.size))
+        progress.say(banner(config, corpus, mesh))
         state, data_state = _start(config, mesh, corpus, checkpoints, init_from, branch, progress.say)
         if data_state is not None:
             loader.set_state(data_state)

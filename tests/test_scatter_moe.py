@@ -359,7 +359,6 @@ X, W, W_IN, W_OUT, G = (jnp.zeros(s) for s in ((6, 4), (3, 4, 5), (3, 4, 10), (3
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: route(jnp.zeros((6, 4), int), 3), "k=4 experts per token cannot exceed E=3 experts"),
         (
             lambda: route(jax.ShapeDtypeStruct((2**29, 4), jnp.int32), 9),
             "T=536870912 tokens of k=4 slots are more rows",

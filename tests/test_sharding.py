@@ -1,51 +1,59 @@
 """Steps on several devices are those on one: losses, statistics, gradients, and runs that change the mesh."""
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import assert_close
 
 from stickjax import sharding
 from stickjax.config import Config, MeshConfig, ModelConfig
 from stickjax.metrics import read_metrics
-from stickjax.step import init_state, loss_and_metrics, make_step
+from stickjax.step import init_state, make_step
 from stickjax.train import fit
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
-SIZES = dict(V=31, D=16, L=2, N=4, K=2, H=4, F=24)
+SIZES = dict(V=32, D=16, L=2, N=4, K=2, H=4, F=24)
 LOSSES = dict(switch_weight=0.1, z_weight=0.1, mi_weight=0.1)
 MODELS = {
-    "dense": ModelConfig(**SIZES),
-    "experts": ModelConfig(**SIZES, E=4, k=2, tied=False, remat="full", **LOSSES),
+    "dense": ModelConfig(**SIZES, head_norm=True, remainder="bias"),
+    "experts": ModelConfig(**SIZES, E=4, k=2, tied=False, remat="full", remainder="value", window=11, **LOSSES),
     "heads": ModelConfig(**SIZES, E=4, k=2, attention_experts=3, bias_rate=0.01, **LOSSES),
     "softmax": ModelConfig(**SIZES, attention="softmax", activation="gelu"),
 }
+STRATEGIES = [dict(data=4), dict(fsdp=4), dict(context=4), dict(tensor=2), dict(expert=4)]
 CASES = [
-    ("dense", dict(data=2, fsdp=4)),
-    ("experts", dict(fsdp=4)),
-    ("heads", dict(data=2, fsdp=2)),
-    ("softmax", dict(data=4)),
+    *(("dense", mesh) for mesh in STRATEGIES if "expert" not in mesh),
+    *(("experts", mesh) for mesh in STRATEGIES),
+    ("dense", dict(data=2, fsdp=2, tensor=2)),
+    ("dense", dict(fsdp=2, context=4)),
+    ("softmax", dict(fsdp=4, tensor=2)),
+    ("experts", dict(fsdp=2, expert=2, tensor=2)),
+    ("experts", dict(expert=2, context=4)),
+    ("heads", dict(data=2, expert=2, context=2)),
+    ("heads", dict(fsdp=2, context=2, tensor=2)),
 ]
-STEPS = 3
+STEPS = 20
 
 
 def experiment(model, **mesh):
     config = Config(model=model, mesh=MeshConfig(**mesh))
-    return config.replace({"data.T": 12, "data.B": 8, "train.steps": STEPS, "optim.peak_lr": 0.01})
+    return config.replace({"data.T": 16, "data.B": 8, "train.steps": STEPS, "optim.peak_lr": 0.01})
 
 
 def mesh_of(config):
-    return sharding.make_mesh(config.mesh, D=config.model.D, rows=config.data.B // config.train.accumulate)
+    return sharding.make_mesh(config)
 
 
 def batches(config):
     """Packed documents; one sequence counts less than the others."""
     rng = np.random.default_rng(0)
-    for _ in range(STEPS):
+    for _ in range(config.train.steps):
         tokens = rng.integers(0, config.model.V, (config.data.B, config.data.T + 1), np.int32)
         mask = rng.random((config.data.B, config.data.T)) < 0.8
         mask[3, 2:] = False
@@ -60,46 +68,48 @@ def trained(config):
     if mesh is not None:
         places = sharding.shardings(mesh, state), None
         state = jax.device_put(state, places[0])
-    step = jax.jit(make_step(config, mesh), out_shardings=places)
-
-    def gradients(params, batch, key):
-        return jax.grad(lambda p: loss_and_metrics(config, p, batch, key), has_aux=True)(params)
-
-    metrics, first = [], None
+    step, metrics, first = jax.jit(make_step(config, mesh), out_shardings=places), [], None
     for batch in batches(config):
-        whole, batch = batch, sharding.place(mesh, batch, config.train.accumulate)
-        if first is None:
-            at_once = sharding.place(mesh, whole)
-            first = jax.jit(sharding.over(mesh, gradients))(state.params, at_once, jax.random.key(1))[0]
-        state, row = step(state, batch)
+        state, row = step(state, sharding.place(mesh, batch, config.train.accumulate))
         metrics.append(jax.device_get(row))
+        if first is None:  # Adam's first moment, which began at zero, is a multiple of them
+            first = optax.tree.get(state.opt_state, "mu")
     return metrics, first, state
 
 
-def assert_same(config, alone):
-    (metrics, first, state), (expected, first_alone, state_alone) = trained(config), alone
-    for row, wanted in zip(metrics, expected, strict=True):
+@functools.cache
+def alone(config):
+    return trained(config)
+
+
+def assert_same(config, expected):
+    """Losses and statistics of all steps, the first gradients; what 20 steps of rounding leave of the parameters."""
+    (metrics, first, state), (wanted_metrics, wanted_first, wanted_state) = trained(config), expected
+    for i, (row, wanted) in enumerate(zip(metrics, wanted_metrics, strict=True)):
         assert row.keys() == wanted.keys()
-        for name in row:
-            np.testing.assert_allclose(row[name], wanted[name], rtol=1e-5, err_msg=name)
-    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(first_alone), strict=True):
+        for name in row:  # the others drift more: a mutual information is a small difference of large sums
+            rtol = 1e-5 if i == 0 or name == "loss" else 1e-4
+            np.testing.assert_allclose(row[name], wanted[name], rtol, err_msg=f"{name}, step {i + 1}")
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(wanted_first), strict=True):
         if np.any(b):
             assert_close(a, b, 1e-5)
         else:
             assert not np.any(a)
-    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(state_alone.params), strict=True):
+    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(wanted_state.params), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
-@pytest.mark.parametrize(("name", "mesh"), CASES, ids=[name for name, _ in CASES])
+@pytest.mark.parametrize(
+    ("name", "mesh"), CASES, ids=["-".join([name, *(f"{k}{v}" for k, v in mesh.items())]) for name, mesh in CASES]
+)
 def test_steps_are_those_of_one_device(name, mesh):
-    assert_same(experiment(MODELS[name], **mesh), trained(experiment(MODELS[name])))
+    assert_same(experiment(MODELS[name], **mesh), alone(experiment(MODELS[name])))
 
 
 def test_accumulation_on_a_mesh():
     """The losses of the routers, means over a microbatch, are those of the same microbatches."""
-    config = experiment(dataclasses.replace(MODELS["heads"], L=1)).replace({"train.accumulate": 2})
-    assert_same(config.replace({"mesh.data": 2, "mesh.fsdp": 2}), trained(config))
+    config = experiment(dataclasses.replace(MODELS["heads"], L=1)).replace({"train.accumulate": 2, "train.steps": 3})
+    assert_same(config.replace({"mesh.data": 2, "mesh.context": 2, "mesh.tensor": 2}), alone(config))
 
 
 def test_parameters_and_optimizer_state_are_divided():
@@ -120,11 +130,11 @@ def test_a_matrix_without_a_partition_is_an_error():
 def test_a_run_goes_on_on_another_mesh(tmp_path):
     """The last steps on one device, from a checkpoint of four; and the metrics of all are those of one device."""
     text = Path(__file__).parent
-    config = experiment(dataclasses.replace(MODELS["heads"], V=257)).replace(
+    config = experiment(dataclasses.replace(MODELS["experts"], V=258)).replace(
         {"data.source": "text", "data.path": str(text), "train.steps": 4, "train.log_every": 1}
     )
     fit(config, str(tmp_path / "alone"), quiet=True)
-    divided = {"mesh.data": 2, "mesh.fsdp": -1, "train.steps": 2}
+    divided = {"mesh.fsdp": -1, "mesh.tensor": 2, "train.steps": 2}
     fit(config.replace(divided), str(tmp_path / "moved"), quiet=True)
     fit(config, str(tmp_path / "moved"), quiet=True)
     alone, moved = (read_metrics(tmp_path / name) for name in ("alone", "moved"))
@@ -133,24 +143,32 @@ def test_a_run_goes_on_on_another_mesh(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "sizes", "message"),
+    ("changes", "message"),
     [
-        (dict(data=3), dict(D=16, rows=8), "8 sequences .* multiple of data=3 x fsdp=1"),
-        (dict(data=64), dict(D=16, rows=64), r"data=64 x fsdp=1 needs 64 devices, there are \d+"),
-        (dict(fsdp=4), dict(D=18, rows=8), "D=18 must be a multiple of fsdp=4"),
-        (dict(data=-1, fsdp=3), dict(D=18, rows=9), "fsdp=3 does not divide the 8 devices"),
+        ({"mesh.data": 3}, r"8 sequences \(B / accumulate\) must be a multiple of data=3; B=6 would do"),
+        ({"mesh.data": 4, "mesh.fsdp": 4, "data.B": 4}, "data=4 x fsdp=4 needs 16 devices, there are 8"),
+        ({"mesh.data": 2, "mesh.expert": 2, "data.B": 2}, "multiple of data=2 x expert=2; B=4 would do"),
+        ({"mesh.data": -1, "mesh.fsdp": 3}, "data=-1 is what the other axes leave, but their 3 do not divide 8 dev"),
+        ({"mesh.fsdp": 4, "model.D": 18}, "D=18 must be a multiple of fsdp=4; D=20 would do"),
+        ({"mesh.tensor": 2, "model.V": 257}, "V=257 must be a multiple of tensor=2; V=258 would do"),
+        ({"mesh.tensor": 4}, "K=2 must be a multiple of tensor=4; K=4 would do"),
+        ({"mesh.context": 8, "data.T": 24}, "T=24 must be a multiple of 2 x context=8, .* T=32 would do"),
+        ({"mesh.expert": 8}, "E=4 must be a multiple of expert=8; E=8 would do"),
+        ({"mesh.expert": 2, "model.E": 0, "model.k": 0}, "expert=2 divides the experts, but E=0"),
+        ({"mesh.context": 2, "model.attention": "softmax"}, "context=2 needs attention='stick_breaking'"),
+        ({"mesh.data": -1, "mesh.fsdp": -1}, "only one axis may be -1, not data and fsdp"),
+        ({"mesh.tensor": 0}, "tensor=0 must be at least 1"),
     ],
+    ids=lambda value: "" if isinstance(value, str) else "-".join(value),
 )
-def test_meshes_that_do_not_fit(mesh, sizes, message):
+def test_meshes_that_do_not_fit(changes, message):
+    config = experiment(ModelConfig(**SIZES, E=4, k=2))
     with pytest.raises(ValueError, match=message):
-        sharding.make_mesh(MeshConfig(**mesh), **sizes)
+        sharding.make_mesh(config.replace(changes))
 
 
 def test_sizes_of_a_mesh():
-    with pytest.raises(ValueError, match="only one of data and fsdp may be -1"):
-        MeshConfig(data=-1, fsdp=-1)
-    with pytest.raises(ValueError, match="fsdp=0 must be at least 1"):
-        MeshConfig(fsdp=0)
-    assert sharding.make_mesh(MeshConfig(), D=3, rows=5) is None
-    mesh = sharding.make_mesh(MeshConfig(data=-1, fsdp=2), D=16, rows=8)
-    assert dict(mesh.shape) == {"data": jax.device_count() // 2, "fsdp": 2}
+    config = experiment(MODELS["experts"])
+    assert sharding.make_mesh(config) is None
+    mesh = sharding.make_mesh(config.replace({"mesh.data": -1, "mesh.expert": 2}), jax.devices()[:4])
+    assert {axis: size for axis, size in mesh.shape.items() if size > 1} == {"data": 2, "expert": 2}

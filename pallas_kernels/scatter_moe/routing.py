@@ -47,7 +47,7 @@ def route(expert_indices: Int[Array, "T k"], num_experts: int) -> Routing:
       num_experts: E.
 
     Raises:
-      ValueError: indices that are not integers [T,k], k > E, E < 1, or T * k of 2^31 and more. Also indices below 0 or
+      ValueError: indices that are not integers [T,k], E < 1, or T * k of 2^31 and more. Also indices below 0 or
         above E, where they are known: in a numpy array, or as a program runs under `jax_enable_checks`.
 
     Source: "Scattered Mixture-of-Experts Implementation", arXiv 2403.08245.
@@ -66,8 +66,6 @@ def route(expert_indices: Int[Array, "T k"], num_experts: int) -> Routing:
     if num_experts < 1:
         raise ValueError(f"E={num_experts} experts must be at least 1")
     (T, k), E = expert_indices.shape, num_experts
-    if k > E:
-        raise ValueError(f"k={k} experts per token cannot exceed E={E} experts")
     if T * k >= 2**31:
         raise ValueError(f"T={T} tokens of k={k} slots are more rows than 32 bits count; split the tokens")
     if isinstance(expert_indices, np.ndarray):

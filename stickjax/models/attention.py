@@ -8,7 +8,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import stick_breaking_attention
+from stickjax.collectives import joined, size, split
 from stickjax.config import ModelConfig
+from stickjax.models.context import attention_in_context
 from stickjax.models.layers import HeadNorm, cast, matrix_std, normal, output_std, rotary
 from stickjax.models.moe import RouterStats
 
@@ -18,6 +20,7 @@ KeyValues = tuple[jax.Array, jax.Array]  # [B,S,K,H] each
 class Context(NamedTuple):
     """Where the T tokens of a call stand among the S keys; the same for all layers.
 
+    On a mesh with "context" the T are this device's, the S all of the sequence.
     `segment_ids` [B,T] and `key_segment_ids` [B,S]: attention stays within equal ids, negative ones are padding.
     `positions` [B,T]: rotary positions. `offset`: index of the first token among the keys.
     """
@@ -51,10 +54,11 @@ class Attention(nnx.Module):
         """The layer's output, the cache with this call's T written at the offset, and the statistics of a router."""
         c = self.config
         # One product for the three, so that x is read once.
-        weights = jnp.concatenate([cast(w, c) for w in (self.query, self.key, self.value)], axis=1)
-        q, k, v = jnp.split(jnp.einsum("BTD,DXH->BTXH", x, weights), (c.N, c.N + c.K), axis=2)
+        weights = [cast(w, c) for w in (self.query, self.key, self.value)]
+        N, K = weights[0].shape[1], weights[1].shape[1]  # of this device
+        q, k, v = jnp.split(jnp.einsum("BTD,DXH->BTXH", split(x), jnp.concatenate(weights, 1)), (N, N + K), axis=2)
         out, cache = self.attend(q, k, v, context, cache)
-        return jnp.einsum("BTNH,NHD->BTD", out, cast(self.output, c)), cache, None
+        return joined(jnp.einsum("BTNH,NHD->BTD", out, cast(self.output, c))), cache, None
 
     def attend(self, q, k, v, context: Context, cache: KeyValues | None = None):
         """The heads' outputs [B,T,N,H] for q [B,T,N,H] and this call's k, v [B,T,K,H]; and the cache."""
@@ -73,12 +77,16 @@ class Attention(nnx.Module):
         return out, cache
 
     def _stick_breaking(self, q, k, v, own, context: Context):
-        c = self.config
-        out, rem = stick_breaking_attention(
-            q, k, v, segment_ids=context.segment_ids, key_segment_ids=context.key_segment_ids,
-            query_offset=context.offset, scale=c.scale, attend_current=c.attend_current, window=c.window,
-            skip_below=c.skip_below, implementation=c.implementation,
+        c, where = self.config, (context.segment_ids, context.key_segment_ids)
+        options = dict(
+            scale=c.scale, attend_current=c.attend_current, window=c.window, skip_below=c.skip_below,
+            implementation=c.implementation,
         )  # fmt: skip
+        if size("context") > 1:
+            out, rem = attention_in_context(q, k, v, *where, **options)
+        else:
+            segments = dict(zip(("segment_ids", "key_segment_ids"), where, strict=True))
+            out, rem = stick_breaking_attention(q, k, v, query_offset=context.offset, **segments, **options)
         if c.remainder == "none":
             return out
         rest = jnp.repeat(own, c.N // c.K, axis=2) if c.remainder == "value" else cast(self.head_bias, c)[None, None]

@@ -6,6 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.scatter_moe.call import ACTIVATIONS, GATED
+from stickjax.collectives import joined, split
 from stickjax.config import ModelConfig
 
 
@@ -70,16 +71,21 @@ def rotary(x: Float[Array, "B T N H"], positions: Int[Array, "B T"], theta: floa
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
 
 
+def gates(config: ModelConfig) -> int:
+    """G, the inputs that the activation takes for every hidden unit."""
+    return 2 if config.activation in GATED else 1
+
+
 class FeedForward(nnx.Module):
-    """act(x w_in) w_out; a gated activation has twice the width in w_in, the gate's half first."""
+    """act(x w_in) w_out, with w_in [D,G,F]: G = 2 for a gated activation, the gate first, else 1."""
 
     def __init__(self, config: ModelConfig, key):
         self.config = config
         k_in, k_out = jax.random.split(key)
-        width = config.F * (2 if config.activation in GATED else 1)
-        self.w_in = normal(k_in, (config.D, width), matrix_std(config), config)
+        self.w_in = normal(k_in, (config.D, gates(config), config.F), matrix_std(config), config)
         self.w_out = normal(k_out, (config.F, config.D), output_std(config), config)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        hidden = ACTIVATIONS[self.config.activation](jnp.einsum("BTD,DF->BTF", x, cast(self.w_in, self.config)))
-        return jnp.einsum("BTF,FD->BTD", hidden, cast(self.w_out, self.config))
+        w_in, w_out = cast(self.w_in, self.config), cast(self.w_out, self.config)
+        hidden = jnp.einsum("BTD,DF->BTF", split(x), w_in.reshape(w_in.shape[0], -1))
+        return joined(jnp.einsum("BTF,FD->BTD", ACTIVATIONS[self.config.activation](hidden), w_out))

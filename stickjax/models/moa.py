@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from pallas_kernels import expert_linear
+from pallas_kernels import expert_linear, route
+from stickjax.collectives import joined, split
 from stickjax.config import ModelConfig
 from stickjax.models.attention import Attention, Context, KeyValues
 from stickjax.models.layers import cast, matrix_std, normal, output_std
@@ -44,14 +45,16 @@ class MixtureOfHeads(Attention):
         key=None,
     ) -> tuple[Float[Array, "B T D"], KeyValues | None, RouterStats]:
         c, (B, T, D) = self.config, x.shape
-        chosen = c.N // c.K
+        chosen, K = c.N // c.K, self.key.shape[1]  # K of this device
         tokens, real = x.reshape(-1, D), None if real is None else real.reshape(-1)
-        routing, gates, stats = routed(c, tokens, self.router, self.router_bias, chosen, real, key)
+        indices, gates, stats = routed(c, tokens, self.router, self.router_bias, chosen, real, key)
+        routing = route(indices, c.attention_experts)
+        x, tokens, gates = split((x, tokens, gates))
         q = expert_linear(tokens, cast(self.expert_query, c), routing, implementation=c.implementation)
         k, v = (jnp.einsum("BTD,DKH->BTKH", x, cast(w, c)) for w in (self.key, self.value))
         # Query heads stand by their key head: head j of all chosen experts reads key head j.
-        q = q.reshape(B, T, chosen, c.K, c.H).swapaxes(2, 3).reshape(B, T, c.N, c.H)
+        q = q.reshape(B, T, chosen, K, c.H).swapaxes(2, 3).reshape(B, T, K * chosen, c.H)
         out, cache = self.attend(q, k, v, context, cache)
-        out = out.reshape(B, T, c.K, chosen, c.H).swapaxes(2, 3).reshape(-1, c.K * c.H)
+        out = out.reshape(B, T, K, chosen, c.H).swapaxes(2, 3).reshape(-1, K * c.H)
         y = expert_linear(out, cast(self.expert_output, c), routing, gates=gates, implementation=c.implementation)
-        return y.reshape(x.shape), cache, stats
+        return joined(y.reshape(x.shape)), cache, stats

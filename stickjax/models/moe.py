@@ -10,11 +10,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import Routing, expert_mlp, route
-from pallas_kernels.scatter_moe.call import GATED
+from pallas_kernels import expert_mlp, route
+from stickjax.collectives import from_experts, joined, split, to_experts, total
 from stickjax.config import ModelConfig
-from stickjax.models.layers import cast, matrix_std, normal, output_std
-from stickjax.sharding import total
+from stickjax.models.layers import cast, gates, matrix_std, normal, output_std
 
 
 class RouterStats(NamedTuple):
@@ -102,8 +101,8 @@ def updated_router_bias(bias: Float[Array, "*L E"], load: Float[Array, "*L E"], 
 
 def routed(
     config: ModelConfig, tokens: Float[Array, "T D"], router, bias, k: int, real: Bool[Array, "T"] | None, key
-) -> tuple[Routing, Float[Array, "T k"], RouterStats]:
-    """Where the tokens go: `router` [D,E] chooses k experts for each, none for those that are not real."""
+) -> tuple[Int[Array, "T k"], Float[Array, "T k"], RouterStats]:
+    """Where the tokens go, and their gates: `router` [D,E] chooses k experts, none (E) for those that are not real."""
     # In fp32 whatever the type of the computation: a rounded logit is another expert.
     logits = jnp.einsum("TD,DE->TE", tokens.astype(jnp.float32), router[...].astype(jnp.float32))
     bias = None if bias is None else bias[...]
@@ -114,18 +113,21 @@ def routed(
     stats = router_stats(logits, chosen, real)
     if config.round_rows and key is not None:
         chosen = rounded(chosen, gates, E, config.round_rows)
-    return route(chosen, E), gates, stats
+    return chosen, gates, stats
 
 
 class SparseExperts(nnx.Module):
-    """sum over the k chosen experts of gate * act(x w_in[e]) w_out[e]; a padding token runs none and gives zero."""
+    """sum over the k chosen experts of gate * act(x w_in[e]) w_out[e]; a padding token runs none and gives zero.
+
+    w_in is [E,D,G,F] as in `FeedForward`. On a mesh with "expert" a device has the rows of all devices of that axis for
+    its own experts: no row is dropped, whatever the balance.
+    """
 
     def __init__(self, config: ModelConfig, key):
         self.config = c = config
         kr, ki, ko = jax.random.split(key, 3)
-        width = c.F * (2 if c.activation in GATED else 1)
         self.router = normal(kr, (c.D, c.E), matrix_std(c), c)
-        self.w_in = normal(ki, (c.E, c.D, width), matrix_std(c), c)
+        self.w_in = normal(ki, (c.E, c.D, gates(c), c.F), matrix_std(c), c)
         self.w_out = normal(ko, (c.E, c.F, c.D), output_std(c), c)
         self.router_bias = nnx.Param(jnp.zeros(c.E, c.param_dtype)) if c.bias_rate else None
 
@@ -135,7 +137,13 @@ class SparseExperts(nnx.Module):
         c = self.config
         tokens = x.reshape(-1, c.D)
         real = None if real is None else real.reshape(-1)
-        routing, gates, stats = routed(c, tokens, self.router, self.router_bias, c.k, real, key)
+        chosen, weights, stats = routed(c, tokens, self.router, self.router_bias, c.k, real, key)
         w_in, w_out = cast(self.w_in, c), cast(self.w_out, c)
-        y = expert_mlp(tokens, w_in, w_out, routing, gates, activation=c.activation, implementation=c.implementation)
-        return y.reshape(x.shape), stats
+        E, D, G, F = w_in.shape  # of this device
+        tokens, weights = split((tokens, weights))
+        tokens, chosen, weights = to_experts(tokens, chosen, weights, E)
+        y = expert_mlp(
+            tokens, w_in.reshape(E, D, G * F), w_out, route(chosen, E), weights,
+            activation=c.activation, implementation=c.implementation,
+        )  # fmt: skip
+        return from_experts(joined(y)).reshape(x.shape), stats

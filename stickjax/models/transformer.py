@@ -7,12 +7,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Int
 
-from stickjax import sharding
+from stickjax.collectives import gather, size, split
 from stickjax.config import ModelConfig
 from stickjax.models.attention import Attention, Context, segment_positions
+from stickjax.models.context import whole_sequence
 from stickjax.models.layers import FeedForward, RMSNorm, cast, normal
 from stickjax.models.moa import MixtureOfHeads
 from stickjax.models.moe import RouterStats, SparseExperts
+from stickjax.models.vocabulary import embedded
 
 
 class Cache(NamedTuple):
@@ -29,7 +31,7 @@ class Cache(NamedTuple):
 
 class Output(NamedTuple):
     """`logits` [B,T,V] in fp32; the statistics of every layer's routers, of its feed-forward experts and of the experts
-    that own its heads, or None where it has none."""
+    that own its heads, or None where it has none. On a mesh with "tensor" a device has the logits of its part of V."""
 
     logits: jax.Array
     router: RouterStats | None
@@ -91,12 +93,12 @@ class Transformer(nnx.Module):
             segment_ids = jnp.zeros_like(tokens)
         real = None if segment_ids is None else segment_ids >= 0
         context, cache = _context(c, tokens, segment_ids, cache)
-        embed, unembed = sharding.gather({"embed": self.embed, "unembed": self.unembed}).values()
-        x = c.m_emb * cast(embed, c)[tokens]
+        embed, unembed = gather({"embed": self.embed, "unembed": self.unembed}, c.dtype).values()
+        x = c.m_emb * embedded(cast(embed, c), tokens)
 
         def layer(x, inputs):
             block, layer_cache, layer_key = inputs
-            x, layer_cache, stats = sharding.gather(block)(x, context, real, layer_cache, layer_key)
+            x, layer_cache, stats = gather(block, c.dtype)(x, context, real, layer_cache, layer_key)
             return x, (layer_cache, stats)
 
         if c.remat != "none":
@@ -109,7 +111,7 @@ class Transformer(nnx.Module):
             cache = cache._replace(key=layer_caches[0], value=layer_caches[1])
 
         unembed = cast(embed, c).T if unembed is None else cast(unembed, c)
-        x = self.norm(x[:, -1:] if last_only else x)
+        x = split(self.norm(x[:, -1:] if last_only else x))
         logits = jnp.einsum("BTD,DV->BTV", x, unembed, preferred_element_type=jnp.float32)
         return Output(logits / (c.m_width if c.logits_scaling is None else c.logits_scaling), stats, cache, heads)
 
@@ -117,6 +119,9 @@ class Transformer(nnx.Module):
 def _context(config: ModelConfig, tokens, segment_ids, cache: Cache | None) -> tuple[Context, Cache | None]:
     """Where the tokens stand, and the cache with their segment ids and its new length."""
     rotary = config.attention == "softmax"
+    if size("context") > 1:
+        segment_ids = jnp.zeros_like(tokens) if segment_ids is None else segment_ids
+        return Context(segment_ids, whole_sequence(segment_ids), None, 0), None
     if cache is None:
         positions = None
         if rotary:

@@ -1,0 +1,116 @@
+"""What a model does across devices, inside of the shard_map of `stickjax.sharding`; nothing on a single device.
+
+Gradients flow as if every device had a loss of its own and the whole were their sum: what an axis that divides the
+batch gathers, its transpose sums. Along "tensor" all devices hold the same activations and the same loss; there
+`split` and `joined` stand where a layer begins to work on its part of the heads or hidden units, and where it ends.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from stickjax.sharding import BATCH_AXES, by_name, spec_of
+
+
+def size(axis: str) -> int:
+    """Of a mesh axis that this code runs under, else 1."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.shape[axis] if axis in mesh.manual_axes else 1
+
+
+def several(axes: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of more than one device: no program has a collective over the others."""
+    return tuple(axis for axis in axes if size(axis) > 1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def all_gather(x, name: str, axis: int, dtype):
+    """The parts of x on all devices of a mesh axis, along `axis`, sent as `dtype`; gradients are summed in fp32."""
+    return lax.all_gather(x.astype(dtype), name, axis=axis, tiled=True)
+
+
+def _gather_forward(x, name, axis, dtype):
+    return all_gather(x, name, axis, dtype), jnp.zeros((), x.dtype)
+
+
+def _gather_backward(name, axis, dtype, like, gradient):
+    del dtype
+    exact = gradient.astype(jnp.promote_types(like.dtype, jnp.float32))
+    return (lax.psum_scatter(exact, name, scatter_dimension=axis, tiled=True).astype(like.dtype),)
+
+
+all_gather.defvjp(_gather_forward, _gather_backward)
+
+
+def gather(module, dtype):
+    """The module with parameters whole along "fsdp", in the type of the computation; the same one without that axis.
+
+    Routers keep their type: a rounded logit is another expert.
+    """
+    if size("fsdp") == 1:
+        return module
+
+    def whole(names, leaf):
+        spec = spec_of(names, leaf)
+        if "fsdp" not in spec:
+            return leaf
+        return all_gather(leaf, "fsdp", spec.index("fsdp"), leaf.dtype if names[-1] == "router" else jnp.dtype(dtype))
+
+    return by_name(whole, module)
+
+
+def total(x):
+    """The sum of x over all parts of the batch, with the gradient of this device's x: see above."""
+    if not (axes := several(BATCH_AXES)):
+        return x
+    return lax.stop_gradient(lax.psum(x, axes)) + (x - lax.stop_gradient(x))
+
+
+@jax.custom_vjp
+def _split(x):
+    return x
+
+
+_split.defvjp(lambda x: (x, None), lambda _, gradient: (lax.psum(gradient, "tensor"),))
+
+
+def split(x):
+    """x, into computations of which each device of "tensor" does a part: their gradients are summed."""
+    return x if size("tensor") == 1 else jax.tree.map(_split, x)
+
+
+@jax.custom_vjp
+def _joined(x):
+    return lax.psum(x, "tensor")
+
+
+_joined.defvjp(lambda x: (lax.psum(x, "tensor"), None), lambda _, gradient: (gradient,))
+
+
+def joined(x):
+    """The sum of the parts that the devices of "tensor" have computed."""
+    return x if size("tensor") == 1 else _joined(x)
+
+
+def first_of(axis: str, count: int):
+    """Index of the first of the `count` experts, or entries of the vocabulary, that this device has of an axis."""
+    return lax.axis_index(axis) * count if size(axis) > 1 else 0
+
+
+def to_experts(tokens, expert_indices, gates, count: int):
+    """Tokens [T,D] and their choices [T,k] of all devices of "expert", as this device's `count` experts see them.
+
+    The others count as no expert: their index becomes `count`.
+    """
+    if size("expert") == 1:
+        return tokens, expert_indices, gates
+    tokens, gates = (all_gather(x, "expert", 0, x.dtype) for x in (tokens, gates))
+    indices = lax.all_gather(expert_indices, "expert", tiled=True) - first_of("expert", count)
+    return tokens, jnp.where((indices >= 0) & (indices < count), indices, count), gates
+
+
+def from_experts(outputs):
+    """The sum over all experts for this device's own tokens [T,D], from what every device has of all tokens."""
+    return outputs if size("expert") == 1 else lax.psum_scatter(outputs, "expert", scatter_dimension=0, tiled=True)

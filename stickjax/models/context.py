@@ -1,0 +1,68 @@
+"""Stick-breaking attention of sequences that lie on several devices, exact forward and backward.
+
+Every device has two pieces of a sequence, one from its beginning and one from its end (`sharding.place`), so that all
+see equally many keys. A piece first attends to itself, while keys and values of all pieces are on their way; then to
+those further left; and the merge rule joins the two. Keys and values are gathered rather than sent around in a ring:
+they are K heads, where the partial results of a ring, which its backward pass would keep, are N.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import merge_stick_breaking, stick_breaking_attention
+from stickjax.collectives import all_gather, size
+
+
+def whole_sequence(x: Float[Array, "B t ..."]) -> Float[Array, "B T ..."]:
+    """All pieces of a sequence in their order, from this device's two."""
+    count, (B, t) = size("context"), x.shape[:2]
+    x = all_gather(x, "context", 1, x.dtype).reshape(B, count, 2, t // 2, *x.shape[2:])
+    early, late = x[:, :, 0], x[:, ::-1, 1]
+    return jnp.concatenate([early, late], axis=1).reshape(B, count * t, *x.shape[4:])
+
+
+def attention_in_context(
+    q: Float[Array, "B t N H"],
+    k: Float[Array, "B t K H"],
+    v: Float[Array, "B t K H"],
+    segment_ids: Int[Array, "B t"],
+    key_segment_ids: Int[Array, "B T"],
+    **options,
+) -> tuple[Float[Array, "B t N H"], Float[Array, "B t N"]]:
+    """`stick_breaking_attention` of this device's two pieces to the whole sequence: (out, rem).
+
+    Args:
+      q, k, v: of the pieces.
+      segment_ids: of the pieces.
+      key_segment_ids: of the whole sequence, in order.
+      options: of `stick_breaking_attention`.
+    """
+    count, index, (B, t) = size("context"), lax.axis_index("context"), q.shape[:2]
+    C = t // 2
+
+    def attend(*arrays, **where):
+        out, _, stats = stick_breaking_attention(*arrays, return_stats=True, **where, **options)
+        return out, stats.log_rem
+
+    def pieces(x):
+        return x.reshape(2 * B, C, *x.shape[2:])
+
+    near = attend(*map(pieces, (q, k, v)), segment_ids=pieces(segment_ids))
+    near = [x.reshape(B, 2, C, *x.shape[2:]) for x in near]
+    keys, values = jnp.split(whole_sequence(jnp.concatenate([k, v], axis=-1)), [k.shape[-1]], axis=-1)
+
+    def piece(which, place, reach):
+        """The piece at `place`, which nothing behind the first `reach` pieces can concern."""
+        S = reach * C
+        # What is not left of the piece counts as padding: its tiles are never visited.
+        left = jnp.where((jnp.arange(S) < place * C)[None], key_segment_ids[:, :S], -1)
+        far = attend(
+            q[:, which * C : (which + 1) * C], keys[:, :S], values[:, :S], query_offset=place * C,
+            segment_ids=segment_ids[:, which * C : (which + 1) * C], key_segment_ids=left,
+        )  # fmt: skip
+        return merge_stick_breaking(tuple(x[:, which] for x in near), far)
+
+    early, late = piece(0, index, count), piece(1, 2 * count - 1 - index, 2 * count)
+    out, log_rem = (jnp.concatenate(pair, axis=1) for pair in zip(early, late, strict=True))
+    return out, jnp.exp(log_rem)
