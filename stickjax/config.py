@@ -94,7 +94,9 @@ class ModelConfig:
     init_std: float = _f(0.1, "standard deviation of the embedding; matrices have init_std / sqrt(m_width)")
     dtype: Literal["float32", "bfloat16", "float16"] = _f("float32", "type of the computation")
     param_dtype: Literal["float32", "bfloat16", "float16"] = _f("float32", "type of the stored parameters")
-    remat: Literal["none", "dots", "full"] = _f("none", "what a layer recomputes in the backward pass")
+    remat: Literal["none", "dots", "full"] = _f(
+        "none", "what a layer recomputes in the backward pass; none also keeps the parameters that fsdp gathers"
+    )
     implementation: str | None = _f(None, "kernels: mosaic, triton, xla, reference; None: the best that works")
 
     def __post_init__(self):

@@ -18,6 +18,7 @@ LAYERS = {
     "pallas_kernels": 0,
     "stickjax.config": 1,
     "stickjax.sharding": 1,
+    "stickjax.collectives": 1,
     "stickjax.models": 2,
     "stickjax": 3,
     "configs": 4,
