@@ -61,37 +61,36 @@ def gather(module, dtype):
     return by_name(whole, module)
 
 
-def total(x):
-    """The sum of x over all parts of the batch, with the gradient of this device's x: see above."""
-    if not (axes := several(BATCH_AXES)):
-        return x
-    return lax.stop_gradient(lax.psum(x, axes)) + (x - lax.stop_gradient(x))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _sum(tree, axes):
+    return lax.psum(tree, axes)
 
 
-@jax.custom_vjp
-def _split(x):
-    return x
+_sum.defvjp(lambda tree, axes: (_sum(tree, axes), None), lambda axes, _, gradients: (gradients,))
 
 
-_split.defvjp(lambda x: (x, None), lambda _, gradient: (lax.psum(gradient, "tensor"),))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _sum_gradients(tree, axes):
+    return tree
 
 
-def split(x):
-    """x, into computations of which each device of "tensor" does a part: their gradients are summed."""
-    return x if size("tensor") == 1 else jax.tree.map(_split, x)
+_sum_gradients.defvjp(lambda tree, axes: (tree, None), lambda axes, _, gradients: (lax.psum(gradients, axes),))
 
 
-@jax.custom_vjp
-def _joined(x):
-    return lax.psum(x, "tensor")
+def total(tree):
+    """The sums of arrays over all parts of the batch; the gradient is that of this device's part: see above."""
+    axes = several(BATCH_AXES)
+    return _sum(tree, axes) if axes else tree
 
 
-_joined.defvjp(lambda x: (lax.psum(x, "tensor"), None), lambda _, gradient: (gradient,))
+def split(tree):
+    """Arrays, into computations of which each device of "tensor" does a part: their gradients are summed."""
+    return tree if size("tensor") == 1 else _sum_gradients(tree, "tensor")
 
 
 def joined(x):
     """The sum of the parts that the devices of "tensor" have computed."""
-    return x if size("tensor") == 1 else _joined(x)
+    return x if size("tensor") == 1 else _sum(x, "tensor")
 
 
 def first_of(axis: str, count: int):

@@ -13,7 +13,7 @@ from pallas_kernels import expert_linear, route, stick_breaking_attention
 from stickjax.config import Config, ModelConfig
 from stickjax.models.attention import Context
 from stickjax.models.moa import MixtureOfHeads
-from stickjax.models.moe import choose_experts, router_stats
+from stickjax.models.moe import choose_experts, router_stats, router_sums
 from stickjax.models.transformer import init, parameter_counts
 from stickjax.step import init_state, make_step
 
@@ -64,11 +64,11 @@ def test_padding_runs_no_expert():
     x = jax.random.normal(jax.random.key(1), (1, 8, 16))
     segments = jnp.array([[-1, -1, 0, 0, 0, 0, 0, -1]])
     real = segments >= 0
-    y, _, stats = layer(x, Context(segments, segments, None, 0), None, real)
+    y, _, sums = layer(x, Context(segments, segments, None, 0), None, real)
     assert (y[0, [0, 1, 7]] == 0).all() and (jnp.abs(y[0, 3:7]).max(-1) > 0).all()
-    alone, _, alone_stats = layer(x[:, 2:7], Context(None, None, None, 0))
+    alone, _, alone_sums = layer(x[:, 2:7], Context(None, None, None, 0))
     assert_close(y[:, 2:7], alone, FORWARD["float32"])
-    np.testing.assert_allclose(stats.load, alone_stats.load, rtol=1e-6)
+    np.testing.assert_allclose(router_stats(sums).load, router_stats(alone_sums).load, rtol=1e-6)
 
 
 def test_the_products_are_those_of_the_original_layer():
@@ -89,7 +89,7 @@ def test_the_products_are_those_of_the_original_layer():
     heads = jnp.einsum("BkTS,BSH->BTkH", jax.nn.softmax(scores, axis=-1), value).reshape(-1, 8)
     y = expert_linear(heads, jnp.asarray(p["q_proj.output_experts.w"]), routing, gates=gates).reshape(B, T, D)
     assert_close(y, out, FORWARD["float32"])
-    stats = router_stats(logits, jnp.where(real[:, None], chosen, 6), real)
+    stats = router_stats(router_sums(logits, jnp.where(real[:, None], chosen, 6), real))
     everywhere = jnp.square(jax.nn.logsumexp(logits, axis=-1)).mean()  # the original's z loss counts padding as well
     np.testing.assert_allclose(0.01 * stats.switch + 0.001 * everywhere, aux[0], rtol=1e-5)
 

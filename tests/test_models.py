@@ -13,7 +13,7 @@ from conftest import FORWARD, GRADIENT, assert_close
 
 from stickjax.config import ModelConfig
 from stickjax.models.layers import rotary
-from stickjax.models.moe import SparseExperts, choose_experts, rounded, router_stats, updated_router_bias
+from stickjax.models.moe import SparseExperts, choose_experts, rounded, router_stats, router_sums, updated_router_bias
 from stickjax.models.transformer import apply, empty_cache, init, parameter_counts
 
 SMALL = dict(V=31, D=24, L=2, N=4, K=2, H=8, F=20, norm_eps=1e-5)
@@ -176,7 +176,8 @@ def test_router_losses():
     rng = np.random.default_rng(0)
     logits, chosen = rng.normal(size=(50, 4)), rng.integers(0, 4, (50, 2))
     real = rng.random(50) < 0.7
-    stats = router_stats(jnp.array(logits, jnp.float32), jnp.array(np.where(real[:, None], chosen, 4)), jnp.array(real))
+    sums = router_sums(jnp.array(logits, jnp.float32), jnp.array(np.where(real[:, None], chosen, 4)), jnp.array(real))
+    stats = router_stats(sums)
     x, c = logits[real], chosen[real]
     g = np.exp(x) / np.exp(x).sum(1, keepdims=True)
     f, P = np.bincount(c.reshape(-1), minlength=4) / c.size, g.mean(0)
@@ -190,7 +191,7 @@ def test_router_losses():
 
 def test_balance_gives_switch_loss_one():
     logits = jnp.tile(jnp.eye(4) * 3, (5, 1))
-    stats = router_stats(logits, jnp.argsort(-logits, axis=1)[:, :1])
+    stats = router_stats(router_sums(logits, jnp.argsort(-logits, axis=1)[:, :1]))
     np.testing.assert_allclose(stats.switch, 1, rtol=1e-6)
 
 

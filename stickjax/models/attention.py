@@ -12,7 +12,7 @@ from stickjax.collectives import joined, size, split
 from stickjax.config import ModelConfig
 from stickjax.models.context import attention_in_context
 from stickjax.models.layers import HeadNorm, cast, matrix_std, normal, output_std, rotary
-from stickjax.models.moe import RouterStats
+from stickjax.models.moe import RouterSums
 
 KeyValues = tuple[jax.Array, jax.Array]  # [B,S,K,H] each
 
@@ -50,8 +50,8 @@ class Attention(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "B T D"], context: Context, cache: KeyValues | None = None, real=None, key=None
-    ) -> tuple[Float[Array, "B T D"], KeyValues | None, RouterStats | None]:
-        """The layer's output, the cache with this call's T written at the offset, and the statistics of a router."""
+    ) -> tuple[Float[Array, "B T D"], KeyValues | None, RouterSums | None]:
+        """The layer's output, the cache with this call's T written at the offset, and the sums of a router."""
         c = self.config
         # One product for the three, so that x is read once.
         weights = [cast(w, c) for w in (self.query, self.key, self.value)]

@@ -14,7 +14,7 @@ from stickjax.collectives import joined, split
 from stickjax.config import ModelConfig
 from stickjax.models.attention import Attention, Context, KeyValues
 from stickjax.models.layers import cast, matrix_std, normal, output_std
-from stickjax.models.moe import RouterStats, routed
+from stickjax.models.moe import RouterSums, routed
 
 
 class MixtureOfHeads(Attention):
@@ -43,11 +43,11 @@ class MixtureOfHeads(Attention):
         cache: KeyValues | None = None,
         real: Bool[Array, "B T"] | None = None,
         key=None,
-    ) -> tuple[Float[Array, "B T D"], KeyValues | None, RouterStats]:
+    ) -> tuple[Float[Array, "B T D"], KeyValues | None, RouterSums]:
         c, (B, T, D) = self.config, x.shape
         chosen, K = c.N // c.K, self.key.shape[1]  # K of this device
         tokens, real = x.reshape(-1, D), None if real is None else real.reshape(-1)
-        indices, gates, stats = routed(c, tokens, self.router, self.router_bias, chosen, real, key)
+        indices, gates, sums = routed(c, tokens, self.router, self.router_bias, chosen, real, key)
         routing = route(indices, c.attention_experts)
         x, tokens, gates = split((x, tokens, gates))
         q = expert_linear(tokens, cast(self.expert_query, c), routing, implementation=c.implementation)
@@ -57,4 +57,4 @@ class MixtureOfHeads(Attention):
         out, cache = self.attend(q, k, v, context, cache)
         out = out.reshape(B, T, K, chosen, c.H).swapaxes(2, 3).reshape(-1, K * c.H)
         y = expert_linear(out, cast(self.expert_output, c), routing, gates=gates, implementation=c.implementation)
-        return joined(y.reshape(x.shape)), cache, stats
+        return joined(y.reshape(x.shape)), cache, sums

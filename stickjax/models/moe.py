@@ -16,8 +16,23 @@ from stickjax.config import ModelConfig
 from stickjax.models.layers import cast, gates, matrix_std, normal, output_std
 
 
+class RouterSums(NamedTuple):
+    """What a router's losses are made of, summed over the real tokens of this device.
+
+    `tokens` and `slots`: their number, and k times that. `rows` [E]: how many went to each expert. `probability` [E],
+    `z` and `entropy`, with g the softmax of the logits: sum g, sum logsumexp(logits)^2 and sum H(g).
+    """
+
+    tokens: jax.Array
+    slots: jax.Array
+    rows: jax.Array
+    probability: jax.Array
+    z: jax.Array
+    entropy: jax.Array
+
+
 class RouterStats(NamedTuple):
-    """The losses of one router (unweighted), and the share of the T * k rows that went to each expert, [E]."""
+    """The losses of routers [L] (unweighted), and the share of the T * k rows that went to each expert, [L,E]."""
 
     switch: jax.Array
     z: jax.Array
@@ -68,30 +83,35 @@ def rounded(
     return jnp.where(keep, experts, E).reshape(expert_indices.shape)
 
 
-def router_stats(
+def router_sums(
     logits: Float[Array, "T E"], expert_indices: Int[Array, "T k"], real: Bool[Array, "T"] | None = None
-) -> RouterStats:
-    """The losses over the real tokens, with g the softmax of the logits.
+) -> RouterSums:
+    """The sums of one router over its real tokens."""
+    logits = logits.astype(jnp.float32)
+    weight = jnp.ones(logits.shape[:1]) if real is None else real.astype(jnp.float32)
+    log_g = jax.nn.log_softmax(logits, axis=-1)
+    g, tokens = jnp.exp(log_g), weight.sum()
+    # The index of a padding token is E; bincount drops it.
+    rows = jnp.bincount(expert_indices.reshape(-1), length=logits.shape[1]).astype(jnp.float32)
+    z = (weight * jnp.square(jax.nn.logsumexp(logits, axis=-1))).sum()
+    entropy = -(weight * (g * log_g).sum(-1)).sum()
+    return RouterSums(tokens, tokens * expert_indices.shape[1], rows, (weight[:, None] * g).sum(0), z, entropy)
+
+
+def router_stats(sums: RouterSums) -> RouterStats:
+    """The losses over the tokens of all devices, of one router or of those of all layers.
 
     switch = E * sum_e f_e P_e, f_e the share of the rows and P_e the mean of g_e: 1 at balance (arXiv 2101.03961;
       Hugging Face's variant does not divide the rows by k and is k at balance).
     z = mean(logsumexp(logits)^2) (arXiv 2202.08906).
     mutual information = H(e|x) - H(e), the entropy of g_t averaged, less that of P (arXiv 2306.04640).
     """
-    E = logits.shape[1]
-    logits = logits.astype(jnp.float32)
-    weight = jnp.ones(logits.shape[:1]) if real is None else real.astype(jnp.float32)
-    tokens = jnp.maximum(total(weight.sum()), 1)
-    log_g = jax.nn.log_softmax(logits, axis=-1)
-    g = jnp.exp(log_g)
-    mean_g = total((weight[:, None] * g).sum(0)) / tokens
-    # The index of a padding token is E; bincount drops it.
-    load = total(jnp.bincount(expert_indices.reshape(-1), length=E).astype(jnp.float32))
-    load = load / (tokens * expert_indices.shape[1])
-    z = total((weight * jnp.square(jax.nn.logsumexp(logits, axis=-1))).sum()) / tokens
-    conditional = -total((weight * (g * log_g).sum(-1)).sum()) / tokens
-    marginal = -(mean_g * jnp.log(mean_g + 1e-8)).sum()
-    return RouterStats(E * (load * mean_g).sum(), z, conditional - marginal, load)
+    sums = total(sums)
+    tokens, slots = jnp.maximum(sums.tokens, 1), jnp.maximum(sums.slots, 1)
+    load, P = sums.rows / slots[..., None], sums.probability / tokens[..., None]
+    marginal = -(P * jnp.log(P + 1e-8)).sum(-1)
+    switch = sums.rows.shape[-1] * (load * P).sum(-1)
+    return RouterStats(switch, sums.z / tokens, sums.entropy / tokens - marginal, load)
 
 
 def updated_router_bias(bias: Float[Array, "*L E"], load: Float[Array, "*L E"], rate: float) -> Float[Array, "*L E"]:
@@ -101,7 +121,7 @@ def updated_router_bias(bias: Float[Array, "*L E"], load: Float[Array, "*L E"], 
 
 def routed(
     config: ModelConfig, tokens: Float[Array, "T D"], router, bias, k: int, real: Bool[Array, "T"] | None, key
-) -> tuple[Int[Array, "T k"], Float[Array, "T k"], RouterStats]:
+) -> tuple[Int[Array, "T k"], Float[Array, "T k"], RouterSums]:
     """Where the tokens go, and their gates: `router` [D,E] chooses k experts, none (E) for those that are not real."""
     # In fp32 whatever the type of the computation: a rounded logit is another expert.
     logits = jnp.einsum("TD,DE->TE", tokens.astype(jnp.float32), router[...].astype(jnp.float32))
@@ -110,10 +130,10 @@ def routed(
     E = logits.shape[1]
     if real is not None:
         chosen = jnp.where(real[:, None], chosen, E)
-    stats = router_stats(logits, chosen, real)
+    sums = router_sums(logits, chosen, real)
     if config.round_rows and key is not None:
         chosen = rounded(chosen, gates, E, config.round_rows)
-    return chosen, gates, stats
+    return chosen, gates, sums
 
 
 class SparseExperts(nnx.Module):
@@ -133,11 +153,11 @@ class SparseExperts(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "B T D"], real: Bool[Array, "B T"] | None = None, key=None
-    ) -> tuple[Float[Array, "B T D"], RouterStats]:
+    ) -> tuple[Float[Array, "B T D"], RouterSums]:
         c = self.config
         tokens = x.reshape(-1, c.D)
         real = None if real is None else real.reshape(-1)
-        chosen, weights, stats = routed(c, tokens, self.router, self.router_bias, c.k, real, key)
+        chosen, weights, sums = routed(c, tokens, self.router, self.router_bias, c.k, real, key)
         w_in, w_out = cast(self.w_in, c), cast(self.w_out, c)
         E, D, G, F = w_in.shape  # of this device
         tokens, weights = split((tokens, weights))
@@ -146,4 +166,4 @@ class SparseExperts(nnx.Module):
             tokens, w_in.reshape(E, D, G * F), w_out, route(chosen, E), weights,
             activation=c.activation, implementation=c.implementation,
         )  # fmt: skip
-        return from_experts(joined(y)).reshape(x.shape), stats
+        return from_experts(joined(y)).reshape(x.shape), sums

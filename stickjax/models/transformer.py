@@ -13,7 +13,7 @@ from stickjax.models.attention import Attention, Context, segment_positions
 from stickjax.models.context import whole_sequence
 from stickjax.models.layers import FeedForward, RMSNorm, cast, normal
 from stickjax.models.moa import MixtureOfHeads
-from stickjax.models.moe import RouterStats, SparseExperts
+from stickjax.models.moe import RouterStats, SparseExperts, router_stats
 from stickjax.models.vocabulary import embedded
 
 
@@ -55,8 +55,8 @@ class Block(nnx.Module):
         y, cache, heads = self.attention(self.attention_norm(x), context, cache, real, key_attention)
         x = x + self.config.m_res * y
         y = self.ffn_norm(x)
-        y, stats = self.ffn(y, real, key) if self.config.E else (self.ffn(y), None)
-        return x + self.config.m_res * y, cache, (stats, heads)
+        y, experts = self.ffn(y, real, key) if self.config.E else (self.ffn(y), None)
+        return x + self.config.m_res * y, cache, (experts, heads)
 
 
 class Transformer(nnx.Module):
@@ -98,22 +98,24 @@ class Transformer(nnx.Module):
 
         def layer(x, inputs):
             block, layer_cache, layer_key = inputs
-            x, layer_cache, stats = gather(block, c.dtype)(x, context, real, layer_cache, layer_key)
-            return x, (layer_cache, stats)
+            x, layer_cache, sums = gather(block, c.dtype)(x, context, real, layer_cache, layer_key)
+            return x, (layer_cache, sums)
 
         if c.remat != "none":
             policy = jax.checkpoint_policies.checkpoint_dots if c.remat == "dots" else None
             layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)  # scan already keeps the two apart
         keys = None if key is None else jax.random.split(key, c.L)
         layer_caches = None if cache is None else (cache.key, cache.value)
-        x, (layer_caches, (stats, heads)) = jax.lax.scan(layer, x, (self.blocks, layer_caches, keys))
+        x, (layer_caches, sums) = jax.lax.scan(layer, x, (self.blocks, layer_caches, keys))
         if cache is not None:
             cache = cache._replace(key=layer_caches[0], value=layer_caches[1])
 
         unembed = cast(embed, c).T if unembed is None else cast(unembed, c)
         x = split(self.norm(x[:, -1:] if last_only else x))
         logits = jnp.einsum("BTD,DV->BTV", x, unembed, preferred_element_type=jnp.float32)
-        return Output(logits / (c.m_width if c.logits_scaling is None else c.logits_scaling), stats, cache, heads)
+        logits = logits / (c.m_width if c.logits_scaling is None else c.logits_scaling)
+        experts, heads = (layers and router_stats(layers) for layers in sums)  # of all layers at once
+        return Output(logits, experts, cache, heads)
 
 
 def _context(config: ModelConfig, tokens, segment_ids, cache: Cache | None) -> tuple[Context, Cache | None]:
