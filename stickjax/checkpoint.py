@@ -23,6 +23,7 @@ import shutil
 import warnings
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1
 
+from stickjax import processes
 from stickjax.config import nearest
 
 # Orbax logs a traceback per thread for an error that it also raises; the raised one is enough.
@@ -100,7 +102,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         # Orbax refuses arrays of size 0; the manifest alone describes them.
         arrays = {name: a for name, a in arrays.items() if a.size}
         with self._saving(step):
-            if jax.process_index() == 0:
+            if processes.is_writer():
                 self._make_room(step)
             response = v1.save_async(self.folder / f"{step}.tmp" / "arrays", arrays)
         self._pending = step, self._thread.submit(self._finish, step, response, manifest)
@@ -133,23 +135,25 @@ class Checkpoints(contextlib.AbstractContextManager):
           DamagedCheckpoint: there are checkpoints, but none (or not that of `step`) is intact.
         """
         self.wait()
-        steps, leaves, reasons = self.steps(), named_leaves(abstract_state, prefix), []
+        steps, leaves, reasons = processes.shared(self.steps), named_leaves(abstract_state, prefix), []
         if step is not None and step not in steps:
             raise ValueError(f"no checkpoint of step {step} in {self.folder}, only of {steps}")
         for candidate in reversed(steps) if step is None else [step]:
             folder = self.folder / str(candidate)
             try:
-                manifest = _read_manifest(folder, candidate)
+                # One process reads and judges every file; the arrays' sums are those of all processes.
+                manifest = processes.shared(partial(_read_manifest, folder, candidate), raises=DamagedCheckpoint)
                 specs = _match(leaves, manifest["arrays"], prefix, folder)
                 arrays = _read_arrays(folder, specs, manifest["arrays"])
             except DamagedCheckpoint as error:
                 reasons.append(f"{folder}: {error}")
-                if step is None:
+                if step is None and processes.is_writer():
                     warnings.warn(f"passed over a damaged checkpoint, {reasons[-1]}", stacklevel=2)
                 continue
             self._position = candidate
             state = [_rebuild(leaf, arrays[name]) for name, leaf in leaves.items()]
-            return Restored(candidate, jax.tree.structure(abstract_state).unflatten(state), manifest["extra"])
+            extra = json.loads(json.dumps(manifest["extra"]), object_hook=_decode_bytes)
+            return Restored(candidate, jax.tree.structure(abstract_state).unflatten(state), extra)
         if reasons:
             raise DamagedCheckpoint("no intact checkpoint; nothing was deleted\n  " + "\n  ".join(reasons))
         return None
@@ -166,7 +170,7 @@ class Checkpoints(contextlib.AbstractContextManager):
 
     def _finish(self, step: int, response, manifest: str) -> None:
         response.result()
-        if jax.process_index() != 0:
+        if not processes.is_writer():
             return
         folder = self.folder / f"{step}.tmp"
         files = {str(p.relative_to(folder)): _crc32(p) for p in sorted(folder.rglob("*")) if p.is_file()}
@@ -182,7 +186,8 @@ class Checkpoints(contextlib.AbstractContextManager):
         try:
             yield
         except Exception as error:
-            shutil.rmtree(self.folder / f"{step}.tmp", ignore_errors=True)
+            if processes.is_writer():
+                shutil.rmtree(self.folder / f"{step}.tmp", ignore_errors=True)
             # TensorStore raises ValueError and leaves the number of the system's error in its text.
             found = re.search(r"os_error_code='(\d+)'", str(error))
             code = int(found[1]) if found else getattr(error, "errno", None) or errno.EIO
@@ -277,7 +282,7 @@ def _read_manifest(folder: Path, step: int) -> dict:
                 raise ValueError(f"the crc32 of {name} differs")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedCheckpoint(_line(error)) from error
-    return manifest | {"extra": json.loads(json.dumps(manifest["extra"]), object_hook=_decode_bytes)}
+    return manifest
 
 
 def _crc32(path: Path) -> int:

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
+from stickjax import sharding
 from stickjax.checkpoint import Checkpoints, check_finite
 from stickjax.config import Config
 from stickjax.models.transformer import Transformer, init
@@ -63,19 +65,30 @@ def write_config(run: str | os.PathLike, config: Config) -> None:
     temporary.replace(folder / "config.json")
 
 
-def load(run: str | os.PathLike, *, step: int | None = None, changes: dict | None = None) -> Loaded:
+def placed(mesh: Mesh | None, abstract):
+    """ShapeDtypeStructs that say where on the mesh their arrays shall lie; without a mesh, the same ones."""
+    if mesh is None:
+        return abstract
+    places = sharding.shardings(mesh, abstract)
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract, places)
+
+
+def load(
+    run: str | os.PathLike, *, step: int | None = None, changes: dict | None = None, mesh: Mesh | None = None
+) -> Loaded:
     """The model of a run folder, from its newest intact checkpoint or that of `step`.
 
     Args:
       run: the folder.
       step: which checkpoint.
       changes: config fields to change, such as {"model.window": 128}; the parameters must stay the same.
+      mesh: where the parameters shall lie, whatever they were trained on; None: on the first device.
 
     Raises:
       ValueError: no run folder, no checkpoint, parameters of another shape, or parameters that are not finite.
     """
     config = read_config(run).replace(changes or {})
-    abstract = jax.eval_shape(lambda: init(config.model, jax.random.key(0)))
+    abstract = placed(mesh, jax.eval_shape(lambda: init(config.model, jax.random.key(0))))
     restored = Checkpoints(run).restore(abstract, step=step, prefix="params")
     if restored is None:
         raise ValueError(f"{run} has no checkpoint yet")

@@ -5,10 +5,12 @@ python -m stickjax.train configs/tiny.py [--run DIR] [--section.field=value ...]
 
 import argparse
 import contextlib
+import hashlib
 import math
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 import pallas_kernels
-from stickjax import sharding
+from stickjax import processes, sharding
 from stickjax.checkpoint import Checkpoints, DamagedCheckpoint, check_finite, named_leaves
 from stickjax.config import Config
 from stickjax.data import Corpus, load_corpus, train_loader
@@ -26,8 +28,11 @@ from stickjax.models.layers import gates
 from stickjax.models.transformer import parameter_counts
 from stickjax.options import describe, load_config, parse
 from stickjax.progress import Progress
-from stickjax.run import check_config, load, read_config, write_config
+from stickjax.run import check_config, load, placed, read_config, write_config
 from stickjax.step import TrainState, init_state, make_step
+
+# What is said in one line; everything else is a bug, and comes with its traceback.
+CLEAR = (ValueError, OSError, FloatingPointError, NotImplementedError, DamagedCheckpoint)
 
 
 def banner(config: Config, corpus: Corpus, mesh: Mesh | None = None) -> str:
@@ -82,7 +87,7 @@ class Result(NamedTuple):
 
 @contextlib.contextmanager
 def _stop_signals():
-    """`asked()` turns true on SIGTERM or Ctrl-C; a second Ctrl-C interrupts at once."""
+    """`asked()` turns true on SIGTERM or Ctrl-C, or without the launcher; a second Ctrl-C interrupts at once."""
     asked: list[int] = []
 
     def handle(number, frame):
@@ -95,7 +100,7 @@ def _stop_signals():
     except ValueError:  # signals belong to the main thread; in another one there is nothing to handle
         old = {}
     try:
-        yield lambda: bool(asked)
+        yield lambda: bool(asked) or processes.orphaned()
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
@@ -106,12 +111,7 @@ def _start(
 ) -> tuple[TrainState, dict | None]:
     """The state and the data iterator's state to begin with: resumed, branched, or new (from other parameters)."""
     key = jax.random.key(config.train.seed)
-    abstract = jax.eval_shape(lambda: init_state(config, key))
-    places = None if mesh is None else sharding.shardings(mesh, abstract)
-    if mesh is not None:
-        abstract = jax.tree.map(
-            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract, places
-        )
+    abstract = placed(mesh, jax.eval_shape(lambda: init_state(config, key)))
     if (restored := checkpoints.restore(abstract)) is not None:
         source, data_state = f"{checkpoints.folder.parent}@{restored.step}", restored.extra["data"]
         if restored.extra["corpus"] != corpus.hash:
@@ -130,9 +130,10 @@ def _start(
         data_state = restored.extra["data"] if restored.extra["corpus"] == corpus.hash else None
         say(f"branching from {source}" + ("" if data_state else ", with other text"))
     else:
+        places = None if mesh is None else sharding.shardings(mesh, abstract)
         state = jax.jit(lambda: init_state(config, key), out_shardings=places)()
         if init_from is not None:
-            loaded = load(init_from)
+            loaded = load(init_from, mesh=mesh)
             ours, theirs = (
                 {name: leaf.shape for name, leaf in named_leaves(tree).items()} for tree in (state.params, loaded.model)
             )
@@ -140,7 +141,6 @@ def _start(
                 changed = [d for d in loaded.config.diff(config) if d.startswith("model.")]
                 raise ValueError(f"--init-from {init_from} is another model ({'; '.join(changed)})")
             params = jax.tree.unflatten(jax.tree.structure(state.params), jax.tree.leaves(loaded.model))
-            params = params if mesh is None else jax.device_put(params, places.params)
             state = state._replace(params=params)
             say(f"parameters from {init_from}@{loaded.step}")
         return state, None
@@ -189,14 +189,18 @@ def fit(
     index, count = sharding.rows_of_process(mesh)
     loader = train_loader(corpus, config.data, process_index=index, process_count=count)
     check_config(run, config)
+    processes.check_same(text=corpus.hash, config=hashlib.sha256(config.to_json().encode()).hexdigest()[:16])
+    quiet = quiet or not processes.is_writer()
     with Progress(config, quiet=quiet) as progress, Checkpoints(run, config.train.keep) as checkpoints:
         progress.say(banner(config, corpus, mesh))
         state, data_state = _start(config, mesh, corpus, checkpoints, init_from, branch, progress.say)
         if data_state is not None:
             loader.set_state(data_state)
-        write_config(run, config)  # only now: a start that is refused leaves no folder behind
-        log = MetricsLog(run, after_step=int(state.step))
-        with contextlib.closing(log), _stop_signals() as asked:
+        log, trace, step = None, None, int(state.step)
+        if processes.is_writer():
+            write_config(run, config)  # only now: a start that is refused leaves no folder behind
+            log, trace = MetricsLog(run, after_step=step), Path(run) / "profile" if profile else None
+        with contextlib.closing(log) if log else contextlib.nullcontext(), _stop_signals() as asked:
             return _loop(
                 config,
                 mesh,
@@ -207,7 +211,7 @@ def fit(
                 log,
                 progress,
                 asked,
-                Path(run) / "profile" if profile else None,
+                trace,
             )
 
 
@@ -219,13 +223,14 @@ def _loop(config, mesh, state, loader, corpus, checkpoints, log, progress, asked
     first = step = saved = int(state.step)
     inside, started = 0.0, time.perf_counter()
     batch, bad_steps = sharding.place(mesh, next(loader), config.train.accumulate), 0
-    stop = asked() or step >= config.train.steps
+    stop = bool(processes.any_process(mesh, asked())) or step >= config.train.steps
     while not stop:
         data_state = loader.get_state()  # behind the batch of this step, before the next one is taken
         if profile and step == first + 3:
             jax.profiler.start_trace(str(profile))
         begun = time.perf_counter()
         state, metrics = step_function(state, batch)
+        asked_any = processes.any_process(mesh, asked(), after=metrics["loss"])  # all stop at one step
         batch = sharding.place(mesh, next(loader), config.train.accumulate)  # while the device works
         metrics = jax.device_get(metrics)
         now = time.perf_counter()
@@ -243,14 +248,15 @@ def _loop(config, mesh, state, loader, corpus, checkpoints, log, progress, asked
                 f"step {step}: {bad_steps} steps in a row were not finite; "
                 f"the last good checkpoint is step {max(checkpoints.steps(), default=0)}"
             )
-        stop = asked() or step == config.train.steps  # asked once, so that a step that stops is a step that saves
+        stop = bool(asked_any) or step == config.train.steps
         if step % config.train.log_every == 0 or step == config.train.steps:
             rate = (step - first - 1) * tokens / max(now - started, 1e-9)
             row = {"step": step, "tokens": step * tokens, **{k: float(v) for k, v in metrics.items()}}
             row["tokens_per_second"] = rate
             if peak:
                 row["mfu"] = rate * per_token / peak
-            log.write(row)
+            if log:
+                log.write(row)
             progress.update(row)
         if not bad_steps and (step % config.train.checkpoint_every == 0 or stop):
             extra = {"data": data_state, "corpus": corpus.hash, "tokens": step * tokens, "config": config.to_dict()}
@@ -277,8 +283,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--profile", action="store_true", help="write a trace of a few steps to RUN/profile")
     parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="of several processes, where process 0 listens")
+    parser.add_argument("--processes", type=int, metavar="N", help="how many there are; stickjax.launch starts them")
+    parser.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0")
     words, rest = parser.parse_known_args(argv)
     try:
+        if not words.help:
+            processes.initialize(words.coordinator, words.processes, words.process)
         if words.config is None and words.branch is not None:
             config = read_config(split_branch(words.branch)[0])
         else:
@@ -293,9 +304,12 @@ def main(argv: list[str] | None = None) -> int:
         config = parse(config, rest)
         run = words.run or str(Path("runs") / Path(words.config).stem)
         fit(config, run, init_from=words.init_from, branch=words.branch, profile=words.profile)
-    except (ValueError, OSError, FloatingPointError, NotImplementedError, DamagedCheckpoint) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except CLEAR as error:
+        return processes.fail(f"error: {error}", error)
+    except BaseException as error:
+        if jax.distributed.is_initialized():  # the others must not wait for this one
+            processes.fail("".join(traceback.format_exception(error)).rstrip(), error)
+        raise
     return 0
 
 

@@ -1,0 +1,175 @@
+"""Training in several processes of this machine, and of others that run the same command.
+
+python -m stickjax.launch --processes 8 configs/tiny.py --mesh.data=-1
+python -m stickjax.launch --processes 8 --hosts 2 --host 0 --coordinator HOST:PORT configs/tiny.py --mesh.data=-1
+
+What stands behind the launcher's own words is the command line of `python -m stickjax.train`. With several processes
+each takes one device of the machine; a single one takes them all. SIGTERM and Ctrl-C reach all of them: they save at
+one step, together, and end. When one is lost, all end, and the same command goes on from the last checkpoint.
+"""
+
+import argparse
+import contextlib
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+from stickjax.processes import LOST, SAID, check_address, free_port
+
+GRACE = 5  # seconds between SIGTERM and SIGKILL for those that are left when one is lost
+HELD = 0.5  # seconds that stderr waits: what the others write there once one is lost only says so in many more words
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(message)  # one line and exit code 1, like all other bad input
+
+
+class Processes:
+    """The processes of this machine, and what they write to stderr."""
+
+    def __init__(self, commands: list[list[str]], environments: list[dict[str, str]]):
+        self.all = [
+            # In sessions of their own, so that Ctrl-C comes from here and only once.
+            subprocess.Popen(command, env=os.environ | extra, stderr=subprocess.PIPE, start_new_session=True)
+            for command, extra in zip(commands, environments, strict=True)
+        ]
+        self._held: list[tuple[float, int, bytes]] = []  # (when, which process, a piece of what it wrote)
+        self._pipes = selectors.DefaultSelector()
+        for index, process in enumerate(self.all):
+            os.set_blocking(process.stderr.fileno(), False)
+            self._pipes.register(process.stderr, selectors.EVENT_READ, index)
+
+    def send(self, number: int) -> None:
+        for process in self.all:
+            process.send_signal(number)  # nothing happens to one that has ended
+
+    def read(self, timeout: float) -> None:
+        """Take what the processes have written, and wait for it at most so many seconds."""
+        if not self._pipes.get_map():
+            time.sleep(timeout)
+        for key, _ in self._pipes.select(timeout):
+            if data := key.fileobj.read():
+                self._held.append((time.monotonic(), key.data, data))
+            elif data == b"":
+                self._pipes.unregister(key.fileobj)
+
+    def write(self, *, before: float = float("inf"), only: int | None = None) -> None:
+        """Pass on what was written before a time; once `only` is given, what the others wrote is dropped."""
+        due = [piece for piece in self._held if piece[0] < before]
+        self._held = [piece for piece in self._held if piece[0] >= before]
+        for _, index, data in due:
+            if only in (None, index):
+                sys.stderr.buffer.write(data)
+        sys.stderr.flush()
+
+    def wait(self) -> int | None:
+        """Until all have ended well (None), or the first badly: its index."""
+        while True:
+            self.read(0.1)
+            codes = [process.poll() for process in self.all]
+            if any(codes):
+                self.read(0)
+                codes = [process.poll() for process in self.all]
+                bad = [index for index, code in enumerate(codes) if code]
+                # Of several, one that did not end because of another.
+                return min(bad, key=lambda index: (codes[index] in (LOST, -signal.SIGABRT), index))
+            if not any(code is None for code in codes):
+                return None
+            self.write(before=time.monotonic() - HELD)
+
+    def end(self) -> None:
+        """SIGTERM, and after a while SIGKILL."""
+        deadline = time.monotonic() + GRACE
+        self.send(signal.SIGTERM)
+        while any(process.poll() is None for process in self.all):
+            if time.monotonic() > deadline:
+                self.send(signal.SIGKILL)
+            self.read(0.1)
+
+
+@contextlib.contextmanager
+def _forwarded(processes: Processes):
+    """SIGTERM and SIGINT go on to the processes; the third one kills them."""
+    got: list[int] = []
+
+    def handle(number, frame):
+        got.append(number)
+        processes.send(number if len(got) < 3 else signal.SIGKILL)
+
+    old = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    parser = _Parser(
+        prog="python -m stickjax.launch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="on this machine (default 1)")
+    parser.add_argument("--hosts", type=int, default=1, metavar="H", help="machines, each with N processes (default 1)")
+    parser.add_argument("--host", type=int, default=0, metavar="I", help="which of them this is, from 0")
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="a free port of machine 0, needed with --hosts")
+    parser.add_argument("train", nargs=argparse.REMAINDER, metavar="CONFIG ...", help="as for python -m stickjax.train")
+    words = parser.parse_args(argv)
+    for name in ("processes", "hosts"):
+        if getattr(words, name) < 1:
+            raise ValueError(f"--{name} {getattr(words, name)} must be at least 1")
+    if not 0 <= words.host < words.hosts:
+        raise ValueError(f"--host {words.host} of --hosts {words.hosts}: machines are counted from 0")
+    if words.hosts > 1 and words.coordinator is None:
+        raise ValueError(f"--hosts {words.hosts} needs --coordinator HOST:PORT, a free port of machine 0")
+    if words.coordinator is not None:
+        _, port = check_address(words.coordinator)
+        with socket.socket(socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET) as one:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                if words.host == 0:
+                    one.bind(("", port))
+            except OSError as error:
+                raise ValueError(f"--coordinator {words.coordinator}: {error.strerror}") from error
+    return words, words.train[1:] if words.train[:1] == ["--"] else words.train
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    try:
+        words, train = _parse(argv)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    count, first = words.processes * words.hosts, words.processes * words.host
+    address = words.coordinator or f"localhost:{free_port()}"
+    command, extra = [sys.executable, "-m", "stickjax.train", *train], {"STICKJAX_LAUNCHER": str(os.getpid())}
+    if count == 1:
+        commands, environments = [command], [extra]
+    else:
+        join = ["--coordinator", address, "--processes", str(count), "--process"]
+        commands = [[*command, *join, str(first + i)] for i in range(words.processes)]
+        one_each = [{"JAX_LOCAL_DEVICE_IDS": str(i)} for i in range(words.processes)] if words.processes > 1 else [{}]
+        environments = [extra | own for own in one_each]
+    processes = Processes(commands, environments)
+    with _forwarded(processes):
+        bad = processes.wait()
+        if bad is None:
+            processes.write()
+            return 0
+        code = processes.all[bad].returncode
+        processes.end()
+    processes.write(only=bad)
+    if code not in (1, SAID, LOST):  # those have said it themselves
+        what = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        again = f"the same command{' on every machine' * (words.hosts > 1)} goes on from the last checkpoint"
+        print(f"error: process {first + bad} of {count} {what}; {again}", file=sys.stderr)
+    return 128 - code if code < 0 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,247 @@
+"""Several processes that train together: how they find one another, agree, and end when one of them is lost.
+
+Every process has its own devices and reads its own rows of a batch; process 0 alone writes. JAX's coordination service,
+which process 0 runs, tells everyone within `HEARTBEAT` seconds that a process is gone, and ends them.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import re
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+# Seconds. A process that has been silent so long is lost; one that has not come after START is missing; at the end the
+# others wait so long for what process 0 still writes.
+HEARTBEAT, START, END = 20, 300, 1800
+_LONG = 24 * 3600 * 1000  # milliseconds: a lost process is found by its heartbeat, not by waiting
+# Exit codes: this process has said what went wrong; another one has, or was lost.
+SAID, LOST = 3, 4
+
+# The number of processes, the own one among all and among those of this machine, by who started them. In a shell that
+# SLURM allocated machines to, the last one is missing: nobody else was started there.
+_SCHEDULERS = (
+    ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NODELIST"),
+    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
+)
+# What XLA raises when another process is gone.
+_PEER_GONE = re.compile(r"Gloo|NCCL|coordination service|CoordinationService|[Cc]onnection (closed|reset|refused)")
+
+
+def initialize(coordinator: str | None = None, count: int | None = None, index: int | None = None) -> None:
+    """Join the other processes; does nothing for a process that is alone. Before anything else that JAX does.
+
+    Without arguments, SLURM's or Open MPI's environment says who the others are; each process then takes one device of
+    its machine, that of its rank there. The coordinator, where that environment does not tell it, may also be
+    JAX_COORDINATOR_ADDRESS.
+
+    Args:
+      coordinator: HOST:PORT, a free port of the machine of process 0.
+      count: how many processes there are.
+      index: which of them this is, from 0.
+
+    Raises:
+      ValueError: only some of the three, or one out of range.
+      RuntimeError: JAX cannot find the coordinator in the environment, or cannot open its port.
+    """
+    local, method = None, None
+    if count is None and index is None:
+        names = next((n for n in _SCHEDULERS if all(name in os.environ for name in n)), None)
+        if names is None:
+            if coordinator is not None:
+                raise ValueError(f"--coordinator {coordinator} needs --processes N and --process I")
+            return
+        count, index, local = (int(os.environ[name]) for name in names[:3])
+        local = None if "JAX_LOCAL_DEVICE_IDS" in os.environ else local
+    else:
+        method = "deactivate"  # a launcher under SLURM or Open MPI has counted for itself
+        if coordinator is None or count is None or index is None:
+            raise ValueError("--coordinator HOST:PORT, --processes N and --process I belong together")
+    if coordinator is not None:
+        check_address(coordinator)
+    if not 0 <= index < count:
+        raise ValueError(f"process {index} of {count}: processes are counted from 0 to {count - 1}")
+    if count == 1:
+        return
+    # JAX aborts with a stack trace when time is up; this says who is missing, a little before.
+    missing = "process 0 at {}" if index else "all of them, to {}"
+    missing = missing.format(coordinator or "the coordinator")
+    late = f"error: process {index} of {count} has waited {START} s for {missing}"
+    timer = threading.Timer(START - 2, lambda: (print(late, file=sys.stderr, flush=True), os._exit(SAID)))
+    timer.daemon = True
+    timer.start()
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            count,
+            index,
+            local_device_ids=local,
+            cluster_detection_method=method,
+            initialization_timeout=START,
+            heartbeat_timeout_seconds=HEARTBEAT,
+            shutdown_timeout_seconds=END,
+        )
+    finally:
+        timer.cancel()
+
+
+def check_address(address: str) -> tuple[str, int]:
+    """HOST:PORT as (host, port); ValueError for anything else.
+
+    >>> check_address("localhost:1234")
+    ('localhost', 1234)
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise ValueError(f"--coordinator {address}: expected HOST:PORT")
+    return host, int(port)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens to."""
+    with socket.socket() as one:
+        one.bind(("", 0))
+        return one.getsockname()[1]
+
+
+def is_writer() -> bool:
+    """Whether this is process 0, which alone writes files and talks.
+
+    >>> is_writer()
+    True
+    """
+    return jax.process_index() == 0
+
+
+def _client():
+    from jax._src import distributed  # JAX offers its key-value store to Python only here
+
+    return distributed.global_state.client
+
+
+def _several() -> bool:
+    return jax.process_count() > 1
+
+
+_turn = {"shared": 0, "barrier": 0}
+
+
+def _name(kind: str) -> str:
+    """A new name, the same in all processes as long as they call in the same order."""
+    _turn[kind] += 1
+    return f"stickjax/{kind}/{_turn[kind]}"
+
+
+def shared(function: Callable, raises: type[Exception] = ()):
+    """`function()` of process 0, in all processes. All must call this, in the same order.
+
+    Args:
+      function: called in process 0 alone; its value must be JSON.
+      raises: what it may raise, then raised in all. Anything else it raises must end process 0.
+
+    >>> shared(lambda: [1, "two"])
+    [1, 'two']
+    """
+    if not _several():
+        return function()
+    name = _name("shared")
+    if not is_writer():
+        found = json.loads(_client().blocking_key_value_get(name, _LONG))
+        if "error" in found:
+            raise raises(found["error"])
+        return found["value"]
+    try:
+        value = function()
+    except raises as error:
+        _client().key_value_set(name, json.dumps({"error": str(error)}))
+        raise
+    _client().key_value_set(name, json.dumps({"value": value}))
+    return value
+
+
+def check_same(**facts: str) -> None:
+    """Wait for all processes; ValueError, naming the fact, in one that has another value than process 0.
+
+    >>> check_same(text="914b8a1bc21f6cbc")
+    """
+    if not _several():
+        return
+    for name, value in facts.items():
+        if (first := shared(lambda value=value: value)) != value:
+            raise ValueError(f"the {name} of process {jax.process_index()} is {value}, that of process 0 {first}")
+    _client().wait_at_barrier(_name("barrier"), _LONG)
+
+
+@functools.cache
+def _any(mesh: Mesh) -> tuple[Callable, NamedSharding]:
+    whole = NamedSharding(mesh, PartitionSpec())
+    program = jax.jit(lambda flags, after: jnp.max(flags), out_shardings=whole, keep_unused=True)
+    return program, NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+
+
+def any_process(mesh: Mesh | None, flag: bool, after=0):
+    """Whether `flag` is true in any process: the same answer in all, which must all call this.
+
+    Args:
+      mesh: the devices of all processes; None: there is one process.
+      flag: that of this process.
+      after: an array on the mesh. Programs that talk to other processes must run in one order everywhere, and this one
+        waits for the one that makes `after`.
+
+    Returns an array that may still be under way; `bool` waits for it.
+
+    >>> any_process(None, True)
+    True
+    """
+    if not _several():
+        return flag
+    program, sharding = _any(mesh)
+    flags = jax.make_array_from_callback((mesh.size,), sharding, lambda index: np.array([flag], np.int32))
+    return program(flags, after)
+
+
+def orphaned() -> bool:
+    """Whether the launcher that started this process is gone: nobody would end it when another process is lost."""
+    return os.environ.get("STICKJAX_LAUNCHER", str(os.getppid())) != str(os.getppid())
+
+
+def fail(message: str, error: BaseException | None = None) -> int:
+    """Print what went wrong, in one process only, and return the exit code; of several processes, this one ends here.
+
+    The first to fail says it: the others fail alike, or because it is gone. None waits for another, as the end of a
+    Python program otherwise would.
+    """
+    if not jax.distributed.is_initialized():
+        print(message, file=sys.stderr)
+        return 1
+    index, count, code = jax.process_index(), jax.process_count(), SAID
+    if _lost_another(error):
+        message = f"error: process {index} of {count} has lost another one; the same command goes on from the last"
+        message, code = f"{message} checkpoint", LOST
+    else:
+        try:
+            _client().key_value_set("stickjax/failed", message)
+        except Exception:  # set already; or process 0 is gone, and with it the store
+            message, code = "", LOST
+    with contextlib.suppress(OSError):  # the terminal may be gone as well
+        if message:
+            print(message, file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    if is_writer():
+        time.sleep(1)  # the store goes with this process; those that fail alike ask it first
+    os._exit(code)
+
+
+def _lost_another(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, is what XLA says when a process is gone."""
+    return error is not None and (bool(_PEER_GONE.search(str(error))) or _lost_another(error.__cause__))
