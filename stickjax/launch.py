@@ -68,19 +68,22 @@ class Processes:
         sys.stderr.flush()
 
     def wait(self) -> int | None:
-        """Until all have ended well (None), or the first badly: its index."""
+        """Until all have ended well (None), or one badly: the index of the one that was the cause."""
+        patience = None
         while True:
             self.read(0.1)
-            codes = [process.poll() for process in self.all]
-            if any(codes):
+            codes = {index: code for index, process in enumerate(self.all) if (code := process.poll()) is not None}
+            causes = [index for index, code in codes.items() if code not in (0, LOST, -signal.SIGABRT)]
+            others = [index for index, code in codes.items() if code]
+            if others and patience is None:
+                patience = time.monotonic() + GRACE
+            if causes or (others and (len(codes) == len(self.all) or time.monotonic() > patience)):
                 self.read(0)
-                codes = [process.poll() for process in self.all]
-                bad = [index for index, code in enumerate(codes) if code]
-                # Of several, one that did not end because of another.
-                return min(bad, key=lambda index: (codes[index] in (LOST, -signal.SIGABRT), index))
-            if not any(code is None for code in codes):
+                return (causes or others)[0]
+            if len(codes) == len(self.all):
                 return None
-            self.write(before=time.monotonic() - HELD)
+            if not others:
+                self.write(before=time.monotonic() - HELD)
 
     def end(self) -> None:
         """SIGTERM, and after a while SIGKILL."""

@@ -79,6 +79,7 @@ def initialize(coordinator: str | None = None, count: int | None = None, index: 
     timer = threading.Timer(START - 2, lambda: (print(late, file=sys.stderr, flush=True), os._exit(SAID)))
     timer.daemon = True
     timer.start()
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, which the training handles
     try:
         jax.distributed.initialize(
             coordinator,
@@ -168,17 +169,17 @@ def shared(function: Callable, raises: type[Exception] = ()):
     return value
 
 
-def check_same(**facts: str) -> None:
-    """Wait for all processes; ValueError, naming the fact, in one that has another value than process 0.
+def check_same(facts: dict) -> None:
+    """Wait for all processes; ValueError in one where some of these facts (JSON) are others than in process 0.
 
-    >>> check_same(text="914b8a1bc21f6cbc")
+    >>> check_same({"text": "914b8a1bc21f6cbc", "data.T": 256})
     """
-    if not _several():
-        return
-    for name, value in facts.items():
-        if (first := shared(lambda value=value: value)) != value:
-            raise ValueError(f"the {name} of process {jax.process_index()} is {value}, that of process 0 {first}")
-    _client().wait_at_barrier(_name("barrier"), _LONG)
+    first = shared(lambda: facts)
+    other = [f"{name}: {first[name]!r} -> {facts[name]!r}" for name in facts if first[name] != facts[name]]
+    if other:
+        raise ValueError(f"process {jax.process_index()} is about to train something else ({'; '.join(other)})")
+    if _several():
+        _client().wait_at_barrier(_name("barrier"), _LONG)
 
 
 @functools.cache

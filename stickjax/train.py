@@ -5,7 +5,6 @@ python -m stickjax.train configs/tiny.py [--run DIR] [--section.field=value ...]
 
 import argparse
 import contextlib
-import hashlib
 import math
 import signal
 import sys
@@ -189,7 +188,8 @@ def fit(
     index, count = sharding.rows_of_process(mesh)
     loader = train_loader(corpus, config.data, process_index=index, process_count=count)
     check_config(run, config)
-    processes.check_same(text=corpus.hash, config=hashlib.sha256(config.to_json().encode()).hexdigest()[:16])
+    fields = {f"{s}.{n}": v for s, section in config.to_dict().items() for n, v in section.items() if "path" not in n}
+    processes.check_same({"text": corpus.hash} | fields)  # the same text may lie elsewhere on another machine
     quiet = quiet or not processes.is_writer()
     with Progress(config, quiet=quiet) as progress, Checkpoints(run, config.train.keep) as checkpoints:
         progress.say(banner(config, corpus, mesh))
