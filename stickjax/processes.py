@@ -7,6 +7,7 @@ which process 0 runs, tells everyone within `HEARTBEAT` seconds that a process i
 import contextlib
 import functools
 import json
+import logging
 import os
 import re
 import socket
@@ -23,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 # Seconds. A process that has been silent so long is lost; one that has not come after START is missing; at the end the
 # others wait so long for what process 0 still writes.
 HEARTBEAT, START, END = 20, 300, 1800
+WORD = 1  # so long process 0 has the word when something fails
 _LONG = 24 * 3600 * 1000  # milliseconds: a lost process is found by its heartbeat, not by waiting
 # Exit codes: this process has said what went wrong; another one has, or was lost.
 SAID, LOST = 3, 4
@@ -93,6 +95,8 @@ def initialize(coordinator: str | None = None, count: int | None = None, index: 
         )
     finally:
         timer.cancel()
+    if index:
+        logging.getLogger("stickjax").setLevel(logging.ERROR)  # process 0 warns for all
 
 
 def check_address(address: str) -> tuple[str, int]:
@@ -177,7 +181,7 @@ def check_same(facts: dict) -> None:
     first = shared(lambda: facts)
     other = [f"{name}: {first[name]!r} -> {facts[name]!r}" for name in facts if first[name] != facts[name]]
     if other:
-        raise ValueError(f"process {jax.process_index()} is about to train something else ({'; '.join(other)})")
+        raise ValueError(f"this is not what process 0 is about to train ({'; '.join(other)})")
     if _several():
         _client().wait_at_barrier(_name("barrier"), _LONG)
 
@@ -229,6 +233,9 @@ def fail(message: str, error: BaseException | None = None) -> int:
         message = f"error: process {index} of {count} has lost another one; the same command goes on from the last"
         message, code = f"{message} checkpoint", LOST
     else:
+        if index:  # process 0 says what all have in common
+            message = message.replace("error:", f"error: process {index}:", 1)
+            time.sleep(WORD)
         try:
             _client().key_value_set("stickjax/failed", message)
         except Exception:  # set already; or process 0 is gone, and with it the store
@@ -239,7 +246,7 @@ def fail(message: str, error: BaseException | None = None) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
     if is_writer():
-        time.sleep(1)  # the store goes with this process; those that fail alike ask it first
+        time.sleep(2 * WORD)  # the store goes with this process; those that fail alike ask it first
     os._exit(code)
 
 

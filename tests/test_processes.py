@@ -1,0 +1,204 @@
+"""Several processes on one machine train as one does, end together, and go on where they were, to the bit."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from stickjax import evaluate, generate, launch, train
+from stickjax.checkpoint import Checkpoints, named_leaves
+from stickjax.config import Config
+from stickjax.metrics import read_metrics
+from stickjax.processes import free_port
+from stickjax.step import init_state
+from stickjax.train import fit
+
+STEPS = 30
+SMALL = Config().replace(
+    {
+        "model.V": 257, "model.D": 16, "model.L": 1, "model.N": 2, "model.K": 1, "model.H": 8, "model.F": 16,
+        "data.T": 32, "data.B": 8, "data.source": "text", "data.path": __file__,
+        "train.steps": STEPS, "train.log_every": 1, "train.checkpoint_every": 10, "optim.peak_lr": 0.01,
+        "mesh.data": -1, "mesh.fsdp": 2,
+    }
+)  # fmt: skip
+ALONE = SMALL.replace({"mesh.data": 1, "mesh.fsdp": 1})
+# One device in each process, unless a test says otherwise.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
+
+
+def start(arguments, module="stickjax.launch", **environment) -> subprocess.Popen:
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT | environment
+    )
+
+
+def losses(run, after=0) -> list[float]:
+    return [row["loss"] for row in read_metrics(run) if row["step"] > after]
+
+
+def wait_for_step(run, step, process) -> None:
+    deadline = time.monotonic() + 120
+    while not any(row["step"] >= step for row in read_metrics(run)):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "the training does not get on"
+        time.sleep(0.005)
+
+
+def children(process) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def is_running(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    path = tmp_path_factory.mktemp("config") / "small.json"
+    path.write_text(SMALL.to_json())
+    return path
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory):
+    """Two steps by one process on eight devices."""
+    run = tmp_path_factory.mktemp("eight") / "run"
+    fit(SMALL.replace({"train.steps": 2}), str(run), quiet=True)
+    return run
+
+
+@pytest.fixture(scope="module")
+def two(eight, config, tmp_path_factory):
+    """The next ones by two processes, which know one another from SLURM."""
+    run = tmp_path_factory.mktemp("two") / "run"
+    shutil.copytree(eight, run)
+    slurm = dict(SLURM_JOB_ID="7", SLURM_NTASKS="2", SLURM_STEP_NODELIST="localhost")
+    slurm["JAX_COORDINATOR_PORT"] = str(free_port())
+    arguments = [config, "--run", run]
+    ranks = [dict(SLURM_PROCID=str(i), SLURM_LOCALID=str(i)) for i in range(2)]
+    processes = [start(arguments, "stickjax.train", **slurm, **rank) for rank in ranks]
+    said = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert "resuming" in said[0][0] and f"step {STEPS}/{STEPS}" in said[0][0]
+    assert not any(line.startswith("step") for line in said[1][0].splitlines())  # process 0 alone talks
+    return run
+
+
+def test_they_train_as_one_whatever_their_number(eight, two, config, tmp_path, capsys):
+    """Eight devices of one process, then two processes, then four, then one device: at every step the same losses."""
+    shutil.copytree(eight, tmp_path / "alone")
+    fit(ALONE, str(tmp_path / "alone"), quiet=True)
+    np.testing.assert_allclose(losses(two), losses(tmp_path / "alone"), rtol=1e-5)
+
+    four, alone = shutil.copytree(two, tmp_path / "four"), shutil.copytree(two, tmp_path / "two")
+    process = start(["--processes", 4, config, "--run", four, "--train.steps=100000"])
+    wait_for_step(four, STEPS + 3, process)
+    process.send_signal(signal.SIGTERM)  # which reaches them at different steps
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and err.replace("\n", "") == "", (out, err)
+    (*_, saved) = Checkpoints(four).steps()
+    assert f"stopped at step {saved}, saved at {saved}; run the same command again" in out
+    fit(ALONE.replace({"train.steps": saved}), str(alone), quiet=True)
+    np.testing.assert_allclose(losses(four, STEPS), losses(alone, STEPS), rtol=1e-5)
+
+    fit(ALONE.replace({"train.steps": saved + 1}), str(four), quiet=True)
+    assert len(losses(four)) == saved + 1
+    assert generate.main([str(two), "--prompt", "def ", "--max-new-tokens", "3"]) == 0
+    assert evaluate.main([str(two), "--max-tokens", "256", "--plot", str(tmp_path / "length.png")]) == 0
+    assert f"{two.name}" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_when_one_is_lost_all_end_and_the_same_command_goes_on(eight, two, config, tmp_path):
+    run = shutil.copytree(eight, tmp_path / "run")
+    command = ["--processes", 2, config, "--run", run]
+    for lost, step in ((1, 12), (0, 22)):
+        process = start(command)
+        wait_for_step(run, step, process)
+        pids = children(process)
+        os.kill(pids[lost], signal.SIGKILL)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 128 + signal.SIGKILL
+        line = f"error: process {lost} of 2 was ended by SIGKILL; the same command goes on from the last checkpoint\n"
+        assert err == line
+        assert not any(map(is_running, pids))
+        assert Checkpoints(run).steps()
+    process = start(command)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and "resuming" in out and not err, (out, err)
+    assert losses(run) == losses(two)
+    states = [Checkpoints(r).restore(jax.eval_shape(lambda: init_state(SMALL, jax.random.key(0)))) for r in (run, two)]
+    ours, theirs = (named_leaves(restored.state.params) for restored in states)
+    assert states[0].step == STEPS
+    for name in theirs:
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+
+
+ONE_FAILS = """
+import json, jax
+from stickjax import Config
+def get_config():
+    config = Config.from_dict(json.load(open({path!r})))
+    return config.replace({{"data.path": "not-on-this-machine"}}) if jax.process_index() == 1 else config
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("--data.B=9", "error: 9 sequences (B / accumulate) must be a multiple of data=1 x fsdp=2"),
+        (None, "error: process 1: data.path='not-on-this-machine' does not exist"),
+    ],
+    ids=["all", "one"],
+)
+def test_what_fails_is_said_once_and_nothing_is_written(config, tmp_path, change, message):
+    (tmp_path / "config.py").write_text(ONE_FAILS.format(path=str(config)))
+    words = [config, change] if change else [tmp_path / "config.py"]
+    process = start(["--processes", 2, *words, "--run", tmp_path / "run"])
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and not out
+    assert err.startswith(message) and err.count("\n") == 1, err
+    assert not (tmp_path / "run").exists()
+
+
+def bad_commands():
+    yield ["--processes", "0"], "--processes 0 must be at least 1"
+    yield ["--processes", "two"], "invalid int value: 'two'"
+    yield ["--hosts", "2"], "--hosts 2 needs --coordinator HOST:PORT"
+    yield ["--hosts", "2", "--host", "2"], "--host 2 of --hosts 2: machines are counted from 0"
+    yield ["--coordinator", "here"], "--coordinator here: expected HOST:PORT"
+    yield ["--process", "2"], "unrecognized arguments: --process"
+
+
+def test_bad_commands_are_one_clear_line(capsys, config, monkeypatch):
+    def refused(main, argv, message):
+        assert main(argv) == 1
+        err = capsys.readouterr().err
+        assert err.startswith("error: ") and err.count("\n") == 1 and message in err, (argv, err)
+
+    for argv, message in bad_commands():
+        refused(launch.main, [*argv, str(config)], message)
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        listener.listen()
+        address = f"localhost:{listener.getsockname()[1]}"
+        refused(launch.main, ["--coordinator", address, str(config)], f"{address}: Address already in use")
+    alone = [str(config), "--coordinator", "localhost:1234"]
+    refused(train.main, alone, "needs --processes N and --process I")
+    refused(train.main, [*alone, "--processes", "2"], "belong together")
+    refused(train.main, [*alone, "--processes", "2", "--process", "2"], "process 2 of 2")
+    for name in ("SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", "3")
+    refused(train.main, [str(config)], "process 3 of 3")
