@@ -85,6 +85,11 @@ class Processes:
             if not others:
                 self.write(before=time.monotonic() - HELD)
 
+    def close(self) -> None:
+        self._pipes.close()
+        for process in self.all:
+            process.stderr.close()
+
     def end(self) -> None:
         """SIGTERM, and after a while SIGKILL."""
         deadline = time.monotonic() + GRACE
@@ -114,7 +119,10 @@ def _forwarded(processes: Processes):
 
 def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser = _Parser(
-        prog="python -m stickjax.launch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m stickjax.launch",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="on this machine (default 1)")
     parser.add_argument("--hosts", type=int, default=1, metavar="H", help="machines, each with N processes (default 1)")
@@ -158,15 +166,14 @@ def main(argv: list[str] | None = None) -> int:
         commands = [[*command, *join, str(first + i)] for i in range(words.processes)]
         one_each = [{"JAX_LOCAL_DEVICE_IDS": str(i)} for i in range(words.processes)] if words.processes > 1 else [{}]
         environments = [extra | own for own in one_each]
-    processes = Processes(commands, environments)
-    with _forwarded(processes):
+    with contextlib.closing(Processes(commands, environments)) as processes, _forwarded(processes):
         bad = processes.wait()
         if bad is None:
             processes.write()
             return 0
         code = processes.all[bad].returncode
         processes.end()
-    processes.write(only=bad)
+        processes.write(only=bad)
     if code not in (1, SAID, LOST):  # those have said it themselves
         what = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         again = f"the same command{' on every machine' * (words.hosts > 1)} goes on from the last checkpoint"

@@ -113,11 +113,9 @@ def test_they_train_as_one_whatever_their_number(eight, two, config, tmp_path, c
     fit(ALONE.replace({"train.steps": saved}), str(alone), quiet=True)
     np.testing.assert_allclose(losses(four, STEPS), losses(alone, STEPS), rtol=1e-5)
 
-    fit(ALONE.replace({"train.steps": saved + 1}), str(four), quiet=True)
-    assert len(losses(four)) == saved + 1
-    assert generate.main([str(two), "--prompt", "def ", "--max-new-tokens", "3"]) == 0
-    assert evaluate.main([str(two), "--max-tokens", "256", "--plot", str(tmp_path / "length.png")]) == 0
-    assert f"{two.name}" in capsys.readouterr().out
+    assert generate.main([str(four), "--prompt", "def ", "--max-new-tokens", "3"]) == 0
+    assert evaluate.main([str(four), "--max-tokens", "256"]) == 0
+    assert "held-out bits per byte" in capsys.readouterr().out
 
 
 @pytest.mark.slow
