@@ -13,7 +13,6 @@ import contextlib
 import os
 import selectors
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -102,12 +101,12 @@ class Processes:
 
 @contextlib.contextmanager
 def _forwarded(processes: Processes):
-    """SIGTERM and SIGINT go on to the processes; the third one kills them."""
+    """SIGTERM and Ctrl-C ask the processes to stop; a second Ctrl-C kills them."""
     got: list[int] = []
 
     def handle(number, frame):
+        processes.send(signal.SIGKILL if got and number == signal.SIGINT else signal.SIGTERM)
         got.append(number)
-        processes.send(number if len(got) < 3 else signal.SIGKILL)
 
     old = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -138,14 +137,7 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     if words.hosts > 1 and words.coordinator is None:
         raise ValueError(f"--hosts {words.hosts} needs --coordinator HOST:PORT, a free port of machine 0")
     if words.coordinator is not None:
-        _, port = check_address(words.coordinator)
-        with socket.socket(socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET) as one:
-            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                if words.host == 0:
-                    one.bind(("", port))
-            except OSError as error:
-                raise ValueError(f"--coordinator {words.coordinator}: {error.strerror}") from error
+        check_address(words.coordinator)
     return words, words.train[1:] if words.train[:1] == ["--"] else words.train
 
 

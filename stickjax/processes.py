@@ -52,8 +52,8 @@ def initialize(coordinator: str | None = None, count: int | None = None, index: 
       index: which of them this is, from 0.
 
     Raises:
-      ValueError: only some of the three, or one out of range.
-      RuntimeError: JAX cannot find the coordinator in the environment, or cannot open its port.
+      ValueError: only some of the three, one out of range, or a port that is in use.
+      RuntimeError: JAX cannot find the coordinator in the environment.
     """
     local, method = None, None
     if count is None and index is None:
@@ -68,15 +68,16 @@ def initialize(coordinator: str | None = None, count: int | None = None, index: 
         method = "deactivate"  # a launcher under SLURM or Open MPI has counted for itself
         if coordinator is None or count is None or index is None:
             raise ValueError("--coordinator HOST:PORT, --processes N and --process I belong together")
-    if coordinator is not None:
-        check_address(coordinator)
     if not 0 <= index < count:
         raise ValueError(f"process {index} of {count}: processes are counted from 0 to {count - 1}")
     if count == 1:
         return
+    if coordinator is not None:
+        _, port = check_address(coordinator)
+        if index == 0:
+            _check_free(port, coordinator)
     # JAX aborts with a stack trace when time is up; this says who is missing, a little before.
-    missing = "process 0 at {}" if index else "all of them, to {}"
-    missing = missing.format(coordinator or "the coordinator")
+    missing = f"process 0{f' at {coordinator}' if coordinator else ''}" if index else "the others"
     late = f"error: process {index} of {count} has waited {START} s for {missing}"
     timer = threading.Timer(START - 2, lambda: (print(late, file=sys.stderr, flush=True), os._exit(SAID)))
     timer.daemon = True
@@ -113,9 +114,16 @@ def check_address(address: str) -> tuple[str, int]:
 
 def free_port() -> int:
     """A port of this machine that nobody listens to."""
-    with socket.socket() as one:
-        one.bind(("", 0))
+    with socket.create_server(("", 0)) as one:
         return one.getsockname()[1]
+
+
+def _check_free(port: int, coordinator: str) -> None:
+    try:
+        with socket.create_server(("", port)):
+            pass
+    except OSError as error:  # JAX would crash
+        raise ValueError(f"--coordinator {coordinator}: {error.strerror}") from error
 
 
 def is_writer() -> bool:

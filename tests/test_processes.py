@@ -21,6 +21,8 @@ from stickjax.processes import free_port
 from stickjax.step import init_state
 from stickjax.train import fit
 
+ROOT = Path(__file__).parent.parent
+LAUNCH = [sys.executable, "-m", "stickjax.launch"]
 STEPS = 30
 SMALL = Config().replace(
     {
@@ -36,11 +38,9 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "XLA
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 
 
-def start(arguments, module="stickjax.launch", **environment) -> subprocess.Popen:
-    command = [sys.executable, "-m", module, *map(str, arguments)]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT | environment
-    )
+def start(command, **environment) -> subprocess.Popen:
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(list(map(str, command)), **pipes, env=ENVIRONMENT | environment, cwd=ROOT)
 
 
 def losses(run, after=0) -> list[float]:
@@ -86,9 +86,9 @@ def two(eight, config, tmp_path_factory):
     shutil.copytree(eight, run)
     slurm = dict(SLURM_JOB_ID="7", SLURM_NTASKS="2", SLURM_STEP_NODELIST="localhost")
     slurm["JAX_COORDINATOR_PORT"] = str(free_port())
-    arguments = [config, "--run", run]
+    command = [sys.executable, "-m", "stickjax.train", config, "--run", run]
     ranks = [dict(SLURM_PROCID=str(i), SLURM_LOCALID=str(i)) for i in range(2)]
-    processes = [start(arguments, "stickjax.train", **slurm, **rank) for rank in ranks]
+    processes = [start(command, **slurm, **rank) for rank in ranks]
     said = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
     assert "resuming" in said[0][0] and f"step {STEPS}/{STEPS}" in said[0][0]
@@ -103,11 +103,18 @@ def test_they_train_as_one_whatever_their_number(eight, two, config, tmp_path, c
     np.testing.assert_allclose(losses(two), losses(tmp_path / "alone"), rtol=1e-5)
 
     four, alone = shutil.copytree(two, tmp_path / "four"), shutil.copytree(two, tmp_path / "two")
-    process = start(["--processes", 4, config, "--run", four, "--train.steps=100000"])
+    (tmp_path / "hosts").write_text("localhost\n" * 2)
+    (tmp_path / "ssh").write_text('#!/bin/sh\nshift 2\nexec sh -c "$1"\n')  # to another machine, as it were
+    (tmp_path / "ssh").chmod(0o755)
+    command = [ROOT / "launch" / "hosts.sh", tmp_path / "hosts", "--processes", "2", config]
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    process = start(
+        [*command, "--run", four, "--train.steps=100000"], PATH=path, PORT=str(free_port()), PYTHON=sys.executable
+    )
     wait_for_step(four, STEPS + 3, process)
     process.send_signal(signal.SIGTERM)  # which reaches them at different steps
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 0 and err.replace("\n", "") == "", (out, err)
+    assert process.returncode == 128 + signal.SIGTERM and not err, (out, err)
     (*_, saved) = Checkpoints(four).steps()
     assert f"stopped at step {saved}, saved at {saved}; run the same command again" in out
     fit(ALONE.replace({"train.steps": saved}), str(alone), quiet=True)
@@ -121,7 +128,7 @@ def test_they_train_as_one_whatever_their_number(eight, two, config, tmp_path, c
 @pytest.mark.slow
 def test_when_one_is_lost_all_end_and_the_same_command_goes_on(eight, two, config, tmp_path):
     run = shutil.copytree(eight, tmp_path / "run")
-    command = ["--processes", 2, config, "--run", run]
+    command = [*LAUNCH, "--processes", 2, config, "--run", run]
     for lost, step in ((1, 12), (0, 22)):
         process = start(command)
         wait_for_step(run, step, process)
@@ -164,7 +171,7 @@ def get_config():
 def test_what_fails_is_said_once_and_nothing_is_written(config, tmp_path, change, message):
     (tmp_path / "config.py").write_text(ONE_FAILS.format(path=str(config)))
     words = [config, change] if change else [tmp_path / "config.py"]
-    process = start(["--processes", 2, *words, "--run", tmp_path / "run"])
+    process = start([*LAUNCH, "--processes", 2, *words, "--run", tmp_path / "run"])
     out, err = process.communicate(timeout=60)
     assert process.returncode == 1 and not out
     assert err.startswith(message) and err.count("\n") == 1, err
@@ -188,11 +195,10 @@ def test_bad_commands_are_one_clear_line(capsys, config, monkeypatch):
 
     for argv, message in bad_commands():
         refused(launch.main, [*argv, str(config)], message)
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        listener.listen()
+    with socket.create_server(("", 0)) as listener:
         address = f"localhost:{listener.getsockname()[1]}"
-        refused(launch.main, ["--coordinator", address, str(config)], f"{address}: Address already in use")
+        first = [str(config), "--coordinator", address, "--processes", "2", "--process", "0"]
+        refused(train.main, first, f"{address}: Address already in use")
     alone = [str(config), "--coordinator", "localhost:1234"]
     refused(train.main, alone, "needs --processes N and --process I")
     refused(train.main, [*alone, "--processes", "2"], "belong together")

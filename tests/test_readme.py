@@ -20,7 +20,7 @@ def test_the_python_of_the_readme_runs(capsys):
 def test_what_the_readme_names_is_there():
     targets = set(re.findall(r"^(\S+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"make ([a-z-]+)", README)) <= targets
-    for path in re.findall(r"(?:configs|notebooks)/[\w./]+\w", README):
+    for path in re.findall(r"(?:configs|launch|notebooks)/[\w./]+\w", README):
         assert (ROOT / path).exists(), path
     for module in set(re.findall(r"python -m (stickjax\.\w+|benchmarks)", README)):
         base = ROOT / module.replace(".", "/")
