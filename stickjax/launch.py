@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 
-from stickjax.processes import LOST, SAID, check_address, free_port
+from stickjax.processes import AGAIN, LOST, SAID, check_address, free_port, lost
 
 GRACE = 5  # seconds between SIGTERM and SIGKILL for those that are left when one is lost
 HELD = 0.5  # seconds that stderr waits: what the others write there once one is lost only says so in many more words
@@ -65,6 +65,10 @@ class Processes:
             if only in (None, index):
                 sys.stderr.buffer.write(data)
         sys.stderr.flush()
+
+    def has_said(self, index: int, words: bytes) -> bool:
+        """Whether this is in what was not passed on yet."""
+        return words in b"".join(data for _, who, data in self._held if who == index)
 
     def wait(self) -> int | None:
         """Until all have ended well (None), or one badly: the index of the one that was the cause."""
@@ -165,11 +169,13 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         code = processes.all[bad].returncode
         processes.end()
+        if code == -signal.SIGABRT and processes.has_said(bad, b"another task died"):  # by JAX, with a stack trace
+            print(f"error: {lost(first + bad, count)}", file=sys.stderr)
+            return 1
         processes.write(only=bad)
     if code not in (1, SAID, LOST):  # those have said it themselves
         what = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        again = f"the same command{' on every machine' * (words.hosts > 1)} goes on from the last checkpoint"
-        print(f"error: process {first + bad} of {count} {what}; {again}", file=sys.stderr)
+        print(f"error: process {first + bad} of {count} {what}; {AGAIN}", file=sys.stderr)
     return 128 - code if code < 0 else 1
 
 

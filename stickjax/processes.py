@@ -29,6 +29,8 @@ _LONG = 24 * 3600 * 1000  # milliseconds: a lost process is found by its heartbe
 # Exit codes: this process has said what went wrong; another one has, or was lost.
 SAID, LOST = 3, 4
 
+AGAIN = "the same command goes on from the last checkpoint"
+
 # The number of processes, the own one among all and among those of this machine, by who started them. In a shell that
 # SLURM allocated machines to, the last one is missing: nobody else was started there.
 _SCHEDULERS = (
@@ -238,8 +240,9 @@ def fail(message: str, error: BaseException | None = None) -> int:
         return 1
     index, count, code = jax.process_index(), jax.process_count(), SAID
     if _lost_another(error):
-        message = f"error: process {index} of {count} has lost another one; the same command goes on from the last"
-        message, code = f"{message} checkpoint", LOST
+        reason = " ".join(str(error).split())[:200]
+        message = f"error: {lost(index, count)} ({reason})"
+        code = LOST
     else:
         if index:  # process 0 says what all have in common
             message = message.replace("error:", f"error: process {index}:", 1)
@@ -256,6 +259,11 @@ def fail(message: str, error: BaseException | None = None) -> int:
     if is_writer():
         time.sleep(2 * WORD)  # the store goes with this process; those that fail alike ask it first
     os._exit(code)
+
+
+def lost(index: int, count: int) -> str:
+    """What is said of a process that ends because another one has."""
+    return f"process {index} of {count} has lost another one; {AGAIN}"
 
 
 def _lost_another(error: BaseException | None) -> bool:
