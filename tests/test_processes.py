@@ -38,6 +38,10 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "XLA
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 
 
+# Two processes then have halves of the same sequences.
+DIVIDED = ["--mesh.data=1", "--mesh.context=2"]
+
+
 def start(command, **environment) -> subprocess.Popen:
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return subprocess.Popen(list(map(str, command)), **pipes, env=ENVIRONMENT | environment, cwd=ROOT)
@@ -109,7 +113,7 @@ def test_they_train_as_one_whatever_their_number(eight, two, config, tmp_path, c
     command = [ROOT / "launch" / "hosts.sh", tmp_path / "hosts", "--processes", "2", config]
     path = f"{tmp_path}:{os.environ['PATH']}"
     process = start(
-        [*command, "--run", four, "--train.steps=100000"], PATH=path, PORT=str(free_port()), PYTHON=sys.executable
+        [*command, "--run", four, "--train.steps=100000", *DIVIDED], PATH=path, PORT=str(free_port()), PYTHON=sys.executable
     )
     wait_for_step(four, STEPS + 3, process)
     process.send_signal(signal.SIGTERM)  # which reaches them at different steps
