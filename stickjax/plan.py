@@ -138,6 +138,11 @@ def dry_run(config: Config) -> None:
     show(config, present_machine())
 
 
+def _hosts(devices: int) -> int:
+    """The fewest of at most eight devices each."""
+    return next(hosts for hosts in range(max(1, -(-devices // 8)), max(1, devices) + 1) if devices % hosts == 0)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m stickjax.plan", add_help=False, allow_abbrev=False)
     parser.add_argument("config", nargs="?", help="a config file, or a run's config.json")
@@ -161,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
             jax.config.update("jax_platforms", "cpu")  # no GPU here is used
         if not has_wheels():
             virtual_devices(words.devices)
-        machine = absent_machine(gpu, words.devices, words.hosts or max(1, words.devices // 8))
+        machine = absent_machine(gpu, words.devices, words.hosts or _hosts(words.devices))
         if not words.sweep and not any(word.startswith("--mesh.") for word in rest) and config.mesh == Config().mesh:
             config = config.replace({"mesh.fsdp": -1})
         show(config, machine, as_json=words.json, swept=words.sweep)
