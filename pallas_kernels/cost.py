@@ -21,12 +21,12 @@ class Stated(NamedTuple):
     trips: float | None = None
 
 
-def kernel(name: str, flops: float, run: Callable) -> Callable:
+def kernel(name: str, flops: float | int, run: Callable) -> Callable:
     """`run`, which takes so many floating-point operations whatever a jaxpr shows of it."""
     return _named(f"{name}_flops_{flops:.12g}", run)
 
 
-def loop(trips: float, run: Callable) -> Callable:
+def loop(trips: float | int, run: Callable) -> Callable:
     """`run`, whose `while` loops are expected to make so many passes each."""
     return _named(f"loop_trips_{trips:.12g}", run)
 

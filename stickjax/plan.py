@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import jax
 
-from stickjax import estimate as model
+from stickjax import estimate
 from stickjax.aot import Compiled, Machine, absent_machine, compile_step, make_mesh, present_machine, virtual_devices
 from stickjax.chips import CHIPS, chip, has_wheels
 from stickjax.config import Config
@@ -36,16 +36,18 @@ class Change(NamedTuple):
 def nearest_changes(compiled: Compiled, machine: Machine) -> list[Change]:
     """Changes under which a step that does not fit does: the smallest of each kind, or of all kinds together.
 
-    The kinds are more remat, a smaller microbatch, and more parts of the parameters and the optimizer's state. Each is
-    compiled; temporaries are taken to grow with the microbatch to guess where to begin.
+    The kinds are more remat, a smaller microbatch, and more parts of the parameters and the optimizer's state, of which
+    the first two leave the arguments as they are. Each is compiled.
     """
-    found = []
-    kinds = [list(_more_remat(compiled)), list(_smaller_microbatches(compiled)), list(_more_parts(compiled))]
+    found, room = [], estimate.FITS * machine.memory - compiled.arguments
+    kinds = [list(_more_parts(compiled))]
+    if room > 0:
+        kinds = [list(_more_remat(compiled)), list(_smaller_microbatches(compiled, room)), *kinds]
     for kind in kinds:
         found += _first_that_fits(compiled.config, kind, machine)
     if not found:
         together = {name: value for kind in kinds if kind for name, value in kind[-1].items()}
-        found += _first_that_fits(compiled.config, [together] if together else [], machine)
+        found += _first_that_fits(compiled.config, [together] if len(together) > 1 else [], machine)
     return found
 
 
@@ -55,7 +57,7 @@ def _first_that_fits(config: Config, candidates: list[dict], machine: Machine) -
             compiled = compile_step(config.replace(changes), machine)
         except ValueError:  # does not divide
             continue
-        if model.fits(compiled, machine.memory):
+        if estimate.fits(compiled, machine.memory):
             return [Change(changes, compiled)]
     return []
 
@@ -66,12 +68,12 @@ def _more_remat(compiled: Compiled) -> Iterator[dict]:
         yield {"model.remat": policy}
 
 
-def _smaller_microbatches(compiled: Compiled) -> Iterator[dict]:
-    """From the first that may fit, down to one sequence on a device; three at most."""
+def _smaller_microbatches(compiled: Compiled, room: float) -> Iterator[dict]:
+    """Down to one sequence on a device, three at most: temporaries shrink with the microbatch at the most."""
     accumulate, B = compiled.config.train.accumulate, compiled.config.data.B
     rows = B // accumulate // compiled.devices
-    divisors = [n for n in range(2, rows + 1) if rows % n == 0]
-    return ({"train.accumulate": accumulate * n} for n in divisors[:2] + divisors[-1:])
+    divisors = [n for n in range(2, rows + 1) if rows % n == 0 and compiled.temporaries / n <= room]
+    return ({"train.accumulate": accumulate * n} for n in dict.fromkeys(divisors[:2] + divisors[-1:]))
 
 
 def _more_parts(compiled: Compiled) -> Iterator[dict]:
@@ -125,7 +127,7 @@ def show(config: Config, machine: Machine, *, as_json: bool = False, swept: bool
             print_sweep(steps, left_out, machine)
         return
     step = compile_step(config, machine)
-    changes = [] if model.fits(step, machine.memory) else nearest_changes(step, machine)
+    changes = [] if estimate.fits(step, machine.memory) else nearest_changes(step, machine)
     if as_json:
         found = [{"changes": c.changes, "step": as_dict(c.compiled, machine)} for c in changes]
         print(json.dumps(as_dict(step, machine) | {"changes": found}, indent=1))

@@ -115,7 +115,9 @@ def print_step(compiled: Compiled, machine: Machine, changes: list[tuple[dict, C
         for changed, other in changes:
             words = " ".join(f"--{key}={value}" for key, value in changed.items())
             print(f"would fit     {words}: peak {gib(other.peak)}; {time_words(other, machine)}")
-        if not changes:
+        if compiled.arguments > model.FITS * machine.memory:
+            print("would fit     no remat and no microbatch: the arguments alone take too much")
+        elif not changes:
             print("would fit     nothing that was tried: neither remat, smaller microbatches nor more parts suffice")
     for assumption in model.ASSUMPTIONS:
         print(f"assumed       {assumption}")

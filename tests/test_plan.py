@@ -234,7 +234,7 @@ def test_estimate_by_hand(compiled):
     assert estimate.mfu(step, chip, 2 * t.serial) == pytest.approx(estimate.mfu(step, chip, t.serial) / 2)
 
 
-def test_what_does_not_fit_is_changed_until_it_does(compiled):
+def test_what_does_not_fit_is_changed_until_it_does(compiled, capsys):
     machine, _ = compiled
     dense = {"model.E": 0, "model.k": 0, "model.L": 1}
     step = aot.compile_step(small(**dense), machine)
@@ -242,6 +242,12 @@ def test_what_does_not_fit_is_changed_until_it_does(compiled):
     found = plan.nearest_changes(step, few)
     assert {name for change in found for name in change.changes} == {"train.accumulate", "mesh.data", "mesh.fsdp"}
     assert all(estimate.fits(change.compiled, few.memory) for change in found)
+    # Parameters that are too many for a device are divided further; no microbatch is tried.
+    few = machine._replace(memory=int(step.arguments / estimate.FITS) - 1)
+    found = plan.nearest_changes(step, few)
+    assert {name for change in found for name in change.changes} <= {"mesh.data", "mesh.fsdp"}
+    plan.print_step(step, few, [])
+    assert "the arguments alone take too much" in capsys.readouterr().out
 
 
 def test_sweep(compiled):
