@@ -45,7 +45,7 @@ class Collective(NamedTuple):
 
 
 def collectives(text: str, mesh: Mesh | None, per_host: int | None = None) -> list[Collective]:
-    """All collectives of a program that is partitioned over a mesh.
+    """All collectives of a program that is partitioned over a mesh, less those that move nothing: groups of one.
 
     Args:
       text: `compiled.as_text()`.
@@ -62,7 +62,7 @@ def collectives(text: str, mesh: Mesh | None, per_host: int | None = None) -> li
             match = _INSTRUCTION.match(line) if runs[name] else None
             if match and (kind := _COLLECTIVE.match(match["operation"])):
                 found.append(_collective(kind[1], bool(kind[2]), match["type"], line, runs[name], mesh, per_host))
-    return found
+    return [collective for collective in found if collective.devices > 1]
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
