@@ -2,7 +2,7 @@
 # make demo-compare  the same for its softmax + RoPE twin, and both length curves in one picture
 # make test          the whole test suite
 # make test-oldest   the fast tests against the oldest JAX allowed, optimised as users compile
-# make test-absent   the GPU kernels compiled for an H200 that is not there; needs the CUDA wheels (3.4 GB), no GPU
+# make test-absent   GPU kernels and a step on 64 GPUs compiled for H200s that are not there; needs the CUDA wheels (3.4 GB), no GPU
 # make lint          ruff
 
 .PHONY: demo demo-compare test test-oldest test-absent lint clean
@@ -30,7 +30,7 @@ test-oldest: .venv-oldest/.test
 	JAX_DISABLE_MOST_OPTIMIZATIONS=0 .venv-oldest/bin/python -m pytest $(PARALLEL) -m "not slow" $(FAST:%=tests/test_%.py)
 
 test-absent: .venv-cuda/.test
-	JAX_PLATFORMS=cpu .venv-cuda/bin/python -m pytest tests/test_absent_gpu.py
+	JAX_PLATFORMS=cpu .venv-cuda/bin/python -m pytest tests/test_absent_gpu.py tests/test_plan_absent.py
 
 lint: .venv/.test
 	$(RUN) -m ruff check .

@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
-import functools
 import importlib.util
 import json
 import os
@@ -30,10 +29,11 @@ from unittest import mock
 
 import jax
 import numpy as np
-from jax.experimental import topologies
-from jax.sharding import AbstractDevice, AbstractMesh, Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.table import Table
+
+from stickjax.chips import MissingWheels, absent_devices, tracing_for
 
 from .absent_kernels import KERNELS, Kernel
 from .sass import ATOMICS, Loop, find_loops, read
@@ -41,10 +41,6 @@ from .sass import ATOMICS, Loop, find_loops, read
 HERE = Path(__file__).parent
 # PTX by which blocks could add to each other's results or wait for each other: atomics, reductions, semaphores.
 SHARING = r"(?:atom|red|multimem|membar|cp\.reduce|(?:ld|st)\.(?:acquire|release|relaxed|volatile))\.[\w.:]*"
-
-
-class MissingWheels(ImportError):
-    """The message says how to install them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,14 +73,6 @@ def _folder(package: str) -> Path:
     raise MissingWheels(f"needs jax[cuda13]: pip install 'stickjax[cuda13]' ({package} not found)")
 
 
-@functools.cache
-def target(chip: str = "h200") -> list[jax.Device]:
-    """Devices for compiling only, of a machine with one such chip (benchmarks/targets). Raises MissingWheels."""
-    _folder("jax_cuda13_plugin")
-    text = (HERE / "targets" / f"{chip}.txtpb").read_text()
-    return topologies.get_topology_desc(platform="cuda", target_config=text, topology="1x1x1").devices
-
-
 @contextlib.contextmanager
 def _dumping() -> Iterator[Path]:
     """A folder for what Mosaic writes when it compiles; it reads the environment each time. Gives it a disassembler."""
@@ -107,11 +95,10 @@ def _dumping() -> Iterator[Path]:
 
 def compile_for(function: Callable, *shapes, chip: str = "h200") -> tuple[jax.stages.Lowered, jax.stages.Compiled]:
     """jit(function), compiled for an absent chip. `shapes`: pytrees of jax.ShapeDtypeStruct. Raises MissingWheels."""
-    devices = target(chip)
+    devices = absent_devices(chip)
     on = NamedSharding(Mesh(np.array(devices), ("x",)), PartitionSpec())
     shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=on), shapes)
-    device = AbstractDevice(device_kind=devices[0].device_kind, platform="gpu", num_cores=devices[0].core_count)
-    with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+    with tracing_for(devices[0]):
         lowered = jax.jit(lambda *arguments: function(*arguments)).trace(*shapes).lower()
         return lowered, lowered.compile()
 
@@ -126,7 +113,7 @@ def compile_kernel(function: Callable, *shapes, chip: str = "h200") -> list[Mach
       MissingWheels: without jax[cuda13], or without triton, which has the disassembler.
       RuntimeError: this process compiled one of them before: Mosaic remembers it and writes nothing.
     """
-    target(chip)
+    absent_devices(chip)
     with _dumping() as dump:
         lowered, _ = compile_for(function, *shapes, chip=chip)
         distinct = set(re.findall(r'kernel_hash = "[^"]*"', lowered.as_text()))
@@ -151,7 +138,7 @@ class Compiled(NamedTuple):
 
 
 def compile_named(name: str) -> Compiled:
-    target()
+    absent_devices()
     kernel = KERNELS[name]()
     return Compiled(kernel.tiles, kernel.scores, compile_kernel(kernel.function, *kernel.shapes))
 

@@ -19,7 +19,7 @@ from configs import tiny
 from stickjax.config import Config
 from stickjax.data import make_batch
 from stickjax.metrics import flops_per_token
-from stickjax.train import init_state, make_step
+from stickjax.step import init_state, make_step
 
 from .cost import Ceilings
 from .report import Row

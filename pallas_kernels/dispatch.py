@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from . import seam
+
 # From the most to the least wanted.
 NAMES = ("mosaic", "triton", "xla", "reference")
 logger = logging.getLogger("pallas_kernels")
@@ -77,7 +79,7 @@ def choose(op: Op, call: Any, implementation: str | Sequence[str] | None) -> tup
 def _sentence(op: Op, call: Any, implementation: str | Sequence[str] | None) -> str:
     name, reasons = choose(op, call, implementation)
     detail = op.implementations[name].detail(call)
-    why = "asked for" if isinstance(implementation, str) else f"on {jax.default_backend()}"
+    why = "asked for" if isinstance(implementation, str) else f"on {seam.platform()}"
     return f"{op.name}: {name}{f' ({detail})' if detail else ''}, {'; '.join([why, *reasons])}"
 
 

@@ -55,6 +55,12 @@ def is_interpreted() -> bool:
     return _interpreted.get()
 
 
+def platform() -> str:
+    """ "cpu", "gpu" or "tpu": what is traced for, which need not be there."""
+    device = get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None or is_interpreted() else device.platform
+
+
 def chip() -> str:
     """ "sm_90" and so on, or the platform where there is no NVIDIA GPU; an absent GPU counts."""
     device = get_abstract_mesh().abstract_device

@@ -6,17 +6,9 @@ from pathlib import Path
 
 import jax
 
+from stickjax.chips import of_kind
 from stickjax.config import ModelConfig
 from stickjax.models.transformer import parameter_counts
-
-# Dense bf16 peak of a device in FLOP/s, by the beginning of its name, from the vendors' tables.
-PEAK_FLOPS = {
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-    "NVIDIA L40S": 362e12,
-}
 
 
 def flops_per_token(config: ModelConfig, T: int) -> float:
@@ -33,8 +25,8 @@ def flops_per_token(config: ModelConfig, T: int) -> float:
 
 def peak_flops(devices: int = 1) -> float | None:
     """The bf16 peak of so many devices together, or None when the chip is not known."""
-    kind = jax.devices()[0].device_kind
-    return next((devices * peak for name, peak in PEAK_FLOPS.items() if kind.startswith(name)), None)
+    chip = of_kind(jax.devices()[0].device_kind)
+    return None if chip is None else devices * chip.flops
 
 
 class MetricsLog:

@@ -15,7 +15,7 @@ from stickjax.models.moe import updated_router_bias
 from stickjax.models.transformer import Transformer, apply, init
 from stickjax.models.vocabulary import cross_entropy
 from stickjax.optim import make_optimizer
-from stickjax.sharding import over
+from stickjax.sharding import over, shardings
 
 
 class TrainState(NamedTuple):
@@ -62,7 +62,7 @@ def loss_and_metrics(config: Config, params, batch, key) -> tuple[jax.Array, dic
 
 
 def make_step(config: Config, mesh: Mesh | None = None) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
-    """The pure step `(state, batch) -> (state, metrics)`; jit it with `donate_argnums=0`.
+    """The pure step `(state, batch) -> (state, metrics)`; `jit_step` jits it.
 
     On a mesh every device takes its part of each microbatch (`sharding.over`), and the state lies by
     `sharding.shardings`.
@@ -111,6 +111,15 @@ def make_step(config: Config, mesh: Mesh | None = None) -> Callable[[TrainState,
         return TrainState(params, opt_state, state.step + 1, state.key, bad_steps), metrics
 
     return step
+
+
+def jit_step(config: Config, mesh: Mesh | None, state: TrainState) -> Callable:
+    """`make_step` as it runs: the state is donated, and stays where `sharding.shardings` has it.
+
+    Only the structure and the shapes of `state` are read.
+    """
+    places = None if mesh is None else (shardings(mesh, state), None)
+    return jax.jit(make_step(config, mesh), donate_argnums=0, out_shardings=places)
 
 
 def _with_router_bias(params: Transformer, load: dict[str, jax.Array], rate: float) -> Transformer:

@@ -28,7 +28,7 @@ from stickjax.models.transformer import parameter_counts
 from stickjax.options import describe, load_config, parse
 from stickjax.progress import Progress
 from stickjax.run import check_config, load, placed, read_config, write_config
-from stickjax.step import TrainState, init_state, make_step
+from stickjax.step import TrainState, init_state, jit_step
 
 # What is said in one line; everything else is a bug, and comes with its traceback.
 CLEAR = (ValueError, OSError, FloatingPointError, NotImplementedError, DamagedCheckpoint)
@@ -216,8 +216,7 @@ def fit(
 
 
 def _loop(config, mesh, state, loader, corpus, checkpoints, log, progress, asked, profile) -> Result:
-    places = None if mesh is None else (sharding.shardings(mesh, state), None)
-    step_function = jax.jit(make_step(config, mesh), donate_argnums=0, out_shardings=places)
+    step_function = jit_step(config, mesh, state)
     tokens, peak = config.data.tokens_per_step, peak_flops(1 if mesh is None else mesh.size)
     per_token = flops_per_token(config.model, config.data.T)
     first = step = saved = int(state.step)
@@ -281,6 +280,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--from", dest="branch", metavar="RUN@STEP", help="go on from a checkpoint under a changed config"
     )
+    parser.add_argument("--dry-run", action="store_true", help="compile the step, say what it takes, and write nothing")
     parser.add_argument("--profile", action="store_true", help="write a trace of a few steps to RUN/profile")
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="of several processes, where process 0 listens")
@@ -302,6 +302,11 @@ def main(argv: list[str] | None = None) -> int:
         if words.branch is not None and words.run is None:
             raise ValueError("--from needs a new folder: --run DIR")
         config = parse(config, rest)
+        if words.dry_run:
+            from stickjax.plan import dry_run
+
+            dry_run(config)
+            return 0
         run = words.run or str(Path("runs") / Path(words.config).stem)
         fit(config, run, init_from=words.init_from, branch=words.branch, profile=words.profile)
     except CLEAR as error:

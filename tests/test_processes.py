@@ -113,7 +113,10 @@ def test_they_train_as_one_whatever_their_number(eight, two, config, tmp_path, c
     command = [ROOT / "launch" / "hosts.sh", tmp_path / "hosts", "--processes", "2", config]
     path = f"{tmp_path}:{os.environ['PATH']}"
     process = start(
-        [*command, "--run", four, "--train.steps=100000", *DIVIDED], PATH=path, PORT=str(free_port()), PYTHON=sys.executable
+        [*command, "--run", four, "--train.steps=100000", *DIVIDED],
+        PATH=path,
+        PORT=str(free_port()),
+        PYTHON=sys.executable,
     )
     wait_for_step(four, STEPS + 3, process)
     process.send_signal(signal.SIGTERM)  # which reaches them at different steps

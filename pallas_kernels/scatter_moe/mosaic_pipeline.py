@@ -13,7 +13,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from .. import seam_rows
+from .. import cost, seam_rows
 
 STAGES = 4
 AHEAD = 2  # steps whose rows are on their way; of the other two stages one is multiplied and one waits for its products
@@ -108,10 +108,10 @@ def every(blocks: int, total, body: Callable, state):
     return lax.fori_loop(0, count, lambda i, state: body(i, block + i * blocks, state), state)
 
 
-def run(kernel: Callable, *, name: str, blocks: int, warpgroups: int, out_type, scratch):
+def run(kernel: Callable, *, name: str, flops: float, blocks: int, warpgroups: int, out_type, scratch):
     """The kernel as a function of arrays; `warpgroups` multiply and one more copies."""
     kernel.__name__ = name
-    return plgpu.kernel(
+    launch = plgpu.kernel(
         kernel,
         out_type=out_type,
         scratch_types=scratch,
@@ -121,6 +121,7 @@ def run(kernel: Callable, *, name: str, blocks: int, warpgroups: int, out_type, 
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )
+    return cost.kernel(name, flops, launch)
 
 
 def memory(shape, dtype):

@@ -150,7 +150,11 @@ def _product(
         plgpu.Barrier(num_arrivals=1 + per_tile, num_barriers=STAGES),
         plgpu.Barrier(num_arrivals=W, num_barriers=STAGES),
     )
-    run = pipeline.run(kernel, name=name, blocks=blocks, warpgroups=W, out_type=out_type, scratch=(*own, *scratch))
+    products = 1 if plan.transposed else plan.parts  # of [rows, columns] each
+    flops = 2 * tasks.place.shape[0] * plan.x_parts * plan.width * plan.columns * products
+    run = pipeline.run(
+        kernel, name=name, flops=flops, blocks=blocks, warpgroups=W, out_type=out_type, scratch=(*own, *scratch)
+    )
     return run(x, source, tasks.expert, tasks.count, weight, *inputs)
 
 

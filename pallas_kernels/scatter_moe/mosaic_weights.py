@@ -93,6 +93,7 @@ def d_weights(left, left_numbers, right, right_numbers, tasks: Tasks, out_dtype=
     run = pipeline.run(
         kernel,
         name="expert_d_weights",
+        flops=2 * tasks.place.shape[0] * D * P * F,
         blocks=blocks,
         warpgroups=WARPGROUPS,
         out_type=jax.ShapeDtypeStruct((E, D, P, F), out_dtype),

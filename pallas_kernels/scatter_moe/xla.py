@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from .. import cost, seam
 from .call import ACTIVATIONS, PRE_ACTIVATION, LinearCall, MlpCall
 from .routing import Routing
 
@@ -235,7 +236,7 @@ def _map_blocks(block, weights, arrays, in_rows, out_rows, routing: Routing):
 
     if C:
         p = starts[:, None] + jnp.arange(C)[None]
-        if C >= _MANY_ROWS and jax.default_backend() == "cpu":
+        if C >= _MANY_ROWS and seam.platform() == "cpu":
             # Two experts at a time: their rows stay nearer to the cores, which outweighs a copy of their weights.
             rows_out, sums = lax.map(lambda expert: run(*expert), (weights, p, ends), batch_size=2)
         else:
@@ -267,4 +268,6 @@ def _map_blocks(block, weights, arrays, in_rows, out_rows, routing: Routing):
         )
         return outs, jax.tree.map(lambda total, part: total.at[e].add(part), sums, expert_sums)
 
-    return lax.fori_loop(0, blocks[-1], rest, (outs, sums))
+    # None when the experts are balanced; with C = 0 all blocks, as full as they can be.
+    trips = 0 if C else math.ceil(R / size)
+    return cost.loop(trips, lambda state: lax.fori_loop(0, blocks[-1], rest, state))((outs, sums))

@@ -8,7 +8,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from .. import seam
+from .. import cost, seam
 from .mosaic_backward import HALF, SWIZZLE, d_logits, weights_of, zeros
 from .mosaic_tile import KEYS, LOG2E, ROWS, Plan, block, tile_memory, two_sum, visible, visited
 
@@ -153,6 +153,7 @@ def d_query(
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )
+    run = cost.kernel("stick_breaking_d_query", 2 * plan.scores * (2 * plan.H + plan.Hv), run)
     segments = (query_segments, key_segments) if plan.segments else ()
     scale = scale.reshape(1).astype(jnp.float32)
     return run(query, key, value, d_out, d_log_rem, spent, reached, scale, spans, offset, *segments)

@@ -15,7 +15,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from .. import seam
+from .. import cost, seam
 from .mosaic_tile import KEYS, LOG2E, ROWS, Plan, block, sticks, tile_memory, two_sum, visible, visited
 
 
@@ -168,5 +168,6 @@ def forward(plan: Plan, query, key, value, scale, spans, offset, query_segments=
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )
+    run = cost.kernel("stick_breaking_forward", 2 * plan.scores * (plan.H + plan.Hv), run)
     segments = (query_segments, key_segments) if plan.segments else ()
     return run(query, key, value, scale.reshape(1).astype(jnp.float32), spans, offset, *segments)

@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 
 from .. import seam
+from ..cost import visible_scores
 
 ROWS = 64  # query rows of a warpgroup
 KEYS = 64  # of a tile
@@ -45,6 +46,13 @@ class Plan(NamedTuple):
     per_position: int = 1  # query rows at one position
     splits: int = 1  # of the keys, each a batch entry of the spans and of the results
     out_dtype: jnp.dtype | None = None
+
+    @property
+    def scores(self) -> int:
+        """Products of a query and a key within the mask, for queries at the end of the keys."""
+        rows, window = self.rows // self.per_position, self.window
+        scores = visible_scores(rows, self.S, attend_current=self.attend_current, window=window)
+        return self.B * self.N * self.per_position * scores
 
     @property
     def tiles(self) -> int:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from .. import cost, seam
 from . import tile
 from .call import Call, Where
 
@@ -123,7 +124,7 @@ def _over_heads(one_head, call: Call, *extra):
 def _entries_together(call: Call) -> int:
     """The largest divisor of B whose tiles together stay within _CACHED_SCORES; all of B anywhere but on a CPU."""
     B, _, N, _ = call.query.shape
-    if jax.default_backend() != "cpu":
+    if seam.platform() != "cpu":
         return B
     tile_scores = _short_rows(call) * call.mask.S if _is_short(call) else math.prod(_long_tiles(call))
     most = max(1, _CACHED_SCORES // max(1, N * tile_scores))
@@ -191,25 +192,47 @@ def _long_tiles(call):
 
 def _reach(call: Call, where: Where):
     """First and one past the last key tile that each query tile can see, over all batch entries of `where`."""
-    mask, (rows, columns) = call.mask, _long_tiles(call)
-    first_q, first_k = np.arange(0, mask.T, rows), np.arange(0, mask.S, columns)
-    last_q, last_k = np.minimum(first_q + rows, mask.T) - 1, np.minimum(first_k + columns, mask.S) - 1
-    offset = where.offset[:, None, None]
-    needed = offset + (last_q[:, None] - first_k)[None] >= (0 if mask.attend_current else 1)
-    if mask.window is not None:
-        needed &= offset + (first_q[:, None] - last_k)[None] <= mask.window
+    rows, columns = _long_tiles(call)
+    needed = _within_mask(call, where.offset)
     if where.query_segments is not None:
         low_q, high_q = _segment_range(where.query_segments, rows)
         low_k, high_k = _segment_range(where.key_segments, columns)
         needed &= (low_q[:, :, None] <= high_k[:, None, :]) & (low_k[:, None, :] <= high_q[:, :, None])
     needed = needed.any(0)
-    n = len(first_k)
-    if n == 0 or len(first_q) == 0:
-        return jnp.zeros((2, len(first_q)), jnp.int32)
+    queries, n = needed.shape
+    if 0 in needed.shape:
+        return jnp.zeros((2, queries), jnp.int32)
     any_needed = needed.any(1)
     first = jnp.where(any_needed, jnp.argmax(needed, axis=1), 0)
     last = jnp.where(any_needed, n - jnp.argmax(needed[:, ::-1], axis=1), 0)
     return jnp.stack([first, last]).astype(jnp.int32)
+
+
+def _within_mask(call: Call, offset):
+    """Whether a query tile sees a key tile at these offsets [B], by the mask alone: [B, query tiles, key tiles]."""
+    mask, (rows, columns) = call.mask, _long_tiles(call)
+    first_q, first_k = np.arange(0, mask.T, rows), np.arange(0, mask.S, columns)
+    last_q, last_k = np.minimum(first_q + rows, mask.T) - 1, np.minimum(first_k + columns, mask.S) - 1
+    offset = offset[:, None, None]
+    needed = offset + (last_q[:, None] - first_k)[None] >= (0 if mask.attend_current else 1)
+    if mask.window is not None:
+        needed &= offset + (first_q[:, None] - last_k)[None] <= mask.window
+    return needed
+
+
+def _loop(call: Call):
+    """lax.while_loop over the key tiles of a query tile, of which a mean number is expected: all that the mask allows.
+
+    An offset that is not known is taken to be that of queries at the end of the keys.
+    """
+    mask = call.mask
+    offset = mask.S - mask.T if mask.static_offset is None else mask.static_offset
+    trips = _within_mask(call, np.array([offset])).sum(2).mean()
+
+    def loop(condition, body, state):
+        return cost.loop(trips, partial(lax.while_loop, condition, body))(state)
+
+    return loop
 
 
 def _segment_range(segments, size):
@@ -259,7 +282,7 @@ class _Tiles:
 
 
 def _long_forward(call: Call, reach):
-    t = _Tiles(call)
+    t, loop = _Tiles(call), _loop(call)
     G, T = call.query.shape[:2]
 
     def query_tile(i):
@@ -272,7 +295,7 @@ def _long_forward(call: Call, reach):
             return j - 1, out + part, log_rem
 
         start = (last - 1, jnp.zeros((G, t.rows, call.value.shape[-1]), t.dtype), jnp.zeros((G, t.rows), t.dtype))
-        j, out, log_rem = lax.while_loop(lambda s: (s[0] >= first) & t.goes_on(i, s[2]), key_tile, start)
+        j, out, log_rem = loop(lambda s: (s[0] >= first) & t.goes_on(i, s[2]), key_tile, start)
         return out, log_rem, last - 1 - j
 
     outs, sticks, kept = lax.map(query_tile, jnp.arange(t.count))
@@ -282,7 +305,7 @@ def _long_forward(call: Call, reach):
 
 
 def _long_backward(call: Call, reach, d_out, d_log_rem):
-    t = _Tiles(call)
+    t, loop = _Tiles(call), _loop(call)
     G, T = call.query.shape[:2]
     d_out, d_log_rem = _pad(d_out, 1, t.rows), _pad(d_log_rem, 1, t.rows)
 
@@ -297,7 +320,7 @@ def _long_backward(call: Call, reach, d_out, d_log_rem):
             return j - 1, log_rem - tile.spent(q, next(t.keys(j)), t.mask(i, j), call.scale), sticks
 
         start = (last - 1, jnp.zeros((G, t.rows), t.dtype), jnp.zeros((t.key_count, G, t.rows), t.dtype))
-        j, _, sticks = lax.while_loop(lambda s: (s[0] >= first) & t.goes_on(i, s[1]), spend, start)
+        j, _, sticks = loop(lambda s: (s[0] >= first) & t.goes_on(i, s[1]), spend, start)
 
         # Left to right: the prefix sums of a, and the gradients.
         def key_tile(state):
@@ -308,7 +331,7 @@ def _long_backward(call: Call, reach, d_out, d_log_rem):
             return j + 1, dq + dq_part, _add_at(dk, dk_part, j), _add_at(dv, dv_part, j), prefix
 
         state = (j + 1, jnp.zeros((G, t.rows, q.shape[-1]), t.dtype), *grads, prefix)
-        _, dq, dk, dv, _ = lax.while_loop(lambda s: s[0] < last, key_tile, state)
+        _, dq, dk, dv, _ = loop(lambda s: s[0] < last, key_tile, state)
         return (dk, dv), dq
 
     zeros = (jnp.zeros(t.k.shape, t.dtype), jnp.zeros(t.v.shape, t.dtype))

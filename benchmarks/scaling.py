@@ -1,0 +1,82 @@
+"""python -m benchmarks.scaling [--devices 8 64] [--json]: what a step takes on many H200s, as a table for the README.
+
+Compiled for GPUs that are not there (`stickjax.plan`), with the mesh and the microbatch written here; --json also
+writes benchmarks/results/h200-scaling.json. Needs the CUDA wheels, no GPU, and a minute or two for each row.
+"""
+
+import argparse
+import datetime
+import json
+import sys
+from pathlib import Path
+
+import jax
+
+from stickjax.aot import absent_machine, compile_step
+from stickjax.chips import chip
+from stickjax.estimate import ASSUMPTIONS
+from stickjax.options import load_config
+from stickjax.report import as_dict, gib, mesh_words
+
+ROOT = Path(__file__).parents[1]
+# Of a config on so many GPUs: parameters and state divided within a host where they fit, a few sequences at a time.
+LAYOUTS = {
+    "powermoe_3b": {
+        8: {"mesh.fsdp": 8, "train.accumulate": 32},
+        64: {"mesh.data": 8, "mesh.fsdp": 8, "train.accumulate": 4},
+        512: {"mesh.data": 64, "mesh.fsdp": 8},
+        4096: {"mesh.data": 512, "mesh.fsdp": 8, "data.B": 4096},
+    },
+    "powermoe_100b": {
+        8: {"mesh.fsdp": 8, "train.accumulate": 128},
+        64: {"mesh.fsdp": 64, "train.accumulate": 8},
+        512: {"mesh.data": 8, "mesh.fsdp": 64},
+        4096: {"mesh.data": 64, "mesh.fsdp": 64, "data.B": 4096},
+    },
+}
+HEAD = ("model", "GPUs", "mesh", "sequences", "arguments", "temporaries", "peak", "fits", "sent", "MFU")
+
+
+def row(name: str, devices: int) -> dict:
+    """The report of one cell, with the config's name."""
+    config = load_config(str(ROOT / "configs" / f"{name}.py")).replace(LAYOUTS[name][devices])
+    machine = absent_machine(chip("h200"), devices, devices // 8)
+    found = as_dict(compile_step(config, machine), machine)
+    return {"config": name, "B": config.data.B, "accumulate": config.train.accumulate} | found
+
+
+def markdown(rows: list[dict]) -> str:
+    """The README's table."""
+    lines = [HEAD, ("---",) * len(HEAD)]
+    for r in rows:
+        sizes = [gib(r["bytes"][key]) for key in ("arguments", "temporaries", "peak")]
+        sent = [f"{gib(c['sent'])} {c['kind']} ({', '.join(c['axes'])})" for c in r["collectives"] if c["sent"] > 2**26]
+        share = f"{r['mfu']['serial']:.0%} to {r['mfu']['overlapped']:.0%}"
+        batch = f"{r['accumulate']} x {r['B'] // r['accumulate']}"
+        fits = "yes" if r["fits"] else "no"
+        lines.append((r["config"], r["devices"], mesh_words(r["mesh"]), batch, *sizes, fits, "; ".join(sent), share))
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--devices", type=int, nargs="+", choices=(8, 64, 512, 4096), default=(8, 64, 512, 4096))
+    parser.add_argument("--config", nargs="+", choices=LAYOUTS, default=tuple(LAYOUTS))
+    parser.add_argument("--json", action="store_true", help="also write benchmarks/results/h200-scaling.json")
+    words = parser.parse_args(argv)
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        rows = [row(name, devices) for name in words.config for devices in words.devices]
+    except (ValueError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(markdown(rows))
+    print("\n".join(f"- {assumption}" for assumption in ASSUMPTIONS))
+    if words.json:
+        info = {"date": datetime.date.today().isoformat(), "jax": jax.__version__, "rows": rows}
+        (ROOT / "benchmarks" / "results" / "h200-scaling.json").write_text(json.dumps(info, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

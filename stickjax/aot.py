@@ -1,0 +1,151 @@
+"""A training step compiled ahead of time: for GPUs that are not there, for virtual CPU devices, or for what is here.
+
+What a plan reads off it: exact bytes of the arguments, temporaries of the compiler's own program, collectives, and the
+work of the traced step.
+"""
+
+import dataclasses
+import math
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from stickjax import sharding
+from stickjax.chips import Chip, absent_devices, has_wheels, of_kind, tracing_for
+from stickjax.config import Config
+from stickjax.flops import Work, count, itemsize
+from stickjax.hlo import Collective, collectives
+from stickjax.step import TrainState, init_state, jit_step
+
+
+class Machine(NamedTuple):
+    """Devices to compile for, as many on each host. `memory`: bytes of one, None when that is not known."""
+
+    devices: tuple[jax.Device, ...]
+    hosts: int
+    chip: Chip | None
+    memory: int | None
+    said: str  # in words
+    platforms: tuple[str, ...] | None = None  # to lower for, where JAX cannot tell from the devices
+
+    @property
+    def per_host(self) -> int:
+        return len(self.devices) // self.hosts
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """One step of a config. Bytes are of one device; `work` is that of all."""
+
+    config: Config
+    mesh: Mesh | None
+    arguments: int
+    temporaries: int
+    peak: int
+    state: int  # of the arguments, what the optimizer reads and writes
+    work: Work
+    collectives: list[Collective]
+    seconds: float  # that compiling took
+
+    @property
+    def devices(self) -> int:
+        return 1 if self.mesh is None else self.mesh.size
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """Sizes of the mesh by axis."""
+        return {} if self.mesh is None else dict(self.mesh.shape)
+
+
+def absent_machine(chip: Chip, devices: int, hosts: int) -> Machine:
+    """GPUs that are not there, or as many virtual CPU devices where the CUDA wheels are missing.
+
+    Raises:
+      ValueError: devices that do not divide among the hosts, or fewer CPU devices than needed (see `virtual_devices`).
+    """
+    if devices < 1 or hosts < 1 or devices % hosts:
+        raise ValueError(f"{devices} devices must be a multiple of {hosts} hosts")
+    named = f"{devices} x {chip.kind}"
+    if has_wheels():
+        found, platforms = absent_devices(chip.name, devices, hosts), ("cuda",)
+        said = f"{named} that are not here"
+    else:
+        found, platforms = jax.devices("cpu")[:devices], None
+        said = f"{devices} virtual CPU devices in place of {named} (memory and collectives are those of the CPU's "
+        said += "program): pip install 'stickjax[cuda13]' compiles for the GPUs"
+        if len(found) < devices:
+            raise ValueError(f"there are {len(found)} virtual CPU devices, {devices} are needed; plan in a new process")
+    said += f", {hosts} host{'s' if hosts > 1 else ''}"
+    return Machine(tuple(found), hosts, chip, chip.memory, said, platforms)
+
+
+def present_machine() -> Machine:
+    """What this process, and those it runs with, have."""
+    devices = jax.devices()
+    stats = devices[0].memory_stats() or {}
+    chip = of_kind(devices[0].device_kind)
+    memory = stats.get("bytes_limit") or (chip.memory if chip else None)
+    said = f"{len(devices)} x {devices[0].device_kind}"
+    return Machine(tuple(devices), jax.process_count(), chip, memory, said)
+
+
+def make_mesh(config: Config, machine: Machine) -> Mesh | None:
+    """The mesh of a config on a machine, which it has to use whole. Raises ValueError."""
+    mesh = sharding.make_mesh(config, list(machine.devices))
+    if (used := 1 if mesh is None else mesh.size) != len(machine.devices):
+        raise ValueError(f"the mesh has {used} devices, there are {len(machine.devices)}: --mesh.fsdp=-1 takes all")
+    return mesh
+
+
+def abstract_arguments(config: Config, mesh: Mesh | None, device: jax.Device) -> tuple[TrainState, dict]:
+    """State and batch of a step without their values, each with its sharding; on one device without a mesh."""
+    alone = NamedSharding(Mesh([device], ("x",)), PartitionSpec())
+    state = jax.eval_shape(lambda: init_state(config, jax.random.key(0)))
+    places = jax.tree.map(lambda _: alone, state) if mesh is None else sharding.shardings(mesh, state)
+    state = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, places)
+    place = alone if mesh is None else NamedSharding(mesh, sharding.BATCH)
+    types = dict(tokens=jnp.int32, targets=jnp.int32, segment_ids=jnp.int32, loss_mask=jnp.bool_)
+    shape = (config.data.B, config.data.T)
+    return state, {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, dtype in types.items()}
+
+
+def local_bytes(tree) -> int:
+    """Bytes that one device holds of arrays with shardings."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * itemsize(x.dtype) for x in leaves)
+
+
+def compile_step(config: Config, machine: Machine) -> Compiled:
+    """The step that `python -m stickjax.train` would run, compiled. Raises ValueError for a mesh that does not fit."""
+    begun = time.perf_counter()
+    mesh, device = make_mesh(config, machine), machine.devices[0]
+    state, batch = abstract_arguments(config, mesh, device)
+    with tracing_for(device):
+        traced = jit_step(config, mesh, state).trace(state, batch)
+        lowered = traced.lower(lowering_platforms=machine.platforms)
+    # It never runs: the program that XLA plans memory and collectives for is the same, only the machine code is worse.
+    compiled = lowered.compile(compiler_options={"xla_backend_optimization_level": 0})
+    memory = compiled.memory_analysis()
+    kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return Compiled(
+        config=config,
+        mesh=mesh,
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        peak=memory.argument_size_in_bytes + kept + memory.temp_size_in_bytes,
+        state=local_bytes(state),
+        work=count(traced.jaxpr),
+        collectives=collectives(compiled.as_text(), mesh, machine.per_host),
+        seconds=time.perf_counter() - begun,
+    )
+
+
+def virtual_devices(number: int) -> None:
+    """Let this process have so many CPU devices; nothing where JAX has started."""
+    try:
+        jax.config.update("jax_num_cpu_devices", max(number, jax.config.jax_num_cpu_devices))
+    except RuntimeError:
+        return

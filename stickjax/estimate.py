@@ -1,0 +1,60 @@
+"""How long a compiled step would take at the least, from compute, memory and network; and whether it fits."""
+
+from typing import NamedTuple
+
+from stickjax.aot import Compiled
+from stickjax.chips import Chip
+from stickjax.metrics import flops_per_token
+
+# Shares of the vendor's peak that large copies and products reach: 770 of 989 TFLOP/s and 4.3 of 4.8 TB/s on an H200.
+COMPUTE, MEMORY = 0.78, 0.9
+FITS = 0.92  # of the device's memory: the rest is for CUDA, NCCL's buffers and fragmentation
+ASSUMPTIONS = (
+    f"compute: {COMPUTE:.0%} of the bf16 peak, as large products reach on an H200; matrix products and kernels alone",
+    f"memory: {MEMORY:.0%} of the bandwidth, operands and results of products and kernels once, parameters and "
+    "optimizer state read and written once; what is element by element is taken to be fused",
+    "network: a ring per group at the rated bandwidth of one direction, over the host's links where the group lies "
+    "within a host, over the GPU's own adapter otherwise; no latency, no congestion",
+    "experts are balanced, attention sees its whole mask, every step is a good one",
+    f"fits: at most {FITS:.0%} of the memory",
+)
+
+
+class Estimate(NamedTuple):
+    """Seconds of a step. `overlapped`: the slowest of the three hides the others; `serial`: one after the other."""
+
+    compute: float
+    memory: float
+    network: float
+
+    @property
+    def overlapped(self) -> float:
+        return max(self)
+
+    @property
+    def serial(self) -> float:
+        return sum(self)
+
+
+def model_flops(compiled: Compiled) -> float:
+    """Of a step, without what is computed again: what the share of the peak (MFU) is of."""
+    data = compiled.config.data
+    return flops_per_token(compiled.config.model, data.T) * data.tokens_per_step
+
+
+def estimate(compiled: Compiled, chip: Chip) -> Estimate:
+    """See ASSUMPTIONS."""
+    n = compiled.devices
+    moved = compiled.work.bytes / n + 2 * compiled.state
+    sent = sum(c.sent * c.count / (chip.link if c.local else chip.network) for c in compiled.collectives)
+    return Estimate(compiled.work.flops / n / (COMPUTE * chip.flops), moved / (MEMORY * chip.bandwidth), sent)
+
+
+def mfu(compiled: Compiled, chip: Chip, seconds: float) -> float:
+    """Model FLOPs as a share of what the devices could do in that time."""
+    return model_flops(compiled) / (compiled.devices * chip.flops * seconds)
+
+
+def fits(compiled: Compiled, memory: int | None) -> bool:
+    """Whether a device of so much memory holds it; of unknown memory any does."""
+    return memory is None or compiled.peak <= FITS * memory

@@ -1,0 +1,94 @@
+"""Floating-point operations and memory traffic of a jaxpr, as it is executed.
+
+Loops count as often as they run, what a remat policy computes again counts again, and a body that runs on every device
+of a mesh counts once for each. XLA's own analysis counts a loop once, and has none for a GPU that is not there.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+
+from pallas_kernels import cost
+
+
+class Work(NamedTuple):
+    """`flops` of the matrix products and kernels (a multiply-add is two); `bytes` of their operands and results.
+
+    What XLA fuses with them or computes element by element is in neither. `unknown`: loops that look at their data,
+    counted once because nothing says how often they run.
+    """
+
+    flops: float = 0.0
+    bytes: float = 0.0
+    unknown: int = 0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def times(self, n: float) -> "Work":
+        return Work(self.flops * n, self.bytes * n, self.unknown)
+
+
+def count(jaxpr: Jaxpr | ClosedJaxpr) -> Work:
+    """The work of all devices together.
+
+    >>> import jax.numpy as jnp
+    >>> def f(x, w):
+    ...     return jax.lax.scan(lambda x, w: (x @ w, None), x, w)[0]
+    >>> count(jax.make_jaxpr(f)(jnp.ones((2, 8)), jnp.ones((5, 8, 8)))).flops == 5 * 2 * 2 * 8 * 8
+    True
+    """
+    return _count(jaxpr, None)
+
+
+def _count(jaxpr, trips: float | None) -> Work:
+    """`trips`: what a loop around has said of the `while` loops inside."""
+    total = Work()
+    for equation in jaxpr.jaxpr.eqns if isinstance(jaxpr, ClosedJaxpr) else jaxpr.eqns:
+        total += _equation(equation, trips)
+    return total
+
+
+def _equation(equation: JaxprEqn, trips: float | None) -> Work:
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+        return Work(2 * depth * equation.outvars[0].aval.size, _bytes(equation))
+    if name == "while":
+        known = trips if trips is not None else 1
+        return (_count(params["body_jaxpr"], trips) + Work(unknown=trips is None)).times(known)
+    if name == "cond":
+        return max((_count(branch, trips) for branch in params["branches"]), key=lambda work: work.flops)
+    if name == "scan":
+        return _count(params["jaxpr"], trips).times(params["length"])
+    if name == "shard_map":
+        copies = math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
+        return _count(params["jaxpr"], trips).times(copies)
+    if stated := cost.stated(params.get("name") or ""):
+        if stated.flops is not None:
+            return Work(stated.flops, _bytes(equation))
+        trips = stated.trips
+    return sum((_count(inner, trips) for inner in _inner(params)), Work())
+
+
+def _inner(params: dict) -> list:
+    """The jaxprs among the parameters of an equation: of a call, a derivative rule's, a rematerialised part."""
+    leaves = jax.tree.leaves(list(params.values()), is_leaf=lambda x: isinstance(x, Jaxpr | ClosedJaxpr))
+    return [leaf for leaf in leaves if isinstance(leaf, Jaxpr | ClosedJaxpr)]
+
+
+def _bytes(equation: JaxprEqn) -> int:
+    arrays = [v.aval for v in (*equation.invars, *equation.outvars) if hasattr(v.aval, "shape")]
+    return sum(math.prod(a.shape) * itemsize(a.dtype) for a in arrays)
+
+
+def itemsize(dtype) -> int:
+    """Bytes of one element; of a PRNG key, those of its words."""
+    if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+        words = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct((), dtype))
+        return words.size * words.dtype.itemsize
+    return np.dtype(dtype).itemsize

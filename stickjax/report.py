@@ -1,0 +1,143 @@
+"""What a plan prints: one compiled step with its estimate, and a table of several."""
+
+from collections import defaultdict
+
+from rich.console import Console
+from rich.table import Table
+
+from stickjax import estimate as model
+from stickjax.aot import Compiled, Machine
+from stickjax.models.transformer import parameter_counts
+
+
+def gib(size: float) -> str:
+    """Bytes in words.
+
+    >>> gib(3 * 2**30), gib(5 * 2**20)
+    ('3.0 GiB', '5.0 MiB')
+    """
+    for unit, name in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if size >= unit:
+            return f"{size / unit:.1f} {name}"
+    return f"{size:.0f} B"
+
+
+def by_axes(compiled: Compiled) -> list[dict]:
+    """Collectives of one kind over the same axes together: `count` runs in a step, `bytes` sent by a device."""
+    groups = defaultdict(lambda: dict(count=0.0, bytes=0.0, sent=0.0))
+    for c in compiled.collectives:
+        group = groups[c.kind, c.axes, c.local]
+        group["count"] += c.count
+        group["bytes"] += c.bytes * c.count
+        group["sent"] += c.sent * c.count
+    rows = [dict(kind=kind, axes=list(axes), local=local, **sums) for (kind, axes, local), sums in groups.items()]
+    return sorted(rows, key=lambda row: -row["sent"])
+
+
+def mesh_words(axes: dict[str, int]) -> str:
+    return " ".join(f"{axis}={size}" for axis, size in axes.items() if size > 1) or "one device"
+
+
+def as_dict(compiled: Compiled, machine: Machine) -> dict:
+    """Everything that the report says, in numbers."""
+    total, active = parameter_counts(compiled.config.model)
+    found = dict(
+        machine=machine.said,
+        devices=compiled.devices,
+        hosts=machine.hosts,
+        mesh=compiled.axes,
+        parameters=total,
+        active_parameters=active,
+        bytes=dict(arguments=compiled.arguments, temporaries=compiled.temporaries, peak=compiled.peak),
+        memory=machine.memory,
+        fits=model.fits(compiled, machine.memory),
+        flops=compiled.work.flops,
+        model_flops=model.model_flops(compiled),
+        traffic=compiled.work.bytes,
+        unknown_loops=compiled.work.unknown,
+        collectives=by_axes(compiled),
+        compile_seconds=compiled.seconds,
+        assumptions=list(model.ASSUMPTIONS),
+    )
+    if machine.chip is not None:
+        times = model.estimate(compiled, machine.chip)
+        found["seconds"] = times._asdict() | dict(overlapped=times.overlapped, serial=times.serial)
+        found["mfu"] = {
+            name: model.mfu(compiled, machine.chip, found["seconds"][name]) for name in ("overlapped", "serial")
+        }
+    return found
+
+
+def memory_words(compiled: Compiled, machine: Machine) -> str:
+    parts = f"{gib(compiled.arguments)} arguments + {gib(compiled.temporaries)} temporaries, peak {gib(compiled.peak)}"
+    if machine.memory is None:
+        return parts
+    verdict = "fits" if model.fits(compiled, machine.memory) else "does NOT fit"
+    return f"{parts} of {gib(machine.memory)}: {verdict}"
+
+
+def time_words(compiled: Compiled, machine: Machine) -> str:
+    t = model.estimate(compiled, machine.chip)
+    best, worst = (model.mfu(compiled, machine.chip, s) for s in (t.overlapped, t.serial))
+    return (
+        f"compute {t.compute:.3g} s, memory {t.memory:.3g} s, network {t.network:.3g} s: "
+        f"{t.overlapped:.3g} s (MFU {best:.0%}) if all overlap, {t.serial:.3g} s (MFU {worst:.0%}) if nothing does"
+    )
+
+
+def print_step(compiled: Compiled, machine: Machine, changes: list[tuple[dict, Compiled]]) -> None:
+    """`changes`: what was tried because the step does not fit, and fits."""
+    config, work = compiled.config, compiled.work
+    total, active = parameter_counts(config.model)
+    rows = config.data.B // config.train.accumulate
+    print(f"machine       {machine.said}")
+    print(f"mesh          {mesh_words(compiled.axes)}")
+    print(f"parameters    {total:,} ({active:,} active, embedding left out)")
+    print(f"step          B={config.data.B} x T={config.data.T}, {config.train.accumulate} x {rows} sequences, "
+          f"remat={config.model.remat}")  # fmt: skip
+    print(f"memory        per device: {memory_words(compiled, machine)}")
+    again = work.flops / model.model_flops(compiled)
+    print(f"work          {work.flops:.3g} FLOP, {again:.2f} x those of the model; {gib(work.bytes)} of operands")
+    if work.unknown:
+        print(f"              {work.unknown} loops of unknown length counted once")
+    for row in by_axes(compiled):
+        where = "within hosts" if row["local"] else "between hosts"
+        print(f"collective    {row['kind']} over {' and '.join(row['axes']) or 'nothing'}, {where}: "
+              f"{row['count']:,.0f} runs, {gib(row['sent'])} sent by a device")  # fmt: skip
+    if not compiled.collectives:
+        print("collective    none")
+    if machine.chip is not None:
+        print(f"time          {time_words(compiled, machine)}")
+    else:
+        print("time          not estimated: this device is not in the table of chips")
+    print(f"compiled in   {compiled.seconds:.0f} s")
+    if not model.fits(compiled, machine.memory):
+        for changed, other in changes:
+            words = " ".join(f"--{key}={value}" for key, value in changed.items())
+            print(f"would fit     {words}: peak {gib(other.peak)}; {time_words(other, machine)}")
+        if compiled.arguments > model.FITS * machine.memory:
+            print("would fit     no remat and no microbatch: the arguments alone take too much")
+        elif not changes:
+            print("would fit     nothing that was tried: neither remat, smaller microbatches nor more parts suffice")
+    for assumption in model.ASSUMPTIONS:
+        print(f"assumed       {assumption}")
+
+
+def print_sweep(steps: list[Compiled], left_out: list, machine: Machine) -> None:
+    """Best estimate first."""
+    table = Table(title=machine.said)
+    for column in ("mesh", "arguments", "temporaries", "peak", "fits", "sent", "overlapped", "serial", "MFU"):
+        table.add_column(column, justify="left" if column == "mesh" else "right")
+    for step in sorted(steps, key=lambda s: model.estimate(s, machine.chip).serial):
+        t = model.estimate(step, machine.chip)
+        share = " to ".join(f"{model.mfu(step, machine.chip, s):.0%}" for s in (t.serial, t.overlapped))
+        sizes = (gib(n) for n in (step.arguments, step.temporaries, step.peak))
+        sent = gib(sum(c.sent * c.count for c in step.collectives))
+        fits = "yes" if model.fits(step, machine.memory) else "no"
+        table.add_row(mesh_words(step.axes), *sizes, fits, sent, f"{t.overlapped:.3g} s", f"{t.serial:.3g} s", share)
+    Console(width=140).print(table)
+    if left_out:
+        names = [mesh_words(config.to_dict()["mesh"]) for config in left_out]
+        print(f"left out: {len(names)} more meshes ({'; '.join(names[:6])}{'; ...' if len(names) > 6 else ''})")
+    for assumption in model.ASSUMPTIONS:
+        print(f"assumed: {assumption}")

@@ -1,0 +1,73 @@
+"""PowerMoE-3B's step compiled for 64 H200s that are not there: what it gathers, its bytes and its work."""
+
+import importlib.util
+import json
+
+import pytest
+
+from stickjax import aot, chips, flops, plan
+from stickjax.options import load_config
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None,
+    reason="needs the CUDA wheels and no GPU: make test-absent",
+)
+CHANGES = {"mesh.fsdp": 64, "train.accumulate": 4}
+
+
+@pytest.fixture(scope="module")
+def planned():
+    """The config, and what the command says of it."""
+    config = load_config("configs/powermoe_3b.py").replace(CHANGES)
+    machine = aot.absent_machine(chips.chip("h200"), 64, 8)
+    return config, machine, aot.compile_step(config, machine)
+
+
+def test_nothing_is_gathered_beyond_the_strategy(planned):
+    """Each layer once forward and once more for its gradient, the embedding once, in every microbatch."""
+    config, _, step = planned
+    gathers = [c for c in step.collectives if c.kind == "all-gather"]
+    assert {(c.axes, c.devices) for c in gathers} == {(("fsdp",), 64)}
+    m, accumulate = config.model, config.train.accumulate
+    # At most one all-gather for each of a layer's seven matrices; XLA merges some.
+    assert sum(c.count for c in gathers) <= accumulate * (2 * m.L * 7 + 1)
+    layer = m.D * m.H * (2 * m.N + 2 * m.K) + m.D * m.E + 3 * m.E * m.D * m.F
+    values = accumulate * (2 * m.L * layer + m.V * m.D)
+    gathered = sum(c.bytes * c.count for c in gathers)
+    assert 2 * values <= gathered <= 4 * values  # in bf16, or in the float32 of the parameters
+    assert {c.kind for c in step.collectives} == {"all-gather", "reduce-scatter", "all-reduce"}
+    # What is summed over all devices is small: norms, losses, and the scales of norms.
+    assert sum(c.bytes * c.count for c in step.collectives if c.kind == "all-reduce") < 2**20
+
+
+def test_bytes_are_exact(planned):
+    config, machine, step = planned
+    arguments = aot.abstract_arguments(config, step.mesh, machine.devices[0])
+    assert step.arguments == aot.local_bytes(arguments)
+    assert step.arguments < step.peak < machine.memory
+
+
+def test_work_is_the_kernels_and_the_rest(planned):
+    """On one device the same, less the rows that do not fill a tile: nothing is counted 64 times or once."""
+    config, _, step = planned
+    alone = config.replace({"mesh.fsdp": 1, "train.accumulate": config.data.B // 4})
+    machine = aot.absent_machine(chips.chip("h200"), 1, 1)
+    state, batch = aot.abstract_arguments(alone, None, machine.devices[0])
+    with chips.tracing_for(machine.devices[0]):
+        traced = aot.jit_step(alone, None, state).trace(state, batch)
+    assert step.work.flops == flops.count(traced.jaxpr).flops
+
+
+@pytest.mark.parametrize("gpu", ["a100-80", "b200"])
+def test_other_chips(gpu, tmp_path, capsys):
+    path = tmp_path / "small.py"
+    path.write_text(
+        "from stickjax import Config, DataConfig, ModelConfig\n"
+        "def get_config():\n"
+        "    model = ModelConfig(V=64, D=64, L=2, N=2, K=1, H=64, F=64, E=4, k=2, dtype='bfloat16')\n"
+        "    return Config(model, DataConfig(T=1024, B=8))\n"
+    )
+    assert plan.main([str(path), f"--gpu={gpu}", "--devices=4", "--hosts=2", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["mesh"]["fsdp"] == 4 and "not here" in said["machine"] and said["unknown_loops"] == 0
+    assert not any(row["local"] for row in said["collectives"])
