@@ -1,0 +1,40 @@
+"""What crosses devices under every strategy: the collectives of the compiled step, and no others."""
+
+import math
+from collections import Counter
+
+import jax
+import pytest
+
+from stickjax import aot
+from stickjax.config import Config, ModelConfig
+
+pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
+L, MATRICES = 3, 7  # of a layer: query, key, value, output, router, and the two of the experts
+MODEL = ModelConfig(V=64, D=32, L=L, N=4, K=2, H=8, F=16, E=4, k=2, remat="full", dtype="bfloat16")
+# Gathered forward, and again for the backward pass, where it is reduced.
+FSDP = {"all-gather": 2 * L * MATRICES + 1, "reduce-scatter": L * MATRICES + 1}
+# Tokens, choices and gates, twice; then the gradient of the outputs. Outputs, and the gradients of tokens and gates.
+EXPERT = {"all-gather": 2 * L * 3 + L, "reduce-scatter": L + 2 * L}
+# Keys and values in one, and the segments of the sequence once.
+CONTEXT = {"all-gather": 2 * L + 1, "reduce-scatter": L}
+
+
+@pytest.mark.parametrize(
+    "mesh", [dict(data=4), dict(fsdp=4), dict(expert=4), dict(context=4), dict(tensor=2),
+             dict(fsdp=2, context=2, tensor=2)], ids="-".join
+)  # fmt: skip
+def test_collectives_of_a_step(mesh):
+    config = Config(MODEL).replace({"data.T": 32, "data.B": 8, **{f"mesh.{axis}": n for axis, n in mesh.items()}})
+    devices = tuple(jax.devices()[: math.prod(mesh.values())])
+    step = aot.compile_step(config, aot.present_machine()._replace(devices=devices))
+    expected = {"fsdp": FSDP, "expert": EXPERT, "context": CONTEXT}
+    found = Counter()
+    for c in step.collectives:
+        if c.kind != "all-reduce":
+            (axis,) = c.axes
+            found[axis, c.kind] += c.count
+    assert found == {(axis, kind): n for axis in mesh for kind, n in expected.get(axis, {}).items()}
+    sums = [c for c in step.collectives if c.kind == "all-reduce"]
+    large = {axis for c in sums for axis in c.axes if c.bytes >= 2**10}  # the others are losses and norms
+    assert large == set(mesh) - {"fsdp"}
