@@ -1,7 +1,8 @@
 """What kernels and loops say of their work, for those who count operations on a jaxpr (`stickjax.flops`).
 
-A kernel is opaque there, and a loop that looks at its data has no length. Both stand in a `jax.jit` whose name carries
-the number: it survives derivatives, rematerialisation and scans, is dropped with what it names, and costs nothing.
+A kernel is opaque there, a loop that looks at its data has no length, and rows may be padding. Each stands in a
+`jax.jit` whose name carries the number: it survives derivatives, rematerialisation and scans, is dropped with what it
+names, and costs nothing.
 """
 
 import re
@@ -11,14 +12,15 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-_NAME = re.compile(r"_(flops|trips)_(\d+(?:\.\d+)?(?:e[+-]?\d+)?)$")
+_NAME = re.compile(r"_(flops|trips|share)_(\d+(?:\.\d+)?(?:e[+-]?\d+)?)$")
 
 
 class Stated(NamedTuple):
-    """One of the two: floating-point operations of a kernel, or passes through each loop in it."""
+    """One of the three: operations of a kernel, passes through each loop, the share of all operations that is done."""
 
     flops: float | None = None
     trips: float | None = None
+    share: float | None = None
 
 
 def kernel(name: str, flops: float | int, run: Callable) -> Callable:
@@ -29,6 +31,11 @@ def kernel(name: str, flops: float | int, run: Callable) -> Callable:
 def loop(trips: float | int, run: Callable) -> Callable:
     """`run`, whose `while` loops are expected to make so many passes each."""
     return _named(f"loop_trips_{trips:.12g}", run)
+
+
+def share(part: float, run: Callable) -> Callable:
+    """`run`, which is expected to do a part of the operations that its shapes speak of: the other rows are empty."""
+    return run if part == 1 else _named(f"part_share_{part:.12g}", run)
 
 
 def _named(name: str, run: Callable) -> Callable:
@@ -43,7 +50,7 @@ def stated(name: str) -> Stated | None:
     """What the name of a jit says, if it is one of these.
 
     >>> stated("product_flops_1.5e+09"), stated("product")
-    (Stated(flops=1500000000.0, trips=None), None)
+    (Stated(flops=1500000000.0, trips=None, share=None), None)
     """
     found = _NAME.search(name)
     return Stated(**{found[1]: float(found[2])}) if found else None

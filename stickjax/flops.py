@@ -71,6 +71,9 @@ def _equation(equation: JaxprEqn, trips: float | None) -> Work:
     if stated := cost.stated(params.get("name") or ""):
         if stated.flops is not None:
             return Work(stated.flops, _bytes(equation))
+        if stated.share is not None:
+            whole = _count(params["jaxpr"], trips)
+            return whole._replace(flops=whole.flops * stated.share)
         trips = stated.trips
     return sum((_count(inner, trips) for inner in _inner(params)), Work())
 

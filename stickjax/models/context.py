@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import merge_stick_breaking, stick_breaking_attention
+from pallas_kernels import cost, merge_stick_breaking, stick_breaking_attention
 from stickjax.collectives import all_gather, size
 
 
@@ -41,14 +41,17 @@ def attention_in_context(
     count, index, (B, t) = size("context"), lax.axis_index("context"), q.shape[:2]
     C = t // 2
 
-    def attend(*arrays, **where):
-        out, _, stats = stick_breaking_attention(*arrays, return_stats=True, **where, **options)
+    def attend(q, k, v, query_offset, segment_ids, key_segment_ids):
+        segments = dict(segment_ids=segment_ids, key_segment_ids=key_segment_ids)
+        out, _, stats = stick_breaking_attention(
+            q, k, v, query_offset=query_offset, return_stats=True, **segments, **options
+        )
         return out, stats.log_rem
 
     def pieces(x):
         return x.reshape(2 * B, C, *x.shape[2:])
 
-    near = attend(*map(pieces, (q, k, v)), segment_ids=pieces(segment_ids))
+    near = attend(*map(pieces, (q, k, v)), 0, pieces(segment_ids), pieces(segment_ids))
     near = [x.reshape(B, 2, C, *x.shape[2:]) for x in near]
     keys, values = jnp.split(whole_sequence(jnp.concatenate([k, v], axis=-1)), [k.shape[-1]], axis=-1)
 
@@ -57,10 +60,10 @@ def attention_in_context(
         S = reach * C
         # What is not left of the piece counts as padding: its tiles are never visited.
         left = jnp.where((jnp.arange(S) < place * C)[None], key_segment_ids[:, :S], -1)
-        far = attend(
-            q[:, which * C : (which + 1) * C], keys[:, :S], values[:, :S], query_offset=place * C,
-            segment_ids=segment_ids[:, which * C : (which + 1) * C], key_segment_ids=left,
-        )  # fmt: skip
+        own, segments = (x[:, which * C : (which + 1) * C] for x in (q, segment_ids))
+        # On average over the devices, so many of the keys are left of it.
+        part = cost.share((reach - (count + 1) / 2) / (reach - 1 / 2), attend)
+        far = part(own, keys[:, :S], values[:, :S], place * C, segments, left)
         return merge_stick_breaking(tuple(x[:, which] for x in near), far)
 
     early, late = piece(0, index, count), piece(1, 2 * count - 1 - index, 2 * count)

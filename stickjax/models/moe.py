@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import expert_mlp, route
+from pallas_kernels import cost, expert_mlp, route
 from stickjax.collectives import from_experts, joined, split, to_experts, total
 from stickjax.config import ModelConfig
 from stickjax.models.layers import cast, gates, matrix_std, normal, output_std
@@ -162,8 +162,8 @@ class SparseExperts(nnx.Module):
         E, D, G, F = w_in.shape  # of this device
         tokens, weights = split((tokens, weights))
         tokens, chosen, weights = to_experts(tokens, chosen, weights, E)
-        y = expert_mlp(
-            tokens, w_in.reshape(E, D, G * F), w_out, route(chosen, E), weights,
-            activation=c.activation, implementation=c.implementation,
-        )  # fmt: skip
+        options = dict(activation=c.activation, implementation=c.implementation)
+        # With balanced experts each device has its share of the rows; the others' slots are empty.
+        run = cost.share(E / c.E, lambda *arrays: expert_mlp(*arrays, **options))
+        y = run(tokens, w_in.reshape(E, D, G * F), w_out, route(chosen, E), weights)
         return from_experts(joined(y)).reshape(x.shape), sums
