@@ -12,11 +12,11 @@ from pathlib import Path
 
 import jax
 
-from stickjax.aot import absent_machine, compile_step
-from stickjax.chips import chip
-from stickjax.estimate import ASSUMPTIONS
 from stickjax.options import load_config
-from stickjax.report import as_dict, gib, mesh_words
+from stickjax.plan.aot import absent_machine, compile_step
+from stickjax.plan.chips import chip
+from stickjax.plan.estimate import ASSUMPTIONS
+from stickjax.plan.report import as_dict, gib, mesh_words
 
 ROOT = Path(__file__).parents[1]
 # Of a config on so many GPUs: parameters and state divided within a host where they fit, a few sequences at a time.

@@ -1,4 +1,4 @@
-"""What kernels and loops say of their work, for those who count operations on a jaxpr (`stickjax.flops`).
+"""What kernels and loops say of their work, for those who count operations on a jaxpr (`stickjax.plan.flops`).
 
 A kernel is opaque there, a loop that looks at its data has no length, and rows may be padding. Each stands in a
 `jax.jit` whose name carries the number: it survives derivatives, rematerialisation and scans, is dropped with what it

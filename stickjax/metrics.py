@@ -6,9 +6,9 @@ from pathlib import Path
 
 import jax
 
-from stickjax.chips import of_kind
 from stickjax.config import ModelConfig
 from stickjax.models.transformer import parameter_counts
+from stickjax.plan.chips import of_kind
 
 
 def flops_per_token(config: ModelConfig, T: int) -> float:

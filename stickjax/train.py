@@ -303,7 +303,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError("--from needs a new folder: --run DIR")
         config = parse(config, rest)
         if words.dry_run:
-            from stickjax.plan import dry_run
+            from stickjax.plan.report import dry_run
 
             dry_run(config)
             return 0

@@ -6,8 +6,8 @@ from collections import Counter
 import jax
 import pytest
 
-from stickjax import aot
 from stickjax.config import Config, ModelConfig
+from stickjax.plan import aot
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 L, MATRICES = 3, 7  # of a layer: query, key, value, output, router, and the two of the experts

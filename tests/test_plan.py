@@ -10,11 +10,13 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pallas_kernels import cost, seam
-from stickjax import aot, chips, estimate, flops, plan, train
+from stickjax import train
 from stickjax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
 from stickjax.data import make_batch
-from stickjax.hlo import _groups, collectives
 from stickjax.options import load_config
+from stickjax.plan import __main__ as command
+from stickjax.plan import aot, chips, estimate, flops, report, search
+from stickjax.plan.hlo import _groups, collectives
 from stickjax.step import init_state, make_step
 
 SMALL = ModelConfig(V=64, D=32, L=3, N=4, K=2, H=8, F=16, E=4, k=2, remat="full")
@@ -178,7 +180,7 @@ def test_groups_by_hand(text, groups):
 
 @pytest.fixture
 def no_wheels(monkeypatch):
-    for module in (aot, plan):
+    for module in (aot, command):
         monkeypatch.setattr(module, "has_wheels", lambda: False)
 
 
@@ -239,20 +241,20 @@ def test_what_does_not_fit_is_changed_until_it_does(compiled, capsys):
     dense = {"model.E": 0, "model.k": 0, "model.L": 1}
     step = aot.compile_step(small(**dense), machine)
     few = machine._replace(memory=int(step.peak / estimate.FITS) - 1)
-    found = plan.nearest_changes(step, few)
+    found = search.nearest_changes(step, few)
     assert {name for change in found for name in change.changes} == {"train.accumulate", "mesh.data", "mesh.fsdp"}
     assert all(estimate.fits(change.compiled, few.memory) for change in found)
     # Parameters that are too many for a device are divided further; no microbatch is tried.
     few = machine._replace(memory=int(step.arguments / estimate.FITS) - 1)
-    found = plan.nearest_changes(step, few)
+    found = search.nearest_changes(step, few)
     assert {name for change in found for name in change.changes} <= {"mesh.data", "mesh.fsdp"}
-    plan.print_step(step, few, [])
+    report.print_step(step, few, [])
     assert "the arguments alone take too much" in capsys.readouterr().out
 
 
 def test_sweep(compiled):
     machine, _ = compiled
-    configs = plan.meshes(small(), machine)
+    configs = search.meshes(small(), machine)
     shapes = {(c.mesh.data, c.mesh.fsdp) for c in configs}
     assert shapes >= {(8, 1), (1, 8), (2, 4), (4, 2)} and all(np.prod(s) <= 8 for s in shapes)
 
@@ -272,10 +274,10 @@ def config_file(tmp_path):
 
 
 def test_the_command(config_file, no_wheels, capsys):
-    assert plan.main([config_file, "--devices=4", "--json"]) == 0
+    assert command.main([config_file, "--devices=4", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["mesh"]["fsdp"] == 4 and said["fits"] and said["mfu"]["overlapped"] > 0
-    assert plan.main([config_file, "--devices=2", "--sweep"]) == 0
+    assert command.main([config_file, "--devices=2", "--sweep"]) == 0
     said = capsys.readouterr().out
     assert "fsdp=2" in said and "data=2" in said and "virtual CPU" in said
 
@@ -292,7 +294,7 @@ def test_the_command(config_file, no_wheels, capsys):
     ],
 )
 def test_bad_input_is_one_line(config_file, no_wheels, capsys, words, message):
-    assert plan.main([config_file, *words]) == 1
+    assert command.main([config_file, *words]) == 1
     said = capsys.readouterr().err
     assert message in said and said.startswith("error: ") and said.count("\n") == 1
 

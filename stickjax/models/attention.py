@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import stick_breaking_attention
+from pallas_kernels import seam, stick_breaking_attention
 from stickjax.collectives import joined, size, split
 from stickjax.config import ModelConfig
 from stickjax.models.context import attention_in_context
@@ -120,7 +120,7 @@ class Attention(nnx.Module):
         segments = None if context.segment_ids is None else (context.segment_ids, context.key_segment_ids)
         # On a CPU in groups whose weights stay in the cache, as the stick-breaking op does by itself.
         group = q.shape[0]
-        if jax.default_backend() == "cpu":
+        if seam.platform() == "cpu":
             group = max(1, min(group, 2**20 // (T * q.shape[2] * S)))
         return jax.lax.map(attend, (q, k, v, segments), batch_size=group)
 

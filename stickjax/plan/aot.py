@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stickjax import sharding
-from stickjax.chips import Chip, absent_devices, has_wheels, of_kind, tracing_for
 from stickjax.config import Config
-from stickjax.flops import Work, count, itemsize
-from stickjax.hlo import Collective, collectives
+from stickjax.plan.chips import Chip, absent_devices, has_wheels, of_kind, tracing_for
+from stickjax.plan.flops import Work, count, itemsize
+from stickjax.plan.hlo import Collective, collectives
 from stickjax.step import TrainState, init_state, jit_step
 
 

@@ -1,13 +1,16 @@
 """What a plan prints: one compiled step with its estimate, and a table of several."""
 
+import json
 from collections import defaultdict
 
 from rich.console import Console
 from rich.table import Table
 
-from stickjax import estimate as model
-from stickjax.aot import Compiled, Machine
+from stickjax.config import Config
 from stickjax.models.transformer import parameter_counts
+from stickjax.plan import estimate
+from stickjax.plan.aot import Compiled, Machine, compile_step, present_machine
+from stickjax.plan.search import nearest_changes, sweep
 
 
 def gib(size: float) -> str:
@@ -50,20 +53,20 @@ def as_dict(compiled: Compiled, machine: Machine) -> dict:
         active_parameters=active,
         bytes=dict(arguments=compiled.arguments, temporaries=compiled.temporaries, peak=compiled.peak),
         memory=machine.memory,
-        fits=model.fits(compiled, machine.memory),
+        fits=estimate.fits(compiled, machine.memory),
         flops=compiled.work.flops,
-        model_flops=model.model_flops(compiled),
+        model_flops=estimate.model_flops(compiled),
         traffic=compiled.work.bytes,
         unknown_loops=compiled.work.unknown,
         collectives=by_axes(compiled),
         compile_seconds=compiled.seconds,
-        assumptions=list(model.ASSUMPTIONS),
+        assumptions=list(estimate.ASSUMPTIONS),
     )
     if machine.chip is not None:
-        times = model.estimate(compiled, machine.chip)
+        times = estimate.estimate(compiled, machine.chip)
         found["seconds"] = times._asdict() | dict(overlapped=times.overlapped, serial=times.serial)
         found["mfu"] = {
-            name: model.mfu(compiled, machine.chip, found["seconds"][name]) for name in ("overlapped", "serial")
+            name: estimate.mfu(compiled, machine.chip, found["seconds"][name]) for name in ("overlapped", "serial")
         }
     return found
 
@@ -72,13 +75,13 @@ def memory_words(compiled: Compiled, machine: Machine) -> str:
     parts = f"{gib(compiled.arguments)} arguments + {gib(compiled.temporaries)} temporaries, peak {gib(compiled.peak)}"
     if machine.memory is None:
         return parts
-    verdict = "fits" if model.fits(compiled, machine.memory) else "does NOT fit"
+    verdict = "fits" if estimate.fits(compiled, machine.memory) else "does NOT fit"
     return f"{parts} of {gib(machine.memory)}: {verdict}"
 
 
 def time_words(compiled: Compiled, machine: Machine) -> str:
-    t = model.estimate(compiled, machine.chip)
-    best, worst = (model.mfu(compiled, machine.chip, s) for s in (t.overlapped, t.serial))
+    t = estimate.estimate(compiled, machine.chip)
+    best, worst = (estimate.mfu(compiled, machine.chip, s) for s in (t.overlapped, t.serial))
     return (
         f"compute {t.compute:.3g} s, memory {t.memory:.3g} s, network {t.network:.3g} s: "
         f"{t.overlapped:.3g} s (MFU {best:.0%}) if all overlap, {t.serial:.3g} s (MFU {worst:.0%}) if nothing does"
@@ -96,7 +99,7 @@ def print_step(compiled: Compiled, machine: Machine, changes: list[tuple[dict, C
     print(f"step          B={config.data.B} x T={config.data.T}, {config.train.accumulate} x {rows} sequences, "
           f"remat={config.model.remat}")  # fmt: skip
     print(f"memory        per device: {memory_words(compiled, machine)}")
-    again = work.flops / model.model_flops(compiled)
+    again = work.flops / estimate.model_flops(compiled)
     print(f"work          {work.flops:.3g} FLOP, {again:.2f} x those of the model; {gib(work.bytes)} of operands")
     if work.unknown:
         print(f"              {work.unknown} loops of unknown length counted once")
@@ -111,15 +114,15 @@ def print_step(compiled: Compiled, machine: Machine, changes: list[tuple[dict, C
     else:
         print("time          not estimated: this device is not in the table of chips")
     print(f"compiled in   {compiled.seconds:.0f} s")
-    if not model.fits(compiled, machine.memory):
+    if not estimate.fits(compiled, machine.memory):
         for changed, other in changes:
             words = " ".join(f"--{key}={value}" for key, value in changed.items())
             print(f"would fit     {words}: peak {gib(other.peak)}; {time_words(other, machine)}")
-        if compiled.arguments > model.FITS * machine.memory:
+        if compiled.arguments > estimate.FITS * machine.memory:
             print("would fit     no remat and no microbatch: the arguments alone take too much")
         elif not changes:
             print("would fit     nothing that was tried: neither remat, smaller microbatches nor more parts suffice")
-    for assumption in model.ASSUMPTIONS:
+    for assumption in estimate.ASSUMPTIONS:
         print(f"assumed       {assumption}")
 
 
@@ -128,16 +131,40 @@ def print_sweep(steps: list[Compiled], left_out: list, machine: Machine) -> None
     table = Table(title=machine.said)
     for column in ("mesh", "arguments", "temporaries", "peak", "fits", "sent", "overlapped", "serial", "MFU"):
         table.add_column(column, justify="left" if column == "mesh" else "right")
-    for step in sorted(steps, key=lambda s: model.estimate(s, machine.chip).serial):
-        t = model.estimate(step, machine.chip)
-        share = " to ".join(f"{model.mfu(step, machine.chip, s):.0%}" for s in (t.serial, t.overlapped))
+    for step in sorted(steps, key=lambda s: estimate.estimate(s, machine.chip).serial):
+        t = estimate.estimate(step, machine.chip)
+        share = " to ".join(f"{estimate.mfu(step, machine.chip, s):.0%}" for s in (t.serial, t.overlapped))
         sizes = (gib(n) for n in (step.arguments, step.temporaries, step.peak))
         sent = gib(sum(c.sent * c.count for c in step.collectives))
-        fits = "yes" if model.fits(step, machine.memory) else "no"
+        fits = "yes" if estimate.fits(step, machine.memory) else "no"
         table.add_row(mesh_words(step.axes), *sizes, fits, sent, f"{t.overlapped:.3g} s", f"{t.serial:.3g} s", share)
     Console(width=140).print(table)
     if left_out:
         names = [mesh_words(config.to_dict()["mesh"]) for config in left_out]
         print(f"left out: {len(names)} more meshes ({'; '.join(names[:6])}{'; ...' if len(names) > 6 else ''})")
-    for assumption in model.ASSUMPTIONS:
+    for assumption in estimate.ASSUMPTIONS:
         print(f"assumed: {assumption}")
+
+
+def show(config: Config, machine: Machine, *, as_json: bool = False, swept: bool = False) -> None:
+    """Compile, search, and print the report. Raises ValueError for a mesh that does not divide."""
+    if swept:
+        steps, left_out = sweep(config, machine)
+        if as_json:
+            print(json.dumps({"steps": [as_dict(step, machine) for step in steps],
+                              "left_out": [c.to_dict()["mesh"] for c in left_out]}, indent=1))  # fmt: skip
+        else:
+            print_sweep(steps, left_out, machine)
+        return
+    step = compile_step(config, machine)
+    changes = [] if estimate.fits(step, machine.memory) else nearest_changes(step, machine)
+    if as_json:
+        found = [{"changes": c.changes, "step": as_dict(c.compiled, machine)} for c in changes]
+        print(json.dumps(as_dict(step, machine) | {"changes": found}, indent=1))
+    else:
+        print_step(step, machine, [(c.changes, c.compiled) for c in changes])
+
+
+def dry_run(config: Config) -> None:
+    """The report for the machine at hand; nothing is written."""
+    show(config, present_machine())

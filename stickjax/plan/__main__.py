@@ -1,0 +1,63 @@
+"""Plan a training run: what its step takes on GPUs that need not be there.
+
+python -m stickjax.plan configs/powermoe_3b.py --gpu h200 --devices 64 [--sweep] [--json] [--section.field=value ...]
+
+Compiles the real step ahead of time and prints parameters, memory, work, collectives and an estimated time, and when it
+does not fit, the nearest changes that do, each compiled too. With the CUDA wheels for the GPUs themselves, otherwise on
+virtual CPU devices.
+"""
+
+import argparse
+import os
+import sys
+
+import jax
+
+from stickjax.config import Config
+from stickjax.options import describe, load_config, parse
+from stickjax.plan.aot import absent_machine, virtual_devices
+from stickjax.plan.chips import CHIPS, chip, has_wheels
+from stickjax.plan.report import show
+from stickjax.plan.search import SWEPT
+
+
+def _hosts(devices: int) -> int:
+    """The fewest of at most eight devices each."""
+    return next(hosts for hosts in range(max(1, -(-devices // 8)), max(1, devices) + 1) if devices % hosts == 0)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m stickjax.plan", add_help=False, allow_abbrev=False)
+    parser.add_argument("config", nargs="?", help="a config file, or a run's config.json")
+    parser.add_argument("--gpu", default="h200", help=f"one of {', '.join(CHIPS)}; h200 by default")
+    parser.add_argument("--devices", type=int, default=8, help="GPUs; 8 by default")
+    parser.add_argument("--hosts", type=int, help="hosts that they are in; one for every 8 by default")
+    parser.add_argument("--sweep", action="store_true", help=f"compare mesh shapes, {SWEPT} at most")
+    parser.add_argument("--json", action="store_true", help="machine-readable, to stdout")
+    parser.add_argument("-h", "--help", action="store_true")
+    words, rest = parser.parse_known_args(argv)
+    try:
+        config = load_config(words.config) if words.config else Config()
+        if words.help:
+            print(f"{parser.format_help()}\nconfig fields, with their values here:\n{describe(config)}")
+            return 0
+        if words.config is None:
+            raise ValueError("which config? for example: python -m stickjax.plan configs/powermoe_3b.py --devices 64")
+        config = parse(config, rest)
+        gpu = chip(words.gpu)
+        if "JAX_PLATFORMS" not in os.environ:
+            jax.config.update("jax_platforms", "cpu")  # no GPU here is used
+        if not has_wheels():
+            virtual_devices(words.devices)
+        machine = absent_machine(gpu, words.devices, words.hosts or _hosts(words.devices))
+        if not words.sweep and not any(word.startswith("--mesh.") for word in rest) and config.mesh == Config().mesh:
+            config = config.replace({"mesh.fsdp": -1})
+        show(config, machine, as_json=words.json, swept=words.sweep)
+    except (ValueError, OSError, NotImplementedError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
