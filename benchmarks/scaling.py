@@ -19,19 +19,20 @@ from stickjax.plan.estimate import ASSUMPTIONS
 from stickjax.plan.report import as_dict, gib, mesh_words
 
 ROOT = Path(__file__).parents[1]
-# Of a config on so many GPUs: parameters and state divided within a host where they fit, a few sequences at a time.
+# Of a config on so many GPUs. What sends most stays within a host: experts of the large model, of the small one the
+# parameters, as soon as there are so many hosts that gradients of whole ones would not be sent in time.
 LAYOUTS = {
     "powermoe_3b": {
-        8: {"mesh.fsdp": 8, "train.accumulate": 32},
+        8: {"mesh.data": 8, "train.accumulate": 32},
         64: {"mesh.data": 8, "mesh.fsdp": 8, "train.accumulate": 4},
         512: {"mesh.data": 64, "mesh.fsdp": 8},
         4096: {"mesh.data": 512, "mesh.fsdp": 8, "data.B": 4096},
     },
     "powermoe_100b": {
-        8: {"mesh.fsdp": 8, "train.accumulate": 128},
-        64: {"mesh.fsdp": 64, "train.accumulate": 8},
-        512: {"mesh.data": 8, "mesh.fsdp": 64},
-        4096: {"mesh.data": 64, "mesh.fsdp": 64, "data.B": 4096},
+        8: {"mesh.expert": 8, "train.accumulate": 128},
+        64: {"mesh.fsdp": 8, "mesh.expert": 8, "train.accumulate": 4},
+        512: {"mesh.fsdp": 64, "mesh.expert": 8},
+        4096: {"mesh.data": 8, "mesh.fsdp": 64, "mesh.expert": 8, "data.B": 8192},
     },
 }
 HEAD = ("model", "GPUs", "mesh", "sequences", "arguments", "temporaries", "peak", "fits", "sent", "MFU")

@@ -55,7 +55,13 @@ def x64():
 
 # Compiled as users compile: what they measure are errors of rounding, and that a resumed run is the same to the bit.
 OPTIMISED = ("test_stick_breaking", "test_scatter_moe", "test_train")
-LONG = ("test_train", "test_notebook", "test_readme")  # a worker that got one of these last would leave the other idle
+LONG = (
+    "test_train",
+    "test_processes",
+    "test_scatter_moe_mosaic",
+    "test_notebook",
+    "test_readme",
+)  # a worker that got one of these last would leave the other idle
 
 
 def pytest_collection_modifyitems(items):

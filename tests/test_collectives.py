@@ -21,8 +21,7 @@ CONTEXT = {"all-gather": 2 * L + 1, "reduce-scatter": L}
 
 
 @pytest.mark.parametrize(
-    "mesh", [dict(data=4), dict(fsdp=4), dict(expert=4), dict(context=4), dict(tensor=2),
-             dict(fsdp=2, context=2, tensor=2)], ids="-".join
+    "mesh", [dict(data=4), dict(expert=4), dict(fsdp=2, context=2, tensor=2)], ids="-".join
 )  # fmt: skip
 def test_collectives_of_a_step(mesh):
     config = Config(MODEL).replace({"data.T": 32, "data.B": 8, **{f"mesh.{axis}": n for axis, n in mesh.items()}})

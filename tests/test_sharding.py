@@ -23,7 +23,7 @@ LOSSES = dict(switch_weight=0.1, z_weight=0.1, mi_weight=0.1)
 MODELS = {
     "dense": ModelConfig(**SIZES, head_norm=True, remainder="bias"),
     "experts": ModelConfig(**SIZES, E=4, k=2, tied=False, remat="full", remainder="value", window=11, **LOSSES),
-    "heads": ModelConfig(**SIZES, E=4, k=2, attention_experts=3, bias_rate=0.01, **LOSSES),
+    "heads": ModelConfig(**SIZES, attention_experts=3, attend_current=True, bias_rate=0.01, **LOSSES),
     "softmax": ModelConfig(**SIZES, attention="softmax", activation="gelu"),
 }
 STRATEGIES = [dict(data=4), dict(fsdp=4), dict(context=4), dict(tensor=2), dict(expert=4)]
@@ -35,7 +35,7 @@ CASES = [
     ("softmax", dict(fsdp=4, tensor=2)),
     ("experts", dict(fsdp=2, expert=2, tensor=2)),
     ("experts", dict(expert=2, context=4)),
-    ("heads", dict(data=2, expert=2, context=2)),
+    ("heads", dict(data=2, fsdp=2, context=2)),
     ("heads", dict(fsdp=2, context=2, tensor=2)),
 ]
 STEPS = 20
