@@ -5,6 +5,7 @@ import gc
 import os
 import shutil
 import tempfile
+import time
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The warpgroups of an interpreted GPU kernel wait for one another in threads of XLA's: one per CPU device or core.
@@ -19,6 +20,8 @@ import hypothesis
 import jax
 import numpy as np
 import pytest
+
+from stickjax.metrics import read_metrics
 
 hypothesis.settings.register_profile("same", derandomize=True, deadline=None)  # the same examples in every run
 hypothesis.settings.load_profile("same")
@@ -45,6 +48,15 @@ def relative_error(value, reference) -> float:
 def assert_close(value, reference, tolerance: float, name: str = "") -> None:
     error = relative_error(value, reference)
     assert error <= tolerance, f"{name}: relative error {error:.2e} above {tolerance:.0e}"
+
+
+def wait_for_step(run, step, process) -> None:
+    """Until the training that `process` does in the folder `run` has logged a step."""
+    deadline = time.monotonic() + 120
+    while not any(row["step"] >= step for row in read_metrics(run)):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "the training does not get on"
+        time.sleep(0.005)
 
 
 @pytest.fixture

@@ -6,12 +6,12 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from conftest import wait_for_step
 
 from stickjax import evaluate, generate, launch, train
 from stickjax.checkpoint import Checkpoints, named_leaves
@@ -49,14 +49,6 @@ def start(command, **environment) -> subprocess.Popen:
 
 def losses(run) -> list[float]:
     return [row["loss"] for row in read_metrics(run)]
-
-
-def wait_for_step(run, step, process) -> None:
-    deadline = time.monotonic() + 120
-    while not any(row["step"] >= step for row in read_metrics(run)):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "the training does not get on"
-        time.sleep(0.005)
 
 
 def children(process) -> list[int]:

@@ -128,15 +128,15 @@ def test_a_matrix_without_a_partition_is_an_error():
 
 
 def test_a_run_goes_on_on_another_mesh(tmp_path):
-    """The last steps on one device, from a checkpoint of four; and the metrics of all are those of one device."""
+    """One device, then eight from its checkpoint, then one from theirs: the metrics of all steps are those of one."""
     text = Path(__file__).parent
     config = experiment(dataclasses.replace(MODELS["experts"], V=258)).replace(
         {"data.source": "text", "data.path": str(text), "train.steps": 4, "train.log_every": 1}
     )
     fit(config, str(tmp_path / "alone"), quiet=True)
-    divided = {"mesh.fsdp": -1, "mesh.tensor": 2, "train.steps": 2}
-    fit(config.replace(divided), str(tmp_path / "moved"), quiet=True)
-    fit(config, str(tmp_path / "moved"), quiet=True)
+    eight = config.replace({"mesh.fsdp": -1, "mesh.tensor": 2})
+    for where, steps in ((config, 1), (eight, 3), (config, 4)):
+        fit(where.replace({"train.steps": steps}), str(tmp_path / "moved"), quiet=True)
     alone, moved = (read_metrics(tmp_path / name) for name in ("alone", "moved"))
     assert [row["step"] for row in moved] == [1, 2, 3, 4]
     np.testing.assert_allclose([row["loss"] for row in moved], [row["loss"] for row in alone], rtol=1e-5)

@@ -5,14 +5,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import GRADIENT, assert_close
+from conftest import GRADIENT, assert_close, wait_for_step
 
 from stickjax import step as step_module
 from stickjax import train
@@ -50,14 +49,6 @@ def start(run, config=SMALL, **environment) -> subprocess.Popen:
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment
     )
-
-
-def wait_for_step(run, step, process) -> None:
-    deadline = time.monotonic() + 120
-    while not any(row["step"] >= step for row in read_metrics(run)):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "the training does not get on"
-        time.sleep(0.005)
 
 
 @pytest.fixture(scope="module")
