@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from orbax.checkpoint import v1
 
 from stickjax import processes
-from stickjax.config import nearest
+from stickjax.fields import nearest
 
 # Orbax logs a traceback per thread for an error that it also raises; the raised one is enough.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)

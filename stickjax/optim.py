@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from stickjax.config import Config, nearest
+from stickjax.config import Config
+from stickjax.fields import nearest
 from stickjax.sharding import by_name
 
 SEQUENCE = 4096  # tokens in one of the sequences in which the law counts the batch

@@ -5,7 +5,8 @@ import json
 import typing
 from typing import Any, Literal
 
-from stickjax.config import Config, alternatives, locate
+from stickjax.config import Config, locate
+from stickjax.fields import alternatives
 
 
 def _parse_value(key: str, text: str, hint):

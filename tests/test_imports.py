@@ -16,6 +16,9 @@ ELSEWHERE = ("stickjax.checkpoint", "stickjax.optim", "stickjax.sweeps")
 # A module imports from its own layer or from lower ones.
 LAYERS = {
     "pallas_kernels": 0,
+    "stickjax.fields": 1,
+    "stickjax.model_config": 1,
+    "stickjax.sut_config": 1,
     "stickjax.config": 1,
     "stickjax.sharding": 1,
     "stickjax.collectives": 1,

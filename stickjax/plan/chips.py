@@ -15,7 +15,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from stickjax.config import nearest
+from stickjax.fields import nearest
 
 TARGETS = Path(__file__).parent / "targets"
 

@@ -1,0 +1,153 @@
+"""The decoder as a dataclass; its capital letters are the shape letters of the code (README, "Letters")."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from stickjax.fields import at_least, check_choices, field
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only language model. Capital letters are the shape letters of the code."""
+
+    V: int = field(257, "vocabulary size (bytes and the end-of-text token by default)")
+    D: int = field(128, "width of the residual stream")
+    L: int = field(4, "number of layers")
+    N: int = field(4, "query heads")
+    K: int = field(4, "key/value heads; N must be a multiple of K")
+    H: int = field(32, "dimension of one head")
+    F: int = field(384, "hidden width of the feed-forward network, of one expert when E > 0")
+    E: int = field(0, "experts; 0 makes the feed-forward network dense")
+    k: int = field(0, "experts chosen per token")
+    attention_experts: int = field(
+        0, "experts that own the query heads, K each, of which a token chooses N / K; 0: all tokens share the heads"
+    )
+    attention: Literal["stick_breaking", "softmax"] = field("stick_breaking", "softmax comes with RoPE")
+    remainder: Literal["none", "value", "bias"] = field("none", "what is added for the unbroken rest of the stick")
+    head_norm: bool = field(
+        False, "normalise every head's output (GroupNorm, a group per head) before the output projection"
+    )
+    attend_current: bool = field(False, "let a token attend to itself (stick-breaking only)")
+    window: int | None = field(None, "keys at most this far to the left are attended; None: all")
+    skip_below: float | None = field(
+        None, "skip blocks once log2 of the stick left is below this (stick-breaking only)"
+    )
+    rope_theta: float = field(10_000.0, "base of the rotary frequencies (softmax only)")
+    activation: Literal["swiglu", "geglu", "reglu", "gelu", "gelu_tanh", "relu", "relu2", "silu"] = field(
+        "swiglu", "feed-forward activation"
+    )
+    router: Literal["topk_softmax", "softmax_topk"] = field("topk_softmax", "order of the selection and the softmax")
+    sample_topk: int = field(0, "in training, how many of the k experts are sampled instead of the best")
+    round_rows: int = field(
+        0,
+        "in training, an expert's rows on a device are rounded down to a multiple, smallest gates first; 0: no",
+    )
+    switch_weight: float = field(0.0, "weight of the load-balancing loss E * sum_e f_e P_e")
+    z_weight: float = field(0.0, "weight of mean(logsumexp(router logits)^2)")
+    mi_weight: float = field(0.0, "weight of the mutual-information loss H(e|x) - H(e)")
+    bias_rate: float = field(0.0, "step of the auxiliary-loss-free router bias; 0: no bias")
+    tied: bool = field(True, "share the embedding with the output projection")
+    norm_eps: float = field(1e-5, "epsilon of every normalisation")
+    m_width: float = field(1.0, "muP width multiplier: D / 256 by its usual base width")
+    m_emb: float = field(1.0, "multiplier of the embedding output")
+    m_res: float = field(1.0, "multiplier of every residual branch")
+    attention_scale: float | None = field(
+        None, "multiplier of q.k; None: 1/sqrt(H). muP asks for one that is constant / H"
+    )
+    logits_scaling: float | None = field(None, "divisor of the output logits; None: m_width")
+    init_std: float = field(0.1, "standard deviation of the embedding; matrices have init_std / sqrt(m_width)")
+    dtype: Literal["float32", "bfloat16", "float16"] = field("float32", "type of the computation")
+    param_dtype: Literal["float32", "bfloat16", "float16"] = field("float32", "type of the stored parameters")
+    remat: Literal["none", "dots", "full"] = field(
+        "none", "what a layer recomputes in the backward pass; none also keeps the parameters that fsdp gathers"
+    )
+    implementation: str | None = field(None, "kernels: mosaic, triton, xla, reference; None: the best that works")
+
+    def __post_init__(self):
+        check_choices(self)
+        at_least(self, 1, "V", "D", "L", "N", "K", "H", "F")
+        at_least(self, 0, "E", "k", "attention_experts", "sample_topk", "round_rows", "window", "bias_rate")
+        if self.N % self.K:
+            raise ValueError(f"N={self.N} query heads must be a multiple of K={self.K} key heads")
+        if self.k > self.E:
+            raise ValueError(f"k={self.k} experts per token cannot exceed E={self.E} experts")
+        if self.E and not self.k:
+            raise ValueError(f"E={self.E} experts need k >= 1 experts per token")
+        if self.E and self.k == 1 and self.router == "topk_softmax":
+            raise ValueError(
+                "k=1 with router='topk_softmax' has a constant gate and trains no router; use k >= 2 or 'softmax_topk'"
+            )
+        if self.attention_experts:
+            self._check_attention_experts()
+        if self.round_rows and not (self.E or self.attention_experts):
+            raise ValueError(f"round_rows={self.round_rows} needs experts, but E=0")
+        if self.bias_rate and not (self.E or self.attention_experts):
+            raise ValueError(f"bias_rate={self.bias_rate} needs experts, but E=0")
+        if self.sample_topk > self.k and (self.E or not self.attention_experts):
+            raise ValueError(f"sample_topk={self.sample_topk} cannot exceed k={self.k}")
+        at_least(self, 0, "m_res")
+        for name in ("m_width", "m_emb", "init_std", "norm_eps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+        if self.attention == "softmax":
+            if self.H % 2:
+                raise ValueError(f"H={self.H} must be even for rotary positions")
+            for name in ("attend_current", "skip_below"):
+                if getattr(self, name):
+                    raise ValueError(f"{name}={getattr(self, name)} needs attention='stick_breaking'")
+            if self.remainder != "none":
+                raise ValueError(f"remainder={self.remainder!r} needs attention='stick_breaking': softmax leaves none")
+
+    def _check_attention_experts(self):
+        chosen, E = self.N // self.K, self.attention_experts
+        said = f"N / K = {chosen} experts of K={self.K} heads per token"
+        if chosen > E:
+            raise ValueError(f"{said} cannot exceed attention_experts={E}")
+        if chosen == 1 and self.router == "topk_softmax":
+            raise ValueError(
+                f"{said} with router='topk_softmax' train no router; use N = 2 K or more or 'softmax_topk'"
+            )
+        if self.sample_topk > chosen:
+            raise ValueError(f"sample_topk={self.sample_topk} cannot exceed {said}")
+        if self.head_norm or self.remainder == "bias":
+            raise ValueError("head_norm and remainder='bias' need heads that all tokens share, not attention_experts")
+
+    @property
+    def scale(self) -> float:
+        """Multiplier of q.k."""
+        return 1 / math.sqrt(self.H) if self.attention_scale is None else self.attention_scale
+
+    @classmethod
+    def powerlm_1b(cls, **changes) -> "ModelConfig":
+        """1.2B dense model of the Power scheduler paper (arXiv 2408.13359)."""
+        return cls(**dict(_POWER, D=1536, L=40, N=24, K=24, F=4096, m_width=6.0, m_res=0.22) | changes)
+
+    @classmethod
+    def powermoe_1b(cls, **changes) -> "ModelConfig":
+        """1.3B model with 377M active parameters of the Power scheduler paper."""
+        return cls(**dict(_POWER, D=1024, L=24, N=16, K=8, F=512, E=32, k=8, m_width=4.0, m_res=0.28) | changes)
+
+    @classmethod
+    def powerlm_3b(cls, **changes) -> "ModelConfig":
+        """PowerLM-3B; its published m_width is 8, though 2304 / 256 = 9."""
+        return cls(**dict(_POWER, D=2304, L=40, N=36, K=36, F=9216, m_width=8.0, m_res=0.22) | changes)
+
+    @classmethod
+    def powermoe_3b(cls, **changes) -> "ModelConfig":
+        """PowerMoE-3B: 3.3B parameters, 800M active."""
+        return cls(**dict(_POWER, D=1536, L=32, N=24, K=8, F=512, E=40, k=8, m_width=6.0, m_res=0.22) | changes)
+
+    @classmethod
+    def stickbreaking_3b(cls, **changes) -> "ModelConfig":
+        """The released 3B stick-breaking model: no positions, no remainder, an output matrix of its own."""
+        return cls(
+            **dict(_POWER, V=50304, D=2304, L=40, N=36, K=36, F=9216, m_width=9.0, m_res=0.22)
+            | dict(attention="stick_breaking", tied=False)
+            | changes
+        )
+
+
+_POWER: dict[str, Any] = dict(
+    V=49152, H=64, m_emb=12.0, attention="softmax", attention_scale=1 / 64, dtype="bfloat16", remat="full"
+)
