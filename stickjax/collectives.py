@@ -56,7 +56,7 @@ def gather(module, dtype):
         spec = spec_of(names, leaf)
         if "fsdp" not in spec:
             return leaf
-        return all_gather(leaf, "fsdp", spec.index("fsdp"), leaf.dtype if names[-1] == "router" else jnp.dtype(dtype))
+        return all_gather(leaf, "fsdp", spec.index("fsdp"), leaf.dtype if "router" in names else jnp.dtype(dtype))
 
     return by_name(whole, module)
 

@@ -37,7 +37,22 @@ class ModelConfig:
     activation: Literal["swiglu", "geglu", "reglu", "gelu", "gelu_tanh", "relu", "relu2", "silu"] = field(
         "swiglu", "feed-forward activation"
     )
+    key_value: Literal["projected", "biased", "input"] = field(
+        "projected", "keys and values of attention experts: projections, with a bias, or the layer's input (K=1, H=D)"
+    )
+    expert_bias: bool = field(False, "add a bias to the output of every mixture of experts")
     router: Literal["topk_softmax", "softmax_topk"] = field("topk_softmax", "order of the selection and the softmax")
+    router_network: Literal["linear", "mlp", "gmm"] = field(
+        "linear", "what makes a router's logits; gmm: cosines with a centroid per expert"
+    )
+    router_hidden: int = field(256, "hidden width of the mlp and gmm router networks")
+    new_experts: int = field(0, "experts added to the E of a trained model, in leaves of their own")
+    new_attention_experts: int = field(0, "the same for attention_experts")
+    gone_experts: int = field(0, "experts that were pruned and keep their share of the router's softmax")
+    gone_attention_experts: int = field(0, "the same for attention_experts")
+    pruned: Literal["no", "old_denominator", "new_denominator"] = field(
+        "no", "whether experts were pruned, and whether the router's softmax still runs over all of them"
+    )
     sample_topk: int = field(0, "in training, how many of the k experts are sampled instead of the best")
     round_rows: int = field(
         0,
@@ -46,8 +61,10 @@ class ModelConfig:
     switch_weight: float = field(0.0, "weight of the load-balancing loss E * sum_e f_e P_e")
     z_weight: float = field(0.0, "weight of mean(logsumexp(router logits)^2)")
     mi_weight: float = field(0.0, "weight of the mutual-information loss H(e|x) - H(e)")
+    concentration_weight: float = field(0.0, "weight of H(e): fine-tuning with it leaves few experts in use")
     bias_rate: float = field(0.0, "step of the auxiliary-loss-free router bias; 0: no bias")
     tied: bool = field(True, "share the embedding with the output projection")
+    norm: Literal["rms", "layer"] = field("rms", "normalisation: RMSNorm, or LayerNorm with a bias")
     norm_eps: float = field(1e-5, "epsilon of every normalisation")
     m_width: float = field(1.0, "muP width multiplier: D / 256 by its usual base width")
     m_emb: float = field(1.0, "multiplier of the embedding output")
@@ -66,8 +83,9 @@ class ModelConfig:
 
     def __post_init__(self):
         check_choices(self)
-        at_least(self, 1, "V", "D", "L", "N", "K", "H", "F")
+        at_least(self, 1, "V", "D", "L", "N", "K", "H", "F", "router_hidden")
         at_least(self, 0, "E", "k", "attention_experts", "sample_topk", "round_rows", "window", "bias_rate")
+        at_least(self, 0, "new_experts", "new_attention_experts", "gone_experts", "gone_attention_experts")
         if self.N % self.K:
             raise ValueError(f"N={self.N} query heads must be a multiple of K={self.K} key heads")
         if self.k > self.E:
@@ -80,6 +98,9 @@ class ModelConfig:
             )
         if self.attention_experts:
             self._check_attention_experts()
+        elif self.key_value != "projected":
+            raise ValueError(f"key_value={self.key_value!r} needs attention_experts, which own the queries alone")
+        self._check_modules()
         if self.round_rows and not (self.E or self.attention_experts):
             raise ValueError(f"round_rows={self.round_rows} needs experts, but E=0")
         if self.bias_rate and not (self.E or self.attention_experts):
@@ -110,8 +131,21 @@ class ModelConfig:
             )
         if self.sample_topk > chosen:
             raise ValueError(f"sample_topk={self.sample_topk} cannot exceed {said}")
+        if self.key_value == "input" and (self.K, self.H) != (1, self.D):
+            raise ValueError(f"key_value='input' needs K=1 and H=D={self.D}, not K={self.K} and H={self.H}")
         if self.head_norm or self.remainder == "bias":
             raise ValueError("head_norm and remainder='bias' need heads that all tokens share, not attention_experts")
+
+    def _check_modules(self):
+        for experts in ("experts", "attention_experts"):
+            E, new, gone = (
+                getattr(self, "E" if experts == "experts" else experts),
+                *(getattr(self, f"{what}_{experts}") for what in ("new", "gone")),
+            )
+            if (new or gone) and not E:
+                raise ValueError(f"new_{experts}={new} and gone_{experts}={gone} need experts, but there are none")
+            if gone and self.pruned != "old_denominator":
+                raise ValueError(f"gone_{experts}={gone} needs pruned='old_denominator'")
 
     @property
     def scale(self) -> float:
@@ -147,7 +181,32 @@ class ModelConfig:
             | changes
         )
 
+    @classmethod
+    def molm_350m_4b(cls, **changes) -> "ModelConfig":
+        """MoLM-350M-4B, a released ModuleFormer (arXiv 2306.04640): 4.1B parameters, 366M at work."""
+        return cls(**dict(_MOLM, L=24, N=2, k=2) | changes)
 
+    @classmethod
+    def molm_700m_4b(cls, **changes) -> "ModelConfig":
+        """MoLM-700M-4B: the same parameters, four modules of a kind at work."""
+        return cls(**dict(_MOLM, L=24, N=4, k=4) | changes)
+
+    @classmethod
+    def molm_700m_8b(cls, **changes) -> "ModelConfig":
+        """MoLM-700M-8B: 8.2B parameters in 48 layers."""
+        return cls(**dict(_MOLM, L=48, N=2, k=2) | changes)
+
+
+# What makes a ModuleFormer of the decoder: modules of both kinds, gates of a softmax over all of them, attention that
+# includes the token itself and drops the stick left.
+_MODULES: dict[str, Any] = dict(
+    attention="stick_breaking", attend_current=True, remainder="none", router="softmax_topk", router_network="mlp",
+    activation="gelu_tanh", norm="layer", tied=False,
+)  # fmt: skip
+_MOLM: dict[str, Any] = _MODULES | dict(
+    V=50295, D=1024, K=1, H=1024, F=2048, E=32, attention_experts=16, key_value="input", init_std=0.02,
+    dtype="bfloat16", remat="full",
+)  # fmt: skip
 _POWER: dict[str, Any] = dict(
     V=49152, H=64, m_emb=12.0, attention="softmax", attention_scale=1 / 64, dtype="bfloat16", remat="full"
 )

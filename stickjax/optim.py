@@ -223,7 +223,7 @@ def make_schedule(config: Config) -> optax.Schedule:
 
 
 MATRICES = {
-    "query", "key", "value", "output", "expert_query", "expert_output", "router", "w_in", "w_out", "weight"
+    "query", "key", "value", "output", "expert_query", "expert_output", "w_in", "w_out", "hidden", "weight"
 }  # fmt: skip
 EMBEDDINGS = {"embed", "embedding", "unembed"}
 
@@ -234,8 +234,9 @@ def label_of(names: tuple[str, ...]) -> str:
     >>> label_of(("blocks", "attention", "query")), label_of(("blocks", "norm", "scale"))
     ('matrix', 'vector')
     """
-    if (last := names[-1]) == "router_bias":
-        return "frozen"  # the auxiliary-loss-free router moves it by a rule of its own
+    last = names[-1].removeprefix("new_")
+    if last in ("selection_bias", "mask"):
+        return "frozen"  # of routers: the one is moved by a rule of its own, the other says what was pruned
     if last.endswith(("scale", "bias")):
         return "vector"  # not by ndim: stacked layers give the vectors of `blocks` a second axis
     if EMBEDDINGS.intersection(names[-2:]):

@@ -38,7 +38,10 @@ class Table:
     bias_nh: PartitionSpec = PartitionSpec("tensor")
     expert_query_edh: PartitionSpec = PartitionSpec(None, "fsdp", "tensor")
     expert_output_ehd: PartitionSpec = PartitionSpec(None, "tensor", "fsdp")
-    router_de: PartitionSpec = PartitionSpec("fsdp")
+    key_bias_kh: PartitionSpec = PartitionSpec("tensor")
+    value_bias_kh: PartitionSpec = PartitionSpec("tensor")
+    hidden_dr: PartitionSpec = PartitionSpec("fsdp")  # of a router, as its weight is
+    weight_re: PartitionSpec = PartitionSpec("fsdp")
     w_in_dgf: PartitionSpec = PartitionSpec("fsdp", None, "tensor")
     w_out_fd: PartitionSpec = PartitionSpec("tensor", "fsdp")
     w_in_edgf: PartitionSpec = PartitionSpec("expert", "fsdp", None, "tensor")
@@ -50,6 +53,7 @@ class Table:
         >>> Table().find("w_out", 2) == PartitionSpec("tensor", "fsdp"), Table().find("scale", 1) == PartitionSpec()
         (True, True)
         """
+        name = name.removeprefix("new_")  # lies as what it extends
         for field in dataclasses.fields(self):
             known, _, letters = field.name.rpartition("_")
             if (known, len(letters)) == (name, ndim):
@@ -101,6 +105,8 @@ def _check_sizes(config: Config, sizes: dict[str, int]) -> None:
     m, d, accumulate = config.model, config.data, config.train.accumulate
     if sizes["expert"] > 1 and not m.E:
         raise ValueError(f"expert={sizes['expert']} divides the experts, but E=0")
+    if sizes["expert"] > 1 and m.new_experts:
+        raise ValueError(f"expert={sizes['expert']} cannot divide new_experts={m.new_experts} from E={m.E} old ones")
     if sizes["context"] > 1 and m.attention != "stick_breaking":
         raise ValueError(f"context={sizes['context']} needs attention='stick_breaking'")
     rows = math.prod(sizes[axis] for axis in ROW_AXES)
@@ -115,6 +121,7 @@ def _check_sizes(config: Config, sizes: dict[str, int]) -> None:
         ("T", d.T, context > 1 and 2 * context, f"2 x context={context}, as every device takes two pieces"),
         ("D", m.D, sizes["fsdp"], f"fsdp={sizes['fsdp']}"),
         ("E", m.E, sizes["expert"], f"expert={sizes['expert']}"),
+        ("router_hidden", m.router_hidden, m.router_network != "linear" and sizes["fsdp"], f"fsdp={sizes['fsdp']}"),
         *((letter, getattr(m, letter), tensor, f"tensor={tensor}") for letter in "NKFV"),
     ]
     for letter, size, parts, said in divided:

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from stickjax.collectives import total
 from stickjax.config import Config
-from stickjax.models.moe import updated_router_bias
+from stickjax.models.router import updated_router_bias
 from stickjax.models.transformer import Transformer, apply, init
 from stickjax.models.vocabulary import cross_entropy
 from stickjax.optim import make_optimizer
@@ -49,7 +49,10 @@ def loss_and_metrics(config: Config, params, batch, key) -> tuple[jax.Array, dic
     loss = total((nll * mask).sum()) * scale
     metrics = {"loss": loss}
     m, load = config.model, {}
-    weights = {"switch": m.switch_weight, "z": m.z_weight, "mutual_information": m.mi_weight}
+    weights = {
+        "switch": m.switch_weight, "z": m.z_weight, "mutual_information": m.mi_weight,
+        "concentration": m.concentration_weight,
+    }  # fmt: skip
     for kind, stats in {"": output.router, "attention_": output.attention_router}.items():
         if stats is not None:
             losses = {name: getattr(stats, name) / config.train.accumulate for name in weights}
@@ -126,5 +129,6 @@ def _with_router_bias(params: Transformer, load: dict[str, jax.Array], rate: flo
     params = jax.tree.map(lambda x: x, params)  # a copy: modules are changed by assignment
     for kind, layer in {"": params.blocks.ffn, "attention_": params.blocks.attention}.items():
         if kind in load:
-            layer.router_bias = nnx.Param(updated_router_bias(layer.router_bias[...], load[kind], rate))
+            bias = updated_router_bias(layer.router.selection_bias[...], load[kind], rate)
+            layer.router.selection_bias = nnx.Param(bias)
     return params

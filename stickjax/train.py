@@ -61,11 +61,11 @@ def banner(config: Config, corpus: Corpus, mesh: Mesh | None = None) -> str:
     def routed(tokens, k, E):
         return jax.eval_shape(lambda: pallas_kernels.route(jnp.zeros((tokens, k), jnp.int32), E))
 
-    if E := m.attention_experts:
+    if E := m.attention_experts + m.new_attention_experts:
         x, query = struct((tokens, m.D), m.dtype), struct((E, m.D, K * m.H), m.dtype)
         rows.append(pallas_kernels.explain("expert_linear", x, query, routed(tokens, m.N // m.K, E), **options))
     if m.E:
-        tokens, E, F = tokens * parts["expert"], m.E // parts["expert"], m.F // parts["tensor"]
+        tokens, E, F = tokens * parts["expert"], (m.E + m.new_experts) // parts["expert"], m.F // parts["tensor"]
         shapes = (tokens, m.D), (E, m.D, gates(m) * F), (E, F, m.D)
         x, w_in, w_out = (struct(shape, m.dtype) for shape in shapes)
         weights, call = struct((tokens, m.k), jnp.float32), dict(activation=m.activation)

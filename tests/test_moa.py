@@ -13,7 +13,7 @@ from pallas_kernels import expert_linear, route, stick_breaking_attention
 from stickjax.config import Config, ModelConfig
 from stickjax.models.attention import Context
 from stickjax.models.moa import MixtureOfHeads
-from stickjax.models.moe import choose_experts, router_stats, router_sums
+from stickjax.models.router import choose_experts, router_stats, router_sums
 from stickjax.models.transformer import init, parameter_counts
 from stickjax.step import init_state, make_step
 
@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 def every_expert(layer, x):
     """The definition, with the heads of all experts at all tokens and gates of zero."""
     c, (B, T, _) = layer.config, x.shape
-    chosen, gates = choose_experts((x @ layer.router[...]).reshape(B * T, -1), c.N // c.K, c.router)
+    chosen, gates = choose_experts((x @ layer.router.weight[...]).reshape(B * T, -1), c.N // c.K, c.router)
     E = c.attention_experts
     gate = (jax.nn.one_hot(chosen, E) * gates[..., None]).sum(1).reshape(B, T, E)
     key, value = (jnp.einsum("BTD,DKH->BTKH", x, w[...]) for w in (layer.key, layer.value))
@@ -107,8 +107,8 @@ def test_training_balances_both_routers():
         assert np.isfinite(metrics[name]) and np.isfinite(metrics[f"attention_{name}"]), name
     for layer in ("ffn", "attention"):
         old, new = (getattr(params.blocks, layer) for params in (before, state.params))
-        np.testing.assert_allclose(np.abs(new.router_bias[...]).max(), 0.01, rtol=1e-6)
-        assert (new.router[...] != old.router[...]).any()
+        np.testing.assert_allclose(np.abs(new.router.selection_bias[...]).max(), 0.01, rtol=1e-6)
+        assert (new.router.weight[...] != old.router.weight[...]).any()
 
 
 def test_active_parameters_are_those_of_the_chosen_experts():

@@ -13,7 +13,8 @@ from conftest import FORWARD, GRADIENT, assert_close
 
 from stickjax.config import ModelConfig
 from stickjax.models.layers import rotary
-from stickjax.models.moe import SparseExperts, choose_experts, rounded, router_stats, router_sums, updated_router_bias
+from stickjax.models.moe import SparseExperts
+from stickjax.models.router import choose_experts, rounded, router_stats, router_sums, updated_router_bias
 from stickjax.models.transformer import apply, empty_cache, init, parameter_counts
 
 SMALL = dict(V=31, D=24, L=2, N=4, K=2, H=8, F=20, norm_eps=1e-5)
@@ -113,7 +114,7 @@ def test_all_experts_equal_a_dense_einsum(router):
         return layer(x)[0]
 
     def dense(layer, x):
-        gates = jax.nn.softmax(x @ layer.router[...], axis=-1)
+        gates = jax.nn.softmax(x @ layer.router.weight[...], axis=-1)
         gate, up = (jnp.einsum("BTD,EDF->BTEF", x, layer.w_in[:, :, g]) for g in range(2))
         return jnp.einsum("BTE,BTEF,EFD->BTD", gates, jax.nn.silu(gate) * up, layer.w_out[...])
 

@@ -350,7 +350,7 @@ class Blocks(nnx.Module):
         self.norm = Norm(L, D)
         self.attention = Weights(query=(L, D, 1, D), key=(L, D, 1, D), value=(L, D, 1, D), output=(L, 1, D, D))
         self.attention.head_bias = nnx.Param(jnp.ones((L, 1, D)))
-        self.router = Weights(weight=(L, D, 3), router_bias=(L, 3))
+        self.router = Weights(weight=(L, D, 3), selection_bias=(L, 3))
         self.experts = Weights(w_in=(L, 3, D, D), w_out=(L, 3, D, D), bias=(L, D))
 
 
@@ -369,7 +369,7 @@ LABELS = {
     "blocks.norm.scale": "vector",
     "blocks.attention.head_bias": "vector",
     "blocks.experts.bias": "vector",
-    "blocks.router.router_bias": "frozen",
+    "blocks.router.selection_bias": "frozen",
 } | {
     f"blocks.{name}": "matrix"
     for name in (

@@ -12,9 +12,9 @@ from stickjax.collectives import joined, size, split
 from stickjax.config import ModelConfig
 from stickjax.models.context import attention_in_context
 from stickjax.models.layers import HeadNorm, cast, matrix_std, normal, output_std, rotary
-from stickjax.models.moe import RouterSums
+from stickjax.models.router import RouterSums
 
-KeyValues = tuple[jax.Array, jax.Array]  # [B,S,K,H] each
+KeyValues = tuple[jax.Array, jax.Array | None]  # [B,S,K,H] each; no values where they are the keys
 
 
 class Context(NamedTuple):
@@ -66,10 +66,13 @@ class Attention(nnx.Module):
         if c.attention == "softmax":
             q, k = (rotary(a, context.positions, c.rope_theta) for a in (q, k))
         if cache is not None:
-            k, v = cache = tuple(
-                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), context.offset, axis=1)
+            cache = tuple(
+                old
+                if old is None
+                else jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), context.offset, axis=1)
                 for old, new in zip(cache, (k, v), strict=True)
             )
+            k, v = cache[0], cache[0] if cache[1] is None else cache[1]
         attend = self._softmax if c.attention == "softmax" else self._stick_breaking
         out = attend(q, k, v, own, context)
         if self.norm is not None:

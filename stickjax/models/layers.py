@@ -29,6 +29,13 @@ def cast(param: nnx.Param, config: ModelConfig) -> jax.Array:
     return param[...].astype(config.dtype)
 
 
+def all_experts(module, name: str) -> jax.Array:
+    """The weights `name` of a module's experts, behind them those of the experts that were added, cast."""
+    new, c = getattr(module, f"new_{name}"), module.config
+    weights = cast(getattr(module, name), c)
+    return weights if new is None else jnp.concatenate([weights, cast(new, c)])
+
+
 class RMSNorm(nnx.Module):
     """x / sqrt(mean(x^2) + eps) * scale, in fp32, over the last axis."""
 
@@ -40,6 +47,27 @@ class RMSNorm(nnx.Module):
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.config.norm_eps)
         return (y * self.scale[...].astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean(x)) / sqrt(var(x) + eps) * scale + bias, in fp32, over the last axis."""
+
+    def __init__(self, config: ModelConfig):
+        self.config = config
+        self.scale = nnx.Param(jnp.ones(config.D, config.param_dtype))
+        self.bias = nnx.Param(jnp.zeros(config.D, config.param_dtype))
+
+    def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
+        y = x.astype(jnp.float32)
+        y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.config.norm_eps)
+        scale, bias = (a[...].astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,)) for a in (self.scale, self.bias))
+        return (y * scale + bias).astype(x.dtype)
+
+
+def norm_of(config: ModelConfig) -> RMSNorm | LayerNorm:
+    """A new normalisation of the residual stream."""
+    return RMSNorm(config) if config.norm == "rms" else LayerNorm(config)
 
 
 class HeadNorm(nnx.Module):

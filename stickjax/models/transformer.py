@@ -11,20 +11,22 @@ from stickjax.collectives import gather, size, split
 from stickjax.config import ModelConfig
 from stickjax.models.attention import Attention, Context, segment_positions
 from stickjax.models.context import whole_sequence
-from stickjax.models.layers import FeedForward, RMSNorm, cast, normal
+from stickjax.models.layers import FeedForward, cast, norm_of, normal
 from stickjax.models.moa import MixtureOfHeads
-from stickjax.models.moe import RouterStats, SparseExperts, router_stats
+from stickjax.models.moe import SparseExperts
+from stickjax.models.router import RouterStats, router_stats
 from stickjax.models.vocabulary import embedded
 
 
 class Cache(NamedTuple):
     """Keys and values of the tokens read so far: S places, of which `length` are taken.
 
-    `key`, `value` [L,B,S,K,H]; `segment_ids` [B,S], -1 for padding and for places not yet taken; `length` a scalar.
+    `key`, `value` [L,B,S,K,H], no `value` where the keys are the values (`key_value="input"`); `segment_ids` [B,S], -1
+    for padding and for places not yet taken; `length` a scalar.
     """
 
     key: jax.Array
-    value: jax.Array
+    value: jax.Array | None
     segment_ids: jax.Array
     length: jax.Array
 
@@ -45,9 +47,9 @@ class Block(nnx.Module):
     def __init__(self, config: ModelConfig, key):
         self.config = config
         k_attention, k_ffn = jax.random.split(key)
-        self.attention_norm = RMSNorm(config)
+        self.attention_norm = norm_of(config)
         self.attention = (MixtureOfHeads if config.attention_experts else Attention)(config, k_attention)
-        self.ffn_norm = RMSNorm(config)
+        self.ffn_norm = norm_of(config)
         self.ffn = (SparseExperts if config.E else FeedForward)(config, k_ffn)
 
     def __call__(self, x, context: Context, real, cache, key):
@@ -67,7 +69,7 @@ class Transformer(nnx.Module):
         k_embed, k_blocks, k_unembed = jax.random.split(key, 3)
         self.embed = normal(k_embed, (c.V, c.D), c.init_std, c)
         self.blocks = jax.vmap(lambda k: Block(c, k))(jax.random.split(k_blocks, c.L))
-        self.norm = RMSNorm(c)
+        self.norm = norm_of(c)
         self.unembed = None if c.tied else normal(k_unembed, (c.D, c.V), c.init_std, c)
 
     def __call__(
@@ -142,8 +144,9 @@ def _context(config: ModelConfig, tokens, segment_ids, cache: Cache | None) -> t
 def empty_cache(config: ModelConfig, batch: int, size: int) -> Cache:
     """A cache for `batch` sequences of up to `size` tokens, [L,B,S,K,H] in the type of the computation."""
     shape = (config.L, batch, size, config.K, config.H)
+    values = None if config.key_value == "input" else jnp.zeros(shape, config.dtype)
     return Cache(
-        jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype),
+        jnp.zeros(shape, config.dtype), values,
         jnp.full((batch, size), -1, jnp.int32), jnp.zeros((), jnp.int32),
     )  # fmt: skip
 
@@ -176,11 +179,13 @@ def parameter_counts(config: ModelConfig) -> tuple[int, int]:
     """
     shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
     total = sum(x.size for x in jax.tree.leaves(shapes))
-    idle = shapes.embed.size
-    if config.E:
-        experts = shapes.blocks.ffn.w_in.size + shapes.blocks.ffn.w_out.size
-        idle += experts * (config.E - config.k) // config.E
-    if E := config.attention_experts:
-        experts = shapes.blocks.attention.expert_query.size + shapes.blocks.attention.expert_output.size
-        idle += experts * (E - config.N // config.K) // E
+    idle, layer = shapes.embed.size, shapes.blocks
+    for mixture, names, k in (
+        (layer.ffn, ("w_in", "w_out"), config.k),
+        (layer.attention, ("expert_query", "expert_output"), config.N // config.K),
+    ):
+        if (router := getattr(mixture, "router", None)) is not None:
+            weights = [w for name in names for w in (getattr(mixture, name), getattr(mixture, f"new_{name}"))]
+            E = router.experts.count
+            idle += sum(w.size for w in weights if w is not None) * (E - k) // E
     return total, total - idle

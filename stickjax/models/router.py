@@ -1,0 +1,211 @@
+"""Routers: which experts a token goes to, with what gates, and the losses that spread or concentrate the load.
+
+The losses are means over all tokens of the batch, on however many devices it lies.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from stickjax.collectives import total
+from stickjax.config import ModelConfig
+from stickjax.models.layers import matrix_std, normal
+
+NEVER = -1e9  # added to what must not be chosen; finite, so that an optimizer's zero times it is zero
+
+
+class RouterSums(NamedTuple):
+    """What a router's losses are made of, summed over the real tokens of this device.
+
+    `tokens` and `slots`: their number, and k times that. `rows` [E]: how many went to each expert. `probability` [E],
+    `z` and `entropy`, with g the softmax of the logits: sum g, sum logsumexp(logits)^2 and sum H(g).
+    """
+
+    tokens: jax.Array
+    slots: jax.Array
+    rows: jax.Array
+    probability: jax.Array
+    z: jax.Array
+    entropy: jax.Array
+
+
+class RouterStats(NamedTuple):
+    """The losses of routers [L] (unweighted), and the share of the T * k rows that went to each expert, [L,E]."""
+
+    switch: jax.Array
+    z: jax.Array
+    mutual_information: jax.Array
+    concentration: jax.Array
+    load: jax.Array
+
+
+def choose_experts(
+    logits: Float[Array, "T E"], k: int, order: str, *, bias=None, sample_topk: int = 0, key=None
+) -> tuple[Int[Array, "T k"], Float[Array, "T k"]]:
+    """Expert indices and gates of every token.
+
+    `topk_softmax`: the k largest logits, their softmax (gates sum to one). `softmax_topk`: the softmax over E, its k
+    largest probabilities as they are. `bias` [E] is added for the selection only. With a key, the last `sample_topk`
+    of the k are drawn without replacement by their probabilities instead (Gumbel top-k); gates are as without.
+    """
+    logits = logits.astype(jnp.float32)
+    scores = logits if order == "topk_softmax" else jax.nn.softmax(logits, axis=-1)
+    wanted = scores if bias is None else scores + bias.astype(jnp.float32)[None]
+    _, chosen = jax.lax.top_k(jax.lax.stop_gradient(wanted), k)
+    if sample_topk and key is not None:
+        best = chosen[:, : k - sample_topk]
+        taken = jax.nn.one_hot(best, logits.shape[1], dtype=bool).any(1)
+        noisy = jax.nn.log_softmax(logits, axis=-1) + jax.random.gumbel(key, logits.shape)
+        _, drawn = jax.lax.top_k(jax.lax.stop_gradient(jnp.where(taken, -jnp.inf, noisy)), sample_topk)
+        chosen = jnp.concatenate([best, drawn], 1)
+    gates = jnp.take_along_axis(scores, chosen, axis=1)
+    return chosen, jax.nn.softmax(gates, axis=-1) if order == "topk_softmax" else gates
+
+
+def rounded(
+    expert_indices: Int[Array, "T k"], gates: Float[Array, "T k"], num_experts: int, multiple: int
+) -> Int[Array, "T k"]:
+    """The indices with every expert's rows rounded down to a multiple, so that no tile of a kernel is part empty.
+
+    The rows of an expert with the smallest gates go, fewer than `multiple` of them; their index becomes E, no expert
+    (after arXiv 2512.14080, which also rounds up). What runs depends on the device's whole batch: for training alone.
+
+    >>> rounded(jnp.array([[0], [0], [1], [0]]), jnp.array([[0.3], [0.1], [0.9], [0.2]]), 2, 2).T
+    Array([[0, 2, 2, 0]], dtype=int32)
+    """
+    experts, E = expert_indices.reshape(-1), num_experts
+    order = jnp.lexsort((-jax.lax.stop_gradient(gates).reshape(-1), experts))
+    counts = jnp.bincount(experts, length=E + 1)
+    starts = jnp.cumsum(counts) - counts
+    rank = jnp.zeros_like(experts).at[order].set(jnp.arange(experts.size) - starts[experts[order]])
+    keep = rank < (counts // multiple * multiple)[experts]
+    return jnp.where(keep, experts, E).reshape(expert_indices.shape)
+
+
+def router_sums(
+    logits: Float[Array, "T E"], expert_indices: Int[Array, "T k"], real: Bool[Array, "T"] | None = None
+) -> RouterSums:
+    """The sums of one router over its real tokens."""
+    logits = logits.astype(jnp.float32)
+    weight = jnp.ones(logits.shape[:1]) if real is None else real.astype(jnp.float32)
+    log_g = jax.nn.log_softmax(logits, axis=-1)
+    g, tokens = jnp.exp(log_g), weight.sum()
+    # The index of a padding token is E; bincount drops it.
+    rows = jnp.bincount(expert_indices.reshape(-1), length=logits.shape[1]).astype(jnp.float32)
+    z = (weight * jnp.square(jax.nn.logsumexp(logits, axis=-1))).sum()
+    entropy = -(weight * (g * log_g).sum(-1)).sum()
+    return RouterSums(tokens, tokens * expert_indices.shape[1], rows, (weight[:, None] * g).sum(0), z, entropy)
+
+
+def router_stats(sums: RouterSums) -> RouterStats:
+    """The losses over the tokens of all devices, of one router or of those of all layers.
+
+    switch = E * sum_e f_e P_e, f_e the share of the rows and P_e the mean of g_e: 1 at balance (arXiv 2101.03961;
+      Hugging Face's variant does not divide the rows by k and is k at balance).
+    z = mean(logsumexp(logits)^2) (arXiv 2202.08906).
+    mutual information = H(e|x) - H(e), the entropy of g_t averaged, less that of P (arXiv 2306.04640).
+    concentration = H(e): the smaller, the fewer experts do all the work. Written from the description of the same
+      paper, which publishes neither its formula nor its code.
+    """
+    sums = total(sums)
+    tokens, slots = jnp.maximum(sums.tokens, 1), jnp.maximum(sums.slots, 1)
+    load, P = sums.rows / slots[..., None], sums.probability / tokens[..., None]
+    marginal = -(P * jnp.log(P + 1e-8)).sum(-1)
+    switch = sums.rows.shape[-1] * (load * P).sum(-1)
+    return RouterStats(switch, sums.z / tokens, sums.entropy / tokens - marginal, marginal, load)
+
+
+def updated_router_bias(bias: Float[Array, "*L E"], load: Float[Array, "*L E"], rate: float) -> Float[Array, "*L E"]:
+    """Auxiliary-loss-free balancing (arXiv 2408.15664): b_e + rate * sign(mean load - load_e)."""
+    return (bias + rate * jnp.sign(load.mean(-1, keepdims=True) - load)).astype(bias.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """How many experts a router knows: `old` and `new` ones exist; `gone` were pruned, and keep their logits.
+
+    The columns of the logits are those of the old, of the gone and of the new experts, in this order; the weights of
+    experts are those of the old and of the new ones.
+    """
+
+    old: int
+    new: int = 0
+    gone: int = 0
+
+    @property
+    def count(self) -> int:
+        """E, those that exist."""
+        return self.old + self.new
+
+    def index(self, columns: Int[Array, "T k"]) -> Int[Array, "T k"]:
+        """Of the experts that were chosen by their columns."""
+        return jnp.where(columns < self.old, columns, columns - self.gone) if self.gone else columns
+
+
+class Router(nnx.Module):
+    """Chooses k experts for a token x [D], by logits in fp32 whatever the type of the computation.
+
+    `linear`: x weight. `mlp`: gelu(x hidden + hidden_bias) weight. `gmm`: exp(log_scale) cos(x hidden, weight_e), the
+    weight of an expert being its centroid. `new_weight` has the columns of experts that were added to a trained model.
+
+    `selection_bias` [E] is added for the choice only, by the balancing without a loss. `mask` is 0, or `NEVER` for an
+    expert that was pruned in this layer and not in all: with `pruned="old_denominator"` its probability remains in the
+    softmax, with "new_denominator" it does not.
+    """
+
+    def __init__(self, config: ModelConfig, experts: Experts, k: int, key):
+        self.config, self.experts, self.k = config, experts, k
+        c, old, new, gone = config, experts.old, experts.new, experts.gone
+        network, columns = c.router_network, old + gone + new
+        zeros = lambda size: nnx.Param(jnp.zeros(size, c.param_dtype))  # noqa: E731
+        rows = c.D if network == "linear" else c.router_hidden
+        std = 1.0 if network == "gmm" else matrix_std(c)  # of a centroid only the direction counts
+        k_hidden, k_new = (jax.random.fold_in(key, i) for i in (1, 2))
+        self.hidden = None if network == "linear" else normal(k_hidden, (c.D, rows), matrix_std(c), c)
+        self.hidden_bias = zeros(rows) if network == "mlp" else None
+        self.log_scale = zeros(1) if network == "gmm" else None
+        self.weight = normal(key, (rows, old + gone), std, c)
+        self.new_weight = normal(k_new, (rows, new), std, c) if new else None
+        self.selection_bias = zeros(columns) if c.bias_rate else None
+        mask = jnp.zeros(columns, c.param_dtype).at[old : old + gone].set(NEVER)
+        self.mask = nnx.Param(mask) if c.pruned != "no" else None
+
+    def logits(self, tokens: Float[Array, "T D"]) -> Float[Array, "T E"]:
+        """Of all columns: see `Experts`."""
+        exact = lambda param: param[...].astype(jnp.float32)  # noqa: E731
+        x, weight = tokens.astype(jnp.float32), exact(self.weight)
+        if self.new_weight is not None:
+            weight = jnp.concatenate([weight, exact(self.new_weight)], axis=1)
+        if self.hidden is not None:
+            x = jnp.einsum("TD,DR->TR", x, exact(self.hidden))
+        if self.hidden_bias is not None:
+            x = jax.nn.gelu(x + exact(self.hidden_bias)[None], approximate=False)
+        if self.log_scale is not None:
+            x, weight = _unit(x, 1) * jnp.exp(exact(self.log_scale))[None], _unit(weight, 0)
+        logits = jnp.einsum("TR,RE->TE", x, weight)
+        return logits + exact(self.mask)[None] if self.config.pruned == "new_denominator" else logits
+
+    def __call__(
+        self, tokens: Float[Array, "T D"], real: Bool[Array, "T"] | None = None, key=None
+    ) -> tuple[Int[Array, "T k"], Float[Array, "T k"], RouterSums]:
+        """The experts of every token, none (E) for one that is not real; their gates; and the sums of the losses."""
+        c, logits = self.config, self.logits(tokens)
+        bias = None if self.selection_bias is None else self.selection_bias[...].astype(jnp.float32)
+        if c.pruned == "old_denominator":
+            bias = self.mask[...] if bias is None else bias + self.mask[...]
+        columns, gates = choose_experts(logits, self.k, c.router, bias=bias, sample_topk=c.sample_topk, key=key)
+        if real is not None:
+            columns = jnp.where(real[:, None], columns, logits.shape[1])  # becomes E below
+        sums = router_sums(logits, columns, real)
+        chosen = self.experts.index(columns)
+        if c.round_rows and key is not None:
+            chosen = rounded(chosen, gates, self.experts.count, c.round_rows)
+        return chosen, gates, sums
+
+
+def _unit(x, axis):
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=axis, keepdims=True), 1e-12)
