@@ -4,6 +4,7 @@ A *token schedule* is a pure function `(tokens, batch_size) -> learning rate`. `
 `make_optimizer` by an exact count of the tokens seen, which stays right when the batch size changes.
 """
 
+import fnmatch
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -235,7 +236,7 @@ def label_of(names: tuple[str, ...]) -> str:
     ('matrix', 'vector')
     """
     last = names[-1].removeprefix("new_")
-    if last in ("selection_bias", "mask"):
+    if last in ("selection_bias", "slot"):
         return "frozen"  # of routers: the one is moved by a rule of its own, the other says what was pruned
     if last.endswith(("scale", "bias")):
         return "vector"  # not by ndim: stacked layers give the vectors of `blocks` a second axis
@@ -246,10 +247,30 @@ def label_of(names: tuple[str, ...]) -> str:
     raise ValueError(f"no muP label for {'.'.join(names)!r}{nearest(last, [*MATRICES, *EMBEDDINGS, 'scale', 'bias'])}")
 
 
-def label_tree(params):
-    """A tree like params with the label of every parameter: "matrix", "embedding", "vector" or "frozen"."""
+def label_tree(params, learn: str = "*"):
+    """A tree like params with the label of every parameter: "matrix", "embedding", "vector" or "frozen".
 
-    return by_name(lambda names, leaf: label_of(names), params)
+    `learn`: patterns of the names (blocks.ffn.router.weight) that learn, separated by commas; all others are frozen.
+    ValueError for one that matches no name.
+    """
+    patterns, names_of = learn.split(","), []
+
+    def label(names, leaf):
+        name = ".".join(names)
+        names_of.append(name)
+        return label_of(names) if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns) else "frozen"
+
+    labels = by_name(label, params)
+    for pattern in patterns:
+        if not fnmatch.filter(names_of, pattern):
+            raise ValueError(f"optim.learn: no parameter matches {pattern!r}{nearest(pattern, names_of)}")
+    return labels
+
+
+def learning(config: Config, params):
+    """The parameters, without a gradient for those that `optim.learn` leaves out."""
+    freeze = lambda label, x: jax.lax.stop_gradient(x) if label == "frozen" else x  # noqa: E731
+    return jax.tree.map(freeze, label_tree(params, config.optim.learn), params)
 
 
 def make_optimizer(config: Config, params) -> Transform:
@@ -266,22 +287,23 @@ def make_optimizer(config: Config, params) -> Transform:
     Returns:
       The optimizer; `optax.tree.get(state, "learning_rate")` and `"tokens"` (an int by `int()`) are for logs.
     """
-    label_tree(params)  # fails here rather than inside jit
     o, m_width = config.optim, config.model.m_width
+    labels = label_tree(params, o.learn)
     rate = dict(matrix=1 / m_width, embedding=1.0, vector=1.0, frozen=0.0)
     decay = dict(matrix=m_width if o.scale_decay else 1.0, embedding=1.0, vector=0.0, frozen=0.0)
+    moving = jax.tree.map(lambda label: label != "frozen", labels)  # what is frozen has no moments either
+
+    def by_label(function) -> optax.GradientTransformation:
+        return optax.stateless(lambda updates, params: jax.tree.map(function, labels, updates, params))
+
     chain = optax.chain(
         optax.identity() if o.clip is None else optax.clip_by_global_norm(o.clip),
-        optax.scale_by_adam(o.beta1, o.beta2, o.eps),
-        _by_label(lambda label, update, param: update + o.weight_decay * decay[label] * param),
+        optax.masked(optax.scale_by_adam(o.beta1, o.beta2, o.eps), moving),
+        by_label(lambda label, update, param: update + o.weight_decay * decay[label] * param),
         scale_by_tokens(make_token_schedule(config), config.data.tokens_per_step),
-        _by_label(lambda label, update, param: update * rate[label]),
+        by_label(lambda label, update, param: update * rate[label]),
     )
     return _in_float32(chain)
-
-
-def _by_label(function) -> optax.GradientTransformation:
-    return optax.stateless(lambda updates, params: jax.tree.map(function, label_tree(params), updates, params))
 
 
 def _in_float32(tx: Transform) -> Transform:

@@ -14,7 +14,7 @@ from stickjax.config import Config
 from stickjax.models.router import updated_router_bias
 from stickjax.models.transformer import Transformer, apply, init
 from stickjax.models.vocabulary import cross_entropy
-from stickjax.optim import make_optimizer
+from stickjax.optim import learning, make_optimizer
 from stickjax.sharding import over, shardings
 
 
@@ -73,7 +73,7 @@ def make_step(config: Config, mesh: Mesh | None = None) -> Callable[[TrainState,
     accumulate = config.train.accumulate
 
     def gradients(params, batch, key):
-        grad = jax.grad(lambda p, b, k: loss_and_metrics(config, p, b, k), has_aux=True)
+        grad = jax.grad(lambda p, b, k: loss_and_metrics(config, learning(config, p), b, k), has_aux=True)
         if accumulate == 1:
             return grad(params, batch, key)
         micro = {name: x.reshape(accumulate, -1, *x.shape[1:]) for name, x in batch.items()}

@@ -15,7 +15,7 @@ from stickjax.collectives import total
 from stickjax.config import ModelConfig
 from stickjax.models.layers import matrix_std, normal
 
-NEVER = -1e9  # added to what must not be chosen; finite, so that an optimizer's zero times it is zero
+NEVER = -1e9  # the logit of what must not be chosen; finite, as zero times it is zero
 
 
 class RouterSums(NamedTuple):
@@ -126,10 +126,10 @@ def updated_router_bias(bias: Float[Array, "*L E"], load: Float[Array, "*L E"], 
 
 @dataclasses.dataclass(frozen=True)
 class Experts:
-    """How many experts a router knows: `old` and `new` ones exist; `gone` were pruned, and keep their logits.
+    """How many experts a router knows: `old` and `new` ones exist, `gone` ones were pruned.
 
-    The columns of the logits are those of the old, of the gone and of the new experts, in this order; the weights of
-    experts are those of the old and of the new ones.
+    A router has a column for every old or gone expert, in the order they were trained in, then one for every new one.
+    The weights of experts are those of the old, then those of the new ones.
     """
 
     old: int
@@ -141,9 +141,9 @@ class Experts:
         """E, those that exist."""
         return self.old + self.new
 
-    def index(self, columns: Int[Array, "T k"]) -> Int[Array, "T k"]:
-        """Of the experts that were chosen by their columns."""
-        return jnp.where(columns < self.old, columns, columns - self.gone) if self.gone else columns
+    @property
+    def columns(self) -> int:
+        return self.old + self.gone + self.new
 
 
 class Router(nnx.Module):
@@ -152,42 +152,43 @@ class Router(nnx.Module):
     `linear`: x weight. `mlp`: gelu(x hidden + hidden_bias) weight. `gmm`: exp(log_scale) cos(x hidden, weight_e), the
     weight of an expert being its centroid. `new_weight` has the columns of experts that were added to a trained model.
 
-    `selection_bias` [E] is added for the choice only, by the balancing without a loss. `mask` is 0, or `NEVER` for an
-    expert that was pruned in this layer and not in all: with `pruned="old_denominator"` its probability remains in the
-    softmax, with "new_denominator" it does not.
+    `selection_bias` is added for the choice only, by the balancing without a loss. `slot`, of a pruned model, says
+    where the expert of a column stands among the weights, -1 where it was pruned; with `pruned="old_denominator"` its
+    probability remains in the softmax, with "new_denominator" it does not.
     """
 
     def __init__(self, config: ModelConfig, experts: Experts, k: int, key):
         self.config, self.experts, self.k = config, experts, k
-        c, old, new, gone = config, experts.old, experts.new, experts.gone
-        network, columns = c.router_network, old + gone + new
-        zeros = lambda size: nnx.Param(jnp.zeros(size, c.param_dtype))  # noqa: E731
+        c, old, new = config, experts.old + experts.gone, experts.new
+        network = c.router_network
         rows = c.D if network == "linear" else c.router_hidden
         std = 1.0 if network == "gmm" else matrix_std(c)  # of a centroid only the direction counts
+        zeros = lambda size: nnx.Param(jnp.zeros(size, c.param_dtype))  # noqa: E731
         k_hidden, k_new = (jax.random.fold_in(key, i) for i in (1, 2))
         self.hidden = None if network == "linear" else normal(k_hidden, (c.D, rows), matrix_std(c), c)
         self.hidden_bias = zeros(rows) if network == "mlp" else None
         self.log_scale = zeros(1) if network == "gmm" else None
-        self.weight = normal(key, (rows, old + gone), std, c)
+        self.weight = normal(key, (rows, old), std, c)
         self.new_weight = normal(k_new, (rows, new), std, c) if new else None
-        self.selection_bias = zeros(columns) if c.bias_rate else None
-        mask = jnp.zeros(columns, c.param_dtype).at[old : old + gone].set(NEVER)
-        self.mask = nnx.Param(mask) if c.pruned != "no" else None
+        self.selection_bias = zeros(old + new) if c.bias_rate else None
+        # Floats, as whatever learns is: every count of experts is one exactly.
+        self.slot = nnx.Param(jnp.arange(old + new, dtype=jnp.float32)) if c.pruned != "no" else None
 
     def logits(self, tokens: Float[Array, "T D"]) -> Float[Array, "T E"]:
-        """Of all columns: see `Experts`."""
+        """Of all columns (see `Experts`)."""
         exact = lambda param: param[...].astype(jnp.float32)  # noqa: E731
-        x, weight = tokens.astype(jnp.float32), exact(self.weight)
-        if self.new_weight is not None:
-            weight = jnp.concatenate([weight, exact(self.new_weight)], axis=1)
+        x = tokens.astype(jnp.float32)
         if self.hidden is not None:
             x = jnp.einsum("TD,DR->TR", x, exact(self.hidden))
         if self.hidden_bias is not None:
             x = jax.nn.gelu(x + exact(self.hidden_bias)[None], approximate=False)
         if self.log_scale is not None:
-            x, weight = _unit(x, 1) * jnp.exp(exact(self.log_scale))[None], _unit(weight, 0)
-        logits = jnp.einsum("TR,RE->TE", x, weight)
-        return logits + exact(self.mask)[None] if self.config.pruned == "new_denominator" else logits
+            x = _unit(x, 1) * jnp.exp(exact(self.log_scale))[None]
+        # A product each, so that the old logits are the same to the bit with new experts as without.
+        weights = [exact(w) for w in (self.weight, self.new_weight) if w is not None]
+        if self.log_scale is not None:
+            weights = [_unit(w, 0) for w in weights]
+        return jnp.concatenate([jnp.einsum("TR,RE->TE", x, w) for w in weights], axis=1)
 
     def __call__(
         self, tokens: Float[Array, "T D"], real: Bool[Array, "T"] | None = None, key=None
@@ -195,13 +196,19 @@ class Router(nnx.Module):
         """The experts of every token, none (E) for one that is not real; their gates; and the sums of the losses."""
         c, logits = self.config, self.logits(tokens)
         bias = None if self.selection_bias is None else self.selection_bias[...].astype(jnp.float32)
-        if c.pruned == "old_denominator":
-            bias = self.mask[...] if bias is None else bias + self.mask[...]
+        if self.slot is not None:
+            gone = jnp.where(self.slot[...] < 0, NEVER, 0.0)
+            if c.pruned == "new_denominator":
+                logits += gone[None]
+            bias = gone if bias is None else bias + gone
         columns, gates = choose_experts(logits, self.k, c.router, bias=bias, sample_topk=c.sample_topk, key=key)
+        chosen = columns if self.slot is None else self.slot[...].astype(jnp.int32)[columns]
         if real is not None:
-            columns = jnp.where(real[:, None], columns, logits.shape[1])  # becomes E below
+            columns, chosen = (
+                jnp.where(real[:, None], *which)
+                for which in ((columns, self.experts.columns), (chosen, self.experts.count))
+            )
         sums = router_sums(logits, columns, real)
-        chosen = self.experts.index(columns)
         if c.round_rows and key is not None:
             chosen = rounded(chosen, gates, self.experts.count, c.round_rows)
         return chosen, gates, sums
