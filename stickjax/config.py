@@ -9,37 +9,54 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from stickjax.fields import at_least, check_choices, field, nearest
+from stickjax.fields import at_least, check_choices, field, nearest, one_of
 from stickjax.model_config import ModelConfig
 
 __all__ = ["Config", "DataConfig", "MeshConfig", "ModelConfig", "OptimConfig", "TrainConfig", "locate"]
+
+SOURCES = ("stdlib", "text", "tokens", "logic", "listops", "scan", "recall")
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Where tokens come from and how a batch is cut from them."""
 
-    source: Literal["stdlib", "text", "tokens"] = field(
-        "stdlib", "stdlib: the running Python's standard library; text: files, folders or jsonl; tokens: a token file"
+    source: str = field(
+        "stdlib",
+        "stdlib: the running Python's standard library; text: files, folders or jsonl; tokens: a token file; "
+        "logic, listops, scan, recall: generated; some of them, with commas: equal shares",
     )
     path: str | None = field(None, "file or folder of the text and tokens sources")
     heldout_path: str | None = field(None, "held-out file or folder; None: every heldout_every-th document is held out")
     heldout_every: int = field(10, "one document in this many is held out")
     tokenizer: str = field("byte", "byte, or the path of a Hugging Face tokenizer.json")
     text_field: str = field("text", "field of a jsonl line that holds the text")
+    examples: int = field(100_000, "lines of text of a generated source; of scan at most all 20910")
     T: int = field(256, "tokens in one sequence")
     B: int = field(16, "sequences in one step, over all processes and accumulation steps")
     seed: int = field(0, "order of the sequences")
 
     def __post_init__(self):
-        check_choices(self)
-        at_least(self, 1, "T", "B")
+        for i, source in enumerate(self.sources):
+            one_of("source", source, SOURCES)
+            if source in self.sources[:i]:
+                raise ValueError(f"source={self.source!r} names {source!r} twice")
+        at_least(self, 1, "T", "B", "examples")
         at_least(self, 0, "seed")
         at_least(self, 2, "heldout_every")
-        if self.source == "stdlib" and self.path is not None:
-            raise ValueError(f"path={self.path!r} is not used by source='stdlib'; did you mean source='text'?")
-        if self.source != "stdlib" and self.path is None:
+        if len(self.sources) > 1 and self.heldout_path is not None:
+            raise ValueError(f"heldout_path={self.heldout_path!r} needs one source, not source={self.source!r}")
+        stored = [source for source in self.sources if source in ("text", "tokens")]
+        if len(stored) > 1:
+            raise ValueError(f"source={self.source!r}: text and tokens cannot share the one path")
+        if not stored and self.path is not None:
+            raise ValueError(f"path={self.path!r} is not used by source={self.source!r}; did you mean source='text'?")
+        if stored and self.path is None:
             raise ValueError(f"source={self.source!r} needs a path")
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return tuple(self.source.split(","))
 
     @property
     def tokens_per_step(self) -> int:

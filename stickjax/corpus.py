@@ -18,6 +18,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from stickjax import tasks
 from stickjax.config import DataConfig
 from stickjax.tokenizer import Tokenizer, load_tokenizer, token_dtype
 
@@ -270,8 +271,51 @@ def _cut(corpus: Corpus, heldout_every: int) -> tuple[Corpus, Corpus]:
     return part(0, cut, corpus.documents - heldout + int(tokens[cut - 1] != eot)), part(cut, n, heldout)
 
 
+def _load(source: str, config: DataConfig, tokenizer: Tokenizer) -> tuple[Corpus, Corpus]:
+    """The two parts of one source."""
+
+    def encoded(documents: Iterable[str]) -> list[tuple[np.ndarray, int]]:
+        return [(tokenizer.encode(text), len(text.encode())) for text in documents]
+
+    if source == "tokens":
+        corpus = _open_tokens(config.path, tokenizer, "data.path")
+        if config.heldout_path is None:
+            return _cut(corpus, config.heldout_every)
+        return corpus, _open_tokens(config.heldout_path, tokenizer, "data.heldout_path")
+    if source == "stdlib":
+        documents = encoded(stdlib_documents())
+    elif source in tasks.TASKS:
+        documents = encoded(tasks.documents(source, config.examples))
+    else:
+        source, documents = config.path, encoded(text_documents(config.path, config.text_field))
+    if config.heldout_path is not None:
+        heldout = encoded(text_documents(config.heldout_path, config.text_field, "data.heldout_path"))
+        return _pack(documents, tokenizer, source), _pack(heldout, tokenizer, config.heldout_path)
+    if len(documents) == 1:
+        return _cut(_pack(documents, tokenizer, source), config.heldout_every)
+    heldout = documents[:: config.heldout_every]
+    del documents[:: config.heldout_every]
+    return _pack(documents, tokenizer, source), _pack(heldout, tokenizer, source)
+
+
+def _mix(corpora: Iterable[Corpus]) -> Corpus:
+    """Streams one after the other, each cut to the length of the shortest: equal shares."""
+    corpora = list(corpora)
+    tokenizer = corpora[0].tokenizer
+    tokens = np.stack([corpus.tokens[: min(len(c.tokens) for c in corpora)] for corpus in corpora])
+    tokens[:, -1] = tokenizer.eot  # of the document that was cut
+    tokens = tokens.ravel()
+    documents, num_bytes = int((tokens == tokenizer.eot).sum()), tokenizer.count_bytes(tokens)
+    source, digest = ",".join(corpus.source for corpus in corpora), hashlib.sha256(tokens).hexdigest()
+    return Corpus(tokens, tokenizer, source, documents, num_bytes, digest[:16])
+
+
 def load_corpus(config: DataConfig) -> tuple[Corpus, Corpus]:
     """The training and the held-out stream of a config.
+
+    Of several sources, `source="stdlib,logic"`, every one is loaded as if it were alone; then each is cut to the
+    length of the shortest, in both parts, so that all have equal shares. Generated sources (`stickjax.tasks`) are
+    `examples` lines in documents of about 4 KB, the same in every run.
 
     With `heldout_path` each path is one stream. Otherwise documents 0, heldout_every, 2 * heldout_every, ...
     are held out; of a token file the last 1 / heldout_every, so that both parts stay views of the file. A
@@ -285,24 +329,7 @@ def load_corpus(config: DataConfig) -> tuple[Corpus, Corpus]:
     (dtype('uint16'), True)
     """
     tokenizer = load_tokenizer(config.tokenizer)
-
-    def encoded(documents: Iterable[str]) -> list[tuple[np.ndarray, int]]:
-        return [(tokenizer.encode(text), len(text.encode())) for text in documents]
-
-    if config.source == "tokens":
-        corpus = _open_tokens(config.path, tokenizer, "data.path")
-        if config.heldout_path is None:
-            return _cut(corpus, config.heldout_every)
-        return corpus, _open_tokens(config.heldout_path, tokenizer, "data.heldout_path")
-    if config.source == "stdlib":
-        source, documents = "stdlib", encoded(stdlib_documents())
-    else:
-        source, documents = config.path, encoded(text_documents(config.path, config.text_field))
-    if config.heldout_path is not None:
-        heldout = encoded(text_documents(config.heldout_path, config.text_field, "data.heldout_path"))
-        return _pack(documents, tokenizer, source), _pack(heldout, tokenizer, config.heldout_path)
-    if len(documents) == 1:
-        return _cut(_pack(documents, tokenizer, source), config.heldout_every)
-    heldout = documents[:: config.heldout_every]
-    del documents[:: config.heldout_every]
-    return _pack(documents, tokenizer, source), _pack(heldout, tokenizer, source)
+    if len(config.sources) == 1:
+        return _load(config.source, config, tokenizer)
+    train, heldout = zip(*(_load(source, config, tokenizer) for source in config.sources), strict=True)
+    return _mix(train), _mix(heldout)

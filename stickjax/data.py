@@ -1,11 +1,13 @@
 """From tokens to batches: the stream of a corpus is cut into windows of T + 1 tokens.
 
     source -> Corpus (train, held-out) -> train_loader: batches   |   heldout_windows: evaluation
+    stickjax.tasks -> task_loader: batches of examples, with no stream of tokens between
 
 `python -m stickjax.data tokenize SOURCE OUT` writes a token file.
 """
 
 import argparse
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import grain
@@ -13,8 +15,20 @@ import numpy as np
 
 from stickjax.config import DataConfig
 from stickjax.corpus import Corpus, document_ends, load_corpus, tokenize
+from stickjax.fields import one_of
+from stickjax.tasks import TASKS
 
-__all__ = ["Corpus", "EvalWindows", "heldout_windows", "load_corpus", "make_batch", "tokenize", "train_loader"]
+__all__ = [
+    "Corpus",
+    "EvalWindows",
+    "batches",
+    "heldout_windows",
+    "load_corpus",
+    "make_batch",
+    "task_loader",
+    "tokenize",
+    "train_loader",
+]
 
 
 class _Windows:
@@ -46,15 +60,52 @@ def make_batch(windows: np.ndarray, eot: int) -> dict[str, np.ndarray]:
     return dict(tokens=tokens, targets=np.asarray(windows[:, 1:], np.int32), segment_ids=segment_ids, loss_mask=~ends)
 
 
+def batches(
+    source: Sequence,
+    B: int,
+    seed: int,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+    transform: Callable | None = None,
+) -> grain.DatasetIterator:
+    """Endless batches of this process from a source with random access: B // process_count examples, stacked.
+
+    Every epoch visits every example once, in a new order set by `seed`. The shares of all processes,
+    concatenated by process_index, are the batch of a single process. `get_state()` is a small JSON value,
+    the same on every process, and `set_state()` takes up there at once, bit for bit, whatever the new
+    process_count. `transform` is applied to whole batches.
+
+    Raises ValueError when there are no examples, or B is not a multiple of process_count.
+
+    >>> loader = batches(range(6), B=3, seed=0)
+    >>> np.sort(np.concatenate([next(loader), next(loader)]))
+    array([0, 1, 2, 3, 4, 5])
+    """
+    if B % process_count:
+        raise ValueError(f"B={B} sequences must be a multiple of process_count={process_count}")
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index={process_index} must be in 0..{process_count - 1}")
+    if not len(source):
+        raise ValueError(f"no examples to draw B={B} of")
+    # Epoch e is shuffled by seed + e: neighbouring seeds would share all but one of their epochs.
+    seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    dataset = (
+        grain.MapDataset.source(source)
+        .shuffle(seed=seed)
+        .repeat()
+        .batch(B // process_count, drop_remainder=True)
+        .slice(slice(process_index, None, process_count))
+    )
+    if transform is not None:
+        dataset = dataset.map(transform)
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
+
+
 def train_loader(
     corpus: Corpus, config: DataConfig, *, process_index: int = 0, process_count: int = 1
 ) -> grain.DatasetIterator:
-    """Endless batches of this process: dicts of `make_batch` with arrays [B // process_count, T].
-
-    Every epoch visits every window once, in a new order set by `config.seed`. The shares of all processes,
-    concatenated by process_index, are the batch of a single process. `get_state()` is a small JSON value,
-    the same on every process, and `set_state()` takes up there at once, bit for bit, whatever the new
-    process_count.
+    """Endless `batches` of the windows of a text: dicts of `make_batch` with arrays [B // process_count, T].
 
     Raises ValueError when the text has fewer than T + 1 tokens or B is not a multiple of process_count.
 
@@ -62,26 +113,31 @@ def train_loader(
     >>> next(train_loader(load_corpus(config)[0], config))["tokens"].shape
     (4, 8)
     """
-    if config.B % process_count:
-        raise ValueError(f"B={config.B} sequences must be a multiple of process_count={process_count}")
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index={process_index} must be in 0..{process_count - 1}")
     windows, eot = _Windows(corpus.tokens, config.T), corpus.tokenizer.eot
     if not len(windows):
         raise ValueError(
             f"T={config.T} needs {config.T + 1} tokens, but {corpus.source} has {len(corpus.tokens)} to train on"
         )
-    # Epoch e is shuffled by seed + e: neighbouring seeds would share all but one of their epochs.
-    seed = int(np.random.SeedSequence(config.seed).generate_state(1)[0])
-    return iter(
-        grain.MapDataset.source(windows)
-        .shuffle(seed=seed)
-        .repeat()
-        .batch(config.B // process_count, drop_remainder=True)
-        .slice(slice(process_index, None, process_count))
-        .map(lambda windows: make_batch(windows, eot))
-        .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
-    )
+    share = dict(process_index=process_index, process_count=process_count)
+    return batches(windows, config.B, config.seed, **share, transform=lambda windows: make_batch(windows, eot))
+
+
+def task_loader(
+    task: str, config: DataConfig, part: str = "train", *, process_index: int = 0, process_count: int = 1, **options
+) -> grain.DatasetIterator:
+    """Endless `batches` of a task of `stickjax.tasks`: the arrays of its `examples(part, T=config.T, **options)`.
+
+    `config.seed` orders the examples; which examples there are is set by the option `seed`.
+
+    Raises ValueError for an unknown task, and what `examples` and `batches` raise.
+
+    >>> batch = next(task_loader("recall", DataConfig(T=8, B=4), keys=2))
+    >>> {name: array.shape for name, array in batch.items()}
+    {'loss_mask': (4, 8), 'segment_ids': (4, 8), 'targets': (4, 8), 'tokens': (4, 8)}
+    """
+    one_of("task", task, TASKS)
+    source = TASKS[task].examples(part, T=config.T, **options)
+    return batches(source, config.B, config.seed, process_index=process_index, process_count=process_count)
 
 
 @dataclass(frozen=True, eq=False)

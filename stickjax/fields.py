@@ -19,15 +19,21 @@ def nearest(name: str, known) -> str:
     return f" (did you mean {match[0]!r}?)" if match else ""
 
 
+def one_of(name: str, value, choices) -> None:
+    """Raise ValueError, with the nearest choice, for a value that is none of them."""
+    if value not in choices:
+        raise ValueError(
+            f"{name}={value!r} is not one of {', '.join(map(repr, choices))}{nearest(str(value), choices)}"
+        )
+
+
 def check_choices(config) -> None:
     for name, hint in typing.get_type_hints(type(config)).items():
         options = [o for o in alternatives(hint) if typing.get_origin(o) is Literal]
         choices = [c for o in options for c in typing.get_args(o)]
         value = getattr(config, name)
-        if choices and value is not None and value not in choices:
-            raise ValueError(
-                f"{name}={value!r} is not one of {', '.join(map(repr, choices))}{nearest(str(value), choices)}"
-            )
+        if choices and value is not None:
+            one_of(name, value, choices)
 
 
 def at_least(config, low, *names) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from stickjax import data
 from stickjax.config import DataConfig
 from stickjax.corpus import Corpus, load_corpus, text_documents, tokenize
-from stickjax.data import heldout_windows, make_batch, train_loader
+from stickjax.data import batches, heldout_windows, make_batch, train_loader
 from stickjax.tokenizer import ByteTokenizer, StreamDecoder, load_tokenizer, token_dtype
 
 EOT = 256
@@ -416,6 +416,8 @@ def test_bad_loaders():
         train_loader(counting(99), CONFIG, process_count=3)
     with pytest.raises(ValueError, match="process_index=2 must be in 0..1"):
         train_loader(counting(99), CONFIG, process_index=2, process_count=2)
+    with pytest.raises(ValueError, match="no examples to draw B=4 of"):
+        batches([], B=4, seed=0)
 
 
 # Evaluation windows
