@@ -225,7 +225,7 @@ def make_schedule(config: Config) -> optax.Schedule:
 MATRICES = {
     "query", "key", "value", "output", "expert_query", "expert_output", "router", "w_in", "w_out", "weight"
 }  # fmt: skip
-EMBEDDINGS = {"embed", "embedding", "unembed"}
+EMBEDDINGS = {"embed", "embedding", "unembed", "relative"}
 
 
 def label_of(names: tuple[str, ...]) -> str:

@@ -41,6 +41,9 @@ class Table:
     router_de: PartitionSpec = PartitionSpec("fsdp")
     w_in_dgf: PartitionSpec = PartitionSpec("fsdp", None, "tensor")
     w_out_fd: PartitionSpec = PartitionSpec("tensor", "fsdp")
+    w_in_df: PartitionSpec = PartitionSpec()
+    w_in_edf: PartitionSpec = PartitionSpec()
+    relative_khp: PartitionSpec = PartitionSpec()
     w_in_edgf: PartitionSpec = PartitionSpec("expert", "fsdp", None, "tensor")
     w_out_efd: PartitionSpec = PartitionSpec("expert", "tensor", "fsdp")
 
