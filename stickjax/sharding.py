@@ -44,6 +44,9 @@ class Table:
     weight_re: PartitionSpec = PartitionSpec("fsdp")
     w_in_dgf: PartitionSpec = PartitionSpec("fsdp", None, "tensor")
     w_out_fd: PartitionSpec = PartitionSpec("tensor", "fsdp")
+    w_in_df: PartitionSpec = PartitionSpec()
+    w_in_edf: PartitionSpec = PartitionSpec()
+    relative_khp: PartitionSpec = PartitionSpec()
     w_in_edgf: PartitionSpec = PartitionSpec("expert", "fsdp", None, "tensor")
     w_out_efd: PartitionSpec = PartitionSpec("expert", "tensor", "fsdp")
 
@@ -173,6 +176,11 @@ def rows_of_process(mesh: Mesh | None) -> tuple[int, int]:
     return int(mine[0]) // len(mine), len(owners) // len(mine)
 
 
+def batch_spec(x) -> PartitionSpec:
+    """The partition of an array of a batch, [B,T] or [B]."""
+    return PartitionSpec(*BATCH[: np.ndim(x)])
+
+
 def place(mesh: Mesh | None, batch: dict, accumulate: int = 1) -> dict:
     """The sequences that `rows_of_process` names, as a batch on the devices of the mesh.
 
@@ -183,21 +191,21 @@ def place(mesh: Mesh | None, batch: dict, accumulate: int = 1) -> dict:
     if mesh is None:
         return batch
     index, count = rows_of_process(mesh)
-    sharding, context = NamedSharding(mesh, BATCH), mesh.shape["context"]
+    context = mesh.shape["context"]
     shards = math.prod(mesh.shape[axis] for axis in ROW_AXES) // count
     pieces = np.stack([np.arange(context), 2 * context - 1 - np.arange(context)], axis=1).reshape(-1)
 
     def one(x):
-        rows, T = x.shape
-        x = np.asarray(x).reshape(accumulate, shards, -1, T).swapaxes(0, 1).reshape(rows, T)
-        if context > 1:
-            x = x.reshape(rows, 2 * context, -1)[:, pieces].reshape(rows, T)
+        rows, *tokens = x.shape
+        x = np.asarray(x).reshape(accumulate, shards, -1, *tokens).swapaxes(0, 1).reshape(rows, *tokens)
+        if context > 1 and tokens:
+            x = x.reshape(rows, 2 * context, -1)[:, pieces].reshape(rows, *tokens)
 
         def part(where):
             first = (where[0].start or 0) - index * rows
-            return x[first : first + rows // shards, where[1]]
+            return x[first : first + rows // shards, *where[1:]]
 
-        return jax.make_array_from_callback((rows * count, T), sharding, part)
+        return jax.make_array_from_callback((rows * count, *tokens), NamedSharding(mesh, batch_spec(x)), part)
 
     return {name: one(x) for name, x in batch.items()}
 
@@ -221,7 +229,7 @@ def over(mesh: Mesh | None, gradients: Callable) -> Callable:
 
     def run(params, batch, key):
         parts = specs(params)
-        inputs = parts, {name: BATCH for name in batch}, PartitionSpec()
+        inputs = parts, jax.tree.map(batch_spec, batch), PartitionSpec()
         f = jax.shard_map(local, mesh=mesh, in_specs=inputs, out_specs=(parts, PartitionSpec()), check_vma=False)
         return f(params, batch, key)
 
