@@ -1,8 +1,8 @@
 """Sparse, stick-breaking language models in JAX."""
 
-from stickjax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from stickjax.config import Config, DataConfig, ModelConfig, OptimConfig, SutConfig, TrainConfig
 
-__all__ = ["Config", "DataConfig", "ModelConfig", "OptimConfig", "TrainConfig", "load"]
+__all__ = ["Config", "DataConfig", "ModelConfig", "OptimConfig", "SutConfig", "TrainConfig", "load"]
 __version__ = "0.1.0"
 
 

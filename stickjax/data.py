@@ -7,27 +7,32 @@
 """
 
 import argparse
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import grain
 import numpy as np
 
-from stickjax.config import DataConfig
+from stickjax.config import Config, DataConfig
 from stickjax.corpus import Corpus, document_ends, load_corpus, tokenize
 from stickjax.fields import one_of
-from stickjax.tasks import TASKS
+from stickjax.tasks import TASKS, Examples, logic
 
 __all__ = [
     "Corpus",
     "EvalWindows",
+    "TrainingData",
     "batches",
     "heldout_windows",
     "load_corpus",
     "make_batch",
+    "pair_examples",
     "task_loader",
     "tokenize",
     "train_loader",
+    "training_data",
 ]
 
 
@@ -138,6 +143,43 @@ def task_loader(
     one_of("task", task, TASKS)
     source = TASKS[task].examples(part, T=config.T, **options)
     return batches(source, config.B, config.seed, process_index=process_index, process_count=process_count)
+
+
+class TrainingData(NamedTuple):
+    """What a run is trained on. `loader(index, count)`: the batches of one of `count` processes."""
+
+    loader: Callable[[int, int], grain.DatasetIterator]
+    vocab_size: int
+    hash: str
+    source: str
+    summary: str
+
+
+def training_data(config: Config) -> TrainingData:
+    """Windows of the text, or for a model with classes the pairs of the task `logic`.
+
+    Raises ValueError for a source without pairs, and what the sources raise.
+    """
+    d = config.data
+    if not getattr(config.model, "classes", 0):
+        corpus, _ = load_corpus(d)
+        loader = lambda index, count: train_loader(corpus, d, process_index=index, process_count=count)  # noqa: E731
+        return TrainingData(loader, corpus.tokenizer.vocab_size, corpus.hash, corpus.source, corpus.summary())
+    pairs = pair_examples(config, "train")
+    digest = hashlib.sha256("\n".join(f"{row}" for row in pairs.rows).encode()).hexdigest()[:16]
+    source = f"pairs of {d.source}"
+    loader = lambda index, count: batches(pairs, d.B, d.seed, process_index=index, process_count=count)  # noqa: E731
+    return TrainingData(loader, len(logic.VOCABULARY), digest, source, f"{source}: {len(pairs):,} of them, {digest}")
+
+
+def pair_examples(config: Config, part: str, **options) -> Examples:
+    """The pairs of sentences that `data.source` has for a classifier, of `data.examples` drawn."""
+    if config.data.source != "logic":
+        raise ValueError(f"classes={config.model.classes} needs pairs: source='logic', not {config.data.source!r}")
+    if config.model.classes != (relations := len(logic.RELATIONS)):
+        raise ValueError(f"classes={config.model.classes} must be the {relations} relations of source='logic'")
+    options = dict(T=config.data.T, draws=config.data.examples) | options
+    return logic.examples(part, **options)
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,6 +11,7 @@ from stickjax.fields import at_least, check_choices, field
 class ModelConfig:
     """A decoder-only language model. Capital letters are the shape letters of the code."""
 
+    family: Literal["decoder"] = field("decoder", "the kind of model; a config file chooses it by its class")
     V: int = field(257, "vocabulary size (bytes and the end-of-text token by default)")
     D: int = field(128, "width of the residual stream")
     L: int = field(4, "number of layers")

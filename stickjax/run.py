@@ -11,7 +11,9 @@ from jax.sharding import Mesh
 from stickjax import sharding
 from stickjax.checkpoint import Checkpoints, check_finite
 from stickjax.config import Config
-from stickjax.models.transformer import Transformer, init
+from stickjax.models.family import init
+from stickjax.models.sut import LanguageModel, PairClassifier
+from stickjax.models.transformer import Transformer
 from stickjax.tokenizer import Tokenizer, load_tokenizer
 
 # May differ between two parts of one run: they change neither the state nor what a step computes.
@@ -26,9 +28,9 @@ _FREE = (
 
 
 class Loaded(NamedTuple):
-    """A trained model, ready to call: `model(tokens).logits`."""
+    """A trained model, ready to call: `model(tokens).logits`, or of a Universal Transformer `model(batch).logits`."""
 
-    model: Transformer
+    model: Transformer | LanguageModel | PairClassifier
     config: Config
     tokenizer: Tokenizer
     step: int

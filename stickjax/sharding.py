@@ -106,12 +106,8 @@ def make_mesh(config: Config, devices=None) -> Mesh | None:
 
 def _check_sizes(config: Config, sizes: dict[str, int]) -> None:
     m, d, accumulate = config.model, config.data, config.train.accumulate
-    if sizes["expert"] > 1 and not m.E:
-        raise ValueError(f"expert={sizes['expert']} divides the experts, but E=0")
-    if sizes["expert"] > 1 and m.new_experts:
-        raise ValueError(f"expert={sizes['expert']} cannot divide new_experts={m.new_experts} from E={m.E} old ones")
-    if sizes["context"] > 1 and m.attention != "stick_breaking":
-        raise ValueError(f"context={sizes['context']} needs attention='stick_breaking'")
+    if m.family == "sut" and (other := [f"{axis}={n}" for axis, n in sizes.items() if axis != "data" and n > 1]):
+        raise ValueError(f"{' and '.join(other)} divide decoders; a Universal Transformer lies whole on every device")
     rows = math.prod(sizes[axis] for axis in ROW_AXES)
     if d.B % (rows * accumulate):
         said = " x ".join(f"{axis}={sizes[axis]}" for axis in ROW_AXES if sizes[axis] > 1)
@@ -119,6 +115,18 @@ def _check_sizes(config: Config, sizes: dict[str, int]) -> None:
             f"{d.B // accumulate} sequences (B / accumulate) must be a multiple of {said}; "
             f"B={max(d.B // (rows * accumulate), 1) * rows * accumulate} would do"
         )
+    if m.family == "decoder":
+        _check_decoder(config, sizes)
+
+
+def _check_decoder(config: Config, sizes: dict[str, int]) -> None:
+    m, d = config.model, config.data
+    if sizes["expert"] > 1 and not m.E:
+        raise ValueError(f"expert={sizes['expert']} divides the experts, but E=0")
+    if sizes["expert"] > 1 and m.new_experts:
+        raise ValueError(f"expert={sizes['expert']} cannot divide new_experts={m.new_experts} from E={m.E} old ones")
+    if sizes["context"] > 1 and m.attention != "stick_breaking":
+        raise ValueError(f"context={sizes['context']} needs attention='stick_breaking'")
     tensor, context = sizes["tensor"], sizes["context"]
     divided = [
         ("T", d.T, context > 1 and 2 * context, f"2 x context={context}, as every device takes two pieces"),

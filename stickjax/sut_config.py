@@ -14,6 +14,7 @@ class SutConfig:
     to a cross-entropy summed over the 8192 tokens of a worker, so that its weight of 0.1 is one of 0.1 / 8192 here.
     """
 
+    family: Literal["sut"] = field("sut", "the kind of model; a config file chooses it by its class")
     V: int = field(257, "vocabulary size; the encoder's token 0 is padding")
     D: int = field(128, "width of the residual stream")
     L: int = field(6, "steps: how often the block is applied at most")
@@ -62,6 +63,11 @@ class SutConfig:
             raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
         if not self.norm_eps > 0:
             raise ValueError(f"norm_eps={self.norm_eps} must be positive")
+
+    @property
+    def m_width(self) -> float:
+        """The optimizer's: there is no muP for this model, all of it learns at one rate."""
+        return 1.0
 
     @classmethod
     def sut_base(cls, **changes) -> "SutConfig":

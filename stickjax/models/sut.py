@@ -225,6 +225,16 @@ def apply(
     return params(batch, key, threshold=threshold, stop_early=key is None)
 
 
+def parameter_counts(config: SutConfig) -> tuple[int, int]:
+    """All parameters, and those that one step applies to a token: k of E experts, nothing of the embedding."""
+    shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
+    block, size = shapes.stack.block, lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+    heads = size([block.attention.expert_query, block.attention.expert_output])
+    idle = size(block.ffn) * (config.E - config.k) // config.E
+    idle += heads * (config.attention_experts - config.attention_k) // config.attention_experts
+    return size(shapes), size(shapes.stack) - idle
+
+
 def loss(
     config: SutConfig, params: PairClassifier | LanguageModel, batch: dict[str, jax.Array], key: jax.Array | None
 ) -> tuple[Float[Array, ""], dict[str, jax.Array]]:
