@@ -21,6 +21,7 @@ import jax
 import numpy as np
 import pytest
 
+from stickjax.checkpoint import named_leaves
 from stickjax.metrics import read_metrics
 
 hypothesis.settings.register_profile("same", derandomize=True, deadline=None)  # the same examples in every run
@@ -48,6 +49,14 @@ def relative_error(value, reference) -> float:
 def assert_close(value, reference, tolerance: float, name: str = "") -> None:
     error = relative_error(value, reference)
     assert error <= tolerance, f"{name}: relative error {error:.2e} above {tolerance:.0e}"
+
+
+def assert_same_state(a, b) -> None:
+    """To the bit."""
+    for (name, x), (_, y) in zip(named_leaves(a).items(), named_leaves(b).items(), strict=True):
+        if name == "key":
+            x, y = map(jax.random.key_data, (x, y))
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y), err_msg=name)
 
 
 def wait_for_step(run, step, process) -> None:
