@@ -80,6 +80,8 @@ LONG = (
     "test_train",
     "test_processes",
     "test_scatter_moe_mosaic",
+    "test_sharding",
+    "test_stick_breaking",
     "test_notebook",
     "test_readme",
 )  # a worker that got one of these last would leave the other idle
