@@ -84,7 +84,8 @@ def _start(
         say(f"branching from {source}" + ("" if data_state else ", with other text"))
     else:
         places = None if mesh is None else sharding.shardings(mesh, abstract)
-        state = jax.jit(lambda: init_state(config, key), out_shardings=places)()
+        # The key is an argument: XLA would work out the draws from a constant one itself, while it compiles.
+        state = jax.jit(lambda key: init_state(config, key), out_shardings=places)(key)
         if init_from is not None:
             loaded = load(init_from, mesh=mesh)
             ours, theirs = (
