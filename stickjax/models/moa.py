@@ -81,10 +81,10 @@ class SharedHeads(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        source: Float[Array, "B S D"],
-        context: Context,
         routing: Routing,
         gates: Float[Array, "R k"],
+        source: Float[Array, "B S D"],
+        context: Context,
         key=None,
     ) -> Float[Array, "B T D"]:
         c, segments, key_segments = self.config, context.segment_ids, context.key_segment_ids

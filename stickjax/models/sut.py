@@ -200,7 +200,7 @@ def init(config: SutConfig, key: jax.Array) -> PairClassifier | LanguageModel:
     """Parameters of a model, as a pytree that is also the model: of pairs with `classes`, else of language.
 
     >>> model = init(SutConfig(V=16, D=8, H=4, F=16), jax.random.key(0))
-    >>> model.stack.block.ffn.w_in.shape
+    >>> model.stack.block.ffn.experts.w_in.shape
     (8, 8, 16)
     """
     return (PairClassifier if config.classes else LanguageModel)(config, key)
