@@ -60,10 +60,11 @@ class MixtureOfHeads(Attention):
 
 
 class SharedHeads(nnx.Module):
-    """The same sum for gates given, with keys and values of a sequence that may be another one.
+    """sum over the chosen experts e of gate * attention(x W_query[e], source W_key, source W_value) W_output[e].
 
-    Softmax, with `relative` positions or with none, or stick-breaking, which is causal. K, H, `attention_experts` and
-    `attention_k` are the config's. A token whose experts are all E runs none and gives zero.
+    As `MixtureOfHeads`, but the router is the caller's and `source` may be another sequence. `causal` attention is the
+    config's, with stick-breaking or softmax; else it is softmax over all keys. `relative`: softmax scores have learned
+    vectors R [K,H,P] of the P = 2 * clip - 1 distances, added to the keys. A token without experts gives zero.
     """
 
     def __init__(self, config: SutConfig, key, *, causal: bool, relative: bool):
