@@ -81,5 +81,5 @@ class SutConfig:
 
 
 _TRANSLATION: dict[str, Any] = dict(
-    V=38_400, D=512, L=6, K=4, H=64, attention_k=4, F=512, k=4, dropout=0.2, mi_weight=0.1 / 8192
+    V=37_000, D=512, L=6, K=4, H=64, attention_k=4, F=512, k=4, dropout=0.2, mi_weight=0.1 / 8192
 )

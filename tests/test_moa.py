@@ -20,6 +20,7 @@ from stickjax.step import init_state, make_step
 from stickjax.sut_config import SutConfig
 
 SIZES = dict(V=31, D=16, L=2, H=4, F=24)
+SHARED = dict(D=16, K=2, H=4, attention_experts=3, implementation="reference")
 HERE = Path(__file__).parent
 
 
@@ -92,7 +93,7 @@ def test_the_shared_heads_are_those_of_the_original_layer():
     chosen, gates = choose_experts(logits, 2, "softmax_topk")
     chosen = jnp.where(real[:, None], chosen, 6)
     segments = jnp.where(pad, -1, 0)
-    y = layer(x, x, Context(segments, segments, None, 0), route(chosen, 6), gates)
+    y = layer(x, route(chosen, 6), gates, x, Context(segments, segments, None, 0))
     assert_close(y, out, FORWARD["float32"])
     stats = router_stats(router_sums(logits, chosen, real))
     everywhere = jnp.square(jax.nn.logsumexp(logits, axis=-1)).mean()  # the original's z loss counts padding as well
@@ -102,7 +103,7 @@ def test_the_shared_heads_are_those_of_the_original_layer():
 @pytest.mark.parametrize("kind", ["cross", "relative", "causal"])
 def test_shared_heads_are_softmax_attention_of_every_expert(kind):
     """Of the same tokens or of another sequence, its padding unseen; distances from `clip` on share a vector."""
-    B, T, S, config = 2, 7, 5 if kind == "cross" else 7, SutConfig(D=16, K=2, H=4, attention_experts=3, clip=3)
+    B, T, S, config = 2, 7, 5 if kind == "cross" else 7, SutConfig(**SHARED, clip=3)
     layer = SharedHeads(config, jax.random.key(0), causal=kind == "causal", relative=kind == "relative")
     x = jax.random.normal(jax.random.key(1), (B, T, 16))
     source = jax.random.normal(jax.random.key(2), (B, S, 16)) if kind == "cross" else x
@@ -127,7 +128,7 @@ def test_shared_heads_are_softmax_attention_of_every_expert(kind):
         gate = (gates * (chosen == e)).sum(-1).reshape(B, T, 1)
         expected += gate * (heads @ layer.expert_output[...][e])
     context = Context(jnp.zeros((B, T), int), key_segments, None, 0)
-    y = layer(x, source, context, route(chosen, 3), gates)
+    y = layer(x, route(chosen, 3), gates, source, context)
     assert_close(y, expected, FORWARD["float32"])
     assert (y[:, 3] == 0).all()
 

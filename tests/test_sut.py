@@ -1,6 +1,7 @@
 """The Sparse Universal Transformer against the original encoder, and what halting promises."""
 
-from functools import partial
+import dataclasses
+from functools import cache, partial
 from pathlib import Path
 
 import jax
@@ -11,9 +12,11 @@ import pytest
 from conftest import FORWARD, assert_close
 from flax import nnx
 
+from pallas_kernels import route
 from stickjax.models.halting import HaltingGate, halting_step, start, until_halted
 from stickjax.models.router import router_stats
-from stickjax.models.sut import SparseUniversalTransformer, UniversalStack, apply, init, loss
+from stickjax.models.sut import SparseUniversalTransformer, UniversalStack, init, loss
+from stickjax.models.sut_block import BiasedExperts
 from stickjax.optim import label_of
 from stickjax.sharding import AXES, by_name, over, place, shardings, spec_of
 from stickjax.sut_config import SutConfig
@@ -21,6 +24,7 @@ from stickjax.sut_config import SutConfig
 HERE = Path(__file__).parent
 
 
+@cache
 def original_encoder(name):
     """The stack with the original's weights, its inputs and what it gave; [.., B, T, D]."""
     with np.load(HERE / "oracles" / "sut" / f"{name}.npz", allow_pickle=False) as arrays:
@@ -30,28 +34,28 @@ def original_encoder(name):
         D=32, L=7, K=2, H=8, attention_experts=5, attention_k=2, F=24, E=6, k=2,
         normalize_before=name == "encoder_pre_norm",
     )  # fmt: skip
-    stack = jax.tree.map(lambda x: x, UniversalStack(config, jax.random.key(0), causal=False))
-    block, heads, ffn = stack.block, "self_attn.", "moe."
+    stack = jax.eval_shape(partial(UniversalStack, config, causal=False), jax.random.key(0))
+    attention, feed_forward, heads, ffn = stack.block.attention, stack.block.ffn, "self_attn.", "moe."
     weights = {
-        (block.attention_router, "w_in"): p[heads + "q_proj.w_gate.0.weight"].T,
-        (block.attention_router, "bias"): p[heads + "q_proj.w_gate.0.bias"],
-        (block.attention_router, "weight"): p[heads + "q_proj.w_gate.3.weight"].T,
-        (block.attention, "expert_query"): p[heads + "q_proj.experts.w"],
-        (block.attention, "expert_output"): p[heads + "q_proj.output_experts.w"],
-        (block.attention, "key"): p[heads + "k_proj.weight"].T.reshape(32, 2, 8),
-        (block.attention, "value"): p[heads + "v_proj.weight"].T.reshape(32, 2, 8),
-        (block.attention, "relative"): p[heads + "rel_pos_emb"][..., 1:-1],  # distances of -64 and 64 are never used
-        (block.attention_norm, "scale"): p["self_attn_layer_norm.weight"],
-        (block.attention_norm, "bias"): p["self_attn_layer_norm.bias"],
-        (block.ffn_router, "w_in"): p[ffn + "w_gate.0.weight"].T,
-        (block.ffn_router, "bias"): p[ffn + "w_gate.0.bias"],
-        (block.ffn_router, "weight"): p[ffn + "w_gate.3.weight"].T,
-        (block.ffn, "w_in"): p[ffn + "experts.w"],
-        (block.ffn, "in_bias"): p[ffn + "experts.b"],
-        (block.ffn, "w_out"): p[ffn + "output_experts.w"],
-        (block.ffn, "out_bias"): p[ffn + "output_experts.b"],
-        (block.ffn_norm, "scale"): p["final_layer_norm.weight"],
-        (block.ffn_norm, "bias"): p["final_layer_norm.bias"],
+        (attention.router, "w_in"): p[heads + "q_proj.w_gate.0.weight"].T,
+        (attention.router, "bias"): p[heads + "q_proj.w_gate.0.bias"],
+        (attention.router, "weight"): p[heads + "q_proj.w_gate.3.weight"].T,
+        (attention.experts, "expert_query"): p[heads + "q_proj.experts.w"],
+        (attention.experts, "expert_output"): p[heads + "q_proj.output_experts.w"],
+        (attention.experts, "key"): p[heads + "k_proj.weight"].T.reshape(32, 2, 8),
+        (attention.experts, "value"): p[heads + "v_proj.weight"].T.reshape(32, 2, 8),
+        (attention.experts, "relative"): p[heads + "rel_pos_emb"][..., 1:-1],  # distances of -64 and 64 are never used
+        (attention.norm, "scale"): p["self_attn_layer_norm.weight"],
+        (attention.norm, "bias"): p["self_attn_layer_norm.bias"],
+        (feed_forward.router, "w_in"): p[ffn + "w_gate.0.weight"].T,
+        (feed_forward.router, "bias"): p[ffn + "w_gate.0.bias"],
+        (feed_forward.router, "weight"): p[ffn + "w_gate.3.weight"].T,
+        (feed_forward.experts, "w_in"): p[ffn + "experts.w"],
+        (feed_forward.experts, "in_bias"): p[ffn + "experts.b"],
+        (feed_forward.experts, "w_out"): p[ffn + "output_experts.w"],
+        (feed_forward.experts, "out_bias"): p[ffn + "output_experts.b"],
+        (feed_forward.norm, "scale"): p["final_layer_norm.weight"],
+        (feed_forward.norm, "bias"): p["final_layer_norm.bias"],
         (stack.gate, "w_in"): p["_gate.0.weight"].T,
         (stack.gate, "bias"): p["_gate.0.bias"],
         (stack.gate, "w_out"): p["_gate.3.weight"].T,
@@ -62,19 +66,19 @@ def original_encoder(name):
     return stack, jnp.asarray(a["x"].swapaxes(0, 1)), jnp.asarray(~a["pad"]), a
 
 
+@jax.jit
 def each_step(stack, x, real, threshold):
     """The states after every step."""
-    segments = jnp.where(real, 0, -1)
 
     def block(h, s, running, step):
-        h, sums = stack.block(h, s, running, segments)
-        return h, sums, {name: one.rows.sum().astype(jnp.int32) for name, one in sums.items()}
+        h, sums = stack.block(h, s, running, jnp.where(real, 0, -1))
+        return h, sums, {name: one.rows.sum() for name, one in sums.items()}
 
     def step(now, _):
         now = halting_step(now, block, stack.gate, real, threshold)
         return now, now
 
-    return jax.jit(lambda: jax.lax.scan(step, start(x, real, block, stack.config.L), None, stack.config.L)[1])()
+    return jax.lax.scan(step, start(x, real, block, stack.config.L), None, stack.config.L)[1]
 
 
 @pytest.mark.parametrize("name", ["encoder_post_norm", "encoder_pre_norm"])
@@ -173,7 +177,7 @@ def test_neither_padding_nor_halted_tokens_change_others(encoder, halting_soon):
 def test_mutual_information_is_that_of_all_steps_together(encoder, halting_soon):
     """H(e|x) - H(e) with the pairs of tokens and steps weighed by w, for the router whose inputs the states are."""
     stack, x, real, _ = encoder
-    router = stack.block.attention_router
+    router = stack.block.attention.router
     inputs = np.concatenate([x[None], halting_soon.hidden[:-1]]).reshape(-1, 32)
     w = np.concatenate([real[None].astype(np.float32), halting_soon.running[:-1]]).reshape(-1)
     logits = np.tanh(inputs @ np.asarray(router.w_in[...]) + np.asarray(router.bias[...])) @ np.asarray(
@@ -190,7 +194,7 @@ def test_mutual_information_is_that_of_all_steps_together(encoder, halting_soon)
     np.testing.assert_allclose(stats.load.sum(), 1, rtol=1e-6)
 
 
-TINY = dict(V=12, D=16, L=3, K=2, H=4, attention_experts=3, F=12, E=4)
+TINY = dict(V=12, D=16, L=3, K=2, H=4, attention_experts=3, F=12, E=4, implementation="reference")
 PAIRS = dict(classes=7, mi_weight=0.01, act_weight=0.01)
 
 
@@ -212,13 +216,14 @@ def translation(B, T, key):
     return {"source": batch["left"], "target": batch["right"]}
 
 
-def deciding(model, names=("stack",)):
-    """The model with gates that tell tokens apart: at the start they do not."""
-    model = jax.tree.map(lambda x: x, model)
-    for name in names:
-        gate = getattr(model, name).gate
-        gate.w_out = nnx.Param(jax.random.normal(jax.random.key(9), gate.w_out.shape))
-    return model
+def drawn(make, config):
+    """A model whose parameters are all drawn at random, those that start at zero too, with no program to compile."""
+    rng = np.random.default_rng(0)
+
+    def draw(names, shape):
+        return jnp.asarray(rng.normal(names[-1] == "scale", 0.2, shape.shape), jnp.float32)
+
+    return by_name(draw, jax.eval_shape(partial(make, config), jax.random.key(0)))
 
 
 def translation_loss(config, model, batch, key):
@@ -228,14 +233,14 @@ def translation_loss(config, model, batch, key):
 
 
 MODELS = {
-    "pairs": (SutConfig(**TINY, **PAIRS), init, ("stack",), pairs, loss),
+    "pairs": (SutConfig(**TINY, **PAIRS), init, pairs, loss),
     "language": (
         SutConfig(**TINY, attention="stick_breaking", mi_weight=0.01, act_weight=0.01, dropout=0.1, sample_topk=1),
-        init, ("stack",), language, loss,
+        init, language, loss,
     ),
     "translation": (
-        SutConfig(**TINY, normalize_before=True), SparseUniversalTransformer, ("encoder", "decoder"), translation,
-        translation_loss,
+        SutConfig(**TINY, normalize_before=True, remat="full"), SparseUniversalTransformer,
+        translation, translation_loss,
     ),
 }  # fmt: skip
 
@@ -251,8 +256,8 @@ def check_gradients(gradients):
 
 @pytest.mark.parametrize("name", ["language", "translation"])
 def test_every_parameter_learns_and_has_a_label_and_a_partition(name):
-    config, make, stacks, batch, f = MODELS[name]
-    model = deciding(make(config, jax.random.key(0)), stacks)
+    config, make, batch, f = MODELS[name]
+    model = drawn(make, config)
     key = jax.random.key(2) if config.dropout else None
     check_gradients(jax.jit(jax.grad(lambda m: f(config, m, batch(4, 7, jax.random.key(1)), key)[0]))(model))
 
@@ -264,13 +269,12 @@ def pair_gradients(model, batch, key):
 @pytest.fixture(scope="module")
 def classifier():
     """A model of pairs, a batch, and its compiled gradients on one device."""
-    config, batch = MODELS["pairs"][0], pairs(16, 6, jax.random.key(1))
-    return init(config, jax.random.key(0)), batch, jax.jit(pair_gradients)
+    return drawn(init, MODELS["pairs"][0]), pairs(16, 6, jax.random.key(1)), jax.jit(pair_gradients)
 
 
 def test_losses_are_means_over_all_devices(classifier):
     model, batch, gradients = classifier
-    model, key = deciding(model), jax.random.key(0)
+    key = jax.random.key(0)
     expected, metrics = gradients(model, batch, key)
     check_gradients(expected)
     mesh = jax.make_mesh((2, 1, 1, 1, 1), AXES, devices=jax.devices()[:2])
@@ -300,27 +304,47 @@ def test_a_few_pairs_are_learnt(classifier):
 
 
 def test_no_token_depends_on_later_ones_or_on_other_documents():
-    """The logits by values, the expected depth, which halting decides, by gradients as well."""
-    config = SutConfig(**TINY, attention="stick_breaking")
-    model = deciding(init(config, jax.random.key(0)))
-    segments = jnp.array([[0, 0, 1, 1, 1, 1, 1, -1]])
+    """By gradients, of the state and of the expected depth; and by values, as halting is a decision."""
+    model = drawn(init, SutConfig(**TINY, attention="stick_breaking"))
+    segments, t = jnp.array([[0, 0, 1, 1, 1, 1, 1, -1]]), 4
     x = jax.random.normal(jax.random.key(1), (1, 8, 16))
+    weights = jax.random.normal(jax.random.key(2), (16,))
 
-    def run(x):
-        end = model.stack(x, segments)
-        return end.state, end.depth, end.act
+    @jax.jit
+    def run(x, threshold):
+        end = model.stack(x, segments, threshold=threshold)
+        return end.state[0] @ weights, end.depth[0], end.act[0]
 
-    _, vjp = jax.vjp(jax.jit(run), x)
-    one = jnp.zeros((1, 8)).at[0, 4].set(1.0)
-    weights = jax.random.normal(jax.random.key(2), (1, 8, 16))
-    for cotangent in ((one[..., None] * weights, one * 0, one * 0), (weights * 0, one, one)):
-        size = jnp.abs(vjp(cotangent)[0]).max(-1)[0]
-        assert (size[jnp.array([0, 1, 5, 6, 7])] == 0).all() and (size[2:5] > 0).all()
-    tokens = jnp.array([[3, 4, 5, 6, 7, 8, 9, 1]])
-    outputs = [apply(model, {"tokens": tokens.at[0, 5].set(t), "segment_ids": segments}, threshold=0.6) for t in (8, 2)]
-    np.testing.assert_array_equal(outputs[0].logits[:, :5], outputs[1].logits[:, :5])
-    np.testing.assert_array_equal(outputs[0].depth[:, :5], outputs[1].depth[:, :5])
-    assert (outputs[0].logits[:, 5:7] != outputs[1].logits[:, 5:7]).any()
+    gradients = jax.jit(jax.jacrev(lambda x: jnp.stack([part[t] for part in run(x, 0.999)])))(x)
+    for gradient in jnp.abs(gradients).max(-1)[:, 0]:
+        assert (gradient[jnp.array([0, 1, 5, 6, 7])] == 0).all() and (gradient[2:5] > 0).all()
+    before, after = run(x, 0.6), run(x.at[0, t + 1 :].set(7.0).at[0, :2].set(7.0), 0.6)
+    assert len(set(np.asarray(before[1]).tolist())) > 4  # tokens halt at different steps
+    for one, other in zip(before, after, strict=True):
+        np.testing.assert_array_equal(one[2 : t + 1], other[2 : t + 1])
+        assert (one[t + 1 : 7] != other[t + 1 : 7]).all()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_type_of_the_computation_is_kept(name):
+    """Of every carry of the loop; routing, halting and losses are in fp32."""
+    config, make, batch, f = MODELS[name]
+    config = dataclasses.replace(config, dtype="bfloat16")
+    model = jax.eval_shape(partial(make, config), jax.random.key(0))
+    state = jax.eval_shape(lambda m: m(batch(2, 5, jax.random.key(1)), jax.random.key(2)), model)
+    assert all(leaf.dtype in (jnp.float32, jnp.int32) for leaf in jax.tree.leaves(state))
+
+
+def test_hidden_units_that_drop_out_have_a_path_of_their_own():
+    """With a rate of nearly zero it gives what the other does."""
+    config = SutConfig(**TINY, dropout=1e-9)
+    experts = BiasedExperts(config, jax.random.key(0))
+    x = jax.random.normal(jax.random.key(1), (1, 5, 16))
+    routing = route(jnp.array([[0, 1], [3, 2], [4, 4], [1, 0], [2, 3]]), 4)
+    gates = jax.random.uniform(jax.random.key(2), (5, 2))
+    y = experts(x, routing, gates)
+    assert_close(experts(x, routing, gates, jax.random.key(3)), y, FORWARD["float32"])
+    assert (y[0, 2] == 0).all() and (y[0, 3] != 0).all()
 
 
 def test_presets_have_the_published_sizes():

@@ -20,6 +20,6 @@ def parameter_counts(config: ModelConfig | SutConfig) -> tuple[int, int]:
     """All parameters, and those that work on one token (in every step, where a block is applied several times).
 
     >>> parameter_counts(ModelConfig.powermoe_3b())[0], parameter_counts(SutConfig(D=8, H=4, F=16))
-    (3298788864, (5186, 1394))
+    (3298788864, (6856, 2352))
     """
     return FAMILIES[config.family].parameter_counts(config)

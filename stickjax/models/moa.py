@@ -76,10 +76,11 @@ class MixtureOfHeads(Attention):
 
 
 class SharedHeads(nnx.Module):
-    """The same sum for gates given, with keys and values of a sequence that may be another one.
+    """sum over the chosen experts e of gate * attention(x W_query[e], source W_key, source W_value) W_output[e].
 
-    Softmax, with `relative` positions or with none, or stick-breaking, which is causal. K, H, `attention_experts` and
-    `attention_k` are the config's. A token whose experts are all E runs none and gives zero.
+    As `MixtureOfHeads`, but the router is the caller's and `source` may be another sequence. `causal` attention is the
+    config's, with stick-breaking or softmax; else it is softmax over all keys. `relative`: softmax scores have learned
+    vectors R [K,H,P] of the P = 2 * clip - 1 distances, added to the keys. A token without experts gives zero.
     """
 
     def __init__(self, config: SutConfig, key, *, causal: bool, relative: bool):
@@ -97,10 +98,10 @@ class SharedHeads(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        source: Float[Array, "B S D"],
-        context: Context,
         routing: Routing,
         gates: Float[Array, "R k"],
+        source: Float[Array, "B S D"],
+        context: Context,
         key=None,
     ) -> Float[Array, "B T D"]:
         c, segments, key_segments = self.config, context.segment_ids, context.key_segment_ids

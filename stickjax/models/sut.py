@@ -200,7 +200,7 @@ def init(config: SutConfig, key: jax.Array) -> PairClassifier | LanguageModel:
     """Parameters of a model, as a pytree that is also the model: of pairs with `classes`, else of language.
 
     >>> model = init(SutConfig(V=16, D=8, H=4, F=16), jax.random.key(0))
-    >>> model.stack.block.ffn.w_in.shape
+    >>> model.stack.block.ffn.experts.w_in.shape
     (8, 8, 16)
     """
     return (PairClassifier if config.classes else LanguageModel)(config, key)
@@ -229,8 +229,8 @@ def parameter_counts(config: SutConfig) -> tuple[int, int]:
     """All parameters, and those that one step applies to a token: k of E experts, nothing of the embedding."""
     shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
     block, size = shapes.stack.block, lambda tree: sum(x.size for x in jax.tree.leaves(tree))
-    heads = size([block.attention.expert_query, block.attention.expert_output])
-    idle = size(block.ffn) * (config.E - config.k) // config.E
+    heads = size([block.attention.experts.expert_query, block.attention.experts.expert_output])
+    idle = size(block.ffn.experts) * (config.E - config.k) // config.E
     idle += heads * (config.attention_experts - config.attention_k) // config.attention_experts
     return size(shapes), size(shapes.stack) - idle
 

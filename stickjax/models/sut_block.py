@@ -74,26 +74,41 @@ class BiasedExperts(nnx.Module):
         return y.reshape(x.shape)
 
 
-class SutBlock(nnx.Module):
-    """h = norm(h + attention(h, s)), with `cross` h = norm(h + cross(h, source)), h = norm(h + experts(h)).
+class Branch(nnx.Module):
+    """norm(h + f(h)), or h + f(norm(h)) with `normalize_before`, f being the experts that the router chooses."""
 
-    `normalize_before`: h = h + attention(norm(h), norm(s)), and so on. Keys and values are those of s, so that tokens
-    which have halted stay to be seen, as what they have become.
+    def __init__(self, config: SutConfig, router: TanhRouter, experts: SharedHeads | BiasedExperts):
+        self.config, self.router, self.experts = config, router, experts
+        self.norm = LayerNorm(config)
+
+    def __call__(self, h: Float[Array, "B T D"], running: Float[Array, "B T"], key, *inputs):
+        """The next h, and the router's sums; `inputs` are the experts' own."""
+        keys = [None] * 3 if key is None else jax.random.split(key, 3)
+        x = self.norm(h) if self.config.normalize_before else h
+        choice = self.router(x, running, keys[0])
+        y = self.experts(x, choice.routing, choice.gates, *inputs, key=keys[1])
+        h = h + dropout(y, self.config.dropout, keys[2])
+        return h if self.config.normalize_before else self.norm(h), choice.sums
+
+
+class SutBlock(nnx.Module):
+    """Self-attention, in a decoder attention to `source`, and a feed-forward network.
+
+    Keys and values are made of s rather than h, so that tokens which have halted are still seen, as what they became.
     """
 
     def __init__(self, config: SutConfig, key, *, causal: bool, cross: bool = False):
         self.config = c = config
-        keys = jax.random.split(key, 6)
-        heads, relative = (c.attention_experts, c.attention_k, c.sample_topk), c.attention == "softmax"
-        self.attention_router = TanhRouter(c, *heads, keys[0])
-        self.attention = SharedHeads(c, keys[1], causal=causal, relative=relative)
-        self.attention_norm = LayerNorm(c)
-        self.cross_router = TanhRouter(c, *heads, keys[2]) if cross else None
-        self.cross = SharedHeads(c, keys[3], causal=False, relative=False) if cross else None
-        self.cross_norm = LayerNorm(c) if cross else None
-        self.ffn_router = TanhRouter(c, c.E, c.k, 0, keys[4])
-        self.ffn = BiasedExperts(c, keys[5])
-        self.ffn_norm = LayerNorm(c)
+        k_self, k_cross, k_router, k_experts = jax.random.split(key, 4)
+
+        def heads(key, **kind):
+            k_router, k_experts = jax.random.split(key)
+            router = TanhRouter(c, c.attention_experts, c.attention_k, c.sample_topk, k_router)
+            return Branch(c, router, SharedHeads(c, k_experts, **kind))
+
+        self.attention = heads(k_self, causal=causal, relative=c.attention == "softmax")
+        self.cross = heads(k_cross, causal=False, relative=False) if cross else None
+        self.ffn = Branch(c, TanhRouter(c, c.E, c.k, 0, k_router), BiasedExperts(c, k_experts))
 
     def __call__(
         self,
@@ -106,26 +121,12 @@ class SutBlock(nnx.Module):
         key=None,
     ) -> tuple[Float[Array, "B T D"], dict[str, RouterSums]]:
         """The next h, and the sums of every router by its name."""
-        c, sums = self.config, {}
-        before = c.normalize_before
-
-        def branch(h, name, norm, router, layer, index):
-            keys = [None] * 3 if key is None else jax.random.split(jax.random.fold_in(key, index), 3)
-            x = norm(h) if before else h
-            choice = router(x, running, keys[0])
-            sums[name] = choice.sums
-            y = layer(x, choice.routing, choice.gates, keys[1])
-            h = h + dropout(y, c.dropout, keys[2])
-            return h if before else norm(h)
-
-        def attend_self(x, routing, gates, key):
-            context = Context(segment_ids, segment_ids, None, 0)
-            return self.attention(x, self.attention_norm(s) if before else s, context, routing, gates, key)
-
-        def attend_source(x, routing, gates, key):
-            return self.cross(x, source, Context(segment_ids, source_segment_ids, None, 0), routing, gates, key)
-
-        h = branch(h, "attention", self.attention_norm, self.attention_router, attend_self, 0)
+        keys, sums = [None] * 3 if key is None else jax.random.split(key, 3), {}
+        seen = self.attention.norm(s) if self.config.normalize_before else s
+        context = Context(segment_ids, segment_ids, None, 0)
+        h, sums["attention"] = self.attention(h, running, keys[0], seen, context)
         if self.cross is not None:
-            h = branch(h, "cross", self.cross_norm, self.cross_router, attend_source, 1)
-        return branch(h, "ffn", self.ffn_norm, self.ffn_router, self.ffn, 2), sums
+            context = Context(segment_ids, source_segment_ids, None, 0)
+            h, sums["cross"] = self.cross(h, running, keys[1], source, context)
+        h, sums["ffn"] = self.ffn(h, running, keys[2])
+        return h, sums
