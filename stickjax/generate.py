@@ -188,7 +188,8 @@ def generate_text(
     """
     if isinstance(prompts, str) or isinstance(stop, str) or "" in stop:
         raise ValueError("prompts and stop must be lists of strings, and no stop string may be empty")
-    tokenizer = loaded.tokenizer
+    if (tokenizer := loaded.tokenizer) is None:
+        raise ValueError(f"there is no {loaded.config.data.tokenizer}, which this model needs to read and write text")
     streams, texts = [_TextStream(tokenizer, stop) for _ in prompts], ["" for _ in prompts]
 
     def on_token(row: int, token: int | None) -> bool:

@@ -200,11 +200,11 @@ class ModelConfig:
 
 # What makes a ModuleFormer of the decoder: modules of both kinds, gates of a softmax over all of them, attention that
 # includes the token itself and drops the stick left.
-_MODULES: dict[str, Any] = dict(
+MODULES: dict[str, Any] = dict(
     attention="stick_breaking", attend_current=True, remainder="none", router="softmax_topk", router_network="mlp",
     activation="gelu_tanh", norm="layer", tied=False,
 )  # fmt: skip
-_MOLM: dict[str, Any] = _MODULES | dict(
+_MOLM: dict[str, Any] = MODULES | dict(
     V=50295, D=1024, K=1, H=1024, F=2048, E=32, attention_experts=16, key_value="input", init_std=0.02,
     dtype="bfloat16", remat="full",
 )  # fmt: skip

@@ -94,7 +94,9 @@ def _start(
             if ours != theirs:
                 changed = [d for d in loaded.config.diff(config) if d.startswith("model.")]
                 raise ValueError(f"--init-from {init_from} is another model ({'; '.join(changed)})")
-            params = jax.tree.unflatten(jax.tree.structure(state.params), jax.tree.leaves(loaded.model))
+            # A published model is often stored in a smaller type than it is trained in.
+            pairs = zip(jax.tree.leaves(loaded.model), jax.tree.leaves(state.params), strict=True)
+            params = jax.tree.unflatten(jax.tree.structure(state.params), [a.astype(b.dtype) for a, b in pairs])
             state = state._replace(params=params)
             say(f"parameters from {init_from}@{loaded.step}")
         return state, None
