@@ -11,9 +11,9 @@ def get_config() -> Config:
         V=12, D=64, L=8, K=2, H=16, attention_experts=6, attention_k=2, F=128, E=6, k=2, classes=7, sinusoidal=False,
         mi_weight=0.001,
     )  # fmt: skip
-    data = DataConfig(source="logic", examples=500_000, T=40, B=64)
+    data = DataConfig(source="logic", examples=500_000, T=40, B=32)
     step = data.tokens_per_step
     optim = OptimConfig(
-        schedule="cosine", peak_lr=0.001, warmup_tokens=200 * step, beta2=0.98, eps=1e-9, weight_decay=0.01
+        schedule="cosine", peak_lr=0.001, warmup_tokens=300 * step, beta2=0.98, eps=1e-9, weight_decay=0.01
     )
-    return Config(model, data, optim, TrainConfig(steps=3000, checkpoint_every=500))
+    return Config(model, data, optim, TrainConfig(steps=6000, log_every=20, checkpoint_every=500))
