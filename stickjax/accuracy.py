@@ -46,12 +46,13 @@ def accuracy(
       buckets: numbers of operators of the sentence that has more; the last one also stands for all above.
       thresholds: of halting; None: the config's.
       max_pairs: at most so many of a bucket, the same for every threshold.
-      B: pairs in one call of the model.
+      B: pairs in one call of the model, at most.
 
     Returns:
       A record {"bucket", "threshold", "accuracy", "majority" (the share of the commonest label), "depth" (blocks that a
       token's final state is made of, the mean over tokens), "rows" (expert rows run, per token), "pairs"} each.
     """
+    B = min(B, max_pairs)
     thresholds = [config.model.halting_threshold] if thresholds is None else list(thresholds)
     records = []
     for bucket in buckets:
@@ -96,18 +97,15 @@ def batches_of(config: Config, bucket: int, max_pairs: int, B: int) -> list[tupl
 
 
 def table(runs: dict[str, Records]) -> Table:
-    """Accuracy of every run at its first threshold, a column per number of operators."""
-    result = Table(title="held-out accuracy by number of operators")
-    result.add_column("run")
-    first = at_first_threshold(next(iter(runs.values())))
-    for record in first:
-        last = record["bucket"] == logic.BUCKETS - 1
-        result.add_column(f"{record['bucket']}{'+' if last else ''}", justify="right")
-    result.add_row("commonest label", *(f"{r['majority']:.1%}" for r in first))
-    for name, records in runs.items():
-        records = at_first_threshold(records)
-        result.add_row(name, *(f"{r['accuracy']:.1%}" for r in records))
-        result.add_row("  mean depth", *(f"{r['depth']:.2f}" for r in records))
+    """Accuracy and mean depth of every run at its first threshold, a row per number of operators."""
+    result = Table(title="held-out accuracy")
+    for name in ("operators", "pairs", "commonest label", *runs, *(f"depth of {name}" for name in runs)):
+        result.add_column(name, justify="right")
+    for rows in zip(*map(at_first_threshold, runs.values()), strict=True):
+        first = rows[0]
+        operators = f"{first['bucket']}{'+' if first['bucket'] == logic.BUCKETS - 1 else ''}"
+        right = [f"{r['accuracy']:.1%}" for r in rows] + [f"{r['depth']:.2f}" for r in rows]
+        result.add_row(operators, str(first["pairs"]), f"{first['majority']:.1%}", *right)
     return result
 
 

@@ -16,6 +16,16 @@ def apply(params, batch: dict, key=None):
     return FAMILIES[params.config.family].apply(params, batch, key)
 
 
+def empty_cache(config: ModelConfig | SutConfig, batch: int, size: int):
+    """For `read`: what a language model keeps of up to `size` tokens of `batch` sequences."""
+    return FAMILIES[config.family].empty_cache(config, batch, size)
+
+
+def read(model, tokens, segment_ids, cache):
+    """(logits [B,V] after the last of `tokens` [B,T], the cache with them); a negative segment id is padding."""
+    return FAMILIES[model.config.family].read(model, tokens, segment_ids, cache)
+
+
 def parameter_counts(config: ModelConfig | SutConfig) -> tuple[int, int]:
     """All parameters, and those that work on one token (in every step, where a block is applied several times).
 

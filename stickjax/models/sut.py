@@ -225,6 +225,30 @@ def apply(
     return params(batch, key, threshold=threshold, stop_early=key is None)
 
 
+class Read(NamedTuple):
+    """The tokens that a language model has read so far, of which there are `length`, in place of their keys and values:
+    every new one reads them again."""
+
+    tokens: jax.Array
+    segment_ids: jax.Array
+    length: jax.Array
+
+
+def empty_cache(config: SutConfig, batch: int, size: int) -> Read:
+    """For `batch` sequences of up to `size` tokens."""
+    return Read(jnp.zeros((batch, size), jnp.int32), jnp.full((batch, size), -1, jnp.int32), jnp.zeros((), jnp.int32))
+
+
+def read(
+    model: LanguageModel, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"], cache: Read
+) -> tuple[Float[Array, "B V"], Read]:
+    """Logits after the last of these tokens, and the cache with them."""
+    put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, cache.length, axis=1)  # noqa: E731
+    cache = Read(put(cache.tokens, tokens), put(cache.segment_ids, segment_ids), cache.length + tokens.shape[1])
+    logits = apply(model, {"tokens": cache.tokens, "segment_ids": cache.segment_ids}).logits
+    return jax.lax.dynamic_index_in_dim(logits, cache.length - 1, axis=1, keepdims=False), cache
+
+
 def parameter_counts(config: SutConfig) -> tuple[int, int]:
     """All parameters, and those that one step applies to a token: k of E experts, nothing of the embedding."""
     shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
