@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from stickjax import sharding
-from stickjax.checkpoint import Checkpoints, check_finite
+from stickjax.checkpoint import Checkpoints, check_finite, named_leaves
 from stickjax.config import Config
 from stickjax.models.transformer import Transformer, init
 from stickjax.tokenizer import Tokenizer, load_tokenizer
@@ -94,3 +95,32 @@ def load(
         raise ValueError(f"{run} has no checkpoint yet")
     check_finite(restored.state, f"{run}, checkpoint of step {restored.step}")
     return Loaded(restored.state, config, load_tokenizer(config.data.tokenizer), restored.step)
+
+
+def save(run: str | os.PathLike, model: Transformer, config: Config) -> None:
+    """A new run folder with parameters alone, as step 0, at once or not at all: what `load` and --init-from read.
+
+    Raises:
+      ValueError: the folder exists, or the parameters are not those of `config.model`.
+      OSError: it could not be written.
+    """
+    folder = Path(run)
+    if folder.exists():
+        raise ValueError(f"{run} exists; choose another folder")
+    ours = named_leaves(jax.eval_shape(lambda: init(config.model, jax.random.key(0))))
+    theirs = named_leaves(model)
+    if wrong := [n for n in ours.keys() | theirs.keys() if _shape(ours.get(n)) != _shape(theirs.get(n))]:
+        raise ValueError(f"the model has another shape than its config says: {', '.join(sorted(wrong))}")
+    temporary = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+    try:
+        write_config(temporary, config)
+        with Checkpoints(temporary) as checkpoints:
+            checkpoints.save(0, {"params": model}, {"config": config.to_dict()})
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _shape(leaf) -> tuple | None:
+    return None if leaf is None else (leaf.shape, leaf.dtype)
