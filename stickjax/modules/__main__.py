@@ -45,17 +45,11 @@ def source_of(data: DataConfig, words: str) -> DataConfig:
 
 def table(result: dict) -> Table:
     """Per kind and layer the bits about the source, and the unused modules of each source."""
-    result_of = result["mutual_information"].items()
     shown = Table(title=f"modules, on {result['max_tokens']} held-out tokens of each source")
-    columns = [
-        "kind",
-        "modules",
-        *(f"unused by {source}" for source in result["use"]),
-        "bits about the source, by layer",
-    ]
-    for i, column in enumerate(columns):
-        shown.add_column(column, justify="left" if i == 0 else "right")
-    for kind, bits in result_of:
+    shown.add_column("kind")
+    for column in ("modules", *(f"unused by {source}" for source in result["use"]), "bits about the source, by layer"):
+        shown.add_column(column, justify="right")
+    for kind, bits in result["mutual_information"].items():
         unused = (str(of[kind]) for of in result["unused"].values())
         shown.add_row(kind, str(result["modules"][kind]), *unused, " ".join(f"{b:.3f}" for b in bits))
     return shown

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -101,7 +102,7 @@ def batches_of(data: DataConfig, *, heldout: bool, max_tokens: int, batch_tokens
 
 def report(
     model: Transformer, sources: Mapping[str, DataConfig], *, max_tokens: int = 2**15, below: float = 0.01
-) -> dict:
+) -> dict[str, Any]:
     """Which modules the held-out text of each source uses; a dictionary of numbers and lists, as JSON has them.
 
     Args:
@@ -111,8 +112,8 @@ def report(
       below: a module with a smaller share of its layer's pairs counts as unused.
 
     Returns:
-      "use": {source: {kind: [L, columns]}}, shares; "mutual_information": {kind: [L]} in bits; "unused": {source: {kind:
-      how many of the modules of all layers}}; "modules": {kind: how many there are}; "below" and "max_tokens".
+      "use": {source: {kind: [L, columns]}}, shares; "mutual_information": {kind: [L]} in bits; "modules": {kind: how
+      many there are in all layers}; "unused": {source: {kind: how many of them}}; "below" and "max_tokens".
     Raises:
       ValueError: the model has no modules, there are no sources, or one of them is too short.
     """
