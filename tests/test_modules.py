@@ -14,6 +14,7 @@ from scipy.special import erf
 from stickjax import train
 from stickjax.checkpoint import named_leaves
 from stickjax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from stickjax.models.attention import Context
 from stickjax.models.router import Router, choose_experts, probabilities
 from stickjax.models.transformer import init
 from stickjax.modules import LEARN, extend, merged, mutual_information, prune, report, use
@@ -24,8 +25,8 @@ from stickjax.step import init_state, make_step
 CONFIG = ModelConfig(
     V=257, D=16, L=2, N=4, K=2, H=8, F=12, E=6, k=2, attention_experts=4, router="softmax_topk", router_network="mlp",
     router_hidden=8, attend_current=True, activation="gelu_tanh", norm="layer", mi_weight=0.01,
+    implementation="reference",
 )  # fmt: skip
-QUICK = dataclasses.replace(CONFIG, implementation="reference")  # to compile
 KINDS = {"ffn": (6, 2), "attention": (4, 2)}  # columns and k of each
 run = jax.jit(lambda model, tokens: model(tokens))
 TOKENS = np.random.default_rng(0).integers(0, 257, (2, 24))
@@ -83,9 +84,8 @@ def test_extended_model_is_the_old_one_without_its_new_modules(model, monkeypatc
 def test_extension_keeps_every_old_leaf_and_draws_the_new_ones(model):
     old = named_leaves(model)
     first, second = (named_leaves(extend(model, jax.random.key(i), experts=2, attention_experts=1)) for i in (1, 2))
-    assert {n.rpartition("/")[2] for n in first.keys() - old.keys()} == {
-        "new_w_in", "new_w_out", "new_weight", "new_expert_query", "new_expert_output"
-    }  # fmt: skip
+    added = {name.rpartition("/")[2] for name in first.keys() - old.keys()}
+    assert added == {"new_w_in", "new_w_out", "new_weight", "new_expert_query", "new_expert_output"}
     for name in first:
         if name in old:
             same(first[name], old[name])
@@ -103,7 +103,7 @@ def test_merged_is_the_same_function(model):
 @pytest.mark.parametrize("routing", LEARN)
 def test_what_is_frozen_does_not_move(routing):
     """Bit for bit, with losses that pull at every router and with the bias that is moved without a gradient."""
-    model = dataclasses.replace(QUICK, bias_rate=0.01, switch_weight=0.1)
+    model = dataclasses.replace(CONFIG, bias_rate=0.01, switch_weight=0.1)
     optim = OptimConfig(schedule="constant", peak_lr=0.01, learn=LEARN[routing])
     extended = extend(init(model, jax.random.key(0)), jax.random.key(1), experts=2, attention_experts=2)
     config = Config(extended.config, DataConfig(T=24, B=2), optim, TrainConfig(steps=3))
@@ -169,8 +169,9 @@ first_layer = jax.jit(lambda model, x: jax.tree.map(lambda leaf: leaf[0], model.
 first_heads = jax.jit(lambda model, x, context: jax.tree.map(lambda leaf: leaf[0], model.blocks).attention(x, context))
 
 
-@pytest.mark.parametrize("denominator", ["old", "new"])
-def test_pruned_layer_against_a_dense_one(model, denominator):
+@pytest.mark.parametrize(("denominator", "implementation"), [("old", "reference"), ("old", "xla"), ("new", "xla")])
+def test_pruned_layer_against_a_dense_one(denominator, implementation):
+    model = init(dataclasses.replace(CONFIG, implementation=implementation), jax.random.key(0))
     x = np.random.default_rng(3).normal(size=(1, 40, 16)).astype(np.float32)
     counts = {"ffn": np.array([[9, 1, 9, 2, 9, 9], [9, 9, 9, 9, 9, 9]])}
     pruned = prune(model, counts, threshold=0.1, denominator=denominator)
@@ -190,8 +191,6 @@ def test_pruned_layer_against_a_dense_one(model, denominator):
 
 
 def test_pruned_heads_leave_other_tokens_alone(model):
-    from stickjax.models.attention import Context
-
     x = jnp.asarray(np.random.default_rng(3).normal(size=(1, 40, 16)), jnp.float32)
     counts = {"attention": np.array([[9, 1, 9, 9], [9, 9, 1, 9]])}
     pruned = prune(model, counts, count=3)
@@ -221,7 +220,7 @@ def test_a_threshold_keeps_what_a_token_needs(model):
 
 @pytest.mark.parametrize("denominator", ["old", "new"])
 def test_prune_again_and_extend(model, denominator):
-    """Twice is once, and what is extended has the pruned model's leaves, and the same bits without the new modules."""
+    """Pruned twice is pruned once; and an extended pruned model routes to its own and to the new modules alone."""
     counts = {"ffn": np.array([[9, 1, 8, 2, 7, 6], [1, 2, 3, 4, 5, 6]]), "attention": np.array([[4, 3, 2, 1]] * 2)}
     once = prune(model, counts, count={"ffn": 3, "attention": 2}, denominator=denominator)
     half = prune(model, counts, count={"ffn": 5, "attention": 2}, denominator=denominator)
@@ -306,7 +305,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("modules")
     data = DataConfig(source="logic,recall", examples=300, T=24, B=2)
     optim = OptimConfig(schedule="constant", peak_lr=0.01)
-    config = Config(QUICK, data, optim, TrainConfig(steps=2, log_every=1))
+    config = Config(CONFIG, data, optim, TrainConfig(steps=2, log_every=1))
     train.fit(config, str(folder / "base"), quiet=True)
     return SimpleNamespace(folder=folder, base=str(folder / "base"))
 

@@ -23,7 +23,7 @@ from stickjax import plots, train
 from stickjax.config import Config, DataConfig
 from stickjax.modules.change import LEARN, extend, prune
 from stickjax.modules.kinds import KINDS, kinds_of
-from stickjax.modules.use import batches_of, report, use
+from stickjax.modules.usage import batches_of, report, use
 from stickjax.options import parse_changes
 from stickjax.run import load, read_config, save
 
@@ -91,10 +91,10 @@ def _concentrate(words, config: Config, changes: dict) -> str:
 
 
 def _report(words, config: Config, changes: dict) -> str:
-    loaded = load(words.run, changes=changes)
+    loaded = load(words.run, step=words.step, changes=changes)
     sources = {name: source_of(loaded.config.data, name) for name in words.source or loaded.config.data.sources}
     result = report(loaded.model, sources, max_tokens=words.tokens, below=words.below)
-    (Path(words.run) / "modules.json").write_text(json.dumps(result) + "\n")
+    (Path(words.run) / "modules.json").write_text(json.dumps({"step": loaded.step} | result) + "\n")
     picture = words.plot or str(Path(words.run) / "modules.png")
     plots.plot_module_use(result["use"], result["mutual_information"], picture)
     Console(highlight=False).print(table(result))
@@ -133,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--weight", type=float, default=0.1, help="of the loss")
     added = command("report", _report, "which text uses which modules", out=False)
     read(added, "held-out text to compare")
+    added.add_argument("--step", type=int, help="of the checkpoint of this step")
     added.add_argument("--below", type=float, default=0.01, help="modules with a smaller share count as unused")
     added.add_argument("--plot", metavar="PNG", help="path of the picture; RUN/modules.png by default")
     return parser

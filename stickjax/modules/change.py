@@ -21,7 +21,9 @@ def extend(model: Transformer, key: jax.Array, *, experts: int = 0, attention_ex
 
     The new modules and their columns A' are leaves of their own (`new_*`), initialised like those of a new model, so
     that which of them learn is a pattern of `optim.learn` (see `LEARN`). Every old leaf stays as it is, and with A' at
-    -inf the output has the bits of the old one. Modules that were new before become old ones first (`merged`).
+    -inf the router has the bits of the old one; so has the output with implementation="reference". With
+    "xla" the number of experts decides how many rows are multiplied at once, which on a CPU may change a last bit.
+    Modules that were new before become old ones first (`merged`).
 
     Args:
       model: a trained model with modules.
@@ -96,8 +98,9 @@ def prune(
       count: how many modules each layer keeps, those used most; a number for each kind, or one for all.
       threshold: the smallest share of a layer's routed pairs with which a module is kept. The ones that a token needs
         (k, N / K) are always kept.
-      denominator: of the router's softmax. "old": it still runs over all columns, and what never went to a pruned
-        module keeps the bits of its gates; "new": over what remains, so gates grow. One for both kinds.
+      denominator: of the router's softmax. "old": it still runs over all columns, and a layer gives a token that never
+        went to a pruned module the same bits (as in `extend`); "new": over what remains, so gates grow. One for both
+        kinds. With router="topk_softmax" the gates have no such denominator, and both are the same function.
     Raises:
       ValueError: neither or both of count and threshold, a count that is too small or too large, no modules, use of
         another shape, or the old denominator where an earlier pruning has left it.
