@@ -7,20 +7,17 @@ FOLDER of a run: OUT becomes a folder in the Hugging Face layout.
 """
 
 import argparse
-import contextlib
-import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from stickjax import hugging_face
-from stickjax.checkpoint import DamagedCheckpoint, named_leaves
+from stickjax.checkpoint import DamagedCheckpoint
 from stickjax.config import Config
-from stickjax.hugging_face.files import Lazy, write_safetensors
+from stickjax.hugging_face.files import write_safetensors
 from stickjax.models.transformer import Transformer
-from stickjax.run import Loaded, load, model_leaves, read_config, write_config
+from stickjax.run import MODEL_FILE, Loaded, complete_folder, in_memory, load, model_leaves, read_config, write_config
 
 SHARD_BYTES = 5_000_000_000
 
@@ -50,7 +47,7 @@ def export(model: Loaded | Transformer, path: str, *, shard_bytes: int = SHARD_B
     """
     config = model.config if isinstance(model, Loaded) else Config(model.config)
     params = model.model if isinstance(model, Loaded) else model
-    with _complete(path) as folder:
+    with complete_folder(path) as folder:
         hugging_face.write(folder, config, in_memory(params), shard_bytes)
 
 
@@ -76,38 +73,15 @@ def convert(source: str, path: str, *, step: int | None = None, shard_bytes: int
         loaded = load(source, step=step)
         leaves = in_memory(loaded.model)
     note = ""
-    with _complete(path) as folder:
+    with complete_folder(path) as folder:
         if to_run:
-            folder.mkdir(parents=True)
             note = "" if hugging_face.copy_tokenizer(config, folder) else ", without a tokenizer.json: add one for text"
             write_config(folder, config.replace({"data.tokenizer": str(Path(path).absolute() / "tokenizer.json")}))
-            write_safetensors(folder / "model.safetensors", leaves)
+            write_safetensors(folder / MODEL_FILE, leaves)
         else:
             hugging_face.write(folder, config, leaves, shard_bytes)
     count = sum(int(np.prod(leaf.shape)) for leaf in leaves.values())
     return f"{path}: {'a run folder' if to_run else 'the Hugging Face layout'}, {count:,} parameters{note}"
-
-
-def in_memory(params: Transformer) -> dict[str, Lazy]:
-    def leaf(array) -> Lazy:
-        return Lazy(array.shape, array.dtype, lambda i: np.asarray(array if i is None else array[i]))
-
-    return {name: leaf(array) for name, array in named_leaves(params).items()}
-
-
-@contextlib.contextmanager
-def _complete(path: str) -> Iterator[Path]:
-    """A folder to fill, which takes its name `path` when that has succeeded and is removed when it has not."""
-    target = Path(path)
-    if target.exists():
-        raise ValueError(f"{path} exists; choose a new folder")
-    temporary = target.with_name(f"{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a conversion that was killed
-    try:
-        yield temporary
-        temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -247,6 +247,11 @@ def label_of(names: tuple[str, ...]) -> str:
     raise ValueError(f"no muP label for {'.'.join(names)!r}{nearest(last, [*MATRICES, *EMBEDDINGS, 'scale', 'bias'])}")
 
 
+def learns(name: str, learn: str) -> bool:
+    """Whether a parameter (blocks.ffn.router.weight) matches one of the patterns of `optim.learn`."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in learn.split(","))
+
+
 def label_tree(params, learn: str = "*"):
     """A tree like params with the label of every parameter: "matrix", "embedding", "vector" or "frozen".
 
@@ -258,7 +263,7 @@ def label_tree(params, learn: str = "*"):
     def label(names, leaf):
         name = ".".join(names)
         names_of.append(name)
-        return label_of(names) if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns) else "frozen"
+        return label_of(names) if learns(name, learn) else "frozen"
 
     labels = by_name(label, params)
     for pattern in patterns:

@@ -129,6 +129,37 @@ def plot_depth(sentences: list[tuple[list[str], np.ndarray]], path) -> None:
     page.savefig(path)
 
 
+def plot_module_use(use: dict[str, dict[str, Any]], information: dict[str, Any], path) -> None:
+    """Shares of the routed pairs {source: {kind: [L, columns]}}: a row of panels per kind, one per source.
+
+    Modules of different layers have nothing in common, so each layer's stand in an order of its own, the same in all
+    panels of a row: from those that the first source uses more than the last one to those that it uses less.
+    """
+    from matplotlib.figure import Figure
+
+    sources, kinds = list(use), list(information)
+    L = len(information[kinds[0]])
+    page = Figure(figsize=(2 + 3.2 * len(sources), len(kinds) * (1.2 + 0.3 * L)), dpi=150, layout="constrained")
+    panels = page.subplots(len(kinds), len(sources), squeeze=False)
+    highest = max(np.max(of[kind]) for of in use.values() for kind in kinds)
+    for row, kind in zip(panels, kinds, strict=True):
+        first, last = (np.asarray(use[source][kind]) for source in (sources[0], sources[-1]))
+        order = np.argsort(last - first if len(sources) > 1 else -first, axis=1, kind="stable")
+        for axes, source in zip(row, sources, strict=True):
+            heat = np.take_along_axis(np.asarray(use[source][kind]), order, 1)
+            image = axes.imshow(heat, vmin=0, vmax=highest, cmap="viridis", aspect="auto", interpolation="nearest")
+            axes.set(title=f"{kind}: {source}", xlabel="modules, in an order per layer", xticks=[])
+            axes.set_yticks(range(L), range(1, L + 1))
+        row[0].set_ylabel("layer")
+        if len(sources) > 1:
+            right = row[-1].secondary_yaxis("right")
+            right.set_yticks(range(L), [f"{bits:.2f}" for bits in information[kind]])
+            right.set_ylabel("bits about the source")
+            right.tick_params(length=0)
+    page.colorbar(image, ax=panels, label="share of the layer's routed pairs", shrink=0.8)
+    page.savefig(path)
+
+
 def plot_schedule(schedules: dict[str, Callable], path, *, tokens_per_step, total_tokens, log=False) -> None:
     """Learning rates against tokens; `log` makes both axes logarithmic, where a power law is a line."""
     tokens = np.geomspace(tokens_per_step, total_tokens, 1000) if log else np.linspace(0, total_tokens, 1000)

@@ -1,27 +1,32 @@
 """A run folder: config.json, metrics.jsonl, checkpoints. Data only; nothing in it is executed.
 
-A folder of one model is read like one: that of Hugging Face, or what `stickjax.convert` makes of it, which has in place
-of the checkpoints a model.safetensors with our leaves, because Orbax writes no array of which a part is in memory.
+A folder of one model is read like one: that of Hugging Face, or that of `save` and `stickjax.convert`, which has in
+place of the checkpoints a model.safetensors with our leaves, because Orbax writes no array that is not all in memory.
 """
 
+import contextlib
 import json
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from stickjax import hugging_face, sharding
 from stickjax.checkpoint import Checkpoints, check_finite, named_leaves
 from stickjax.config import Config
-from stickjax.hugging_face.files import Lazy, open_safetensors
+from stickjax.hugging_face.files import Lazy, open_safetensors, write_safetensors
 from stickjax.model_config import ModelConfig
 from stickjax.models.family import init
 from stickjax.models.sut import LanguageModel, PairClassifier
 from stickjax.models.transformer import Transformer
 from stickjax.tokenizer import Tokenizer, load_tokenizer
 
+MODEL_FILE = "model.safetensors"  # of a folder with one model and no steps
 # May differ between two parts of one run: they change neither the state nor what a step computes.
 _FREE = (
     "train.log_every",
@@ -83,7 +88,7 @@ def write_config(run: str | os.PathLike, config: Config) -> None:
 
 
 def _is_model(folder: str | os.PathLike) -> bool:
-    return hugging_face.is_folder(Path(folder)) or (Path(folder) / "model.safetensors").exists()
+    return hugging_face.is_folder(Path(folder)) or (Path(folder) / MODEL_FILE).exists()
 
 
 def model_leaves(folder: str | os.PathLike, model: ModelConfig) -> dict[str, Lazy] | None:
@@ -92,7 +97,7 @@ def model_leaves(folder: str | os.PathLike, model: ModelConfig) -> dict[str, Laz
         return None
     path = Path(folder)
     theirs = hugging_face.is_folder(path)
-    leaves = hugging_face.read(path, model) if theirs else open_safetensors(path / "model.safetensors")
+    leaves = hugging_face.read(path, model) if theirs else open_safetensors(path / MODEL_FILE)
     expected = named_leaves(jax.eval_shape(lambda: init(model, jax.random.key(0))))
     hugging_face.check(leaves, {name: leaf.shape for name, leaf in expected.items()}, str(folder))
     return leaves
@@ -144,3 +149,48 @@ def _placed(leaf: Lazy, spec: jax.ShapeDtypeStruct) -> jax.Array:
     host = leaf.read(None).astype(spec.dtype, copy=False)
     sharding = spec.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.make_array_from_callback(spec.shape, sharding, lambda index: host[index])
+
+
+def save(run: str | os.PathLike, model: Transformer, config: Config) -> None:
+    """A new run folder with parameters alone, which `load` and --init-from read.
+
+    Raises:
+      ValueError: the folder exists, or the parameters are not those of `config.model`.
+      OSError: it could not be written.
+    """
+    ours = named_leaves(jax.eval_shape(lambda: init(config.model, jax.random.key(0))))
+    theirs = named_leaves(model)
+    if wrong := [n for n in ours.keys() | theirs.keys() if _shape(ours.get(n)) != _shape(theirs.get(n))]:
+        raise ValueError(f"the model has another shape than its config says: {', '.join(sorted(wrong))}")
+    with complete_folder(run) as folder:
+        write_config(folder, config)
+        write_safetensors(folder / MODEL_FILE, in_memory(model))
+
+
+def _shape(leaf) -> tuple | None:
+    return None if leaf is None else (leaf.shape, leaf.dtype)
+
+
+def in_memory(params: Transformer) -> dict[str, Lazy]:
+    """The leaves of a model by their names, as those of a file are read."""
+
+    def leaf(array) -> Lazy:
+        return Lazy(array.shape, array.dtype, lambda i: np.asarray(array if i is None else array[i]))
+
+    return {name: leaf(array) for name, array in named_leaves(params).items()}
+
+
+@contextlib.contextmanager
+def complete_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """A folder to fill, which takes its name `path` when that has succeeded and is removed when it has not."""
+    target = Path(path)
+    if target.exists():
+        raise ValueError(f"{path} exists; choose a new folder")
+    temporary = target.with_name(f"{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -16,7 +16,7 @@ from stickjax.models.family import init
 from stickjax.models.router import updated_router_bias
 from stickjax.models.transformer import Transformer, apply
 from stickjax.models.vocabulary import cross_entropy
-from stickjax.optim import learning, make_optimizer
+from stickjax.optim import learning, learns, make_optimizer
 from stickjax.sharding import over, shardings
 
 
@@ -105,7 +105,7 @@ def make_step(config: Config, mesh: Mesh | None = None) -> Callable[[TrainState,
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
             if load and config.model.bias_rate:
-                params = _with_router_bias(params, load, config.model.bias_rate)
+                params = _with_router_bias(config, params, load)
             return params, opt_state
 
         # A branch, not a selection between old and new, which would read and write every parameter once more.
@@ -131,10 +131,11 @@ def jit_step(config: Config, mesh: Mesh | None, state: TrainState) -> Callable:
     return jax.jit(make_step(config, mesh), donate_argnums=0, out_shardings=places)
 
 
-def _with_router_bias(params: Transformer, load: dict[str, jax.Array], rate: float) -> Transformer:
+def _with_router_bias(config: Config, params: Transformer, load: dict[str, jax.Array]) -> Transformer:
     params = jax.tree.map(lambda x: x, params)  # a copy: modules are changed by assignment
-    for kind, layer in {"": params.blocks.ffn, "attention_": params.blocks.attention}.items():
-        if kind in load:
-            bias = updated_router_bias(layer.router.selection_bias[...], load[kind], rate)
-            layer.router.selection_bias = nnx.Param(bias)
+    for kind, name in {"": "ffn", "attention_": "attention"}.items():
+        if kind in load and learns(f"blocks.{name}.router.selection_bias", config.optim.learn):
+            router = getattr(params.blocks, name).router
+            bias = updated_router_bias(router.selection_bias[...], load[kind], config.model.bias_rate)
+            router.selection_bias = nnx.Param(bias)
     return params

@@ -43,17 +43,45 @@ class RouterStats(NamedTuple):
     load: jax.Array
 
 
+def probabilities(logits: Float[Array, "T E"], trained: int | None = None) -> Float[Array, "T E"]:
+    """The softmax of logits. Its first `trained` columns have the same bits whether the others are at -inf or absent.
+
+    XLA's exponential differs in the last bit with the shape of the loop that it is in, and its sums with their length.
+    So both parts are raised apart, between barriers, and are added by folding one half onto the other, where zeros at
+    the end change nothing.
+
+    >>> probabilities(jnp.array([[1.0, 1.0, -jnp.inf]]), trained=2).tolist()
+    [[0.5, 0.5, 0.0]]
+    """
+    barrier = jax.lax.optimization_barrier
+    parts = [part for part in jnp.split(logits, [trained or logits.shape[1]], axis=1) if part.size]
+    parts, top = barrier((parts, jax.lax.stop_gradient(logits.max(axis=1, keepdims=True))))
+    raised = jnp.concatenate(barrier([jnp.exp(part - top) for part in parts]), axis=1)
+    total = raised
+    while (E := total.shape[1]) > 1:
+        half = 2 ** ((E - 1).bit_length() - 1)
+        total = total[:, :half] + jnp.pad(total[:, half:], ((0, 0), (0, 2 * half - E)))
+    return raised / total
+
+
 def choose_experts(
-    logits: Float[Array, "T E"], k: int, order: str, *, bias=None, sample_topk: int = 0, key=None
+    logits: Float[Array, "T E"],
+    k: int,
+    order: str,
+    *,
+    trained: int | None = None,
+    bias=None,
+    sample_topk: int = 0,
+    key=None,
 ) -> tuple[Int[Array, "T k"], Float[Array, "T k"]]:
     """Expert indices and gates of every token.
 
     `topk_softmax`: the k largest logits, their softmax (gates sum to one). `softmax_topk`: the softmax over E, its k
-    largest probabilities as they are. `bias` [E] is added for the selection only. With a key, the last `sample_topk`
+    largest `probabilities` as they are. `bias` [E] is added for the selection only. With a key, the last `sample_topk`
     of the k are drawn without replacement by their probabilities instead (Gumbel top-k); gates are as without.
     """
     logits = logits.astype(jnp.float32)
-    scores = logits if order == "topk_softmax" else jax.nn.softmax(logits, axis=-1)
+    scores = logits if order == "topk_softmax" else probabilities(logits, trained)
     wanted = scores if bias is None else scores + bias.astype(jnp.float32)[None]
     _, chosen = jax.lax.top_k(jax.lax.stop_gradient(wanted), k)
     if sample_topk and key is not None:
@@ -201,7 +229,8 @@ class Router(nnx.Module):
             if c.pruned == "new_denominator":
                 logits += gone[None]
             bias = gone if bias is None else bias + gone
-        columns, gates = choose_experts(logits, self.k, c.router, bias=bias, sample_topk=c.sample_topk, key=key)
+        options = dict(trained=self.weight.shape[1], bias=bias, sample_topk=c.sample_topk, key=key)
+        columns, gates = choose_experts(logits, self.k, c.router, **options)
         chosen = columns if self.slot is None else self.slot[...].astype(jnp.int32)[columns]
         if real is not None:
             columns, chosen = (

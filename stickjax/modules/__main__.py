@@ -1,0 +1,157 @@
+"""Add modules to a trained run, prune them, concentrate the load on few, and see which text uses which.
+
+python -m stickjax.modules extend RUN OUT --experts 8 [--attention-experts 4] [--routing frozen|full]
+python -m stickjax.modules concentrate RUN OUT [--weight 0.1]
+python -m stickjax.modules prune RUN OUT (--count N | --threshold X) [--kind ffn|attention|both] [--denominator old|new]
+python -m stickjax.modules report RUN [--source stdlib --source text:FOLDER] [--plot PNG]
+
+extend and prune write a run folder OUT with parameters alone, to be trained by
+python -m stickjax.train OUT/config.json --run NEW --init-from OUT. All take --section.field=value.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from stickjax import plots, train
+from stickjax.config import Config, DataConfig
+from stickjax.modules.change import LEARN, extend, prune
+from stickjax.modules.kinds import KINDS, kinds_of
+from stickjax.modules.usage import batches_of, report, use
+from stickjax.options import parse_changes
+from stickjax.run import load, read_config, save
+
+
+def source_of(data: DataConfig, words: str) -> DataConfig:
+    """The data of one source, "stdlib" or "text:PATH"; a stored one without a path is that of the run.
+
+    >>> source_of(DataConfig(source="stdlib,logic"), "logic").source
+    'logic'
+    """
+    source, _, path = words.partition(":")
+    if source in data.sources and not path:
+        heldout = data.heldout_path if len(data.sources) == 1 else None
+        return dataclasses.replace(
+            data, source=source, path=data.path if source in ("text", "tokens") else None, heldout_path=heldout
+        )
+    return dataclasses.replace(data, source=source, path=path or None, heldout_path=None)
+
+
+def table(result: dict) -> Table:
+    """Per kind and layer the bits about the source, and the unused modules of each source."""
+    shown = Table(title=f"modules, on {result['max_tokens']} held-out tokens of each source")
+    shown.add_column("kind")
+    for column in ("modules", *(f"unused by {source}" for source in result["use"]), "bits about the source, by layer"):
+        shown.add_column(column, justify="right")
+    for kind, bits in result["mutual_information"].items():
+        unused = (str(of[kind]) for of in result["unused"].values())
+        shown.add_row(kind, str(result["modules"][kind]), *unused, " ".join(f"{b:.3f}" for b in bits))
+    return shown
+
+
+def _extend(words, config: Config, changes: dict) -> str:
+    loaded = load(words.run)
+    added = dict(experts=words.experts, attention_experts=words.attention_experts)
+    model = extend(loaded.model, jax.random.key(words.seed), **added)
+    changes = {"optim.learn": LEARN[words.routing]} | changes
+    save(words.out, model, dataclasses.replace(loaded.config, model=model.config).replace(changes))
+    return (
+        f"{words.out}: train it by python -m stickjax.train {words.out}/config.json --run NEW --init-from {words.out}"
+    )
+
+
+def _prune(words, config: Config, changes: dict) -> str:
+    loaded = load(words.run, changes=changes)
+    kinds = [kind.name for kind in kinds_of(loaded.config.model) if words.kind in (kind.name, "both")]
+    if not kinds:
+        raise ValueError(f"{words.run} has no modules of --kind {words.kind}")
+    counts = {kind: 0 for kind in kinds}
+    for source in words.source or loaded.config.data.sources:
+        data = source_of(loaded.config.data, source)
+        found = use(loaded.model, batches_of(data, heldout=False, max_tokens=words.tokens))
+        counts = {kind: counts[kind] + found[kind] for kind in kinds}
+    model = prune(loaded.model, counts, count=words.count, threshold=words.threshold, denominator=words.denominator)
+    save(words.out, model, dataclasses.replace(loaded.config, model=model.config))
+    kept = ", ".join(f"at most {getattr(model.config, KINDS[kind].old)} of {kind} in a layer" for kind in kinds)
+    return f"{words.out} keeps {kept}"
+
+
+def _concentrate(words, config: Config, changes: dict) -> str:
+    spreading = {"model.mi_weight": 0.0, "model.switch_weight": 0.0}
+    config = config.replace(spreading | {"model.concentration_weight": words.weight} | changes)
+    kinds_of(config.model)
+    train.fit(config, words.out, init_from=words.run)
+    return f"{words.out}: its unused modules are for python -m stickjax.modules prune"
+
+
+def _report(words, config: Config, changes: dict) -> str:
+    loaded = load(words.run, step=words.step, changes=changes)
+    sources = {name: source_of(loaded.config.data, name) for name in words.source or loaded.config.data.sources}
+    result = report(loaded.model, sources, max_tokens=words.tokens, below=words.below)
+    (Path(words.run) / "modules.json").write_text(json.dumps({"step": loaded.step} | result) + "\n")
+    picture = words.plot or str(Path(words.run) / "modules.png")
+    plots.plot_module_use(result["use"], result["mutual_information"], picture)
+    Console(highlight=False).print(table(result))
+    return f"picture: {picture}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m stickjax.modules", allow_abbrev=False)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name, function, doc, out=True):
+        added = commands.add_parser(name, help=doc, description=doc, allow_abbrev=False)
+        added.set_defaults(function=function)
+        added.add_argument("run", metavar="RUN", help="folder of a trained run")
+        if out:
+            added.add_argument("out", metavar="OUT", help="run folder to write")
+        return added
+
+    def read(added, doc):
+        added.add_argument("--source", action="append", metavar="SOURCE[:PATH]", help=f"{doc}; the run's by default")
+        added.add_argument("--tokens", type=int, default=2**15, help="tokens of each source")
+
+    added = command("extend", _extend, "add modules to every layer")
+    added.add_argument("--experts", type=int, default=0, help="of each feed-forward network")
+    added.add_argument("--attention-experts", type=int, default=0, help="of each attention")
+    added.add_argument("--routing", choices=LEARN, default="frozen", help="what learns besides the new modules")
+    added.add_argument("--seed", type=int, default=0, help="of the new parameters")
+    added = command("prune", _prune, "remove the modules that are used least")
+    how = added.add_mutually_exclusive_group(required=True)
+    how.add_argument("--count", type=int, help="how many modules of a kind each layer keeps")
+    how.add_argument("--threshold", type=float, help="keep modules with at least this share of their layer's pairs")
+    added.add_argument("--kind", choices=("ffn", "attention", "both"), default="both", help="which modules")
+    added.add_argument("--denominator", choices=("old", "new"), default="old", help="of the router's softmax")
+    read(added, "training text whose use counts")
+    added = command("concentrate", _concentrate, "fine-tune with the load-concentration loss; again to go on")
+    added.add_argument("--weight", type=float, default=0.1, help="of the loss")
+    added = command("report", _report, "which text uses which modules", out=False)
+    read(added, "held-out text to compare")
+    added.add_argument("--step", type=int, help="of the checkpoint of this step")
+    added.add_argument("--below", type=float, default=0.01, help="modules with a smaller share count as unused")
+    added.add_argument("--plot", metavar="PNG", help="path of the picture; RUN/modules.png by default")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    words, rest = _parser().parse_known_args(argv)
+    try:
+        if "out" in words and words.function is not _concentrate and Path(words.out).exists():
+            raise ValueError(f"{words.out} exists; choose another folder")
+        config = read_config(words.run)
+        said = words.function(words, config, parse_changes(config, rest))
+    except train.CLEAR as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(said)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

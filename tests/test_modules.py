@@ -1,0 +1,373 @@
+"""Modules: added, pruned, counted; from Python and from the command line."""
+
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import FORWARD, assert_close
+from scipy.special import erf
+
+from stickjax import train
+from stickjax.checkpoint import named_leaves
+from stickjax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from stickjax.models.attention import Context
+from stickjax.models.router import Router, choose_experts, probabilities
+from stickjax.models.transformer import init
+from stickjax.modules import LEARN, extend, merged, mutual_information, prune, report, use
+from stickjax.modules.__main__ import main
+from stickjax.run import load, save
+from stickjax.step import init_state, make_step
+
+CONFIG = ModelConfig(
+    V=257, D=16, L=2, N=4, K=2, H=8, F=12, E=6, k=2, attention_experts=4, router="softmax_topk", router_network="mlp",
+    router_hidden=8, attend_current=True, activation="gelu_tanh", norm="layer", mi_weight=0.01,
+    implementation="reference",
+)  # fmt: skip
+KINDS = {"ffn": (6, 2), "attention": (4, 2)}  # columns and k of each
+run = jax.jit(lambda model, tokens: model(tokens))
+TOKENS = np.random.default_rng(0).integers(0, 257, (2, 24))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return init(CONFIG, jax.random.key(0))
+
+
+@pytest.fixture(params=["optimised", "quick"])
+def compiled(request):
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", request.param == "quick")
+    jax.clear_caches()
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+    jax.clear_caches()
+
+
+def same(a, b):
+    np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.mark.parametrize(("E", "new"), [(6, 2), (8, 5), (16, 16), (5, 1)])
+def test_probabilities_keep_their_bits(compiled, E, new):
+    """At 7 tokens and at 700: XLA compiles small and large loops otherwise."""
+    rng = np.random.default_rng(E)
+    for T in (7, 700):
+        x, w = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((T, 16), (16, E)))
+
+        def chosen(x, w, new):
+            logits = jnp.concatenate([x @ w, jnp.full((x.shape[0], new), -jnp.inf)], 1)
+            return choose_experts(logits, 2, "softmax_topk", trained=E), probabilities(logits, E)
+
+        chosen = jax.jit(chosen, static_argnums=2)
+        (indices, gates), p = chosen(x, w, 0)
+        (more_indices, more_gates), more = chosen(x, w, new)
+        same(indices, more_indices)
+        same(gates, more_gates)
+        same(p, more[:, :E])
+        assert_close(p, jax.nn.softmax(x @ w), FORWARD["float32"])
+        assert not more[:, E:].any()
+
+
+def test_extended_model_is_the_old_one_without_its_new_modules(model, monkeypatch):
+    extended = extend(model, jax.random.key(1), experts=5, attention_experts=3)
+    base = run(model, TOKENS).logits
+    assert (run(extended, TOKENS).logits != base).any()
+    logits = Router.logits
+    monkeypatch.setattr(Router, "logits", lambda self, x: logits(self, x).at[:, self.weight.shape[1] :].set(-jnp.inf))
+    same(jax.jit(lambda model: model(TOKENS).logits)(extended), base)
+
+
+def test_extension_keeps_every_old_leaf_and_draws_the_new_ones(model):
+    old = named_leaves(model)
+    first, second = (named_leaves(extend(model, jax.random.key(i), experts=2, attention_experts=1)) for i in (1, 2))
+    added = {name.rpartition("/")[2] for name in first.keys() - old.keys()}
+    assert added == {"new_w_in", "new_w_out", "new_weight", "new_expert_query", "new_expert_output"}
+    for name in first:
+        if name in old:
+            same(first[name], old[name])
+        else:
+            assert (first[name] != second[name]).all()
+
+
+def test_merged_is_the_same_function(model):
+    extended = extend(model, jax.random.key(1), experts=5, attention_experts=3)
+    assert_close(run(merged(extended), TOKENS).logits, run(extended, TOKENS).logits, FORWARD["float32"])
+    again = extend(extended, jax.random.key(2), experts=1).config
+    assert (again.E, again.new_experts, again.attention_experts, again.new_attention_experts) == (11, 1, 7, 0)
+
+
+@pytest.mark.parametrize("routing", LEARN)
+def test_what_is_frozen_does_not_move(routing):
+    """Bit for bit, with losses that pull at every router and with the bias that is moved without a gradient."""
+    model = dataclasses.replace(CONFIG, bias_rate=0.01, switch_weight=0.1)
+    optim = OptimConfig(schedule="constant", peak_lr=0.01, learn=LEARN[routing])
+    extended = extend(init(model, jax.random.key(0)), jax.random.key(1), experts=2, attention_experts=2)
+    config = Config(extended.config, DataConfig(T=24, B=2), optim, TrainConfig(steps=3))
+    state = init_state(config, jax.random.key(0))._replace(params=extended)
+    before = {name: np.asarray(leaf) for name, leaf in named_leaves(extended).items()}
+    batch = dict(tokens=TOKENS, targets=np.roll(TOKENS, -1, 1), loss_mask=np.ones(TOKENS.shape, bool))
+    step = jax.jit(make_step(config))
+    for _ in range(3):
+        state, metrics = step(state, batch)
+    assert metrics["bad_steps"] == 0
+    for name, leaf in named_leaves(state.params).items():
+        learns = "/new_" in name or (routing == "full" and "/router/" in name)
+        assert (np.asarray(leaf) != before[name]).any() == learns, name
+
+
+def test_use_counts_routed_pairs_of_real_tokens(model, monkeypatch):
+    segments = np.zeros(TOKENS.shape, np.int32)
+    segments[1, 10:] = -1
+    seen: list[tuple] = []
+    logits = Router.logits
+
+    def spied(self, x):
+        out = logits(self, x)
+        jax.debug.callback(lambda out, kind=self.experts.old: seen.append((kind, np.asarray(out))), out)
+        return out
+
+    monkeypatch.setattr(Router, "logits", spied)
+    jax.clear_caches()  # of what was compiled without the spy, and below of what was with it
+    counts = use(model, [dict(tokens=TOKENS, segment_ids=segments), dict(tokens=TOKENS)])
+    jax.effects_barrier()
+    for kind, (E, k) in KINDS.items():
+        of_kind = [out for old, out in seen if old == E]
+        assert len(of_kind) == 2 * CONFIG.L
+        total = 0
+        for i, out in enumerate(of_kind):
+            best = np.argsort(-out, axis=1)[:, :k]
+            total += np.bincount(best[segments.ravel() >= 0 if i < CONFIG.L else ...].ravel(), minlength=E)
+        same(counts[kind].sum(0), total)
+        same(counts[kind].sum(1), [k * (34 + 48)] * CONFIG.L)
+    jax.clear_caches()
+
+
+def gelu(x, exact):
+    return x * (0.5 + 0.5 * erf(x / 2**0.5)) if exact else np.asarray(jax.nn.gelu(x, approximate=True))
+
+
+def dense_ffn(ffn, x, alive, denominator):
+    """The first layer's network in NumPy, all experts on all tokens; which experts each token uses."""
+    p = {name: np.asarray(leaf[0], np.float64) for name, leaf in named_leaves(ffn).items()}
+    logits = gelu(x @ p["router/hidden"] + p["router/hidden_bias"], True) @ p["router/weight"]
+    if denominator == "new":
+        logits = np.where(alive, logits, -np.inf)
+    probability = np.exp(logits - logits.max(1, keepdims=True))
+    probability /= probability.sum(1, keepdims=True)
+    chosen = np.argsort(-np.where(alive, probability, -1), axis=1)[:, :2]
+    hidden = gelu(np.einsum("TD,EDF->TEF", x, p["w_in"][:, :, 0]), False)
+    outputs = np.einsum("TEF,EFD->TED", hidden, p["w_out"])
+    gates = np.take_along_axis(probability, chosen, 1)
+    return (gates[..., None] * np.take_along_axis(outputs, chosen[..., None], 1)).sum(1), chosen
+
+
+first_layer = jax.jit(lambda model, x: jax.tree.map(lambda leaf: leaf[0], model.blocks).ffn(x)[0])
+first_heads = jax.jit(lambda model, x, context: jax.tree.map(lambda leaf: leaf[0], model.blocks).attention(x, context))
+
+
+@pytest.mark.parametrize(("denominator", "implementation"), [("old", "reference"), ("old", "xla"), ("new", "xla")])
+def test_pruned_layer_against_a_dense_one(denominator, implementation):
+    model = init(dataclasses.replace(CONFIG, implementation=implementation), jax.random.key(0))
+    x = np.random.default_rng(3).normal(size=(1, 40, 16)).astype(np.float32)
+    counts = {"ffn": np.array([[9, 1, 9, 2, 9, 9], [9, 9, 9, 9, 9, 9]])}
+    pruned = prune(model, counts, threshold=0.1, denominator=denominator)
+    alive = np.array([True, False, True, False, True, True])
+    assert pruned.config.E == 6  # the second layer keeps all: the first one has two empty places
+    slot = pruned.blocks.ffn.router.slot[...]
+    columns = alive if denominator == "old" else np.arange(6) < 4
+    same(slot[0], np.where(columns, np.cumsum(columns) - 1, -1))
+    wanted, _ = dense_ffn(model.blocks.ffn, x[0].astype(np.float64), alive, denominator)
+    y = first_layer(pruned, x)
+    assert_close(y[0], wanted, FORWARD["float32"])
+    _, before = dense_ffn(model.blocks.ffn, x[0].astype(np.float64), np.ones(6, bool), "old")
+    untouched = alive[before].all(1)
+    assert 0 < untouched.sum() < 40
+    if denominator == "old":
+        same(y[0][untouched], first_layer(model, x)[0][untouched])
+
+
+def test_pruned_heads_leave_other_tokens_alone(model):
+    x = jnp.asarray(np.random.default_rng(3).normal(size=(1, 40, 16)), jnp.float32)
+    counts = {"attention": np.array([[9, 1, 9, 9], [9, 9, 1, 9]])}
+    pruned = prune(model, counts, count=3)
+    assert (pruned.config.attention_experts, pruned.config.gone_attention_experts, pruned.config.E) == (3, 1, 6)
+    router = jax.tree.map(lambda leaf: leaf[0], model.blocks.attention.router)
+    chosen = np.asarray(router(x[0])[0])
+    untouched = (chosen != 1).all(1)
+    assert 0 < untouched.sum() < 40
+    before, after = (first_heads(m, x, Context(None, None, None, 0))[0][0] for m in (model, pruned))
+    same(before[untouched], after[untouched])
+    assert (before[~untouched] != after[~untouched]).any(1).all()
+
+
+def test_nothing_used_less_than_the_threshold_changes_nothing(model):
+    counts = {"ffn": np.ones((2, 6), int)}
+    untouched = prune(model, counts, threshold=0.1)
+    assert untouched.config == CONFIG
+    same(run(untouched, TOKENS).logits, run(model, TOKENS).logits)
+
+
+def test_a_threshold_keeps_what_a_token_needs(model):
+    counts = {"ffn": np.array([[0, 5, 0, 4, 1, 0], [0, 0, 0, 0, 0, 0]])}
+    pruned = prune(model, counts, threshold=1.0)
+    assert pruned.config.E == 2
+    same(pruned.blocks.ffn.router.slot[...] >= 0, [[0, 1, 0, 1, 0, 0], [1, 1, 0, 0, 0, 0]])
+
+
+@pytest.mark.parametrize("denominator", ["old", "new"])
+def test_prune_again_and_extend(model, denominator):
+    """Pruned twice is pruned once; and an extended pruned model routes to its own and to the new modules alone."""
+    counts = {"ffn": np.array([[9, 1, 8, 2, 7, 6], [1, 2, 3, 4, 5, 6]]), "attention": np.array([[4, 3, 2, 1]] * 2)}
+    once = prune(model, counts, count={"ffn": 3, "attention": 2}, denominator=denominator)
+    half = prune(model, counts, count={"ffn": 5, "attention": 2}, denominator=denominator)
+    if denominator == "new":
+        assert half.config == dataclasses.replace(CONFIG, E=5, attention_experts=2)  # a model as any other
+        counts["ffn"] = np.array([[9, 8, 2, 7, 6], [2, 3, 4, 5, 6]])
+    twice = prune(half, {"ffn": counts["ffn"]}, count=3, denominator=denominator)
+    assert twice.config == once.config
+    jax.tree.map(same, twice, once)
+    extended = extend(once, jax.random.key(5), experts=2)
+    routed = run(extended, TOKENS).router.load
+    columns = {"old": [3, 6], "new": [3, 3]}[denominator]
+    assert routed.shape == (2, columns[1] + 2)
+    assert_close(routed.sum(1), [1.0, 1.0], FORWARD["float32"])
+    both = merged(extended)
+    assert both.config.E == 5
+    assert_close(run(both, TOKENS).logits, run(extended, TOKENS).logits, FORWARD["float32"])
+
+
+def test_uneven_layers_and_the_new_denominator(model):
+    counts = {"ffn": np.array([[9, 0, 9, 0, 9, 9], [9, 0, 9, 0, 0, 9]])}
+    pruned = prune(model, counts, threshold=0.1, denominator="new")
+    assert (pruned.config.E, pruned.config.gone_experts, pruned.config.pruned) == (4, 0, "new_denominator")
+    load = run(pruned, TOKENS).router.load
+    assert load.shape == (2, 4)
+    assert load[1, 3] == 0
+    assert not pruned.blocks.ffn.w_in[1, 3].any()
+    with pytest.raises(ValueError, match="are no longer there"):
+        prune(pruned, {"ffn": np.ones((2, 4))}, count=2, denominator="old")
+    with pytest.raises(ValueError, match="count=4 of ffn must be from the 2 that a token needs to the 3 there"):
+        prune(pruned, {"ffn": np.ones((2, 4))}, count=4, denominator="new")
+
+
+def test_mutual_information_against_its_definition():
+    p = np.random.default_rng(0).integers(0, 9, (3, 2, 5))
+    found = mutual_information({str(s): {"ffn": counts} for s, counts in enumerate(p)})["ffn"]
+    for layer in range(2):
+        joint = p[:, layer] / p[:, layer].sum(1, keepdims=True) / 3
+        product = joint.sum(0)[None] * joint.sum(1)[:, None]
+        there = joint > 0
+        assert_close(found[layer], (joint[there] * np.log2(joint[there] / product[there])).sum(), FORWARD["float32"])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: extend(m, jax.random.key(0)), "nothing to add: experts=0, attention_experts=0"),
+        (lambda m: extend(m, jax.random.key(0), experts=-1), "nothing to add: experts=-1"),
+        (lambda m: prune(m, {}), "one of count=None and threshold=None must be given"),
+        (lambda m: prune(m, {"ffn": np.ones((2, 6))}, count=1), "from the 2 that a token needs to the 6 there"),
+        (lambda m: prune(m, {"ffn": np.ones((2, 6))}, count=7), "count=7 of ffn must be"),
+        (lambda m: prune(m, {"ffn": np.ones((2, 5))}, count=3), r"is \[2, 5\], the routers are \[2, 6\]"),
+        (lambda m: prune(m, {"ffn": np.ones((2, 6))}, threshold=2), "threshold=2 must be a share"),
+        (lambda m: prune(m, {}, count=3, denominator="odd"), "denominator='odd' is not one of 'old', 'new'"),
+        (lambda m: prune(m, {"heads": np.ones((2, 6))}, count=3), "use of heads, of which the model has no modules"),
+        (lambda m: report(m, {}), "at least one source"),
+        (lambda m: save(".", m, Config(CONFIG)), r"\. exists"),
+    ],
+)
+def test_bad_calls(model, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(model)
+
+
+def test_models_without_modules():
+    dense = init(dataclasses.replace(CONFIG, E=0, k=0, attention_experts=0, V=8), jax.random.key(0))
+    for call in (
+        lambda: extend(dense, jax.random.key(0), experts=1),
+        lambda: prune(dense, {}, count=2),
+        lambda: use(dense, []),
+    ):
+        with pytest.raises(ValueError, match="has no modules: E=0"):
+            call()
+
+
+# The command line
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Two steps of a tiny model on two generated sources."""
+    folder = tmp_path_factory.mktemp("modules")
+    data = DataConfig(source="logic,recall", examples=300, T=24, B=2)
+    optim = OptimConfig(schedule="constant", peak_lr=0.01)
+    config = Config(CONFIG, data, optim, TrainConfig(steps=2, log_every=1))
+    train.fit(config, str(folder / "base"), quiet=True)
+    return SimpleNamespace(folder=folder, base=str(folder / "base"))
+
+
+def test_extend_then_train(trained, tmp_path, capsys):
+    out, new = str(tmp_path / "out"), str(tmp_path / "new")
+    assert main(["extend", trained.base, out, "--experts", "2", "--attention-experts=1", "--train.steps=1"]) == 0
+    assert f"--init-from {out}" in capsys.readouterr().out
+    base, extended = load(trained.base).model, load(out)
+    assert (extended.step, extended.config.train.steps, extended.config.optim.learn) == (0, 1, LEARN["frozen"])
+    assert not list(tmp_path.glob("*.tmp"))
+    assert train.main([f"{out}/config.json", "--run", new, "--init-from", out, "--data.source=logic"]) == 0
+    learned, old = named_leaves(load(new).model), named_leaves(base)
+    for name, leaf in old.items():
+        same(learned[name], leaf)
+    moved = [n for n in learned if n not in old and (learned[n] != named_leaves(extended.model)[n]).any()]
+    assert len(moved) == 6
+
+
+def test_prune_and_report(trained, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    assert main(["prune", trained.base, out, "--count=3", "--kind=ffn", "--source=logic", "--tokens=480"]) == 0
+    assert "keeps at most 3 of ffn in a layer" in capsys.readouterr().out
+    config = load(out).config.model
+    assert (config.E, config.gone_experts, config.attention_experts) == (3, 3, 4)
+    assert main(["report", out, "--tokens=480"]) == 0
+    assert "unused by recall" in capsys.readouterr().out
+    assert (tmp_path / "out" / "modules.png").stat().st_size > 10_000
+    found = json.loads((tmp_path / "out" / "modules.json").read_text())
+    assert found["modules"] == {"attention": 8, "ffn": 6}
+    assert all(0 <= bits <= 1 for kind in found["mutual_information"].values() for bits in kind)
+    assert_close(np.sum(found["use"]["logic"]["ffn"], 1), [1.0, 1.0], FORWARD["float32"])
+
+
+def test_concentrate(trained, tmp_path):
+    out = str(tmp_path / "out")
+    assert main(["concentrate", trained.base, out, "--weight=0.5", "--train.steps=1", "--data.source=logic"]) == 0
+    config = load(out).config.model
+    assert (config.concentration_weight, config.mi_weight, config.switch_weight) == (0.5, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("extend BASE OUT", "nothing to add"),
+        ("extend BASE BASE --experts 2", "exists; choose another folder"),
+        ("extend BASE OUT --experts 2 --model.F=13", "the model has another shape than its config says"),
+        ("extend BASE OUT --experts 2 --optim.lean=x", "unknown config key 'optim.lean' (did you mean 'optim.learn'?)"),
+        ("extend OUT OUT2 --experts 2", "is not a run folder"),
+        ("prune BASE OUT --count 1 --tokens 48", "count=1 of attention must be"),
+        ("prune BASE OUT --count 5 --tokens 48", "count=5 of attention must be from the 2 that a token needs to the 4"),
+        ("prune BASE OUT --count 3 --source logik", "source='logik' is not one of"),
+        ("report BASE --source text", "source='text' needs a path"),
+        ("concentrate BASE OUT --model.V=300", "is another model (model.V: 257 -> 300"),
+    ],
+)
+def test_bad_words(trained, tmp_path, capsys, words, message):
+    words = words.replace("OUT", str(tmp_path / "out")).replace("BASE", trained.base)
+    before = sorted(trained.folder.rglob("*"))
+    assert main(words.split()) == 1
+    said = capsys.readouterr().err.strip()
+    assert message in said
+    assert "\n" not in said
+    assert not list(tmp_path.iterdir())
+    assert sorted(trained.folder.rglob("*")) == before
