@@ -63,7 +63,7 @@ def write(path: Path, config: Config, leaves: dict[str, Lazy], shard_bytes: int)
     c = config.model
     tree = configs.to_theirs(c, config.data.T)
     table = names.table(tree["model_type"], c)
-    path.mkdir(parents=True)
+    path.mkdir(parents=True, exist_ok=True)
     copy_tokenizer(config, path)
     (path / "config.json").write_text(json.dumps(tree, indent=2) + "\n")
     write_sharded(path, names.their_tensors(table, c, leaves), shard_bytes)
