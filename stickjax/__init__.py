@@ -1,13 +1,20 @@
 """Sparse, stick-breaking language models in JAX."""
 
-from stickjax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from stickjax.config import Config, DataConfig, ModelConfig, OptimConfig, SutConfig, TrainConfig
 
-__all__ = ["Config", "DataConfig", "ModelConfig", "OptimConfig", "TrainConfig", "load"]
+__all__ = ["Config", "DataConfig", "ModelConfig", "OptimConfig", "SutConfig", "TrainConfig", "export", "load"]
 __version__ = "0.1.0"
 
 
 def load(run, *, step=None, changes=None):
-    """The model of a run folder: `stickjax.run.load`, imported when it is used."""
+    """The model of a run folder or of a Hugging Face folder: `stickjax.run.load`, imported when it is used."""
     from stickjax.run import load as load_run
 
     return load_run(run, step=step, changes=changes)
+
+
+def export(model, path, **options):
+    """Write a model in the Hugging Face layout: `stickjax.convert.export`, imported when it is used."""
+    from stickjax.convert import export as export_model
+
+    export_model(model, path, **options)

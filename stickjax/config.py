@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 from stickjax.fields import at_least, check_choices, field, nearest, one_of
 from stickjax.model_config import ModelConfig
+from stickjax.sut_config import SutConfig
 
-__all__ = ["Config", "DataConfig", "MeshConfig", "ModelConfig", "OptimConfig", "TrainConfig", "locate"]
+__all__ = ["Config", "DataConfig", "MeshConfig", "ModelConfig", "OptimConfig", "SutConfig", "TrainConfig", "locate"]
 
 SOURCES = ("stdlib", "text", "tokens", "logic", "listops", "scan", "recall")
 
@@ -31,7 +32,9 @@ class DataConfig:
     heldout_every: int = field(10, "one document in this many is held out")
     tokenizer: str = field("byte", "byte, or the path of a Hugging Face tokenizer.json")
     text_field: str = field("text", "field of a jsonl line that holds the text")
-    examples: int = field(100_000, "lines of text of a generated source; of scan at most all 20910")
+    examples: int = field(
+        100_000, "lines of text of a generated source, of scan at most all 20910; pairs that are drawn"
+    )
     T: int = field(256, "tokens in one sequence")
     B: int = field(16, "sequences in one step, over all processes and accumulation steps")
     seed: int = field(0, "order of the sequences")
@@ -131,7 +134,7 @@ class MeshConfig:
 class Config:
     """A whole experiment."""
 
-    model: ModelConfig = field(None, "the model", ModelConfig)
+    model: ModelConfig | SutConfig = field(None, "the model", ModelConfig)
     data: DataConfig = field(None, "the data", DataConfig)
     optim: OptimConfig = field(None, "the optimizer", OptimConfig)
     train: TrainConfig = field(None, "the run", TrainConfig)
@@ -141,6 +144,10 @@ class Config:
         total = self.total_tokens
         if self.data.B % self.train.accumulate:
             raise ValueError(f"B={self.data.B} sequences must be a multiple of accumulate={self.train.accumulate}")
+        if self.model.family == "sut" and self.train.accumulate > 1:
+            raise ValueError(
+                f"accumulate={self.train.accumulate} is for decoders; a Universal Transformer takes B at once"
+            )
         if self.optim.warmup_tokens + self.optim.decay_tokens > total:
             raise ValueError(
                 f"warmup_tokens={self.optim.warmup_tokens} and decay_tokens={self.optim.decay_tokens} "
@@ -169,11 +176,14 @@ class Config:
     def from_dict(cls, tree: dict) -> "Config":
         """Read a stored config; a field or section that does not exist is an error."""
         flat = {f"{section}.{name}": value for section, fields in tree.items() for name, value in fields.items()}
-        return cls().replace(flat)
+        model = SutConfig() if flat.get("model.family") == "sut" else ModelConfig()
+        return cls(model).replace(flat)
 
     def diff(self, other: "Config") -> list[str]:
         """'section.field: here -> there' for every field that differs."""
         here, there = self.to_dict(), other.to_dict()
+        if self.model.family != other.model.family:
+            return [f"model.family: {self.model.family!r} -> {other.model.family!r}"]
         return [
             f"{s}.{n}: {here[s][n]!r} -> {there[s][n]!r}" for s in here for n in here[s] if here[s][n] != there[s][n]
         ]

@@ -7,27 +7,32 @@
 """
 
 import argparse
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import grain
 import numpy as np
 
-from stickjax.config import DataConfig
+from stickjax.config import Config, DataConfig
 from stickjax.corpus import Corpus, document_ends, load_corpus, tokenize
 from stickjax.fields import one_of
-from stickjax.tasks import TASKS
+from stickjax.tasks import TASKS, Examples, logic
 
 __all__ = [
     "Corpus",
     "EvalWindows",
+    "TrainingData",
     "batches",
     "heldout_windows",
     "load_corpus",
     "make_batch",
+    "pair_examples",
     "task_loader",
     "tokenize",
     "train_loader",
+    "training_data",
 ]
 
 
@@ -138,6 +143,70 @@ def task_loader(
     one_of("task", task, TASKS)
     source = TASKS[task].examples(part, T=config.T, **options)
     return batches(source, config.B, config.seed, process_index=process_index, process_count=process_count)
+
+
+class TrainingData(NamedTuple):
+    """What a run is trained on. `loader(index, count)`: the batches of one of `count` processes."""
+
+    loader: Callable[[int, int], grain.DatasetIterator]
+    vocab_size: int
+    hash: str
+    source: str
+    summary: str
+
+
+def training_data(config: Config) -> TrainingData:
+    """Windows of the text, or for a model with classes the pairs of the task `logic`.
+
+    Raises ValueError for a source without pairs, and what the sources raise.
+    """
+    d = config.data
+    if not getattr(config.model, "classes", 0):
+        corpus, _ = load_corpus(d)
+        loader = lambda index, count: train_loader(corpus, d, process_index=index, process_count=count)  # noqa: E731
+        return TrainingData(loader, corpus.tokenizer.vocab_size, corpus.hash, corpus.source, corpus.summary())
+    pairs = pair_examples(config, "train")
+    source = _OfOneLength(pairs, d.B, d.seed)
+    digest = hashlib.sha256("\n".join(f"{row}" for row in pairs.rows).encode()).hexdigest()[:16]
+
+    def loader(index: int, count: int) -> grain.DatasetIterator:
+        rows = slice(index * d.B // count, (index + 1) * d.B // count)
+        own = lambda batch: {name: array[0][rows] for name, array in batch.items()}  # noqa: E731
+        return batches(source, 1, d.seed, transform=own)
+
+    said = f"pairs of {d.source}"
+    return TrainingData(loader, len(logic.VOCABULARY), digest, said, f"{said}: {len(pairs):,} of them, {digest}")
+
+
+class _OfOneLength:
+    """Random access to batches of B pairs that are about as long, padded to a multiple of 8: half of the work of random
+    ones, whose longest sentence decides. Which pairs make a batch is drawn by the seed."""
+
+    def __init__(self, pairs: Examples, B: int, seed: int):
+        longest = np.array([max(side.count(" ") + 1 for side in row[:2]) for row in pairs.rows])
+        order = np.random.default_rng(seed).permutation(len(longest))
+        size = -(-longest // 8) * 8
+        order = order[np.argsort(size[order], kind="stable")]
+        self.pairs, self.batches = pairs, order[: len(order) // B * B].reshape(-1, B)
+        self.T = size[self.batches].max(1, initial=0)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        pairs = [self.pairs[i] for i in self.batches[index]]
+        batch = {name: np.stack([pair[name] for pair in pairs]) for name in pairs[0]}
+        return batch | {side: batch[side][:, : self.T[index]] for side in ("left", "right")}
+
+
+def pair_examples(config: Config, part: str, **options) -> Examples:
+    """The pairs of sentences that `data.source` has for a classifier, of `data.examples` drawn."""
+    if config.data.source != "logic":
+        raise ValueError(f"classes={config.model.classes} needs pairs: source='logic', not {config.data.source!r}")
+    if config.model.classes != (relations := len(logic.RELATIONS)):
+        raise ValueError(f"classes={config.model.classes} must be the {relations} relations of source='logic'")
+    options = dict(T=config.data.T, draws=config.data.examples) | options
+    return logic.examples(part, **options)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,8 @@
 """Held-out bits per byte at 1, 2, 4 and 8 times the training length: the same bytes are scored at every length.
 
 python -m stickjax.evaluate RUN [RUN ...] [--plot PNG]
+
+A classifier of pairs is evaluated by `stickjax.accuracy` instead.
 """
 
 import argparse
@@ -16,13 +18,15 @@ import optax
 from rich.console import Console
 from rich.table import Table
 
-from stickjax import plots
+from stickjax import accuracy, plots
 from stickjax.checkpoint import DamagedCheckpoint
 from stickjax.config import Config
 from stickjax.corpus import load_corpus
 from stickjax.data import heldout_windows
 from stickjax.metrics import read_metrics
-from stickjax.models.transformer import Transformer, apply
+from stickjax.models.family import apply
+from stickjax.models.sut import LanguageModel
+from stickjax.models.transformer import Transformer
 from stickjax.options import parse_changes
 from stickjax.plots import Records
 from stickjax.run import load, read_config
@@ -31,7 +35,7 @@ LENGTHS = (1, 2, 4, 8)
 
 
 @jax.jit
-def _nll_sum(model: Transformer, windows: jax.Array, real: jax.Array) -> jax.Array:
+def _nll_sum(model: Transformer | LanguageModel, windows: jax.Array, real: jax.Array) -> jax.Array:
     """Sum of the negative log-likelihood, in nats, of the targets of windows [B, T+1] for which `real` [B] is true."""
     logits = apply(model, {"tokens": windows[:, :-1]}).logits
     nll = optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:])
@@ -39,7 +43,7 @@ def _nll_sum(model: Transformer, windows: jax.Array, real: jax.Array) -> jax.Arr
 
 
 def evaluate(
-    model: Transformer,
+    model: Transformer | LanguageModel,
     config: Config,
     *,
     lengths: tuple[int, ...] = LENGTHS,
@@ -101,24 +105,36 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders; several are drawn in one picture")
     parser.add_argument("--step", type=int, help="evaluate the checkpoint of this step")
     parser.add_argument("--max-tokens", type=int, default=2**17, help="how many tokens to score")
-    parser.add_argument("--plot", help="path of the length curves; RUN/length.png of the first run by default")
+    parser.add_argument("--max-pairs", type=int, default=1024, help="of a classifier, how many pairs of a bucket")
+    parser.add_argument("--plot", help="path of the curves; in the first run's folder by default")
     words, rest = parser.parse_known_args(argv)
-    results, trainings = {}, {}
+    results = {}
     try:
-        for run in words.runs:
-            loaded = load(run, step=words.step, changes=parse_changes(read_config(run), rest))
-            name = Path(run).name
-            results[name] = evaluate(loaded.model, loaded.config, max_tokens=words.max_tokens)
-            trainings[name] = read_metrics(run)
-            record = {"run": name, "step": loaded.step, "lengths": results[name]}
-            (Path(run) / "evaluation.json").write_text(json.dumps(record, indent=2) + "\n")
-            plots.plot_training({name: trainings[name]}, Path(run) / "training.png")
-        picture = words.plot or str(Path(words.runs[0]) / "length.png")
-        plots.plot_length_curves(results, picture)
+        configs = {run: read_config(run) for run in words.runs}
+        classes = {getattr(config.model, "classes", 0) for config in configs.values()}
+        if len(classes) > 1:
+            raise ValueError("classifiers and language models are not compared: evaluate them in two commands")
+        for run, config in configs.items():
+            loaded, folder = load(run, step=words.step, changes=parse_changes(config, rest)), Path(run)
+            plots.plot_training({folder.name: read_metrics(run)}, folder / "training.png")
+            if classes != {0}:
+                limit = words.max_pairs
+                results[folder.name] = accuracy.report(loaded.model, loaded.config, folder, limit)
+                continue
+            lengths = evaluate(loaded.model, loaded.config, max_tokens=words.max_tokens)
+            results[folder.name] = lengths
+            record = {"run": folder.name, "step": loaded.step, "lengths": lengths}
+            (folder / "evaluation.json").write_text(json.dumps(record, indent=2) + "\n")
+        if classes != {0}:
+            picture = words.plot or str(Path(words.runs[0]) / "accuracy.png")
+            plots.plot_accuracy({name: accuracy.at_first_threshold(r) for name, r in results.items()}, picture)
+        else:
+            picture = words.plot or str(Path(words.runs[0]) / "length.png")
+            plots.plot_length_curves(results, picture)
     except (ValueError, OSError, NotImplementedError, DamagedCheckpoint) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    Console(highlight=False).print(table(results))
+    Console(highlight=False).print(table(results) if classes == {0} else accuracy.table(results))
     print(f"curves: {picture}")
     return 0
 

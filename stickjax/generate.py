@@ -16,14 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from stickjax.checkpoint import DamagedCheckpoint
-from stickjax.models.transformer import Transformer, empty_cache
+from stickjax.models.family import empty_cache, read
+from stickjax.models.sut import LanguageModel
+from stickjax.models.transformer import Transformer
 from stickjax.options import parse
 from stickjax.run import Loaded, load, read_config
 from stickjax.tokenizer import StreamDecoder, Tokenizer
 
 
 def generate(
-    model: Transformer,
+    model: Transformer | LanguageModel,
     prompts: Sequence[np.ndarray],
     max_new_tokens: int,
     *,
@@ -60,6 +62,8 @@ def generate(
     >>> [len(row) for row in generate(model, [[1, 2, 3], [4]], 5, temperature=1.0, top_p=0.9)]
     [5, 5]
     """
+    if getattr(model.config, "classes", 0):
+        raise ValueError(f"a classifier of classes={model.config.classes} generates no text")
     vocab_size = min(vocab_size or model.config.V, model.config.V)
     _check_options(max_new_tokens, temperature, top_k, top_p)
     rows = [_prompt_ids(row, prompt, eot, vocab_size) for row, prompt in enumerate(prompts)]
@@ -93,7 +97,7 @@ def generate(
 @partial(jax.jit, static_argnames=("top_k", "vocab_size"), donate_argnames="cache")
 def _advance(model, tokens, segment_ids, cache, key, index, *, temperature, top_k, top_p, vocab_size):
     """Read tokens [B,T] into the cache and choose each row's `index`-th new token: ids [B]. No temperature: greedy."""
-    output = model(tokens, segment_ids, cache=cache, last_only=True)
+    logits, cache = read(model, tokens, segment_ids, cache)
 
     def choose(logits, row):
         logits = jnp.where(jnp.arange(len(logits)) < vocab_size, logits, -jnp.inf)
@@ -110,7 +114,7 @@ def _advance(model, tokens, segment_ids, cache, key, index, *, temperature, top_
             logits = jnp.where(likelier < top_p, logits, -jnp.inf)
         return ids[jax.random.categorical(own, logits)]
 
-    return jax.vmap(choose)(output.logits[:, -1], jnp.arange(len(tokens))).astype(jnp.int32), output.cache
+    return jax.vmap(choose)(logits, jnp.arange(len(tokens))).astype(jnp.int32), cache
 
 
 def _bucket(n: int) -> int:
@@ -188,7 +192,8 @@ def generate_text(
     """
     if isinstance(prompts, str) or isinstance(stop, str) or "" in stop:
         raise ValueError("prompts and stop must be lists of strings, and no stop string may be empty")
-    tokenizer = loaded.tokenizer
+    if (tokenizer := loaded.tokenizer) is None:
+        raise ValueError(f"there is no {loaded.config.data.tokenizer}, which this model needs to read and write text")
     streams, texts = [_TextStream(tokenizer, stop) for _ in prompts], ["" for _ in prompts]
 
     def on_token(row: int, token: int | None) -> bool:

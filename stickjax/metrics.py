@@ -6,18 +6,22 @@ from pathlib import Path
 
 import jax
 
-from stickjax.config import ModelConfig
-from stickjax.models.transformer import parameter_counts
+from stickjax.config import ModelConfig, SutConfig
+from stickjax.models.family import parameter_counts
 from stickjax.plan.chips import of_kind
 
 
-def flops_per_token(config: ModelConfig, T: int) -> float:
+def flops_per_token(config: ModelConfig | SutConfig, T: int) -> float:
     """Floating-point operations of a training step (forward and backward), per token, at context T.
 
-    Six for every active parameter, and for the causal attention 3 * 2 products of 2 * N * H * T / 2 per layer.
-    What a remat policy computes again is not counted.
+    Six for every active parameter, and for the causal attention 3 * 2 products of 2 * N * H * T / 2 per layer, twice
+    that where it looks both ways. A Universal Transformer is counted as if no token halted before its last step. What a
+    remat policy computes again is not counted.
     """
     _, active = parameter_counts(config)
+    if config.family == "sut":
+        heads, ways = config.attention_k * config.K, 1 if config.attention == "stick_breaking" else 2
+        return config.L * (6 * active + 6 * ways * heads * config.H * T)
     if config.tied:
         active += config.V * config.D  # the embedding works as output matrix
     return 6 * active + 6 * config.L * config.N * config.H * T

@@ -11,6 +11,7 @@ from stickjax.fields import at_least, check_choices, field
 class ModelConfig:
     """A decoder-only language model. Capital letters are the shape letters of the code."""
 
+    family: Literal["decoder"] = field("decoder", "the kind of model; a config file chooses it by its class")
     V: int = field(257, "vocabulary size (bytes and the end-of-text token by default)")
     D: int = field(128, "width of the residual stream")
     L: int = field(4, "number of layers")
@@ -199,11 +200,11 @@ class ModelConfig:
 
 # What makes a ModuleFormer of the decoder: modules of both kinds, gates of a softmax over all of them, attention that
 # includes the token itself and drops the stick left.
-_MODULES: dict[str, Any] = dict(
+MODULES: dict[str, Any] = dict(
     attention="stick_breaking", attend_current=True, remainder="none", router="softmax_topk", router_network="mlp",
     activation="gelu_tanh", norm="layer", tied=False,
 )  # fmt: skip
-_MOLM: dict[str, Any] = _MODULES | dict(
+_MOLM: dict[str, Any] = MODULES | dict(
     V=50295, D=1024, K=1, H=1024, F=2048, E=32, attention_experts=16, key_value="input", init_std=0.02,
     dtype="bfloat16", remat="full",
 )  # fmt: skip

@@ -226,7 +226,7 @@ def make_schedule(config: Config) -> optax.Schedule:
 MATRICES = {
     "query", "key", "value", "output", "expert_query", "expert_output", "w_in", "w_out", "hidden", "weight"
 }  # fmt: skip
-EMBEDDINGS = {"embed", "embedding", "unembed"}
+EMBEDDINGS = {"embed", "embedding", "unembed", "relative"}
 
 
 def label_of(names: tuple[str, ...]) -> str:

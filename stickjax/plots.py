@@ -117,6 +117,49 @@ def plot_module_use(use: dict[str, dict[str, Any]], information: dict[str, Any],
     page.savefig(path)
 
 
+def plot_accuracy(runs: dict[str, Records], path) -> None:
+    """Accuracy by number of operators, a line per run, and the share of the commonest label."""
+    page, (axes,) = figure("operators", "held-out accuracy")
+    for name, records in runs.items():
+        axes.plot([r["bucket"] for r in records], [r["accuracy"] for r in records], "o-", label=name)
+    axes.plot([r["bucket"] for r in records], [r["majority"] for r in records], "k:", label="commonest label")
+    axes.set_ylim(0, 1)
+    axes.legend()
+    page.savefig(path)
+
+
+def plot_halting(records: Records, path, groups=((0, 6), (7, 9), (10, 12))) -> None:
+    """Accuracy against mean depth, a point per halting threshold, a line per range of operators."""
+    page, (axes,) = figure("mean depth (blocks)", "held-out accuracy")
+    for low, high in groups:
+        line = []
+        for threshold, part in group([r for r in records if low <= r["bucket"] <= high], "threshold").items():
+            pairs = sum(r["pairs"] for r in part)
+            mean = {name: sum(r[name] * r["pairs"] for r in part) / pairs for name in ("depth", "accuracy")}
+            line.append((mean["depth"], mean["accuracy"], threshold))
+        if line:
+            axes.plot([x for x, _, _ in line], [y for _, y, _ in line], "o-", label=f"{low} to {high} operators")
+            for x, y, threshold in line:
+                axes.annotate(f"{threshold:g}", (x, y), textcoords="offset points", xytext=(4, -9), fontsize="x-small")
+    axes.legend(title="number: threshold")
+    page.savefig(path)
+
+
+def plot_depth(sentences: list[tuple[list[str], np.ndarray]], path) -> None:
+    """How many blocks the final state of every token is made of, a row per sentence."""
+    from matplotlib.figure import Figure
+
+    longest = max(len(tokens) for tokens, _ in sentences)
+    page = Figure(figsize=(2 + 0.28 * longest, 0.5 + 0.75 * len(sentences)), dpi=150, layout="constrained")
+    panels = page.subplots(len(sentences), 1, squeeze=False)[:, 0]
+    highest = max(depth.max() for _, depth in sentences)
+    for axes, (tokens, depth) in zip(panels, sentences, strict=True):
+        axes.bar(range(len(tokens)), depth, color="C0")
+        axes.set(xlim=(-0.6, longest - 0.4), ylim=(0, highest), ylabel="depth")
+        axes.set_xticks(range(len(tokens)), tokens, family="monospace", fontsize="small")
+    page.savefig(path)
+
+
 def plot_schedule(schedules: dict[str, Callable], path, *, tokens_per_step, total_tokens, log=False) -> None:
     """Learning rates against tokens; `log` makes both axes logarithmic, where a power law is a line."""
     tokens = np.geomspace(tokens_per_step, total_tokens, 1000) if log else np.linspace(0, total_tokens, 1000)

@@ -1,4 +1,8 @@
-"""A run folder: config.json, metrics.jsonl, checkpoints. Data only; nothing in it is executed."""
+"""A run folder: config.json, metrics.jsonl, checkpoints. Data only; nothing in it is executed.
+
+A folder of one model is read like one: that of Hugging Face, or what `stickjax.convert` makes of it, which has in place
+of the checkpoints a model.safetensors with our leaves, because Orbax writes no array of which a part is in memory.
+"""
 
 import json
 import os
@@ -9,10 +13,14 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from stickjax import sharding
+from stickjax import hugging_face, sharding
 from stickjax.checkpoint import Checkpoints, check_finite, named_leaves
 from stickjax.config import Config
-from stickjax.models.transformer import Transformer, init
+from stickjax.hugging_face.files import Lazy, open_safetensors
+from stickjax.model_config import ModelConfig
+from stickjax.models.family import init
+from stickjax.models.sut import LanguageModel, PairClassifier
+from stickjax.models.transformer import Transformer
 from stickjax.tokenizer import Tokenizer, load_tokenizer
 
 # May differ between two parts of one run: they change neither the state nor what a step computes.
@@ -27,11 +35,14 @@ _FREE = (
 
 
 class Loaded(NamedTuple):
-    """A trained model, ready to call: `model(tokens).logits`."""
+    """A trained model, ready to call: `model(tokens).logits`, or of a Universal Transformer `model(batch).logits`.
 
-    model: Transformer
+    `tokenizer` is None where a converted model has none.
+    """
+
+    model: Transformer | LanguageModel | PairClassifier
     config: Config
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     step: int
 
 
@@ -40,9 +51,13 @@ def read_config(run: str | os.PathLike) -> Config:
     path = Path(run) / "config.json"
     if not path.exists():
         raise ValueError(f"{run} is not a run folder: it has no config.json")
+    if hugging_face.is_folder(Path(run)):
+        return hugging_face.read_config(Path(run))
     try:
-        return Config.from_dict(json.loads(path.read_text()))
-    except (ValueError, AttributeError, TypeError) as error:
+        config = Config.from_dict(json.loads(path.read_text()))
+        own = path.with_name("tokenizer.json")  # that of a converted model, wherever the folder was moved
+        return config.replace({"data.tokenizer": str(own)}) if own.exists() else config
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 
@@ -50,6 +65,8 @@ def check_config(run: str | os.PathLike, config: Config) -> None:
     """ValueError, listing the fields that differ, when the folder `run` belongs to another config."""
     if not (Path(run) / "config.json").exists():
         return
+    if _is_model(run):
+        raise ValueError(f"{run} holds a converted model; train in another --run folder with --init-from {run}")
     changed = [d for d in read_config(run).diff(config) if not d.startswith(_FREE)]
     if not (config.optim.decay_tokens or config.optim.schedule == "cosine"):
         changed = [d for d in changed if not d.startswith("train.steps")]  # nothing depends on the end of the run
@@ -66,6 +83,22 @@ def write_config(run: str | os.PathLike, config: Config) -> None:
     temporary.replace(folder / "config.json")
 
 
+def _is_model(folder: str | os.PathLike) -> bool:
+    return hugging_face.is_folder(Path(folder)) or (Path(folder) / "model.safetensors").exists()
+
+
+def model_leaves(folder: str | os.PathLike, model: ModelConfig) -> dict[str, Lazy] | None:
+    """The leaves, not yet read, of a folder of one model; None for a run with checkpoints."""
+    if not _is_model(folder):
+        return None
+    path = Path(folder)
+    theirs = hugging_face.is_folder(path)
+    leaves = hugging_face.read(path, model) if theirs else open_safetensors(path / "model.safetensors")
+    expected = named_leaves(jax.eval_shape(lambda: init(model, jax.random.key(0))))
+    hugging_face.check(leaves, {name: leaf.shape for name, leaf in expected.items()}, str(folder))
+    return leaves
+
+
 def placed(mesh: Mesh | None, abstract):
     """ShapeDtypeStructs that say where on the mesh their arrays shall lie; without a mesh, the same ones."""
     if mesh is None:
@@ -77,19 +110,29 @@ def placed(mesh: Mesh | None, abstract):
 def load(
     run: str | os.PathLike, *, step: int | None = None, changes: dict | None = None, mesh: Mesh | None = None
 ) -> Loaded:
-    """The model of a run folder, from its newest intact checkpoint or that of `step`.
+    """The model of a run folder, from its newest intact checkpoint or that of `step`; or of a Hugging Face folder.
 
     Args:
-      run: the folder.
-      step: which checkpoint.
+      run: the folder: of a run, in the Hugging Face layout, or from `stickjax.convert`.
+      step: which checkpoint; only a run has several.
       changes: config fields to change, such as {"model.window": 128}; the parameters must stay the same.
       mesh: where the parameters shall lie, whatever they were trained on; None: on the first device.
 
     Raises:
-      ValueError: no run folder, no checkpoint, parameters of another shape, or parameters that are not finite.
+      ValueError: no run folder, no checkpoint, parameters of another shape, or parameters that are not finite; a
+        Hugging Face folder that is damaged or of a model that is not supported.
     """
     config = read_config(run).replace(changes or {})
     abstract = placed(mesh, jax.eval_shape(lambda: init(config.model, jax.random.key(0))))
+    if (leaves := model_leaves(run, config.model)) is not None:
+        if step is not None:
+            raise ValueError(f"{run} has no checkpoint of step {step}: it holds one model, without steps")
+        arrays = [_placed(leaves[name], spec) for name, spec in named_leaves(abstract).items()]
+        params = jax.tree.structure(abstract).unflatten(arrays)
+        check_finite(params, str(run))
+        name = config.data.tokenizer
+        tokenizer = load_tokenizer(name) if name == "byte" or Path(name).exists() else None
+        return Loaded(params, config, tokenizer, 0)
     restored = Checkpoints(run).restore(abstract, step=step, prefix="params")
     if restored is None:
         raise ValueError(f"{run} has no checkpoint yet")
@@ -124,3 +167,10 @@ def save(run: str | os.PathLike, model: Transformer, config: Config) -> None:
 
 def _shape(leaf) -> tuple | None:
     return None if leaf is None else (leaf.shape, leaf.dtype)
+
+
+def _placed(leaf: Lazy, spec: jax.ShapeDtypeStruct) -> jax.Array:
+    """Read an array, and lay it where it belongs."""
+    host = leaf.read(None).astype(spec.dtype, copy=False)
+    sharding = spec.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.make_array_from_callback(spec.shape, sharding, lambda index: host[index])

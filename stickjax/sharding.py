@@ -44,6 +44,9 @@ class Table:
     weight_re: PartitionSpec = PartitionSpec("fsdp")
     w_in_dgf: PartitionSpec = PartitionSpec("fsdp", None, "tensor")
     w_out_fd: PartitionSpec = PartitionSpec("tensor", "fsdp")
+    w_in_df: PartitionSpec = PartitionSpec()
+    w_in_edf: PartitionSpec = PartitionSpec()
+    relative_khp: PartitionSpec = PartitionSpec()
     w_in_edgf: PartitionSpec = PartitionSpec("expert", "fsdp", None, "tensor")
     w_out_efd: PartitionSpec = PartitionSpec("expert", "tensor", "fsdp")
 
@@ -103,12 +106,8 @@ def make_mesh(config: Config, devices=None) -> Mesh | None:
 
 def _check_sizes(config: Config, sizes: dict[str, int]) -> None:
     m, d, accumulate = config.model, config.data, config.train.accumulate
-    if sizes["expert"] > 1 and not m.E:
-        raise ValueError(f"expert={sizes['expert']} divides the experts, but E=0")
-    if sizes["expert"] > 1 and m.new_experts:
-        raise ValueError(f"expert={sizes['expert']} cannot divide new_experts={m.new_experts} from E={m.E} old ones")
-    if sizes["context"] > 1 and m.attention != "stick_breaking":
-        raise ValueError(f"context={sizes['context']} needs attention='stick_breaking'")
+    if m.family == "sut" and (other := [f"{axis}={n}" for axis, n in sizes.items() if axis != "data" and n > 1]):
+        raise ValueError(f"{' and '.join(other)} divide decoders; a Universal Transformer lies whole on every device")
     rows = math.prod(sizes[axis] for axis in ROW_AXES)
     if d.B % (rows * accumulate):
         said = " x ".join(f"{axis}={sizes[axis]}" for axis in ROW_AXES if sizes[axis] > 1)
@@ -116,6 +115,18 @@ def _check_sizes(config: Config, sizes: dict[str, int]) -> None:
             f"{d.B // accumulate} sequences (B / accumulate) must be a multiple of {said}; "
             f"B={max(d.B // (rows * accumulate), 1) * rows * accumulate} would do"
         )
+    if m.family == "decoder":
+        _check_decoder(config, sizes)
+
+
+def _check_decoder(config: Config, sizes: dict[str, int]) -> None:
+    m, d = config.model, config.data
+    if sizes["expert"] > 1 and not m.E:
+        raise ValueError(f"expert={sizes['expert']} divides the experts, but E=0")
+    if sizes["expert"] > 1 and m.new_experts:
+        raise ValueError(f"expert={sizes['expert']} cannot divide new_experts={m.new_experts} from E={m.E} old ones")
+    if sizes["context"] > 1 and m.attention != "stick_breaking":
+        raise ValueError(f"context={sizes['context']} needs attention='stick_breaking'")
     tensor, context = sizes["tensor"], sizes["context"]
     divided = [
         ("T", d.T, context > 1 and 2 * context, f"2 x context={context}, as every device takes two pieces"),
@@ -173,6 +184,11 @@ def rows_of_process(mesh: Mesh | None) -> tuple[int, int]:
     return int(mine[0]) // len(mine), len(owners) // len(mine)
 
 
+def batch_spec(x) -> PartitionSpec:
+    """The partition of an array of a batch, [B,T] or [B]."""
+    return PartitionSpec(*BATCH[: np.ndim(x)])
+
+
 def place(mesh: Mesh | None, batch: dict, accumulate: int = 1) -> dict:
     """The sequences that `rows_of_process` names, as a batch on the devices of the mesh.
 
@@ -183,21 +199,21 @@ def place(mesh: Mesh | None, batch: dict, accumulate: int = 1) -> dict:
     if mesh is None:
         return batch
     index, count = rows_of_process(mesh)
-    sharding, context = NamedSharding(mesh, BATCH), mesh.shape["context"]
+    context = mesh.shape["context"]
     shards = math.prod(mesh.shape[axis] for axis in ROW_AXES) // count
     pieces = np.stack([np.arange(context), 2 * context - 1 - np.arange(context)], axis=1).reshape(-1)
 
     def one(x):
-        rows, T = x.shape
-        x = np.asarray(x).reshape(accumulate, shards, -1, T).swapaxes(0, 1).reshape(rows, T)
-        if context > 1:
-            x = x.reshape(rows, 2 * context, -1)[:, pieces].reshape(rows, T)
+        rows, *tokens = x.shape
+        x = np.asarray(x).reshape(accumulate, shards, -1, *tokens).swapaxes(0, 1).reshape(rows, *tokens)
+        if context > 1 and tokens:
+            x = x.reshape(rows, 2 * context, -1)[:, pieces].reshape(rows, *tokens)
 
         def part(where):
             first = (where[0].start or 0) - index * rows
-            return x[first : first + rows // shards, where[1]]
+            return x[first : first + rows // shards, *where[1:]]
 
-        return jax.make_array_from_callback((rows * count, T), sharding, part)
+        return jax.make_array_from_callback((rows * count, *tokens), NamedSharding(mesh, batch_spec(x)), part)
 
     return {name: one(x) for name, x in batch.items()}
 
@@ -221,7 +237,7 @@ def over(mesh: Mesh | None, gradients: Callable) -> Callable:
 
     def run(params, batch, key):
         parts = specs(params)
-        inputs = parts, {name: BATCH for name in batch}, PartitionSpec()
+        inputs = parts, jax.tree.map(batch_spec, batch), PartitionSpec()
         f = jax.shard_map(local, mesh=mesh, in_specs=inputs, out_specs=(parts, PartitionSpec()), check_vma=False)
         return f(params, batch, key)
 

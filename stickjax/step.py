@@ -11,8 +11,10 @@ from jax.sharding import Mesh
 
 from stickjax.collectives import total
 from stickjax.config import Config
+from stickjax.models import sut
+from stickjax.models.family import init
 from stickjax.models.router import updated_router_bias
-from stickjax.models.transformer import Transformer, apply, init
+from stickjax.models.transformer import Transformer, apply
 from stickjax.models.vocabulary import cross_entropy
 from stickjax.optim import learning, learns, make_optimizer
 from stickjax.sharding import over, shardings
@@ -40,8 +42,12 @@ def init_state(config: Config, key: jax.Array) -> TrainState:
 def loss_and_metrics(config: Config, params, batch, key) -> tuple[jax.Array, dict]:
     """Mean cross-entropy over the targets that `loss_mask` keeps, plus the routers' weighted losses of all layers.
 
+    That of a decoder; a Sparse Universal Transformer has `models.sut.loss`.
+
     `batch["loss_scale"]`, when given, replaces 1 / (number of targets): microbatches then add up to the whole batch.
     """
+    if config.model.family == "sut":
+        return sut.loss(config.model, params, batch, key)
     output = apply(params, batch, key)
     nll = cross_entropy(output.logits, batch["targets"])
     mask = batch["loss_mask"].astype(jnp.float32)
@@ -98,7 +104,7 @@ def make_step(config: Config, mesh: Mesh | None = None) -> Callable[[TrainState,
             optimizer = make_optimizer(config, state.params)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-            if config.model.bias_rate:
+            if load and config.model.bias_rate:
                 params = _with_router_bias(config, params, load)
             return params, opt_state
 

@@ -5,7 +5,6 @@ python -m stickjax.train configs/tiny.py [--run DIR] [--section.field=value ...]
 
 import argparse
 import contextlib
-import math
 import signal
 import sys
 import time
@@ -14,17 +13,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh
 
-import pallas_kernels
 from stickjax import processes, sharding
+from stickjax.banner import banner
 from stickjax.checkpoint import Checkpoints, DamagedCheckpoint, check_finite, named_leaves
 from stickjax.config import Config
-from stickjax.data import Corpus, load_corpus, train_loader
+from stickjax.data import training_data
 from stickjax.metrics import MetricsLog, flops_per_token, peak_flops
-from stickjax.models.layers import gates
-from stickjax.models.transformer import parameter_counts
 from stickjax.options import describe, load_config, parse
 from stickjax.progress import Progress
 from stickjax.run import check_config, load, placed, read_config, write_config
@@ -32,47 +27,6 @@ from stickjax.step import TrainState, init_state, jit_step
 
 # What is said in one line; everything else is a bug, and comes with its traceback.
 CLEAR = (ValueError, OSError, FloatingPointError, NotImplementedError, DamagedCheckpoint)
-
-
-def banner(config: Config, corpus: Corpus, mesh: Mesh | None = None) -> str:
-    """What is about to run: model, data, and the kernels with the reason for each, on a device's share of the work."""
-    m, d = config.model, config.data
-    total, active = parameter_counts(m)
-    parts = {axis: 1 for axis in sharding.AXES} if mesh is None else mesh.shape
-    divided = ", ".join(f"{axis}={size}" for axis, size in parts.items() if size > 1)
-    rows = [
-        f"parameters {total:,} ({active:,} active, embedding left out), {flops_per_token(m, d.T):,.0f} FLOP per token",
-        f"data {corpus.summary()}",
-        f"{config.train.steps} steps of B={d.B} x T={d.T} on {math.prod(parts.values())} x "
-        f"{jax.devices()[0].device_kind}{f' ({divided})' if divided else ''}",
-    ]
-    struct, options = jax.ShapeDtypeStruct, dict(implementation=m.implementation)
-    B = d.B // config.train.accumulate // math.prod(parts[axis] for axis in sharding.ROW_AXES)
-    tokens, N, K = B * d.T // parts["context"], m.N // parts["tensor"], m.K // parts["tensor"]
-    if m.attention == "stick_breaking":
-        T = d.T if parts["context"] == 1 else d.T // parts["context"] // 2
-        q, k = (struct((tokens // T, T, heads, m.H), m.dtype) for heads in (N, K))
-        call = dict(scale=m.scale, window=m.window, attend_current=m.attend_current, skip_below=m.skip_below)
-        segments = struct((tokens // T, T), jnp.int32)
-        rows.append(
-            pallas_kernels.explain("stick_breaking_attention", q, k, k, segment_ids=segments, **call, **options)
-        )
-
-    def routed(tokens, k, E):
-        return jax.eval_shape(lambda: pallas_kernels.route(jnp.zeros((tokens, k), jnp.int32), E))
-
-    if E := m.attention_experts + m.new_attention_experts:
-        x, query = struct((tokens, m.D), m.dtype), struct((E, m.D, K * m.H), m.dtype)
-        rows.append(pallas_kernels.explain("expert_linear", x, query, routed(tokens, m.N // m.K, E), **options))
-    if m.E:
-        tokens, E, F = tokens * parts["expert"], (m.E + m.new_experts) // parts["expert"], m.F // parts["tensor"]
-        shapes = (tokens, m.D), (E, m.D, gates(m) * F), (E, F, m.D)
-        x, w_in, w_out = (struct(shape, m.dtype) for shape in shapes)
-        weights, call = struct((tokens, m.k), jnp.float32), dict(activation=m.activation)
-        rows.append(
-            pallas_kernels.explain("expert_mlp", x, w_in, w_out, routed(tokens, m.k, E), weights, **call, **options)
-        )
-    return "\n".join(rows)
 
 
 class Result(NamedTuple):
@@ -106,16 +60,16 @@ def _stop_signals():
 
 
 def _start(
-    config, mesh, corpus, checkpoints, init_from: str | None, branch: str | None, say
+    config, mesh, data, checkpoints, init_from: str | None, branch: str | None, say
 ) -> tuple[TrainState, dict | None]:
     """The state and the data iterator's state to begin with: resumed, branched, or new (from other parameters)."""
     key = jax.random.key(config.train.seed)
     abstract = placed(mesh, jax.eval_shape(lambda: init_state(config, key)))
     if (restored := checkpoints.restore(abstract)) is not None:
         source, data_state = f"{checkpoints.folder.parent}@{restored.step}", restored.extra["data"]
-        if restored.extra["corpus"] != corpus.hash:
+        if restored.extra["corpus"] != data.hash:
             raise ValueError(
-                f"the text has changed: {corpus.source} is now {corpus.hash}, "
+                f"the text has changed: {data.source} is now {data.hash}, "
                 f"{source} was trained on {restored.extra['corpus']}"
             )
         say(f"resuming {source}")
@@ -126,11 +80,12 @@ def _start(
             raise ValueError(f"{run} has no checkpoint to branch from")
         source = f"{run}@{restored.step}"
         # A decay is often trained on other text than the stable phase; that text is read from its beginning.
-        data_state = restored.extra["data"] if restored.extra["corpus"] == corpus.hash else None
+        data_state = restored.extra["data"] if restored.extra["corpus"] == data.hash else None
         say(f"branching from {source}" + ("" if data_state else ", with other text"))
     else:
         places = None if mesh is None else sharding.shardings(mesh, abstract)
-        state = jax.jit(lambda: init_state(config, key), out_shardings=places)()
+        # The key is an argument: XLA would work out the draws from a constant one itself, while it compiles.
+        state = jax.jit(lambda key: init_state(config, key), out_shardings=places)(key)
         if init_from is not None:
             loaded = load(init_from, mesh=mesh)
             ours, theirs = (
@@ -139,7 +94,9 @@ def _start(
             if ours != theirs:
                 changed = [d for d in loaded.config.diff(config) if d.startswith("model.")]
                 raise ValueError(f"--init-from {init_from} is another model ({'; '.join(changed)})")
-            params = jax.tree.unflatten(jax.tree.structure(state.params), jax.tree.leaves(loaded.model))
+            # A published model is often stored in a smaller type than it is trained in.
+            pairs = zip(jax.tree.leaves(loaded.model), jax.tree.leaves(state.params), strict=True)
+            params = jax.tree.unflatten(jax.tree.structure(state.params), [a.astype(b.dtype) for a, b in pairs])
             state = state._replace(params=params)
             say(f"parameters from {init_from}@{loaded.step}")
         return state, None
@@ -181,19 +138,18 @@ def fit(
       FloatingPointError: `max_bad_steps` steps in a row were not finite; the last good checkpoint is kept.
       OSError: a checkpoint or the metrics could not be written.
     """
-    corpus, _ = load_corpus(config.data)
-    if corpus.tokenizer.vocab_size > config.model.V:
-        raise ValueError(f"V={config.model.V} is smaller than the tokenizer's {corpus.tokenizer.vocab_size} ids")
+    data = training_data(config)
+    if data.vocab_size > config.model.V:
+        raise ValueError(f"V={config.model.V} is smaller than the {data.vocab_size} ids of {data.source}")
     mesh = sharding.make_mesh(config)
-    index, count = sharding.rows_of_process(mesh)
-    loader = train_loader(corpus, config.data, process_index=index, process_count=count)
+    loader = data.loader(*sharding.rows_of_process(mesh))
     check_config(run, config)
     fields = {f"{s}.{n}": v for s, section in config.to_dict().items() for n, v in section.items() if "path" not in n}
-    processes.check_same({"text": corpus.hash} | fields)  # the same text may lie elsewhere on another machine
+    processes.check_same({"text": data.hash} | fields)  # the same text may lie elsewhere on another machine
     quiet = quiet or not processes.is_writer()
     with Progress(config, quiet=quiet) as progress, Checkpoints(run, config.train.keep) as checkpoints:
-        progress.say(banner(config, corpus, mesh))
-        state, data_state = _start(config, mesh, corpus, checkpoints, init_from, branch, progress.say)
+        progress.say(banner(config, data, mesh))
+        state, data_state = _start(config, mesh, data, checkpoints, init_from, branch, progress.say)
         if data_state is not None:
             loader.set_state(data_state)
         log, trace, step = None, None, int(state.step)
@@ -206,7 +162,7 @@ def fit(
                 mesh,
                 state,
                 loader,
-                corpus,
+                data,
                 checkpoints,
                 log,
                 progress,
@@ -215,7 +171,7 @@ def fit(
             )
 
 
-def _loop(config, mesh, state, loader, corpus, checkpoints, log, progress, asked, profile) -> Result:
+def _loop(config, mesh, state, loader, data, checkpoints, log, progress, asked, profile) -> Result:
     step_function = jit_step(config, mesh, state)
     tokens, peak = config.data.tokens_per_step, peak_flops(1 if mesh is None else mesh.size)
     per_token = flops_per_token(config.model, config.data.T)
@@ -258,7 +214,7 @@ def _loop(config, mesh, state, loader, corpus, checkpoints, log, progress, asked
                 log.write(row)
             progress.update(row)
         if not bad_steps and (step % config.train.checkpoint_every == 0 or stop):
-            extra = {"data": data_state, "corpus": corpus.hash, "tokens": step * tokens, "config": config.to_dict()}
+            extra = {"data": data_state, "corpus": data.hash, "tokens": step * tokens, "config": config.to_dict()}
             checkpoints.save(step, state, extra)
             saved = step
     checkpoints.wait()

@@ -189,16 +189,18 @@ EXPERTS = {
     "all-idle": Experts(idle=1.0),
 }
 
-# For the GPU kernels, whose tiles are of 64 or 128 rows, 128 columns and steps of 64.
+# For the GPU kernels, whose tiles are of 64 or 128 rows, 128 columns and steps of 64. Those of the same sizes are one
+# program, which takes much longer to compile than to run.
 MOSAIC_EXPERTS = {
     "two-tiles": Experts(T=150, k=2, E=2, D=64, F=64),
-    "odd": Experts(T=9, D=7, F=5),
-    "one-token": Experts(T=1, E=8),
+    "odd": Experts(T=9, E=3, D=7, F=5),
+    "one-token": Experts(T=1, E=4),
     "no-tokens": Experts(T=0),
-    "all-chosen": Experts(T=7, k=5),
+    "all-chosen": Experts(T=7, k=3, E=3),
     "one-expert": Experts(T=140, k=1, E=1),
-    "one-takes-all": Experts(T=80, k=2, E=4, share=1.0),
-    "some-idle": Experts(T=30, share=0.3, idle=0.5),
-    "all-idle": Experts(T=5, idle=1.0),
-    "wide": Experts(T=5, D=200, F=300),
+    "one-takes-all": Experts(T=40, E=3, share=1.0),
+    "some-idle": Experts(T=40, E=3, share=0.3, idle=0.5),
+    "all-idle": Experts(T=40, E=3, idle=1.0),
+    "more-experts-than-rows": Experts(T=4, E=20),
+    "wide": Experts(T=5, E=2, D=200, F=300),
 }

@@ -21,6 +21,7 @@ import jax
 import numpy as np
 import pytest
 
+from stickjax.checkpoint import named_leaves
 from stickjax.metrics import read_metrics
 
 hypothesis.settings.register_profile("same", derandomize=True, deadline=None)  # the same examples in every run
@@ -50,6 +51,14 @@ def assert_close(value, reference, tolerance: float, name: str = "") -> None:
     assert error <= tolerance, f"{name}: relative error {error:.2e} above {tolerance:.0e}"
 
 
+def assert_same_state(a, b) -> None:
+    """To the bit."""
+    for (name, x), (_, y) in zip(named_leaves(a).items(), named_leaves(b).items(), strict=True):
+        if name == "key":
+            x, y = map(jax.random.key_data, (x, y))
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y), err_msg=name)
+
+
 def wait_for_step(run, step, process) -> None:
     """Until the training that `process` does in the folder `run` has logged a step."""
     deadline = time.monotonic() + 120
@@ -71,6 +80,8 @@ LONG = (
     "test_train",
     "test_processes",
     "test_scatter_moe_mosaic",
+    "test_sharding",
+    "test_stick_breaking",
     "test_notebook",
     "test_readme",
 )  # a worker that got one of these last would leave the other idle

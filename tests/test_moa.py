@@ -8,16 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import FORWARD, GRADIENT, assert_close
+from flax import nnx
 
-from pallas_kernels import expert_linear, route, stick_breaking_attention
+from pallas_kernels import route, stick_breaking_attention
 from stickjax.config import Config, ModelConfig
 from stickjax.models.attention import Context
-from stickjax.models.moa import MixtureOfHeads
+from stickjax.models.moa import MixtureOfHeads, SharedHeads
 from stickjax.models.router import choose_experts, router_stats, router_sums
 from stickjax.models.transformer import init, parameter_counts
 from stickjax.step import init_state, make_step
+from stickjax.sut_config import SutConfig
 
 SIZES = dict(V=31, D=16, L=2, H=4, F=24)
+SHARED = dict(D=16, K=2, H=4, attention_experts=3, implementation="reference")
 HERE = Path(__file__).parent
 
 
@@ -71,27 +74,63 @@ def test_padding_runs_no_expert():
     np.testing.assert_allclose(router_stats(sums).load, router_stats(alone_sums).load, rtol=1e-6)
 
 
-def test_the_products_are_those_of_the_original_layer():
+def test_the_shared_heads_are_those_of_the_original_layer():
     """Softmax self-attention with one head per expert and masked keys; outputs and losses."""
     with np.load(HERE / "oracles" / "moa" / "attention.npz", allow_pickle=False) as arrays:
-        x, out = (arrays[name].swapaxes(0, 1) for name in ("x", "out"))  # [B,T,D]
-        pad, aux = arrays["pad"], arrays["aux"]
+        x, out = (jnp.asarray(arrays[name].swapaxes(0, 1)) for name in ("x", "out"))  # [B,T,D]
+        pad, aux = jnp.asarray(arrays["pad"]), arrays["aux"]
         p = {name.removeprefix("param/"): arrays[name] for name in arrays.files if name.startswith("param/")}
-    B, T, D = x.shape
-    tokens = jnp.asarray(x.reshape(B * T, D))
-    logits = tokens @ p["q_proj.w_gate"]
+    config = SutConfig(D=32, K=1, H=8, attention_experts=6, attention_k=2)
+    layer = SharedHeads(config, jax.random.key(0), causal=False, relative=False)
+    weights = {
+        f"expert_{name}": p[f"q_proj.{w}"] for name, w in dict(query="experts.w", output="output_experts.w").items()
+    }
+    weights |= {name: p[f"{name[0]}_proj.weight"].T[:, None] for name in ("key", "value")}
+    for name, value in weights.items():
+        assert getattr(layer, name).shape == value.shape
+        setattr(layer, name, nnx.Param(jnp.asarray(value)))
+    logits, real = x.reshape(-1, 32) @ p["q_proj.w_gate"], ~pad.reshape(-1)
     chosen, gates = choose_experts(logits, 2, "softmax_topk")
-    real = jnp.asarray(~pad.reshape(-1))
-    routing = route(jnp.where(real[:, None], chosen, 6), 6)
-    query = expert_linear(tokens, jnp.asarray(p["q_proj.experts.w"]), routing).reshape(B, T, 2, 8) * 8**-0.5
-    key, value = (x @ p[f"{name}_proj.weight"].T for name in "kv")
-    scores = jnp.where(pad[:, None, None], -jnp.inf, jnp.einsum("BTkH,BSH->BkTS", query, key))
-    heads = jnp.einsum("BkTS,BSH->BTkH", jax.nn.softmax(scores, axis=-1), value).reshape(-1, 8)
-    y = expert_linear(heads, jnp.asarray(p["q_proj.output_experts.w"]), routing, gates=gates).reshape(B, T, D)
+    chosen = jnp.where(real[:, None], chosen, 6)
+    segments = jnp.where(pad, -1, 0)
+    y = layer(x, route(chosen, 6), gates, x, Context(segments, segments, None, 0))
     assert_close(y, out, FORWARD["float32"])
-    stats = router_stats(router_sums(logits, jnp.where(real[:, None], chosen, 6), real))
+    stats = router_stats(router_sums(logits, chosen, real))
     everywhere = jnp.square(jax.nn.logsumexp(logits, axis=-1)).mean()  # the original's z loss counts padding as well
     np.testing.assert_allclose(0.01 * stats.switch + 0.001 * everywhere, aux[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["cross", "relative", "causal"])
+def test_shared_heads_are_softmax_attention_of_every_expert(kind):
+    """Of the same tokens or of another sequence, its padding unseen; distances from `clip` on share a vector."""
+    B, T, S, config = 2, 7, 5 if kind == "cross" else 7, SutConfig(**SHARED, clip=3)
+    layer = SharedHeads(config, jax.random.key(0), causal=kind == "causal", relative=kind == "relative")
+    x = jax.random.normal(jax.random.key(1), (B, T, 16))
+    source = jax.random.normal(jax.random.key(2), (B, S, 16)) if kind == "cross" else x
+    key_segments = jnp.where(jnp.arange(S)[None] < jnp.array([[S], [S - 2]]), 0, -1)
+    chosen = jnp.array([[0, 1], [2, 1], [0, 2], [3, 3], [1, 0], [2, 0], [1, 2]] * B)
+    gates = jax.random.uniform(jax.random.key(3), (B * T, 2))
+    scores_of = jnp.zeros((2, 4, T, S))
+    if kind == "relative":
+        layer.relative = nnx.Param(jax.random.normal(jax.random.key(4), (2, 4, 5)))
+        distance = np.arange(S)[None] - np.arange(T)[:, None]
+        scores_of = layer.relative[...][:, :, np.clip(distance, -2, 2) + 2]
+    seen = jnp.broadcast_to((key_segments >= 0)[:, None], (B, T, S))
+    if kind == "causal":
+        seen &= jnp.tri(T, dtype=bool)[None]
+    key, value = (jnp.einsum("BSD,DKH->BSKH", source, w[...]) for w in (layer.key, layer.value))
+    expected = jnp.zeros_like(x)
+    for e in range(3):
+        query = (x @ layer.expert_query[...][e]).reshape(B, T, 2, 4) / 2
+        scores = jnp.einsum("BTKH,BSKH->BKTS", query, key) + jnp.einsum("BTKH,KHTS->BKTS", query, scores_of)
+        weights = jax.nn.softmax(jnp.where(seen[:, None], scores, -jnp.inf), axis=-1)
+        heads = jnp.einsum("BKTS,BSKH->BTKH", weights, value).reshape(B, T, 8)
+        gate = (gates * (chosen == e)).sum(-1).reshape(B, T, 1)
+        expected += gate * (heads @ layer.expert_output[...][e])
+    context = Context(jnp.zeros((B, T), int), key_segments, None, 0)
+    y = layer(x, route(chosen, 3), gates, source, context)
+    assert_close(y, expected, FORWARD["float32"])
+    assert (y[:, 3] == 0).all()
 
 
 def test_training_balances_both_routers():

@@ -20,14 +20,13 @@ def interpreted(monkeypatch):
         yield
 
 
+# Two without a gate, in float16; the other activations: test_scatter_moe.py, test_absent_gpu.py.
+OTHERS = {"one-token": ("gelu", "float16"), "all-chosen": ("relu2", "float16")}
+
+
 @pytest.mark.parametrize("name", MOSAIC_EXPERTS)
 def test_mlp_is_the_loop_over_experts(name):
-    check_mlp(MOSAIC_EXPERTS[name], "mosaic", dtype="bfloat16")
-
-
-@pytest.mark.parametrize("activation", ["gelu", "relu2"])  # the others: test_scatter_moe.py, test_absent_gpu.py
-def test_activations_without_a_gate(activation):
-    check_mlp(Experts(T=5, E=3), "mosaic", activation, "float16")
+    check_mlp(MOSAIC_EXPERTS[name], "mosaic", *OTHERS.get(name, ("swiglu", "bfloat16")))
 
 
 def test_float32_is_three_products_of_bfloat16():
@@ -43,10 +42,6 @@ def test_the_parts_of_a_float32():
     assert (np.abs(total - x)[1:] <= 2**-16.9 * np.abs(x)[1:]).all()
 
 
-def test_many_experts():
-    check_mlp(Experts(T=6, E=128), "mosaic", dtype="bfloat16")
-
-
 @pytest.mark.parametrize("rows_in", ["token", "slot", "sorted"])
 @pytest.mark.parametrize("rows_out", ["token", "slot", "sorted"])
 def test_linear_in_every_order(rows_in, rows_out):
@@ -54,13 +49,14 @@ def test_linear_in_every_order(rows_in, rows_out):
 
 
 def test_rows_that_no_expert_reads_may_hold_anything_and_two_runs_are_equal():
-    case = Experts(T=6, E=3)
+    """To the bit, so that the run on other rows is the second run."""
+    case = Experts(T=40, E=3)
     *inputs, d_out = mlp_inputs(case, "swiglu", "bfloat16")
     indices = case.indices()
     indices[1::3] = case.E
     poisoned = [inputs[0].at[1::3].set(jnp.nan).at[1].set(jnp.inf), *inputs[1:]]
-    clean, *twice = (run_mlp(x, indices, d_out, case.E, "swiglu", "mosaic") for x in (inputs, poisoned, poisoned))
-    chex.assert_trees_all_equal(*twice, clean)
+    clean, again = (run_mlp(x, indices, d_out, case.E, "swiglu", "mosaic") for x in (inputs, poisoned))
+    chex.assert_trees_all_equal(again, clean)
 
 
 # The work list.

@@ -14,6 +14,18 @@ def normal(key, shape, std: float, config: ModelConfig) -> nnx.Param:
     return nnx.Param(std * jax.random.normal(key, shape, config.param_dtype))
 
 
+def uniform(key, shape, limit: float, config) -> nnx.Param:
+    """Between -limit and limit."""
+    return nnx.Param(jax.random.uniform(key, shape, config.param_dtype, -limit, limit))
+
+
+def dropout(x, rate: float, key):
+    """In training, when there is a key: x with a share `rate` of zeros, the others larger for it."""
+    if key is None or not rate:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
+
+
 def matrix_std(config: ModelConfig) -> float:
     """muP: the deviation of an internal matrix."""
     return config.init_std / config.m_width**0.5
@@ -50,24 +62,28 @@ class RMSNorm(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """(x - mean(x)) / sqrt(var(x) + eps) * scale + bias, in fp32, over the last axis."""
+    """(x - mean) / sqrt(variance + eps) * scale + bias, in fp32, over the last axis."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config):
         self.config = config
         self.scale = nnx.Param(jnp.ones(config.D, config.param_dtype))
         self.bias = nnx.Param(jnp.zeros(config.D, config.param_dtype))
 
     def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
-        y = x.astype(jnp.float32)
-        y = y - y.mean(-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.config.norm_eps)
-        scale, bias = (a[...].astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,)) for a in (self.scale, self.bias))
-        return (y * scale + bias).astype(x.dtype)
+        ones = (1,) * (x.ndim - 1)
+        scale, bias = (p[...].astype(jnp.float32).reshape(*ones, -1) for p in (self.scale, self.bias))
+        return (normalised(x.astype(jnp.float32), self.config.norm_eps) * scale + bias).astype(x.dtype)
 
 
 def norm_of(config: ModelConfig) -> RMSNorm | LayerNorm:
     """A new normalisation of the residual stream."""
     return RMSNorm(config) if config.norm == "rms" else LayerNorm(config)
+
+
+def normalised(x, eps: float):
+    """Mean 0 and variance 1 over the last axis."""
+    x = x - x.mean(-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps)
 
 
 class HeadNorm(nnx.Module):
@@ -82,9 +98,7 @@ class HeadNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((config.N, config.H), config.param_dtype))
 
     def __call__(self, x: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
-        y = x.astype(jnp.float32)
-        y = y - y.mean(-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.config.norm_eps)
+        y = normalised(x.astype(jnp.float32), self.config.norm_eps)
         return (
             y * self.scale[...].astype(jnp.float32)[None, None] + self.bias[...].astype(jnp.float32)[None, None]
         ).astype(x.dtype)

@@ -9,13 +9,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from pallas_kernels import expert_linear, route
+from pallas_kernels import Routing, expert_linear, route, stick_breaking_attention
 from stickjax.collectives import joined, split
 from stickjax.config import ModelConfig
 from stickjax.models.attention import Attention, Context, KeyValues
-from stickjax.models.layers import all_experts, cast, matrix_std, normal, output_std
+from stickjax.models.layers import all_experts, cast, matrix_std, normal, output_std, uniform
 from stickjax.models.moe import biased
+from stickjax.models.relative import softmax_attention
 from stickjax.models.router import Experts, Router, RouterSums
+from stickjax.sut_config import SutConfig
 
 
 class MixtureOfHeads(Attention):
@@ -52,21 +54,16 @@ class MixtureOfHeads(Attention):
         real: Bool[Array, "B T"] | None = None,
         key=None,
     ) -> tuple[Float[Array, "B T D"], KeyValues | None, RouterSums]:
-        c, (B, T, D) = self.config, x.shape
-        chosen, tokens = c.N // c.K, x.reshape(-1, D)
-        indices, gates, sums = self.router(tokens, None if real is None else real.reshape(-1), key)
+        c = self.config
+        indices, gates, sums = self.router(x.reshape(-1, c.D), None if real is None else real.reshape(-1), key)
         routing = route(indices, self.router.experts.count)
-        x, tokens, gates = split((x, tokens, gates))
-        q = expert_linear(tokens, all_experts(self, "expert_query"), routing, implementation=c.implementation)
+        x, gates = split((x, gates))
         k, v = self.keys_values(x)
         K = k.shape[2]  # of this device
-        # Query heads stand by their key head: head j of all chosen experts reads key head j.
-        q = q.reshape(B, T, chosen, K, c.H).swapaxes(2, 3).reshape(B, T, K * chosen, c.H)
+        q = expert_queries(x, all_experts(self, "expert_query"), routing, K, c.implementation)
         out, cache = self.attend(q, k, v, context, cache)
-        out = out.reshape(B, T, K, chosen, c.H).swapaxes(2, 3).reshape(-1, K * c.H)
-        weights = all_experts(self, "expert_output")
-        y = expert_linear(out, weights, routing, gates=gates, implementation=c.implementation)
-        return biased(self, joined(y.reshape(x.shape)), real), cache, sums
+        y = expert_outputs(out, all_experts(self, "expert_output"), routing, gates, K, c.implementation)
+        return biased(self, joined(y), real), cache, sums
 
     def keys_values(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]:
         c = self.config
@@ -76,3 +73,69 @@ class MixtureOfHeads(Attention):
         if c.key_value == "biased":
             k, v = k + cast(self.key_bias, c)[None, None], v + cast(self.value_bias, c)[None, None]
         return k, v
+
+
+class SharedHeads(nnx.Module):
+    """sum over the chosen experts e of gate * attention(x W_query[e], source W_key, source W_value) W_output[e].
+
+    As `MixtureOfHeads`, but the router is the caller's and `source` may be another sequence. `causal` attention is the
+    config's, with stick-breaking or softmax; else it is softmax over all keys. `relative`: softmax scores have learned
+    vectors R [K,H,P] of the P = 2 * clip - 1 distances, added to the keys. A token without experts gives zero.
+    """
+
+    def __init__(self, config: SutConfig, key, *, causal: bool, relative: bool):
+        self.config = c = config
+        self.causal = causal
+        kq, kk, kv, ko = jax.random.split(key, 4)
+        width = c.K * c.H
+        xavier = (3 / (c.D + width)) ** 0.5  # of gain 1 / sqrt(2)
+        self.expert_query = uniform(kq, (c.attention_experts, c.D, width), 1 / c.D, c)
+        self.key = uniform(kk, (c.D, c.K, c.H), xavier, c)
+        self.value = uniform(kv, (c.D, c.K, c.H), xavier, c)
+        self.expert_output = uniform(ko, (c.attention_experts, width, c.D), 1 / width, c)
+        self.relative = nnx.Param(jnp.zeros((c.K, c.H, 2 * c.clip - 1), c.param_dtype)) if relative else None
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        routing: Routing,
+        gates: Float[Array, "R k"],
+        source: Float[Array, "B S D"],
+        context: Context,
+        key=None,
+    ) -> Float[Array, "B T D"]:
+        c, segments, key_segments = self.config, context.segment_ids, context.key_segment_ids
+        q = expert_queries(x, cast(self.expert_query, c), routing, c.K, c.implementation)
+        k, v = (jnp.einsum("BSD,DKH->BSKH", source, cast(w, c)) for w in (self.key, self.value))
+        scale = c.H**-0.5
+        if self.causal and c.attention == "stick_breaking":
+            out, _ = stick_breaking_attention(
+                q, k, v, scale=scale, segment_ids=segments, key_segment_ids=key_segments,
+                implementation=c.implementation,
+            )  # fmt: skip
+        else:
+            mask = (segments[:, :, None] == key_segments[:, None]) & (key_segments >= 0)[:, None]
+            if self.causal:
+                mask &= jnp.tri(x.shape[1], source.shape[1], dtype=bool)[None]
+            relative = None if self.relative is None else cast(self.relative, c)
+            out = softmax_attention(q, k, v, mask, scale, relative, c.dropout, key)
+        return expert_outputs(out, cast(self.expert_output, c), routing, gates, c.K, c.implementation)
+
+
+def expert_queries(
+    x: Float[Array, "B T D"], weight: Float[Array, "E D KH"], routing: Routing, K: int, implementation
+) -> Float[Array, "B T N H"]:
+    """The queries of the chosen experts; they stand by their key head: head j of all of them reads key head j."""
+    (B, T, D), k = x.shape, routing.expert_indices.shape[1]
+    q = expert_linear(x.reshape(-1, D), weight, routing, implementation=implementation)
+    q = q.reshape(B, T, k, K, -1).swapaxes(2, 3)
+    return q.reshape(B, T, K * k, q.shape[-1])
+
+
+def expert_outputs(
+    heads: Float[Array, "B T N H"], weight: Float[Array, "E KH D"], routing: Routing, gates, K: int, implementation
+) -> Float[Array, "B T D"]:
+    """What the chosen experts make of the outputs of their heads, summed by their gates."""
+    B, T, N, H = heads.shape
+    heads = heads.reshape(B, T, K, N // K, H).swapaxes(2, 3).reshape(-1, K * H)
+    return expert_linear(heads, weight, routing, gates=gates, implementation=implementation).reshape(B, T, -1)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from stickjax.collectives import gather, size, split
 from stickjax.config import ModelConfig
@@ -149,6 +149,14 @@ def empty_cache(config: ModelConfig, batch: int, size: int) -> Cache:
         jnp.zeros(shape, config.dtype), values,
         jnp.full((batch, size), -1, jnp.int32), jnp.zeros((), jnp.int32),
     )  # fmt: skip
+
+
+def read(
+    model: "Transformer", tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"], cache: Cache
+) -> tuple[Float[Array, "B V"], Cache]:
+    """Logits after the last of these tokens, and the cache with them."""
+    output = model(tokens, segment_ids, cache=cache, last_only=True)
+    return output.logits[:, -1], output.cache
 
 
 def init(config: ModelConfig, key: jax.Array) -> Transformer:

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from stickjax.config import Config
-from stickjax.models.transformer import parameter_counts
+from stickjax.models.family import parameter_counts
 from stickjax.plan import estimate
 from stickjax.plan.aot import Compiled, Machine, compile_step, present_machine
 from stickjax.plan.search import nearest_changes, sweep

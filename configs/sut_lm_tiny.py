@@ -1,0 +1,17 @@
+"""A Sparse Universal Transformer as a language model: stick-breaking attention, one block for all depths.
+
+python -m stickjax.train configs/sut_lm_tiny.py
+"""
+
+from stickjax import Config, DataConfig, OptimConfig, SutConfig, TrainConfig
+
+
+def get_config() -> Config:
+    model = SutConfig(
+        V=257, D=128, L=4, K=2, H=32, attention_experts=6, attention_k=2, F=192, E=12, k=2,
+        attention="stick_breaking", normalize_before=True, mi_weight=0.001, act_weight=0.001,
+    )  # fmt: skip
+    data = DataConfig(source="stdlib", T=256, B=8)
+    step = data.tokens_per_step
+    optim = OptimConfig(schedule="cosine", peak_lr=0.002, warmup_tokens=40 * step, weight_decay=0.01)
+    return Config(model, data, optim, TrainConfig(steps=400))

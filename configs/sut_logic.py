@@ -1,0 +1,19 @@
+"""A small Sparse Universal Transformer that learns how two sentences of propositional logic relate to each other.
+
+python -m stickjax.train configs/sut_logic.py
+"""
+
+from stickjax import Config, DataConfig, OptimConfig, SutConfig, TrainConfig
+
+
+def get_config() -> Config:
+    model = SutConfig(
+        V=12, D=64, L=8, K=2, H=16, attention_experts=6, attention_k=2, F=128, E=6, k=2, classes=7, sinusoidal=False,
+        mi_weight=0.001,
+    )  # fmt: skip
+    data = DataConfig(source="logic", examples=500_000, T=40, B=32)
+    step = data.tokens_per_step
+    optim = OptimConfig(
+        schedule="cosine", peak_lr=0.001, warmup_tokens=300 * step, beta2=0.98, eps=1e-9, weight_decay=0.01
+    )
+    return Config(model, data, optim, TrainConfig(steps=6000, log_every=20, checkpoint_every=500))

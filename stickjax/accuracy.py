@@ -1,0 +1,133 @@
+"""How often a classifier of pairs is right, by the number of operators, and what its halting saves.
+
+`python -m stickjax.evaluate RUN` calls this for a model with classes.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.table import Table
+
+from stickjax import plots
+from stickjax.config import Config
+from stickjax.data import pair_examples
+from stickjax.models.sut import PairClassifier, apply
+from stickjax.plots import Records
+from stickjax.tasks import Examples, logic
+
+THRESHOLDS = (0.999, 0.99, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.3)
+
+
+@jax.jit
+def _read(model: PairClassifier, pairs: dict[str, jax.Array], threshold) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The label that the model chooses [B], its mean depth by token [2,B,T], and the expert rows that ran."""
+    output = apply(model, pairs, threshold=threshold)
+    return output.logits.argmax(-1), output.depth, sum(rows.sum() for rows in output.rows.values())
+
+
+def accuracy(
+    model: PairClassifier,
+    config: Config,
+    *,
+    buckets: Iterable[int] = range(logic.BUCKETS),
+    thresholds: Iterable[float] | None = None,
+    max_pairs: int = 1024,
+    B: int = 128,
+) -> Records:
+    """The share of held-out pairs that are labelled right, for every number of operators and every threshold.
+
+    Args:
+      model: the parameters.
+      config: its data section names the task.
+      buckets: numbers of operators of the sentence that has more; the last one also stands for all above.
+      thresholds: of halting; None: the config's.
+      max_pairs: at most so many of a bucket, the same for every threshold.
+      B: pairs in one call of the model, at most.
+
+    Returns:
+      A record {"bucket", "threshold", "accuracy", "majority" (the share of the commonest label), "depth" (blocks that a
+      token's final state is made of, the mean over tokens), "rows" (expert rows run, per token), "pairs"} each.
+    """
+    B = min(B, max_pairs)
+    thresholds = [config.model.halting_threshold] if thresholds is None else list(thresholds)
+    records = []
+    for bucket in buckets:
+        pairs = batches_of(config, bucket, max_pairs, B)
+        labels = np.concatenate([batch["label"][real] for batch, real in pairs])
+        majority = np.bincount(labels).max() / len(labels)
+        for threshold in thresholds:
+            right, depth, rows, tokens = 0, 0.0, 0, 0
+            for batch, real in pairs:
+                chosen, depths, ran = jax.device_get(_read(model, batch, threshold))
+                seen = np.stack([batch["left"], batch["right"]]) != 0
+                right += (chosen == batch["label"])[real].sum()
+                depth, rows, tokens = depth + depths[seen].sum(), rows + int(ran), tokens + seen.sum()
+            records.append(
+                dict(
+                    bucket=bucket, threshold=threshold, accuracy=float(right / len(labels)), majority=float(majority),
+                    depth=float(depth / tokens), rows=float(rows / tokens), pairs=len(labels),
+                )
+            )  # fmt: skip
+    return records
+
+
+def batches_of(config: Config, bucket: int, max_pairs: int, B: int) -> list[tuple[dict[str, np.ndarray], np.ndarray]]:
+    """Batches of one bucket's held-out pairs, of B pairs that sentences of one of few lengths are padded to, and which
+    of the pairs are real."""
+    drawn = pair_examples(config, "test", T=10_000, buckets=[bucket])
+    order = np.random.default_rng(0).permutation(len(drawn))[:max_pairs]
+    rows = [drawn.rows[i] for i in order]
+    # Few lengths, as each is compiled once.
+    T = -(-max(side.count(" ") + 1 for row in rows for side in row[:2]) // 40) * 40
+    pairs = Examples(rows, pair_examples(config, "test", T=T, buckets=[bucket]).arrays)
+    batches = []
+    for start in range(0, len(rows), B):
+        index = np.arange(start, start + B)
+        chosen = [pairs[i if i < len(rows) else 0] for i in index]
+        batch = {name: np.stack([pair[name] for pair in chosen]) for name in ("left", "right", "label")}
+        real = index < len(rows)
+        for side in ("left", "right"):
+            batch[side][~real, 1:] = 0  # one token, so that nothing divides by zero
+        batches.append((batch, real))
+    return batches
+
+
+def table(runs: dict[str, Records]) -> Table:
+    """Accuracy and mean depth of every run at its first threshold, a row per number of operators."""
+    result = Table(title="held-out accuracy")
+    for name in ("operators", "pairs", "commonest label", *runs, *(f"depth of {name}" for name in runs)):
+        result.add_column(name, justify="right")
+    for rows in zip(*map(at_first_threshold, runs.values()), strict=True):
+        first = rows[0]
+        operators = f"{first['bucket']}{'+' if first['bucket'] == logic.BUCKETS - 1 else ''}"
+        right = [f"{r['accuracy']:.1%}" for r in rows] + [f"{r['depth']:.2f}" for r in rows]
+        result.add_row(operators, str(first["pairs"]), f"{first['majority']:.1%}", *right)
+    return result
+
+
+def at_first_threshold(records: Records) -> Records:
+    return [r for r in records if r["threshold"] == records[0]["threshold"]]
+
+
+def report(model: PairClassifier, config: Config, folder: Path, max_pairs: int) -> Records:
+    """`accuracy` at several thresholds, kept in the folder as accuracy.json, with two pictures."""
+    records = accuracy(model, config, thresholds=THRESHOLDS, max_pairs=max_pairs)
+    (folder / "accuracy.json").write_text(json.dumps(records, indent=2) + "\n")
+    plots.plot_halting(records, folder / "halting.png")
+    sentences = [side for bucket in (2, 6, 10) for side in depths(model, config, bucket)]
+    plots.plot_depth(sentences, folder / "depth.png")
+    return records
+
+
+def depths(model: PairClassifier, config: Config, bucket: int) -> list[tuple[list[str], np.ndarray]]:
+    """The tokens of both sentences of a bucket's first held-out pair, and the mean depth of each."""
+    ((batch, _),) = batches_of(config, bucket, 1, 1)
+    _, found, _ = jax.device_get(_read(model, batch, jnp.float32(config.model.halting_threshold)))
+    sides = [np.asarray(batch[side][0]) for side in ("left", "right")]
+    return [
+        (logic.VOCABULARY.decode(side).split(), depth[0][side != 0]) for side, depth in zip(sides, found, strict=True)
+    ]

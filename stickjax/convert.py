@@ -1,0 +1,130 @@
+"""Models to and from the Hugging Face layout, without torch and without having a model in memory.
+
+python -m stickjax.convert FOLDER OUT [--step N] [--shard-bytes 5e9]
+
+FOLDER in the Hugging Face layout: OUT becomes a run folder, which `--init-from`, evaluate and generate read.
+FOLDER of a run: OUT becomes a folder in the Hugging Face layout.
+"""
+
+import argparse
+import contextlib
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from stickjax import hugging_face
+from stickjax.checkpoint import DamagedCheckpoint, named_leaves
+from stickjax.config import Config
+from stickjax.hugging_face.files import Lazy, write_safetensors
+from stickjax.models.transformer import Transformer
+from stickjax.run import Loaded, load, model_leaves, read_config, write_config
+
+SHARD_BYTES = 5_000_000_000
+
+
+def export(model: Loaded | Transformer, path: str, *, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write a model in the Hugging Face layout: config.json, model.safetensors and the tokenizer.json if it has one.
+
+    `stickjax.load(path)` gives the same parameters, to the bit. A model with softmax attention becomes a `granite`
+    (dense), a `granitemoe` (E > 0) or a `jetmoe` (attention_experts > 0), one with stick-breaking a `moduleformer`.
+
+    Args:
+      model: from `stickjax.load`, or the parameters alone.
+      path: a folder that does not exist yet; it is there when it is complete, or not at all.
+      shard_bytes: a larger model is divided into files of at most so many bytes, and an index.
+
+    Raises:
+      ValueError: the folder exists, or the model type cannot express the model; the message names the fields.
+
+    >>> import jax, tempfile
+    >>> from stickjax import ModelConfig, load
+    >>> from stickjax.models.transformer import init
+    >>> config = ModelConfig(V=16, D=8, L=2, N=2, K=1, H=4, F=16, attention="softmax")
+    >>> folder = tempfile.mkdtemp() + "/model"
+    >>> export(init(config, jax.random.key(0)), folder)
+    >>> load(folder).model.embed.shape
+    (16, 8)
+    """
+    config = model.config if isinstance(model, Loaded) else Config(model.config)
+    params = model.model if isinstance(model, Loaded) else model
+    with _complete(path) as folder:
+        hugging_face.write(folder, config, in_memory(params), shard_bytes)
+
+
+def convert(source: str, path: str, *, step: int | None = None, shard_bytes: int = SHARD_BYTES) -> str:
+    """A folder in the Hugging Face layout as a run folder, or the other way round; returns a sentence on what it did.
+
+    A layer of one parameter at a time goes from file to file, so that the largest tensor bounds the memory, not the
+    model. Only the checkpoints of a training are read as a whole: Orbax has no rows.
+
+    Args:
+      source: the folder to read.
+      path: the folder to write, which does not exist yet.
+      step: which checkpoint of a run; None: the newest.
+      shard_bytes: as in `export`.
+
+    Raises:
+      ValueError: what `stickjax.load` raises for the folder, and `export` for the model; nothing is left behind.
+    """
+    to_run = hugging_face.is_folder(Path(source))
+    config = read_config(source)
+    leaves = None if step is not None else model_leaves(source, config.model)
+    if leaves is None:
+        loaded = load(source, step=step)
+        leaves = in_memory(loaded.model)
+    note = ""
+    with _complete(path) as folder:
+        if to_run:
+            folder.mkdir(parents=True)
+            note = "" if hugging_face.copy_tokenizer(config, folder) else ", without a tokenizer.json: add one for text"
+            write_config(folder, config.replace({"data.tokenizer": str(Path(path).absolute() / "tokenizer.json")}))
+            write_safetensors(folder / "model.safetensors", leaves)
+        else:
+            hugging_face.write(folder, config, leaves, shard_bytes)
+    count = sum(int(np.prod(leaf.shape)) for leaf in leaves.values())
+    return f"{path}: {'a run folder' if to_run else 'the Hugging Face layout'}, {count:,} parameters{note}"
+
+
+def in_memory(params: Transformer) -> dict[str, Lazy]:
+    def leaf(array) -> Lazy:
+        return Lazy(array.shape, array.dtype, lambda i: np.asarray(array if i is None else array[i]))
+
+    return {name: leaf(array) for name, array in named_leaves(params).items()}
+
+
+@contextlib.contextmanager
+def _complete(path: str) -> Iterator[Path]:
+    """A folder to fill, which takes its name `path` when that has succeeded and is removed when it has not."""
+    target = Path(path)
+    if target.exists():
+        raise ValueError(f"{path} exists; choose a new folder")
+    temporary = target.with_name(f"{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a conversion that was killed
+    try:
+        yield temporary
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m stickjax.convert", description="To and from Hugging Face folders.")
+    parser.add_argument("folder", help="a folder in the Hugging Face layout, or a run folder")
+    parser.add_argument("out", help="the folder to write, the other of the two; it must not exist")
+    parser.add_argument("--step", type=int, help="which checkpoint of a run; the newest by default")
+    parser.add_argument("--shard-bytes", type=float, default=SHARD_BYTES, help="largest file (default 5e9)")
+    words = parser.parse_args(argv)
+    try:
+        print(convert(words.folder, words.out, step=words.step, shard_bytes=int(words.shard_bytes)))
+    except (ValueError, OSError, OverflowError, DamagedCheckpoint) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""Folders in the Hugging Face layout, config.json and weights, of the model types in `configs`."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from stickjax.config import Config
+from stickjax.fields import nearest
+from stickjax.hugging_face import configs, names
+from stickjax.hugging_face.files import FLOATS, Lazy, open_folder, write_sharded
+from stickjax.model_config import ModelConfig
+
+# Buffers that the original ModuleFormer saved with its parameters.
+_BUFFERS = re.compile(r"transformer\.h\.\d+\.attn\.(mask|cum_weight)")
+
+
+def is_folder(path: Path) -> bool:
+    """Whether the config.json of a folder names a model_type."""
+    try:
+        return "model_type" in json.loads((path / "config.json").read_text())
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
+
+
+def read_config(path: Path) -> Config:
+    """The config of a folder: its model, its tokenizer.json (whether it has one or not), its sequence length.
+
+    The parameters keep the type that they have in the files; where those are of several types, float32 holds all.
+    """
+    try:
+        model, T = configs.to_ours(json.loads((path / "config.json").read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path / 'config.json'}: {error}") from error
+    found = {tensor.dtype for tensor in _tensors(path, model).values()} & set(FLOATS.values())
+    dtype = found.pop().name if len(found) == 1 else "float32"
+    computed = "float32" if dtype == "float16" else dtype  # a CPU has no products of float16
+    changes = {"model.dtype": computed, "model.param_dtype": dtype, "data.tokenizer": str(path / "tokenizer.json")}
+    return Config(model).replace(changes | ({} if T is None else {"data.T": T}))
+
+
+def read(path: Path, model: ModelConfig) -> dict[str, Lazy]:
+    """The leaves of the model in a folder, by name.
+
+    ValueError, naming the tensors, when some are missing, unknown, of another shape or not floating-point numbers.
+    """
+    table = names.table(configs.kind_of(model), model)
+    tensors = _tensors(path, model)
+    if model.L > len(tensors):  # before that many names are made
+        raise ValueError(f"{path}: the config says L={model.L} layers, but there are only {len(tensors)} tensors")
+    expected = names.their_shapes(table, model)
+    check(tensors, expected, str(path))
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOATS.values():
+            raise ValueError(f"{path}: {name} is of type {tensor.dtype}, not one of {', '.join(FLOATS)}")
+    return names.our_leaves(table, model, tensors)
+
+
+def write(path: Path, config: Config, leaves: dict[str, Lazy], shard_bytes: int) -> None:
+    """Make the folder of a model, the opposite of `read` to the bit, and copy its tokenizer.json if it has one."""
+    c = config.model
+    tree = configs.to_theirs(c, config.data.T)
+    table = names.table(tree["model_type"], c)
+    path.mkdir(parents=True)
+    copy_tokenizer(config, path)
+    (path / "config.json").write_text(json.dumps(tree, indent=2) + "\n")
+    write_sharded(path, names.their_tensors(table, c, leaves), shard_bytes)
+
+
+def copy_tokenizer(config: Config, path: Path) -> bool:
+    """Whether the config names a tokenizer.json that is there; a copy is then in the folder `path`."""
+    if config.data.tokenizer == "byte" or not Path(config.data.tokenizer).exists():
+        return False
+    shutil.copyfile(config.data.tokenizer, path / "tokenizer.json")
+    return True
+
+
+def check(found: dict[str, Lazy], expected: dict[str, tuple[int, ...]], where: str) -> None:
+    """ValueError unless just the expected names are there, with their shapes."""
+    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    said = [f"{word} {_listed(x)}" for word, x in (("lacks", missing), ("has unknown tensors:", extra)) if x]
+    if said:
+        hint = nearest(extra[0], missing) if extra else ""
+        raise ValueError(f"{where} {' and '.join(said)}{hint}")
+    for name, shape in expected.items():
+        if found[name].shape != shape:
+            raise ValueError(f"{where}: {name} has shape {list(found[name].shape)}, the config says {list(shape)}")
+
+
+def _listed(words: list[str], most: int = 8) -> str:
+    return ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")
+
+
+def _tensors(path: Path, model: ModelConfig) -> dict[str, Lazy]:
+    """The tensors of a folder by their published names, without what is saved twice or is no parameter."""
+    tensors = {names.published(name): t for name, t in open_folder(path).items() if not _BUFFERS.fullmatch(name)}
+    if model.tied and "lm_head.weight" in tensors:
+        # A tied model may have been saved with its embedding a second time; another matrix there is not tied.
+        head, embed = tensors.pop("lm_head.weight"), tensors.get("model.embed_tokens.weight")
+        if embed is not None and not np.array_equal(head.read(None), embed.read(None)):
+            raise ValueError(f"{path}: lm_head.weight differs from the embedding, but tie_word_embeddings is true")
+    return tensors

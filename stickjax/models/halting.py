@@ -1,0 +1,148 @@
+"""Dynamic halting by stick-breaking: how often a block is applied to a token is the token's own affair.
+
+Tan et al., `Sparse Universal Transformer <https://arxiv.org/abs/2310.07096>`_.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from stickjax.models.layers import cast, uniform
+
+
+class HaltingGate(nnx.Module):
+    """log of the probabilities to go on and to halt: log_softmax(gelu(h w_in + bias) w_out), each 1/2 at the start."""
+
+    def __init__(self, config, key):
+        self.config = c = config
+        k_in, k_bias = jax.random.split(key)
+        self.w_in = uniform(k_in, (c.D, c.D), c.D**-0.5, c)
+        self.bias = uniform(k_bias, (c.D,), c.D**-0.5, c)
+        self.w_out = nnx.Param(jnp.zeros((c.D, 2), c.param_dtype))
+
+    def __call__(self, h: Float[Array, "B T D"]) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+        hidden = h @ cast(self.w_in, self.config) + cast(self.bias, self.config)[None, None]
+        hidden = jax.nn.gelu(hidden, approximate=False)
+        logits = jnp.einsum("BTD,DG->BTG", hidden, cast(self.w_out, self.config), preferred_element_type=jnp.float32)
+        go_on, halt = jnp.moveaxis(jax.nn.log_softmax(logits, axis=-1), -1, 0)
+        return go_on, halt
+
+
+class Halting(NamedTuple):
+    """Where every token stands before step l, or at the end; all but `hidden` in fp32.
+
+    `hidden` [B,T,D]: h, what the block makes of itself. `state` [B,T,D]: the mean of h over the steps at which the
+    token halts, its rest counted as halting now; frozen once it has halted. `running` [B,T]: the probability w that it
+    still runs, 0 once it is below 1 - threshold, and for padding. `depth` [B,T]: the mean number of blocks in `state`.
+    `act` [B,T]: the mean halting step, whose gradient a loss of depth needs; unlike `depth` it goes on after halting.
+    `expected`, `expected_step` and `log_rest`: sums of p_l h_l and p_l l, and the log of the stick that is left.
+    `statistics`: the block's, summed over the steps. `rows`: what each step has run, [L].
+    """
+
+    step: jax.Array
+    hidden: jax.Array
+    state: jax.Array
+    running: jax.Array
+    depth: jax.Array
+    act: jax.Array
+    expected: jax.Array
+    expected_step: jax.Array
+    log_rest: jax.Array
+    statistics: Any
+    rows: Any
+
+
+def halting_step(
+    now: Halting, block: Callable, gate: Callable, real: Bool[Array, "B T"], threshold: float | Float[Array, ""]
+) -> Halting:
+    """One application of the block, and the decision after it.
+
+    With w the tokens' `running`, l the step and g the gate,
+
+      h' = block(h, state, w);   state' = expected + w h' where w > 0;
+      p = rest * g_halt(h');   rest' = rest * g_go_on(h');   expected' = expected + p h';
+      w' = rest' where rest' >= 1 - threshold, else 0.
+
+    Args:
+      block: (h, state, w, l) -> (h', statistics, rows), the keys and values of an attention being made of the state.
+      gate: h -> logs of the probabilities to go on and to halt, [B,T] each.
+      real: False for padding, which never runs.
+    """
+    step, w = now.step, now.running
+    hidden, statistics, rows = block(now.hidden, now.state.astype(now.hidden.dtype), w, step)
+    h = hidden.astype(jnp.float32)
+    act = now.expected_step + w * step
+    state = jnp.where(w[..., None] > 0, now.expected + w[..., None] * h, now.state)
+    depth = jnp.where(w > 0, act + 1, now.depth)
+
+    go_on, halt = gate(hidden)
+    p = jnp.exp(now.log_rest + halt)
+    log_rest = now.log_rest + go_on
+    rest = jnp.exp(log_rest)
+    return Halting(
+        step=step + 1,
+        hidden=hidden,
+        state=state,
+        running=jnp.where(real & (rest >= 1 - threshold), rest, 0),
+        depth=depth,
+        act=act,
+        expected=now.expected + p[..., None] * h,
+        expected_step=now.expected_step + p * step,
+        log_rest=log_rest,
+        statistics=jax.tree.map(jnp.add, now.statistics, statistics),
+        rows=jax.tree.map(lambda all, one: all.at[step].set(one), now.rows, rows),
+    )
+
+
+def start(x: Float[Array, "B T D"], real: Bool[Array, "B T"], block: Callable, L: int) -> Halting:
+    """Before the first step: every real token runs."""
+    state, zero = x.astype(jnp.float32), jnp.zeros(real.shape, jnp.float32)
+    first = jnp.zeros((), jnp.int32)
+    _, statistics, rows = jax.eval_shape(block, x, x, zero, first)
+    return Halting(
+        step=first,
+        hidden=x,
+        state=state,
+        running=real.astype(jnp.float32),
+        depth=zero,
+        act=zero,
+        expected=jnp.zeros_like(state),
+        expected_step=zero,
+        log_rest=zero,
+        statistics=jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), statistics),
+        rows=jax.tree.map(lambda s: jnp.zeros((L, *s.shape), s.dtype), rows),
+    )
+
+
+def until_halted(
+    block: Callable,
+    gate: Callable,
+    x: Float[Array, "B T D"],
+    real: Bool[Array, "B T"],
+    L: int,
+    threshold: float | Float[Array, ""],
+    *,
+    stop_early: bool,
+) -> Halting:
+    """`halting_step` L times, or with `stop_early` until all tokens have halted, which has no reverse derivative.
+
+    Both have the same `state`, `depth`, `statistics` and `rows`.
+
+    >>> gate = lambda h: (jnp.full(h.shape[:2], jnp.log(0.5)),) * 2
+    >>> block = lambda h, state, w, l: (h + 1, (), (w > 0).sum())
+    >>> end = until_halted(block, gate, jnp.zeros((1, 1, 1)), jnp.ones((1, 1), bool), 6, 0.7, stop_early=True)
+    >>> end.rows.tolist(), float(end.state[0, 0, 0]), float(end.depth[0, 0])  # half halts after one block, the rest now
+    ([1, 1, 0, 0, 0, 0], 1.5, 1.5)
+    """
+    now = start(x, real, block, L)
+
+    def step(now):
+        return halting_step(now, block, gate, real, threshold)
+
+    if stop_early:
+        return jax.lax.while_loop(lambda now: (now.step < L) & (now.running > 0).any(), step, now)
+    return jax.lax.scan(lambda now, _: (step(now), None), now, None, length=L)[0]

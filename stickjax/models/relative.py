@@ -1,0 +1,44 @@
+"""Softmax attention with learned relative positions, of a sequence to itself or to another one."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from stickjax.models.layers import dropout
+
+
+def relative_scores(q: Float[Array, "B T K X H"], relative: Float[Array, "K H P"], S: int) -> Float[Array, "B K X T S"]:
+    """q_i . R[j - i], distances beyond those of `relative`, P = 2 * clip - 1 of them, clipped.
+
+    >>> scores = relative_scores(jnp.ones((1, 2, 1, 1, 1)), jnp.array([[[-1.0, 0.0, 1.0]]]), 3)
+    >>> scores[0, 0, 0].tolist()
+    [[0.0, 1.0, 1.0], [-1.0, 0.0, 1.0]]
+    """
+    T, far = q.shape[1], relative.shape[-1] // 2
+    # A column per distance from 1 - T to S: row i of the result begins i columns further left than row 0.
+    table = relative[:, :, jnp.clip(jnp.arange(T + S) - (T - 1), -far, far) + far]
+    scores = jnp.einsum("BTKXH,KHP->BKXTP", q, table, preferred_element_type=jnp.float32)
+    flat = scores.reshape(*scores.shape[:3], -1)[..., T - 1 :]
+    return flat[..., : T * (T + S - 1)].reshape(*scores.shape[:4], -1)[..., :S]
+
+
+def softmax_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: Bool[Array, "B T S"] | Bool[Array, "B 1 S"],
+    scale: float,
+    relative: Float[Array, "K H P"] | None = None,
+    rate: float = 0.0,
+    key=None,
+) -> Float[Array, "B T N H"]:
+    """softmax_j(scale * q_i . (k_j + R[j - i])) v_j over the keys of the mask, in fp32; with a key, with dropout."""
+    (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
+    q = scale * q.reshape(B, T, K, N // K, H)
+    scores = jnp.einsum("BTKXH,BSKH->BKXTS", q, k, preferred_element_type=jnp.float32)
+    if relative is not None:
+        scores += relative_scores(q, relative, S)
+    # Finite, so that a query without keys has no NaN.
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = dropout(jax.nn.softmax(scores, axis=-1), rate, key).astype(v.dtype)
+    return jnp.einsum("BKXTS,BSKH->BTKXH", weights, v).reshape(B, T, N, H)

@@ -1,0 +1,302 @@
+"""The Sparse Universal Transformer: one block of experts, applied until every token has halted, in three models.
+
+Tan et al., `Sparse Universal Transformer <https://arxiv.org/abs/2310.07096>`_.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from stickjax.collectives import total
+from stickjax.models.halting import Halting, HaltingGate, until_halted
+from stickjax.models.layers import LayerNorm, cast, dropout, normal, uniform
+from stickjax.models.router import RouterStats, router_stats
+from stickjax.models.sut_block import SutBlock
+from stickjax.sut_config import SutConfig
+
+
+class SutOutput(NamedTuple):
+    """What a model makes of a batch.
+
+    `logits` in fp32, [B,classes] or [B,T,V]. `depth` [B,T], of a pair [2,B,T]: the mean number of blocks in a token's
+    final state. `act`: the mean halting step of all tokens, whose gradient shortens the computation. `router`: the
+    statistics of every router over all steps, each token weighed by the probability that it still runs. `rows`: the
+    expert rows that this device ran in each step, [L], by the router that sent them.
+    """
+
+    logits: jax.Array
+    depth: jax.Array
+    act: jax.Array
+    router: dict[str, RouterStats]
+    rows: dict[str, jax.Array]
+
+
+class UniversalStack(nnx.Module):
+    """One `SutBlock` over the depth, the gate that halts tokens, and with `normalize_before` a norm at the end."""
+
+    def __init__(self, config: SutConfig, key, *, causal: bool, cross: bool = False):
+        self.config = config
+        k_block, k_gate = jax.random.split(key)
+        self.block = SutBlock(config, k_block, causal=causal, cross=cross)
+        self.gate = HaltingGate(config, k_gate)
+        self.norm = LayerNorm(config) if config.normalize_before else None
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        segment_ids: Int[Array, "B T"],
+        source: Float[Array, "B S D"] | None = None,
+        source_segment_ids: Int[Array, "B S"] | None = None,
+        key=None,
+        *,
+        threshold=None,
+        stop_early: bool = False,
+    ) -> Halting:
+        """`segment_ids`: attention stays within equal ones, negative ones are padding."""
+        c = self.config
+
+        def block(h, s, running, step):
+            k = None if key is None else jax.random.fold_in(key, step)
+            h, sums = self.block(h, s, running, segment_ids, source, source_segment_ids, k)
+            rows = {name: one.rows.sum().astype(jnp.int32) for name, one in sums.items()}
+            return h, sums, rows
+
+        if c.remat == "full":
+            block = jax.checkpoint(block, prevent_cse=False)  # scan already keeps the two apart
+        threshold = c.halting_threshold if threshold is None else threshold
+        end = until_halted(block, self.gate, x, segment_ids >= 0, c.L, threshold, stop_early=stop_early)
+        state = end.state.astype(x.dtype)
+        return end._replace(state=state if self.norm is None else self.norm(state))
+
+
+class PairClassifier(nnx.Module):
+    """Logits of the label of two sentences: W_2 elu(W_1 [u; v; u * v; |u - v|] + b_1) + b_2.
+
+    u and v are the final states of the sentences' first tokens. In a bracketed formula that is the outermost bracket;
+    data without such a token put one first.
+    """
+
+    def __init__(self, config: SutConfig, key):
+        self.config = c = config
+        k_embed, k_stack, *keys = jax.random.split(key, 6)
+        self.embed = normal(k_embed, (c.V, c.D), c.D**-0.5, c)
+        self.stack = UniversalStack(c, k_stack, causal=c.attention == "stick_breaking")
+        wide, narrow = (4 * c.D) ** -0.5, c.D**-0.5
+        self.w_in = uniform(keys[0], (4 * c.D, c.D), wide, c)
+        self.in_bias = uniform(keys[1], (c.D,), wide, c)
+        self.w_out = uniform(keys[2], (c.D, c.classes), narrow, c)
+        self.out_bias = uniform(keys[3], (c.classes,), narrow, c)
+
+    def __call__(self, batch, key=None, *, threshold=None, stop_early: bool = False) -> SutOutput:
+        c = self.config
+        tokens = jnp.concatenate([batch["left"], batch["right"]])
+        end = encoded(self.stack, self.embed, tokens, key, threshold=threshold, stop_early=stop_early)
+        u, v = jnp.split(end.state[:, 0], 2)
+        w_in, in_bias, w_out, out_bias = (cast(p, c) for p in (self.w_in, self.in_bias, self.w_out, self.out_bias))
+        hidden = jax.nn.elu(jnp.concatenate([u, v, u * v, jnp.abs(u - v)], -1) @ w_in + in_bias[None])
+        k_drop = None if key is None else jax.random.fold_in(key, c.L)
+        hidden = dropout(hidden, c.dropout, k_drop)
+        logits = (hidden @ w_out + out_bias[None]).astype(jnp.float32)
+        output = summary(logits, [(end, tokens != 0)])
+        return output._replace(depth=output.depth.reshape(2, *batch["left"].shape))
+
+
+class LanguageModel(nnx.Module):
+    """Causal, the embedding shared with the output: nothing of a token, its halting included, depends on later ones."""
+
+    def __init__(self, config: SutConfig, key):
+        self.config = c = config
+        k_embed, k_stack = jax.random.split(key)
+        self.embed = normal(k_embed, (c.V, c.D), c.D**-0.5, c)
+        self.stack = UniversalStack(c, k_stack, causal=True)
+
+    def __call__(self, batch, key=None, *, threshold=None, stop_early: bool = False) -> SutOutput:
+        tokens = batch["tokens"]
+        segments = batch.get("segment_ids", jnp.zeros_like(tokens))
+        x, keys = embedded(self.config, self.embed, tokens, segments, key)
+        end = self.stack(x, segments, key=keys, threshold=threshold, stop_early=stop_early)
+        return summary(unembedded(end.state, cast(self.embed, self.config)), [(end, segments >= 0)])
+
+
+class SparseUniversalTransformer(nnx.Module):
+    """Encoder and decoder for translation, the one embedding of all.
+
+    A batch has `source` [B,S] and `target` [B,T], both padded with 0; logits [B,T,V] are of the token after each of
+    `target`.
+    """
+
+    def __init__(self, config: SutConfig, key):
+        self.config = c = config
+        k_embed, k_encoder, k_decoder = jax.random.split(key, 3)
+        self.embed = normal(k_embed, (c.V, c.D), c.D**-0.5, c)
+        self.encoder = UniversalStack(c, k_encoder, causal=False)
+        self.decoder = UniversalStack(c, k_decoder, causal=True, cross=True)
+
+    def __call__(self, batch, key=None, *, threshold=None, stop_early: bool = False) -> SutOutput:
+        how = dict(threshold=threshold, stop_early=stop_early)
+        k_encoder, k_decoder = (None, None) if key is None else jax.random.split(key)
+        source, target = batch["source"], batch["target"]
+        read = encoded(self.encoder, self.embed, source, k_encoder, **how)
+        segments, source_segments = segments_of(target), segments_of(source)
+        x, keys = embedded(self.config, self.embed, target, segments, k_decoder)
+        written = self.decoder(x, segments, read.state, source_segments, keys, **how)
+        logits = unembedded(written.state, cast(self.embed, self.config))
+        return summary(logits, [(written, target != 0), (read, source != 0)], ("", "encoder_"))
+
+
+def segments_of(tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """0 for tokens, -1 for the padding 0."""
+    return jnp.where(tokens != 0, 0, -1)
+
+
+def sinusoidal(T: int, D: int) -> Float[np.ndarray, "T D"]:
+    """Sines and then cosines of t * 10000^(-i / (D/2)), arXiv 1706.03762.
+
+    >>> sinusoidal(2, 4)[:, 2:].tolist() == [[1, 1], [np.float32(np.cos(1)), np.float32(np.cos(0.01))]]
+    True
+    """
+    angle = np.arange(T)[:, None] * 10_000.0 ** -(np.arange(D // 2) / (D // 2))[None]
+    return np.concatenate([np.sin(angle), np.cos(angle)], axis=1).astype(np.float32)
+
+
+def embedded(config: SutConfig, embed, tokens, segment_ids, key):
+    """sqrt(D) * embedding, plus positions, zero for padding; and the key of the steps."""
+    x = config.D**0.5 * cast(embed, config)[tokens]
+    if config.attention == "softmax" and config.sinusoidal:
+        x += sinusoidal(tokens.shape[1], config.D)[None].astype(x.dtype)
+    k_drop, key = (None, None) if key is None else jax.random.split(key)
+    return dropout(jnp.where((segment_ids >= 0)[..., None], x, 0), config.dropout, k_drop), key
+
+
+def encoded(stack: UniversalStack, embed, tokens, key, **how) -> Halting:
+    """The stack over tokens that are padded with 0."""
+    segments = segments_of(tokens)
+    x, key = embedded(stack.config, embed, tokens, segments, key)
+    return stack(x, segments, key=key, **how)
+
+
+def unembedded(state: Float[Array, "B T D"], embed: Float[Array, "V D"]) -> Float[Array, "B T V"]:
+    return jnp.einsum("BTD,VD->BTV", state, embed, preferred_element_type=jnp.float32)
+
+
+def summary(logits, stacks, prefixes=("",)) -> SutOutput:
+    """The output of a model with these [(end, real)], whose routers get their stack's prefix."""
+    router, rows, act, tokens = {}, {}, 0.0, 0.0
+    for (end, real), prefix in zip(stacks, prefixes, strict=True):
+        router |= {prefix + name: router_stats(sums) for name, sums in end.statistics.items()}
+        rows |= {prefix + name: counts for name, counts in end.rows.items()}
+        act += (end.act * real).sum()
+        tokens += real.sum()
+    act = total(act) / jnp.maximum(total(tokens), 1)
+    return SutOutput(logits, stacks[0][0].depth, act, router, rows)
+
+
+def init(config: SutConfig, key: jax.Array) -> PairClassifier | LanguageModel:
+    """Parameters of a model, as a pytree that is also the model: of pairs with `classes`, else of language.
+
+    >>> model = init(SutConfig(V=16, D=8, H=4, F=16), jax.random.key(0))
+    >>> model.stack.block.ffn.experts.w_in.shape
+    (8, 8, 16)
+    """
+    return (PairClassifier if config.classes else LanguageModel)(config, key)
+
+
+def apply(
+    params: PairClassifier | LanguageModel, batch: dict[str, jax.Array], key: jax.Array | None = None, *, threshold=None
+) -> SutOutput:
+    """Run a model on a batch: training with a key, else inference, which stops when all tokens have halted.
+
+    Args:
+      batch: `left` and `right` [B,T], padded with 0; or `tokens` [B,T] and, when documents are packed, `segment_ids`.
+      key: randomness of a training step; with one the output has a reverse derivative.
+      threshold: in place of `halting_threshold`; a number or a scalar array.
+
+    >>> pairs = {"left": jnp.array([[3, 4, 0]]), "right": jnp.array([[5, 0, 0]])}
+    >>> model = init(SutConfig(V=16, D=8, H=4, F=16, classes=7), jax.random.key(0))
+    >>> output = apply(model, pairs, threshold=0.5)
+    >>> output.logits.shape, output.rows["ffn"].tolist()  # 3 tokens have 2 experts each
+    ((1, 7), [6, 6, 0, 0, 0, 0])
+    """
+    return params(batch, key, threshold=threshold, stop_early=key is None)
+
+
+class Read(NamedTuple):
+    """The tokens that a language model has read so far, of which there are `length`, in place of their keys and values:
+    every new one reads them again."""
+
+    tokens: jax.Array
+    segment_ids: jax.Array
+    length: jax.Array
+
+
+def empty_cache(config: SutConfig, batch: int, size: int) -> Read:
+    """For `batch` sequences of up to `size` tokens."""
+    return Read(jnp.zeros((batch, size), jnp.int32), jnp.full((batch, size), -1, jnp.int32), jnp.zeros((), jnp.int32))
+
+
+def read(
+    model: LanguageModel, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"], cache: Read
+) -> tuple[Float[Array, "B V"], Read]:
+    """Logits after the last of these tokens, and the cache with them."""
+    put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, cache.length, axis=1)  # noqa: E731
+    cache = Read(put(cache.tokens, tokens), put(cache.segment_ids, segment_ids), cache.length + tokens.shape[1])
+    logits = apply(model, {"tokens": cache.tokens, "segment_ids": cache.segment_ids}).logits
+    return jax.lax.dynamic_index_in_dim(logits, cache.length - 1, axis=1, keepdims=False), cache
+
+
+def parameter_counts(config: SutConfig) -> tuple[int, int]:
+    """All parameters, and those that one step applies to a token: k of E experts, nothing of the embedding."""
+    shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
+    block, size = shapes.stack.block, lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+    heads = size([block.attention.experts.expert_query, block.attention.experts.expert_output])
+    idle = size(block.ffn.experts) * (config.E - config.k) // config.E
+    idle += heads * (config.attention_experts - config.attention_k) // config.attention_experts
+    return size(shapes), size(shapes.stack) - idle
+
+
+def loss(
+    config: SutConfig, params: PairClassifier | LanguageModel, batch: dict[str, jax.Array], key: jax.Array | None
+) -> tuple[Float[Array, ""], dict[str, jax.Array]]:
+    """Mean cross-entropy plus `mi_weight` * sum of the routers' H(e|x) - H(e) plus `act_weight` * mean halting step.
+
+    Args:
+      batch: as in `apply`, with `label` [B]; or with `targets` [B,T] and `loss_mask` [B,T].
+      key: randomness of a training step, or None.
+
+    Returns:
+      The loss, and metrics: `loss` (cross-entropy alone), for pairs `accuracy`, `depth` (mean over tokens), `act`,
+      `mutual_information` (mean over routers) and `load_max` (largest share of rows times experts, 1 at balance).
+
+    >>> config = SutConfig(V=16, D=8, H=4, F=16)
+    >>> batch = {"tokens": jnp.ones((2, 3), int), "targets": jnp.ones((2, 3), int), "loss_mask": jnp.ones((2, 3))}
+    >>> sorted(loss(config, init(config, jax.random.key(0)), batch, None)[1])
+    ['act', 'depth', 'load_max', 'loss', 'mutual_information']
+    """
+    output = params(batch, key)
+    if config.classes:
+        labels, mask = batch["label"], jnp.ones(batch["label"].shape)
+        real = jnp.stack([batch["left"], batch["right"]]) != 0
+    else:
+        labels, mask = batch["targets"], batch["loss_mask"].astype(jnp.float32)
+        real = batch.get("segment_ids", jnp.zeros_like(batch["tokens"])) >= 0
+
+    def mean(x, weight):
+        return total((x * weight).sum()) / jnp.maximum(total(weight.sum()), 1)
+
+    nll = mean(optax.softmax_cross_entropy_with_integer_labels(output.logits, labels), mask)
+    information = jnp.stack([stats.mutual_information for stats in output.router.values()])
+    metrics = {
+        "loss": nll,
+        "depth": mean(output.depth, real),
+        "act": output.act,
+        "mutual_information": information.mean(),
+        "load_max": jnp.stack([s.load.max() * s.load.shape[-1] for s in output.router.values()]).max(),
+    }
+    if config.classes:
+        metrics["accuracy"] = mean(output.logits.argmax(-1) == labels, mask)
+    return nll + config.mi_weight * information.sum() + config.act_weight * output.act, metrics

@@ -1,0 +1,132 @@
+"""The block of the Sparse Universal Transformer: attention and feed-forward network, both of experts.
+
+Tan et al., `Sparse Universal Transformer <https://arxiv.org/abs/2310.07096>`_.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import Routing, expert_linear, expert_mlp, route
+from stickjax.models.attention import Context
+from stickjax.models.layers import LayerNorm, cast, dropout, uniform
+from stickjax.models.moa import SharedHeads
+from stickjax.models.router import RouterSums, choose_experts, router_sums
+from stickjax.sut_config import SutConfig
+
+
+class Choice(NamedTuple):
+    """The experts of B * T tokens, their gates [B*T,k], and what the losses of their router are made of."""
+
+    routing: Routing
+    gates: jax.Array
+    sums: RouterSums
+
+
+class TanhRouter(nnx.Module):
+    """The k largest of softmax(dropout(tanh(x w_in + bias)) weight), as gates divided by their sum; in fp32."""
+
+    def __init__(self, config: SutConfig, E: int, k: int, sample_topk: int, key):
+        self.config, self.E, self.k, self.sample_topk = config, E, k, sample_topk
+        k_in, k_bias, k_out = jax.random.split(key, 3)
+        D = config.D
+        self.w_in = uniform(k_in, (D, D), D**-0.5, config)
+        self.bias = uniform(k_bias, (D,), D**-0.5, config)
+        self.weight = uniform(k_out, (D, E), D**-0.5, config)
+
+    def __call__(self, x: Float[Array, "B T D"], running: Float[Array, "B T"], key=None) -> Choice:
+        """Tokens whose `running` is 0 have no expert (index E); the losses weigh a token by its `running`."""
+        x, running = x.reshape(-1, x.shape[-1]).astype(jnp.float32), running.reshape(-1)
+        w_in, bias, weight = (p[...].astype(jnp.float32) for p in (self.w_in, self.bias, self.weight))
+        k_drop, k_sample = (None, None) if key is None else jax.random.split(key)
+        logits = dropout(jnp.tanh(x @ w_in + bias[None]), self.config.dropout, k_drop) @ weight
+        chosen, gates = choose_experts(logits, self.k, "softmax_topk", sample_topk=self.sample_topk, key=k_sample)
+        gates = gates / (gates.sum(-1, keepdims=True) + 1e-6)
+        chosen = jnp.where(running[:, None] > 0, chosen, self.E)
+        sums = router_sums(logits, chosen, running)
+        return Choice(route(chosen, self.E), gates, sums._replace(slots=sums.rows.sum()))
+
+
+class BiasedExperts(nnx.Module):
+    """sum over the chosen experts of gate * (gelu(x w_in[e] + in_bias[e]) w_out[e] + out_bias[e])."""
+
+    def __init__(self, config: SutConfig, key):
+        self.config = c = config
+        k_in, k_in_bias, k_out, k_out_bias = jax.random.split(key, 4)
+        self.w_in = uniform(k_in, (c.E, c.D, c.F), 1 / c.D, c)
+        self.in_bias = uniform(k_in_bias, (c.E, c.F), c.F**-0.5, c)
+        self.w_out = uniform(k_out, (c.E, c.F, c.D), 1 / c.F, c)
+        self.out_bias = uniform(k_out_bias, (c.E, c.D), c.D**-0.5, c)
+
+    def __call__(self, x: Float[Array, "B T D"], routing: Routing, gates, key=None) -> Float[Array, "B T D"]:
+        c, tokens = self.config, x.reshape(-1, x.shape[-1])
+        w_in, b_in, w_out, b_out = (cast(p, c) for p in (self.w_in, self.in_bias, self.w_out, self.out_bias))
+        how = dict(implementation=c.implementation)
+        if key is None or not c.dropout:
+            y = expert_mlp(tokens, w_in, w_out, routing, gates, b_in=b_in, b_out=b_out, activation="gelu", **how)
+        else:
+            hidden = expert_linear(tokens, w_in, routing, bias=b_in, grouped_out=True, **how)
+            hidden = dropout(jax.nn.gelu(hidden, approximate=False), c.dropout, key)
+            y = expert_linear(hidden, w_out, routing, bias=b_out, grouped_in=True, gates=gates, **how)
+        return y.reshape(x.shape)
+
+
+class Branch(nnx.Module):
+    """norm(h + f(h)), or h + f(norm(h)) with `normalize_before`, f being the experts that the router chooses."""
+
+    def __init__(self, config: SutConfig, router: TanhRouter, experts: SharedHeads | BiasedExperts):
+        self.config, self.router, self.experts = config, router, experts
+        self.norm = LayerNorm(config)
+
+    def __call__(self, h: Float[Array, "B T D"], running: Float[Array, "B T"], key, *inputs):
+        """The next h, and the router's sums; `inputs` are the experts' own."""
+        keys = [None] * 3 if key is None else jax.random.split(key, 3)
+        x = self.norm(h) if self.config.normalize_before else h
+        choice = self.router(x, running, keys[0])
+        y = self.experts(x, choice.routing, choice.gates, *inputs, key=keys[1])
+        h = h + dropout(y, self.config.dropout, keys[2])
+        return h if self.config.normalize_before else self.norm(h), choice.sums
+
+
+class SutBlock(nnx.Module):
+    """Self-attention, in a decoder attention to `source`, and a feed-forward network.
+
+    Keys and values are made of s rather than h, so that tokens which have halted are still seen, as what they became.
+    """
+
+    def __init__(self, config: SutConfig, key, *, causal: bool, cross: bool = False):
+        self.config = c = config
+        k_self, k_cross, k_router, k_experts = jax.random.split(key, 4)
+
+        def heads(key, **kind):
+            k_router, k_experts = jax.random.split(key)
+            router = TanhRouter(c, c.attention_experts, c.attention_k, c.sample_topk, k_router)
+            return Branch(c, router, SharedHeads(c, k_experts, **kind))
+
+        self.attention = heads(k_self, causal=causal, relative=c.attention == "softmax")
+        self.cross = heads(k_cross, causal=False, relative=False) if cross else None
+        self.ffn = Branch(c, TanhRouter(c, c.E, c.k, 0, k_router), BiasedExperts(c, k_experts))
+
+    def __call__(
+        self,
+        h: Float[Array, "B T D"],
+        s: Float[Array, "B T D"],
+        running: Float[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        source: Float[Array, "B S D"] | None = None,
+        source_segment_ids: Int[Array, "B S"] | None = None,
+        key=None,
+    ) -> tuple[Float[Array, "B T D"], dict[str, RouterSums]]:
+        """The next h, and the sums of every router by its name."""
+        keys, sums = [None] * 3 if key is None else jax.random.split(key, 3), {}
+        seen = self.attention.norm(s) if self.config.normalize_before else s
+        context = Context(segment_ids, segment_ids, None, 0)
+        h, sums["attention"] = self.attention(h, running, keys[0], seen, context)
+        if self.cross is not None:
+            context = Context(segment_ids, source_segment_ids, None, 0)
+            h, sums["cross"] = self.cross(h, running, keys[1], source, context)
+        h, sums["ffn"] = self.ffn(h, running, keys[2])
+        return h, sums

@@ -1,0 +1,85 @@
+"""The Sparse Universal Transformer as a dataclass; its capital letters are the shape letters of the code."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from stickjax.fields import at_least, check_choices, field
+
+
+@dataclass(frozen=True)
+class SutConfig:
+    """One block of experts that is applied up to L times, with a halting decision per token after each.
+
+    `mi_weight` and `act_weight` multiply losses that are added to a *mean* cross-entropy. The original code adds them
+    to a cross-entropy summed over the 8192 tokens of a worker, so that its weight of 0.1 is one of 0.1 / 8192 here.
+    """
+
+    family: Literal["sut"] = field("sut", "the kind of model; a config file chooses it by its class")
+    V: int = field(257, "vocabulary size; the encoder's token 0 is padding")
+    D: int = field(128, "width of the residual stream")
+    L: int = field(6, "steps: how often the block is applied at most")
+    K: int = field(2, "heads of one attention expert; key/value heads, which all its experts share")
+    H: int = field(32, "dimension of one head")
+    attention_experts: int = field(8, "experts that own query heads, K each")
+    attention_k: int = field(2, "attention experts chosen per token")
+    F: int = field(256, "hidden width of one feed-forward expert")
+    E: int = field(8, "feed-forward experts")
+    k: int = field(2, "feed-forward experts chosen per token")
+    attention: Literal["softmax", "stick_breaking"] = field(
+        "softmax", "softmax comes with relative positions, stick_breaking is causal and has none"
+    )
+    clip: int = field(64, "relative positions of this distance and beyond are one (softmax only)")
+    sinusoidal: bool = field(True, "add sinusoidal positions to the embedding (softmax only)")
+    normalize_before: bool = field(False, "normalise a layer's input rather than the residual stream after it")
+    halting_threshold: float = field(0.999, "a token halts once so much of its stick is broken off; may change later")
+    act_weight: float = field(0.0, "weight of the mean expected depth")
+    mi_weight: float = field(0.0, "weight of the routers' mutual-information loss H(e|x) - H(e)")
+    sample_topk: int = field(0, "in training, how many of the attention_k experts are sampled instead of the best")
+    dropout: float = field(0.0, "in training, of embeddings, branches, attention, hidden units and routers")
+    classes: int = field(0, "labels of a pair of sentences; 0: a causal language model")
+    norm_eps: float = field(1e-5, "epsilon of every normalisation")
+    dtype: Literal["float32", "bfloat16", "float16"] = field("float32", "type of the computation")
+    param_dtype: Literal["float32", "bfloat16", "float16"] = field("float32", "type of the stored parameters")
+    remat: Literal["none", "full"] = field("none", "what a step recomputes in the backward pass")
+    implementation: str | None = field(None, "kernels: mosaic, triton, xla, reference; None: the best that works")
+
+    def __post_init__(self):
+        check_choices(self)
+        at_least(self, 1, "V", "D", "L", "K", "H", "attention_experts", "attention_k", "F", "E", "k", "clip")
+        at_least(self, 0, "act_weight", "mi_weight", "sample_topk", "classes")
+        for k, E in (("attention_k", "attention_experts"), ("k", "E")):
+            chosen, experts = getattr(self, k), getattr(self, E)
+            if chosen > experts:
+                raise ValueError(f"{k}={chosen} experts per token cannot exceed {E}={experts}")
+            if chosen == 1 < experts:
+                raise ValueError(f"{k}=1 of {E}={experts} has a constant gate and trains no router; use {k} >= 2")
+        if self.sample_topk > self.attention_k:
+            raise ValueError(f"sample_topk={self.sample_topk} cannot exceed attention_k={self.attention_k}")
+        if self.D % 2 and self.attention == "softmax" and self.sinusoidal:
+            raise ValueError(f"D={self.D} must be even for sinusoidal positions")
+        if not 0 < self.halting_threshold <= 1:
+            raise ValueError(f"halting_threshold={self.halting_threshold} must be above 0 and at most 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
+        if not self.norm_eps > 0:
+            raise ValueError(f"norm_eps={self.norm_eps} must be positive")
+
+    @property
+    def m_width(self) -> float:
+        """The optimizer's: there is no muP for this model, all of it learns at one rate."""
+        return 1.0
+
+    @classmethod
+    def sut_base(cls, **changes) -> "SutConfig":
+        """The translation model of arXiv 2310.07096; V is one at which its two models have 66M and 110M parameters."""
+        return cls(**_TRANSLATION | dict(attention_experts=24, E=24) | changes)
+
+    @classmethod
+    def sut_big(cls, **changes) -> "SutConfig":
+        """Twice the experts of `sut_base`, as many active."""
+        return cls(**_TRANSLATION | dict(attention_experts=48, E=48, sample_topk=1, act_weight=1 / 8192) | changes)
+
+
+_TRANSLATION: dict[str, Any] = dict(
+    V=37_000, D=512, L=6, K=4, H=64, attention_k=4, F=512, k=4, dropout=0.2, mi_weight=0.1 / 8192
+)

@@ -1,0 +1,240 @@
+"""Folders from one layout to the other: to the bit, in little memory, and with a clear line when they are not right."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import stickjax
+from stickjax import evaluate, generate
+from stickjax.checkpoint import Checkpoints
+from stickjax.config import Config, ModelConfig
+from stickjax.convert import export, main
+from stickjax.models.transformer import init
+from stickjax.run import Loaded, load, write_config
+from stickjax.sharding import make_mesh
+from stickjax.tokenizer import ByteTokenizer
+from stickjax.train import fit
+
+ORACLES = Path(__file__).parent / "oracles"
+FOLDERS = sorted(path.parent for kind in ("hf", "moduleformer") for path in ORACLES.glob(f"{kind}/*/config.json"))
+SIZES = dict(V=257, D=16, L=2, N=2, K=1, H=8, F=24, attention="softmax")
+
+
+def tensors(folder):
+    """All tensors of a Hugging Face folder."""
+    return {name: array for path in sorted(folder.glob("*.safetensors")) for name, array in load_file(path).items()}
+
+
+def same_bits(ours, theirs):
+    return [(x.dtype, x.shape, x.tobytes()) for x in map(np.asarray, jax.tree.leaves(ours))] == [
+        (x.dtype, x.shape, x.tobytes()) for x in map(np.asarray, jax.tree.leaves(theirs))
+    ]
+
+
+# Both directions
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
+def test_there_and_back_is_the_same_to_the_bit(folder, tmp_path, capsys):
+    run, back, again = (str(tmp_path / name) for name in ("run", "back", "again"))
+    assert main([str(folder), run]) == main([run, back, "--shard-bytes=2e5"]) == main([back, again]) == 0
+    assert capsys.readouterr().err == "" and sorted(os.listdir(tmp_path)) == ["again", "back", "run"]
+    original = tensors(folder)
+    if "granitemoe" in str(folder):  # written under the names that are published
+        original = {n.replace("experts.gate_up_proj", "input_linear.weight"): a for n, a in original.items()}
+        original = {n.replace("experts.down_proj", "output_linear.weight"): a for n, a in original.items()}
+        original = {n.replace("router.weight", "router.layer.weight"): a for n, a in original.items()}
+    assert len(list(Path(back).glob("*.safetensors"))) > 1
+    found = tensors(Path(back))
+    assert found.keys() == original.keys()
+    assert all(found[n].tobytes() == original[n].tobytes() and found[n].shape == original[n].shape for n in original)
+    first = stickjax.load(folder)
+    for other in map(stickjax.load, (run, back, again)):
+        assert same_bits(first.model, other.model) and other.step == 0 and other.tokenizer is None
+        assert first.config.replace({"data.tokenizer": other.config.data.tokenizer}) == other.config
+
+
+def test_a_run_with_checkpoints_is_exported(tmp_path, capsys):
+    config = Config(ModelConfig(**SIZES, E=4, k=2, param_dtype="bfloat16", dtype="bfloat16", m_width=3.0))
+    for step in (1, 2):
+        model = init(config.model, jax.random.key(step))
+        write_config(tmp_path / "run", config)
+        with Checkpoints(tmp_path / "run") as checkpoints:
+            checkpoints.save(step, {"params": model}, {})
+    assert main([str(tmp_path / "run"), str(tmp_path / "first"), "--step=1"]) == 0
+    assert main([str(tmp_path / "run"), str(tmp_path / "last")]) == 0
+    assert same_bits(stickjax.load(tmp_path / "first").model, init(config.model, jax.random.key(1)))
+    loaded = stickjax.load(tmp_path / "last")
+    assert same_bits(loaded.model, model) and loaded.config.model.dtype == "bfloat16"
+    assert loaded.config.model.logits_scaling == config.model.m_width
+    assert main([str(tmp_path / "run"), str(tmp_path / "none"), "--step=7"]) == 1
+    assert "no checkpoint of step 7" in capsys.readouterr().err and not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        (dict(attention="stick_breaking"), "no model_type has .* attention_experts=0 and E=0"),
+        (
+            dict(attention="stick_breaking", attention_experts=3, E=4, k=2),
+            "'moduleformer', the nearest to this model, has no .*attend_current=False",
+        ),
+        (dict(window=7), "'granite', .* has no window=7"),
+        (dict(activation="geglu"), "has no activation='geglu'"),
+        (dict(E=4, k=2, router="softmax_topk"), "'granitemoe', .* has no router='softmax_topk'"),
+        (dict(E=4, k=2, bias_rate=0.1), "has no bias_rate=0.1"),
+        (dict(E=4, k=2, attention_experts=3, m_emb=2.0), "'jetmoe', .* has no attention_experts=3, .*m_emb=2.0"),
+    ],
+)
+def test_what_a_model_type_cannot_express_is_not_exported(changes, said, tmp_path):
+    model = init(ModelConfig(**SIZES | changes), jax.random.key(0))
+    with pytest.raises(ValueError, match=said):
+        export(model, str(tmp_path / "out"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_fields_that_change_no_logits_do_not_hinder(tmp_path):
+    changes = dict(router="softmax_topk", router_hidden=3, m_width=2.0, remat="full", sample_topk=0, z_weight=0.1)
+    model = init(ModelConfig(**SIZES | changes), jax.random.key(0))
+    export(model, str(tmp_path / "out"))
+    assert stickjax.load(tmp_path / "out").config.model.logits_scaling == 2.0
+
+
+def test_what_exists_is_not_overwritten(tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    assert main([str(FOLDERS[0]), str(tmp_path / "out")]) == 1
+    assert "choose a new folder" in capsys.readouterr().err and not list((tmp_path / "out").iterdir())
+
+
+def test_a_failed_write_leaves_nothing(tmp_path, capsys, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("stickjax.convert.write_safetensors", full)
+    assert main([str(FOLDERS[0]), str(tmp_path / "out")]) == 1
+    assert "No space left" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+# What reads them
+
+
+@pytest.fixture
+def words(tmp_path):
+    """A tokenizer.json of three words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({"<|endoftext|>": 0, "a": 1, "b": 2}, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    return str(tmp_path / "tokenizer.json")
+
+
+def test_the_tokenizer_goes_along(words, tmp_path, capsys):
+    config = Config(ModelConfig(**SIZES | dict(V=3))).replace({"data.tokenizer": words, "data.T": 64})
+    export(Loaded(init(config.model, jax.random.key(0)), config, None, 0), str(tmp_path / "hf"))
+    assert main([str(tmp_path / "hf"), str(tmp_path / "run")]) == 0
+    (tmp_path / "run").rename(tmp_path / "moved")
+    for folder in ("hf", "moved"):
+        loaded = stickjax.load(tmp_path / folder)
+        assert loaded.tokenizer.encode("b a").tolist() == [2, 1] and loaded.config.data.T == 64
+        assert generate.main([str(tmp_path / folder), "--prompt=a b", "--max-new-tokens=3"]) == 0
+    assert len(set(capsys.readouterr().out.splitlines()[-2:])) == 1
+
+
+def test_a_converted_model_is_evaluated_sampled_and_trained(tmp_path, capsys):
+    model = init(ModelConfig(**SIZES, param_dtype="bfloat16"), jax.random.key(0))
+    hf, run = str(tmp_path / "hf"), str(tmp_path / "run")
+    export(model, hf)
+    assert main([hf, run]) == 0
+    assert generate.main([run, "--prompt=a"]) == 1 and "tokenizer.json" in capsys.readouterr().err
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for name in "abcd":
+        (texts / f"{name}.txt").write_text(name * 200)
+    data = {"data.source": "text", "data.path": str(texts), "data.tokenizer": "byte", "data.heldout_every": 2}
+    data |= {"data.T": 8, "data.B": 2}
+    assert generate.main([run, "--prompt=a", "--max-new-tokens=2", "--set=data.tokenizer=byte"]) == 0
+    for folder in (hf, run):
+        assert evaluate.main([folder, "--max-tokens=64", *(f"--{key}={value}" for key, value in data.items())]) == 0
+    config = stickjax.load(run, changes=data).config
+    config = config.replace({"model.param_dtype": "float32", "train.steps": 1, "optim.schedule": "constant"})
+    fit(config, str(tmp_path / "tuned"), init_from=hf, quiet=True)
+    tuned = stickjax.load(tmp_path / "tuned")
+    assert isinstance(tuned.tokenizer, ByteTokenizer) and tuned.model.embed.dtype == jnp.float32
+    with pytest.raises(ValueError, match="converted model; train in another --run folder with --init-from"):
+        fit(config, run, quiet=True)
+
+
+def test_parameters_are_laid_out_on_a_mesh():
+    folder = ORACLES / "hf/jetmoe"
+    one = stickjax.load(folder)
+    mesh = make_mesh(one.config.replace({"mesh.fsdp": 2, "mesh.data": 1, "data.B": 2}))
+    model = load(folder, mesh=mesh).model
+    assert same_bits(one.model, model) and len(model.embed.sharding.device_set) == 2
+
+
+# Memory
+
+# VmHWM is of this program alone; getrusage gives a child its parent's peak.
+STREAM = """
+import sys
+from stickjax.convert import main
+peak = lambda: 1024 * int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
+before = peak()
+assert main(sys.argv[1:]) == 0
+print(peak() - before, peak())
+"""
+
+
+def sparse_folder(folder, L, D, F, E, shards):
+    """A granitemoe in bfloat16 that takes no room: every tensor is a hole in its file."""
+    folder.mkdir()
+    H, tree = 64, json.loads((ORACLES / "hf/granitemoe/config.json").read_text())
+    tree |= dict(num_hidden_layers=L, hidden_size=D, intermediate_size=F, num_local_experts=E, vocab_size=512)
+    tree |= dict(num_attention_heads=D // H, num_key_value_heads=D // H)
+    (folder / "config.json").write_text(json.dumps(tree))
+    shapes = {"model.embed_tokens.weight": (512, D), "model.norm.weight": (D,)}
+    for i in range(L):
+        moe, attention = (f"model.layers.{i}.{name}" for name in ("block_sparse_moe", "self_attn"))
+        shapes |= {f"model.layers.{i}.{name}_layernorm.weight": (D,) for name in ("input", "post_attention")}
+        shapes |= {f"{attention}.{x}_proj.weight": (D, D) for x in "qkvo"} | {f"{moe}.router.layer.weight": (E, D)}
+        shapes |= {f"{moe}.input_linear.weight": (E, 2 * F, D), f"{moe}.output_linear.weight": (E, D, F)}
+    weight_map, total = {}, 0
+    for shard in range(shards):
+        header, end = {}, 0
+        for name in list(shapes)[shard::shards]:
+            begin, end = end, end + 2 * int(np.prod(shapes[name]))
+            header[name] = {"dtype": "BF16", "shape": shapes[name], "data_offsets": [begin, end]}
+            weight_map[name] = f"model-{shard}.safetensors"
+        text = json.dumps(header).encode()
+        with (folder / f"model-{shard}.safetensors").open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + end)
+        total += end
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return total
+
+
+def test_the_largest_tensor_bounds_the_memory_not_the_model(tmp_path):
+    total = sparse_folder(tmp_path / "sparse", L=22, D=512, F=512, E=32, shards=5)
+    largest = 2 * 32 * 1024 * 512
+    assert total > 2**30 > 25 * largest
+    for source, out in (("sparse", "run"), ("run", "hf")):
+        command = [sys.executable, "-c", STREAM, str(tmp_path / source), str(tmp_path / out)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        growth, peak = map(int, done.stdout.split()[-2:])
+        print(f"{source} -> {out}: peak {peak / 2**20:.0f} MiB, {growth / 2**20:.0f} above the imports")
+        assert growth < 6 * largest
+    shutil.rmtree(tmp_path / "sparse")
+    shutil.rmtree(tmp_path / "run")
+    shutil.rmtree(tmp_path / "hf")

@@ -1,0 +1,103 @@
+"""The originals' numbers from their own folders: logits, greedy tokens, losses, gradients."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import FORWARD, assert_close
+
+import stickjax
+from stickjax.convert import in_memory
+from stickjax.generate import generate
+from stickjax.hugging_face import names
+from stickjax.models import transformer
+from stickjax.models.router import router_stats
+from stickjax.step import loss_and_metrics
+
+ORACLES = Path(__file__).parent / "oracles"
+FOLDERS = sorted(path.parent for kind in ("hf", "moduleformer") for path in ORACLES.glob(f"{kind}/*/config.json"))
+each_folder = pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    """Each folder once, with the ops that compile fastest: others are compared with them elsewhere."""
+    models, changes = {}, {"model.implementation": "reference"}
+    return lambda folder: models.setdefault(folder, stickjax.load(folder, changes=changes))
+
+
+@jax.jit
+def logits(model, tokens, segment_ids):
+    return model(tokens, segment_ids).logits
+
+
+@each_folder
+def test_logits_are_the_originals(loaded, folder):
+    expected, model = np.load(folder / "expected.npz"), loaded(folder).model
+    tokens, mask = expected["input_ids"], expected["attention_mask"]
+    assert_close(logits(model, tokens, np.zeros_like(tokens)), expected["logits"], FORWARD["float32"])
+    assert not mask.all() and mask[:, -1].all()  # padded on the left
+    padded = logits(model, tokens, mask - 1)
+    assert_close(padded[mask > 0], expected["logits_left_padded"][mask > 0], FORWARD["float32"])
+
+
+@pytest.mark.parametrize("folder", [f for f in FOLDERS if f.parent.name == "hf"], ids=lambda path: path.name)
+def test_greedy_tokens_are_the_originals(loaded, folder):
+    expected = np.load(folder / "expected.npz")
+    tokens = expected["input_ids"]
+    T = tokens.shape[1]
+    assert generate(loaded(folder).model, tokens, 12) == expected["greedy"][:, T:].tolist()
+
+
+def of_all_routers(*repeats):
+    """`router_stats` as transformers has it: the rows and probabilities of all routers are averaged first.
+
+    `repeats`: how often it counts the routers of each kind. Those of JetMoE's attention are recorded twice, once by
+    the attention and once by themselves.
+    """
+    seen = []
+
+    def stats(sums):
+        seen.append(sums)
+        if len(seen) < len(repeats):
+            return router_stats(sums)._replace(switch=jnp.zeros(len(sums.tokens)))
+        counted = [kind for kind, n in zip(seen, repeats, strict=True) for _ in range(n)]
+        every = jax.tree.map(lambda *kinds: jnp.concatenate(kinds), *counted)
+        (L, E), tokens = sums.rows.shape, sums.tokens[0]
+        switch = E * (every.rows.mean(0) / tokens * every.probability.mean(0) / tokens).sum()
+        seen.clear()
+        return router_stats(sums)._replace(switch=jnp.full(L, switch / L))
+
+    return stats
+
+
+@each_folder
+def test_losses_and_gradients_are_the_originals(loaded, folder, monkeypatch):
+    model, config, *_ = loaded(folder)
+    expected = np.load(folder / "expected.npz")
+    tree, tokens = json.loads((folder / "config.json").read_text()), expected["input_ids"]
+    if folder.parent.name == "hf":
+        weight = tree.get("router_aux_loss_coef", tree.get("aux_loss_coef", 0.0))
+        config = config.replace({"model.switch_weight": weight})
+        repeats = (1, 2) if config.model.attention_experts else (1,)
+        monkeypatch.setattr(transformer, "router_stats", of_all_routers(*repeats))
+    m = config.model
+    # All tokens go through the routers; all but the first are targets.
+    mask = np.ones_like(tokens)
+    mask[:, -1] = 0
+    batch = {"tokens": tokens, "targets": np.roll(tokens, -1, 1), "loss_mask": mask}
+    run = jax.jit(jax.value_and_grad(lambda model: loss_and_metrics(config, model, batch, None), has_aux=True))
+    (loss, metrics), gradient = run(model)
+    assert_close(loss, expected["loss"], FORWARD["float32"])
+    if "aux_loss" in expected:
+        kinds = {"switch": m.switch_weight, "z": m.z_weight, "mutual_information": m.mi_weight}
+        parts = [metrics[f"{p}{n}"] * w for p in ("", "attention_") for n, w in kinds.items() if f"{p}{n}" in metrics]
+        assert_close(m.L * sum(parts) / max(kinds.values()), expected["aux_loss"], 1e-5)
+    theirs = names.their_tensors(names.table(tree["model_type"], m), m, in_memory(gradient))
+    wanted = {names.published(n.removeprefix("grad/")): expected[n] for n in expected if n.startswith("grad/")}
+    assert len(wanted) > 8
+    for name, value in wanted.items():
+        assert_close(theirs[name].read(None), value, 1e-4, name)

@@ -1,0 +1,371 @@
+"""The Sparse Universal Transformer against the original encoder, and what halting promises."""
+
+import dataclasses
+from functools import cache, partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import FORWARD, assert_close
+from flax import nnx
+
+from pallas_kernels import route
+from stickjax.models.halting import HaltingGate, halting_step, start, until_halted
+from stickjax.models.router import router_stats
+from stickjax.models.sut import SparseUniversalTransformer, UniversalStack, init, loss
+from stickjax.models.sut_block import BiasedExperts
+from stickjax.optim import label_of
+from stickjax.sharding import AXES, by_name, over, place, shardings, spec_of
+from stickjax.sut_config import SutConfig
+
+HERE = Path(__file__).parent
+
+
+@cache
+def original_encoder(name):
+    """The stack with the original's weights, its inputs and what it gave; [.., B, T, D]."""
+    with np.load(HERE / "oracles" / "sut" / f"{name}.npz", allow_pickle=False) as arrays:
+        a = dict(arrays)
+    p = {key.removeprefix("param/").removeprefix("mod."): a[key] for key in a if key.startswith("param/")}
+    config = SutConfig(
+        D=32, L=7, K=2, H=8, attention_experts=5, attention_k=2, F=24, E=6, k=2,
+        normalize_before=name == "encoder_pre_norm",
+    )  # fmt: skip
+    stack = jax.eval_shape(partial(UniversalStack, config, causal=False), jax.random.key(0))
+    attention, feed_forward, heads, ffn = stack.block.attention, stack.block.ffn, "self_attn.", "moe."
+    weights = {
+        (attention.router, "w_in"): p[heads + "q_proj.w_gate.0.weight"].T,
+        (attention.router, "bias"): p[heads + "q_proj.w_gate.0.bias"],
+        (attention.router, "weight"): p[heads + "q_proj.w_gate.3.weight"].T,
+        (attention.experts, "expert_query"): p[heads + "q_proj.experts.w"],
+        (attention.experts, "expert_output"): p[heads + "q_proj.output_experts.w"],
+        (attention.experts, "key"): p[heads + "k_proj.weight"].T.reshape(32, 2, 8),
+        (attention.experts, "value"): p[heads + "v_proj.weight"].T.reshape(32, 2, 8),
+        (attention.experts, "relative"): p[heads + "rel_pos_emb"][..., 1:-1],  # distances of -64 and 64 are never used
+        (attention.norm, "scale"): p["self_attn_layer_norm.weight"],
+        (attention.norm, "bias"): p["self_attn_layer_norm.bias"],
+        (feed_forward.router, "w_in"): p[ffn + "w_gate.0.weight"].T,
+        (feed_forward.router, "bias"): p[ffn + "w_gate.0.bias"],
+        (feed_forward.router, "weight"): p[ffn + "w_gate.3.weight"].T,
+        (feed_forward.experts, "w_in"): p[ffn + "experts.w"],
+        (feed_forward.experts, "in_bias"): p[ffn + "experts.b"],
+        (feed_forward.experts, "w_out"): p[ffn + "output_experts.w"],
+        (feed_forward.experts, "out_bias"): p[ffn + "output_experts.b"],
+        (feed_forward.norm, "scale"): p["final_layer_norm.weight"],
+        (feed_forward.norm, "bias"): p["final_layer_norm.bias"],
+        (stack.gate, "w_in"): p["_gate.0.weight"].T,
+        (stack.gate, "bias"): p["_gate.0.bias"],
+        (stack.gate, "w_out"): p["_gate.3.weight"].T,
+    }
+    for (module, leaf), value in weights.items():
+        assert getattr(module, leaf).shape == value.shape, leaf
+        setattr(module, leaf, nnx.Param(jnp.asarray(value)))
+    return stack, jnp.asarray(a["x"].swapaxes(0, 1)), jnp.asarray(~a["pad"]), a
+
+
+@jax.jit
+def each_step(stack, x, real, threshold):
+    """The states after every step."""
+
+    def block(h, s, running, step):
+        h, sums = stack.block(h, s, running, jnp.where(real, 0, -1))
+        return h, sums, {name: one.rows.sum() for name, one in sums.items()}
+
+    def step(now, _):
+        now = halting_step(now, block, stack.gate, real, threshold)
+        return now, now
+
+    return jax.lax.scan(step, start(x, real, block, stack.config.L), None, stack.config.L)[1]
+
+
+@pytest.mark.parametrize("name", ["encoder_post_norm", "encoder_pre_norm"])
+def test_every_step_is_that_of_the_original_encoder(name):
+    stack, x, real, expected = original_encoder(name)
+    steps = each_step(stack, x, real, stack.config.halting_threshold)
+    for i in range(7):
+        hidden, state = (expected[part][i].swapaxes(0, 1)[real] for part in ("hidden", "soft_halted"))
+        assert_close(steps.hidden[i][real], hidden, FORWARD["float32"], f"hidden {i}")
+        assert_close(steps.state[i][real], state, FORWARD["float32"], f"state {i}")
+        act = steps.act[i][real].mean()
+        np.testing.assert_allclose(act, expected["act_loss"][i], rtol=1e-5, err_msg=f"act {i}")
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    """The post-norm encoder, in which tokens halt at different steps, with what runs it."""
+    stack, x, real, _ = original_encoder("encoder_post_norm")
+    segments = jnp.where(real, 0, -1)
+    run = {
+        stop_early: jax.jit(
+            lambda x, threshold, stop=stop_early: stack(x, segments, threshold=threshold, stop_early=stop)
+        )
+        for stop_early in (False, True)
+    }
+    return stack, x, real, run
+
+
+@pytest.fixture(scope="module")
+def halting_soon(encoder):
+    stack, x, real, _ = encoder
+    return each_step(stack, x, real, 0.6)
+
+
+def test_depth_at_the_start_is_that_of_fair_coins():
+    """A gate halts with probability 1/2 from the first step on, and what is left at the last step halts there."""
+    config, L = SutConfig(D=4, H=2), 5
+    x, real = jnp.ones((2, 3, 4)), jnp.arange(3)[None] < jnp.array([[3], [1]])
+    end = until_halted(
+        lambda h, s, w, step: (h + 1, (), ()), HaltingGate(config, jax.random.key(0)), x, real, L, 0.999,
+        stop_early=False,
+    )  # fmt: skip
+    expected = sum(j / 2**j for j in range(1, L)) + L / 2 ** (L - 1)
+    np.testing.assert_allclose(end.depth, expected * real, rtol=1e-6)
+    np.testing.assert_allclose(end.act[real], expected - 1, rtol=1e-6)
+    np.testing.assert_allclose(end.state, jnp.where(real[..., None], 1 + expected, 1) * x, rtol=1e-6)
+
+
+def test_states_of_halted_tokens_are_frozen(halting_soon):
+    steps = halting_soon
+    halted_at = [int((steps.running[i] == 0).sum()) for i in range(7)]
+    assert halted_at[0] < halted_at[2] <= halted_at[-1]  # of some tokens, not of all at once
+    for i in range(6):
+        halted = steps.running[i] == 0
+        np.testing.assert_array_equal(steps.state[i + 1][halted], steps.state[i][halted])
+        np.testing.assert_array_equal(steps.depth[i + 1][halted], steps.depth[i][halted])
+        assert (steps.running[i + 1][halted] == 0).all()
+        assert (steps.state[i + 1][~halted] != steps.state[i][~halted]).any(-1).all()
+
+
+def test_stopping_early_changes_nothing_and_a_lower_threshold_runs_fewer_rows(encoder):
+    _, x, real, run = encoder
+    rows = {}
+    for threshold in (0.999, 0.6, 0.3):
+        full, early = (run[stop_early](x, threshold) for stop_early in (False, True))
+        assert full.step == 7
+        for part in ("state", "depth", "statistics", "rows"):
+            jax.tree.map(np.testing.assert_array_equal, getattr(full, part), getattr(early, part))
+        rows[threshold] = {name: np.asarray(counts) for name, counts in early.rows.items()}
+        for counts in rows[threshold].values():
+            assert counts[0] == 2 * real.sum() and (np.diff(counts) <= 0).all()
+    assert early.step < 7
+    for name in ("attention", "ffn"):
+        assert rows[0.999][name].sum() > rows[0.6][name].sum() > rows[0.3][name].sum() > 0
+
+
+def test_neither_padding_nor_halted_tokens_change_others(encoder, halting_soon):
+    stack, x, real, run = encoder
+    before, after = (run[False](inputs, 0.6) for inputs in (x, jnp.where(real[..., None], x, 7.0)))
+    for part in ("state", "depth", "act"):
+        np.testing.assert_array_equal(getattr(before, part)[real], getattr(after, part)[real])
+    jax.tree.map(np.testing.assert_array_equal, before.statistics, after.statistics)
+    # What a halted token would make of itself is seen by none; its frozen state is.
+    running, hidden, state = (getattr(halting_soon, name)[1] for name in ("running", "hidden", "state"))
+    halted, segments = running == 0, jnp.where(real, 0, -1)
+    assert (halted & real).any() and (~halted).any()
+    block = jax.jit(stack.block)
+    h, sums = block(hidden, state, running, segments)
+    other, other_sums = block(jnp.where(halted[..., None], 7.0, hidden), state, running, segments)
+    np.testing.assert_array_equal(h[~halted], other[~halted])
+    jax.tree.map(np.testing.assert_array_equal, sums, other_sums)
+    moved, _ = block(hidden, jnp.where((halted & real)[..., None], state + 1, state), running, segments)
+    assert (moved[~halted] != h[~halted]).any()
+
+
+def test_mutual_information_is_that_of_all_steps_together(encoder, halting_soon):
+    """H(e|x) - H(e) with the pairs of tokens and steps weighed by w, for the router whose inputs the states are."""
+    stack, x, real, _ = encoder
+    router = stack.block.attention.router
+    inputs = np.concatenate([x[None], halting_soon.hidden[:-1]]).reshape(-1, 32)
+    w = np.concatenate([real[None].astype(np.float32), halting_soon.running[:-1]]).reshape(-1)
+    logits = np.tanh(inputs @ np.asarray(router.w_in[...]) + np.asarray(router.bias[...])) @ np.asarray(
+        router.weight[...]
+    )
+    g = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    p = w / w.sum()
+    marginal = p @ g
+    expected = -(p @ (g * np.log(g)).sum(-1)) + (marginal * np.log(marginal)).sum()
+    sums = jax.tree.map(lambda a: a[-1], halting_soon.statistics)["attention"]
+    stats = router_stats(sums)
+    np.testing.assert_allclose(stats.mutual_information, expected, rtol=1e-5)
+    assert expected < 0
+    np.testing.assert_allclose(stats.load.sum(), 1, rtol=1e-6)
+
+
+TINY = dict(V=12, D=16, L=3, K=2, H=4, attention_experts=3, F=12, E=4, implementation="reference")
+PAIRS = dict(classes=7, mi_weight=0.01, act_weight=0.01)
+
+
+def pairs(B, T, key):
+    """Random pairs of sentences of different lengths, with a label."""
+    k_words, k_length, k_label = jax.random.split(key, 3)
+    words = jax.random.randint(k_words, (2, B, T), 1, 12)
+    words = jnp.where(jnp.arange(T)[None, None] < jax.random.randint(k_length, (2, B, 1), 1, T + 1), words, 0)
+    return {"left": words[0], "right": words[1], "label": jax.random.randint(k_label, (B,), 0, 7)}
+
+
+def language(B, T, key):
+    tokens = jax.random.randint(key, (B, T + 1), 0, 12)
+    return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "loss_mask": jnp.ones((B, T), bool)}
+
+
+def translation(B, T, key):
+    batch = pairs(B, T, key)
+    return {"source": batch["left"], "target": batch["right"]}
+
+
+def drawn(make, config):
+    """A model whose parameters are all drawn at random, those that start at zero too, with no program to compile."""
+    rng = np.random.default_rng(0)
+
+    def draw(names, shape):
+        return jnp.asarray(rng.normal(names[-1] == "scale", 0.2, shape.shape), jnp.float32)
+
+    return by_name(draw, jax.eval_shape(partial(make, config), jax.random.key(0)))
+
+
+def translation_loss(config, model, batch, key):
+    output = model(batch, key)
+    information = sum(stats.mutual_information for stats in output.router.values())
+    return jnp.square(output.logits).mean() + information + output.act, {}
+
+
+MODELS = {
+    "pairs": (SutConfig(**TINY, **PAIRS), init, pairs, loss),
+    "language": (
+        SutConfig(**TINY, attention="stick_breaking", mi_weight=0.01, act_weight=0.01, dropout=0.1, sample_topk=1),
+        init, language, loss,
+    ),
+    "translation": (
+        SutConfig(**TINY, normalize_before=True, remat="full"), SparseUniversalTransformer,
+        translation, translation_loss,
+    ),
+}  # fmt: skip
+
+
+def check_gradients(gradients):
+    def check(names, gradient):
+        assert jnp.isfinite(gradient).all() and (gradient != 0).any(), names
+        assert label_of(names) in ("matrix", "vector", "embedding")
+        return spec_of(names, gradient)
+
+    by_name(check, gradients)
+
+
+@pytest.mark.parametrize("name", ["language", "translation"])
+def test_every_parameter_learns_and_has_a_label_and_a_partition(name):
+    config, make, batch, f = MODELS[name]
+    model = drawn(make, config)
+    key = jax.random.key(2) if config.dropout else None
+    check_gradients(jax.jit(jax.grad(lambda m: f(config, m, batch(4, 7, jax.random.key(1)), key)[0]))(model))
+
+
+def pair_gradients(model, batch, key):
+    return jax.grad(lambda m: loss(MODELS["pairs"][0], m, batch, None), has_aux=True)(model)
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    """A model of pairs, a batch, and its compiled gradients on one device."""
+    return drawn(init, MODELS["pairs"][0]), pairs(16, 6, jax.random.key(1)), jax.jit(pair_gradients)
+
+
+def test_losses_are_means_over_all_devices(classifier):
+    model, batch, gradients = classifier
+    key = jax.random.key(0)
+    expected, metrics = gradients(model, batch, key)
+    check_gradients(expected)
+    mesh = jax.make_mesh((2, 1, 1, 1, 1), AXES, devices=jax.devices()[:2])
+    placed = jax.device_put(model, shardings(mesh, model))
+    found, found_metrics = jax.jit(over(mesh, pair_gradients))(placed, place(mesh, batch), key)
+    for name, value in metrics.items():
+        np.testing.assert_allclose(found_metrics[name], value, rtol=1e-5, err_msg=name)
+    jax.tree.map(lambda a, b: assert_close(a, b, 1e-5), found, expected)
+
+
+def test_a_few_pairs_are_learnt(classifier):
+    model, batch, gradients = classifier
+    optimizer = optax.adam(1e-2)
+    state, history = optimizer.init(model), []
+
+    @jax.jit
+    def learn(model, state, gradients):
+        updates, state = optimizer.update(gradients, state, model)
+        return optax.apply_updates(model, updates), state
+
+    for _ in range(80):
+        g, metrics = gradients(model, batch, jax.random.key(0))
+        model, state = learn(model, state, g)
+        history.append({name: float(value) for name, value in metrics.items()})
+    assert history[0]["accuracy"] < 0.5 and history[-1]["accuracy"] == 1
+    assert history[-1]["loss"] < 0.1 < 1 < history[0]["loss"]
+
+
+def test_no_token_depends_on_later_ones_or_on_other_documents():
+    """By gradients, of the state and of the expected depth; and by values, as halting is a decision."""
+    model = drawn(init, SutConfig(**TINY, attention="stick_breaking"))
+    segments, t = jnp.array([[0, 0, 1, 1, 1, 1, 1, -1]]), 4
+    x = jax.random.normal(jax.random.key(1), (1, 8, 16))
+    weights = jax.random.normal(jax.random.key(2), (16,))
+
+    @jax.jit
+    def run(x, threshold):
+        end = model.stack(x, segments, threshold=threshold)
+        return end.state[0] @ weights, end.depth[0], end.act[0]
+
+    gradients = jax.jit(jax.jacrev(lambda x: jnp.stack([part[t] for part in run(x, 0.999)])))(x)
+    for gradient in jnp.abs(gradients).max(-1)[:, 0]:
+        assert (gradient[jnp.array([0, 1, 5, 6, 7])] == 0).all() and (gradient[2:5] > 0).all()
+    before, after = run(x, 0.6), run(x.at[0, t + 1 :].set(7.0).at[0, :2].set(7.0), 0.6)
+    assert len(set(np.asarray(before[1]).tolist())) > 4  # tokens halt at different steps
+    for one, other in zip(before, after, strict=True):
+        np.testing.assert_array_equal(one[2 : t + 1], other[2 : t + 1])
+        assert (one[t + 1 : 7] != other[t + 1 : 7]).all()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_type_of_the_computation_is_kept(name):
+    """Of every carry of the loop; routing, halting and losses are in fp32."""
+    config, make, batch, f = MODELS[name]
+    config = dataclasses.replace(config, dtype="bfloat16")
+    model = jax.eval_shape(partial(make, config), jax.random.key(0))
+    state = jax.eval_shape(lambda m: m(batch(2, 5, jax.random.key(1)), jax.random.key(2)), model)
+    assert all(leaf.dtype in (jnp.float32, jnp.int32) for leaf in jax.tree.leaves(state))
+
+
+def test_hidden_units_that_drop_out_have_a_path_of_their_own():
+    """With a rate of nearly zero it gives what the other does."""
+    config = SutConfig(**TINY, dropout=1e-9)
+    experts = BiasedExperts(config, jax.random.key(0))
+    x = jax.random.normal(jax.random.key(1), (1, 5, 16))
+    routing = route(jnp.array([[0, 1], [3, 2], [4, 4], [1, 0], [2, 3]]), 4)
+    gates = jax.random.uniform(jax.random.key(2), (5, 2))
+    y = experts(x, routing, gates)
+    assert_close(experts(x, routing, gates, jax.random.key(3)), y, FORWARD["float32"])
+    assert (y[0, 2] == 0).all() and (y[0, 3] != 0).all()
+
+
+def test_presets_have_the_published_sizes():
+    """66M and 110M parameters, at one vocabulary for both."""
+    for config, millions in ((SutConfig.sut_base(), 66), (SutConfig.sut_big(), 110)):
+        shapes = jax.eval_shape(partial(SparseUniversalTransformer, config), jax.random.key(0))
+        assert round(sum(x.size for x in jax.tree.leaves(shapes)) / 1e6) == millions
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(k=5), "k=5 experts per token cannot exceed E=4"),
+        (dict(attention_k=1), "attention_k=1 of attention_experts=3 has a constant gate"),
+        (dict(sample_topk=3), "sample_topk=3 cannot exceed attention_k=2"),
+        (dict(D=15), "D=15 must be even"),
+        (dict(halting_threshold=0.0), "halting_threshold=0.0 must be above 0"),
+        (dict(dropout=1.0), "dropout=1.0 must be at least 0 and below 1"),
+        (dict(attention="stick"), "did you mean 'stick_breaking'"),
+    ],
+)
+def test_configs_that_make_no_sense(changes, message):
+    with pytest.raises(ValueError, match=message):
+        SutConfig(**TINY | changes)

@@ -1,0 +1,149 @@
+"""Sparse Universal Transformers through the programs: training, resuming, evaluation by operators, generation."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from stickjax import Config, DataConfig, SutConfig, load
+from stickjax.accuracy import accuracy, batches_of, depths
+from stickjax.data import pair_examples, training_data
+from stickjax.evaluate import evaluate as bits_per_byte
+from stickjax.evaluate import main as evaluate
+from stickjax.generate import generate, generate_text
+from stickjax.metrics import flops_per_token, read_metrics
+from stickjax.models.family import init, parameter_counts
+from stickjax.sharding import make_mesh
+from stickjax.train import fit, main
+
+SIZES = dict(D=8, L=3, K=1, H=4, F=8, attention_experts=3, E=3)
+PAIRS = Config(SutConfig(V=12, **SIZES, classes=7), DataConfig(source="logic", examples=3000, T=40, B=4)).replace(
+    {"train.steps": 4, "train.checkpoint_every": 2, "train.log_every": 1}
+)
+TEXT = Config(SutConfig(**SIZES, attention="stick_breaking"), DataConfig(T=8, B=2)).replace({"train.steps": 2})
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    run = str(tmp_path_factory.mktemp("runs") / "pairs")
+    fit(PAIRS.replace({"train.steps": 2}), run, quiet=True)
+    fit(PAIRS, run, quiet=True)  # goes on
+    return run
+
+
+def test_a_run_is_resumed_and_read_back(pairs):
+    assert [row["step"] for row in read_metrics(pairs)] == [1, 2, 3, 4]
+    assert {"accuracy", "depth", "act", "load_max", "mutual_information"} <= read_metrics(pairs)[0].keys()
+    loaded = load(pairs)
+    assert loaded.config == PAIRS and loaded.config.model.family == "sut" and loaded.step == 4
+    assert Config.from_dict(json.loads(PAIRS.to_json())) == PAIRS
+    assert PAIRS.diff(Config()) == ["model.family: 'sut' -> 'decoder'"]
+
+
+def test_batches_are_of_about_one_length_and_leave_out_less_than_one():
+    data, examples = training_data(PAIRS), pair_examples(PAIRS, "train")
+    loader, seen, widths = data.loader(0, 1), set(), set()
+    for _ in range(len(examples) // 4):
+        batch = next(loader)
+        longest = (batch["left"] != 0).sum(1).max(), (batch["right"] != 0).sum(1).max()
+        widths.add(batch["left"].shape[1])
+        assert batch["left"].shape == batch["right"].shape and -(-max(longest) // 8) * 8 == batch["left"].shape[1]
+        for left, right in zip(batch["left"], batch["right"], strict=True):
+            seen.add((left[left != 0].tobytes(), right[right != 0].tobytes()))
+    assert len(widths) > 2 and len(seen) > len(examples) - 4
+    halves = [next(data.loader(index, 2)) for index in range(2)]
+    whole = next(data.loader(0, 1))
+    np.testing.assert_array_equal(np.concatenate([half["left"] for half in halves]), whole["left"])
+
+
+def test_accuracy_is_that_of_a_direct_count(pairs):
+    loaded = load(pairs)
+    records = accuracy(loaded.model, loaded.config, buckets=[3], thresholds=[0.999, 0.3], max_pairs=5, B=4)
+    labels, right, depth, tokens, rows = [], 0, 0.0, 0, 0
+    for batch, real in batches_of(loaded.config, 3, 5, 4):
+        output = loaded.model(batch, None, threshold=0.999, stop_early=True)
+        chosen = np.asarray(output.logits).argmax(-1)
+        for i in np.flatnonzero(real):
+            labels.append(batch["label"][i])
+            right += int(chosen[i] == batch["label"][i])
+        sides = np.stack([batch["left"], batch["right"]]) != 0
+        depth, tokens = depth + np.asarray(output.depth)[sides].sum(), tokens + sides.sum()
+        rows += sum(int(r.sum()) for r in output.rows.values())
+    first, second = records
+    assert first["pairs"] == 5 and first["accuracy"] == right / 5
+    assert first["majority"] == np.bincount(labels).max() / 5
+    np.testing.assert_allclose([first["depth"], first["rows"]], [depth / tokens, rows / tokens], rtol=1e-6)
+    assert second["depth"] < first["depth"] and second["rows"] < first["rows"]
+
+
+def test_evaluate_writes_accuracy_and_pictures(pairs, capsys, tmp_path):
+    assert evaluate([pairs, "--max-pairs", "2", "--plot", str(tmp_path / "accuracy.png")]) == 0
+    out = capsys.readouterr().out
+    assert "commonest label" in out and "12+" in out
+    records = json.loads((tmp_path / pairs / "accuracy.json").read_text())
+    assert {r["bucket"] for r in records} == set(range(13)) and len({r["threshold"] for r in records}) == 9
+    for picture in (f"{pairs}/halting.png", f"{pairs}/depth.png", tmp_path / "accuracy.png"):
+        assert (tmp_path / picture).stat().st_size > 10_000
+    loaded = load(pairs)
+    for tokens, depth in depths(loaded.model, loaded.config, 4):
+        assert len(tokens) == len(depth) and (depth >= 1).all() and (depth <= 3).all()
+
+
+def test_a_language_model_trains_is_scored_and_continues_text(tmp_path):
+    run = str(tmp_path / "text")
+    fit(TEXT, run, quiet=True)
+    loaded = load(run)
+    (record,) = bits_per_byte(loaded.model, loaded.config, lengths=(1,), max_tokens=64)
+    assert record["tokens"] == 64 and 4 < record["bits_per_byte"] < 12
+    (text,) = generate_text(loaded, ["def "], 3)
+    assert isinstance(text, str)
+    # Greedy tokens are those of the whole text read at once, whatever stands to the left of a row.
+    read = jax.jit(lambda ids, segments: loaded.model({"tokens": ids, "segment_ids": segments}).logits)
+    prompts = [np.array([5, 6, 7, 8]), np.array([9])]
+    for prompt, new in zip(prompts, generate(loaded.model, prompts, 3), strict=True):
+        ids = np.zeros((1, 8), np.int32)
+        ids[0, : len(prompt) + 3] = [*prompt, *new]
+        logits = read(ids, np.where(np.arange(8) < len(prompt) + 3, 0, -1)[None])[0]
+        assert new == logits[len(prompt) - 1 :].argmax(-1)[:3].tolist()
+
+
+def test_what_a_step_takes_is_counted():
+    total, active = parameter_counts(PAIRS.model)
+    model = init(PAIRS.model, jax.random.key(0))
+    assert total == sum(x.size for x in jax.tree.leaves(model))
+    outside = sum(p.size for p in (model.embed, model.w_in, model.in_bias, model.w_out, model.out_bias))
+    idle = 8 * 8 * 2 + 8 + 8 + 8 * 4 * 2  # one of three experts: a network with biases, query and output of a head
+    assert active == total - outside - idle
+    assert flops_per_token(PAIRS.model, 10) == 3 * (6 * active + 6 * 2 * 2 * 4 * 10)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data.source": "stdlib"}, "classes=7 needs pairs: source='logic', not 'stdlib'"),
+        ({"model.classes": 3}, "classes=3 must be the 7 relations of source='logic'"),
+        ({"data.T": 20}, "T=20 is shorter than the longest sentence of 37 tokens"),
+        ({"model.V": 5}, "V=5 is smaller than the 12 ids of pairs of logic"),
+    ],
+)
+def test_data_that_do_not_fit(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        fit(PAIRS.replace(changes), str(tmp_path / "run"), quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_only_decoders_have(pairs):
+    with pytest.raises(ValueError, match="accumulate=2 is for decoders"):
+        PAIRS.replace({"train.accumulate": 2})
+    with pytest.raises(ValueError, match="fsdp=2 and tensor=2 divide decoders"):
+        make_mesh(PAIRS.replace({"mesh.fsdp": 2, "mesh.tensor": 2}))
+    with pytest.raises(ValueError, match="a classifier of classes=7 generates no text"):
+        generate(load(pairs).model, [[1]], 1)
+
+
+def test_the_configs_are_what_they_say(capsys):
+    assert main(["configs/sut_logic.py", "--help"]) == 0
+    assert "--model.halting_threshold=0.999" in capsys.readouterr().out
+    assert main(["configs/sut_lm_tiny.py", "--model.halting_threshold=2"]) == 1
+    assert "halting_threshold=2.0 must be above 0 and at most 1" in capsys.readouterr().err
