@@ -13,7 +13,7 @@ from scipy.special import erf
 
 from stickjax import train
 from stickjax.checkpoint import named_leaves
-from stickjax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from stickjax.config import Config, DataConfig, ModelConfig, OptimConfig, SutConfig, TrainConfig
 from stickjax.models.attention import Context
 from stickjax.models.router import Router, choose_experts, probabilities
 from stickjax.models.transformer import init
@@ -294,6 +294,8 @@ def test_models_without_modules():
     ):
         with pytest.raises(ValueError, match="has no modules: E=0"):
             call()
+    with pytest.raises(ValueError, match="of a decoder, not of family='sut'"):
+        prune(SimpleNamespace(config=SutConfig(D=8, H=4, F=16)), {}, count=2)
 
 
 # The command line

@@ -94,7 +94,7 @@ def prune(
 
     Args:
       model: a trained model. New modules become old ones first (`merged`).
-      use: `use(model, batches)`; a kind that is left out is not pruned.
+      use: `use(model, batches)`; a kind that is left out, here or of the numbers below, is not pruned.
       count: how many modules each layer keeps, those used most; a number for each kind, or one for all.
       threshold: the smallest share of a layer's routed pairs with which a module is kept. The ones that a token needs
         (k, N / K) are always kept.
@@ -124,9 +124,9 @@ def prune(
     for kind in kinds_of(config):
         slot = slots(model, kind)
         keep = slot >= 0
-        if kind.name in use:
-            wanted = lambda what, name=kind.name: what[name] if isinstance(what, Mapping) else what  # noqa: E731
-            keep = _kept(kind, keep, np.asarray(use[kind.name]), kind.chosen(config), wanted(count), wanted(threshold))
+        limits = [what.get(kind.name) if isinstance(what, Mapping) else what for what in (count, threshold)]
+        if kind.name in use and limits != [None, None]:
+            keep = _kept(kind, keep, np.asarray(use[kind.name]), kind.chosen(config), *limits)
         fields |= _keep(leaves, kind, slot, keep, denominator)
     even = all((leaves[f"blocks/{kind.name}/router/slot"] >= 0).all() for kind in kinds_of(config))
     fields["pruned"] = "no" if even else f"{denominator}_denominator"

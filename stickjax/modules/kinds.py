@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from stickjax.checkpoint import named_leaves
-from stickjax.config import ModelConfig
+from stickjax.config import ModelConfig, SutConfig
 from stickjax.models.transformer import Transformer, init
 
 
@@ -34,8 +34,10 @@ KINDS = {
 }  # fmt: skip
 
 
-def kinds_of(config: ModelConfig) -> list[Kind]:
-    """The kinds that a model has; ValueError for a dense one."""
+def kinds_of(config: ModelConfig | SutConfig) -> list[Kind]:
+    """The kinds that a model has; ValueError for a dense one, and for one that is no decoder."""
+    if not isinstance(config, ModelConfig):
+        raise ValueError(f"modules are those of a decoder, not of family={config.family!r}")
     kinds = [kind for kind in KINDS.values() if getattr(config, kind.old)]
     if not kinds:
         raise ValueError("the model has no modules: E=0 and attention_experts=0")
