@@ -1,0 +1,23 @@
+"""The Sparse Universal Transformer on propositional logic in full size, for one GPU: not run yet.
+
+python -m stickjax.train configs/sut_logic_gpu.py
+python -m stickjax.evaluate runs/sut_logic_gpu --max-pairs 100000
+
+Published for 7 to 12 operators after training on 0 to 6 (arXiv 2310.07096): 98 97 94 90 88 81 percent, at a mean depth
+that grows from about 5 to about 9 blocks. The sizes of that model are not published: these are of its translation model.
+"""
+
+from stickjax import Config, DataConfig, OptimConfig, SutConfig, TrainConfig
+
+
+def get_config() -> Config:
+    model = SutConfig.sut_base(
+        V=12, L=12, classes=7, sinusoidal=False, dropout=0.1, mi_weight=0.001, act_weight=0.001, dtype="bfloat16"
+    )
+    data = DataConfig(source="logic", examples=500_000, T=40, B=128)
+    epoch = 135_813 // data.B  # pairs of 0 to 6 operators
+    optim = OptimConfig(
+        schedule="cosine", peak_lr=5e-4, warmup_tokens=epoch * data.tokens_per_step, beta2=0.98, eps=1e-9,
+        weight_decay=0.01,
+    )  # fmt: skip
+    return Config(model, data, optim, TrainConfig(steps=50 * epoch, log_every=50, checkpoint_every=2 * epoch))
