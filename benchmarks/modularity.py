@@ -1,0 +1,198 @@
+"""Do modules divide the work, can half of them go, and can new ones learn without forgetting? Several seeds.
+
+python -m benchmarks.modularity [--seeds 3] [--json] [--section.field=value ...]
+
+For each seed of configs/moduleformer_tiny.py, which mixes two sources of text:
+1. training: the bits that a module says about the source of a token, and how they rise;
+2. concentration on the first source, then half of the modules of each kind pruned, by use and at random: what each
+   costs on held-out text of that source;
+3. a third source, learned by new modules alone and by the whole model: what each forgets of the first two.
+Every training after the first has a third of its steps. Losses are held-out bits per token.
+"""
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from stickjax import plots
+from stickjax.config import Config
+from stickjax.evaluate import evaluate
+from stickjax.modules import LEARN, extend, prune, report, use
+from stickjax.modules.usage import batches_of
+from stickjax.options import load_config, parse
+from stickjax.run import Loaded, load, save
+from stickjax.step import init_state
+from stickjax.train import CLEAR, fit
+
+RESULTS = Path(__file__).parent / "results" / "modularity.json"
+CONFIG = Path(__file__).parent.parent / "configs" / "moduleformer_tiny.py"
+NEW = "listops"
+TOKENS = 2**14  # held-out ones of each source, and training ones whose use counts
+
+
+def loss(model, config: Config, source: str) -> float:
+    """Bits per token of held-out text of a source, at the training length."""
+    config = config.replace({"data.source": source})
+    return evaluate(model, config, lengths=(1,), max_tokens=TOKENS)[0]["bits_per_token"]
+
+
+def follow(run: str, config: Config, steps: list[int]) -> list[dict]:
+    """The bits that modules say about the source, averaged over layers, at some steps of a run; 0 is before it."""
+    sources = {name: config.replace({"data.source": name}).data for name in config.data.sources}
+    found = []
+    for step in steps:
+        model = load(run, step=step).model if step else init_state(config, jax.random.key(config.train.seed)).params
+        result = report(model, sources, max_tokens=TOKENS)
+        found.append({"step": step} | {kind: float(np.mean(b)) for kind, b in result["mutual_information"].items()})
+    return found
+
+
+def trained(loaded: Loaded, config: Config, changes: dict, folder: Path, name: str) -> Loaded:
+    """Go on from a model for a third of the steps, under another config."""
+    steps = max(1, config.train.steps // 3)
+    quarter = steps * config.data.tokens_per_step // 4
+    config = config.replace(
+        {"train.steps": steps, "train.checkpoint_every": steps, "model.mi_weight": 0.0}
+        | {"optim.warmup_tokens": quarter, "optim.decay_tokens": quarter}
+        | changes
+    )
+    start, run = str(folder / f"{name}-start"), str(folder / name)
+    save(start, loaded.model, loaded.config)
+    fit(config, run, init_from=start, quiet=True)
+    return load(run)
+
+
+def pruned(model, config: Config, source: str, rng: np.random.Generator | None):
+    """The model with half of its modules of each kind, those used most by the source, or any."""
+    data = config.replace({"data.source": source}).data
+    counts = use(model, batches_of(data, heldout=False, max_tokens=TOKENS))
+    if rng is not None:
+        counts = {kind: rng.permuted(np.tile(np.arange(c.shape[1]), (len(c), 1)), axis=1) for kind, c in counts.items()}
+    return prune(model, counts, count={kind: c.shape[1] // 2 for kind, c in counts.items()})
+
+
+def one(config: Config, seed: int, folder: Path) -> dict:
+    """All three experiments with one seed."""
+    steps = sorted({max(1, config.train.steps * i // 6) for i in range(1, 7)})
+    config = config.replace({"train.seed": seed, "data.seed": seed, "train.keep": len(steps)})
+    config = config.replace({"train.checkpoint_every": max(1, config.train.steps // 6)})
+    run = str(folder / "base")
+    fit(config, run, quiet=True)
+    base, (first, *_) = load(run), config.data.sources
+    result: dict = {"seed": seed, "information": follow(run, config, [0, *steps])}
+    before = {name: loss(base.model, config, name) for name in (*config.data.sources, NEW)}
+
+    alone = {"data.source": first, "model.concentration_weight": 0.1}
+    few = trained(base, config, alone, folder, "concentrated")
+    result["concentrated"] = {
+        "whole": loss(few.model, config, first),
+        "by use": loss(pruned(few.model, config, first, None), config, first),
+        "at random": loss(pruned(few.model, config, first, np.random.default_rng(seed)), config, first),
+    }
+    third = {"data.source": NEW}
+    E, A = config.model.E // 2, config.model.attention_experts // 2
+    wider = extend(base.model, jax.random.key(seed), experts=E, attention_experts=A)
+    sizes = {"model.new_experts": E, "model.new_attention_experts": A}
+    models = {
+        "extended": (Loaded(wider, config.replace(sizes), base.tokenizer, 0), {"optim.learn": LEARN["frozen"]} | sizes),
+        "fine-tuned": (base, {}),
+    }
+    for name, (start, changes) in models.items():
+        after = trained(start, config, third | changes, folder, name)
+        losses = {source: loss(after.model, config, source) for source in before}
+        forgotten = float(np.mean([losses[source] - before[source] for source in config.data.sources]))
+        result[name] = {"forgotten": forgotten, "new": losses[NEW]}
+    return result | {"before": before}
+
+
+def statistics(results: list[dict]) -> dict[str, tuple[float, float]]:
+    """Means over seeds and their standard errors: of the rise in information, and of both differences."""
+    pairs = {
+        "rise in bits about the source": [
+            np.mean([r["information"][-1][kind] - r["information"][0][kind] for kind in ("attention", "ffn")])
+            for r in results
+        ],
+        "pruned at random, less by use": [
+            r["concentrated"]["at random"] - r["concentrated"]["by use"] for r in results
+        ],
+        "forgotten by fine-tuning, less by extension": [
+            r["fine-tuned"]["forgotten"] - r["extended"]["forgotten"] for r in results
+        ],
+    }
+    root = math.sqrt(len(results))
+    return {
+        name: (float(np.mean(x)), float(np.std(x, ddof=1) / root) if len(x) > 1 else math.nan)
+        for name, x in pairs.items()
+    }
+
+
+def table(results: list[dict]) -> Table:
+    shown = Table("", "mean", "standard error", "by seed", title="bits per token, or per routed pair")
+    columns = {
+        "bits about the source, first": lambda r: np.mean([r["information"][0][k] for k in ("attention", "ffn")]),
+        "bits about the source, last": lambda r: np.mean([r["information"][-1][k] for k in ("attention", "ffn")]),
+        **{f"concentrated, {how}": (lambda r, how=how: r["concentrated"][how]) for how in results[0]["concentrated"]},
+        **{f"{how}: forgotten": (lambda r, how=how: r[how]["forgotten"]) for how in ("extended", "fine-tuned")},
+        **{f"{how}: {NEW}": (lambda r, how=how: r[how]["new"]) for how in ("extended", "fine-tuned")},
+        f"before: {NEW}": lambda r: r["before"][NEW],
+    }
+    for name, of in columns.items():
+        values = [float(of(r)) for r in results]
+        error = np.std(values, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+        shown.add_row(name, f"{np.mean(values):.3f}", f"{error:.3f}", " ".join(f"{v:.3f}" for v in values))
+    shown.add_section()
+    for name, (mean, error) in statistics(results).items():
+        shown.add_row(name, f"{mean:.3f}", f"{error:.3f}", f"{mean / error:.1f} standard errors" if error else "")
+    return shown
+
+
+def plot(results: list[dict], path) -> None:
+    """The rise of information, the costs of pruning and of learning, a point per seed."""
+    page, panels = plots.figure("", "", ("bits about the source", "cost of pruning half", "forgotten"), sharey=False)
+    for r in results:
+        for i, kind in enumerate(("attention", "ffn")):
+            steps, bits = zip(*((at["step"], at[kind]) for at in r["information"]), strict=True)
+            panels[0].plot(steps, bits, ".-", color=f"C{i}", label=kind if r is results[0] else None)
+        costs = [r["concentrated"][how] - r["concentrated"]["whole"] for how in ("by use", "at random")]
+        panels[1].plot(("by use", "at random"), costs, "o-", label=f"seed {r['seed']}")
+        panels[2].plot(("extended", "fine-tuned"), [r[how]["forgotten"] for how in ("extended", "fine-tuned")], "o-")
+    for axes, label in zip(panels, ("step", "bits per token", "bits per token"), strict=True):
+        axes.set_xlabel(label if axes is panels[0] else "")
+        axes.set_ylabel("bits" if axes is panels[0] else label)
+    panels[0].legend()
+    panels[1].legend()
+    page.savefig(path)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.modularity", description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3, help="how many seeds, from 0 (3)")
+    parser.add_argument("--json", action="store_true", help=f"write {RESULTS.name} and its picture among the results")
+    words, rest = parser.parse_known_args(argv)
+    results: list[dict] = []
+    try:
+        config = parse(load_config(str(CONFIG)), rest)
+        for seed in range(words.seeds):
+            with tempfile.TemporaryDirectory() as folder:
+                results.append(one(config, seed, Path(folder)))
+            Console(highlight=False).print(table(results))
+    except CLEAR as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if words.json:
+        found = {"config": config.to_dict(), "statistics": statistics(results), "seeds": results}
+        RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+        plot(results, RESULTS.with_suffix(".png"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
