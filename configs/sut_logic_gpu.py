@@ -4,7 +4,7 @@ python -m stickjax.train configs/sut_logic_gpu.py
 python -m stickjax.evaluate runs/sut_logic_gpu --max-pairs 100000
 
 Published for 7 to 12 operators after training on 0 to 6 (arXiv 2310.07096): 98 97 94 90 88 81 percent, at a mean depth
-that grows from about 5 to about 9 blocks. That model's sizes are not published; these are those of the translation model.
+that grows from about 5 to about 9 blocks. That model's sizes are not published; these are of its translation model.
 """
 
 from stickjax import Config, DataConfig, OptimConfig, SutConfig, TrainConfig
