@@ -28,9 +28,9 @@ def test_what_the_readme_names_is_there():
 
 
 def test_every_option_of_the_readme_is_an_option():
-    from stickjax.config import Config
+    from stickjax.config import Config, SutConfig
     from stickjax.options import describe
 
-    known = describe(Config())
+    known = describe(Config()) + describe(Config(SutConfig()))
     for option in re.findall(r"--((?:model|data|optim|train|mesh)\.\w+)", README):
         assert f"--{option}=" in known, option
