@@ -9,7 +9,7 @@ from stickjax import Config, DataConfig, OptimConfig, SutConfig, TrainConfig
 def get_config() -> Config:
     model = SutConfig(
         V=12, D=64, L=8, K=2, H=16, attention_experts=6, attention_k=2, F=128, E=6, k=2, classes=7, sinusoidal=False,
-        mi_weight=0.001,
+        mi_weight=0.001, halting_bias=2.0,
     )  # fmt: skip
     data = DataConfig(source="logic", examples=500_000, T=40, B=32)
     step = data.tokens_per_step

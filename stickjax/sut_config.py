@@ -32,6 +32,7 @@ class SutConfig:
     sinusoidal: bool = field(True, "add sinusoidal positions to the embedding (softmax only)")
     normalize_before: bool = field(False, "normalise a layer's input rather than the residual stream after it")
     halting_threshold: float = field(0.999, "a token halts once so much of its stick is broken off; may change later")
+    halting_bias: float = field(0.0, "added to the logit of going on; a few units let a model begin deep")
     act_weight: float = field(0.0, "weight of the mean expected depth")
     mi_weight: float = field(0.0, "weight of the routers' mutual-information loss H(e|x) - H(e)")
     sample_topk: int = field(0, "in training, how many of the attention_k experts are sampled instead of the best")

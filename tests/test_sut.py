@@ -113,15 +113,17 @@ def halting_soon(encoder):
     return each_step(stack, x, real, 0.6)
 
 
-def test_depth_at_the_start_is_that_of_fair_coins():
-    """A gate halts with probability 1/2 from the first step on, and what is left at the last step halts there."""
-    config, L = SutConfig(D=4, H=2), 5
+@pytest.mark.parametrize("bias", [0.0, 2.0])
+def test_depth_at_the_start_is_that_of_equal_coins(bias):
+    """A gate halts with probability 1/2, or as `halting_bias` says, and what is left at the last step halts there."""
+    config, L = SutConfig(D=4, H=2, halting_bias=bias), 5
     x, real = jnp.ones((2, 3, 4)), jnp.arange(3)[None] < jnp.array([[3], [1]])
     end = until_halted(
         lambda h, s, w, step: (h + 1, (), ()), HaltingGate(config, jax.random.key(0)), x, real, L, 0.999,
         stop_early=False,
     )  # fmt: skip
-    expected = sum(j / 2**j for j in range(1, L)) + L / 2 ** (L - 1)
+    on = 1 / (1 + np.exp(-bias))
+    expected = sum(j * on ** (j - 1) * (1 - on) for j in range(1, L)) + L * on ** (L - 1)
     np.testing.assert_allclose(end.depth, expected * real, rtol=1e-6)
     np.testing.assert_allclose(end.act[real], expected - 1, rtol=1e-6)
     np.testing.assert_allclose(end.state, jnp.where(real[..., None], 1 + expected, 1) * x, rtol=1e-6)

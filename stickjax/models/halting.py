@@ -15,7 +15,10 @@ from stickjax.models.layers import cast, uniform
 
 
 class HaltingGate(nnx.Module):
-    """log of the probabilities to go on and to halt: log_softmax(gelu(h w_in + bias) w_out), each 1/2 at the start."""
+    """log of the probabilities to go on and to halt: log_softmax(gelu(h w_in + bias) w_out + [halting_bias, 0]).
+
+    w_out begins at zero: to go on has probability 1/2 at the start, or sigmoid(`halting_bias`).
+    """
 
     def __init__(self, config, key):
         self.config = c = config
@@ -28,6 +31,7 @@ class HaltingGate(nnx.Module):
         hidden = h @ cast(self.w_in, self.config) + cast(self.bias, self.config)[None, None]
         hidden = jax.nn.gelu(hidden, approximate=False)
         logits = jnp.einsum("BTD,DG->BTG", hidden, cast(self.w_out, self.config), preferred_element_type=jnp.float32)
+        logits += jnp.array([self.config.halting_bias, 0.0])[None, None]
         go_on, halt = jnp.moveaxis(jax.nn.log_softmax(logits, axis=-1), -1, 0)
         return go_on, halt
 
