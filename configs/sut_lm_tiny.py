@@ -1,6 +1,8 @@
 """A Sparse Universal Transformer as a language model: stick-breaking attention, one block for all depths.
 
 python -m stickjax.train configs/sut_lm_tiny.py
+
+It has not been run to its end yet.
 """
 
 from stickjax import Config, DataConfig, OptimConfig, SutConfig, TrainConfig

@@ -1,6 +1,9 @@
 """A small Sparse Universal Transformer that learns how two sentences of propositional logic relate to each other.
 
 python -m stickjax.train configs/sut_logic.py
+python -m stickjax.evaluate runs/sut_logic
+
+An hour or more on two CPU cores; it has not been run to its end yet.
 """
 
 from stickjax import Config, DataConfig, OptimConfig, SutConfig, TrainConfig
