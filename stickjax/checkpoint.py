@@ -96,8 +96,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         if self._position is not None and step <= self._position:
             raise ValueError(f"step={step} is not after step {self._position}, the last one saved or restored")
         arrays = {name: _stored(name, leaf) for name, leaf in named_leaves(state).items()}
-        sums = jax.device_get({name: _checksum(a) for name, a in arrays.items()})
-        rows = {name: [list(a.shape), str(a.dtype), int(sums[name])] for name, a in arrays.items()}
+        rows = {name: [list(a.shape), str(a.dtype), _checksum(a)] for name, a in arrays.items()}
         manifest = json.dumps({"step": step, "arrays": rows, "extra": extra}, default=_encode_bytes)
         # Orbax refuses arrays of size 0; the manifest alone describes them.
         arrays = {name: a for name, a in arrays.items() if a.size}
@@ -217,14 +216,19 @@ def check_finite(params, where: str) -> None:
 
     >>> check_finite({"w": jnp.zeros(3)}, "step 100")
     """
-    leaves = {n: a for n, a in named_leaves(params).items() if jnp.issubdtype(a.dtype, jnp.floating)}
-    for name, count in jax.device_get({n: jnp.sum(~jnp.isfinite(a)) for n, a in leaves.items()}).items():
-        if count:
-            raise ValueError(f"{where}: {count} of {leaves[name].size} values of {name} are not finite")
+    for name, leaf in named_leaves(params).items():
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and (count := int(jnp.sum(~jnp.isfinite(leaf)))):
+            raise ValueError(f"{where}: {count} of {leaf.size} values of {name} are not finite")
+
+
+def _checksum(array) -> int:
+    """Waits for the sum: of programs that add over devices only one may be under way, or the threads of a CPU that
+    stands for many devices wait for one another, each in another program."""
+    return int(_mixed_sum(array))
 
 
 @jax.jit
-def _checksum(array):
+def _mixed_sum(array):
     """sum_i mix(bits_i + i * 0x9E3779B9) mod 2^32, i the row-major position, mix the end of MurmurHash3.
 
     A sum of integers: the same for every sharding. `mix` is one-to-one, so that a change within one word
@@ -318,8 +322,8 @@ def _read_arrays(folder: Path, specs: dict, rows: dict) -> dict[str, jax.Array]:
             arrays |= v1.load(folder / "arrays", stored) if stored else {}
     except Exception as error:
         raise DamagedCheckpoint(f"Orbax cannot read the arrays: {_line(error)}") from error
-    for name, value in jax.device_get({n: _checksum(a) for n, a in arrays.items()}).items():
-        if value != rows[name][2]:
+    for name, array in arrays.items():
+        if _checksum(array) != rows[name][2]:
             raise DamagedCheckpoint(f"the checksum of {name} differs")
     return arrays
 
