@@ -4,6 +4,7 @@
 """
 
 import json
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -50,7 +51,8 @@ def accuracy(
 
     Returns:
       A record {"bucket", "threshold", "accuracy", "majority" (the share of the commonest label), "depth" (blocks that a
-      token's final state is made of, the mean over tokens), "rows" (expert rows run, per token), "pairs"} each.
+      token's final state is made of, the mean over tokens), "rows" (expert rows run, per token), "seconds" (of all
+      pairs, without compiling), "pairs"} each.
     """
     B = min(B, max_pairs)
     thresholds = [config.model.halting_threshold] if thresholds is None else list(thresholds)
@@ -59,17 +61,20 @@ def accuracy(
         pairs = batches_of(config, bucket, max_pairs, B)
         labels = np.concatenate([batch["label"][real] for batch, real in pairs])
         majority = np.bincount(labels).max() / len(labels)
+        jax.block_until_ready(_read(model, pairs[0][0], thresholds[0]))  # compiled, so that it is not timed
         for threshold in thresholds:
+            started = time.perf_counter()
             right, depth, rows, tokens = 0, 0.0, 0, 0
             for batch, real in pairs:
                 chosen, depths, ran = jax.device_get(_read(model, batch, threshold))
                 seen = np.stack([batch["left"], batch["right"]]) != 0
                 right += (chosen == batch["label"])[real].sum()
                 depth, rows, tokens = depth + depths[seen].sum(), rows + int(ran), tokens + seen.sum()
+            seconds = time.perf_counter() - started
             records.append(
                 dict(
                     bucket=bucket, threshold=threshold, accuracy=float(right / len(labels)), majority=float(majority),
-                    depth=float(depth / tokens), rows=float(rows / tokens), pairs=len(labels),
+                    depth=float(depth / tokens), rows=float(rows / tokens), seconds=seconds, pairs=len(labels),
                 )
             )  # fmt: skip
     return records
@@ -106,6 +111,20 @@ def table(runs: dict[str, Records]) -> Table:
         operators = f"{first['bucket']}{'+' if first['bucket'] == logic.BUCKETS - 1 else ''}"
         right = [f"{r['accuracy']:.1%}" for r in rows] + [f"{r['depth']:.2f}" for r in rows]
         result.add_row(operators, str(first["pairs"]), f"{first['majority']:.1%}", *right)
+    return result
+
+
+def savings(records: Records) -> Table:
+    """What every threshold costs and saves, over all pairs; time as a share of that at the first one."""
+    result = Table(title="what a lower halting threshold saves")
+    for name in ("threshold", "accuracy", "depth", "expert rows per token", "time"):
+        result.add_column(name, justify="right")
+    whole = sum(r["seconds"] for r in at_first_threshold(records))
+    for threshold, part in plots.group(records, "threshold").items():
+        pairs = sum(r["pairs"] for r in part)
+        right, depth, rows = (sum(r[name] * r["pairs"] for r in part) / pairs for name in ("accuracy", "depth", "rows"))
+        share = sum(r["seconds"] for r in part) / whole
+        result.add_row(f"{threshold:g}", f"{right:.1%}", f"{depth:.2f}", f"{rows:.2f}", f"{share:.0%}")
     return result
 
 

@@ -38,6 +38,7 @@ class DataConfig:
     T: int = field(256, "tokens in one sequence")
     B: int = field(16, "sequences in one step, over all processes and accumulation steps")
     seed: int = field(0, "order of the sequences")
+    curriculum: int = field(0, "steps in which ever longer pairs come in, at first the shortest tenth; 0: all at once")
 
     def __post_init__(self):
         for i, source in enumerate(self.sources):
@@ -45,7 +46,7 @@ class DataConfig:
             if source in self.sources[:i]:
                 raise ValueError(f"source={self.source!r} names {source!r} twice")
         at_least(self, 1, "T", "B", "examples")
-        at_least(self, 0, "seed")
+        at_least(self, 0, "seed", "curriculum")
         at_least(self, 2, "heldout_every")
         if len(self.sources) > 1 and self.heldout_path is not None:
             raise ValueError(f"heldout_path={self.heldout_path!r} needs one source, not source={self.source!r}")

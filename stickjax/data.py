@@ -73,13 +73,15 @@ def batches(
     process_index: int = 0,
     process_count: int = 1,
     transform: Callable | None = None,
+    first: Sequence = (),
 ) -> grain.DatasetIterator:
     """Endless batches of this process from a source with random access: B // process_count examples, stacked.
 
     Every epoch visits every example once, in a new order set by `seed`. The shares of all processes,
     concatenated by process_index, are the batch of a single process. `get_state()` is a small JSON value,
     the same on every process, and `set_state()` takes up there at once, bit for bit, whatever the new
-    process_count. `transform` is applied to whole batches.
+    process_count. `transform` is applied to whole batches. The examples of `first` come before all others, in their
+    order.
 
     Raises ValueError when there are no examples, or B is not a multiple of process_count.
 
@@ -95,12 +97,11 @@ def batches(
         raise ValueError(f"no examples to draw B={B} of")
     # Epoch e is shuffled by seed + e: neighbouring seeds would share all but one of their epochs.
     seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    epochs = grain.MapDataset.source(source).shuffle(seed=seed)
+    if len(first):  # what follows an endless dataset has no index, so this end is only far away
+        epochs = grain.MapDataset.concatenate([grain.MapDataset.source(first), epochs.repeat(10_000)])
     dataset = (
-        grain.MapDataset.source(source)
-        .shuffle(seed=seed)
-        .repeat()
-        .batch(B // process_count, drop_remainder=True)
-        .slice(slice(process_index, None, process_count))
+        epochs.repeat().batch(B // process_count, drop_remainder=True).slice(slice(process_index, None, process_count))
     )
     if transform is not None:
         dataset = dataset.map(transform)
@@ -162,6 +163,8 @@ def training_data(config: Config) -> TrainingData:
     """
     d = config.data
     if not getattr(config.model, "classes", 0):
+        if d.curriculum:
+            raise ValueError(f"curriculum={d.curriculum} orders pairs of sentences; the model has classes=0")
         corpus, _ = load_corpus(d)
         loader = lambda index, count: train_loader(corpus, d, process_index=index, process_count=count)  # noqa: E731
         return TrainingData(loader, corpus.tokenizer.vocab_size, corpus.hash, corpus.source, corpus.summary())
@@ -172,23 +175,22 @@ def training_data(config: Config) -> TrainingData:
     def loader(index: int, count: int) -> grain.DatasetIterator:
         rows = slice(index * d.B // count, (index + 1) * d.B // count)
         own = lambda batch: {name: array[0][rows] for name, array in batch.items()}  # noqa: E731
-        return batches(source, 1, d.seed, transform=own)
+        return batches(source, 1, d.seed, transform=own, first=_ShortFirst(source, d.curriculum, d.seed))
 
     said = f"pairs of {d.source}"
     return TrainingData(loader, len(logic.VOCABULARY), digest, said, f"{said}: {len(pairs):,} of them, {digest}")
 
 
 class _OfOneLength:
-    """Random access to batches of B pairs that are about as long, padded to a multiple of 8: half of the work of random
-    ones, whose longest sentence decides. Which pairs make a batch is drawn by the seed."""
+    """Random access to batches of B pairs that are as long, the shortest first, padded to a multiple of 8: half of the
+    work of random ones, whose longest sentence decides. Which pairs make a batch is drawn by the seed."""
 
     def __init__(self, pairs: Examples, B: int, seed: int):
         longest = np.array([max(side.count(" ") + 1 for side in row[:2]) for row in pairs.rows])
         order = np.random.default_rng(seed).permutation(len(longest))
-        size = -(-longest // 8) * 8
-        order = order[np.argsort(size[order], kind="stable")]
+        order = order[np.argsort(longest[order], kind="stable")]
         self.pairs, self.batches = pairs, order[: len(order) // B * B].reshape(-1, B)
-        self.T = size[self.batches].max(1, initial=0)
+        self.T = -(-longest[self.batches].max(1, initial=0) // 8) * 8
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -197,6 +199,21 @@ class _OfOneLength:
         pairs = [self.pairs[i] for i in self.batches[index]]
         batch = {name: np.stack([pair[name] for pair in pairs]) for name in pairs[0]}
         return batch | {side: batch[side][:, : self.T[index]] for side in ("left", "right")}
+
+
+class _ShortFirst:
+    """A curriculum of so many steps over batches that are in the order of their lengths: step i draws one of the first
+    max(1/10, (i + 1) / steps) of them."""
+
+    def __init__(self, source: _OfOneLength, steps: int, seed: int):
+        self.source, self.steps, self.seed = source, steps, seed
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        known = max(1, int(len(self.source) * max(0.1, (index + 1) / self.steps)))
+        return self.source[int(np.random.default_rng([self.seed, index]).integers(known))]
 
 
 def pair_examples(config: Config, part: str, **options) -> Examples:

@@ -134,7 +134,10 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, NotImplementedError, DamagedCheckpoint) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    Console(highlight=False).print(table(results) if classes == {0} else accuracy.table(results))
+    console = Console(highlight=False)
+    console.print(table(results) if classes == {0} else accuracy.table(results))
+    if classes != {0} and len(results) == 1:
+        console.print(accuracy.savings(*results.values()))
     print(f"curves: {picture}")
     return 0
 

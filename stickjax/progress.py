@@ -34,8 +34,8 @@ class Progress:
             self._console.print(text, markup=False)
 
     def update(self, row: dict) -> None:
-        bits = row["loss"] / math.log(2)
-        words = f"loss {row['loss']:.4f} ({bits:.3f} bits/token)  lr {row['learning_rate']:.2e}"
+        share = f"{row['accuracy']:.1%} right" if "accuracy" in row else f"{row['loss'] / math.log(2):.3f} bits/token"
+        words = f"loss {row['loss']:.4f} ({share})  lr {row['learning_rate']:.2e}"
         words += f"  {row['tokens_per_second']:,.0f} tokens/s"
         words += f"  mfu {row['mfu']:.1%}" if "mfu" in row else ""
         if self._bar:

@@ -15,7 +15,7 @@ from flax import nnx
 from pallas_kernels import route
 from stickjax.models.halting import HaltingGate, halting_step, start, until_halted
 from stickjax.models.router import router_stats
-from stickjax.models.sut import SparseUniversalTransformer, UniversalStack, init, loss
+from stickjax.models.sut import SparseUniversalTransformer, UniversalStack, apply, init, loss
 from stickjax.models.sut_block import BiasedExperts
 from stickjax.optim import label_of
 from stickjax.sharding import AXES, by_name, over, place, shardings, spec_of
@@ -303,6 +303,16 @@ def test_a_few_pairs_are_learnt(classifier):
         history.append({name: float(value) for name, value in metrics.items()})
     assert history[0]["accuracy"] < 0.5 and history[-1]["accuracy"] == 1
     assert history[-1]["loss"] < 0.1 < 1 < history[0]["loss"]
+
+
+def test_a_causal_classifier_reads_the_last_tokens():
+    model = drawn(init, SutConfig(**TINY, **PAIRS, attention="stick_breaking"))
+    read = jax.jit(lambda left, right: apply(model, {"left": left, "right": right}).logits)
+    left, right = jnp.array([[3, 4, 5, 0, 0]]), jnp.array([[4, 1, 3, 2, 5]])
+    logits = read(left, right)
+    assert_close(read(left[:, :4], right), logits, 1e-6)  # not the padding
+    for other in (read(left.at[0, 0].set(2), right), read(left.at[0, 2].set(2), right), read(left, right[:, :4])):
+        assert (jnp.abs(other - logits) > 1e-3).any()
 
 
 def test_no_token_depends_on_later_ones_or_on_other_documents():

@@ -57,6 +57,29 @@ def test_batches_are_of_about_one_length_and_leave_out_less_than_one():
     np.testing.assert_array_equal(np.concatenate([half["left"] for half in halves]), whole["left"])
 
 
+def test_a_curriculum_begins_with_the_shortest():
+    """And goes on as training without one begins; resumed in the middle, it is the same."""
+    config, steps = PAIRS.replace({"data.curriculum": 30}), 30
+    rows = pair_examples(config, "train").rows
+    lengths = np.sort([max(side.count(" ") + 1 for side in row[:2]) for row in rows])
+    loader, again = (training_data(config).loader(0, 1) for _ in range(2))
+    longest = []
+    for step in range(steps):
+        if step == 20:
+            again.set_state(loader.get_state())
+        batch = next(loader)
+        longest.append(max((batch[side] != 0).sum(1).max() for side in ("left", "right")))
+        assert longest[-1] <= lengths[int(len(lengths) * max(0.1, (step + 1) / steps)) - 1]
+        if step >= 20:
+            np.testing.assert_array_equal(next(again)["label"], batch["label"])
+    assert max(longest[:3]) < 10 < 20 < max(longest)
+    plain = training_data(PAIRS).loader(0, 1)
+    for _ in range(3):
+        batch = next(plain)
+        for found in (next(loader), next(again)):
+            np.testing.assert_array_equal(found["left"], batch["left"])
+
+
 def test_accuracy_is_that_of_a_direct_count(pairs):
     loaded = load(pairs)
     records = accuracy(loaded.model, loaded.config, buckets=[3], thresholds=[0.999, 0.3], max_pairs=5, B=4)
@@ -80,7 +103,7 @@ def test_accuracy_is_that_of_a_direct_count(pairs):
 def test_evaluate_writes_accuracy_and_pictures(pairs, capsys, tmp_path):
     assert evaluate([pairs, "--max-pairs", "2", "--plot", str(tmp_path / "accuracy.png")]) == 0
     out = capsys.readouterr().out
-    assert "commonest label" in out and "12+" in out
+    assert "commonest label" in out and "12+" in out and "expert rows per token" in out and "100%" in out
     records = json.loads((tmp_path / pairs / "accuracy.json").read_text())
     assert {r["bucket"] for r in records} == set(range(13)) and len({r["threshold"] for r in records}) == 9
     for picture in (f"{pairs}/halting.png", f"{pairs}/depth.png", tmp_path / "accuracy.png"):
@@ -123,6 +146,7 @@ def test_what_a_step_takes_is_counted():
     [
         ({"data.source": "stdlib"}, "classes=7 needs pairs: source='logic', not 'stdlib'"),
         ({"model.classes": 3}, "classes=3 must be the 7 relations of source='logic'"),
+        ({"model.classes": 0, "data.curriculum": 9}, "curriculum=9 orders pairs of sentences; the model has classes=0"),
         ({"data.T": 20}, "T=20 is shorter than the longest sentence of 37 tokens"),
         ({"model.V": 5}, "V=5 is smaller than the 12 ids of pairs of logic"),
     ],

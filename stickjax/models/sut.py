@@ -77,8 +77,9 @@ class UniversalStack(nnx.Module):
 class PairClassifier(nnx.Module):
     """Logits of the label of two sentences: W_2 elu(W_1 [u; v; u * v; |u - v|] + b_1) + b_2.
 
-    u and v are the final states of the sentences' first tokens. In a bracketed formula that is the outermost bracket;
-    data without such a token put one first.
+    u and v are the final states of the sentences' first tokens: in a bracketed formula that is the outermost bracket,
+    and data without such a token put one first. Stick-breaking attention is causal, so that there they are the last
+    tokens' states.
     """
 
     def __init__(self, config: SutConfig, key):
@@ -96,7 +97,8 @@ class PairClassifier(nnx.Module):
         c = self.config
         tokens = jnp.concatenate([batch["left"], batch["right"]])
         end = encoded(self.stack, self.embed, tokens, key, threshold=threshold, stop_early=stop_early)
-        u, v = jnp.split(end.state[:, 0], 2)
+        read = (tokens != 0).sum(1) - 1 if c.attention == "stick_breaking" else jnp.zeros(len(tokens), int)
+        u, v = jnp.split(jnp.take_along_axis(end.state, read[:, None, None], axis=1)[:, 0], 2)
         w_in, in_bias, w_out, out_bias = (cast(p, c) for p in (self.w_in, self.in_bias, self.w_out, self.out_bias))
         hidden = jax.nn.elu(jnp.concatenate([u, v, u * v, jnp.abs(u - v)], -1) @ w_in + in_bias[None])
         k_drop = None if key is None else jax.random.fold_in(key, c.L)
