@@ -19,7 +19,7 @@ def activate(NAME: tl.constexpr, x):
     elif NAME == "gelu":
         y = 0.5 * x * (1 + tl.erf(x * _SQRT_HALF))
     elif NAME == "gelu_tanh":
-        y = x * tl.sigmoid(_TWICE_SQRT * x * (1 + _CUBIC * x * x))  # (1 + tanh(u)) / 2 = sigmoid(2 u)
+        y = x * tl.sigmoid(x * _TWICE_SQRT * (1 + x * x * _CUBIC))  # (1 + tanh(u)) / 2 = sigmoid(2 u)
     elif NAME == "relu":
         y = tl.where(x < 0, 0.0, x)
     elif NAME == "relu2":
@@ -37,8 +37,8 @@ def slope(NAME: tl.constexpr, x):
     elif NAME == "gelu":
         y = 0.5 * (1 + tl.erf(x * _SQRT_HALF)) + x * tl.exp(-0.5 * x * x) * _NORMAL
     elif NAME == "gelu_tanh":
-        s = tl.sigmoid(_TWICE_SQRT * x * (1 + _CUBIC * x * x))
-        y = s + x * s * (1 - s) * _TWICE_SQRT * (1 + 3 * _CUBIC * x * x)
+        s = tl.sigmoid(x * _TWICE_SQRT * (1 + x * x * _CUBIC))
+        y = s + x * s * (1 - s) * _TWICE_SQRT * (1 + x * x * (3 * _CUBIC))
     elif NAME == "relu":
         y = tl.where(x > 0, 1.0, 0.0)
     elif NAME == "relu2":

@@ -96,10 +96,10 @@ def activated(x, source, weight, bias, expert, count, target, out, hidden, E: tl
         at, there = _elements(rows, columns, F)
         if BIASED:
             inside = columns < tl.where(e < E, F, 0)
-            bias += e * all_columns + columns
-            h += tl.load(bias, mask=inside, other=0.0).to(tl.float32)[None, :]
+            added = bias + e * all_columns + columns
+            h += tl.load(added, mask=inside, other=0.0).to(tl.float32)[None, :]
             if GATED:
-                up += tl.load(bias + F, mask=inside, other=0.0).to(tl.float32)[None, :]
+                up += tl.load(added + F, mask=inside, other=0.0).to(tl.float32)[None, :]
         if KEEP:
             kept = hidden + rows.to(tl.int64)[:, None] * all_columns + columns[None, :]
             tl.store(kept, h.to(hidden.dtype.element_ty), mask=there)
