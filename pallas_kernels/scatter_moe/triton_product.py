@@ -112,6 +112,27 @@ def activated(x, source, weight, bias, expert, count, target, out, hidden, E: tl
 
 
 @triton.jit
+def _d_activated(dy, gate, hidden, kept_rows, rows, columns, dh, gated, F: tl.constexpr, GATED: tl.constexpr,
+                 ACTIVATION: tl.constexpr):  # fmt: skip
+    """Some columns of `d_activated`; returns their share of d_gate."""
+    all_columns: tl.constexpr = 2 * F if GATED else F
+    at, there = _elements(rows, columns, F)
+    h_at = hidden + kept_rows.to(tl.int64)[:, None] * all_columns + columns[None, :]
+    used = (kept_rows >= 0)[:, None] & (columns < F)[None, :]
+    h = tl.load(h_at, mask=used, other=0.0).to(tl.float32)
+    y, dh_at = activate(ACTIVATION, h), dh + rows.to(tl.int64)[:, None] * all_columns + columns[None, :]
+    slopes = dy * gate * slope(ACTIVATION, h)
+    if GATED:
+        up = tl.load(h_at + F, mask=used, other=0.0).to(tl.float32)
+        tl.store(dh_at + F, (dy * gate * y).to(dh.dtype.element_ty), mask=there)
+        y *= up
+        slopes *= up
+    tl.store(dh_at, slopes.to(dh.dtype.element_ty), mask=there)
+    tl.store(gated + at, (y * gate).to(gated.dtype.element_ty), mask=there)
+    return tl.sum(y * dy, 1)
+
+
+@triton.jit
 def d_activated(d_out, source, weight, hidden, kept, gates, expert, count, target, dh, gated, d_gate,
                 E: tl.constexpr, D: tl.constexpr, F: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
                 TILES: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):  # fmt: skip
@@ -120,7 +141,6 @@ def d_activated(d_out, source, weight, hidden, kept, gates, expert, count, targe
     With dy = d_out @ weight^T: dh = act'(h) gate dy, gated = gate act(h), and d_gate = <act(h), dy> of the columns of
     each column tile.
     """
-    all_columns: tl.constexpr = 2 * F if GATED else F
     tile, across = _place(TILES, F, N)
     if tile < tl.load(count):
         e, slots = tl.load(expert + tile), tile * M + tl.arange(0, M)
@@ -128,18 +148,11 @@ def d_activated(d_out, source, weight, hidden, kept, gates, expert, count, targe
         weight += e.to(tl.int64) * (D * F)
         dy, _ = _sums(d_out, tl.load(source + slots), weight, columns, e < E, D, F, 1, D, 0, M, N, K)
         rows, gate = tl.load(target + slots), tl.load(gates + slots)[:, None]
-        at, there = _elements(rows, columns, F)
         kept_rows = tl.where(e < E, tl.load(kept + slots), -1)  # what no expert has read may be anything
-        h_at = hidden + kept_rows.to(tl.int64)[:, None] * all_columns + columns[None, :]
-        used = (kept_rows >= 0)[:, None] & (columns < F)[None, :]
-        h = tl.load(h_at, mask=used, other=0.0).to(tl.float32)
-        y, dh_at = activate(ACTIVATION, h), dh + rows.to(tl.int64)[:, None] * all_columns + columns[None, :]
-        slopes = dy * gate * slope(ACTIVATION, h)
-        if GATED:
-            up = tl.load(h_at + F, mask=used, other=0.0).to(tl.float32)
-            tl.store(dh_at + F, (dy * gate * y).to(dh.dtype.element_ty), mask=there)
-            y *= up
-            slopes *= up
-        tl.store(dh_at, slopes.to(dh.dtype.element_ty), mask=there)
-        tl.store(gated + at, (y * gate).to(gated.dtype.element_ty), mask=there)
-        tl.store(d_gate + across.to(tl.int64) * (TILES * M) + slots, tl.sum(y * dy, 1))
+        # In halves: everything at once would not fit the registers.
+        left, right = tl.split(tl.permute(tl.reshape(dy, (M, 2, N // 2)), (0, 2, 1)))
+        half = across * N + tl.arange(0, N // 2)
+        total = _d_activated(left, gate, hidden, kept_rows, rows, half, dh, gated, F, GATED, ACTIVATION)
+        half += N // 2
+        total += _d_activated(right, gate, hidden, kept_rows, rows, half, dh, gated, F, GATED, ACTIVATION)
+        tl.store(d_gate + across.to(tl.int64) * (TILES * M) + slots, total)
