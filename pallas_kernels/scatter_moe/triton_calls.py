@@ -44,30 +44,38 @@ def rows_of_tile(routing: Routing, dtype) -> int:
     return max(16, min(most, _power(routing.order.shape[0] // routing.num_experts)))
 
 
+def _is_large() -> bool:
+    """Whether a GPU of data centres since Hopper, whose tensor cores read shared memory and need tiles this wide."""
+    return triton_call.shared_memory() > 200 * 1024
+
+
+def _stages(rows: int, columns: int, depth: int, dtype, most: int) -> int:
+    stage = (rows + columns) * depth * jnp.dtype(dtype).itemsize
+    return max(2, min(most, triton_call.shared_memory() // stage))
+
+
 def product_sizes(rows: int, depth: int, columns: int, dtype, *, products: int = 1, widest: int = 256) -> Sizes:
     """Of `products` products with the same rows. Float32 runs without tensor cores, and few rows wait for weights."""
-    memory = triton_call.shared_memory()
-    roomy = memory > 128 * 1024
     if dtype == jnp.float32:
         columns_most, depth_most, warps = 64, 32, 4
     elif rows < 64:
-        columns_most, depth_most, warps = 64, 128 if roomy else 64, 4
-    elif rows < 128:
-        columns_most, depth_most, warps = 128, 64 if roomy else 32, 4
+        columns_most, depth_most, warps = 64, 128 if _is_large() else 64, 4
+    elif _is_large() and rows == 128:
+        columns_most, depth_most, warps = widest, 64, 8
     else:
-        columns_most, depth_most, warps = widest if roomy and products == 1 else 128, 64 if roomy else 32, 8
-    N, K = _fitting(columns_most, columns), _fitting(depth_most, depth)
-    stage = (rows + products * N) * K * jnp.dtype(dtype).itemsize
-    return Sizes(rows, N, K, warps, max(2, min(4, memory // stage)))
+        columns_most, depth_most, warps = 128, 64 if _is_large() else 32, rows // 16
+    N, K = _fitting(columns_most // products, columns), _fitting(depth_most, depth)
+    return Sizes(rows, N, K, warps, _stages(rows, products * N, K, dtype, 4))
 
 
 def weight_sizes(D: int, F: int, dtype) -> Sizes:
-    """`depth` rows at a time."""
-    memory = triton_call.shared_memory()
-    most, depth, warps = (64, 32, 4) if dtype == jnp.float32 else (128, 64 if memory > 128 * 1024 else 32, 8)
-    I, J = _fitting(most, D), _fitting(most, F)  # noqa: E741
-    stage = (I + J) * depth * jnp.dtype(dtype).itemsize
-    return Sizes(I, J, depth, warps, max(2, min(4, memory // stage)))
+    """`depth` rows at a time, whose numbers are loaded ahead of them: that takes half of the stages."""
+    if dtype == jnp.float32:
+        rows_most, columns_most, depth, warps = 64, 64, 32, 4
+    else:
+        rows_most, columns_most, depth, warps = 128, 256 if _is_large() else 128, 64 if _is_large() else 32, 8
+    rows, columns = _fitting(rows_most, D), _fitting(columns_most, F)
+    return Sizes(rows, columns, depth, warps, 2 * _stages(rows, columns, depth, dtype, 3))
 
 
 def _launch(name: str, flops: int, kernel: Callable, sizes: Sizes, *arrays, **options):
@@ -116,7 +124,7 @@ def activated(activation: str, x, source, weight, work: Tasks, bias=None, *, kee
     D, width = weight.shape[1:]
     products = 2 if activation in POINTWISE else 1
     F, R = width // products, work.place.shape[0]
-    sizes = product_sizes(_rows(work), D, F, x.dtype, products=products, widest=128)
+    sizes = product_sizes(_rows(work), D, F, x.dtype, products=products, widest=128 * products)
     out, hidden = _products(
         "activated", sizes, work, D, F, products,
         x, source, weight, weight if bias is None else bias, work.expert, work.count, work.sorted,
