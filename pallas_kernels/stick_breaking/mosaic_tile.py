@@ -59,6 +59,13 @@ class Plan(NamedTuple):
         """Blocks along the query rows."""
         return -(-self.rows // (ROWS * self.warpgroups))
 
+    @property
+    def padded(self) -> int:
+        """Query rows of all blocks."""
+        return self.tiles * ROWS * self.warpgroups
+
+    row_tile, key_tile = ROWS, KEYS
+
 
 def tile_memory(shape, dtype, swizzle: int = 128):
     """Shared memory for tiles [.., rows, width], swizzled by so many bytes: alike in both operands of a product."""
