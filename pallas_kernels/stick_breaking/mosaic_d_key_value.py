@@ -10,7 +10,8 @@ from jax import lax
 
 from .. import cost, seam
 from .mosaic_backward import HALF, SWIZZLE, d_logits, weights_of, zeros
-from .mosaic_tile import KEYS, LOG2E, ROWS, Plan, tile_memory, visible
+from .logarithm import LOG2E
+from .mosaic_tile import KEYS, ROWS, Plan, tile_memory, visible
 
 NOWHERE = -(2**30)  # a position left of all keys
 

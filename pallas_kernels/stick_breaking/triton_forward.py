@@ -1,0 +1,92 @@
+"""The forward pass in Triton: a block owns a tile of query rows and walks the key tiles from the diagonal leftward."""
+
+import triton
+import triton.language as tl
+
+from .triton_tile import (
+    LOG2E, NOTHING, block, head_of, inside, keys_of, load, places, product, reach, sticks, two_sum, visible, weights_of,
+)  # fmt: skip
+
+
+@triton.jit
+def visit(
+    j, q, multiplier, high, low, acc, k_head, v_head, last, first, query_segments, key_segments_ref,
+    S: tl.constexpr, K: tl.constexpr, H: tl.constexpr, Hv: tl.constexpr, C: tl.constexpr, Hp: tl.constexpr,
+    Hvp: tl.constexpr, window: tl.constexpr, segments: tl.constexpr, precision: tl.constexpr, masked: tl.constexpr,
+):  # fmt: skip
+    """One key tile."""
+    column = j * C
+    k = keys_of(k_head, column, S, K * H, H, C, Hp, masked)
+    v = keys_of(v_head, column, S, K * Hv, Hv, C, Hvp, masked)
+    z = product(q, tl.trans(k), precision) * multiplier
+    if masked:
+        columns = column + tl.arange(0, C)
+        seen = visible(columns, last, first, query_segments, key_segments_ref, window, segments)
+        z = tl.where(seen, z, NOTHING)
+    log_beta, softplus = sticks(z)
+    weights = weights_of(log_beta, softplus, high)
+    high, low = two_sum(high, low, tl.sum(softplus, 1))
+    acc += product(weights.to(v.dtype), v, precision)
+    return high, low, acc
+
+
+@triton.jit
+def forward(
+    q_ref, k_ref, v_ref, scale_ref, spans_ref, offset_ref, query_segments_ref, key_segments_ref,
+    out_ref, spent_ref, reached_ref,
+    B: tl.constexpr, entries: tl.constexpr, T: tl.constexpr, S: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    H: tl.constexpr, Hv: tl.constexpr, R: tl.constexpr, C: tl.constexpr, Hp: tl.constexpr, Hvp: tl.constexpr,
+    tiles: tl.constexpr, together: tl.constexpr, per_position: tl.constexpr, attend_current: tl.constexpr,
+    window: tl.constexpr, segments: tl.constexpr, skip: tl.constexpr, threshold: tl.constexpr,
+    precision: tl.constexpr,
+):  # fmt: skip
+    entry, n, i = block(entries * N, N, tiles, together)
+    b = entry % B
+    head = n // (N // K)
+    row = i * R
+    rows = row + tl.arange(0, R)
+    q = load(head_of(q_ref, b, n, T, N, H), row, T, N * H, H, R, Hp)
+    k_head, v_head = head_of(k_ref, b, head, S, K, H), head_of(v_ref, b, head, S, K, Hv)
+    multiplier = tl.load(scale_ref) * LOG2E
+    last, first = reach(tl.load(offset_ref + b) + rows // per_position, attend_current, window, S)
+    alive_rows = rows < T
+    query_segments = rows
+    if segments:
+        query_segments = tl.load(query_segments_ref + b * (tiles * R) + rows)
+        alive_rows &= query_segments >= 0
+        key_segments_ref += b * ((S + C - 1) // C * C)
+
+    span = spans_ref + (entry * tiles + i) * 4  # stop, whole_stop, whole_start, start
+    high = tl.zeros([R], tl.float32)
+    low = tl.zeros([R], tl.float32)
+    acc = tl.zeros([R, Hvp], tl.float32)
+    stop, start = tl.load(span), tl.load(span + 3)
+    if skip:
+        j = stop - 1
+        alive = stop > start
+        for part in tl.static_range(3):
+            until = tl.load(span + part + 1)
+            while (j >= until) & alive:
+                high, low, acc = visit(
+                    j, q, multiplier, high, low, acc, k_head, v_head, last, first, query_segments, key_segments_ref,
+                    S, K, H, Hv, C, Hp, Hvp, window, segments, precision, part != 1,
+                )  # fmt: skip
+                j -= 1
+                alive = tl.min(tl.where(alive_rows, high, float("inf")), 0) <= threshold
+        reached = j + 1
+    else:
+        for part in tl.static_range(3):
+            above, until = tl.load(span + part), tl.load(span + part + 1)
+            for step in range(0, above - until):
+                high, low, acc = visit(
+                    above - 1 - step, q, multiplier, high, low, acc, k_head, v_head, last, first, query_segments,
+                    key_segments_ref, S, K, H, Hv, C, Hp, Hvp, window, segments, precision, part != 1,
+                )  # fmt: skip
+        reached = start
+
+    tl.store(reached_ref + (entry * N + n) * tiles + i, reached)
+    spent = spent_ref + ((entry * N + n) * tiles).to(tl.int64) * R + rows
+    tl.store(spent, high)
+    tl.store(spent + entries * N * tiles * R, low)
+    out = places(head_of(out_ref, entry, n, T, N, Hv), row, N * Hv, R, Hvp)
+    tl.store(out, acc.to(out_ref.dtype.element_ty), mask=inside(row, T, Hv, R, Hvp))
