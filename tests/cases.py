@@ -189,9 +189,9 @@ EXPERTS = {
     "all-idle": Experts(idle=1.0),
 }
 
-# For the GPU kernels, whose tiles are of 64 or 128 rows, 128 columns and steps of 64. Those of the same sizes are one
+# For the GPU kernels, whose tiles are of up to 128 rows, 128 columns and steps of 64. Those of the same sizes are one
 # program, which takes much longer to compile than to run.
-MOSAIC_EXPERTS = {
+KERNEL_EXPERTS = {
     "two-tiles": Experts(T=150, k=2, E=2, D=64, F=64),
     "odd": Experts(T=9, E=3, D=7, F=5),
     "one-token": Experts(T=1, E=4),

@@ -31,14 +31,18 @@ def refuses(call: LinearCall | MlpCall) -> str | None:
 
 
 def detail(call: LinearCall | MlpCall) -> str:
-    weight = call.weight if isinstance(call, LinearCall) else call.w_in
-    rows = calls.rows_of_tile(call.routing, call.x.dtype)
+    weight = call.weight if isinstance(call, LinearCall) else call.w_out
+    rows = _rows_of_tile(call.routing, call.x)
     sizes = calls.product_sizes(rows, *weight.shape[1:], call.x.dtype)
     return f"{rows} x {sizes.columns} tiles"
 
 
+def _rows_of_tile(routing, x) -> int:
+    return calls.rows_of_tile(routing.order.shape[0], routing.num_experts, x.dtype)
+
+
 def _work(routing, x):
-    return tasks(routing, calls.rows_of_tile(routing, x.dtype))
+    return tasks(routing, _rows_of_tile(routing, x))
 
 
 def _combine(y, routing, gates=None):

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 
 from .. import cost, triton_call
-from .routing import Routing
 from .tasks import Tasks
 
 # The kernels name an activation by the function of its first half.
@@ -38,10 +37,10 @@ def _fitting(most: int, size: int) -> int:
     return min(most, max(16, _power(2 * size - 1)))
 
 
-def rows_of_tile(routing: Routing, dtype) -> int:
+def rows_of_tile(rows: int, experts: int, dtype) -> int:
     """As many as experts have on average, so that few are empty: 16 when decoding, and no more than fit."""
     most = 64 if dtype == jnp.float32 else 128
-    return max(16, min(most, _power(routing.order.shape[0] // routing.num_experts)))
+    return max(16, min(most, _power(rows // experts)))
 
 
 def _is_large() -> bool:
@@ -170,7 +169,7 @@ def d_weights(left, left_numbers, right, right_numbers, work: Tasks):
         "expert_d_weights", 2 * work.place.shape[0] * D * F, kernel, sizes,
         left, left_numbers, right, right_numbers, heavy, work.first, work.rows,
         out=jax.ShapeDtypeStruct((E, D, F), left.dtype), grid=(E * -(-D // sizes.rows) * -(-F // sizes.columns),),
-        D=D, F=F, M=_rows(work), I=sizes.rows, J=sizes.columns, R=sizes.depth,
+        D=D, F=F, M=_rows(work), DOWN=sizes.rows, ACROSS=sizes.columns, R=sizes.depth,
     )  # fmt: skip
 
 
@@ -190,5 +189,5 @@ def d_bias(bias, right, right_numbers, work: Tasks, gates=None):
         "expert_d_bias", work.place.shape[0] * F, kernel, sizes,
         right, right_numbers, right_numbers if gates is None else gates, work.first, work.rows,
         out=jax.ShapeDtypeStruct((E, F), bias.dtype), grid=(-(-F // sizes.columns), E),
-        F=F, WEIGHED=gates is not None, M=_rows(work), J=sizes.columns, R=sizes.depth,
+        F=F, WEIGHED=gates is not None, M=_rows(work), ACROSS=sizes.columns, R=sizes.depth,
     )  # fmt: skip

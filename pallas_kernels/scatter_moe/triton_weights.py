@@ -11,24 +11,23 @@ import triton.language as tl
 
 @triton.jit
 def d_weights(left, left_numbers, right, right_numbers, heavy, first, rows, out, D: tl.constexpr, F: tl.constexpr,
-              M: tl.constexpr, I: tl.constexpr, J: tl.constexpr, R: tl.constexpr):  # fmt: skip
-    """out[e] [D, F] = sum of left[r]^T right[r]; I x J of it, by R rows at a time. Tiles of row numbers are of M."""
-    across: tl.constexpr = (F + J - 1) // J
-    pieces: tl.constexpr = (D + I - 1) // I * across
+              M: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, R: tl.constexpr):  # fmt: skip
+    """out[e] [D, F] = sum of left[r]^T right[r]; DOWN x ACROSS of it, by R rows at a time. Tiles have M row numbers."""
+    across: tl.constexpr = (F + ACROSS - 1) // ACROSS
+    pieces: tl.constexpr = (D + DOWN - 1) // DOWN * across
     program = tl.program_id(0)
-    e = tl.load(heavy + program // pieces)
-    piece = program % pieces
-    down, columns = piece // across * I + tl.arange(0, I), piece % across * J + tl.arange(0, J)
+    e, piece = tl.load(heavy + program // pieces), program % pieces
+    down = piece // across * DOWN + tl.arange(0, DOWN)
+    columns = piece % across * ACROSS + tl.arange(0, ACROSS)
     start, count, row = tl.load(first + e) * M, tl.load(rows + e), tl.arange(0, R)
-    sums = tl.zeros((I, J), tl.float32)
+    sums = tl.zeros((DOWN, ACROSS), tl.float32)
     for before in range(0, count, R):
         place, exists = start + before + row, row < count - before
-        l = tl.load(left_numbers + place, mask=exists, other=0).to(tl.int64)
-        r = tl.load(right_numbers + place, mask=exists, other=0).to(tl.int64)
-        l_mask, r_mask = exists[None, :] & (down < D)[:, None], exists[:, None] & (columns < F)[None, :]
-        l_tile = tl.load(left + l[None, :] * D + down[:, None], mask=l_mask, other=0.0)
-        r_tile = tl.load(right + r[:, None] * F + columns[None, :], mask=r_mask, other=0.0)
-        sums = tl.dot(l_tile, r_tile, sums, input_precision="ieee")
+        left_at = tl.load(left_numbers + place, mask=exists, other=0).to(tl.int64)[None, :] * D + down[:, None]
+        right_at = tl.load(right_numbers + place, mask=exists, other=0).to(tl.int64)[:, None] * F + columns[None, :]
+        left_tile = tl.load(left + left_at, mask=exists[None, :] & (down < D)[:, None], other=0.0)
+        right_tile = tl.load(right + right_at, mask=exists[:, None] & (columns < F)[None, :], other=0.0)
+        sums = tl.dot(left_tile, right_tile, sums, input_precision="ieee")
     inside = (down < D)[:, None] & (columns < F)[None, :]
     at = e.to(tl.int64) * (D * F) + down.to(tl.int64)[:, None] * F + columns[None, :]
     tl.store(out + at, sums.to(out.dtype.element_ty), mask=inside)
@@ -36,11 +35,11 @@ def d_weights(left, left_numbers, right, right_numbers, heavy, first, rows, out,
 
 @triton.jit
 def d_bias(right, right_numbers, gates, first, rows, out, F: tl.constexpr, WEIGHED: tl.constexpr, M: tl.constexpr,
-           J: tl.constexpr, R: tl.constexpr):  # fmt: skip
-    """out[e] [F] = sum of the rows right[r], times their gates if WEIGHED: J columns of it, by R rows at a time."""
-    e, columns = tl.program_id(1), tl.program_id(0) * J + tl.arange(0, J)
+           ACROSS: tl.constexpr, R: tl.constexpr):  # fmt: skip
+    """out[e] [F] = sum of the rows right[r], times their gates if WEIGHED: ACROSS columns of it, by R rows at a time."""
+    e, columns = tl.program_id(1), tl.program_id(0) * ACROSS + tl.arange(0, ACROSS)
     start, count, row = tl.load(first + e) * M, tl.load(rows + e), tl.arange(0, R)
-    sums = tl.zeros((R, J), tl.float32)
+    sums = tl.zeros((R, ACROSS), tl.float32)
     for before in range(0, count, R):
         place, exists = start + before + row, row < count - before
         r = tl.load(right_numbers + place, mask=exists, other=0).to(tl.int64)
