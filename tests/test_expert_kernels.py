@@ -11,7 +11,8 @@ from jax import lax
 from test_scatter_moe import ACTIVATIONS, QUICK, check_linear, check_mlp, mlp_inputs, run_mlp
 
 from pallas_kernels import expert_mlp, explain, route, seam, triton_call
-from pallas_kernels.scatter_moe import mosaic_float32, tasks, triton_calls
+from pallas_kernels.scatter_moe import mosaic_float32, tasks
+from pallas_kernels.scatter_moe import triton as launches
 
 needs_triton = pytest.mark.skipif(
     not triton_call.is_installed(), reason="needs triton and jax-triton, and no GPU: pip install 'stickjax[triton]'"
@@ -104,7 +105,8 @@ def test_gates_of_a_linear_map_to_float32(rows_in, triton):
 
 @needs_triton
 def test_columns_in_pieces(triton, monkeypatch):
-    monkeypatch.setattr("pallas_kernels.scatter_moe.triton.UNCOMBINED", 1)
+    """The sum over slots takes them one after the other where uncombined rows are too many to hold."""
+    monkeypatch.setattr("pallas_kernels.scatter_moe.fused.UNCOMBINED", 1)
     check_mlp(Experts(T=3, k=1, E=2, D=300, F=20), triton, "gelu")
 
 
@@ -144,9 +146,9 @@ def test_tiles_of_triton_fit_every_gpu(memory, dtype, monkeypatch):
     monkeypatch.setattr(triton_call, "shared_memory", lambda: memory * 1024)
     bytes_of = jnp.dtype(dtype).itemsize
     for R, E, D, F in ((1, 1, 1, 1), (8, 40, 1536, 512), (1000, 9, 200, 300), (2**19, 40, 1536, 512)):
-        M = triton_calls.rows_of_tile(R, E, dtype)
-        every = [triton_calls.product_sizes(M, D, F, dtype, products=n, widest=128 * n) for n in (1, 2)]
-        every += [triton_calls.product_sizes(M, D, F, dtype), triton_calls.weight_sizes(D, F, dtype)]
+        M = launches.rows_of_tile(R, E, dtype)
+        every = [launches.product_sizes(M, D, F, dtype, products=n, widest=128 * n) for n in (1, 2)]
+        every += [launches.product_sizes(M, D, F, dtype), launches.weight_sizes(D, F, dtype)]
         for products, s in zip((1, 2, 1, 1), every, strict=True):
             assert all(n & (n - 1) == 0 for n in s[:4]) and min(s[:3]) >= 16
             stages = s.stages // (2 if s is every[-1] else 1)

@@ -1,25 +1,19 @@
-"""Expert products by Triton, on every GPU since sm_80: the calls they take and the derivatives.
+"""Expert products by Triton, on every GPU since sm_80: the calls they take, their sizes and their launches."""
 
-Residuals of `mlp`: x, the pre-activation, the gates and the routing. With y = act(h) w_out and dy = d_out w_out^T, the
-gradient of a gate is <act(h), dy>, so y is never kept; rows are gathered inside of the products, so neither the rows of
-x nor those of d_out are ever copied; and both sums over the k slots of a token are gathers, which XLA fuses. A linear
-map with gates is the same, of an activation that does nothing.
-"""
-
+from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
-from .. import triton_call
-from . import triton_calls as calls
-from . import xla
-from .call import PRE_ACTIVATION, LinearCall, MlpCall
-from .tasks import row_numbers, tasks
+from .. import cost, triton_call
+from . import fused, xla
+from .call import LinearCall, MlpCall
+from .tasks import Tasks, row_numbers
 
-UNCOMBINED = 2**30  # bytes of the outputs of all slots at a time; more columns come in a second product
+# The kernels name an activation by the function of its first half.
+POINTWISE = {"swiglu": "silu", "geglu": "gelu_tanh", "reglu": "relu"}
 
 
 def refuses(call: LinearCall | MlpCall) -> str | None:
@@ -33,134 +27,196 @@ def refuses(call: LinearCall | MlpCall) -> str | None:
 def detail(call: LinearCall | MlpCall) -> str:
     weight = call.weight if isinstance(call, LinearCall) else call.w_out
     rows = _rows_of_tile(call.routing, call.x)
-    sizes = calls.product_sizes(rows, *weight.shape[1:], call.x.dtype)
-    return f"{rows} x {sizes.columns} tiles"
-
-
-def _rows_of_tile(routing, x) -> int:
-    return calls.rows_of_tile(routing.order.shape[0], routing.num_experts, x.dtype)
-
-
-def _work(routing, x):
-    return tasks(routing, _rows_of_tile(routing, x))
-
-
-def _combine(y, routing, gates=None):
-    """The sum over the slots of a token of y, in sorted rows, in fp32: XLA reads every row once."""
-    y = y[routing.inverse].reshape(*routing.expert_indices.shape, y.shape[-1]).astype(jnp.float32)
-    return (y if gates is None else gates.astype(jnp.float32)[..., None] * y).sum(1)
-
-
-def _combined(x, weight, routing, work, gates=None, bias=None, *, transposed=False):
-    """[T, F] of x in sorted rows; over so many columns at a time that few uncombined rows exist."""
-    columns = weight.shape[1 if transposed else 2]
-    at_once = max(1, UNCOMBINED // (x.shape[0] * x.dtype.itemsize) // 256) * 256
-    pieces = []
-    for first in range(0, columns, at_once):
-        size = min(at_once, columns - first)
-        y = calls.product(
-            x, work.sorted, weight, work, work.sorted, bias, first=first, columns=size, transposed=transposed
-        )
-        out = _combine(y, routing, gates).astype(x.dtype)
-        x, out = lax.optimization_barrier((x, out))  # one y after the other
-        pieces.append(out)
-    return jnp.concatenate(pieces, 1)
-
-
-def _by_tile(gates, work):
-    return jnp.where(work.slots < 0, 0, gates.astype(jnp.float32).reshape(-1)[jnp.maximum(work.slots, 0)])
-
-
-def _d_gates(gates, d_gate, bias, d_out, routing, work):
-    """Of the gates of sum gate * (y + bias), from <y, d_out> of the rows of the tiles."""
-    d_gates = d_gate[work.place].reshape(gates.shape)
-    if bias is not None:
-        chosen = jnp.pad(bias, ((0, 1), (0, 0)))[routing.expert_indices].astype(jnp.float32)
-        d_gates += (chosen * d_out[:, None].astype(jnp.float32)).sum(-1)
-    return d_gates.astype(gates.dtype)
-
-
-# Feed-forward networks.
+    return f"{rows} x {product_sizes(rows, *weight.shape[1:], call.x.dtype).columns} tiles"
 
 
 def mlp(call: MlpCall):
-    if 0 in call.x.shape + call.w_out.shape:
-        return xla.mlp(call)
-    return _mlp(call.x, call.w_in, call.w_out, call.b_in, call.b_out, call.gates, call.routing, call.activation)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(7,))
-def _mlp(x, w_in, w_out, b_in, b_out, gates, routing, activation):
-    return _mlp_forward(x, w_in, w_out, b_in, b_out, gates, routing, activation, keep=False)[0]
-
-
-def _mlp_forward(x, w_in, w_out, b_in, b_out, gates, routing, activation, keep=True):
-    work = _work(routing, x)
-    by_token = row_numbers(work, "token", gates.shape[1])
-    hidden, kept = calls.activated(activation, x, by_token, w_in, work, b_in, keep=keep)
-    out = _combined(hidden, w_out, routing, work, gates, b_out)
-    return out, (x, w_in, w_out, b_in, b_out, gates, routing, checkpoint_name(kept, PRE_ACTIVATION))
-
-
-def _mlp_backward(activation, residuals, d_out):
-    x, w_in, w_out, b_in, b_out, gates, routing, hidden = residuals
-    work, d_out = _work(routing, x), d_out.astype(x.dtype)
-    by_token, tiled = row_numbers(work, "token", gates.shape[1]), _by_tile(gates, work)
-    dh, gated, d_gate = calls.d_activated(
-        activation, d_out, by_token, w_out, hidden, work.sorted, tiled, work, work.sorted
-    )
-    d_gates = _d_gates(gates, d_gate, b_out, d_out, routing, work)
-    d_w_out = calls.d_weights(gated, work.sorted, d_out, by_token, work)
-    d_w_in = calls.d_weights(x, by_token, dh, work.sorted, work)
-    d_b_in = calls.d_bias(b_in, dh, work.sorted, work)
-    d_b_out = calls.d_bias(b_out, d_out, by_token, work, tiled)
-    dx = _combined(dh, w_in, routing, work, transposed=True)
-    return dx, d_w_in, d_w_out, d_b_in, d_b_out, d_gates, None
-
-
-_mlp.defvjp(_mlp_forward, _mlp_backward)
-
-
-# Linear maps.
+    return xla.mlp(call) if 0 in call.x.shape + call.w_out.shape else fused.mlp(KERNELS, call)
 
 
 def linear(call: LinearCall):
-    if 0 in call.x.shape + call.weight.shape:
-        return xla.linear(call)
-    return _linear(call.x, call.weight, call.bias, call.gates, call.routing, call.x_rows, call.out_rows)
+    return xla.linear(call) if 0 in call.x.shape + call.weight.shape else fused.linear(KERNELS, call)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _linear(x, weight, bias, gates, routing, x_rows, out_rows):
-    work, k = _work(routing, x), routing.expert_indices.shape[1]
-    combines = out_rows == "token"
-    target = work.sorted if combines else row_numbers(work, out_rows, k)
-    y = calls.product(x, row_numbers(work, x_rows, k), weight, work, target, bias)
-    return _combine(y, routing, gates).astype(x.dtype) if combines else y
+class Sizes(NamedTuple):
+    """A program takes `rows` x `columns` of a result, by `depth` at a time."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
 
 
-def _linear_forward(x, weight, bias, gates, routing, x_rows, out_rows):
-    out = _linear(x, weight, bias, gates, routing, x_rows, out_rows)
-    return out, (x, weight, bias, gates, routing)
+def _power(n: int) -> int:
+    """The largest power of two up to n."""
+    return 1 << max(0, n.bit_length() - 1)
 
 
-def _linear_backward(x_rows, out_rows, residuals, d_out):
-    x, weight, bias, gates, routing = residuals
-    work, k, d_out = _work(routing, x), routing.expert_indices.shape[1], d_out.astype(x.dtype)
-    d_numbers, x_numbers = row_numbers(work, out_rows, k), row_numbers(work, x_rows, k)
-    # Of a row that all slots of a token have read, the gradient is a sum.
-    to = work.sorted if x_rows == "token" else x_numbers
-    if gates is None:
-        tiled, d_gates, left, left_numbers = None, None, x, x_numbers
-        dx = calls.product(d_out, d_numbers, weight, work, to, transposed=True)
+def _fitting(most: int, size: int) -> int:
+    """A power of two: `most`, or as much as the array has, but what a tensor core takes."""
+    return min(most, max(16, _power(2 * size - 1)))
+
+
+def rows_of_tile(rows: int, experts: int, dtype) -> int:
+    """As many as experts have on average, so that few are empty: 16 when decoding, and no more than fit."""
+    most = 64 if dtype == jnp.float32 else 128
+    return max(16, min(most, _power(rows // experts)))
+
+
+def _is_large() -> bool:
+    """Whether a GPU of data centres since Hopper, whose tensor cores read shared memory and need tiles this wide."""
+    return triton_call.shared_memory() > 200 * 1024
+
+
+def _stages(rows: int, columns: int, depth: int, dtype, most: int) -> int:
+    stage = (rows + columns) * depth * jnp.dtype(dtype).itemsize
+    return max(2, min(most, triton_call.shared_memory() // stage))
+
+
+def product_sizes(rows: int, depth: int, columns: int, dtype, *, products: int = 1, widest: int = 256) -> Sizes:
+    """Of `products` products with the same rows. Float32 runs without tensor cores, and few rows wait for weights."""
+    if dtype == jnp.float32:
+        columns_most, depth_most, warps = 64, 32, 4
+    elif rows < 64:
+        columns_most, depth_most, warps = 64, 128 if _is_large() else 64, 4
+    elif _is_large() and rows == 128:
+        columns_most, depth_most, warps = widest, 64, 8
     else:
-        tiled, left_numbers = _by_tile(gates, work), to
-        dx, left, d_gate = calls.d_activated("none", d_out, d_numbers, weight, x, x_numbers, tiled, work, to)
-        d_gates = _d_gates(gates, d_gate, bias, d_out, routing, work)
-    if x_rows == "token":
-        dx = _combine(dx, routing).astype(x.dtype)
-    d_weight = calls.d_weights(left, left_numbers, d_out, d_numbers, work)
-    return dx, d_weight, calls.d_bias(bias, d_out, d_numbers, work, tiled), d_gates, None
+        columns_most, depth_most, warps = 128, 64 if _is_large() else 32, rows // 16
+    N, K = _fitting(columns_most // products, columns), _fitting(depth_most, depth)
+    return Sizes(rows, N, K, warps, _stages(rows, products * N, K, dtype, 4))
 
 
-_linear.defvjp(_linear_forward, _linear_backward)
+def weight_sizes(D: int, F: int, dtype) -> Sizes:
+    """`depth` rows at a time, whose numbers are loaded ahead of them: that takes half of the stages."""
+    if dtype == jnp.float32:
+        rows_most, columns_most, depth, warps = 64, 64, 32, 4
+    else:
+        rows_most, columns_most, depth, warps = 128, 256 if _is_large() else 128, 64 if _is_large() else 32, 8
+    rows, columns = _fitting(rows_most, D), _fitting(columns_most, F)
+    return Sizes(rows, columns, depth, warps, 2 * _stages(rows, columns, depth, dtype, 3))
+
+
+# The kernels as `fused` takes them. Hidden rows are [R, F], or [R, 2F] in a gated layer.
+
+
+def _launch(name: str, flops: int, kernel: Callable, sizes: Sizes, *arrays, **options):
+    run = partial(triton_call.launch, kernel, num_warps=sizes.warps, num_stages=sizes.stages, **options)
+    return cost.kernel(name, flops, run)(*arrays)
+
+
+def _products(name: str, sizes: Sizes, work: Tasks, D: int, F: int, products: int, *arrays, **options):
+    """A kernel of `triton_product`, over the row tiles and the columns."""
+
+    def kernel():
+        from . import triton_product
+
+        return getattr(triton_product, name)
+
+    tiles = work.expert.shape[0]
+    return _launch(
+        f"expert_{name}", 2 * products * work.place.shape[0] * D * F, kernel, sizes, *arrays,
+        grid=(tiles * -(-F // sizes.columns),), E=work.rows.shape[0], D=D, F=F, TILES=tiles, M=sizes.rows,
+        N=sizes.columns, K=sizes.depth, **options,
+    )  # fmt: skip
+
+
+def _rows_of_tile(routing, x) -> int:
+    return rows_of_tile(routing.order.shape[0], routing.num_experts, x.dtype)
+
+
+def _rows(work: Tasks) -> int:
+    return work.slots.shape[0] // work.expert.shape[0]
+
+
+def _product(x, source, weight, work, target, bias=None, *, first=0, columns=None, transposed=False):
+    D, F = (weight.shape[2], weight.shape[1]) if transposed else weight.shape[1:]
+    columns = F if columns is None else columns
+    sizes = product_sizes(_rows(work), D, columns, x.dtype)
+    return _products(
+        "product", sizes, work, D, columns, 1,
+        x, source, weight, weight if bias is None else bias, work.expert, work.count, target,
+        out=jax.ShapeDtypeStruct((work.place.shape[0], columns), x.dtype),
+        FIRST=first, ALL=F, TRANSPOSED=transposed, BIASED=bias is not None,
+    )  # fmt: skip
+
+
+def _activated(activation, x, source, weight, work, bias, *, keep):
+    D, width = weight.shape[1:]
+    products = 2 if activation in POINTWISE else 1
+    F, R = width // products, work.place.shape[0]
+    sizes = product_sizes(_rows(work), D, F, x.dtype, products=products, widest=128 * products)
+    outs = _products(
+        "activated", sizes, work, D, F, products,
+        x, source, weight, weight if bias is None else bias, work.expert, work.count, work.sorted,
+        out=(jax.ShapeDtypeStruct((R, F), x.dtype), jax.ShapeDtypeStruct((R, width) if keep else (1, 1), x.dtype)),
+        GATED=products == 2, ACTIVATION=POINTWISE.get(activation, activation), BIASED=bias is not None, KEEP=keep,
+    )  # fmt: skip
+    return outs if keep else outs[:1]
+
+
+def _d_activated(activation, d_out, source, weight, work, h, gates):
+    return _d_activated_rows(activation, d_out, source, weight, work, h, work.sorted, gates, work.sorted)
+
+
+def _d_gated(d_out, source, weight, work, x, x_rows, gates, routing):
+    """A gated linear map is a network whose activation does nothing."""
+    k = gates.shape[1]
+    to, own = row_numbers(work, "slot" if x_rows == "token" else x_rows, k), row_numbers(work, x_rows, k)
+    tiled = fused.by_tile(gates, work)
+    dx, gated, d_gate = _d_activated_rows("none", d_out, source, weight, work, x, own, tiled, to)
+    return dx, gated, to, d_gate[work.place]
+
+
+def _d_activated_rows(activation, d_out, source, weight, work, h, kept, gates, target):
+    """h is in the rows `kept`, and the results in the rows `target`."""
+    F, D = weight.shape[1:]
+    sizes, R = product_sizes(_rows(work), D, F, d_out.dtype, widest=128), work.place.shape[0]
+    dh, gated, d_gates = _products(
+        "d_activated", sizes, work, D, F, 1,
+        d_out, source, weight, h, kept, gates, work.expert, work.count, target,
+        out=(
+            jax.ShapeDtypeStruct((R, h.shape[1]), d_out.dtype),
+            jax.ShapeDtypeStruct((R, F), d_out.dtype),
+            jax.ShapeDtypeStruct((-(-F // sizes.columns), gates.shape[0]), jnp.float32),
+        ),
+        GATED=activation in POINTWISE, ACTIVATION=POINTWISE.get(activation, activation),
+    )  # fmt: skip
+    return dh, gated, d_gates.sum(0)
+
+
+def _d_weights(left, left_numbers, right, right_numbers, work):
+    def kernel():
+        from .triton_weights import d_weights
+
+        return d_weights
+
+    E, D, F = work.rows.shape[0], left.shape[1], right.shape[1]
+    sizes = weight_sizes(D, F, left.dtype)
+    heavy = jnp.argsort(-work.rows, stable=True).astype(jnp.int32)
+    return _launch(
+        "expert_d_weights", 2 * work.place.shape[0] * D * F, kernel, sizes,
+        left, left_numbers, right, right_numbers, heavy, work.first, work.rows,
+        out=jax.ShapeDtypeStruct((E, D, F), left.dtype), grid=(E * -(-D // sizes.rows) * -(-F // sizes.columns),),
+        D=D, F=F, M=_rows(work), DOWN=sizes.rows, ACROSS=sizes.columns, R=sizes.depth,
+    )  # fmt: skip
+
+
+def _d_bias(bias, right, numbers, work, gates=None):
+    def kernel():
+        from .triton_weights import d_bias
+
+        return d_bias
+
+    E, F = bias.shape
+    sizes = Sizes(rows=1, columns=_fitting(64, F), depth=64, warps=4, stages=3)
+    return _launch(
+        "expert_d_bias", work.place.shape[0] * F, kernel, sizes,
+        right, numbers, numbers if gates is None else fused.by_tile(gates, work), work.first, work.rows,
+        out=jax.ShapeDtypeStruct((E, F), bias.dtype), grid=(-(-F // sizes.columns), E),
+        F=F, WEIGHED=gates is not None, M=_rows(work), ACROSS=sizes.columns, R=sizes.depth,
+    )  # fmt: skip
+
+
+KERNELS = fused.Kernels(_rows_of_tile, _product, _activated, _d_activated, _d_gated, _d_weights, _d_bias)

@@ -36,7 +36,7 @@ def d_weights(left, left_numbers, right, right_numbers, heavy, first, rows, out,
 @triton.jit
 def d_bias(right, right_numbers, gates, first, rows, out, F: tl.constexpr, WEIGHED: tl.constexpr, M: tl.constexpr,
            ACROSS: tl.constexpr, R: tl.constexpr):  # fmt: skip
-    """out[e] [F] = sum of the rows right[r], times their gates if WEIGHED: ACROSS columns of it, by R rows at a time."""
+    """out[e] [F] = sum of the rows right[r], times their gates if WEIGHED; ACROSS columns of it, R rows at a time."""
     e, columns = tl.program_id(1), tl.program_id(0) * ACROSS + tl.arange(0, ACROSS)
     start, count, row = tl.load(first + e) * M, tl.load(rows + e), tl.arange(0, R)
     sums = tl.zeros((R, ACROSS), tl.float32)
