@@ -22,6 +22,8 @@ from . import hopper, seam
 LEAST = 80  # compute capability: asynchronous copies and bfloat16 products
 # Bytes of shared memory that a block may have, by compute capability; 99 KiB for the others.
 SHARED_MEMORY = {80: 163 * 1024, 87: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 103: 227 * 1024}
+# The language version of CUDA 12.9: Triton would write for its own assembler, which may be newer than JAX's.
+PTX = 88
 PACKAGES = ("triton", "jax_triton")
 _one_at_a_time = threading.Lock()  # the interpreter keeps its place in the grid in a global
 
@@ -110,7 +112,7 @@ def _compiled(kernel, *arrays, out, grid, num_warps, num_stages, constants):
         raise RuntimeError("triton was imported to interpret: compile in another process")
     return jax_triton.triton_call(
         *arrays, kernel=kernel(), out_type=out, grid=grid, num_warps=num_warps, num_stages=num_stages,
-        compute_capability=capability(), **constants,
+        compute_capability=capability(), backend_options={"enable_fp_fusion": True, "ptx_version": PTX}, **constants,
     )  # fmt: skip
 
 

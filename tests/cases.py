@@ -144,6 +144,17 @@ MOSAIC = {
     "all-far": Stick(T=200, N=1, H=32, shift=-8.0),
 }  # fmt: skip
 
+# Of each set of kernels, those of more types and widths than the first.
+KERNEL_CASES = {
+    "mosaic": MOSAIC,
+    "triton": MOSAIC
+    | {
+        "fp32-odd-widths": Stick(T=70, N=2, K=1, H=20, Hv=35),
+        "fp32-offsets": Stick(T=40, S=90, B=2, N=1, H=8, offset=(50, -7)),
+        "fp32-saturated": Stick(T=70, N=1, H=16, std=4.0, shift=-3.0),
+    },
+}
+
 
 @dataclass(frozen=True)
 class Experts:

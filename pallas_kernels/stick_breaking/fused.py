@@ -71,13 +71,22 @@ def _backward(static, kernels, residuals, cotangents):
     d_out, d_log_rem, _ = cotangents
     plan = kernels.plan(call, backward=True)
     planned = _planned(call, plan)
-    d_log_rem = jnp.pad(d_log_rem.swapaxes(1, 2), ((0, 0), (0, 0), (0, spent.shape[-1] - plan.rows)))
+    spent, reached = _for_rows(plan, spent, reached)
+    d_log_rem = jnp.pad(d_log_rem.swapaxes(1, 2), ((0, 0), (0, 0), (0, plan.padded - plan.rows)))
     arrays = query, key, value, d_out.astype(query.dtype), d_log_rem, spent, reached
     dq, d_scale, dk, dv = _gradients(kernels, plan, arrays, scale, planned)
     return dq, dk, dv, d_scale.sum(), None
 
 
 _attention.defvjp(_forward, _backward)
+
+
+def _for_rows(plan, spent, reached):
+    """What the forward pass left, for a backward pass whose tiles have as many query rows or fewer."""
+    times = spent.shape[-1] // reached.shape[-1] // plan.row_tile
+    if times == 1:
+        return spent, reached
+    return spent[..., : plan.padded], jnp.repeat(reached, times, -1)[..., : plan.padded // plan.row_tile]
 
 
 def _gradients(kernels: Kernels, plan, arrays, scale, planned):

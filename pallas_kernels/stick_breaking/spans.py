@@ -57,11 +57,11 @@ def visitors(table, reached, key_tiles: int):
       reached: [B, N, query tiles], the first key tile that each of them visited in the end.
     """
     stop, whole_stop, whole_start, start = (table[:, None, :, None, which] for which in range(4))
-    start, key = jnp.maximum(start, reached[..., None]), jnp.arange(key_tiles)
+    start, key = jnp.maximum(start, reached[..., None]), jnp.arange(key_tiles)[None, None, None]
     visits = (start <= key) & (key < stop)
     whole = visits & (whole_start <= key) & (key < whole_stop)
     n = table.shape[1]
-    tile = jnp.arange(n)[:, None]
+    tile = jnp.arange(n)[None, None, :, None]
     last = jnp.where(visits, tile + 1, 0).max(2)
     first = jnp.minimum(jnp.where(visits, tile, n).min(2), last)
     whole_first = jnp.minimum(jnp.where(whole, tile, n).min(2), last)

@@ -75,7 +75,7 @@ class Plan(NamedTuple):
 
 
 def refuses(call: Call) -> str | None:
-    H, (S, Hv) = call.query.shape[-1], call.value.shape[1::2]
+    H, Hv = call.query.shape[-1], call.value.shape[-1]
     if reason := triton_call.refuses(call.query):
         return reason
     if call.query.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):

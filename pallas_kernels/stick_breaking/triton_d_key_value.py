@@ -6,9 +6,7 @@ See triton_d_query.py for the mathematics and the snapshots.
 import triton
 import triton.language as tl
 
-from .triton_tile import (
-    LOG2E, NOTHING, d_logits, head_of, inside, load, places, product, reach, sticks, visible, weights_of,
-)  # fmt: skip
+from . import triton_tile as tile
 
 
 @triton.jit
@@ -22,24 +20,24 @@ def visit(
     """One query tile."""
     row = i * R
     rows = row + tl.arange(0, R)
-    q = load(q_head, row, T, N * H, H, R, Hp)
-    d_out = load(d_out_head, row, T, N * Hv, Hv, R, Hvp)
+    q = tile.load(q_head, row, T, N * H, H, R, Hp)
+    d_out = tile.load(d_out_head, row, T, N * Hv, Hv, R, Hvp)
     entering, prefix = tl.load(snapshots + rows), tl.load(snapshots + padded + rows)
-    z = product(q, tl.trans(k), precision) * multiplier
+    z = tile.product(q, tl.trans(k), precision) * multiplier
     if masked:
-        last, first = reach(position + rows, attend_current, window, S)
+        last, first = tile.reach(position + rows, attend_current, window, S)
         query_segments = rows
         if segments:
             query_segments = tl.load(query_segments_ref + b * padded + rows)
         columns = column + tl.arange(0, C)
-        seen = visible(columns, last, first, query_segments, key_segments_ref, window, segments)
-        z = tl.where(seen, z, NOTHING)
-    log_beta, softplus = sticks(z)
-    weights = weights_of(log_beta, softplus, entering)
-    dv += product(tl.trans(weights.to(d_out.dtype)), d_out, precision)
-    a = weights * product(d_out, tl.trans(v), precision)
-    dz = d_logits(a, log_beta, softplus, prefix)
-    dk += product(tl.trans(dz.to(q.dtype)), q, precision)
+        seen = tile.visible(columns, last, first, query_segments, key_segments_ref, window, segments)
+        z = tl.where(seen, z, tile.NOTHING)
+    log_beta, softplus = tile.sticks(z)
+    weights = tile.weights_of(log_beta, softplus, entering)
+    dv += tile.product(tl.trans(weights.to(d_out.dtype)), d_out, precision)
+    a = weights * tile.product(d_out, tl.trans(v), precision)
+    dz = tile.d_logits(a, log_beta, softplus, prefix)
+    dk += tile.product(tl.trans(dz.to(q.dtype)), q, precision)
     return dk, dv
 
 
@@ -57,17 +55,17 @@ def d_key_value(
     key_tiles: tl.constexpr = (S + C - 1) // C
     j, b, head = place // (B * K), place // K % B, place % K  # the tiles that most queries see come first
     column = j * C
-    k_head, v_head = head_of(k_ref, b, head, S, K, H), head_of(v_ref, b, head, S, K, Hv)
-    k, v = load(k_head, column, S, K * H, H, C, Hp), load(v_head, column, S, K * Hv, Hv, C, Hvp)
+    k_head, v_head = tile.head_of(k_ref, b, head, S, K, H), tile.head_of(v_ref, b, head, S, K, Hv)
+    k, v = tile.load(k_head, column, S, K * H, H, C, Hp), tile.load(v_head, column, S, K * Hv, Hv, C, Hvp)
     scale, position = tl.load(scale_ref), tl.load(offset_ref + b)
-    multiplier = scale * LOG2E
+    multiplier = scale * tile.LOG2E
     if segments:
         key_segments_ref += b * (key_tiles * C)
     dk = tl.zeros([C, Hp], tl.float32)
     dv = tl.zeros([C, Hvp], tl.float32)
     for member in range(0, N // K):
         n = head * (N // K) + member
-        q_head, d_out_head = head_of(q_ref, b, n, T, N, H), head_of(d_out_ref, b, n, T, N, Hv)
+        q_head, d_out_head = tile.head_of(q_ref, b, n, T, N, H), tile.head_of(d_out_ref, b, n, T, N, Hv)
         snapshots = snapshots_ref + ((b * N + n) * key_tiles + j).to(tl.int64) * (2 * tiles * R)
         visitors = visitors_ref + ((b * N + n) * key_tiles + j) * 4  # first, whole_first, whole_stop, stop
         for part in tl.static_range(3):
@@ -89,9 +87,7 @@ def d_key_value(
                             attend_current, window, segments, precision, True,
                         )  # fmt: skip
 
-    mask = inside(column, S, H, C, Hp)
-    tl.store(
-        places(head_of(dk_ref, b, head, S, K, H), column, K * H, C, Hp), (dk * scale).to(dk_ref.dtype.element_ty), mask
-    )
-    mask = inside(column, S, Hv, C, Hvp)
-    tl.store(places(head_of(dv_ref, b, head, S, K, Hv), column, K * Hv, C, Hvp), dv.to(dv_ref.dtype.element_ty), mask)
+    dk_tile = tile.places(tile.head_of(dk_ref, b, head, S, K, H), column, K * H, C, Hp)
+    tl.store(dk_tile, (dk * scale).to(dk_ref.dtype.element_ty), mask=tile.inside(column, S, H, C, Hp))
+    dv_tile = tile.places(tile.head_of(dv_ref, b, head, S, K, Hv), column, K * Hv, C, Hvp)
+    tl.store(dv_tile, dv.to(dv_ref.dtype.element_ty), mask=tile.inside(column, S, Hv, C, Hvp))

@@ -9,10 +9,7 @@ it leaves what the rows have spent on entry, and P (`snapshots`): `d_key_value` 
 import triton
 import triton.language as tl
 
-from .triton_tile import (
-    LOG2E, NOTHING, block, d_logits, head_of, inside, keys_of, load, places, product, reach, sticks, two_sum, visible,
-    weights_of,
-)  # fmt: skip
+from . import triton_tile as tile
 
 
 @triton.jit
@@ -24,22 +21,22 @@ def visit(
 ):  # fmt: skip
     """One key tile."""
     column = j * C
-    k = keys_of(k_head, column, S, K * H, H, C, Hp, masked)
-    v = keys_of(v_head, column, S, K * Hv, Hv, C, Hvp, masked)
-    z = product(q, tl.trans(k), precision) * multiplier
+    k = tile.keys_of(k_head, column, S, K * H, H, C, Hp, masked)
+    v = tile.keys_of(v_head, column, S, K * Hv, Hv, C, Hvp, masked)
+    z = tile.product(q, tl.trans(k), precision) * multiplier
     if masked:
         columns = column + tl.arange(0, C)
-        seen = visible(columns, last, first, query_segments, key_segments_ref, window, segments)
-        z = tl.where(seen, z, NOTHING)
-    log_beta, softplus = sticks(z)
-    high, low = two_sum(high, low, -tl.sum(softplus, 1))
+        seen = tile.visible(columns, last, first, query_segments, key_segments_ref, window, segments)
+        z = tl.where(seen, z, tile.NOTHING)
+    log_beta, softplus = tile.sticks(z)
+    high, low = tile.two_sum(high, low, -tl.sum(softplus, 1))
     entering = high + low
-    a = weights_of(log_beta, softplus, entering) * product(d_out, tl.trans(v), precision)
-    dz = d_logits(a, log_beta, softplus, prefix)
+    a = tile.weights_of(log_beta, softplus, entering) * tile.product(d_out, tl.trans(v), precision)
+    dz = tile.d_logits(a, log_beta, softplus, prefix)
     snapshot = snapshots + (column // C).to(tl.int64) * (2 * padded)
     tl.store(snapshot, entering)
     tl.store(snapshot + padded, prefix)
-    acc += product(dz.to(k.dtype), k, precision)
+    acc += tile.product(dz.to(k.dtype), k, precision)
     return prefix + tl.sum(a, 1), high, low, acc
 
 
@@ -53,22 +50,26 @@ def d_query(
     tiles: tl.constexpr, together: tl.constexpr, attend_current: tl.constexpr, window: tl.constexpr,
     segments: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
-    b, n, i = block(B * N, N, tiles, together)
+    b, n, i = tile.block(B * N, N, tiles, together)
     head = n // (N // K)
     row = i * R
     rows = row + tl.arange(0, R)
-    q = load(head_of(q_ref, b, n, T, N, H), row, T, N * H, H, R, Hp)
-    d_out = load(head_of(d_out_ref, b, n, T, N, Hv), row, T, N * Hv, Hv, R, Hvp)
-    k_head, v_head = head_of(k_ref, b, head, S, K, H), head_of(v_ref, b, head, S, K, Hv)
-    multiplier = tl.load(scale_ref) * LOG2E
-    last, first = reach(tl.load(offset_ref + b) + rows, attend_current, window, S)
+    q = tile.load(tile.head_of(q_ref, b, n, T, N, H), row, T, N * H, H, R, Hp)
+    d_out = tile.load(tile.head_of(d_out_ref, b, n, T, N, Hv), row, T, N * Hv, Hv, R, Hvp)
+    k_head, v_head = tile.head_of(k_ref, b, head, S, K, H), tile.head_of(v_ref, b, head, S, K, Hv)
+    multiplier = tl.load(scale_ref) * tile.LOG2E
+    last, first = tile.reach(tl.load(offset_ref + b) + rows, attend_current, window, S)
     query_segments = rows
     if segments:
         query_segments = tl.load(query_segments_ref + b * (tiles * R) + rows)
         key_segments_ref += b * ((S + C - 1) // C * C)
 
     own = ((b * N + n) * tiles).to(tl.int64) * R + rows
-    prefix, high, low = tl.load(d_log_rem_ref + own), tl.load(spent_ref + own), tl.load(spent_ref + B * N * tiles * R + own)
+    prefix, high, low = (
+        tl.load(d_log_rem_ref + own),
+        tl.load(spent_ref + own),
+        tl.load(spent_ref + B * N * tiles * R + own),
+    )
     snapshots = snapshots_ref + ((b * N + n) * ((S + C - 1) // C)).to(tl.int64) * (2 * tiles * R) + rows
     acc = tl.zeros([R, Hp], tl.float32)
     span = spans_ref + (b * tiles + i) * 4  # stop, whole_stop, whole_start, start
@@ -84,5 +85,5 @@ def d_query(
 
     # The sum of dz * q.k over the keys, before anything is rounded.
     tl.store(d_scale_ref + own, tl.sum(acc * q.to(tl.float32), 1))
-    dq = places(head_of(dq_ref, b, n, T, N, H), row, N * H, R, Hp)
-    tl.store(dq, (acc * tl.load(scale_ref)).to(dq_ref.dtype.element_ty), mask=inside(row, T, H, R, Hp))
+    dq = tile.places(tile.head_of(dq_ref, b, n, T, N, H), row, N * H, R, Hp)
+    tl.store(dq, (acc * tl.load(scale_ref)).to(dq_ref.dtype.element_ty), mask=tile.inside(row, T, H, R, Hp))

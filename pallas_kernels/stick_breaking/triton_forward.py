@@ -3,9 +3,7 @@
 import triton
 import triton.language as tl
 
-from .triton_tile import (
-    LOG2E, NOTHING, block, head_of, inside, keys_of, load, places, product, reach, sticks, two_sum, visible, weights_of,
-)  # fmt: skip
+from . import triton_tile as tile
 
 
 @triton.jit
@@ -16,17 +14,17 @@ def visit(
 ):  # fmt: skip
     """One key tile."""
     column = j * C
-    k = keys_of(k_head, column, S, K * H, H, C, Hp, masked)
-    v = keys_of(v_head, column, S, K * Hv, Hv, C, Hvp, masked)
-    z = product(q, tl.trans(k), precision) * multiplier
+    k = tile.keys_of(k_head, column, S, K * H, H, C, Hp, masked)
+    v = tile.keys_of(v_head, column, S, K * Hv, Hv, C, Hvp, masked)
+    z = tile.product(q, tl.trans(k), precision) * multiplier
     if masked:
         columns = column + tl.arange(0, C)
-        seen = visible(columns, last, first, query_segments, key_segments_ref, window, segments)
-        z = tl.where(seen, z, NOTHING)
-    log_beta, softplus = sticks(z)
-    weights = weights_of(log_beta, softplus, high)
-    high, low = two_sum(high, low, tl.sum(softplus, 1))
-    acc += product(weights.to(v.dtype), v, precision)
+        seen = tile.visible(columns, last, first, query_segments, key_segments_ref, window, segments)
+        z = tl.where(seen, z, tile.NOTHING)
+    log_beta, softplus = tile.sticks(z)
+    weights = tile.weights_of(log_beta, softplus, high)
+    high, low = tile.two_sum(high, low, tl.sum(softplus, 1))
+    acc += tile.product(weights.to(v.dtype), v, precision)
     return high, low, acc
 
 
@@ -40,15 +38,15 @@ def forward(
     window: tl.constexpr, segments: tl.constexpr, skip: tl.constexpr, threshold: tl.constexpr,
     precision: tl.constexpr,
 ):  # fmt: skip
-    entry, n, i = block(entries * N, N, tiles, together)
+    entry, n, i = tile.block(entries * N, N, tiles, together)
     b = entry % B
     head = n // (N // K)
     row = i * R
     rows = row + tl.arange(0, R)
-    q = load(head_of(q_ref, b, n, T, N, H), row, T, N * H, H, R, Hp)
-    k_head, v_head = head_of(k_ref, b, head, S, K, H), head_of(v_ref, b, head, S, K, Hv)
-    multiplier = tl.load(scale_ref) * LOG2E
-    last, first = reach(tl.load(offset_ref + b) + rows // per_position, attend_current, window, S)
+    q = tile.load(tile.head_of(q_ref, b, n, T, N, H), row, T, N * H, H, R, Hp)
+    k_head, v_head = tile.head_of(k_ref, b, head, S, K, H), tile.head_of(v_ref, b, head, S, K, Hv)
+    multiplier = tl.load(scale_ref) * tile.LOG2E
+    last, first = tile.reach(tl.load(offset_ref + b) + rows // per_position, attend_current, window, S)
     alive_rows = rows < T
     query_segments = rows
     if segments:
@@ -88,5 +86,5 @@ def forward(
     spent = spent_ref + ((entry * N + n) * tiles).to(tl.int64) * R + rows
     tl.store(spent, high)
     tl.store(spent + entries * N * tiles * R, low)
-    out = places(head_of(out_ref, entry, n, T, N, Hv), row, N * Hv, R, Hvp)
-    tl.store(out, acc.to(out_ref.dtype.element_ty), mask=inside(row, T, Hv, R, Hvp))
+    out = tile.places(tile.head_of(out_ref, entry, n, T, N, Hv), row, N * Hv, R, Hvp)
+    tl.store(out, acc.to(out_ref.dtype.element_ty), mask=tile.inside(row, T, Hv, R, Hvp))
