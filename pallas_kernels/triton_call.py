@@ -66,6 +66,8 @@ def _was_imported_to_interpret() -> bool:
 
 def refuses(x) -> str | None:
     """Why no Triton kernel takes arrays like x here, if none does."""
+    if seam.is_interpreted() and not is_interpreted():
+        return "runs in no interpreter but its own"
     if not is_interpreted() and (capability() or 0) < LEAST:
         return f"needs compute capability 8.0 or newer, found {seam.chip()}"
     if missing := _missing():
