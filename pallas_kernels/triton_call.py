@@ -66,6 +66,8 @@ def _was_imported_to_interpret() -> bool:
 
 def refuses(x) -> str | None:
     """Why no Triton kernel takes arrays like x here, if none does."""
+    if seam.is_interpreted() and not is_interpreted():
+        return "runs in no interpreter but its own"
     if not is_interpreted() and (capability() or 0) < LEAST:
         return f"needs compute capability 8.0 or newer, found {seam.chip()}"
     if missing := _missing():
@@ -147,6 +149,26 @@ class _Tensor:
     set_ = copy_ = lambda self, *_: None
 
 
+@contextlib.contextmanager
+def _language_patched_once() -> Iterator[None]:
+    """Once for every module and launch: at every call of a device function, it would be half of the time."""
+    from triton.runtime import interpreter
+
+    patch, seen = interpreter._patch_lang, set()
+
+    def once(function):
+        module = id(function.__globals__)
+        if module not in seen:
+            seen.add(module)
+            return patch(function)
+
+    interpreter._patch_lang = once
+    try:
+        yield
+    finally:
+        interpreter._patch_lang = patch
+
+
 def _interpreted(kernel, *arrays, out, grid, constants, **_):
     """In the interpreter, whose bfloat16 numbers are integers that it multiplies as such: they become float32."""
     leaves, tree = jax.tree.flatten(out)
@@ -158,7 +180,7 @@ def _interpreted(kernel, *arrays, out, grid, constants, **_):
         inputs = [np.ascontiguousarray(x, type_of(x)) for x in arrays]
         # What a kernel leaves unwritten must not look like a result.
         outputs = [np.full(x.shape, np.nan if type_of(x).kind == "f" else 99, type_of(x)) for x in leaves]
-        with _one_at_a_time:
+        with _one_at_a_time, _language_patched_once():
             kernel()[grid](*map(_Tensor, [*inputs, *outputs]), **constants)
         return [x.astype(like.dtype) for x, like in zip(outputs, leaves, strict=True)]
 

@@ -122,6 +122,23 @@ def test_spans_hold_every_visible_key_and_whole_tiles_are_whole(
                 assert mine[:, whole_start * columns : whole_stop * columns].all() and whole_stop * columns <= S
 
 
+def test_visitors_of_key_tiles_are_the_query_tiles_that_visit_them():
+    """Tables as `spans` makes them, but of random numbers; and two query heads that stopped at other tiles."""
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        table = -np.sort(-rng.integers(0, 9, (2, 6, 4)), -1)
+        reached = rng.integers(0, 9, (2, 2, 6))
+        ranges = np.asarray(spans.visitors(jnp.asarray(table), jnp.asarray(reached), 8))
+        for b, n, j in np.ndindex(2, 2, 8):
+            stop, whole_stop, whole_start, start = table[b].T
+            visits = (np.maximum(start, reached[b, n]) <= j) & (j < stop)
+            whole = visits & (whole_start <= j) & (j < whole_stop)
+            first, whole_first, whole_end, last = ranges[b, n, j]
+            assert 0 <= first <= whole_first <= whole_end <= last <= 6
+            assert not visits[:first].any() and not visits[last:].any() and whole[whole_first:whole_end].all()
+            assert whole_end > whole_first or not whole.any()
+
+
 # Which calls it takes.
 
 

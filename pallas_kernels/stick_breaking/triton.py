@@ -10,8 +10,18 @@ from . import fused
 from .call import Call
 from .spans import visitors
 
-WIDEST = 256
+WIDEST = {2: 256, 4: 128}  # H and Hv, by the bytes of a number
 LEAST = 16  # rows, keys and width of the least product of tensor cores
+# By the bytes of a number and the larger of H and Hv, filled up: (query rows, warps) forward and backward; keys are 32.
+# So many that a thread has 16 scores or fewer, and its registers nearly suffice; all fit 99 KiB of shared memory.
+KEYS = 32
+ROWS = {
+    (2, 64): ((64, 4), (64, 4)),
+    (2, 128): ((128, 8), (64, 4)),
+    (2, 256): ((64, 8), (32, 8)),
+    (4, 64): ((64, 4), (32, 4)),
+    (4, 128): ((32, 8), (32, 8)),
+}
 
 
 class Plan(NamedTuple):
@@ -80,8 +90,8 @@ def refuses(call: Call) -> str | None:
         return reason
     if call.query.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         return f"takes bfloat16, float16 and float32, not {call.query.dtype}"
-    if max(H, Hv) > WIDEST:
-        return f"takes H and Hv up to {WIDEST}, not H={H}, Hv={Hv}"
+    if max(H, Hv) > (most := WIDEST[call.query.dtype.itemsize]):
+        return f"takes H and Hv of {call.query.dtype} up to {most}, not H={H}, Hv={Hv}"
     if 0 in call.query.shape or 0 in call.value.shape:
         return f"needs queries, keys and channels, got query {call.query.shape} and value {call.value.shape}"
     if call.tiles is not None and any(size < LEAST or size & (size - 1) for size in call.tiles):
@@ -113,18 +123,20 @@ def _filled(size: int) -> int:
 def _plan(call: Call, *, backward: bool = False, decoding: tuple[int, int] | None = None) -> Plan:
     """`decoding`: the query heads of a key head, which are packed as rows, and the splits of the keys."""
     (B, T, N, H), (_, S, K, Hv) = call.query.shape, call.value.shape
-    m = call.mask
+    m, itemsize = call.mask, call.query.dtype.itemsize
+    rows, warps = ROWS[itemsize, max(64, _filled(H), _filled(Hv))][backward]
+    rows, keys = call.tiles or (rows, KEYS)
+    stages = 3 if itemsize == 2 and triton_call.shared_memory() > 128 * 1024 else 2
     plan = Plan(
-        B, T, S, N, K, H, Hv, call.query.dtype, 64, 64, 4, 2, m.attend_current, m.window, call.skip_below,
+        B, T, S, N, K, H, Hv, call.query.dtype, rows, keys, warps, stages, m.attend_current, m.window, call.skip_below,
         call.where.query_segments is not None,
     )  # fmt: skip
-    rows, keys = call.tiles or (64, 64)
     if decoding is None:
-        return plan._replace(row_tile=rows, key_tile=keys)
+        return plan
     G, splits = decoding
     return plan._replace(
         rows=T * G, N=K, per_position=G, splits=splits, out_dtype=jnp.float32, skip_below=None,
-        row_tile=_filled(T * G),
+        row_tile=_filled(T * G), warps=4,
     )  # fmt: skip
 
 
