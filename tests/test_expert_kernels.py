@@ -11,8 +11,7 @@ from jax import lax
 from test_scatter_moe import ACTIVATIONS, QUICK, check_linear, check_mlp, mlp_inputs, run_mlp
 
 from pallas_kernels import expert_mlp, explain, route, seam, triton_call
-from pallas_kernels.scatter_moe import mosaic_float32, tasks
-from pallas_kernels.scatter_moe import triton as launches
+from pallas_kernels.scatter_moe import mosaic_float32, tasks, triton_sizes
 
 needs_triton = pytest.mark.skipif(
     not triton_call.is_installed(), reason="needs triton and jax-triton, and no GPU: pip install 'stickjax[triton]'"
@@ -104,6 +103,19 @@ def test_gates_of_a_linear_map_to_float32(rows_in, triton):
 
 
 @needs_triton
+def test_triton_keeps_its_inputs_and_the_pre_activation(triton):
+    T, k, E, D, F = 6, 2, 3, 8, 20
+    shapes = (T, D), (E, D, 2 * F), (E, F, D), (T, k)
+    routing = route(Experts(T=T, E=E).indices(), E)
+
+    def vjp(x, w_in, w_out, gates):
+        return jax.vjp(lambda *xs: expert_mlp(*xs[:3], routing, xs[3], implementation=triton), x, w_in, w_out, gates)[1]
+
+    kept = jax.tree.leaves(jax.eval_shape(vjp, *(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)))
+    assert {x.shape for x in kept if x.dtype == jnp.float32} == {*shapes, (T * k, 2 * F)}
+
+
+@needs_triton
 def test_columns_in_pieces(triton, monkeypatch):
     """The sum over slots takes them one after the other where uncombined rows are too many to hold."""
     monkeypatch.setattr("pallas_kernels.scatter_moe.fused.UNCOMBINED", 1)
@@ -146,9 +158,9 @@ def test_tiles_of_triton_fit_every_gpu(memory, dtype, monkeypatch):
     monkeypatch.setattr(triton_call, "shared_memory", lambda: memory * 1024)
     bytes_of = jnp.dtype(dtype).itemsize
     for R, E, D, F in ((1, 1, 1, 1), (8, 40, 1536, 512), (1000, 9, 200, 300), (2**19, 40, 1536, 512)):
-        M = launches.rows_of_tile(R, E, dtype)
-        every = [launches.product_sizes(M, D, F, dtype, products=n, widest=128 * n) for n in (1, 2)]
-        every += [launches.product_sizes(M, D, F, dtype), launches.weight_sizes(D, F, dtype)]
+        M = triton_sizes.rows_of_tile(R, E, dtype)
+        every = [triton_sizes.product_sizes(M, D, F, dtype, products=n, widest=128 * n) for n in (1, 2)]
+        every += [triton_sizes.product_sizes(M, D, F, dtype), triton_sizes.weight_sizes(D, F, dtype)]
         for products, s in zip((1, 2, 1, 1), every, strict=True):
             assert all(n & (n - 1) == 0 for n in s[:4]) and min(s[:3]) >= 16
             stages = s.stages // (2 if s is every[-1] else 1)

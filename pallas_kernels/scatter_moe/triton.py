@@ -1,8 +1,7 @@
-"""Expert products by Triton, on every GPU since sm_80: the calls they take, their sizes and their launches."""
+"""Expert products by Triton, on every GPU since sm_80: the calls they take, and the launches of their kernels."""
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ from .. import cost, triton_call
 from . import fused, xla
 from .call import LinearCall, MlpCall
 from .tasks import Tasks, row_numbers
+from .triton_sizes import Sizes, fitting, product_sizes, rows_of_tile, weight_sizes
 
 # The kernels name an activation by the function of its first half.
 POINTWISE = {"swiglu": "silu", "geglu": "gelu_tanh", "reglu": "relu"}
@@ -36,66 +36,6 @@ def mlp(call: MlpCall):
 
 def linear(call: LinearCall):
     return xla.linear(call) if 0 in call.x.shape + call.weight.shape else fused.linear(KERNELS, call)
-
-
-class Sizes(NamedTuple):
-    """A program takes `rows` x `columns` of a result, by `depth` at a time."""
-
-    rows: int
-    columns: int
-    depth: int
-    warps: int
-    stages: int
-
-
-def _power(n: int) -> int:
-    """The largest power of two up to n."""
-    return 1 << max(0, n.bit_length() - 1)
-
-
-def _fitting(most: int, size: int) -> int:
-    """A power of two: `most`, or as much as the array has, but what a tensor core takes."""
-    return min(most, max(16, _power(2 * size - 1)))
-
-
-def rows_of_tile(rows: int, experts: int, dtype) -> int:
-    """As many as experts have on average, so that few are empty: 16 when decoding, and no more than fit."""
-    most = 64 if dtype == jnp.float32 else 128
-    return max(16, min(most, _power(rows // experts)))
-
-
-def _is_large() -> bool:
-    """Whether a GPU of data centres since Hopper, whose tensor cores read shared memory and need tiles this wide."""
-    return triton_call.shared_memory() > 200 * 1024
-
-
-def _stages(rows: int, columns: int, depth: int, dtype, most: int) -> int:
-    stage = (rows + columns) * depth * jnp.dtype(dtype).itemsize
-    return max(2, min(most, triton_call.shared_memory() // stage))
-
-
-def product_sizes(rows: int, depth: int, columns: int, dtype, *, products: int = 1, widest: int = 256) -> Sizes:
-    """Of `products` products with the same rows. Float32 runs without tensor cores, and few rows wait for weights."""
-    if dtype == jnp.float32:
-        columns_most, depth_most, warps = 64, 32, 4
-    elif rows < 64:
-        columns_most, depth_most, warps = 64, 128 if _is_large() else 64, 4
-    elif _is_large() and rows == 128:
-        columns_most, depth_most, warps = widest, 64, 8
-    else:
-        columns_most, depth_most, warps = 128, 64 if _is_large() else 32, rows // 16
-    N, K = _fitting(columns_most // products, columns), _fitting(depth_most, depth)
-    return Sizes(rows, N, K, warps, _stages(rows, products * N, K, dtype, 4))
-
-
-def weight_sizes(D: int, F: int, dtype) -> Sizes:
-    """`depth` rows at a time, whose numbers are loaded ahead of them: that takes half of the stages."""
-    if dtype == jnp.float32:
-        rows_most, columns_most, depth, warps = 64, 64, 32, 4
-    else:
-        rows_most, columns_most, depth, warps = 128, 256 if _is_large() else 128, 64 if _is_large() else 32, 8
-    rows, columns = _fitting(rows_most, D), _fitting(columns_most, F)
-    return Sizes(rows, columns, depth, warps, 2 * _stages(rows, columns, depth, dtype, 3))
 
 
 # The kernels as `fused` takes them. Hidden rows are [R, F], or [R, 2F] in a gated layer.
@@ -210,7 +150,7 @@ def _d_bias(bias, right, numbers, work, gates=None):
         return d_bias
 
     E, F = bias.shape
-    sizes = Sizes(rows=1, columns=_fitting(64, F), depth=64, warps=4, stages=3)
+    sizes = Sizes(rows=1, columns=fitting(64, F), depth=64, warps=4, stages=3)
     return _launch(
         "expert_d_bias", work.place.shape[0] * F, kernel, sizes,
         right, numbers, numbers if gates is None else fused.by_tile(gates, work), work.first, work.rows,
