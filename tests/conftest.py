@@ -80,6 +80,7 @@ LONG = (
     "test_train",
     "test_processes",
     "test_scatter_moe_mosaic",
+    "test_kernels",
     "test_sharding",
     "test_stick_breaking",
     "test_notebook",
