@@ -80,6 +80,7 @@ LONG = (
     "test_train",
     "test_processes",
     "test_expert_kernels",
+    "test_kernels",
     "test_sharding",
     "test_stick_breaking",
     "test_notebook",
