@@ -63,6 +63,7 @@ def stick_breaking(
     def run(query, key, value, d_out, segment_ids):
         ids = {"segment_ids": segment_ids} if segments else {}
 
+        @jax.checkpoint  # what a checkpoint does not need again, it drops
         def attend(*arrays):
             return stick_breaking_attention(*arrays, **ids, **options, implementation="triton")[0]
 

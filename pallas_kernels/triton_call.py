@@ -36,6 +36,10 @@ def interpret() -> Iterator[None]:
     try:
         if "triton" in sys.modules and not _was_imported_to_interpret():
             raise RuntimeError("triton was imported to compile: interpret in another process, or before that")
+        if is_installed():
+            from triton.runtime.jit import mangle_type
+
+            mangle_type(0)  # imports the rest of Triton: a program may still run when this has been left
         yield
     finally:
         if before is None:
@@ -124,12 +128,9 @@ def _jax_triton():
     from jax._src.interpreters import partial_eval
     from jax_triton import triton_lib
 
-    # jax-triton up to 0.4.1 has a rule for dead code of two arguments, and JAX 0.12 gives three.
+    # jax-triton up to 0.4.1 has a rule for dead code of two arguments, and JAX 0.12 gives three. JAX's own will do.
     if jax.version.__version_info__ >= (0, 12) and jax_triton.__version_info__ <= (0, 4, 1):
-        partial_eval.dce_rules[triton_lib.triton_kernel_call_p] = lambda used, live, eqn: (
-            [True] * len(eqn.invars),
-            eqn,
-        )
+        partial_eval.dce_rules.pop(triton_lib.triton_kernel_call_p, None)
     return jax_triton
 
 

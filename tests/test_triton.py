@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 from cases import STICK, Stick
-from conftest import GRADIENT, assert_close
+from conftest import FORWARD, GRADIENT, assert_close
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from test_kernels import compare, interpreted, run
-from test_stick_breaking import expected
+from test_stick_breaking import TRANSFORMATIONS, expected
 
 from pallas_kernels import explain, stick_breaking_attention, triton_call
 
@@ -101,17 +101,32 @@ def test_skipping_where_the_backward_pass_has_smaller_tiles():
     assert float(values["kept"][0, 0]) < 0.9
 
 
-def test_gradients_of_a_batch_of_calls():
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_transformations(name):
     arrays = Stick(T=17, B=2, N=1, H=16).arrays()
 
-    def loss(implementation, *arrays):
+    def loss(transform, implementation, *arrays):
         def one(*x):
             return stick_breaking_attention(*(y[None] for y in x), implementation=implementation)
 
-        out, rem = jax.vmap(one)(*arrays)
+        out, rem = transform(one)(*arrays)
         return (out * out).sum() + jnp.cos(rem).sum()
 
     with interpreted("triton"):
-        got = jax.jit(jax.grad(partial(loss, "triton"), (0, 1, 2)))(*arrays)
-    for value, want in zip(got, jax.grad(partial(loss, "reference"), (0, 1, 2))(*arrays), strict=True):
+        got = jax.jit(jax.grad(partial(loss, TRANSFORMATIONS[name], "triton"), (0, 1, 2)))(*arrays)
+    for value, want in zip(got, jax.grad(partial(loss, jax.vmap, "reference"), (0, 1, 2))(*arrays), strict=True):
         assert_close(value, want, GRADIENT["float32"])
+
+
+def test_inside_of_shard_map():
+    arrays = Stick(T=17, B=2, N=1, H=16).arrays()
+    wanted = stick_breaking_attention(*arrays)
+    with interpreted("triton"), jax.set_mesh(jax.make_mesh((2,), ("data",))):
+        sharded = jax.device_put(arrays, jax.P("data"))
+
+        def local(*x):
+            return stick_breaking_attention(*x, implementation="triton")
+
+        results = jax.jit(jax.shard_map(local, out_specs=jax.P("data"), check_vma=False))(*sharded)
+    for got, want in zip(results, wanted, strict=True):
+        assert_close(got, want, FORWARD["float32"])
