@@ -15,8 +15,9 @@ def get_config() -> Config:
         V=12, L=12, classes=7, attention="stick_breaking", halting_bias=2.0, dropout=0.1, mi_weight=0.001,
         act_weight=0.001, dtype="bfloat16",
     )  # fmt: skip
-    epoch = 135_665 // 128  # pairs of 0 to 6 operators
-    data = DataConfig(source="logic", examples=500_000, T=40, B=128, curriculum=2 * epoch)
+    B = 128
+    epoch = 135_665 // B  # pairs of 0 to 6 operators
+    data = DataConfig(source="logic", examples=500_000, T=40, B=B, curriculum=2 * epoch)
     optim = OptimConfig(
         schedule="cosine", peak_lr=5e-4, warmup_tokens=epoch * data.tokens_per_step, beta2=0.98, eps=1e-9,
         weight_decay=0.01,

@@ -20,7 +20,7 @@ from stickjax.models.sut import PairClassifier, apply
 from stickjax.plots import Records
 from stickjax.tasks import Examples, logic
 
-THRESHOLDS = (0.999, 0.8, 0.6, 0.4, 0.2)
+THRESHOLDS = (0.999, 0.8, 0.6, 0.5, 0.3)
 
 
 @jax.jit
