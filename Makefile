@@ -23,7 +23,7 @@ test: .venv/.test
 	$(RUN) -m pytest $(PARALLEL)
 
 # Most of the time goes into compiling, which one core does at a time. The files of a worker share its fixtures.
-PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 2
+PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 # The fast ones: compiling every case of the ops takes longer than all of these.
 FAST := config data dispatch optim checkpoint models moa sharding processes step train readme
 test-oldest: .venv-oldest/.test

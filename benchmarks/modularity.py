@@ -156,7 +156,7 @@ def table(results: list[dict]) -> Table:
 
 def plot(results: list[dict], path) -> None:
     """The rise of information, the costs of pruning and of learning, a point per seed."""
-    page, panels = plots.figure("", "", ("bits about the source", "cost of pruning half", "forgotten"), sharey=False)
+    page, panels = plots.figure("", "", ("bits about the source", "cost of pruning half", "forgotten"), share=False)
     for r in results:
         for i, kind in enumerate(("attention", "ffn")):
             steps, bits = zip(*((at["step"], at[kind]) for at in r["information"]), strict=True)

@@ -12,10 +12,12 @@ from stickjax import Config, DataConfig, OptimConfig, SutConfig, TrainConfig
 
 def get_config() -> Config:
     model = SutConfig.sut_base(
-        V=12, L=12, classes=7, sinusoidal=False, dropout=0.1, mi_weight=0.001, act_weight=0.001, dtype="bfloat16"
-    )
-    data = DataConfig(source="logic", examples=500_000, T=40, B=128)
-    epoch = 135_813 // data.B  # pairs of 0 to 6 operators
+        V=12, L=12, classes=7, attention="stick_breaking", halting_bias=2.0, dropout=0.1, mi_weight=0.001,
+        act_weight=0.001, dtype="bfloat16",
+    )  # fmt: skip
+    B = 128
+    epoch = 135_665 // B  # pairs of 0 to 6 operators
+    data = DataConfig(source="logic", examples=500_000, T=40, B=B, curriculum=2 * epoch)
     optim = OptimConfig(
         schedule="cosine", peak_lr=5e-4, warmup_tokens=epoch * data.tokens_per_step, beta2=0.98, eps=1e-9,
         weight_decay=0.01,

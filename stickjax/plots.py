@@ -9,12 +9,15 @@ import numpy as np
 Records = list[dict[str, Any]]
 
 
-def figure(xlabel: str, ylabel: str, titles=("",), *, xscale=None, yscale=None, sharey=True):
-    """A figure without pyplot's global state, and its panels in a row; a scale is a name or (name, options)."""
+def figure(xlabel: str, ylabel: str, titles=("",), *, xscale=None, yscale=None, share=True):
+    """A figure without pyplot's global state, and its panels in a row; a scale is a name or (name, options).
+
+    Panels that do not `share` have axes of their own.
+    """
     from matplotlib.figure import Figure
 
     page = Figure(figsize=(1 + 4.5 * len(titles), 4), dpi=150, layout="constrained")
-    panels = page.subplots(1, len(titles), sharex=True, sharey=sharey, squeeze=False)[0]
+    panels = page.subplots(1, len(titles), sharex=share, sharey=share, squeeze=False)[0]
     for axes, title in zip(panels, titles, strict=True):
         axes.set(xlabel=xlabel, title=title)
         for scale, set_scale in ((xscale, axes.set_xscale), (yscale, axes.set_yscale)):
@@ -63,7 +66,7 @@ def plot_length_curves(runs: dict[str, Records], path) -> None:
 
 def plot_training(runs: dict[str, Records], path) -> None:
     """Training loss in bits per token and the learning rate against tokens, from the rows of metrics.jsonl."""
-    page, panels = figure("tokens", "", ("training loss (bits per token)", "learning rate"), sharey=False)
+    page, panels = figure("tokens", "", ("training loss (bits per token)", "learning rate"), share=False)
     for name, rows in runs.items():
         tokens = [r["tokens"] for r in rows]
         panels[0].plot(tokens, [r["loss"] / math.log(2) for r in rows], label=name, linewidth=1)

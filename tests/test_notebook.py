@@ -1,4 +1,4 @@
-"""The notebook runs from top to bottom, shows its pictures, and is committed without outputs."""
+"""The notebooks run from top to bottom, show their pictures, and are committed without outputs."""
 
 import json
 import sys
@@ -7,11 +7,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-NOTEBOOK = ROOT / "notebooks" / "build_and_check.ipynb"
+# What each prints, next to three pictures.
+NOTEBOOKS = {
+    "build_and_check": ("stick_breaking_attention: ", "bits per byte"),
+    "modules": ("bits that a module says", "the half used most: ", "fine-tuned {'Python': "),
+}
 
 
-def test_the_committed_notebook_has_no_outputs():
-    cells = json.loads(NOTEBOOK.read_text())["cells"]
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_committed_notebook_has_no_outputs(name):
+    cells = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text())["cells"]
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
 
 
@@ -29,15 +34,16 @@ def kernel(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_notebook_runs(kernel):
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_runs(name, kernel):
     import nbformat
     from nbclient import NotebookClient
 
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
     resources = {"metadata": {"path": str(ROOT)}}  # the kernel's folder, so that it imports this source tree
     NotebookClient(notebook, kernel_name=kernel, timeout=600, resources=resources).execute()  # an error raises
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     pictures = [output.data for output in outputs if output.output_type in ("display_data", "execute_result")]
     assert sum("image/png" in data for data in pictures) == 3
     printed = "".join(output.text for output in outputs if output.output_type == "stream")
-    assert "stick_breaking_attention: " in printed and "bits per byte" in printed
+    assert all(words in printed for words in NOTEBOOKS[name]), printed

@@ -155,6 +155,25 @@ def test_double_precision(implementation, x64):
     check_mlp(EXPERTS["some-idle"], implementation, "silu", "float64")
 
 
+@pytest.mark.parametrize("E", [2, 3])
+def test_many_rows_are_taken_in_pieces(E):
+    """Some beyond the pieces too, as the first expert has most rows; and a quarter of the tokens have halted."""
+    case = Experts(T=1300 * E, k=1, E=E, D=4, F=4)
+    T = np.arange(case.T)[:, None]
+    assert xla.plan(case.rows, E).pieces > 1
+    check_mlp(case, "xla", indices=np.where(T < case.T // 4, E, np.where(T % 5, 0, T % E)).astype(np.int32))
+
+
+def test_only_pieces_with_rows_run():
+    counts = np.array([0, 70, 201, 0, 400, 0, 0])  # by two experts of six, or one of seven
+    for E, trips in ((6, [1, 1, 3, 3, 4, 4]), (7, [0, 1, 3, 0, 4, 0, 0])):
+        run = lambda w, p, end: ((p[:, None],), jnp.ones(()))  # noqa: E731
+        ends = jnp.cumsum(jnp.asarray(counts[:E]))
+        (rows,), sums = xla._together(run, jnp.zeros(E), ends - counts[:E], ends, 800, 8)
+        assert sums.tolist() == trips and rows.shape == (E, 800, 1)
+        assert (rows[2, :201, 0] == 70 + jnp.arange(201)).all()
+
+
 def test_the_cases_reach_both_parts_of_the_algorithm():
     """Together only, the loop only, and both."""
     reached = set()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from stickjax import Config, DataConfig, SutConfig, load
-from stickjax.accuracy import accuracy, batches_of, depths
+from stickjax.accuracy import THRESHOLDS, accuracy, batches_of, depths
 from stickjax.data import pair_examples, training_data
 from stickjax.evaluate import evaluate as bits_per_byte
 from stickjax.evaluate import main as evaluate
@@ -100,12 +100,18 @@ def test_accuracy_is_that_of_a_direct_count(pairs):
     assert second["depth"] < first["depth"] and second["rows"] < first["rows"]
 
 
+def test_a_batch_is_as_wide_as_its_bucket_needs():
+    """Not as the pairs that were drawn from it: the longest of these have 40 tokens, of all 43."""
+    ((batch, _),) = batches_of(PAIRS.replace({"data.examples": 20_000}), 8, 1, 1)
+    assert batch["left"].shape == (1, 80) and (batch["left"] != 0).sum() <= 40
+
+
 def test_evaluate_writes_accuracy_and_pictures(pairs, capsys, tmp_path):
     assert evaluate([pairs, "--max-pairs", "2", "--plot", str(tmp_path / "accuracy.png")]) == 0
     out = capsys.readouterr().out
     assert "commonest label" in out and "12+" in out and "expert rows per token" in out and "100%" in out
     records = json.loads((tmp_path / pairs / "accuracy.json").read_text())
-    assert {r["bucket"] for r in records} == set(range(13)) and len({r["threshold"] for r in records}) == 9
+    assert {r["bucket"] for r in records} == set(range(13)) and {r["threshold"] for r in records} == set(THRESHOLDS)
     for picture in (f"{pairs}/halting.png", f"{pairs}/depth.png", tmp_path / "accuracy.png"):
         assert (tmp_path / picture).stat().st_size > 10_000
     loaded = load(pairs)

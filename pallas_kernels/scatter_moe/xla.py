@@ -25,15 +25,16 @@ from .. import cost, seam
 from .call import ACTIVATIONS, PRE_ACTIVATION, LinearCall, MlpCall
 from .routing import Routing
 
-_MANY_ROWS = 512
+_MANY_ROWS = 512  # of every expert together: a CPU takes them in pieces of about as many
 _WIDE = 256  # of x: below, to compute the pre-activation again measured faster on CPUs than to write and to read it
 
 
 class _Plan(NamedTuple):
-    """C rows of every expert at once, then blocks of `block` rows."""
+    """C rows of every expert at once, in so many pieces, then blocks of `block` rows."""
 
     together: int
     block: int
+    pieces: int = 1
 
 
 def plan(rows: int, experts: int) -> _Plan:
@@ -43,11 +44,12 @@ def plan(rows: int, experts: int) -> _Plan:
         return _Plan(0, max(1, min(rows, 32)))
     together = max(48, math.ceil((mean + math.sqrt(mean)) / 16) * 16) if mean > 16 else 32
     together = min(together, rows)
-    return _Plan(together, min(together, max(32, together // 128 * 16), 128))
+    pieces = max(1, together // _MANY_ROWS)
+    return _Plan(math.ceil(together / pieces) * pieces, min(together, max(32, together // 128 * 16), 128), pieces)
 
 
 def detail(call: LinearCall | MlpCall) -> str:
-    together, block = plan(call.routing.order.shape[0], call.routing.num_experts)
+    together, block, _ = plan(call.routing.order.shape[0], call.routing.num_experts)
     return f"{together} rows of every expert together, the rest in blocks of {block}"
 
 
@@ -203,7 +205,7 @@ def _map_blocks(block, weights, arrays, in_rows, out_rows, routing: Routing):
     """
     k = routing.expert_indices.shape[1]
     R, E = routing.order.shape[0], routing.num_experts
-    C, size = plan(R, E)
+    C, size, pieces = plan(R, E)
     starts, ends = routing.offsets[:-1], routing.offsets[1:]
 
     def take(p):
@@ -235,12 +237,7 @@ def _map_blocks(block, weights, arrays, in_rows, out_rows, routing: Routing):
         return jnp.where(here[:, None], y.reshape(E * C, -1)[index], 0)
 
     if C:
-        p = starts[:, None] + jnp.arange(C)[None]
-        if C >= _MANY_ROWS and seam.platform() == "cpu":
-            # Two experts at a time: their rows stay nearer to the cores, which outweighs a copy of their weights.
-            rows_out, sums = lax.map(lambda expert: run(*expert), (weights, p, ends), batch_size=2)
-        else:
-            rows_out, sums = jax.vmap(run)(weights, p, ends)
+        rows_out, sums = _together(run, weights, starts, ends, C, pieces)
         outs = tuple(None if y is None else placed(y, o) for y, o in zip(rows_out, out_rows, strict=True))
     else:
         p = jax.ShapeDtypeStruct((size,), jnp.int32)
@@ -271,3 +268,36 @@ def _map_blocks(block, weights, arrays, in_rows, out_rows, routing: Routing):
     # None when the experts are balanced; with C = 0 all blocks, as full as they can be.
     trips = 0 if C else math.ceil(R / size)
     return cost.loop(trips, lambda state: lax.fori_loop(0, blocks[-1], rest, state))((outs, sums))
+
+
+def _together(run, weights, starts, ends, C: int, pieces: int):
+    """`run` over the first C rows of every expert.
+
+    On a CPU many rows are taken two experts at a time, whose rows stay nearer to the cores, which outweighs a copy of
+    their weights; and piece by piece, as many pieces as one of the two has rows for: fewer when tokens have halted.
+    """
+    E, size = len(starts), C // pieces
+
+    def rows_from(first, count, weights, starts, ends):
+        return jax.vmap(run)(weights, starts[:, None] + first + jnp.arange(count)[None], ends)
+
+    def piecewise(experts):
+        _, starts, ends = experts
+
+        def step(i, state):
+            rows, sums = state
+            new_rows, new_sums = rows_from(i * size, size, *experts)
+            put = partial(lax.dynamic_update_slice_in_dim, start_index=i * size, axis=1)
+            return jax.tree.map(put, rows, new_rows), jax.tree.map(jnp.add, sums, new_sums)
+
+        shapes = jax.eval_shape(lambda: rows_from(0, C, *experts))
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        trips = jnp.minimum(-(-(ends - starts).max() // size), pieces)
+        return cost.loop(pieces, lambda state: lax.fori_loop(0, trips, step, state))(zeros)
+
+    if C < _MANY_ROWS or seam.platform() != "cpu":
+        return rows_from(0, C, weights, starts, ends)
+    group = 2 - E % 2
+    pairs = jax.tree.map(lambda x: x.reshape(E // group, group, *x.shape[1:]), (weights, starts, ends))
+    some = piecewise if pieces > 1 else lambda experts: rows_from(0, C, *experts)
+    return jax.tree.map(lambda x: x.reshape(E, *x.shape[2:]), lax.map(some, pairs))
