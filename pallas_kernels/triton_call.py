@@ -116,9 +116,13 @@ def _compiled(kernel, *arrays, out, grid, num_warps, num_stages, constants):
     jax_triton = _jax_triton()
     if _was_imported_to_interpret():
         raise RuntimeError("triton was imported to interpret: compile in another process")
+    if jax_triton.__version_info__ >= (0, 4):
+        options = dict(out_type=out, backend_options={"enable_fp_fusion": True, "ptx_version": PTX})
+    else:  # which writes the PTX that triton chooses
+        options = dict(out_shape=out, enable_fp_fusion=True)
     return jax_triton.triton_call(
-        *arrays, kernel=kernel(), out_type=out, grid=grid, num_warps=num_warps, num_stages=num_stages,
-        compute_capability=capability(), backend_options={"enable_fp_fusion": True, "ptx_version": PTX}, **constants,
+        *arrays, kernel=kernel(), grid=grid, num_warps=num_warps, num_stages=num_stages,
+        compute_capability=capability(), **options, **constants,
     )  # fmt: skip
 
 

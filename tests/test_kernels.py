@@ -70,14 +70,15 @@ def compare(values: dict, wanted: dict, dtype: str, *, skips: bool = False) -> N
         np.testing.assert_allclose(values["log_rem"], wanted["log_rem"], rtol=1e-6, atol=REM)
 
 
-@pytest.mark.parametrize(
-    "kernels, name", [(kernels, name) for kernels in INTERPRETERS for name in KERNEL_CASES[kernels]]
-)
+@pytest.mark.parametrize("name", KERNEL_CASES)
 def test_outputs_and_gradients_are_those_of_the_reference(kernels, name):
-    case = KERNEL_CASES[kernels][name]
+    case = KERNEL_CASES[name]
     dtype = {"fp16": "float16", "fp32": "float32"}.get(name.split("-")[0], "bfloat16")
-    with interpreted(kernels):
-        compare(run(kernels, case, dtype), expected(case, dtype, False), dtype)
+    try:
+        explain("stick_breaking_attention", *case.arrays(dtype), **case.options(), implementation=kernels)
+    except NotImplementedError as refusal:
+        pytest.skip(f"{refusal}: test_support.py")
+    compare(run(kernels, case, dtype), expected(case, dtype, False), dtype)
 
 
 def test_the_stick_left_is_exact_to_fp32(kernels):

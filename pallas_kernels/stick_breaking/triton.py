@@ -5,23 +5,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .. import cost, triton_call
+from .. import cost, seam, triton_call, tuning
 from . import fused
 from .call import Call
 from .spans import visitors
 
 WIDEST = {2: 256, 4: 128}  # H and Hv, by the bytes of a number
 LEAST = 16  # rows, keys and width of the least product of tensor cores
-# By the bytes of a number and the larger of H and Hv, filled up: (query rows, warps) forward and backward; keys are 32.
-# So many that a thread has 16 scores or fewer, and its registers nearly suffice; all fit 99 KiB of shared memory.
+# With the rows and warps of tuned.json a thread has 16 scores or fewer, and its registers nearly suffice; all of them
+# fit 99 KiB of shared memory.
 KEYS = 32
-ROWS = {
-    (2, 64): ((64, 4), (64, 4)),
-    (2, 128): ((128, 8), (64, 4)),
-    (2, 256): ((64, 8), (32, 8)),
-    (4, 64): ((64, 4), (32, 4)),
-    (4, 128): ((32, 8), (32, 8)),
-}
 
 
 class Plan(NamedTuple):
@@ -124,7 +117,8 @@ def _plan(call: Call, *, backward: bool = False, decoding: tuple[int, int] | Non
     """`decoding`: the query heads of a key head, which are packed as rows, and the splits of the keys."""
     (B, T, N, H), (_, S, K, Hv) = call.query.shape, call.value.shape
     m, itemsize = call.mask, call.query.dtype.itemsize
-    rows, warps = ROWS[itemsize, max(64, _filled(H), _filled(Hv))][backward]
+    chosen = tuning.tuned(seam.chip(), "stick_breaking_triton", bytes=itemsize, width=max(H, Hv))
+    rows, warps = chosen["backward" if backward else "forward"]
     rows, keys = call.tiles or (rows, KEYS)
     stages = 3 if itemsize == 2 and triton_call.shared_memory() > 128 * 1024 else 2
     plan = Plan(
