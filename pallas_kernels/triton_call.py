@@ -157,6 +157,7 @@ class _Tensor:
 @contextlib.contextmanager
 def _language_patched_once() -> Iterator[None]:
     """Once for every module and launch: at every call of a device function, it would be half of the time."""
+    from triton.language import tensor
     from triton.runtime import interpreter
 
     patch, seen = interpreter._patch_lang, set()
@@ -165,7 +166,10 @@ def _language_patched_once() -> Iterator[None]:
         module = id(function.__globals__)
         if module not in seen:
             seen.add(module)
-            return patch(function)
+            scope = patch(function)
+            # Triton 3.6 would give NumPy a [1] where from 2.4 on it takes a number. Undone with the rest of the patch.
+            tensor.__index__ = lambda self: int(self.handle.data.item())
+            return scope
 
     interpreter._patch_lang = once
     try:
