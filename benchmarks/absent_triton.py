@@ -1,9 +1,13 @@
-"""python -m benchmarks.absent_triton [--only NAME]: compile the Triton kernels for GPUs that are not there.
+"""python -m benchmarks.absent_triton [--only NAME] [--json]: compile the Triton kernels for GPUs that are not there.
 
-Prints their registers, spills and shared memory. Needs the CUDA wheels, jax-triton, and no GPU.
+Prints their registers, spills and shared memory; with --json also writes benchmarks/results/triton-static.json. Needs
+the CUDA wheels, jax-triton, and no GPU.
 """
 
 import argparse
+import datetime
+import importlib.metadata
+import json
 import os
 import re
 import subprocess
@@ -29,6 +33,8 @@ from stickjax.plan.chips import MissingWheels
 from . import absent_kernels
 from .absent_gpu import SHARING, _folder, _usage, compile_for
 
+ROOT = Path(__file__).parent.parent
+RESULT = ROOT / "benchmarks" / "results" / "triton-static.json"
 PRODUCTS = r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b"
 
 
@@ -166,9 +172,17 @@ def print_table(compiled: dict[str, list[Usage]], console: Console) -> None:
     console.print(table)
 
 
+def write_json(path: Path, compiled: dict[str, list[Usage]]) -> None:
+    info = {"date": datetime.date.today().isoformat()}
+    info |= {name: importlib.metadata.version(name) for name in ("jax", "jax-triton", "triton", "nvidia-cuda-nvcc")}
+    info["kernels"] = {name: [usage._asdict() for usage in usages] for name, usages in compiled.items()}
+    path.write_text(json.dumps(info, indent=1) + "\n")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.absent_triton", description=__doc__.split("\n\n")[0])
     parser.add_argument("--only", choices=CASES, help="one case")
+    parser.add_argument("--json", action="store_true", help=f"also write {RESULT.relative_to(ROOT)}")
     arguments = parser.parse_args(argv)
     try:
         compiled = compile_all([arguments.only] if arguments.only else CASES)
@@ -176,6 +190,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print_table(compiled, Console(width=150, soft_wrap=False))
+    if arguments.json:
+        write_json(RESULT, compiled)
     return int(any(u.sharing for usages in compiled.values() for u in usages))
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import json
 
 import pytest
 from rich.console import Console
@@ -49,6 +50,11 @@ def test_compiles(compiled, name):
         if name.startswith("expert") and usage.name != "d_bias":
             assert usage.copies and (usage.products > 0) == ("float32" not in name), usage
         assert max(usage.spill_stores, usage.spill_loads) <= SPILLED.get(name, 0), usage
+
+
+def test_the_kept_table_has_every_case():
+    kept = json.loads(absent_triton.RESULT.read_text())["kernels"]
+    assert list(kept) == list(absent_triton.CASES)
 
 
 def test_table(compiled):
