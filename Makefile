@@ -2,10 +2,11 @@
 # make demo-compare  the same for its softmax + RoPE twin, and both length curves in one picture
 # make test          the whole test suite
 # make test-oldest   the fast tests against the oldest JAX allowed, optimised as users compile
-# make test-absent   GPU kernels and a step on 64 GPUs compiled for H200s that are not there; needs the CUDA wheels (3.4 GB), no GPU
+# make test-absent   GPU kernels and steps on 8 and 64 GPUs compiled for GPUs that are not there; needs the CUDA wheels (3.4 GB), no GPU
+# make test-triton   the Triton kernels in Triton's interpreter; the same environment
 # make lint          ruff
 
-.PHONY: demo demo-compare test test-oldest test-absent lint clean
+.PHONY: demo demo-compare test test-oldest test-absent test-triton lint clean
 SHELL := /bin/bash
 RUN := .venv/bin/python
 
@@ -30,7 +31,12 @@ test-oldest: .venv-oldest/.test
 	JAX_DISABLE_MOST_OPTIMIZATIONS=0 .venv-oldest/bin/python -m pytest $(PARALLEL) -m "not slow" $(FAST:%=tests/test_%.py)
 
 test-absent: .venv-cuda/.test
-	JAX_PLATFORMS=cpu .venv-cuda/bin/python -m pytest tests/test_absent_gpu.py tests/test_plan_absent.py
+	JAX_PLATFORMS=cpu .venv-cuda/bin/python -m pytest tests/test_absent_gpu.py tests/test_absent_triton.py tests/test_plan_absent.py
+
+# In processes of their own: Triton settles when it is imported whether to compile or to interpret.
+test-triton: .venv-cuda/.test
+	JAX_PLATFORMS=cpu .venv-cuda/bin/python -m pytest $(PARALLEL) -k triton $(TRITON:%=tests/test_%.py)
+TRITON := triton_call triton kernels expert_kernels
 
 lint: .venv/.test
 	$(RUN) -m ruff check .

@@ -80,12 +80,22 @@ def stick_breaking_decode() -> Kernel:
     )
 
 
-def experts(*, T: int, k: int, D: int, F: int, E: int, activation: str = "swiglu", bias: bool = False) -> Kernel:
+def experts(
+    *,
+    T: int,
+    k: int,
+    D: int,
+    F: int,
+    E: int,
+    activation: str = "swiglu",
+    bias: bool = False,
+    implementation: str = "mosaic",
+) -> Kernel:
     """Forward and backward of a gated feed-forward layer, its rows spread evenly over the experts."""
 
     def run(x, w_in, w_out, gates, indices, d_out):
         def mlp(x, w_in, w_out, gates, b_in, b_out):
-            options = dict(b_in=b_in, b_out=b_out, activation=activation, implementation="mosaic")
+            options = dict(b_in=b_in, b_out=b_out, activation=activation, implementation=implementation)
             return expert_mlp(x, w_in, w_out, route(indices, E), gates, **options)
 
         biases = (w_in[:, 0], w_out[:, 0]) if bias else (None, None)
@@ -109,14 +119,16 @@ def experts(*, T: int, k: int, D: int, F: int, E: int, activation: str = "swiglu
     )
 
 
-def expert_heads(*, T: int, k: int, D: int, F: int, E: int, dtype=jnp.bfloat16) -> Kernel:
+def expert_heads(
+    *, T: int, k: int, D: int, F: int, E: int, dtype=jnp.bfloat16, implementation: str = "mosaic"
+) -> Kernel:
     """The two maps of a mixture of attention heads, forward and backward: tokens to slots, and back with gates."""
 
     def run(x, w_in, w_out, gates, indices, d_out):
         def maps(x, w_in, w_out, gates):
             routing = route(indices, E)
-            heads = expert_linear(x, w_in, routing, implementation="mosaic")
-            return expert_linear(heads, w_out, routing, gates=gates, implementation="mosaic")
+            heads = expert_linear(x, w_in, routing, implementation=implementation)
+            return expert_linear(heads, w_out, routing, gates=gates, implementation=implementation)
 
         out, vjp = jax.vjp(maps, x, w_in, w_out, gates)
         return out, vjp(out * d_out)
@@ -136,12 +148,12 @@ def expert_heads(*, T: int, k: int, D: int, F: int, E: int, dtype=jnp.bfloat16) 
     )
 
 
-def experts_decode() -> Kernel:
+def experts_decode(implementation: str = "mosaic") -> Kernel:
     """16 tokens: tiles of 64 rows, of the chosen experts only."""
     T, k, D, F, E = 16, 8, 1536, 512, 40
     bf16 = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((T, D), (E, D, 2 * F), (E, F, D), (T, k))]
     return Kernel(
-        lambda x, w_in, w_out, gates, i: expert_mlp(x, w_in, w_out, route(i, E), gates, implementation="mosaic"),
+        lambda x, w_in, w_out, gates, i: expert_mlp(x, w_in, w_out, route(i, E), gates, implementation=implementation),
         (*bf16, jax.ShapeDtypeStruct((T, k), jnp.int32)),
         tiles=(E * -(-F // 128) * -(-D // 64), E * -(-D // 256) * -(-F // 64)),
     )

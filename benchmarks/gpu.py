@@ -22,6 +22,7 @@ from .report import Row
 from .timing import ceilings
 
 PEERS = (*gpu_attention.PEERS, *gpu_experts.PEERS)
+TILES = {"mosaic": ((64, 64),), "triton": ((128, 32), (64, 64))}  # to time next to those chosen
 HANGS = DEADLINE + 90  # seconds: a row that began before the deadline ends by then
 
 
@@ -44,6 +45,13 @@ def implementations(op: str, *arguments, **settings) -> Iterator[str]:
         except NotImplementedError:
             continue
         yield name
+
+
+def attention_kernels() -> tuple[str, ...]:
+    """Those that take a plain call of attention here, the best first; plain JAX only where no kernel does."""
+    x = jax.ShapeDtypeStruct((1, 64, 1, 64), jnp.bfloat16)
+    every = tuple(implementations("stick_breaking_attention", x, x, x))
+    return tuple(name for name in every if name != "xla") or every
 
 
 @contextlib.contextmanager
@@ -70,24 +78,26 @@ def measured_ceilings(quick: bool) -> cost.Ceilings:
     return ceilings(size, jnp.bfloat16, copied, seconds=0.1 if quick else 2.0, queued=True)
 
 
-def rows(
-    only: str | None, quick: bool, measured: cost.Ceilings, collected: list[Row], implementation: str = "mosaic"
-) -> None:
-    """Append every row to `collected` as it comes. `implementation` is that of attention: checked, then timed."""
+def rows(only: str | None, quick: bool, measured: cost.Ceilings, collected: list[Row]) -> None:
+    """Append every row to `collected` as it comes."""
     run = Run(measured, seconds=0.05 if quick else 0.4, rows=collected)
-    if only in (None, stick_breaking.PART):
-        gpu_cases.rows(run, implementation, gpu_cases.QUICK if quick else tuple(gpu_cases.FEATURES))
-        first, *others = gpu_attention.QUICK if quick else gpu_attention.SHAPES
+    best, *others = kernels = attention_kernels()
+    features = gpu_cases.QUICK if quick else tuple(gpu_cases.FEATURES)
+    first, *shapes = gpu_attention.QUICK if quick else gpu_attention.SHAPES
+    if attends := only in (None, stick_breaking.PART):
+        gpu_cases.rows(run, best, features)
         # Plain JAX only once, as a measure of what the kernels bring: its loops take seconds at the larger shapes.
-        others, tiles = ((), ()) if quick else (("xla",), ((64, 64),))
-        _shape(run, gpu_attention, first, implementation, others=others, tiles=tiles)
+        _shape(run, gpu_attention, first, kernels, **({} if quick else dict(others=("xla",), tiles=TILES)))
         for shape in gpu_decode.QUICK if quick else gpu_decode.SHAPES:
-            _shape(run, gpu_decode, shape, implementation, gpu_decode.QUICK_LENGTHS if quick else gpu_decode.LENGTHS)
-        for shape in others:
-            _shape(run, gpu_attention, shape, implementation)
+            _shape(run, gpu_decode, shape, kernels, gpu_decode.QUICK_LENGTHS if quick else gpu_decode.LENGTHS)
     if only in (None, experts.PART):
         for shape in gpu_experts.QUICK if quick else gpu_experts.SHAPES:
             _shape(run, gpu_experts, shape, implementations)
+    if attends:
+        for shape in shapes:
+            _shape(run, gpu_attention, shape, kernels)
+        for other in others:
+            gpu_cases.rows(run, other, features)
 
 
 def _shape(run: Run, part, shape: dict, *arguments, **settings) -> None:

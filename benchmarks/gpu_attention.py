@@ -75,22 +75,23 @@ def _kept(implementation: str, arrays) -> float:
     return float(jax.jit(lambda *arrays: stats(*arrays)[2].kept.mean())(*arrays))
 
 
-def rows(run: Run, shape: dict, implementation: str, *, others: tuple[str, ...] = (), tiles=()) -> None:
+def rows(run: Run, shape: dict, kernels: tuple[str, ...], *, others: tuple[str, ...] = (), tiles=None) -> None:
     """Those of one shape. `others` are implementations timed without `skip_below` and without a check.
 
-    `tiles`: sizes to time next to those of pallas_kernels/tuned.json.
+    `tiles`: of each of the kernels, sizes to time next to those that it chooses.
     """
     name = "B{B} N{N} T{T} H{H} bf16".format(**shape)
     forward, both = (cost.stick_breaking(**shape, itemsize=2, backward=b) for b in (False, True))
     case = Case(PART, name, work_of(forward, both), [_inputs(seed, shape) for seed in (0, 1)])
-    for skip in (None, SKIP):
-        if _agrees(run, name, shape, implementation, skip):
-            extra = None if skip is None else {"kept": _kept(implementation, case.sets[0][1:])}
-            f = stick_breaking.attention(implementation=implementation, skip_below=skip)
-            run.jax(case, contestant(implementation, skip), f, extra)
-    for size in tiles:
-        f = stick_breaking.attention(implementation=implementation, tiles=size)
-        run.jax(case, f"{implementation} tiles={size[0]} x {size[1]}", f)
+    for implementation in kernels:
+        for skip in (None, SKIP):
+            if _agrees(run, name, shape, implementation, skip):
+                extra = None if skip is None else {"kept": _kept(implementation, case.sets[0][1:])}
+                f = stick_breaking.attention(implementation=implementation, skip_below=skip)
+                run.jax(case, contestant(implementation, skip), f, extra)
+        for size in (tiles or {}).get(implementation, ()):
+            f = stick_breaking.attention(implementation=implementation, tiles=size)
+            run.jax(case, f"{implementation} tiles={size[0]} x {size[1]}", f)
     for peer in gpu_peers.attention():
         run.torch(case, peer, shape)
     no_rem = [(cotangent[0], *arrays) for cotangent, *arrays in case.sets]

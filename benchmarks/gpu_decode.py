@@ -1,5 +1,6 @@
 """Speed of one decoding step on a GPU: a query per sequence against a long cache, at the speed of reading the cache."""
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 
@@ -60,7 +61,7 @@ def _check(f: Callable, reference: Callable, arrays) -> gpu_check.Errors:
     return gpu_check.errors(f, expected, None, arrays, look)
 
 
-def rows(run: Run, shape: dict, implementation: str, lengths: tuple[int, int] = LENGTHS) -> None:
+def rows(run: Run, shape: dict, kernels: tuple[str, ...], lengths: tuple[int, int] = LENGTHS) -> None:
     """Without and with `skip_below`, at every length: with it, the time should not depend on the length."""
     for S in lengths:
         name = "B{B} N{N} K{K} H{H} bf16 S{S}".format(**shape, S=S)
@@ -69,7 +70,7 @@ def rows(run: Run, shape: dict, implementation: str, lengths: tuple[int, int] = 
         make = partial(trained_logits.inputs, T=1, S=S, **shape, dtype=jnp.bfloat16, heads=trained_logits.saved())
         sets = [make(jax.random.key(i)) for i in range(number)]
         query, caches = sets[0][0], [s[1:] for s in sets]
-        for skip in (None, SKIP):
+        for implementation, skip in itertools.product(kernels, (None, SKIP)):
             f, label = _step(implementation, S, skip_below=skip), contestant(implementation, skip)
             check = partial(_check, f, _step("reference", S), sets[0])
             if not run.checked(CHECKS, f"decode {name}", label, jnp.bfloat16, check):
@@ -79,9 +80,10 @@ def rows(run: Run, shape: dict, implementation: str, lengths: tuple[int, int] = 
                 stats = jax.jit(_step(implementation, S, skip_below=skip, return_stats=True))(*sets[0])[2]
                 kept = float(stats.kept.mean())
             _time(run, name, label, lambda *arrays, f=f: f(*arrays)[0], query, caches, size, kept)
-        if implementation == "mosaic":  # a stand-in for it is not in that race
+        if kernels != ("xla",):  # plain JAX is not in that race
             _time(run, name, PEERS[0], gpu_peers.softmax_step, query, caches, size, 1.0)
-    _against_lengths(run, shape, contestant(implementation, SKIP), lengths)
+    for implementation in kernels:
+        _against_lengths(run, shape, contestant(implementation, SKIP), lengths)
 
 
 def _time(run: Run, name: str, label: str, f: Callable, query, caches, size: int, kept: float) -> None:

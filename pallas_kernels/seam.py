@@ -21,7 +21,11 @@ from jax.sharding import AbstractDevice, AbstractMesh, get_abstract_mesh, use_ab
 TILE = plgpu.Layout.WGMMA  # [64, C]
 ROW = plgpu.Layout.WGMMA.reduce(1)  # [64], one number per row
 COLUMN = plgpu.Layout.WGMMA.reduce(0)  # [C], one number per column
-HOPPERS = ("NVIDIA H100", "NVIDIA H200", "NVIDIA H100 80GB HBM3", "NVIDIA GH200 480GB")
+# Of GPUs that are not there, by the beginning of their names.
+CAPABILITIES = {
+    "NVIDIA A100": "sm_80", "NVIDIA L40S": "sm_89", "NVIDIA H100": "sm_90", "NVIDIA H200": "sm_90",
+    "NVIDIA GH200": "sm_90", "NVIDIA B200": "sm_100", "NVIDIA RTX PRO 6000": "sm_120",
+}  # fmt: skip
 HOPPER = AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=132)
 
 _interpreted = contextvars.ContextVar("interpreted", default=False)
@@ -65,7 +69,8 @@ def chip() -> str:
     """ "sm_90" and so on, or the platform where there is no NVIDIA GPU; an absent GPU counts."""
     device = get_abstract_mesh().abstract_device
     if device is not None and device.platform == "gpu":
-        return "sm_90" if device.device_kind in HOPPERS else device.device_kind
+        kind = device.device_kind
+        return next((name for start, name in CAPABILITIES.items() if kind.startswith(start)), kind)
     if jax.default_backend() != "gpu":
         return jax.default_backend()
     capability = getattr(jax.devices()[0], "compute_capability", None)

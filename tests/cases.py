@@ -120,7 +120,8 @@ SKIP_CASES = "plain", "grouped-heads", "offsets", "no-keys", "padded", "everythi
 
 
 # For the GPU kernels, whose tiles are of 64 queries and 64 keys and whose heads have 32 channels or more.
-MOSAIC = {
+# Those whose names begin with a type are of that type, the others of bfloat16.
+KERNEL_CASES = {
     "plain": Stick(T=200, N=1, H=64),
     "one-token": Stick(T=1, N=1, H=32),
     "grouped": Stick(T=66, B=2, N=2, K=1, H=32),
@@ -142,6 +143,10 @@ MOSAIC = {
     "saturated": Stick(T=100, N=1, H=32, std=1.0, shift=12.0),
     "wild": Stick(T=100, N=1, H=32, std=12.0, shift=-6.0),
     "all-far": Stick(T=200, N=1, H=32, shift=-8.0),
+    "odd-widths": Stick(T=70, N=2, K=1, H=20, Hv=35),
+    "fp32-odd-widths": Stick(T=70, N=2, K=1, H=20, Hv=35),
+    "fp32-offsets": Stick(T=40, S=90, B=2, N=1, H=8, offset=(50, -7)),
+    "fp32-saturated": Stick(T=70, N=1, H=16, std=4.0, shift=-3.0),
 }  # fmt: skip
 
 
@@ -189,9 +194,9 @@ EXPERTS = {
     "all-idle": Experts(idle=1.0),
 }
 
-# For the GPU kernels, whose tiles are of 64 or 128 rows, 128 columns and steps of 64. Those of the same sizes are one
+# For the GPU kernels, whose tiles are of up to 128 rows, 128 columns and steps of 64. Those of the same sizes are one
 # program, which takes much longer to compile than to run.
-MOSAIC_EXPERTS = {
+KERNEL_EXPERTS = {
     "two-tiles": Experts(T=150, k=2, E=2, D=64, F=64),
     "odd": Experts(T=9, E=3, D=7, F=5),
     "one-token": Experts(T=1, E=4),

@@ -79,7 +79,8 @@ OPTIMISED = ("test_stick_breaking", "test_scatter_moe", "test_train")
 LONG = (
     "test_train",
     "test_processes",
-    "test_scatter_moe_mosaic",
+    "test_expert_kernels",
+    "test_kernels",
     "test_sharding",
     "test_stick_breaking",
     "test_notebook",

@@ -231,12 +231,14 @@ def test_the_recipe_of_trained_heads(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name", gpu_cases.FEATURES)
-def test_gpu_features_are_calls_the_kernels_take(name):
+def test_gpu_features_are_calls_the_kernels_take(name, monkeypatch):
     case = gpu_cases.FEATURES[name]
     arrays = jax.eval_shape(lambda: case.arrays(jax.random.key(0)))
+    monkeypatch.setattr(triton_call, "_missing", tuple)
     with seam.absent_gpu():
-        said = explain("stick_breaking_attention", *arrays, **case.options(), implementation="mosaic")
-    assert ("decoding" in said) == case.forward_only
+        for kernels in ("mosaic", "triton"):
+            said = explain("stick_breaking_attention", *arrays, **case.options(), implementation=kernels)
+            assert ("decoding" in said) == case.forward_only
 
 
 def test_gpu_limit_on_time():
@@ -267,7 +269,8 @@ def test_gpu_rows_on_this_backend(monkeypatch):
     monkeypatch.setattr(gpu_decode, "STEPS", 2)
     monkeypatch.setattr(gpu_attention, "QUICK", [dict(B=1, T=32, N=2, H=32)])
     rows = []
-    gpu.rows(None, True, gpu.measured_ceilings(True), rows, implementation="xla")
+    assert gpu.attention_kernels() == ("xla",)
+    gpu.rows(None, True, gpu.measured_ceilings(True), rows)
     rows = gpu.finished(rows)
     assert rows[-1].extra == {"passed": 10, "did not": "none"}
     timed = {(row.part, row.case.split(" bf16 ")[1], row.contestant) for row in rows if row.milliseconds}

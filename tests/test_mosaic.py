@@ -1,190 +1,30 @@
-"""The Mosaic GPU kernels in the interpreter, races detected, against the reference; and the parts it cannot run."""
+"""What the interpreter of Mosaic GPU kernels cannot run, their plan, and which calls they take.
+
+tests/test_kernels.py has what they compute.
+"""
 
 import os
-from functools import partial
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import MOSAIC, STICK, Stick
-from conftest import FORWARD, GRADIENT, relative_error
+from cases import STICK
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from test_stick_breaking import assert_close_d_scale, expected, random_cotangents
 
-from pallas_kernels import explain, merge_stick_breaking, seam, stick_breaking_attention
+from pallas_kernels import explain, seam
 from pallas_kernels.stick_breaking import _prepare, spans
 
 MOSAIC_ONLY = {"implementation": "mosaic"}
-REM = 1e-5  # relative
 
 
 @pytest.fixture(autouse=True)
 def interpreted():
-    with seam.interpret(detect_races=True):  # a race raises
+    with seam.interpret():
         yield
 
 
-def attend(case: Stick, **options):
-    return partial(stick_breaking_attention, **(case.options() | MOSAIC_ONLY | options), return_stats=True)
-
-
-def run(case: Stick, dtype: str, *, twice: bool = False, **options) -> dict:
-    """Outputs and gradients, named as those of `expected`; `twice` of one program, which must be equal."""
-    arrays = case.arrays(dtype)
-
-    def function(query, key, value, scale):
-        out, rem, stats = attend(case, **options)(query, key, value, scale=scale)
-        return (out, rem, stats.log_rem), stats.kept
-
-    @jax.jit
-    def both(arrays, cotangents):
-        outputs, vjp, kept = jax.vjp(function, *arrays, jnp.float32(case.H**-0.5), has_aux=True)
-        return outputs, vjp(tuple(c.astype(o.dtype) for c, o in zip(cotangents, outputs, strict=True))), kept
-
-    cotangents = random_cotangents(arrays, "skip_below" in options)
-    outputs, gradients, kept = both(arrays, cotangents)
-    if twice:
-        chex.assert_trees_all_equal(both(arrays, cotangents), (outputs, gradients, kept))
-    names = "out", "rem", "log_rem", "d_query", "d_key", "d_value", "d_scale"
-    return dict(zip(names, (*outputs, *gradients), strict=True)) | {"kept": kept, "query": arrays[0]}
-
-
-def compare(values: dict, wanted: dict, dtype: str, *, skips: bool = False) -> None:
-    for name in ("out", "d_query", "d_key", "d_value"):
-        error, bound = relative_error(values[name], wanted[name]), (GRADIENT if name[0] == "d" else FORWARD)[dtype]
-        assert error <= bound, f"{name}: {error:.1e} above {bound:.0e}"
-    assert_close_d_scale(values["d_scale"], wanted, values["query"], GRADIENT[dtype])
-    if not skips:
-        np.testing.assert_allclose(values["log_rem"], wanted["log_rem"], rtol=1e-6, atol=REM)
-
-
-@pytest.mark.parametrize("name", MOSAIC)
-def test_outputs_and_gradients_are_those_of_the_reference(name):
-    case, dtype = MOSAIC[name], "float16" if "fp16" in name else "bfloat16"
-    compare(run(case, dtype), expected(case, dtype, False), dtype)
-
-
-def test_the_stick_left_is_exact_to_fp32():
-    case = Stick(T=130, H=32, std=0.5, shift=-5.0)
-    out, rem, stats = jax.jit(attend(case))(*case.arrays("bfloat16"))
-    wanted = expected(case, "bfloat16", False)
-    np.testing.assert_allclose(rem, wanted["rem"], rtol=REM)
-    assert (out[:, 0] == 0).all() and (rem[:, 0] == 1).all() and (stats.kept == 1).all()
-
-
-def test_skipping_stops_early_forward_and_backward():
-    case = Stick(T=450, N=1, H=32)
-    values = run(case, "bfloat16", skip_below=-24.0)
-    compare(values, expected(case, "bfloat16", True), "bfloat16", skips=True)
-    assert 0.1 < float(values["kept"][0, 0]) < 0.6
-    assert (values["log_rem"][:, 300:] <= -24 * np.log(2)).all()
-
-
-def test_far_keys_keep_their_weight_behind_a_long_row():
-    """The backward pass walks back from a stick of 2^-2000 to 2^0; a carry in one float would have lost the digits."""
-    case = Stick(T=300, N=1, H=32, std=0.3, shift=7.0)
-    values, wanted = run(case, "bfloat16"), expected(case, "bfloat16", False)
-    assert wanted["log_rem"].min() < -1000
-    compare(values, wanted, "bfloat16")
-
-
-def test_the_gradient_of_the_scale_is_no_quotient_by_it():
-    arrays = Stick(T=70, N=1, H=32).arrays("bfloat16")
-
-    def total(scale, arrays, implementation):
-        out, rem = stick_breaking_attention(*arrays, scale=scale, implementation=implementation)
-        return out.astype(jnp.float32).sum() + rem.sum()
-
-    got = jax.jit(jax.grad(total), static_argnums=2)(0.0, arrays, "mosaic")
-    wide = [x.astype(jnp.float32) for x in arrays]
-    np.testing.assert_allclose(got, jax.grad(total)(0.0, wide, "reference"), rtol=GRADIENT["bfloat16"])
-
-
-def test_two_runs_are_equal():
-    run(Stick(T=66, N=1, H=32), "bfloat16", twice=True)
-
-
-DECODING = {
-    "lengths": Stick(T=1, S=700, B=3, N=4, K=2, H=32, offset=(699, 64, 5)),
-    "several": Stick(T=5, S=600, B=1, N=4, K=1, H=64, offset=(590,)),
-    "window": Stick(T=2, S=600, N=2, H=32, offset=400, window=90, attend_current=True),
-    "padded": Stick(T=1, S=600, B=2, H=32, segments=(1,), key_segments=(-100, 450, -50)),
-}
-
-
-@pytest.mark.parametrize("name", DECODING)
-def test_decoding(name):
-    case = DECODING[name]
-    if name == "padded":  # ids of the reference's helper count the documents: the query belongs to the second
-        options = case.options() | {"segment_ids": jnp.ones((2, 1), jnp.int32), "query_offset": 560}
-    else:
-        options = case.options()
-    arrays = case.arrays("bfloat16")
-    assert "decoding" in explain("stick_breaking_attention", *arrays, **options, **MOSAIC_ONLY)
-    call = partial(stick_breaking_attention, **options, return_stats=True)
-    out, rem, stats = jax.jit(partial(call, **MOSAIC_ONLY))(*arrays)
-    want, _, want_stats = call(*(x.astype(jnp.float32) for x in arrays), implementation="reference")
-    assert relative_error(out, want) <= FORWARD["bfloat16"]
-    np.testing.assert_allclose(stats.log_rem, want_stats.log_rem, rtol=1e-6, atol=REM)
-
-
-def test_decoding_reads_the_recent_cache_only():
-    case = Stick(T=1, S=6_000, N=2, K=1, H=32)
-    out, rem, stats = jax.jit(attend(case, skip_below=-24.0))(*case.arrays("bfloat16"))
-    want, _ = stick_breaking_attention(*case.arrays("bfloat16"), implementation="xla", skip_below=-60.0)
-    assert relative_error(out, want) <= FORWARD["bfloat16"]
-    assert float(stats.kept.max()) < 0.5, stats.kept
-    assert (rem < 2**-24).all()
-
-
-def test_shards_of_the_keys_join_forward_and_backward():
-    """Context parallelism: a shard's gradients need d_out and d_log_rem alone, which the merge rule passes on."""
-    case = Stick(T=90, N=1, H=32)
-    query, key, value = case.arrays("bfloat16")
-
-    def joined(query, key, value):
-        near, far = (
-            stick_breaking_attention(
-                query, key[:, part], value[:, part], query_offset=-part.start, return_stats=True, **MOSAIC_ONLY
-            )
-            for part in (slice(64, 90), slice(0, 64))
-        )
-        return merge_stick_breaking((near[0], near[2].log_rem), (far[0], far[2].log_rem))
-
-    def whole(query, key, value):
-        out, _, stats = stick_breaking_attention(query, key, value, return_stats=True, implementation="reference")
-        return out, stats.log_rem
-
-    cotangents = random_cotangents((query, key, value), False)[0], jnp.ones((1, 90, 1))
-    wide = jax.tree.map(lambda x: x.astype(jnp.float32), (query, key, value))
-    wanted, vjp = jax.vjp(whole, *wide)
-    outputs, joined_vjp = jax.vjp(jax.jit(joined), query, key, value)
-    assert relative_error(outputs[0], wanted[0]) <= FORWARD["bfloat16"]
-    gradients = jax.jit(joined_vjp)((cotangents[0].astype(jnp.bfloat16), cotangents[1]))
-    for got, want in zip(gradients, vjp((cotangents[0].astype(jnp.float32), cotangents[1])), strict=True):
-        assert relative_error(got, want) <= GRADIENT["bfloat16"]
-
-
-def test_few_heads_at_a_time_give_the_same_gradients(monkeypatch):
-    case = Stick(T=40, B=2, N=2, H=32)
-    together = run(case, "bfloat16")
-    monkeypatch.setattr("pallas_kernels.stick_breaking.mosaic.SNAPSHOTS", 1)
-    apart = run(case, "bfloat16")
-    # The one sum over all heads, in another order.
-    np.testing.assert_allclose(apart.pop("d_scale"), together.pop("d_scale"), rtol=1e-5)
-    chex.assert_trees_all_equal(apart, together)
-
-
-def test_vmap():
-    case = Stick(T=40, B=2, H=32)
-    arrays = case.arrays("bfloat16")
-    one = lambda *x: stick_breaking_attention(*(y[None] for y in x), **MOSAIC_ONLY)[0][0]  # noqa: E731
-    chex.assert_trees_all_equal(jax.jit(jax.vmap(one))(*arrays), stick_breaking_attention(*arrays, **MOSAIC_ONLY)[0])
-
-
-# What the interpreter cannot run: the device body of the scan, on the registers that the layout itself gives a thread.
+# The device body of the scan, on the registers that the layout itself gives a thread.
 
 
 class Numbers:
@@ -280,6 +120,23 @@ def test_spans_hold_every_visible_key_and_whole_tiles_are_whole(
                 assert stop >= whole_stop >= whole_start >= start >= 0
                 assert not mine[:, : start * columns].any() and not mine[:, stop * columns :].any()
                 assert mine[:, whole_start * columns : whole_stop * columns].all() and whole_stop * columns <= S
+
+
+def test_visitors_of_key_tiles_are_the_query_tiles_that_visit_them():
+    """Tables as `spans` makes them, but of random numbers; and two query heads that stopped at other tiles."""
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        table = -np.sort(-rng.integers(0, 9, (2, 6, 4)), -1)
+        reached = rng.integers(0, 9, (2, 2, 6))
+        ranges = np.asarray(spans.visitors(jnp.asarray(table), jnp.asarray(reached), 8))
+        for b, n, j in np.ndindex(2, 2, 8):
+            stop, whole_stop, whole_start, start = table[b].T
+            visits = (np.maximum(start, reached[b, n]) <= j) & (j < stop)
+            whole = visits & (whole_start <= j) & (j < whole_stop)
+            first, whole_first, whole_end, last = ranges[b, n, j]
+            assert 0 <= first <= whole_first <= whole_end <= last <= 6
+            assert not visits[:first].any() and not visits[last:].any() and whole[whole_first:whole_end].all()
+            assert whole_end > whole_first or not whole.any()
 
 
 # Which calls it takes.

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from .. import dispatch
-from . import mosaic, reference, xla
+from . import mosaic, reference, triton, xla
 from .call import Call, Mask, Stats, Where
 
 __all__ = ["Stats", "merge_stick_breaking", "stick_breaking_attention"]
@@ -189,6 +189,7 @@ _op = dispatch.register(
         _prepare,
         {
             "mosaic": dispatch.Implementation(mosaic.attention, mosaic.refuses, mosaic.detail),
+            "triton": dispatch.Implementation(triton.attention, triton.refuses, triton.detail),
             "xla": dispatch.Implementation(xla.attention, _refuses_nothing, xla.detail),
             "reference": dispatch.Implementation(reference.attention, _refuses_nothing),
         },

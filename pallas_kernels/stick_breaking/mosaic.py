@@ -1,30 +1,17 @@
-"""Stick-breaking attention on Hopper GPUs: what the kernels take, their sizes, the derivative, and decoding.
+"""Stick-breaking attention on Hopper GPUs: what the kernels take, and their sizes."""
 
-Residuals: query, key, value, what every row has spent of its stick (two fp32) and where it stopped; not the output.
-"""
-
-import math
-from functools import partial
-
-import jax
 import jax.numpy as jnp
-from jax import lax
 
 from .. import hopper, tuning
+from . import fused
 from .call import Call
 from .mosaic_d_key_value import d_key_value
 from .mosaic_d_query import d_query
 from .mosaic_forward import forward
 from .mosaic_tile import KEYS, ROWS, Plan
-from .spans import spans
 
 WIDTHS = (32, 64, 128, 256)
 MEMORY = 208 * 1024  # bytes of shared memory for tiles
-SNAPSHOTS = 2**31  # bytes; the backward pass takes fewer heads at a time above
-MULTIPROCESSORS = 132
-SPLIT = 4  # key tiles that are worth a split of their own when all are read
-ROUND = 8  # key tiles read first when decoding with skip_below; every further round reads twice as many
-LN2 = math.log(2)
 
 
 def refuses(call: Call) -> str | None:
@@ -43,85 +30,15 @@ def refuses(call: Call) -> str | None:
 
 
 def detail(call: Call) -> str:
-    if _is_decoding(call):
-        return f"decoding, {_splits(call)} splits of the keys"
+    if fused.is_decoding(call):
+        return f"decoding, {fused.splits(KERNELS, call)} splits of the keys"
     skip = "" if call.skip_below is None else f", skipping below 2^{call.skip_below:g}"
     return f"{_warpgroups(call) * ROWS} x {KEYS} tiles{skip}"
 
 
 def attention(call: Call):
     """(out [B,T,N,Hv], log_rem [B,T,N], share of the key tiles computed [B,K])."""
-    scale = jnp.asarray(call.scale, jnp.float32)
-    static = call._replace(query=None, key=None, value=None, scale=None, where=None)
-    return _attention(call.query, call.key, call.value, scale, call.where, static)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attention(query, key, value, scale, where, static):
-    call = static._replace(query=query, key=key, value=value, scale=scale, where=where)
-    return _decode(call) if _is_decoding(call) else _forward(query, key, value, scale, where, static)[0]
-
-
-def _forward(query, key, value, scale, where, static):
-    call = static._replace(query=query, key=key, value=value, scale=scale, where=where)
-    plan, planned = _plan(call), _planned(call)
-    out, spent, reached = forward(plan, query, key, value, scale, *planned)
-    log_rem = -LN2 * (spent[0] + spent[1])[:, :, : plan.rows].swapaxes(1, 2)
-    residuals = query, key, value, scale, where, spent, reached
-    return (out, log_rem, _kept(plan, planned[0], reached)), residuals
-
-
-def _backward(static, residuals, cotangents):
-    query, key, value, scale, where, spent, reached = residuals
-    call = static._replace(query=query, key=key, value=value, scale=scale, where=where)
-    d_out, d_log_rem, _ = cotangents
-    plan, planned = _plan(call, backward=True), _planned(call)
-    d_log_rem = jnp.pad(d_log_rem.swapaxes(1, 2), ((0, 0), (0, 0), (0, spent.shape[-1] - plan.rows)))
-    arrays = query, key, value, d_out.astype(query.dtype), d_log_rem, spent, reached
-    dq, d_scale, dk, dv = _gradients(plan, arrays, scale, planned)
-    return dq, dk, dv, d_scale.sum(), None
-
-
-_attention.defvjp(_forward, _backward)
-
-
-def _gradients(plan: Plan, arrays, scale, planned):
-    """(dq, parts of d_scale, dk, dv), over so many heads at a time that the snapshots stay within SNAPSHOTS bytes."""
-    query, key, value, d_out, d_log_rem, spent, reached = arrays
-
-    def some(plan, query, key, value, d_out, d_log_rem, spent, reached, planned):
-        dq, d_scale, snapshots = d_query(plan, query, key, value, d_out, d_log_rem, spent, reached, scale, *planned)
-        second = plan._replace(stages=max(1, min(2, (MEMORY - _bytes(plan, KEYS) - 32768) // _bytes(plan, 2 * ROWS))))
-        dk, dv = d_key_value(second, query, key, value, d_out, snapshots, reached, scale, *planned)
-        return dq, d_scale[..., : plan.rows].sum(-1), dk, dv
-
-    B, K, G = plan.B, plan.K, plan.N // plan.K
-    per_head = G * 16 * spent.shape[-1] * -(-plan.S // KEYS)
-    if B * K * per_head <= SNAPSHOTS:
-        return some(plan, *arrays, planned)
-    heads = max(n for n in range(1, K + 1) if K % n == 0 and n * per_head <= max(SNAPSHOTS, per_head))
-
-    def split(x, axis, batch):  # [.., B, .., heads, ..] -> [B, K / heads, .., 1, .., heads, ..]
-        x = x.reshape(*x.shape[:axis], K // heads, -1, *x.shape[axis + 1 :])
-        return jnp.expand_dims(jnp.moveaxis(x, (batch, axis), (0, 1)), batch + 2)
-
-    parts = [split(x, 2, 0) for x in (query, key, value, d_out)]
-    parts += [split(d_log_rem, 1, 0), split(spent, 2, 1), split(reached, 1, 0)]
-    flat = [x.reshape(-1, *x.shape[2:]) for x in parts]
-    entry = jnp.repeat(jnp.arange(B), K // heads)
-    plan = plan._replace(B=1, N=heads * G, K=heads)
-    one = lambda inputs: some(plan, *inputs[0], [x[inputs[1]][None] for x in planned])  # noqa: E731
-    outs = lax.map(one, (flat, entry))
-
-    def join(x):  # [B * K / heads, 1, T, heads, H] -> [B, T, K, H]
-        x = x.reshape(B, K // heads, *x.shape[2:])
-        return jnp.moveaxis(x, 1, 2).reshape(B, x.shape[2], -1, x.shape[-1])
-
-    dq, d_scale, dk, dv = outs
-    return join(dq), d_scale, join(dk), join(dv)
-
-
-# Sizes.
+    return fused.attention(KERNELS, call)
 
 
 def _warpgroups(call: Call) -> int:
@@ -135,7 +52,8 @@ def _bytes(plan: Plan, rows: int) -> int:
     return rows * (plan.H + plan.Hv) * jnp.dtype(plan.dtype).itemsize
 
 
-def _plan(call: Call, *, backward: bool = False) -> Plan:
+def _plan(call: Call, *, backward: bool = False, decoding: tuple[int, int] | None = None) -> Plan:
+    """`decoding`: the query heads of a key head, which are packed as rows, and the splits of the keys."""
     (B, T, N, H), (_, S, K, Hv) = call.query.shape, call.value.shape
     m = call.mask
     plan = Plan(
@@ -143,93 +61,18 @@ def _plan(call: Call, *, backward: bool = False) -> Plan:
         call.skip_below, call.where.query_segments is not None,
     )  # fmt: skip
     stages = (MEMORY - _bytes(plan, plan.warpgroups * ROWS)) // _bytes(plan, KEYS)
-    return plan._replace(stages=max(2, min(3 if backward else 4, stages)))
-
-
-def _planned(call: Call, per_position: int = 1):
-    """(spans padded to whole blocks, offsets, segment ids padded to whole tiles): the last arguments of a kernel."""
-    block = _warpgroups(call) * ROWS
-    table = spans(call, ROWS, KEYS, per_position)
-    tiles = -(-call.mask.T * per_position // block) * block // ROWS
-    table = jnp.pad(table, ((0, 0), (0, tiles - table.shape[1]), (0, 0)))
-    planned = [table, call.where.offset.astype(jnp.int32)]
-    if call.where.query_segments is not None:
-        ids = jnp.repeat(call.where.query_segments, per_position, 1), call.where.key_segments
-        planned += [
-            jnp.pad(x.astype(jnp.int32), ((0, 0), (0, -x.shape[1] % size)), constant_values=-1)
-            for x, size in zip(ids, (block, KEYS), strict=True)
-        ]
-    return planned
-
-
-def _kept(plan: Plan, table, reached):
-    """The share of the key tiles in reach that were visited, [B,K]."""
-    if plan.skip_below is None:
-        return jnp.ones((plan.B, plan.K), jnp.float32)
-    stop, start = table[:, None, :, 0], table[:, None, :, 3]
-    visited = jnp.where(stop > start, stop - reached, 0).reshape(plan.B, plan.K, -1).sum(-1)
-    in_reach = (stop - start).sum(-1) * (plan.N // plan.K)
-    return jnp.where(in_reach == 0, 1, visited / jnp.maximum(in_reach, 1)).astype(jnp.float32)
-
-
-# Decoding: the queries of a group as rows of one tile, the keys split over the multiprocessors.
-
-
-def _is_decoding(call: Call) -> bool:
-    (_, T, N, _), K = call.query.shape, call.key.shape[2]
-    return call.tiles is None and T <= 16 and T * (N // K) <= ROWS and call.mask.S >= 8 * KEYS
-
-
-def _splits(call: Call) -> int:
-    B, K = call.query.shape[0], call.key.shape[2]
-    return max(1, min(MULTIPROCESSORS // (B * K), call.mask.S // (SPLIT * KEYS)))
-
-
-def _decode(call: Call):
-    """The merge rule over the splits; with skip_below in rounds, the nearest keys first, until no stick is left."""
-    (B, T, N, H), (K, Hv) = call.query.shape, call.value.shape[2:]
-    G, P = N // K, _splits(call)
-    plan = _plan(call)._replace(
-        rows=T * G, N=K, warpgroups=1, per_position=G, splits=P, out_dtype=jnp.float32, skip_below=None
+    plan = plan._replace(stages=max(2, min(3 if backward else 4, stages)))
+    if decoding is None:
+        return plan
+    G, splits = decoding
+    return plan._replace(
+        rows=T * G, N=K, warpgroups=1, per_position=G, splits=splits, out_dtype=jnp.float32, skip_below=None
     )
-    query = jnp.moveaxis(call.query.reshape(B, T, K, G, H), 3, 2).reshape(B, T * G, K, H)
-    table, *planned = _planned(call, G)
-    stop, start = table[..., 0], table[..., 3]
 
-    def some(high, low):
-        """Key tiles low..high-1 of every row tile: (out [B,K,rows,Hv], spent [B,K,rows]), all in fp32."""
-        share = jnp.arange(P + 1).reshape(-1, 1, 1)
-        edges = low[None] + (high - low)[None] * share // P
-        clipped = jnp.clip(table[None], edges[:-1, ..., None], edges[1:, ..., None])
-        empty = clipped[..., :1] <= clipped[..., 3:]
-        split = jnp.where(empty, 0, clipped).reshape(P * B, *table.shape[1:])
-        out, spent, _ = forward(plan, query, call.key, call.value, call.scale, split, *planned)
-        spent = spent.sum(0)[..., : plan.rows].reshape(P, B, K, plan.rows)
-        nearer = jnp.cumsum(spent[::-1], 0)[::-1] - spent
-        out = jnp.moveaxis(out, 2, 1).reshape(P, B, K, plan.rows, Hv)
-        return (out * jnp.exp2(-nearer)[..., None]).sum(0), spent.sum(0)
 
-    kept = jnp.ones((B, K), jnp.float32)
-    if call.skip_below is None:
-        out, spent = some(stop, start)
-    else:
+def _d_key_value(plan: Plan, *arrays):
+    stages = max(1, min(2, (MEMORY - _bytes(plan, KEYS) - 32768) // _bytes(plan, 2 * ROWS)))
+    return d_key_value(plan._replace(stages=stages), *arrays)
 
-        def further(state):
-            width, high, out, spent = state
-            low = jnp.maximum(start, high - width)
-            more, more_spent = some(high, low)
-            return 2 * width, low, out + jnp.exp2(-spent)[..., None] * more, spent + more_spent
 
-        def goes_on(state):
-            _, high, _, spent = state
-            return (high > start).any() & (spent.min() <= -call.skip_below)
-
-        zeros = jnp.zeros((B, K, plan.rows), jnp.float32)
-        nothing = jnp.zeros((B, K, plan.rows, Hv), jnp.float32)
-        _, reached, out, spent = lax.while_loop(goes_on, further, (ROUND, stop, nothing, zeros))
-        in_reach = (stop - start).sum(-1)
-        share = jnp.where(in_reach == 0, 1, (stop - reached).sum(-1) / jnp.maximum(in_reach, 1))
-        kept = jnp.broadcast_to(share.astype(jnp.float32)[:, None], (B, K))
-    out = jnp.moveaxis(out.reshape(B, K, T, G, Hv), 2, 1).reshape(B, T, N, Hv)
-    log_rem = -LN2 * jnp.moveaxis(spent.reshape(B, K, T, G), 2, 1).reshape(B, T, N)
-    return out.astype(call.value.dtype), log_rem, kept
+KERNELS = fused.Kernels(_plan, forward, d_query, _d_key_value, snapshot_bytes=16, multiprocessors=132)

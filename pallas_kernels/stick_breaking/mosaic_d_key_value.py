@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from .. import cost, seam
+from .logarithm import LOG2E
 from .mosaic_backward import HALF, SWIZZLE, d_logits, weights_of, zeros
-from .mosaic_tile import KEYS, LOG2E, ROWS, Plan, tile_memory, visible
+from .mosaic_tile import KEYS, ROWS, Plan, tile_memory, visible
 
 NOWHERE = -(2**30)  # a position left of all keys
 

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from .. import cost, seam
+from .logarithm import LOG2E
 from .mosaic_backward import HALF, SWIZZLE, d_logits, weights_of, zeros
-from .mosaic_tile import KEYS, LOG2E, ROWS, Plan, block, tile_memory, two_sum, visible, visited
+from .mosaic_tile import KEYS, ROWS, Plan, block, tile_memory, two_sum, visible, visited
 
 
 def d_query(

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from .. import cost, seam
-from .mosaic_tile import KEYS, LOG2E, ROWS, Plan, block, sticks, tile_memory, two_sum, visible, visited
+from .logarithm import LOG2E
+from .mosaic_tile import KEYS, ROWS, Plan, block, sticks, tile_memory, two_sum, visible, visited
 
 
 def forward(plan: Plan, query, key, value, scale, spans, offset, query_segments=None, key_segments=None):

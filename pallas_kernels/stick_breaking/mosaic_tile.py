@@ -4,26 +4,19 @@ All logarithms are base 2. What a row has spent of its stick is carried as a pos
 so that the backward pass can walk back without losing the small ones.
 """
 
-import math
 from typing import NamedTuple
 
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from .. import seam
 from ..cost import visible_scores
+from .logarithm import LOG2P1, NOTHING
 
 ROWS = 64  # query rows of a warpgroup
 KEYS = 64  # of a tile
-LOG2E = math.log2(math.e)
-# log2(1 + y) / y on [0, 1], highest power first, within 2.2e-7: seven multiply-adds instead of a special function.
-_LOG2P1 = np.polynomial.Chebyshev.interpolate(
-    lambda y: np.log1p(y) / np.maximum(y, 1e-300) / math.log(2), 7, [0, 1]
-).convert(kind=np.polynomial.Polynomial)
-LOG2P1 = _LOG2P1.coef[::-1].tolist()
 
 
 class Plan(NamedTuple):
@@ -59,6 +52,13 @@ class Plan(NamedTuple):
         """Blocks along the query rows."""
         return -(-self.rows // (ROWS * self.warpgroups))
 
+    @property
+    def padded(self) -> int:
+        """Query rows of all blocks."""
+        return self.tiles * ROWS * self.warpgroups
+
+    row_tile, key_tile = ROWS, KEYS
+
 
 def tile_memory(shape, dtype, swizzle: int = 128):
     """Shared memory for tiles [.., rows, width], swizzled by so many bytes: alike in both operands of a product."""
@@ -66,9 +66,6 @@ def tile_memory(shape, dtype, swizzle: int = 128):
     swizzle = min(swizzle, shape[-1] * size)
     tiling = plgpu.TilingTransform((8, swizzle // size))
     return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
-
-
-NOTHING = -1e30  # log2 of a beta of zero: a finite number, so that no difference of it is NaN
 
 
 def sticks(z, seen=None):

@@ -47,6 +47,28 @@ def spans(call: Call, rows: int, columns: int, per_position: int = 1):
     return jnp.stack([stop, whole_stop, whole_start, start], -1).astype(jnp.int32)
 
 
+def visitors(table, reached, key_tiles: int):
+    """(first, whole_first, whole_stop, stop) of the query tiles that visit a key tile, int32 [B, N, key tiles, 4].
+
+    All of whole_first..whole_stop-1 visit it and need no mask; of the others, some may not visit it at all.
+
+    Args:
+      table: what `spans` returned.
+      reached: [B, N, query tiles], the first key tile that each of them visited in the end.
+    """
+    stop, whole_stop, whole_start, start = (table[:, None, :, None, which] for which in range(4))
+    start, key = jnp.maximum(start, reached[..., None]), jnp.arange(key_tiles)[None, None, None]
+    visits = (start <= key) & (key < stop)
+    whole = visits & (whole_start <= key) & (key < whole_stop)
+    n = table.shape[1]
+    tile = jnp.arange(n)[None, None, :, None]
+    last = jnp.where(visits, tile + 1, 0).max(2)
+    first = jnp.minimum(jnp.where(visits, tile, n).min(2), last)
+    whole_first = jnp.minimum(jnp.where(whole, tile, n).min(2), last)
+    broken = jnp.where(~whole & (tile >= whole_first[:, :, None]), tile, n).min(2)
+    return jnp.stack([first, whole_first, jnp.minimum(broken, last), last], -1).astype(jnp.int32)
+
+
 def _segment_range(segments, size):
     """Smallest and largest segment id of every tile, and whether it holds padding (negative ids), [B, tiles]."""
     pad = -segments.shape[1] % size

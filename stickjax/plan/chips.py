@@ -63,6 +63,8 @@ CHIPS = {
         Chip("b200", "NVIDIA B200", flops=2250e12, link=900e9, network=50e9),
         # PCIe 4.0; InfiniBand of 200 Gb/s.
         Chip("l40s", "NVIDIA L40S", flops=362e12, link=32e9, network=25e9),
+        # PCIe 5.0.
+        Chip("rtx-pro-6000", "NVIDIA RTX PRO 6000", flops=504e12, link=64e9, network=25e9),
     )
 }
 

@@ -1,0 +1,199 @@
+"""python -m benchmarks.absent_triton [--only NAME] [--json]: compile the Triton kernels for GPUs that are not there.
+
+Prints their registers, spills and shared memory; with --json also writes benchmarks/results/triton-static.json. Needs
+the CUDA wheels, jax-triton, and no GPU.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
+
+from pallas_kernels import stick_breaking_attention
+from stickjax.plan.chips import MissingWheels
+
+from . import absent_kernels
+from .absent_gpu import SHARING, _folder, _usage, compile_for
+
+ROOT = Path(__file__).parent.parent
+RESULT = ROOT / "benchmarks" / "results" / "triton-static.json"
+PRODUCTS = r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b"
+
+
+class Usage(NamedTuple):
+    """One kernel as compiled. Bytes are of a thread for spills, of a block for shared memory."""
+
+    name: str
+    target: str  # sm_80 and so on
+    registers: int
+    spill_stores: int
+    spill_loads: int
+    shared: int
+    products: int  # of tensor cores
+    copies: int  # to shared memory, ahead of the products
+    sharing: dict[str, int]  # of its PTX: instructions by which blocks could add to each other's results
+
+
+class Case(NamedTuple):
+    """What to compile, for which GPU."""
+
+    chip: str
+    function: Callable  # of arrays of these shapes; not jitted
+    shapes: tuple[jax.ShapeDtypeStruct, ...]
+
+
+def stick_breaking(
+    chip: str, *, H: int, dtype=jnp.bfloat16, T: int = 512, S: int | None = None, N: int = 4, K: int = 2,
+    backward: bool = True, segments: bool = False, **options,
+) -> Case:  # fmt: skip
+    S = S or T
+
+    def run(query, key, value, d_out, segment_ids):
+        ids = {"segment_ids": segment_ids} if segments else {}
+
+        @jax.checkpoint  # what a checkpoint does not need again, it drops
+        def attend(*arrays):
+            return stick_breaking_attention(*arrays, **ids, **options, implementation="triton")[0]
+
+        if not backward:
+            return attend(query, key, value)
+        out, vjp = jax.vjp(attend, query, key, value)
+        return out, vjp(d_out)
+
+    query, key = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((2, T, N, H), (2, S, K, H)))
+    return Case(chip, run, (query, key, key, query, jax.ShapeDtypeStruct((2, T), jnp.int32)))
+
+
+def experts(chip: str, make: Callable[..., absent_kernels.Kernel] = absent_kernels.experts, **sizes) -> Case:
+    kernel = make(**sizes, implementation="triton")
+    return Case(chip, kernel.function, kernel.shapes)
+
+
+HEADS = dict(make=absent_kernels.expert_heads, T=8192, k=4, D=1024, F=256, E=16)
+# One size on every kind of tensor core, every size on one kind, and what has loops of its own.
+CHIPS = {"sm_80": "a100-80", "sm_89": "l40s", "sm_90": "h200", "sm_100": "b200", "sm_120": "rtx-pro-6000"}
+CASES: dict[str, Callable[[], Case]] = {
+    **{f"stick_breaking_{target}": partial(stick_breaking, chip, H=64) for target, chip in CHIPS.items()},
+    "stick_breaking_128": partial(stick_breaking, "a100-80", H=128),
+    "stick_breaking_256": partial(stick_breaking, "l40s", H=256),
+    "stick_breaking_float32": partial(stick_breaking, "l40s", H=128, dtype=jnp.float32),
+    "stick_breaking_packed": partial(
+        stick_breaking, "a100-80", H=80, segments=True, window=100, skip_below=-24.0, attend_current=True
+    ),
+    "stick_breaking_decode": partial(stick_breaking, "a100-80", H=128, T=1, S=8192, N=8, backward=False),
+    **{f"experts_{target}": partial(experts, chip, T=8192, k=8, D=1536, F=512, E=40) for target, chip in CHIPS.items()},
+    "experts_odd": partial(experts, "a100-80", T=1000, k=2, D=200, F=300, E=6, activation="geglu", bias=True),
+    "experts_few_rows": partial(experts, "h200", T=256, k=8, D=1536, F=512, E=40, activation="reglu"),
+    "experts_decode": partial(experts, "h200", absent_kernels.experts_decode),
+    "expert_heads": partial(experts, "h200", **HEADS),
+    "expert_heads_float32": partial(experts, "a100-80", **HEADS, dtype=jnp.float32),
+}
+
+
+def compile_kernels(case: Case) -> list[Usage]:
+    """The Triton kernels of a case, after Triton, XLA and ptxas compiled them.
+
+    Raises:
+      MissingWheels: without jax[cuda13] or jax-triton.
+      RuntimeError: this process compiled them before: jax-triton remembers them and writes nothing.
+    """
+    try:
+        from jax_triton import triton_lib
+    except ModuleNotFoundError as error:
+        raise MissingWheels(f"needs jax-triton: pip install 'stickjax[triton]' ({error})") from None
+    assembler = _folder("nvidia.cu13") / "bin"
+    path = {"PATH": f"{assembler}{os.pathsep}{os.environ.get('PATH', '')}"}  # XLA takes the first ptxas
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.object(triton_lib, "_JAX_TRITON_DUMP_DIR", folder),
+        mock.patch.dict(os.environ, path),
+    ):
+        compile_for(case.function, *case.shapes, chip=case.chip)
+        written = sorted(Path(folder).glob("*/*.ptx"), key=lambda path: path.name)
+        if not written:
+            raise RuntimeError("no kernel was compiled; use a new process")
+        return [_read(path, assembler / "ptxas") for path in written]
+
+
+def _read(path: Path, assembler: Path) -> Usage:
+    ptx = path.read_text()
+    target = re.search(r"^\.target (\w+)", ptx, re.M)[1]
+    command = [assembler, f"-arch={target}", "-v", path, "-o", path.with_suffix(".cubin")]
+    usage = _usage(subprocess.run(command, capture_output=True, text=True, check=True).stderr)
+    shared = int(re.search(r"shared_mem_bytes: (\d+)", path.with_suffix(".compile_info").read_text())[1])
+    sharing = Counter(re.findall(rf"^\s*(?:@!?%\w+\s+)?({SHARING})", ptx, re.M))
+    return Usage(
+        path.stem, target.rstrip("af"), usage["registers"], usage["spill_stores"], usage["spill_loads"], shared,
+        len(re.findall(PRODUCTS, ptx)), len(re.findall(r"\bcp\.async\.c[ag]\b", ptx)), dict(sharing),
+    )  # fmt: skip
+
+
+def _compile_named(name: str) -> list[Usage]:
+    return compile_kernels(CASES[name]())
+
+
+def compile_all(names: Iterable[str]) -> dict[str, list[Usage]]:
+    """By name, in processes that have not interpreted any kernel. Raises MissingWheels."""
+    names = list(names)
+    workers = max(1, min(len(names), os.cpu_count() or 1, 4))
+    with mock.patch.dict(os.environ, JAX_PLATFORMS="cpu"):
+        os.environ.pop("TRITON_INTERPRET", None)
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+            return dict(zip(names, pool.map(_compile_named, names), strict=True))
+
+
+def print_table(compiled: dict[str, list[Usage]], console: Console) -> None:
+    table = Table(title="Triton kernels")
+    for column in ("", "kernel", "target", "registers", "spilled bytes", "shared memory", "sharing"):
+        table.add_column(column)
+    for name, usages in compiled.items():
+        for i, u in enumerate(usages):
+            spilled = f"{u.spill_stores} stored, {u.spill_loads} loaded" if u.spill_stores else "0"
+            said = [u.name, u.target, str(u.registers), spilled, str(u.shared), ", ".join(u.sharing) or "none"]
+            table.add_row("" if i else name, *said, end_section=i == len(usages) - 1)
+    console.print(table)
+
+
+def write_json(path: Path, compiled: dict[str, list[Usage]]) -> None:
+    info = {"date": datetime.date.today().isoformat()}
+    info |= {name: importlib.metadata.version(name) for name in ("jax", "jax-triton", "triton", "nvidia-cuda-nvcc")}
+    info["kernels"] = {name: [usage._asdict() for usage in usages] for name, usages in compiled.items()}
+    path.write_text(json.dumps(info, indent=1) + "\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.absent_triton", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--only", choices=CASES, help="one case")
+    parser.add_argument("--json", action="store_true", help=f"also write {RESULT.relative_to(ROOT)}")
+    arguments = parser.parse_args(argv)
+    try:
+        compiled = compile_all([arguments.only] if arguments.only else CASES)
+    except MissingWheels as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print_table(compiled, Console(width=150, soft_wrap=False))
+    if arguments.json:
+        write_json(RESULT, compiled)
+    return int(any(u.sharing for usages in compiled.values() for u in usages))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

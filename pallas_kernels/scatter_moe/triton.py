@@ -1,0 +1,162 @@
+"""Expert products by Triton, on every GPU since sm_80: the calls they take, and the launches of their kernels."""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from .. import cost, triton_call
+from . import fused, xla
+from .call import LinearCall, MlpCall
+from .tasks import Tasks, row_numbers
+from .triton_sizes import Sizes, fitting, product_sizes, rows_of_tile, weight_sizes
+
+# The kernels name an activation by the function of its first half.
+POINTWISE = {"swiglu": "silu", "geglu": "gelu_tanh", "reglu": "relu"}
+
+
+def refuses(call: LinearCall | MlpCall) -> str | None:
+    if reason := triton_call.refuses(call.x):
+        return reason
+    if call.x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        return f"takes bfloat16, float16 and float32, not {call.x.dtype}"
+    return None
+
+
+def detail(call: LinearCall | MlpCall) -> str:
+    weight = call.weight if isinstance(call, LinearCall) else call.w_out
+    rows = _rows_of_tile(call.routing, call.x)
+    return f"{rows} x {product_sizes(rows, *weight.shape[1:], call.x.dtype).columns} tiles"
+
+
+def mlp(call: MlpCall):
+    return xla.mlp(call) if 0 in call.x.shape + call.w_out.shape else fused.mlp(KERNELS, call)
+
+
+def linear(call: LinearCall):
+    return xla.linear(call) if 0 in call.x.shape + call.weight.shape else fused.linear(KERNELS, call)
+
+
+# The kernels as `fused` takes them. Hidden rows are [R, F], or [R, 2F] in a gated layer.
+
+
+def _launch(name: str, flops: int, kernel: Callable, sizes: Sizes, *arrays, **options):
+    run = partial(triton_call.launch, kernel, num_warps=sizes.warps, num_stages=sizes.stages, **options)
+    return cost.kernel(name, flops, run)(*arrays)
+
+
+def _products(name: str, sizes: Sizes, work: Tasks, D: int, F: int, products: int, *arrays, **options):
+    """A kernel of `triton_product`, over the row tiles and the columns."""
+
+    def kernel():
+        from . import triton_product
+
+        return getattr(triton_product, name)
+
+    tiles = work.expert.shape[0]
+    return _launch(
+        f"expert_{name}", 2 * products * work.place.shape[0] * D * F, kernel, sizes, *arrays,
+        grid=(tiles * -(-F // sizes.columns),), E=work.rows.shape[0], D=D, F=F, TILES=tiles, M=sizes.rows,
+        N=sizes.columns, K=sizes.depth, **options,
+    )  # fmt: skip
+
+
+def _rows_of_tile(routing, x) -> int:
+    return rows_of_tile(routing.order.shape[0], routing.num_experts, x.dtype)
+
+
+def _rows(work: Tasks) -> int:
+    return work.slots.shape[0] // work.expert.shape[0]
+
+
+def _product(x, source, weight, work, target, bias=None, *, first=0, columns=None, transposed=False):
+    D, F = (weight.shape[2], weight.shape[1]) if transposed else weight.shape[1:]
+    columns = F if columns is None else columns
+    sizes = product_sizes(_rows(work), D, columns, x.dtype)
+    return _products(
+        "product", sizes, work, D, columns, 1,
+        x, source, weight, weight if bias is None else bias, work.expert, work.count, target,
+        out=jax.ShapeDtypeStruct((work.place.shape[0], columns), x.dtype),
+        FIRST=first, ALL=F, TRANSPOSED=transposed, BIASED=bias is not None,
+    )  # fmt: skip
+
+
+def _activated(activation, x, source, weight, work, bias, *, keep):
+    D, width = weight.shape[1:]
+    products = 2 if activation in POINTWISE else 1
+    F, R = width // products, work.place.shape[0]
+    sizes = product_sizes(_rows(work), D, F, x.dtype, products=products, widest=128 * products)
+    outs = _products(
+        "activated", sizes, work, D, F, products,
+        x, source, weight, weight if bias is None else bias, work.expert, work.count, work.sorted,
+        out=(jax.ShapeDtypeStruct((R, F), x.dtype), jax.ShapeDtypeStruct((R, width) if keep else (1, 1), x.dtype)),
+        GATED=products == 2, ACTIVATION=POINTWISE.get(activation, activation), BIASED=bias is not None, KEEP=keep,
+    )  # fmt: skip
+    return outs if keep else outs[:1]
+
+
+def _d_activated(activation, d_out, source, weight, work, h, gates):
+    return _d_activated_rows(activation, d_out, source, weight, work, h, work.sorted, gates, work.sorted)
+
+
+def _d_gated(d_out, source, weight, work, x, x_rows, gates, routing):
+    """A gated linear map is a network whose activation does nothing."""
+    k = gates.shape[1]
+    to, own = row_numbers(work, "slot" if x_rows == "token" else x_rows, k), row_numbers(work, x_rows, k)
+    tiled = fused.by_tile(gates, work)
+    dx, gated, d_gate = _d_activated_rows("none", d_out, source, weight, work, x, own, tiled, to)
+    return dx, gated, to, d_gate[work.place]
+
+
+def _d_activated_rows(activation, d_out, source, weight, work, h, kept, gates, target):
+    """h is in the rows `kept`, and the results in the rows `target`."""
+    F, D = weight.shape[1:]
+    sizes, R = product_sizes(_rows(work), D, F, d_out.dtype, widest=128), work.place.shape[0]
+    dh, gated, d_gates = _products(
+        "d_activated", sizes, work, D, F, 1,
+        d_out, source, weight, h, kept, gates, work.expert, work.count, target,
+        out=(
+            jax.ShapeDtypeStruct((R, h.shape[1]), d_out.dtype),
+            jax.ShapeDtypeStruct((R, F), d_out.dtype),
+            jax.ShapeDtypeStruct((-(-F // sizes.columns), gates.shape[0]), jnp.float32),
+        ),
+        GATED=activation in POINTWISE, ACTIVATION=POINTWISE.get(activation, activation),
+    )  # fmt: skip
+    return dh, gated, d_gates.sum(0)
+
+
+def _d_weights(left, left_numbers, right, right_numbers, work):
+    def kernel():
+        from .triton_weights import d_weights
+
+        return d_weights
+
+    E, D, F = work.rows.shape[0], left.shape[1], right.shape[1]
+    sizes = weight_sizes(D, F, left.dtype)
+    heavy = jnp.argsort(-work.rows, stable=True).astype(jnp.int32)
+    return _launch(
+        "expert_d_weights", 2 * work.place.shape[0] * D * F, kernel, sizes,
+        left, left_numbers, right, right_numbers, heavy, work.first, work.rows,
+        out=jax.ShapeDtypeStruct((E, D, F), left.dtype), grid=(E * -(-D // sizes.rows) * -(-F // sizes.columns),),
+        D=D, F=F, M=_rows(work), DOWN=sizes.rows, ACROSS=sizes.columns, R=sizes.depth,
+    )  # fmt: skip
+
+
+def _d_bias(bias, right, numbers, work, gates=None):
+    def kernel():
+        from .triton_weights import d_bias
+
+        return d_bias
+
+    E, F = bias.shape
+    sizes = Sizes(rows=1, columns=fitting(64, F), depth=64, warps=4, stages=3)
+    return _launch(
+        "expert_d_bias", work.place.shape[0] * F, kernel, sizes,
+        right, numbers, numbers if gates is None else fused.by_tile(gates, work), work.first, work.rows,
+        out=jax.ShapeDtypeStruct((E, F), bias.dtype), grid=(-(-F // sizes.columns), E),
+        F=F, WEIGHED=gates is not None, M=_rows(work), ACROSS=sizes.columns, R=sizes.depth,
+    )  # fmt: skip
+
+
+KERNELS = fused.Kernels(_rows_of_tile, _product, _activated, _d_activated, _d_gated, _d_weights, _d_bias)

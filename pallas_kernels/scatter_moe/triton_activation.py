@@ -1,0 +1,48 @@
+"""Activations and their derivatives inside of Triton kernels, in fp32: the formulas of `call.py`, one half at a time.
+
+Named as there, but for gated ones, whose first half has the name of its function alone; "none" is the identity.
+"""
+
+import triton
+import triton.language as tl
+
+_SQRT_HALF = tl.constexpr(0.7071067811865476)
+_NORMAL = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi)
+_TWICE_SQRT = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
+_CUBIC = tl.constexpr(0.044715)
+
+
+@triton.jit
+def activate(NAME: tl.constexpr, x):
+    if NAME == "silu":
+        y = x * tl.sigmoid(x)
+    elif NAME == "gelu":
+        y = 0.5 * x * (1 + tl.erf(x * _SQRT_HALF))
+    elif NAME == "gelu_tanh":
+        y = x * tl.sigmoid(x * _TWICE_SQRT * (1 + x * x * _CUBIC))  # (1 + tanh(u)) / 2 = sigmoid(2 u)
+    elif NAME == "relu":
+        y = tl.where(x < 0, 0.0, x)
+    elif NAME == "relu2":
+        y = tl.where(x < 0, 0.0, x * x)
+    else:
+        y = x
+    return y
+
+
+@triton.jit
+def slope(NAME: tl.constexpr, x):
+    if NAME == "silu":
+        s = tl.sigmoid(x)
+        y = s * (1 + x * (1 - s))
+    elif NAME == "gelu":
+        y = 0.5 * (1 + tl.erf(x * _SQRT_HALF)) + x * tl.exp(-0.5 * x * x) * _NORMAL
+    elif NAME == "gelu_tanh":
+        s = tl.sigmoid(x * _TWICE_SQRT * (1 + x * x * _CUBIC))
+        y = s + x * s * (1 - s) * _TWICE_SQRT * (1 + x * x * (3 * _CUBIC))
+    elif NAME == "relu":
+        y = tl.where(x > 0, 1.0, 0.0)
+    elif NAME == "relu2":
+        y = 2 * tl.where(x < 0, 0.0, x)
+    else:
+        y = tl.full(x.shape, 1.0, tl.float32)
+    return y

@@ -1,0 +1,158 @@
+"""Products of rows with the weights of their expert, in Triton.
+
+out[target[r]] = x[source[r]] @ weight[expert of r], where both row numbers come from `tasks`: all four cases of sorted
+and scattered rows are one loop, which gathers when it loads and scatters when it stores. A program takes one tile of
+rows, all of one expert, and one of columns. What follows the product (an activation, its derivative) runs on the sums.
+
+Sizes in capitals: x has rows of D and the result rows of F columns; a program takes M rows, N columns, and K of D at a
+time. Rows are addressed in 64 bits: those of all slots are more elements than 32 bits count.
+"""
+
+import triton
+import triton.language as tl
+
+from .triton_activation import activate, slope
+
+_TOGETHER = tl.constexpr(8)  # row tiles that take a column tile at the same time, so that its weights come once
+
+
+@triton.jit
+def _place(TILES: tl.constexpr, F: tl.constexpr, N: tl.constexpr):
+    """The row tile and the column tile of this program."""
+    across: tl.constexpr = (F + N - 1) // N
+    program = tl.program_id(0)
+    first = program // (_TOGETHER * across) * _TOGETHER
+    rest = program - first * across
+    together = tl.minimum(TILES - first, _TOGETHER)
+    return first + rest % together, rest // together
+
+
+@triton.jit
+def _elements(rows, columns, WIDTH: tl.constexpr):
+    """Where the columns of the rows are, and whether they are: rows below zero and columns beyond the last are not."""
+    return rows.to(tl.int64)[:, None] * WIDTH + columns[None, :], (rows >= 0)[:, None] & (columns < WIDTH)[None, :]
+
+
+@triton.jit
+def _sums(x, rows, weight, columns, alive, D: tl.constexpr, LIMIT: tl.constexpr, DOWN: tl.constexpr,
+          ACROSS: tl.constexpr, APART: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):  # fmt: skip
+    """x[rows] @ weight[:, columns] in fp32, and with APART also @ weight[:, columns + APART]; zero unless `alive`.
+
+    `weight` is that of the expert, its elements DOWN and ACROSS of each other.
+    """
+    inner = tl.arange(0, K)
+    exists = rows >= 0
+    x_at = x + rows.to(tl.int64)[:, None] * D + inner[None, :]
+    w_at = weight + inner.to(tl.int64)[:, None] * DOWN + columns.to(tl.int64)[None, :] * ACROSS
+    one = tl.zeros((M, N), tl.float32)
+    two = tl.zeros((M, N) if APART else (1, 1), tl.float32)
+    for depth in range(0, tl.where(alive, D, 0), K):
+        x_mask, w_mask = exists[:, None], (columns < LIMIT)[None, :]
+        if D % K:
+            x_mask, w_mask = x_mask & (inner < D - depth)[None, :], w_mask & (inner < D - depth)[:, None]
+        x_tile = tl.load(x_at, mask=x_mask, other=0.0)
+        one = tl.dot(x_tile, tl.load(w_at, mask=w_mask, other=0.0), one, input_precision="ieee")
+        if APART:
+            more = tl.load(w_at + APART * ACROSS, mask=w_mask, other=0.0)
+            two = tl.dot(x_tile, more, two, input_precision="ieee")
+        x_at += K
+        w_at += K * DOWN
+    return one, two
+
+
+@triton.jit
+def product(x, source, weight, bias, expert, count, target, out, E: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
+            FIRST: tl.constexpr, ALL: tl.constexpr, TRANSPOSED: tl.constexpr, BIASED: tl.constexpr,
+            TILES: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):  # fmt: skip
+    """Columns FIRST to FIRST + F of the ALL of a weight [E, D, ALL], or [E, ALL, D] if transposed; bias [E, ALL]."""
+    tile, across = _place(TILES, F, N)
+    if tile < tl.load(count):
+        e, slots = tl.load(expert + tile), tile * M + tl.arange(0, M)
+        columns = across * N + tl.arange(0, N)
+        weight += e.to(tl.int64) * (D * ALL) + FIRST * (D if TRANSPOSED else 1)
+        y, _ = _sums(x, tl.load(source + slots), weight, columns, e < E, D, F, 1 if TRANSPOSED else ALL,
+                     D if TRANSPOSED else 1, 0, M, N, K)  # fmt: skip
+        if BIASED:
+            inside = columns < tl.where(e < E, F, 0)
+            y += tl.load(bias + e * ALL + FIRST + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+        at, there = _elements(tl.load(target + slots), columns, F)
+        tl.store(out + at, y.to(out.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def activated(x, source, weight, bias, expert, count, target, out, hidden, E: tl.constexpr, D: tl.constexpr,
+              F: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, BIASED: tl.constexpr,
+              KEEP: tl.constexpr, TILES: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):  # fmt: skip
+    """out = act(h) and, to KEEP, hidden = h of h = x @ weight + bias, whose rows are F columns, or twice F if GATED."""
+    all_columns: tl.constexpr = 2 * F if GATED else F
+    tile, across = _place(TILES, F, N)
+    if tile < tl.load(count):
+        e, slots = tl.load(expert + tile), tile * M + tl.arange(0, M)
+        columns = across * N + tl.arange(0, N)
+        weight += e.to(tl.int64) * (D * all_columns)
+        h, up = _sums(x, tl.load(source + slots), weight, columns, e < E, D, F, all_columns, 1, F if GATED else 0,
+                      M, N, K)  # fmt: skip
+        rows = tl.load(target + slots)
+        at, there = _elements(rows, columns, F)
+        if BIASED:
+            inside = columns < tl.where(e < E, F, 0)
+            added = bias + e * all_columns + columns
+            h += tl.load(added, mask=inside, other=0.0).to(tl.float32)[None, :]
+            if GATED:
+                up += tl.load(added + F, mask=inside, other=0.0).to(tl.float32)[None, :]
+        if KEEP:
+            kept = hidden + rows.to(tl.int64)[:, None] * all_columns + columns[None, :]
+            tl.store(kept, h.to(hidden.dtype.element_ty), mask=there)
+            if GATED:
+                tl.store(kept + F, up.to(hidden.dtype.element_ty), mask=there)
+        y = activate(ACTIVATION, h)
+        if GATED:
+            y *= up
+        tl.store(out + at, y.to(out.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _d_activated(dy, gate, hidden, kept_rows, rows, columns, dh, gated, F: tl.constexpr, GATED: tl.constexpr,
+                 ACTIVATION: tl.constexpr):  # fmt: skip
+    """Some columns of `d_activated`; returns their share of d_gate."""
+    all_columns: tl.constexpr = 2 * F if GATED else F
+    at, there = _elements(rows, columns, F)
+    h_at = hidden + kept_rows.to(tl.int64)[:, None] * all_columns + columns[None, :]
+    used = (kept_rows >= 0)[:, None] & (columns < F)[None, :]
+    h = tl.load(h_at, mask=used, other=0.0).to(tl.float32)
+    y, dh_at = activate(ACTIVATION, h), dh + rows.to(tl.int64)[:, None] * all_columns + columns[None, :]
+    slopes = dy * gate * slope(ACTIVATION, h)
+    if GATED:
+        up = tl.load(h_at + F, mask=used, other=0.0).to(tl.float32)
+        tl.store(dh_at + F, (dy * gate * y).to(dh.dtype.element_ty), mask=there)
+        y *= up
+        slopes *= up
+    tl.store(dh_at, slopes.to(dh.dtype.element_ty), mask=there)
+    tl.store(gated + at, (y * gate).to(gated.dtype.element_ty), mask=there)
+    return tl.sum(y * dy, 1)
+
+
+@triton.jit
+def d_activated(d_out, source, weight, hidden, kept, gates, expert, count, target, dh, gated, d_gate,
+                E: tl.constexpr, D: tl.constexpr, F: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
+                TILES: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):  # fmt: skip
+    """The derivative of the sum of gate * act(h) @ weight, weight [E, F, D], h in the rows `kept` of hidden.
+
+    With dy = d_out @ weight^T: dh = act'(h) gate dy, gated = gate act(h), and d_gate = <act(h), dy> of the columns of
+    each column tile.
+    """
+    tile, across = _place(TILES, F, N)
+    if tile < tl.load(count):
+        e, slots = tl.load(expert + tile), tile * M + tl.arange(0, M)
+        columns = across * N + tl.arange(0, N)
+        weight += e.to(tl.int64) * (D * F)
+        dy, _ = _sums(d_out, tl.load(source + slots), weight, columns, e < E, D, F, 1, D, 0, M, N, K)
+        rows, gate = tl.load(target + slots), tl.load(gates + slots)[:, None]
+        kept_rows = tl.where(e < E, tl.load(kept + slots), -1)  # what no expert has read may be anything
+        # In halves: everything at once would not fit the registers.
+        left, right = tl.split(tl.permute(tl.reshape(dy, (M, 2, N // 2)), (0, 2, 1)))
+        half = across * N + tl.arange(0, N // 2)
+        total = _d_activated(left, gate, hidden, kept_rows, rows, half, dh, gated, F, GATED, ACTIVATION)
+        half += N // 2
+        total += _d_activated(right, gate, hidden, kept_rows, rows, half, dh, gated, F, GATED, ACTIVATION)
+        tl.store(d_gate + across.to(tl.int64) * (TILES * M) + slots, total)

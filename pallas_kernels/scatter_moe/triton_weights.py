@@ -1,0 +1,51 @@
+"""Gradients of expert weights and biases, in Triton: sums over the rows of each expert, one program for each piece.
+
+Both sides are gathered by their row numbers when they are loaded, so that nothing is transposed, padded or copied in
+memory. A piece is written once, by the program that has summed it, in the order of the rows: no atomics, and the same
+bits in every run. An expert without rows gets zeros. Experts with many rows come first.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def d_weights(left, left_numbers, right, right_numbers, heavy, first, rows, out, D: tl.constexpr, F: tl.constexpr,
+              M: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, R: tl.constexpr):  # fmt: skip
+    """out[e] [D, F] = sum of left[r]^T right[r]; DOWN x ACROSS of it, by R rows at a time. Tiles have M row numbers."""
+    across: tl.constexpr = (F + ACROSS - 1) // ACROSS
+    pieces: tl.constexpr = (D + DOWN - 1) // DOWN * across
+    program = tl.program_id(0)
+    e, piece = tl.load(heavy + program // pieces), program % pieces
+    down = piece // across * DOWN + tl.arange(0, DOWN)
+    columns = piece % across * ACROSS + tl.arange(0, ACROSS)
+    start, count, row = tl.load(first + e) * M, tl.load(rows + e), tl.arange(0, R)
+    sums = tl.zeros((DOWN, ACROSS), tl.float32)
+    for before in range(0, count, R):
+        place, exists = start + before + row, row < count - before
+        left_at = tl.load(left_numbers + place, mask=exists, other=0).to(tl.int64)[None, :] * D + down[:, None]
+        right_at = tl.load(right_numbers + place, mask=exists, other=0).to(tl.int64)[:, None] * F + columns[None, :]
+        left_tile = tl.load(left + left_at, mask=exists[None, :] & (down < D)[:, None], other=0.0)
+        right_tile = tl.load(right + right_at, mask=exists[:, None] & (columns < F)[None, :], other=0.0)
+        sums = tl.dot(left_tile, right_tile, sums, input_precision="ieee")
+    inside = (down < D)[:, None] & (columns < F)[None, :]
+    at = e.to(tl.int64) * (D * F) + down.to(tl.int64)[:, None] * F + columns[None, :]
+    tl.store(out + at, sums.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def d_bias(right, right_numbers, gates, first, rows, out, F: tl.constexpr, WEIGHED: tl.constexpr, M: tl.constexpr,
+           ACROSS: tl.constexpr, R: tl.constexpr):  # fmt: skip
+    """out[e] [F] = sum of the rows right[r], times their gates if WEIGHED; ACROSS columns of it, R rows at a time."""
+    e, columns = tl.program_id(1), tl.program_id(0) * ACROSS + tl.arange(0, ACROSS)
+    start, count, row = tl.load(first + e) * M, tl.load(rows + e), tl.arange(0, R)
+    sums = tl.zeros((R, ACROSS), tl.float32)
+    for before in range(0, count, R):
+        place, exists = start + before + row, row < count - before
+        r = tl.load(right_numbers + place, mask=exists, other=0).to(tl.int64)
+        mask = exists[:, None] & (columns < F)[None, :]
+        tile = tl.load(right + r[:, None] * F + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+        if WEIGHED:
+            tile *= tl.load(gates + place, mask=exists, other=0.0)[:, None]
+        sums += tile
+    tl.store(out + e.to(tl.int64) * F + columns, tl.sum(sums, 0).to(out.dtype.element_ty), mask=columns < F)

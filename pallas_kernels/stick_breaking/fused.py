@@ -1,0 +1,210 @@
+"""What sets of GPU kernels share around their kernels: the derivative, heads at a time, and decoding.
+
+Residuals: query, key, value, what every row has spent of its stick (two fp32) and where it stopped; not the output.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .call import Call
+from .spans import spans
+
+SNAPSHOTS = 2**31  # bytes; the backward pass takes fewer heads at a time above
+SPLIT = 256  # keys that are worth a split of their own when all are read
+ROUND = 512  # keys read first when decoding with skip_below; every further round reads twice as many
+LN2 = math.log(2)
+
+
+class Kernels(NamedTuple):
+    """A set of kernels, and how it chooses the static sizes of a call.
+
+    A plan has the sizes B, rows, S, N, K, those of a tile `row_tile` and `key_tile`, and `padded`, the rows of all
+    blocks of a head. The kernels take `plan, *arrays, scale, spans, offset[, query segments, key segments]`:
+      forward(.., query, key, value, ..) -> out [B,rows,N,Hv], spent [2,B,N,padded], first visited tile [B,N,tiles];
+      d_query(.., query, key, value, d_out, d_log_rem, spent, first visited tile, ..) -> dq, d_scale of every row,
+        snapshots, an array whose elements are of one head and one key tile each;
+      d_key_value(.., query, key, value, d_out, snapshots, first visited tile, ..) -> dk, dv.
+    """
+
+    plan: Callable[..., Any]  # (call, *, backward=False, decoding=None or (query heads of a key head, splits))
+    forward: Callable
+    d_query: Callable
+    d_key_value: Callable
+    snapshot_bytes: int  # of a row and key tile
+    multiprocessors: int  # of a usual GPU
+
+
+def attention(kernels: Kernels, call: Call):
+    """(out [B,T,N,Hv], log_rem [B,T,N], share of the key tiles computed [B,K])."""
+    scale = jnp.asarray(call.scale, jnp.float32)
+    static = call._replace(query=None, key=None, value=None, scale=None, where=None)
+    return _attention(call.query, call.key, call.value, scale, call.where, static, kernels)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attention(query, key, value, scale, where, static, kernels):
+    call = static._replace(query=query, key=key, value=value, scale=scale, where=where)
+    if is_decoding(call):
+        return _decode(kernels, call)
+    return _forward(query, key, value, scale, where, static, kernels)[0]
+
+
+def _forward(query, key, value, scale, where, static, kernels):
+    call = static._replace(query=query, key=key, value=value, scale=scale, where=where)
+    plan = kernels.plan(call)
+    planned = _planned(call, plan)
+    out, spent, reached = kernels.forward(plan, query, key, value, scale, *planned)
+    log_rem = -LN2 * (spent[0] + spent[1])[:, :, : plan.rows].swapaxes(1, 2)
+    residuals = query, key, value, scale, where, spent, reached
+    return (out, log_rem, _kept(plan, planned[0], reached)), residuals
+
+
+def _backward(static, kernels, residuals, cotangents):
+    query, key, value, scale, where, spent, reached = residuals
+    call = static._replace(query=query, key=key, value=value, scale=scale, where=where)
+    d_out, d_log_rem, _ = cotangents
+    plan = kernels.plan(call, backward=True)
+    planned = _planned(call, plan)
+    spent, reached = _for_rows(plan, spent, reached)
+    d_log_rem = jnp.pad(d_log_rem.swapaxes(1, 2), ((0, 0), (0, 0), (0, plan.padded - plan.rows)))
+    arrays = query, key, value, d_out.astype(query.dtype), d_log_rem, spent, reached
+    dq, d_scale, dk, dv = _gradients(kernels, plan, arrays, scale, planned)
+    return dq, dk, dv, d_scale.sum(), None
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _for_rows(plan, spent, reached):
+    """What the forward pass left, for a backward pass whose tiles have as many query rows or fewer."""
+    times = spent.shape[-1] // reached.shape[-1] // plan.row_tile
+    if times == 1:
+        return spent, reached
+    return spent[..., : plan.padded], jnp.repeat(reached, times, -1)[..., : plan.padded // plan.row_tile]
+
+
+def _gradients(kernels: Kernels, plan, arrays, scale, planned):
+    """(dq, parts of d_scale, dk, dv), over so many heads at a time that the snapshots stay within SNAPSHOTS bytes."""
+    query, key, value, d_out, d_log_rem, spent, reached = arrays
+
+    def some(plan, query, key, value, d_out, d_log_rem, spent, reached, planned):
+        rows = query, key, value, d_out, d_log_rem, spent, reached, scale
+        dq, d_scale, snapshots = kernels.d_query(plan, *rows, *planned)
+        dk, dv = kernels.d_key_value(plan, query, key, value, d_out, snapshots, reached, scale, *planned)
+        return dq, d_scale[..., : plan.rows].sum(-1), dk, dv
+
+    B, K, G = plan.B, plan.K, plan.N // plan.K
+    per_head = G * kernels.snapshot_bytes * spent.shape[-1] * -(-plan.S // plan.key_tile)
+    if B * K * per_head <= SNAPSHOTS:
+        return some(plan, *arrays, planned)
+    heads = max(n for n in range(1, K + 1) if K % n == 0 and n * per_head <= max(SNAPSHOTS, per_head))
+
+    def split(x, axis, batch):  # [.., B, .., heads, ..] -> [B, K / heads, .., 1, .., heads, ..]
+        x = x.reshape(*x.shape[:axis], K // heads, -1, *x.shape[axis + 1 :])
+        return jnp.expand_dims(jnp.moveaxis(x, (batch, axis), (0, 1)), batch + 2)
+
+    parts = [split(x, 2, 0) for x in (query, key, value, d_out)]
+    parts += [split(d_log_rem, 1, 0), split(spent, 2, 1), split(reached, 1, 0)]
+    flat = [x.reshape(-1, *x.shape[2:]) for x in parts]
+    entry = jnp.repeat(jnp.arange(B), K // heads)
+    plan = plan._replace(B=1, N=heads * G, K=heads)
+    one = lambda inputs: some(plan, *inputs[0], [x[inputs[1]][None] for x in planned])  # noqa: E731
+    outs = lax.map(one, (flat, entry))
+
+    def join(x):  # [B * K / heads, 1, T, heads, H] -> [B, T, K, H]
+        x = x.reshape(B, K // heads, *x.shape[2:])
+        return jnp.moveaxis(x, 1, 2).reshape(B, x.shape[2], -1, x.shape[-1])
+
+    dq, d_scale, dk, dv = outs
+    return join(dq), d_scale, join(dk), join(dv)
+
+
+def _planned(call: Call, plan, per_position: int = 1):
+    """(spans padded to whole blocks, offsets, segment ids padded to whole tiles): the last arguments of a kernel."""
+    table = spans(call, plan.row_tile, plan.key_tile, per_position)
+    table = jnp.pad(table, ((0, 0), (0, plan.padded // plan.row_tile - table.shape[1]), (0, 0)))
+    planned = [table, call.where.offset.astype(jnp.int32)]
+    if call.where.query_segments is not None:
+        ids = jnp.repeat(call.where.query_segments, per_position, 1), call.where.key_segments
+        planned += [
+            jnp.pad(x.astype(jnp.int32), ((0, 0), (0, size - x.shape[1])), constant_values=-1)
+            for x, size in zip(ids, (plan.padded, -(-plan.S // plan.key_tile) * plan.key_tile), strict=True)
+        ]
+    return planned
+
+
+def _kept(plan, table, reached):
+    """The share of the key tiles in reach that were visited, [B,K]."""
+    if plan.skip_below is None:
+        return jnp.ones((plan.B, plan.K), jnp.float32)
+    stop, start = table[:, None, :, 0], table[:, None, :, 3]
+    visited = jnp.where(stop > start, stop - reached, 0).reshape(plan.B, plan.K, -1).sum(-1)
+    in_reach = (stop - start).sum(-1) * (plan.N // plan.K)
+    return jnp.where(in_reach == 0, 1, visited / jnp.maximum(in_reach, 1)).astype(jnp.float32)
+
+
+# Decoding: the queries of a group as rows of one tile, the keys split over the multiprocessors.
+
+
+def is_decoding(call: Call) -> bool:
+    (_, T, N, _), K = call.query.shape, call.key.shape[2]
+    return call.tiles is None and T <= 16 and T * (N // K) <= 64 and call.mask.S >= 2 * SPLIT
+
+
+def splits(kernels: Kernels, call: Call) -> int:
+    B, K = call.query.shape[0], call.key.shape[2]
+    return max(1, min(kernels.multiprocessors // (B * K), call.mask.S // SPLIT))
+
+
+def _decode(kernels: Kernels, call: Call):
+    """The merge rule over the splits; with skip_below in rounds, the nearest keys first, until no stick is left."""
+    (B, T, N, H), (K, Hv) = call.query.shape, call.value.shape[2:]
+    G, P = N // K, splits(kernels, call)
+    plan = kernels.plan(call, decoding=(G, P))
+    query = jnp.moveaxis(call.query.reshape(B, T, K, G, H), 3, 2).reshape(B, T * G, K, H)
+    table, *planned = _planned(call, plan, G)
+    stop, start = table[..., 0], table[..., 3]
+
+    def some(high, low):
+        """Key tiles low..high-1 of every row tile: (out [B,K,rows,Hv], spent [B,K,rows]), all in fp32."""
+        share = jnp.arange(P + 1).reshape(-1, 1, 1)
+        edges = low[None] + (high - low)[None] * share // P
+        clipped = jnp.clip(table[None], edges[:-1, ..., None], edges[1:, ..., None])
+        empty = clipped[..., :1] <= clipped[..., 3:]
+        split = jnp.where(empty, 0, clipped).reshape(P * B, *table.shape[1:])
+        out, spent, _ = kernels.forward(plan, query, call.key, call.value, call.scale, split, *planned)
+        spent = spent.sum(0)[..., : plan.rows].reshape(P, B, K, plan.rows)
+        nearer = jnp.cumsum(spent[::-1], 0)[::-1] - spent
+        out = jnp.moveaxis(out, 2, 1).reshape(P, B, K, plan.rows, Hv)
+        return (out * jnp.exp2(-nearer)[..., None]).sum(0), spent.sum(0)
+
+    kept = jnp.ones((B, K), jnp.float32)
+    if call.skip_below is None:
+        out, spent = some(stop, start)
+    else:
+
+        def further(state):
+            width, high, out, spent = state
+            low = jnp.maximum(start, high - width)
+            more, more_spent = some(high, low)
+            return 2 * width, low, out + jnp.exp2(-spent)[..., None] * more, spent + more_spent
+
+        def goes_on(state):
+            _, high, _, spent = state
+            return (high > start).any() & (spent.min() <= -call.skip_below)
+
+        zeros = jnp.zeros((B, K, plan.rows), jnp.float32)
+        nothing = jnp.zeros((B, K, plan.rows, Hv), jnp.float32)
+        _, reached, out, spent = lax.while_loop(goes_on, further, (ROUND // plan.key_tile, stop, nothing, zeros))
+        in_reach = (stop - start).sum(-1)
+        share = jnp.where(in_reach == 0, 1, (stop - reached).sum(-1) / jnp.maximum(in_reach, 1))
+        kept = jnp.broadcast_to(share.astype(jnp.float32)[:, None], (B, K))
+    out = jnp.moveaxis(out.reshape(B, K, T, G, Hv), 2, 1).reshape(B, T, N, Hv)
+    log_rem = -LN2 * jnp.moveaxis(spent.reshape(B, K, T, G), 2, 1).reshape(B, T, N)
+    return out.astype(call.value.dtype), log_rem, kept

@@ -1,0 +1,15 @@
+"""Numbers for arithmetic in logarithms of base 2, which GPU kernels share."""
+
+import math
+
+import numpy as np
+
+LOG2E = math.log2(math.e)
+NOTHING = -1e30  # log2 of a beta of zero: a finite number, so that no difference of it is NaN
+# log2(1 + y) / y on [0, 1], highest power first, within 2.2e-7: seven multiply-adds instead of a special function.
+LOG2P1 = (
+    np.polynomial.Chebyshev.interpolate(lambda y: np.log1p(y) / np.maximum(y, 1e-300) / math.log(2), 7, [0, 1])
+    .convert(kind=np.polynomial.Polynomial)
+    .coef[::-1]
+    .tolist()
+)

@@ -1,0 +1,93 @@
+"""The gradients of keys and values in Triton: a block owns a key tile and adds up the query tiles that visit it.
+
+See triton_d_query.py for the mathematics and the snapshots.
+"""
+
+import triton
+import triton.language as tl
+
+from . import triton_tile as tile
+
+
+@triton.jit
+def visit(
+    i, b, column, k, v, multiplier, position, dk, dv, q_head, d_out_head, snapshots, query_segments_ref,
+    key_segments_ref, T: tl.constexpr, S: tl.constexpr, N: tl.constexpr, H: tl.constexpr, Hv: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, Hp: tl.constexpr, Hvp: tl.constexpr, padded: tl.constexpr,
+    attend_current: tl.constexpr, window: tl.constexpr, segments: tl.constexpr, precision: tl.constexpr,
+    masked: tl.constexpr,
+):  # fmt: skip
+    """One query tile."""
+    row = i * R
+    rows = row + tl.arange(0, R)
+    q = tile.load(q_head, row, T, N * H, H, R, Hp)
+    d_out = tile.load(d_out_head, row, T, N * Hv, Hv, R, Hvp)
+    entering, prefix = tl.load(snapshots + rows), tl.load(snapshots + padded + rows)
+    z = tile.product(q, tl.trans(k), precision) * multiplier
+    if masked:
+        last, first = tile.reach(position + rows, attend_current, window, S)
+        query_segments = rows
+        if segments:
+            query_segments = tl.load(query_segments_ref + b * padded + rows)
+        columns = column + tl.arange(0, C)
+        seen = tile.visible(columns, last, first, query_segments, key_segments_ref, window, segments)
+        z = tl.where(seen, z, tile.NOTHING)
+    log_beta, softplus = tile.sticks(z)
+    weights = tile.weights_of(log_beta, softplus, entering)
+    dv += tile.product(tl.trans(weights.to(d_out.dtype)), d_out, precision)
+    a = weights * tile.product(d_out, tl.trans(v), precision)
+    dz = tile.d_logits(a, log_beta, softplus, prefix)
+    dk += tile.product(tl.trans(dz.to(q.dtype)), q, precision)
+    return dk, dv
+
+
+@triton.jit
+def d_key_value(
+    q_ref, k_ref, v_ref, d_out_ref, snapshots_ref, reached_ref, visitors_ref, scale_ref, spans_ref, offset_ref,
+    query_segments_ref, key_segments_ref,
+    dk_ref, dv_ref,
+    B: tl.constexpr, T: tl.constexpr, S: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    H: tl.constexpr, Hv: tl.constexpr, R: tl.constexpr, C: tl.constexpr, Hp: tl.constexpr, Hvp: tl.constexpr,
+    tiles: tl.constexpr, attend_current: tl.constexpr, window: tl.constexpr, segments: tl.constexpr,
+    precision: tl.constexpr,
+):  # fmt: skip
+    place = tl.program_id(0)
+    key_tiles: tl.constexpr = (S + C - 1) // C
+    j, b, head = place // (B * K), place // K % B, place % K  # the tiles that most queries see come first
+    column = j * C
+    k_head, v_head = tile.head_of(k_ref, b, head, S, K, H), tile.head_of(v_ref, b, head, S, K, Hv)
+    k, v = tile.load(k_head, column, S, K * H, H, C, Hp), tile.load(v_head, column, S, K * Hv, Hv, C, Hvp)
+    scale, position = tl.load(scale_ref), tl.load(offset_ref + b)
+    multiplier = scale * tile.LOG2E
+    if segments:
+        key_segments_ref += b * (key_tiles * C)
+    dk = tl.zeros([C, Hp], tl.float32)
+    dv = tl.zeros([C, Hvp], tl.float32)
+    for member in range(0, N // K):
+        n = head * (N // K) + member
+        q_head, d_out_head = tile.head_of(q_ref, b, n, T, N, H), tile.head_of(d_out_ref, b, n, T, N, Hv)
+        snapshots = snapshots_ref + ((b * N + n) * key_tiles + j).to(tl.int64) * (2 * tiles * R)
+        visitors = visitors_ref + ((b * N + n) * key_tiles + j) * 4  # first, whole_first, whole_stop, stop
+        for part in tl.static_range(3):
+            begin, until = tl.load(visitors + part), tl.load(visitors + part + 1)
+            for i in range(begin, until):
+                if part == 1:
+                    dk, dv = visit(
+                        i, b, column, k, v, multiplier, position, dk, dv, q_head, d_out_head, snapshots,
+                        query_segments_ref, key_segments_ref, T, S, N, H, Hv, R, C, Hp, Hvp, tiles * R, attend_current,
+                        window, segments, precision, False,
+                    )  # fmt: skip
+                else:
+                    stop, start = tl.load(spans_ref + (b * tiles + i) * 4), tl.load(spans_ref + (b * tiles + i) * 4 + 3)
+                    start = tl.maximum(start, tl.load(reached_ref + (b * N + n) * tiles + i))
+                    if (j >= start) & (j < stop):
+                        dk, dv = visit(
+                            i, b, column, k, v, multiplier, position, dk, dv, q_head, d_out_head, snapshots,
+                            query_segments_ref, key_segments_ref, T, S, N, H, Hv, R, C, Hp, Hvp, tiles * R,
+                            attend_current, window, segments, precision, True,
+                        )  # fmt: skip
+
+    dk_tile = tile.places(tile.head_of(dk_ref, b, head, S, K, H), column, K * H, C, Hp)
+    tl.store(dk_tile, (dk * scale).to(dk_ref.dtype.element_ty), mask=tile.inside(column, S, H, C, Hp))
+    dv_tile = tile.places(tile.head_of(dv_ref, b, head, S, K, Hv), column, K * Hv, C, Hvp)
+    tl.store(dv_tile, dv.to(dv_ref.dtype.element_ty), mask=tile.inside(column, S, Hv, C, Hvp))

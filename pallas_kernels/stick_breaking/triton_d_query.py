@@ -1,0 +1,89 @@
+"""The gradient of the queries in Triton, and the snapshots for that of keys and values.
+
+With dA = dO V^T, a = A dA and P = d_log_rem + the sum of a over the keys further left,
+    dz = (1 - beta) a - beta P,  dq = scale dz K,  dk = scale dz^T Q,  dv = A^T dO.
+A block owns a tile of query rows and walks the key tiles from the left, which makes P a running sum. For every key tile
+it leaves what the rows have spent on entry, and P (`snapshots`): `d_key_value` reads them in any order.
+"""
+
+import triton
+import triton.language as tl
+
+from . import triton_tile as tile
+
+
+@triton.jit
+def visit(
+    j, q, d_out, multiplier, prefix, high, low, acc, k_head, v_head, snapshots, last, first, query_segments,
+    key_segments_ref, S: tl.constexpr, K: tl.constexpr, H: tl.constexpr, Hv: tl.constexpr, R: tl.constexpr,
+    C: tl.constexpr, Hp: tl.constexpr, Hvp: tl.constexpr, padded: tl.constexpr, window: tl.constexpr,
+    segments: tl.constexpr, precision: tl.constexpr, masked: tl.constexpr,
+):  # fmt: skip
+    """One key tile."""
+    column = j * C
+    k = tile.keys_of(k_head, column, S, K * H, H, C, Hp, masked)
+    v = tile.keys_of(v_head, column, S, K * Hv, Hv, C, Hvp, masked)
+    z = tile.product(q, tl.trans(k), precision) * multiplier
+    if masked:
+        columns = column + tl.arange(0, C)
+        seen = tile.visible(columns, last, first, query_segments, key_segments_ref, window, segments)
+        z = tl.where(seen, z, tile.NOTHING)
+    log_beta, softplus = tile.sticks(z)
+    high, low = tile.two_sum(high, low, -tl.sum(softplus, 1))
+    entering = high + low
+    a = tile.weights_of(log_beta, softplus, entering) * tile.product(d_out, tl.trans(v), precision)
+    dz = tile.d_logits(a, log_beta, softplus, prefix)
+    snapshot = snapshots + (column // C).to(tl.int64) * (2 * padded)
+    tl.store(snapshot, entering)
+    tl.store(snapshot + padded, prefix)
+    acc += tile.product(dz.to(k.dtype), k, precision)
+    return prefix + tl.sum(a, 1), high, low, acc
+
+
+@triton.jit
+def d_query(
+    q_ref, k_ref, v_ref, d_out_ref, d_log_rem_ref, spent_ref, reached_ref, scale_ref, spans_ref, offset_ref,
+    query_segments_ref, key_segments_ref,
+    dq_ref, d_scale_ref, snapshots_ref,
+    B: tl.constexpr, T: tl.constexpr, S: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    H: tl.constexpr, Hv: tl.constexpr, R: tl.constexpr, C: tl.constexpr, Hp: tl.constexpr, Hvp: tl.constexpr,
+    tiles: tl.constexpr, together: tl.constexpr, attend_current: tl.constexpr, window: tl.constexpr,
+    segments: tl.constexpr, precision: tl.constexpr,
+):  # fmt: skip
+    b, n, i = tile.block(B * N, N, tiles, together)
+    head = n // (N // K)
+    row = i * R
+    rows = row + tl.arange(0, R)
+    q = tile.load(tile.head_of(q_ref, b, n, T, N, H), row, T, N * H, H, R, Hp)
+    d_out = tile.load(tile.head_of(d_out_ref, b, n, T, N, Hv), row, T, N * Hv, Hv, R, Hvp)
+    k_head, v_head = tile.head_of(k_ref, b, head, S, K, H), tile.head_of(v_ref, b, head, S, K, Hv)
+    multiplier = tl.load(scale_ref) * tile.LOG2E
+    last, first = tile.reach(tl.load(offset_ref + b) + rows, attend_current, window, S)
+    query_segments = rows
+    if segments:
+        query_segments = tl.load(query_segments_ref + b * (tiles * R) + rows)
+        key_segments_ref += b * ((S + C - 1) // C * C)
+
+    own = ((b * N + n) * tiles).to(tl.int64) * R + rows
+    prefix, high, low = (
+        tl.load(d_log_rem_ref + own),
+        tl.load(spent_ref + own),
+        tl.load(spent_ref + B * N * tiles * R + own),
+    )
+    snapshots = snapshots_ref + ((b * N + n) * ((S + C - 1) // C)).to(tl.int64) * (2 * tiles * R) + rows
+    acc = tl.zeros([R, Hp], tl.float32)
+    span = spans_ref + (b * tiles + i) * 4  # stop, whole_stop, whole_start, start
+    begin = tl.load(reached_ref + (b * N + n) * tiles + i)
+    for part in tl.static_range(3):
+        until = tl.load(span + 2 - part)
+        for j in range(begin, until):
+            prefix, high, low, acc = visit(
+                j, q, d_out, multiplier, prefix, high, low, acc, k_head, v_head, snapshots, last, first, query_segments,
+                key_segments_ref, S, K, H, Hv, R, C, Hp, Hvp, tiles * R, window, segments, precision, part != 1,
+            )  # fmt: skip
+        begin = tl.maximum(begin, until)
+
+    # The sum of dz * q.k over the keys, before anything is rounded.
+    tl.store(d_scale_ref + own, tl.sum(acc * q.to(tl.float32), 1))
+    dq = tile.places(tile.head_of(dq_ref, b, n, T, N, H), row, N * H, R, Hp)
+    tl.store(dq, (acc * tl.load(scale_ref)).to(dq_ref.dtype.element_ty), mask=tile.inside(row, T, H, R, Hp))

@@ -1,0 +1,90 @@
+"""The forward pass in Triton: a block owns a tile of query rows and walks the key tiles from the diagonal leftward."""
+
+import triton
+import triton.language as tl
+
+from . import triton_tile as tile
+
+
+@triton.jit
+def visit(
+    j, q, multiplier, high, low, acc, k_head, v_head, last, first, query_segments, key_segments_ref,
+    S: tl.constexpr, K: tl.constexpr, H: tl.constexpr, Hv: tl.constexpr, C: tl.constexpr, Hp: tl.constexpr,
+    Hvp: tl.constexpr, window: tl.constexpr, segments: tl.constexpr, precision: tl.constexpr, masked: tl.constexpr,
+):  # fmt: skip
+    """One key tile."""
+    column = j * C
+    k = tile.keys_of(k_head, column, S, K * H, H, C, Hp, masked)
+    v = tile.keys_of(v_head, column, S, K * Hv, Hv, C, Hvp, masked)
+    z = tile.product(q, tl.trans(k), precision) * multiplier
+    if masked:
+        columns = column + tl.arange(0, C)
+        seen = tile.visible(columns, last, first, query_segments, key_segments_ref, window, segments)
+        z = tl.where(seen, z, tile.NOTHING)
+    log_beta, softplus = tile.sticks(z)
+    weights = tile.weights_of(log_beta, softplus, high)
+    high, low = tile.two_sum(high, low, tl.sum(softplus, 1))
+    acc += tile.product(weights.to(v.dtype), v, precision)
+    return high, low, acc
+
+
+@triton.jit
+def forward(
+    q_ref, k_ref, v_ref, scale_ref, spans_ref, offset_ref, query_segments_ref, key_segments_ref,
+    out_ref, spent_ref, reached_ref,
+    B: tl.constexpr, entries: tl.constexpr, T: tl.constexpr, S: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    H: tl.constexpr, Hv: tl.constexpr, R: tl.constexpr, C: tl.constexpr, Hp: tl.constexpr, Hvp: tl.constexpr,
+    tiles: tl.constexpr, together: tl.constexpr, per_position: tl.constexpr, attend_current: tl.constexpr,
+    window: tl.constexpr, segments: tl.constexpr, skip: tl.constexpr, threshold: tl.constexpr,
+    precision: tl.constexpr,
+):  # fmt: skip
+    entry, n, i = tile.block(entries * N, N, tiles, together)
+    b = entry % B
+    head = n // (N // K)
+    row = i * R
+    rows = row + tl.arange(0, R)
+    q = tile.load(tile.head_of(q_ref, b, n, T, N, H), row, T, N * H, H, R, Hp)
+    k_head, v_head = tile.head_of(k_ref, b, head, S, K, H), tile.head_of(v_ref, b, head, S, K, Hv)
+    multiplier = tl.load(scale_ref) * tile.LOG2E
+    last, first = tile.reach(tl.load(offset_ref + b) + rows // per_position, attend_current, window, S)
+    alive_rows = rows < T
+    query_segments = rows
+    if segments:
+        query_segments = tl.load(query_segments_ref + b * (tiles * R) + rows)
+        alive_rows &= query_segments >= 0
+        key_segments_ref += b * ((S + C - 1) // C * C)
+
+    span = spans_ref + (entry * tiles + i) * 4  # stop, whole_stop, whole_start, start
+    high = tl.zeros([R], tl.float32)
+    low = tl.zeros([R], tl.float32)
+    acc = tl.zeros([R, Hvp], tl.float32)
+    stop, start = tl.load(span), tl.load(span + 3)
+    if skip:
+        j = stop - 1
+        alive = stop > start
+        for part in tl.static_range(3):
+            until = tl.load(span + part + 1)
+            while (j >= until) & alive:
+                high, low, acc = visit(
+                    j, q, multiplier, high, low, acc, k_head, v_head, last, first, query_segments, key_segments_ref,
+                    S, K, H, Hv, C, Hp, Hvp, window, segments, precision, part != 1,
+                )  # fmt: skip
+                j -= 1
+                alive = tl.min(tl.where(alive_rows, high, float("inf")), 0) <= threshold
+        reached = j + 1
+    else:
+        for part in tl.static_range(3):
+            above, until = tl.load(span + part), tl.load(span + part + 1)
+            for step in range(0, above - until):
+                high, low, acc = visit(
+                    above - 1 - step, q, multiplier, high, low, acc, k_head, v_head, last, first, query_segments,
+                    key_segments_ref, S, K, H, Hv, C, Hp, Hvp, window, segments, precision, part != 1,
+                )  # fmt: skip
+        reached = start
+
+    tl.store(reached_ref + (entry * N + n) * tiles + i, reached)
+    spent = spent_ref + ((entry * N + n) * tiles).to(tl.int64) * R + rows
+    tl.store(spent, high)
+    tl.store(spent + entries * N * tiles * R, low)
+    out = tile.places(tile.head_of(out_ref, entry, n, T, N, Hv), row, N * Hv, R, Hvp)
+    tl.store(out, acc.to(out_ref.dtype.element_ty), mask=tile.inside(row, T, Hv, R, Hvp))

@@ -1,0 +1,132 @@
+"""What the three Triton kernels share: their place in the grid, loads, masks, and the arithmetic of one tile.
+
+All logarithms are base 2. What a row has spent of its stick is carried as a positive number in two floats (`two_sum`),
+so that the backward pass can walk back without losing the small ones.
+
+Arrays of tokens are [batch, tokens, heads, width]; widths that are no powers of two are filled up with zeros.
+"""
+
+import triton
+import triton.language as tl
+
+from . import logarithm
+
+LOG2E = tl.constexpr(logarithm.LOG2E)
+NOTHING = tl.constexpr(logarithm.NOTHING)
+LOG2P1 = tl.constexpr(tuple(logarithm.LOG2P1))
+DEGREE = tl.constexpr(len(logarithm.LOG2P1))
+
+
+@triton.jit
+def block(heads: tl.constexpr, N: tl.constexpr, tiles: tl.constexpr, together: tl.constexpr):
+    """(entry, query head, query tile) of this block: heavy tiles first, few heads at a time to share the cache."""
+    place = tl.program_id(0)
+    group = place // (together * tiles)
+    place = place % (together * tiles)
+    head = group * together + place % together
+    return head // N, head % N, tiles - 1 - place // together
+
+
+@triton.jit
+def head_of(ref, b, head, tokens: tl.constexpr, heads: tl.constexpr, width: tl.constexpr):
+    """The first number of a head of a batch entry."""
+    return ref + (b.to(tl.int64) * tokens * heads + head) * width
+
+
+@triton.jit
+def places(ref, first, stride: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr):
+    """Pointers [rows, columns] from row `first` on, rows being `stride` numbers apart."""
+    row, column = tl.arange(0, rows), tl.arange(0, columns)
+    return ref + first.to(tl.int64) * stride + (row[:, None] * stride + column[None, :])
+
+
+@triton.jit
+def inside(first, limit, width: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr):
+    """bool [rows, columns]: which rows are before the limit and which columns are within the width."""
+    row, column = first + tl.arange(0, rows), tl.arange(0, columns)
+    return (row < limit)[:, None] & (column < width)[None, :]
+
+
+@triton.jit
+def load(ref, first, limit, stride: tl.constexpr, width: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr):
+    """[rows, columns], zero where not inside."""
+    mask = inside(first, limit, width, rows, columns)
+    return tl.load(places(ref, first, stride, rows, columns), mask=mask, other=0.0)
+
+
+@triton.jit
+def load_whole(ref, first, stride: tl.constexpr, width: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr):
+    """[rows, columns] of which all rows exist."""
+    if width == columns:
+        return tl.load(places(ref, first, stride, rows, columns))
+    return load(ref, first, first + rows, stride, width, rows, columns)
+
+
+@triton.jit
+def keys_of(ref, first, S: tl.constexpr, stride: tl.constexpr, width: tl.constexpr, rows: tl.constexpr,
+            columns: tl.constexpr, masked: tl.constexpr):  # fmt: skip
+    if masked:
+        return load(ref, first, S, stride, width, rows, columns)
+    return load_whole(ref, first, stride, width, rows, columns)
+
+
+@triton.jit
+def product(a, b, precision: tl.constexpr):
+    """a @ b in fp32."""
+    return tl.dot(a, b, input_precision=precision)
+
+
+@triton.jit
+def reach(position, attend_current: tl.constexpr, window: tl.constexpr, S: tl.constexpr):
+    """(last, first) key that a query sees by its position; a window of -1 is none."""
+    last = position if attend_current else position - 1
+    first = position - window if window >= 0 else position * 0
+    return tl.minimum(last, S - 1), first
+
+
+@triton.jit
+def visible(column, last, first, query_segments, key_segments_ref, window: tl.constexpr, segments: tl.constexpr):
+    """bool [rows, columns]; `key_segments_ref`: of the batch entry."""
+    seen = column[None, :] <= last[:, None]
+    if window >= 0:
+        seen &= column[None, :] >= first[:, None]
+    if segments:
+        key_segments = tl.load(key_segments_ref + column)
+        seen &= (query_segments[:, None] == key_segments[None, :]) & (query_segments >= 0)[:, None]
+    return seen
+
+
+@triton.jit
+def sticks(z):
+    """(log2 of beta, -log2 of 1 - beta) of logits in units of log2."""
+    y = tl.exp2(-tl.abs(z))
+    polynomial = tl.zeros_like(z) + LOG2P1[0]
+    for power in tl.static_range(1, DEGREE):
+        polynomial = polynomial * y + LOG2P1[power]
+    softplus = tl.maximum(z, 0.0) + y * polynomial
+    return z - softplus, softplus
+
+
+@triton.jit
+def weights_of(log_beta, softplus, entering):
+    """A: beta of what the nearer keys leave. `entering`: what rows have spent before the tile.
+
+    The sum over the strictly nearer keys is all but the own one, which costs the rounding of the own logit.
+    """
+    nearer = tl.maximum(tl.cumsum(softplus, 1, reverse=True) - softplus, 0.0)
+    return tl.exp2(log_beta - (nearer + entering[:, None]))
+
+
+@triton.jit
+def d_logits(a, log_beta, softplus, prefix):
+    """dz of a = A dA; `prefix`: P before the tile. Neither beta nor 1 - beta is one minus the other."""
+    further = prefix[:, None] + (tl.cumsum(a, 1) - a)
+    return tl.exp2(-softplus) * a - tl.exp2(log_beta) * further
+
+
+@triton.jit
+def two_sum(high, low, x):
+    """high + low + x, with the rounding error of the sum kept in the low part."""
+    total = high + x
+    rest = total - high
+    return total, low + ((high - (total - rest)) + (x - rest))

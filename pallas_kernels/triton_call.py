@@ -1,0 +1,196 @@
+"""Triton kernels called from JAX: the only file that knows jax-triton and triton, which are imported when first used.
+
+Under `interpret()`, or with TRITON_INTERPRET=1 in the environment, kernels run on the CPU in Triton's own interpreter.
+Triton settles that when it is imported, so a process either compiles its kernels or interprets them.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import hopper, seam
+
+LEAST = 80  # compute capability: asynchronous copies and bfloat16 products
+# Bytes of shared memory that a block may have, by compute capability; 99 KiB for the others.
+SHARED_MEMORY = {80: 163 * 1024, 87: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 103: 227 * 1024}
+# The language version of CUDA 12.9: Triton would write for its own assembler, which may be newer than JAX's.
+PTX = 88
+PACKAGES = ("triton", "jax_triton")
+_one_at_a_time = threading.Lock()  # the interpreter keeps its place in the grid in a global
+
+
+@contextlib.contextmanager
+def interpret() -> Iterator[None]:
+    """Run Triton kernels on the CPU, in a process that has not compiled any."""
+    before = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        if "triton" in sys.modules and not _was_imported_to_interpret():
+            raise RuntimeError("triton was imported to compile: interpret in another process, or before that")
+        if is_installed():
+            from triton.runtime.jit import mangle_type
+
+            mangle_type(0)  # imports the rest of Triton: a program may still run when this has been left
+        yield
+    finally:
+        if before is None:
+            del os.environ["TRITON_INTERPRET"]
+        else:
+            os.environ["TRITON_INTERPRET"] = before
+
+
+def is_interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def is_installed() -> bool:
+    return not _missing()
+
+
+@functools.cache
+def _missing() -> tuple[str, ...]:
+    return tuple(name for name in PACKAGES if importlib.util.find_spec(name) is None)
+
+
+def _was_imported_to_interpret() -> bool:
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpretedFunction
+
+    return isinstance(tl.cdiv, InterpretedFunction)
+
+
+def refuses(x) -> str | None:
+    """Why no Triton kernel takes arrays like x here, if none does."""
+    if seam.is_interpreted() and not is_interpreted():
+        return "runs in no interpreter but its own"
+    if not is_interpreted() and (capability() or 0) < LEAST:
+        return f"needs compute capability 8.0 or newer, found {seam.chip()}"
+    if missing := _missing():
+        return f"needs pip install 'stickjax[triton]' ({' and '.join(missing)} not found)"
+    return (None if is_interpreted() else hopper.compiler_refuses()) or hopper.mesh_refuses(x)
+
+
+def capability() -> int | None:
+    """90 for compute capability 9.0 and so on, None where there is no NVIDIA GPU; an absent GPU counts."""
+    name = seam.chip().removeprefix("sm_")
+    return int(name) if name.isdecimal() else None
+
+
+def shared_memory() -> int:
+    """Bytes that a block may have; the least of all GPUs where there is none."""
+    return SHARED_MEMORY.get(capability(), 99 * 1024)
+
+
+def launch(
+    kernel: Callable[[], Any], *arrays: jax.Array, out: Any, grid: tuple[int, ...], num_warps: int, num_stages: int,
+    **constants: Any,
+):  # fmt: skip
+    """Run a Triton kernel over a grid. Under vmap, once for every entry.
+
+    Args:
+      kernel: returns the `triton.jit` function, so that triton is imported only now. Its arguments are pointers to
+        the arrays, pointers to the outputs, and the constants.
+      out: pytree of jax.ShapeDtypeStruct.
+      num_warps: warps of a block.
+      num_stages: of the software pipeline of its loops.
+      constants: the `tl.constexpr` arguments.
+
+    Returns:
+      Arrays like `out`.
+    """
+    options = dict(out=out, grid=grid, num_warps=num_warps, num_stages=num_stages, constants=constants)
+    run = _interpreted if is_interpreted() else _compiled
+    return jax.custom_batching.sequential_vmap(functools.partial(run, kernel, **options))(*arrays)
+
+
+def _compiled(kernel, *arrays, out, grid, num_warps, num_stages, constants):
+    jax_triton = _jax_triton()
+    if _was_imported_to_interpret():
+        raise RuntimeError("triton was imported to interpret: compile in another process")
+    if jax_triton.__version_info__ >= (0, 4):
+        options = dict(out_type=out, backend_options={"enable_fp_fusion": True, "ptx_version": PTX})
+    else:  # which writes the PTX that triton chooses
+        options = dict(out_shape=out, enable_fp_fusion=True)
+    return jax_triton.triton_call(
+        *arrays, kernel=kernel(), grid=grid, num_warps=num_warps, num_stages=num_stages,
+        compute_capability=capability(), **options, **constants,
+    )  # fmt: skip
+
+
+@functools.cache
+def _jax_triton():
+    import jax_triton
+    from jax._src.interpreters import partial_eval
+    from jax_triton import triton_lib
+
+    # jax-triton up to 0.4.1 has a rule for dead code of two arguments, and JAX 0.12 gives three. JAX's own will do.
+    if jax.version.__version_info__ >= (0, 12) and jax_triton.__version_info__ <= (0, 4, 1):
+        partial_eval.dce_rules.pop(triton_lib.triton_kernel_call_p, None)
+    return jax_triton
+
+
+class _Tensor:
+    """As much of a tensor as the interpreter asks for: a NumPy array that is where it is."""
+
+    def __init__(self, array: np.ndarray):
+        kind = {"f": "fp", "i": "i", "u": "u", "b": "i"}[array.dtype.kind]
+        self.array, self.dtype = array, f"{kind}{1 if array.dtype == bool else 8 * array.dtype.itemsize}"
+
+    def data_ptr(self) -> int:
+        return self.array.ctypes.data
+
+    untyped_storage = cpu = lambda self: self
+    new_empty = lambda self, *shape, device: _Tensor(self.array)  # noqa: E731
+    storage_offset = size = stride = lambda self: 0
+    set_ = copy_ = lambda self, *_: None
+
+
+@contextlib.contextmanager
+def _language_patched_once() -> Iterator[None]:
+    """Once for every module and launch: at every call of a device function, it would be half of the time."""
+    from triton.language import tensor
+    from triton.runtime import interpreter
+
+    patch, seen = interpreter._patch_lang, set()
+
+    def once(function):
+        module = id(function.__globals__)
+        if module not in seen:
+            seen.add(module)
+            scope = patch(function)
+            # Triton 3.6 would give NumPy a [1] where from 2.4 on it takes a number. Undone with the rest of the patch.
+            tensor.__index__ = lambda self: int(self.handle.data.item())
+            return scope
+
+    interpreter._patch_lang = once
+    try:
+        yield
+    finally:
+        interpreter._patch_lang = patch
+
+
+def _interpreted(kernel, *arrays, out, grid, constants, **_):
+    """In the interpreter, whose bfloat16 numbers are integers that it multiplies as such: they become float32."""
+    leaves, tree = jax.tree.flatten(out)
+
+    def type_of(x):
+        return np.dtype(np.float32 if x.dtype == jnp.bfloat16 else x.dtype)
+
+    def call(*arrays):
+        inputs = [np.ascontiguousarray(x, type_of(x)) for x in arrays]
+        # What a kernel leaves unwritten must not look like a result.
+        outputs = [np.full(x.shape, np.nan if type_of(x).kind == "f" else 99, type_of(x)) for x in leaves]
+        with _one_at_a_time, _language_patched_once():
+            kernel()[grid](*map(_Tensor, [*inputs, *outputs]), **constants)
+        return [x.astype(like.dtype) for x, like in zip(outputs, leaves, strict=True)]
+
+    return jax.tree.unflatten(tree, jax.pure_callback(call, leaves, *arrays))

@@ -1,0 +1,193 @@
+"""The expert products of the GPU kernels in their interpreters, against the loop over experts: one list for all."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import EXPERTS, KERNEL_EXPERTS, Experts
+from conftest import GRADIENT, assert_close
+from jax import lax
+from test_scatter_moe import ACTIVATIONS, QUICK, check_linear, check_mlp, mlp_inputs, run_mlp
+
+from pallas_kernels import expert_mlp, explain, route, seam, triton_call
+from pallas_kernels.scatter_moe import mosaic_float32, tasks, triton_sizes
+
+needs_triton = pytest.mark.skipif(
+    not triton_call.is_installed(), reason="needs triton and jax-triton, and no GPU: pip install 'stickjax[triton]'"
+)
+
+
+@pytest.fixture
+def mosaic(monkeypatch):
+    # So few that each takes several tiles.
+    monkeypatch.setattr("pallas_kernels.scatter_moe.mosaic_pipeline.MULTIPROCESSORS", 2)
+    with seam.interpret(detect_races=True):  # a race raises
+        yield "mosaic"
+
+
+@pytest.fixture
+def triton():
+    with triton_call.interpret():
+        yield "triton"
+
+
+@pytest.fixture(params=["mosaic", pytest.param("triton", marks=needs_triton)])
+def kernels(request):
+    """The name of an implementation, interpreted."""
+    return request.getfixturevalue(request.param)
+
+
+# Two without a gate, in float16; the other activations: test_every_activation, test_scatter_moe.py, test_absent_gpu.py.
+OTHERS = {"one-token": ("gelu", "float16"), "all-chosen": ("relu2", "float16")}
+
+
+@pytest.mark.parametrize("name", KERNEL_EXPERTS)
+def test_mlp_is_the_loop_over_experts(name, kernels):
+    check_mlp(KERNEL_EXPERTS[name], kernels, *OTHERS.get(name, ("swiglu", "bfloat16")))
+
+
+def test_float32_is_not_rounded(kernels):
+    """To the bounds of float32, which one product of bfloat16 or tf32 would miss by a hundred times."""
+    check_mlp(Experts(T=30, D=40, F=36, share=0.3, idle=0.5), kernels, dtype="float32")
+
+
+@pytest.mark.parametrize("rows_in", ["token", "slot", "sorted"])
+@pytest.mark.parametrize("rows_out", ["token", "slot", "sorted"])
+def test_linear_in_every_order(rows_in, rows_out, kernels):
+    check_linear(KERNEL_EXPERTS["some-idle"], rows_in, rows_out, kernels, "bfloat16")
+
+
+def test_rows_that_no_expert_reads_may_hold_anything_and_two_runs_are_equal(kernels):
+    """To the bit, so that the run on other rows is the second run."""
+    case = Experts(T=40, E=3)
+    *inputs, d_out = mlp_inputs(case, "swiglu", "bfloat16")
+    indices = case.indices()
+    indices[1::3] = case.E
+    poisoned = [inputs[0].at[1::3].set(jnp.nan).at[1].set(jnp.inf), *inputs[1:]]
+    clean, again = (run_mlp(x, indices, d_out, case.E, "swiglu", kernels) for x in (inputs, poisoned))
+    chex.assert_trees_all_equal(again, clean)
+
+
+# Mosaic alone.
+
+
+def test_the_parts_of_a_float32():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=1000), jnp.float32).at[:4].set([jnp.inf, -3e38, 0, 1e-30])
+    hi, lo = jax.jit(mosaic_float32.split)(x)
+    assert hi.dtype == lo.dtype == jnp.bfloat16 and hi[0] == jnp.inf and lo[0] == 0
+    total = np.asarray(hi, np.float64) + np.asarray(lo, np.float64)
+    assert (np.abs(total - x)[1:] <= 2**-16.9 * np.abs(x)[1:]).all()
+
+
+# Triton alone.
+
+
+@needs_triton
+@pytest.mark.parametrize("name", EXPERTS)
+def test_triton_in_float32(name, triton):
+    check_mlp(EXPERTS[name], triton)
+
+
+@needs_triton
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_triton_has_every_activation(activation, triton):
+    check_mlp(EXPERTS["odd"], triton, activation)
+
+
+@needs_triton
+@pytest.mark.parametrize("rows_in", ["token", "slot", "sorted"])
+def test_gates_of_a_linear_map_to_float32(rows_in, triton):
+    """Whose gradients come out of the same product as that of the rows; no row is read that no expert reads."""
+    check_linear(EXPERTS["some-idle"], rows_in, "token", triton)
+
+
+@needs_triton
+def test_triton_keeps_its_inputs_and_the_pre_activation(triton):
+    T, k, E, D, F = 6, 2, 3, 8, 20
+    shapes = (T, D), (E, D, 2 * F), (E, F, D), (T, k)
+    routing = route(Experts(T=T, E=E).indices(), E)
+
+    def vjp(x, w_in, w_out, gates):
+        return jax.vjp(lambda *xs: expert_mlp(*xs[:3], routing, xs[3], implementation=triton), x, w_in, w_out, gates)[1]
+
+    kept = jax.tree.leaves(jax.eval_shape(vjp, *(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)))
+    assert {x.shape for x in kept if x.dtype == jnp.float32} == {*shapes, (T * k, 2 * F)}
+
+
+@needs_triton
+def test_columns_in_pieces(triton, monkeypatch):
+    """The sum over slots takes them one after the other where uncombined rows are too many to hold."""
+    monkeypatch.setattr("pallas_kernels.scatter_moe.fused.UNCOMBINED", 1)
+    check_mlp(Experts(T=3, k=1, E=2, D=300, F=20), triton, "gelu")
+
+
+@needs_triton
+def test_under_transformations(triton):
+    """Over every argument, the indices included, with gradients."""
+    case = Experts(T=5, E=4, share=0.5)
+    indices = jnp.stack([case.indices(seed) for seed in range(2)])
+    inputs = [jnp.stack([x, 0.5 * x]) for x in mlp_inputs(case, "swiglu")[:4]]
+
+    def one(x, w_in, w_out, gates, indices):
+        return expert_mlp(x, w_in, w_out, route(indices, 4), gates, implementation=triton)
+
+    def total(function):
+        loss = lambda *inputs: jnp.sin(function(*inputs, indices)).sum()  # noqa: E731
+        return jax.jit(jax.grad(loss, (0, 1, 2, 3)), compiler_options=QUICK)(*inputs)
+
+    wanted = total(lambda *xs: jnp.stack([one(*[x[i] for x in xs]) for i in range(2)]))
+    for transformed in (
+        jax.vmap(one),
+        lambda *xs: lax.scan(lambda carry, x: (carry, jax.checkpoint(one)(*x)), None, xs)[1],
+    ):
+        for value, want in zip(total(transformed), wanted, strict=True):
+            assert_close(value, want, GRADIENT["float32"])
+
+
+@needs_triton
+def test_explain_says_the_tiles(triton):
+    inputs = mlp_inputs(Experts(T=300, E=2, D=40, F=24), "swiglu", "bfloat16")[:4]
+    said = explain("expert_mlp", *inputs[:3], route(np.zeros((300, 2), np.int32), 2), inputs[3], implementation=triton)
+    assert said == "expert_mlp: triton (128 x 64 tiles), asked for"
+
+
+@pytest.mark.parametrize("memory", [99, 163, 227])  # KiB, of sm_120, sm_80 and sm_90
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_tiles_of_triton_fit_every_gpu(memory, dtype, monkeypatch):
+    monkeypatch.setattr(triton_call, "shared_memory", lambda: memory * 1024)
+    bytes_of = jnp.dtype(dtype).itemsize
+    for R, E, D, F in ((1, 1, 1, 1), (8, 40, 1536, 512), (1000, 9, 200, 300), (2**19, 40, 1536, 512)):
+        M = triton_sizes.rows_of_tile(R, E, dtype)
+        every = [triton_sizes.product_sizes(M, D, F, dtype, products=n, widest=128 * n) for n in (1, 2)]
+        every += [triton_sizes.product_sizes(M, D, F, dtype), triton_sizes.weight_sizes(D, F, dtype)]
+        for products, s in zip((1, 2, 1, 1), every, strict=True):
+            assert all(n & (n - 1) == 0 for n in s[:4]) and min(s[:3]) >= 16
+            stages = s.stages // (2 if s is every[-1] else 1)
+            assert stages >= 2 and (s.rows + products * s.columns) * s.depth * bytes_of * stages <= memory * 1024
+
+
+# The work list.
+
+
+@pytest.mark.parametrize("M", [4, 64])
+@pytest.mark.parametrize("name", EXPERTS)
+def test_tiles_hold_every_row_once_and_one_expert_each(name, M):
+    case = EXPERTS[name]
+    if not case.T:
+        return
+    indices = case.indices()
+    routing = route(indices, case.E)
+    work = jax.tree.map(np.asarray, jax.jit(lambda: tasks.tasks(routing, M))())
+    slots, position = work.slots.reshape(-1, M), work.sorted.reshape(-1, M)
+    flat, count = indices.reshape(-1), int(work.count[0])
+    for tile, (expert, s) in enumerate(zip(work.expert, slots, strict=True)):
+        assert (s[s >= 0].size > 0) == (tile < count)
+        assert (flat[s[s >= 0]] == expert).all()
+    np.testing.assert_array_equal(np.sort(slots[slots >= 0]), np.arange(case.rows))
+    np.testing.assert_array_equal(position[position >= 0], np.arange(case.rows))
+    np.testing.assert_array_equal(work.slots[work.place], np.arange(case.rows))
+    np.testing.assert_array_equal(work.rows, np.bincount(flat, minlength=case.E + 1)[: case.E])
+    for e in range(case.E):
+        assert work.rows[e] == 0 or work.expert[work.first[e]] == e
+        assert e == 0 or work.first[e] == work.first[e - 1] + -(-work.rows[e - 1] // M)

@@ -1,0 +1,201 @@
+"""The GPU kernels of stick-breaking attention in their interpreters against the reference: one list for all."""
+
+import contextlib
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import KERNEL_CASES, Stick
+from conftest import FORWARD, GRADIENT, relative_error
+from test_stick_breaking import assert_close_d_scale, expected, random_cotangents
+
+from pallas_kernels import explain, merge_stick_breaking, seam, stick_breaking_attention, triton_call
+
+INTERPRETERS = {
+    "mosaic": partial(seam.interpret, detect_races=True),  # a race raises
+    "triton": triton_call.interpret,
+}
+REM = 1e-5  # relative
+
+
+@contextlib.contextmanager
+def interpreted(implementation: str):
+    if implementation == "triton" and not triton_call.is_installed():
+        pytest.skip("needs triton and jax-triton, and no GPU: pip install 'stickjax[triton]'")
+    with INTERPRETERS[implementation]():
+        yield implementation
+
+
+@pytest.fixture(params=INTERPRETERS)
+def kernels(request):
+    """The name of an implementation."""
+    with interpreted(request.param):
+        yield request.param
+
+
+def attend(kernels: str, case: Stick, **options):
+    return partial(stick_breaking_attention, **(case.options() | options), implementation=kernels, return_stats=True)
+
+
+def run(kernels: str, case: Stick, dtype: str, *, twice: bool = False, **options) -> dict:
+    """Outputs and gradients, named as those of `expected`; `twice` of one program, which must be equal."""
+    arrays = case.arrays(dtype)
+
+    def function(query, key, value, scale):
+        out, rem, stats = attend(kernels, case, **options)(query, key, value, scale=scale)
+        return (out, rem, stats.log_rem), stats.kept
+
+    @jax.jit
+    def both(arrays, cotangents):
+        outputs, vjp, kept = jax.vjp(function, *arrays, jnp.float32(case.H**-0.5), has_aux=True)
+        return outputs, vjp(tuple(c.astype(o.dtype) for c, o in zip(cotangents, outputs, strict=True))), kept
+
+    cotangents = random_cotangents(arrays, "skip_below" in options)
+    outputs, gradients, kept = both(arrays, cotangents)
+    if twice:
+        chex.assert_trees_all_equal(both(arrays, cotangents), (outputs, gradients, kept))
+    names = "out", "rem", "log_rem", "d_query", "d_key", "d_value", "d_scale"
+    return dict(zip(names, (*outputs, *gradients), strict=True)) | {"kept": kept, "query": arrays[0]}
+
+
+def compare(values: dict, wanted: dict, dtype: str, *, skips: bool = False) -> None:
+    for name in ("out", "d_query", "d_key", "d_value"):
+        error, bound = relative_error(values[name], wanted[name]), (GRADIENT if name[0] == "d" else FORWARD)[dtype]
+        assert error <= bound, f"{name}: {error:.1e} above {bound:.0e}"
+    assert_close_d_scale(values["d_scale"], wanted, values["query"], GRADIENT[dtype])
+    if not skips:
+        np.testing.assert_allclose(values["log_rem"], wanted["log_rem"], rtol=1e-6, atol=REM)
+
+
+@pytest.mark.parametrize("name", KERNEL_CASES)
+def test_outputs_and_gradients_are_those_of_the_reference(kernels, name):
+    case = KERNEL_CASES[name]
+    dtype = {"fp16": "float16", "fp32": "float32"}.get(name.split("-")[0], "bfloat16")
+    try:
+        explain("stick_breaking_attention", *case.arrays(dtype), **case.options(), implementation=kernels)
+    except NotImplementedError as refusal:
+        pytest.skip(f"{refusal}: test_support.py")
+    compare(run(kernels, case, dtype), expected(case, dtype, False), dtype)
+
+
+def test_the_stick_left_is_exact_to_fp32(kernels):
+    case = Stick(T=130, H=32, std=0.5, shift=-5.0)
+    out, rem, stats = jax.jit(attend(kernels, case))(*case.arrays("bfloat16"))
+    wanted = expected(case, "bfloat16", False)
+    np.testing.assert_allclose(rem, wanted["rem"], rtol=REM)
+    assert (out[:, 0] == 0).all() and (rem[:, 0] == 1).all() and (stats.kept == 1).all()
+
+
+def test_skipping_stops_early_forward_and_backward(kernels):
+    case = Stick(T=450, N=1, H=32)
+    values = run(kernels, case, "bfloat16", skip_below=-24.0)
+    compare(values, expected(case, "bfloat16", True), "bfloat16", skips=True)
+    assert 0.1 < float(values["kept"][0, 0]) < 0.6
+    assert (values["log_rem"][:, 300:] <= -24 * np.log(2)).all()
+
+
+def test_far_keys_keep_their_weight_behind_a_long_row(kernels):
+    """The backward pass walks back from a stick of 2^-2000 to 2^0; a carry in one float would have lost the digits."""
+    case = Stick(T=300, N=1, H=32, std=0.3, shift=7.0)
+    values, wanted = run(kernels, case, "bfloat16"), expected(case, "bfloat16", False)
+    assert wanted["log_rem"].min() < -1000
+    compare(values, wanted, "bfloat16")
+
+
+def test_the_gradient_of_the_scale_is_no_quotient_by_it(kernels):
+    arrays = Stick(T=70, N=1, H=32).arrays("bfloat16")
+
+    def total(scale, arrays, implementation):
+        out, rem = stick_breaking_attention(*arrays, scale=scale, implementation=implementation)
+        return out.astype(jnp.float32).sum() + rem.sum()
+
+    got = jax.jit(jax.grad(total), static_argnums=2)(0.0, arrays, kernels)
+    wide = [x.astype(jnp.float32) for x in arrays]
+    np.testing.assert_allclose(got, jax.grad(total)(0.0, wide, "reference"), rtol=GRADIENT["bfloat16"])
+
+
+def test_two_runs_are_equal(kernels):
+    run(kernels, Stick(T=66, N=1, H=32), "bfloat16", twice=True)
+
+
+DECODING = {
+    "lengths": Stick(T=1, S=700, B=3, N=4, K=2, H=32, offset=(699, 64, 5)),
+    "several": Stick(T=5, S=600, B=1, N=4, K=1, H=64, offset=(590,)),
+    "window": Stick(T=2, S=600, N=2, H=32, offset=400, window=90, attend_current=True),
+    "padded": Stick(T=1, S=600, B=2, H=32, segments=(1,), key_segments=(-100, 450, -50)),
+}
+
+
+@pytest.mark.parametrize("name", DECODING)
+def test_decoding(kernels, name):
+    case = DECODING[name]
+    if name == "padded":  # ids of the reference's helper count the documents: the query belongs to the second
+        options = case.options() | {"segment_ids": jnp.ones((2, 1), jnp.int32), "query_offset": 560}
+    else:
+        options = case.options()
+    arrays = case.arrays("bfloat16")
+    assert "decoding" in explain("stick_breaking_attention", *arrays, **options, implementation=kernels)
+    call = partial(stick_breaking_attention, **options, return_stats=True)
+    out, rem, stats = jax.jit(partial(call, implementation=kernels))(*arrays)
+    want, _, want_stats = call(*(x.astype(jnp.float32) for x in arrays), implementation="reference")
+    assert relative_error(out, want) <= FORWARD["bfloat16"]
+    np.testing.assert_allclose(stats.log_rem, want_stats.log_rem, rtol=1e-6, atol=REM)
+
+
+def test_decoding_reads_the_recent_cache_only(kernels):
+    case = Stick(T=1, S=6_000, N=2, K=1, H=32)
+    out, rem, stats = jax.jit(attend(kernels, case, skip_below=-24.0))(*case.arrays("bfloat16"))
+    want, _ = stick_breaking_attention(*case.arrays("bfloat16"), implementation="xla", skip_below=-60.0)
+    assert relative_error(out, want) <= FORWARD["bfloat16"]
+    assert float(stats.kept.max()) < 0.5, stats.kept
+    assert (rem < 2**-24).all()
+
+
+def test_shards_of_the_keys_join_forward_and_backward(kernels):
+    """Context parallelism: a shard's gradients need d_out and d_log_rem alone, which the merge rule passes on."""
+    case = Stick(T=90, N=1, H=32)
+    query, key, value = case.arrays("bfloat16")
+
+    def joined(query, key, value):
+        near, far = (
+            stick_breaking_attention(
+                query, key[:, part], value[:, part], query_offset=-part.start, return_stats=True, implementation=kernels
+            )
+            for part in (slice(64, 90), slice(0, 64))
+        )
+        return merge_stick_breaking((near[0], near[2].log_rem), (far[0], far[2].log_rem))
+
+    def whole(query, key, value):
+        out, _, stats = stick_breaking_attention(query, key, value, return_stats=True, implementation="reference")
+        return out, stats.log_rem
+
+    cotangents = random_cotangents((query, key, value), False)[0], jnp.ones((1, 90, 1))
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), (query, key, value))
+    wanted, vjp = jax.vjp(whole, *wide)
+    outputs, joined_vjp = jax.vjp(jax.jit(joined), query, key, value)
+    assert relative_error(outputs[0], wanted[0]) <= FORWARD["bfloat16"]
+    gradients = jax.jit(joined_vjp)((cotangents[0].astype(jnp.bfloat16), cotangents[1]))
+    for got, want in zip(gradients, vjp((cotangents[0].astype(jnp.float32), cotangents[1])), strict=True):
+        assert relative_error(got, want) <= GRADIENT["bfloat16"]
+
+
+def test_few_heads_at_a_time_give_the_same_gradients(kernels, monkeypatch):
+    case = Stick(T=40, B=2, N=2, H=32)
+    together = run(kernels, case, "bfloat16")
+    monkeypatch.setattr("pallas_kernels.stick_breaking.fused.SNAPSHOTS", 1)
+    apart = run(kernels, case, "bfloat16")
+    # The one sum over all heads, in another order.
+    np.testing.assert_allclose(apart.pop("d_scale"), together.pop("d_scale"), rtol=1e-5)
+    chex.assert_trees_all_equal(apart, together)
+
+
+def test_vmap(kernels):
+    case = Stick(T=40, B=2, H=32)
+    arrays = case.arrays("bfloat16")
+    one = lambda *x: stick_breaking_attention(*(y[None] for y in x), implementation=kernels)[0][0]  # noqa: E731
+    chex.assert_trees_all_equal(
+        jax.jit(jax.vmap(one))(*arrays), stick_breaking_attention(*arrays, implementation=kernels)[0]
+    )

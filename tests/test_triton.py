@@ -1,0 +1,132 @@
+"""Which calls the Triton kernels of stick-breaking attention take, and where; tiles of many sizes.
+
+tests/test_kernels.py has what they compute.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+from cases import STICK, Stick
+from conftest import FORWARD, GRADIENT, assert_close
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+from test_kernels import compare, interpreted, run
+from test_stick_breaking import TRANSFORMATIONS, expected
+
+from pallas_kernels import explain, stick_breaking_attention, triton_call
+
+TRITON_ONLY = {"implementation": "triton"}
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Whether it is or not: nothing is compiled."""
+    monkeypatch.setattr(triton_call, "_missing", tuple)
+
+
+def on(kind: str):
+    """Under the mesh of a GPU that is not there."""
+    device = AbstractDevice(device_kind=kind, platform="gpu", num_cores=100)
+    return use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
+
+
+def said(shape=(1, 100, 2, 64), dtype="bfloat16", **options) -> str:
+    x = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+    return explain("stick_breaking_attention", x, x, x, **options).removeprefix("stick_breaking_attention: ")
+
+
+def test_mosaic_where_it_takes_the_call_else_triton_else_xla(installed):
+    with on("NVIDIA H200"):
+        assert said().startswith("mosaic")
+        assert said(dtype="float32") == (
+            "triton (64 x 32 tiles), on gpu; mosaic: takes bfloat16 and float16, not float32"
+        )
+        assert said((1, 100, 2, 300)).startswith("xla")
+    for kind, found in (("NVIDIA A100-SXM4-80GB", "sm_80"), ("NVIDIA B200", "sm_100")):
+        with on(kind):
+            assert said() == f"triton (64 x 32 tiles), on gpu; mosaic: needs compute capability 9.0, found {found}"
+    with on("Tesla V100"):
+        assert "triton: needs compute capability 8.0 or newer, found Tesla V100" in said()
+    assert "triton: needs compute capability 8.0 or newer, found cpu" in said()
+
+
+def test_without_the_package_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(triton_call, "_missing", lambda: ("jax_triton",))
+    with on("NVIDIA L40S"):
+        assert said().endswith("triton: needs pip install 'stickjax[triton]' (jax_triton not found)")
+
+
+def test_it_says_what_it_does_not_take(installed):
+    def refusal(*arguments, **options):
+        with pytest.raises(NotImplementedError) as error:
+            said(*arguments, **options, **TRITON_ONLY)
+        return str(error.value)
+
+    with on("NVIDIA A100"):
+        with jax.enable_x64(True):
+            assert "takes bfloat16, float16 and float32, not float64" in refusal(dtype="float64")
+        assert "takes H and Hv of bfloat16 up to 256, not H=257, Hv=257" in refusal((1, 8, 2, 257))
+        assert "takes H and Hv of float32 up to 128, not H=129, Hv=129" in refusal((1, 8, 2, 129), "float32")
+        assert "takes tiles of powers of two from 16 on, not (64, 24)" in refusal(tiles=(64, 24))
+        assert "needs queries, keys and channels" in refusal((1, 0, 2, 64))
+
+
+def test_tiles_by_the_width(installed):
+    with on("NVIDIA A100"):
+        assert "triton (128 x 32 tiles, skipping below 2^-24)" in said((1, 100, 2, 100), skip_below=-24.0)
+        assert "triton (16 x 64 tiles)" in said(tiles=(16, 64))
+
+
+def test_every_case_of_the_portable_list_is_taken_or_refused_with_a_reason(installed):
+    with on("NVIDIA A100"):
+        for name, case in STICK.items():
+            sentence = explain("stick_breaking_attention", *case.arrays(), **case.options())
+            assert ("triton (" in sentence or "triton: needs queries" in sentence) or name == "decode", sentence
+
+
+@pytest.mark.parametrize("tiles", [(16, 16), (16, 64), (64, 16)])
+def test_tiles_that_are_no_squares(tiles):
+    case = Stick(T=50, S=70, N=2, K=1, H=24, Hv=8)
+    with interpreted("triton"):
+        compare(run("triton", case, "float32", tiles=tiles), expected(case, "float32", False), "float32")
+
+
+def test_skipping_where_the_backward_pass_has_smaller_tiles():
+    """Forward 128 rows, backward 64: half of what left early is the other half's."""
+    case = Stick(T=300, N=1, H=72, std=2.0)
+    with interpreted("triton"):
+        values = run("triton", case, "float16", skip_below=-24.0)
+    compare(values, expected(case, "float16", True), "float16", skips=True)
+    assert float(values["kept"][0, 0]) < 0.9
+
+
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_transformations(name):
+    arrays = Stick(T=17, B=2, N=1, H=16).arrays()
+
+    def loss(transform, implementation, *arrays):
+        def one(*x):
+            return stick_breaking_attention(*(y[None] for y in x), implementation=implementation)
+
+        out, rem = transform(one)(*arrays)
+        return (out * out).sum() + jnp.cos(rem).sum()
+
+    with interpreted("triton"):
+        got = jax.jit(jax.grad(partial(loss, TRANSFORMATIONS[name], "triton"), (0, 1, 2)))(*arrays)
+    for value, want in zip(got, jax.grad(partial(loss, jax.vmap, "reference"), (0, 1, 2))(*arrays), strict=True):
+        assert_close(value, want, GRADIENT["float32"])
+
+
+def test_inside_of_shard_map():
+    arrays = Stick(T=17, B=2, N=1, H=16).arrays()
+    wanted = stick_breaking_attention(*arrays)
+    with interpreted("triton"), jax.set_mesh(jax.make_mesh((2,), ("data",))):
+        sharded = jax.device_put(arrays, jax.P("data"))
+
+        def local(*x):
+            return stick_breaking_attention(*x, implementation="triton")
+
+        results = jax.jit(jax.shard_map(local, out_specs=jax.P("data"), check_vma=False))(*sharded)
+    for got, want in zip(results, wanted, strict=True):
+        assert_close(got, want, FORWARD["float32"])
