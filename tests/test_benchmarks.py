@@ -14,7 +14,7 @@ from benchmarks import cost, gpu, gpu_attention, gpu_cases, gpu_check, gpu_decod
 from benchmarks import trained_heads as recipe
 from benchmarks import trained_logits as trained
 from benchmarks.timing import Times, interleave, rotating
-from pallas_kernels import explain, seam, stick_breaking_attention
+from pallas_kernels import explain, seam, stick_breaking_attention, triton_call
 from stickjax.config import ModelConfig
 from stickjax.models.transformer import empty_cache, init
 from stickjax.train import main as train_main
