@@ -25,4 +25,4 @@ def get_config() -> Config:
     optim = OptimConfig(
         schedule="cosine", peak_lr=0.001, warmup_tokens=100 * step, beta2=0.98, eps=1e-9, weight_decay=0.01
     )
-    return Config(model, data, optim, TrainConfig(steps=8000, log_every=20, checkpoint_every=500))
+    return Config(model, data, optim, TrainConfig(steps=14_000, log_every=20, checkpoint_every=500))
