@@ -3,13 +3,14 @@
 XLA_FLAGS=--xla_force_host_platform_device_count=2 python -m stickjax.train configs/sut_logic.py --mesh.data=2
 python -m stickjax.evaluate runs/sut_logic --max-pairs 512
 
-Two virtual devices make use of two CPU cores. Seen on such a machine on 2026-11-22: 38 minutes, for half of which it
-had other work too. Trained on 0 to 6 operators; percent right of the held-out pairs by number of operators, and the
-share of the commonest label, of 512 pairs each (0: all 6, 1: all 409, 9: all 2241, by --max-pairs 2300):
+Two virtual devices make use of two CPU cores. Seen on such a machine on 2026-11-22: 115 minutes of one core, 79 minutes
+by the clock with other work beside it. Trained on 0 to 6 operators; percent right of the held-out pairs by number of
+operators, and the share of the commonest label, of 512 pairs each (0: all 6, 1: all 409; of all 2241 with 9 operators,
+by --max-pairs 2300, 63.5 % are right and 49.9 % have the commonest label):
 
     operators           0    1    2    3    4    5    6    7    8    9   10   11   12
-    accuracy          100  100   90   86   85   80   79   72   65   58   55   54   51
-    commonest label    67   53   59   53   52   53   54   51   49   50   49   48   51
+    accuracy          100  100   95   93   89   84   81   75   64   64   60   59   53
+    commonest label    67   53   59   53   52   53   54   51   49   52   49   48   51
 """
 
 from stickjax import Config, DataConfig, OptimConfig, SutConfig, TrainConfig

@@ -111,8 +111,9 @@ def plot_halting(records: Records, path, groups=((0, 6), (7, 9), (10, 12))) -> N
             line.append((mean["depth"], mean["accuracy"], threshold))
         if line:
             axes.plot([x for x, _, _ in line], [y for _, y, _ in line], "o-", label=f"{low} to {high} operators")
-            for x, y, threshold in line:
-                axes.annotate(f"{threshold:g}", (x, y), textcoords="offset points", xytext=(4, -9), fontsize="x-small")
+            for i, (x, y, threshold) in enumerate(line):  # below and above in turn, as some are at nearly one place
+                place = dict(textcoords="offset points", xytext=(4, 6 if i % 2 else -10), fontsize="x-small")
+                axes.annotate(f"{threshold:g}", (x, y), **place)
     axes.legend(title="number: threshold")
     page.savefig(path)
 
