@@ -1,8 +1,12 @@
-"""A Sparse Universal Transformer as a language model: stick-breaking attention, one block for all depths.
+r"""A Sparse Universal Transformer as a language model: stick-breaking attention, one block for all depths.
 
 python -m stickjax.train configs/sut_lm_tiny.py
 
-It has not been run to its end yet.
+It has not been run to its end yet. What halting saves was measured on a wider one, trained for 150 steps of 1024 tokens:
+
+python -m stickjax.train configs/sut_lm_tiny.py --run runs/wide --model.F=1024 --model.act_weight=0.01 \
+    --data.T=64 --data.B=16 --train.steps=150
+python -m benchmarks.halting runs/wide
 """
 
 from stickjax import Config, DataConfig, OptimConfig, SutConfig, TrainConfig

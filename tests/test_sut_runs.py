@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from benchmarks import halting
 from stickjax import Config, DataConfig, SutConfig, load
 from stickjax.accuracy import THRESHOLDS, accuracy, batches_of, depths
 from stickjax.data import pair_examples, training_data
@@ -117,6 +118,20 @@ def test_evaluate_writes_accuracy_and_pictures(pairs, capsys, tmp_path):
     loaded = load(pairs)
     for tokens, depth in depths(loaded.model, loaded.config, 4):
         assert len(tokens) == len(depth) and (depth >= 1).all() and (depth <= 3).all()
+
+
+def test_what_halting_saves_of_a_language_model(pairs, tmp_path, capsys):
+    run = str(tmp_path / "text")
+    fit(TEXT, run, quiet=True)
+    assert halting.main([run, "--seconds=0.01"]) == 0
+    rows = [line.split("│")[1:6] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    thresholds, bits, depth, ran = (
+        tuple(map(float, column)) for column in zip(*[row[:4] for row in rows], strict=True)
+    )
+    assert thresholds == THRESHOLDS and all(4 < x < 12 for x in bits)
+    # Two layers of two experts each, three times; a token halts at once below 1/2.
+    assert ran[0] == 12 and depth[-1] == 1 and ran[-1] == 4 and list(ran) == sorted(ran, reverse=True)
+    assert halting.main([pairs]) == 1 and "no language model that halts" in capsys.readouterr().err
 
 
 def test_a_language_model_trains_is_scored_and_continues_text(tmp_path):
