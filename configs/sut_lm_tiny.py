@@ -2,7 +2,7 @@ r"""A Sparse Universal Transformer as a language model: stick-breaking attention
 
 python -m stickjax.train configs/sut_lm_tiny.py
 
-It has not been run to its end yet. What halting saves was measured on a wider one, trained for 150 steps of 1024 tokens:
+It has not been run to its end yet. What halting saves was measured on a wider one, after 150 steps of 1024 tokens:
 
 python -m stickjax.train configs/sut_lm_tiny.py --run runs/wide --model.F=1024 --model.act_weight=0.01 \
     --data.T=64 --data.B=16 --train.steps=150
