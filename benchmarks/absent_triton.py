@@ -33,8 +33,7 @@ from stickjax.plan.chips import MissingWheels
 from . import absent_kernels
 from .absent_gpu import SHARING, _folder, _usage, compile_for
 
-ROOT = Path(__file__).parent.parent
-RESULT = ROOT / "benchmarks" / "results" / "triton-static.json"
+RESULT = Path(__file__).parent / "results" / "triton-static.json"
 PRODUCTS = r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b"
 
 
@@ -182,8 +181,10 @@ def write_json(path: Path, compiled: dict[str, list[Usage]]) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.absent_triton", description=__doc__.split("\n\n")[0])
     parser.add_argument("--only", choices=CASES, help="one case")
-    parser.add_argument("--json", action="store_true", help=f"also write {RESULT.relative_to(ROOT)}")
+    parser.add_argument("--json", action="store_true", help="also write benchmarks/results/triton-static.json")
     arguments = parser.parse_args(argv)
+    if arguments.json and arguments.only:
+        parser.error("--json keeps the table of all cases; leave out --only")
     try:
         compiled = compile_all([arguments.only] if arguments.only else CASES)
     except MissingWheels as error:
