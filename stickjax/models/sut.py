@@ -75,7 +75,7 @@ class UniversalStack(nnx.Module):
 
 
 class PairClassifier(nnx.Module):
-    """Logits of the label of two sentences: W_2 elu(W_1 [u; v; u * v; |u - v|] + b_1) + b_2.
+    """Logits of the label of two sentences: W_2 elu(W_1 [u; v; u * v; |u - v|] + b_1) + b_2, with 4 D hidden units.
 
     u and v are the final states of the sentences' first tokens: in a bracketed formula that is the outermost bracket,
     and data without such a token put one first. Stick-breaking attention is causal, so that there they are the last
@@ -87,11 +87,11 @@ class PairClassifier(nnx.Module):
         k_embed, k_stack, *keys = jax.random.split(key, 6)
         self.embed = normal(k_embed, (c.V, c.D), c.D**-0.5, c)
         self.stack = UniversalStack(c, k_stack, causal=c.attention == "stick_breaking")
-        wide, narrow = (4 * c.D) ** -0.5, c.D**-0.5
-        self.w_in = uniform(keys[0], (4 * c.D, c.D), wide, c)
-        self.in_bias = uniform(keys[1], (c.D,), wide, c)
-        self.w_out = uniform(keys[2], (c.D, c.classes), narrow, c)
-        self.out_bias = uniform(keys[3], (c.classes,), narrow, c)
+        wide = 4 * c.D
+        self.w_in = uniform(keys[0], (wide, wide), wide**-0.5, c)
+        self.in_bias = uniform(keys[1], (wide,), wide**-0.5, c)
+        self.w_out = uniform(keys[2], (wide, c.classes), wide**-0.5, c)
+        self.out_bias = uniform(keys[3], (c.classes,), wide**-0.5, c)
 
     def __call__(self, batch, key=None, *, threshold=None, stop_early: bool = False) -> SutOutput:
         c = self.config
