@@ -1,12 +1,13 @@
 # make demo          train, evaluate and sample configs/tiny.py on the standard library's source (about 4 minutes, 2 cores)
 # make demo-compare  the same for its softmax + RoPE twin, and both length curves in one picture
 # make test          the whole test suite
+# make test-large    the conversion of a model of eight billion parameters; 17 GB of disk, some minutes
 # make test-oldest   the fast tests against the oldest JAX allowed, optimised as users compile
 # make test-absent   GPU kernels and steps on 8 and 64 GPUs compiled for GPUs that are not there; needs the CUDA wheels (3.4 GB), no GPU
 # make test-triton   the Triton kernels in Triton's interpreter; the same environment
 # make lint          ruff
 
-.PHONY: demo demo-compare test test-oldest test-absent test-triton lint clean
+.PHONY: demo demo-compare test test-large test-oldest test-absent test-triton lint clean
 SHELL := /bin/bash
 RUN := .venv/bin/python
 
@@ -22,6 +23,9 @@ demo-compare: demo
 test: .venv/.test
 	$(RUN) -m ruff check .
 	$(RUN) -m pytest $(PARALLEL)
+
+test-large: .venv/.test
+	$(RUN) -m pytest -m large tests/test_convert.py
 
 # Most of the time goes into compiling, which one core does at a time. The files of a worker share its fixtures.
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder

@@ -12,8 +12,8 @@ from stickjax import Config, DataConfig, OptimConfig, SutConfig, TrainConfig
 
 def get_config() -> Config:
     model = SutConfig.sut_base(
-        V=12, L=12, classes=7, attention="stick_breaking", normalize_before=True, halting_bias=2.0, dropout=0.1, mi_weight=0.001,
-        act_weight=0.001, dtype="bfloat16",
+        V=12, L=12, classes=7, attention="stick_breaking", normalize_before=True, halting_bias=2.0, dropout=0.1,
+        mi_weight=0.001, act_weight=0.001, dtype="bfloat16",
     )  # fmt: skip
     B = 128
     epoch = 135_665 // B  # pairs of 0 to 6 operators

@@ -81,11 +81,16 @@ def accuracy(
 
 
 def batches_of(config: Config, bucket: int, max_pairs: int, B: int) -> list[tuple[dict[str, np.ndarray], np.ndarray]]:
-    """Batches of one bucket's held-out pairs, of B pairs that sentences of one of few lengths are padded to, and which
-    of the pairs are real."""
+    """Batches of B of one bucket's held-out pairs, padded to one of few lengths, and which of the pairs are real; the
+    others are padding alone.
+
+    Raises ValueError when none were drawn.
+    """
     drawn = pair_examples(config, "test", T=10_000, buckets=[bucket])
     order = np.random.default_rng(0).permutation(len(drawn))[:max_pairs]
     rows = [drawn.rows[i] for i in order]
+    if not rows:
+        raise ValueError(f"examples={config.data.examples} drawn have no held-out pair of {bucket} operators")
     # Few lengths, as each is compiled once.
     T = -(-max(side.count(" ") + 1 for row in drawn.rows for side in row[:2]) // 40) * 40
     pairs = Examples(rows, pair_examples(config, "test", T=T, buckets=[bucket]).arrays)
@@ -96,7 +101,7 @@ def batches_of(config: Config, bucket: int, max_pairs: int, B: int) -> list[tupl
         batch = {name: np.stack([pair[name] for pair in chosen]) for name in ("left", "right", "label")}
         real = index < len(rows)
         for side in ("left", "right"):
-            batch[side][~real, 1:] = 0  # one token, so that nothing divides by zero
+            batch[side][~real] = 0
         batches.append((batch, real))
     return batches
 

@@ -84,7 +84,9 @@ class OptimConfig:
     eps: float = field(1e-10, "Adam: epsilon")
     weight_decay: float = field(0.1, "decoupled weight decay, not on norms and biases")
     scale_decay: bool = field(False, "strict muP: multiply the decay of internal matrices by m_width")
-    learn: str = field("*", "patterns of the parameters that learn, such as *.new_*,*.router.*; the others are frozen")
+    learn: str = field(
+        "*", "patterns of the parameters that learn, *.new_*,*.router.*, and of those that do not, !embed"
+    )
     clip: float | None = field(1.0, "largest global norm of the gradient; None: no clipping")
 
     def __post_init__(self):

@@ -134,6 +134,8 @@ class ModelConfig:
             raise ValueError(f"sample_topk={self.sample_topk} cannot exceed {said}")
         if self.key_value == "input" and (self.K, self.H) != (1, self.D):
             raise ValueError(f"key_value='input' needs K=1 and H=D={self.D}, not K={self.K} and H={self.H}")
+        if self.key_value == "input" and self.attention == "softmax":
+            raise ValueError("key_value='input' needs attention='stick_breaking': rotary positions turn only the keys")
         if self.head_norm or self.remainder == "bias":
             raise ValueError("head_norm and remainder='bias' need heads that all tokens share, not attention_experts")
 
@@ -184,7 +186,11 @@ class ModelConfig:
 
     @classmethod
     def molm_350m_4b(cls, **changes) -> "ModelConfig":
-        """MoLM-350M-4B, a released ModuleFormer (arXiv 2306.04640): 4.1B parameters, 366M at work."""
+        """MoLM-350M-4B, a released ModuleFormer (arXiv 2306.04640): 4.1B parameters, 366M at work.
+
+        A new model of it begins as every decoder here does, with normal deviates of `init_std`; the original's experts
+        began uniform within 1 / (inputs of the matrix).
+        """
         return cls(**dict(_MOLM, L=24, N=2, k=2) | changes)
 
     @classmethod

@@ -248,17 +248,25 @@ def label_of(names: tuple[str, ...]) -> str:
 
 
 def learns(name: str, learn: str) -> bool:
-    """Whether a parameter (blocks.ffn.router.weight) matches one of the patterns of `optim.learn`."""
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in learn.split(","))
+    """Whether a parameter matches one of the patterns of `optim.learn`, and none of those behind a !.
+
+    >>> [learns("blocks.ffn.router.weight", learn) for learn in ("*.router.*", "!*.router.*", "*,!embed")]
+    [True, False, True]
+    """
+    patterns = learn.split(",")
+    frozen = [pattern.removeprefix("!") for pattern in patterns if pattern.startswith("!")]
+    wanted = [pattern for pattern in patterns if not pattern.startswith("!")] or ["*"]
+    matches = lambda some: any(fnmatch.fnmatchcase(name, pattern) for pattern in some)  # noqa: E731
+    return matches(wanted) and not matches(frozen)
 
 
 def label_tree(params, learn: str = "*"):
     """A tree like params with the label of every parameter: "matrix", "embedding", "vector" or "frozen".
 
-    `learn`: patterns of the names (blocks.ffn.router.weight) that learn, separated by commas; all others are frozen.
-    ValueError for one that matches no name.
+    `learn`: patterns of the names (blocks.ffn.router.weight) that learn, separated by commas, and behind a ! of those
+    that do not; without one of the first all others learn. ValueError for one that matches no name.
     """
-    patterns, names_of = learn.split(","), []
+    patterns, names_of = [pattern.removeprefix("!") for pattern in learn.split(",")], []
 
     def label(names, leaf):
         name = ".".join(names)

@@ -19,6 +19,8 @@ from stickjax.models.vocabulary import cross_entropy
 from stickjax.optim import learning, learns, make_optimizer
 from stickjax.sharding import over, shardings
 
+ROUTERS = {"": "ffn", "attention_": "attention"}  # by the beginning of a metric, the block's part that has one
+
 
 class TrainState(NamedTuple):
     """Everything a step changes. `bad_steps`: steps in a row that were skipped because they were not finite."""
@@ -110,7 +112,8 @@ def make_step(config: Config, mesh: Mesh | None = None) -> Callable[[TrainState,
 
         # A branch, not a selection between old and new, which would read and write every parameter once more.
         params, opt_state = jax.lax.cond(good, learn, lambda: (state.params, state.opt_state))
-        metrics |= {f"{kind}load_max": x.max() * x.shape[-1] for kind, x in load.items()}  # 1 at balance
+        busiest = {f"{kind}load_max": (x * _experts(state.params, kind, x)).max() for kind, x in load.items()}
+        metrics |= busiest  # 1 at balance
         bad_steps = jnp.where(good, 0, state.bad_steps + 1)
         metrics |= {
             "grad_norm": norm,
@@ -133,9 +136,15 @@ def jit_step(config: Config, mesh: Mesh | None, state: TrainState) -> Callable:
 
 def _with_router_bias(config: Config, params: Transformer, load: dict[str, jax.Array]) -> Transformer:
     params = jax.tree.map(lambda x: x, params)  # a copy: modules are changed by assignment
-    for kind, name in {"": "ffn", "attention_": "attention"}.items():
+    for kind, name in ROUTERS.items():
         if kind in load and learns(f"blocks.{name}.router.selection_bias", config.optim.learn):
-            router = getattr(params.blocks, name).router
-            bias = updated_router_bias(router.selection_bias[...], load[kind], config.model.bias_rate)
+            router, experts = getattr(params.blocks, name).router, _experts(params, kind, load[kind])
+            bias = updated_router_bias(router.selection_bias[...], load[kind], config.model.bias_rate, experts)
             router.selection_bias = nnx.Param(bias)
     return params
+
+
+def _experts(params: Transformer, kind: str, load: jax.Array) -> int | jax.Array:
+    """How many experts a load [L,E] is of, or [L,1] where some were pruned."""
+    slot = getattr(params.blocks, ROUTERS[kind]).router.slot
+    return load.shape[-1] if slot is None else (slot[...] >= 0).sum(-1, keepdims=True)

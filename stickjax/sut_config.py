@@ -72,7 +72,8 @@ class SutConfig:
 
     @classmethod
     def sut_base(cls, **changes) -> "SutConfig":
-        """The translation model of arXiv 2310.07096; V is one at which its two models have 66M and 110M parameters."""
+        """The translation model of arXiv 2310.07096, which `models.sut.SparseUniversalTransformer(config, key)` makes;
+        V is one at which its two models have 66M and 110M parameters."""
         return cls(**_TRANSLATION | dict(attention_experts=24, E=24) | changes)
 
     @classmethod

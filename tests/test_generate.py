@@ -16,6 +16,7 @@ import stickjax.generate
 from stickjax import Config, ModelConfig
 from stickjax.checkpoint import Checkpoints
 from stickjax.generate import _advance, _bucket, generate, generate_text, main
+from stickjax.model_config import MODULES
 from stickjax.models.transformer import init
 from stickjax.run import Loaded, write_config
 from stickjax.tokenizer import ByteTokenizer
@@ -50,6 +51,11 @@ def model():
         (dict(attention="softmax", E=4, k=2, window=6), (3, 9)),
         (dict(skip_below=-20.0, K=2), (300, 290)),  # longer than a tile of keys, so that one is skipped
         (dict(remainder="bias", head_norm=True, K=2, window=6), (1, 17, 5)),
+        # A ModuleFormer whose keys are its values.
+        (
+            MODULES | dict(N=2, K=1, H=32, attention_experts=3, E=4, k=2, key_value="input", router_hidden=8),
+            (1, 17, 5),
+        ),
     ],
     ids=str,
 )

@@ -44,6 +44,14 @@ def test_logits_are_the_originals(loaded, folder):
     assert_close(padded[mask > 0], expected["logits_left_padded"][mask > 0], FORWARD["float32"])
 
 
+@pytest.mark.parametrize("name", ["moduleformer/multihead", "hf/jetmoe"])
+def test_so_are_those_of_the_ops_that_a_cpu_runs(name):
+    expected, tokens = np.load(ORACLES / name / "expected.npz"), np.load(ORACLES / name / "expected.npz")["input_ids"]
+    model = stickjax.load(ORACLES / name).model
+    assert model.config.implementation is None
+    assert_close(logits(model, tokens, np.zeros_like(tokens)), expected["logits"], FORWARD["float32"])
+
+
 @pytest.mark.parametrize("folder", [f for f in FOLDERS if f.parent.name == "hf"], ids=lambda path: path.name)
 def test_greedy_tokens_are_the_originals(loaded, folder):
     expected = np.load(folder / "expected.npz")

@@ -12,6 +12,8 @@ import pytest
 from conftest import FORWARD, GRADIENT, assert_close
 
 from stickjax.config import ModelConfig
+from stickjax.hugging_face.configs import _effective, to_ours, to_theirs
+from stickjax.model_config import MODULES
 from stickjax.models.layers import rotary
 from stickjax.models.moe import SparseExperts
 from stickjax.models.router import choose_experts, rounded, router_stats, router_sums, updated_router_bias
@@ -24,6 +26,9 @@ MODELS = {
     "softmax": ModelConfig(**SMALL, attention="softmax", E=4, k=2, router="softmax_topk", tied=False),
     "heads": ModelConfig(**SMALL | dict(N=4, K=2), attention_experts=5, E=4, k=2),
     "value": ModelConfig(**SMALL, remainder="value", window=5),
+    "modules": ModelConfig(
+        **SMALL | MODULES | dict(N=2, K=1, H=24), attention_experts=3, E=4, k=2, key_value="input", router_hidden=8
+    ),
     "bias": ModelConfig(**SMALL, remainder="bias", head_norm=True, attend_current=True, activation="gelu"),
 }
 each_model = pytest.mark.parametrize("config", MODELS.values(), ids=MODELS.keys())
@@ -102,6 +107,8 @@ def test_the_cache_gives_the_full_pass(config):
         cache, parts = out.cache, [*parts, out.logits]
     real = (segments >= 0)[..., None]
     assert_close(jnp.where(real, jnp.concatenate(parts, 1), 0), jnp.where(real, full, 0), FORWARD["float32"])
+    # Keys, and values where they are not the keys, of all layers.
+    assert sum(a.ndim == 5 for a in jax.tree.leaves(cache)) == (1 if config.key_value == "input" else 2)
 
 
 @pytest.mark.parametrize("router", ["topk_softmax", "softmax_topk"])
@@ -197,8 +204,11 @@ def test_balance_gives_switch_loss_one():
 
 
 def test_router_bias_moves_against_the_load():
-    bias = updated_router_bias(jnp.zeros((2, 4)), jnp.array([[0.7, 0.1, 0.1, 0.1], [0.25] * 4]), 0.01)
+    bias = updated_router_bias(jnp.zeros((2, 4)), jnp.array([[0.7, 0.1, 0.1, 0.1], [0.25] * 4]), 0.01, 4)
     np.testing.assert_allclose(bias, [[-0.01, 0.01, 0.01, 0.01], [0] * 4], atol=1e-8)
+    # Two of the four were pruned: the mean is that of the others.
+    pruned = updated_router_bias(jnp.zeros((1, 4)), jnp.array([[0.6, 0.4, 0, 0]]), 0.01, jnp.array([[2]]))
+    np.testing.assert_allclose(pruned[0, :2], [-0.01, 0.01], atol=1e-8)
 
 
 PRESETS = {
@@ -216,6 +226,20 @@ def test_presets_have_the_published_sizes(name):
     config = getattr(ModelConfig, name)()
     assert config.L == layers
     assert abs(parameter_counts(config)[0] / total - 1) < 5e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "active"),
+    [
+        ("molm_350m_4b", 4_142_526_464, 366_482_432),
+        ("molm_700m_4b", 4_142_526_464, 668_472_320),
+        ("molm_700m_8b", 8_182_046_720, 681_460_736),
+    ],
+)
+def test_molm_has_exactly_the_published_parameters(name, total, active):
+    config = getattr(ModelConfig, name)()
+    assert parameter_counts(config) == (total, active)
+    assert _effective(to_ours(to_theirs(config, 512))[0]) == _effective(config)
 
 
 def test_stickbreaking_3b_tied_and_active_counts():

@@ -17,7 +17,18 @@ from stickjax.config import Config, DataConfig, ModelConfig, OptimConfig, SutCon
 from stickjax.models.attention import Context
 from stickjax.models.router import Router, choose_experts, probabilities
 from stickjax.models.transformer import init
-from stickjax.modules import LEARN, extend, merged, mutual_information, prune, report, use
+from stickjax.modules import (
+    LEARN,
+    concentrate,
+    extend,
+    freeze,
+    frozen,
+    merged,
+    mutual_information,
+    prune,
+    report,
+    use,
+)
 from stickjax.modules.__main__ import main
 from stickjax.run import load, save
 from stickjax.step import init_state, make_step
@@ -74,11 +85,14 @@ def test_probabilities_keep_their_bits(compiled, E, new):
 
 def test_extended_model_is_the_old_one_without_its_new_modules(model, monkeypatch):
     extended = extend(model, jax.random.key(1), experts=5, attention_experts=3)
-    base = run(model, TOKENS).logits
-    assert (run(extended, TOKENS).logits != base).any()
+    base = run(model, TOKENS)
+    assert (run(extended, TOKENS).logits != base.logits).any()
     logits = Router.logits
     monkeypatch.setattr(Router, "logits", lambda self, x: logits(self, x).at[:, self.weight.shape[1] :].set(-jnp.inf))
-    same(jax.jit(lambda model: model(TOKENS).logits)(extended), base)
+    found = jax.jit(lambda model: model(TOKENS))(extended)
+    same(found.logits, base.logits)
+    for kind in ("router", "attention_router"):  # experts that are never chosen say nothing
+        assert_close(getattr(found, kind).mutual_information, getattr(base, kind).mutual_information, 1e-5)
 
 
 def test_extension_keeps_every_old_leaf_and_draws_the_new_ones(model):
@@ -117,6 +131,16 @@ def test_what_is_frozen_does_not_move(routing):
     for name, leaf in named_leaves(state.params).items():
         learns = "/new_" in name or (routing == "full" and "/router/" in name)
         assert (np.asarray(leaf) != before[name]).any() == learns, name
+
+
+def test_freeze_leaves_out_what_it_names(model):
+    config = freeze(Config(CONFIG), "*.router.*,embed")
+    mask = named_leaves(frozen(model, config.optim.learn))
+    assert {name for name in mask if mask[name]} == {name for name in mask if "/router/" in name or name == "embed"}
+    again = named_leaves(frozen(model, freeze(config, "norm.*").optim.learn))
+    assert {name for name in again if again[name] != mask[name]} == {"norm/scale", "norm/bias"}
+    with pytest.raises(ValueError, match="no parameter matches 'embedd'"):
+        frozen(model, freeze(config, "embedd").optim.learn)
 
 
 def test_use_counts_routed_pairs_of_real_tokens(model, monkeypatch):
@@ -202,6 +226,19 @@ def test_pruned_heads_leave_other_tokens_alone(model):
     before, after = (first_heads(m, x, Context(None, None, None, 0))[0][0] for m in (model, pruned))
     same(before[untouched], after[untouched])
     assert (before[~untouched] != after[~untouched]).any(1).all()
+
+
+@pytest.mark.parametrize("denominator", ["old", "new"])
+def test_a_pruned_module_is_never_drawn(model, denominator):
+    """Where training draws the last of the chosen modules."""
+    counts = {"ffn": np.array([[9, 1, 8, 2, 7, 6], [1, 2, 3, 4, 5, 6]])}
+    pruned = prune(model, counts, count=3, denominator=denominator)
+    router = jax.tree.map(lambda leaf: leaf[0], pruned.blocks.ffn.router)
+    router.config = dataclasses.replace(pruned.config, sample_topk=1)
+    x = jnp.asarray(np.random.default_rng(3).normal(size=(500, 16)), jnp.float32)
+    chosen, gates, _ = router(x, None, jax.random.key(0))
+    assert {*np.unique(chosen)} == {0, 1, 2}
+    assert (chosen[:, 0] != chosen[:, 1]).all() and (gates > 0).all()
 
 
 def test_nothing_used_less_than_the_threshold_changes_nothing(model):
@@ -325,6 +362,22 @@ def test_extend_then_train(trained, tmp_path, capsys):
         same(learned[name], leaf)
     moved = [n for n in learned if n not in old and (learned[n] != named_leaves(extended.model)[n]).any()]
     assert len(moved) == 6
+    # What is pruned has no new modules any more, and what is concentrated learns as a whole.
+    pruned, few = (str(tmp_path / name) for name in ("pruned", "few"))
+    assert main(["prune", new, pruned, "--threshold=0.01", "--denominator=new", "--tokens=480"]) == 0
+    config = load(pruned).config
+    assert config.optim.learn == "*" and config.model.new_experts == config.model.gone_experts == 0
+    assert main(["concentrate", new, few, "--train.steps=1"]) == 0
+    assert load(few).config.optim.learn == "*"
+
+
+def test_freeze_then_train(trained, tmp_path, capsys):
+    out, new = str(tmp_path / "out"), str(tmp_path / "new")
+    assert main(["freeze", trained.base, out, "blocks.*", "--train.steps=1"]) == 0
+    assert "are frozen" in capsys.readouterr().out
+    assert train.main([f"{out}/config.json", "--run", new, "--init-from", out]) == 0
+    learned, old = named_leaves(load(new).model), named_leaves(load(trained.base).model)
+    assert {name for name in old if (learned[name] != old[name]).any()} == {n for n in old if "blocks" not in n}
 
 
 def test_prune_and_report(trained, tmp_path, capsys):
@@ -333,6 +386,11 @@ def test_prune_and_report(trained, tmp_path, capsys):
     assert "keeps at most 3 of ffn in a layer" in capsys.readouterr().out
     config = load(out).config.model
     assert (config.E, config.gone_experts, config.attention_experts) == (3, 3, 4)
+    picture = tmp_path / "use.png"
+    assert main(["report", out, "--tokens=480", "--below=1", f"--plot={picture}"]) == 0
+    assert picture.stat().st_size > 10_000 and not (tmp_path / "out" / "modules.png").exists()
+    assert json.loads((tmp_path / "out" / "modules.json").read_text())["unused"]["logic"] == {"attention": 8, "ffn": 6}
+    capsys.readouterr()
     assert main(["report", out, "--tokens=480"]) == 0
     assert "unused by recall" in capsys.readouterr().out
     assert (tmp_path / "out" / "modules.png").stat().st_size > 10_000
@@ -349,6 +407,19 @@ def test_concentrate(trained, tmp_path):
     assert (config.concentration_weight, config.mi_weight, config.switch_weight) == (0.5, 0, 0)
 
 
+def test_concentration_stops_the_bias_that_balances(trained, tmp_path):
+    config = load(trained.base).config.replace({"model.bias_rate": 0.1, "train.steps": 1})
+    base, few = str(tmp_path / "base"), str(tmp_path / "few")
+    train.fit(config, base, quiet=True)
+    concentrate(base, few)
+    before, after = (named_leaves(load(run).model) for run in (base, few))
+    biases = [name for name in before if name.endswith("selection_bias")]
+    assert len(biases) == 2 and all(before[name].any() for name in biases)
+    for name in biases:
+        same(after[name], before[name])
+    assert (after["blocks/ffn/router/weight"] != before["blocks/ffn/router/weight"]).any()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -362,6 +433,8 @@ def test_concentrate(trained, tmp_path):
         ("prune BASE OUT --count 3 --source logik", "source='logik' is not one of"),
         ("report BASE --source text", "source='text' needs a path"),
         ("concentrate BASE OUT --model.V=300", "is another model (model.V: 257 -> 300"),
+        ("freeze BASE OUT *.routers.*", "no parameter matches '*.routers.*'"),
+        ("freeze BASE OUT *", "leaves nothing that learns"),
     ],
 )
 def test_bad_words(trained, tmp_path, capsys, words, message):

@@ -14,6 +14,7 @@ from conftest import assert_close
 from stickjax import sharding
 from stickjax.config import Config, MeshConfig, ModelConfig
 from stickjax.metrics import read_metrics
+from stickjax.model_config import MODULES
 from stickjax.step import init_state, make_step
 from stickjax.train import fit
 
@@ -25,6 +26,9 @@ MODELS = {
     "experts": ModelConfig(**SIZES, E=4, k=2, tied=False, remat="full", remainder="value", window=11, **LOSSES),
     "heads": ModelConfig(**SIZES, attention_experts=3, attend_current=True, bias_rate=0.01, **LOSSES),
     "softmax": ModelConfig(**SIZES, attention="softmax", activation="gelu"),
+    "modules": ModelConfig(
+        **SIZES | MODULES, attention_experts=3, E=4, k=2, key_value="biased", router_hidden=8, **LOSSES
+    ),
 }
 STRATEGIES = [dict(data=4), dict(fsdp=4), dict(context=4), dict(tensor=2), dict(expert=4)]
 CASES = [
@@ -37,6 +41,7 @@ CASES = [
     ("experts", dict(expert=2, context=4)),
     ("heads", dict(data=2, fsdp=2, context=2)),
     ("heads", dict(fsdp=2, context=2, tensor=2)),
+    ("modules", dict(data=2, fsdp=2, tensor=2)),
 ]
 STEPS = 20
 

@@ -317,6 +317,23 @@ def test_a_causal_classifier_reads_the_last_tokens():
         assert (jnp.abs(other - logits) > 1e-3).any()
 
 
+def test_a_translation_depends_on_what_is_read_and_on_what_was_written_before():
+    """Not on later words, and not on the padding of the source; stopping early changes nothing."""
+    config = MODELS["translation"][0]
+    model = drawn(SparseUniversalTransformer, config)
+    run = jax.jit(lambda source, target: model({"source": source, "target": target}).logits)
+    source, target, t = jnp.array([[3, 4, 5, 0]]), jnp.array([[4, 1, 3, 2, 5]]), 2
+    logits = run(source, target)
+    after = run(source, target.at[0, t + 1 :].set(7))
+    np.testing.assert_array_equal(after[:, : t + 1], logits[:, : t + 1])
+    assert (after[:, t + 1 :] != logits[:, t + 1 :]).any(-1).all()
+    assert_close(run(jnp.pad(source, ((0, 0), (0, 3))), target), logits, 1e-6)
+    for position in range(3):
+        assert (jnp.abs(run(source.at[0, position].set(8), target) - logits) > 1e-4).any(-1).all()
+    early = jax.jit(lambda: model({"source": source, "target": target}, stop_early=True).logits)()
+    np.testing.assert_array_equal(early, logits)
+
+
 def test_no_token_depends_on_later_ones_or_on_other_documents():
     """By gradients, of the state and of the expected depth; and by values, as halting is a decision."""
     model = drawn(init, SutConfig(**TINY, attention="stick_breaking"))

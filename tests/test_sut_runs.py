@@ -9,6 +9,7 @@ import pytest
 from benchmarks import halting
 from stickjax import Config, DataConfig, SutConfig, load
 from stickjax.accuracy import THRESHOLDS, accuracy, batches_of, depths
+from stickjax.convert import export
 from stickjax.data import pair_examples, training_data
 from stickjax.evaluate import evaluate as bits_per_byte
 from stickjax.evaluate import main as evaluate
@@ -98,6 +99,9 @@ def test_accuracy_is_that_of_a_direct_count(pairs):
     assert first["pairs"] == 5 and first["accuracy"] == right / 5
     assert first["majority"] == np.bincount(labels).max() / 5
     np.testing.assert_allclose([first["depth"], first["rows"]], [depth / tokens, rows / tokens], rtol=1e-6)
+    # Pairs that only fill a batch count nowhere: batches of one need none.
+    (ones,) = accuracy(loaded.model, loaded.config, buckets=[3], thresholds=[0.999], max_pairs=5, B=1)
+    np.testing.assert_allclose([ones["depth"], ones["rows"]], [first["depth"], first["rows"]], rtol=1e-5)
     assert second["depth"] < first["depth"] and second["rows"] < first["rows"]
 
 
@@ -105,6 +109,11 @@ def test_a_batch_is_as_wide_as_its_bucket_needs():
     """Not as the pairs that were drawn from it: the longest of these have 40 tokens, of all 43."""
     ((batch, _),) = batches_of(PAIRS.replace({"data.examples": 20_000}), 8, 1, 1)
     assert batch["left"].shape == (1, 80) and (batch["left"] != 0).sum() <= 40
+
+
+def test_a_bucket_of_which_no_pair_was_drawn():
+    with pytest.raises(ValueError, match="examples=20 drawn have no held-out pair of 12 operators"):
+        batches_of(PAIRS.replace({"data.examples": 20}), 12, 1, 1)
 
 
 def test_evaluate_writes_accuracy_and_pictures(pairs, capsys, tmp_path):
@@ -134,9 +143,10 @@ def test_what_halting_saves_of_a_language_model(pairs, tmp_path, capsys):
     assert halting.main([pairs]) == 1 and "no language model that halts" in capsys.readouterr().err
 
 
-def test_a_language_model_trains_is_scored_and_continues_text(tmp_path):
+@pytest.mark.parametrize("attention", ["stick_breaking", "softmax"])
+def test_a_language_model_trains_is_scored_and_continues_text(tmp_path, attention):
     run = str(tmp_path / "text")
-    fit(TEXT, run, quiet=True)
+    fit(TEXT.replace({"model.attention": attention}), run, quiet=True)
     loaded = load(run)
     (record,) = bits_per_byte(loaded.model, loaded.config, lengths=(1,), max_tokens=64)
     assert record["tokens"] == 64 and 4 < record["bits_per_byte"] < 12
@@ -178,11 +188,14 @@ def test_data_that_do_not_fit(tmp_path, changes, message):
     assert not (tmp_path / "run").exists()
 
 
-def test_what_only_decoders_have(pairs):
+def test_what_only_decoders_have(pairs, tmp_path):
     with pytest.raises(ValueError, match="accumulate=2 is for decoders"):
         PAIRS.replace({"train.accumulate": 2})
     with pytest.raises(ValueError, match="fsdp=2 and tensor=2 divide decoders"):
         make_mesh(PAIRS.replace({"mesh.fsdp": 2, "mesh.tensor": 2}))
+    with pytest.raises(ValueError, match="no model_type is of family='sut'"):
+        export(load(pairs).model, str(tmp_path / "out"))
+    assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="a classifier of classes=7 generates no text"):
         generate(load(pairs).model, [[1]], 1)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from stickjax.fields import nearest
 from stickjax.model_config import MODULES, ModelConfig
+from stickjax.sut_config import SutConfig
 
 # Values that change what a model computes and that ours has no counterpart of; absent and null are these.
 _ONLY = {
@@ -176,8 +177,10 @@ def to_ours(tree: dict) -> tuple[ModelConfig, int | None]:
     return ModelConfig(**read(get)), get(length, int, None)
 
 
-def kind_of(c: ModelConfig) -> str:
+def kind_of(c: ModelConfig | SutConfig) -> str:
     """The model_type that is nearest to a model; ValueError when there is none near."""
+    if c.family != "decoder":
+        raise ValueError(f"no model_type is of family={c.family!r}: only decoders have one")
     if c.attention == "stick_breaking":
         if not (c.attention_experts and c.E):
             raise ValueError(

@@ -71,22 +71,26 @@ def choose_experts(
     *,
     trained: int | None = None,
     bias=None,
+    gone=None,
     sample_topk: int = 0,
     key=None,
 ) -> tuple[Int[Array, "T k"], Float[Array, "T k"]]:
     """Expert indices and gates of every token.
 
     `topk_softmax`: the k largest logits, their softmax (gates sum to one). `softmax_topk`: the softmax over E, its k
-    largest `probabilities` as they are. `bias` [E] is added for the selection only. With a key, the last `sample_topk`
-    of the k are drawn without replacement by their probabilities instead (Gumbel top-k); gates are as without.
+    largest `probabilities` as they are. `bias` [E] is added for the selection only, and those of `gone` [E] are never
+    selected. With a key, the last `sample_topk` of the k are drawn without replacement by their probabilities instead
+    (Gumbel top-k); gates are as without.
     """
     logits = logits.astype(jnp.float32)
     scores = logits if order == "topk_softmax" else probabilities(logits, trained)
     wanted = scores if bias is None else scores + bias.astype(jnp.float32)[None]
+    wanted = wanted if gone is None else jnp.where(gone[None], NEVER, wanted)
     _, chosen = jax.lax.top_k(jax.lax.stop_gradient(wanted), k)
     if sample_topk and key is not None:
         best = chosen[:, : k - sample_topk]
         taken = jax.nn.one_hot(best, logits.shape[1], dtype=bool).any(1)
+        taken = taken if gone is None else taken | gone[None]
         noisy = jax.nn.log_softmax(logits, axis=-1) + jax.random.gumbel(key, logits.shape)
         _, drawn = jax.lax.top_k(jax.lax.stop_gradient(jnp.where(taken, -jnp.inf, noisy)), sample_topk)
         chosen = jnp.concatenate([best, drawn], 1)
@@ -117,8 +121,8 @@ def rounded(
 def router_sums(
     logits: Float[Array, "T E"], expert_indices: Int[Array, "T k"], real: Bool[Array, "T"] | None = None
 ) -> RouterSums:
-    """The sums of one router over its real tokens."""
-    logits = logits.astype(jnp.float32)
+    """The sums of one router over its real tokens; logits at -inf, of experts that are not there, count as `NEVER`."""
+    logits = jnp.maximum(logits.astype(jnp.float32), NEVER)
     weight = jnp.ones(logits.shape[:1]) if real is None else real.astype(jnp.float32)
     log_g = jax.nn.log_softmax(logits, axis=-1)
     g, tokens = jnp.exp(log_g), weight.sum()
@@ -147,9 +151,14 @@ def router_stats(sums: RouterSums) -> RouterStats:
     return RouterStats(switch, sums.z / tokens, sums.entropy / tokens - marginal, marginal, load)
 
 
-def updated_router_bias(bias: Float[Array, "*L E"], load: Float[Array, "*L E"], rate: float) -> Float[Array, "*L E"]:
-    """Auxiliary-loss-free balancing (arXiv 2408.15664): b_e + rate * sign(mean load - load_e)."""
-    return (bias + rate * jnp.sign(load.mean(-1, keepdims=True) - load)).astype(bias.dtype)
+def updated_router_bias(
+    bias: Float[Array, "*L E"], load: Float[Array, "*L E"], rate: float, experts: int | Int[Array, "*L 1"]
+) -> Float[Array, "*L E"]:
+    """Auxiliary-loss-free balancing (arXiv 2408.15664): b_e + rate * sign(mean load - load_e).
+
+    The mean is over the `experts` that exist, fewer than E where some were pruned.
+    """
+    return (bias + rate * jnp.sign(load.sum(-1, keepdims=True) / experts - load)).astype(bias.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,12 +233,10 @@ class Router(nnx.Module):
         """The experts of every token, none (E) for one that is not real; their gates; and the sums of the losses."""
         c, logits = self.config, self.logits(tokens)
         bias = None if self.selection_bias is None else self.selection_bias[...].astype(jnp.float32)
-        if self.slot is not None:
-            gone = jnp.where(self.slot[...] < 0, NEVER, 0.0)
-            if c.pruned == "new_denominator":
-                logits += gone[None]
-            bias = gone if bias is None else bias + gone
-        options = dict(trained=self.weight.shape[1], bias=bias, sample_topk=c.sample_topk, key=key)
+        gone = None if self.slot is None else self.slot[...] < 0
+        if c.pruned == "new_denominator":
+            logits = jnp.where(gone[None], NEVER, logits)
+        options = dict(trained=self.weight.shape[1], bias=bias, gone=gone, sample_topk=c.sample_topk, key=key)
         columns, gates = choose_experts(logits, self.k, c.router, **options)
         chosen = columns if self.slot is None else self.slot[...].astype(jnp.int32)[columns]
         if real is not None:

@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from stickjax.collectives import total
+from stickjax.models.attention import segment_positions
 from stickjax.models.halting import Halting, HaltingGate, until_halted
 from stickjax.models.layers import LayerNorm, cast, dropout, normal, uniform
 from stickjax.models.router import RouterStats, router_stats
@@ -167,10 +168,11 @@ def sinusoidal(T: int, D: int) -> Float[np.ndarray, "T D"]:
 
 
 def embedded(config: SutConfig, embed, tokens, segment_ids, key):
-    """sqrt(D) * embedding, plus positions, zero for padding; and the key of the steps."""
+    """sqrt(D) * embedding, plus positions within the segments, zero for padding; and the key of the steps."""
     x = config.D**0.5 * cast(embed, config)[tokens]
     if config.attention == "softmax" and config.sinusoidal:
-        x += sinusoidal(tokens.shape[1], config.D)[None].astype(x.dtype)
+        positions = segment_positions(segment_ids)  # not of the array: padding may stand on the left
+        x += jnp.asarray(sinusoidal(tokens.shape[1], config.D), x.dtype)[positions]
     k_drop, key = (None, None) if key is None else jax.random.split(key)
     return dropout(jnp.where((segment_ids >= 0)[..., None], x, 0), config.dropout, k_drop), key
 

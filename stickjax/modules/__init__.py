@@ -1,11 +1,15 @@
-"""Modules of a trained mixture: add them, prune them, see which sources of text use them.
+"""Modules of a trained mixture: add and freeze them, concentrate the load on few, prune, see which text uses which.
 
 A module is an expert, of a feed-forward network ("ffn") or of attention heads ("attention"), after ModuleFormer (Shen
-et al., arXiv 2306.04640). `change.py` makes larger and smaller models of a trained one, `usage.py` counts its use,
-`python -m stickjax.modules` (`__main__.py`) does both to run folders. What learns is `optim.learn`, a line of patterns.
+et al., arXiv 2306.04640). `change.py` makes larger and smaller models of a trained one, `tune.py` says what of one
+learns and trains it towards few modules, `usage.py` counts its use, `python -m stickjax.modules` (`__main__.py`) does
+all of that to run folders.
 """
 
-from stickjax.modules.change import LEARN, extend, merged, prune
+from stickjax.modules.change import extend, merged, prune
+from stickjax.modules.tune import LEARN, concentrate, freeze, frozen
 from stickjax.modules.usage import mutual_information, report, use
 
-__all__ = ["LEARN", "extend", "merged", "mutual_information", "prune", "report", "use"]
+__all__ = [
+    "LEARN", "concentrate", "extend", "freeze", "frozen", "merged", "mutual_information", "prune", "report", "use"
+]  # fmt: skip

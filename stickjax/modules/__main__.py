@@ -1,11 +1,12 @@
-"""Add modules to a trained run, prune them, concentrate the load on few, and see which text uses which.
+"""Add modules to a trained run, freeze, concentrate the load on few, prune, and see which text uses which modules.
 
 python -m stickjax.modules extend RUN OUT --experts 8 [--attention-experts 4] [--routing frozen|full]
+python -m stickjax.modules freeze RUN OUT PATTERN [PATTERN ...]
 python -m stickjax.modules concentrate RUN OUT [--weight 0.1]
 python -m stickjax.modules prune RUN OUT (--count N | --threshold X) [--kind ffn|attention|both] [--denominator old|new]
 python -m stickjax.modules report RUN [--source stdlib --source text:FOLDER] [--plot PNG]
 
-extend and prune write a run folder OUT with parameters alone, to be trained by
+extend, freeze and prune write a run folder OUT with parameters alone, to be trained by
 python -m stickjax.train OUT/config.json --run NEW --init-from OUT. All take --section.field=value.
 """
 
@@ -20,9 +21,10 @@ from rich.console import Console
 from rich.table import Table
 
 from stickjax import plots, train
-from stickjax.config import Config, DataConfig
-from stickjax.modules.change import LEARN, extend, prune
+from stickjax.config import DataConfig
+from stickjax.modules.change import extend, prune
 from stickjax.modules.kinds import KINDS, kinds_of
+from stickjax.modules.tune import LEARN, concentrate, freeze, frozen
 from stickjax.modules.usage import batches_of, report, use
 from stickjax.options import parse_changes
 from stickjax.run import load, read_config, save
@@ -55,18 +57,30 @@ def table(result: dict) -> Table:
     return shown
 
 
-def _extend(words, config: Config, changes: dict) -> str:
+def _how_to_train(out: str) -> str:
+    return f"{out}: train it by python -m stickjax.train {out}/config.json --run NEW --init-from {out}"
+
+
+def _extend(words, changes: dict) -> str:
     loaded = load(words.run)
     added = dict(experts=words.experts, attention_experts=words.attention_experts)
     model = extend(loaded.model, jax.random.key(words.seed), **added)
     changes = {"optim.learn": LEARN[words.routing]} | changes
     save(words.out, model, dataclasses.replace(loaded.config, model=model.config).replace(changes))
-    return (
-        f"{words.out}: train it by python -m stickjax.train {words.out}/config.json --run NEW --init-from {words.out}"
-    )
+    return _how_to_train(words.out)
 
 
-def _prune(words, config: Config, changes: dict) -> str:
+def _freeze(words, changes: dict) -> str:
+    loaded = load(words.run, changes=changes)
+    config = freeze(loaded.config, ",".join(words.patterns))
+    mask = jax.tree.leaves(frozen(loaded.model, config.optim.learn))
+    if all(mask):
+        raise ValueError(f"optim.learn={config.optim.learn!r} leaves nothing that learns")
+    save(words.out, loaded.model, config)
+    return f"{sum(mask)} of {len(mask)} parameters are frozen; {_how_to_train(words.out)}"
+
+
+def _prune(words, changes: dict) -> str:
     loaded = load(words.run, changes=changes)
     kinds = [kind.name for kind in kinds_of(loaded.config.model) if words.kind in (kind.name, "both")]
     if not kinds:
@@ -77,20 +91,19 @@ def _prune(words, config: Config, changes: dict) -> str:
         found = use(loaded.model, batches_of(data, heldout=False, max_tokens=words.tokens))
         counts = {kind: counts[kind] + found[kind] for kind in kinds}
     model = prune(loaded.model, counts, count=words.count, threshold=words.threshold, denominator=words.denominator)
-    save(words.out, model, dataclasses.replace(loaded.config, model=model.config))
+    # An extended model's new modules are old ones now, and patterns of theirs would match nothing.
+    config = dataclasses.replace(loaded.config, model=model.config).replace({"optim.learn": "*"} | changes)
+    save(words.out, model, config)
     kept = ", ".join(f"at most {getattr(model.config, KINDS[kind].old)} of {kind} in a layer" for kind in kinds)
     return f"{words.out} keeps {kept}"
 
 
-def _concentrate(words, config: Config, changes: dict) -> str:
-    spreading = {"model.mi_weight": 0.0, "model.switch_weight": 0.0}
-    config = config.replace(spreading | {"model.concentration_weight": words.weight} | changes)
-    kinds_of(config.model)
-    train.fit(config, words.out, init_from=words.run)
+def _concentrate(words, changes: dict) -> str:
+    concentrate(words.run, words.out, weight=words.weight, changes=changes)
     return f"{words.out}: its unused modules are for python -m stickjax.modules prune"
 
 
-def _report(words, config: Config, changes: dict) -> str:
+def _report(words, changes: dict) -> str:
     loaded = load(words.run, step=words.step, changes=changes)
     sources = {name: source_of(loaded.config.data, name) for name in words.source or loaded.config.data.sources}
     result = report(loaded.model, sources, max_tokens=words.tokens, below=words.below)
@@ -122,6 +135,8 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--attention-experts", type=int, default=0, help="of each attention")
     added.add_argument("--routing", choices=LEARN, default="frozen", help="what learns besides the new modules")
     added.add_argument("--seed", type=int, default=0, help="of the new parameters")
+    added = command("freeze", _freeze, "let only a part of the model learn")
+    added.add_argument("patterns", nargs="+", metavar="PATTERN", help="of names, '*.router.*' or embed")
     added = command("prune", _prune, "remove the modules that are used least")
     how = added.add_mutually_exclusive_group(required=True)
     how.add_argument("--count", type=int, help="how many modules of a kind each layer keeps")
@@ -144,8 +159,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if "out" in words and words.function is not _concentrate and Path(words.out).exists():
             raise ValueError(f"{words.out} exists; choose another folder")
-        config = read_config(words.run)
-        said = words.function(words, config, parse_changes(config, rest))
+        said = words.function(words, parse_changes(read_config(words.run), rest))
     except train.CLEAR as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -12,17 +12,14 @@ from stickjax.fields import one_of
 from stickjax.models.transformer import Transformer, init
 from stickjax.modules.kinds import KINDS, Kind, kinds_of, rebuilt, slots
 
-# For `optim.learn`: the new modules and their columns of the routers alone, or the routers as a whole with them.
-LEARN = {"frozen": "*.new_*", "full": "*.new_*,*.router.*"}
-
 
 def extend(model: Transformer, key: jax.Array, *, experts: int = 0, attention_experts: int = 0) -> Transformer:
     """The model with new modules in every layer, h'(x) = softmax([A; A'] r(x)) over the columns of old and new ones.
 
     The new modules and their columns A' are leaves of their own (`new_*`), initialised like those of a new model, so
-    that which of them learn is a pattern of `optim.learn` (see `LEARN`). Every old leaf stays as it is, and with A' at
-    -inf the router has the bits of the old one; so has the output with implementation="reference". With
-    "xla" the number of experts decides how many rows are multiplied at once, which on a CPU may change a last bit.
+    that which of them learn is a pattern of `optim.learn` (see `tune.LEARN`). Every old leaf stays as it is, and with
+    A' at -inf the router has the bits of the old one; so has the output with implementation="reference". With "xla" the
+    number of experts decides how many rows are multiplied at once, which on a CPU may change a last bit.
     Modules that were new before become old ones first (`merged`).
 
     Args:
