@@ -35,11 +35,14 @@ LENGTHS = (1, 2, 4, 8)
 
 
 @jax.jit
-def _nll_sum(model: Transformer | LanguageModel, windows: jax.Array, real: jax.Array) -> jax.Array:
-    """Sum of the negative log-likelihood, in nats, of the targets of windows [B, T+1] for which `real` [B] is true."""
-    logits = apply(model, {"tokens": windows[:, :-1]}).logits
-    nll = optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:])
-    return jnp.where(real[:, None], nll, 0).sum()
+def _sums(model: Transformer | LanguageModel, windows: jax.Array, real: jax.Array) -> dict[str, jax.Array]:
+    """Over the targets of windows [B, T+1] for which `real` [B] is true: the negative log-likelihood, in nats, and of a
+    model that halts the mean number of blocks."""
+    output = apply(model, {"tokens": windows[:, :-1]})
+    by_token = {"nll": optax.softmax_cross_entropy_with_integer_labels(output.logits, windows[:, 1:])}
+    if isinstance(model, LanguageModel):
+        by_token["depth"] = output.depth
+    return {name: jnp.where(real[:, None], values, 0).sum() for name, values in by_token.items()}
 
 
 def evaluate(
@@ -63,7 +66,8 @@ def evaluate(
       batch_tokens: tokens in one call of the model.
 
     Returns:
-      A record {"multiple", "context", "bits_per_byte", "bits_per_token", "tokens", "bytes", "text"} per length.
+      A record {"multiple", "context", "bits_per_byte", "bits_per_token", "tokens", "bytes", "text"} per length; of a
+      model that halts also "depth", the mean number of blocks.
 
     Raises:
       ValueError: no held-out document is long enough.
@@ -77,15 +81,25 @@ def evaluate(
         real = np.arange(-(-len(pieces) // B) * B) < len(pieces)
         padded = np.concatenate([pieces, np.repeat(pieces[:1], len(real) - len(pieces), 0)])
         batches = zip(np.split(padded, len(real) // B), np.split(real, len(real) // B), strict=True)
-        bits = sum(float(_nll_sum(model, *batch)) for batch in batches) / math.log(2)
-        tokens = pieces.shape[0] * m * config.data.T
-        records.append(
-            dict(
-                multiple=m, context=m * config.data.T, bits_per_byte=bits / windows.bytes, bits_per_token=bits / tokens,
-                tokens=tokens, bytes=windows.bytes, text=heldout.hash,
-            )
+        parts = [jax.device_get(_sums(model, *batch)) for batch in batches]
+        sums = {name: sum(float(part[name]) for part in parts) for name in parts[0]}
+        bits, tokens = sums["nll"] / math.log(2), pieces.shape[0] * m * config.data.T
+        record = dict(
+            multiple=m, context=m * config.data.T, bits_per_byte=bits / windows.bytes, bits_per_token=bits / tokens,
+            tokens=tokens, bytes=windows.bytes, text=heldout.hash,
         )  # fmt: skip
+        records.append(record | ({"depth": sums["depth"] / tokens} if "depth" in sums else {}))
     return records
+
+
+def depths(model: LanguageModel, config: Config, *, lines: int = 4, T: int = 64) -> list[tuple[list[str], np.ndarray]]:
+    """The tokens of some held-out windows, as text, and the mean number of blocks of each."""
+    _, heldout = load_corpus(config.data)
+    T = min(T, config.data.T)
+    windows = heldout_windows(heldout, T, lengths=(1,), max_tokens=lines * T).tokens[:, :-1]
+    found = jax.device_get(apply(model, {"tokens": windows}).depth)
+    decode = lambda token: heldout.tokenizer.decode([int(token)]).encode("unicode_escape").decode()  # noqa: E731
+    return [([decode(token) for token in row], depth) for row, depth in zip(windows, found, strict=True)]
 
 
 def table(runs: dict[str, Records]) -> Table:
@@ -97,6 +111,8 @@ def table(runs: dict[str, Records]) -> Table:
         result.add_column(f"{record['multiple']}x ({record['context']})", justify="right")
     for name, records in runs.items():
         result.add_row(name, *(f"{r['bits_per_byte']:.3f}" for r in records))
+        if "depth" in records[0]:
+            result.add_row("  mean depth", *(f"{r['depth']:.2f}" for r in records))
     return result
 
 
@@ -123,6 +139,8 @@ def main(argv: list[str] | None = None) -> int:
                 continue
             lengths = evaluate(loaded.model, loaded.config, max_tokens=words.max_tokens)
             results[folder.name] = lengths
+            if isinstance(loaded.model, LanguageModel):
+                plots.plot_depth(depths(loaded.model, loaded.config), folder / "depth.png")
             record = {"run": folder.name, "step": loaded.step, "lengths": lengths}
             (folder / "evaluation.json").write_text(json.dumps(record, indent=2) + "\n")
         if classes != {0}:

@@ -129,7 +129,8 @@ def plot_depth(sentences: list[tuple[list[str], np.ndarray]], path) -> None:
     for axes, (tokens, depth) in zip(panels, sentences, strict=True):
         axes.bar(range(len(tokens)), depth, color="C0")
         axes.set(xlim=(-0.6, longest - 0.4), ylim=(0, highest), ylabel="depth")
-        axes.set_xticks(range(len(tokens)), tokens, family="monospace", fontsize="small")
+        labels = [token.replace("$", r"\$") for token in tokens]  # a pair of them would begin a formula
+        axes.set_xticks(range(len(tokens)), labels, family="monospace", fontsize="small")
     page.savefig(path)
 
 

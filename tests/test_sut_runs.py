@@ -11,6 +11,7 @@ from stickjax import Config, DataConfig, SutConfig, load
 from stickjax.accuracy import THRESHOLDS, accuracy, batches_of, depths
 from stickjax.convert import export
 from stickjax.data import pair_examples, training_data
+from stickjax.evaluate import depths as depths_of_text
 from stickjax.evaluate import evaluate as bits_per_byte
 from stickjax.evaluate import main as evaluate
 from stickjax.generate import generate, generate_text
@@ -149,7 +150,9 @@ def test_a_language_model_trains_is_scored_and_continues_text(tmp_path, attentio
     fit(TEXT.replace({"model.attention": attention}), run, quiet=True)
     loaded = load(run)
     (record,) = bits_per_byte(loaded.model, loaded.config, lengths=(1,), max_tokens=64)
-    assert record["tokens"] == 64 and 4 < record["bits_per_byte"] < 12
+    assert record["tokens"] == 64 and 4 < record["bits_per_byte"] < 12 and 1 < record["depth"] < 3
+    (line, depth), *_ = depths_of_text(loaded.model, loaded.config)
+    assert len(line) == len(depth) == 8 and all(line) and ((1 <= depth) & (depth <= 3)).all()
     (text,) = generate_text(loaded, ["def "], 3)
     assert isinstance(text, str)
     # Greedy tokens are those of the whole text read at once, whatever stands to the left of a row.
