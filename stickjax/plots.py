@@ -114,6 +114,7 @@ def plot_halting(records: Records, path, groups=((0, 6), (7, 9), (10, 12))) -> N
             for i, (x, y, threshold) in enumerate(line):  # below and above in turn, as some are at nearly one place
                 place = dict(textcoords="offset points", xytext=(4, 6 if i % 2 else -10), fontsize="x-small")
                 axes.annotate(f"{threshold:g}", (x, y), **place)
+    axes.margins(x=0.1)  # of the numbers on the right
     axes.legend(title="number: threshold")
     page.savefig(path)
 
