@@ -91,8 +91,9 @@ def _prune(words, changes: dict) -> str:
         found = use(loaded.model, batches_of(data, heldout=False, max_tokens=words.tokens))
         counts = {kind: counts[kind] + found[kind] for kind in kinds}
     model = prune(loaded.model, counts, count=words.count, threshold=words.threshold, denominator=words.denominator)
-    # An extended model's new modules are old ones now, and patterns of theirs would match nothing.
-    config = dataclasses.replace(loaded.config, model=model.config).replace({"optim.learn": "*"} | changes)
+    before, config = loaded.config.model, dataclasses.replace(loaded.config, model=model.config)
+    if before.new_experts or before.new_attention_experts:  # old ones now: patterns of theirs would match nothing
+        config = config.replace({"optim.learn": "*"} | changes)
     save(words.out, model, config)
     kept = ", ".join(f"at most {getattr(model.config, KINDS[kind].old)} of {kind} in a layer" for kind in kinds)
     return f"{words.out} keeps {kept}"
