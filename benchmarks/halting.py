@@ -1,12 +1,14 @@
-"""python -m benchmarks.halting RUN [--seconds S]: what a lower halting threshold saves of a trained language model.
+"""python -m benchmarks.halting RUN [--seconds S] [--json]: what a lower halting threshold saves of a language model.
 
 RUN is a run of a Sparse Universal Transformer. Expert rows are counted; the thresholds take turns on the same held-out
-text, so that other work on the machine slows all of them.
+text, so that other work on the machine slows all of them. --json also writes benchmarks/results/halting.json.
 """
 
 import argparse
+import dataclasses
 import sys
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +22,11 @@ from stickjax.data import heldout_windows
 from stickjax.models import sut
 from stickjax.run import load
 
+from .report import Row, compared, machine, write_json
 from .timing import interleave
 
 TOKENS = 4096
+RESULTS = Path(__file__).parent / "results" / "halting.json"
 
 
 @jax.jit
@@ -34,36 +38,50 @@ def _read(model, windows, threshold):
     return nll.mean() / jnp.log(2), output.depth.mean(), rows / nll.size
 
 
-def measured(run: str, seconds: float) -> Table:
-    """A row per threshold. ValueError for a run of another model."""
+def measured(run: str, seconds: float) -> list[Row]:
+    """A row per threshold, by which it is named. ValueError for a run of another model."""
     loaded = load(run)
     if not isinstance(loaded.model, sut.LanguageModel):
         raise ValueError(f"{run} has no language model that halts; python -m stickjax.train configs/sut_lm_tiny.py")
     data = loaded.config.data
     _, heldout = load_corpus(data)
     windows = jnp.asarray(heldout_windows(heldout, data.T, lengths=(1,), max_tokens=TOKENS).pieces(1))
-    calls = {t: partial(_read, loaded.model, windows, jnp.float32(t)) for t in THRESHOLDS}
-    found, times = {t: call() for t, call in calls.items()}, interleave(calls, seconds=seconds)
-    table = Table(title=f"{run}, {windows.shape[0]} x {data.T} tokens")
-    for name in ("threshold", "bits per token", "depth", "expert rows per token", "median ms", "best ms"):
-        table.add_column(name, justify="right")
-    for t, (bits, depth, rows) in found.items():
-        said = f"{t:g}", f"{bits:.3f}", f"{depth:.2f}", f"{rows:.2f}"
-        table.add_row(*said, f"{times[t].median:.0f}", f"{times[t].best:.0f}")
-    return table
+    calls = {f"{t:g}": partial(_read, loaded.model, windows, jnp.float32(t)) for t in THRESHOLDS}
+    found, times = {t: map(float, call()) for t, call in calls.items()}, interleave(calls, seconds=seconds)
+    case = f"F={loaded.config.model.F}, {windows.shape[0]} x {data.T} tokens"
+    names = "bits per token", "depth", "expert rows per token"
+    return [
+        dataclasses.replace(row, extra=dict(zip(names, found[row.contestant], strict=True)))
+        for row in compared("halting", case, times, next(iter(calls)), {}, {})
+    ]
+
+
+def table(rows: list[Row]) -> Table:
+    result = Table(title=rows[0].case)
+    for name in ("threshold", *rows[0].extra, "median ms", "best ms"):
+        result.add_column(name, justify="right")
+    for row in rows:
+        bits, depth, ran = row.extra.values()
+        said = row.contestant, f"{bits:.3f}", f"{depth:.2f}", f"{ran:.2f}"
+        result.add_row(*said, f"{row.milliseconds:.0f}", f"{row.best:.0f}")
+    return result
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.halting", description=__doc__.split("\n\n")[0])
     parser.add_argument("run", help="folder of a run")
     parser.add_argument("--seconds", type=float, default=30.0, help="of timing")
+    parser.add_argument("--json", action="store_true", help=f"also write {RESULTS.name} among the results")
     arguments = parser.parse_args(argv)
+    info = machine()
     try:
-        table = measured(arguments.run, arguments.seconds)
+        rows = measured(arguments.run, arguments.seconds)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    Console(width=100).print(table)
+    if arguments.json:
+        write_json(RESULTS, info, rows)
+    Console(width=100).print(table(rows))
     return 0
 
 

@@ -130,16 +130,19 @@ def test_evaluate_writes_accuracy_and_pictures(pairs, capsys, tmp_path):
         assert len(tokens) == len(depth) and (depth >= 1).all() and (depth <= 3).all()
 
 
-def test_what_halting_saves_of_a_language_model(pairs, tmp_path, capsys):
+def test_what_halting_saves_of_a_language_model(pairs, tmp_path, capsys, monkeypatch):
     run = str(tmp_path / "text")
     fit(TEXT, run, quiet=True)
-    assert halting.main([run, "--seconds=0.01"]) == 0
+    monkeypatch.setattr(halting, "RESULTS", tmp_path / "halting.json")
+    assert halting.main([run, "--seconds=0.01", "--json"]) == 0
     rows = [line.split("│")[1:6] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
     thresholds, bits, depth, ran = (
         tuple(map(float, column)) for column in zip(*[row[:4] for row in rows], strict=True)
     )
     assert thresholds == THRESHOLDS and all(4 < x < 12 for x in bits)
     # Two layers of two experts each, three times; a token halts at once below 1/2.
+    kept = json.loads((tmp_path / "halting.json").read_text())["rows"]
+    np.testing.assert_allclose([row["extra"]["bits per token"] for row in kept], bits, atol=1e-3)
     assert ran[0] == 12 and depth[-1] == 1 and ran[-1] == 4 and list(ran) == sorted(ran, reverse=True)
     assert halting.main([pairs]) == 1 and "no language model that halts" in capsys.readouterr().err
 
