@@ -27,7 +27,7 @@ MODELS = {
     "heads": ModelConfig(**SIZES, attention_experts=3, attend_current=True, bias_rate=0.01, **LOSSES),
     "softmax": ModelConfig(**SIZES, attention="softmax", activation="gelu"),
     "modules": ModelConfig(
-        **SIZES | MODULES, attention_experts=3, E=4, k=2, key_value="biased", router_hidden=8, **LOSSES
+        **SIZES | MODULES, attention_experts=3, E=4, k=2, key_value="biased", router_hidden=8, init_std=0.4, **LOSSES
     ),
 }
 STRATEGIES = [dict(data=4), dict(fsdp=4), dict(context=4), dict(tensor=2), dict(expert=4)]
