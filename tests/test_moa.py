@@ -168,6 +168,11 @@ def test_experts_may_be_sampled_for_the_heads_alone():
     ("changes", "message"),
     [
         (dict(N=4, K=2, attention_experts=1), r"N / K = 2 .* cannot exceed attention_experts=1"),
+        (dict(N=4, K=2, attention_experts=3, key_value="input"), "key_value='input' needs K=1 and H=D="),
+        (
+            dict(D=16, N=2, K=1, H=16, attention_experts=3, key_value="input", attention="softmax"),
+            "key_value='input' needs attention='stick_breaking'",
+        ),
         (dict(N=2, K=2, attention_experts=4), r"router='topk_softmax' train no router"),
         (dict(N=4, K=2, attention_experts=4, head_norm=True), "need heads that all tokens share"),
         (dict(N=4, K=2, attention_experts=4, sample_topk=3), "sample_topk=3 cannot exceed N / K = 2"),
