@@ -4,7 +4,6 @@ RUN is a run of a Sparse Universal Transformer. Expert rows are counted; the thr
 text, so that other work on the machine slows all of them. --json also writes benchmarks/results/halting.json.
 """
 
-import argparse
 import dataclasses
 import sys
 from functools import partial
@@ -17,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from stickjax.accuracy import THRESHOLDS
+from stickjax.command import Parser, command
 from stickjax.corpus import load_corpus
 from stickjax.data import heldout_windows
 from stickjax.models import sut
@@ -67,18 +67,15 @@ def table(rows: list[Row]) -> Table:
     return result
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.halting", description=__doc__.split("\n\n")[0])
+    parser = Parser(prog="python -m benchmarks.halting", description=__doc__.split("\n\n")[0])
     parser.add_argument("run", help="folder of a run")
     parser.add_argument("--seconds", type=float, default=30.0, help="of timing")
     parser.add_argument("--json", action="store_true", help=f"also write {RESULTS.name} among the results")
     arguments = parser.parse_args(argv)
     info = machine()
-    try:
-        rows = measured(arguments.run, arguments.seconds)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    rows = measured(arguments.run, arguments.seconds)
     if arguments.json:
         write_json(RESULTS, info, rows)
     Console(width=100).print(table(rows))

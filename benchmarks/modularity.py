@@ -10,7 +10,6 @@ For each seed of configs/moduleformer_tiny.py, which mixes two sources of text:
 Every training after the first has a third of its steps. Losses are held-out bits per token.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -23,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from stickjax import plots
+from stickjax.command import Parser, command
 from stickjax.config import Config
 from stickjax.evaluate import evaluate
 from stickjax.modules import LEARN, extend, prune, report, use
@@ -30,7 +30,7 @@ from stickjax.modules.usage import batches_of
 from stickjax.options import load_config, parse
 from stickjax.run import Loaded, load, save
 from stickjax.step import init_state
-from stickjax.train import CLEAR, fit
+from stickjax.train import fit
 
 RESULTS = Path(__file__).parent / "results" / "modularity.json"
 CONFIG = Path(__file__).parent.parent / "configs" / "moduleformer_tiny.py"
@@ -172,21 +172,18 @@ def plot(results: list[dict], path) -> None:
     page.savefig(path)
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.modularity", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m benchmarks.modularity", description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds, from 0 (3)")
     parser.add_argument("--json", action="store_true", help=f"write {RESULTS.name} and its picture among the results")
     words, rest = parser.parse_known_args(argv)
     results: list[dict] = []
-    try:
-        config = parse(load_config(str(CONFIG)), rest)
-        for seed in range(words.seeds):
-            with tempfile.TemporaryDirectory() as folder:
-                results.append(one(config, seed, Path(folder)))
-            Console(highlight=False).print(table(results))
-    except CLEAR as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    config = parse(load_config(str(CONFIG)), rest)
+    for seed in range(words.seeds):
+        with tempfile.TemporaryDirectory() as folder:
+            results.append(one(config, seed, Path(folder)))
+        Console(highlight=False).print(table(results))
     if words.json:
         found = {"config": config.to_dict(), "statistics": statistics(results), "seeds": results}
         RESULTS.write_text(json.dumps(found, indent=1) + "\n")

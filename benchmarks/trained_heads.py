@@ -6,7 +6,6 @@ After `make demo`, which trains runs/tiny. Writes runs/trained_heads.npz, which 
 prints how much of the attention `skip_below` would leave.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from rich.table import Table
 
 from pallas_kernels import stick_breaking_attention
 from stickjax import load
-from stickjax.checkpoint import DamagedCheckpoint
+from stickjax.command import Parser, command
 from stickjax.corpus import load_corpus
 from stickjax.models.attention import Context
 
@@ -56,19 +55,16 @@ def kept(heads: Heads, T: int) -> np.ndarray:
     return np.asarray(jax.jit(lambda q, k: stick_breaking_attention(q, k, k, **settings)[2].kept[0])(q, k))
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.trained_heads", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m benchmarks.trained_heads", description=__doc__.splitlines()[0])
     parser.add_argument("run", nargs="?", default="runs/tiny", help="the folder of a training (runs/tiny)")
     parser.add_argument("--tokens", type=int, default=2**14, help="how many of held-out text (16384)")
     parser.add_argument("--out", type=Path, default=SAVED, help="the file to write")
     arguments = parser.parse_args(argv)
-    try:
-        loaded = load(arguments.run)
-        tokens = load_corpus(loaded.config.data)[1].tokens[: arguments.tokens]
-        heads = of_model(loaded.model, tokens)
-    except (ValueError, OSError, DamagedCheckpoint) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    loaded = load(arguments.run)
+    tokens = load_corpus(loaded.config.data)[1].tokens[: arguments.tokens]
+    heads = of_model(loaded.model, tokens)
     table = Table("T", "all", "least", "most", title=f"share of the 64 x 64 tiles kept at skip_below={SKIP:g}, by head")
     for T in sorted({min(T, len(tokens)) for T in (1024, 2048, 4096, len(tokens))}):
         shares = kept(heads, T)

@@ -1,9 +1,15 @@
 """Sparse, stick-breaking language models in JAX."""
 
+import sys
+
+from stickjax.command import end_on_interrupt
 from stickjax.config import Config, DataConfig, ModelConfig, OptimConfig, SutConfig, TrainConfig
 
 __all__ = ["Config", "DataConfig", "ModelConfig", "OptimConfig", "SutConfig", "TrainConfig", "export", "load"]
 __version__ = "0.1.0"
+
+if sys.argv[:1] == ["-m"] and any(word.startswith("stickjax") for word in sys.orig_argv):
+    end_on_interrupt()  # `python -m stickjax.COMMAND`, whose modules take seconds to import
 
 
 def load(run, *, step=None, changes=None):

@@ -38,7 +38,7 @@ from stickjax.fields import nearest
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 
 
-class DamagedCheckpoint(RuntimeError):
+class DamagedCheckpoint(ValueError):
     """A checkpoint does not hold what was saved."""
 
 

@@ -6,14 +6,13 @@ FOLDER in the Hugging Face layout: OUT becomes a run folder, which `--init-from`
 FOLDER of a run: OUT becomes a folder in the Hugging Face layout.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 import numpy as np
 
 from stickjax import hugging_face
-from stickjax.checkpoint import DamagedCheckpoint
+from stickjax.command import Parser, command
 from stickjax.config import Config
 from stickjax.hugging_face.files import write_safetensors
 from stickjax.models.transformer import Transformer
@@ -84,19 +83,16 @@ def convert(source: str, path: str, *, step: int | None = None, shard_bytes: int
     return f"{path}: {'a run folder' if to_run else 'the Hugging Face layout'}, {count:,} parameters{note}"
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m stickjax.convert", description="To and from Hugging Face folders.")
+    parser = Parser(prog="python -m stickjax.convert", description="To and from Hugging Face folders.")
     parser.add_argument("folder", help="a folder in the Hugging Face layout, or a run folder")
     parser.add_argument("out", help="the folder to write, the other of the two; it must not exist")
     parser.add_argument("--step", type=int, help="which checkpoint of a run; the newest by default")
     parser.add_argument("--shard-bytes", type=float, default=SHARD_BYTES, help="largest file (default 5e9)")
     words = parser.parse_args(argv)
-    try:
-        print(convert(words.folder, words.out, step=words.step, shard_bytes=int(words.shard_bytes)))
-    except (ValueError, OSError, OverflowError, DamagedCheckpoint) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 1
+    print(convert(words.folder, words.out, step=words.step, shard_bytes=int(words.shard_bytes)))
     return 0
 
 

@@ -6,8 +6,8 @@
 `python -m stickjax.data tokenize SOURCE OUT` writes a token file.
 """
 
-import argparse
 import hashlib
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,6 +15,7 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
+from stickjax.command import Parser, command
 from stickjax.config import Config, DataConfig
 from stickjax.corpus import Corpus, document_ends, load_corpus, tokenize
 from stickjax.fields import one_of
@@ -284,22 +285,20 @@ def heldout_windows(
     return EvalWindows(tokens, T, sum(count(window) - count(window[:1]) for window in tokens))
 
 
+@command
 def main(argv: list[str] | None = None) -> None:
     """`tokenize SOURCE OUT [--tokenizer byte|tokenizer.json] [--text-field text]`"""
-    parser = argparse.ArgumentParser(prog="python -m stickjax.data")
+    parser = Parser(prog="python -m stickjax.data")
     command = parser.add_subparsers(required=True).add_parser("tokenize", help="text to a token file")
     command.add_argument("source", metavar="SOURCE", help="text file, .jsonl file or folder")
     command.add_argument("out", metavar="OUT", help="OUT.bin and OUT.json are written")
     command.add_argument("--tokenizer", default="byte", help="byte, or the path of a tokenizer.json")
     command.add_argument("--text-field", default="text", help="field of a jsonl line that holds the text")
     words = parser.parse_args(argv)
-    try:
-        meta = tokenize(**vars(words))
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
+    meta = tokenize(**vars(words))
     counts = (f"{meta['num_' + what]:,} {what}" for what in ("documents", "tokens", "bytes"))
     print(f"{words.out}: {', '.join(counts)}, {meta['sha256'][:16]}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

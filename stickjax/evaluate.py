@@ -5,7 +5,6 @@ python -m stickjax.evaluate RUN [RUN ...] [--plot PNG]
 A classifier of pairs is evaluated by `stickjax.accuracy` instead.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -19,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from stickjax import accuracy, plots
-from stickjax.checkpoint import DamagedCheckpoint
+from stickjax.command import Parser, command
 from stickjax.config import Config
 from stickjax.corpus import load_corpus
 from stickjax.data import heldout_windows
@@ -116,8 +115,9 @@ def table(runs: dict[str, Records]) -> Table:
     return result
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m stickjax.evaluate", allow_abbrev=False)
+    parser = Parser(prog="python -m stickjax.evaluate")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders; several are drawn in one picture")
     parser.add_argument("--step", type=int, help="evaluate the checkpoint of this step")
     parser.add_argument("--max-tokens", type=int, default=2**17, help="how many tokens to score")
@@ -125,33 +125,29 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--plot", help="path of the curves; in the first run's folder by default")
     words, rest = parser.parse_known_args(argv)
     results = {}
-    try:
-        configs = {run: read_config(run) for run in words.runs}
-        classes = {getattr(config.model, "classes", 0) for config in configs.values()}
-        if len(classes) > 1:
-            raise ValueError("classifiers and language models are not compared: evaluate them in two commands")
-        for run, config in configs.items():
-            loaded, folder = load(run, step=words.step, changes=parse_changes(config, rest)), Path(run)
-            plots.plot_training({folder.name: read_metrics(run)}, folder / "training.png")
-            if classes != {0}:
-                limit = words.max_pairs
-                results[folder.name] = accuracy.report(loaded.model, loaded.config, folder, limit)
-                continue
-            lengths = evaluate(loaded.model, loaded.config, max_tokens=words.max_tokens)
-            results[folder.name] = lengths
-            if isinstance(loaded.model, LanguageModel):
-                plots.plot_depth(depths(loaded.model, loaded.config), folder / "depth.png")
-            record = {"run": folder.name, "step": loaded.step, "lengths": lengths}
-            (folder / "evaluation.json").write_text(json.dumps(record, indent=2) + "\n")
+    configs = {run: read_config(run) for run in words.runs}
+    classes = {getattr(config.model, "classes", 0) for config in configs.values()}
+    if len(classes) > 1:
+        raise ValueError("classifiers and language models are not compared: evaluate them in two commands")
+    for run, config in configs.items():
+        loaded, folder = load(run, step=words.step, changes=parse_changes(config, rest)), Path(run)
+        plots.plot_training({folder.name: read_metrics(run)}, folder / "training.png")
         if classes != {0}:
-            picture = words.plot or str(Path(words.runs[0]) / "accuracy.png")
-            plots.plot_accuracy({name: accuracy.at_first_threshold(r) for name, r in results.items()}, picture)
-        else:
-            picture = words.plot or str(Path(words.runs[0]) / "length.png")
-            plots.plot_length_curves(results, picture)
-    except (ValueError, OSError, NotImplementedError, DamagedCheckpoint) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+            limit = words.max_pairs
+            results[folder.name] = accuracy.report(loaded.model, loaded.config, folder, limit)
+            continue
+        lengths = evaluate(loaded.model, loaded.config, max_tokens=words.max_tokens)
+        results[folder.name] = lengths
+        if isinstance(loaded.model, LanguageModel):
+            plots.plot_depth(depths(loaded.model, loaded.config), folder / "depth.png")
+        record = {"run": folder.name, "step": loaded.step, "lengths": lengths}
+        (folder / "evaluation.json").write_text(json.dumps(record, indent=2) + "\n")
+    if classes != {0}:
+        picture = words.plot or str(Path(words.runs[0]) / "accuracy.png")
+        plots.plot_accuracy({name: accuracy.at_first_threshold(r) for name, r in results.items()}, picture)
+    else:
+        picture = words.plot or str(Path(words.runs[0]) / "length.png")
+        plots.plot_length_curves(results, picture)
     console = Console(highlight=False)
     console.print(table(results) if classes == {0} else accuracy.table(results))
     if classes != {0} and len(results) == 1:

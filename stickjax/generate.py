@@ -3,7 +3,6 @@
 python -m stickjax.generate RUN --prompt "def main(" [--temperature 0.8] [--top-p 0.95] [--stop TEXT ...]
 """
 
-import argparse
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stickjax.checkpoint import DamagedCheckpoint
+from stickjax.command import Parser, command
 from stickjax.models.family import empty_cache, read
 from stickjax.models.sut import LanguageModel
 from stickjax.models.transformer import Transformer
@@ -212,14 +211,10 @@ def generate_text(
     return texts
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise ValueError(message)  # one line and exit code 1, like all other bad input
-
-
+@command
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = _Parser(prog="python -m stickjax.generate", description="Continue prompts with a trained model.")
+    parser = Parser(prog="python -m stickjax.generate", description="Continue prompts with a trained model.")
     parser.add_argument("run", help="run folder")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", action="append", help="may be repeated; without any, the prompt is standard input")
@@ -232,24 +227,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be repeated")
     parser.add_argument("--step", type=int, help="which checkpoint; the newest by default")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as model.window=128")
-    try:
-        args = parser.parse_args(argv)
-        sampling = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
-        _check_options(args.max_new_tokens, **sampling)  # before the model is read
-        changed = parse(read_config(args.run), [f"--{word}" for word in args.set])
-        changes = {key: attrgetter(key)(changed) for key in (word.partition("=")[0] for word in args.set)}
-        prompts = args.prompt or [Path(args.prompt_file).read_text("utf-8") if args.prompt_file else sys.stdin.read()]
-        loaded = load(args.run, step=args.step, changes=changes)
-        one = len(prompts) == 1
-        on_text = (lambda row, piece: print(piece, end="", flush=True)) if one else None
-        options = dict(stop=args.stop, on_text=on_text, seed=args.seed) | sampling
-        texts = generate_text(loaded, prompts, args.max_new_tokens, **options)
-        print(*() if one else (f"--- prompt {row}\n{text}" for row, text in enumerate(texts)), sep="\n")
-    except KeyboardInterrupt:
-        return 130
-    except (ValueError, OSError, OverflowError, NotImplementedError, DamagedCheckpoint) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 1
+    args = parser.parse_args(argv)
+    sampling = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    _check_options(args.max_new_tokens, **sampling)  # before the model is read
+    changed = parse(read_config(args.run), [f"--{word}" for word in args.set])
+    changes = {key: attrgetter(key)(changed) for key in (word.partition("=")[0] for word in args.set)}
+    prompts = args.prompt or [Path(args.prompt_file).read_text("utf-8") if args.prompt_file else sys.stdin.read()]
+    loaded = load(args.run, step=args.step, changes=changes)
+    one = len(prompts) == 1
+    on_text = (lambda row, piece: print(piece, end="", flush=True)) if one else None
+    options = dict(stop=args.stop, on_text=on_text, seed=args.seed) | sampling
+    texts = generate_text(loaded, prompts, args.max_new_tokens, **options)
+    print(*() if one else (f"--- prompt {row}\n{text}" for row, text in enumerate(texts)), sep="\n")
     return 0
 
 

@@ -17,15 +17,11 @@ import subprocess
 import sys
 import time
 
+from stickjax.command import Parser, command
 from stickjax.processes import AGAIN, LOST, SAID, check_address, free_port, lost
 
 GRACE = 5  # seconds between SIGTERM and SIGKILL for those that are left when one is lost
 HELD = 0.5  # seconds that stderr waits: what the others write there once one is lost only says so in many more words
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise ValueError(message)  # one line and exit code 1, like all other bad input
 
 
 class Processes:
@@ -121,11 +117,10 @@ def _forwarded(processes: Processes):
 
 
 def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m stickjax.launch",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="on this machine (default 1)")
     parser.add_argument("--hosts", type=int, default=1, metavar="H", help="machines, each with N processes (default 1)")
@@ -145,13 +140,10 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     return words, words.train[1:] if words.train[:1] == ["--"] else words.train
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    try:
-        words, train = _parse(argv)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    words, train = _parse(argv)
     count, first = words.processes * words.hosts, words.processes * words.host
     address = words.coordinator or f"localhost:{free_port()}"
     command, extra = [sys.executable, "-m", "stickjax.train", *train], {"STICKJAX_LAUNCHER": str(os.getpid())}

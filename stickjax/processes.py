@@ -147,6 +147,11 @@ def _several() -> bool:
     return jax.process_count() > 1
 
 
+def joined() -> bool:
+    """Whether this process has joined others, by `initialize`."""
+    return jax.distributed.is_initialized()
+
+
 _turn = {"shared": 0, "barrier": 0}
 
 

@@ -6,7 +6,6 @@ as plain dictionaries, ready for JSON; every plot takes such records and writes 
 python -m stickjax.sweeps coordinate|learning-rate|power-law [--config FILE] [--out DIR] [--section.field=value ...]
 """
 
-import argparse
 import json
 import math
 import sys
@@ -22,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from stickjax import mup as models
+from stickjax.command import Parser, command
 from stickjax.config import Config
 from stickjax.options import load_config, parse
 from stickjax.plots import Records, best_runs, figure, group, plot_learning_rate_sweep, plot_power_law, ticks
@@ -263,9 +263,10 @@ def _numbers(name: str, text: str, kind: type) -> list:
     return values
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m stickjax.sweeps", allow_abbrev=False)
+    parser = Parser(prog="python -m stickjax.sweeps")
     parser.add_argument("command", choices=_COMMANDS, help="power-law trains 1, 2, 4 and 8 times the config's steps")
     parser.add_argument("--config", help="a config file, or a run's config.json; by default a small model")
     parser.add_argument("--out", default="runs/sweeps", help="folder for COMMAND.json and COMMAND.png")
@@ -273,19 +274,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rates", help="learning rates, such as 1e-3,2e-3; by default 2^-2 ... 2^4 times peak_lr")
     words, rest = parser.parse_known_args(argv)
     console = Console(highlight=False)
-    try:
-        config = parse(load_config(words.config) if words.config else models.SMALL, rest)
-        D, peak = config.model.D, config.optim.peak_lr
-        widths = _numbers("widths", words.widths, int) if words.widths else [D, 2 * D, 4 * D]
-        rates = _numbers("rates", words.rates, float) if words.rates else [peak * 2.0**e for e in range(-2, 5)]
-        out = Path(words.out) / words.command
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with console.status(words.command) as status:
-            result, table = _COMMANDS[words.command](config, widths, rates, out, status)
-        out.with_suffix(".json").write_text(json.dumps({"config": config.to_dict()} | result, indent=1) + "\n")
-    except (ValueError, OSError, NotImplementedError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    config = parse(load_config(words.config) if words.config else models.SMALL, rest)
+    D, peak = config.model.D, config.optim.peak_lr
+    widths = _numbers("widths", words.widths, int) if words.widths else [D, 2 * D, 4 * D]
+    rates = _numbers("rates", words.rates, float) if words.rates else [peak * 2.0**e for e in range(-2, 5)]
+    out = Path(words.out) / words.command
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with console.status(words.command) as status:
+        result, table = _COMMANDS[words.command](config, widths, rates, out, status)
+    out.with_suffix(".json").write_text(json.dumps({"config": config.to_dict()} | result, indent=1) + "\n")
     console.print(table)
     print(f"{out}.json, {out}.png")
     return 0

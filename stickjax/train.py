@@ -3,12 +3,10 @@
 python -m stickjax.train configs/tiny.py [--run DIR] [--section.field=value ...]
 """
 
-import argparse
 import contextlib
 import signal
 import sys
 import time
-import traceback
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +14,8 @@ import jax
 
 from stickjax import processes, sharding
 from stickjax.banner import banner
-from stickjax.checkpoint import Checkpoints, DamagedCheckpoint, check_finite, named_leaves
+from stickjax.checkpoint import Checkpoints, check_finite, named_leaves
+from stickjax.command import Parser, command
 from stickjax.config import Config
 from stickjax.data import training_data
 from stickjax.metrics import MetricsLog, flops_per_token, peak_flops
@@ -24,9 +23,6 @@ from stickjax.options import describe, load_config, parse
 from stickjax.progress import Progress
 from stickjax.run import check_config, load, placed, read_config, write_config
 from stickjax.step import TrainState, init_state, jit_step
-
-# What is said in one line; everything else is a bug, and comes with its traceback.
-CLEAR = (ValueError, OSError, FloatingPointError, NotImplementedError, DamagedCheckpoint)
 
 
 class Result(NamedTuple):
@@ -228,8 +224,9 @@ def _loop(config, mesh, state, loader, data, checkpoints, log, progress, asked, 
     return Result(state, finished, rate, outside)
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m stickjax.train", add_help=False, allow_abbrev=False)
+    parser = Parser(prog="python -m stickjax.train", add_help=False)
     parser.add_argument("config", nargs="?", help="a config file, or a run's config.json")
     parser.add_argument("--run", help="run folder; runs/NAME of the config file by default")
     parser.add_argument("--init-from", metavar="RUN", help="begin with the parameters of another run")
@@ -243,34 +240,27 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, metavar="N", help="how many there are; stickjax.launch starts them")
     parser.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0")
     words, rest = parser.parse_known_args(argv)
-    try:
-        if not words.help:
-            processes.initialize(words.coordinator, words.processes, words.process)
-        if words.config is None and words.branch is not None:
-            config = read_config(split_branch(words.branch)[0])
-        else:
-            config = load_config(words.config) if words.config else Config()
-        if words.help:
-            print(f"{parser.format_help()}\nconfig fields, with their values here:\n{describe(config)}")
-            return 0
-        if words.config is None and words.branch is None:
-            raise ValueError("which config? for example: python -m stickjax.train configs/tiny.py")
-        if words.branch is not None and words.run is None:
-            raise ValueError("--from needs a new folder: --run DIR")
-        config = parse(config, rest)
-        if words.dry_run:
-            from stickjax.plan.report import dry_run
+    if not words.help:
+        processes.initialize(words.coordinator, words.processes, words.process)
+    if words.config is None and words.branch is not None:
+        config = read_config(split_branch(words.branch)[0])
+    else:
+        config = load_config(words.config) if words.config else Config()
+    if words.help:
+        print(f"{parser.format_help()}\nconfig fields, with their values here:\n{describe(config)}")
+        return 0
+    if words.config is None and words.branch is None:
+        raise ValueError("which config? for example: python -m stickjax.train configs/tiny.py")
+    if words.branch is not None and words.run is None:
+        raise ValueError("--from needs a new folder: --run DIR")
+    config = parse(config, rest)
+    if words.dry_run:
+        from stickjax.plan.report import dry_run
 
-            dry_run(config)
-            return 0
-        run = words.run or str(Path("runs") / Path(words.config).stem)
-        fit(config, run, init_from=words.init_from, branch=words.branch, profile=words.profile)
-    except CLEAR as error:
-        return processes.fail(f"error: {error}", error)
-    except BaseException as error:
-        if jax.distributed.is_initialized():  # the others must not wait for this one
-            processes.fail("".join(traceback.format_exception(error)).rstrip(), error)
-        raise
+        dry_run(config)
+        return 0
+    run = words.run or str(Path("runs") / Path(words.config).stem)
+    fit(config, run, init_from=words.init_from, branch=words.branch, profile=words.profile)
     return 0
 
 

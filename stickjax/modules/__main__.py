@@ -10,7 +10,6 @@ extend, freeze and prune write a run folder OUT with parameters alone, to be tra
 python -m stickjax.train OUT/config.json --run NEW --init-from OUT. All take --section.field=value.
 """
 
-import argparse
 import dataclasses
 import json
 import sys
@@ -20,7 +19,8 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from stickjax import plots, train
+from stickjax import plots
+from stickjax.command import Parser, command
 from stickjax.config import DataConfig
 from stickjax.modules.change import extend, prune
 from stickjax.modules.kinds import KINDS, kinds_of
@@ -115,12 +115,12 @@ def _report(words, changes: dict) -> str:
     return f"picture: {picture}"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m stickjax.modules", allow_abbrev=False)
+def _parser() -> Parser:
+    parser = Parser(prog="python -m stickjax.modules")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name, function, doc, out=True):
-        added = commands.add_parser(name, help=doc, description=doc, allow_abbrev=False)
+        added = commands.add_parser(name, help=doc, description=doc)
         added.set_defaults(function=function)
         added.add_argument("run", metavar="RUN", help="folder of a trained run")
         if out:
@@ -155,15 +155,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     words, rest = _parser().parse_known_args(argv)
-    try:
-        if "out" in words and words.function is not _concentrate and Path(words.out).exists():
-            raise ValueError(f"{words.out} exists; choose another folder")
-        said = words.function(words, parse_changes(read_config(words.run), rest))
-    except train.CLEAR as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    if "out" in words and words.function is not _concentrate and Path(words.out).exists():
+        raise ValueError(f"{words.out} exists; choose another folder")
+    said = words.function(words, parse_changes(read_config(words.run), rest))
     print(said)
     return 0
 

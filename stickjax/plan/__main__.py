@@ -7,12 +7,12 @@ does not fit, the nearest changes that do, each compiled too. With the CUDA whee
 virtual CPU devices.
 """
 
-import argparse
 import os
 import sys
 
 import jax
 
+from stickjax.command import Parser, command
 from stickjax.config import Config
 from stickjax.options import describe, load_config, parse
 from stickjax.plan.aot import absent_machine, virtual_devices
@@ -26,8 +26,9 @@ def _hosts(devices: int) -> int:
     return next(hosts for hosts in range(max(1, -(-devices // 8)), max(1, devices) + 1) if devices % hosts == 0)
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m stickjax.plan", add_help=False, allow_abbrev=False)
+    parser = Parser(prog="python -m stickjax.plan", add_help=False)
     parser.add_argument("config", nargs="?", help="a config file, or a run's config.json")
     parser.add_argument("--gpu", default="h200", help=f"one of {', '.join(CHIPS)}; h200 by default")
     parser.add_argument("--devices", type=int, default=8, help="GPUs; 8 by default")
@@ -36,26 +37,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="machine-readable, to stdout")
     parser.add_argument("-h", "--help", action="store_true")
     words, rest = parser.parse_known_args(argv)
-    try:
-        config = load_config(words.config) if words.config else Config()
-        if words.help:
-            print(f"{parser.format_help()}\nconfig fields, with their values here:\n{describe(config)}")
-            return 0
-        if words.config is None:
-            raise ValueError("which config? for example: python -m stickjax.plan configs/powermoe_3b.py --devices 64")
-        config = parse(config, rest)
-        gpu = chip(words.gpu)
-        if "JAX_PLATFORMS" not in os.environ:
-            jax.config.update("jax_platforms", "cpu")  # no GPU here is used
-        if not has_wheels():
-            virtual_devices(words.devices)
-        machine = absent_machine(gpu, words.devices, words.hosts or _hosts(words.devices))
-        if not words.sweep and not any(word.startswith("--mesh.") for word in rest) and config.mesh == Config().mesh:
-            config = config.replace({"mesh.fsdp": -1})
-        show(config, machine, as_json=words.json, swept=words.sweep)
-    except (ValueError, OSError, NotImplementedError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    config = load_config(words.config) if words.config else Config()
+    if words.help:
+        print(f"{parser.format_help()}\nconfig fields, with their values here:\n{describe(config)}")
+        return 0
+    if words.config is None:
+        raise ValueError("which config? for example: python -m stickjax.plan configs/powermoe_3b.py --devices 64")
+    config = parse(config, rest)
+    gpu = chip(words.gpu)
+    if "JAX_PLATFORMS" not in os.environ:
+        jax.config.update("jax_platforms", "cpu")  # no GPU here is used
+    if not has_wheels():
+        virtual_devices(words.devices)
+    machine = absent_machine(gpu, words.devices, words.hosts or _hosts(words.devices))
+    if not words.sweep and not any(word.startswith("--mesh.") for word in rest) and config.mesh == Config().mesh:
+        config = config.replace({"mesh.fsdp": -1})
+    show(config, machine, as_json=words.json, swept=words.sweep)
     return 0
 
 

@@ -1,0 +1,49 @@
+"""All commands by their names: `stickjax train tiny`, or without the script `python -m stickjax train tiny`."""
+
+import importlib
+import sys
+
+from stickjax import __version__
+from stickjax.command import UsageError, command, end_on_interrupt
+from stickjax.fields import nearest
+
+# The module of each command, imported when it is used, and what it does.
+COMMANDS = {
+    "train": ("stickjax.train", "train a config; resume, branch or begin with the parameters of another run"),
+    "evaluate": ("stickjax.evaluate", "the held-out loss of runs, at and beyond the length of their training"),
+    "generate": ("stickjax.generate", "continue a prompt"),
+    "convert": ("stickjax.convert", "models to and from the Hugging Face layout"),
+    "plan": ("stickjax.plan.__main__", "what a step takes on GPUs that need not be there"),
+    "sweep": ("stickjax.sweeps", "coordinate checks, learning rates, and the law of the Power schedule"),
+    "launch": ("stickjax.launch", "train in several processes"),
+    "data": ("stickjax.data", "make token files of text"),
+    "modules": ("stickjax.modules.__main__", "extend, freeze, concentrate, prune and report on experts"),
+}
+HELP = "usage: stickjax COMMAND ...\n\n{}\n\nstickjax COMMAND --help says more; stickjax --version the version".format(
+    "\n".join(f"  {name:<10}{doc}" for name, (_, doc) in COMMANDS.items())
+)
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    name, *rest = sys.argv[1:] if argv is None else argv or [None]
+    if name in (None, "-h", "--help", "help"):
+        print(HELP)
+        return 0
+    if name in ("-V", "--version", "version"):
+        print(f"stickjax {__version__}")
+        return 0
+    name = {"sweeps": "sweep"}.get(name, name)  # the module's name
+    if name not in COMMANDS:
+        raise UsageError(f"unknown command {name!r}{nearest(name, COMMANDS)}; the commands are {', '.join(COMMANDS)}")
+    return importlib.import_module(COMMANDS[name][0]).main(rest)
+
+
+def script() -> int:
+    """The program `stickjax`."""
+    end_on_interrupt()
+    return main()
+
+
+if __name__ == "__main__":
+    sys.exit(script())

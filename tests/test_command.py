@@ -1,0 +1,114 @@
+"""How commands end, and the one that has them all."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from stickjax import __main__, __version__
+from stickjax.checkpoint import DamagedCheckpoint
+from stickjax.command import Parser, UsageError, command
+
+ENDS = [
+    (None, 0, ""),
+    (SystemExit(0), 0, ""),
+    (ValueError("T=0\n  must be 1"), 1, "error: T=0 must be 1\n"),
+    (DamagedCheckpoint("the checksum differs"), 1, "error: the checksum differs\n"),
+    (FileNotFoundError(2, "No such file or directory", "a.py"), 1, "error: a.py: No such file or directory\n"),
+    (OSError("disk full"), 1, "error: disk full\n"),
+    (FloatingPointError("step 3"), 1, "error: step 3\n"),
+    (MemoryError(), 1, "error: MemoryError\n"),
+    (UsageError("--foo"), 2, "error: --foo\n"),
+    (KeyboardInterrupt(), 130, "interrupted\n"),
+]
+
+
+@pytest.mark.parametrize("error, code, said", ENDS, ids=lambda x: type(x).__name__)
+def test_a_command_ends_with_a_line_and_an_exit_code(capsys, error, code, said):
+    @command
+    def main(argv):
+        if error is not None:
+            raise error
+
+    assert main([]) == code
+    assert capsys.readouterr() == ("", said)
+
+
+def test_what_is_a_bug_is_raised():
+    @command
+    def main(argv):
+        raise TypeError("a bug")
+
+    with pytest.raises(TypeError, match="a bug"):
+        main([])
+
+
+def test_an_option_that_does_not_exist_has_a_nearest_name():
+    parser = Parser(prog="x")
+    parser.add_argument("--temperature", type=float)
+    with pytest.raises(UsageError, match="unrecognized arguments: --temprature=1 .did you mean '--temperature'"):
+        parser.parse_args(["--temprature=1"])
+    with pytest.raises(UsageError, match="invalid float value: 'hot'"):
+        parser.parse_args(["--temperature=hot"])
+
+
+def test_the_command_of_commands(capsys, tmp_path):
+    assert __main__.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"stickjax {__version__}\n"
+    assert __main__.main([]) == __main__.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"\n  {name} " in out for name in __main__.COMMANDS)
+    assert __main__.main(["trian"]) == 2
+    assert "unknown command 'trian' (did you mean 'train'?)" in capsys.readouterr().err
+    for name in (*__main__.COMMANDS, "sweeps"):
+        assert __main__.main([name, "--help"]) == 0
+        assert "usage: " in capsys.readouterr().out
+    assert __main__.main(["generate", str(tmp_path)]) == 1
+    assert "is not a run folder" in capsys.readouterr().err
+
+
+PROGRAM = """
+import sys
+sys.argv = ["-m"]; sys.orig_argv = ["python", "-m", "stickjax.train"]
+import stickjax, signal
+assert not {"jax", "numpy"} & set(sys.modules), "the package is light until a command is chosen"
+from stickjax.command import command
+print("importing", flush=True)
+if sys.stdin.read(1) == "c":
+    @command
+    def main(argv):
+        print("running", flush=True)
+        try:
+            sys.stdin.read(1)
+        finally:
+            print("cleaned up", flush=True)
+    sys.exit(main([]))
+"""
+
+
+@pytest.mark.parametrize("phase", ["importing", "running"])
+def test_ctrl_c_is_one_line_from_the_first_import_on(phase):
+    options = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, "-c", PROGRAM], **options) as process:
+        assert process.stdout.readline() == "importing\n"
+        if phase == "running":
+            process.stdin.write("c")
+            process.stdin.flush()
+            assert process.stdout.readline() == "running\n"
+        time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (130, "interrupted\n")
+    assert out == ("cleaned up\n" if phase == "running" else "")
+
+
+def test_nobody_reads():
+    """`stickjax | head -0`: no line about a broken pipe, neither at once nor when Python ends."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", "stickjax", "--help"], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
