@@ -8,7 +8,8 @@ A run folder holds data, nothing in it is ever executed: config.json, metrics.js
 
 A checkpoint is written as `<step>.tmp` and renamed when it is complete. Two kinds of sums, because Orbax must
 not be fed damaged files (it prints pages, and trusts sizes), and because what Orbax wrote may not be what was
-on the device.
+on the device. The first checkpoint that a process writes is read back before it is renamed: a path or a file system
+that loses data is found then.
 """
 
 import base64
@@ -32,7 +33,12 @@ import jax.numpy as jnp
 from orbax.checkpoint import v1
 
 from stickjax import processes
+from stickjax.disk import REASONS, sync_folder
 from stickjax.fields import nearest
+from stickjax.lock import Lock
+from stickjax.plain_path import plain_path
+
+READ_BACK_BYTES = 2**28  # read at a time, unless one array has more
 
 # Orbax logs a traceback per thread for an error that it also raises; the raised one is enough.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
@@ -49,7 +55,10 @@ class Restored(NamedTuple):
 
 
 class Checkpoints(contextlib.AbstractContextManager):
-    """The newest `keep` checkpoints of a run, in `run_folder/checkpoints/<step>`. One run writes at a time.
+    """The newest `keep` checkpoints of a run, in `run_folder/checkpoints/<step>`.
+
+    One process, or the processes of one run, write at a time: `with Checkpoints(folder)` takes the lock of the run
+    folder, and is a ValueError when somebody else has it. To read, no lock is needed.
 
     >>> import tempfile
     >>> folder, state = tempfile.mkdtemp(), {"params": {"w": jnp.arange(3.0)}, "key": jax.random.key(0)}
@@ -68,18 +77,21 @@ class Checkpoints(contextlib.AbstractContextManager):
             raise ValueError(f"keep={keep} must be at least 1")
         self.folder, self.keep = Path(run_folder).absolute() / "checkpoints", keep
         self._position: int | None = None  # the last step saved or restored here
+        self._lock: Lock | None = None
+        self._proven = False  # whether a checkpoint that was written here has been read back
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: tuple[int, Future] | None = None
 
     def steps(self) -> list[int]:
         """The steps of all complete checkpoints, oldest first."""
-        return sorted(int(path.name) for path in self.folder.glob("*") if path.name.isdecimal())
+        return sorted(int(path.name) for path in _entries(self.folder) if _is_step(path.name))
 
     def save(self, step: int, state, extra: dict) -> None:
         """Save without waiting for the disk: once this returns, `state` may be donated or changed.
 
-        Waits for the save before. A checkpoint at `step` or later was damaged or belongs to a future
-        that is trained again: it is renamed to `<step>.aside`, never overwritten or deleted.
+        The first save waits: it is read back before it counts. Every other one waits for the save before. A checkpoint
+        at `step` or later was damaged or belongs to a future that is trained again: it is renamed to `<step>.aside`,
+        never overwritten or deleted.
 
         Args:
           step: later than the last one saved or restored here.
@@ -102,9 +114,17 @@ class Checkpoints(contextlib.AbstractContextManager):
         arrays = {name: a for name, a in arrays.items() if a.size}
         with self._saving(step):
             if processes.is_writer():
+                if self._lock is not None:
+                    self._lock.check()
                 self._make_room(step)
-            response = v1.save_async(self.folder / f"{step}.tmp" / "arrays", arrays)
-        self._pending = step, self._thread.submit(self._finish, step, response, manifest)
+            response = v1.save_async(plain_path(self.folder) / f"{step}.tmp" / "arrays", arrays)
+            if self._proven:
+                self._pending = step, self._thread.submit(self._finish, step, response, manifest)
+                return
+            self._complete(step, response, manifest)
+            self._read_back(step, arrays)
+            self._commit(step)
+        self._position, self._proven = step, True
 
     def wait(self) -> None:
         """Wait for the save in progress; raises its OSError."""
@@ -116,8 +136,20 @@ class Checkpoints(contextlib.AbstractContextManager):
 
     close = wait
 
+    def __enter__(self):
+        def take():
+            self._lock = Lock(self.folder.parent)
+
+        plain_path(self.folder)
+        processes.shared(take, raises=ValueError)
+        return self
+
     def __exit__(self, *exception):
-        self.close()
+        try:
+            self.close()
+        finally:
+            if self._lock is not None:
+                self._lock = self._lock.release()
 
     def restore(self, abstract_state, step: int | None = None, prefix: str = "") -> Restored | None:
         """The newest intact checkpoint (or that of `step`), every array verified; None when there is none at all.
@@ -158,27 +190,53 @@ class Checkpoints(contextlib.AbstractContextManager):
         return None
 
     def _make_room(self, step: int) -> None:
-        for path in sorted(self.folder.glob("*")):
+        for path in _entries(self.folder):
             if path.suffix in (".tmp", ".deleting"):  # left by a process that was killed
-                shutil.rmtree(path)
-            elif path.name.isdecimal() and int(path.name) >= step:
+                _remove(path)
+            elif _is_step(path.name) and int(path.name) >= step:
                 names = (f"{path.name}.aside{n or ''}" for n in itertools.count())
                 aside = next(a for a in map(self.folder.joinpath, names) if not a.exists())
                 warnings.warn(f"training is back at step {step}: {path} is now {path.rename(aside).name}", stacklevel=3)
         (self.folder / f"{step}.tmp").mkdir(parents=True)
 
-    def _finish(self, step: int, response, manifest: str) -> None:
+    def _complete(self, step: int, response, manifest: str) -> None:
+        """Wait for Orbax, and add the manifest."""
         response.result()
+        path = self.folder / f"{step}.tmp" / "manifest.json"
         if not processes.is_writer():
             return
-        folder = self.folder / f"{step}.tmp"
-        files = {str(p.relative_to(folder)): _crc32(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+        files = {str(p.relative_to(path.parent)): _crc32(p) for p in sorted(path.parent.rglob("*")) if p.is_file()}
         body = json.dumps(json.loads(manifest) | {"files": files})
-        (folder / "manifest.json").write_text(f'{{"crc32": {zlib.crc32(body.encode())}, "manifest": {body}}}\n')
-        folder.rename(self.folder / str(step))
+        with path.open("w") as file:
+            file.write(f'{{"crc32": {zlib.crc32(body.encode())}, "manifest": {body}}}\n')
+            file.flush()
+            os.fsync(file.fileno())
+        sync_folder(path.parent)
+
+    def _read_back(self, step: int, arrays: dict[str, jax.Array]) -> None:
+        """DamagedCheckpoint unless a checkpoint that is not renamed yet holds these arrays; few are read at a time."""
+        folder = self.folder / f"{step}.tmp"
+        manifest = processes.shared(partial(_read_manifest, folder, step), raises=DamagedCheckpoint)
+        specs: dict[str, jax.ShapeDtypeStruct] = {}
+        for name, array in arrays.items():
+            if specs and sum(a.nbytes for a in map(arrays.get, specs)) + array.nbytes > READ_BACK_BYTES:
+                _read_arrays(folder, specs, manifest["arrays"])
+                specs = {}
+            specs[name] = jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
+        _read_arrays(folder, specs, manifest["arrays"])
+
+    def _commit(self, step: int) -> None:
+        if not processes.is_writer():
+            return
+        (self.folder / f"{step}.tmp").rename(self.folder / str(step))
+        sync_folder(self.folder)  # before an old one is deleted
         for old in self.steps()[: -self.keep]:
             # Renamed first, so that a half-deleted folder is never taken for a checkpoint.
-            shutil.rmtree((self.folder / str(old)).rename(self.folder / f"{old}.deleting"), ignore_errors=True)
+            _remove((self.folder / str(old)).rename(self.folder / f"{old}.deleting"))
+
+    def _finish(self, step: int, response, manifest: str) -> None:
+        self._complete(step, response, manifest)
+        self._commit(step)
 
     @contextlib.contextmanager
     def _saving(self, step: int):
@@ -190,9 +248,24 @@ class Checkpoints(contextlib.AbstractContextManager):
             # TensorStore raises ValueError and leaves the number of the system's error in its text.
             found = re.search(r"os_error_code='(\d+)'", str(error))
             code = int(found[1]) if found else getattr(error, "errno", None) or errno.EIO
-            reason = "the disk is full" if code == errno.ENOSPC else _line(error)
+            reason = REASONS.get(code) or _line(error)
             message = f"the checkpoint of step {step} was not saved: {reason}; there are {self.steps()}"
             raise OSError(code, message, str(self.folder)) from error
+
+
+def _entries(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def _is_step(name: str) -> bool:
+    return name.isascii() and name.isdecimal() and str(int(name)) == name
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def named_leaves(tree, prefix: str = "") -> dict[str, Any]:
@@ -319,7 +392,7 @@ def _read_arrays(folder: Path, specs: dict, rows: dict) -> dict[str, jax.Array]:
     stored = {name: spec for name, spec in specs.items() if spec.size}
     try:
         with context:
-            arrays |= v1.load(folder / "arrays", stored) if stored else {}
+            arrays |= v1.load(plain_path(folder.parent) / folder.name / "arrays", stored) if stored else {}
     except Exception as error:
         raise DamagedCheckpoint(f"Orbax cannot read the arrays: {_line(error)}") from error
     for name, array in arrays.items():

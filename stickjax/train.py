@@ -130,7 +130,7 @@ def fit(
       quiet: print nothing.
 
     Raises:
-      ValueError: bad input, or a folder of another config.
+      ValueError: bad input, a folder of another config, or one in which another process is training.
       FloatingPointError: `max_bad_steps` steps in a row were not finite; the last good checkpoint is kept.
       OSError: a checkpoint or the metrics could not be written.
     """
@@ -139,11 +139,11 @@ def fit(
         raise ValueError(f"V={config.model.V} is smaller than the {data.vocab_size} ids of {data.source}")
     mesh = sharding.make_mesh(config)
     loader = data.loader(*sharding.rows_of_process(mesh))
-    check_config(run, config)
     fields = {f"{s}.{n}": v for s, section in config.to_dict().items() for n, v in section.items() if "path" not in n}
     processes.check_same({"text": data.hash} | fields)  # the same text may lie elsewhere on another machine
     quiet = quiet or not processes.is_writer()
     with Progress(config, quiet=quiet) as progress, Checkpoints(run, config.train.keep) as checkpoints:
+        check_config(run, config)  # nobody else writes the folder now
         progress.say(banner(config, data, mesh))
         state, data_state = _start(config, mesh, data, checkpoints, init_from, branch, progress.say)
         if data_state is not None:

@@ -247,14 +247,69 @@ def test_none_intact_is_an_error_that_deletes_nothing(tmp_path):
     assert Checkpoints(tmp_path).steps() == [1, 7]
 
 
-def test_arrays_are_compared_with_those_on_the_device(tmp_path, monkeypatch):
+def changed_on_the_way(monkeypatch):
+    """Files that are intact, but not what the caller had."""
     save_async = stickjax.checkpoint.v1.save_async
-    # Files that are intact, but not what the caller had.
     change = lambda folder, arrays: save_async(folder, arrays | {"params/b": arrays["params/b"] + 1})  # noqa: E731
     monkeypatch.setattr(stickjax.checkpoint.v1, "save_async", change)
-    write(tmp_path, 1)
-    with pytest.raises(DamagedCheckpoint, match="checksum of params/b"), pytest.warns(UserWarning):
-        Checkpoints(tmp_path).restore(abstract(small(0)))
+
+
+def test_arrays_are_compared_with_those_on_the_device(tmp_path, monkeypatch):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, small(1), {})
+        changed_on_the_way(monkeypatch)
+        checkpoints.save(2, small(2), {})
+    with pytest.raises(DamagedCheckpoint, match="checksum of params/b"):
+        Checkpoints(tmp_path).restore(abstract(small(0)), step=2)
+
+
+@pytest.mark.parametrize("at_once", [2**28, 1])
+def test_the_first_save_is_read_back(tmp_path, monkeypatch, at_once):
+    monkeypatch.setattr(stickjax.checkpoint, "READ_BACK_BYTES", at_once)
+    folder = write(tmp_path, 1)
+    changed_on_the_way(monkeypatch)
+    with pytest.raises(OSError, match="step 2 was not saved: .*checksum of params/b differs; there are \\[1\\]"):
+        write(tmp_path, 2)
+    assert [path.name for path in folder.iterdir()] == ["1"]
+
+
+# Patterns, escapes, addresses, what is not text, and the longest name.
+NAMES = (
+    "lr[0.1]", "a\\b", "a*", "a?", "{a}", "a\nb", "a%20b", "a#b", "a..", "a ", "..a", "gs:", "$HOME", "~", "ü",
+    "a|b", ":x:", os.fsdecode(b"\xff"), "x" * 255,
+)  # fmt: skip
+
+
+def test_a_run_may_lie_anywhere(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for value, name in enumerate(("ab", *NAMES)):  # `a?` and `a*` as patterns are `ab`
+        write(tmp_path / name / name[:100] / "run", 1, value + 2)
+        restored, said = read_quietly(tmp_path / name / name[:100] / "run", abstract(small(0)))
+        assert (restored.step, bits(restored.state), said) == (value + 2, bits(small(value + 2)), []), name
+    assert read_quietly(tmp_path / "ab/ab/run", abstract(small(0)))[0].step == 2
+
+
+def test_a_run_that_cannot_lie_there_is_refused_at_once(tmp_path, monkeypatch):
+    for folder, message in ((tmp_path / "[a]/run", "TMPDIR="), (tmp_path.joinpath(*["x" * 200] * 20), "3800 bytes")):
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "[b]"))
+        with pytest.raises(ValueError, match=message), Checkpoints(folder):
+            raise AssertionError("not reached")
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_that_are_no_checkpoint_are_left_alone(tmp_path):
+    folder = write(tmp_path, 1)
+    for name in ("007", "٣", "notes", "5.aside"):
+        (folder / name).mkdir()
+    (folder / "2").write_text("a file")
+    (folder / "4.tmp").write_text("a file")
+    assert Checkpoints(tmp_path).steps() == [1, 2]
+    (step, _, _), messages = read_quietly(tmp_path, abstract(small(0)))
+    assert step == 1 and len(messages) == 1 and "checkpoints/2: NotADirectoryError" in messages[0]
+    with pytest.warns(UserWarning, match="2.aside"), Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(2, small(2), {})
+        checkpoints.save(3, small(3), {})
+    assert {path.name for path in folder.iterdir()} == {"007", "٣", "notes", "5.aside", "2.aside", "3"}
 
 
 def test_unreadable_arrays_are_damage(tmp_path, monkeypatch):

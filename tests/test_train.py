@@ -17,6 +17,7 @@ from stickjax import train
 from stickjax.checkpoint import Checkpoints
 from stickjax.config import Config
 from stickjax.corpus import load_corpus
+from stickjax.lock import Lock
 from stickjax.metrics import read_metrics
 from stickjax.train import fit, main
 
@@ -252,6 +253,19 @@ def test_a_full_disk_is_one_clear_line(tmp_path):
     assert done.returncode == 1
     assert "error: " in done.stderr and "was not saved" in done.stderr and "Traceback" not in done.stderr
     assert len(rows(tmp_path / "run")) >= 5
+
+
+def test_a_second_training_in_a_folder_is_refused(uninterrupted, tmp_path, capsys):
+    (tmp_path / "longer.json").write_text(SMALL.replace({"train.steps": 30}).to_json())
+    run = copy_run(uninterrupted[0], tmp_path / "run")
+    lock = Lock(run)
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
+    assert main([str(tmp_path / "longer.json"), "--run", str(run)]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {run} is being written by process {os.getpid()} on ") and err.count("\n") == 1
+    assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == before
+    lock.release()
+    assert not (uninterrupted[0] / "lock").exists()
 
 
 def test_help_lists_the_fields(capsys):

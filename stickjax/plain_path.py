@@ -1,0 +1,44 @@
+"""Paths for libraries that read patterns and addresses into them."""
+
+import hashlib
+import os
+import re
+import tempfile
+import threading
+from pathlib import Path
+
+# Letters of any alphabet and what has no meaning in a pattern or an address; no folder that stands for a store.
+_PLAIN = re.compile(r"(?!/(gs|s3|az|hf)/)[\w/.,+=@~ -]*")
+MOST_BYTES = 3800  # of the path; Linux allows 4096, some of which are of the names below
+
+
+def plain_path(folder: Path) -> Path:
+    r"""A path of a folder that Orbax and TensorStore cannot misread: its own, or that of a link to it.
+
+    Orbax looks for the files of every process by glob, in which `[0.1]`, `*` and `?` are patterns; TensorStore takes a
+    backslash for a slash, and cannot name what is not UTF-8. They get a link of plain letters in the folder for
+    temporary files, which has the same name in all processes.
+
+    ValueError when there can be no such link, or the path is too long.
+
+    >>> plain_path(Path("/data/run 1/checkpoints"))
+    PosixPath('/data/run 1/checkpoints')
+    >>> plain_path(Path("/data/lr[0.1]/checkpoints")).name[:9]
+    'stickjax-'
+    """
+    real = os.path.realpath(folder)
+    if len(os.fsencode(real)) > MOST_BYTES:
+        raise ValueError(f"the path of {folder} has more than {MOST_BYTES} bytes; choose a shorter one")
+    if _PLAIN.fullmatch(real):
+        return Path(real)
+    link = Path(tempfile.gettempdir()) / f"stickjax-{os.getuid()}-{hashlib.sha256(os.fsencode(real)).hexdigest()[:32]}"
+    if not _PLAIN.fullmatch(os.fspath(link)):
+        raise ValueError(f"neither {folder} nor TMPDIR={link.parent} is a path of plain letters; choose another one")
+    fresh = link.with_name(f"{link.name}-{os.getpid()}-{threading.get_ident()}")
+    try:
+        fresh.symlink_to(real)
+        fresh.replace(link)  # made anew every time: what lies there long is deleted by some systems
+    except OSError as error:
+        fresh.unlink(missing_ok=True)
+        raise ValueError(f"{folder} needs a link at {link}, which cannot be made: {error.strerror}") from error
+    return link
