@@ -31,6 +31,9 @@ class DataConfig:
     heldout_path: str | None = field(None, "held-out file or folder; None: every heldout_every-th document is held out")
     heldout_every: int = field(10, "one document in this many is held out")
     tokenizer: str = field("byte", "byte, or the path of a Hugging Face tokenizer.json")
+    eot: str | None = field(
+        None, "added token of the tokenizer.json that ends a text, such as '<|im_end|>'; None: what its folder says"
+    )
     text_field: str = field("text", "field of a jsonl line that holds the text")
     examples: int = field(
         100_000, "lines of text of a generated source, of scan at most all 20910; pairs that are drawn"
@@ -48,6 +51,8 @@ class DataConfig:
         at_least(self, 1, "T", "B", "examples")
         at_least(self, 0, "seed", "curriculum")
         at_least(self, 2, "heldout_every")
+        if self.tokenizer == "byte" and self.eot is not None:
+            raise ValueError(f"eot={self.eot!r} needs a tokenizer.json; the end of text of tokenizer='byte' is an id")
         if len(self.sources) > 1 and self.heldout_path is not None:
             raise ValueError(f"heldout_path={self.heldout_path!r} needs one source, not source={self.source!r}")
         stored = [source for source in self.sources if source in ("text", "tokens")]

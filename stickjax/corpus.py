@@ -36,7 +36,7 @@ _GENERATED = re.compile(r"generated (by|from)|automatically generated", re.IGNOR
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """One token stream: documents one after the other, each ended by `tokenizer.eot`."""
+    """One token stream: documents one after the other, each as `tokenizer.document` has it."""
 
     tokens: np.ndarray  # [n], uint8, uint16 or uint32; a memmap for token files
     tokenizer: Tokenizer
@@ -158,13 +158,13 @@ def _token_paths(path: str) -> tuple[Path, Path]:
     return stem.with_name(stem.name + ".bin"), stem.with_name(stem.name + ".json")
 
 
-def tokenize(source: str, out: str, tokenizer: str = "byte", text_field: str = "text") -> dict:
+def tokenize(source: str, out: str, tokenizer: str = "byte", text_field: str = "text", eot: str | None = None) -> dict:
     """Write the documents of `source` as the token file out.bin + out.json and return the content of the latter.
 
     One document is in memory at a time. Both files appear under their names only when complete; the .json
     comes last and vouches for the .bin. Raises ValueError for bad input and when the disk is full.
     """
-    encoder, (data_path, meta_path) = load_tokenizer(tokenizer), _token_paths(out)
+    encoder, (data_path, meta_path) = load_tokenizer(tokenizer, eot), _token_paths(out)
     dtype, digest = token_dtype(encoder.vocab_size), hashlib.sha256()
     count = dict(num_documents=0, num_tokens=0, num_bytes=0)
     partial = []
@@ -172,7 +172,7 @@ def tokenize(source: str, out: str, tokenizer: str = "byte", text_field: str = "
         with tempfile.NamedTemporaryFile(dir=data_path.parent, prefix=".tokens-", delete=False) as file:
             partial.append(file.name)
             for text in text_documents(source, text_field, name="SOURCE"):
-                block = np.append(encoder.encode(text).astype(dtype), dtype.type(encoder.eot)).tobytes()
+                block = encoder.document(text).tobytes()
                 file.write(block)
                 digest.update(block)
                 count["num_documents"] += 1
@@ -235,9 +235,7 @@ def _open_tokens(path: str, tokenizer: Tokenizer, name: str) -> Corpus:
 
 def _pack(documents: list[tuple[np.ndarray, int]], tokenizer: Tokenizer, source: str) -> Corpus:
     """Join (tokens, bytes) of documents."""
-    dtype = token_dtype(tokenizer.vocab_size)
-    end = np.array([tokenizer.eot], dtype)
-    tokens = np.concatenate([part for ids, _ in documents for part in (ids, end)], dtype=dtype)
+    tokens = np.concatenate([ids for ids, _ in documents], dtype=token_dtype(tokenizer.vocab_size))
     num_bytes = sum(size for _, size in documents)
     return Corpus(tokens, tokenizer, source, len(documents), num_bytes, hashlib.sha256(tokens).hexdigest()[:16])
 
@@ -275,7 +273,7 @@ def _load(source: str, config: DataConfig, tokenizer: Tokenizer) -> tuple[Corpus
     """The two parts of one source."""
 
     def encoded(documents: Iterable[str]) -> list[tuple[np.ndarray, int]]:
-        return [(tokenizer.encode(text), len(text.encode())) for text in documents]
+        return [(tokenizer.document(text), len(text.encode())) for text in documents]
 
     if source == "tokens":
         corpus = _open_tokens(config.path, tokenizer, "data.path")
@@ -328,7 +326,7 @@ def load_corpus(config: DataConfig) -> tuple[Corpus, Corpus]:
     >>> train.tokens.dtype, len(train.tokens) > 8 * len(heldout.tokens) > 0
     (dtype('uint16'), True)
     """
-    tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer = load_tokenizer(config.tokenizer, config.eot)
     if len(config.sources) == 1:
         return _load(config.source, config, tokenizer)
     train, heldout = zip(*(_load(source, config, tokenizer) for source in config.sources), strict=True)

@@ -50,20 +50,27 @@ class _Windows:
         return np.asarray(self.tokens[index * self.T : (index + 1) * self.T + 1], np.int32)
 
 
-def make_batch(windows: np.ndarray, eot: int) -> dict[str, np.ndarray]:
+def make_batch(windows: np.ndarray, eot: int, bos: int | None = None) -> dict[str, np.ndarray]:
     """Turn windows [B, T + 1] into what the model is trained on, each of shape [B, T].
 
     `tokens` and `targets` (int32) are the window without its last and its first token. `segment_ids` (int32)
-    number the documents within the window; an end of text belongs to the document it ends. `loss_mask` (bool)
-    is False where the target belongs to the next document.
+    number the documents within the window. `loss_mask` (bool) is False where a target is not trained.
+
+    A text begins in training as it does in sampling. As a target an end of text belongs to the document that it ends;
+    as an input it is the first token of the next one, so that a document's first token is what follows it. Where the
+    next document begins with a token of its own, `bos`, the end of text is the last input of its document, and what
+    follows it is not trained.
 
     >>> {name: array.tolist() for name, array in make_batch(np.array([[7, 8, 9, 5]]), eot=8).items()}
+    {'tokens': [[7, 8, 9]], 'targets': [[8, 9, 5]], 'segment_ids': [[0, 1, 1]], 'loss_mask': [[True, True, True]]}
+    >>> {name: array.tolist() for name, array in make_batch(np.array([[7, 8, 9, 5]]), eot=8, bos=9).items()}
     {'tokens': [[7, 8, 9]], 'targets': [[8, 9, 5]], 'segment_ids': [[0, 0, 1]], 'loss_mask': [[True, False, True]]}
     """
-    tokens = np.asarray(windows[:, :-1], np.int32)
+    tokens, targets = np.asarray(windows[:, :-1], np.int32), np.asarray(windows[:, 1:], np.int32)
     ends = tokens == eot
-    segment_ids = np.cumsum(ends, axis=1, dtype=np.int32) - ends
-    return dict(tokens=tokens, targets=np.asarray(windows[:, 1:], np.int32), segment_ids=segment_ids, loss_mask=~ends)
+    last = ends & (False if bos is None else targets == bos)
+    segment_ids = np.cumsum(ends, axis=1, dtype=np.int32) - last
+    return dict(tokens=tokens, targets=targets, segment_ids=segment_ids - segment_ids[:, :1], loss_mask=~last)
 
 
 def batches(
@@ -120,13 +127,13 @@ def train_loader(
     >>> next(train_loader(load_corpus(config)[0], config))["tokens"].shape
     (4, 8)
     """
-    windows, eot = _Windows(corpus.tokens, config.T), corpus.tokenizer.eot
+    windows, eot, bos = _Windows(corpus.tokens, config.T), corpus.tokenizer.eot, corpus.tokenizer.bos
     if not len(windows):
         raise ValueError(
             f"T={config.T} needs {config.T + 1} tokens, but {corpus.source} has {len(corpus.tokens)} to train on"
         )
     share = dict(process_index=process_index, process_count=process_count)
-    return batches(windows, config.B, config.seed, **share, transform=lambda windows: make_batch(windows, eot))
+    return batches(windows, config.B, config.seed, **share, transform=lambda windows: make_batch(windows, eot, bos))
 
 
 def task_loader(
@@ -287,12 +294,13 @@ def heldout_windows(
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    """`tokenize SOURCE OUT [--tokenizer byte|tokenizer.json] [--text-field text]`"""
+    """`tokenize SOURCE OUT [--tokenizer byte|tokenizer.json] [--eot TOKEN] [--text-field text]`"""
     parser = Parser(prog="python -m stickjax.data")
     command = parser.add_subparsers(required=True).add_parser("tokenize", help="text to a token file")
     command.add_argument("source", metavar="SOURCE", help="text file, .jsonl file or folder")
     command.add_argument("out", metavar="OUT", help="OUT.bin and OUT.json are written")
     command.add_argument("--tokenizer", default="byte", help="byte, or the path of a tokenizer.json")
+    command.add_argument("--eot", help="added token that ends a text, where the tokenizer's folder names none")
     command.add_argument("--text-field", default="text", help="field of a jsonl line that holds the text")
     words = parser.parse_args(argv)
     meta = tokenize(**vars(words))

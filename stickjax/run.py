@@ -134,14 +134,14 @@ def load(
         arrays = [_placed(leaves[name], spec) for name, spec in named_leaves(abstract).items()]
         params = jax.tree.structure(abstract).unflatten(arrays)
         check_finite(params, str(run))
-        name = config.data.tokenizer
-        tokenizer = load_tokenizer(name) if name == "byte" or Path(name).exists() else None
+        name, eot = config.data.tokenizer, config.data.eot
+        tokenizer = load_tokenizer(name, eot) if name == "byte" or Path(name).exists() else None
         return Loaded(params, config, tokenizer, 0)
     restored = Checkpoints(run).restore(abstract, step=step, prefix="params")
     if restored is None:
         raise ValueError(f"{run} has no checkpoint yet")
     check_finite(restored.state, f"{run}, checkpoint of step {restored.step}")
-    return Loaded(restored.state, config, load_tokenizer(config.data.tokenizer), restored.step)
+    return Loaded(restored.state, config, load_tokenizer(config.data.tokenizer, config.data.eot), restored.step)
 
 
 def _placed(leaf: Lazy, spec: jax.ShapeDtypeStruct) -> jax.Array:

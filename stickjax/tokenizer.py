@@ -1,16 +1,16 @@
-"""Text to token ids and back: bytes, or a Hugging Face tokenizer.json.
-
-A tokenizer has `name`, `vocab_size`, `eot` (the end-of-text id), `encode(text)`, `decode(ids)` and
-`count_bytes(ids)`. The end of text has no text of its own: it decodes to nothing and counts no bytes.
-"""
+"""Text to token ids and back: bytes, or a Hugging Face tokenizer.json."""
 
 import codecs
 import hashlib
+import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-# The names under which published tokenizers keep their end of text, in the order they are tried.
+from stickjax import special_tokens
+
+# The names under which published tokenizers keep their end of text, in the order they are tried where no file says it.
 END_OF_TEXT = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[EOS]")
 
 
@@ -23,7 +23,72 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("u1" if vocab_size <= 2**8 else "<u2" if vocab_size <= 2**16 else "<u4")
 
 
-class ByteTokenizer:
+class Tokenizer:
+    """What every tokenizer has.
+
+    Special tokens have no text of their own: they decode to nothing and count no bytes, and no text can spell one,
+    unless it is asked for.
+
+    Attributes:
+      name: of its content, the same on every machine: 'byte', or 'hf:' and 16 hex digits of the file's sha256.
+      vocab_size: the largest id plus one, for ids may have gaps.
+      eot: the id that ends a document.
+      ends: the ids that end a text which is generated, `eot` among them.
+      prefix: the ids in front of every text.
+      files: {name: content} of the files that make it, for a folder of its own.
+    """
+
+    name: str
+    vocab_size: int
+    eot: int
+    ends: frozenset[int]
+    prefix: tuple[int, ...] = ()
+    files: dict[str, bytes] = {}
+
+    def encode(self, text: str, *, special: bool = False) -> np.ndarray:
+        """Ids of a text: [n]. `special`: the spelling of a special token stands for the token."""
+        raise NotImplementedError
+
+    def decode(self, ids) -> str:
+        """The text of ids [n]; pieces of characters become U+FFFD."""
+        raise NotImplementedError
+
+    def special_id(self, text: str) -> int | None:
+        """The id of the special token that is spelled like this, if there is one."""
+        return None
+
+    def count_bytes(self, ids) -> int:
+        """How many bytes of text the ids [n] stand for; a character cut at either end counts as U+FFFD."""
+        return len(self.decode(ids).encode())
+
+    @property
+    def bos(self) -> int | None:
+        """The id that begins a document and is no end of text."""
+        return next((i for i in self.prefix if i != self.eot), None)
+
+    def document(self, text: str) -> np.ndarray:
+        """Ids of a document of the training stream: the prefix without ends of text, the text, its end."""
+        dtype = token_dtype(self.vocab_size)
+        begin = np.array([i for i in self.prefix if i != self.eot], dtype)
+        return np.concatenate([begin, self.encode(text), np.array([self.eot], dtype)], dtype=dtype)
+
+    def prompt(self, text: str, *, special: bool = False) -> np.ndarray:
+        """Ids that a model continues: the prefix, unless the text spells it, and the text; never empty.
+
+        An empty text begins as a document does, with what stands before its first token in training.
+        """
+        ids = self.encode(text, special=special).tolist()
+        prefix = list(self.prefix)
+        ids = ids if ids[: len(prefix)] == prefix else prefix + ids
+        return np.array(ids or [self.eot], token_dtype(self.vocab_size))
+
+    def save(self, folder: Path) -> None:
+        """Write its `files` into a folder, from which `load_tokenizer(folder / "tokenizer.json")` reads the same."""
+        for name, content in self.files.items():
+            (folder / name).write_bytes(content)
+
+
+class ByteTokenizer(Tokenizer):
     """UTF-8 bytes: ids 0..255 are bytes, 256 is the end of text.
 
     >>> ByteTokenizer().encode("né")
@@ -35,97 +100,148 @@ class ByteTokenizer:
     name = "byte"
     vocab_size = 257
     eot = 256
+    ends = frozenset([256])
 
-    def encode(self, text: str) -> np.ndarray:
-        """Ids of a text, without the end of text: [n], n its length in bytes."""
+    def encode(self, text: str, *, special: bool = False) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8)
 
     def decode(self, ids) -> str:
-        """The text of ids [n]; bytes that are not UTF-8 become U+FFFD."""
         ids = np.asarray(ids)
         return ids[ids < 256].astype(np.uint8).tobytes().decode(errors="replace")
 
     def count_bytes(self, ids) -> int:
-        """How many bytes of text the ids [n] stand for."""
         return int(np.count_nonzero(np.asarray(ids) < 256))
 
 
-class HuggingFaceTokenizer:
-    """A tokenizer.json, read by the optional `tokenizers` package.
+class HuggingFaceTokenizer(Tokenizer):
+    """A tokenizer.json, read by the optional `tokenizers` package, with what the files beside it say.
 
-    The spelling of a special token inside a text is encoded as ordinary text, so that no document
-    can forge its own end. `vocab_size` is the largest id plus one, for ids may have gaps.
+    The end of text is an added token: `eot`, or the one that the folder names (`special_tokens.named`), or else one of
+    `END_OF_TEXT`. Its prefix is what its own post-processor puts in front of a text.
     """
 
-    def __init__(self, path: str):
+    def __init__(self, path: str | Path, eot: str | None = None):
+        path, where = Path(path), f"data.tokenizer={str(path)!r}"
         try:
-            from tokenizers import Tokenizer
+            from tokenizers import Tokenizer as Fast
         except ImportError as error:
-            raise ValueError(f"data.tokenizer={path!r} needs tokenizers: pip install 'stickjax[hf]'") from error
+            raise ValueError(f"{where} needs tokenizers: pip install 'stickjax[hf]'") from error
         try:
-            content = Path(path).read_bytes()
+            content = path.read_bytes()
         except OSError as error:
-            raise ValueError(
-                f"data.tokenizer={path!r} is neither 'byte' nor a readable tokenizer.json: {error.strerror}"
-            ) from error
+            raise ValueError(f"{where} is neither 'byte' nor a readable tokenizer.json: {error.strerror}") from error
+        files = special_tokens.read_files(path.parent)
         try:
-            self._tokenizer = Tokenizer.from_str(content.decode())
-        except Exception as error:  # the package raises bare Exception
-            raise ValueError(f"data.tokenizer={path!r} is not a tokenizer.json: {error}") from error
-        self._tokenizer.encode_special_tokens = True
+            tree = special_tokens.read_object(content, path)
+            entries = tree.get("added_tokens") or []
+            added = {entry["content"]: int(entry["id"]) for entry in entries}
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{where} is not a tokenizer.json: {type(error).__name__}: {error}") from error
+        ends, special = special_tokens.named(files, added, path.parent)
+        if eot is not None:
+            if eot not in added:
+                raise ValueError(f"data.eot={eot!r} is no added token of {where}; those are: {_listed(added)}")
+            ends = (added[eot], *ends)
+        known = [added[token] for token in END_OF_TEXT if token in added]
+        ends = ends or tuple(known[:1])
+        special |= set(ends) & set(added.values())
+        ordinary = [entry for entry in entries if not entry.get("special")]
+        for entry in ordinary:  # what the folder names is special to the package, too
+            entry["special"] = entry["id"] in special
+        try:
+            self._tokenizer = Fast.from_str(json.dumps(tree))
+        # The package raises bare Exception, or where it panics what is no Exception at all.
+        except BaseException as error:
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
+            raise ValueError(f"{where} is not a tokenizer.json: {error}") from error
+        if wrong := [text for text, i in added.items() if self._tokenizer.token_to_id(text) != i]:
+            raise ValueError(f"{where} is not a tokenizer.json: its added token {wrong[0]!r} has another id")
+        if not ends:
+            raise ValueError(
+                f"{where} has no end of text: no file beside it names one; name it with data.eot, one of its added "
+                f"tokens: {_listed(added)}"
+            )
+        self._tokenizer.encode_special_tokens = True  # as text, where they are spelled
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        ends = [vocabulary[token] for token in END_OF_TEXT if token in vocabulary]
-        if not ends:
-            raise ValueError(f"data.tokenizer={path!r} has no end of text: none of {', '.join(END_OF_TEXT)}")
         # A path means nothing on another machine; the content does.
         self.name = "hf:" + hashlib.sha256(content).hexdigest()[:16]
-        self.vocab_size = max(vocabulary.values()) + 1
-        self.eot = ends[0]
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.eot, self.ends = ends[0], frozenset(ends)
+        self.files = {"tokenizer.json": content} | files
+        self._special = {entry["content"]: entry["id"] for entry in entries if entry["special"]}
+        unknown = self._special.get(tree["model"].get("unk_token"), tree["model"].get("unk_id"))
+        self._forbidden = np.array(sorted({*self._special.values()} - ({unknown} - self.ends)), int)
+        self.prefix = self._prefix(next(text for text, i in added.items() if i == self.eot))
 
-    def encode(self, text: str) -> np.ndarray:
-        """Ids of a text, without special tokens: [n]."""
-        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, token_dtype(self.vocab_size))
+    def _prefix(self, end: str) -> tuple[int, ...]:
+        self._tokenizer.encode_special_tokens = False
+        encoding = self._tokenizer.encode(end)
+        self._tokenizer.encode_special_tokens = True
+        return tuple(encoding.ids[: (encoding.special_tokens_mask + [0]).index(0)])
+
+    def encode(self, text: str, *, special: bool = False) -> np.ndarray:
+        self._tokenizer.encode_special_tokens = not special
+        try:
+            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # of a model without a token for what is unknown
+            raise ValueError(f"the tokenizer cannot encode {text[:40]!r}: {error}") from error
+        finally:
+            self._tokenizer.encode_special_tokens = True
+        ids = np.array(ids, token_dtype(self.vocab_size))
+        if special or not np.isin(ids, self._forbidden).any():
+            return ids
+        # Its model has the special token among its own pieces.
+        spelled = [self._spelling(i) if i in self._forbidden else [i] for i in ids.tolist()]
+        return np.array([i for part in spelled for i in part], ids.dtype)
+
+    def _spelling(self, token: int) -> list[int]:
+        """The ids of a special token's spelling, letter by letter."""
+        model = self._tokenizer.model
+        ids = [piece.id for letter in self._tokenizer.id_to_token(token) for piece in model.tokenize(letter)]
+        return [i for i in ids if i not in self._forbidden]
 
     def decode(self, ids) -> str:
-        """The text of ids [n]; pieces of characters become U+FFFD."""
-        return self._tokenizer.decode([int(i) for i in np.asarray(ids) if i != self.eot], skip_special_tokens=True)
+        return self._tokenizer.decode([int(i) for i in np.asarray(ids)], skip_special_tokens=True)
 
-    def count_bytes(self, ids) -> int:
-        """How many bytes of text the ids [n] stand for; a character cut at either end counts as U+FFFD."""
-        return len(self.decode(ids).encode())
+    def special_id(self, text: str) -> int | None:
+        return self._special.get(text)
 
 
-Tokenizer = ByteTokenizer | HuggingFaceTokenizer
+def _listed(tokens: Iterable[str], most: int = 12) -> str:
+    tokens = list(tokens)
+    return ", ".join(map(repr, tokens[:most])) + (", ..." if len(tokens) > most else "") or "there are none"
 
 
-def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of `data.tokenizer`: 'byte', or the path of a tokenizer.json.
+def load_tokenizer(name: str, eot: str | None = None) -> Tokenizer:
+    """The tokenizer of `data.tokenizer`: 'byte', or the path of a tokenizer.json; `eot` is that of `data.eot`.
 
     Raises ValueError when the file cannot be read, has no end of text, or the package is missing.
 
     >>> load_tokenizer("byte").vocab_size
     257
     """
-    return ByteTokenizer() if name == "byte" else HuggingFaceTokenizer(name)
+    return ByteTokenizer() if name == "byte" else HuggingFaceTokenizer(name, eot)
 
 
 class StreamDecoder:
     """Text from ids that arrive one at a time; a character is held back until it is whole.
+
+    `prompt`: the ids that they follow; the prompt's text and the stream's together are the text of all ids.
 
     >>> stream = StreamDecoder(ByteTokenizer())
     >>> [stream.feed(i) for i in "né".encode()]
     ['n', '', 'é']
     """
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, prompt: Iterable[int] = ()):
         self._tokenizer = tokenizer
         self._bytes = codecs.getincrementaldecoder("utf-8")("replace") if tokenizer.name == "byte" else None
-        # A subword may be written differently at the start of a text (a leading space is dropped), so the
-        # ids of the last emission, `_ids[:_seen]`, are decoded again in front of the new ones.
-        self._ids: list[int] = []
-        self._seen = 0
+        # A subword may be written differently at the start of a text (a leading space is dropped), so ids whose
+        # text is out already, `_ids[:_seen]`, are decoded again in front of the new ones.
+        self._ids = [int(i) for i in prompt]
+        self._seen = len(self._ids)
 
     def feed(self, token: int) -> str:
         """The text that became certain with this id; '' while a character is incomplete."""
@@ -146,6 +262,7 @@ class StreamDecoder:
     def _emit(self) -> str:
         shown = self._tokenizer.decode(self._ids[: self._seen])
         text = self._tokenizer.decode(self._ids)[len(shown) :]
-        self._ids = self._ids[self._seen :]
+        if text:  # ids without a text of their own are no start of one either
+            self._ids = self._ids[self._seen :]
         self._seen = len(self._ids)
         return text

@@ -321,10 +321,23 @@ def test_batch_properties(documents, T):
     assert [str(a.dtype) for a in batch.values()] == ["int32", "int32", "int32", "bool"]
     assert np.array_equal(batch["tokens"].ravel(), stream[:-1])
     assert np.array_equal(batch["targets"].ravel(), stream[1:])
-    assert np.array_equal(batch["loss_mask"], batch["tokens"] != EOT)
+    assert batch["loss_mask"].all(), "every token of a document is a target, the first one after an end of text"
     steps = np.diff(batch["segment_ids"], axis=1)
-    assert (batch["segment_ids"][:, 0] == 0).all() and ((steps == 0) | (steps == 1)).all()
-    assert np.array_equal(steps == 1, ~batch["loss_mask"][:, :-1]), "a document ends with its end of text"
+    assert (batch["segment_ids"][:, 0] == 0).all()
+    assert np.array_equal(steps == 1, batch["tokens"][:, 1:] == EOT) and ((steps == 0) | (steps == 1)).all()
+
+
+@given(st.lists(st.lists(st.integers(0, 254), max_size=9), min_size=2, max_size=20))
+def test_a_batch_of_documents_with_a_beginning_of_their_own(documents):
+    BOS = 255
+    stream = np.array([token for d in documents for token in [BOS, *d, EOT]])
+    batch = {name: array[0] for name, array in make_batch(stream[None], EOT, BOS).items()}
+    number = np.cumsum(stream == BOS)[:-1] - 1
+    assert np.array_equal(batch["segment_ids"], number), "a document is what it is alone"
+    assert np.array_equal(batch["loss_mask"], batch["targets"] != BOS)
+    plain = np.array([token for d in documents for token in [*d, EOT]])  # a token file that was made without
+    same, without = (make_batch(plain[None], EOT, bos) for bos in (BOS, None))
+    assert all(np.array_equal(same[name], without[name]) for name in same)
 
 
 CONFIG = DataConfig(T=8, B=4, seed=3)

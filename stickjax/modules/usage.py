@@ -95,7 +95,8 @@ def batches_of(data: DataConfig, *, heldout: bool, max_tokens: int, batch_tokens
     cut = np.stack([corpus.tokens[i * T : (i + 1) * T + 1] for i in np.sort(chosen)]).astype(np.int32)
     B = min(len(cut), max(1, batch_tokens // T))
     empty = -len(cut) % B
-    batch = make_batch(np.concatenate([cut, np.repeat(cut[:1], empty, 0)]), corpus.tokenizer.eot)
+    padded = np.concatenate([cut, np.repeat(cut[:1], empty, 0)])
+    batch = make_batch(padded, corpus.tokenizer.eot, corpus.tokenizer.bos)
     batch["segment_ids"][len(cut) :] = -1
     return [{name: batch[name][i : i + B] for name in ("tokens", "segment_ids")} for i in range(0, len(cut) + empty, B)]
 

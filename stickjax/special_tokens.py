@@ -1,0 +1,110 @@
+"""What a model folder says about special tokens, in the files beside its tokenizer.json."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+GENERATION = "generation_config.json"
+# The ids that the config.json of a Hugging Face folder names, in a run folder, whose own config.json has none.
+TOKEN_IDS = "token_ids.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+# Files that belong to a tokenizer.json. Those that name an end of text stand in the order in which they are believed.
+FILES = (
+    GENERATION, TOKEN_IDS, TOKENIZER_CONFIG, "special_tokens_map.json", "chat_template.json", "chat_template.jinja",
+)  # fmt: skip
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+
+
+class Named(NamedTuple):
+    """What a folder names, as far as its tokenizer.json has it as an added token."""
+
+    ends: tuple[int, ...]  # each of them ends a text; the first is a document's end in training
+    special: frozenset[int]  # all of them, whatever they are for
+
+
+def read_object(content: bytes, where: str | Path) -> dict[str, Any]:
+    """An object of JSON, with or without a byte order mark; ValueError, naming `where`, when it is none.
+
+    >>> read_object(b'{"eos_token_id": 5}', "config.json")
+    {'eos_token_id': 5}
+    """
+    try:
+        tree = json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not JSON: {error}") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{where} holds a {type(tree).__name__} of JSON, not an object")
+    return tree
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    """The contents of `FILES` in a folder, as far as they are there.
+
+    The ids of a Hugging Face config.json come as TOKEN_IDS. ValueError for a file that cannot be read.
+    """
+    files = {}
+    for name in (*FILES, "config.json"):
+        try:
+            content = (folder / name).read_bytes()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise ValueError(f"cannot read {folder / name}: {error.strerror}") from error
+        if name != "config.json":
+            files[name] = content
+        elif b'"model_type"' in content:  # a config.json without it is of something else
+            tree = read_object(content, folder / name)
+            files[TOKEN_IDS] = json.dumps({key: tree[key] for key in _IDS if key in tree}).encode()
+    return files
+
+
+def named(files: Mapping[str, bytes], added: Mapping[str, int], folder: Path) -> Named:
+    """What the files of a folder name of the added tokens {text: id} of its tokenizer.json.
+
+    The first file that names an end of text decides over it. Raises ValueError for a file that is not an object of
+    JSON, an id that is not a number, and for an end of text that no added token is.
+
+    >>> named({"generation_config.json": b'{"eos_token_id": [5, 6]}'}, {"<|end|>": 5}, Path("folder"))
+    Named(ends=(5, 6), special=frozenset({5}))
+    """
+    ends: tuple[int, ...] = ()
+    special: set[int] = set()
+    wrong = ""
+    for name in FILES:
+        if name not in files or not name.endswith(".json"):
+            continue
+        tree = read_object(files[name], folder / name)
+        for key in (*_IDS, *_TOKENS, "additional_special_tokens", "added_tokens_decoder"):
+            found = _ids(key, tree.get(key), added, folder / name)
+            special.update(found)
+            if not key.startswith("eos") or tree.get(key) is None or ends:
+                continue
+            if set(found) & set(added.values()):
+                # One that is an ordinary token ends a text that is generated, and no document.
+                ends = tuple(sorted(found, key=lambda i: i not in added.values()))
+            else:
+                wrong = wrong or f"{folder / name} says {key}={tree[key]!r}, which is no added token of tokenizer.json"
+    if wrong and not ends:
+        raise ValueError(f"{wrong}; name the end of text with data.eot")
+    return Named(ends, frozenset(special & set(added.values())))
+
+
+def _ids(key: str, value: Any, added: Mapping[str, int], where: Path) -> list[int]:
+    """The ids that an entry names: by number, by text, by an object with its text, or a list of these."""
+    if value is None:
+        return []
+    if key == "added_tokens_decoder":  # {id: {"content": text, "special": whether}}
+        entries = value.values() if isinstance(value, dict) else [value]
+        value = [entry for entry in entries if not isinstance(entry, dict) or entry.get("special")]
+    ids = []
+    for entry in value if isinstance(value, list) else [value]:
+        text = entry.get("content") if isinstance(entry, dict) else entry
+        if key.endswith("_id") and type(entry) is int and entry >= 0:
+            ids.append(entry)
+        elif isinstance(text, str) and not key.endswith("_id"):
+            ids += [added[text]] if text in added else []
+        else:
+            raise ValueError(f"{where}: {key}={entry!r} is no {'id' if key.endswith('_id') else 'token'}")
+    return ids

@@ -1,0 +1,234 @@
+"""Tokenizers of other people: what their folder says is believed, no text forges a special token, text stays whole."""
+
+import json
+import shutil
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from stickjax.tokenizer import StreamDecoder, load_tokenizer
+
+SPECIAL = ["<unk>", "<s>", "</s>", "<|user|>"]
+
+
+def byte_level(special=(), plain=(), pieces=()):
+    """As GPT-2's; `pieces` are learnt, `plain` are added tokens that are not special."""
+    vocabulary, merges = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []
+    for piece in pieces:
+        for n in range(1, len(piece)):
+            merges.append((piece[:n], piece[n]))
+            vocabulary.setdefault(piece[: n + 1], len(vocabulary))
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
+    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in plain])
+    return tokenizer
+
+
+def llama():
+    """Sentencepiece's BPE with bytes for what is unknown: a space before the text, which the decoder takes away."""
+    pieces = [*SPECIAL, *"\u2581helowrd.", *(f"<0x{b:02X}>" for b in range(256))]
+    vocabulary, merges = {piece: i for i, piece in enumerate(pieces)}, []
+    for word in ("\u2581hello", "\u2581world"):
+        for n in range(1, len(word)):
+            if word[: n + 1] not in vocabulary:
+                vocabulary[word[: n + 1]] = len(vocabulary)
+                merges.append((word[:n], word[n]))
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIAL])
+    return tokenizer
+
+
+def unigram():
+    """As T5's: a lattice of pieces, the special ones among them, and an end behind every text."""
+    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), ("<|user|>", 0.0), ("\u2581hello", -2.0), ("\u2581", -3.0)]
+    pieces += [(letter, -4.0) for letter in "helowrd.</s>|u"]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIAL])
+    return tokenizer
+
+
+def word_piece():
+    """As BERT's."""
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "hello", "world", "wor", "##ld", ".", "[", "]", "sep"]
+    tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(vocabulary)}, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in vocabulary[:4]])
+    return tokenizer
+
+
+def word_level():
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "hello": 2, "world": 3}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens([AddedToken("</s>", special=True)])
+    return tokenizer
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Write a folder with a tokenizer and JSON files, and load it."""
+
+    def make(tokenizer, eot=None, **files):
+        shutil.rmtree(tmp_path / "folder", ignore_errors=True)
+        (tmp_path / "folder").mkdir()
+        tokenizer.save(str(tmp_path / "folder/tokenizer.json"))
+        for name, tree in files.items():
+            (tmp_path / f"folder/{name}.json").write_text(tree if isinstance(tree, str) else json.dumps(tree))
+        return load_tokenizer(str(tmp_path / "folder/tokenizer.json"), eot)
+
+    return make
+
+
+CHAT = byte_level(special=["<|endoftext|>", "<|im_start|>", "<|im_end|>"])  # ids 256, 257, 258
+
+
+@pytest.mark.parametrize(
+    "files, eot, ends",
+    [
+        (dict(), None, [256]),
+        (dict(), "<|im_end|>", [258]),
+        (dict(generation_config={"eos_token_id": 258}, config={"model_type": "x", "eos_token_id": 256}), None, [258]),
+        (dict(generation_config={"eos_token_id": [258, 256]}), None, [258, 256]),
+        (dict(generation_config={"eos_token_id": [65, 258]}), None, [258, 65]),  # a letter ends what is generated
+        (dict(generation_config={"eos_token_id": None}, config={"model_type": "x", "eos_token_id": 258}), None, [258]),
+        (dict(config={"eos_token_id": 258}), None, [256]),  # a config.json of something else
+        (dict(token_ids={"eos_token_id": 258}), None, [258]),
+        (dict(tokenizer_config={"eos_token": "<|im_end|>"}), None, [258]),
+        (dict(tokenizer_config={"eos_token": {"content": "<|im_end|>"}}), None, [258]),
+        (dict(special_tokens_map={"eos_token": "<|im_end|>"}, tokenizer_config={"eos_token": None}), None, [258]),
+        (dict(generation_config={"eos_token_id": 2}, tokenizer_config={"eos_token": "<|im_end|>"}), None, [258]),
+        (dict(generation_config={"eos_token_id": 256}), "<|im_end|>", [258, 256]),
+        (dict(generation_config="\ufeff" + json.dumps({"eos_token_id": 258})), None, [258]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_end_of_text_is_what_the_folder_says(folder, files, eot, ends):
+    tokenizer = folder(CHAT, eot, **files)
+    assert (tokenizer.eot, tokenizer.ends) == (ends[0], frozenset(ends))
+
+
+@pytest.mark.parametrize(
+    "files, eot, message",
+    [
+        (dict(generation_config={"eos_token_id": 2}), None, r"eos_token_id=2, which is no added token .* data\.eot"),
+        (dict(tokenizer_config={"eos_token": "</s>"}), None, r"eos_token='</s>', which is no added token"),
+        (dict(generation_config={"eos_token_id": "258"}), None, r"generation_config.json: eos_token_id='258' is no id"),
+        (dict(generation_config={"eos_token_id": [True]}), None, "eos_token_id=True is no id"),
+        (dict(generation_config="{"), None, "generation_config.json is not JSON"),
+        (dict(special_tokens_map=[1]), None, "special_tokens_map.json holds a list"),
+        (dict(), "<|end|>", r"data\.eot='<\|end\|>' is no added token .*'<\|im_end\|>'"),
+    ],
+    ids=str,
+)
+def test_what_names_no_end_of_text_is_refused(folder, files, eot, message):
+    with pytest.raises(ValueError, match=message):
+        folder(CHAT, eot, **files)
+
+
+def test_only_an_added_token_ends_a_text(folder):
+    tokenizer = folder(byte_level(special=["<|end_of_text|>"], pieces=["</s>"]))
+    assert tokenizer.eot not in tokenizer.encode("<s>old</s>")
+    assert tokenizer.decode([tokenizer.eot - 1, tokenizer.eot]) == "</s>"
+    for name in ("<|im_end|>", "<EOS>", "[SEP]", "<\uff5cend\u2581of\u2581sentence\uff5c>"):
+        with pytest.raises(ValueError, match="has no end of text"):
+            folder(byte_level(special=[name]))
+        assert folder(byte_level(special=[name]), name).eot == 256
+
+
+SHAPES = [
+    (byte_level(special=["<|endoftext|>"]), None, "<|endoftext|>", "one<|endoftext|>two"),
+    (byte_level(plain=["<|endoftext|>"]), None, "<|endoftext|>", "one<|endoftext|>two"),
+    (byte_level(special=["<|endoftext|>"], pieces=["<|endoftext|>"]), None, "<|endoftext|>", "one<|endoftext|>two"),
+    (llama(), None, "</s>", "hello</s>world"),
+    (unigram(), None, "</s>", "hello</s>"),
+    (word_level(), None, "</s>", "hello </s> world"),
+    (word_piece(), "[SEP]", "[SEP]", "hello [SEP] world"),
+]
+each_shape = pytest.mark.parametrize(
+    "shape, eot, end, text", SHAPES, ids=["gpt2", "gpt2-plain", "gpt2-learnt", "llama", "t5", "words", "bert"]
+)
+
+
+@each_shape
+def test_no_text_spells_a_special_token_and_a_prompt_does_on_request(folder, shape, eot, end, text):
+    tokenizer = folder(shape, eot)
+    assert tokenizer.special_id(end) == tokenizer.eot and tokenizer.special_id("hello") is None
+    ids = tokenizer.encode(text)
+    assert len(ids) and tokenizer.eot not in ids and tokenizer.document(text).tolist().count(tokenizer.eot) == 1
+    asked = tokenizer.encode(text, special=True).tolist()
+    assert asked.count(tokenizer.eot) == 1
+    assert tokenizer.encode(text).tolist() == ids.tolist(), "asking for it once changes nothing"
+    assert end not in tokenizer.decode(asked)
+    if shape is not SHAPES[5][0] and shape is not SHAPES[6][0]:  # whose letters are unknown words
+        assert tokenizer.decode(ids) == text
+
+
+@each_shape
+def test_a_tokenizer_is_saved_and_read_with_all_that_its_folder_says(folder, tmp_path, shape, eot, end, text):
+    tokenizer = folder(shape, None, config={"model_type": "x", "eos_token_id": shape.token_to_id(end)})
+    (tmp_path / "new").mkdir()
+    tokenizer.save(tmp_path / "new")
+    again = load_tokenizer(str(tmp_path / "new/tokenizer.json"))
+    assert (again.name, again.eot, again.ends, again.prefix) == (
+        tokenizer.name, tokenizer.eot, tokenizer.ends, tokenizer.prefix
+    )  # fmt: skip
+    assert again.files == tokenizer.files
+
+
+@pytest.mark.parametrize(
+    "shape, eot, prefix",
+    [(llama(), None, (1,)), (unigram(), None, ()), (word_piece(), "[SEP]", (2,)), (CHAT, None, ())],
+)
+def test_what_stands_before_a_text(folder, shape, eot, prefix):
+    tokenizer = folder(shape, eot)
+    assert tokenizer.prefix == prefix and tokenizer.bos == (prefix or (None,))[0]
+    ids = tokenizer.encode("hello")
+    assert tokenizer.prompt("hello").tolist() == [*prefix, *ids]
+    assert tokenizer.document("hello").tolist() == [*prefix, *ids, tokenizer.eot]
+    assert tokenizer.prompt("").tolist() == list(prefix or [tokenizer.eot])
+
+
+def test_a_prompt_that_spells_its_beginning_has_one(folder):
+    tokenizer = folder(llama())
+    assert tokenizer.prompt("<s>hello", special=True).tolist() == tokenizer.prompt("hello").tolist()
+    assert tokenizer.prompt("<|user|>hello", special=True)[:2].tolist() == [1, 3]
+    assert 3 not in tokenizer.prompt("<|user|>hello")
+
+
+def test_an_end_that_also_begins_a_text_stands_once_between_documents(folder):
+    shape = byte_level(special=["</s>"])  # as OPT's
+    shape.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 256)])
+    tokenizer = folder(shape)
+    assert tokenizer.prompt("a").tolist() == [256, 64] and tokenizer.bos is None
+    assert tokenizer.document("a").tolist() == [64, 256]
+
+
+@pytest.mark.parametrize("text", ["hello world", "hello world.", " hello", "hello  world", "h\u00e9llo 🙂 world"])
+@pytest.mark.parametrize("shape", [llama(), CHAT], ids=["llama", "gpt2"])
+def test_a_prompt_and_what_follows_are_the_text_of_all_ids(folder, shape, text):
+    tokenizer = folder(shape)
+    ids = tokenizer.prompt(text).tolist()
+    for cut in range(len(ids)):
+        before = tokenizer.decode(ids[:cut])
+        if before.endswith("\ufffd"):
+            continue  # a prompt is whole
+        stream = StreamDecoder(tokenizer, ids[:cut])
+        assert before + "".join(map(stream.feed, ids[cut:])) + stream.flush() == tokenizer.decode(ids) == text
+
+
+def test_a_special_token_in_a_stream_takes_no_space_with_it(folder):
+    tokenizer = folder(llama())
+    hello, world = tokenizer.encode("hello world").tolist()
+    for prompt in ([1, hello, 3], [1, hello]):
+        stream = StreamDecoder(tokenizer, prompt)
+        assert [stream.feed(i) for i in (3, world, 3, 3, world)] == ["", " world", "", "", " world"]
