@@ -3,7 +3,7 @@
     source -> Corpus (train, held-out) -> train_loader: batches   |   heldout_windows: evaluation
     stickjax.tasks -> task_loader: batches of examples, with no stream of tokens between
 
-`python -m stickjax.data tokenize SOURCE OUT` writes a token file.
+`python -m stickjax.data tokenize SOURCE OUT` writes a token file, `verify OUT` compares it with its sha256.
 """
 
 import hashlib
@@ -17,9 +17,11 @@ import numpy as np
 
 from stickjax.command import Parser, command
 from stickjax.config import Config, DataConfig
-from stickjax.corpus import Corpus, document_ends, load_corpus, tokenize
+from stickjax.corpus import Corpus, document_ends, load_corpus
 from stickjax.fields import one_of
+from stickjax.sources import printable
 from stickjax.tasks import TASKS, Examples, logic
+from stickjax.token_files import tokenize, verify
 
 __all__ = [
     "Corpus",
@@ -173,9 +175,11 @@ def training_data(config: Config) -> TrainingData:
     if not getattr(config.model, "classes", 0):
         if d.curriculum:
             raise ValueError(f"curriculum={d.curriculum} orders pairs of sentences; the model has classes=0")
-        corpus, _ = load_corpus(d)
+        corpus, heldout = load_corpus(d)
         loader = lambda index, count: train_loader(corpus, d, process_index=index, process_count=count)  # noqa: E731
-        return TrainingData(loader, corpus.tokenizer.vocab_size, corpus.hash, corpus.source, corpus.summary())
+        held = f"{heldout.documents:,} documents ({len(heldout.tokens):,} tokens) are held out"
+        summary = f"{corpus.summary()}; {held}"
+        return TrainingData(loader, corpus.tokenizer.vocab_size, corpus.hash, corpus.source, summary)
     pairs = pair_examples(config, "train")
     source = _OfOneLength(pairs, d.B, d.seed)
     digest = hashlib.sha256("\n".join(f"{row}" for row in pairs.rows).encode()).hexdigest()[:16]
@@ -294,18 +298,21 @@ def heldout_windows(
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    """`tokenize SOURCE OUT [--tokenizer byte|tokenizer.json] [--eot TOKEN] [--text-field text]`"""
+    """`tokenize SOURCE OUT [--tokenizer byte|tokenizer.json] [--eot TOKEN] [--text-field text]`, or `verify OUT`."""
     parser = Parser(prog="python -m stickjax.data")
-    command = parser.add_subparsers(required=True).add_parser("tokenize", help="text to a token file")
-    command.add_argument("source", metavar="SOURCE", help="text file, .jsonl file or folder")
-    command.add_argument("out", metavar="OUT", help="OUT.bin and OUT.json are written")
-    command.add_argument("--tokenizer", default="byte", help="byte, or the path of a tokenizer.json")
-    command.add_argument("--eot", help="added token that ends a text, where the tokenizer's folder names none")
-    command.add_argument("--text-field", default="text", help="field of a jsonl line that holds the text")
-    words = parser.parse_args(argv)
-    meta = tokenize(**vars(words))
+    commands = parser.add_subparsers(required=True, dest="command")
+    one = commands.add_parser("tokenize", help="text to a token file")
+    one.add_argument("source", metavar="SOURCE", help="text file, .jsonl file or folder")
+    one.add_argument("out", metavar="OUT", help="OUT.bin and OUT.json are written")
+    one.add_argument("--tokenizer", default="byte", help="byte, or the path of a tokenizer.json")
+    one.add_argument("--eot", help="added token that ends a text, where the tokenizer's folder names none")
+    one.add_argument("--text-field", default="text", help="field of a jsonl line that holds the text")
+    one = commands.add_parser("verify", help="read a token file and compare it with its sha256")
+    one.add_argument("out", metavar="OUT", help="the token file OUT.bin with its OUT.json")
+    words = vars(parser.parse_args(argv))
+    meta = verify(words["out"], "OUT") if words.pop("command") == "verify" else tokenize(**words)
     counts = (f"{meta['num_' + what]:,} {what}" for what in ("documents", "tokens", "bytes"))
-    print(f"{words.out}: {', '.join(counts)}, {meta['sha256'][:16]}")
+    print(f"{printable(words['out'])}: {', '.join(counts)}, {meta['sha256'][:16]}")
 
 
 if __name__ == "__main__":

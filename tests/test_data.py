@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 
 from stickjax import data
 from stickjax.config import DataConfig
-from stickjax.corpus import Corpus, load_corpus, text_documents, tokenize
+from stickjax.corpus import Corpus, load_corpus
 from stickjax.data import batches, heldout_windows, make_batch, train_loader
+from stickjax.sources import text_documents
+from stickjax.token_files import tokenize
 from stickjax.tokenizer import ByteTokenizer, StreamDecoder, load_tokenizer, token_dtype
 
 EOT = 256
