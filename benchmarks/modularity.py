@@ -177,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m benchmarks.modularity", description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds, from 0 (3)")
     parser.add_argument("--json", action="store_true", help=f"write {RESULTS.name} and its picture among the results")
-    words, rest = parser.parse_known_args(argv)
+    words, rest = parser.parse_with_fields(argv)
     results: list[dict] = []
     config = parse(load_config(str(CONFIG)), rest)
     for seed in range(words.seeds):

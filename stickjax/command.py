@@ -9,12 +9,14 @@ import argparse
 import contextlib
 import functools
 import os
+import re
 import signal
 import sys
 import traceback
 from collections.abc import Callable
 
-from stickjax.fields import nearest
+from stickjax.config import field_names
+from stickjax.synonyms import suggestion
 
 # These are said in one line. Everything else is a bug.
 CLEAR = (ValueError, OSError, FloatingPointError, OverflowError, MemoryError, NotImplementedError)
@@ -39,9 +41,34 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         words, rest = self.parse_known_args(args, namespace)
         if rest:
-            hint = nearest(rest[0].partition("=")[0], self._option_string_actions)
+            hint = suggestion(rest[0].partition("=")[0], _options(self))
             raise UsageError(f"unrecognized arguments: {' '.join(rest)}{hint}")
         return words
+
+    def parse_with_fields(self, argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+        """The command's own words, and the `--section.field=value` of a config."""
+        words: list[str] = []
+        for word in sys.argv[1:] if argv is None else argv:
+            if words and re.fullmatch(r"--\w+\.\w+", words[-1]) and not word.startswith("--"):
+                words[-1] += f"={word}"  # else argparse takes the value for a run or a config
+            else:
+                words.append(word)
+        found, rest = self.parse_known_args(words)
+        for word in rest:
+            name = word.partition("=")[0]
+            if word.startswith("-") and "." not in name:
+                raise UsageError(f"unknown option {name}{suggestion(name, [*_options(self), *field_names()])}")
+        return found, rest
+
+
+def _options(parser: argparse.ArgumentParser) -> list[str]:
+    """The words of a parser and of its subcommands: --options and POSITIONAL ones."""
+    parsers = [parser]
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            parsers += action.choices.values()
+    actions = [action for one in parsers for action in one._actions]
+    return [name for action in actions for name in (action.option_strings or [action.metavar or action.dest])]
 
 
 def command(main: Callable[[list[str] | None], int | None]) -> Callable[..., int]:

@@ -5,13 +5,15 @@ read back with `Config.from_dict`; `stickjax.options` changes one by the words o
 """
 
 import dataclasses
+import functools
 import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from stickjax.fields import at_least, check_choices, field, nearest, one_of
+from stickjax.fields import SEED, check_fields, field, nearest, one_of, shown
 from stickjax.model_config import ModelConfig
 from stickjax.sut_config import SutConfig
+from stickjax.synonyms import suggestion
 
 __all__ = ["Config", "DataConfig", "MeshConfig", "ModelConfig", "OptimConfig", "SutConfig", "TrainConfig", "locate"]
 
@@ -29,28 +31,28 @@ class DataConfig:
     )
     path: str | None = field(None, "file or folder of the text and tokens sources")
     heldout_path: str | None = field(None, "held-out file or folder; None: every heldout_every-th document is held out")
-    heldout_every: int = field(10, "one document in this many is held out")
+    heldout_every: int = field(10, "one document in this many is held out", at_least=2)
     tokenizer: str = field("byte", "byte, or the path of a Hugging Face tokenizer.json")
     eot: str | None = field(
         None, "added token of the tokenizer.json that ends a text, such as '<|im_end|>'; None: what its folder says"
     )
     text_field: str = field("text", "field of a jsonl line that holds the text")
     examples: int = field(
-        100_000, "lines of text of a generated source, of scan at most all 20910; pairs that are drawn"
+        100_000, "lines of text of a generated source, of scan at most all 20910; pairs that are drawn", at_least=1
     )
-    T: int = field(256, "tokens in one sequence")
-    B: int = field(16, "sequences in one step, over all processes and accumulation steps")
-    seed: int = field(0, "order of the sequences")
-    curriculum: int = field(0, "steps in which ever longer pairs come in, at first the shortest tenth; 0: all at once")
+    T: int = field(256, "tokens in one sequence", at_least=1)
+    B: int = field(16, "sequences in one step, over all processes and accumulation steps", at_least=1)
+    seed: int = field(0, "order of the sequences", at_least=0, at_most=SEED)
+    curriculum: int = field(
+        0, "steps in which ever longer pairs come in, at first the shortest tenth; 0: all at once", at_least=0
+    )
 
     def __post_init__(self):
+        check_fields(self)
         for i, source in enumerate(self.sources):
             one_of("source", source, SOURCES)
             if source in self.sources[:i]:
                 raise ValueError(f"source={self.source!r} names {source!r} twice")
-        at_least(self, 1, "T", "B", "examples")
-        at_least(self, 0, "seed", "curriculum")
-        at_least(self, 2, "heldout_every")
         if self.tokenizer == "byte" and self.eot is not None:
             raise ValueError(f"eot={self.eot!r} needs a tokenizer.json; the end of text of tokenizer='byte' is an id")
         if len(self.sources) > 1 and self.heldout_path is not None:
@@ -77,62 +79,62 @@ class OptimConfig:
     """AdamW under muP with the Power schedule; all lengths in tokens."""
 
     schedule: Literal["power", "wsd", "cosine", "constant"] = field("power", "learning rate against tokens")
-    peak_lr: float = field(0.02, "highest learning rate: the cap of the power law, the plateau of the others")
-    a: float = field(4.0, "power: scale of the law beta * a * n^b")
+    peak_lr: float = field(0.02, "highest learning rate: the cap of the power law, the plateau of the others", above=0)
+    a: float = field(4.0, "power: scale of the law beta * a * n^b", above=0)
     b: float = field(-0.51, "power: exponent of the law")
-    warmup_tokens: int = field(0, "length of the linear warmup")
-    decay_tokens: int = field(0, "length of the decay at the end of the run; 0: the run never decays")
+    warmup_tokens: int = field(0, "length of the linear warmup", at_least=0)
+    decay_tokens: int = field(0, "length of the decay at the end of the run; 0: the run never decays", at_least=0)
     decay: Literal["exponential", "linear", "sqrt", "cosine"] = field("exponential", "shape of the decay")
-    end_ratio: float = field(0.0, "last learning rate as a share of the one where the decay began")
-    beta1: float = field(0.9, "Adam: decay of the first moment")
-    beta2: float = field(0.95, "Adam: decay of the second moment")
-    eps: float = field(1e-10, "Adam: epsilon")
-    weight_decay: float = field(0.1, "decoupled weight decay, not on norms and biases")
+    end_ratio: float = field(
+        0.0, "last learning rate as a share of the one where the decay began", at_least=0, at_most=1
+    )
+    beta1: float = field(0.9, "Adam: decay of the first moment", at_least=0, below=1)
+    beta2: float = field(0.95, "Adam: decay of the second moment", at_least=0, below=1)
+    eps: float = field(1e-10, "Adam: epsilon", at_least=0)
+    weight_decay: float = field(0.1, "decoupled weight decay, not on norms and biases", at_least=0)
     scale_decay: bool = field(False, "strict muP: multiply the decay of internal matrices by m_width")
     learn: str = field(
         "*", "patterns of the parameters that learn, *.new_*,*.router.*, and of those that do not, !embed"
     )
-    clip: float | None = field(1.0, "largest global norm of the gradient; None: no clipping")
+    clip: float | None = field(1.0, "largest global norm of the gradient; None: no clipping", above=0)
 
     def __post_init__(self):
-        check_choices(self)
-        at_least(self, 0, "warmup_tokens", "decay_tokens", "end_ratio", "weight_decay", "eps")
-        for name in ("peak_lr", "clip"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name}={value} must be positive")
+        check_fields(self)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """The length of a run and what it leaves behind."""
 
-    steps: int = field(400, "optimizer steps")
-    accumulate: int = field(1, "microbatches per step; B must be a multiple of it")
-    seed: int = field(0, "initialisation and sampled routing")
-    log_every: int = field(10, "steps between lines of metrics.jsonl")
-    checkpoint_every: int = field(100, "steps between checkpoints; the last step always has one")
-    keep: int = field(3, "checkpoints kept")
-    max_bad_steps: int = field(10, "stop after this many steps in a row with a loss or gradient that is not finite")
+    steps: int = field(400, "optimizer steps", at_least=1)
+    accumulate: int = field(1, "microbatches per step; B must be a multiple of it", at_least=1)
+    seed: int = field(0, "initialisation and sampled routing", at_least=0, at_most=SEED)
+    log_every: int = field(10, "steps between lines of metrics.jsonl", at_least=1)
+    checkpoint_every: int = field(100, "steps between checkpoints; the last step always has one", at_least=1)
+    keep: int = field(3, "checkpoints kept", at_least=1)
+    max_bad_steps: int = field(
+        10, "stop after this many steps in a row with a loss or gradient that is not finite", at_least=1
+    )
 
     def __post_init__(self):
-        at_least(self, 1, "steps", "accumulate", "log_every", "checkpoint_every", "keep", "max_bad_steps")
+        check_fields(self)
 
 
 @dataclass(frozen=True)
 class MeshConfig:
     """How many devices share the work, by axis; one may be -1, what the others leave. All 1 is a single device."""
 
-    data: int = field(1, "parts of the batch on devices that each keep all parameters")
-    fsdp: int = field(1, "parts of the batch on devices that also divide parameters and optimizer state")
-    expert: int = field(1, "parts of the batch on devices that also divide the experts")
-    context: int = field(1, "parts of every sequence (stick-breaking only)")
-    tensor: int = field(1, "parts of the heads, the hidden units and the vocabulary")
+    data: int = field(1, "parts of the batch on devices that each keep all parameters", at_least=-1)
+    fsdp: int = field(1, "parts of the batch on devices that also divide parameters and optimizer state", at_least=-1)
+    expert: int = field(1, "parts of the batch on devices that also divide the experts", at_least=-1)
+    context: int = field(1, "parts of every sequence (stick-breaking only)", at_least=-1)
+    tensor: int = field(1, "parts of the heads, the hidden units and the vocabulary", at_least=-1)
 
     def __post_init__(self):
+        check_fields(self)
         sizes = dataclasses.asdict(self)
         for axis, size in sizes.items():
-            if size != -1 and size < 1:
+            if size == 0:
                 raise ValueError(f"{axis}={size} must be at least 1, or -1 for what the other axes leave")
         if len(left := [axis for axis, size in sizes.items() if size == -1]) > 1:
             raise ValueError(f"only one axis may be -1, not {' and '.join(left)}")
@@ -149,6 +151,7 @@ class Config:
     mesh: MeshConfig = field(None, "the devices", MeshConfig)
 
     def __post_init__(self):
+        check_fields(self)
         total = self.total_tokens
         if self.data.B % self.train.accumulate:
             raise ValueError(f"B={self.data.B} sequences must be a multiple of accumulate={self.train.accumulate}")
@@ -182,10 +185,27 @@ class Config:
 
     @classmethod
     def from_dict(cls, tree: dict) -> "Config":
-        """Read a stored config; a field or section that does not exist is an error."""
+        """Read a stored config, checked as the words of a command line are; fields that are missing have defaults.
+
+        Raises:
+          ValueError: this is no config, or it has a section or a field that does not exist, or a value that is wrong.
+        """
+        if not isinstance(tree, dict):
+            raise ValueError(f"a config is an object with the sections {', '.join(_SECTIONS)}, not {shown(tree)}")
+        if {"model_type", "architectures"} & tree.keys():
+            raise ValueError(
+                "this is the config of a Hugging Face model; convert its folder first: "
+                "python -m stickjax.convert FOLDER RUN, then --init-from RUN"
+            )
+        for section, fields in tree.items():
+            if section not in _SECTIONS:
+                raise ValueError(f"unknown section {shown(section)}{nearest(str(section), _SECTIONS)}")
+            if not isinstance(fields, dict):
+                raise ValueError(f"{section}={shown(fields)} must be an object of fields")
+        family = tree.get("model", {}).get("family", "decoder")
+        one_of("family", family, tuple(_FAMILIES))
         flat = {f"{section}.{name}": value for section, fields in tree.items() for name, value in fields.items()}
-        model = SutConfig() if flat.get("model.family") == "sut" else ModelConfig()
-        return cls(model).replace(flat)
+        return cls(_FAMILIES[family]()).replace(flat)
 
     def diff(self, other: "Config") -> list[str]:
         """'section.field: here -> there' for every field that differs."""
@@ -200,14 +220,22 @@ class Config:
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
 
+_SECTIONS = tuple(section.name for section in dataclasses.fields(Config))
+_FAMILIES = {"decoder": ModelConfig, "sut": SutConfig}
+
+
+@functools.cache
+def field_names(*models: type) -> list[str]:
+    """'section.field' for every field of the configs of these classes of models; of all of them by default."""
+    sections = [(s.name, s.default_factory) for s in dataclasses.fields(Config) if s.name != "model"]
+    sections = [("model", model) for model in models or _FAMILIES.values()] + sections
+    return list(dict.fromkeys(f"{name}.{f.name}" for name, section in sections for f in dataclasses.fields(section)))
+
+
 def locate(config: Config, key: str) -> tuple[str, str]:
-    known = [
-        f"{s.name}.{f.name}" for s in dataclasses.fields(config) for f in dataclasses.fields(getattr(config, s.name))
-    ]
+    """Section and field of the key 'section.field'; ValueError, with what was probably meant, for an unknown one."""
+    known = field_names(type(config.model))
     if key not in known:
-        # A bare or mistyped field name is matched against the last parts as well.
-        ends = [k for k in known if k.split(".")[1] == key.split(".")[-1]]
-        hint = f" (did you mean {ends[0]!r}?)" if ends else nearest(key, known)
-        raise ValueError(f"unknown config key {key!r}{hint}")
+        raise ValueError(f"unknown config key {key!r}{suggestion(key, known)}")
     section, name = key.split(".")
     return section, name

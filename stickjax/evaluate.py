@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max-tokens", type=int, default=2**17, help="how many tokens to score")
     parser.add_argument("--max-pairs", type=int, default=1024, help="of a classifier, how many pairs of a bucket")
     parser.add_argument("--plot", help="path of the curves; in the first run's folder by default")
-    words, rest = parser.parse_known_args(argv)
+    words, rest = parser.parse_with_fields(argv)
     results = {}
     configs = {run: read_config(run) for run in words.runs}
     classes = {getattr(config.model, "classes", 0) for config in configs.values()}

@@ -1,16 +1,130 @@
-"""Fields of a config: every one has a default, a type and a sentence; what a value may be is checked in one place."""
+"""Fields of a config: each has a default, a type, a sentence and bounds; `check_fields` holds its value to them."""
 
 import dataclasses
 import difflib
+import functools
+import math
+import numbers
+import operator
+import os
+import types
 import typing
-from typing import Literal
+from typing import Any, Literal
+
+LARGEST = 10**15  # a whole number without a bound of its own; above it arithmetic on sizes overflows somewhere
+SEED = 2**31 - 1  # the largest seed that is another one in every random number generator
+
+_BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}
 
 
-def field(default, doc: str, group: type | None = None):
-    """A dataclass field with its sentence for --help; `group` makes it a nested section."""
+def field(default, doc: str, group: type | None = None, **bounds: float):
+    """A dataclass field with its sentence for --help; `group` makes it a nested section.
+
+    `bounds` of a number are any of at_least, above, at_most and below.
+    """
+    metadata = {"doc": doc, "bounds": bounds}
     if group is not None:
-        return dataclasses.field(default_factory=group, metadata={"doc": doc})
-    return dataclasses.field(default=default, metadata={"doc": doc})
+        return dataclasses.field(default_factory=group, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@functools.cache
+def field_types(config: type) -> dict[str, tuple]:
+    """The types that each field of a dataclass may have.
+
+    >>> from stickjax.config import OptimConfig
+    >>> field_types(OptimConfig)["clip"]
+    (<class 'float'>, <class 'NoneType'>)
+    """
+    return {
+        name: typing.get_args(hint) if typing.get_origin(hint) not in (None, Literal) else (hint,)
+        for name, hint in typing.get_type_hints(config).items()
+    }
+
+
+def check_fields(config) -> None:
+    """Raise ValueError for the first field whose value is not of its type or not within its bounds.
+
+    Numbers of NumPy and paths become plain numbers and text, so that JSON holds every config.
+
+    >>> from stickjax.config import DataConfig
+    >>> DataConfig(T="64")
+    Traceback (most recent call last):
+    ValueError: T='64' must be a whole number, at least 1
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        plain = _checked(field.name, value, field_types(type(config))[field.name], field.metadata["bounds"])
+        object.__setattr__(config, field.name, plain)  # the config is frozen once it is made
+
+
+def _checked(name: str, value, kinds: tuple, bounds: dict) -> Any:
+    for kind in kinds:
+        if typing.get_origin(kind) is Literal:
+            if isinstance(value, str):
+                one_of(name, value, typing.get_args(kind))
+                return value
+        elif kind is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):
+            return _bounded(name, _bounded(name, int(value), bounds), {"at_most": LARGEST})
+        elif kind is float and isinstance(value, numbers.Real) and not isinstance(value, bool):
+            return _bounded(name, _finite(name, value), bounds)
+        elif kind is str and isinstance(value, str | os.PathLike):
+            if not (text := os.fspath(value)):
+                raise ValueError(f"{name}='' must not be empty")
+            return text
+        elif kind not in (int, float, str) and isinstance(value, kind):
+            return value
+    raise ValueError(f"{name}={shown(value)} must be {_expected(kinds, bounds)}")
+
+
+def _finite(name: str, value) -> float:
+    """`value` as a float that float32 holds, which is the type of most parameters."""
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{name}={shown(value)} must be finite")
+    if number and not 1e-37 < abs(number) < 3e38:
+        raise ValueError(f"{name}={shown(value)} must be 0 or of a size between 1e-37 and 3e38, as float32 holds it")
+    return number
+
+
+def _bounded(name: str, number, bounds: dict):
+    if not all(_BOUNDS[bound](number, limit) for bound, limit in bounds.items()):
+        raise ValueError(f"{name}={shown(number)} must be {_words(bounds)}")
+    return number
+
+
+def _words(bounds: dict) -> str:
+    return " and ".join(
+        f"{bound.replace('_', ' ')} {'10^15' if limit == LARGEST else limit}"
+        for bound, limit in sorted(bounds.items(), key=lambda bound: list(_BOUNDS).index(bound[0]))
+    )
+
+
+def _expected(kinds: tuple, bounds: dict) -> str:
+    words = [
+        " or ".join(map(repr, typing.get_args(kind)))
+        if typing.get_origin(kind) is Literal
+        else _KINDS.get(kind, f"a {kind.__name__}")
+        for kind in kinds
+    ]
+    return " or ".join(words) + (f", {_words(bounds)}" if bounds else "")
+
+
+def shown(value) -> str:
+    """A value for a message, cut where it is long.
+
+    >>> shown("a" * 100)
+    "'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa..."
+    """
+    try:
+        text = " ".join(repr(value).split())
+    except (ValueError, RecursionError):  # Python prints no integer of thousands of digits
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def nearest(name: str, known) -> str:
@@ -23,25 +137,5 @@ def one_of(name: str, value, choices) -> None:
     """Raise ValueError, with the nearest choice, for a value that is none of them."""
     if value not in choices:
         raise ValueError(
-            f"{name}={value!r} is not one of {', '.join(map(repr, choices))}{nearest(str(value), choices)}"
+            f"{name}={shown(value)} is not one of {', '.join(map(repr, choices))}{nearest(str(value), choices)}"
         )
-
-
-def check_choices(config) -> None:
-    for name, hint in typing.get_type_hints(type(config)).items():
-        options = [o for o in alternatives(hint) if typing.get_origin(o) is Literal]
-        choices = [c for o in options for c in typing.get_args(o)]
-        value = getattr(config, name)
-        if choices and value is not None:
-            one_of(name, value, choices)
-
-
-def at_least(config, low, *names) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not value >= low:  # `not >=` also refuses NaN
-            raise ValueError(f"{name}={value} must be at least {low}")
-
-
-def alternatives(hint) -> tuple:
-    return typing.get_args(hint) if typing.get_origin(hint) not in (None, Literal) else (hint,)

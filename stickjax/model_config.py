@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from stickjax.fields import at_least, check_choices, field
+from stickjax.fields import check_fields, field
 
 
 @dataclass(frozen=True)
@@ -12,17 +12,19 @@ class ModelConfig:
     """A decoder-only language model. Capital letters are the shape letters of the code."""
 
     family: Literal["decoder"] = field("decoder", "the kind of model; a config file chooses it by its class")
-    V: int = field(257, "vocabulary size (bytes and the end-of-text token by default)")
-    D: int = field(128, "width of the residual stream")
-    L: int = field(4, "number of layers")
-    N: int = field(4, "query heads")
-    K: int = field(4, "key/value heads; N must be a multiple of K")
-    H: int = field(32, "dimension of one head")
-    F: int = field(384, "hidden width of the feed-forward network, of one expert when E > 0")
-    E: int = field(0, "experts; 0 makes the feed-forward network dense")
-    k: int = field(0, "experts chosen per token")
+    V: int = field(257, "vocabulary size (bytes and the end-of-text token by default)", at_least=1)
+    D: int = field(128, "width of the residual stream", at_least=1)
+    L: int = field(4, "number of layers", at_least=1)
+    N: int = field(4, "query heads", at_least=1)
+    K: int = field(4, "key/value heads; N must be a multiple of K", at_least=1)
+    H: int = field(32, "dimension of one head", at_least=1)
+    F: int = field(384, "hidden width of the feed-forward network, of one expert when E > 0", at_least=1)
+    E: int = field(0, "experts; 0 makes the feed-forward network dense", at_least=0)
+    k: int = field(0, "experts chosen per token", at_least=0)
     attention_experts: int = field(
-        0, "experts that own the query heads, K each, of which a token chooses N / K; 0: all tokens share the heads"
+        0,
+        "experts that own the query heads, K each, of which a token chooses N / K; 0: all tokens share the heads",
+        at_least=0,
     )
     attention: Literal["stick_breaking", "softmax"] = field("stick_breaking", "softmax comes with RoPE")
     remainder: Literal["none", "value", "bias"] = field("none", "what is added for the unbroken rest of the stick")
@@ -30,11 +32,11 @@ class ModelConfig:
         False, "normalise every head's output (GroupNorm, a group per head) before the output projection"
     )
     attend_current: bool = field(False, "let a token attend to itself (stick-breaking only)")
-    window: int | None = field(None, "keys at most this far to the left are attended; None: all")
+    window: int | None = field(None, "keys at most this far to the left are attended; None: all", at_least=0)
     skip_below: float | None = field(
         None, "skip blocks once log2 of the stick left is below this (stick-breaking only)"
     )
-    rope_theta: float = field(10_000.0, "base of the rotary frequencies (softmax only)")
+    rope_theta: float = field(10_000.0, "base of the rotary frequencies (softmax only)", above=0)
     activation: Literal["swiglu", "geglu", "reglu", "gelu", "gelu_tanh", "relu", "relu2", "silu"] = field(
         "swiglu", "feed-forward activation"
     )
@@ -46,35 +48,38 @@ class ModelConfig:
     router_network: Literal["linear", "mlp", "gmm"] = field(
         "linear", "what makes a router's logits; gmm: cosines with a centroid per expert"
     )
-    router_hidden: int = field(256, "hidden width of the mlp and gmm router networks")
-    new_experts: int = field(0, "experts added to the E of a trained model, in leaves of their own")
-    new_attention_experts: int = field(0, "the same for attention_experts")
-    gone_experts: int = field(0, "experts that were pruned and keep their share of the router's softmax")
-    gone_attention_experts: int = field(0, "the same for attention_experts")
+    router_hidden: int = field(256, "hidden width of the mlp and gmm router networks", at_least=1)
+    new_experts: int = field(0, "experts added to the E of a trained model, in leaves of their own", at_least=0)
+    new_attention_experts: int = field(0, "the same for attention_experts", at_least=0)
+    gone_experts: int = field(0, "experts that were pruned and keep their share of the router's softmax", at_least=0)
+    gone_attention_experts: int = field(0, "the same for attention_experts", at_least=0)
     pruned: Literal["no", "old_denominator", "new_denominator"] = field(
         "no", "whether experts were pruned, and whether the router's softmax still runs over all of them"
     )
-    sample_topk: int = field(0, "in training, how many of the k experts are sampled instead of the best")
+    sample_topk: int = field(0, "in training, how many of the k experts are sampled instead of the best", at_least=0)
     round_rows: int = field(
         0,
         "in training, an expert's rows on a device are rounded down to a multiple, smallest gates first; 0: no",
+        at_least=0,
     )
-    switch_weight: float = field(0.0, "weight of the load-balancing loss E * sum_e f_e P_e")
-    z_weight: float = field(0.0, "weight of mean(logsumexp(router logits)^2)")
-    mi_weight: float = field(0.0, "weight of the mutual-information loss H(e|x) - H(e)")
-    concentration_weight: float = field(0.0, "weight of H(e): fine-tuning with it leaves few experts in use")
-    bias_rate: float = field(0.0, "step of the auxiliary-loss-free router bias; 0: no bias")
+    switch_weight: float = field(0.0, "weight of the load-balancing loss E * sum_e f_e P_e", at_least=0)
+    z_weight: float = field(0.0, "weight of mean(logsumexp(router logits)^2)", at_least=0)
+    mi_weight: float = field(0.0, "weight of the mutual-information loss H(e|x) - H(e)", at_least=0)
+    concentration_weight: float = field(
+        0.0, "weight of H(e): fine-tuning with it leaves few experts in use", at_least=0
+    )
+    bias_rate: float = field(0.0, "step of the auxiliary-loss-free router bias; 0: no bias", at_least=0)
     tied: bool = field(True, "share the embedding with the output projection")
     norm: Literal["rms", "layer"] = field("rms", "normalisation: RMSNorm, or LayerNorm with a bias")
-    norm_eps: float = field(1e-5, "epsilon of every normalisation")
-    m_width: float = field(1.0, "muP width multiplier: D / 256 by its usual base width")
-    m_emb: float = field(1.0, "multiplier of the embedding output")
-    m_res: float = field(1.0, "multiplier of every residual branch")
+    norm_eps: float = field(1e-5, "epsilon of every normalisation", above=0)
+    m_width: float = field(1.0, "muP width multiplier: D / 256 by its usual base width", above=0)
+    m_emb: float = field(1.0, "multiplier of the embedding output", above=0)
+    m_res: float = field(1.0, "multiplier of every residual branch", at_least=0)
     attention_scale: float | None = field(
         None, "multiplier of q.k; None: 1/sqrt(H). muP asks for one that is constant / H"
     )
-    logits_scaling: float | None = field(None, "divisor of the output logits; None: m_width")
-    init_std: float = field(0.1, "standard deviation of the embedding; matrices have init_std / sqrt(m_width)")
+    logits_scaling: float | None = field(None, "divisor of the output logits; None: m_width", above=0)
+    init_std: float = field(0.1, "standard deviation of the embedding; matrices have init_std / sqrt(m_width)", above=0)
     dtype: Literal["float32", "bfloat16", "float16"] = field("float32", "type of the computation")
     param_dtype: Literal["float32", "bfloat16", "float16"] = field("float32", "type of the stored parameters")
     remat: Literal["none", "dots", "full"] = field(
@@ -83,10 +88,7 @@ class ModelConfig:
     implementation: str | None = field(None, "kernels: mosaic, triton, xla, reference; None: the best that works")
 
     def __post_init__(self):
-        check_choices(self)
-        at_least(self, 1, "V", "D", "L", "N", "K", "H", "F", "router_hidden")
-        at_least(self, 0, "E", "k", "attention_experts", "sample_topk", "round_rows", "window", "bias_rate")
-        at_least(self, 0, "new_experts", "new_attention_experts", "gone_experts", "gone_attention_experts")
+        check_fields(self)
         if self.N % self.K:
             raise ValueError(f"N={self.N} query heads must be a multiple of K={self.K} key heads")
         if self.k > self.E:
@@ -108,10 +110,6 @@ class ModelConfig:
             raise ValueError(f"bias_rate={self.bias_rate} needs experts, but E=0")
         if self.sample_topk > self.k and (self.E or not self.attention_experts):
             raise ValueError(f"sample_topk={self.sample_topk} cannot exceed k={self.k}")
-        at_least(self, 0, "m_res")
-        for name in ("m_width", "m_emb", "init_std", "norm_eps"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be positive")
         if self.attention == "softmax":
             if self.H % 2:
                 raise ValueError(f"H={self.H} must be even for rotary positions")

@@ -1,34 +1,36 @@
 """A config from a file, and changed by the words of a command line: `--section.field=value`."""
 
 import dataclasses
+import difflib
+import inspect
 import json
-import typing
-from typing import Any, Literal
+import os
+import runpy
+import traceback
+from pathlib import Path
+from typing import Any
 
 from stickjax.config import Config, locate
-from stickjax.fields import alternatives
+from stickjax.fields import field_types, shown
 
 
-def _parse_value(key: str, text: str, hint):
-    options = alternatives(hint)
-    if type(None) in options and text.lower() in ("none", "null"):
+def _parse_value(text: str, kinds: tuple):
+    """The value that a word means for a field of these types, or the word itself: the config says what it must be."""
+    if type(None) in kinds and text.lower() in ("none", "null"):
         return None
-    for option in options:
-        if option is bool and text.lower() in ("true", "false"):
-            return text.lower() == "true"
-        if option is str or typing.get_origin(option) is Literal:
-            return text
-        if option in (int, float):
+    if bool in kinds:
+        return {"true": True, "false": False}.get(text.lower(), text)
+    for kind in kinds:
+        if kind in (int, float):
             try:
                 number = float(text)
-                if option is float:
+                if kind is float:
                     return number
                 if number == int(number):  # 1e6 is a fine way to write an integer
-                    return int(number) if abs(number) >= 2**53 or not text.lstrip("+-").isdigit() else int(text)
+                    return int(text) if text.lstrip("+-").isdigit() else int(number)
             except (ValueError, OverflowError):
                 continue
-    names = " or ".join(getattr(o, "__name__", str(o)) for o in options)
-    raise ValueError(f"--{key}={text}: expected {names}")
+    return text
 
 
 def parse_changes(config: Config, argv: list[str]) -> dict[str, Any]:
@@ -50,7 +52,7 @@ def parse_changes(config: Config, argv: list[str]) -> dict[str, Any]:
             text = next(words, None)
             if text is None:
                 raise ValueError(f"--{key} needs a value")
-        changes[key] = _parse_value(key, text, typing.get_type_hints(type(getattr(config, section)))[name])
+        changes[key] = _parse_value(text, field_types(type(getattr(config, section)))[name])
     return changes
 
 
@@ -70,14 +72,77 @@ def describe(config: Config) -> str:
     return "\n".join(lines)
 
 
-def load_config(path: str) -> Config:
-    """Run a config file (Python with `get_config()`, chosen by the user) or read a run's config.json."""
-    if path.endswith(".json"):
-        with open(path) as file:
-            return Config.from_dict(json.load(file))
-    import runpy
+# Beside the packages in a checkout, inside of stickjax in an installation (pyproject.toml).
+_FOLDERS = (Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs")
+_WHAT = "a config is a name ({}), a Python file that defines get_config(), or the config.json of a run"
 
-    namespace = runpy.run_path(path)
-    if "get_config" not in namespace:
-        raise ValueError(f"{path} defines no get_config()")
-    return namespace["get_config"]()
+
+def named_configs() -> dict[str, Path]:
+    """The configs that come with stickjax, by name.
+
+    >>> sorted(named_configs())[-2:]
+    ['tiny', 'tiny_softmax']
+    """
+    folder = next((folder for folder in _FOLDERS if folder.is_dir()), _FOLDERS[0])
+    return {file.stem: file for file in sorted(folder.glob("*.py")) if file.stem != "__init__"}
+
+
+def load_config(path: str) -> Config:
+    """The config of a name such as "tiny", of a Python file, which is run, or of a config.json.
+
+    Raises:
+      ValueError: there is none, or it cannot be read; of a Python file, with the number of the line.
+    """
+    file, named = Path(path), named_configs()
+    if path in named:
+        return _run(named[path])
+    what = _WHAT.format(", ".join(named))
+    if file.is_dir():
+        if (file / "config.json").exists():
+            what = f"did you mean {file / 'config.json'}? --init-from {path} begins with the parameters of a run"
+        raise ValueError(f"{path} is a folder; {what}")
+    if not file.exists():
+        near = difflib.get_close_matches(file.stem, named, n=1, cutoff=0.5)
+        raise ValueError(f"{path} does not exist{f' (did you mean {near[0]!r}?)' if near else ''}; {what}")
+    if file.suffix.lower() == ".json":
+        return read_json(file)
+    if file.suffix.lower() != ".py":
+        raise ValueError(f"{path} is no config: {what}")
+    return _run(file)
+
+
+def read_json(path: str | os.PathLike) -> Config:
+    """The config of a config.json; ValueError, which begins with the path, for what is none."""
+    try:
+        tree = json.loads(Path(path).read_text("utf-8-sig"))
+    except RecursionError as error:
+        raise ValueError(f"{path}: not a config: it is nested too deeply") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    try:
+        return Config.from_dict(tree)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _run(file: Path) -> Config:
+    """What `get_config()` of a Python file returns."""
+    try:
+        get_config = runpy.run_path(str(file)).get("get_config")
+        if get_config is None:
+            raise ValueError("it defines no get_config()")
+        try:
+            inspect.signature(get_config).bind()
+        except TypeError as error:
+            line = getattr(getattr(get_config, "__code__", None), "co_firstlineno", 1)
+            raise SyntaxError(f"get_config() must need no arguments: {error}", (str(file), line, None, None)) from error
+        config = get_config()
+        if not isinstance(config, Config):
+            raise ValueError(f"get_config() must return a stickjax.Config, not {shown(config)}")
+        return config
+    except SyntaxError as error:
+        raise ValueError(f"{error.filename or file}:{error.lineno or 1}: {error.msg}") from error
+    except (Exception, SystemExit) as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{file}{f':{lines[-1]}' if lines else ''}: {kind}{error}") from error

@@ -5,7 +5,6 @@ place of the checkpoints a model.safetensors with our leaves, because Orbax writ
 """
 
 import contextlib
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from stickjax.model_config import ModelConfig
 from stickjax.models.family import init
 from stickjax.models.sut import LanguageModel, PairClassifier
 from stickjax.models.transformer import Transformer
+from stickjax.options import read_json
 from stickjax.tokenizer import Tokenizer, load_tokenizer
 
 MODEL_FILE = "model.safetensors"  # of a folder with one model and no steps
@@ -57,12 +57,9 @@ def read_config(run: str | os.PathLike) -> Config:
         raise ValueError(f"{run} is not a run folder: it has no config.json")
     if hugging_face.is_folder(Path(run)):
         return hugging_face.read_config(Path(run))
-    try:
-        config = Config.from_dict(json.loads(path.read_text()))
-        own = path.with_name("tokenizer.json")  # that of a converted model, wherever the folder was moved
-        return config.replace({"data.tokenizer": str(own)}) if own.exists() else config
-    except (ValueError, AttributeError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path}: {error}") from error
+    config = read_json(path)
+    own = path.with_name("tokenizer.json")  # that of a converted model, wherever the folder was moved
+    return config.replace({"data.tokenizer": str(own)}) if own.exists() else config
 
 
 def check_config(run: str | os.PathLike, config: Config) -> None:

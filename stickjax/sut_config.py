@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from stickjax.fields import at_least, check_choices, field
+from stickjax.fields import check_fields, field
 
 
 @dataclass(frozen=True)
@@ -15,39 +15,43 @@ class SutConfig:
     """
 
     family: Literal["sut"] = field("sut", "the kind of model; a config file chooses it by its class")
-    V: int = field(257, "vocabulary size; the encoder's token 0 is padding")
-    D: int = field(128, "width of the residual stream")
-    L: int = field(6, "steps: how often the block is applied at most")
-    K: int = field(2, "heads of one attention expert; key/value heads, which all its experts share")
-    H: int = field(32, "dimension of one head")
-    attention_experts: int = field(8, "experts that own query heads, K each")
-    attention_k: int = field(2, "attention experts chosen per token")
-    F: int = field(256, "hidden width of one feed-forward expert")
-    E: int = field(8, "feed-forward experts")
-    k: int = field(2, "feed-forward experts chosen per token")
+    V: int = field(257, "vocabulary size; the encoder's token 0 is padding", at_least=1)
+    D: int = field(128, "width of the residual stream", at_least=1)
+    L: int = field(6, "steps: how often the block is applied at most", at_least=1)
+    K: int = field(2, "heads of one attention expert; key/value heads, which all its experts share", at_least=1)
+    H: int = field(32, "dimension of one head", at_least=1)
+    attention_experts: int = field(8, "experts that own query heads, K each", at_least=1)
+    attention_k: int = field(2, "attention experts chosen per token", at_least=1)
+    F: int = field(256, "hidden width of one feed-forward expert", at_least=1)
+    E: int = field(8, "feed-forward experts", at_least=1)
+    k: int = field(2, "feed-forward experts chosen per token", at_least=1)
     attention: Literal["softmax", "stick_breaking"] = field(
         "softmax", "softmax comes with relative positions, stick_breaking is causal and has none"
     )
-    clip: int = field(64, "relative positions of this distance and beyond are one (softmax only)")
+    clip: int = field(64, "relative positions of this distance and beyond are one (softmax only)", at_least=1)
     sinusoidal: bool = field(True, "add sinusoidal positions to the embedding (softmax only)")
     normalize_before: bool = field(False, "normalise a layer's input rather than the residual stream after it")
-    halting_threshold: float = field(0.999, "a token halts once so much of its stick is broken off; may change later")
+    halting_threshold: float = field(
+        0.999, "a token halts once so much of its stick is broken off; may change later", above=0, at_most=1
+    )
     halting_bias: float = field(0.0, "added to the logit of going on; a few units let a model begin deep")
-    act_weight: float = field(0.0, "weight of the mean expected depth")
-    mi_weight: float = field(0.0, "weight of the routers' mutual-information loss H(e|x) - H(e)")
-    sample_topk: int = field(0, "in training, how many of the attention_k experts are sampled instead of the best")
-    dropout: float = field(0.0, "in training, of embeddings, branches, attention, hidden units and routers")
-    classes: int = field(0, "labels of a pair of sentences; 0: a causal language model")
-    norm_eps: float = field(1e-5, "epsilon of every normalisation")
+    act_weight: float = field(0.0, "weight of the mean expected depth", at_least=0)
+    mi_weight: float = field(0.0, "weight of the routers' mutual-information loss H(e|x) - H(e)", at_least=0)
+    sample_topk: int = field(
+        0, "in training, how many of the attention_k experts are sampled instead of the best", at_least=0
+    )
+    dropout: float = field(
+        0.0, "in training, of embeddings, branches, attention, hidden units and routers", at_least=0, below=1
+    )
+    classes: int = field(0, "labels of a pair of sentences; 0: a causal language model", at_least=0)
+    norm_eps: float = field(1e-5, "epsilon of every normalisation", above=0)
     dtype: Literal["float32", "bfloat16", "float16"] = field("float32", "type of the computation")
     param_dtype: Literal["float32", "bfloat16", "float16"] = field("float32", "type of the stored parameters")
     remat: Literal["none", "full"] = field("none", "what a step recomputes in the backward pass")
     implementation: str | None = field(None, "kernels: mosaic, triton, xla, reference; None: the best that works")
 
     def __post_init__(self):
-        check_choices(self)
-        at_least(self, 1, "V", "D", "L", "K", "H", "attention_experts", "attention_k", "F", "E", "k", "clip")
-        at_least(self, 0, "act_weight", "mi_weight", "sample_topk", "classes")
+        check_fields(self)
         for k, E in (("attention_k", "attention_experts"), ("k", "E")):
             chosen, experts = getattr(self, k), getattr(self, E)
             if chosen > experts:
@@ -58,12 +62,6 @@ class SutConfig:
             raise ValueError(f"sample_topk={self.sample_topk} cannot exceed attention_k={self.attention_k}")
         if self.D % 2 and self.attention == "softmax" and self.sinusoidal:
             raise ValueError(f"D={self.D} must be even for sinusoidal positions")
-        if not 0 < self.halting_threshold <= 1:
-            raise ValueError(f"halting_threshold={self.halting_threshold} must be above 0 and at most 1")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
-        if not self.norm_eps > 0:
-            raise ValueError(f"norm_eps={self.norm_eps} must be positive")
 
     @property
     def m_width(self) -> float:

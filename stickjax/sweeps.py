@@ -268,11 +268,11 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = Parser(prog="python -m stickjax.sweeps")
     parser.add_argument("command", choices=_COMMANDS, help="power-law trains 1, 2, 4 and 8 times the config's steps")
-    parser.add_argument("--config", help="a config file, or a run's config.json; by default a small model")
+    parser.add_argument("--config", help="a name, a .py file, or a run's config.json; by default a small model")
     parser.add_argument("--out", default="runs/sweeps", help="folder for COMMAND.json and COMMAND.png")
     parser.add_argument("--widths", help="widths, such as 64,128,256; by default D, 2D and 4D of the config")
     parser.add_argument("--rates", help="learning rates, such as 1e-3,2e-3; by default 2^-2 ... 2^4 times peak_lr")
-    words, rest = parser.parse_known_args(argv)
+    words, rest = parser.parse_with_fields(argv)
     console = Console(highlight=False)
     config = parse(load_config(words.config) if words.config else models.SMALL, rest)
     D, peak = config.model.D, config.optim.peak_lr

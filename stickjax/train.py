@@ -227,7 +227,7 @@ def _loop(config, mesh, state, loader, data, checkpoints, log, progress, asked, 
 @command
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m stickjax.train", add_help=False)
-    parser.add_argument("config", nargs="?", help="a config file, or a run's config.json")
+    parser.add_argument("config", metavar="CONFIG", nargs="?", help="a name such as tiny, a .py file, a config.json")
     parser.add_argument("--run", help="run folder; runs/NAME of the config file by default")
     parser.add_argument("--init-from", metavar="RUN", help="begin with the parameters of another run")
     parser.add_argument(
@@ -239,7 +239,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="of several processes, where process 0 listens")
     parser.add_argument("--processes", type=int, metavar="N", help="how many there are; stickjax.launch starts them")
     parser.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0")
-    words, rest = parser.parse_known_args(argv)
+    words, rest = parser.parse_with_fields(argv)
     if not words.help:
         processes.initialize(words.coordinator, words.processes, words.process)
     if words.config is None and words.branch is not None:

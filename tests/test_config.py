@@ -1,12 +1,27 @@
 """Configs: parsing, storing, and one clear line for every kind of bad input."""
 
 import json
+import math
+import typing
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from stickjax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
-from stickjax.options import describe, load_config, parse
+from stickjax.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    SutConfig,
+    TrainConfig,
+    field_names,
+    locate,
+)
+from stickjax.fields import LARGEST, field_types
+from stickjax.options import describe, load_config, named_configs, parse
+from stickjax.run import read_config
+from stickjax.synonyms import SYNONYMS
 
 ROOT = Path(__file__).parent.parent
 
@@ -45,9 +60,14 @@ BAD = [
     (["--model.D=0"], "D=0 must be at least 1"),
     (["--model.attention=softmx"], "did you mean 'softmax'?"),
     (["--model.attention=softmax", "--model.remainder=bias"], "remainder='bias' needs attention='stick_breaking'"),
-    (["--model.D=wide"], "--model.D=wide: expected int"),
-    (["--model.D=1.5"], "--model.D=1.5: expected int"),
-    (["--model.tied=maybe"], "--model.tied=maybe: expected bool"),
+    (["--model.D=wide"], "D='wide' must be a whole number, at least 1"),
+    (["--model.D=1.5"], "D='1.5' must be a whole number, at least 1"),
+    (["--model.D=1e30"], "D=1000000000000000019884624838656 must be at most 10^15"),
+    (["--model.tied=maybe"], "tied='maybe' must be true or false"),
+    (["--data.text_field="], "text_field='' must not be empty"),
+    (["--lr=1"], "unknown config key 'lr' (did you mean 'optim.peak_lr'?)"),
+    (["--model.vocab_size=1"], "(did you mean 'model.V'?)"),
+    (["--seed=1"], "(did you mean 'data.seed' or 'train.seed'?)"),
     (["--data.T"], "--data.T needs a value"),
     (["tiny"], "unexpected argument 'tiny'"),
     (["--data.source=text"], "source='text' needs a path"),
@@ -63,8 +83,8 @@ BAD = [
     (["--data.B=6", "--train.accumulate=4"], "B=6 sequences must be a multiple of accumulate=4"),
     (["--optim.warmup_tokens=-1"], "warmup_tokens=-1 must be at least 0"),
     (["--optim.decay_tokens=1e12"], "exceed the run of steps * B * T = 1638400 tokens"),
-    (["--optim.peak_lr=nan"], "peak_lr=nan must be positive"),
-    (["--optim.weight_decay=nan"], "weight_decay=nan must be at least 0"),
+    (["--optim.peak_lr=nan"], "peak_lr=nan must be finite"),
+    (["--optim.weight_decay=nan"], "weight_decay=nan must be finite"),
     (["--train.steps=0"], "steps=0 must be at least 1"),
 ]
 
@@ -88,3 +108,170 @@ def test_sections_are_frozen_and_hashable():
     for section in (ModelConfig, DataConfig, OptimConfig, TrainConfig):
         with pytest.raises(AttributeError):
             section().unknown = 1
+
+
+CONFIGS = {"decoder": Config(ModelConfig()), "sut": Config(SutConfig())}
+FIELDS = [(kind, key) for kind, config in CONFIGS.items() for key in field_names(type(config.model))]
+# As JSON and as Python spell them.
+NUMBERS = [16, 16.5, -1, -1e9, 10**30, 1e300, 1e-300, math.nan, math.inf, -math.inf]
+OTHERS = [None, True, "", "16", "no", [], [16], {}, {"a": 1}]
+
+
+def allowed(section, name, value) -> bool:
+    """Whether a field may have a value, from its annotation and its bounds alone."""
+    kinds, bounds = field_types(section)[name], section.__dataclass_fields__[name].metadata["bounds"]
+    if value is None:
+        return type(None) in kinds
+    if isinstance(value, bool | str):
+        return (type(value) in kinds and value != "") or any(value in typing.get_args(kind) for kind in kinds)
+    if isinstance(value, list | dict) or not {int, float} & set(kinds):
+        return False
+    if int in kinds:
+        if not isinstance(value, int) or value > LARGEST:
+            return False
+    elif not math.isfinite(value) or (value and not 1e-37 < abs(value) < 3e38):
+        return False
+    return (
+        value >= bounds.get("at_least", -math.inf)
+        and value > bounds.get("above", -math.inf)
+        and value <= bounds.get("at_most", math.inf)
+        and value < bounds.get("below", math.inf)
+    )
+
+
+@pytest.mark.parametrize("kind, key", FIELDS, ids=lambda x: x)
+def test_every_field_is_held_to_its_type_and_bounds(kind, key):
+    """Whether from JSON or from Python, a value of another type or out of bounds is one line that names the field."""
+    name, section = key.split(".")[1], type(getattr(CONFIGS[kind], key.split(".")[0]))
+    is_float = float in field_types(section)[name]
+    for value in [*NUMBERS, *OTHERS]:
+        makers = [lambda value=value: section(**{name: value})]
+        tree = {"model": {"family": kind}}
+        tree.setdefault(key.split(".")[0], {})[name] = value
+        makers.append(lambda tree=tree: Config.from_dict(json.loads(json.dumps(tree))))
+        for make in makers:
+            if allowed(section, name, value):
+                try:
+                    made = make()
+                except ValueError as error:  # of several fields together, such as N and K
+                    assert f"{name}={value} must be a " not in str(error) and "finite" not in str(error), error
+                    continue
+                made = getattr(made, key.split(".")[0]) if isinstance(made, Config) else made
+                assert getattr(made, name) == (float(value) if isinstance(value, int) and is_float else value)
+            else:
+                with pytest.raises(ValueError) as error:
+                    make()
+                assert f"{name}=" in str(error.value) and "\n" not in str(error.value)
+                assert len(str(error.value)) < 250
+                if isinstance(value, float) and not math.isfinite(value) and is_float:
+                    assert "must be finite" in str(error.value)
+
+
+def test_bounds_say_what_trains_nothing():
+    refused = dict(
+        logits_scaling=0, init_std=0, norm_eps=0, z_weight=-1, beta1=1.5, beta2=1, eps=-1, a=0, end_ratio=2,
+        weight_decay=-0.1, seed=-1, clip=0, halting_threshold=0, dropout=1, rope_theta=0, mi_weight=-1,
+    )  # fmt: skip
+    for section in (ModelConfig, SutConfig, DataConfig, OptimConfig, TrainConfig):
+        for name in refused.keys() & section.__dataclass_fields__.keys():
+            with pytest.raises(ValueError, match=f"^{name}="):
+                section(**{name: refused[name]})
+
+
+def test_numbers_of_numpy_and_paths_become_plain():
+    config = Config(
+        ModelConfig(D=np.int64(64), m_emb=np.float32(2)), DataConfig(source="text", path=Path("a")), OptimConfig(clip=1)
+    )
+    assert Config.from_dict(json.loads(config.to_json())) == config
+    assert (type(config.model.D), type(config.optim.clip), config.data.path) == (int, float, "a")
+    with pytest.raises(ValueError, match=r"data={'T': 64} must be a DataConfig"):
+        Config(data={"T": 64})
+
+
+TREES = [
+    ([], "a config is an object with the sections model, data, optim, train, mesh, not []"),
+    (None, "not None"),
+    (3, "not 3"),
+    ({"foo": {}}, "unknown section 'foo'"),
+    ({"modle": {}}, "unknown section 'modle' (did you mean 'model'?)"),
+    ({"model": None}, "model=None must be an object of fields"),
+    ({"model": [1]}, "model=[1] must be an object of fields"),
+    ({"model": {"family": "bert"}}, "family='bert' is not one of 'decoder', 'sut'"),
+    ({"model": {"family": []}}, "family=[] is not one of"),
+    ({"model_type": "llama", "hidden_size": 8}, "this is the config of a Hugging Face model; convert its folder first"),
+]
+
+
+@pytest.mark.parametrize("tree, message", TREES, ids=lambda x: json.dumps(x)[:40])
+def test_json_that_is_no_config(tree, message, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    for read in (load_config, read_config):
+        with pytest.raises(ValueError) as error:
+            read(str(tmp_path / "config.json") if read is load_config else tmp_path)
+        if read is load_config or "Hugging" not in message:
+            assert message in str(error.value) and str(error.value).startswith(str(tmp_path))
+
+
+FILES = {
+    "deep.json": ("[" * 100_000, "deep.json: not a config: it is nested too deeply"),
+    "none.json": ("", "none.json: not JSON: Expecting value"),
+    "cut.json": ('{"model": ', "cut.json: not JSON"),
+    "latin.json": (b'{"\xe9": 1}', "latin.json: not JSON: 'utf-8' codec can't decode"),
+    "syntax.py": ("def get_config()\n    pass\n", "syntax.py:1: expected ':'"),
+    "nul.py": (b"x = 1\n\0", "nul.py"),
+    "raises.py": ("\n1 / 0\n", "raises.py:2: ZeroDivisionError: division by zero"),
+    "imports.py": ("import nowhere_at_all\n", "imports.py:1: ModuleNotFoundError: No module named 'nowhere_at_all'"),
+    "exits.py": ("raise SystemExit(0)\n", "exits.py:1: SystemExit: 0"),
+    "nothing.py": ("x = 1\n", "nothing.py: it defines no get_config()"),
+    "number.py": ("get_config = 3\n", "number.py:1: get_config() must need no arguments: 3 is not a callable object"),
+    "needs.py": ("\n\ndef get_config(x, y=1): pass\n", "needs.py:3: get_config() must need no arguments: missing a"),
+    "returns.py": (
+        "def get_config(): return None\n",
+        "returns.py: get_config() must return a stickjax.Config, not None",
+    ),
+    "field.py": (
+        "from stickjax import DataConfig\ndef get_config():\n    return DataConfig(T='64')\n",
+        "field.py:3: T='64' must be a whole number, at least 1",
+    ),
+    "config.yaml": ("model: 3\n", "config.yaml is no config: a config is a name (moduleformer_tiny, "),
+    "weights.safetensors": (b"\0\1", "weights.safetensors is no config: a config is a name"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_that_are_no_config(name, tmp_path):
+    text, message = FILES[name]
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError) as error:
+        load_config(str(tmp_path / name))
+    assert str(error.value).startswith(str(tmp_path / name)) and message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_folders_and_names_that_are_no_config(tmp_path):
+    with pytest.raises(ValueError, match="is a folder; a config is a name"):
+        load_config(str(tmp_path))
+    (tmp_path / "config.json").write_text("\ufeff" + Config().to_json())
+    with pytest.raises(ValueError, match=r"is a folder; did you mean .*config.json\? --init-from .* begins with"):
+        load_config(str(tmp_path))
+    assert load_config(f"{tmp_path}/config.json") == Config(), "a byte order mark is no part of the text"
+    with pytest.raises(ValueError, match=r"^tinny does not exist \(did you mean 'tiny'\?\); a config is a name \("):
+        load_config("tinny")
+    with pytest.raises(ValueError, match=r"^elsewhere/configs/tiny.py does not exist \(did you mean 'tiny'\?\)"):
+        load_config("elsewhere/configs/tiny.py")
+
+
+def test_configs_by_name():
+    assert set(named_configs()) == {path.stem for path in (ROOT / "configs").glob("*.py")}
+    assert load_config("tiny_softmax") == load_config(str(ROOT / "configs" / "tiny_softmax.py"))
+
+
+def test_words_of_other_programs_name_fields():
+    known = field_names()
+    for name, words in SYNONYMS.items():
+        assert name in known or name.startswith(("--", "CONFIG")), name
+        for word in words.split():
+            assert word == "data" or all(word != key.split(".")[1] for key in known), f"{word} is a field itself"
+    assert locate(Config(SutConfig()), "model.clip") == ("model", "clip")
+    with pytest.raises(ValueError, match=r"unknown config key 'model.clip' .did you mean 'optim.clip'"):
+        locate(Config(), "model.clip")

@@ -20,6 +20,7 @@ LAYERS = {
     "stickjax.model_config": 1,
     "stickjax.sut_config": 1,
     "stickjax.config": 1,
+    "stickjax.synonyms": 1,
     "stickjax.tasks": 1,
     "stickjax.sharding": 1,
     "stickjax.collectives": 1,

@@ -306,7 +306,7 @@ def test_command_line(command, toy, tmp_path, capsys):
         (["coordinate", "--widths=33"], "width=33: N=4, K=4 and F=128 at D=64 do not scale to whole numbers"),
         (["learning-rate", "--model.V=100", "--widths=16"], "V=100 is smaller than the tokenizer's 257 ids"),
         (["coordinate", "--model.WIDTH=3"], "unknown config key 'model.WIDTH'"),
-        (["coordinate", "--config=nowhere.py"], "No such file"),
+        (["coordinate", "--config=nowhere.py"], "nowhere.py does not exist; a config is a name ("),
     ],
 )
 def test_command_line_says_what_is_wrong(words, message, tmp_path, capsys):

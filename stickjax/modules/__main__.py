@@ -157,7 +157,7 @@ def _parser() -> Parser:
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    words, rest = _parser().parse_known_args(argv)
+    words, rest = _parser().parse_with_fields(argv)
     if "out" in words and words.function is not _concentrate and Path(words.out).exists():
         raise ValueError(f"{words.out} exists; choose another folder")
     said = words.function(words, parse_changes(read_config(words.run), rest))

@@ -29,14 +29,14 @@ def _hosts(devices: int) -> int:
 @command
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m stickjax.plan", add_help=False)
-    parser.add_argument("config", nargs="?", help="a config file, or a run's config.json")
+    parser.add_argument("config", metavar="CONFIG", nargs="?", help="a name such as tiny, a .py file, a config.json")
     parser.add_argument("--gpu", default="h200", help=f"one of {', '.join(CHIPS)}; h200 by default")
     parser.add_argument("--devices", type=int, default=8, help="GPUs; 8 by default")
     parser.add_argument("--hosts", type=int, help="hosts that they are in; one for every 8 by default")
     parser.add_argument("--sweep", action="store_true", help=f"compare mesh shapes, {SWEPT} at most")
     parser.add_argument("--json", action="store_true", help="machine-readable, to stdout")
     parser.add_argument("-h", "--help", action="store_true")
-    words, rest = parser.parse_known_args(argv)
+    words, rest = parser.parse_with_fields(argv)
     config = load_config(words.config) if words.config else Config()
     if words.help:
         print(f"{parser.format_help()}\nconfig fields, with their values here:\n{describe(config)}")
