@@ -102,7 +102,7 @@ def load_config(path: str) -> Config:
             what = f"did you mean {file / 'config.json'}? --init-from {path} begins with the parameters of a run"
         raise ValueError(f"{path} is a folder; {what}")
     if not file.exists():
-        near = difflib.get_close_matches(file.stem, named, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(file.stem, named, n=1, cutoff=0.6)
         raise ValueError(f"{path} does not exist{f' (did you mean {near[0]!r}?)' if near else ''}; {what}")
     if file.suffix.lower() == ".json":
         return read_json(file)
