@@ -102,7 +102,12 @@ def d_activate(name: str, d, gate, up=None) -> Iterator:
 
 def _activation(name: str):
     parts = 2 if name in GATED else 1
-    return lambda h: activate(name, *jnp.split(h, parts, axis=-1))
+
+    def run(h):
+        wide = h.astype(jnp.float32) if h.dtype == jnp.float16 else h  # powers of 150 overflow float16
+        return activate(name, *jnp.split(wide, parts, axis=-1)).astype(h.dtype)
+
+    return run
 
 
 ACTIVATIONS = {name: _activation(name) for name in _POINTWISE}

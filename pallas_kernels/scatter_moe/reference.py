@@ -25,6 +25,8 @@ def linear(call: LinearCall):
 
 
 def mlp(call: MlpCall):
-    up = LinearCall(call.x, call.w_in, call.b_in, None, call.routing, "token", "slot")
+    x = call.x.astype(jnp.promote_types(call.x.dtype, jnp.float32))  # the hidden units of a wide x are wide
+    up = LinearCall(x, call.w_in, call.b_in, None, call.routing, "token", "slot")
     hidden = ACTIVATIONS[call.activation](linear(up))
-    return linear(LinearCall(hidden, call.w_out, call.b_out, call.gates, call.routing, "slot", "token"))
+    down = LinearCall(hidden, call.w_out, call.b_out, call.gates, call.routing, "slot", "token")
+    return linear(down).astype(call.x.dtype)

@@ -1,11 +1,12 @@
-"""Numbers for arithmetic in logarithms of base 2, which GPU kernels share."""
+"""Numbers for arithmetic in logarithms, which implementations share."""
 
 import math
 
 import numpy as np
 
 LOG2E = math.log2(math.e)
-NOTHING = -1e30  # log2 of a beta of zero: a finite number, so that no difference of it is NaN
+# The logit of a masked key, of base e or 2: exp(NOTHING) is zero, and finite numbers have no difference that is NaN.
+NOTHING = -1e30
 # log2(1 + y) / y on [0, 1], highest power first, within 2.2e-7: seven multiply-adds instead of a special function.
 LOG2P1 = (
     np.polynomial.Chebyshev.interpolate(lambda y: np.log1p(y) / np.maximum(y, 1e-300) / math.log(2), 7, [0, 1])

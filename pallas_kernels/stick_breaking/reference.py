@@ -5,19 +5,29 @@ import jax.numpy as jnp
 from jax import lax
 
 from .call import Call
+from .logarithm import NOTHING
+
+
+def weights(call: Call):
+    """(A [B,N,T,S], log_rem [B,N,T]) of the query and the key of a call."""
+    dtype = jnp.promote_types(call.query.dtype, jnp.float32)
+    q, k = call.query.astype(dtype), call.key.astype(dtype)
+    k = jnp.repeat(k, q.shape[2] // k.shape[2], axis=2)
+    z = jnp.asarray(call.scale, dtype) * jnp.einsum("BTNH,BSNH->BNTS", q, k, precision="highest")
+    T, S = z.shape[2:]
+    mask = jax.vmap(lambda where: call.mask.visible(where, jnp.arange(T), jnp.arange(S)))(call.where)[:, None]
+    # Masked before the exponential: a `where` around one that overflows has the right value but the gradient 0 * inf.
+    z = jnp.where(mask, z, NOTHING)
+    log_beta, softplus = -jax.nn.softplus(-z), jax.nn.softplus(z)
+    nearer = jnp.pad(softplus, ((0, 0),) * 3 + ((0, 1),))[..., 1:]  # leaves out the key itself
+    A = jnp.exp(log_beta - lax.cumsum(nearer, 3, reverse=True))
+    return jnp.where(mask, A, 0), -softplus.sum(-1)  # and behind it, so that no gradient comes from a masked value
 
 
 def attention(call: Call):
     """(out [B,T,N,Hv], log_rem [B,T,N], share of the key tiles computed [B,K])."""
-    dtype = jnp.promote_types(call.query.dtype, jnp.float32)
-    q, k, v = (x.astype(dtype) for x in (call.query, call.key, call.value))
-    k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
-    z = jnp.asarray(call.scale, dtype) * jnp.einsum("BTNH,BSNH->BNTS", q, k, precision="highest")
-    T, S = z.shape[2:]
-    mask = jax.vmap(lambda where: call.mask.visible(where, jnp.arange(T), jnp.arange(S)))(call.where)[:, None]
-    softplus = jnp.where(mask, jax.nn.softplus(z), 0)
-    nearer = jnp.pad(softplus, ((0, 0),) * 3 + ((0, 1),))[..., 1:]  # leaves out the key itself
-    weights = jnp.where(mask, jnp.exp(z - softplus - lax.cumsum(nearer, 3, reverse=True)), 0)
-    out = jnp.einsum("BNTS,BSNH->BTNH", weights, v, precision="highest")
-    log_rem = -softplus.sum(-1).swapaxes(1, 2)
-    return out.astype(call.value.dtype), log_rem, jnp.ones((q.shape[0], call.key.shape[2]), jnp.float32)
+    A, log_rem = weights(call)
+    v = jnp.repeat(call.value.astype(A.dtype), A.shape[1] // call.value.shape[2], axis=2)
+    out = jnp.einsum("BNTS,BSNH->BTNH", A, v, precision="highest")
+    kept = jnp.ones((A.shape[0], call.key.shape[2]), jnp.float32)
+    return out.astype(call.value.dtype), log_rem.swapaxes(1, 2), kept

@@ -1,11 +1,13 @@
 """The arithmetic of one tile of queries against one tile of keys, forward and backward.
 
 G query heads share the key head of the tile: q [G,R,H], k [C,H], v [C,Hv], mask [R,C], log_rem [G,R].
-Everything is the exclusive form of the specification: z - softplus(z) first, then the sum over strictly nearer keys.
+Everything is the exclusive form of the specification: log beta first, then the sum over strictly nearer keys.
 """
 
 import jax.numpy as jnp
 import numpy as np
+
+from .logarithm import NOTHING
 
 # log1p(y) / y on [0, 1], highest power first: interpolated at Chebyshev nodes, within 1e-9. Multiply-adds
 # vectorise where the library's log1p does not, and small y keep their relative precision.
@@ -51,11 +53,14 @@ def _sum_after(x, reverse: bool):
 
 
 def _sticks(q, k, mask, scale):
-    """z - softplus(z), its softplus with 0 where masked, and y = exp(-|z|)."""
-    z = scale * _dot("grh,ch->grc", q, k)
+    """(z, exp(-|z|), log beta, softplus(z)) of the logits.
+
+    A masked one is NOTHING before anything is computed of it: its weight, its softplus and all derivatives are zero.
+    """
+    z = jnp.where(mask, scale * _dot("grh,ch->grc", q, k), NOTHING)
     y = jnp.exp(-jnp.abs(z))
-    softplus = jnp.maximum(z, 0) + _log1p(y)
-    return z, y, softplus, jnp.where(mask, softplus, 0)
+    small = _log1p(y)
+    return z, y, jnp.minimum(z, 0) - small, jnp.maximum(z, 0) + small
 
 
 def spent(q, k, mask, scale):
@@ -65,9 +70,9 @@ def spent(q, k, mask, scale):
 
 def forward(q, k, v, mask, log_rem, scale):
     """The tile's part of the output [G,R,Hv], and log_rem after it."""
-    z, _, softplus, masked = _sticks(q, k, mask, scale)
-    nearer, total = _sum_after(masked, reverse=False)
-    weights = jnp.where(mask, jnp.exp(z - softplus - nearer + log_rem[..., None]), 0)
+    _, _, log_beta, softplus = _sticks(q, k, mask, scale)
+    nearer, total = _sum_after(softplus, reverse=False)
+    weights = jnp.exp(log_beta - nearer + log_rem[..., None])
     return _dot("grc,ch->grh", weights.astype(v.dtype), v), log_rem - total
 
 
@@ -76,15 +81,15 @@ def backward(q, k, v, d_out, mask, log_rem, prefix, scale):
 
     `log_rem` is the stick on entry from the right, `prefix` = dlog_rem + sum of a over the keys further left.
     """
-    z, y, softplus, masked = _sticks(q, k, mask, scale)
-    nearer, _ = _sum_after(masked, reverse=False)
-    weights = jnp.where(mask, jnp.exp(z - softplus - nearer + log_rem[..., None]), 0)
-    a = weights * _dot("grh,ch->grc", d_out, v)
+    z, y, log_beta, softplus = _sticks(q, k, mask, scale)
+    nearer, _ = _sum_after(softplus, reverse=False)
+    weights = jnp.exp(log_beta - nearer + log_rem[..., None])
+    a = jnp.where(mask, weights * _dot("grh,ch->grc", d_out, v), 0)  # the product overflows if a masked v is huge
     further, total = _sum_after(a, reverse=True)
     # beta and 1 - beta from the same y: neither is ever one minus the other.
     near, far = 1 / (1 + y), y / (1 + y)
     beta, rest = jnp.where(z >= 0, near, far), jnp.where(z >= 0, far, near)
-    dz = jnp.where(mask, rest * a - beta * (prefix[..., None] + further), 0).astype(k.dtype)
+    dz = (rest * a - beta * (prefix[..., None] + further)).astype(k.dtype)
     return (
         _dot("grc,ch->grh", dz, k),
         _dot("grc,grh->ch", dz, q),

@@ -251,4 +251,6 @@ class Router(nnx.Module):
 
 
 def _unit(x, axis):
-    return x / jnp.maximum(jnp.linalg.norm(x, axis=axis, keepdims=True), 1e-12)
+    """x / |x|. A vector shorter than 1e-12 has no direction: it gives zero, and its gradient is zero."""
+    square = jnp.square(x).sum(axis, keepdims=True)
+    return x * jnp.where(square > 1e-24, jax.lax.rsqrt(jnp.maximum(square, 1e-24)), 0)
