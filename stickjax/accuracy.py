@@ -16,6 +16,7 @@ from rich.table import Table
 from stickjax import plots
 from stickjax.config import Config
 from stickjax.data import pair_examples
+from stickjax.disk import write_file
 from stickjax.models.sut import PairClassifier, apply
 from stickjax.plots import Records
 from stickjax.tasks import Examples, logic
@@ -140,7 +141,7 @@ def at_first_threshold(records: Records) -> Records:
 def report(model: PairClassifier, config: Config, folder: Path, max_pairs: int) -> Records:
     """`accuracy` at several thresholds, kept in the folder as accuracy.json, with two pictures."""
     records = accuracy(model, config, thresholds=THRESHOLDS, max_pairs=max_pairs)
-    (folder / "accuracy.json").write_text(json.dumps(records, indent=2) + "\n")
+    write_file(folder / "accuracy.json", json.dumps(records, indent=2) + "\n")
     plots.plot_halting(records, folder / "halting.png")
     sentences = [side for bucket in (2, 6, 10) for side in depths(model, config, bucket)]
     plots.plot_depth(sentences, folder / "depth.png")

@@ -33,7 +33,7 @@ import jax.numpy as jnp
 from orbax.checkpoint import v1
 
 from stickjax import processes
-from stickjax.disk import REASONS, sync_folder
+from stickjax.disk import REASONS, remove, sync_folder, system_error
 from stickjax.fields import nearest
 from stickjax.lock import Lock
 from stickjax.plain_path import plain_path
@@ -192,7 +192,7 @@ class Checkpoints(contextlib.AbstractContextManager):
     def _make_room(self, step: int) -> None:
         for path in _entries(self.folder):
             if path.suffix in (".tmp", ".deleting"):  # left by a process that was killed
-                _remove(path)
+                remove(path)
             elif _is_step(path.name) and int(path.name) >= step:
                 names = (f"{path.name}.aside{n or ''}" for n in itertools.count())
                 aside = next(a for a in map(self.folder.joinpath, names) if not a.exists())
@@ -232,7 +232,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         sync_folder(self.folder)  # before an old one is deleted
         for old in self.steps()[: -self.keep]:
             # Renamed first, so that a half-deleted folder is never taken for a checkpoint.
-            _remove((self.folder / str(old)).rename(self.folder / f"{old}.deleting"))
+            remove((self.folder / str(old)).rename(self.folder / f"{old}.deleting"))
 
     def _finish(self, step: int, response, manifest: str) -> None:
         self._complete(step, response, manifest)
@@ -245,9 +245,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         except Exception as error:
             if processes.is_writer():
                 shutil.rmtree(self.folder / f"{step}.tmp", ignore_errors=True)
-            # TensorStore raises ValueError and leaves the number of the system's error in its text.
-            found = re.search(r"os_error_code='(\d+)'", str(error))
-            code = int(found[1]) if found else getattr(error, "errno", None) or errno.EIO
+            code = system_error(error) or errno.EIO
             reason = REASONS.get(code) or _line(error)
             message = f"the checkpoint of step {step} was not saved: {reason}; there are {self.steps()}"
             raise OSError(code, message, str(self.folder)) from error
@@ -259,13 +257,6 @@ def _entries(folder: Path) -> list[Path]:
 
 def _is_step(name: str) -> bool:
     return name.isascii() and name.isdecimal() and str(int(name)) == name
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def named_leaves(tree, prefix: str = "") -> dict[str, Any]:

@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable
 
 from stickjax.config import field_names
+from stickjax.disk import REASONS
 from stickjax.synonyms import suggestion
 
 # These are said in one line. Everything else is a bug.
@@ -118,7 +119,7 @@ def in_one_line(error: BaseException) -> str:
     'a.py: No such file or directory'
     """
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"
+        return f"{error.filename}: {REASONS.get(error.errno, error.strerror)}"
     return " ".join(line.strip() for line in str(error).splitlines()) or type(error).__name__
 
 

@@ -3,6 +3,8 @@
 import contextlib
 import errno
 import os
+import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,13 +12,27 @@ REASONS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
     errno.EROFS: "the file system is read-only",
-    errno.EACCES: "permission denied",
+    errno.EFBIG: "the file is larger than it may be here",
 }
+_TEXTS = {os.strerror(code): code for code in REASONS}
+
+
+def system_error(error: BaseException) -> int | None:
+    """The errno of an OSError, or the one that a library has put into the text of another error.
+
+    >>> system_error(RuntimeError("RESOURCE_EXHAUSTED: trace.pb; No space left on device")) == errno.ENOSPC
+    True
+    """
+    if isinstance(error, OSError) and error.errno:
+        return error.errno
+    if found := re.search(r"os_error_code='(\d+)'", str(error)):  # of TensorStore
+        return int(found[1])
+    return next((code for text, code in _TEXTS.items() if text in str(error)), None)
 
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike) -> Iterator[None]:
-    """An OSError inside says what is wrong and that it happened while `path` was written.
+    """An error of the disk says what is wrong and that it happened while `path` was written; it becomes an OSError.
 
     >>> with writing("run/config.json"):
     ...     raise OSError(errno.ENOSPC, "No space left on device", "run/config.json.tmp")
@@ -26,12 +42,14 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
-        reason = REASONS.get(error.errno) or error.strerror or str(error)
-        raise OSError(error.errno or errno.EIO, reason, os.fspath(path)) from error
+    except (OSError, RuntimeError) as error:
+        if (code := system_error(error)) is None and not isinstance(error, OSError):
+            raise
+        reason = REASONS.get(code) or getattr(error, "strerror", None) or (os.strerror(code) if code else str(error))
+        raise OSError(code or errno.EIO, reason, os.fspath(path)) from error
 
 
-def write_text(path: str | os.PathLike, text: str) -> None:
+def write_file(path: str | os.PathLike, content: str | bytes) -> None:
     """Write a file at once: a reader finds the old content or the new one, and an error leaves the old one.
 
     Raises OSError, with the reason and `path`.
@@ -40,8 +58,8 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
     with writing(path):
         try:
-            with temporary.open("w") as file:
-                file.write(text)
+            with temporary.open("wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
@@ -59,3 +77,11 @@ def sync_folder(folder: str | os.PathLike) -> None:
             os.fsync(number)
     finally:
         os.close(number)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link or a folder, as far as that is possible."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

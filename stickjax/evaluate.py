@@ -22,6 +22,7 @@ from stickjax.command import Parser, command
 from stickjax.config import Config
 from stickjax.corpus import load_corpus
 from stickjax.data import heldout_windows
+from stickjax.disk import write_file
 from stickjax.metrics import read_metrics
 from stickjax.models.family import apply
 from stickjax.models.sut import LanguageModel
@@ -141,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(loaded.model, LanguageModel):
             plots.plot_depth(depths(loaded.model, loaded.config), folder / "depth.png")
         record = {"run": folder.name, "step": loaded.step, "lengths": lengths}
-        (folder / "evaluation.json").write_text(json.dumps(record, indent=2) + "\n")
+        write_file(folder / "evaluation.json", json.dumps(record, indent=2) + "\n")
     if classes != {0}:
         picture = words.plot or str(Path(words.runs[0]) / "accuracy.png")
         plots.plot_accuracy({name: accuracy.at_first_threshold(r) for name, r in results.items()}, picture)

@@ -16,9 +16,10 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
-from stickjax.disk import writing
+from stickjax.disk import remove, writing
 
 BEAT, PATIENCE = 5, 20
 SETTLE = 1  # seconds in which two processes that start at once see each other, where there is no flock
@@ -68,8 +69,15 @@ class Lock:
         if owner is not None and owner.get("token") != self._record["token"]:
             raise OSError(f"{self.folder} was taken over by {_name(owner)}; this process must not write there any more")
 
-    def release(self) -> None:
-        """Remove the lock, and the folder when this lock made it and it is empty."""
+    def clear(self) -> None:
+        """Delete all else that lies in the folder."""
+        for path in self.folder.iterdir():
+            if path != self._path:
+                remove(path)
+
+    def release(self, folder: Path | None = None) -> None:
+        """Remove the lock, and the folder when this lock made it and it is empty. `folder`: what it is called now."""
+        self._path = (folder or self.folder) / NAME
         self._ended.set()
         self._thread.join()
         with contextlib.suppress(OSError):
@@ -206,3 +214,26 @@ def _name(owner: dict | None) -> str:
     if not owner:
         return "another process"
     return f"process {owner.get('pid')} on {owner.get('host')} since {owner.get('started')}"
+
+
+@contextlib.contextmanager
+def complete_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """A folder to fill, which takes its name `path` when that has succeeded and is removed when it has not."""
+    target = Path(path)
+    if target.exists():
+        raise ValueError(f"{path} exists; choose a new folder")
+    temporary = target.with_name(f"{target.name}.tmp")
+    lock, now = Lock(temporary), temporary
+    try:
+        lock.clear()  # of what a process that was killed has left
+        yield temporary
+        with writing(target):
+            now = temporary.rename(target)
+    except OSError as error:
+        if error.filename is not None and Path(error.filename).is_relative_to(temporary):
+            error.filename = os.fspath(target / Path(error.filename).relative_to(temporary))  # what the caller knows
+        raise
+    finally:
+        if now == temporary:
+            lock.clear()
+        lock.release(now)

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 
 from stickjax.config import ModelConfig, SutConfig
+from stickjax.disk import remove, write_file, writing
 from stickjax.models.family import parameter_counts
 from stickjax.plan.chips import of_kind
 
@@ -43,13 +44,14 @@ class MetricsLog:
     def __init__(self, run_folder: str | os.PathLike, after_step: int):
         self.path = Path(run_folder) / "metrics.jsonl"
         kept = [row for row in read_metrics(run_folder) if row["step"] <= after_step]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        temporary.replace(self.path)
-        self._file = self.path.open("a", buffering=1)
+        write_file(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = self.path.open("ab", buffering=0)
 
     def write(self, row: dict) -> None:
-        self._file.write(json.dumps(row) + "\n")
+        line = json.dumps(row).encode() + b"\n"
+        with writing(self.path):
+            while line:  # a disk that becomes full takes a part of it
+                line = line[self._file.write(line) :]
 
     def close(self) -> None:
         self._file.close()
@@ -64,3 +66,15 @@ def read_metrics(run_folder: str | os.PathLike) -> list[dict]:
         except ValueError:
             break  # torn by a crash; nothing behind it can be trusted
     return rows
+
+
+def stop_trace(folder: Path) -> None:
+    """Write the trace that `jax.profiler.start_trace(folder)` began; OSError, and no part of it, when that fails."""
+    before = set(folder.rglob("*"))
+    try:
+        with writing(folder):
+            jax.profiler.stop_trace()
+    except OSError:
+        for path in set(folder.rglob("*")) - before:
+            remove(path)
+        raise

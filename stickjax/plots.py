@@ -1,10 +1,14 @@
 """Pictures of runs: learning curves, context length, attention weights. Matplotlib is imported when used."""
 
+import io
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from stickjax.disk import write_file
 
 Records = list[dict[str, Any]]
 
@@ -27,6 +31,13 @@ def figure(xlabel: str, ylabel: str, titles=("",), *, xscale=None, yscale=None, 
         axes.grid(alpha=0.3)
     panels[0].set_ylabel(ylabel)
     return page, panels
+
+
+def save(page, path) -> None:
+    """Write a figure, of the type that its suffix says, or PNG, at once."""
+    content = io.BytesIO()
+    page.savefig(content, format=Path(path).suffix[1:] or None)
+    write_file(path, content.getvalue())
 
 
 def ticks(axes, values) -> None:
@@ -61,7 +72,7 @@ def plot_length_curves(runs: dict[str, Records], path) -> None:
         axes.axvline(T, color="k", linestyle=":", alpha=0.5, label="training length")
     ticks(axes, contexts)
     axes.legend()
-    page.savefig(path)
+    save(page, path)
 
 
 def plot_training(runs: dict[str, Records], path) -> None:
@@ -72,7 +83,7 @@ def plot_training(runs: dict[str, Records], path) -> None:
         panels[0].plot(tokens, [r["loss"] / math.log(2) for r in rows], label=name, linewidth=1)
         panels[1].plot(tokens, [r["learning_rate"] for r in rows], label=name)
     panels[0].legend()
-    page.savefig(path)
+    save(page, path)
 
 
 def plot_attention(weights: np.ndarray, path, labels: list[str] | None = None) -> None:
@@ -86,7 +97,7 @@ def plot_attention(weights: np.ndarray, path, labels: list[str] | None = None) -
             axes.set_xticks(ticks, labels, family="monospace", fontsize="x-small")
             axes.set_yticks(ticks, labels, family="monospace", fontsize="x-small")
     page.colorbar(image, ax=list(panels), label="weight", shrink=0.8)
-    page.savefig(path)
+    save(page, path)
 
 
 def plot_accuracy(runs: dict[str, Records], path) -> None:
@@ -97,7 +108,7 @@ def plot_accuracy(runs: dict[str, Records], path) -> None:
     axes.plot([r["bucket"] for r in records], [r["majority"] for r in records], "k:", label="commonest label")
     axes.set_ylim(0, 1)
     axes.legend()
-    page.savefig(path)
+    save(page, path)
 
 
 def plot_halting(records: Records, path, groups=((0, 6), (7, 9), (10, 12))) -> None:
@@ -116,7 +127,7 @@ def plot_halting(records: Records, path, groups=((0, 6), (7, 9), (10, 12))) -> N
                 axes.annotate(f"{threshold:g}", (x, y), **place)
     axes.margins(x=0.1)  # of the numbers on the right
     axes.legend(title="number: threshold")
-    page.savefig(path)
+    save(page, path)
 
 
 def plot_depth(sentences: list[tuple[list[str], np.ndarray]], path) -> None:
@@ -132,7 +143,7 @@ def plot_depth(sentences: list[tuple[list[str], np.ndarray]], path) -> None:
         axes.set(xlim=(-0.6, longest - 0.4), ylim=(0, highest), ylabel="depth")
         labels = [token.replace("$", r"\$") for token in tokens]  # a pair of them would begin a formula
         axes.set_xticks(range(len(tokens)), labels, family="monospace", fontsize="small")
-    page.savefig(path)
+    save(page, path)
 
 
 def plot_module_use(use: dict[str, dict[str, Any]], information: dict[str, Any], path) -> None:
@@ -163,7 +174,7 @@ def plot_module_use(use: dict[str, dict[str, Any]], information: dict[str, Any],
             right.set_ylabel("bits about the source")
             right.tick_params(length=0)
     page.colorbar(image, ax=panels, label="share of the layer's routed pairs", shrink=0.8)
-    page.savefig(path)
+    save(page, path)
 
 
 def plot_schedule(schedules: dict[str, Callable], path, *, tokens_per_step, total_tokens, log=False) -> None:
@@ -174,7 +185,7 @@ def plot_schedule(schedules: dict[str, Callable], path, *, tokens_per_step, tota
         rate = np.asarray(schedule(tokens / tokens_per_step))
         axes.plot(tokens, np.where(rate > 0, rate, np.nan) if log else rate, label=name)
     page.legend(loc="outside right upper")
-    page.savefig(path)
+    save(page, path)
 
 
 def plot_learning_rate_sweep(records: Records, path) -> None:
@@ -192,7 +203,7 @@ def plot_learning_rate_sweep(records: Records, path) -> None:
             for best in best_runs(line, "width"):
                 axes.plot(best["learning_rate"], best["loss"], "*", color=color, markersize=13, markeredgecolor="k")
         axes.legend(title="star: minimum")
-    page.savefig(path)
+    save(page, path)
 
 
 def plot_power_law(best: Records, a: float, b: float, path) -> None:
@@ -205,4 +216,4 @@ def plot_power_law(best: Records, a: float, b: float, path) -> None:
     axes.plot(ends, a * ends**b, "k--", label=rf"{a:.3g} $T^{{{b:.3g}}}$")
     ticks(axes, {r["tokens"] for r in best})
     axes.legend()
-    page.savefig(path)
+    save(page, path)

@@ -4,10 +4,7 @@ A folder of one model is read like one: that of Hugging Face, or that of `save` 
 place of the checkpoints a model.safetensors with our leaves, because Orbax writes no array that is not all in memory.
 """
 
-import contextlib
 import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +15,9 @@ from jax.sharding import Mesh
 from stickjax import hugging_face, sharding
 from stickjax.checkpoint import Checkpoints, check_finite, named_leaves
 from stickjax.config import Config
+from stickjax.disk import write_file, writing
 from stickjax.hugging_face.files import Lazy, open_safetensors, write_safetensors
+from stickjax.lock import complete_folder
 from stickjax.model_config import ModelConfig
 from stickjax.models.family import init
 from stickjax.models.sut import LanguageModel, PairClassifier
@@ -78,10 +77,9 @@ def check_config(run: str | os.PathLike, config: Config) -> None:
 def write_config(run: str | os.PathLike, config: Config) -> None:
     """Make the folder of a run and its config.json, at once or not at all."""
     folder = Path(run)
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / "config.json.tmp"
-    temporary.write_text(config.to_json())
-    temporary.replace(folder / "config.json")
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_file(folder / "config.json", config.to_json())
 
 
 def _is_model(folder: str | os.PathLike) -> bool:
@@ -175,19 +173,3 @@ def in_memory(params: Transformer) -> dict[str, Lazy]:
         return Lazy(array.shape, array.dtype, lambda i: np.asarray(array if i is None else array[i]))
 
     return {name: leaf(array) for name, array in named_leaves(params).items()}
-
-
-@contextlib.contextmanager
-def complete_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """A folder to fill, which takes its name `path` when that has succeeded and is removed when it has not."""
-    target = Path(path)
-    if target.exists():
-        raise ValueError(f"{path} exists; choose a new folder")
-    temporary = target.with_name(f"{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -23,8 +23,9 @@ from rich.table import Table
 from stickjax import mup as models
 from stickjax.command import Parser, command
 from stickjax.config import Config
+from stickjax.disk import write_file
 from stickjax.options import load_config, parse
-from stickjax.plots import Records, best_runs, figure, group, plot_learning_rate_sweep, plot_power_law, ticks
+from stickjax.plots import Records, best_runs, figure, group, plot_learning_rate_sweep, plot_power_law, save, ticks
 
 
 def coordinate_check(widths: Iterable[int], make: Callable, *, steps: int = 4, plot=None) -> Records:
@@ -198,7 +199,7 @@ def plot_coordinate_check(runs: dict[str, Records], path, step: int | None = Non
         axes.legend(
             title=f"slope at step {last}", fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2
         )
-    page.savefig(path)
+    save(page, path)
 
 
 def _coordinate(config: Config, widths, rates, out, status) -> tuple[dict, Table]:
@@ -282,7 +283,7 @@ def main(argv: list[str] | None = None) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     with console.status(words.command) as status:
         result, table = _COMMANDS[words.command](config, widths, rates, out, status)
-    out.with_suffix(".json").write_text(json.dumps({"config": config.to_dict()} | result, indent=1) + "\n")
+    write_file(f"{out}.json", json.dumps({"config": config.to_dict()} | result, indent=1) + "\n")
     console.print(table)
     print(f"{out}.json, {out}.png")
     return 0

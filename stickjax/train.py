@@ -18,7 +18,7 @@ from stickjax.checkpoint import Checkpoints, check_finite, named_leaves
 from stickjax.command import Parser, command
 from stickjax.config import Config
 from stickjax.data import training_data
-from stickjax.metrics import MetricsLog, flops_per_token, peak_flops
+from stickjax.metrics import MetricsLog, flops_per_token, peak_flops, stop_trace
 from stickjax.options import describe, load_config, parse
 from stickjax.progress import Progress
 from stickjax.run import check_config, load, placed, read_config, write_config
@@ -191,7 +191,7 @@ def _loop(config, mesh, state, loader, data, checkpoints, log, progress, asked, 
         else:
             inside += now - begun
         if profile and step == first + 6:
-            jax.profiler.stop_trace()
+            stop_trace(profile)
         bad_steps = int(metrics["bad_steps"])
         if bad_steps >= config.train.max_bad_steps:
             checkpoints.wait()

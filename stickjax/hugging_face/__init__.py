@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from stickjax.config import Config
+from stickjax.disk import write_file
 from stickjax.fields import nearest
 from stickjax.hugging_face import configs, names
 from stickjax.hugging_face.files import FLOATS, Lazy, open_folder, write_sharded
@@ -65,7 +66,7 @@ def write(path: Path, config: Config, leaves: dict[str, Lazy], shard_bytes: int)
     table = names.table(tree["model_type"], c)
     path.mkdir(parents=True, exist_ok=True)
     copy_tokenizer(config, path)
-    (path / "config.json").write_text(json.dumps(tree, indent=2) + "\n")
+    write_file(path / "config.json", json.dumps(tree, indent=2) + "\n")
     write_sharded(path, names.their_tensors(table, c, leaves), shard_bytes)
 
 

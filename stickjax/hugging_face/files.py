@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from stickjax.disk import write_file, writing
+
 # The types that a parameter may have, by their name in a safetensors file.
 FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 
@@ -86,11 +88,11 @@ def write_safetensors(path: Path, arrays: dict[str, Lazy]) -> None:
         header[name] = {"dtype": names[array.dtype], "shape": list(array.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
+    with writing(path), path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for array in arrays.values():
             for piece in array.pieces():
-                np.ascontiguousarray(piece).tofile(file)
+                file.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8))
 
 
 def write_sharded(folder: Path, arrays: dict[str, Lazy], shard_bytes: int) -> None:
@@ -112,7 +114,7 @@ def write_sharded(folder: Path, arrays: dict[str, Lazy], shard_bytes: int) -> No
         write_safetensors(folder / file, shard)
         weight_map |= dict.fromkeys(shard, file)
     index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    write_file(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
 
 
 def open_folder(folder: str | os.PathLike) -> dict[str, Lazy]:

@@ -22,6 +22,7 @@ from rich.table import Table
 from stickjax import plots
 from stickjax.command import Parser, command
 from stickjax.config import DataConfig
+from stickjax.disk import write_file
 from stickjax.modules.change import extend, prune
 from stickjax.modules.kinds import KINDS, kinds_of
 from stickjax.modules.tune import LEARN, concentrate, freeze, frozen
@@ -108,7 +109,7 @@ def _report(words, changes: dict) -> str:
     loaded = load(words.run, step=words.step, changes=changes)
     sources = {name: source_of(loaded.config.data, name) for name in words.source or loaded.config.data.sources}
     result = report(loaded.model, sources, max_tokens=words.tokens, below=words.below)
-    (Path(words.run) / "modules.json").write_text(json.dumps({"step": loaded.step} | result) + "\n")
+    write_file(Path(words.run) / "modules.json", json.dumps({"step": loaded.step} | result) + "\n")
     picture = words.plot or str(Path(words.run) / "modules.png")
     plots.plot_module_use(result["use"], result["mutual_information"], picture)
     Console(highlight=False).print(table(result))

@@ -1,0 +1,126 @@
+"""A disk that is full: one line says so and where, and nothing is left half written."""
+
+import errno
+import resource
+import signal
+from pathlib import Path
+
+import jax
+import pytest
+
+import stickjax
+from stickjax import convert, plots
+from stickjax.config import Config, ModelConfig
+from stickjax.disk import write_file, writing
+from stickjax.lock import Lock, complete_folder
+from stickjax.metrics import MetricsLog, read_metrics, stop_trace
+from stickjax.models.transformer import init
+from stickjax.modules.__main__ import main as modules_main
+from stickjax.run import Loaded, save
+
+
+@pytest.fixture
+def limit():
+    """`limit(n)`: no file may have more than n bytes, as on a disk with so many left."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_a_file_is_complete_or_as_it_was(tmp_path, limit):
+    path = tmp_path / "config.json"
+    write_file(path, "before")
+    limit(100)
+    with pytest.raises(OSError, match="the file is larger than it may be here: '.*/config.json'"):
+        write_file(path, "x" * 101)
+    with pytest.raises(OSError, match="No such file or directory: '.*/none/config.json'"):
+        write_file(tmp_path / "none" / "config.json", b"")
+    assert path.read_text() == "before" and names(tmp_path) == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "x.tmp"), "the disk is full: 'x'"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "the disk quota is used up: 'x'"),
+        (OSError(errno.EROFS, "Read-only file system"), "the file system is read-only: 'x'"),
+        (OSError("7 requested and 3 written"), "7 requested and 3 written: 'x'"),
+        (RuntimeError("INTERNAL: x.pb; No space left on device"), "the disk is full: 'x'"),
+    ],
+)
+def test_what_the_disk_says(error, said):
+    with pytest.raises(OSError, match=said), writing("x"):
+        raise error
+    with pytest.raises(RuntimeError, match="a bug"), writing("x"):
+        raise RuntimeError("a bug")
+
+
+def test_metrics_say_what_is_full(tmp_path, limit):
+    log = MetricsLog(tmp_path, after_step=0)
+    log.write({"step": 1})
+    limit(20)
+    with pytest.raises(OSError, match="the file is larger than it may be here: '.*/metrics.jsonl'"):
+        log.write({"step": 2})
+    log.close()
+    limit(resource.RLIM_INFINITY)
+    MetricsLog(tmp_path, after_step=5).close()
+    assert read_metrics(tmp_path) == [{"step": 1}] and names(tmp_path) == ["metrics.jsonl"]
+
+
+def test_models_are_written_whole_or_not(tmp_path, limit, capsys):
+    config = Config(ModelConfig(D=8, L=2, N=2, K=1, H=4, F=16, E=4, k=2, attention="softmax"))
+    model = init(config.model, jax.random.key(0))
+    stickjax.export(Loaded(model, config, None, 0), tmp_path / "theirs")
+    save(tmp_path / "run", model, config)
+    before = names(tmp_path)
+    limit(4096)
+    said = "model.safetensors: the file is larger than it may be here"
+    for main, argv in (
+        (convert.main, [tmp_path / "theirs", tmp_path / "out/new"]),
+        (convert.main, [tmp_path / "run", tmp_path / "out/new"]),
+        (modules_main, ["extend", tmp_path / "run", tmp_path / "out/new", "--experts=2"]),
+    ):
+        assert main([*map(str, argv)]) == 1
+        assert capsys.readouterr().err == f"error: {tmp_path}/out/new/{said}\n"
+        assert names(tmp_path) == before, argv
+
+
+def test_two_do_not_write_one_folder_at_once(tmp_path):
+    (tmp_path / "new.tmp/left").mkdir(parents=True)  # by a process that was killed
+    with complete_folder(tmp_path / "new") as folder:
+        assert names(folder) == ["lock"]
+        (folder / "own").write_text("")
+        with pytest.raises(ValueError, match="new.tmp is being written by process"), complete_folder(tmp_path / "new"):
+            raise AssertionError("not reached")
+    assert names(tmp_path) == ["new", "new/own"]
+    lock = Lock(tmp_path / "other.tmp")
+    with pytest.raises(ValueError, match="other.tmp is being written"), complete_folder(tmp_path / "other"):
+        raise AssertionError("not reached")
+    lock.release()
+
+
+def test_a_trace_that_does_not_fit_is_not_left(tmp_path, monkeypatch):
+    (tmp_path / "of another day").mkdir()
+
+    def stop():
+        (tmp_path / "plugins/profile").mkdir(parents=True)
+        (tmp_path / "plugins/profile/half.xplane.pb").write_text("")
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: half.xplane.pb; No space left on device")
+
+    monkeypatch.setattr(jax.profiler, "stop_trace", stop)
+    with pytest.raises(OSError, match="the disk is full"):
+        stop_trace(tmp_path)
+    assert names(tmp_path) == ["of another day"]
+
+
+def test_a_picture_is_complete_or_as_it_was(tmp_path, limit):
+    page, _ = plots.figure("x", "y")
+    limit(1000)
+    with pytest.raises(OSError, match="larger than it may be here: '.*/a.png'"):
+        plots.save(page, tmp_path / "a.png")
+    assert names(tmp_path) == []
