@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .timing import forward_backward
+from pallas_kernels.testing import FORWARD, GRADIENT
 
-# The tolerances of tests/conftest.py: relative L2 error of the outputs, of the gradients.
-TOLERANCES = {"bfloat16": (5e-3, 1e-2), "float16": (1e-3, 2e-3), "float32": (1e-5, 1e-5)}
+from .timing import forward_backward
 
 
 class Errors(NamedTuple):
@@ -21,8 +20,8 @@ class Errors(NamedTuple):
     repeats: bool
 
     def passes(self, dtype) -> bool:
-        forward, gradient = TOLERANCES[jnp.dtype(dtype).name]
-        return self.forward <= forward and (self.gradient or 0) <= gradient and self.repeats
+        name = jnp.dtype(dtype).name
+        return self.forward <= FORWARD[name] and (self.gradient or 0) <= GRADIENT[name] and self.repeats
 
     def extra(self) -> dict:
         """For a row."""

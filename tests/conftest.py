@@ -1,4 +1,4 @@
-"""Tolerances of the whole suite, and the settings every test runs under."""
+"""The settings every test runs under, and how tests compare; the tolerances are those of `pallas_kernels.testing`."""
 
 import atexit
 import gc
@@ -21,6 +21,7 @@ import jax
 import numpy as np
 import pytest
 
+from pallas_kernels.testing import FORWARD, GRADIENT, relative_error
 from stickjax.checkpoint import named_leaves
 from stickjax.metrics import read_metrics
 
@@ -29,21 +30,11 @@ hypothesis.settings.load_profile("same")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "standard")
 
-# Largest relative L2 error against the reference, by the type of the computation.
-FORWARD = {"float64": 1e-10, "float32": 1e-5, "float16": 1e-3, "bfloat16": 5e-3}
-GRADIENT = {"float64": 1e-10, "float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
+__all__ = ["FORWARD", "GRADIENT", "relative_error"]  # tests import them from here
 # Logits of +-80 in fp32 are off by 80 * 2^-24 or more, and so are the logarithms of the weights.
 SATURATED = 5e-5
 # log1p by multiply-adds in fp32, largest relative error; the library's is off by 2.1e-7.
 LOG1P = 1.5e-7
-
-
-def relative_error(value, reference) -> float:
-    """Relative L2 error; a NaN in the reference fails."""
-    value, reference = np.asarray(value, np.float64), np.asarray(reference, np.float64)
-    assert value.shape == reference.shape, (value.shape, reference.shape)
-    assert np.isfinite(reference).all(), "the reference is not finite"
-    return float(np.linalg.norm(value - reference) / max(np.linalg.norm(reference), 1e-30))
 
 
 def assert_close(value, reference, tolerance: float, name: str = "") -> None:

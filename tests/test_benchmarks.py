@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import FORWARD, assert_close
+from conftest import FORWARD, GRADIENT, assert_close
 
 from benchmarks import __main__ as cli
 from benchmarks import cost, gpu, gpu_attention, gpu_cases, gpu_check, gpu_decode, gpu_run, report, stick_breaking
@@ -128,7 +128,7 @@ def test_gpu_check_sees_a_wrong_answer():
 
     def check(function):
         found = gpu_check.errors(function, expected, cotangent, (x,))
-        forward, gradient = gpu_check.TOLERANCES["bfloat16"]
+        forward, gradient = FORWARD["bfloat16"], GRADIENT["bfloat16"]
         assert found.passes("bfloat16") == (found.forward <= forward and found.gradient <= gradient and found.repeats)
         return found.forward <= forward, found.gradient <= gradient
 

@@ -1,0 +1,203 @@
+"""Does an implementation of an op give what the reference gives? For tests and notebooks; nothing imports it.
+
+The tolerances are those of this project's own tests: the largest relative L2 error, by the type of the arguments.
+"""
+
+import collections
+import functools
+import inspect
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+FORWARD = {"float64": 1e-10, "float32": 1e-5, "float16": 1e-3, "bfloat16": 5e-3}
+GRADIENT = {"float64": 1e-10, "float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
+ELEMENT = 10  # tolerances, by which one element may be off, relative to the largest element that is expected
+WIDE = ("reference", "xla")  # take float64
+
+
+class Difference(NamedTuple):
+    """How one output or gradient differs from the expected one.
+
+    `error`: the relative L2 error. `largest`: the largest difference of two elements, relative to the largest expected
+    element; it is that of `value` and `expected` at `index`. `problem`: what is wrong where numbers cannot say it: NaN,
+    infinity, another shape or type.
+    """
+
+    name: str
+    tolerance: float
+    error: float
+    largest: float
+    index: tuple[int, ...]
+    value: float
+    expected: float
+    problem: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        return self.problem is None and self.error <= self.tolerance and self.largest <= ELEMENT * self.tolerance
+
+    def __str__(self) -> str:
+        if self.problem:
+            return f"{self.name} {self.problem}"
+        where = f" at {list(self.index)}" if self.index else ""
+        return (
+            f"{self.name}: relative error {self.error:.1e}, tolerance {self.tolerance:.0e}; "
+            f"farthest{where}: {self.value:.7g}, expected {self.expected:.7g}"
+        )
+
+
+class Differences(tuple[Difference, ...]):
+    """A `Difference` for every output and every gradient; as a string, a report with those first that are too large.
+
+    `ok`: all are within their tolerances. The truth value is the opposite: whether there are differences.
+    """
+
+    title: str
+
+    @property
+    def ok(self) -> bool:
+        return all(difference.ok for difference in self)
+
+    def __bool__(self) -> bool:
+        return not self.ok
+
+    def __repr__(self) -> str:
+        wrong = [d for d in self if not d.ok]
+        lines = [f"{self.title}: {len(wrong)} of {len(self)} differ"]
+        lines += [f"  {'  ' if d.ok else '! '}{d}" for d in (*wrong, *(d for d in self if d.ok))]
+        return "\n".join(lines)
+
+    __str__ = __repr__
+
+
+def relative_error(value, expected) -> float:
+    """|value - expected| / |expected| in L2, with an `expected` that is finite.
+
+    >>> relative_error([3.0, 4.1], [3.0, 4.0]) < 0.021
+    True
+    """
+    value, expected = np.asarray(value, np.float64), np.asarray(expected, np.float64)
+    if value.shape != expected.shape:
+        raise ValueError(f"value and expected must have one shape, got {value.shape} and {expected.shape}")
+    if not np.isfinite(expected).all():
+        raise ValueError("the expected values are not finite")
+    return float(np.linalg.norm(value - expected) / max(np.linalg.norm(expected), 1e-30))
+
+
+def difference(name: str, value, expected, tolerance: float) -> Difference:
+    """How `value` differs from `expected`, of the same shape; what is not finite is a problem on either side."""
+    value, wanted = (np.asarray(x, np.float64) for x in (value, expected))
+    if not value.size:
+        return _without_numbers(name)
+    finite = np.isfinite(value) & np.isfinite(wanted)
+    if not finite.all():
+        index = tuple(map(int, np.argwhere(~finite)[0]))
+        return _without_numbers(name, f"is {value[index]} at {list(index)}, expected {wanted[index]}")
+    apart = np.abs(value - wanted)
+    index = tuple(map(int, np.unravel_index(apart.argmax(), apart.shape)))
+    largest = float(apart[index] / max(np.abs(wanted).max(), 1e-30))
+    error = relative_error(value, wanted)
+    return Difference(name, tolerance, error, largest, index, float(value[index]), float(wanted[index]))
+
+
+def _without_numbers(name: str, problem: str | None = None) -> Difference:
+    return Difference(name, 0.0, 0.0, 0.0, (), 0.0, 0.0, problem)
+
+
+def _is_float(x) -> bool:
+    return isinstance(x, jax.Array | np.ndarray) and jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def differences(
+    op, *args, implementation=None, against="reference", tolerance: float | None = None, seed: int = 0, **kwargs
+) -> Differences:
+    r"""Run an op twice on the same numbers, forward and backward, and say how the results differ.
+
+    With f the op, x its floating arrays and c random cotangents, f(x) and c^T df/dx are compared: every output, and the
+    gradient of every floating array among the arguments. Two things must hold for each: the relative L2 error is within
+    the tolerance, and no element is off by more than ten tolerances of the largest expected element.
+
+    Args:
+      op: an op of this package, or any function of arrays that takes `implementation`.
+      *args: of the op.
+      implementation: what is checked; None is the op's own choice.
+      against: what is expected. The "reference" (and "xla") runs in float64, any other in the type of the arguments.
+      tolerance: of all; by default that of `FORWARD` and of `GRADIENT` for the least exact type of the arguments.
+      seed: of the cotangents.
+      **kwargs: of the op. A number that is no array, such as `scale=0.125`, is not differentiated.
+
+    Returns:
+      `Differences`. NaN and infinity are differences on either side: a reference that is not finite proves nothing.
+
+    Raises:
+      ValueError: no argument is a floating array; the op's own errors.
+
+    >>> import jax
+    >>> from pallas_kernels import stick_breaking_attention
+    >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 20, 2, 16))
+    >>> found = differences(stick_breaking_attention, q, k, v, implementation="xla")
+    >>> found.ok, [d.name for d in found]
+    (True, ['output[0]', 'output[1]', 'gradient of query', 'gradient of key', 'gradient of value'])
+    """
+    signature = inspect.signature(op)
+    arguments = collections.OrderedDict(signature.bind_partial(*args, **kwargs).arguments)
+    paths, tree = jax.tree_util.tree_flatten_with_path(arguments)
+    leaves = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in paths}
+    floats = {name: x for name, x in leaves.items() if _is_float(x)}
+    if not floats:
+        raise ValueError("differences needs a floating array among the arguments of the op")
+    others = {name: x for name, x in leaves.items() if isinstance(x, jax.Array | np.ndarray) and name not in floats}
+
+    def outputs(implementation, floats, others):
+        """The floating outputs by their names."""
+        bound = inspect.BoundArguments(signature, tree.unflatten((leaves | others | floats).values()))
+        paths, _ = jax.tree_util.tree_flatten_with_path(
+            op(*bound.args, **bound.kwargs | {"implementation": implementation})
+        )
+        return {f"output{jax.tree_util.keystr(path)}": y for path, y in paths if _is_float(y)}
+
+    def run(implementation, floats, others, cotangents):
+        values, vjp = jax.vjp(lambda floats: outputs(implementation, floats, others), floats)
+        return values, vjp({name: cotangents[name].astype(y.dtype) for name, y in values.items()})[0]
+
+    def report(found):
+        types = ", ".join(sorted({str(x.dtype) for x in floats.values()}))
+        found = Differences(found)
+        found.title = f"{_name(op)}, {implementation or 'its own choice'} against {against} in {types}"
+        return found
+
+    def shapes_of(implementation):
+        return jax.eval_shape(functools.partial(outputs, implementation), floats, others)
+
+    shapes, own_shapes = shapes_of(against), shapes_of(implementation)
+    if own_shapes != shapes:
+        said = lambda y: f"{y.dtype}{list(y.shape)}" if y else "nothing"  # noqa: E731
+        pairs = {name: (own_shapes.get(name), shapes.get(name)) for name in shapes | own_shapes}
+        return report(
+            _without_numbers(name, f"is {said(own)}, expected {said(want)}")
+            for name, (own, want) in pairs.items()
+            if own != want
+        )
+    rng = np.random.default_rng(seed)
+    cotangents = {name: rng.standard_normal(y.shape).astype(y.dtype) for name, y in shapes.items()}
+    values, gradients = jax.jit(run, static_argnums=0)(implementation, floats, others, cotangents)
+    with jax.enable_x64(jax.config.jax_enable_x64 or against in WIDE):
+        x, c = floats, cotangents
+        if against in WIDE:
+            x, c = jax.tree.map(lambda x: np.asarray(x).astype(np.float64), (x, c))
+        expected, expected_gradients = jax.device_get(jax.jit(run, static_argnums=0)(against, x, others, c))
+
+    def tolerance_of(table) -> float:
+        return max(table[str(x.dtype)] for x in floats.values()) if tolerance is None else tolerance
+
+    return report(
+        [difference(y, values[y], expected[y], tolerance_of(FORWARD)) for y in shapes]
+        + [difference(f"gradient of {x}", gradients[x], expected_gradients[x], tolerance_of(GRADIENT)) for x in floats]
+    )
+
+
+def _name(op: Any) -> str:
+    return _name(op.func) if isinstance(op, functools.partial) else getattr(op, "__name__", repr(op))
