@@ -84,6 +84,7 @@ def command(main: Callable[[list[str] | None], int | None]) -> Callable[..., int
 
     @functools.wraps(main)
     def run(argv: list[str] | None = None) -> int:
+        _print_what_a_terminal_can()
         with _interrupts_raise():
             try:
                 try:
@@ -150,6 +151,12 @@ def _interrupts_raise():
     finally:
         if ours:
             signal.signal(signal.SIGINT, _end)
+
+
+def _print_what_a_terminal_can() -> None:
+    """From now on a character that the terminal does not have is printed as '?', and is no error."""
+    if getattr(sys.stdout, "errors", None) == "strict" and hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def _several_processes() -> bool:

@@ -14,15 +14,26 @@ import numpy as np
 from stickjax import hugging_face
 from stickjax.command import Parser, command
 from stickjax.config import Config
-from stickjax.hugging_face.files import write_safetensors
+from stickjax.hugging_face.files import finite, write_safetensors
 from stickjax.models.transformer import Transformer
-from stickjax.run import MODEL_FILE, Loaded, complete_folder, in_memory, load, model_leaves, read_config, write_config
+from stickjax.run import (
+    MODEL_FILE,
+    Loaded,
+    complete_folder,
+    in_memory,
+    load,
+    model_leaves,
+    read_config,
+    tokenizer_of,
+    write_config,
+)  # fmt: skip
+from stickjax.special_tokens import read_files, write_files
 
 SHARD_BYTES = 5_000_000_000
 
 
 def export(model: Loaded | Transformer, path: str, *, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write a model in the Hugging Face layout: config.json, model.safetensors and the tokenizer.json if it has one.
+    """Write a model in the Hugging Face layout: config.json, model.safetensors, the tokenizer.json if it has one.
 
     `stickjax.load(path)` gives the same parameters, to the bit. A model with softmax attention becomes a `granite`
     (dense), a `granitemoe` (E > 0) or a `jetmoe` (attention_experts > 0), one with stick-breaking a `moduleformer`.
@@ -33,7 +44,8 @@ def export(model: Loaded | Transformer, path: str, *, shard_bytes: int = SHARD_B
       shard_bytes: a larger model is divided into files of at most so many bytes, and an index.
 
     Raises:
-      ValueError: the folder exists, or the model type cannot express the model; the message names the fields.
+      ValueError: the folder exists, the model type cannot express the model (the message names the fields), or values
+        are not finite.
 
     >>> import jax, tempfile
     >>> from stickjax import ModelConfig, load
@@ -46,8 +58,10 @@ def export(model: Loaded | Transformer, path: str, *, shard_bytes: int = SHARD_B
     """
     config = model.config if isinstance(model, Loaded) else Config(model.config)
     params = model.model if isinstance(model, Loaded) else model
+    tokenizer = model.tokenizer if isinstance(model, Loaded) else None
     with complete_folder(path) as folder:
-        hugging_face.write(folder, config, in_memory(params), shard_bytes)
+        files = tokenizer.files if tokenizer else {}
+        hugging_face.write(folder, config, finite(in_memory(params), "the model"), shard_bytes, tokenizer, files)
 
 
 def convert(source: str, path: str, *, step: int | None = None, shard_bytes: int = SHARD_BYTES) -> str:
@@ -71,14 +85,16 @@ def convert(source: str, path: str, *, step: int | None = None, shard_bytes: int
     if leaves is None:
         loaded = load(source, step=step)
         leaves = in_memory(loaded.model)
-    note = ""
+    leaves, tokenizer, note = finite(leaves, source), tokenizer_of(config), ""
+    files = tokenizer.files if tokenizer else read_files(Path(config.data.tokenizer).parent)
     with complete_folder(path) as folder:
         if to_run:
-            note = "" if hugging_face.copy_tokenizer(config, folder) else ", without a tokenizer.json: add one for text"
+            note = "" if tokenizer else ", without a tokenizer.json: add one for text"
+            write_files(files, folder)
             write_config(folder, config.replace({"data.tokenizer": str(Path(path).absolute() / "tokenizer.json")}))
             write_safetensors(folder / MODEL_FILE, leaves)
         else:
-            hugging_face.write(folder, config, leaves, shard_bytes)
+            hugging_face.write(folder, config, leaves, shard_bytes, tokenizer, files)
     count = sum(int(np.prod(leaf.shape)) for leaf in leaves.values())
     return f"{path}: {'a run folder' if to_run else 'the Hugging Face layout'}, {count:,} parameters{note}"
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from stickjax.command import Parser, command
+from stickjax.memory import free_bytes
 from stickjax.models.family import empty_cache, read
 from stickjax.models.sut import LanguageModel
 from stickjax.models.transformer import Transformer
@@ -76,7 +77,7 @@ def generate(
     options = dict(vocab_size=vocab_size, temperature=None, top_k=None, top_p=None)
     if temperature:  # kept above the denormals: a division follows
         options |= dict(temperature=max(temperature, 1e-30), top_k=top_k and min(top_k, vocab_size), top_p=top_p)
-    key, cache = jax.random.key(seed), empty_cache(model.config, len(rows), _bucket(T + max_new_tokens))
+    key, cache = jax.random.key(seed), _cache(model.config, len(rows), _bucket(T + max_new_tokens))
     ids, cache = _advance(model, tokens, segment_ids, cache, key, 0, **options)
     new, going, together = [[] for _ in rows], set(range(len(rows))), np.zeros((len(rows), 1), np.int32)
     for index in range(1, max_new_tokens + 1):
@@ -116,6 +117,18 @@ def _advance(model, tokens, segment_ids, cache, key, index, *, temperature, top_
     return jax.vmap(choose)(logits, jnp.arange(len(tokens))).astype(jnp.int32), cache
 
 
+def _cache(config, B: int, S: int):
+    """An empty cache; ValueError, with the bytes, where it does not fit into memory."""
+    each = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(lambda: empty_cache(config, 1, 64))))
+    needed, free = B * S * each / 64, free_bytes()
+    if free is not None and needed > free:
+        raise ValueError(
+            f"a cache of {B} sequences of {S:,} tokens takes {needed:,.0f} bytes, but {free:,} are free: "
+            "take a smaller max_new_tokens, a shorter prompt or fewer of them"
+        )
+    return empty_cache(config, B, S)
+
+
 def _bucket(n: int) -> int:
     """`n` rounded up to one of few sizes (multiples of 64, then four per power of two): each size is compiled once."""
     step = max(64, 1 << n.bit_length() >> 3)
@@ -147,8 +160,8 @@ def _prompt_ids(row: int, prompt, eot: int | None, vocab_size: int) -> np.ndarra
 class _TextStream:
     """The text of one row as it becomes certain: whole characters, and nothing that may begin a stop string."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):
-        self._decoder, self._stop, self._held, self.stopped = StreamDecoder(tokenizer), stop, "", False
+    def __init__(self, tokenizer: Tokenizer, prompt: np.ndarray, stop: Sequence[str]):
+        self._decoder, self._stop, self._held, self.stopped = StreamDecoder(tokenizer, prompt), stop, "", False
 
     def feed(self, token: int | None) -> str:
         """What is certain once `token` is known; None ends the row, and a character cut in half there is dropped."""
@@ -168,14 +181,19 @@ def generate_text(
     max_new_tokens: int = 200,
     *,
     stop: Sequence[str] = (),
+    special_tokens: bool = False,
     on_text: Callable[[int, str], None] | None = None,
     **sampling,
 ) -> list[str]:
-    """The texts that follow each of B prompts, up to the end of text, a stop string or `max_new_tokens`.
+    """The texts that follow each of B prompts, up to an end of text, a stop string or `max_new_tokens`.
+
+    A prompt begins with what the tokenizer puts in front of every text. A prompt and what follows are the text of all
+    ids: with some tokenizers the latter begins with a space.
 
     Args:
       loaded: from `stickjax.load(run)`.
-      stop: strings that end a text; they are not part of it.
+      stop: strings that end a text, and special tokens; they are not part of it.
+      special_tokens: a prompt that spells a special token, such as <|user|>, has the token; if not, its letters.
       on_text: `on_text(row, piece)` is called with whole characters that will stay; a row's pieces make up its text.
       max_new_tokens, **sampling: as in `generate`; of its options `temperature`, `top_k`, `top_p` and `seed`.
 
@@ -193,18 +211,20 @@ def generate_text(
         raise ValueError("prompts and stop must be lists of strings, and no stop string may be empty")
     if (tokenizer := loaded.tokenizer) is None:
         raise ValueError(f"there is no {loaded.config.data.tokenizer}, which this model needs to read and write text")
-    streams, texts = [_TextStream(tokenizer, stop) for _ in prompts], ["" for _ in prompts]
+    ids = [tokenizer.prompt(prompt, special=special_tokens) for prompt in prompts]
+    streams, texts = [_TextStream(tokenizer, row, stop) for row in ids], ["" for _ in prompts]
+    ends = tokenizer.ends | {tokenizer.special_id(s) for s in stop}
 
     def on_token(row: int, token: int | None) -> bool:
+        if token in ends and token is not None:
+            return True
         piece = streams[row].feed(token)
         texts[row] += piece
         if piece and on_text is not None:
             on_text(row, piece)
         return streams[row].stopped
 
-    ids = [tokenizer.encode(prompt) for prompt in prompts]
-    end = dict(eot=tokenizer.eot, vocab_size=tokenizer.vocab_size, on_token=on_token)
-    generate(loaded.model, ids, max_new_tokens, **end, **sampling)
+    generate(loaded.model, ids, max_new_tokens, vocab_size=tokenizer.vocab_size, on_token=on_token, **sampling)
     for row, stream in enumerate(streams):
         if not stream.stopped:
             on_token(row, None)
@@ -224,7 +244,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--top-k", type=int, help="draw from the k most likely tokens only")
     parser.add_argument("--top-p", type=float, help="draw from the most likely tokens of this total probability only")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be repeated")
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before TEXT, or a special token; repeatable"
+    )
+    parser.add_argument("--special-tokens", action="store_true", help="a prompt may spell special tokens: <|user|>")
     parser.add_argument("--step", type=int, help="which checkpoint; the newest by default")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as model.window=128")
     args = parser.parse_args(argv)
@@ -236,7 +259,7 @@ def main(argv: list[str] | None = None) -> int:
     loaded = load(args.run, step=args.step, changes=changes)
     one = len(prompts) == 1
     on_text = (lambda row, piece: print(piece, end="", flush=True)) if one else None
-    options = dict(stop=args.stop, on_text=on_text, seed=args.seed) | sampling
+    options = dict(stop=args.stop, special_tokens=args.special_tokens, on_text=on_text, seed=args.seed) | sampling
     texts = generate_text(loaded, prompts, args.max_new_tokens, **options)
     print(*() if one else (f"--- prompt {row}\n{text}" for row, text in enumerate(texts)), sep="\n")
     return 0

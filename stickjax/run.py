@@ -129,14 +129,18 @@ def load(
         arrays = [_placed(leaves[name], spec) for name, spec in named_leaves(abstract).items()]
         params = jax.tree.structure(abstract).unflatten(arrays)
         check_finite(params, str(run))
-        name, eot = config.data.tokenizer, config.data.eot
-        tokenizer = load_tokenizer(name, eot) if name == "byte" or Path(name).exists() else None
-        return Loaded(params, config, tokenizer, 0)
+        return Loaded(params, config, tokenizer_of(config), 0)
     restored = Checkpoints(run).restore(abstract, step=step, prefix="params")
     if restored is None:
         raise ValueError(f"{run} has no checkpoint yet")
     check_finite(restored.state, f"{run}, checkpoint of step {restored.step}")
     return Loaded(restored.state, config, load_tokenizer(config.data.tokenizer, config.data.eot), restored.step)
+
+
+def tokenizer_of(config: Config) -> Tokenizer | None:
+    """The tokenizer of a model; None when it has been converted without its tokenizer.json."""
+    name = config.data.tokenizer
+    return load_tokenizer(name, config.data.eot) if name == "byte" or Path(name).exists() else None
 
 
 def _placed(leaf: Lazy, spec: jax.ShapeDtypeStruct) -> jax.Array:

@@ -1,9 +1,11 @@
 """What a model folder says about special tokens, in the files beside its tokenizer.json."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from stickjax.disk import write_file
 
 GENERATION = "generation_config.json"
 # The ids that the config.json of a Hugging Face folder names, in a run folder, whose own config.json has none.
@@ -22,6 +24,7 @@ class Named(NamedTuple):
 
     ends: tuple[int, ...]  # each of them ends a text; the first is a document's end in training
     special: frozenset[int]  # all of them, whatever they are for
+    problem: str = ""  # why there are no ends, though a file names some
 
 
 def read_object(content: bytes, where: str | Path) -> dict[str, Any]:
@@ -48,7 +51,7 @@ def read_files(folder: Path) -> dict[str, bytes]:
     for name in (*FILES, "config.json"):
         try:
             content = (folder / name).read_bytes()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
             raise ValueError(f"cannot read {folder / name}: {error.strerror}") from error
@@ -60,18 +63,37 @@ def read_files(folder: Path) -> dict[str, bytes]:
     return files
 
 
+def write_files(files: Mapping[str, bytes], folder: Path) -> None:
+    for name, content in files.items():
+        write_file(folder / name, content)
+
+
+def with_end(files: Mapping[str, bytes], ends: Sequence[int], text: str, folder: Path) -> dict[str, bytes]:
+    """The files with other ends of text, the first of which is spelled `text`."""
+    ids = ends[0] if len(ends) == 1 else list(ends)
+    changed = dict(files)
+    for name, key, value in (
+        (GENERATION, "eos_token_id", ids), (TOKEN_IDS, "eos_token_id", ids), (TOKENIZER_CONFIG, "eos_token", text),
+    ):  # fmt: skip
+        # What generates without a GENERATION looks for the ids in config.json.
+        if name != GENERATION or name in files:
+            tree = read_object(files.get(name, b"{}"), folder / name)
+            changed[name] = (json.dumps(tree | {key: value}, indent=2) + "\n").encode()
+    return changed
+
+
 def named(files: Mapping[str, bytes], added: Mapping[str, int], folder: Path) -> Named:
     """What the files of a folder name of the added tokens {text: id} of its tokenizer.json.
 
     The first file that names an end of text decides over it. Raises ValueError for a file that is not an object of
-    JSON, an id that is not a number, and for an end of text that no added token is.
+    JSON and for an id that is not a number.
 
     >>> named({"generation_config.json": b'{"eos_token_id": [5, 6]}'}, {"<|end|>": 5}, Path("folder"))
-    Named(ends=(5, 6), special=frozenset({5}))
+    Named(ends=(5, 6), special=frozenset({5}), problem='')
     """
     ends: tuple[int, ...] = ()
     special: set[int] = set()
-    wrong = ""
+    problem = ""
     for name in FILES:
         if name not in files or not name.endswith(".json"):
             continue
@@ -85,10 +107,9 @@ def named(files: Mapping[str, bytes], added: Mapping[str, int], folder: Path) ->
                 # One that is an ordinary token ends a text that is generated, and no document.
                 ends = tuple(sorted(found, key=lambda i: i not in added.values()))
             else:
-                wrong = wrong or f"{folder / name} says {key}={tree[key]!r}, which is no added token of tokenizer.json"
-    if wrong and not ends:
-        raise ValueError(f"{wrong}; name the end of text with data.eot")
-    return Named(ends, frozenset(special & set(added.values())))
+                said = f"{folder / name} says {key}={tree[key]!r}, which is no added token of tokenizer.json"
+                problem = problem or f"{said}; name the end of text with data.eot"
+    return Named(ends, frozenset(special & set(added.values())), "" if ends else problem)
 
 
 def _ids(key: str, value: Any, added: Mapping[str, int], where: Path) -> list[int]:

@@ -84,8 +84,7 @@ class Tokenizer:
 
     def save(self, folder: Path) -> None:
         """Write its `files` into a folder, from which `load_tokenizer(folder / "tokenizer.json")` reads the same."""
-        for name, content in self.files.items():
-            (folder / name).write_bytes(content)
+        special_tokens.write_files(self.files, folder)
 
 
 class ByteTokenizer(Tokenizer):
@@ -137,13 +136,15 @@ class HuggingFaceTokenizer(Tokenizer):
             added = {entry["content"]: int(entry["id"]) for entry in entries}
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{where} is not a tokenizer.json: {type(error).__name__}: {error}") from error
-        ends, special = special_tokens.named(files, added, path.parent)
-        if eot is not None:
-            if eot not in added:
-                raise ValueError(f"data.eot={eot!r} is no added token of {where}; those are: {_listed(added)}")
-            ends = (added[eot], *ends)
-        known = [added[token] for token in END_OF_TEXT if token in added]
-        ends = ends or tuple(known[:1])
+        if eot is not None and eot not in added:
+            raise ValueError(f"data.eot={eot!r} is no added token of {where}; those are: {_listed(added)}")
+        ends, special, problem = special_tokens.named(files, added, path.parent)
+        if eot is None and problem:
+            raise ValueError(problem)
+        first = eot if eot is not None or ends else next((token for token in END_OF_TEXT if token in added), None)
+        if first is not None and ends[:1] != (added[first],):
+            ends = (added[first], *(i for i in ends if i != added[first]))
+            files = special_tokens.with_end(files, ends, first, path.parent)
         special |= set(ends) & set(added.values())
         ordinary = [entry for entry in entries if not entry.get("special")]
         for entry in ordinary:  # what the folder names is special to the package, too

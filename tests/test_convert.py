@@ -20,9 +20,9 @@ from stickjax.config import Config, ModelConfig
 from stickjax.convert import export, main
 from stickjax.hugging_face.configs import to_theirs
 from stickjax.models.transformer import init
-from stickjax.run import Loaded, load, write_config
+from stickjax.run import Loaded, load, save, write_config
 from stickjax.sharding import make_mesh
-from stickjax.tokenizer import ByteTokenizer
+from stickjax.tokenizer import ByteTokenizer, load_tokenizer
 from stickjax.train import fit
 
 ORACLES = Path(__file__).parent / "oracles"
@@ -142,7 +142,10 @@ def words(tmp_path):
 
 def test_the_tokenizer_goes_along(words, tmp_path, capsys):
     config = Config(ModelConfig(**SIZES | dict(V=3))).replace({"data.tokenizer": words, "data.T": 64})
-    export(Loaded(init(config.model, jax.random.key(0)), config, None, 0), str(tmp_path / "hf"))
+    loaded = Loaded(init(config.model, jax.random.key(0)), config, load_tokenizer(words), 0)
+    export(loaded, str(tmp_path / "hf"))
+    tree, named = (json.loads((tmp_path / f"hf/{name}.json").read_text()) for name in ("config", "tokenizer_config"))
+    assert tree["eos_token_id"] == 0 and named["eos_token"] == "<|endoftext|>"
     assert main([str(tmp_path / "hf"), str(tmp_path / "run")]) == 0
     (tmp_path / "run").rename(tmp_path / "moved")
     for folder in ("hf", "moved"):
@@ -150,6 +153,73 @@ def test_the_tokenizer_goes_along(words, tmp_path, capsys):
         assert loaded.tokenizer.encode("b a").tolist() == [2, 1] and loaded.config.data.T == 64
         assert generate.main([str(tmp_path / folder), "--prompt=a b", "--max-new-tokens=3"]) == 0
     assert len(set(capsys.readouterr().out.splitlines()[-2:])) == 1
+
+
+SAID = {
+    "generation_config.json": json.dumps({"eos_token_id": [1, 2], "temperature": 0.6}),
+    "tokenizer_config.json": json.dumps({"eos_token": "<|endoftext|>", "chat_template": "{{ messages }}"}),
+    "special_tokens_map.json": "{}",
+    "chat_template.jinja": "{{ messages }}",
+}
+
+
+@pytest.mark.parametrize("has_tokenizer", [True, False])
+def test_what_a_folder_says_about_special_tokens_is_kept(has_tokenizer, tmp_path, words, capsys):
+    hf = Path(shutil.copytree(ORACLES / "hf/granite_tied", tmp_path / "hf"))
+    tree = json.loads((hf / "config.json").read_text()) | dict(eos_token_id=0, bos_token_id=4, pad_token_id=None)
+    (hf / "config.json").write_text("\ufeff" + json.dumps(tree))
+    said = SAID | ({"generation_config.json": json.dumps({"eos_token_id": [0, 2]})} if has_tokenizer else {})
+    for name, text in said.items():
+        (hf / name).write_text(text)
+    if has_tokenizer:
+        shutil.copy(words, hf / "tokenizer.json")
+    assert main([str(hf), str(tmp_path / "run")]) == main([str(tmp_path / "run"), str(tmp_path / "back")]) == 0
+    back = json.loads((tmp_path / "back/config.json").read_text())
+    assert {name: back[name] for name in tree if name.endswith("_token_id")} == {
+        "eos_token_id": 0, "bos_token_id": 4, "pad_token_id": None
+    }  # fmt: skip
+    assert all((tmp_path / "back" / name).read_text() == text for name, text in said.items())
+    assert not (tmp_path / "back/token_ids.json").exists()
+    for folder in ("hf", "run", "back") if has_tokenizer else ():
+        assert stickjax.load(tmp_path / folder).tokenizer.ends == {0, 2}
+
+
+def test_an_end_that_the_user_names_is_that_of_the_exported_model(words, tmp_path, capsys):
+    text = Path(words).read_text().replace("<|endoftext|>", "<|im_end|>")
+    (tmp_path / "tokenizer.json").write_text(text)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 1, "top_p": 0.9}))
+    config = Config(ModelConfig(**SIZES | dict(V=3)))
+    config = config.replace({"data.tokenizer": words, "data.eot": "<|im_end|>"})
+    save(tmp_path / "run", init(config.model, jax.random.key(0)), config)
+    assert main([str(tmp_path / "run"), str(tmp_path / "hf")]) == 0
+    said = {name: json.loads((tmp_path / f"hf/{name}.json").read_text()) for name in ("config", "generation_config")}
+    assert said == {"config": said["config"], "generation_config": {"eos_token_id": 0, "top_p": 0.9}}
+    assert said["config"]["eos_token_id"] == 0 and stickjax.load(tmp_path / "hf").tokenizer.eot == 0
+
+
+def test_a_byte_model_says_its_end(tmp_path):
+    config = Config(ModelConfig(**SIZES))
+    export(Loaded(init(config.model, jax.random.key(0)), config, ByteTokenizer(), 0), str(tmp_path / "hf"))
+    assert json.loads((tmp_path / "hf/config.json").read_text())["eos_token_id"] == 256
+
+
+def test_what_cannot_be_used_is_not_converted(tmp_path, capsys):
+    config = Config(ModelConfig(**SIZES))
+    model = init(config.model, jax.random.key(0))
+    export(model, str(tmp_path / "hf"))
+    (tmp_path / "hf/tokenizer.json").write_text("{}")
+    assert main([str(tmp_path / "hf"), str(tmp_path / "out")]) == 1
+    assert "is not a tokenizer.json" in capsys.readouterr().err
+    (tmp_path / "hf/tokenizer.json").unlink()
+    with (tmp_path / "hf/model.safetensors").open("r+b") as file:
+        file.seek(-4, 2)
+        file.write(np.float32("nan").tobytes())
+    assert main([str(tmp_path / "hf"), str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err.endswith("hf: 1 of 384 values of blocks/ffn/w_out, layer 1, are not finite\n")
+    model.embed = type(model.embed)(model.embed[...].at[0, 0].set(np.inf))
+    with pytest.raises(ValueError, match="the model: 1 of 4112 values of embed are not finite"):
+        export(model, str(tmp_path / "inf"))
+    assert os.listdir(tmp_path) == ["hf"]
 
 
 def test_a_converted_model_is_evaluated_sampled_and_trained(tmp_path, capsys):

@@ -3,6 +3,7 @@
 import dataclasses
 import doctest
 import io
+import json
 import re
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from stickjax.generate import _advance, _bucket, generate, generate_text, main
 from stickjax.model_config import MODULES
 from stickjax.models.transformer import init
 from stickjax.run import Loaded, write_config
-from stickjax.tokenizer import ByteTokenizer
+from stickjax.tokenizer import ByteTokenizer, load_tokenizer
 
 SMALL = dict(V=61, D=32, L=2, N=4, K=4, H=8, F=48)
 TINY = dict(V=24, D=16, L=1, N=2, K=2, H=4, F=16)
@@ -265,6 +266,61 @@ def test_an_empty_text_begins_with_the_end_of_text(reciter):
             generate_text(reciter, **wrong)
 
 
+# Tokenizers that are not of bytes.
+
+
+def of_letters(tmp_path, end="</s>", **files):
+    """A folder with a tokenizer.json of letters; a text begins with a space, which its decoder takes away, and <s>."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+
+    pieces = ["<unk>", "<s>", end, "<|user|>", "\u2581", *"abcdef"]
+    tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, [], unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    replaced = decoders.Replace("\u2581", " ")
+    tokenizer.decoder = decoders.Sequence([replaced, decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in pieces[:4]])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    for name, tree in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(tree))
+    return load_tokenizer(str(tmp_path / "tokenizer.json"))
+
+
+def reciting_ids(tokenizer, *chains) -> Loaded:
+    """After each id of a chain comes the next one."""
+    model, table = reciting("ab").model, np.zeros((257, 257), np.float32)
+    for chain in chains:
+        table[chain[:-1], chain[1:]] = 1
+    model.unembed = type(model.unembed)(jnp.asarray(table))
+    return Loaded(model, reciting("ab").config, tokenizer, 1)
+
+
+def test_a_prompt_begins_as_its_tokenizer_says_and_its_text_goes_on(tmp_path, monkeypatch):
+    tokenizer = of_letters(tmp_path)
+    loaded = reciting_ids(tokenizer, [1, 9], [5, 4, 6, 7, 3, 8, 2])  # "a" -> " bc<|user|>d", then </s>
+    prompts = []
+    monkeypatch.setattr(stickjax.generate, "generate", lambda model, ids, *a, **k: prompts.extend(ids) or [])
+    generate_text(loaded, ["a", "", "<|user|>a"])
+    generate_text(loaded, ["<|user|>a"], special_tokens=True)
+    assert [ids.tolist() for ids in prompts] == [[1, 4, 5], [1], [1, 4, *[0] * 4, 9, *[0] * 3, 5], [1, 3, 4, 5]]
+    monkeypatch.undo()
+    assert generate_text(loaded, ["a"]) == [" bcd"], "the space after the prompt is there"
+    assert generate_text(loaded, ["a"], stop=["<|user|>"]) == [" bc"]
+    assert generate_text(loaded, [""], 1) == ["e"], "an empty prompt begins as a document does"
+
+
+def test_each_of_several_ends_ends_a_text(tmp_path):
+    tokenizer = of_letters(tmp_path, end="<|im_end|>", generation_config={"eos_token_id": [2, 7]})
+    loaded = reciting_ids(tokenizer, [5, 4, 6, 7, 8], [9, 10, 2, 8])
+    assert tokenizer.eot == 2 and generate_text(loaded, ["a", "e"], 9) == [" b", "f"]
+
+
+def test_a_cache_beyond_all_memory_is_one_line(model, reciter):
+    for n in (10**12, 10**30):
+        with pytest.raises(ValueError, match=r"takes [\d,]+ bytes, but [\d,]+ are free: take a smaller max_new_tokens"):
+            generate(model, [[1]], n)
+
+
 # The command line.
 
 
@@ -324,6 +380,14 @@ def test_folders_that_are_no_runs(tmp_path, capsys):
     write_config(tmp_path, Config())
     assert main([str(tmp_path), "--prompt", "a"]) == 1
     assert capsys.readouterr().err == f"error: {tmp_path} has no checkpoint yet\n"
+
+
+def test_a_terminal_shows_the_characters_that_it_has(run, monkeypatch):
+    for encoding, shown in (("ascii", "?bc?d.e?f"), ("latin-1", "ébc?d.e?f")):
+        terminal = io.TextIOWrapper(io.BytesIO(), encoding)
+        monkeypatch.setattr("sys.stdout", terminal)
+        assert main([run, "--prompt", "a", "--temperature", "0"]) == 0
+        assert terminal.buffer.getvalue().decode(encoding) == shown + "\n"
 
 
 def test_the_module_runs_as_a_program(run):

@@ -2,7 +2,7 @@
 
 import json
 import re
-import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,8 @@ from stickjax.fields import nearest
 from stickjax.hugging_face import configs, names
 from stickjax.hugging_face.files import FLOATS, Lazy, open_folder, write_sharded
 from stickjax.model_config import ModelConfig
+from stickjax.special_tokens import TOKEN_IDS, read_object, write_files
+from stickjax.tokenizer import Tokenizer
 
 # Buffers that the original ModuleFormer saved with its parameters.
 _BUFFERS = re.compile(r"transformer\.h\.\d+\.attn\.(mask|cum_weight)")
@@ -21,8 +23,8 @@ _BUFFERS = re.compile(r"transformer\.h\.\d+\.attn\.(mask|cum_weight)")
 def is_folder(path: Path) -> bool:
     """Whether the config.json of a folder names a model_type."""
     try:
-        return "model_type" in json.loads((path / "config.json").read_text())
-    except (OSError, ValueError, TypeError, RecursionError):
+        return "model_type" in read_object((path / "config.json").read_bytes(), path)
+    except (OSError, ValueError):
         return False
 
 
@@ -32,7 +34,7 @@ def read_config(path: Path) -> Config:
     The parameters keep the type that they have in the files; where those are of several types, float32 holds all.
     """
     try:
-        model, T = configs.to_ours(json.loads((path / "config.json").read_text()))
+        model, T = configs.to_ours(read_object((path / "config.json").read_bytes(), "it"))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path / 'config.json'}: {error}") from error
     found = {tensor.dtype for tensor in _tensors(path, model).values()} & set(FLOATS.values())
@@ -59,23 +61,24 @@ def read(path: Path, model: ModelConfig) -> dict[str, Lazy]:
     return names.our_leaves(table, model, tensors)
 
 
-def write(path: Path, config: Config, leaves: dict[str, Lazy], shard_bytes: int) -> None:
-    """Make the folder of a model, the opposite of `read` to the bit, and copy its tokenizer.json if it has one."""
+def write(
+    path: Path, config: Config, leaves: dict[str, Lazy], shard_bytes: int, tokenizer: Tokenizer | None,
+    files: Mapping[str, bytes],
+) -> None:  # fmt: skip
+    """Make the folder of a model, the opposite of `read` to the bit.
+
+    `files` are those of the tokenizer, or of a model that has none what its folder said about special tokens.
+    """
     c = config.model
     tree = configs.to_theirs(c, config.data.T)
     table = names.table(tree["model_type"], c)
+    tree |= read_object(files.get(TOKEN_IDS, b"{}"), TOKEN_IDS)
+    if tokenizer is not None and tokenizer.eot < c.V and tree.get("eos_token_id") is None:
+        tree["eos_token_id"] = tokenizer.eot  # else transformers has one of its own for each model type
     path.mkdir(parents=True, exist_ok=True)
-    copy_tokenizer(config, path)
+    write_files({name: content for name, content in files.items() if name != TOKEN_IDS}, path)
     write_file(path / "config.json", json.dumps(tree, indent=2) + "\n")
     write_sharded(path, names.their_tensors(table, c, leaves), shard_bytes)
-
-
-def copy_tokenizer(config: Config, path: Path) -> bool:
-    """Whether the config names a tokenizer.json that is there; a copy is then in the folder `path`."""
-    if config.data.tokenizer == "byte" or not Path(config.data.tokenizer).exists():
-        return False
-    shutil.copyfile(config.data.tokenizer, path / "tokenizer.json")
-    return True
 
 
 def check(found: dict[str, Lazy], expected: dict[str, tuple[int, ...]], where: str) -> None:

@@ -3,6 +3,7 @@
 Nothing is mapped into memory: the pages of a map count as the process's until the system wants them back.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -36,6 +37,22 @@ class Lazy:
     def pieces(self) -> Iterator[np.ndarray]:
         """The array in parts, one behind the other."""
         yield from (self.read(i) for i in range(self.shape[0])) if self.stacked else [self.read(None)]
+
+
+def finite(leaves: dict[str, Lazy], where: str | os.PathLike) -> dict[str, Lazy]:
+    """The same arrays, of which every piece is looked at when it is read: ValueError for what is not finite."""
+
+    def checked(name: str, leaf: Lazy) -> Lazy:
+        def read(i: int | None) -> np.ndarray:
+            piece = leaf.read(i)
+            if wrong := piece.size - np.count_nonzero(np.isfinite(piece)):
+                layer = "" if i is None else f", layer {i},"
+                raise ValueError(f"{where}: {wrong} of {piece.size} values of {name}{layer} are not finite")
+            return piece
+
+        return dataclasses.replace(leaf, read=read)
+
+    return {name: checked(name, leaf) for name, leaf in leaves.items()}
 
 
 def in_file(path: Path, dtype: np.dtype | str, shape: tuple[int, ...], offset: int, stacked: bool = False) -> Lazy:
@@ -135,7 +152,7 @@ def open_folder(folder: str | os.PathLike) -> dict[str, Lazy]:
 
 def _open_shards(index: Path, open_file) -> dict[str, Lazy]:
     try:
-        weight_map = json.loads(index.read_text())["weight_map"]
+        weight_map = json.loads(index.read_text("utf-8-sig"))["weight_map"]
         files = sorted(set(weight_map.values()))
         if not all(file == Path(file).name for file in files):
             raise ValueError("a shard lies outside of the folder")
