@@ -152,22 +152,31 @@ class Config:
 
     def __post_init__(self):
         check_fields(self)
-        total = self.total_tokens
         if self.data.B % self.train.accumulate:
             raise ValueError(f"B={self.data.B} sequences must be a multiple of accumulate={self.train.accumulate}")
         if self.model.family == "sut" and self.train.accumulate > 1:
             raise ValueError(
                 f"accumulate={self.train.accumulate} is for decoders; a Universal Transformer takes B at once"
             )
+        if self.optim.decay_tokens > self.total_tokens:
+            self.check_lengths()
+
+    def check_lengths(self, step: int = 0, tokens: int = 0) -> None:
+        """ValueError where the warmup and the decay do not fit into a run that begins at `step` with so many tokens.
+
+        A run that goes on from another one may have warmed up with larger batches, so a config alone cannot tell.
+        """
+        total = tokens + (self.train.steps - step) * self.data.tokens_per_step
         if self.optim.warmup_tokens + self.optim.decay_tokens > total:
+            before = f"{tokens} + (steps - {step})" if step else "steps"
             raise ValueError(
                 f"warmup_tokens={self.optim.warmup_tokens} and decay_tokens={self.optim.decay_tokens} "
-                f"exceed the run of steps * B * T = {total} tokens"
+                f"exceed the run of {before} * B * T = {total} tokens"
             )
 
     @property
     def total_tokens(self) -> int:
-        """Tokens of the whole run."""
+        """Tokens of a run that has these batches from its beginning."""
         return self.train.steps * self.data.tokens_per_step
 
     def replace(self, changes: dict[str, Any]) -> "Config":

@@ -81,7 +81,9 @@ class ModelConfig:
     logits_scaling: float | None = field(None, "divisor of the output logits; None: m_width", above=0)
     init_std: float = field(0.1, "standard deviation of the embedding; matrices have init_std / sqrt(m_width)", above=0)
     dtype: Literal["float32", "bfloat16", "float16"] = field("float32", "type of the computation")
-    param_dtype: Literal["float32", "bfloat16", "float16"] = field("float32", "type of the stored parameters")
+    param_dtype: Literal["float32", "bfloat16", "float16"] = field(
+        "float32", "type of the stored parameters; those that are trained have float32 masters in the optimizer state"
+    )
     remat: Literal["none", "dots", "full"] = field(
         "none", "what a layer recomputes in the backward pass; none also keeps the parameters that fsdp gathers"
     )

@@ -1,13 +1,16 @@
 """The Power learning-rate schedule and AdamW under muP, all lengths in tokens (arXiv 2408.13359).
 
-A *token schedule* is a pure function `(tokens, batch_size) -> learning rate`. `power_schedule` drives it by the step;
-`make_optimizer` by an exact count of the tokens seen, which stays right when the batch size changes.
+A *token schedule* is a pure function `(tokens, batch_size, left) -> learning rate`. `power_schedule` drives it by the
+step; `make_optimizer` by an exact count of the tokens seen, which stays right when the batch size changes.
+
+Parameters that are stored in less than float32 have float32 copies in the optimizer state, their masters: the updates
+add up there, and the parameters are the masters rounded.
 """
 
 import fnmatch
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +23,7 @@ from stickjax.sharding import by_name
 SEQUENCE = 4096  # tokens in one of the sequences in which the law counts the batch
 UNIT = 2.0**36  # tokens, about 7e10: dividing by a power of two is exact
 Transform = optax.GradientTransformationExtraArgs
-TokenSchedule = Callable[[jax.typing.ArrayLike, jax.typing.ArrayLike], jax.Array]
+TokenSchedule = Callable[..., jax.Array]
 
 # Each shape falls from 1 to 0 as r, the share of the decay still to come, falls from 1 to 0. Counting what is left
 # instead of what has passed makes the last step exact: float32 cannot tell 1 - x from 1 there, but r is 0.
@@ -45,13 +48,16 @@ def power_by_tokens(
       warmup_tokens: W, length of the linear warmup (to eta(W), not to the cap), in tokens.
       total_tokens: N, length of the run, in tokens. None never decays: any checkpoint of such a run can be
         continued with a decay later, and is then the run that had planned it.
-      decay_tokens: M, length of the decay at the end, in tokens; it starts from eta(N - M).
+      decay_tokens: M, length of the decay at the end, in tokens; it starts from eta(N - M). None: it is N - W, so that
+        the decay begins where the warmup ends.
       decay: f, from 1 to d: exponential, (1 - d) e/(e-1) exp(-x) + (d e - 1)/(e-1); linear; sqrt, 1 - sqrt(x); cosine.
       a, b, max_value: scale and exponent of the law, and its cap eta_max.
       end_ratio: d, the last learning rate as a share of the one where the decay began.
 
     Returns:
-      `(tokens, batch_size) -> learning rate`, a strong float32; batch_size is beta, in sequences of 4096 tokens.
+      `(tokens, batch_size, left=None) -> learning rate`, a strong float32; batch_size is beta, in sequences of 4096
+      tokens. `left` is the number of tokens still to come, None: N - n. A run whose batches were of other sizes before
+      knows what is left of it, and N is then n + left.
     Raises:
       ValueError: a length is negative or not finite, the parts exceed the whole, or the decay is unknown.
 
@@ -60,31 +66,35 @@ def power_by_tokens(
     ['0.000000', '0.013160', '0.004067', '0.000000']
     """
     _check("warmup_tokens", warmup_tokens)
-    _check("decay_tokens", decay_tokens)
+    _check("decay_tokens", decay_tokens or 0)
     _check("max_value", max_value, positive=True)
     if not (a > 0 and math.isfinite(b) and 0 <= end_ratio <= 1):
         raise ValueError(f"a={a} must be positive, b={b} finite and end_ratio={end_ratio} between 0 and 1")
     if decay not in DECAYS:
         raise ValueError(f"decay={decay!r} is not one of {', '.join(map(repr, DECAYS))}{nearest(str(decay), DECAYS)}")
-    if total_tokens is None and decay_tokens:
+    if total_tokens is None and decay_tokens != 0:
         raise ValueError(f"{decay_tokens=} needs total_tokens: without an end there is nothing to decay to")
-    if total_tokens is not None and not warmup_tokens + decay_tokens <= total_tokens < math.inf:  # NaN fails, too
+    if total_tokens is not None and not warmup_tokens + (decay_tokens or 0) <= total_tokens < math.inf:  # NaN fails, too
         raise ValueError(f"{warmup_tokens=} and {decay_tokens=} do not fit into {total_tokens=}")
 
     # Floats, as whole numbers of tokens overflow int32. A negative power has no value at n = 0.
     warmup, first = float(warmup_tokens), float(max(warmup_tokens, 1))
-    end, span = (float(total_tokens), float(decay_tokens)) if decay_tokens else (math.inf, 0.0)
-    last = max(end - span, first)
+    decays = decay_tokens != 0
 
-    def schedule(tokens, batch_size):
+    def schedule(tokens, batch_size, left=None):
         n = jnp.asarray(tokens, jnp.float32)  # strong: a weak learning rate would turn into the type of the parameters
+        last = math.inf
+        if decays:
+            left = float(total_tokens) - n if left is None else jnp.asarray(left, jnp.float32)
+            span = jnp.maximum(n + left - warmup, 1) if decay_tokens is None else float(decay_tokens)
+            last = jnp.maximum(n + left - span, first)
         # The power of a number near 1: in float32 that of 1e12 itself is wrong in the seventh digit.
         rate = jnp.minimum(max_value, batch_size * (a * UNIT**b) * (jnp.clip(n, first, last) / UNIT) ** b)
         if warmup:
             rate = rate * jnp.minimum(n / warmup, 1)
-        if span:
-            left = jnp.clip((end - n) / span, 0, 1)  # past the end the exponential would be negative
-            rate = rate * (end_ratio + (1 - end_ratio) * DECAYS[decay](left))
+        if decays:
+            share = jnp.clip(left / span, 0, 1)  # past the end the exponential would be negative
+            rate = rate * (end_ratio + (1 - end_ratio) * DECAYS[decay](share))
         return rate.astype(jnp.float32)  # numpy scalars among the arguments are float64 under x64
 
     return schedule
@@ -172,11 +182,13 @@ class ScaleByTokensState(NamedTuple):
 def scale_by_tokens(schedule: TokenSchedule, tokens_per_step=None, *, batch_size=None, start_tokens=0) -> Transform:
     """Multiply updates by -schedule(n, beta), n being the exact count of the tokens trained so far.
 
-    `update(updates, state, params, tokens=...)` takes the tokens of this step. They are added to a counter in the
-    state, which a checkpoint carries along, so that a run may resume with another batch size.
+    `update(updates, state, params, tokens=..., left=...)` takes the tokens of this step. They are added to a counter in
+    the state, which a checkpoint carries along, so that a run may resume with another batch size. `left`, the number of
+    tokens still to come with those of this step, says where the run ends; without it the schedule's total_tokens do.
 
     Args:
-      schedule: a token schedule, `power_by_tokens(...)` or `wsd_by_tokens(...)`.
+      schedule: a token schedule, `power_by_tokens(...)` or `wsd_by_tokens(...)`; one of two arguments where no `left`
+        is given.
       tokens_per_step: tokens of a step whose update is not given `tokens=`.
       batch_size: beta, in sequences of 4096 tokens; None follows the batch: tokens / 4096 of each step.
       start_tokens: tokens trained before the first update.
@@ -193,12 +205,13 @@ def scale_by_tokens(schedule: TokenSchedule, tokens_per_step=None, *, batch_size
     _check("tokens_per_step", 1 if tokens_per_step is None else tokens_per_step, positive=True)
     _check("batch_size", 1 if batch_size is None else batch_size, positive=True)
 
-    def update(updates, state, params=None, *, tokens=None, **extra):
+    def update(updates, state, params=None, *, tokens=None, left=None, **extra):
         tokens = tokens_per_step if tokens is None else tokens
         if tokens is None:
             raise ValueError("the number of tokens of this step is missing: update(grads, state, params, tokens=...)")
         step = TokenCount.of(tokens)
-        rate = schedule(state.tokens.float32(), step.float32() / SEQUENCE if batch_size is None else batch_size)
+        beta = step.float32() / SEQUENCE if batch_size is None else batch_size
+        rate = schedule(state.tokens.float32(), beta, *([] if left is None else [left]))
         updates = jax.tree.map(lambda u: -rate.astype(u.dtype) * u, updates)
         return updates, ScaleByTokensState(state.tokens + step, rate)
 
@@ -208,10 +221,12 @@ def scale_by_tokens(schedule: TokenSchedule, tokens_per_step=None, *, batch_size
 
 def make_token_schedule(config: Config) -> TokenSchedule:
     """The token schedule of `config.optim`; `decay_tokens` is of power and wsd, cosine decays over the whole run."""
-    o, total = config.optim, config.total_tokens
+    o = config.optim
+    # A run may have warmed up with larger batches, and then have more tokens than steps * B * T.
+    total = max(config.total_tokens, o.warmup_tokens + o.decay_tokens)
     shape = dict(warmup_tokens=o.warmup_tokens, max_value=o.peak_lr, end_ratio=o.end_ratio)
     if o.schedule == "cosine":
-        return wsd_by_tokens(**shape, total_tokens=total, decay_tokens=total - o.warmup_tokens, decay="cosine")
+        return wsd_by_tokens(**shape, total_tokens=total, decay_tokens=None, decay="cosine")
     if o.schedule == "constant":
         return wsd_by_tokens(**shape)
     shape |= dict(total_tokens=total if o.decay_tokens else None, decay_tokens=o.decay_tokens, decay=o.decay)
@@ -292,19 +307,25 @@ def make_optimizer(config: Config, params) -> Transform:
     A chain of clipping, one Adam, decoupled weight decay (not of norms and biases), the learning rate by tokens,
     and last the factor 1 / m_width of the matrices. Being last it also divides their weight decay, as the published
     models do; `scale_decay` multiplies that by m_width again (strict muP). It computes in float32 whatever the
-    parameters are stored in, and `optax.apply_updates` keeps their type.
+    parameters are stored in. A parameter of a smaller type that is trained has its float32 master in the state, where
+    small updates add up: `optax.apply_updates` makes it the master rounded.
 
     Args:
-      config: its optim section, m_width, and tokens_per_step for updates not given `tokens=`.
-      params: the parameters, or their shapes; only their names are read, and one without a label is a ValueError.
+      config: its optim section, m_width, and tokens_per_step for updates not given `tokens=`; see `scale_by_tokens`.
+      params: the parameters, or their shapes; their names and types are read.
     Returns:
-      The optimizer; `optax.tree.get(state, "learning_rate")` and `"tokens"` (an int by `int()`) are for logs.
+      The optimizer; `optax.tree.get(state, "learning_rate")`, `"tokens"` (an int by `int()`) and, where there are some,
+      `"masters"` are for logs. Its `init` may be given values of a larger type than `params` has: the masters are those.
+    Raises:
+      ValueError: a parameter has no label, a pattern of `optim.learn` matches none, or all are frozen.
     """
     o, m_width = config.optim, config.model.m_width
     labels = label_tree(params, o.learn)
     rate = dict(matrix=1 / m_width, embedding=1.0, vector=1.0, frozen=0.0)
     decay = dict(matrix=m_width if o.scale_decay else 1.0, embedding=1.0, vector=0.0, frozen=0.0)
     moving = jax.tree.map(lambda label: label != "frozen", labels)  # what is frozen has no moments either
+    if not any(jax.tree.leaves(moving)):
+        raise ValueError(f"optim.learn={o.learn!r} freezes every parameter: nothing would be trained")
 
     def by_label(function) -> optax.GradientTransformation:
         return optax.stateless(lambda updates, params: jax.tree.map(function, labels, updates, params))
@@ -316,16 +337,43 @@ def make_optimizer(config: Config, params) -> Transform:
         scale_by_tokens(make_token_schedule(config), config.data.tokens_per_step),
         by_label(lambda label, update, param: update * rate[label]),
     )
-    return _in_float32(chain)
+    small = lambda moves, param: moves and jnp.result_type(param).itemsize < 4  # noqa: E731
+    return _in_float32(chain, jax.tree.map(small, moving, params))
 
 
-def _in_float32(tx: Transform) -> Transform:
-    """Moments of bfloat16 parameters would lose the small changes, and those of float16 underflow to 0 / 0."""
+class Masters(NamedTuple):
+    """The last part of the state of an optimizer that has masters."""
+
+    masters: Any  # a tree like the parameters, with nothing in the place of those that have no master
+
+
+def _in_float32(tx: Transform, small) -> Transform:
+    """`tx` on float32 values, with a master for every parameter that is True in `small`.
+
+    Without masters most updates of a bfloat16 parameter are lost: they are below half a unit of its last place. Moments
+    of that type would lose the small changes, and those of float16 underflow to 0 / 0.
+    """
     cast = lambda tree: optax.tree.cast(tree, jnp.float32)  # noqa: E731
-    return Transform(
-        lambda params: tx.init(cast(params)),
-        lambda updates, state, params=None, **extra: tx.update(cast(updates), state, cast(params), **extra),
-    )
+    keep = lambda tree: Masters(jax.tree.map(lambda s, x: x if s else optax.MaskedNode(), small, tree))  # noqa: E731
+    if not any(jax.tree.leaves(small)):
+        return Transform(
+            lambda params: tx.init(cast(params)),
+            lambda updates, state, params=None, **extra: tx.update(cast(updates), state, cast(params), **extra),
+        )
+
+    def init(params):
+        values = cast(params)
+        return (*tx.init(values), keep(values))
+
+    def update(updates, state, params, **extra):
+        values = jax.tree.map(lambda s, p, master: master if s else p, small, cast(params), state[-1].masters)
+        updates, inner = tx.update(cast(updates), state[:-1], values, **extra)
+        new = optax.apply_updates(values, updates)
+        # The difference of two rounded numbers: added to the parameter it gives the second one without an error.
+        rounded = lambda s, u, new, p: new.astype(p.dtype).astype(u.dtype) - p.astype(u.dtype) if s else u  # noqa: E731
+        return jax.tree.map(rounded, small, updates, new, params), (*inner, keep(new))
+
+    return Transform(init, update)
 
 
 def _check(name: str, value, *, positive: bool = False) -> None:

@@ -13,7 +13,7 @@ class Progress:
     """`say` prints a line, `update` shows a row of metrics."""
 
     def __init__(self, config: Config, *, quiet: bool = False):
-        self._steps, self._quiet = config.train.steps, quiet
+        self._steps, self._quiet, self._tokens_per_step = config.train.steps, quiet, config.data.tokens_per_step
         self._console = Console(highlight=False, soft_wrap=True)
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
         live = self._console.is_terminal and not quiet
@@ -41,5 +41,5 @@ class Progress:
         if self._bar:
             self._bar.update(self._task, completed=row["step"], description=words)
         elif not self._quiet:
-            left = (self._steps - row["step"]) * (row["tokens"] / row["step"]) / max(row["tokens_per_second"], 1e-9)
+            left = (self._steps - row["step"]) * self._tokens_per_step / max(row["tokens_per_second"], 1e-9)
             self._console.print(f"step {row['step']}/{self._steps}  {words}  {left:,.0f} s left", markup=False)

@@ -41,6 +41,20 @@ def init_state(config: Config, key: jax.Array) -> TrainState:
     return TrainState(params, opt_state, zero, k_train, zero)
 
 
+def tokens_of(state: TrainState) -> int:
+    """Tokens trained so far: those of the steps that were not skipped, whatever B and T they had."""
+    return int(optax.tree.get(state.opt_state, "tokens"))
+
+
+def with_params(config: Config, state: TrainState, values) -> TrainState:
+    """A state before the first step that begins with other parameters.
+
+    `values`: a tree like the parameters, perhaps of a larger type; the masters, where there are some, are exactly they.
+    """
+    params = jax.tree.map(lambda value, param: value.astype(param.dtype), values, state.params)
+    return state._replace(params=params, opt_state=make_optimizer(config, params).init(values))
+
+
 def loss_and_metrics(config: Config, params, batch, key) -> tuple[jax.Array, dict]:
     """Mean cross-entropy over the targets that `loss_mask` keeps, plus the routers' weighted losses of all layers.
 
@@ -78,7 +92,7 @@ def make_step(config: Config, mesh: Mesh | None = None) -> Callable[[TrainState,
     On a mesh every device takes its part of each microbatch (`sharding.over`), and the state lies by
     `sharding.shardings`.
     """
-    accumulate = config.train.accumulate
+    accumulate, steps = config.train.accumulate, config.train.steps
 
     def gradients(params, batch, key):
         grad = jax.grad(lambda p, b, k: loss_and_metrics(config, learning(config, p), b, k), has_aux=True)
@@ -87,13 +101,14 @@ def make_step(config: Config, mesh: Mesh | None = None) -> Callable[[TrainState,
         micro = {name: x.reshape(accumulate, -1, *x.shape[1:]) for name, x in batch.items()}
         scale = 1 / jnp.maximum(total(batch["loss_mask"].astype(jnp.float32).sum()), 1)
 
-        def one(total, inputs):
+        def one(total, inputs):  # a sum of the type of bfloat16 parameters would lose what late microbatches add
             part, k = inputs
-            return jax.tree.map(jnp.add, total, grad(params, part | {"loss_scale": scale}, k)), None
+            add = lambda total, x: total + x.astype(total.dtype)  # noqa: E731
+            return jax.tree.map(add, total, grad(params, part | {"loss_scale": scale}, k)), None
 
         first = jax.tree.map(lambda x: x[0], micro)
         shapes = jax.eval_shape(grad, params, first | {"loss_scale": scale}, key)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), shapes)
         return jax.lax.scan(one, zeros, (micro, jax.random.split(key, accumulate)))[0]
 
     def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
@@ -104,7 +119,8 @@ def make_step(config: Config, mesh: Mesh | None = None) -> Callable[[TrainState,
 
         def learn():
             optimizer = make_optimizer(config, state.params)
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            left = (steps - state.step).astype(jnp.float32) * float(config.data.tokens_per_step)  # no int32 holds it
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params, left=left)
             params = optax.apply_updates(state.params, updates)
             if load and config.model.bias_rate:
                 params = _with_router_bias(config, params, load)

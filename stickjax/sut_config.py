@@ -46,7 +46,9 @@ class SutConfig:
     classes: int = field(0, "labels of a pair of sentences; 0: a causal language model", at_least=0)
     norm_eps: float = field(1e-5, "epsilon of every normalisation", above=0)
     dtype: Literal["float32", "bfloat16", "float16"] = field("float32", "type of the computation")
-    param_dtype: Literal["float32", "bfloat16", "float16"] = field("float32", "type of the stored parameters")
+    param_dtype: Literal["float32", "bfloat16", "float16"] = field(
+        "float32", "type of the stored parameters; those that are trained have float32 masters in the optimizer state"
+    )
     remat: Literal["none", "full"] = field("none", "what a step recomputes in the backward pass")
     implementation: str | None = field(None, "kernels: mosaic, triton, xla, reference; None: the best that works")
 

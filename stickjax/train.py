@@ -16,13 +16,13 @@ from stickjax import processes, sharding
 from stickjax.banner import banner
 from stickjax.checkpoint import Checkpoints, check_finite, named_leaves
 from stickjax.command import Parser, command
-from stickjax.config import Config
+from stickjax.config import Config, DataConfig
 from stickjax.data import training_data
 from stickjax.metrics import MetricsLog, flops_per_token, peak_flops, stop_trace
 from stickjax.options import describe, load_config, parse
 from stickjax.progress import Progress
 from stickjax.run import check_config, load, placed, read_config, write_config
-from stickjax.step import TrainState, init_state, jit_step
+from stickjax.step import TrainState, init_state, jit_step, tokens_of, with_params
 
 
 class Result(NamedTuple):
@@ -75,10 +75,13 @@ def _start(
         if restored is None:
             raise ValueError(f"{run} has no checkpoint to branch from")
         source = f"{run}@{restored.step}"
+        config.check_lengths(restored.step, tokens_of(restored.state))
         # A decay is often trained on other text than the stable phase; that text is read from its beginning.
-        data_state = restored.extra["data"] if restored.extra["corpus"] == data.hash else None
+        same_text = restored.extra["corpus"] == data.hash
+        data_state = _position(restored.extra, config.data) if same_text else None
         say(f"branching from {source}" + ("" if data_state else ", with other text"))
     else:
+        config.check_lengths()
         places = None if mesh is None else sharding.shardings(mesh, abstract)
         # The key is an argument: XLA would work out the draws from a constant one itself, while it compiles.
         state = jax.jit(lambda key: init_state(config, key), out_shardings=places)(key)
@@ -91,13 +94,18 @@ def _start(
                 changed = [d for d in loaded.config.diff(config) if d.startswith("model.")]
                 raise ValueError(f"--init-from {init_from} is another model ({'; '.join(changed)})")
             # A published model is often stored in a smaller type than it is trained in.
-            pairs = zip(jax.tree.leaves(loaded.model), jax.tree.leaves(state.params), strict=True)
-            params = jax.tree.unflatten(jax.tree.structure(state.params), [a.astype(b.dtype) for a, b in pairs])
-            state = state._replace(params=params)
+            values = jax.tree.unflatten(jax.tree.structure(state.params), jax.tree.leaves(loaded.model))
+            state = with_params(config, state, values)
             say(f"parameters from {init_from}@{loaded.step}")
         return state, None
     check_finite(restored.state.params, source)
     return restored.state, data_state
+
+
+def _position(extra: dict, data: DataConfig) -> dict:
+    """Where the data goes on for batches of perhaps another size: behind all the sequences that were seen."""
+    before, index = extra["config"]["data"], extra["data"]["next_index"]
+    return extra["data"] | {"next_index": -(-index * before["B"] * before["T"] // data.tokens_per_step)}
 
 
 def split_branch(branch: str) -> tuple[str, int | None]:
@@ -202,7 +210,7 @@ def _loop(config, mesh, state, loader, data, checkpoints, log, progress, asked, 
         stop = bool(asked_any) or step == config.train.steps
         if step % config.train.log_every == 0 or step == config.train.steps:
             rate = (step - first - 1) * tokens / max(now - started, 1e-9)
-            row = {"step": step, "tokens": step * tokens, **{k: float(v) for k, v in metrics.items()}}
+            row = {"step": step, "tokens": tokens_of(state), **{k: float(v) for k, v in metrics.items()}}
             row["tokens_per_second"] = rate
             if peak:
                 row["mfu"] = rate * per_token / peak
@@ -210,7 +218,7 @@ def _loop(config, mesh, state, loader, data, checkpoints, log, progress, asked, 
                 log.write(row)
             progress.update(row)
         if not bad_steps and (step % config.train.checkpoint_every == 0 or stop):
-            extra = {"data": data_state, "corpus": data.hash, "tokens": step * tokens, "config": config.to_dict()}
+            extra = {"data": data_state, "corpus": data.hash, "tokens": tokens_of(state), "config": config.to_dict()}
             checkpoints.save(step, state, extra)
             saved = step
     checkpoints.wait()

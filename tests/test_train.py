@@ -19,6 +19,7 @@ from stickjax.config import Config
 from stickjax.corpus import load_corpus
 from stickjax.lock import Lock
 from stickjax.metrics import read_metrics
+from stickjax.step import init_state
 from stickjax.train import fit, main
 
 # Small, with everything that has a state: sampled routing, the router's bias, accumulation, packed documents.
@@ -155,6 +156,57 @@ def test_a_branch_with_a_decay_is_the_run_that_had_planned_it(uninterrupted, tmp
     for row, wanted in zip(rows(tmp_path / "branch"), planned, strict=True):
         assert row == pytest.approx(wanted, rel=1e-5)
     assert rows(tmp_path / "branch")[-1]["learning_rate"] < rows(uninterrupted[0])[9]["learning_rate"] / 2
+
+
+PLAIN = SMALL.replace(
+    {
+        "model.E": 0, "model.k": 0, "model.sample_topk": 0, "model.bias_rate": 0.0, "model.L": 1,
+        "train.accumulate": 1, "train.steps": 8, "train.checkpoint_every": 8, "optim.schedule": "wsd",
+        "optim.peak_lr": 0.002,
+    }
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def stable(tmp_path_factory):
+    """Eight steps of 128 tokens at a constant rate, four of them in the warmup."""
+    run = tmp_path_factory.mktemp("stable") / "run"
+    fit(PLAIN.replace({"optim.warmup_tokens": 512}), str(run), quiet=True)
+    return run
+
+
+@pytest.mark.parametrize(("B", "T"), [(4, 32), (8, 32), (2, 32), (2, 64), (1, 32)])
+def test_a_branch_decays_over_its_own_tokens_whatever_their_batch(stable, tmp_path, B, T):
+    """Tokens are those that were counted. B=1: the run has 1024 + 8 * 32 of them, with steps * B * T it had 512."""
+    changes = {"data.B": B, "data.T": T, "train.steps": 16, "optim.warmup_tokens": 512, "optim.decay_tokens": 8 * B * T}
+    fit(PLAIN.replace(changes), str(tmp_path / "run"), branch=f"{stable}@8", quiet=True)
+    found = rows(tmp_path / "run")
+    assert [row["tokens"] for row in found] == [1024 + i * B * T for i in range(1, 9)]
+    left = 1 - np.arange(8) / 8
+    expected = 0.002 * np.expm1(left) / np.expm1(1)
+    np.testing.assert_allclose([row["learning_rate"] for row in found], expected, rtol=1e-5)
+    assert expected[-1] == pytest.approx(0.000155, rel=1e-3)
+    restored = Checkpoints(tmp_path / "run").restore(jax.eval_shape(lambda: init_state(PLAIN, jax.random.key(0))))
+    assert restored.extra["tokens"] == 1024 + 8 * B * T
+    if T == 32:  # behind the sequences that were seen: 32 before, and 8 * B since
+        assert restored.extra["data"]["next_index"] == 32 // B + 8
+
+
+def test_a_branch_of_another_batch_follows_the_cosine_to_its_end(stable, tmp_path):
+    """1024 tokens of 1024 + 8 * 64, 512 of them the warmup: half of the cosine lies before the branch."""
+    changes = {"data.B": 2, "train.steps": 16, "optim.warmup_tokens": 512, "optim.schedule": "cosine"}
+    fit(PLAIN.replace(changes), str(tmp_path / "run"), branch=str(stable), quiet=True)
+    expected = 0.002 * np.sin(np.pi / 2 * (0.5 - np.arange(8) / 16)) ** 2
+    np.testing.assert_allclose([row["learning_rate"] for row in rows(tmp_path / "run")], expected, rtol=1e-5)
+
+
+def test_a_branch_too_short_for_its_decay_is_refused(stable, tmp_path):
+    changes = {"data.B": 1, "train.steps": 16, "optim.warmup_tokens": 1000, "optim.decay_tokens": 500}
+    with pytest.raises(ValueError, match=r"exceed the run of 1024 \+ \(steps - 8\) \* B \* T = 1280 tokens"):
+        fit(PLAIN.replace(changes), str(tmp_path / "run"), branch=str(stable), quiet=True)
+    with pytest.raises(ValueError, match=r"warmup_tokens=1000 and .* exceed the run of steps \* B \* T = 512 tokens"):
+        fit(PLAIN.replace(changes | {"optim.decay_tokens": 0}), str(tmp_path / "run"), quiet=True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_init_from_takes_the_parameters_alone(uninterrupted, tmp_path):

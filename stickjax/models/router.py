@@ -200,14 +200,15 @@ class Router(nnx.Module):
         network = c.router_network
         rows = c.D if network == "linear" else c.router_hidden
         std = 1.0 if network == "gmm" else matrix_std(c)  # of a centroid only the direction counts
-        zeros = lambda size: nnx.Param(jnp.zeros(size, c.param_dtype))  # noqa: E731
+        zeros = lambda size, dtype=c.param_dtype: nnx.Param(jnp.zeros(size, dtype))  # noqa: E731
         k_hidden, k_new = (jax.random.fold_in(key, i) for i in (1, 2))
         self.hidden = None if network == "linear" else normal(k_hidden, (c.D, rows), matrix_std(c), c)
         self.hidden_bias = zeros(rows) if network == "mlp" else None
         self.log_scale = zeros(1) if network == "gmm" else None
         self.weight = normal(key, (rows, old), std, c)
         self.new_weight = normal(k_new, (rows, new), std, c) if new else None
-        self.selection_bias = zeros(old + new) if c.bias_rate else None
+        # It moves by bias_rate a step, which a smaller type loses once the bias is large.
+        self.selection_bias = zeros(old + new, jnp.float32) if c.bias_rate else None
         # Floats, as whatever learns is: every count of experts is one exactly.
         self.slot = nnx.Param(jnp.arange(old + new, dtype=jnp.float32)) if c.pruned != "no" else None
 
