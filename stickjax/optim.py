@@ -74,7 +74,8 @@ def power_by_tokens(
         raise ValueError(f"decay={decay!r} is not one of {', '.join(map(repr, DECAYS))}{nearest(str(decay), DECAYS)}")
     if total_tokens is None and decay_tokens != 0:
         raise ValueError(f"{decay_tokens=} needs total_tokens: without an end there is nothing to decay to")
-    if total_tokens is not None and not warmup_tokens + (decay_tokens or 0) <= total_tokens < math.inf:  # NaN fails, too
+    shortest = warmup_tokens + (decay_tokens or 0)
+    if total_tokens is not None and not shortest <= total_tokens < math.inf:  # NaN fails, too
         raise ValueError(f"{warmup_tokens=} and {decay_tokens=} do not fit into {total_tokens=}")
 
     # Floats, as whole numbers of tokens overflow int32. A negative power has no value at n = 0.
@@ -315,7 +316,7 @@ def make_optimizer(config: Config, params) -> Transform:
       params: the parameters, or their shapes; their names and types are read.
     Returns:
       The optimizer; `optax.tree.get(state, "learning_rate")`, `"tokens"` (an int by `int()`) and, where there are some,
-      `"masters"` are for logs. Its `init` may be given values of a larger type than `params` has: the masters are those.
+      `"masters"` are for logs. Its `init` may be given values of a larger type than `params` has, which the masters keep.
     Raises:
       ValueError: a parameter has no label, a pattern of `optim.learn` matches none, or all are frozen.
     """

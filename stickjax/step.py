@@ -46,11 +46,12 @@ def tokens_of(state: TrainState) -> int:
     return int(optax.tree.get(state.opt_state, "tokens"))
 
 
-def with_params(config: Config, state: TrainState, values) -> TrainState:
-    """A state before the first step that begins with other parameters.
+def with_params(config: Config, state: TrainState, model) -> TrainState:
+    """A state before the first step that begins with the parameters of a model, which may be stored in a larger type.
 
-    `values`: a tree like the parameters, perhaps of a larger type; the masters, where there are some, are exactly they.
+    The masters, where there are some, are then exactly its values.
     """
+    values = jax.tree.unflatten(jax.tree.structure(state.params), jax.tree.leaves(model))
     params = jax.tree.map(lambda value, param: value.astype(param.dtype), values, state.params)
     return state._replace(params=params, opt_state=make_optimizer(config, params).init(values))
 

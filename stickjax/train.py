@@ -94,8 +94,7 @@ def _start(
                 changed = [d for d in loaded.config.diff(config) if d.startswith("model.")]
                 raise ValueError(f"--init-from {init_from} is another model ({'; '.join(changed)})")
             # A published model is often stored in a smaller type than it is trained in.
-            values = jax.tree.unflatten(jax.tree.structure(state.params), jax.tree.leaves(loaded.model))
-            state = with_params(config, state, values)
+            state = with_params(config, state, loaded.model)
             say(f"parameters from {init_from}@{loaded.step}")
         return state, None
     check_finite(restored.state.params, source)
