@@ -106,7 +106,7 @@ class OptimConfig:
 class TrainConfig:
     """The length of a run and what it leaves behind."""
 
-    steps: int = field(400, "optimizer steps", at_least=1)
+    steps: int = field(400, "optimizer steps", at_least=1, at_most=2**31 - 1)
     accumulate: int = field(1, "microbatches per step; B must be a multiple of it", at_least=1)
     seed: int = field(0, "initialisation and sampled routing", at_least=0, at_most=SEED)
     log_every: int = field(10, "steps between lines of metrics.jsonl", at_least=1)

@@ -316,7 +316,7 @@ def make_optimizer(config: Config, params) -> Transform:
       params: the parameters, or their shapes; their names and types are read.
     Returns:
       The optimizer; `optax.tree.get(state, "learning_rate")`, `"tokens"` (an int by `int()`) and, where there are some,
-      `"masters"` are for logs. Its `init` may be given values of a larger type than `params` has, which the masters keep.
+      `"masters"` are for logs. Its `init` may be given values of a larger type than `params` has; the masters keep it.
     Raises:
       ValueError: a parameter has no label, a pattern of `optim.learn` matches none, or all are frozen.
     """
