@@ -22,6 +22,7 @@ from stickjax.fields import one_of
 from stickjax.sources import printable
 from stickjax.tasks import TASKS, Examples, logic
 from stickjax.token_files import tokenize, verify
+from stickjax.tokenizer import Tokenizer
 
 __all__ = [
     "Corpus",
@@ -164,6 +165,7 @@ class TrainingData(NamedTuple):
     hash: str
     source: str
     summary: str
+    tokenizer: Tokenizer | None = None  # of a text
 
 
 def training_data(config: Config) -> TrainingData:
@@ -179,7 +181,7 @@ def training_data(config: Config) -> TrainingData:
         loader = lambda index, count: train_loader(corpus, d, process_index=index, process_count=count)  # noqa: E731
         held = f"{heldout.documents:,} documents ({len(heldout.tokens):,} tokens) are held out"
         summary = f"{corpus.summary()}; {held}"
-        return TrainingData(loader, corpus.tokenizer.vocab_size, corpus.hash, corpus.source, summary)
+        return TrainingData(loader, corpus.tokenizer.vocab_size, corpus.hash, corpus.source, summary, corpus.tokenizer)
     pairs = pair_examples(config, "train")
     source = _OfOneLength(pairs, d.B, d.seed)
     digest = hashlib.sha256("\n".join(f"{row}" for row in pairs.rows).encode()).hexdigest()[:16]

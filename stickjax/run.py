@@ -5,6 +5,7 @@ place of the checkpoints a model.safetensors with our leaves, because Orbax writ
 """
 
 import os
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,8 @@ from stickjax.options import read_json
 from stickjax.tokenizer import Tokenizer, load_tokenizer
 
 MODEL_FILE = "model.safetensors"  # of a folder with one model and no steps
+# Where things lie. What they are is known by the hashes that a checkpoint records.
+PLACES = ("data.path", "data.heldout_path", "data.tokenizer")
 # May differ between two parts of one run: they change neither the state nor what a step computes.
 _FREE = (
     "train.log_every",
@@ -57,8 +60,29 @@ def read_config(run: str | os.PathLike) -> Config:
     if hugging_face.is_folder(Path(run)):
         return hugging_face.read_config(Path(run))
     config = read_json(path)
-    own = path.with_name("tokenizer.json")  # that of a converted model, wherever the folder was moved
+    own = path.with_name("tokenizer.json")  # the one that it was trained with, wherever the folder was moved
     return config.replace({"data.tokenizer": str(own)}) if own.exists() else config
+
+
+def with_own_tokenizer(run: str | os.PathLike, config: Config) -> Config:
+    """A config to go on with: a run folder that has a tokenizer.json is trained with that one.
+
+    ValueError when the config names another one.
+    """
+    own, given = Path(run) / "tokenizer.json", Path(config.data.tokenizer)
+    if config.data.tokenizer == "byte" or not own.exists():
+        return config
+    if given.exists() and len({load_tokenizer(str(path), config.data.eot).name for path in (given, own)}) > 1:
+        raise ValueError(f"data.tokenizer={str(given)!r} is another one than {own}, with which {run} is trained")
+    return config.replace({"data.tokenizer": str(own)})
+
+
+def check_tokenizer(extra: dict, config: Config, tokenizer: Tokenizer | None, source: str) -> None:
+    """ValueError when the checkpoint `source` records the hash of another tokenizer."""
+    recorded = extra.get("tokenizer")
+    if recorded and tokenizer and recorded != tokenizer.name:
+        where = f"data.tokenizer={config.data.tokenizer!r}"
+        raise ValueError(f"{where} is {tokenizer.name}, but {source} was trained with {recorded}")
 
 
 def check_config(run: str | os.PathLike, config: Config) -> None:
@@ -67,19 +91,29 @@ def check_config(run: str | os.PathLike, config: Config) -> None:
         return
     if _is_model(run):
         raise ValueError(f"{run} holds a converted model; train in another --run folder with --init-from {run}")
-    changed = [d for d in read_config(run).diff(config) if not d.startswith(_FREE)]
+    before, free = read_config(run), (*_FREE, *(f"{place}:" for place in PLACES))
+    if "byte" in (before.data.tokenizer, config.data.tokenizer):
+        free = free[:-1]
+    changed = [d for d in before.diff(config) if not d.startswith(free)]
     if not (config.optim.decay_tokens or config.optim.schedule == "cosine"):
         changed = [d for d in changed if not d.startswith("train.steps")]  # nothing depends on the end of the run
     if changed:
         raise ValueError(f"{run} is a run of another config ({'; '.join(changed)}); choose another --run folder")
 
 
-def write_config(run: str | os.PathLike, config: Config) -> None:
-    """Make the folder of a run and its config.json, at once or not at all."""
+def write_config(run: str | os.PathLike, config: Config, tokenizer: Tokenizer | None = None) -> None:
+    """Make the folder of a run, with the files of its tokenizer and its config.json, each at once or not at all.
+
+    Its paths are absolute: the run is read from any folder.
+    """
     folder = Path(run)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    write_file(folder / "config.json", config.to_json())
+    if tokenizer is not None:
+        tokenizer.save(folder)
+    places = {place: attrgetter(place)(config) for place in PLACES}
+    places = {place: str(Path(path).absolute()) for place, path in places.items() if path not in (None, "byte")}
+    write_file(folder / "config.json", config.replace(places).to_json())
 
 
 def _is_model(folder: str | os.PathLike) -> bool:
@@ -134,7 +168,9 @@ def load(
     if restored is None:
         raise ValueError(f"{run} has no checkpoint yet")
     check_finite(restored.state, f"{run}, checkpoint of step {restored.step}")
-    return Loaded(restored.state, config, load_tokenizer(config.data.tokenizer, config.data.eot), restored.step)
+    tokenizer = load_tokenizer(config.data.tokenizer, config.data.eot)
+    check_tokenizer(restored.extra, config, tokenizer, f"{run}@{restored.step}")
+    return Loaded(restored.state, config, tokenizer, restored.step)
 
 
 def tokenizer_of(config: Config) -> Tokenizer | None:
@@ -162,7 +198,7 @@ def save(run: str | os.PathLike, model: Transformer, config: Config) -> None:
     if wrong := [n for n in ours.keys() | theirs.keys() if _shape(ours.get(n)) != _shape(theirs.get(n))]:
         raise ValueError(f"the model has another shape than its config says: {', '.join(sorted(wrong))}")
     with complete_folder(run) as folder:
-        write_config(folder, config)
+        write_config(folder, config, tokenizer_of(config))
         write_safetensors(folder / MODEL_FILE, in_memory(model))
 
 

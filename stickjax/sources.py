@@ -216,7 +216,8 @@ def text_documents(path: str, text_field: str = "text", name: str = "data.path")
     """
     root, empty, left_out, as_they_stand = Path(path), True, {}, []
     if not os.path.lexists(root):
-        raise ValueError(f"{name}={path!r} does not exist")
+        hint = f"; --{name}=PATH says where it lies" if name.startswith("data.") else ""
+        raise ValueError(f"{name}={path!r} does not exist{hint}")
     for file in files_below(root) if root.is_dir() else [root]:
         try:
             documents, whole = _documents(file, text_field)

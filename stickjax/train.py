@@ -21,7 +21,16 @@ from stickjax.data import training_data
 from stickjax.metrics import MetricsLog, flops_per_token, peak_flops, stop_trace
 from stickjax.options import describe, load_config, parse
 from stickjax.progress import Progress
-from stickjax.run import check_config, load, placed, read_config, write_config
+from stickjax.run import (
+    PLACES,
+    check_config,
+    check_tokenizer,
+    load,
+    placed,
+    read_config,
+    with_own_tokenizer,
+    write_config,
+)
 from stickjax.step import TrainState, init_state, jit_step, tokens_of, with_params
 
 
@@ -63,6 +72,7 @@ def _start(
     abstract = placed(mesh, jax.eval_shape(lambda: init_state(config, key)))
     if (restored := checkpoints.restore(abstract)) is not None:
         source, data_state = f"{checkpoints.folder.parent}@{restored.step}", restored.extra["data"]
+        check_tokenizer(restored.extra, config, data.tokenizer, source)
         if restored.extra["corpus"] != data.hash:
             raise ValueError(
                 f"the text has changed: {data.source} is now {data.hash}, "
@@ -75,6 +85,7 @@ def _start(
         if restored is None:
             raise ValueError(f"{run} has no checkpoint to branch from")
         source = f"{run}@{restored.step}"
+        check_tokenizer(restored.extra, config, data.tokenizer, source)
         config.check_lengths(restored.step, tokens_of(restored.state))
         # A decay is often trained on other text than the stable phase; that text is read from its beginning.
         same_text = restored.extra["corpus"] == data.hash
@@ -141,13 +152,16 @@ def fit(
       FloatingPointError: `max_bad_steps` steps in a row were not finite; the last good checkpoint is kept.
       OSError: a checkpoint or the metrics could not be written.
     """
+    config = with_own_tokenizer(run, config)
     data = training_data(config)
     if data.vocab_size > config.model.V:
         raise ValueError(f"V={config.model.V} is smaller than the {data.vocab_size} ids of {data.source}")
     mesh = sharding.make_mesh(config)
     loader = data.loader(*sharding.rows_of_process(mesh))
-    fields = {f"{s}.{n}": v for s, section in config.to_dict().items() for n, v in section.items() if "path" not in n}
-    processes.check_same({"text": data.hash} | fields)  # the same text may lie elsewhere on another machine
+    fields = {f"{s}.{n}": value for s, section in config.to_dict().items() for n, value in section.items()}
+    content = {"text": data.hash, "tokenizer": data.tokenizer and data.tokenizer.name}
+    # The same text and tokenizer may lie elsewhere on another machine.
+    processes.check_same(content | {name: value for name, value in fields.items() if name not in PLACES})
     quiet = quiet or not processes.is_writer()
     with Progress(config, quiet=quiet) as progress, Checkpoints(run, config.train.keep) as checkpoints:
         check_config(run, config)  # nobody else writes the folder now
@@ -157,7 +171,7 @@ def fit(
             loader.set_state(data_state)
         log, trace, step = None, None, int(state.step)
         if processes.is_writer():
-            write_config(run, config)  # only now: a start that is refused leaves no folder behind
+            write_config(run, config, data.tokenizer)  # only now: a start that is refused leaves no folder behind
             log, trace = MetricsLog(run, after_step=step), Path(run) / "profile" if profile else None
         with contextlib.closing(log) if log else contextlib.nullcontext(), _stop_signals() as asked:
             return _loop(
@@ -178,6 +192,7 @@ def _loop(config, mesh, state, loader, data, checkpoints, log, progress, asked, 
     step_function = jit_step(config, mesh, state)
     tokens, peak = config.data.tokens_per_step, peak_flops(1 if mesh is None else mesh.size)
     per_token = flops_per_token(config.model, config.data.T)
+    tokenizer = data.tokenizer and data.tokenizer.name
     first = step = saved = int(state.step)
     inside, started = 0.0, time.perf_counter()
     batch, bad_steps = sharding.place(mesh, next(loader), config.train.accumulate), 0
@@ -217,7 +232,8 @@ def _loop(config, mesh, state, loader, data, checkpoints, log, progress, asked, 
                 log.write(row)
             progress.update(row)
         if not bad_steps and (step % config.train.checkpoint_every == 0 or stop):
-            extra = {"data": data_state, "corpus": data.hash, "tokens": tokens_of(state), "config": config.to_dict()}
+            hashes = {"corpus": data.hash, "tokenizer": tokenizer}
+            extra = hashes | {"data": data_state, "tokens": tokens_of(state), "config": config.to_dict()}
             checkpoints.save(step, state, extra)
             saved = step
     checkpoints.wait()
