@@ -77,6 +77,14 @@ def chip() -> str:
     return f"sm_{capability.replace('.', '')}" if capability else "gpu"
 
 
+def multiprocessors() -> int:
+    """How many the GPU has that is traced for; where kernels are interpreted on a CPU, those of an H200."""
+    device = get_abstract_mesh().abstract_device
+    if device is None and jax.default_backend() == "gpu":
+        device = jax.devices()[0]
+    return getattr(device, "num_cores", None) or getattr(device, "core_count", None) or HOPPER.num_cores
+
+
 def product(a, b):
     """a @ b in fp32, from shared memory (either may be a transposed reference)."""
 
@@ -115,6 +123,37 @@ def exp2_of_minus_abs(x):
         return _like(x, registers)
 
     return run(x)
+
+
+def any_at_most(x, limit):
+    """Whether x <= limit in some of the 64 rows: one vote on the barrier that the warpgroup has to itself.
+
+    `jnp.any` would go through shared memory that all warpgroups of a block have in common: two that compute would
+    overwrite each other's values.
+    """
+    if _interpreted.get():
+        return (x <= limit).any()
+    from jax._src.lib.mlir import ir
+    from jax._src.lib.mlir.dialects import arith, llvm, vector
+    from jax.experimental.mosaic.gpu import FragmentedArray, utils
+
+    ptx = (
+        "{ .reg .pred mine, any; setp.ne.b32 mine, $1, 0; "
+        f"bar.red.or.pred any, $2, {utils.WARPGROUP_SIZE}, mine; selp.b32 $0, 1, 0, any; }}"
+    )
+
+    @plgpu.inline_mgpu(arg_types=(ROW, ROW), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=ROW))
+    def vote(ctx, x, limit):
+        i32, mine = ir.IntegerType.get_signless(32), None
+        for a, b in zip(x.registers.flat, limit.registers.flat, strict=True):
+            a, b = (vector.extract(register, [], [0]) for register in (a, b))
+            one = arith.cmpf(arith.CmpFPredicate.OLE, a, b)
+            mine = one if mine is None else arith.ori(mine, one)
+        operands = [arith.extui(i32, mine), utils.warpgroup_barrier_idx(sync=False)]
+        result = llvm.inline_asm(i32, operands, ptx, "=r,r,r", has_side_effects=True)
+        return FragmentedArray.splat(result, (), is_signed=True)
+
+    return vote(x, limit) != 0
 
 
 def minus_sum_right(minuend, factor, x, start):

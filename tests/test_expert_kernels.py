@@ -21,7 +21,7 @@ needs_triton = pytest.mark.skipif(
 @pytest.fixture
 def mosaic(monkeypatch):
     # So few that each takes several tiles.
-    monkeypatch.setattr("pallas_kernels.scatter_moe.mosaic_pipeline.MULTIPROCESSORS", 2)
+    monkeypatch.setattr("pallas_kernels.seam.multiprocessors", lambda: 2)
     with seam.interpret(detect_races=True):  # a race raises
         yield "mosaic"
 

@@ -100,6 +100,27 @@ def test_skipping_stops_early_forward_and_backward(kernels):
     assert (values["log_rem"][:, 300:] <= -24 * np.log(2)).all()
 
 
+def test_padding_does_not_keep_a_tile_from_stopping_early(kernels):
+    """The last 64 rows are padding but for two; without padding they would leave their five key tiles early too."""
+    case = Stick(T=320, N=1, H=32, segments=(258, -62))
+    values = run(kernels, case, "bfloat16", skip_below=-24.0)
+    compare(values, expected(case, "bfloat16", True), "bfloat16", skips=True)
+    whole = run(kernels, Stick(T=258, N=1, H=32), "bfloat16", skip_below=-24.0)
+    assert float(values["kept"][0, 0]) <= float(whole["kept"][0, 0]) < 0.9
+
+
+def test_an_entry_without_keys_left_does_not_keep_the_others_reading(kernels):
+    """Decoding with 100 and with 4000 keys: the first entry keeps stick to the end, the second spends it at once."""
+    case = Stick(T=1, S=4000, B=2, N=2, K=1, H=32, offset=(100, 3999))
+    query, key, value = case.arrays("bfloat16")
+    key = key.at[0].set(0).at[0, :, :, 0].set(-9)
+    arrays = query.at[..., 0].set(8), key, value
+    attended = jax.jit(attend(kernels, case, skip_below=-24.0))(*arrays)
+    wanted = stick_breaking_attention(*(x.astype(jnp.float32) for x in arrays), **case.options(), implementation="xla")
+    assert relative_error(attended[0], wanted[0]) <= FORWARD["bfloat16"]
+    assert float(wanted[1][0].min()) > 0.9 and float(attended[2].kept[1, 0]) < 0.5
+
+
 def test_far_keys_keep_their_weight_behind_a_long_row(kernels):
     """The backward pass walks back from a stick of 2^-2000 to 2^0; a carry in one float would have lost the digits."""
     case = Stick(T=300, N=1, H=32, std=0.3, shift=7.0)

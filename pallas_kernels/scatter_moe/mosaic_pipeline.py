@@ -13,11 +13,10 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from .. import cost, seam_rows
+from .. import cost, seam, seam_rows
 
 STAGES = 4
 AHEAD = 2  # steps whose rows are on their way; of the other two stages one is multiplied and one waits for its products
-MULTIPROCESSORS = 132
 
 
 class Ring(NamedTuple):
@@ -98,7 +97,7 @@ def receive(ring: Ring, steps, multiply: Callable, products: int, step):
 
 def blocks(most: int) -> int:
     """As many as run at once, if there is work for all."""
-    return min(MULTIPROCESSORS, most)
+    return min(seam.multiprocessors(), most)
 
 
 def every(blocks: int, total, body: Callable, state):

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .. import seam
 from .call import Call
 from .spans import spans
 
@@ -37,21 +38,34 @@ class Kernels(NamedTuple):
     d_query: Callable
     d_key_value: Callable
     snapshot_bytes: int  # of a row and key tile
-    multiprocessors: int  # of a usual GPU
+    row_multiple: int = 1  # the kernels take arrays whose numbers of queries and of keys are multiples of this
 
 
 def attention(kernels: Kernels, call: Call):
-    """(out [B,T,N,Hv], log_rem [B,T,N], share of the key tiles computed [B,K])."""
+    """(out [B,T,N,Hv], log_rem [B,T,N], share of the key tiles computed [B,K]).
+
+    Arrays are padded to whole multiples of `row_multiple` first. `call.mask` keeps the real T and S: no query sees a
+    padded key, and the rows of padded queries are cut off, so that their cotangents are zero.
+    """
     scale = jnp.asarray(call.scale, jnp.float32)
     static = call._replace(query=None, key=None, value=None, scale=None, where=None)
-    return _attention(call.query, call.key, call.value, scale, call.where, static, kernels)
+    arrays = (_padded(x, kernels.row_multiple) for x in (call.query, call.key, call.value))
+    out, log_rem, kept = _attention(*arrays, scale, call.where, static, kernels)
+    return out[:, : call.mask.T], log_rem[:, : call.mask.T], kept
+
+
+def _padded(x, multiple: int):
+    """[B, rows, ..] with zeros behind the rows, up to a multiple; an array that is one already stays as it is."""
+    missing = -x.shape[1] % multiple
+    return jnp.pad(x, ((0, 0), (0, missing)) + ((0, 0),) * (x.ndim - 2)) if missing else x
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _attention(query, key, value, scale, where, static, kernels):
     call = static._replace(query=query, key=key, value=value, scale=scale, where=where)
     if is_decoding(call):
-        return _decode(kernels, call)
+        out, log_rem, kept = _decode(kernels, call)
+        return _padded(out, kernels.row_multiple), _padded(log_rem, kernels.row_multiple), kept
     return _forward(query, key, value, scale, where, static, kernels)[0]
 
 
@@ -60,7 +74,7 @@ def _forward(query, key, value, scale, where, static, kernels):
     plan = kernels.plan(call)
     planned = _planned(call, plan)
     out, spent, reached = kernels.forward(plan, query, key, value, scale, *planned)
-    log_rem = -LN2 * (spent[0] + spent[1])[:, :, : plan.rows].swapaxes(1, 2)
+    log_rem = -LN2 * (spent[0] + spent[1])[:, :, : query.shape[1]].swapaxes(1, 2)
     residuals = query, key, value, scale, where, spent, reached
     return (out, log_rem, _kept(plan, planned[0], reached)), residuals
 
@@ -72,7 +86,7 @@ def _backward(static, kernels, residuals, cotangents):
     plan = kernels.plan(call, backward=True)
     planned = _planned(call, plan)
     spent, reached = _for_rows(plan, spent, reached)
-    d_log_rem = jnp.pad(d_log_rem.swapaxes(1, 2), ((0, 0), (0, 0), (0, plan.padded - plan.rows)))
+    d_log_rem = jnp.pad(d_log_rem.swapaxes(1, 2), ((0, 0), (0, 0), (0, plan.padded - d_log_rem.shape[1])))
     arrays = query, key, value, d_out.astype(query.dtype), d_log_rem, spent, reached
     dq, d_scale, dk, dv = _gradients(kernels, plan, arrays, scale, planned)
     return dq, dk, dv, d_scale.sum(), None
@@ -153,21 +167,22 @@ def _kept(plan, table, reached):
 
 
 def is_decoding(call: Call) -> bool:
-    (_, T, N, _), K = call.query.shape, call.key.shape[2]
-    return call.tiles is None and T <= 16 and T * (N // K) <= 64 and call.mask.S >= 2 * SPLIT
+    T, rows = call.mask.T, call.mask.T * (call.query.shape[2] // call.key.shape[2])
+    return call.tiles is None and T <= 16 and rows <= 64 and call.mask.S >= 2 * SPLIT
 
 
-def splits(kernels: Kernels, call: Call) -> int:
+def splits(call: Call) -> int:
     B, K = call.query.shape[0], call.key.shape[2]
-    return max(1, min(kernels.multiprocessors // (B * K), call.mask.S // SPLIT))
+    return max(1, min(seam.multiprocessors() // (B * K), call.mask.S // SPLIT))
 
 
 def _decode(kernels: Kernels, call: Call):
     """The merge rule over the splits; with skip_below in rounds, the nearest keys first, until no stick is left."""
-    (B, T, N, H), (K, Hv) = call.query.shape, call.value.shape[2:]
-    G, P = N // K, splits(kernels, call)
+    (B, _, N, H), (K, Hv), T = call.query.shape, call.value.shape[2:], call.mask.T
+    G, P = N // K, splits(call)
     plan = kernels.plan(call, decoding=(G, P))
-    query = jnp.moveaxis(call.query.reshape(B, T, K, G, H), 3, 2).reshape(B, T * G, K, H)
+    query = jnp.moveaxis(call.query[:, :T].reshape(B, T, K, G, H), 3, 2).reshape(B, T * G, K, H)
+    query = _padded(query, kernels.row_multiple)
     table, *planned = _planned(call, plan, G)
     stop, start = table[..., 0], table[..., 3]
 
@@ -181,13 +196,17 @@ def _decode(kernels: Kernels, call: Call):
         out, spent, _ = kernels.forward(plan, query, call.key, call.value, call.scale, split, *planned)
         spent = spent.sum(0)[..., : plan.rows].reshape(P, B, K, plan.rows)
         nearer = jnp.cumsum(spent[::-1], 0)[::-1] - spent
-        out = jnp.moveaxis(out, 2, 1).reshape(P, B, K, plan.rows, Hv)
+        out = jnp.moveaxis(out[:, : plan.rows], 2, 1).reshape(P, B, K, plan.rows, Hv)
         return (out * jnp.exp2(-nearer)[..., None]).sum(0), spent.sum(0)
 
     kept = jnp.ones((B, K), jnp.float32)
     if call.skip_below is None:
         out, spent = some(stop, start)
     else:
+
+        is_padding = jnp.bool_(False)  # such a row sees no key, so that it never spends its stick
+        if call.where.query_segments is not None:
+            is_padding = planned[1][:, None, : plan.rows] < 0
 
         def further(state):
             width, high, out, spent = state
@@ -197,7 +216,8 @@ def _decode(kernels: Kernels, call: Call):
 
         def goes_on(state):
             _, high, _, spent = state
-            return (high > start).any() & (spent.min() <= -call.skip_below)
+            unspent = (~is_padding & (spent <= -call.skip_below)).any((1, 2))
+            return ((high > start).any(1) & unspent).any()  # some entry has keys left and stick left
 
         zeros = jnp.zeros((B, K, plan.rows), jnp.float32)
         nothing = jnp.zeros((B, K, plan.rows, Hv), jnp.float32)

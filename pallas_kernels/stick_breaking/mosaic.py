@@ -12,6 +12,7 @@ from .mosaic_tile import KEYS, ROWS, Plan
 
 WIDTHS = (32, 64, 128, 256)
 MEMORY = 208 * 1024  # bytes of shared memory for tiles
+COPIED_ROWS = 8  # the copy engine takes arrays of whole groups of so many rows
 
 
 def refuses(call: Call) -> str | None:
@@ -30,10 +31,12 @@ def refuses(call: Call) -> str | None:
 
 
 def detail(call: Call) -> str:
+    S = call.mask.S
+    copied = f", keys and values copied from S={S} to {S + -S % COPIED_ROWS} rows" if S % COPIED_ROWS else ""
     if fused.is_decoding(call):
-        return f"decoding, {fused.splits(KERNELS, call)} splits of the keys"
+        return f"decoding, {fused.splits(call)} splits of the keys{copied}"
     skip = "" if call.skip_below is None else f", skipping below 2^{call.skip_below:g}"
-    return f"{_warpgroups(call) * ROWS} x {KEYS} tiles{skip}"
+    return f"{_warpgroups(call) * ROWS} x {KEYS} tiles{skip}{copied}"
 
 
 def attention(call: Call):
@@ -54,10 +57,9 @@ def _bytes(plan: Plan, rows: int) -> int:
 
 def _plan(call: Call, *, backward: bool = False, decoding: tuple[int, int] | None = None) -> Plan:
     """`decoding`: the query heads of a key head, which are packed as rows, and the splits of the keys."""
-    (B, T, N, H), (_, S, K, Hv) = call.query.shape, call.value.shape
-    m = call.mask
+    (B, _, N, H), (K, Hv), m = call.query.shape, call.value.shape[2:], call.mask
     plan = Plan(
-        B, T, S, N, K, H, Hv, call.query.dtype, 2, _warpgroups(call), m.attend_current, m.window,
+        B, m.T, m.S, N, K, H, Hv, call.query.dtype, 2, _warpgroups(call), m.attend_current, m.window,
         call.skip_below, call.where.query_segments is not None,
     )  # fmt: skip
     stages = (MEMORY - _bytes(plan, plan.warpgroups * ROWS)) // _bytes(plan, KEYS)
@@ -66,7 +68,7 @@ def _plan(call: Call, *, backward: bool = False, decoding: tuple[int, int] | Non
         return plan
     G, splits = decoding
     return plan._replace(
-        rows=T * G, N=K, warpgroups=1, per_position=G, splits=splits, out_dtype=jnp.float32, skip_below=None
+        rows=m.T * G, N=K, warpgroups=1, per_position=G, splits=splits, out_dtype=jnp.float32, skip_below=None
     )
 
 
@@ -75,4 +77,4 @@ def _d_key_value(plan: Plan, *arrays):
     return d_key_value(plan._replace(stages=stages), *arrays)
 
 
-KERNELS = fused.Kernels(_plan, forward, d_query, _d_key_value, snapshot_bytes=16, multiprocessors=132)
+KERNELS = fused.Kernels(_plan, forward, d_query, _d_key_value, snapshot_bytes=16, row_multiple=COPIED_ROWS)

@@ -182,8 +182,8 @@ def d_key_value(
     run = plgpu.kernel(
         stick_breaking_d_key_value,
         out_type=(
-            jax.ShapeDtypeStruct((plan.B, plan.S, plan.K, plan.H), dtype),
-            jax.ShapeDtypeStruct((plan.B, plan.S, plan.K, plan.Hv), dtype),
+            jax.ShapeDtypeStruct(key.shape, dtype),
+            jax.ShapeDtypeStruct(value.shape, dtype),
         ),
         scratch_types=(
             memory((2, HALF, plan.H)),

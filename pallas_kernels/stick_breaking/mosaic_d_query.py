@@ -133,7 +133,7 @@ def d_query(
     run = plgpu.kernel(
         stick_breaking_d_query,
         out_type=(
-            jax.ShapeDtypeStruct((plan.B, plan.rows, plan.N, plan.H), dtype),
+            jax.ShapeDtypeStruct(query.shape, dtype),
             jax.ShapeDtypeStruct((plan.B, plan.N, padded), jnp.float32),
             jax.ShapeDtypeStruct((plan.B, plan.N, -(-plan.S // KEYS), 2, 2, padded), jnp.float32),
         ),

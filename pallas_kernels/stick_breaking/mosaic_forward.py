@@ -17,11 +17,11 @@ from jax import lax
 
 from .. import cost, seam
 from .logarithm import LOG2E
-from .mosaic_tile import KEYS, ROWS, Plan, block, sticks, tile_memory, two_sum, visible, visited
+from .mosaic_tile import KEYS, ROWS, Plan, block, stick_limits, sticks, tile_memory, two_sum, visible, visited
 
 
 def forward(plan: Plan, query, key, value, scale, spans, offset, query_segments=None, key_segments=None):
-    """(out [B,rows,N,Hv], spent [2,B,N,rows padded], first visited tile [B,N,tiles * warpgroups]); B times splits."""
+    """(out [B,T,N,Hv], spent [2,B,N,rows padded], first visited tile [B,N,tiles * warpgroups]); B times splits."""
     W, stages, dtype = plan.warpgroups, plan.stages, plan.dtype
     skip = plan.skip_below is not None
     padded, entries, out_dtype = plan.tiles * W * ROWS, plan.B * plan.splits, plan.out_dtype or dtype
@@ -81,7 +81,7 @@ def forward(plan: Plan, query, key, value, scale, spans, offset, query_segments=
             plgpu.copy_gmem_to_smem(q_ref.at[b, pl.ds(row, ROWS), n], q_mem.at[wg], loaded.at[wg])
             plgpu.barrier_wait(loaded.at[wg])
             multiplier, position = scale_ref[0] * LOG2E, offset_ref[b]
-            threshold = -plan.skip_below if skip else 0.0
+            limit = stick_limits(plan, segments, b, row) if skip else None
 
             def visit(masked, state):
                 j, _, high, low, acc = state
@@ -98,7 +98,7 @@ def forward(plan: Plan, query, key, value, scale, spans, offset, query_segments=
                 acc = seam.add_product(acc, weights.astype(dtype), v_mem.at[slot])
                 alive = jnp.bool_(True)
                 if skip:
-                    alive = jnp.min(high) <= threshold
+                    alive = seam.any_at_most(high, limit)
                     needs[wg, slot] = jnp.where(alive & (j > own_start), 1, 0)
                 plgpu.barrier_arrive(used.at[slot])
                 return j - 1, alive, high, low, acc
@@ -143,7 +143,7 @@ def forward(plan: Plan, query, key, value, scale, spans, offset, query_segments=
             plgpu.wait_smem_to_gmem(0)
 
     out_type = (
-        jax.ShapeDtypeStruct((entries, plan.rows, plan.N, plan.Hv), out_dtype),
+        jax.ShapeDtypeStruct((entries, query.shape[1], plan.N, plan.Hv), out_dtype),
         jax.ShapeDtypeStruct((2, entries, plan.N, padded), jnp.float32),
         jax.ShapeDtypeStruct((entries, plan.N, plan.tiles * W), jnp.int32),
     )

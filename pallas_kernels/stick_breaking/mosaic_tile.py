@@ -107,6 +107,19 @@ def visible(plan: Plan, segments, b, first_row, first_column, columns, offset):
     return seen
 
 
+def stick_limits(plan: Plan, segments, b, first_row):
+    """What each of 64 rows may have spent of its stick, in registers, before the early exit takes it as finished.
+
+    A padding row, behind the last query or of a negative segment, always counts as finished: it may see no key, and a
+    tile that waited for it would never be left early.
+    """
+    row = first_row + plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=seam.ROW)
+    real = row < plan.rows
+    if plan.segments:
+        real &= plgpu.load(segments[0].at[b, pl.ds(first_row, ROWS)], layout=seam.ROW) >= 0
+    return jnp.where(real, -plan.skip_below, -jnp.inf)
+
+
 def block(plan: Plan):
     """(entry, query head, query tile) of this block: heavy tiles first, few heads at a time to share the cache."""
     heads = plan.B * plan.splits * plan.N

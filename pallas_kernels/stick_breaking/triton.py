@@ -94,7 +94,7 @@ def refuses(call: Call) -> str | None:
 
 def detail(call: Call) -> str:
     if fused.is_decoding(call):
-        return f"decoding, {fused.splits(KERNELS, call)} splits of the keys"
+        return f"decoding, {fused.splits(call)} splits of the keys"
     plan = _plan(call)
     skip = "" if call.skip_below is None else f", skipping below 2^{call.skip_below:g}"
     return f"{plan.row_tile} x {plan.key_tile} tiles{skip}"
@@ -115,22 +115,22 @@ def _filled(size: int) -> int:
 
 def _plan(call: Call, *, backward: bool = False, decoding: tuple[int, int] | None = None) -> Plan:
     """`decoding`: the query heads of a key head, which are packed as rows, and the splits of the keys."""
-    (B, T, N, H), (_, S, K, Hv) = call.query.shape, call.value.shape
-    m, itemsize = call.mask, call.query.dtype.itemsize
+    (B, _, N, H), (K, Hv), m = call.query.shape, call.value.shape[2:], call.mask
+    itemsize = call.query.dtype.itemsize
     chosen = tuning.tuned(seam.chip(), "stick_breaking_triton", bytes=itemsize, width=max(H, Hv))
     rows, warps = chosen["backward" if backward else "forward"]
     rows, keys = call.tiles or (rows, KEYS)
     stages = 3 if itemsize == 2 and triton_call.shared_memory() > 128 * 1024 else 2
     plan = Plan(
-        B, T, S, N, K, H, Hv, call.query.dtype, rows, keys, warps, stages, m.attend_current, m.window, call.skip_below,
-        call.where.query_segments is not None,
+        B, m.T, m.S, N, K, H, Hv, call.query.dtype, rows, keys, warps, stages, m.attend_current, m.window,
+        call.skip_below, call.where.query_segments is not None,
     )  # fmt: skip
     if decoding is None:
         return plan
     G, splits = decoding
     return plan._replace(
-        rows=T * G, N=K, per_position=G, splits=splits, out_dtype=jnp.float32, skip_below=None,
-        row_tile=_filled(T * G), warps=4,
+        rows=m.T * G, N=K, per_position=G, splits=splits, out_dtype=jnp.float32, skip_below=None,
+        row_tile=_filled(m.T * G), warps=4,
     )  # fmt: skip
 
 
@@ -201,4 +201,4 @@ def _d_key_value(plan: Plan, query, key, value, d_out, snapshots, reached, scale
     return run(query, key, value, d_out, snapshots, reached, who, *_arrays(plan, scale, spans, *planned))
 
 
-KERNELS = fused.Kernels(_plan, _forward, _d_query, _d_key_value, snapshot_bytes=8, multiprocessors=128)
+KERNELS = fused.Kernels(_plan, _forward, _d_query, _d_key_value, snapshot_bytes=8)

@@ -1,0 +1,109 @@
+"""Every case of the Mosaic kernels, lowered for a Hopper GPU that need not be there: no CUDA wheels, no GPU.
+
+The interpreter does not lower. What lowering refuses, or makes into a race, only shows here.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+from cases import KERNEL_CASES, KERNEL_EXPERTS, Experts, Stick
+from jax.experimental.mosaic.gpu import FragmentedArray
+
+from benchmarks.gpu_cases import FEATURES
+from pallas_kernels import expert_mlp, explain, route, seam, stick_breaking_attention
+
+# Lengths as users have them, which nobody rounded to a tile.
+ODD = {
+    "T=131": Stick(T=131, H=64),
+    "T=1, S=1001": Stick(T=1, S=1001, N=12, K=1, H=64),
+    "T=3, S=1001": Stick(T=3, S=1001, N=12, K=4, H=64, Hv=256),
+    "T=131, S=1001": Stick(T=131, S=1001, H=64, Hv=32),
+    "prompts of unequal lengths": Stick(T=77, S=1001, B=3, H=64, segments=(-7, 70), key_segments=(-7, 994)),
+}
+CASES = {f"interpreted: {name}": case for name, case in KERNEL_CASES.items()}
+CASES |= {f"benchmark: {name}": case for name, case in FEATURES.items()} | {f"odd: {k}": v for k, v in ODD.items()}
+
+
+@contextlib.contextmanager
+def reductions_through_shared_memory(monkeypatch) -> Iterator[list]:
+    """The reductions that are lowered inside and that pass through the scratch memory that a block has once."""
+    found, reduce = [], FragmentedArray.reduce
+
+    def recorded(self, *args, scratch=None, **options):
+        if scratch is not None:
+            found.append(self.shape)
+        return reduce(self, *args, scratch=scratch, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FragmentedArray, "reduce", recorded)
+        yield found
+
+
+def lower(function, *arrays) -> str:
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
+    with seam.absent_gpu():
+        return jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def forward_and_backward(function):
+    """`function` and its derivative, by cotangents of ones."""
+
+    def run(*arrays):
+        outputs, vjp = jax.vjp(function, *arrays)
+        return outputs, vjp(jax.tree.map(jnp.ones_like, outputs))
+
+    return run
+
+
+def prepared(name: str):
+    """(arrays, options, whether it has a backward pass)."""
+    case = CASES[name]
+    if isinstance(case, Stick):
+        dtype = {"fp16": "float16", "fp32": "float32"}.get(name.removeprefix("interpreted: ")[:4], "bfloat16")
+        return case.arrays(dtype), case.options(), name != "odd: T=1, S=1001"
+    return case.arrays(jax.random.key(0)), case.options(), not case.forward_only
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_attention_that_is_chosen_for_hopper_lowers(name, monkeypatch):
+    arrays, options, has_backward = prepared(name)
+    with seam.absent_gpu():
+        said = explain("stick_breaking_attention", *arrays, **options)
+    if not said.startswith("stick_breaking_attention: mosaic"):
+        pytest.skip(said)
+    attend = partial(stick_breaking_attention, **options)
+    with reductions_through_shared_memory(monkeypatch) as reductions:
+        text = lower(forward_and_backward(attend) if has_backward else attend, *arrays)
+    assert text.count("mosaic_gpu") >= (3 if has_backward else 1)
+    assert not reductions, "two warpgroups that reduce at the same time overwrite each other's values"
+
+
+@pytest.mark.parametrize("dtype", ("bfloat16", "float32"))
+@pytest.mark.parametrize("name", KERNEL_EXPERTS)
+def test_experts_that_are_chosen_for_hopper_lower(name, dtype, monkeypatch):
+    case: Experts = KERNEL_EXPERTS[name]
+    if not case.T:
+        pytest.skip("no tokens, no kernel")
+    indices = case.indices()
+    shapes = (case.T, case.D), (case.E, case.D, 2 * case.F), (case.E, case.F, case.D), (case.T, case.k)
+    arrays = [jnp.zeros(shape, dtype) for shape in shapes]
+
+    def mlp(x, w_in, w_out, gates):
+        return expert_mlp(x, w_in, w_out, route(indices, case.E), gates)
+
+    with reductions_through_shared_memory(monkeypatch) as reductions:
+        text = lower(forward_and_backward(mlp), *arrays)
+    assert "mosaic_gpu" in text
+    assert not reductions
+
+
+def test_an_odd_cache_is_copied_and_explain_says_so():
+    q, k = (jax.ShapeDtypeStruct((1, n, 2, 64), jnp.bfloat16) for n in (1, 1001))
+    with seam.absent_gpu():
+        assert "keys and values copied from S=1001 to 1008 rows" in explain("stick_breaking_attention", q, k, k)
+        even = jax.ShapeDtypeStruct((1, 1000, 2, 64), jnp.bfloat16)
+        assert "copied" not in explain("stick_breaking_attention", q, even, even)
