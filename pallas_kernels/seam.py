@@ -125,7 +125,7 @@ def exp2_of_minus_abs(x):
     return run(x)
 
 
-def any_at_most(x, limit):
+def any_at_most(x, limit: float):
     """Whether x <= limit in some of the 64 rows: one vote on the barrier that the warpgroup has to itself.
 
     `jnp.any` would go through shared memory that all warpgroups of a block have in common: two that compute would
@@ -137,23 +137,62 @@ def any_at_most(x, limit):
     from jax._src.lib.mlir.dialects import arith, llvm, vector
     from jax.experimental.mosaic.gpu import FragmentedArray, utils
 
+    # The number of the barrier is worked out anew each time: kept, it would take a register that the loop lacks.
     ptx = (
-        "{ .reg .pred mine, any; setp.ne.b32 mine, $1, 0; "
-        f"bar.red.or.pred any, $2, {utils.WARPGROUP_SIZE}, mine; selp.b32 $0, 1, 0, any; }}"
+        "{ .reg .pred mine, any; .reg .b32 barrier; mov.u32 barrier, %tid.x; shr.u32 barrier, barrier, 7; "
+        "add.u32 barrier, barrier, 1; setp.ne.b32 mine, $1, 0; "
+        f"bar.red.or.pred any, barrier, {utils.WARPGROUP_SIZE}, mine; selp.b32 $0, 1, 0, any; }}"
     )
 
-    @plgpu.inline_mgpu(arg_types=(ROW, ROW), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=ROW))
-    def vote(ctx, x, limit):
-        i32, mine = ir.IntegerType.get_signless(32), None
-        for a, b in zip(x.registers.flat, limit.registers.flat, strict=True):
-            a, b = (vector.extract(register, [], [0]) for register in (a, b))
-            one = arith.cmpf(arith.CmpFPredicate.OLE, a, b)
-            mine = one if mine is None else arith.ori(mine, one)
-        operands = [arith.extui(i32, mine), utils.warpgroup_barrier_idx(sync=False)]
-        result = llvm.inline_asm(i32, operands, ptx, "=r,r,r", has_side_effects=True)
+    @plgpu.inline_mgpu(arg_types=(ROW,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=ROW))
+    def vote(ctx, x):
+        i32, most, mine = ir.IntegerType.get_signless(32), utils.c(limit, ir.F32Type.get()), None
+        for register in x.registers.flat:
+            own = arith.cmpf(arith.CmpFPredicate.OLE, vector.extract(register, [], [0]), most)
+            mine = own if mine is None else arith.ori(mine, own)
+        result = llvm.inline_asm(i32, [arith.extui(i32, mine)], ptx, "=r,r", has_side_effects=True)
         return FragmentedArray.splat(result, (), is_signed=True)
 
-    return vote(x, limit) != 0
+    return vote(x) != 0
+
+
+def row_numbers():
+    """0 to 63 as int32 [64], worked out from the thread's number where it is asked for.
+
+    `broadcasted_iota` is one value to the compiler wherever it stands: where the masks of a loop need it too, a use in
+    front of the loop would keep it in registers all the while.
+    """
+    if _interpreted.get():
+        return jnp.arange(64, dtype=jnp.int32)
+    from jax._src.lib.mlir import ir
+    from jax._src.lib.mlir.dialects import arith, llvm, vector
+    from jax.experimental.mosaic.gpu import FragmentedArray, utils
+
+    @plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct((64,), jnp.int32, layout=ROW))
+    def run(ctx):
+        i32, layout = ir.IntegerType.get_signless(32), ROW.to_mgpu()
+
+        def on_values(op):
+            return lambda x, y: op(x, utils.c(y, i32) if isinstance(y, int) else y)
+
+        arithmetic = [on_values(op) for op in (arith.shrui, arith.andi, arith.ori)]
+        thread = llvm.inline_asm(i32, [], "mov.u32 $0, %tid.x;", "=r", has_side_effects=True)
+        registers = np.empty(layout.registers_shape((64,)), object)
+        for half, index in enumerate(np.ndindex(registers.shape)):
+            number = row_of_thread(thread, half, *arithmetic)
+            registers[index] = vector.from_elements(ir.VectorType.get((1,), i32), [number])
+        return FragmentedArray(_registers=registers, _layout=layout, _is_signed=True)
+
+    return run()
+
+
+def row_of_thread(thread, half: int, right, bits, either):
+    """The row that a thread holds: a warp has 16 rows, a quad of its threads one of the first 8, one of the last 8.
+
+    `right(x, n)`, `bits(x, n)` and `either(x, y)` are x >> n, x & n and x | y, of numbers or of what stands for them.
+    """
+    warp, quad = bits(right(thread, 1), 48), bits(right(thread, 2), 7)
+    return either(warp, either(quad, 8 * half))
 
 
 def minus_sum_right(minuend, factor, x, start):

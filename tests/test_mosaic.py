@@ -3,6 +3,7 @@
 tests/test_kernels.py has what they compute.
 """
 
+import operator
 import os
 
 import jax
@@ -83,6 +84,17 @@ def test_the_scan_of_the_device_adds_the_right_columns(columns, right):
     for got, want in ((result, registers(tile, minuend - factor * before)), (sums, registers(row, x.sum(1)))):
         for index in np.ndindex(*want.shape):
             np.testing.assert_array_equal(got[index], want[index])
+
+
+def test_a_thread_knows_the_rows_that_it_holds():
+    held = registers(seam.ROW.to_mgpu(), np.arange(64))
+    for half, index in enumerate(np.ndindex(held.shape)):
+        for first in (0, 128):  # the threads of the first and of the second warpgroup
+            threads = first + np.arange(128)
+            rows = seam.row_of_thread(threads, half, operator.rshift, operator.and_, operator.or_)
+            np.testing.assert_array_equal(held[index][:, 0], rows)
+    assert half == 1
+    np.testing.assert_array_equal(seam.row_numbers(), np.arange(64))
 
 
 def test_interpreted_bodies_are_the_same_sums():

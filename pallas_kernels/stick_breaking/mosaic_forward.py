@@ -17,7 +17,19 @@ from jax import lax
 
 from .. import cost, seam
 from .logarithm import LOG2E
-from .mosaic_tile import KEYS, ROWS, Plan, block, stick_limits, sticks, tile_memory, two_sum, visible, visited
+from .mosaic_tile import (
+    FINISHED,
+    KEYS,
+    ROWS,
+    Plan,
+    block,
+    finished_padding,
+    sticks,
+    tile_memory,
+    two_sum,
+    visible,
+    visited,
+)
 
 
 def forward(plan: Plan, query, key, value, scale, spans, offset, query_segments=None, key_segments=None):
@@ -81,7 +93,6 @@ def forward(plan: Plan, query, key, value, scale, spans, offset, query_segments=
             plgpu.copy_gmem_to_smem(q_ref.at[b, pl.ds(row, ROWS), n], q_mem.at[wg], loaded.at[wg])
             plgpu.barrier_wait(loaded.at[wg])
             multiplier, position = scale_ref[0] * LOG2E, offset_ref[b]
-            limit = stick_limits(plan, segments, b, row) if skip else None
 
             def visit(masked, state):
                 j, _, high, low, acc = state
@@ -98,7 +109,7 @@ def forward(plan: Plan, query, key, value, scale, spans, offset, query_segments=
                 acc = seam.add_product(acc, weights.astype(dtype), v_mem.at[slot])
                 alive = jnp.bool_(True)
                 if skip:
-                    alive = seam.any_at_most(high, limit)
+                    alive = seam.any_at_most(high, -plan.skip_below)
                     needs[wg, slot] = jnp.where(alive & (j > own_start), 1, 0)
                 plgpu.barrier_arrive(used.at[slot])
                 return j - 1, alive, high, low, acc
@@ -121,7 +132,7 @@ def forward(plan: Plan, query, key, value, scale, spans, offset, query_segments=
             first = idle(stop - 1, own_stop)
             zero = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), seam.ROW)
             acc = plgpu.layout_cast(jnp.zeros((ROWS, plan.Hv), jnp.float32), seam.TILE)
-            state = (first, jnp.bool_(True), zero, zero, acc)
+            state = (first, jnp.bool_(True), finished_padding(plan, segments, b, row) if skip else zero, zero, acc)
             for masked, until in ((True, whole_stop), (False, whole_start), (True, own_start)):
                 if skip:
                     state = lax.while_loop(lambda s, until=until: (s[0] >= until) & s[1], partial(visit, masked), state)
@@ -130,6 +141,8 @@ def forward(plan: Plan, query, key, value, scale, spans, offset, query_segments=
                         0, jnp.maximum(state[0] - until + 1, 0), lambda _, s, masked=masked: visit(masked, s), state
                     )
             j, _, high, low, acc = state
+            if skip:
+                high = jnp.where(high >= FINISHED, 0.0, high)
             idle(j, start)
 
             reached_ref[entry, n, i * W + wg] = j + 1

@@ -17,6 +17,7 @@ from .logarithm import LOG2P1, NOTHING
 
 ROWS = 64  # query rows of a warpgroup
 KEYS = 64  # of a tile
+FINISHED = 1e30  # more than any row spends
 
 
 class Plan(NamedTuple):
@@ -107,17 +108,15 @@ def visible(plan: Plan, segments, b, first_row, first_column, columns, offset):
     return seen
 
 
-def stick_limits(plan: Plan, segments, b, first_row):
-    """What each of 64 rows may have spent of its stick, in registers, before the early exit takes it as finished.
+def finished_padding(plan: Plan, segments, b, first_row):
+    """What each of 64 rows has spent of its stick at the start, in registers: nothing, but FINISHED of a padding row.
 
-    A padding row, behind the last query or of a negative segment, always counts as finished: it may see no key, and a
-    tile that waited for it would never be left early.
+    A padding row, behind the last query or of a negative segment, may see no key. The early exit would wait for it.
     """
-    row = first_row + plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=seam.ROW)
-    real = row < plan.rows
+    real = first_row + seam.row_numbers() < plan.rows
     if plan.segments:
         real &= plgpu.load(segments[0].at[b, pl.ds(first_row, ROWS)], layout=seam.ROW) >= 0
-    return jnp.where(real, -plan.skip_below, -jnp.inf)
+    return jnp.where(real, 0.0, FINISHED)
 
 
 def block(plan: Plan):
