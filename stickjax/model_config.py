@@ -72,6 +72,7 @@ class ModelConfig:
     tied: bool = field(True, "share the embedding with the output projection")
     norm: Literal["rms", "layer"] = field("rms", "normalisation: RMSNorm, or LayerNorm with a bias")
     norm_eps: float = field(1e-5, "epsilon of every normalisation", above=0)
+    final_norm_eps: float | None = field(None, "epsilon of the last normalisation; None: norm_eps", above=0)
     m_width: float = field(1.0, "muP width multiplier: D / 256 by its usual base width", above=0)
     m_emb: float = field(1.0, "multiplier of the embedding output", above=0)
     m_res: float = field(1.0, "multiplier of every residual branch", at_least=0)

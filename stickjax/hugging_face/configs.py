@@ -11,11 +11,34 @@ from stickjax.fields import nearest
 from stickjax.model_config import MODULES, ModelConfig
 from stickjax.sut_config import SutConfig
 
-# Values that change what a model computes and that ours has no counterpart of; absent and null are these.
+# Entries of which ours has one value only; absent and null are the same. Of every model type, then of Llama's kind.
 _ONLY = {
-    "quantization_config": None, "sliding_window": None, "partial_rotary_factor": 1, "hidden_act": "silu",
-    "attention_bias": False, "mlp_bias": False,
+    "quantization_config": None, "is_encoder_decoder": False, "add_cross_attention": False, "pruned_heads": {},
+    "cross_attention_hidden_size": None, "per_layer_config": None,
 }  # fmt: skip
+_ONLY_LLAMA = _ONLY | {
+    "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "sliding_window": None,
+    "use_sliding_window": False, "position_embedding_type": "rope", "rotary_percent": 1, "partial_rotary_factor": 1,
+    "attn_logit_softcapping": None, "final_logit_softcapping": None, "qk_norm": False, "use_qk_norm": False,
+    "clip_qkv": None, "shared_intermediate_size": 0, "normalization_function": "rmsnorm",
+}  # fmt: skip
+# Entries that say nothing about the logits: what only training or only generation looks at, and transformers' own.
+_NO_LOGITS = """
+    model_type architectures auto_map transformers_version torch_dtype dtype name_or_path _name_or_path _commit_hash
+    _attn_implementation _attn_implementation_autoset attn_implementation use_cache torchscript use_bfloat16
+    tf_legacy_loss gradient_checkpointing chunk_size_feed_forward pretraining_tp unsloth_version unsloth_fixed
+    return_dict output_hidden_states output_attentions output_router_logits is_decoder tie_encoder_decoder
+    tokenizer_class prefix bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id
+    finetuning_task task_specific_params id2label label2id num_labels problem_type
+    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p
+    typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
+    num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id
+    remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
+    initializer_range attention_dropout hidden_dropout attn_pdrop embd_pdrop resid_pdrop moe_pdrop
+    router_aux_loss_coef aux_loss_coef router_jitter_noise
+    max_position_embeddings n_positions block_size history_length n_ctx
+"""
+IGNORED = frozenset(_NO_LOGITS.split())
 # Fields that change no logits, or only how they are computed.
 _FREE = (
     "sample_topk", "round_rows", "switch_weight", "z_weight", "mi_weight", "concentration_weight", "m_width",
@@ -27,9 +50,10 @@ class _Tree:
     """A config.json, whose entries are asked for by name and type."""
 
     def __init__(self, tree: dict, where: str = ""):
-        self._tree, self._where = tree, where
+        self._tree, self._where, self._known = tree, where, set()
 
     def __call__(self, name: str, kind: type, default=...) -> Any:
+        self._known.add(name)
         value = self._tree.get(name)
         if value is None:
             if default is ...:
@@ -42,9 +66,27 @@ class _Tree:
         return value
 
     def only(self, known: dict) -> None:
+        self._known |= known.keys()
         for name, wanted in known.items():
             if (value := self._tree.get(name)) is not None and value != wanted:
                 raise ValueError(f"{self._where}{name}={value!r} is not supported, only {wanted!r}")
+
+    def either(self, name: str, other: str, kind: type, default=...) -> Any:
+        """An entry that has two names; where both are there, they agree."""
+        found = {n: value for n in (name, other) if (value := self(n, kind, None)) is not None}
+        if len(set(found.values())) > 1:
+            raise ValueError(f"{name}={found[name]!r} and {other}={found[other]!r} are the same and must be equal")
+        return next(iter(found.values())) if found else self(name, kind, default)
+
+    def end(self) -> None:
+        """ValueError, with their names, for entries that nobody asked for and that are not `IGNORED`."""
+        rest = sorted(n for n, x in self._tree.items() if x is not None and n not in self._known | IGNORED)
+        if rest:
+            said = ", ".join(f"{name}={self._tree[name]!r:.60}" for name in rest[:8])
+            raise ValueError(
+                f"{self._where}{said}: not known, and may change what the model computes; if not, delete "
+                f"{'it' if len(rest) == 1 else 'them'} from the file"
+            )
 
     def quotient(self, name: str, by: str) -> int:
         above, below = self(name, int), self(by, int)
@@ -58,14 +100,21 @@ class _Tree:
             rope = _Tree(self(name, dict, {}), f"{name}: ")
             rope.only({"rope_type": "default", "type": "default", "partial_rotary_factor": 1})
             theta = rope("rope_theta", float, theta)
+            rope.end()
         return theta
+
+    def layer_types(self) -> None:
+        types = self("layer_types", list, [])
+        if wrong := [kind for kind in types if kind not in ("full_attention", "attention")]:
+            raise ValueError(f"layer_types with {wrong[0]!r} is not supported, only 'full_attention'")
 
 
 def _llama(get: _Tree, tied: bool) -> dict:
-    get.only(_ONLY)
+    get.only(_ONLY_LLAMA)
+    get.layer_types()
     return dict(
-        V=get("vocab_size", int), D=get("hidden_size", int), L=get("num_hidden_layers", int),
-        F=get("intermediate_size", int), attention="softmax", activation="swiglu", rope_theta=get.rope_theta(),
+        V=get("vocab_size", int), D=get("hidden_size", int), L=get.either("num_hidden_layers", "num_layers", int),
+        attention="softmax", activation="swiglu", rope_theta=get.rope_theta(),
         norm_eps=get("rms_norm_eps", float, 1e-6), tied=get("tie_word_embeddings", bool, tied),
     )  # fmt: skip
 
@@ -74,7 +123,7 @@ def _granite(get: _Tree) -> dict:
     N = get("num_attention_heads", int)
     H = get("head_dim", int, None) or get.quotient("hidden_size", "num_attention_heads")
     return _llama(get, tied=False) | dict(
-        N=N, K=get("num_key_value_heads", int, N), H=H,
+        N=N, K=get("num_key_value_heads", int, N), H=H, F=get("intermediate_size", int),
         m_emb=get("embedding_multiplier", float, 1.0), m_res=get("residual_multiplier", float, 1.0),
         attention_scale=get("attention_multiplier", float, 1.0), logits_scaling=get("logits_scaling", float, 1.0),
     )  # fmt: skip
@@ -85,18 +134,27 @@ def _granitemoe(get: _Tree) -> dict:
 
 
 def _jetmoe(get: _Tree) -> dict:
-    get.only({"activation_function": "silu"})
-    E, k, K = (get(name, int) for name in ("num_local_experts", "num_experts_per_tok", "num_key_value_heads"))
+    """The names of transformers, or of the authors' own code."""
+    get.only({"activation_function": "silu", "glu": True, "bias": True})
+    E, k = (
+        get.either(*names, int)
+        for names in (("num_local_experts", "moe_num_experts"), ("num_experts_per_tok", "moe_top_k"))
+    )
+    K = get("num_key_value_heads", int)
     N = get("num_attention_heads", int, K * k)
     if N != K * k:
         raise ValueError(f"num_attention_heads={N} must be num_key_value_heads * num_experts_per_tok = {K} * {k}")
-    return _llama(get, tied=True) | dict(
-        N=N, K=K, H=get("kv_channels", int), E=E, k=k, attention_experts=E, logits_scaling=1.0, expert_bias=True
-    )
+    read, F = _llama(get, tied=True), get.either("intermediate_size", "ffn_hidden_size", int)
+    # The normalisations of a block have an epsilon of their own, whatever the file says.
+    return read | dict(
+        N=N, K=K, H=get.either("kv_channels", "head_dim", int), F=F, E=E, k=k, attention_experts=E,
+        logits_scaling=1.0, expert_bias=True, norm_eps=1e-6, final_norm_eps=read["norm_eps"],
+    )  # fmt: skip
 
 
 def _moduleformer(get: _Tree) -> dict:
-    get.only({"tie_word_embeddings": False, "activation_function": "gelu_new"})
+    get.only(_ONLY | {"tie_word_embeddings": False, "activation_function": "gelu_new", "n_inner": None})
+    get("layer_norm_epsilon", float, None)  # the original's normalisations have 1e-5, whatever the file says
     D, A, K = (get(name, int) for name in ("n_embd", "att_hidden", "n_head"))
     loss, weight = get("aux_loss_type", str, "mi"), get("aux_loss_weight", float, 0.0)
     if loss not in ("mi", "switch"):
@@ -109,7 +167,7 @@ def _moduleformer(get: _Tree) -> dict:
         # The original has no projections where their result has the size of the input.
         key_value="input" if (A, K) == (D, 1) else "biased",
         router_network=get("gate_type", str), router_hidden=get("gating_size", int),
-        norm_eps=get("layer_norm_epsilon", float), sample_topk=get("sample_topk", int, 0),
+        norm_eps=1e-5, sample_topk=get("sample_topk", int, 0),
     )  # fmt: skip
 
 
@@ -126,7 +184,7 @@ def _to_moduleformer(c: ModelConfig) -> dict:
 
 def _to_llama(c: ModelConfig) -> dict:
     return dict(
-        vocab_size=c.V, hidden_size=c.D, num_hidden_layers=c.L, intermediate_size=c.F, rms_norm_eps=c.norm_eps,
+        vocab_size=c.V, hidden_size=c.D, num_hidden_layers=c.L, intermediate_size=c.F, rms_norm_eps=_final_norm_eps(c),
         num_attention_heads=c.N, num_key_value_heads=c.K, tie_word_embeddings=c.tied,
         # transformers 5 reads the dictionary, 4 the number.
         rope_theta=c.rope_theta, rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
@@ -150,6 +208,10 @@ def _to_jetmoe(c: ModelConfig) -> dict:
     )
 
 
+def _final_norm_eps(c: ModelConfig) -> float:
+    return c.norm_eps if c.final_norm_eps is None else c.final_norm_eps
+
+
 def _logits_scaling(c: ModelConfig) -> float:
     return c.m_width if c.logits_scaling is None else c.logits_scaling
 
@@ -166,15 +228,17 @@ _TYPES = {
 def to_ours(tree: dict) -> tuple[ModelConfig, int | None]:
     """The model that a config.json describes, and the longest sequence it names.
 
-    ValueError for a model_type that is not known (with the nearest), and for an entry that is missing, of a wrong type
-    or not supported.
+    ValueError for a model_type that is not known (with the nearest), and for an entry that is missing, of a wrong type,
+    not supported or not known.
     """
     kind = tree["model_type"]
     if kind not in _TYPES:
         raise ValueError(f"model_type={kind!r} is not one of {', '.join(_TYPES)}{nearest(str(kind), _TYPES)}")
     read, _, _, length = _TYPES[kind]
     get = _Tree(tree)
-    return ModelConfig(**read(get)), get(length, int, None)
+    model, T = read(get), get(length, int, None)
+    get.end()
+    return ModelConfig(**model), T
 
 
 def kind_of(c: ModelConfig | SutConfig) -> str:
@@ -207,7 +271,8 @@ def to_theirs(c: ModelConfig, T: int) -> dict:
 
 def _effective(c: ModelConfig) -> dict:
     """The fields that decide over the logits, with what None stands for."""
-    c = dataclasses.replace(c, attention_scale=c.scale, logits_scaling=_logits_scaling(c))
+    stood_for = dict(logits_scaling=_logits_scaling(c), final_norm_eps=_final_norm_eps(c))
+    c = dataclasses.replace(c, attention_scale=c.scale, **stood_for)
     free = {*_FREE}
     free |= {"rope_theta"} if c.attention == "stick_breaking" else set()
     free |= {"router_hidden"} if c.router_network == "linear" else set()

@@ -51,33 +51,33 @@ def all_experts(module, name: str) -> jax.Array:
 class RMSNorm(nnx.Module):
     """x / sqrt(mean(x^2) + eps) * scale, in fp32, over the last axis."""
 
-    def __init__(self, config: ModelConfig):
-        self.config = config
+    def __init__(self, config: ModelConfig, eps: float | None = None):
+        self.eps = config.norm_eps if eps is None else eps
         self.scale = nnx.Param(jnp.ones(config.D, config.param_dtype))
 
     def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
         y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.config.norm_eps)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
         return (y * self.scale[...].astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
     """(x - mean) / sqrt(variance + eps) * scale + bias, in fp32, over the last axis."""
 
-    def __init__(self, config):
-        self.config = config
+    def __init__(self, config, eps: float | None = None):
+        self.eps = config.norm_eps if eps is None else eps
         self.scale = nnx.Param(jnp.ones(config.D, config.param_dtype))
         self.bias = nnx.Param(jnp.zeros(config.D, config.param_dtype))
 
     def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
         ones = (1,) * (x.ndim - 1)
         scale, bias = (p[...].astype(jnp.float32).reshape(*ones, -1) for p in (self.scale, self.bias))
-        return (normalised(x.astype(jnp.float32), self.config.norm_eps) * scale + bias).astype(x.dtype)
+        return (normalised(x.astype(jnp.float32), self.eps) * scale + bias).astype(x.dtype)
 
 
-def norm_of(config: ModelConfig) -> RMSNorm | LayerNorm:
-    """A new normalisation of the residual stream."""
-    return RMSNorm(config) if config.norm == "rms" else LayerNorm(config)
+def norm_of(config: ModelConfig, eps: float | None = None) -> RMSNorm | LayerNorm:
+    """A new normalisation of the residual stream; `eps` None: the config's."""
+    return (RMSNorm if config.norm == "rms" else LayerNorm)(config, eps)
 
 
 def normalised(x, eps: float):

@@ -69,7 +69,7 @@ class Transformer(nnx.Module):
         k_embed, k_blocks, k_unembed = jax.random.split(key, 3)
         self.embed = normal(k_embed, (c.V, c.D), c.init_std, c)
         self.blocks = jax.vmap(lambda k: Block(c, k))(jax.random.split(k_blocks, c.L))
-        self.norm = norm_of(c)
+        self.norm = norm_of(c, c.final_norm_eps)
         self.unembed = None if c.tied else normal(k_unembed, (c.D, c.V), c.init_std, c)
 
     def __call__(
