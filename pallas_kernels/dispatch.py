@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from . import seam
+from . import partition, seam
 
 # From the most to the least wanted.
 NAMES = ("mosaic", "triton", "xla", "reference")
@@ -29,11 +29,15 @@ class Implementation(NamedTuple):
 
 
 class Op(NamedTuple):
-    """`prepare(*args, **kwargs)` checks the arguments of a call and returns what the implementations take."""
+    """`prepare(*args, **kwargs)` checks the arguments of a call and returns what the implementations take.
+
+    `letters(call)` names the axes of its arrays: how the op runs on a mesh.
+    """
 
     name: str
     prepare: Callable[..., Any]
     implementations: dict[str, Implementation]
+    letters: Callable[[Any], partition.Letters] | None = None
 
 
 _ops: dict[str, Op] = {}
@@ -84,7 +88,14 @@ def _sentence(op: Op, call: Any, implementation: str | Sequence[str] | None) -> 
 
 
 def run(op: Op, call: Any, implementation: str | Sequence[str] | None) -> Any:
-    """Run `call` on the chosen implementation."""
+    """Run `call` on the chosen implementation, on a mesh on every device for its part."""
+    wanted = implementation if implementation is None or isinstance(implementation, str) else tuple(implementation)
+    compute = partition.Bound(_run_here, (op.name, wanted))
+    return compute(call) if op.letters is None else partition.run(op.letters(call), call, compute)
+
+
+def _run_here(call: Any, op_name: str, implementation: str | tuple[str, ...] | None) -> Any:
+    op = _ops[op_name]
     name, _ = choose(op, call, implementation)
     if implementation is None:
         sentence = _sentence(op, call, None)
@@ -116,4 +127,5 @@ def explain(op_name: str, *args, **kwargs) -> str:
         return np.broadcast_to(np.zeros((), x.dtype), x.shape) if isinstance(x, jax.ShapeDtypeStruct) else x
 
     args, kwargs = jax.tree.map(stand_in, (args, kwargs))
-    return _sentence(op, op.prepare(*args, **kwargs), implementation)
+    call, say = op.prepare(*args, **kwargs), lambda call: _sentence(op, call, implementation)
+    return say(call) if op.letters is None else partition.look(op.letters(call), call, say)

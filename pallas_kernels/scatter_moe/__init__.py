@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 from .. import dispatch
 from . import mosaic, reference, triton, xla
-from .call import ACTIVATIONS, GATED, LinearCall, MlpCall
+from .call import ACTIVATIONS, GATED, LinearCall, MlpCall, linear_letters, mlp_letters
 from .routing import Routing, route
 
 __all__ = ["Routing", "expert_linear", "expert_mlp", "route"]
@@ -168,15 +168,17 @@ def _refuses_nothing(call) -> None:
     return None
 
 
-def _register(name, prepare, mosaic_run, triton_run, xla_run, reference_run):
+def _register(name, prepare, letters, mosaic_run, triton_run, xla_run, reference_run):
     implementations = {
         "mosaic": dispatch.Implementation(mosaic_run, mosaic.refuses, mosaic.detail),
         "triton": dispatch.Implementation(triton_run, triton.refuses, triton.detail),
         "xla": dispatch.Implementation(xla_run, _refuses_nothing, xla.detail),
         "reference": dispatch.Implementation(reference_run, _refuses_nothing),
     }
-    return dispatch.register(dispatch.Op(name, prepare, implementations))
+    return dispatch.register(dispatch.Op(name, prepare, implementations, letters))
 
 
-_linear_op = _register("expert_linear", _prepare_linear, mosaic.linear, triton.linear, xla.linear, reference.linear)
-_mlp_op = _register("expert_mlp", _prepare_mlp, mosaic.mlp, triton.mlp, xla.mlp, reference.mlp)
+_linear_op = _register(
+    "expert_linear", _prepare_linear, linear_letters, mosaic.linear, triton.linear, xla.linear, reference.linear
+)
+_mlp_op = _register("expert_mlp", _prepare_mlp, mlp_letters, mosaic.mlp, triton.mlp, xla.mlp, reference.mlp)

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .routing import Routing
+from ..partition import ANEW, STATIC, Letters
+from .routing import Routing, route
 
 # How the rows of an array are ordered: one row per token, per slot (token * k + choice), or sorted by expert.
 Rows = Literal["token", "slot", "sorted"]
@@ -37,6 +38,30 @@ class MlpCall(NamedTuple):
     gates: jax.Array  # [T, k]
     routing: Routing
     activation: str
+
+
+_ROUTING = Routing(order=ANEW, inverse=ANEW, offsets=ANEW, expert_indices="T k")
+
+
+def linear_letters(call: LinearCall) -> Letters:
+    """A map over the tokens, each with its slots, and over the columns of the result. Sorted rows are of all tokens."""
+    arrays = LinearCall("T D", "E D F", "E F", "T k", _ROUTING, x_rows=STATIC, out_rows=STATIC)
+    if "sorted" in (call.x_rows, call.out_rows):
+        return Letters("expert_linear of sorted rows", arrays._replace(x="R D"), "R F", {"F": "F"}, _routed)
+    return Letters("expert_linear", arrays, "T F", {"T": "T", "F": "F"}, _routed)
+
+
+def mlp_letters(call: MlpCall) -> Letters:
+    """A map over the tokens."""
+    del call
+    arrays = MlpCall("T D", "E D F", "E F D", "E F", "E D", "T k", _ROUTING, activation=STATIC)
+    return Letters("expert_mlp", arrays, "T D", {"T": "T"}, _routed)
+
+
+def _routed(call):
+    """The call of a device's tokens, which it sorts by itself."""
+    weight = call.weight if isinstance(call, LinearCall) else call.w_out
+    return call._replace(routing=route(call.routing.expert_indices, weight.shape[0]))
 
 
 # What the backward pass of an expert network keeps besides its inputs, as a remat policy may name it:

@@ -18,7 +18,8 @@ def linear(call: LinearCall):
         y = jnp.einsum("RD,DF->RF", x, call.weight[e].astype(dtype), precision="highest") + bias[e].astype(dtype)[None]
         return jnp.where((routing.expert_indices == e).reshape(-1, 1), y, total), None
 
-    y, _ = lax.scan(expert, jnp.zeros((T * k, call.weight.shape[2]), dtype), jnp.arange(routing.num_experts))
+    zeros = jnp.zeros_like(x, shape=(T * k, call.weight.shape[2]))  # varies over the mesh axes that x varies over
+    y, _ = lax.scan(expert, zeros, jnp.arange(routing.num_experts))
     if call.gates is not None:
         y = (call.gates.astype(dtype)[..., None] * y.reshape(T, k, y.shape[-1])).sum(1)
     return (y[routing.order] if call.out_rows == "sorted" else y).astype(call.x.dtype)

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from .. import partition
+
 _PACKED_BELOW = 2**31  # beyond, an expert and a slot do not fit one int32
 
 
@@ -73,6 +75,11 @@ def route(expert_indices: Int[Array, "T k"], num_experts: int) -> Routing:
     elif jax.config.jax_enable_checks:
         jax.debug.callback(_check_indices, expert_indices, E)
     expert_indices = jnp.asarray(expert_indices)
+    return Routing(*partition.whole(_sorted, expert_indices, E), expert_indices)
+
+
+def _sorted(expert_indices, num_experts: int):
+    """(order, inverse, offsets)."""
     experts = expert_indices.reshape(-1).astype(jnp.int32)
     rows = experts.shape[0]
     slots = jnp.arange(rows, dtype=jnp.int32)
@@ -86,4 +93,4 @@ def route(expert_indices: Int[Array, "T k"], num_experts: int) -> Routing:
     firsts = jnp.arange(num_experts + 1, dtype=jnp.int32)
     # Unrolled: as a loop every step would be a kernel of its own on a GPU.
     offsets = jnp.searchsorted(experts[order], firsts, method="scan_unrolled").astype(jnp.int32)
-    return Routing(order, inverse, offsets, expert_indices)
+    return order, inverse, offsets

@@ -208,6 +208,9 @@ def _map_blocks(block, weights, arrays, in_rows, out_rows, routing: Routing):
     C, size, pieces = plan(R, E)
     starts, ends = routing.offsets[:-1], routing.offsets[1:]
 
+    def zeros(shape, dtype):
+        return jnp.zeros_like(starts, dtype, shape)  # vary over the mesh axes that all arrays vary over
+
     def take(p):
         slot = routing.order[p]
         index = {"token": slot // max(k, 1), "slot": slot, "sorted": p}
@@ -219,8 +222,9 @@ def _map_blocks(block, weights, arrays, in_rows, out_rows, routing: Routing):
 
     if R == 0:
         shapes = jax.eval_shape(lambda w: block(jax.tree.map(lambda x: x[0], w), arrays, jnp.zeros(0, bool)), weights)
-        outs = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes[0])
-        return outs, jax.tree.map(lambda s: jnp.zeros((E, *s.shape), s.dtype), shapes[1])
+        return jax.tree.map(lambda s: zeros(s.shape, s.dtype), shapes[0]), jax.tree.map(
+            lambda s: zeros((E, *s.shape), s.dtype), shapes[1]
+        )
 
     # The expert and the rank within it of every row, in the order of each output.
     slot_expert = routing.expert_indices.reshape(-1)
@@ -243,8 +247,8 @@ def _map_blocks(block, weights, arrays, in_rows, out_rows, routing: Routing):
         p = jax.ShapeDtypeStruct((size,), jnp.int32)
         one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), weights)
         rows_out, sums = jax.eval_shape(run, one, p, jax.ShapeDtypeStruct((), jnp.int32))
-        outs = jax.tree.map(lambda s: jnp.zeros((R, *s.shape[1:]), s.dtype), tuple(rows_out))
-        sums = jax.tree.map(lambda s: jnp.zeros((E, *s.shape), s.dtype), sums)
+        outs = jax.tree.map(lambda s: zeros((R, *s.shape[1:]), s.dtype), tuple(rows_out))
+        sums = jax.tree.map(lambda s: zeros((E, *s.shape), s.dtype), sums)
 
     # Blocks beyond the first C rows: block i belongs to the expert whose cumulative count of blocks passes i.
     blocks = jnp.cumsum(-(-jnp.maximum(routing.counts - C, 0) // size))
@@ -291,7 +295,7 @@ def _together(run, weights, starts, ends, C: int, pieces: int):
             return jax.tree.map(put, rows, new_rows), jax.tree.map(jnp.add, sums, new_sums)
 
         shapes = jax.eval_shape(lambda: rows_from(0, C, *experts))
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        zeros = jax.tree.map(lambda s: jnp.zeros_like(starts, s.dtype, s.shape), shapes)
         trips = jnp.minimum(-(-(ends - starts).max() // size), pieces)
         return cost.loop(pieces, lambda state: lax.fori_loop(0, trips, step, state))(zeros)
 

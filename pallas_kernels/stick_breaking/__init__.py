@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from .. import dispatch
+from . import call as calls
 from . import mosaic, reference, triton, xla
 from .call import Call, Mask, Stats, Where
 
@@ -193,5 +194,6 @@ _op = dispatch.register(
             "xla": dispatch.Implementation(xla.attention, _refuses_nothing, xla.detail),
             "reference": dispatch.Implementation(reference.attention, _refuses_nothing),
         },
+        calls.letters,
     )
 )

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ..partition import STATIC, Letters
+
 
 class Call(NamedTuple):
     """Arrays and settings of one call; every default is resolved."""
@@ -55,3 +57,14 @@ class Stats(NamedTuple):
 
     log_rem: jax.Array
     kept: jax.Array
+
+
+def letters(call: Call) -> Letters:
+    """A map over the batch, and over the key heads with the query heads that read them."""
+    del call
+    arrays = Call(
+        query="B T N H", key="B S K H", value="B S K Hv", where=Where("B", "B T", "B S"), scale="", mask=STATIC,
+        skip_below=STATIC, tiles=STATIC,
+    )  # fmt: skip
+    maps = {"B": "B", "N": "K", "K": "K"}
+    return Letters("stick_breaking_attention", arrays, ("B T N Hv", "B T N", "B K"), maps)

@@ -47,7 +47,7 @@ def attention(kernels: Kernels, call: Call):
     Arrays are padded to whole multiples of `row_multiple` first. `call.mask` keeps the real T and S: no query sees a
     padded key, and the rows of padded queries are cut off, so that their cotangents are zero.
     """
-    scale = jnp.asarray(call.scale, jnp.float32)
+    scale = jnp.full_like(call.query, call.scale, jnp.float32, shape=())  # varies over the mesh axes as query does
     static = call._replace(query=None, key=None, value=None, scale=None, where=None)
     arrays = (_padded(x, kernels.row_multiple) for x in (call.query, call.key, call.value))
     out, log_rem, kept = _attention(*arrays, scale, call.where, static, kernels)
@@ -219,8 +219,8 @@ def _decode(kernels: Kernels, call: Call):
             unspent = (~is_padding & (spent <= -call.skip_below)).any((1, 2))
             return ((high > start).any(1) & unspent).any()  # some entry has keys left and stick left
 
-        zeros = jnp.zeros((B, K, plan.rows), jnp.float32)
-        nothing = jnp.zeros((B, K, plan.rows, Hv), jnp.float32)
+        zeros = jnp.zeros_like(query, jnp.float32, (B, K, plan.rows))
+        nothing = jnp.zeros_like(query, jnp.float32, (B, K, plan.rows, Hv))
         _, reached, out, spent = lax.while_loop(goes_on, further, (ROUND // plan.key_tile, stop, nothing, zeros))
         in_reach = (stop - start).sum(-1)
         share = jnp.where(in_reach == 0, 1, (stop - reached).sum(-1) / jnp.maximum(in_reach, 1))

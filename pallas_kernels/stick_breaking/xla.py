@@ -44,7 +44,8 @@ def detail(call: Call) -> str:
 
 def attention(call: Call):
     """(out [B,T,N,Hv], log_rem [B,T,N], share of the key tiles computed [B,K])."""
-    scale = jnp.asarray(call.scale, jnp.promote_types(call.query.dtype, jnp.float32))
+    dtype = jnp.promote_types(call.query.dtype, jnp.float32)
+    scale = jnp.full_like(call.query, call.scale, dtype, shape=())  # varies over the mesh axes that query varies over
     static = call._replace(query=None, key=None, value=None, scale=None, where=None)
     return _jitted(call.query, call.key, call.value, scale, call.where, static)
 
@@ -157,28 +158,29 @@ def _short_mask(call, rows, columns):
 def _short_forward(call: Call, reach):
     G, _, _ = call.query.shape
     dtype = jnp.promote_types(call.query.dtype, jnp.float32)
-    outs, sticks = [], []
+    outs, sticks, kept = [], [], jnp.ones_like(call.query, jnp.float32, ())
     for rows, columns in _short_tiles(call):
         q, k, v = call.query[:, rows], call.key[columns], call.value[columns]
-        log_rem = jnp.zeros(q.shape[:2], dtype)
+        log_rem = jnp.zeros_like(q, dtype, q.shape[:2])
         out, log_rem = tile.forward(q, k, v, _short_mask(call, rows, columns), log_rem, call.scale)
         outs.append(out)
         sticks.append(log_rem)
     if not outs:
-        return jnp.zeros((G, 0, call.value.shape[-1]), dtype), jnp.zeros((G, 0), dtype), jnp.ones((), jnp.float32)
-    return jnp.concatenate(outs, 1), jnp.concatenate(sticks, 1), jnp.ones((), jnp.float32)
+        nothing = partial(jnp.zeros_like, call.query, dtype)
+        return nothing((G, 0, call.value.shape[-1])), nothing((G, 0)), kept
+    return jnp.concatenate(outs, 1), jnp.concatenate(sticks, 1), kept
 
 
 def _short_backward(call: Call, reach, d_out, d_log_rem):
     dtype = jnp.promote_types(call.query.dtype, jnp.float32)
-    dqs, dk, dv = [], jnp.zeros(call.key.shape, dtype), jnp.zeros(call.value.shape, dtype)
+    dqs, dk, dv = [], jnp.zeros_like(call.key, dtype), jnp.zeros_like(call.value, dtype)
     for rows, columns in _short_tiles(call):
         q, k, v = call.query[:, rows], call.key[columns], call.value[columns]
-        mask, entering = _short_mask(call, rows, columns), jnp.zeros(q.shape[:2], dtype)
+        mask, entering = _short_mask(call, rows, columns), jnp.zeros_like(q, dtype, q.shape[:2])
         dq, dk_part, dv_part, _ = tile.backward(q, k, v, d_out[:, rows], mask, entering, d_log_rem[:, rows], call.scale)
         dqs.append(dq)
         dk, dv = dk.at[columns].add(dk_part), dv.at[columns].add(dv_part)
-    return jnp.concatenate(dqs, 1) if dqs else jnp.zeros(call.query.shape, dtype), dk, dv
+    return jnp.concatenate(dqs, 1) if dqs else jnp.zeros_like(call.query, dtype), dk, dv
 
 
 # Long calls.
@@ -260,6 +262,10 @@ class _Tiles:
         self.key_count = self.k.shape[0] // self.columns
         self.dtype = jnp.promote_types(call.query.dtype, jnp.float32)
 
+    def zeros(self, *shape):
+        """To add to: they vary over the mesh axes that the arrays vary over."""
+        return jnp.zeros_like(self.q, self.dtype, shape)
+
     def queries(self, i, x):
         return lax.dynamic_slice_in_dim(x, i * self.rows, self.rows, 1)
 
@@ -294,7 +300,7 @@ def _long_forward(call: Call, reach):
             part, log_rem = tile.forward(q, k, v, t.mask(i, j), log_rem, call.scale)
             return j - 1, out + part, log_rem
 
-        start = (last - 1, jnp.zeros((G, t.rows, call.value.shape[-1]), t.dtype), jnp.zeros((G, t.rows), t.dtype))
+        start = (last - 1, t.zeros(G, t.rows, call.value.shape[-1]), t.zeros(G, t.rows))
         j, out, log_rem = loop(lambda s: (s[0] >= first) & t.goes_on(i, s[2]), key_tile, start)
         return out, log_rem, last - 1 - j
 
@@ -319,7 +325,7 @@ def _long_backward(call: Call, reach, d_out, d_log_rem):
             sticks = lax.dynamic_update_index_in_dim(sticks, log_rem, j, 0)
             return j - 1, log_rem - tile.spent(q, next(t.keys(j)), t.mask(i, j), call.scale), sticks
 
-        start = (last - 1, jnp.zeros((G, t.rows), t.dtype), jnp.zeros((t.key_count, G, t.rows), t.dtype))
+        start = (last - 1, t.zeros(G, t.rows), t.zeros(t.key_count, G, t.rows))
         j, _, sticks = loop(lambda s: (s[0] >= first) & t.goes_on(i, s[1]), spend, start)
 
         # Left to right: the prefix sums of a, and the gradients.
@@ -330,12 +336,11 @@ def _long_backward(call: Call, reach, d_out, d_log_rem):
             dq_part, dk_part, dv_part, prefix = tile.backward(q, k, v, do, t.mask(i, j), entering, prefix, call.scale)
             return j + 1, dq + dq_part, _add_at(dk, dk_part, j), _add_at(dv, dv_part, j), prefix
 
-        state = (j + 1, jnp.zeros((G, t.rows, q.shape[-1]), t.dtype), *grads, prefix)
+        state = (j + 1, t.zeros(G, t.rows, q.shape[-1]), *grads, prefix)
         _, dq, dk, dv, _ = loop(lambda s: s[0] < last, key_tile, state)
         return (dk, dv), dq
 
-    zeros = (jnp.zeros(t.k.shape, t.dtype), jnp.zeros(t.v.shape, t.dtype))
-    (dk, dv), dq = lax.scan(query_tile, zeros, jnp.arange(t.count))
+    (dk, dv), dq = lax.scan(query_tile, (t.zeros(*t.k.shape), t.zeros(*t.v.shape)), jnp.arange(t.count))
     dq = jnp.moveaxis(dq, 0, 1).reshape(G, t.count * t.rows, -1)[:, :T]
     return dq, dk[: call.mask.S], dv[: call.mask.S]
 

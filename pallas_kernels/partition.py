@@ -1,0 +1,214 @@
+"""How an op runs when its arrays are divided over the devices of a mesh.
+
+An op names the axes of its arrays by letters, and the letters along which it is a map: every device computes its own
+part of those, and nothing is sent. How the arrays are divided stands in their types (`jax.typeof`):
+- On Explicit axes of a mesh the op wraps itself in `jax.shard_map`, or refuses a division that is no map.
+- On Manual axes, inside somebody's shard_map, the op runs on the part that it is given. First all of its arrays are
+  made to vary over the same axes, so that JAX sums the gradients of those that did not.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec, get_abstract_mesh
+
+# In place of letters: what is no array, and what `inside` makes again from a device's part of the arrays.
+STATIC, ANEW = "static", "anew"
+
+
+class Letters(NamedTuple):
+    """The letters of the arrays of one call of an op, such as "B T N H".
+
+    `name`: of the op, in words. `call`: a tree like the call, with letters, STATIC or ANEW as leaves. `results`: of
+    every result.
+    `maps`: the letters along which the op is a map; letters of one value are divided together.
+    `inside(call)`: the call of a device's part, whose parts that are ANEW are still None.
+    """
+
+    name: str
+    call: Any
+    results: Any
+    maps: dict[str, str]
+    inside: Callable[[Any], Any] = lambda call: call
+
+
+class Bound(NamedTuple):
+    """`function(*values, *static)`: equal for equal arguments, so that jit knows it again."""
+
+    function: Callable
+    static: tuple = ()
+
+    def __call__(self, *values):
+        return self.function(*values, *self.static)
+
+
+class _Array(NamedTuple):
+    name: str
+    letters: tuple[str, ...]
+    value: Any
+
+    def __str__(self):
+        return f"{self.name} [{','.join(self.letters)}]={list(self.value.shape)}"
+
+
+class _Part(NamedTuple):
+    """`compute` of the call that the values, of one device, make up."""
+
+    compute: Callable[[Any], Any]
+    inside: Callable[[Any], Any]
+    tree: Any
+    static: tuple
+
+    def __call__(self, *values):
+        values = iter(alike(*values))
+        leaves = [next(values) if leaf is _Array else leaf for leaf in self.static]
+        return self.compute(self.inside(jax.tree.unflatten(self.tree, leaves)))
+
+
+def run(letters: Letters, call: Any, compute: Callable[[Any], Any]) -> Any:
+    """`compute(call)`, on every device for its part of the arrays.
+
+    Args:
+      compute: equal for equal work, such as `Bound`, so that it is compiled once.
+
+    Raises:
+      ValueError: arrays that are divided where the op is no map, or not all alike.
+    """
+    arrays, part = _arrays(letters, call, compute)
+    mesh = _mesh(arrays)
+    if AxisType.Explicit not in mesh.axis_types:
+        values, tree = jax.tree.flatten(call)
+        return compute(tree.unflatten(alike(*values)))
+    axes = _axes(letters, arrays, mesh)
+    spec = functools.partial(_spec, letters.maps, axes)
+    ins = tuple(spec(array.letters) for array in arrays)
+    outs = jax.tree.map(lambda result: spec(result.split()), letters.results)
+    return _over_mesh(part, mesh, ins, _Specs(outs), *(array.value for array in arrays))
+
+
+def look(letters: Letters, call: Any, compute: Callable[[Any], Any]) -> Any:
+    """What `compute` says of the call that `run` would give it, on tracers of a device's shapes; nothing is run."""
+    arrays, part = _arrays(letters, call, compute)
+    mesh = _mesh(arrays)
+    if AxisType.Explicit not in mesh.axis_types:
+        return compute(call)
+    axes, seen = _axes(letters, arrays, mesh), []
+    shapes = []
+    for array in arrays:
+        parts = [math.prod(mesh.shape[a] for a in axes.get(letters.maps.get(at), ())) for at in array.letters]
+        shape = tuple(size // n for size, n in zip(array.value.shape, parts, strict=True))
+        shapes.append(jax.ShapeDtypeStruct(shape, array.value.dtype))
+    jax.eval_shape(lambda *values: seen.append(part(*values)), *shapes)
+    return seen[0]
+
+
+def whole(function: Callable, x, *static) -> Any:
+    """`function(x, *static)`; on an Explicit mesh, on every device for all of x."""
+    mesh = _mesh([_Array("", (), x)])
+    if AxisType.Explicit not in mesh.axis_types:
+        return function(x, *static)
+    return _over_mesh(Bound(function, static), mesh, (PartitionSpec(),), _Specs(PartitionSpec()), x)
+
+
+def alike(*values) -> list:
+    """The values, with the arrays among them varying over every axis of a shard_map that one of them varies over."""
+    axes = [_varying(x) for x in values]
+    every = frozenset().union(*axes)
+    missing = [tuple(sorted(every - own)) if _is_array(x) else () for x, own in zip(values, axes, strict=True)]
+    return [lax.pcast(x, more, to="varying") if more else x for x, more in zip(values, missing, strict=True)]
+
+
+def _is_array(x) -> bool:
+    return hasattr(x, "shape") and hasattr(x, "dtype")
+
+
+def _varying(x) -> frozenset:
+    return jax.typeof(x).manual_axis_type.varying if _is_array(x) else frozenset()
+
+
+def _mesh(arrays: list[_Array]) -> AbstractMesh:
+    """That of the context, else of the arrays. `axis_types` is a tuple also where it is empty."""
+    meshes = [get_abstract_mesh(), *(jax.typeof(array.value).sharding.mesh for array in arrays)]
+    return next((mesh for mesh in meshes if mesh.axis_names), AbstractMesh((), (), axis_types=()))
+
+
+class _Specs(NamedTuple):
+    """A tree of partitions, hashable."""
+
+    tree: Any
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _over_mesh(function, mesh, ins, outs, *values):
+    values = [jax.sharding.reshard(x, NamedSharding(mesh, spec)) for x, spec in zip(values, ins, strict=True)]
+    # By default all axes become Manual, but for those that vmap has taken away.
+    explicit = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind is AxisType.Explicit}
+    names = dict(axis_names=explicit) if AxisType.Auto in mesh.axis_types else {}
+    return jax.shard_map(function, mesh=mesh, in_specs=ins, out_specs=outs.tree, **names)(*values)
+
+
+def _arrays(letters: Letters, call, compute) -> tuple[list[_Array], _Part]:
+    """The arrays of a call, and what computes with their values."""
+    named, tree = jax.tree.flatten_with_path(letters.call)
+    arrays, static = [], []
+    for (path, word), value in zip(named, tree.flatten_up_to(call), strict=True):
+        if word not in (STATIC, ANEW) and _is_array(value):
+            arrays.append(_Array(path[-1].name, tuple(word.split()), value))
+            static.append(_Array)
+        else:
+            static.append(None if word == ANEW else value)
+    return arrays, _Part(compute, letters.inside, tree, tuple(static))
+
+
+def _divided(array: _Array) -> dict[str, tuple[str, ...]]:
+    """The mesh axes that divide an array, by letter."""
+    entries = jax.typeof(array.value).sharding.spec
+    entries = [(axes,) if isinstance(axes, str) else axes for axes in entries]
+    return {at: tuple(axes) for at, axes in zip(array.letters, entries, strict=True) if isinstance(axes, tuple)}
+
+
+def _spec(maps, axes, letters) -> PartitionSpec:
+    entries = (axes.get(maps.get(at), ()) for at in letters)
+    return PartitionSpec(*(entry[0] if len(entry) == 1 else entry or None for entry in entries))
+
+
+def _axes(letters: Letters, arrays: list[_Array], mesh) -> dict[str, tuple[str, ...]]:
+    """The mesh axes that divide the letters of `maps.values()`; ValueError where the op cannot run so."""
+    maps, found, owners = letters.maps, {}, {}
+
+    def said(axes):
+        return " and ".join(f"{axis!r}={mesh.shape[axis]}" for axis in axes)
+
+    for array in arrays:
+        divided = _divided(array)
+        for at, axes in divided.items():
+            if at not in maps:
+                kept = _spec({letter: letter for letter in maps}, divided, array.letters)
+                raise ValueError(
+                    f"{array} is divided along {at} by {said(axes)}, and {letters.name} can be divided along "
+                    f"{', '.join(maps)} only; pass jax.sharding.reshard({array.name}, {kept}) instead"
+                )
+            owner = owners.setdefault(maps[at], (at, array))
+            if found.setdefault(maps[at], axes) != axes:
+                raise ValueError(
+                    f"{at} of {array} is divided by {said(axes)}, but {owner[0]} of {owner[1]} by "
+                    f"{said(found[maps[at]])}; jax.sharding.reshard one of them as the other"
+                )
+    for at, axes in found.items():
+        for other, more in found.items():
+            if at < other and set(axes) & set(more):
+                pair = " and ".join(f"{letter} of {array}" for letter, array in (owners[at], owners[other]))
+                raise ValueError(f"{said(axes)} divides both {pair}; jax.sharding.reshard one of them")
+    for array in arrays:
+        for at, size in zip(array.letters, array.value.shape, strict=True):
+            axes = found.get(maps.get(at), ())
+            if size % math.prod(mesh.shape[axis] for axis in axes):
+                owner = owners[maps[at]]
+                raise ValueError(
+                    f"{at}={size} of {array} is no multiple of {said(axes)}, which divides {owner[0]} of {owner[1]}"
+                )
+    return found
