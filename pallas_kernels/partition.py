@@ -209,6 +209,7 @@ def _axes(letters: Letters, arrays: list[_Array], mesh) -> dict[str, tuple[str, 
             if size % math.prod(mesh.shape[axis] for axis in axes):
                 owner = owners[maps[at]]
                 raise ValueError(
-                    f"{at}={size} of {array} is no multiple of {said(axes)}, which divides {owner[0]} of {owner[1]}"
+                    f"{at}={size} of {array} is no multiple of {said(axes)}, which divides {owner[0]} of {owner[1]}; "
+                    f"jax.sharding.reshard {owner[1].name}"
                 )
     return found
