@@ -5,9 +5,10 @@
 # make test-oldest   the fast tests against the oldest JAX allowed, optimised as users compile
 # make test-absent   GPU kernels and steps on 8 and 64 GPUs compiled for GPUs that are not there; needs the CUDA wheels (3.4 GB), no GPU
 # make test-triton   the Triton kernels in Triton's interpreter; the same environment
+# make test-install  install into fresh environments outside the checkout, plain and with each extra that needs no GPU
 # make lint          ruff
 
-.PHONY: demo demo-compare test test-large test-oldest test-absent test-triton lint clean
+.PHONY: demo demo-compare test test-large test-oldest test-absent test-triton test-install lint clean
 SHELL := /bin/bash
 RUN := .venv/bin/python
 
@@ -41,6 +42,9 @@ test-absent: .venv-cuda/.test
 test-triton: .venv-cuda/.test
 	JAX_PLATFORMS=cpu .venv-cuda/bin/python -m pytest $(PARALLEL) -k triton $(TRITON:%=tests/test_%.py)
 TRITON := triton_call triton kernels expert_kernels
+
+test-install: .venv/bin/python
+	.ci/test-install $(RUN)
 
 lint: .venv/.test
 	$(RUN) -m ruff check .
