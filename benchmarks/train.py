@@ -69,8 +69,8 @@ def stepper(config: Config):
     """A function that makes one training step; the state stays with it and is donated to the next."""
     step = jax.jit(make_step(config), donate_argnums=0)
     state = jax.jit(lambda: init_state(config, jax.random.key(0)))()
-    eot = config.model.V - 1
-    windows = np.random.default_rng(0).integers(0, config.model.V, (config.data.B, config.data.T + 1))
+    eot = config.model.vocabulary - 1
+    windows = np.random.default_rng(0).integers(0, config.model.vocabulary, (config.data.B, config.data.T + 1))
     batch = jax.device_put(make_batch(windows, eot))
 
     def run():

@@ -11,7 +11,7 @@ from stickjax import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 
 def get_config() -> Config:
     model = ModelConfig(
-        V=257, D=96, L=4, N=4, K=2, H=24, F=96, E=8, k=2, attention_experts=4, key_value="biased",
+        D=96, L=4, N=4, K=2, H=24, F=96, E=8, k=2, attention_experts=4, key_value="biased",
         attend_current=True, router="softmax_topk", router_network="mlp", router_hidden=64, activation="gelu_tanh",
         norm="layer", mi_weight=0.02, m_width=0.5, m_emb=12.0, m_res=0.5, logits_scaling=1.0,
     )  # fmt: skip

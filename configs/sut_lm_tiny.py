@@ -16,7 +16,7 @@ from stickjax import Config, DataConfig, OptimConfig, SutConfig, TrainConfig
 
 def get_config() -> Config:
     model = SutConfig(
-        V=257, D=128, L=4, K=2, H=32, attention_experts=6, attention_k=2, F=192, E=12, k=2,
+        D=128, L=4, K=2, H=32, attention_experts=6, attention_k=2, F=192, E=12, k=2,
         attention="stick_breaking", normalize_before=True, mi_weight=0.001, act_weight=0.001,
     )  # fmt: skip
     data = DataConfig(source="stdlib", T=256, B=8)

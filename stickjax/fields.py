@@ -11,6 +11,7 @@ import types
 import typing
 from typing import Any, Literal
 
+BYTES = 257  # ids of a vocabulary of bytes and the end of text
 LARGEST = 10**15  # a whole number without a bound of its own; above it arithmetic on sizes overflows somewhere
 SEED = 2**31 - 1  # the largest seed that is another one in every random number generator
 

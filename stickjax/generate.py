@@ -64,7 +64,7 @@ def generate(
     """
     if getattr(model.config, "classes", 0):
         raise ValueError(f"a classifier of classes={model.config.classes} generates no text")
-    vocab_size = min(vocab_size or model.config.V, model.config.V)
+    vocab_size = min(vocab_size or model.config.vocabulary, model.config.vocabulary)
     _check_options(max_new_tokens, temperature, top_k, top_p)
     rows = [_prompt_ids(row, prompt, eot, vocab_size) for row, prompt in enumerate(prompts)]
     if not rows:

@@ -24,7 +24,7 @@ def flops_per_token(config: ModelConfig | SutConfig, T: int) -> float:
         heads, ways = config.attention_k * config.K, 1 if config.attention == "stick_breaking" else 2
         return config.L * (6 * active + 6 * ways * heads * config.H * T)
     if config.tied:
-        active += config.V * config.D  # the embedding works as output matrix
+        active += config.vocabulary * config.D  # the embedding works as output matrix
     return 6 * active + 6 * config.L * config.N * config.H * T
 
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from stickjax.fields import check_fields, field
+from stickjax.fields import BYTES, check_fields, field
 
 
 @dataclass(frozen=True)
@@ -12,7 +12,7 @@ class ModelConfig:
     """A decoder-only language model. Capital letters are the shape letters of the code."""
 
     family: Literal["decoder"] = field("decoder", "the kind of model; a config file chooses it by its class")
-    V: int = field(257, "vocabulary size (bytes and the end-of-text token by default)", at_least=1)
+    V: int | None = field(None, "vocabulary size; None: the ids of the tokenizer", at_least=1)
     D: int = field(128, "width of the residual stream", at_least=1)
     L: int = field(4, "number of layers", at_least=1)
     N: int = field(4, "query heads", at_least=1)
@@ -150,6 +150,11 @@ class ModelConfig:
                 raise ValueError(f"new_{experts}={new} and gone_{experts}={gone} need experts, but there are none")
             if gone and self.pruned != "old_denominator":
                 raise ValueError(f"gone_{experts}={gone} needs pruned='old_denominator'")
+
+    @property
+    def vocabulary(self) -> int:
+        """V, or without one the bytes and the end of text."""
+        return BYTES if self.V is None else self.V
 
     @property
     def scale(self) -> float:

@@ -19,6 +19,7 @@ from stickjax.models.transformer import Block, Transformer, apply
 from stickjax.optim import SEQUENCE, label_tree, make_optimizer
 from stickjax.plots import Records
 from stickjax.step import TrainState, init_state, loss_and_metrics, make_step
+from stickjax.vocabulary import with_vocabulary
 
 # Minutes on two CPU cores for a whole sweep; m_width is 1 at D = 64.
 SMALL = Config().replace(
@@ -185,8 +186,7 @@ def _start(config: Config) -> TrainState:
 def _batches(config: Config) -> list[dict[str, np.ndarray]]:
     """The batches of all steps, for every run to see the same."""
     corpus = _corpus(config.data)
-    if corpus.tokenizer.vocab_size > config.model.V:
-        raise ValueError(f"V={config.model.V} is smaller than the tokenizer's {corpus.tokenizer.vocab_size} ids")
+    with_vocabulary(config, corpus.tokenizer.vocab_size)  # checks V
     return list(itertools.islice(train_loader(corpus, config.data), config.train.steps))
 
 

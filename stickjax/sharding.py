@@ -84,15 +84,7 @@ def make_mesh(config: Config, devices=None) -> Mesh | None:
     True
     """
     devices = jax.devices() if devices is None else devices
-    sizes = {axis: getattr(config.mesh, axis) for axis in AXES}
-    known = math.prod(size for size in sizes.values() if size > 0)
-    for axis, size in sizes.items():
-        if size == -1:
-            if len(devices) % known:
-                raise ValueError(
-                    f"{axis}=-1 is what the other axes leave, but their {known} do not divide {len(devices)} devices"
-                )
-            sizes[axis] = len(devices) // known
+    sizes = mesh_sizes(config, devices)
     count, said = math.prod(sizes.values()), " x ".join(f"{axis}={n}" for axis, n in sizes.items() if n > 1)
     if count > len(devices):
         raise ValueError(f"{said} needs {count} devices, there are {len(devices)}")
@@ -102,6 +94,21 @@ def make_mesh(config: Config, devices=None) -> Mesh | None:
     if count == 1:
         return None
     return jax.make_mesh(tuple(sizes.values()), AXES, devices=devices[:count])
+
+
+def mesh_sizes(config: Config, devices=None) -> dict[str, int]:
+    """How many parts each axis of the mesh has; ValueError when -1 does not come out even."""
+    devices = jax.devices() if devices is None else devices
+    sizes = {axis: getattr(config.mesh, axis) for axis in AXES}
+    known = math.prod(size for size in sizes.values() if size > 0)
+    for axis, size in sizes.items():
+        if size == -1:
+            if len(devices) % known:
+                raise ValueError(
+                    f"{axis}=-1 is what the other axes leave, but their {known} do not divide {len(devices)} devices"
+                )
+            sizes[axis] = len(devices) // known
+    return sizes
 
 
 def _check_sizes(config: Config, sizes: dict[str, int]) -> None:
@@ -133,7 +140,8 @@ def _check_decoder(config: Config, sizes: dict[str, int]) -> None:
         ("D", m.D, sizes["fsdp"], f"fsdp={sizes['fsdp']}"),
         ("E", m.E, sizes["expert"], f"expert={sizes['expert']}"),
         ("router_hidden", m.router_hidden, m.router_network != "linear" and sizes["fsdp"], f"fsdp={sizes['fsdp']}"),
-        *((letter, getattr(m, letter), tensor, f"tensor={tensor}") for letter in "NKFV"),
+        *((letter, getattr(m, letter), tensor, f"tensor={tensor}") for letter in "NKF"),
+        ("V", m.V or tensor, tensor, f"tensor={tensor}"),  # without one, V becomes a multiple
     ]
     for letter, size, parts, said in divided:
         if parts and size % parts:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from stickjax.fields import check_fields, field
+from stickjax.fields import BYTES, check_fields, field
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,9 @@ class SutConfig:
     """
 
     family: Literal["sut"] = field("sut", "the kind of model; a config file chooses it by its class")
-    V: int = field(257, "vocabulary size; the encoder's token 0 is padding", at_least=1)
+    V: int | None = field(
+        None, "vocabulary size; None: the ids of the tokenizer or of the pairs, of which 0 is padding", at_least=1
+    )
     D: int = field(128, "width of the residual stream", at_least=1)
     L: int = field(6, "steps: how often the block is applied at most", at_least=1)
     K: int = field(2, "heads of one attention expert; key/value heads, which all its experts share", at_least=1)
@@ -64,6 +66,11 @@ class SutConfig:
             raise ValueError(f"sample_topk={self.sample_topk} cannot exceed attention_k={self.attention_k}")
         if self.D % 2 and self.attention == "softmax" and self.sinusoidal:
             raise ValueError(f"D={self.D} must be even for sinusoidal positions")
+
+    @property
+    def vocabulary(self) -> int:
+        """V, or without one the bytes and the end of text."""
+        return BYTES if self.V is None else self.V
 
     @property
     def m_width(self) -> float:

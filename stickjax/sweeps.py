@@ -26,6 +26,7 @@ from stickjax.config import Config
 from stickjax.disk import write_file
 from stickjax.options import load_config, parse
 from stickjax.plots import Records, best_runs, figure, group, plot_learning_rate_sweep, plot_power_law, save, ticks
+from stickjax.vocabulary import with_vocabulary
 
 
 def coordinate_check(widths: Iterable[int], make: Callable, *, steps: int = 4, plot=None) -> Records:
@@ -275,7 +276,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rates", help="learning rates, such as 1e-3,2e-3; by default 2^-2 ... 2^4 times peak_lr")
     words, rest = parser.parse_with_fields(argv)
     console = Console(highlight=False)
-    config = parse(load_config(words.config) if words.config else models.SMALL, rest)
+    config = with_vocabulary(parse(load_config(words.config) if words.config else models.SMALL, rest))
     D, peak = config.model.D, config.optim.peak_lr
     widths = _numbers("widths", words.widths, int) if words.widths else [D, 2 * D, 4 * D]
     rates = _numbers("rates", words.rates, float) if words.rates else [peak * 2.0**e for e in range(-2, 5)]

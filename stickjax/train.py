@@ -32,6 +32,7 @@ from stickjax.run import (
     write_config,
 )
 from stickjax.step import TrainState, init_state, jit_step, tokens_of, with_params
+from stickjax.vocabulary import with_vocabulary
 
 
 class Result(NamedTuple):
@@ -154,8 +155,9 @@ def fit(
     """
     config = with_own_tokenizer(run, config)
     data = training_data(config)
-    if data.vocab_size > config.model.V:
-        raise ValueError(f"V={config.model.V} is smaller than the {data.vocab_size} ids of {data.source}")
+    if config.model.V is None and (Path(run) / "config.json").exists():
+        config = config.replace({"model.V": read_config(run).model.V})  # on another mesh it could be another multiple
+    config = with_vocabulary(config, data.vocab_size)
     mesh = sharding.make_mesh(config)
     loader = data.loader(*sharding.rows_of_process(mesh))
     fields = {f"{s}.{n}": value for s, section in config.to_dict().items() for n, value in section.items()}

@@ -35,7 +35,7 @@ each_model = pytest.mark.parametrize("config", MODELS.values(), ids=MODELS.keys(
 
 
 def tokens_of(config, B=2, T=13, seed=1):
-    return jax.random.randint(jax.random.key(seed), (B, T), 0, config.V)
+    return jax.random.randint(jax.random.key(seed), (B, T), 0, config.vocabulary)
 
 
 def by_embedding(model, config, segment_ids=None):

@@ -84,7 +84,7 @@ def closed_form(config: Config) -> float:
     # Softmax: dA, dv, dq, dk and the scores again. Stick-breaking: those in two kernels, which share the first two.
     attention = 5 if m.attention == "softmax" else 7
     backward = 2 * (projections + up + down + router) + attention * product
-    unembedding = 6 * m.D * m.V
+    unembedding = 6 * m.D * m.vocabulary
     return config.data.tokens_per_step * (m.L * (forward + again + backward) + unembedding)
 
 
@@ -219,9 +219,9 @@ def test_collectives_are_those_of_the_strategy(compiled):
     assert {c.axes for c in gathers} == {("fsdp",)}
     m = SMALL
     layer = m.D * m.H * (2 * m.N + 2 * m.K) + m.D * m.E + 3 * m.E * m.D * m.F
-    assert sum(c.bytes * c.count for c in gathers) == 4 * (2 * m.L * layer + m.V * m.D)
+    assert sum(c.bytes * c.count for c in gathers) == 4 * (2 * m.L * layer + m.vocabulary * m.D)
     scatters = [c for c in step.collectives if c.kind == "reduce-scatter"]
-    assert sum(c.bytes * c.count for c in scatters) == 4 * (m.L * layer + m.V * m.D)
+    assert sum(c.bytes * c.count for c in scatters) == 4 * (m.L * layer + m.vocabulary * m.D)
 
 
 def test_estimate_by_hand(compiled):

@@ -34,7 +34,7 @@ def test_nothing_is_gathered_beyond_the_strategy(planned):
     assert sum(c.count for c in gathers) <= accumulate * (2 * m.L * 7 + 1)
     layer = m.D * m.H * (2 * m.N + 2 * m.K) + m.D * m.E + 3 * m.E * m.D * m.F
     # In bf16; routers in float32.
-    values = accumulate * (2 * m.L * (layer + m.D * m.E) + m.V * m.D)
+    values = accumulate * (2 * m.L * (layer + m.D * m.E) + m.vocabulary * m.D)
     assert sum(c.bytes * c.count for c in gathers) <= 2 * values
     assert {c.kind for c in step.collectives} == {"all-gather", "reduce-scatter", "all-reduce"}
     # What is summed over all devices is small: norms, losses, and the scales of norms.

@@ -59,7 +59,7 @@ def batches(config):
     """Packed documents; one sequence counts less than the others."""
     rng = np.random.default_rng(0)
     for _ in range(config.train.steps):
-        tokens = rng.integers(0, config.model.V, (config.data.B, config.data.T + 1), np.int32)
+        tokens = rng.integers(0, config.model.vocabulary, (config.data.B, config.data.T + 1), np.int32)
         mask = rng.random((config.data.B, config.data.T)) < 0.8
         mask[3, 2:] = False
         segments = np.cumsum(rng.random(mask.shape) < 0.2, axis=1, dtype=np.int32)

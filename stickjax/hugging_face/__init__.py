@@ -73,7 +73,7 @@ def write(
     tree = configs.to_theirs(c, config.data.T)
     table = names.table(tree["model_type"], c)
     tree |= read_object(files.get(TOKEN_IDS, b"{}"), TOKEN_IDS)
-    if tokenizer is not None and tokenizer.eot < c.V and tree.get("eos_token_id") is None:
+    if tokenizer is not None and tokenizer.eot < c.vocabulary and tree.get("eos_token_id") is None:
         tree["eos_token_id"] = tokenizer.eot  # else transformers has one of its own for each model type
     path.mkdir(parents=True, exist_ok=True)
     write_files({name: content for name, content in files.items() if name != TOKEN_IDS}, path)

@@ -174,7 +174,7 @@ def _moduleformer(get: _Tree) -> dict:
 def _to_moduleformer(c: ModelConfig) -> dict:
     loss = "switch" if c.switch_weight else "mi"
     return dict(
-        vocab_size=c.V, n_embd=c.D, n_layer=c.L, n_head=c.K, att_hidden=c.K * c.H, k_att=c.N // c.K, k_mlp=c.k,
+        vocab_size=c.vocabulary, n_embd=c.D, n_layer=c.L, n_head=c.K, att_hidden=c.K * c.H, k_att=c.N // c.K, k_mlp=c.k,
         n_att_experts=c.attention_experts, n_mlp_experts=c.E, ffd_hidden=c.F, activation_function="gelu_new",
         gate_type=c.router_network, gating_size=c.router_hidden, aux_loss_type=loss,
         aux_loss_weight=c.switch_weight or c.mi_weight, sample_topk=c.sample_topk,
@@ -184,7 +184,8 @@ def _to_moduleformer(c: ModelConfig) -> dict:
 
 def _to_llama(c: ModelConfig) -> dict:
     return dict(
-        vocab_size=c.V, hidden_size=c.D, num_hidden_layers=c.L, intermediate_size=c.F, rms_norm_eps=_final_norm_eps(c),
+        vocab_size=c.vocabulary, hidden_size=c.D, num_hidden_layers=c.L, intermediate_size=c.F,
+        rms_norm_eps=_final_norm_eps(c),
         num_attention_heads=c.N, num_key_value_heads=c.K, tie_word_embeddings=c.tied,
         # transformers 5 reads the dictionary, 4 the number.
         rope_theta=c.rope_theta, rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},

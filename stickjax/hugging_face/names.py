@@ -168,7 +168,7 @@ def shape(config: ModelConfig, layout: str) -> tuple[int, ...]:
 def _size(config: ModelConfig, letter: str) -> int:
     if letter.isdigit():
         return int(letter)
-    return getattr(config, {"A": "attention_experts", "R": "router_hidden"}.get(letter, letter))
+    return getattr(config, {"A": "attention_experts", "R": "router_hidden", "V": "vocabulary"}.get(letter, letter))
 
 
 def _place(config: ModelConfig, target: np.ndarray, to: str, source: np.ndarray, of: str, part: int) -> None:

@@ -86,7 +86,7 @@ class PairClassifier(nnx.Module):
     def __init__(self, config: SutConfig, key):
         self.config = c = config
         k_embed, k_stack, *keys = jax.random.split(key, 6)
-        self.embed = normal(k_embed, (c.V, c.D), c.D**-0.5, c)
+        self.embed = normal(k_embed, (c.vocabulary, c.D), c.D**-0.5, c)
         self.stack = UniversalStack(c, k_stack, causal=c.attention == "stick_breaking")
         wide = 4 * c.D
         self.w_in = uniform(keys[0], (wide, wide), wide**-0.5, c)
@@ -115,7 +115,7 @@ class LanguageModel(nnx.Module):
     def __init__(self, config: SutConfig, key):
         self.config = c = config
         k_embed, k_stack = jax.random.split(key)
-        self.embed = normal(k_embed, (c.V, c.D), c.D**-0.5, c)
+        self.embed = normal(k_embed, (c.vocabulary, c.D), c.D**-0.5, c)
         self.stack = UniversalStack(c, k_stack, causal=True)
 
     def __call__(self, batch, key=None, *, threshold=None, stop_early: bool = False) -> SutOutput:
@@ -136,7 +136,7 @@ class SparseUniversalTransformer(nnx.Module):
     def __init__(self, config: SutConfig, key):
         self.config = c = config
         k_embed, k_encoder, k_decoder = jax.random.split(key, 3)
-        self.embed = normal(k_embed, (c.V, c.D), c.D**-0.5, c)
+        self.embed = normal(k_embed, (c.vocabulary, c.D), c.D**-0.5, c)
         self.encoder = UniversalStack(c, k_encoder, causal=False)
         self.decoder = UniversalStack(c, k_decoder, causal=True, cross=True)
 

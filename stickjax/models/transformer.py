@@ -67,10 +67,10 @@ class Transformer(nnx.Module):
     def __init__(self, config: ModelConfig, key):
         self.config = c = config
         k_embed, k_blocks, k_unembed = jax.random.split(key, 3)
-        self.embed = normal(k_embed, (c.V, c.D), c.init_std, c)
+        self.embed = normal(k_embed, (c.vocabulary, c.D), c.init_std, c)
         self.blocks = jax.vmap(lambda k: Block(c, k))(jax.random.split(k_blocks, c.L))
         self.norm = norm_of(c, c.final_norm_eps)
-        self.unembed = None if c.tied else normal(k_unembed, (c.D, c.V), c.init_std, c)
+        self.unembed = None if c.tied else normal(k_unembed, (c.D, c.vocabulary), c.init_std, c)
 
     def __call__(
         self,

@@ -11,6 +11,7 @@ from stickjax.models.family import parameter_counts
 from stickjax.plan import estimate
 from stickjax.plan.aot import Compiled, Machine, compile_step, present_machine
 from stickjax.plan.search import nearest_changes, sweep
+from stickjax.vocabulary import with_vocabulary
 
 
 def gib(size: float) -> str:
@@ -148,6 +149,7 @@ def print_sweep(steps: list[Compiled], left_out: list, machine: Machine) -> None
 
 def show(config: Config, machine: Machine, *, as_json: bool = False, swept: bool = False) -> None:
     """Compile, search, and print the report. Raises ValueError for a mesh that does not divide."""
+    config = with_vocabulary(config, devices=machine.devices)
     if swept:
         steps, left_out = sweep(config, machine)
         if as_json:
