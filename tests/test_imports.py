@@ -5,6 +5,7 @@ import doctest
 import importlib
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,16 @@ def imports(path: Path) -> set[str]:
             # `from stickjax import models` imports stickjax.models.
             found |= {".".join([*base, alias.name]) for alias in node.names}
     return found
+
+
+def test_what_is_installed_is_what_is_there():
+    """The list of packages in pyproject.toml, and the configs, which lie inside of the package where it is installed."""
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {".".join(path.relative_to(ROOT).parent.parts) for path in FILES}
+    assert set(setuptools["packages"]) == folders | {"stickjax.configs"}
+    assert setuptools["package-dir"] == {"stickjax.configs": "configs"} and (ROOT / "configs" / "tiny.py").exists()
+    for package, patterns in setuptools["package-data"].items():
+        assert all(any((ROOT / package.replace(".", "/")).glob(pattern)) for pattern in patterns)
 
 
 def test_layers_are_told_apart():
