@@ -57,7 +57,7 @@ def imports(path: Path) -> set[str]:
 
 
 def test_what_is_installed_is_what_is_there():
-    """The list of packages in pyproject.toml, and the configs, which lie inside of the package where it is installed."""
+    """The packages in pyproject.toml are all, and the configs, which lie inside of stickjax where it is installed."""
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     folders = {".".join(path.relative_to(ROOT).parent.parts) for path in FILES}
     assert set(setuptools["packages"]) == folders | {"stickjax.configs"}
