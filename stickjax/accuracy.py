@@ -3,9 +3,8 @@
 `python -m stickjax.evaluate RUN` calls this for a model with classes.
 """
 
-import json
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
@@ -17,6 +16,7 @@ from stickjax import plots
 from stickjax.config import Config
 from stickjax.data import pair_examples
 from stickjax.disk import write_file
+from stickjax.metrics import json_text
 from stickjax.models.sut import PairClassifier, apply
 from stickjax.plots import Records
 from stickjax.tasks import Examples, logic
@@ -39,6 +39,7 @@ def accuracy(
     thresholds: Iterable[float] | None = None,
     max_pairs: int = 1024,
     B: int = 128,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Records:
     """The share of held-out pairs that are labelled right, for every number of operators and every threshold.
 
@@ -49,18 +50,25 @@ def accuracy(
       thresholds: of halting; None: the config's.
       max_pairs: at most so many of a bucket, the same for every threshold.
       B: pairs in one call of the model, at most.
+      say: gets a line about every bucket before it is evaluated.
+
+    Raises:
+      ValueError: `max_pairs` below 1, or a bucket of which no pairs were drawn.
 
     Returns:
       A record {"bucket", "threshold", "accuracy", "majority" (the share of the commonest label), "depth" (blocks that a
       token's final state is made of, the mean over tokens), "rows" (expert rows run, per token), "seconds" (of all
       pairs, without compiling), "pairs"} each.
     """
+    if max_pairs < 1:
+        raise ValueError(f"max_pairs={max_pairs} must be at least 1")
     B = min(B, max_pairs)
     thresholds = [config.model.halting_threshold] if thresholds is None else list(thresholds)
     records = []
     for bucket in buckets:
         pairs = batches_of(config, bucket, max_pairs, B)
         labels = np.concatenate([batch["label"][real] for batch, real in pairs])
+        say(f"pairs with {bucket} operators: {len(labels):,} at {len(thresholds)} halting thresholds")
         majority = np.bincount(labels).max() / len(labels)
         jax.block_until_ready(_read(model, pairs[0][0], thresholds[0]))  # compiled, so that it is not timed
         for threshold in thresholds:
@@ -138,10 +146,14 @@ def at_first_threshold(records: Records) -> Records:
     return [r for r in records if r["threshold"] == records[0]["threshold"]]
 
 
-def report(model: PairClassifier, config: Config, folder: Path, max_pairs: int) -> Records:
-    """`accuracy` at several thresholds, kept in the folder as accuracy.json, with two pictures."""
-    records = accuracy(model, config, thresholds=THRESHOLDS, max_pairs=max_pairs)
-    write_file(folder / "accuracy.json", json.dumps(records, indent=2) + "\n")
+def report(
+    model: PairClassifier, config: Config, folder: Path | None, max_pairs: int, say: Callable[[str], None]
+) -> Records:
+    """`accuracy` at several thresholds, kept in the folder, if there is one, as accuracy.json, with two pictures."""
+    records = accuracy(model, config, thresholds=THRESHOLDS, max_pairs=max_pairs, say=say)
+    if folder is None:
+        return records
+    write_file(folder / "accuracy.json", json_text(records, indent=2) + "\n")
     plots.plot_halting(records, folder / "halting.png")
     sentences = [side for bucket in (2, 6, 10) for side in depths(model, config, bucket)]
     plots.plot_depth(sentences, folder / "depth.png")

@@ -7,8 +7,9 @@
 """
 
 import hashlib
+import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,6 +24,8 @@ from stickjax.sources import printable
 from stickjax.tasks import TASKS, Examples, logic
 from stickjax.token_files import tokenize, verify
 from stickjax.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 __all__ = [
     "Corpus",
@@ -242,19 +245,28 @@ def pair_examples(config: Config, part: str, **options) -> Examples:
 
 @dataclass(frozen=True, eq=False)
 class EvalWindows:
-    """Held-out windows of M * T + 1 tokens, each inside one document; M is the largest length."""
+    """Held-out windows of at most M * T targets, each inside one document; M is the largest of `lengths`."""
 
-    tokens: np.ndarray  # [W, M * T + 1], int32
+    tokens: np.ndarray  # [W, longest + 1], int32; the first is what the first target follows
+    targets: np.ndarray  # [W], how many targets a window has; what is behind them is padding
     T: int
+    lengths: tuple[int, ...]  # multiples of T that some document reaches
     bytes: int  # of text that all targets together stand for
 
-    def pieces(self, m: int) -> np.ndarray:
-        """The windows cut into contexts of m * T tokens: [W * M / m, m * T + 1]; the targets are the same for all m."""
-        size, M = m * self.T, self.tokens.shape[1] // self.T
-        if m < 1 or M % m:
-            raise ValueError(f"m={m} must divide the largest length M={M}")
-        starts = np.arange(0, M * self.T, size)
-        return self.tokens[:, starts[:, None] + np.arange(size + 1)].reshape(-1, size + 1)
+    def pieces(self, m: int) -> tuple[np.ndarray, np.ndarray]:
+        """The windows cut into contexts of m * T tokens, and which targets are real: [P, size + 1] and [P, size].
+
+        Every target of the windows is in one piece, whatever m is. `size` is m * T, or less if all documents are short.
+        """
+        W, longest = len(self.tokens), self.tokens.shape[1] - 1
+        size = min(m * self.T, -(-longest // 64) * 64)
+        count = -(-longest // size)
+        padded = np.pad(self.tokens, ((0, 0), (0, count * size - longest)))
+        starts = np.arange(0, count * size, size)
+        pieces = padded[:, starts[:, None] + np.arange(size + 1)].reshape(-1, size + 1)
+        real = (np.arange(count * size) < self.targets[:, None]).reshape(W * count, size)
+        filled = real.any(1)
+        return pieces[filled], real[filled]
 
 
 def heldout_windows(
@@ -262,40 +274,67 @@ def heldout_windows(
 ) -> EvalWindows:
     """Windows to evaluate contexts of m * T tokens for every m of `lengths` on the same targets.
 
-    No window crosses a document. One is taken from each document before a second from any, in an order set
-    by `seed`, until `max_tokens` targets are reached (at least one window is taken). A context holds no end of
-    text; the last target may be one.
+    No window crosses a document. A document begins as in training: with its own first token if that is the tokenizer's
+    bos, else behind an end of text; all tokens after that are targets, its end of text among them.
 
-    Raises ValueError when a length does not divide the largest or no document is long enough.
+    Windows of M * T targets come first, M the largest length: one from each document before a second from any, in an
+    order set by `seed`. Then comes what is left of the documents: whole short ones, and ends of longer ones. Windows
+    are taken as long as `max_tokens` allows, and at least one.
+
+    Lengths that no document reaches are left out, which is logged; the smallest always stays.
+
+    Raises ValueError when a length does not divide the largest, or `max_tokens` is below 1.
 
     >>> corpus = load_corpus(DataConfig())[1]
     >>> windows = heldout_windows(corpus, 64, lengths=(1, 2), max_tokens=1024)
-    >>> windows.tokens.shape, windows.pieces(1).shape
+    >>> windows.tokens.shape, windows.pieces(1)[0].shape
     ((8, 129), (16, 65))
     """
-    M = max(lengths)
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens={max_tokens} must be at least 1")
     for m in lengths:
-        if m < 1 or M % m:
-            raise ValueError(f"every length must divide the largest: {m} does not divide {M} (lengths={lengths})")
-    size, ends = M * T, document_ends(corpus.tokens, corpus.tokenizer.eot)
+        if m < 1 or max(lengths) % m:
+            raise ValueError(f"every length must divide the largest: {m} does not divide {max(lengths)} ({lengths=})")
+    eot, bos, ends = corpus.tokenizer.eot, corpus.tokenizer.bos, document_ends(corpus.tokens, corpus.tokenizer.eot)
     starts = np.append(0, ends[:-1])
-    fits = (ends - starts - 1) // size  # windows in each document
-    if not fits.any():
-        raise ValueError(
-            f"no held-out document of {corpus.source} holds {M} * T + 1 = {size + 1} tokens (T={T}, "
-            f"lengths={lengths}): the longest has {int((ends - starts).max())}"
-        )
-    wanted = max(1, max_tokens // size)
-    order = np.random.default_rng(seed).permutation(np.flatnonzero(fits))
-    chosen: list[int] = []
-    turn = 0
-    while len(chosen) < wanted and len(order := order[fits[order] > turn]):
-        chosen += (starts[order] + turn * size).tolist()
-        turn += 1
-    tokens = np.stack([corpus.tokens[s : s + size + 1] for s in sorted(chosen[:wanted])]).astype(np.int32)
-    # Less the first token, which is no target; with it decoding knows what the first target follows.
+    if bos is not None:
+        starts = starts + (corpus.tokens[starts] == bos)  # of the first target
+    kept = tuple(m for m in lengths if m * T <= (ends - starts).max()) or (min(lengths),)
+    if kept != tuple(lengths):
+        left_out = ", ".join(str(m) for m in lengths if m not in kept)
+        log.warning(
+            "the longest held-out document of %s has %d tokens: lengths %s of T=%d are left out",
+            printable(corpus.source), (ends - starts).max(), left_out, T,
+        )  # fmt: skip
+    chosen, total = [], 0
+    for document, first, n in _parts(ends - starts, max(kept) * T, seed):
+        if chosen and total + n > max_tokens:
+            break
+        chosen.append((document, first, n))
+        total += n
+    windows = []
+    for document, first, n in sorted(chosen):
+        start = starts[document] + first
+        own = first or (start and corpus.tokens[start - 1] == bos)  # what is before it is of the same document
+        before = corpus.tokens[start - 1] if own else eot
+        windows.append(np.append(before, corpus.tokens[start : start + n]).astype(np.int32))
+    targets = np.array([len(window) - 1 for window in windows])
+    tokens = np.stack([np.pad(window, (0, targets.max() + 1 - len(window))) for window in windows])
+    # Less what stands before the first target; with it decoding knows what that target follows.
     count = corpus.tokenizer.count_bytes
-    return EvalWindows(tokens, T, sum(count(window) - count(window[:1]) for window in tokens))
+    return EvalWindows(tokens, targets, T, kept, sum(count(window) - count(window[:1]) for window in windows))
+
+
+def _parts(targets: np.ndarray, size: int, seed: int) -> Iterator[tuple[int, int, int]]:
+    """Documents of `targets` [documents] cut in parts: which one, its first target, how many; the full parts first."""
+    rng = np.random.default_rng(seed)
+    order, turn = rng.permutation(np.flatnonzero(targets >= size)), 0
+    while len(order := order[targets[order] >= (turn + 1) * size]):
+        yield from ((int(document), turn * size, size) for document in order)
+        turn += 1
+    for document in rng.permutation(np.flatnonzero(targets % size)):
+        rest = int(targets[document]) % size
+        yield int(document), int(targets[document]) - rest, rest
 
 
 @command

@@ -1,48 +1,52 @@
 """Held-out bits per byte at 1, 2, 4 and 8 times the training length: the same bytes are scored at every length.
 
-python -m stickjax.evaluate RUN [RUN ...] [--plot PNG]
+python -m stickjax.evaluate RUN [RUN ...] [--lengths 1,2,4] [--plot PNG]
 
 A classifier of pairs is evaluated by `stickjax.accuracy` instead.
+
+Numbers and pictures are kept in the run folders, unless they cannot be written or are in the Hugging Face layout.
 """
 
-import json
 import math
+import os
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from rich.console import Console
 from rich.table import Table
 
-from stickjax import accuracy, plots
-from stickjax.command import Parser, command
+from stickjax import accuracy, hugging_face, plots
+from stickjax.command import Parser, command, say_error
 from stickjax.config import Config
 from stickjax.corpus import load_corpus
 from stickjax.data import heldout_windows
 from stickjax.disk import write_file
-from stickjax.metrics import read_metrics
+from stickjax.metrics import json_text, read_metrics
 from stickjax.models.family import apply
 from stickjax.models.sut import LanguageModel
 from stickjax.models.transformer import Transformer
 from stickjax.options import parse_changes
 from stickjax.plots import Records
 from stickjax.run import load, read_config
+from stickjax.sources import printable
+from stickjax.tables import print_table
 
 LENGTHS = (1, 2, 4, 8)
 
 
 @jax.jit
 def _sums(model: Transformer | LanguageModel, windows: jax.Array, real: jax.Array) -> dict[str, jax.Array]:
-    """Over the targets of windows [B, T+1] for which `real` [B] is true: the negative log-likelihood, in nats, and of a
-    model that halts the mean number of blocks."""
+    """Sums over the targets of windows [B, T+1] for which `real` [B, T] is true: the negative log-likelihood in nats,
+    and the number of blocks of a model that halts."""
     output = apply(model, {"tokens": windows[:, :-1]})
     by_token = {"nll": optax.softmax_cross_entropy_with_integer_labels(output.logits, windows[:, 1:])}
     if isinstance(model, LanguageModel):
         by_token["depth"] = output.depth
-    return {name: jnp.where(real[:, None], values, 0).sum() for name, values in by_token.items()}
+    return {name: jnp.where(real, values, 0).sum() for name, values in by_token.items()}
 
 
 def evaluate(
@@ -52,41 +56,47 @@ def evaluate(
     lengths: tuple[int, ...] = LENGTHS,
     max_tokens: int = 2**17,
     batch_tokens: int = 2**13,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Records:
     """Bits per byte of the held-out text, at contexts of m * T tokens for every m of `lengths`.
 
     Windows of max(lengths) * T tokens, each within one document, are cut in pieces of m * T; every piece begins
-    without context. So all lengths score the same targets, and a longer one only adds context.
+    without context. So all lengths score the same targets, and a longer one only adds context. Short documents are
+    scored whole (`heldout_windows`).
 
     Args:
       model: the parameters.
       config: its data section names the text and T.
-      lengths: multiples of T; each must divide the largest.
+      lengths: multiples of T; each must divide the largest. Those that no document reaches are left out.
       max_tokens: targets to score.
       batch_tokens: tokens in one call of the model.
+      say: gets a line about every length before it is evaluated.
 
     Returns:
       A record {"multiple", "context", "bits_per_byte", "bits_per_token", "tokens", "bytes", "text"} per length; of a
       model that halts also "depth", the mean number of blocks.
 
     Raises:
-      ValueError: no held-out document is long enough.
+      ValueError: a length that does not divide the largest, or `max_tokens` below 1.
     """
     _, heldout = load_corpus(config.data)
     windows = heldout_windows(heldout, config.data.T, lengths=lengths, max_tokens=max_tokens)
+    tokens = int(windows.targets.sum())
     records = []
-    for m in lengths:
-        pieces = windows.pieces(m)
-        B = max(1, batch_tokens // (m * config.data.T))
-        real = np.arange(-(-len(pieces) // B) * B) < len(pieces)
-        padded = np.concatenate([pieces, np.repeat(pieces[:1], len(real) - len(pieces), 0)])
-        batches = zip(np.split(padded, len(real) // B), np.split(real, len(real) // B), strict=True)
+    for m in windows.lengths:
+        pieces, real = windows.pieces(m)
+        B = max(1, batch_tokens // real.shape[1])
+        count, empty = -(-len(pieces) // B), -len(pieces) % B
+        context = m * config.data.T
+        say(f"{m}x ({context}): compiling, then scoring {tokens:,} tokens")
+        padded = np.pad(pieces, ((0, empty), (0, 0))), np.pad(real, ((0, empty), (0, 0)))
+        batches = zip(*(np.split(array, count) for array in padded), strict=True)
         parts = [jax.device_get(_sums(model, *batch)) for batch in batches]
         sums = {name: sum(float(part[name]) for part in parts) for name in parts[0]}
-        bits, tokens = sums["nll"] / math.log(2), pieces.shape[0] * m * config.data.T
+        bits = sums["nll"] / math.log(2)
         record = dict(
-            multiple=m, context=m * config.data.T, bits_per_byte=bits / windows.bytes, bits_per_token=bits / tokens,
-            tokens=tokens, bytes=windows.bytes, text=heldout.hash,
+            multiple=m, context=context, bits_per_byte=bits / windows.bytes if windows.bytes else math.nan,
+            bits_per_token=bits / tokens, tokens=tokens, bytes=windows.bytes, text=heldout.hash,
         )  # fmt: skip
         records.append(record | ({"depth": sums["depth"] / tokens} if "depth" in sums else {}))
     return records
@@ -96,24 +106,74 @@ def depths(model: LanguageModel, config: Config, *, lines: int = 4, T: int = 64)
     """The tokens of some held-out windows, as text, and the mean number of blocks of each."""
     _, heldout = load_corpus(config.data)
     T = min(T, config.data.T)
-    windows = heldout_windows(heldout, T, lengths=(1,), max_tokens=lines * T).tokens[:, :-1]
-    found = jax.device_get(apply(model, {"tokens": windows}).depth)
-    decode = lambda token: heldout.tokenizer.decode([int(token)]).encode("unicode_escape").decode()  # noqa: E731
-    return [([decode(token) for token in row], depth) for row, depth in zip(windows, found, strict=True)]
+    windows = heldout_windows(heldout, T, lengths=(1,), max_tokens=lines * T)
+    found = jax.device_get(apply(model, {"tokens": windows.tokens[:, :-1]}).depth)
+
+    def text(token: int) -> str:
+        return heldout.tokenizer.decode([int(token)]).encode("unicode_escape").decode() or "<end>"
+
+    rows = zip(windows.tokens, found, windows.targets, strict=True)
+    return [([text(token) for token in row[:n]], depth[:n]) for row, depth, n in rows]
 
 
 def table(runs: dict[str, Records]) -> Table:
-    """Bits per byte, a row per run and a column per context length."""
+    """Bits per byte, a row per run and a column per multiple of T.
+
+    The heading of a column has the context if it is the same for all runs; else every cell has its own.
+    """
+    contexts: dict[int, set[int]] = {}
+    for record in (record for records in runs.values() for record in records):
+        contexts.setdefault(record["multiple"], set()).add(record["context"])
     result = Table(title="held-out bits per byte")
     result.add_column("run")
-    first = next(iter(runs.values()))
-    for record in first:
-        result.add_column(f"{record['multiple']}x ({record['context']})", justify="right")
+    for m, all_runs in contexts.items():
+        result.add_column(f"{m}x ({min(all_runs)})" if len(all_runs) == 1 else f"{m}x", justify="right")
     for name, records in runs.items():
-        result.add_row(name, *(f"{r['bits_per_byte']:.3f}" for r in records))
+        own = {record["multiple"]: record for record in records}
+        own_context = {m: f" ({own[m]['context']})" if len(contexts[m]) > 1 else "" for m in own}
+        cells = {m: f"{own[m]['bits_per_byte']:.3f}{own_context[m]}" for m in own}
+        result.add_row(name, *(cells.get(m, "-") for m in contexts))
         if "depth" in records[0]:
-            result.add_row("  mean depth", *(f"{r['depth']:.2f}" for r in records))
+            result.add_row("  mean depth", *(f"{own[m]['depth']:.2f}" if m in own else "-" for m in contexts))
     return result
+
+
+def names(runs: Iterable[str]) -> dict[str, Path]:
+    """The folders of runs, by the shortest ends of their paths that tell them apart; each folder once.
+
+    >>> list(names(["x/run", "y/run", "/data/old", "x/run/"]))
+    ['x/run', 'y/run', 'old']
+    """
+    folders: dict[Path, Path] = {}
+    for run in runs:
+        folders.setdefault(Path(os.path.abspath(run)), Path(run))
+    named = {}
+    for path, folder in folders.items():
+        parts = path.parts
+        n = 1
+        while any(other.parts[-n:] == parts[-n:] for other in folders if other != path):
+            n += 1
+        named[printable(Path(*parts[-n:]))] = folder
+    return named
+
+
+def _place(run: Path) -> Path | None:
+    """Where what belongs to a run is kept: its folder, or None if that is not ours to write."""
+    if hugging_face.is_folder(run):
+        reason = "is in the Hugging Face layout"
+    elif not os.access(run, os.W_OK):
+        reason = "cannot be written"
+    else:
+        return run
+    say_error(f"{printable(run)} {reason}: nothing is kept in it; --plot PNG keeps the picture elsewhere")
+    return None
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    words = text.split(",")
+    if not all(word.strip().isdecimal() and int(word) for word in words):
+        raise ValueError(f"--lengths={text}: expected multiples of T separated by commas, such as 1,2,4")
+    return tuple(dict.fromkeys(map(int, words)))
 
 
 @command
@@ -121,39 +181,50 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m stickjax.evaluate")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders; several are drawn in one picture")
     parser.add_argument("--step", type=int, help="evaluate the checkpoint of this step")
+    parser.add_argument("--lengths", default="1,2,4,8", help="contexts, in multiples of T (default: %(default)s)")
     parser.add_argument("--max-tokens", type=int, default=2**17, help="how many tokens to score")
     parser.add_argument("--max-pairs", type=int, default=1024, help="of a classifier, how many pairs of a bucket")
-    parser.add_argument("--plot", help="path of the curves; in the first run's folder by default")
+    parser.add_argument("--plot", metavar="PNG", help="path of the curves; in the first run's folder by default")
     words, rest = parser.parse_with_fields(argv)
-    results = {}
-    configs = {run: read_config(run) for run in words.runs}
+    runs, lengths = names(words.runs), _lengths(words.lengths)
+    configs = {name: read_config(run) for name, run in runs.items()}
+    changes = {name: parse_changes(config, rest) for name, config in configs.items()}
     classes = {getattr(config.model, "classes", 0) for config in configs.values()}
     if len(classes) > 1:
         raise ValueError("classifiers and language models are not compared: evaluate them in two commands")
-    for run, config in configs.items():
-        loaded, folder = load(run, step=words.step, changes=parse_changes(config, rest)), Path(run)
-        plots.plot_training({folder.name: read_metrics(run)}, folder / "training.png")
-        if classes != {0}:
-            limit = words.max_pairs
-            results[folder.name] = accuracy.report(loaded.model, loaded.config, folder, limit)
+    pairs = classes != {0}
+    if words.plot and not Path(words.plot).absolute().parent.is_dir():
+        raise ValueError(f"--plot={words.plot}: {printable(Path(words.plot).parent)} is no folder")
+    results, places = {}, {}
+    for name, run in runs.items():
+        say_error(f"{name}: reading the parameters")
+        say = lambda line, name=name: say_error(f"{name}: {line}")  # noqa: E731
+        loaded = load(run, step=words.step, changes=changes[name])
+        place = places[name] = _place(run)
+        if place and (rows := read_metrics(run)):
+            plots.plot_training({name: rows}, place / "training.png")
+        if pairs:
+            results[name] = accuracy.report(loaded.model, loaded.config, place, words.max_pairs, say)
             continue
-        lengths = evaluate(loaded.model, loaded.config, max_tokens=words.max_tokens)
-        results[folder.name] = lengths
-        if isinstance(loaded.model, LanguageModel):
-            plots.plot_depth(depths(loaded.model, loaded.config), folder / "depth.png")
-        record = {"run": folder.name, "step": loaded.step, "lengths": lengths}
-        write_file(folder / "evaluation.json", json.dumps(record, indent=2) + "\n")
-    if classes != {0}:
-        picture = words.plot or str(Path(words.runs[0]) / "accuracy.png")
+        options = dict(lengths=lengths, max_tokens=words.max_tokens, say=say)
+        results[name] = evaluate(loaded.model, loaded.config, **options)
+        if place and isinstance(loaded.model, LanguageModel):
+            plots.plot_depth(depths(loaded.model, loaded.config), place / "depth.png")
+        if place:
+            record = {"run": name, "step": loaded.step, "lengths": results[name]}
+            write_file(place / "evaluation.json", json_text(record, indent=2) + "\n")
+    print_table(accuracy.table(results) if pairs else table(results))
+    if pairs and len(results) == 1:
+        print_table(accuracy.savings(*results.values()))
+    first = next(iter(places.values()))
+    picture = words.plot or (first and first / ("accuracy.png" if pairs else "length.png"))
+    if not picture:
+        return 0
+    if pairs:
         plots.plot_accuracy({name: accuracy.at_first_threshold(r) for name, r in results.items()}, picture)
     else:
-        picture = words.plot or str(Path(words.runs[0]) / "length.png")
         plots.plot_length_curves(results, picture)
-    console = Console(highlight=False)
-    console.print(table(results) if classes == {0} else accuracy.table(results))
-    if classes != {0} and len(results) == 1:
-        console.print(accuracy.savings(*results.values()))
-    print(f"curves: {picture}")
+    print(f"curves: {printable(picture)}")
     return 0
 
 

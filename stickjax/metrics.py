@@ -1,8 +1,11 @@
 """What a run reports: metrics.jsonl, floating-point operations, the share of the chip's peak."""
 
 import json
+import logging
+import math
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -10,6 +13,9 @@ from stickjax.config import ModelConfig, SutConfig
 from stickjax.disk import remove, write_file, writing
 from stickjax.models.family import parameter_counts
 from stickjax.plan.chips import of_kind
+from stickjax.sources import printable
+
+log = logging.getLogger(__name__)
 
 
 def flops_per_token(config: ModelConfig | SutConfig, T: int) -> float:
@@ -34,21 +40,38 @@ def peak_flops(devices: int = 1) -> float | None:
     return None if chip is None else devices * chip.flops
 
 
+def json_text(value: Any, **options) -> str:
+    """JSON of dictionaries, lists, strings and numbers; a number that is not finite, which JSON cannot spell, is null.
+
+    >>> json_text({"step": 3, "loss": math.nan})
+    '{"step": 3, "loss": null}'
+    """
+
+    def finite(value):
+        if isinstance(value, dict):
+            return {key: finite(part) for key, part in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(part) for part in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(value), allow_nan=False, **options)
+
+
 class MetricsLog:
     """One JSON object per line, in `run_folder/metrics.jsonl`.
 
-    Opened at `after_step`, what was logged after that step is cut off: a resumed run writes it again. A last line
-    that was cut off by a crash goes with it.
+    Opened at `after_step`, what was logged after that step is cut off: a resumed run writes it again. Lines that
+    `read_metrics` leaves out go with it.
     """
 
     def __init__(self, run_folder: str | os.PathLike, after_step: int):
         self.path = Path(run_folder) / "metrics.jsonl"
         kept = [row for row in read_metrics(run_folder) if row["step"] <= after_step]
-        write_file(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        write_file(self.path, "".join(json_text(row) + "\n" for row in kept))
         self._file = self.path.open("ab", buffering=0)
 
     def write(self, row: dict) -> None:
-        line = json.dumps(row).encode() + b"\n"
+        line = json_text(row).encode() + b"\n"
         with writing(self.path):
             while line:  # a disk that becomes full takes a part of it
                 line = line[self._file.write(line) :]
@@ -58,13 +81,26 @@ class MetricsLog:
 
 
 def read_metrics(run_folder: str | os.PathLike) -> list[dict]:
-    """All complete lines of a run's metrics.jsonl."""
-    path, rows = Path(run_folder) / "metrics.jsonl", []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    """The rows of a run's metrics.jsonl, each with at least step, tokens, loss and learning_rate; null becomes NaN.
+
+    Damaged lines, and lines of something else, are left out and logged. A last line without an end, which a crash has
+    torn, is left out in silence.
+    """
+    path, rows, bad = Path(run_folder) / "metrics.jsonl", [], []
+    *lines, last = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    for number, line in enumerate([*lines, last], 1):
         try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break  # torn by a crash; nothing behind it can be trusted
+            row = {key: math.nan if value is None else value for key, value in json.loads(line).items()}
+            numbers = all(type(row[key]) in (int, float) for key in ("tokens", "loss", "learning_rate"))
+            if type(row["step"]) is not int or not numbers:
+                raise ValueError("not a row of metrics")
+            rows.append(row)
+        except (ValueError, KeyError, AttributeError, RecursionError):
+            if number <= len(lines) and line.strip():
+                bad.append(number)
+    if bad:
+        which = ", ".join(map(str, bad[:10])) + (", ..." if bad[10:] else "")
+        log.warning("%s: left out %d damaged or foreign lines: %s", printable(path), len(bad), which)
     return rows
 
 

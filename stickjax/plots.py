@@ -61,15 +61,25 @@ def best_runs(records: Records, *keys: str) -> Records:
     return [min(line, key=lambda r: r["loss"]) for line in groups.values()]
 
 
+def label(name: str) -> str:
+    """A name for a legend: a pair of dollars would begin a formula, and a line whose name begins with _ is not listed.
+
+    >>> label("_lr$3")
+    ' _lr\\\\$3'
+    """
+    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
+
+
 def plot_length_curves(runs: dict[str, Records], path) -> None:
     """Held-out bits per byte against the context length, a line per named run; the training length is marked."""
     page, (axes,) = figure("context length (tokens)", "held-out bits per byte", xscale=("log", dict(base=2)))
     for name, records in runs.items():
-        axes.plot([r["context"] for r in records], [r["bits_per_byte"] for r in records], "o-", label=name)
+        axes.plot([r["context"] for r in records], [r["bits_per_byte"] for r in records], "o-", label=label(name))
     contexts = {r["context"] for records in runs.values() for r in records}
-    trained = {r["context"] for records in runs.values() for r in records if r["multiple"] == 1}
+    trained = sorted({r["context"] for records in runs.values() for r in records if r["multiple"] == 1})
     for T in trained:
-        axes.axvline(T, color="k", linestyle=":", alpha=0.5, label="training length")
+        said = {"label": "training length"} if T == trained[0] else {}
+        axes.axvline(T, color="k", linestyle=":", alpha=0.5, **said)
     ticks(axes, contexts)
     axes.legend()
     save(page, path)
@@ -80,8 +90,8 @@ def plot_training(runs: dict[str, Records], path) -> None:
     page, panels = figure("tokens", "", ("training loss (bits per token)", "learning rate"), share=False)
     for name, rows in runs.items():
         tokens = [r["tokens"] for r in rows]
-        panels[0].plot(tokens, [r["loss"] / math.log(2) for r in rows], label=name, linewidth=1)
-        panels[1].plot(tokens, [r["learning_rate"] for r in rows], label=name)
+        panels[0].plot(tokens, [r["loss"] / math.log(2) for r in rows], label=label(name), linewidth=1)
+        panels[1].plot(tokens, [r["learning_rate"] for r in rows], label=label(name))
     panels[0].legend()
     save(page, path)
 
@@ -104,7 +114,7 @@ def plot_accuracy(runs: dict[str, Records], path) -> None:
     """Accuracy by number of operators, a line per run, and the share of the commonest label."""
     page, (axes,) = figure("operators", "held-out accuracy")
     for name, records in runs.items():
-        axes.plot([r["bucket"] for r in records], [r["accuracy"] for r in records], "o-", label=name)
+        axes.plot([r["bucket"] for r in records], [r["accuracy"] for r in records], "o-", label=label(name))
     axes.plot([r["bucket"] for r in records], [r["majority"] for r in records], "k:", label="commonest label")
     axes.set_ylim(0, 1)
     axes.legend()
@@ -141,7 +151,7 @@ def plot_depth(sentences: list[tuple[list[str], np.ndarray]], path) -> None:
     for axes, (tokens, depth) in zip(panels, sentences, strict=True):
         axes.bar(range(len(tokens)), depth, color="C0")
         axes.set(xlim=(-0.6, longest - 0.4), ylim=(0, highest), ylabel="depth")
-        labels = [token.replace("$", r"\$") for token in tokens]  # a pair of them would begin a formula
+        labels = [token.replace("$", r"\$") for token in tokens]  # a pair of dollars would begin a formula
         axes.set_xticks(range(len(tokens)), labels, family="monospace", fontsize="small")
     save(page, path)
 

@@ -6,7 +6,6 @@ as plain dictionaries, ready for JSON; every plot takes such records and writes 
 python -m stickjax.sweeps coordinate|learning-rate|power-law [--config FILE] [--out DIR] [--section.field=value ...]
 """
 
-import json
 import math
 import sys
 from collections.abc import Callable, Iterable
@@ -24,8 +23,10 @@ from stickjax import mup as models
 from stickjax.command import Parser, command
 from stickjax.config import Config
 from stickjax.disk import write_file
+from stickjax.metrics import json_text
 from stickjax.options import load_config, parse
 from stickjax.plots import Records, best_runs, figure, group, plot_learning_rate_sweep, plot_power_law, save, ticks
+from stickjax.tables import print_table
 from stickjax.vocabulary import with_vocabulary
 
 
@@ -284,8 +285,8 @@ def main(argv: list[str] | None = None) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     with console.status(words.command) as status:
         result, table = _COMMANDS[words.command](config, widths, rates, out, status)
-    write_file(f"{out}.json", json.dumps({"config": config.to_dict()} | result, indent=1) + "\n")
-    console.print(table)
+    write_file(f"{out}.json", json_text({"config": config.to_dict()} | result, indent=1) + "\n")
+    print_table(table)
     print(f"{out}.json, {out}.png")
     return 0
 

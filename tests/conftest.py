@@ -59,6 +59,24 @@ def wait_for_step(run, step, process) -> None:
         time.sleep(0.005)
 
 
+@pytest.fixture(scope="session")
+def bpe(tmp_path_factory):
+    """A small byte-level BPE tokenizer.json."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(["the stick is broken and the rest of the stick is left"] * 9, trainer)
+    path = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
+    tokenizer.save(str(path))
+    return str(path)
+
+
 @pytest.fixture
 def x64():
     with jax.enable_x64(True):

@@ -235,8 +235,12 @@ def test_a_converted_model_is_evaluated_sampled_and_trained(tmp_path, capsys):
     data = {"data.source": "text", "data.path": str(texts), "data.tokenizer": "byte", "data.heldout_every": 2}
     data |= {"data.T": 8, "data.B": 2}
     assert generate.main([run, "--prompt=a", "--max-new-tokens=2", "--set=data.tokenizer=byte"]) == 0
+    theirs = {file: file.stat().st_mtime_ns for file in Path(hf).iterdir()}
     for folder in (hf, run):
         assert evaluate.main([folder, "--max-tokens=64", *(f"--{key}={value}" for key, value in data.items())]) == 0
+    assert {file: file.stat().st_mtime_ns for file in Path(hf).iterdir()} == theirs, "a download stays as it is"
+    assert "hf is in the Hugging Face layout: nothing is kept in it" in capsys.readouterr().err
+    assert (tmp_path / "run/evaluation.json").exists() and (tmp_path / "run/length.png").exists()
     config = stickjax.load(run, changes=data).config
     config = config.replace({"model.param_dtype": "float32", "train.steps": 1, "optim.schedule": "constant"})
     fit(config, str(tmp_path / "tuned"), init_from=hf, quiet=True)

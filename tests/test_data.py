@@ -1,4 +1,4 @@
-"""Sources, token files, the split, batches and their resumption, evaluation windows, bad input."""
+"""Sources, token files, the split, batches and their resumption, bad input."""
 
 import builtins
 import json
@@ -17,18 +17,12 @@ from hypothesis import strategies as st
 from stickjax import data
 from stickjax.config import DataConfig
 from stickjax.corpus import Corpus, load_corpus
-from stickjax.data import batches, heldout_windows, make_batch, train_loader
+from stickjax.data import batches, make_batch, train_loader
 from stickjax.sources import text_documents
 from stickjax.token_files import tokenize
 from stickjax.tokenizer import ByteTokenizer, StreamDecoder, load_tokenizer, token_dtype
 
 EOT = 256
-
-
-def corpus_of(*lengths: int) -> Corpus:
-    """Documents of these lengths (with their end of text); every byte tells its document."""
-    tokens = np.concatenate([np.append(np.full(n - 1, i % 256), EOT) for i, n in enumerate(lengths)])
-    return Corpus(tokens.astype(np.uint16), ByteTokenizer(), "memory", len(lengths), int(sum(lengths)), "0" * 16)
 
 
 def counting(n: int) -> Corpus:
@@ -50,24 +44,6 @@ def folder(tmp_path):
     (root / ".secret").write_text("hidden")
     (root / "sub" / ".hidden" / "e.txt").write_text("hidden")
     return root
-
-
-@pytest.fixture(scope="session")
-def bpe(tmp_path_factory):
-    """A small byte-level BPE tokenizer.json."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(["the stick is broken and the rest of the stick is left"] * 9, trainer)
-    path = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
-    tokenizer.save(str(path))
-    return str(path)
 
 
 # Tokenizers
@@ -434,47 +410,3 @@ def test_bad_loaders():
         train_loader(counting(99), CONFIG, process_index=2, process_count=2)
     with pytest.raises(ValueError, match="no examples to draw B=4 of"):
         batches([], B=4, seed=0)
-
-
-# Evaluation windows
-
-
-def test_windows_stay_inside_documents_and_share_their_targets():
-    corpus = corpus_of(10, 33, 100, 16, 17, 64)  # windows of 17: 0, 2, 6, 0, 1, 3
-    windows = heldout_windows(corpus, 4, lengths=(1, 2, 4))
-    assert windows.tokens.shape == (12, 17) and windows.tokens.dtype == np.int32
-    assert (windows.tokens[:, :-1] != EOT).all() and (np.ptp(windows.tokens[:, :-1], axis=1) == 0).all()
-    for m in (1, 2, 4):
-        pieces = windows.pieces(m)
-        assert pieces.shape == (12 * 4 // m, 4 * m + 1)
-        assert np.array_equal(pieces[:, 1:].ravel(), windows.tokens[:, 1:].ravel())
-    assert windows.bytes == (windows.tokens[:, 1:] != EOT).sum() == 12 * 16 - 2
-
-
-def test_windows_are_spread_over_documents():
-    corpus = corpus_of(100, 100, 10, 100, 17)
-    windows = heldout_windows(corpus, 4, lengths=(4,), max_tokens=6 * 16)
-    assert sorted(windows.tokens[:, 0])[:1] == [0] and len(windows.tokens) == 6
-    per_document = np.bincount(windows.tokens[:, 0], minlength=5)
-    assert per_document[[2, 4]].tolist() == [0, 1] and sorted(per_document[[0, 1, 3]]) == [1, 2, 2]
-    assert np.array_equal(windows.tokens, heldout_windows(corpus, 4, lengths=(4,), max_tokens=6 * 16).tokens)
-    assert len(heldout_windows(corpus, 4, lengths=(4,), max_tokens=1).tokens) == 1
-
-
-def test_bytes_of_subword_targets(bpe):
-    tokenizer = load_tokenizer(bpe)
-    text = "the stick is left "
-    tokens = np.append(tokenizer.encode(text * 4), tokenizer.eot)
-    T = len(tokens) - 1
-    corpus = Corpus(tokens, tokenizer, "memory", 1, 0, "0" * 16)
-    windows = heldout_windows(corpus, T, lengths=(1,))
-    assert windows.bytes == len(text * 4) - len(tokenizer.decode(tokens[:1]))
-
-
-def test_bad_windows():
-    with pytest.raises(ValueError, match=r"holds 8 \* T \+ 1 = 33 tokens \(T=4, .*the longest has 20"):
-        heldout_windows(corpus_of(9, 20), 4)
-    with pytest.raises(ValueError, match="3 does not divide 8"):
-        heldout_windows(corpus_of(99), 4, lengths=(3, 8))
-    with pytest.raises(ValueError, match="m=3 must divide the largest length M=4"):
-        heldout_windows(corpus_of(99), 4, lengths=(4,)).pieces(3)

@@ -378,7 +378,7 @@ def test_a_generated_source_is_a_corpus():
     blocks = [corpus.tokenizer.decode(corpus.tokens[:4000]).splitlines()[:9] for corpus in (train, heldout)]
     lines = list(recall.text(0, 400))
     assert blocks[1] == lines[:9] and set(blocks[0]) < set(lines) - set(lines[:9])
-    assert len(heldout_windows(heldout, 512).tokens), "a document holds 8 contexts of 512 bytes"
+    assert heldout_windows(heldout, 512).lengths[-1] == 8, "a document holds 8 contexts of 512 bytes"
 
 
 def test_a_mixture_has_equal_shares(tmp_path):

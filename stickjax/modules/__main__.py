@@ -11,24 +11,24 @@ python -m stickjax.train OUT/config.json --run NEW --init-from OUT. All take --s
 """
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 
 import jax
-from rich.console import Console
 from rich.table import Table
 
 from stickjax import plots
 from stickjax.command import Parser, command
 from stickjax.config import DataConfig
 from stickjax.disk import write_file
+from stickjax.metrics import json_text
 from stickjax.modules.change import extend, prune
 from stickjax.modules.kinds import KINDS, kinds_of
 from stickjax.modules.tune import LEARN, concentrate, freeze, frozen
 from stickjax.modules.usage import batches_of, report, use
 from stickjax.options import parse_changes
 from stickjax.run import load, read_config, save
+from stickjax.tables import print_table
 
 
 def source_of(data: DataConfig, words: str) -> DataConfig:
@@ -109,10 +109,10 @@ def _report(words, changes: dict) -> str:
     loaded = load(words.run, step=words.step, changes=changes)
     sources = {name: source_of(loaded.config.data, name) for name in words.source or loaded.config.data.sources}
     result = report(loaded.model, sources, max_tokens=words.tokens, below=words.below)
-    write_file(Path(words.run) / "modules.json", json.dumps({"step": loaded.step} | result) + "\n")
+    write_file(Path(words.run) / "modules.json", json_text({"step": loaded.step} | result) + "\n")
     picture = words.plot or str(Path(words.run) / "modules.png")
     plots.plot_module_use(result["use"], result["mutual_information"], picture)
-    Console(highlight=False).print(table(result))
+    print_table(table(result))
     return f"picture: {picture}"
 
 
