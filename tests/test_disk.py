@@ -62,14 +62,15 @@ def test_what_the_disk_says(error, said):
 
 def test_metrics_say_what_is_full(tmp_path, limit):
     log = MetricsLog(tmp_path, after_step=0)
-    log.write({"step": 1})
-    limit(20)
+    row = {"step": 1, "tokens": 8, "loss": 2.5, "learning_rate": 0.1}
+    log.write(row)
+    limit((tmp_path / "metrics.jsonl").stat().st_size + 8)
     with pytest.raises(OSError, match="the file is larger than it may be here: '.*/metrics.jsonl'"):
-        log.write({"step": 2})
+        log.write(row | {"step": 2})
     log.close()
     limit(resource.RLIM_INFINITY)
     MetricsLog(tmp_path, after_step=5).close()
-    assert read_metrics(tmp_path) == [{"step": 1}] and names(tmp_path) == ["metrics.jsonl"]
+    assert read_metrics(tmp_path) == [row] and names(tmp_path) == ["metrics.jsonl"]
 
 
 def test_models_are_written_whole_or_not(tmp_path, limit, capsys):
