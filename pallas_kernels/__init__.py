@@ -2,7 +2,7 @@
 
 from .dispatch import explain
 from .scatter_moe import Routing, expert_linear, expert_mlp, route
-from .stick_breaking import Stats, merge_stick_breaking, stick_breaking_attention
+from .stick_breaking import Stats, merge_stick_breaking, stick_breaking_attention, stick_breaking_weights
 
 __all__ = [
     "Routing",
@@ -13,4 +13,5 @@ __all__ = [
     "merge_stick_breaking",
     "route",
     "stick_breaking_attention",
+    "stick_breaking_weights",
 ]

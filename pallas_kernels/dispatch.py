@@ -53,6 +53,8 @@ def _wanted(implementation: str | Sequence[str] | None) -> Sequence[str]:
     if implementation is None:
         return NAMES[:-1]  # the reference runs only by its name
     wanted = (implementation,) if isinstance(implementation, str) else implementation
+    if not isinstance(wanted, Sequence) or not all(isinstance(name, str) for name in wanted):
+        raise ValueError(f"implementation={implementation!r} must be a name, a sequence of names or None")
     if not wanted:
         raise ValueError("implementation=() names nothing; None takes the best one")
     for name in wanted:
@@ -89,12 +91,12 @@ def _sentence(op: Op, call: Any, implementation: str | Sequence[str] | None) -> 
 
 def run(op: Op, call: Any, implementation: str | Sequence[str] | None) -> Any:
     """Run `call` on the chosen implementation, on a mesh on every device for its part."""
-    wanted = implementation if implementation is None or isinstance(implementation, str) else tuple(implementation)
+    wanted = None if implementation is None else tuple(_wanted(implementation))
     compute = partition.Bound(_run_here, (op.name, wanted))
     return compute(call) if op.letters is None else partition.run(op.letters(call), call, compute)
 
 
-def _run_here(call: Any, op_name: str, implementation: str | tuple[str, ...] | None) -> Any:
+def _run_here(call: Any, op_name: str, implementation: tuple[str, ...] | None) -> Any:
     op = _ops[op_name]
     name, _ = choose(op, call, implementation)
     if implementation is None:
@@ -124,7 +126,9 @@ def explain(op_name: str, *args, **kwargs) -> str:
     implementation = kwargs.pop("implementation", None)
 
     def stand_in(x):  # an array of the same shape that takes no memory
-        return np.broadcast_to(np.zeros((), x.dtype), x.shape) if isinstance(x, jax.ShapeDtypeStruct) else x
+        if not isinstance(x, jax.ShapeDtypeStruct):
+            return x
+        return np.broadcast_to(np.zeros((), jax.dtypes.canonicalize_dtype(x.dtype)), x.shape)
 
     args, kwargs = jax.tree.map(stand_in, (args, kwargs))
     call, say = op.prepare(*args, **kwargs), lambda call: _sentence(op, call, implementation)

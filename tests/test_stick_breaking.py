@@ -1,6 +1,5 @@
 """Stick-breaking attention: every implementation against the numbers of the original and the quadratic reference."""
 
-import math
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
-from pallas_kernels import merge_stick_breaking, stick_breaking_attention
+from pallas_kernels import merge_stick_breaking, stick_breaking_attention, stick_breaking_weights
 from pallas_kernels.stick_breaking import tile
 
 ORACLES = sorted((Path(__file__).parent / "oracles" / "stick_breaking").glob("*.npz"))
@@ -254,6 +253,32 @@ def test_two_runs_are_bitwise_equal(options):
         assert (np.asarray(first[name]) == np.asarray(second[name])).all(), name
 
 
+# The weights as an array.
+
+
+@pytest.mark.parametrize("name", ["plain", "saturated", "everything", "no-keys", "half"])
+def test_weights_are_those_of_the_attention(name):
+    """The attention with the identity as its values."""
+    case = STICK["window" if name == "half" else name]
+    query, key, _ = case.arrays("bfloat16" if name == "half" else "float32")
+    B, S, K, _ = key.shape
+    identity = jnp.broadcast_to(jnp.eye(S, dtype=key.dtype)[None, :, None], (B, S, K, S))
+    options = case.options() | {"scale": 0.2}
+    out, rem = stick_breaking_attention(query, key, identity, **options, **REFERENCE)
+    weights = stick_breaking_weights(query, key, **options)
+    assert weights.shape == (B, case.N, case.T, S) and weights.dtype == jnp.float32
+    tolerance = FORWARD[str(query.dtype)]
+    np.testing.assert_allclose(weights.swapaxes(1, 2), out.astype(jnp.float32), rtol=tolerance, atol=1e-7)
+    np.testing.assert_allclose(weights.sum(-1).swapaxes(1, 2) + rem, 1, atol=1e-6)
+
+
+def test_weights_that_take_much_memory_are_refused():
+    x = jax.ShapeDtypeStruct((4, 16384, 12, 64), jnp.bfloat16)
+    message = "the weights of B=4, N=12, T=16384, S=16384 take 48.0 GiB of at most 1; take fewer heads or queries"
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(stick_breaking_weights, x, x)
+
+
 # Parts of the keys and of the queries.
 
 
@@ -303,8 +328,11 @@ def test_merge_is_associative(x64):
         assert_close(a, b, FORWARD["float64"])
 
 
-def test_merge_refuses_shapes_that_do_not_fit():
+def test_merge_refuses_what_does_not_fit():
     out, log_rem = jnp.zeros((2, 3, 4)), jnp.zeros((2, 3))
+    for part in (out, (out, log_rem, log_rem), (out, 0.0)):
+        with pytest.raises(ValueError, match=r"far must be \(out \[..., Hv\], log_rem \[...\]\), two arrays"):
+            merge_stick_breaking((out, log_rem), part)
     with pytest.raises(ValueError, match=r"got near \(2, 3, 4\), \(2, 3\) and far \(2, 1, 4\), \(2, 1\)"):
         merge_stick_breaking((out, log_rem), (out[:, :1], log_rem[:, :1]))
 
@@ -416,50 +444,6 @@ def test_log1p_by_multiply_adds():
     value = np.asarray(jax.jit(tile._log1p)(y), np.float64)
     assert np.abs(value / np.log1p(y.astype(np.float64)) - 1).max() <= LOG1P
     assert tile._log1p(jnp.zeros(1))[0] == 0
-
-
-# Bad calls.
-
-
-def _bad(**changes):
-    shapes = {"query": (2, 8, 4, 16), "key": (2, 8, 2, 16), "value": (2, 8, 2, 16)}
-    arrays = {name: jnp.zeros(changes.pop(name, shape)) for name, shape in shapes.items()}
-    return arrays | changes
-
-
-IDS = jnp.zeros((2, 8), jnp.int32)
-BAD = {
-    "heads": (_bad(query=(2, 8, 3, 16)), r"N=3 query heads .* K=2 key heads \(query.shape=\(2, 8, 3, 16\)\)"),
-    "no key heads": (_bad(key=(2, 8, 0, 16), value=(2, 8, 0, 16)), "multiple of K=0"),
-    "query rank": (_bad(query=(8, 4, 16)), r"query must be \[B,T,N,H\], got query.shape=\(8, 4, 16\)"),
-    "key rank": (_bad(key=(8, 2, 16)), r"key must be \[B,S,K,H\]"),
-    "value rank": (_bad(value=(2, 8, 2, 16, 1)), r"value must be \[B,S,K,Hv\]"),
-    "batch": (_bad(key=(3, 8, 2, 16), value=(3, 8, 2, 16)), "B=2 and H=16 of query"),
-    "head size": (_bad(key=(2, 8, 2, 8)), "B=2 and H=16 of query"),
-    "value length": (_bad(value=(2, 9, 2, 16)), "B=2, S=8, K=2 of key"),
-    "integers": (_bad() | {"query": jnp.zeros((2, 8, 4, 16), int)}, "query must be floating point, got .*int32"),
-    "types": (_bad() | {"key": jnp.zeros((2, 8, 2, 16), jnp.bfloat16)}, "one dtype, got float32, bfloat16, float32"),
-    "segments": (_bad(segment_ids=IDS[:, :7]), r"segment_ids must be integers \[B,T\]=\[2, 8\], got int32\[2, 7\]"),
-    "float segments": (_bad(segment_ids=jnp.zeros((2, 8))), "segment_ids must be integers"),
-    "key segments": (_bad(segment_ids=IDS, key_segment_ids=IDS[:1]), r"key_segment_ids .* \[B,S\]=\[2, 8\]"),
-    "key segments alone": (_bad(key_segment_ids=IDS), "key_segment_ids needs segment_ids"),
-    "one of two": (_bad(query=(2, 5, 4, 16), segment_ids=IDS[:, :5]), "T=5 queries and S=8 keys need key_segment_ids"),
-    "window": (_bad(window=-1), "window=-1 must not be negative"),
-    "skip_below": (_bad(skip_below=0.0), "skip_below=0.0 is a log2 of the stick left and must be negative"),
-    "skip_below nan": (_bad(skip_below=math.nan), "must be negative"),
-    "tiles": (_bad(tiles=(0, 16)), r"tiles=\(0, 16\) must be two positive sizes"),
-    "three tiles": (_bad(tiles=(8, 8, 8)), "must be two positive sizes"),
-    "offset": (_bad(query_offset=jnp.zeros(3, int)), r"query_offset .* integers \[B\]=\[2\], got int32\[3\]"),
-    "float offset": (_bad(query_offset=1.5), r"query_offset must be an int or integers \[B\]=\[2\], got float32\[\]"),
-    "scale": (_bad(scale=jnp.ones(4)), r"scale must be a number or an array \[\], got scale.shape=\(4,\)"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_calls_name_letters_and_sizes(name):
-    kwargs, message = BAD[name]
-    with pytest.raises(ValueError, match=message):
-        stick_breaking_attention(**kwargs)
 
 
 @pytest.mark.parametrize("options", [*STICK_IMPLEMENTATIONS.values(), REFERENCE])

@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .. import dispatch
+from .. import arguments, dispatch
 from . import mosaic, reference, triton, xla
 from .call import ACTIVATIONS, GATED, LinearCall, MlpCall, linear_letters, mlp_letters
 from .routing import Routing, route
@@ -106,30 +105,36 @@ def expert_mlp(
     return dispatch.run(_mlp_op, call, implementation)
 
 
-def _check_float(**arrays):
-    for name, a in arrays.items():
-        if a is not None and not jnp.issubdtype(a.dtype, jnp.floating):
-            raise ValueError(f"{name} must be floating point, got {name}.dtype={a.dtype}")
-
-
 def _check_one_dtype(**arrays):
     dtypes = [str(a.dtype) for a in arrays.values()]
     if len(set(dtypes)) > 1:
         raise ValueError(f"{', '.join(arrays)} must have one dtype, got {', '.join(dtypes)}")
 
 
-def _check_shape(name, a, shape, letters):
-    if a is not None and a.shape != shape:
+def _floats(name, a, shape, letters):
+    """An array of this shape, or None."""
+    if a is None:
+        return None
+    a = arguments.floats(name, a, letters)
+    if a.shape != shape:
         raise ValueError(f"{name} must be [{letters}]={list(shape)}, got {name}.shape={a.shape}")
+    return a
+
+
+def _sizes(routing):
+    """T, k and E."""
+    if not isinstance(routing, Routing):
+        raise ValueError(f"routing must be what route(expert_indices, E) returns, got {type(routing).__name__}")
+    return *routing.expert_indices.shape, routing.num_experts
 
 
 def _prepare_linear(x, weight, routing, *, grouped_in=False, grouped_out=False, gates=None, bias=None) -> LinearCall:
-    _check_float(x=x, weight=weight, gates=gates, bias=bias)
+    (T, k, E), grouped_in = _sizes(routing), arguments.flag("grouped_in", grouped_in)
+    grouped_out = arguments.flag("grouped_out", grouped_out)
+    x = arguments.floats("x", x, "R,D")
+    weight = arguments.floats("weight", weight, "E,D,F")
     _check_one_dtype(x=x, weight=weight)
-    (T, k), E = routing.expert_indices.shape, routing.num_experts
-    if len(x.shape) != 2:
-        raise ValueError(f"x must be [T,D] or [T*k,D], got x.shape={x.shape}")
-    if len(weight.shape) != 3 or weight.shape[0] != E or weight.shape[1] != x.shape[1]:
+    if weight.shape[0] != E or weight.shape[1] != x.shape[1]:
         raise ValueError(f"weight must be [E,D,F] with E={E}, D={x.shape[1]}, got weight.shape={weight.shape}")
     allowed = (T * k,) if grouped_in else (T, T * k)
     if x.shape[0] not in allowed:
@@ -137,31 +142,30 @@ def _prepare_linear(x, weight, routing, *, grouped_in=False, grouped_out=False, 
         raise ValueError(f"x must have {names} rows with T={T}, k={k}, got x.shape={x.shape}")
     if gates is not None and grouped_out:
         raise ValueError("gates sum the k outputs of a token, so they need grouped_out=False")
-    _check_shape("gates", gates, (T, k), "T,k")
-    _check_shape("bias", bias, (E, weight.shape[2]), "E,F")
+    gates, bias = _floats("gates", gates, (T, k), "T,k"), _floats("bias", bias, (E, weight.shape[2]), "E,F")
     x_rows = "sorted" if grouped_in else "token" if x.shape[0] == T else "slot"
     out_rows = "token" if gates is not None else "sorted" if grouped_out else "slot"
     return LinearCall(x, weight, bias, gates, routing, x_rows, out_rows)
 
 
 def _prepare_mlp(x, w_in, w_out, routing, gates, *, b_in=None, b_out=None, activation="swiglu") -> MlpCall:
-    _check_float(x=x, w_in=w_in, w_out=w_out, gates=gates, b_in=b_in, b_out=b_out)
-    _check_one_dtype(x=x, w_in=w_in, w_out=w_out)
-    (T, k), E = routing.expert_indices.shape, routing.num_experts
-    if activation not in ACTIVATIONS:
+    T, k, E = _sizes(routing)
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r} is not one of {', '.join(ACTIVATIONS)}")
-    if len(x.shape) != 2 or x.shape[0] != T:
+    letters = "E,D,2F" if activation in GATED else "E,D,F"
+    x, w_in = arguments.floats("x", x, "T,D"), arguments.floats("w_in", w_in, letters)
+    w_out = arguments.floats("w_out", w_out, "E,F,D")
+    _check_one_dtype(x=x, w_in=w_in, w_out=w_out)
+    if x.shape[0] != T:
         raise ValueError(f"x must be [T,D] with T={T} as in expert_indices, got x.shape={x.shape}")
     D = x.shape[1]
-    if len(w_out.shape) != 3 or w_out.shape[0] != E or w_out.shape[2] != D:
+    if w_out.shape[0] != E or w_out.shape[2] != D:
         raise ValueError(f"w_out must be [E,F,D] with E={E}, D={D}, got w_out.shape={w_out.shape}")
     width = w_out.shape[1] * (2 if activation in GATED else 1)
-    letters = "E,D,2F" if activation in GATED else "E,D,F"
-    _check_shape("w_in", w_in, (E, D, width), letters)
-    _check_shape("gates", gates, (T, k), "T,k")
-    _check_shape("b_in", b_in, (E, width), letters.replace("D,", ""))
-    _check_shape("b_out", b_out, (E, D), "E,D")
-    return MlpCall(x, w_in, w_out, b_in, b_out, gates, routing, activation)
+    w_in = _floats("w_in", w_in, (E, D, width), letters)
+    gates = _floats("gates", arguments.floats("gates", gates, "T,k"), (T, k), "T,k")
+    b_in = _floats("b_in", b_in, (E, width), letters.replace("D,", ""))
+    return MlpCall(x, w_in, w_out, b_in, _floats("b_out", b_out, (E, D), "E,D"), gates, routing, activation)
 
 
 def _refuses_nothing(call) -> None:

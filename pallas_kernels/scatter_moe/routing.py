@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from .. import partition
+from .. import arguments, partition
 
 _PACKED_BELOW = 2**31  # beyond, an expert and a slot do not fit one int32
 
@@ -16,7 +16,7 @@ class Routing(NamedTuple):
     """T tokens with k slots each, sorted by expert. R = T * k rows; slot t * k + s is choice s of token t.
 
     `order` [R]: the slot of every sorted row. `inverse` [R]: the sorted row of every slot. `offsets` [E+1]: where each
-    expert's rows begin and end. `expert_indices` [T,k]: as given. Slots without an expert (index E) sort last.
+    expert's rows begin and end. `expert_indices` [T,k]: from 0 to E. Slots without an expert (index E) sort last.
     """
 
     order: jax.Array
@@ -45,12 +45,14 @@ def route(expert_indices: Int[Array, "T k"], num_experts: int) -> Routing:
     """Sort the T * k (token, slot) pairs by expert, stably, so that a run is deterministic.
 
     Args:
-      expert_indices: [T, k], from 0 to E; E means no expert: the slot's row never runs and its output is zero.
+      expert_indices: [T, k], from 0 to E; E means no expert: the slot's row never runs, its output is zero and so are
+        the gradients of its gate and its row. A JAX array is not read, which would wait for its device, so there every
+        index outside of 0..E means no expert as well.
       num_experts: E.
 
     Raises:
       ValueError: indices that are not integers [T,k], E < 1, or T * k of 2^31 and more. Also indices below 0 or
-        above E, where they are known: in a numpy array, or as a program runs under `jax_enable_checks`.
+        above E in a numpy array; in a JAX array only as a program runs under `jax_enable_checks`.
 
     Source: "Scattered Mixture-of-Experts Implementation", arXiv 2403.08245.
 
@@ -59,14 +61,10 @@ def route(expert_indices: Int[Array, "T k"], num_experts: int) -> Routing:
     >>> r.order.tolist(), r.offsets.tolist()
     ([1, 0, 3, 2], [0, 1, 3])
     """
-    if len(expert_indices.shape) != 2 or not jnp.issubdtype(expert_indices.dtype, jnp.integer):
-        raise ValueError(
-            f"expert_indices must be integers [T,k], got {expert_indices.dtype}{list(expert_indices.shape)}"
-        )
+    arguments.integers("expert_indices", expert_indices, "T,k")
+    num_experts = arguments.integer("num_experts", num_experts, 1)
     if expert_indices.shape[1] < 1:
         raise ValueError(f"k={expert_indices.shape[1]} experts per token must be at least 1")
-    if num_experts < 1:
-        raise ValueError(f"E={num_experts} experts must be at least 1")
     (T, k), E = expert_indices.shape, num_experts
     if T * k >= 2**31:
         raise ValueError(f"T={T} tokens of k={k} slots are more rows than 32 bits count; split the tokens")
@@ -74,13 +72,17 @@ def route(expert_indices: Int[Array, "T k"], num_experts: int) -> Routing:
         _check_indices(expert_indices, E)
     elif jax.config.jax_enable_checks:
         jax.debug.callback(_check_indices, expert_indices, E)
+    if expert_indices.dtype.itemsize < 4:  # E may be more than such a type holds
+        expert_indices = expert_indices.astype(jnp.int32)
     expert_indices = jnp.asarray(expert_indices)
+    exists = (expert_indices >= 0) & (expert_indices < E)
+    expert_indices = jnp.where(exists, expert_indices, E).astype(jnp.int32)
     return Routing(*partition.whole(_sorted, expert_indices, E), expert_indices)
 
 
 def _sorted(expert_indices, num_experts: int):
     """(order, inverse, offsets)."""
-    experts = expert_indices.reshape(-1).astype(jnp.int32)
+    experts = expert_indices.reshape(-1)
     rows = experts.shape[0]
     slots = jnp.arange(rows, dtype=jnp.int32)
     if (num_experts + 1) * rows < _PACKED_BELOW:

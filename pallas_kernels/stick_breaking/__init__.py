@@ -1,6 +1,7 @@
 """Stick-breaking attention: the public function, its checks, and the merge rule."""
 
 import math
+import numbers
 from collections.abc import Sequence
 
 import jax
@@ -8,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from .. import dispatch
+from .. import arguments, dispatch
 from . import call as calls
 from . import mosaic, reference, triton, xla
 from .call import Call, Mask, Stats, Where
 
-__all__ = ["Stats", "merge_stick_breaking", "stick_breaking_attention"]
+__all__ = ["Stats", "merge_stick_breaking", "stick_breaking_attention", "stick_breaking_weights"]
+
+_WEIGHTS = 2**30  # bytes, beyond which weights are not made
 
 
 def stick_breaking_attention(
@@ -86,6 +89,51 @@ def stick_breaking_attention(
     return (out, rem, Stats(log_rem, jax.lax.stop_gradient(kept))) if return_stats else (out, rem)
 
 
+def stick_breaking_weights(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
+    key_segment_ids: Int[Array, "B S"] | None = None,
+    query_offset: int | Int[Array, ""] | Int[Array, "B"] | None = None,
+    scale: float | Float[Array, ""] | None = None,
+    attend_current: bool = False,
+    window: int | None = None,
+) -> Float[Array, "B N T S"]:
+    r"""The weights of `stick_breaking_attention` as an array, to look at: A [B,N,T,S] in fp32 (fp64 for fp64).
+
+      A[q,k] = beta[q,k] * prod_{k < m < q} (1 - beta[q,m]),   beta = sigmoid(scale * <query_q, key_k>),
+
+    and zero for the keys that a query does not see. A row sums to 1 - rem. They are computed as they are defined, with
+    memory for T * S numbers of every head; the attention itself makes no such array.
+
+    Args:
+      query: [B, T, N, H].
+      key: [B, S, K, H], N a multiple of K.
+      segment_ids, key_segment_ids, query_offset, scale, attend_current, window: as in `stick_breaking_attention`.
+
+    Raises:
+      ValueError: as in `stick_breaking_attention`; weights of more than 1 GiB.
+
+    >>> import jax.numpy as jnp
+    >>> zeros = jnp.zeros((1, 4, 1, 8))  # every beta is one half
+    >>> stick_breaking_weights(zeros, zeros)[0, 0].tolist()
+    [[0.0, 0.0, 0.0, 0.0], [0.5, 0.0, 0.0, 0.0], [0.25, 0.5, 0.0, 0.0], [0.125, 0.25, 0.5, 0.0]]
+    """
+    call = _prepare(
+        query, key, key, segment_ids=segment_ids, key_segment_ids=key_segment_ids, query_offset=query_offset,
+        scale=scale, attend_current=attend_current, window=window,
+    )  # fmt: skip
+    (B, T, N, _), S = call.query.shape, call.mask.S
+    size = B * N * T * S * max(4, call.query.dtype.itemsize)
+    if size > _WEIGHTS:
+        raise ValueError(
+            f"the weights of B={B}, N={N}, T={T}, S={S} take {size / 2**30:,.1f} GiB of at most {_WEIGHTS / 2**30:g}; "
+            f"take fewer heads or queries, with query_offset"
+        )
+    return reference.weights(call)[0]
+
+
 def merge_stick_breaking(
     near: tuple[Float[Array, "*b Hv"], Float[Array, "*b"]], far: tuple[Float[Array, "*b Hv"], Float[Array, "*b"]]
 ) -> tuple[Float[Array, "*b Hv"], Float[Array, "*b"]]:
@@ -109,7 +157,12 @@ def merge_stick_breaking(
     >>> bool(jnp.allclose(out, stick_breaking_attention(q, k, v)[0], atol=1e-6))
     True
     """
-    (out_near, log_near), (out_far, log_far) = near, far
+    parts = []
+    for name, part in (("near", near), ("far", far)):
+        if not isinstance(part, tuple | list) or len(part) != 2 or not all(map(arguments.is_array, part)):
+            raise ValueError(f"{name} must be (out [..., Hv], log_rem [...]), two arrays")
+        parts.append(part)
+    (out_near, log_near), (out_far, log_far) = parts
     if out_near.shape != out_far.shape or log_near.shape != log_far.shape or out_near.shape[:-1] != log_near.shape:
         raise ValueError(
             f"merge_stick_breaking joins out [..., Hv] and log_rem [...] of equal shapes, "
@@ -119,25 +172,26 @@ def merge_stick_breaking(
     return out.astype(out_near.dtype), log_near + log_far
 
 
-def _check_arrays(query, key, value):
-    for name, x, letters in (("query", query, "B,T,N,H"), ("key", key, "B,S,K,H"), ("value", value, "B,S,K,Hv")):
-        if len(x.shape) != 4:
-            raise ValueError(f"{name} must be [{letters}], got {name}.shape={x.shape}")
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(f"{name} must be floating point, got {name}.dtype={x.dtype}")
+def _checked(query, key, value):
+    query = arguments.floats("query", query, "B,T,N,H")
+    key, value = arguments.floats("key", key, "B,S,K,H"), arguments.floats("value", value, "B,S,K,Hv")
     if not query.dtype == key.dtype == value.dtype:
         raise ValueError(f"query, key and value must have one dtype, got {query.dtype}, {key.dtype}, {value.dtype}")
     (B, _, N, H), (_, S, K, _) = query.shape, key.shape
+    if H == 0:
+        raise ValueError(f"H=0 of query.shape={query.shape} must be at least 1")
     if key.shape[0] != B or key.shape[3] != H:
         raise ValueError(f"B={B} and H={H} of query.shape={query.shape} must be those of key.shape={key.shape}")
     if value.shape[:3] != (B, S, K):
         raise ValueError(f"B={B}, S={S}, K={K} of key.shape={key.shape} must be those of value.shape={value.shape}")
     if K == 0 or N % K:
         raise ValueError(f"N={N} query heads must be a multiple of K={K} key heads (query.shape={query.shape})")
+    return query, key, value
 
 
 def _check_segments(name, ids, shape, letters):
-    if ids.shape != shape or not jnp.issubdtype(ids.dtype, jnp.integer):
+    arguments.integers(name, ids, letters)
+    if ids.shape != shape:
         raise ValueError(f"{name} must be integers [{letters}]={list(shape)}, got {ids.dtype}{list(ids.shape)}")
 
 
@@ -145,8 +199,8 @@ def _prepare(
     query, key, value, *, segment_ids=None, key_segment_ids=None, query_offset=None, scale=None, attend_current=False,
     window=None, skip_below=None, tiles=None, return_stats=False,
 ) -> Call:  # fmt: skip
-    del return_stats  # accepted so that `explain` takes any call
-    _check_arrays(query, key, value)
+    arguments.flag("return_stats", return_stats)
+    query, key, value = _checked(query, key, value)
     (B, T, _, H), S = query.shape, key.shape[1]
     if segment_ids is not None:
         _check_segments("segment_ids", segment_ids, (B, T), "B,T")
@@ -157,25 +211,27 @@ def _prepare(
         _check_segments("key_segment_ids", key_segment_ids, (B, S), "B,S")
     elif key_segment_ids is not None:
         raise ValueError("key_segment_ids needs segment_ids")
-    if window is not None and window < 0:
-        raise ValueError(f"window={window} must not be negative")
-    if skip_below is not None and not skip_below < 0:
+    window = None if window is None else arguments.integer("window", window, 0)
+    attend_current = arguments.flag("attend_current", attend_current)
+    if skip_below is not None and (not isinstance(skip_below, numbers.Real) or not skip_below < 0):
         raise ValueError(f"skip_below={skip_below} is a log2 of the stick left and must be negative")
-    if tiles is not None and (len(tiles) != 2 or min(tiles) < 1):
-        raise ValueError(f"tiles={tiles} must be two positive sizes, query rows and key columns")
-    if np.shape(scale) != ():
-        raise ValueError(f"scale must be a number or an array [], got scale.shape={np.shape(scale)}")
+    if tiles is not None:
+        if not isinstance(tiles, tuple | list) or len(tiles) != 2:
+            raise ValueError(f"tiles={tiles} must be two positive sizes, query rows and key columns")
+        tiles = tuple(arguments.integer(f"tiles[{i}]", size, 1) for i, size in enumerate(tiles))
+    scale = 1 / math.sqrt(H) if scale is None else arguments.number("scale", scale)
     static = None
-    if query_offset is None or isinstance(query_offset, int | np.integer):
+    if query_offset is None or (isinstance(query_offset, int | np.integer) and not isinstance(query_offset, bool)):
         static = S - T if query_offset is None else int(query_offset)
         offset = jnp.full((B,), static, jnp.int32)
     else:
-        dtype, shape = jnp.result_type(query_offset), np.shape(query_offset)
-        if shape not in ((), (B,)) or not jnp.issubdtype(dtype, jnp.integer):
-            raise ValueError(f"query_offset must be an int or integers [B]=[{B}], got {dtype}{list(shape)}")
+        is_array = arguments.is_array(query_offset)
+        if not is_array or query_offset.shape not in ((), (B,)) or not jnp.issubdtype(query_offset.dtype, jnp.integer):
+            got = f"{query_offset.dtype}{list(query_offset.shape)}" if is_array else repr(query_offset)
+            raise ValueError(f"query_offset must be an int or integers [B]=[{B}], got {got}")
         offset = jnp.broadcast_to(query_offset, (B,))
     return Call(
-        query, key, value, Where(offset, segment_ids, key_segment_ids), 1 / math.sqrt(H) if scale is None else scale,
+        query, key, value, Where(offset, segment_ids, key_segment_ids), scale,
         Mask(T, S, attend_current, window, static), skip_below, tiles,
     )  # fmt: skip
 

@@ -1,0 +1,78 @@
+"""What an op may be called with. Whatever is wrong is one ValueError that names the argument and what it was."""
+
+import numbers
+import operator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
+def is_array(x) -> bool:
+    """Of JAX, traced or not, or of numpy."""
+    return isinstance(x, jax.Array | np.ndarray)
+
+
+def array(name: str, x, letters: str):
+    """`x`, or the array in a module's parameter, with as many axes as `letters`, such as "B,T,N,H", has."""
+    if not is_array(x) and hasattr(x, "__jax_array__"):
+        x = x.__jax_array__()
+    if not is_array(x):
+        raise ValueError(f"{name} must be an array [{letters}], got {_type(x)}")
+    if len(x.shape) != len(letters.split(",")):
+        raise ValueError(f"{name} must be [{letters}], got {name}.shape={x.shape}")
+    return x
+
+
+def floats(name: str, x, letters: str):
+    """`array` of a floating type that the ops compute with; numpy's float64 is float32 where JAX has no other."""
+    x = array(name, x, letters)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"{name} must be floating point, got {name}.dtype={x.dtype}")
+    if x.dtype.name not in FLOATS:
+        raise ValueError(f"{name} must be {', '.join(FLOATS[:-1])} or {FLOATS[-1]}, got {name}.dtype={x.dtype}")
+    return x.astype(jax.dtypes.canonicalize_dtype(x.dtype), copy=False) if isinstance(x, np.ndarray) else x
+
+
+def integers(name: str, x, letters: str):
+    """`array` of integers."""
+    if not is_array(x) or len(x.shape) != len(letters.split(",")) or not jnp.issubdtype(x.dtype, jnp.integer):
+        got = f"{x.dtype}{list(x.shape)}" if is_array(x) else _type(x)
+        raise ValueError(f"{name} must be integers [{letters}], got {got}")
+    return x
+
+
+def integer(name: str, x, least: int) -> int:
+    """A Python int that is at least `least`; not a traced one, as programs are made for it."""
+    try:
+        value = operator.index(x)
+    except TypeError:
+        raise ValueError(f"{name} must be an int that is known when the program is made, got {_type(x)}") from None
+    if value < least:
+        raise ValueError(f"{name}={value} must be at least {least}")
+    return value
+
+
+def number(name: str, x):
+    """A Python number or an array []."""
+    is_one = isinstance(x, numbers.Real) or (is_array(x) and jnp.issubdtype(x.dtype, jnp.number))
+    if isinstance(x, bool) or not is_one or (is_array(x) and jnp.iscomplexobj(x)):
+        raise ValueError(f"{name} must be a number or an array [], got {_type(x)}")
+    if np.shape(x) != ():
+        raise ValueError(f"{name} must be a number or an array [], got {name}.shape={np.shape(x)}")
+    return x
+
+
+def flag(name: str, x) -> bool:
+    """True or False; not a traced one."""
+    if not isinstance(x, bool | np.bool_):
+        raise ValueError(f"{name} must be True or False, got {_type(x)}")
+    return bool(x)
+
+
+def _type(x) -> str:
+    if isinstance(x, jax.core.Tracer):
+        return f"a traced {x.dtype}{list(x.shape)}"
+    return f"{x.dtype}{list(x.shape)}" if is_array(x) else "None" if x is None else type(x).__name__
