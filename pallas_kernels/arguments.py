@@ -10,6 +10,11 @@ import numpy as np
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
+def sum_type(x):
+    """The type of sums over numbers of the type of `x`: fp32, and fp64 for fp64."""
+    return jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
+
+
 def is_array(x) -> bool:
     """Of JAX, traced or not, or of numpy."""
     return isinstance(x, jax.Array | np.ndarray)

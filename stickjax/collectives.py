@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.arguments import sum_type
 from stickjax.sharding import BATCH_AXES, by_name, spec_of
 
 
@@ -37,7 +38,7 @@ def _gather_forward(x, name, axis, dtype):
 
 def _gather_backward(name, axis, dtype, like, gradient):
     del dtype
-    exact = gradient.astype(jnp.promote_types(like.dtype, jnp.float32))
+    exact = gradient.astype(sum_type(like))
     return (lax.psum_scatter(exact, name, scatter_dimension=axis, tiled=True).astype(like.dtype),)
 
 

@@ -383,12 +383,13 @@ def test_traced_indices_outside_of_the_experts_are_no_expert(implementation):
     for name, x, y in zip(MLP_NAMES, got, want, strict=True):
         np.testing.assert_array_equal(x, y, err_msg=name)
     out, dx, d_gates = got[0], got[1], got[4]
-    assert (out[0] == 0).all() and (dx[0] == 0).all() and (d_gates[0] == 0).all() and d_gates[2, 1] == d_gates[4, 0] == 0
+    assert (out[0] == 0).all() and (dx[0] == 0).all()
+    assert (d_gates[0] == 0).all() and d_gates[2, 1] == d_gates[4, 0] == 0
 
 
-@pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8, jnp.uint32, np.int64])
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.uint32, np.int64])
 def test_indices_of_any_integer_type(dtype):
-    routing = route(jnp.asarray([[0, 1], [100, 99]], dtype), 300)
+    routing = route(np.asarray([[0, 1], [100, 99]], dtype), 300)
     assert routing.order.tolist() == [0, 1, 3, 2] and routing.expert_indices.tolist() == [[0, 1], [100, 99]]
 
 

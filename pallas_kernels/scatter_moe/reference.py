@@ -3,11 +3,12 @@
 import jax.numpy as jnp
 from jax import lax
 
+from ..arguments import sum_type
 from .call import ACTIVATIONS, LinearCall, MlpCall
 
 
 def linear(call: LinearCall):
-    dtype = jnp.promote_types(call.x.dtype, jnp.float32)
+    dtype = sum_type(call.x)
     routing, (T, k) = call.routing, call.routing.expert_indices.shape
     slots = {"token": lambda x: jnp.repeat(x, k, 0), "slot": lambda x: x, "sorted": lambda x: x[routing.inverse]}
     x = slots[call.x_rows](call.x).astype(dtype)
@@ -26,7 +27,7 @@ def linear(call: LinearCall):
 
 
 def mlp(call: MlpCall):
-    x = call.x.astype(jnp.promote_types(call.x.dtype, jnp.float32))  # the hidden units of a wide x are wide
+    x = call.x.astype(sum_type(call.x))  # the hidden units of a wide x are wide
     up = LinearCall(x, call.w_in, call.b_in, None, call.routing, "token", "slot")
     hidden = ACTIVATIONS[call.activation](linear(up))
     down = LinearCall(hidden, call.w_out, call.b_out, call.gates, call.routing, "slot", "token")

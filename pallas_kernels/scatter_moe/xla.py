@@ -22,6 +22,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from .. import cost, seam
+from ..arguments import sum_type
 from .call import ACTIVATIONS, PRE_ACTIVATION, LinearCall, MlpCall
 from .routing import Routing
 
@@ -54,7 +55,7 @@ def detail(call: LinearCall | MlpCall) -> str:
 
 
 def _dot(x, w):
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    dtype = sum_type(x)
     return jnp.matmul(x, w, precision="highest", preferred_element_type=dtype)
 
 
@@ -176,7 +177,7 @@ def _grouped_backward(function, residuals, dy):
         # A padding row adds nothing to the weights, whatever the row it reads holds: 0 * NaN is NaN.
         inputs = [None if a is None else jnp.where(valid[:, None], a, 0) for a in inputs]
         xs, d, kept = tuple(inputs[: len(rows)]), inputs[len(rows)], tuple(inputs[len(rows) + 1 :])
-        d_w, d_xs = function.backward(w, xs, kept, d.astype(jnp.promote_types(d.dtype, jnp.float32)))
+        d_w, d_xs = function.backward(w, xs, kept, d.astype(sum_type(d)))
         return d_xs, d_w
 
     # The gradient of a token's row is the sum over its k slots: rows come back per slot and are summed.
@@ -184,7 +185,7 @@ def _grouped_backward(function, residuals, dy):
     orders = (*function.in_rows, function.out_rows, *function.saved_rows)
     d_xs, d_w = _map_blocks(block, weights, (*rows, dy, *saved), orders, d_rows, routing)
     d_xs = tuple(
-        _sum_over_slots(d.astype(jnp.promote_types(d.dtype, jnp.float32)), routing).astype(d.dtype)
+        _sum_over_slots(d.astype(sum_type(d)), routing).astype(d.dtype)
         if r == "token"
         else d
         for d, r in zip(d_xs, function.in_rows, strict=True)

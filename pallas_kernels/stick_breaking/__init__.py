@@ -229,7 +229,7 @@ def _prepare(
         if not is_array or query_offset.shape not in ((), (B,)) or not jnp.issubdtype(query_offset.dtype, jnp.integer):
             got = f"{query_offset.dtype}{list(query_offset.shape)}" if is_array else repr(query_offset)
             raise ValueError(f"query_offset must be an int or integers [B]=[{B}], got {got}")
-        offset = jnp.broadcast_to(query_offset, (B,))
+        offset = jnp.broadcast_to(query_offset, (B,)).astype(jnp.int32)
     return Call(
         query, key, value, Where(offset, segment_ids, key_segment_ids), scale,
         Mask(T, S, attend_current, window, static), skip_below, tiles,

@@ -4,13 +4,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ..arguments import sum_type
 from .call import Call
 from .logarithm import NOTHING
 
 
 def weights(call: Call):
     """(A [B,N,T,S], log_rem [B,N,T]) of the query and the key of a call."""
-    dtype = jnp.promote_types(call.query.dtype, jnp.float32)
+    dtype = sum_type(call.query)
     q, k = call.query.astype(dtype), call.key.astype(dtype)
     k = jnp.repeat(k, q.shape[2] // k.shape[2], axis=2)
     z = jnp.asarray(call.scale, dtype) * jnp.einsum("BTNH,BSNH->BNTS", q, k, precision="highest")

@@ -7,6 +7,7 @@ Everything is the exclusive form of the specification: log beta first, then the 
 import jax.numpy as jnp
 import numpy as np
 
+from ..arguments import sum_type
 from .logarithm import NOTHING
 
 # log1p(y) / y on [0, 1], highest power first: interpolated at Chebyshev nodes, within 1e-9. Multiply-adds
@@ -27,7 +28,7 @@ def _log1p(y):
 
 def _dot(spec, *operands):
     """Products in the operands' type, summed in fp32 (fp64 for fp64)."""
-    dtype = jnp.promote_types(operands[0].dtype, jnp.float32)
+    dtype = sum_type(operands[0])
     return jnp.einsum(spec, *operands, precision="highest", preferred_element_type=dtype)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 
 from .. import cost, seam
+from ..arguments import sum_type
 from . import tile
 from .call import Call, Where
 
@@ -44,7 +45,7 @@ def detail(call: Call) -> str:
 
 def attention(call: Call):
     """(out [B,T,N,Hv], log_rem [B,T,N], share of the key tiles computed [B,K])."""
-    dtype = jnp.promote_types(call.query.dtype, jnp.float32)
+    dtype = sum_type(call.query)
     scale = jnp.full_like(call.query, call.scale, dtype, shape=())  # varies over the mesh axes that query varies over
     static = call._replace(query=None, key=None, value=None, scale=None, where=None)
     return _jitted(call.query, call.key, call.value, scale, call.where, static)
@@ -65,12 +66,12 @@ def _backward(static, residuals, cotangents):
     query, key, value, scale, where = residuals
     call = static._replace(query=query, key=key, value=value, scale=scale, where=where)
     d_out, d_log_rem, _ = cotangents
-    d_log_rem = d_log_rem.astype(jnp.promote_types(query.dtype, jnp.float32))
+    d_log_rem = d_log_rem.astype(sum_type(query))
     extra = (_to_heads(call, d_out), _to_heads(call, d_log_rem))
     dq, dk, dv = _over_heads(_short_backward if _is_short(call) else _long_backward, call, *extra)
     dq, dk, dv = _to_tokens(dq), dk.swapaxes(1, 2), dv.swapaxes(1, 2)
     # z = scale * q.k, and dq, dk come without the scale: its own gradient is sum(dz * q.k) = sum(dq * q).
-    d_scale = (dq * query).sum().astype(scale.dtype)
+    d_scale = (dq * query.astype(dq.dtype)).sum().astype(scale.dtype)
     return (scale * dq).astype(query.dtype), (scale * dk).astype(key.dtype), dv.astype(value.dtype), d_scale, None
 
 
@@ -157,7 +158,7 @@ def _short_mask(call, rows, columns):
 
 def _short_forward(call: Call, reach):
     G, _, _ = call.query.shape
-    dtype = jnp.promote_types(call.query.dtype, jnp.float32)
+    dtype = sum_type(call.query)
     outs, sticks, kept = [], [], jnp.ones_like(call.query, jnp.float32, ())
     for rows, columns in _short_tiles(call):
         q, k, v = call.query[:, rows], call.key[columns], call.value[columns]
@@ -172,7 +173,7 @@ def _short_forward(call: Call, reach):
 
 
 def _short_backward(call: Call, reach, d_out, d_log_rem):
-    dtype = jnp.promote_types(call.query.dtype, jnp.float32)
+    dtype = sum_type(call.query)
     dqs, dk, dv = [], jnp.zeros_like(call.key, dtype), jnp.zeros_like(call.value, dtype)
     for rows, columns in _short_tiles(call):
         q, k, v = call.query[:, rows], call.key[columns], call.value[columns]
@@ -260,7 +261,7 @@ class _Tiles:
         self.k, self.v = _pad(call.key, 0, self.columns), _pad(call.value, 0, self.columns)
         self.count = self.q.shape[1] // self.rows
         self.key_count = self.k.shape[0] // self.columns
-        self.dtype = jnp.promote_types(call.query.dtype, jnp.float32)
+        self.dtype = sum_type(call.query)
 
     def zeros(self, *shape):
         """To add to: they vary over the mesh axes that the arrays vary over."""
