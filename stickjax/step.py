@@ -9,6 +9,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from pallas_kernels.arguments import sum_type
 from stickjax.collectives import total
 from stickjax.config import Config
 from stickjax.models import sut
@@ -109,7 +110,7 @@ def make_step(config: Config, mesh: Mesh | None = None) -> Callable[[TrainState,
 
         first = jax.tree.map(lambda x: x[0], micro)
         shapes = jax.eval_shape(grad, params, first | {"loss_scale": scale}, key)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), shapes)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, sum_type(s)), shapes)
         return jax.lax.scan(one, zeros, (micro, jax.random.split(key, accumulate)))[0]
 
     def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
@@ -121,8 +122,9 @@ def make_step(config: Config, mesh: Mesh | None = None) -> Callable[[TrainState,
         def learn():
             optimizer = make_optimizer(config, state.params)
             left = (steps - state.step).astype(jnp.float32) * float(config.data.tokens_per_step)  # no int32 holds it
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params, left=left)
-            params = optax.apply_updates(state.params, updates)
+            with jax.numpy_dtype_promotion("standard"):  # optax multiplies int32 and floats
+                updates, opt_state = optimizer.update(grads, state.opt_state, state.params, left=left)
+                params = optax.apply_updates(state.params, updates)
             if load and config.model.bias_rate:
                 params = _with_router_bias(config, params, load)
             return params, opt_state

@@ -93,7 +93,7 @@ class Attention(nnx.Module):
         if c.remainder == "none":
             return out
         rest = jnp.repeat(own, c.N // c.K, axis=2) if c.remainder == "value" else cast(self.head_bias, c)[None, None]
-        return (out + rem[..., None] * rest.astype(jnp.float32)).astype(out.dtype)
+        return (out.astype(jnp.float32) + rem[..., None] * rest.astype(jnp.float32)).astype(out.dtype)
 
     def _softmax(self, q, k, v, own, context: Context):
         del own
@@ -103,7 +103,8 @@ class Attention(nnx.Module):
 
         @jax.checkpoint  # saves q, k and v instead of the weights, of which there are T * S per head
         def attend_tile(q, k, v, mask):
-            return jax.nn.dot_product_attention(q, k, v, mask=mask[None], scale=c.scale)
+            with jax.numpy_dtype_promotion("standard"):  # it multiplies bfloat16 and float32
+                return jax.nn.dot_product_attention(q, k, v, mask=mask[None], scale=c.scale)
 
         def attend(entry):
             q, k, v, segments = entry

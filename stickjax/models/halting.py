@@ -79,7 +79,8 @@ def halting_step(
     step, w = now.step, now.running
     hidden, statistics, rows = block(now.hidden, now.state.astype(now.hidden.dtype), w, step)
     h = hidden.astype(jnp.float32)
-    act = now.expected_step + w * step
+    number = step.astype(jnp.float32)
+    act = now.expected_step + w * number
     state = jnp.where(w[..., None] > 0, now.expected + w[..., None] * h, now.state)
     depth = jnp.where(w > 0, act + 1, now.depth)
 
@@ -95,7 +96,7 @@ def halting_step(
         depth=depth,
         act=act,
         expected=now.expected + p[..., None] * h,
-        expected_step=now.expected_step + p * step,
+        expected_step=now.expected_step + p * number,
         log_rest=log_rest,
         statistics=jax.tree.map(jnp.add, now.statistics, statistics),
         rows=jax.tree.map(lambda all, one: all.at[step].set(one), now.rows, rows),

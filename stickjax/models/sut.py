@@ -194,6 +194,7 @@ def summary(logits, stacks, prefixes=("",)) -> SutOutput:
     for (end, real), prefix in zip(stacks, prefixes, strict=True):
         router |= {prefix + name: router_stats(sums) for name, sums in end.statistics.items()}
         rows |= {prefix + name: counts for name, counts in end.rows.items()}
+        real = real.astype(jnp.float32)
         act += (end.act * real).sum()
         tokens += real.sum()
     act = total(act) / jnp.maximum(total(tokens), 1)
@@ -290,6 +291,7 @@ def loss(
         real = batch.get("segment_ids", jnp.zeros_like(batch["tokens"])) >= 0
 
     def mean(x, weight):
+        x, weight = x.astype(jnp.float32), weight.astype(jnp.float32)
         return total((x * weight).sum()) / jnp.maximum(total(weight.sum()), 1)
 
     nll = mean(optax.softmax_cross_entropy_with_integer_labels(output.logits, labels), mask)
