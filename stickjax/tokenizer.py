@@ -151,6 +151,9 @@ class HuggingFaceTokenizer(Tokenizer):
             entry["special"] = entry["id"] in special
         try:
             self._tokenizer = Fast.from_str(json.dumps(tree))
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+            self.prefix = self._prefix(next(iter(added), ""))
         # The package raises bare Exception, or where it panics what is no Exception at all.
         except BaseException as error:
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
@@ -164,8 +167,6 @@ class HuggingFaceTokenizer(Tokenizer):
                 f"tokens: {_listed(added)}"
             )
         self._tokenizer.encode_special_tokens = True  # as text, where they are spelled
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
         # A path means nothing on another machine; the content does.
         self.name = "hf:" + hashlib.sha256(content).hexdigest()[:16]
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
@@ -174,12 +175,10 @@ class HuggingFaceTokenizer(Tokenizer):
         self._special = {entry["content"]: entry["id"] for entry in entries if entry["special"]}
         unknown = self._special.get(tree["model"].get("unk_token"), tree["model"].get("unk_id"))
         self._forbidden = np.array(sorted({*self._special.values()} - ({unknown} - self.ends)), int)
-        self.prefix = self._prefix(next(text for text, i in added.items() if i == self.eot))
 
-    def _prefix(self, end: str) -> tuple[int, ...]:
-        self._tokenizer.encode_special_tokens = False
-        encoding = self._tokenizer.encode(end)
-        self._tokenizer.encode_special_tokens = True
+    def _prefix(self, text: str) -> tuple[int, ...]:
+        """What the post-processor puts in front of an added token, which every tokenizer can encode."""
+        encoding = self._tokenizer.encode(text)
         return tuple(encoding.ids[: (encoding.special_tokens_mask + [0]).index(0)])
 
     def encode(self, text: str, *, special: bool = False) -> np.ndarray:
