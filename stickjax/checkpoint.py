@@ -280,9 +280,21 @@ def check_finite(params, where: str) -> None:
 
     >>> check_finite({"w": jnp.zeros(3)}, "step 100")
     """
+    if all_finite(params):
+        return
     for name, leaf in named_leaves(params).items():
         if jnp.issubdtype(leaf.dtype, jnp.floating) and (count := int(jnp.sum(~jnp.isfinite(leaf)))):
             raise ValueError(f"{where}: {count} of {leaf.size} values of {name} are not finite")
+
+
+def all_finite(params) -> bool:
+    """Whether no floating-point array of a tree holds a NaN or an infinity."""
+    return bool(_all_finite([leaf for leaf in jax.tree.leaves(params) if jnp.issubdtype(leaf.dtype, jnp.floating)]))
+
+
+@jax.jit
+def _all_finite(arrays):
+    return jnp.all(jnp.array([jnp.isfinite(array).all() for array in arrays]))
 
 
 def _checksum(array) -> int:

@@ -98,12 +98,12 @@ def command(main: Callable[[list[str] | None], int | None]) -> Callable[..., int
                 _fail("interrupted", error)
                 return INTERRUPTED
             except BrokenPipeError:
-                _drop_output()
+                drop_output()
                 return NOBODY_READS
             except CLEAR as error:
                 code = _fail(f"error: {in_one_line(error)}", error)
                 if isinstance(error, OSError):
-                    _drop_output()  # a full disk, where Python would say so again at its end
+                    drop_output()  # a full disk, where Python would say so again at its end
                 return 2 if isinstance(error, UsageError) else code
             except Exception as error:
                 if _several_processes():  # the others must not wait for this one
@@ -170,8 +170,8 @@ def _fail(line: str, error: BaseException) -> int:
     return 1
 
 
-def _drop_output() -> None:
-    """Python writes what is left in stdout once more at its end: nobody could read that either."""
+def drop_output() -> None:
+    """Forget what is left in stdout where it cannot be written: Python would try once more at its end."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         sys.stdout.flush()
         return

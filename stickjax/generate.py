@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from stickjax.command import Parser, command
-from stickjax.memory import free_bytes
+from stickjax.memory import free_memory, gib
 from stickjax.models.family import empty_cache, read
 from stickjax.models.sut import LanguageModel
 from stickjax.models.transformer import Transformer
@@ -120,10 +120,10 @@ def _advance(model, tokens, segment_ids, cache, key, index, *, temperature, top_
 def _cache(config, B: int, S: int):
     """An empty cache; ValueError, with the bytes, where it does not fit into memory."""
     each = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(lambda: empty_cache(config, 1, 64))))
-    needed, free = B * S * each / 64, free_bytes()
-    if free is not None and needed > free:
+    needed, free = B * S * each / 64, free_memory()
+    if free is not None and needed > free.bytes:
         raise ValueError(
-            f"a cache of {B} sequences of {S:,} tokens takes {needed:,.0f} bytes, but {free:,} are free: "
+            f"a cache of {B} sequences of {S:,} tokens takes {gib(needed)}, but {gib(free.bytes)} are {free.source}: "
             "take a smaller max_new_tokens, a shorter prompt or fewer of them"
         )
     return empty_cache(config, B, S)

@@ -17,8 +17,8 @@ import subprocess
 import sys
 import time
 
-from stickjax.command import Parser, command
-from stickjax.processes import AGAIN, LOST, SAID, check_address, free_port, lost
+from stickjax.command import Parser, command, say_error
+from stickjax.processes import AGAIN, LOST, SAID, STOPPED, check_address, free_port, lost
 
 GRACE = 5  # seconds between SIGTERM and SIGKILL for those that are left when one is lost
 HELD = 0.5  # seconds that stderr waits: what the others write there once one is lost only says so in many more words
@@ -67,13 +67,13 @@ class Processes:
         return words in b"".join(data for _, who, data in self._held if who == index)
 
     def wait(self) -> int | None:
-        """Until all have ended well (None), or one badly: the index of the one that was the cause."""
+        """Until all have ended well or were stopped (None), or one badly: the index of the one that was the cause."""
         patience = None
         while True:
             self.read(0.1)
             codes = {index: code for index, process in enumerate(self.all) if (code := process.poll()) is not None}
-            causes = [index for index, code in codes.items() if code not in (0, LOST, -signal.SIGABRT)]
-            others = [index for index, code in codes.items() if code]
+            others = [index for index, code in codes.items() if code not in (0, *STOPPED)]
+            causes = [index for index in others if codes[index] not in (LOST, -signal.SIGABRT)]
             if others and patience is None:
                 patience = time.monotonic() + GRACE
             if causes or (others and (len(codes) == len(self.all) or time.monotonic() > patience)):
@@ -101,16 +101,19 @@ class Processes:
 
 @contextlib.contextmanager
 def _forwarded(processes: Processes):
-    """SIGTERM and Ctrl-C ask the processes to stop; a second Ctrl-C kills them."""
+    """SIGTERM, Ctrl-C and a lost terminal ask the processes to stop, a second Ctrl-C kills them; the signals so far."""
     got: list[int] = []
 
     def handle(number, frame):
         processes.send(signal.SIGKILL if got and number == signal.SIGINT else signal.SIGTERM)
         got.append(number)
 
-    old = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as after nohup
+        numbers.append(signal.SIGHUP)
+    old = {number: signal.signal(number, handle) for number in numbers}
     try:
-        yield
+        yield got
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
@@ -154,17 +157,21 @@ def main(argv: list[str] | None = None) -> int:
         commands = [[*command, *join, str(first + i)] for i in range(words.processes)]
         one_each = [{"JAX_LOCAL_DEVICE_IDS": str(i)} for i in range(words.processes)] if words.processes > 1 else [{}]
         environments = [extra | own for own in one_each]
-    with contextlib.closing(Processes(commands, environments)) as processes, _forwarded(processes):
+    with contextlib.closing(Processes(commands, environments)) as processes, _forwarded(processes) as got:
         bad = processes.wait()
         if bad is None:
             processes.write()
-            return 0
+            code = max(process.returncode for process in processes.all)
+            return 128 + got[0] if code and got else code
         code = processes.all[bad].returncode
         processes.end()
         if code == -signal.SIGABRT and processes.has_said(bad, b"another task died"):  # by JAX, with a stack trace
             print(f"error: {lost(first + bad, count)}", file=sys.stderr)
             return 1
         processes.write(only=bad)
+    if got and code == -signal.SIGTERM:  # before it could save anything
+        say_error("interrupted")
+        return 128 + got[0]
     if code not in (1, SAID, LOST):  # those have said it themselves
         what = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         print(f"error: process {first + bad} of {count} {what}; {AGAIN}", file=sys.stderr)

@@ -1,22 +1,162 @@
-"""How much memory is left where arrays go."""
+"""Memory: what arrays take on a device, what is free there, and one clear line where the one exceeds the other.
 
+A CPU without enough of it hangs, or its process is killed without a word. So this is said before memory is taken: from
+the shapes of the training state alone, which is the least that a run needs, and once more from the compiled program.
+"""
+
+import math
+import os
+import resource
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
-def free_bytes() -> int | None:
-    """The bytes that are free on the first device, of a CPU those of the machine; None where nothing tells.
+class Free(NamedTuple):
+    """Bytes that may still be taken, and what says so."""
 
-    >>> free = free_bytes()
-    >>> free is None or free > 0
-    True
+    bytes: int
+    source: str
+
+
+def gib(size: float) -> str:
+    """Bytes in words.
+
+    >>> gib(3 * 2**30), gib(5 * 2**20)
+    ('3.0 GiB', '5.0 MiB')
     """
-    device = jax.local_devices()[0]
-    if stats := device.memory_stats():
-        return stats["bytes_limit"] - stats["bytes_in_use"] if "bytes_limit" in stats else None
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
+    for power, name in enumerate(("EiB", "PiB", "TiB", "GiB", "MiB", "KiB")):
+        if size >= (unit := 2 ** (60 - 10 * power)):
+            return f"{size / unit:,.1f} {name}"
+    return f"{size:.0f} B"
+
+
+def local_bytes(tree) -> int:
+    """Bytes that one device holds of arrays or their shapes; one without a sharding is whole there."""
+    return sum(math.prod(_local_shape(x)) * itemsize(x.dtype) for x in jax.tree.leaves(tree))
+
+
+def _local_shape(x) -> tuple[int, ...]:
+    sharding = getattr(x, "sharding", None)
+    return x.shape if sharding is None else sharding.shard_shape(x.shape)
+
+
+def itemsize(dtype) -> int:
+    """Bytes of one element; of a random key, those of its words.
+
+    >>> itemsize(jnp.bfloat16), itemsize(jax.eval_shape(lambda: jax.random.key(0)).dtype)
+    (2, 8)
+    """
+    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        words = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct((), dtype))
+        return words.size * words.dtype.itemsize
+    return jnp.dtype(dtype).itemsize
+
+
+def state_parts(state) -> dict[str, int]:
+    """Bytes that one device holds of a training state, by what they are for."""
+    masters = local_bytes(optax.tree.get(state.opt_state, "masters"))
+    moments = local_bytes(state.opt_state) - masters
+    parts = {"parameters": local_bytes(state.params), "float32 masters": masters, "moments": moments}
+    return {name: size for name, size in parts.items() if size}
+
+
+def check_fits(parts: dict[str, int], mesh: Mesh | None = None) -> None:
+    """ValueError where a device does not have so many bytes free.
+
+    Args:
+      parts: bytes on every device, by what they are for.
+      mesh: the devices; None: the first one.
+    """
+    needed, free = sum(parts.values()), free_memory(mesh)
+    if free is not None and needed > free.bytes:
+        words = ", ".join(f"{name} {gib(size)}" for name, size in parts.items())
+        raise ValueError(f"this does NOT fit: {words}, together {gib(needed)} of {gib(free.bytes)} ({free.source})")
+
+
+def check_program(compiled: jax.stages.Compiled, what: str, mesh: Mesh | None = None) -> None:
+    """ValueError where the results and temporaries of a program do not fit beside its arguments, which are there."""
+    memory = compiled.memory_analysis()
+    if memory is None:  # not every backend can tell
+        return
+    arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    results, free = memory.output_size_in_bytes - memory.alias_size_in_bytes, free_memory(mesh)
+    if free is not None and results + temporaries > free.bytes:
+        raise ValueError(
+            f"{what} does NOT fit: {gib(arguments)} arguments + {gib(temporaries)} temporaries, "
+            f"peak {gib(arguments + results + temporaries)}; beside the arguments {gib(free.bytes)} are free "
+            f"({free.source})"
+        )
+
+
+def free_memory(mesh: Mesh | None = None) -> Free | None:
+    """What may still be taken on every device of a mesh, or on the first device; None where nothing tells."""
+    devices = [jax.local_devices()[0]] if mesh is None else mesh.local_devices
+    if devices[0].platform == "cpu":
+        host = host_memory()
+        return host and host._replace(bytes=host.bytes // len(devices))
+    stats = devices[0].memory_stats() or {}
+    if "bytes_limit" not in stats:
         return None
+    return Free(stats["bytes_limit"] - stats.get("bytes_in_use", 0), f"free on {devices[0].device_kind}")
+
+
+def host_memory() -> Free | None:
+    """What this process may still take of the machine's memory: the least that any of the limits leaves."""
+    limits = []
+    swap = _meminfo("SwapFree") or 0
+    if (available := _meminfo("MemAvailable")) is not None:
+        limits.append(Free(available + swap, "available on this machine"))
+    limits += [Free(max(0, size + swap), "left by the limit of the control group") for size in _left_by_cgroups()]
+    allowed, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if allowed != resource.RLIM_INFINITY:
+        limits.append(Free(max(0, allowed - _address_space()), "left by the limit of the address space, ulimit -v"))
+    return min(limits, default=None)
+
+
+def _meminfo(name: str) -> int | None:
+    for line in _read(PROC / "meminfo").splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _address_space() -> int:
+    pages = _read(PROC / "self" / "statm").split()
+    return int(pages[0]) * os.sysconf("SC_PAGE_SIZE") if pages else 0
+
+
+def _left_by_cgroups() -> Iterator[int]:
+    """What each control group of this process leaves, its own and those around it; files are given back when needed."""
+    for line in _read(PROC / "self" / "cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, limit, used, stat = CGROUPS, "memory.max", "memory.current", ""
+        elif "memory" in controllers.split(","):
+            root, limit, used, stat = CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
+        else:
+            continue
+        folder = root / path.lstrip("/")
+        for place in (folder, *folder.parents):
+            allowed, taken = (_read(place / name).strip() for name in (limit, used))
+            if allowed.isdecimal() and taken.isdecimal():
+                rows = (row.split() for row in _read(place / "memory.stat").splitlines())
+                sizes = {row[0]: int(row[1]) for row in rows if len(row) == 2 and row[1].isdecimal()}
+                files = sum(sizes.get(f"{stat}{kind}_file", 0) for kind in ("active", "inactive"))
+                yield int(allowed) - int(taken) + files
+            if place == root:
+                break
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import signal
 import socket
 import sys
 import threading
@@ -28,6 +29,9 @@ WORD = 1  # so long process 0 has the word when something fails
 _LONG = 24 * 3600 * 1000  # milliseconds: a lost process is found by its heartbeat, not by waiting
 # Exit codes: this process has said what went wrong; another one has, or was lost.
 SAID, LOST = 3, 4
+
+# Exit codes of a process that a signal, or output that nobody reads, has stopped: it has saved before.
+STOPPED = tuple(128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGPIPE, signal.SIGTERM))
 
 AGAIN = "the same command goes on from the last checkpoint"
 
@@ -208,19 +212,19 @@ def _any(mesh: Mesh) -> tuple[Callable, NamedSharding]:
     return program, NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
 
-def any_process(mesh: Mesh | None, flag: bool, after=0):
-    """Whether `flag` is true in any process: the same answer in all, which must all call this.
+def any_process(mesh: Mesh | None, flag: int, after=0):
+    """The largest `flag` of all processes: the same answer in all, which must all call this.
 
     Args:
       mesh: the devices of all processes; None: there is one process.
-      flag: that of this process.
+      flag: that of this process, not negative.
       after: an array on the mesh. Programs that talk to other processes must run in one order everywhere, and this one
         waits for the one that makes `after`.
 
-    Returns an array that may still be under way; `bool` waits for it.
+    Returns an array that may still be under way; `int` waits for it.
 
-    >>> any_process(None, True)
-    True
+    >>> any_process(None, 15)
+    15
     """
     if not _several():
         return flag

@@ -19,6 +19,7 @@ from stickjax.config import Config
 from stickjax.disk import write_file, writing
 from stickjax.hugging_face.files import Lazy, open_safetensors, write_safetensors
 from stickjax.lock import complete_folder
+from stickjax.memory import check_fits, local_bytes
 from stickjax.model_config import ModelConfig
 from stickjax.models.family import init
 from stickjax.models.sut import LanguageModel, PairClassifier
@@ -152,11 +153,12 @@ def load(
       mesh: where the parameters shall lie, whatever they were trained on; None: on the first device.
 
     Raises:
-      ValueError: no run folder, no checkpoint, parameters of another shape, or parameters that are not finite; a
-        Hugging Face folder that is damaged or of a model that is not supported.
+      ValueError: no run folder, no checkpoint, parameters of another shape, that are not finite or that do not fit into
+        the memory that is free; a Hugging Face folder that is damaged or of a model that is not supported.
     """
     config = read_config(run).replace(changes or {})
     abstract = placed(mesh, jax.eval_shape(lambda: init(config.model, jax.random.key(0))))
+    check_fits({"parameters": local_bytes(abstract)}, mesh)
     if (leaves := model_leaves(run, config.model)) is not None:
         if step is not None:
             raise ValueError(f"{run} has no checkpoint of step {step}: it holds one model, without steps")

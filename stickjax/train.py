@@ -4,22 +4,24 @@ python -m stickjax.train configs/tiny.py [--run DIR] [--section.field=value ...]
 """
 
 import contextlib
-import signal
 import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
+from jax.sharding import NamedSharding
 
 from stickjax import processes, sharding
 from stickjax.banner import banner
-from stickjax.checkpoint import Checkpoints, check_finite, named_leaves
+from stickjax.checkpoint import Checkpoints, all_finite, check_finite, named_leaves
 from stickjax.command import Parser, command
 from stickjax.config import Config, DataConfig
 from stickjax.data import training_data
+from stickjax.memory import check_fits, check_program, local_bytes, state_parts
 from stickjax.metrics import MetricsLog, flops_per_token, peak_flops, stop_trace
 from stickjax.options import describe, load_config, parse
+from stickjax.plan.aot import abstract_batch
 from stickjax.progress import Progress
 from stickjax.run import (
     PLACES,
@@ -32,45 +34,36 @@ from stickjax.run import (
     write_config,
 )
 from stickjax.step import TrainState, init_state, jit_step, tokens_of, with_params
+from stickjax.stopping import stop_requests
 from stickjax.vocabulary import with_vocabulary
 
 
 class Result(NamedTuple):
-    """How a run ended. `outside`: share of the wall time spent outside the jitted step, its compilation left out."""
+    """How a run ended.
+
+    `tokens_per_second`: None where fewer than two steps were measured. `outside`: share of the wall time spent outside
+    the jitted step, its compilation left out. `stopped_by`: the number of the signal that stopped the run before its
+    last step, or 0.
+    """
 
     state: TrainState
     finished: bool
-    tokens_per_second: float
+    tokens_per_second: float | None
     outside: float
+    stopped_by: int = 0
 
-
-@contextlib.contextmanager
-def _stop_signals():
-    """`asked()` turns true on SIGTERM or Ctrl-C, or without the launcher; a second Ctrl-C interrupts at once."""
-    asked: list[int] = []
-
-    def handle(number, frame):
-        if asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    try:
-        old = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:  # signals belong to the main thread; in another one there is nothing to handle
-        old = {}
-    try:
-        yield lambda: bool(asked) or processes.orphaned()
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+    def __repr__(self) -> str:  # a notebook shows it, and the state is all parameters
+        others = ", ".join(f"{name}={value!r}" for name, value in self._asdict().items() if name != "state")
+        return f"Result(step={int(self.state.step)}, {others})"
 
 
 def _start(
-    config, mesh, data, checkpoints, init_from: str | None, branch: str | None, say
+    config, mesh, abstract, data, checkpoints, init_from: str | None, branch: str | None, say
 ) -> tuple[TrainState, dict | None]:
-    """The state and the data iterator's state to begin with: resumed, branched, or new (from other parameters)."""
-    key = jax.random.key(config.train.seed)
-    abstract = placed(mesh, jax.eval_shape(lambda: init_state(config, key)))
+    """The state and the data iterator's state to begin with: resumed, branched, or new (from other parameters).
+
+    `abstract`: the shapes of the state, with their places on the mesh.
+    """
     if (restored := checkpoints.restore(abstract)) is not None:
         source, data_state = f"{checkpoints.folder.parent}@{restored.step}", restored.extra["data"]
         check_tokenizer(restored.extra, config, data.tokenizer, source)
@@ -79,7 +72,8 @@ def _start(
                 f"the text has changed: {data.source} is now {data.hash}, "
                 f"{source} was trained on {restored.extra['corpus']}"
             )
-        say(f"resuming {source}")
+        if restored.step < config.train.steps:
+            say(f"resuming {source}")
     elif branch is not None:
         run, step = split_branch(branch)
         restored = Checkpoints(run).restore(abstract, step=step)
@@ -87,6 +81,8 @@ def _start(
             raise ValueError(f"{run} has no checkpoint to branch from")
         source = f"{run}@{restored.step}"
         check_tokenizer(restored.extra, config, data.tokenizer, source)
+        if restored.step >= config.train.steps:
+            raise ValueError(f"--from {source}: train.steps={config.train.steps} must be more than its steps")
         config.check_lengths(restored.step, tokens_of(restored.state))
         # A decay is often trained on other text than the stable phase; that text is read from its beginning.
         same_text = restored.extra["corpus"] == data.hash
@@ -94,23 +90,30 @@ def _start(
         say(f"branching from {source}" + ("" if data_state else ", with other text"))
     else:
         config.check_lengths()
-        places = None if mesh is None else sharding.shardings(mesh, abstract)
-        # The key is an argument: XLA would work out the draws from a constant one itself, while it compiles.
-        state = jax.jit(lambda key: init_state(config, key), out_shardings=places)(key)
-        if init_from is not None:
-            loaded = load(init_from, mesh=mesh)
-            ours, theirs = (
-                {name: leaf.shape for name, leaf in named_leaves(tree).items()} for tree in (state.params, loaded.model)
-            )
-            if ours != theirs:
-                changed = [d for d in loaded.config.diff(config) if d.startswith("model.")]
-                raise ValueError(f"--init-from {init_from} is another model ({'; '.join(changed)})")
-            # A published model is often stored in a smaller type than it is trained in.
-            state = with_params(config, state, loaded.model)
-            say(f"parameters from {init_from}@{loaded.step}")
-        return state, None
+        return _new(config, mesh, abstract, init_from, say), None
     check_finite(restored.state.params, source)
     return restored.state, data_state
+
+
+def _new(config, mesh, abstract, init_from: str | None, say) -> TrainState:
+    say("making the parameters")
+    places = None if mesh is None else sharding.shardings(mesh, abstract)
+    # The key is an argument: XLA would work out the draws from a constant one itself, while it compiles.
+    key = jax.random.key(config.train.seed)
+    program = jax.jit(lambda key: init_state(config, key), out_shardings=places).lower(key).compile()
+    check_program(program, "making the parameters", mesh)
+    state = program(key)
+    if init_from is None:
+        return state
+    loaded = load(init_from, mesh=mesh)
+    ours, theirs = (
+        {name: leaf.shape for name, leaf in named_leaves(tree).items()} for tree in (state.params, loaded.model)
+    )
+    if ours != theirs:
+        changed = [d for d in loaded.config.diff(config) if d.startswith("model.")]
+        raise ValueError(f"--init-from {init_from} is another model ({'; '.join(changed)})")
+    say(f"parameters from {init_from}@{loaded.step}")
+    return with_params(config, state, loaded.model)
 
 
 def _position(extra: dict, data: DataConfig) -> dict:
@@ -150,7 +153,7 @@ def fit(
 
     Raises:
       ValueError: bad input, a folder of another config, or one in which another process is training.
-      FloatingPointError: `max_bad_steps` steps in a row were not finite; the last good checkpoint is kept.
+      FloatingPointError: `max_bad_steps` steps in a row were not finite, or all; the last good checkpoint is kept.
       OSError: a checkpoint or the metrics could not be written.
     """
     config = with_own_tokenizer(run, config)
@@ -159,6 +162,8 @@ def fit(
         config = config.replace({"model.V": read_config(run).model.V})  # on another mesh it could be another multiple
     config = with_vocabulary(config, data.vocab_size)
     mesh = sharding.make_mesh(config)
+    abstract = placed(mesh, jax.eval_shape(lambda: init_state(config, jax.random.key(config.train.seed))))
+    check_fits(state_parts(abstract) | _batch_part(config, mesh), mesh)
     loader = data.loader(*sharding.rows_of_process(mesh))
     fields = {f"{s}.{n}": value for s, section in config.to_dict().items() for n, value in section.items()}
     content = {"text": data.hash, "tokenizer": data.tokenizer and data.tokenizer.name}
@@ -167,39 +172,45 @@ def fit(
     quiet = quiet or not processes.is_writer()
     with Progress(config, quiet=quiet) as progress, Checkpoints(run, config.train.keep) as checkpoints:
         check_config(run, config)  # nobody else writes the folder now
-        progress.say(banner(config, data, mesh))
-        state, data_state = _start(config, mesh, data, checkpoints, init_from, branch, progress.say)
+        words, steps = banner(config, data, mesh), config.train.steps
+        perhaps_finished = max(checkpoints.steps(), default=0) >= steps  # unless the newest checkpoint is damaged
+        if not perhaps_finished:
+            progress.say(words)
+        state, data_state = _start(config, mesh, abstract, data, checkpoints, init_from, branch, progress.say)
+        if (step := int(state.step)) >= steps:
+            progress.say(f"{run} is finished: it is at step {step} of {steps}")
+            return Result(state, True, None, 0.0)
+        if perhaps_finished:
+            progress.say(words)
         if data_state is not None:
             loader.set_state(data_state)
-        log, trace, step = None, None, int(state.step)
+        log, trace = None, None
         if processes.is_writer():
             write_config(run, config, data.tokenizer)  # only now: a start that is refused leaves no folder behind
             log, trace = MetricsLog(run, after_step=step), Path(run) / "profile" if profile else None
-        with contextlib.closing(log) if log else contextlib.nullcontext(), _stop_signals() as asked:
-            return _loop(
-                config,
-                mesh,
-                state,
-                loader,
-                data,
-                checkpoints,
-                log,
-                progress,
-                asked,
-                trace,
-            )
+        with contextlib.closing(log) if log else contextlib.nullcontext(), stop_requests(progress) as asked:
+            return _loop(config, mesh, state, loader, data, checkpoints, log, progress, asked, trace)
+
+
+def _batch_part(config: Config, mesh) -> dict[str, int]:
+    """Bytes of a batch on one device; a batch of pairs is as long as its longest sentence, which nobody knows yet."""
+    if getattr(config.model, "classes", 0):
+        return {}
+    place = None if mesh is None else NamedSharding(mesh, sharding.BATCH)
+    return {f"a batch of B={config.data.B} x T={config.data.T}": local_bytes(abstract_batch(config, place))}
 
 
 def _loop(config, mesh, state, loader, data, checkpoints, log, progress, asked, profile) -> Result:
-    step_function = jit_step(config, mesh, state)
     tokens, peak = config.data.tokens_per_step, peak_flops(1 if mesh is None else mesh.size)
-    per_token = flops_per_token(config.model, config.data.T)
+    per_token, steps = flops_per_token(config.model, config.data.T), config.train.steps
     tokenizer = data.tokenizer and data.tokenizer.name
-    first = step = saved = int(state.step)
-    inside, started = 0.0, time.perf_counter()
-    batch, bad_steps = sharding.place(mesh, next(loader), config.train.accumulate), 0
-    stop = bool(processes.any_process(mesh, asked())) or step >= config.train.steps
-    while not stop:
+    step_function, batch = jit_step(config, mesh, state), sharding.place(mesh, next(loader), config.train.accumulate)
+    progress.say("compiling the step")
+    check_program(step_function.lower(state, batch).compile(), "the step", mesh)
+    first = step = good = saved = int(state.step)  # good: the last step that was finite
+    bad_steps, inside, started = 0, 0.0, time.perf_counter()
+    stopped_by = int(processes.any_process(mesh, asked()))
+    while not stopped_by and step < steps:
         data_state = loader.get_state()  # behind the batch of this step, before the next one is taken
         if profile and step == first + 3:
             jax.profiler.start_trace(str(profile))
@@ -211,42 +222,56 @@ def _loop(config, mesh, state, loader, data, checkpoints, log, progress, asked, 
         now = time.perf_counter()
         step += 1
         if step == first + 1:
-            started = now  # the first step compiled
+            started = now  # the first step takes longer
         else:
             inside += now - begun
         if profile and step == first + 6:
             stop_trace(profile)
         bad_steps = int(metrics["bad_steps"])
+        good = good if bad_steps else step
         if bad_steps >= config.train.max_bad_steps:
-            checkpoints.wait()
-            raise FloatingPointError(
-                f"step {step}: {bad_steps} steps in a row were not finite; "
-                f"the last good checkpoint is step {max(checkpoints.steps(), default=0)}"
-            )
-        stop = bool(asked_any) or step == config.train.steps
-        if step % config.train.log_every == 0 or step == config.train.steps:
-            rate = (step - first - 1) * tokens / max(now - started, 1e-9)
+            raise _not_finite(checkpoints, f"step {step}: {bad_steps} steps in a row were not finite")
+        stopped_by = int(asked_any)
+        ends = bool(stopped_by) or step == steps
+        if step % config.train.log_every == 0 or step == steps:
             row = {"step": step, "tokens": tokens_of(state), **{k: float(v) for k, v in metrics.items()}}
-            row["tokens_per_second"] = rate
-            if peak:
-                row["mfu"] = rate * per_token / peak
+            if step > first + 1:
+                row["tokens_per_second"] = rate = (step - first - 1) * tokens / max(now - started, 1e-9)
+                if peak:
+                    row["mfu"] = rate * per_token / peak
             if log:
                 log.write(row)
             progress.update(row)
-        if not bad_steps and (step % config.train.checkpoint_every == 0 or stop):
+        # A step that was skipped has left the state as the last good one made it.
+        if good > first and (ends or (not bad_steps and step % config.train.checkpoint_every == 0)):
+            if not all_finite(state.params):
+                raise _not_finite(checkpoints, f"step {step}: its loss was finite, the parameters are not")
             hashes = {"corpus": data.hash, "tokenizer": tokenizer}
             extra = hashes | {"data": data_state, "tokens": tokens_of(state), "config": config.to_dict()}
             checkpoints.save(step, state, extra)
             saved = step
     checkpoints.wait()
+    finished = step == steps
+    if finished and good == first:
+        raise _not_finite(checkpoints, f"none of the steps {first + 1} to {step} was finite")
     total = max(time.perf_counter() - started, 1e-9)
-    rate, outside = max(step - first - 1, 0) * tokens / total, max(0.0, 1 - inside / total)
-    finished = step >= config.train.steps
-    if finished:
+    rate = (step - first - 1) * tokens / total if step > first + 1 else None
+    outside = max(0.0, 1 - inside / total) if rate else 0.0
+    if bad_steps:
+        progress.say(f"the last {bad_steps} steps were not finite and were skipped")
+    if not finished:
+        kept = f"saved at {saved}" if saved else "with nothing to save"
+        progress.say(f"stopped at step {step}, {kept}; run the same command again to go on")
+    elif rate:
         progress.say(f"step {step}: {rate:,.0f} tokens/s, {outside:.1%} of the time outside the jitted step")
-    else:
-        progress.say(f"stopped at step {step}, saved at {saved}; run the same command again to go on")
-    return Result(state, finished, rate, outside)
+    return Result(state, finished, rate, outside, 0 if finished else stopped_by)
+
+
+def _not_finite(checkpoints: Checkpoints, what: str) -> FloatingPointError:
+    checkpoints.wait()
+    steps = checkpoints.steps()
+    kept = f"the last good checkpoint is step {steps[-1]}" if steps else "there is no checkpoint"
+    return FloatingPointError(f"{what}; {kept}")
 
 
 @command
@@ -285,8 +310,8 @@ def main(argv: list[str] | None = None) -> int:
         dry_run(config)
         return 0
     run = words.run or str(Path("runs") / Path(words.config).stem)
-    fit(config, run, init_from=words.init_from, branch=words.branch, profile=words.profile)
-    return 0
+    result = fit(config, run, init_from=words.init_from, branch=words.branch, profile=words.profile)
+    return 128 + result.stopped_by if result.stopped_by else 0
 
 
 if __name__ == "__main__":

@@ -1,15 +1,19 @@
 """The pure step: microbatches are the batch, seams cost nothing, and a step that is not finite changes nothing."""
 
+import signal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from conftest import GRADIENT, assert_close, assert_same_state
 
 from stickjax import step as step_module
 from stickjax import train
 from stickjax.checkpoint import Checkpoints
 from stickjax.config import Config
-from stickjax.step import init_state, loss_and_metrics, make_step
+from stickjax.progress import Progress
+from stickjax.step import init_state, loss_and_metrics, make_step, tokens_of
 from stickjax.train import fit, main
 
 DENSE = Config().replace(
@@ -54,36 +58,75 @@ def test_the_loss_masks_the_seams():
     assert loss(batch | {"targets": tokens.at[0, 4:].set(99)}) != a
 
 
-def test_steps_that_are_not_finite_are_skipped(tmp_path, monkeypatch, capsys):
-    """Skipped and counted; after max_bad_steps in a row the run stops and keeps its last good checkpoint."""
-    poison, loss_of, jit_of = [True], step_module.loss_and_metrics, step_module.jit_step
+@pytest.fixture
+def poison(monkeypatch):
+    """A list; while its only element is true, no loss is finite."""
+    poison, loss_of, place = [True], step_module.loss_and_metrics, train.sharding.place
 
     def poisoned_loss(config, params, batch, key):
         loss, metrics = loss_of(config, params, batch, key)
         return loss * jnp.where(batch["poison"][0], jnp.nan, 1.0), metrics
 
-    def poisoned_step(*arguments):
-        step = jit_of(*arguments)
-        return lambda state, batch: step(state, batch | {"poison": jnp.asarray(poison)})
-
     monkeypatch.setattr(step_module, "loss_and_metrics", poisoned_loss)
-    monkeypatch.setattr(train, "jit_step", poisoned_step)
+    monkeypatch.setattr(train.sharding, "place", lambda *a: place(*a) | {"poison": np.array(poison)})
+    return poison
+
+
+def test_steps_that_are_not_finite_are_skipped(tmp_path, poison, capsys):
+    """Skipped and counted; after max_bad_steps in a row the run stops and keeps its last good checkpoint."""
     config = EXPERTS.replace({"train.max_bad_steps": 3, "train.steps": 6})
     state = init_state(config, jax.random.key(0))
     tokens = jnp.zeros((4, 32), jnp.int32)
     batch = {"tokens": tokens, "targets": tokens, "segment_ids": tokens, "loss_mask": tokens == 0}
-    step = poisoned_step(config, None, state)
-    after, metrics = step(jax.tree.map(jnp.copy, state), batch)  # a step is given its state to overwrite
+    step = jax.jit(make_step(config))
+    after, metrics = step(state, batch | {"poison": jnp.array([True])})
     assert int(after.bad_steps) == 1 and int(after.step) == 1 and not np.isfinite(metrics["grad_norm"])
     assert_same_state(after._replace(bad_steps=state.bad_steps, step=state.step), state)
-    poison[0] = False
-    good, _ = step(after, batch)
-    assert int(good.bad_steps) == 0
+    good, _ = step(after, batch | {"poison": jnp.array([False])})
+    assert int(good.bad_steps) == 0 and tokens_of(good) == 128  # those of the step that was skipped do not count
 
     run = tmp_path / "run"
+    poison[0] = False
     fit(config, str(run), quiet=True)
     poison[0] = True
     (tmp_path / "config.json").write_text(config.replace({"train.steps": 24}).to_json())
     assert main([str(tmp_path / "config.json"), "--run", str(run)]) == 1
     assert "step 9: 3 steps in a row were not finite; the last good checkpoint is step 6" in capsys.readouterr().err
     assert Checkpoints(run).steps()[-1] == 6
+
+
+def test_a_run_without_a_finite_step_fails(tmp_path, poison, capsys):
+    (tmp_path / "config.json").write_text(DENSE.replace({"train.steps": 3}).to_json())
+    assert main([str(tmp_path / "config.json"), "--run", str(tmp_path / "run")]) == 1
+    assert capsys.readouterr().err == "error: none of the steps 1 to 3 was finite; there is no checkpoint\n"
+    assert not Checkpoints(tmp_path / "run").steps()
+
+
+@pytest.mark.parametrize("end", ["finished", "stopped"])
+def test_what_was_learnt_before_bad_steps_is_saved(tmp_path, poison, monkeypatch, capsys, end):
+    """The run ends while its steps are being skipped: the state is that of the last good one."""
+    poison[0], update = False, Progress.update
+
+    def watched(self, row):
+        update(self, row)
+        poison[0] = row["step"] >= 2  # of the batch after the next one, which lies ready
+        if end == "stopped" and row["step"] == 4:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Progress, "update", watched)
+    config, run = DENSE.replace({"train.steps": 6 if end == "finished" else 9}), tmp_path / "run"
+    result = fit(config.replace({"train.checkpoint_every": 100}), str(run))
+    step = 6 if end == "finished" else 5
+    out = capsys.readouterr().out
+    assert f"the last {step - 3} steps were not finite and were skipped" in out
+    assert Checkpoints(run).steps() == [step] and result.stopped_by == (0 if end == "finished" else signal.SIGTERM)
+    assert int(result.state.bad_steps) == step - 3 and tokens_of(result.state) == 3 * 128
+
+
+def test_parameters_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
+    """The loss was finite, and the update was not."""
+    spoil = lambda params, updates: jax.tree.map(lambda x: x * jnp.inf, params)  # noqa: E731
+    monkeypatch.setattr(step_module.optax, "apply_updates", spoil)
+    with pytest.raises(FloatingPointError, match="step 1: its loss was finite, the parameters are not; there is no"):
+        fit(DENSE.replace({"train.steps": 1}), str(tmp_path / "run"), quiet=True)
+    assert not Checkpoints(tmp_path / "run").steps()

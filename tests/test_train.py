@@ -80,7 +80,7 @@ def test_sigterm_saves_and_exits_cleanly(uninterrupted, tmp_path):
     wait_for_step(run, 4, process)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
+    assert process.returncode == 128 + signal.SIGTERM, err
     assert "run the same command again" in out
     (saved,) = Checkpoints(run).steps()
     assert [row["step"] for row in rows(run)] == list(range(1, saved + 1))

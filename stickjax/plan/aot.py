@@ -5,7 +5,6 @@ work of the traced step.
 """
 
 import dataclasses
-import math
 import time
 from typing import NamedTuple
 
@@ -15,8 +14,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stickjax import sharding
 from stickjax.config import Config
+from stickjax.memory import state_parts
 from stickjax.plan.chips import Chip, absent_devices, has_wheels, of_kind, tracing_for
-from stickjax.plan.flops import Work, count, itemsize
+from stickjax.plan.flops import Work, count
 from stickjax.plan.hlo import Collective, collectives
 from stickjax.step import TrainState, init_state, jit_step
 
@@ -45,7 +45,7 @@ class Compiled:
     arguments: int
     temporaries: int
     peak: int
-    state: int  # of the arguments, what the optimizer reads and writes
+    state: dict[str, int]  # of the arguments, what the optimizer reads and writes, by what it is for
     work: Work
     collectives: list[Collective]
     seconds: float  # that compiling took
@@ -106,16 +106,14 @@ def abstract_arguments(config: Config, mesh: Mesh | None, device: jax.Device) ->
     state = jax.eval_shape(lambda: init_state(config, jax.random.key(0)))
     places = jax.tree.map(lambda _: alone, state) if mesh is None else sharding.shardings(mesh, state)
     state = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, places)
-    place = alone if mesh is None else NamedSharding(mesh, sharding.BATCH)
+    return state, abstract_batch(config, alone if mesh is None else NamedSharding(mesh, sharding.BATCH))
+
+
+def abstract_batch(config: Config, place: NamedSharding | None) -> dict:
+    """The batch of a step on text without its values."""
     types = dict(tokens=jnp.int32, targets=jnp.int32, segment_ids=jnp.int32, loss_mask=jnp.bool_)
     shape = (config.data.B, config.data.T)
-    return state, {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, dtype in types.items()}
-
-
-def local_bytes(tree) -> int:
-    """Bytes that one device holds of arrays with shardings."""
-    leaves = jax.tree.leaves(tree)
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * itemsize(x.dtype) for x in leaves)
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, dtype in types.items()}
 
 
 def compile_step(config: Config, machine: Machine) -> Compiled:
@@ -136,7 +134,7 @@ def compile_step(config: Config, machine: Machine) -> Compiled:
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         peak=memory.argument_size_in_bytes + kept + memory.temp_size_in_bytes,
-        state=local_bytes(state),
+        state=state_parts(state),
         work=count(traced.jaxpr),
         collectives=collectives(compiled.as_text(), mesh, machine.per_host),
         seconds=time.perf_counter() - begun,

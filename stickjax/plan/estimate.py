@@ -45,7 +45,7 @@ def model_flops(compiled: Compiled) -> float:
 def estimate(compiled: Compiled, chip: Chip) -> Estimate:
     """See ASSUMPTIONS."""
     n = compiled.devices
-    moved = compiled.work.bytes / n + 2 * compiled.state
+    moved = compiled.work.bytes / n + 2 * sum(compiled.state.values())
     sent = sum(c.sent * c.count / (chip.link if c.local else chip.network) for c in compiled.collectives)
     return Estimate(compiled.work.flops / n / (COMPUTE * chip.flops), moved / (MEMORY * chip.bandwidth), sent)
 

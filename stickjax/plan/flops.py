@@ -8,10 +8,10 @@ import math
 from typing import NamedTuple
 
 import jax
-import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 from pallas_kernels import cost
+from stickjax.memory import itemsize
 
 
 class Work(NamedTuple):
@@ -87,11 +87,3 @@ def _inner(params: dict) -> list:
 def _bytes(equation: JaxprEqn) -> int:
     arrays = [v.aval for v in (*equation.invars, *equation.outvars) if hasattr(v.aval, "shape")]
     return sum(math.prod(a.shape) * itemsize(a.dtype) for a in arrays)
-
-
-def itemsize(dtype) -> int:
-    """Bytes of one element; of a PRNG key, those of its words."""
-    if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
-        words = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct((), dtype))
-        return words.size * words.dtype.itemsize
-    return np.dtype(dtype).itemsize

@@ -7,23 +7,12 @@ from rich.console import Console
 from rich.table import Table
 
 from stickjax.config import Config
+from stickjax.memory import gib
 from stickjax.models.family import parameter_counts
 from stickjax.plan import estimate
 from stickjax.plan.aot import Compiled, Machine, compile_step, present_machine
 from stickjax.plan.search import nearest_changes, sweep
 from stickjax.vocabulary import with_vocabulary
-
-
-def gib(size: float) -> str:
-    """Bytes in words.
-
-    >>> gib(3 * 2**30), gib(5 * 2**20)
-    ('3.0 GiB', '5.0 MiB')
-    """
-    for unit, name in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if size >= unit:
-            return f"{size / unit:.1f} {name}"
-    return f"{size:.0f} B"
 
 
 def by_axes(compiled: Compiled) -> list[dict]:
@@ -52,7 +41,9 @@ def as_dict(compiled: Compiled, machine: Machine) -> dict:
         mesh=compiled.axes,
         parameters=total,
         active_parameters=active,
-        bytes=dict(arguments=compiled.arguments, temporaries=compiled.temporaries, peak=compiled.peak),
+        bytes=dict(
+            arguments=compiled.arguments, temporaries=compiled.temporaries, peak=compiled.peak, state=compiled.state
+        ),
         memory=machine.memory,
         fits=estimate.fits(compiled, machine.memory),
         flops=compiled.work.flops,
@@ -100,6 +91,7 @@ def print_step(compiled: Compiled, machine: Machine, changes: list[tuple[dict, C
     print(f"step          B={config.data.B} x T={config.data.T}, {config.train.accumulate} x {rows} sequences, "
           f"remat={config.model.remat}")  # fmt: skip
     print(f"memory        per device: {memory_words(compiled, machine)}")
+    print(f"state         {', '.join(f'{name} {gib(size)}' for name, size in compiled.state.items())}")
     again = work.flops / estimate.model_flops(compiled)
     print(f"work          {work.flops:.3g} FLOP, {again:.2f} x those of the model; {gib(work.bytes)} of operands")
     if work.unknown:

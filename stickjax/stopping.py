@@ -1,0 +1,43 @@
+"""What asks a training to stop: a signal, a lost terminal, output that nobody reads, a launcher that is gone."""
+
+import contextlib
+import signal
+from collections.abc import Callable, Iterator
+
+from stickjax import processes
+from stickjax.progress import Progress
+
+
+@contextlib.contextmanager
+def stop_requests(progress: Progress) -> Iterator[Callable[[], int]]:
+    """`asked()` is the number of the signal that asks for a stop, 0 while nothing does.
+
+    SIGTERM, Ctrl-C and SIGHUP, which a lost terminal sends (not where it is ignored, as after nohup). Output that
+    nobody reads counts as SIGPIPE, a launcher that is gone as SIGHUP. A second Ctrl-C interrupts at once.
+    """
+    asked: list[int] = []
+
+    def handle(number, frame):
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    def first() -> int:
+        if not asked and progress.unread:
+            asked.append(signal.SIGPIPE)
+        elif not asked and processes.orphaned():
+            asked.append(signal.SIGHUP)
+        return asked[0] if asked else 0
+
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    try:
+        old = {number: signal.signal(number, handle) for number in numbers}
+    except ValueError:  # signals belong to the main thread; in another one there is nothing to handle
+        old = {}
+    try:
+        yield first
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
