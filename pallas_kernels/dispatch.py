@@ -104,7 +104,15 @@ def _run_here(call: Any, op_name: str, implementation: tuple[str, ...] | None) -
         if sentence not in _logged:
             _logged.add(sentence)
             logger.info(sentence)
-    return op.implementations[name].run(call)
+    try:
+        return op.implementations[name].run(call)
+    except TypeError as error:
+        if "forward-mode" not in str(error):
+            raise
+        raise TypeError(
+            f"{op.name} by {name} has no forward-mode derivative (jax.jvp, jax.jacfwd, jax.linearize); "
+            "take jax.grad, jax.vjp or jax.jacrev, or implementation='reference', which has both"
+        ) from None
 
 
 def explain(op_name: str, *args, **kwargs) -> str:

@@ -34,7 +34,10 @@ def figure(xlabel: str, ylabel: str, titles=("",), *, xscale=None, yscale=None, 
 
 
 def save(page, path) -> None:
-    """Write a figure, of the type that its suffix says, or PNG, at once."""
+    """Write a figure to a path, of the type that its suffix says, or PNG, at once; or as PNG to an open file."""
+    if hasattr(path, "write"):
+        page.savefig(path)
+        return
     content = io.BytesIO()
     page.savefig(content, format=Path(path).suffix[1:] or None)
     write_file(path, content.getvalue())

@@ -135,3 +135,28 @@ def test_wrong_indices_are_found_in_a_program_under_checks():
     with jax.enable_checks(True), pytest.raises(Exception, match=r"expert_indices\[0,1\]=7 is not from 0 to E=3"):
         jax.block_until_ready(jax.jit(lambda i: route(i, 3))(jnp.array([[0, 7]])))
         jax.effects_barrier()
+
+
+# Forward mode.
+
+
+def _attention(implementation):
+    return lambda x: stick_breaking_attention(x[None, :, None], *X2, implementation=implementation)[0]
+
+
+def _mlp(implementation):
+    return lambda x: expert_mlp(x, W_IN, W_OUT, R, G + 1, implementation=implementation)
+
+
+X2 = jnp.ones((2, 1, 6, 1, 4))
+
+
+@pytest.mark.parametrize("op, name", [(_attention, "stick_breaking_attention"), (_mlp, "expert_mlp")])
+def test_forward_mode_is_that_of_the_reference_alone(op, name):
+    x = jnp.linspace(0, 1, 24).reshape(6, 4)
+    for forward in (jax.jacfwd, lambda f: lambda x: jax.jvp(f, (x,), (x,))):
+        with pytest.raises(TypeError, match=f"^{name} by xla has no forward-mode derivative .*='reference', which has"):
+            forward(op("xla"))(x)
+    out, tangent = jax.jvp(op("reference"), (x,), (x,))
+    _, vjp = jax.vjp(op("xla"), x)
+    np.testing.assert_allclose((tangent * 2).sum(), (vjp(jnp.full_like(out, 2))[0] * x).sum(), rtol=1e-5)

@@ -47,6 +47,7 @@ def expert_linear(
 
     Raises:
       ValueError: shapes or dtypes that do not fit, named by their letters; gates together with `grouped_out`.
+      TypeError: a forward-mode derivative (`jax.jvp`), which only the reference has.
 
     Source: "Scattered Mixture-of-Experts Implementation", arXiv 2403.08245 (ParallelLinear).
 
@@ -92,6 +93,7 @@ def expert_mlp(
 
     Raises:
       ValueError: shapes or dtypes that do not fit, named by their letters; an unknown activation.
+      TypeError: a forward-mode derivative (`jax.jvp`), which only the reference has.
 
     Source: "Scattered Mixture-of-Experts Implementation", arXiv 2403.08245.
 

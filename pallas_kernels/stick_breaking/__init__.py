@@ -71,6 +71,7 @@ def stick_breaking_attention(
     Raises:
       ValueError: shapes or dtypes that do not fit, named by their letters.
       NotImplementedError: a named implementation cannot run this call.
+      TypeError: a forward-mode derivative (`jax.jvp`), which only the reference has.
 
     Source: "Scaling Stick-Breaking Attention", arXiv 2410.17980.
 
