@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from stickjax.command import Parser, command
+from stickjax.fields import SEED
 from stickjax.memory import free_memory, gib
 from stickjax.models.family import empty_cache, read
 from stickjax.models.sut import LanguageModel
@@ -65,7 +66,7 @@ def generate(
     if getattr(model.config, "classes", 0):
         raise ValueError(f"a classifier of classes={model.config.classes} generates no text")
     vocab_size = min(vocab_size or model.config.vocabulary, model.config.vocabulary)
-    _check_options(max_new_tokens, temperature, top_k, top_p)
+    _check_options(max_new_tokens, temperature, top_k, top_p, seed)
     rows = [_prompt_ids(row, prompt, eot, vocab_size) for row, prompt in enumerate(prompts)]
     if not rows:
         return []
@@ -135,7 +136,7 @@ def _bucket(n: int) -> int:
     return -(-n // step) * step
 
 
-def _check_options(max_new_tokens, temperature, top_k, top_p) -> None:
+def _check_options(max_new_tokens, temperature, top_k, top_p, seed) -> None:
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
     if not 0 <= temperature < math.inf:
@@ -144,6 +145,8 @@ def _check_options(max_new_tokens, temperature, top_k, top_p) -> None:
         raise ValueError(f"top_k={top_k} must be at least 1")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p} must be above 0 and at most 1")
+    if not 0 <= seed <= SEED:
+        raise ValueError(f"seed={seed} must be at least 0 and at most {SEED}")
 
 
 def _prompt_ids(row: int, prompt, eot: int | None, vocab_size: int) -> np.ndarray:
@@ -251,7 +254,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--step", type=int, help="which checkpoint; the newest by default")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as model.window=128")
     args = parser.parse_args(argv)
-    sampling = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    sampling = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
     _check_options(args.max_new_tokens, **sampling)  # before the model is read
     changed = parse(read_config(args.run), [f"--{word}" for word in args.set])
     changes = {key: attrgetter(key)(changed) for key in (word.partition("=")[0] for word in args.set)}
@@ -259,7 +262,7 @@ def main(argv: list[str] | None = None) -> int:
     loaded = load(args.run, step=args.step, changes=changes)
     one = len(prompts) == 1
     on_text = (lambda row, piece: print(piece, end="", flush=True)) if one else None
-    options = dict(stop=args.stop, special_tokens=args.special_tokens, on_text=on_text, seed=args.seed) | sampling
+    options = dict(stop=args.stop, special_tokens=args.special_tokens, on_text=on_text) | sampling
     texts = generate_text(loaded, prompts, args.max_new_tokens, **options)
     print(*() if one else (f"--- prompt {row}\n{text}" for row, text in enumerate(texts)), sep="\n")
     return 0

@@ -101,14 +101,14 @@ def named(files: Mapping[str, bytes], added: Mapping[str, int], folder: Path) ->
         for key in (*_IDS, *_TOKENS, "additional_special_tokens", "added_tokens_decoder"):
             found = _ids(key, tree.get(key), added, folder / name)
             special.update(found)
-            if not key.startswith("eos") or tree.get(key) is None or ends:
+            if not key.startswith("eos") or tree.get(key) in (None, "", -1) or ends:
                 continue
             if set(found) & set(added.values()):
                 # One that is an ordinary token ends a text that is generated, and no document.
                 ends = tuple(sorted(found, key=lambda i: i not in added.values()))
             else:
                 said = f"{folder / name} says {key}={tree[key]!r}, which is no added token of tokenizer.json"
-                problem = problem or f"{said}; name the end of text with data.eot"
+                problem = problem or said
     return Named(ends, frozenset(special & set(added.values())), "" if ends else problem)
 
 
@@ -122,8 +122,8 @@ def _ids(key: str, value: Any, added: Mapping[str, int], where: Path) -> list[in
     ids = []
     for entry in value if isinstance(value, list) else [value]:
         text = entry.get("content") if isinstance(entry, dict) else entry
-        if key.endswith("_id") and type(entry) is int and entry >= 0:
-            ids.append(entry)
+        if key.endswith("_id") and type(entry) is int:
+            ids += [entry] if entry >= 0 else []  # -1 is none
         elif isinstance(text, str) and not key.endswith("_id"):
             ids += [added[text]] if text in added else []
         else:

@@ -139,9 +139,8 @@ class HuggingFaceTokenizer(Tokenizer):
         if eot is not None and eot not in added:
             raise ValueError(f"data.eot={eot!r} is no added token of {where}; those are: {_listed(added)}")
         ends, special, problem = special_tokens.named(files, added, path.parent)
-        if eot is None and problem:
-            raise ValueError(problem)
-        first = eot if eot is not None or ends else next((token for token in END_OF_TEXT if token in added), None)
+        said = eot is not None or ends or problem
+        first = eot if said else next((token for token in END_OF_TEXT if token in added), None)
         if first is not None and ends[:1] != (added[first],):
             ends = (added[first], *(i for i in ends if i != added[first]))
             files = special_tokens.with_end(files, ends, first, path.parent)
@@ -162,10 +161,8 @@ class HuggingFaceTokenizer(Tokenizer):
         if wrong := [text for text, i in added.items() if self._tokenizer.token_to_id(text) != i]:
             raise ValueError(f"{where} is not a tokenizer.json: its added token {wrong[0]!r} has another id")
         if not ends:
-            raise ValueError(
-                f"{where} has no end of text: no file beside it names one; name it with data.eot, one of its added "
-                f"tokens: {_listed(added)}"
-            )
+            problem = problem or f"{where} has no end of text: no file beside it names one"
+            raise ValueError(f"{problem}; name it with data.eot, one of its added tokens: {_listed(added)}")
         self._tokenizer.encode_special_tokens = True  # as text, where they are spelled
         # A path means nothing on another machine; the content does.
         self.name = "hf:" + hashlib.sha256(content).hexdigest()[:16]

@@ -185,6 +185,8 @@ def test_empty_prompts(model):
         ([1], dict(top_k=0), "top_k=0"),
         ([1], dict(top_p=0.0), "top_p=0.0"),
         ([1], dict(top_p=1.5), "top_p=1.5"),
+        ([1], dict(seed=-1), "seed=-1 must be at least 0"),
+        ([1], dict(seed=2**64), "seed=18446744073709551616 must be .* at most"),
     ],
     ids=str,
 )

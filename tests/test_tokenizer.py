@@ -6,6 +6,8 @@ import shutil
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from stickjax.config import DataConfig
+from stickjax.corpus import load_corpus, tokenize
 from stickjax.tokenizer import StreamDecoder, load_tokenizer
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|user|>"]
@@ -103,6 +105,7 @@ CHAT = byte_level(special=["<|endoftext|>", "<|im_start|>", "<|im_end|>"])  # id
         (dict(generation_config={"eos_token_id": None}, config={"model_type": "x", "eos_token_id": 258}), None, [258]),
         (dict(config={"eos_token_id": 258}), None, [256]),  # a config.json of something else
         (dict(token_ids={"eos_token_id": 258}), None, [258]),
+        (dict(generation_config={"eos_token_id": -1, "pad_token_id": -1, "eos_token": ""}), None, [256]),
         (dict(tokenizer_config={"eos_token": "<|im_end|>"}), None, [258]),
         (dict(tokenizer_config={"eos_token": {"content": "<|im_end|>"}}), None, [258]),
         (dict(special_tokens_map={"eos_token": "<|im_end|>"}, tokenizer_config={"eos_token": None}), None, [258]),
@@ -133,6 +136,21 @@ def test_the_end_of_text_is_what_the_folder_says(folder, files, eot, ends):
 def test_what_names_no_end_of_text_is_refused(folder, files, eot, message):
     with pytest.raises(ValueError, match=message):
         folder(CHAT, eot, **files)
+
+
+def test_the_end_that_the_user_names_ends_documents(folder, tmp_path):
+    folder(byte_level(special=["<|im_end|>"]), "<|im_end|>")
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"{i}<|im_end|>"}) + "\n" for i in range(6)))
+    source, tokenizer = str(tmp_path / "texts.jsonl"), str(tmp_path / "folder/tokenizer.json")
+    named = dict(tokenizer=tokenizer, eot="<|im_end|>")
+    for corpus in load_corpus(DataConfig(source="text", path=source, heldout_every=3, **named)):
+        assert (corpus.tokens == 256).sum() == corpus.documents
+    meta = tokenize(source, str(tmp_path / "tokens"), **named)
+    assert (meta["eot"], meta["num_tokens"]) == (256, 6 * 12)
+    with pytest.raises(ValueError, match="no end of text: no file beside it names one; name it with data.eot"):
+        load_corpus(DataConfig(source="text", path=source, tokenizer=tokenizer))
+    with pytest.raises(ValueError, match="eot='<|im_end|>' needs a tokenizer.json"):
+        DataConfig(eot="<|im_end|>")
 
 
 def test_only_an_added_token_ends_a_text(folder):
