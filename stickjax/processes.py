@@ -22,6 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from stickjax import pmi
+
 # Seconds. A process that has been silent so long is lost; one that has not come after START is missing; at the end the
 # others wait so long for what process 0 still writes.
 HEARTBEAT, START, END = 20, 300, 1800
@@ -41,6 +43,9 @@ _SCHEDULERS = (
     ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NODELIST"),
     ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
 )
+PMI = ("PMI_SIZE", "PMI_RANK")  # of MPICH and Intel MPI; the rank on this machine is MPI_LOCALRANKID
+# The rank and the number of processes that others say, who tell JAX nothing; PMIx does not even say the number.
+_UNKNOWN = (("PMIX_RANK", ""), ("FLUX_TASK_RANK", "FLUX_JOB_SIZE"), ("RANK", "WORLD_SIZE"))
 # What XLA raises when another process is gone.
 _PEER_GONE = re.compile(r"Gloo|NCCL|coordination service|CoordinationService|[Cc]onnection (closed|reset|refused)")
 
@@ -48,9 +53,9 @@ _PEER_GONE = re.compile(r"Gloo|NCCL|coordination service|CoordinationService|[Cc
 def initialize(coordinator: str | None = None, count: int | None = None, index: int | None = None) -> None:
     """Join the other processes; does nothing for a process that is alone. Before anything else that JAX does.
 
-    Without arguments, SLURM's or Open MPI's environment says who the others are; each process then takes one device of
-    its machine, that of its rank there. The coordinator, where that environment does not tell it, may also be
-    JAX_COORDINATOR_ADDRESS.
+    Without arguments, the environment of SLURM, Open MPI, MPICH or Intel MPI says who the others are; each process then
+    takes one device of its machine, that of its rank there. The coordinator, where that environment does not tell it,
+    may also be JAX_COORDINATOR_ADDRESS.
 
     Args:
       coordinator: HOST:PORT, a free port of the machine of process 0.
@@ -58,17 +63,23 @@ def initialize(coordinator: str | None = None, count: int | None = None, index: 
       index: which of them this is, from 0.
 
     Raises:
-      ValueError: only some of the three, one out of range, or a port that is in use.
+      ValueError: only some of the three, one out of range, a port that is in use, or an environment of several
+        processes that does not say how they find one another.
       RuntimeError: JAX cannot find the coordinator in the environment.
     """
     local, method = None, None
     if count is None and index is None:
-        names = next((n for n in _SCHEDULERS if all(name in os.environ for name in n)), None)
+        names = next((n for n in (*_SCHEDULERS, PMI) if all(name in os.environ for name in n)), None)
         if names is None:
             if coordinator is not None:
                 raise ValueError(f"--coordinator {coordinator} needs --processes N and --process I")
+            _check_alone()
             return
-        count, index, local = (int(os.environ[name]) for name in names[:3])
+        count, index, *local = (int(os.environ[name]) for name in names[:3])
+        local = local[0] if local else _number("MPI_LOCALRANKID")
+        if names == PMI and 0 <= index < count > 1:
+            method = "deactivate"
+            coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS") or _agree(count, index)
         local = None if "JAX_LOCAL_DEVICE_IDS" in os.environ else local
     else:
         method = "deactivate"  # a launcher under SLURM or Open MPI has counted for itself
@@ -102,8 +113,34 @@ def initialize(coordinator: str | None = None, count: int | None = None, index: 
         )
     finally:
         timer.cancel()
+    if jax.process_count() != count:  # each would take itself for the one that writes
+        raise ValueError(f"process {index} of {count} has found {jax.process_count() - 1} of the others")
     if index:
         logging.getLogger("stickjax").setLevel(logging.ERROR)  # process 0 warns for all
+
+
+def _number(name: str) -> int | None:
+    return int(os.environ[name]) if name in os.environ else None
+
+
+def _check_alone() -> None:
+    """ValueError where the environment says that this is one of several processes."""
+    for rank, size in _UNKNOWN:
+        if rank in os.environ and (not size or (_number(size) or 1) > 1):
+            raise ValueError(
+                f"{rank}={os.environ[rank]}: this may be one of several processes, and nothing says where the others "
+                f"are; give --coordinator HOST:PORT --processes N --process I, or unset {rank}"
+            )
+
+
+def _agree(count: int, index: int) -> str:
+    """A free port of process 0, by way of the process manager."""
+    if "PMI_FD" not in os.environ:
+        raise ValueError(
+            f"PMI_RANK={index} of PMI_SIZE={count}: nothing says where process 0 listens; give --coordinator HOST:PORT"
+        )
+    here = "localhost" if _number("MPI_LOCALNRANKS") == count else os.environ.get("PMI_HOSTNAME", socket.gethostname())
+    return pmi.share(int(os.environ["PMI_FD"]), None if index else f"{here}:{free_port()}")
 
 
 def check_address(address: str) -> tuple[str, int]:

@@ -6,6 +6,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 from conftest import wait_for_step
 
-from stickjax import evaluate, generate, launch, train
+from stickjax import evaluate, generate, launch, pmi, train
 from stickjax.checkpoint import Checkpoints, named_leaves
 from stickjax.config import Config
 from stickjax.metrics import read_metrics
@@ -201,3 +203,51 @@ def test_bad_commands_are_one_clear_line(capsys, config, monkeypatch):
     for name in ("SIZE", "RANK", "LOCAL_RANK"):
         monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", "3")
     refused(train.main, [str(config)], "process 3 of 3")
+    for name in ("SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(f"OMPI_COMM_WORLD_{name}")
+    for environment, message in (
+        ({"PMI_SIZE": "2", "PMI_RANK": "1"}, "PMI_RANK=1 of PMI_SIZE=2: nothing says where process 0 listens"),
+        ({"PMI_SIZE": "2", "PMI_RANK": "2"}, "process 2 of 2"),
+        ({"PMIX_RANK": "0"}, "PMIX_RANK=0: this may be one of several processes"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "RANK=0: this may be one of several processes"),
+    ):
+        with monkeypatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            refused(train.main, [str(config)], message)
+
+
+def test_the_process_manager_of_mpich_shares_an_address():
+    """Its side of PMI version 1: all get what one has put, once all have come."""
+    ours, theirs = zip(*(socket.socketpair() for _ in range(2)), strict=True)
+    store, barrier = {}, threading.Barrier(2)
+
+    def answer(connection):
+        for line in connection.makefile("r"):
+            words = dict(word.split("=", 1) for word in line.split())
+            if words["cmd"] == "put":
+                store[words["key"]] = words["value"]
+            if words["cmd"] == "barrier_in":
+                barrier.wait(10)
+            replies = {
+                "init": "cmd=response_to_init pmi_version=1 pmi_subversion=1 rc=0",
+                "get_my_kvsname": "cmd=my_kvsname kvsname=kvs_7",
+                "put": "cmd=put_result rc=0",
+                "barrier_in": "cmd=barrier_out",
+                "get": f"cmd=get_result rc=0 value={store.get(words.get('key'))}",
+                "finalize": "cmd=finalize_ack",
+            }
+            connection.sendall(f"{replies[words['cmd']]}\n".encode())
+
+    with ThreadPoolExecutor(4) as threads:
+        managers = [threads.submit(answer, end) for end in theirs]
+        found = [threads.submit(pmi.share, ours[i].fileno(), ("host:1234", None)[i]) for i in range(2)]
+        assert [one.result() for one in found] == ["host:1234"] * 2
+        for end in ours:
+            end.close()
+        for manager in managers:
+            manager.result()
+    for end in theirs:
+        end.close()
+    with pytest.raises(ValueError, match="gives no address"):
+        pmi.share(os.open(os.devnull, os.O_RDWR), None)

@@ -203,7 +203,6 @@ def _decode(kernels: Kernels, call: Call):
     if call.skip_below is None:
         out, spent = some(stop, start)
     else:
-
         is_padding = jnp.bool_(False)  # such a row sees no key, so that it never spends its stick
         if call.where.query_segments is not None:
             is_padding = planned[1][:, None, : plan.rows] < 0

@@ -1,0 +1,38 @@
+"""The address of process 0 from the process manager of MPICH and Intel MPI, whose mpirun speaks PMI version 1.
+
+Every process has a file descriptor to it, for lines of `key=value`: one process puts a value, all wait for one
+another, the others get it.
+"""
+
+import os
+
+
+def share(file: int, value: str | None) -> str:
+    """The value of the one process that has it, in all. All must call this, once. `file`: the number in PMI_FD.
+
+    ValueError where the process manager speaks another language.
+    """
+    try:
+        _ask(file, "init pmi_version=1 pmi_subversion=1")
+        store = _ask(file, "get_my_kvsname")["kvsname"]
+        if value is not None:
+            _ask(file, f"put kvsname={store} key=stickjax value={value}")
+        _ask(file, "barrier_in")
+        found = _ask(file, f"get kvsname={store} key=stickjax")["value"]
+        _ask(file, "finalize")
+    except (OSError, KeyError) as error:
+        raise ValueError(f"the process manager behind PMI_FD={file} gives no address: {error!r}") from error
+    return found
+
+
+def _ask(file: int, command: str) -> dict[str, str]:
+    os.write(file, f"cmd={command}\n".encode())
+    answer = b""
+    while not answer.endswith(b"\n"):
+        if not (more := os.read(file, 1)):
+            raise OSError("it has ended")
+        answer += more
+    found = dict(word.partition("=")[::2] for word in answer.decode().split())
+    if found.get("rc", "0") != "0":
+        raise OSError(answer.decode().strip())
+    return found
