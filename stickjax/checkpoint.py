@@ -252,7 +252,7 @@ class Checkpoints(contextlib.AbstractContextManager):
 
 
 def _entries(folder: Path) -> list[Path]:
-    return sorted(folder.iterdir()) if folder.is_dir() else []
+    return sorted(folder.iterdir()) if folder.exists() else []
 
 
 def _is_step(name: str) -> bool:
@@ -360,7 +360,10 @@ def _read_manifest(folder: Path, step: int) -> dict:
         for name, crc32 in manifest["files"].items():
             if _crc32(folder / name) != crc32:
                 raise ValueError(f"the crc32 of {name} differs")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        rows = manifest["arrays"].values()
+        if not isinstance(manifest["extra"], dict) or any(list(map(type, row)) != [list, str, int] for row in rows):
+            raise ValueError("manifest.json describes no checkpoint")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedCheckpoint(_line(error)) from error
     return manifest
 

@@ -53,9 +53,8 @@ class Lock:
         self._path = self.folder / NAME
         self._made: list[Path] = []
         try:
-            with writing(self.folder):
-                self._make_folder()
-                self._file = self._take()
+            self._make_folder()
+            self._file = self._take()
         except BaseException:
             self._remove_folder()
             raise
@@ -93,7 +92,7 @@ class Lock:
                 path.mkdir()
                 self._made.append(path)
         if not self.folder.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, "this is not a folder")
+            raise NotADirectoryError(errno.ENOTDIR, "this is not a folder", os.fspath(self.folder))
 
     def _remove_folder(self) -> None:
         with contextlib.suppress(OSError):  # one that is not empty stays
@@ -127,7 +126,8 @@ class Lock:
         started = time.strftime("%Y-%m-%d %H:%M:%S")
         self._record = dict(host=socket.gethostname(), pid=os.getpid(), started=started, machine=machine)
         self._record |= dict(token=uuid.uuid4().hex, beat=0)
-        _write(file, self._record)
+        with writing(self._path):
+            _write(file, self._record)
         if alone is None:
             time.sleep(SETTLE)
             if _read(self._path) != self._record:

@@ -86,6 +86,13 @@ def check_tokenizer(extra: dict, config: Config, tokenizer: Tokenizer | None, so
         raise ValueError(f"{where} is {tokenizer.name}, but {source} was trained with {recorded}")
 
 
+def check_trained(extra: dict, config: Config, tokenizer: Tokenizer | None, source: str) -> None:
+    """ValueError when training cannot go on from the checkpoint `source`: it is of something else."""
+    if missing := {"config", "corpus", "data"} - extra.keys():
+        raise ValueError(f"{source} is not of a training: it does not record {', '.join(sorted(missing))}")
+    check_tokenizer(extra, config, tokenizer, source)
+
+
 def check_config(run: str | os.PathLike, config: Config) -> None:
     """ValueError, listing the fields that differ, when the folder `run` belongs to another config."""
     if not (Path(run) / "config.json").exists():

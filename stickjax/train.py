@@ -26,7 +26,7 @@ from stickjax.progress import Progress
 from stickjax.run import (
     PLACES,
     check_config,
-    check_tokenizer,
+    check_trained,
     load,
     placed,
     read_config,
@@ -66,7 +66,7 @@ def _start(
     """
     if (restored := checkpoints.restore(abstract)) is not None:
         source, data_state = f"{checkpoints.folder.parent}@{restored.step}", restored.extra["data"]
-        check_tokenizer(restored.extra, config, data.tokenizer, source)
+        check_trained(restored.extra, config, data.tokenizer, source)
         if restored.extra["corpus"] != data.hash:
             raise ValueError(
                 f"the text has changed: {data.source} is now {data.hash}, "
@@ -80,7 +80,7 @@ def _start(
         if restored is None:
             raise ValueError(f"{run} has no checkpoint to branch from")
         source = f"{run}@{restored.step}"
-        check_tokenizer(restored.extra, config, data.tokenizer, source)
+        check_trained(restored.extra, config, data.tokenizer, source)
         if restored.step >= config.train.steps:
             raise ValueError(f"--from {source}: train.steps={config.train.steps} must be more than its steps")
         config.check_lengths(restored.step, tokens_of(restored.state))

@@ -2,6 +2,7 @@
 
 import doctest
 import errno
+import json
 import os
 import shutil
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 import warnings
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -207,6 +209,30 @@ def test_missing_and_cut_files(tmp_path):
             target.write_bytes(data)
     shutil.rmtree(folder / "2" / "arrays")
     assert read_quietly(tmp_path, tree)[0].step == 1
+
+
+MANIFESTS = {
+    "a list": lambda manifest: [manifest],
+    "arrays that are a list": lambda manifest: manifest | {"arrays": ["params/w"]},
+    "rows that are numbers": lambda manifest: manifest | {"arrays": dict.fromkeys(manifest["arrays"], 1)},
+    "no extra": lambda manifest: {name: part for name, part in manifest.items() if name != "extra"},
+    "an extra that is a list": lambda manifest: manifest | {"extra": []},
+}
+
+
+@pytest.mark.parametrize("what", MANIFESTS)
+def test_a_manifest_of_something_else_is_damage(tmp_path, what):
+    path = write(tmp_path, 1) / "1/manifest.json"
+    body = json.dumps(MANIFESTS[what](json.loads(path.read_text())["manifest"]))
+    path.write_text(f'{{"crc32": {zlib.crc32(body.encode())}, "manifest": {body}}}')
+    with pytest.raises(DamagedCheckpoint, match="no intact checkpoint"), pytest.warns(UserWarning, match="damaged"):
+        Checkpoints(tmp_path).restore(abstract(small(0)))
+
+
+def test_checkpoints_that_are_a_file_are_an_error_at_once(tmp_path):
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(OSError, match="Not a directory: '.*/checkpoints'"):
+        Checkpoints(tmp_path).restore(abstract(small(0)))
 
 
 def flip_manifest(step_folder: Path):
