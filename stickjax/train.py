@@ -65,8 +65,9 @@ def _start(
     `abstract`: the shapes of the state, with their places on the mesh.
     """
     if (restored := checkpoints.restore(abstract)) is not None:
-        source, data_state = f"{checkpoints.folder.parent}@{restored.step}", restored.extra["data"]
+        source = f"{checkpoints.folder.parent}@{restored.step}"
         check_trained(restored.extra, config, data.tokenizer, source)
+        data_state = restored.extra["data"]
         if restored.extra["corpus"] != data.hash:
             raise ValueError(
                 f"the text has changed: {data.source} is now {data.hash}, "

@@ -185,9 +185,7 @@ def _grouped_backward(function, residuals, dy):
     orders = (*function.in_rows, function.out_rows, *function.saved_rows)
     d_xs, d_w = _map_blocks(block, weights, (*rows, dy, *saved), orders, d_rows, routing)
     d_xs = tuple(
-        _sum_over_slots(d.astype(sum_type(d)), routing).astype(d.dtype)
-        if r == "token"
-        else d
+        _sum_over_slots(d.astype(sum_type(d)), routing).astype(d.dtype) if r == "token" else d
         for d, r in zip(d_xs, function.in_rows, strict=True)
     )
     d_w = jax.tree.map(lambda d, w: d.astype(w.dtype), d_w, weights)

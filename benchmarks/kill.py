@@ -1,0 +1,123 @@
+"""python -m benchmarks.kill [--kills 20] [--seed 0] [--out DIR]: is a run that was killed still the same to the bit?
+
+A small run of 60 steps, with a checkpoint every 5, is trained twice. The second training is ended by SIGKILL at random
+moments, some of them while it starts, and is started again by the same command. Then the metrics, without the clock's,
+and the whole state are compared.
+"""
+
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from stickjax.checkpoint import Checkpoints, named_leaves
+from stickjax.command import Parser, command
+from stickjax.config import Config
+from stickjax.metrics import read_metrics
+from stickjax.step import init_state
+
+# With everything that has a state: sampled routing, the router's bias, accumulation, packed documents.
+CONFIG = Config().replace(
+    {
+        "model.V": 257, "model.D": 16, "model.L": 2, "model.N": 2, "model.K": 1, "model.H": 8, "model.F": 16,
+        "model.E": 4, "model.k": 2, "model.sample_topk": 1, "model.bias_rate": 0.01, "model.z_weight": 0.001,
+        "data.source": "listops", "data.examples": 2000, "data.T": 32, "data.B": 4, "train.accumulate": 2,
+        "train.steps": 60, "train.log_every": 1, "train.checkpoint_every": 5, "optim.peak_lr": 0.01,
+    }
+)  # fmt: skip
+CLOCK = ("tokens_per_second", "mfu")
+
+
+class Training:
+    """The command in a process of its own."""
+
+    def __init__(self, folder: Path, run: str):
+        command = [sys.executable, "-m", "stickjax.train", str(folder / "config.json"), "--run", str(folder / run)]
+        # A start that loads what another one compiled is quick, and more of the kills meet what is not compiling.
+        cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache")}
+        cache |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | cache)
+
+    def until(self, step: int) -> int:
+        """Wait until a step is said; returns the last one that was, 0 for none."""
+        said = 0
+        for line in self.process.stdout:
+            if line.startswith("step ") and "/" in line.split()[1]:
+                said = int(line.split()[1].partition("/")[0])
+                if said >= step:
+                    break
+        return said
+
+    def finish(self) -> None:
+        self.process.communicate()
+        if self.process.returncode:
+            raise ValueError(f"the training has ended with exit code {self.process.returncode}")
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def differences(one: Path, other: Path) -> list[str]:
+    """What two runs do not have in common to the bit: steps of the metrics, and leaves of the last state."""
+    logs = [[{k: v for k, v in row.items() if k not in CLOCK} for row in read_metrics(run)] for run in (one, other)]
+    found = [f"step {i}: {rows}" for i, rows in enumerate(zip(*logs, strict=False), 1) if rows[0] != rows[1]]
+    if len(logs[0]) != len(logs[1]):
+        found.append(f"{len(logs[0])} and {len(logs[1])} rows of metrics")
+    abstract = jax.eval_shape(lambda: init_state(CONFIG, jax.random.key(0)))
+    states = [Checkpoints(run).restore(abstract, step=CONFIG.train.steps).state for run in (one, other)]
+    for (name, a), b in zip(named_leaves(states[0]).items(), named_leaves(states[1]).values(), strict=True):
+        a, b = (jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x for x in (a, b))
+        if np.asarray(a).tobytes() != np.asarray(b).tobytes():
+            found.append(name)
+    return found
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(prog="python -m benchmarks.kill", description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=20, help="how many (default 20)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--out", help="folder to keep the two runs in, which does not exist yet")
+    words = parser.parse_args(argv)
+    folder = Path(words.out or tempfile.mkdtemp(prefix="stickjax-kill-"))
+    folder.mkdir(parents=True, exist_ok=words.out is None)
+    (folder / "config.json").write_text(CONFIG.to_json())
+    rng, steps = random.Random(words.seed), CONFIG.train.steps
+    begun, whole = time.monotonic(), Training(folder, "whole")
+    whole.until(1)
+    start = time.monotonic() - begun
+    whole.finish()
+    print(f"without interruption: {steps} steps; the first one {start:.1f} s after the start", flush=True)
+    moments = sorted(rng.uniform(0, steps) for _ in range(words.kills))
+    for number, moment in enumerate(moments, 1):
+        training = Training(folder, "killed")
+        if rng.random() < 0.3:
+            delay = rng.uniform(0, start)
+            time.sleep(delay)
+            where = f"{delay:.2f} s after the start"
+        else:
+            step = training.until(max(1, int(moment)))
+            delay = rng.uniform(0, 0.05)
+            time.sleep(delay)
+            where = f"{1000 * delay:.0f} ms after step {step}"
+        training.kill()
+        left = Checkpoints(folder / "killed").steps()
+        print(f"kill {number} of {words.kills}: {where}; checkpoints {left or 'none'}", flush=True)
+    Training(folder, "killed").finish()
+    found = differences(folder / "whole", folder / "killed")
+    for line in found:
+        print(f"differs: {line}")
+    count = len(jax.tree.leaves(jax.eval_shape(lambda: init_state(CONFIG, jax.random.key(0)))))
+    print(f"{'NOT equal' if found else 'equal'} to the bit: {steps} rows of metrics, {count} arrays of the state")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
