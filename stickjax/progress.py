@@ -17,7 +17,7 @@ class Progress:
     def __init__(self, config: Config, *, quiet: bool = False):
         self._steps, self._quiet, self._tokens_per_step = config.train.steps, quiet, config.data.tokens_per_step
         self._output = _Output(sys.stdout)
-        self._console = Console(file=self._output, highlight=False, soft_wrap=True)
+        self._console = Console(file=self._output, highlight=False, markup=False, emoji=False, soft_wrap=True)
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
         live = self._console.is_terminal and not quiet
         self._bar = Bar(*columns, console=self._console) if live else None
@@ -39,7 +39,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         if not self._quiet:
-            self._console.print(text, markup=False)
+            self._console.print(text)
 
     def update(self, row: dict) -> None:
         """Show a row; one without `tokens_per_second` has no rate and no time left yet."""
@@ -53,7 +53,7 @@ class Progress:
         if self._bar:
             self._bar.update(self._task, completed=row["step"], description=words)
         elif not self._quiet:
-            self._console.print(f"step {row['step']}/{self._steps}  {words}", markup=False)
+            self._console.print(f"step {row['step']}/{self._steps}  {words}")
 
 
 class _Output:

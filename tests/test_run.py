@@ -26,6 +26,9 @@ SMALL = Config().replace(
 )  # fmt: skip
 
 
+MOVED = "lr[0.1] :x: 100%"  # a pattern, and what a terminal could take for a style or a picture
+
+
 def write_tokenizer(path: Path, reverse=False) -> None:
     """A letter is an id; in reverse, another one."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet(), reverse=reverse)
@@ -108,18 +111,18 @@ def test_another_tokenizer_is_refused_by_its_hash(project, capsys):
 
 
 def test_a_run_goes_on_where_its_text_lies_now(project, tmp_path, monkeypatch, capsys):
-    shutil.move(project / "run", tmp_path / "run")
+    shutil.move(project / "run", tmp_path / MOVED)
     shutil.move(project / "text", tmp_path / "texts")
     (project / "tokenizer.json").unlink()
     monkeypatch.chdir(tmp_path)
-    words = ("run/config.json", "--run", "run", "--train.steps=4")
+    words = (f"{MOVED}/config.json", "--run", MOVED, "--train.steps=4")
     assert "does not exist; --data.path=PATH says where it lies" in refused(capsys, main, *words)
-    assert "--data.path=PATH" in refused(capsys, evaluate.main, "run")
-    assert "resuming" in said(capsys, main, *words, "--data.path=texts")
-    assert [row["step"] for row in read_metrics("run")] == [1, 2, 3, 4]
-    assert read_config("run").data.path == str(tmp_path / "texts")
-    said(capsys, main, "--from", "run@3", "--run", "new", "--train.steps=5")
-    assert (tmp_path / "new/tokenizer.json").read_bytes() == (tmp_path / "run/tokenizer.json").read_bytes()
+    assert "--data.path=PATH" in refused(capsys, evaluate.main, MOVED)
+    assert f"resuming {tmp_path}/{MOVED}@2\n" in said(capsys, main, *words, "--data.path=texts")
+    assert [row["step"] for row in read_metrics(MOVED)] == [1, 2, 3, 4]
+    assert read_config(MOVED).data.path == str(tmp_path / "texts")
+    said(capsys, main, "--from", f"{MOVED}@3", "--run", "new", "--train.steps=5")
+    assert (tmp_path / "new/tokenizer.json").read_bytes() == (tmp_path / MOVED / "tokenizer.json").read_bytes()
     (tmp_path / "texts/1.txt").write_text("another text")
     assert "the text has changed" in refused(capsys, main, *words, "--data.path=texts")
 
