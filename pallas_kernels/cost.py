@@ -12,6 +12,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from . import partition
+
 _NAME = re.compile(r"_(flops|trips|share)_(\d+(?:\.\d+)?(?:e[+-]?\d+)?)$")
 
 
@@ -24,8 +26,16 @@ class Stated(NamedTuple):
 
 
 def kernel(name: str, flops: float | int, run: Callable) -> Callable:
-    """`run`, which takes so many floating-point operations whatever a jaxpr shows of it."""
-    return _named(f"{name}_flops_{flops:.12g}", run)
+    """`run`, which takes so many floating-point operations whatever a jaxpr shows of it.
+
+    Its results vary over the axes of a shard_map that its arguments vary over, which a kernel does not say by itself.
+    """
+
+    def varying(*arguments):
+        results, tree = jax.tree.flatten(run(*arguments))
+        return tree.unflatten(partition.alike(*jax.tree.leaves(arguments), *results)[-len(results) :])
+
+    return _named(f"{name}_flops_{flops:.12g}", varying)
 
 
 def loop(trips: float | int, run: Callable) -> Callable:

@@ -2,7 +2,7 @@
 
 import jax
 
-from . import seam
+from . import automatic, seam
 
 
 def refuses(x) -> str | None:
@@ -25,6 +25,8 @@ def compiler_refuses() -> str | None:
 
 def mesh_refuses(x) -> str | None:
     """Why no kernel takes x, if XLA, not shard_map, divides the work over its mesh: it would gather everything."""
+    if automatic.is_tracing_part():
+        return None
     mesh = jax.typeof(x).sharding.mesh
     axes = zip(mesh.axis_names, mesh.axis_types or (), mesh.axis_sizes, strict=True) if not mesh.empty else ()
     split = [str(name) for name, kind, size in axes if kind != jax.sharding.AxisType.Manual and size > 1]

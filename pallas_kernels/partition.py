@@ -3,6 +3,8 @@
 An op names the axes of its arrays by letters, and the letters along which it is a map: every device computes its own
 part of those, and nothing is sent. How the arrays are divided stands in their types (`jax.typeof`):
 - On Explicit axes of a mesh the op wraps itself in `jax.shard_map`, or refuses a division that is no map.
+- On a mesh of Auto axes the types do not say it. There the op is one node of the program for XLA's partitioner, which
+  asks once it has decided how the arrays lie (`automatic.py`).
 - On Manual axes, inside somebody's shard_map, the op runs on the part that it is given. First all of its arrays are
   made to vary over the same axes, so that JAX sums the gradients of those that did not.
 """
@@ -15,6 +17,8 @@ from typing import Any, NamedTuple
 import jax
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec, get_abstract_mesh
+
+from . import automatic
 
 # In place of letters: what is no array, and what `inside` makes again from a device's part of the arrays.
 STATIC, ANEW = "static", "anew"
@@ -80,6 +84,10 @@ def run(letters: Letters, call: Any, compute: Callable[[Any], Any]) -> Any:
     """
     arrays, part = _arrays(letters, call, compute)
     mesh = _mesh(arrays)
+    if _is_automatic(mesh):
+        words = tuple(" ".join(array.letters) for array in arrays)
+        node = automatic.Node(part, words, letters.results, tuple(letters.maps.items()), mesh)
+        return automatic.run(node, tuple(array.value for array in arrays))
     if AxisType.Explicit not in mesh.axis_types:
         values, tree = jax.tree.flatten(call)
         return compute(tree.unflatten(alike(*values)))
@@ -94,9 +102,9 @@ def look(letters: Letters, call: Any, compute: Callable[[Any], Any]) -> Any:
     """What `compute` says of the call that `run` would give it, on tracers of a device's shapes; nothing is run."""
     arrays, part = _arrays(letters, call, compute)
     mesh = _mesh(arrays)
-    if AxisType.Explicit not in mesh.axis_types:
+    if AxisType.Explicit not in mesh.axis_types and not _is_automatic(mesh):
         return compute(call)
-    axes, seen = _axes(letters, arrays, mesh), []
+    axes, seen = {} if _is_automatic(mesh) else _axes(letters, arrays, mesh), []
     shapes = []
     for array in arrays:
         parts = [math.prod(mesh.shape[a] for a in axes.get(letters.maps.get(at), ())) for at in array.letters]
@@ -134,6 +142,10 @@ def _mesh(arrays: list[_Array]) -> AbstractMesh:
     """That of the context, else of the arrays. `axis_types` is a tuple also where it is empty."""
     meshes = [get_abstract_mesh(), *(jax.typeof(array.value).sharding.mesh for array in arrays)]
     return next((mesh for mesh in meshes if mesh.axis_names), AbstractMesh((), (), axis_types=()))
+
+
+def _is_automatic(mesh: AbstractMesh) -> bool:
+    return mesh.size > 1 and set(mesh.axis_types) == {AxisType.Auto}
 
 
 class _Specs(NamedTuple):

@@ -1,6 +1,8 @@
 """Every op under every transformation of JAX and on every kind of mesh: the table of docs/transformations.md."""
 
+import contextlib
 import functools
+import re
 from pathlib import Path
 
 import jax
@@ -8,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import FORWARD, GRADIENT, assert_close
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import (
@@ -18,13 +20,14 @@ from pallas_kernels import (
     explain,
     merge_stick_breaking,
     route,
+    seam,
     stick_breaking_attention,
 )
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 4, reason="needs 4 devices")
 PAGE = Path(__file__).parent.parent / "docs" / "transformations.md"
-IMPLEMENTATIONS = "reference", "xla"
-B, T, N, K, H, E, F, k = 2, 6, 4, 2, 4, 3, 8, 2
+IMPLEMENTATIONS = "reference", "xla", "mosaic"
+B, T, N, K, H, E, F, k = 2, 6, 4, 2, 32, 3, 8, 2
 
 
 def normal(*shape):
@@ -71,7 +74,7 @@ def routed(_):
 
 
 INDICES = np.random.default_rng(0).integers(0, E + 1, (2 * T, k)).astype(np.int32)
-QUERY, KEY, VALUE = normal(B, T, N, H), normal(B, T, K, H), normal(B, T, K, H + 1)
+QUERY, KEY, VALUE = normal(B, T, N, H), normal(B, T, K, H), normal(B, T, K, 64)
 TOKENS, GATES = normal(2 * T, H), normal(2 * T, k)
 ATTENTION, ROWS = P("data", None, "model"), P("data")
 # Op, its arrays, and how a mesh divides each of them.
@@ -111,44 +114,60 @@ def like(x, y):
     return jax.sharding.reshard(x, sharding) if AxisType.Explicit in (sharding.mesh.axis_types or ()) else x
 
 
-def several(arrays):
-    return [np.stack([x, x[::-1] if x.ndim else 2 * x]) for x in arrays]
+def several(x):
+    """Two arrays of the shape of x."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct((2, *x.shape), x.dtype)
+    return np.stack([x, x[::-1] if x.ndim else 2 * x])
 
 
-def first(stacked):
-    return jax.tree.map(lambda x: x[0], stacked)
+def mesh(kind, arrays=()):
+    """Of four devices; of GPUs that are not there where the arrays are not."""
+    absent = any(isinstance(x, jax.ShapeDtypeStruct) for x in arrays)
+    make = functools.partial(AbstractMesh, abstract_device=seam.HOPPER) if absent else jax.make_mesh
+    return make(
+        (2, 2), ("data", "model"), axis_types=(kind,) * 2, **({} if absent else dict(devices=jax.devices()[:4]))
+    )
+
+
+def put(x, *spec, mesh):
+    place = NamedSharding(mesh, P(*spec))
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+    return jax.device_put(x, place)
+
+
+# Each makes of an op a function that returns its value and its gradients, and the arguments of that.
 
 
 def grad(f, arrays, specs):
-    return jax.jit(value_and_gradients(f))(*arrays)
+    return value_and_gradients(f), arrays
 
 
 def vmap(f, arrays, specs):
-    return first(jax.jit(jax.vmap(value_and_gradients(f)))(*several(arrays)))
+    run = jax.vmap(value_and_gradients(f))
+    return lambda *xs: jax.tree.map(lambda x: x[0], run(*xs)), [several(x) for x in arrays]
 
 
 def scan(f, arrays, specs):
     run = value_and_gradients(jax.checkpoint(f))
-    return first(jax.jit(lambda xs: jax.lax.scan(lambda c, x: (c, run(*x)), None, xs)[1])(several(arrays)))
 
+    def loop(*xs):
+        results = jax.lax.scan(lambda c, x: (c, run(*x)), None, xs)[1]
+        return jax.tree.map(lambda x: x[0], results)
 
-def mesh(kind):
-    return jax.make_mesh((2, 2), ("data", "model"), axis_types=(kind,) * 2, devices=jax.devices()[:4])
+    return loop, [several(x) for x in arrays]
 
 
 def shard_map(f, arrays, specs, check_vma=True):
-    out = specs[0] if specs[0] != P() else P()
-    divided = jax.shard_map(f, mesh=mesh(AxisType.Auto), in_specs=specs, out_specs=out, check_vma=check_vma)
-    return jax.jit(value_and_gradients(divided))(*arrays)
+    where = mesh(AxisType.Auto, arrays)
+    f = jax.shard_map(f, mesh=where, in_specs=specs, out_specs=specs[0], check_vma=check_vma)
+    return value_and_gradients(f), arrays
 
 
 def on_mesh(kind, f, arrays, specs):
-    where = mesh(kind)
-    placed = [jax.device_put(x, NamedSharding(where, spec)) for x, spec in zip(arrays, specs, strict=True)]
-    out, gradients = jax.jit(value_and_gradients(f))(*placed)
-    for x, spec in zip((out, *gradients), (specs[0], *specs), strict=False) if kind is AxisType.Explicit else ():
-        assert x.sharding.is_equivalent_to(NamedSharding(where, spec), x.ndim), (x.sharding, spec)
-    return out, gradients
+    where = mesh(kind, arrays)
+    return value_and_gradients(f), [put(x, *spec, mesh=where) for x, spec in zip(arrays, specs, strict=True)]
 
 
 TRANSFORMATIONS = {
@@ -169,27 +188,116 @@ def expected(op):
     return jax.jit(value_and_gradients(make("reference")))(*arrays)
 
 
-@pytest.mark.parametrize("name", TRANSFORMATIONS)
-@pytest.mark.parametrize(
-    ("op", "implementation"),
-    [(op, name) for op in OPS for name in IMPLEMENTATIONS if op not in HAVE_NO_IMPLEMENTATIONS or name == "xla"],
-)
-def test_ops_are_themselves_under_every_transformation(op, implementation, name):
+ROWS_OF_TABLE = [
+    *((op, name) for op in OPS if op not in HAVE_NO_IMPLEMENTATIONS for name in IMPLEMENTATIONS),
+    *((op, "") for op in HAVE_NO_IMPLEMENTATIONS),
+]
+
+
+def outcome(op: str, implementation: str, transformation: str) -> str:
+    """A cell of the table."""
     make, arrays, specs = OPS[op]
-    out, gradients = TRANSFORMATIONS[name](make(implementation), arrays, specs)
+    transform = functools.partial(TRANSFORMATIONS[transformation], make(implementation))
+    if implementation == "mosaic":
+        return traced(transform, arrays, specs)
+    function, placed = transform(arrays, specs)
+    out, gradients = jax.jit(function)(*placed)
     wanted, wanted_gradients = expected(op)
     assert_close(out, wanted, FORWARD["float32"])
     for i, (gradient, other) in enumerate(zip(gradients, wanted_gradients, strict=True)):
         assert_close(gradient, other, GRADIENT["float32"], f"gradient {i}")
+    if transformation == "Explicit mesh":
+        for x, like, spec in zip((out, *gradients), (out, *placed), (specs[0], *specs), strict=False):
+            assert x.sharding.is_equivalent_to(NamedSharding(mesh(AxisType.Explicit), spec), like.ndim), (x, spec)
+    return "yes"
+
+
+def traced(transform, arrays, specs) -> str:
+    """Whether kernels for a GPU that is not there are what runs."""
+    types = {np.dtype(np.float32): jnp.bfloat16}
+    absent = [jax.ShapeDtypeStruct(x.shape, types.get(x.dtype, x.dtype) if x.ndim else x.dtype) for x in arrays]
+    function, placed = transform(absent, specs)
+    is_on_mesh = any(x.sharding is not None for x in placed)
+    with contextlib.nullcontext() if is_on_mesh else seam.absent_gpu():
+        program = str(jax.jit(function).trace(*placed).jaxpr)
+    assert "_flops_" in program  # the name of a kernel
+    return "traced"
+
+
+def line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def written() -> tuple[str, str, str]:
+    """What is before the table, the table, and what follows."""
+    before, rest = PAGE.read_text().split("<!-- table -->\n")
+    between, after = rest.split("<!-- end of table -->")
+    return before, between, after
+
+
+@functools.cache
+def cells() -> dict[tuple[str, str, str], str]:
+    """The table of the page, by op, implementation and transformation."""
+    head, _, *lines = [row[2:-2].split(" | ") for row in written()[1].splitlines()]
+    return {
+        (op.strip("`"), name, by): cell for op, name, *found in lines for by, cell in zip(head[2:], found, strict=True)
+    }
+
+
+@pytest.mark.parametrize("transformation", TRANSFORMATIONS)
+@pytest.mark.parametrize(("op", "implementation"), ROWS_OF_TABLE)
+def test_ops_are_themselves_under_every_transformation(op, implementation, transformation):
+    assert outcome(op, implementation, transformation) == cells()[op, implementation, transformation]
+
+
+def test_the_page_runs():
+    """Its code, and the table has the cells that are tested."""
+    assert list(cells()) == [(*row, name) for row in ROWS_OF_TABLE for name in TRANSFORMATIONS]
+    exec(PAGE.read_text().split("```python\n")[1].split("```")[0], {})
+
+
+COMMUNICATION = re.compile(r" (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
+SEGMENTS = np.zeros((B, T), np.int32)
+
+
+@pytest.mark.parametrize(
+    ("options", "gradients"),
+    [
+        (dict(tiles=(2, 2)), False),
+        (dict(tiles=(2, 2), skip_below=-20.0), False),  # which runs a map over the heads
+        (dict(), True),
+        (dict(implementation="reference"), True),
+    ],
+    ids=str,
+)
+def test_nothing_is_sent_on_an_auto_mesh(options, gradients):
+    """Read off the compiled program, of a batch and heads that are divided."""
+
+    def attend(query, key, value, segments):
+        return stick_breaking_attention(query, key, value, segment_ids=segments, return_stats=True, **options)
+
+    def gradient(*arrays):
+        return jax.grad(lambda *arrays: attend(*arrays)[0].sum(), (0, 1, 2))(*arrays)
+
+    divide = functools.partial(put, mesh=mesh(AxisType.Auto))
+    arrays = [divide(x, *ATTENTION) for x in (QUERY, KEY, VALUE)]
+    compiled = jax.jit(gradient if gradients else attend).lower(*arrays, divide(SEGMENTS, "data")).compile()
+    assert not COMMUNICATION.findall(compiled.as_text())
+    assert jax.tree.leaves(compiled.output_shardings)[0].spec == ATTENTION
+
+
+def test_only_gradients_of_weights_are_sent_on_an_auto_mesh():
+    _, arrays, specs = OPS["expert_mlp"]
+    where = mesh(AxisType.Auto)
+    placed = [jax.device_put(x, NamedSharding(where, spec)) for x, spec in zip(arrays, specs, strict=True)]
+    compiled = jax.jit(value_and_gradients(mlp(None))).lower(*placed).compile()
+    assert set(COMMUNICATION.findall(compiled.as_text())) == {"all-reduce"}
+    assert not COMMUNICATION.findall(jax.jit(mlp(None)).lower(*placed).compile().as_text())
 
 
 def explicit(*shape):
     """A mesh of Explicit axes, JAX's default, with the axes data and model."""
     return jax.make_mesh(shape, ("data", "model"), devices=jax.devices()[: np.prod(shape)])
-
-
-def put(x, *spec, mesh):
-    return jax.device_put(x, NamedSharding(mesh, P(*spec)))
 
 
 def refusals():
@@ -200,15 +308,15 @@ def refusals():
     attend = functools.partial(stick_breaking_attention, value=VALUE)
     mlp = functools.partial(expert_mlp, gates=gates, activation="relu")
     return {
-        "query [B,T,N,H]=[2, 6, 4, 4] is divided along T by 'model'=2, and stick_breaking_attention can be divided "
+        "query [B,T,N,H]=[2, 6, 4, 32] is divided along T by 'model'=2, and stick_breaking_attention can be divided "
         "along B, N, K only; pass jax.sharding.reshard(query, P('data', None, None, None)) instead":
             lambda: attend(divide(QUERY, "data", "model"), KEY),
-        "key [B,S,K,H]=[2, 6, 2, 4] is divided along H by 'data'=2":
+        "key [B,S,K,H]=[2, 6, 2, 32] is divided along H by 'data'=2":
             lambda: attend(QUERY, divide(KEY, None, None, None, "data")),
-        "B of key [B,S,K,H]=[2, 6, 2, 4] is divided by 'model'=2, but B of query [B,T,N,H]=[2, 6, 4, 4] by 'data'=2":
+        "B of key [B,S,K,H]=[2, 6, 2, 32] is divided by 'model'=2, but B of query [B,T,N,H]=[2, 6, 4, 32] by 'data'=2":
             lambda: attend(divide(QUERY, "data"), divide(KEY, "model")),
         "'data'=2 divides both B of query": lambda: attend(divide(QUERY, "data"), divide(KEY, None, None, "data")),
-        "K=2 of key [B,S,K,H]=[2, 6, 2, 4] is no multiple of 'data'=2 and 'model'=2, which divides N of query":
+        "K=2 of key [B,S,K,H]=[2, 6, 2, 32] is no multiple of 'data'=2 and 'model'=2, which divides N of query":
             lambda: attend(divide(QUERY, None, None, ("data", "model")), KEY),
         "x [T,D]=[4, 8] is divided along D by 'data'=2, and expert_mlp can be divided along T only":
             lambda: mlp(divide(tokens, None, "data"), weight, weight, routing),
@@ -259,3 +367,12 @@ def test_a_call_on_a_mesh_is_traced_once(monkeypatch):
     stick_breaking_attention(query, KEY, VALUE)
     monkeypatch.setattr(dispatch, "choose", None)  # which tracing again would need
     stick_breaking_attention(query, KEY, VALUE)
+
+
+if __name__ == "__main__":
+    before, _, after = written()
+    table = [line("", "", *TRANSFORMATIONS), "|---" * (len(TRANSFORMATIONS) + 2) + "|"]
+    for op, implementation in ROWS_OF_TABLE:
+        found = (outcome(op, implementation, name) for name in TRANSFORMATIONS)
+        table.append(line(f"`{op}`", implementation, *found))
+    PAGE.write_text(f"{before}<!-- table -->\n{chr(10).join(table)}\n<!-- end of table -->{after}")

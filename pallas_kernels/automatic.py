@@ -1,0 +1,173 @@
+"""An op on a mesh of Auto axes: one node for XLA's partitioner, with a rule of which axes of its arrays may be divided.
+
+XLA decides how the arrays lie while it compiles, and then asks for the program of one device. That is the op again, on
+the device's part of the arrays. XLA does not look inside the op: there it would run a map over a divided axis one step
+after the other, and gather whatever a kernel reads.
+
+A node has no residuals, because nothing says how XLA would divide them: the backward pass runs the forward pass again.
+"""
+
+import contextvars
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.custom_partitioning import ArrayMapping, CompoundFactor, SdyShardingRule, custom_partitioning
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, use_abstract_mesh
+
+_is_tracing_part = contextvars.ContextVar("is_tracing_part", default=False)
+
+
+class Node(NamedTuple):
+    """`function(*arrays)` of one device's part; the letters of the arrays and of the results, as in `partition`."""
+
+    function: Callable
+    letters: tuple[str, ...]
+    results: Any
+    maps: tuple[tuple[str, str], ...]
+    mesh: AbstractMesh
+
+
+def is_tracing_part() -> bool:
+    """Whether the code that is traced will run on one device, though the types of its arrays speak of a whole mesh."""
+    return _is_tracing_part.get()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def run(node: Node, arrays: tuple):
+    """The results of a node; differentiable by the arrays of floating point."""
+    return _divided(node, *arrays)
+
+
+def _forward(node, arrays):
+    return _divided(node, *arrays), arrays
+
+
+def _backward(node, arrays, cotangents):
+    floats = tuple(i for i, x in enumerate(arrays) if jnp.issubdtype(x.dtype, jnp.floating))
+    letters = (*node.letters, *jax.tree.leaves(node.results))
+    back = node._replace(
+        function=functools.partial(_pull, node, floats), letters=letters, results=tuple(node.letters[i] for i in floats)
+    )
+    gradients = dict(zip(floats, _divided(back, *arrays, *jax.tree.leaves(cotangents)), strict=True))
+    return (tuple(gradients.get(i) for i in range(len(arrays))),)
+
+
+run.__wrapped__.defvjp(_forward, _backward)
+
+
+def _pull(node, floats, *values):
+    """The gradients of the arrays `floats`, of all arrays and the cotangents."""
+    arrays, cotangents = values[: len(node.letters)], values[len(node.letters) :]
+
+    def function(*some):
+        changed = dict(zip(floats, some, strict=True))
+        return node.function(*(changed.get(i, x) for i, x in enumerate(arrays)))
+
+    _, pull = jax.vjp(function, *(arrays[i] for i in floats))
+    return pull(jax.tree.unflatten(jax.tree.structure(node.results), cotangents))
+
+
+def _divided(node: Node, *arrays):
+    """The node for the partitioner. Under vmap it is another node, whose new axis is one more to divide."""
+
+    @jax.custom_batching.custom_vmap
+    def one(*arrays):
+        return _partitioned(node)(*arrays)
+
+    @one.def_vmap
+    def several(size, is_mapped, *arrays):
+        new = f"V{len(node.maps)}"
+        many = node._replace(
+            function=jax.vmap(node.function, [0 if mapped else None for mapped in is_mapped]),
+            letters=tuple(f"{new} {at}" if mapped else at for at, mapped in zip(node.letters, is_mapped, strict=True)),
+            results=jax.tree.map(lambda at: f"{new} {at}", node.results),
+            maps=(*node.maps, (new, new)),
+        )
+        return _divided(many, *arrays), jax.tree.map(lambda _: True, node.results)
+
+    return one(*arrays)
+
+
+def _partitioned(node: Node) -> Callable:
+    function = custom_partitioning(functools.partial(_as_part, node))
+
+    def partition(mesh, arrays, results):
+        axes = _axes(node, mesh, [*arrays, *jax.tree.leaves(results)])
+        place = lambda letters: NamedSharding(mesh, _spec(node, axes, letters))  # noqa: E731
+
+        def summed(letters, x):  # a gradient of what all devices of an axis have whole
+            mapped = {group for at, group in node.maps if at in letters.split()}
+            others = tuple(axis for group, names in axes.items() if group not in mapped for axis in names)
+            return lax.psum(x, others) if others else x
+
+        def run_part(*arrays):
+            return jax.tree.map(summed, node.results, _as_part(node, *arrays))
+
+        return mesh, run_part, jax.tree.map(place, node.results), tuple(place(letters) for letters in node.letters)
+
+    function.def_partition(partition, sharding_rule=functools.partial(_rule, node))
+    return function
+
+
+def _as_part(node: Node, *arrays):
+    """The node's function on arrays of one device, such as those of the mesh."""
+    token = _is_tracing_part.set(True)
+    try:
+        with use_abstract_mesh(AbstractMesh((), (), abstract_device=node.mesh.abstract_device)):
+            # A node takes no constants; a jit inside of it does.
+            return jax.jit(lambda *arrays: node.function(*arrays))(*arrays)
+    finally:
+        _is_tracing_part.reset(token)
+
+
+def _dimensions(node: Node, shapes) -> Iterator[tuple[int, str | None, int]]:
+    """(number of the array or result, letter by which it is divided if it may be, size) of every axis."""
+    maps = dict(node.maps)
+    for i, (letters, shape) in enumerate(zip((*node.letters, *jax.tree.leaves(node.results)), shapes, strict=True)):
+        for at, size in zip(letters.split(), shape, strict=True):
+            yield i, maps.get(at), size
+
+
+def _rule(node: Node, mesh, values, results) -> SdyShardingRule:
+    """The letters for the partitioner: axes of one letter are multiples of the least of them (N of K), others whole."""
+    shapes = [tuple(value.shape) for value in (*values, *results)]
+    least, factors, whole, sizes = {}, [[] for _ in shapes], [], {}
+    for _, group, size in _dimensions(node, shapes):
+        least[group] = min(size, least.get(group, size))
+    for i, group, size in _dimensions(node, shapes):
+        if group is not None and size == least[group]:
+            factors[i].append(group)
+            continue
+        whole.append(other := f"W{len(whole)}")
+        factors[i].append(other if group is None else CompoundFactor(group, other))
+        if group is not None:
+            sizes[other] = size // least[group]
+    mappings = [ArrayMapping(*each) for each in factors]
+    arrays, others = tuple(mappings[: len(values)]), tuple(mappings[len(values) :])
+    return SdyShardingRule(arrays, others, need_replication_factors=tuple(whole), **sizes)
+
+
+def _axes(node: Node, mesh, shaped) -> dict[str, tuple[str, ...]]:
+    """The mesh axes that divide each letter: those of the first array that are fit for all."""
+    found, taken = {}, set()
+    sizes = list(_dimensions(node, [x.shape for x in shaped]))
+    specs = [[*x.sharding.spec, *[None] * x.ndim][: x.ndim] for x in shaped]
+    for (_, group, _), entry in zip(sizes, (entry for spec in specs for entry in spec), strict=True):
+        axes = (entry,) if isinstance(entry, str) else tuple(entry or ())
+        parts = math.prod(mesh.shape[axis] for axis in axes)
+        fits = all(size % parts == 0 for _, other, size in sizes if other == group)
+        if axes and group is not None and group not in found and fits and not taken & set(axes):
+            found[group] = axes
+            taken |= set(axes)
+    return found
+
+
+def _spec(node: Node, axes, letters: str) -> PartitionSpec:
+    maps = dict(node.maps)
+    return PartitionSpec(*(axes.get(maps.get(at)) for at in letters.split()))
