@@ -1,11 +1,12 @@
 """Models to and from the Hugging Face layout, without torch and without having a model in memory.
 
-python -m stickjax.convert FOLDER OUT [--step N] [--shard-bytes 5e9]
+python -m stickjax.convert FOLDER OUT [--step N] [--shard-bytes 5e9] [--eot TOKEN]
 
 FOLDER in the Hugging Face layout: OUT becomes a run folder, which `--init-from`, evaluate and generate read.
 FOLDER of a run: OUT becomes a folder in the Hugging Face layout.
 """
 
+import math
 import sys
 from pathlib import Path
 
@@ -64,7 +65,9 @@ def export(model: Loaded | Transformer, path: str, *, shard_bytes: int = SHARD_B
         hugging_face.write(folder, config, finite(in_memory(params), "the model"), shard_bytes, tokenizer, files)
 
 
-def convert(source: str, path: str, *, step: int | None = None, shard_bytes: int = SHARD_BYTES) -> str:
+def convert(
+    source: str, path: str, *, step: int | None = None, shard_bytes: int = SHARD_BYTES, eot: str | None = None
+) -> str:
     """A folder in the Hugging Face layout as a run folder, or the other way round; returns a sentence on what it did.
 
     A layer of one parameter at a time goes from file to file, so that the largest tensor bounds the memory, not the
@@ -75,12 +78,14 @@ def convert(source: str, path: str, *, step: int | None = None, shard_bytes: int
       path: the folder to write, which does not exist yet.
       step: which checkpoint of a run; None: the newest.
       shard_bytes: as in `export`.
+      eot: the added token that ends a text, `data.eot`; None: what the folder says.
 
     Raises:
       ValueError: what `stickjax.load` raises for the folder, and `export` for the model; nothing is left behind.
     """
     to_run = hugging_face.is_folder(Path(source))
     config = read_config(source)
+    config = config if eot is None else config.replace({"data.eot": eot})
     leaves = None if step is not None else model_leaves(source, config.model)
     if leaves is None:
         loaded = load(source, step=step)
@@ -107,8 +112,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("out", help="the folder to write, the other of the two; it must not exist")
     parser.add_argument("--step", type=int, help="which checkpoint of a run; the newest by default")
     parser.add_argument("--shard-bytes", type=float, default=SHARD_BYTES, help="largest file (default 5e9)")
+    parser.add_argument("--eot", metavar="TOKEN", help="added token that ends a text, if no file of the folder says it")
     words = parser.parse_args(argv)
-    print(convert(words.folder, words.out, step=words.step, shard_bytes=int(words.shard_bytes)))
+    if not 1 <= words.shard_bytes < math.inf:
+        raise ValueError(f"--shard-bytes={words.shard_bytes} must be a number of bytes, at least 1")
+    print(convert(words.folder, words.out, step=words.step, shard_bytes=int(words.shard_bytes), eot=words.eot))
     return 0
 
 

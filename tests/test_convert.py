@@ -116,6 +116,12 @@ def test_what_exists_is_not_overwritten(tmp_path, capsys):
     assert "choose a new folder" in capsys.readouterr().err and not list((tmp_path / "out").iterdir())
 
 
+@pytest.mark.parametrize("size", ["nan", "inf", "0", "-5e9"])
+def test_a_file_holds_at_least_a_byte(size, tmp_path, capsys):
+    assert main([str(FOLDERS[0]), str(tmp_path / "out"), f"--shard-bytes={size}"]) == 1
+    assert f"--shard-bytes={float(size)} must be" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_a_failed_write_leaves_nothing(tmp_path, capsys, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
@@ -195,6 +201,19 @@ def test_an_end_that_the_user_names_is_that_of_the_exported_model(words, tmp_pat
     said = {name: json.loads((tmp_path / f"hf/{name}.json").read_text()) for name in ("config", "generation_config")}
     assert said == {"config": said["config"], "generation_config": {"eos_token_id": 0, "top_p": 0.9}}
     assert said["config"]["eos_token_id"] == 0 and stickjax.load(tmp_path / "hf").tokenizer.eot == 0
+
+
+def test_an_end_that_no_file_says_is_named_at_the_conversion(words, tmp_path, capsys):
+    config = Config(ModelConfig(**SIZES | dict(V=3)))
+    export(init(config.model, jax.random.key(0)), str(tmp_path / "hf"))
+    text = Path(words).read_text().replace("<|endoftext|>", "<|im_end|>")
+    (tmp_path / "hf/tokenizer.json").write_text(text)
+    assert main([str(tmp_path / "hf"), str(tmp_path / "run")]) == 1
+    assert "name it with data.eot, one of its added tokens: '<|im_end|>'" in capsys.readouterr().err
+    assert main([str(tmp_path / "hf"), str(tmp_path / "run"), "--eot=<|im_end|>"]) == 0
+    assert stickjax.load(tmp_path / "run").tokenizer.eot == 0
+    assert main([str(tmp_path / "run"), str(tmp_path / "back")]) == 0
+    assert stickjax.load(tmp_path / "back").tokenizer.eot == 0
 
 
 def test_a_byte_model_says_its_end(tmp_path):
