@@ -80,6 +80,10 @@ class MetricsLog:
         self._file.close()
 
 
+def _is_number(value: Any) -> bool:
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)
+
+
 def read_metrics(run_folder: str | os.PathLike) -> list[dict]:
     """The rows of a run's metrics.jsonl, each with at least step, tokens, loss and learning_rate; null becomes NaN.
 
@@ -87,12 +91,12 @@ def read_metrics(run_folder: str | os.PathLike) -> list[dict]:
     torn, is left out in silence.
     """
     path, rows, bad = Path(run_folder) / "metrics.jsonl", [], []
-    *lines, last = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    *lines, last = path.read_bytes().split(b"\n") if path.is_file() else [b""]
     for number, line in enumerate([*lines, last], 1):
         try:
             row = {key: math.nan if value is None else value for key, value in json.loads(line).items()}
-            numbers = all(type(row[key]) in (int, float) for key in ("tokens", "loss", "learning_rate"))
-            if type(row["step"]) is not int or not numbers:
+            numbers = [row[key] for key in ("step", "tokens", "loss", "learning_rate")]
+            if type(numbers[0]) is not int or not all(map(_is_number, numbers)):
                 raise ValueError("not a row of metrics")
             rows.append(row)
         except (ValueError, KeyError, AttributeError, RecursionError):
@@ -100,7 +104,8 @@ def read_metrics(run_folder: str | os.PathLike) -> list[dict]:
                 bad.append(number)
     if bad:
         which = ", ".join(map(str, bad[:10])) + (", ..." if bad[10:] else "")
-        log.warning("%s: left out %d damaged or foreign lines: %s", printable(path), len(bad), which)
+        s = "s"[len(bad) == 1 :]
+        log.warning("%s: left out %d damaged or foreign line%s: %s", printable(path), len(bad), s, which)
     return rows
 
 

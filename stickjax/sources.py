@@ -122,8 +122,11 @@ def stdlib_documents() -> Iterator[str]:
 def _text_of(record: Any, text_field: str, where: str) -> str:
     text = record.get(text_field) if isinstance(record, dict) else None
     if not isinstance(text, str):
-        fields = f"; it has {', '.join(map(repr, record))[:80]}" if isinstance(record, dict) else ""
-        raise ValueError(f"{where}: no text in the field data.text_field={text_field!r}{fields}")
+        more = f"; it is a {type(record).__name__}, not an object"
+        if isinstance(record, dict):
+            fields = f"its fields are {', '.join(map(repr, record)) or 'none'}"
+            more = f": it is {text!r:.40}" if text_field in record else f"; {fields:.100}"
+        raise ValueError(f"{where}: no text in the field data.text_field={text_field!r}{more}")
     if re.search("[\ud800-\udfff]", text):  # JSON can spell what UTF-8 cannot
         raise ValueError(f"{where}: half a surrogate pair in the field {text_field!r}")
     return text
@@ -159,7 +162,7 @@ def _is_token_file(file: Path) -> bool:
 
 def _records(file: Path, text: str, text_field: str) -> Iterable[str] | None:
     """The texts of a .json file whose array, lines or only object are records; None where its first one is none."""
-    first = next((line for line in text.splitlines() if line.strip()), "")
+    first = next((line for line in text.split("\n") if line.strip()), "")
     for part in (text, first):
         try:
             value = json.loads(part)
@@ -233,8 +236,9 @@ def text_documents(path: str, text_field: str = "text", name: str = "data.path")
                 raise ValueError(": ".join([f"{name}={path!r} is {kind}", *more])) from error
             left_out.setdefault(kind, []).append(file)
     if left_out:
+        n = sum(map(len, left_out.values()))
         kinds = ", ".join(f"{kind} ({_count(files, root)})" for kind, files in left_out.items())
-        log.warning("%s=%r: left out %d files: %s", name, path, sum(map(len, left_out.values())), kinds)
+        log.warning("%s=%r: left out %d file%s: %s", name, path, n, "s"[n == 1 :], kinds)
     if as_they_stand:
         said = _count(as_they_stand, root)
         log.warning("%s=%r: .json without records of %r is read as it stands (%s)", name, path, text_field, said)

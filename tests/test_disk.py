@@ -23,8 +23,10 @@ from stickjax.run import Loaded, save
 def limit():
     """`limit(n)`: no file may have more than n bytes, as on a disk with so many left."""
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    jax.config.update("jax_enable_compilation_cache", False)  # it writes files, too
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    jax.config.update("jax_enable_compilation_cache", True)
     signal.signal(signal.SIGXFSZ, handler)
 
 

@@ -43,13 +43,14 @@ DAMAGED = {
     9: json_text(row(2, loss="low")).encode(),
     10: b'[1, {"step": 2}]',
     11: b'{"step": "2"}',
+    12: json_text(row(2, tokens=10**400)).encode(),
 }
 
 
 def damaged(run) -> None:
-    """Rows 1, 2 and 3 in lines 1, 5 and 12, nonsense between them, and a row that was being written."""
-    good = {1: row(1), 5: row(2), 12: row(3)}
-    lines = [DAMAGED.get(n) or json_text(good[n]).encode() for n in range(1, 13)]
+    """Rows 1, 2 and 3 in lines 1, 5 and 13, nonsense between them, and a row that was being written."""
+    good = {1: row(1), 5: row(2), 13: row(3)}
+    lines = [DAMAGED.get(n) or json_text(good[n]).encode() for n in range(1, 14)]
     (run / "metrics.jsonl").write_bytes(b"\n".join([*lines, b"", b'{"step": 4, "loss"']))
 
 
@@ -57,7 +58,8 @@ def test_damaged_and_foreign_lines_are_left_out_and_named(tmp_path, caplog):
     damaged(tmp_path)
     assert read_metrics(tmp_path) == [row(1), row(2), row(3)]
     assert (
-        f"metrics.jsonl: left out {len(DAMAGED)} damaged or foreign lines: 2, 3, 4, 6, 7, 8, 9, 10, 11" in caplog.text
+        f"metrics.jsonl: left out {len(DAMAGED)} damaged or foreign lines: 2, 3, 4, 6, 7, 8, 9, 10, 11, 12"
+        in caplog.text
     )
 
 
