@@ -153,9 +153,12 @@ def _lines_of_json(file: Path, lines: Iterable[bytes], text_field: str) -> Itera
 
 def _is_token_file(file: Path) -> bool:
     """Whether it is OUT.bin or OUT.json of a token file."""
+    description = file.with_suffix(".json")
     try:
-        meta = json.loads(read_text(file.with_suffix(".json")))
-    except (NotText, ValueError, RecursionError):
+        if description.stat().st_size > 2**16:  # one has less than a KiB
+            return False
+        meta = json.loads(read_text(description))
+    except (OSError, NotText, ValueError, RecursionError):
         return False
     return isinstance(meta, dict) and meta.get("format") == TOKENS_FORMAT
 
