@@ -46,7 +46,15 @@ class Tokenizer:
     files: dict[str, bytes] = {}
 
     def encode(self, text: str, *, special: bool = False) -> np.ndarray:
-        """Ids of a text: [n]. `special`: the spelling of a special token stands for the token."""
+        """Ids of a text: [n], the prefix first. `special`: the spelling of a special token stands for the token.
+
+        A text that itself spells the prefix, as chat templates do, has it once.
+        """
+        ids, prefix = self._encode(text, special).tolist(), list(self.prefix)
+        return np.array(ids if ids[: len(prefix)] == prefix else prefix + ids, token_dtype(self.vocab_size))
+
+    def _encode(self, text: str, special: bool) -> np.ndarray:
+        """Ids of a text alone."""
         raise NotImplementedError
 
     def decode(self, ids) -> str:
@@ -70,17 +78,15 @@ class Tokenizer:
         """Ids of a document of the training stream: the prefix without ends of text, the text, its end."""
         dtype = token_dtype(self.vocab_size)
         begin = np.array([i for i in self.prefix if i != self.eot], dtype)
-        return np.concatenate([begin, self.encode(text), np.array([self.eot], dtype)], dtype=dtype)
+        return np.concatenate([begin, self._encode(text, False), np.array([self.eot], dtype)], dtype=dtype)
 
     def prompt(self, text: str, *, special: bool = False) -> np.ndarray:
-        """Ids that a model continues: the prefix, unless the text spells it, and the text; never empty.
+        """Ids that a model continues: those of `encode`, but never none.
 
         An empty text begins as a document does, with what stands before its first token in training.
         """
-        ids = self.encode(text, special=special).tolist()
-        prefix = list(self.prefix)
-        ids = ids if ids[: len(prefix)] == prefix else prefix + ids
-        return np.array(ids or [self.eot], token_dtype(self.vocab_size))
+        ids = self.encode(text, special=special)
+        return ids if len(ids) else np.array([self.eot], token_dtype(self.vocab_size))
 
     def save(self, folder: Path) -> None:
         """Write its `files` into a folder, from which `load_tokenizer(folder / "tokenizer.json")` reads the same."""
@@ -91,7 +97,7 @@ class ByteTokenizer(Tokenizer):
     """UTF-8 bytes: ids 0..255 are bytes, 256 is the end of text.
 
     >>> ByteTokenizer().encode("né")
-    array([110, 195, 169], dtype=uint8)
+    array([110, 195, 169], dtype=uint16)
     >>> ByteTokenizer().decode([110, 195, 169, 256])
     'né'
     """
@@ -101,7 +107,7 @@ class ByteTokenizer(Tokenizer):
     eot = 256
     ends = frozenset([256])
 
-    def encode(self, text: str, *, special: bool = False) -> np.ndarray:
+    def _encode(self, text: str, special: bool) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8)
 
     def decode(self, ids) -> str:
@@ -178,7 +184,7 @@ class HuggingFaceTokenizer(Tokenizer):
         encoding = self._tokenizer.encode(text)
         return tuple(encoding.ids[: (encoding.special_tokens_mask + [0]).index(0)])
 
-    def encode(self, text: str, *, special: bool = False) -> np.ndarray:
+    def _encode(self, text: str, special: bool) -> np.ndarray:
         self._tokenizer.encode_special_tokens = not special
         try:
             ids = self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -225,19 +231,20 @@ def load_tokenizer(name: str, eot: str | None = None) -> Tokenizer:
 class StreamDecoder:
     """Text from ids that arrive one at a time; a character is held back until it is whole.
 
-    `prompt`: the ids that they follow; the prompt's text and the stream's together are the text of all ids.
+    `prompt`: the ids that they follow; the prompt's text and the stream's together are the text of all ids. None: ids
+    that are not known, in whose text the stream goes on.
 
     >>> stream = StreamDecoder(ByteTokenizer())
     >>> [stream.feed(i) for i in "né".encode()]
     ['n', '', 'é']
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Iterable[int] = ()):
+    def __init__(self, tokenizer: Tokenizer, prompt: Iterable[int] | None = None):
         self._tokenizer = tokenizer
         self._bytes = codecs.getincrementaldecoder("utf-8")("replace") if tokenizer.name == "byte" else None
         # A subword may be written differently at the start of a text (a leading space is dropped), so ids whose
         # text is out already, `_ids[:_seen]`, are decoded again in front of the new ones.
-        self._ids = [int(i) for i in prompt]
+        self._ids = [int(i) for i in (tokenizer.encode("a") if prompt is None else prompt)]
         self._seen = len(self._ids)
 
     def feed(self, token: int) -> str:

@@ -210,9 +210,10 @@ def test_a_tokenizer_is_saved_and_read_with_all_that_its_folder_says(folder, tmp
 def test_what_stands_before_a_text(folder, shape, eot, prefix):
     tokenizer = folder(shape, eot)
     assert tokenizer.prefix == prefix and tokenizer.bos == (prefix or (None,))[0]
-    ids = tokenizer.encode("hello")
-    assert tokenizer.prompt("hello").tolist() == [*prefix, *ids]
-    assert tokenizer.document("hello").tolist() == [*prefix, *ids, tokenizer.eot]
+    ids = tokenizer.encode("hello").tolist()
+    assert ids == tokenizer.prompt("hello").tolist() == [*prefix, *ids[len(prefix) :]]
+    assert tokenizer.document("hello").tolist() == [*ids, tokenizer.eot]
+    assert ids == [i for i in shape.encode("hello").ids if i != tokenizer.eot], "those of the tokenizer itself"
     assert tokenizer.prompt("").tolist() == list(prefix or [tokenizer.eot])
 
 
@@ -257,9 +258,15 @@ def test_a_damaged_post_processor_is_one_error(folder, tmp_path, entry, value):
         load_tokenizer(str(path))
 
 
+def test_a_stream_goes_on_in_a_text_that_is_not_known(folder):
+    tokenizer = folder(llama())
+    stream = StreamDecoder(tokenizer)
+    assert stream.feed(tokenizer.encode("hello world")[2]) + stream.flush() == " world"
+
+
 def test_a_special_token_in_a_stream_takes_no_space_with_it(folder):
     tokenizer = folder(llama())
-    hello, world = tokenizer.encode("hello world").tolist()
+    _, hello, world = tokenizer.encode("hello world").tolist()
     for prompt in ([1, hello, 3], [1, hello]):
         stream = StreamDecoder(tokenizer, prompt)
         assert [stream.feed(i) for i in (3, world, 3, 3, world)] == ["", " world", "", "", " world"]
