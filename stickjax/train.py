@@ -124,12 +124,12 @@ def _position(extra: dict, data: DataConfig) -> dict:
 
 
 def split_branch(branch: str) -> tuple[str, int | None]:
-    """'RUN@STEP' or 'RUN' (its newest checkpoint)."""
+    """'RUN@STEP' or 'RUN' (its newest checkpoint); a folder that exists is a RUN, also with @ in its name."""
     run, at, step = branch.rpartition("@")
-    if not at:
+    if not at or Path(branch).is_dir():
         return branch, None
-    if not step.isdecimal():
-        raise ValueError(f"--from {branch}: expected RUN@STEP with a whole number STEP")
+    if not (step.isascii() and step.isdecimal()):
+        raise ValueError(f"--from {branch}: there is no such folder, and {step!r} is no step for RUN@STEP")
     return run, int(step)
 
 
