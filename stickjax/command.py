@@ -17,6 +17,8 @@ from collections.abc import Callable
 
 from stickjax.config import field_names
 from stickjax.disk import REASONS
+from stickjax.fields import SEED, checked
+from stickjax.options import parse_value
 from stickjax.synonyms import suggestion
 
 # These are said in one line. Everything else is a bug.
@@ -60,6 +62,25 @@ class Parser(argparse.ArgumentParser):
             if word.startswith("-") and "." not in name:
                 raise UsageError(f"unknown option {name}{suggestion(name, [*_options(self), *field_names()])}")
         return found, rest
+
+
+def number(kind: type, **bounds: float) -> Callable[[str], int | float]:
+    """The `type` of an argument that is a number within bounds, as those of a config's `field`.
+
+    >>> number(int, at_least=1)("1e6")
+    1000000
+    """
+
+    def parsed(text: str):
+        try:
+            return checked("value", parse_value(text, (kind,)), (kind,), bounds)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return parsed
+
+
+SEED_TYPE = number(int, at_least=0, at_most=SEED)
 
 
 def _options(parser: argparse.ArgumentParser) -> list[str]:
@@ -106,6 +127,8 @@ def command(main: Callable[[list[str] | None], int | None]) -> Callable[..., int
                     drop_output()  # a full disk, where Python would say so again at its end
                 return 2 if isinstance(error, UsageError) else code
             except Exception as error:
+                if isinstance(error, RuntimeError) and str(error).startswith("RESOURCE_EXHAUSTED: Out of memory"):
+                    return _fail(f"error: {in_one_line(error).partition(': ')[2]}", error)
                 if _several_processes():  # the others must not wait for this one
                     _fail("".join(traceback.format_exception(error)).rstrip(), error)
                 raise

@@ -56,11 +56,16 @@ def check_fields(config) -> None:
     """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        plain = _checked(field.name, value, field_types(type(config))[field.name], field.metadata["bounds"])
+        plain = checked(field.name, value, field_types(type(config))[field.name], field.metadata["bounds"])
         object.__setattr__(config, field.name, plain)  # the config is frozen once it is made
 
 
-def _checked(name: str, value, kinds: tuple, bounds: dict) -> Any:
+def checked(name: str, value, kinds: tuple, bounds: dict) -> Any:
+    """The value as one of the kinds, within its bounds; ValueError for any other.
+
+    >>> checked("top_p", 1, (float,), {"above": 0, "at_most": 1})
+    1.0
+    """
     for kind in kinds:
         if typing.get_origin(kind) is Literal:
             if isinstance(value, str):

@@ -14,7 +14,7 @@ from stickjax.config import Config, locate
 from stickjax.fields import field_types, shown
 
 
-def _parse_value(text: str, kinds: tuple):
+def parse_value(text: str, kinds: tuple):
     """The value that a word means for a field of these types, or the word itself: the config says what it must be."""
     if type(None) in kinds and text.lower() in ("none", "null"):
         return None
@@ -52,7 +52,7 @@ def parse_changes(config: Config, argv: list[str]) -> dict[str, Any]:
             text = next(words, None)
             if text is None:
                 raise ValueError(f"--{key} needs a value")
-        changes[key] = _parse_value(text, field_types(type(getattr(config, section)))[name])
+        changes[key] = parse_value(text, field_types(type(getattr(config, section)))[name])
     return changes
 
 
@@ -97,13 +97,14 @@ def load_config(path: str) -> Config:
     if path in named:
         return _run(named[path])
     what = _WHAT.format(", ".join(named))
-    if file.is_dir():
+    if path and file.is_dir():
         if (file / "config.json").exists():
             what = f"did you mean {file / 'config.json'}? --init-from {path} begins with the parameters of a run"
         raise ValueError(f"{path} is a folder; {what}")
-    if not file.exists():
+    if not path or not file.exists():
         near = difflib.get_close_matches(file.stem, named, n=1, cutoff=0.6)
-        raise ValueError(f"{path} does not exist{f' (did you mean {near[0]!r}?)' if near else ''}; {what}")
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"{path or repr(path)} does not exist{hint}; {what}")
     if file.suffix.lower() == ".json":
         return read_json(file)
     if file.suffix.lower() != ".py":

@@ -38,8 +38,8 @@ SYNONYMS = {
     "model.remat": "gradient_checkpointing activation_checkpointing recompute",
     "mesh.data": "devices num_devices gpus num_gpus dp data_parallel world_size",
     "mesh.tensor": "tp tensor_parallel model_parallel",
-    "--run": "out output output_dir out_dir save_dir run_dir logdir name",
-    "--from": "resume resume_from resume_from_checkpoint checkpoint ckpt",
+    "--run": "out output output_dir out_dir save_dir run_dir logdir name resume",
+    "--from": "resume_from resume_from_checkpoint checkpoint ckpt",
     "--init-from": "load pretrained init finetune model_name_or_path",
     "CONFIG": "config config_file model preset",
 }
@@ -57,10 +57,14 @@ def suggestion(word: str, names: Iterable[str]) -> str:
     for name in names:
         by_end.setdefault(_plain(name), []).append(name)
     plain = _plain(word)
-    if (meant := _MEANT.get(plain)) in names:
+    if near := difflib.get_close_matches(word, names, n=1, cutoff=0.9):
+        found = near
+    elif (meant := _MEANT.get(plain)) in names:
         found = [meant]
     elif not (found := by_end.get(plain, [])):
-        near = difflib.get_close_matches(word, names, n=1, cutoff=0.7) or difflib.get_close_matches(plain, by_end, n=1)
+        begun = [end for end in by_end if len(plain) > 2 and end.startswith(plain)]
+        near = begun[:1] or difflib.get_close_matches(word, names, n=1, cutoff=0.7)
+        near = near or difflib.get_close_matches(plain, by_end, n=1)
         found = by_end.get(near[0], near) if near else []
     return f" (did you mean {' or '.join(map(repr, found))}?)" if found else ""
 

@@ -296,12 +296,14 @@ def main(argv: list[str] | None = None) -> int:
     if words.config is None and words.branch is not None:
         config = read_config(split_branch(words.branch)[0])
     else:
-        config = load_config(words.config) if words.config else Config()
+        config = Config() if words.config is None else load_config(words.config)
     if words.help:
         print(f"{parser.format_help()}\nconfig fields, with their values here:\n{describe(config)}")
         return 0
     if words.config is None and words.branch is None:
-        raise ValueError("which config? for example: python -m stickjax.train configs/tiny.py")
+        raise ValueError("which config? for example: python -m stickjax.train tiny")
+    if words.run == "":
+        raise ValueError("--run is empty: it must name a folder")
     if words.branch is not None and words.run is None:
         raise ValueError("--from needs a new folder: --run DIR")
     config = parse(config, rest)

@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from stickjax import __main__, __version__
+from stickjax import __main__, __version__, train
 from stickjax.checkpoint import DamagedCheckpoint
-from stickjax.command import Parser, UsageError, command
+from stickjax.command import SEED_TYPE, Parser, UsageError, command, number
 
 ENDS = [
     (None, 0, ""),
@@ -22,6 +22,11 @@ ENDS = [
     (FloatingPointError("step 3"), 1, "error: step 3\n"),
     (MemoryError(), 1, "error: MemoryError\n"),
     (UsageError("--foo"), 2, "error: --foo\n"),
+    (
+        RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 4 bytes."),
+        1,
+        "error: Out of memory allocating 4 bytes.\n",
+    ),
     (KeyboardInterrupt(), 130, "interrupted\n"),
 ]
 
@@ -53,6 +58,57 @@ def test_an_option_that_does_not_exist_has_a_nearest_name():
         parser.parse_args(["--temprature=1"])
     with pytest.raises(UsageError, match="invalid float value: 'hot'"):
         parser.parse_args(["--temperature=hot"])
+
+
+def test_numbers_of_a_command_line_have_bounds():
+    parser = Parser(prog="x")
+    parser.add_argument("--tokens", type=number(int, at_least=1))
+    parser.add_argument("--seed", type=SEED_TYPE)
+    assert parser.parse_args(["--tokens=5e9", "--seed", "0"]).tokens == 5_000_000_000
+    refused = {
+        "--tokens=0": "must be at least 1", "--tokens=1.5": "a whole number", "--tokens=inf": "a whole number",
+        "--seed=-1": "at least 0 and at most 2147483647", "--seed=1e10": "at most 2147483647",
+    }  # fmt: skip
+    for word, said in refused.items():
+        with pytest.raises(UsageError, match=f"argument {word.partition('=')[0]}: value=.*{said}"):
+            parser.parse_args([word])
+
+
+SUGGESTED = {
+    "--lr": "optim.peak_lr", "--learning-rate": "optim.peak_lr", "--batch-size": "data.B", "--seq-len": "data.T",
+    "--epochs": "train.steps", "--data": "data.path", "--model": "CONFIG", "--rnu": "--run", "--out": "--run",
+    "--peak-lr": "optim.peak_lr", "--steps": "train.steps", "--experts": "model.E", "--init": "--init-from",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("word, meant", SUGGESTED.items())
+def test_words_that_a_person_tries_are_answered(word, meant, capsys):
+    for words in ([word, "3", "tiny"], ["tiny", f"{word}=3"]):
+        assert train.main(words) == 2
+        assert capsys.readouterr().err == f"error: unknown option {word} (did you mean {meant!r}?)\n"
+
+
+def test_values_follow_their_field_wherever_they_stand(capsys):
+    """`--model.D 64 tiny`: the value is not taken for the config."""
+    assert train.main(["--model.D", "-5", "tiny"]) == train.main(["tiny", "--model.D", "-5"]) == 1
+    assert capsys.readouterr().err == "error: D=-5 must be at least 1\n" * 2
+
+
+@pytest.mark.parametrize("words, said", [(["tiny", "--run", ""], "--run is empty"), ([""], "'' does not exist")])
+def test_an_empty_word_is_no_name(words, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert train.main(words) == 1
+    assert capsys.readouterr().err.startswith(f"error: {said}") and not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_exists_is_a_run_also_with_an_at_sign(tmp_path):
+    (tmp_path / "me@host").mkdir()
+    folder = str(tmp_path / "me@host")
+    assert train.split_branch(folder) == (folder, None)
+    assert train.split_branch(f"{folder}@7") == (folder, 7)
+    for step in ("", "x", "-1", "²"):
+        with pytest.raises(ValueError, match="there is no such folder, and .* is no step for RUN@STEP"):
+            train.split_branch(f"{folder}@{step}")
 
 
 def test_the_command_of_commands(capsys, tmp_path):

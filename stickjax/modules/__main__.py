@@ -18,7 +18,7 @@ import jax
 from rich.table import Table
 
 from stickjax import plots
-from stickjax.command import Parser, command
+from stickjax.command import SEED_TYPE, Parser, command, number
 from stickjax.config import DataConfig
 from stickjax.disk import write_file
 from stickjax.metrics import json_text
@@ -130,13 +130,13 @@ def _parser() -> Parser:
 
     def read(added, doc):
         added.add_argument("--source", action="append", metavar="SOURCE[:PATH]", help=f"{doc}; the run's by default")
-        added.add_argument("--tokens", type=int, default=2**15, help="tokens of each source")
+        added.add_argument("--tokens", type=number(int, at_least=1), default=2**15, help="tokens of each source")
 
     added = command("extend", _extend, "add modules to every layer")
-    added.add_argument("--experts", type=int, default=0, help="of each feed-forward network")
-    added.add_argument("--attention-experts", type=int, default=0, help="of each attention")
+    added.add_argument("--experts", type=number(int, at_least=0), default=0, help="of each feed-forward network")
+    added.add_argument("--attention-experts", type=number(int, at_least=0), default=0, help="of each attention")
     added.add_argument("--routing", choices=LEARN, default="frozen", help="what learns besides the new modules")
-    added.add_argument("--seed", type=int, default=0, help="of the new parameters")
+    added.add_argument("--seed", type=SEED_TYPE, default=0, help="of the new parameters")
     added = command("freeze", _freeze, "let only a part of the model learn")
     added.add_argument("patterns", nargs="+", metavar="PATTERN", help="of names, '*.router.*' or embed")
     added = command("prune", _prune, "remove the modules that are used least")
@@ -151,7 +151,8 @@ def _parser() -> Parser:
     added = command("report", _report, "which text uses which modules", out=False)
     read(added, "held-out text to compare")
     added.add_argument("--step", type=int, help="of the checkpoint of this step")
-    added.add_argument("--below", type=float, default=0.01, help="modules with a smaller share count as unused")
+    share = number(float, at_least=0, at_most=1)
+    added.add_argument("--below", type=share, default=0.01, help="modules with a smaller share count as unused")
     added.add_argument("--plot", metavar="PNG", help="path of the picture; RUN/modules.png by default")
     return parser
 

@@ -12,7 +12,7 @@ import sys
 
 import jax
 
-from stickjax.command import Parser, command
+from stickjax.command import Parser, command, number
 from stickjax.config import Config
 from stickjax.options import describe, load_config, parse
 from stickjax.plan.aot import absent_machine, virtual_devices
@@ -31,18 +31,18 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m stickjax.plan", add_help=False)
     parser.add_argument("config", metavar="CONFIG", nargs="?", help="a name such as tiny, a .py file, a config.json")
     parser.add_argument("--gpu", default="h200", help=f"one of {', '.join(CHIPS)}; h200 by default")
-    parser.add_argument("--devices", type=int, default=8, help="GPUs; 8 by default")
-    parser.add_argument("--hosts", type=int, help="hosts that they are in; one for every 8 by default")
+    parser.add_argument("--devices", type=number(int, at_least=1), default=8, help="GPUs; 8 by default")
+    parser.add_argument("--hosts", type=number(int, at_least=1), help="their machines; one for every 8 by default")
     parser.add_argument("--sweep", action="store_true", help=f"compare mesh shapes, {SWEPT} at most")
     parser.add_argument("--json", action="store_true", help="machine-readable, to stdout")
     parser.add_argument("-h", "--help", action="store_true")
     words, rest = parser.parse_with_fields(argv)
-    config = load_config(words.config) if words.config else Config()
+    config = Config() if words.config is None else load_config(words.config)
     if words.help:
         print(f"{parser.format_help()}\nconfig fields, with their values here:\n{describe(config)}")
         return 0
     if words.config is None:
-        raise ValueError("which config? for example: python -m stickjax.plan configs/powermoe_3b.py --devices 64")
+        raise ValueError("which config? for example: python -m stickjax.plan powermoe_3b --devices 64")
     config = parse(config, rest)
     gpu = chip(words.gpu)
     if "JAX_PLATFORMS" not in os.environ:
