@@ -304,6 +304,8 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError("which config? for example: python -m stickjax.train tiny")
     if words.run == "":
         raise ValueError("--run is empty: it must name a folder")
+    if words.branch is not None and words.init_from is not None:
+        raise ValueError("--from goes on from all of a checkpoint, --init-from begins with its parameters: choose one")
     if words.branch is not None and words.run is None:
         raise ValueError("--from needs a new folder: --run DIR")
     config = parse(config, rest)

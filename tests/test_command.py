@@ -94,8 +94,15 @@ def test_values_follow_their_field_wherever_they_stand(capsys):
     assert capsys.readouterr().err == "error: D=-5 must be at least 1\n" * 2
 
 
-@pytest.mark.parametrize("words, said", [(["tiny", "--run", ""], "--run is empty"), ([""], "'' does not exist")])
-def test_an_empty_word_is_no_name(words, said, capsys, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["tiny", "--run", ""], "--run is empty"),
+        ([""], "'' does not exist"),
+        (["tiny", "--run", "a", "--from", "b", "--init-from", "c"], "--from goes on from all of a checkpoint"),
+    ],
+)
+def test_an_empty_name_or_two_beginnings_are_refused(words, said, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert train.main(words) == 1
     assert capsys.readouterr().err.startswith(f"error: {said}") and not list(tmp_path.iterdir())
