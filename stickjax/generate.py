@@ -234,6 +234,15 @@ def generate_text(
     return texts
 
 
+def _read_prompt(path: str | None) -> str:
+    """The text of a file, or of standard input."""
+    try:
+        return sys.stdin.read() if path is None else Path(path).read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        where = "standard input" if path is None else path
+        raise ValueError(f"the prompt in {where} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+
+
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
@@ -258,7 +267,7 @@ def main(argv: list[str] | None = None) -> int:
     _check_options(args.max_new_tokens, **sampling)  # before the model is read
     changed = parse(read_config(args.run), [f"--{word}" for word in args.set])
     changes = {key: attrgetter(key)(changed) for key in (word.partition("=")[0] for word in args.set)}
-    prompts = args.prompt or [Path(args.prompt_file).read_text("utf-8") if args.prompt_file else sys.stdin.read()]
+    prompts = args.prompt or [_read_prompt(args.prompt_file)]
     loaded = load(args.run, step=args.step, changes=changes)
     one = len(prompts) == 1
     on_text = (lambda row, piece: print(piece, end="", flush=True)) if one else None

@@ -64,6 +64,7 @@ def read_files(folder: Path) -> dict[str, bytes]:
 
 
 def write_files(files: Mapping[str, bytes], folder: Path) -> None:
+    """Write `read_files` into a folder, each file at once or not at all."""
     for name, content in files.items():
         write_file(folder / name, content)
 

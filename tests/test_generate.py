@@ -344,6 +344,12 @@ def test_command_line(run, capsys, monkeypatch, tmp_path):
     (tmp_path / "prompt").write_text("xé")
     assert main([run, "--prompt-file", str(tmp_path / "prompt"), *greedy, "--stop", "e", "--stop", "→d"]) == 0
     assert capsys.readouterr().out == "bc\n"
+    (tmp_path / "prompt").write_bytes(b"\xef\xbb\xbfa")
+    assert main([run, "--prompt-file", str(tmp_path / "prompt"), *greedy]) == 0
+    assert capsys.readouterr().out == "ébc→d.e😀f\n"
+    (tmp_path / "prompt").write_bytes(b"a\xff")
+    assert main([run, "--prompt-file", str(tmp_path / "prompt"), *greedy]) == 1
+    assert capsys.readouterr().err.endswith("/prompt is not UTF-8 text: invalid start byte at byte 1\n")
     monkeypatch.setattr("sys.stdin", io.StringIO("b"))
     changes = ["--set", "model.window=3", "--set", "model.skip_below=-20"]
     assert main([run, *changes, "--top-k", "1", "--top-p", "0.9"]) == 0
@@ -365,6 +371,7 @@ def test_command_line(run, capsys, monkeypatch, tmp_path):
         ("--set model.window", "needs a value"),
         ("--set model.D=64", "was .* saved with another config"),
         ("--prompt-file nowhere", "No such file"),
+        ("--prompt-file /dev/null/x", "Not a directory"),
         ("--max-tokens 9", r"unrecognized arguments: --max-tokens 9 \(did you mean '--max-new-tokens'\?\)"),
     ],
 )
