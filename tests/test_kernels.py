@@ -6,6 +6,7 @@ from functools import partial
 import chex
 import jax
 import jax.numpy as jnp
+import limits
 import numpy as np
 import pytest
 from cases import KERNEL_CASES, Stick
@@ -139,6 +140,15 @@ def test_the_gradient_of_the_scale_is_no_quotient_by_it(kernels):
     got = jax.jit(jax.grad(total), static_argnums=2)(0.0, arrays, kernels)
     wide = [x.astype(jnp.float32) for x in arrays]
     np.testing.assert_allclose(got, jax.grad(total)(0.0, wide, "reference"), rtol=GRADIENT["bfloat16"])
+
+
+def test_saturated_logits_give_the_limits_and_their_gradients(kernels):
+    """But d_value where a logit is 1e5: a sum of millions has no digits left for what was broken off on its right."""
+    errors = limits.errors(limits.results("bfloat16", implementation=kernels), "bfloat16")
+    assert np.isfinite(list(errors.values())).all(), errors
+    beyond = [entry for entry, logits in limits.LOGITS.items() if kernels == "mosaic" and max(logits) > 1e3]
+    tolerance = {name: (GRADIENT if name.startswith("d_") else FORWARD)["bfloat16"] for name in errors}
+    assert not {name for name, error in errors.items() if error > tolerance[name]} - {f"d_value, logits {x}" for x in beyond}
 
 
 def test_two_runs_are_equal(kernels):

@@ -27,18 +27,15 @@ def strict():
         yield
 
 
-each_type = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 SUT = SutConfig(V=31, D=16, L=2, K=2, H=8, attention_k=2, attention_experts=3, F=8, k=2, E=4)
 PAIRS = dataclasses.replace(SUT, classes=3)
 
 
-@each_type
-@pytest.mark.parametrize("name", ["reference", *STICK_IMPLEMENTATIONS])
-def test_attention(name, dtype):
+@pytest.mark.parametrize("name", ["reference", "xla", "xla-skip"])
+def test_attention(name):
     options = STICK_IMPLEMENTATIONS.get(name, {"implementation": "reference"})
-    query, key, value = Stick(T=40, N=4, K=2).arrays(dtype)
+    query, key, value = Stick(T=40, N=4, K=2).arrays("bfloat16")
     for more in (
-        {},
         dict(scale=jnp.float32(0.3), segment_ids=jnp.zeros((1, 40), jnp.uint8), window=5),
         dict(scale=np.float64(0.3), query_offset=jnp.zeros(1, jnp.int16)),
     ):
@@ -49,15 +46,14 @@ def test_attention(name, dtype):
             return out.astype(jnp.float32).sum() + rem.sum() + log_rem.sum()
 
         gradients = jax.eval_shape(jax.grad(total, (0, 1, 2)), query, key, value)
-        assert [g.dtype for g in gradients] == [dtype] * 3
+        assert [g.dtype for g in gradients] == ["bfloat16"] * 3
     assert jax.eval_shape(stick_breaking_weights, query, key).dtype == jnp.float32
 
 
-@each_type
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
-def test_experts(implementation, dtype):
+def test_experts(implementation):
     shapes = (40, 16), (4, 16, 8), (4, 16, 16), (4, 8, 16), (40, 2), (4, 8), (4, 16)
-    arrays = [jnp.zeros(shape, dtype) for shape in shapes]
+    arrays = [jnp.zeros(shape, jnp.bfloat16) for shape in shapes]
     arrays[4] = arrays[4].astype(jnp.float32)  # as routers make them
 
     def total(indices, x, w, w_in, w_out, gates, bias, b_in):

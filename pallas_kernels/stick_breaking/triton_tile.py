@@ -13,6 +13,7 @@ from . import logarithm
 
 LOG2E = tl.constexpr(logarithm.LOG2E)
 NOTHING = tl.constexpr(logarithm.NOTHING)
+ENOUGH = tl.constexpr(160.0)  # 2^-160 is zero in fp32
 LOG2P1 = tl.constexpr(tuple(logarithm.LOG2P1))
 DEGREE = tl.constexpr(len(logarithm.LOG2P1))
 
@@ -111,8 +112,10 @@ def sticks(z):
 def weights_of(log_beta, softplus, entering):
     """A: beta of what the nearer keys leave. `entering`: what rows have spent before the tile.
 
-    The sum over the strictly nearer keys is all but the own one, which costs the rounding of the own logit.
+    The sum over the strictly nearer keys is all but the own one, which costs the rounding of the own logit; of one that
+    leaves nothing to further keys, ENOUGH is as good as all.
     """
+    softplus = tl.minimum(softplus, ENOUGH)
     nearer = tl.maximum(tl.cumsum(softplus, 1, reverse=True) - softplus, 0.0)
     return tl.exp2(log_beta - (nearer + entering[:, None]))
 
