@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from . import partition, seam
@@ -93,6 +94,7 @@ def run(op: Op, call: Any, implementation: str | Sequence[str] | None) -> Any:
     """Run `call` on the chosen implementation, on a mesh on every device for its part."""
     wanted = None if implementation is None else tuple(_wanted(implementation))
     compute = partition.Bound(_run_here, (op.name, wanted))
+    call = jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, call)
     return compute(call) if op.letters is None else partition.run(op.letters(call), call, compute)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import expert_linear, expert_mlp, route, stick_breaking_attention
+from pallas_kernels import expert_linear, expert_mlp, merge_stick_breaking, route, stick_breaking_attention
 
 # Stick-breaking attention.
 
@@ -135,6 +135,41 @@ def test_wrong_indices_are_found_in_a_program_under_checks():
     with jax.enable_checks(True), pytest.raises(Exception, match=r"expert_indices\[0,1\]=7 is not from 0 to E=3"):
         jax.block_until_ready(jax.jit(lambda i: route(i, 3))(jnp.array([[0, 7]])))
         jax.effects_barrier()
+
+
+# Arrays of numpy, and of no size.
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_arrays_of_numpy_are_taken(implementation):
+    """Of float64 and int64, as numpy makes them, also where every second number is passed over: as float32."""
+    rng = np.random.default_rng(0)
+    q, k, v = rng.standard_normal((3, 2, 6, 2, 8))[..., ::2]
+    options = dict(segment_ids=np.zeros((2, 6), int), query_offset=np.arange(4)[::2], window=np.int64(3))
+    out, rem, stats = stick_breaking_attention(
+        q, k, v, scale=np.float64(0.3), return_stats=True, implementation=implementation, **options
+    )
+    assert out.dtype == rem.dtype == jnp.float32
+    for x in merge_stick_breaking((v, stats.log_rem), (v, np.asarray(stats.log_rem))):
+        assert x.dtype == jnp.float32
+    routing, (x, w) = route(np.zeros((6, 2), int), np.int64(3)), (np.asarray(a, float) for a in (X, W))
+    assert expert_linear(x, w, routing, implementation=implementation).dtype == jnp.float32
+    arrays = (np.asarray(a, float) for a in (X, W_IN, W_OUT))
+    assert expert_mlp(*arrays, routing, np.asarray(G), implementation=implementation).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("options", [dict(implementation="reference"), {}, dict(tiles=(4, 4)), dict(skip_below=-9.0)])
+@pytest.mark.parametrize("B, N, Hv", [(0, 2, 3), (1, 0, 3), (1, 2, 0)])
+def test_no_entries_no_heads_no_channels(B, N, Hv, options):
+    arrays = (jnp.zeros(shape) for shape in ((B, 5, N, 4), (B, 5, 1, 4), (B, 5, 1, Hv)))
+
+    def total(*arrays):
+        out, rem = stick_breaking_attention(*arrays, segment_ids=jnp.zeros((B, 5), int), **options)
+        return out.sum() + rem.sum(), (out, rem)
+
+    gradients, (out, rem) = jax.eval_shape(jax.grad(total, (0, 1, 2), has_aux=True), *arrays)
+    assert out.shape == (B, 5, N, Hv) and rem.shape == (B, 5, N)
+    assert [g.shape for g in gradients] == [(B, 5, N, 4), (B, 5, 1, 4), (B, 5, 1, Hv)]
 
 
 # Forward mode.

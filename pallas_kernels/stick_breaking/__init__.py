@@ -162,7 +162,7 @@ def merge_stick_breaking(
     for name, part in (("near", near), ("far", far)):
         if not isinstance(part, tuple | list) or len(part) != 2 or not all(map(arguments.is_array, part)):
             raise ValueError(f"{name} must be (out [..., Hv], log_rem [...]), two arrays")
-        parts.append(part)
+        parts.append(tuple(map(jnp.asarray, part)))
     (out_near, log_near), (out_far, log_far) = parts
     if out_near.shape != out_far.shape or log_near.shape != log_far.shape or out_near.shape[:-1] != log_near.shape:
         raise ValueError(

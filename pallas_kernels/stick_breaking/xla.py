@@ -28,7 +28,7 @@ _SKIP_TILES = (128, 256)
 
 def _is_short(call: Call) -> bool:
     T, S = call.mask.T, call.mask.S
-    if 0 in (T, S):
+    if 0 in call.query.shape + (S,):
         return True
     return call.skip_below is None and call.tiles is None and T <= 512 and min(T, _SHORT_ROWS) * S <= _SHORT_SCORES
 
