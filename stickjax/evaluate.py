@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from rich.table import Table
 
-from stickjax import accuracy, hugging_face, plots
+from stickjax import accuracy, plots
 from stickjax.command import Parser, command, say_error
 from stickjax.config import Config
 from stickjax.corpus import load_corpus
@@ -31,7 +31,7 @@ from stickjax.models.sut import LanguageModel
 from stickjax.models.transformer import Transformer
 from stickjax.options import parse_changes
 from stickjax.plots import Records
-from stickjax.run import load, read_config
+from stickjax.run import load, place_of_results, read_config
 from stickjax.sources import printable
 from stickjax.tables import print_table
 
@@ -157,18 +157,6 @@ def names(runs: Iterable[str]) -> dict[str, Path]:
     return named
 
 
-def _place(run: Path) -> Path | None:
-    """Where what belongs to a run is kept: its folder, or None if that is not ours to write."""
-    if hugging_face.is_folder(run):
-        reason = "is in the Hugging Face layout"
-    elif not os.access(run, os.W_OK):
-        reason = "cannot be written"
-    else:
-        return run
-    say_error(f"{printable(run)} {reason}: nothing is kept in it; --plot PNG keeps the picture elsewhere")
-    return None
-
-
 def _lengths(text: str) -> tuple[int, ...]:
     words = text.split(",")
     if not all(word.strip().isdecimal() and int(word) for word in words):
@@ -200,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
         say_error(f"{name}: reading the parameters")
         say = lambda line, name=name: say_error(f"{name}: {line}")  # noqa: E731
         loaded = load(run, step=words.step, changes=changes[name])
-        place = places[name] = _place(run)
+        place = places[name] = place_of_results(run)
         if place and (rows := read_metrics(run)):
             plots.plot_training({name: rows}, place / "training.png")
         if pairs:

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from stickjax import hugging_face, sharding
 from stickjax.checkpoint import Checkpoints, check_finite, named_leaves
+from stickjax.command import say_error
 from stickjax.config import Config
 from stickjax.disk import write_file, writing
 from stickjax.hugging_face.files import Lazy, open_safetensors, write_safetensors
@@ -25,6 +26,7 @@ from stickjax.models.family import init
 from stickjax.models.sut import LanguageModel, PairClassifier
 from stickjax.models.transformer import Transformer
 from stickjax.options import read_json
+from stickjax.sources import printable
 from stickjax.tokenizer import Tokenizer, load_tokenizer
 
 MODEL_FILE = "model.safetensors"  # of a folder with one model and no steps
@@ -138,6 +140,18 @@ def model_leaves(folder: str | os.PathLike, model: ModelConfig) -> dict[str, Laz
     expected = named_leaves(jax.eval_shape(lambda: init(model, jax.random.key(0))))
     hugging_face.check(leaves, {name: leaf.shape for name, leaf in expected.items()}, str(folder))
     return leaves
+
+
+def place_of_results(run: Path) -> Path | None:
+    """Where the results of a command about a run are kept: its folder, or None, which is said, if that is not ours."""
+    if hugging_face.is_folder(run):
+        reason = "is in the Hugging Face layout"
+    elif not os.access(run, os.W_OK):
+        reason = "cannot be written"
+    else:
+        return run
+    say_error(f"{printable(run)} {reason}: nothing is kept in it; --plot PNG keeps the picture elsewhere")
+    return None
 
 
 def placed(mesh: Mesh | None, abstract):

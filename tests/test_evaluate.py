@@ -168,7 +168,7 @@ def test_a_run_has_the_name_of_its_folder(runs, capsys, monkeypatch):
 
 def test_a_run_that_cannot_be_written_is_evaluated(runs, capsys, monkeypatch, tmp_path):
     run = runs / "y/run"
-    monkeypatch.setattr(evaluate.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
     before = {file: file.stat().st_mtime_ns for file in run.iterdir()}
     for more in ([], [f"--plot={tmp_path / 'p.png'}"]):
         assert main([str(run), "--max-tokens=64", "--lengths=1", *more]) == 0

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from types import SimpleNamespace
 
 import jax
@@ -380,13 +381,17 @@ def test_freeze_then_train(trained, tmp_path, capsys):
     assert {name for name in old if (learned[name] != old[name]).any()} == {n for n in old if "blocks" not in n}
 
 
-def test_prune_and_report(trained, tmp_path, capsys):
+def test_prune_and_report(trained, tmp_path, capsys, monkeypatch):
     out = str(tmp_path / "out")
     assert main(["prune", trained.base, out, "--count=3", "--kind=ffn", "--source=logic", "--tokens=480"]) == 0
     assert "keeps at most 3 of ffn in a layer" in capsys.readouterr().out
     config = load(out).config.model
     assert (config.E, config.gone_experts, config.attention_experts) == (3, 3, 4)
     picture = tmp_path / "use.png"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, mode: False)
+        assert main(["report", out, "--tokens=480"]) == 0
+        assert not list((tmp_path / "out").glob("modules.*")) and "nothing is kept in it" in capsys.readouterr().err
     assert main(["report", out, "--tokens=480", "--below=1", f"--plot={picture}"]) == 0
     assert picture.stat().st_size > 10_000 and not (tmp_path / "out" / "modules.png").exists()
     assert json.loads((tmp_path / "out" / "modules.json").read_text())["unused"]["logic"] == {"attention": 8, "ffn": 6}

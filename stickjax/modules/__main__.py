@@ -27,7 +27,7 @@ from stickjax.modules.kinds import KINDS, kinds_of
 from stickjax.modules.tune import LEARN, concentrate, freeze, frozen
 from stickjax.modules.usage import batches_of, report, use
 from stickjax.options import parse_changes
-from stickjax.run import load, read_config, save
+from stickjax.run import load, place_of_results, read_config, save
 from stickjax.tables import print_table
 
 
@@ -109,10 +109,13 @@ def _report(words, changes: dict) -> str:
     loaded = load(words.run, step=words.step, changes=changes)
     sources = {name: source_of(loaded.config.data, name) for name in words.source or loaded.config.data.sources}
     result = report(loaded.model, sources, max_tokens=words.tokens, below=words.below)
-    write_file(Path(words.run) / "modules.json", json_text({"step": loaded.step} | result) + "\n")
-    picture = words.plot or str(Path(words.run) / "modules.png")
-    plots.plot_module_use(result["use"], result["mutual_information"], picture)
     print_table(table(result))
+    place = place_of_results(Path(words.run))
+    if place:
+        write_file(place / "modules.json", json_text({"step": loaded.step} | result) + "\n")
+    if not (picture := words.plot or (place and place / "modules.png")):
+        return "no picture"
+    plots.plot_module_use(result["use"], result["mutual_information"], picture)
     return f"picture: {picture}"
 
 
