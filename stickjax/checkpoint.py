@@ -33,6 +33,7 @@ import jax.numpy as jnp
 from orbax.checkpoint import v1
 
 from stickjax import processes
+from stickjax.checksums import checksum, crc32_of
 from stickjax.disk import REASONS, remove, sync_folder, system_error
 from stickjax.fields import nearest
 from stickjax.lock import Lock
@@ -108,14 +109,14 @@ class Checkpoints(contextlib.AbstractContextManager):
         if self._position is not None and step <= self._position:
             raise ValueError(f"step={step} is not after step {self._position}, the last one saved or restored")
         arrays = {name: _stored(name, leaf) for name, leaf in named_leaves(state).items()}
-        rows = {name: [list(a.shape), str(a.dtype), _checksum(a)] for name, a in arrays.items()}
+        rows = {name: [list(a.shape), str(a.dtype), checksum(a)] for name, a in arrays.items()}
         manifest = json.dumps({"step": step, "arrays": rows, "extra": extra}, default=_encode_bytes)
         # Orbax refuses arrays of size 0; the manifest alone describes them.
         arrays = {name: a for name, a in arrays.items() if a.size}
+        if self._lock is not None:
+            self._lock.check()  # what lies there may be another's by now
         with self._saving(step):
             if processes.is_writer():
-                if self._lock is not None:
-                    self._lock.check()
                 self._make_room(step)
             response = v1.save_async(plain_path(self.folder) / f"{step}.tmp" / "arrays", arrays)
             if self._proven:
@@ -205,7 +206,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         path = self.folder / f"{step}.tmp" / "manifest.json"
         if not processes.is_writer():
             return
-        files = {str(p.relative_to(path.parent)): _crc32(p) for p in sorted(path.parent.rglob("*")) if p.is_file()}
+        files = {str(p.relative_to(path.parent)): crc32_of(p) for p in sorted(path.parent.rglob("*")) if p.is_file()}
         body = json.dumps(json.loads(manifest) | {"files": files})
         with path.open("w") as file:
             file.write(f'{{"crc32": {zlib.crc32(body.encode())}, "manifest": {body}}}\n')
@@ -297,30 +298,6 @@ def _all_finite(arrays):
     return jnp.all(jnp.array([jnp.isfinite(array).all() for array in arrays]))
 
 
-def _checksum(array) -> int:
-    """Waits for the sum: of programs that add over devices only one may be under way, or the threads of a CPU that
-    stands for many devices wait for one another, each in another program."""
-    return int(_mixed_sum(array))
-
-
-@jax.jit
-def _mixed_sum(array):
-    """sum_i mix(bits_i + i * 0x9E3779B9) mod 2^32, i the row-major position, mix the end of MurmurHash3.
-
-    A sum of integers: the same for every sharding. `mix` is one-to-one, so that a change within one word
-    is always seen, and it keeps changes of high bits (signs) from cancelling in the sum.
-    """
-    array = array.astype(jnp.uint8) if array.dtype == bool else array
-    bits = jax.lax.bitcast_convert_type(array, f"uint{min(32, 8 * array.dtype.itemsize)}").astype(jnp.uint32)
-    x, stride = bits, 0x9E3779B9
-    for axis in reversed(range(bits.ndim)):
-        x += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(stride)
-        stride = stride * bits.shape[axis] % 2**32
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-    return jnp.sum(x ^ (x >> 16), dtype=jnp.uint32)
-
-
 def _is_key(leaf) -> bool:
     return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
@@ -358,7 +335,7 @@ def _read_manifest(folder: Path, step: int) -> dict:
         if manifest["step"] != step:
             raise ValueError(f"this is the checkpoint of step {manifest['step']}")
         for name, crc32 in manifest["files"].items():
-            if _crc32(folder / name) != crc32:
+            if crc32_of(folder / name) != crc32:
                 raise ValueError(f"the crc32 of {name} differs")
         rows = manifest["arrays"].values()
         if not isinstance(manifest["extra"], dict) or any(list(map(type, row)) != [list, str, int] for row in rows):
@@ -366,14 +343,6 @@ def _read_manifest(folder: Path, step: int) -> dict:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedCheckpoint(_line(error)) from error
     return manifest
-
-
-def _crc32(path: Path) -> int:
-    crc32 = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            crc32 = zlib.crc32(block, crc32)
-    return crc32
 
 
 def _match(leaves: dict, rows: dict, prefix: str, folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
@@ -402,7 +371,7 @@ def _read_arrays(folder: Path, specs: dict, rows: dict) -> dict[str, jax.Array]:
     except Exception as error:
         raise DamagedCheckpoint(f"Orbax cannot read the arrays: {_line(error)}") from error
     for name, array in arrays.items():
-        if _checksum(array) != rows[name][2]:
+        if checksum(array) != rows[name][2]:
             raise DamagedCheckpoint(f"the checksum of {name} differs")
     return arrays
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from stickjax.disk import remove, writing
 
 BEAT, PATIENCE = 5, 20
+LEASE = 180  # seconds after which a file server has released the flock of a machine that is gone
 SETTLE = 1  # seconds in which two processes that start at once see each other, where there is no flock
 NAME = "lock"
 _NO_FLOCK = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK}
@@ -100,17 +101,21 @@ class Lock:
                 path.rmdir()
 
     def _take(self) -> int:
+        end = time.monotonic() + LEASE
         while True:
             file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
             alone = None
             try:
-                alone = _flock(file)
+                machine, alone = f"{_kernel()}/{os.fstat(file).st_dev}", _flock(file)
                 if alone is False:
-                    raise self._taken()
-                if _is_at(file, self._path):
-                    self._own(file, alone)
+                    owner = _read(self._path)
+                    here = not owner or owner.get("machine") == machine
+                    if here or time.monotonic() > end or self._is_alive(owner):
+                        raise self._taken()
+                elif _is_at(file, self._path):
+                    self._own(file, alone, machine)
                     return file
-                os.close(file)  # released, and so removed, since it was opened
+                os.close(file)  # released, and so removed, since it was opened; or of a machine that is gone
             except BaseException:
                 # On a full disk it stays empty; that of another process must stay.
                 if alone is not False and os.fstat(file).st_size == 0 and _is_at(file, self._path):
@@ -118,8 +123,7 @@ class Lock:
                 os.close(file)
                 raise
 
-    def _own(self, file: int, alone: bool | None) -> None:
-        machine = f"{_kernel()}/{os.fstat(file).st_dev}"
+    def _own(self, file: int, alone: bool | None, machine: str) -> None:
         owner = _read(self._path)
         if owner and not (alone and owner.get("machine") == machine) and self._is_alive(owner):
             raise self._taken()

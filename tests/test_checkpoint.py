@@ -22,6 +22,7 @@ import pytest
 from flax import nnx
 
 import stickjax.checkpoint
+import stickjax.checksums
 from stickjax.checkpoint import Checkpoints, DamagedCheckpoint, check_finite, named_leaves
 
 
@@ -309,7 +310,7 @@ NAMES = (
 def test_a_run_may_lie_anywhere(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     for value, name in enumerate(("ab", *NAMES)):  # `a?` and `a*` as patterns are `ab`
-        write(tmp_path / name / name[:100] / "run", 1, value + 2)
+        write(tmp_path / name / name[:100] / "run", value + 2)
         restored, said = read_quietly(tmp_path / name / name[:100] / "run", abstract(small(0)))
         assert (restored.step, bits(restored.state), said) == (value + 2, bits(small(value + 2)), []), name
     assert read_quietly(tmp_path / "ab/ab/run", abstract(small(0)))[0].step == 2
@@ -321,6 +322,19 @@ def test_a_run_that_cannot_lie_there_is_refused_at_once(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=message), Checkpoints(folder):
             raise AssertionError("not reached")
     assert not list(tmp_path.iterdir())
+
+
+def test_who_was_taken_over_touches_nothing(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, small(1), {})
+        lock = tmp_path / "lock"
+        lock.write_text(json.dumps(json.loads(lock.read_text()) | {"token": "another", "pid": 77}))
+        (checkpoints.folder / "2.tmp").mkdir()  # of the other one
+        with pytest.raises(OSError, match="was taken over by process 77"):
+            checkpoints.save(2, small(2), {})
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.parent.name in (tmp_path.name, "checkpoints")) == [
+        "1", "2.tmp", "checkpoints", "lock",
+    ]  # fmt: skip
 
 
 def test_names_that_are_no_checkpoint_are_left_alone(tmp_path):
@@ -350,7 +364,7 @@ def test_unreadable_arrays_are_damage(tmp_path, monkeypatch):
 
 def test_checksum_sees_what_moves_and_what_cancels(x64):
     def checksum(a):
-        return int(stickjax.checkpoint._checksum(jnp.asarray(a)))
+        return int(stickjax.checksums.checksum(jnp.asarray(a)))
 
     a = np.random.default_rng(0).normal(size=(6, 7))
     for dtype in (jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16, jnp.int64):
@@ -446,12 +460,13 @@ MESHES = """
 import sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from stickjax.checkpoint import Checkpoints, _checksum
+from stickjax.checkpoint import Checkpoints
+from stickjax.checksums import checksum
 x = np.arange(16 * 24, dtype=np.float32).reshape(16, 24)
 meshes = [jax.make_mesh((8,), "a", axis_types=(t,)) for t in (AxisType.Auto, AxisType.Explicit)]
 meshes += [jax.make_mesh((4, 2), ("b", "a"), axis_types=(AxisType.Auto,) * 2)]
 shardings = [NamedSharding(m, p) for m in meshes for p in (P("a"), P(None, "a"), P())]
-assert len({int(_checksum(jax.device_put(x, s))) for s in shardings} | {int(_checksum(x))}) == 1
+assert len({int(checksum(jax.device_put(x, s))) for s in shardings} | {int(checksum(x))}) == 1
 with Checkpoints(sys.argv[1], keep=20) as checkpoints:
     for step, s in enumerate(shardings):
         key = jax.device_put(jax.random.key(1), NamedSharding(s.mesh, P()))

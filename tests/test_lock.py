@@ -123,6 +123,25 @@ def test_an_owner_on_another_machine_lives_while_it_counts(tmp_path):
     Lock(tmp_path).release()
 
 
+@pytest.mark.parametrize("seconds", [0.05, 60])
+def test_a_file_server_may_keep_the_flock_of_a_machine_that_is_gone(tmp_path, monkeypatch, seconds):
+    owner(tmp_path, machine="another")
+    begun, flock = time.monotonic(), stickjax.lock.fcntl.flock
+
+    def late(file, how):
+        if time.monotonic() - begun < 0.3:
+            raise BlockingIOError(errno.EWOULDBLOCK, "Resource temporarily unavailable")
+        flock(file, how)
+
+    monkeypatch.setattr(stickjax.lock.fcntl, "flock", late)
+    monkeypatch.setattr(stickjax.lock, "LEASE", seconds)
+    monkeypatch.setattr(stickjax.lock, "PATIENCE", 0.2)
+    if seconds > 1:
+        Lock(tmp_path).release()
+    else:
+        assert "process 77 on elsewhere" in taken(tmp_path)
+
+
 def test_who_was_taken_over_is_told(tmp_path):
     lock = Lock(tmp_path)
     other = lock._record | {"token": "another", "pid": 77, "host": "elsewhere"}
