@@ -13,6 +13,7 @@ import numpy as np
 
 from stickjax.config import Config
 from stickjax.data import load_corpus, train_loader
+from stickjax.memory import check_fits, state_parts
 from stickjax.models.attention import Context, segment_positions
 from stickjax.models.layers import cast
 from stickjax.models.transformer import Block, Transformer, apply
@@ -180,7 +181,9 @@ def power_law_records(
 
 def _start(config: Config) -> TrainState:
     """The state before the first step, by the random generator that compiles in a third of the time."""
-    return jax.jit(lambda: init_state(config, jax.random.key(config.train.seed, impl="rbg")))()
+    start = lambda: init_state(config, jax.random.key(config.train.seed, impl="rbg"))  # noqa: E731
+    check_fits(state_parts(jax.eval_shape(start)))
+    return jax.jit(start)()
 
 
 def _batches(config: Config) -> list[dict[str, np.ndarray]]:
