@@ -160,7 +160,17 @@ def _over_mesh(function, mesh, ins, outs, *values):
     # By default all axes become Manual, but for those that vmap has taken away.
     explicit = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind is AxisType.Explicit}
     names = dict(axis_names=explicit) if AxisType.Auto in mesh.axis_types else {}
-    return jax.shard_map(function, mesh=mesh, in_specs=ins, out_specs=outs.tree, **names)(*values)
+
+    def on_device(*values):
+        kinds = zip(get_abstract_mesh().axis_names, get_abstract_mesh().axis_types, strict=True)
+        if left := [name for name, kind in kinds if kind is AxisType.Explicit]:
+            raise ValueError(
+                f"jax.vmap runs over an axis that {_sizes(mesh, left)} divides, which an op inside of it does not see; "
+                "make that axis a part of B or T of the op instead"
+            )
+        return function(*values)
+
+    return jax.shard_map(on_device, mesh=mesh, in_specs=ins, out_specs=outs.tree, **names)(*values)
 
 
 def _arrays(letters: Letters, call, compute) -> tuple[list[_Array], _Part]:
@@ -183,6 +193,10 @@ def _divided(array: _Array) -> dict[str, tuple[str, ...]]:
     return {at: tuple(axes) for at, axes in zip(array.letters, entries, strict=True) if isinstance(axes, tuple)}
 
 
+def _sizes(mesh: AbstractMesh, axes) -> str:
+    return " and ".join(f"{axis!r}={mesh.shape[axis]}" for axis in axes)
+
+
 def _spec(maps, axes, letters) -> PartitionSpec:
     entries = (axes.get(maps.get(at), ()) for at in letters)
     return PartitionSpec(*(entry[0] if len(entry) == 1 else entry or None for entry in entries))
@@ -192,9 +206,7 @@ def _axes(letters: Letters, arrays: list[_Array], mesh) -> dict[str, tuple[str, 
     """The mesh axes that divide the letters of `maps.values()`; ValueError where the op cannot run so."""
     maps, found, owners = letters.maps, {}, {}
 
-    def said(axes):
-        return " and ".join(f"{axis!r}={mesh.shape[axis]}" for axis in axes)
-
+    said = functools.partial(_sizes, mesh)
     for array in arrays:
         divided = _divided(array)
         for at, axes in divided.items():

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from .. import arguments, dispatch
+from .. import arguments, dispatch, partition
 from . import call as calls
 from . import mosaic, reference, triton, xla
 from .call import Call, Mask, Stats, Where
@@ -132,6 +132,11 @@ def stick_breaking_weights(
             f"the weights of B={B}, N={N}, T={T}, S={S} take {size / 2**30:,.1f} GiB of at most {_WEIGHTS / 2**30:g}; "
             f"take fewer heads or queries, with query_offset"
         )
+    letters = calls.letters(call)._replace(name="stick_breaking_weights", results="B N T S")
+    return partition.run(letters, call, partition.Bound(_weights))
+
+
+def _weights(call: Call):
     return reference.weights(call)[0]
 
 
