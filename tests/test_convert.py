@@ -217,7 +217,7 @@ def test_an_end_that_no_file_says_is_named_at_the_conversion(words, tmp_path, ca
 
 
 def test_a_byte_model_says_its_end(tmp_path):
-    config = Config(ModelConfig(**SIZES))
+    config = Config(ModelConfig(**SIZES | dict(V=None)))
     export(Loaded(init(config.model, jax.random.key(0)), config, ByteTokenizer(), 0), str(tmp_path / "hf"))
     assert json.loads((tmp_path / "hf/config.json").read_text())["eos_token_id"] == 256
 

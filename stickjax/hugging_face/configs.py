@@ -272,7 +272,7 @@ def to_theirs(c: ModelConfig, T: int) -> dict:
 
 def _effective(c: ModelConfig) -> dict:
     """The fields that decide over the logits, with what None stands for."""
-    stood_for = dict(logits_scaling=_logits_scaling(c), final_norm_eps=_final_norm_eps(c))
+    stood_for = dict(V=c.vocabulary, logits_scaling=_logits_scaling(c), final_norm_eps=_final_norm_eps(c))
     c = dataclasses.replace(c, attention_scale=c.scale, **stood_for)
     free = {*_FREE}
     free |= {"rope_theta"} if c.attention == "stick_breaking" else set()
