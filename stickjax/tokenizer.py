@@ -188,16 +188,13 @@ class HuggingFaceTokenizer(Tokenizer):
         self._tokenizer.encode_special_tokens = not special
         try:
             ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+            if not special and np.isin(ids, self._forbidden).any():  # they are among the pieces of its model
+                ids = [i for token in ids for i in (self._spelling(token) if token in self._forbidden else [token])]
         except Exception as error:  # of a model without a token for what is unknown
             raise ValueError(f"the tokenizer cannot encode {text[:40]!r}: {error}") from error
         finally:
             self._tokenizer.encode_special_tokens = True
-        ids = np.array(ids, token_dtype(self.vocab_size))
-        if special or not np.isin(ids, self._forbidden).any():
-            return ids
-        # Its model has the special token among its own pieces.
-        spelled = [self._spelling(i) if i in self._forbidden else [i] for i in ids.tolist()]
-        return np.array([i for part in spelled for i in part], ids.dtype)
+        return np.array(ids, token_dtype(self.vocab_size))
 
     def _spelling(self, token: int) -> list[int]:
         """The ids of a special token's spelling, letter by letter."""

@@ -191,6 +191,17 @@ def test_no_text_spells_a_special_token_and_a_prompt_does_on_request(folder, sha
         assert tokenizer.decode(ids) == text
 
 
+@pytest.mark.parametrize("text", ["hello </s>", "other"])
+def test_a_text_of_unknown_words_alone_is_one_error(folder, text):
+    shape = Tokenizer(models.WordLevel({"</s>": 0, "hello": 1}, unk_token="<unk>"))
+    shape.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    shape.add_special_tokens([AddedToken("</s>", special=True)])
+    tokenizer = folder(shape)
+    assert tokenizer.encode("hello").tolist() == [1] and tokenizer.encode("hello </s>", special=True).tolist() == [1, 0]
+    with pytest.raises(ValueError, match=f"the tokenizer cannot encode '{text}'"):
+        tokenizer.encode(text)
+
+
 @each_shape
 def test_a_tokenizer_is_saved_and_read_with_all_that_its_folder_says(folder, tmp_path, shape, eot, end, text):
     tokenizer = folder(shape, None, config={"model_type": "x", "eos_token_id": shape.token_to_id(end)})
