@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from stickjax.memory import local_bytes
 from stickjax.options import load_config
 from stickjax.plan import __main__ as command
 from stickjax.plan import aot, chips, flops
@@ -44,7 +45,7 @@ def test_nothing_is_gathered_beyond_the_strategy(planned):
 def test_bytes_are_exact(planned):
     config, machine, step = planned
     arguments = aot.abstract_arguments(config, step.mesh, machine.devices[0])
-    assert step.arguments == aot.local_bytes(arguments)
+    assert step.arguments == local_bytes(arguments)
     assert step.arguments < step.peak < machine.memory
 
 
