@@ -100,8 +100,10 @@ def _prune(words, changes: dict) -> str:
     return f"{words.out} keeps {kept}"
 
 
-def _concentrate(words, changes: dict) -> str:
-    concentrate(words.run, words.out, weight=words.weight, changes=changes)
+def _concentrate(words, changes: dict) -> str | int:
+    result = concentrate(words.run, words.out, weight=words.weight, changes=changes)
+    if result.stopped_by:
+        return 128 + result.stopped_by
     return f"{words.out}: its unused modules are for python -m stickjax.modules prune"
 
 
@@ -166,6 +168,8 @@ def main(argv: list[str] | None = None) -> int:
     if "out" in words and words.function is not _concentrate and Path(words.out).exists():
         raise ValueError(f"{words.out} exists; choose another folder")
     said = words.function(words, parse_changes(read_config(words.run), rest))
+    if isinstance(said, int):  # the exit code of a training that was stopped
+        return said
     print(said)
     return 0
 
