@@ -36,7 +36,7 @@ test-oldest: .venv-oldest/.test
 	JAX_DISABLE_MOST_OPTIMIZATIONS=0 .venv-oldest/bin/python -m pytest $(PARALLEL) -m "not slow" $(FAST:%=tests/test_%.py)
 
 test-absent: .venv-cuda/.test
-	JAX_PLATFORMS=cpu .venv-cuda/bin/python -m pytest tests/test_absent_gpu.py tests/test_absent_triton.py tests/test_plan_absent.py
+	JAX_PLATFORMS=cpu .venv-cuda/bin/python -m pytest tests/test_absent_gpu.py tests/test_absent_triton.py tests/test_plan_absent.py tests/test_lowering.py
 
 # In processes of their own: Triton settles when it is imported whether to compile or to interpret.
 test-triton: .venv-cuda/.test
