@@ -4,8 +4,9 @@ python -m stickjax.launch --processes 8 configs/tiny.py --mesh.data=-1
 python -m stickjax.launch --processes 8 --hosts 2 --host 0 --coordinator HOST:PORT configs/tiny.py --mesh.data=-1
 
 What stands behind the launcher's own words is the command line of `python -m stickjax.train`. With several processes
-each takes one device of the machine; a single one takes them all. SIGTERM and Ctrl-C reach all of them: they save at
-one step, together, and end. When one is lost, all end, and the same command goes on from the last checkpoint.
+each takes one device of the machine; a single one takes them all. SIGTERM, Ctrl-C and a lost terminal reach all of
+them: they save at one step, together, and end. When one is lost, all end, and the same command goes on from the last
+checkpoint.
 """
 
 import argparse

@@ -146,7 +146,7 @@ def test_a_step_that_does_not_fit_is_one_line(tmp_path, capsys, monkeypatch):
 
 
 def test_a_model_is_not_read_where_it_does_not_fit(tmp_path, monkeypatch):
-    run.save(tmp_path / "run", init_state(CONFIG, jax.random.key(0)).params, CONFIG)
+    run.save(tmp_path / "run", jax.jit(lambda: init_state(CONFIG, jax.random.key(0)).params)(), CONFIG)
     monkeypatch.setattr(memory, "free_memory", lambda mesh: Free(1000, "of a test"))
     with pytest.raises(ValueError, match="this does NOT fit: parameters 2[0-9].. KiB, together .* of 1000 B"):
         run.load(tmp_path / "run")

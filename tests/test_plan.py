@@ -1,6 +1,7 @@
 """Plans: work counted by hand, collectives of programs written by hand, exact bytes, what the command says."""
 
 import json
+import re
 import types
 
 import jax
@@ -302,8 +303,11 @@ def test_bad_input_is_one_line(config_file, no_wheels, capsys, words, message):
 
 def test_a_dry_run_writes_nothing(config_file, tmp_path, capsys):
     run = tmp_path / "run"
-    assert train.main([config_file, "--dry-run", "--run", str(run), "--mesh.fsdp=-1"]) == 0
-    assert "8 x cpu" in capsys.readouterr().out and not run.exists()
+    changes = ["--mesh.fsdp=-1", "--model.param_dtype=bfloat16"]
+    assert train.main([config_file, "--dry-run", "--run", str(run), *changes]) == 0
+    said = capsys.readouterr().out
+    assert "8 x cpu" in said and not run.exists()
+    assert re.search(r"state +parameters .* KiB, float32 masters .* KiB, moments", said)
 
 
 @pytest.mark.parametrize("name", chips.CHIPS)
