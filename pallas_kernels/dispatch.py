@@ -95,7 +95,15 @@ def run(op: Op, call: Any, implementation: str | Sequence[str] | None) -> Any:
     wanted = None if implementation is None else tuple(_wanted(implementation))
     compute = partition.Bound(_run_here, (op.name, wanted))
     call = jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, call)
-    return compute(call) if op.letters is None else partition.run(op.letters(call), call, compute)
+    try:
+        return compute(call) if op.letters is None else partition.run(op.letters(call), call, compute)
+    except TypeError as error:  # of a mesh: what a device runs says it by itself
+        if "forward-mode" not in str(error) or str(error).startswith(op.name):
+            raise
+        raise TypeError(
+            f"{op.name} has no forward-mode derivative on this mesh (jax.jvp, jax.jacfwd, jax.linearize); "
+            "take jax.grad, jax.vjp or jax.jacrev"
+        ) from None
 
 
 def _run_here(call: Any, op_name: str, implementation: tuple[str, ...] | None) -> Any:

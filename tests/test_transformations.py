@@ -345,6 +345,23 @@ def test_what_is_no_map_is_refused_in_one_line():
         assert str(error.value).startswith(message) and "\n" not in str(error.value)
 
 
+def test_some_axes_manual_and_others_automatic():
+    """The op runs on the part of the first; what the others divide is XLA's affair."""
+    _, arrays, specs = OPS["expert_mlp"]
+    where = mesh(AxisType.Auto)
+    some = jax.shard_map(mlp("xla"), mesh=where, in_specs=specs, out_specs=ROWS, axis_names={"data"})
+    out = jax.jit(some)(*(jax.device_put(x, NamedSharding(where, spec)) for x, spec in zip(arrays, specs, strict=True)))
+    assert_close(out, expected("expert_mlp")[0], FORWARD["float32"])
+
+
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+def test_forward_mode_on_a_mesh_is_refused_in_one_line(kind):
+    query = put(QUERY, "data", mesh=mesh(kind))
+    attend = functools.partial(stick_breaking_attention, key=KEY, value=VALUE, implementation="xla")
+    with pytest.raises(TypeError, match="^stick_breaking_attention .* no forward-mode derivative .*jax.jacrev"):
+        jax.jvp(attend, (query,), (query,))
+
+
 def test_what_divides_one_array_divides_the_others():
     """Arrays that lie whole on every device are cut, which sends nothing."""
     divide = functools.partial(put, mesh=explicit(2, 2))

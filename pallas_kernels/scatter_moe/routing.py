@@ -93,6 +93,19 @@ def _sorted(expert_indices, num_experts: int):
         order = jnp.argsort(experts, stable=True).astype(jnp.int32)
     inverse = jnp.zeros_like(order).at[order].set(slots, unique_indices=True)
     firsts = jnp.arange(num_experts + 1, dtype=jnp.int32)
-    # Unrolled: as a loop every step would be a kernel of its own on a GPU.
-    offsets = jnp.searchsorted(experts[order], firsts, method="scan_unrolled").astype(jnp.int32)
-    return order, inverse, offsets
+    return order, inverse, first_places(experts[order], firsts)
+
+
+def first_places(rows, values, *, after: bool = False):
+    """Where each value would stand first among sorted rows; `after` its equals. As `jnp.searchsorted`, int32.
+
+    That raises in a shard_map over some of the axes of a mesh (JAX 0.12.0). Unrolled: as a loop every step would be a
+    kernel of its own on a GPU.
+    """
+    low, high = jnp.zeros_like(values, jnp.int32), jnp.full_like(values, rows.shape[0], jnp.int32)
+    for _ in range(rows.shape[0].bit_length()):
+        middle = low + (high - low) // 2
+        row = rows[jnp.minimum(middle, rows.shape[0] - 1)]
+        is_further = (low < high) & (row <= values if after else row < values)
+        low, high = jnp.where(is_further, middle + 1, low), jnp.where(is_further, high, middle)
+    return low

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from .call import Rows
-from .routing import Routing
+from .routing import Routing, first_places
 
 
 class Tasks(NamedTuple):
@@ -37,7 +37,7 @@ def tasks(routing: Routing, M: int) -> Tasks:
     tiles = -(-rows // M)
     ends = jnp.cumsum(tiles).astype(jnp.int32)
     number = jnp.arange(R // M + min(E + 1, R), dtype=jnp.int32)
-    expert = jnp.minimum(jnp.searchsorted(ends, number, side="right", method="scan_unrolled"), E).astype(jnp.int32)
+    expert = jnp.minimum(first_places(ends, number, after=True), E)
     before = ends - tiles
     row = starts[expert] + (number - before[expert]) * M
     position = row[:, None] + jnp.arange(M, dtype=jnp.int32)[None]

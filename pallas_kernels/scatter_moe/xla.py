@@ -24,7 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 from .. import cost, seam
 from ..arguments import sum_type
 from .call import ACTIVATIONS, PRE_ACTIVATION, LinearCall, MlpCall
-from .routing import Routing
+from .routing import Routing, first_places
 
 _MANY_ROWS = 512  # of every expert together: a CPU takes them in pieces of about as many
 _WIDE = 256  # of x: below, to compute the pre-activation again measured faster on CPUs than to write and to read it
@@ -254,7 +254,7 @@ def _map_blocks(block, weights, arrays, in_rows, out_rows, routing: Routing):
 
     def rest(i, state):
         outs, sums = state
-        e = jnp.searchsorted(blocks, i, side="right")
+        e = first_places(blocks, i, after=True)
         before = jnp.where(e > 0, blocks[e - 1], 0)
         p = starts[e] + C + (i - before) * size + jnp.arange(size)
         rows_out, expert_sums = run(
