@@ -143,7 +143,8 @@ def in_one_line(error: BaseException) -> str:
     'a.py: No such file or directory'
     """
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {REASONS.get(error.errno, error.strerror)}"
+        own = error.strerror != os.strerror(error.errno or 0)  # words of ours, which say more than the system's
+        return f"{error.filename}: {error.strerror if own else REASONS.get(error.errno, error.strerror)}"
     return " ".join(line.strip() for line in str(error).splitlines()) or type(error).__name__
 
 
