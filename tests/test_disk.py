@@ -23,10 +23,12 @@ from stickjax.run import Loaded, save
 def limit():
     """`limit(n)`: no file may have more than n bytes, as on a disk with so many left."""
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    jax.config.update("jax_enable_compilation_cache", False)  # it writes files, too
+    seconds = jax.config.jax_persistent_cache_min_compile_time_secs
+    # The compilation cache writes files, too; once it is in use, JAX no longer looks whether it is enabled.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    jax.config.update("jax_enable_compilation_cache", True)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
     signal.signal(signal.SIGXFSZ, handler)
 
 
