@@ -46,7 +46,8 @@ def expert_linear(
       [T*k, F], or [T, F] with gates, in the type of x.
 
     Raises:
-      ValueError: shapes or dtypes that do not fit, named by their letters; gates together with `grouped_out`.
+      ValueError: shapes or dtypes that do not fit, named by their letters; gates together with `grouped_out`;
+        arrays that a mesh divides along other axes than T and F (docs/transformations.md).
       TypeError: a forward-mode derivative (`jax.jvp`), which only the reference has.
 
     Source: "Scattered Mixture-of-Experts Implementation", arXiv 2403.08245 (ParallelLinear).
@@ -92,7 +93,8 @@ def expert_mlp(
       [T, D] in the type of x. A token without experts gives exactly zero.
 
     Raises:
-      ValueError: shapes or dtypes that do not fit, named by their letters; an unknown activation.
+      ValueError: shapes or dtypes that do not fit, named by their letters; an unknown activation; arrays that a
+        mesh divides along other axes than T (docs/transformations.md).
       TypeError: a forward-mode derivative (`jax.jvp`), which only the reference has.
 
     Source: "Scattered Mixture-of-Experts Implementation", arXiv 2403.08245.

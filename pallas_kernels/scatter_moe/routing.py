@@ -17,6 +17,7 @@ class Routing(NamedTuple):
 
     `order` [R]: the slot of every sorted row. `inverse` [R]: the sorted row of every slot. `offsets` [E+1]: where each
     expert's rows begin and end. `expert_indices` [T,k]: from 0 to E. Slots without an expert (index E) sort last.
+    On a mesh the first three are of the rows of all devices; there an expert op sorts the rows of each device anew.
     """
 
     order: jax.Array

@@ -69,7 +69,8 @@ def stick_breaking_attention(
       a third.
 
     Raises:
-      ValueError: shapes or dtypes that do not fit, named by their letters.
+      ValueError: shapes or dtypes that do not fit, named by their letters; arrays that a mesh divides along other axes
+        than B, N and K (docs/transformations.md).
       NotImplementedError: a named implementation cannot run this call.
       TypeError: a forward-mode derivative (`jax.jvp`), which only the reference has.
 
