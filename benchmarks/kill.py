@@ -31,7 +31,7 @@ CONFIG = Config().replace(
         "train.steps": 60, "train.log_every": 1, "train.checkpoint_every": 5, "optim.peak_lr": 0.01,
     }
 )  # fmt: skip
-START = 10  # seconds in which a program that is compiled has begun to train, or nearly
+START = 3  # seconds; no program has begun to train so soon
 CLOCK = ("tokens_per_second", "mfu")
 
 
@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
             where = f"{delay:.2f} s after the start"
         else:
             step = training.until(max(1, int(moment)))
-            delay = rng.uniform(0, 0.05)
+            delay = rng.uniform(0, 0.02)
             time.sleep(delay)
             where = f"{1000 * delay:.0f} ms after step {step}"
         training.kill()
