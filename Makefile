@@ -31,7 +31,7 @@ test-large: .venv/.test
 # Most of the time goes into compiling, which one core does at a time. The files of a worker share its fixtures.
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 # The fast ones: compiling every case of the ops takes longer than all of these.
-FAST := config data dispatch optim checkpoint models moa sharding processes step train readme
+FAST := config data dispatch transformations optim checkpoint models moa sharding processes step train readme
 test-oldest: .venv-oldest/.test
 	JAX_DISABLE_MOST_OPTIMIZATIONS=0 .venv-oldest/bin/python -m pytest $(PARALLEL) -m "not slow" $(FAST:%=tests/test_%.py)
 
