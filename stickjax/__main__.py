@@ -1,4 +1,4 @@
-"""All commands by their names: `stickjax train tiny`, or without the script `python -m stickjax train tiny`."""
+"""The program `stickjax` runs every command by its name: `stickjax train tiny` or `python -m stickjax train tiny`."""
 
 import importlib
 import sys
@@ -7,26 +7,29 @@ from stickjax import __version__
 from stickjax.command import UsageError, command, end_on_interrupt
 from stickjax.fields import nearest
 
-# The module of each command, imported when it is used, and what it does.
+# Name of each command: its module, which is imported when the command runs, and what the command does.
 COMMANDS = {
     "train": ("stickjax.train", "train a config; resume, branch or begin with the parameters of another run"),
-    "evaluate": ("stickjax.evaluate", "the held-out loss of runs, at and beyond the length of their training"),
+    "evaluate": ("stickjax.evaluate", "the held-out loss of runs, at their training length and beyond"),
     "generate": ("stickjax.generate", "continue a prompt"),
     "convert": ("stickjax.convert", "models to and from the Hugging Face layout"),
-    "plan": ("stickjax.plan.__main__", "what a step takes on GPUs that need not be there"),
-    "sweep": ("stickjax.sweeps", "coordinate checks, learning rates, and the law of the Power schedule"),
+    "plan": ("stickjax.plan.__main__", "the time and memory of a training step on GPUs that need not be there"),
+    "sweep": ("stickjax.sweeps", "coordinate checks, learning rates, and the fit of the Power schedule"),
     "launch": ("stickjax.launch", "train in several processes"),
-    "data": ("stickjax.data", "make token files of text"),
+    "data": ("stickjax.data", "make token files from text, and verify them"),
     "modules": ("stickjax.modules.__main__", "extend, freeze, concentrate, prune and report on experts"),
 }
-HELP = "usage: stickjax COMMAND ...\n\n{}\n\nstickjax COMMAND --help says more; stickjax --version the version".format(
-    "\n".join(f"  {name:<10}{doc}" for name, (_, doc) in COMMANDS.items())
-)
+_LIST = "\n".join(f"  {name:<10}{doc}" for name, (_, doc) in COMMANDS.items())
+HELP = f"""usage: stickjax COMMAND ...
+
+{_LIST}
+
+stickjax COMMAND --help describes a command; stickjax --version prints the version"""
 
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    name, *rest = sys.argv[1:] if argv is None else argv or [None]
+    name, *rest = (sys.argv[1:] if argv is None else argv) or [None]
     if name in (None, "-h", "--help", "help"):
         print(HELP)
         return 0

@@ -50,10 +50,10 @@ def accuracy(
       thresholds: of halting; None: the config's.
       max_pairs: at most so many of a bucket, the same for every threshold.
       B: pairs in one call of the model, at most.
-      say: gets a line about every bucket before it is evaluated.
+      say: is called with one line of progress before each bucket is evaluated.
 
     Raises:
-      ValueError: `max_pairs` below 1, or a bucket of which no pairs were drawn.
+      ValueError: `max_pairs` below 1, or a bucket without pairs.
 
     Returns:
       A record {"bucket", "threshold", "accuracy", "majority" (the share of the commonest label), "depth" (blocks that a

@@ -8,8 +8,8 @@ A run folder holds data, nothing in it is ever executed: config.json, metrics.js
 
 A checkpoint is written as `<step>.tmp` and renamed when it is complete. Two kinds of sums, because Orbax must
 not be fed damaged files (it prints pages, and trusts sizes), and because what Orbax wrote may not be what was
-on the device. The first checkpoint that a process writes is read back before it is renamed: a path or a file system
-that loses data is found then.
+on the device. The first checkpoint that a process writes is read back before it is renamed. This detects a path or a
+file system that loses data.
 """
 
 import base64
@@ -59,7 +59,7 @@ class Checkpoints(contextlib.AbstractContextManager):
     """The newest `keep` checkpoints of a run, in `run_folder/checkpoints/<step>`.
 
     One process, or the processes of one run, write at a time: `with Checkpoints(folder)` takes the lock of the run
-    folder, and is a ValueError when somebody else has it. To read, no lock is needed.
+    folder, and raises ValueError when another process holds it. Reading needs no lock.
 
     >>> import tempfile
     >>> folder, state = tempfile.mkdtemp(), {"params": {"w": jnp.arange(3.0)}, "key": jax.random.key(0)}
@@ -90,9 +90,9 @@ class Checkpoints(contextlib.AbstractContextManager):
     def save(self, step: int, state, extra: dict) -> None:
         """Save without waiting for the disk: once this returns, `state` may be donated or changed.
 
-        The first save waits: it is read back before it counts. Every other one waits for the save before. A checkpoint
-        at `step` or later was damaged or belongs to a future that is trained again: it is renamed to `<step>.aside`,
-        never overwritten or deleted.
+        The first save waits until its checkpoint is read back. Every later save waits for the previous one. A
+        checkpoint at `step` or later was damaged or belongs to a future that is trained again: it is renamed to
+        `<step>.aside`, never overwritten or deleted.
 
         Args:
           step: later than the last one saved or restored here.
@@ -114,7 +114,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         # Orbax refuses arrays of size 0; the manifest alone describes them.
         arrays = {name: a for name, a in arrays.items() if a.size}
         if self._lock is not None:
-            self._lock.check()  # what lies there may be another's by now
+            self._lock.check()  # raises if another process has taken the folder over
         with self._saving(step):
             if processes.is_writer():
                 self._make_room(step)
@@ -215,7 +215,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         sync_folder(path.parent)
 
     def _read_back(self, step: int, arrays: dict[str, jax.Array]) -> None:
-        """DamagedCheckpoint unless a checkpoint that is not renamed yet holds these arrays; few are read at a time."""
+        """Raise DamagedCheckpoint unless `<step>.tmp` holds these arrays; about READ_BACK_BYTES are read at a time."""
         folder = self.folder / f"{step}.tmp"
         manifest = processes.shared(partial(_read_manifest, folder, step), raises=DamagedCheckpoint)
         specs: dict[str, jax.ShapeDtypeStruct] = {}
@@ -248,7 +248,7 @@ class Checkpoints(contextlib.AbstractContextManager):
                 shutil.rmtree(self.folder / f"{step}.tmp", ignore_errors=True)
             code = system_error(error) or errno.EIO
             reason = REASONS.get(code) or _line(error)
-            message = f"the checkpoint of step {step} was not saved: {reason}; there are {self.steps()}"
+            message = f"the checkpoint of step {step} was not saved: {reason}; the run has checkpoints {self.steps()}"
             raise OSError(code, message, str(self.folder)) from error
 
 

@@ -8,8 +8,11 @@ import jax.numpy as jnp
 
 
 def checksum(array) -> int:
-    """Waits for the sum: of programs that add over devices only one may be under way, or the threads of a CPU that
-    stands for many devices wait for one another, each in another program."""
+    """The checksum of an array. Waits for the result.
+
+    Only one program that sums over devices may run at a time: where one CPU has several virtual devices, the threads of
+    two such programs would wait for each other for ever.
+    """
     return int(_mixed_sum(array))
 
 
@@ -32,6 +35,7 @@ def _mixed_sum(array):
 
 
 def crc32_of(path: Path) -> int:
+    """The crc32 of a file, which is read in blocks."""
     crc32 = 0
     with path.open("rb") as file:
         while block := file.read(1 << 22):

@@ -1,8 +1,8 @@
-"""What all commands have in common: how they read their words, and how they end.
+"""What all commands share: how they parse the command line, and how they end.
 
-Exit code 0: done. 1: an error in one line on stderr, which says what the user can put right. 2: the same for words that
-the command does not know. 130: Ctrl-C. 141: nobody reads what it prints, as in `... | head`. Any other exception is a
-bug and comes with its traceback.
+Exit codes: 0, success. 1, an error that the user can correct, in one line on stderr. 2, a wrong command line, in one
+line as well. 130, Ctrl-C. 141, the output pipe was closed, as in `... | head`. Any other exception is a bug and is
+raised with its traceback.
 """
 
 import argparse
@@ -19,19 +19,20 @@ from stickjax.config import field_names
 from stickjax.disk import REASONS
 from stickjax.fields import SEED, checked
 from stickjax.options import parse_value
+from stickjax.sources import printable
 from stickjax.synonyms import suggestion
 
-# These are said in one line. Everything else is a bug.
+# Errors of these types are printed as one line. Any other exception is a bug.
 CLEAR = (ValueError, OSError, FloatingPointError, OverflowError, MemoryError, NotImplementedError)
 INTERRUPTED, NOBODY_READS = 128 + signal.SIGINT, 128 + signal.SIGPIPE
 
 
 class UsageError(ValueError):
-    """The words of a command line are not those of the command."""
+    """The command line has an option or an argument that the command does not take."""
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, with the nearest name for an option that does not exist."""
+    """An argument parser that raises UsageError, with the nearest name for an unknown option."""
 
     def __init__(self, *, prog: str | None = None, **options):
         if prog is not None and os.path.basename(sys.argv[0]) == "stickjax":
@@ -49,11 +50,11 @@ class Parser(argparse.ArgumentParser):
         return words
 
     def parse_with_fields(self, argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-        """The command's own words, and the `--section.field=value` of a config."""
+        """Split a command line into the command's own arguments and the `--section.field=value` of a config."""
         words: list[str] = []
         for word in sys.argv[1:] if argv is None else argv:
             if words and re.fullmatch(r"--\w+\.\w+", words[-1]) and not word.startswith("--"):
-                words[-1] += f"={word}"  # else argparse takes the value for a run or a config
+                words[-1] += f"={word}"  # otherwise argparse takes the value as RUN or CONFIG
             else:
                 words.append(word)
         found, rest = self.parse_known_args(words)
@@ -65,7 +66,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind: type, **bounds: float) -> Callable[[str], int | float]:
-    """The `type` of an argument that is a number within bounds, as those of a config's `field`.
+    """An argparse `type` for numbers within bounds, which are those of `stickjax.fields.field`.
 
     >>> number(int, at_least=1)("1e6")
     1000000
@@ -84,7 +85,7 @@ SEED_TYPE = number(int, at_least=0, at_most=SEED)
 
 
 def _options(parser: argparse.ArgumentParser) -> list[str]:
-    """The words of a parser and of its subcommands: --options and POSITIONAL ones."""
+    """The names of all arguments of a parser and of its subcommands: --options and POSITIONAL arguments."""
     parsers = [parser]
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -94,7 +95,7 @@ def _options(parser: argparse.ArgumentParser) -> list[str]:
 
 
 def command(main: Callable[[list[str] | None], int | None]) -> Callable[..., int]:
-    """Make `main(argv)` end as all commands do: it returns an exit code and raises only what is a bug.
+    """Wrap `main(argv)`: it then returns an exit code for every expected error, and raises only for a bug.
 
     >>> @command
     ... def main(argv):
@@ -124,12 +125,12 @@ def command(main: Callable[[list[str] | None], int | None]) -> Callable[..., int
             except CLEAR as error:
                 code = _fail(f"error: {in_one_line(error)}", error)
                 if isinstance(error, OSError):
-                    drop_output()  # a full disk, where Python would say so again at its end
+                    drop_output()  # on a full disk Python would report the error again at exit
                 return 2 if isinstance(error, UsageError) else code
             except Exception as error:
                 if isinstance(error, RuntimeError) and str(error).startswith("RESOURCE_EXHAUSTED: Out of memory"):
                     return _fail(f"error: {in_one_line(error).partition(': ')[2]}", error)
-                if _several_processes():  # the others must not wait for this one
+                if _several_processes():  # the other processes must not wait for this one
                     _fail("".join(traceback.format_exception(error)).rstrip(), error)
                 raise
 
@@ -137,19 +138,20 @@ def command(main: Callable[[list[str] | None], int | None]) -> Callable[..., int
 
 
 def in_one_line(error: BaseException) -> str:
-    """The message of an error; of an error with a file the path and the reason.
+    """The message of an error in one line; for an OSError with a file name, the path and the reason.
 
     >>> in_one_line(FileNotFoundError(2, "No such file or directory", "a.py"))
     'a.py: No such file or directory'
     """
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        own = error.strerror != os.strerror(error.errno or 0)  # words of ours, which say more than the system's
-        return f"{error.filename}: {error.strerror if own else REASONS.get(error.errno, error.strerror)}"
+        own = error.strerror != os.strerror(error.errno or 0)  # our own message, which says more than the system's
+        reason = error.strerror if own else REASONS.get(error.errno, error.strerror)
+        return f"{printable(str(error.filename))}: {reason}"
     return " ".join(line.strip() for line in str(error).splitlines()) or type(error).__name__
 
 
 def say_error(line: str) -> None:
-    """Print to stderr, which may be closed."""
+    """Print a line to stderr; do nothing if stderr is closed."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         print(line, file=sys.stderr, flush=True)
 
@@ -178,7 +180,7 @@ def _interrupts_raise():
 
 
 def _print_what_a_terminal_can() -> None:
-    """From now on a character that the terminal does not have is printed as '?', and is no error."""
+    """From now on, print '?' for a character that the encoding of stdout lacks, instead of raising an error."""
     if getattr(sys.stdout, "errors", None) == "strict" and hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
 
@@ -195,7 +197,7 @@ def _fail(line: str, error: BaseException) -> int:
 
 
 def drop_output() -> None:
-    """Forget what is left in stdout where it cannot be written: Python would try once more at its end."""
+    """Discard the buffer of stdout if it cannot be written; otherwise Python would try to write it again at exit."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         sys.stdout.flush()
         return

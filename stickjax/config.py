@@ -34,7 +34,7 @@ class DataConfig:
     heldout_every: int = field(10, "one document in this many is held out", at_least=2)
     tokenizer: str = field("byte", "byte, or the path of a Hugging Face tokenizer.json")
     eot: str | None = field(
-        None, "added token of the tokenizer.json that ends a text, such as '<|im_end|>'; None: what its folder says"
+        None, "added token of the tokenizer.json that ends a text, such as '<|im_end|>'; None: as its folder says"
     )
     text_field: str = field("text", "field of a jsonl line that holds the text")
     examples: int = field(
@@ -54,7 +54,9 @@ class DataConfig:
             if source in self.sources[:i]:
                 raise ValueError(f"source={self.source!r} names {source!r} twice")
         if self.tokenizer == "byte" and self.eot is not None:
-            raise ValueError(f"eot={self.eot!r} needs a tokenizer.json; the end of text of tokenizer='byte' is an id")
+            raise ValueError(
+                f"eot={self.eot!r} needs a tokenizer.json in data.tokenizer; 'byte' has an end of text of its own"
+            )
         if len(self.sources) > 1 and self.heldout_path is not None:
             raise ValueError(f"heldout_path={self.heldout_path!r} needs one source, not source={self.source!r}")
         stored = [source for source in self.sources if source in ("text", "tokens")]
@@ -162,9 +164,9 @@ class Config:
             self.check_lengths()
 
     def check_lengths(self, step: int = 0, tokens: int = 0) -> None:
-        """ValueError where the warmup and the decay do not fit into a run that begins at `step` with so many tokens.
+        """Raise ValueError unless warmup and decay fit into a run that begins at `step`, after `tokens` tokens.
 
-        A run that goes on from another one may have warmed up with larger batches, so a config alone cannot tell.
+        A run that continues another one may have warmed up with larger batches, so the config alone does not decide.
         """
         total = tokens + (self.train.steps - step) * self.data.tokens_per_step
         if self.optim.warmup_tokens + self.optim.decay_tokens > total:
@@ -176,7 +178,7 @@ class Config:
 
     @property
     def total_tokens(self) -> int:
-        """Tokens of a run that has these batches from its beginning."""
+        """Tokens of a run in which every step has this B and T."""
         return self.train.steps * self.data.tokens_per_step
 
     def replace(self, changes: dict[str, Any]) -> "Config":
@@ -194,10 +196,10 @@ class Config:
 
     @classmethod
     def from_dict(cls, tree: dict) -> "Config":
-        """Read a stored config, checked as the words of a command line are; fields that are missing have defaults.
+        """Read a stored config, with the same checks as for a command line; missing fields have their defaults.
 
         Raises:
-          ValueError: this is no config, or it has a section or a field that does not exist, or a value that is wrong.
+          ValueError: `tree` is not a config, or it has an unknown section, an unknown field or a wrong value.
         """
         if not isinstance(tree, dict):
             raise ValueError(f"a config is an object with the sections {', '.join(_SECTIONS)}, not {shown(tree)}")
@@ -235,14 +237,14 @@ _FAMILIES = {"decoder": ModelConfig, "sut": SutConfig}
 
 @functools.cache
 def field_names(*models: type) -> list[str]:
-    """'section.field' for every field of the configs of these classes of models; of all of them by default."""
+    """'section.field' for every field of a config with one of these model classes; by default, with any of them."""
     sections = [(s.name, s.default_factory) for s in dataclasses.fields(Config) if s.name != "model"]
     sections = [("model", model) for model in models or _FAMILIES.values()] + sections
     return list(dict.fromkeys(f"{name}.{f.name}" for name, section in sections for f in dataclasses.fields(section)))
 
 
 def locate(config: Config, key: str) -> tuple[str, str]:
-    """Section and field of the key 'section.field'; ValueError, with what was probably meant, for an unknown one."""
+    """Section and field of the key 'section.field'; for an unknown key, ValueError with the nearest one."""
     known = field_names(type(config.model))
     if key not in known:
         raise ValueError(f"unknown config key {key!r}{suggestion(key, known)}")

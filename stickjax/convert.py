@@ -78,7 +78,7 @@ def convert(
       path: the folder to write, which does not exist yet.
       step: which checkpoint of a run; None: the newest.
       shard_bytes: as in `export`.
-      eot: the added token that ends a text, `data.eot`; None: what the folder says.
+      eot: the added token that ends a text, `data.eot`; None: the one that the folder names.
 
     Raises:
       ValueError: what `stickjax.load` raises for the folder, and `export` for the model; nothing is left behind.
@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("out", help="the folder to write, the other of the two; it must not exist")
     parser.add_argument("--step", type=int, help="which checkpoint of a run; the newest by default")
     parser.add_argument("--shard-bytes", type=float, default=SHARD_BYTES, help="largest file (default 5e9)")
-    parser.add_argument("--eot", metavar="TOKEN", help="added token that ends a text, if no file of the folder says it")
+    parser.add_argument("--eot", metavar="TOKEN", help="added token that ends a text, if the folder names none")
     words = parser.parse_args(argv)
     if not 1 <= words.shard_bytes < math.inf:
         raise ValueError(f"--shard-bytes={words.shard_bytes} must be a number of bytes, at least 1")

@@ -20,7 +20,7 @@ _BLOCK = 2**22  # tokens looked at together where a file must not be read whole
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """One token stream: documents one after the other, each as `tokenizer.document` has it."""
+    """One token stream: documents one after the other, each encoded by `tokenizer.document`."""
 
     tokens: np.ndarray  # [n], uint8, uint16 or uint32; a memmap for token files
     tokenizer: Tokenizer

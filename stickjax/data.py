@@ -62,10 +62,10 @@ def make_batch(windows: np.ndarray, eot: int, bos: int | None = None) -> dict[st
     `tokens` and `targets` (int32) are the window without its last and its first token. `segment_ids` (int32)
     number the documents within the window. `loss_mask` (bool) is False where a target is not trained.
 
-    A text begins in training as it does in sampling. As a target an end of text belongs to the document that it ends;
-    as an input it is the first token of the next one, so that a document's first token is what follows it. Where the
-    next document begins with a token of its own, `bos`, the end of text is the last input of its document, and what
-    follows it is not trained.
+    A text begins in training as it does in sampling. As a target, an end of text belongs to the document that it ends.
+    As an input, it is the first token of the next document: that document's first token is predicted from it. If the
+    next document begins with `bos`, the end of text is the last input of the document that it ends, and its target,
+    `bos`, is not trained.
 
     >>> {name: array.tolist() for name, array in make_batch(np.array([[7, 8, 9, 5]]), eot=8).items()}
     {'tokens': [[7, 8, 9]], 'targets': [[8, 9, 5]], 'segment_ids': [[0, 1, 1]], 'loss_mask': [[True, True, True]]}
@@ -247,16 +247,16 @@ def pair_examples(config: Config, part: str, **options) -> Examples:
 class EvalWindows:
     """Held-out windows of at most M * T targets, each inside one document; M is the largest of `lengths`."""
 
-    tokens: np.ndarray  # [W, longest + 1], int32; the first is what the first target follows
-    targets: np.ndarray  # [W], how many targets a window has; what is behind them is padding
+    tokens: np.ndarray  # [W, longest + 1], int32; the first token is the input of the first target
+    targets: np.ndarray  # [W], the number of targets of each window; the rest of its row is padding
     T: int
     lengths: tuple[int, ...]  # multiples of T that some document reaches
-    bytes: int  # of text that all targets together stand for
+    bytes: int  # of the text of all targets
 
     def pieces(self, m: int) -> tuple[np.ndarray, np.ndarray]:
-        """The windows cut into contexts of m * T tokens, and which targets are real: [P, size + 1] and [P, size].
+        """Cut the windows into contexts of m * T tokens: (tokens [P, size + 1], mask of real targets [P, size]).
 
-        Every target of the windows is in one piece, whatever m is. `size` is m * T, or less if all documents are short.
+        For every m, each target is in exactly one piece. `size` is m * T, or less if all documents are short.
         """
         W, longest = len(self.tokens), self.tokens.shape[1] - 1
         size = min(m * self.T, -(-longest // 64) * 64)
@@ -275,11 +275,11 @@ def heldout_windows(
     """Windows to evaluate contexts of m * T tokens for every m of `lengths` on the same targets.
 
     No window crosses a document. A document begins as in training: with its own first token if that is the tokenizer's
-    bos, else behind an end of text; all tokens after that are targets, its end of text among them.
+    bos, otherwise after an end of text. All later tokens are targets, including the document's end of text.
 
-    Windows of M * T targets come first, M the largest length: one from each document before a second from any, in an
-    order set by `seed`. Then comes what is left of the documents: whole short ones, and ends of longer ones. Windows
-    are taken as long as `max_tokens` allows, and at least one.
+    Windows of M * T targets come first, where M is the largest length: one from each document before a second from any,
+    in an order set by `seed`. Then come the remaining parts: whole short documents, and the ends of longer ones. At
+    least one window is taken, and then as many as have no more than `max_tokens` targets together.
 
     Lengths that no document reaches are left out, which is logged; the smallest always stays.
 
@@ -315,18 +315,18 @@ def heldout_windows(
     windows = []
     for document, first, n in sorted(chosen):
         start = starts[document] + first
-        own = first or (start and corpus.tokens[start - 1] == bos)  # what is before it is of the same document
+        own = first or (start and corpus.tokens[start - 1] == bos)  # the token before belongs to the same document
         before = corpus.tokens[start - 1] if own else eot
         windows.append(np.append(before, corpus.tokens[start : start + n]).astype(np.int32))
     targets = np.array([len(window) - 1 for window in windows])
     tokens = np.stack([np.pad(window, (0, targets.max() + 1 - len(window))) for window in windows])
-    # Less what stands before the first target; with it decoding knows what that target follows.
+    # Each window is decoded with the token before its first target, whose own bytes are then subtracted.
     count = corpus.tokenizer.count_bytes
     return EvalWindows(tokens, targets, T, kept, sum(count(window) - count(window[:1]) for window in windows))
 
 
 def _parts(targets: np.ndarray, size: int, seed: int) -> Iterator[tuple[int, int, int]]:
-    """Documents of `targets` [documents] cut in parts: which one, its first target, how many; the full parts first."""
+    """Cut documents into parts of `size` targets: (document, first target, number of targets), the full parts first."""
     rng = np.random.default_rng(seed)
     order, turn = rng.permutation(np.flatnonzero(targets >= size)), 0
     while len(order := order[targets[order] >= (turn + 1) * size]):
@@ -346,7 +346,7 @@ def main(argv: list[str] | None = None) -> None:
     one.add_argument("source", metavar="SOURCE", help="text file, .jsonl file or folder")
     one.add_argument("out", metavar="OUT", help="OUT.bin and OUT.json are written")
     one.add_argument("--tokenizer", default="byte", help="byte, or the path of a tokenizer.json")
-    one.add_argument("--eot", help="added token that ends a text, where the tokenizer's folder names none")
+    one.add_argument("--eot", help="added token that ends a text, if the tokenizer's folder names none")
     one.add_argument("--text-field", default="text", help="field of a jsonl line that holds the text")
     one = commands.add_parser("verify", help="read a token file and compare it with its sha256")
     one.add_argument("out", metavar="OUT", help="the token file OUT.bin with its OUT.json")

@@ -1,4 +1,4 @@
-"""Files that are there when they are complete or not at all, and one clear reason when the disk refuses one."""
+"""Write files completely or not at all, and give one clear reason when the disk refuses a file."""
 
 import contextlib
 import errno
@@ -12,7 +12,7 @@ REASONS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
     errno.EROFS: "the file system is read-only",
-    errno.EFBIG: "the file is larger than it may be here",
+    errno.EFBIG: "the file exceeds the size limit, such as ulimit -f",
 }
 _TEXTS = {os.strerror(code): code for code in REASONS}
 
@@ -32,7 +32,7 @@ def system_error(error: BaseException) -> int | None:
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike) -> Iterator[None]:
-    """An error of the disk says what is wrong and that it happened while `path` was written; it becomes an OSError.
+    """Turn an error of the disk into an OSError with the reason and with `path`, the file that is being written.
 
     >>> with writing("run/config.json"):
     ...     raise OSError(errno.ENOSPC, "No space left on device", "run/config.json.tmp")
@@ -50,7 +50,7 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
 
 
 def write_file(path: str | os.PathLike, content: str | bytes) -> None:
-    """Write a file at once: a reader finds the old content or the new one, and an error leaves the old one.
+    """Replace a file atomically: a reader finds the old content or the new one, and an error leaves the old one.
 
     Raises OSError, with the reason and `path`.
     """
@@ -70,7 +70,7 @@ def write_file(path: str | os.PathLike, content: str | bytes) -> None:
 
 
 def sync_folder(folder: str | os.PathLike) -> None:
-    """Wait until the names in a folder would survive a loss of power, where the file system can tell."""
+    """Flush the entries of a folder, so that a rename survives a power loss; without effect if it cannot be flushed."""
     number = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):

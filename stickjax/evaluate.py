@@ -4,7 +4,8 @@ python -m stickjax.evaluate RUN [RUN ...] [--lengths 1,2,4] [--plot PNG]
 
 A classifier of pairs is evaluated by `stickjax.accuracy` instead.
 
-Numbers and pictures are kept in the run folders, unless they cannot be written or are in the Hugging Face layout.
+Numbers and pictures are written into the run folders. Nothing is written into a folder that is read-only or in the
+Hugging Face layout.
 """
 
 import math
@@ -70,7 +71,7 @@ def evaluate(
       lengths: multiples of T; each must divide the largest. Those that no document reaches are left out.
       max_tokens: targets to score.
       batch_tokens: tokens in one call of the model.
-      say: gets a line about every length before it is evaluated.
+      say: is called with one line of progress before each length is evaluated.
 
     Returns:
       A record {"multiple", "context", "bits_per_byte", "bits_per_token", "tokens", "bytes", "text"} per length; of a
@@ -119,7 +120,7 @@ def depths(model: LanguageModel, config: Config, *, lines: int = 4, T: int = 64)
 def table(runs: dict[str, Records]) -> Table:
     """Bits per byte, a row per run and a column per multiple of T.
 
-    The heading of a column has the context if it is the same for all runs; else every cell has its own.
+    The heading of a column shows the context if all runs share it; otherwise every cell shows its own.
     """
     contexts: dict[int, set[int]] = {}
     for record in (record for records in runs.values() for record in records):
@@ -139,7 +140,7 @@ def table(runs: dict[str, Records]) -> Table:
 
 
 def names(runs: Iterable[str]) -> dict[str, Path]:
-    """The folders of runs, by the shortest ends of their paths that tell them apart; each folder once.
+    """{name: folder} of runs: the name is the shortest end of the path that no other run has; each folder occurs once.
 
     >>> list(names(["x/run", "y/run", "/data/old", "x/run/"]))
     ['x/run', 'y/run', 'old']
@@ -182,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError("classifiers and language models are not compared: evaluate them in two commands")
     pairs = classes != {0}
     if words.plot and not Path(words.plot).absolute().parent.is_dir():
-        raise ValueError(f"--plot={words.plot}: {printable(Path(words.plot).parent)} is no folder")
+        raise ValueError(f"--plot={words.plot}: {printable(Path(words.plot).parent)} is not a folder; make it first")
     results, places = {}, {}
     for name, run in runs.items():
         say_error(f"{name}: reading the parameters")

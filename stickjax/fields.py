@@ -1,4 +1,4 @@
-"""Fields of a config: each has a default, a type, a sentence and bounds; `check_fields` holds its value to them."""
+"""Fields of a config: each has a default, a type, a sentence and bounds; `check_fields` checks the values."""
 
 import dataclasses
 import difflib
@@ -12,8 +12,8 @@ import typing
 from typing import Any, Literal
 
 BYTES = 257  # ids of a vocabulary of bytes and the end of text
-LARGEST = 10**15  # a whole number without a bound of its own; above it arithmetic on sizes overflows somewhere
-SEED = 2**31 - 1  # the largest seed that is another one in every random number generator
+LARGEST = 10**15  # the bound of whole numbers without a bound of their own; arithmetic on larger sizes may overflow
+SEED = 2**31 - 1  # the largest seed; some random number generators do not tell larger ones apart
 
 _BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}
@@ -61,7 +61,7 @@ def check_fields(config) -> None:
 
 
 def checked(name: str, value, kinds: tuple, bounds: dict) -> Any:
-    """The value as one of the kinds, within its bounds; ValueError for any other.
+    """Convert a value to one of the types `kinds` and check its bounds; ValueError if it does not fit.
 
     >>> checked("top_p", 1, (float,), {"above": 0, "at_most": 1})
     1.0
@@ -93,7 +93,7 @@ def _finite(name: str, value) -> float:
     if not math.isfinite(number):
         raise ValueError(f"{name}={shown(value)} must be finite")
     if number and not 1e-37 < abs(number) < 3e38:
-        raise ValueError(f"{name}={shown(value)} must be 0 or of a size between 1e-37 and 3e38, as float32 holds it")
+        raise ValueError(f"{name}={shown(value)} must be 0, or between 1e-37 and 3e38 in absolute value (float32)")
     return number
 
 
@@ -121,7 +121,7 @@ def _expected(kinds: tuple, bounds: dict) -> str:
 
 
 def shown(value) -> str:
-    """A value for a message, cut where it is long.
+    """The repr of a value for a message, at most 60 characters long.
 
     >>> shown("a" * 100)
     "'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa..."

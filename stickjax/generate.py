@@ -119,13 +119,13 @@ def _advance(model, tokens, segment_ids, cache, key, index, *, temperature, top_
 
 
 def _cache(config, B: int, S: int):
-    """An empty cache; ValueError, with the bytes, where it does not fit into memory."""
+    """An empty cache; ValueError, with the bytes, if it does not fit into memory."""
     each = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(lambda: empty_cache(config, 1, 64))))
     needed, free = B * S * each / 64, free_memory()
     if free is not None and needed > free.bytes:
         raise ValueError(
             f"a cache of {B} sequences of {S:,} tokens takes {gib(needed)}, but {gib(free.bytes)} are {free.source}: "
-            "take a smaller max_new_tokens, a shorter prompt or fewer of them"
+            "use a smaller max_new_tokens, shorter prompts or fewer prompts"
         )
     return empty_cache(config, B, S)
 
@@ -190,13 +190,14 @@ def generate_text(
 ) -> list[str]:
     """The texts that follow each of B prompts, up to an end of text, a stop string or `max_new_tokens`.
 
-    A prompt begins with what the tokenizer puts in front of every text. A prompt and what follows are the text of all
-    ids: with some tokenizers the latter begins with a space.
+    A prompt begins with what the tokenizer puts in front of every text. The prompt and the returned text together are
+    the decoded text of all ids. With some tokenizers the returned text therefore begins with a space.
 
     Args:
       loaded: from `stickjax.load(run)`.
-      stop: strings that end a text, and special tokens; they are not part of it.
-      special_tokens: a prompt that spells a special token, such as <|user|>, has the token; if not, its letters.
+      stop: strings or special tokens that end a text; the text does not contain them.
+      special_tokens: True: a special token that a prompt spells, such as <|user|>, is encoded as that token. False: it
+        is encoded as ordinary text.
       on_text: `on_text(row, piece)` is called with whole characters that will stay; a row's pieces make up its text.
       max_new_tokens, **sampling: as in `generate`; of its options `temperature`, `top_k`, `top_p` and `seed`.
 

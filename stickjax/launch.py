@@ -68,7 +68,7 @@ class Processes:
         return words in b"".join(data for _, who, data in self._held if who == index)
 
     def wait(self) -> int | None:
-        """Until all have ended well or were stopped (None), or one badly: the index of the one that was the cause."""
+        """Wait until all have succeeded or were stopped (None), or until one fails: the index of the first to fail."""
         patience = None
         while True:
             self.read(0.1)
@@ -102,7 +102,7 @@ class Processes:
 
 @contextlib.contextmanager
 def _forwarded(processes: Processes):
-    """SIGTERM, Ctrl-C and a lost terminal ask the processes to stop, a second Ctrl-C kills them; the signals so far."""
+    """Pass SIGTERM, Ctrl-C and SIGHUP on to the processes; a second Ctrl-C kills them. Yields the signals so far."""
     got: list[int] = []
 
     def handle(number, frame):

@@ -1,9 +1,9 @@
 """One process at a time writes a run folder.
 
-The owner holds flock() on the file `lock` of the folder and writes into it who it is, with a number that grows every
-BEAT seconds. The kernel releases the flock of a process that ends in any way, also by SIGKILL. Where the owner was
-seen by another kernel (another machine, another mount), or the file system has no flock, the number decides: when it
-stands still for PATIENCE seconds, the owner is dead.
+The owner holds flock() on the file `lock` of the folder. It writes its host and process id into the file, with a number
+that grows every BEAT seconds. The kernel releases the flock of a process that ends in any way, also by SIGKILL. If the
+owner is on another machine or has another mount, or if the file system has no flock, the number decides: when it has
+not changed for PATIENCE seconds, the owner is dead.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 class Lock:
-    """The right to write in a folder, which is made when it does not exist. One line of ValueError when it is taken.
+    """The right to write in a folder. The folder is made if it does not exist.
 
     >>> import tempfile
     >>> folder = tempfile.mkdtemp() + "/run"
@@ -64,23 +64,23 @@ class Lock:
         self._thread.start()
 
     def check(self) -> None:
-        """OSError when another process has taken the lock over, because this one seemed dead."""
+        """Raise OSError if another process has taken the lock over because this one seemed dead."""
         owner = _read(self._path)
         if owner is not None and owner.get("token") != self._record["token"]:
             raise OSError(f"{self.folder} was taken over by {_name(owner)}; this process must not write there any more")
 
     def clear(self) -> None:
-        """Delete all else that lies in the folder."""
+        """Delete everything in the folder except the lock."""
         for path in self.folder.iterdir():
             if path != self._path:
                 remove(path)
 
     def release(self, folder: Path | None = None) -> None:
-        """Remove the lock, and the folder when this lock made it and it is empty. `folder`: what it is called now."""
+        """Remove the lock, and the folder if this lock made it and it is empty. `folder`: its new path, if any."""
         self._path = (folder or self.folder) / NAME
         self._ended.set()
         self._thread.join()
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):  # a file that is no longer this lock stays
             self.check()
             self._path.unlink()
         os.close(self._file)
@@ -115,9 +115,9 @@ class Lock:
                 elif _is_at(file, self._path):
                     self._own(file, alone, machine)
                     return file
-                os.close(file)  # released, and so removed, since it was opened; or of a machine that is gone
+                os.close(file)  # its owner removed it meanwhile, or the machine of the owner is gone
             except BaseException:
-                # On a full disk it stays empty; that of another process must stay.
+                # On a full disk our file is still empty: remove it, but never that of another process.
                 if alone is not False and os.fstat(file).st_size == 0 and _is_at(file, self._path):
                     self._path.unlink()
                 os.close(file)
@@ -138,7 +138,7 @@ class Lock:
                 raise self._taken()
 
     def _is_alive(self, owner: dict) -> bool:
-        """Whether an owner that this kernel does not know goes on counting."""
+        """Whether the number of an owner on another machine still grows."""
         log.warning("%s is locked by %s: waiting %s s for a sign of life", self.folder, _name(owner), PATIENCE)
         end = time.monotonic() + PATIENCE
         while time.monotonic() < end:
@@ -148,11 +148,12 @@ class Lock:
         return False
 
     def _taken(self) -> ValueError:
-        for _ in range(10):  # an owner that has just begun has not written its name yet
+        for _ in range(10):  # a new owner has not written its name yet
             if owner := _read(self._path):
                 break
             time.sleep(0.05)
-        return ValueError(f"{self.folder} is being written by {_name(owner)}; choose another folder or end that one")
+        hint = "choose another folder or stop that process"
+        return ValueError(f"{self.folder} is being written by {_name(owner)}; {hint}")
 
     def _beat(self) -> None:
         while not self._ended.wait(BEAT):
@@ -163,7 +164,7 @@ class Lock:
 
 
 def _flock(file: int) -> bool | None:
-    """Whether this process now has it; None where the file system knows no flock."""
+    """Whether this process got the flock; None if the file system has no flock."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
@@ -183,7 +184,7 @@ def _is_at(file: int, path: Path) -> bool:
 
 
 def _kernel() -> str:
-    """A name of this start of this machine's kernel, which containers share."""
+    """An id of this boot of this machine, which is the same in its containers."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -191,12 +192,12 @@ def _kernel() -> str:
 
 
 def _read(path: Path) -> dict | None:
-    """The owner; {} of a lock that belongs to nobody, None when there is no file.
+    """The owner; {} if the lock belongs to nobody, None if there is no file.
 
     ValueError for a file that is no lock.
     """
     try:
-        content = path.read_bytes().strip(b"\0\n")  # opened anew, which makes NFS ask the server
+        content = path.read_bytes().strip(b"\0\n")  # opening it makes NFS ask the server
     except FileNotFoundError:
         return None
     try:
@@ -209,7 +210,7 @@ def _read(path: Path) -> dict | None:
 
 
 def _write(file: int, owner: dict) -> None:
-    text = json.dumps(owner).ljust(512) + "\n"  # always as long: it is written over itself
+    text = json.dumps(owner).ljust(512) + "\n"  # of constant length, because it overwrites itself
     os.pwrite(file, text.encode(), 0)
     os.fsync(file)
 

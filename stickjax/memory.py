@@ -1,7 +1,8 @@
-"""Memory: what arrays take on a device, what is free there, and one clear line where the one exceeds the other.
+"""Memory: the bytes that arrays need on a device, the bytes that are free, and one error line if they do not fit.
 
-A CPU without enough of it hangs, or its process is killed without a word. So this is said before memory is taken: from
-the shapes of the training state alone, which is the least that a run needs, and once more from the compiled program.
+On a CPU a process without enough memory hangs, or is killed without a message. So memory is checked before it is
+allocated: from the shapes of the training state, which is the least that a run needs, and again from the compiled
+program.
 """
 
 import math
@@ -17,10 +18,11 @@ import optax
 from jax.sharding import Mesh
 
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+_WHAT_TO_DO = "use a smaller model, a smaller batch, more devices or more memory"
 
 
 class Free(NamedTuple):
-    """Bytes that may still be taken, and what says so."""
+    """Bytes that are free, and a phrase that says where this number comes from."""
 
     bytes: int
     source: str
@@ -39,7 +41,7 @@ def gib(size: float) -> str:
 
 
 def local_bytes(tree) -> int:
-    """Bytes that one device holds of arrays or their shapes; one without a sharding is whole there."""
+    """Bytes that one device holds of arrays or their shapes; an array without a sharding is whole on it."""
     return sum(math.prod(_local_shape(x)) * itemsize(x.dtype) for x in jax.tree.leaves(tree))
 
 
@@ -49,7 +51,7 @@ def _local_shape(x) -> tuple[int, ...]:
 
 
 def itemsize(dtype) -> int:
-    """Bytes of one element; of a random key, those of its words.
+    """Bytes of one element; of a random key, the bytes of its words.
 
     >>> itemsize(jnp.bfloat16), itemsize(jax.eval_shape(lambda: jax.random.key(0)).dtype)
     (2, 8)
@@ -69,7 +71,7 @@ def state_parts(state) -> dict[str, int]:
 
 
 def check_fits(parts: dict[str, int], mesh: Mesh | None = None) -> None:
-    """ValueError where a device does not have so many bytes free.
+    """Raise ValueError if a device has fewer bytes free than the parts need together.
 
     Args:
       parts: bytes on every device, by what they are for.
@@ -78,11 +80,13 @@ def check_fits(parts: dict[str, int], mesh: Mesh | None = None) -> None:
     needed, free = sum(parts.values()), free_memory(mesh)
     if free is not None and needed > free.bytes:
         words = ", ".join(f"{name} {gib(size)}" for name, size in parts.items())
-        raise ValueError(f"this does NOT fit: {words}, together {gib(needed)} of {gib(free.bytes)} ({free.source})")
+        raise ValueError(
+            f"this does NOT fit: {words}, together {gib(needed)} of {gib(free.bytes)} ({free.source}); {_WHAT_TO_DO}"
+        )
 
 
 def check_program(compiled: jax.stages.Compiled, what: str, mesh: Mesh | None = None) -> None:
-    """ValueError where the results and temporaries of a program do not fit beside its arguments, which are there."""
+    """Raise ValueError if the results and temporaries of a program do not fit beside its arguments, which exist."""
     memory = compiled.memory_analysis()
     if memory is None:  # not every backend can tell
         return
@@ -92,12 +96,12 @@ def check_program(compiled: jax.stages.Compiled, what: str, mesh: Mesh | None = 
         raise ValueError(
             f"{what} does NOT fit: {gib(arguments)} arguments + {gib(temporaries)} temporaries, "
             f"peak {gib(arguments + results + temporaries)}; beside the arguments {gib(free.bytes)} are free "
-            f"({free.source})"
+            f"({free.source}); {_WHAT_TO_DO}"
         )
 
 
 def free_memory(mesh: Mesh | None = None) -> Free | None:
-    """What may still be taken on every device of a mesh, or on the first device; None where nothing tells."""
+    """The free bytes on every device of a mesh, or on the first device; None if they are not known."""
     devices = [jax.local_devices()[0]] if mesh is None else mesh.local_devices
     if devices[0].platform == "cpu":
         host = host_memory()
@@ -109,7 +113,7 @@ def free_memory(mesh: Mesh | None = None) -> Free | None:
 
 
 def host_memory() -> Free | None:
-    """What this process may still take of the machine's memory: the least that any of the limits leaves."""
+    """The bytes that this process may still allocate: the least that the machine, a control group or ulimit leaves."""
     limits = []
     swap = _meminfo("SwapFree") or 0
     if (available := _meminfo("MemAvailable")) is not None:
@@ -134,7 +138,7 @@ def _address_space() -> int:
 
 
 def _left_by_cgroups() -> Iterator[int]:
-    """What each control group of this process leaves, its own and those around it; files are given back when needed."""
+    """The free bytes of every control group of this process, up to the root; cached files count as free."""
     for line in _read(PROC / "self" / "cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":

@@ -87,8 +87,8 @@ def _is_number(value: Any) -> bool:
 def read_metrics(run_folder: str | os.PathLike) -> list[dict]:
     """The rows of a run's metrics.jsonl, each with at least step, tokens, loss and learning_rate; null becomes NaN.
 
-    Damaged lines, and lines of something else, are left out and logged. A last line without an end, which a crash has
-    torn, is left out in silence.
+    Damaged lines, and lines that are not rows of metrics, are left out and logged. An incomplete last line, which a
+    crash leaves, is left out without a message.
     """
     path, rows, bad = Path(run_folder) / "metrics.jsonl", [], []
     *lines, last = path.read_bytes().split(b"\n") if path.is_file() else [b""]
@@ -110,7 +110,7 @@ def read_metrics(run_folder: str | os.PathLike) -> list[dict]:
 
 
 def stop_trace(folder: Path) -> None:
-    """Write the trace that `jax.profiler.start_trace(folder)` began; OSError, and no part of it, when that fails."""
+    """Write the trace that `jax.profiler.start_trace(folder)` began; if that fails, delete it and raise OSError."""
     before = set(folder.rglob("*"))
     try:
         with writing(folder):

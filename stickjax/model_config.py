@@ -83,7 +83,7 @@ class ModelConfig:
     init_std: float = field(0.1, "standard deviation of the embedding; matrices have init_std / sqrt(m_width)", above=0)
     dtype: Literal["float32", "bfloat16", "float16"] = field("float32", "type of the computation")
     param_dtype: Literal["float32", "bfloat16", "float16"] = field(
-        "float32", "type of the stored parameters; those that are trained have float32 masters in the optimizer state"
+        "float32", "type of the stored parameters; if it is below float32, the optimizer state has float32 masters"
     )
     remat: Literal["none", "dots", "full"] = field(
         "none", "what a layer recomputes in the backward pass; none also keeps the parameters that fsdp gathers"
@@ -153,7 +153,7 @@ class ModelConfig:
 
     @property
     def vocabulary(self) -> int:
-        """V, or without one the bytes and the end of text."""
+        """V; if V is None, the 257 ids of bytes and the end of text."""
         return BYTES if self.V is None else self.V
 
     @property

@@ -110,7 +110,7 @@ def training(config: Config) -> Callable[[float], np.ndarray]:
     The rate is constant after the config's warmup; its schedule and peak_lr are not read. Nothing is written.
     """
     changes = {"optim.schedule": "constant", "optim.peak_lr": 1.0, "optim.decay_tokens": 0}
-    # A parameter of a smaller type would only show a step of its master that is scaled below.
+    # With masters the update would be the rounded step of a master at rate 1, which is scaled below.
     config = config.replace(changes | {"model.param_dtype": "float32"})
     batches = _batches(config)
     start = _start(config)

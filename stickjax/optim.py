@@ -56,8 +56,8 @@ def power_by_tokens(
 
     Returns:
       `(tokens, batch_size, left=None) -> learning rate`, a strong float32; batch_size is beta, in sequences of 4096
-      tokens. `left` is the number of tokens still to come, None: N - n. A run whose batches were of other sizes before
-      knows what is left of it, and N is then n + left.
+      tokens. `left` is the number of tokens still to come; None: N - n. A run whose earlier batches had other sizes
+      passes `left`, and N is then n + left.
     Raises:
       ValueError: a length is negative or not finite, the parts exceed the whole, or the decay is unknown.
 
@@ -185,11 +185,11 @@ def scale_by_tokens(schedule: TokenSchedule, tokens_per_step=None, *, batch_size
 
     `update(updates, state, params, tokens=..., left=...)` takes the tokens of this step. They are added to a counter in
     the state, which a checkpoint carries along, so that a run may resume with another batch size. `left`, the number of
-    tokens still to come with those of this step, says where the run ends; without it the schedule's total_tokens do.
+    tokens still to come, including this step, says where the run ends; without it, the schedule's total_tokens does.
 
     Args:
-      schedule: a token schedule, `power_by_tokens(...)` or `wsd_by_tokens(...)`; one of two arguments where no `left`
-        is given.
+      schedule: a token schedule, `power_by_tokens(...)` or `wsd_by_tokens(...)`; it may have two arguments if `left`
+        is never given.
       tokens_per_step: tokens of a step whose update is not given `tokens=`.
       batch_size: beta, in sequences of 4096 tokens; None follows the batch: tokens / 4096 of each step.
       start_tokens: tokens trained before the first update.

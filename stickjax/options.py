@@ -15,7 +15,7 @@ from stickjax.fields import field_types, shown
 
 
 def parse_value(text: str, kinds: tuple):
-    """The value that a word means for a field of these types, or the word itself: the config says what it must be."""
+    """Parse a word for a field of these types. A word that does not parse is returned, and the config refuses it."""
     if type(None) in kinds and text.lower() in ("none", "null"):
         return None
     if bool in kinds:
@@ -91,7 +91,7 @@ def load_config(path: str) -> Config:
     """The config of a name such as "tiny", of a Python file, which is run, or of a config.json.
 
     Raises:
-      ValueError: there is none, or it cannot be read; of a Python file, with the number of the line.
+      ValueError: there is no such config, or it cannot be read; for a Python file, with the line number.
     """
     file, named = Path(path), named_configs()
     if path in named:
@@ -108,12 +108,12 @@ def load_config(path: str) -> Config:
     if file.suffix.lower() == ".json":
         return read_json(file)
     if file.suffix.lower() != ".py":
-        raise ValueError(f"{path} is no config: {what}")
+        raise ValueError(f"{path} is not a config: {what}")
     return _run(file)
 
 
 def read_json(path: str | os.PathLike) -> Config:
-    """The config of a config.json; ValueError, which begins with the path, for what is none."""
+    """The config of a config.json; ValueError, which begins with the path, if the file is not a config."""
     try:
         tree = json.loads(Path(path).read_text("utf-8-sig"))
     except RecursionError as error:

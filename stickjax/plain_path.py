@@ -1,4 +1,4 @@
-"""Paths for libraries that read patterns and addresses into them."""
+"""Paths for libraries that interpret some characters of a path as patterns or addresses."""
 
 import hashlib
 import os
@@ -33,11 +33,12 @@ def plain_path(folder: Path) -> Path:
         return Path(real)
     link = Path(tempfile.gettempdir()) / f"stickjax-{os.getuid()}-{hashlib.sha256(os.fsencode(real)).hexdigest()[:32]}"
     if not _PLAIN.fullmatch(os.fspath(link)):
-        raise ValueError(f"neither {folder} nor TMPDIR={link.parent} is a path of plain letters; choose another one")
+        both = f"{folder} has special characters, and so has TMPDIR={link.parent}"
+        raise ValueError(f"{both}; choose another run folder or another TMPDIR")
     fresh = link.with_name(f"{link.name}-{os.getpid()}-{threading.get_ident()}")
     try:
         fresh.symlink_to(real)
-        fresh.replace(link)  # made anew every time: what lies there long is deleted by some systems
+        fresh.replace(link)  # made anew every time, because some systems delete old temporary files
     except OSError as error:
         fresh.unlink(missing_ok=True)
         raise ValueError(f"{folder} needs a link at {link}, which cannot be made: {error.strerror}") from error

@@ -34,7 +34,7 @@ def figure(xlabel: str, ylabel: str, titles=("",), *, xscale=None, yscale=None, 
 
 
 def save(page, path) -> None:
-    """Write a figure to a path, of the type that its suffix says, or PNG, at once; or as PNG to an open file."""
+    """Write a figure atomically to a path, in the format of its suffix or as PNG; or as PNG to an open file."""
     if hasattr(path, "write"):
         page.savefig(path)
         return
@@ -65,7 +65,7 @@ def best_runs(records: Records, *keys: str) -> Records:
 
 
 def label(name: str) -> str:
-    """A name for a legend: a pair of dollars would begin a formula, and a line whose name begins with _ is not listed.
+    """Escape a name for a legend, where two dollars enclose a formula and a name that begins with _ is left out.
 
     >>> label("_lr$3")
     ' _lr\\\\$3'

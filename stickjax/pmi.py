@@ -1,16 +1,16 @@
-"""The address of process 0 from the process manager of MPICH and Intel MPI, whose mpirun speaks PMI version 1.
+"""Share the address of process 0 through the process manager of MPICH and Intel MPI (PMI version 1).
 
-Every process has a file descriptor to it, for lines of `key=value`: one process puts a value, all wait for one
-another, the others get it.
+Every process has a file descriptor to the manager, for lines of `key=value`: one process puts a value, all wait for
+each other, and the others get the value.
 """
 
 import os
 
 
 def share(file: int, value: str | None) -> str:
-    """The value of the one process that has it, in all. All must call this, once. `file`: the number in PMI_FD.
+    """Share the value of one process with all. All must call this, once. `file`: the number in PMI_FD.
 
-    ValueError where the process manager speaks another language.
+    ValueError if the process manager does not answer by PMI version 1.
     """
     try:
         _ask(file, "init pmi_version=1 pmi_subversion=1")
@@ -21,7 +21,8 @@ def share(file: int, value: str | None) -> str:
         found = _ask(file, f"get kvsname={store} key=stickjax")["value"]
         _ask(file, "finalize")
     except (OSError, KeyError) as error:
-        raise ValueError(f"the process manager behind PMI_FD={file} gives no address: {error!r}") from error
+        said = f"the process manager behind PMI_FD={file} gives no address: {error!r}"
+        raise ValueError(f"{said}; give --coordinator HOST:PORT") from error
     return found
 
 

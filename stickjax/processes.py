@@ -32,7 +32,7 @@ _LONG = 24 * 3600 * 1000  # milliseconds: a lost process is found by its heartbe
 # Exit codes: this process has said what went wrong; another one has, or was lost.
 SAID, LOST = 3, 4
 
-# Exit codes of a process that a signal, or output that nobody reads, has stopped: it has saved before.
+# Exit codes of a process that saved and stopped, because of a signal or a closed output pipe.
 STOPPED = tuple(128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGPIPE, signal.SIGTERM))
 
 AGAIN = "the same command goes on from the last checkpoint"
@@ -44,7 +44,7 @@ _SCHEDULERS = (
     ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
 )
 PMI = ("PMI_SIZE", "PMI_RANK")  # of MPICH and Intel MPI; the rank on this machine is MPI_LOCALRANKID
-# The rank and the number of processes that others say, who tell JAX nothing; PMIx does not even say the number.
+# Rank and number of processes from launchers that give no coordinator; PMIx does not give the number either.
 _UNKNOWN = (("PMIX_RANK", ""), ("FLUX_TASK_RANK", "FLUX_JOB_SIZE"), ("RANK", "WORLD_SIZE"))
 # What XLA raises when another process is gone.
 _PEER_GONE = re.compile(r"Gloo|NCCL|coordination service|CoordinationService|[Cc]onnection (closed|reset|refused)")
@@ -113,8 +113,9 @@ def initialize(coordinator: str | None = None, count: int | None = None, index: 
         )
     finally:
         timer.cancel()
-    if jax.process_count() != count:  # each would take itself for the one that writes
-        raise ValueError(f"process {index} of {count} has found {jax.process_count() - 1} of the others")
+    if jax.process_count() != count:  # otherwise each of them would write
+        found = f"process {index} of {count} has found {jax.process_count() - 1} of the other {count - 1}"
+        raise ValueError(f"{found}; check --coordinator, --processes and --process of all of them")
     if index:
         logging.getLogger("stickjax").setLevel(logging.ERROR)  # process 0 warns for all
 
@@ -124,7 +125,7 @@ def _number(name: str) -> int | None:
 
 
 def _check_alone() -> None:
-    """ValueError where the environment says that this is one of several processes."""
+    """Raise ValueError if the environment says that this is one of several processes."""
     for rank, size in _UNKNOWN:
         if rank in os.environ and (not size or (_number(size) or 1) > 1):
             raise ValueError(
@@ -134,7 +135,7 @@ def _check_alone() -> None:
 
 
 def _agree(count: int, index: int) -> str:
-    """A free port of process 0, by way of the process manager."""
+    """HOST:PORT with a free port of process 0, shared through the process manager."""
     if "PMI_FD" not in os.environ:
         raise ValueError(
             f"PMI_RANK={index} of PMI_SIZE={count}: nothing says where process 0 listens; give --coordinator HOST:PORT"

@@ -12,7 +12,7 @@ from stickjax.config import Config
 
 
 class Progress:
-    """`say` prints a line, `update` shows a row of metrics. A terminal that is gone is no error: nothing is shown."""
+    """`say` prints a line, `update` shows a row of metrics. Without a terminal or a reader, nothing is shown."""
 
     def __init__(self, config: Config, *, quiet: bool = False):
         self._steps, self._quiet, self._tokens_per_step = config.train.steps, quiet, config.data.tokens_per_step
@@ -57,7 +57,7 @@ class Progress:
 
 
 class _Output:
-    """A stream whose reader may go. `unread`: a pipe was closed."""
+    """A stream that ignores write errors. `unread`: the reader closed the pipe."""
 
     def __init__(self, stream):
         self._stream, self.unread = stream, False

@@ -30,7 +30,7 @@ from stickjax.sources import printable
 from stickjax.tokenizer import Tokenizer, load_tokenizer
 
 MODEL_FILE = "model.safetensors"  # of a folder with one model and no steps
-# Where things lie. What they are is known by the hashes that a checkpoint records.
+# Fields that are paths. A checkpoint records hashes of the files, so a path may change.
 PLACES = ("data.path", "data.heldout_path", "data.tokenizer")
 # May differ between two parts of one run: they change neither the state nor what a step computes.
 _FREE = (
@@ -68,20 +68,21 @@ def read_config(run: str | os.PathLike) -> Config:
 
 
 def with_own_tokenizer(run: str | os.PathLike, config: Config) -> Config:
-    """A config to go on with: a run folder that has a tokenizer.json is trained with that one.
+    """The config, with the tokenizer.json of the run folder if there is one.
 
-    ValueError when the config names another one.
+    ValueError if the config names a tokenizer.json with another content.
     """
     own, given = Path(run) / "tokenizer.json", Path(config.data.tokenizer)
     if config.data.tokenizer == "byte" or not own.exists():
         return config
     if given.exists() and len({load_tokenizer(str(path), config.data.eot).name for path in (given, own)}) > 1:
-        raise ValueError(f"data.tokenizer={str(given)!r} is another one than {own}, with which {run} is trained")
+        both = f"data.tokenizer={str(given)!r} differs from {own}, with which {run} is trained"
+        raise ValueError(f"{both}; use that file, or another run folder")
     return config.replace({"data.tokenizer": str(own)})
 
 
 def check_tokenizer(extra: dict, config: Config, tokenizer: Tokenizer | None, source: str) -> None:
-    """ValueError when the checkpoint `source` records the hash of another tokenizer."""
+    """Raise ValueError if the checkpoint `source` records the hash of another tokenizer."""
     recorded = extra.get("tokenizer")
     if recorded and tokenizer and recorded != tokenizer.name:
         where = f"data.tokenizer={config.data.tokenizer!r}"
@@ -89,9 +90,9 @@ def check_tokenizer(extra: dict, config: Config, tokenizer: Tokenizer | None, so
 
 
 def check_trained(extra: dict, config: Config, tokenizer: Tokenizer | None, source: str) -> None:
-    """ValueError when training cannot go on from the checkpoint `source`: it is of something else."""
+    """Raise ValueError if training cannot continue from the checkpoint `source`."""
     if missing := {"config", "corpus", "data"} - extra.keys():
-        raise ValueError(f"{source} is not of a training: it does not record {', '.join(sorted(missing))}")
+        raise ValueError(f"{source} was not saved by a training: it does not record {', '.join(sorted(missing))}")
     check_tokenizer(extra, config, tokenizer, source)
 
 
@@ -143,14 +144,14 @@ def model_leaves(folder: str | os.PathLike, model: ModelConfig) -> dict[str, Laz
 
 
 def place_of_results(run: Path) -> Path | None:
-    """Where the results of a command about a run are kept: its folder, or None, which is said, if that is not ours."""
+    """The folder for the results about a run: its own; None, with a message, if that must not be written."""
     if hugging_face.is_folder(run):
         reason = "is in the Hugging Face layout"
     elif not os.access(run, os.W_OK):
         reason = "cannot be written"
     else:
         return run
-    say_error(f"{printable(run)} {reason}: nothing is kept in it; --plot PNG keeps the picture elsewhere")
+    say_error(f"{printable(run)} {reason}: nothing is written into it; --plot PNG writes the picture elsewhere")
     return None
 
 

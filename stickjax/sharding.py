@@ -141,7 +141,7 @@ def _check_decoder(config: Config, sizes: dict[str, int]) -> None:
         ("E", m.E, sizes["expert"], f"expert={sizes['expert']}"),
         ("router_hidden", m.router_hidden, m.router_network != "linear" and sizes["fsdp"], f"fsdp={sizes['fsdp']}"),
         *((letter, getattr(m, letter), tensor, f"tensor={tensor}") for letter in "NKF"),
-        ("V", m.V or tensor, tensor, f"tensor={tensor}"),  # without one, V becomes a multiple
+        ("V", m.V or tensor, tensor, f"tensor={tensor}"),  # if V is None, it becomes a multiple
     ]
     for letter, size, parts, said in divided:
         if parts and size % parts:

@@ -27,7 +27,7 @@ _GENERATED = re.compile(r"generated (by|from)|automatically generated", re.IGNOR
 
 
 class NotText(Exception):
-    """A file is no text. `args`: what it is, and more about it."""
+    """A file is not text. `args`: what it is, and in some cases a detail."""
 
 
 def printable(path: str | os.PathLike) -> str:
@@ -40,10 +40,10 @@ def printable(path: str | os.PathLike) -> str:
 
 
 def files_below(folder: Path, skip: re.Pattern | None = None) -> list[Path]:
-    """All below a folder that is no folder itself, sorted by relative path.
+    """Everything below a folder except folders, sorted by relative path.
 
-    Hidden files and folders are left out, and folders whose name matches `skip`. Links are followed. What has several
-    names is listed once, under the name that is no link, if that is below the folder.
+    Hidden files and folders are left out, and folders whose name matches `skip`. Links are followed. A file
+    with several names is listed once, by its own name if that is below the folder, else by that of a link.
 
     Raises ValueError for a folder that cannot be read.
     """
@@ -73,7 +73,7 @@ def files_below(folder: Path, skip: re.Pattern | None = None) -> list[Path]:
 
 
 def _open(file: Path) -> BinaryIO:
-    """A file for reading, behind its byte order mark."""
+    """Open a file for reading, positioned after its byte order mark."""
     try:
         mode = file.stat().st_mode
         if not stat.S_ISREG(mode):  # to open a pipe would wait for its writer
@@ -83,7 +83,7 @@ def _open(file: Path) -> BinaryIO:
         stream.seek(len(codecs.BOM_UTF8) if mark.startswith(codecs.BOM_UTF8) else 0)
     except OSError as error:
         if file.is_symlink() and not file.exists():
-            raise NotText("a link to nothing") from error
+            raise NotText("a broken link") from error
         raise ValueError(f"cannot read {printable(file)}: {error.strerror}") from error
     if mark.startswith(_OTHER_UNICODE):
         stream.close()
@@ -164,7 +164,7 @@ def _is_token_file(file: Path) -> bool:
 
 
 def _records(file: Path, text: str, text_field: str) -> Iterable[str] | None:
-    """The texts of a .json file whose array, lines or only object are records; None where its first one is none."""
+    """The texts of a .json file that is an array of records, lines of records or one record; None if it is neither."""
     first = next((line for line in text.split("\n") if line.strip()), "")
     for part in (text, first):
         try:
@@ -182,7 +182,7 @@ def _records(file: Path, text: str, text_field: str) -> Iterable[str] | None:
 
 
 def _documents(file: Path, text_field: str) -> tuple[Iterable[str], bool]:
-    """The documents of a file, and whether it is JSON that is read as it stands."""
+    """The documents of a file, and whether it is a .json file that is read as one document."""
     suffix = file.suffix.lower()
     if suffix in (".jsonl", ".ndjson"):
         return _jsonl_documents(file, text_field), False
@@ -206,12 +206,12 @@ def text_documents(path: str, text_field: str = "text", name: str = "data.path")
     `text_field` of an object; so has a .json file whose lines or whose array are such objects. Other .json files are
     read as they stand, which is logged. A byte order mark is no part of a text.
 
-    In a folder, hidden files are left out, and files that are no text (not UTF-8, or with zero bytes; token files;
-    pipes, sockets, devices; links to nothing): how many is logged. Links to folders are followed; no file is read
+    In a folder, hidden files are left out, and files that are not text (not UTF-8, or with zero bytes; token files;
+    pipes, sockets, devices; broken links): how many is logged. Links to folders are followed; no file is read
     twice.
 
     `name` is how errors call the path. Raises ValueError for a path that is missing, cannot be read, is empty
-    or is no text, and for a line of JSON without the field (with file and line).
+    or is not text, and for a line of JSON without the field (with file and line).
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:

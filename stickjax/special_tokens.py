@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 from stickjax.disk import write_file
 
 GENERATION = "generation_config.json"
-# The ids that the config.json of a Hugging Face folder names, in a run folder, whose own config.json has none.
+# In a run folder: the ids that the config.json of the Hugging Face folder named. A run's own config.json has none.
 TOKEN_IDS = "token_ids.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
-# Files that belong to a tokenizer.json. Those that name an end of text stand in the order in which they are believed.
+# Files that belong to a tokenizer.json. The first of them that names an end of text decides.
 FILES = (
     GENERATION, TOKEN_IDS, TOKENIZER_CONFIG, "special_tokens_map.json", "chat_template.json", "chat_template.jinja",
 )  # fmt: skip
@@ -20,11 +20,11 @@ _TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls
 
 
 class Named(NamedTuple):
-    """What a folder names, as far as its tokenizer.json has it as an added token."""
+    """The special tokens that the files of a folder name."""
 
     ends: tuple[int, ...]  # each of them ends a text; the first is a document's end in training
-    special: frozenset[int]  # all of them, whatever they are for
-    problem: str = ""  # why there are no ends, though a file names some
+    special: frozenset[int]  # all ids of added tokens that a file names, for any purpose
+    problem: str = ""  # why `ends` is empty although a file names an end
 
 
 def read_object(content: bytes, where: str | Path) -> dict[str, Any]:
@@ -70,13 +70,13 @@ def write_files(files: Mapping[str, bytes], folder: Path) -> None:
 
 
 def with_end(files: Mapping[str, bytes], ends: Sequence[int], text: str, folder: Path) -> dict[str, bytes]:
-    """The files with other ends of text, the first of which is spelled `text`."""
+    """The files, changed to name these ends of text; `text` is the spelling of the first."""
     ids = ends[0] if len(ends) == 1 else list(ends)
     changed = dict(files)
     for name, key, value in (
         (GENERATION, "eos_token_id", ids), (TOKEN_IDS, "eos_token_id", ids), (TOKENIZER_CONFIG, "eos_token", text),
     ):  # fmt: skip
-        # What generates without a GENERATION looks for the ids in config.json.
+        # Without a GENERATION file, programs that generate look for the ids in config.json.
         if name != GENERATION or name in files:
             tree = read_object(files.get(name, b"{}"), folder / name)
             changed[name] = (json.dumps(tree | {key: value}, indent=2) + "\n").encode()
@@ -84,9 +84,9 @@ def with_end(files: Mapping[str, bytes], ends: Sequence[int], text: str, folder:
 
 
 def named(files: Mapping[str, bytes], added: Mapping[str, int], folder: Path) -> Named:
-    """What the files of a folder name of the added tokens {text: id} of its tokenizer.json.
+    """The special tokens that the files of a folder name; `added` is {text: id} of its tokenizer.json's added tokens.
 
-    The first file that names an end of text decides over it. Raises ValueError for a file that is not an object of
+    The first file that names an end of text decides. Raises ValueError for a file that is not an object of
     JSON and for an id that is not a number.
 
     >>> named({"generation_config.json": b'{"eos_token_id": [5, 6]}'}, {"<|end|>": 5}, Path("folder"))
@@ -105,7 +105,7 @@ def named(files: Mapping[str, bytes], added: Mapping[str, int], folder: Path) ->
             if not key.startswith("eos") or tree.get(key) in (None, "", -1) or ends:
                 continue
             if set(found) & set(added.values()):
-                # One that is an ordinary token ends a text that is generated, and no document.
+                # An ordinary token may end a generated text, but not a document.
                 ends = tuple(sorted(found, key=lambda i: i not in added.values()))
             else:
                 said = f"{folder / name} says {key}={tree[key]!r}, which is no added token of tokenizer.json"
@@ -128,5 +128,5 @@ def _ids(key: str, value: Any, added: Mapping[str, int], where: Path) -> list[in
         elif isinstance(text, str) and not key.endswith("_id"):
             ids += [added[text]] if text in added else []
         else:
-            raise ValueError(f"{where}: {key}={entry!r} is no {'id' if key.endswith('_id') else 'token'}")
+            raise ValueError(f"{where}: {key}={entry!r} is not {'an id' if key.endswith('_id') else 'a token'}")
     return ids

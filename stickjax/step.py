@@ -43,14 +43,14 @@ def init_state(config: Config, key: jax.Array) -> TrainState:
 
 
 def tokens_of(state: TrainState) -> int:
-    """Tokens trained so far: those of the steps that were not skipped, whatever B and T they had."""
+    """The tokens trained so far: B * T of every step that was not skipped, with the B and T of that step."""
     return int(optax.tree.get(state.opt_state, "tokens"))
 
 
 def with_params(config: Config, state: TrainState, model) -> TrainState:
-    """A state before the first step that begins with the parameters of a model, which may be stored in a larger type.
+    """The state before the first step, with the parameters of `model`, which may be stored in a larger type.
 
-    The masters, where there are some, are then exactly its values.
+    If there are masters, they are exactly these values.
     """
     values = jax.tree.unflatten(jax.tree.structure(state.params), jax.tree.leaves(model))
     params = jax.tree.map(lambda value, param: value.astype(param.dtype), values, state.params)

@@ -10,10 +10,10 @@ from stickjax.progress import Progress
 
 @contextlib.contextmanager
 def stop_requests(progress: Progress) -> Iterator[Callable[[], int]]:
-    """`asked()` is the number of the signal that asks for a stop, 0 while nothing does.
+    """Yields a function that returns the number of the signal that asks for a stop, or 0.
 
-    SIGTERM, Ctrl-C and SIGHUP, which a lost terminal sends (not where it is ignored, as after nohup). Output that
-    nobody reads counts as SIGPIPE, a launcher that is gone as SIGHUP. A second Ctrl-C interrupts at once.
+    The signals are SIGTERM, SIGINT (Ctrl-C) and SIGHUP, which a lost terminal sends; SIGHUP stays ignored after nohup.
+    A closed output pipe counts as SIGPIPE, a lost launcher as SIGHUP. A second Ctrl-C interrupts at once.
     """
     asked: list[int] = []
 

@@ -49,7 +49,7 @@ class SutConfig:
     norm_eps: float = field(1e-5, "epsilon of every normalisation", above=0)
     dtype: Literal["float32", "bfloat16", "float16"] = field("float32", "type of the computation")
     param_dtype: Literal["float32", "bfloat16", "float16"] = field(
-        "float32", "type of the stored parameters; those that are trained have float32 masters in the optimizer state"
+        "float32", "type of the stored parameters; if it is below float32, the optimizer state has float32 masters"
     )
     remat: Literal["none", "full"] = field("none", "what a step recomputes in the backward pass")
     implementation: str | None = field(None, "kernels: mosaic, triton, xla, reference; None: the best that works")
@@ -69,7 +69,7 @@ class SutConfig:
 
     @property
     def vocabulary(self) -> int:
-        """V, or without one the bytes and the end of text."""
+        """V; if V is None, the 257 ids of bytes and the end of text."""
         return BYTES if self.V is None else self.V
 
     @property

@@ -7,7 +7,7 @@ from rich.table import Table
 
 
 def print_table(table: Table) -> None:
-    """Print a table, its text as it stands; where a word of it would be cut, one line per cell.
+    """Print a table without markup; if the terminal is too narrow for a word, print one line per cell.
 
     >>> table = Table("run", "loss", title="training")
     >>> table.add_row("a-name-of-many-letters" * 20, "2.5")

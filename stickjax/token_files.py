@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from stickjax.disk import REASONS
 from stickjax.sources import TOKENS_FORMAT, NotText, printable, read_text, text_documents
 from stickjax.tokenizer import Tokenizer, load_tokenizer, token_dtype
 
@@ -34,7 +35,7 @@ def tokenize(source: str, out: str, tokenizer: str = "byte", text_field: str = "
     """Write the documents of `source` as the token file out.bin + out.json and return the content of the latter.
 
     One document is in memory at a time. Both files appear under their names only when complete; the .json
-    comes last and vouches for the .bin. Raises ValueError for bad input and when the disk is full.
+    comes last and describes the .bin. Raises ValueError for bad input and when the disk is full.
     """
     encoder, (data_path, meta_path) = load_tokenizer(tokenizer, eot), token_paths(out)
     dtype, digest = token_dtype(encoder.vocab_size), hashlib.sha256()
@@ -62,7 +63,8 @@ def tokenize(source: str, out: str, tokenizer: str = "byte", text_field: str = "
             os.chmod(temporary, 0o644)  # temporary files are private
             os.replace(temporary, path)
     except OSError as error:  # reading raises ValueError
-        raise ValueError(f"cannot write {data_path}: {error.strerror}") from error
+        reason = REASONS.get(error.errno, error.strerror)
+        raise ValueError(f"cannot write {printable(data_path)}: {reason}") from error
     finally:
         for temporary in partial:
             Path(temporary).unlink(missing_ok=True)
@@ -92,7 +94,7 @@ def _read_meta(path: str, name: str) -> dict:
 
 @functools.cache
 def _sha256(file: Path, size: int, changed: int) -> str:
-    """Of a file, once as long as it has the same size and the same time of the last change."""
+    """The sha256 of a file, computed once for a size and a time of the last change."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

@@ -30,12 +30,12 @@ class Tokenizer:
     unless it is asked for.
 
     Attributes:
-      name: of its content, the same on every machine: 'byte', or 'hf:' and 16 hex digits of the file's sha256.
+      name: of the content, the same on every machine: 'byte', or 'hf:' and 16 hex digits of the file's sha256.
       vocab_size: the largest id plus one, for ids may have gaps.
       eot: the id that ends a document.
-      ends: the ids that end a text which is generated, `eot` among them.
+      ends: the ids that end a generated text, including `eot`.
       prefix: the ids in front of every text.
-      files: {name: content} of the files that make it, for a folder of its own.
+      files: {name: content} of the files that define it, for a copy in another folder.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Tokenizer:
     def encode(self, text: str, *, special: bool = False) -> np.ndarray:
         """Ids of a text: [n], the prefix first. `special`: the spelling of a special token stands for the token.
 
-        A text that itself spells the prefix, as chat templates do, has it once.
+        If the text itself begins with the prefix, as chat templates do, the prefix is not added again.
         """
         ids, prefix = self._encode(text, special).tolist(), list(self.prefix)
         return np.array(ids if ids[: len(prefix)] == prefix else prefix + ids, token_dtype(self.vocab_size))
@@ -81,9 +81,9 @@ class Tokenizer:
         return np.concatenate([begin, self._encode(text, False), np.array([self.eot], dtype)], dtype=dtype)
 
     def prompt(self, text: str, *, special: bool = False) -> np.ndarray:
-        """Ids that a model continues: those of `encode`, but never none.
+        """Ids that a model continues: those of `encode`, but at least one.
 
-        An empty text begins as a document does, with what stands before its first token in training.
+        An empty text is encoded as `eot`, which precedes a document in training.
         """
         ids = self.encode(text, special=special)
         return ids if len(ids) else np.array([self.eot], token_dtype(self.vocab_size))
@@ -143,7 +143,7 @@ class HuggingFaceTokenizer(Tokenizer):
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{where} is not a tokenizer.json: {type(error).__name__}: {error}") from error
         if eot is not None and eot not in added:
-            raise ValueError(f"data.eot={eot!r} is no added token of {where}; those are: {_listed(added)}")
+            raise ValueError(f"data.eot={eot!r} is no added token of {where}; its added tokens are: {_listed(added)}")
         ends, special, problem = special_tokens.named(files, added, path.parent)
         said = eot is not None or ends or problem
         first = eot if said else next((token for token in END_OF_TEXT if token in added), None)
@@ -159,7 +159,7 @@ class HuggingFaceTokenizer(Tokenizer):
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
             self.prefix = self._prefix(next(iter(added), ""))
-        # The package raises bare Exception, or where it panics what is no Exception at all.
+        # The package raises Exception itself; where it panics, what it raises is no Exception.
         except BaseException as error:
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise
@@ -168,7 +168,7 @@ class HuggingFaceTokenizer(Tokenizer):
             raise ValueError(f"{where} is not a tokenizer.json: its added token {wrong[0]!r} has another id")
         if not ends:
             problem = problem or f"{where} has no end of text: no file beside it names one"
-            raise ValueError(f"{problem}; name it with data.eot, one of its added tokens: {_listed(added)}")
+            raise ValueError(f"{problem}; set data.eot to one of its added tokens: {_listed(added)}")
         self._tokenizer.encode_special_tokens = True  # as text, where they are spelled
         # A path means nothing on another machine; the content does.
         self.name = "hf:" + hashlib.sha256(content).hexdigest()[:16]
@@ -190,7 +190,7 @@ class HuggingFaceTokenizer(Tokenizer):
             ids = self._tokenizer.encode(text, add_special_tokens=False).ids
             if not special and np.isin(ids, self._forbidden).any():  # they are among the pieces of its model
                 ids = [i for token in ids for i in (self._spelling(token) if token in self._forbidden else [token])]
-        except Exception as error:  # of a model without a token for what is unknown
+        except Exception as error:  # of a model without an unknown token
             raise ValueError(f"the tokenizer cannot encode {text[:40]!r}: {error}") from error
         finally:
             self._tokenizer.encode_special_tokens = True
@@ -228,8 +228,8 @@ def load_tokenizer(name: str, eot: str | None = None) -> Tokenizer:
 class StreamDecoder:
     """Text from ids that arrive one at a time; a character is held back until it is whole.
 
-    `prompt`: the ids that they follow; the prompt's text and the stream's together are the text of all ids. None: ids
-    that are not known, in whose text the stream goes on.
+    `prompt`: the ids before the stream; the text of the prompt and of the stream together are the text of all ids.
+    None: the stream continues an unknown text.
 
     >>> stream = StreamDecoder(ByteTokenizer())
     >>> [stream.feed(i) for i in "né".encode()]

@@ -83,7 +83,8 @@ def _start(
         source = f"{run}@{restored.step}"
         check_trained(restored.extra, config, data.tokenizer, source)
         if restored.step >= config.train.steps:
-            raise ValueError(f"--from {source}: train.steps={config.train.steps} must be more than its steps")
+            steps = f"train.steps={config.train.steps} must be more than its step {restored.step}"
+            raise ValueError(f"--from {source}: {steps}")
         config.check_lengths(restored.step, tokens_of(restored.state))
         # A decay is often trained on other text than the stable phase; that text is read from its beginning.
         same_text = restored.extra["corpus"] == data.hash
@@ -118,18 +119,18 @@ def _new(config, mesh, abstract, init_from: str | None, say) -> TrainState:
 
 
 def _position(extra: dict, data: DataConfig) -> dict:
-    """Where the data goes on for batches of perhaps another size: behind all the sequences that were seen."""
+    """The state of the data iterator after all sequences seen so far, for batches that may have another size."""
     before, index = extra["config"]["data"], extra["data"]["next_index"]
     return extra["data"] | {"next_index": -(-index * before["B"] * before["T"] // data.tokens_per_step)}
 
 
 def split_branch(branch: str) -> tuple[str, int | None]:
-    """'RUN@STEP' or 'RUN' (its newest checkpoint); a folder that exists is a RUN, also with @ in its name."""
+    """'RUN@STEP' or 'RUN' (its newest checkpoint); an existing folder is a RUN even if its name has an @."""
     run, at, step = branch.rpartition("@")
     if not at or Path(branch).is_dir():
         return branch, None
     if not (step.isascii() and step.isdecimal()):
-        raise ValueError(f"--from {branch}: there is no such folder, and {step!r} is no step for RUN@STEP")
+        raise ValueError(f"--from {branch}: there is no such folder, and {step!r} is not a step, as in RUN@STEP")
     return run, int(step)
 
 
@@ -194,7 +195,7 @@ def fit(
 
 
 def _batch_part(config: Config, mesh) -> dict[str, int]:
-    """Bytes of a batch on one device; a batch of pairs is as long as its longest sentence, which nobody knows yet."""
+    """Bytes of a batch on one device; none for a batch of pairs, whose longest sentence is not known yet."""
     if getattr(config.model, "classes", 0):
         return {}
     place = None if mesh is None else NamedSharding(mesh, sharding.BATCH)
@@ -305,7 +306,7 @@ def main(argv: list[str] | None = None) -> int:
     if words.run == "":
         raise ValueError("--run is empty: it must name a folder")
     if words.branch is not None and words.init_from is not None:
-        raise ValueError("--from goes on from all of a checkpoint, --init-from begins with its parameters: choose one")
+        raise ValueError("--from continues a checkpoint, --init-from takes only its parameters: give one of them")
     if words.branch is not None and words.run is None:
         raise ValueError("--from needs a new folder: --run DIR")
     config = parse(config, rest)

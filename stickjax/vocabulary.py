@@ -1,4 +1,4 @@
-"""The size of the vocabulary where a config leaves it open: that of the tokenizer."""
+"""The size of the vocabulary of a config that leaves V open: the number of ids of the tokenizer."""
 
 from stickjax.config import Config
 from stickjax.sharding import mesh_sizes
@@ -7,7 +7,7 @@ from stickjax.tokenizer import load_tokenizer
 
 
 def with_vocabulary(config: Config, ids: int | None = None, devices=None) -> Config:
-    """The config with a V; where it has none, the number of ids, rounded up to a multiple of the mesh axis `tensor`.
+    """The config with V; if it was None, V is the number of ids, rounded up to a multiple of the mesh axis `tensor`.
 
     Args:
       config: the experiment.
@@ -30,5 +30,5 @@ def with_vocabulary(config: Config, ids: int | None = None, devices=None) -> Con
         return config.replace({"model.V": -(-ids // tensor) * tensor})
     if V < ids:
         source = f"pairs of {d.source}" if pairs else f"tokenizer={d.tokenizer!r}"
-        raise ValueError(f"V={V} is smaller than the {ids} ids of {source}; without V it is that number")
+        raise ValueError(f"V={V} is smaller than the {ids} ids of {source}; set V to at least {ids}, or leave it out")
     return config

@@ -18,6 +18,7 @@ ENDS = [
     (ValueError("T=0\n  must be 1"), 1, "error: T=0 must be 1\n"),
     (DamagedCheckpoint("the checksum differs"), 1, "error: the checksum differs\n"),
     (FileNotFoundError(2, "No such file or directory", "a.py"), 1, "error: a.py: No such file or directory\n"),
+    (FileNotFoundError(2, "No such file or directory", "a\nb"), 1, "error: a\\nb: No such file or directory\n"),
     (OSError("disk full"), 1, "error: disk full\n"),
     (FloatingPointError("step 3"), 1, "error: step 3\n"),
     (MemoryError(), 1, "error: MemoryError\n"),
@@ -99,7 +100,7 @@ def test_values_follow_their_field_wherever_they_stand(capsys):
     [
         (["tiny", "--run", ""], "--run is empty"),
         ([""], "'' does not exist"),
-        (["tiny", "--run", "a", "--from", "b", "--init-from", "c"], "--from goes on from all of a checkpoint"),
+        (["tiny", "--run", "a", "--from", "b", "--init-from", "c"], "--from continues a checkpoint"),
     ],
 )
 def test_an_empty_name_or_two_beginnings_are_refused(words, said, capsys, tmp_path, monkeypatch):
@@ -114,8 +115,14 @@ def test_a_folder_that_exists_is_a_run_also_with_an_at_sign(tmp_path):
     assert train.split_branch(folder) == (folder, None)
     assert train.split_branch(f"{folder}@7") == (folder, 7)
     for step in ("", "x", "-1", "²"):
-        with pytest.raises(ValueError, match="there is no such folder, and .* is no step for RUN@STEP"):
+        with pytest.raises(ValueError, match="there is no such folder, and .* is not a step, as in RUN@STEP"):
             train.split_branch(f"{folder}@{step}")
+
+
+def test_the_program_without_a_command_is_its_help(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["stickjax"])
+    assert __main__.main() == 0
+    assert capsys.readouterr() == (__main__.HELP + "\n", "")
 
 
 def test_the_command_of_commands(capsys, tmp_path):

@@ -233,8 +233,8 @@ FILES = {
         "from stickjax import DataConfig\ndef get_config():\n    return DataConfig(T='64')\n",
         "field.py:3: T='64' must be a whole number, at least 1",
     ),
-    "config.yaml": ("model: 3\n", "config.yaml is no config: a config is a name (moduleformer_tiny, "),
-    "weights.safetensors": (b"\0\1", "weights.safetensors is no config: a config is a name"),
+    "config.yaml": ("model: 3\n", "config.yaml is not a config: a config is a name (moduleformer_tiny, "),
+    "weights.safetensors": (b"\0\1", "weights.safetensors is not a config: a config is a name"),
 }
 
 

@@ -209,7 +209,7 @@ def test_an_end_that_no_file_says_is_named_at_the_conversion(words, tmp_path, ca
     text = Path(words).read_text().replace("<|endoftext|>", "<|im_end|>")
     (tmp_path / "hf/tokenizer.json").write_text(text)
     assert main([str(tmp_path / "hf"), str(tmp_path / "run")]) == 1
-    assert "name it with data.eot, one of its added tokens: '<|im_end|>'" in capsys.readouterr().err
+    assert "set data.eot to one of its added tokens: '<|im_end|>'" in capsys.readouterr().err
     assert main([str(tmp_path / "hf"), str(tmp_path / "run"), "--eot=<|im_end|>"]) == 0
     assert stickjax.load(tmp_path / "run").tokenizer.eot == 0
     assert main([str(tmp_path / "run"), str(tmp_path / "back")]) == 0
@@ -258,7 +258,7 @@ def test_a_converted_model_is_evaluated_sampled_and_trained(tmp_path, capsys):
     for folder in (hf, run):
         assert evaluate.main([folder, "--max-tokens=64", *(f"--{key}={value}" for key, value in data.items())]) == 0
     assert {file: file.stat().st_mtime_ns for file in Path(hf).iterdir()} == theirs, "a download stays as it is"
-    assert "hf is in the Hugging Face layout: nothing is kept in it" in capsys.readouterr().err
+    assert "hf is in the Hugging Face layout: nothing is written into it" in capsys.readouterr().err
     assert (tmp_path / "run/evaluation.json").exists() and (tmp_path / "run/length.png").exists()
     config = stickjax.load(run, changes=data).config
     config = config.replace({"model.param_dtype": "float32", "train.steps": 1, "optim.schedule": "constant"})

@@ -40,7 +40,7 @@ def test_a_file_is_complete_or_as_it_was(tmp_path, limit):
     path = tmp_path / "config.json"
     write_file(path, "before")
     limit(100)
-    with pytest.raises(OSError, match="the file is larger than it may be here: '.*/config.json'"):
+    with pytest.raises(OSError, match="the file exceeds the size limit, such as ulimit -f: '.*/config.json'"):
         write_file(path, "x" * 101)
     with pytest.raises(OSError, match="No such file or directory: '.*/none/config.json'"):
         write_file(tmp_path / "none" / "config.json", b"")
@@ -69,7 +69,7 @@ def test_metrics_say_what_is_full(tmp_path, limit):
     row = {"step": 1, "tokens": 8, "loss": 2.5, "learning_rate": 0.1}
     log.write(row)
     limit((tmp_path / "metrics.jsonl").stat().st_size + 8)
-    with pytest.raises(OSError, match="the file is larger than it may be here: '.*/metrics.jsonl'"):
+    with pytest.raises(OSError, match="the file exceeds the size limit, such as ulimit -f: '.*/metrics.jsonl'"):
         log.write(row | {"step": 2})
     log.close()
     limit(resource.RLIM_INFINITY)
@@ -84,7 +84,7 @@ def test_models_are_written_whole_or_not(tmp_path, limit, capsys):
     save(tmp_path / "run", model, config)
     before = names(tmp_path)
     limit(4096)
-    said = "model.safetensors: the file is larger than it may be here"
+    said = "model.safetensors: the file exceeds the size limit, such as ulimit -f"
     for main, argv in (
         (convert.main, [tmp_path / "theirs", tmp_path / "out/new"]),
         (convert.main, [tmp_path / "run", tmp_path / "out/new"]),
@@ -126,6 +126,6 @@ def test_a_trace_that_does_not_fit_is_not_left(tmp_path, monkeypatch):
 def test_a_picture_is_complete_or_as_it_was(tmp_path, limit):
     page, _ = plots.figure("x", "y")
     limit(1000)
-    with pytest.raises(OSError, match="larger than it may be here: '.*/a.png'"):
+    with pytest.raises(OSError, match="exceeds the size limit, such as ulimit -f: '.*/a.png'"):
         plots.save(page, tmp_path / "a.png")
     assert names(tmp_path) == []

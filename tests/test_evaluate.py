@@ -173,7 +173,7 @@ def test_a_run_that_cannot_be_written_is_evaluated(runs, capsys, monkeypatch, tm
     for more in ([], [f"--plot={tmp_path / 'p.png'}"]):
         assert main([str(run), "--max-tokens=64", "--lengths=1", *more]) == 0
         said = capsys.readouterr()
-        assert "1x (8)" in said.out and "nothing is kept in it" in said.err
+        assert "1x (8)" in said.out and "nothing is written into it" in said.err
     assert {file: file.stat().st_mtime_ns for file in run.iterdir()} == before
     assert (tmp_path / "p.png").stat().st_size > 10_000
 
@@ -187,7 +187,7 @@ def test_a_run_that_cannot_be_written_is_evaluated(runs, capsys, monkeypatch, tm
         (["--lengths="], "--lengths=: expected multiples of T"),
         (["--lengths=0"], "--lengths=0: expected multiples of T"),
         (["--lengths=2,3"], "every length must divide the largest: 2 does not divide 3"),
-        (["--plot=no/folder/p.png"], "--plot=no/folder/p.png: no/folder is no folder"),
+        (["--plot=no/folder/p.png"], "--plot=no/folder/p.png: no/folder is not a folder"),
     ],
 )
 def test_bad_words_are_one_line(runs, capsys, words, message):

@@ -276,7 +276,7 @@ def test_what_ours_does_not_have_is_refused_by_name(tree):
     [
         (dict(glu=False), "glu=False is not supported"),
         (dict(bias=False), "bias=False is not supported"),
-        (dict(moe_top_k=2), "num_experts_per_tok=3 and moe_top_k=2 are the same"),
+        (dict(moe_top_k=2), "num_experts_per_tok=3 and moe_top_k=2 are two names"),
         (dict(num_attention_heads=4), "num_attention_heads=4 must be"),
         (dict(activation_function="gelu"), "activation_function='gelu'"),
     ],

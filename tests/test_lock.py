@@ -64,6 +64,15 @@ def test_the_second_is_refused_and_changes_nothing(tmp_path):
     Lock(tmp_path).release()
 
 
+def test_a_lock_that_something_else_has_written_over_is_released(tmp_path):
+    lock = Lock(tmp_path)
+    (tmp_path / "lock").write_text("notes")
+    lock.release()
+    assert (tmp_path / "lock").read_text() == "notes"  # not ours to delete
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(lock._file)
+
+
 @pytest.mark.usefixtures("without_flock")
 def test_the_second_is_refused_where_there_is_no_flock(tmp_path):
     lock = Lock(tmp_path)

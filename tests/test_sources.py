@@ -125,9 +125,9 @@ def test_what_is_no_file_is_left_out_and_counted(tmp_path, caplog):
         server.bind(str(tmp_path / "socket"))
         assert read(tmp_path) == ["one", "two"]
     assert "left out 6 files: " in caplog.text
-    for kind in ("a link to nothing (2: ", "a pipe, socket or device (3: ", "compressed (1: "):
+    for kind in ("a broken link (2: ", "a pipe, socket or device (3: ", "compressed (1: "):
         assert kind in caplog.text
-    for name, kind in (("pipe.jsonl", "a pipe"), ("gone", "a link to nothing"), ("loop", "a link to nothing")):
+    for name, kind in (("pipe.jsonl", "a pipe"), ("gone", "a broken link"), ("loop", "a broken link")):
         with pytest.raises(ValueError, match=f"data.path='.*{name}' is {kind}"):
             read(tmp_path / name)
 

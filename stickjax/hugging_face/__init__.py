@@ -67,14 +67,14 @@ def write(
 ) -> None:  # fmt: skip
     """Make the folder of a model, the opposite of `read` to the bit.
 
-    `files` are those of the tokenizer, or of a model that has none what its folder said about special tokens.
+    `files`: the files of the tokenizer; for a model without one, the files of its folder about special tokens.
     """
     c = config.model
     tree = configs.to_theirs(c, config.data.T)
     table = names.table(tree["model_type"], c)
     tree |= read_object(files.get(TOKEN_IDS, b"{}"), TOKEN_IDS)
     if tokenizer is not None and tokenizer.eot < c.vocabulary and tree.get("eos_token_id") is None:
-        tree["eos_token_id"] = tokenizer.eot  # else transformers has one of its own for each model type
+        tree["eos_token_id"] = tokenizer.eot  # otherwise transformers assumes an id that depends on the model type
     path.mkdir(parents=True, exist_ok=True)
     write_files({name: content for name, content in files.items() if name != TOKEN_IDS}, path)
     write_file(path / "config.json", json.dumps(tree, indent=2) + "\n")

@@ -11,7 +11,7 @@ from stickjax.fields import nearest
 from stickjax.model_config import MODULES, ModelConfig
 from stickjax.sut_config import SutConfig
 
-# Entries of which ours has one value only; absent and null are the same. Of every model type, then of Llama's kind.
+# Entries with only one supported value; absent and null stand for it. For every model type, then for Llama's kind.
 _ONLY = {
     "quantization_config": None, "is_encoder_decoder": False, "add_cross_attention": False, "pruned_heads": {},
     "cross_attention_hidden_size": None, "per_layer_config": None,
@@ -22,7 +22,7 @@ _ONLY_LLAMA = _ONLY | {
     "attn_logit_softcapping": None, "final_logit_softcapping": None, "qk_norm": False, "use_qk_norm": False,
     "clip_qkv": None, "shared_intermediate_size": 0, "normalization_function": "rmsnorm",
 }  # fmt: skip
-# Entries that say nothing about the logits: what only training or only generation looks at, and transformers' own.
+# Entries that do not change the logits: only training, only generation or only transformers itself reads them.
 _NO_LOGITS = """
     model_type architectures auto_map transformers_version torch_dtype dtype name_or_path _name_or_path _commit_hash
     _attn_implementation _attn_implementation_autoset attn_implementation use_cache torchscript use_bfloat16
@@ -72,20 +72,21 @@ class _Tree:
                 raise ValueError(f"{self._where}{name}={value!r} is not supported, only {wanted!r}")
 
     def either(self, name: str, other: str, kind: type, default=...) -> Any:
-        """An entry that has two names; where both are there, they agree."""
+        """Read an entry that has two names; ValueError if both are there and differ."""
         found = {n: value for n in (name, other) if (value := self(n, kind, None)) is not None}
         if len(set(found.values())) > 1:
-            raise ValueError(f"{name}={found[name]!r} and {other}={found[other]!r} are the same and must be equal")
+            both = f"{name}={found[name]!r} and {other}={found[other]!r}"
+            raise ValueError(f"{both} are two names of one entry and must be equal")
         return next(iter(found.values())) if found else self(name, kind, default)
 
     def end(self) -> None:
-        """ValueError, with their names, for entries that nobody asked for and that are not `IGNORED`."""
+        """ValueError, with their names, for entries that were not read and that are not `IGNORED`."""
         rest = sorted(n for n, x in self._tree.items() if x is not None and n not in self._known | IGNORED)
         if rest:
             said = ", ".join(f"{name}={self._tree[name]!r:.60}" for name in rest[:8])
             raise ValueError(
-                f"{self._where}{said}: not known, and may change what the model computes; if not, delete "
-                f"{'it' if len(rest) == 1 else 'them'} from the file"
+                f"{self._where}{said}: not known, and may change what the model computes; delete "
+                f"{'it' if len(rest) == 1 else 'them'} from config.json if that is not so"
             )
 
     def quotient(self, name: str, by: str) -> int:

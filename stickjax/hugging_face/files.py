@@ -40,7 +40,7 @@ class Lazy:
 
 
 def finite(leaves: dict[str, Lazy], where: str | os.PathLike) -> dict[str, Lazy]:
-    """The same arrays, of which every piece is looked at when it is read: ValueError for what is not finite."""
+    """The same arrays, checked piece by piece as they are read: ValueError for values that are not finite."""
 
     def checked(name: str, leaf: Lazy) -> Lazy:
         def read(i: int | None) -> np.ndarray:

@@ -207,7 +207,7 @@ class Router(nnx.Module):
         self.log_scale = zeros(1) if network == "gmm" else None
         self.weight = normal(key, (rows, old), std, c)
         self.new_weight = normal(k_new, (rows, new), std, c) if new else None
-        # It moves by bias_rate a step, which a smaller type loses once the bias is large.
+        # In float32, because a smaller type would lose steps of bias_rate once the bias is large.
         self.selection_bias = zeros(old + new, jnp.float32) if c.bias_rate else None
         # Floats, as whatever learns is: every count of experts is one exactly.
         self.slot = nnx.Param(jnp.arange(old + new, dtype=jnp.float32)) if c.pruned != "no" else None

@@ -116,7 +116,7 @@ def _report(words, changes: dict) -> str:
     if place:
         write_file(place / "modules.json", json_text({"step": loaded.step} | result) + "\n")
     if not (picture := words.plot or (place and place / "modules.png")):
-        return "no picture"
+        return "no picture was drawn"
     plots.plot_module_use(result["use"], result["mutual_information"], picture)
     return f"picture: {picture}"
 

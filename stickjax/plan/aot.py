@@ -45,7 +45,7 @@ class Compiled:
     arguments: int
     temporaries: int
     peak: int
-    state: dict[str, int]  # of the arguments, what the optimizer reads and writes, by what it is for
+    state: dict[str, int]  # bytes of the training state among the arguments, by what they are for
     work: Work
     collectives: list[Collective]
     seconds: float  # that compiling took
