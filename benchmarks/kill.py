@@ -1,8 +1,8 @@
-"""python -m benchmarks.kill [--kills 20] [--seed 0] [--out DIR]: is a run that was killed still the same to the bit?
+"""python -m benchmarks.kill [--kills 20] [--seed 0] [--out DIR]: compare a run that is killed with one that is not.
 
 A small run of 60 steps, with a checkpoint every 5, is trained twice. The second training is ended by SIGKILL at random
-moments, some of them while it starts, and is started again by the same command. Then the metrics, without the clock's,
-and the whole state are compared.
+moments, some of them while it starts, and is started again by the same command. Then the metrics, except those that
+depend on the clock, and the whole state must be equal to the bit.
 """
 
 import os
@@ -22,7 +22,7 @@ from stickjax.config import Config
 from stickjax.metrics import read_metrics
 from stickjax.step import init_state
 
-# With everything that has a state: sampled routing, the router's bias, accumulation, packed documents.
+# Everything that has a state: sampled routing, the router's bias, accumulation, packed documents.
 CONFIG = Config().replace(
     {
         "model.V": 257, "model.D": 16, "model.L": 2, "model.N": 2, "model.K": 1, "model.H": 8, "model.F": 16,
@@ -31,7 +31,7 @@ CONFIG = Config().replace(
         "train.steps": 60, "train.log_every": 1, "train.checkpoint_every": 5, "optim.peak_lr": 0.01,
     }
 )  # fmt: skip
-START = 3  # seconds; no program has begun to train so soon
+START = 3  # seconds; training has not begun yet after this time
 CLOCK = ("tokens_per_second", "mfu")
 
 
@@ -40,13 +40,13 @@ class Training:
 
     def __init__(self, folder: Path, run: str):
         command = [sys.executable, "-m", "stickjax.train", str(folder / "config.json"), "--run", str(folder / run)]
-        # A start that loads what another one compiled is quick, and more of the kills meet what is not compiling.
+        # With a compilation cache a start is quick, so that fewer kills fall into the compilation.
         cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache")}
         cache |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | cache)
 
     def until(self, step: int) -> int:
-        """Wait until a step is said; returns the last one that was, 0 for none."""
+        """Wait until the training prints this step; returns the last step that it printed, 0 for none."""
         said = 0
         for line in self.process.stdout:
             if line.startswith("step ") and "/" in line.split()[1]:
@@ -66,7 +66,7 @@ class Training:
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """What two runs do not have in common to the bit: steps of the metrics, and leaves of the last state."""
+    """Where two runs differ: steps of the metrics, and leaves of the last state."""
     logs = [[{k: v for k, v in row.items() if k not in CLOCK} for row in read_metrics(run)] for run in (one, other)]
     found = [f"step {i}: {rows}" for i, rows in enumerate(zip(*logs, strict=False), 1) if rows[0] != rows[1]]
     if len(logs[0]) != len(logs[1]):

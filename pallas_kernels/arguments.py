@@ -1,4 +1,4 @@
-"""What an op may be called with. Whatever is wrong is one ValueError that names the argument and what it was."""
+"""Checks of the arguments of the ops. A wrong one is a ValueError with its name, what it must be and what it was."""
 
 import numbers
 import operator
@@ -16,12 +16,12 @@ def sum_type(x):
 
 
 def is_array(x) -> bool:
-    """Of JAX, traced or not, or of numpy."""
+    """Whether `x` is an array of JAX, traced or not, or of NumPy."""
     return isinstance(x, jax.Array | np.ndarray)
 
 
 def array(name: str, x, letters: str):
-    """`x`, or the array in a module's parameter, with as many axes as `letters`, such as "B,T,N,H", has."""
+    """`x`, or the array of a module's parameter, if it has one axis for every letter, such as "B,T,N,H"."""
     if not is_array(x) and hasattr(x, "__jax_array__"):
         x = x.__jax_array__()
     if not is_array(x):
@@ -32,7 +32,7 @@ def array(name: str, x, letters: str):
 
 
 def floats(name: str, x, letters: str):
-    """`array` of a floating type that the ops compute with; numpy's float64 is float32 where JAX has no other."""
+    """`array` of one of FLOATS. NumPy's float64 becomes float32 unless `jax_enable_x64` is set."""
     x = array(name, x, letters)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"{name} must be floating point, got {name}.dtype={x.dtype}")
@@ -50,11 +50,11 @@ def integers(name: str, x, letters: str):
 
 
 def integer(name: str, x, least: int) -> int:
-    """A Python int that is at least `least`; not a traced one, as programs are made for it."""
+    """A Python int, at least `least`. It must not be traced: every value needs a program of its own."""
     try:
         value = operator.index(x)
     except TypeError:
-        raise ValueError(f"{name} must be an int that is known when the program is made, got {_type(x)}") from None
+        raise ValueError(f"{name} must be an int that is not traced, got {_type(x)}") from None
     if value < least:
         raise ValueError(f"{name}={value} must be at least {least}")
     return value
@@ -71,7 +71,7 @@ def number(name: str, x):
 
 
 def flag(name: str, x) -> bool:
-    """True or False; not a traced one."""
+    """True or False. It must not be traced."""
     if not isinstance(x, bool | np.bool_):
         raise ValueError(f"{name} must be True or False, got {_type(x)}")
     return bool(x)

@@ -1,10 +1,10 @@
-"""An op on a mesh of Auto axes: one node for XLA's partitioner, with a rule of which axes of its arrays may be divided.
+"""An op on a mesh of Auto axes: one node for XLA's partitioner, with a rule that says which axes may be divided.
 
-XLA decides how the arrays lie while it compiles, and then asks for the program of one device. That is the op again, on
-the device's part of the arrays. XLA does not look inside the op: there it would run a map over a divided axis one step
-after the other, and gather whatever a kernel reads.
+XLA decides how the arrays are divided while it compiles, and then asks for the program of one device. That program is
+the op again, on the device's part of the arrays. XLA must not look inside the op: it would run a map over a divided
+axis one step after the other, and would all-gather every array that a kernel reads.
 
-A node has no residuals, because nothing says how XLA would divide them: the backward pass runs the forward pass again.
+A node has no residuals, because XLA gets no rule for dividing them: the backward pass runs the forward pass again.
 """
 
 import contextvars
@@ -33,7 +33,7 @@ class Node(NamedTuple):
 
 
 def is_tracing_part() -> bool:
-    """Whether the code that is traced will run on one device, though the types of its arrays speak of a whole mesh."""
+    """Whether the traced code runs on one device, although the types of its arrays have a whole mesh."""
     return _is_tracing_part.get()
 
 
@@ -62,7 +62,7 @@ run.__wrapped__.defvjp(_forward, _backward)
 
 
 def _pull(node, floats, *values):
-    """The gradients of the arrays `floats`, of all arrays and the cotangents."""
+    """The gradients of the arrays whose numbers are `floats`; `values`: all arrays, then the cotangents."""
     arrays, cotangents = values[: len(node.letters)], values[len(node.letters) :]
 
     def function(*some):
@@ -74,7 +74,7 @@ def _pull(node, floats, *values):
 
 
 def _divided(node: Node, *arrays):
-    """The node for the partitioner. Under vmap it is another node, whose new axis is one more to divide."""
+    """Run the node by the partitioner. jax.vmap makes another node, whose new axis may be divided as well."""
 
     @jax.custom_batching.custom_vmap
     def one(*arrays):
@@ -101,7 +101,7 @@ def _partitioned(node: Node) -> Callable:
         axes = _axes(node, mesh, [*arrays, *jax.tree.leaves(results)])
         place = lambda letters: NamedSharding(mesh, _spec(node, axes, letters))  # noqa: E731
 
-        def summed(letters, x):  # a gradient of what all devices of an axis have whole
+        def summed(letters, x):  # the gradient of an array that lies whole on every device
             mapped = {group for at, group in node.maps if at in letters.split()}
             others = tuple(axis for group, names in axes.items() if group not in mapped for axis in names)
             return lax.psum(x, others) if others else x
@@ -116,7 +116,7 @@ def _partitioned(node: Node) -> Callable:
 
 
 def _as_part(node: Node, *arrays):
-    """The node's function on arrays of one device, such as those of the mesh."""
+    """The node's function on the arrays of one device of the mesh."""
     token = _is_tracing_part.set(True)
     try:
         with use_abstract_mesh(AbstractMesh((), (), abstract_device=node.mesh.abstract_device)):
@@ -135,7 +135,7 @@ def _dimensions(node: Node, shapes) -> Iterator[tuple[int, str | None, int]]:
 
 
 def _rule(node: Node, mesh, values, results) -> SdyShardingRule:
-    """The letters for the partitioner: axes of one letter are multiples of the least of them (N of K), others whole."""
+    """The rule for the partitioner: axes of one letter are multiples of the smallest (N of K); others stay whole."""
     shapes = [tuple(value.shape) for value in (*values, *results)]
     least, factors, whole, sizes = {}, [[] for _ in shapes], [], {}
     for _, group, size in _dimensions(node, shapes):
@@ -154,7 +154,7 @@ def _rule(node: Node, mesh, values, results) -> SdyShardingRule:
 
 
 def _axes(node: Node, mesh, shaped) -> dict[str, tuple[str, ...]]:
-    """The mesh axes that divide each letter: those of the first array that are fit for all."""
+    """The mesh axes that divide each letter: the first that an array has and that divide all sizes of the letter."""
     found, taken = {}, set()
     sizes = list(_dimensions(node, [x.shape for x in shaped]))
     specs = [[*x.sharding.spec, *[None] * x.ndim][: x.ndim] for x in shaped]

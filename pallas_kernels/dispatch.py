@@ -32,7 +32,7 @@ class Implementation(NamedTuple):
 class Op(NamedTuple):
     """`prepare(*args, **kwargs)` checks the arguments of a call and returns what the implementations take.
 
-    `letters(call)` names the axes of its arrays: how the op runs on a mesh.
+    `letters(call)` names the axes of its arrays and says along which of them a mesh may divide the op.
     """
 
     name: str
@@ -91,13 +91,13 @@ def _sentence(op: Op, call: Any, implementation: str | Sequence[str] | None) -> 
 
 
 def run(op: Op, call: Any, implementation: str | Sequence[str] | None) -> Any:
-    """Run `call` on the chosen implementation, on a mesh on every device for its part."""
+    """Run `call` by the chosen implementation; on a mesh, every device runs its part."""
     wanted = None if implementation is None else tuple(_wanted(implementation))
     compute = partition.Bound(_run_here, (op.name, wanted))
     call = jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, call)
     try:
         return compute(call) if op.letters is None else partition.run(op.letters(call), call, compute)
-    except TypeError as error:  # of a mesh: what a device runs says it by itself
+    except TypeError as error:  # raised by a mesh; the message of `_run_here` has the op's name already
         if "forward-mode" not in str(error) or str(error).startswith(op.name):
             raise
         raise TypeError(

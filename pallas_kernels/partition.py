@@ -1,12 +1,12 @@
 """How an op runs when its arrays are divided over the devices of a mesh.
 
-An op names the axes of its arrays by letters, and the letters along which it is a map: every device computes its own
-part of those, and nothing is sent. How the arrays are divided stands in their types (`jax.typeof`):
-- On Explicit axes of a mesh the op wraps itself in `jax.shard_map`, or refuses a division that is no map.
+An op names the axes of its arrays by letters, and the letters along which it is a map: along these, every device
+computes its own part, and nothing is sent. The types of the arrays (`jax.typeof`) say how they are divided:
+- On Explicit axes of a mesh the op wraps itself in `jax.shard_map`; a division along another letter is an error.
 - On a mesh of Auto axes the types do not say it. There the op is one node of the program for XLA's partitioner, which
-  asks once it has decided how the arrays lie (`automatic.py`).
-- On Manual axes, inside somebody's shard_map, the op runs on the part that it is given. First all of its arrays are
-  made to vary over the same axes, so that JAX sums the gradients of those that did not.
+  decides how the arrays are divided and then asks for the program of one device (`automatic.py`).
+- On Manual axes, inside a shard_map of the caller, the op runs on the part that it is given. First all its arrays are
+  made to vary over the same axes, so that JAX sums the gradients of the arrays that did not.
 """
 
 import functools
@@ -20,17 +20,17 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec, g
 
 from . import automatic
 
-# In place of letters: what is no array, and what `inside` makes again from a device's part of the arrays.
+# In place of letters: STATIC is not an array; ANEW is an array that `inside` computes again on every device.
 STATIC, ANEW = "static", "anew"
 
 
 class Letters(NamedTuple):
-    """The letters of the arrays of one call of an op, such as "B T N H".
+    """The letters of the axes of all arrays in one call of an op, such as "B T N H".
 
-    `name`: of the op, in words. `call`: a tree like the call, with letters, STATIC or ANEW as leaves. `results`: of
-    every result.
-    `maps`: the letters along which the op is a map; letters of one value are divided together.
-    `inside(call)`: the call of a device's part, whose parts that are ANEW are still None.
+    `name`: the op, in words. `call`: a tree like the call, with letters, STATIC or ANEW as leaves. `results`: the
+    letters of every result.
+    `maps`: the letters along which the op is a map; letters with the same value are divided together.
+    `inside(call)`: completes the call of one device, in which the leaves that are ANEW are still None.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Letters(NamedTuple):
 
 
 class Bound(NamedTuple):
-    """`function(*values, *static)`: equal for equal arguments, so that jit knows it again."""
+    """`function(*values, *static)`. Two of them with equal parts are equal, so that jit compiles once."""
 
     function: Callable
     static: tuple = ()
@@ -60,7 +60,7 @@ class _Array(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """`compute` of the call that the values, of one device, make up."""
+    """Calls `compute` with the call that the values of one device make up."""
 
     compute: Callable[[Any], Any]
     inside: Callable[[Any], Any]
@@ -77,10 +77,10 @@ def run(letters: Letters, call: Any, compute: Callable[[Any], Any]) -> Any:
     """`compute(call)`, on every device for its part of the arrays.
 
     Args:
-      compute: equal for equal work, such as `Bound`, so that it is compiled once.
+      compute: hashable, and equal for equal work, such as `Bound`, so that it is compiled once.
 
     Raises:
-      ValueError: arrays that are divided where the op is no map, or not all alike.
+      ValueError: an array is divided along a letter that is not in `maps`, or two arrays are divided differently.
     """
     arrays, part = _arrays(letters, call, compute)
     mesh = _mesh(arrays)
@@ -99,7 +99,7 @@ def run(letters: Letters, call: Any, compute: Callable[[Any], Any]) -> Any:
 
 
 def look(letters: Letters, call: Any, compute: Callable[[Any], Any]) -> Any:
-    """What `compute` says of the call that `run` would give it, on tracers of a device's shapes; nothing is run."""
+    """What `compute` returns for the call that `run` would give it, by tracers of one device's shapes; nothing runs."""
     arrays, part = _arrays(letters, call, compute)
     mesh = _mesh(arrays)
     if AxisType.Explicit not in mesh.axis_types and not _is_automatic(mesh):
@@ -115,7 +115,7 @@ def look(letters: Letters, call: Any, compute: Callable[[Any], Any]) -> Any:
 
 
 def whole(function: Callable, x, *static) -> Any:
-    """`function(x, *static)`; on an Explicit mesh, on every device for all of x."""
+    """`function(x, *static)`; on an Explicit mesh, every device computes it from the whole of x."""
     mesh = _mesh([_Array("", (), x)])
     if AxisType.Explicit not in mesh.axis_types:
         return function(x, *static)
@@ -123,7 +123,7 @@ def whole(function: Callable, x, *static) -> Any:
 
 
 def alike(*values) -> list:
-    """The values, with the arrays among them varying over every axis of a shard_map that one of them varies over."""
+    """The values, in which every array varies over each shard_map axis that one of them varies over."""
     axes = [_varying(x) for x in values]
     every = frozenset().union(*axes)
     missing = [tuple(sorted(every - own)) if _is_array(x) else () for x, own in zip(values, axes, strict=True)]
@@ -139,7 +139,7 @@ def _varying(x) -> frozenset:
 
 
 def _mesh(arrays: list[_Array]) -> AbstractMesh:
-    """That of the context, else of the arrays. `axis_types` is a tuple also where it is empty."""
+    """The mesh of the context, else of the arrays, else an empty one, whose `axis_types` is a tuple as well."""
     meshes = [get_abstract_mesh(), *(jax.typeof(array.value).sharding.mesh for array in arrays)]
     return next((mesh for mesh in meshes if mesh.axis_names), AbstractMesh((), (), axis_types=()))
 
@@ -157,7 +157,7 @@ class _Specs(NamedTuple):
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _over_mesh(function, mesh, ins, outs, *values):
     values = [jax.sharding.reshard(x, NamedSharding(mesh, spec)) for x, spec in zip(values, ins, strict=True)]
-    # By default all axes become Manual, but for those that vmap has taken away.
+    # By default all axes become Manual, except those that vmap has taken away.
     explicit = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind is AxisType.Explicit}
     names = dict(axis_names=explicit) if AxisType.Auto in mesh.axis_types else {}
 
@@ -165,7 +165,7 @@ def _over_mesh(function, mesh, ins, outs, *values):
         kinds = zip(get_abstract_mesh().axis_names, get_abstract_mesh().axis_types, strict=True)
         if left := [name for name, kind in kinds if kind is AxisType.Explicit]:
             raise ValueError(
-                f"jax.vmap runs over an axis that {_sizes(mesh, left)} divides, which an op inside of it does not see; "
+                f"jax.vmap runs over an axis that {_sizes(mesh, left)} divides, which the op cannot see; "
                 "make that axis a part of B or T of the op instead"
             )
         return function(*values)
@@ -174,7 +174,7 @@ def _over_mesh(function, mesh, ins, outs, *values):
 
 
 def _arrays(letters: Letters, call, compute) -> tuple[list[_Array], _Part]:
-    """The arrays of a call, and what computes with their values."""
+    """The arrays of a call, and the function that computes with their values."""
     named, tree = jax.tree.flatten_with_path(letters.call)
     arrays, static = [], []
     for (path, word), value in zip(named, tree.flatten_up_to(call), strict=True):
@@ -203,7 +203,7 @@ def _spec(maps, axes, letters) -> PartitionSpec:
 
 
 def _axes(letters: Letters, arrays: list[_Array], mesh) -> dict[str, tuple[str, ...]]:
-    """The mesh axes that divide the letters of `maps.values()`; ValueError where the op cannot run so."""
+    """The mesh axes that divide the letters of `maps.values()`; ValueError if the op cannot run so divided."""
     maps, found, owners = letters.maps, {}, {}
 
     said = functools.partial(_sizes, mesh)
@@ -220,13 +220,13 @@ def _axes(letters: Letters, arrays: list[_Array], mesh) -> dict[str, tuple[str, 
             if found.setdefault(maps[at], axes) != axes:
                 raise ValueError(
                     f"{at} of {array} is divided by {said(axes)}, but {owner[0]} of {owner[1]} by "
-                    f"{said(found[maps[at]])}; jax.sharding.reshard one of them as the other"
+                    f"{said(found[maps[at]])}; give both the same division by jax.sharding.reshard"
                 )
     for at, axes in found.items():
         for other, more in found.items():
             if at < other and set(axes) & set(more):
                 pair = " and ".join(f"{letter} of {array}" for letter, array in (owners[at], owners[other]))
-                raise ValueError(f"{said(axes)} divides both {pair}; jax.sharding.reshard one of them")
+                raise ValueError(f"{said(axes)} divides both {pair}; change one of them by jax.sharding.reshard")
     for array in arrays:
         for at, size in zip(array.letters, array.value.shape, strict=True):
             axes = found.get(maps.get(at), ())
@@ -234,6 +234,6 @@ def _axes(letters: Letters, arrays: list[_Array], mesh) -> dict[str, tuple[str, 
                 owner = owners[maps[at]]
                 raise ValueError(
                     f"{at}={size} of {array} is no multiple of {said(axes)}, which divides {owner[0]} of {owner[1]}; "
-                    f"jax.sharding.reshard {owner[1].name}"
+                    f"change the division of {owner[1].name} by jax.sharding.reshard"
                 )
     return found

@@ -21,7 +21,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, get_abstract_mesh, use_ab
 TILE = plgpu.Layout.WGMMA  # [64, C]
 ROW = plgpu.Layout.WGMMA.reduce(1)  # [64], one number per row
 COLUMN = plgpu.Layout.WGMMA.reduce(0)  # [C], one number per column
-# Of GPUs that are not there, by the beginning of their names.
+# The chip of GPUs that are not there, by the beginning of their names.
 CAPABILITIES = {
     "NVIDIA A100": "sm_80", "NVIDIA L40S": "sm_89", "NVIDIA H100": "sm_90", "NVIDIA H200": "sm_90",
     "NVIDIA GH200": "sm_90", "NVIDIA B200": "sm_100", "NVIDIA RTX PRO 6000": "sm_120",
@@ -78,7 +78,7 @@ def chip() -> str:
 
 
 def multiprocessors() -> int:
-    """How many the GPU has that is traced for; where kernels are interpreted on a CPU, those of an H200."""
+    """The number of multiprocessors of the GPU that is traced for; for kernels that are interpreted, of an H200."""
     device = get_abstract_mesh().abstract_device
     if device is None and jax.default_backend() == "gpu":
         device = jax.devices()[0]

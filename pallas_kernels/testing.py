@@ -1,4 +1,4 @@
-"""Does an implementation of an op give what the reference gives? For tests and notebooks; nothing imports it.
+"""Compare an implementation of an op with the reference, for tests and notebooks.
 
 The tolerances are those of this project's own tests: the largest relative L2 error, by the type of the arguments.
 """
@@ -14,7 +14,7 @@ import numpy as np
 
 FORWARD = {"float64": 1e-10, "float32": 1e-5, "float16": 1e-3, "bfloat16": 5e-3}
 GRADIENT = {"float64": 1e-10, "float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
-ELEMENT = 10  # tolerances, by which one element may be off, relative to the largest element that is expected
+ELEMENT = 10  # an element may be off by so many tolerances, relative to the largest expected element
 WIDE = ("reference", "xla")  # take float64
 
 
@@ -22,8 +22,8 @@ class Difference(NamedTuple):
     """How one output or gradient differs from the expected one.
 
     `error`: the relative L2 error. `largest`: the largest difference of two elements, relative to the largest expected
-    element; it is that of `value` and `expected` at `index`. `problem`: what is wrong where numbers cannot say it: NaN,
-    infinity, another shape or type.
+    element, which is between `value` and `expected` at `index`. `problem`: NaN, infinity, or another shape or type, in
+    words.
     """
 
     name: str

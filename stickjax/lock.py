@@ -109,8 +109,8 @@ class Lock:
                 machine, alone = f"{_kernel()}/{os.fstat(file).st_dev}", _flock(file)
                 if alone is False:
                     owner = _read(self._path)
-                    here = not owner or owner.get("machine") == machine
-                    if here or time.monotonic() > end or self._is_alive(owner):
+                    here = owner is not None and (not owner or owner.get("machine") == machine)
+                    if here or time.monotonic() > end or (owner and self._is_alive(owner)):
                         raise self._taken()
                 elif _is_at(file, self._path):
                     self._own(file, alone, machine)

@@ -75,7 +75,7 @@ def initialize(coordinator: str | None = None, count: int | None = None, index: 
                 raise ValueError(f"--coordinator {coordinator} needs --processes N and --process I")
             _check_alone()
             return
-        count, index, *local = (int(os.environ[name]) for name in names[:3])
+        count, index, *local = map(_number, names[:3])
         local = local[0] if local else _number("MPI_LOCALRANKID")
         if names == PMI and 0 <= index < count > 1:
             method = "deactivate"
@@ -121,7 +121,12 @@ def initialize(coordinator: str | None = None, count: int | None = None, index: 
 
 
 def _number(name: str) -> int | None:
-    return int(os.environ[name]) if name in os.environ else None
+    """A whole number from the environment; None if it is not there."""
+    text = os.environ.get(name)
+    try:
+        return None if text is None else int(text)
+    except ValueError as error:
+        raise ValueError(f"{name}={text!r} in the environment must be a whole number; set or unset it") from error
 
 
 def _check_alone() -> None:

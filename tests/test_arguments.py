@@ -48,7 +48,7 @@ BAD = {
     "nothing": (_bad() | {"value": None}, r"value must be an array \[B,S,K,Hv\], got None"),
     "float8": (_bad() | {"query": jnp.zeros((2, 8, 4, 16), jnp.float8_e5m2)}, "query must be float16, .*float8_e5m2"),
     "list of segments": (_bad(segment_ids=[[0]]), r"segment_ids must be integers \[B,T\], got list"),
-    "float window": (_bad(window=1.5), "window must be an int that is known when the program is made, got float"),
+    "float window": (_bad(window=1.5), "window must be an int that is not traced, got float"),
     "word for a number": (_bad(skip_below="-24"), "skip_below=-24 is a log2 of the stick left"),
     "a tile": (_bad(tiles=16), "tiles=16 must be two positive sizes"),
     "float tiles": (_bad(tiles=(16.0, 8)), r"tiles\[0\] must be an int .*, got float"),

@@ -64,6 +64,23 @@ def test_the_second_is_refused_and_changes_nothing(tmp_path):
     Lock(tmp_path).release()
 
 
+def test_a_lock_that_is_released_while_another_process_takes_it_is_free(tmp_path, monkeypatch):
+    flock, released = stickjax.lock._flock, []
+
+    def release(file):
+        if released:
+            return flock(file)
+        (tmp_path / "lock").unlink()  # the owner removes its lock, and closes it a moment later
+        released.append(file)
+        return False
+
+    monkeypatch.setattr(stickjax.lock, "_flock", release)
+    lock = Lock(tmp_path)
+    lock.check()
+    lock.release()
+    assert released
+
+
 def test_a_lock_that_something_else_has_written_over_is_released(tmp_path):
     lock = Lock(tmp_path)
     (tmp_path / "lock").write_text("notes")

@@ -210,6 +210,7 @@ def test_bad_commands_are_one_clear_line(capsys, config, monkeypatch):
         ({"PMI_SIZE": "2", "PMI_RANK": "2"}, "process 2 of 2"),
         ({"PMIX_RANK": "0"}, "PMIX_RANK=0: this may be one of several processes"),
         ({"WORLD_SIZE": "2", "RANK": "0"}, "RANK=0: this may be one of several processes"),
+        ({"WORLD_SIZE": "two", "RANK": "0"}, "WORLD_SIZE='two' in the environment must be a whole number"),
     ):
         with monkeypatch.context() as patch:
             for name, value in environment.items():

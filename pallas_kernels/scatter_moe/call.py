@@ -44,7 +44,7 @@ _ROUTING = Routing(order=ANEW, inverse=ANEW, offsets=ANEW, expert_indices="T k")
 
 
 def linear_letters(call: LinearCall) -> Letters:
-    """A map over the tokens, each with its slots, and over the columns of the result. Sorted rows are of all tokens."""
+    """A map over the tokens, each with its slots, and over the columns of the result; sorted rows cannot be divided."""
     arrays = LinearCall("T D", "E D F", "E F", "T k", _ROUTING, x_rows=STATIC, out_rows=STATIC)
     if "sorted" in (call.x_rows, call.out_rows):
         return Letters("expert_linear of sorted rows", arrays._replace(x="R D"), "R F", {"F": "F"}, _routed)
@@ -59,7 +59,7 @@ def mlp_letters(call: MlpCall) -> Letters:
 
 
 def _routed(call):
-    """The call of a device's tokens, which it sorts by itself."""
+    """The call of one device, whose routing is made again from the device's own tokens."""
     weight = call.weight if isinstance(call, LinearCall) else call.w_out
     return call._replace(routing=route(call.routing.expert_indices, weight.shape[0]))
 

@@ -27,7 +27,7 @@ def linear(call: LinearCall):
 
 
 def mlp(call: MlpCall):
-    x = call.x.astype(sum_type(call.x))  # the hidden units of a wide x are wide
+    x = call.x.astype(sum_type(call.x))  # so that the hidden units are in this type as well
     up = LinearCall(x, call.w_in, call.b_in, None, call.routing, "token", "slot")
     hidden = ACTIVATIONS[call.activation](linear(up))
     down = LinearCall(hidden, call.w_out, call.b_out, call.gates, call.routing, "slot", "token")

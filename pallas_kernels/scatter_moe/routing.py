@@ -17,7 +17,7 @@ class Routing(NamedTuple):
 
     `order` [R]: the slot of every sorted row. `inverse` [R]: the sorted row of every slot. `offsets` [E+1]: where each
     expert's rows begin and end. `expert_indices` [T,k]: from 0 to E. Slots without an expert (index E) sort last.
-    On a mesh the first three are of the rows of all devices; there an expert op sorts the rows of each device anew.
+    On a mesh the first three describe the rows of all devices; an expert op then sorts the rows of each device again.
     """
 
     order: jax.Array
@@ -46,14 +46,14 @@ def route(expert_indices: Int[Array, "T k"], num_experts: int) -> Routing:
     """Sort the T * k (token, slot) pairs by expert, stably, so that a run is deterministic.
 
     Args:
-      expert_indices: [T, k], from 0 to E; E means no expert: the slot's row never runs, its output is zero and so are
-        the gradients of its gate and its row. A JAX array is not read, which would wait for its device, so there every
-        index outside of 0..E means no expert as well.
+      expert_indices: [T, k], from 0 to E; E means no expert: the slot's row never runs, its output is zero, and so are
+        the gradients of its gate and its row. In a JAX array every index outside 0..E means no expert as well: checking
+        it would wait for the device.
       num_experts: E.
 
     Raises:
       ValueError: indices that are not integers [T,k], E < 1, or T * k of 2^31 and more. Also indices below 0 or
-        above E in a numpy array; in a JAX array only as a program runs under `jax_enable_checks`.
+        above E in a NumPy array; in a JAX array only under `jax_enable_checks`, when the program runs.
 
     Source: "Scattered Mixture-of-Experts Implementation", arXiv 2403.08245.
 
@@ -98,10 +98,10 @@ def _sorted(expert_indices, num_experts: int):
 
 
 def first_places(rows, values, *, after: bool = False):
-    """Where each value would stand first among sorted rows; `after` its equals. As `jnp.searchsorted`, int32.
+    """The first place of each value among sorted rows, or with `after` the place after its equals; int32.
 
-    That raises in a shard_map over some of the axes of a mesh (JAX 0.12.0). Unrolled: as a loop every step would be a
-    kernel of its own on a GPU.
+    `jnp.searchsorted` does the same, but raises in a shard_map over some of the axes of a mesh (JAX 0.12.0). The steps
+    are unrolled: in a loop each of them would be a kernel of its own on a GPU.
     """
     low, high = jnp.zeros_like(values, jnp.int32), jnp.full_like(values, rows.shape[0], jnp.int32)
     for _ in range(rows.shape[0].bit_length()):

@@ -16,7 +16,7 @@ from .call import Call, Mask, Stats, Where
 
 __all__ = ["Stats", "merge_stick_breaking", "stick_breaking_attention", "stick_breaking_weights"]
 
-_WEIGHTS = 2**30  # bytes, beyond which weights are not made
+_WEIGHTS = 2**30  # bytes, the most that `stick_breaking_weights` returns
 
 
 def stick_breaking_attention(
@@ -131,7 +131,7 @@ def stick_breaking_weights(
     if size > _WEIGHTS:
         raise ValueError(
             f"the weights of B={B}, N={N}, T={T}, S={S} take {size / 2**30:,.1f} GiB of at most {_WEIGHTS / 2**30:g}; "
-            f"take fewer heads or queries, with query_offset"
+            "pass fewer heads, or fewer queries with query_offset"
         )
     letters = calls.letters(call)._replace(name="stick_breaking_weights", results="B N T S")
     return partition.run(letters, call, partition.Bound(_weights))

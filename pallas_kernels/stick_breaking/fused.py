@@ -203,7 +203,7 @@ def _decode(kernels: Kernels, call: Call):
     if call.skip_below is None:
         out, spent = some(stop, start)
     else:
-        is_padding = jnp.bool_(False)  # such a row sees no key, so that it never spends its stick
+        is_padding = jnp.bool_(False)  # a padding row sees no key, so it never spends its stick
         if call.where.query_segments is not None:
             is_padding = planned[1][:, None, : plan.rows] < 0
 
@@ -216,7 +216,7 @@ def _decode(kernels: Kernels, call: Call):
         def goes_on(state):
             _, high, _, spent = state
             unspent = (~is_padding & (spent <= -call.skip_below)).any((1, 2))
-            return ((high > start).any(1) & unspent).any()  # some entry has keys left and stick left
+            return ((high > start).any(1) & unspent).any()  # some batch entry has both keys and stick left
 
         zeros = jnp.zeros_like(query, jnp.float32, (B, K, plan.rows))
         nothing = jnp.zeros_like(query, jnp.float32, (B, K, plan.rows, Hv))

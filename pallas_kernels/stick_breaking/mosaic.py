@@ -12,7 +12,7 @@ from .mosaic_tile import KEYS, ROWS, Plan
 
 WIDTHS = (32, 64, 128, 256)
 MEMORY = 208 * 1024  # bytes of shared memory for tiles
-COPIED_ROWS = 8  # the copy engine takes arrays of whole groups of so many rows
+COPIED_ROWS = 8  # the copy engine needs a number of rows that is a multiple of this
 
 
 def refuses(call: Call) -> str | None:

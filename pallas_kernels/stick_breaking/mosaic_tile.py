@@ -109,9 +109,9 @@ def visible(plan: Plan, segments, b, first_row, first_column, columns, offset):
 
 
 def finished_padding(plan: Plan, segments, b, first_row):
-    """What each of 64 rows has spent of its stick at the start, in registers: nothing, but FINISHED of a padding row.
+    """What each of 64 rows has spent of its stick at the start, in registers: 0, or FINISHED for a padding row.
 
-    A padding row, behind the last query or of a negative segment, may see no key. The early exit would wait for it.
+    A padding row, after the last query or in a negative segment, may see no key. The early exit would wait for it.
     """
     real = first_row + seam.row_numbers() < plan.rows
     if plan.segments:
