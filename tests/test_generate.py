@@ -319,7 +319,7 @@ def test_each_of_several_ends_ends_a_text(tmp_path):
 
 def test_a_cache_beyond_all_memory_is_one_line(model, reciter):
     for n in (10**12, 10**30):
-        with pytest.raises(ValueError, match=r"takes [\d,.]+ .iB, but [\d.]+ .iB are .*: take a smaller max_"):
+        with pytest.raises(ValueError, match=r"takes [\d,.]+ .iB, but [\d.]+ .iB are .*: use a smaller max_"):
             generate(model, [[1]], n)
 
 
