@@ -169,19 +169,32 @@ def test_it_says_what_it_does_not_take():
     assert "(64, 64) and (128, 64), not (32, 32)" in refusal(x, x, x, tiles=(32, 32))
 
 
-def test_under_a_mesh_it_asks_for_shard_map():
+def test_on_a_mesh_it_takes_the_part_of_a_device():
     mesh = jax.make_mesh((2, 1), ("data", "model"))
+    seen = []
+
+    def local(x):
+        seen.append(explain("stick_breaking_attention", x, x, x, **MOSAIC_ONLY))
+        return x
+
     with jax.sharding.set_mesh(mesh):
         x = jax.device_put(jnp.zeros((2, 104, 2, 64), jnp.bfloat16), jax.NamedSharding(mesh, jax.P("data")))
-        assert "must be inside jax.shard_map under a mesh with the axes data;" in refusal(x, x, x)
-        inside = []
-
-        def local(x):
-            inside.append(explain("stick_breaking_attention", x, x, x, **MOSAIC_ONLY))
-            return x
-
+        assert "mosaic (128 x 64 tiles)" in explain("stick_breaking_attention", x, x, x, **MOSAIC_ONLY)
         jax.eval_shape(jax.shard_map(local, in_specs=jax.P("data"), out_specs=jax.P("data"), check_vma=False), x)
-        assert "mosaic (128 x 64 tiles)" in inside[0]
+    assert "mosaic (128 x 64 tiles)" in seen[0]
+
+
+def test_in_a_shard_map_over_some_axes_it_asks_for_all():
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+    def local(x):
+        assert "must be inside jax.shard_map under a mesh with the axes model;" in refusal(x, x, x)
+        return x
+
+    x = jax.ShapeDtypeStruct((2, 104, 2, 64), jnp.bfloat16)
+    jax.eval_shape(
+        jax.shard_map(local, mesh=mesh, axis_names={"data"}, in_specs=jax.P("data"), out_specs=jax.P("data")), x
+    )
 
 
 def test_elsewhere_it_says_why_not():
