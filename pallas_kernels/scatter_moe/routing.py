@@ -103,15 +103,12 @@ def first_places(rows, values, *, after: bool = False):
     `jnp.searchsorted` does the same, but raises in a shard_map over some of the axes of a mesh (JAX 0.12.0). The steps
     are unrolled: in a loop each of them would be a kernel of its own on a GPU.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.manual_axes or len(mesh.manual_axes) == len(mesh.axis_names):
-        # XLA on a CPU takes minutes to compile the loop below in a whole training step.
-        side = "right" if after else "left"
-        return jnp.searchsorted(rows, values, side=side, method="scan_unrolled").astype(jnp.int32)
     low, high = jnp.zeros_like(values, jnp.int32), jnp.full_like(values, rows.shape[0], jnp.int32)
     for _ in range(rows.shape[0].bit_length()):
         middle = low + (high - low) // 2
         row = rows[jnp.minimum(middle, rows.shape[0] - 1)]
         is_further = (low < high) & (row <= values if after else row < values)
         low, high = jnp.where(is_further, middle + 1, low), jnp.where(is_further, high, middle)
+        # Without the barrier XLA fuses all steps into one loop on a CPU, and compiles every use of `low` anew.
+        low, high = jax.lax.optimization_barrier((low, high))
     return low
