@@ -11,7 +11,7 @@ FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 def sum_type(x):
-    """The type of sums over numbers of the type of `x`: fp32, and fp64 for fp64."""
+    """The dtype in which numbers like those in `x` are summed: fp64 for fp64, fp32 for all other types."""
     return jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
 
 
@@ -21,7 +21,10 @@ def is_array(x) -> bool:
 
 
 def array(name: str, x, letters: str):
-    """`x`, or the array of a module's parameter, if it has one axis for every letter, such as "B,T,N,H"."""
+    """Check that `x` is an array with one axis for every letter, such as "B,T,N,H", and return it.
+
+    A parameter of a module is returned as its array.
+    """
     if not is_array(x) and hasattr(x, "__jax_array__"):
         x = x.__jax_array__()
     if not is_array(x):
@@ -32,7 +35,10 @@ def array(name: str, x, letters: str):
 
 
 def floats(name: str, x, letters: str):
-    """`array` of one of FLOATS. NumPy's float64 becomes float32 unless `jax_enable_x64` is set."""
+    """Check an `array` and that its dtype is one of FLOATS.
+
+    NumPy's float64 becomes float32 unless `jax_enable_x64` is set.
+    """
     x = array(name, x, letters)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"{name} must be floating point, got {name}.dtype={x.dtype}")
@@ -42,7 +48,7 @@ def floats(name: str, x, letters: str):
 
 
 def integers(name: str, x, letters: str):
-    """`array` of integers."""
+    """Check that `x` is an array of integers with one axis for every letter, and return it."""
     if not is_array(x) or len(x.shape) != len(letters.split(",")) or not jnp.issubdtype(x.dtype, jnp.integer):
         got = f"{x.dtype}{list(x.shape)}" if is_array(x) else _type(x)
         raise ValueError(f"{name} must be integers [{letters}], got {got}")
@@ -50,7 +56,7 @@ def integers(name: str, x, letters: str):
 
 
 def integer(name: str, x, least: int) -> int:
-    """A Python int, at least `least`. It must not be traced: every value needs a program of its own."""
+    """`x` as a Python int of at least `least`. A traced value is refused, because every value needs its own program."""
     try:
         value = operator.index(x)
     except TypeError:
@@ -61,7 +67,7 @@ def integer(name: str, x, least: int) -> int:
 
 
 def number(name: str, x):
-    """A Python number or an array []."""
+    """Check that `x` is a Python number or an array [], and return it."""
     is_one = isinstance(x, numbers.Real) or (is_array(x) and jnp.issubdtype(x.dtype, jnp.number))
     if isinstance(x, bool) or not is_one or (is_array(x) and jnp.iscomplexobj(x)):
         raise ValueError(f"{name} must be a number or an array [], got {_type(x)}")
@@ -71,7 +77,7 @@ def number(name: str, x):
 
 
 def flag(name: str, x) -> bool:
-    """True or False. It must not be traced."""
+    """`x` as a bool, if it is True or False. A traced value is refused."""
     if not isinstance(x, bool | np.bool_):
         raise ValueError(f"{name} must be True or False, got {_type(x)}")
     return bool(x)

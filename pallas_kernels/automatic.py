@@ -23,7 +23,12 @@ _is_tracing_part = contextvars.ContextVar("is_tracing_part", default=False)
 
 
 class Node(NamedTuple):
-    """`function(*arrays)` of one device's part; the letters of the arrays and of the results, as in `partition`."""
+    """One op with its static description.
+
+    `function(*arrays)` computes the results of one device from its part of the arrays. `letters` and `results` name the
+    axes of the arrays and of the results. `maps` has the letters along which the op is a map, as in
+    `partition.Letters`.
+    """
 
     function: Callable
     letters: tuple[str, ...]
@@ -33,14 +38,14 @@ class Node(NamedTuple):
 
 
 def is_tracing_part() -> bool:
-    """Whether the traced code runs on one device, although the types of its arrays have a whole mesh."""
+    """Whether the code being traced is the program of one device. The types of its arrays still have the whole mesh."""
     return _is_tracing_part.get()
 
 
 @functools.partial(jax.jit, static_argnums=0)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def run(node: Node, arrays: tuple):
-    """The results of a node; differentiable by the arrays of floating point."""
+    """The results of a node. They are differentiable with respect to the floating-point arrays."""
     return _divided(node, *arrays)
 
 
@@ -62,7 +67,7 @@ run.__wrapped__.defvjp(_forward, _backward)
 
 
 def _pull(node, floats, *values):
-    """The gradients of the arrays whose numbers are `floats`; `values`: all arrays, then the cotangents."""
+    """The gradients of the arrays with the indices `floats`. `values` holds all arrays, then the cotangents."""
     arrays, cotangents = values[: len(node.letters)], values[len(node.letters) :]
 
     def function(*some):
@@ -74,7 +79,7 @@ def _pull(node, floats, *values):
 
 
 def _divided(node: Node, *arrays):
-    """Run the node by the partitioner. jax.vmap makes another node, whose new axis may be divided as well."""
+    """Run the node by XLA's partitioner. jax.vmap turns it into a node with one more axis, which may be divided too."""
 
     @jax.custom_batching.custom_vmap
     def one(*arrays):
@@ -101,7 +106,7 @@ def _partitioned(node: Node) -> Callable:
         axes = _axes(node, mesh, [*arrays, *jax.tree.leaves(results)])
         place = lambda letters: NamedSharding(mesh, _spec(node, axes, letters))  # noqa: E731
 
-        def summed(letters, x):  # the gradient of an array that lies whole on every device
+        def summed(letters, x):  # sums the gradient of an array that lies whole on every device
             mapped = {group for at, group in node.maps if at in letters.split()}
             others = tuple(axis for group, names in axes.items() if group not in mapped for axis in names)
             return lax.psum(x, others) if others else x
@@ -120,14 +125,14 @@ def _as_part(node: Node, *arrays):
     token = _is_tracing_part.set(True)
     try:
         with use_abstract_mesh(AbstractMesh((), (), abstract_device=node.mesh.abstract_device)):
-            # A node takes no constants; a jit inside of it does.
+            # The partitioner takes no function with constants, but it takes a jit that has some.
             return jax.jit(lambda *arrays: node.function(*arrays))(*arrays)
     finally:
         _is_tracing_part.reset(token)
 
 
 def _dimensions(node: Node, shapes) -> Iterator[tuple[int, str | None, int]]:
-    """(number of the array or result, letter by which it is divided if it may be, size) of every axis."""
+    """For every axis of every array and result: (index of the array, letter that may divide the axis or None, size)."""
     maps = dict(node.maps)
     for i, (letters, shape) in enumerate(zip((*node.letters, *jax.tree.leaves(node.results)), shapes, strict=True)):
         for at, size in zip(letters.split(), shape, strict=True):
@@ -135,7 +140,11 @@ def _dimensions(node: Node, shapes) -> Iterator[tuple[int, str | None, int]]:
 
 
 def _rule(node: Node, mesh, values, results) -> SdyShardingRule:
-    """The rule for the partitioner: axes of one letter are multiples of the smallest (N of K); others stay whole."""
+    """The rule that tells the partitioner which axes it may divide, and which of them together.
+
+    Axes with one letter are divided together. Their sizes are multiples of the smallest one, as N is a multiple of K.
+    The axes along which the op is no map stay whole.
+    """
     shapes = [tuple(value.shape) for value in (*values, *results)]
     least, factors, whole, sizes = {}, [[] for _ in shapes], [], {}
     for _, group, size in _dimensions(node, shapes):
@@ -154,7 +163,11 @@ def _rule(node: Node, mesh, values, results) -> SdyShardingRule:
 
 
 def _axes(node: Node, mesh, shaped) -> dict[str, tuple[str, ...]]:
-    """The mesh axes that divide each letter: the first that an array has and that divide all sizes of the letter."""
+    """The mesh axes that divide each letter.
+
+    The first array that is divided along a letter decides, if its mesh axes divide every size of that letter and do not
+    divide another letter already.
+    """
     found, taken = {}, set()
     sizes = list(_dimensions(node, [x.shape for x in shaped]))
     specs = [[*x.sharding.spec, *[None] * x.ndim][: x.ndim] for x in shaped]

@@ -1,8 +1,8 @@
-"""What kernels and loops say of their work, for those who count operations on a jaxpr (`stickjax.plan.flops`).
+"""How kernels and loops state their work, so that `stickjax.plan.flops` can count operations on a jaxpr.
 
-A kernel is opaque there, a loop that looks at its data has no length, and rows may be padding. Each stands in a
-`jax.jit` whose name carries the number: it survives derivatives, rematerialisation and scans, is dropped with what it
-names, and costs nothing.
+A jaxpr does not show the work inside a kernel, the number of passes through a loop that depends on data, or how many
+rows are padding. Such code runs in a `jax.jit` whose name holds the number. The name survives derivatives,
+rematerialisation and scans. It is removed together with the code, and it costs nothing.
 """
 
 import re
@@ -18,7 +18,11 @@ _NAME = re.compile(r"_(flops|trips|share)_(\d+(?:\.\d+)?(?:e[+-]?\d+)?)$")
 
 
 class Stated(NamedTuple):
-    """One of the three: operations of a kernel, passes through each loop, the share of all operations that is done."""
+    """What one name states; exactly one of the three is set.
+
+    `flops`: floating-point operations of a kernel. `trips`: passes through each loop. `share`: the part of all
+    operations that is done.
+    """
 
     flops: float | None = None
     trips: float | None = None
@@ -26,9 +30,10 @@ class Stated(NamedTuple):
 
 
 def kernel(name: str, flops: float | int, run: Callable) -> Callable:
-    """`run`, which takes so many floating-point operations whatever a jaxpr shows of it.
+    """`run` under a name that states its number of floating-point operations, `flops`.
 
-    Its results vary over the axes of a shard_map that its arguments vary over, which a kernel does not say by itself.
+    JAX does not know over which axes of a shard_map the results of a kernel vary. Here they are marked to vary over
+    every axis over which an argument varies.
     """
 
     def varying(*arguments):
@@ -39,12 +44,12 @@ def kernel(name: str, flops: float | int, run: Callable) -> Callable:
 
 
 def loop(trips: float | int, run: Callable) -> Callable:
-    """`run`, whose `while` loops are expected to make so many passes each."""
+    """`run` under a name that states how many passes each of its `while` loops is expected to make, `trips`."""
     return _named(f"loop_trips_{trips:.12g}", run)
 
 
 def share(part: float, run: Callable) -> Callable:
-    """`run`, which is expected to do a part of the operations that its shapes speak of: the other rows are empty."""
+    """`run` under a name that states which share of its operations is done, `part`; the other rows are empty."""
     return run if part == 1 else _named(f"part_share_{part:.12g}", run)
 
 
@@ -57,7 +62,7 @@ def _named(name: str, run: Callable) -> Callable:
 
 
 def stated(name: str) -> Stated | None:
-    """What the name of a jit says, if it is one of these.
+    """What the name of a jit states; None if it states nothing.
 
     >>> stated("product_flops_1.5e+09"), stated("product")
     (Stated(flops=1500000000.0, trips=None, share=None), None)
@@ -67,7 +72,7 @@ def stated(name: str) -> Stated | None:
 
 
 def visible_scores(T: int, S: int, *, attend_current: bool = False, window: int | None = None) -> int:
-    """(query, key) pairs of a causal mask whose last query stands at the last key.
+    """The number of (query, key) pairs that a causal mask lets through; the last query stands at the last key.
 
     >>> visible_scores(4, 4), visible_scores(4, 4, window=1), visible_scores(1, 8, attend_current=True)
     (6, 3, 8)

@@ -1,8 +1,8 @@
 """Which implementation of an op runs, and why.
 
-An op has some of the implementations `NAMES`; each one can say why it does not take a call.
-`implementation=None` takes the first that does, logs the choice and the reasons once, and `explain` repeats them.
-A named implementation works or raises: nothing falls back silently.
+An op has some of the implementations in `NAMES`. Each of them can refuse a call, with a reason.
+`implementation=None` takes the first one that does not refuse, and logs the choice and the reasons once; `explain`
+returns the same sentence. A named implementation works or raises an error: nothing falls back silently.
 """
 
 import difflib
@@ -16,7 +16,7 @@ import numpy as np
 
 from . import partition, seam
 
-# From the most to the least wanted.
+# In order of preference.
 NAMES = ("mosaic", "triton", "xla", "reference")
 logger = logging.getLogger("pallas_kernels")
 
@@ -97,7 +97,7 @@ def run(op: Op, call: Any, implementation: str | Sequence[str] | None) -> Any:
     call = jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, call)
     try:
         return compute(call) if op.letters is None else partition.run(op.letters(call), call, compute)
-    except TypeError as error:  # raised by a mesh; the message of `_run_here` has the op's name already
+    except TypeError as error:  # raised on a mesh; an error from `_run_here` begins with the op's name already
         if "forward-mode" not in str(error) or str(error).startswith(op.name):
             raise
         raise TypeError(
@@ -126,7 +126,7 @@ def _run_here(call: Any, op_name: str, implementation: tuple[str, ...] | None) -
 
 
 def explain(op_name: str, *args, **kwargs) -> str:
-    """One line: the implementation that `op_name(*args, **kwargs)` runs, and why not the others.
+    """One line: which implementation `op_name(*args, **kwargs)` runs, and why the preferred ones cannot run.
 
     Only shapes and dtypes are read, so `jax.ShapeDtypeStruct`s do as well as arrays.
 
@@ -136,7 +136,7 @@ def explain(op_name: str, *args, **kwargs) -> str:
     'stick_breaking_attention: xla (loop over 32 x 16 tiles), asked for'
 
     Raises:
-      ValueError: `op_name` is no op, or the op's own errors.
+      ValueError: there is no op `op_name`, or the op refuses the arguments.
     """
     if op_name not in _ops:
         raise ValueError(f"{op_name!r} is no op; the ops are {', '.join(_ops)}")

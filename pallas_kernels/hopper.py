@@ -6,14 +6,14 @@ from . import automatic, seam
 
 
 def refuses(x) -> str | None:
-    """Why no such kernel takes arrays like x here, if it does not."""
+    """Why kernels for Hopper GPUs cannot run here on arrays like x; None if they can."""
     if not seam.is_interpreted() and (chip := seam.chip()) != "sm_90":
         return f"needs compute capability 9.0, found {chip}"
     return compiler_refuses() or mesh_refuses(x)
 
 
 def compiler_refuses() -> str | None:
-    """Why the CUDA of this process compiles no kernel, if its assembler is one that is known to be wrong."""
+    """Why the CUDA compiler of this process cannot be used; None if it can. Some versions make wrong programs."""
     if seam.is_interpreted() or jax.default_backend() != "gpu":
         return None
     from jax._src.lib import cuda_versions  # None without the plugin
@@ -24,7 +24,10 @@ def compiler_refuses() -> str | None:
 
 
 def mesh_refuses(x) -> str | None:
-    """Why no kernel takes x, if XLA, not shard_map, divides the work over its mesh: it would gather everything."""
+    """Why no kernel can run on x under its mesh; None if one can.
+
+    Where XLA divides the work over the mesh, and not shard_map, it would gather whole arrays for a kernel.
+    """
     if automatic.is_tracing_part():
         return None
     mesh = jax.typeof(x).sharding.mesh

@@ -5,8 +5,8 @@ computes its own part, and nothing is sent. The types of the arrays (`jax.typeof
 - On Explicit axes of a mesh the op wraps itself in `jax.shard_map`; a division along another letter is an error.
 - On a mesh of Auto axes the types do not say it. There the op is one node of the program for XLA's partitioner, which
   decides how the arrays are divided and then asks for the program of one device (`automatic.py`).
-- On Manual axes, inside a shard_map of the caller, the op runs on the part that it is given. First all its arrays are
-  made to vary over the same axes, so that JAX sums the gradients of the arrays that did not.
+- On Manual axes, inside a shard_map of the caller, the op runs on the part that it is given. First every array is
+  marked to vary over all axes over which one of them varies, so that JAX sums the gradients of the others.
 """
 
 import functools
@@ -20,17 +20,16 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec, g
 
 from . import automatic
 
-# In place of letters: STATIC is not an array; ANEW is an array that `inside` computes again on every device.
+# Words in place of letters. STATIC: not an array. ANEW: an array that `inside` computes again on every device.
 STATIC, ANEW = "static", "anew"
 
 
 class Letters(NamedTuple):
-    """The letters of the axes of all arrays in one call of an op, such as "B T N H".
+    """The axes of every array in one call of an op, a letter for each axis: "B T N H" for an array with four axes.
 
-    `name`: the op, in words. `call`: a tree like the call, with letters, STATIC or ANEW as leaves. `results`: the
-    letters of every result.
-    `maps`: the letters along which the op is a map; letters with the same value are divided together.
-    `inside(call)`: completes the call of one device, in which the leaves that are ANEW are still None.
+    `name`: the op, for messages. `call`: a tree like the call, whose leaves are letters, STATIC or ANEW. `results`: the
+    letters of every result. `maps`: the letters along which the op is a map; letters with the same value are divided
+    together. `inside(call)`: completes the call of one device, in which the leaves marked ANEW are still None.
     """
 
     name: str
@@ -41,7 +40,7 @@ class Letters(NamedTuple):
 
 
 class Bound(NamedTuple):
-    """`function(*values, *static)`. Two of them with equal parts are equal, so that jit compiles once."""
+    """`function(*values, *static)`. Two with equal function and static values are equal, so that jit compiles once."""
 
     function: Callable
     static: tuple = ()
@@ -60,7 +59,7 @@ class _Array(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """Calls `compute` with the call that the values of one device make up."""
+    """Rebuilds the call of one device from the values of its arrays, and runs `compute` on it."""
 
     compute: Callable[[Any], Any]
     inside: Callable[[Any], Any]
@@ -74,10 +73,10 @@ class _Part(NamedTuple):
 
 
 def run(letters: Letters, call: Any, compute: Callable[[Any], Any]) -> Any:
-    """`compute(call)`, on every device for its part of the arrays.
+    """Run `compute(call)`; on a mesh, every device runs it on its part of the arrays.
 
     Args:
-      compute: hashable, and equal for equal work, such as `Bound`, so that it is compiled once.
+      compute: a hashable function that is equal for equal work, such as `Bound`, so that it is compiled once.
 
     Raises:
       ValueError: an array is divided along a letter that is not in `maps`, or two arrays are divided differently.
@@ -99,7 +98,7 @@ def run(letters: Letters, call: Any, compute: Callable[[Any], Any]) -> Any:
 
 
 def look(letters: Letters, call: Any, compute: Callable[[Any], Any]) -> Any:
-    """What `compute` returns for the call that `run` would give it, by tracers of one device's shapes; nothing runs."""
+    """What `compute` returns for the call of one device, which `run` would give it. It gets tracers: nothing runs."""
     arrays, part = _arrays(letters, call, compute)
     mesh = _mesh(arrays)
     if AxisType.Explicit not in mesh.axis_types and not _is_automatic(mesh):
@@ -123,7 +122,7 @@ def whole(function: Callable, x, *static) -> Any:
 
 
 def alike(*values) -> list:
-    """The values, in which every array varies over each shard_map axis that one of them varies over."""
+    """The values; every array is marked to vary over all shard_map axes over which at least one of them varies."""
     axes = [_varying(x) for x in values]
     every = frozenset().union(*axes)
     missing = [tuple(sorted(every - own)) if _is_array(x) else () for x, own in zip(values, axes, strict=True)]
@@ -139,7 +138,7 @@ def _varying(x) -> frozenset:
 
 
 def _mesh(arrays: list[_Array]) -> AbstractMesh:
-    """The mesh of the context, else of the arrays, else an empty one, whose `axis_types` is a tuple as well."""
+    """The mesh of the context, or else of the arrays, or else an empty mesh. Its `axis_types` is always a tuple."""
     meshes = [get_abstract_mesh(), *(jax.typeof(array.value).sharding.mesh for array in arrays)]
     return next((mesh for mesh in meshes if mesh.axis_names), AbstractMesh((), (), axis_types=()))
 
@@ -149,7 +148,7 @@ def _is_automatic(mesh: AbstractMesh) -> bool:
 
 
 class _Specs(NamedTuple):
-    """A tree of partitions, hashable."""
+    """A tree of partitions that is hashable."""
 
     tree: Any
 
@@ -157,7 +156,7 @@ class _Specs(NamedTuple):
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _over_mesh(function, mesh, ins, outs, *values):
     values = [jax.sharding.reshard(x, NamedSharding(mesh, spec)) for x, spec in zip(values, ins, strict=True)]
-    # By default all axes become Manual, except those that vmap has taken away.
+    # By default shard_map makes all axes Manual, except the axes that vmap has taken.
     explicit = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind is AxisType.Explicit}
     names = dict(axis_names=explicit) if AxisType.Auto in mesh.axis_types else {}
 
@@ -203,37 +202,37 @@ def _spec(maps, axes, letters) -> PartitionSpec:
 
 
 def _axes(letters: Letters, arrays: list[_Array], mesh) -> dict[str, tuple[str, ...]]:
-    """The mesh axes that divide the letters of `maps.values()`; ValueError if the op cannot run so divided."""
+    """The mesh axes that divide the letters of `maps.values()`; ValueError if the op cannot run with this division."""
     maps, found, owners = letters.maps, {}, {}
 
-    said = functools.partial(_sizes, mesh)
+    sizes = functools.partial(_sizes, mesh)
     for array in arrays:
         divided = _divided(array)
         for at, axes in divided.items():
             if at not in maps:
                 kept = _spec({letter: letter for letter in maps}, divided, array.letters)
                 raise ValueError(
-                    f"{array} is divided along {at} by {said(axes)}, and {letters.name} can be divided along "
+                    f"{array} is divided along {at} by {sizes(axes)}, and {letters.name} can be divided along "
                     f"{', '.join(maps)} only; pass jax.sharding.reshard({array.name}, {kept}) instead"
                 )
             owner = owners.setdefault(maps[at], (at, array))
             if found.setdefault(maps[at], axes) != axes:
                 raise ValueError(
-                    f"{at} of {array} is divided by {said(axes)}, but {owner[0]} of {owner[1]} by "
-                    f"{said(found[maps[at]])}; give both the same division by jax.sharding.reshard"
+                    f"{at} of {array} is divided by {sizes(axes)}, but {owner[0]} of {owner[1]} by "
+                    f"{sizes(found[maps[at]])}; give both the same division by jax.sharding.reshard"
                 )
     for at, axes in found.items():
         for other, more in found.items():
             if at < other and set(axes) & set(more):
                 pair = " and ".join(f"{letter} of {array}" for letter, array in (owners[at], owners[other]))
-                raise ValueError(f"{said(axes)} divides both {pair}; change one of them by jax.sharding.reshard")
+                raise ValueError(f"{sizes(axes)} divides both {pair}; change one of them by jax.sharding.reshard")
     for array in arrays:
         for at, size in zip(array.letters, array.value.shape, strict=True):
             axes = found.get(maps.get(at), ())
             if size % math.prod(mesh.shape[axis] for axis in axes):
                 owner = owners[maps[at]]
                 raise ValueError(
-                    f"{at}={size} of {array} is no multiple of {said(axes)}, which divides {owner[0]} of {owner[1]}; "
+                    f"{at}={size} of {array} is no multiple of {sizes(axes)}, which divides {owner[0]} of {owner[1]}; "
                     f"change the division of {owner[1].name} by jax.sharding.reshard"
                 )
     return found

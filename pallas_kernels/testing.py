@@ -1,6 +1,7 @@
 """Compare an implementation of an op with the reference, for tests and notebooks.
 
-The tolerances are those of this project's own tests: the largest relative L2 error, by the type of the arguments.
+FORWARD and GRADIENT are the tolerances of this project's own tests: the largest relative L2 error for each dtype of the
+arguments.
 """
 
 import collections
@@ -14,16 +15,16 @@ import numpy as np
 
 FORWARD = {"float64": 1e-10, "float32": 1e-5, "float16": 1e-3, "bfloat16": 5e-3}
 GRADIENT = {"float64": 1e-10, "float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
-ELEMENT = 10  # an element may be off by so many tolerances, relative to the largest expected element
-WIDE = ("reference", "xla")  # take float64
+ELEMENT = 10  # the largest difference of one element, in tolerances, relative to the largest expected element
+WIDE = ("reference", "xla")  # the implementations that take float64
 
 
 class Difference(NamedTuple):
     """How one output or gradient differs from the expected one.
 
     `error`: the relative L2 error. `largest`: the largest difference of two elements, relative to the largest expected
-    element, which is between `value` and `expected` at `index`. `problem`: NaN, infinity, or another shape or type, in
-    words.
+    element. These two elements are `value` and `expected`, at `index`. `problem`: a sentence about a NaN, an infinity,
+    a wrong shape or a wrong type.
     """
 
     name: str
@@ -50,9 +51,9 @@ class Difference(NamedTuple):
 
 
 class Differences(tuple[Difference, ...]):
-    """A `Difference` for every output and every gradient; as a string, a report with those first that are too large.
+    """A `Difference` for every output and every gradient. As a string it is a report, with the wrong ones first.
 
-    `ok`: all are within their tolerances. The truth value is the opposite: whether there are differences.
+    `ok`: all are within their tolerances. The truth value is the opposite: it is True if there are differences.
     """
 
     title: str
@@ -74,7 +75,7 @@ class Differences(tuple[Difference, ...]):
 
 
 def relative_error(value, expected) -> float:
-    """|value - expected| / |expected| in L2, with an `expected` that is finite.
+    """|value - expected| / |expected| in L2; ValueError if `expected` is not finite.
 
     >>> relative_error([3.0, 4.1], [3.0, 4.0]) < 0.021
     True
@@ -88,7 +89,10 @@ def relative_error(value, expected) -> float:
 
 
 def difference(name: str, value, expected, tolerance: float) -> Difference:
-    """How `value` differs from `expected`, of the same shape; what is not finite is a problem on either side."""
+    """How `value` differs from `expected`, which has the same shape.
+
+    A NaN or infinity in either of them is a problem.
+    """
     value, wanted = (np.asarray(x, np.float64) for x in (value, expected))
     if not value.size:
         return _without_numbers(name)
@@ -122,18 +126,21 @@ def differences(
 
     Args:
       op: an op of this package, or any function of arrays that takes `implementation`.
-      *args: of the op.
-      implementation: what is checked; None is the op's own choice.
-      against: what is expected. The "reference" (and "xla") runs in float64, any other in the type of the arguments.
-      tolerance: of all; by default that of `FORWARD` and of `GRADIENT` for the least exact type of the arguments.
-      seed: of the cotangents.
-      **kwargs: of the op. A number that is no array, such as `scale=0.125`, is not differentiated.
+      *args: the arguments of the op.
+      implementation: the one to check; None: the op's own choice.
+      against: the one whose results are expected. "reference" and "xla" run in float64, any other in the type of the
+        arguments.
+      tolerance: for every output and gradient; None: from `FORWARD` and `GRADIENT`, by the least exact type of the
+        arguments.
+      seed: the seed of the cotangents.
+      **kwargs: the keyword arguments of the op. A number that is no array, such as `scale=0.125`, is not
+        differentiated.
 
     Returns:
-      `Differences`. NaN and infinity are differences on either side: a reference that is not finite proves nothing.
+      `Differences`. A NaN or infinity is a difference, also in the expected results: they would prove nothing.
 
     Raises:
-      ValueError: no argument is a floating array; the op's own errors.
+      ValueError: no argument is a floating array, or the op refuses the arguments.
 
     >>> import jax
     >>> from pallas_kernels import stick_breaking_attention
@@ -152,7 +159,7 @@ def differences(
     others = {name: x for name, x in leaves.items() if isinstance(x, jax.Array | np.ndarray) and name not in floats}
 
     def outputs(implementation, floats, others):
-        """The floating outputs by their names."""
+        """The floating outputs, by name."""
         bound = inspect.BoundArguments(signature, tree.unflatten((leaves | others | floats).values()))
         paths, _ = jax.tree_util.tree_flatten_with_path(
             op(*bound.args, **bound.kwargs | {"implementation": implementation})
@@ -174,10 +181,10 @@ def differences(
 
     shapes, own_shapes = shapes_of(against), shapes_of(implementation)
     if own_shapes != shapes:
-        said = lambda y: f"{y.dtype}{list(y.shape)}" if y else "nothing"  # noqa: E731
+        described = lambda y: f"{y.dtype}{list(y.shape)}" if y else "nothing"  # noqa: E731
         pairs = {name: (own_shapes.get(name), shapes.get(name)) for name in shapes | own_shapes}
         return report(
-            _without_numbers(name, f"is {said(own)}, expected {said(want)}")
+            _without_numbers(name, f"is {described(own)}, expected {described(want)}")
             for name, (own, want) in pairs.items()
             if own != want
         )

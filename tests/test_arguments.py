@@ -77,7 +77,7 @@ X, W, W_IN, W_OUT, G = (jnp.zeros(s) for s in ((6, 4), (3, 4, 5), (3, 4, 10), (3
     [
         (
             lambda: jax.eval_shape(lambda i: route(i, 9), jax.ShapeDtypeStruct((2**29, 4), jnp.int32)),
-            "T=536870912 tokens of k=4 slots are more rows",
+            "T=536870912 tokens with k=4 choices make more rows",
         ),
         (lambda: route(np.array([[0, 1], [4, 1]]), 3), r"expert_indices\[1,0\]=4 is not from 0 to E=3"),
         (lambda: route(np.array([[0, -1]]), 3), r"expert_indices\[0,1\]=-1 is not from 0 to E=3"),

@@ -274,7 +274,7 @@ def test_weights_are_those_of_the_attention(name):
 
 def test_weights_that_take_much_memory_are_refused():
     x = jax.ShapeDtypeStruct((4, 16384, 12, 64), jnp.bfloat16)
-    message = "the weights of B=4, N=12, T=16384, S=16384 take 48.0 GiB of at most 1; pass fewer heads"
+    message = "the weights of B=4, N=12, T=16384, S=16384 take 48.0 GiB, more than 1 GiB; pass fewer heads"
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(stick_breaking_weights, x, x)
 

@@ -311,7 +311,7 @@ def explicit(*shape):
 
 
 def refusals():
-    """Calls whose arrays are divided where the op is no map, and what is said."""
+    """{message: call} for calls whose arrays are divided along an axis where the op is no map."""
     divide = functools.partial(put, mesh=explicit(2, 2))
     tokens, weight, slots, gates = normal(4, 8), normal(E, 8, 8), INDICES[:4], normal(4, k)
     attend = functools.partial(stick_breaking_attention, value=VALUE)
@@ -346,7 +346,7 @@ def test_what_is_no_map_is_refused_in_one_line():
 
 
 def test_some_axes_manual_and_others_automatic():
-    """The op runs on the part of the first; what the others divide is XLA's affair."""
+    """Where some mesh axes are Manual, the op runs on the part that they divide; XLA divides along the others."""
     _, arrays, specs = OPS["expert_mlp"]
     where = mesh(AxisType.Auto)
     some = jax.shard_map(mlp("xla"), mesh=where, in_specs=specs, out_specs=ROWS, axis_names={"data"})

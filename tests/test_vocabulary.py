@@ -48,7 +48,7 @@ def test_a_model_by_itself_has_bytes():
 
 
 def test_a_run_keeps_its_v(text, tmp_path, capsys):
-    """Also on another mesh, for which another V would divide."""
+    """V was rounded up for the mesh of the first start. A resumed run keeps it, also on a mesh that needs another V."""
     model = ModelConfig(D=8, L=1, N=2, K=2, H=4, F=8)
     config = Config(model, text, train=TrainConfig(steps=1, log_every=1), optim=Config().optim).replace(
         {"optim.schedule": "constant", "mesh.tensor": 2}

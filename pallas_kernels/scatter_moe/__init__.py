@@ -25,15 +25,15 @@ def expert_linear(
 ) -> Float[Array, "Q F"]:
     r"""One linear map per expert, over the rows that were routed to it.
 
-    For slot s of token t with expert e = expert_indices[t,s]:
+    For choice s of token t, whose expert is e = expert_indices[t,s]:
 
       y[t,s] = x[t,s] weight[e] + bias[e],   and with gates   out[t] = sum_s gates[t,s] y[t,s]   (in fp32).
 
     Rows are "scattered" (in the order of the tokens) or "grouped" (sorted by expert: `routing.order`). No row is padded
-    or copied per expert. A slot whose expert index is E gives exactly zero, the bias included.
+    or copied per expert. The expert index E means no expert: the output is exactly zero, without a bias.
 
     Args:
-      x: [T, D] (scattered: every slot of token t reads row t) or [T*k, D] (row t * k + s, or sorted if `grouped_in`).
+      x: [T, D] (scattered: the k choices of token t read row t) or [T*k, D] (row t * k + s; sorted if `grouped_in`).
       weight: [E, D, F].
       routing: from `route`.
       grouped_in: x holds sorted rows.
@@ -116,7 +116,7 @@ def _check_one_dtype(**arrays):
 
 
 def _floats(name, a, shape, letters):
-    """An array of this shape, or None."""
+    """Check that `a` is a floating-point array of this shape, and return it; None stays None."""
     if a is None:
         return None
     a = arguments.floats(name, a, letters)
@@ -126,7 +126,7 @@ def _floats(name, a, shape, letters):
 
 
 def _sizes(routing):
-    """T, k and E."""
+    """T, k and E of a routing."""
     if not isinstance(routing, Routing):
         raise ValueError(f"routing must be what route(expert_indices, E) returns, got {type(routing).__name__}")
     return *routing.expert_indices.shape, routing.num_experts

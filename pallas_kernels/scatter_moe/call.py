@@ -11,7 +11,8 @@ from jax import lax
 from ..partition import ANEW, STATIC, Letters
 from .routing import Routing, route
 
-# How the rows of an array are ordered: one row per token, per slot (token * k + choice), or sorted by expert.
+# How the rows of an array are ordered: one row per token; one row per (token, choice) pair, in the order token * k +
+# choice, which is called its slot; or one row per pair, sorted by expert.
 Rows = Literal["token", "slot", "sorted"]
 
 
@@ -44,7 +45,7 @@ _ROUTING = Routing(order=ANEW, inverse=ANEW, offsets=ANEW, expert_indices="T k")
 
 
 def linear_letters(call: LinearCall) -> Letters:
-    """A map over the tokens, each with its slots, and over the columns of the result; sorted rows cannot be divided."""
+    """The op is a map over the tokens and over the columns of the result. Sorted rows can be divided by column only."""
     arrays = LinearCall("T D", "E D F", "E F", "T k", _ROUTING, x_rows=STATIC, out_rows=STATIC)
     if "sorted" in (call.x_rows, call.out_rows):
         return Letters("expert_linear of sorted rows", arrays._replace(x="R D"), "R F", {"F": "F"}, _routed)
@@ -52,7 +53,7 @@ def linear_letters(call: LinearCall) -> Letters:
 
 
 def mlp_letters(call: MlpCall) -> Letters:
-    """A map over the tokens."""
+    """The op is a map over the tokens."""
     del call
     arrays = MlpCall("T D", "E D F", "E F D", "E F", "E D", "T k", _ROUTING, activation=STATIC)
     return Letters("expert_mlp", arrays, "T D", {"T": "T"}, _routed)
@@ -64,7 +65,7 @@ def _routed(call):
     return call._replace(routing=route(call.routing.expert_indices, weight.shape[0]))
 
 
-# What the backward pass of an expert network keeps besides its inputs, as a remat policy may name it:
+# The forward pass of an expert network keeps its pre-activation under this name, by which a remat policy can save it:
 # jax.checkpoint_policies.save_only_these_names(PRE_ACTIVATION).
 PRE_ACTIVATION = "expert_pre_activation"
 GATED = ("swiglu", "geglu", "reglu")
@@ -81,7 +82,10 @@ _POINTWISE = {
 
 
 def activate(name: str, gate, up=None):
-    """The activation of a hidden layer that is given in its halves, or whole where `name` is not gated."""
+    """The activation of a hidden layer.
+
+    A gated one takes the two halves; another one takes the whole layer as `gate`.
+    """
     return _POINTWISE[name](gate) if up is None else _POINTWISE[name](gate) * up
 
 
@@ -104,7 +108,7 @@ def _d_relu(x):
     return jnp.where(x > 0, 1.0, 0.0)
 
 
-# Written out for kernels, in which the derivative of a function cannot be taken.
+# The derivatives are written out, because a kernel cannot differentiate a function.
 _SLOPES = {
     "swiglu": _d_silu,
     "geglu": _d_gelu_tanh,
@@ -118,7 +122,7 @@ _SLOPES = {
 
 
 def d_activate(name: str, d, gate, up=None) -> Iterator:
-    """The derivative of `activate` by each half, times d; one after the other, for the sake of registers."""
+    """Yield d times the derivative of `activate` by each half, one after the other, to save registers."""
     slope = d * _SLOPES[name](gate)
     yield slope if up is None else slope * up
     if up is not None:
@@ -129,7 +133,7 @@ def _activation(name: str):
     parts = 2 if name in GATED else 1
 
     def run(h):
-        wide = h.astype(jnp.float32) if h.dtype == jnp.float16 else h  # powers of 150 overflow float16
+        wide = h.astype(jnp.float32) if h.dtype == jnp.float16 else h  # squares and cubes overflow float16
         return activate(name, *jnp.split(wide, parts, axis=-1)).astype(h.dtype)
 
     return run

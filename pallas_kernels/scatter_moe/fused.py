@@ -1,8 +1,8 @@
-"""What sets of GPU kernels share around their kernels: the derivatives of both ops, and the sums over slots.
+"""The code around the GPU kernels, shared by Mosaic and Triton: derivatives, and the sums over the k choices.
 
 Residuals of `mlp`: x, the pre-activation, the gates and the routing. With y = act(h) w_out and dy = d_out w_out^T, the
-gradient of a gate is <act(h), dy>, so y is never kept; rows are gathered inside of the products, so neither the rows of
-x nor those of d_out are ever copied; and both sums over the k slots of a token are gathers, which XLA fuses.
+gradient of a gate is <act(h), dy>, so y is never kept; the products gather their rows, so that the rows of
+x and d_out are never copied; and both sums over the k choices of a token are gathers, which XLA fuses.
 """
 
 from collections.abc import Callable
@@ -61,7 +61,7 @@ def _combine(y, routing, gates=None):
 
 
 def _combined(kernels, x, weight, routing, work, gates=None, bias=None, *, dtype, transposed=False):
-    """[T, F] of x in sorted rows; over so many columns at a time that few uncombined rows exist."""
+    """[T, F] of x in sorted rows, a few columns at a time, so that the uncombined rows fit into UNCOMBINED bytes."""
     columns = weight.shape[1 if transposed else 2]
     at_once = max(1, UNCOMBINED // (routing.order.shape[0] * dtype.itemsize) // STEP) * STEP
     pieces = []

@@ -12,7 +12,8 @@ def linear(call: LinearCall):
     routing, (T, k) = call.routing, call.routing.expert_indices.shape
     slots = {"token": lambda x: jnp.repeat(x, k, 0), "slot": lambda x: x, "sorted": lambda x: x[routing.inverse]}
     x = slots[call.x_rows](call.x).astype(dtype)
-    x = jnp.where(routing.expert_indices.reshape(-1, 1) < routing.num_experts, x, 0)  # a row nobody reads may hold NaN
+    # A row without an expert may hold NaN.
+    x = jnp.where(routing.expert_indices.reshape(-1, 1) < routing.num_experts, x, 0)
     bias = jnp.zeros((routing.num_experts, call.weight.shape[2]), dtype) if call.bias is None else call.bias
 
     def expert(total, e):
@@ -27,7 +28,7 @@ def linear(call: LinearCall):
 
 
 def mlp(call: MlpCall):
-    x = call.x.astype(sum_type(call.x))  # so that the hidden units are in this type as well
+    x = call.x.astype(sum_type(call.x))  # so that the hidden units have this type too
     up = LinearCall(x, call.w_in, call.b_in, None, call.routing, "token", "slot")
     hidden = ACTIVATIONS[call.activation](linear(up))
     down = LinearCall(hidden, call.w_out, call.b_out, call.gates, call.routing, "slot", "token")

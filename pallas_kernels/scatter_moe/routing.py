@@ -9,11 +9,11 @@ from jaxtyping import Array, Int
 
 from .. import arguments, partition
 
-_PACKED_BELOW = 2**31  # beyond, an expert and a slot do not fit one int32
+_PACKED_BELOW = 2**31  # an expert and a slot are packed into one int32 if all such numbers are below this
 
 
 class Routing(NamedTuple):
-    """T tokens with k slots each, sorted by expert. R = T * k rows; slot t * k + s is choice s of token t.
+    """The R = T * k (token, choice) pairs, sorted by expert. Slot t * k + s is the pair of token t and its choice s.
 
     `order` [R]: the slot of every sorted row. `inverse` [R]: the sorted row of every slot. `offsets` [E+1]: where each
     expert's rows begin and end. `expert_indices` [T,k]: from 0 to E. Slots without an expert (index E) sort last.
@@ -43,12 +43,12 @@ def _check_indices(indices, E: int) -> None:
 
 
 def route(expert_indices: Int[Array, "T k"], num_experts: int) -> Routing:
-    """Sort the T * k (token, slot) pairs by expert, stably, so that a run is deterministic.
+    """Sort the T * k (token, choice) pairs by expert. The sort is stable, so that a run is deterministic.
 
     Args:
-      expert_indices: [T, k], from 0 to E; E means no expert: the slot's row never runs, its output is zero, and so are
-        the gradients of its gate and its row. In a JAX array every index outside 0..E means no expert as well: checking
-        it would wait for the device.
+      expert_indices: [T, k], from 0 to E; E means no expert: the pair is not computed, and its output and the
+        gradients of its gate and its row are zero. In a JAX array every index outside 0..E also means no expert,
+        because a check would wait for the device.
       num_experts: E.
 
     Raises:
@@ -68,12 +68,12 @@ def route(expert_indices: Int[Array, "T k"], num_experts: int) -> Routing:
         raise ValueError(f"k={expert_indices.shape[1]} experts per token must be at least 1")
     (T, k), E = expert_indices.shape, num_experts
     if T * k >= 2**31:
-        raise ValueError(f"T={T} tokens of k={k} slots are more rows than 32 bits count; split the tokens")
+        raise ValueError(f"T={T} tokens with k={k} choices make more rows than 32 bits can count; split the tokens")
     if isinstance(expert_indices, np.ndarray):
         _check_indices(expert_indices, E)
     elif jax.config.jax_enable_checks:
         jax.debug.callback(_check_indices, expert_indices, E)
-    if expert_indices.dtype.itemsize < 4:  # E may be more than such a type holds
+    if expert_indices.dtype.itemsize < 4:  # a smaller type may be unable to hold E
         expert_indices = expert_indices.astype(jnp.int32)
     expert_indices = jnp.asarray(expert_indices)
     exists = (expert_indices >= 0) & (expert_indices < E)
@@ -82,7 +82,7 @@ def route(expert_indices: Int[Array, "T k"], num_experts: int) -> Routing:
 
 
 def _sorted(expert_indices, num_experts: int):
-    """(order, inverse, offsets)."""
+    """(order, inverse, offsets) of a `Routing`."""
     experts = expert_indices.reshape(-1)
     rows = experts.shape[0]
     slots = jnp.arange(rows, dtype=jnp.int32)
@@ -98,7 +98,7 @@ def _sorted(expert_indices, num_experts: int):
 
 
 def first_places(rows, values, *, after: bool = False):
-    """The first place of each value among sorted rows, or with `after` the place after its equals; int32.
+    """For each value, the first place in sorted `rows` that holds it, or with `after` the place after the last one.
 
     `jnp.searchsorted` does the same, but raises in a shard_map over some of the axes of a mesh (JAX 0.12.0). The steps
     are unrolled: in a loop each of them would be a kernel of its own on a GPU.

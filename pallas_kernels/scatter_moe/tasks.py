@@ -1,7 +1,8 @@
 """The rows of all experts cut into tiles, each of one expert: the work list of the GPU kernels, made once per layer.
 
-A tile never straddles two experts, an expert without rows has none, and nothing is unrolled over the experts. Slots
-without an expert form tiles of "expert" E, which gives zeros: every row of every result is written by somebody.
+A tile has rows of one expert only, and an expert without rows has no tile. The program does not grow with the number of
+experts. (token, choice) pairs without an expert form tiles of "expert" E, whose results are zero: so every row of every
+result is written.
 """
 
 from typing import NamedTuple
@@ -14,11 +15,11 @@ from .routing import Routing, first_places
 
 
 class Tasks(NamedTuple):
-    """Tiles of M rows, of which `count` [1] are in use; there are as many as there can ever be.
+    """Tiles of M rows. There are as many as any routing can need; the first `count` [1] are in use.
 
     `expert` [tiles], sorted. `first` [E] and `rows` [E]: the first tile and the number of rows of every expert.
-    `slots`, `sorted` [tiles * M]: slot and sorted row of every row of a tile, -1 where there is none. `place` [R]: the
-    row in tiles of every slot.
+    `slots`, `sorted` [tiles * M]: for every row of the tiles its slot (`call.Rows`) and its sorted row, -1 where there
+    is none. `place` [R]: for every slot its row in the tiles.
     """
 
     expert: jax.Array
@@ -50,7 +51,7 @@ def tasks(routing: Routing, M: int) -> Tasks:
 
 
 def row_numbers(tasks: Tasks, rows: Rows, k: int):
-    """The row of an array in this order that every row of a tile stands for, int32 [tiles * M]; -1: none."""
+    """For every row of the tiles, its row in an array with the order `rows`, or -1: int32 [tiles * M]."""
     if rows == "sorted":
         return tasks.sorted
     return tasks.slots if rows == "slot" else jnp.where(tasks.slots < 0, -1, tasks.slots // k)

@@ -1,4 +1,4 @@
-"""Expert products in plain JAX: real grouped work, for any routing.
+"""Expert products in plain JAX: grouped matrix products, for any routing.
 
 Everything is one map of a per-expert function over blocks of that expert's rows (`_grouped`):
 - the first C rows of all experts together, as one batched product that reads every weight in place, with C a little
@@ -7,9 +7,9 @@ Everything is one map of a per-expert function over blocks of that expert's rows
   With few rows (decoding) C is 0 and the loop runs the chosen experts only.
 Cost: at most a fixed factor over the useful work, and never an array of size T * E.
 
-The backward pass is the same map over the derivative of the function. Besides the inputs it is given the pre-activation
-where D is not small, in the order of the experts (a remat policy knows it by the name PRE_ACTIVATION); the hidden rows
-are computed again from it, and the transposes of dispatch and combine are gathers.
+The backward pass is the same map over the derivative of the function. Where D is not small, the forward pass keeps the
+pre-activation for it, sorted by expert (a remat policy can save it by the name PRE_ACTIVATION). The hidden rows are
+computed again from it. The transposes of dispatch and combine are gathers.
 """
 
 import math
@@ -26,12 +26,12 @@ from ..arguments import sum_type
 from .call import ACTIVATIONS, PRE_ACTIVATION, LinearCall, MlpCall
 from .routing import Routing, first_places
 
-_MANY_ROWS = 512  # of every expert together: a CPU takes them in pieces of about as many
-_WIDE = 256  # of x: below, to compute the pre-activation again measured faster on CPUs than to write and to read it
+_MANY_ROWS = 512  # of one expert; a CPU computes more rows in pieces of about this size
+_WIDE = 256  # columns of x; with fewer, CPUs compute the pre-activation again faster than they write and read it
 
 
 class _Plan(NamedTuple):
-    """C rows of every expert at once, in so many pieces, then blocks of `block` rows."""
+    """First C=`together` rows of every expert at once, in `pieces` pieces; then the other rows in blocks of `block`."""
 
     together: int
     block: int
@@ -39,7 +39,10 @@ class _Plan(NamedTuple):
 
 
 def plan(rows: int, experts: int) -> _Plan:
-    """Sizes by the mean number of rows per expert, as measured on CPUs, whose batched products are slow below 48."""
+    """The sizes for a mean number of rows per expert, as measured on CPUs.
+
+    Batched products of fewer than 48 rows are slow there.
+    """
     mean = rows / experts
     if mean < 4:
         return _Plan(0, max(1, min(rows, 32)))
@@ -69,7 +72,7 @@ def _gated(gate, y):
 
 
 def _affine_backward(x, w, b, gate, dy):
-    """Of gate * (x @ w + b). With dx' = dy @ w^T: dgate = <x, dx'> + <b, dy>, so x @ w is not needed again."""
+    """Gradients of gate * (x @ w + b). With dx' = dy @ w^T, dgate = <x, dx'> + <b, dy>: x @ w is not needed again."""
     dx, gated, d_gate, d_b = _dot(dy.astype(x.dtype), w.T), _gated(gate, dy), None, None
     if gate is not None:
         d_gate = (x.astype(dx.dtype) * dx).sum(-1, keepdims=True)
@@ -91,7 +94,7 @@ class _Function(NamedTuple):
     backward: object
     in_rows: tuple
     out_rows: str
-    saved_rows: tuple = ()  # of as many saved arrays as the backward pass is to be given
+    saved_rows: tuple = ()  # one entry for each saved array that the backward pass reads
 
 
 def _linear_forward(weights, rows):
@@ -125,7 +128,7 @@ def _mlp_backward(activation, weights, rows, saved, dy):
     return (d_w_in, d_b_in, d_w_out, d_b_out), (dx.astype(x.dtype), d_gate)
 
 
-# One object for each activation, so that jit knows it again.
+# One object for each activation, so that jit finds the program that it has compiled for it.
 _MLP = {name: (partial(_mlp_forward, name), partial(_mlp_backward, name)) for name in ACTIVATIONS}
 
 
@@ -174,7 +177,7 @@ def _grouped_backward(function, residuals, dy):
     weights, rows, routing, saved = residuals
 
     def block(w, inputs, valid):
-        # A padding row adds nothing to the weights, whatever the row it reads holds: 0 * NaN is NaN.
+        # A padding row reads some other row, which may hold NaN. It must be zeroed, because 0 * NaN is NaN.
         inputs = [None if a is None else jnp.where(valid[:, None], a, 0) for a in inputs]
         xs, d, kept = tuple(inputs[: len(rows)]), inputs[len(rows)], tuple(inputs[len(rows) + 1 :])
         d_w, d_xs = function.backward(w, xs, kept, d.astype(sum_type(d)))
@@ -231,7 +234,7 @@ def _map_blocks(block, weights, arrays, in_rows, out_rows, routing: Routing):
     slot_rank = routing.inverse - starts[clipped]
 
     def placed(y, order):
-        """Rows [E, C, ...] of the blocks in the order of an output; zero where the row is elsewhere or nowhere."""
+        """Rows [E, C, ...] of the blocks in the order of an output; zero for all other rows."""
         expert, rank = (
             (slot_expert, slot_rank) if order == "slot" else (slot_expert[routing.order], slot_rank[routing.order])
         )
@@ -268,7 +271,7 @@ def _map_blocks(block, weights, arrays, in_rows, out_rows, routing: Routing):
         )
         return outs, jax.tree.map(lambda total, part: total.at[e].add(part), sums, expert_sums)
 
-    # None when the experts are balanced; with C = 0 all blocks, as full as they can be.
+    # The expected number: no block when the experts are balanced; with C = 0, as few blocks as can hold all rows.
     trips = 0 if C else math.ceil(R / size)
     return cost.loop(trips, lambda state: lax.fori_loop(0, blocks[-1], rest, state))((outs, sums))
 
@@ -276,8 +279,9 @@ def _map_blocks(block, weights, arrays, in_rows, out_rows, routing: Routing):
 def _together(run, weights, starts, ends, C: int, pieces: int):
     """`run` over the first C rows of every expert.
 
-    On a CPU many rows are taken two experts at a time, whose rows stay nearer to the cores, which outweighs a copy of
-    their weights; and piece by piece, as many pieces as one of the two has rows for: fewer when tokens have halted.
+    On a CPU, many rows are computed two experts at a time: their rows stay in the cache, which saves more time than the
+    copy of their weights takes. They are also computed piece by piece. Pieces for which neither of the two experts has
+    rows are left out; there are such pieces when tokens have halted.
     """
     E, size = len(starts), C // pieces
 

@@ -16,7 +16,7 @@ from .call import Call, Mask, Stats, Where
 
 __all__ = ["Stats", "merge_stick_breaking", "stick_breaking_attention", "stick_breaking_weights"]
 
-_WEIGHTS = 2**30  # bytes, the most that `stick_breaking_weights` returns
+_WEIGHTS = 2**30  # `stick_breaking_weights` returns at most this many bytes
 
 
 def stick_breaking_attention(
@@ -37,8 +37,8 @@ def stick_breaking_attention(
 ):
     r"""Attention whose weights break a stick from the nearest key leftward.
 
-    With z[q,k] = scale * <query_q, key_k> and beta = sigmoid(z), query q takes the share beta of what the keys nearer
-    to it have left of a stick of length one:
+    Query q has a stick of length one and visits its keys from the nearest one leftward. Every key breaks off a share
+    beta[q,k] = sigmoid(z[q,k]) of what is left of the stick, with z[q,k] = scale * <query_q, key_k>:
 
       A[q,k] = beta[q,k] * prod_{k < m < q} (1 - beta[q,m]),   out[q] = sum_k A[q,k] value_k,
       rem[q] = prod_k (1 - beta[q,k]) = 1 - sum_k A[q,k].
@@ -57,7 +57,8 @@ def stick_breaking_attention(
       attend_current: also break off a piece for the key at the query's own position.
       window: attend only to keys with q - k <= window.
       skip_below: a log2 threshold, such as -24. Keys further left are skipped once every row of a query tile has less
-        than 2^skip_below of its stick left; what is skipped weighs less than that, and `rem` is the stick at the exit.
+        than 2^skip_below of its stick left; the skipped weights sum to less than that, and `rem` is the stick left at
+        that point.
       return_stats: also return `Stats(log_rem [B,T,N], kept [B,K])`: the natural logarithm of the stick left, which
         does not underflow and is differentiable, and the share of the key tiles in reach that were computed.
       implementation: "mosaic", "triton", "xla", "reference", a sequence of them in order of preference, or None for
@@ -66,7 +67,7 @@ def stick_breaking_attention(
 
     Returns:
       (out [B,T,N,Hv] in the type of `value`, rem [B,T,N] in fp32 or fp64), both differentiable; with `return_stats`
-      a third.
+      also the `Stats`.
 
     Raises:
       ValueError: shapes or dtypes that do not fit, named by their letters; arrays that a mesh divides along other axes
@@ -106,8 +107,8 @@ def stick_breaking_weights(
 
       A[q,k] = beta[q,k] * prod_{k < m < q} (1 - beta[q,m]),   beta = sigmoid(scale * <query_q, key_k>),
 
-    and zero for the keys that a query does not see. A row sums to 1 - rem. They are computed as they are defined, with
-    memory for T * S numbers of every head; the attention itself makes no such array.
+    and zero for the keys that a query does not see. A row sums to 1 - rem. They are computed by this definition,
+    which needs memory for T * S numbers per head; `stick_breaking_attention` makes no such array.
 
     Args:
       query: [B, T, N, H].
@@ -130,8 +131,8 @@ def stick_breaking_weights(
     size = B * N * T * S * max(4, call.query.dtype.itemsize)
     if size > _WEIGHTS:
         raise ValueError(
-            f"the weights of B={B}, N={N}, T={T}, S={S} take {size / 2**30:,.1f} GiB of at most {_WEIGHTS / 2**30:g}; "
-            "pass fewer heads, or fewer queries with query_offset"
+            f"the weights of B={B}, N={N}, T={T}, S={S} take {size / 2**30:,.1f} GiB, more than "
+            f"{_WEIGHTS / 2**30:g} GiB; pass fewer heads, or fewer queries with query_offset"
         )
     letters = calls.letters(call)._replace(name="stick_breaking_weights", results="B N T S")
     return partition.run(letters, call, partition.Bound(_weights))
@@ -150,7 +151,7 @@ def merge_stick_breaking(
 
     Args:
       near: (out [..., Hv], log_rem [...]) over the nearer keys; log_rem is the natural logarithm.
-      far: the same over the keys left of those.
+      far: the same over the keys further left.
 
     Returns:
       (out, log_rem) over both.
@@ -188,9 +189,9 @@ def _checked(query, key, value):
     if H == 0:
         raise ValueError(f"H=0 of query.shape={query.shape} must be at least 1")
     if key.shape[0] != B or key.shape[3] != H:
-        raise ValueError(f"B={B} and H={H} of query.shape={query.shape} must be those of key.shape={key.shape}")
+        raise ValueError(f"B={B} and H={H} of query.shape={query.shape} must be the same in key.shape={key.shape}")
     if value.shape[:3] != (B, S, K):
-        raise ValueError(f"B={B}, S={S}, K={K} of key.shape={key.shape} must be those of value.shape={value.shape}")
+        raise ValueError(f"B={B}, S={S}, K={K} of key.shape={key.shape} must be the same in value.shape={value.shape}")
     if K == 0 or N % K:
         raise ValueError(f"N={N} query heads must be a multiple of K={K} key heads (query.shape={query.shape})")
     return query, key, value

@@ -22,7 +22,7 @@ class Call(NamedTuple):
 
 
 class Where(NamedTuple):
-    """Where the queries stand, per batch entry: vmapped over, so a leaf may have lost its B."""
+    """Positions and segments of the queries and keys. Under a vmap over the batch, the leaves have no axis B."""
 
     offset: jax.Array  # [B], position of the first query among the keys
     query_segments: jax.Array | None  # [B, T]
@@ -60,7 +60,7 @@ class Stats(NamedTuple):
 
 
 def letters(call: Call) -> Letters:
-    """A map over the batch, and over the key heads with the query heads that read them."""
+    """The op is a map over the batch and over the key heads; query heads are divided like the key heads they read."""
     del call
     arrays = Call(
         query="B T N H", key="B S K H", value="B S K Hv", where=Where("B", "B T", "B S"), scale="", mask=STATIC,

@@ -1,6 +1,7 @@
-"""What sets of GPU kernels share around their kernels: the derivative, heads at a time, and decoding.
+"""The code around the GPU kernels, shared by Mosaic and Triton: the derivative, a few heads at a time, and decoding.
 
-Residuals: query, key, value, what every row has spent of its stick (two fp32) and where it stopped; not the output.
+The residuals are query, key, value, the cumulative log-decay of every row (two fp32 numbers), and the tile at which
+every row tile stopped. The output is not kept.
 """
 
 import math
@@ -16,8 +17,8 @@ from .. import seam
 from .call import Call
 from .spans import spans
 
-SNAPSHOTS = 2**31  # bytes; the backward pass takes fewer heads at a time above
-SPLIT = 256  # keys that are worth a split of their own when all are read
+SNAPSHOTS = 2**31  # bytes; if all snapshots need more, the backward pass takes fewer heads at a time
+SPLIT = 256  # the fewest keys that are worth a split of their own
 ROUND = 512  # keys read first when decoding with skip_below; every further round reads twice as many
 LN2 = math.log(2)
 
@@ -25,11 +26,12 @@ LN2 = math.log(2)
 class Kernels(NamedTuple):
     """A set of kernels, and how it chooses the static sizes of a call.
 
-    A plan has the sizes B, rows, S, N, K, those of a tile `row_tile` and `key_tile`, and `padded`, the rows of all
-    blocks of a head. The kernels take `plan, *arrays, scale, spans, offset[, query segments, key segments]`:
+    A plan has the sizes B, rows, S, N and K, the sizes `row_tile` and `key_tile` of a tile, and `padded`, the number of
+    rows of a head in whole blocks. The kernels take `plan, *arrays, scale, spans, offset[, query segments, key
+    segments]`:
       forward(.., query, key, value, ..) -> out [B,rows,N,Hv], spent [2,B,N,padded], first visited tile [B,N,tiles];
       d_query(.., query, key, value, d_out, d_log_rem, spent, first visited tile, ..) -> dq, d_scale of every row,
-        snapshots, an array whose elements are of one head and one key tile each;
+        snapshots, an array in which every element belongs to one head and one key tile;
       d_key_value(.., query, key, value, d_out, snapshots, first visited tile, ..) -> dk, dv.
     """
 
@@ -44,8 +46,8 @@ class Kernels(NamedTuple):
 def attention(kernels: Kernels, call: Call):
     """(out [B,T,N,Hv], log_rem [B,T,N], share of the key tiles computed [B,K]).
 
-    Arrays are padded to whole multiples of `row_multiple` first. `call.mask` keeps the real T and S: no query sees a
-    padded key, and the rows of padded queries are cut off, so that their cotangents are zero.
+    Arrays are padded to whole multiples of `row_multiple` first. `call.mask` keeps T and S without padding: no query
+    sees a padded key, and the rows of padded queries are cut off, so that their cotangents are zero.
     """
     scale = jnp.full_like(call.query, call.scale, jnp.float32, shape=())  # varies over the mesh axes as query does
     static = call._replace(query=None, key=None, value=None, scale=None, where=None)
@@ -55,7 +57,7 @@ def attention(kernels: Kernels, call: Call):
 
 
 def _padded(x, multiple: int):
-    """[B, rows, ..] with zeros behind the rows, up to a multiple; an array that is one already stays as it is."""
+    """[B, rows, ..] with zeros behind the rows, up to a multiple; an array that needs none stays as it is."""
     missing = -x.shape[1] % multiple
     return jnp.pad(x, ((0, 0), (0, missing)) + ((0, 0),) * (x.ndim - 2)) if missing else x
 
@@ -96,7 +98,10 @@ _attention.defvjp(_forward, _backward)
 
 
 def _for_rows(plan, spent, reached):
-    """What the forward pass left, for a backward pass whose tiles have as many query rows or fewer."""
+    """`spent` and `reached` of the forward pass, for the tiles of the backward pass.
+
+    Those tiles have as many query rows as the tiles of the forward pass, or fewer.
+    """
     times = spent.shape[-1] // reached.shape[-1] // plan.row_tile
     if times == 1:
         return spent, reached
@@ -104,7 +109,7 @@ def _for_rows(plan, spent, reached):
 
 
 def _gradients(kernels: Kernels, plan, arrays, scale, planned):
-    """(dq, parts of d_scale, dk, dv), over so many heads at a time that the snapshots stay within SNAPSHOTS bytes."""
+    """(dq, parts of d_scale, dk, dv), a few heads at a time, so that their snapshots fit into SNAPSHOTS bytes."""
     query, key, value, d_out, d_log_rem, spent, reached = arrays
 
     def some(plan, query, key, value, d_out, d_log_rem, spent, reached, planned):
@@ -163,7 +168,7 @@ def _kept(plan, table, reached):
     return jnp.where(in_reach == 0, 1, visited / jnp.maximum(in_reach, 1)).astype(jnp.float32)
 
 
-# Decoding: the queries of a group as rows of one tile, the keys split over the multiprocessors.
+# Decoding: the queries of a group are the rows of one tile, and the keys are split over the multiprocessors.
 
 
 def is_decoding(call: Call) -> bool:
@@ -177,7 +182,10 @@ def splits(call: Call) -> int:
 
 
 def _decode(kernels: Kernels, call: Call):
-    """The merge rule over the splits; with skip_below in rounds, the nearest keys first, until no stick is left."""
+    """Attend to every split of the keys, and merge the results.
+
+    With skip_below the keys are taken in rounds, the nearest first, until no row has enough of its stick left.
+    """
     (B, _, N, H), (K, Hv), T = call.query.shape, call.value.shape[2:], call.mask.T
     G, P = N // K, splits(call)
     plan = kernels.plan(call, decoding=(G, P))

@@ -1,11 +1,11 @@
-"""Numbers for arithmetic in logarithms, which implementations share."""
+"""Constants for arithmetic in logarithms, shared by the implementations."""
 
 import math
 
 import numpy as np
 
 LOG2E = math.log2(math.e)
-# The logit of a masked key, of base e or 2: exp(NOTHING) is zero, and finite numbers have no difference that is NaN.
+# The logit of a masked key, to base e or 2. exp(NOTHING) is zero, and unlike infinity NOTHING - NOTHING is not NaN.
 NOTHING = -1e30
 # log2(1 + y) / y on [0, 1], highest power first, within 2.2e-7: seven multiply-adds instead of a special function.
 LOG2P1 = (

@@ -22,7 +22,7 @@ def weights(call: Call):
     log_beta, softplus = -jax.nn.softplus(-z), jax.nn.softplus(z)
     nearer = jnp.pad(softplus, ((0, 0),) * 3 + ((0, 1),))[..., 1:]  # leaves out the key itself
     A = jnp.exp(log_beta - lax.cumsum(nearer, 3, reverse=True))
-    return jnp.where(mask, A, 0), -softplus.sum(-1)  # and behind it, so that no gradient comes from a masked value
+    return jnp.where(mask, A, 0), -softplus.sum(-1)  # masked again, so that a masked weight has no gradient
 
 
 def attention(call: Call):

@@ -1,7 +1,7 @@
 """The arithmetic of one tile of queries against one tile of keys, forward and backward.
 
 G query heads share the key head of the tile: q [G,R,H], k [C,H], v [C,Hv], mask [R,C], log_rem [G,R].
-Everything is the exclusive form of the specification: log beta first, then the sum over strictly nearer keys.
+Every formula is in the exclusive form: log beta of the key itself, and a sum over the strictly nearer keys.
 """
 
 import jax.numpy as jnp
@@ -56,7 +56,7 @@ def _sum_after(x, reverse: bool):
 def _sticks(q, k, mask, scale):
     """(z, exp(-|z|), log beta, softplus(z)) of the logits.
 
-    A masked one is NOTHING before anything is computed of it: its weight, its softplus and all derivatives are zero.
+    A masked logit is set to NOTHING first, so that its weight, its softplus and all derivatives are zero.
     """
     z = jnp.where(mask, scale * _dot("grh,ch->grc", q, k), NOTHING)
     y = jnp.exp(-jnp.abs(z))
@@ -65,7 +65,7 @@ def _sticks(q, k, mask, scale):
 
 
 def spent(q, k, mask, scale):
-    """-log of the share of the stick that passes this tile, [G,R]."""
+    """The cumulative log-decay over this tile, [G,R]: -log of the share of the stick that is left after it."""
     return _sticks(q, k, mask, scale)[3].sum(-1)
 
 
@@ -87,7 +87,7 @@ def backward(q, k, v, d_out, mask, log_rem, prefix, scale):
     weights = jnp.exp(log_beta - nearer + log_rem[..., None])
     a = jnp.where(mask, weights * _dot("grh,ch->grc", d_out, v), 0)  # the product overflows if a masked v is huge
     further, total = _sum_after(a, reverse=True)
-    # beta and 1 - beta from the same y: neither is ever one minus the other.
+    # Both beta and 1 - beta are computed from y: to subtract one from 1 would lose precision.
     near, far = 1 / (1 + y), y / (1 + y)
     beta, rest = jnp.where(z >= 0, near, far), jnp.where(z >= 0, far, near)
     dz = (rest * a - beta * (prefix[..., None] + further)).astype(k.dtype)

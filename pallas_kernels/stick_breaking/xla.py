@@ -95,9 +95,9 @@ def _to_tokens(x):
 def _over_heads(one_head, call: Call, *extra):
     """Map `one_head(call of one head, *extra)` over B and K.
 
-    As many batch entries together as keep a tile in the cache of a CPU core; everything passes through memory several
-    times otherwise. One head after the other where tiles may be skipped, because heads stop at very different tiles
-    and a batch would wait for the last of them.
+    On a CPU, only as many batch entries run together as keep their tiles in the cache of a core: otherwise everything
+    passes through memory several times. Where tiles may be skipped, one head runs after the other, because heads stop
+    at very different tiles and a batch would wait for the last one.
     """
     arrays = (_to_heads(call, call.query), call.key.swapaxes(1, 2), call.value.swapaxes(1, 2), *extra)
 
@@ -124,7 +124,7 @@ def _over_heads(one_head, call: Call, *extra):
 
 
 def _entries_together(call: Call) -> int:
-    """The largest divisor of B whose tiles together stay within _CACHED_SCORES; all of B anywhere but on a CPU."""
+    """On a CPU, the largest divisor of B whose tiles together stay within _CACHED_SCORES; elsewhere B."""
     B, _, N, _ = call.query.shape
     if seam.platform() != "cpu":
         return B
@@ -188,13 +188,13 @@ def _short_backward(call: Call, reach, d_out, d_log_rem):
 
 
 def _long_tiles(call):
-    # Fewer rows leave earlier: under skip_below a tile goes on as long as its most patient row.
+    # With skip_below a tile goes on until its last row can stop, so tiles of fewer rows stop earlier.
     rows, columns = call.tiles or (_LONG_TILES if call.skip_below is None else _SKIP_TILES)
     return max(1, min(rows, call.mask.T)), max(1, min(columns, call.mask.S))
 
 
 def _reach(call: Call, where: Where):
-    """First and one past the last key tile that each query tile can see, over all batch entries of `where`."""
+    """For each query tile, the first key tile that it can see and the one after the last, over all batch entries."""
     rows, columns = _long_tiles(call)
     needed = _within_mask(call, where.offset)
     if where.query_segments is not None:
@@ -224,9 +224,10 @@ def _within_mask(call: Call, offset):
 
 
 def _loop(call: Call):
-    """lax.while_loop over the key tiles of a query tile, of which a mean number is expected: all that the mask allows.
+    """lax.while_loop over the key tiles of a query tile, which states its expected number of passes (`cost.loop`).
 
-    An offset that is not known is taken to be that of queries at the end of the keys.
+    That is the mean number of key tiles that the mask allows. If the offset is known only when the program runs, the
+    queries are assumed to stand at the end of the keys.
     """
     mask = call.mask
     offset = mask.S - mask.T if mask.static_offset is None else mask.static_offset
@@ -264,7 +265,7 @@ class _Tiles:
         self.dtype = sum_type(call.query)
 
     def zeros(self, *shape):
-        """To add to: they vary over the mesh axes that the arrays vary over."""
+        """Zeros, the start of a sum. They vary over the mesh axes over which the arrays vary."""
         return jnp.zeros_like(self.q, self.dtype, shape)
 
     def queries(self, i, x):
@@ -278,7 +279,7 @@ class _Tiles:
         return self.call.mask.visible(self.call.where, q, k)
 
     def goes_on(self, i, log_rem):
-        """Whether some real row still has enough stick to reach further left."""
+        """Whether a row that is not padding has enough of its stick left to go on to the left."""
         if self.call.skip_below is None:
             return True
         q = i * self.rows + jnp.arange(self.rows)
