@@ -46,9 +46,10 @@ def accuracy(
     Args:
       model: the parameters.
       config: its data section names the task.
-      buckets: numbers of operators of the sentence that has more; the last one also stands for all above.
-      thresholds: of halting; None: the config's.
-      max_pairs: at most so many of a bucket, the same for every threshold.
+      buckets: numbers of operators. A pair counts by its sentence with more operators; the last bucket also has all
+        pairs with more than that.
+      thresholds: the halting thresholds to try; None: the one of the config.
+      max_pairs: the most pairs of a bucket, which are the same for every threshold.
       B: pairs in one call of the model, at most.
       say: is called with one line of progress before each bucket is evaluated.
 
@@ -56,9 +57,9 @@ def accuracy(
       ValueError: `max_pairs` below 1, or a bucket without pairs.
 
     Returns:
-      A record {"bucket", "threshold", "accuracy", "majority" (the share of the commonest label), "depth" (blocks that a
-      token's final state is made of, the mean over tokens), "rows" (expert rows run, per token), "seconds" (of all
-      pairs, without compiling), "pairs"} each.
+      A record for every bucket and threshold: {"bucket", "threshold", "accuracy", "majority" (the share of the
+      commonest label), "depth" (blocks that a token's final state is made of, the mean over tokens), "rows" (expert
+      rows run, per token), "seconds" (for all pairs, without compiling), "pairs"}.
     """
     if max_pairs < 1:
         raise ValueError(f"max_pairs={max_pairs} must be at least 1")
@@ -90,17 +91,16 @@ def accuracy(
 
 
 def batches_of(config: Config, bucket: int, max_pairs: int, B: int) -> list[tuple[dict[str, np.ndarray], np.ndarray]]:
-    """Batches of B of one bucket's held-out pairs, padded to one of few lengths, and which of the pairs are real; the
-    others are padding alone.
+    """Batches of B held-out pairs of one bucket, padded to one of few lengths, and which rows hold a pair.
 
-    Raises ValueError when none were drawn.
+    The other rows are padding. Raises ValueError when there is no such pair.
     """
     drawn = pair_examples(config, "test", T=10_000, buckets=[bucket])
     order = np.random.default_rng(0).permutation(len(drawn))[:max_pairs]
     rows = [drawn.rows[i] for i in order]
     if not rows:
-        raise ValueError(f"examples={config.data.examples} drawn have no held-out pair of {bucket} operators")
-    # Few lengths, as each is compiled once.
+        raise ValueError(f"the data.examples={config.data.examples} pairs have no held-out one with {bucket} operators")
+    # Only a few lengths, because the model is compiled for each of them.
     T = -(-max(side.count(" ") + 1 for row in drawn.rows for side in row[:2]) // 40) * 40
     pairs = Examples(rows, pair_examples(config, "test", T=T, buckets=[bucket]).arrays)
     batches = []
@@ -129,7 +129,7 @@ def table(runs: dict[str, Records]) -> Table:
 
 
 def savings(records: Records) -> Table:
-    """What every threshold costs and saves, over all pairs; time as a share of that at the first one."""
+    """What every threshold costs and saves, over all pairs. The time is relative to the first threshold."""
     result = Table(title="what a lower halting threshold saves")
     for name in ("threshold", "accuracy", "depth", "expert rows per token", "time"):
         result.add_column(name, justify="right")
@@ -149,7 +149,7 @@ def at_first_threshold(records: Records) -> Records:
 def report(
     model: PairClassifier, config: Config, folder: Path | None, max_pairs: int, say: Callable[[str], None]
 ) -> Records:
-    """`accuracy` at several thresholds, kept in the folder, if there is one, as accuracy.json, with two pictures."""
+    """`accuracy` at several thresholds; writes accuracy.json and two pictures into the folder, if there is one."""
     records = accuracy(model, config, thresholds=THRESHOLDS, max_pairs=max_pairs, say=say)
     if folder is None:
         return records

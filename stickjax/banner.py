@@ -1,4 +1,4 @@
-"""What a training says before it begins."""
+"""The lines that a training prints before it begins."""
 
 import math
 
@@ -16,7 +16,7 @@ from stickjax.models.layers import gates
 
 
 def banner(config: Config, data: TrainingData, mesh: Mesh | None = None) -> str:
-    """What is about to run: model, data, and the kernels with the reason for each, on a device's share of the work."""
+    """Describe a run: the model, the data, and the kernels that one device runs, with the reason for each."""
     m, d = config.model, config.data
     total, active = parameter_counts(m)
     parts = {axis: 1 for axis in sharding.AXES} if mesh is None else mesh.shape

@@ -6,10 +6,10 @@ A run folder holds data, nothing in it is ever executed: config.json, metrics.js
     checkpoints/<step>/manifest.json    shapes, types and checksums of the arrays, the caller's dictionary,
                                         the crc32 of every file and of the manifest itself
 
-A checkpoint is written as `<step>.tmp` and renamed when it is complete. Two kinds of sums, because Orbax must
-not be fed damaged files (it prints pages, and trusts sizes), and because what Orbax wrote may not be what was
-on the device. The first checkpoint that a process writes is read back before it is renamed. This detects a path or a
-file system that loses data.
+A checkpoint is written as `<step>.tmp` and renamed when it is complete. There are two kinds of checksums. Every file
+has one, so that Orbax never reads a damaged file: it would print pages of errors, and trust the sizes in the file.
+Every array has one, because Orbax may have written something else than what was on the device. The first checkpoint
+that a process writes is read back before it is renamed. This detects a path or a file system that loses data.
 """
 
 import base64
@@ -39,7 +39,7 @@ from stickjax.fields import nearest
 from stickjax.lock import Lock
 from stickjax.plain_path import plain_path
 
-READ_BACK_BYTES = 2**28  # read at a time, unless one array has more
+READ_BACK_BYTES = 2**28  # bytes read at a time when a checkpoint is read back; one array is always read whole
 
 # Orbax logs a traceback per thread for an error that it also raises; the raised one is enough.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
@@ -153,7 +153,7 @@ class Checkpoints(contextlib.AbstractContextManager):
                 self._lock = self._lock.release()
 
     def restore(self, abstract_state, step: int | None = None, prefix: str = "") -> Restored | None:
-        """The newest intact checkpoint (or that of `step`), every array verified; None when there is none at all.
+        """Read the newest intact checkpoint (or the one of `step`), and verify it; None if there is no checkpoint.
 
         A damaged one is passed over with a warning that names it and the reason, and stays where it is.
 
@@ -164,7 +164,7 @@ class Checkpoints(contextlib.AbstractContextManager):
 
         Raises:
           ValueError: there is no such step, or a name, shape or type differs from the checkpoint.
-          DamagedCheckpoint: there are checkpoints, but none (or not that of `step`) is intact.
+          DamagedCheckpoint: there are checkpoints, but none of them (or not the one of `step`) is intact.
         """
         self.wait()
         steps, leaves, reasons = processes.shared(self.steps), named_leaves(abstract_state, prefix), []
@@ -173,7 +173,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         for candidate in reversed(steps) if step is None else [step]:
             folder = self.folder / str(candidate)
             try:
-                # One process reads and judges every file; the arrays' sums are those of all processes.
+                # Process 0 alone checks the files; all processes together compute the checksums of the arrays.
                 manifest = processes.shared(partial(_read_manifest, folder, candidate), raises=DamagedCheckpoint)
                 specs = _match(leaves, manifest["arrays"], prefix, folder)
                 arrays = _read_arrays(folder, specs, manifest["arrays"])
@@ -326,7 +326,7 @@ def _rebuild(leaf, array):
 
 
 def _read_manifest(folder: Path, step: int) -> dict:
-    """The manifest, once it and every file it names are known to be what was written."""
+    """The manifest; ValueError unless it and every file that it names are as they were written."""
     try:
         outer = json.loads((folder / "manifest.json").read_text())
         manifest = outer["manifest"]

@@ -18,10 +18,10 @@ def checksum(array) -> int:
 
 @jax.jit
 def _mixed_sum(array):
-    """sum_i mix(bits_i + i * 0x9E3779B9) mod 2^32, i the row-major position, mix the end of MurmurHash3.
+    """sum_i mix(bits_i + i * 0x9E3779B9) mod 2^32, with i the row-major position and mix the last step of MurmurHash3.
 
-    A sum of integers: the same for every sharding. `mix` is one-to-one, so that a change within one word
-    is always seen, and it keeps changes of high bits (signs) from cancelling in the sum.
+    A sum of integers is the same for every sharding. `mix` is one-to-one, so that a change within one word
+    is always detected, and it keeps changes of high bits (signs) from cancelling in the sum.
     """
     array = array.astype(jnp.uint8) if array.dtype == bool else array
     bits = jax.lax.bitcast_convert_type(array, f"uint{min(32, 8 * array.dtype.itemsize)}").astype(jnp.uint32)

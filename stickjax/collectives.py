@@ -1,8 +1,9 @@
-"""What a model does across devices, inside of the shard_map of `stickjax.sharding`; nothing on a single device.
+"""The communication of a model across devices, inside the shard_map of `stickjax.sharding`; none on a single device.
 
-Gradients flow as if every device had a loss of its own and the whole were their sum: what an axis that divides the
-batch gathers, its transpose sums. Along "tensor" all devices hold the same activations and the same loss; there
-`split` and `joined` stand where a layer begins to work on its part of the heads or hidden units, and where it ends.
+Gradients are computed as if every device had its own loss and the whole loss were their sum. So where an axis that
+divides the batch gathers an array, the transpose sums its gradients. Along "tensor" all devices hold the same
+activations and the same loss. A layer calls `split` (copy to tensor parallel) before it computes its part of the heads
+or hidden units, and `joined` (reduce from tensor parallel) after it.
 """
 
 import functools
@@ -16,19 +17,19 @@ from stickjax.sharding import BATCH_AXES, by_name, spec_of
 
 
 def size(axis: str) -> int:
-    """Of a mesh axis that this code runs under, else 1."""
+    """The size of a mesh axis under which this code runs; 1 for any other axis."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.shape[axis] if axis in mesh.manual_axes else 1
 
 
 def several(axes: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of more than one device: no program has a collective over the others."""
+    """The axes that have more than one device, so that no program has a collective over a single device."""
     return tuple(axis for axis in axes if size(axis) > 1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def all_gather(x, name: str, axis: int, dtype):
-    """The parts of x on all devices of a mesh axis, along `axis`, sent as `dtype`; gradients are summed in fp32."""
+    """All-gather x over the mesh axis `name` along its own `axis`, sent as `dtype`; gradients are summed in fp32."""
     return lax.all_gather(x.astype(dtype), name, axis=axis, tiled=True)
 
 
@@ -46,9 +47,9 @@ all_gather.defvjp(_gather_forward, _gather_backward)
 
 
 def gather(module, dtype):
-    """The module with parameters whole along "fsdp", in the type of the computation; the same one without that axis.
+    """The module with its parameters gathered along "fsdp", in the type of the computation.
 
-    Routers keep their type: a rounded logit is another expert.
+    Without that axis it is the module itself. Routers keep their type: with rounded logits they choose other experts.
     """
     if size("fsdp") == 1:
         return module
@@ -79,31 +80,31 @@ _sum_gradients.defvjp(lambda tree, axes: (tree, None), lambda axes, _, gradients
 
 
 def total(tree):
-    """The sums of arrays over all parts of the batch; the gradient is that of this device's part: see above."""
+    """The psum of arrays over the batch. The gradient is of this device's part alone: see the module's docstring."""
     axes = several(BATCH_AXES)
     return _sum(tree, axes) if axes else tree
 
 
 def split(tree):
-    """Arrays, into computations of which each device of "tensor" does a part: their gradients are summed."""
+    """Copy to tensor parallel: the arrays themselves, whose gradients are summed over the devices of "tensor"."""
     return tree if size("tensor") == 1 else _sum_gradients(tree, "tensor")
 
 
 def joined(x):
-    """The sum of the parts that the devices of "tensor" have computed."""
+    """Reduce from tensor parallel: the sum of the parts that the devices of "tensor" have computed."""
     return x if size("tensor") == 1 else _sum(x, "tensor")
 
 
 def first_of(axis: str, count: int):
-    """Index of the first of the `count` experts, or entries of the vocabulary, that this device has of an axis."""
+    """Index of the first of the `count` experts, or entries of the vocabulary, that this device holds along an axis."""
     return lax.axis_index(axis) * count if size(axis) > 1 else 0
 
 
 def to_experts(tokens, expert_indices, gates, count: int):
     """Tokens [T,D] and their choices [T,k] of all devices of "expert", as this device's `count` experts see them.
 
-    The others count as no expert: their index becomes `count`. Every token goes to all P devices of the axis, P - 1
-    rows sent where an exchange of rows alone sends k (P - 1) / P: less as long as P is below k.
+    All other experts get the index `count`, which means no expert. Every token is sent to all P devices of the axis:
+    P - 1 rows. An exchange of the routed rows alone would send k (P - 1) / P rows, which is more if P is below k.
     """
     if size("expert") == 1:
         return tokens, expert_indices, gates

@@ -66,7 +66,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind: type, **bounds: float) -> Callable[[str], int | float]:
-    """An argparse `type` for numbers within bounds, which are those of `stickjax.fields.field`.
+    """An argparse `type` for numbers within bounds, which have the names that `stickjax.fields.field` takes.
 
     >>> number(int, at_least=1)("1e6")
     1000000

@@ -34,17 +34,17 @@ class DataConfig:
     heldout_every: int = field(10, "one document in this many is held out", at_least=2)
     tokenizer: str = field("byte", "byte, or the path of a Hugging Face tokenizer.json")
     eot: str | None = field(
-        None, "added token of the tokenizer.json that ends a text, such as '<|im_end|>'; None: as its folder says"
+        None, "added token of tokenizer.json that ends a text, such as '<|im_end|>'; None: as the files beside it say"
     )
     text_field: str = field("text", "field of a jsonl line that holds the text")
     examples: int = field(
-        100_000, "lines of text of a generated source, of scan at most all 20910; pairs that are drawn", at_least=1
+        100_000, "lines of a generated source (scan has 20910), or pairs to draw for a classifier", at_least=1
     )
     T: int = field(256, "tokens in one sequence", at_least=1)
     B: int = field(16, "sequences in one step, over all processes and accumulation steps", at_least=1)
     seed: int = field(0, "order of the sequences", at_least=0, at_most=SEED)
     curriculum: int = field(
-        0, "steps in which ever longer pairs come in, at first the shortest tenth; 0: all at once", at_least=0
+        0, "steps until pairs of all lengths are drawn, beginning with the shortest tenth; 0: all at once", at_least=0
     )
 
     def __post_init__(self):
@@ -96,7 +96,7 @@ class OptimConfig:
     weight_decay: float = field(0.1, "decoupled weight decay, not on norms and biases", at_least=0)
     scale_decay: bool = field(False, "strict muP: multiply the decay of internal matrices by m_width")
     learn: str = field(
-        "*", "patterns of the parameters that learn, *.new_*,*.router.*, and of those that do not, !embed"
+        "*", "patterns of the trainable parameters, *.new_*,*.router.*, and after a ! of the frozen ones, !embed"
     )
     clip: float | None = field(1.0, "largest global norm of the gradient; None: no clipping", above=0)
 
@@ -106,7 +106,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The length of a run and what it leaves behind."""
+    """The length of a run, and what it writes."""
 
     steps: int = field(400, "optimizer steps", at_least=1, at_most=2**31 - 1)
     accumulate: int = field(1, "microbatches per step; B must be a multiple of it", at_least=1)
@@ -124,7 +124,10 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How many devices share the work, by axis; one may be -1, what the others leave. All 1 is a single device."""
+    """How many parts each axis divides the work into; if all are 1, there is a single device.
+
+    One axis may be -1: it takes the devices that the other axes leave.
+    """
 
     data: int = field(1, "parts of the batch on devices that each keep all parameters", at_least=-1)
     fsdp: int = field(1, "parts of the batch on devices that also divide parameters and optimizer state", at_least=-1)

@@ -37,12 +37,13 @@ def export(model: Loaded | Transformer, path: str, *, shard_bytes: int = SHARD_B
     """Write a model in the Hugging Face layout: config.json, model.safetensors, the tokenizer.json if it has one.
 
     `stickjax.load(path)` gives the same parameters, to the bit. A model with softmax attention becomes a `granite`
-    (dense), a `granitemoe` (E > 0) or a `jetmoe` (attention_experts > 0), one with stick-breaking a `moduleformer`.
+    (dense), a `granitemoe` (E > 0) or a `jetmoe` (attention_experts > 0). A model with stick-breaking attention becomes
+    a `moduleformer`.
 
     Args:
       model: from `stickjax.load`, or the parameters alone.
-      path: a folder that does not exist yet; it is there when it is complete, or not at all.
-      shard_bytes: a larger model is divided into files of at most so many bytes, and an index.
+      path: a folder that does not exist yet; it appears only when it is complete.
+      shard_bytes: the largest size of a file; a larger model becomes several files and an index.
 
     Raises:
       ValueError: the folder exists, the model type cannot express the model (the message names the fields), or values
@@ -68,10 +69,10 @@ def export(model: Loaded | Transformer, path: str, *, shard_bytes: int = SHARD_B
 def convert(
     source: str, path: str, *, step: int | None = None, shard_bytes: int = SHARD_BYTES, eot: str | None = None
 ) -> str:
-    """A folder in the Hugging Face layout as a run folder, or the other way round; returns a sentence on what it did.
+    """Convert a Hugging Face folder into a run folder, or the other way round; return a sentence about it.
 
-    A layer of one parameter at a time goes from file to file, so that the largest tensor bounds the memory, not the
-    model. Only the checkpoints of a training are read as a whole: Orbax has no rows.
+    One layer of one parameter is copied at a time, so the largest tensor has to fit into memory, not the whole model.
+    Only a checkpoint of a training is read as a whole, because Orbax cannot read a part of an array.
 
     Args:
       source: the folder to read.

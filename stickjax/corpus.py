@@ -15,7 +15,7 @@ from stickjax.tokenizer import Tokenizer, load_tokenizer, token_dtype
 
 __all__ = ["Corpus", "document_ends", "load_corpus", "stdlib_documents", "text_documents", "tokenize"]
 
-_BLOCK = 2**22  # tokens looked at together where a file must not be read whole
+_BLOCK = 2**22  # tokens read at a time from a file that may not fit into memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +110,7 @@ def _mix(corpora: Iterable[Corpus]) -> Corpus:
     corpora = list(corpora)
     tokenizer = corpora[0].tokenizer
     tokens = np.stack([corpus.tokens[: min(len(c.tokens) for c in corpora)] for corpus in corpora])
-    tokens[:, -1] = tokenizer.eot  # of the document that was cut
+    tokens[:, -1] = tokenizer.eot  # ends the document that was cut
     tokens = tokens.ravel()
     documents, num_bytes = int((tokens == tokenizer.eot).sum()), tokenizer.count_bytes(tokens)
     source, digest = ",".join(corpus.source for corpus in corpora), hashlib.sha256(tokens).hexdigest()

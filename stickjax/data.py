@@ -93,7 +93,7 @@ def batches(
 
     Every epoch visits every example once, in a new order set by `seed`. The shares of all processes,
     concatenated by process_index, are the batch of a single process. `get_state()` is a small JSON value,
-    the same on every process, and `set_state()` takes up there at once, bit for bit, whatever the new
+    the same on every process, and `set_state()` continues there at once, bit for bit, with any
     process_count. `transform` is applied to whole batches. The examples of `first` come before all others, in their
     order.
 
@@ -112,7 +112,7 @@ def batches(
     # Epoch e is shuffled by seed + e: neighbouring seeds would share all but one of their epochs.
     seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     epochs = grain.MapDataset.source(source).shuffle(seed=seed)
-    if len(first):  # what follows an endless dataset has no index, so this end is only far away
+    if len(first):  # a dataset cannot follow an endless one, so the repetitions of `first` only come very late
         epochs = grain.MapDataset.concatenate([grain.MapDataset.source(first), epochs.repeat(10_000)])
     dataset = (
         epochs.repeat().batch(B // process_count, drop_remainder=True).slice(slice(process_index, None, process_count))
@@ -186,7 +186,7 @@ def training_data(config: Config) -> TrainingData:
         summary = f"{corpus.summary()}; {held}"
         return TrainingData(loader, corpus.tokenizer.vocab_size, corpus.hash, corpus.source, summary, corpus.tokenizer)
     pairs = pair_examples(config, "train")
-    source = _OfOneLength(pairs, d.B, d.seed)
+    source = LengthBucketedBatches(pairs, d.B, d.seed)
     digest = hashlib.sha256("\n".join(f"{row}" for row in pairs.rows).encode()).hexdigest()[:16]
 
     def loader(index: int, count: int) -> grain.DatasetIterator:
@@ -194,13 +194,16 @@ def training_data(config: Config) -> TrainingData:
         own = lambda batch: {name: array[0][rows] for name, array in batch.items()}  # noqa: E731
         return batches(source, 1, d.seed, transform=own, first=_ShortFirst(source, d.curriculum, d.seed))
 
-    said = f"pairs of {d.source}"
-    return TrainingData(loader, len(logic.VOCABULARY), digest, said, f"{said}: {len(pairs):,} of them, {digest}")
+    name = f"pairs of {d.source}"
+    return TrainingData(loader, len(logic.VOCABULARY), digest, name, f"{len(pairs):,} {name}, {digest}")
 
 
-class _OfOneLength:
-    """Random access to batches of B pairs that are as long, the shortest first, padded to a multiple of 8: half of the
-    work of random ones, whose longest sentence decides. Which pairs make a batch is drawn by the seed."""
+class LengthBucketedBatches:
+    """Random access to batches of B pairs of about the same length, the shortest first, padded to a multiple of 8.
+
+    A batch of random pairs would be padded to its longest sentence, which takes twice the work. The seed decides which
+    pairs of the same length are in one batch.
+    """
 
     def __init__(self, pairs: Examples, B: int, seed: int):
         longest = np.array([max(side.count(" ") + 1 for side in row[:2]) for row in pairs.rows])
@@ -219,10 +222,10 @@ class _OfOneLength:
 
 
 class _ShortFirst:
-    """A curriculum of so many steps over batches that are in the order of their lengths: step i draws one of the first
-    max(1/10, (i + 1) / steps) of them."""
+    """A curriculum over batches that are sorted by length: step i draws from the first max(1/10, (i + 1) / steps) of
+    them."""
 
-    def __init__(self, source: _OfOneLength, steps: int, seed: int):
+    def __init__(self, source: LengthBucketedBatches, steps: int, seed: int):
         self.source, self.steps, self.seed = source, steps, seed
 
     def __len__(self) -> int:
@@ -234,7 +237,7 @@ class _ShortFirst:
 
 
 def pair_examples(config: Config, part: str, **options) -> Examples:
-    """The pairs of sentences that `data.source` has for a classifier, of `data.examples` drawn."""
+    """The training or the held-out part of the `data.examples` pairs of sentences that are drawn for a classifier."""
     if config.data.source != "logic":
         raise ValueError(f"classes={config.model.classes} needs pairs: source='logic', not {config.data.source!r}")
     if config.model.classes != (relations := len(logic.RELATIONS)):
@@ -254,7 +257,7 @@ class EvalWindows:
     bytes: int  # of the text of all targets
 
     def pieces(self, m: int) -> tuple[np.ndarray, np.ndarray]:
-        """Cut the windows into contexts of m * T tokens: (tokens [P, size + 1], mask of real targets [P, size]).
+        """Cut the windows into contexts of m * T tokens: (tokens [P, size + 1], mask of the targets [P, size]).
 
         For every m, each target is in exactly one piece. `size` is m * T, or less if all documents are short.
         """

@@ -68,13 +68,13 @@ def evaluate(
     Args:
       model: the parameters.
       config: its data section names the text and T.
-      lengths: multiples of T; each must divide the largest. Those that no document reaches are left out.
+      lengths: multiples of T; each must divide the largest. Lengths that no document reaches are left out.
       max_tokens: targets to score.
       batch_tokens: tokens in one call of the model.
       say: is called with one line of progress before each length is evaluated.
 
     Returns:
-      A record {"multiple", "context", "bits_per_byte", "bits_per_token", "tokens", "bytes", "text"} per length; of a
+      A record {"multiple", "context", "bits_per_byte", "bits_per_token", "tokens", "bytes", "text"} per length; for a
       model that halts also "depth", the mean number of blocks.
 
     Raises:
@@ -172,7 +172,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--step", type=int, help="evaluate the checkpoint of this step")
     parser.add_argument("--lengths", default="1,2,4,8", help="contexts, in multiples of T (default: %(default)s)")
     parser.add_argument("--max-tokens", type=int, default=2**17, help="how many tokens to score")
-    parser.add_argument("--max-pairs", type=int, default=1024, help="of a classifier, how many pairs of a bucket")
+    parser.add_argument("--max-pairs", type=int, default=1024, help="for a classifier: how many pairs of a bucket")
     parser.add_argument("--plot", metavar="PNG", help="path of the curves; in the first run's folder by default")
     words, rest = parser.parse_with_fields(argv)
     runs, lengths = names(words.runs), _lengths(words.lengths)

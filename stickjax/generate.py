@@ -45,13 +45,13 @@ def generate(
     Args:
       model: from `init` or `load`.
       prompts: B arrays of token ids, of any lengths; an empty one begins with `eot`.
-      max_new_tokens: at most so many per row.
+      max_new_tokens: the most new tokens of a row.
       temperature: 0 takes the most likely token.
       top_k: draw from the k most likely tokens only.
       top_p: then draw from the fewest tokens that together have probability top_p (nucleus, arXiv 1904.09751).
-      seed: of the draws.
+      seed: the seed of the draws.
       eot: end-of-text id; a row ends with it. None: no id ends a row.
-      vocab_size: ids from here on are never chosen (V may be padded); None: V.
+      vocab_size: larger ids, and this one, are never chosen, because V may be padded; None: V.
       on_token: `on_token(row, id)` is called for each new token as it comes; returning True ends the row.
 
     Returns B lists of new ids; the last id is `eot` when that is what ended the row.
@@ -76,21 +76,21 @@ def generate(
     for row, ids in enumerate(rows):
         tokens[row, T - len(ids) :], segment_ids[row, T - len(ids) :] = ids, 0
     options = dict(vocab_size=vocab_size, temperature=None, top_k=None, top_p=None)
-    if temperature:  # kept above the denormals: a division follows
+    if temperature:  # not so small that the division by it overflows
         options |= dict(temperature=max(temperature, 1e-30), top_k=top_k and min(top_k, vocab_size), top_p=top_p)
     key, cache = jax.random.key(seed), _cache(model.config, len(rows), _bucket(T + max_new_tokens))
     ids, cache = _advance(model, tokens, segment_ids, cache, key, 0, **options)
-    new, going, together = [[] for _ in rows], set(range(len(rows))), np.zeros((len(rows), 1), np.int32)
+    new, active, together = [[] for _ in rows], set(range(len(rows))), np.zeros((len(rows), 1), np.int32)
     for index in range(1, max_new_tokens + 1):
         chosen = ids
         if index < max_new_tokens:  # begun before `chosen` is looked at: the device never waits for Python
             ids, cache = _advance(model, chosen[:, None], together, cache, key, index, **options)
         chosen = np.asarray(chosen).tolist()
-        for row in sorted(going):  # an ended row runs on, unseen, until all have ended
+        for row in sorted(active):  # a row that has ended is still computed until all have ended
             new[row].append(token := chosen[row])
             if (on_token is not None and on_token(row, token)) or token == eot:
-                going.discard(row)
-        if not going:
+                active.discard(row)
+        if not active:
             break
     return new
 
@@ -167,10 +167,13 @@ class _TextStream:
         self._decoder, self._stop, self._held, self.stopped = StreamDecoder(tokenizer, prompt), stop, "", False
 
     def feed(self, token: int | None) -> str:
-        """What is certain once `token` is known; None ends the row, and a character cut in half there is dropped."""
+        """The text that becomes certain with `token`.
+
+        None ends the row and drops an incomplete character at its end.
+        """
         last = token is None
         self._held += self._decoder.flush().rstrip("\ufffd") if last else self._decoder.feed(token)
-        # The first to be complete stops, however the tokens divide the text; of several, the longest.
+        # The stop string that is complete first ends the text, however tokens divide it; of several, the longest.
         found = [(at + len(s), at) for s in self._stop if (at := self._held.find(s)) >= 0]
         begun = [n for s in self._stop for n in range(1, len(s)) if self._held.endswith(s[:n])]
         size = min(found)[1] if found else len(self._held) - (0 if last else max(begun, default=0))
@@ -199,7 +202,7 @@ def generate_text(
       special_tokens: True: a special token that a prompt spells, such as <|user|>, is encoded as that token. False: it
         is encoded as ordinary text.
       on_text: `on_text(row, piece)` is called with whole characters that will stay; a row's pieces make up its text.
-      max_new_tokens, **sampling: as in `generate`; of its options `temperature`, `top_k`, `top_p` and `seed`.
+      max_new_tokens, **sampling: as in `generate`; sampling takes `temperature`, `top_k`, `top_p` and `seed`.
 
     Raises ValueError as `generate` does, for one string in place of a list, and for an empty stop string.
 
