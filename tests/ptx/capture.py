@@ -1,0 +1,111 @@
+"""JAX functions on a CPU, with their Mosaic GPU kernels executed as the PTX that a Hopper GPU would run.
+
+What stands between the kernels is XLA's CPU code.
+"""
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import seam
+
+from .compiled import compile_kernel
+from .program import Program
+
+_one_at_a_time = threading.Lock()  # XLA may call back from several threads
+
+
+def run(function: Callable, *arrays, launch: Callable | None = None, program_of: Callable = compile_kernel):
+    """function(*arrays), traced as for a Hopper GPU.
+
+    Args:
+      function: of pytrees of arrays.
+      launch: called with a program and the arrays of a kernel, inputs before outputs, to write the outputs in place;
+        `machine.launch` if None.
+      program_of: the Program for an MLIR module of Mosaic GPU.
+    """
+    if launch is None:
+        from .machine import launch
+    with kernels_launched_by(launch, program_of):
+        return jax.block_until_ready(jax.jit(lambda *arguments: function(*arguments))(*arrays))
+
+
+def programs(function: Callable, *arrays) -> list[Program]:
+    """The different Mosaic kernels of a function, in the order in which they are lowered; nothing runs."""
+    with kernels_launched_by(lambda *_: None) as found:
+        jax.jit(lambda *arguments: function(*arguments)).trace(*arrays).lower()
+    return list({program.ptx: program for program in found}.values())
+
+
+@contextlib.contextmanager
+def kernels_launched_by(launch: Callable, program_of: Callable = compile_kernel) -> Iterator[list[Program]]:
+    """Functions that are compiled inside see a Hopper GPU, and their Mosaic kernels become calls of `launch`.
+
+    The list gets the program of every kernel that is lowered.
+    """
+    from jax._src.pallas import mpmd
+    from jax._src.pallas.mosaic_gpu import pallas_call_registration as registration
+    from jax.experimental.mosaic.gpu import core
+
+    found = []
+
+    def lower(ctx, *arguments, jaxprs, **parameters):
+        def call(ctx, *arguments, module, input_output_aliases=(), **_):
+            if input_output_aliases:
+                raise NotImplementedError("kernels with inputs that are outputs too")
+            program = program_of(module)._replace(barriers=barrier_names(jaxprs[0]))
+            found.append(program)
+            return _call_of_the_host(ctx, functools.partial(launch, program), *arguments)
+
+        with mock.patch.object(core, "_mosaic_gpu_lowering_rule", call):
+            return registration.mpmd_map_mgpu_lowering_rule(ctx, *arguments, jaxprs=jaxprs, **parameters)
+
+    with seam.absent_gpu(), mock.patch.object(mpmd, "_mpmd_map_fallback_lowering", lower):
+        yield found
+
+
+def _call_of_the_host(ctx, launch: Callable, *arguments):
+    """In place of the call of a kernel on the GPU."""
+    from jax._src.interpreters import mlir
+
+    outputs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in ctx.avals_out]
+
+    def on_host(*inputs):
+        results = [_poisoned(x) for x in outputs]
+        with _one_at_a_time:
+            launch([*map(np.array, inputs), *results])
+        return results
+
+    return mlir.lower_fun(lambda *inputs: jax.pure_callback(on_host, outputs, *inputs))(ctx, *arguments)
+
+
+def _poisoned(x) -> np.ndarray:
+    """What a kernel leaves unwritten must not look like a result."""
+    return np.full(x.shape, jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else 99, x.dtype)
+
+
+def barrier_names(kernel) -> tuple[str, ...]:
+    """Of the mbarriers of a kernel, given as its jaxpr, in the order in which the kernel initialises them.
+
+    Equal barriers stand together, in the place of the first of them; they are handed out from the last to the first.
+    """
+    from jax._src.pallas.mosaic_gpu import core
+
+    groups: dict[object, list[list[str]]] = {}
+    for equation in kernel.eqns:
+        if equation.primitive.name != "run_scoped":
+            continue
+        scope = equation.params["jaxpr"]
+        names = scope.debug_info.safe_arg_names(len(scope.invars))
+        for name, variable in zip(names, scope.invars, strict=True):
+            aval = variable.aval
+            if isinstance(aval.dtype, core.BarrierType):
+                parts = [f"{name}[{i}]" for i in range(aval.size)] if aval.shape else [name]
+                groups.setdefault((aval.dtype, aval.size), []).insert(0, parts)
+    return tuple(part for group in groups.values() for parts in group for part in parts)

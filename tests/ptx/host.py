@@ -1,0 +1,167 @@
+"""How the host launches a kernel: the LLVM code of Mosaic GPU's host function, interpreted on made-up addresses.
+
+The function writes the tensor maps and the kernel's parameters and asks for the launch. It has neither branches nor
+loops.
+"""
+
+import operator
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+from .program import TensorMap
+
+MAP_BYTES = 128
+# Bytes of an element by the number that stands for its type.
+ITEMSIZES = {1: 1, 2: 2, 3: 4, 4: 8, 5: 2, 6: 4, 7: 2}
+# Made-up addresses: the table of arrays, what the function allocates, and array i at (i + 1) * ARRAY.
+TABLE, STACK, ARRAY = 1 << 16, 1 << 32, 1 << 48
+
+BINARY: dict[str, Callable[[int, int], int]] = {
+    "add": operator.add, "sub": operator.sub, "mul": operator.mul, "shl": operator.lshift, "or": operator.or_,
+}  # fmt: skip
+FLAGS = r"(?:(?:nuw|nsw|nusw|inbounds|disjoint) )*"
+STATEMENTS = {
+    "insertvalue": r"insertvalue \{[^}]*\} (\S+), \S+ (\S+), ([\d, ]+)",
+    "extractvalue": r"extractvalue \{[^}]*\} (\S+), ([\d, ]+)",
+    "field": r"getelementptr (\{.*\}), ptr (\S+), i32 0, i32 (\d+)",
+    "element": rf"getelementptr {FLAGS}([^,{{]+), ptr (\S+), i\d+ (\S+)",
+    "binary": rf"({'|'.join(BINARY)}) {FLAGS}i64 (\S+), (\S+)",
+    "cast": r"(?:ptrtoint|inttoptr|sext|zext|trunc) \S+ (\S+) to \S+",
+    "load": r"load (.+), ptr (\S+), align \d+",
+    "alloca": r"alloca (.+?)(?:, i64 (\d+))?, align \d+",
+    "store": r"store \S+ (\S+), ptr (\S+), align \d+",
+    "call": r"call void @(\w+)\((.*)\)",
+}
+
+
+class Launch(NamedTuple):
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared: int
+    parameters: tuple[int | bytes | tuple[TensorMap, ...], ...]
+
+
+def read_launch(code: str) -> Launch:
+    """The launch that the host function makes, from the text of its LLVM module. ValueError for unknown code."""
+    body = re.search(r"^define void @(?!_mlir_ciface)\w+\(ptr %0, ptr %1\) \{\n(.*?)^\}", code, re.M | re.S)
+    if body is None:
+        raise ValueError("no host function of two pointers in the LLVM module")
+    host = _Host()
+    for line in body[1].splitlines():
+        host.execute(line.strip())
+    if host.launch is None:
+        raise ValueError("the host function launches nothing")
+    return host.launch
+
+
+class _Host:
+    """The state of the function: its values by name, and what it stored by address."""
+
+    def __init__(self):
+        self.values: dict[str, int | dict] = {"%0": 0, "%1": TABLE}
+        self.memory: dict[int, int] = {}
+        self.maps: dict[int, TensorMap] = {}
+        self.top = STACK
+        self.launch: Launch | None = None
+
+    def execute(self, line: str) -> None:
+        if not line or line.startswith(";") or line == "ret void":
+            return
+        name, statement = re.fullmatch(r"(?:(%\S+) = )?(.*)", line).groups()
+        for kind, pattern in STATEMENTS.items():
+            if match := re.fullmatch(pattern, statement):
+                self.values[name] = getattr(self, f"_{kind}")(*match.groups())
+                return
+        raise ValueError(f"unknown statement in the host code: {line}")
+
+    def value(self, text: str):
+        if text in ("undef", "poison"):
+            return {}
+        return self.values[text] if text.startswith("%") else int(text)
+
+    def _insertvalue(self, aggregate, value, index):
+        return {**self.value(aggregate), index: self.value(value)}
+
+    def _extractvalue(self, aggregate, index):
+        return self.value(aggregate)[index]
+
+    def _field(self, struct, base, index):
+        return self.value(base) + sum(map(_size, _fields(struct)[: int(index)]))
+
+    def _element(self, element, base, index):
+        return self.value(base) + _size(element) * self.value(index)
+
+    def _binary(self, op, a, b):
+        return BINARY[op](self.value(a), self.value(b))
+
+    def _cast(self, value):
+        return self.value(value)
+
+    def _load(self, kind, address):
+        address = self.value(address)
+        if kind.startswith("["):  # of the tensor maps, as a value that nothing reads
+            return None
+        if TABLE <= address < STACK:
+            return ((address - TABLE) // 8 + 1) * ARRAY
+        return self.memory[address]
+
+    def _alloca(self, kind, count):
+        address = -(-self.top // MAP_BYTES) * MAP_BYTES
+        self.top = address + _size(kind) * int(count or 1)
+        return address
+
+    def _store(self, value, address):
+        self.memory[self.value(address)] = self.value(value)
+
+    def _call(self, function, arguments):
+        values = [self.value(x.split()[-1]) for x in arguments.split(", ")]
+        if function == "mosaic_gpu_init_tma_desc":
+            self._tensor_map(*values)
+        elif function == "mosaic_gpu_build_kernel_spec":
+            self._launch(*values)
+        else:
+            raise ValueError(f"unknown call in the host code: {function}")
+
+    def _tensor_map(self, address, base, kind, rank, sizes, strides, swizzle, box):
+        """Mosaic orders dimensions from the outermost to the innermost and counts strides in elements."""
+        inwards = [[self.memory[start + 8 * i] for i in reversed(range(rank))] for start in (sizes, strides, box)]
+        itemsize = ITEMSIZES[kind]
+        self.maps[address] = TensorMap(
+            array=base // ARRAY - 1,
+            offset=base % ARRAY,
+            itemsize=itemsize,
+            sizes=tuple(inwards[0]),
+            strides=tuple(itemsize * stride for stride in inwards[1]),
+            box=tuple(inwards[2]),
+            swizzle=swizzle,
+        )
+
+    def _launch(self, _, gx, gy, gz, cx, cy, cz, bx, by, bz, shared, early, count, pointers, sizes):
+        if (cx, cy, cz, early) != (0, 0, 0, 0):
+            raise ValueError(f"clusters of {cx, cy, cz} blocks or an early launch ({early}) are unknown")
+        parameters = [self._parameter(self.memory[pointers + 8 * i], self.memory[sizes + 4 * i]) for i in range(count)]
+        self.launch = Launch((gx, gy, gz), (bx, by, bz), shared, tuple(parameters))
+
+    def _parameter(self, address, size):
+        if size:  # passed by value
+            return tuple(self.maps[address + place] for place in range(0, size, MAP_BYTES))
+        pointer = self.memory[address]
+        if pointer < ARRAY or pointer % ARRAY:
+            raise ValueError(f"a parameter of the kernel is {pointer:#x}, which is no array")
+        return pointer // ARRAY - 1
+
+
+def _fields(struct: str) -> list[str]:
+    return struct.strip("{ }").split(", ")
+
+
+def _size(kind: str) -> int:
+    """Bytes; structures here have fields of 8 bytes, and arrays of bytes after them."""
+    if kind == "ptr":
+        return 8
+    if kind.startswith("{"):
+        return sum(map(_size, _fields(kind)))
+    if array := re.fullmatch(r"\[(\d+) x (.+)\]", kind):
+        return int(array[1]) * _size(array[2])
+    return int(kind.removeprefix("i")) // 8
