@@ -1,0 +1,131 @@
+"""python -m tests.ptx.kept [--check]: write a few small kernels to tests/ptx/kept, or compare with these.
+
+With them the machine is tested where there are no CUDA wheels, which compile kernels. Exit status 1 if one differs.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import expert_mlp, route, stick_breaking_attention
+
+from . import capture
+from .program import Program, TensorMap
+
+FOLDER = Path(__file__).parent / "kept"
+# What PTX depends on beside the kernel: who wrote it.
+MAKERS = ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cuda-nvcc")
+
+
+class Case(NamedTuple):
+    function: Callable  # of `arrays`
+    arrays: tuple[jax.Array, ...]
+
+
+def _random(rng, *shape):
+    return jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
+
+
+def attention() -> Case:
+    """130 tokens: three tiles of 64 rows in two blocks, three of 64 keys."""
+    rng = np.random.default_rng(0)
+    return Case(
+        lambda *qkv: stick_breaking_attention(*qkv, implementation="mosaic")[0],
+        tuple(_random(rng, 1, 130, 1, 32) for _ in range(3)),
+    )
+
+
+def experts() -> Case:
+    """150 tokens of two experts each."""
+    rng, (T, k, E, D, F) = np.random.default_rng(0), (150, 2, 2, 64, 64)
+    chosen = jnp.asarray(rng.permuted(np.tile(np.arange(E), (T, 1)), axis=1), jnp.int32)
+
+    def run(x, w_in, w_out, gates):
+        return expert_mlp(x, w_in, w_out, route(chosen, E), gates, implementation="mosaic")
+
+    shapes = (T, D), (E, D, 2 * F), (E, F, D), (T, k)
+    return Case(run, tuple(_random(rng, *shape) for shape in shapes))
+
+
+CASES: dict[str, Callable[[], Case]] = {"attention": attention, "experts": experts}
+
+
+def current() -> dict[str, Program]:
+    """The kernels of CASES by file name. MissingWheels without jax[cuda13]."""
+    cases = [make() for make in CASES.values()]
+    found = [program for case in cases for program in capture.programs(case.function, *case.arrays)]
+    return {program.name.removesuffix("_mosaic_gpu_kernel"): program for program in map(_without_lines, found)}
+
+
+def load(name: str) -> Program:
+    fields = json.loads((FOLDER / f"{name}.json").read_text())["launch"]
+    return Program(
+        ptx=(FOLDER / f"{name}.ptx").read_text(),
+        **{field: _parameters(x) if field == "parameters" else tuple(x) if isinstance(x, list) else x
+           for field, x in fields.items()},
+    )  # fmt: skip
+
+
+def program_of(module) -> Program:
+    """The kept program of an MLIR module of Mosaic GPU, by its name: for `capture.run` on CASES."""
+    from jax._src.lib.mlir import ir
+
+    return load(ir.StringAttr(module.operation.attributes["sym_name"]).value)
+
+
+def makers() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in MAKERS}
+
+
+def made_with(name: str) -> dict[str, str]:
+    return json.loads((FOLDER / f"{name}.json").read_text())["made_with"]
+
+
+def _without_lines(program: Program) -> Program:
+    """Without the lines of the Python code, which move whenever something else changes."""
+    text = re.sub(r"^\s*\.(?:loc|file|section)\b.*\n|^\$L__(?:tmp|func_)\w+:\n", "", program.ptx, flags=re.M)
+    return program._replace(ptx=text.rstrip() + "\n")
+
+
+def _parameters(values: list) -> tuple:
+    def maps(block):
+        return tuple(TensorMap(**{k: tuple(v) if isinstance(v, list) else v for k, v in x.items()}) for x in block)
+
+    return tuple(maps(x) if isinstance(x, list) else x for x in values)
+
+
+def _write(name: str, program: Program) -> None:
+    launch = {k: v for k, v in program._asdict().items() if k != "ptx"}
+    launch["parameters"] = [[m._asdict() for m in x] if isinstance(x, tuple) else x for x in program.parameters]
+    (FOLDER / f"{name}.ptx").write_text(program.ptx)
+    (FOLDER / f"{name}.json").write_text(json.dumps({"made_with": makers(), "launch": launch}, indent=1) + "\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.ptx.kept", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--check", action="store_true", help="compare only; kernels of other versions are left out")
+    arguments = parser.parse_args(argv)
+    FOLDER.mkdir(exist_ok=True)
+    differs = 0
+    for name, program in current().items():
+        if not arguments.check:
+            _write(name, program)
+        elif made_with(name) != makers():
+            print(f"{name}: made with {made_with(name)}, here are {makers()}")
+        elif load(name) != program:
+            print(f"{name}: differs from the current kernel; run python -m tests.ptx.kept", file=sys.stderr)
+            differs = 1
+    return differs
+
+
+if __name__ == "__main__":
+    sys.exit(main())
