@@ -4,11 +4,12 @@
 # make test-large    the conversion of a model of eight billion parameters; 17 GB of disk, some minutes
 # make test-oldest   the fast tests against the oldest JAX allowed, optimised as users compile
 # make test-absent   GPU kernels and steps on 8 and 64 GPUs compiled for GPUs that are not there; needs the CUDA wheels (3.4 GB), no GPU
+# make test-ptx      the PTX that the GPU kernels compile to, executed on the CPU; the same environment
 # make test-triton   the Triton kernels in Triton's interpreter; the same environment
 # make test-install  install into fresh environments outside the checkout, plain and with each extra that needs no GPU
 # make lint          ruff
 
-.PHONY: demo demo-compare test test-large test-oldest test-absent test-triton test-install lint clean
+.PHONY: demo demo-compare test test-large test-oldest test-absent test-ptx test-triton test-install lint clean
 SHELL := /bin/bash
 RUN := .venv/bin/python
 
@@ -37,6 +38,9 @@ test-oldest: .venv-oldest/.test
 
 test-absent: .venv-cuda/.test
 	JAX_PLATFORMS=cpu .venv-cuda/bin/python -m pytest tests/test_absent_gpu.py tests/test_absent_triton.py tests/test_plan_absent.py tests/test_lowering.py
+
+test-ptx: .venv-cuda/.test
+	JAX_PLATFORMS=cpu .venv-cuda/bin/python -m pytest $(PARALLEL) $(wildcard tests/test_ptx*.py)
 
 # In processes of their own: Triton settles when it is imported whether to compile or to interpret.
 test-triton: .venv-cuda/.test

@@ -130,6 +130,16 @@ def test_kernels_get_the_arrays_of_the_function_and_their_results_go_on():
     assert all(np.isnan(np.float32(x)).all() for x in arrays[-3:-1]) and (arrays[-1] == 99).all()
 
 
+def test_an_error_of_the_machine_is_raised_as_it_is():
+    def launch(program, arrays):
+        raise LookupError("no such instruction")
+
+    with pytest.raises(LookupError, match="no such instruction"):
+        capture.run(
+            attention(Stick()), *Stick(T=8, H=32).arrays(jnp.bfloat16), launch=launch, program_of=lambda _: NOTHING
+        )
+
+
 def test_barriers_have_names_in_the_order_in_which_they_are_initialised(monkeypatch):
     """With two warpgroups as many arrivals make a tile used as make it full: these barriers are alike."""
     initialised, handed_out = [], []

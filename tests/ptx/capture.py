@@ -4,7 +4,6 @@ What stands between the kernels is XLA's CPU code.
 """
 
 import contextlib
-import functools
 import threading
 from collections.abc import Callable, Iterator
 from unittest import mock
@@ -17,8 +16,6 @@ from pallas_kernels import seam
 
 from .compiled import compile_kernel
 from .program import Program
-
-_one_at_a_time = threading.Lock()  # XLA may call back from several threads
 
 
 def run(function: Callable, *arrays, launch: Callable | None = None, program_of: Callable = compile_kernel):
@@ -47,13 +44,13 @@ def programs(function: Callable, *arrays) -> list[Program]:
 def kernels_launched_by(launch: Callable, program_of: Callable = compile_kernel) -> Iterator[list[Program]]:
     """Functions that are compiled inside see a Hopper GPU, and their Mosaic kernels become calls of `launch`.
 
-    The list gets the program of every kernel that is lowered.
+    The list gets the program of every kernel that is lowered. What `launch` raised first is raised at the end.
     """
     from jax._src.pallas import mpmd
     from jax._src.pallas.mosaic_gpu import pallas_call_registration as registration
     from jax.experimental.mosaic.gpu import core
 
-    found = []
+    host, found = Host(launch), []
 
     def lower(ctx, *arguments, jaxprs, **parameters):
         def call(ctx, *arguments, module, input_output_aliases=(), **_):
@@ -61,28 +58,44 @@ def kernels_launched_by(launch: Callable, program_of: Callable = compile_kernel)
                 raise NotImplementedError("kernels with inputs that are outputs too")
             program = program_of(module)._replace(barriers=barrier_names(jaxprs[0]))
             found.append(program)
-            return _call_of_the_host(ctx, functools.partial(launch, program), *arguments)
+            return host.call(ctx, program, *arguments)
 
         with mock.patch.object(core, "_mosaic_gpu_lowering_rule", call):
             return registration.mpmd_map_mgpu_lowering_rule(ctx, *arguments, jaxprs=jaxprs, **parameters)
 
     with seam.absent_gpu(), mock.patch.object(mpmd, "_mpmd_map_fallback_lowering", lower):
         yield found
+    host.raise_error()
 
 
-def _call_of_the_host(ctx, launch: Callable, *arguments):
-    """In place of the call of a kernel on the GPU."""
-    from jax._src.interpreters import mlir
+class Host:
+    """Launches programs from inside of XLA's code, where an exception would arrive as a text."""
 
-    outputs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in ctx.avals_out]
+    def __init__(self, launch: Callable):
+        self.launch, self.errors, self.one_at_a_time = launch, [], threading.Lock()
 
-    def on_host(*inputs):
-        results = [_poisoned(x) for x in outputs]
-        with _one_at_a_time:
-            launch([*map(np.array, inputs), *results])
-        return results
+    def call(self, ctx, program: Program, *arguments):
+        """For a lowering rule, in place of the call of a kernel on the GPU."""
+        from jax._src.interpreters import mlir
 
-    return mlir.lower_fun(lambda *inputs: jax.pure_callback(on_host, outputs, *inputs))(ctx, *arguments)
+        outputs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in ctx.avals_out]
+
+        def on_host(*inputs):
+            results = [_poisoned(x) for x in outputs]
+            with self.one_at_a_time:
+                if not self.errors:
+                    try:
+                        self.launch(program, [*map(np.array, inputs), *results])
+                    except Exception as error:
+                        self.errors.append(error)
+            return results
+
+        return mlir.lower_fun(lambda *inputs: jax.pure_callback(on_host, outputs, *inputs))(ctx, *arguments)
+
+    def raise_error(self) -> None:
+        """The first of those that launches raised, if any."""
+        if self.errors:
+            raise self.errors[0]
 
 
 def _poisoned(x) -> np.ndarray:

@@ -103,7 +103,7 @@ def _parameters(values: list) -> tuple:
     return tuple(maps(x) if isinstance(x, list) else x for x in values)
 
 
-def _write(name: str, program: Program) -> None:
+def write(name: str, program: Program) -> None:
     launch = {k: v for k, v in program._asdict().items() if k != "ptx"}
     launch["parameters"] = [[m._asdict() for m in x] if isinstance(x, tuple) else x for x in program.parameters]
     (FOLDER / f"{name}.ptx").write_text(program.ptx)
@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
     differs = 0
     for name, program in current().items():
         if not arguments.check:
-            _write(name, program)
+            write(name, program)
         elif made_with(name) != makers():
             print(f"{name}: made with {made_with(name)}, here are {makers()}")
         elif load(name) != program:

@@ -1,0 +1,104 @@
+"""The same for Triton kernels: JAX functions on a CPU, with the kernels executed as the PTX that a GPU would run.
+
+Needs triton and jax-triton, and neither the CUDA wheels nor a GPU.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import NamedTuple
+from unittest import mock
+
+import jax
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+
+from .capture import Host
+from .program import Program
+
+NULL = bytes(8)  # of the memory that Triton keeps for debuggers and profilers
+
+
+class _Kernel(NamedTuple):
+    """What jax-triton hands to the library that launches: the beginning of its arguments, in their order."""
+
+    name: str
+    warps: int
+    clusters: int
+    shared: int
+    ptx: str
+
+
+def run(function: Callable, *arrays, launch: Callable | None = None, device: str = "NVIDIA A100"):
+    """function(*arrays), traced as for a GPU of this name; `launch` as in `capture.run`."""
+    if launch is None:
+        from .machine import launch
+    with kernels_launched_by(launch, device):
+        return jax.block_until_ready(jax.jit(lambda *arguments: function(*arguments))(*arrays))
+
+
+def programs(function: Callable, *arrays, device: str = "NVIDIA A100") -> list[Program]:
+    """The different Triton kernels of a function, in the order in which they are lowered; nothing runs."""
+    with kernels_launched_by(lambda *_: None, device) as found:
+        jax.jit(lambda *arguments: function(*arguments)).trace(*arrays).lower()
+    return list({program.ptx: program for program in found}.values())
+
+
+@contextlib.contextmanager
+def kernels_launched_by(launch: Callable, device: str = "NVIDIA A100") -> Iterator[list[Program]]:
+    """Functions that are compiled inside see this GPU, and their Triton kernels become calls of `launch`.
+
+    The list gets the program of every kernel that is lowered. What `launch` raised first is raised at the end.
+    """
+    from jax._src.interpreters import mlir
+    from jax_triton import triton_lib
+
+    host, found = Host(launch), []
+
+    def lower(ctx, *arguments, **parameters):
+        """jax-triton's own rule, which compiles; the library that it calls and what it emits in the end are ours."""
+
+        def launched(kernel, *grid_and_parameters):
+            *grid, parameters = grid_and_parameters
+            found.append(_program(kernel, tuple(grid), parameters))
+            return SimpleNamespace(to_proto=lambda *_: b"")
+
+        library = SimpleNamespace(
+            TritonKernel=_kernel,
+            TritonKernelCall=launched,
+            create_array_parameter=lambda zeroed, divisibility: zeroed,
+        )
+
+        def emitted(ctx, *arguments, **_):
+            return host.call(ctx, found[-1], *arguments)
+
+        with (
+            mock.patch.object(triton_lib, "triton_kernel_call_lib", library),
+            mock.patch.object(triton_lib.TritonFunction, "_kernel_cache", {}),
+            mock.patch.object(jax.ffi, "ffi_lowering", lambda *_, **__: emitted),
+        ):
+            return triton_lib.triton_kernel_call_lowering(triton_lib.make_cuda_target, ctx, *arguments, **parameters)
+
+    rules = {triton_lib.triton_kernel_call_p: mlir.LoweringRuleEntry(lower, inline=True)}
+    chip = AbstractDevice(device_kind=device, platform="gpu", num_cores=None)
+    with (
+        use_abstract_mesh(AbstractMesh((), (), abstract_device=chip)),
+        mock.patch.dict(mlir._platform_specific_lowerings["cpu"], rules),
+    ):
+        yield found
+    host.raise_error()
+
+
+def _kernel(name, warps, clusters, shared, ptx, _, __, *scratch):
+    if clusters != 1 or scratch:
+        raise NotImplementedError(f"{name}: clusters of {clusters} blocks, or {scratch} of scratch memory")
+    return _Kernel(name, warps, clusters, shared, ptx)
+
+
+def _program(kernel: _Kernel, grid: tuple[int, int, int], zeroed: list[int]) -> Program:
+    """Its parameters are the arrays in their order."""
+    if any(zeroed):
+        raise NotImplementedError(f"{kernel.name}: outputs that are zero before the launch")
+    entry = kernel.ptx.split(".entry", 1)[1]
+    count = entry[: entry.index(")")].count(".param")
+    parameters = (*range(len(zeroed)), *[NULL] * (count - len(zeroed)))
+    return Program(kernel.name, kernel.ptx, grid, (32 * kernel.warps, 1, 1), kernel.shared, parameters)
