@@ -1,4 +1,4 @@
-"""Stick-breaking attention on Hopper GPUs: what the kernels take, and their sizes."""
+"""Stick-breaking attention on Hopper GPUs: which calls the kernels take, and the sizes of their tiles."""
 
 import jax.numpy as jnp
 
@@ -11,7 +11,7 @@ from .mosaic_forward import forward
 from .mosaic_tile import KEYS, ROWS, Plan
 
 WIDTHS = (32, 64, 128, 256)
-MEMORY = 208 * 1024  # bytes of shared memory for tiles
+MEMORY = 208 * 1024  # bytes of shared memory that the tiles of a block may take
 COPIED_ROWS = 8  # the copy engine needs a number of rows that is a multiple of this
 
 
@@ -51,12 +51,15 @@ def _warpgroups(call: Call) -> int:
 
 
 def _bytes(plan: Plan, rows: int) -> int:
-    """Of `rows` rows of width H and of width Hv."""
+    """Bytes of `rows` rows of width H and as many of width Hv."""
     return rows * (plan.H + plan.Hv) * jnp.dtype(plan.dtype).itemsize
 
 
 def _plan(call: Call, *, backward: bool = False, decoding: tuple[int, int] | None = None) -> Plan:
-    """`decoding`: the query heads of a key head, which are packed as rows, and the splits of the keys."""
+    """The sizes of a call's kernels.
+
+    `decoding`: (the query heads of a key head, whose queries become the rows of one tile; the splits of the keys).
+    """
     (B, _, N, H), (K, Hv), m = call.query.shape, call.value.shape[2:], call.mask
     plan = Plan(
         B, m.T, m.S, N, K, H, Hv, call.query.dtype, 2, _warpgroups(call), m.attend_current, m.window,

@@ -1,13 +1,14 @@
-"""The forward pass on Hopper GPUs (Pallas Mosaic GPU).
+"""The forward pass on Hopper GPUs (Pallas Mosaic GPU): see docs/kernels/stick_breaking.md for its barriers.
 
 A block owns 64 query rows of one head per compute warpgroup and walks the key tiles from the diagonal to the left; a
 third warpgroup copies the tiles ahead of it.
 
-Registers stay where they are: everything fits the 168 per thread that three warpgroups leave, and JAX's linker ignores
-the instruction that moves them.
+The kernel does not move registers from the copying warpgroup to the others: the linker of the CUDA libraries ignores
+the instruction for it. Everything fits the 168 registers that each of 384 threads gets.
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -21,6 +22,7 @@ from .mosaic_tile import (
     FINISHED,
     KEYS,
     ROWS,
+    Place,
     Plan,
     block,
     finished_padding,
@@ -32,150 +34,74 @@ from .mosaic_tile import (
 )
 
 
+class Inputs(NamedTuple):
+    query: object  # [B, T, N, H]
+    key: object  # [B, S, K, H]
+    value: object  # [B, S, K, Hv]
+    scale: object  # [1]
+    spans: object  # [B * splits, tiles * W, 4]
+    offset: object  # [B]
+    segments: object  # (ids of the queries, ids of the keys), or None
+
+
+class Outputs(NamedTuple):
+    out: object  # [B * splits, T, N, Hv]
+    spent: object  # [2, B * splits, N, rows padded]
+    reached: object  # [B * splits, N, tiles * W]
+
+
+class Scratch(NamedTuple):
+    """Shared memory of a block, then its barriers."""
+
+    query: object  # [W, ROWS, H]
+    out: object  # [W, ROWS, Hv]; None: the output takes the place of the query
+    rows: object  # [W, 2, ROWS]: what the rows have spent, on its way out
+    key: object  # [stages, KEYS, H]
+    value: object  # [stages, KEYS, Hv]
+    needs: object  # [W, stages]: 1 if the warpgroup needs more tiles than this stage's; for the early exit
+    stopped: object  # [stages]: 1 if the copying warpgroup sent no tile and sends no more
+    loaded: object  # of each compute warpgroup: its query rows are there
+    full: object  # of each stage: its tile is there, or `stopped` says that there is none
+    used: object  # of each stage: every compute warpgroup has read it
+
+
 def forward(plan: Plan, query, key, value, scale, spans, offset, query_segments=None, key_segments=None):
     """(out [B,T,N,Hv], spent [2,B,N,rows padded], first visited tile [B,N,tiles * warpgroups]); B times splits."""
     W, stages, dtype = plan.warpgroups, plan.stages, plan.dtype
-    skip = plan.skip_below is not None
-    padded, entries, out_dtype = plan.tiles * W * ROWS, plan.B * plan.splits, plan.out_dtype or dtype
+    entries, out_dtype = plan.B * plan.splits, plan.out_dtype or dtype
     shared = plan.H == plan.Hv and out_dtype == dtype  # the output takes the place of the query
 
-    def stick_breaking_forward(q_ref, k_ref, v_ref, scale_ref, spans_ref, offset_ref, *refs):
-        segments, refs = (refs[:2], refs[2:]) if plan.segments else (None, refs)
-        out_ref, spent_ref, reached_ref, *refs = refs
-        q_mem, out_mem, row_mem, k_mem, v_mem, needs, stopped, loaded, full, used = refs
-        out_mem = q_mem if out_mem is None else out_mem
+    def stick_breaking_forward(inputs: Inputs, outputs: Outputs, scratch: Scratch):
         entry, n, i = block(plan)
-        b = entry % plan.B
-        head = n // (plan.N // plan.K)
-        wg = lax.axis_index("wg")
+        b, head, wg = entry % plan.B, n // (plan.N // plan.K), lax.axis_index("wg")
+        stop, start = visited(lambda w, which: inputs.spans[entry, i * W + w, which], W)
+        place = Place(entry, b, n, head, i, wg, stop, start)
+        pl.when(wg == W)(partial(_copy, plan, place, inputs, scratch))
+        pl.when(wg < W)(partial(_compute, plan, place, inputs, outputs, scratch))
 
-        def bound(w, which):
-            return spans_ref[entry, i * W + w, which]
-
-        stop, start = visited(bound, W)
-
-        @pl.when(wg == W)
-        def copy():
-            def load(state):
-                j, _ = state
-                step = stop - 1 - j
-                slot = step % stages
-
-                @pl.when(step >= stages)
-                def _():
-                    plgpu.barrier_wait(used.at[slot])
-
-                go = jnp.bool_(True)
-                if skip:
-                    needed = needs[0, slot] if W == 1 else jnp.maximum(needs[0, slot], needs[1, slot])
-                    go = (step < stages) | (needed > 0)
-                    stopped[slot] = jnp.where(go, 0, 1)
-
-                @pl.when(go)
-                def _():
-                    for ref, mem in ((k_ref, k_mem), (v_ref, v_mem)):
-                        plgpu.copy_gmem_to_smem(ref.at[b, pl.ds(j * KEYS, KEYS), head], mem.at[slot], full.at[slot])
-
-                if skip:
-
-                    @pl.when(~go)
-                    def _():
-                        plgpu.barrier_arrive(full.at[slot])
-                        plgpu.barrier_arrive(full.at[slot])
-
-                return j - 1, go
-
-            lax.while_loop(lambda s: (s[0] >= start) & s[1], load, (stop - 1, jnp.bool_(True)))
-
-        @pl.when(wg < W)
-        def compute():
-            row = (i * W + wg) * ROWS
-            plgpu.copy_gmem_to_smem(q_ref.at[b, pl.ds(row, ROWS), n], q_mem.at[wg], loaded.at[wg])
-            plgpu.barrier_wait(loaded.at[wg])
-            multiplier, position = scale_ref[0] * LOG2E, offset_ref[b]
-
-            def visit(masked, state):
-                j, _, high, low, acc = state
-                slot = (stop - 1 - j) % stages
-                plgpu.barrier_wait(full.at[slot])
-                z = seam.product(q_mem.at[wg], k_mem.at[slot].transpose((1, 0))) * multiplier
-                seen = None
-                if masked:
-                    seen = visible(plan, segments, b, row, j * KEYS, KEYS, position)
-                log_beta, softplus = sticks(z, seen)
-                log_weights, total = seam.minus_sum_right(log_beta, None, softplus, high)
-                weights = jnp.exp2(log_weights)
-                high, low = two_sum(high, low, total)
-                acc = seam.add_product(acc, weights.astype(dtype), v_mem.at[slot])
-                alive = jnp.bool_(True)
-                if skip:
-                    alive = seam.any_at_most(high, -plan.skip_below)
-                    needs[wg, slot] = jnp.where(alive & (j > own_start), 1, 0)
-                plgpu.barrier_arrive(used.at[slot])
-                return j - 1, alive, high, low, acc
-
-            own_stop, whole_stop, whole_start, own_start = (bound(wg, which) for which in range(4))
-
-            def wait_for_others(state):
-                j, going = state
-                slot = (stop - 1 - j) % stages
-                plgpu.barrier_wait(full.at[slot])
-                if skip:
-                    going = stopped[slot] == 0
-                    needs[wg, slot] = jnp.where((j >= own_stop) & (own_stop > own_start), 1, 0)
-                plgpu.barrier_arrive(used.at[slot])
-                return j - 1, going
-
-            def idle(j, until):
-                return lax.while_loop(lambda s: (s[0] >= until) & s[1], wait_for_others, (j, jnp.bool_(True)))[0]
-
-            first = idle(stop - 1, own_stop)
-            zero = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), seam.ROW)
-            acc = plgpu.layout_cast(jnp.zeros((ROWS, plan.Hv), jnp.float32), seam.TILE)
-            state = (first, jnp.bool_(True), finished_padding(plan, segments, b, row) if skip else zero, zero, acc)
-            for masked, until in ((True, whole_stop), (False, whole_start), (True, own_start)):
-                if skip:
-                    state = lax.while_loop(lambda s, until=until: (s[0] >= until) & s[1], partial(visit, masked), state)
-                else:
-                    state = lax.fori_loop(
-                        0, jnp.maximum(state[0] - until + 1, 0), lambda _, s, masked=masked: visit(masked, s), state
-                    )
-            j, _, high, low, acc = state
-            if skip:
-                high = jnp.where(high >= FINISHED, 0.0, high)
-            idle(j, start)
-
-            reached_ref[entry, n, i * W + wg] = j + 1
-            out_mem[wg] = acc.astype(out_dtype)
-            for part, x in enumerate((high, low)):
-                row_mem[wg, part] = x
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(out_mem.at[wg], out_ref.at[entry, pl.ds(row, ROWS), n])
-            for part in range(2):
-                plgpu.copy_smem_to_gmem(row_mem.at[wg, part], spent_ref.at[part, entry, n, pl.ds(row, ROWS)])
-            plgpu.wait_smem_to_gmem(0)
-
-    out_type = (
-        jax.ShapeDtypeStruct((entries, query.shape[1], plan.N, plan.Hv), out_dtype),
-        jax.ShapeDtypeStruct((2, entries, plan.N, padded), jnp.float32),
-        jax.ShapeDtypeStruct((entries, plan.N, plan.tiles * W), jnp.int32),
-    )
-    scratch = (
-        tile_memory((W, ROWS, plan.H), dtype),
-        None if shared else tile_memory((W, ROWS, plan.Hv), out_dtype),
-        plgpu.SMEM((W, 2, ROWS), jnp.float32),
-        tile_memory((stages, KEYS, plan.H), dtype),
-        tile_memory((stages, KEYS, plan.Hv), dtype),
-        plgpu.SMEM((W, stages), jnp.int32),
-        plgpu.SMEM((stages,), jnp.int32),
-        plgpu.Barrier(num_barriers=W),
-        plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-        plgpu.Barrier(num_arrivals=W, num_barriers=stages),
-    )
     run = plgpu.kernel(
         stick_breaking_forward,
-        out_type=out_type,
-        scratch_types=scratch,
+        out_type=(
+            Outputs(
+                out=jax.ShapeDtypeStruct((entries, query.shape[1], plan.N, plan.Hv), out_dtype),
+                spent=jax.ShapeDtypeStruct((2, entries, plan.N, plan.padded), jnp.float32),
+                reached=jax.ShapeDtypeStruct((entries, plan.N, plan.tiles * W), jnp.int32),
+            ),
+        ),
+        scratch_types=(
+            Scratch(
+                query=tile_memory((W, ROWS, plan.H), dtype),
+                out=None if shared else tile_memory((W, ROWS, plan.Hv), out_dtype),
+                rows=plgpu.SMEM((W, 2, ROWS), jnp.float32),
+                key=tile_memory((stages, KEYS, plan.H), dtype),
+                value=tile_memory((stages, KEYS, plan.Hv), dtype),
+                needs=plgpu.SMEM((W, stages), jnp.int32),
+                stopped=plgpu.SMEM((stages,), jnp.int32),
+                loaded=plgpu.Barrier(num_barriers=W),
+                full=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+                used=plgpu.Barrier(num_arrivals=W, num_barriers=stages),
+            ),
+        ),
         grid=(entries * plan.N * plan.tiles,),
         grid_names=("block",),
         num_threads=W + 1,
@@ -183,5 +109,120 @@ def forward(plan: Plan, query, key, value, scale, spans, offset, query_segments=
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )
     run = cost.kernel("stick_breaking_forward", 2 * plan.scores * (plan.H + plan.Hv), run)
-    segments = (query_segments, key_segments) if plan.segments else ()
-    return run(query, key, value, scale.reshape(1).astype(jnp.float32), spans, offset, *segments)
+    segments = (query_segments, key_segments) if plan.segments else None
+    (outputs,) = run(Inputs(query, key, value, scale.reshape(1).astype(jnp.float32), spans, offset, segments))
+    return outputs
+
+
+def _copy(plan: Plan, place: Place, inputs: Inputs, scratch: Scratch) -> None:
+    """The warpgroup that copies: key tiles from right to left, until no compute warpgroup needs more of them."""
+    stages, skip, start = plan.stages, plan.skip_below is not None, place.start
+    full, used, needs = scratch.full, scratch.used, scratch.needs
+
+    def copy(state):
+        j, _ = state
+        step = place.stop - 1 - j
+        slot = step % stages
+
+        @pl.when(step >= stages)
+        def _():
+            plgpu.barrier_wait(used.at[slot])
+
+        go = jnp.bool_(True)
+        if skip:
+            needed = needs[0, slot] if plan.warpgroups == 1 else jnp.maximum(needs[0, slot], needs[1, slot])
+            go = (step < stages) | (needed > 0)
+            scratch.stopped[slot] = jnp.where(go, 0, 1)
+
+        @pl.when(go)
+        def _():
+            for ref, mem in ((inputs.key, scratch.key), (inputs.value, scratch.value)):
+                tile = ref.at[place.b, pl.ds(j * KEYS, KEYS), place.head]
+                plgpu.copy_gmem_to_smem(tile, mem.at[slot], full.at[slot])
+
+        if skip:
+
+            @pl.when(~go)
+            def _():  # in place of the two copies
+                plgpu.barrier_arrive(full.at[slot])
+                plgpu.barrier_arrive(full.at[slot])
+
+        return j - 1, go
+
+    lax.while_loop(lambda s: (s[0] >= start) & s[1], copy, (place.stop - 1, jnp.bool_(True)))
+
+
+def _compute(plan: Plan, place: Place, inputs: Inputs, outputs: Outputs, scratch: Scratch) -> None:
+    """A warpgroup that computes: it visits its own key tiles and waits while the other one visits tiles of its own."""
+    stages, dtype, skip = plan.stages, plan.dtype, plan.skip_below is not None
+    full, used, needs, wg = scratch.full, scratch.used, scratch.needs, place.wg
+    out_mem = scratch.query if scratch.out is None else scratch.out
+    tile = place.i * plan.warpgroups + wg
+    row = tile * ROWS
+    query_rows = inputs.query.at[place.b, pl.ds(row, ROWS), place.n]
+    plgpu.copy_gmem_to_smem(query_rows, scratch.query.at[wg], scratch.loaded.at[wg])
+    plgpu.barrier_wait(scratch.loaded.at[wg])
+    multiplier, position = inputs.scale[0] * LOG2E, inputs.offset[place.b]
+
+    def visit(masked, state):
+        j, _, high, low, acc = state
+        slot = (place.stop - 1 - j) % stages
+        plgpu.barrier_wait(full.at[slot])
+        z = seam.product(scratch.query.at[wg], scratch.key.at[slot].transpose((1, 0))) * multiplier
+        seen = None
+        if masked:
+            seen = visible(plan, inputs.segments, place.b, row, j * KEYS, KEYS, position)
+        log_beta, softplus = sticks(z, seen)
+        log_weights, total = seam.minus_sum_right(log_beta, None, softplus, high)
+        weights = jnp.exp2(log_weights)
+        high, low = two_sum(high, low, total)
+        acc = seam.add_product(acc, weights.astype(dtype), scratch.value.at[slot])
+        alive = jnp.bool_(True)
+        if skip:
+            alive = seam.any_at_most(high, -plan.skip_below)
+            needs[wg, slot] = jnp.where(alive & (j > own_start), 1, 0)
+        plgpu.barrier_arrive(used.at[slot])
+        return j - 1, alive, high, low, acc
+
+    own_stop, whole_stop, whole_start, own_start = (inputs.spans[place.entry, tile, which] for which in range(4))
+
+    def wait_for_others(state):
+        j, going = state
+        slot = (place.stop - 1 - j) % stages
+        plgpu.barrier_wait(full.at[slot])
+        if skip:
+            going = scratch.stopped[slot] == 0
+            needs[wg, slot] = jnp.where((j >= own_stop) & (own_stop > own_start), 1, 0)
+        plgpu.barrier_arrive(used.at[slot])
+        return j - 1, going
+
+    def idle(j, until):
+        return lax.while_loop(lambda s: (s[0] >= until) & s[1], wait_for_others, (j, jnp.bool_(True)))[0]
+
+    first = idle(place.stop - 1, own_stop)
+    zero = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), seam.ROW)
+    acc = plgpu.layout_cast(jnp.zeros((ROWS, plan.Hv), jnp.float32), seam.TILE)
+    high = finished_padding(plan, inputs.segments, place.b, row) if skip else zero
+    state = (first, jnp.bool_(True), high, zero, acc)
+    for masked, until in ((True, whole_stop), (False, whole_start), (True, own_start)):
+        if skip:
+            state = lax.while_loop(lambda s, until=until: (s[0] >= until) & s[1], partial(visit, masked), state)
+        else:
+            state = lax.fori_loop(
+                0, jnp.maximum(state[0] - until + 1, 0), lambda _, s, masked=masked: visit(masked, s), state
+            )
+    j, _, high, low, acc = state
+    if skip:
+        high = jnp.where(high >= FINISHED, 0.0, high)
+    idle(j, place.start)
+
+    outputs.reached[place.entry, place.n, tile] = j + 1
+    out_mem[wg] = acc.astype(plan.out_dtype or dtype)
+    for part, x in enumerate((high, low)):
+        scratch.rows[wg, part] = x
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(out_mem.at[wg], outputs.out.at[place.entry, pl.ds(row, ROWS), place.n])
+    for part in range(2):
+        spent = outputs.spent.at[part, place.entry, place.n, pl.ds(row, ROWS)]
+        plgpu.copy_smem_to_gmem(scratch.rows.at[wg, part], spent)
+    plgpu.wait_smem_to_gmem(0)

@@ -1,11 +1,12 @@
 """What the three kernels for Hopper GPUs share: sizes, masks, and the arithmetic of one tile in registers.
 
-All logarithms are base 2. What a row has spent of its stick is carried as a positive number in two floats (`two_sum`),
-so that the backward pass can walk back without losing the small ones.
+All logarithms are base 2. What a row has spent of its stick is a positive number, kept in two floats (`two_sum`): the
+backward pass subtracts what the forward pass added, and must not lose the small amounts.
 """
 
 from typing import NamedTuple
 
+import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -16,12 +17,12 @@ from ..cost import visible_scores
 from .logarithm import LOG2P1, NOTHING
 
 ROWS = 64  # query rows of a warpgroup
-KEYS = 64  # of a tile
-FINISHED = 1e30  # more than any row spends
+KEYS = 64  # keys of a tile
+FINISHED = 1e30  # what a row that needs no key has spent: more than any other row spends
 
 
 class Plan(NamedTuple):
-    """Static sizes of a call of the kernel."""
+    """Static sizes of one call of a kernel."""
 
     B: int
     rows: int  # query rows of a head: T, or T * G where a group's heads are packed (decoding)
@@ -32,37 +33,53 @@ class Plan(NamedTuple):
     Hv: int
     dtype: jnp.dtype
     stages: int  # key tiles in shared memory
-    warpgroups: int  # that compute
+    warpgroups: int  # warpgroups of a block that compute; one more copies
     attend_current: bool
     window: int | None
     skip_below: float | None
     segments: bool
     per_position: int = 1  # query rows at one position
-    splits: int = 1  # of the keys, each a batch entry of the spans and of the results
+    splits: int = 1  # parts of the keys; each is an entry of its own in the spans and the results
     out_dtype: jnp.dtype | None = None
 
     @property
     def scores(self) -> int:
-        """Products of a query and a key within the mask, for queries at the end of the keys."""
+        """(query, key) pairs inside the mask, if the last query stands at the last key."""
         rows, window = self.rows // self.per_position, self.window
         scores = visible_scores(rows, self.S, attend_current=self.attend_current, window=window)
         return self.B * self.N * self.per_position * scores
 
     @property
     def tiles(self) -> int:
-        """Blocks along the query rows."""
+        """The number of blocks that the query rows of a head are cut into."""
         return -(-self.rows // (ROWS * self.warpgroups))
 
     @property
     def padded(self) -> int:
-        """Query rows of all blocks."""
+        """The number of query rows of a head, padded to whole blocks."""
         return self.tiles * ROWS * self.warpgroups
 
     row_tile, key_tile = ROWS, KEYS
 
 
+class Place(NamedTuple):
+    """Which part of the work a warpgroup of `forward` or `d_query` does."""
+
+    entry: jax.Array  # of the batch, times the splits
+    b: jax.Array  # entry of the batch
+    n: jax.Array  # query head
+    head: jax.Array  # key head
+    i: jax.Array  # query tile of the block
+    wg: jax.Array  # warpgroup
+    stop: jax.Array  # key tiles from start to stop are those that some warpgroup of the block visits
+    start: jax.Array
+
+
 def tile_memory(shape, dtype, swizzle: int = 128):
-    """Shared memory for tiles [.., rows, width], swizzled by so many bytes: alike in both operands of a product."""
+    """Shared memory for tiles [.., rows, width] that tensor cores read.
+
+    `swizzle`: the width of the swizzle in bytes, at most that of a row; both operands of a product need the same one.
+    """
     size = jnp.dtype(dtype).itemsize
     swizzle = min(swizzle, shape[-1] * size)
     tiling = plgpu.TilingTransform((8, swizzle // size))
@@ -70,7 +87,7 @@ def tile_memory(shape, dtype, swizzle: int = 128):
 
 
 def sticks(z, seen=None):
-    """(log2 of beta, -log2 of 1 - beta) of logits in units of log2; a key that is not seen breaks nothing off."""
+    """(log2 of beta, -log2 of 1 - beta) of logits z, which are in units of log2; beta is 0 where a key is not seen."""
     if seen is not None:
         z = jnp.where(seen, z, NOTHING)
     y = seam.exp2_of_minus_abs(z)
@@ -82,18 +99,22 @@ def sticks(z, seen=None):
 
 
 def two_sum(high, low, x):
-    """high + low + x, with the rounding error of the sum kept in the low part."""
+    """high + low + x in two floats: the low one takes the rounding error of the high one."""
     total = high + x
     rest = total - high
     return total, low + ((high - (total - rest)) + (x - rest))
 
 
 def visible(plan: Plan, segments, b, first_row, first_column, columns, offset):
-    """bool [64, columns] in registers; `segments`: references to the ids of queries and of keys, if there are any."""
+    """Which of `columns` keys each of 64 rows sees: bool [64, columns] in registers.
+
+    `segments`: (ids of the queries, ids of the keys), references, or None where the plan has no segments. `offset`: the
+    position of the first query among the keys.
+    """
     shape = (ROWS, columns)
     row = first_row + plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=seam.TILE)
     column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=seam.TILE)
-    # The last and the first column that a row sees, in columns of the tile: one comparison each for an element.
+    # The last and the first column that a row sees are numbered within the tile: then each costs one comparison.
     position = offset + (row // plan.per_position if plan.per_position > 1 else row)
     last = jnp.minimum(position if plan.attend_current else position - 1, plan.S - 1) - first_column
     seen = column <= last
@@ -111,16 +132,21 @@ def visible(plan: Plan, segments, b, first_row, first_column, columns, offset):
 def finished_padding(plan: Plan, segments, b, first_row):
     """What each of 64 rows has spent of its stick at the start, in registers: 0, or FINISHED for a padding row.
 
-    A padding row, after the last query or in a negative segment, may see no key. The early exit would wait for it.
+    A padding row stands after the last query or in a negative segment. It may see no key, and then it never spends
+    anything: the early exit would wait for it for ever.
     """
-    real = first_row + seam.row_numbers() < plan.rows
+    is_query = first_row + seam.row_numbers() < plan.rows
     if plan.segments:
-        real &= plgpu.load(segments[0].at[b, pl.ds(first_row, ROWS)], layout=seam.ROW) >= 0
-    return jnp.where(real, 0.0, FINISHED)
+        queries, _ = segments
+        is_query &= plgpu.load(queries.at[b, pl.ds(first_row, ROWS)], layout=seam.ROW) >= 0
+    return jnp.where(is_query, 0.0, FINISHED)
 
 
 def block(plan: Plan):
-    """(entry, query head, query tile) of this block: heavy tiles first, few heads at a time to share the cache."""
+    """(entry, query head, query tile) of this block.
+
+    Tiles with the most keys come first. Blocks that run at the same time work on few heads, which share the cache.
+    """
     heads = plan.B * plan.splits * plan.N
     together = max(1, 16 * 2**20 // max(1, plan.S * (plan.H + plan.Hv) * jnp.dtype(plan.dtype).itemsize))
     together = max(n for n in range(1, heads + 1) if heads % n == 0 and n <= together)
@@ -131,7 +157,10 @@ def block(plan: Plan):
 
 
 def visited(bound, warpgroups: int):
-    """(stop, start) of the key tiles that some warpgroup of a block visits; `bound(w, which)` is from the table."""
+    """(stop, start) of the key tiles that some warpgroup of a block visits.
+
+    `bound(w, which)`: entry `which` of the table of spans for warpgroup w.
+    """
     if warpgroups == 1:
         return bound(0, 0), bound(0, 3)
     (stop, start), (other_stop, other_start) = ((bound(w, 0), bound(w, 3)) for w in range(2))
