@@ -1,4 +1,4 @@
-"""Expert products on Hopper GPUs: what the kernels take, their sizes and their calls."""
+"""Expert products on Hopper GPUs: which calls the kernels take, the sizes of their tiles, and how they are called."""
 
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -9,8 +9,8 @@ from .call import ACTIVATIONS, GATED, PRE_ACTIVATION, LinearCall, MlpCall
 from .mosaic_float32 import d_weights, product
 from .mosaic_product import COLUMNS, ROWS, Plan, activated, d_activated
 
-WIDTH = 64  # columns of a tile in shared memory, of which the copy engine takes whole ones
-ONES = 8  # columns of ones, by whose products rows are summed: as few as rows can be copied by
+WIDTH = 64  # columns of a tile in shared memory; widths are padded to whole tiles for the copy engine
+ONES = 8  # rows are summed by a product with columns of ones; no fewer can be copied, 16 bytes at a time
 
 
 def refuses(call: LinearCall | MlpCall) -> str | None:
@@ -34,12 +34,12 @@ def _widths(call) -> tuple[int, ...]:
 
 
 def _warpgroups(rows: int, experts: int) -> int:
-    """One where most tiles would be half empty: decoding."""
+    """Warpgroups of a block that multiply: one if most tiles of two would be half empty, as in decoding."""
     return 2 if rows >= 2 * ROWS * experts else 1
 
 
 def _padded(x, *axes: int):
-    """Up to whole tiles along these axes: a copy of arrays whose widths are no multiples of 64."""
+    """x padded to multiples of 64 along these axes; a copy if some width is not such a multiple."""
     return jnp.pad(x, [(0, -n % WIDTH if axis in axes else 0) for axis, n in enumerate(x.shape)])
 
 
@@ -63,7 +63,7 @@ def mlp(call: MlpCall):
 
 
 def _mlp_of_linears(call: MlpCall):
-    """Nothing fused: float32 is for checks and small models."""
+    """The layer as two linear maps, with nothing fused: float32 is for checks and small models."""
     up = LinearCall(call.x, call.w_in, call.b_in, None, call.routing, "token", "sorted")
     hidden = ACTIVATIONS[call.activation](checkpoint_name(linear(up), PRE_ACTIVATION))
     return linear(LinearCall(hidden, call.w_out, call.b_out, call.gates, call.routing, "sorted", "token"))
@@ -89,13 +89,13 @@ def _parts(x):
 
 
 def _plan(work, x, columns: int, *, parts: int = 1, **options) -> Plan:
-    """`x` [parts, rows, width]."""
+    """The sizes of a kernel that reads x [parts, rows, width] and makes `parts` results of `columns` columns."""
     warpgroups = work.slots.shape[0] // work.expert.shape[0] // ROWS
     return Plan(x.shape[0], x.shape[2], columns, parts, x.dtype, warpgroups, **options)
 
 
 def _bias(bias, parts: int = 1):
-    """[E + 1, parts, F in whole steps] in fp32: slots without an expert get none."""
+    """The bias as the kernels read it, [E + 1, parts, F padded] in fp32; zero for rows without an expert."""
     if bias is None:
         return None
     bias = bias.astype(jnp.float32).reshape(bias.shape[0], parts, -1)
@@ -122,7 +122,7 @@ def _d_activated(activation, d_out, source, weight, work, h, gates):
 
 
 def _d_gated(d_out, source, weight, work, x, x_rows, gates, routing):
-    """By slot, and nothing of it fused."""
+    """The gradients of a linear map with gates, in the order of the slots; nothing of it is fused."""
     k = gates.shape[1]
     dy = _product(d_out, source, weight, work, work.slots, transposed=True).astype(jnp.float32)
     slots = {"token": lambda: jnp.repeat(x, k, 0), "slot": lambda: x, "sorted": lambda: x[routing.inverse]}
@@ -137,7 +137,7 @@ def _d_weights(left, left_numbers, right, right_numbers, work):
 
 
 def _d_bias(bias, right, numbers, work, gates=None):
-    """As a product with ones, or with the gates."""
+    """The gradient of a bias: the sum of an expert's rows, as a product with ones or with the gates."""
     by_slot = jnp.ones((1, 1)) if gates is None else gates.reshape(-1, 1)
     left = jnp.broadcast_to(by_slot.astype(right.dtype), (work.place.shape[0], ONES))
     sums = _d_weights(left, work.slots, right, numbers, work)[:, 0]

@@ -1,8 +1,9 @@
 """Products of float32 on Hopper GPUs, as three of bfloat16: x w = hi(x) hi(w) + hi(x) lo(w) + lo(x) hi(w).
 
-hi(x) is x in bfloat16 and lo(x) the rest, so what is left out is 2^-17 of a product. The format that tensor cores have
-for it, tf32, keeps 2^-11; and it wants both operands in the order of the sum, where gradients of weights have neither.
-The three products are one of a row three times as long: their sum is that of the accumulators.
+hi(x) is x rounded to bfloat16, and lo(x) is the rest. What is left out, lo(x) lo(w), is 2^-17 of a product. The format
+of tensor cores for float32 is tf32: its error is 2^-11, and it needs both operands stored along the dimension that is
+summed, which no operand of a weight's gradient is. The three products are computed as one product of rows that are
+three times as long, so that the accumulators add them up.
 """
 
 import jax.numpy as jnp
@@ -14,14 +15,17 @@ from .tasks import Tasks
 
 
 def split(x):
-    """hi and lo. By reduce_precision: XLA takes a conversion there and back for nothing, and lo would be zero."""
+    """hi(x) and lo(x).
+
+    hi(x) is made by reduce_precision, because XLA removes a conversion to bfloat16 and back: lo(x) would be zero.
+    """
     hi = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
     lo = jnp.where(jnp.isfinite(hi), x - hi, 0)
     return hi.astype(jnp.bfloat16), lo.astype(jnp.bfloat16)
 
 
 def product(plan: Plan, x, source, weight, tasks: Tasks, target, rows: int, bias=None):
-    """`mosaic_product.product`, of float32 too."""
+    """`mosaic_product.product`, which also takes float32."""
     if plan.dtype == jnp.float32:
         if plan.x_parts != 1:
             raise NotImplementedError(f"float32 products take rows of one part, not of {plan.x_parts}")
@@ -33,7 +37,7 @@ def product(plan: Plan, x, source, weight, tasks: Tasks, target, rows: int, bias
 
 
 def d_weights(left, left_numbers, right, right_numbers, tasks: Tasks):
-    """`mosaic_weights.d_weights`, of float32 too."""
+    """`mosaic_weights.d_weights`, which also takes float32."""
     if left.dtype != jnp.float32:
         return mosaic_weights.d_weights(left, left_numbers, right, right_numbers, tasks)
     left, right = jnp.concatenate(split(left), axis=1), jnp.concatenate(split(right))

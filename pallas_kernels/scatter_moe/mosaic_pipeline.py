@@ -1,7 +1,8 @@
 """Copying ahead of the products: a ring of stages between one warpgroup that copies and those that multiply.
 
-A step is what one stage holds. The copying warpgroup starts its rows (`seam_rows.gather`) and goes on to the next step;
-some steps later, when the rows have come, it hands the step over. Weights come by the copy engine, which reports them.
+A step is what one stage holds. The copying warpgroup starts to copy the rows of a step (`seam_rows.gather`) and goes on
+to the next step. Some steps later the rows have arrived, and it hands the step over. Weights come by the copy engine,
+which reports them itself. docs/kernels/scatter_moe.md explains the barriers.
 """
 
 from collections.abc import Callable
@@ -16,18 +17,28 @@ from jax import lax
 from .. import cost, seam, seam_rows
 
 STAGES = 4
-AHEAD = 2  # steps whose rows are on their way; of the other two stages one is multiplied and one waits for its products
+# Steps whose rows are on their way. Of the other two stages, one is multiplied and the other is free when the products
+# of its step are done.
+AHEAD = 2
 
 
 class Ring(NamedTuple):
-    """Barriers of every stage: `full` when it can be multiplied, `used` when it can be overwritten."""
+    """Two barriers of every stage."""
 
-    full: object
-    used: object
+    full: object  # the stage can be multiplied
+    used: object  # the stage can be overwritten
+
+
+def ring(*, warpgroups: int, copies: int = 0) -> Ring:
+    """The barriers to declare, if `copies` copies of the copy engine go into a stage besides the rows."""
+    return Ring(
+        full=plgpu.Barrier(num_arrivals=1 + copies, num_barriers=STAGES),
+        used=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=STAGES),
+    )
 
 
 class Sent(NamedTuple):
-    """Steps so far, of all tiles."""
+    """Numbers of steps since the kernel began, of all tiles together."""
 
     started: jax.Array
     handed_over: jax.Array
@@ -38,7 +49,7 @@ def nothing_sent() -> Sent:
 
 
 def send(ring: Ring, steps, copy: Callable, sent: Sent) -> Sent:
-    """`copy(s, slot)` for every step s < steps, when its slot is free."""
+    """Call `copy(s, slot)` for every step s < steps as soon as its slot is free."""
 
     def one(s, sent):
         slot = sent.started % STAGES
@@ -55,7 +66,7 @@ def send(ring: Ring, steps, copy: Callable, sent: Sent) -> Sent:
 
 
 def hand_over(ring: Ring, sent: Sent, *, leave: int = 0, before=None) -> Sent:
-    """Until `leave` steps are on their way; of those before step `before`, if given."""
+    """Hand steps over, the oldest first, until `leave` steps are on their way; none from step `before` on, if given."""
     for others in range(AHEAD, leave - 1, -1):
         go = sent.started - sent.handed_over > others
         if before is not None:
@@ -71,13 +82,16 @@ def hand_over(ring: Ring, sent: Sent, *, leave: int = 0, before=None) -> Sent:
 
 
 def receive(ring: Ring, steps, multiply: Callable, products: int, step):
-    """`multiply(slot)`, that starts so many products, for every step; the number of the next step."""
+    """Call `multiply(slot)`, which starts `products` products, for every step; returns the number of the next step.
+
+    A slot is given back one step later: then its products are done.
+    """
 
     def one(s, step):
         slot = step % STAGES
         plgpu.barrier_wait(ring.full.at[slot])
         multiply(slot)
-        plgpu.wgmma_wait(products)  # those of the step before are done
+        plgpu.wgmma_wait(products)  # the products of the step before are done
 
         @pl.when(s > 0)
         def _():
@@ -96,23 +110,26 @@ def receive(ring: Ring, steps, multiply: Callable, products: int, step):
 
 
 def blocks(most: int) -> int:
-    """As many as run at once, if there is work for all."""
+    """The number of blocks: one for each multiprocessor, or less where there are only `most` pieces of work."""
     return min(seam.multiprocessors(), most)
 
 
 def every(blocks: int, total, body: Callable, state):
-    """`body(i, number, state)` for this block's share of `total` pieces of work, its i-th one."""
+    """Call `body(i, number, state)` for this block's pieces of work: `number` of all `total`, the i-th of the block."""
     block = lax.axis_index("block")
     count = (total - block + blocks - 1) // blocks
     return lax.fori_loop(0, count, lambda i, state: body(i, block + i * blocks, state), state)
 
 
 def run(kernel: Callable, *, name: str, flops: float, blocks: int, warpgroups: int, out_type, scratch):
-    """The kernel as a function of arrays; `warpgroups` multiply and one more copies."""
+    """The kernel as a function of arrays; `warpgroups` warpgroups multiply and one more copies.
+
+    `out_type` and every entry of `scratch` is a pytree, of which the kernel gets one of references.
+    """
     kernel.__name__ = name
     launch = plgpu.kernel(
         kernel,
-        out_type=out_type,
+        out_type=(out_type,),
         scratch_types=scratch,
         grid=(blocks,),
         grid_names=("block",),
@@ -120,9 +137,10 @@ def run(kernel: Callable, *, name: str, flops: float, blocks: int, warpgroups: i
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )
-    return cost.kernel(name, flops, launch)
+    run_named = cost.kernel(name, flops, launch)
+    return lambda *arrays: run_named(*arrays)[0]
 
 
 def memory(shape, dtype):
-    """Shared memory of tiles [.., rows, columns] as rows are copied to and tensor cores read."""
+    """Shared memory of tiles [.., rows, columns], in the layout that `gather` writes and tensor cores read."""
     return plgpu.SMEM(shape, dtype, transforms=seam_rows.atoms(dtype))

@@ -2,8 +2,11 @@
 
 d_weight[e] = sum over the rows r of expert e of left[r]^T right[r], both copied by their row numbers: no operand is
 transposed or padded in memory, rows that do not exist are zeros, and an expert without rows gets zeros. A block holds
-64 x 256 of a weight per multiplying warpgroup; experts with many rows come first.
+64 x 256 elements of a weight per multiplying warpgroup; experts with many rows come first.
+docs/kernels/scatter_moe.md explains the barriers.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -16,15 +19,27 @@ from . import mosaic_pipeline as pipeline
 from .mosaic_pipeline import STAGES, memory
 from .tasks import Tasks
 
-ROWS = 64  # of a step
-WARPGROUPS = 2
-LEFT = 64  # columns of the left rows, of a warpgroup
-RIGHT = 128  # columns of the right rows, of an accumulator
+ROWS = 64  # rows of a step
+WARPGROUPS = 2  # that multiply
+LEFT = 64  # columns of the left rows that a warpgroup takes
+RIGHT = 128  # columns of the right rows that an accumulator takes
 ACCUMULATORS = 2  # of a warpgroup
 
 
+class Scratch(NamedTuple):
+    """Shared memory of a block, and its barriers."""
+
+    left: object  # [STAGES, WARPGROUPS, ROWS, LEFT]
+    right: object  # [STAGES, ACCUMULATORS, ROWS, RIGHT]
+    out: object  # [WARPGROUPS, LEFT, columns at once], on their way out
+    ring: pipeline.Ring
+
+
 def d_weights(left, left_numbers, right, right_numbers, tasks: Tasks, out_dtype=None):
-    """[E, D, parts, F] of left [Q, D] and right [parts, Q', F]; row numbers [tiles * M] as of `tasks`."""
+    """[E, D, parts, F] of left [Q, D] and right [parts, Q', F].
+
+    Their row numbers [tiles * M] are those of `tasks.row_numbers`. `out_dtype`: None for that of `left`.
+    """
     (_, D), (P, _, F), E = left.shape, right.shape, tasks.rows.shape[0]
     M = left_numbers.shape[0] // tasks.expert.shape[0]
     dtype, out_dtype = left.dtype, jnp.dtype(out_dtype or left.dtype)
@@ -36,9 +51,9 @@ def d_weights(left, left_numbers, right, right_numbers, tasks: Tasks, out_dtype=
 
     def kernel(
         left_ref, left_numbers_ref, right_ref, right_numbers_ref, heavy_ref, first_ref, rows_ref, out_ref,
-        left_mem, right_mem, out_mem, full, used,
+        scratch: Scratch,
     ):  # fmt: skip
-        wg, ring = lax.axis_index("wg"), pipeline.Ring(full, used)
+        wg, ring = lax.axis_index("wg"), scratch.ring
 
         def pieces(body, state):
             def one(_, number, state):
@@ -56,10 +71,11 @@ def d_weights(left, left_numbers, right, right_numbers, tasks: Tasks, out_dtype=
                 def load(s, slot):
                     numbers = pl.ds(first_ref[e] * M + s * ROWS, ROWS)
                     for w in range(WARPGROUPS):
-                        seam_rows.gather(left_ref, left_numbers_ref.at[numbers], row + w * LEFT, left_mem.at[slot, w])
+                        rows = left_numbers_ref.at[numbers]
+                        seam_rows.gather(left_ref, rows, row + w * LEFT, scratch.left.at[slot, w])
                     for p in range(ACCUMULATORS):
                         rows = right_numbers_ref.at[numbers]
-                        seam_rows.gather(right_ref.at[part], rows, column + p * RIGHT, right_mem.at[slot, p])
+                        seam_rows.gather(right_ref.at[part], rows, column + p * RIGHT, scratch.right.at[slot, p])
 
                 return pipeline.send(ring, steps, load, sent)
 
@@ -71,7 +87,8 @@ def d_weights(left, left_numbers, right, right_numbers, tasks: Tasks, out_dtype=
                 def multiply(*accumulators):
                     def one(slot):
                         for p, acc in enumerate(accumulators):
-                            plgpu.wgmma(acc, left_mem.at[slot, wg].transpose((1, 0)), right_mem.at[slot, p])
+                            left_tile = scratch.left.at[slot, wg].transpose((1, 0))
+                            plgpu.wgmma(acc, left_tile, scratch.right.at[slot, p])
 
                     last = pipeline.receive(ring, steps, one, ACCUMULATORS, step)
                     return last, *(acc[...] for acc in accumulators)
@@ -79,12 +96,12 @@ def d_weights(left, left_numbers, right, right_numbers, tasks: Tasks, out_dtype=
                 accumulator = plgpu.ACC((LEFT, RIGHT), jnp.float32)
                 last, *sums = pl.run_scoped(multiply, *(accumulator,) * ACCUMULATORS)
                 for first in range(0, ACCUMULATORS * RIGHT, at_once):
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the columns before have left
                     x, inner = sums[first // RIGHT], first % RIGHT
-                    out_mem[wg] = x[:, inner : inner + at_once].astype(out_dtype)
+                    scratch.out[wg] = x[:, inner : inner + at_once].astype(out_dtype)
                     plgpu.commit_smem()
                     at = pl.ds(row + wg * LEFT, LEFT), part, pl.ds(column + first, at_once)
-                    plgpu.copy_smem_to_gmem(out_mem.at[wg], out_ref.at[e, *at])
+                    plgpu.copy_smem_to_gmem(scratch.out.at[wg], out_ref.at[e, *at])
                 return last
 
             pieces(body, jnp.int32(0))
@@ -98,11 +115,12 @@ def d_weights(left, left_numbers, right, right_numbers, tasks: Tasks, out_dtype=
         warpgroups=WARPGROUPS,
         out_type=jax.ShapeDtypeStruct((E, D, P, F), out_dtype),
         scratch=(
-            memory((STAGES, WARPGROUPS, ROWS, LEFT), dtype),
-            memory((STAGES, ACCUMULATORS, ROWS, RIGHT), dtype),
-            memory((WARPGROUPS, LEFT, at_once), out_dtype),
-            plgpu.Barrier(num_barriers=STAGES),
-            plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=STAGES),
+            Scratch(
+                left=memory((STAGES, WARPGROUPS, ROWS, LEFT), dtype),
+                right=memory((STAGES, ACCUMULATORS, ROWS, RIGHT), dtype),
+                out=memory((WARPGROUPS, LEFT, at_once), out_dtype),
+                ring=pipeline.ring(warpgroups=WARPGROUPS),
+            ),
         ),
     )
     return run(left, left_numbers, right, right_numbers, heavy_first, tasks.first, tasks.rows)
