@@ -1,9 +1,10 @@
-"""What the Mosaic GPU interpreter cannot run, each thing with a device body and an interpreted one; kernels call these.
+"""Shims: operations that the Mosaic GPU interpreter cannot run, each with a GPU body and an interpreter body.
 
-Also `interpret()`, which makes kernels run on a CPU, and `chip()`, which says what they would run on.
+Kernels call these. Here are also `interpret()`, which makes kernels run on a CPU, and `chip()`, which says what they
+are traced for. docs/kernels/stick_breaking.md says which barriers the GPU bodies rely on.
 
-Register layout of an accumulator [64, C]: a thread holds, for every group g of 8 columns and both row halves, the two
-columns 8 g + 2 t and 8 g + 2 t + 1, t being its place in its quad of threads. The quad holds whole rows.
+Register layout of an accumulator [64, C]: four neighbouring threads, a quad, hold whole rows. Thread t of a quad holds
+the columns 8 g + 2 t and 8 g + 2 t + 1 of every group g of 8 columns, in two rows that are 8 apart (the row halves).
 """
 
 import contextlib
@@ -21,7 +22,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, get_abstract_mesh, use_ab
 TILE = plgpu.Layout.WGMMA  # [64, C]
 ROW = plgpu.Layout.WGMMA.reduce(1)  # [64], one number per row
 COLUMN = plgpu.Layout.WGMMA.reduce(0)  # [C], one number per column
-# The chip of GPUs that are not there, by the beginning of their names.
+# The compute capability of GPUs that need not be there, by the beginning of their names.
 CAPABILITIES = {
     "NVIDIA A100": "sm_80", "NVIDIA L40S": "sm_89", "NVIDIA H100": "sm_90", "NVIDIA H200": "sm_90",
     "NVIDIA GH200": "sm_90", "NVIDIA B200": "sm_100", "NVIDIA RTX PRO 6000": "sm_120",
@@ -33,17 +34,17 @@ _interpreted = contextvars.ContextVar("interpreted", default=False)
 
 @contextlib.contextmanager
 def absent_gpu() -> Iterator[None]:
-    """Trace and lower for a Hopper GPU that need not be there."""
+    """A context: trace and lower for a Hopper GPU that need not be there."""
     with use_abstract_mesh(AbstractMesh((), (), abstract_device=HOPPER)):
         yield
 
 
 @contextlib.contextmanager
 def interpret(*, detect_races: bool = False) -> Iterator[None]:
-    """Run Mosaic GPU kernels on the CPU, with their barriers, shared memory and warpgroups.
+    """A context: run Mosaic GPU kernels on the CPU, with their barriers, shared memory and warpgroups.
 
-    Every warpgroup waits in a thread of XLA's, which has as many as there are CPU devices or cores: with fewer than
-    four it would wait for ever (`--xla_force_host_platform_device_count=8` in XLA_FLAGS).
+    Every warpgroup needs a thread of XLA, which has as many threads as there are CPU devices or cores. With fewer than
+    four a kernel would wait for ever; `--xla_force_host_platform_device_count=8` in XLA_FLAGS gives it eight.
     """
     if max(jax.local_device_count("cpu"), os.cpu_count() or 1) < 4:
         raise RuntimeError("the interpreter needs 4 CPU cores or XLA_FLAGS=--xla_force_host_platform_device_count=4")
@@ -60,13 +61,13 @@ def is_interpreted() -> bool:
 
 
 def platform() -> str:
-    """ "cpu", "gpu" or "tpu": what is traced for, which need not be there."""
+    """ "cpu", "gpu" or "tpu": the kind of device that is traced for. It need not be there."""
     device = get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None or is_interpreted() else device.platform
 
 
 def chip() -> str:
-    """ "sm_90" and so on, or the platform where there is no NVIDIA GPU; an absent GPU counts."""
+    """The compute capability that is traced for, such as "sm_90", also of an absent GPU; else the platform."""
     device = get_abstract_mesh().abstract_device
     if device is not None and device.platform == "gpu":
         kind = device.device_kind
@@ -78,7 +79,7 @@ def chip() -> str:
 
 
 def multiprocessors() -> int:
-    """The number of multiprocessors of the GPU that is traced for; for kernels that are interpreted, of an H200."""
+    """The number of multiprocessors of the GPU that is traced for; in the interpreter, that of an H200."""
     device = get_abstract_mesh().abstract_device
     if device is None and jax.default_backend() == "gpu":
         device = jax.devices()[0]
@@ -86,7 +87,7 @@ def multiprocessors() -> int:
 
 
 def product(a, b):
-    """a @ b in fp32, from shared memory (either may be a transposed reference)."""
+    """a @ b in fp32; a and b are references to shared memory, possibly transposed."""
 
     def run(acc):
         plgpu.wgmma(acc, a, b)
@@ -99,13 +100,15 @@ def add_product(acc, a, b):
     """acc + a @ b in fp32; a is a value in registers or a reference, b a reference to shared memory."""
     if _interpreted.get():
         result = acc + jnp.dot(a if isinstance(a, jax.Array) else a[...], b[...], preferred_element_type=jnp.float32)
-        plgpu.commit_smem()  # a tensor core reads by the same path as the copies that overwrite; this read does not
+        # The race detector wants a fence here, because a copy may overwrite b next. A tensor core needs none: it reads
+        # by the same path that copies write by.
+        plgpu.commit_smem()
         return result
     return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(plgpu.ACC.init(acc))
 
 
 def exp2_of_minus_abs(x):
-    """2^-|x|, at most 1: one instruction, whose operand takes both signs for nothing (LLVM would spend another)."""
+    """2^-|x|, at most 1: in one instruction, because it can take the sign off its operand. LLVM would add another."""
     if _interpreted.get():
         return jnp.exp2(-jnp.abs(x))
     from jax._src.lib.mlir import ir
@@ -126,9 +129,9 @@ def exp2_of_minus_abs(x):
 
 
 def any_at_most(x, limit: float):
-    """Whether x <= limit in some of the 64 rows: one vote on the barrier that the warpgroup has to itself.
+    """Whether x <= limit in some of the 64 rows: one vote on the named barrier that belongs to this warpgroup alone.
 
-    `jnp.any` would go through shared memory that all warpgroups of a block have in common: two that compute would
+    `jnp.any` would use shared memory that all warpgroups of a block have in common: two of them that compute would
     overwrite each other's values.
     """
     if _interpreted.get():
@@ -137,7 +140,7 @@ def any_at_most(x, limit: float):
     from jax._src.lib.mlir.dialects import arith, llvm, vector
     from jax.experimental.mosaic.gpu import FragmentedArray, utils
 
-    # The number of the barrier is worked out anew each time: kept, it would take a register that the loop lacks.
+    # The number of the barrier is computed anew each time: the loop has no register free to keep it.
     ptx = (
         "{ .reg .pred mine, any; .reg .b32 barrier; mov.u32 barrier, %tid.x; shr.u32 barrier, barrier, 7; "
         "add.u32 barrier, barrier, 1; setp.ne.b32 mine, $1, 0; "
@@ -157,10 +160,10 @@ def any_at_most(x, limit: float):
 
 
 def row_numbers():
-    """0 to 63 as int32 [64], worked out from the thread's number where it is asked for.
+    """0 to 63 as int32 [64], computed from the number of the thread each time that it is called.
 
-    `broadcasted_iota` is one value to the compiler wherever it stands: where the masks of a loop need it too, a use in
-    front of the loop would keep it in registers all the while.
+    The compiler computes every `broadcasted_iota` of a kernel once. If one is used before a loop and another one in it,
+    the value would stay in registers in between.
     """
     if _interpreted.get():
         return jnp.arange(64, dtype=jnp.int32)
@@ -187,18 +190,18 @@ def row_numbers():
 
 
 def row_of_thread(thread, half: int, right, bits, either):
-    """The row that a thread holds: a warp has 16 rows, a quad of its threads one of the first 8, one of the last 8.
+    """The row that a thread holds in a row half: a warp has 16 rows, a quad one of the first 8 and one of the last 8.
 
-    `right(x, n)`, `bits(x, n)` and `either(x, y)` are x >> n, x & n and x | y, of numbers or of what stands for them.
+    `right(x, n)`, `bits(x, n)` and `either(x, y)` are x >> n, x & n and x | y, on numbers or on MLIR values.
     """
     warp, quad = bits(right(thread, 1), 48), bits(right(thread, 2), 7)
     return either(warp, either(quad, 8 * half))
 
 
 def minus_sum_right(minuend, factor, x, start):
-    """(minuend - factor * (start + sum of x over the columns strictly right of each), [64, C]; the sum over all, [64]).
+    """(minuend - factor * (start + sum of x over the columns to the right of each one) [64, C], sum of each row [64]).
 
-    A factor of None is one. One operation, so that the sums of a tile are never held in registers all at once.
+    A factor of None means 1. This is one operation, so that the sums of a tile are never in registers all at once.
     """
     if _interpreted.get():
         total = jnp.cumsum(x[:, ::-1], axis=1)[:, ::-1]
@@ -208,7 +211,7 @@ def minus_sum_right(minuend, factor, x, start):
 
 
 def minus_sum_left(minuend, factor, x, start):
-    """The same over the columns strictly left of each."""
+    """`minus_sum_right`, but over the columns to the left of each one."""
     if _interpreted.get():
         total = jnp.cumsum(x, axis=1)
         before = start[:, None] + jnp.pad(total[:, :-1], ((0, 0), (1, 0)))
@@ -223,7 +226,7 @@ def _like(x, registers):
 
 
 class _Device:
-    """The arithmetic of one thread, as MLIR; a test puts numbers in its place."""
+    """The arithmetic of one thread, which emits MLIR. A test puts arithmetic on numbers in its place."""
 
     def __init__(self):
         from jax._src.lib.mlir import ir
@@ -245,11 +248,13 @@ class _Device:
 
 
 def scan_registers(ops, minuend, factor, x, start, *, right: bool):
-    """`minus_sum_right` or `minus_sum_left` on the registers of a thread: two shuffles per group of columns and half.
+    """`minus_sum_right` or `minus_sum_left` on the registers of a thread: two shuffles per group and row half.
 
-    Registers are arrays of objects, [1, groups, 1, 1, 2 halves, ..] of pairs and for rows [1, 1, 2 halves, ..] of one.
+    The registers of a tile are an array of objects [1, groups, 1, 1, 2 halves, ..], each a pair of numbers; those of
+    rows are [1, 1, 2 halves, ..], each one number.
     """
-    near, far = (ops.one_if(bit, is_set=not right) for bit in (1, 2))  # one where the partner comes first
+    # 1 if the columns of the partner, at distance 1 and 2, come before those of this thread.
+    near, far = (ops.one_if(bit, is_set=not right) for bit in (1, 2))
     result, sums = x.copy(), start.copy()
     for half in range(2):
         place = (0, 0, half) + (0,) * (start.ndim - 3)

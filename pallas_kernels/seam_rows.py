@@ -1,8 +1,9 @@
-"""Rows of an array by their numbers, to and from shared memory: what ScatterMoE is made of. A part of the seam.
+"""Shims that copy rows of an array by their numbers, to and from shared memory. ScatterMoE is made of these.
 
-Hopper's copy engine takes blocks of consecutive rows only, so the threads of a warpgroup copy single rows, in chunks of
-16 bytes. Tiles [rows, columns] lie in shared memory as the tensor cores read them: in atoms of 8 rows x 128 bytes, one
-row of atoms after the other, and chunk c of row r of an atom at place c ^ r.
+Hopper's copy engine copies consecutive rows only, so the threads of a warpgroup copy single rows, in chunks of 16
+bytes. Tiles [rows, columns] lie in shared memory as the tensor cores read them: in atoms of 8 rows x 128 bytes, one row
+of atoms after the other. In an atom, chunk c of row r is at place c ^ r. docs/kernels/scatter_moe.md explains the
+barriers around these copies.
 """
 
 import jax.experimental.pallas as pl
@@ -18,13 +19,16 @@ THREADS = 128  # of a warpgroup
 
 
 def atoms(dtype) -> tuple:
-    """The transforms of a tile in shared memory."""
+    """The transforms that give a tile in shared memory this layout."""
     return plgpu.TilingTransform((ATOM[0], ATOM[1] // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(ATOM[1])
 
 
 def chunks(ops, rows: int, columns: int, itemsize: int):
-    """(row, column, byte in shared memory) of the first chunk that a thread copies, as `ops` counts, and how far from
-    it all of its chunks are: numbers that are the same for every thread."""
+    """(row, column, byte in shared memory) of the first chunk that a thread copies, and the steps to all of its chunks.
+
+    The first three are computed by `ops`. A step is (rows, columns, bytes) from the first chunk: numbers that are the
+    same for every thread.
+    """
     per_atom, across = ATOM[1] // CHUNK, columns * itemsize // ATOM[1]
     chunk, row = ops.remainder(ops.thread, per_atom), ops.divide(ops.thread, per_atom)
     row_of_atom, down = ops.remainder(row, ATOM[0]), ops.divide(row, ATOM[0])
@@ -40,9 +44,9 @@ def chunks(ops, rows: int, columns: int, itemsize: int):
 
 
 def gather(source, rows, column, tile) -> None:
-    """tile[r] = source[rows[r], column : column + C], zero where rows[r] is negative and beyond the last column.
+    """tile[r] = source[rows[r], column : column + C]; zero where rows[r] is negative, and beyond the last column.
 
-    Runs ahead of the thread: `gather_commit` ends a group of copies, `gather_wait` waits for groups.
+    The copies are only started. `gather_commit` closes a group of them, and `gather_wait` waits for groups.
 
     Args:
       source: reference to [R, D] in global memory, D a multiple of 16 bytes.
@@ -69,15 +73,19 @@ def gather_commit() -> None:
 
 
 def gather_wait(pending: int) -> None:
-    """All groups of this warpgroup but the last `pending` are in shared memory, also for the tensor cores."""
+    """Wait for all groups of this warpgroup but the last `pending`, and make them visible to the tensor cores.
+
+    Tensor cores read shared memory by another path than `cp.async` writes it: `commit_smem` is the fence between.
+    """
     _asm(f"cp.async.wait_group {pending};")
     plgpu.commit_smem()
 
 
 def scatter(tile, rows, column, target) -> None:
-    """target[rows[r], column : column + C] = tile[r] but where rows[r] is negative or beyond the last column.
+    """target[rows[r], column : column + C] = tile[r], but not where rows[r] is negative, nor beyond the last column.
 
-    The tile must be visible to the whole warpgroup (`plgpu.commit_smem`), and again before it is overwritten.
+    A thread copies chunks that other threads wrote. So the warpgroup needs a barrier (`plgpu.commit_smem`) before this
+    call, and another one before it overwrites the tile.
     """
     if seam.is_interpreted():
         _write_rows(tile, rows, column, target)
@@ -101,7 +109,7 @@ _SCALAR = plgpu.Layout.WG_SPLAT
 
 
 def _read_rows(source, rows, column, shape):
-    """`gather` in the interpreter, for which every access is expensive."""
+    """`gather` in the interpreter, where every access to an array takes long: so it reads each array once."""
     numbers = rows[...]
     there = source[...][jnp.maximum(numbers, 0)]
     there = lax.dynamic_slice(jnp.pad(there, ((0, 0), (0, shape[1]))), (0, column), shape)
@@ -109,7 +117,7 @@ def _read_rows(source, rows, column, shape):
 
 
 def _write_rows(tile, rows, column, target) -> None:
-    """`scatter` in the interpreter: the copy engine writes nothing beyond the last column."""
+    """`scatter` in the interpreter, by the copy engine, which writes nothing beyond the last column."""
     numbers = rows[...]
 
     def one(r, _):
@@ -135,7 +143,7 @@ def _asm(text: str) -> None:
 
 
 class _Thread:
-    """The integers of one thread, as MLIR; a test puts numbers in its place."""
+    """The integer arithmetic of one thread, which emits MLIR. A test puts arithmetic on numbers in its place."""
 
     def __init__(self):
         from jax._src.lib.mlir import ir
@@ -162,7 +170,11 @@ class _Thread:
 
 
 def _copies(array, rows, column, tile):
-    """The thread once for every chunk: `shared` + `step` and `far`, its addresses; if it is `inside` of the array."""
+    """Yield the thread once for each chunk that it copies.
+
+    Its attributes say where: `shared` + `step` is the address in shared memory, `far` the one in global memory, and
+    `inside` whether the chunk is inside of the array.
+    """
     from jax._src.lib.mlir import ir
     from jax._src.lib.mlir.dialects import arith, llvm
     from jax.experimental.mosaic.gpu import utils
@@ -185,7 +197,7 @@ def _copies(array, rows, column, tile):
             number, before = llvm.load(i32, at), further
         own, exists = thread.add(column, columns), arith.cmpi(not_negative, number, thread.constant(0))
         thread.inside = arith.andi(exists, arith.cmpi(less, own, thread.constant(width)))
-        # In 64 bits: the rows of all slots are more elements than 32 bits count.
+        # In 64 bits: the rows of all (token, choice) pairs may have more elements than 32 bits can count.
         place = arith.muli(arith.extui(i64, thread.select(exists, number, 0)), utils.c(width * itemsize, i64))
         place = arith.addi(place, arith.extui(i64, thread.multiply(thread.select(thread.inside, own, 0), itemsize)))
         thread.far = arith.addi(far, place)
