@@ -20,7 +20,7 @@ def test_the_python_of_the_readme_runs(capsys):
 def test_what_the_readme_names_is_there():
     targets = set(re.findall(r"^(\S+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"make ([a-z-]+)", README)) <= targets
-    for path in re.findall(r"(?:configs|launch|notebooks)/[\w./]+\w", README):
+    for path in re.findall(r"(?:configs|docs|launch|notebooks)/[\w./]+\w", README):
         assert (ROOT / path).exists(), path
     for module in set(re.findall(r"python -m (stickjax\.\w+|benchmarks)", README)):
         base = ROOT / module.replace(".", "/")
@@ -34,3 +34,16 @@ def test_every_option_of_the_readme_is_an_option():
     known = describe(Config()) + describe(Config(SutConfig()))
     for option in re.findall(r"--((?:model|data|optim|train|mesh)\.\w+)", README):
         assert f"--{option}=" in known, option
+
+
+def test_links_between_pages_lead_somewhere():
+    pages = {ROOT / "README.md", *(ROOT / "docs").rglob("*.md")}
+    linked = {
+        page: {
+            (page.parent / target).resolve()
+            for target in re.findall(r"\]\(([\w./-]+\.md)(?:#[\w-]+)?\)", page.read_text())
+        }
+        for page in pages
+    }
+    assert set().union(*linked.values()) <= pages
+    assert linked[ROOT / "README.md"] >= set((ROOT / "docs" / "kernels").glob("*.md"))

@@ -1,0 +1,175 @@
+"""The tables of barriers in docs/kernels against what the Mosaic kernels declare and do when they are traced."""
+
+import functools
+import math
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import pytest
+from cases import Stick
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import expert_linear, expert_mlp, route, seam, stick_breaking_attention
+from pallas_kernels.scatter_moe.mosaic_pipeline import STAGES
+
+PAGES = sorted((Path(__file__).parent.parent / "docs" / "kernels").glob("*.md"))
+NOT_ON_A_PAGE = {"stick_breaking_d_key_value"}
+STICK = {  # of one and of two compute warpgroups, with and without early exit, and decoding
+    "one warpgroup": (Stick(T=64, H=64), {"tiles": (64, 64)}),
+    "two warpgroups": (Stick(T=200, H=64), {}),
+    "early exit": (Stick(T=200, H=64), {"skip_below": -24.0}),
+    "two widths, packed": (Stick(T=200, H=128, Hv=32, segments=(40, 160)), {}),
+    "decoding": (Stick(T=1, S=1024, N=8, K=2, H=64), {}),
+}
+EXPERTS = {"few rows": (16, "swiglu"), "many rows": (512, "swiglu"), "not gated": (512, "gelu")}
+
+
+class Barrier(NamedTuple):
+    number: int
+    arrivals: int
+
+
+def name_of(path) -> str:
+    """The name of a field, whatever stands in it; without one, the path."""
+    names = [key.name for key in path if hasattr(key, "name")]
+    return names[-1] if names else jax.tree_util.keystr(path)
+
+
+class Traced:
+    """A kernel that was traced: its barriers by name, and which of them are arrived at, and how."""
+
+    def __init__(self, scratch_types, warpgroups: int):
+        named = [(name_of(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(scratch_types)[0]]
+        self.places = {name: i for i, (name, leaf) in enumerate(named) if isinstance(leaf, plgpu.Barrier)}
+        declared = {name: named[place][1] for name, place in self.places.items()}
+        self.barriers = {
+            name: Barrier(math.prod(x.get_ref_aval().shape), x.num_arrivals) for name, x in declared.items()
+        }
+        self.sizes = {"W": warpgroups, "STAGES": STAGES}
+        self.sizes["stages"] = next((leaf.shape[0] for name, leaf in named if name == "key"), None)
+        self.sizes["accumulators"] = sum(name == "weights" for name, _ in named)
+        self.by: dict[str, set] = {name: set() for name in declared}
+        self.waited: set[str] = set()
+
+    def start(self, scratch) -> None:
+        leaves = jax.tree.leaves(scratch)
+        self.references = {name: leaves[place] for name, place in self.places.items()}
+
+    def name(self, barrier) -> str:
+        barrier = getattr(barrier, "ref", barrier)
+        return next(name for name, reference in self.references.items() if reference is barrier)
+
+
+@pytest.fixture(scope="module")
+def traced():
+    """Every kernel by its name, as often as it was traced."""
+    found: dict[str, list[Traced]] = {}
+    running: list[Traced] = []
+    kernel, copy = plgpu.kernel, plgpu.copy_gmem_to_smem
+    arrive, wait = plgpu.barrier_arrive, plgpu.barrier_wait
+
+    def recorded_kernel(body, *, scratch_types, num_threads, **options):
+        one = Traced(scratch_types, num_threads - 1)
+        found.setdefault(body.__name__, []).append(one)
+
+        @functools.wraps(body)
+        def recorded(*references):
+            running[:] = [one]
+            one.start(references[len(references) - len(scratch_types) :])
+            return body(*references)
+
+        return kernel(recorded, scratch_types=scratch_types, num_threads=num_threads, **options)
+
+    def recorded_copy(source, target, barrier, **options):
+        running[0].by[running[0].name(barrier)].add("copies")
+        return copy(source, target, barrier, **options)
+
+    def recorded_arrive(barrier):
+        running[0].by[running[0].name(barrier)].add("warpgroups")
+        return arrive(barrier)
+
+    def recorded_wait(barrier):
+        running[0].waited.add(running[0].name(barrier))
+        return wait(barrier)
+
+    with pytest.MonkeyPatch.context() as patch, seam.absent_gpu():
+        patch.setattr(plgpu, "kernel", recorded_kernel)
+        patch.setattr(plgpu, "copy_gmem_to_smem", recorded_copy)
+        patch.setattr(plgpu, "barrier_arrive", recorded_arrive)
+        patch.setattr(plgpu, "barrier_wait", recorded_wait)
+        trace_all()
+    return found
+
+
+def trace_all() -> None:
+    def trace(function, *arrays, backward: bool = True):
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
+
+        def run(*arrays):
+            outputs, vjp = jax.vjp(function, *arrays)
+            return vjp(jax.tree.map(jnp.ones_like, outputs))
+
+        jax.eval_shape(run if backward else function, *shapes)
+
+    for case, options in STICK.values():
+        attend = functools.partial(stick_breaking_attention, **case.options(), **options, implementation="mosaic")
+        trace(attend, *case.arrays("bfloat16"), backward=case.T > 1)
+    for T, activation in EXPERTS.values():
+        x, w_in, w_out = (jnp.zeros(s, jnp.bfloat16) for s in ((T, 64), (2, 64, 256), (2, 128, 64)))
+        indices, gates = jnp.zeros((T, 1), jnp.int32), jnp.ones((T, 1), jnp.bfloat16)
+        w_in = w_in if activation == "swiglu" else w_in[..., :128]
+
+        def mlp(x, w_in, w_out, gates, indices=indices, activation=activation):
+            options = {"activation": activation, "implementation": "mosaic"}
+            return expert_mlp(x, w_in, w_out, route(indices, 2), gates, **options)
+
+        trace(mlp, x, w_in, w_out, gates)
+        trace(lambda x, w, i=indices: expert_linear(x, w, route(i, 2), implementation="mosaic"), x, w_in)
+
+
+def tables(page: str) -> dict[str, list[dict[str, str]]]:
+    """The rows of the table of barriers of every kernel that stands in a heading, by the names of the columns."""
+    found = {}
+    for section in re.split(r"^##+ ", page, flags=re.MULTILINE)[1:]:
+        heading, _, text = section.partition("\n")
+        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+        rows = [row for row in rows if len(row) == 8]  # other tables have fewer columns
+        if rows:
+            columns, _, *rows = rows
+            for kernel in re.findall(r"`(\w+)`", heading):
+                found[kernel] = [dict(zip(columns, row, strict=True)) for row in rows]
+    return found
+
+
+ON_A_PAGE = {kernel: rows for page in PAGES for kernel, rows in tables(page.read_text()).items()}
+
+
+def test_every_kernel_is_on_a_page(traced):
+    assert traced.keys() == ON_A_PAGE.keys() | NOT_ON_A_PAGE
+    assert not ON_A_PAGE.keys() & NOT_ON_A_PAGE
+
+
+@pytest.mark.parametrize("kernel", ON_A_PAGE)
+def test_the_tables_are_what_the_kernels_declare(traced, kernel):
+    seen = set()
+    for one in traced[kernel]:
+
+        def value(cell, sizes=one.sizes):
+            return eval(cell.strip("`"), {}, sizes)  # a sum of letters and numbers
+
+        rows = {row["barrier"].strip("`"): row for row in ON_A_PAGE[kernel]}
+        written = {name: Barrier(value(row["number"]), value(row["arrivals"])) for name, row in rows.items()}
+        assert written == one.barriers, f"{kernel} with {one.sizes}"
+        assert one.waited == rows.keys()
+        seen.add(one.sizes["W"])
+    assert seen == ({2} if kernel == "expert_d_weights" else {1, 2})
+
+
+@pytest.mark.parametrize("kernel", ON_A_PAGE)
+def test_the_tables_say_who_arrives(traced, kernel):
+    for row in ON_A_PAGE[kernel]:
+        by = set().union(*(one.by[row["barrier"].strip("`")] for one in traced[kernel]))
+        assert row["arrivals by"] == ("both" if len(by) == 2 else "".join(by)), row["barrier"]
