@@ -1,4 +1,4 @@
-"""The tables of barriers in docs/kernels against what the Mosaic kernels declare and do when they are traced."""
+"""The pages in docs/kernels against what the Mosaic kernels declare and do when they are traced, and their PTX."""
 
 import functools
 import math
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 from cases import Stick
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from ptx import kept
 
 from pallas_kernels import expert_linear, expert_mlp, route, seam, stick_breaking_attention
 from pallas_kernels.scatter_moe.mosaic_pipeline import STAGES
@@ -173,3 +174,36 @@ def test_the_tables_say_who_arrives(traced, kernel):
     for row in ON_A_PAGE[kernel]:
         by = set().union(*(one.by[row["barrier"].strip("`")] for one in traced[kernel]))
         assert row["arrivals by"] == ("both" if len(by) == 2 else "".join(by)), row["barrier"]
+
+
+# What the pages say of the barriers of a warpgroup and of arrivals, in the PTX that is kept of small kernels.
+
+KEPT = sorted(path.stem for path in kept.FOLDER.glob("*.ptx"))
+OPERATION = re.compile(
+    r"bar\.sync|fence\.proxy\.async|cp\.async\.bulk\.tensor\.\dd\.shared|cp\.async\.bulk\.wait_group|stmatrix"
+)
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_each_thread_of_a_warpgroup_arrives_once(name):
+    program = kept.load(name)
+    values = dict(re.findall(r"mov\.b32\s+%(r\d+), (\d+);", program.ptx))
+    counts = [int(values[register]) for register in re.findall(r"mbarrier\.init.*%(r\d+);", program.ptx)]
+    sizes = {"W": program.block[0] // 128 - 1, "accumulators": 2}  # the kept layer is gated
+    arrivals = {row["barrier"].strip("`"): eval(row["arrivals"].strip("`"), {}, sizes) for row in ON_A_PAGE[name]}
+    assert counts == [128 * arrivals[re.sub(r".*\.|\[.*", "", barrier)] for barrier in program.barriers]
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_the_compiler_adds_the_barriers_that_the_pages_name(name):
+    ptx = kept.load(name).ptx
+    assert re.findall(r"bar\.sync\s+(?:%r\d+, )?(\d+);", ptx)[:3] == ["0", "0", "128"]
+    found = OPERATION.findall(ptx)
+    for before, operation, after in zip(found, found[1:], found[2:], strict=False):
+        if operation in ("fence.proxy.async", "cp.async.bulk.wait_group"):
+            assert after == "bar.sync", operation
+        if operation.startswith("cp.async.bulk.tensor"):
+            assert before == "bar.sync", operation
+        if operation == "stmatrix":
+            assert {before, after} <= {"bar.sync", "stmatrix"}
+    assert found.count("fence.proxy.async") >= 1 and found.count("stmatrix") >= 2

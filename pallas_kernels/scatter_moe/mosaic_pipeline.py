@@ -6,7 +6,7 @@ which reports them itself. docs/kernels/scatter_moe.md explains the barriers.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -25,8 +25,8 @@ AHEAD = 2
 class Ring(NamedTuple):
     """Two barriers of every stage."""
 
-    full: object  # the stage can be multiplied
-    used: object  # the stage can be overwritten
+    full: Any  # the stage can be multiplied
+    used: Any  # the stage can be overwritten
 
 
 def ring(*, warpgroups: int, copies: int = 0) -> Ring:

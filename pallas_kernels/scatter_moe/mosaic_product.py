@@ -8,7 +8,7 @@ docs/kernels/scatter_moe.md explains the barriers.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -62,7 +62,7 @@ class At(NamedTuple):
 class Steps(NamedTuple):
     """Shared memory of the steps of a block, and its barriers."""
 
-    x: object  # [STAGES, W, ROWS, DEPTH]
+    x: Any  # [STAGES, W, ROWS, DEPTH]
     weights: tuple  # of every accumulator, [STAGES, DEPTH, COLUMNS] or transposed
     ring: pipeline.Ring
 
@@ -70,40 +70,40 @@ class Steps(NamedTuple):
 class Finish(NamedTuple):
     """What `product` and `activated` need after the product."""
 
-    rows: object  # [tiles * rows]: the row of the result for every row of a tile
-    bias: object  # [E + 1, parts, columns padded], or None
+    rows: Any  # [tiles * rows]: the row of the result for every row of a tile
+    bias: Any  # [E + 1, parts, columns padded], or None
 
 
 class Activated(NamedTuple):
     """The results of `activated`."""
 
-    activated: object  # [R, F]
-    hidden: object  # [parts, R, F], or None
+    activated: Any  # [R, F]
+    hidden: Any  # [parts, R, F], or None
 
 
 class Derivative(NamedTuple):
     """What `d_activated` needs after the product."""
 
-    rows: object  # [tiles * rows]: the sorted row of every row of a tile
-    hidden: object  # [parts, R, F]
-    gates: object  # [tiles * rows]
+    rows: Any  # [tiles * rows]: the sorted row of every row of a tile
+    hidden: Any  # [parts, R, F]
+    gates: Any  # [tiles * rows]
 
 
 class Derivatives(NamedTuple):
     """The results of `d_activated`."""
 
-    d_hidden: object  # [parts, R, F]
-    gated: object  # [R, F]
-    d_gate: object  # [tiles of columns, tiles * rows]
+    d_hidden: Any  # [parts, R, F]
+    gated: Any  # [R, F]
+    d_gate: Any  # [tiles of columns, tiles * rows]
 
 
 class DerivativeScratch(NamedTuple):
     """Shared memory of `d_activated` beyond the steps, and two more barriers."""
 
-    hidden: object  # [parts, W, ROWS, COLUMNS]; its derivative takes its place
-    gated: object  # [W, ROWS, COLUMNS], on its way out
-    there: object  # `hidden` holds the hidden rows of this tile
-    free: object  # every multiplying warpgroup is done with `hidden`
+    hidden: Any  # [parts, W, ROWS, COLUMNS]; its derivative takes its place
+    gated: Any  # [W, ROWS, COLUMNS], on its way out
+    there: Any  # `hidden` holds the hidden rows of this tile
+    free: Any  # every multiplying warpgroup is done with `hidden`
 
 
 def _product(

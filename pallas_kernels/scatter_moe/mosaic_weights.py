@@ -6,7 +6,7 @@ transposed or padded in memory, rows that do not exist are zeros, and an expert 
 docs/kernels/scatter_moe.md explains the barriers.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -29,9 +29,9 @@ ACCUMULATORS = 2  # of a warpgroup
 class Scratch(NamedTuple):
     """Shared memory of a block, and its barriers."""
 
-    left: object  # [STAGES, WARPGROUPS, ROWS, LEFT]
-    right: object  # [STAGES, ACCUMULATORS, ROWS, RIGHT]
-    out: object  # [WARPGROUPS, LEFT, columns at once], on their way out
+    left: Any  # [STAGES, WARPGROUPS, ROWS, LEFT]
+    right: Any  # [STAGES, ACCUMULATORS, ROWS, RIGHT]
+    out: Any  # [WARPGROUPS, LEFT, columns at once], on their way out
     ring: pipeline.Ring
 
 

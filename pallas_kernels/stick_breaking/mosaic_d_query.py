@@ -4,7 +4,7 @@ docs/kernels/stick_breaking.md explains the barriers.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -19,37 +19,37 @@ from .mosaic_tile import KEYS, ROWS, Place, Plan, block, tile_memory, two_sum, v
 
 
 class Inputs(NamedTuple):
-    query: object  # [B, T, N, H]
-    key: object  # [B, S, K, H]
-    value: object  # [B, S, K, Hv]
-    d_out: object  # [B, T, N, Hv]
-    d_log_rem: object  # [B, N, rows padded]
-    spent: object  # [2, B, N, rows padded], as the forward pass left it
-    reached: object  # [B, N, tiles * W], the same
-    scale: object  # [1]
-    spans: object  # [B, tiles * W, 4]
-    offset: object  # [B]
-    segments: object  # (ids of the queries, ids of the keys), or None
+    query: Any  # [B, T, N, H]
+    key: Any  # [B, S, K, H]
+    value: Any  # [B, S, K, Hv]
+    d_out: Any  # [B, T, N, Hv]
+    d_log_rem: Any  # [B, N, rows padded]
+    spent: Any  # [2, B, N, rows padded], as the forward pass left it
+    reached: Any  # [B, N, tiles * W], the same
+    scale: Any  # [1]
+    spans: Any  # [B, tiles * W, 4]
+    offset: Any  # [B]
+    segments: Any  # (ids of the queries, ids of the keys), or None
 
 
 class Outputs(NamedTuple):
-    d_query: object  # [B, T, N, H]
-    d_scale: object  # of every row, [B, N, rows padded]
-    snapshots: object  # [B, N, key tiles, 2 halves, 2, rows padded]: what was spent on entry, and P
+    d_query: Any  # [B, T, N, H]
+    d_scale: Any  # of every row, [B, N, rows padded]
+    snapshots: Any  # [B, N, key tiles, 2 halves, 2, rows padded]: what was spent on entry, and P
 
 
 class Scratch(NamedTuple):
     """Shared memory of a block, then its barriers."""
 
-    query: object  # [W, ROWS, H]; in the end the gradient takes its place
-    d_out: object  # [W, ROWS, Hv]
-    rows: object  # [W, 3, ROWS]: the gradient of log_rem, and what was spent in two floats
-    key: object  # two halves of [stages, HALF, H]
-    value: object  # two halves of [stages, HALF, Hv]
-    snapshots: object  # [W, 2 halves, 2, ROWS], on their way out
-    loaded: object  # of each compute warpgroup: its query rows are there
-    full: object  # of each stage: its tile is there
-    used: object  # of each stage: every compute warpgroup has read it
+    query: Any  # [W, ROWS, H]; in the end the gradient takes its place
+    d_out: Any  # [W, ROWS, Hv]
+    rows: Any  # [W, 3, ROWS]: the gradient of log_rem, and what was spent in two floats
+    key: Any  # two halves of [stages, HALF, H]
+    value: Any  # two halves of [stages, HALF, Hv]
+    snapshots: Any  # [W, 2 halves, 2, ROWS], on their way out
+    loaded: Any  # of each compute warpgroup: its query rows are there
+    full: Any  # of each stage: its tile is there
+    used: Any  # of each stage: every compute warpgroup has read it
 
 
 def d_query(

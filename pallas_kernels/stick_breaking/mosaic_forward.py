@@ -8,7 +8,7 @@ the instruction for it. Everything fits the 168 registers that each of 384 threa
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -35,34 +35,34 @@ from .mosaic_tile import (
 
 
 class Inputs(NamedTuple):
-    query: object  # [B, T, N, H]
-    key: object  # [B, S, K, H]
-    value: object  # [B, S, K, Hv]
-    scale: object  # [1]
-    spans: object  # [B * splits, tiles * W, 4]
-    offset: object  # [B]
-    segments: object  # (ids of the queries, ids of the keys), or None
+    query: Any  # [B, T, N, H]
+    key: Any  # [B, S, K, H]
+    value: Any  # [B, S, K, Hv]
+    scale: Any  # [1]
+    spans: Any  # [B * splits, tiles * W, 4]
+    offset: Any  # [B]
+    segments: Any  # (ids of the queries, ids of the keys), or None
 
 
 class Outputs(NamedTuple):
-    out: object  # [B * splits, T, N, Hv]
-    spent: object  # [2, B * splits, N, rows padded]
-    reached: object  # [B * splits, N, tiles * W]
+    out: Any  # [B * splits, T, N, Hv]
+    spent: Any  # [2, B * splits, N, rows padded]
+    reached: Any  # [B * splits, N, tiles * W]
 
 
 class Scratch(NamedTuple):
     """Shared memory of a block, then its barriers."""
 
-    query: object  # [W, ROWS, H]
-    out: object  # [W, ROWS, Hv]; None: the output takes the place of the query
-    rows: object  # [W, 2, ROWS]: what the rows have spent, on its way out
-    key: object  # [stages, KEYS, H]
-    value: object  # [stages, KEYS, Hv]
-    needs: object  # [W, stages]: 1 if the warpgroup needs more tiles than this stage's; for the early exit
-    stopped: object  # [stages]: 1 if the copying warpgroup sent no tile and sends no more
-    loaded: object  # of each compute warpgroup: its query rows are there
-    full: object  # of each stage: its tile is there, or `stopped` says that there is none
-    used: object  # of each stage: every compute warpgroup has read it
+    query: Any  # [W, ROWS, H]
+    out: Any  # [W, ROWS, Hv]; None: the output takes the place of the query
+    rows: Any  # [W, 2, ROWS]: what the rows have spent, on its way out
+    key: Any  # [stages, KEYS, H]
+    value: Any  # [stages, KEYS, Hv]
+    needs: Any  # [W, stages]: 1 if the warpgroup needs more tiles than this stage's; for the early exit
+    stopped: Any  # [stages]: 1 if the copying warpgroup sent no tile and sends no more
+    loaded: Any  # of each compute warpgroup: its query rows are there
+    full: Any  # of each stage: its tile is there, or `stopped` says that there is none
+    used: Any  # of each stage: every compute warpgroup has read it
 
 
 def forward(plan: Plan, query, key, value, scale, spans, offset, query_segments=None, key_segments=None):
