@@ -3,9 +3,9 @@
 python -m stickjax.launch --processes 8 configs/tiny.py --mesh.data=-1
 python -m stickjax.launch --processes 8 --hosts 2 --host 0 --coordinator HOST:PORT configs/tiny.py --mesh.data=-1
 
-What stands behind the launcher's own words is the command line of `python -m stickjax.train`. With several processes
-each takes one device of the machine; a single one takes them all. SIGTERM, Ctrl-C and a lost terminal reach all of
-them: they save at one step, together, and end. When one is lost, all end, and the same command goes on from the last
+The arguments after the launcher's own are the command line of `python -m stickjax.train`. With several processes, each
+takes one device of the machine; a single process takes all. SIGTERM, Ctrl-C and a lost terminal reach all processes:
+they save at the same step and end. When one process is lost, all end, and the same command continues from the last
 checkpoint.
 """
 
@@ -21,8 +21,9 @@ import time
 from stickjax.command import Parser, command, say_error
 from stickjax.processes import AGAIN, LOST, SAID, STOPPED, check_address, free_port, lost
 
-GRACE = 5  # seconds between SIGTERM and SIGKILL for those that are left when one is lost
-HELD = 0.5  # seconds that stderr waits: what the others write there once one is lost only says so in many more words
+GRACE = 5  # seconds between SIGTERM and SIGKILL for the other processes when one is lost
+# Seconds for which stderr is held back: when one process is lost, the others write long errors that only say so.
+HELD = 0.5
 
 
 class Processes:
@@ -30,7 +31,7 @@ class Processes:
 
     def __init__(self, commands: list[list[str]], environments: list[dict[str, str]]):
         self.all = [
-            # In sessions of their own, so that Ctrl-C comes from here and only once.
+            # Every process has its own session, so that it gets Ctrl-C from here only, and only once.
             subprocess.Popen(command, env=os.environ | extra, stderr=subprocess.PIPE, start_new_session=True)
             for command, extra in zip(commands, environments, strict=True)
         ]
@@ -45,7 +46,7 @@ class Processes:
             process.send_signal(number)  # nothing happens to one that has ended
 
     def read(self, timeout: float) -> None:
-        """Take what the processes have written, and wait for it at most so many seconds."""
+        """Read what the processes have written; wait for it `timeout` seconds at most."""
         if not self._pipes.get_map():
             time.sleep(timeout)
         for key, _ in self._pipes.select(timeout):
@@ -55,7 +56,7 @@ class Processes:
                 self._pipes.unregister(key.fileobj)
 
     def write(self, *, before: float = float("inf"), only: int | None = None) -> None:
-        """Pass on what was written before a time; once `only` is given, what the others wrote is dropped."""
+        """Pass on what was written before a time; with `only`, drop what all other processes wrote."""
         due = [piece for piece in self._held if piece[0] < before]
         self._held = [piece for piece in self._held if piece[0] >= before]
         for _, index, data in due:
@@ -64,7 +65,7 @@ class Processes:
         sys.stderr.flush()
 
     def has_said(self, index: int, words: bytes) -> bool:
-        """Whether this is in what was not passed on yet."""
+        """Whether process `index` has written these words since its output was last passed on."""
         return words in b"".join(data for _, who, data in self._held if who == index)
 
     def wait(self) -> int | None:
@@ -91,7 +92,7 @@ class Processes:
             process.stderr.close()
 
     def end(self) -> None:
-        """SIGTERM, and after a while SIGKILL."""
+        """End all processes by SIGTERM, and after GRACE seconds by SIGKILL."""
         deadline = time.monotonic() + GRACE
         self.send(signal.SIGTERM)
         while any(process.poll() is None for process in self.all):
@@ -173,7 +174,7 @@ def main(argv: list[str] | None = None) -> int:
     if got and code == -signal.SIGTERM:  # before it could save anything
         say_error("interrupted")
         return 128 + got[0]
-    if code not in (1, SAID, LOST):  # those have said it themselves
+    if code not in (1, SAID, LOST):  # a process with one of these codes has printed its own error
         what = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         print(f"error: process {first + bad} of {count} {what}; {AGAIN}", file=sys.stderr)
     return 128 - code if code < 0 else 1

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 class Lock:
-    """The right to write in a folder. The folder is made if it does not exist.
+    """The right to write in a folder. The folder is created if it does not exist.
 
     >>> import tempfile
     >>> folder = tempfile.mkdtemp() + "/run"
@@ -223,20 +223,20 @@ def _name(owner: dict | None) -> str:
 
 @contextlib.contextmanager
 def complete_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """A folder to fill, which takes its name `path` when that has succeeded and is removed when it has not."""
+    """A temporary folder to fill. It is renamed to `path` when that succeeds, and removed when it fails."""
     target = Path(path)
     if target.exists():
         raise ValueError(f"{path} exists; choose a new folder")
     temporary = target.with_name(f"{target.name}.tmp")
     lock, now = Lock(temporary), temporary
     try:
-        lock.clear()  # of what a process that was killed has left
+        lock.clear()  # files that a killed process has left
         yield temporary
         with writing(target):
             now = temporary.rename(target)
     except OSError as error:
         if error.filename is not None and Path(error.filename).is_relative_to(temporary):
-            error.filename = os.fspath(target / Path(error.filename).relative_to(temporary))  # what the caller knows
+            error.filename = os.fspath(target / Path(error.filename).relative_to(temporary))  # as the caller knows it
         raise
     finally:
         if now == temporary:

@@ -86,7 +86,7 @@ def check_fits(parts: dict[str, int], mesh: Mesh | None = None) -> None:
 
 
 def check_program(compiled: jax.stages.Compiled, what: str, mesh: Mesh | None = None) -> None:
-    """Raise ValueError if the results and temporaries of a program do not fit beside its arguments, which exist."""
+    """Raise ValueError if a program's results and temporaries do not fit beside its arguments, which exist already."""
     memory = compiled.memory_analysis()
     if memory is None:  # not every backend can tell
         return
@@ -113,7 +113,7 @@ def free_memory(mesh: Mesh | None = None) -> Free | None:
 
 
 def host_memory() -> Free | None:
-    """The bytes that this process may still allocate: the least that the machine, a control group or ulimit leaves."""
+    """The bytes that this process can still allocate: the smallest limit of the machine, a control group or ulimit."""
     limits = []
     swap = _meminfo("SwapFree") or 0
     if (available := _meminfo("MemAvailable")) is not None:

@@ -21,27 +21,27 @@ log = logging.getLogger(__name__)
 def flops_per_token(config: ModelConfig | SutConfig, T: int) -> float:
     """Floating-point operations of a training step (forward and backward), per token, at context T.
 
-    Six for every active parameter, and for the causal attention 3 * 2 products of 2 * N * H * T / 2 per layer, twice
-    that where it looks both ways. A Universal Transformer is counted as if no token halted before its last step. What a
-    remat policy computes again is not counted.
+    Every active parameter takes six. Causal attention takes 3 * 2 products of 2 * N * H * T / 2 per layer, and
+    bidirectional attention twice that. A Universal Transformer is counted as if no token halted before its last step.
+    Operations that a remat policy computes again are not counted.
     """
     _, active = parameter_counts(config)
     if config.family == "sut":
         heads, ways = config.attention_k * config.K, 1 if config.attention == "stick_breaking" else 2
         return config.L * (6 * active + 6 * ways * heads * config.H * T)
     if config.tied:
-        active += config.vocabulary * config.D  # the embedding works as output matrix
+        active += config.vocabulary * config.D  # the embedding is also the output matrix
     return 6 * active + 6 * config.L * config.N * config.H * T
 
 
 def peak_flops(devices: int = 1) -> float | None:
-    """The bf16 peak of so many devices together, or None when the chip is not known."""
+    """The bf16 peak of `devices` devices together; None if the chip is not known."""
     chip = of_kind(jax.devices()[0].device_kind)
     return None if chip is None else devices * chip.flops
 
 
 def json_text(value: Any, **options) -> str:
-    """JSON of dictionaries, lists, strings and numbers; a number that is not finite, which JSON cannot spell, is null.
+    """JSON of dictionaries, lists, strings and numbers. JSON has no infinity and no NaN: they become null.
 
     >>> json_text({"step": 3, "loss": math.nan})
     '{"step": 3, "loss": null}'
@@ -60,8 +60,8 @@ def json_text(value: Any, **options) -> str:
 class MetricsLog:
     """One JSON object per line, in `run_folder/metrics.jsonl`.
 
-    Opened at `after_step`, what was logged after that step is cut off: a resumed run writes it again. Lines that
-    `read_metrics` leaves out go with it.
+    Rows after `after_step` are deleted first, because a resumed run writes them again. Lines that `read_metrics` leaves
+    out are deleted too.
     """
 
     def __init__(self, run_folder: str | os.PathLike, after_step: int):
@@ -73,7 +73,7 @@ class MetricsLog:
     def write(self, row: dict) -> None:
         line = json_text(row).encode() + b"\n"
         with writing(self.path):
-            while line:  # a disk that becomes full takes a part of it
+            while line:  # a disk that becomes full writes only a part
                 line = line[self._file.write(line) :]
 
     def close(self) -> None:

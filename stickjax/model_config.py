@@ -23,7 +23,7 @@ class ModelConfig:
     k: int = field(0, "experts chosen per token", at_least=0)
     attention_experts: int = field(
         0,
-        "experts that own the query heads, K each, of which a token chooses N / K; 0: all tokens share the heads",
+        "experts that own K query heads each; a token chooses N / K of them. 0: all tokens share the heads",
         at_least=0,
     )
     attention: Literal["stick_breaking", "softmax"] = field("stick_breaking", "softmax comes with RoPE")
@@ -32,7 +32,7 @@ class ModelConfig:
         False, "normalise every head's output (GroupNorm, a group per head) before the output projection"
     )
     attend_current: bool = field(False, "let a token attend to itself (stick-breaking only)")
-    window: int | None = field(None, "keys at most this far to the left are attended; None: all", at_least=0)
+    window: int | None = field(None, "attend only to keys at most this far to the left; None: to all", at_least=0)
     skip_below: float | None = field(
         None, "skip blocks once log2 of the stick left is below this (stick-breaking only)"
     )
@@ -41,7 +41,7 @@ class ModelConfig:
         "swiglu", "feed-forward activation"
     )
     key_value: Literal["projected", "biased", "input"] = field(
-        "projected", "keys and values of attention experts: projections, with a bias, or the layer's input (K=1, H=D)"
+        "projected", "keys and values of attention experts: projected, the same with a bias, or the input (K=1, H=D)"
     )
     expert_bias: bool = field(False, "add a bias to the output of every mixture of experts")
     router: Literal["topk_softmax", "softmax_topk"] = field("topk_softmax", "order of the selection and the softmax")
@@ -51,15 +51,15 @@ class ModelConfig:
     router_hidden: int = field(256, "hidden width of the mlp and gmm router networks", at_least=1)
     new_experts: int = field(0, "experts added to the E of a trained model, in leaves of their own", at_least=0)
     new_attention_experts: int = field(0, "the same for attention_experts", at_least=0)
-    gone_experts: int = field(0, "experts that were pruned and keep their share of the router's softmax", at_least=0)
+    gone_experts: int = field(0, "pruned experts that keep their share of the router's softmax", at_least=0)
     gone_attention_experts: int = field(0, "the same for attention_experts", at_least=0)
     pruned: Literal["no", "old_denominator", "new_denominator"] = field(
-        "no", "whether experts were pruned, and whether the router's softmax still runs over all of them"
+        "no", "whether experts were pruned, and whether they still count in the router's softmax"
     )
     sample_topk: int = field(0, "in training, how many of the k experts are sampled instead of the best", at_least=0)
     round_rows: int = field(
         0,
-        "in training, an expert's rows on a device are rounded down to a multiple, smallest gates first; 0: no",
+        "token rounding in training: drop rows with the smallest gates, to a multiple per expert and device; 0: no",
         at_least=0,
     )
     switch_weight: float = field(0.0, "weight of the load-balancing loss E * sum_e f_e P_e", at_least=0)
@@ -124,15 +124,15 @@ class ModelConfig:
 
     def _check_attention_experts(self):
         chosen, E = self.N // self.K, self.attention_experts
-        said = f"N / K = {chosen} experts of K={self.K} heads per token"
+        choice = f"N / K = {chosen} experts of K={self.K} heads per token"
         if chosen > E:
-            raise ValueError(f"{said} cannot exceed attention_experts={E}")
+            raise ValueError(f"{choice} cannot exceed attention_experts={E}")
         if chosen == 1 and self.router == "topk_softmax":
             raise ValueError(
-                f"{said} with router='topk_softmax' train no router; use N = 2 K or more or 'softmax_topk'"
+                f"{choice} with router='topk_softmax' train no router; use N = 2 K or more or 'softmax_topk'"
             )
         if self.sample_topk > chosen:
-            raise ValueError(f"sample_topk={self.sample_topk} cannot exceed {said}")
+            raise ValueError(f"sample_topk={self.sample_topk} cannot exceed {choice}")
         if self.key_value == "input" and (self.K, self.H) != (1, self.D):
             raise ValueError(f"key_value='input' needs K=1 and H=D={self.D}, not K={self.K} and H={self.H}")
         if self.key_value == "input" and self.attention == "softmax":
@@ -192,16 +192,16 @@ class ModelConfig:
 
     @classmethod
     def molm_350m_4b(cls, **changes) -> "ModelConfig":
-        """MoLM-350M-4B, a released ModuleFormer (arXiv 2306.04640): 4.1B parameters, 366M at work.
+        """MoLM-350M-4B, a released ModuleFormer (arXiv 2306.04640): 4.1B parameters, 366M active.
 
-        A new model of it begins as every decoder here does, with normal deviates of `init_std`; the original's experts
-        began uniform within 1 / (inputs of the matrix).
+        A new model is initialised like every decoder here, by a normal distribution with `init_std`. The original's
+        experts were initialised uniformly within 1 / (number of inputs of the matrix).
         """
         return cls(**dict(_MOLM, L=24, N=2, k=2) | changes)
 
     @classmethod
     def molm_700m_4b(cls, **changes) -> "ModelConfig":
-        """MoLM-700M-4B: the same parameters, four modules of a kind at work."""
+        """MoLM-700M-4B: the same parameters, with four active modules of each kind."""
         return cls(**dict(_MOLM, L=24, N=4, k=4) | changes)
 
     @classmethod
@@ -210,8 +210,8 @@ class ModelConfig:
         return cls(**dict(_MOLM, L=48, N=2, k=2) | changes)
 
 
-# What makes a ModuleFormer of the decoder: modules of both kinds, gates of a softmax over all of them, attention that
-# includes the token itself and drops the stick left.
+# The fields that make the decoder a ModuleFormer: modules of both kinds, gates from a softmax over all of them, and
+# attention that includes the token itself and drops the rest of the stick.
 MODULES: dict[str, Any] = dict(
     attention="stick_breaking", attend_current=True, remainder="none", router="softmax_topk", router_network="mlp",
     activation="gelu_tanh", norm="layer", tied=False,

@@ -32,19 +32,20 @@ SMALL = Config().replace(
 
 
 def at_width(config: Config, width: int, *, mup: bool, base: float | None = None) -> Config:
-    r"""The config with D = width; N, K and F grow along, while H, and with it the scale of q.k, stays.
+    r"""The config with D = width. N, K and F grow with it; H, and so the scale of q.k, stays the same.
 
     .. math::
         m_{width} = width / base \text{ with muP}, \qquad m_{width} = 1 \text{ without}
 
-    The learning rate is untouched, and `logits_scaling` keeps its ratio to m_width; so the two parametrisations
-    differ by muP alone, and are the same model at the base width.
+    The learning rate stays the same, and `logits_scaling` keeps its ratio to m_width. So the two parametrisations
+    differ by muP alone, and they are the same model at the base width.
 
     Args:
       config: the experiment at some width.
       width: the new D.
       mup: whether m_width follows the width.
-      base: the width at which m_width is 1; None: D / m_width of the config, which then is itself at its own width.
+      base: the width at which m_width is 1; None: D / m_width of the config, so that at its own width the config does
+        not change.
 
     Raises:
       ValueError: N, K or F would not be a whole number.
@@ -63,7 +64,7 @@ def at_width(config: Config, width: int, *, mup: bool, base: float | None = None
 
 
 def activations(model: Transformer, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """What flows through the model: the embedding, of every layer the branches and the residual stream, the logits."""
+    """The activations: the embedding, the branches and the residual stream of every layer, and the logits."""
     c, segment_ids = model.config, batch["segment_ids"]
     context = Context(segment_ids, segment_ids, segment_positions(segment_ids), 0)
     x = c.m_emb * cast(model.embed, c)[batch["tokens"]]
@@ -80,7 +81,7 @@ def activations(model: Transformer, batch: dict[str, jax.Array]) -> dict[str, ja
     for i in range(c.L):
         block = jax.tree.map(lambda leaf, i=i: leaf[i], model.blocks)
         watched = {name: watch(f"{name} {i}", getattr(block, name)) for name in ("attention", "ffn")}
-        # The block's own code on its own parts, two of which tell what they return.
+        # The code of the block itself runs on its parts; two of them are replaced to record what they return.
         x, _, _ = Block.__call__(SimpleNamespace(**vars(block) | watched), x, context, None, None, None)
         seen[f"residual {i}"] = x
     return seen | {"logits": apply(model, batch).logits}
@@ -90,7 +91,7 @@ def transformer(config: Config, width: int, mup: bool) -> tuple:
     """(params, optimizer, forward) of the model at a width, for `coordinate_check`.
 
     `forward(params)` is (training loss, activations) on the first batch of the config's text. The learning rate is
-    peak_lr from the first step on: the few steps of a check would all lie in the warmup.
+    peak_lr from the first step on, because the few steps of a check would all lie in the warmup.
     """
     constant = {"optim.schedule": "constant", "optim.warmup_tokens": 0, "optim.decay_tokens": 0}
     config = at_width(config, width, mup=mup).replace(constant)
@@ -118,8 +119,8 @@ def training(config: Config) -> Callable[[float], np.ndarray]:
 
     @jax.jit
     def step(state, batch, rate):
-        # An update is in proportion to the learning rate: that of a rate of one, scaled, is compiled once for all
-        # rates. The router's bias, which no gradient reaches, moves by a rule of its own.
+        # An update is proportional to the learning rate. So the step is compiled once, for a rate of one, and its
+        # update is scaled. The router's bias, which no gradient reaches, moves by a rule of its own.
         new, metrics = one(state, batch)
         move = lambda label, old, new: new if label == "frozen" else old + rate.astype(old.dtype) * (new - old)  # noqa: E731
         params = jax.tree.map(move, label_tree(state.params), state.params, new.params)
@@ -136,7 +137,7 @@ def training(config: Config) -> Callable[[float], np.ndarray]:
 
 
 def last_loss(losses: np.ndarray) -> float:
-    """The mean of the last quarter: a single batch is noisy. Every batch is new text, so no held-out part is needed."""
+    """The mean loss of the last quarter of the steps. Every batch is new text, so no held-out text is needed."""
     return float(losses[-max(1, len(losses) // 4) :].mean())
 
 
@@ -156,7 +157,7 @@ def power_law_records(
       config: the experiment; its steps and schedule are not read.
       learning_rates: the constant rates.
       tokens: the lengths of training, in tokens.
-      batch_sizes: values of B; None: that of the config.
+      batch_sizes: values of B; None: the config's B alone.
 
     Returns:
       A record {"tokens", "batch_size" (in sequences of 4096 tokens), "learning_rate", "loss"} each.
@@ -180,14 +181,14 @@ def power_law_records(
 
 
 def _start(config: Config) -> TrainState:
-    """The state before the first step, by the random generator that compiles in a third of the time."""
+    """The state before the first step, made with a random generator that compiles in a third of the time."""
     start = lambda: init_state(config, jax.random.key(config.train.seed, impl="rbg"))  # noqa: E731
     check_fits(state_parts(jax.eval_shape(start)))
     return jax.jit(start)()
 
 
 def _batches(config: Config) -> list[dict[str, np.ndarray]]:
-    """The batches of all steps, for every run to see the same."""
+    """The batches of all steps, so that every run sees the same batches."""
     corpus = _corpus(config.data)
     with_vocabulary(config, corpus.tokenizer.vocab_size)  # checks V
     return list(itertools.islice(train_loader(corpus, config.data), config.train.steps))

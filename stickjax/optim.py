@@ -3,8 +3,8 @@
 A *token schedule* is a pure function `(tokens, batch_size, left) -> learning rate`. `power_schedule` drives it by the
 step; `make_optimizer` by an exact count of the tokens seen, which stays right when the batch size changes.
 
-Parameters that are stored in less than float32 have float32 copies in the optimizer state, their masters: the updates
-add up there, and the parameters are the masters rounded.
+A parameter that is stored in a smaller type than float32 has a float32 copy in the optimizer state, its master. The
+updates are added to the master, and the parameter is the master, rounded.
 """
 
 import fnmatch
@@ -25,8 +25,8 @@ UNIT = 2.0**36  # tokens, about 7e10: dividing by a power of two is exact
 Transform = optax.GradientTransformationExtraArgs
 TokenSchedule = Callable[..., jax.Array]
 
-# Each shape falls from 1 to 0 as r, the share of the decay still to come, falls from 1 to 0. Counting what is left
-# instead of what has passed makes the last step exact: float32 cannot tell 1 - x from 1 there, but r is 0.
+# Each shape falls from 1 to 0 as r, the share of the decay that is still to come, falls from 1 to 0. A share of what
+# has passed would not reach exactly 1 at the last step in float32; r reaches exactly 0.
 DECAYS = {
     "exponential": lambda r: jnp.expm1(r) / math.expm1(1),
     "linear": lambda r: r,
@@ -46,8 +46,8 @@ def power_by_tokens(
 
     Args:
       warmup_tokens: W, length of the linear warmup (to eta(W), not to the cap), in tokens.
-      total_tokens: N, length of the run, in tokens. None never decays: any checkpoint of such a run can be
-        continued with a decay later, and is then the run that had planned it.
+      total_tokens: N, length of the run, in tokens. None: never decays. Any checkpoint of such a run can be
+        continued with a decay later, as if that had been planned from the start.
       decay_tokens: M, length of the decay at the end, in tokens; it starts from eta(N - M). None: it is N - W, so that
         the decay begins where the warmup ends.
       decay: f, from 1 to d: exponential, (1 - d) e/(e-1) exp(-x) + (d e - 1)/(e-1); linear; sqrt, 1 - sqrt(x); cosine.
@@ -89,7 +89,7 @@ def power_by_tokens(
             left = float(total_tokens) - n if left is None else jnp.asarray(left, jnp.float32)
             span = jnp.maximum(n + left - warmup, 1) if decay_tokens is None else float(decay_tokens)
             last = jnp.maximum(n + left - span, first)
-        # The power of a number near 1: in float32 that of 1e12 itself is wrong in the seventh digit.
+        # n is divided by UNIT first: in float32 the power of a number near 1e12 is wrong in the seventh digit.
         rate = jnp.minimum(max_value, batch_size * (a * UNIT**b) * (jnp.clip(n, first, last) / UNIT) ** b)
         if warmup:
             rate = rate * jnp.minimum(n / warmup, 1)
@@ -102,9 +102,10 @@ def power_by_tokens(
 
 
 def wsd_by_tokens(*, warmup_tokens, **shape) -> TokenSchedule:
-    """Warmup, stable, decay (arXiv 2404.06395): the Power schedule whose cap always binds; it takes no a and b.
+    """Warmup, stable, decay (arXiv 2404.06395): the Power schedule at its cap all the time; it takes no a and b.
 
-    A decay that fills the run behind the warmup is the usual cosine (or linear) schedule; no decay, the constant one.
+    If the decay begins where the warmup ends, this is the usual cosine (or linear) schedule; without a decay, the
+    constant one.
 
     >>> learning_rate = wsd_by_tokens(warmup_tokens=100, total_tokens=1000, decay_tokens=200, decay="linear")
     >>> [f"{learning_rate(n, 1):.3f}" for n in (50, 100, 800, 900, 1000)]
@@ -184,14 +185,14 @@ def scale_by_tokens(schedule: TokenSchedule, tokens_per_step=None, *, batch_size
     """Multiply updates by -schedule(n, beta), n being the exact count of the tokens trained so far.
 
     `update(updates, state, params, tokens=..., left=...)` takes the tokens of this step. They are added to a counter in
-    the state, which a checkpoint carries along, so that a run may resume with another batch size. `left`, the number of
+    the state, which checkpoints save, so that a run may resume with another batch size. `left`, the number of
     tokens still to come, including this step, says where the run ends; without it, the schedule's total_tokens does.
 
     Args:
       schedule: a token schedule, `power_by_tokens(...)` or `wsd_by_tokens(...)`; it may have two arguments if `left`
         is never given.
       tokens_per_step: tokens of a step whose update is not given `tokens=`.
-      batch_size: beta, in sequences of 4096 tokens; None follows the batch: tokens / 4096 of each step.
+      batch_size: beta, in sequences of 4096 tokens; None: tokens / 4096 of each step.
       start_tokens: tokens trained before the first update.
     Raises:
       ValueError: an argument is out of range, or `tokens` is missing, negative or not an integer.
@@ -221,9 +222,9 @@ def scale_by_tokens(schedule: TokenSchedule, tokens_per_step=None, *, batch_size
 
 
 def make_token_schedule(config: Config) -> TokenSchedule:
-    """The token schedule of `config.optim`; `decay_tokens` is of power and wsd, cosine decays over the whole run."""
+    """The token schedule of `config.optim`. power and wsd have `decay_tokens`; cosine decays over the whole run."""
     o = config.optim
-    # A run may have warmed up with larger batches, and then have more tokens than steps * B * T.
+    # A run that warmed up with larger batches has more tokens than steps * B * T.
     total = max(config.total_tokens, o.warmup_tokens + o.decay_tokens)
     shape = dict(warmup_tokens=o.warmup_tokens, max_value=o.peak_lr, end_ratio=o.end_ratio)
     if o.schedule == "cosine":
@@ -246,14 +247,15 @@ EMBEDDINGS = {"embed", "embedding", "unembed", "relative"}
 
 
 def label_of(names: tuple[str, ...]) -> str:
-    """The muP label of a parameter by the names on its path; an unknown name is an error, as a guess could be wrong.
+    """The muP label of a parameter by the names on its path; an unknown name is a ValueError, because a guess could be
+    wrong.
 
     >>> label_of(("blocks", "attention", "query")), label_of(("blocks", "norm", "scale"))
     ('matrix', 'vector')
     """
     last = names[-1].removeprefix("new_")
     if last in ("selection_bias", "slot"):
-        return "frozen"  # of routers: the one is moved by a rule of its own, the other says what was pruned
+        return "frozen"  # of routers: one is moved by its own rule, the other says what was pruned
     if last.endswith(("scale", "bias")):
         return "vector"  # not by ndim: stacked layers give the vectors of `blocks` a second axis
     if EMBEDDINGS.intersection(names[-2:]):
@@ -264,7 +266,7 @@ def label_of(names: tuple[str, ...]) -> str:
 
 
 def learns(name: str, learn: str) -> bool:
-    """Whether a parameter matches one of the patterns of `optim.learn`, and none of those behind a !.
+    """Whether a parameter is trainable: it matches a pattern of `optim.learn`, and no pattern after a !.
 
     >>> [learns("blocks.ffn.router.weight", learn) for learn in ("*.router.*", "!*.router.*", "*,!embed")]
     [True, False, True]
@@ -279,8 +281,9 @@ def learns(name: str, learn: str) -> bool:
 def label_tree(params, learn: str = "*"):
     """A tree like params with the label of every parameter: "matrix", "embedding", "vector" or "frozen".
 
-    `learn`: patterns of the names (blocks.ffn.router.weight) that learn, separated by commas, and behind a ! of those
-    that do not; without one of the first all others learn. ValueError for one that matches no name.
+    `learn`: patterns of the names of trainable parameters (blocks.ffn.router.weight), separated by commas. After a !:
+    of frozen parameters; if all patterns have a !, all other parameters are trainable. ValueError for a pattern that
+    matches no name.
     """
     patterns, names_of = [pattern.removeprefix("!") for pattern in learn.split(",")], []
 
@@ -297,26 +300,26 @@ def label_tree(params, learn: str = "*"):
 
 
 def learning(config: Config, params):
-    """The parameters, without a gradient for those that `optim.learn` leaves out."""
+    """The parameters; the ones that `optim.learn` freezes get no gradient."""
     freeze = lambda label, x: jax.lax.stop_gradient(x) if label == "frozen" else x  # noqa: E731
     return jax.tree.map(freeze, label_tree(params, config.optim.learn), params)
 
 
 def make_optimizer(config: Config, params) -> Transform:
-    """AdamW under muP: matrices learn at eta / m_width, embeddings, norms and biases at eta.
+    """AdamW under muP: the learning rate of matrices is eta / m_width, of embeddings, norms and biases eta.
 
     A chain of clipping, one Adam, decoupled weight decay (not of norms and biases), the learning rate by tokens,
-    and last the factor 1 / m_width of the matrices. Being last it also divides their weight decay, as the published
-    models do; `scale_decay` multiplies that by m_width again (strict muP). It computes in float32 whatever the
-    parameters are stored in. A parameter of a smaller type that is trained has its float32 master in the state, where
-    small updates add up: `optax.apply_updates` makes it the master rounded.
+    and last the factor 1 / m_width of the matrices. Because it comes last, it also divides their weight decay, as in
+    the published models; `scale_decay` multiplies the weight decay by m_width again (strict muP). All is computed in
+    float32. A trainable parameter of a smaller type has a float32 master in the state, to which small updates are
+    added; `optax.apply_updates` then sets the parameter to the rounded master.
 
     Args:
       config: its optim section, m_width, and tokens_per_step for updates not given `tokens=`; see `scale_by_tokens`.
       params: the parameters, or their shapes; their names and types are read.
     Returns:
       The optimizer; `optax.tree.get(state, "learning_rate")`, `"tokens"` (an int by `int()`) and, where there are some,
-      `"masters"` are for logs. Its `init` may be given values of a larger type than `params` has; the masters keep it.
+      `"masters"` are for logs. `init` also takes values of a larger type than `params` has; the masters keep it.
     Raises:
       ValueError: a parameter has no label, a pattern of `optim.learn` matches none, or all are frozen.
     """
@@ -324,7 +327,7 @@ def make_optimizer(config: Config, params) -> Transform:
     labels = label_tree(params, o.learn)
     rate = dict(matrix=1 / m_width, embedding=1.0, vector=1.0, frozen=0.0)
     decay = dict(matrix=m_width if o.scale_decay else 1.0, embedding=1.0, vector=0.0, frozen=0.0)
-    moving = jax.tree.map(lambda label: label != "frozen", labels)  # what is frozen has no moments either
+    moving = jax.tree.map(lambda label: label != "frozen", labels)  # a frozen parameter has no moments either
     if not any(jax.tree.leaves(moving)):
         raise ValueError(f"optim.learn={o.learn!r} freezes every parameter: nothing would be trained")
 
@@ -345,14 +348,14 @@ def make_optimizer(config: Config, params) -> Transform:
 class Masters(NamedTuple):
     """The last part of the state of an optimizer that has masters."""
 
-    masters: Any  # a tree like the parameters, with nothing in the place of those that have no master
+    masters: Any  # a tree like the parameters; nothing in the place of a parameter without a master
 
 
 def _in_float32(tx: Transform, small) -> Transform:
     """`tx` on float32 values, with a master for every parameter that is True in `small`.
 
-    Without masters most updates of a bfloat16 parameter are lost: they are below half a unit of its last place. Moments
-    of that type would lose the small changes, and those of float16 underflow to 0 / 0.
+    Without masters most updates of a bfloat16 parameter are lost, because they are below half a unit of its last place.
+    Moments in bfloat16 would lose small changes, and moments in float16 would underflow to 0 / 0.
     """
     cast = lambda tree: optax.tree.cast(tree, jnp.float32)  # noqa: E731
     keep = lambda tree: Masters(jax.tree.map(lambda s, x: x if s else optax.MaskedNode(), small, tree))  # noqa: E731
@@ -370,7 +373,7 @@ def _in_float32(tx: Transform, small) -> Transform:
         values = jax.tree.map(lambda s, p, master: master if s else p, small, cast(params), state[-1].masters)
         updates, inner = tx.update(cast(updates), state[:-1], values, **extra)
         new = optax.apply_updates(values, updates)
-        # The difference of two rounded numbers: added to the parameter it gives the second one without an error.
+        # The difference between the parameter and its rounded master: the sum of both is the rounded master, exactly.
         rounded = lambda s, u, new, p: new.astype(p.dtype).astype(u.dtype) - p.astype(u.dtype) if s else u  # noqa: E731
         return jax.tree.map(rounded, small, updates, new, params), (*inner, keep(new))
 

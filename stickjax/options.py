@@ -26,7 +26,7 @@ def parse_value(text: str, kinds: tuple):
                 number = float(text)
                 if kind is float:
                     return number
-                if number == int(number):  # 1e6 is a fine way to write an integer
+                if number == int(number):  # 1e6 is an integer too
                     return int(text) if text.lstrip("+-").isdigit() else int(number)
             except (ValueError, OverflowError):
                 continue
@@ -62,7 +62,7 @@ def parse(config: Config, argv: list[str]) -> Config:
 
 
 def describe(config: Config) -> str:
-    """Every field with its present value and its sentence: the body of --help."""
+    """Every field with its current value and its sentence: the body of --help."""
     lines = []
     for section in dataclasses.fields(config):
         part = getattr(config, section.name)
@@ -72,7 +72,7 @@ def describe(config: Config) -> str:
     return "\n".join(lines)
 
 
-# Beside the packages in a checkout, inside of stickjax in an installation (pyproject.toml).
+# The folder of configs: beside the packages in a checkout, inside stickjax in an installation (pyproject.toml).
 _FOLDERS = (Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs")
 _WHAT = "a config is a name ({}), a Python file that defines get_config(), or the config.json of a run"
 
@@ -88,7 +88,7 @@ def named_configs() -> dict[str, Path]:
 
 
 def load_config(path: str) -> Config:
-    """The config of a name such as "tiny", of a Python file, which is run, or of a config.json.
+    """The config with a name such as "tiny", from a Python file, which is run, or from a config.json.
 
     Raises:
       ValueError: there is no such config, or it cannot be read; for a Python file, with the line number.

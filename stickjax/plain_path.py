@@ -7,17 +7,18 @@ import tempfile
 import threading
 from pathlib import Path
 
-# Letters of any alphabet and what has no meaning in a pattern or an address; no folder that stands for a store.
+# Letters of any alphabet, and signs without a meaning in a pattern or an address. A path that begins with one of these
+# four folders would be taken for the address of a remote store.
 _PLAIN = re.compile(r"(?!/(gs|s3|az|hf)/)[\w/.,+=@~ -]*")
-MOST_BYTES = 3800  # of the path; Linux allows 4096, some of which are of the names below
+MOST_BYTES = 3800  # of a path; Linux allows 4096, and the names of the files below the folder need some
 
 
 def plain_path(folder: Path) -> Path:
-    r"""A path of a folder that Orbax and TensorStore cannot misread: its own, or that of a link to it.
+    r"""A path to a folder that Orbax and TensorStore cannot misread: the folder's own path, or a link to it.
 
-    Orbax looks for the files of every process by glob, in which `[0.1]`, `*` and `?` are patterns; TensorStore takes a
-    backslash for a slash, and cannot name what is not UTF-8. They get a link of plain letters in the folder for
-    temporary files, which has the same name in all processes.
+    Orbax looks for the files of every process by glob, in which `[0.1]`, `*` and `?` are patterns. TensorStore takes a
+    backslash for a slash, and cannot open a path that is not UTF-8. For such a folder they get a link with a plain name
+    in the folder for temporary files. The link has the same name in all processes.
 
     ValueError when there can be no such link, or the path is too long.
 

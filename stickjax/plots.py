@@ -59,7 +59,7 @@ def group(records: Records, *keys: str) -> dict[Any, Records]:
 
 
 def best_runs(records: Records, *keys: str) -> Records:
-    """The record of the smallest finite loss for every combination of `keys`; one that always diverged has none."""
+    """The record of the smallest finite loss for every combination of `keys`; none if all its runs diverged."""
     groups = group([r for r in records if math.isfinite(r["loss"])], *keys)
     return [min(line, key=lambda r: r["loss"]) for line in groups.values()]
 
@@ -81,8 +81,8 @@ def plot_length_curves(runs: dict[str, Records], path) -> None:
     contexts = {r["context"] for records in runs.values() for r in records}
     trained = sorted({r["context"] for records in runs.values() for r in records if r["multiple"] == 1})
     for T in trained:
-        said = {"label": "training length"} if T == trained[0] else {}
-        axes.axvline(T, color="k", linestyle=":", alpha=0.5, **said)
+        legend = {"label": "training length"} if T == trained[0] else {}
+        axes.axvline(T, color="k", linestyle=":", alpha=0.5, **legend)
     ticks(axes, contexts)
     axes.legend()
     save(page, path)
@@ -135,16 +135,16 @@ def plot_halting(records: Records, path, groups=((0, 6), (7, 9), (10, 12))) -> N
             line.append((mean["depth"], mean["accuracy"], threshold))
         if line:
             axes.plot([x for x, _, _ in line], [y for _, y, _ in line], "o-", label=f"{low} to {high} operators")
-            for i, (x, y, threshold) in enumerate(line):  # below and above in turn, as some are at nearly one place
+            for i, (x, y, threshold) in enumerate(line):  # below and above in turn, because some points nearly coincide
                 place = dict(textcoords="offset points", xytext=(4, 6 if i % 2 else -10), fontsize="x-small")
                 axes.annotate(f"{threshold:g}", (x, y), **place)
-    axes.margins(x=0.1)  # of the numbers on the right
+    axes.margins(x=0.1)  # room for the numbers on the right
     axes.legend(title="number: threshold")
     save(page, path)
 
 
 def plot_depth(sentences: list[tuple[list[str], np.ndarray]], path) -> None:
-    """How many blocks the final state of every token is made of, a row per sentence."""
+    """The mean number of blocks in the final state of every token, a row per sentence."""
     from matplotlib.figure import Figure
 
     longest = max(len(tokens) for tokens, _ in sentences)
@@ -162,8 +162,8 @@ def plot_depth(sentences: list[tuple[list[str], np.ndarray]], path) -> None:
 def plot_module_use(use: dict[str, dict[str, Any]], information: dict[str, Any], path) -> None:
     """Shares of the routed pairs {source: {kind: [L, columns]}}: a row of panels per kind, one per source.
 
-    Modules of different layers have nothing in common, so each layer's stand in an order of its own, the same in all
-    panels of a row: from those that the first source uses more than the last one to those that it uses less.
+    Modules of different layers have nothing in common, so every layer has its own order, the same in all panels of a
+    row. It begins with the modules that the first source uses more than the last source.
     """
     from matplotlib.figure import Figure
 

@@ -1,7 +1,7 @@
 """Share the address of process 0 through the process manager of MPICH and Intel MPI (PMI version 1).
 
-Every process has a file descriptor to the manager, for lines of `key=value`: one process puts a value, all wait for
-each other, and the others get the value.
+Every process has a file descriptor of the manager, and sends it lines of `key=value`. One process puts a value, all
+wait for each other, and the others get the value.
 """
 
 import os
@@ -21,8 +21,8 @@ def share(file: int, value: str | None) -> str:
         found = _ask(file, f"get kvsname={store} key=stickjax")["value"]
         _ask(file, "finalize")
     except (OSError, KeyError) as error:
-        said = f"the process manager behind PMI_FD={file} gives no address: {error!r}"
-        raise ValueError(f"{said}; give --coordinator HOST:PORT") from error
+        problem = f"the process manager behind PMI_FD={file} gives no address: {error!r}"
+        raise ValueError(f"{problem}; give --coordinator HOST:PORT") from error
     return found
 
 

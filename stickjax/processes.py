@@ -1,7 +1,7 @@
-"""Several processes that train together: how they find one another, agree, and end when one of them is lost.
+"""Processes that train together: how they find one another, share values, and end when one of them is lost.
 
-Every process has its own devices and reads its own rows of a batch; process 0 alone writes. JAX's coordination service,
-which process 0 runs, tells everyone within `HEARTBEAT` seconds that a process is gone, and ends them.
+Every process has its own devices and reads its own rows of a batch; process 0 alone writes. Process 0 runs JAX's
+coordination service. When a process is lost, the service tells all others within `HEARTBEAT` seconds, and they end.
 """
 
 import contextlib
@@ -24,12 +24,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stickjax import pmi
 
-# Seconds. A process that has been silent so long is lost; one that has not come after START is missing; at the end the
-# others wait so long for what process 0 still writes.
+# Seconds. After HEARTBEAT without a sign of life a process is lost. After START a process that has not joined is
+# missing. At the end the other processes wait at most END for process 0 to finish writing.
 HEARTBEAT, START, END = 20, 300, 1800
-WORD = 1  # so long process 0 has the word when something fails
+ERROR_GRACE_SECONDS = 1  # after an error, the other processes wait this long, so that process 0 reports it first
 _LONG = 24 * 3600 * 1000  # milliseconds: a lost process is found by its heartbeat, not by waiting
-# Exit codes: this process has said what went wrong; another one has, or was lost.
+# Exit codes. SAID: this process has printed its error. LOST: another process has printed one, or was lost.
 SAID, LOST = 3, 4
 
 # Exit codes of a process that saved and stopped, because of a signal or a closed output pipe.
@@ -37,8 +37,8 @@ STOPPED = tuple(128 + number for number in (signal.SIGHUP, signal.SIGINT, signal
 
 AGAIN = "the same command goes on from the last checkpoint"
 
-# The number of processes, the own one among all and among those of this machine, by who started them. In a shell that
-# SLURM allocated machines to, the last one is missing: nobody else was started there.
+# Environment variables of schedulers: the number of processes, the index of this one among all, and its index on this
+# machine. The fourth variable of SLURM is missing in a shell that SLURM has only allocated machines to.
 _SCHEDULERS = (
     ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NODELIST"),
     ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
@@ -51,11 +51,11 @@ _PEER_GONE = re.compile(r"Gloo|NCCL|coordination service|CoordinationService|[Cc
 
 
 def initialize(coordinator: str | None = None, count: int | None = None, index: int | None = None) -> None:
-    """Join the other processes; does nothing for a process that is alone. Before anything else that JAX does.
+    """Join the other processes; do nothing if there are none. Must be called before JAX does anything else.
 
     Without arguments, the environment of SLURM, Open MPI, MPICH or Intel MPI says who the others are; each process then
-    takes one device of its machine, that of its rank there. The coordinator, where that environment does not tell it,
-    may also be JAX_COORDINATOR_ADDRESS.
+    takes the one device of its machine that has its rank there. If that environment does not name the coordinator,
+    JAX_COORDINATOR_ADDRESS may.
 
     Args:
       coordinator: HOST:PORT, a free port of the machine of process 0.
@@ -82,7 +82,7 @@ def initialize(coordinator: str | None = None, count: int | None = None, index: 
             coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS") or _agree(count, index)
         local = None if "JAX_LOCAL_DEVICE_IDS" in os.environ else local
     else:
-        method = "deactivate"  # a launcher under SLURM or Open MPI has counted for itself
+        method = "deactivate"  # the numbers are given, so the environment of SLURM or Open MPI must not count
         if coordinator is None or count is None or index is None:
             raise ValueError("--coordinator HOST:PORT, --processes N and --process I belong together")
     if not 0 <= index < count:
@@ -93,13 +93,13 @@ def initialize(coordinator: str | None = None, count: int | None = None, index: 
         _, port = check_address(coordinator)
         if index == 0:
             _check_free(port, coordinator)
-    # JAX aborts with a stack trace when time is up; this says who is missing, a little before.
+    # When time is up, JAX aborts with a stack trace. A little earlier this timer says who is missing.
     missing = f"process 0{f' at {coordinator}' if coordinator else ''}" if index else "the others"
     late = f"error: process {index} of {count} has waited {START} s for {missing}"
     timer = threading.Timer(START - 2, lambda: (print(late, file=sys.stderr, flush=True), os._exit(SAID)))
     timer.daemon = True
     timer.start()
-    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, which the training handles
+    jax.config.update("jax_enable_preemption_service", False)  # it would handle SIGTERM, which the training handles
     try:
         jax.distributed.initialize(
             coordinator,
@@ -113,7 +113,7 @@ def initialize(coordinator: str | None = None, count: int | None = None, index: 
         )
     finally:
         timer.cancel()
-    if jax.process_count() != count:  # otherwise each of them would write
+    if jax.process_count() != count:  # otherwise every process would write
         found = f"process {index} of {count} has found {jax.process_count() - 1} of the other {count - 1}"
         raise ValueError(f"{found}; check --coordinator, --processes and --process of all of them")
     if index:
@@ -162,7 +162,7 @@ def check_address(address: str) -> tuple[str, int]:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens to."""
+    """A free port of this machine."""
     with socket.create_server(("", 0)) as one:
         return one.getsockname()[1]
 
@@ -176,7 +176,7 @@ def _check_free(port: int, coordinator: str) -> None:
 
 
 def is_writer() -> bool:
-    """Whether this is process 0, which alone writes files and talks.
+    """Whether this is process 0. It alone writes files and prints.
 
     >>> is_writer()
     True
@@ -213,7 +213,7 @@ def shared(function: Callable, raises: type[Exception] = ()):
 
     Args:
       function: called in process 0 alone; its value must be JSON.
-      raises: what it may raise, then raised in all. Anything else it raises must end process 0.
+      raises: exceptions that are then raised in all processes. Any other exception must end process 0.
 
     >>> shared(lambda: [1, "two"])
     [1, 'two']
@@ -236,7 +236,7 @@ def shared(function: Callable, raises: type[Exception] = ()):
 
 
 def check_same(facts: dict) -> None:
-    """Wait for all processes; ValueError in one where some of these facts (JSON) are others than in process 0.
+    """Wait for all processes; ValueError in a process where some of these facts (JSON) differ from process 0.
 
     >>> check_same({"text": "914b8a1bc21f6cbc", "data.T": 256})
     """
@@ -260,9 +260,9 @@ def any_process(mesh: Mesh | None, flag: int, after=0):
 
     Args:
       mesh: the devices of all processes; None: there is one process.
-      flag: that of this process, not negative.
-      after: an array on the mesh. Programs that talk to other processes must run in one order everywhere, and this one
-        waits for the one that makes `after`.
+      flag: the flag of this process, not negative.
+      after: an array on the mesh. Programs that communicate must run in the same order in all processes; this one runs
+        after the program that makes `after`.
 
     Returns an array that may still be under way; `int` waits for it.
 
@@ -277,15 +277,15 @@ def any_process(mesh: Mesh | None, flag: int, after=0):
 
 
 def orphaned() -> bool:
-    """Whether the launcher that started this process is gone: nobody would end it when another process is lost."""
+    """Whether the launcher of this process is gone. Then nobody would end it when another process is lost."""
     return os.environ.get("STICKJAX_LAUNCHER", str(os.getppid())) != str(os.getppid())
 
 
 def fail(message: str, error: BaseException | None = None) -> int:
-    """Print what went wrong, in one process only, and return the exit code; of several processes, this one ends here.
+    """Print an error and return the exit code. Of several processes, one prints it, and this one exits here.
 
-    The first to fail says it: the others fail alike, or because it is gone. None waits for another, as the end of a
-    Python program otherwise would.
+    The first process to fail prints its error: the others fail in the same way, or because it is gone. Without this
+    exit, Python would wait for the other processes at its end.
     """
     if not jax.distributed.is_initialized():
         print(message, file=sys.stderr)
@@ -296,12 +296,12 @@ def fail(message: str, error: BaseException | None = None) -> int:
         message = f"error: {lost(index, count)} ({reason})"
         code = LOST
     else:
-        if index:  # process 0 says what all have in common
+        if index:  # process 0 reports an error that all have
             message = message.replace("error:", f"error: process {index}:", 1)
-            time.sleep(WORD)
+            time.sleep(ERROR_GRACE_SECONDS)
         try:
             _client().key_value_set("stickjax/failed", message)
-        except Exception:  # set already; or process 0 is gone, and with it the store
+        except Exception:  # another process has failed first, or process 0 with the store is gone
             message, code = "", LOST
     with contextlib.suppress(OSError):  # the terminal may be gone as well
         if message:
@@ -309,15 +309,15 @@ def fail(message: str, error: BaseException | None = None) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
     if is_writer():
-        time.sleep(2 * WORD)  # the store goes with this process; those that fail alike ask it first
+        time.sleep(2 * ERROR_GRACE_SECONDS)  # the store ends with this process; the others must read it first
     os._exit(code)
 
 
 def lost(index: int, count: int) -> str:
-    """What is said of a process that ends because another one has."""
+    """The message of a process that ends because another process has ended."""
     return f"process {index} of {count} has lost another one; {AGAIN}"
 
 
 def _lost_another(error: BaseException | None) -> bool:
-    """Whether an error, or what caused it, is what XLA says when a process is gone."""
+    """Whether XLA raised this error, or one that caused it, because a process is gone."""
     return error is not None and (bool(_PEER_GONE.search(str(error))) or _lost_another(error.__cause__))

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a bar on a terminal, plain lines otherwise, nothing when quiet."""
+"""The display of a run: a bar on a terminal, plain lines otherwise, nothing when quiet."""
 
 import math
 import sys

@@ -1,7 +1,8 @@
 """A run folder: config.json, metrics.jsonl, checkpoints. Data only; nothing in it is executed.
 
-A folder of one model is read like one: that of Hugging Face, or that of `save` and `stickjax.convert`, which has in
-place of the checkpoints a model.safetensors with our leaves, because Orbax writes no array that is not all in memory.
+Two other folders are read like a run folder: a Hugging Face folder, and a folder of one model from `save` or
+`stickjax.convert`. The latter has a model.safetensors with our leaves in place of checkpoints, because Orbax can write
+an array only if all of it is in memory.
 """
 
 import os
@@ -29,10 +30,10 @@ from stickjax.options import read_json
 from stickjax.sources import printable
 from stickjax.tokenizer import Tokenizer, load_tokenizer
 
-MODEL_FILE = "model.safetensors"  # of a folder with one model and no steps
+MODEL_FILE = "model.safetensors"  # in a folder of one model, which has no steps
 # Fields that are paths. A checkpoint records hashes of the files, so a path may change.
 PLACES = ("data.path", "data.heldout_path", "data.tokenizer")
-# May differ between two parts of one run: they change neither the state nor what a step computes.
+# Fields that may change when a run is resumed: they change neither the state nor what a step computes.
 _FREE = (
     "train.log_every",
     "train.checkpoint_every",
@@ -46,7 +47,7 @@ _FREE = (
 class Loaded(NamedTuple):
     """A trained model, ready to call: `model(tokens).logits`, or of a Universal Transformer `model(batch).logits`.
 
-    `tokenizer` is None where a converted model has none.
+    `tokenizer` is None if a converted model has none.
     """
 
     model: Transformer | LanguageModel | PairClassifier
@@ -63,7 +64,7 @@ def read_config(run: str | os.PathLike) -> Config:
     if hugging_face.is_folder(Path(run)):
         return hugging_face.read_config(Path(run))
     config = read_json(path)
-    own = path.with_name("tokenizer.json")  # the one that it was trained with, wherever the folder was moved
+    own = path.with_name("tokenizer.json")  # the one that it was trained with, also after the folder was moved
     return config.replace({"data.tokenizer": str(own)}) if own.exists() else config
 
 
@@ -107,15 +108,15 @@ def check_config(run: str | os.PathLike, config: Config) -> None:
         free = free[:-1]
     changed = [d for d in before.diff(config) if not d.startswith(free)]
     if not (config.optim.decay_tokens or config.optim.schedule == "cosine"):
-        changed = [d for d in changed if not d.startswith("train.steps")]  # nothing depends on the end of the run
+        changed = [d for d in changed if not d.startswith("train.steps")]  # no step depends on the end of the run
     if changed:
         raise ValueError(f"{run} is a run of another config ({'; '.join(changed)}); choose another --run folder")
 
 
 def write_config(run: str | os.PathLike, config: Config, tokenizer: Tokenizer | None = None) -> None:
-    """Make the folder of a run, with the files of its tokenizer and its config.json, each at once or not at all.
+    """Make the folder of a run, with the files of its tokenizer and its config.json. No file is ever half written.
 
-    Its paths are absolute: the run is read from any folder.
+    Paths in the config become absolute, so that the run can be read from any working folder.
     """
     folder = Path(run)
     with writing(folder):
@@ -144,7 +145,7 @@ def model_leaves(folder: str | os.PathLike, model: ModelConfig) -> dict[str, Laz
 
 
 def place_of_results(run: Path) -> Path | None:
-    """The folder for the results about a run: its own; None, with a message, if that must not be written."""
+    """The folder for the results of a run: the run's own. None, with a message, if it must not be written."""
     if hugging_face.is_folder(run):
         reason = "is in the Hugging Face layout"
     elif not os.access(run, os.W_OK):
@@ -156,7 +157,7 @@ def place_of_results(run: Path) -> Path | None:
 
 
 def placed(mesh: Mesh | None, abstract):
-    """ShapeDtypeStructs that say where on the mesh their arrays shall lie; without a mesh, the same ones."""
+    """The ShapeDtypeStructs with shardings on the mesh; without a mesh, unchanged."""
     if mesh is None:
         return abstract
     places = sharding.shardings(mesh, abstract)
@@ -172,11 +173,11 @@ def load(
       run: the folder: of a run, in the Hugging Face layout, or from `stickjax.convert`.
       step: which checkpoint; only a run has several.
       changes: config fields to change, such as {"model.window": 128}; the parameters must stay the same.
-      mesh: where the parameters shall lie, whatever they were trained on; None: on the first device.
+      mesh: the devices that get the parameters; it may differ from the training's. None: the first device.
 
     Raises:
-      ValueError: no run folder, no checkpoint, parameters of another shape, that are not finite or that do not fit into
-        the memory that is free; a Hugging Face folder that is damaged or of a model that is not supported.
+      ValueError: there is no run folder or no checkpoint; the parameters have another shape, are not finite or do not
+        fit into the free memory; a Hugging Face folder is damaged or has a model that is not supported.
     """
     config = read_config(run).replace(changes or {})
     abstract = placed(mesh, jax.eval_shape(lambda: init(config.model, jax.random.key(0))))
@@ -198,13 +199,13 @@ def load(
 
 
 def tokenizer_of(config: Config) -> Tokenizer | None:
-    """The tokenizer of a model; None when it has been converted without its tokenizer.json."""
+    """The tokenizer of a model; None if the model was converted without a tokenizer.json."""
     name = config.data.tokenizer
     return load_tokenizer(name, config.data.eot) if name == "byte" or Path(name).exists() else None
 
 
 def _placed(leaf: Lazy, spec: jax.ShapeDtypeStruct) -> jax.Array:
-    """Read an array, and lay it where it belongs."""
+    """Read an array and place it by the sharding of `spec`."""
     host = leaf.read(None).astype(spec.dtype, copy=False)
     sharding = spec.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.make_array_from_callback(spec.shape, sharding, lambda index: host[index])
@@ -214,7 +215,7 @@ def save(run: str | os.PathLike, model: Transformer, config: Config) -> None:
     """A new run folder with parameters alone, which `load` and --init-from read.
 
     Raises:
-      ValueError: the folder exists, or the parameters are not those of `config.model`.
+      ValueError: the folder exists, or the parameters do not have the shapes of `config.model`.
       OSError: it could not be written.
     """
     ours = named_leaves(jax.eval_shape(lambda: init(config.model, jax.random.key(0))))
@@ -231,7 +232,7 @@ def _shape(leaf) -> tuple | None:
 
 
 def in_memory(params: Transformer) -> dict[str, Lazy]:
-    """The leaves of a model by their names, as those of a file are read."""
+    """The leaves of a model in memory, in the form in which a file's leaves are read."""
 
     def leaf(array) -> Lazy:
         return Lazy(array.shape, array.dtype, lambda i: np.asarray(array if i is None else array[i]))

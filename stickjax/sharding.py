@@ -1,7 +1,7 @@
-"""Where arrays lie on several devices: the mesh, one table of partitions, and the gradients of a step on it.
+"""How arrays are divided over several devices: the mesh, one table of partitions, and the gradients of a step.
 
-The gradients of a step run in one `jax.shard_map`: kernels and routers see the rows of their own device, and what
-crosses devices is written out (`stickjax.collectives`). On a single device there is no mesh, and none of this exists.
+The gradients of a step are computed in one `jax.shard_map`: kernels and routers see the rows of their own device, and
+every communication is written out (`stickjax.collectives`). On a single device there is no mesh, and no shard_map.
 """
 
 import dataclasses
@@ -16,16 +16,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stickjax.config import Config
 
-# Neighbours of the last axis are neighbours among the devices: what talks most stands last.
+# Devices that are neighbours along the last axis are neighbours in the machine. So the axis with the most communication
+# comes last.
 AXES = ("data", "fsdp", "expert", "context", "tensor")
-ROW_AXES = ("data", "fsdp", "expert")  # divide the sequences of a batch
-BATCH_AXES = (*ROW_AXES, "context")  # and the tokens of a sequence
+ROW_AXES = ("data", "fsdp", "expert")  # axes that divide the sequences of a batch
+BATCH_AXES = (*ROW_AXES, "context")  # axes that divide the tokens of a batch
 BATCH = PartitionSpec(ROW_AXES, "context")
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """How parameters are divided, by their name and the letters of their axes. All others are whole everywhere."""
+    """How parameters are divided, by their name and the letters of their axes. All others lie whole on every device."""
 
     embed_vd: PartitionSpec = PartitionSpec("tensor", "fsdp")
     unembed_dv: PartitionSpec = PartitionSpec("fsdp", "tensor")
@@ -40,7 +41,7 @@ class Table:
     expert_output_ehd: PartitionSpec = PartitionSpec(None, "tensor", "fsdp")
     key_bias_kh: PartitionSpec = PartitionSpec("tensor")
     value_bias_kh: PartitionSpec = PartitionSpec("tensor")
-    hidden_dr: PartitionSpec = PartitionSpec("fsdp")  # of a router, as its weight is
+    hidden_dr: PartitionSpec = PartitionSpec("fsdp")  # of a router, divided like its weight
     weight_re: PartitionSpec = PartitionSpec("fsdp")
     w_in_dgf: PartitionSpec = PartitionSpec("fsdp", None, "tensor")
     w_out_fd: PartitionSpec = PartitionSpec("tensor", "fsdp")
@@ -51,12 +52,12 @@ class Table:
     w_out_efd: PartitionSpec = PartitionSpec("expert", "tensor", "fsdp")
 
     def find(self, name: str, ndim: int) -> PartitionSpec:
-        """Of the parameter `name`; ValueError for a matrix that the table does not know.
+        """The partition of the parameter `name`; ValueError for a matrix that is not in the table.
 
         >>> Table().find("w_out", 2) == PartitionSpec("tensor", "fsdp"), Table().find("scale", 1) == PartitionSpec()
         (True, True)
         """
-        name = name.removeprefix("new_")  # lies as what it extends
+        name = name.removeprefix("new_")  # divided like the parameter that it extends
         for field in dataclasses.fields(self):
             known, _, letters = field.name.rpartition("_")
             if (known, len(letters)) == (name, ndim):
@@ -73,9 +74,9 @@ def make_mesh(config: Config, devices=None) -> Mesh | None:
     """The mesh of a config, None for a single device.
 
     Args:
-      config: its mesh section, of which one axis may be -1, what the others leave of the devices; and the sizes of the
-        model and the batch, which have to divide.
-      devices: those to use; None: all.
+      config: its mesh section, in which one axis may be -1 for the devices that the others leave; and the sizes of the
+        model and the batch, which the mesh must divide.
+      devices: the devices to use; None: all.
 
     Raises:
       ValueError: more devices than there are, or a size that does not divide.
@@ -85,11 +86,11 @@ def make_mesh(config: Config, devices=None) -> Mesh | None:
     """
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(config, devices)
-    count, said = math.prod(sizes.values()), " x ".join(f"{axis}={n}" for axis, n in sizes.items() if n > 1)
+    count, axes = math.prod(sizes.values()), " x ".join(f"{axis}={n}" for axis, n in sizes.items() if n > 1)
     if count > len(devices):
-        raise ValueError(f"{said} needs {count} devices, there are {len(devices)}")
+        raise ValueError(f"{axes} needs {count} devices, there are {len(devices)}")
     if jax.process_count() > 1 and count != len(devices):
-        raise ValueError(f"{said or 'a single device'} must be all {len(devices)} devices of the processes")
+        raise ValueError(f"{axes or 'a single device'} must be all {len(devices)} devices of the processes")
     _check_sizes(config, sizes)
     if count == 1:
         return None
@@ -97,7 +98,7 @@ def make_mesh(config: Config, devices=None) -> Mesh | None:
 
 
 def mesh_sizes(config: Config, devices=None) -> dict[str, int]:
-    """How many parts each axis of the mesh has; ValueError when -1 does not come out even."""
+    """The size of each axis of the mesh; ValueError if the other axes leave no whole number for -1."""
     devices = jax.devices() if devices is None else devices
     sizes = {axis: getattr(config.mesh, axis) for axis in AXES}
     known = math.prod(size for size in sizes.values() if size > 0)
@@ -105,7 +106,7 @@ def mesh_sizes(config: Config, devices=None) -> dict[str, int]:
         if size == -1:
             if len(devices) % known:
                 raise ValueError(
-                    f"{axis}=-1 is what the other axes leave, but their {known} do not divide {len(devices)} devices"
+                    f"{axis}=-1: the other axes make {known} parts, which do not divide {len(devices)} devices"
                 )
             sizes[axis] = len(devices) // known
     return sizes
@@ -117,9 +118,9 @@ def _check_sizes(config: Config, sizes: dict[str, int]) -> None:
         raise ValueError(f"{' and '.join(other)} divide decoders; a Universal Transformer lies whole on every device")
     rows = math.prod(sizes[axis] for axis in ROW_AXES)
     if d.B % (rows * accumulate):
-        said = " x ".join(f"{axis}={sizes[axis]}" for axis in ROW_AXES if sizes[axis] > 1)
+        parts = " x ".join(f"{axis}={sizes[axis]}" for axis in ROW_AXES if sizes[axis] > 1)
         raise ValueError(
-            f"{d.B // accumulate} sequences (B / accumulate) must be a multiple of {said}; "
+            f"{d.B // accumulate} sequences (B / accumulate) must be a multiple of {parts}; "
             f"B={max(d.B // (rows * accumulate), 1) * rows * accumulate} would do"
         )
     if m.family == "decoder":
@@ -136,23 +137,23 @@ def _check_decoder(config: Config, sizes: dict[str, int]) -> None:
         raise ValueError(f"context={sizes['context']} needs attention='stick_breaking'")
     tensor, context = sizes["tensor"], sizes["context"]
     divided = [
-        ("T", d.T, context > 1 and 2 * context, f"2 x context={context}, as every device takes two pieces"),
+        ("T", d.T, context > 1 and 2 * context, f"2 x context={context}, because every device takes two pieces"),
         ("D", m.D, sizes["fsdp"], f"fsdp={sizes['fsdp']}"),
         ("E", m.E, sizes["expert"], f"expert={sizes['expert']}"),
         ("router_hidden", m.router_hidden, m.router_network != "linear" and sizes["fsdp"], f"fsdp={sizes['fsdp']}"),
         *((letter, getattr(m, letter), tensor, f"tensor={tensor}") for letter in "NKF"),
-        ("V", m.V or tensor, tensor, f"tensor={tensor}"),  # if V is None, it becomes a multiple
+        ("V", m.V or tensor, tensor, f"tensor={tensor}"),  # if V is None, it will become a multiple
     ]
-    for letter, size, parts, said in divided:
+    for letter, size, parts, divisor in divided:
         if parts and size % parts:
             near = -(-size // parts) * parts
-            raise ValueError(f"{letter}={size} must be a multiple of {said}; {letter}={near} would do")
+            raise ValueError(f"{letter}={size} must be a multiple of {divisor}; {letter}={near} would do")
 
 
 def by_name(function: Callable, tree):
     """The tree with `function(names on its path, leaf)` for every leaf.
 
-    The path ends at a Flax variable: without its own `.value`, attention.value keeps its name.
+    The path ends at a Flax variable, without its `.value`; so a variable named "value" keeps its name.
     """
 
     def variable(path, leaf):
@@ -164,7 +165,7 @@ def by_name(function: Callable, tree):
 
 def spec_of(names: tuple[str, ...], leaf) -> PartitionSpec:
     """The partition of one array of a model or of a training state, by the names on its path."""
-    stacked = "blocks" in names  # the layers' axis comes first
+    stacked = "blocks" in names  # the axis of the layers comes first
     spec = TABLE.find(names[-1] if names else "", np.ndim(leaf) - stacked)
     return PartitionSpec(None, *spec) if stacked and spec else spec
 
@@ -182,7 +183,7 @@ def shardings(mesh: Mesh, tree):
 def rows_of_process(mesh: Mesh | None) -> tuple[int, int]:
     """(index, count): this process loads part `index` of `count` of the sequences of every batch.
 
-    Processes whose devices share their sequences, because "context" or "tensor" reaches across them, load the same.
+    If "context" or "tensor" reaches across processes, these processes share their sequences and load the same ones.
     """
     if mesh is None:
         return 0, 1
@@ -200,9 +201,9 @@ def batch_spec(x) -> PartitionSpec:
 def place(mesh: Mesh | None, batch: dict, accumulate: int = 1) -> dict:
     """The sequences that `rows_of_process` names, as a batch on the devices of the mesh.
 
-    Rows are dealt so that the i-th microbatches of all devices are together the i-th of the batch. Along "context" a
-    device takes one piece of a sequence from its beginning and one from its end: together they see as many keys as
-    those of any other device.
+    The rows are ordered so that the i-th microbatches of all devices together are the i-th microbatch of the batch.
+    Along "context" a device takes one piece from the beginning of a sequence and one from its end, so that every device
+    has the same number of (query, key) pairs.
     """
     if mesh is None:
         return batch
@@ -226,18 +227,18 @@ def place(mesh: Mesh | None, batch: dict, accumulate: int = 1) -> dict:
     return {name: one(x) for name, x in batch.items()}
 
 
-def over(mesh: Mesh | None, gradients: Callable) -> Callable:
+def shard_gradients(mesh: Mesh | None, gradients: Callable) -> Callable:
     """`gradients(params, batch, key) -> (gradients, metrics)` on every device for its part of the batch."""
     if mesh is None:
         return gradients
     parts_of_batch = tuple(axis for axis in BATCH_AXES if mesh.shape[axis] > 1)
 
     def local(params, batch, key):
-        # What routers draw differs between parts of the batch, as between its rows on one device.
+        # The routers of different parts of the batch draw different numbers.
         index = lax.axis_index(parts_of_batch) if parts_of_batch else 0
         grads, metrics = gradients(params, batch, jax.random.fold_in(key, index))
 
-        def summed(names, grad):  # over the axes that have not divided it: the transpose of a gather has summed there
+        def summed(names, grad):  # an axis that divides it has summed it already, in the transpose of a gather
             axes = tuple(axis for axis in parts_of_batch if axis not in spec_of(names, grad))
             return lax.psum(grad, axes) if axes else grad
 

@@ -14,11 +14,11 @@ from typing import Any, BinaryIO
 
 log = logging.getLogger(__name__)
 
-TOKENS_FORMAT = "stickjax-tokens"  # what the .json of a token file says it is
+TOKENS_FORMAT = "stickjax-tokens"  # the format that the .json of a token file names
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip", ".7z")
 _OTHER_UNICODE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)  # BOM_UTF32_LE begins as UTF-16's
 
-# Of the standard library: what is no library code, and tables that are data written as Python.
+# Parts of the standard library that are left out: files that are no library code, and tables of data written as Python.
 _NOT_LIBRARY = re.compile(
     r"(site-packages|dist-packages|tests?|idlelib|lib2to3|pydoc_data|encodings|ensurepip|__pycache__|config-.*)$"
 )
@@ -127,7 +127,7 @@ def _text_of(record: Any, text_field: str, where: str) -> str:
             fields = f"its fields are {', '.join(map(repr, record)) or 'none'}"
             more = f": it is {text!r:.40}" if text_field in record else f"; {fields:.100}"
         raise ValueError(f"{where}: no text in the field data.text_field={text_field!r}{more}")
-    if re.search("[\ud800-\udfff]", text):  # JSON can spell what UTF-8 cannot
+    if re.search("[\ud800-\udfff]", text):  # JSON can hold half a surrogate pair, UTF-8 cannot
         raise ValueError(f"{where}: half a surrogate pair in the field {text_field!r}")
     return text
 
@@ -152,10 +152,10 @@ def _lines_of_json(file: Path, lines: Iterable[bytes], text_field: str) -> Itera
 
 
 def _is_token_file(file: Path) -> bool:
-    """Whether it is OUT.bin or OUT.json of a token file."""
+    """Whether a file is OUT.bin or OUT.json of a token file."""
     description = file.with_suffix(".json")
     try:
-        if description.stat().st_size > 2**16:  # one has less than a KiB
+        if description.stat().st_size > 2**16:  # a description has less than a KiB
             return False
         meta = json.loads(read_text(description))
     except (OSError, NotText, ValueError, RecursionError):
@@ -189,7 +189,7 @@ def _documents(file: Path, text_field: str) -> tuple[Iterable[str], bool]:
     if suffix in (".bin", ".json") and _is_token_file(file):
         raise NotText("a token file", "data.source='tokens' reads it")
     text = read_text(file)
-    if "\0" in text:  # what decodes by accident, such as UTF-16 without a mark
+    if "\0" in text:  # such as UTF-16 without a mark, which may decode by accident
         raise NotText("not UTF-8 text", "it has zero bytes")
     records = _records(file, text, text_field) if suffix == ".json" else None
     return ([text], suffix == ".json") if records is None else (records, False)
@@ -210,8 +210,8 @@ def text_documents(path: str, text_field: str = "text", name: str = "data.path")
     pipes, sockets, devices; broken links): how many is logged. Links to folders are followed; no file is read
     twice.
 
-    `name` is how errors call the path. Raises ValueError for a path that is missing, cannot be read, is empty
-    or is not text, and for a line of JSON without the field (with file and line).
+    `name` is the name of the path in error messages. Raises ValueError for a path that is missing, cannot be read, is
+    empty or is not text, and for a line of JSON without the field (with file and line).
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -243,7 +243,7 @@ def text_documents(path: str, text_field: str = "text", name: str = "data.path")
         kinds = ", ".join(f"{kind} ({_count(files, root)})" for kind, files in left_out.items())
         log.warning("%s=%r: left out %d file%s: %s", name, path, n, "s"[n == 1 :], kinds)
     if as_they_stand:
-        said = _count(as_they_stand, root)
-        log.warning("%s=%r: .json without records of %r is read as it stands (%s)", name, path, text_field, said)
+        counts = _count(as_they_stand, root)
+        log.warning("%s=%r: .json without records of %r is read as it stands (%s)", name, path, text_field, counts)
     if empty:
         raise ValueError(f"{name}={path!r} holds no text")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from stickjax.disk import write_file
 
 GENERATION = "generation_config.json"
-# In a run folder: the ids that the config.json of the Hugging Face folder named. A run's own config.json has none.
+# A file of a run folder with the ids from the config.json of the Hugging Face folder; a run's config.json has none.
 TOKEN_IDS = "token_ids.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 # Files that belong to a tokenizer.json. The first of them that names an end of text decides.
@@ -28,7 +28,7 @@ class Named(NamedTuple):
 
 
 def read_object(content: bytes, where: str | Path) -> dict[str, Any]:
-    """An object of JSON, with or without a byte order mark; ValueError, naming `where`, when it is none.
+    """An object of JSON, with or without a byte order mark; ValueError, naming `where`, for anything else.
 
     >>> read_object(b'{"eos_token_id": 5}', "config.json")
     {'eos_token_id': 5}
@@ -57,20 +57,20 @@ def read_files(folder: Path) -> dict[str, bytes]:
             raise ValueError(f"cannot read {folder / name}: {error.strerror}") from error
         if name != "config.json":
             files[name] = content
-        elif b'"model_type"' in content:  # a config.json without it is of something else
+        elif b'"model_type"' in content:  # without it, this config.json is not about a model
             tree = read_object(content, folder / name)
             files[TOKEN_IDS] = json.dumps({key: tree[key] for key in _IDS if key in tree}).encode()
     return files
 
 
 def write_files(files: Mapping[str, bytes], folder: Path) -> None:
-    """Write `read_files` into a folder, each file at once or not at all."""
+    """Write the result of `read_files` into a folder. No file is ever half written."""
     for name, content in files.items():
         write_file(folder / name, content)
 
 
 def with_end(files: Mapping[str, bytes], ends: Sequence[int], text: str, folder: Path) -> dict[str, bytes]:
-    """The files, changed to name these ends of text; `text` is the spelling of the first."""
+    """The files, changed so that they name these ends of text; `text` is the text of the first one."""
     ids = ends[0] if len(ends) == 1 else list(ends)
     changed = dict(files)
     for name, key, value in (
@@ -108,8 +108,8 @@ def named(files: Mapping[str, bytes], added: Mapping[str, int], folder: Path) ->
                 # An ordinary token may end a generated text, but not a document.
                 ends = tuple(sorted(found, key=lambda i: i not in added.values()))
             else:
-                said = f"{folder / name} says {key}={tree[key]!r}, which is no added token of tokenizer.json"
-                problem = problem or said
+                wrong = f"{folder / name} says {key}={tree[key]!r}, which is no added token of tokenizer.json"
+                problem = problem or wrong
     return Named(ends, frozenset(special & set(added.values())), "" if ends else problem)
 
 
@@ -124,7 +124,7 @@ def _ids(key: str, value: Any, added: Mapping[str, int], where: Path) -> list[in
     for entry in value if isinstance(value, list) else [value]:
         text = entry.get("content") if isinstance(entry, dict) else entry
         if key.endswith("_id") and type(entry) is int:
-            ids += [entry] if entry >= 0 else []  # -1 is none
+            ids += [entry] if entry >= 0 else []  # -1 means no token
         elif isinstance(text, str) and not key.endswith("_id"):
             ids += [added[text]] if text in added else []
         else:

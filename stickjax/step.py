@@ -18,9 +18,9 @@ from stickjax.models.router import updated_router_bias
 from stickjax.models.transformer import Transformer, apply
 from stickjax.models.vocabulary import cross_entropy
 from stickjax.optim import learning, learns, make_optimizer
-from stickjax.sharding import over, shardings
+from stickjax.sharding import shard_gradients, shardings
 
-ROUTERS = {"": "ffn", "attention_": "attention"}  # by the beginning of a metric, the block's part that has one
+ROUTERS = {"": "ffn", "attention_": "attention"}  # {beginning of a metric's name: the part of the block}
 
 
 class TrainState(NamedTuple):
@@ -50,7 +50,7 @@ def tokens_of(state: TrainState) -> int:
 def with_params(config: Config, state: TrainState, model) -> TrainState:
     """The state before the first step, with the parameters of `model`, which may be stored in a larger type.
 
-    If there are masters, they are exactly these values.
+    If there are masters, they keep exactly these values.
     """
     values = jax.tree.unflatten(jax.tree.structure(state.params), jax.tree.leaves(model))
     params = jax.tree.map(lambda value, param: value.astype(param.dtype), values, state.params)
@@ -60,7 +60,7 @@ def with_params(config: Config, state: TrainState, model) -> TrainState:
 def loss_and_metrics(config: Config, params, batch, key) -> tuple[jax.Array, dict]:
     """Mean cross-entropy over the targets that `loss_mask` keeps, plus the routers' weighted losses of all layers.
 
-    That of a decoder; a Sparse Universal Transformer has `models.sut.loss`.
+    This is the loss of a decoder; a Sparse Universal Transformer has `models.sut.loss`.
 
     `batch["loss_scale"]`, when given, replaces 1 / (number of targets): microbatches then add up to the whole batch.
     """
@@ -91,8 +91,8 @@ def loss_and_metrics(config: Config, params, batch, key) -> tuple[jax.Array, dic
 def make_step(config: Config, mesh: Mesh | None = None) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
     """The pure step `(state, batch) -> (state, metrics)`; `jit_step` jits it.
 
-    On a mesh every device takes its part of each microbatch (`sharding.over`), and the state lies by
-    `sharding.shardings`.
+    On a mesh every device takes its part of each microbatch (`sharding.shard_gradients`). The state is
+    divided by `sharding.shardings`.
     """
     accumulate, steps = config.train.accumulate, config.train.steps
 
@@ -103,7 +103,7 @@ def make_step(config: Config, mesh: Mesh | None = None) -> Callable[[TrainState,
         micro = {name: x.reshape(accumulate, -1, *x.shape[1:]) for name, x in batch.items()}
         scale = 1 / jnp.maximum(total(batch["loss_mask"].astype(jnp.float32).sum()), 1)
 
-        def one(total, inputs):  # a sum of the type of bfloat16 parameters would lose what late microbatches add
+        def one(total, inputs):  # a sum in bfloat16 would lose the gradients of late microbatches
             part, k = inputs
             add = lambda total, x: total + x.astype(total.dtype)  # noqa: E731
             return jax.tree.map(add, total, grad(params, part | {"loss_scale": scale}, k)), None
@@ -114,14 +114,15 @@ def make_step(config: Config, mesh: Mesh | None = None) -> Callable[[TrainState,
         return jax.lax.scan(one, zeros, (micro, jax.random.split(key, accumulate)))[0]
 
     def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
-        grads, metrics = over(mesh, gradients)(state.params, batch, jax.random.fold_in(state.key, state.step))
+        key = jax.random.fold_in(state.key, state.step)
+        grads, metrics = shard_gradients(mesh, gradients)(state.params, batch, key)
         load = metrics.pop("load", {})
         norm = optax.tree.norm(grads)
         good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
 
         def learn():
             optimizer = make_optimizer(config, state.params)
-            left = (steps - state.step).astype(jnp.float32) * float(config.data.tokens_per_step)  # no int32 holds it
+            left = (steps - state.step).astype(jnp.float32) * float(config.data.tokens_per_step)  # it overflows int32
             with jax.numpy_dtype_promotion("standard"):  # optax multiplies int32 and floats
                 updates, opt_state = optimizer.update(grads, state.opt_state, state.params, left=left)
                 params = optax.apply_updates(state.params, updates)
@@ -129,7 +130,7 @@ def make_step(config: Config, mesh: Mesh | None = None) -> Callable[[TrainState,
                 params = _with_router_bias(config, params, load)
             return params, opt_state
 
-        # A branch, not a selection between old and new, which would read and write every parameter once more.
+        # A branch instead of jnp.where, which would read and write every parameter once more.
         params, opt_state = jax.lax.cond(good, learn, lambda: (state.params, state.opt_state))
         busiest = {f"{kind}load_max": (x * _experts(state.params, kind, x)).max() for kind, x in load.items()}
         metrics |= busiest  # 1 at balance
@@ -145,7 +146,7 @@ def make_step(config: Config, mesh: Mesh | None = None) -> Callable[[TrainState,
 
 
 def jit_step(config: Config, mesh: Mesh | None, state: TrainState) -> Callable:
-    """`make_step` as it runs: the state is donated, and stays where `sharding.shardings` has it.
+    """`make_step`, jitted: the state is donated, and keeps the shardings of `sharding.shardings`.
 
     Only the structure and the shapes of `state` are read.
     """
@@ -164,6 +165,6 @@ def _with_router_bias(config: Config, params: Transformer, load: dict[str, jax.A
 
 
 def _experts(params: Transformer, kind: str, load: jax.Array) -> int | jax.Array:
-    """How many experts a load [L,E] is of, or [L,1] where some were pruned."""
+    """The number of experts of a load [L,E]: one number, or [L,1] if some experts were pruned."""
     slot = getattr(params.blocks, ROUTERS[kind]).router.slot
     return load.shape[-1] if slot is None else (slot[...] >= 0).sum(-1, keepdims=True)

@@ -1,4 +1,4 @@
-"""What asks a training to stop: a signal, a lost terminal, output that nobody reads, a launcher that is gone."""
+"""Requests to stop a training: a signal, a lost terminal, a closed output pipe, a launcher that is gone."""
 
 import contextlib
 import signal

@@ -1,7 +1,7 @@
 """Does muP hold, and which power law? Coordinate checks, learning-rate sweeps and the fit of gamma = a T^b, drawn.
 
-Every experiment takes the training as a callable (`stickjax.mup` has those of the real model) and returns its records
-as plain dictionaries, ready for JSON; every plot takes such records and writes a PNG.
+Every experiment takes the training as a callable (`stickjax.mup` has the trainings of the real model) and returns its
+records as plain dictionaries, ready for JSON; every plot takes such records and writes a PNG.
 
 python -m stickjax.sweeps coordinate|learning-rate|power-law [--config FILE] [--out DIR] [--section.field=value ...]
 """
@@ -35,7 +35,7 @@ def coordinate_check(widths: Iterable[int], make: Callable, *, steps: int = 4, p
 
     Under muP no activation grows or shrinks with the width: |slope| < 0.1 in log2 mean |activation| against
     log2 width. Without muP some slope exceeds 0.3. Logits of an output matrix that does not start at zero are the
-    exception: they start at width^-1/2 and reach their size only as they learn.
+    exception: they start at width^-1/2 and reach their final size only in training.
 
     Args:
       widths: the widths, at least two for a slope.
@@ -101,7 +101,7 @@ def learning_rate_sweep(
     Args:
       widths: the widths.
       learning_rates: the peak learning rates.
-      run: `run(width, learning_rate, mup) -> loss`; a run that diverged returns what is not finite.
+      run: `run(width, learning_rate, mup) -> loss`; for a run that diverged the loss is not finite.
       mup: which of the two parametrisations to run.
       plot: path of a PNG.
 
@@ -135,7 +135,7 @@ class PowerLaw(NamedTuple):
 
 
 def _refined(best: dict, line: Records) -> dict:
-    """The best run, at the minimum of the parabola in ln(rate) through it and its neighbours: the grid is coarse."""
+    """The best run, moved to the minimum of the parabola in ln(rate) through it and its two neighbours."""
     line = sorted(line, key=lambda r: r["learning_rate"])
     at = line.index(best)
     three = line[max(at - 1, 0) : at + 2]

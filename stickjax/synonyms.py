@@ -1,4 +1,4 @@
-"""What a name that does not exist may have meant: the words that other programs use, and the nearest of ours."""
+"""Suggestions for a name that does not exist: from the words that other programs use, and the nearest of our names."""
 
 import difflib
 from collections.abc import Iterable

@@ -16,15 +16,15 @@ from stickjax.tokenizer import Tokenizer, load_tokenizer, token_dtype
 
 log = logging.getLogger(__name__)
 
-_BLOCK = 2**22  # tokens looked at together where a file must not be read whole
-_VERIFIED = 2**30  # bytes: a file as large is read in a second or two, so its hash is compared whenever it is opened
+_BLOCK = 2**22  # tokens read at a time from a file that may not fit into memory
+_VERIFIED = 2**30  # bytes: the hash of a file up to this size is compared at every opening, in about two seconds
 _TYPES = dict(
     num_documents=int, num_tokens=int, num_bytes=int, dtype=str, vocab_size=int, eot=int, tokenizer=str, sha256=str
 )
 
 
 def token_paths(path: str) -> tuple[Path, Path]:
-    """OUT.bin and OUT.json of OUT, or of one of the two."""
+    """The paths OUT.bin and OUT.json, from OUT or from one of them."""
     stem = Path(path).with_suffix("") if Path(path).suffix in (".bin", ".json") else Path(path)
     if not stem.name:
         raise ValueError(f"{path!r} has no name to which .bin and .json could be added")
@@ -94,7 +94,7 @@ def _read_meta(path: str, name: str) -> dict:
 
 @functools.cache
 def _sha256(file: Path, size: int, changed: int) -> str:
-    """The sha256 of a file, computed once for a size and a time of the last change."""
+    """The sha256 of a file; it is computed again only if the size or the time of the last change differs."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -117,7 +117,7 @@ def verify(path: str, name: str = "PATH") -> dict:
 def open_tokens(path: str, tokenizer: Tokenizer, name: str) -> tuple[np.ndarray, dict]:
     """The tokens of a token file, a memmap, and the content of its .json.
 
-    The sha256 is compared if the file has up to 1 GiB; that a larger one is not verified is logged.
+    The sha256 of a file of up to 1 GiB is compared. For a larger file, a log message says that it is not verified.
 
     Raises ValueError for a token file that is damaged or was not made by `tokenizer`.
     """

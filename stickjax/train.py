@@ -41,7 +41,7 @@ from stickjax.vocabulary import with_vocabulary
 class Result(NamedTuple):
     """How a run ended.
 
-    `tokens_per_second`: None where fewer than two steps were measured. `outside`: share of the wall time spent outside
+    `tokens_per_second`: None if fewer than two steps were measured. `outside`: share of the wall time spent outside
     the jitted step, its compilation left out. `stopped_by`: the number of the signal that stopped the run before its
     last step, or 0.
     """
@@ -60,7 +60,7 @@ class Result(NamedTuple):
 def _start(
     config, mesh, abstract, data, checkpoints, init_from: str | None, branch: str | None, say
 ) -> tuple[TrainState, dict | None]:
-    """The state and the data iterator's state to begin with: resumed, branched, or new (from other parameters).
+    """The first state of training and data iterator: resumed, branched from another run, or new.
 
     `abstract`: the shapes of the state, with their places on the mesh.
     """
@@ -86,7 +86,7 @@ def _start(
             steps = f"train.steps={config.train.steps} must be more than its step {restored.step}"
             raise ValueError(f"--from {source}: {steps}")
         config.check_lengths(restored.step, tokens_of(restored.state))
-        # A decay is often trained on other text than the stable phase; that text is read from its beginning.
+        # A decay is often trained on another text than the stable phase. The new text is read from its beginning.
         same_text = restored.extra["corpus"] == data.hash
         data_state = _position(restored.extra, config.data) if same_text else None
         say(f"branching from {source}" + ("" if data_state else ", with other text"))
@@ -100,7 +100,7 @@ def _start(
 def _new(config, mesh, abstract, init_from: str | None, say) -> TrainState:
     say("making the parameters")
     places = None if mesh is None else sharding.shardings(mesh, abstract)
-    # The key is an argument: XLA would work out the draws from a constant one itself, while it compiles.
+    # The key is an argument: with a constant key XLA would draw the numbers itself, while it compiles.
     key = jax.random.key(config.train.seed)
     program = jax.jit(lambda key: init_state(config, key), out_shardings=places).lower(key).compile()
     check_program(program, "making the parameters", mesh)
@@ -119,7 +119,7 @@ def _new(config, mesh, abstract, init_from: str | None, say) -> TrainState:
 
 
 def _position(extra: dict, data: DataConfig) -> dict:
-    """The state of the data iterator after all sequences seen so far, for batches that may have another size."""
+    """The state of the data iterator after all sequences seen so far; the size of a batch may have changed."""
     before, index = extra["config"]["data"], extra["data"]["next_index"]
     return extra["data"] | {"next_index": -(-index * before["B"] * before["T"] // data.tokens_per_step)}
 
@@ -148,8 +148,8 @@ def fit(
     Args:
       config: the experiment.
       run: folder for config.json, metrics.jsonl and checkpoints.
-      init_from: a run folder whose parameters are the beginning (optimizer and data start anew).
-      branch: "RUN@STEP", a checkpoint to go on from under this config, for example with a decay.
+      init_from: a run folder whose parameters are taken (optimizer and data begin anew).
+      branch: "RUN@STEP", a checkpoint to continue with this config, for example with a decay.
       profile: write a trace of three steps to `run/profile`.
       quiet: print nothing.
 
@@ -161,7 +161,7 @@ def fit(
     config = with_own_tokenizer(run, config)
     data = training_data(config)
     if config.model.V is None and (Path(run) / "config.json").exists():
-        config = config.replace({"model.V": read_config(run).model.V})  # on another mesh it could be another multiple
+        config = config.replace({"model.V": read_config(run).model.V})  # another mesh might need another V
     config = with_vocabulary(config, data.vocab_size)
     mesh = sharding.make_mesh(config)
     abstract = placed(mesh, jax.eval_shape(lambda: init_state(config, jax.random.key(config.train.seed))))
@@ -173,9 +173,9 @@ def fit(
     processes.check_same(content | {name: value for name, value in fields.items() if name not in PLACES})
     quiet = quiet or not processes.is_writer()
     with Progress(config, quiet=quiet) as progress, Checkpoints(run, config.train.keep) as checkpoints:
-        check_config(run, config)  # nobody else writes the folder now
+        check_config(run, config)  # under the lock, nobody else writes the folder
         words, steps = banner(config, data, mesh), config.train.steps
-        perhaps_finished = max(checkpoints.steps(), default=0) >= steps  # unless the newest checkpoint is damaged
+        perhaps_finished = max(checkpoints.steps(), default=0) >= steps  # not if the newest checkpoint is damaged
         if not perhaps_finished:
             progress.say(words)
         state, data_state = _start(config, mesh, abstract, data, checkpoints, init_from, branch, progress.say)
@@ -188,7 +188,7 @@ def fit(
             loader.set_state(data_state)
         log, trace = None, None
         if processes.is_writer():
-            write_config(run, config, data.tokenizer)  # only now: a start that is refused leaves no folder behind
+            write_config(run, config, data.tokenizer)  # only now: a refused start leaves no folder
             log, trace = MetricsLog(run, after_step=step), Path(run) / "profile" if profile else None
         with contextlib.closing(log) if log else contextlib.nullcontext(), stop_requests(progress) as asked:
             return _loop(config, mesh, state, loader, data, checkpoints, log, progress, asked, trace)
@@ -213,7 +213,7 @@ def _loop(config, mesh, state, loader, data, checkpoints, log, progress, asked, 
     bad_steps, inside, started = 0, 0.0, time.perf_counter()
     stopped_by = int(processes.any_process(mesh, asked()))
     while not stopped_by and step < steps:
-        data_state = loader.get_state()  # behind the batch of this step, before the next one is taken
+        data_state = loader.get_state()  # after the batch of this step, before the next batch is taken
         if profile and step == first + 3:
             jax.profiler.start_trace(str(profile))
         begun = time.perf_counter()
@@ -244,7 +244,7 @@ def _loop(config, mesh, state, loader, data, checkpoints, log, progress, asked, 
             if log:
                 log.write(row)
             progress.update(row)
-        # A step that was skipped has left the state as the last good one made it.
+        # A skipped step leaves the state of the last good step.
         if good > first and (ends or (not bad_steps and step % config.train.checkpoint_every == 0)):
             if not all_finite(state.params):
                 raise _not_finite(checkpoints, f"step {step}: its loss was finite, the parameters are not")

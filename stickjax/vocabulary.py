@@ -11,7 +11,7 @@ def with_vocabulary(config: Config, ids: int | None = None, devices=None) -> Con
 
     Args:
       config: the experiment.
-      ids: how many there are; None: those of the tokenizer, which is read.
+      ids: how many ids there are; None: as many as the tokenizer has, which is read.
       devices: as in `sharding.make_mesh`.
 
     Raises:

@@ -440,7 +440,7 @@ def test_concentration_stops_the_bias_that_balances(trained, tmp_path):
         ("report BASE --source text", "source='text' needs a path"),
         ("concentrate BASE OUT --model.V=300", "is another model (model.V: 257 -> 300"),
         ("freeze BASE OUT *.routers.*", "no parameter matches '*.routers.*'"),
-        ("freeze BASE OUT *", "leaves nothing that learns"),
+        ("freeze BASE OUT *", "freezes every parameter"),
     ],
 )
 def test_bad_words(trained, tmp_path, capsys, words, message):

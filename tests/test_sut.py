@@ -18,7 +18,7 @@ from stickjax.models.router import router_stats
 from stickjax.models.sut import SparseUniversalTransformer, UniversalStack, apply, init, loss
 from stickjax.models.sut_block import BiasedExperts
 from stickjax.optim import label_of
-from stickjax.sharding import AXES, by_name, over, place, shardings, spec_of
+from stickjax.sharding import AXES, by_name, place, shard_gradients, shardings, spec_of
 from stickjax.sut_config import SutConfig
 
 HERE = Path(__file__).parent
@@ -281,7 +281,7 @@ def test_losses_are_means_over_all_devices(classifier):
     check_gradients(expected)
     mesh = jax.make_mesh((2, 1, 1, 1, 1), AXES, devices=jax.devices()[:2])
     placed = jax.device_put(model, shardings(mesh, model))
-    found, found_metrics = jax.jit(over(mesh, pair_gradients))(placed, place(mesh, batch), key)
+    found, found_metrics = jax.jit(shard_gradients(mesh, pair_gradients))(placed, place(mesh, batch), key)
     for name, value in metrics.items():
         np.testing.assert_allclose(found_metrics[name], value, rtol=1e-5, err_msg=name)
     jax.tree.map(lambda a, b: assert_close(a, b, 1e-5), found, expected)

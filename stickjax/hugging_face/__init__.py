@@ -29,9 +29,9 @@ def is_folder(path: Path) -> bool:
 
 
 def read_config(path: Path) -> Config:
-    """The config of a folder: its model, its tokenizer.json (whether it has one or not), its sequence length.
+    """The config of a folder: its model, the path of its tokenizer.json (even if there is none), its sequence length.
 
-    The parameters keep the type that they have in the files; where those are of several types, float32 holds all.
+    The parameters keep the type that they have in the files. If the files have several types, they become float32.
     """
     try:
         model, T = configs.to_ours(read_object((path / "config.json").read_bytes(), "it"))
@@ -51,7 +51,7 @@ def read(path: Path, model: ModelConfig) -> dict[str, Lazy]:
     """
     table = names.table(configs.kind_of(model), model)
     tensors = _tensors(path, model)
-    if model.L > len(tensors):  # before that many names are made
+    if model.L > len(tensors):  # checked before the names of all these layers are made
         raise ValueError(f"{path}: the config says L={model.L} layers, but there are only {len(tensors)} tensors")
     expected = names.their_shapes(table, model)
     check(tensors, expected, str(path))
@@ -65,9 +65,9 @@ def write(
     path: Path, config: Config, leaves: dict[str, Lazy], shard_bytes: int, tokenizer: Tokenizer | None,
     files: Mapping[str, bytes],
 ) -> None:  # fmt: skip
-    """Make the folder of a model, the opposite of `read` to the bit.
+    """Write the folder of a model; `read` gives the same parameters back, to the bit.
 
-    `files`: the files of the tokenizer; for a model without one, the files of its folder about special tokens.
+    `files`: the files of the tokenizer. For a model without a tokenizer: the files of its folder about special tokens.
     """
     c = config.model
     tree = configs.to_theirs(c, config.data.T)
@@ -82,12 +82,12 @@ def write(
 
 
 def check(found: dict[str, Lazy], expected: dict[str, tuple[int, ...]], where: str) -> None:
-    """ValueError unless just the expected names are there, with their shapes."""
+    """ValueError unless the names are exactly the expected ones, with their shapes."""
     missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    said = [f"{word} {_listed(x)}" for word, x in (("lacks", missing), ("has unknown tensors:", extra)) if x]
-    if said:
+    problems = [f"{word} {_listed(x)}" for word, x in (("lacks", missing), ("has unknown tensors:", extra)) if x]
+    if problems:
         hint = nearest(extra[0], missing) if extra else ""
-        raise ValueError(f"{where} {' and '.join(said)}{hint}")
+        raise ValueError(f"{where} {' and '.join(problems)}{hint}")
     for name, shape in expected.items():
         if found[name].shape != shape:
             raise ValueError(f"{where}: {name} has shape {list(found[name].shape)}, the config says {list(shape)}")
@@ -98,10 +98,10 @@ def _listed(words: list[str], most: int = 8) -> str:
 
 
 def _tensors(path: Path, model: ModelConfig) -> dict[str, Lazy]:
-    """The tensors of a folder by their published names, without what is saved twice or is no parameter."""
+    """The tensors of a folder by their published names, without duplicates and without buffers."""
     tensors = {names.published(name): t for name, t in open_folder(path).items() if not _BUFFERS.fullmatch(name)}
     if model.tied and "lm_head.weight" in tensors:
-        # A tied model may have been saved with its embedding a second time; another matrix there is not tied.
+        # A tied model may hold its embedding a second time, as the output matrix. If they differ, it is not tied.
         head, embed = tensors.pop("lm_head.weight"), tensors.get("model.embed_tokens.weight")
         if embed is not None and not np.array_equal(head.read(None), embed.read(None)):
             raise ValueError(f"{path}: lm_head.weight differs from the embedding, but tie_word_embeddings is true")

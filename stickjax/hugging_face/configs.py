@@ -1,7 +1,7 @@
 """The config.json of a Hugging Face folder as a ModelConfig, and the other way round.
 
-What only training looks at is not carried over: dropouts, and the routers' losses of granitemoe and jetmoe, which are
-of all layers together where ours are of each.
+Entries that matter in training alone are not converted: dropouts, and the routers' losses of granitemoe and jetmoe.
+Those models compute one loss over all layers together; here every layer has its own.
 """
 
 import dataclasses
@@ -11,7 +11,8 @@ from stickjax.fields import nearest
 from stickjax.model_config import MODULES, ModelConfig
 from stickjax.sut_config import SutConfig
 
-# Entries with only one supported value; absent and null stand for it. For every model type, then for Llama's kind.
+# Entries with only one supported value, which an absent entry or null means too: for every model type, then for the
+# model types like Llama.
 _ONLY = {
     "quantization_config": None, "is_encoder_decoder": False, "add_cross_attention": False, "pruned_heads": {},
     "cross_attention_hidden_size": None, "per_layer_config": None,
@@ -80,12 +81,12 @@ class _Tree:
         return next(iter(found.values())) if found else self(name, kind, default)
 
     def end(self) -> None:
-        """ValueError, with their names, for entries that were not read and that are not `IGNORED`."""
+        """ValueError, with their names, for entries that were neither read nor are `IGNORED`."""
         rest = sorted(n for n, x in self._tree.items() if x is not None and n not in self._known | IGNORED)
         if rest:
-            said = ", ".join(f"{name}={self._tree[name]!r:.60}" for name in rest[:8])
+            unread = ", ".join(f"{name}={self._tree[name]!r:.60}" for name in rest[:8])
             raise ValueError(
-                f"{self._where}{said}: not known, and may change what the model computes; delete "
+                f"{self._where}{unread}: not known, and may change what the model computes; delete "
                 f"{'it' if len(rest) == 1 else 'them'} from config.json if that is not so"
             )
 
@@ -135,7 +136,7 @@ def _granitemoe(get: _Tree) -> dict:
 
 
 def _jetmoe(get: _Tree) -> dict:
-    """The names of transformers, or of the authors' own code."""
+    """Entries with the names of transformers, or of the authors' own code."""
     get.only({"activation_function": "silu", "glu": True, "bias": True})
     E, k = (
         get.either(*names, int)
@@ -146,7 +147,7 @@ def _jetmoe(get: _Tree) -> dict:
     if N != K * k:
         raise ValueError(f"num_attention_heads={N} must be num_key_value_heads * num_experts_per_tok = {K} * {k}")
     read, F = _llama(get, tied=True), get.either("intermediate_size", "ffn_hidden_size", int)
-    # The normalisations of a block have an epsilon of their own, whatever the file says.
+    # The normalisations of a block always use their own epsilon, not the one in the file.
     return read | dict(
         N=N, K=K, H=get.either("kv_channels", "head_dim", int), F=F, E=E, k=k, attention_experts=E,
         logits_scaling=1.0, expert_bias=True, norm_eps=1e-6, final_norm_eps=read["norm_eps"],
@@ -155,7 +156,7 @@ def _jetmoe(get: _Tree) -> dict:
 
 def _moduleformer(get: _Tree) -> dict:
     get.only(_ONLY | {"tie_word_embeddings": False, "activation_function": "gelu_new", "n_inner": None})
-    get("layer_norm_epsilon", float, None)  # the original's normalisations have 1e-5, whatever the file says
+    get("layer_norm_epsilon", float, None)  # the original's normalisations always use 1e-5
     D, A, K = (get(name, int) for name in ("n_embd", "att_hidden", "n_head"))
     loss, weight = get("aux_loss_type", str, "mi"), get("aux_loss_weight", float, 0.0)
     if loss not in ("mi", "switch"):
@@ -165,7 +166,7 @@ def _moduleformer(get: _Tree) -> dict:
         V=get("vocab_size", int), D=D, L=get("n_layer", int), N=K * get("k_att", int), K=K,
         H=get.quotient("att_hidden", "n_head"), F=get("ffd_hidden", int), E=get("n_mlp_experts", int),
         k=get("k_mlp", int), attention_experts=get("n_att_experts", int),
-        # The original has no projections where their result has the size of the input.
+        # The original has no projections if their result would have the size of the input.
         key_value="input" if (A, K) == (D, 1) else "biased",
         router_network=get("gate_type", str), router_hidden=get("gating_size", int),
         norm_eps=1e-5, sample_topk=get("sample_topk", int, 0),
@@ -188,7 +189,7 @@ def _to_llama(c: ModelConfig) -> dict:
         vocab_size=c.vocabulary, hidden_size=c.D, num_hidden_layers=c.L, intermediate_size=c.F,
         rms_norm_eps=_final_norm_eps(c),
         num_attention_heads=c.N, num_key_value_heads=c.K, tie_word_embeddings=c.tied,
-        # transformers 5 reads the dictionary, 4 the number.
+        # transformers 5 reads the dictionary, version 4 the number.
         rope_theta=c.rope_theta, rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
     )  # fmt: skip
 
@@ -218,7 +219,7 @@ def _logits_scaling(c: ModelConfig) -> float:
     return c.m_width if c.logits_scaling is None else c.logits_scaling
 
 
-# model_type: (from config.json, to config.json, the class in transformers, where it says how long a sequence may be)
+# model_type: (from config.json, to config.json, the class in transformers, the entry with the longest sequence)
 _TYPES = {
     "granite": (_granite, _to_granite, "GraniteForCausalLM", "max_position_embeddings"),
     "granitemoe": (_granitemoe, _to_granitemoe, "GraniteMoeForCausalLM", "max_position_embeddings"),
@@ -244,7 +245,7 @@ def to_ours(tree: dict) -> tuple[ModelConfig, int | None]:
 
 
 def kind_of(c: ModelConfig | SutConfig) -> str:
-    """The model_type that is nearest to a model; ValueError when there is none near."""
+    """The model_type that is nearest to a model; ValueError when none is near."""
     if c.family != "decoder":
         raise ValueError(f"no model_type is of family={c.family!r}: only decoders have one")
     if c.attention == "stick_breaking":
@@ -272,7 +273,7 @@ def to_theirs(c: ModelConfig, T: int) -> dict:
 
 
 def _effective(c: ModelConfig) -> dict:
-    """The fields that decide over the logits, with what None stands for."""
+    """The fields that the logits depend on; None is replaced by the value that it stands for."""
     stood_for = dict(V=c.vocabulary, logits_scaling=_logits_scaling(c), final_norm_eps=_final_norm_eps(c))
     c = dataclasses.replace(c, attention_scale=c.scale, **stood_for)
     free = {*_FREE}

@@ -1,6 +1,6 @@
-"""Tensors in files, read one at a time: safetensors, sharded or not, and torch's .bin by way of `pickles`.
+"""Tensors in files, read one at a time: safetensors, sharded or not, and torch's .bin through `pickles`.
 
-Nothing is mapped into memory: the pages of a map count as the process's until the system wants them back.
+No file is mapped into memory: its pages would count as memory of this process until the system takes them back.
 """
 
 import dataclasses
@@ -23,9 +23,9 @@ FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.d
 
 @dataclass(frozen=True)
 class Lazy:
-    """An array that is read when it is wanted: `read(None)` is all of it, `read(i)` its row i.
+    """An array that is read on demand: `read(None)` reads all of it, `read(i)` its row i.
 
-    `dtype` is a word when the type is none that a parameter may have. `stacked`: the rows are layers, and the whole
+    `dtype` is a string if a parameter cannot have this type. `stacked`: the rows are layers, and all of them together
     may not fit into memory.
     """
 
@@ -35,7 +35,7 @@ class Lazy:
     stacked: bool = False
 
     def pieces(self) -> Iterator[np.ndarray]:
-        """The array in parts, one behind the other."""
+        """The array in parts, one after the other."""
         yield from (self.read(i) for i in range(self.shape[0])) if self.stacked else [self.read(None)]
 
 
@@ -70,7 +70,7 @@ def in_file(path: Path, dtype: np.dtype | str, shape: tuple[int, ...], offset: i
 
 
 def open_safetensors(path: Path) -> dict[str, Lazy]:
-    """The tensors of one file by name; those called blocks/... are stacked.
+    """The tensors of one file by name; tensors named blocks/... are stacked.
 
     ValueError when the file is cut off or its header is damaged: its length, its JSON, offsets that overlap or leave
     the file.
@@ -96,7 +96,7 @@ def open_safetensors(path: Path) -> dict[str, Lazy]:
 def write_safetensors(path: Path, arrays: dict[str, Lazy]) -> None:
     """Write a safetensors file with one piece of one array in memory at a time.
 
-    The package's own writer wants all arrays at once.
+    The writer of the safetensors package needs all arrays in memory.
     """
     names, end = {dtype: name for name, dtype in FLOATS.items()}, 0
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}  # without it transformers refuses the file
@@ -113,7 +113,7 @@ def write_safetensors(path: Path, arrays: dict[str, Lazy]) -> None:
 
 
 def write_sharded(folder: Path, arrays: dict[str, Lazy], shard_bytes: int) -> None:
-    """model.safetensors, or several of at most `shard_bytes` (one tensor at least) and their index."""
+    """Write model.safetensors, or several files of at most `shard_bytes` (with at least one tensor) and their index."""
     shards, sizes = [{}], [0]
     for name, array in arrays.items():
         size = math.prod(array.shape) * array.dtype.itemsize

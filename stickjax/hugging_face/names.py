@@ -1,10 +1,10 @@
 """Which tensor of a Hugging Face folder is which leaf of ours, and how their axes correspond.
 
-A row of a table says: `theirs`, with {} for the number of the layer, has the axes to the left of the arrow, and `ours`,
-without the leading axis L of the layers, those to the right. Letters are those of the config, and letters written
-together are one axis, the last one fastest: torch's weight "NH D" of N heads is our "D N H". A is `attention_experts`,
-R is `router_hidden`, and a digit is a size: in "2F D" the gate's rows stand before those of the other half. A digit
-that only one side has is not an axis of the other: there the row means the entry `part` of it.
+A row of a table says: the tensor `theirs`, with {} for the number of the layer, has the axes to the left of the arrow;
+the leaf `ours` has the axes to the right, without its leading axis L of the layers. The letters are the fields of the
+config, besides A for `attention_experts` and R for `router_hidden`. Letters written together are one axis, the last
+letter fastest: torch's weight "NH D" of N heads is our "D N H". A digit is a size: in "2F D" the rows of the gate come
+first, then the rows of the other half. If only one side has a digit, the row is about the entry `part` of that axis.
 """
 
 from typing import NamedTuple
@@ -32,7 +32,7 @@ def _attention(layer: str) -> list[Row]:
 
 
 def _llama(c: ModelConfig) -> list[Row]:
-    """What the three models that descend from Llama have in common."""
+    """The rows that the three models like Llama have in common."""
     return [
         Row("embed", "model.embed_tokens.weight", "V D -> V D"),
         Row("blocks/attention_norm/scale", "model.layers.{}.input_layernorm.weight", "D -> D"),
@@ -131,7 +131,7 @@ def table(model_type: str, c: ModelConfig) -> list[Row]:
     return _TABLES[model_type](c)
 
 
-# transformers 5 has names of its own for the experts of granitemoe, and reads both; those published are read by 4 too.
+# transformers 5 has its own names for the experts of granitemoe. It also reads the published names, as version 4 does.
 _RENAMED = {
     "block_sparse_moe.experts.gate_up_proj": "block_sparse_moe.input_linear.weight",
     "block_sparse_moe.experts.down_proj": "block_sparse_moe.output_linear.weight",
@@ -151,7 +151,7 @@ def published(name: str) -> str:
 
 
 def axes(row: Row) -> tuple[str, str]:
-    """Of their tensor, and of a layer of our leaf."""
+    """The axes of their tensor, and the axes of one layer of our leaf."""
     theirs, ours = row.axes.split(" -> ")
     return theirs, ours
 
@@ -172,7 +172,7 @@ def _size(config: ModelConfig, letter: str) -> int:
 
 
 def _place(config: ModelConfig, target: np.ndarray, to: str, source: np.ndarray, of: str, part: int) -> None:
-    """Copy a tensor with the axes `of` into one with the axes `to`, of which either may be a part of the other."""
+    """Copy a tensor with the axes `of` into one with the axes `to`. Either of them may be a part of the other."""
     to, of = to.replace(" ", ""), of.replace(" ", "")
 
     def common(array: np.ndarray, own: str, other: str) -> np.ndarray:
@@ -180,7 +180,7 @@ def _place(config: ModelConfig, target: np.ndarray, to: str, source: np.ndarray,
         view = array.reshape([_size(config, letter) for letter in own])
         return view[tuple(slice(None) if letter in other else part for letter in own)]
 
-    if target.dtype == source.dtype:  # bits are copied, whatever they mean; as integers bfloat16 is as fast as others
+    if target.dtype == source.dtype:  # copied as integers, because NumPy copies bfloat16 slowly
         target, source = (x.view(f"u{x.itemsize}") for x in (target, source))
     order = [letter for letter in of if letter in to]
     source = common(source, of, to).transpose([order.index(letter) for letter in to if letter in of])

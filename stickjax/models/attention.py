@@ -20,7 +20,7 @@ KeyValues = tuple[jax.Array, jax.Array | None]  # [B,S,K,H] each; no values wher
 class Context(NamedTuple):
     """Where the T tokens of a call stand among the S keys; the same for all layers.
 
-    On a mesh with "context" the T are this device's, the S all of the sequence.
+    On a mesh with "context", T counts the tokens of this device and S the keys of the whole sequence.
     `segment_ids` [B,T] and `key_segment_ids` [B,S]: attention stays within equal ids, negative ones are padding.
     `positions` [B,T]: rotary positions. `offset`: index of the first token among the keys.
     """
@@ -34,8 +34,8 @@ class Context(NamedTuple):
 class Attention(nnx.Module):
     """out W_o of the attention of x W_q over x W_k, x W_v; N query heads on K key/value heads of dimension H.
 
-    `remainder` says what becomes of the stick left: none; value, rem * the token's own value; bias, rem * a learned
-    vector per head, which starts at zero.
+    `remainder` says what is added for the rest of the stick. none: nothing. value: rem times the token's own value.
+    bias: rem times a trainable vector per head, which starts at zero.
     """
 
     def __init__(self, config: ModelConfig, key):
@@ -53,7 +53,7 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KeyValues | None, RouterSums | None]:
         """The layer's output, the cache with this call's T written at the offset, and the sums of a router."""
         c = self.config
-        # One product for the three, so that x is read once.
+        # One product for all three, so that x is read once.
         weights = [cast(w, c) for w in (self.query, self.key, self.value)]
         N, K = weights[0].shape[1], weights[1].shape[1]  # of this device
         q, k, v = jnp.split(jnp.einsum("BTD,DXH->BTXH", split(x), jnp.concatenate(weights, 1)), (N, N + K), axis=2)
@@ -98,7 +98,7 @@ class Attention(nnx.Module):
     def _softmax(self, q, k, v, own, context: Context):
         del own
         c, T, S = self.config, q.shape[1], k.shape[1]
-        # Query tiles, each with the keys that it can see: half the scores of a causal square. At most eight of them.
+        # At most eight query tiles, each with the keys that it can see: that computes half of all T * S scores.
         tile = max(64, -(-T // 8)) if isinstance(context.offset, int) else T
 
         @jax.checkpoint  # saves q, k and v instead of the weights, of which there are T * S per head
@@ -122,7 +122,7 @@ class Attention(nnx.Module):
             return jnp.concatenate(tiles)
 
         segments = None if context.segment_ids is None else (context.segment_ids, context.key_segment_ids)
-        # On a CPU in groups whose weights stay in the cache, as the stick-breaking op does by itself.
+        # On a CPU in groups whose weights stay in the cache, as the stick-breaking op does too.
         group = q.shape[0]
         if seam.platform() == "cpu":
             group = max(1, min(group, 2**20 // (T * q.shape[2] * S)))

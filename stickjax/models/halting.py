@@ -1,4 +1,4 @@
-"""Dynamic halting by stick-breaking: how often a block is applied to a token is the token's own affair.
+"""Dynamic halting by stick-breaking: every token decides how often a block is applied to it.
 
 Tan et al., `Sparse Universal Transformer <https://arxiv.org/abs/2310.07096>`_.
 """
@@ -15,7 +15,7 @@ from stickjax.models.layers import cast, uniform
 
 
 class HaltingGate(nnx.Module):
-    """log of the probabilities to go on and to halt: log_softmax(gelu(h w_in + bias) w_out + [halting_bias, 0]).
+    """The log of the probabilities to go on and to halt: log_softmax(gelu(h w_in + bias) w_out + [halting_bias, 0]).
 
     w_out begins at zero: to go on has probability 1/2 at the start, or sigmoid(`halting_bias`).
     """
@@ -39,12 +39,13 @@ class HaltingGate(nnx.Module):
 class Halting(NamedTuple):
     """Where every token stands before step l, or at the end; all but `hidden` in fp32.
 
-    `hidden` [B,T,D]: h, what the block makes of itself. `state` [B,T,D]: the mean of h over the steps at which the
-    token halts, its rest counted as halting now; frozen once it has halted. `running` [B,T]: the probability w that it
-    still runs, 0 once it is below 1 - threshold, and for padding. `depth` [B,T]: the mean number of blocks in `state`.
-    `act` [B,T]: the mean halting step, whose gradient a loss of depth needs; unlike `depth` it goes on after halting.
-    `expected`, `expected_step` and `log_rest`: sums of p_l h_l and p_l l, and the log of the stick that is left.
-    `statistics`: the block's, summed over the steps. `rows`: what each step has run, [L].
+    `hidden` [B,T,D]: h, the output of the last block, which the next one reads. `state` [B,T,D]: the mean of h over the
+    steps at which the token halts, with the rest of its stick counted as halting now; it stays the same once the token
+    has halted. `running` [B,T]: the probability w that it still runs, 0 once it is below 1 - threshold, and for
+    padding. `depth` [B,T]: the mean number of blocks in `state`. `act` [B,T]: the mean halting step, whose gradient a
+    loss of depth needs; unlike `depth` it goes on after halting. `expected`, `expected_step` and `log_rest`: sums of
+    p_l h_l and p_l l, and the log of the stick that is left. `statistics`: the block's, summed over the steps. `rows`:
+    the expert rows that each step has run, [L].
     """
 
     step: jax.Array
@@ -72,7 +73,7 @@ def halting_step(
       w' = rest' where rest' >= 1 - threshold, else 0.
 
     Args:
-      block: (h, state, w, l) -> (h', statistics, rows), the keys and values of an attention being made of the state.
+      block: (h, state, w, l) -> (h', statistics, rows). Its attention makes keys and values from the state.
       gate: h -> logs of the probabilities to go on and to halt, [B,T] each.
       real: False for padding, which never runs.
     """
@@ -104,7 +105,7 @@ def halting_step(
 
 
 def start(x: Float[Array, "B T D"], real: Bool[Array, "B T"], block: Callable, L: int) -> Halting:
-    """Before the first step: every real token runs."""
+    """Before the first step: every token that is not padding runs."""
     state, zero = x.astype(jnp.float32), jnp.zeros(real.shape, jnp.float32)
     first = jnp.zeros((), jnp.int32)
     _, statistics, rows = jax.eval_shape(block, x, x, zero, first)

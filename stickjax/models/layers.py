@@ -15,24 +15,24 @@ def normal(key, shape, std: float, config: ModelConfig) -> nnx.Param:
 
 
 def uniform(key, shape, limit: float, config) -> nnx.Param:
-    """Between -limit and limit."""
+    """A parameter drawn uniformly between -limit and limit."""
     return nnx.Param(jax.random.uniform(key, shape, config.param_dtype, -limit, limit))
 
 
 def dropout(x, rate: float, key):
-    """In training, when there is a key: x with a share `rate` of zeros, the others larger for it."""
+    """In training (with a key): x with a share `rate` of zeros, and the others divided by 1 - rate; else x."""
     if key is None or not rate:
         return x
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
 
 
 def matrix_std(config: ModelConfig) -> float:
-    """muP: the deviation of an internal matrix."""
+    """muP: the standard deviation of an internal matrix."""
     return config.init_std / config.m_width**0.5
 
 
 def output_std(config: ModelConfig) -> float:
-    """muP: the deviation of a matrix that ends a residual branch; there are two branches per layer."""
+    """muP: the standard deviation of a matrix that ends a residual branch; there are two branches per layer."""
     return matrix_std(config) / (2 * config.L) ** 0.5
 
 
@@ -42,7 +42,7 @@ def cast(param: nnx.Param, config: ModelConfig) -> jax.Array:
 
 
 def all_experts(module, name: str) -> jax.Array:
-    """The weights `name` of a module's experts, behind them those of the experts that were added, cast."""
+    """The weights `name` of a module's experts in the type of the computation; experts that were added come last."""
     new, c = getattr(module, f"new_{name}"), module.config
     weights = cast(getattr(module, name), c)
     return weights if new is None else jnp.concatenate([weights, cast(new, c)])
@@ -89,7 +89,7 @@ def normalised(x, eps: float):
 class HeadNorm(nnx.Module):
     """GroupNorm with one group per head: mean 0 and variance 1 over H, then scale and bias per head and channel.
 
-    A row of near zeros, which the first token's always is, is amplified by up to 1 / sqrt(eps).
+    A row of near zeros is amplified by up to 1 / sqrt(eps). The first token always has such a row.
     """
 
     def __init__(self, config: ModelConfig):
@@ -114,7 +114,7 @@ def rotary(x: Float[Array, "B T N H"], positions: Int[Array, "B T"], theta: floa
 
 
 def gates(config: ModelConfig) -> int:
-    """G, the inputs that the activation takes for every hidden unit."""
+    """G, how many inputs the activation takes for every hidden unit."""
     return 2 if config.activation in GATED else 1
 
 

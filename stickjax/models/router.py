@@ -15,14 +15,14 @@ from stickjax.collectives import total
 from stickjax.config import ModelConfig
 from stickjax.models.layers import matrix_std, normal
 
-NEVER = -1e9  # the logit of what must not be chosen; finite, as zero times it is zero
+NEVER = -1e9  # the logit of an expert that must not be chosen; finite, so that zero times it is zero
 
 
 class RouterSums(NamedTuple):
-    """What a router's losses are made of, summed over the real tokens of this device.
+    """The sums that a router's losses are computed from, over the unmasked tokens of this device.
 
-    `tokens` and `slots`: their number, and k times that. `rows` [E]: how many went to each expert. `probability` [E],
-    `z` and `entropy`, with g the softmax of the logits: sum g, sum logsumexp(logits)^2 and sum H(g).
+    `tokens`: their number. `slots`: the number of (token, choice) pairs, k times that. `rows` [E]: pairs per expert.
+    `probability` [E], `z` and `entropy`, with g the softmax of the logits: sum g, sum logsumexp(logits)^2 and sum H(g).
     """
 
     tokens: jax.Array
@@ -46,9 +46,9 @@ class RouterStats(NamedTuple):
 def probabilities(logits: Float[Array, "T E"], trained: int | None = None) -> Float[Array, "T E"]:
     """The softmax of logits. Its first `trained` columns have the same bits whether the others are at -inf or absent.
 
-    XLA's exponential differs in the last bit with the shape of the loop that it is in, and its sums with their length.
-    So both parts are raised apart, between barriers, and are added by folding one half onto the other, where zeros at
-    the end change nothing.
+    In XLA the last bit of an exponential depends on the shape of its loop, and the last bit of a sum on its length. So
+    the exponentials of the two parts are computed apart, between barriers. The sum folds one half onto the other, so
+    that zeros at the end change nothing.
 
     >>> probabilities(jnp.array([[1.0, 1.0, -jnp.inf]]), trained=2).tolist()
     [[0.5, 0.5, 0.0]]
@@ -77,10 +77,10 @@ def choose_experts(
 ) -> tuple[Int[Array, "T k"], Float[Array, "T k"]]:
     """Expert indices and gates of every token.
 
-    `topk_softmax`: the k largest logits, their softmax (gates sum to one). `softmax_topk`: the softmax over E, its k
-    largest `probabilities` as they are. `bias` [E] is added for the selection only, and those of `gone` [E] are never
-    selected. With a key, the last `sample_topk` of the k are drawn without replacement by their probabilities instead
-    (Gumbel top-k); gates are as without.
+    `topk_softmax`: the experts with the k largest logits; the gates are the softmax of these (they sum to one).
+    `softmax_topk`: the gates are the k largest `probabilities` of the softmax over E, unchanged. `bias` [E] is added
+    for the selection only. Experts in `gone` [E] are never selected. With a key, the last `sample_topk` of the k are
+    drawn by their probabilities without replacement instead (Gumbel top-k); the gates are computed in the same way.
     """
     logits = logits.astype(jnp.float32)
     scores = logits if order == "topk_softmax" else probabilities(logits, trained)
@@ -101,10 +101,11 @@ def choose_experts(
 def rounded(
     expert_indices: Int[Array, "T k"], gates: Float[Array, "T k"], num_experts: int, multiple: int
 ) -> Int[Array, "T k"]:
-    """The indices with every expert's rows rounded down to a multiple, so that no tile of a kernel is part empty.
+    """Token rounding: every expert's rows are rounded down to a multiple, so that no tile of a kernel is partly empty.
 
-    The rows of an expert with the smallest gates go, fewer than `multiple` of them; their index becomes E, no expert
-    (after arXiv 2512.14080, which also rounds up). What runs depends on the device's whole batch: for training alone.
+    Of every expert, the rows with the smallest gates are dropped, fewer than `multiple` of them. Their index becomes E,
+    no expert (after arXiv 2512.14080, which also rounds up). The result depends on the device's whole batch, so this is
+    for training only.
 
     >>> rounded(jnp.array([[0], [0], [1], [0]]), jnp.array([[0.3], [0.1], [0.9], [0.2]]), 2, 2).T
     Array([[0, 2, 2, 0]], dtype=int32)
@@ -121,7 +122,7 @@ def rounded(
 def router_sums(
     logits: Float[Array, "T E"], expert_indices: Int[Array, "T k"], real: Bool[Array, "T"] | None = None
 ) -> RouterSums:
-    """The sums of one router over its real tokens; logits at -inf, of experts that are not there, count as `NEVER`."""
+    """The sums of one router over its unmasked tokens. A logit of -inf, of an absent expert, counts as `NEVER`."""
     logits = jnp.maximum(logits.astype(jnp.float32), NEVER)
     weight = jnp.ones(logits.shape[:1]) if real is None else real.astype(jnp.float32)
     log_g = jax.nn.log_softmax(logits, axis=-1)
@@ -134,12 +135,12 @@ def router_sums(
 
 
 def router_stats(sums: RouterSums) -> RouterStats:
-    """The losses over the tokens of all devices, of one router or of those of all layers.
+    """The losses over the tokens of all devices, for one router or for the routers of all layers.
 
-    switch = E * sum_e f_e P_e, f_e the share of the rows and P_e the mean of g_e: 1 at balance (arXiv 2101.03961;
+    switch = E * sum_e f_e P_e, with f_e the share of the rows and P_e the mean of g_e: 1 at balance (arXiv 2101.03961;
       Hugging Face's variant does not divide the rows by k and is k at balance).
     z = mean(logsumexp(logits)^2) (arXiv 2202.08906).
-    mutual information = H(e|x) - H(e), the entropy of g_t averaged, less that of P (arXiv 2306.04640).
+    mutual information = H(e|x) - H(e), the mean entropy of g_t less the entropy of P (arXiv 2306.04640).
     concentration = H(e): the smaller, the fewer experts do all the work. Written from the description of the same
       paper, which publishes neither its formula nor its code.
     """
@@ -156,7 +157,7 @@ def updated_router_bias(
 ) -> Float[Array, "*L E"]:
     """Auxiliary-loss-free balancing (arXiv 2408.15664): b_e + rate * sign(mean load - load_e).
 
-    The mean is over the `experts` that exist, fewer than E where some were pruned.
+    The mean is over the `experts` that exist; they are fewer than E if some were pruned.
     """
     return (bias + rate * jnp.sign(load.sum(-1, keepdims=True) / experts - load)).astype(bias.dtype)
 
@@ -166,7 +167,7 @@ class Experts:
     """How many experts a router knows: `old` and `new` ones exist, `gone` ones were pruned.
 
     A router has a column for every old or gone expert, in the order they were trained in, then one for every new one.
-    The weights of experts are those of the old, then those of the new ones.
+    The weights of the old experts come first, then the weights of the new ones.
     """
 
     old: int
@@ -175,7 +176,7 @@ class Experts:
 
     @property
     def count(self) -> int:
-        """E, those that exist."""
+        """E, the number of experts that exist."""
         return self.old + self.new
 
     @property
@@ -189,9 +190,9 @@ class Router(nnx.Module):
     `linear`: x weight. `mlp`: gelu(x hidden + hidden_bias) weight. `gmm`: exp(log_scale) cos(x hidden, weight_e), the
     weight of an expert being its centroid. `new_weight` has the columns of experts that were added to a trained model.
 
-    `selection_bias` is added for the choice only, by the balancing without a loss. `slot`, of a pruned model, says
-    where the expert of a column stands among the weights, -1 where it was pruned; with `pruned="old_denominator"` its
-    probability remains in the softmax, with "new_denominator" it does not.
+    `selection_bias`, of the balancing without a loss, is added for the choice only. In a pruned model `slot` has for
+    every column the place of its expert among the weights, -1 if it was pruned. With `pruned="old_denominator"` a
+    pruned expert's probability remains in the softmax; with "new_denominator" it does not.
     """
 
     def __init__(self, config: ModelConfig, experts: Experts, k: int, key):
@@ -199,7 +200,7 @@ class Router(nnx.Module):
         c, old, new = config, experts.old + experts.gone, experts.new
         network = c.router_network
         rows = c.D if network == "linear" else c.router_hidden
-        std = 1.0 if network == "gmm" else matrix_std(c)  # of a centroid only the direction counts
+        std = 1.0 if network == "gmm" else matrix_std(c)  # only the direction of a centroid counts
         zeros = lambda size, dtype=c.param_dtype: nnx.Param(jnp.zeros(size, dtype))  # noqa: E731
         k_hidden, k_new = (jax.random.fold_in(key, i) for i in (1, 2))
         self.hidden = None if network == "linear" else normal(k_hidden, (c.D, rows), matrix_std(c), c)
@@ -209,11 +210,11 @@ class Router(nnx.Module):
         self.new_weight = normal(k_new, (rows, new), std, c) if new else None
         # In float32, because a smaller type would lose steps of bias_rate once the bias is large.
         self.selection_bias = zeros(old + new, jnp.float32) if c.bias_rate else None
-        # Floats, as whatever learns is: every count of experts is one exactly.
+        # A float, as all parameters are; it holds every number of experts exactly.
         self.slot = nnx.Param(jnp.arange(old + new, dtype=jnp.float32)) if c.pruned != "no" else None
 
     def logits(self, tokens: Float[Array, "T D"]) -> Float[Array, "T E"]:
-        """Of all columns (see `Experts`)."""
+        """The logits of all columns (see `Experts`)."""
         exact = lambda param: param[...].astype(jnp.float32)  # noqa: E731
         x = tokens.astype(jnp.float32)
         if self.hidden is not None:
@@ -222,7 +223,7 @@ class Router(nnx.Module):
             x = jax.nn.gelu(x + exact(self.hidden_bias)[None], approximate=False)
         if self.log_scale is not None:
             x = _unit(x, 1) * jnp.exp(exact(self.log_scale))[None]
-        # A product each, so that the old logits are the same to the bit with new experts as without.
+        # Two products, so that the old logits have the same bits with new experts as without.
         weights = [exact(w) for w in (self.weight, self.new_weight) if w is not None]
         if self.log_scale is not None:
             weights = [_unit(w, 0) for w in weights]
@@ -231,7 +232,7 @@ class Router(nnx.Module):
     def __call__(
         self, tokens: Float[Array, "T D"], real: Bool[Array, "T"] | None = None, key=None
     ) -> tuple[Int[Array, "T k"], Float[Array, "T k"], RouterSums]:
-        """The experts of every token, none (E) for one that is not real; their gates; and the sums of the losses."""
+        """The experts of every token (E, no expert, for a masked token), their gates, and the sums for the losses."""
         c, logits = self.config, self.logits(tokens)
         bias = None if self.selection_bias is None else self.selection_bias[...].astype(jnp.float32)
         gone = None if self.slot is None else self.slot[...] < 0

@@ -22,12 +22,12 @@ from stickjax.sut_config import SutConfig
 
 
 class SutOutput(NamedTuple):
-    """What a model makes of a batch.
+    """The output of a model for a batch.
 
-    `logits` in fp32, [B,classes] or [B,T,V]. `depth` [B,T], of a pair [2,B,T]: the mean number of blocks in a token's
+    `logits` in fp32, [B,classes] or [B,T,V]. `depth` [B,T], for pairs [2,B,T]: the mean number of blocks in a token's
     final state. `act`: the mean halting step of all tokens, whose gradient shortens the computation. `router`: the
     statistics of every router over all steps, each token weighed by the probability that it still runs. `rows`: the
-    expert rows that this device ran in each step, [L], by the router that sent them.
+    expert rows that this device ran in each step, [L], by the name of their router.
     """
 
     logits: jax.Array
@@ -38,7 +38,7 @@ class SutOutput(NamedTuple):
 
 
 class UniversalStack(nnx.Module):
-    """One `SutBlock` over the depth, the gate that halts tokens, and with `normalize_before` a norm at the end."""
+    """One `SutBlock` for all steps, the gate that halts tokens, and with `normalize_before` a norm at the end."""
 
     def __init__(self, config: SutConfig, key, *, causal: bool, cross: bool = False):
         self.config = config
@@ -78,9 +78,9 @@ class UniversalStack(nnx.Module):
 class PairClassifier(nnx.Module):
     """Logits of the label of two sentences: W_2 elu(W_1 [u; v; u * v; |u - v|] + b_1) + b_2, with 4 D hidden units.
 
-    u and v are the final states of the sentences' first tokens: in a bracketed formula that is the outermost bracket,
-    and data without such a token put one first. Stick-breaking attention is causal, so that there they are the last
-    tokens' states.
+    u and v are the final states of the sentences' first tokens. In a bracketed formula the first token is the outermost
+    bracket; data without such a token put one first. Stick-breaking attention is causal: with it, u and v are the
+    states of the last tokens.
     """
 
     def __init__(self, config: SutConfig, key):
@@ -110,7 +110,10 @@ class PairClassifier(nnx.Module):
 
 
 class LanguageModel(nnx.Module):
-    """Causal, the embedding shared with the output: nothing of a token, its halting included, depends on later ones."""
+    """A causal language model, with the embedding as output matrix.
+
+    A token and its halting depend on no later token.
+    """
 
     def __init__(self, config: SutConfig, key):
         self.config = c = config
@@ -127,10 +130,10 @@ class LanguageModel(nnx.Module):
 
 
 class SparseUniversalTransformer(nnx.Module):
-    """Encoder and decoder for translation, the one embedding of all.
+    """Encoder and decoder for translation, with one embedding for source, target and output.
 
-    A batch has `source` [B,S] and `target` [B,T], both padded with 0; logits [B,T,V] are of the token after each of
-    `target`.
+    A batch has `source` [B,S] and `target` [B,T], both padded with 0. The logits [B,T,V] predict the token after
+    each token of `target`.
     """
 
     def __init__(self, config: SutConfig, key):
@@ -171,7 +174,7 @@ def embedded(config: SutConfig, embed, tokens, segment_ids, key):
     """sqrt(D) * embedding, plus positions within the segments, zero for padding; and the key of the steps."""
     x = config.D**0.5 * cast(embed, config)[tokens]
     if config.attention == "softmax" and config.sinusoidal:
-        positions = segment_positions(segment_ids)  # not of the array: padding may stand on the left
+        positions = segment_positions(segment_ids)  # not the place in the array, because padding may stand on the left
         x += jnp.asarray(sinusoidal(tokens.shape[1], config.D), x.dtype)[positions]
     k_drop, key = (None, None) if key is None else jax.random.split(key)
     return dropout(jnp.where((segment_ids >= 0)[..., None], x, 0), config.dropout, k_drop), key
@@ -189,7 +192,7 @@ def unembedded(state: Float[Array, "B T D"], embed: Float[Array, "V D"]) -> Floa
 
 
 def summary(logits, stacks, prefixes=("",)) -> SutOutput:
-    """The output of a model with these [(end, real)], whose routers get their stack's prefix."""
+    """The output of a model from its stacks [(end, real)]; the names of a stack's routers get its prefix."""
     router, rows, act, tokens = {}, {}, 0.0, 0.0
     for (end, real), prefix in zip(stacks, prefixes, strict=True):
         router |= {prefix + name: router_stats(sums) for name, sums in end.statistics.items()}
@@ -202,7 +205,7 @@ def summary(logits, stacks, prefixes=("",)) -> SutOutput:
 
 
 def init(config: SutConfig, key: jax.Array) -> PairClassifier | LanguageModel:
-    """Parameters of a model, as a pytree that is also the model: of pairs with `classes`, else of language.
+    """Parameters of a model, as a pytree that is also the model: with `classes` of pairs, else a language model.
 
     >>> model = init(SutConfig(V=16, D=8, H=4, F=16), jax.random.key(0))
     >>> model.stack.block.ffn.experts.w_in.shape
@@ -231,8 +234,8 @@ def apply(
 
 
 class Read(NamedTuple):
-    """The tokens that a language model has read so far, of which there are `length`, in place of their keys and values:
-    every new one reads them again."""
+    """The `length` tokens that a language model has read so far. Their keys and values are not kept: every new token is
+    computed together with all of them."""
 
     tokens: jax.Array
     segment_ids: jax.Array
@@ -240,7 +243,7 @@ class Read(NamedTuple):
 
 
 def empty_cache(config: SutConfig, batch: int, size: int) -> Read:
-    """For `batch` sequences of up to `size` tokens."""
+    """An empty cache for `batch` sequences of up to `size` tokens."""
     return Read(jnp.zeros((batch, size), jnp.int32), jnp.full((batch, size), -1, jnp.int32), jnp.zeros((), jnp.int32))
 
 
@@ -255,7 +258,7 @@ def read(
 
 
 def parameter_counts(config: SutConfig) -> tuple[int, int]:
-    """All parameters, and those that one step applies to a token: k of E experts, nothing of the embedding."""
+    """The number of all parameters, and of the ones that a step applies to a token: k of E experts, no embedding."""
     shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
     block, size = shapes.stack.block, lambda tree: sum(x.size for x in jax.tree.leaves(tree))
     heads = size([block.attention.experts.expert_query, block.attention.experts.expert_output])

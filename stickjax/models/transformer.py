@@ -32,8 +32,11 @@ class Cache(NamedTuple):
 
 
 class Output(NamedTuple):
-    """`logits` [B,T,V] in fp32; the statistics of every layer's routers, of its feed-forward experts and of the experts
-    that own its heads, or None where it has none. On a mesh with "tensor" a device has the logits of its part of V."""
+    """`logits` [B,T,V] in fp32, on a mesh with "tensor" for the device's part of V; and the statistics of the routers.
+
+    The routers are those of the feed-forward experts and of the attention experts in every layer; None if there are
+    none.
+    """
 
     logits: jax.Array
     router: RouterStats | None
@@ -88,7 +91,7 @@ class Transformer(nnx.Module):
           segment_ids: [B, T]; tokens see only their own segment, a negative id is padding.
           cache: from `empty_cache`; this call's keys and values are appended to it.
           key: randomness of a training step (`sample_topk`, `round_rows`); None for inference.
-          last_only: logits [B, 1, V] of the last position alone: the others of a long prompt take B * T * V floats.
+          last_only: logits [B, 1, V] of the last position alone; a long prompt would need memory for B * T * V floats.
         """
         c = self.config
         if cache is not None and segment_ids is None:
@@ -180,7 +183,7 @@ def apply(params: Transformer, batch: dict[str, jax.Array], key: jax.Array | Non
 
 
 def parameter_counts(config: ModelConfig) -> tuple[int, int]:
-    """All parameters, and those that work on one token ("active": k of E experts, without the input embedding).
+    """The number of all parameters, and of the active ones: k of E experts, without the input embedding.
 
     >>> parameter_counts(ModelConfig.powermoe_3b())[0]
     3298788864

@@ -1,4 +1,4 @@
-"""Add modules to a trained run, freeze, concentrate the load on few, prune, and see which text uses which modules.
+"""Change the modules (experts) of a trained run: add, freeze, concentrate, prune; report which text uses which module.
 
 python -m stickjax.modules extend RUN OUT --experts 8 [--attention-experts 4] [--routing frozen|full]
 python -m stickjax.modules freeze RUN OUT PATTERN [PATTERN ...]
@@ -6,8 +6,8 @@ python -m stickjax.modules concentrate RUN OUT [--weight 0.1]
 python -m stickjax.modules prune RUN OUT (--count N | --threshold X) [--kind ffn|attention|both] [--denominator old|new]
 python -m stickjax.modules report RUN [--source stdlib --source text:FOLDER] [--plot PNG]
 
-extend, freeze and prune write a run folder OUT with parameters alone, to be trained by
-python -m stickjax.train OUT/config.json --run NEW --init-from OUT. All take --section.field=value.
+extend, freeze and prune write a run folder OUT with parameters alone. Train it by
+python -m stickjax.train OUT/config.json --run NEW --init-from OUT. All commands take --section.field=value.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ from stickjax.tables import print_table
 
 
 def source_of(data: DataConfig, words: str) -> DataConfig:
-    """The data of one source, "stdlib" or "text:PATH"; a stored one without a path is that of the run.
+    """The data of one source, "stdlib" or "text:PATH". A source that needs a path and has none takes the run's path.
 
     >>> source_of(DataConfig(source="stdlib,logic"), "logic").source
     'logic'
@@ -47,7 +47,7 @@ def source_of(data: DataConfig, words: str) -> DataConfig:
 
 
 def table(result: dict) -> Table:
-    """Per kind and layer the bits about the source, and the unused modules of each source."""
+    """A row per kind: the bits about the source in every layer, and how many modules each source leaves unused."""
     shown = Table(title=f"modules, on {result['max_tokens']} held-out tokens of each source")
     shown.add_column("kind")
     for column in ("modules", *(f"unused by {source}" for source in result["use"]), "bits about the source, by layer"):
@@ -76,7 +76,7 @@ def _freeze(words, changes: dict) -> str:
     config = freeze(loaded.config, ",".join(words.patterns))
     mask = jax.tree.leaves(frozen(loaded.model, config.optim.learn))
     if all(mask):
-        raise ValueError(f"optim.learn={config.optim.learn!r} leaves nothing that learns")
+        raise ValueError(f"optim.learn={config.optim.learn!r} freezes every parameter")
     save(words.out, loaded.model, config)
     return f"{sum(mask)} of {len(mask)} parameters are frozen; {_how_to_train(words.out)}"
 
@@ -93,7 +93,7 @@ def _prune(words, changes: dict) -> str:
         counts = {kind: counts[kind] + found[kind] for kind in kinds}
     model = prune(loaded.model, counts, count=words.count, threshold=words.threshold, denominator=words.denominator)
     before, config = loaded.config.model, dataclasses.replace(loaded.config, model=model.config)
-    if before.new_experts or before.new_attention_experts:  # old ones now: patterns of theirs would match nothing
+    if before.new_experts or before.new_attention_experts:  # they are old modules now, so "*.new_*" matches nothing
         config = config.replace({"optim.learn": "*"} | changes)
     save(words.out, model, config)
     kept = ", ".join(f"at most {getattr(model.config, KINDS[kind].old)} of {kind} in a layer" for kind in kinds)
@@ -140,18 +140,18 @@ def _parser() -> Parser:
     added = command("extend", _extend, "add modules to every layer")
     added.add_argument("--experts", type=number(int, at_least=0), default=0, help="of each feed-forward network")
     added.add_argument("--attention-experts", type=number(int, at_least=0), default=0, help="of each attention")
-    added.add_argument("--routing", choices=LEARN, default="frozen", help="what learns besides the new modules")
+    added.add_argument("--routing", choices=LEARN, default="frozen", help="what is trainable besides the new modules")
     added.add_argument("--seed", type=SEED_TYPE, default=0, help="of the new parameters")
-    added = command("freeze", _freeze, "let only a part of the model learn")
-    added.add_argument("patterns", nargs="+", metavar="PATTERN", help="of names, '*.router.*' or embed")
+    added = command("freeze", _freeze, "make only a part of the model trainable")
+    added.add_argument("patterns", nargs="+", metavar="PATTERN", help="pattern of names, '*.router.*' or embed")
     added = command("prune", _prune, "remove the modules that are used least")
     how = added.add_mutually_exclusive_group(required=True)
     how.add_argument("--count", type=int, help="how many modules of a kind each layer keeps")
     how.add_argument("--threshold", type=float, help="keep modules with at least this share of their layer's pairs")
     added.add_argument("--kind", choices=("ffn", "attention", "both"), default="both", help="which modules")
     added.add_argument("--denominator", choices=("old", "new"), default="old", help="of the router's softmax")
-    read(added, "training text whose use counts")
-    added = command("concentrate", _concentrate, "fine-tune with the load-concentration loss; again to go on")
+    read(added, "training text that the use is counted on")
+    added = command("concentrate", _concentrate, "fine-tune with the load-concentration loss; the same command resumes")
     added.add_argument("--weight", type=float, default=0.1, help="of the loss")
     added = command("report", _report, "which text uses which modules", out=False)
     read(added, "held-out text to compare")
@@ -167,10 +167,10 @@ def main(argv: list[str] | None = None) -> int:
     words, rest = _parser().parse_with_fields(argv)
     if "out" in words and words.function is not _concentrate and Path(words.out).exists():
         raise ValueError(f"{words.out} exists; choose another folder")
-    said = words.function(words, parse_changes(read_config(words.run), rest))
-    if isinstance(said, int):  # the exit code of a training that was stopped
-        return said
-    print(said)
+    result = words.function(words, parse_changes(read_config(words.run), rest))
+    if isinstance(result, int):  # the exit code of a training that was stopped
+        return result
+    print(result)
     return 0
 
 

@@ -24,15 +24,15 @@ def _rows(model: Transformer, batch: dict) -> dict[str, jax.Array]:
 
 
 def use(model: Transformer, batches: Iterable[Mapping[str, np.ndarray]]) -> Use:
-    """How many (token, slot) pairs of real tokens went to every module.
+    """How many (token, choice) pairs of unmasked tokens went to every module.
 
     Args:
       model: a model with modules.
       batches: `tokens` [B,T] and, where there is padding, `segment_ids` [B,T], negative for it.
 
     Returns:
-      {"attention": [L, columns], "ffn": [L, columns]}, whole numbers, of the kinds that the model has. A router has a
-      column for every module, the new ones last, and for pruned ones of the old denominator.
+      {"attention": [L, columns], "ffn": [L, columns]}, whole numbers, for the kinds that the model has. A router has a
+      column for every module, the new ones last. It also has one for a pruned module that counts in its softmax.
     Raises:
       ValueError: the model has no modules.
 
@@ -55,13 +55,13 @@ def use(model: Transformer, batches: Iterable[Mapping[str, np.ndarray]]) -> Use:
 
 
 def mutual_information(uses: Mapping[str, Use]) -> dict[str, np.ndarray]:
-    r"""Bits that the module of a routed pair says about its source, and the source about the module, {kind: [L]}.
+    r"""The mutual information of the module of a routed pair and the source of its text, in bits, {kind: [L]}.
 
     .. math::
         I(m; s) = \frac1S \sum_s \sum_m p(m|s) \log_2 \frac{p(m|s)}{p(m)}, \qquad p(m) = \frac1S \sum_s p(m|s)
 
-    with p(m|s) the share of source s's pairs that went to module m: all S sources count the same. 0 when every source
-    uses the modules alike, log2 S when no two share one.
+    with p(m|s) the share of source s's pairs that went to module m: all S sources have the same weight. It is 0 if
+    every source uses the modules in the same way, and log2 S if no two sources share a module.
 
     >>> mutual_information({"a": {"ffn": np.array([[4, 0], [1, 1]])}, "b": {"ffn": np.array([[0, 7], [3, 3]])}})
     {'ffn': array([1., 0.])}
@@ -71,14 +71,14 @@ def mutual_information(uses: Mapping[str, Use]) -> dict[str, np.ndarray]:
 
 
 def _information(p: np.ndarray) -> np.ndarray:
-    """Of p(m|s) [S, L, columns]."""
+    """The mutual information of p(m|s) [S, L, columns]."""
     mean = np.broadcast_to(p.mean(0), p.shape)
     ratio = np.divide(p, mean, out=np.ones_like(p), where=p > 0)
     return (p * np.log2(ratio)).sum(-1).mean(0)
 
 
 def shares(use: np.ndarray) -> np.ndarray:
-    """Of a layer's routed pairs, [L, columns]."""
+    """The shares of each layer's routed pairs, [L, columns]."""
     return use / np.maximum(use.sum(-1, keepdims=True), 1)
 
 
@@ -108,8 +108,8 @@ def report(
 
     Args:
       model: a model with modules.
-      sources: the text of each by a name.
-      max_tokens: of each source.
+      sources: {name: the data of its text}.
+      max_tokens: the tokens to read of each source.
       below: a module with a smaller share of its layer's pairs counts as unused.
 
     Returns:

@@ -1,10 +1,10 @@
-"""Plan a training run: what its step takes on GPUs that need not be there.
+"""Plan a training run: the time and memory of its step on GPUs that need not be there.
 
 python -m stickjax.plan configs/powermoe_3b.py --gpu h200 --devices 64 [--sweep] [--json] [--section.field=value ...]
 
-Compiles the real step ahead of time and prints parameters, memory, work, collectives and an estimated time, and when it
-does not fit, the nearest changes that do, each compiled too. With the CUDA wheels for the GPUs themselves, otherwise on
-virtual CPU devices.
+Compiles the training step ahead of time and prints parameters, memory, work, collectives and an estimated time. If it
+does not fit, it prints the nearest changes that fit, which are compiled too. With the CUDA wheels the step is compiled
+for the GPUs themselves, otherwise for virtual CPU devices.
 """
 
 import os
@@ -22,7 +22,7 @@ from stickjax.plan.search import SWEPT
 
 
 def _hosts(devices: int) -> int:
-    """The fewest of at most eight devices each."""
+    """The fewest hosts with at most eight devices each."""
     return next(hosts for hosts in range(max(1, -(-devices // 8)), max(1, devices) + 1) if devices % hosts == 0)
 
 
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("config", metavar="CONFIG", nargs="?", help="a name such as tiny, a .py file, a config.json")
     parser.add_argument("--gpu", default="h200", help=f"one of {', '.join(CHIPS)}; h200 by default")
     parser.add_argument("--devices", type=number(int, at_least=1), default=8, help="GPUs; 8 by default")
-    parser.add_argument("--hosts", type=number(int, at_least=1), help="their machines; one for every 8 by default")
+    parser.add_argument("--hosts", type=number(int, at_least=1), help="machines; one for every 8 GPUs by default")
     parser.add_argument("--sweep", action="store_true", help=f"compare mesh shapes, {SWEPT} at most")
     parser.add_argument("--json", action="store_true", help="machine-readable, to stdout")
     parser.add_argument("-h", "--help", action="store_true")

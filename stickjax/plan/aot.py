@@ -1,7 +1,7 @@
 """A training step compiled ahead of time: for GPUs that are not there, for virtual CPU devices, or for what is here.
 
-What a plan reads off it: exact bytes of the arguments, temporaries of the compiler's own program, collectives, and the
-work of the traced step.
+A plan reads from it: the exact bytes of the arguments, the bytes of the temporaries, the collectives, and the work of
+the traced step.
 """
 
 import dataclasses
@@ -22,13 +22,13 @@ from stickjax.step import TrainState, init_state, jit_step
 
 
 class Machine(NamedTuple):
-    """Devices to compile for, as many on each host. `memory`: bytes of one, None when that is not known."""
+    """Devices to compile for, the same number on each host. `memory`: bytes of one device, None if not known."""
 
     devices: tuple[jax.Device, ...]
     hosts: int
     chip: Chip | None
     memory: int | None
-    said: str  # in words
+    description: str  # for the report
     platforms: tuple[str, ...] | None = None  # to lower for, where JAX cannot tell from the devices
 
     @property
@@ -38,7 +38,7 @@ class Machine(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """One step of a config. Bytes are of one device; `work` is that of all."""
+    """One step of a config. Bytes are per device; `work` is the work of all devices."""
 
     config: Config
     mesh: Mesh | None
@@ -48,7 +48,7 @@ class Compiled:
     state: dict[str, int]  # bytes of the training state among the arguments, by what they are for
     work: Work
     collectives: list[Collective]
-    seconds: float  # that compiling took
+    seconds: float  # compile time
 
     @property
     def devices(self) -> int:
@@ -61,7 +61,7 @@ class Compiled:
 
 
 def absent_machine(chip: Chip, devices: int, hosts: int) -> Machine:
-    """GPUs that are not there, or as many virtual CPU devices where the CUDA wheels are missing.
+    """GPUs that are not there; without the CUDA wheels, the same number of virtual CPU devices.
 
     Raises:
       ValueError: devices that do not divide among the hosts, or fewer CPU devices than needed (see `virtual_devices`).
@@ -71,29 +71,29 @@ def absent_machine(chip: Chip, devices: int, hosts: int) -> Machine:
     named = f"{devices} x {chip.kind}"
     if has_wheels():
         found, platforms = absent_devices(chip.name, devices, hosts), ("cuda",)
-        said = f"{named} that are not here"
+        description = f"{named} that are not here"
     else:
         found, platforms = jax.devices("cpu")[:devices], None
-        said = f"{devices} virtual CPU devices in place of {named} (memory and collectives are those of the CPU's "
-        said += "program): pip install 'stickjax[cuda13]' compiles for the GPUs"
+        description = f"{devices} virtual CPU devices in place of {named}, with the memory and collectives of a CPU's "
+        description += "program: pip install 'stickjax[cuda13]' compiles for the GPUs"
         if len(found) < devices:
             raise ValueError(f"there are {len(found)} virtual CPU devices, {devices} are needed; plan in a new process")
-    said += f", {hosts} host{'s' if hosts > 1 else ''}"
-    return Machine(tuple(found), hosts, chip, chip.memory, said, platforms)
+    description += f", {hosts} host{'s' if hosts > 1 else ''}"
+    return Machine(tuple(found), hosts, chip, chip.memory, description, platforms)
 
 
 def present_machine() -> Machine:
-    """What this process, and those it runs with, have."""
+    """The devices of this process and of the processes that it trains with."""
     devices = jax.devices()
     stats = devices[0].memory_stats() or {}
     chip = of_kind(devices[0].device_kind)
     memory = stats.get("bytes_limit") or (chip.memory if chip else None)
-    said = f"{len(devices)} x {devices[0].device_kind}"
-    return Machine(tuple(devices), jax.process_count(), chip, memory, said)
+    description = f"{len(devices)} x {devices[0].device_kind}"
+    return Machine(tuple(devices), jax.process_count(), chip, memory, description)
 
 
 def make_mesh(config: Config, machine: Machine) -> Mesh | None:
-    """The mesh of a config on a machine, which it has to use whole. Raises ValueError."""
+    """The mesh of a config on a machine; ValueError unless it uses all devices."""
     mesh = sharding.make_mesh(config, list(machine.devices))
     if (used := 1 if mesh is None else mesh.size) != len(machine.devices):
         raise ValueError(f"the mesh has {used} devices, there are {len(machine.devices)}: --mesh.fsdp=-1 takes all")
@@ -124,7 +124,7 @@ def compile_step(config: Config, machine: Machine) -> Compiled:
     with tracing_for(device):
         traced = jit_step(config, mesh, state).trace(state, batch)
         lowered = traced.lower(lowering_platforms=machine.platforms)
-    # It never runs: the program that XLA plans memory and collectives for is the same, only the machine code is worse.
+    # The step never runs. So its machine code need not be good; its memory and collectives are the same.
     compiled = lowered.compile(compiler_options={"xla_backend_optimization_level": 0})
     memory = compiled.memory_analysis()
     kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -142,7 +142,7 @@ def compile_step(config: Config, machine: Machine) -> Compiled:
 
 
 def virtual_devices(number: int) -> None:
-    """Let this process have so many CPU devices; nothing where JAX has started."""
+    """Give this process `number` CPU devices; has no effect once JAX has started."""
     try:
         jax.config.update("jax_num_cpu_devices", max(number, jax.config.jax_num_cpu_devices))
     except RuntimeError:

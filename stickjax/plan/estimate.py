@@ -37,13 +37,13 @@ class Estimate(NamedTuple):
 
 
 def model_flops(compiled: Compiled) -> float:
-    """Of a step, without what is computed again: what the share of the peak (MFU) is of."""
+    """The operations of a step without recomputation, from which the share of the peak (MFU) is computed."""
     data = compiled.config.data
     return flops_per_token(compiled.config.model, data.T) * data.tokens_per_step
 
 
 def estimate(compiled: Compiled, chip: Chip) -> Estimate:
-    """See ASSUMPTIONS."""
+    """Estimate the time of a step under ASSUMPTIONS."""
     n = compiled.devices
     moved = compiled.work.bytes / n + 2 * sum(compiled.state.values())
     sent = sum(c.sent * c.count / (chip.link if c.local else chip.network) for c in compiled.collectives)
@@ -56,5 +56,5 @@ def mfu(compiled: Compiled, chip: Chip, seconds: float) -> float:
 
 
 def fits(compiled: Compiled, memory: int | None) -> bool:
-    """Whether a device of so much memory holds it; of unknown memory any does."""
+    """Whether the step fits into the memory of a device; True if the memory is not known."""
     return memory is None or compiled.peak <= FITS * memory

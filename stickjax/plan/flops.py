@@ -1,7 +1,8 @@
 """Floating-point operations and memory traffic of a jaxpr, as it is executed.
 
-Loops count as often as they run, what a remat policy computes again counts again, and a body that runs on every device
-of a mesh counts once for each. XLA's own analysis counts a loop once, and has none for a GPU that is not there.
+A loop counts as often as it runs. Operations that a remat policy computes again count again. A body that runs on every
+device of a mesh counts once for each device. XLA's own analysis counts a loop only once, and does not exist for a GPU
+that is not there.
 """
 
 import math
@@ -17,8 +18,8 @@ from stickjax.memory import itemsize
 class Work(NamedTuple):
     """`flops` of the matrix products and kernels (a multiply-add is two); `bytes` of their operands and results.
 
-    What XLA fuses with them or computes element by element is in neither. `unknown`: loops that look at their data,
-    counted once because nothing says how often they run.
+    Neither includes what XLA fuses with them or computes element by element. `unknown`: the number of loops that depend
+    on data and do not state their passes; they count once.
     """
 
     flops: float = 0.0
@@ -45,7 +46,7 @@ def count(jaxpr: Jaxpr | ClosedJaxpr) -> Work:
 
 
 def _count(jaxpr, trips: float | None) -> Work:
-    """`trips`: what a loop around has said of the `while` loops inside."""
+    """`trips`: the passes that a surrounding loop has stated for its `while` loops."""
     total = Work()
     for equation in jaxpr.jaxpr.eqns if isinstance(jaxpr, ClosedJaxpr) else jaxpr.eqns:
         total += _equation(equation, trips)
@@ -79,7 +80,7 @@ def _equation(equation: JaxprEqn, trips: float | None) -> Work:
 
 
 def _inner(params: dict) -> list:
-    """The jaxprs among the parameters of an equation: of a call, a derivative rule's, a rematerialised part."""
+    """The jaxprs in the parameters of an equation, such as a call, a derivative rule or a rematerialised part."""
     leaves = jax.tree.leaves(list(params.values()), is_leaf=lambda x: isinstance(x, Jaxpr | ClosedJaxpr))
     return [leaf for leaf in leaves if isinstance(leaf, Jaxpr | ClosedJaxpr)]
 

@@ -32,10 +32,10 @@ def mesh_words(axes: dict[str, int]) -> str:
 
 
 def as_dict(compiled: Compiled, machine: Machine) -> dict:
-    """Everything that the report says, in numbers."""
+    """All numbers of the report."""
     total, active = parameter_counts(compiled.config.model)
     found = dict(
-        machine=machine.said,
+        machine=machine.description,
         devices=compiled.devices,
         hosts=machine.hosts,
         mesh=compiled.axes,
@@ -81,11 +81,11 @@ def time_words(compiled: Compiled, machine: Machine) -> str:
 
 
 def print_step(compiled: Compiled, machine: Machine, changes: list[tuple[dict, Compiled]]) -> None:
-    """`changes`: what was tried because the step does not fit, and fits."""
+    """`changes`: changes of the config that fit, if the step itself does not fit."""
     config, work = compiled.config, compiled.work
     total, active = parameter_counts(config.model)
     rows = config.data.B // config.train.accumulate
-    print(f"machine       {machine.said}")
+    print(f"machine       {machine.description}")
     print(f"mesh          {mesh_words(compiled.axes)}")
     print(f"parameters    {total:,} ({active:,} active, embedding left out)")
     print(f"step          B={config.data.B} x T={config.data.T}, {config.train.accumulate} x {rows} sequences, "
@@ -93,7 +93,7 @@ def print_step(compiled: Compiled, machine: Machine, changes: list[tuple[dict, C
     print(f"memory        per device: {memory_words(compiled, machine)}")
     print(f"state         {', '.join(f'{name} {gib(size)}' for name, size in compiled.state.items())}")
     again = work.flops / estimate.model_flops(compiled)
-    print(f"work          {work.flops:.3g} FLOP, {again:.2f} x those of the model; {gib(work.bytes)} of operands")
+    print(f"work          {work.flops:.3g} FLOP, {again:.2f} x the model's; {gib(work.bytes)} of operands")
     if work.unknown:
         print(f"              {work.unknown} loops of unknown length counted once")
     for row in by_axes(compiled):
@@ -120,8 +120,8 @@ def print_step(compiled: Compiled, machine: Machine, changes: list[tuple[dict, C
 
 
 def print_sweep(steps: list[Compiled], left_out: list, machine: Machine) -> None:
-    """Best estimate first."""
-    table = Table(title=machine.said)
+    """Print a table of steps, the best estimate first."""
+    table = Table(title=machine.description)
     for column in ("mesh", "arguments", "temporaries", "peak", "fits", "sent", "overlapped", "serial", "MFU"):
         table.add_column(column, justify="left" if column == "mesh" else "right")
     for step in sorted(steps, key=lambda s: estimate.estimate(s, machine.chip).serial):
