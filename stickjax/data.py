@@ -169,6 +169,8 @@ class TrainingData(NamedTuple):
     source: str
     summary: str
     tokenizer: Tokenizer | None = None  # of a text
+    heldout_source: str | None = None  # of a text
+    heldout_hash: str | None = None  # of a text
 
 
 def training_data(config: Config) -> TrainingData:
@@ -184,7 +186,10 @@ def training_data(config: Config) -> TrainingData:
         loader = lambda index, count: train_loader(corpus, d, process_index=index, process_count=count)  # noqa: E731
         held = f"{heldout.documents:,} documents ({len(heldout.tokens):,} tokens) are held out"
         summary = f"{corpus.summary()}; {held}"
-        return TrainingData(loader, corpus.tokenizer.vocab_size, corpus.hash, corpus.source, summary, corpus.tokenizer)
+        return TrainingData(
+            loader, corpus.tokenizer.vocab_size, corpus.hash, corpus.source, summary, corpus.tokenizer,
+            heldout.source, heldout.hash,
+        )  # fmt: skip
     pairs = pair_examples(config, "train")
     source = LengthBucketedBatches(pairs, d.B, d.seed)
     digest = hashlib.sha256("\n".join(f"{row}" for row in pairs.rows).encode()).hexdigest()[:16]

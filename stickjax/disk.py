@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,13 +53,15 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
 def write_file(path: str | os.PathLike, content: str | bytes) -> None:
     """Replace a file atomically: a reader finds the old content or the new one, and an error leaves the old one.
 
+    Several processes may write the same file; the last one decides.
+
     Raises OSError, with the reason and `path`.
     """
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")  # a name that no other process has
     with writing(path):
         try:
-            with temporary.open("wb") as file:
+            with temporary.open("xb") as file:
                 file.write(content.encode() if isinstance(content, str) else content)
                 file.flush()
                 os.fsync(file.fileno())

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from stickjax.config import ModelConfig, SutConfig
-from stickjax.disk import remove, write_file, writing
+from stickjax.disk import write_file, writing
 from stickjax.models.family import parameter_counts
 from stickjax.plan.chips import of_kind
 from stickjax.sources import printable
@@ -107,15 +107,3 @@ def read_metrics(run_folder: str | os.PathLike) -> list[dict]:
         s = "s"[len(bad) == 1 :]
         log.warning("%s: left out %d damaged or foreign line%s: %s", printable(path), len(bad), s, which)
     return rows
-
-
-def stop_trace(folder: Path) -> None:
-    """Write the trace that `jax.profiler.start_trace(folder)` began; if that fails, delete it and raise OSError."""
-    before = set(folder.rglob("*"))
-    try:
-        with writing(folder):
-            jax.profiler.stop_trace()
-    except OSError:
-        for path in set(folder.rglob("*")) - before:
-            remove(path)
-        raise

@@ -19,9 +19,10 @@ from stickjax.command import Parser, command
 from stickjax.config import Config, DataConfig
 from stickjax.data import training_data
 from stickjax.memory import check_fits, check_program, local_bytes, state_parts
-from stickjax.metrics import MetricsLog, flops_per_token, peak_flops, stop_trace
+from stickjax.metrics import MetricsLog, flops_per_token, peak_flops
 from stickjax.options import describe, load_config, parse
 from stickjax.plan.aot import abstract_batch
+from stickjax.profiling import StepTrace
 from stickjax.progress import Progress
 from stickjax.run import (
     PLACES,
@@ -68,11 +69,8 @@ def _start(
         source = f"{checkpoints.folder.parent}@{restored.step}"
         check_trained(restored.extra, config, data.tokenizer, source)
         data_state = restored.extra["data"]
-        if restored.extra["corpus"] != data.hash:
-            raise ValueError(
-                f"the text has changed: {data.source} is now {data.hash}, "
-                f"{source} was trained on {restored.extra['corpus']}"
-            )
+        _check_text("text", data.source, data.hash, restored.extra["corpus"], source)
+        _check_text("held-out text", data.heldout_source, data.heldout_hash, restored.extra.get("heldout"), source)
         if restored.step < config.train.steps:
             say(f"resuming {source}")
     elif branch is not None:
@@ -95,6 +93,12 @@ def _start(
         return _new(config, mesh, abstract, init_from, say), None
     check_finite(restored.state.params, source)
     return restored.state, data_state
+
+
+def _check_text(what: str, where: str | None, found: str | None, recorded: str | None, source: str) -> None:
+    """Raise ValueError if a text is another one than the checkpoint `source` records; None: it has no such text."""
+    if None not in (found, recorded) and found != recorded:
+        raise ValueError(f"the {what} has changed: {where} is now {found}, {source} has {recorded}")
 
 
 def _new(config, mesh, abstract, init_from: str | None, say) -> TrainState:
@@ -150,7 +154,7 @@ def fit(
       run: folder for config.json, metrics.jsonl and checkpoints.
       init_from: a run folder whose parameters are taken (optimizer and data begin anew).
       branch: "RUN@STEP", a checkpoint to continue with this config, for example with a decay.
-      profile: write a trace of three steps to `run/profile`.
+      profile: write a trace of a few steps to `run/profile` (see `StepTrace`).
       quiet: print nothing.
 
     Raises:
@@ -168,7 +172,8 @@ def fit(
     check_fits(state_parts(abstract) | _batch_part(config, mesh), mesh)
     loader = data.loader(*sharding.rows_of_process(mesh))
     fields = {f"{s}.{n}": value for s, section in config.to_dict().items() for n, value in section.items()}
-    content = {"text": data.hash, "tokenizer": data.tokenizer and data.tokenizer.name}
+    tokenizer = data.tokenizer and data.tokenizer.name
+    content = {"text": data.hash, "held-out text": data.heldout_hash, "tokenizer": tokenizer}
     # The same text and tokenizer may lie elsewhere on another machine.
     processes.check_same(content | {name: value for name, value in fields.items() if name not in PLACES})
     quiet = quiet or not processes.is_writer()
@@ -186,11 +191,12 @@ def fit(
             progress.say(words)
         if data_state is not None:
             loader.set_state(data_state)
-        log, trace = None, None
+        log, folder = None, None
         if processes.is_writer():
             write_config(run, config, data.tokenizer)  # only now: a refused start leaves no folder
-            log, trace = MetricsLog(run, after_step=step), Path(run) / "profile" if profile else None
-        with contextlib.closing(log) if log else contextlib.nullcontext(), stop_requests(progress) as asked:
+            log, folder = MetricsLog(run, after_step=step), Path(run) / "profile" if profile else None
+        trace = StepTrace(folder, step, steps, progress.say)
+        with contextlib.closing(log) if log else contextlib.nullcontext(), trace, stop_requests(progress) as asked:
             return _loop(config, mesh, state, loader, data, checkpoints, log, progress, asked, trace)
 
 
@@ -202,7 +208,7 @@ def _batch_part(config: Config, mesh) -> dict[str, int]:
     return {f"a batch of B={config.data.B} x T={config.data.T}": local_bytes(abstract_batch(config, place))}
 
 
-def _loop(config, mesh, state, loader, data, checkpoints, log, progress, asked, profile) -> Result:
+def _loop(config, mesh, state, loader, data, checkpoints, log, progress, asked, trace: StepTrace) -> Result:
     tokens, peak = config.data.tokens_per_step, peak_flops(1 if mesh is None else mesh.size)
     per_token, steps = flops_per_token(config.model, config.data.T), config.train.steps
     tokenizer = data.tokenizer and data.tokenizer.name
@@ -214,8 +220,7 @@ def _loop(config, mesh, state, loader, data, checkpoints, log, progress, asked, 
     stopped_by = int(processes.any_process(mesh, asked()))
     while not stopped_by and step < steps:
         data_state = loader.get_state()  # after the batch of this step, before the next batch is taken
-        if profile and step == first + 3:
-            jax.profiler.start_trace(str(profile))
+        trace.before(step)
         begun = time.perf_counter()
         state, metrics = step_function(state, batch)
         asked_any = processes.any_process(mesh, asked(), after=metrics["loss"])  # all stop at one step
@@ -227,8 +232,7 @@ def _loop(config, mesh, state, loader, data, checkpoints, log, progress, asked, 
             started = now  # the first step takes longer
         else:
             inside += now - begun
-        if profile and step == first + 6:
-            stop_trace(profile)
+        trace.after(step)
         bad_steps = int(metrics["bad_steps"])
         good = good if bad_steps else step
         if bad_steps >= config.train.max_bad_steps:
@@ -248,7 +252,7 @@ def _loop(config, mesh, state, loader, data, checkpoints, log, progress, asked, 
         if good > first and (ends or (not bad_steps and step % config.train.checkpoint_every == 0)):
             if not all_finite(state.params):
                 raise _not_finite(checkpoints, f"step {step}: its loss was finite, the parameters are not")
-            hashes = {"corpus": data.hash, "tokenizer": tokenizer}
+            hashes = {"corpus": data.hash, "heldout": data.heldout_hash, "tokenizer": tokenizer}
             extra = hashes | {"data": data_state, "tokens": tokens_of(state), "config": config.to_dict()}
             checkpoints.save(step, state, extra)
             saved = step

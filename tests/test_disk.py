@@ -1,6 +1,7 @@
 """A disk that is full: one line says so and where, and nothing is left half written."""
 
 import errno
+import os
 import resource
 import signal
 from pathlib import Path
@@ -13,9 +14,10 @@ from stickjax import convert, plots
 from stickjax.config import Config, ModelConfig
 from stickjax.disk import write_file, writing
 from stickjax.lock import Lock, complete_folder
-from stickjax.metrics import MetricsLog, read_metrics, stop_trace
+from stickjax.metrics import MetricsLog, read_metrics
 from stickjax.models.transformer import init
 from stickjax.modules.__main__ import main as modules_main
+from stickjax.profiling import stop_trace
 from stickjax.run import Loaded, save
 
 
@@ -45,6 +47,18 @@ def test_a_file_is_complete_or_as_it_was(tmp_path, limit):
     with pytest.raises(OSError, match="No such file or directory: '.*/none/config.json'"):
         write_file(tmp_path / "none" / "config.json", b"")
     assert path.read_text() == "before" and names(tmp_path) == ["config.json"]
+
+
+def test_two_writers_of_one_file_do_not_disturb_each_other(tmp_path, monkeypatch):
+    path, sync = tmp_path / "evaluation.json", os.fsync
+
+    def write_another(number):
+        monkeypatch.setattr(os, "fsync", sync)
+        write_file(path, "of another process")
+
+    monkeypatch.setattr(os, "fsync", write_another)  # another process writes the file before this one renames its own
+    write_file(path, "the last one")
+    assert path.read_text() == "the last one" and names(tmp_path) == ["evaluation.json"]
 
 
 @pytest.mark.parametrize(

@@ -246,9 +246,50 @@ def test_banner_and_lines(tmp_path, capsys):
         assert part in text
 
 
-def test_profile_writes_a_trace(tmp_path):
-    fit(SMALL.replace({"train.steps": 8}), str(tmp_path / "run"), profile=True, quiet=True)
+@pytest.mark.parametrize("steps, traced", [(8, "4 to 6"), (5, "3 to 5"), (2, "1 to 2")])
+def test_profile_writes_a_trace(steps, traced, tmp_path, capsys):
+    fit(SMALL.replace({"train.steps": steps}), str(tmp_path / "run"), profile=True)
     assert any((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+    assert f"/run/profile has the trace of steps {traced}\n" in capsys.readouterr().out
+
+
+def test_a_run_that_stops_before_its_last_step_writes_its_trace(tmp_path, monkeypatch, capsys):
+    def fail(*arguments):
+        raise FloatingPointError("at step 5")
+
+    monkeypatch.setattr(train, "all_finite", fail)  # called at the checkpoint of step 5
+    with pytest.raises(FloatingPointError, match="at step 5"):
+        fit(SMALL, str(tmp_path / "run"), profile=True)
+    assert any((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+    assert "/run/profile has the trace of steps 4 to 5\n" in capsys.readouterr().out
+
+
+def test_a_changed_held_out_text_is_refused(tmp_path, monkeypatch):
+    text, heldout, save = tmp_path / "text", tmp_path / "heldout", Checkpoints.save
+    text.write_text("to train on " * 100)
+    heldout.write_text("to validate on " * 10)
+    config = SMALL.replace({"data.source": "text", "data.path": str(text), "data.heldout_path": str(heldout)})
+
+    def fit_to(run: str, steps: int) -> None:
+        fit(config.replace({"train.steps": steps}), str(tmp_path / run), quiet=True)
+
+    fit_to("run", 2)
+    with monkeypatch.context() as older:  # a run of a version that recorded no held-out text
+        older.setattr(
+            Checkpoints, "save", lambda self, step, state, extra: save(self, step, state, _without_heldout(extra))
+        )
+        fit_to("old", 2)
+    heldout.write_text("another text " * 10)
+    with pytest.raises(ValueError, match="the held-out text has changed: .*heldout is now [0-9a-f]{16}, .*run@2 has "):
+        fit_to("run", 3)
+    fit_to("old", 3)
+    with pytest.raises(ValueError, match="the held-out text has changed"):
+        heldout.write_text("a third text " * 10)
+        fit_to("old", 4)
+
+
+def _without_heldout(extra: dict) -> dict:
+    return {name: value for name, value in extra.items() if name != "heldout"}
 
 
 def test_a_run_folder_holds_data_only(uninterrupted):
