@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 BYTES = 257  # ids of a vocabulary of bytes and the end of text
 LARGEST = 10**15  # the bound of whole numbers without a bound of their own; arithmetic on larger sizes may overflow
+Dtype = Literal["float32", "bfloat16", "float16"]  # what a model computes in, and stores its parameters in
 SEED = 2**31 - 1  # the largest seed; some random number generators do not tell larger ones apart
 
 _BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}

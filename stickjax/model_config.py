@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from stickjax.fields import BYTES, check_fields, field
+from stickjax.fields import BYTES, Dtype, check_fields, field
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ class ModelConfig:
     )
     logits_scaling: float | None = field(None, "divisor of the output logits; None: m_width", above=0)
     init_std: float = field(0.1, "standard deviation of the embedding; matrices have init_std / sqrt(m_width)", above=0)
-    dtype: Literal["float32", "bfloat16", "float16"] = field("float32", "type of the computation")
-    param_dtype: Literal["float32", "bfloat16", "float16"] = field(
+    dtype: Dtype = field("float32", "type of the computation")
+    param_dtype: Dtype = field(
         "float32", "type of the stored parameters; if it is below float32, the optimizer state has float32 masters"
     )
     remat: Literal["none", "dots", "full"] = field(

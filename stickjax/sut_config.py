@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from stickjax.fields import BYTES, check_fields, field
+from stickjax.fields import BYTES, Dtype, check_fields, field
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class SutConfig:
     )
     classes: int = field(0, "labels of a pair of sentences; 0: a causal language model", at_least=0)
     norm_eps: float = field(1e-5, "epsilon of every normalisation", above=0)
-    dtype: Literal["float32", "bfloat16", "float16"] = field("float32", "type of the computation")
-    param_dtype: Literal["float32", "bfloat16", "float16"] = field(
+    dtype: Dtype = field("float32", "type of the computation")
+    param_dtype: Dtype = field(
         "float32", "type of the stored parameters; if it is below float32, the optimizer state has float32 masters"
     )
     remat: Literal["none", "full"] = field("none", "what a step recomputes in the backward pass")

@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from .call import PRE_ACTIVATION, LinearCall, MlpCall
 from .tasks import row_numbers, tasks
 
-UNCOMBINED = 2**30  # bytes of the outputs of all slots at a time; more columns come in a second product
+UNCOMBINED = 2**30  # bytes; if all uncombined outputs need more, further columns come in another product
 STEP = 256  # columns of which such a product takes a multiple
 
 
@@ -30,7 +30,7 @@ class Kernels(NamedTuple):
     activated(activation, x, source, weight, work, bias, *, keep) -> act(h) [R,F] and, to keep, h in sorted rows, as
       this set likes it: what has its form is also taken by product as x and by d_weights and d_bias as right
     d_activated(activation, d_out, source, weight, work, h, gates) -> dh in the form of h, gate * act(h) [R,F],
-      <act(h), dy> of the rows of the tiles, with dy = d_out[source] @ weight^T; gates are those of the tiles
+      <act(h), dy> of the rows of the tiles, with dy = d_out[source] @ weight^T; gates as from `by_tile`
     d_gated(d_out, source, weight, work, x, x_rows, gates, routing) -> gate * dy in the order of x, by slot if that is
       by token; gate * x and its row numbers; <x, dy> of every slot, with dy as before
     d_weights(left, numbers, right, numbers, work) -> sums of left^T right over the rows of every expert
@@ -50,12 +50,12 @@ class Kernels(NamedTuple):
 
 
 def by_tile(gates, work):
-    """Of every row of the tiles, in fp32."""
+    """The gate of every row of the tiles, in fp32."""
     return jnp.where(work.slots < 0, 0, gates.astype(jnp.float32).reshape(-1)[jnp.maximum(work.slots, 0)])
 
 
 def _combine(y, routing, gates=None):
-    """The sum over the slots of a token of y, in sorted rows, in fp32."""
+    """The sum over the k choices of a token, in fp32; y is in sorted rows."""
     y = y[routing.inverse].reshape(*routing.expert_indices.shape, y.shape[-1]).astype(jnp.float32)
     return (y if gates is None else gates.astype(jnp.float32)[..., None] * y).sum(1)
 
@@ -76,7 +76,7 @@ def _combined(kernels, x, weight, routing, work, gates=None, bias=None, *, dtype
 
 
 def _d_gates(gates, d_gate, bias, d_out, routing):
-    """Of the gates of sum gate * (y + bias), from <y, d_out> of every slot."""
+    """The gradient of the gates in sum gate * (y + bias), from <y, d_out> of every slot."""
     d_gates = d_gate.reshape(gates.shape)
     if bias is not None:
         chosen = jnp.pad(bias, ((0, 1), (0, 0)))[routing.expert_indices].astype(jnp.float32)

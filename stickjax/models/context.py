@@ -56,12 +56,12 @@ def attention_in_context(
     keys, values = jnp.split(whole_sequence(jnp.concatenate([k, v], axis=-1)), [k.shape[-1]], axis=-1)
 
     def piece(which, place, reach):
-        """The piece at `place`, which nothing behind the first `reach` pieces can concern."""
+        """The piece at `place`; on no device does it see a key after the first `reach` pieces."""
         S = reach * C
-        # What is not left of the piece counts as padding: its tiles are never visited.
+        # A key that is not left of the piece counts as padding, so its tiles are never visited.
         left = jnp.where((jnp.arange(S) < place * C)[None], key_segment_ids[:, :S], -1)
         own, segments = (x[:, which * C : (which + 1) * C] for x in (q, segment_ids))
-        # On average over the devices, so many of the keys are left of it.
+        # The share of these keys that is left of the piece, on average over the devices.
         part = cost.share((reach - (count + 1) / 2) / (reach - 1 / 2), attend)
         far = part(own, keys[:, :S], values[:, :S], place * C, segments, left)
         return merge_stick_breaking(tuple(x[:, which] for x in near), far)

@@ -44,7 +44,7 @@ class SparseExperts(nnx.Module):
         tokens, weights = split((tokens, weights))
         tokens, chosen, weights = to_experts(tokens, chosen, weights, E)
         options = dict(activation=c.activation, implementation=c.implementation)
-        # With balanced experts each device has its share of the rows; the others' slots are empty.
+        # With balanced experts each device has its share of the rows; rows for experts of other devices are empty.
         run = cost.share(E / self.router.experts.count, lambda *arrays: expert_mlp(*arrays, **options))
         y = run(tokens, w_in.reshape(E, D, G * F), w_out, route(chosen, E), weights)
         return biased(self, from_experts(joined(y)).reshape(x.shape), real), sums

@@ -8,7 +8,7 @@ from stickjax.models.layers import dropout
 
 
 def relative_scores(q: Float[Array, "B T K X H"], relative: Float[Array, "K H P"], S: int) -> Float[Array, "B K X T S"]:
-    """q_i . R[j - i], distances beyond those of `relative`, P = 2 * clip - 1 of them, clipped.
+    """q_i . R[j - i]; `relative` has P = 2 * clip - 1 distances, and larger ones are clipped.
 
     >>> scores = relative_scores(jnp.ones((1, 2, 1, 1, 1)), jnp.array([[[-1.0, 0.0, 1.0]]]), 3)
     >>> scores[0, 0, 0].tolist()

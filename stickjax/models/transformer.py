@@ -34,8 +34,7 @@ class Cache(NamedTuple):
 class Output(NamedTuple):
     """`logits` [B,T,V] in fp32, on a mesh with "tensor" for the device's part of V; and the statistics of the routers.
 
-    The routers are those of the feed-forward experts and of the attention experts in every layer; None if there are
-    none.
+    Every layer has a router for its feed-forward experts and one for its attention experts; None without such experts.
     """
 
     logits: jax.Array

@@ -1,9 +1,9 @@
 """Modules of a trained mixture: add and freeze them, concentrate the load on few, prune, see which text uses which.
 
 A module is an expert, of a feed-forward network ("ffn") or of attention heads ("attention"), after ModuleFormer (Shen
-et al., arXiv 2306.04640). `change.py` makes larger and smaller models of a trained one, `tune.py` says what of one
-learns and trains it towards few modules, `usage.py` counts its use, `python -m stickjax.modules` (`__main__.py`) does
-all of that to run folders.
+et al., arXiv 2306.04640). `change.py` makes larger and smaller models from a trained one. `tune.py` freezes parameters,
+and trains a model so that it uses few modules. `usage.py` counts the use of modules. `python -m stickjax.modules`
+(`__main__.py`) does all of this on run folders.
 """
 
 from stickjax.modules.change import extend, merged, prune

@@ -16,8 +16,8 @@ from stickjax.modules.kinds import KINDS, Kind, kinds_of, rebuilt, slots
 def extend(model: Transformer, key: jax.Array, *, experts: int = 0, attention_experts: int = 0) -> Transformer:
     """The model with new modules in every layer, h'(x) = softmax([A; A'] r(x)) over the columns of old and new ones.
 
-    The new modules and their columns A' are leaves of their own (`new_*`), initialised like those of a new model, so
-    that which of them learn is a pattern of `optim.learn` (see `tune.LEARN`). Every old leaf stays as it is, and with
+    The new modules and their columns A' are separate leaves (`new_*`), initialised as in a new model, so that patterns
+    of `optim.learn` can select them (see `tune.LEARN`). Every old leaf stays as it is, and with
     A' at -inf the router has the bits of the old one; so has the output with implementation="reference". With "xla" the
     number of experts decides how many rows are multiplied at once, which on a CPU may change a last bit.
     Modules that were new before become old ones first (`merged`).
@@ -86,8 +86,8 @@ def prune(
 ) -> Transformer:
     """The model without the modules that are used least.
 
-    The layers' weights are stacked, so all keep as many places as the layer that keeps most; those that a layer does
-    not need are zero. `slot` of a router says which of its columns have a module.
+    The layers' weights are stacked, so every layer keeps as many places as the layer that keeps the most modules.
+    Places that a layer does not need are zero. `slot` of a router says which of its columns have a module.
 
     Args:
       model: a trained model. New modules become old ones first (`merged`).

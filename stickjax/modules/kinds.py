@@ -37,7 +37,7 @@ KINDS = {
 def kinds_of(config: ModelConfig | SutConfig) -> list[Kind]:
     """The kinds that a model has; ValueError for a dense one, and for one that is no decoder."""
     if not isinstance(config, ModelConfig):
-        raise ValueError(f"modules are those of a decoder, not of family={config.family!r}")
+        raise ValueError(f"only a decoder has modules, not a model of family={config.family!r}")
     kinds = [kind for kind in KINDS.values() if getattr(config, kind.old)]
     if not kinds:
         raise ValueError("the model has no modules: E=0 and attention_experts=0")

@@ -1,4 +1,4 @@
-"""What of a model learns, and training that leaves few of its modules in use."""
+"""Which parameters of a model are trainable, and a training that leaves few of its modules in use."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,12 +12,12 @@ from stickjax.modules.kinds import kinds_of
 from stickjax.optim import label_tree
 from stickjax.run import read_config
 
-# For `optim.learn` of an extended model: the new modules and their columns of the routers, or all of the routers too.
+# Values of `optim.learn` for an extended model: the new modules and their router columns, or these and all routers.
 LEARN = {"frozen": "*.new_*", "full": "*.new_*,*.router.*"}
 
 
 def freeze(config: Config, patterns: str) -> Config:
-    """The config with `optim.learn` such that, of what has learnt so far, the parameters of these patterns do not.
+    """The config with an `optim.learn` that also freezes the parameters of these patterns.
 
     >>> freeze(Config(), "*.router.*,embed").optim.learn
     '*,!*.router.*,!embed'
@@ -26,7 +26,7 @@ def freeze(config: Config, patterns: str) -> Config:
 
 
 def frozen(model: Transformer, learn: str):
-    """A mask like the model, True for the parameters that `optim.learn` leaves out: for optimizers of your own.
+    """A mask for your own optimizers: a tree like the model, True for the parameters that `optim.learn` freezes.
 
     Raises ValueError for a pattern that matches no parameter.
 
@@ -47,14 +47,14 @@ def concentrate(
 ) -> train.Result:
     """Train the run's model in the folder `out` with the load-concentration loss, so that few modules do the work.
 
-    The losses and the bias that spread the load are off; everything learns, unless `changes` says otherwise. What is
-    not used afterwards is for `prune`.
+    The losses and the bias that spread the load are off, and all parameters are trainable, unless `changes` says
+    otherwise. `prune` can then remove the unused modules.
 
     Args:
       run: folder of a trained run.
-      out: folder of the new one; one that was stopped goes on.
-      weight: of H(e), see `models.router.router_stats`.
-      changes: of the config, as in `Config.replace`: {"data.source": "logic", "train.steps": 200}.
+      out: folder of the new run; if it was stopped, it is resumed.
+      weight: the weight of H(e), see `models.router.router_stats`.
+      changes: changes of the config, as in `Config.replace`: {"data.source": "logic", "train.steps": 200}.
 
     Raises:
       ValueError: a model without modules, changes that do not fit, and what `train.fit` raises.
