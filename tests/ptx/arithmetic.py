@@ -1,0 +1,317 @@
+"""Instructions that compute within a lane.
+
+A float32 fma is computed in float64 and rounded to float32. That rounds twice, so that the result differs from that of
+the chip, which rounds once, in about one of 2^29 cases. The approximate functions are NumPy's, rounded to float32.
+"""
+
+import numpy as np
+
+from .decode import DTYPES, UnknownInstruction, bfloat16_to_float32, float32_to_bfloat16, instruction
+
+WARP = 32
+
+
+def _flushed(x):
+    """Denormal float32 numbers become zero, as `.ftz` asks."""
+    return np.where(np.abs(x) < np.float32(2.0**-126), np.copysign(np.float32(0), x), x)
+
+
+def _elementwise(decoder, x, kind, function, out_kind=None, ftz=False):
+    """d = function(a, b, ..) for all operands but the first, of one type."""
+    write = decoder.write(x.operands[0], out_kind or kind)
+    reads = [decoder.read(operand, kind) for operand in x.operands[1:]]
+    if ftz:
+
+        def run(u, mask):
+            write(u, mask, _flushed(function(*[_flushed(read(u)) for read in reads])))
+
+        return run
+    if len(reads) == 2:
+        first, second = reads
+        return lambda u, mask: write(u, mask, function(first(u), second(u)))
+    return lambda u, mask: write(u, mask, function(*[read(u) for read in reads]))
+
+
+_FLOAT = {
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "neg": np.negative,
+    "abs": np.abs,
+    "min": np.fmin,
+    "max": np.fmax,
+    "div": np.divide,
+}
+
+
+@instruction(r"(?P<name>add|sub|mul|neg|abs|min|max|div)(?:\.rn|\.full|\.approx)?(?P<ftz>\.ftz)?(?P<nan>\.NaN)?\.f32")
+def float_operation(decoder, x, match):
+    nan = {"min": np.minimum, "max": np.maximum}
+    function = nan[match["name"]] if match["nan"] else _FLOAT[match["name"]]
+    return _elementwise(decoder, x, "f32", function, ftz=bool(match["ftz"]))
+
+
+@instruction(r"fma\.rn(?P<ftz>\.ftz)?\.f32")
+def fused_multiply_add(decoder, x, match):
+    def fma(a, b, c):
+        return (np.multiply(a, b, dtype=np.float64) + c).astype(np.float32)
+
+    return _elementwise(decoder, x, "f32", fma, ftz=bool(match["ftz"]))
+
+
+_APPROXIMATE = {
+    "ex2": np.exp2,
+    "lg2": np.log2,
+    "rcp": lambda x: np.float32(1) / x,
+    "sqrt": np.sqrt,
+    "rsqrt": lambda x: np.float32(1) / np.sqrt(x),
+    "tanh": np.tanh,
+    "sin": np.sin,
+    "cos": np.cos,
+}
+
+
+@instruction(r"(?P<name>ex2|lg2|rcp|sqrt|rsqrt|tanh|sin|cos)\.(?:approx|rn)(?P<ftz>\.ftz)?\.f32")
+def approximate(decoder, x, match):
+    return _elementwise(decoder, x, "f32", _APPROXIMATE[match["name"]], ftz=bool(match["ftz"]))
+
+
+def _shift_left(bits):
+    return lambda a, n: np.where(n < bits, a << np.minimum(n, bits - 1).astype(a.dtype), 0)
+
+
+def _shift_right(bits, signed):
+    def run(a, n):
+        shifted = a >> np.minimum(n, bits - 1).astype(a.dtype)
+        return shifted if signed else np.where(n < bits, shifted, 0)
+
+    return run
+
+
+_INTEGER = {
+    "add": np.add,
+    "sub": np.subtract,
+    "min": np.minimum,
+    "max": np.maximum,
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
+    "xor": np.bitwise_xor,
+    "not": np.invert,
+    "neg": np.negative,
+    "abs": np.abs,
+}
+
+
+@instruction(r"(?P<name>add|sub|min|max|and|or|xor|not|neg|abs)\.(?P<kind>[bsu](?:16|32|64)|pred)")
+def integer_operation(decoder, x, match):
+    return _elementwise(decoder, x, match["kind"], _INTEGER[match["name"]])
+
+
+@instruction(r"(?P<name>shl|shr)\.(?P<kind>[bsu](?P<bits>16|32|64))")
+def shift(decoder, x, match):
+    kind, bits = match["kind"], np.uint32(match["bits"])
+    function = _shift_left(bits) if match["name"] == "shl" else _shift_right(bits, kind[0] == "s")
+    write, value = decoder.write(x.operands[0], kind), decoder.read(x.operands[1], kind)
+    count = decoder.read(x.operands[2], "u32")
+    return lambda u, mask: write(u, mask, function(np.asarray(value(u)), np.asarray(count(u))))
+
+
+def _high(kind):
+    """The upper half of a product."""
+    if kind in ("s32", "u32"):
+        wide = np.int64 if kind == "s32" else np.uint64
+        return lambda a, b: ((a.astype(wide) * b.astype(wide)) >> wide(32)).astype(DTYPES[kind])
+    if kind != "u64":
+        raise UnknownInstruction(f"mul.hi.{kind}")
+
+    def run(a, b):
+        low, half = np.uint64(0xFFFFFFFF), np.uint64(32)
+        a, b = np.asarray(a, np.uint64), np.asarray(b, np.uint64)
+        a0, a1, b0, b1 = a & low, a >> half, b & low, b >> half
+        middle = a1 * b0 + ((a0 * b0) >> half)
+        other = a0 * b1 + (middle & low)
+        return a1 * b1 + (middle >> half) + (other >> half)
+
+    return run
+
+
+@instruction(r"(?P<name>mul|mad)\.(?P<part>lo|hi|wide)\.(?P<kind>[su](?:16|32|64))")
+def integer_product(decoder, x, match):
+    kind, part = match["kind"], match["part"]
+    out = kind[0] + str(2 * int(kind[1:])) if part == "wide" else kind
+    dtype = DTYPES[out]
+    multiply = _high(kind) if part == "hi" else (lambda a, b: np.multiply(a, b, dtype=dtype))
+    write, a, b = decoder.write(x.operands[0], out), *(decoder.read(o, kind) for o in x.operands[1:3])
+    if match["name"] == "mul":
+        return lambda u, mask: write(u, mask, multiply(a(u), b(u)))
+    c = decoder.read(x.operands[3], out)
+    return lambda u, mask: write(u, mask, multiply(a(u), b(u)) + c(u))
+
+
+@instruction(r"(?P<name>div|rem)\.(?P<kind>[su](?:32|64))")
+def integer_division(decoder, x, match):
+    """Rounds toward zero. A division by zero gives an unspecified number on the machine, and stops here."""
+    is_quotient = match["name"] == "div"
+
+    def run(a, b):
+        if np.any(np.asarray(b) == 0):
+            raise ZeroDivisionError(x.text)
+        quotient = np.abs(a) // np.abs(b) * np.sign(a) * np.sign(b)
+        return quotient if is_quotient else a - quotient * b
+
+    return _elementwise(decoder, x, match["kind"], run)
+
+
+_COMPARISONS = {
+    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
+    "lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal,
+}  # fmt: skip
+
+
+def _comparison(name, kind):
+    """Of floats: eq, lt and so on are false for NaN, equ, ltu and so on are true; `ne` is false for NaN as well."""
+    if kind[0] != "f":
+        return _COMPARISONS[name]
+    if name in ("num", "nan"):
+        return lambda a, b: (np.isnan(a) | np.isnan(b)) == (name == "nan")
+    base, unordered = (name[:2], True) if len(name) == 3 else (name, False)
+    compare = _COMPARISONS[base]
+    if unordered:
+        return lambda a, b: compare(a, b) | np.isnan(a) | np.isnan(b)
+    return lambda a, b: compare(a, b) & ~(np.isnan(a) | np.isnan(b))
+
+
+_BOOLEAN = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
+
+
+@instruction(r"setp\.(?P<name>[a-z]{2,3})(?:\.(?P<boolean>and|or|xor))?(?:\.ftz)?\.(?P<kind>[bsu](?:16|32|64)|f32)")
+def set_predicate(decoder, x, match):
+    target, a, b = x.operands[:3]
+    compare = _comparison(match["name"], match["kind"])
+    a, b = (decoder.read(o, match["kind"]) for o in (a, b))
+    targets = target.parts if target.kind == "pair" else (target,)
+    writes = [decoder.write(t, "pred") for t in targets]
+    if match["boolean"]:
+        combine, other = _BOOLEAN[match["boolean"]], decoder.read(x.operands[3], "pred")
+
+    def run(u, mask):
+        result = compare(a(u), b(u))
+        for write, value in zip(writes, (result, ~result), strict=False):
+            write(u, mask, combine(value, other(u)) if match["boolean"] else value)
+
+    return run
+
+
+@instruction(r"selp\.(?P<kind>[bsuf](?:16|32|64))")
+def select(decoder, x, match):
+    kind = match["kind"]
+    write, a, b = decoder.write(x.operands[0], kind), *(decoder.read(o, kind) for o in x.operands[1:3])
+    chosen = decoder.read(x.operands[3], "pred")
+    return lambda u, mask: write(u, mask, np.where(chosen(u), a(u), b(u)))
+
+
+@instruction(r"mov\.(?P<kind>[bsuf](?:16|32|64)|pred)")
+def move(decoder, x, match):
+    """Also packs a vector of registers into one, and unpacks one into several: the first has the low bits."""
+    target, source = x.operands
+    kind = match["kind"]
+    if target.kind != "vector" and source.kind != "vector":
+        write, read = decoder.write(target, kind), decoder.read(source, kind)
+        return lambda u, mask: write(u, mask, read(u))
+    parts = target.parts if target.kind == "vector" else source.parts
+    bits = int(kind[1:]) // len(parts)
+    part = f"b{bits}"
+    if target.kind == "vector":
+        read, writes = decoder.read(source, f"b{kind[1:]}"), [decoder.write(p, part) for p in parts]
+
+        def unpack(u, mask):
+            value = np.asarray(read(u))
+            for i, write in enumerate(writes):
+                write(u, mask, (value >> value.dtype.type(i * bits)).astype(DTYPES[part]))
+
+        return unpack
+    write, reads = decoder.write(target, f"b{kind[1:]}"), [decoder.read(p, part) for p in parts]
+    dtype = DTYPES[f"b{kind[1:]}"]
+
+    def pack(u, mask):
+        write(u, mask, sum(np.asarray(r(u)).astype(dtype) << dtype(i * bits) for i, r in enumerate(reads)))
+
+    return pack
+
+
+@instruction(r"cvta(?:\.to)?\.(?:global|shared|param|local)\.u64|cvta\.u64")
+def convert_address(decoder, x, match):
+    """All addresses are in one space here."""
+    write, read = decoder.write(x.operands[0], "u64"), decoder.read(x.operands[1], "u64")
+    return lambda u, mask: write(u, mask, read(u))
+
+
+@instruction(r"cvt\.(?P<out>[bsu](?:8|16|32|64))\.(?P<kind>[bsu](?:8|16|32|64))")
+def convert_integer(decoder, x, match):
+    out, kind = match["out"], match["kind"]
+    held = decoder.rows[x.operands[0].text][0]  # a narrow result fills a wider register, by its sign
+    write, read = decoder.write(x.operands[0], held), decoder.read(x.operands[1], kind if kind[1:] != "8" else "b16")
+
+    def run(u, mask):
+        value = np.asarray(read(u)).astype(DTYPES[kind]).astype(DTYPES[out])
+        wide = np.int64 if out[0] == "s" else np.uint64
+        write(u, mask, value.astype(wide).astype(DTYPES[held]))
+
+    return run
+
+
+@instruction(r"cvt\.rn\.f32\.(?P<kind>[su](?:32|64))")
+def integer_to_float(decoder, x, match):
+    write, read = decoder.write(x.operands[0], "f32"), decoder.read(x.operands[1], match["kind"])
+    return lambda u, mask: write(u, mask, np.asarray(read(u)).astype(np.float32))
+
+
+@instruction(r"cvt\.(?P<how>rzi|rni|rmi|rpi)(?:\.ftz)?\.(?P<kind>[su]32|f32)\.f32")
+def float_to_integer(decoder, x, match):
+    rounding = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}[match["how"]]
+    kind = match["kind"]
+    write, read = decoder.write(x.operands[0], kind), decoder.read(x.operands[1], "f32")
+    if kind == "f32":
+        return lambda u, mask: write(u, mask, rounding(read(u)))
+    limits = np.iinfo(DTYPES[kind])
+
+    def run(u, mask):
+        value = np.nan_to_num(rounding(np.asarray(read(u)).astype(np.float64)))
+        write(u, mask, np.clip(value, limits.min, limits.max).astype(DTYPES[kind]))
+
+    return run
+
+
+def _half_bits(kind):
+    """float32 -> the 16 bits of bfloat16 or float16."""
+    return float32_to_bfloat16 if kind == "bf16" else lambda x: x.astype(np.float16).view(np.uint16)
+
+
+@instruction(r"cvt\.rn(?P<relu>\.relu)?\.(?P<kind>bf16|f16)x2\.f32")
+def convert_pair(decoder, x, match):
+    """The first of two numbers becomes the upper half."""
+    bits, relu = _half_bits(match["kind"]), match["relu"]
+    write, high, low = decoder.write(x.operands[0], "b32"), *(decoder.read(o, "f32") for o in x.operands[1:])
+
+    def run(u, mask):
+        a, b = (np.asarray(read(u), np.float32) for read in (high, low))
+        if relu:
+            a, b = np.fmax(a, np.float32(0)), np.fmax(b, np.float32(0))
+        write(u, mask, bits(a).astype(np.uint32) << np.uint32(16) | bits(b))
+
+    return run
+
+
+@instruction(r"cvt\.rn\.(?P<kind>bf16|f16)\.f32")
+def convert_to_half(decoder, x, match):
+    bits = _half_bits(match["kind"])
+    write, read = decoder.write(x.operands[0], "b16"), decoder.read(x.operands[1], "f32")
+    return lambda u, mask: write(u, mask, bits(np.asarray(read(u), np.float32)))
+
+
+@instruction(r"cvt(?:\.ftz)?\.f32\.(?P<kind>bf16|f16)")
+def convert_from_half(decoder, x, match):
+    write, read = decoder.write(x.operands[0], "f32"), decoder.read(x.operands[1], "b16")
+    if match["kind"] == "bf16":
+        return lambda u, mask: write(u, mask, bfloat16_to_float32(np.asarray(read(u))))
+    return lambda u, mask: write(u, mask, np.asarray(read(u)).view(np.float16).astype(np.float32))

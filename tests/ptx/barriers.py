@@ -1,0 +1,255 @@
+"""Barriers of a block: the sixteen named ones, and mbarriers in shared memory."""
+
+import numpy as np
+
+from .arithmetic import WARP
+from .clocks import MBARRIERS
+from .decode import SHARED, instruction
+from .faults import DivergentBarrier, Fault
+
+BLOCKED = "blocked"  # an instruction that did not run: its strand tries again when something has changed
+
+
+def full_warps(u, mask, text: str) -> np.ndarray:
+    """The warps that take part, each with all of its lanes."""
+    if mask is None:
+        return u.warps
+    parts = mask.reshape(-1, WARP)
+    some = parts.any(1)
+    if (some & ~parts.all(1)).any():
+        raise DivergentBarrier(f"{u.name}: only some lanes of a warp are at: {text}")
+    return u.warps[some]
+
+
+class NamedBarrier:
+    """bar.sync, bar.arrive and bar.red of one number."""
+
+    def __init__(self):
+        self.parties: list[tuple] = []  # (unit, warps) that wait
+        self.arrived, self.expected, self.known, self.votes = 0, None, None, None
+
+    def open(self, clocks) -> None:
+        """All that wait may go on, and know what the others knew."""
+        for u, warps in self.parties:
+            clocks.acquire(list(warps), self.known)
+            u.released[warps] = self.votes
+        self.__init__()
+
+
+class Mbarrier:
+    """The phase is the number of those that are complete."""
+
+    def __init__(self, index: int, name: str, count: int):
+        self.index, self.name, self.count = index, name, count
+        self.pending, self.bytes, self.phase = count, 0, 0
+        self.known = self.released = None
+
+    def arrive(self, known, arrivals: int) -> bool:
+        """Whether that completed the phase."""
+        self.known = known if self.known is None else tuple(map(np.maximum, self.known, known))
+        self.pending -= arrivals
+        if self.pending < 0:
+            raise Fault(f"mbarrier {self.name}: more than {self.count} arrivals in phase {self.phase}")
+        return self.complete()
+
+    def complete(self) -> bool:
+        if self.pending or self.bytes:
+            return False
+        self.phase += 1
+        self.pending, self.released, self.known = self.count, self.known, None
+        return True
+
+    def __str__(self):
+        return (
+            f"mbarrier {self.name} in phase {self.phase}: {self.pending} of {self.count} arrivals and {self.bytes} "
+            "bytes to come"
+        )
+
+
+def named_barrier(decoder, x, match, operands, *, vote=None):
+    """A function (unit, mask) of a barrier at which all that take part wait."""
+    number = decoder.read(operands[0], "u32")
+    count = decoder.read(operands[1], "u32") if len(operands) > 1 else None
+
+    def run(u, mask):
+        block, warps = u.block, full_warps(u, mask, x.text)
+        numbers = np.unique(np.broadcast_to(number(u), (u.lanes,))[slice(None) if mask is None else mask])
+        if len(numbers) != 1:
+            raise DivergentBarrier(f"{u.name}: its warps are at different barriers {numbers}: {x.text}")
+        barrier = block.named_barrier(int(numbers[0]))
+        key = tuple(warps.tolist())
+        if key in u.released:  # it waited, and the barrier has opened
+            result = u.released.pop(key)
+            if vote:
+                vote(u, mask, result)
+            return None
+        u.waits_for = f"barrier {int(numbers[0])}: {x.text}"
+        if (u, key) in barrier.parties:
+            return BLOCKED
+        expected = block.threads if count is None else int(np.max(count(u)))
+        if barrier.expected not in (None, expected):
+            raise DivergentBarrier(f"barrier {int(numbers[0])} is told of {barrier.expected} threads and of {expected}")
+        barrier.expected = expected
+        known = block.clocks.publish(warps)
+        barrier.known = known if barrier.known is None else tuple(map(np.maximum, barrier.known, known))
+        barrier.parties.append((u, key))
+        barrier.arrived += len(warps) * WARP
+        if vote:
+            barrier.votes = vote.combine(barrier.votes, u, mask)
+        block.changed = True
+        if barrier.arrived > expected:
+            raise DivergentBarrier(f"barrier {int(numbers[0])}: {barrier.arrived} threads for {expected}: {x.text}")
+        if barrier.arrived == expected:
+            barrier.open(block.clocks)
+            return run(u, mask)
+        return BLOCKED
+
+    return run
+
+
+@instruction(r"bar(?:rier)?\.sync(?:\.aligned)?|barrier\.cta\.sync(?:\.aligned)?")
+def bar_sync(decoder, x, match):
+    return named_barrier(decoder, x, match, x.operands)
+
+
+class _Vote:
+    """bar.red: whether the predicate holds in any or in all lanes."""
+
+    def __init__(self, write, read, how):
+        self.write, self.read, self.how = write, read, how
+
+    def __call__(self, u, mask, result):
+        self.write(u, mask, result)
+
+    def combine(self, before, u, mask):
+        values = np.broadcast_to(self.read(u), (u.lanes,))[slice(None) if mask is None else mask]
+        own = bool(values.any() if self.how == "or" else values.all())
+        if before is None:
+            return own
+        return before or own if self.how == "or" else before and own
+
+
+@instruction(r"bar\.red\.(?P<how>or|and)\.pred")
+def bar_red(decoder, x, match):
+    target, *numbers, source = x.operands
+    vote = _Vote(decoder.write(target, "pred"), decoder.read(source, "pred"), match["how"])
+    return named_barrier(decoder, x, match, numbers, vote=vote)
+
+
+@instruction(r"bar\.warp\.sync")
+def warp_barrier(decoder, x, match):
+    def run(u, mask):
+        full_warps(u, mask, x.text)
+
+    return run
+
+
+def lanes_of(u, mask, *values):
+    """Each value [lanes that take part], and the warps of these lanes."""
+    lanes = np.arange(u.lanes) if mask is None else np.flatnonzero(mask)
+    return *(np.broadcast_to(v, (u.lanes,))[lanes] for v in values), u.warps[lanes // WARP]
+
+
+@instruction(r"mbarrier\.init(?:\.shared(?:::cta)?)?\.b64")
+def mbarrier_init(decoder, x, match):
+    address, count = decoder.pointer(x.operands[0]), decoder.read(x.operands[1], "u32")
+
+    def run(u, mask):
+        addresses, counts, warps = lanes_of(u, mask, address(u), count(u))
+        for a, n, warp in zip(addresses, counts, warps, strict=True):
+            at = u.block.shared.offsets(np.array([a]), 8, x.text)
+            index = len(u.block.mbarriers)
+            if index >= MBARRIERS:
+                raise Fault(f"more than {MBARRIERS} mbarriers")
+            names = u.block.program.barriers
+            name = names[index] if index < len(names) else f"at byte {a - SHARED}"
+            u.block.shared.write(at, np.zeros(8, np.uint8), warp, warp, x.text)
+            u.block.shared.is_barrier[at] = True
+            u.block.mbarriers[int(a)] = Mbarrier(index, name, int(n))
+
+    return run
+
+
+def find_mbarrier(u, address: int, warp: int, text: str) -> Mbarrier:
+    if int(address) not in u.block.mbarriers:
+        raise Fault(f"no mbarrier at byte {int(address) - SHARED} of shared memory: {text}")
+    shared, at = u.block.shared, int(address) - SHARED
+    if u.block.clocks.seen[warp, shared.writer[at]] < shared.write_time[at]:
+        raise Fault(f"{u.name} uses an mbarrier whose initialisation nothing orders before: {text}")
+    return u.block.mbarriers[int(address)]
+
+
+@instruction(r"mbarrier\.arrive(?P<expect>\.expect_tx)?(?:\.release)?(?:\.cta)?(?:\.shared(?:::cta)?)?\.b64")
+def mbarrier_arrive(decoder, x, match):
+    _, target, *operands = x.operands
+    address = decoder.pointer(target)
+    amount = decoder.read(operands[0], "u32") if operands else (lambda u: np.uint32(1))
+
+    def run(u, mask):
+        addresses, amounts, warps = lanes_of(u, mask, address(u), amount(u))
+        distinct, groups = np.unique(addresses, return_inverse=True)
+        for i, a in enumerate(distinct):
+            mine = groups == i
+            members = np.unique(warps[mine])
+            barrier = find_mbarrier(u, a, members[0], x.text)
+            known = u.block.clocks.publish(members)
+            if match["expect"]:
+                barrier.bytes += int(amounts[mine].sum())
+            arrivals = int(mine.sum()) if match["expect"] else int(amounts[mine].sum())
+            barrier.arrive(known, arrivals)
+            u.block.changed = True
+
+    return run
+
+
+@instruction(r"mbarrier\.expect_tx(?:\.relaxed)?(?:\.cta)?(?:\.shared(?:::cta)?)?\.b64")
+def mbarrier_expect(decoder, x, match):
+    address, amount = decoder.pointer(x.operands[0]), decoder.read(x.operands[1], "u32")
+
+    def run(u, mask):
+        for a, n, warp in zip(*lanes_of(u, mask, address(u), amount(u)), strict=True):
+            find_mbarrier(u, a, warp, x.text).bytes += int(n)
+
+    return run
+
+
+@instruction(r"mbarrier\.(?:try|test)_wait\.parity(?:\.acquire)?(?:\.cta)?(?:\.shared(?:::cta)?)?\.b64")
+def mbarrier_wait(decoder, x, match):
+    """Waits until the phase of that parity is complete, as the loop around the instruction would."""
+    target, address, parity = x.operands[:3]
+    write, address, parity = decoder.write(target, "pred"), decoder.pointer(address), decoder.read(parity, "u32")
+
+    def run(u, mask):
+        addresses, parities, warps = lanes_of(u, mask, address(u), parity(u))
+        members = np.unique(warps)
+        waits = {(int(a), int(p)) for a, p in zip(addresses, parities, strict=True)}
+        barriers = [(find_mbarrier(u, a, members[0], x.text), p) for a, p in waits]
+        for barrier, p in barriers:
+            if p > 1:
+                raise Fault(f"mbarrier {barrier.name}: the parity {p} is neither 0 nor 1: {x.text}")
+            if barrier.phase % 2 == p:
+                u.waits_for = f"{barrier}, for the end of a phase of parity {p}"
+                return BLOCKED
+        for barrier, _ in barriers:
+            if barrier.released is not None:
+                u.block.clocks.acquire(members, barrier.released)
+            u.block.clocks.wait_for(members, u.block.clocks.mbarriers + barrier.index, barrier.phase)
+        write(u, mask, True)
+        return None
+
+    return run
+
+
+@instruction(r"fence\.proxy\.async(?:\.shared::cta|\.global)?")
+def proxy_fence(decoder, x, match):
+    def run(u, mask):
+        *_, warps = lanes_of(u, mask)
+        u.block.clocks.fence(np.unique(warps))
+
+    return run
+
+
+@instruction(r"fence\.mbarrier_init\.release\.cluster|fence\.acq_rel\.(?:cta|gpu)|membar\.cta")
+def other_fence(decoder, x, match):
+    """Nothing to do: an mbarrier is used in order here, and clocks move at barriers."""
+    return lambda u, mask: None

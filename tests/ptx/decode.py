@@ -1,0 +1,187 @@
+"""From instructions to functions on the registers of a unit: the registry of what is understood, and its operands.
+
+A unit is up to four warps that share one set of registers: an array with a number per lane for each of them. A decoded
+instruction is a function of (unit, mask); `mask` is None where all lanes of the unit take part, else bool [lanes].
+"""
+
+import re
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+
+from .parse import Instruction, Kernel, Operand
+
+DTYPES = {
+    "pred": np.bool_, "b8": np.uint8, "u8": np.uint8, "s8": np.int8, "b16": np.uint16, "u16": np.uint16,
+    "s16": np.int16, "f16": np.float16, "b32": np.uint32, "u32": np.uint32, "s32": np.int32, "f32": np.float32,
+    "b64": np.uint64, "u64": np.uint64, "s64": np.int64, "f64": np.float64,
+}  # fmt: skip
+# The registers that hold values of a type; a narrow value may stand in a wider register.
+_HOLDS = {"pred": "pred", "b8": "b16", "u8": "b16", "s8": "b16"}
+SPECIAL = {"%tid.x", "%tid.y", "%tid.z", "%ntid.x", "%ntid.y", "%ntid.z", "%ctaid.x", "%ctaid.y", "%ctaid.z",
+           "%nctaid.x", "%nctaid.y", "%nctaid.z", "%laneid", "%warpid"}  # fmt: skip
+
+# Opcodes whose first operand is not a register that they write.
+_WRITES_NOTHING = {"st", "stmatrix", "cp", "bra", "bar", "mbarrier", "fence", "wgmma", "prefetch", "ret", "exit"}
+
+_HANDLERS: list[tuple[re.Pattern, Callable]] = []
+
+
+class UnknownInstruction(NotImplementedError):
+    """The machine does not know an instruction, or not with these modifiers."""
+
+
+class Step(NamedTuple):
+    """An instruction that can run."""
+
+    run: Callable  # (unit, mask) -> None, or where control goes: see machine.py
+    predicate: int | None  # the row of the predicate's register
+    negated: bool
+    registers: frozenset  # whose names it reads or writes
+    written: frozenset  # those that it writes, if the machine has to know
+    is_product: bool  # a wgmma, which may follow another one on the same registers
+    text: str
+
+
+def instruction(pattern: str) -> Callable:
+    """Register a handler for the opcodes that match `pattern`, a regular expression of the whole opcode.
+
+    The handler is called as handler(decoder, instruction, match) and returns a function of (unit, mask).
+    """
+
+    def register(handler):
+        _HANDLERS.append((re.compile(pattern), handler))
+        return handler
+
+    return register
+
+
+@cache
+def _handler(op: str) -> tuple[Callable, re.Match] | None:
+    matches = ((handler, pattern.fullmatch(op)) for pattern, handler in _HANDLERS)
+    return next((found for found in matches if found[1]), None)
+
+
+def width(kind: str) -> str:
+    """The type of the registers that hold a value of a type: "s32" -> "b32"."""
+    if kind in _HOLDS:
+        return _HOLDS[kind]
+    return {"f16": "b16", "bf16": "b16", "f32": "b32", "f64": "b64"}.get(kind, "b" + kind.lstrip("bsuf"))
+
+
+class Decoder:
+    """Decodes the instructions of one kernel for one launch."""
+
+    def __init__(self, kernel: Kernel, variables: dict[str, int], parameters: dict[str, int | bytes]):
+        self.kernel, self.variables, self.parameters = kernel, variables, parameters
+        self.rows: dict[str, tuple[str, int]] = {}  # of a register: the type of its file and its row there
+        counts: dict[str, int] = {}
+        for name, kind in kernel.registers.items():
+            kind = width(kind)
+            self.rows[name] = kind, counts.get(kind, 0)
+            counts[kind] = counts.get(kind, 0) + 1
+        self.counts = counts
+
+    def steps(self) -> list[Step]:
+        return [self._step(x) for x in self.kernel.instructions]
+
+    def _step(self, x: Instruction) -> Step:
+        found = _handler(x.op)
+        if found is None:
+            raise UnknownInstruction(f"the PTX machine does not know this instruction: {x.text}")
+        handler, match = found
+        run = handler(self, x, match)
+        predicate = None if x.predicate is None else self.rows[x.predicate][1]
+        registers = frozenset(_registers(x.operands))
+        written = frozenset(_registers(x.operands[:1])) if x.base not in _WRITES_NOTHING else frozenset()
+        return Step(run, predicate, x.predicate_is_negated, registers, written, x.base == "wgmma", x.text)
+
+    def read(self, operand: Operand, kind: str) -> Callable:
+        """A function of a unit that gives the operand's values, [lanes] or one number, as `kind`."""
+        if operand.kind == "register":
+            held, row = self.rows[operand.text]
+            if kind == "pred":
+                if operand.is_negated:
+                    return lambda u: ~u.files["pred"][row]
+                return lambda u: u.files["pred"][row]
+            if held != width(kind):
+                raise UnknownInstruction(f"{operand.text} is a .{held} register, used as .{kind}")
+            return lambda u: u.files[kind][row]
+        if operand.kind == "number":
+            value = self.constant(operand, kind)
+            return lambda u: value
+        if operand.kind == "name":
+            if operand.text in SPECIAL:
+                name = operand.text
+                return lambda u: u.special[name].astype(DTYPES[kind])
+            value = DTYPES[kind](self.address(operand.text))
+            return lambda u: value
+        raise UnknownInstruction(f"an operand that is not understood here: {operand}")
+
+    @staticmethod
+    def constant(operand: Operand, kind: str):
+        dtype = np.dtype(DTYPES[kind])
+        if kind == "pred":
+            return np.bool_(operand.value)
+        bits = np.array(operand.value & (2 ** (8 * dtype.itemsize) - 1), np.dtype(f"u{dtype.itemsize}"))
+        return bits.view(dtype)[()]
+
+    def address(self, name: str) -> int:
+        """Of a variable or of a parameter's memory."""
+        if name in self.variables:
+            return self.variables[name]
+        if name in self.parameters:
+            return PARAMETERS + list(self.parameters).index(name) * PARAMETER_BYTES
+        raise UnknownInstruction(f"a name that is not understood: {name}")
+
+    def write(self, operand: Operand, kind: str) -> Callable:
+        """A function of (unit, mask, values) that sets a register; "_" takes nothing."""
+        if operand.kind == "nothing":
+            return lambda u, mask, values: None
+        held, row = self.rows[operand.text]
+        if held != width(kind):
+            raise UnknownInstruction(f"{operand.text} is a .{held} register, written as .{kind}")
+
+        def run(u, mask, values):
+            if mask is None:
+                u.files[kind][row][...] = values
+            else:
+                np.copyto(u.files[kind][row], values, where=mask)
+
+        return run
+
+    def pointer(self, operand: Operand) -> Callable:
+        """A function of a unit: the addresses in an operand like [%rd1+16], int64 [lanes] or one number."""
+        if not operand.text:
+            value = np.int64(operand.value)
+            return lambda u: value
+        offset = operand.value
+        if operand.text not in self.rows:
+            value = np.int64(self.address(operand.text) + offset)
+            return lambda u: value
+        held, row = self.rows[operand.text]
+        return lambda u: u.files[held][row].astype(np.int64) + offset
+
+
+# Where things are in the one space of addresses: shared memory from 1024 on, parameters, then array i at (i + 1) << 40.
+SHARED, PARAMETERS, PARAMETER_BYTES, ARRAY_SHIFT = 1024, 1 << 36, 1 << 20, 40
+
+
+def _registers(operands):
+    for operand in operands:
+        if operand.kind in ("register", "address") and operand.text:
+            yield operand.text
+        yield from _registers(operand.parts)
+
+
+def bfloat16_to_float32(x):
+    return (x.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def float32_to_bfloat16(x):
+    """The bits, rounded to the nearest, ties to even; NaN stays NaN."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    return np.where(np.isnan(x), np.uint32(0x7FFF), rounded).astype(np.uint16)

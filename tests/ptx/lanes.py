@@ -1,0 +1,137 @@
+"""Instructions that pass registers between the lanes of a warp, and bit fields."""
+
+import numpy as np
+
+from .arithmetic import WARP
+from .decode import UnknownInstruction, instruction
+from .faults import Fault
+
+FULL = 0xFFFFFFFF
+
+
+def _require_full_warps(u, mask, text, members):
+    """Raises where a lane is missing that the instruction's member mask names."""
+    lanes = np.ones(u.lanes, bool) if mask is None else mask
+    members = np.broadcast_to(np.asarray(members, np.uint32), (u.lanes,))
+    named = (members >> (np.arange(u.lanes, dtype=np.uint32) % np.uint32(WARP))) & np.uint32(1)
+    present = lanes.reshape(-1, WARP)
+    some = present.any(1)
+    if ((named.reshape(-1, WARP) == 1) & ~present & some[:, None]).any():
+        raise Fault(f"{u.name}: lanes that the instruction waits for are elsewhere: {text}")
+
+
+@instruction(r"shfl\.sync\.(?P<how>bfly|idx|up|down)\.b32")
+def shuffle(decoder, x, match):
+    target, source, by, clamp, members = x.operands
+    how = match["how"]
+    targets = target.parts if target.kind == "pair" else (target,)
+    write = decoder.write(targets[0], "b32")
+    inside_to = decoder.write(targets[1], "pred") if len(targets) == 2 else None
+    source, by, clamp, members = (decoder.read(o, "u32") for o in (source, by, clamp, members))
+
+    def run(u, mask):
+        _require_full_warps(u, mask, x.text, members(u))
+        lane = np.arange(u.lanes, dtype=np.int64) % WARP
+        first = np.arange(u.lanes, dtype=np.int64) - lane
+        b, c = np.asarray(by(u), np.int64) & 31, np.asarray(clamp(u), np.int64)
+        segment, limit = (c >> 8) & 31, c & 31
+        most = (lane & segment) | (limit & ~segment)
+        least = lane & segment
+        partner = {"bfly": lane ^ b, "idx": least | (b & ~segment), "up": lane - b, "down": lane + b}[how]
+        inside = partner >= most if how == "up" else partner <= most
+        partner = np.where(inside, partner, lane)
+        if mask is not None and not mask[first + partner][mask].all():
+            raise Fault(f"{u.name}: reads the register of a lane that does not take part: {x.text}")
+        write(u, mask, np.asarray(np.broadcast_to(source(u), (u.lanes,)))[first + partner])
+        if inside_to:
+            inside_to(u, mask, inside)
+
+    return run
+
+
+@instruction(r"elect\.sync")
+def elect(decoder, x, match):
+    """One lane of each warp: the lowest."""
+    target, members = x.operands
+    leader, chosen = target.parts
+    members = decoder.read(members, "u32")
+    writes = decoder.write(leader, "b32"), decoder.write(chosen, "pred")
+
+    def run(u, mask):
+        _require_full_warps(u, mask, x.text, members(u))
+        writes[0](u, mask, np.uint32(0))
+        writes[1](u, mask, np.arange(u.lanes) % WARP == 0)
+
+    return run
+
+
+@instruction(r"vote\.sync\.(?P<how>any|all|ballot)\.(?:pred|b32)")
+def vote(decoder, x, match):
+    target, source, members = x.operands
+    source, members = decoder.read(source, "pred"), decoder.read(members, "u32")
+    how = match["how"]
+    write = decoder.write(target, "b32" if how == "ballot" else "pred")
+
+    def run(u, mask):
+        _require_full_warps(u, mask, x.text, members(u))
+        votes = np.broadcast_to(source(u), (u.lanes,)).reshape(-1, WARP)
+        if how == "ballot":
+            weights = np.uint64(1) << np.arange(WARP, dtype=np.uint64)
+            result = (votes * weights).sum(1).astype(np.uint32)
+        else:
+            result = votes.any(1) if how == "any" else votes.all(1)
+        write(u, mask, np.repeat(result, WARP))
+
+    return run
+
+
+@instruction(r"bfe\.(?P<kind>[us]32)")
+def bit_field(decoder, x, match):
+    if match["kind"] != "u32":
+        raise UnknownInstruction(f"the PTX machine does not know this instruction: {x.text}")
+    write, value, start, length = decoder.write(x.operands[0], "u32"), *(decoder.read(o, "u32") for o in x.operands[1:])
+
+    def run(u, mask):
+        a, b, c = (np.asarray(read(u), np.uint64) & np.uint64(FULL) for read in (value, start, length))
+        b, c = b & np.uint64(255), np.minimum(c & np.uint64(255), np.uint64(32))
+        shifted = np.where(b < 32, a >> np.minimum(b, np.uint64(31)), np.uint64(0))
+        write(u, mask, (shifted & ((np.uint64(1) << c) - np.uint64(1))).astype(np.uint32))
+
+    return run
+
+
+@instruction(r"lop3\.b32")
+def three_input_logic(decoder, x, match):
+    """Any function of three bits, by its table of eight results."""
+    write = decoder.write(x.operands[0], "b32")
+    reads = [decoder.read(o, "b32") for o in x.operands[1:4]]
+    table = int(x.operands[4].value)
+
+    def run(u, mask):
+        a, b, c = (np.asarray(read(u), np.uint32) for read in reads)
+        result = np.uint32(0)
+        for i in range(8):
+            if table >> i & 1:
+                bits = [v if i & bit else ~v for v, bit in ((a, 4), (b, 2), (c, 1))]
+                result = result | (bits[0] & bits[1] & bits[2])
+        write(u, mask, result)
+
+    return run
+
+
+@instruction(r"prmt\.b32")
+def permute_bytes(decoder, x, match):
+    """Four bytes chosen from eight; bit 3 of a choice asks for copies of the byte's sign."""
+    write, a, b, choice = decoder.write(x.operands[0], "b32"), *(decoder.read(o, "b32") for o in x.operands[1:])
+
+    def run(u, mask):
+        low, high, chosen = (np.asarray(read(u), np.uint64) for read in (a, b, choice))
+        both, result = low | high << np.uint64(32), np.uint64(0)
+        for i in range(4):
+            pick = chosen >> np.uint64(4 * i)
+            byte = both >> ((pick & np.uint64(7)) * np.uint64(8)) & np.uint64(255)
+            byte = np.where(pick & np.uint64(8), np.where(byte & np.uint64(128), np.uint64(255), np.uint64(0)), byte)
+            result = result | byte << np.uint64(8 * i)
+        write(u, mask, result.astype(np.uint32))
+
+    return run

@@ -1,0 +1,241 @@
+"""Runs a program on arrays, block by block: `launch`.
+
+The warps of a block are taken in units of four, which share their instructions as long as they go the same way. Where
+lanes go different ways, each way is a strand of its own with a mask, the one that is furthest back runs first, and two
+that meet become one again. A strand that has to wait lets the others run; the order is always the same.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+
+from . import arithmetic, barriers, copies, products  # noqa: F401  (each registers its instructions)
+from . import lanes as _lanes  # noqa: F401
+from .arithmetic import WARP
+from .barriers import BLOCKED, Mbarrier, NamedBarrier
+from .clocks import Clocks
+from .decode import SHARED, Decoder, UnknownInstruction, instruction
+from .faults import Deadlock, Fault
+from .memory import GlobalMemory, SharedMemory
+from .parse import parse
+from .program import Program
+
+UNIT = 128  # lanes
+_VIEWS = {"b16": ("u16", "s16", "f16"), "b32": ("u32", "s32", "f32"), "b64": ("u64", "s64", "f64"), "pred": ()}
+_DTYPES = {"b16": np.uint16, "b32": np.uint32, "b64": np.uint64, "pred": np.bool_}
+
+
+class Strand:
+    """Lanes of a unit that are at the same instruction. `mask` is None for all of them."""
+
+    def __init__(self, at: int, mask: np.ndarray | None):
+        self.at, self.mask, self.is_waiting = at, mask, False
+
+
+class Unit:
+    """Up to four warps with their registers."""
+
+    def __init__(self, block: "Block", index: int, lanes: int, counts: dict[str, int]):
+        self.block, self.index, self.lanes = block, index, lanes
+        first = index * UNIT
+        self.warps = np.arange(first // WARP, (first + lanes) // WARP)
+        self.warp_of_lane = np.repeat(self.warps, WARP)
+        self.name = f"warps {self.warps[0]} to {self.warps[-1]} of block {block.place}"
+        self.files = {}
+        for kind, views in _VIEWS.items():
+            # What was never written is not zero on the machine either.
+            file = np.full((counts.get(kind, 0), lanes), True if kind == "pred" else 0xABCD, _DTYPES[kind])
+            self.files[kind] = list(file)
+            for view in views:
+                self.files[view] = list(file.view(f"{view[0].replace('s', 'i')}{int(view[1:]) // 8}"))
+        x = first + np.arange(lanes)
+        sizes = block.program.block
+        thread = x % sizes[0], x // sizes[0] % sizes[1], x // (sizes[0] * sizes[1])
+        self.special = {"%laneid": x % WARP, "%warpid": x // WARP}
+        for i, axis in enumerate("xyz"):
+            self.special |= {
+                f"%tid.{axis}": thread[i],
+                f"%ntid.{axis}": np.int64(sizes[i]),
+                f"%ctaid.{axis}": np.int64(block.place[i]),
+                f"%nctaid.{axis}": np.int64(block.program.grid[i]),
+            }
+        self.strands = [Strand(0, None)]
+        self.released: dict[tuple, bool | None] = {}  # warps that a named barrier has let go, with the vote's result
+        self.waits_for = ""
+        self.in_flight: dict[str, int] = {}  # registers of products that run, and their group
+        self.written: set[str] = set()  # registers written since the last wgmma.fence
+
+    def run(self, steps: list) -> None:
+        """Until every strand has ended or waits."""
+        while strand := min((s for s in self.strands if not s.is_waiting), key=lambda s: s.at, default=None):
+            if len(self.strands) > 1:
+                strand = self._merged(strand)
+            self._advance(strand, steps)
+
+    def _merged(self, strand: Strand) -> Strand:
+        for other in self.strands:
+            if other is not strand and other.at == strand.at and not other.is_waiting:
+                self.strands.remove(other)
+                mask = strand.mask | other.mask
+                strand.mask = None if mask.all() else mask
+                return self._merged(strand)
+        return strand
+
+    def _advance(self, strand: Strand, steps: list) -> None:
+        """One instruction after the other, until the strand splits, ends, waits, or another one is further back."""
+        alone = len(self.strands) == 1
+        while True:
+            step, mask = steps[strand.at], strand.mask
+            if step.predicate is not None:
+                chosen = self.files["pred"][step.predicate]
+                chosen = ~chosen if step.negated else chosen
+                mask = chosen if mask is None else chosen & mask
+                if mask.all():
+                    mask = None
+                elif not mask.any():
+                    strand.at += 1
+                    if alone:
+                        continue
+                    return
+            if self.in_flight and not step.is_product and not step.registers.isdisjoint(self.in_flight):
+                register = min(step.registers & self.in_flight.keys())
+                raise Fault(f"{self.name}: {register} belongs to a wgmma that nothing has waited for: {step.text}")
+            result = step.run(self, mask)
+            if step.written and not step.is_product:
+                self.written |= step.written
+            if result is None:
+                strand.at += 1
+            elif result is BLOCKED:
+                strand.is_waiting = True
+                return
+            else:
+                self._jump(strand, mask, result)
+                if strand not in self.strands or not alone:
+                    return
+                alone = len(self.strands) == 1
+            if not alone:
+                return
+
+    def _jump(self, strand: Strand, mask: np.ndarray | None, target: int) -> None:
+        """Lanes in `mask` go to the target, or end there if it is END; the others of the strand go on."""
+        everyone = np.ones(self.lanes, bool) if strand.mask is None else strand.mask
+        gone = everyone if mask is None else mask & everyone
+        stay = everyone & ~gone
+        if not stay.any():
+            if target == END:
+                self.strands.remove(strand)
+            else:
+                strand.at = target
+            return
+        strand.mask = stay
+        strand.at += 1
+        if target != END:
+            self.strands.append(Strand(target, gone))
+
+
+END = -1
+
+
+@instruction(r"bra(?P<uni>\.uni)?")
+def branch(decoder, x, match):
+    target = decoder.kernel.labels.get(x.operands[0].text)
+    if target is None:
+        raise UnknownInstruction(f"no such label: {x.text}")
+    return lambda u, mask: target
+
+
+@instruction(r"ret|exit")
+def leave(decoder, x, match):
+    return lambda u, mask: END
+
+
+class Block:
+    """One block of the grid, with its shared memory and its barriers."""
+
+    def __init__(self, program: Program, place: tuple[int, int, int], memory: GlobalMemory, shared: int, counts):
+        self.program, self.place, self.memory = program, place, memory
+        self.threads = int(np.prod(program.block))
+        if self.threads % WARP:
+            raise Fault(f"a block of {self.threads} threads is not made of whole warps")
+        self.clocks = Clocks(self.threads // WARP)
+        self.shared = SharedMemory(shared, self.clocks)
+        self.mbarriers: dict[int, Mbarrier] = {}
+        self.named: dict[int, NamedBarrier] = {}
+        self.changed = False
+        starts = range(0, self.threads, UNIT)
+        self.units = [Unit(self, i, min(UNIT, self.threads - s), counts) for i, s in enumerate(starts)]
+
+    def named_barrier(self, number: int) -> NamedBarrier:
+        if not 0 <= number < 16:
+            raise Fault(f"there is no barrier {number}")
+        return self.named.setdefault(number, NamedBarrier())
+
+    def run(self, steps: list) -> None:
+        while any(u.strands for u in self.units):
+            self.changed = False
+            for u in self.units:
+                for strand in u.strands:
+                    strand.is_waiting = False
+                u.run(steps)
+            if not self.changed and any(u.strands for u in self.units):
+                self._deadlock()
+        self._ended()
+
+    def _deadlock(self):
+        waits = "; ".join(f"{u.name} waits for {u.waits_for}" for u in self.units if u.strands)
+        raise Deadlock(f"{self.program.name}: {waits}")
+
+    def _ended(self) -> None:
+        clocks = self.clocks
+        for warp, group in enumerate(clocks.bulk_reads):
+            if clocks.seen[warp, clocks.bulk + warp] < group:
+                raise Fault(f"warp {warp} of block {self.place} ends while its bulk copies read shared memory")
+        for barrier in self.mbarriers.values():
+            if barrier.bytes:
+                raise Fault(f"block {self.place} ends: {barrier}")
+
+
+_parsed = lru_cache(64)(parse)
+
+
+def launch(program: Program, arrays: list[np.ndarray]) -> None:
+    """Run a program on arrays, which it reads and writes in place.
+
+    Args:
+      arrays: contiguous; in the order that the program's parameters and tensor maps count them.
+    Raises:
+      UnknownInstruction: an instruction that the machine does not know; nothing has run.
+      Fault: the program does what the chip does not define, or waits for ever.
+    """
+    kernel = _parsed(program.ptx)
+    memory = GlobalMemory(arrays)
+    parameters = {}
+    for (name, size), value in zip(kernel.parameters, program.parameters, strict=True):
+        if isinstance(value, int):
+            value = GlobalMemory.address(value).to_bytes(8, "little")
+        elif isinstance(value, tuple) and size != 128 * len(value) and value:
+            raise ValueError(f"{name} has {size} bytes, which is not {len(value)} tensor maps")
+        parameters[name] = value
+    variables, size = {}, 0
+    for name, (space, alignment, length) in kernel.variables.items():
+        if space != "shared":
+            raise UnknownInstruction(f"memory of the kind .{space}: {name}")
+        if length == 0:
+            continue
+        size = -(-size // alignment) * alignment
+        variables[name] = SHARED + size
+        size += length
+    # Dynamic shared memory comes last, where the copy engine's swizzle wants it.
+    dynamic = [name for name, (_, _, length) in kernel.variables.items() if length == 0]
+    if dynamic:
+        size = -(-size // 1024) * 1024
+        variables |= {name: SHARED + size for name in dynamic}
+    size += program.shared
+    decoder = Decoder(kernel, variables, parameters)
+    steps = decoder.steps()
+    with np.errstate(all="ignore"):
+        for z in range(program.grid[2]):
+            for y in range(program.grid[1]):
+                for x in range(program.grid[0]):
+                    memory.block = (z * program.grid[1] + y) * program.grid[0] + x
+                    Block(program, (x, y, z), memory, size, decoder.counts).run(steps)

@@ -1,0 +1,164 @@
+"""The memory of a launch: arrays in global memory, and the shared memory of a block with the clocks of its bytes."""
+
+import numpy as np
+
+from .clocks import Clocks
+from .decode import ARRAY_SHIFT, SHARED
+from .faults import Fault, MissingProxyFence, Race
+
+
+def spread(addresses: np.ndarray, size: int) -> np.ndarray:
+    """The addresses of `size` bytes from each address on, [len(addresses) * size]."""
+    return (np.asarray(addresses, np.int64)[:, None] + np.arange(size)).reshape(-1)
+
+
+class GlobalMemory:
+    """The arrays of a launch. No byte may be touched by one block after another block wrote it."""
+
+    def __init__(self, arrays: list[np.ndarray]):
+        if not all(x.flags.c_contiguous for x in arrays):
+            raise ValueError("the arrays of a launch must be contiguous")
+        self.bytes = [x.reshape(-1).view(np.uint8) for x in arrays]
+        self.writers: list[np.ndarray | None] = [None] * len(arrays)
+        self.block = 0
+
+    @staticmethod
+    def address(array: int) -> int:
+        return (array + 1) << ARRAY_SHIFT
+
+    def _locate(self, addresses: np.ndarray, size: int, text: str) -> tuple[int, np.ndarray]:
+        arrays = (addresses >> ARRAY_SHIFT) - 1
+        array = int(arrays[0])
+        if not (arrays == array).all():
+            raise Fault(f"the lanes of one instruction touch several arrays: {text}")
+        offsets = addresses & ((1 << ARRAY_SHIFT) - 1)
+        self._require_inside(array, spread(offsets, size), text)
+        if (offsets % size).any():
+            raise Fault(f"global memory: an address is not a multiple of {size} bytes: {text}")
+        return array, spread(offsets, size)
+
+    def read(self, addresses: np.ndarray, size: int, text: str) -> np.ndarray:
+        """uint8 [lanes, size]"""
+        array, at = self._locate(addresses, size, text)
+        self._require_own(array, at, text)
+        return self.bytes[array][at].reshape(-1, size)
+
+    def write(self, addresses: np.ndarray, values: np.ndarray, text: str) -> None:
+        array, at = self._locate(addresses, values.shape[1], text)
+        self.write_bytes(array, at, values.reshape(-1), text)
+
+    def write_bytes(self, array: int, at: np.ndarray, values: np.ndarray, text: str) -> None:
+        self._require_inside(array, at, text)
+        self._require_own(array, at, text)
+        if self.writers[array] is None:
+            self.writers[array] = np.full(self.bytes[array].size, -1, np.int32)
+        self.writers[array][at] = self.block
+        self.bytes[array][at] = values
+        if (self.bytes[array][at] != values).any():
+            raise Race(f"array {array}: one instruction writes two values to one byte: {text}")
+
+    def read_bytes(self, array: int, at: np.ndarray, text: str) -> np.ndarray:
+        self._require_inside(array, at, text)
+        self._require_own(array, at, text)
+        return self.bytes[array][at]
+
+    def _require_inside(self, array: int, at: np.ndarray, text: str) -> None:
+        if not 0 <= array < len(self.bytes):
+            raise Fault(f"global memory: an address outside of all arrays: {text}")
+        if at.min() < 0 or at.max() >= self.bytes[array].size:
+            worst = at.min() if at.min() < 0 else at.max()
+            raise Fault(f"global memory: byte {worst} of array {array}, which has {self.bytes[array].size}: {text}")
+
+    def _require_own(self, array: int, at: np.ndarray, text: str) -> None:
+        writers = self.writers[array]
+        if writers is not None:
+            others = writers[at]
+            if (bad := (others >= 0) & (others != self.block)).any():
+                first = int(at[bad][0])
+                who = f"block {self.block} touches what block {others[bad][0]} wrote"
+                raise Race(f"byte {first} of array {array}: {who}: {text}")
+
+
+class SharedMemory:
+    """The shared memory of one block. Addresses begin at SHARED."""
+
+    def __init__(self, size: int, clocks: Clocks):
+        self.clocks, self.size = clocks, size
+        self.bytes = np.full(size, 0xFF, np.uint8)  # NaN in every floating-point type
+        self.is_written = np.zeros(size, bool)
+        self.writer, self.write_time = np.zeros(size, np.int16), np.zeros(size, np.int32)
+        self.is_generic = np.zeros(size, bool)  # last written by threads, not by the copy engine
+        self.reads = np.zeros((clocks.readers, size), np.int32)
+        self.has_read: list[int] = []  # the actors with a row of `reads` that is not all zero
+        self.is_barrier = np.zeros(size, bool)
+
+    def offsets(self, addresses: np.ndarray, size: int, text: str) -> np.ndarray:
+        """Of all bytes of accesses of `size` bytes."""
+        offsets = np.asarray(addresses, np.int64) - SHARED
+        if offsets.min() < 0 or offsets.max() + size > self.size:
+            worst = offsets.min() if offsets.min() < 0 else offsets.max() + size - 1
+            raise Fault(f"shared memory: byte {worst} of {self.size}: {text}")
+        if (offsets % size).any():
+            raise Fault(f"shared memory: an address is not a multiple of {size} bytes: {text}")
+        return spread(offsets, size)
+
+    def read(self, at: np.ndarray, actors, warps: np.ndarray | int, text: str, *, is_proxy: bool = False, time=None):
+        """The bytes at offsets `at`, read by actors (as many as bytes, or one) on behalf of warps.
+
+        Args:
+          is_proxy: by the copy engine or the tensor cores.
+          time: of the actor; by default that of the warps themselves.
+        """
+        seen = self.clocks.seen
+        if not self.is_written[at].all():
+            first = int(np.asarray(at)[~self.is_written[at]][0])
+            raise Fault(f"shared memory at byte {first}: read before it was written: {text}")
+        writer, written = self.writer[at], self.write_time[at]
+        late = seen[warps, writer] < written
+        if late.any():
+            self._race("written", at, writer, late, text)
+        if is_proxy:
+            hidden = self.is_generic[at] & (self.clocks.fenced[warps, writer] < written)
+            if hidden.any():
+                self._unfenced(at, writer, hidden, text)
+        self.reads[actors, at] = self.clocks.now(warps) if time is None else time
+        for actor in np.unique(actors):
+            if actor not in self.has_read:
+                self.has_read.append(int(actor))
+        return self.bytes[at]
+
+    def write(self, at, values, actors, warps, text: str, *, is_proxy: bool = False, time=None) -> None:
+        """Write bytes; the arguments as for `read`."""
+        seen = self.clocks.seen
+        if self.is_barrier[at].any():
+            raise Fault(f"writes over an mbarrier: {text}")
+        writer, written = self.writer[at], self.write_time[at]
+        late = seen[warps, writer] < written
+        if late.any():
+            self._race("written", at, writer, late, text)
+        for reader in self.has_read:
+            late = seen[warps, reader] < self.reads[reader, at]
+            if np.any(late):
+                self._race("read", at, np.full(late.shape, reader), late, text)
+        if is_proxy:
+            hidden = self.is_generic[at] & (self.clocks.fenced[warps, writer] < written)
+            if hidden.any():
+                self._unfenced(at, writer, hidden, text)
+        self.bytes[at] = values
+        if not is_proxy and (self.bytes[at] != values).any():
+            raise Race(f"one instruction writes two values to one byte of shared memory: {text}")
+        self.is_written[at], self.is_generic[at] = True, not is_proxy
+        self.writer[at] = actors
+        self.write_time[at] = self.clocks.now(warps) if time is None else time
+
+    def _race(self, what: str, at, actors, late, text: str):
+        first = int(np.asarray(at)[late][0])
+        who = f"{self.clocks.name(int(actors[late][0]))} has {what} it, and nothing orders that before"
+        raise Race(f"shared memory at byte {first}: {who}: {text}")
+
+    def _unfenced(self, at, actors, hidden, text: str):
+        first = int(np.asarray(at)[hidden][0])
+        raise MissingProxyFence(
+            f"shared memory at byte {first}: {self.clocks.name(int(actors[hidden][0]))} wrote it without "
+            f"fence.proxy.async before: {text}"
+        )

@@ -1,0 +1,221 @@
+"""PTX text to instructions: one kernel, its registers, its shared memory and its labels.
+
+Scopes of inline assembly (`{ .reg .pred p; ... }`) have registers and labels of their own; here both get the number of
+their scope as a suffix, so that one flat list of instructions remains.
+"""
+
+import re
+from typing import NamedTuple
+
+_COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
+_LINE_DIRECTIVE = re.compile(
+    r"^\s*\.(?:loc|file|section|version|target|address_size|maxn\w+|minn\w+|reqn\w+)\b[^\n;{]*", re.M
+)
+_LABEL = re.compile(r"\s*([$\w]+)\s*:(?!:)")
+_INSTRUCTION = re.compile(r"(?:@(!?)([%$\w]+)\s+)?([a-z][\w.:]*)\s*(.*)", re.S)
+_REGISTERS = re.compile(r"([%\w]+?)<(\d+)>")
+
+
+class Operand(NamedTuple):
+    """An operand: `kind` says which of the other fields counts."""
+
+    kind: str  # "register", "number", "address", "vector", "pair" (predicate d|p), "name", "nothing"
+    text: str = ""  # of a register or a name; "" for an address without one
+    value: int | float = 0  # of a number; the offset of an address
+    parts: tuple["Operand", ...] = ()  # of a vector, a pair, or the coordinates of an address
+    is_negated: bool = False  # a predicate that is read as its opposite
+
+
+class Instruction(NamedTuple):
+    op: str  # with its modifiers: "fma.rn.f32"
+    operands: tuple[Operand, ...]
+    predicate: str | None
+    predicate_is_negated: bool
+    text: str  # as it stands in the PTX
+
+    @property
+    def base(self) -> str:
+        return self.op.split(".")[0]
+
+
+class Kernel(NamedTuple):
+    name: str
+    parameters: tuple[tuple[str, int], ...]  # (name, bytes)
+    registers: dict[str, str]  # type without its dot by name: "pred", "b16", "b32", "b64", "f32"
+    variables: dict[str, tuple[str, int, int]]  # (state space, alignment, bytes) by name; 0: dynamic
+    instructions: tuple[Instruction, ...]
+    labels: dict[str, int]  # the instruction that follows
+
+
+SIZES = {"b8": 1, "u8": 1, "s8": 1, "b16": 2, "u16": 2, "s16": 2, "f16": 2, "bf16": 2, "b32": 4, "u32": 4, "s32": 4,
+         "f32": 4, "b64": 8, "u64": 8, "s64": 8, "f64": 8}  # fmt: skip
+
+
+def parse(ptx: str) -> Kernel:
+    """The only entry of a PTX file. Raises ValueError for what is not understood."""
+    ptx = _LINE_DIRECTIVE.sub("", _COMMENT.sub("", ptx))
+    entries = list(re.finditer(r"\.entry\s+([$\w]+)\s*\(", ptx))
+    if len(entries) != 1:
+        raise ValueError(f"the PTX has {len(entries)} entries; expected 1")
+    if re.search(r"^\s*(?:\.\w+\s+)*\.func\b", ptx, re.M):
+        raise ValueError("the PTX has functions; only one entry is understood")
+    entry = entries[0]
+    end = ptx.index(")", entry.end())
+    reader = _Reader(_body(ptx, ptx.index("{", end)))
+    for line in re.findall(r"(?:\.visible|\.extern|\.global|\.const)[^;{]*\.shared[^;]*;", ptx[: entry.start()]):
+        reader.declare(line.strip(" ;").removeprefix(".extern ").removeprefix(".visible "))
+    parameters = tuple(map(_parameter, filter(str.strip, ptx[entry.end() : end].split(","))))
+    reader.read()
+    return Kernel(entry[1], parameters, reader.registers, reader.variables, tuple(reader.instructions), reader.labels)
+
+
+def _body(ptx: str, start: int) -> str:
+    """What stands between the brace at `start` and the one that closes it."""
+    depth = 0
+    for brace in re.finditer(r"[{}]", ptx[start:]):
+        depth += 1 if brace[0] == "{" else -1
+        if not depth:
+            return ptx[start + 1 : start + brace.start()]
+    raise ValueError("the PTX has no closing brace")
+
+
+def _parameter(line: str) -> tuple[str, int]:
+    match = re.search(r"\.(\w+)(?:\s+\.ptr(?:\s+\.\w+)*)?(?:\s+\.align\s+\d+)?\s+([$\w]+)(?:\[(\d+)\])?\s*$", line)
+    aligned = re.search(r"\.align\s+\d+\s+\.b8\s+([$\w]+)\[(\d+)\]", line)
+    if aligned:
+        return aligned[1], int(aligned[2])
+    if not match:
+        match = re.search(r"\.([busf]\d+)\b.*?([$\w]+)\s*$", line.strip())
+    kind = re.search(r"\.([busf]\d+)\b", line)[1]
+    return match[2], SIZES[kind]
+
+
+class _Reader:
+    """Walks the statements of a body, scope by scope."""
+
+    def __init__(self, body: str):
+        self.body, self.at = body, 0
+        self.registers, self.variables, self.labels = {}, {}, {}
+        self.instructions: list[Instruction] = []
+        self.scopes: list[tuple[str, set[str]]] = [("", set())]  # (suffix, names that are its own)
+        self.count = 0
+
+    def read(self) -> None:
+        body = self.body
+        while True:
+            while self.at < len(body) and body[self.at].isspace():
+                self.at += 1
+            if self.at >= len(body):
+                return
+            if body[self.at] == "{":
+                self._enter()
+            elif body[self.at] == "}":
+                self.scopes.pop()
+                self.at += 1
+            elif body[self.at] == ";":
+                self.at += 1
+            elif match := _LABEL.match(body, self.at):
+                self.labels[self._name(match[1])] = len(self.instructions)
+                self.at = match.end()
+            else:
+                stop = body.index(";", self.at)
+                self._statement(body[self.at : stop].strip())
+                self.at = stop + 1
+
+    def _enter(self) -> None:
+        """A scope begins: its labels are known before they are defined, for jumps forward."""
+        inside = _body(self.body, self.at)
+        self.count += 1
+        own = set()
+        for declared in re.findall(r"\.reg\s+\.\w+\s+([^;]*);", inside):
+            own |= {name.strip() for name in declared.split(",")}
+        own |= set(re.findall(r"(?:^|[;{}])\s*([$\w]+)\s*:(?!:)", inside))
+        self.scopes.append((f"#{self.count}", own))
+        self.at += 1
+
+    def _name(self, name: str) -> str:
+        return next((name + suffix for suffix, own in reversed(self.scopes) if name in own), name)
+
+    def _statement(self, text: str) -> None:
+        if text.startswith("."):
+            return self.declare(text)
+        match = _INSTRUCTION.fullmatch(text)
+        if not match:
+            raise ValueError(f"not an instruction: {text}")
+        negated, predicate, op, rest = match.groups()
+        operands = tuple(self._operand(part) for part in _split(rest))
+        predicate = predicate and self._name(predicate)
+        self.instructions.append(Instruction(op, operands, predicate, bool(negated), " ".join(text.split())))
+
+    def declare(self, text: str) -> None:
+        if match := re.match(r"\.reg\s+\.(\w+)\s+(.*)", text, re.S):
+            for name in match[2].split(","):
+                name = name.strip()
+                if many := _REGISTERS.fullmatch(name):
+                    self.registers.update({f"{many[1]}{i}": match[1] for i in range(int(many[2]))})
+                else:
+                    self.registers[self._name(name)] = match[1]
+        elif match := re.match(
+            r"\.(shared|local|global)\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([$\w]+)(?:\[(\d*)\])?$", text, re.S
+        ):
+            space, alignment, kind, name, count = match.groups()
+            size = 0 if count == "" else SIZES[kind] * int(count or 1)
+            if count is None:
+                size = 0  # Mosaic declares its dynamic shared memory so
+            self.variables[name] = space, int(alignment or SIZES[kind]), size
+        elif not text.startswith((".pragma", ".loc", ".file")):
+            raise ValueError(f"not a declaration that is understood: {text}")
+
+    def _operand(self, text: str) -> Operand:
+        text = text.strip()
+        if text == "_":
+            return Operand("nothing")
+        if text.startswith("{"):
+            return Operand("vector", parts=tuple(map(self._operand, _split(text[1:-1]))))
+        if text.startswith("["):
+            return self._address(text[1:-1])
+        if text.startswith("!"):
+            return self._operand(text[1:])._replace(is_negated=True)
+        if "|" in text:
+            return Operand("pair", parts=tuple(map(self._operand, text.split("|"))))
+        if (number := _number(text)) is not None:
+            return Operand("number", text, number)
+        name = self._name(text)
+        return Operand("register" if name in self.registers else "name", name)
+
+    def _address(self, text: str) -> Operand:
+        """[base], [base+8], [8], [descriptor, {x, y}]"""
+        first, *rest = _split(text)
+        coordinates = self._operand(rest[0]).parts if rest else ()
+        match = re.fullmatch(r"\s*([%$\w#]+?)?\s*(?:([+-])?\s*(0x[\da-fA-F]+|\d+))?\s*", first)
+        if not match:
+            raise ValueError(f"not an address: [{text}]")
+        name, sign, offset = match.groups()
+        full = first.strip()
+        if re.fullmatch(r"[%$A-Za-z_][%$\w]*", full):
+            name, sign, offset = full, None, None
+        offset = int(offset, 0) if offset else 0
+        return Operand("address", self._name(name) if name else "", -offset if sign == "-" else offset, coordinates)
+
+
+def _number(text: str) -> int | float | None:
+    if re.fullmatch(r"0[fF][\da-fA-F]{8}", text):
+        return int(text[2:], 16)  # the bits of a float32
+    if re.fullmatch(r"0[dD][\da-fA-F]{16}", text):
+        return int(text[2:], 16)
+    if re.fullmatch(r"-?(?:0x[\da-fA-F]+|\d+)U?", text):
+        return int(text.rstrip("U"), 0)
+    if re.fullmatch(r"-?\d+\.\d*(?:[eE][+-]?\d+)?", text):
+        raise ValueError(f"a decimal fraction among the operands: {text}")
+    return None
+
+
+def _split(text: str) -> list[str]:
+    """At the commas outside of braces and brackets."""
+    parts, depth, start = [], 0, 0
+    for i, c in enumerate(text):
+        depth += (c in "{[") - (c in "}]")
+        if c == "," and not depth:
+            parts.append(text[start:i])
+            start = i + 1
+    return [part for part in [*parts, text[start:]] if part.strip()]

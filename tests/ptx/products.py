@@ -1,0 +1,276 @@
+"""Matrix products of the tensor cores, and the loads and stores of their fragments.
+
+Hopper's wgmma runs beside the threads: until its group is waited for, its registers may not be touched, and its
+operands in shared memory may not be written. The order in which a tensor core adds is not defined; here it is NumPy's.
+"""
+
+from functools import cache
+
+import numpy as np
+
+from .arithmetic import WARP
+from .copies import swizzled
+from .decode import SHARED, Operand, UnknownInstruction, bfloat16_to_float32, instruction
+from .faults import DivergentBarrier, Fault
+
+WARPGROUP = 128
+
+
+def _require_warpgroup(u, mask, text: str) -> None:
+    if u.lanes != WARPGROUP or not (mask is None or mask.all()):
+        raise DivergentBarrier(f"{u.name}: only a part of the warpgroup is at: {text}")
+
+
+def _numbers(bits: np.ndarray, kind: str) -> np.ndarray:
+    """float32 of the bits of bf16, f16 or tf32."""
+    if kind == "bf16":
+        return bfloat16_to_float32(bits)
+    if kind == "f16":
+        return bits.view(np.float16).astype(np.float32)
+    return (bits & np.uint32(0xFFFFE000)).view(np.float32)  # tf32: the machine ignores the lowest 13 bits
+
+
+@cache
+def _accumulator(columns: int) -> tuple[np.ndarray, np.ndarray]:
+    """(row, column) of every register and thread of a [64, columns] accumulator, [registers, 128]."""
+    thread, register = np.arange(WARPGROUP)[None], np.arange(columns // 2)[:, None]
+    row = thread // WARP * 16 + thread % WARP // 4 + register // 2 % 2 * 8
+    return row, register // 4 * 8 + thread % 4 * 2 + register % 2
+
+
+@cache
+def _fragment() -> tuple[np.ndarray, np.ndarray]:
+    """(row, column) of every register, half and thread of a [64, 16] operand in registers, [4, 2, 128]."""
+    thread, half, register = np.arange(WARPGROUP), np.arange(2)[:, None], np.arange(4)[:, None, None]
+    row = thread // WARP * 16 + thread % WARP // 4 + register % 2 * 8
+    return np.broadcast_to(row, (4, 2, WARPGROUP)), thread % 4 * 2 + half + register // 2 * 8
+
+
+def matrix_bytes(descriptor: int, rows: int, depth: int, is_transposed: bool, text: str) -> np.ndarray:
+    """Shared-memory offsets of the first bytes of [rows, depth] 16-bit elements, by a wgmma descriptor.
+
+    The rows are the rows of A or the columns of B. The plain layout has contiguous elements along the depth, the
+    transposed one along the rows.
+    """
+    start = (descriptor & 0x3FFF) << 4
+    leading, stride = (descriptor >> 16 & 0x3FFF) << 4, (descriptor >> 32 & 0x3FFF) << 4
+    span = {0: 16, 1: 128, 2: 64, 3: 32}[descriptor >> 62]
+    if descriptor >> 49 & 7:
+        raise UnknownInstruction(f"a matrix descriptor with a base offset: {text}")
+    row, k = np.arange(rows)[:, None], np.arange(depth)[None]
+    if not is_transposed:
+        if span == 16:
+            addresses = start + row // 8 * stride + k // 8 * leading + row % 8 * 16 + k % 8 * 2
+        else:
+            # The depth of one product lies within the swizzled span, which the descriptor's start already entered.
+            addresses = start + row // 8 * stride + row % 8 * span + k * 2
+    else:
+        if span == 16:
+            raise UnknownInstruction(f"a transposed operand without a swizzle: {text}")
+        across = span // 2
+        addresses = start + row // across * leading + k // 8 * stride + k % 8 * span + row % across * 2
+    return swizzled(addresses, span) - SHARED
+
+
+@instruction(r"wgmma\.fence\.sync\.aligned")
+def wgmma_fence(decoder, x, match):
+    def run(u, mask):
+        _require_warpgroup(u, mask, x.text)
+        u.written.clear()
+
+    return run
+
+
+@instruction(r"wgmma\.commit_group\.sync\.aligned")
+def wgmma_commit(decoder, x, match):
+    def run(u, mask):
+        _require_warpgroup(u, mask, x.text)
+        u.block.clocks.groups[u.block.clocks.tensor + u.index] += 1
+
+    return run
+
+
+@instruction(r"wgmma\.wait_group\.sync\.aligned")
+def wgmma_wait(decoder, x, match):
+    pending = x.operands[0].value
+
+    def run(u, mask):
+        _require_warpgroup(u, mask, x.text)
+        clocks = u.block.clocks
+        actor = clocks.tensor + u.index
+        done = clocks.groups[actor] - pending
+        clocks.wait_for(u.warps, actor, done)
+        u.in_flight = {register: group for register, group in u.in_flight.items() if group > done}
+
+    return run
+
+
+@instruction(r"wgmma\.mma_async\.sync\.aligned\.m64n(?P<n>\d+)k16\.f32\.(?P<a>bf16|f16)\.(?P<b>bf16|f16)")
+def wgmma(decoder, x, match):
+    """D = A @ B + (D if the predicate holds), with A [64, 16] in registers or shared memory and B [16, n] in shared."""
+    columns, kind = int(match["n"]), match["a"]
+    target, a, b, adds, *flags = x.operands
+    flags = [flag.value for flag in flags]
+    signs, transposed = flags[:2], flags[2:]
+    if match["b"] != kind or signs != [1, 1]:
+        raise UnknownInstruction(f"the PTX machine does not know this instruction: {x.text}")
+    in_registers = a.kind == "vector"
+    transposed = [0, *transposed] if in_registers else transposed
+    adds = decoder.read(adds, "pred")
+    rows = [decoder.rows[part.text][1] for part in target.parts]
+    if len(rows) != columns // 2:
+        raise Fault(f"{len(rows)} registers for {columns} columns: {x.text}")
+    a_reads = [decoder.read(part, "b32") for part in a.parts] if in_registers else None
+    a_descriptor = None if in_registers else _descriptor(decoder, a)
+    b_descriptor = _descriptor(decoder, b)
+    row, column = _accumulator(columns)
+    names = {part.text for part in (*target.parts, *(a.parts if in_registers else ()))}
+
+    def run(u, mask):
+        _require_warpgroup(u, mask, x.text)
+        block, clocks = u.block, u.block.clocks
+        actor = clocks.tensor + u.index
+        group = int(clocks.groups[actor]) + 1
+        if missing := names & u.written:
+            raise Fault(f"{u.name} wrote {min(missing)} after its last wgmma.fence: {x.text}")
+        if in_registers:
+            values = np.stack([np.broadcast_to(read(u), (u.lanes,)) for read in a_reads])
+            halves = np.ascontiguousarray(values).view(np.uint16).reshape(4, WARPGROUP, 2).transpose(0, 2, 1)
+            left = np.empty((64, 16), np.float32)
+            left[_fragment()] = _numbers(np.ascontiguousarray(halves), kind)
+        else:
+            left = _operand(u, a_descriptor(u), 64, transposed[0], kind, actor, group, x.text)
+        right = _operand(u, b_descriptor(u), columns, transposed[1], kind, actor, group, x.text)
+        result = left @ right.T
+        files = u.files["f32"]
+        adding = np.broadcast_to(adds(u), (u.lanes,))
+        if adding.all() != adding.any():
+            raise Fault(f"only some lanes add to the accumulator: {x.text}")
+        for register, where in zip(rows, zip(row, column, strict=True), strict=True):
+            own = result[where]
+            files[register][...] = files[register] + own if adding[0] else own
+        for name in names:
+            u.in_flight[name] = group
+        block.changed = True
+
+    return run
+
+
+def _descriptor(decoder, operand: Operand):
+    read = decoder.read(operand, "u64")
+
+    def one(u):
+        values = np.atleast_1d(read(u))
+        if (values != values[0]).any():
+            raise Fault(f"the lanes have different matrix descriptors in {operand.text}")
+        return int(values[0])
+
+    return one
+
+
+def _operand(u, descriptor: int, rows: int, is_transposed: int, kind: str, actor: int, group: int, text: str):
+    """float32 [rows, 16], read by the tensor cores."""
+    shared = u.block.shared
+    at = matrix_bytes(descriptor, rows, 16, bool(is_transposed), text)
+    if at.min() < 0 or at.max() + 2 > shared.size:
+        raise Fault(f"a matrix reaches byte {at.max() + 1} of {shared.size} of shared memory: {text}")
+    at = (at[..., None] + np.arange(2)).reshape(-1)
+    # The four warps issue together: what they read must be in order for each of them.
+    known = u.block.clocks.joined(u.warps)
+    data = shared.read(at, actor, known, text, is_proxy=True, time=group)
+    return _numbers(np.ascontiguousarray(data).view(np.uint16), kind).reshape(rows, 16)
+
+
+@cache
+def _matrix_lanes(is_transposed: bool) -> tuple[np.ndarray, np.ndarray]:
+    """(row, column) of the two elements of an 8 x 8 matrix that a lane holds, [32, 2]."""
+    lane, half = np.arange(WARP)[:, None], np.arange(2)[None]
+    row, column = np.broadcast_to(lane // 4, (WARP, 2)), lane % 4 * 2 + half
+    return (column, row) if is_transposed else (row, column)
+
+
+_MATRIX = r"\.sync\.aligned\.m8n8\.x(?P<count>[124])(?P<trans>\.trans)?\.shared(?:::cta)?\.b16"
+
+
+def _row_bytes(u, mask, pointer, count: int, text: str):
+    """The offsets of the bytes of `count` 8 x 8 matrices, [warps, count, 8 rows, 16], and the warp of each."""
+    if mask is not None and not mask.all():
+        raise DivergentBarrier(f"{u.name}: only some lanes are at: {text}")
+    addresses = np.broadcast_to(pointer(u), (u.lanes,)).reshape(-1, WARP)[:, : 8 * count]
+    offsets = u.block.shared.offsets(addresses.reshape(-1), 16, text).reshape(-1, count, 8, 16)
+    return offsets, np.broadcast_to(u.warps[:, None, None, None], offsets.shape)
+
+
+@instruction("ldmatrix" + _MATRIX)
+def load_matrices(decoder, x, match):
+    target, source = x.operands
+    count, lanes = int(match["count"]), _matrix_lanes(bool(match["trans"]))
+    writes, pointer = [decoder.write(part, "b32") for part in target.parts], decoder.pointer(source)
+
+    def run(u, mask):
+        at, owners = _row_bytes(u, mask, pointer, count, x.text)
+        owners = owners.reshape(-1)
+        data = u.block.shared.read(at.reshape(-1), owners, owners, x.text)
+        elements = np.ascontiguousarray(data).view(np.uint16).reshape(-1, count, 8, 8)
+        for i, write in enumerate(writes):
+            mine = np.ascontiguousarray(elements[:, i][:, lanes[0], lanes[1]])
+            write(u, None, mine.view(np.uint32).reshape(-1))
+
+    return run
+
+
+@instruction("stmatrix" + _MATRIX)
+def store_matrices(decoder, x, match):
+    target, source = x.operands
+    count, lanes = int(match["count"]), _matrix_lanes(bool(match["trans"]))
+    reads, pointer = [decoder.read(part, "b32") for part in source.parts], decoder.pointer(target)
+
+    def run(u, mask):
+        at, owners = _row_bytes(u, mask, pointer, count, x.text)
+        elements = np.empty((len(at), count, 8, 8), np.uint16)
+        for i, read in enumerate(reads):
+            mine = np.ascontiguousarray(np.broadcast_to(read(u), (u.lanes,))).view(np.uint16)
+            elements[:, i][:, lanes[0], lanes[1]] = mine.reshape(-1, WARP, 2)
+        owners = owners.reshape(-1)
+        u.block.shared.write(at.reshape(-1), elements.view(np.uint8).reshape(-1), owners, owners, x.text)
+
+    return run
+
+
+@instruction(r"mma\.sync\.aligned\.m16n8k(?P<k>8|16)\.row\.col\.f32\.(?P<kind>bf16|f16|tf32)\.(?P=kind)\.f32")
+def mma(decoder, x, match):
+    """D = A @ B + C by each warp: A [16, k], B [k, 8]."""
+    kind, depth = match["kind"], int(match["k"])
+    if (depth == 16) == (kind == "tf32"):
+        raise UnknownInstruction(f"the PTX machine does not know this instruction: {x.text}")
+    target, a, b, c = x.operands
+    a, b = ([decoder.read(part, "b32") for part in o.parts] for o in (a, b))
+    c, writes = [decoder.read(part, "f32") for part in c.parts], [decoder.write(part, "f32") for part in target.parts]
+    lane = np.arange(WARP)
+    group, place = lane // 4, lane % 4
+
+    def matrix(u, reads, rows):
+        """[warps, rows, depth]; registers come by halves of the rows first, then by halves of the depth."""
+        result = np.empty((u.lanes // WARP, rows, depth), np.float32)
+        halves = rows // 8
+        for i, read in enumerate(reads):
+            bits = np.ascontiguousarray(np.broadcast_to(read(u), (u.lanes,)))
+            row, start = group + i % halves * 8, i // halves * (depth // 2)
+            if kind == "tf32":
+                result[:, row, start + place] = _numbers(bits, kind).reshape(-1, WARP)
+                continue
+            pair = _numbers(bits.view(np.uint16), kind).reshape(-1, WARP, 2)
+            for e in range(2):
+                result[:, row, start + place * 2 + e] = pair[:, :, e]
+        return result
+
+    def run(u, mask):
+        if mask is not None and not mask.all():
+            raise DivergentBarrier(f"{u.name}: only some lanes are at: {x.text}")
+        product = matrix(u, a, 16) @ matrix(u, b, 8).transpose(0, 2, 1)
+        sums = [np.array(np.broadcast_to(read(u), (u.lanes,))) for read in c]
+        for i, (write, before) in enumerate(zip(writes, sums, strict=True)):
+            own = product[:, group + i // 2 * 8, place * 2 + i % 2].reshape(-1)
+            write(u, None, before + own)
+
+    return run
