@@ -1,4 +1,7 @@
-"""The GPU kernels of stick-breaking attention in their interpreters against the reference: one list for all."""
+"""The GPU kernels of stick-breaking attention in their interpreters against the reference: one list for all.
+
+With the CUDA wheels the same tests also run the PTX that the kernels are compiled to (`make test-ptx`).
+"""
 
 import contextlib
 from functools import partial
@@ -11,6 +14,7 @@ import numpy as np
 import pytest
 from cases import KERNEL_CASES, Stick
 from conftest import FORWARD, GRADIENT, relative_error
+from ptx import HAS_WHEELS, capture, machine
 from test_stick_breaking import assert_close_d_scale, expected, random_cotangents
 
 from pallas_kernels import explain, merge_stick_breaking, seam, stick_breaking_attention, triton_call
@@ -18,6 +22,7 @@ from pallas_kernels import explain, merge_stick_breaking, seam, stick_breaking_a
 INTERPRETERS = {
     "mosaic": partial(seam.interpret, detect_races=True),  # a race raises
     "triton": triton_call.interpret,
+    "mosaic-ptx": partial(capture.kernels_launched_by, machine.launch),
 }
 # Cases that one may refuse: in the support table of the README.
 LACKS = {"mosaic": ("odd-widths", "fp32-odd-widths", "fp32-offsets", "fp32-saturated")}
@@ -28,15 +33,17 @@ REM = 1e-5  # relative
 def interpreted(implementation: str):
     if implementation == "triton" and not triton_call.is_installed():
         pytest.skip("needs triton and jax-triton, and no GPU: pip install 'stickjax[triton]'")
+    if implementation == "mosaic-ptx" and not HAS_WHEELS:
+        pytest.skip("needs the CUDA wheels and no GPU: make test-ptx")
     with INTERPRETERS[implementation]():
-        yield implementation
+        yield implementation.removesuffix("-ptx")
 
 
 @pytest.fixture(params=INTERPRETERS)
 def kernels(request):
     """The name of an implementation."""
-    with interpreted(request.param):
-        yield request.param
+    with interpreted(request.param) as name:
+        yield name
 
 
 def attend(kernels: str, case: Stick, **options):
