@@ -84,7 +84,8 @@ class SharedMemory:
 
     def __init__(self, size: int, clocks: Clocks):
         self.clocks, self.size = clocks, size
-        self.bytes = np.full(size, 0xFF, np.uint8)  # NaN in every floating-point type
+        # Threads may read what nobody wrote, if the value does not matter: NaN in every floating-point type.
+        self.bytes = np.full(size, 0xFF, np.uint8)
         self.is_written = np.zeros(size, bool)
         self.writer, self.write_time = np.zeros(size, np.int16), np.zeros(size, np.int32)
         self.is_generic = np.zeros(size, bool)  # last written by threads, not by the copy engine
@@ -110,7 +111,7 @@ class SharedMemory:
           time: of the actor; by default that of the warps themselves.
         """
         seen = self.clocks.seen
-        if not self.is_written[at].all():
+        if is_proxy and not self.is_written[at].all():
             first = int(np.asarray(at)[~self.is_written[at]][0])
             raise Fault(f"shared memory at byte {first}: read before it was written: {text}")
         writer, written = self.writer[at], self.write_time[at]

@@ -1,0 +1,178 @@
+"""The PTX machine finds faults that were planted in a kernel that is right: the kept forward pass of attention."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import FORWARD, relative_error
+from ptx import HAS_WHEELS, capture, kept, machine
+from ptx.faults import Deadlock, DivergentBarrier, Fault, MissingProxyFence, Race
+
+from pallas_kernels import seam, stick_breaking_attention
+
+CASE = kept.attention()
+
+
+def error(change=lambda program: program) -> float:
+    """The relative error of the output, after a change of the program."""
+    out = capture.run(
+        CASE.function,
+        *CASE.arrays,
+        launch=lambda program, arrays: machine.launch(change(program), arrays),
+        program_of=kept.program_of,
+    )
+    arrays = (x.astype(jnp.float32) for x in CASE.arrays)
+    return relative_error(out, stick_breaking_attention(*arrays, implementation="reference")[0])
+
+
+def replaced(pattern: str, new: str, first: int = 0, count: int | None = 1):
+    """A change that replaces matches in the PTX: `count` of them from the first on, or all the others if None."""
+
+    def change(program):
+        matches = list(re.finditer(pattern, program.ptx))[first:]
+        assert len(matches) >= (count or 1), pattern
+        text = program.ptx
+        for match in reversed(matches[:count]):
+            text = text[: match.start()] + match.expand(new) + text[match.end() :]
+        return program._replace(ptx=text)
+
+    return change
+
+
+def changed_map(place: int, **changes):
+    """A change of a tensor map; each value is a function of the old map."""
+
+    def change(program):
+        *rest, maps = program.parameters
+        maps = list(maps)
+        maps[place] = maps[place]._replace(**{name: new(maps[place]) for name, new in changes.items()})
+        return program._replace(parameters=(*rest, tuple(maps)))
+
+    return change
+
+
+def arrivals(place: int, more: int):
+    """A change of the arrivals that the mbarrier of a place expects."""
+
+    def change(program):
+        inits = re.findall(r"(mbarrier\.init\S* \[%r\d+\], )(%r\d+);", program.ptx)
+        before = "".join(inits[place])
+        count = int(re.search(rf"mov\.b32 \t{inits[place][1]}, (\d+);", program.ptx)[1])
+        at = [m.start() for m in re.finditer(re.escape(before), program.ptx)][0]
+        text = program.ptx[:at] + program.ptx[at:].replace(before, f"{inits[place][0]}{count + more}", 1)
+        return program._replace(ptx=text)
+
+    return change
+
+
+def skip_the_wait_before(pattern: str):
+    """A change that lets a kernel go on before the copies have arrived that the instruction reads."""
+
+    def change(program):
+        end = re.search(pattern, program.ptx).start()
+        start = program.ptx.rindex("mbarrier.try_wait", 0, end)
+        text = program.ptx[start:].replace(
+            program.ptx[start : program.ptx.index(";", start)], "setp.eq.b32 P1, 0, 0", 1
+        )
+        return program._replace(ptx=program.ptx[:start] + text)
+
+    return change
+
+
+def test_the_kernel_is_right():
+    assert error() <= FORWARD["bfloat16"]
+
+
+BARRIER = r"bar\.sync (%r\d+), 128;"
+WRONG_NUMBERS = {
+    "two registers of a fragment exchanged": replaced(r"(stmatrix\S* \[.*?\], \{)(%r\d+), (%r\d+)", r"\1\3, \2"),
+    "a register of an accumulator": replaced(r"mul\.f32 (\t%r\d+, %r\d+), %r155;", r"mul.f32 \1, %r156;"),
+    "the swizzle of a copy": changed_map(1, swizzle=lambda old: 2 * old.swizzle),
+    "the stride of a copy": changed_map(1, strides=lambda old: (old.strides[0], old.strides[1] // 2, old.strides[2])),
+    "another array": changed_map(0, array=lambda old: 2),
+}
+FOUND = {
+    "the partner of another lane": (
+        replaced(r"(shfl\.sync\.bfly\.b32.*), 1, 31", r"\1, 2, 31", count=None), Race, "two values to one byte"
+    ),
+    "a box of half the width": (changed_map(0, box=lambda old: (old.box[0] // 2, *old.box[1:])), Deadlock, r"bytes to"),
+    "a box of twice the width": (changed_map(0, box=lambda old: (2 * old.box[0], *old.box[1:])), Fault, "swizzled by"),
+    "a tensor map too large": (
+        changed_map(1, sizes=lambda old: (*old.sizes[:2], old.sizes[2] + 64)), Fault, "array 2, which has"
+    ),
+    "an arrival too many is expected": (arrivals(2, 128), Deadlock, r"mbarrier \w+\S* in phase 0: 128 of"),
+    "an arrival too few is expected": (arrivals(2, -192), Fault, "more than 64 arrivals"),
+    "no arrival when a tile has been read": (
+        replaced(r"mbarrier\.arrive\.release\.cta\.shared::cta\.b64 _, \[%r\d+\], 1;", "", count=None),
+        Deadlock,
+        "mbarrier",
+    ),
+    "the other phase": (
+        replaced(r"(mbarrier\.try_wait\.parity\.shared\.b64 P1, \[%r\d+\]), %r\d+", r"\1, 1"),
+        Deadlock,
+        "for the end of a phase of parity 1",
+    ),
+    "no wait for a copy": (skip_the_wait_before("wgmma"), Fault, "read before it was written: wgmma"),
+    "no proxy fence": (replaced(r"fence\.proxy\.async\.shared::cta;", ""), MissingProxyFence, "fence.proxy.async"),
+    "no barrier": (replaced(BARRIER, "", count=None), Race, "warp 1 has written it"),
+    "a barrier for half a warp": (
+        replaced(BARRIER, r"setp.lt.u32 %p1, %r1, 16; @%p1 bar.sync \1, 128;", first=3), DivergentBarrier, "some lanes"
+    ),
+    "a barrier for one warp": (
+        replaced(BARRIER, r"setp.lt.u32 %p1, %r1, 32; @%p1 bar.sync \1, 128;", first=3), Deadlock, "waits for barrier 1"
+    ),
+    "two buffers in one place": (
+        lambda program: program._replace(ptx=_keys_and_values_in_one_place(program.ptx)), Fault, "shared memory at byte"
+    ),
+    "no wait for a product": (
+        replaced(r"wgmma\.wait_group\.sync\.aligned 0;", ""), Fault, "belongs to a wgmma that nothing has waited for"
+    ),
+    "no fence of a product's registers": (replaced(r"wgmma\.fence\.sync\.aligned;", ""), Fault, "its last wgmma.fence"),
+    "no wait for a copy out of shared memory": (
+        replaced(r"cp\.async\.bulk\.wait_group(?:\.read)? \t0;", "", count=None), Fault, "ends while its bulk copies"
+    ),
+}  # fmt: skip
+
+
+def _keys_and_values_in_one_place(ptx: str) -> str:
+    copy = r"cp\.async\.bulk\.tensor\.3d\.shared::cta\S* \[(%r\d+)\]"
+    *_, keys, values = re.finditer(copy, ptx)
+    return ptx[: values.start(1)] + keys[1] + ptx[values.end(1) :]
+
+
+@pytest.mark.parametrize("name", WRONG_NUMBERS)
+def test_a_wrong_map_gives_wrong_numbers(name):
+    assert not error(WRONG_NUMBERS[name]) <= 10 * FORWARD["bfloat16"]
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_a_fault_is_reported(name):
+    change, kind, message = FOUND[name]
+    with pytest.raises(kind, match=message):
+        error(change)
+
+
+def test_a_deadlock_names_the_barrier_and_who_waits():
+    change, *_ = FOUND["an arrival too many is expected"]
+    with pytest.raises(Deadlock, match=r"warps 0 to 3 of block \(0, 0, 0\) waits? for mbarrier \w+"):
+        error(change)
+
+
+@pytest.mark.skipif(not HAS_WHEELS, reason="needs the CUDA wheels and no GPU: make test-ptx")
+def test_a_reduction_of_two_warpgroups_through_one_scratch_is_a_race(monkeypatch):
+    """What `seam.any_at_most` is there to avoid."""
+    rng = np.random.default_rng(0)
+    arrays = [jnp.asarray(rng.standard_normal((1, 330, 1, 32)), jnp.bfloat16) for _ in range(3)]
+
+    def attend(*arrays):
+        return stick_breaking_attention(*arrays, skip_below=-24.0, implementation="mosaic")[0]
+
+    out = capture.run(attend, *arrays)
+    wanted = stick_breaking_attention(*(x.astype(jnp.float32) for x in arrays), implementation="reference")[0]
+    assert relative_error(out, wanted) <= FORWARD["bfloat16"]
+    monkeypatch.setattr(seam, "any_at_most", lambda x, limit: jnp.min(x) <= limit)
+    jax.clear_caches()
+    with pytest.raises(Race, match="shared memory at byte"):
+        capture.run(attend, *arrays)
