@@ -1,4 +1,6 @@
-"""Triton kernels called from JAX: the only file that knows jax-triton and triton, which are imported when first used.
+"""Triton kernels called from JAX.
+
+Only this file and triton_interpreter.py import jax-triton and triton, when they are first used.
 
 Under `interpret()`, or with TRITON_INTERPRET=1 in the environment, kernels run on the CPU in Triton's own interpreter.
 Triton settles that when it is imported, so a process either compiles its kernels or interprets them.
@@ -9,15 +11,12 @@ import functools
 import importlib.util
 import os
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from . import hopper, seam
+from . import hopper, seam, triton_interpreter
 
 LEAST = 80  # compute capability: asynchronous copies and bfloat16 products
 # Bytes of shared memory that a block may have, by compute capability; 99 KiB for the others.
@@ -25,7 +24,6 @@ SHARED_MEMORY = {80: 163 * 1024, 87: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024
 # The language version of CUDA 12.9: Triton would write for its own assembler, which may be newer than JAX's.
 PTX = 88
 PACKAGES = ("triton", "jax_triton")
-_one_at_a_time = threading.Lock()  # the interpreter keeps its place in the grid in a global
 
 
 @contextlib.contextmanager
@@ -108,7 +106,7 @@ def launch(
       Arrays like `out`.
     """
     options = dict(out=out, grid=grid, num_warps=num_warps, num_stages=num_stages, constants=constants)
-    run = _interpreted if is_interpreted() else _compiled
+    run = triton_interpreter.run if is_interpreted() else _compiled
     return jax.custom_batching.sequential_vmap(functools.partial(run, kernel, **options))(*arrays)
 
 
@@ -136,61 +134,3 @@ def _jax_triton():
     if jax.version.__version_info__ >= (0, 12) and jax_triton.__version_info__ <= (0, 4, 1):
         partial_eval.dce_rules.pop(triton_lib.triton_kernel_call_p, None)
     return jax_triton
-
-
-class _Tensor:
-    """As much of a tensor as the interpreter asks for: a NumPy array that is where it is."""
-
-    def __init__(self, array: np.ndarray):
-        kind = {"f": "fp", "i": "i", "u": "u", "b": "i"}[array.dtype.kind]
-        self.array, self.dtype = array, f"{kind}{1 if array.dtype == bool else 8 * array.dtype.itemsize}"
-
-    def data_ptr(self) -> int:
-        return self.array.ctypes.data
-
-    untyped_storage = cpu = lambda self: self
-    new_empty = lambda self, *shape, device: _Tensor(self.array)  # noqa: E731
-    storage_offset = size = stride = lambda self: 0
-    set_ = copy_ = lambda self, *_: None
-
-
-@contextlib.contextmanager
-def _language_patched_once() -> Iterator[None]:
-    """Once for every module and launch: at every call of a device function, it would be half of the time."""
-    from triton.language import tensor
-    from triton.runtime import interpreter
-
-    patch, seen = interpreter._patch_lang, set()
-
-    def once(function):
-        module = id(function.__globals__)
-        if module not in seen:
-            seen.add(module)
-            scope = patch(function)
-            # Triton 3.6 would give NumPy a [1] where from 2.4 on it takes a number. Undone with the rest of the patch.
-            tensor.__index__ = lambda self: int(self.handle.data.item())
-            return scope
-
-    interpreter._patch_lang = once
-    try:
-        yield
-    finally:
-        interpreter._patch_lang = patch
-
-
-def _interpreted(kernel, *arrays, out, grid, constants, **_):
-    """In the interpreter, whose bfloat16 numbers are integers that it multiplies as such: they become float32."""
-    leaves, tree = jax.tree.flatten(out)
-
-    def type_of(x):
-        return np.dtype(np.float32 if x.dtype == jnp.bfloat16 else x.dtype)
-
-    def call(*arrays):
-        inputs = [np.ascontiguousarray(x, type_of(x)) for x in arrays]
-        # What a kernel leaves unwritten must not look like a result.
-        outputs = [np.full(x.shape, np.nan if type_of(x).kind == "f" else 99, type_of(x)) for x in leaves]
-        with _one_at_a_time, _language_patched_once():
-            kernel()[grid](*map(_Tensor, [*inputs, *outputs]), **constants)
-        return [x.astype(like.dtype) for x, like in zip(outputs, leaves, strict=True)]
-
-    return jax.tree.unflatten(tree, jax.pure_callback(call, leaves, *arrays))

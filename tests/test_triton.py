@@ -7,6 +7,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from cases import STICK, Stick
 from conftest import FORWARD, GRADIENT, assert_close
@@ -83,6 +84,27 @@ def test_every_case_of_the_portable_list_is_taken_or_refused_with_a_reason(insta
         for name, case in STICK.items():
             sentence = explain("stick_breaking_attention", *case.arrays(), **case.options())
             assert ("triton (" in sentence or "triton: needs queries" in sentence) or name == "decode", sentence
+
+
+@pytest.mark.parametrize("keys", [16, 32, 64])
+def test_the_sum_over_nearer_keys_keeps_its_digits_beside_large_numbers(keys):
+    """Numbers from 2^-24 to 160, the largest on the left: a total less what is on the left would keep nothing."""
+    rng = np.random.default_rng(0)
+    x = np.sort(2 ** rng.uniform(-24, 7, (16, keys)), axis=1)[:, ::-1]
+    x[:, :4], x[0] = 160, rng.uniform(0, 1, keys)
+    x = jnp.asarray(x, jnp.float32)
+
+    def kernel():
+        import triton_tiles
+
+        return triton_tiles.sum_of_nearer
+
+    with interpreted("triton"):
+        got = triton_call.launch(kernel, x, out=x, grid=(1,), num_warps=4, num_stages=1, rows=16, keys=keys)
+    from_right = np.cumsum(np.asarray(x, np.float64)[:, ::-1], axis=1)[:, ::-1]
+    # Sums in fp32, of numbers that are off by half of the least float16 number.
+    np.testing.assert_allclose(got, from_right - np.asarray(x), rtol=keys * 2**-24, atol=keys * 2**-25)
+    assert (got[:, -1] == 0).all()
 
 
 @pytest.mark.parametrize("tiles", [(16, 16), (16, 64), (64, 16)])

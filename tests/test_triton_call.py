@@ -50,6 +50,42 @@ def test_what_a_kernel_does_not_write_is_no_result():
     assert (y[:13] == 2).all() and jnp.isnan(y[13:]).all()
 
 
+def round_by(name: str, *arrays, out):
+    """Run a kernel of triton_round.py in one block."""
+
+    def kernel():
+        import triton_round
+
+        return getattr(triton_round, name)
+
+    with triton_call.interpret():
+        size = arrays[0].shape[0]
+        return triton_call.launch(kernel, *arrays, out=out, grid=(1,), num_warps=1, num_stages=1, size=size)
+
+
+@needs_triton
+def test_a_cast_to_bfloat16_rounds_to_the_nearest():
+    special = [0.0, -0.0, 1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8 - 2**-20, 3e38, 3.4e38, 1e-40, np.inf, np.nan]
+    x = jnp.concatenate([jnp.asarray(special), jax.random.normal(jax.random.key(0), (54,))])
+    got = round_by("to_bfloat16_and_back", x, out=x)
+    np.testing.assert_array_equal(got, x.astype(jnp.bfloat16).astype(jnp.float32))
+
+
+@needs_triton
+def test_a_product_takes_what_was_rounded_to_the_type_of_the_other_side():
+    x, y = jax.random.normal(jax.random.key(0), (2, 16, 16))
+    y = y.astype(jnp.bfloat16)
+    got = round_by("product_of_rounded", x, y, out=x)
+    wide = np.asarray(x.astype(jnp.bfloat16), np.float64) @ np.asarray(y, np.float64)
+    np.testing.assert_allclose(got, wide, rtol=1e-5, atol=1e-5)
+
+
+@needs_triton
+def test_arithmetic_of_bfloat16_rounds_every_result():
+    x = jax.random.normal(jax.random.key(0), (64,), jnp.bfloat16).at[:2].set(0)
+    np.testing.assert_array_equal(round_by("twice_the_square", x, out=x), x * x + x * x)
+
+
 COMPILE = """
 import jax, jax.numpy as jnp
 from benchmarks.absent_gpu import compile_for

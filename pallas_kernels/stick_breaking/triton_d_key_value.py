@@ -33,10 +33,10 @@ def visit(
         seen = tile.visible(columns, last, first, query_segments, key_segments_ref, window, segments)
         z = tl.where(seen, z, tile.NOTHING)
     log_beta, softplus = tile.sticks(z)
-    softplus = tl.minimum(softplus, tile.ENOUGH)  # as in weights_of: one value serves both of its readers
+    softplus = tl.minimum(softplus, tile.ENOUGH)
     weights = tile.weights_of(log_beta, softplus, entering)
+    a = weights * tile.product(d_out, tl.trans(v), precision)  # first: with `dv` first, more registers are spilled
     dv += tile.product(tl.trans(weights.to(d_out.dtype)), d_out, precision)
-    a = weights * tile.product(d_out, tl.trans(v), precision)
     dz = tile.d_logits(a, log_beta, softplus, prefix)
     dk += tile.product(tl.trans(dz.to(q.dtype)), q, precision)
     return dk, dv

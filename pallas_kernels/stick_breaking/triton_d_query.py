@@ -30,12 +30,13 @@ def visit(
         z = tl.where(seen, z, tile.NOTHING)
     log_beta, softplus = tile.sticks(z)
     high, low = tile.two_sum(high, low, -tl.sum(softplus, 1))
+    softplus = tl.minimum(softplus, tile.ENOUGH)
     entering = high + low
-    a = tile.weights_of(log_beta, softplus, entering) * tile.product(d_out, tl.trans(v), precision)
-    dz = tile.d_logits(a, log_beta, softplus, prefix)
     snapshot = snapshots + (column // C).to(tl.int64) * (2 * padded)
     tl.store(snapshot, entering)
     tl.store(snapshot + padded, prefix)
+    a = tile.weights_of(log_beta, softplus, entering) * tile.product(d_out, tl.trans(v), precision)
+    dz = tile.d_logits(a, log_beta, softplus, prefix)
     acc += tile.product(dz.to(k.dtype), k, precision)
     return prefix + tl.sum(a, 1), high, low, acc
 

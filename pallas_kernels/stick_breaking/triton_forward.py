@@ -22,7 +22,7 @@ def visit(
         seen = tile.visible(columns, last, first, query_segments, key_segments_ref, window, segments)
         z = tl.where(seen, z, tile.NOTHING)
     log_beta, softplus = tile.sticks(z)
-    weights = tile.weights_of(log_beta, softplus, high)
+    weights = tile.weights_of(log_beta, tl.minimum(softplus, tile.ENOUGH), high)
     high, low = tile.two_sum(high, low, tl.sum(softplus, 1))
     acc += tile.product(weights.to(v.dtype), v, precision)
     return high, low, acc

@@ -13,7 +13,8 @@ from . import logarithm
 
 LOG2E = tl.constexpr(logarithm.LOG2E)
 NOTHING = tl.constexpr(logarithm.NOTHING)
-ENOUGH = tl.constexpr(160.0)  # 2^-160 is zero in fp32
+# 2^-160 is zero in fp32: a key whose -log2(1 - beta) is larger leaves further keys as little, and float16 holds 160.
+ENOUGH = tl.constexpr(160.0)
 LOG2P1 = tl.constexpr(tuple(logarithm.LOG2P1))
 DEGREE = tl.constexpr(len(logarithm.LOG2P1))
 
@@ -109,15 +110,27 @@ def sticks(z):
 
 
 @triton.jit
-def weights_of(log_beta, softplus, entering):
-    """A: beta of what the nearer keys leave. `entering`: what rows have spent before the tile.
+def sum_of_nearer(softplus):
+    """For each key the sum over the keys on its right in the tile: the product with a strictly triangular 0/1 matrix.
 
-    The sum over the strictly nearer keys is all but the own one, which costs the rounding of the own logit; of one that
-    leaves nothing to further keys, ENOUGH is as good as all.
+    `softplus` is at most ENOUGH. As two float16 numbers it keeps 22 bits; a tensor core multiplies them by ones without
+    an error and adds in fp32. The key itself is not in the sum, so nothing cancels. A scan from the right
+    (`tl.cumsum(reverse=True)`) would exchange every score between threads before and after a scan from the left.
     """
-    softplus = tl.minimum(softplus, ENOUGH)
-    nearer = tl.maximum(tl.cumsum(softplus, 1, reverse=True) - softplus, 0.0)
-    return tl.exp2(log_beta - (nearer + entering[:, None]))
+    key = tl.arange(0, softplus.shape[1])
+    nearer = (key[:, None] > key[None, :]).to(tl.float16)
+    coarse = softplus.to(tl.float16)
+    fine = (softplus - coarse.to(tl.float32)).to(tl.float16)
+    return tl.dot(fine, nearer, tl.dot(coarse, nearer))
+
+
+@triton.jit
+def weights_of(log_beta, softplus, entering):
+    """A: beta of what the nearer keys leave. `softplus` is at most ENOUGH.
+
+    `entering`: how much of the stick the rows have used before the tile, as a positive logarithm.
+    """
+    return tl.exp2(log_beta - (sum_of_nearer(softplus) + entering[:, None]))
 
 
 @triton.jit

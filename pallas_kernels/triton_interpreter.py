@@ -1,0 +1,109 @@
+"""Triton kernels run by Triton's own interpreter, on NumPy arrays and with the rounding of a GPU."""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_one_at_a_time = threading.Lock()  # the interpreter keeps its place in the grid in a global
+_NAMES = {"f": "fp", "i": "i", "u": "u", "b": "i"}
+
+
+class _Tensor:
+    """As much of a tensor as the interpreter asks for: a NumPy array that is where it is."""
+
+    def __init__(self, array: np.ndarray):
+        bits = 1 if array.dtype == bool else 8 * array.dtype.itemsize
+        self.array, self.dtype = array, "bf16" if array.dtype == jnp.bfloat16 else f"{_NAMES[array.dtype.kind]}{bits}"
+
+    def data_ptr(self) -> int:
+        return self.array.ctypes.data
+
+    untyped_storage = cpu = lambda self: self
+    new_empty = lambda self, *shape, device: _Tensor(self.array)  # noqa: E731
+    storage_offset = size = stride = lambda self: 0
+    set_ = copy_ = lambda self, *_: None
+
+
+@contextlib.contextmanager
+def _language_patched_once() -> Iterator[None]:
+    """Once for every module and launch: at every call of a device function, it would be half of the time."""
+    from triton.language import tensor
+    from triton.runtime import interpreter
+
+    patch, seen = interpreter._patch_lang, set()
+
+    def once(function):
+        module = id(function.__globals__)
+        if module not in seen:
+            seen.add(module)
+            scope = patch(function)
+            # Triton 3.6 would give NumPy a [1] where from 2.4 on it takes a number. Undone with the rest of the patch.
+            tensor.__index__ = lambda self: int(self.handle.data.item())
+            return scope
+
+    interpreter._patch_lang = once
+    try:
+        yield
+    finally:
+        interpreter._patch_lang = patch
+
+
+@contextlib.contextmanager
+def _bfloat16_as_on_a_gpu() -> Iterator[None]:
+    """Round to the nearest bfloat16 number, and compute with its value.
+
+    The interpreter holds the bits of a bfloat16 number as an integer. It would cut off the other bits of a float32
+    number, and multiply and add the integers. Here products of tensor cores take the values, and other arithmetic
+    rounds its result, as the instructions of a GPU do.
+    """
+    from triton.language import bfloat16, float32
+    from triton.runtime.interpreter import InterpreterBuilder as Builder
+    from triton.runtime.interpreter import TensorHandle
+
+    cast, dot, binary = Builder.cast_impl, Builder.create_dot, Builder.binary_op
+
+    def widened(x):
+        if x.dtype.scalar != bfloat16:
+            return x
+        return TensorHandle(x.data.view(jnp.bfloat16).astype(np.float32), float32)
+
+    def rounded(x):
+        return TensorHandle(x.data.astype(jnp.bfloat16).view(np.uint16), bfloat16)
+
+    def cast_rounded(self, x, dtype):
+        if dtype.scalar == bfloat16:
+            return rounded(cast(self, widened(x), float32))
+        return cast(self, widened(x), dtype)
+
+    def dot_of_values(self, a, b, *arguments):
+        return dot(self, widened(a), widened(b), *arguments)
+
+    def binary_rounded(self, x, y, operation):
+        result = binary(self, widened(x), widened(y), operation)
+        is_number = x.dtype.scalar == bfloat16 and result.data.dtype == np.float32  # a comparison gives truth values
+        return rounded(result) if is_number else result
+
+    Builder.cast_impl, Builder.create_dot, Builder.binary_op = cast_rounded, dot_of_values, binary_rounded
+    try:
+        yield
+    finally:
+        Builder.cast_impl, Builder.create_dot, Builder.binary_op = cast, dot, binary
+
+
+def run(kernel, *arrays, out, grid, constants, **_):
+    """`triton_call.launch` in the interpreter."""
+    leaves, tree = jax.tree.flatten(out)
+
+    def call(*arrays):
+        inputs = [np.ascontiguousarray(x) for x in arrays]
+        # What a kernel leaves unwritten must not look like a result.
+        outputs = [np.full(x.shape, np.nan if jnp.issubdtype(x.dtype, jnp.floating) else 99, x.dtype) for x in leaves]
+        with _one_at_a_time, _language_patched_once(), _bfloat16_as_on_a_gpu():
+            kernel()[grid](*map(_Tensor, [*inputs, *outputs]), **constants)
+        return outputs
+
+    return jax.tree.unflatten(tree, jax.pure_callback(call, leaves, *arrays))
