@@ -1,15 +1,18 @@
-"""python -m benchmarks [--only stick_breaking|experts|train] [--gpu] [--quick] [--json [PATH]]
+"""python -m benchmarks [--only NAME] [--gpu [--fresh]] [--quick] [--json [PATH]]
 
-Prints tables and, with --json, writes them to PATH (benchmarks/results/cpu.json, with --gpu the chip's name).
+Prints tables. On the CPU `--json` also writes them to PATH (benchmarks/results/cpu.json).
+With --gpu the rows are in PATH (benchmarks/results/CHIP.json) as soon as they come, checks first; the same command
+again goes on where the last one ended.
 """
 
 import argparse
+import difflib
 import sys
 from pathlib import Path
 
 import jax.numpy as jnp
 
-from . import cost, experts, gpu, report, stick_breaking, timing, train
+from . import experts, gpu, gpu_record, gpu_run, report, stick_breaking, timing, train
 
 PARTS = {module.PART: module for module in (stick_breaking, experts, train)}
 RESULTS = Path(__file__).parent / "results"
@@ -24,48 +27,65 @@ def cpu_rows(only: str | None = None, quick: bool = False) -> list[report.Row]:
         if only in (None, name):
             rows.extend(part.rows(ceilings, quick=quick))
             print(f"{name} done", file=sys.stderr)
-    return rows + [ceiling_row(ceilings)]
-
-
-def ceiling_row(ceilings: cost.Ceilings) -> report.Row:
-    extra = {"TFLOP/s": ceilings.flops / 1e12, "GB/s": ceilings.bytes / 1e9}
-    return report.Row("machine", "ceilings", "matrix product, copy", extra=extra)
+    return rows + [report.ceiling_row(ceilings)]
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=PARTS, help="one part")
+    stages = ", ".join(gpu.STAGES)
+    parser.add_argument("--only", metavar="NAME", help=f"one of {', '.join(PARTS)}; with --gpu also {stages} or a case")
     parser.add_argument("--gpu", action="store_true", help="check, then time, on the GPU of this machine")
+    parser.add_argument("--fresh", action="store_true", help="with --gpu: run again what an earlier run has left")
     parser.add_argument("--quick", action="store_true", help="tiny shapes and few rounds: does it run?")
-    parser.add_argument("--json", nargs="?", const="", metavar="PATH", help="also write JSON")
+    parser.add_argument("--json", nargs="?", const="", metavar="PATH", help="where JSON is written")
     arguments = parser.parse_args(argv)
+    names = gpu.names() if arguments.gpu else list(PARTS)
+    if arguments.only is not None and arguments.only not in names:
+        near = difflib.get_close_matches(arguments.only, names, n=3)
+        said = f"did you mean {' or '.join(map(repr, near))}?" if near else f"one of {', '.join(names)}"
+        print(f"error: --only {arguments.only!r} names nothing here; {said}", file=sys.stderr)
+        return 2
     if arguments.gpu and not gpu.available():
         print("error: --gpu needs a GPU that JAX can see; this machine has none", file=sys.stderr)
         return 1
     info = report.machine()
     if info["load"][0] > 0.5 * info["cpu_count"]:
         print(f"others are at work here (load {info['load'][0]}): times are long and ratios rough", file=sys.stderr)
-    rows: list[report.Row] = []
-
-    def finish(default: str, rows: list[report.Row]) -> None:
-        report.print_table(rows)
-        print("; ".join(f"{name} {value}" for name, value in info.items()))
-        if arguments.json is not None:
-            report.write_json(arguments.json or RESULTS / default, info, rows)
-
     if arguments.gpu:
-        ceilings = gpu.measured_ceilings(arguments.quick)
-        default = f"{gpu.chip()}.json"
-
-        def finish_gpu():
-            finish(default, [*gpu.finished(rows), ceiling_row(ceilings)])
-
-        with gpu.give_up_after(gpu.HANGS, finish_gpu):
-            gpu.rows(arguments.only, arguments.quick, ceilings, rows)
-        finish_gpu()
-    else:
-        finish("cpu.json", cpu_rows(arguments.only, arguments.quick))
+        return gpu_main(arguments, info)
+    rows = cpu_rows(arguments.only, arguments.quick)
+    _print(rows, info)
+    if arguments.json is not None:
+        report.write_json(arguments.json or RESULTS / "cpu.json", info, rows)
     return 0
+
+
+def gpu_main(arguments: argparse.Namespace, info: dict) -> int:
+    """0 where all that was asked for is there and every check passed."""
+    info |= {"code": gpu_record.code(), "quick": arguments.quick}
+    path = arguments.json or RESULTS / f"{gpu.chip()}{'-quick' if arguments.quick else ''}.json"
+    try:
+        record = gpu_record.Record(path, info, gpu.finished, fresh=arguments.fresh and arguments.only is None)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    run = gpu_run.Run(record, quick=arguments.quick, again=arguments.fresh or gpu.is_one(arguments.only))
+    try:
+        gpu.rows(run, arguments.only)
+    except KeyboardInterrupt:
+        print(f"interrupted; the rows so far are in {path}, and the same command goes on", file=sys.stderr)
+        return 130
+    rows = record.finished()
+    _print([row for row in rows if not gpu.is_passed_check(row)], info)
+    summary = rows[-1].extra
+    if late := summary[gpu_record.LEFT_OUT]:
+        print(f"{late} rows are left out for want of time: run the same command again", file=sys.stderr)
+    return 1 if late or summary["did not"] != "none" else 0
+
+
+def _print(rows: list[report.Row], info: dict) -> None:
+    report.print_table(rows)
+    print("; ".join(f"{name} {value}" for name, value in info.items()))
 
 
 if __name__ == "__main__":

@@ -1,29 +1,27 @@
-"""The run for a machine with a GPU: check every feature against the fp32 reference, then time what agrees.
+"""The run for a machine with a GPU: check every call against the fp32 reference, then time what agrees.
 
-In one process and under ten minutes on an H200, the rows that matter most first: a case that would begin after
-`gpu_run.DEADLINE` seconds is left out, and its row says so. Should a kernel hang, the rows so far are still reported:
-see `give_up_after`.
+In one process and under eight minutes on an H200, the rows that matter most first: a row that would begin after its
+stage's end is left out, says so, and runs the next time. See `gpu_record` for what a next run need not do again.
 """
 
-import contextlib
 import os
-import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch, explain
-
-from . import cost, experts, gpu_attention, gpu_cases, gpu_decode, gpu_experts, stick_breaking, trained_logits
-from .gpu_run import DEADLINE, Run, with_ratios
+from . import experts, gpu_attention, gpu_cases, gpu_decode, gpu_experts, gpu_stages, stick_breaking, trained_logits
+from .gpu_cases import implementations
+from .gpu_record import LEFT_OUT
+from .gpu_run import Run, with_ratios
 from .report import Row
-from .timing import ceilings
 
+DEADLINE = 450  # seconds: the last row that began before is over by 480
 PEERS = (*gpu_attention.PEERS, *gpu_experts.PEERS)
 TILES = {"mosaic": ((64, 64),), "triton": ((128, 32), (64, 64))}  # to time next to those chosen
-HANGS = DEADLINE + 90  # seconds: a row that began before the deadline ends by then
+SPEED = "speed"
+STAGES = (*gpu_stages.STAGES, SPEED)
+TIMED = (stick_breaking.PART, experts.PART)
 
 
 def available() -> bool:
@@ -37,14 +35,15 @@ def chip() -> str:
     return "-".join(jax.devices()[0].device_kind.lower().split())
 
 
-def implementations(op: str, *arguments, **settings) -> Iterator[str]:
-    """Those of an op that take this call here, but the quadratic reference."""
-    for name in dispatch.NAMES[:-1]:
-        try:
-            explain(op, *arguments, **settings, implementation=name)
-        except NotImplementedError:
-            continue
-        yield name
+def names() -> list[str]:
+    """What `only` of `rows` may be: a stage, a part, a call that is checked, or a shape that is timed."""
+    shapes = [*gpu_attention.SHAPES, *gpu_decode.SHAPES, *gpu_experts.SHAPES]
+    return [*STAGES, *TIMED, *gpu_cases.CALLS, *gpu_cases.EXITS, *map(_name, shapes)]
+
+
+def is_one(only: str | None) -> bool:
+    """Whether it names one call or shape, whose rows run again even where they are there."""
+    return only is not None and only not in (*STAGES, *TIMED)
 
 
 def attention_kernels() -> tuple[str, ...]:
@@ -54,67 +53,65 @@ def attention_kernels() -> tuple[str, ...]:
     return tuple(name for name in every if name != "xla") or every
 
 
-@contextlib.contextmanager
-def give_up_after(seconds: float, report: Callable[[], None], leave=os._exit) -> Iterator[None]:
-    """If the body takes longer, report and end the process: nothing else stops a kernel that waits for ever."""
+def rows(run: Run, only: str | None = None) -> None:
+    """Every row goes into the record of `run` as it comes."""
 
-    def give_up():
-        print(f"error: still running after {seconds:.0f} s; these are the rows so far", file=sys.stderr)
-        report()
-        sys.stdout.flush()
-        leave(1)
+    def wanted(*belongs_to: str) -> bool:
+        return only is None or only in belongs_to
 
-    timer = threading.Timer(seconds, give_up)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+    def is_checked(stage: str, name: str) -> bool:
+        return wanted(stage, name, experts.PART if name in gpu_cases.EXPERTS else stick_breaking.PART)
 
-
-def measured_ceilings(quick: bool) -> cost.Ceilings:
-    size, copied = (256, 2**20) if quick else (8192, 2**32)
-    return ceilings(size, jnp.bfloat16, copied, seconds=0.1 if quick else 2.0, queued=True)
-
-
-def rows(only: str | None, quick: bool, measured: cost.Ceilings, collected: list[Row]) -> None:
-    """Append every row to `collected` as it comes."""
-    run = Run(measured, seconds=0.05 if quick else 0.4, rows=collected)
-    best, *others = kernels = attention_kernels()
-    features = gpu_cases.QUICK if quick else tuple(gpu_cases.FEATURES)
-    first, *shapes = gpu_attention.QUICK if quick else gpu_attention.SHAPES
-    if attends := only in (None, stick_breaking.PART):
-        gpu_cases.rows(run, best, features)
-        # Plain JAX only once, as a measure of what the kernels bring: its loops take seconds at the larger shapes.
-        _shape(run, gpu_attention, first, kernels, **({} if quick else dict(others=("xla",), tiles=TILES)))
-        for shape in gpu_decode.QUICK if quick else gpu_decode.SHAPES:
-            _shape(run, gpu_decode, shape, kernels, gpu_decode.QUICK_LENGTHS if quick else gpu_decode.LENGTHS)
-    if only in (None, experts.PART):
-        for shape in gpu_experts.QUICK if quick else gpu_experts.SHAPES:
-            _shape(run, gpu_experts, shape, implementations)
-    if attends:
+    def time_shapes(part, shapes: Iterable[dict], kernels, *arguments, **settings) -> None:
         for shape in shapes:
-            _shape(run, gpu_attention, shape, kernels)
-        for other in others:
-            gpu_cases.rows(run, other, features)
+            if wanted(SPEED, _name(shape), experts.PART if part is gpu_experts else stick_breaking.PART):
+                _time(run, part, shape, kernels, *arguments, **settings)
+
+    checks, kernels = gpu_stages.Checks(run, is_checked), attention_kernels()
+    checks.chosen()
+    run.until(DEADLINE)
+    first, *shapes = gpu_attention.QUICK if run.quick else gpu_attention.SHAPES
+    lengths = gpu_decode.QUICK_LENGTHS if run.quick else gpu_decode.LENGTHS
+    # Plain JAX only once, as a measure of what the kernels bring: its loops take seconds at the larger shapes.
+    time_shapes(gpu_attention, [first], kernels, **({} if run.quick else dict(others=("xla",), tiles=TILES)))
+    time_shapes(gpu_decode, gpu_decode.QUICK if run.quick else gpu_decode.SHAPES, kernels, lengths)
+    time_shapes(gpu_experts, gpu_experts.QUICK if run.quick else gpu_experts.SHAPES, implementations)
+    time_shapes(gpu_attention, shapes, kernels)
+    checks.others()
+    checks.close()
 
 
-def _shape(run: Run, part, shape: dict, *arguments, **settings) -> None:
-    """A shape whose inputs do not even fit costs only itself."""
+def _name(shape: dict) -> str:
+    return " ".join(f"{letter}{size}" for letter, size in shape.items())
+
+
+def _time(run: Run, part, shape: dict, *arguments, **settings) -> None:
+    """A shape whose inputs do not even fit costs only itself. Its own row says that all of its rows are there."""
+    row = SPEED, f"{part.PART} {_name(shape)}", "every row"
+    if run.record.find(*row) and not run.again:
+        return
     try:
         run.require_time()
         part.rows(run, shape, *arguments, **settings)
+        run.require_time()
     except Exception as error:
-        run.failed(part.PART, " ".join(f"{letter}{size}" for letter, size in shape.items()), "all", error)
+        run.failed(*row, error)
+    else:
+        run.record.add(Row(*row, extra={"timed": "yes"}))
 
 
 def finished(collected: list[Row]) -> list[Row]:
     """The rows so far, with ratios, and last what the checks said."""
-    rows = with_ratios(list(collected), PEERS)
-    checks = [row for row in rows if " checks" in row.part]
+    rows = with_ratios(collected, PEERS)
+    checks = [row for row in rows if row.part in gpu_stages.STAGES or " checks" in row.part]
     passed = [row for row in checks if row.extra.get("passed") == "yes"]
-    others = [f"{row.case} ({row.contestant})" for row in checks if row not in passed]
-    extra = {"passed": len(passed), "did not": "; ".join(others) or "none"}
+    late = [row for row in rows if LEFT_OUT in row.extra]
+    others = [f"{row.part} {row.case} ({row.contestant})" for row in checks if row not in passed and row not in late]
+    extra = {"passed": len(passed), "did not": "; ".join(others) or "none", LEFT_OUT: len(late)}
     logits = Row("summary", "logits", "stick_breaking", extra={"of": trained_logits.source()})
     return [*rows, logits, Row("summary", "checks", "all", extra=extra)]
+
+
+def is_passed_check(row: Row) -> bool:
+    """Of the stages before the speed: hundreds, which a table need not show."""
+    return row.part in gpu_stages.STAGES and row.extra.get("passed") == "yes"

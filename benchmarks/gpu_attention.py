@@ -1,5 +1,6 @@
 """Speed of stick-breaking attention on a GPU: training shapes, on the logits of a trained model."""
 
+import functools
 from functools import partial
 
 import jax
@@ -49,8 +50,8 @@ def check_last(function, reference, cotangent, arrays, last: int) -> gpu_check.E
 
 
 def _agrees(run: Run, name: str, shape: dict, implementation: str, skip) -> bool:
-    f = stick_breaking.attention(implementation=implementation, skip_below=skip)
-    reference = stick_breaking.attention(implementation="reference")
+    f = gpu_check.attended(stick_breaking.attention(implementation=implementation, skip_below=skip))
+    reference = gpu_check.attended(stick_breaking.attention(implementation="reference"))
     small = shape | dict(B=1, T=min(shape["T"], CHECKED))
     checks = [(f"one entry, T={small['T']}", small, small["T"])]
     if small != shape:
@@ -70,9 +71,9 @@ def contestant(implementation: str, skip: float | None) -> str:
     return implementation if skip is None else f"{implementation} skip_below={skip:g}"
 
 
-def _kept(implementation: str, arrays) -> float:
+def _kept(implementation: str, arrays) -> dict:
     stats = partial(stick_breaking_attention, skip_below=SKIP, return_stats=True, implementation=implementation)
-    return float(jax.jit(lambda *arrays: stats(*arrays)[2].kept.mean())(*arrays))
+    return {"kept": float(jax.jit(lambda *arrays: stats(*arrays)[2].kept.mean())(*arrays))}
 
 
 def rows(run: Run, shape: dict, kernels: tuple[str, ...], *, others: tuple[str, ...] = (), tiles=None) -> None:
@@ -86,7 +87,7 @@ def rows(run: Run, shape: dict, kernels: tuple[str, ...], *, others: tuple[str, 
     for implementation in kernels:
         for skip in (None, SKIP):
             if _agrees(run, name, shape, implementation, skip):
-                extra = None if skip is None else {"kept": _kept(implementation, case.sets[0][1:])}
+                extra = dict if skip is None else functools.cache(partial(_kept, implementation, case.sets[0][1:]))
                 f = stick_breaking.attention(implementation=implementation, skip_below=skip)
                 run.jax(case, contestant(implementation, skip), f, extra)
         for size in (tiles or {}).get(implementation, ()):

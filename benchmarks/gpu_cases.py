@@ -1,23 +1,27 @@
-"""Small calls of stick-breaking attention, a feature each: checked on a GPU before anything is timed."""
+"""The calls that are checked on a GPU before anything is timed: features of attention, odd sizes, experts."""
 
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import stick_breaking_attention
+from pallas_kernels import dispatch, expert_linear, expert_mlp, explain, route, stick_breaking_attention
 
-from . import gpu_check, trained_logits
-from .gpu_run import Run
-
-PART = "stick_breaking checks"
+from . import trained_logits
+from .gpu_check import attended
+from .kernel_cases import KERNEL_CASES, KERNEL_EXPERTS, ODD, Experts, Stick, dtype_of
+from .timing import forward_backward
 
 
 @dataclass(frozen=True)
 class Feature:
-    """`segments`: lengths of the documents, padding where negative, ending at the last query or key.
+    """A call of attention that shows one feature.
+
+    `segments`: lengths of the documents, padding where negative, ending at the last query or key.
 
     `shift`: mean of the logits instead of those of a trained model. `forward_only`: decoding is never differentiated,
     and with gradients the op would take the kernels for long queries instead.
@@ -110,20 +114,117 @@ FEATURES = {
     "decode, skip": Feature(**DECODE, settings=SKIP),
     "decode, skip, lengths": Feature(**DECODE, offset=(1999, 700, 0), settings=SKIP),
 }  # fmt: skip
-QUICK = ("one token", "decode, lengths per entry")
+# With more blocks than multiprocessors, and each with many exits to get wrong.
+AT_SIZE = Feature(T=4096, B=4, N=12, settings=SKIP)
 
 
-def check(case: Feature, implementation: str) -> gpu_check.Errors:
-    arrays, options = case.arrays(jax.random.key(0)), case.options()
-    f = partial(stick_breaking_attention, **options, implementation=implementation)
-    reference = partial(stick_breaking_attention, **options, implementation="reference")
-    if case.forward_only:
-        return gpu_check.errors(f, gpu_check.exact_forward(reference, arrays), None, arrays)
-    cotangent = trained_logits.cotangents(jax.random.key(1), arrays[0], arrays[2])
-    return gpu_check.errors(f, gpu_check.exact(reference, cotangent, arrays), cotangent, arrays)
+class Call(NamedTuple):
+    """One call of an op: its differentiated arrays, and how the op takes them."""
+
+    op: Callable
+    dtype: str
+    inputs: Callable  # key -> (cotangent, *arrays)
+    bind: Callable  # (*arrays) -> (arguments, options) of the op
+    forward_only: bool = False
+    skips: bool = False  # attention with `skip_below`
+
+    def function(self, implementation: str | None) -> Callable:
+        def run(*arrays):
+            arguments, options = self.bind(*arrays)
+            return self.op(*arguments, **options, implementation=implementation)
+
+        return attended(run) if self.skips else run
+
+    def program(self, implementation: str | None) -> Callable:
+        """(cotangent, *arrays) -> (outputs, gradients); without gradients where they are never taken."""
+        function = self.function(implementation)
+        if self.forward_only:
+            return jax.jit(lambda _, *arrays: (function(*arrays), ()))
+        return forward_backward(function)
+
+    def shapes(self):
+        return jax.eval_shape(self.inputs, jax.random.key(0))
+
+    def implementations(self) -> tuple[str, ...]:
+        """Those that take it here, the one that dispatch chooses first; plain JAX only where no kernel does."""
+        found = []
+
+        def look(_, *arrays):
+            arguments, options = self.bind(*arrays)
+            found.extend(implementations(self.op.__name__, *arguments, **options))
+
+        jax.eval_shape(look, *self.shapes())
+        return tuple(name for name in found if name != "xla") or tuple(found)
 
 
-def rows(run: Run, implementation: str, names=tuple(FEATURES)) -> None:
-    for name in names:
-        case = FEATURES[name]
-        run.checked(PART, name, implementation, case.dtype, partial(check, case, implementation))
+def implementations(op: str, *arguments, **settings) -> Iterator[str]:
+    """Those of an op that take this call here, but the quadratic reference."""
+    for name in dispatch.NAMES[:-1]:
+        try:
+            explain(op, *arguments, **settings, implementation=name)
+        except NotImplementedError:
+            continue
+        yield name
+
+
+def attention(case: Feature | Stick, dtype: str, forward_only: bool = False) -> Call:
+    skips = isinstance(case, Feature) and "skip_below" in case.settings
+
+    def inputs(key):
+        arrays = case.arrays(key) if isinstance(case, Feature) else case.arrays(dtype)
+        return trained_logits.cotangents(jax.random.fold_in(key, 4), arrays[0], arrays[2]), *arrays
+
+    def bind(*arrays):
+        return arrays, case.options()
+
+    return Call(stick_breaking_attention, dtype, inputs, bind, forward_only, skips)
+
+
+def _normal(key, dtype: str, *shapes):
+    keys = jax.random.split(key, len(shapes))
+    return tuple(0.7 * jax.random.normal(k, shape, dtype) for k, shape in zip(keys, shapes, strict=True))
+
+
+def mlp(case: Experts, dtype: str) -> Call:
+    T, k, E, D, F = case.T, case.k, case.E, case.D, case.F
+    shapes = (T, D), (T, D), (E, D, 2 * F), (E, F, D), (T, k), (E, 2 * F), (E, D)
+
+    def bind(x, w_in, w_out, gates, b_in, b_out):
+        return (x, w_in, w_out, route(jnp.asarray(case.indices()), E), gates), dict(b_in=b_in, b_out=b_out)
+
+    return Call(expert_mlp, dtype, lambda key: _normal(key, dtype, *shapes), bind)
+
+
+def linear(case: Experts, dtype: str, rows_in: str, rows_out: str) -> Call:
+    """Rows in the order of tokens, of slots or sorted by expert; by token, results are summed with their gates."""
+    T, k, E, D, F = case.T, case.k, case.E, case.D, case.F
+    results, rows = (T if order == "token" else T * k for order in (rows_out, rows_in))
+    shapes = (results, F), (rows, D), (E, D, F), (E, F), (T, k)
+
+    def bind(x, weight, bias, gates):
+        options = dict(grouped_in=rows_in == "sorted", grouped_out=rows_out == "sorted", bias=bias)
+        options |= dict(gates=gates) if rows_out == "token" else {}
+        return (x, weight, route(jnp.asarray(case.indices()), E)), options
+
+    return Call(expert_linear, dtype, lambda key: _normal(key, dtype, *shapes), bind)
+
+
+ORDERS = "token", "slot", "sorted"
+ATTENTION = {
+    **{name: attention(case, case.dtype, case.forward_only) for name, case in FEATURES.items()},
+    **{f"odd {name}": attention(case, dtype_of(name), name == "T=1, S=1001") for name, case in ODD.items()},
+    **{f"small {name}": attention(case, dtype_of(name)) for name, case in KERNEL_CASES.items()},
+}
+EXPERTS = {
+    **{f"experts {name}": mlp(case, "bfloat16") for name, case in KERNEL_EXPERTS.items()},
+    **{f"experts {name}, float32": mlp(case, "float32") for name, case in KERNEL_EXPERTS.items()},
+    **{
+        f"linear {a} to {b}": linear(KERNEL_EXPERTS["some-idle"], "bfloat16", a, b)
+        for a, b in itertools.product(ORDERS, ORDERS)
+    },
+}
+CALLS = ATTENTION | EXPERTS
+# What is run a thousand times; the last one is not compared with the reference, which would not fit.
+EXITS = {name: ATTENTION[name] for name, case in FEATURES.items() if SKIP.items() <= case.settings.items()}
+EXITS |= {"skip at size": attention(AT_SIZE, "bfloat16")}
+QUICK = "one token", "decode, lengths per entry", "decode, skip", "experts odd", "linear token to sorted"

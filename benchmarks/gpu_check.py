@@ -29,6 +29,19 @@ class Errors(NamedTuple):
         return {"error": self.forward} | gradient | {"two runs": "equal" if self.repeats else "DIFFER"}
 
 
+def attended(attention: Callable) -> Callable:
+    """(out, the share of the stick that was broken off) of a call that gives out and what is left.
+
+    Under `skip_below` what is left is that of the exit: 2^-24 where the whole call leaves 2^-90, to no one's harm.
+    """
+
+    def run(*arrays):
+        out, rem = attention(*arrays)[:2]
+        return out, 1 - rem
+
+    return run
+
+
 def poison(like) -> None:
     """Leave NaN in the memory that the next outputs are likely to get, so that an unwritten row is seen."""
 
@@ -65,10 +78,39 @@ def _twice(run: Callable, arguments):
     """The results on the host, and whether those of a second run have the same bits."""
     results = []
     for _ in range(2):
-        poison(jax.eval_shape(run, *arguments))
+        poison(run.out_info if isinstance(run, jax.stages.Compiled) else jax.eval_shape(run, *arguments))
         results.append(jax.device_get(run(*arguments)))
     same = jax.tree.map(lambda a, b: a.tobytes() == b.tobytes(), *results)
     return results[0], all(jax.tree.leaves(same))
+
+
+def compared(program: Callable, expected, arguments) -> Errors:
+    """Of a compiled program of (outputs, gradients), against those expected; gradients may be ()."""
+    got, repeats = _twice(program, arguments)
+    outputs, gradients = (_largest(a, b) if jax.tree.leaves(b) else None for a, b in zip(got, expected, strict=True))
+    return Errors(outputs, gradients, repeats)
+
+
+def differing(program: Callable, arguments, runs: int) -> int:
+    """How many of so many runs give other bits than the first. A run is one launch after the other, as in training."""
+    first = program(*arguments)
+
+    @jax.jit
+    def count(number, first, again):
+        same = [(_bits(a) == _bits(b)).all() for a, b in zip(*map(jax.tree.leaves, (first, again)), strict=True)]
+        return number + ~jnp.stack(same).all()
+
+    number = jnp.int32(0)
+    for i in range(runs):
+        number = count(number, first, program(*arguments))
+        if i % 50 == 49:
+            jax.block_until_ready(number)  # a queue of all would take memory
+    return int(number)
+
+
+def _bits(x):
+    """NaN is like NaN, and 0 is unlike -0."""
+    return jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
 
 
 def errors(function: Callable, expected, cotangent, arguments, look: Callable = lambda results: results) -> Errors:

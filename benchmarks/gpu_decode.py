@@ -72,24 +72,30 @@ def rows(run: Run, shape: dict, kernels: tuple[str, ...], lengths: tuple[int, in
         query, caches = sets[0][0], [s[1:] for s in sets]
         for implementation, skip in itertools.product(kernels, (None, SKIP)):
             f, label = _step(implementation, S, skip_below=skip), contestant(implementation, skip)
-            check = partial(_check, f, _step("reference", S), sets[0])
+            check = partial(_check, gpu_check.attended(f), gpu_check.attended(_step("reference", S)), sets[0])
             if not run.checked(CHECKS, f"decode {name}", label, jnp.bfloat16, check):
                 continue
-            kept = 1.0
-            if skip is not None:
-                stats = jax.jit(_step(implementation, S, skip_below=skip, return_stats=True))(*sets[0])[2]
-                kept = float(stats.kept.mean())
+            kept = partial(_kept, implementation, S, skip, sets[0])
             _time(run, name, label, lambda *arrays, f=f: f(*arrays)[0], query, caches, size, kept)
         if kernels != ("xla",):  # plain JAX is not in that race
-            _time(run, name, PEERS[0], gpu_peers.softmax_step, query, caches, size, 1.0)
+            _time(run, name, PEERS[0], gpu_peers.softmax_step, query, caches, size, lambda: 1.0)
     for implementation in kernels:
         _against_lengths(run, shape, contestant(implementation, SKIP), lengths)
 
 
-def _time(run: Run, name: str, label: str, f: Callable, query, caches, size: int, kept: float) -> None:
+def _kept(implementation: str, S: int, skip: float | None, arrays) -> float:
+    """The share of the key tiles that a step reads."""
+    if skip is None:
+        return 1.0
+    stats = jax.jit(_step(implementation, S, skip_below=skip, return_stats=True))(*arrays)[2]
+    return float(stats.kept.mean())
+
+
+def _time(run: Run, name: str, label: str, f: Callable, query, caches, size: int, share: Callable[[], float]) -> None:
     """GB/s of the keys and values that had to be read."""
 
     def make():
+        kept = share()
         times = rotating(steps(f), [(query, *caches)], seconds=run.seconds)
         median, best = times.median / STEPS, times.best / STEPS
         rate = kept * size / (median / 1e3)

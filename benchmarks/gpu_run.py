@@ -1,20 +1,26 @@
 """The rows of one run on a GPU: until the deadline, whatever a contestant raises becomes its row's note."""
 
+import contextlib
 import dataclasses
+import os
 import sys
+import threading
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from . import cost
 from .gpu_check import Errors
-from .report import Row
-from .timing import Times, forward_backward, rotating
+from .gpu_record import LEFT_OUT, Record
+from .report import Row, ceiling_row
+from .timing import Times, ceilings, forward_backward, rotating
 
-DEADLINE = 480  # seconds
+HANGS = 90  # seconds: a row that takes longer waits for something that never comes
+MACHINE = ("machine", "ceilings", "matrix product, copy")
 PASSES = ("forward", "backward", "forward+backward")
 
 
@@ -47,31 +53,83 @@ def to_rotate(function: Callable, case: Case, passes: str, options: dict | None 
     return pull, [(jax.tree.leaves(vjp), cotangent) for vjp, (cotangent, *_) in zip(vjps, case.sets, strict=True)]
 
 
-class Run:
-    """Collects rows, in `rows` as they come: a caller that gives up has those so far."""
+@contextlib.contextmanager
+def give_up_after(seconds: float, report: Callable[[], None], leave=os._exit) -> Iterator[None]:
+    """If the body takes longer, report and end the process: nothing else stops a kernel that waits for ever."""
 
-    def __init__(self, ceilings: cost.Ceilings, seconds: float, rows: list[Row]):
-        self.rows, self.ceilings, self.seconds = rows, ceilings, seconds
-        self.end = time.monotonic() + DEADLINE
+    def give_up():
+        report()
+        sys.stdout.flush()
+        leave(1)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+class Run:
+    """Makes rows into a record, as they come; those that are there already only if they run `again`."""
+
+    def __init__(self, record: Record, *, quick: bool = False, again: bool = False):
+        self.record, self.quick, self.again = record, quick, again
+        self.seconds = 0.05 if quick else 0.4  # for the time of one row
+        self.begun, self.end = time.monotonic(), float("inf")
+
+    def until(self, seconds: float) -> None:
+        """No row begins later than that after the run began."""
+        self.end = self.begun + seconds
+
+    @property
+    def rows(self) -> list[Row]:
+        return list(self.record.rows.values())
+
+    @cached_property
+    def ceilings(self) -> cost.Ceilings:
+        """Measured once for the record: the shares of all its rows are of the same limits."""
+        size, copied = (256, 2**20) if self.quick else (8192, 2**32)
+
+        def make():
+            measured = ceilings(size, jnp.bfloat16, copied, seconds=0.1 if self.quick else 2.0, queued=True)
+            return dict(extra=ceiling_row(measured).extra)
+
+        row = self.row(*MACHINE, make)
+        if "TFLOP/s" not in row.extra:
+            raise RuntimeError(f"without the ceilings of the machine nothing can be timed: {row.extra}")
+        return cost.Ceilings(1e12 * row.extra["TFLOP/s"], 1e9 * row.extra["GB/s"])
 
     def row(self, part: str, case: str, contestant: str, make: Callable[[], dict]) -> Row:
         """A row of the fields that `make()` gives, or of the reason why it did not."""
-        # If something hangs, it is the last one printed.
-        print(f"{part}: {case}, {contestant}", file=sys.stderr, flush=True)
+        row = self.record.find(part, case, contestant)
+        if row is not None and not self.again:
+            return row
+        print(f"{time.monotonic() - self.begun:4.0f} s  {part}: {case}, {contestant}", file=sys.stderr, flush=True)
         try:
             self.require_time()
-            self.rows.append(Row(part, case, contestant, **make()))
+            with give_up_after(HANGS, partial(self._hangs, part, case, contestant)):
+                row = Row(part, case, contestant, **make())
         except Exception as error:  # out of memory, a peer that does not run here: said in the row, not hidden
-            self.failed(part, case, contestant, error)
-        return self.rows[-1]
+            return self.failed(part, case, contestant, error)
+        self.record.add(row)
+        return row
 
     def require_time(self) -> None:
         if time.monotonic() > self.end:
-            raise TimeoutError(f"left out after {DEADLINE} s")
+            raise TimeoutError(f"no time left after {self.end - self.begun:.0f} s")
 
-    def failed(self, part: str, case: str, contestant: str, error: Exception) -> None:
+    def failed(self, part: str, case: str, contestant: str, error: Exception) -> Row:
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:90]
-        self.rows.append(Row(part, case, contestant, extra={"failed": reason}))
+        row = Row(part, case, contestant, extra={LEFT_OUT if isinstance(error, TimeoutError) else "failed": reason})
+        self.record.add(row)
+        return row
+
+    def _hangs(self, part: str, case: str, contestant: str) -> None:
+        """The next run goes on behind this row."""
+        self.failed(part, case, contestant, RuntimeError(f"still running after {HANGS} s"))
+        print(f"error: still running after {HANGS} s; run the same command again to go on", file=sys.stderr)
 
     def checked(self, part: str, case: str, contestant: str, dtype, check: Callable[[], Errors]) -> bool:
         """A row of the errors; whether they are within the tolerances. A failed check does not pass."""
@@ -82,19 +140,19 @@ class Run:
 
         return self.row(part, case, contestant, make).extra.get("passed") == "yes"
 
-    def passes(self, case: Case, name: str, measure: Callable[[str], Times], extra: dict | None = None) -> None:
-        """A row for every pass: TFLOP/s by the operations of the case, share of the larger limit."""
+    def passes(self, case: Case, name: str, measure: Callable[[str], Times], extra: Callable = dict) -> None:
+        """A row for every pass: TFLOP/s by the operations of the case, share of the larger limit, and `extra()`."""
         for passes, work in case.work.items():
 
             def make(passes=passes, work=work):
                 times = measure(passes)
                 limit = max(work.limits(self.ceilings).values())
                 rates = {"TFLOP/s": work.flops / times.median / 1e9, "of limit": limit / times.median}
-                return dict(milliseconds=times.median, best=times.best, extra=rates | (extra or {}))
+                return dict(milliseconds=times.median, best=times.best, extra=rates | extra())
 
             self.row(case.part, f"{case.name} {passes}", name, make)
 
-    def jax(self, case: Case, name: str, function: Callable, extra: dict | None = None, options=None) -> None:
+    def jax(self, case: Case, name: str, function: Callable, extra: Callable = dict, options=None) -> None:
         """`options` are the compiler's."""
 
         def measure(passes):
@@ -108,7 +166,7 @@ class Run:
     def limits(self, case: Case) -> None:
         for passes, work in case.work.items():
             for name, milliseconds in work.limits(self.ceilings).items():
-                self.rows.append(Row(case.part, f"{case.name} {passes}", name, milliseconds))
+                self.record.add(Row(case.part, f"{case.name} {passes}", name, milliseconds))
 
 
 def with_ratios(rows: list[Row], peers: tuple[str, ...]) -> list[Row]:

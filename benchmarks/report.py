@@ -11,6 +11,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
+from .cost import Ceilings
 from .timing import Times
 
 PASSES = ("forward", "forward+backward")
@@ -42,6 +43,11 @@ class Row:
     def timed(cls, part: str, case: str, contestant: str, times: Times, **fields) -> "Row":
         return cls(part, case, contestant, times.median, times.best, **fields)
 
+    @classmethod
+    def from_dict(cls, row: dict) -> "Row":
+        """The inverse of `to_dict`."""
+        return cls(**{name: value for name, value in row.items() if name != "holds"})
+
     def to_dict(self) -> dict:
         row = {name: value for name, value in dataclasses.asdict(self).items() if value not in (None, {})}
         return row | ({} if self.holds is None else {"holds": self.holds})
@@ -72,10 +78,17 @@ def machine() -> dict:
     }
 
 
+def ceiling_row(ceilings: Ceilings) -> Row:
+    extra = {"TFLOP/s": ceilings.flops / 1e12, "GB/s": ceilings.bytes / 1e9}
+    return Row("machine", "ceilings", "matrix product, copy", extra=extra)
+
+
 def write_json(path: str | Path, info: dict, rows: list[Row]) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(info | {"rows": [row.to_dict() for row in rows]}, indent=1) + "\n")
+    new = path.with_name(f"{path.name}.new")  # whoever reads the file, or ends this process, finds a whole one
+    new.write_text(json.dumps(info | {"rows": [row.to_dict() for row in rows]}, indent=1) + "\n")
+    new.replace(path)
 
 
 def print_table(rows: list[Row], console: Console | None = None) -> None:

@@ -1,9 +1,9 @@
 """Named calls of the ops, as data: every implementation runs all of them. A new implementation is one line here."""
 
-from dataclasses import dataclass
+from benchmarks.kernel_cases import KERNEL_CASES, KERNEL_EXPERTS, ODD, Experts, Stick, documents, dtype_of
 
-import jax.numpy as jnp
-import numpy as np
+# Those of the GPU kernels are in benchmarks/kernel_cases.py: the GPU benchmark runs them too.
+__all__ = ["KERNEL_CASES", "KERNEL_EXPERTS", "ODD", "Experts", "Stick", "documents", "dtype_of"]
 
 STICK_IMPLEMENTATIONS = {
     "xla": {"implementation": "xla"},
@@ -11,60 +11,6 @@ STICK_IMPLEMENTATIONS = {
     "xla-skip": {"implementation": "xla", "tiles": (24, 16), "skip_below": -100.0},
 }
 EXPERT_IMPLEMENTATIONS = ("xla", "reference")
-
-
-@dataclass(frozen=True)
-class Stick:
-    """A call of stick_breaking_attention with logits of mean `shift` and deviation `std`.
-
-    `segments`: lengths of the documents, padding where negative; odd batch entries have them in reverse order.
-    """
-
-    T: int = 37
-    S: int | None = None
-    B: int = 1
-    N: int = 2
-    K: int | None = None
-    H: int = 8
-    Hv: int | None = None
-    offset: int | tuple[int, ...] | None = None
-    segments: tuple[int, ...] | None = None
-    key_segments: tuple[int, ...] | None = None
-    window: int | None = None
-    attend_current: bool = False
-    std: float = 1.0
-    shift: float = 0.0
-
-    @property
-    def is_saturated(self) -> bool:
-        return abs(self.shift) + self.std > 20
-
-    def arrays(self, dtype=np.float32, seed=0):
-        """query, key, value."""
-        S, K = self.T if self.S is None else self.S, self.K or self.N
-        rng = np.random.default_rng(seed)
-        q = self.std * rng.standard_normal((self.B, self.T, self.N, self.H))
-        k = rng.standard_normal((self.B, S, K, self.H))
-        v = rng.standard_normal((self.B, S, K, self.Hv or self.H))
-        if self.shift:
-            q[..., 0], k[..., 0] = self.shift * self.H**0.5, 1
-        return tuple(jnp.asarray(x, dtype) for x in (q, k, v))
-
-    def options(self) -> dict:
-        offset = jnp.asarray(self.offset, jnp.int32) if isinstance(self.offset, tuple) else self.offset
-        options = {"query_offset": offset, "window": self.window, "attend_current": self.attend_current}
-        for name in ("segments", "key_segments"):
-            if getattr(self, name) is not None:
-                ids = documents(getattr(self, name), self.B)
-                options[{"segments": "segment_ids", "key_segments": "key_segment_ids"}[name]] = ids
-        return options
-
-
-def documents(lengths: tuple[int, ...], B: int = 1):
-    """Segment ids [B,T] of documents of these lengths; a negative length is padding."""
-    ids = np.concatenate([np.full(abs(n), i if n > 0 else -1, np.int32) for i, n in enumerate(lengths)])
-    return jnp.stack([ids[:: (-1) ** b] for b in range(B)])
-
 
 STICK = {
     "plain": Stick(B=2),
@@ -118,66 +64,6 @@ STICK = {
 # Skipping differs from the loop in how heads and rows leave it, not in the masks.
 SKIP_CASES = "plain", "grouped-heads", "offsets", "no-keys", "padded", "everything", "saturated", "very-saturated"
 
-
-# For the GPU kernels, whose tiles are of 64 queries and 64 keys and whose heads have 32 channels or more.
-# Those whose names begin with a type are of that type, the others of bfloat16.
-KERNEL_CASES = {
-    "plain": Stick(T=200, N=1, H=64),
-    "one-token": Stick(T=1, N=1, H=32),
-    "grouped": Stick(T=66, B=2, N=2, K=1, H=32),
-    "two-groups": Stick(T=40, N=4, K=2, H=32, Hv=64),
-    "narrow-values": Stick(T=63, N=1, H=64, Hv=32),
-    "fp16-128": Stick(T=130, N=1, H=128),
-    "wide-256": Stick(T=70, N=1, H=256),
-    "cache": Stick(T=40, S=150, N=1, H=32),
-    "more-queries": Stick(T=140, S=70, N=1, H=32),
-    "offsets": Stick(T=60, S=140, B=3, N=1, H=32, offset=(70, 3, -40)),
-    "packed": Stick(T=200, N=1, H=32, segments=(70, 1, 2, 127)),
-    "padded": Stick(T=150, N=1, H=32, segments=(-30, 60, 20, -40)),
-    "window": Stick(T=200, N=1, H=32, window=70),
-    "current-only": Stick(T=70, N=1, H=32, attend_current=True, window=0),
-    "everything": Stick(
-        T=80, S=150, B=2, N=2, K=1, H=32, Hv=64, segments=(50, 25, -5), key_segments=(100, 40, -10),
-        offset=(70, 30), window=66, attend_current=True,
-    ),
-    "saturated": Stick(T=100, N=1, H=32, std=1.0, shift=12.0),
-    "wild": Stick(T=100, N=1, H=32, std=12.0, shift=-6.0),
-    "all-far": Stick(T=200, N=1, H=32, shift=-8.0),
-    "odd-widths": Stick(T=70, N=2, K=1, H=20, Hv=35),
-    "fp32-odd-widths": Stick(T=70, N=2, K=1, H=20, Hv=35),
-    "fp32-offsets": Stick(T=40, S=90, B=2, N=1, H=8, offset=(50, -7)),
-    "fp32-saturated": Stick(T=70, N=1, H=16, std=4.0, shift=-3.0),
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Experts:
-    """A call of expert_mlp or expert_linear. `share` of the slots go to the first expert, `idle` to none, by chance."""
-
-    T: int = 37
-    k: int = 2
-    E: int = 5
-    D: int = 8
-    F: int = 12
-    share: float = 0.0
-    idle: float = 0.0
-    used: int | None = None  # experts from here on are never chosen
-
-    def indices(self, seed=0):
-        rng = np.random.default_rng(seed)
-        used = self.used or self.E
-        if self.k <= used:
-            chosen = np.argsort(rng.random((self.T, used)), axis=1)[:, : self.k]
-        else:
-            chosen = rng.integers(0, used, (self.T, self.k))
-        chosen = np.where(rng.random(chosen.shape) < self.share, 0, chosen)
-        return np.where(rng.random(chosen.shape) < self.idle, self.E, chosen).astype(np.int32)
-
-    @property
-    def rows(self) -> int:
-        return self.T * self.k
-
-
 EXPERTS = {
     "plain": Experts(),
     "odd": Experts(T=41, D=7, F=5),
@@ -192,20 +78,4 @@ EXPERTS = {
     "one-takes-all": Experts(T=150, E=8, share=1.0),
     "some-idle": Experts(T=60, share=0.3, idle=0.5),
     "all-idle": Experts(idle=1.0),
-}
-
-# For the GPU kernels, whose tiles are of up to 128 rows, 128 columns and steps of 64. Those of the same sizes are one
-# program, which takes much longer to compile than to run.
-KERNEL_EXPERTS = {
-    "two-tiles": Experts(T=150, k=2, E=2, D=64, F=64),
-    "odd": Experts(T=9, E=3, D=7, F=5),
-    "one-token": Experts(T=1, E=4),
-    "no-tokens": Experts(T=0),
-    "all-chosen": Experts(T=7, k=3, E=3),
-    "one-expert": Experts(T=140, k=1, E=1),
-    "one-takes-all": Experts(T=40, E=3, share=1.0),
-    "some-idle": Experts(T=40, E=3, share=0.3, idle=0.5),
-    "all-idle": Experts(T=40, E=3, idle=1.0),
-    "more-experts-than-rows": Experts(T=4, E=20),
-    "wide": Experts(T=5, E=2, D=200, F=300),
 }

@@ -10,11 +10,22 @@ import pytest
 from conftest import FORWARD, GRADIENT, assert_close
 
 from benchmarks import __main__ as cli
-from benchmarks import cost, gpu, gpu_attention, gpu_cases, gpu_check, gpu_decode, gpu_run, report, stick_breaking
+from benchmarks import (
+    cost,
+    gpu,
+    gpu_attention,
+    gpu_cases,
+    gpu_check,
+    gpu_decode,
+    gpu_record,
+    gpu_run,
+    report,
+    stick_breaking,
+)
 from benchmarks import trained_heads as recipe
 from benchmarks import trained_logits as trained
 from benchmarks.timing import Times, interleave, rotating
-from pallas_kernels import explain, seam, stick_breaking_attention, triton_call
+from pallas_kernels import stick_breaking_attention
 from stickjax.config import ModelConfig
 from stickjax.models.transformer import empty_cache, init
 from stickjax.train import main as train_main
@@ -108,17 +119,6 @@ def test_quick_experts():
 def test_gpu_without_a_gpu(capsys):
     assert cli.main(["--gpu"]) == 1
     assert capsys.readouterr().err == "error: --gpu needs a GPU that JAX can see; this machine has none\n"
-
-
-def test_gpu_command(monkeypatch, tmp_path, capsys):
-    """With a stand-in for the run: a table, and JSON with the ceilings of the machine."""
-    monkeypatch.setattr(gpu, "available", lambda: True)
-    monkeypatch.setattr(gpu, "measured_ceilings", lambda quick: cost.Ceilings(1e12, 1e9))
-    monkeypatch.setattr(gpu, "rows", lambda only, quick, measured, rows: rows.append(report.Row("p", "c", "x", 1.5)))
-    path = tmp_path / "gpu.json"
-    assert cli.main(["--gpu", "--json", str(path)]) == 0
-    assert "1.50" in capsys.readouterr().out
-    assert [row["part"] for row in json.loads(path.read_text())["rows"]] == ["p", "summary", "summary", "machine"]
 
 
 def test_gpu_check_sees_a_wrong_answer():
@@ -230,26 +230,12 @@ def test_the_recipe_of_trained_heads(tmp_path, monkeypatch, capsys):
     assert "error: " in capsys.readouterr().err and not list(tmp_path.glob("none*"))
 
 
-@pytest.mark.parametrize("name", gpu_cases.FEATURES)
-def test_gpu_features_are_calls_the_kernels_take(name, monkeypatch):
-    case = gpu_cases.FEATURES[name]
-    arrays = jax.eval_shape(lambda: case.arrays(jax.random.key(0)))
-    monkeypatch.setattr(triton_call, "_missing", tuple)
-    with seam.absent_gpu():
-        for kernels in ("mosaic", "triton"):
-            said = explain("stick_breaking_attention", *arrays, **case.options(), implementation=kernels)
-            assert ("decoding" in said) == case.forward_only
-
-
 def test_gpu_limit_on_time():
     said = []
-    with gpu.give_up_after(0.01, lambda: said.append("rows"), said.append):
+    with gpu_run.give_up_after(0.01, lambda: said.append("rows"), said.append):
         while len(said) < 2:
             pass
     assert said == ["rows", 1]
-    run = gpu_run.Run(cost.Ceilings(1, 1), 0, [])
-    run.end = 0
-    assert "TimeoutError" in run.row("p", "c", "x", dict).extra["failed"] and len(run.rows) == 1
 
 
 def test_gpu_ratios():
@@ -263,16 +249,19 @@ def test_gpu_ratios():
     assert limit.ratio is None and other.ratio is None
 
 
-def test_gpu_rows_on_this_backend(monkeypatch):
+def test_gpu_rows_on_this_backend(monkeypatch, tmp_path):
     """The whole script at tiny shapes: what cannot run here says so in its row, the rest is checked and timed."""
-    assert list(gpu.implementations("stick_breaking_attention", *[jnp.ones((1, 4, 1, 8))] * 3)) == ["xla"]
+    assert list(gpu_cases.implementations("stick_breaking_attention", *[jnp.ones((1, 4, 1, 8))] * 3)) == ["xla"]
     monkeypatch.setattr(gpu_decode, "STEPS", 2)
     monkeypatch.setattr(gpu_attention, "QUICK", [dict(B=1, T=32, N=2, H=32)])
-    rows = []
     assert gpu.attention_kernels() == ("xla",)
-    gpu.rows(None, True, gpu.measured_ceilings(True), rows)
-    rows = gpu.finished(rows)
-    assert rows[-1].extra == {"passed": 10, "did not": "none"}
+    info = dict.fromkeys(gpu_record.SAME)
+    record = gpu_record.Record(tmp_path / "gpu.json", info, gpu.finished)
+    gpu.rows(gpu_run.Run(record, quick=True))
+    rows = record.finished()
+    assert rows[-1].extra == {"passed": 19, "did not": "none", "left out": 0}
+    parts = list(dict.fromkeys(row.part for row in rows))
+    assert parts[:4] == ["lower", "correct", "exit", "stick_breaking checks at size"] and parts[-1] == "summary"
     timed = {(row.part, row.case.split(" bf16 ")[1], row.contestant) for row in rows if row.milliseconds}
     for passes in gpu_run.PASSES:
         for contestant in ("xla", "jax.lax.ragged_dot", "limit: compute", "limit: bytes"):
@@ -283,3 +272,9 @@ def test_gpu_rows_on_this_backend(monkeypatch):
     notes = {row.contestant: row.extra["failed"] for row in rows if "failed" in row.extra}
     assert set(notes) == {"cudnn softmax"}
     assert all(row.extra["GB/s"] > 0 for row in rows if row.part == "stick_breaking decode" and row.milliseconds)
+    # The next run has nothing to do, and gives the same rows.
+    calls = []
+    monkeypatch.setattr(gpu_run.Run, "require_time", lambda self: calls.append(self))
+    again = gpu_record.Record(tmp_path / "gpu.json", info, gpu.finished)
+    gpu.rows(gpu_run.Run(again, quick=True))
+    assert not calls and [row.to_dict() for row in again.finished()] == [row.to_dict() for row in rows]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import limits
 import numpy as np
 import pytest
-from cases import KERNEL_CASES, Stick
+from cases import KERNEL_CASES, Stick, dtype_of
 from conftest import FORWARD, GRADIENT, relative_error
 from ptx import HAS_WHEELS, capture, machine
 from test_stick_breaking import assert_close_d_scale, expected, random_cotangents
@@ -83,7 +83,7 @@ def compare(values: dict, wanted: dict, dtype: str, *, skips: bool = False) -> N
 @pytest.mark.parametrize("name", KERNEL_CASES)
 def test_outputs_and_gradients_are_those_of_the_reference(kernels, name):
     case = KERNEL_CASES[name]
-    dtype = {"fp16": "float16", "fp32": "float32"}.get(name.split("-")[0], "bfloat16")
+    dtype = dtype_of(name)
     try:
         explain("stick_breaking_attention", *case.arrays(dtype), **case.options(), implementation=kernels)
     except NotImplementedError as refusal:

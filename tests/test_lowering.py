@@ -12,20 +12,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import pytest
-from cases import KERNEL_CASES, KERNEL_EXPERTS, Experts, Stick
+from cases import KERNEL_CASES, KERNEL_EXPERTS, ODD, Experts, Stick, dtype_of
 from jax.experimental.mosaic.gpu import FragmentedArray
 
 from benchmarks.gpu_cases import FEATURES
 from pallas_kernels import expert_mlp, explain, route, seam, stick_breaking_attention
 
-# Lengths as users have them, which nobody rounded to a tile.
-ODD = {
-    "T=131": Stick(T=131, H=64),
-    "T=1, S=1001": Stick(T=1, S=1001, N=12, K=1, H=64),
-    "T=3, S=1001": Stick(T=3, S=1001, N=12, K=4, H=64, Hv=256),
-    "T=131, S=1001": Stick(T=131, S=1001, H=64, Hv=32),
-    "prompts of unequal lengths": Stick(T=77, S=1001, B=3, H=64, segments=(-7, 70), key_segments=(-7, 994)),
-}
 CASES = {f"interpreted: {name}": case for name, case in KERNEL_CASES.items()}
 HAS_WHEELS = importlib.util.find_spec("jax_cuda13_plugin") is not None
 CASES |= {f"odd: {name}": case for name, case in ODD.items()}
@@ -67,8 +59,7 @@ def prepared(name: str):
     """(arrays, options, whether it has a backward pass)."""
     case = CASES[name]
     if isinstance(case, Stick):
-        dtype = {"fp16": "float16", "fp32": "float32"}.get(name.removeprefix("interpreted: ")[:4], "bfloat16")
-        return case.arrays(dtype), case.options(), name != "odd: T=1, S=1001"
+        return case.arrays(dtype_of(name.split(": ")[1])), case.options(), name != "odd: T=1, S=1001"
     return case.arrays(jax.random.key(0)), case.options(), not case.forward_only
 
 

@@ -1,0 +1,74 @@
+"""The file of a GPU run: every row is in it as soon as there is one, and a row that is in it need not run again."""
+
+import functools
+import hashlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from . import report
+from .report import Row
+
+HERE = Path(__file__).parent
+SAME = ("code", "device", "jax", "quick")  # a run goes on from rows with the same of these
+LEFT_OUT = "left out"  # of a row that there was no time for, which runs the next time
+
+
+@functools.cache
+def code() -> str:
+    """A fingerprint of everything that a row depends on in this repository."""
+    files = [p for folder in (HERE, HERE.parent / "pallas_kernels") for p in folder.rglob("*") if _is_source(p)]
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        digest.update(str(path.relative_to(HERE.parent)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
+
+
+def _is_source(path: Path) -> bool:
+    return path.suffix == ".py" or path.name == "tuned.json"
+
+
+class Record:
+    """The rows of a run by (part, case, contestant), in the order in which they first came.
+
+    `finish` makes of them the rows that the file gets: with ratios and a summary.
+    """
+
+    def __init__(self, path: Path, info: dict, finish: Callable[[list[Row]], list[Row]], *, fresh: bool = False):
+        self.path, self.info, self.finish = Path(path), info, finish
+        self.rows: dict[tuple[str, str, str], Row] = {} if fresh else {_key(row): row for row in self._before()}
+
+    def _before(self) -> list[Row]:
+        """The rows of an earlier run that this one goes on from."""
+        try:
+            before = json.loads(self.path.read_text())
+        except FileNotFoundError:
+            return []
+        except ValueError as error:
+            raise ValueError(f"{self.path} is no JSON ({error}); --fresh starts over") from None
+        others = [name for name in SAME if before.get(name) != self.info[name]]
+        if others:
+            print(f"{self.path} is of other {', '.join(others)}: this run starts over", file=sys.stderr)
+            return []
+        rows = [Row.from_dict(row) for row in before["rows"]]
+        rows = [row for row in rows if row.part != "summary" and LEFT_OUT not in row.extra]
+        print(f"{len(rows)} rows are in {self.path} and do not run again; --fresh starts over", file=sys.stderr)
+        return rows
+
+    def find(self, part: str, case: str, contestant: str) -> Row | None:
+        return self.rows.get((part, case, contestant))
+
+    def add(self, row: Row) -> None:
+        self.rows[_key(row)] = row
+        self.write()
+
+    def finished(self) -> list[Row]:
+        return self.finish(list(self.rows.values()))
+
+    def write(self) -> None:
+        report.write_json(self.path, self.info, self.finished())
+
+
+def _key(row: Row) -> tuple[str, str, str]:
+    return row.part, row.case, row.contestant
