@@ -67,18 +67,23 @@ def rows(run: Run, only: str | None = None) -> None:
             if wanted(SPEED, _name(shape), experts.PART if part is gpu_experts else stick_breaking.PART):
                 _time(run, part, shape, kernels, *arguments, **settings)
 
+    def time_everything() -> None:
+        first, *shapes = gpu_attention.QUICK if run.quick else gpu_attention.SHAPES
+        lengths = gpu_decode.QUICK_LENGTHS if run.quick else gpu_decode.LENGTHS
+        # Plain JAX only once, as a measure of what the kernels bring: its loops take seconds at the larger shapes.
+        time_shapes(gpu_attention, [first], kernels, **({} if run.quick else dict(others=("xla",), tiles=TILES)))
+        time_shapes(gpu_decode, gpu_decode.QUICK if run.quick else gpu_decode.SHAPES, kernels, lengths)
+        time_shapes(gpu_experts, gpu_experts.QUICK if run.quick else gpu_experts.SHAPES, implementations)
+        time_shapes(gpu_attention, shapes, kernels)
+
     checks, kernels = gpu_stages.Checks(run, is_checked), attention_kernels()
-    checks.chosen()
-    run.until(DEADLINE)
-    first, *shapes = gpu_attention.QUICK if run.quick else gpu_attention.SHAPES
-    lengths = gpu_decode.QUICK_LENGTHS if run.quick else gpu_decode.LENGTHS
-    # Plain JAX only once, as a measure of what the kernels bring: its loops take seconds at the larger shapes.
-    time_shapes(gpu_attention, [first], kernels, **({} if run.quick else dict(others=("xla",), tiles=TILES)))
-    time_shapes(gpu_decode, gpu_decode.QUICK if run.quick else gpu_decode.SHAPES, kernels, lengths)
-    time_shapes(gpu_experts, gpu_experts.QUICK if run.quick else gpu_experts.SHAPES, implementations)
-    time_shapes(gpu_attention, shapes, kernels)
-    checks.others()
-    checks.close()
+    try:
+        checks.chosen()
+        run.until(DEADLINE)
+        time_everything()
+        checks.others()
+    finally:
+        checks.close()
 
 
 def _name(shape: dict) -> str:

@@ -213,17 +213,17 @@ ORDERS = "token", "slot", "sorted"
 ATTENTION = {
     **{name: attention(case, case.dtype, case.forward_only) for name, case in FEATURES.items()},
     **{f"odd {name}": attention(case, dtype_of(name), name == "T=1, S=1001") for name, case in ODD.items()},
-    **{f"small {name}": attention(case, dtype_of(name)) for name, case in KERNEL_CASES.items()},
 }
+SMALL = {f"small {name}": attention(case, dtype_of(name)) for name, case in KERNEL_CASES.items()}
 EXPERTS = {
     **{f"experts {name}": mlp(case, "bfloat16") for name, case in KERNEL_EXPERTS.items()},
-    **{f"experts {name}, float32": mlp(case, "float32") for name, case in KERNEL_EXPERTS.items()},
     **{
         f"linear {a} to {b}": linear(KERNEL_EXPERTS["some-idle"], "bfloat16", a, b)
         for a, b in itertools.product(ORDERS, ORDERS)
     },
+    **{f"experts {name}, float32": mlp(case, "float32") for name, case in KERNEL_EXPERTS.items()},
 }
-CALLS = ATTENTION | EXPERTS
+CALLS = ATTENTION | EXPERTS | SMALL
 # What is run a thousand times; the last one is not compared with the reference, which would not fit.
 EXITS = {name: ATTENTION[name] for name, case in FEATURES.items() if SKIP.items() <= case.settings.items()}
 EXITS |= {"skip at size": attention(AT_SIZE, "bfloat16")}

@@ -51,7 +51,7 @@ class Checks:
             self._forget()
 
     def close(self) -> None:
-        """No thread works on while something else is timed."""
+        """No thread works on: not while something else is timed, and not after Ctrl-C."""
         self._pool.shutdown(cancel_futures=True)
         self._pool = ThreadPoolExecutor(1)
         self._forget()

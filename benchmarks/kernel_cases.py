@@ -98,8 +98,8 @@ ODD = {
     "T=131": Stick(T=131, H=64),
     "T=1, S=1001": Stick(T=1, S=1001, N=12, K=1, H=64),
     "T=3, S=1001": Stick(T=3, S=1001, N=12, K=4, H=64, Hv=256),
-    "T=131, S=1001": Stick(T=131, S=1001, H=64, Hv=32),
-    "prompts of unequal lengths": Stick(T=77, S=1001, B=3, H=64, segments=(-7, 70), key_segments=(-7, 994)),
+    "T=131, S=1001": Stick(T=131, S=1001, N=1, H=64, Hv=32),
+    "prompts of unequal lengths": Stick(T=77, B=3, N=1, H=64, segments=(-9, 30, 38)),
 }
 
 
