@@ -227,4 +227,4 @@ CALLS = ATTENTION | EXPERTS | SMALL
 # What is run a thousand times; the last one is not compared with the reference, which would not fit.
 EXITS = {name: ATTENTION[name] for name, case in FEATURES.items() if SKIP.items() <= case.settings.items()}
 EXITS |= {"skip at size": attention(AT_SIZE, "bfloat16")}
-QUICK = "one token", "decode, lengths per entry", "decode, skip", "experts odd", "linear token to sorted"
+QUICK = "one token", "decode, skip", "linear token to sorted"
