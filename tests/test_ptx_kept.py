@@ -1,9 +1,11 @@
-"""The kernels that are kept as PTX are the current ones, and can be read as they were written."""
+"""The kernels that are kept as PTX: the machine executes them, and they are the current ones."""
 
 import importlib.util
 
+import jax.numpy as jnp
 import pytest
-from ptx import kept
+from conftest import FORWARD, assert_close
+from ptx import capture, kept
 from ptx.program import TensorMap
 
 NAMES = sorted(path.stem for path in kept.FOLDER.glob("*.ptx"))
@@ -18,6 +20,14 @@ def test_a_kept_kernel_is_read_as_it_was_written(tmp_path, monkeypatch):
     monkeypatch.setattr(kept, "makers", dict)
     kept.write("again", program)
     assert kept.load("again") == program
+
+
+@pytest.mark.parametrize("name", kept.CASES)
+def test_the_machine_computes_with_a_kept_kernel_what_the_reference_does(name):
+    case = kept.CASES[name]()
+    out = capture.run(case.function, *case.arrays, program_of=kept.program_of)
+    expected = case.reference(*(x.astype(jnp.float32) for x in case.arrays))
+    assert_close(out, expected, FORWARD["bfloat16"])
 
 
 @pytest.mark.skipif(not has_wheels, reason="needs the CUDA wheels and no GPU: make test-ptx")

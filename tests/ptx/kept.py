@@ -9,6 +9,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,8 +28,9 @@ MAKERS = ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cuda-nvcc")
 
 
 class Case(NamedTuple):
-    function: Callable  # of `arrays`
+    function: Callable  # of the arrays, with Mosaic kernels
     arrays: tuple[jax.Array, ...]
+    reference: Callable  # the same of arrays in float32
 
 
 def _random(rng, *shape):
@@ -38,22 +40,27 @@ def _random(rng, *shape):
 def attention() -> Case:
     """330 tokens: six tiles of 64 rows in three blocks, and six of 64 keys, more than shared memory holds at once."""
     rng = np.random.default_rng(0)
-    return Case(
-        lambda *qkv: stick_breaking_attention(*qkv, implementation="mosaic")[0],
-        tuple(_random(rng, 1, 330, 1, 32) for _ in range(3)),
-    )
+
+    def run(implementation, query, key, value):
+        return stick_breaking_attention(query, key, value, implementation=implementation)[0]
+
+    return _case(run, *(_random(rng, 1, 330, 1, 32) for _ in range(3)))
 
 
 def experts() -> Case:
-    """150 tokens of two experts each."""
+    """150 tokens, each with both experts."""
     rng, (T, k, E, D, F) = np.random.default_rng(0), (150, 2, 2, 64, 64)
     chosen = jnp.asarray(rng.permuted(np.tile(np.arange(E), (T, 1)), axis=1), jnp.int32)
 
-    def run(x, w_in, w_out, gates):
-        return expert_mlp(x, w_in, w_out, route(chosen, E), gates, implementation="mosaic")
+    def run(implementation, x, w_in, w_out, gates):
+        return expert_mlp(x, w_in, w_out, route(chosen, E), gates, implementation=implementation)
 
     shapes = (T, D), (E, D, 2 * F), (E, F, D), (T, k)
-    return Case(run, tuple(_random(rng, *shape) for shape in shapes))
+    return _case(run, *(_random(rng, *shape) for shape in shapes))
+
+
+def _case(run: Callable, *arrays) -> Case:
+    return Case(partial(run, "mosaic"), arrays, partial(run, "reference"))
 
 
 CASES: dict[str, Callable[[], Case]] = {"attention": attention, "experts": experts}
