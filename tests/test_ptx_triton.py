@@ -1,9 +1,9 @@
-"""How Triton kernels are launched, as the PTX machine is told it; the machine is a stub."""
+"""Triton kernels as compiled: how they are launched, and what the PTX machine computes with them."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import Stick
+from cases import KERNEL_CASES, Stick
 
 from pallas_kernels import stick_breaking_attention, triton_call
 
@@ -53,3 +53,23 @@ def test_the_kernels_of_a_function_and_of_its_derivative():
 
     names = [program.name for program in capture_triton.programs(backward, *CASE.arrays(jnp.bfloat16))]
     assert names == ["forward", "d_query", "d_key_value"]
+
+
+@pytest.mark.parametrize(
+    ("device", "name", "dtype"),
+    [
+        ("NVIDIA A100", "grouped", "bfloat16"),
+        ("NVIDIA L40S", "saturated", "float16"),
+        ("NVIDIA H200", "everything", "bfloat16"),
+    ],
+)
+def test_the_compiled_kernels_agree_with_the_reference(device, name, dtype):
+    from ptx import capture_triton, machine
+    from test_kernels import compare, run
+    from test_stick_breaking import expected
+
+    case = KERNEL_CASES[name]
+    with capture_triton.kernels_launched_by(machine.launch, device) as programs:
+        values = run("triton", case, dtype)
+    assert {program.name for program in programs} == {"forward", "d_query", "d_key_value"}
+    compare(values, expected(case, dtype, False), dtype)

@@ -3,10 +3,8 @@
 import numpy as np
 
 from .arithmetic import WARP
-from .decode import UnknownInstruction, instruction
+from .decode import instruction
 from .faults import Fault
-
-FULL = 0xFFFFFFFF
 
 
 def _require_full_warps(u, mask, text, members):
@@ -87,15 +85,18 @@ def vote(decoder, x, match):
 
 @instruction(r"bfe\.(?P<kind>[us]32)")
 def bit_field(decoder, x, match):
-    if match["kind"] != "u32":
-        raise UnknownInstruction(f"the PTX machine does not know this instruction: {x.text}")
-    write, value, start, length = decoder.write(x.operands[0], "u32"), *(decoder.read(o, "u32") for o in x.operands[1:])
+    """Some bits of a number; as a signed number, the highest of them is its sign."""
+    kind = match["kind"]
+    write, value = decoder.write(x.operands[0], kind), decoder.read(x.operands[1], kind)
+    start, length = (decoder.read(o, "u32") for o in x.operands[2:])
 
     def run(u, mask):
-        a, b, c = (np.asarray(read(u), np.uint64) & np.uint64(FULL) for read in (value, start, length))
-        b, c = b & np.uint64(255), np.minimum(c & np.uint64(255), np.uint64(32))
-        shifted = np.where(b < 32, a >> np.minimum(b, np.uint64(31)), np.uint64(0))
-        write(u, mask, (shifted & ((np.uint64(1) << c) - np.uint64(1))).astype(np.uint32))
+        a, b, c = (np.asarray(read(u), np.int64) for read in (value, start, length))
+        c = np.minimum(c & 255, 32)
+        field = a >> np.minimum(b & 255, 63) & (1 << c) - 1
+        if kind == "s32":
+            field = field - ((field >> np.maximum(c - 1, 0) & 1) << c)
+        write(u, mask, field.astype(f"{kind[0].replace('s', 'i')}4"))
 
     return run
 
