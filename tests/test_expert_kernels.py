@@ -8,7 +8,6 @@ import pytest
 from cases import EXPERTS, KERNEL_EXPERTS, Experts
 from conftest import GRADIENT, assert_close
 from jax import lax
-from ptx import HAS_WHEELS, capture, machine
 from test_scatter_moe import ACTIVATIONS, QUICK, check_linear, check_mlp, mlp_inputs, run_mlp
 
 from pallas_kernels import expert_mlp, explain, route, seam, triton_call
@@ -28,21 +27,12 @@ def mosaic(monkeypatch):
 
 
 @pytest.fixture
-def mosaic_ptx(monkeypatch):
-    if not HAS_WHEELS:
-        pytest.skip("needs the CUDA wheels and no GPU: make test-ptx")
-    monkeypatch.setattr("pallas_kernels.seam.multiprocessors", lambda: 2)
-    with capture.kernels_launched_by(machine.launch):
-        yield "mosaic"
-
-
-@pytest.fixture
 def triton():
     with triton_call.interpret():
         yield "triton"
 
 
-@pytest.fixture(params=["mosaic", pytest.param("triton", marks=needs_triton), "mosaic_ptx"])
+@pytest.fixture(params=["mosaic", pytest.param("triton", marks=needs_triton)])
 def kernels(request):
     """The name of an implementation, interpreted."""
     return request.getfixturevalue(request.param)
