@@ -187,15 +187,11 @@ class _Reader:
         """[base], [base+8], [8], [descriptor, {x, y}]"""
         first, *rest = _split(text)
         coordinates = self._operand(rest[0]).parts if rest else ()
-        match = re.fullmatch(r"\s*([%$\w#]+?)?\s*(?:([+-])?\s*(0x[\da-fA-F]+|\d+))?\s*", first)
+        match = re.fullmatch(r"\s*([%$A-Za-z_][%$\w]*)?\s*(?:\+?\s*(-?(?:0x[\da-fA-F]+|\d+)))?\s*", first)
         if not match:
             raise ValueError(f"not an address: [{text}]")
-        name, sign, offset = match.groups()
-        full = first.strip()
-        if re.fullmatch(r"[%$A-Za-z_][%$\w]*", full):
-            name, sign, offset = full, None, None
-        offset = int(offset, 0) if offset else 0
-        return Operand("address", self._name(name) if name else "", -offset if sign == "-" else offset, coordinates)
+        name, offset = match.groups()
+        return Operand("address", self._name(name) if name else "", int(offset or "0", 0), coordinates)
 
 
 def _number(text: str) -> int | float | None:
