@@ -29,10 +29,10 @@ def reductions_through_shared_memory(monkeypatch) -> Iterator[list]:
     """The reductions that are lowered inside and that pass through the scratch memory that a block has once."""
     found, reduce = [], FragmentedArray.reduce
 
-    def recorded(self, *args, scratch=None, **options):
+    def recorded(self, op, axis, scratch=None, **options):
         if scratch is not None:
             found.append(self.shape)
-        return reduce(self, *args, scratch=scratch, **options)
+        return reduce(self, op, axis, scratch, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(FragmentedArray, "reduce", recorded)

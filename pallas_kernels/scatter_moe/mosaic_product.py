@@ -221,7 +221,9 @@ def _store(values, numbers, memory, column, out_ref) -> None:
 
 
 def _biased(accumulator, bias_ref, part, at):
-    bias = plgpu.load(bias_ref.at[at.expert, part, pl.ds(at.column, COLUMNS)], layout=seam.COLUMN)
+    bias = plgpu.load(
+        bias_ref.at[at.expert, part, pl.ds(at.column, COLUMNS)], layout=seam.COLUMN, optimized=False
+    )
     return accumulator + lax.broadcast_in_dim(bias, accumulator.shape, [1])
 
 
@@ -298,7 +300,7 @@ def d_activated(plan: Plan, activation: str, d_out, source, weight, tasks: Tasks
 
     def finish(at, accumulators, inputs: Derivative, outputs: Derivatives, own: DerivativeScratch):
         numbers, (acc,) = inputs.rows.at[at.rows], accumulators
-        gate = plgpu.load(inputs.gates.at[at.rows], layout=seam.ROW)
+        gate = plgpu.load(inputs.gates.at[at.rows], layout=seam.ROW, optimized=False)
         gate = lax.broadcast_in_dim(gate, (ROWS, HALF), [0])
         plgpu.barrier_wait(own.there)
         d_gate = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), seam.ROW)
