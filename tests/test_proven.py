@@ -1,0 +1,105 @@
+"""docs/proven.md says how every call of the Mosaic kernels was proven, from the lists that the tests really run."""
+
+import json
+from pathlib import Path
+
+import pytest
+import test_expert_kernels
+import test_kernels
+import test_lowering
+import test_ptx_calls
+
+from benchmarks.gpu_cases import CALLS, FEATURES
+from benchmarks.gpu_stages import CORRECT
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "proven.md"
+HEAD = """# How the kernels were proven
+
+No number of this page is typed by hand: `python tests/test_proven.py` writes it from the lists of the tests, and a test
+compares it. Every call is checked forward and, where it has one, backward, against the reference in float32.
+
+| column | what it means | command |
+|---|---|---|
+| interpreted | the Mosaic kernels run in Pallas' interpreter, which reports races | `make test` |
+| lowered | the call lowers for a Hopper GPU | `make test`; calls of the GPU benchmark: `make test-absent` |
+| executed as PTX | a CPU executes the PTX of the compiled kernels ([the PTX machine](ptx_machine.md)) | `make test-ptx` |
+| on a chip | a GPU gave the reference's numbers ([Checking a GPU](gpu_check.md)) | `python -m benchmarks --gpu` |
+
+"""
+
+
+def names_of(test, argument: str = "name") -> list[str]:
+    """The values of an argument that a test runs with."""
+    marks = (mark for mark in test.pytestmark if mark.name == "parametrize" and mark.args[0] == argument)
+    return [value for mark in marks for value in mark.args[1]]
+
+
+def interpreted() -> set[str]:
+    test = test_kernels.test_outputs_and_gradients_are_those_of_the_reference
+    names = {f"small {name}" for name in names_of(test) if name not in test_kernels.LACKS["mosaic"]}
+    names |= {f"experts {name}" for name in names_of(test_expert_kernels.test_mlp_is_the_loop_over_experts)}
+    test = test_expert_kernels.test_linear_in_every_order
+    return names | {f"linear {a} to {b}" for a in names_of(test, "rows_in") for b in names_of(test, "rows_out")}
+
+
+def lowered() -> set[str]:
+    """Those of the GPU benchmark run where the CUDA wheels are."""
+    prefixes = {"interpreted: ": "small ", "odd: ": "odd ", "benchmark: ": ""}
+    lacks = {f"interpreted: {name}" for name in test_kernels.LACKS["mosaic"]}
+    cases = [*names_of(test_lowering.test_attention_that_is_chosen_for_hopper_lowers)]
+    names = {new + case.removeprefix(old) for case in cases for old, new in prefixes.items()
+             if case.startswith(old) and case not in lacks}  # fmt: skip
+    experts = test_lowering.test_experts_that_are_chosen_for_hopper_lower
+    types = {"bfloat16": "", "float32": ", float32"}
+    names |= {f"experts {name}{types[t]}" for name in names_of(experts) for t in names_of(experts, "dtype")}
+    return names | set(FEATURES)
+
+
+def executed() -> set[str]:
+    names = set(names_of(test_ptx_calls.test_a_call_is_the_reference))
+    return names | {name for name in interpreted() if name.startswith("small ")}  # the same test has the PTX machine
+
+
+def on_a_chip() -> dict[str, str]:
+    """The chips that passed each call, from the files that GPU runs left."""
+    passed: dict[str, str] = {}
+    for path in sorted((ROOT / "benchmarks" / "results").glob("nvidia-*.json")):
+        found = json.loads(path.read_text())
+        for row in found["rows"]:
+            if row["part"] == CORRECT and row["contestant"] == "mosaic" and row["extra"].get("passed") == "yes":
+                passed[row["case"]] = found["device"]
+    return passed
+
+
+def page() -> str:
+    chips = on_a_chip()
+    proofs = {"interpreted": interpreted(), "lowered": lowered(), "executed as PTX": executed()}
+    lines = [f"| call | {' | '.join(proofs)} | on a chip |", "|---" * 5 + "|"]
+    for name, call in CALLS.items():
+        shapes = ", ".join(f"{list(x.shape)}" for x in call.shapes()[1:4])
+        if name.removeprefix("small ") in test_kernels.LACKS["mosaic"]:
+            continue  # which dispatch gives to other implementations
+        cells = [*("yes" if name in names else "" for names in proofs.values()), chips.get(name, "not yet")]
+        lines.append(f"| {name}: {call.dtype} {shapes} | {' | '.join(cells)} |")
+    return HEAD + "\n".join(lines) + "\n"
+
+
+def test_the_page_is_what_the_tests_run():
+    """Should it not be: `python tests/test_proven.py` writes it."""
+    assert PAGE.read_text() == page()
+
+
+@pytest.mark.parametrize("name", ["plain", "H=256", "decode", "odd T=131", "experts two-tiles", "linear token to slot"])
+def test_every_kind_of_call_is_executed(name):
+    assert name in executed()
+
+
+def test_every_call_is_lowered_or_executed():
+    """To execute a call is to lower and to compile it first."""
+    lacks = {f"small {name}" for name in test_kernels.LACKS["mosaic"]}
+    assert set(CALLS) - lacks <= executed()
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
