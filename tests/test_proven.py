@@ -23,7 +23,7 @@ compares it. Every call is checked forward and, where it has one, backward, agai
 |---|---|---|
 | interpreted | the Mosaic kernels run in Pallas' interpreter, which reports races | `make test` |
 | lowered | the call lowers for a Hopper GPU | `make test`; calls of the GPU benchmark: `make test-absent` |
-| executed as PTX | a CPU executes the PTX of the compiled kernels ([the PTX machine](ptx_machine.md)) | `make test-ptx` |
+| executed as PTX | a CPU executes the PTX of the compiled kernels ([how](ptx_machine.md)) | `make test-ptx` |
 | on a chip | a GPU gave the reference's numbers ([Checking a GPU](gpu_check.md)) | `python -m benchmarks --gpu` |
 
 """
