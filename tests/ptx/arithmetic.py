@@ -6,7 +6,7 @@ the chip, which rounds once, in about one of 2^29 cases. The approximate functio
 
 import numpy as np
 
-from .decode import DTYPES, UnknownInstruction, bfloat16_to_float32, float32_to_bfloat16, instruction
+from .decode import DTYPES, UnknownInstruction, bfloat16_to_float32, float32_to_bfloat16, instruction, width
 
 WARP = 32
 
@@ -102,7 +102,8 @@ _INTEGER = {
 }
 
 
-@instruction(r"(?P<name>add|sub|min|max|and|or|xor|not|neg|abs)\.(?P<kind>[bsu](?:16|32|64)|pred)")
+@instruction(r"(?P<name>add|sub|min|max|neg|abs)\.(?P<kind>[su](?:16|32|64))")
+@instruction(r"(?P<name>and|or|xor|not)\.(?P<kind>b(?:16|32|64)|pred)")
 def integer_operation(decoder, x, match):
     return _elementwise(decoder, x, match["kind"], _INTEGER[match["name"]])
 
@@ -151,15 +152,19 @@ def integer_product(decoder, x, match):
 @instruction(r"(?P<name>div|rem)\.(?P<kind>[su](?:32|64))")
 def integer_division(decoder, x, match):
     """Rounds toward zero. A division by zero gives an unspecified number on the machine, and stops here."""
-    is_quotient = match["name"] == "div"
+    kind, is_quotient = match["kind"], match["name"] == "div"
+    write, a, b = decoder.write(x.operands[0], kind), *(decoder.read(o, kind) for o in x.operands[1:])
 
-    def run(a, b):
-        if np.any(np.asarray(b) == 0):
+    def run(u, mask):
+        dividend, divisor = (np.broadcast_to(read(u), (u.lanes,)) for read in (a, b))
+        is_zero = divisor == 0
+        if np.any(is_zero if mask is None else is_zero & mask):
             raise ZeroDivisionError(x.text)
-        quotient = np.abs(a) // np.abs(b) * np.sign(a) * np.sign(b)
-        return quotient if is_quotient else a - quotient * b
+        divisor = np.where(is_zero, np.ones_like(divisor), divisor)  # in lanes that take no part
+        remainder = np.fmod(dividend, divisor)  # of the dividend's sign, also for the smallest integer
+        write(u, mask, (dividend - remainder) // divisor if is_quotient else remainder)
 
-    return _elementwise(decoder, x, match["kind"], run)
+    return run
 
 
 _COMPARISONS = {
@@ -184,7 +189,9 @@ def _comparison(name, kind):
 _BOOLEAN = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
 
 
-@instruction(r"setp\.(?P<name>[a-z]{2,3})(?:\.(?P<boolean>and|or|xor))?(?:\.ftz)?\.(?P<kind>[bsu](?:16|32|64)|f32)")
+@instruction(
+    r"setp\.(?P<name>[a-z]{2,3})(?:\.(?P<boolean>and|or|xor))?(?P<ftz>\.ftz)?\.(?P<kind>[bsu](?:16|32|64)|f32)"
+)
 def set_predicate(decoder, x, match):
     target, a, b = x.operands[:3]
     compare = _comparison(match["name"], match["kind"])
@@ -195,9 +202,13 @@ def set_predicate(decoder, x, match):
         combine, other = _BOOLEAN[match["boolean"]], decoder.read(x.operands[3], "pred")
 
     def run(u, mask):
-        result = compare(a(u), b(u))
-        for write, value in zip(writes, (result, ~result), strict=False):
-            write(u, mask, combine(value, other(u)) if match["boolean"] else value)
+        first, second = (_flushed(read(u)) if match["ftz"] else read(u) for read in (a, b))
+        result = compare(first, second)
+        results = [result, ~result][: len(writes)]
+        if match["boolean"]:
+            results = [combine(value, other(u)) for value in results]
+        for write, value in zip(writes, results, strict=True):
+            write(u, mask, value)
 
     return run
 
@@ -220,6 +231,8 @@ def move(decoder, x, match):
         return lambda u, mask: write(u, mask, read(u))
     parts = target.parts if target.kind == "vector" else source.parts
     bits = int(kind[1:]) // len(parts)
+    if bits < 16:
+        raise UnknownInstruction(f"the PTX machine does not know this instruction: {x.text}")
     part = f"b{bits}"
     if target.kind == "vector":
         read, writes = decoder.read(source, f"b{kind[1:]}"), [decoder.write(p, part) for p in parts]
@@ -250,7 +263,9 @@ def convert_address(decoder, x, match):
 def convert_integer(decoder, x, match):
     out, kind = match["out"], match["kind"]
     held = decoder.rows[x.operands[0].text][0]  # a narrow result fills a wider register, by its sign
-    write, read = decoder.write(x.operands[0], held), decoder.read(x.operands[1], kind if kind[1:] != "8" else "b16")
+    source = x.operands[1]  # of a wider register, its lowest bits count
+    wider = decoder.rows[source.text][0] if source.kind == "register" else width(kind)
+    write, read = decoder.write(x.operands[0], held), decoder.read(source, wider)
 
     def run(u, mask):
         value = np.asarray(read(u)).astype(DTYPES[kind]).astype(DTYPES[out])
@@ -266,11 +281,12 @@ def integer_to_float(decoder, x, match):
     return lambda u, mask: write(u, mask, np.asarray(read(u)).astype(np.float32))
 
 
-@instruction(r"cvt\.(?P<how>rzi|rni|rmi|rpi)(?:\.ftz)?\.(?P<kind>[su]32|f32)\.f32")
+@instruction(r"cvt\.(?P<how>rzi|rni|rmi|rpi)(?P<ftz>\.ftz)?\.(?P<kind>[su]32|f32)\.f32")
 def float_to_integer(decoder, x, match):
     rounding = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}[match["how"]]
     kind = match["kind"]
-    write, read = decoder.write(x.operands[0], kind), decoder.read(x.operands[1], "f32")
+    write, number = decoder.write(x.operands[0], kind), decoder.read(x.operands[1], "f32")
+    read = (lambda u: _flushed(number(u))) if match["ftz"] else number
     if kind == "f32":
         return lambda u, mask: write(u, mask, rounding(read(u)))
     limits = np.iinfo(DTYPES[kind])
@@ -283,8 +299,10 @@ def float_to_integer(decoder, x, match):
 
 
 def _half_bits(kind):
-    """float32 -> the 16 bits of bfloat16 or float16."""
-    return float32_to_bfloat16 if kind == "bf16" else lambda x: x.astype(np.float16).view(np.uint16)
+    """float32 -> the 16 bits of bfloat16 or float16; a NaN becomes 0x7fff."""
+    if kind == "bf16":
+        return float32_to_bfloat16
+    return lambda x: np.where(np.isnan(x), np.uint16(0x7FFF), np.asarray(x).astype(np.float16).view(np.uint16))
 
 
 @instruction(r"cvt\.rn(?P<relu>\.relu)?\.(?P<kind>bf16|f16)x2\.f32")
@@ -296,7 +314,7 @@ def convert_pair(decoder, x, match):
     def run(u, mask):
         a, b = (np.asarray(read(u), np.float32) for read in (high, low))
         if relu:
-            a, b = np.fmax(a, np.float32(0)), np.fmax(b, np.float32(0))
+            a, b = (np.where(v <= 0, np.float32(0), v) for v in (a, b))  # NaN stays NaN
         write(u, mask, bits(a).astype(np.uint32) << np.uint32(16) | bits(b))
 
     return run
@@ -309,7 +327,7 @@ def convert_to_half(decoder, x, match):
     return lambda u, mask: write(u, mask, bits(np.asarray(read(u), np.float32)))
 
 
-@instruction(r"cvt(?:\.ftz)?\.f32\.(?P<kind>bf16|f16)")
+@instruction(r"cvt\.f32\.(?P<kind>bf16|f16)|cvt\.ftz\.f32\.f16")
 def convert_from_half(decoder, x, match):
     write, read = decoder.write(x.operands[0], "f32"), decoder.read(x.operands[1], "b16")
     if match["kind"] == "bf16":

@@ -7,15 +7,16 @@ from .decode import instruction
 from .faults import Fault
 
 
-def _require_full_warps(u, mask, text, members):
-    """Raises where a lane is missing that the instruction's member mask names."""
-    lanes = np.ones(u.lanes, bool) if mask is None else mask
-    members = np.broadcast_to(np.asarray(members, np.uint32), (u.lanes,))
-    named = (members >> (np.arange(u.lanes, dtype=np.uint32) % np.uint32(WARP))) & np.uint32(1)
-    present = lanes.reshape(-1, WARP)
-    some = present.any(1)
-    if ((named.reshape(-1, WARP) == 1) & ~present & some[:, None]).any():
+def _lanes_present(u, mask, text, members) -> np.ndarray:
+    """The lanes that take part, [warps, 32]. Raises if they are not those that the instruction's member mask names."""
+    present = (np.ones(u.lanes, bool) if mask is None else mask).reshape(-1, WARP)
+    members = np.broadcast_to(np.asarray(members, np.uint32), (u.lanes,)).reshape(-1, WARP)
+    is_named = (members[:, :, None] >> np.arange(WARP, dtype=np.uint32)) & np.uint32(1) == 1  # [warps, by, lane]
+    if (present[:, :, None] & is_named & ~present[:, None, :]).any():
         raise Fault(f"{u.name}: lanes that the instruction waits for are elsewhere: {text}")
+    if (present[:, :, None] & ~is_named & present[:, None, :]).any():
+        raise Fault(f"{u.name}: lanes take part that the member mask does not name: {text}")
+    return present
 
 
 @instruction(r"shfl\.sync\.(?P<how>bfly|idx|up|down)\.b32")
@@ -28,7 +29,7 @@ def shuffle(decoder, x, match):
     source, by, clamp, members = (decoder.read(o, "u32") for o in (source, by, clamp, members))
 
     def run(u, mask):
-        _require_full_warps(u, mask, x.text, members(u))
+        _lanes_present(u, mask, x.text, members(u))
         lane = np.arange(u.lanes, dtype=np.int64) % WARP
         first = np.arange(u.lanes, dtype=np.int64) - lane
         b, c = np.asarray(by(u), np.int64) & 31, np.asarray(clamp(u), np.int64)
@@ -49,31 +50,32 @@ def shuffle(decoder, x, match):
 
 @instruction(r"elect\.sync")
 def elect(decoder, x, match):
-    """One lane of each warp: the lowest."""
+    """One lane of each warp: the lowest that takes part."""
     target, members = x.operands
     leader, chosen = target.parts
     members = decoder.read(members, "u32")
     writes = decoder.write(leader, "b32"), decoder.write(chosen, "pred")
 
     def run(u, mask):
-        _require_full_warps(u, mask, x.text, members(u))
-        writes[0](u, mask, np.uint32(0))
-        writes[1](u, mask, np.arange(u.lanes) % WARP == 0)
+        lowest = np.repeat(_lanes_present(u, mask, x.text, members(u)).argmax(1), WARP)
+        writes[0](u, mask, lowest.astype(np.uint32))
+        writes[1](u, mask, np.arange(u.lanes) % WARP == lowest)
 
     return run
 
 
-@instruction(r"vote\.sync\.(?P<how>any|all|ballot)\.(?:pred|b32)")
+@instruction(r"vote\.sync\.(?:(?P<how>any|all)\.pred|ballot\.b32)")
 def vote(decoder, x, match):
     target, source, members = x.operands
     source, members = decoder.read(source, "pred"), decoder.read(members, "u32")
     how = match["how"]
-    write = decoder.write(target, "b32" if how == "ballot" else "pred")
+    write = decoder.write(target, "pred" if how else "b32")
 
     def run(u, mask):
-        _require_full_warps(u, mask, x.text, members(u))
+        present = _lanes_present(u, mask, x.text, members(u))
         votes = np.broadcast_to(source(u), (u.lanes,)).reshape(-1, WARP)
-        if how == "ballot":
+        votes = votes | ~present if how == "all" else votes & present
+        if not how:
             weights = np.uint64(1) << np.arange(WARP, dtype=np.uint64)
             result = (votes * weights).sum(1).astype(np.uint32)
         else:
