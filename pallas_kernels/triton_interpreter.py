@@ -13,7 +13,7 @@ _NAMES = {"f": "fp", "i": "i", "u": "u", "b": "i"}
 
 
 class _Tensor:
-    """As much of a tensor as the interpreter asks for: a NumPy array that is where it is."""
+    """The part of a tensor that the interpreter asks for, around a NumPy array that is not copied."""
 
     def __init__(self, array: np.ndarray):
         bits = 1 if array.dtype == bool else 8 * array.dtype.itemsize
@@ -30,7 +30,7 @@ class _Tensor:
 
 @contextlib.contextmanager
 def _language_patched_once() -> Iterator[None]:
-    """Once for every module and launch: at every call of a device function, it would be half of the time."""
+    """Patch the language once for each module and launch. The interpreter would do so at every call of a function."""
     from triton.language import tensor
     from triton.runtime import interpreter
 

@@ -3,7 +3,7 @@
 With dA = dO V^T, a = A dA and P = d_log_rem + the sum of a over the keys further left,
     dz = (1 - beta) a - beta P,  dq = scale dz K,  dk = scale dz^T Q,  dv = A^T dO.
 A block owns a tile of query rows and walks the key tiles from the left, which makes P a running sum. For every key tile
-it leaves what the rows have spent on entry, and P (`snapshots`): `d_key_value` reads them in any order.
+it stores the cumulative log-decay of the rows on entry, and P (`snapshots`). `d_key_value` reads them in any order.
 """
 
 import triton

@@ -1,9 +1,10 @@
 """What the three Triton kernels share: their place in the grid, loads, masks, and the arithmetic of one tile.
 
-All logarithms are base 2. What a row has spent of its stick is carried as a positive number in two floats (`two_sum`),
-so that the backward pass can walk back without losing the small ones.
+All logarithms are base 2. Each row carries the cumulative log-decay of its stick as a positive number in two floats
+(`two_sum`), so that the backward pass can walk back without losing small terms.
 
-Arrays of tokens are [batch, tokens, heads, width]; widths that are no powers of two are filled up with zeros.
+Arrays of tokens are [batch, tokens, heads, width]. A width that is no power of two is filled up with zeros.
+docs/kernels/triton.md says what the kernels leave to Triton.
 """
 
 import triton
@@ -21,7 +22,7 @@ DEGREE = tl.constexpr(len(logarithm.LOG2P1))
 
 @triton.jit
 def block(heads: tl.constexpr, N: tl.constexpr, tiles: tl.constexpr, together: tl.constexpr):
-    """(entry, query head, query tile) of this block: heavy tiles first, few heads at a time to share the cache."""
+    """(entry, query head, query tile) of this block. Tiles with the most keys come first, a few heads at a time."""
     place = tl.program_id(0)
     group = place // (together * tiles)
     place = place % (together * tiles)
@@ -37,7 +38,7 @@ def head_of(ref, b, head, tokens: tl.constexpr, heads: tl.constexpr, width: tl.c
 
 @triton.jit
 def places(ref, first, stride: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr):
-    """Pointers [rows, columns] from row `first` on, rows being `stride` numbers apart."""
+    """Pointers [rows, columns] from row `first` on. Rows are `stride` numbers apart."""
     row, column = tl.arange(0, rows), tl.arange(0, columns)
     return ref + first.to(tl.int64) * stride + (row[:, None] * stride + column[None, :])
 
@@ -51,14 +52,14 @@ def inside(first, limit, width: tl.constexpr, rows: tl.constexpr, columns: tl.co
 
 @triton.jit
 def load(ref, first, limit, stride: tl.constexpr, width: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr):
-    """[rows, columns], zero where not inside."""
+    """[rows, columns], with zeros beyond the limit and the width."""
     mask = inside(first, limit, width, rows, columns)
     return tl.load(places(ref, first, stride, rows, columns), mask=mask, other=0.0)
 
 
 @triton.jit
 def load_whole(ref, first, stride: tl.constexpr, width: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr):
-    """[rows, columns] of which all rows exist."""
+    """[rows, columns], where all rows are before the limit."""
     if width == columns:
         return tl.load(places(ref, first, stride, rows, columns))
     return load(ref, first, first + rows, stride, width, rows, columns)
@@ -80,7 +81,7 @@ def product(a, b, precision: tl.constexpr):
 
 @triton.jit
 def reach(position, attend_current: tl.constexpr, window: tl.constexpr, S: tl.constexpr):
-    """(last, first) key that a query sees by its position; a window of -1 is none."""
+    """(last, first) key that a query at this position sees. A window of -1 means that there is none."""
     last = position if attend_current else position - 1
     first = position - window if window >= 0 else position * 0
     return tl.minimum(last, S - 1), first
@@ -88,7 +89,7 @@ def reach(position, attend_current: tl.constexpr, window: tl.constexpr, S: tl.co
 
 @triton.jit
 def visible(column, last, first, query_segments, key_segments_ref, window: tl.constexpr, segments: tl.constexpr):
-    """bool [rows, columns]; `key_segments_ref`: of the batch entry."""
+    """bool [rows, columns]: which keys a query sees. `key_segments_ref` points to the segments of the batch entry."""
     seen = column[None, :] <= last[:, None]
     if window >= 0:
         seen &= column[None, :] >= first[:, None]
@@ -128,14 +129,14 @@ def sum_of_nearer(softplus):
 def weights_of(log_beta, softplus, entering):
     """A: beta of what the nearer keys leave. `softplus` is at most ENOUGH.
 
-    `entering`: how much of the stick the rows have used before the tile, as a positive logarithm.
+    `entering`: the cumulative log-decay of the rows before the tile, as a positive number.
     """
     return tl.exp2(log_beta - (sum_of_nearer(softplus) + entering[:, None]))
 
 
 @triton.jit
 def d_logits(a, log_beta, softplus, prefix):
-    """dz of a = A dA; `prefix`: P before the tile. Neither beta nor 1 - beta is one minus the other."""
+    """dz of a = A dA. `prefix`: P before the tile. beta and 1 - beta have a logarithm each, so neither loses digits."""
     further = prefix[:, None] + (tl.cumsum(a, 1) - a)
     return tl.exp2(-softplus) * a - tl.exp2(log_beta) * further
 
