@@ -140,6 +140,18 @@ def test_an_error_of_the_machine_is_raised_as_it_is():
         )
 
 
+def test_an_error_of_the_machine_comes_before_what_follows_from_it():
+    def launch(program, arrays):
+        raise LookupError("no such instruction")
+
+    with (
+        pytest.raises(LookupError, match="no such instruction"),
+        capture.kernels_launched_by(launch, lambda module: NOTHING),
+    ):
+        out = jax.jit(attention(Stick()))(*Stick(T=8, H=32).arrays(jnp.bfloat16))
+        assert np.isfinite(np.float32(out)).all()
+
+
 def test_barriers_have_names_in_the_order_in_which_they_are_initialised(monkeypatch):
     """With two warpgroups as many arrivals make a tile used as make it full: these barriers are alike."""
     initialised, handed_out = [], []

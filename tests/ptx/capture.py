@@ -64,8 +64,10 @@ def kernels_launched_by(launch: Callable, program_of: Callable = compile_kernel)
             return registration.mpmd_map_mgpu_lowering_rule(ctx, *arguments, jaxprs=jaxprs, **parameters)
 
     with seam.absent_gpu(), mock.patch.object(mpmd, "_mpmd_map_fallback_lowering", lower):
-        yield found
-    host.raise_error()
+        try:
+            yield found
+        finally:  # before what follows from it
+            host.raise_error()
 
 
 class Host:

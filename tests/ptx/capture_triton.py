@@ -84,8 +84,10 @@ def kernels_launched_by(launch: Callable, device: str = "NVIDIA A100") -> Iterat
         use_abstract_mesh(AbstractMesh((), (), abstract_device=chip)),
         mock.patch.dict(mlir._platform_specific_lowerings["cpu"], rules),
     ):
-        yield found
-    host.raise_error()
+        try:
+            yield found
+        finally:  # before what follows from it
+            host.raise_error()
 
 
 def _kernel(name, warps, clusters, shared, ptx, _, __, *scratch):
