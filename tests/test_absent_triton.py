@@ -14,14 +14,7 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda13_plugin") is None or not triton_call.is_installed(),
     reason="needs the CUDA wheels and no GPU: make test-absent",
 )
-# The most that a thread may spill, in bytes: two sums of 128 columns in fp32 and the scores just exceed its registers.
-# Rows of experts that cannot be copied 16 bytes at a time take a register for every few of their elements.
-SPILLED = {
-    "stick_breaking_128": 256,
-    "stick_breaking_packed": 512,
-    "stick_breaking_float32": 2048,
-    "experts_odd": 256,
-}
+KEPT = json.loads(absent_triton.RESULT.read_text())["kernels"]
 ATTENTION = {"forward", "d_query", "d_key_value"}
 EXPERTS = {"activated", "product", "d_activated", "d_weights"}
 NAMES = {
@@ -49,12 +42,14 @@ def test_compiles(compiled, name):
         assert usage.shared <= most and not usage.sharing, usage
         if name.startswith("expert") and usage.name != "d_bias":
             assert usage.copies and (usage.products > 0) == ("float32" not in name), usage
-        assert max(usage.spill_stores, usage.spill_loads) <= SPILLED.get(name, 0), usage
+    # No thread spills more than in the table. Two sums of 128 columns in fp32 and the scores just exceed its registers;
+    # rows of experts that cannot be copied 16 bytes at a time take a register for every few elements.
+    for usage, before in zip(compiled[name], KEPT[name], strict=True):
+        assert usage.spill_stores <= before["spill_stores"] and usage.spill_loads <= before["spill_loads"], usage
 
 
 def test_the_kept_table_has_every_case():
-    kept = json.loads(absent_triton.RESULT.read_text())["kernels"]
-    assert list(kept) == list(absent_triton.CASES)
+    assert list(KEPT) == list(absent_triton.CASES)
 
 
 def test_table(compiled):
