@@ -38,7 +38,7 @@ test-oldest: .venv-oldest/.test
 	.venv-oldest/bin/python -m pytest tests/test_lowering.py -k "lower and some-idle"
 
 test-absent: .venv-cuda/.test
-	JAX_PLATFORMS=cpu .venv-cuda/bin/python -m pytest tests/test_absent_gpu.py tests/test_absent_triton.py tests/test_plan_absent.py tests/test_lowering.py
+	JAX_PLATFORMS=cpu .venv-cuda/bin/python -m pytest tests/test_absent_gpu.py tests/test_absent_triton.py tests/test_plan_absent.py tests/test_lowering.py tests/test_chosen_lowers.py
 
 test-ptx: .venv-cuda/.test
 	JAX_PLATFORMS=cpu .venv-cuda/bin/python -m pytest $(PARALLEL) -k ptx $(wildcard tests/test_ptx*.py) tests/test_kernels.py

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import dispatch, expert_linear, expert_mlp, explain, route, stick_breaking_attention
+from pallas_kernels.scatter_moe.call import GATED
 
 from . import trained_logits
 from .gpu_check import attended
-from .kernel_cases import KERNEL_CASES, KERNEL_EXPERTS, ODD, Experts, Stick, dtype_of
+from .kernel_cases import DECODED, KERNEL_CASES, KERNEL_EXPERTS, ODD, Experts, Stick, dtype_of
 from .timing import forward_backward
 
 
@@ -185,12 +186,14 @@ def _normal(key, dtype: str, *shapes):
     return tuple(0.7 * jax.random.normal(k, shape, dtype) for k, shape in zip(keys, shapes, strict=True))
 
 
-def mlp(case: Experts, dtype: str) -> Call:
+def mlp(case: Experts, dtype: str, activation: str = "swiglu") -> Call:
     T, k, E, D, F = case.T, case.k, case.E, case.D, case.F
-    shapes = (T, D), (T, D), (E, D, 2 * F), (E, F, D), (T, k), (E, 2 * F), (E, D)
+    width = F * (2 if activation in GATED else 1)
+    shapes = (T, D), (T, D), (E, D, width), (E, F, D), (T, k), (E, width), (E, D)
 
     def bind(x, w_in, w_out, gates, b_in, b_out):
-        return (x, w_in, w_out, route(jnp.asarray(case.indices()), E), gates), dict(b_in=b_in, b_out=b_out)
+        options = dict(b_in=b_in, b_out=b_out, activation=activation)
+        return (x, w_in, w_out, route(jnp.asarray(case.indices()), E), gates), options
 
     return Call(expert_mlp, dtype, lambda key: _normal(key, dtype, *shapes), bind)
 
@@ -212,7 +215,7 @@ def linear(case: Experts, dtype: str, rows_in: str, rows_out: str) -> Call:
 ORDERS = "token", "slot", "sorted"
 ATTENTION = {
     **{name: attention(case, case.dtype, case.forward_only) for name, case in FEATURES.items()},
-    **{f"odd {name}": attention(case, dtype_of(name), name == "T=1, S=1001") for name, case in ODD.items()},
+    **{f"odd {name}": attention(case, dtype_of(name), name in DECODED) for name, case in ODD.items()},
 }
 SMALL = {f"small {name}": attention(case, dtype_of(name)) for name, case in KERNEL_CASES.items()}
 EXPERTS = {

@@ -94,13 +94,15 @@ KERNEL_CASES = {
 }  # fmt: skip
 # Lengths as users have them, which nobody rounded to a tile.
 ODD = {
-    "T=1": Stick(T=1, N=2, H=64),
     "T=131": Stick(T=131, H=64),
     "T=1, S=1001": Stick(T=1, S=1001, N=12, K=1, H=64),
+    "T=2, S=1001, H=256": Stick(T=2, S=1001, N=2, K=1, H=256),
     "T=3, S=1001": Stick(T=3, S=1001, N=12, K=4, H=64, Hv=256),
     "T=131, S=1001": Stick(T=131, S=1001, N=1, H=64, Hv=32),
     "prompts of unequal lengths": Stick(T=77, B=3, N=1, H=64, segments=(-9, 30, 38)),
 }
+# Of those, what is never differentiated: with gradients, decoding would take the kernels of long queries.
+DECODED = "T=1, S=1001", "T=2, S=1001, H=256"
 
 
 def dtype_of(name: str) -> str:

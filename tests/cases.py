@@ -1,9 +1,9 @@
 """Named calls of the ops, as data: every implementation runs all of them. A new implementation is one line here."""
 
-from benchmarks.kernel_cases import KERNEL_CASES, KERNEL_EXPERTS, ODD, Experts, Stick, documents, dtype_of
+from benchmarks.kernel_cases import DECODED, KERNEL_CASES, KERNEL_EXPERTS, ODD, Experts, Stick, documents, dtype_of
 
 # Those of the GPU kernels are in benchmarks/kernel_cases.py: the GPU benchmark runs them too.
-__all__ = ["KERNEL_CASES", "KERNEL_EXPERTS", "ODD", "Experts", "Stick", "documents", "dtype_of"]
+__all__ = ["DECODED", "KERNEL_CASES", "KERNEL_EXPERTS", "ODD", "Experts", "Stick", "documents", "dtype_of"]
 
 STICK_IMPLEMENTATIONS = {
     "xla": {"implementation": "xla"},

@@ -27,6 +27,8 @@ def refuses(call: Call) -> str | None:
         return f"needs queries and keys, got query {call.query.shape} and S={S}"
     if call.tiles is not None and call.tiles not in ((ROWS, KEYS), (2 * ROWS, KEYS)):
         return f"takes tiles of (64, 64) and (128, 64), not {call.tiles}"
+    if call.tiles == (2 * ROWS, KEYS) and H == Hv == max(WIDTHS):
+        return f"takes tiles of (64, 64) at H={H}, Hv={Hv}, for want of shared memory, not {call.tiles}"
     return None
 
 
@@ -65,14 +67,16 @@ def _plan(call: Call, *, backward: bool = False, decoding: tuple[int, int] | Non
         B, m.T, m.S, N, K, H, Hv, call.query.dtype, 2, _warpgroups(call), m.attend_current, m.window,
         call.skip_below, call.where.query_segments is not None,
     )  # fmt: skip
-    stages = (MEMORY - _bytes(plan, plan.warpgroups * ROWS)) // _bytes(plan, KEYS)
-    plan = plan._replace(stages=max(2, min(3 if backward else 4, stages)))
     if decoding is None:
-        return plan
+        stages = (MEMORY - _bytes(plan, plan.warpgroups * ROWS)) // _bytes(plan, KEYS)
+        return plan._replace(stages=max(2, min(3 if backward else 4, stages)))
     G, splits = decoding
+    # The results are float32 and have memory of their own: at H = Hv = 256 one stage is left.
+    own = ROWS * (H * call.query.dtype.itemsize + Hv * 4)
     return plan._replace(
-        rows=m.T * G, N=K, warpgroups=1, per_position=G, splits=splits, out_dtype=jnp.float32, skip_below=None
-    )
+        rows=m.T * G, N=K, warpgroups=1, per_position=G, splits=splits, out_dtype=jnp.float32, skip_below=None,
+        stages=max(1, min(4, (MEMORY - own) // _bytes(plan, KEYS))),
+    )  # fmt: skip
 
 
 def _d_key_value(plan: Plan, *arrays):

@@ -1,0 +1,69 @@
+"""Sizes as users have them, which nobody rounded to a tile: what is chosen for them runs, and is the reference."""
+
+import jax
+import numpy as np
+import pytest
+from cases import DECODED, ODD, Experts, Stick
+from conftest import FORWARD, relative_error
+from test_kernels import attend, compare, run
+from test_scatter_moe import check_linear, check_mlp
+from test_stick_breaking import expected
+
+from pallas_kernels import explain, seam
+
+DECODING = *DECODED, "T=3, S=1001"
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """One with few multiprocessors, of which each is interpreted."""
+    monkeypatch.setattr("pallas_kernels.seam.multiprocessors", lambda: 2)
+    with seam.interpret():
+        yield
+
+
+def chosen(case: Stick, dtype: str) -> str:
+    """What dispatch says of a call without a name."""
+    sentence = explain("stick_breaking_attention", *case.arrays(dtype), **case.options())
+    return sentence.removeprefix("stick_breaking_attention: ")
+
+
+@pytest.mark.parametrize("name", [name for name in ODD if name not in DECODING])
+def test_attention_is_the_reference_forward_and_backward(name, hopper):
+    assert chosen(ODD[name], "bfloat16").startswith("mosaic")
+    compare(run("mosaic", ODD[name], "bfloat16"), expected(ODD[name], "bfloat16", False), "bfloat16")
+
+
+@pytest.mark.parametrize("name", DECODING)
+def test_decoding_with_an_odd_cache_is_the_reference(name, hopper):
+    case = ODD[name]
+    assert chosen(case, "bfloat16").startswith("mosaic (decoding")
+    out, rem, _ = jax.jit(attend("mosaic", case))(*case.arrays("bfloat16"))
+    wanted = expected(case, "bfloat16", False)
+    assert relative_error(out, wanted["out"]) <= FORWARD["bfloat16"]
+    np.testing.assert_allclose(rem, wanted["rem"], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "case, dtype",
+    [
+        (Stick(T=131, N=1, H=20), "bfloat16"),
+        (Stick(T=1, S=1001, N=4, K=2, H=64), "float32"),
+        (Stick(T=131, S=77, N=2, H=300), "float16"),
+        (Stick(T=1, N=1, H=1), "bfloat16"),
+    ],
+)
+def test_what_the_kernels_do_not_take_is_refused_before_one_is_chosen(case, dtype, hopper):
+    assert chosen(case, dtype).startswith("xla")
+    with pytest.raises(NotImplementedError, match="cannot run this call by mosaic: takes .*; use xla or reference"):
+        run("mosaic", case, dtype)
+    compare(run(None, case, dtype), expected(case, dtype, False), dtype)
+
+
+def test_experts_without_a_name(hopper):
+    """More choices than experts. All numbers are positive: gates of one expert might nearly cancel."""
+    check_mlp(Experts(T=131, k=2, E=1, D=7, F=5), None, dtype="bfloat16", positive=True)
+
+
+def test_linear_maps_without_a_name(hopper):
+    check_linear(Experts(T=131, k=2, E=3, D=9, F=20, idle=0.2), "token", "sorted", None, "bfloat16")
