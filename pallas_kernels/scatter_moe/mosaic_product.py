@@ -221,9 +221,7 @@ def _store(values, numbers, memory, column, out_ref) -> None:
 
 
 def _biased(accumulator, bias_ref, part, at):
-    bias = plgpu.load(
-        bias_ref.at[at.expert, part, pl.ds(at.column, COLUMNS)], layout=seam.COLUMN, optimized=False
-    )
+    bias = plgpu.load(bias_ref.at[at.expert, part, pl.ds(at.column, COLUMNS)], layout=seam.COLUMN, optimized=False)
     return accumulator + lax.broadcast_in_dim(bias, accumulator.shape, [1])
 
 
