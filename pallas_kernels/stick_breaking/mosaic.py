@@ -79,9 +79,4 @@ def _plan(call: Call, *, backward: bool = False, decoding: tuple[int, int] | Non
     )  # fmt: skip
 
 
-def _d_key_value(plan: Plan, *arrays):
-    stages = max(1, min(2, (MEMORY - _bytes(plan, KEYS) - 32768) // _bytes(plan, 2 * ROWS)))
-    return d_key_value(plan._replace(stages=stages), *arrays)
-
-
-KERNELS = fused.Kernels(_plan, forward, d_query, _d_key_value, snapshot_bytes=16, row_multiple=COPIED_ROWS)
+KERNELS = fused.Kernels(_plan, forward, d_query, d_key_value, snapshot_bytes=16, row_multiple=COPIED_ROWS)

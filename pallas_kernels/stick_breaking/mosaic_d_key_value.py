@@ -1,6 +1,19 @@
-"""The gradients of keys and values on Hopper GPUs: see mosaic_backward.py."""
+"""The gradients of keys and values on Hopper GPUs: see mosaic_backward.py.
 
-from functools import partial
+A block owns 64 keys of one head. In steps it goes through the query tiles that visit them, those that need no mask
+first. Two warpgroups compute A and dz of a step, half of it each, and exchange them through shared memory. Then the
+first adds A^T dO to dv, the second dz^T Q to dk: no warpgroup holds both sums, which take width / 2 registers of a
+thread each. Two arrangements:
+
+- H and Hv up to 128: a step is two neighbouring query tiles, one for each warpgroup. A third warpgroup copies, so that
+  a thread has 168 registers.
+- H or Hv above 128: a sum takes 128 registers, and 168 are not enough. There is no third warpgroup, so that a thread
+  has 255; the first warpgroup also copies, one step ahead. A step is one query tile, of which each warpgroup takes one
+  half of the keys: two steps fit into the shared memory.
+"""
+
+from functools import partial, reduce
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -13,200 +26,255 @@ from .logarithm import LOG2E
 from .mosaic_backward import HALF, SWIZZLE, d_logits, weights_of, zeros
 from .mosaic_tile import KEYS, ROWS, Plan, tile_memory, visible
 
+STAGES = 2  # steps in shared memory
 NOWHERE = -(2**30)  # a position left of all keys
+END = -1  # in the place of a tile's kind: this pass has no further step
+
+
+class Inputs(NamedTuple):
+    """The arrays of a call; in the kernel, references to them."""
+
+    query: Any
+    key: Any
+    value: Any
+    d_out: Any
+    snapshots: Any
+    reached: Any
+    scale: Any
+    spans: Any
+    offset: Any
+    segments: tuple[Any, Any] | None  # of queries, of keys
+
+
+class Shared(NamedTuple):
+    """References to shared memory and to barriers; docs/kernels/stick_breaking.md says who arrives at which."""
+
+    key: Any  # [2 halves, HALF, H]
+    value: Any
+    query: tuple  # for each tile of a step: [STAGES, ROWS, H]
+    d_out: tuple
+    snapshots: Any  # [STAGES, tiles of a step, 2 halves, 2, ROWS]
+    tiles: Any  # [STAGES, tiles of a step, 3]: the kind of each, its first row, its head
+    weights: Any  # [tiles of a step, ROWS, KEYS]
+    d_logits: Any
+    resident: Any
+    full: Any
+    used: Any
+    exchanged: Any
+    drained: Any
+
+
+class Block(NamedTuple):
+    """Which keys a block owns."""
+
+    b: Any  # batch entry
+    head: Any  # key head
+    j: Any  # key tile
+
+
+def is_wide(plan: Plan) -> bool:
+    """Whether a sum leaves a thread of three warpgroups too few registers."""
+    return max(plan.H, plan.Hv) > 128
 
 
 def d_key_value(
     plan: Plan, query, key, value, d_out, snapshots, reached, scale, spans, offset,
     query_segments=None, key_segments=None,
 ):  # fmt: skip
-    """(dk [B,S,K,H], dv [B,S,K,Hv]).
-
-    Two warpgroups share 64 keys and take one of two neighbouring query tiles each. They exchange A and dz through
-    shared memory; then the first adds both tiles to dv and the second to dk, so that neither holds both sums. Tiles
-    that need no mask come first, the others behind them; the copying warpgroup decides and ends both loops.
-    """
-    stages, dtype, G = plan.stages, plan.dtype, plan.N // plan.K
-    query_tiles = spans.shape[1]
-    pairs = -(-query_tiles // 2)
+    """(dk [B,S,K,H], dv [B,S,K,Hv])."""
+    wide, dtype = is_wide(plan), plan.dtype
+    tiles = 1 if wide else 2
+    copies = 3 * tiles  # of a step
     key_tiles = -(-plan.S // KEYS)
-    memory = partial(tile_memory, dtype=dtype, swizzle=SWIZZLE)
-    ahead = plan.H + plan.Hv < 512  # whether there is room to copy snapshots ahead, by the copy engine
-    arrivals = 6 if ahead else 4
 
-    def stick_breaking_d_key_value(
-        q_ref, k_ref, v_ref, do_ref, snap_ref, reached_ref, scale_ref, spans_ref, offset_ref, *refs
-    ):
-        segments, refs = (refs[:2], refs[2:]) if plan.segments else (None, refs)
-        (dk_ref, dv_ref), refs = refs[:2], refs[2:]
-        k_mem, v_mem, q_mem, do_mem, snap_mem, tiles_mem, w_mem, dz_mem, *barriers = refs
-        resident, full, used, exchanged, drained = barriers
+    def stick_breaking_d_key_value(given: Inputs, dk_ref, dv_ref, shared: Shared):
         item = lax.axis_index("block")
-        j, head, b = item // (plan.B * plan.K), item % plan.K, item // plan.K % plan.B
+        block = Block(b=item // plan.K % plan.B, head=item % plan.K, j=item // (plan.B * plan.K))
+        offer, places = sender(plan, given, shared, block, copies)
         wg = lax.axis_index("wg")
+        if not wide:
 
-        @pl.when(wg == 2)
-        def copy():
-            def kind(n, i):
-                """0: not visited, 1: with a mask, 2: whole."""
-                inside = i < query_tiles
-                i = jnp.minimum(i, query_tiles - 1)
-                visits = (j < spans_ref[b, i, 0]) & (j >= spans_ref[b, i, 3]) & (j >= reached_ref[b, n, i])
-                whole = (j < spans_ref[b, i, 1]) & (j >= spans_ref[b, i, 2])
-                return jnp.where(inside & visits, jnp.where(whole, 2, 1), 0)
+            @pl.when(wg == 2)
+            def copy():
+                lax.fori_loop(0, places, offer, jnp.int32(0))
 
-            def send(step, go, n, pair, both):
-                slot = step % stages
+        for own, out_ref in enumerate((dv_ref, dk_ref)):
+            copies_too = offer if wide and own == 0 else None
+            pl.when(wg == own)(partial(_sum, plan, given, shared, block, own, out_ref, copies_too, places))
 
-                @pl.when(go & (step >= stages))
-                def _():
-                    plgpu.barrier_wait(used.at[slot])
-
-                @pl.when(go)
-                def _():
-                    for w in range(2):
-                        # In the place of a tile that is not visited stands the other one, and no key is seen from it.
-                        is_visited = both[w] > 0
-                        row = (pair * 2 + jnp.where(is_visited, w, 1 - w)) * ROWS
-                        for what, x in enumerate((both[w], row, n)):
-                            tiles_mem[slot, w, what] = x
-                        rows = pl.ds(row, ROWS)
-                        plgpu.copy_gmem_to_smem(q_ref.at[b, rows, n], q_mem[w].at[slot], full.at[slot])
-                        plgpu.copy_gmem_to_smem(do_ref.at[b, rows, n], do_mem[w].at[slot], full.at[slot])
-                        if ahead:
-                            entered = snap_ref.at[b, n, j, :, :, rows]
-                            plgpu.copy_gmem_to_smem(entered, snap_mem.at[slot, w], full.at[slot])
-
-                return step + jnp.where(go, 1, 0)
-
-            def end(step):
-                slot = step % stages
-
-                @pl.when(step >= stages)
-                def _():
-                    plgpu.barrier_wait(used.at[slot])
-
-                for w in range(2):
-                    tiles_mem[slot, w, 0] = -1
-                for _ in range(arrivals):
-                    plgpu.barrier_arrive(full.at[slot])
-                return step + 1
-
-            step = jnp.int32(0)
-            for whole in (True, False):
-
-                def visit(t, step, whole=whole):
-                    n, pair = head * G + t // pairs, t % pairs
-                    both = kind(n, pair * 2), kind(n, pair * 2 + 1)
-                    all_whole = jnp.minimum(both[0], both[1]) == 2
-                    go = all_whole if whole else ~all_whole & (jnp.maximum(both[0], both[1]) > 0)
-                    return send(step, go, n, pair, both)
-
-                step = end(lax.fori_loop(0, G * pairs, visit, step))
-
-        def compute(own, mine, other, own_ref, width, factor):
-            """Warpgroup `own` (0 for dv, 1 for dk): the sum of mine^T @ other over all tiles, times the factor.
-
-            It leaves through the first stage of other[own], which the other warpgroup does not read.
-            """
-            if own == 0:
-                for half in range(2):
-                    for ref, mem in ((k_ref, k_mem), (v_ref, v_mem)):
-                        part = ref.at[b, pl.ds(j * KEYS + half * HALF, HALF), head]
-                        plgpu.copy_gmem_to_smem(part, mem.at[half], resident)
-            plgpu.barrier_wait(resident)
-            multiplier, position = scale_ref[0] * LOG2E, offset_ref[b]
-
-            def visit(masked, state):
-                step, _, acc = state
-                slot = step % stages
-                plgpu.barrier_wait(full.at[slot])
-                kind, row, n = (tiles_mem[slot, own, what] for what in range(3))
-                opaque = zeros(step, plan.H + plan.Hv > 64)
-
-                def tile(acc):
-                    for half, zero in enumerate(opaque):
-                        at = slot + zero
-                        z = seam.product(q_mem[own].at[at], k_mem.at[half + zero].transpose((1, 0))) * multiplier
-                        d_weights = seam.product(do_mem[own].at[at], v_mem.at[half + zero].transpose((1, 0)))
-                        if ahead:
-                            entered = snap_mem.at[slot, own, half]
-                        else:
-                            entered = snap_ref.at[b, n, j, half, :, pl.ds(row, ROWS)]
-                        entering, prefix = (plgpu.load(entered.at[part], layout=seam.ROW) for part in range(2))
-                        seen = None
-                        if masked:
-                            column = j * KEYS + half * HALF
-                            stands = jnp.where(kind > 0, position, NOWHERE)
-                            seen = visible(plan, segments, b, row, column, HALF, stands)
-                        weights, logs = weights_of(z, seen, entering)
-                        dz, _ = d_logits(weights * d_weights, logs, prefix)
-                        if half == 0:
-                            plgpu.barrier_wait(drained)
-                        w_mem[own, :, half * HALF : (half + 1) * HALF] = weights.astype(dtype)
-                        dz_mem[own, :, half * HALF : (half + 1) * HALF] = dz.astype(dtype)
-                    plgpu.commit_smem()
-                    plgpu.barrier_arrive(exchanged)
-                    plgpu.barrier_wait(exchanged)
-                    for w, zero in enumerate(opaque):
-                        acc = seam.add_product(acc, mine.at[w + zero].transpose((1, 0)), other[w].at[slot + zero])
-                    plgpu.barrier_arrive(drained)
-                    return acc
-
-                going = kind >= 0
-                acc = lax.cond(going, tile, lambda acc: acc, acc)
-                plgpu.barrier_arrive(used.at[slot])
-                return step + 1, going, acc
-
-            acc = plgpu.layout_cast(jnp.zeros((KEYS, width), jnp.float32), seam.TILE)
-            plgpu.barrier_arrive(drained)
-            step = jnp.int32(0)
-            for masked in (False, True):
-                state = step, jnp.bool_(True), acc
-                step, _, acc = lax.while_loop(lambda s: s[1], partial(visit, masked), state)
-            plgpu.barrier_wait(drained)  # the other one may still read this step's query tiles
-            out_mem = other[own].at[0]
-            out_mem[...] = (acc * factor).astype(dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(out_mem, own_ref.at[b, pl.ds(j * KEYS, KEYS), head])
-            plgpu.wait_smem_to_gmem(0)
-
-        @pl.when(wg == 0)
-        def _():
-            compute(0, w_mem, do_mem, dv_ref, plan.Hv, 1.0)
-
-        @pl.when(wg == 1)
-        def _():
-            compute(1, dz_mem, q_mem, dk_ref, plan.H, scale_ref[0])
-
+    memory = partial(tile_memory, dtype=dtype, swizzle=SWIZZLE)
     run = plgpu.kernel(
         stick_breaking_d_key_value,
-        out_type=(
-            jax.ShapeDtypeStruct(key.shape, dtype),
-            jax.ShapeDtypeStruct(value.shape, dtype),
-        ),
+        out_type=(jax.ShapeDtypeStruct(key.shape, dtype), jax.ShapeDtypeStruct(value.shape, dtype)),
         scratch_types=(
-            memory((2, HALF, plan.H)),
-            memory((2, HALF, plan.Hv)),
-            (memory((stages, ROWS, plan.H)),) * 2,
-            (memory((stages, ROWS, plan.Hv)),) * 2,
-            plgpu.SMEM((stages, 2, 2, 2, ROWS), jnp.float32) if ahead else None,
-            plgpu.SMEM((stages, 2, 3), jnp.int32),  # of every tile: its kind, its first row, its head
-            memory((2, ROWS, KEYS)),
-            memory((2, ROWS, KEYS)),
-            plgpu.Barrier(num_arrivals=4),
-            plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(num_arrivals=2),
+            Shared(
+                key=memory((2, HALF, plan.H)),
+                value=memory((2, HALF, plan.Hv)),
+                query=(memory((STAGES, ROWS, plan.H)),) * tiles,
+                d_out=(memory((STAGES, ROWS, plan.Hv)),) * tiles,
+                snapshots=plgpu.SMEM((STAGES, tiles, 2, 2, ROWS), jnp.float32),
+                tiles=plgpu.SMEM((STAGES, tiles, 3), jnp.int32),
+                weights=memory((tiles, ROWS, KEYS)),
+                d_logits=memory((tiles, ROWS, KEYS)),
+                resident=plgpu.Barrier(num_arrivals=4),
+                full=plgpu.Barrier(num_arrivals=copies, num_barriers=STAGES),
+                used=plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+                exchanged=plgpu.Barrier(num_arrivals=2),
+                drained=plgpu.Barrier(num_arrivals=2),
+            ),
         ),
         grid=(plan.B * plan.K * key_tiles,),
         grid_names=("block",),
-        num_threads=3,
+        num_threads=2 if wide else 3,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )
     run = cost.kernel("stick_breaking_d_key_value", 2 * plan.scores * (2 * plan.H + 2 * plan.Hv), run)
-    segments = (query_segments, key_segments) if plan.segments else ()
+    segments = (query_segments, key_segments) if plan.segments else None
     scale = scale.reshape(1).astype(jnp.float32)
-    return run(query, key, value, d_out, snapshots, reached, scale, spans, offset, *segments)
+    return run(Inputs(query, key, value, d_out, snapshots, reached, scale, spans, offset, segments))
+
+
+def sender(plan: Plan, given: Inputs, shared: Shared, block: Block, copies: int):
+    """(offer, places): `offer(place, step)` starts the copies of that step if it is at this place; the next step.
+
+    Places are numbered from 0 to `places` - 1: all steps and the end of the pass without a mask, then all steps and the
+    end of the pass with masks. A step is at its place in one of the passes, an end always is.
+    """
+    b, head, j = block
+    G, tiles = plan.N // plan.K, len(shared.query)
+    query_tiles = given.spans.shape[1]
+    across = -(-query_tiles // tiles)  # steps of a query head
+    length = G * across + 1
+
+    def kind(n, i):
+        """0: not visited, 1: with a mask, 2: whole."""
+        inside = i < query_tiles
+        i = jnp.minimum(i, query_tiles - 1)
+        stop, whole_stop, whole_start, start = (given.spans[b, i, which] for which in range(4))
+        visits = (j < stop) & (j >= start) & (j >= given.reached[b, n, i])
+        return jnp.where(inside & visits, jnp.where((j < whole_stop) & (j >= whole_start), 2, 1), 0)
+
+    def offer(place, step):
+        masked, t = lax.div(place, length), lax.rem(place, length)
+        is_end = t == length - 1
+        n, i = head * G + jnp.minimum(lax.div(t, across), G - 1), lax.rem(t, across) * tiles
+        kinds = [kind(n, i + w) for w in range(tiles)]
+        all_whole = reduce(jnp.minimum, kinds) == 2
+        is_here = is_end | jnp.where(masked == 0, all_whole, ~all_whole & (reduce(jnp.maximum, kinds) > 0))
+        slot = step % STAGES
+
+        @pl.when(is_here & (step >= STAGES))
+        def _():
+            plgpu.barrier_wait(shared.used.at[slot])
+
+        @pl.when(is_here & is_end)
+        def _():
+            for w in range(tiles):
+                shared.tiles[slot, w, 0] = END
+            for _ in range(copies):
+                plgpu.barrier_arrive(shared.full.at[slot])
+
+        @pl.when(is_here & ~is_end)
+        def _():
+            for w in range(tiles):
+                # In the place of a tile that is not visited stands the other one, and no key is seen from it.
+                row = (i + jnp.where(kinds[w] > 0, w, tiles - 1 - w)) * ROWS
+                for what, x in enumerate((kinds[w], row)):
+                    shared.tiles[slot, w, what] = x
+                rows = pl.ds(row, ROWS)
+                for source, memory in (
+                    (given.query.at[b, rows, n], shared.query[w].at[slot]),
+                    (given.d_out.at[b, rows, n], shared.d_out[w].at[slot]),
+                    (given.snapshots.at[b, n, j, :, :, rows], shared.snapshots.at[slot, w]),
+                ):
+                    plgpu.copy_gmem_to_smem(source, memory, shared.full.at[slot])
+
+        return step + jnp.where(is_here, 1, 0)
+
+    return offer, 2 * length
+
+
+def _sum(plan: Plan, given: Inputs, shared: Shared, block: Block, own: int, out_ref, offer, places) -> None:
+    """What warpgroup `own` does: 0 sums dv, 1 sums dk. With `offer`, it also copies, one step ahead.
+
+    The sum leaves through the shared memory of query tiles, when the other warpgroup has read the last of them.
+    """
+    b, head, j = block
+    dtype, tiles = plan.dtype, len(shared.query)
+    mine, other = ((shared.weights, shared.d_out), (shared.d_logits, shared.query))[own]
+    width, factor = ((plan.Hv, 1.0), (plan.H, given.scale[0]))[own]
+    w, halves = (own, (0, 1)) if tiles == 2 else (0, (own,))  # the part of a step whose A and dz this one computes
+    if own == 0:
+        for half in range(2):
+            for ref, mem in ((given.key, shared.key), (given.value, shared.value)):
+                part = ref.at[b, pl.ds(j * KEYS + half * HALF, HALF), head]
+                plgpu.copy_gmem_to_smem(part, mem.at[half], shared.resident)
+    place = jnp.int32(0) if offer else None
+
+    def copy(place, step):
+        """Looks for the next step; the place behind it."""
+        searching = lambda at: (at[0] < places) & (at[1] == step)  # noqa: E731
+        return lax.while_loop(searching, lambda at: (at[0] + 1, offer(*at)), (place, step))[0]
+
+    if offer:
+        place = copy(place, jnp.int32(0))
+    plgpu.barrier_wait(shared.resident)
+    multiplier, position = given.scale[0] * LOG2E, given.offset[b]
+
+    def visit(masked, state):
+        step, _, place, acc = state
+        slot = step % STAGES
+        plgpu.barrier_wait(shared.full.at[slot])
+        if offer:
+            place = copy(place, step + 1)
+        kind, row = (shared.tiles[slot, w, what] for what in range(2))
+        opaque = zeros(step, plan.H + plan.Hv > 64)
+
+        def exchange(half):
+            """Leaves A and dz of one half of the keys in shared memory."""
+            at, keys = slot + opaque[half], half + opaque[half]
+            z = seam.product(shared.query[w].at[at], shared.key.at[keys].transpose((1, 0))) * multiplier
+            d_weights = seam.product(shared.d_out[w].at[at], shared.value.at[keys].transpose((1, 0)))
+            entered = shared.snapshots.at[slot, w, half]
+            entering, prefix = (plgpu.load(entered.at[part], layout=seam.ROW) for part in range(2))
+            seen = None
+            if masked:
+                stands = jnp.where(kind > 0, position, NOWHERE)
+                seen = visible(plan, given.segments, b, row, j * KEYS + half * HALF, HALF, stands)
+            weights, logs = weights_of(z, seen, entering)
+            dz, _ = d_logits(weights * d_weights, logs, prefix)
+            if half == halves[0]:
+                plgpu.barrier_wait(shared.drained)
+            shared.weights[w, :, half * HALF : (half + 1) * HALF] = weights.astype(dtype)
+            shared.d_logits[w, :, half * HALF : (half + 1) * HALF] = dz.astype(dtype)
+
+        def tile(acc):
+            for half in halves:
+                exchange(half)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(shared.exchanged)
+            plgpu.barrier_wait(shared.exchanged)
+            for t in range(tiles):
+                zero = opaque[t]
+                acc = seam.add_product(acc, mine.at[t + zero].transpose((1, 0)), other[t].at[slot + zero])
+            plgpu.barrier_arrive(shared.drained)
+            return acc
+
+        going = kind >= 0
+        acc = lax.cond(going, tile, lambda acc: acc, acc)
+        plgpu.barrier_arrive(shared.used.at[slot])
+        return step + 1, going, place, acc
+
+    acc = plgpu.layout_cast(jnp.zeros((KEYS, width), jnp.float32), seam.TILE)
+    plgpu.barrier_arrive(shared.drained)
+    step = jnp.int32(0)
+    for masked in (False, True):
+        state = step, jnp.bool_(True), place, acc
+        step, _, place, acc = lax.while_loop(lambda s: s[1], partial(visit, masked), state)
+    plgpu.barrier_wait(shared.drained)
+    out_mem = other[w].at[0]
+    out_mem[...] = (acc * factor).astype(dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(out_mem, out_ref.at[b, pl.ds(j * KEYS, KEYS), head])
+    plgpu.wait_smem_to_gmem(0)
