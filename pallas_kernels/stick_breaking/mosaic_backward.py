@@ -18,16 +18,6 @@ HALF = KEYS // 2  # a whole tile would not fit the registers next to the sums
 SWIZZLE = 64  # bytes: as wide as a half, along which tiles are multiplied
 
 
-def zeros(step, opaque: bool):
-    """Two zeros, of which no compiler knows that they are zero or the same where they are opaque; step below 2^24.
-
-    What a product reads from the same place in every iteration has the same descriptors, one for every 16 columns, and
-    the compiler would keep them all in registers, from half to half and from iteration to iteration. An opaque zero in
-    the place makes it add them up again, in uniform registers.
-    """
-    return [lax.shift_right_logical(step, 24 + half) if opaque else jnp.int32(0) for half in range(2)]
-
-
 def weights_of(z, seen, entering):
     """(A, beta and 1 - beta as logarithms, what the tile spends) of logits z in units of log2.
 

@@ -14,8 +14,8 @@ from jax import lax
 
 from .. import cost, seam
 from .logarithm import LOG2E
-from .mosaic_backward import HALF, SWIZZLE, d_logits, weights_of, zeros
-from .mosaic_tile import KEYS, ROWS, Place, Plan, block, tile_memory, two_sum, visible, visited
+from .mosaic_backward import HALF, SWIZZLE, d_logits, weights_of
+from .mosaic_tile import KEYS, ROWS, Place, Plan, block, tile_memory, two_sum, visible, visited, zeros
 
 
 class Inputs(NamedTuple):

@@ -31,6 +31,7 @@ from .mosaic_tile import (
     two_sum,
     visible,
     visited,
+    zeros,
 )
 
 
@@ -168,7 +169,9 @@ def _compute(plan: Plan, place: Place, inputs: Inputs, outputs: Outputs, scratch
         j, _, high, low, acc = state
         slot = (place.stop - 1 - j) % stages
         plgpu.barrier_wait(full.at[slot])
-        z = seam.product(scratch.query.at[wg], scratch.key.at[slot].transpose((1, 0))) * multiplier
+        # With masks of documents and the early exit no registers are left for the descriptors of the query.
+        (zero, _) = zeros(place.stop - 1 - j, masked and plan.segments and skip)
+        z = seam.product(scratch.query.at[wg + zero], scratch.key.at[slot].transpose((1, 0))) * multiplier
         seen = None
         if masked:
             seen = visible(plan, inputs.segments, place.b, row, j * KEYS, KEYS, position)

@@ -105,6 +105,16 @@ def two_sum(high, low, x):
     return total, low + ((high - (total - rest)) + (x - rest))
 
 
+def zeros(step, opaque: bool):
+    """Two zeros, of which no compiler knows that they are zero or the same where they are opaque; step below 2^24.
+
+    What a product reads from the same place in every iteration has the same descriptors, one for every 16 columns, and
+    the compiler would keep them all in registers, from half to half and from iteration to iteration. An opaque zero in
+    the place makes it add them up again, in uniform registers.
+    """
+    return [lax.shift_right_logical(step, 24 + half) if opaque else jnp.int32(0) for half in range(2)]
+
+
 def visible(plan: Plan, segments, b, first_row, first_column, columns, offset):
     """Which of `columns` keys each of 64 rows sees: bool [64, columns] in registers.
 
@@ -112,20 +122,23 @@ def visible(plan: Plan, segments, b, first_row, first_column, columns, offset):
     position of the first query among the keys.
     """
     shape = (ROWS, columns)
-    row = first_row + plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=seam.TILE)
+    # The numbers of the rows stay in registers from one tile to the next, except where the ids of documents need these.
+    rows = seam.row_numbers() if plan.segments else plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=seam.ROW)
+    row = first_row + rows
     column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=seam.TILE)
     # The last and the first column that a row sees are numbered within the tile: then each costs one comparison.
     position = offset + (row // plan.per_position if plan.per_position > 1 else row)
     last = jnp.minimum(position if plan.attend_current else position - 1, plan.S - 1) - first_column
-    seen = column <= last
-    if plan.window is not None:
-        seen &= column >= position - plan.window - first_column
     if plan.segments:
         queries, keys = segments
         q = plgpu.load(queries.at[b, pl.ds(first_row, ROWS)], layout=seam.ROW)
+        last = jnp.where(q >= 0, last, -1)
+    seen = column <= lax.broadcast_in_dim(last, shape, [0])
+    if plan.window is not None:
+        seen &= column >= lax.broadcast_in_dim(position - plan.window - first_column, shape, [0])
+    if plan.segments:
         k = plgpu.load(keys.at[b, pl.ds(first_column, columns)], layout=seam.COLUMN)
-        q = lax.broadcast_in_dim(q, shape, [0])
-        seen &= (q == lax.broadcast_in_dim(k, shape, [1])) & (q >= 0)
+        seen &= lax.broadcast_in_dim(q, shape, [0]) == lax.broadcast_in_dim(k, shape, [1])
     return seen
 
 
