@@ -35,7 +35,7 @@ from rich.table import Table
 
 from stickjax.plan.chips import MissingWheels, absent_devices, tracing_for
 
-from .absent_kernels import KERNELS, Kernel
+from .absent_kernels import KERNELS, WIDTHS, Kernel
 from .sass import ATOMICS, Loop, find_loops, read
 
 HERE = Path(__file__).parent
@@ -130,7 +130,7 @@ def temporaries(kernel: Kernel) -> int:
 
 
 class Compiled(NamedTuple):
-    """One of KERNELS."""
+    """One of KERNELS or WIDTHS."""
 
     tiles: tuple[int, ...]
     scores: int
@@ -139,7 +139,7 @@ class Compiled(NamedTuple):
 
 def compile_named(name: str) -> Compiled:
     absent_devices()
-    kernel = KERNELS[name]()
+    kernel = (KERNELS | WIDTHS)[name]()
     return Compiled(kernel.tiles, kernel.scores, compile_kernel(kernel.function, *kernel.shapes))
 
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import expert_linear, expert_mlp, route, stick_breaking_attention
+from pallas_kernels.stick_breaking import mosaic
 
 
 class Kernel(NamedTuple):
@@ -41,7 +42,15 @@ def softmax_mosaic() -> Kernel:
 
 
 def stick_breaking(
-    *, B: int = 4, T: int = 4096, N: int, H: int, document: int | None = None, backward: bool = False, **options
+    *,
+    B: int = 4,
+    T: int = 4096,
+    N: int,
+    H: int,
+    Hv: int | None = None,
+    document: int | None = None,
+    backward: bool = False,
+    **options,
 ) -> Kernel:
     """Causal, with tiles of 64 x 64; `document`: the length of packed documents, an even number of tiles.
 
@@ -49,10 +58,12 @@ def stick_breaking(
     """
     n, copies = (document or T) // 64, B * N * (T // (document or T))
     whole, diagonal = copies * n * (n - 1) // 2, copies * n
+    Hv = Hv or H
     # The derivative of keys and values takes query tiles in pairs, one for each warpgroup; only pairs without a tile on
-    # or above the diagonal run without a mask.
+    # or above the diagonal run without a mask. At widths above 128 every warpgroup takes one half of every tile.
     pairs = copies * sum(n // 2 - 1 - j // 2 for j in range(n))
-    forward, d_query, d_key_value = (diagonal, whole, 0), (0, whole, diagonal), (pairs, diagonal) * 2
+    d_key_value = (pairs if max(H, Hv) <= 128 else whole, diagonal) * 2
+    forward, d_query = (diagonal, whole, 0), (0, whole, diagonal)
 
     def run(query, key, value, d_out, segment_ids=None):
         def attend(*arrays):
@@ -63,7 +74,7 @@ def stick_breaking(
         out, vjp = jax.vjp(attend, query, key, value)
         return out, vjp(d_out)
 
-    shapes = (jax.ShapeDtypeStruct((B, T, N, H), jnp.bfloat16),) * 4
+    shapes = tuple(jax.ShapeDtypeStruct((B, T, N, width), jnp.bfloat16) for width in (H, H, Hv, Hv))
     if document:
         shapes += (jax.ShapeDtypeStruct((B, T), jnp.int32),)
     return Kernel(run, shapes, tiles=d_key_value + d_query + forward if backward else forward)
@@ -167,7 +178,11 @@ KERNELS: dict[str, Callable[[], Kernel]] = {
     "stick_breaking_skip": partial(stick_breaking, N=12, H=128, backward=True, skip_below=-24.0),
     "stick_breaking_3b": partial(stick_breaking, N=36, H=64, backward=True),
     "stick_breaking_packed": partial(stick_breaking, N=36, H=64, backward=True, document=1024),
+    "stick_breaking_packed_skip": partial(stick_breaking, N=12, H=128, backward=True, document=1024, skip_below=-24.0),
     "stick_breaking_350m": partial(stick_breaking, N=32, H=32, backward=True),
+    "stick_breaking_256": partial(stick_breaking, N=8, H=256, backward=True),
+    "stick_breaking_64_256": partial(stick_breaking, N=8, H=64, Hv=256, backward=True),
+    "stick_breaking_256_64": partial(stick_breaking, N=8, H=256, Hv=64, backward=True),
     "stick_breaking_decode": stick_breaking_decode,
     "experts_powermoe_3b": partial(experts, T=8192, k=8, D=1536, F=512, E=40),
     "experts_8_wide": partial(experts, T=8192, k=2, D=2048, F=3072, E=8),
@@ -178,6 +193,16 @@ KERNELS: dict[str, Callable[[], Kernel]] = {
     "expert_heads_float32": partial(expert_heads, T=8192, k=4, D=1024, F=256, E=16, dtype=jnp.float32),
     "experts_decode": experts_decode,
 }
+
+# Every pair of H and Hv that the Mosaic kernels take, with all that takes registers; the counts of tiles are not right.
+WIDTHS: dict[str, Callable[[], Kernel]] = {
+    f"{H}/{Hv}": partial(
+        stick_breaking, B=1, T=256, N=1, H=H, Hv=Hv, backward=True,
+        document=128, window=100, skip_below=-24.0, attend_current=True,
+    )
+    for H in mosaic.WIDTHS
+    for Hv in mosaic.WIDTHS
+}  # fmt: skip
 
 # What to compile for the memory it takes, and the most that its temporaries may be, in bytes.
 MEMORY: dict[str, tuple[Callable[[], Kernel], float]] = {

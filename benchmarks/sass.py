@@ -68,7 +68,10 @@ def read(listing: str) -> tuple[list[Instruction], dict[str, int]]:
 
 
 def find_loops(listing: str) -> list[Loop]:
-    """The innermost loops of a kernel's machine code, waits for barriers aside."""
+    """The innermost loops of a kernel's machine code, waits for barriers aside, and the innermost with products.
+
+    A loop with products that holds one without, such as a search for what to copy next, counts that one as run once.
+    """
     instructions, labels = read(listing)
     found = [(i.address, re.search(r"\.L\w+", i.operands)) for i in instructions if i.op == "BRA"]
     branches = [(source, labels[label[0]]) for source, label in found if label and label[0] in labels]
@@ -77,7 +80,13 @@ def find_loops(listing: str) -> list[Loop]:
     spans = {s: e for s, e in spans.items() if not any(source < s < goal <= e for source, goal in branches)}
     bodies = {(s, e): [i for i in instructions if s <= i.address <= e] for s, e in sorted(spans.items())}
     real = {span: x for span, x in bodies.items() if len(x) > 12 or SPIN.isdisjoint(i.op for i in x)}
-    return [_loop(x) for (s, e), x in real.items() if not any((s, e) != (a, b) and s <= a and b <= e for a, b in real)]
+    loops = {span: _loop(body) for span, body in real.items()}
+
+    def holds_the_work(span: tuple[int, int]) -> bool:
+        inner = [x for (s, e), x in loops.items() if (s, e) != span and span[0] <= s and e <= span[1]]
+        return not any(x.products for x in inner) if loops[span].products else not inner
+
+    return [loop for span, loop in loops.items() if holds_the_work(span)]
 
 
 def _loop(body: list[Instruction]) -> Loop:

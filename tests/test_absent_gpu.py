@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from benchmarks import absent_gpu, sass
-from benchmarks.absent_kernels import KERNELS, MEMORY, stick_breaking
+from benchmarks.absent_kernels import KERNELS, MEMORY, WIDTHS, stick_breaking
 
 needs_wheels = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda13_plugin") is None,
@@ -54,6 +54,22 @@ def test_only_the_innermost_loop_that_works_is_found():
     assert loop.products == {"64x64x16": 1} and loop.flops == 2 * 64 * 64 * 16
     # 128 threads on 16 lanes; five instructions of four warps on four schedulers; 4096 operations a clock.
     assert loop.cycles == {"special": 8, "issue": 5, "tensor": 32} and loop.bound == "tensor"
+
+
+def test_a_loop_with_products_counts_with_a_search_inside_it():
+    """One with a product (0x10) around one without (0x20)."""
+    nested = """
+.L_x_0:
+        /*0010*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], RZ, !UPT ;
+.L_x_1:
+        /*0020*/                   MUFU.EX2 R3, R4 ;
+        /*0030*/               @P1 BRA `(.L_x_1) ;
+        /*0040*/               @P2 BRA `(.L_x_0) ;
+"""
+    assert [(x.start, x.instructions, bool(x.products)) for x in sass.find_loops(nested)] == [
+        (0x10, 4, True),
+        (0x20, 2, False),
+    ]
 
 
 def test_a_wait_that_goes_on_below_the_code_is_no_loop():
@@ -119,6 +135,23 @@ def test_nothing_spills(compiled, name):
             assert (m.alone["spill_stores"], m.alone["spill_loads"]) == (0, 0), m.name
         if m.name.startswith("stick_breaking_forward"):
             assert max(x.special for x in m.main_loops) <= 2.1 * scores
+
+
+@pytest.fixture(scope="module")
+def compiled_widths():
+    return absent_gpu.compile_all(WIDTHS)
+
+
+@needs_wheels
+@pytest.mark.parametrize("name", WIDTHS)
+def test_every_width_that_mosaic_takes_compiles_without_a_spill(compiled_widths, name):
+    """With documents, a window, the early exit and the own position, forward and backward."""
+    machines = compiled_widths[name].machines
+    assert len(machines) == 3
+    for m in machines:
+        assert (m.spill_stores, m.spill_loads, m.stack) == (0, 0, 0), m.name
+        assert (m.alone["spill_stores"], m.alone["spill_loads"]) == (0, 0), m.name
+        assert not [x for x in m.warnings if "wgmma" in x], m.warnings
 
 
 @needs_wheels

@@ -3,13 +3,18 @@
 A block owns 64 keys of one head. In steps it goes through the query tiles that visit them, those that need no mask
 first. Two warpgroups compute A and dz of a step, half of it each, and exchange them through shared memory. Then the
 first adds A^T dO to dv, the second dz^T Q to dk: no warpgroup holds both sums, which take width / 2 registers of a
-thread each. Two arrangements:
+thread each. There are two arrangements:
 
 - H and Hv up to 128: a step is two neighbouring query tiles, one for each warpgroup. A third warpgroup copies, so that
   a thread has 168 registers.
 - H or Hv above 128: a sum takes 128 registers, and 168 are not enough. There is no third warpgroup, so that a thread
   has 255; the first warpgroup also copies, one step ahead. A step is one query tile, of which each warpgroup takes one
   half of the keys: two steps fit into the shared memory.
+
+Predicted at H = Hv = 256, for 64 queries and 64 keys: 2560 clocks of the tensor cores (2048, and half as much again for
+the products with 32 keys, which read the queries from shared memory for few columns), 1500 issue slots, 66 KB to copy.
+A block for each sum would fit the registers of three warpgroups, but compute the weights twice: five products, six
+special functions for a score instead of four, and every query tile copied twice.
 """
 
 from functools import partial, reduce
@@ -32,36 +37,34 @@ END = -1  # in the place of a tile's kind: this pass has no further step
 
 
 class Inputs(NamedTuple):
-    """The arrays of a call; in the kernel, references to them."""
-
-    query: Any
-    key: Any
-    value: Any
-    d_out: Any
-    snapshots: Any
-    reached: Any
-    scale: Any
-    spans: Any
-    offset: Any
-    segments: tuple[Any, Any] | None  # of queries, of keys
+    query: Any  # [B, T, N, H]
+    key: Any  # [B, S, K, H]
+    value: Any  # [B, S, K, Hv]
+    d_out: Any  # [B, T, N, Hv]
+    snapshots: Any  # [B, N, key tiles, 2 halves, 2, rows padded]: the stick on entry, and P
+    reached: Any  # [B, N, query tiles]
+    scale: Any  # [1]
+    spans: Any  # [B, query tiles, 4]
+    offset: Any  # [B]
+    segments: Any  # (ids of the queries, ids of the keys), or None
 
 
-class Shared(NamedTuple):
-    """References to shared memory and to barriers; docs/kernels/stick_breaking.md says who arrives at which."""
+class Scratch(NamedTuple):
+    """Shared memory of a block, then its barriers. A step has `tiles` query tiles: 2, or 1 where a sum is wide."""
 
     key: Any  # [2 halves, HALF, H]
-    value: Any
-    query: tuple  # for each tile of a step: [STAGES, ROWS, H]
-    d_out: tuple
-    snapshots: Any  # [STAGES, tiles of a step, 2 halves, 2, ROWS]
-    tiles: Any  # [STAGES, tiles of a step, 3]: the kind of each, its first row, its head
-    weights: Any  # [tiles of a step, ROWS, KEYS]
-    d_logits: Any
-    resident: Any
-    full: Any
-    used: Any
-    exchanged: Any
-    drained: Any
+    value: Any  # [2 halves, HALF, Hv]
+    query: Any  # of each tile of a step: [STAGES, ROWS, H]
+    d_out: Any  # of each tile of a step: [STAGES, ROWS, Hv]
+    snapshots: Any  # [STAGES, tiles, 2 halves, 2, ROWS]
+    visits: Any  # [STAGES, tiles, 2]: the kind of each tile, or END; its first row
+    weights: Any  # [tiles, ROWS, KEYS]
+    d_logits: Any  # [tiles, ROWS, KEYS]
+    resident: Any  # the keys and values are there
+    full: Any  # of each stage: its step is there
+    used: Any  # of each stage: both warpgroups have read it
+    exchanged: Any  # both warpgroups have written their A and dz of the step
+    drained: Any  # both warpgroups have read the A and dz of the step
 
 
 class Block(NamedTuple):
@@ -87,10 +90,10 @@ def d_key_value(
     copies = 3 * tiles  # of a step
     key_tiles = -(-plan.S // KEYS)
 
-    def stick_breaking_d_key_value(given: Inputs, dk_ref, dv_ref, shared: Shared):
+    def stick_breaking_d_key_value(inputs: Inputs, dk_ref, dv_ref, scratch: Scratch):
         item = lax.axis_index("block")
         block = Block(b=item // plan.K % plan.B, head=item % plan.K, j=item // (plan.B * plan.K))
-        offer, places = sender(plan, given, shared, block, copies)
+        offer, places = _copies(plan, inputs, scratch, block, copies)
         wg = lax.axis_index("wg")
         if not wide:
 
@@ -100,20 +103,20 @@ def d_key_value(
 
         for own, out_ref in enumerate((dv_ref, dk_ref)):
             copies_too = offer if wide and own == 0 else None
-            pl.when(wg == own)(partial(_sum, plan, given, shared, block, own, out_ref, copies_too, places))
+            pl.when(wg == own)(partial(_sum, plan, inputs, scratch, block, own, out_ref, copies_too, places))
 
     memory = partial(tile_memory, dtype=dtype, swizzle=SWIZZLE)
     run = plgpu.kernel(
         stick_breaking_d_key_value,
         out_type=(jax.ShapeDtypeStruct(key.shape, dtype), jax.ShapeDtypeStruct(value.shape, dtype)),
         scratch_types=(
-            Shared(
+            Scratch(
                 key=memory((2, HALF, plan.H)),
                 value=memory((2, HALF, plan.Hv)),
                 query=(memory((STAGES, ROWS, plan.H)),) * tiles,
                 d_out=(memory((STAGES, ROWS, plan.Hv)),) * tiles,
                 snapshots=plgpu.SMEM((STAGES, tiles, 2, 2, ROWS), jnp.float32),
-                tiles=plgpu.SMEM((STAGES, tiles, 3), jnp.int32),
+                visits=plgpu.SMEM((STAGES, tiles, 2), jnp.int32),
                 weights=memory((tiles, ROWS, KEYS)),
                 d_logits=memory((tiles, ROWS, KEYS)),
                 resident=plgpu.Barrier(num_arrivals=4),
@@ -135,15 +138,15 @@ def d_key_value(
     return run(Inputs(query, key, value, d_out, snapshots, reached, scale, spans, offset, segments))
 
 
-def sender(plan: Plan, given: Inputs, shared: Shared, block: Block, copies: int):
+def _copies(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, copies: int):
     """(offer, places): `offer(place, step)` starts the copies of that step if it is at this place; the next step.
 
     Places are numbered from 0 to `places` - 1: all steps and the end of the pass without a mask, then all steps and the
     end of the pass with masks. A step is at its place in one of the passes, an end always is.
     """
     b, head, j = block
-    G, tiles = plan.N // plan.K, len(shared.query)
-    query_tiles = given.spans.shape[1]
+    G, tiles = plan.N // plan.K, len(scratch.query)
+    query_tiles = inputs.spans.shape[1]
     across = -(-query_tiles // tiles)  # steps of a query head
     length = G * across + 1
 
@@ -151,8 +154,8 @@ def sender(plan: Plan, given: Inputs, shared: Shared, block: Block, copies: int)
         """0: not visited, 1: with a mask, 2: whole."""
         inside = i < query_tiles
         i = jnp.minimum(i, query_tiles - 1)
-        stop, whole_stop, whole_start, start = (given.spans[b, i, which] for which in range(4))
-        visits = (j < stop) & (j >= start) & (j >= given.reached[b, n, i])
+        stop, whole_stop, whole_start, start = (inputs.spans[b, i, which] for which in range(4))
+        visits = (j < stop) & (j >= start) & (j >= inputs.reached[b, n, i])
         return jnp.where(inside & visits, jnp.where((j < whole_stop) & (j >= whole_start), 2, 1), 0)
 
     def offer(place, step):
@@ -166,14 +169,14 @@ def sender(plan: Plan, given: Inputs, shared: Shared, block: Block, copies: int)
 
         @pl.when(is_here & (step >= STAGES))
         def _():
-            plgpu.barrier_wait(shared.used.at[slot])
+            plgpu.barrier_wait(scratch.used.at[slot])
 
         @pl.when(is_here & is_end)
         def _():
             for w in range(tiles):
-                shared.tiles[slot, w, 0] = END
+                scratch.visits[slot, w, 0] = END
             for _ in range(copies):
-                plgpu.barrier_arrive(shared.full.at[slot])
+                plgpu.barrier_arrive(scratch.full.at[slot])
 
         @pl.when(is_here & ~is_end)
         def _():
@@ -181,35 +184,35 @@ def sender(plan: Plan, given: Inputs, shared: Shared, block: Block, copies: int)
                 # In the place of a tile that is not visited stands the other one, and no key is seen from it.
                 row = (i + jnp.where(kinds[w] > 0, w, tiles - 1 - w)) * ROWS
                 for what, x in enumerate((kinds[w], row)):
-                    shared.tiles[slot, w, what] = x
+                    scratch.visits[slot, w, what] = x
                 rows = pl.ds(row, ROWS)
                 for source, memory in (
-                    (given.query.at[b, rows, n], shared.query[w].at[slot]),
-                    (given.d_out.at[b, rows, n], shared.d_out[w].at[slot]),
-                    (given.snapshots.at[b, n, j, :, :, rows], shared.snapshots.at[slot, w]),
+                    (inputs.query.at[b, rows, n], scratch.query[w].at[slot]),
+                    (inputs.d_out.at[b, rows, n], scratch.d_out[w].at[slot]),
+                    (inputs.snapshots.at[b, n, j, :, :, rows], scratch.snapshots.at[slot, w]),
                 ):
-                    plgpu.copy_gmem_to_smem(source, memory, shared.full.at[slot])
+                    plgpu.copy_gmem_to_smem(source, memory, scratch.full.at[slot])
 
         return step + jnp.where(is_here, 1, 0)
 
     return offer, 2 * length
 
 
-def _sum(plan: Plan, given: Inputs, shared: Shared, block: Block, own: int, out_ref, offer, places) -> None:
+def _sum(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, own: int, out_ref, offer, places) -> None:
     """What warpgroup `own` does: 0 sums dv, 1 sums dk. With `offer`, it also copies, one step ahead.
 
     The sum leaves through the shared memory of query tiles, when the other warpgroup has read the last of them.
     """
     b, head, j = block
-    dtype, tiles = plan.dtype, len(shared.query)
-    mine, other = ((shared.weights, shared.d_out), (shared.d_logits, shared.query))[own]
-    width, factor = ((plan.Hv, 1.0), (plan.H, given.scale[0]))[own]
+    dtype, tiles = plan.dtype, len(scratch.query)
+    mine, other = ((scratch.weights, scratch.d_out), (scratch.d_logits, scratch.query))[own]
+    width, factor = ((plan.Hv, 1.0), (plan.H, inputs.scale[0]))[own]
     w, halves = (own, (0, 1)) if tiles == 2 else (0, (own,))  # the part of a step whose A and dz this one computes
     if own == 0:
         for half in range(2):
-            for ref, mem in ((given.key, shared.key), (given.value, shared.value)):
+            for ref, mem in ((inputs.key, scratch.key), (inputs.value, scratch.value)):
                 part = ref.at[b, pl.ds(j * KEYS + half * HALF, HALF), head]
-                plgpu.copy_gmem_to_smem(part, mem.at[half], shared.resident)
+                plgpu.copy_gmem_to_smem(part, mem.at[half], scratch.resident)
     place = jnp.int32(0) if offer else None
 
     def copy(place, step):
@@ -219,60 +222,60 @@ def _sum(plan: Plan, given: Inputs, shared: Shared, block: Block, own: int, out_
 
     if offer:
         place = copy(place, jnp.int32(0))
-    plgpu.barrier_wait(shared.resident)
-    multiplier, position = given.scale[0] * LOG2E, given.offset[b]
+    plgpu.barrier_wait(scratch.resident)
+    multiplier, position = inputs.scale[0] * LOG2E, inputs.offset[b]
 
     def visit(masked, state):
         step, _, place, acc = state
         slot = step % STAGES
-        plgpu.barrier_wait(shared.full.at[slot])
+        plgpu.barrier_wait(scratch.full.at[slot])
         if offer:
             place = copy(place, step + 1)
-        kind, row = (shared.tiles[slot, w, what] for what in range(2))
+        kind, row = (scratch.visits[slot, w, what] for what in range(2))
         opaque = zeros(step, plan.H + plan.Hv > 64)
 
         def exchange(half):
             """Leaves A and dz of one half of the keys in shared memory."""
             at, keys = slot + opaque[half], half + opaque[half]
-            z = seam.product(shared.query[w].at[at], shared.key.at[keys].transpose((1, 0))) * multiplier
-            d_weights = seam.product(shared.d_out[w].at[at], shared.value.at[keys].transpose((1, 0)))
-            entered = shared.snapshots.at[slot, w, half]
+            z = seam.product(scratch.query[w].at[at], scratch.key.at[keys].transpose((1, 0))) * multiplier
+            d_weights = seam.product(scratch.d_out[w].at[at], scratch.value.at[keys].transpose((1, 0)))
+            entered = scratch.snapshots.at[slot, w, half]
             entering, prefix = (plgpu.load(entered.at[part], layout=seam.ROW) for part in range(2))
             seen = None
             if masked:
                 stands = jnp.where(kind > 0, position, NOWHERE)
-                seen = visible(plan, given.segments, b, row, j * KEYS + half * HALF, HALF, stands)
+                seen = visible(plan, inputs.segments, b, row, j * KEYS + half * HALF, HALF, stands)
             weights, logs = weights_of(z, seen, entering)
             dz, _ = d_logits(weights * d_weights, logs, prefix)
             if half == halves[0]:
-                plgpu.barrier_wait(shared.drained)
-            shared.weights[w, :, half * HALF : (half + 1) * HALF] = weights.astype(dtype)
-            shared.d_logits[w, :, half * HALF : (half + 1) * HALF] = dz.astype(dtype)
+                plgpu.barrier_wait(scratch.drained)
+            scratch.weights[w, :, half * HALF : (half + 1) * HALF] = weights.astype(dtype)
+            scratch.d_logits[w, :, half * HALF : (half + 1) * HALF] = dz.astype(dtype)
 
         def tile(acc):
             for half in halves:
                 exchange(half)
             plgpu.commit_smem()
-            plgpu.barrier_arrive(shared.exchanged)
-            plgpu.barrier_wait(shared.exchanged)
+            plgpu.barrier_arrive(scratch.exchanged)
+            plgpu.barrier_wait(scratch.exchanged)
             for t in range(tiles):
                 zero = opaque[t]
                 acc = seam.add_product(acc, mine.at[t + zero].transpose((1, 0)), other[t].at[slot + zero])
-            plgpu.barrier_arrive(shared.drained)
+            plgpu.barrier_arrive(scratch.drained)
             return acc
 
         going = kind >= 0
         acc = lax.cond(going, tile, lambda acc: acc, acc)
-        plgpu.barrier_arrive(shared.used.at[slot])
+        plgpu.barrier_arrive(scratch.used.at[slot])
         return step + 1, going, place, acc
 
     acc = plgpu.layout_cast(jnp.zeros((KEYS, width), jnp.float32), seam.TILE)
-    plgpu.barrier_arrive(shared.drained)
+    plgpu.barrier_arrive(scratch.drained)
     step = jnp.int32(0)
     for masked in (False, True):
         state = step, jnp.bool_(True), place, acc
         step, _, place, acc = lax.while_loop(lambda s: s[1], partial(visit, masked), state)
-    plgpu.barrier_wait(shared.drained)
+    plgpu.barrier_wait(scratch.drained)
     out_mem = other[w].at[0]
     out_mem[...] = (acc * factor).astype(dtype)
     plgpu.commit_smem()
