@@ -1,5 +1,7 @@
 """The gradients of keys and values on Hopper GPUs: see mosaic_backward.py.
 
+docs/kernels/stick_breaking.md explains the barriers.
+
 A block owns 64 keys of one head. In steps it goes through the query tiles that visit them, those that need no mask
 first. Two warpgroups compute A and dz of a step, half of it each, and exchange them through shared memory. Then the
 first adds A^T dO to dv, the second dz^T Q to dk: no warpgroup holds both sums, which take width / 2 registers of a
@@ -28,8 +30,8 @@ from jax import lax
 
 from .. import cost, seam
 from .logarithm import LOG2E
-from .mosaic_backward import HALF, SWIZZLE, d_logits, weights_of, zeros
-from .mosaic_tile import KEYS, ROWS, Plan, tile_memory, visible
+from .mosaic_backward import HALF, SWIZZLE, d_logits, weights_of
+from .mosaic_tile import KEYS, ROWS, Plan, tile_memory, visible, zeros
 
 STAGES = 2  # steps in shared memory
 NOWHERE = -(2**30)  # a position left of all keys
@@ -47,6 +49,11 @@ class Inputs(NamedTuple):
     spans: Any  # [B, query tiles, 4]
     offset: Any  # [B]
     segments: Any  # (ids of the queries, ids of the keys), or None
+
+
+class Outputs(NamedTuple):
+    d_key: Any  # [B, S, K, H]
+    d_value: Any  # [B, S, K, Hv]
 
 
 class Scratch(NamedTuple):
@@ -90,7 +97,7 @@ def d_key_value(
     copies = 3 * tiles  # of a step
     key_tiles = -(-plan.S // KEYS)
 
-    def stick_breaking_d_key_value(inputs: Inputs, dk_ref, dv_ref, scratch: Scratch):
+    def stick_breaking_d_key_value(inputs: Inputs, outputs: Outputs, scratch: Scratch):
         item = lax.axis_index("block")
         block = Block(b=item // plan.K % plan.B, head=item % plan.K, j=item // (plan.B * plan.K))
         offer, places = _copies(plan, inputs, scratch, block, copies)
@@ -101,14 +108,14 @@ def d_key_value(
             def copy():
                 lax.fori_loop(0, places, offer, jnp.int32(0))
 
-        for own, out_ref in enumerate((dv_ref, dk_ref)):
+        for own, out_ref in enumerate((outputs.d_value, outputs.d_key)):
             copies_too = offer if wide and own == 0 else None
             pl.when(wg == own)(partial(_sum, plan, inputs, scratch, block, own, out_ref, copies_too, places))
 
     memory = partial(tile_memory, dtype=dtype, swizzle=SWIZZLE)
     run = plgpu.kernel(
         stick_breaking_d_key_value,
-        out_type=(jax.ShapeDtypeStruct(key.shape, dtype), jax.ShapeDtypeStruct(value.shape, dtype)),
+        out_type=(Outputs(jax.ShapeDtypeStruct(key.shape, dtype), jax.ShapeDtypeStruct(value.shape, dtype)),),
         scratch_types=(
             Scratch(
                 key=memory((2, HALF, plan.H)),
@@ -135,7 +142,8 @@ def d_key_value(
     run = cost.kernel("stick_breaking_d_key_value", 2 * plan.scores * (2 * plan.H + 2 * plan.Hv), run)
     segments = (query_segments, key_segments) if plan.segments else None
     scale = scale.reshape(1).astype(jnp.float32)
-    return run(Inputs(query, key, value, d_out, snapshots, reached, scale, spans, offset, segments))
+    (outputs,) = run(Inputs(query, key, value, d_out, snapshots, reached, scale, spans, offset, segments))
+    return outputs
 
 
 def _copies(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, copies: int):
