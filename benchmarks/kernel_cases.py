@@ -73,6 +73,7 @@ KERNEL_CASES = {
     "narrow-values": Stick(T=63, N=1, H=64, Hv=32),
     "fp16-128": Stick(T=130, N=1, H=128),
     "wide-256": Stick(T=70, N=1, H=256),
+    "wide-grouped": Stick(T=200, N=2, K=1, H=32, Hv=256, window=70),
     "cache": Stick(T=40, S=150, N=1, H=32),
     "more-queries": Stick(T=140, S=70, N=1, H=32),
     "offsets": Stick(T=60, S=140, B=3, N=1, H=32, offset=(70, 3, -40)),
