@@ -82,6 +82,11 @@ class Block(NamedTuple):
     j: Any  # key tile
 
 
+def is_left(at):
+    """Whether there are steps at this place or behind it; `at`: (place, step), see _copies."""
+    return at[0][0] < 2
+
+
 def is_wide(plan: Plan) -> bool:
     """Whether a sum leaves a thread of three warpgroups too few registers."""
     return max(plan.H, plan.Hv) > 128
@@ -100,17 +105,17 @@ def d_key_value(
     def stick_breaking_d_key_value(inputs: Inputs, outputs: Outputs, scratch: Scratch):
         item = lax.axis_index("block")
         block = Block(b=item // plan.K % plan.B, head=item % plan.K, j=item // (plan.B * plan.K))
-        offer, places = _copies(plan, inputs, scratch, block, copies)
+        offer = _copies(plan, inputs, scratch, block, copies)
         wg = lax.axis_index("wg")
         if not wide:
 
             @pl.when(wg == 2)
             def copy():
-                lax.fori_loop(0, places, offer, jnp.int32(0))
+                lax.while_loop(is_left, lambda at: offer(*at), ((jnp.int32(0),) * 3, jnp.int32(0)))
 
         for own, out_ref in enumerate((outputs.d_value, outputs.d_key)):
             copies_too = offer if wide and own == 0 else None
-            pl.when(wg == own)(partial(_sum, plan, inputs, scratch, block, own, out_ref, copies_too, places))
+            pl.when(wg == own)(partial(_sum, plan, inputs, scratch, block, own, out_ref, copies_too))
 
     memory = partial(tile_memory, dtype=dtype, swizzle=SWIZZLE)
     run = plgpu.kernel(
@@ -147,16 +152,14 @@ def d_key_value(
 
 
 def _copies(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, copies: int):
-    """(offer, places): `offer(place, step)` starts the copies of that step if it is at this place; the next step.
+    """offer(place, step): starts the copies of that step if it is at this place; (the next place, the next step).
 
-    Places are numbered from 0 to `places` - 1: all steps and the end of the pass without a mask, then all steps and the
-    end of the pass with masks. A step is at its place in one of the passes, an end always is.
+    A place is (pass, query head of the key head, query tile). The first pass has the steps without a mask and then its
+    end, the second those with masks and its end. A step is at its place in one of the passes, an end always is.
     """
     b, head, j = block
     G, tiles = plan.N // plan.K, len(scratch.query)
     query_tiles = inputs.spans.shape[1]
-    across = -(-query_tiles // tiles)  # steps of a query head
-    length = G * across + 1
 
     def kind(n, i):
         """0: not visited, 1: with a mask, 2: whole."""
@@ -167,9 +170,9 @@ def _copies(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, copies: 
         return jnp.where(inside & visits, jnp.where((j < whole_stop) & (j >= whole_start), 2, 1), 0)
 
     def offer(place, step):
-        masked, t = lax.div(place, length), lax.rem(place, length)
-        is_end = t == length - 1
-        n, i = head * G + jnp.minimum(lax.div(t, across), G - 1), lax.rem(t, across) * tiles
+        masked, g, i = place
+        is_end = g == G
+        n = head * G + jnp.minimum(g, G - 1)
         kinds = [kind(n, i + w) for w in range(tiles)]
         all_whole = reduce(jnp.minimum, kinds) == 2
         is_here = is_end | jnp.where(masked == 0, all_whole, ~all_whole & (reduce(jnp.maximum, kinds) > 0))
@@ -201,12 +204,15 @@ def _copies(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, copies: 
                 ):
                     plgpu.copy_gmem_to_smem(source, memory, scratch.full.at[slot])
 
-        return step + jnp.where(is_here, 1, 0)
+        is_last = i + tiles >= query_tiles  # of its query head
+        masked, g = masked + jnp.where(is_end, 1, 0), jnp.where(is_end, 0, g + jnp.where(is_last, 1, 0))
+        place = masked, g, jnp.where(is_end | is_last, 0, i + tiles)
+        return place, step + jnp.where(is_here, 1, 0)
 
-    return offer, 2 * length
+    return offer
 
 
-def _sum(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, own: int, out_ref, offer, places) -> None:
+def _sum(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, own: int, out_ref, offer) -> None:
     """What warpgroup `own` does: 0 sums dv, 1 sums dk. With `offer`, it also copies, one step ahead.
 
     The sum leaves through the shared memory of query tiles, when the other warpgroup has read the last of them.
@@ -221,15 +227,12 @@ def _sum(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, own: int, o
             for ref, mem in ((inputs.key, scratch.key), (inputs.value, scratch.value)):
                 part = ref.at[b, pl.ds(j * KEYS + half * HALF, HALF), head]
                 plgpu.copy_gmem_to_smem(part, mem.at[half], scratch.resident)
-    place = jnp.int32(0) if offer else None
 
     def copy(place, step):
         """Looks for the next step; the place behind it."""
-        searching = lambda at: (at[0] < places) & (at[1] == step)  # noqa: E731
-        return lax.while_loop(searching, lambda at: (at[0] + 1, offer(*at)), (place, step))[0]
+        return lax.while_loop(lambda at: is_left(at) & (at[1] == step), lambda at: offer(*at), (place, step))[0]
 
-    if offer:
-        place = copy(place, jnp.int32(0))
+    place = copy((jnp.int32(0),) * 3, jnp.int32(0)) if offer else None
     plgpu.barrier_wait(scratch.resident)
     multiplier, position = inputs.scale[0] * LOG2E, inputs.offset[b]
 
