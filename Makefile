@@ -35,7 +35,7 @@ PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 FAST := config data dispatch transformations optim checkpoint models moa sharding processes step train readme
 test-oldest: .venv-oldest/.test
 	JAX_DISABLE_MOST_OPTIMIZATIONS=0 .venv-oldest/bin/python -m pytest $(PARALLEL) -m "not slow" $(FAST:%=tests/test_%.py)
-	.venv-oldest/bin/python -m pytest tests/test_lowering.py -k "lower and some-idle"
+	.venv-oldest/bin/python -m pytest tests/test_lowering.py -k "lower and (packed or some-idle)"
 
 test-absent: .venv-cuda/.test
 	JAX_PLATFORMS=cpu .venv-cuda/bin/python -m pytest tests/test_absent_gpu.py tests/test_absent_triton.py tests/test_plan_absent.py tests/test_lowering.py tests/test_chosen_lowers.py

@@ -131,13 +131,13 @@ def visible(plan: Plan, segments, b, first_row, first_column, columns, offset):
     last = jnp.minimum(position if plan.attend_current else position - 1, plan.S - 1) - first_column
     if plan.segments:
         queries, keys = segments
-        q = plgpu.load(queries.at[b, pl.ds(first_row, ROWS)], layout=seam.ROW)
+        q = plgpu.load(queries.at[b, pl.ds(first_row, ROWS)], layout=seam.ROW, optimized=False)
         last = jnp.where(q >= 0, last, -1)
     seen = column <= lax.broadcast_in_dim(last, shape, [0])
     if plan.window is not None:
         seen &= column >= lax.broadcast_in_dim(position - plan.window - first_column, shape, [0])
     if plan.segments:
-        k = plgpu.load(keys.at[b, pl.ds(first_column, columns)], layout=seam.COLUMN)
+        k = plgpu.load(keys.at[b, pl.ds(first_column, columns)], layout=seam.COLUMN, optimized=False)
         seen &= lax.broadcast_in_dim(q, shape, [0]) == lax.broadcast_in_dim(k, shape, [1])
     return seen
 
@@ -151,7 +151,7 @@ def finished_padding(plan: Plan, segments, b, first_row):
     is_query = first_row + seam.row_numbers() < plan.rows
     if plan.segments:
         queries, _ = segments
-        is_query &= plgpu.load(queries.at[b, pl.ds(first_row, ROWS)], layout=seam.ROW) >= 0
+        is_query &= plgpu.load(queries.at[b, pl.ds(first_row, ROWS)], layout=seam.ROW, optimized=False) >= 0
     return jnp.where(is_query, 0.0, FINISHED)
 
 
