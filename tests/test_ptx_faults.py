@@ -121,7 +121,7 @@ FOUND = {
         replaced(BARRIER, r"setp.lt.u32 %p1, %r1, 16; @%p1 bar.sync \1, 128;", first=3), DivergentBarrier, "some lanes"
     ),
     "a barrier for one warp": (
-        replaced(BARRIER, r"setp.lt.u32 %p1, %r1, 32; @%p1 bar.sync \1, 128;", first=3), Deadlock, "waits for barrier 1"
+        replaced(BARRIER, r"setp.lt.u32 %p1, %r1, 32; @%p1 bar.sync \1, 128;", first=3), Deadlock, "wait for barrier 1"
     ),
     "two buffers in one place": (
         lambda program: program._replace(ptx=_keys_and_values_in_one_place(program.ptx)), Fault, "shared memory at byte"

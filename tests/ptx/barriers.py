@@ -22,7 +22,7 @@ def full_warps(u, mask, text: str) -> np.ndarray:
 
 
 class NamedBarrier:
-    """bar.sync, bar.arrive and bar.red of one number."""
+    """bar.sync and bar.red of one number."""
 
     def __init__(self):
         self.parties: list[tuple] = []  # (unit, warps) that wait
@@ -170,11 +170,12 @@ def mbarrier_init(decoder, x, match):
     return run
 
 
-def find_mbarrier(u, address: int, warp: int, text: str) -> Mbarrier:
+def find_mbarrier(u, address: int, warps, text: str) -> Mbarrier:
+    """The mbarrier at an address, for one warp or several."""
     if int(address) not in u.block.mbarriers:
         raise Fault(f"no mbarrier at byte {int(address) - SHARED} of shared memory: {text}")
     shared, at = u.block.shared, int(address) - SHARED
-    if u.block.clocks.seen[warp, shared.writer[at]] < shared.write_time[at]:
+    if np.any(u.block.clocks.seen[warps, shared.writer[at]] < shared.write_time[at]):
         raise Fault(f"{u.name} uses an mbarrier whose initialisation nothing orders before: {text}")
     return u.block.mbarriers[int(address)]
 
@@ -191,7 +192,7 @@ def mbarrier_arrive(decoder, x, match):
         for i, a in enumerate(distinct):
             mine = groups == i
             members = np.unique(warps[mine])
-            barrier = find_mbarrier(u, a, members[0], x.text)
+            barrier = find_mbarrier(u, a, members, x.text)
             known = u.block.clocks.publish(members)
             if match["expect"]:
                 barrier.bytes += int(amounts[mine].sum())
@@ -215,32 +216,44 @@ def mbarrier_expect(decoder, x, match):
 
 @instruction(r"mbarrier\.(?:try|test)_wait\.parity(?:\.acquire)?(?:\.cta)?(?:\.shared(?:::cta)?)?\.b64")
 def mbarrier_wait(decoder, x, match):
-    """Waits until the phase of that parity is complete, as the loop around the instruction would."""
+    """Waits until the phase of that parity is complete, as the loop around the instruction would.
+
+    Where the lanes ask for several phases, those whose phase is not complete are told so, and come back in their loop.
+    """
     target, address, parity = x.operands[:3]
     write, address, parity = decoder.write(target, "pred"), decoder.pointer(address), decoder.read(parity, "u32")
 
     def run(u, mask):
         addresses, parities, warps = lanes_of(u, mask, address(u), parity(u))
-        members = np.unique(warps)
-        waits = {(int(a), int(p)) for a, p in zip(addresses, parities, strict=True)}
-        barriers = [(find_mbarrier(u, a, members[0], x.text), p) for a, p in waits]
-        for barrier, p in barriers:
+        clocks, waits = u.block.clocks, {}
+        for a, p, warp in zip(addresses.tolist(), parities.tolist(), warps.tolist(), strict=True):
+            waits.setdefault((a, p), set()).add(warp)
+        complete = {}
+        for (a, p), members in waits.items():
+            members = list(members)
+            barrier = find_mbarrier(u, a, members, x.text)
             if p > 1:
                 raise Fault(f"mbarrier {barrier.name}: the parity {p} is neither 0 nor 1: {x.text}")
-            if barrier.phase % 2 == p:
+            complete[a, p] = barrier.phase % 2 != p
+            if not complete[a, p]:
                 u.waits_for = f"{barrier}, for the end of a phase of parity {p}"
-                return BLOCKED
-        for barrier, _ in barriers:
+                continue
             if barrier.released is not None:
-                u.block.clocks.acquire(members, barrier.released)
-            u.block.clocks.wait_for(members, u.block.clocks.mbarriers + barrier.index, barrier.phase)
-        write(u, mask, True)
+                clocks.acquire(members, barrier.released)
+            clocks.wait_for(members, clocks.mbarriers + barrier.index, barrier.phase)
+        if not any(complete.values()):
+            return BLOCKED
+        result = np.zeros(u.lanes, bool)
+        result[slice(None) if mask is None else mask] = [
+            complete[key] for key in zip(addresses.tolist(), parities.tolist(), strict=True)
+        ]
+        write(u, mask, result)
         return None
 
     return run
 
 
-@instruction(r"fence\.proxy\.async(?:\.shared::cta|\.global)?")
+@instruction(r"fence\.proxy\.async(?:\.shared::cta)?")
 def proxy_fence(decoder, x, match):
     def run(u, mask):
         *_, warps = lanes_of(u, mask)
@@ -249,7 +262,7 @@ def proxy_fence(decoder, x, match):
     return run
 
 
-@instruction(r"fence\.mbarrier_init\.release\.cluster|fence\.acq_rel\.(?:cta|gpu)|membar\.cta")
+@instruction(r"fence\.mbarrier_init\.release\.cluster|fence\.acq_rel\.(?:cta|gpu)|membar\.cta|fence\.proxy\.async\.global")
 def other_fence(decoder, x, match):
-    """Nothing to do: an mbarrier is used in order here, and clocks move at barriers."""
+    """Nothing to do: an mbarrier is used in order here, clocks move at barriers, and global memory has none."""
     return lambda u, mask: None

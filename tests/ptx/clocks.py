@@ -32,11 +32,12 @@ class Clocks:
         return self.seen[warps, warps]
 
     def tick(self, warps) -> None:
-        """After a release: what a warp does next is later than what it made known."""
+        """After a release or a fence: what a warp does next is later than what it made known."""
         self.seen[warps, warps] += 1
 
     def fence(self, warps) -> None:
         self.fenced[warps] = np.maximum(self.fenced[warps], self.seen[warps])
+        self.tick(warps)
 
     def publish(self, warps) -> tuple[np.ndarray, np.ndarray]:
         """What these warps know together, for others to acquire."""

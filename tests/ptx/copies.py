@@ -5,7 +5,17 @@ from functools import cache
 import numpy as np
 
 from .barriers import find_mbarrier, lanes_of
-from .decode import ARRAY_SHIFT, DTYPES, PARAMETER_BYTES, PARAMETERS, SHARED, Operand, instruction, width
+from .decode import (
+    ARRAY_SHIFT,
+    DTYPES,
+    PARAMETER_BYTES,
+    PARAMETERS,
+    SHARED,
+    Operand,
+    UnknownInstruction,
+    instruction,
+    width,
+)
 from .faults import Fault
 from .memory import spread
 from .parse import SIZES
@@ -18,14 +28,19 @@ def load_parameter(decoder, x, match):
     target, source = x.operands
     targets = target.parts if target.kind == "vector" else (target,)
     size = SIZES[match["kind"]]
-    data = decoder.parameters[source.text]
+    data = decoder.parameters.get(source.text)
+    if data is None:
+        raise UnknownInstruction(f"no parameter of that name: {x.text}")
     if not isinstance(data, bytes):
         raise Fault(f"reads the bytes of a tensor map: {x.text}")
     writes = []
     for i, part in enumerate(targets):
         start = source.value + i * size
-        value = np.frombuffer(data[start : start + size], DTYPES[match["kind"]])[0]
-        writes.append((decoder.write(part, decoder.rows[part.text][0]), value))
+        held = decoder.rows[part.text][0]
+        is_signed = match["kind"][0] == "s"
+        value = int.from_bytes(data[start : start + size], "little", signed=is_signed)
+        bits = value & (2 ** (8 * np.dtype(DTYPES[held]).itemsize) - 1)
+        writes.append((decoder.write(part, held), DTYPES[held](bits)))
 
     def run(u, mask):
         for write, value in writes:
@@ -164,9 +179,8 @@ def _wait(first: str):
             clocks = u.block.clocks
             for warp in np.unique(warps):
                 actor = getattr(clocks, first) + warp
-                # wait_all also waits for what is in no group yet.
-                time = clocks.groups[actor] - pending + (not x.operands)
-                clocks.wait_for(warp, actor, time)
+                clocks.groups[actor] += not x.operands  # wait_all first commits what is in no group yet
+                clocks.wait_for(warp, actor, clocks.groups[actor] - pending)
 
         return run
 
@@ -229,7 +243,9 @@ def _box_in_shared(tensor: TensorMap, address: int, text: str) -> np.ndarray:
     return swizzled(address + np.arange(_box(tensor)[1]), tensor.swizzle) - SHARED
 
 
-def _coordinates(decoder, operand: Operand):
+def _coordinates(decoder, operand: Operand, rank: int, text: str):
+    if len(operand.parts) != rank:
+        raise UnknownInstruction(f"{len(operand.parts)} coordinates: {text}")
     return [decoder.read(part, "s32") for part in operand.parts]
 
 
@@ -244,7 +260,7 @@ def _each_lane(u, mask, *values):
 )
 def load_box(decoder, x, match):
     target, source, barrier = x.operands
-    coordinates = _coordinates(decoder, source)
+    coordinates = _coordinates(decoder, source, int(match["rank"]), x.text)
     target, tensor, barrier = map(decoder.pointer, (target, source._replace(parts=()), barrier))
 
     def run(u, mask):
@@ -277,7 +293,7 @@ def _require_room(u, at: np.ndarray, text: str) -> None:
 @instruction(r"cp\.async\.bulk\.tensor\.(?P<rank>[1-5])d\.global\.shared::cta(?:\.tile)?\.bulk_group")
 def store_box(decoder, x, match):
     target, source = x.operands
-    coordinates = _coordinates(decoder, target)
+    coordinates = _coordinates(decoder, target, int(match["rank"]), x.text)
     tensor, source = decoder.pointer(target._replace(parts=())), decoder.pointer(source)
 
     def run(u, mask):

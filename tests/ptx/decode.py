@@ -92,7 +92,11 @@ class Decoder:
         if found is None:
             raise UnknownInstruction(f"the PTX machine does not know this instruction: {x.text}")
         handler, match = found
-        run = handler(self, x, match)
+        try:
+            run = handler(self, x, match)
+        except (UnknownInstruction, ValueError, LookupError, AttributeError, TypeError) as error:
+            # The handler knows the opcode, but not with these operands.
+            raise UnknownInstruction(f"the PTX machine does not know this instruction: {x.text} ({error})") from error
         predicate = None if x.predicate is None else self.rows[x.predicate][1]
         registers = frozenset(_registers(x.operands))
         written = frozenset(_registers(x.operands[:1])) if x.base not in _WRITES_NOTHING else frozenset()

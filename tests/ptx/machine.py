@@ -30,6 +30,7 @@ class Strand:
 
     def __init__(self, at: int, mask: np.ndarray | None):
         self.at, self.mask, self.is_waiting = at, mask, False
+        self.waits_for = ""  # since it tried in vain, until it goes on
 
 
 class Unit:
@@ -74,7 +75,8 @@ class Unit:
 
     def _merged(self, strand: Strand) -> Strand:
         for other in self.strands:
-            if other is not strand and other.at == strand.at and not other.is_waiting:
+            # One that has arrived at a barrier does not arrive again with another one.
+            if other is not strand and other.at == strand.at and not (other.waits_for or strand.waits_for):
                 self.strands.remove(other)
                 mask = strand.mask | other.mask
                 strand.mask = None if mask.all() else mask
@@ -103,11 +105,12 @@ class Unit:
             result = step.run(self, mask)
             if step.written and not step.is_product:
                 self.written |= step.written
+            if result is BLOCKED:
+                self._wait(strand, mask)
+                return
+            strand.waits_for = ""
             if result is None:
                 strand.at += 1
-            elif result is BLOCKED:
-                strand.is_waiting = True
-                return
             else:
                 self._jump(strand, mask, result)
                 if strand not in self.strands or not alone:
@@ -115,6 +118,24 @@ class Unit:
                 alone = len(self.strands) == 1
             if not alone:
                 return
+
+    def _wait(self, strand: Strand, mask: np.ndarray | None) -> None:
+        """A strand waits, except for the warps of which no lane is in `mask`: these go on."""
+        if mask is not None:
+            everyone = np.ones(self.lanes, bool) if strand.mask is None else strand.mask
+            stay = np.repeat(mask.reshape(-1, WARP).any(1), WARP) & everyone
+            if (rest := everyone & ~stay).any():
+                strand.mask = stay
+                self.strands.append(Strand(strand.at + 1, rest))
+        strand.is_waiting, strand.waits_for = True, self.waits_for
+
+    def lanes_of(self, strand: Strand) -> str:
+        """The warps of a strand, for messages."""
+        if strand.mask is None:
+            return self.name
+        parts = strand.mask.reshape(-1, WARP)
+        warps = ", ".join(f"{w}{'' if p.all() else ' in part'}" for w, p in zip(self.warps, parts, strict=True) if p.any())
+        return f"warps {warps} of block {self.block.place}"
 
     def _jump(self, strand: Strand, mask: np.ndarray | None, target: int) -> None:
         """Lanes in `mask` go to the target, or end there if it is END; the others of the strand go on."""
@@ -182,7 +203,7 @@ class Block:
         self._ended()
 
     def _deadlock(self):
-        waits = "; ".join(f"{u.name} waits for {u.waits_for}" for u in self.units if u.strands)
+        waits = "; ".join(f"{u.lanes_of(s)} wait for {s.waits_for}" for u in self.units for s in u.strands)
         raise Deadlock(f"{self.program.name}: {waits}")
 
     def _ended(self) -> None:
@@ -190,6 +211,11 @@ class Block:
         for warp, group in enumerate(clocks.bulk_reads):
             if clocks.seen[warp, clocks.bulk + warp] < group:
                 raise Fault(f"warp {warp} of block {self.place} ends while its bulk copies read shared memory")
+        shared = self.shared
+        late = clocks.seen.max(0)[shared.writer] < shared.write_time
+        if late.any():
+            actor = clocks.name(int(shared.writer[late][0]))
+            raise Fault(f"block {self.place} ends while {actor} write shared memory, which nobody has waited for")
         for barrier in self.mbarriers.values():
             if barrier.bytes:
                 raise Fault(f"block {self.place} ends: {barrier}")

@@ -12,14 +12,18 @@ def spread(addresses: np.ndarray, size: int) -> np.ndarray:
     return (np.asarray(addresses, np.int64)[:, None] + np.arange(size)).reshape(-1)
 
 
+NOBODY, SEVERAL = -1, -2  # in the place of a block's number
+
+
 class GlobalMemory:
-    """The arrays of a launch. No byte may be touched by one block after another block wrote it."""
+    """The arrays of a launch. No byte that one block writes may be touched by another."""
 
     def __init__(self, arrays: list[np.ndarray]):
         if not all(x.flags.c_contiguous for x in arrays):
             raise ValueError("the arrays of a launch must be contiguous")
         self.bytes = [x.reshape(-1).view(np.uint8) for x in arrays]
         self.writers: list[np.ndarray | None] = [None] * len(arrays)
+        self.readers: list[np.ndarray | None] = [None] * len(arrays)
         self.block = 0
 
     @staticmethod
@@ -40,8 +44,7 @@ class GlobalMemory:
     def read(self, addresses: np.ndarray, size: int, text: str) -> np.ndarray:
         """uint8 [lanes, size]"""
         array, at = self._locate(addresses, size, text)
-        self._require_own(array, at, text)
-        return self.bytes[array][at].reshape(-1, size)
+        return self.read_bytes(array, at, text).reshape(-1, size)
 
     def write(self, addresses: np.ndarray, values: np.ndarray, text: str) -> None:
         array, at = self._locate(addresses, values.shape[1], text)
@@ -50,8 +53,12 @@ class GlobalMemory:
     def write_bytes(self, array: int, at: np.ndarray, values: np.ndarray, text: str) -> None:
         self._require_inside(array, at, text)
         self._require_own(array, at, text)
+        readers = self.readers[array]
+        if readers is not None and (bad := ~np.isin(readers[at], (NOBODY, self.block))).any():
+            first = int(np.asarray(at)[bad][0])
+            raise Race(f"byte {first} of array {array}: block {self.block} writes what another block reads: {text}")
         if self.writers[array] is None:
-            self.writers[array] = np.full(self.bytes[array].size, -1, np.int32)
+            self.writers[array] = np.full(self.bytes[array].size, NOBODY, np.int32)
         self.writers[array][at] = self.block
         self.bytes[array][at] = values
         if (self.bytes[array][at] != values).any():
@@ -60,6 +67,10 @@ class GlobalMemory:
     def read_bytes(self, array: int, at: np.ndarray, text: str) -> np.ndarray:
         self._require_inside(array, at, text)
         self._require_own(array, at, text)
+        if self.readers[array] is None:
+            self.readers[array] = np.full(self.bytes[array].size, NOBODY, np.int32)
+        readers = self.readers[array]
+        readers[at] = np.where(np.isin(readers[at], (NOBODY, self.block)), self.block, SEVERAL)
         return self.bytes[array][at]
 
     def _require_inside(self, array: int, at: np.ndarray, text: str) -> None:

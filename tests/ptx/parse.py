@@ -160,7 +160,7 @@ class _Reader:
         ):
             space, alignment, kind, name, count = match.groups()
             size = 0 if count == "" else SIZES[kind] * int(count or 1)
-            if count is None:
+            if count is None and kind == "b8":
                 size = 0  # Mosaic declares its dynamic shared memory so
             self.variables[name] = space, int(alignment or SIZES[kind]), size
         elif not text.startswith((".pragma", ".loc", ".file")):

@@ -192,6 +192,11 @@ def _matrix_lanes(is_transposed: bool) -> tuple[np.ndarray, np.ndarray]:
 _MATRIX = r"\.sync\.aligned\.m8n8\.x(?P<count>[124])(?P<trans>\.trans)?\.shared(?:::cta)?\.b16"
 
 
+def _require_registers(operand: Operand, count: int, text: str) -> None:
+    if len(operand.parts) != count:
+        raise UnknownInstruction(f"{len(operand.parts)} registers instead of {count}: {text}")
+
+
 def _row_bytes(u, mask, pointer, count: int, text: str):
     """The offsets of the bytes of `count` 8 x 8 matrices, [warps, count, 8 rows, 16], and the warp of each."""
     if mask is not None and not mask.all():
@@ -205,6 +210,7 @@ def _row_bytes(u, mask, pointer, count: int, text: str):
 def load_matrices(decoder, x, match):
     target, source = x.operands
     count, lanes = int(match["count"]), _matrix_lanes(bool(match["trans"]))
+    _require_registers(target, count, x.text)
     writes, pointer = [decoder.write(part, "b32") for part in target.parts], decoder.pointer(source)
 
     def run(u, mask):
@@ -223,6 +229,7 @@ def load_matrices(decoder, x, match):
 def store_matrices(decoder, x, match):
     target, source = x.operands
     count, lanes = int(match["count"]), _matrix_lanes(bool(match["trans"]))
+    _require_registers(source, count, x.text)
     reads, pointer = [decoder.read(part, "b32") for part in source.parts], decoder.pointer(target)
 
     def run(u, mask):
