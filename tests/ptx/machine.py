@@ -133,9 +133,9 @@ class Unit:
         """The warps of a strand, for messages."""
         if strand.mask is None:
             return self.name
-        parts = strand.mask.reshape(-1, WARP)
-        warps = ", ".join(f"{w}{'' if p.all() else ' in part'}" for w, p in zip(self.warps, parts, strict=True) if p.any())
-        return f"warps {warps} of block {self.block.place}"
+        parts = zip(self.warps, strand.mask.reshape(-1, WARP), strict=True)
+        warps = (str(warp) if part.all() else f"{warp} in part" for warp, part in parts if part.any())
+        return f"warps {', '.join(warps)} of block {self.block.place}"
 
     def _jump(self, strand: Strand, mask: np.ndarray | None, target: int) -> None:
         """Lanes in `mask` go to the target, or end there if it is END; the others of the strand go on."""
