@@ -79,6 +79,7 @@ KERNEL_CASES = {
     "offsets": Stick(T=60, S=140, B=3, N=1, H=32, offset=(70, 3, -40)),
     "packed": Stick(T=200, N=1, H=32, segments=(70, 1, 2, 127)),
     "padded": Stick(T=150, N=1, H=32, segments=(-30, 60, 20, -40)),
+    "left-padded": Stick(T=128, N=1, H=32, segments=(-70, 58)),  # 64 rows that see nothing, next to 64 that do
     "window": Stick(T=200, N=1, H=32, window=70),
     "current-only": Stick(T=70, N=1, H=32, attend_current=True, window=0),
     "everything": Stick(

@@ -187,7 +187,10 @@ def _compute(plan: Plan, place: Place, inputs: Inputs, outputs: Outputs, scratch
         plgpu.barrier_arrive(used.at[slot])
         return j - 1, alive, high, low, acc
 
-    own_stop, whole_stop, whole_start, own_start = (inputs.spans[place.entry, tile, which] for which in range(4))
+    # A warpgroup without key tiles of its own has a span from 0 to 0, which may lie left of what is copied.
+    own_stop, whole_stop, whole_start, own_start = (
+        jnp.maximum(inputs.spans[place.entry, tile, which], place.start) for which in range(4)
+    )
 
     def wait_for_others(state):
         j, going = state
