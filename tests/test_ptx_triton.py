@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import KERNEL_CASES, Stick
+from cases import KERNEL_CASES, KERNEL_EXPERTS, Stick
 
 from pallas_kernels import stick_breaking_attention, triton_call
 
@@ -61,15 +61,26 @@ def test_the_kernels_of_a_function_and_of_its_derivative():
         ("NVIDIA A100", "grouped", "bfloat16"),
         ("NVIDIA L40S", "saturated", "float16"),
         ("NVIDIA H200", "everything", "bfloat16"),
+        ("NVIDIA A100", "wide-256", "bfloat16"),  # eight warps on 64 rows: two of them compute and write the same
+        ("NVIDIA A100", "odd-widths", "bfloat16"),
     ],
 )
 def test_the_compiled_kernels_agree_with_the_reference(device, name, dtype):
-    from ptx import capture_triton, machine
+    from ptx import capture_triton
     from test_kernels import compare, run
     from test_stick_breaking import expected
 
     case = KERNEL_CASES[name]
-    with capture_triton.kernels_launched_by(machine.launch, device) as programs:
+    with capture_triton.kernels_launched_by(capture_triton.launch, device) as programs:
         values = run("triton", case, dtype)
     assert {program.name for program in programs} == {"forward", "d_query", "d_key_value"}
     compare(values, expected(case, dtype, False), dtype)
+
+
+@pytest.mark.parametrize("name", ["two-tiles", "wide"])
+def test_the_compiled_products_of_experts_are_the_loop_over_experts(name):
+    from ptx import capture_triton
+    from test_scatter_moe import check_mlp
+
+    with capture_triton.kernels_launched_by(capture_triton.launch):
+        check_mlp(KERNEL_EXPERTS[name], "triton", "swiglu", "bfloat16")

@@ -173,13 +173,13 @@ def leave(decoder, x, match):
 class Block:
     """One block of the grid, with its shared memory and its barriers."""
 
-    def __init__(self, program: Program, place: tuple[int, int, int], memory: GlobalMemory, shared: int, counts):
+    def __init__(self, program: Program, place, memory: GlobalMemory, shared: int, counts, equal_writes: bool):
         self.program, self.place, self.memory = program, place, memory
         self.threads = int(np.prod(program.block))
         if self.threads % WARP:
             raise Fault(f"a block of {self.threads} threads is not made of whole warps")
         self.clocks = Clocks(self.threads // WARP)
-        self.shared = SharedMemory(shared, self.clocks)
+        self.shared = SharedMemory(shared, self.clocks, equal_writes)
         self.mbarriers: dict[int, Mbarrier] = {}
         self.named: dict[int, NamedBarrier] = {}
         self.changed = False
@@ -224,11 +224,13 @@ class Block:
 _parsed = lru_cache(64)(parse)
 
 
-def launch(program: Program, arrays: list[np.ndarray]) -> None:
+def launch(program: Program, arrays: list[np.ndarray], *, equal_writes: bool = False) -> None:
     """Run a program on arrays, which it reads and writes in place.
 
     Args:
       arrays: contiguous; in the order that the program's parameters and tensor maps count them.
+      equal_writes: warps may write the same value to the same byte of shared memory in no order. Triton's warps do,
+        where a tile has fewer rows than they need.
     Raises:
       UnknownInstruction: an instruction that the machine does not know; nothing has run.
       Fault: the program does what the chip does not define, or waits for ever.
@@ -264,4 +266,4 @@ def launch(program: Program, arrays: list[np.ndarray]) -> None:
             for y in range(program.grid[1]):
                 for x in range(program.grid[0]):
                     memory.block = (z * program.grid[1] + y) * program.grid[0] + x
-                    Block(program, (x, y, z), memory, size, decoder.counts).run(steps)
+                    Block(program, (x, y, z), memory, size, decoder.counts, equal_writes).run(steps)

@@ -91,10 +91,13 @@ class GlobalMemory:
 
 
 class SharedMemory:
-    """The shared memory of one block. Addresses begin at SHARED."""
+    """The shared memory of one block. Addresses begin at SHARED.
 
-    def __init__(self, size: int, clocks: Clocks):
-        self.clocks, self.size = clocks, size
+    `equal_writes`: two warps that write the same value to a byte, in no order, are no race.
+    """
+
+    def __init__(self, size: int, clocks: Clocks, equal_writes: bool):
+        self.clocks, self.size, self.equal_writes = clocks, size, equal_writes
         # Threads may read what nobody wrote, if the value does not matter: NaN in every floating-point type.
         self.bytes = np.full(size, 0xFF, np.uint8)
         self.is_written = np.zeros(size, bool)
@@ -146,6 +149,8 @@ class SharedMemory:
             raise Fault(f"writes over an mbarrier: {text}")
         writer, written = self.writer[at], self.write_time[at]
         late = seen[warps, writer] < written
+        if self.equal_writes and not is_proxy:
+            late &= self.bytes[at] != values
         if late.any():
             self._race("written", at, writer, late, text)
         for reader in self.has_read:
