@@ -9,6 +9,7 @@ from functools import cache
 import numpy as np
 
 from .arithmetic import WARP
+from .barriers import full_warps
 from .copies import swizzled
 from .decode import SHARED, Operand, UnknownInstruction, bfloat16_to_float32, instruction
 from .faults import DivergentBarrier, Fault
@@ -198,12 +199,15 @@ def _require_registers(operand: Operand, count: int, text: str) -> None:
 
 
 def _row_bytes(u, mask, pointer, count: int, text: str):
-    """The offsets of the bytes of `count` 8 x 8 matrices, [warps, count, 8 rows, 16], and the warp of each."""
-    if mask is not None and not mask.all():
-        raise DivergentBarrier(f"{u.name}: only some lanes are at: {text}")
-    addresses = np.broadcast_to(pointer(u), (u.lanes,)).reshape(-1, WARP)[:, : 8 * count]
+    """Of the warps that take part, [warps]: the offsets of the bytes of `count` 8 x 8 matrices.
+
+    Returns the offsets and the warp of each, [warps, count, 8 rows, 16], and the places of the warps in the unit.
+    """
+    warps = full_warps(u, mask, text)
+    places = warps - u.warps[0]
+    addresses = np.broadcast_to(pointer(u), (u.lanes,)).reshape(-1, WARP)[places, : 8 * count]
     offsets = u.block.shared.offsets(addresses.reshape(-1), 16, text).reshape(-1, count, 8, 16)
-    return offsets, np.broadcast_to(u.warps[:, None, None, None], offsets.shape)
+    return offsets, np.broadcast_to(warps[:, None, None, None], offsets.shape), places
 
 
 @instruction("ldmatrix" + _MATRIX)
@@ -214,13 +218,15 @@ def load_matrices(decoder, x, match):
     writes, pointer = [decoder.write(part, "b32") for part in target.parts], decoder.pointer(source)
 
     def run(u, mask):
-        at, owners = _row_bytes(u, mask, pointer, count, x.text)
+        at, owners, places = _row_bytes(u, mask, pointer, count, x.text)
         owners = owners.reshape(-1)
         data = u.block.shared.read(at.reshape(-1), owners, owners, x.text)
         elements = np.ascontiguousarray(data).view(np.uint16).reshape(-1, count, 8, 8)
         for i, write in enumerate(writes):
             mine = np.ascontiguousarray(elements[:, i][:, lanes[0], lanes[1]])
-            write(u, None, mine.view(np.uint32).reshape(-1))
+            values = np.zeros((u.lanes // WARP, WARP), np.uint32)
+            values[places] = mine.view(np.uint32)[..., 0]
+            write(u, mask, values.reshape(-1))
 
     return run
 
@@ -233,11 +239,11 @@ def store_matrices(decoder, x, match):
     reads, pointer = [decoder.read(part, "b32") for part in source.parts], decoder.pointer(target)
 
     def run(u, mask):
-        at, owners = _row_bytes(u, mask, pointer, count, x.text)
+        at, owners, places = _row_bytes(u, mask, pointer, count, x.text)
         elements = np.empty((len(at), count, 8, 8), np.uint16)
         for i, read in enumerate(reads):
             mine = np.ascontiguousarray(np.broadcast_to(read(u), (u.lanes,))).view(np.uint16)
-            elements[:, i][:, lanes[0], lanes[1]] = mine.reshape(-1, WARP, 2)
+            elements[:, i][:, lanes[0], lanes[1]] = mine.reshape(-1, WARP, 2)[places]
         owners = owners.reshape(-1)
         u.block.shared.write(at.reshape(-1), elements.view(np.uint8).reshape(-1), owners, owners, x.text)
 
@@ -272,12 +278,11 @@ def mma(decoder, x, match):
         return result
 
     def run(u, mask):
-        if mask is not None and not mask.all():
-            raise DivergentBarrier(f"{u.name}: only some lanes are at: {x.text}")
+        full_warps(u, mask, x.text)
         product = matrix(u, a, 16) @ matrix(u, b, 8).transpose(0, 2, 1)
         sums = [np.array(np.broadcast_to(read(u), (u.lanes,))) for read in c]
         for i, (write, before) in enumerate(zip(writes, sums, strict=True)):
             own = product[:, group + i // 2 * 8, place * 2 + i % 2].reshape(-1)
-            write(u, None, before + own)
+            write(u, mask, before + own)
 
     return run
