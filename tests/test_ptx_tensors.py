@@ -114,6 +114,8 @@ SHARED = """shl.b32 %r10, %r60, 4; add.u32 %r10, %r10, %r63; st.shared.v4.b32 [%
 fence.proxy.async.shared::cta; bar.sync 0; shr.u32 %r11, %r63, 4; cvt.u64.u32 %d2, %r11;
 add.s64 %d2, %d2, 0x800080000;"""
 
+MORE = "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {{{}}}, {{{}}}, %d2, %p1, 1, 1, 0;"
+
 
 @pytest.mark.parametrize(
     "place, text, message",
@@ -121,12 +123,14 @@ add.s64 %d2, %d2, 0x800080000;"""
         (1, "mov.b32 %r3, 0;", "wrote %r3 after its last wgmma.fence"),
         (2, "mov.f32 %f9, %f3;", "%f3 belongs to a wgmma that nothing has waited for"),
         (3, "mov.b32 %r4, 0;", "%r4 belongs to a wgmma"),
-        (2, "mov.b32 %f9, %f0; ", "%f0 belongs to a wgmma"),
+        (2, MORE.format("%f4, %f5, %f6, %f7", "%f0, %f1, %f2, %f3"), "%f0 is of another use"),
+        (2, MORE.format("%r1, %r2, %r3, %r4", "%r5, %r6, %r7, %r8"), "%r1 is of another use"),
     ],
 )
 def test_registers_of_a_product_that_runs_are_left_alone(place, text, message):
     parts = [SHARED, "", "", ""]
-    written.run(PRODUCT.format(*parts), threads=128)
+    more = MORE.format("%f0, %f1, %f2, %f3", "%r1, %r2, %r3, %r4")  # the same registers for the same
+    written.run(PRODUCT.format(SHARED, "", more, ""), threads=128)
     parts[place] += text
     with pytest.raises(Fault, match=message):
         written.run(PRODUCT.format(*parts), threads=128)

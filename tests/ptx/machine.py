@@ -64,6 +64,7 @@ class Unit:
         self.released: dict[tuple, bool | None] = {}  # warps that a named barrier has let go, with the vote's result
         self.waits_for = ""
         self.in_flight: dict[str, int] = {}  # registers of products that run, and their group
+        self.results: set[str] = set()  # those of them that a product writes; it reads the others
         self.written: set[str] = set()  # registers written since the last wgmma.fence
 
     def run(self, steps: list) -> None:

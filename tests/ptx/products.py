@@ -102,6 +102,7 @@ def wgmma_wait(decoder, x, match):
         done = clocks.groups[actor] - pending
         clocks.wait_for(u.warps, actor, done)
         u.in_flight = {register: group for register, group in u.in_flight.items() if group > done}
+        u.results &= u.in_flight.keys()
 
     return run
 
@@ -125,7 +126,8 @@ def wgmma(decoder, x, match):
     a_descriptor = None if in_registers else _descriptor(decoder, a)
     b_descriptor = _descriptor(decoder, b)
     row, column = _accumulator(columns)
-    names = {part.text for part in (*target.parts, *(a.parts if in_registers else ()))}
+    results, factors = ({part.text for part in o.parts} for o in (target, a))
+    names = results | factors
 
     def run(u, mask):
         _require_warpgroup(u, mask, x.text)
@@ -134,6 +136,9 @@ def wgmma(decoder, x, match):
         group = int(clocks.groups[actor]) + 1
         if missing := names & u.written:
             raise Fault(f"{u.name} wrote {min(missing)} after its last wgmma.fence: {x.text}")
+        running = u.in_flight.keys()
+        if clash := factors & running & u.results or results & running - u.results:
+            raise Fault(f"{u.name}: {min(clash)} is of another use in a wgmma that nothing has waited for: {x.text}")
         if in_registers:
             values = np.stack([np.broadcast_to(read(u), (u.lanes,)) for read in a_reads])
             halves = np.ascontiguousarray(values).view(np.uint16).reshape(4, WARPGROUP, 2).transpose(0, 2, 1)
@@ -150,8 +155,8 @@ def wgmma(decoder, x, match):
         for register, where in zip(rows, zip(row, column, strict=True), strict=True):
             own = result[where]
             files[register][...] = files[register] + own if adding[0] else own
-        for name in names:
-            u.in_flight[name] = group
+        u.in_flight |= dict.fromkeys(names, group)
+        u.results |= results
         block.changed = True
 
     return run
