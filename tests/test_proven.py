@@ -32,7 +32,8 @@ compares it. Every call is checked forward and, where it has one, backward, agai
 def names_of(test, argument: str = "name") -> list[str]:
     """The values of an argument that a test runs with."""
     marks = (mark for mark in test.pytestmark if mark.name == "parametrize" and mark.args[0] == argument)
-    return [value for mark in marks for value in mark.args[1]]
+    values = [value for mark in marks for value in mark.args[1]]
+    return [value for value in values if isinstance(value, str)]  # not those that are expected to fail
 
 
 def interpreted() -> set[str]:
@@ -98,7 +99,7 @@ def test_every_kind_of_call_is_executed(name):
 def test_every_call_is_lowered_or_executed():
     """To execute a call is to lower and to compile it first."""
     lacks = {f"small {name}" for name in test_kernels.LACKS["mosaic"]}
-    assert set(CALLS) - lacks <= executed()
+    assert set(CALLS) - lacks - set(test_ptx_calls.LESS_EXACT) <= executed()
 
 
 if __name__ == "__main__":

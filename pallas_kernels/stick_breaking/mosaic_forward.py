@@ -203,13 +203,14 @@ def _compute(plan: Plan, place: Place, inputs: Inputs, outputs: Outputs, scratch
         return j - 1, going
 
     def idle(j, until):
-        return lax.while_loop(lambda s: (s[0] >= until) & s[1], wait_for_others, (j, jnp.bool_(True)))[0]
+        lax.while_loop(lambda s: (s[0] >= until) & s[1], wait_for_others, (j, jnp.bool_(True)))
 
-    first = idle(place.stop - 1, own_stop)
+    idle(place.stop - 1, own_stop)
     zero = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), seam.ROW)
     acc = plgpu.layout_cast(jnp.zeros((ROWS, plan.Hv), jnp.float32), seam.TILE)
     high = finished_padding(plan, inputs.segments, place.b, row) if skip else zero
-    state = (first, jnp.bool_(True), high, zero, acc)
+    # Without tiles of its own, a warpgroup may have left `idle` early: it visits none all the same.
+    state = (own_stop - 1, jnp.bool_(True), high, zero, acc)
     for masked, until in ((True, whole_stop), (False, whole_start), (True, own_start)):
         if skip:
             state = lax.while_loop(lambda s, until=until: (s[0] >= until) & s[1], partial(visit, masked), state)
