@@ -108,6 +108,13 @@ def test_skipping_stops_early_forward_and_backward(kernels):
     assert (values["log_rem"][:, 300:] <= -24 * np.log(2)).all()
 
 
+def test_skipping_beside_a_tile_without_queries(kernels):
+    """Nine tiles of 64 queries: the tenth, in one block with the ninth, waits for nothing when that stops early."""
+    case = Stick(T=520, N=1, H=32)
+    values = run(kernels, case, "bfloat16", skip_below=-24.0)
+    compare(values, expected(case, "bfloat16", True), "bfloat16", skips=True)
+
+
 def test_padding_does_not_keep_a_tile_from_stopping_early(kernels):
     """The last 64 rows are padding but for two; without padding they would leave their five key tiles early too."""
     case = Stick(T=320, N=1, H=32, segments=(258, -62))
