@@ -40,8 +40,9 @@ test-oldest: .venv-oldest/.test
 test-absent: .venv-cuda/.test
 	JAX_PLATFORMS=cpu .venv-cuda/bin/python -m pytest tests/test_absent_gpu.py tests/test_absent_triton.py tests/test_plan_absent.py tests/test_lowering.py tests/test_chosen_lowers.py
 
+# Most of the time goes into compiling each call, wherever it stands.
 test-ptx: .venv-cuda/.test
-	JAX_PLATFORMS=cpu .venv-cuda/bin/python -m pytest $(PARALLEL) -k ptx $(wildcard tests/test_ptx*.py) tests/test_kernels.py
+	JAX_PLATFORMS=cpu .venv-cuda/bin/python -m pytest -n 2 --dist worksteal -k ptx $(wildcard tests/test_ptx*.py) tests/test_kernels.py
 
 # In processes of their own: Triton settles when it is imported whether to compile or to interpret.
 test-triton: .venv-cuda/.test
