@@ -91,7 +91,10 @@ def _name(shape: dict) -> str:
 
 
 def _time(run: Run, part, shape: dict, *arguments, **settings) -> None:
-    """A shape whose inputs do not even fit costs only itself. Its own row says that all of its rows are there."""
+    """Time one shape. An error, such as too little memory for its inputs, ends this shape only.
+
+    A row of the shape itself records that all of its other rows are complete.
+    """
     row = SPEED, f"{part.PART} {_name(shape)}", "every row"
     if run.record.find(*row) and not run.again:
         return

@@ -1,4 +1,4 @@
-"""The calls that are checked on a GPU before anything is timed: features of attention, odd sizes, experts."""
+"""The calls of attention and of the experts that a GPU run checks before it times anything."""
 
 import itertools
 from collections.abc import Callable, Iterator

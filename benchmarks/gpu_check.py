@@ -92,7 +92,7 @@ def compared(program: Callable, expected, arguments) -> Errors:
 
 
 def differing(program: Callable, arguments, runs: int) -> int:
-    """How many of so many runs give other bits than the first. A run is one launch after the other, as in training."""
+    """The number of runs, out of `runs`, whose bits differ from those of the first run. Runs follow without a pause."""
     first = program(*arguments)
 
     @jax.jit

@@ -1,4 +1,4 @@
-"""The checks that a GPU run begins with: every call lowers, is right, and is the same in every run.
+"""The checks at the beginning of a GPU run: each call lowers, agrees with the reference, and repeats to the bit.
 
 Programs are lowered one after the other. Meanwhile threads compile them and compute what the reference expects, so that
 the kernels themselves are soon run.

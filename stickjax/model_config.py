@@ -210,8 +210,8 @@ class ModelConfig:
         return cls(**dict(_MOLM, L=48, N=2, k=2) | changes)
 
 
-# The fields that make the decoder a ModuleFormer: modules of both kinds, gates from a softmax over all of them, and
-# attention that includes the token itself and drops the rest of the stick.
+# With these fields the decoder is a ModuleFormer: it has modules for attention and for the feed-forward part, a softmax
+# over all modules gives the gates, and attention includes the token itself and ignores the remainder of the stick.
 MODULES: dict[str, Any] = dict(
     attention="stick_breaking", attend_current=True, remainder="none", router="softmax_topk", router_network="mlp",
     activation="gelu_tanh", norm="layer", tied=False,

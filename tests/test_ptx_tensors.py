@@ -1,4 +1,4 @@
-"""Boxes of the copy engine and fragments of the tensor cores in the PTX machine, against plain indexing."""
+"""The PTX machine copies boxes and loads matrix fragments as plain NumPy indexing does."""
 
 import numpy as np
 import pytest

@@ -102,7 +102,7 @@ def test_the_sum_over_nearer_keys_keeps_its_digits_beside_large_numbers(keys):
     with interpreted("triton"):
         got = triton_call.launch(kernel, x, out=x, grid=(1,), num_warps=4, num_stages=1, rows=16, keys=keys)
     from_right = np.cumsum(np.asarray(x, np.float64)[:, ::-1], axis=1)[:, ::-1]
-    # Sums in fp32, of numbers that are off by half of the least float16 number.
+    # The kernel splits each number into two float16 numbers. Each may be off by half of the smallest float16 number.
     np.testing.assert_allclose(got, from_right - np.asarray(x), rtol=keys * 2**-24, atol=keys * 2**-25)
     assert (got[:, -1] == 0).all()
 

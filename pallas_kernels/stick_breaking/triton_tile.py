@@ -3,7 +3,7 @@
 All logarithms are base 2. Each row carries the cumulative log-decay of its stick as a positive number in two floats
 (`two_sum`), so that the backward pass can walk back without losing small terms.
 
-Arrays of tokens are [batch, tokens, heads, width]. A width that is no power of two is filled up with zeros.
+Arrays of tokens are [batch, tokens, heads, width]. A width that is not a power of two is padded with zeros.
 docs/kernels/triton.md says what the kernels leave to Triton.
 """
 

@@ -192,7 +192,7 @@ def unembedded(state: Float[Array, "B T D"], embed: Float[Array, "V D"]) -> Floa
 
 
 def summary(logits, stacks, prefixes=("",)) -> SutOutput:
-    """The output of a model from its stacks [(end, real)]; the names of a stack's routers get its prefix."""
+    """The output of a model, from its stacks [(end, real)]. `prefixes`: put before the router names of each stack."""
     router, rows, act, tokens = {}, {}, 0.0, 0.0
     for (end, real), prefix in zip(stacks, prefixes, strict=True):
         router |= {prefix + name: router_stats(sums) for name, sums in end.statistics.items()}

@@ -1,7 +1,7 @@
-"""How the host launches a kernel: the LLVM code of Mosaic GPU's host function, interpreted on made-up addresses.
+"""Finds out how a kernel is launched, by interpreting the host code that Mosaic GPU compiles for it, as LLVM text.
 
-The function writes the tensor maps and the kernel's parameters and asks for the launch. It has neither branches nor
-loops.
+The host code writes the tensor maps and the parameters of the kernel, and then launches it. It has no branches and no
+loops. The interpreter gives every array an invented address, by which it recognises the array later.
 """
 
 import operator
