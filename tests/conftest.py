@@ -25,6 +25,9 @@ from pallas_kernels.testing import FORWARD, GRADIENT, relative_error
 from stickjax.checkpoint import named_leaves
 from stickjax.metrics import read_metrics
 
+# Tracing and lowering leave millions of objects that live as long as their file; to look through them again and again
+# takes a seventh of the time.
+gc.set_threshold(100_000, 50, 100)
 hypothesis.settings.register_profile("same", derandomize=True, deadline=None)  # the same examples in every run
 hypothesis.settings.load_profile("same")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -102,6 +102,8 @@ def test_what_is_chosen_for_hopper_lowers(name, monkeypatch):
 @pytest.mark.parametrize("name", CALLS | gpu_cases.CALLS)
 def test_what_triton_takes_lowers(name):
     call = (CALLS | gpu_cases.CALLS)[name]
+    if not all(array.size for array in call.shapes()):
+        pytest.skip("no tokens, no kernel")
     for gpu in (AMPERE, HOPPER) if name in CALLS else (AMPERE,):
         with absent(gpu):
             if "triton" in call.implementations():

@@ -1,11 +1,9 @@
 """Every case of the Mosaic kernels, lowered for a Hopper GPU that need not be there: no CUDA wheels, no GPU.
 
-The interpreter does not lower. What lowering refuses, or makes into a race, only shows here. The cases of the GPU
-benchmark, but for those that stop early, take a minute more: they run with the wheels, by `make test-absent`.
+The interpreter does not lower. What lowering refuses, or makes into a race, only shows here.
 """
 
 import contextlib
-import importlib.util
 from collections.abc import Iterator
 from functools import partial
 
@@ -19,9 +17,8 @@ from benchmarks.gpu_cases import FEATURES
 from pallas_kernels import expert_mlp, explain, route, seam, stick_breaking_attention
 
 CASES = {f"interpreted: {name}": case for name, case in KERNEL_CASES.items()}
-HAS_WHEELS = importlib.util.find_spec("jax_cuda13_plugin") is not None
 CASES |= {f"odd: {name}": case for name, case in ODD.items()}
-CASES |= {f"benchmark: {name}": case for name, case in FEATURES.items() if HAS_WHEELS or "skip" in name}
+CASES |= {f"benchmark: {name}": case for name, case in FEATURES.items()}
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ def detail(call: LinearCall | MlpCall) -> str:
     said = f"{ROWS * _warpgroups(rows, experts)} x {2 * COLUMNS} tiles"
     said += f", padded to {WIDTH} columns" if odd else ""
     said += ", the activation by XLA" if _is_unfused(call) else ""
-    return said + (", float32 as three products of bfloat16" if call.x.dtype == jnp.float32 else "")
+    return said + (", float32 as six products of bfloat16" if call.x.dtype == jnp.float32 else "")
 
 
 def _widths(call) -> tuple[int, ...]:

@@ -29,6 +29,7 @@ class _Kernel(NamedTuple):
     shared: int
     ptx: str
 
+
 # Triton's warps write equal values in no order where a tile has fewer rows than they need.
 launch = functools.partial(machine.launch, equal_writes=True)
 

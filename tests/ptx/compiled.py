@@ -33,14 +33,17 @@ def compile_kernel(module) -> Program:
 
 @functools.cache
 def _compile(module: bytes) -> Program:
-    from jax._src import config
+    from jax._src import compilation_cache
 
     # The compiler knows by this hash which kernels it has had, and prints a kernel only once.
     attributes = {"module": module, "kernel_hash": hashlib.sha256(b"to be printed" + module).digest()}
     attributes |= dict.fromkeys(("use_custom_barrier", "skip_device_barrier", "uses_xla_collective_metadata"), False)
     call = jax.ffi.ffi_call("mosaic_gpu_v2", jax.ShapeDtypeStruct((), jnp.float32), has_side_effect=True)
     on = NamedSharding(Mesh(np.array(absent_devices()), ("x",)), PartitionSpec())
-    with config.enable_compilation_cache(False), _printed() as printed:
+    # JAX looks at its setting of the persistent cache only once in a process. A compiler without a GPU can write there,
+    # but not read.
+    uncached = mock.patch.object(compilation_cache, "is_cache_used", lambda backend: False)
+    with uncached, _printed() as printed:
         jax.jit(lambda: call(**attributes), out_shardings=on).trace().lower().compile()
         text = printed()
     ptx, separator, host = text.partition("; ModuleID")

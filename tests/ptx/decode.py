@@ -64,6 +64,7 @@ def _handler(op: str) -> tuple[Callable, re.Match] | None:
     return next((found for found in matches if found[1]), None)
 
 
+@cache
 def width(kind: str) -> str:
     """The type of the registers that hold a value of a type: "s32" -> "b32"."""
     if kind in _HOLDS:
@@ -98,9 +99,9 @@ class Decoder:
             # The handler knows the opcode, but not with these operands.
             raise UnknownInstruction(f"the PTX machine does not know this instruction: {x.text} ({error})") from error
         predicate = None if x.predicate is None else self.rows[x.predicate][1]
-        registers = frozenset(_registers(x.operands))
-        written = frozenset(_registers(x.operands[:1])) if x.base not in _WRITES_NOTHING else frozenset()
-        return Step(run, predicate, x.predicate_is_negated, registers, written, x.base == "wgmma", x.text)
+        base, registers = x.base, _registers(x.operands)
+        written = _registers(x.operands[:1]) if base not in _WRITES_NOTHING else frozenset()
+        return Step(run, predicate, x.predicate_is_negated, registers, written, base == "wgmma", x.text)
 
     def read(self, operand: Operand, kind: str) -> Callable:
         """A function of a unit that gives the operand's values, [lanes] or one number, as `kind`."""
@@ -173,11 +174,9 @@ class Decoder:
 SHARED, PARAMETERS, PARAMETER_BYTES, ARRAY_SHIFT = 1024, 1 << 36, 1 << 20, 40
 
 
-def _registers(operands):
-    for operand in operands:
-        if operand.kind in ("register", "address") and operand.text:
-            yield operand.text
-        yield from _registers(operand.parts)
+def _registers(operands: tuple[Operand, ...]) -> frozenset[str]:
+    names = {x.text for x in operands if x.kind in ("register", "address") and x.text}
+    return frozenset(names.union(*(_registers(x.parts) for x in operands if x.parts)))
 
 
 def bfloat16_to_float32(x):

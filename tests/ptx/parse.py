@@ -134,6 +134,8 @@ class _Reader:
         self.at += 1
 
     def _name(self, name: str) -> str:
+        if len(self.scopes) == 1:
+            return name
         return next((name + suffix for suffix, own in reversed(self.scopes) if name in own), name)
 
     def _statement(self, text: str) -> None:
@@ -168,6 +170,8 @@ class _Reader:
 
     def _operand(self, text: str) -> Operand:
         text = text.strip()
+        if text in self.registers and len(self.scopes) == 1:
+            return Operand("register", text)
         if text == "_":
             return Operand("nothing")
         if text.startswith("{"):
@@ -208,6 +212,8 @@ def _number(text: str) -> int | float | None:
 
 def _split(text: str) -> list[str]:
     """At the commas outside of braces and brackets."""
+    if "{" not in text and "[" not in text:
+        return [part for part in text.split(",") if part.strip()]
     parts, depth, start = [], 0, 0
     for i, c in enumerate(text):
         depth += (c in "{[") - (c in "}]")
