@@ -126,10 +126,10 @@ def compile_kernels(case: Case) -> list[Usage]:
         mock.patch.dict(os.environ, path),
     ):
         compile_for(case.function, *case.shapes, chip=case.chip)
-        written = sorted(Path(folder).glob("*/*.ptx"), key=lambda path: path.name)
+        written = list(Path(folder).glob("*/*.ptx"))
         if not written:
             raise RuntimeError("no kernel was compiled; use a new process")
-        return [_read(path, assembler / "ptxas") for path in written]
+        return sorted((_read(path, assembler / "ptxas") for path in written), key=lambda usage: usage[:-1])
 
 
 def _read(path: Path, assembler: Path) -> Usage:
