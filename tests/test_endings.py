@@ -53,6 +53,15 @@ def at_step(monkeypatch):
     return register
 
 
+@pytest.fixture
+def in_a_terminal():
+    """Tests that nohup started ignore SIGHUP."""
+    old = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, old)
+
+
+@pytest.mark.usefixtures("in_a_terminal")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_and_the_exit_code_is_its_own(words, uninterrupted, at_step, capsys, tmp_path, number):
     before = signal.getsignal(number)
