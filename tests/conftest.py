@@ -25,8 +25,8 @@ from pallas_kernels.testing import FORWARD, GRADIENT, relative_error
 from stickjax.checkpoint import named_leaves
 from stickjax.metrics import read_metrics
 
-# Tracing and lowering leave millions of objects that live as long as their file; to look through them again and again
-# takes a seventh of the time.
+# Tracing and lowering create millions of objects that stay alive until their test file ends. At its usual thresholds,
+# Python's garbage collector visits all of them again and again: a seventh of the time of tests/test_ptx_calls.py.
 gc.set_threshold(100_000, 50, 100)
 hypothesis.settings.register_profile("same", derandomize=True, deadline=None)  # the same examples in every run
 hypothesis.settings.load_profile("same")

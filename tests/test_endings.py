@@ -55,7 +55,7 @@ def at_step(monkeypatch):
 
 @pytest.fixture
 def in_a_terminal():
-    """Tests that nohup started ignore SIGHUP."""
+    """The handler of SIGHUP that a terminal gives; a test run that was started by nohup inherits that it is ignored."""
     old = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, old)

@@ -78,7 +78,7 @@ def test_the_parts_of_a_float32():
     assert all(part.dtype == jnp.bfloat16 for part in parts)
     assert [float(part[0]) for part in parts] == [np.inf, 0, 0]
     total = sum(np.asarray(part, np.float64) for part in parts)
-    np.testing.assert_array_equal(total[1:], x[1:])  # 3 x 8 bits are those of a float32
+    np.testing.assert_array_equal(total[1:], x[1:])  # three parts of 8 bits hold all 24 bits
 
 
 # Triton alone.

@@ -16,9 +16,8 @@ from jax.experimental.mosaic.gpu import FragmentedArray
 from benchmarks.gpu_cases import FEATURES
 from pallas_kernels import expert_mlp, explain, route, seam, stick_breaking_attention
 
-CASES = {f"interpreted: {name}": case for name, case in KERNEL_CASES.items()}
-CASES |= {f"odd: {name}": case for name, case in ODD.items()}
-CASES |= {f"benchmark: {name}": case for name, case in FEATURES.items()}
+LISTS = {"interpreted": KERNEL_CASES, "odd": ODD, "benchmark": FEATURES}
+CASES = {f"{which}: {name}": case for which, cases in LISTS.items() for name, case in cases.items()}
 
 
 @contextlib.contextmanager

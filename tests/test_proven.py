@@ -17,8 +17,8 @@ PAGE = ROOT / "docs" / "proven.md"
 HEAD = """# How the kernels were proven
 
 No number of this page is typed by hand: `python tests/test_proven.py` writes it from the lists of the tests, and a test
-compares it. Every call is checked forward and, where it has one, backward, against the reference in float32. Shapes in
-the column "executed as PTX" are those of the smaller arrays with which the call was executed.
+compares it. Every call is checked forward and, where it has one, backward, against the reference in float32. Where the
+column "executed as PTX" has shapes instead of "yes", the call was executed with these smaller arrays.
 
 | column | what it means | command |
 |---|---|---|

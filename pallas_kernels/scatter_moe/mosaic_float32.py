@@ -1,11 +1,13 @@
-"""Products of float32 on Hopper GPUs, as six products of bfloat16.
+"""Products of float32 numbers on Hopper GPUs, each computed as six products of bfloat16 numbers.
 
-A float32 number is the sum of three bfloat16 numbers, x = x_0 + x_1 + x_2, each about 2^-8 of the one before:
+A float32 number has 24 significant bits, a bfloat16 number has 8. So x is the sum of three bfloat16 parts,
+x = x_0 + x_1 + x_2, where each part is at most about 2^-8 of the part before it. The same holds for w. Of the nine
+products of parts, the six largest are summed, and the other three, about 2^-24 of x w, are left out:
 
-    x w = x_0 w_0 + (x_0 w_1 + x_1 w_0) + (x_0 w_2 + x_1 w_1 + x_2 w_0) + 2^-24 of x w, which are left out
+    x w = x_0 w_0 + (x_0 w_1 + x_1 w_0) + (x_0 w_2 + x_1 w_1 + x_2 w_0)
 
-The tensor cores' own format for float32 is tf32. Its error is 2^-11, and it needs both operands stored along the
-dimension that is summed; the operands of a weight's gradient are not stored so.
+Tensor cores also multiply float32 numbers as tf32. Its error is 2^-11, and it needs both operands stored along the
+dimension that is summed. The gradient of a weight has no operand that is stored so.
 """
 
 import jax.numpy as jnp
@@ -16,14 +18,15 @@ from . import mosaic_product, mosaic_weights
 from .mosaic_product import Plan
 from .tasks import Tasks
 
-# The parts of x and w in each product; the smallest first, so that the large ones do not round them away.
+# (part of x, part of w) of the six products. The smallest products come first: added to a large sum, they would lose
+# their last bits.
 PAIRS = (1, 1), (0, 2), (2, 0), (0, 1), (1, 0), (0, 0)
 
 
 def split(x):
-    """The three bfloat16 parts of float32 numbers. Of a number that is not finite, the others are 0.
+    """The three bfloat16 parts of float32 numbers, the largest first. Infinity and NaN have zeros as their other parts.
 
-    A part is rounded by reduce_precision, because XLA removes a conversion to bfloat16 and back.
+    reduce_precision does the rounding, because XLA removes a conversion to bfloat16 and back.
     """
     parts = []
     for _ in range(3):
@@ -39,7 +42,7 @@ def product(plan: Plan, x, source, weight, tasks: Tasks, target, rows: int, bias
         if plan.x_parts != 1:
             raise NotImplementedError(f"float32 products take rows of one part, not of {plan.x_parts}")
         x, w = split(x[0]), split(weight)
-        # One product of rows that are six times as long: the accumulators sum the six.
+        # The kernel computes all six products as one, whose rows are six times as long: its accumulators sum them.
         x = jnp.stack([x[i] for i, _ in PAIRS])
         weight = jnp.concatenate([w[j] for _, j in PAIRS], axis=2 if plan.transposed else 1)
         plan = plan._replace(x_parts=len(PAIRS), dtype=jnp.dtype(jnp.bfloat16), out_dtype=plan.dtype)

@@ -40,8 +40,8 @@ def _compile(module: bytes) -> Program:
     attributes |= dict.fromkeys(("use_custom_barrier", "skip_device_barrier", "uses_xla_collective_metadata"), False)
     call = jax.ffi.ffi_call("mosaic_gpu_v2", jax.ShapeDtypeStruct((), jnp.float32), has_side_effect=True)
     on = NamedSharding(Mesh(np.array(absent_devices()), ("x",)), PartitionSpec())
-    # JAX looks at its setting of the persistent cache only once in a process. A compiler without a GPU can write there,
-    # but not read.
+    # The compiler of an absent GPU can write to JAX's persistent cache, but cannot read from it. The config option that
+    # turns the cache off has no effect here, because JAX reads it only once in a process.
     uncached = mock.patch.object(compilation_cache, "is_cache_used", lambda backend: False)
     with uncached, _printed() as printed:
         jax.jit(lambda: call(**attributes), out_shardings=on).trace().lower().compile()

@@ -13,6 +13,7 @@ _LINE_DIRECTIVE = re.compile(
 )
 _LABEL = re.compile(r"\s*([$\w]+)\s*:(?!:)")
 _INSTRUCTION = re.compile(r"(?:@(!?)([%$\w]+)\s+)?([a-z][\w.:]*)\s*(.*)", re.S)
+_PART = re.compile(r"(?:\[[^\]]*\]|\{[^}]*\}|[^,])+")
 _REGISTERS = re.compile(r"([%\w]+?)<(\d+)>")
 
 
@@ -134,9 +135,10 @@ class _Reader:
         self.at += 1
 
     def _name(self, name: str) -> str:
-        if len(self.scopes) == 1:
-            return name
-        return next((name + suffix for suffix, own in reversed(self.scopes) if name in own), name)
+        for suffix, own in reversed(self.scopes):
+            if name in own:
+                return name + suffix
+        return name
 
     def _statement(self, text: str) -> None:
         if text.startswith("."):
@@ -170,8 +172,8 @@ class _Reader:
 
     def _operand(self, text: str) -> Operand:
         text = text.strip()
-        if text in self.registers and len(self.scopes) == 1:
-            return Operand("register", text)
+        if (name := self._name(text)) in self.registers:
+            return Operand("register", name)
         if text == "_":
             return Operand("nothing")
         if text.startswith("{"):
@@ -184,8 +186,7 @@ class _Reader:
             return Operand("pair", parts=tuple(map(self._operand, text.split("|"))))
         if (number := _number(text)) is not None:
             return Operand("number", text, number)
-        name = self._name(text)
-        return Operand("register" if name in self.registers else "name", name)
+        return Operand("name", name)
 
     def _address(self, text: str) -> Operand:
         """[base], [base+8], [8], [descriptor, {x, y}]"""
@@ -212,12 +213,4 @@ def _number(text: str) -> int | float | None:
 
 def _split(text: str) -> list[str]:
     """At the commas outside of braces and brackets."""
-    if "{" not in text and "[" not in text:
-        return [part for part in text.split(",") if part.strip()]
-    parts, depth, start = [], 0, 0
-    for i, c in enumerate(text):
-        depth += (c in "{[") - (c in "}]")
-        if c == "," and not depth:
-            parts.append(text[start:i])
-            start = i + 1
-    return [part for part in [*parts, text[start:]] if part.strip()]
+    return [part for part in _PART.findall(text) if part.strip()]
