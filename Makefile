@@ -1,4 +1,4 @@
-# make demo          train, evaluate and sample configs/tiny.py on the standard library's source (about 4 minutes, 2 cores)
+# make demo          train, evaluate and sample configs/tiny.py on the standard library's source (about 3 minutes, 2 cores)
 # make demo-compare  the same for its softmax + RoPE twin, and both length curves in one picture
 # make test          the whole test suite
 # make test-large    the conversion of a model of eight billion parameters; 17 GB of disk, some minutes
