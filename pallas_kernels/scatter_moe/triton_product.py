@@ -129,7 +129,9 @@ def _d_activated(dy, gate, hidden, kept_rows, rows, columns, dh, gated, F: tl.co
         slopes *= up
     tl.store(dh_at, slopes.to(dh.dtype.element_ty), mask=there)
     tl.store(gated + at, (y * gate).to(gated.dtype.element_ty), mask=there)
-    return tl.sum(y * dy, 1)
+    # Where a row is in several lanes, all of them must store the same sum. tl.where keeps the compiler from fusing a
+    # lane's own product with the addition of another lane's: each lane would leave its own product unrounded.
+    return tl.sum(tl.where(used, y * dy, 0.0), 1)
 
 
 @triton.jit

@@ -202,6 +202,7 @@ class Block:
             if not self.changed and any(u.strands for u in self.units):
                 self._deadlock()
         self._ended()
+        self.units.clear()  # which refer to this block: its megabytes are freed at once, not by the garbage collector
 
     def _deadlock(self):
         waits = "; ".join(f"{u.lanes_of(s)} wait for {s.waits_for}" for u in self.units for s in u.strands)
@@ -222,7 +223,7 @@ class Block:
                 raise Fault(f"block {self.place} ends: {barrier}")
 
 
-_parsed = lru_cache(64)(parse)
+_parsed = lru_cache(8)(parse)  # the kernels of one call, each tens of megabytes
 
 
 def launch(program: Program, arrays: list[np.ndarray], *, equal_writes: bool = False) -> None:
