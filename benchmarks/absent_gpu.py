@@ -33,7 +33,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.table import Table
 
-from stickjax.plan.chips import MissingWheels, absent_devices, tracing_for
+from stickjax.parallel.chips import MissingWheels, absent_devices, tracing_for
 
 from .absent_kernels import KERNELS, WIDTHS, Kernel
 from .sass import ATOMICS, Loop, find_loops, read

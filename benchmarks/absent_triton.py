@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pallas_kernels import stick_breaking_attention
-from stickjax.plan.chips import MissingWheels
+from stickjax.parallel.chips import MissingWheels
 
 from . import absent_kernels
 from .absent_gpu import SHARING, _folder, _usage, compile_for

@@ -15,12 +15,12 @@ import optax
 from rich.console import Console
 from rich.table import Table
 
-from stickjax.accuracy import THRESHOLDS
-from stickjax.command import Parser, command
-from stickjax.corpus import load_corpus
-from stickjax.data import heldout_windows
+from stickjax.config.command import Parser, command
+from stickjax.data.batches import heldout_windows
+from stickjax.data.corpus import load_corpus
+from stickjax.evaluation.pairs import THRESHOLDS
 from stickjax.models import sut
-from stickjax.run import load
+from stickjax.storage.run_folder import load
 
 from .report import Row, compared, machine, write_json
 from .timing import interleave

@@ -16,11 +16,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from stickjax.checkpoint import Checkpoints, named_leaves
-from stickjax.command import Parser, command
 from stickjax.config import Config
-from stickjax.metrics import read_metrics
-from stickjax.step import init_state
+from stickjax.config.command import Parser, command
+from stickjax.storage.checkpoints import Checkpoints, named_leaves
+from stickjax.training.metrics import read_metrics
+from stickjax.training.step import init_state
 
 # Everything that has a state: sampled routing, the router's bias, accumulation, packed documents.
 CONFIG = Config().replace(

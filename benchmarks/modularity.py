@@ -21,16 +21,16 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from stickjax import plots
-from stickjax.command import Parser, command
 from stickjax.config import Config
+from stickjax.config.command import Parser, command
+from stickjax.config.command_line import load_config, parse
 from stickjax.evaluate import evaluate
-from stickjax.modules import LEARN, extend, prune, report, use
-from stickjax.modules.usage import batches_of
-from stickjax.options import load_config, parse
-from stickjax.run import Loaded, load, save
-from stickjax.step import init_state
+from stickjax.evaluation import plots
+from stickjax.storage.run_folder import Loaded, load, save
+from stickjax.surgery import LEARN, extend, prune, report, use
+from stickjax.surgery.usage import batches_of
 from stickjax.train import fit
+from stickjax.training.step import init_state
 
 RESULTS = Path(__file__).parent / "results" / "modularity.json"
 CONFIG = Path(__file__).parent.parent / "configs" / "moduleformer_tiny.py"

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import jax
 
-from stickjax.options import load_config
+from stickjax.config.command_line import load_config
+from stickjax.parallel.chips import chip
 from stickjax.plan.aot import absent_machine, compile_step
-from stickjax.plan.chips import chip
 from stickjax.plan.estimate import ASSUMPTIONS
 from stickjax.plan.report import as_dict, gib, mesh_words
 

@@ -17,9 +17,9 @@ import numpy as np
 
 from configs import tiny
 from stickjax.config import Config
-from stickjax.data import make_batch
-from stickjax.metrics import flops_per_token
-from stickjax.step import init_state, make_step
+from stickjax.data.batches import make_batch
+from stickjax.training.metrics import flops_per_token
+from stickjax.training.step import init_state, make_step
 
 from .cost import Ceilings
 from .report import Row

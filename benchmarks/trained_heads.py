@@ -17,8 +17,8 @@ from rich.table import Table
 
 from pallas_kernels import stick_breaking_attention
 from stickjax import load
-from stickjax.command import Parser, command
-from stickjax.corpus import load_corpus
+from stickjax.config.command import Parser, command
+from stickjax.data.corpus import load_corpus
 from stickjax.models.attention import Context
 
 from .trained_logits import SAVED, SKIP, Heads

@@ -1,7 +1,7 @@
 """A small ModuleFormer on two kinds of text: Python source and formulas of logic.
 
 python -m stickjax.train configs/moduleformer_tiny.py
-python -m stickjax.modules report runs/moduleformer_tiny
+python -m stickjax.surgery report runs/moduleformer_tiny
 
 About four minutes on two CPU cores. Seen once (2026-11-22): 3.25 held-out bits per byte of Python, 0.61 of logic.
 """

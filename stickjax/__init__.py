@@ -2,8 +2,8 @@
 
 import sys
 
-from stickjax.command import end_on_interrupt
 from stickjax.config import Config, DataConfig, ModelConfig, OptimConfig, SutConfig, TrainConfig
+from stickjax.config.command import end_on_interrupt
 
 __all__ = ["Config", "DataConfig", "ModelConfig", "OptimConfig", "SutConfig", "TrainConfig", "export", "load"]
 __version__ = "0.1.0"
@@ -13,8 +13,8 @@ if sys.argv[:1] == ["-m"] and any(word.startswith("stickjax") for word in sys.or
 
 
 def load(run, *, step=None, changes=None):
-    """The model of a run folder or of a Hugging Face folder: `stickjax.run.load`, imported when it is used."""
-    from stickjax.run import load as load_run
+    """The model of a run folder or of a Hugging Face folder: `stickjax.storage.run_folder.load`."""
+    from stickjax.storage.run_folder import load as load_run
 
     return load_run(run, step=step, changes=changes)
 

@@ -4,8 +4,8 @@ import importlib
 import sys
 
 from stickjax import __version__
-from stickjax.command import UsageError, command, end_on_interrupt
-from stickjax.fields import nearest
+from stickjax.config.command import UsageError, command, end_on_interrupt
+from stickjax.config.fields import nearest
 
 # Name of each command: its module, which is imported when the command runs, and what the command does.
 COMMANDS = {
@@ -17,7 +17,7 @@ COMMANDS = {
     "sweep": ("stickjax.sweeps", "coordinate checks, learning rates, and the fit of the Power schedule"),
     "launch": ("stickjax.launch", "train in several processes"),
     "data": ("stickjax.data", "make token files from text, and verify them"),
-    "modules": ("stickjax.modules.__main__", "extend, freeze, concentrate, prune and report on experts"),
+    "modules": ("stickjax.surgery.__main__", "extend, freeze, concentrate, prune and report on experts"),
 }
 _LIST = "\n".join(f"  {name:<10}{doc}" for name, (_, doc) in COMMANDS.items())
 HELP = f"""usage: stickjax COMMAND ...

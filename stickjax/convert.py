@@ -12,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from stickjax import hugging_face
-from stickjax.command import Parser, command
 from stickjax.config import Config
-from stickjax.hugging_face.files import finite, write_safetensors
+from stickjax.config.command import Parser, command
+from stickjax.data.special_tokens import read_files, write_files
 from stickjax.models.transformer import Transformer
-from stickjax.run import (
+from stickjax.storage import hugging_face
+from stickjax.storage.hugging_face.files import finite, write_safetensors
+from stickjax.storage.run_folder import (
     MODEL_FILE,
     Loaded,
     complete_folder,
@@ -28,7 +29,6 @@ from stickjax.run import (
     tokenizer_of,
     write_config,
 )  # fmt: skip
-from stickjax.special_tokens import read_files, write_files
 
 SHARD_BYTES = 5_000_000_000
 

@@ -2,7 +2,7 @@
 
 python -m stickjax.evaluate RUN [RUN ...] [--lengths 1,2,4] [--plot PNG]
 
-A classifier of pairs is evaluated by `stickjax.accuracy` instead.
+A classifier of pairs is evaluated by `stickjax.evaluation.pairs` instead.
 
 Numbers and pictures are written into the run folders. Nothing is written into a folder that is read-only or in the
 Hugging Face layout.
@@ -20,21 +20,22 @@ import numpy as np
 import optax
 from rich.table import Table
 
-from stickjax import accuracy, plots
-from stickjax.command import Parser, command, say_error
 from stickjax.config import Config
-from stickjax.corpus import load_corpus
-from stickjax.data import heldout_windows
-from stickjax.disk import write_file
-from stickjax.metrics import json_text, read_metrics
+from stickjax.config.command import Parser, command, say_error
+from stickjax.config.command_line import parse_changes
+from stickjax.data.batches import heldout_windows
+from stickjax.data.corpus import load_corpus
+from stickjax.evaluation import pairs as accuracy
+from stickjax.evaluation import plots
+from stickjax.evaluation.plots import Records
 from stickjax.models.family import apply
 from stickjax.models.sut import LanguageModel
 from stickjax.models.transformer import Transformer
-from stickjax.options import parse_changes
-from stickjax.plots import Records
-from stickjax.run import load, place_of_results, read_config
-from stickjax.sources import printable
-from stickjax.tables import print_table
+from stickjax.storage.run_folder import load, place_of_results, read_config
+from stickjax.system.disk import write_file
+from stickjax.system.tables import print_table
+from stickjax.system.text import json_text, printable
+from stickjax.training.metrics import read_metrics
 
 LENGTHS = (1, 2, 4, 8)
 

@@ -14,15 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stickjax.command import Parser, command
-from stickjax.fields import SEED
-from stickjax.memory import free_memory, gib
+from stickjax.config.command import Parser, command
+from stickjax.config.command_line import parse
+from stickjax.config.fields import SEED
+from stickjax.data.tokenizer import StreamDecoder, Tokenizer
 from stickjax.models.family import empty_cache, read
 from stickjax.models.sut import LanguageModel
 from stickjax.models.transformer import Transformer
-from stickjax.options import parse
-from stickjax.run import Loaded, load, read_config
-from stickjax.tokenizer import StreamDecoder, Tokenizer
+from stickjax.storage.run_folder import Loaded, load, read_config
+from stickjax.system.memory import free_memory, gib
 
 
 def generate(
@@ -208,7 +208,7 @@ def generate_text(
 
     >>> from stickjax import Config, ModelConfig
     >>> from stickjax.models.transformer import init
-    >>> from stickjax.tokenizer import ByteTokenizer
+    >>> from stickjax.data.tokenizer import ByteTokenizer
     >>> config = Config(ModelConfig(D=8, L=2, N=2, K=1, H=4, F=16))
     >>> loaded = Loaded(init(config.model, jax.random.key(0)), config, ByteTokenizer(), 0)
     >>> len(generate_text(loaded, ["one", "and another"], 8, stop=["."]))

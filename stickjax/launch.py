@@ -18,8 +18,8 @@ import subprocess
 import sys
 import time
 
-from stickjax.command import Parser, command, say_error
-from stickjax.processes import AGAIN, LOST, SAID, STOPPED, check_address, free_port, lost
+from stickjax.config.command import Parser, command, say_error
+from stickjax.parallel.processes import AGAIN, LOST, SAID, STOPPED, check_address, free_port, lost
 
 GRACE = 5  # seconds between SIGTERM and SIGKILL for the other processes when one is lost
 # Seconds for which stderr is held back: when one process is lost, the others write long errors that only say so.

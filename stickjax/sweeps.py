@@ -1,7 +1,7 @@
 """Does muP hold, and which power law? Coordinate checks, learning-rate sweeps and the fit of gamma = a T^b, drawn.
 
-Every experiment takes the training as a callable (`stickjax.mup` has the trainings of the real model) and returns its
-records as plain dictionaries, ready for JSON; every plot takes such records and writes a PNG.
+Every experiment takes the training as a callable (`stickjax.training.width` has those of the real model) and returns
+its records as plain dictionaries, ready for JSON; every plot takes such records and writes a PNG.
 
 python -m stickjax.sweeps coordinate|learning-rate|power-law [--config FILE] [--out DIR] [--section.field=value ...]
 """
@@ -19,15 +19,24 @@ import optax
 from rich.console import Console
 from rich.table import Table
 
-from stickjax import mup as models
-from stickjax.command import Parser, command
 from stickjax.config import Config
-from stickjax.disk import write_file
-from stickjax.metrics import json_text
-from stickjax.options import load_config, parse
-from stickjax.plots import Records, best_runs, figure, group, plot_learning_rate_sweep, plot_power_law, save, ticks
-from stickjax.tables import print_table
-from stickjax.vocabulary import with_vocabulary
+from stickjax.config.command import Parser, command
+from stickjax.config.command_line import load_config, parse
+from stickjax.evaluation.plots import (
+    Records,
+    best_runs,
+    figure,
+    group,
+    plot_learning_rate_sweep,
+    plot_power_law,
+    save,
+    ticks,
+)
+from stickjax.models.vocabulary_size import with_vocabulary
+from stickjax.system.disk import write_file
+from stickjax.system.tables import print_table
+from stickjax.system.text import json_text
+from stickjax.training import width as models
 
 
 def coordinate_check(widths: Iterable[int], make: Callable, *, steps: int = 4, plot=None) -> Records:

@@ -22,8 +22,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels.testing import FORWARD, GRADIENT, relative_error
-from stickjax.checkpoint import named_leaves
-from stickjax.metrics import read_metrics
+from stickjax.storage.checkpoints import named_leaves
+from stickjax.training.metrics import read_metrics
 
 # Tracing and lowering create millions of objects that stay alive until their test file ends. At its usual thresholds,
 # Python's garbage collector visits all of them again and again: a seventh of the time of tests/test_ptx_calls.py.

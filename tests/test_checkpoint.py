@@ -21,9 +21,9 @@ import optax
 import pytest
 from flax import nnx
 
-import stickjax.checkpoint
-import stickjax.checksums
-from stickjax.checkpoint import Checkpoints, DamagedCheckpoint, check_finite, named_leaves
+import stickjax.storage.checkpoints
+import stickjax.system.checksums
+from stickjax.storage.checkpoints import Checkpoints, DamagedCheckpoint, check_finite, named_leaves
 
 
 class State(NamedTuple):
@@ -81,7 +81,7 @@ def run(code: str, *args, **env):
 
 
 def test_docstring_examples():
-    assert doctest.testmod(stickjax.checkpoint).failed == 0
+    assert doctest.testmod(stickjax.storage.checkpoints).failed == 0
 
 
 def test_round_trip_is_exact_and_quiet(tmp_path, capfd):
@@ -276,9 +276,9 @@ def test_none_intact_is_an_error_that_deletes_nothing(tmp_path):
 
 def changed_on_the_way(monkeypatch):
     """Files that are intact, but not what the caller had."""
-    save_async = stickjax.checkpoint.v1.save_async
+    save_async = stickjax.storage.checkpoints.v1.save_async
     change = lambda folder, arrays: save_async(folder, arrays | {"params/b": arrays["params/b"] + 1})  # noqa: E731
-    monkeypatch.setattr(stickjax.checkpoint.v1, "save_async", change)
+    monkeypatch.setattr(stickjax.storage.checkpoints.v1, "save_async", change)
 
 
 def test_arrays_are_compared_with_those_on_the_device(tmp_path, monkeypatch):
@@ -292,7 +292,7 @@ def test_arrays_are_compared_with_those_on_the_device(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("at_once", [2**28, 1])
 def test_the_first_save_is_read_back(tmp_path, monkeypatch, at_once):
-    monkeypatch.setattr(stickjax.checkpoint, "READ_BACK_BYTES", at_once)
+    monkeypatch.setattr(stickjax.storage.checkpoints, "READ_BACK_BYTES", at_once)
     folder = write(tmp_path, 1)
     changed_on_the_way(monkeypatch)
     message = "step 2 was not saved: .*checksum of params/b differs; the run has checkpoints \\[1\\]"
@@ -358,14 +358,14 @@ def test_unreadable_arrays_are_damage(tmp_path, monkeypatch):
         raise ValueError("a disk that fails now")
 
     write(tmp_path, 1)
-    monkeypatch.setattr(stickjax.checkpoint.v1, "load", load)
+    monkeypatch.setattr(stickjax.storage.checkpoints.v1, "load", load)
     with pytest.raises(DamagedCheckpoint, match="a disk that fails now"), pytest.warns(UserWarning):
         Checkpoints(tmp_path).restore(abstract(small(0)))
 
 
 def test_checksum_sees_what_moves_and_what_cancels(x64):
     def checksum(a):
-        return int(stickjax.checksums.checksum(jnp.asarray(a)))
+        return int(stickjax.system.checksums.checksum(jnp.asarray(a)))
 
     a = np.random.default_rng(0).normal(size=(6, 7))
     for dtype in (jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16, jnp.int64):
@@ -388,7 +388,7 @@ def test_check_finite():
 FULL_DISK = """
 import errno, os, resource, signal, sys
 import jax, jax.numpy as jnp
-from stickjax.checkpoint import Checkpoints
+from stickjax.storage.checkpoints import Checkpoints
 checkpoints = Checkpoints(sys.argv[1])
 checkpoints.save(1, {"w": jnp.ones(3)}, {})
 checkpoints.wait()
@@ -423,7 +423,7 @@ def test_full_disk(tmp_path, monkeypatch, where):
             raise OSError(errno.ENOSPC, "No space left on device")
         return type("Response", (), {"result": lambda self: (_ for _ in ()).throw(full)})()
 
-    monkeypatch.setattr(stickjax.checkpoint.v1, "save_async", save_async)
+    monkeypatch.setattr(stickjax.storage.checkpoints.v1, "save_async", save_async)
     checkpoints = Checkpoints(tmp_path)
     with pytest.raises(OSError, match=r"step 2 was not saved: the disk is full; .* has checkpoints \[1\]") as error:
         checkpoints.save(2, small(2), {})
@@ -434,7 +434,7 @@ def test_full_disk(tmp_path, monkeypatch, where):
 KILLED = """
 import sys
 import jax.numpy as jnp
-from stickjax.checkpoint import Checkpoints
+from stickjax.storage.checkpoints import Checkpoints
 checkpoints = Checkpoints(sys.argv[1])
 for step in range(int(sys.argv[2]), 10**6):
     checkpoints.save(step, {"w": jnp.full((300, 1000), float(step))}, {"step": step})
@@ -461,8 +461,8 @@ MESHES = """
 import sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from stickjax.checkpoint import Checkpoints
-from stickjax.checksums import checksum
+from stickjax.storage.checkpoints import Checkpoints
+from stickjax.system.checksums import checksum
 x = np.arange(16 * 24, dtype=np.float32).reshape(16, 24)
 meshes = [jax.make_mesh((8,), "a", axis_types=(t,)) for t in (AxisType.Auto, AxisType.Explicit)]
 meshes += [jax.make_mesh((4, 2), ("b", "a"), axis_types=(AxisType.Auto,) * 2)]

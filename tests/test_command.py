@@ -9,8 +9,8 @@ import time
 import pytest
 
 from stickjax import __main__, __version__, train
-from stickjax.checkpoint import DamagedCheckpoint
-from stickjax.command import SEED_TYPE, Parser, UsageError, command, number
+from stickjax.config.command import SEED_TYPE, Parser, UsageError, command, number
+from stickjax.storage.checkpoints import DamagedCheckpoint
 
 ENDS = [
     (None, 0, ""),
@@ -145,7 +145,7 @@ import sys
 sys.argv = ["-m"]; sys.orig_argv = ["python", "-m", "stickjax.train"]
 import stickjax, signal
 assert not {"jax", "numpy"} & set(sys.modules), "the package is light until a command is chosen"
-from stickjax.command import command
+from stickjax.config.command import command
 print("importing", flush=True)
 if sys.stdin.read(1) == "c":
     @command

@@ -15,14 +15,14 @@ from safetensors.numpy import load_file
 
 import stickjax
 from stickjax import evaluate, generate
-from stickjax.checkpoint import Checkpoints
 from stickjax.config import Config, ModelConfig
 from stickjax.convert import export, main
-from stickjax.hugging_face.configs import to_theirs
+from stickjax.data.tokenizer import ByteTokenizer, load_tokenizer
 from stickjax.models.transformer import init
-from stickjax.run import Loaded, load, save, write_config
-from stickjax.sharding import make_mesh
-from stickjax.tokenizer import ByteTokenizer, load_tokenizer
+from stickjax.parallel.sharding import make_mesh
+from stickjax.storage.checkpoints import Checkpoints
+from stickjax.storage.hugging_face.configs import to_theirs
+from stickjax.storage.run_folder import Loaded, load, save, write_config
 from stickjax.train import fit
 
 ORACLES = Path(__file__).parent / "oracles"

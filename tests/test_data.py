@@ -14,13 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stickjax import data
 from stickjax.config import DataConfig
-from stickjax.corpus import Corpus, load_corpus
-from stickjax.data import batches, make_batch, train_loader
-from stickjax.sources import text_documents
-from stickjax.token_files import tokenize
-from stickjax.tokenizer import ByteTokenizer, StreamDecoder, load_tokenizer, token_dtype
+from stickjax.data import batches as data
+from stickjax.data.batches import batches, make_batch, train_loader
+from stickjax.data.corpus import Corpus, load_corpus
+from stickjax.data.sources import text_documents
+from stickjax.data.token_files import tokenize
+from stickjax.data.tokenizer import ByteTokenizer, StreamDecoder, load_tokenizer, token_dtype
 
 EOT = 256
 

@@ -10,15 +10,16 @@ import jax
 import pytest
 
 import stickjax
-from stickjax import convert, plots
+from stickjax import convert
 from stickjax.config import Config, ModelConfig
-from stickjax.disk import write_file, writing
-from stickjax.lock import Lock, complete_folder
-from stickjax.metrics import MetricsLog, read_metrics
+from stickjax.evaluation import plots
 from stickjax.models.transformer import init
-from stickjax.modules.__main__ import main as modules_main
-from stickjax.profiling import stop_trace
-from stickjax.run import Loaded, save
+from stickjax.storage.run_folder import Loaded, save
+from stickjax.surgery.__main__ import main as modules_main
+from stickjax.system.disk import write_file, writing
+from stickjax.system.lock import Lock, complete_folder
+from stickjax.system.profiling import stop_trace
+from stickjax.training.metrics import MetricsLog, read_metrics
 
 
 @pytest.fixture

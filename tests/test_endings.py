@@ -10,12 +10,12 @@ import pytest
 from conftest import assert_same_state
 
 from stickjax import train
-from stickjax.checkpoint import Checkpoints
 from stickjax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
-from stickjax.metrics import read_metrics
-from stickjax.progress import Progress
-from stickjax.step import init_state
+from stickjax.storage.checkpoints import Checkpoints
 from stickjax.train import fit, main
+from stickjax.training.metrics import read_metrics
+from stickjax.training.progress import Progress
+from stickjax.training.step import init_state
 
 CONFIG = Config(
     ModelConfig(V=257, D=16, L=1, N=2, K=1, H=8, F=16),

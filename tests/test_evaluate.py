@@ -11,13 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stickjax import evaluate, plots
+from stickjax import evaluate
 from stickjax.config import Config
-from stickjax.corpus import Corpus
-from stickjax.data import heldout_windows
+from stickjax.data.batches import heldout_windows
+from stickjax.data.corpus import Corpus
+from stickjax.data.tokenizer import ByteTokenizer, load_tokenizer
 from stickjax.evaluate import main, names
-from stickjax.tables import print_table
-from stickjax.tokenizer import ByteTokenizer, load_tokenizer
+from stickjax.evaluation import plots
+from stickjax.system.tables import print_table
 from stickjax.train import fit
 
 EOT = 256

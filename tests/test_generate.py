@@ -15,12 +15,12 @@ import pytest
 
 import stickjax.generate
 from stickjax import Config, ModelConfig
-from stickjax.checkpoint import Checkpoints
+from stickjax.config.decoder import MODULES
+from stickjax.data.tokenizer import ByteTokenizer, load_tokenizer
 from stickjax.generate import _advance, _bucket, generate, generate_text, main
-from stickjax.model_config import MODULES
 from stickjax.models.transformer import init
-from stickjax.run import Loaded, write_config
-from stickjax.tokenizer import ByteTokenizer, load_tokenizer
+from stickjax.storage.checkpoints import Checkpoints
+from stickjax.storage.run_folder import Loaded, write_config
 
 SMALL = dict(V=61, D=32, L=2, N=4, K=4, H=8, F=48)
 TINY = dict(V=24, D=16, L=1, N=2, K=2, H=4, F=16)

@@ -12,10 +12,10 @@ from conftest import FORWARD, assert_close
 import stickjax
 from stickjax.convert import in_memory
 from stickjax.generate import generate
-from stickjax.hugging_face import names
 from stickjax.models import transformer
 from stickjax.models.router import router_stats
-from stickjax.step import loss_and_metrics
+from stickjax.storage.hugging_face import names
+from stickjax.training.step import loss_and_metrics
 
 ORACLES = Path(__file__).parent / "oracles"
 FOLDERS = sorted(path.parent for kind in ("hf", "moduleformer") for path in ORACLES.glob(f"{kind}/*/config.json"))

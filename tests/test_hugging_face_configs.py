@@ -9,9 +9,9 @@ from conftest import FORWARD, assert_close
 from safetensors.numpy import save_file
 
 import stickjax
-from stickjax.hugging_face import configs, names
-from stickjax.hugging_face.configs import to_ours, to_theirs
-from stickjax.model_config import ModelConfig
+from stickjax.config.decoder import ModelConfig
+from stickjax.storage.hugging_face import configs, names
+from stickjax.storage.hugging_face.configs import to_ours, to_theirs
 
 GRANITE = dict(
     model_type="granite", vocab_size=23, hidden_size=12, num_hidden_layers=2, intermediate_size=10,

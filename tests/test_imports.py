@@ -13,18 +13,18 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FILES = sorted(p for package in ("pallas_kernels", "stickjax") for p in (ROOT / package).rglob("*.py"))
 # Their own tests run the examples of these.
-ELSEWHERE = ("stickjax.checkpoint", "stickjax.optim", "stickjax.sweeps")
+ELSEWHERE = ("stickjax.storage.checkpoints", "stickjax.training.optimizer", "stickjax.sweeps")
 # A module imports from its own layer or from lower ones.
 LAYERS = {
     "pallas_kernels": 0,
-    "stickjax.fields": 1,
-    "stickjax.model_config": 1,
-    "stickjax.sut_config": 1,
+    "stickjax.config.fields": 1,
+    "stickjax.config.decoder": 1,
+    "stickjax.config.universal": 1,
     "stickjax.config": 1,
-    "stickjax.synonyms": 1,
-    "stickjax.tasks": 1,
-    "stickjax.sharding": 1,
-    "stickjax.collectives": 1,
+    "stickjax.config.synonyms": 1,
+    "stickjax.data.tasks": 1,
+    "stickjax.parallel.sharding": 1,
+    "stickjax.parallel.collectives": 1,
     "stickjax.models": 2,
     "stickjax": 3,
     "configs": 4,

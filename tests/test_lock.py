@@ -10,16 +10,16 @@ import time
 
 import pytest
 
-import stickjax.disk
-import stickjax.lock
-import stickjax.plain_path
-from stickjax.lock import Lock
+import stickjax.system.disk
+import stickjax.system.lock
+import stickjax.system.plain_path
+from stickjax.system.lock import Lock
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     for name, seconds in (("BEAT", 0.05), ("PATIENCE", 0.6), ("SETTLE", 0.1)):
-        monkeypatch.setattr(stickjax.lock, name, seconds)
+        monkeypatch.setattr(stickjax.system.lock, name, seconds)
 
 
 @pytest.fixture
@@ -27,10 +27,10 @@ def without_flock(monkeypatch):
     def flock(file, how):
         raise OSError(errno.ENOTSUP, "Operation not supported")
 
-    monkeypatch.setattr(stickjax.lock.fcntl, "flock", flock)
+    monkeypatch.setattr(stickjax.system.lock.fcntl, "flock", flock)
 
 
-@pytest.mark.parametrize("module", [stickjax.lock, stickjax.disk, stickjax.plain_path])
+@pytest.mark.parametrize("module", [stickjax.system.lock, stickjax.system.disk, stickjax.system.plain_path])
 def test_docstring_examples(module):
     assert doctest.testmod(module).failed == 0
 
@@ -65,7 +65,7 @@ def test_the_second_is_refused_and_changes_nothing(tmp_path):
 
 
 def test_a_lock_that_is_released_while_another_process_takes_it_is_free(tmp_path, monkeypatch):
-    flock, released = stickjax.lock._flock, []
+    flock, released = stickjax.system.lock._flock, []
 
     def release(file):
         if released:
@@ -74,7 +74,7 @@ def test_a_lock_that_is_released_while_another_process_takes_it_is_free(tmp_path
         released.append(file)
         return False
 
-    monkeypatch.setattr(stickjax.lock, "_flock", release)
+    monkeypatch.setattr(stickjax.system.lock, "_flock", release)
     lock = Lock(tmp_path)
     lock.check()
     lock.release()
@@ -152,16 +152,16 @@ def test_an_owner_on_another_machine_lives_while_it_counts(tmp_path):
 @pytest.mark.parametrize("seconds", [0.05, 60])
 def test_a_file_server_may_keep_the_flock_of_a_machine_that_is_gone(tmp_path, monkeypatch, seconds):
     owner(tmp_path, machine="another")
-    begun, flock = time.monotonic(), stickjax.lock.fcntl.flock
+    begun, flock = time.monotonic(), stickjax.system.lock.fcntl.flock
 
     def late(file, how):
         if time.monotonic() - begun < 0.3:
             raise BlockingIOError(errno.EWOULDBLOCK, "Resource temporarily unavailable")
         flock(file, how)
 
-    monkeypatch.setattr(stickjax.lock.fcntl, "flock", late)
-    monkeypatch.setattr(stickjax.lock, "LEASE", seconds)
-    monkeypatch.setattr(stickjax.lock, "PATIENCE", 0.2)
+    monkeypatch.setattr(stickjax.system.lock.fcntl, "flock", late)
+    monkeypatch.setattr(stickjax.system.lock, "LEASE", seconds)
+    monkeypatch.setattr(stickjax.system.lock, "PATIENCE", 0.2)
     if seconds > 1:
         Lock(tmp_path).release()
     else:
@@ -186,7 +186,7 @@ def test_a_folder_that_was_made_for_nothing_goes(tmp_path, monkeypatch):
     def write(file, record):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(stickjax.lock, "_write", write)
+    monkeypatch.setattr(stickjax.system.lock, "_write", write)
     with pytest.raises(OSError, match="the disk is full: '.*/a/b/lock'"):
         Lock(tmp_path / "a/b")
     assert not list(tmp_path.iterdir())

@@ -7,14 +7,14 @@ import optax
 import pytest
 from conftest import assert_close, assert_same_state
 
-from stickjax import sharding
-from stickjax.checkpoint import Checkpoints, named_leaves
 from stickjax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from stickjax.models.transformer import init
-from stickjax.optim import make_optimizer
-from stickjax.run import save
-from stickjax.step import init_state, make_step, with_params
+from stickjax.parallel import sharding
+from stickjax.storage.checkpoints import Checkpoints, named_leaves
+from stickjax.storage.run_folder import save
 from stickjax.train import fit
+from stickjax.training.optimizer import make_optimizer
+from stickjax.training.step import init_state, make_step, with_params
 
 RATE = 1e-5  # usual for fine-tuning; half a unit in the last place of a bfloat16 near 1 is 0.002
 

@@ -7,11 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stickjax import memory, run
 from stickjax.config import Config, DataConfig, ModelConfig, TrainConfig
-from stickjax.memory import Free, check_fits, check_program, free_memory, gib, host_memory, local_bytes, state_parts
-from stickjax.step import init_state
+from stickjax.storage import run_folder as run
+from stickjax.system import memory
+from stickjax.system.memory import (
+    Free,
+    check_fits,
+    check_program,
+    free_memory,
+    gib,
+    host_memory,
+    local_bytes,
+    state_parts,
+)
 from stickjax.train import main
+from stickjax.training.step import init_state
 
 CONFIG = Config(
     ModelConfig(V=257, D=16, L=1, N=2, K=1, H=8, F=16),

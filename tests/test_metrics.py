@@ -5,8 +5,9 @@ import math
 
 import pytest
 
-from stickjax import plots
-from stickjax.metrics import MetricsLog, json_text, read_metrics
+from stickjax.evaluation import plots
+from stickjax.system.text import json_text
+from stickjax.training.metrics import MetricsLog, read_metrics
 
 
 def row(step: int, /, **values) -> dict:

@@ -12,12 +12,12 @@ from flax import nnx
 
 from pallas_kernels import route, stick_breaking_attention
 from stickjax.config import Config, ModelConfig
+from stickjax.config.universal import SutConfig
 from stickjax.models.attention import Context
 from stickjax.models.moa import MixtureOfHeads, SharedHeads
 from stickjax.models.router import choose_experts, router_stats, router_sums
 from stickjax.models.transformer import init, parameter_counts
-from stickjax.step import init_state, make_step
-from stickjax.sut_config import SutConfig
+from stickjax.training.step import init_state, make_step
 
 SIZES = dict(V=31, D=16, L=2, H=4, F=24)
 SHARED = dict(D=16, K=2, H=4, attention_experts=3, implementation="reference")

@@ -12,12 +12,12 @@ import pytest
 from conftest import FORWARD, GRADIENT, assert_close
 
 from stickjax.config import ModelConfig
-from stickjax.hugging_face.configs import _effective, to_ours, to_theirs
-from stickjax.model_config import MODULES
+from stickjax.config.decoder import MODULES
 from stickjax.models.layers import rotary
 from stickjax.models.moe import SparseExperts
 from stickjax.models.router import choose_experts, rounded, router_stats, router_sums, updated_router_bias
 from stickjax.models.transformer import apply, empty_cache, init, parameter_counts
+from stickjax.storage.hugging_face.configs import _effective, to_ours, to_theirs
 
 SMALL = dict(V=31, D=24, L=2, N=4, K=2, H=8, F=20, norm_eps=1e-5)
 MODELS = {
@@ -314,7 +314,7 @@ def test_gradients_are_finite_and_reach_every_parameter(config):
     def loss(model):
         return jnp.square(model(tokens).logits).mean()
 
-    from stickjax.checkpoint import named_leaves
+    from stickjax.storage.checkpoints import named_leaves
 
     for name, g in named_leaves(jax.grad(loss)(model)).items():
         assert np.isfinite(g).all() and np.abs(g).max() > 0, name

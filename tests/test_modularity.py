@@ -9,8 +9,8 @@ import pytest
 from benchmarks import modularity
 from stickjax.config import Config, DataConfig, ModelConfig
 from stickjax.models.transformer import init
-from stickjax.modules import use
-from stickjax.modules.usage import batches_of
+from stickjax.surgery import use
+from stickjax.surgery.usage import batches_of
 
 MODEL = ModelConfig(D=8, L=2, N=2, K=1, H=4, F=8, E=4, k=2, attention_experts=4, router="softmax_topk")
 CONFIG = Config(MODEL, DataConfig(source="logic,scan", examples=2000, T=16, B=2))

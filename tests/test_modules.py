@@ -13,12 +13,13 @@ from conftest import FORWARD, assert_close
 from scipy.special import erf
 
 from stickjax import train
-from stickjax.checkpoint import named_leaves
 from stickjax.config import Config, DataConfig, ModelConfig, OptimConfig, SutConfig, TrainConfig
 from stickjax.models.attention import Context
 from stickjax.models.router import Router, choose_experts, probabilities
 from stickjax.models.transformer import init
-from stickjax.modules import (
+from stickjax.storage.checkpoints import named_leaves
+from stickjax.storage.run_folder import load, save
+from stickjax.surgery import (
     LEARN,
     concentrate,
     extend,
@@ -30,9 +31,8 @@ from stickjax.modules import (
     report,
     use,
 )
-from stickjax.modules.__main__ import main
-from stickjax.run import load, save
-from stickjax.step import init_state, make_step
+from stickjax.surgery.__main__ import main
+from stickjax.training.step import init_state, make_step
 
 CONFIG = ModelConfig(
     V=257, D=16, L=2, N=4, K=2, H=8, F=12, E=6, k=2, attention_experts=4, router="softmax_topk", router_network="mlp",

@@ -12,9 +12,9 @@ from flax import nnx
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from stickjax import optim
 from stickjax.config import Config
-from stickjax.optim import (
+from stickjax.training import optimizer as optim
+from stickjax.training.optimizer import (
     TokenCount,
     label_of,
     label_tree,

@@ -13,12 +13,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from pallas_kernels import cost, seam
 from stickjax import train
 from stickjax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
-from stickjax.data import make_batch
-from stickjax.options import load_config
+from stickjax.config.command_line import load_config
+from stickjax.data.batches import make_batch
 from stickjax.plan import __main__ as command
 from stickjax.plan import aot, chips, estimate, flops, report, search
 from stickjax.plan.hlo import _groups, collectives
-from stickjax.step import init_state, make_step
+from stickjax.training.step import init_state, make_step
 
 SMALL = ModelConfig(V=64, D=32, L=3, N=4, K=2, H=8, F=16, E=4, k=2, remat="full")
 

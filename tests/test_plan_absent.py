@@ -5,10 +5,10 @@ import json
 
 import pytest
 
-from stickjax.memory import local_bytes
-from stickjax.options import load_config
+from stickjax.config.command_line import load_config
 from stickjax.plan import __main__ as command
 from stickjax.plan import aot, chips, flops
+from stickjax.system.memory import local_bytes
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda13_plugin") is None,

@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 from conftest import wait_for_step
 
-from stickjax import evaluate, generate, launch, pmi, train
-from stickjax.checkpoint import Checkpoints, named_leaves
+from stickjax import evaluate, generate, launch, train
 from stickjax.config import Config
-from stickjax.metrics import read_metrics
-from stickjax.processes import free_port
-from stickjax.step import init_state
+from stickjax.parallel import pmi
+from stickjax.parallel.processes import free_port
+from stickjax.storage.checkpoints import Checkpoints, named_leaves
 from stickjax.train import fit
+from stickjax.training.metrics import read_metrics
+from stickjax.training.step import init_state
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = [sys.executable, "-m", "stickjax.launch"]

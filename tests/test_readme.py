@@ -29,7 +29,7 @@ def test_what_the_readme_names_is_there():
 
 def test_every_option_of_the_readme_is_an_option():
     from stickjax.config import Config, SutConfig
-    from stickjax.options import describe
+    from stickjax.config.command_line import describe
 
     known = describe(Config()) + describe(Config(SutConfig()))
     for option in re.findall(r"--((?:model|data|optim|train|mesh)\.\w+)", README):

@@ -9,13 +9,13 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from stickjax import convert, evaluate, generate
-from stickjax.checkpoint import Checkpoints
 from stickjax.config import Config
-from stickjax.metrics import read_metrics
-from stickjax.modules.__main__ import main as modules_main
-from stickjax.run import read_config
-from stickjax.step import init_state
+from stickjax.storage.checkpoints import Checkpoints
+from stickjax.storage.run_folder import read_config
+from stickjax.surgery.__main__ import main as modules_main
 from stickjax.train import fit, main
+from stickjax.training.metrics import read_metrics
+from stickjax.training.step import init_state
 
 SMALL = Config().replace(
     {

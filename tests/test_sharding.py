@@ -11,12 +11,12 @@ import optax
 import pytest
 from conftest import assert_close
 
-from stickjax import sharding
 from stickjax.config import Config, MeshConfig, ModelConfig
-from stickjax.metrics import read_metrics
-from stickjax.model_config import MODULES
-from stickjax.step import init_state, make_step
+from stickjax.config.decoder import MODULES
+from stickjax.parallel import sharding
 from stickjax.train import fit
+from stickjax.training.metrics import read_metrics
+from stickjax.training.step import init_state, make_step
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 SIZES = dict(V=32, D=16, L=2, N=4, K=2, H=4, F=24)

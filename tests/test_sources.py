@@ -7,11 +7,12 @@ import socket
 
 import pytest
 
-from stickjax import data, token_files
 from stickjax.config import Config, DataConfig
-from stickjax.corpus import load_corpus
-from stickjax.sources import text_documents
-from stickjax.token_files import tokenize, verify
+from stickjax.data import batches as data
+from stickjax.data import token_files
+from stickjax.data.corpus import load_corpus
+from stickjax.data.sources import text_documents
+from stickjax.data.token_files import tokenize, verify
 
 LINE = b'{"text": "one"}\n'
 

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from conftest import GRADIENT, assert_close, assert_same_state
 
-from stickjax import step as step_module
 from stickjax import train
-from stickjax.checkpoint import Checkpoints
 from stickjax.config import Config
-from stickjax.progress import Progress
-from stickjax.step import init_state, loss_and_metrics, make_step, tokens_of
+from stickjax.storage.checkpoints import Checkpoints
 from stickjax.train import fit, main
+from stickjax.training import step as step_module
+from stickjax.training.progress import Progress
+from stickjax.training.step import init_state, loss_and_metrics, make_step, tokens_of
 
 DENSE = Config().replace(
     {

@@ -18,7 +18,7 @@ from pallas_kernels import (
     stick_breaking_weights,
 )
 from stickjax.config import Config, SutConfig
-from stickjax.step import init_state, make_step
+from stickjax.training.step import init_state, make_step
 
 
 @pytest.fixture(autouse=True)

@@ -13,13 +13,13 @@ from conftest import FORWARD, assert_close
 from flax import nnx
 
 from pallas_kernels import route
+from stickjax.config.universal import SutConfig
 from stickjax.models.halting import HaltingGate, halting_step, start, until_halted
 from stickjax.models.router import router_stats
 from stickjax.models.sut import SparseUniversalTransformer, UniversalStack, apply, init, loss
 from stickjax.models.sut_block import BiasedExperts
-from stickjax.optim import label_of
-from stickjax.sharding import AXES, by_name, place, shard_gradients, shardings, spec_of
-from stickjax.sut_config import SutConfig
+from stickjax.parallel.sharding import AXES, by_name, place, shard_gradients, shardings, spec_of
+from stickjax.training.optimizer import label_of
 
 HERE = Path(__file__).parent
 

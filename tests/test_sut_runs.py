@@ -8,17 +8,17 @@ import pytest
 
 from benchmarks import halting
 from stickjax import Config, DataConfig, SutConfig, load
-from stickjax.accuracy import THRESHOLDS, accuracy, batches_of, depths
 from stickjax.convert import export
-from stickjax.data import pair_examples, training_data
+from stickjax.data.batches import pair_examples, training_data
 from stickjax.evaluate import depths as depths_of_text
 from stickjax.evaluate import evaluate as bits_per_byte
 from stickjax.evaluate import main as evaluate
+from stickjax.evaluation.pairs import THRESHOLDS, accuracy, batches_of, depths
 from stickjax.generate import generate, generate_text
-from stickjax.metrics import flops_per_token, read_metrics
 from stickjax.models.family import init, parameter_counts
-from stickjax.sharding import make_mesh
+from stickjax.parallel.sharding import make_mesh
 from stickjax.train import fit, main
+from stickjax.training.metrics import flops_per_token, read_metrics
 
 SIZES = dict(D=8, L=3, K=1, H=4, F=8, attention_experts=3, E=3)
 PAIRS = Config(SutConfig(V=12, **SIZES, classes=7), DataConfig(source="logic", examples=3000, T=40, B=4)).replace(

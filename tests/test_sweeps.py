@@ -14,15 +14,16 @@ import numpy as np
 import optax
 import pytest
 
-from stickjax import mup as models
-from stickjax import plots, sweeps
+from stickjax import sweeps
 from stickjax.config import Config
-from stickjax.data import load_corpus, train_loader
+from stickjax.data.batches import load_corpus, train_loader
+from stickjax.evaluation import plots
 from stickjax.models.transformer import apply, init
-from stickjax.mup import SMALL, at_width, final_loss, power_law_records, training, transformer
-from stickjax.optim import make_optimizer, make_schedule
-from stickjax.step import init_state, make_step
 from stickjax.sweeps import coordinate_check, fit_power_law, learning_rate_sweep, slopes
+from stickjax.training import width as models
+from stickjax.training.optimizer import make_optimizer, make_schedule
+from stickjax.training.step import init_state, make_step
+from stickjax.training.width import SMALL, at_width, final_loss, power_law_records, training, transformer
 
 BASE, V, L = 32, 32, 1  # width where m_width is 1, vocabulary, layers
 WIDTHS = [64, 256]

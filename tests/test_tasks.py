@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from stickjax.config import DataConfig
-from stickjax.corpus import load_corpus
-from stickjax.data import batches, heldout_windows, task_loader
-from stickjax.tasks import TASKS, Vocabulary, documents, listops, logic, recall, scan
+from stickjax.data.batches import batches, heldout_windows, task_loader
+from stickjax.data.corpus import load_corpus
+from stickjax.data.tasks import TASKS, Vocabulary, documents, listops, logic, recall, scan
 
 # Propositional logic
 

@@ -7,8 +7,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from stickjax.config import DataConfig
-from stickjax.corpus import load_corpus, tokenize
-from stickjax.tokenizer import StreamDecoder, load_tokenizer
+from stickjax.data.corpus import load_corpus, tokenize
+from stickjax.data.tokenizer import StreamDecoder, load_tokenizer
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|user|>"]
 

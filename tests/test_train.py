@@ -14,13 +14,13 @@ import pytest
 from conftest import assert_same_state, wait_for_step
 
 from stickjax import train
-from stickjax.checkpoint import Checkpoints
 from stickjax.config import Config
-from stickjax.corpus import load_corpus
-from stickjax.lock import Lock
-from stickjax.metrics import read_metrics
-from stickjax.step import init_state
+from stickjax.data.corpus import load_corpus
+from stickjax.storage.checkpoints import Checkpoints
+from stickjax.system.lock import Lock
 from stickjax.train import fit, main
+from stickjax.training.metrics import read_metrics
+from stickjax.training.step import init_state
 
 # Small, with everything that has a state: sampled routing, the router's bias, accumulation, packed documents.
 SMALL = Config().replace(

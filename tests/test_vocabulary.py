@@ -7,9 +7,9 @@ import pytest
 
 from stickjax.config import Config, DataConfig, ModelConfig, SutConfig, TrainConfig
 from stickjax.models.transformer import init
-from stickjax.run import read_config
+from stickjax.models.vocabulary_size import with_vocabulary
+from stickjax.storage.run_folder import read_config
 from stickjax.train import fit
-from stickjax.vocabulary import with_vocabulary
 
 TOKENIZER = {
     "version": "1.0", "added_tokens": [{"id": 4, "content": "</s>", "single_word": False, "lstrip": False,

@@ -8,11 +8,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import seam, stick_breaking_attention
-from stickjax.collectives import joined, size, split
 from stickjax.config import ModelConfig
 from stickjax.models.context import attention_in_context
 from stickjax.models.layers import HeadNorm, cast, matrix_std, normal, output_std, rotary
 from stickjax.models.router import RouterSums
+from stickjax.parallel.collectives import joined, size, split
 
 KeyValues = tuple[jax.Array, jax.Array | None]  # [B,S,K,H] each; no values where they are the keys
 

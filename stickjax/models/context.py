@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import cost, merge_stick_breaking, stick_breaking_attention
-from stickjax.collectives import all_gather, size
+from stickjax.parallel.collectives import all_gather, size
 
 
 def whole_sequence(x: Float[Array, "B t ..."]) -> Float[Array, "B T ..."]:

@@ -6,8 +6,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.scatter_moe.call import ACTIVATIONS, GATED
-from stickjax.collectives import joined, split
 from stickjax.config import ModelConfig
+from stickjax.parallel.collectives import joined, split
 
 
 def normal(key, shape, std: float, config: ModelConfig) -> nnx.Param:

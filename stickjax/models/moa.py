@@ -10,14 +10,14 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels import Routing, expert_linear, route, stick_breaking_attention
-from stickjax.collectives import joined, split
 from stickjax.config import ModelConfig
+from stickjax.config.universal import SutConfig
 from stickjax.models.attention import Attention, Context, KeyValues
 from stickjax.models.layers import all_experts, cast, matrix_std, normal, output_std, uniform
 from stickjax.models.moe import biased
 from stickjax.models.relative import softmax_attention
 from stickjax.models.router import Experts, Router, RouterSums
-from stickjax.sut_config import SutConfig
+from stickjax.parallel.collectives import joined, split
 
 
 class MixtureOfHeads(Attention):

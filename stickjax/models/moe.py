@@ -6,10 +6,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels import cost, expert_mlp, route
-from stickjax.collectives import from_experts, joined, split, to_experts
 from stickjax.config import ModelConfig
 from stickjax.models.layers import all_experts, gates, matrix_std, normal, output_std
 from stickjax.models.router import Experts, Router, RouterSums
+from stickjax.parallel.collectives import from_experts, joined, split, to_experts
 
 
 class SparseExperts(nnx.Module):

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from stickjax.collectives import total
 from stickjax.config import ModelConfig
 from stickjax.models.layers import matrix_std, normal
+from stickjax.parallel.collectives import total
 
 NEVER = -1e9  # the logit of an expert that must not be chosen; finite, so that zero times it is zero
 

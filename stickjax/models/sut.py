@@ -12,13 +12,13 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from stickjax.collectives import total
+from stickjax.config.universal import SutConfig
 from stickjax.models.attention import segment_positions
 from stickjax.models.halting import Halting, HaltingGate, until_halted
 from stickjax.models.layers import LayerNorm, cast, dropout, normal, uniform
 from stickjax.models.router import RouterStats, router_stats
 from stickjax.models.sut_block import SutBlock
-from stickjax.sut_config import SutConfig
+from stickjax.parallel.collectives import total
 
 
 class SutOutput(NamedTuple):

@@ -11,11 +11,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import Routing, expert_linear, expert_mlp, route
+from stickjax.config.universal import SutConfig
 from stickjax.models.attention import Context
 from stickjax.models.layers import LayerNorm, cast, dropout, uniform
 from stickjax.models.moa import SharedHeads
 from stickjax.models.router import RouterSums, choose_experts, router_sums
-from stickjax.sut_config import SutConfig
 
 
 class Choice(NamedTuple):

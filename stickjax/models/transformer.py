@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from stickjax.collectives import gather, size, split
 from stickjax.config import ModelConfig
 from stickjax.models.attention import Attention, Context, segment_positions
 from stickjax.models.context import whole_sequence
@@ -16,6 +15,7 @@ from stickjax.models.moa import MixtureOfHeads
 from stickjax.models.moe import SparseExperts
 from stickjax.models.router import RouterStats, router_stats
 from stickjax.models.vocabulary import embedded
+from stickjax.parallel.collectives import gather, size, split
 
 
 class Cache(NamedTuple):

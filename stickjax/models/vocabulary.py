@@ -6,7 +6,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from stickjax.collectives import first_of, joined, size
+from stickjax.parallel.collectives import first_of, joined, size
 
 
 def _local(ids, count: int):

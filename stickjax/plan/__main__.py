@@ -12,11 +12,11 @@ import sys
 
 import jax
 
-from stickjax.command import Parser, command, number
 from stickjax.config import Config
-from stickjax.options import describe, load_config, parse
+from stickjax.config.command import Parser, command, number
+from stickjax.config.command_line import describe, load_config, parse
+from stickjax.parallel.chips import CHIPS, chip, has_wheels
 from stickjax.plan.aot import absent_machine, virtual_devices
-from stickjax.plan.chips import CHIPS, chip, has_wheels
 from stickjax.plan.report import show
 from stickjax.plan.search import SWEPT
 

@@ -9,16 +9,15 @@ import time
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from stickjax import sharding
 from stickjax.config import Config
-from stickjax.memory import state_parts
-from stickjax.plan.chips import Chip, absent_devices, has_wheels, of_kind, tracing_for
+from stickjax.parallel import sharding
+from stickjax.parallel.chips import Chip, absent_devices, has_wheels, of_kind, tracing_for
 from stickjax.plan.flops import Work, count
 from stickjax.plan.hlo import Collective, collectives
-from stickjax.step import TrainState, init_state, jit_step
+from stickjax.system.memory import state_parts
+from stickjax.training.step import TrainState, init_state, jit_step
 
 
 class Machine(NamedTuple):
@@ -107,13 +106,6 @@ def abstract_arguments(config: Config, mesh: Mesh | None, device: jax.Device) ->
     places = jax.tree.map(lambda _: alone, state) if mesh is None else sharding.shardings(mesh, state)
     state = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, places)
     return state, abstract_batch(config, alone if mesh is None else NamedSharding(mesh, sharding.BATCH))
-
-
-def abstract_batch(config: Config, place: NamedSharding | None) -> dict:
-    """The batch of a step on text without its values."""
-    types = dict(tokens=jnp.int32, targets=jnp.int32, segment_ids=jnp.int32, loss_mask=jnp.bool_)
-    shape = (config.data.B, config.data.T)
-    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, dtype in types.items()}
 
 
 def compile_step(config: Config, machine: Machine) -> Compiled:

@@ -2,9 +2,9 @@
 
 from typing import NamedTuple
 
-from stickjax.metrics import flops_per_token
+from stickjax.parallel.chips import Chip
 from stickjax.plan.aot import Compiled
-from stickjax.plan.chips import Chip
+from stickjax.training.metrics import flops_per_token
 
 # Shares of the vendor's peak that large copies and products reach: 770 of 989 TFLOP/s and 4.3 of 4.8 TB/s on an H200.
 COMPUTE, MEMORY = 0.78, 0.9

@@ -12,7 +12,7 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 from pallas_kernels import cost
-from stickjax.memory import itemsize
+from stickjax.system.memory import itemsize
 
 
 class Work(NamedTuple):

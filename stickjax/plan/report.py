@@ -7,12 +7,12 @@ from rich.console import Console
 from rich.table import Table
 
 from stickjax.config import Config
-from stickjax.memory import gib
 from stickjax.models.family import parameter_counts
+from stickjax.models.vocabulary_size import with_vocabulary
 from stickjax.plan import estimate
 from stickjax.plan.aot import Compiled, Machine, compile_step, present_machine
 from stickjax.plan.search import nearest_changes, sweep
-from stickjax.vocabulary import with_vocabulary
+from stickjax.system.memory import gib
 
 
 def by_axes(compiled: Compiled) -> list[dict]:

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from stickjax.config import Config
+from stickjax.parallel.sharding import ROW_AXES
 from stickjax.plan import estimate
 from stickjax.plan.aot import Compiled, Machine, compile_step, make_mesh
-from stickjax.sharding import ROW_AXES
 
 SWEPT = 8  # meshes that a sweep compiles
 

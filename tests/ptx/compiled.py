@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from stickjax.plan.chips import absent_devices
+from stickjax.parallel.chips import absent_devices
 
 from .host import read_launch
 from .program import Program

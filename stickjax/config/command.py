@@ -1,0 +1,205 @@
+"""What all commands share: how they parse the command line, and how they end.
+
+Exit codes: 0, success. 1, an error that the user can correct, in one line on stderr. 2, a wrong command line, in one
+line as well. 130, Ctrl-C. 141, the output pipe was closed, as in `... | head`. Any other exception is a bug and is
+raised with its traceback.
+"""
+
+import argparse
+import contextlib
+import functools
+import os
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+
+from stickjax.config import field_names
+from stickjax.config.command_line import parse_value
+from stickjax.config.fields import SEED, checked
+from stickjax.config.synonyms import suggestion
+from stickjax.system.disk import REASONS
+from stickjax.system.text import printable
+
+# Errors of these types are printed as one line. Any other exception is a bug.
+CLEAR = (ValueError, OSError, FloatingPointError, OverflowError, MemoryError, NotImplementedError)
+INTERRUPTED, NOBODY_READS = 128 + signal.SIGINT, 128 + signal.SIGPIPE
+
+
+class UsageError(ValueError):
+    """The command line has an option or an argument that the command does not take."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that raises UsageError, with the nearest name for an unknown option."""
+
+    def __init__(self, *, prog: str | None = None, **options):
+        if prog is not None and os.path.basename(sys.argv[0]) == "stickjax":
+            prog = prog.replace("python -m stickjax.", "stickjax ")
+        super().__init__(prog=prog, allow_abbrev=False, **options)
+
+    def error(self, message):
+        raise UsageError(message)
+
+    def parse_args(self, args=None, namespace=None):
+        words, rest = self.parse_known_args(args, namespace)
+        if rest:
+            hint = suggestion(rest[0].partition("=")[0], _options(self))
+            raise UsageError(f"unrecognized arguments: {' '.join(rest)}{hint}")
+        return words
+
+    def parse_with_fields(self, argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+        """Split a command line into the command's own arguments and the `--section.field=value` of a config."""
+        words: list[str] = []
+        for word in sys.argv[1:] if argv is None else argv:
+            if words and re.fullmatch(r"--\w+\.\w+", words[-1]) and not word.startswith("--"):
+                words[-1] += f"={word}"  # otherwise argparse takes the value as RUN or CONFIG
+            else:
+                words.append(word)
+        found, rest = self.parse_known_args(words)
+        for word in rest:
+            name = word.partition("=")[0]
+            if word.startswith("-") and "." not in name:
+                raise UsageError(f"unknown option {name}{suggestion(name, [*_options(self), *field_names()])}")
+        return found, rest
+
+
+def number(kind: type, **bounds: float) -> Callable[[str], int | float]:
+    """An argparse `type` for numbers within bounds, which have the names that `stickjax.config.fields.field` takes.
+
+    >>> number(int, at_least=1)("1e6")
+    1000000
+    """
+
+    def parsed(text: str):
+        try:
+            return checked("value", parse_value(text, (kind,)), (kind,), bounds)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return parsed
+
+
+SEED_TYPE = number(int, at_least=0, at_most=SEED)
+
+
+def _options(parser: argparse.ArgumentParser) -> list[str]:
+    """The names of all arguments of a parser and of its subcommands: --options and POSITIONAL arguments."""
+    parsers = [parser]
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            parsers += action.choices.values()
+    actions = [action for one in parsers for action in one._actions]
+    return [name for action in actions for name in (action.option_strings or [action.metavar or action.dest])]
+
+
+def command(main: Callable[[list[str] | None], int | None]) -> Callable[..., int]:
+    """Wrap `main(argv)`: it then returns an exit code for every expected error, and raises only for a bug.
+
+    >>> @command
+    ... def main(argv):
+    ...     raise KeyboardInterrupt
+    >>> main([])
+    130
+    """
+
+    @functools.wraps(main)
+    def run(argv: list[str] | None = None) -> int:
+        _print_what_a_terminal_can()
+        with _interrupts_raise():
+            try:
+                try:
+                    code = main(argv)
+                except SystemExit as end:  # of --help
+                    code = end.code
+                if sys.stdout is not None:
+                    sys.stdout.flush()
+                return code or 0
+            except KeyboardInterrupt as error:
+                _fail("interrupted", error)
+                return INTERRUPTED
+            except BrokenPipeError:
+                drop_output()
+                return NOBODY_READS
+            except CLEAR as error:
+                code = _fail(f"error: {in_one_line(error)}", error)
+                if isinstance(error, OSError):
+                    drop_output()  # on a full disk Python would report the error again at exit
+                return 2 if isinstance(error, UsageError) else code
+            except Exception as error:
+                if isinstance(error, RuntimeError) and str(error).startswith("RESOURCE_EXHAUSTED: Out of memory"):
+                    return _fail(f"error: {in_one_line(error).partition(': ')[2]}", error)
+                if _several_processes():  # the other processes must not wait for this one
+                    _fail("".join(traceback.format_exception(error)).rstrip(), error)
+                raise
+
+    return run
+
+
+def in_one_line(error: BaseException) -> str:
+    """The message of an error in one line; for an OSError with a file name, the path and the reason.
+
+    >>> in_one_line(FileNotFoundError(2, "No such file or directory", "a.py"))
+    'a.py: No such file or directory'
+    """
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        own = error.strerror != os.strerror(error.errno or 0)  # our own message, which says more than the system's
+        reason = error.strerror if own else REASONS.get(error.errno, error.strerror)
+        return f"{printable(str(error.filename))}: {reason}"
+    return " ".join(line.strip() for line in str(error).splitlines()) or type(error).__name__
+
+
+def say_error(line: str) -> None:
+    """Print a line to stderr; do nothing if stderr is closed."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        print(line, file=sys.stderr, flush=True)
+
+
+def end_on_interrupt() -> None:
+    """From now on Ctrl-C ends this process at once, in one line; inside a command it raises KeyboardInterrupt."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, as after nohup
+        signal.signal(signal.SIGINT, _end)
+
+
+def _end(number, frame):
+    say_error("interrupted")
+    os._exit(INTERRUPTED)
+
+
+@contextlib.contextmanager
+def _interrupts_raise():
+    ours = signal.getsignal(signal.SIGINT) is _end
+    if ours:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, _end)
+
+
+def _print_what_a_terminal_can() -> None:
+    """From now on, print '?' for a character that the encoding of stdout lacks, instead of raising an error."""
+    if getattr(sys.stdout, "errors", None) == "strict" and hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
+
+
+def _several_processes() -> bool:
+    return "stickjax.parallel.processes" in sys.modules and sys.modules["stickjax.parallel.processes"].joined()
+
+
+def _fail(line: str, error: BaseException) -> int:
+    if _several_processes():
+        return sys.modules["stickjax.parallel.processes"].fail(line, error)
+    say_error(line)
+    return 1
+
+
+def drop_output() -> None:
+    """Discard the buffer of stdout if it cannot be written; otherwise Python would try to write it again at exit."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.stdout.flush()
+        return
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,149 @@
+"""A config from a file, and changed by the words of a command line: `--section.field=value`."""
+
+import dataclasses
+import difflib
+import inspect
+import json
+import os
+import runpy
+import traceback
+from pathlib import Path
+from typing import Any
+
+from stickjax.config import Config, locate
+from stickjax.config.fields import field_types, shown
+
+
+def parse_value(text: str, kinds: tuple):
+    """Parse a word for a field of these types. A word that does not parse is returned, and the config refuses it."""
+    if type(None) in kinds and text.lower() in ("none", "null"):
+        return None
+    if bool in kinds:
+        return {"true": True, "false": False}.get(text.lower(), text)
+    for kind in kinds:
+        if kind in (int, float):
+            try:
+                number = float(text)
+                if kind is float:
+                    return number
+                if number == int(number):  # 1e6 is an integer too
+                    return int(text) if text.lstrip("+-").isdigit() else int(number)
+            except (ValueError, OverflowError):
+                continue
+    return text
+
+
+def parse_changes(config: Config, argv: list[str]) -> dict[str, Any]:
+    """The words `--section.field=value` (or `--section.field value`) as `{"section.field": value}`.
+
+    Raises:
+      ValueError: an unknown field (with the nearest name), or a value of another type.
+
+    >>> parse_changes(Config(), ["--optim.peak_lr=3e-4", "--data.B", "8"])
+    {'optim.peak_lr': 0.0003, 'data.B': 8}
+    """
+    changes, words = {}, iter(argv)
+    for word in words:
+        if not word.startswith("--"):
+            raise ValueError(f"unexpected argument {word!r}; config fields are written --section.field=value")
+        key, eq, text = word[2:].partition("=")
+        section, name = locate(config, key)
+        if not eq:
+            text = next(words, None)
+            if text is None:
+                raise ValueError(f"--{key} needs a value")
+        changes[key] = parse_value(text, field_types(type(getattr(config, section)))[name])
+    return changes
+
+
+def parse(config: Config, argv: list[str]) -> Config:
+    """A config with the words of a command line applied; see `parse_changes`."""
+    return config.replace(parse_changes(config, argv))
+
+
+def describe(config: Config) -> str:
+    """Every field with its current value and its sentence: the body of --help."""
+    lines = []
+    for section in dataclasses.fields(config):
+        part = getattr(config, section.name)
+        for field in dataclasses.fields(part):
+            head = f"  --{section.name}.{field.name}={getattr(part, field.name)}"
+            lines.append(f"{head:<44} {field.metadata['doc']}")
+    return "\n".join(lines)
+
+
+# The folder of configs: beside the packages in a checkout, inside stickjax in an installation (pyproject.toml).
+_FOLDERS = (Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs")
+_WHAT = "a config is a name ({}), a Python file that defines get_config(), or the config.json of a run"
+
+
+def named_configs() -> dict[str, Path]:
+    """The configs that come with stickjax, by name.
+
+    >>> sorted(named_configs())[-2:]
+    ['tiny', 'tiny_softmax']
+    """
+    folder = next((folder for folder in _FOLDERS if folder.is_dir()), _FOLDERS[0])
+    return {file.stem: file for file in sorted(folder.glob("*.py")) if file.stem != "__init__"}
+
+
+def load_config(path: str) -> Config:
+    """The config with a name such as "tiny", from a Python file, which is run, or from a config.json.
+
+    Raises:
+      ValueError: there is no such config, or it cannot be read; for a Python file, with the line number.
+    """
+    file, named = Path(path), named_configs()
+    if path in named:
+        return _run(named[path])
+    what = _WHAT.format(", ".join(named))
+    if path and file.is_dir():
+        if (file / "config.json").exists():
+            what = f"did you mean {file / 'config.json'}? --init-from {path} begins with the parameters of a run"
+        raise ValueError(f"{path} is a folder; {what}")
+    if not path or not file.exists():
+        near = difflib.get_close_matches(file.stem, named, n=1, cutoff=0.6)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"{path or repr(path)} does not exist{hint}; {what}")
+    if file.suffix.lower() == ".json":
+        return read_json(file)
+    if file.suffix.lower() != ".py":
+        raise ValueError(f"{path} is not a config: {what}")
+    return _run(file)
+
+
+def read_json(path: str | os.PathLike) -> Config:
+    """The config of a config.json; ValueError, which begins with the path, if the file is not a config."""
+    try:
+        tree = json.loads(Path(path).read_text("utf-8-sig"))
+    except RecursionError as error:
+        raise ValueError(f"{path}: not a config: it is nested too deeply") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    try:
+        return Config.from_dict(tree)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _run(file: Path) -> Config:
+    """What `get_config()` of a Python file returns."""
+    try:
+        get_config = runpy.run_path(str(file)).get("get_config")
+        if get_config is None:
+            raise ValueError("it defines no get_config()")
+        try:
+            inspect.signature(get_config).bind()
+        except TypeError as error:
+            line = getattr(getattr(get_config, "__code__", None), "co_firstlineno", 1)
+            raise SyntaxError(f"get_config() must need no arguments: {error}", (str(file), line, None, None)) from error
+        config = get_config()
+        if not isinstance(config, Config):
+            raise ValueError(f"get_config() must return a stickjax.Config, not {shown(config)}")
+        return config
+    except SyntaxError as error:
+        raise ValueError(f"{error.filename or file}:{error.lineno or 1}: {error.msg}") from error
+    except (Exception, SystemExit) as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{file}{f':{lines[-1]}' if lines else ''}: {kind}{error}") from error

@@ -1,0 +1,255 @@
+"""One experiment as nested frozen dataclasses: every field has a default, a type and a sentence.
+
+Field names of the model are the shape letters (README, "Letters"). A config is stored as plain JSON and
+read back with `Config.from_dict`; `stickjax.config.command_line` changes one by the words of a command line.
+"""
+
+import dataclasses
+import functools
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from stickjax.config.decoder import ModelConfig
+from stickjax.config.fields import SEED, check_fields, field, nearest, one_of, shown
+from stickjax.config.synonyms import suggestion
+from stickjax.config.universal import SutConfig
+
+__all__ = ["Config", "DataConfig", "MeshConfig", "ModelConfig", "OptimConfig", "SutConfig", "TrainConfig", "locate"]
+
+SOURCES = ("stdlib", "text", "tokens", "logic", "listops", "scan", "recall")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where tokens come from and how a batch is cut from them."""
+
+    source: str = field(
+        "stdlib",
+        "stdlib: the running Python's standard library; text: files, folders or jsonl; tokens: a token file; "
+        "logic, listops, scan, recall: generated; some of them, with commas: equal shares",
+    )
+    path: str | None = field(None, "file or folder of the text and tokens sources")
+    heldout_path: str | None = field(None, "held-out file or folder; None: every heldout_every-th document is held out")
+    heldout_every: int = field(10, "one document in this many is held out", at_least=2)
+    tokenizer: str = field("byte", "byte, or the path of a Hugging Face tokenizer.json")
+    eot: str | None = field(
+        None, "added token of tokenizer.json that ends a text, such as '<|im_end|>'; None: as the files beside it say"
+    )
+    text_field: str = field("text", "field of a jsonl line that holds the text")
+    examples: int = field(
+        100_000, "lines of a generated source (scan has 20910), or pairs to draw for a classifier", at_least=1
+    )
+    T: int = field(256, "tokens in one sequence", at_least=1)
+    B: int = field(16, "sequences in one step, over all processes and accumulation steps", at_least=1)
+    seed: int = field(0, "order of the sequences", at_least=0, at_most=SEED)
+    curriculum: int = field(
+        0, "steps until pairs of all lengths are drawn, beginning with the shortest tenth; 0: all at once", at_least=0
+    )
+
+    def __post_init__(self):
+        check_fields(self)
+        for i, source in enumerate(self.sources):
+            one_of("source", source, SOURCES)
+            if source in self.sources[:i]:
+                raise ValueError(f"source={self.source!r} names {source!r} twice")
+        if self.tokenizer == "byte" and self.eot is not None:
+            raise ValueError(
+                f"eot={self.eot!r} needs a tokenizer.json in data.tokenizer; 'byte' has an end of text of its own"
+            )
+        if len(self.sources) > 1 and self.heldout_path is not None:
+            raise ValueError(f"heldout_path={self.heldout_path!r} needs one source, not source={self.source!r}")
+        stored = [source for source in self.sources if source in ("text", "tokens")]
+        if len(stored) > 1:
+            raise ValueError(f"source={self.source!r}: text and tokens cannot share the one path")
+        if not stored and self.path is not None:
+            raise ValueError(f"path={self.path!r} is not used by source={self.source!r}; did you mean source='text'?")
+        if stored and self.path is None:
+            raise ValueError(f"source={self.source!r} needs a path")
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return tuple(self.source.split(","))
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.B * self.T
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW under muP with the Power schedule; all lengths in tokens."""
+
+    schedule: Literal["power", "wsd", "cosine", "constant"] = field("power", "learning rate against tokens")
+    peak_lr: float = field(0.02, "highest learning rate: the cap of the power law, the plateau of the others", above=0)
+    a: float = field(4.0, "power: scale of the law beta * a * n^b", above=0)
+    b: float = field(-0.51, "power: exponent of the law")
+    warmup_tokens: int = field(0, "length of the linear warmup", at_least=0)
+    decay_tokens: int = field(0, "length of the decay at the end of the run; 0: the run never decays", at_least=0)
+    decay: Literal["exponential", "linear", "sqrt", "cosine"] = field("exponential", "shape of the decay")
+    end_ratio: float = field(
+        0.0, "last learning rate as a share of the one where the decay began", at_least=0, at_most=1
+    )
+    beta1: float = field(0.9, "Adam: decay of the first moment", at_least=0, below=1)
+    beta2: float = field(0.95, "Adam: decay of the second moment", at_least=0, below=1)
+    eps: float = field(1e-10, "Adam: epsilon", at_least=0)
+    weight_decay: float = field(0.1, "decoupled weight decay, not on norms and biases", at_least=0)
+    scale_decay: bool = field(False, "strict muP: multiply the decay of internal matrices by m_width")
+    learn: str = field(
+        "*", "patterns of the trainable parameters, *.new_*,*.router.*, and after a ! of the frozen ones, !embed"
+    )
+    clip: float | None = field(1.0, "largest global norm of the gradient; None: no clipping", above=0)
+
+    def __post_init__(self):
+        check_fields(self)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The length of a run, and what it writes."""
+
+    steps: int = field(400, "optimizer steps", at_least=1, at_most=2**31 - 1)
+    accumulate: int = field(1, "microbatches per step; B must be a multiple of it", at_least=1)
+    seed: int = field(0, "initialisation and sampled routing", at_least=0, at_most=SEED)
+    log_every: int = field(10, "steps between lines of metrics.jsonl", at_least=1)
+    checkpoint_every: int = field(100, "steps between checkpoints; the last step always has one", at_least=1)
+    keep: int = field(3, "checkpoints kept", at_least=1)
+    max_bad_steps: int = field(
+        10, "stop after this many steps in a row with a loss or gradient that is not finite", at_least=1
+    )
+
+    def __post_init__(self):
+        check_fields(self)
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How many parts each axis divides the work into; if all are 1, there is a single device.
+
+    One axis may be -1: it takes the devices that the other axes leave.
+    """
+
+    data: int = field(1, "parts of the batch on devices that each keep all parameters", at_least=-1)
+    fsdp: int = field(1, "parts of the batch on devices that also divide parameters and optimizer state", at_least=-1)
+    expert: int = field(1, "parts of the batch on devices that also divide the experts", at_least=-1)
+    context: int = field(1, "parts of every sequence (stick-breaking only)", at_least=-1)
+    tensor: int = field(1, "parts of the heads, the hidden units and the vocabulary", at_least=-1)
+
+    def __post_init__(self):
+        check_fields(self)
+        sizes = dataclasses.asdict(self)
+        for axis, size in sizes.items():
+            if size == 0:
+                raise ValueError(f"{axis}={size} must be at least 1, or -1 for what the other axes leave")
+        if len(left := [axis for axis, size in sizes.items() if size == -1]) > 1:
+            raise ValueError(f"only one axis may be -1, not {' and '.join(left)}")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole experiment."""
+
+    model: ModelConfig | SutConfig = field(None, "the model", ModelConfig)
+    data: DataConfig = field(None, "the data", DataConfig)
+    optim: OptimConfig = field(None, "the optimizer", OptimConfig)
+    train: TrainConfig = field(None, "the run", TrainConfig)
+    mesh: MeshConfig = field(None, "the devices", MeshConfig)
+
+    def __post_init__(self):
+        check_fields(self)
+        if self.data.B % self.train.accumulate:
+            raise ValueError(f"B={self.data.B} sequences must be a multiple of accumulate={self.train.accumulate}")
+        if self.model.family == "sut" and self.train.accumulate > 1:
+            raise ValueError(
+                f"accumulate={self.train.accumulate} is for decoders; a Universal Transformer takes B at once"
+            )
+        if self.optim.decay_tokens > self.total_tokens:
+            self.check_lengths()
+
+    def check_lengths(self, step: int = 0, tokens: int = 0) -> None:
+        """Raise ValueError unless warmup and decay fit into a run that begins at `step`, after `tokens` tokens.
+
+        A run that continues another one may have warmed up with larger batches, so the config alone does not decide.
+        """
+        total = tokens + (self.train.steps - step) * self.data.tokens_per_step
+        if self.optim.warmup_tokens + self.optim.decay_tokens > total:
+            before = f"{tokens} + (steps - {step})" if step else "steps"
+            raise ValueError(
+                f"warmup_tokens={self.optim.warmup_tokens} and decay_tokens={self.optim.decay_tokens} "
+                f"exceed the run of {before} * B * T = {total} tokens"
+            )
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of a run in which every step has this B and T."""
+        return self.train.steps * self.data.tokens_per_step
+
+    def replace(self, changes: dict[str, Any]) -> "Config":
+        """A copy with `{"section.field": value}` changed; all changes are checked together."""
+        sections: dict[str, dict] = {}
+        for key, value in changes.items():
+            section, name = locate(self, key)
+            sections.setdefault(section, {})[name] = value
+        return dataclasses.replace(
+            self, **{s: dataclasses.replace(getattr(self, s), **fields) for s, fields in sections.items()}
+        )
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, tree: dict) -> "Config":
+        """Read a stored config, with the same checks as for a command line; missing fields have their defaults.
+
+        Raises:
+          ValueError: `tree` is not a config, or it has an unknown section, an unknown field or a wrong value.
+        """
+        if not isinstance(tree, dict):
+            raise ValueError(f"a config is an object with the sections {', '.join(_SECTIONS)}, not {shown(tree)}")
+        if {"model_type", "architectures"} & tree.keys():
+            raise ValueError(
+                "this is the config of a Hugging Face model; convert its folder first: "
+                "python -m stickjax.convert FOLDER RUN, then --init-from RUN"
+            )
+        for section, fields in tree.items():
+            if section not in _SECTIONS:
+                raise ValueError(f"unknown section {shown(section)}{nearest(str(section), _SECTIONS)}")
+            if not isinstance(fields, dict):
+                raise ValueError(f"{section}={shown(fields)} must be an object of fields")
+        family = tree.get("model", {}).get("family", "decoder")
+        one_of("family", family, tuple(_FAMILIES))
+        flat = {f"{section}.{name}": value for section, fields in tree.items() for name, value in fields.items()}
+        return cls(_FAMILIES[family]()).replace(flat)
+
+    def diff(self, other: "Config") -> list[str]:
+        """'section.field: here -> there' for every field that differs."""
+        here, there = self.to_dict(), other.to_dict()
+        if self.model.family != other.model.family:
+            return [f"model.family: {self.model.family!r} -> {other.model.family!r}"]
+        return [
+            f"{s}.{n}: {here[s][n]!r} -> {there[s][n]!r}" for s in here for n in here[s] if here[s][n] != there[s][n]
+        ]
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+
+_SECTIONS = tuple(section.name for section in dataclasses.fields(Config))
+_FAMILIES = {"decoder": ModelConfig, "sut": SutConfig}
+
+
+@functools.cache
+def field_names(*models: type) -> list[str]:
+    """'section.field' for every field of a config with one of these model classes; by default, with any of them."""
+    sections = [(s.name, s.default_factory) for s in dataclasses.fields(Config) if s.name != "model"]
+    sections = [("model", model) for model in models or _FAMILIES.values()] + sections
+    return list(dict.fromkeys(f"{name}.{f.name}" for name, section in sections for f in dataclasses.fields(section)))
+
+
+def locate(config: Config, key: str) -> tuple[str, str]:
+    """Section and field of the key 'section.field'; for an unknown key, ValueError with the nearest one."""
+    known = field_names(type(config.model))
+    if key not in known:
+        raise ValueError(f"unknown config key {key!r}{suggestion(key, known)}")
+    section, name = key.split(".")
+    return section, name

@@ -1,0 +1,96 @@
+"""The Sparse Universal Transformer as a dataclass; its capital letters are the shape letters of the code."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from stickjax.config.fields import BYTES, Dtype, check_fields, field
+
+
+@dataclass(frozen=True)
+class SutConfig:
+    """One block of experts that is applied up to L times, with a halting decision per token after each.
+
+    `mi_weight` and `act_weight` multiply losses that are added to a *mean* cross-entropy. The original code adds them
+    to a cross-entropy summed over the 8192 tokens of a worker: its weight of 0.1 corresponds to 0.1 / 8192 here.
+    """
+
+    family: Literal["sut"] = field("sut", "the kind of model; a config file chooses it by its class")
+    V: int | None = field(
+        None, "vocabulary size; None: the ids of the tokenizer, or of the pairs (where 0 is padding)", at_least=1
+    )
+    D: int = field(128, "width of the residual stream", at_least=1)
+    L: int = field(6, "steps: how often the block is applied at most", at_least=1)
+    K: int = field(2, "query heads of one attention expert, and key/value heads, which all experts share", at_least=1)
+    H: int = field(32, "dimension of one head", at_least=1)
+    attention_experts: int = field(8, "experts that own K query heads each", at_least=1)
+    attention_k: int = field(2, "attention experts chosen per token", at_least=1)
+    F: int = field(256, "hidden width of one feed-forward expert", at_least=1)
+    E: int = field(8, "feed-forward experts", at_least=1)
+    k: int = field(2, "feed-forward experts chosen per token", at_least=1)
+    attention: Literal["softmax", "stick_breaking"] = field(
+        "softmax", "softmax comes with relative positions, stick_breaking is causal and has none"
+    )
+    clip: int = field(64, "all relative positions of this distance or more count as one (softmax only)", at_least=1)
+    sinusoidal: bool = field(True, "add sinusoidal positions to the embedding (softmax only)")
+    normalize_before: bool = field(False, "normalise a layer's input rather than the residual stream after it")
+    halting_threshold: float = field(
+        0.999, "a token halts once this much of its stick is broken off; may change later", above=0, at_most=1
+    )
+    halting_bias: float = field(0.0, "added to the logit of going on; with a few units a new model uses many steps")
+    act_weight: float = field(0.0, "weight of the mean expected depth", at_least=0)
+    mi_weight: float = field(0.0, "weight of the routers' mutual-information loss H(e|x) - H(e)", at_least=0)
+    sample_topk: int = field(
+        0, "in training, how many of the attention_k experts are sampled instead of the best", at_least=0
+    )
+    dropout: float = field(
+        0.0, "dropout in training: of embeddings, branches, attention, hidden units and routers", at_least=0, below=1
+    )
+    classes: int = field(0, "labels of a pair of sentences; 0: a causal language model", at_least=0)
+    norm_eps: float = field(1e-5, "epsilon of every normalisation", above=0)
+    dtype: Dtype = field("float32", "type of the computation")
+    param_dtype: Dtype = field(
+        "float32", "type of the stored parameters; if it is below float32, the optimizer state has float32 masters"
+    )
+    remat: Literal["none", "full"] = field("none", "what a step recomputes in the backward pass")
+    implementation: str | None = field(None, "kernels: mosaic, triton, xla, reference; None: the best that works")
+
+    def __post_init__(self):
+        check_fields(self)
+        for k, E in (("attention_k", "attention_experts"), ("k", "E")):
+            chosen, experts = getattr(self, k), getattr(self, E)
+            if chosen > experts:
+                raise ValueError(f"{k}={chosen} experts per token cannot exceed {E}={experts}")
+            if chosen == 1 < experts:
+                raise ValueError(f"{k}=1 of {E}={experts} has a constant gate and trains no router; use {k} >= 2")
+        if self.sample_topk > self.attention_k:
+            raise ValueError(f"sample_topk={self.sample_topk} cannot exceed attention_k={self.attention_k}")
+        if self.D % 2 and self.attention == "softmax" and self.sinusoidal:
+            raise ValueError(f"D={self.D} must be even for sinusoidal positions")
+
+    @property
+    def vocabulary(self) -> int:
+        """V; if V is None, the 257 ids of bytes and the end of text."""
+        return BYTES if self.V is None else self.V
+
+    @property
+    def m_width(self) -> float:
+        """1, for the optimizer: this model has no muP, so all parameters have one learning rate."""
+        return 1.0
+
+    @classmethod
+    def sut_base(cls, **changes) -> "SutConfig":
+        """The translation model of arXiv 2310.07096, for `models.sut.SparseUniversalTransformer(config, key)`.
+
+        V is chosen so that the two models have 66M and 110M parameters, as in the paper.
+        """
+        return cls(**_TRANSLATION | dict(attention_experts=24, E=24) | changes)
+
+    @classmethod
+    def sut_big(cls, **changes) -> "SutConfig":
+        """`sut_base` with twice as many experts, of which the same number is active."""
+        return cls(**_TRANSLATION | dict(attention_experts=48, E=48, sample_topk=1, act_weight=1 / 8192) | changes)
+
+
+_TRANSLATION: dict[str, Any] = dict(
+    V=37_000, D=512, L=6, K=4, H=64, attention_k=4, F=512, k=4, dropout=0.2, mi_weight=0.1 / 8192
+)

@@ -1,0 +1,30 @@
+"""python -m stickjax.data tokenize SOURCE OUT | verify OUT: text to token files."""
+
+import sys
+
+from stickjax.config.command import Parser, command
+from stickjax.data.token_files import tokenize, verify
+from stickjax.system.text import printable
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    """`tokenize SOURCE OUT [--tokenizer byte|tokenizer.json] [--eot TOKEN] [--text-field text]`, or `verify OUT`."""
+    parser = Parser(prog="python -m stickjax.data")
+    commands = parser.add_subparsers(required=True, dest="command")
+    one = commands.add_parser("tokenize", help="text to a token file")
+    one.add_argument("source", metavar="SOURCE", help="text file, .jsonl file or folder")
+    one.add_argument("out", metavar="OUT", help="OUT.bin and OUT.json are written")
+    one.add_argument("--tokenizer", default="byte", help="byte, or the path of a tokenizer.json")
+    one.add_argument("--eot", help="added token that ends a text, if the tokenizer's folder names none")
+    one.add_argument("--text-field", default="text", help="field of a jsonl line that holds the text")
+    one = commands.add_parser("verify", help="read a token file and compare it with its sha256")
+    one.add_argument("out", metavar="OUT", help="the token file OUT.bin with its OUT.json")
+    words = vars(parser.parse_args(argv))
+    meta = verify(words["out"], "OUT") if words.pop("command") == "verify" else tokenize(**words)
+    counts = (f"{meta['num_' + what]:,} {what}" for what in ("documents", "tokens", "bytes"))
+    print(f"{printable(words['out'])}: {', '.join(counts)}, {meta['sha256'][:16]}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,240 @@
+"""Sources of text: iterators of documents, from files, folders and the standard library."""
+
+import codecs
+import json
+import logging
+import os
+import re
+import stat
+import sysconfig
+from collections import deque
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+log = logging.getLogger(__name__)
+
+TOKENS_FORMAT = "stickjax-tokens"  # the format that the .json of a token file names
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip", ".7z")
+_OTHER_UNICODE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)  # BOM_UTF32_LE begins as UTF-16's
+
+# Parts of the standard library that are left out: files that are no library code, and tables of data written as Python.
+_NOT_LIBRARY = re.compile(
+    r"(site-packages|dist-packages|tests?|idlelib|lib2to3|pydoc_data|encodings|ensurepip|__pycache__|config-.*)$"
+)
+_TABLES = re.compile(r"html/entities\.py$|_sysconfigdata.*\.py$")
+_GENERATED = re.compile(r"generated (by|from)|automatically generated", re.IGNORECASE)
+
+
+class NotText(Exception):
+    """A file is not text. `args`: what it is, and in some cases a detail."""
+
+
+def files_below(folder: Path, skip: re.Pattern | None = None) -> list[Path]:
+    """Everything below a folder except folders, sorted by relative path.
+
+    Hidden files and folders are left out, and folders whose name matches `skip`. Links are followed. A file
+    with several names is listed once, by its own name if that is below the folder, else by that of a link.
+
+    Raises ValueError for a folder that cannot be read.
+    """
+    own, links = deque([(folder, os.path.realpath(folder))]), deque()
+    found, seen = [], set()
+    while own or links:
+        path, real = own.popleft() if own else links.popleft()
+        if real in seen:
+            continue
+        seen.add(real)
+        if not os.path.isdir(path):
+            found.append(path)
+            continue
+        try:
+            entries = sorted(os.scandir(path), key=lambda entry: entry.name)
+        except OSError as error:
+            raise ValueError(f"cannot read the folder {printable(path)}: {error.strerror}") from error
+        for entry in entries:
+            name = entry.name
+            if name.startswith(".") or (skip and skip.match(name) and entry.is_dir()):
+                continue
+            if entry.is_symlink():
+                links.append((path / name, os.path.realpath(entry)))
+            else:
+                own.append((path / name, os.path.join(real, name)))
+    return sorted(found, key=lambda file: file.relative_to(folder).as_posix())
+
+
+def _open(file: Path) -> BinaryIO:
+    """Open a file for reading, positioned after its byte order mark."""
+    try:
+        mode = file.stat().st_mode
+        if not stat.S_ISREG(mode):  # to open a pipe would wait for its writer
+            raise NotText("a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device")
+        stream = file.open("rb")
+        mark = stream.read(4)
+        stream.seek(len(codecs.BOM_UTF8) if mark.startswith(codecs.BOM_UTF8) else 0)
+    except OSError as error:
+        if file.is_symlink() and not file.exists():
+            raise NotText("a broken link") from error
+        raise ValueError(f"cannot read {printable(file)}: {error.strerror}") from error
+    if mark.startswith(_OTHER_UNICODE):
+        stream.close()
+        raise NotText("UTF-16 or UTF-32, not UTF-8 text", "convert it, for example by iconv -t UTF-8")
+    return stream
+
+
+def read_text(file: Path) -> str:
+    """A file's text, without its byte order mark. Raises NotText, and ValueError when it cannot be read."""
+    with _open(file) as stream:
+        try:
+            content = stream.read()
+            return content.decode()
+        except OSError as error:
+            raise ValueError(f"cannot read {printable(file)}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            if file.suffix.lower() in _COMPRESSED:
+                raise NotText("compressed", "unpack it first") from error
+            raise NotText("not UTF-8 text", f"{error.reason} at byte {error.start}") from error
+
+
+def stdlib_documents() -> Iterator[str]:
+    """Source files of the running Python's standard library: no tests, no generated tables, UTF-8 only."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    for file in files_below(folder, _NOT_LIBRARY):
+        if file.suffix != ".py" or _TABLES.search(file.relative_to(folder).as_posix()):
+            continue
+        try:
+            text = read_text(file)
+        except NotText:
+            continue
+        if text and not _GENERATED.search(text[:200]):
+            yield text
+
+
+def _text_of(record: Any, text_field: str, where: str) -> str:
+    text = record.get(text_field) if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        more = f"; it is a {type(record).__name__}, not an object"
+        if isinstance(record, dict):
+            fields = f"its fields are {', '.join(map(repr, record)) or 'none'}"
+            more = f": it is {text!r:.40}" if text_field in record else f"; {fields:.100}"
+        raise ValueError(f"{where}: no text in the field data.text_field={text_field!r}{more}")
+    if re.search("[\ud800-\udfff]", text):  # JSON can hold half a surrogate pair, UTF-8 cannot
+        raise ValueError(f"{where}: half a surrogate pair in the field {text_field!r}")
+    return text
+
+
+def _jsonl_documents(file: Path, text_field: str) -> Iterator[str]:
+    with _open(file) as lines:
+        yield from _lines_of_json(file, lines, text_field)
+
+
+def _lines_of_json(file: Path, lines: Iterable[bytes], text_field: str) -> Iterator[str]:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{printable(file)}:{number}"
+        try:
+            record = json.loads(line)
+        except RecursionError as error:
+            raise ValueError(f"{where}: this line of JSON is nested too deeply") from error
+        except ValueError as error:  # not JSON, or not UTF-8
+            raise ValueError(f"{where}: not a line of JSON: {error}") from error
+        yield _text_of(record, text_field, where)
+
+
+def _is_token_file(file: Path) -> bool:
+    """Whether a file is OUT.bin or OUT.json of a token file."""
+    description = file.with_suffix(".json")
+    try:
+        if description.stat().st_size > 2**16:  # a description has less than a KiB
+            return False
+        meta = json.loads(read_text(description))
+    except (OSError, NotText, ValueError, RecursionError):
+        return False
+    return isinstance(meta, dict) and meta.get("format") == TOKENS_FORMAT
+
+
+def _records(file: Path, text: str, text_field: str) -> Iterable[str] | None:
+    """The texts of a .json file that is an array of records, lines of records or one record; None if it is neither."""
+    first = next((line for line in text.split("\n") if line.strip()), "")
+    for part in (text, first):
+        try:
+            value = json.loads(part)
+        except (ValueError, RecursionError):
+            continue
+        records = value if isinstance(value, list) else [value]
+        if not (records and isinstance(records[0], dict) and isinstance(records[0].get(text_field), str)):
+            return None
+        if part is not text:
+            return _lines_of_json(file, text.encode().split(b"\n"), text_field)
+        where = f"{printable(file)}: record "
+        return (_text_of(record, text_field, f"{where}{n}") for n, record in enumerate(records, 1))
+    return None
+
+
+def _documents(file: Path, text_field: str) -> tuple[Iterable[str], bool]:
+    """The documents of a file, and whether it is a .json file that is read as one document."""
+    suffix = file.suffix.lower()
+    if suffix in (".jsonl", ".ndjson"):
+        return _jsonl_documents(file, text_field), False
+    if suffix in (".bin", ".json") and _is_token_file(file):
+        raise NotText("a token file", "data.source='tokens' reads it")
+    text = read_text(file)
+    if "\0" in text:  # such as UTF-16 without a mark, which may decode by accident
+        raise NotText("not UTF-8 text", "it has zero bytes")
+    records = _records(file, text, text_field) if suffix == ".json" else None
+    return ([text], suffix == ".json") if records is None else (records, False)
+
+
+def _count(files: list[Path], root: Path) -> str:
+    return f"{len(files)}: {printable(os.path.relpath(files[0], root.parent))}{', ...' if files[1:] else ''}"
+
+
+def text_documents(path: str, text_field: str = "text", name: str = "data.path") -> Iterator[str]:
+    """Documents of a file or of all files below a folder; empty ones are left out.
+
+    A file is one document. A file with the suffix .jsonl or .ndjson (in any case) has one on every line, in the field
+    `text_field` of an object; so has a .json file whose lines or whose array are such objects. Other .json files are
+    read as they stand, which is logged. A byte order mark is no part of a text.
+
+    In a folder, hidden files are left out, and files that are not text (not UTF-8, or with zero bytes; token files;
+    pipes, sockets, devices; broken links): how many is logged. Links to folders are followed; no file is read
+    twice.
+
+    `name` is the name of the path in error messages. Raises ValueError for a path that is missing, cannot be read, is
+    empty or is not text, and for a line of JSON without the field (with file and line).
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = Path(folder, "b.jsonl").write_text('{"text": "two"}\\n{"text": "three"}\\n')
+    ...     _ = Path(folder, "a.txt").write_text("one")
+    ...     list(text_documents(folder))
+    ['one', 'two', 'three']
+    """
+    root, empty, left_out, as_they_stand = Path(path), True, {}, []
+    if not os.path.lexists(root):
+        hint = f"; --{name}=PATH says where it lies" if name.startswith("data.") else ""
+        raise ValueError(f"{name}={path!r} does not exist{hint}")
+    for file in files_below(root) if root.is_dir() else [root]:
+        try:
+            documents, whole = _documents(file, text_field)
+            if whole:
+                as_they_stand.append(file)
+            for text in documents:
+                if text:
+                    empty = False
+                    yield text
+        except NotText as error:
+            kind, *more = error.args
+            if file == root:
+                raise ValueError(": ".join([f"{name}={path!r} is {kind}", *more])) from error
+            left_out.setdefault(kind, []).append(file)
+    if left_out:
+        n = sum(map(len, left_out.values()))
+        kinds = ", ".join(f"{kind} ({_count(files, root)})" for kind, files in left_out.items())
+        log.warning("%s=%r: left out %d file%s: %s", name, path, n, "s"[n == 1 :], kinds)
+    if as_they_stand:
+        counts = _count(as_they_stand, root)
+        log.warning("%s=%r: .json without records of %r is read as it stands (%s)", name, path, text_field, counts)
+    if empty:
+        raise ValueError(f"{name}={path!r} holds no text")

@@ -1,0 +1,132 @@
+"""What a model folder says about special tokens, in the files beside its tokenizer.json."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from stickjax.system.disk import write_file
+
+GENERATION = "generation_config.json"
+# A file of a run folder with the ids from the config.json of the Hugging Face folder; a run's config.json has none.
+TOKEN_IDS = "token_ids.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+# Files that belong to a tokenizer.json. The first of them that names an end of text decides.
+FILES = (
+    GENERATION, TOKEN_IDS, TOKENIZER_CONFIG, "special_tokens_map.json", "chat_template.json", "chat_template.jinja",
+)  # fmt: skip
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+
+
+class Named(NamedTuple):
+    """The special tokens that the files of a folder name."""
+
+    ends: tuple[int, ...]  # each of them ends a text; the first is a document's end in training
+    special: frozenset[int]  # all ids of added tokens that a file names, for any purpose
+    problem: str = ""  # why `ends` is empty although a file names an end
+
+
+def read_object(content: bytes, where: str | Path) -> dict[str, Any]:
+    """An object of JSON, with or without a byte order mark; ValueError, naming `where`, for anything else.
+
+    >>> read_object(b'{"eos_token_id": 5}', "config.json")
+    {'eos_token_id': 5}
+    """
+    try:
+        tree = json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not JSON: {error}") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{where} holds a {type(tree).__name__} of JSON, not an object")
+    return tree
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    """The contents of `FILES` in a folder, as far as they are there.
+
+    The ids of a Hugging Face config.json come as TOKEN_IDS. ValueError for a file that cannot be read.
+    """
+    files = {}
+    for name in (*FILES, "config.json"):
+        try:
+            content = (folder / name).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            raise ValueError(f"cannot read {folder / name}: {error.strerror}") from error
+        if name != "config.json":
+            files[name] = content
+        elif b'"model_type"' in content:  # without it, this config.json is not about a model
+            tree = read_object(content, folder / name)
+            files[TOKEN_IDS] = json.dumps({key: tree[key] for key in _IDS if key in tree}).encode()
+    return files
+
+
+def write_files(files: Mapping[str, bytes], folder: Path) -> None:
+    """Write the result of `read_files` into a folder. No file is ever half written."""
+    for name, content in files.items():
+        write_file(folder / name, content)
+
+
+def with_end(files: Mapping[str, bytes], ends: Sequence[int], text: str, folder: Path) -> dict[str, bytes]:
+    """The files, changed so that they name these ends of text; `text` is the text of the first one."""
+    ids = ends[0] if len(ends) == 1 else list(ends)
+    changed = dict(files)
+    for name, key, value in (
+        (GENERATION, "eos_token_id", ids), (TOKEN_IDS, "eos_token_id", ids), (TOKENIZER_CONFIG, "eos_token", text),
+    ):  # fmt: skip
+        # Without a GENERATION file, programs that generate look for the ids in config.json.
+        if name != GENERATION or name in files:
+            tree = read_object(files.get(name, b"{}"), folder / name)
+            changed[name] = (json.dumps(tree | {key: value}, indent=2) + "\n").encode()
+    return changed
+
+
+def named(files: Mapping[str, bytes], added: Mapping[str, int], folder: Path) -> Named:
+    """The special tokens that the files of a folder name; `added` is {text: id} of its tokenizer.json's added tokens.
+
+    The first file that names an end of text decides. Raises ValueError for a file that is not an object of
+    JSON and for an id that is not a number.
+
+    >>> named({"generation_config.json": b'{"eos_token_id": [5, 6]}'}, {"<|end|>": 5}, Path("folder"))
+    Named(ends=(5, 6), special=frozenset({5}), problem='')
+    """
+    ends: tuple[int, ...] = ()
+    special: set[int] = set()
+    problem = ""
+    for name in FILES:
+        if name not in files or not name.endswith(".json"):
+            continue
+        tree = read_object(files[name], folder / name)
+        for key in (*_IDS, *_TOKENS, "additional_special_tokens", "added_tokens_decoder"):
+            found = _ids(key, tree.get(key), added, folder / name)
+            special.update(found)
+            if not key.startswith("eos") or tree.get(key) in (None, "", -1) or ends:
+                continue
+            if set(found) & set(added.values()):
+                # An ordinary token may end a generated text, but not a document.
+                ends = tuple(sorted(found, key=lambda i: i not in added.values()))
+            else:
+                wrong = f"{folder / name} says {key}={tree[key]!r}, which is no added token of tokenizer.json"
+                problem = problem or wrong
+    return Named(ends, frozenset(special & set(added.values())), "" if ends else problem)
+
+
+def _ids(key: str, value: Any, added: Mapping[str, int], where: Path) -> list[int]:
+    """The ids that an entry names: by number, by text, by an object with its text, or a list of these."""
+    if value is None:
+        return []
+    if key == "added_tokens_decoder":  # {id: {"content": text, "special": whether}}
+        entries = value.values() if isinstance(value, dict) else [value]
+        value = [entry for entry in entries if not isinstance(entry, dict) or entry.get("special")]
+    ids = []
+    for entry in value if isinstance(value, list) else [value]:
+        text = entry.get("content") if isinstance(entry, dict) else entry
+        if key.endswith("_id") and type(entry) is int:
+            ids += [entry] if entry >= 0 else []  # -1 means no token
+        elif isinstance(text, str) and not key.endswith("_id"):
+            ids += [added[text]] if text in added else []
+        else:
+            raise ValueError(f"{where}: {key}={entry!r} is not {'an id' if key.endswith('_id') else 'a token'}")
+    return ids

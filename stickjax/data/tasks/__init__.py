@@ -1,0 +1,36 @@
+"""Synthetic tasks, made on the spot and the same for the same seed.
+
+Every task is a module with
+
+    examples(part, *, seed, ...) -> Examples   random access to dicts of arrays, part "train" or "test"
+    text(seed, count) -> Iterator[str]         lines for a language model, no two the same
+
+and vocabularies whose id 0 is padding. `stickjax.data.task_loader` makes batches of examples, and the sources of
+the same names in `DataConfig.source` are `documents`.
+"""
+
+from collections.abc import Iterator
+
+from stickjax.data.tasks import listops, logic, recall, scan
+from stickjax.data.tasks.encoding import Examples, Parts, Vocabulary
+
+__all__ = ["TASKS", "Examples", "Parts", "Vocabulary", "documents"]
+
+TASKS = {"listops": listops, "logic": logic, "recall": recall, "scan": scan}
+
+
+def documents(task: str, count: int) -> Iterator[str]:
+    """The lines of `text` with seed 0, in documents that end with the line that reaches 4096 characters.
+
+    >>> [len(document) for document in documents("logic", 100)]
+    [4112, 194]
+    """
+    lines, size = [], 0
+    for line in TASKS[task].text(0, count):
+        lines.append(line + "\n")
+        size += len(lines[-1])
+        if size >= 4096:
+            yield "".join(lines)
+            lines, size = [], 0
+    if lines:
+        yield "".join(lines)

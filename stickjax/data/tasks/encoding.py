@@ -1,0 +1,76 @@
+"""What all tasks share: symbols as ids, examples by their index, and the names of the two parts."""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from stickjax.config.fields import one_of
+
+
+class Vocabulary:
+    """Symbols, written with spaces between them, and their ids; id 0 is padding, which has no text.
+
+    >>> words = Vocabulary("a b")
+    >>> words.encode("b a b", T=4), words.decode([2, 1, 2, 0]), len(words)
+    (array([2, 1, 2, 0], dtype=int32), 'b a b', 3)
+    """
+
+    def __init__(self, symbols: str):
+        self.symbols = ("<pad>", *symbols.split())
+        self.ids = {symbol: i for i, symbol in enumerate(self.symbols)}
+
+    def __len__(self) -> int:
+        return len(self.symbols)
+
+    def encode(self, text: str, T: int) -> Int[np.ndarray, "T"]:
+        """Ids of symbols with spaces between them, padded on the right.
+
+        Raises ValueError when there are more than T symbols or one is unknown.
+        """
+        words = text.split()
+        if len(words) > T:
+            raise ValueError(f"T={T} is shorter than an example of {len(words)} symbols")
+        ids = np.zeros(T, np.int32)
+        for i, word in enumerate(words):
+            if word not in self.ids:
+                raise ValueError(f"symbol {word!r} is not one of {' '.join(self.symbols[1:])}")
+            ids[i] = self.ids[word]
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The symbols of ids, without padding."""
+        return " ".join(self.symbols[i] for i in ids if i)
+
+
+class Examples:
+    """Random access to examples as dicts of arrays, for `grain.MapDataset.source`; made when they are asked for."""
+
+    def __init__(self, rows: Sequence, arrays: Callable[..., dict[str, np.ndarray]]):
+        self.rows, self.arrays = rows, arrays
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return self.arrays(self.rows[index])
+
+
+class Parts(NamedTuple):
+    """Examples to train on and to test on."""
+
+    train: Sequence
+    test: Sequence
+
+    def part(self, name: str) -> Sequence:
+        one_of("part", name, self._fields)
+        return getattr(self, name)
+
+
+def distinct(drawn: Iterable, count: int) -> Iterator:
+    """The first `count` different values of an endless iterator."""
+    seen: set = set()
+    new = (value for value in drawn if value not in seen and not seen.add(value))
+    return itertools.islice(new, count)

@@ -1,0 +1,105 @@
+"""ListOps: the value of nested lists of digits (Nangia and Bowman, 2018, arXiv 1804.06028; their data "d20s").
+
+An expression is a digit or `[op X1 .. Xn ]` with n from 2 to 5 and op MIN, MAX, MED (the median, rounded down)
+or SM (the sum modulo 10).
+"""
+
+import functools
+import statistics
+from collections.abc import Callable, Iterator
+from random import Random
+from typing import NamedTuple
+
+import numpy as np
+
+from stickjax.data.tasks.encoding import Examples, Parts, Vocabulary, distinct
+
+OPERATORS = {
+    "[MIN": min,
+    "[MAX": max,
+    "[MED": lambda values: int(statistics.median(values)),
+    "[SM": lambda values: sum(values) % 10,
+}
+_OPERATORS = tuple(OPERATORS.items())
+VOCABULARY = Vocabulary("0 1 2 3 4 5 6 7 8 9 [MIN [MAX [MED [SM ] ( )")
+
+
+class Example(NamedTuple):
+    text: str
+    label: int
+
+
+def _expression(uniform: Callable[[], float], depth: int = 1) -> tuple[str, int]:
+    """An expression and its value; a list with probability 1/4, down to depth 20."""
+    if uniform() > 0.25 or depth >= 20:
+        digit = int(10 * uniform())
+        return str(digit), digit
+    size, (name, operator) = 2 + int(4 * uniform()), _OPERATORS[int(4 * uniform())]
+    texts, values = zip(*(_expression(uniform, depth + 1) for _ in range(size)), strict=True)
+    return f"{name} {' '.join(texts)} ]", operator(values)
+
+
+def _draws(seed: int) -> Iterator[Example]:
+    uniform = Random(seed).random
+    while True:
+        yield Example(*_expression(uniform))
+
+
+@functools.lru_cache(maxsize=1)
+def generate(seed: int = 0, count: int = 100_000) -> Parts:
+    """`count` different expressions in a random order, nine tenths to train on; then digits alone are left out.
+
+    >>> generate(count=1000).train[0]
+    Example(text='[MIN 6 3 4 ]', label=3)
+    """
+    rows = list(distinct(_draws(seed), count))
+    Random(seed).shuffle(rows)
+    size = len(rows) * 9 // 10
+    return Parts(*(tuple(row for row in part if len(row.text) > 1) for part in (rows[:size], rows[size:])))
+
+
+def binary(text: str) -> str:
+    """An expression with brackets around pairs, from the left.
+
+    >>> binary("[SM 6 5 ]")
+    '( ( ( [SM 6 ) 5 ) ] )'
+    """
+    stack: list[str] = []
+    opened: list[int] = []
+    for symbol in text.split():
+        if symbol in OPERATORS:
+            opened.append(len(stack))
+        stack.append(symbol)
+        if symbol == "]":
+            start = opened.pop()
+            stack[start:] = [functools.reduce("( {} {} )".format, stack[start:])]
+    return stack[0]
+
+
+def examples(
+    part: str = "train", *, T: int = 50, brackets: bool = False, seed: int = 0, count: int = 100_000
+) -> Examples:
+    """Expressions of at most T symbols, longer ones are left out: `tokens` [T] and `label`, a digit, all int32.
+
+    With `brackets` they have the form of `binary`, and T counts its symbols.
+
+    Raises ValueError for an unknown part.
+
+    >>> expressions = examples("test", T=100, count=1000)
+    >>> {name: array.shape for name, array in expressions[0].items()}
+    {'tokens': (100,), 'label': ()}
+    """
+    form = binary if brackets else str
+    rows = [row._replace(text=form(row.text)) for row in generate(seed, count).part(part)]
+    rows = [row for row in rows if row.text.count(" ") < T]
+    return Examples(rows, lambda row: dict(tokens=VOCABULARY.encode(row.text, T), label=np.int32(row.label)))
+
+
+def text(seed: int, count: int) -> Iterator[str]:
+    """Different lines: a list, `=`, its value.
+
+    >>> list(text(0, 2))
+    ['[SM [SM [MIN 8 0 5 1 ] 7 8 ] 9 5 ] = 9', '[MED 0 8 8 9 ] = 8']
+    """
+    lists = (row for row in _draws(seed) if len(row.text) > 1)
+    return (f"{row.text} = {row.label}" for row in distinct(lists, count))

@@ -1,0 +1,161 @@
+"""Propositional logic: how does one sentence relate to another? (Bowman, Manning and Potts, 2015, arXiv 1506.04834)
+
+A sentence is a variable a .. f, `( not X )` or `( L ( op R ) )` with op `and` or `or`. Its truth table is a number
+of 64 bits, one for each world, so that the relation of two sentences is four operations on numbers.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from random import Random
+from typing import NamedTuple
+
+import numpy as np
+
+from stickjax.config.fields import one_of
+from stickjax.data.tasks.encoding import Examples, Parts, Vocabulary, distinct
+
+VOCABULARY = Vocabulary("( ) a b c d e f or and not")
+RELATIONS = ("<", ">", "=", "^", "|", "#", "v")  # a label is an index
+SPLITS = ("A", "B", "C")
+BUCKETS = 13  # by operators, and/or/not, of the sentence that has more: 0 .. 11, and 12 for all above
+
+_WORLDS = 2**64 - 1
+# Bit w of variable i is bit i of w.
+_VARIABLES = [(name, sum(1 << w for w in range(64) if w >> i & 1), 0) for i, name in enumerate("abcdef")]
+# Whether there is a world where both hold, only the left, only the right, neither.
+_RELATIONS = {
+    (True, False, False, True): "=",
+    (True, False, True, True): "<",
+    (True, True, False, True): ">",
+    (False, True, True, False): "^",
+    (False, True, True, True): "|",
+    (True, True, True, False): "v",
+}
+
+
+class Example(NamedTuple):
+    left: str
+    right: str
+    label: int
+    bucket: int
+
+
+def relation(left: int, right: int) -> str:
+    """The relation of two truth tables of 64 bits: `=` equal, `<` left implies right, `>` right implies left,
+    `^` exactly one holds, `|` never both, `v` at least one, `#` none of these.
+
+    >>> relation(0b0011, 0b0111), relation(0b0011, 0b0100)
+    ('<', '|')
+    """
+    cells = (left & right, left & ~right, right & ~left, _WORLDS & ~(left | right))
+    return _RELATIONS.get(tuple(map(bool, cells)), "#")
+
+
+def _sentence(uniform: Callable[[], float], variables: Sequence[tuple], n: int) -> tuple[str, int, int]:
+    """A random sentence, its truth table and its number of operators."""
+    choice = int(9 * uniform())
+    if choice > 3 or n < 2:
+        text, table, operators = variables[int(len(variables) * uniform())]
+    else:
+        left, left_table, left_operators = _sentence(uniform, variables, n // 2)
+        right, right_table, right_operators = _sentence(uniform, variables, n // 2)
+        operators = left_operators + right_operators + 1
+        if choice % 2:
+            text, table = f"( {left} ( or {right} ) )", left_table | right_table
+        else:
+            text, table = f"( {left} ( and {right} ) )", left_table & right_table
+    if uniform() < 1 / 3:
+        return f"( not {text} )", _WORLDS ^ table, operators + 1
+    return text, table, operators
+
+
+def _draws(seed: int) -> Iterator[Example]:
+    """Endless pairs over four variables; a sentence that always or never holds is not taken."""
+    uniform = Random(seed).random
+    labels = {relation: label for label, relation in enumerate(RELATIONS)}
+    subsets = tuple(itertools.combinations(_VARIABLES, 4))
+    while True:
+        variables = subsets[int(len(subsets) * uniform())]
+        left, left_table, left_operators = _sentence(uniform, variables, 12)
+        right, right_table, right_operators = _sentence(uniform, variables, 12)
+        if 0 < left_table < _WORLDS and 0 < right_table < _WORLDS:
+            bucket = min(BUCKETS - 1, max(left_operators, right_operators))
+            yield Example(left, right, labels[relation(left_table, right_table)], bucket)
+
+
+@functools.lru_cache(maxsize=1)
+def generate(seed: int = 0, draws: int = 500_000) -> tuple[Parts, ...]:
+    """The pairs of every bucket: of those that differ, in the order drawn, the first 85 % to train on.
+
+    Sentences have at most 37 tokens in the training parts of buckets 0..6, about twice that in bucket 12.
+
+    >>> [len(bucket.train) for bucket in generate(draws=1000)][:3]
+    [30, 116, 63]
+    """
+    buckets: list[dict] = [{} for _ in range(BUCKETS)]
+    for example in itertools.islice(_draws(seed), draws):
+        buckets[example.bucket][example] = None
+
+    def cut(examples: tuple) -> Parts:
+        size = len(examples) * 85 // 100
+        return Parts(examples[:size], examples[size:])
+
+    return tuple(cut(tuple(bucket)) for bucket in buckets)
+
+
+def matches(example: Example, split: str) -> bool:
+    """Whether a side of an example has the pattern that a systematic split withholds from training.
+
+    A: `( and ( not a ) )`. B: `( and ( not X ) )` for any sentence X. C: the same, and with `or`.
+
+    >>> [matches(Example("( b ( or ( not a ) ) )", "c", 5, 2), split) for split in SPLITS]
+    [False, False, True]
+    """
+    one_of("split", split, SPLITS)
+    patterns = dict(A=["( and ( not a ) )"], B=["( and ( not "], C=["( and ( not ", "( or ( not "])[split]
+    return any(pattern in side for pattern in patterns for side in (example.left, example.right))
+
+
+def examples(
+    part: str = "train",
+    *,
+    T: int = 40,
+    split: str | None = None,
+    buckets: Sequence[int] = range(7),
+    seed: int = 0,
+    draws: int = 500_000,
+) -> Examples:
+    """Pairs of some buckets: `left` and `right`, each [T], `label` (an index of RELATIONS) and `bucket`, all int32.
+
+    With split A, B or C both parts come from the training parts of the buckets: `test` is what matches.
+
+    Raises ValueError when a sentence has more than T tokens, or for an unknown part or split.
+
+    >>> pairs = examples("test", T=80, buckets=[12], draws=1000)
+    >>> {name: array.shape for name, array in pairs[0].items()}
+    {'left': (80,), 'right': (80,), 'label': (), 'bucket': ()}
+    """
+    one_of("part", part, Parts._fields)
+    generated = generate(seed, draws)
+    rows = [row for b in buckets for row in generated[b].part(part if split is None else "train")]
+    if split is not None:
+        rows = [row for row in rows if matches(row, split) == (part == "test")]
+    longest = max((side.count(" ") + 1 for row in rows for side in row[:2]), default=0)
+    if longest > T:
+        raise ValueError(f"T={T} is shorter than the longest sentence of {longest} tokens")
+
+    def arrays(row: Example) -> dict[str, np.ndarray]:
+        left, right = VOCABULARY.encode(row.left, T), VOCABULARY.encode(row.right, T)
+        return dict(left=left, right=right, label=np.int32(row.label), bucket=np.int32(row.bucket))
+
+    return Examples(rows, arrays)
+
+
+def text(seed: int, count: int) -> Iterator[str]:
+    """Different lines: left sentence, relation, right sentence.
+
+    >>> list(text(0, 2))
+    ['( not c ) ^ c', 'd # b']
+    """
+    return (f"{row.left} {RELATIONS[row.label]} {row.right}" for row in distinct(_draws(seed), count))

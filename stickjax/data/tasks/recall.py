@@ -1,0 +1,81 @@
+"""Multi-query repeated associative recall: what was the latest value of this key?
+
+A sequence assigns values to keys (`a 3`) and asks for them (`? a`), mixed. A key may be assigned again, and then
+its earlier values are wrong (Tan et al., 2024, arXiv 2410.17980; with keys assigned once: Arora et al., 2023,
+arXiv 2312.04927).
+"""
+
+import string
+from collections.abc import Iterator
+from random import Random
+
+import numpy as np
+
+from stickjax.config.fields import one_of
+from stickjax.data.tasks.encoding import Examples, Parts, Vocabulary, distinct
+
+KEYS, VALUES, QUERY = string.ascii_letters, string.digits, "?"
+VOCABULARY = Vocabulary(" ".join([*KEYS, *VALUES, QUERY]))
+
+
+def _statements(random: Random, count: int, keys: int) -> Iterator[tuple[str, str, bool]]:
+    """Keys, their latest values, and whether these are asked for: half of all but the first."""
+    latest: dict[str, str] = {}
+    names = random.sample(KEYS, keys)
+    for _ in range(count):
+        asked = bool(latest) and random.random() < 0.5
+        key = random.choice(list(latest) if asked else names)
+        if not asked:
+            latest[key] = random.choice(VALUES)
+        yield key, latest[key], asked
+
+
+def examples(part: str = "train", *, T: int = 128, keys: int = 16, seed: int = 0, count: int = 100_000) -> Examples:
+    """`count` sequences of T / 2 statements about some of the letters, made from (seed, part, index) alone.
+
+    Each has `tokens`, `targets`, `segment_ids` (zeros) and `loss_mask`, all [T], as language models are trained on.
+    `loss_mask` is True at the key that is asked for, and there `targets` is its latest value; otherwise it is 0.
+
+    Raises ValueError when T is odd, `keys` is not in 1..52, or for an unknown part.
+
+    >>> example = examples(T=12, keys=2)[0]
+    >>> VOCABULARY.decode(example["tokens"])
+    'h 5 ? h K 2 ? K K 2 K 9'
+    >>> VOCABULARY.decode(example["targets"][example["loss_mask"]])
+    '5 2'
+    """
+    one_of("part", part, Parts._fields)
+    if T < 2 or T % 2:
+        raise ValueError(f"T={T} must be even and positive: a statement is two tokens")
+    if not 1 <= keys <= len(KEYS):
+        raise ValueError(f"keys={keys} must be in 1..{len(KEYS)}")
+
+    def arrays(index: int) -> dict[str, np.ndarray]:
+        statements = list(_statements(Random(f"{seed} {part} {index}"), T // 2, keys))
+        tokens = " ".join(f"{QUERY} {key}" if asked else f"{key} {value}" for key, value, asked in statements)
+        targets = np.zeros(T, np.int32)
+        targets[1::2] = [VOCABULARY.ids[value] if asked else 0 for _, value, asked in statements]
+        return dict(
+            tokens=VOCABULARY.encode(tokens, T),
+            targets=targets,
+            segment_ids=np.zeros(T, np.int32),
+            loss_mask=targets > 0,
+        )
+
+    return Examples(range(count), arrays)
+
+
+def text(seed: int, count: int) -> Iterator[str]:
+    """Different lines of 32 statements about 8 keys; what is asked for is followed by its value.
+
+    >>> next(text(0, 1))[:40]
+    'q 7 ? q 7 q 2 q 8 A 4 ? q 8 G 7 G 6 ? G '
+    """
+
+    def lines() -> Iterator[str]:
+        random = Random(seed)
+        while True:
+            statements = _statements(random, 32, 8)
+            yield " ".join(f"{QUERY} {key} {value}" if asked else f"{key} {value}" for key, value, asked in statements)
+
+    return distinct(lines(), count)

@@ -1,0 +1,149 @@
+"""Token files, for corpora that do not fit into memory: OUT.bin has the tokens, OUT.json says what they are."""
+
+import functools
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from stickjax.data.sources import TOKENS_FORMAT, NotText, read_text, text_documents
+from stickjax.data.tokenizer import Tokenizer, load_tokenizer, token_dtype
+from stickjax.system.disk import REASONS
+from stickjax.system.text import printable
+
+log = logging.getLogger(__name__)
+
+_BLOCK = 2**22  # tokens read at a time from a file that may not fit into memory
+_VERIFIED = 2**30  # bytes: the hash of a file up to this size is compared at every opening, in about two seconds
+_TYPES = dict(
+    num_documents=int, num_tokens=int, num_bytes=int, dtype=str, vocab_size=int, eot=int, tokenizer=str, sha256=str
+)
+
+
+def token_paths(path: str) -> tuple[Path, Path]:
+    """The paths OUT.bin and OUT.json, from OUT or from one of them."""
+    stem = Path(path).with_suffix("") if Path(path).suffix in (".bin", ".json") else Path(path)
+    if not stem.name:
+        raise ValueError(f"{path!r} has no name to which .bin and .json could be added")
+    return stem.with_name(stem.name + ".bin"), stem.with_name(stem.name + ".json")
+
+
+def tokenize(source: str, out: str, tokenizer: str = "byte", text_field: str = "text", eot: str | None = None) -> dict:
+    """Write the documents of `source` as the token file out.bin + out.json and return the content of the latter.
+
+    One document is in memory at a time. Both files appear under their names only when complete; the .json
+    comes last and describes the .bin. Raises ValueError for bad input and when the disk is full.
+    """
+    encoder, (data_path, meta_path) = load_tokenizer(tokenizer, eot), token_paths(out)
+    dtype, digest = token_dtype(encoder.vocab_size), hashlib.sha256()
+    count = dict(num_documents=0, num_tokens=0, num_bytes=0)
+    partial = []
+    try:
+        with tempfile.NamedTemporaryFile(dir=data_path.parent, prefix=".tokens-", delete=False) as file:
+            partial.append(file.name)
+            for text in text_documents(source, text_field, name="SOURCE"):
+                block = encoder.document(text).tobytes()
+                file.write(block)
+                digest.update(block)
+                count["num_documents"] += 1
+                count["num_tokens"] += len(block) // dtype.itemsize
+                count["num_bytes"] += len(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        meta = dict(format=TOKENS_FORMAT, version=1, dtype=dtype.str, vocab_size=encoder.vocab_size)
+        meta |= dict(eot=encoder.eot, tokenizer=encoder.name, sha256=digest.hexdigest()) | count
+        with tempfile.NamedTemporaryFile("w", dir=data_path.parent, prefix=".tokens-", delete=False) as file:
+            partial.append(file.name)
+            file.write(json.dumps(meta, indent=2) + "\n")
+        meta_path.unlink(missing_ok=True)  # it must never stand next to tokens it does not describe
+        for temporary, path in zip(partial, (data_path, meta_path), strict=True):
+            os.chmod(temporary, 0o644)  # temporary files are private
+            os.replace(temporary, path)
+    except OSError as error:  # reading raises ValueError
+        reason = REASONS.get(error.errno, error.strerror)
+        raise ValueError(f"cannot write {printable(data_path)}: {reason}") from error
+    finally:
+        for temporary in partial:
+            Path(temporary).unlink(missing_ok=True)
+    return meta
+
+
+def _read_meta(path: str, name: str) -> dict:
+    """The .json of a token file; ValueError when there is none, or a field is missing or of another type."""
+    data_path, meta_path = token_paths(path)
+    for file in (data_path, meta_path):
+        if not os.path.isfile(file):
+            raise ValueError(f"{name}={path!r}: no {printable(file)}; make it by python -m stickjax.data tokenize")
+    try:
+        meta = json.loads(read_text(meta_path))
+        if (meta["format"], meta["version"]) != (TOKENS_FORMAT, 1):
+            raise ValueError(f"format {meta['format']!r} version {meta['version']}")
+        for key, kind in _TYPES.items():
+            if type(meta[key]) is not kind or (kind is int and meta[key] < 0):
+                raise ValueError(f"{key}={meta[key]!r:.80} must be {'a whole number' if kind is int else 'a string'}")
+        meta["dtype"] = np.dtype(meta["dtype"])
+    except KeyError as error:
+        raise ValueError(f"{name}={path!r}: {meta_path} does not describe a token file: no {error}") from error
+    except (ValueError, TypeError, RecursionError, NotText) as error:
+        raise ValueError(f"{name}={path!r}: {meta_path} does not describe a token file: {error}") from error
+    return meta
+
+
+@functools.cache
+def _sha256(file: Path, size: int, changed: int) -> str:
+    """The sha256 of a file; it is computed again only if the size or the time of the last change differs."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def verify(path: str, name: str = "PATH") -> dict:
+    """Read a whole token file and return the content of its .json.
+
+    Raises ValueError when the .bin does not have the sha256 that the .json says, and for a bad .json.
+    """
+    meta, (file, _) = _read_meta(path, name), token_paths(path)
+    state = file.stat()
+    if (found := _sha256(file, state.st_size, state.st_mtime_ns)) != meta["sha256"]:
+        raise ValueError(
+            f"{name}={path!r}: {file} is damaged or another file: its sha256 is {found[:16]}..., "
+            f"but its .json says {meta['sha256'][:16]}...; make it again by python -m stickjax.data tokenize"
+        )
+    return meta
+
+
+def open_tokens(path: str, tokenizer: Tokenizer, name: str) -> tuple[np.ndarray, dict]:
+    """The tokens of a token file, a memmap, and the content of its .json.
+
+    The sha256 of a file of up to 1 GiB is compared. For a larger file, a log message says that it is not verified.
+
+    Raises ValueError for a token file that is damaged or was not made by `tokenizer`.
+    """
+    meta, (data_path, _) = _read_meta(path, name), token_paths(path)
+    n, dtype = meta["num_tokens"], meta["dtype"]
+    made_by = meta["tokenizer"], meta["vocab_size"], meta["eot"]
+    if made_by != (tokenizer.name, tokenizer.vocab_size, tokenizer.eot):
+        raise ValueError(
+            f"{name}={path!r} was made by tokenizer {made_by[0]!r} with vocab_size={made_by[1]} and eot={made_by[2]}, "
+            f"but data.tokenizer is {tokenizer.name!r} with vocab_size={tokenizer.vocab_size} and eot={tokenizer.eot}"
+        )
+    if dtype != token_dtype(tokenizer.vocab_size):
+        raise ValueError(f"{name}={path!r}: dtype {dtype.str} does not follow from vocab_size={tokenizer.vocab_size}")
+    size = data_path.stat().st_size
+    if not n or size != n * dtype.itemsize:
+        raise ValueError(
+            f"{name}={path!r}: {data_path} has {size} bytes instead of "
+            f"num_tokens={n} times {dtype.itemsize}; it is empty, truncated or of another type"
+        )
+    tokens = np.memmap(data_path, dtype, mode="r")
+    largest = max(int(tokens[:_BLOCK].max()), int(tokens[-_BLOCK:].max()))
+    if largest >= tokenizer.vocab_size:
+        raise ValueError(f"{name}={path!r}: token {largest} is outside vocab_size={tokenizer.vocab_size}")
+    if size <= _VERIFIED:
+        verify(path, name)
+    else:
+        log.warning("%s=%r has more than 1 GiB: not verified; python -m stickjax.data verify does that", name, path)
+    return tokens, meta

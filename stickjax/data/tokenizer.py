@@ -1,0 +1,270 @@
+"""Text to token ids and back: bytes, or a Hugging Face tokenizer.json."""
+
+import abc
+import codecs
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from stickjax.data import special_tokens
+
+# How published tokenizers spell their end of text. If no file names it, the first of these that exists is taken.
+END_OF_TEXT = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[EOS]")
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The smallest little-endian unsigned type that holds every id of a vocabulary.
+
+    >>> token_dtype(257)
+    dtype('uint16')
+    """
+    return np.dtype("u1" if vocab_size <= 2**8 else "<u2" if vocab_size <= 2**16 else "<u4")
+
+
+class Tokenizer(abc.ABC):
+    """The interface of every tokenizer.
+
+    Special tokens have no text: they decode to nothing and count no bytes. A text cannot contain one, unless `special`
+    asks for it.
+
+    Attributes:
+      name: a name for the content, the same on every machine: 'byte', or 'hf:' and 16 hex digits of the file's sha256.
+      vocab_size: the largest id plus one, for ids may have gaps.
+      eot: the id that ends a document.
+      ends: the ids that end a generated text, including `eot`.
+      prefix: the ids in front of every text.
+      files: {name: content} of the files that define it, for a copy in another folder.
+    """
+
+    name: str
+    vocab_size: int
+    eot: int
+    ends: frozenset[int]
+    prefix: tuple[int, ...] = ()
+    files: dict[str, bytes] = {}
+
+    def encode(self, text: str, *, special: bool = False) -> np.ndarray:
+        """Ids of a text: [n], the prefix first. `special`: text that spells a special token is encoded as that token.
+
+        If the text itself begins with the prefix, as chat templates do, the prefix is not added again.
+        """
+        ids, prefix = self._encode(text, special).tolist(), list(self.prefix)
+        return np.array(ids if ids[: len(prefix)] == prefix else prefix + ids, token_dtype(self.vocab_size))
+
+    @abc.abstractmethod
+    def _encode(self, text: str, special: bool) -> np.ndarray:
+        """Ids of a text, without the prefix."""
+
+    @abc.abstractmethod
+    def decode(self, ids) -> str:
+        """The text of ids [n]; an incomplete character becomes U+FFFD."""
+
+    def special_id(self, text: str) -> int | None:
+        """The id of the special token that is spelled like this, if there is one."""
+        return None
+
+    def count_bytes(self, ids) -> int:
+        """How many bytes of text the ids [n] stand for; a character cut at either end counts as U+FFFD."""
+        return len(self.decode(ids).encode())
+
+    @property
+    def bos(self) -> int | None:
+        """The id that begins a document and is no end of text."""
+        return next((i for i in self.prefix if i != self.eot), None)
+
+    def document(self, text: str) -> np.ndarray:
+        """Ids of a document of the training stream: the prefix without ends of text, the text, its end."""
+        dtype = token_dtype(self.vocab_size)
+        begin = np.array([i for i in self.prefix if i != self.eot], dtype)
+        return np.concatenate([begin, self._encode(text, False), np.array([self.eot], dtype)], dtype=dtype)
+
+    def prompt(self, text: str, *, special: bool = False) -> np.ndarray:
+        """The ids of `encode`, for a model to continue; at least one.
+
+        If there are none, as for an empty text, it is `eot`, which precedes a document in training.
+        """
+        ids = self.encode(text, special=special)
+        return ids if len(ids) else np.array([self.eot], token_dtype(self.vocab_size))
+
+    def save(self, folder: Path) -> None:
+        """Write `files` into a folder, from which `load_tokenizer(folder / "tokenizer.json")` reads it again."""
+        special_tokens.write_files(self.files, folder)
+
+
+class ByteTokenizer(Tokenizer):
+    """UTF-8 bytes: ids 0..255 are bytes, 256 is the end of text.
+
+    >>> ByteTokenizer().encode("né")
+    array([110, 195, 169], dtype=uint16)
+    >>> ByteTokenizer().decode([110, 195, 169, 256])
+    'né'
+    """
+
+    name = "byte"
+    vocab_size = 257
+    eot = 256
+    ends = frozenset([256])
+
+    def _encode(self, text: str, special: bool) -> np.ndarray:
+        return np.frombuffer(text.encode(), np.uint8)
+
+    def decode(self, ids) -> str:
+        ids = np.asarray(ids)
+        return ids[ids < 256].astype(np.uint8).tobytes().decode(errors="replace")
+
+    def count_bytes(self, ids) -> int:
+        return int(np.count_nonzero(np.asarray(ids) < 256))
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A tokenizer.json, read by the optional `tokenizers` package, with what the files beside it say.
+
+    The end of text is an added token: `eot`, or the one that the folder names (`special_tokens.named`), or else one of
+    `END_OF_TEXT`. The prefix is what the post-processor of the file puts in front of a text.
+    """
+
+    def __init__(self, path: str | Path, eot: str | None = None):
+        path, where = Path(path), f"data.tokenizer={str(path)!r}"
+        try:
+            from tokenizers import Tokenizer as Fast
+        except ImportError as error:
+            raise ValueError(f"{where} needs tokenizers: pip install 'stickjax[hf]'") from error
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise ValueError(f"{where} is neither 'byte' nor a readable tokenizer.json: {error.strerror}") from error
+        files = special_tokens.read_files(path.parent)
+        try:
+            tree = special_tokens.read_object(content, path)
+            entries = tree.get("added_tokens") or []
+            added = {entry["content"]: int(entry["id"]) for entry in entries}
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{where} is not a tokenizer.json: {type(error).__name__}: {error}") from error
+        if eot is not None and eot not in added:
+            raise ValueError(f"data.eot={eot!r} is no added token of {where}; its added tokens are: {_listed(added)}")
+        ends, special, problem = special_tokens.named(files, added, path.parent)
+        is_named = eot is not None or ends or problem
+        first = eot if is_named else next((token for token in END_OF_TEXT if token in added), None)
+        if first is not None and ends[:1] != (added[first],):
+            ends = (added[first], *(i for i in ends if i != added[first]))
+            files = special_tokens.with_end(files, ends, first, path.parent)
+        special |= set(ends) & set(added.values())
+        ordinary = [entry for entry in entries if not entry.get("special")]
+        for entry in ordinary:  # a token that the folder names as special must be special in the package too
+            entry["special"] = entry["id"] in special
+        try:
+            self._tokenizer = Fast.from_str(json.dumps(tree))
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+            self.prefix = self._prefix(next(iter(added), ""))
+        # The package raises Exception. If it panics, it raises a class that is not derived from Exception.
+        except BaseException as error:
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
+            raise ValueError(f"{where} is not a tokenizer.json: {error}") from error
+        if wrong := [text for text, i in added.items() if self._tokenizer.token_to_id(text) != i]:
+            raise ValueError(f"{where} is not a tokenizer.json: its added token {wrong[0]!r} has another id")
+        if not ends:
+            problem = problem or f"{where} has no end of text: no file beside it names one"
+            raise ValueError(f"{problem}; set data.eot to one of its added tokens: {_listed(added)}")
+        self._tokenizer.encode_special_tokens = True  # a spelled special token is encoded as ordinary text
+        # A path means nothing on another machine; the content does.
+        self.name = "hf:" + hashlib.sha256(content).hexdigest()[:16]
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.eot, self.ends = ends[0], frozenset(ends)
+        self.files = {"tokenizer.json": content} | files
+        self._special = {entry["content"]: entry["id"] for entry in entries if entry["special"]}
+        unknown = self._special.get(tree["model"].get("unk_token"), tree["model"].get("unk_id"))
+        self._forbidden = np.array(sorted({*self._special.values()} - ({unknown} - self.ends)), int)
+
+    def _prefix(self, text: str) -> tuple[int, ...]:
+        """What the post-processor puts in front of an added token, which every tokenizer can encode."""
+        encoding = self._tokenizer.encode(text)
+        return tuple(encoding.ids[: (encoding.special_tokens_mask + [0]).index(0)])
+
+    def _encode(self, text: str, special: bool) -> np.ndarray:
+        self._tokenizer.encode_special_tokens = not special
+        try:
+            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+            if not special and np.isin(ids, self._forbidden).any():  # some are pieces of the model itself
+                ids = [i for token in ids for i in (self._spelling(token) if token in self._forbidden else [token])]
+        except Exception as error:  # raised for a model without an unknown token
+            raise ValueError(f"the tokenizer cannot encode {text[:40]!r}: {error}") from error
+        finally:
+            self._tokenizer.encode_special_tokens = True
+        return np.array(ids, token_dtype(self.vocab_size))
+
+    def _spelling(self, token: int) -> list[int]:
+        """The ids of a special token's text, encoded letter by letter."""
+        model = self._tokenizer.model
+        ids = [piece.id for letter in self._tokenizer.id_to_token(token) for piece in model.tokenize(letter)]
+        return [i for i in ids if i not in self._forbidden]
+
+    def decode(self, ids) -> str:
+        return self._tokenizer.decode([int(i) for i in np.asarray(ids)], skip_special_tokens=True)
+
+    def special_id(self, text: str) -> int | None:
+        return self._special.get(text)
+
+
+def _listed(tokens: Iterable[str], most: int = 12) -> str:
+    tokens = list(tokens)
+    return ", ".join(map(repr, tokens[:most])) + (", ..." if len(tokens) > most else "") or "there are none"
+
+
+def load_tokenizer(name: str, eot: str | None = None) -> Tokenizer:
+    """The tokenizer of `data.tokenizer`: 'byte', or the path of a tokenizer.json; `eot` is `data.eot`.
+
+    Raises ValueError when the file cannot be read, has no end of text, or the package is missing.
+
+    >>> load_tokenizer("byte").vocab_size
+    257
+    """
+    return ByteTokenizer() if name == "byte" else HuggingFaceTokenizer(name, eot)
+
+
+class StreamDecoder:
+    """Text from ids that arrive one at a time; a character is held back until it is whole.
+
+    `prompt`: the ids before the stream. The texts of the prompt and of the stream together are the text of all ids.
+    None: the stream continues an unknown text.
+
+    >>> stream = StreamDecoder(ByteTokenizer())
+    >>> [stream.feed(i) for i in "né".encode()]
+    ['n', '', 'é']
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Iterable[int] | None = None):
+        self._tokenizer = tokenizer
+        self._bytes = codecs.getincrementaldecoder("utf-8")("replace") if tokenizer.name == "byte" else None
+        # A subword may decode differently at the start of a text (a leading space is dropped). So the ids whose text
+        # was returned already, `_ids[:_seen]`, are decoded again in front of the new ones.
+        self._ids = [int(i) for i in (tokenizer.encode("a") if prompt is None else prompt)]
+        self._seen = len(self._ids)
+
+    def feed(self, token: int) -> str:
+        """The text that became certain with this id; '' while a character is incomplete."""
+        token = int(token)
+        if token == self._tokenizer.eot or token >= self._tokenizer.vocab_size:  # V may be padded with unused ids
+            return ""
+        if self._bytes:
+            return self._bytes.decode(bytes([token]))
+        self._ids.append(token)
+        # No character takes more than four ids. One that is still incomplete after four will stay so.
+        held = self._tokenizer.decode(self._ids).endswith("\ufffd") and len(self._ids) - self._seen < 4
+        return "" if held else self._emit()
+
+    def flush(self) -> str:
+        """The text that is still held back, at the end of the stream."""
+        return self._bytes.decode(b"", final=True) if self._bytes else self._emit()
+
+    def _emit(self) -> str:
+        shown = self._tokenizer.decode(self._ids[: self._seen])
+        text = self._tokenizer.decode(self._ids)[len(shown) :]
+        if text:  # ids without a text do not count as the start of one
+            self._ids = self._ids[self._seen :]
+        self._seen = len(self._ids)
+        return text

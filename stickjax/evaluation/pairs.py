@@ -1,0 +1,170 @@
+"""How often a classifier of pairs is right, by the number of operators, and what its halting saves.
+
+`python -m stickjax.evaluate RUN` calls this for a model with classes.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.table import Table
+
+from stickjax.config import Config
+from stickjax.data.batches import pair_examples
+from stickjax.data.tasks import Examples, logic
+from stickjax.evaluation import plots
+from stickjax.evaluation.plots import Records
+from stickjax.models.sut import PairClassifier, apply
+from stickjax.system.disk import write_file
+from stickjax.system.text import json_text
+
+THRESHOLDS = (0.999, 0.8, 0.6, 0.5, 0.3)
+
+
+@jax.jit
+def _read(model: PairClassifier, pairs: dict[str, jax.Array], threshold) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The label that the model chooses [B], its mean depth by token [2,B,T], and the expert rows that ran."""
+    output = apply(model, pairs, threshold=threshold)
+    return output.logits.argmax(-1), output.depth, sum(rows.sum() for rows in output.rows.values())
+
+
+def accuracy(
+    model: PairClassifier,
+    config: Config,
+    *,
+    buckets: Iterable[int] = range(logic.BUCKETS),
+    thresholds: Iterable[float] | None = None,
+    max_pairs: int = 1024,
+    B: int = 128,
+    say: Callable[[str], None] = lambda text: None,
+) -> Records:
+    """The share of held-out pairs that are labelled right, for every number of operators and every threshold.
+
+    Args:
+      model: the parameters.
+      config: its data section names the task.
+      buckets: numbers of operators. A pair counts by its sentence with more operators; the last bucket also has all
+        pairs with more than that.
+      thresholds: the halting thresholds to try; None: the one of the config.
+      max_pairs: the most pairs of a bucket, which are the same for every threshold.
+      B: pairs in one call of the model, at most.
+      say: is called with one line of progress before each bucket is evaluated.
+
+    Raises:
+      ValueError: `max_pairs` below 1, or a bucket without pairs.
+
+    Returns:
+      A record for every bucket and threshold: {"bucket", "threshold", "accuracy", "majority" (the share of the
+      commonest label), "depth" (blocks that a token's final state is made of, the mean over tokens), "rows" (expert
+      rows run, per token), "seconds" (for all pairs, without compiling), "pairs"}.
+    """
+    if max_pairs < 1:
+        raise ValueError(f"max_pairs={max_pairs} must be at least 1")
+    B = min(B, max_pairs)
+    thresholds = [config.model.halting_threshold] if thresholds is None else list(thresholds)
+    records = []
+    for bucket in buckets:
+        pairs = batches_of(config, bucket, max_pairs, B)
+        labels = np.concatenate([batch["label"][real] for batch, real in pairs])
+        say(f"pairs with {bucket} operators: {len(labels):,} at {len(thresholds)} halting thresholds")
+        majority = np.bincount(labels).max() / len(labels)
+        jax.block_until_ready(_read(model, pairs[0][0], thresholds[0]))  # compiled, so that it is not timed
+        for threshold in thresholds:
+            started = time.perf_counter()
+            right, depth, rows, tokens = 0, 0.0, 0, 0
+            for batch, real in pairs:
+                chosen, depths, ran = jax.device_get(_read(model, batch, threshold))
+                seen = np.stack([batch["left"], batch["right"]]) != 0
+                right += (chosen == batch["label"])[real].sum()
+                depth, rows, tokens = depth + depths[seen].sum(), rows + int(ran), tokens + seen.sum()
+            seconds = time.perf_counter() - started
+            records.append(
+                dict(
+                    bucket=bucket, threshold=threshold, accuracy=float(right / len(labels)), majority=float(majority),
+                    depth=float(depth / tokens), rows=float(rows / tokens), seconds=seconds, pairs=len(labels),
+                )
+            )  # fmt: skip
+    return records
+
+
+def batches_of(config: Config, bucket: int, max_pairs: int, B: int) -> list[tuple[dict[str, np.ndarray], np.ndarray]]:
+    """Batches of B held-out pairs of one bucket, padded to one of few lengths, and which rows hold a pair.
+
+    The other rows are padding. Raises ValueError when there is no such pair.
+    """
+    drawn = pair_examples(config, "test", T=10_000, buckets=[bucket])
+    order = np.random.default_rng(0).permutation(len(drawn))[:max_pairs]
+    rows = [drawn.rows[i] for i in order]
+    if not rows:
+        raise ValueError(f"the data.examples={config.data.examples} pairs have no held-out one with {bucket} operators")
+    # Only a few lengths, because the model is compiled for each of them.
+    T = -(-max(side.count(" ") + 1 for row in drawn.rows for side in row[:2]) // 40) * 40
+    pairs = Examples(rows, pair_examples(config, "test", T=T, buckets=[bucket]).arrays)
+    batches = []
+    for start in range(0, len(rows), B):
+        index = np.arange(start, start + B)
+        chosen = [pairs[i if i < len(rows) else 0] for i in index]
+        batch = {name: np.stack([pair[name] for pair in chosen]) for name in ("left", "right", "label")}
+        real = index < len(rows)
+        for side in ("left", "right"):
+            batch[side][~real] = 0
+        batches.append((batch, real))
+    return batches
+
+
+def table(runs: dict[str, Records]) -> Table:
+    """Accuracy and mean depth of every run at its first threshold, a row per number of operators."""
+    result = Table(title="held-out accuracy")
+    for name in ("operators", "pairs", "commonest label", *runs, *(f"depth of {name}" for name in runs)):
+        result.add_column(name, justify="right")
+    for rows in zip(*map(at_first_threshold, runs.values()), strict=True):
+        first = rows[0]
+        operators = f"{first['bucket']}{'+' if first['bucket'] == logic.BUCKETS - 1 else ''}"
+        right = [f"{r['accuracy']:.1%}" for r in rows] + [f"{r['depth']:.2f}" for r in rows]
+        result.add_row(operators, str(first["pairs"]), f"{first['majority']:.1%}", *right)
+    return result
+
+
+def savings(records: Records) -> Table:
+    """What every threshold costs and saves, over all pairs. The time is relative to the first threshold."""
+    result = Table(title="what a lower halting threshold saves")
+    for name in ("threshold", "accuracy", "depth", "expert rows per token", "time"):
+        result.add_column(name, justify="right")
+    whole = sum(r["seconds"] for r in at_first_threshold(records))
+    for threshold, part in plots.group(records, "threshold").items():
+        pairs = sum(r["pairs"] for r in part)
+        right, depth, rows = (sum(r[name] * r["pairs"] for r in part) / pairs for name in ("accuracy", "depth", "rows"))
+        share = sum(r["seconds"] for r in part) / whole
+        result.add_row(f"{threshold:g}", f"{right:.1%}", f"{depth:.2f}", f"{rows:.2f}", f"{share:.0%}")
+    return result
+
+
+def at_first_threshold(records: Records) -> Records:
+    return [r for r in records if r["threshold"] == records[0]["threshold"]]
+
+
+def report(
+    model: PairClassifier, config: Config, folder: Path | None, max_pairs: int, say: Callable[[str], None]
+) -> Records:
+    """`accuracy` at several thresholds; writes accuracy.json and two pictures into the folder, if there is one."""
+    records = accuracy(model, config, thresholds=THRESHOLDS, max_pairs=max_pairs, say=say)
+    if folder is None:
+        return records
+    write_file(folder / "accuracy.json", json_text(records, indent=2) + "\n")
+    plots.plot_halting(records, folder / "halting.png")
+    sentences = [side for bucket in (2, 6, 10) for side in depths(model, config, bucket)]
+    plots.plot_depth(sentences, folder / "depth.png")
+    return records
+
+
+def depths(model: PairClassifier, config: Config, bucket: int) -> list[tuple[list[str], np.ndarray]]:
+    """The tokens of both sentences of a bucket's first held-out pair, and the mean depth of each."""
+    ((batch, _),) = batches_of(config, bucket, 1, 1)
+    _, found, _ = jax.device_get(_read(model, batch, jnp.float32(config.model.halting_threshold)))
+    sides = [np.asarray(batch[side][0]) for side in ("left", "right")]
+    return [
+        (logic.VOCABULARY.decode(side).split(), depth[0][side != 0]) for side, depth in zip(sides, found, strict=True)
+    ]

@@ -1,0 +1,232 @@
+"""Pictures of runs: learning curves, context length, attention weights. Matplotlib is imported when used."""
+
+import io
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stickjax.system.disk import write_file
+
+Records = list[dict[str, Any]]
+
+
+def figure(xlabel: str, ylabel: str, titles=("",), *, xscale=None, yscale=None, share=True):
+    """A figure without pyplot's global state, and its panels in a row; a scale is a name or (name, options).
+
+    Panels that do not `share` have axes of their own.
+    """
+    from matplotlib.figure import Figure
+
+    page = Figure(figsize=(1 + 4.5 * len(titles), 4), dpi=150, layout="constrained")
+    panels = page.subplots(1, len(titles), sharex=share, sharey=share, squeeze=False)[0]
+    for axes, title in zip(panels, titles, strict=True):
+        axes.set(xlabel=xlabel, title=title)
+        for scale, set_scale in ((xscale, axes.set_xscale), (yscale, axes.set_yscale)):
+            if scale:
+                name, options = (scale, {}) if isinstance(scale, str) else scale
+                set_scale(name, **options)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel(ylabel)
+    return page, panels
+
+
+def save(page, path) -> None:
+    """Write a figure atomically to a path, in the format of its suffix or as PNG; or as PNG to an open file."""
+    if hasattr(path, "write"):
+        page.savefig(path)
+        return
+    content = io.BytesIO()
+    page.savefig(content, format=Path(path).suffix[1:] or None)
+    write_file(path, content.getvalue())
+
+
+def ticks(axes, values) -> None:
+    """Ticks at the values that were run, as plain numbers."""
+    axes.set_xticks(sorted(values), [f"{v:.10g}" for v in sorted(values)])
+    axes.xaxis.minorticks_off()
+
+
+def group(records: Records, *keys: str) -> dict[Any, Records]:
+    """Records by the value of a key, or by the tuple of several, in order of appearance."""
+    groups: dict[Any, Records] = {}
+    for record in records:
+        value = tuple(record[key] for key in keys)
+        groups.setdefault(value if len(keys) > 1 else value[0], []).append(record)
+    return groups
+
+
+def best_runs(records: Records, *keys: str) -> Records:
+    """The record of the smallest finite loss for every combination of `keys`; none if all its runs diverged."""
+    groups = group([r for r in records if math.isfinite(r["loss"])], *keys)
+    return [min(line, key=lambda r: r["loss"]) for line in groups.values()]
+
+
+def label(name: str) -> str:
+    """Escape a name for a legend, where two dollars enclose a formula and a name that begins with _ is left out.
+
+    >>> label("_lr$3")
+    ' _lr\\\\$3'
+    """
+    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
+
+
+def plot_length_curves(runs: dict[str, Records], path) -> None:
+    """Held-out bits per byte against the context length, a line per named run; the training length is marked."""
+    page, (axes,) = figure("context length (tokens)", "held-out bits per byte", xscale=("log", dict(base=2)))
+    for name, records in runs.items():
+        axes.plot([r["context"] for r in records], [r["bits_per_byte"] for r in records], "o-", label=label(name))
+    contexts = {r["context"] for records in runs.values() for r in records}
+    trained = sorted({r["context"] for records in runs.values() for r in records if r["multiple"] == 1})
+    for T in trained:
+        legend = {"label": "training length"} if T == trained[0] else {}
+        axes.axvline(T, color="k", linestyle=":", alpha=0.5, **legend)
+    ticks(axes, contexts)
+    axes.legend()
+    save(page, path)
+
+
+def plot_training(runs: dict[str, Records], path) -> None:
+    """Training loss in bits per token and the learning rate against tokens, from the rows of metrics.jsonl."""
+    page, panels = figure("tokens", "", ("training loss (bits per token)", "learning rate"), share=False)
+    for name, rows in runs.items():
+        tokens = [r["tokens"] for r in rows]
+        panels[0].plot(tokens, [r["loss"] / math.log(2) for r in rows], label=label(name), linewidth=1)
+        panels[1].plot(tokens, [r["learning_rate"] for r in rows], label=label(name))
+    panels[0].legend()
+    save(page, path)
+
+
+def plot_attention(weights: np.ndarray, path, labels: list[str] | None = None) -> None:
+    """Attention weights [N, T, S] as one picture per head: queries down, keys to the right."""
+    page, panels = figure("key", "query", [f"head {n}" for n in range(len(weights))])
+    for axes, weight in zip(panels, weights, strict=True):
+        image = axes.imshow(np.asarray(weight), vmin=0, vmax=1, cmap="viridis")
+        axes.grid(visible=False)
+        if labels:
+            ticks = range(len(labels))
+            axes.set_xticks(ticks, labels, family="monospace", fontsize="x-small")
+            axes.set_yticks(ticks, labels, family="monospace", fontsize="x-small")
+    page.colorbar(image, ax=list(panels), label="weight", shrink=0.8)
+    save(page, path)
+
+
+def plot_accuracy(runs: dict[str, Records], path) -> None:
+    """Accuracy by number of operators, a line per run, and the share of the commonest label."""
+    page, (axes,) = figure("operators", "held-out accuracy")
+    for name, records in runs.items():
+        axes.plot([r["bucket"] for r in records], [r["accuracy"] for r in records], "o-", label=label(name))
+    axes.plot([r["bucket"] for r in records], [r["majority"] for r in records], "k:", label="commonest label")
+    axes.set_ylim(0, 1)
+    axes.legend()
+    save(page, path)
+
+
+def plot_halting(records: Records, path, groups=((0, 6), (7, 9), (10, 12))) -> None:
+    """Accuracy against mean depth, a point per halting threshold, a line per range of operators."""
+    page, (axes,) = figure("mean depth (blocks)", "held-out accuracy")
+    for low, high in groups:
+        line = []
+        for threshold, part in group([r for r in records if low <= r["bucket"] <= high], "threshold").items():
+            pairs = sum(r["pairs"] for r in part)
+            mean = {name: sum(r[name] * r["pairs"] for r in part) / pairs for name in ("depth", "accuracy")}
+            line.append((mean["depth"], mean["accuracy"], threshold))
+        if line:
+            axes.plot([x for x, _, _ in line], [y for _, y, _ in line], "o-", label=f"{low} to {high} operators")
+            for i, (x, y, threshold) in enumerate(line):  # below and above in turn, because some points nearly coincide
+                place = dict(textcoords="offset points", xytext=(4, 6 if i % 2 else -10), fontsize="x-small")
+                axes.annotate(f"{threshold:g}", (x, y), **place)
+    axes.margins(x=0.1)  # room for the numbers on the right
+    axes.legend(title="number: threshold")
+    save(page, path)
+
+
+def plot_depth(sentences: list[tuple[list[str], np.ndarray]], path) -> None:
+    """The mean number of blocks in the final state of every token, a row per sentence."""
+    from matplotlib.figure import Figure
+
+    longest = max(len(tokens) for tokens, _ in sentences)
+    page = Figure(figsize=(2 + 0.28 * longest, 0.5 + 0.75 * len(sentences)), dpi=150, layout="constrained")
+    panels = page.subplots(len(sentences), 1, squeeze=False)[:, 0]
+    highest = max(depth.max() for _, depth in sentences)
+    for axes, (tokens, depth) in zip(panels, sentences, strict=True):
+        axes.bar(range(len(tokens)), depth, color="C0")
+        axes.set(xlim=(-0.6, longest - 0.4), ylim=(0, highest), ylabel="depth")
+        labels = [token.replace("$", r"\$") for token in tokens]  # a pair of dollars would begin a formula
+        axes.set_xticks(range(len(tokens)), labels, family="monospace", fontsize="small")
+    save(page, path)
+
+
+def plot_module_use(use: dict[str, dict[str, Any]], information: dict[str, Any], path) -> None:
+    """Shares of the routed pairs {source: {kind: [L, columns]}}: a row of panels per kind, one per source.
+
+    Modules of different layers have nothing in common, so every layer has its own order, the same in all panels of a
+    row. It begins with the modules that the first source uses more than the last source.
+    """
+    from matplotlib.figure import Figure
+
+    sources, kinds = list(use), list(information)
+    L = len(information[kinds[0]])
+    page = Figure(figsize=(2 + 3.2 * len(sources), len(kinds) * (1.2 + 0.3 * L)), dpi=150, layout="constrained")
+    panels = page.subplots(len(kinds), len(sources), squeeze=False)
+    highest = max(np.max(of[kind]) for of in use.values() for kind in kinds)
+    for row, kind in zip(panels, kinds, strict=True):
+        first, last = (np.asarray(use[source][kind]) for source in (sources[0], sources[-1]))
+        order = np.argsort(last - first if len(sources) > 1 else -first, axis=1, kind="stable")
+        for axes, source in zip(row, sources, strict=True):
+            heat = np.take_along_axis(np.asarray(use[source][kind]), order, 1)
+            image = axes.imshow(heat, vmin=0, vmax=highest, cmap="viridis", aspect="auto", interpolation="nearest")
+            axes.set(title=f"{kind}: {source}", xlabel="modules, in an order per layer", xticks=[])
+            axes.set_yticks(range(L), range(1, L + 1))
+        row[0].set_ylabel("layer")
+        if len(sources) > 1:
+            right = row[-1].secondary_yaxis("right")
+            right.set_yticks(range(L), [f"{bits:.2f}" for bits in information[kind]])
+            right.set_ylabel("bits about the source")
+            right.tick_params(length=0)
+    page.colorbar(image, ax=panels, label="share of the layer's routed pairs", shrink=0.8)
+    save(page, path)
+
+
+def plot_schedule(schedules: dict[str, Callable], path, *, tokens_per_step, total_tokens, log=False) -> None:
+    """Learning rates against tokens; `log` makes both axes logarithmic, where a power law is a line."""
+    tokens = np.geomspace(tokens_per_step, total_tokens, 1000) if log else np.linspace(0, total_tokens, 1000)
+    page, (axes,) = figure("tokens", "learning rate", **(dict(xscale="log", yscale="log") if log else {}))
+    for name, schedule in schedules.items():
+        rate = np.asarray(schedule(tokens / tokens_per_step))
+        axes.plot(tokens, np.where(rate > 0, rate, np.nan) if log else rate, label=name)
+    page.legend(loc="outside right upper")
+    save(page, path)
+
+
+def plot_learning_rate_sweep(records: Records, path) -> None:
+    """Loss against learning rate, a line for each width with its minimum marked; with and without muP side by side."""
+    runs = group(records, "mup")
+    titles = ["muP" if mup else "without muP" for mup in runs]
+    page, panels = figure("learning rate", "loss", titles, xscale=("log", dict(base=2)))
+    widths = sorted({r["width"] for r in records})
+    for axes, run in zip(panels, runs.values(), strict=True):
+        for i, width in enumerate(widths):
+            line = sorted((r for r in run if r["width"] == width), key=lambda r: r["learning_rate"])
+            color = f"C{i}"
+            loss = [r["loss"] if math.isfinite(r["loss"]) else math.nan for r in line]
+            axes.plot([r["learning_rate"] for r in line], loss, ".-", color=color, label=f"width {width}")
+            for best in best_runs(line, "width"):
+                axes.plot(best["learning_rate"], best["loss"], "*", color=color, markersize=13, markeredgecolor="k")
+        axes.legend(title="star: minimum")
+    save(page, path)
+
+
+def plot_power_law(best: Records, a: float, b: float, path) -> None:
+    """The best gamma of every T and beta, and the line fitted through them."""
+    page, (axes,) = figure("tokens T", r"$\gamma = \eta^*/\beta$ (per sequence)", xscale="log", yscale="log")
+    for beta, line in sorted(group(best, "batch_size").items()):
+        gamma = [r["learning_rate"] / beta for r in line]
+        axes.plot([r["tokens"] for r in line], gamma, "o", label=rf"$\beta$ = {beta:g} sequences")
+    ends = np.array([min(r["tokens"] for r in best), max(r["tokens"] for r in best)], float)
+    axes.plot(ends, a * ends**b, "k--", label=rf"{a:.3g} $T^{{{b:.3g}}}$")
+    ticks(axes, {r["tokens"] for r in best})
+    axes.legend()
+    save(page, path)

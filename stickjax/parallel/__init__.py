@@ -1,0 +1,1 @@
+"""Several devices and several processes: chips, the mesh, partitions, collectives, and how processes meet."""

@@ -1,0 +1,107 @@
+"""The GPUs that plans are made for: their peaks and links from the vendors' tables, and devices to compile for.
+
+What XLA has to know of a chip is a text for each, `targets/NAME.txtpb`; its numbers are those that CUDA reports.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+
+from stickjax.config.fields import nearest
+
+TARGETS = Path(__file__).parent / "targets"
+
+
+class MissingWheels(ImportError):
+    """The message says how to install them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One GPU. Bandwidths are bytes/s in one direction."""
+
+    name: str
+    kind: str  # the beginning of its device_kind
+    flops: float  # dense bf16 peak, FLOP/s
+    link: float  # to the other GPUs of its host
+    network: float  # to other hosts, its share of the host's adapters
+
+    @functools.cached_property
+    def text(self) -> str:
+        """The target for XLA."""
+        return (TARGETS / f"{self.name}.txtpb").read_text()
+
+    def _number(self, field: str) -> float:
+        return float(re.search(rf"\b{field}: ([\d.]+)", self.text)[1])
+
+    @property
+    def memory(self) -> int:
+        """Bytes."""
+        return int(self._number("device_memory_size"))
+
+    @property
+    def bandwidth(self) -> float:
+        """Of its memory, bytes/s."""
+        return self._number("memory_bandwidth")
+
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        # NVLink 3, 4 and 5; InfiniBand of 200 and 400 Gb/s per GPU, as in the vendors' own hosts of eight.
+        Chip("a100-80", "NVIDIA A100", flops=312e12, link=300e9, network=25e9),
+        Chip("h100", "NVIDIA H100", flops=989e12, link=450e9, network=50e9),
+        Chip("h200", "NVIDIA H200", flops=989e12, link=450e9, network=50e9),
+        Chip("b200", "NVIDIA B200", flops=2250e12, link=900e9, network=50e9),
+        # PCIe 4.0; InfiniBand of 200 Gb/s.
+        Chip("l40s", "NVIDIA L40S", flops=362e12, link=32e9, network=25e9),
+        # PCIe 5.0.
+        Chip("rtx-pro-6000", "NVIDIA RTX PRO 6000", flops=504e12, link=64e9, network=25e9),
+    )
+}
+
+
+def chip(name: str) -> Chip:
+    """One of CHIPS. ValueError for another name.
+
+    >>> chip("h200").memory, chip("h200").bandwidth
+    (150754820096, 4800000000000.0)
+    """
+    if name not in CHIPS:
+        raise ValueError(f"unknown GPU {name!r}; there are {', '.join(CHIPS)}{nearest(name, CHIPS)}")
+    return CHIPS[name]
+
+
+def of_kind(device_kind: str) -> Chip | None:
+    """The chip of a device that calls itself so, None when it is not known."""
+    return next((chip for chip in CHIPS.values() if device_kind.startswith(chip.kind)), None)
+
+
+def has_wheels() -> bool:
+    """Whether this environment can compile for NVIDIA GPUs."""
+    return importlib.util.find_spec("jax_cuda13_plugin") is not None
+
+
+@functools.cache
+def absent_devices(name: str = "h200", devices: int = 1, hosts: int = 1) -> list[jax.Device]:
+    """Devices for compiling only, of hosts with equally many chips. Raises MissingWheels without jax[cuda13]."""
+    if not has_wheels():
+        raise MissingWheels("needs jax[cuda13]: pip install 'stickjax[cuda13]' (jax_cuda13_plugin not found)")
+    topology = f"1x{hosts}x{devices // hosts}"  # slices x hosts x GPUs of a host
+    return topologies.get_topology_desc(platform="cuda", target_config=chip(name).text, topology=topology).devices
+
+
+@contextmanager
+def tracing_for(device: jax.Device) -> Iterator[None]:
+    """Kernels traced inside choose what they would run on this device, which need not be there."""
+    abstract = AbstractDevice(device.device_kind, getattr(device, "core_count", None), device.platform)
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=abstract)):
+        yield

@@ -1,0 +1,1 @@
+"""Models on disk: checkpoints, run folders, Hugging Face folders."""

@@ -1,0 +1,390 @@
+"""Checkpoints: arrays and a JSON dictionary per step, read back to the bit or not at all.
+
+A run folder holds data, nothing in it is ever executed: config.json, metrics.jsonl and
+
+    checkpoints/<step>/arrays/          by Orbax, flat: "params/blocks/attention/query" is a place in the pytree
+    checkpoints/<step>/manifest.json    shapes, types and checksums of the arrays, the caller's dictionary,
+                                        the crc32 of every file and of the manifest itself
+
+A checkpoint is written as `<step>.tmp` and renamed when it is complete. There are two kinds of checksums. Every file
+has one, so that Orbax never reads a damaged file: it would print pages of errors, and trust the sizes in the file.
+Every array has one, because Orbax may have written something else than what was on the device. The first checkpoint
+that a process writes is read back before it is renamed. This detects a path or a file system that loses data.
+"""
+
+import base64
+import contextlib
+import errno
+import itertools
+import json
+import logging
+import os
+import re
+import shutil
+import warnings
+import zlib
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from orbax.checkpoint import v1
+
+from stickjax.config.fields import nearest
+from stickjax.parallel import processes
+from stickjax.system.checksums import checksum, crc32_of
+from stickjax.system.disk import REASONS, remove, sync_folder, system_error
+from stickjax.system.lock import Lock
+from stickjax.system.plain_path import plain_path
+
+READ_BACK_BYTES = 2**28  # bytes read at a time when a checkpoint is read back; one array is always read whole
+
+# Orbax logs a traceback per thread for an error that it also raises; the raised one is enough.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint does not hold what was saved."""
+
+
+class Restored(NamedTuple):
+    step: int
+    state: Any
+    extra: dict
+
+
+class Checkpoints(contextlib.AbstractContextManager):
+    """The newest `keep` checkpoints of a run, in `run_folder/checkpoints/<step>`.
+
+    One process, or the processes of one run, write at a time: `with Checkpoints(folder)` takes the lock of the run
+    folder, and raises ValueError when another process holds it. Reading needs no lock.
+
+    >>> import tempfile
+    >>> folder, state = tempfile.mkdtemp(), {"params": {"w": jnp.arange(3.0)}, "key": jax.random.key(0)}
+    >>> with Checkpoints(folder) as checkpoints:
+    ...     checkpoints.save(100, state, {"tokens": 4096})
+    >>> abstract = jax.eval_shape(lambda: state)
+    >>> step, restored, extra = Checkpoints(folder).restore(abstract)
+    >>> step, restored["params"]["w"].tolist(), extra
+    (100, [0.0, 1.0, 2.0], {'tokens': 4096})
+    >>> Checkpoints(folder).restore(abstract["params"], prefix="params").state["w"].tolist()
+    [0.0, 1.0, 2.0]
+    """
+
+    def __init__(self, run_folder: str | os.PathLike, keep: int = 3):
+        if keep < 1:
+            raise ValueError(f"keep={keep} must be at least 1")
+        self.folder, self.keep = Path(run_folder).absolute() / "checkpoints", keep
+        self._position: int | None = None  # the last step saved or restored here
+        self._lock: Lock | None = None
+        self._proven = False  # whether a checkpoint that was written here has been read back
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: tuple[int, Future] | None = None
+
+    def steps(self) -> list[int]:
+        """The steps of all complete checkpoints, oldest first."""
+        return sorted(int(path.name) for path in _entries(self.folder) if _is_step(path.name))
+
+    def save(self, step: int, state, extra: dict) -> None:
+        """Save without waiting for the disk: once this returns, `state` may be donated or changed.
+
+        The first save waits until its checkpoint is read back. Every later save waits for the previous one. A
+        checkpoint at `step` or later was damaged or belongs to a future that is trained again: it is renamed to
+        `<step>.aside`, never overwritten or deleted.
+
+        Args:
+          step: later than the last one saved or restored here.
+          state: any pytree of arrays, typed PRNG keys and numbers (stored as JAX arrays).
+          extra: what JSON can hold, and bytes.
+
+        Raises:
+          ValueError: `step` is not later, or two leaves have one name.
+          TypeError: `extra` is not JSON, or JAX would narrow a NumPy array.
+          OSError: this save or the one before failed, with errno ENOSPC on a full disk. The checkpoints
+            before it are intact.
+        """
+        self.wait()
+        if self._position is not None and step <= self._position:
+            raise ValueError(f"step={step} is not after step {self._position}, the last one saved or restored")
+        arrays = {name: _stored(name, leaf) for name, leaf in named_leaves(state).items()}
+        rows = {name: [list(a.shape), str(a.dtype), checksum(a)] for name, a in arrays.items()}
+        manifest = json.dumps({"step": step, "arrays": rows, "extra": extra}, default=_encode_bytes)
+        # Orbax refuses arrays of size 0; the manifest alone describes them.
+        arrays = {name: a for name, a in arrays.items() if a.size}
+        if self._lock is not None:
+            self._lock.check()  # raises if another process has taken the folder over
+        with self._saving(step):
+            if processes.is_writer():
+                self._make_room(step)
+            response = v1.save_async(plain_path(self.folder) / f"{step}.tmp" / "arrays", arrays)
+            if self._proven:
+                self._pending = step, self._thread.submit(self._finish, step, response, manifest)
+                return
+            self._complete(step, response, manifest)
+            self._read_back(step, arrays)
+            self._commit(step)
+        self._position, self._proven = step, True
+
+    def wait(self) -> None:
+        """Wait for the save in progress; raises its OSError."""
+        if self._pending is not None:
+            (step, done), self._pending = self._pending, None
+            with self._saving(step):
+                done.result()
+            self._position = step
+
+    close = wait
+
+    def __enter__(self):
+        def take():
+            self._lock = Lock(self.folder.parent)
+
+        plain_path(self.folder)
+        processes.shared(take, raises=ValueError)
+        return self
+
+    def __exit__(self, *exception):
+        try:
+            self.close()
+        finally:
+            if self._lock is not None:
+                self._lock = self._lock.release()
+
+    def restore(self, abstract_state, step: int | None = None, prefix: str = "") -> Restored | None:
+        """Read the newest intact checkpoint (or the one of `step`), and verify it; None if there is no checkpoint.
+
+        A damaged one is passed over with a warning that names it and the reason, and stays where it is.
+
+        Args:
+          abstract_state: the pytree that was saved, its leaves arrays or ShapeDtypeStructs. An array is
+            placed by the leaf's `sharding`, or else on the first device.
+          prefix: read one branch only; `abstract_state` is then that branch ("params": the parameters).
+
+        Raises:
+          ValueError: there is no such step, or a name, shape or type differs from the checkpoint.
+          DamagedCheckpoint: there are checkpoints, but none of them (or not the one of `step`) is intact.
+        """
+        self.wait()
+        steps, leaves, reasons = processes.shared(self.steps), named_leaves(abstract_state, prefix), []
+        if step is not None and step not in steps:
+            raise ValueError(f"no checkpoint of step {step} in {self.folder}, only of {steps}")
+        for candidate in reversed(steps) if step is None else [step]:
+            folder = self.folder / str(candidate)
+            try:
+                # Process 0 alone checks the files; all processes together compute the checksums of the arrays.
+                manifest = processes.shared(partial(_read_manifest, folder, candidate), raises=DamagedCheckpoint)
+                specs = _match(leaves, manifest["arrays"], prefix, folder)
+                arrays = _read_arrays(folder, specs, manifest["arrays"])
+            except DamagedCheckpoint as error:
+                reasons.append(f"{folder}: {error}")
+                if step is None and processes.is_writer():
+                    warnings.warn(f"passed over a damaged checkpoint, {reasons[-1]}", stacklevel=2)
+                continue
+            self._position = candidate
+            state = [_rebuild(leaf, arrays[name]) for name, leaf in leaves.items()]
+            extra = json.loads(json.dumps(manifest["extra"]), object_hook=_decode_bytes)
+            return Restored(candidate, jax.tree.structure(abstract_state).unflatten(state), extra)
+        if reasons:
+            raise DamagedCheckpoint("no intact checkpoint; nothing was deleted\n  " + "\n  ".join(reasons))
+        return None
+
+    def _make_room(self, step: int) -> None:
+        for path in _entries(self.folder):
+            if path.suffix in (".tmp", ".deleting"):  # left by a process that was killed
+                remove(path)
+            elif _is_step(path.name) and int(path.name) >= step:
+                names = (f"{path.name}.aside{n or ''}" for n in itertools.count())
+                aside = next(a for a in map(self.folder.joinpath, names) if not a.exists())
+                warnings.warn(f"training is back at step {step}: {path} is now {path.rename(aside).name}", stacklevel=3)
+        (self.folder / f"{step}.tmp").mkdir(parents=True)
+
+    def _complete(self, step: int, response, manifest: str) -> None:
+        """Wait for Orbax, and add the manifest."""
+        response.result()
+        path = self.folder / f"{step}.tmp" / "manifest.json"
+        if not processes.is_writer():
+            return
+        files = {str(p.relative_to(path.parent)): crc32_of(p) for p in sorted(path.parent.rglob("*")) if p.is_file()}
+        body = json.dumps(json.loads(manifest) | {"files": files})
+        with path.open("w") as file:
+            file.write(f'{{"crc32": {zlib.crc32(body.encode())}, "manifest": {body}}}\n')
+            file.flush()
+            os.fsync(file.fileno())
+        sync_folder(path.parent)
+
+    def _read_back(self, step: int, arrays: dict[str, jax.Array]) -> None:
+        """Raise DamagedCheckpoint unless `<step>.tmp` holds these arrays; about READ_BACK_BYTES are read at a time."""
+        folder = self.folder / f"{step}.tmp"
+        manifest = processes.shared(partial(_read_manifest, folder, step), raises=DamagedCheckpoint)
+        specs: dict[str, jax.ShapeDtypeStruct] = {}
+        for name, array in arrays.items():
+            if specs and sum(a.nbytes for a in map(arrays.get, specs)) + array.nbytes > READ_BACK_BYTES:
+                _read_arrays(folder, specs, manifest["arrays"])
+                specs = {}
+            specs[name] = jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
+        _read_arrays(folder, specs, manifest["arrays"])
+
+    def _commit(self, step: int) -> None:
+        if not processes.is_writer():
+            return
+        (self.folder / f"{step}.tmp").rename(self.folder / str(step))
+        sync_folder(self.folder)  # before an old one is deleted
+        for old in self.steps()[: -self.keep]:
+            # Renamed first, so that a half-deleted folder is never taken for a checkpoint.
+            remove((self.folder / str(old)).rename(self.folder / f"{old}.deleting"))
+
+    def _finish(self, step: int, response, manifest: str) -> None:
+        self._complete(step, response, manifest)
+        self._commit(step)
+
+    @contextlib.contextmanager
+    def _saving(self, step: int):
+        try:
+            yield
+        except Exception as error:
+            if processes.is_writer():
+                shutil.rmtree(self.folder / f"{step}.tmp", ignore_errors=True)
+            code = system_error(error) or errno.EIO
+            reason = REASONS.get(code) or _line(error)
+            message = f"the checkpoint of step {step} was not saved: {reason}; the run has checkpoints {self.steps()}"
+            raise OSError(code, message, str(self.folder)) from error
+
+
+def _entries(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.exists() else []
+
+
+def _is_step(name: str) -> bool:
+    return name.isascii() and name.isdecimal() and str(int(name)) == name
+
+
+def named_leaves(tree, prefix: str = "") -> dict[str, Any]:
+    """Leaves by their place in a pytree, in its order; the `.value` of a Flax variable is left out.
+
+    >>> named_leaves({"w": 1, "layers": [2, 3]}, prefix="params")
+    {'params/layers/0': 2, 'params/layers/1': 3, 'params/w': 1}
+    """
+    leaves = {}
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        name = re.sub("(^|/)value$", "", jax.tree_util.keystr(path, simple=True, separator="/"))
+        name = "/".join(filter(None, (prefix, name)))
+        if name in leaves:
+            raise ValueError(f"two leaves of the pytree have the name {name!r}")
+        leaves[name] = leaf
+    return leaves
+
+
+def check_finite(params, where: str) -> None:
+    """ValueError, naming `where` and the leaf, when floating-point parameters hold a NaN or an infinity.
+
+    >>> check_finite({"w": jnp.zeros(3)}, "step 100")
+    """
+    if all_finite(params):
+        return
+    for name, leaf in named_leaves(params).items():
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and (count := int(jnp.sum(~jnp.isfinite(leaf)))):
+            raise ValueError(f"{where}: {count} of {leaf.size} values of {name} are not finite")
+
+
+def all_finite(params) -> bool:
+    """Whether no floating-point array of a tree holds a NaN or an infinity."""
+    return bool(_all_finite([leaf for leaf in jax.tree.leaves(params) if jnp.issubdtype(leaf.dtype, jnp.floating)]))
+
+
+@jax.jit
+def _all_finite(arrays):
+    return jnp.all(jnp.array([jnp.isfinite(array).all() for array in arrays]))
+
+
+def _is_key(leaf) -> bool:
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _stored(name: str, leaf) -> jax.Array:
+    if isinstance(leaf, jax.Array):
+        return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+    array = jnp.array(leaf)  # a copy: the caller may change a NumPy array while it is being written
+    if hasattr(leaf, "dtype") and array.dtype != leaf.dtype:
+        raise TypeError(f"{name} is a NumPy array of {leaf.dtype}, which JAX would store as {array.dtype}")
+    return array
+
+
+def _spec(leaf) -> jax.ShapeDtypeStruct:
+    spec = jax.eval_shape(jax.random.key_data if _is_key(leaf) else jnp.asarray, leaf)
+    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding)
+
+
+def _rebuild(leaf, array):
+    if _is_key(leaf):
+        found: list = []  # key_impl takes a key or a tracer, not a ShapeDtypeStruct
+        jax.eval_shape(lambda key: found.append(jax.random.key_impl(key)), leaf)
+        return jax.random.wrap_key_data(array, impl=found[0])
+    return type(leaf)(array) if isinstance(leaf, int | float) else array
+
+
+def _read_manifest(folder: Path, step: int) -> dict:
+    """The manifest; ValueError unless it and every file that it names are as they were written."""
+    try:
+        outer = json.loads((folder / "manifest.json").read_text())
+        manifest = outer["manifest"]
+        if zlib.crc32(json.dumps(manifest).encode()) != outer["crc32"]:
+            raise ValueError("the crc32 of manifest.json differs")
+        if manifest["step"] != step:
+            raise ValueError(f"this is the checkpoint of step {manifest['step']}")
+        for name, crc32 in manifest["files"].items():
+            if crc32_of(folder / name) != crc32:
+                raise ValueError(f"the crc32 of {name} differs")
+        rows = manifest["arrays"].values()
+        if not isinstance(manifest["extra"], dict) or any(list(map(type, row)) != [list, str, int] for row in rows):
+            raise ValueError("manifest.json describes no checkpoint")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedCheckpoint(_line(error)) from error
+    return manifest
+
+
+def _match(leaves: dict, rows: dict, prefix: str, folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
+    """What to read for `leaves`; ValueError unless the manifest has the same names, shapes and types."""
+    specs = {name: _spec(leaf) for name, leaf in leaves.items()}
+    saved = {n for n in rows if not prefix or n == prefix or n.startswith(f"{prefix}/")}
+    hint = f"; was {folder} saved with another config?"
+    for name in sorted(specs.keys() ^ saved):
+        here, there, others = ("has", "no", saved) if name in specs else ("has no", "one", specs)
+        raise ValueError(f"the state {here} {name}, the checkpoint has {there}{nearest(name, others)}{hint}")
+    for name, spec in specs.items():
+        shape, dtype, _ = rows[name]
+        if (list(spec.shape), str(spec.dtype)) != (shape, dtype):
+            raise ValueError(f"{name} is {spec.dtype}{list(spec.shape)}, in the checkpoint {dtype}{shape}{hint}")
+    return specs
+
+
+def _read_arrays(folder: Path, specs: dict, rows: dict) -> dict[str, jax.Array]:
+    arrays = {name: jnp.zeros(spec.shape, spec.dtype) for name, spec in specs.items() if not spec.size}
+    context = v1.Context()
+    context.pytree.loading.partial_load = True
+    stored = {name: spec for name, spec in specs.items() if spec.size}
+    try:
+        with context:
+            arrays |= v1.load(plain_path(folder.parent) / folder.name / "arrays", stored) if stored else {}
+    except Exception as error:
+        raise DamagedCheckpoint(f"Orbax cannot read the arrays: {_line(error)}") from error
+    for name, array in arrays.items():
+        if checksum(array) != rows[name][2]:
+            raise DamagedCheckpoint(f"the checksum of {name} differs")
+    return arrays
+
+
+def _encode_bytes(value):
+    if isinstance(value, bytes):
+        return {"base64": base64.b64encode(value).decode()}
+    raise TypeError(f"extra holds a {type(value).__name__}, which JSON cannot: {value!r:.80}")
+
+
+def _decode_bytes(value: dict):
+    return base64.b64decode(value["base64"]) if value.keys() == {"base64"} else value
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

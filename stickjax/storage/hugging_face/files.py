@@ -1,0 +1,171 @@
+"""Tensors in files, read one at a time: safetensors, sharded or not, and torch's .bin through `pickles`.
+
+No file is mapped into memory: its pages would count as memory of this process until the system takes them back.
+"""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from stickjax.system.disk import write_file, writing
+
+# The types that a parameter may have, by their name in a safetensors file.
+FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
+
+
+@dataclass(frozen=True)
+class Lazy:
+    """An array that is read on demand: `read(None)` reads all of it, `read(i)` its row i.
+
+    `dtype` is a string if a parameter cannot have this type. `stacked`: the rows are layers, and all of them together
+    may not fit into memory.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype | str
+    read: Callable[[int | None], np.ndarray]
+    stacked: bool = False
+
+    def pieces(self) -> Iterator[np.ndarray]:
+        """The array in parts, one after the other."""
+        yield from (self.read(i) for i in range(self.shape[0])) if self.stacked else [self.read(None)]
+
+
+def finite(leaves: dict[str, Lazy], where: str | os.PathLike) -> dict[str, Lazy]:
+    """The same arrays, checked piece by piece as they are read: ValueError for values that are not finite."""
+
+    def checked(name: str, leaf: Lazy) -> Lazy:
+        def read(i: int | None) -> np.ndarray:
+            piece = leaf.read(i)
+            if wrong := piece.size - np.count_nonzero(np.isfinite(piece)):
+                layer = "" if i is None else f", layer {i},"
+                raise ValueError(f"{where}: {wrong} of {piece.size} values of {name}{layer} are not finite")
+            return piece
+
+        return dataclasses.replace(leaf, read=read)
+
+    return {name: checked(name, leaf) for name, leaf in leaves.items()}
+
+
+def in_file(path: Path, dtype: np.dtype | str, shape: tuple[int, ...], offset: int, stacked: bool = False) -> Lazy:
+    """The array whose bytes begin at `offset` of a file."""
+
+    def read(row: int | None) -> np.ndarray:
+        own = shape if row is None else shape[1:]
+        count = math.prod(own)
+        array = np.fromfile(path, dtype, count, offset=offset + (row or 0) * count * dtype.itemsize)
+        if array.size != count:
+            raise ValueError(f"{path} became shorter while it was read")
+        return array.reshape(own)
+
+    return Lazy(shape, dtype, read, stacked)
+
+
+def open_safetensors(path: Path) -> dict[str, Lazy]:
+    """The tensors of one file by name; tensors named blocks/... are stacked.
+
+    ValueError when the file is cut off or its header is damaged: its length, its JSON, offsets that overlap or leave
+    the file.
+    """
+    try:
+        with safe_open(path, framework="np"):  # checks all of the header against the size of the file
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    return {
+        name: in_file(
+            path, FLOATS.get(x["dtype"], x["dtype"]), tuple(x["shape"]), 8 + size + x["data_offsets"][0],
+            stacked=name.startswith("blocks/"),
+        )
+        for name, x in header.items()
+        if name != "__metadata__"
+    }  # fmt: skip
+
+
+def write_safetensors(path: Path, arrays: dict[str, Lazy]) -> None:
+    """Write a safetensors file with one piece of one array in memory at a time.
+
+    The writer of the safetensors package needs all arrays in memory.
+    """
+    names, end = {dtype: name for name, dtype in FLOATS.items()}, 0
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}  # without it transformers refuses the file
+    for name, array in arrays.items():
+        begin, end = end, end + math.prod(array.shape) * array.dtype.itemsize
+        header[name] = {"dtype": names[array.dtype], "shape": list(array.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with writing(path), path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for array in arrays.values():
+            for piece in array.pieces():
+                file.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8))
+
+
+def write_sharded(folder: Path, arrays: dict[str, Lazy], shard_bytes: int) -> None:
+    """Write model.safetensors, or several files of at most `shard_bytes` (with at least one tensor) and their index."""
+    shards, sizes = [{}], [0]
+    for name, array in arrays.items():
+        size = math.prod(array.shape) * array.dtype.itemsize
+        if shards[-1] and sizes[-1] + size > shard_bytes:
+            shards.append({})
+            sizes.append(0)
+        shards[-1][name] = array
+        sizes[-1] += size
+    if len(shards) == 1:
+        write_safetensors(folder / "model.safetensors", arrays)
+        return
+    weight_map = {}
+    for i, shard in enumerate(shards, 1):
+        file = f"model-{i:05}-of-{len(shards):05}.safetensors"
+        write_safetensors(folder / file, shard)
+        weight_map |= dict.fromkeys(shard, file)
+    index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+    write_file(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+
+
+def open_folder(folder: str | os.PathLike) -> dict[str, Lazy]:
+    """The tensors of a folder in the Hugging Face layout; safetensors before .bin, an index before a single file.
+
+    ValueError when there are none, a shard is missing or damaged, or the index and the shards disagree.
+    """
+    from stickjax.storage.hugging_face.pickles import open_bin
+
+    folder = Path(folder)
+    for single, open_file in (("model.safetensors", open_safetensors), ("pytorch_model.bin", open_bin)):
+        if (index := folder / f"{single}.index.json").exists():
+            return _open_shards(index, open_file)
+        if (folder / single).exists():
+            return open_file(folder / single)
+    raise ValueError(f"{folder} has neither model.safetensors nor pytorch_model.bin, nor the index of one")
+
+
+def _open_shards(index: Path, open_file) -> dict[str, Lazy]:
+    try:
+        weight_map = json.loads(index.read_text("utf-8-sig"))["weight_map"]
+        files = sorted(set(weight_map.values()))
+        if not all(file == Path(file).name for file in files):
+            raise ValueError("a shard lies outside of the folder")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{index} is not an index of shards: {type(error).__name__}: {error}") from error
+    if missing := [file for file in files if not (index.parent / file).exists()]:
+        raise ValueError(f"{index} names shards that are not there: {', '.join(missing)}")
+    tensors: dict[str, Lazy] = {}
+    for file in files:
+        found = open_file(index.parent / file)
+        expected = {name for name, shard in weight_map.items() if shard == file}
+        if wrong := sorted(found.keys() ^ expected):
+            where = "lacks" if wrong[0] in expected else "also has"
+            raise ValueError(f"{index} and {file} disagree: the file {where} {wrong[0]}")
+        tensors |= found
+    return tensors

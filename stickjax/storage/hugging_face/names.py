@@ -1,0 +1,250 @@
+"""Which tensor of a Hugging Face folder is which leaf of ours, and how their axes correspond.
+
+A row of a table says: the tensor `theirs`, with {} for the number of the layer, has the axes to the left of the arrow;
+the leaf `ours` has the axes to the right, without its leading axis L of the layers. The letters are the fields of the
+config, besides A for `attention_experts` and R for `router_hidden`. Letters written together are one axis, the last
+letter fastest: torch's weight "NH D" of N heads is our "D N H". A digit is a size: in "2F D" the rows of the gate come
+first, then the rows of the other half. If only one side has a digit, the row is about the entry `part` of that axis.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from stickjax.config import ModelConfig
+from stickjax.storage.hugging_face.files import Lazy
+
+
+class Row(NamedTuple):
+    ours: str
+    theirs: str
+    axes: str
+    part: int = 0
+
+
+def _attention(layer: str) -> list[Row]:
+    return [
+        Row("blocks/attention/query", f"{layer}.q_proj.weight", "NH D -> D N H"),
+        Row("blocks/attention/key", f"{layer}.k_proj.weight", "KH D -> D K H"),
+        Row("blocks/attention/value", f"{layer}.v_proj.weight", "KH D -> D K H"),
+        Row("blocks/attention/output", f"{layer}.o_proj.weight", "D NH -> N H D"),
+    ]
+
+
+def _llama(c: ModelConfig) -> list[Row]:
+    """The rows that the three models like Llama have in common."""
+    return [
+        Row("embed", "model.embed_tokens.weight", "V D -> V D"),
+        Row("blocks/attention_norm/scale", "model.layers.{}.input_layernorm.weight", "D -> D"),
+        Row("blocks/ffn_norm/scale", "model.layers.{}.post_attention_layernorm.weight", "D -> D"),
+        Row("norm/scale", "model.norm.weight", "D -> D"),
+    ] + ([] if c.tied else [Row("unembed", "lm_head.weight", "V D -> D V")])
+
+
+def _granite(c: ModelConfig) -> list[Row]:
+    mlp = "model.layers.{}.mlp"
+    return [
+        *_llama(c),
+        *_attention("model.layers.{}.self_attn"),
+        Row("blocks/ffn/w_in", f"{mlp}.gate_proj.weight", "F D -> D 2 F", 0),
+        Row("blocks/ffn/w_in", f"{mlp}.up_proj.weight", "F D -> D 2 F", 1),
+        Row("blocks/ffn/w_out", f"{mlp}.down_proj.weight", "D F -> F D"),
+    ]
+
+
+def _granitemoe(c: ModelConfig) -> list[Row]:
+    moe = "model.layers.{}.block_sparse_moe"
+    return [
+        *_llama(c),
+        *_attention("model.layers.{}.self_attn"),
+        Row("blocks/ffn/router/weight", f"{moe}.router.layer.weight", "E D -> D E"),
+        Row("blocks/ffn/w_in", f"{moe}.input_linear.weight", "E 2F D -> E D 2 F"),
+        Row("blocks/ffn/w_out", f"{moe}.output_linear.weight", "E D F -> E F D"),
+    ]
+
+
+def _jetmoe(c: ModelConfig) -> list[Row]:
+    heads, mlp = "model.layers.{}.self_attention", "model.layers.{}.mlp"
+    return [
+        *_llama(c),
+        Row("blocks/attention/router/weight", f"{heads}.experts.router.layer.weight", "A D -> D A"),
+        Row("blocks/attention/expert_query", f"{heads}.experts.input_linear.weight", "A KH D -> A D KH"),
+        Row("blocks/attention/expert_output", f"{heads}.experts.output_linear.weight", "A D KH -> A KH D"),
+        Row("blocks/attention/output_bias", f"{heads}.experts.bias", "D -> D"),
+        Row("blocks/attention/key", f"{heads}.kv_proj.weight", "2KH D -> D K H", 0),
+        Row("blocks/attention/value", f"{heads}.kv_proj.weight", "2KH D -> D K H", 1),
+        Row("blocks/ffn/router/weight", f"{mlp}.router.layer.weight", "E D -> D E"),
+        Row("blocks/ffn/w_in", f"{mlp}.input_linear.weight", "E 2F D -> E D 2 F"),
+        Row("blocks/ffn/w_out", f"{mlp}.output_linear.weight", "E D F -> E F D"),
+        Row("blocks/ffn/output_bias", f"{mlp}.bias", "D -> D"),
+    ]
+
+
+def _moduleformer(c: ModelConfig) -> list[Row]:
+    layer = "transformer.h.{}"
+    heads, mlp = f"{layer}.attn.q_proj", f"{layer}.mlpf"
+    rows = [
+        Row("embed", "transformer.wte.weight", "V D -> V D"),
+        *_layer_norm("blocks/attention_norm", f"{layer}.ln_1"),
+        Row("blocks/attention/expert_query", f"{heads}.experts.weight", "A D KH -> A D KH"),
+        Row("blocks/attention/expert_output", f"{heads}.output_experts.weight", "A KH D -> A KH D"),
+        *_router(c, "blocks/attention/router", f"{heads}.gate", "A"),
+        *_layer_norm("blocks/ffn_norm", f"{layer}.ln_2"),
+        Row("blocks/ffn/w_in", f"{mlp}.experts.weight", "E D F -> E D 1 F"),
+        Row("blocks/ffn/w_out", f"{mlp}.output_experts.weight", "E F D -> E F D"),
+        *_router(c, "blocks/ffn/router", f"{mlp}.gate", "E"),
+        *_layer_norm("norm", "transformer.ln_f"),
+        Row("unembed", "lm_head.weight", "V D -> D V"),
+    ]
+    for name in ("key", "value") if c.key_value == "biased" else ():
+        theirs = f"{layer}.attn.{name[0]}_proj"
+        rows.append(Row(f"blocks/attention/{name}", f"{theirs}.weight", "KH D -> D K H"))
+        rows.append(Row(f"blocks/attention/{name}_bias", f"{theirs}.bias", "KH -> K H"))
+    return rows
+
+
+def _layer_norm(ours: str, theirs: str) -> list[Row]:
+    return [Row(f"{ours}/scale", f"{theirs}.weight", "D -> D"), Row(f"{ours}/bias", f"{theirs}.bias", "D -> D")]
+
+
+def _router(c: ModelConfig, ours: str, theirs: str, count: str) -> list[Row]:
+    if c.router_network == "linear":
+        return [Row(f"{ours}/weight", f"{theirs}.w_gate.0.weight", f"{count} D -> D {count}")]
+    if c.router_network == "mlp":
+        return [
+            Row(f"{ours}/hidden", f"{theirs}.w_gate.0.weight", "R D -> D R"),
+            Row(f"{ours}/hidden_bias", f"{theirs}.w_gate.0.bias", "R -> R"),
+            Row(f"{ours}/weight", f"{theirs}.w_gate.3.weight", f"{count} R -> R {count}"),
+        ]
+    return [
+        Row(f"{ours}/hidden", f"{theirs}.w_gate.weight", "R D -> D R"),
+        Row(f"{ours}/weight", f"{theirs}.expert_centroids", f"{count} R -> R {count}"),
+        Row(f"{ours}/log_scale", f"{theirs}.temperature", "1 -> 1"),
+    ]
+
+
+_TABLES = {"granite": _granite, "granitemoe": _granitemoe, "jetmoe": _jetmoe, "moduleformer": _moduleformer}
+
+
+def table(model_type: str, c: ModelConfig) -> list[Row]:
+    """All rows of a model."""
+    return _TABLES[model_type](c)
+
+
+# transformers 5 has its own names for the experts of granitemoe. It also reads the published names, as version 4 does.
+_RENAMED = {
+    "block_sparse_moe.experts.gate_up_proj": "block_sparse_moe.input_linear.weight",
+    "block_sparse_moe.experts.down_proj": "block_sparse_moe.output_linear.weight",
+    "block_sparse_moe.router.weight": "block_sparse_moe.router.layer.weight",
+}
+
+
+def published(name: str) -> str:
+    """The published name of a tensor that transformers 5 wrote under its own.
+
+    >>> published("model.layers.3.block_sparse_moe.experts.down_proj")
+    'model.layers.3.block_sparse_moe.output_linear.weight'
+    """
+    for new, old in _RENAMED.items():
+        name = name.removesuffix(new) + old if name.endswith(new) else name
+    return name
+
+
+def axes(row: Row) -> tuple[str, str]:
+    """The axes of their tensor, and the axes of one layer of our leaf."""
+    theirs, ours = row.axes.split(" -> ")
+    return theirs, ours
+
+
+def shape(config: ModelConfig, layout: str) -> tuple[int, ...]:
+    """The sizes of axes.
+
+    >>> shape(ModelConfig(D=24, K=2, H=8), "2KH D")
+    (32, 24)
+    """
+    return tuple(int(np.prod([_size(config, letter) for letter in axis])) for axis in layout.split())
+
+
+def _size(config: ModelConfig, letter: str) -> int:
+    if letter.isdigit():
+        return int(letter)
+    return getattr(config, {"A": "attention_experts", "R": "router_hidden", "V": "vocabulary"}.get(letter, letter))
+
+
+def _place(config: ModelConfig, target: np.ndarray, to: str, source: np.ndarray, of: str, part: int) -> None:
+    """Copy a tensor with the axes `of` into one with the axes `to`. Either of them may be a part of the other."""
+    to, of = to.replace(" ", ""), of.replace(" ", "")
+
+    def common(array: np.ndarray, own: str, other: str) -> np.ndarray:
+        """A view with an axis for every letter that both sides have."""
+        view = array.reshape([_size(config, letter) for letter in own])
+        return view[tuple(slice(None) if letter in other else part for letter in own)]
+
+    if target.dtype == source.dtype:  # copied as integers, because NumPy copies bfloat16 slowly
+        target, source = (x.view(f"u{x.itemsize}") for x in (target, source))
+    order = [letter for letter in of if letter in to]
+    source = common(source, of, to).transpose([order.index(letter) for letter in to if letter in of])
+    common(target, to, of)[...] = source
+
+
+def _numbered(table: list[Row], config: ModelConfig) -> dict[str, tuple[int | None, list[Row]]]:
+    """For each of their tensors, layer by layer: the number of its layer, if it has one, and its rows."""
+    found: dict[str, tuple[int | None, list[Row]]] = {}
+    for i in range(config.L):
+        for row in table:
+            number = i if "{}" in row.theirs else None
+            if i == 0 or number is not None:
+                found.setdefault(row.theirs.format(i), (number, []))[1].append(row)
+    return found
+
+
+def their_shapes(table: list[Row], config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The tensors that a folder of the config has."""
+    return {name: shape(config, axes(rows[0])[0]) for name, (_, rows) in _numbered(table, config).items()}
+
+
+def our_leaves(table: list[Row], config: ModelConfig, tensors: dict[str, Lazy]) -> dict[str, Lazy]:
+    """Our leaves, stacked over the layers, made of their tensors."""
+
+    def leaf(rows: list[Row]) -> Lazy:
+        own, dtype = shape(config, axes(rows[0])[1]), np.dtype(config.param_dtype)
+
+        def layer(i: int | None) -> np.ndarray:
+            out = np.empty(own, dtype)
+            for row in rows:
+                theirs, ours = axes(row)
+                _place(config, out, ours, tensors[row.theirs.format(i)].read(None), theirs, row.part)
+            return out
+
+        if "{}" not in rows[0].theirs:
+            return Lazy(own, dtype, layer)
+
+        def read(i: int | None) -> np.ndarray:
+            if i is not None:
+                return layer(i)
+            out = np.empty((config.L, *own), dtype)
+            for i in range(config.L):
+                out[i] = layer(i)
+            return out
+
+        return Lazy((config.L, *own), dtype, read, stacked=True)
+
+    return {name: leaf([row for row in table if row.ours == name]) for name in dict.fromkeys(r.ours for r in table)}
+
+
+def their_tensors(table: list[Row], config: ModelConfig, leaves: dict[str, Lazy]) -> dict[str, Lazy]:
+    """Their tensors, layer by layer, made of our leaves."""
+
+    def tensor(number: int | None, rows: list[Row]) -> Lazy:
+        own, dtype = shape(config, axes(rows[0])[0]), leaves[rows[0].ours].dtype
+
+        def read(_: None) -> np.ndarray:
+            out = np.empty(own, dtype)
+            for row in rows:
+                theirs, ours = axes(row)
+                _place(config, out, theirs, leaves[row.ours].read(number), ours, row.part)
+            return out
+
+        return Lazy(own, dtype, read)
+
+    return {name: tensor(*entry) for name, entry in _numbered(table, config).items()}

@@ -1,0 +1,95 @@
+"""The .bin files of torch without torch: a zip of a pickle and of the bytes of the tensors.
+
+A pickle is a program. This one may only make dictionaries of tensors; any other name in it is refused, unexecuted.
+"""
+
+import math
+import pickle
+import struct
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+
+from stickjax.storage.hugging_face.files import FLOATS, Lazy, in_file
+
+# The type of a storage is the name of a class, of which only the name is used.
+_STORAGES = {
+    "FloatStorage": FLOATS["F32"], "HalfStorage": FLOATS["F16"], "BFloat16Storage": FLOATS["BF16"],
+    "DoubleStorage": "F64", "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8",
+    "ByteStorage": "U8", "BoolStorage": "BOOL",
+}  # fmt: skip
+
+
+def open_bin(path: Path) -> dict[str, Lazy]:
+    """The tensors of a file that torch.save wrote from a state_dict, by name.
+
+    ValueError when it is not such a file, is damaged, or holds anything but tensors.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+            places = {info.filename: (info, _begin(file, info)) for info in archive.infolist()}
+            (root,) = {name.removesuffix("data.pkl") for name in places if name.endswith("/data.pkl")}
+            if f"{root}byteorder" in places and archive.read(f"{root}byteorder") != b"little":
+                raise ValueError("its bytes are in big-endian order")
+            with archive.open(f"{root}data.pkl") as program:
+                tensors = _Tensors(program, path, root, places).load()
+        if not isinstance(tensors, dict):
+            raise ValueError(f"it holds a {type(tensors).__name__}, not a dictionary of tensors")
+        for name, tensor in tensors.items():
+            if not (isinstance(name, str) and isinstance(tensor, Lazy)):
+                raise ValueError(f"its entry {name!r:.80} is a {type(tensor).__name__}, not a tensor")
+    # A damaged pickle may raise anything.
+    except Exception as error:
+        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} cannot be read: {reason}") from error
+    return dict(tensors)
+
+
+def _begin(file, info: zipfile.ZipInfo) -> int:
+    """Where the bytes of an entry begin: behind its own header, whose length the archive's index does not tell."""
+    if info.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{info.filename} is compressed")
+    file.seek(info.header_offset)
+    header = file.read(30)
+    name, extra = struct.unpack("<HH", header[26:30])
+    return info.header_offset + 30 + name + extra
+
+
+class _Tensors(pickle._Unpickler):
+    """In Python, because the one in C takes memory for as many objects as a damaged number says there are."""
+
+    def __init__(self, program, path: Path, root: str, places: dict):
+        super().__init__(program)
+        self._path, self._root, self._places = path, root, places
+
+    def find_class(self, module: str, name: str):
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        # New functions in every file, so that no pickle can leave anything behind on them.
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return lambda *arguments: self._tensor(*arguments)
+        if (module, name) == ("torch._utils", "_rebuild_parameter"):
+            return lambda tensor, requires_grad, hooks: tensor
+        if module == "torch" and name in _STORAGES:
+            return name
+        raise ValueError(f"the pickle asks for {module}.{name}, which is no part of a tensor; it was not executed")
+
+    def persistent_load(self, pid):
+        """What stands for the bytes of a tensor: ("storage", type, entry, device, count)."""
+        _, kind, entry, _, count = pid
+        return _STORAGES[kind], f"{self._root}data/{entry}", count
+
+    def _tensor(self, storage, offset, shape, stride, requires_grad=False, hooks=None, metadata=None) -> Lazy:
+        dtype, entry, count = storage
+        info, begin = self._places[entry]
+        if any(type(n) is not int or n < 0 for n in (offset, count, *shape, *stride)):
+            raise ValueError(f"a tensor of {entry} has shape {shape} and stride {stride} at {offset}")
+        contiguous = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+        if any(n > 1 and own != wanted for n, own, wanted in zip(shape, stride, contiguous, strict=True)):
+            raise ValueError(f"a tensor of {entry} has shape {shape} and stride {stride}: it was saved transposed")
+        size = dtype.itemsize if isinstance(dtype, np.dtype) else 1  # others are never read
+        if (offset + math.prod(shape)) > count or count * size > info.file_size:
+            raise ValueError(f"a tensor of shape {shape} does not fit into {entry} of {info.file_size} bytes")
+        return in_file(self._path, dtype, tuple(shape), begin + offset * size)

@@ -1,0 +1,241 @@
+"""A run folder: config.json, metrics.jsonl, checkpoints. Data only; nothing in it is executed.
+
+Two other folders are read like a run folder: a Hugging Face folder, and a folder of one model from `save` or
+`stickjax.convert`. The latter has a model.safetensors with our leaves in place of checkpoints, because Orbax can write
+an array only if all of it is in memory.
+"""
+
+import os
+from operator import attrgetter
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from stickjax.config import Config
+from stickjax.config.command import say_error
+from stickjax.config.command_line import read_json
+from stickjax.config.decoder import ModelConfig
+from stickjax.data.tokenizer import Tokenizer, load_tokenizer
+from stickjax.models.family import init
+from stickjax.models.sut import LanguageModel, PairClassifier
+from stickjax.models.transformer import Transformer
+from stickjax.parallel import sharding
+from stickjax.storage import hugging_face
+from stickjax.storage.checkpoints import Checkpoints, check_finite, named_leaves
+from stickjax.storage.hugging_face.files import Lazy, open_safetensors, write_safetensors
+from stickjax.system.disk import write_file, writing
+from stickjax.system.lock import complete_folder
+from stickjax.system.memory import check_fits, local_bytes
+from stickjax.system.text import printable
+
+MODEL_FILE = "model.safetensors"  # in a folder of one model, which has no steps
+# Fields that are paths. A checkpoint records hashes of the files, so a path may change.
+PLACES = ("data.path", "data.heldout_path", "data.tokenizer")
+# Fields that may change when a run is resumed: they change neither the state nor what a step computes.
+_FREE = (
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep",
+    "train.max_bad_steps",
+    "model.implementation",
+    "mesh.",
+)
+
+
+class Loaded(NamedTuple):
+    """A trained model, ready to call: `model(tokens).logits`, or of a Universal Transformer `model(batch).logits`.
+
+    `tokenizer` is None if a converted model has none.
+    """
+
+    model: Transformer | LanguageModel | PairClassifier
+    config: Config
+    tokenizer: Tokenizer | None
+    step: int
+
+
+def read_config(run: str | os.PathLike) -> Config:
+    """The config of a run folder; ValueError when it has none or it cannot be read."""
+    path = Path(run) / "config.json"
+    if not path.exists():
+        raise ValueError(f"{run} is not a run folder: it has no config.json")
+    if hugging_face.is_folder(Path(run)):
+        return hugging_face.read_config(Path(run))
+    config = read_json(path)
+    own = path.with_name("tokenizer.json")  # the one that it was trained with, also after the folder was moved
+    return config.replace({"data.tokenizer": str(own)}) if own.exists() else config
+
+
+def with_own_tokenizer(run: str | os.PathLike, config: Config) -> Config:
+    """The config, with the tokenizer.json of the run folder if there is one.
+
+    ValueError if the config names a tokenizer.json with another content.
+    """
+    own, given = Path(run) / "tokenizer.json", Path(config.data.tokenizer)
+    if config.data.tokenizer == "byte" or not own.exists():
+        return config
+    if given.exists() and len({load_tokenizer(str(path), config.data.eot).name for path in (given, own)}) > 1:
+        both = f"data.tokenizer={str(given)!r} differs from {own}, with which {run} is trained"
+        raise ValueError(f"{both}; use that file, or another run folder")
+    return config.replace({"data.tokenizer": str(own)})
+
+
+def check_tokenizer(extra: dict, config: Config, tokenizer: Tokenizer | None, source: str) -> None:
+    """Raise ValueError if the checkpoint `source` records the hash of another tokenizer."""
+    recorded = extra.get("tokenizer")
+    if recorded and tokenizer and recorded != tokenizer.name:
+        where = f"data.tokenizer={config.data.tokenizer!r}"
+        raise ValueError(f"{where} is {tokenizer.name}, but {source} was trained with {recorded}")
+
+
+def check_trained(extra: dict, config: Config, tokenizer: Tokenizer | None, source: str) -> None:
+    """Raise ValueError if training cannot continue from the checkpoint `source`."""
+    if missing := {"config", "corpus", "data"} - extra.keys():
+        raise ValueError(f"{source} was not saved by a training: it does not record {', '.join(sorted(missing))}")
+    check_tokenizer(extra, config, tokenizer, source)
+
+
+def check_config(run: str | os.PathLike, config: Config) -> None:
+    """ValueError, listing the fields that differ, when the folder `run` belongs to another config."""
+    if not (Path(run) / "config.json").exists():
+        return
+    if _is_model(run):
+        raise ValueError(f"{run} holds a converted model; train in another --run folder with --init-from {run}")
+    before, free = read_config(run), (*_FREE, *(f"{place}:" for place in PLACES))
+    if "byte" in (before.data.tokenizer, config.data.tokenizer):
+        free = free[:-1]
+    changed = [d for d in before.diff(config) if not d.startswith(free)]
+    if not (config.optim.decay_tokens or config.optim.schedule == "cosine"):
+        changed = [d for d in changed if not d.startswith("train.steps")]  # no step depends on the end of the run
+    if changed:
+        raise ValueError(f"{run} is a run of another config ({'; '.join(changed)}); choose another --run folder")
+
+
+def write_config(run: str | os.PathLike, config: Config, tokenizer: Tokenizer | None = None) -> None:
+    """Make the folder of a run, with the files of its tokenizer and its config.json. No file is ever half written.
+
+    Paths in the config become absolute, so that the run can be read from any working folder.
+    """
+    folder = Path(run)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    if tokenizer is not None:
+        tokenizer.save(folder)
+    places = {place: attrgetter(place)(config) for place in PLACES}
+    places = {place: str(Path(path).absolute()) for place, path in places.items() if path not in (None, "byte")}
+    write_file(folder / "config.json", config.replace(places).to_json())
+
+
+def _is_model(folder: str | os.PathLike) -> bool:
+    return hugging_face.is_folder(Path(folder)) or (Path(folder) / MODEL_FILE).exists()
+
+
+def model_leaves(folder: str | os.PathLike, model: ModelConfig) -> dict[str, Lazy] | None:
+    """The leaves, not yet read, of a folder of one model; None for a run with checkpoints."""
+    if not _is_model(folder):
+        return None
+    path = Path(folder)
+    theirs = hugging_face.is_folder(path)
+    leaves = hugging_face.read(path, model) if theirs else open_safetensors(path / MODEL_FILE)
+    expected = named_leaves(jax.eval_shape(lambda: init(model, jax.random.key(0))))
+    hugging_face.check(leaves, {name: leaf.shape for name, leaf in expected.items()}, str(folder))
+    return leaves
+
+
+def place_of_results(run: Path) -> Path | None:
+    """The folder for the results of a run: the run's own. None, with a message, if it must not be written."""
+    if hugging_face.is_folder(run):
+        reason = "is in the Hugging Face layout"
+    elif not os.access(run, os.W_OK):
+        reason = "cannot be written"
+    else:
+        return run
+    say_error(f"{printable(run)} {reason}: nothing is written into it; --plot PNG writes the picture elsewhere")
+    return None
+
+
+def placed(mesh: Mesh | None, abstract):
+    """The ShapeDtypeStructs with shardings on the mesh; without a mesh, unchanged."""
+    if mesh is None:
+        return abstract
+    places = sharding.shardings(mesh, abstract)
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract, places)
+
+
+def load(
+    run: str | os.PathLike, *, step: int | None = None, changes: dict | None = None, mesh: Mesh | None = None
+) -> Loaded:
+    """The model of a run folder, from its newest intact checkpoint or that of `step`; or of a Hugging Face folder.
+
+    Args:
+      run: the folder: of a run, in the Hugging Face layout, or from `stickjax.convert`.
+      step: which checkpoint; only a run has several.
+      changes: config fields to change, such as {"model.window": 128}; the parameters must stay the same.
+      mesh: the devices that get the parameters; it may differ from the training's. None: the first device.
+
+    Raises:
+      ValueError: there is no run folder or no checkpoint; the parameters have another shape, are not finite or do not
+        fit into the free memory; a Hugging Face folder is damaged or has a model that is not supported.
+    """
+    config = read_config(run).replace(changes or {})
+    abstract = placed(mesh, jax.eval_shape(lambda: init(config.model, jax.random.key(0))))
+    check_fits({"parameters": local_bytes(abstract)}, mesh)
+    if (leaves := model_leaves(run, config.model)) is not None:
+        if step is not None:
+            raise ValueError(f"{run} has no checkpoint of step {step}: it holds one model, without steps")
+        arrays = [_placed(leaves[name], spec) for name, spec in named_leaves(abstract).items()]
+        params = jax.tree.structure(abstract).unflatten(arrays)
+        check_finite(params, str(run))
+        return Loaded(params, config, tokenizer_of(config), 0)
+    restored = Checkpoints(run).restore(abstract, step=step, prefix="params")
+    if restored is None:
+        raise ValueError(f"{run} has no checkpoint yet")
+    check_finite(restored.state, f"{run}, checkpoint of step {restored.step}")
+    tokenizer = load_tokenizer(config.data.tokenizer, config.data.eot)
+    check_tokenizer(restored.extra, config, tokenizer, f"{run}@{restored.step}")
+    return Loaded(restored.state, config, tokenizer, restored.step)
+
+
+def tokenizer_of(config: Config) -> Tokenizer | None:
+    """The tokenizer of a model; None if the model was converted without a tokenizer.json."""
+    name = config.data.tokenizer
+    return load_tokenizer(name, config.data.eot) if name == "byte" or Path(name).exists() else None
+
+
+def _placed(leaf: Lazy, spec: jax.ShapeDtypeStruct) -> jax.Array:
+    """Read an array and place it by the sharding of `spec`."""
+    host = leaf.read(None).astype(spec.dtype, copy=False)
+    sharding = spec.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.make_array_from_callback(spec.shape, sharding, lambda index: host[index])
+
+
+def save(run: str | os.PathLike, model: Transformer, config: Config) -> None:
+    """A new run folder with parameters alone, which `load` and --init-from read.
+
+    Raises:
+      ValueError: the folder exists, or the parameters do not have the shapes of `config.model`.
+      OSError: it could not be written.
+    """
+    ours = named_leaves(jax.eval_shape(lambda: init(config.model, jax.random.key(0))))
+    theirs = named_leaves(model)
+    if wrong := [n for n in ours.keys() | theirs.keys() if _shape(ours.get(n)) != _shape(theirs.get(n))]:
+        raise ValueError(f"the model has another shape than its config says: {', '.join(sorted(wrong))}")
+    with complete_folder(run) as folder:
+        write_config(folder, config, tokenizer_of(config))
+        write_safetensors(folder / MODEL_FILE, in_memory(model))
+
+
+def _shape(leaf) -> tuple | None:
+    return None if leaf is None else (leaf.shape, leaf.dtype)
+
+
+def in_memory(params: Transformer) -> dict[str, Lazy]:
+    """The leaves of a model in memory, in the form in which a file's leaves are read."""
+
+    def leaf(array) -> Lazy:
+        return Lazy(array.shape, array.dtype, lambda i: np.asarray(array if i is None else array[i]))
+
+    return {name: leaf(array) for name, array in named_leaves(params).items()}

@@ -1,0 +1,15 @@
+"""Modules of a trained mixture: add and freeze them, concentrate the load on few, prune, see which text uses which.
+
+A module is an expert, of a feed-forward network ("ffn") or of attention heads ("attention"), after ModuleFormer (Shen
+et al., arXiv 2306.04640). `change.py` makes larger and smaller models from a trained one. `tune.py` freezes parameters,
+and trains a model so that it uses few modules. `usage.py` counts the use of modules. `python -m stickjax.surgery`
+(`__main__.py`) does all of this on run folders.
+"""
+
+from stickjax.surgery.change import extend, merged, prune
+from stickjax.surgery.tune import LEARN, concentrate, freeze, frozen
+from stickjax.surgery.usage import mutual_information, report, use
+
+__all__ = [
+    "LEARN", "concentrate", "extend", "freeze", "frozen", "merged", "mutual_information", "prune", "report", "use"
+]  # fmt: skip

@@ -1,0 +1,178 @@
+"""Change the modules (experts) of a trained run: add, freeze, concentrate, prune; report which text uses which module.
+
+python -m stickjax.surgery extend RUN OUT --experts 8 [--attention-experts 4] [--routing frozen|full]
+python -m stickjax.surgery freeze RUN OUT PATTERN [PATTERN ...]
+python -m stickjax.surgery concentrate RUN OUT [--weight 0.1]
+python -m stickjax.surgery prune RUN OUT (--count N | --threshold X) [--kind ffn|attention|both] [--denominator old|new]
+python -m stickjax.surgery report RUN [--source stdlib --source text:FOLDER] [--plot PNG]
+
+extend, freeze and prune write a run folder OUT with parameters alone. Train it by
+python -m stickjax.train OUT/config.json --run NEW --init-from OUT. All commands take --section.field=value.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import jax
+from rich.table import Table
+
+from stickjax.config import DataConfig
+from stickjax.config.command import SEED_TYPE, Parser, command, number
+from stickjax.config.command_line import parse_changes
+from stickjax.evaluation import plots
+from stickjax.storage.run_folder import load, place_of_results, read_config, save
+from stickjax.surgery.change import extend, prune
+from stickjax.surgery.kinds import KINDS, kinds_of
+from stickjax.surgery.tune import LEARN, concentrate, freeze, frozen
+from stickjax.surgery.usage import batches_of, report, use
+from stickjax.system.disk import write_file
+from stickjax.system.tables import print_table
+from stickjax.system.text import json_text
+
+
+def source_of(data: DataConfig, words: str) -> DataConfig:
+    """The data of one source, "stdlib" or "text:PATH". A source that needs a path and has none takes the run's path.
+
+    >>> source_of(DataConfig(source="stdlib,logic"), "logic").source
+    'logic'
+    """
+    source, _, path = words.partition(":")
+    if source in data.sources and not path:
+        heldout = data.heldout_path if len(data.sources) == 1 else None
+        return dataclasses.replace(
+            data, source=source, path=data.path if source in ("text", "tokens") else None, heldout_path=heldout
+        )
+    return dataclasses.replace(data, source=source, path=path or None, heldout_path=None)
+
+
+def table(result: dict) -> Table:
+    """A row per kind: the bits about the source in every layer, and how many modules each source leaves unused."""
+    shown = Table(title=f"modules, on {result['max_tokens']} held-out tokens of each source")
+    shown.add_column("kind")
+    for column in ("modules", *(f"unused by {source}" for source in result["use"]), "bits about the source, by layer"):
+        shown.add_column(column, justify="right")
+    for kind, bits in result["mutual_information"].items():
+        unused = (str(of[kind]) for of in result["unused"].values())
+        shown.add_row(kind, str(result["modules"][kind]), *unused, " ".join(f"{b:.3f}" for b in bits))
+    return shown
+
+
+def _how_to_train(out: str) -> str:
+    return f"{out}: train it by python -m stickjax.train {out}/config.json --run NEW --init-from {out}"
+
+
+def _extend(words, changes: dict) -> str:
+    loaded = load(words.run)
+    added = dict(experts=words.experts, attention_experts=words.attention_experts)
+    model = extend(loaded.model, jax.random.key(words.seed), **added)
+    changes = {"optim.learn": LEARN[words.routing]} | changes
+    save(words.out, model, dataclasses.replace(loaded.config, model=model.config).replace(changes))
+    return _how_to_train(words.out)
+
+
+def _freeze(words, changes: dict) -> str:
+    loaded = load(words.run, changes=changes)
+    config = freeze(loaded.config, ",".join(words.patterns))
+    mask = jax.tree.leaves(frozen(loaded.model, config.optim.learn))
+    if all(mask):
+        raise ValueError(f"optim.learn={config.optim.learn!r} freezes every parameter")
+    save(words.out, loaded.model, config)
+    return f"{sum(mask)} of {len(mask)} parameters are frozen; {_how_to_train(words.out)}"
+
+
+def _prune(words, changes: dict) -> str:
+    loaded = load(words.run, changes=changes)
+    kinds = [kind.name for kind in kinds_of(loaded.config.model) if words.kind in (kind.name, "both")]
+    if not kinds:
+        raise ValueError(f"{words.run} has no modules of --kind {words.kind}")
+    counts = {kind: 0 for kind in kinds}
+    for source in words.source or loaded.config.data.sources:
+        data = source_of(loaded.config.data, source)
+        found = use(loaded.model, batches_of(data, heldout=False, max_tokens=words.tokens))
+        counts = {kind: counts[kind] + found[kind] for kind in kinds}
+    model = prune(loaded.model, counts, count=words.count, threshold=words.threshold, denominator=words.denominator)
+    before, config = loaded.config.model, dataclasses.replace(loaded.config, model=model.config)
+    if before.new_experts or before.new_attention_experts:  # they are old modules now, so "*.new_*" matches nothing
+        config = config.replace({"optim.learn": "*"} | changes)
+    save(words.out, model, config)
+    kept = ", ".join(f"at most {getattr(model.config, KINDS[kind].old)} of {kind} in a layer" for kind in kinds)
+    return f"{words.out} keeps {kept}"
+
+
+def _concentrate(words, changes: dict) -> str | int:
+    result = concentrate(words.run, words.out, weight=words.weight, changes=changes)
+    if result.stopped_by:
+        return 128 + result.stopped_by
+    return f"{words.out}: its unused modules are for python -m stickjax.surgery prune"
+
+
+def _report(words, changes: dict) -> str:
+    loaded = load(words.run, step=words.step, changes=changes)
+    sources = {name: source_of(loaded.config.data, name) for name in words.source or loaded.config.data.sources}
+    result = report(loaded.model, sources, max_tokens=words.tokens, below=words.below)
+    print_table(table(result))
+    place = place_of_results(Path(words.run))
+    if place:
+        write_file(place / "modules.json", json_text({"step": loaded.step} | result) + "\n")
+    if not (picture := words.plot or (place and place / "modules.png")):
+        return "no picture was drawn"
+    plots.plot_module_use(result["use"], result["mutual_information"], picture)
+    return f"picture: {picture}"
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="python -m stickjax.surgery")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name, function, doc, out=True):
+        added = commands.add_parser(name, help=doc, description=doc)
+        added.set_defaults(function=function)
+        added.add_argument("run", metavar="RUN", help="folder of a trained run")
+        if out:
+            added.add_argument("out", metavar="OUT", help="run folder to write")
+        return added
+
+    def read(added, doc):
+        added.add_argument("--source", action="append", metavar="SOURCE[:PATH]", help=f"{doc}; the run's by default")
+        added.add_argument("--tokens", type=number(int, at_least=1), default=2**15, help="tokens of each source")
+
+    added = command("extend", _extend, "add modules to every layer")
+    added.add_argument("--experts", type=number(int, at_least=0), default=0, help="of each feed-forward network")
+    added.add_argument("--attention-experts", type=number(int, at_least=0), default=0, help="of each attention")
+    added.add_argument("--routing", choices=LEARN, default="frozen", help="what is trainable besides the new modules")
+    added.add_argument("--seed", type=SEED_TYPE, default=0, help="of the new parameters")
+    added = command("freeze", _freeze, "make only a part of the model trainable")
+    added.add_argument("patterns", nargs="+", metavar="PATTERN", help="pattern of names, '*.router.*' or embed")
+    added = command("prune", _prune, "remove the modules that are used least")
+    how = added.add_mutually_exclusive_group(required=True)
+    how.add_argument("--count", type=int, help="how many modules of a kind each layer keeps")
+    how.add_argument("--threshold", type=float, help="keep modules with at least this share of their layer's pairs")
+    added.add_argument("--kind", choices=("ffn", "attention", "both"), default="both", help="which modules")
+    added.add_argument("--denominator", choices=("old", "new"), default="old", help="of the router's softmax")
+    read(added, "training text that the use is counted on")
+    added = command("concentrate", _concentrate, "fine-tune with the load-concentration loss; the same command resumes")
+    added.add_argument("--weight", type=float, default=0.1, help="of the loss")
+    added = command("report", _report, "which text uses which modules", out=False)
+    read(added, "held-out text to compare")
+    added.add_argument("--step", type=int, help="of the checkpoint of this step")
+    share = number(float, at_least=0, at_most=1)
+    added.add_argument("--below", type=share, default=0.01, help="modules with a smaller share count as unused")
+    added.add_argument("--plot", metavar="PNG", help="path of the picture; RUN/modules.png by default")
+    return parser
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    words, rest = _parser().parse_with_fields(argv)
+    if "out" in words and words.function is not _concentrate and Path(words.out).exists():
+        raise ValueError(f"{words.out} exists; choose another folder")
+    result = words.function(words, parse_changes(read_config(words.run), rest))
+    if isinstance(result, int):  # the exit code of a training that was stopped
+        return result
+    print(result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

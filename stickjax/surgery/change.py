@@ -1,0 +1,178 @@
+"""Larger and smaller models of a trained one; the model that is given stays as it is."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stickjax.config.fields import one_of
+from stickjax.models.transformer import Transformer, init
+from stickjax.storage.checkpoints import named_leaves
+from stickjax.surgery.kinds import KINDS, Kind, kinds_of, rebuilt, slots
+
+
+def extend(model: Transformer, key: jax.Array, *, experts: int = 0, attention_experts: int = 0) -> Transformer:
+    """The model with new modules in every layer, h'(x) = softmax([A; A'] r(x)) over the columns of old and new ones.
+
+    The new modules and their columns A' are separate leaves (`new_*`), initialised as in a new model, so that patterns
+    of `optim.learn` can select them (see `tune.LEARN`). Every old leaf stays as it is, and with
+    A' at -inf the router has the bits of the old one; so has the output with implementation="reference". With "xla" the
+    number of experts decides how many rows are multiplied at once, which on a CPU may change a last bit.
+    Modules that were new before become old ones first (`merged`).
+
+    Args:
+      model: a trained model with modules.
+      key: of the new parameters.
+      experts, attention_experts: how many modules to add to each feed-forward network and to each attention.
+    Raises:
+      ValueError: nothing is added, a number is negative, or the model has no modules of that kind.
+
+    >>> from stickjax.config import ModelConfig
+    >>> config = ModelConfig(V=16, D=8, L=2, N=2, K=1, H=4, F=16, E=4, k=2, router="softmax_topk")
+    >>> extend(init(config, jax.random.key(0)), jax.random.key(1), experts=3).blocks.ffn.new_w_out.shape
+    (2, 3, 16, 8)
+    """
+    added = {"ffn": experts, "attention": attention_experts}
+    if min(added.values()) < 0 or not any(added.values()):
+        raise ValueError(f"nothing to add: experts={experts}, attention_experts={attention_experts}")
+    model = merged(model)
+    present = {kind.name for kind in kinds_of(model.config)}
+    for name, number in added.items():
+        if number and name not in present:
+            raise ValueError(f"{number} modules to add to {name}, of which the model has none: {KINDS[name].old}=0")
+    fields = {KINDS[name].new: number for name, number in added.items()}
+    config, leaves = dataclasses.replace(model.config, **fields), named_leaves(model)
+    for name in present:
+        place, E, new = f"blocks/{name}/router", getattr(config, KINDS[name].old), added[name]
+        behind = {"slot": jnp.arange(E, E + new, dtype=jnp.float32), "selection_bias": jnp.zeros(new)}
+        for leaf, values in behind.items():
+            if (old := leaves.get(f"{place}/{leaf}")) is not None:
+                values = jnp.tile(values.astype(old.dtype), (config.L, 1))
+                leaves[f"{place}/{leaf}"] = jnp.concatenate([old, values], axis=1)
+    return rebuilt(config, leaves, init(config, key))
+
+
+def merged(model: Transformer) -> Transformer:
+    """The model with its new modules among the old ones: the same function, to rounding (see `router.probabilities`).
+
+    >>> from stickjax.config import ModelConfig
+    >>> config = ModelConfig(V=16, D=8, L=2, N=2, K=1, H=4, F=16, E=4, k=2, router="softmax_topk")
+    >>> merged(extend(init(config, jax.random.key(0)), jax.random.key(1), experts=3)).config.E
+    7
+    """
+    config, leaves = model.config, named_leaves(model)
+    extended = [kind for kind in kinds_of(config) if getattr(config, kind.new)]
+    if not extended:
+        return model
+    for kind in extended:
+        for name, axis in ((kind.weights[0], 1), (kind.weights[1], 1), ("router/weight", 2)):
+            head, _, last = f"blocks/{kind.name}/{name}".rpartition("/")
+            new = leaves.pop(f"{head}/new_{last}")
+            leaves[f"{head}/{last}"] = jnp.concatenate([leaves[f"{head}/{last}"], new], axis)
+        sizes = {kind.old: getattr(config, kind.old) + getattr(config, kind.new), kind.new: 0}
+        config = dataclasses.replace(config, **sizes)
+    return rebuilt(config, leaves)
+
+
+def prune(
+    model: Transformer,
+    use: Mapping[str, np.ndarray],
+    *,
+    count: int | Mapping[str, int] | None = None,
+    threshold: float | Mapping[str, float] | None = None,
+    denominator: str = "old",
+) -> Transformer:
+    """The model without the modules that are used least.
+
+    The layers' weights are stacked, so every layer keeps as many places as the layer that keeps the most modules.
+    Places that a layer does not need are zero. `slot` of a router says which of its columns have a module.
+
+    Args:
+      model: a trained model. New modules become old ones first (`merged`).
+      use: `use(model, batches)`; a kind that is left out, here or of the numbers below, is not pruned.
+      count: how many modules each layer keeps, those used most; a number for each kind, or one for all.
+      threshold: the smallest share of a layer's routed pairs with which a module is kept. The ones that a token needs
+        (k, N / K) are always kept.
+      denominator: of the router's softmax. "old": it still runs over all columns, and a layer gives a token that never
+        went to a pruned module the same bits (as in `extend`); "new": over what remains, so gates grow. One for both
+        kinds. With router="topk_softmax" the gates have no such denominator, and both are the same function.
+    Raises:
+      ValueError: neither or both of count and threshold, a count that is too small or too large, no modules, use of
+        another shape, or the old denominator where an earlier pruning has left it.
+
+    >>> from stickjax.config import ModelConfig
+    >>> config = ModelConfig(V=16, D=8, L=2, N=2, K=1, H=4, F=16, E=4, k=2, router="softmax_topk")
+    >>> model = init(config, jax.random.key(0))
+    >>> prune(model, {"ffn": np.array([[9, 0, 5, 1], [2, 2, 3, 1]])}, count=3).blocks.ffn.router.slot[...].tolist()
+    [[0.0, -1.0, 1.0, 2.0], [0.0, 1.0, 2.0, -1.0]]
+    """
+    one_of("denominator", denominator, ("old", "new"))
+    if (count is None) == (threshold is None):
+        raise ValueError(f"one of count={count} and threshold={threshold} must be given")
+    model = merged(model)
+    config, leaves = model.config, named_leaves(model)
+    if denominator == "old" and config.pruned == "new_denominator":
+        raise ValueError("denominator='old' after a pruning with the new one: the pruned columns are no longer there")
+    if missing := use.keys() - {kind.name for kind in kinds_of(config)}:
+        raise ValueError(f"use of {', '.join(sorted(missing))}, of which the model has no modules")
+    fields: dict[str, int | str] = {}
+    for kind in kinds_of(config):
+        slot = slots(model, kind)
+        keep = slot >= 0
+        limits = [what.get(kind.name) if isinstance(what, Mapping) else what for what in (count, threshold)]
+        if kind.name in use and limits != [None, None]:
+            keep = _kept(kind, keep, np.asarray(use[kind.name]), kind.chosen(config), *limits)
+        fields |= _keep(leaves, kind, slot, keep, denominator)
+    even = all((leaves[f"blocks/{kind.name}/router/slot"] >= 0).all() for kind in kinds_of(config))
+    fields["pruned"] = "no" if even else f"{denominator}_denominator"
+    return rebuilt(dataclasses.replace(config, **fields), leaves)
+
+
+def _kept(kind: Kind, alive, use, k: int, count: int | None, threshold: float | None) -> np.ndarray:
+    """Which modules of each layer remain, [L, columns]."""
+    if use.shape != alive.shape:
+        raise ValueError(f"use of {kind.name} is {list(use.shape)}, the routers are {list(alive.shape)}")
+    fewest = int(alive.sum(1).min())
+    if count is not None and not k <= count <= fewest:
+        raise ValueError(f"count={count} of {kind.name} must be from the {k} that a token needs to the {fewest} there")
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise ValueError(f"threshold={threshold} must be a share, from 0 to 1")
+    # Pruned modules come last, and among equals the first column wins.
+    order = np.argsort(np.where(alive, -use.astype(float), np.inf), axis=1, kind="stable")
+    rank = np.argsort(order, axis=1)
+    if count is not None:
+        return rank < count
+    share = use / np.maximum(use.sum(1, keepdims=True), 1)
+    return alive & ((share >= threshold) | (rank < k))
+
+
+def _keep(leaves: dict, kind: Kind, slot, keep, denominator: str) -> dict[str, int]:
+    """Cut the leaves of one kind down to what is kept; the fields of the config that say so."""
+    E = int(keep.sum(1).max())
+    columns = np.argsort(~keep, axis=1, kind="stable")[:, :E]  # of the kept ones, in their order
+    real = np.take_along_axis(keep, columns, 1)
+    places = np.where(real, np.arange(E)[None], -1)
+    place = f"blocks/{kind.name}"
+
+    def taken(leaf, indices, axis):
+        shape = [1] * leaf.ndim
+        shape[0], shape[axis] = indices.shape
+        taken = jnp.take_along_axis(leaf, jnp.asarray(indices).reshape(shape), axis)
+        return jnp.where(real.reshape(shape), taken, jnp.zeros((), leaf.dtype))
+
+    for name in kind.weights:
+        indices = np.maximum(np.take_along_axis(slot, columns, 1), 0)
+        leaves[f"{place}/{name}"] = taken(leaves[f"{place}/{name}"], indices, 1)
+    if denominator == "new":
+        gone = 0
+        for name in ("weight", "selection_bias"):
+            if (leaf := leaves.get(f"{place}/router/{name}")) is not None:
+                leaves[f"{place}/router/{name}"] = taken(leaf, columns, leaf.ndim - 1)
+    else:
+        gone = keep.shape[1] - E
+        places = np.full(keep.shape, -1)
+        np.put_along_axis(places, columns, np.where(real, np.arange(E)[None], -1), 1)
+    leaves[f"{place}/router/slot"] = jnp.asarray(places, jnp.float32)
+    return {kind.old: E, kind.gone: gone}

@@ -1,0 +1,69 @@
+"""Which parameters of a model are trainable, and a training that leaves few of its modules in use."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+
+from stickjax import train
+from stickjax.config import Config
+from stickjax.models.transformer import Transformer
+from stickjax.storage.run_folder import read_config
+from stickjax.surgery.kinds import kinds_of
+from stickjax.training.optimizer import label_tree
+
+# Values of `optim.learn` for an extended model: the new modules and their router columns, or these and all routers.
+LEARN = {"frozen": "*.new_*", "full": "*.new_*,*.router.*"}
+
+
+def freeze(config: Config, patterns: str) -> Config:
+    """The config with an `optim.learn` that also freezes the parameters of these patterns.
+
+    >>> freeze(Config(), "*.router.*,embed").optim.learn
+    '*,!*.router.*,!embed'
+    """
+    return config.replace({"optim.learn": ",".join([config.optim.learn, *(f"!{p}" for p in patterns.split(","))])})
+
+
+def frozen(model: Transformer, learn: str):
+    """A mask for your own optimizers: a tree like the model, True for the parameters that `optim.learn` freezes.
+
+    Raises ValueError for a pattern that matches no parameter.
+
+    >>> import optax
+    >>> from stickjax.config import ModelConfig
+    >>> from stickjax.models.transformer import init
+    >>> model = init(ModelConfig(V=16, D=8, L=2, N=2, K=1, H=4, F=16, E=4, k=2), jax.random.key(0))
+    >>> mask = frozen(model, "*,!*.router.*")
+    >>> sum(jax.tree.leaves(mask))
+    1
+    >>> _ = optax.chain(optax.adam(1e-3), optax.masked(optax.set_to_zero(), mask)).init(model)
+    """
+    return jax.tree.map(lambda label: label == "frozen", label_tree(model, learn))
+
+
+def concentrate(
+    run: str | Path, out: str | Path, *, weight: float = 0.1, changes: Mapping[str, object] | None = None
+) -> train.Result:
+    """Train the run's model in the folder `out` with the load-concentration loss, so that few modules do the work.
+
+    The losses and the bias that spread the load are off, and all parameters are trainable, unless `changes` says
+    otherwise. `prune` can then remove the unused modules.
+
+    Args:
+      run: folder of a trained run.
+      out: folder of the new run; if it was stopped, it is resumed.
+      weight: the weight of H(e), see `models.router.router_stats`.
+      changes: changes of the config, as in `Config.replace`: {"data.source": "logic", "train.steps": 200}.
+
+    Raises:
+      ValueError: a model without modules, changes that do not fit, and what `train.fit` raises.
+    """
+    config = read_config(run)
+    kinds_of(config.model)
+    still = ["!*.selection_bias"] if config.model.bias_rate else []
+    settings = {
+        "model.mi_weight": 0.0, "model.switch_weight": 0.0, "model.concentration_weight": weight,
+        "optim.learn": ",".join(["*", *still]),
+    }  # fmt: skip
+    return train.fit(config.replace(settings | dict(changes or {})), str(out), init_from=str(run))

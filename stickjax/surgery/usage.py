@@ -1,0 +1,135 @@
+"""How much a text uses every module, and how much a module says about the source of a text."""
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from stickjax.config import DataConfig
+from stickjax.data.batches import make_batch
+from stickjax.data.corpus import load_corpus
+from stickjax.models.transformer import Transformer, apply
+from stickjax.surgery.kinds import kinds_of, slots
+
+Use = dict[str, np.ndarray]
+
+
+@jax.jit
+def _rows(model: Transformer, batch: dict) -> dict[str, jax.Array]:
+    output = apply(model, batch)
+    stats = {"attention": output.attention_router, "ffn": output.router}
+    return {name: of_kind.load for name, of_kind in stats.items() if of_kind is not None}
+
+
+def use(model: Transformer, batches: Iterable[Mapping[str, np.ndarray]]) -> Use:
+    """How many (token, choice) pairs of unmasked tokens went to every module.
+
+    Args:
+      model: a model with modules.
+      batches: `tokens` [B,T] and, where there is padding, `segment_ids` [B,T], negative for it.
+
+    Returns:
+      {"attention": [L, columns], "ffn": [L, columns]}, whole numbers, for the kinds that the model has. A router has a
+      column for every module, the new ones last. It also has one for a pruned module that counts in its softmax.
+    Raises:
+      ValueError: the model has no modules.
+
+    >>> from stickjax.config import ModelConfig
+    >>> from stickjax.models.transformer import init
+    >>> config = ModelConfig(V=16, D=8, L=3, N=2, K=1, H=4, F=16, E=4, k=2, router="softmax_topk")
+    >>> use(init(config, jax.random.key(0)), [{"tokens": np.zeros((2, 5), int)}])["ffn"].sum(1).tolist()
+    [20, 20, 20]
+    """
+    kinds = kinds_of(model.config)
+    counts = {kind.name: np.zeros(slots(model, kind).shape, np.int64) for kind in kinds}
+    for batch in batches:
+        batch = {name: batch[name] for name in ("tokens", "segment_ids") if name in batch}
+        real = batch["tokens"].size if "segment_ids" not in batch else int((batch["segment_ids"] >= 0).sum())
+        shares = jax.device_get(_rows(model, batch))
+        for kind in kinds:
+            rows = np.asarray(shares[kind.name], float) * real * kind.chosen(model.config)
+            counts[kind.name] += np.rint(rows).astype(np.int64)
+    return counts
+
+
+def mutual_information(uses: Mapping[str, Use]) -> dict[str, np.ndarray]:
+    r"""The mutual information of the module of a routed pair and the source of its text, in bits, {kind: [L]}.
+
+    .. math::
+        I(m; s) = \frac1S \sum_s \sum_m p(m|s) \log_2 \frac{p(m|s)}{p(m)}, \qquad p(m) = \frac1S \sum_s p(m|s)
+
+    with p(m|s) the share of source s's pairs that went to module m: all S sources have the same weight. It is 0 if
+    every source uses the modules in the same way, and log2 S if no two sources share a module.
+
+    >>> mutual_information({"a": {"ffn": np.array([[4, 0], [1, 1]])}, "b": {"ffn": np.array([[0, 7], [3, 3]])}})
+    {'ffn': array([1., 0.])}
+    """
+    kinds = next(iter(uses.values()))
+    return {kind: _information(np.stack([shares(use[kind]) for use in uses.values()])) for kind in kinds}
+
+
+def _information(p: np.ndarray) -> np.ndarray:
+    """The mutual information of p(m|s) [S, L, columns]."""
+    mean = np.broadcast_to(p.mean(0), p.shape)
+    ratio = np.divide(p, mean, out=np.ones_like(p), where=p > 0)
+    return (p * np.log2(ratio)).sum(-1).mean(0)
+
+
+def shares(use: np.ndarray) -> np.ndarray:
+    """The shares of each layer's routed pairs, [L, columns]."""
+    return use / np.maximum(use.sum(-1, keepdims=True), 1)
+
+
+def batches_of(data: DataConfig, *, heldout: bool, max_tokens: int, batch_tokens: int = 2**12) -> list[dict]:
+    """Batches [B,T] of windows drawn from the training or the held-out text, about `max_tokens`; rows of padding last.
+
+    Raises ValueError when the text has fewer than T + 1 tokens.
+    """
+    corpus, T = load_corpus(data)[heldout], data.T
+    windows = (len(corpus.tokens) - 1) // T
+    if not windows:
+        raise ValueError(f"T={T} needs {T + 1} tokens, but {corpus.source} has {len(corpus.tokens)}")
+    chosen = np.random.default_rng(0).permutation(windows)[: max(1, max_tokens // T)]
+    cut = np.stack([corpus.tokens[i * T : (i + 1) * T + 1] for i in np.sort(chosen)]).astype(np.int32)
+    B = min(len(cut), max(1, batch_tokens // T))
+    empty = -len(cut) % B
+    padded = np.concatenate([cut, np.repeat(cut[:1], empty, 0)])
+    batch = make_batch(padded, corpus.tokenizer.eot, corpus.tokenizer.bos)
+    batch["segment_ids"][len(cut) :] = -1
+    return [{name: batch[name][i : i + B] for name in ("tokens", "segment_ids")} for i in range(0, len(cut) + empty, B)]
+
+
+def report(
+    model: Transformer, sources: Mapping[str, DataConfig], *, max_tokens: int = 2**15, below: float = 0.01
+) -> dict[str, Any]:
+    """Which modules the held-out text of each source uses; a dictionary of numbers and lists, as JSON has them.
+
+    Args:
+      model: a model with modules.
+      sources: {name: the data of its text}.
+      max_tokens: the tokens to read of each source.
+      below: a module with a smaller share of its layer's pairs counts as unused.
+
+    Returns:
+      "use": {source: {kind: [L, columns]}}, shares; "mutual_information": {kind: [L]} in bits; "modules": {kind: how
+      many there are in all layers}; "unused": {source: {kind: how many of them}}; "below" and "max_tokens".
+    Raises:
+      ValueError: the model has no modules, there are no sources, or one of them is too short.
+    """
+    if not sources:
+        raise ValueError("a report needs at least one source of text")
+    alive = {kind.name: slots(model, kind) >= 0 for kind in kinds_of(model.config)}
+    read = partial(batches_of, heldout=True, max_tokens=max_tokens)
+    uses = {name: use(model, read(data)) for name, data in sources.items()}
+    shared = {name: {kind: shares(counts) for kind, counts in of.items()} for name, of in uses.items()}
+    unused = {n: {kind: int((alive[kind] & (p < below)).sum()) for kind, p in of.items()} for n, of in shared.items()}
+    return {
+        "use": {name: {kind: p.tolist() for kind, p in of.items()} for name, of in shared.items()},
+        "mutual_information": {kind: bits.tolist() for kind, bits in mutual_information(uses).items()},
+        "unused": unused,
+        "modules": {kind: int(there.sum()) for kind, there in alive.items()},
+        "below": below,
+        "max_tokens": max_tokens,
+    }

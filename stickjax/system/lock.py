@@ -1,0 +1,244 @@
+"""One process at a time writes a run folder.
+
+The owner holds flock() on the file `lock` of the folder. It writes its host and process id into the file, with a number
+that grows every BEAT seconds. The kernel releases the flock of a process that ends in any way, also by SIGKILL. If the
+owner is on another machine or has another mount, or if the file system has no flock, the number decides: when it has
+not changed for PATIENCE seconds, the owner is dead.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from stickjax.system.disk import remove, writing
+
+BEAT, PATIENCE = 5, 20
+LEASE = 180  # seconds after which a file server has released the flock of a machine that is gone
+SETTLE = 1  # seconds in which two processes that start at once see each other, where there is no flock
+NAME = "lock"
+_NO_FLOCK = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK}
+
+log = logging.getLogger(__name__)
+
+
+class Lock:
+    """The right to write in a folder. The folder is created if it does not exist.
+
+    >>> import tempfile
+    >>> folder = tempfile.mkdtemp() + "/run"
+    >>> lock = Lock(folder)
+    >>> Lock(folder)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ...
+    ValueError: ... is being written by process ...
+    >>> lock.release()
+    >>> os.path.exists(folder)  # nothing was written there
+    False
+
+    Raises:
+      ValueError: another process that is alive has the lock; nothing was changed.
+      OSError: the folder cannot be written.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+        self._path = self.folder / NAME
+        self._made: list[Path] = []
+        try:
+            self._make_folder()
+            self._file = self._take()
+        except BaseException:
+            self._remove_folder()
+            raise
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise OSError if another process has taken the lock over because this one seemed dead."""
+        owner = _read(self._path)
+        if owner is not None and owner.get("token") != self._record["token"]:
+            raise OSError(f"{self.folder} was taken over by {_name(owner)}; this process must not write there any more")
+
+    def clear(self) -> None:
+        """Delete everything in the folder except the lock."""
+        for path in self.folder.iterdir():
+            if path != self._path:
+                remove(path)
+
+    def release(self, folder: Path | None = None) -> None:
+        """Remove the lock, and the folder if this lock made it and it is empty. `folder`: its new path, if any."""
+        self._path = (folder or self.folder) / NAME
+        self._ended.set()
+        self._thread.join()
+        with contextlib.suppress(OSError, ValueError):  # a file that is no longer this lock stays
+            self.check()
+            self._path.unlink()
+        os.close(self._file)
+        self._remove_folder()
+
+    def _make_folder(self) -> None:
+        missing = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
+        for path in reversed(missing):
+            with contextlib.suppress(FileExistsError):
+                path.mkdir()
+                self._made.append(path)
+        if not self.folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "this is not a folder", os.fspath(self.folder))
+
+    def _remove_folder(self) -> None:
+        with contextlib.suppress(OSError):  # one that is not empty stays
+            for path in reversed(self._made):
+                path.rmdir()
+
+    def _take(self) -> int:
+        end = time.monotonic() + LEASE
+        while True:
+            file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+            alone = None
+            try:
+                machine, alone = f"{_kernel()}/{os.fstat(file).st_dev}", _flock(file)
+                if alone is False:
+                    owner = _read(self._path)
+                    here = owner is not None and (not owner or owner.get("machine") == machine)
+                    if here or time.monotonic() > end or (owner and self._is_alive(owner)):
+                        raise self._taken()
+                elif _is_at(file, self._path):
+                    self._own(file, alone, machine)
+                    return file
+                os.close(file)  # its owner removed it meanwhile, or the machine of the owner is gone
+            except BaseException:
+                # On a full disk our file is still empty: remove it, but never that of another process.
+                if alone is not False and os.fstat(file).st_size == 0 and _is_at(file, self._path):
+                    self._path.unlink()
+                os.close(file)
+                raise
+
+    def _own(self, file: int, alone: bool | None, machine: str) -> None:
+        owner = _read(self._path)
+        if owner and not (alone and owner.get("machine") == machine) and self._is_alive(owner):
+            raise self._taken()
+        started = time.strftime("%Y-%m-%d %H:%M:%S")
+        self._record = dict(host=socket.gethostname(), pid=os.getpid(), started=started, machine=machine)
+        self._record |= dict(token=uuid.uuid4().hex, beat=0)
+        with writing(self._path):
+            _write(file, self._record)
+        if alone is None:
+            time.sleep(SETTLE)
+            if _read(self._path) != self._record:
+                raise self._taken()
+
+    def _is_alive(self, owner: dict) -> bool:
+        """Whether the number of an owner on another machine still grows."""
+        log.warning("%s is locked by %s: waiting %s s for a sign of life", self.folder, _name(owner), PATIENCE)
+        end = time.monotonic() + PATIENCE
+        while time.monotonic() < end:
+            time.sleep(PATIENCE / 20)
+            if (now := _read(self._path)) != owner:
+                return bool(now)
+        return False
+
+    def _taken(self) -> ValueError:
+        for _ in range(10):  # a new owner has not written its name yet
+            if owner := _read(self._path):
+                break
+            time.sleep(0.05)
+        hint = "choose another folder or stop that process"
+        return ValueError(f"{self.folder} is being written by {_name(owner)}; {hint}")
+
+    def _beat(self) -> None:
+        while not self._ended.wait(BEAT):
+            with contextlib.suppress(OSError, ValueError):  # `check` says so before the next save
+                self.check()
+                self._record["beat"] += 1
+                _write(self._file, self._record)
+
+
+def _flock(file: int) -> bool | None:
+    """Whether this process got the flock; None if the file system has no flock."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError as error:
+        if error.errno in _NO_FLOCK:
+            return None
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        raise
+
+
+def _is_at(file: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _kernel() -> str:
+    """An id of this boot of this machine, which is the same in its containers."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return socket.gethostname()
+
+
+def _read(path: Path) -> dict | None:
+    """The owner; {} if the lock belongs to nobody, None if there is no file.
+
+    ValueError for a file that is no lock.
+    """
+    try:
+        content = path.read_bytes().strip(b"\0\n")  # opening it makes NFS ask the server
+    except FileNotFoundError:
+        return None
+    try:
+        owner = json.loads(content or b"{}")
+    except ValueError:
+        owner = None
+    if not isinstance(owner, dict):
+        raise ValueError(f"{path} is not the lock of a run; remove it or choose another folder")
+    return owner
+
+
+def _write(file: int, owner: dict) -> None:
+    text = json.dumps(owner).ljust(512) + "\n"  # of constant length, because it overwrites itself
+    os.pwrite(file, text.encode(), 0)
+    os.fsync(file)
+
+
+def _name(owner: dict | None) -> str:
+    if not owner:
+        return "another process"
+    return f"process {owner.get('pid')} on {owner.get('host')} since {owner.get('started')}"
+
+
+@contextlib.contextmanager
+def complete_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary folder to fill. It is renamed to `path` when that succeeds, and removed when it fails."""
+    target = Path(path)
+    if target.exists():
+        raise ValueError(f"{path} exists; choose a new folder")
+    temporary = target.with_name(f"{target.name}.tmp")
+    lock, now = Lock(temporary), temporary
+    try:
+        lock.clear()  # files that a killed process has left
+        yield temporary
+        with writing(target):
+            now = temporary.rename(target)
+    except OSError as error:
+        if error.filename is not None and Path(error.filename).is_relative_to(temporary):
+            error.filename = os.fspath(target / Path(error.filename).relative_to(temporary))  # as the caller knows it
+        raise
+    finally:
+        if now == temporary:
+            lock.clear()
+        lock.release(now)

@@ -1,0 +1,32 @@
+"""Paths and numbers as text that terminals and other programs can read."""
+
+import json
+import math
+import os
+from typing import Any
+
+
+def printable(path: str | os.PathLike) -> str:
+    r"""A path as one line that every terminal can print.
+
+    >>> print(printable("two\nlines"))
+    two\nlines
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in os.fspath(path))
+
+
+def json_text(value: Any, **options) -> str:
+    """JSON of dictionaries, lists, strings and numbers. JSON has no infinity and no NaN: they become null.
+
+    >>> json_text({"step": 3, "loss": math.nan})
+    '{"step": 3, "loss": null}'
+    """
+
+    def finite(value):
+        if isinstance(value, dict):
+            return {key: finite(part) for key, part in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(part) for part in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(value), allow_nan=False, **options)

@@ -1,0 +1,80 @@
+"""The display of a run: a bar on a terminal, plain lines otherwise, nothing when quiet."""
+
+import math
+import sys
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as Bar
+
+from stickjax.config import Config
+from stickjax.config.command import drop_output
+
+
+class Progress:
+    """`say` prints a line, `update` shows a row of metrics. Without a terminal or a reader, nothing is shown."""
+
+    def __init__(self, config: Config, *, quiet: bool = False):
+        self._steps, self._quiet, self._tokens_per_step = config.train.steps, quiet, config.data.tokens_per_step
+        self._output = _Output(sys.stdout)
+        self._console = Console(file=self._output, highlight=False, markup=False, emoji=False, soft_wrap=True)
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+        live = self._console.is_terminal and not quiet
+        self._bar = Bar(*columns, console=self._console) if live else None
+        self._task = self._bar.add_task("", total=self._steps) if self._bar else None
+
+    def __enter__(self):
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exception):
+        if self._bar:
+            self._bar.stop()
+
+    @property
+    def unread(self) -> bool:
+        """Whether the reader of the output is gone, as in `... | head`."""
+        return self._output.unread
+
+    def say(self, text: str) -> None:
+        if not self._quiet:
+            self._console.print(text)
+
+    def update(self, row: dict) -> None:
+        """Show a row; one without `tokens_per_second` has no rate and no time left yet."""
+        share = f"{row['accuracy']:.1%} right" if "accuracy" in row else f"{row['loss'] / math.log(2):.3f} bits/token"
+        rate = row.get("tokens_per_second")
+        left = "-" if rate is None else f"{(self._steps - row['step']) * self._tokens_per_step / rate:,.0f} s"
+        words = f"loss {row['loss']:.4f} ({share})  lr {row['learning_rate']:.2e}"
+        words += f"  {'-' if rate is None else f'{rate:,.0f}'} tokens/s"
+        words += f"  mfu {row['mfu']:.1%}" if "mfu" in row else ""
+        words += f"  {left} left"
+        if self._bar:
+            self._bar.update(self._task, completed=row["step"], description=words)
+        elif not self._quiet:
+            self._console.print(f"step {row['step']}/{self._steps}  {words}")
+
+
+class _Output:
+    """A stream that ignores write errors. `unread`: the reader closed the pipe."""
+
+    def __init__(self, stream):
+        self._stream, self.unread = stream, False
+
+    def write(self, text: str) -> int:
+        self._attempt(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt(self._stream.flush)
+
+    def _attempt(self, function, *arguments) -> None:
+        try:
+            function(*arguments)
+        except OSError as error:
+            self.unread = self.unread or isinstance(error, BrokenPipeError)
+            drop_output()
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)

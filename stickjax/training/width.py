@@ -1,0 +1,199 @@
+"""The model at any width, with muP and without, and the short trainings that `stickjax.sweeps` compares.
+
+Under muP (Yang et al., `Tensor Programs V <https://arxiv.org/abs/2203.03466>`_) one learning rate suits all widths.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable, Iterable
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+
+from stickjax.config import Config
+from stickjax.data.batches import load_corpus, train_loader
+from stickjax.evaluation.plots import Records
+from stickjax.models.attention import Context, segment_positions
+from stickjax.models.layers import cast
+from stickjax.models.transformer import Block, Transformer, apply
+from stickjax.models.vocabulary_size import with_vocabulary
+from stickjax.system.memory import check_fits, state_parts
+from stickjax.training.optimizer import SEQUENCE, label_tree, make_optimizer
+from stickjax.training.step import TrainState, init_state, loss_and_metrics, make_step
+
+# Minutes on two CPU cores for a whole sweep; m_width is 1 at D = 64.
+SMALL = Config().replace(
+    {
+        "model.D": 64, "model.L": 2, "model.N": 4, "model.K": 4, "model.H": 16, "model.F": 128, "model.m_emb": 12.0,
+        "model.m_res": 0.5, "data.T": 64, "data.B": 8, "train.steps": 60, "optim.peak_lr": 0.002,
+    }
+)  # fmt: skip
+
+
+def at_width(config: Config, width: int, *, mup: bool, base: float | None = None) -> Config:
+    r"""The config with D = width. N, K and F grow with it; H, and so the scale of q.k, stays the same.
+
+    .. math::
+        m_{width} = width / base \text{ with muP}, \qquad m_{width} = 1 \text{ without}
+
+    The learning rate stays the same, and `logits_scaling` keeps its ratio to m_width. So the two parametrisations
+    differ by muP alone, and they are the same model at the base width.
+
+    Args:
+      config: the experiment at some width.
+      width: the new D.
+      mup: whether m_width follows the width.
+      base: the width at which m_width is 1; None: D / m_width of the config, so that at its own width the config does
+        not change.
+
+    Raises:
+      ValueError: N, K or F would not be a whole number.
+
+    >>> model = at_width(SMALL, 256, mup=True).model
+    >>> model.D, model.N, model.K, model.H, model.F, model.m_width
+    (256, 16, 16, 16, 512, 4.0)
+    """
+    m = config.model
+    if width < 1 or any(getattr(m, name) * width % m.D for name in ("N", "K", "F")):
+        raise ValueError(f"width={width}: N={m.N}, K={m.K} and F={m.F} at D={m.D} do not scale to whole numbers")
+    scaled = {f"model.{name}": getattr(m, name) * width // m.D for name in ("D", "N", "K", "F")}
+    m_width = width / (m.D / m.m_width if base is None else base) if mup else 1.0
+    logits = None if m.logits_scaling is None else m.logits_scaling * m_width / m.m_width
+    return config.replace(scaled | {"model.m_width": m_width, "model.logits_scaling": logits})
+
+
+def activations(model: Transformer, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The activations: the embedding, the branches and the residual stream of every layer, and the logits."""
+    c, segment_ids = model.config, batch["segment_ids"]
+    context = Context(segment_ids, segment_ids, segment_positions(segment_ids), 0)
+    x = c.m_emb * cast(model.embed, c)[batch["tokens"]]
+    seen = {"embedding": x}
+
+    def watch(name, part):
+        def call(*args):
+            result = part(*args)
+            seen[name] = result[0] if isinstance(result, tuple) else result
+            return result
+
+        return call
+
+    for i in range(c.L):
+        block = jax.tree.map(lambda leaf, i=i: leaf[i], model.blocks)
+        watched = {name: watch(f"{name} {i}", getattr(block, name)) for name in ("attention", "ffn")}
+        # The code of the block itself runs on its parts; two of them are replaced to record what they return.
+        x, _, _ = Block.__call__(SimpleNamespace(**vars(block) | watched), x, context, None, None, None)
+        seen[f"residual {i}"] = x
+    return seen | {"logits": apply(model, batch).logits}
+
+
+def transformer(config: Config, width: int, mup: bool) -> tuple:
+    """(params, optimizer, forward) of the model at a width, for `coordinate_check`.
+
+    `forward(params)` is (training loss, activations) on the first batch of the config's text. The learning rate is
+    peak_lr from the first step on, because the few steps of a check would all lie in the warmup.
+    """
+    constant = {"optim.schedule": "constant", "optim.warmup_tokens": 0, "optim.decay_tokens": 0}
+    config = at_width(config, width, mup=mup).replace(constant)
+    (batch,) = _batches(config.replace({"train.steps": 1}))
+    state = _start(config)
+
+    def forward(params):
+        return loss_and_metrics(config, params, batch, state.key)[0], activations(params, batch)
+
+    return state.params, make_optimizer(config, state.params), forward
+
+
+@functools.lru_cache(maxsize=1)
+def training(config: Config) -> Callable[[float], np.ndarray]:
+    """`run(learning_rate)`: the training loss of every step, from the same start and on the same batches.
+
+    The rate is constant after the config's warmup; its schedule and peak_lr are not read. Nothing is written.
+    """
+    changes = {"optim.schedule": "constant", "optim.peak_lr": 1.0, "optim.decay_tokens": 0}
+    # With masters the update would be the rounded step of a master at rate 1, which is scaled below.
+    config = config.replace(changes | {"model.param_dtype": "float32"})
+    batches = _batches(config)
+    start = _start(config)
+    one = make_step(config)
+
+    @jax.jit
+    def step(state, batch, rate):
+        # An update is proportional to the learning rate. So the step is compiled once, for a rate of one, and its
+        # update is scaled. The router's bias, which no gradient reaches, moves by a rule of its own.
+        new, metrics = one(state, batch)
+        move = lambda label, old, new: new if label == "frozen" else old + rate.astype(old.dtype) * (new - old)  # noqa: E731
+        params = jax.tree.map(move, label_tree(state.params), state.params, new.params)
+        return new._replace(params=params), metrics["loss"]
+
+    def run(learning_rate: float) -> np.ndarray:
+        state, losses = start, []
+        for batch in batches:
+            state, loss = step(state, batch, np.float32(learning_rate))
+            losses.append(loss)
+        return np.array(jax.device_get(losses))
+
+    return run
+
+
+def last_loss(losses: np.ndarray) -> float:
+    """The mean loss of the last quarter of the steps. Every batch is new text, so no held-out text is needed."""
+    return float(losses[-max(1, len(losses) // 4) :].mean())
+
+
+def final_loss(config: Config, width: int, learning_rate: float, mup: bool) -> float:
+    """The loss at the end of a short training at a width, for `learning_rate_sweep`; NaN when it diverged."""
+    return last_loss(training(at_width(config, width, mup=mup))(learning_rate))
+
+
+def power_law_records(
+    config: Config, learning_rates: Iterable[float], *, tokens: Iterable[int], batch_sizes: Iterable[int] | None = None
+) -> Records:
+    """Losses after several numbers of tokens at constant rates, for `fit_power_law`.
+
+    Without a decay a long run passes through all shorter ones, so there is one run for every rate and batch size.
+
+    Args:
+      config: the experiment; its steps and schedule are not read.
+      learning_rates: the constant rates.
+      tokens: the lengths of training, in tokens.
+      batch_sizes: values of B; None: the config's B alone.
+
+    Returns:
+      A record {"tokens", "batch_size" (in sequences of 4096 tokens), "learning_rate", "loss"} each.
+
+    Raises:
+      ValueError: a length is below one step.
+    """
+    tokens, learning_rates, records = sorted(tokens), list(learning_rates), []
+    for B in batch_sizes or [config.data.B]:
+        per_step = B * config.data.T
+        if tokens[0] < per_step:
+            raise ValueError(f"tokens={tokens[0]} is less than one step of B={B} x T={config.data.T} tokens")
+        run = training(config.replace({"data.B": B, "train.steps": tokens[-1] // per_step, "optim.decay_tokens": 0}))
+        for rate in learning_rates:
+            losses, beta = run(rate), per_step / SEQUENCE
+            records += [
+                dict(tokens=n, batch_size=beta, learning_rate=rate, loss=last_loss(losses[: n // per_step]))
+                for n in tokens
+            ]
+    return records
+
+
+def _start(config: Config) -> TrainState:
+    """The state before the first step, made with a random generator that compiles in a third of the time."""
+    start = lambda: init_state(config, jax.random.key(config.train.seed, impl="rbg"))  # noqa: E731
+    check_fits(state_parts(jax.eval_shape(start)))
+    return jax.jit(start)()
+
+
+def _batches(config: Config) -> list[dict[str, np.ndarray]]:
+    """The batches of all steps, so that every run sees the same batches."""
+    corpus = _corpus(config.data)
+    with_vocabulary(config, corpus.tokenizer.vocab_size)  # checks V
+    return list(itertools.islice(train_loader(corpus, config.data), config.train.steps))
+
+
+@functools.lru_cache(maxsize=1)
+def _corpus(data):
+    return load_corpus(data)[0]
