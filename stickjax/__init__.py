@@ -2,11 +2,13 @@
 
 import sys
 
+from stickjax import renamed
 from stickjax.config import Config, DataConfig, ModelConfig, OptimConfig, SutConfig, TrainConfig
 from stickjax.config.command import end_on_interrupt
 
 __all__ = ["Config", "DataConfig", "ModelConfig", "OptimConfig", "SutConfig", "TrainConfig", "export", "load"]
 __version__ = "0.1.0"
+renamed.install()
 
 if sys.argv[:1] == ["-m"] and any(word.startswith("stickjax") for word in sys.orig_argv):
     end_on_interrupt()  # `python -m stickjax.COMMAND`, whose modules take seconds to import

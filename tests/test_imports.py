@@ -14,20 +14,21 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted(p for package in ("pallas_kernels", "stickjax") for p in (ROOT / package).rglob("*.py"))
 # Their own tests run the examples of these.
 ELSEWHERE = ("stickjax.storage.checkpoints", "stickjax.training.optimizer", "stickjax.sweeps")
-# A module imports from its own layer or from lower ones.
+# Folders of the packages, from the lowest. A file imports from its own folder and from those of lower layers.
 LAYERS = {
     "pallas_kernels": 0,
-    "stickjax.config.fields": 1,
-    "stickjax.config.decoder": 1,
-    "stickjax.config.universal": 1,
-    "stickjax.config": 1,
-    "stickjax.config.synonyms": 1,
-    "stickjax.data.tasks": 1,
-    "stickjax.parallel.sharding": 1,
-    "stickjax.parallel.collectives": 1,
-    "stickjax.models": 2,
-    "stickjax": 3,
-    "configs": 4,
+    "stickjax.system": 1,
+    "stickjax.config": 2,
+    "stickjax.parallel": 3,
+    "stickjax.data": 3,
+    "stickjax.models": 4,
+    "stickjax.storage": 5,
+    "stickjax.evaluation": 6,
+    "stickjax.training": 7,
+    "stickjax.plan": 8,
+    "stickjax.surgery": 9,
+    "stickjax": 10,  # the commands
+    "configs": 11,
 }
 
 
@@ -35,10 +36,14 @@ def module_name(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def layer(name: str) -> int | None:
-    """The layer of a module, None for one that is not ours."""
-    found = [prefix for prefix in LAYERS if name == prefix or name.startswith(f"{prefix}.")]
-    return LAYERS[max(found, key=len)] if found else None
+def folder(name: str) -> str | None:
+    """The entry of `LAYERS` that a module belongs to, None for one that is not ours."""
+    return max((prefix for prefix in LAYERS if name == prefix or name.startswith(f"{prefix}.")), key=len, default=None)
+
+
+def may_import(importer: str, imported: str) -> bool:
+    own, other = folder(importer), folder(imported)
+    return other is None or own == other or LAYERS[other] < LAYERS[own]
 
 
 def imports(path: Path) -> set[str]:
@@ -67,24 +72,58 @@ def test_what_is_installed_is_what_is_there():
 
 
 def test_layers_are_told_apart():
-    names = (
-        "pallas_kernels.scatter_moe.xla",
-        "stickjax.models.moe",
-        "stickjax.config",
-        "stickjax.train",
-        "configs.tiny",
-        "jax",
-    )
-    assert [layer(name) for name in names] == [0, 2, 1, 3, 4, None]
+    assert may_import("stickjax.models.moe", "stickjax.config.ModelConfig")
+    assert may_import("stickjax.models.moe", "pallas_kernels.route") and may_import("stickjax.models.moe", "jax.numpy")
+    assert may_import("stickjax.models.moe", "stickjax.models.router")
+    assert not may_import("stickjax.config.fields", "stickjax.models.moe")
+    assert not may_import("stickjax.data.corpus", "stickjax.parallel.sharding")  # neither is below the other
+    assert not may_import("pallas_kernels.dispatch", "stickjax.config")
+    assert not may_import("stickjax.training.loop", "stickjax.train")
     assert "pallas_kernels.dispatch" in imports(ROOT / "pallas_kernels" / "stick_breaking" / "__init__.py")
     assert "stickjax.config.ModelConfig" in imports(ROOT / "stickjax" / "models" / "moe.py")
 
 
 @pytest.mark.parametrize("path", [*FILES, *sorted((ROOT / "configs").glob("*.py"))], ids=module_name)
 def test_imports_go_one_way(path):
-    own = layer(module_name(path))
-    wrong = {name for name in imports(path) if layer(name) is not None and layer(name) > own}
+    wrong = {name for name in imports(path) if not may_import(module_name(path), name)}
     assert not wrong, f"{module_name(path)} imports {wrong}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_private_names_stay_in_their_folder(path):
+    """The private names of JAX and its packages are what the kernels have to use."""
+    name = module_name(path)
+    wrong = {
+        found
+        for found in imports(path)
+        if folder(found) not in (None, folder(name)) and any(part.startswith("_") for part in found.split("."))
+    }
+    assert not wrong, f"{name} imports {wrong}"
+
+
+def circles(graph: dict[str, set[str]]) -> list[str]:
+    """Modules that import one another, directly or through others."""
+
+    def reached(start: str) -> set[str]:
+        seen, todo = set(), [start]
+        while todo:
+            for name in graph[todo.pop()] - seen:
+                seen.add(name)
+                todo.append(name)
+        return seen
+
+    return sorted(name for name in graph if name in reached(name))
+
+
+def test_no_file_imports_itself_through_others():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"]
+    paths = {module_name(path): path for path in FILES}
+    graph = {}
+    for name, path in paths.items():
+        found = imports(path)
+        # A name of a module is an import of the module; that of a module is not one of its package.
+        graph[name] = {x if x in paths else x.rpartition(".")[0] for x in found} & set(paths) - {name}
+    assert not circles(graph)
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)

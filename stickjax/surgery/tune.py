@@ -5,11 +5,11 @@ from pathlib import Path
 
 import jax
 
-from stickjax import train
 from stickjax.config import Config
 from stickjax.models.transformer import Transformer
 from stickjax.storage.run_folder import read_config
 from stickjax.surgery.kinds import kinds_of
+from stickjax.training.loop import Result, fit
 from stickjax.training.optimizer import label_tree
 
 # Values of `optim.learn` for an extended model: the new modules and their router columns, or these and all routers.
@@ -44,7 +44,7 @@ def frozen(model: Transformer, learn: str):
 
 def concentrate(
     run: str | Path, out: str | Path, *, weight: float = 0.1, changes: Mapping[str, object] | None = None
-) -> train.Result:
+) -> Result:
     """Train the run's model in the folder `out` with the load-concentration loss, so that few modules do the work.
 
     The losses and the bias that spread the load are off, and all parameters are trainable, unless `changes` says
@@ -57,7 +57,7 @@ def concentrate(
       changes: changes of the config, as in `Config.replace`: {"data.source": "logic", "train.steps": 200}.
 
     Raises:
-      ValueError: a model without modules, changes that do not fit, and what `train.fit` raises.
+      ValueError: a model without modules, changes that do not fit, and what `training.loop.fit` raises.
     """
     config = read_config(run)
     kinds_of(config.model)
@@ -66,4 +66,4 @@ def concentrate(
         "model.mi_weight": 0.0, "model.switch_weight": 0.0, "model.concentration_weight": weight,
         "optim.learn": ",".join(["*", *still]),
     }  # fmt: skip
-    return train.fit(config.replace(settings | dict(changes or {})), str(out), init_from=str(run))
+    return fit(config.replace(settings | dict(changes or {})), str(out), init_from=str(run))

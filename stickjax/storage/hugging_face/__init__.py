@@ -13,7 +13,8 @@ from stickjax.config.fields import nearest
 from stickjax.data.special_tokens import TOKEN_IDS, read_object, write_files
 from stickjax.data.tokenizer import Tokenizer
 from stickjax.storage.hugging_face import configs, names
-from stickjax.storage.hugging_face.files import FLOATS, Lazy, open_folder, write_sharded
+from stickjax.storage.hugging_face.files import FLOATS, Lazy, write_sharded
+from stickjax.storage.hugging_face.folder import open_folder
 from stickjax.system.disk import write_file
 
 # Buffers that the original ModuleFormer saved with its parameters.

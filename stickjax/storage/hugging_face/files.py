@@ -1,4 +1,4 @@
-"""Tensors in files, read one at a time: safetensors, sharded or not, and torch's .bin through `pickles`.
+"""Tensors in files, read one at a time: safetensors of one file or of several.
 
 No file is mapped into memory: its pages would count as memory of this process until the system takes them back.
 """
@@ -132,40 +132,3 @@ def write_sharded(folder: Path, arrays: dict[str, Lazy], shard_bytes: int) -> No
         weight_map |= dict.fromkeys(shard, file)
     index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
     write_file(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
-
-
-def open_folder(folder: str | os.PathLike) -> dict[str, Lazy]:
-    """The tensors of a folder in the Hugging Face layout; safetensors before .bin, an index before a single file.
-
-    ValueError when there are none, a shard is missing or damaged, or the index and the shards disagree.
-    """
-    from stickjax.storage.hugging_face.pickles import open_bin
-
-    folder = Path(folder)
-    for single, open_file in (("model.safetensors", open_safetensors), ("pytorch_model.bin", open_bin)):
-        if (index := folder / f"{single}.index.json").exists():
-            return _open_shards(index, open_file)
-        if (folder / single).exists():
-            return open_file(folder / single)
-    raise ValueError(f"{folder} has neither model.safetensors nor pytorch_model.bin, nor the index of one")
-
-
-def _open_shards(index: Path, open_file) -> dict[str, Lazy]:
-    try:
-        weight_map = json.loads(index.read_text("utf-8-sig"))["weight_map"]
-        files = sorted(set(weight_map.values()))
-        if not all(file == Path(file).name for file in files):
-            raise ValueError("a shard lies outside of the folder")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{index} is not an index of shards: {type(error).__name__}: {error}") from error
-    if missing := [file for file in files if not (index.parent / file).exists()]:
-        raise ValueError(f"{index} names shards that are not there: {', '.join(missing)}")
-    tensors: dict[str, Lazy] = {}
-    for file in files:
-        found = open_file(index.parent / file)
-        expected = {name for name, shard in weight_map.items() if shard == file}
-        if wrong := sorted(found.keys() ^ expected):
-            where = "lacks" if wrong[0] in expected else "also has"
-            raise ValueError(f"{index} and {file} disagree: the file {where} {wrong[0]}")
-        tensors |= found
-    return tensors
