@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from stickjax.system.text import printable
+
 log = logging.getLogger(__name__)
 
 TOKENS_FORMAT = "stickjax-tokens"  # the format that the .json of a token file names

@@ -17,7 +17,7 @@ from stickjax.parallel.chips import Chip, absent_devices, has_wheels, of_kind, t
 from stickjax.plan.flops import Work, count
 from stickjax.plan.hlo import Collective, collectives
 from stickjax.system.memory import state_parts
-from stickjax.training.step import TrainState, init_state, jit_step
+from stickjax.training.step import TrainState, abstract_batch, init_state, jit_step
 
 
 class Machine(NamedTuple):

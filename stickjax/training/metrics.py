@@ -13,7 +13,7 @@ from stickjax.config import ModelConfig, SutConfig
 from stickjax.models.family import parameter_counts
 from stickjax.parallel.chips import of_kind
 from stickjax.system.disk import write_file, writing
-from stickjax.system.text import printable
+from stickjax.system.text import json_text, printable
 
 log = logging.getLogger(__name__)
 

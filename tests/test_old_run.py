@@ -1,0 +1,31 @@
+"""A run folder that version 0.1 wrote, before its modules had their present names: it still loads and trains on."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from stickjax.storage.run_folder import load, read_config
+from stickjax.train import fit
+from stickjax.training.metrics import read_metrics
+
+# The experiment of tests/old_run: recall, two steps of B=2 x T=32. The loss at step 4 is that of version 0.1.
+LOSSES = {2: 5.510635375976562, 4: 5.4903411865234375}
+
+
+@pytest.fixture
+def old_run(tmp_path) -> str:
+    return shutil.copytree(Path(__file__).parent / "old_run", tmp_path / "run")
+
+
+def test_it_loads(old_run):
+    loaded = load(old_run)
+    assert loaded.step == 2 and loaded.config == read_config(old_run)
+
+
+def test_it_trains_on(old_run):
+    """Parameters, optimizer, order of the data: all go on where they ended."""
+    result = fit(read_config(old_run).replace({"train.steps": 4}), str(old_run), quiet=True)
+    assert result.finished
+    losses = {row["step"]: row["loss"] for row in read_metrics(old_run)}
+    assert losses == pytest.approx(LOSSES, rel=1e-6)
