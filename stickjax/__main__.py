@@ -16,7 +16,7 @@ COMMANDS = {
     "plan": ("stickjax.plan.__main__", "the time and memory of a training step on GPUs that need not be there"),
     "sweep": ("stickjax.sweeps", "coordinate checks, learning rates, and the fit of the Power schedule"),
     "launch": ("stickjax.launch", "train in several processes"),
-    "data": ("stickjax.data", "make token files from text, and verify them"),
+    "data": ("stickjax.data.__main__", "make token files from text, and verify them"),
     "modules": ("stickjax.surgery.__main__", "extend, freeze, concentrate, prune and report on experts"),
 }
 _LIST = "\n".join(f"  {name:<10}{doc}" for name, (_, doc) in COMMANDS.items())

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stickjax.config import DataConfig
-from stickjax.data import batches as data
+from stickjax.data.__main__ import main
 from stickjax.data.batches import batches, make_batch, train_loader
 from stickjax.data.corpus import Corpus, load_corpus
 from stickjax.data.sources import text_documents
@@ -176,7 +176,7 @@ def test_heldout_path(folder, tmp_path):
 
 def test_token_file_equals_the_text(folder, tmp_path, capsys):
     out = str(tmp_path / "t")
-    data.main(["tokenize", str(folder), out])
+    main(["tokenize", str(folder), out])
     assert "5 documents" in capsys.readouterr().out
     for path in (out, out + ".bin", out + ".json"):
         train, heldout = load_corpus(DataConfig(source="tokens", path=path, heldout_path=path))
@@ -214,7 +214,7 @@ def test_the_command_prints_one_line_for_bad_input(tmp_path, capsys):
     command = [sys.executable, "-m", "stickjax.data", "tokenize", str(tmp_path / "none"), str(tmp_path / "t")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr == f"error: SOURCE={str(tmp_path / 'none')!r} does not exist\n"
-    assert data.main(["tokenize", __file__, str(tmp_path / "no" / "folder")]) == 1
+    assert main(["tokenize", __file__, str(tmp_path / "no" / "folder")]) == 1
     assert re.match("error: cannot write .*No such file", capsys.readouterr().err)
 
 

@@ -9,10 +9,10 @@ import jax
 import pytest
 from conftest import assert_same_state
 
-from stickjax import train
 from stickjax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from stickjax.storage.checkpoints import Checkpoints
 from stickjax.train import fit, main
+from stickjax.training import loop
 from stickjax.training.metrics import read_metrics
 from stickjax.training.progress import Progress
 from stickjax.training.step import init_state
@@ -114,19 +114,19 @@ def test_a_dead_terminal_is_no_error(words, tmp_path, monkeypatch):
 
 
 def test_a_stop_before_the_first_step_has_nothing_to_save(words, monkeypatch, tmp_path, capsys):
-    compiled = train.check_program
-    monkeypatch.setattr(train, "check_program", lambda *a: (compiled(*a), signal.raise_signal(signal.SIGTERM)))
-    monkeypatch.setattr(train, "_new", _without_check(monkeypatch))
+    compiled = loop.check_program
+    monkeypatch.setattr(loop, "check_program", lambda *a: (compiled(*a), signal.raise_signal(signal.SIGTERM)))
+    monkeypatch.setattr(loop, "_new", _without_check(monkeypatch))
     assert main(words) == 143
     assert "stopped at step 0, with nothing to save; run the same command again" in capsys.readouterr().out
 
 
 def _without_check(monkeypatch):
-    new = train._new
+    new = loop._new
 
     def call(*arguments):
         with monkeypatch.context() as patch:
-            patch.setattr(train, "check_program", lambda *_: None)
+            patch.setattr(loop, "check_program", lambda *_: None)
             return new(*arguments)
 
     return call

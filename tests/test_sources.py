@@ -10,6 +10,7 @@ import pytest
 from stickjax.config import Config, DataConfig
 from stickjax.data import batches as data
 from stickjax.data import token_files
+from stickjax.data.__main__ import main
 from stickjax.data.corpus import load_corpus
 from stickjax.data.sources import text_documents
 from stickjax.data.token_files import tokenize, verify
@@ -164,7 +165,7 @@ def test_tokenizing_into_the_folder_that_is_read(tmp_path, monkeypatch, tokenize
 def test_a_token_file_needs_a_name(tmp_path, out, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text("one")
-    assert data.main(["tokenize", "a.txt", out]) == 1
+    assert main(["tokenize", "a.txt", out]) == 1
     assert re.match("error: ('.*' has no name|cannot write no/folder.bin)", capsys.readouterr().err)
     assert os.listdir() == ["a.txt"]
 
@@ -204,11 +205,11 @@ def test_a_token_file_that_is_not_its_sha256(tokens, monkeypatch, caplog, capsys
     monkeypatch.setattr(token_files, "_VERIFIED", len(content) - 1)
     load_corpus(config)
     assert "not verified; python -m stickjax.data verify" in caplog.text, "a large file is not trained on in silence"
-    assert data.main(["verify", str(tokens)]) == 1
+    assert main(["verify", str(tokens)]) == 1
     assert re.match("error: OUT=.* is damaged or another file", capsys.readouterr().err)
     content[0] ^= 1
     file.write_bytes(content)
-    data.main(["verify", str(file)])
+    main(["verify", str(file)])
     assert "9 documents, 36 tokens" in capsys.readouterr().out
     assert verify(str(tokens))["num_documents"] == 9
 

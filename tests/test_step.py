@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from conftest import GRADIENT, assert_close, assert_same_state
 
-from stickjax import train
 from stickjax.config import Config
 from stickjax.storage.checkpoints import Checkpoints
 from stickjax.train import fit, main
+from stickjax.training import loop
 from stickjax.training import step as step_module
 from stickjax.training.progress import Progress
 from stickjax.training.step import init_state, loss_and_metrics, make_step, tokens_of
@@ -61,14 +61,14 @@ def test_the_loss_masks_the_seams():
 @pytest.fixture
 def poison(monkeypatch):
     """A list; while its only element is true, no loss is finite."""
-    poison, loss_of, place = [True], step_module.loss_and_metrics, train.sharding.place
+    poison, loss_of, place = [True], step_module.loss_and_metrics, loop.sharding.place
 
     def poisoned_loss(config, params, batch, key):
         loss, metrics = loss_of(config, params, batch, key)
         return loss * jnp.where(batch["poison"][0], jnp.nan, 1.0), metrics
 
     monkeypatch.setattr(step_module, "loss_and_metrics", poisoned_loss)
-    monkeypatch.setattr(train.sharding, "place", lambda *a: place(*a) | {"poison": np.array(poison)})
+    monkeypatch.setattr(loop.sharding, "place", lambda *a: place(*a) | {"poison": np.array(poison)})
     return poison
 
 

@@ -19,6 +19,7 @@ from stickjax.data.corpus import load_corpus
 from stickjax.storage.checkpoints import Checkpoints
 from stickjax.system.lock import Lock
 from stickjax.train import fit, main
+from stickjax.training import loop
 from stickjax.training.metrics import read_metrics
 from stickjax.training.step import init_state
 
@@ -257,7 +258,7 @@ def test_a_run_that_stops_before_its_last_step_writes_its_trace(tmp_path, monkey
     def fail(*arguments):
         raise FloatingPointError("at step 5")
 
-    monkeypatch.setattr(train, "all_finite", fail)  # called at the checkpoint of step 5
+    monkeypatch.setattr(loop, "all_finite", fail)  # called at the checkpoint of step 5
     with pytest.raises(FloatingPointError, match="at step 5"):
         fit(SMALL, str(tmp_path / "run"), profile=True)
     assert any((tmp_path / "run" / "profile").rglob("*.xplane.pb"))

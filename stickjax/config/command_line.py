@@ -73,7 +73,8 @@ def describe(config: Config) -> str:
 
 
 # The folder of configs: beside the packages in a checkout, inside stickjax in an installation (pyproject.toml).
-_FOLDERS = (Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs")
+_PACKAGE = Path(__file__).parent.parent
+_FOLDERS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
 _WHAT = "a config is a name ({}), a Python file that defines get_config(), or the config.json of a run"
 
 
