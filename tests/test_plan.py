@@ -15,8 +15,9 @@ from stickjax import train
 from stickjax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
 from stickjax.config.command_line import load_config
 from stickjax.data.batches import make_batch
+from stickjax.parallel import chips
 from stickjax.plan import __main__ as command
-from stickjax.plan import aot, chips, estimate, flops, report, search
+from stickjax.plan import aot, estimate, flops, report, search
 from stickjax.plan.hlo import _groups, collectives
 from stickjax.training.step import init_state, make_step
 
