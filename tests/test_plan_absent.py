@@ -6,8 +6,9 @@ import json
 import pytest
 
 from stickjax.config.command_line import load_config
+from stickjax.parallel import chips
 from stickjax.plan import __main__ as command
-from stickjax.plan import aot, chips, flops
+from stickjax.plan import aot, flops
 from stickjax.system.memory import local_bytes
 
 pytestmark = pytest.mark.skipif(
