@@ -41,14 +41,14 @@ LENGTHS = (1, 2, 4, 8)
 
 
 @jax.jit
-def _sums(model: Transformer | LanguageModel, windows: jax.Array, real: jax.Array) -> dict[str, jax.Array]:
-    """Sums over the targets of windows [B, T+1] for which `real` [B, T] is true: the negative log-likelihood in nats,
+def _sums(model: Transformer | LanguageModel, windows: jax.Array, target_mask: jax.Array) -> dict[str, jax.Array]:
+    """Sums over the targets of windows [B, T+1] for which `target_mask` [B, T] is true: the negative log-likelihood in nats,
     and the number of blocks of a model that halts."""
     output = apply(model, {"tokens": windows[:, :-1]})
     by_token = {"nll": optax.softmax_cross_entropy_with_integer_labels(output.logits, windows[:, 1:])}
     if isinstance(model, LanguageModel):
         by_token["depth"] = output.depth
-    return {name: jnp.where(real, values, 0).sum() for name, values in by_token.items()}
+    return {name: jnp.where(target_mask, values, 0).sum() for name, values in by_token.items()}
 
 
 def evaluate(
@@ -86,12 +86,12 @@ def evaluate(
     tokens = int(windows.targets.sum())
     records = []
     for m in windows.lengths:
-        pieces, real = windows.pieces(m)
-        B = max(1, batch_tokens // real.shape[1])
+        pieces, target_mask = windows.pieces(m)
+        B = max(1, batch_tokens // target_mask.shape[1])
         count, empty = -(-len(pieces) // B), -len(pieces) % B
         context = m * config.data.T
         say(f"{m}x ({context}): compiling, then scoring {tokens:,} tokens")
-        padded = np.pad(pieces, ((0, empty), (0, 0))), np.pad(real, ((0, empty), (0, 0)))
+        padded = np.pad(pieces, ((0, empty), (0, 0))), np.pad(target_mask, ((0, empty), (0, 0)))
         batches = zip(*(np.split(array, count) for array in padded), strict=True)
         parts = [jax.device_get(_sums(model, *batch)) for batch in batches]
         sums = {name: sum(float(part[name]) for part in parts) for name in parts[0]}

@@ -18,7 +18,7 @@ from stickjax.config.command import Parser, command
 from stickjax.config.command_line import parse
 from stickjax.config.fields import SEED
 from stickjax.data.tokenizer import StreamDecoder, Tokenizer
-from stickjax.models.family import empty_cache, read
+from stickjax.models.family import decode_step, empty_cache
 from stickjax.models.sut import LanguageModel
 from stickjax.models.transformer import Transformer
 from stickjax.storage.run_folder import Loaded, load, read_config
@@ -80,25 +80,26 @@ def generate(
         options |= dict(temperature=max(temperature, 1e-30), top_k=top_k and min(top_k, vocab_size), top_p=top_p)
     key, cache = jax.random.key(seed), _cache(model.config, len(rows), _bucket(T + max_new_tokens))
     ids, cache = _advance(model, tokens, segment_ids, cache, key, 0, **options)
-    new, active, together = [[] for _ in rows], set(range(len(rows))), np.zeros((len(rows), 1), np.int32)
+    outputs, active = [[] for _ in rows], set(range(len(rows)))
+    one_document = np.zeros((len(rows), 1), np.int32)  # the segment ids of the new tokens
     for index in range(1, max_new_tokens + 1):
         chosen = ids
         if index < max_new_tokens:  # begun before `chosen` is looked at: the device never waits for Python
-            ids, cache = _advance(model, chosen[:, None], together, cache, key, index, **options)
+            ids, cache = _advance(model, chosen[:, None], one_document, cache, key, index, **options)
         chosen = np.asarray(chosen).tolist()
         for row in sorted(active):  # a row that has ended is still computed until all have ended
-            new[row].append(token := chosen[row])
+            outputs[row].append(token := chosen[row])
             if (on_token is not None and on_token(row, token)) or token == eot:
                 active.discard(row)
         if not active:
             break
-    return new
+    return outputs
 
 
 @partial(jax.jit, static_argnames=("top_k", "vocab_size"), donate_argnames="cache")
 def _advance(model, tokens, segment_ids, cache, key, index, *, temperature, top_k, top_p, vocab_size):
     """Read tokens [B,T] into the cache and choose each row's `index`-th new token: ids [B]. No temperature: greedy."""
-    logits, cache = read(model, tokens, segment_ids, cache)
+    logits, cache = decode_step(model, tokens, segment_ids, cache)
 
     def choose(logits, row):
         logits = jnp.where(jnp.arange(len(logits)) < vocab_size, logits, -jnp.inf)

@@ -15,7 +15,7 @@ from stickjax.config import ModelConfig
 from stickjax.config.decoder import MODULES
 from stickjax.models.layers import rotary
 from stickjax.models.moe import SparseExperts
-from stickjax.models.router import choose_experts, rounded, router_stats, router_sums, updated_router_bias
+from stickjax.models.router import choose_experts, round_tokens, router_stats, router_sums, updated_router_bias
 from stickjax.models.transformer import apply, empty_cache, init, parameter_counts
 from stickjax.storage.hugging_face.configs import _effective, to_ours, to_theirs
 
@@ -160,7 +160,7 @@ def test_rounding_drops_the_smallest_gates_of_every_expert(multiple):
     rng = np.random.default_rng(0)
     chosen, gates = rng.permuted(np.tile(np.arange(7), (50, 1)), axis=1)[:, :3], rng.random((50, 3))
     chosen[:9] = 6  # of E = 6: padding
-    kept = np.asarray(rounded(jnp.asarray(chosen), jnp.asarray(gates, jnp.float32), 6, multiple))
+    kept = np.asarray(round_tokens(jnp.asarray(chosen), jnp.asarray(gates, jnp.float32), 6, multiple))
     assert (kept[kept != chosen] == 6).all()
     for e in range(6):
         before, after = gates[chosen == e], gates[kept == e]

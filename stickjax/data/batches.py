@@ -270,9 +270,9 @@ class EvalWindows:
         padded = np.pad(self.tokens, ((0, 0), (0, count * size - longest)))
         starts = np.arange(0, count * size, size)
         pieces = padded[:, starts[:, None] + np.arange(size + 1)].reshape(-1, size + 1)
-        real = (np.arange(count * size) < self.targets[:, None]).reshape(W * count, size)
-        filled = real.any(1)
-        return pieces[filled], real[filled]
+        target_mask = (np.arange(count * size) < self.targets[:, None]).reshape(W * count, size)
+        filled = target_mask.any(1)
+        return pieces[filled], target_mask[filled]
 
 
 def heldout_windows(

@@ -68,17 +68,17 @@ def accuracy(
     records = []
     for bucket in buckets:
         pairs = batches_of(config, bucket, max_pairs, B)
-        labels = np.concatenate([batch["label"][real] for batch, real in pairs])
+        labels = np.concatenate([batch["label"][pair_mask] for batch, pair_mask in pairs])
         say(f"pairs with {bucket} operators: {len(labels):,} at {len(thresholds)} halting thresholds")
         majority = np.bincount(labels).max() / len(labels)
         jax.block_until_ready(_read(model, pairs[0][0], thresholds[0]))  # compiled, so that it is not timed
         for threshold in thresholds:
             started = time.perf_counter()
             right, depth, rows, tokens = 0, 0.0, 0, 0
-            for batch, real in pairs:
+            for batch, pair_mask in pairs:
                 chosen, depths, ran = jax.device_get(_read(model, batch, threshold))
                 seen = np.stack([batch["left"], batch["right"]]) != 0
-                right += (chosen == batch["label"])[real].sum()
+                right += (chosen == batch["label"])[pair_mask].sum()
                 depth, rows, tokens = depth + depths[seen].sum(), rows + int(ran), tokens + seen.sum()
             seconds = time.perf_counter() - started
             records.append(
@@ -108,10 +108,10 @@ def batches_of(config: Config, bucket: int, max_pairs: int, B: int) -> list[tupl
         index = np.arange(start, start + B)
         chosen = [pairs[i if i < len(rows) else 0] for i in index]
         batch = {name: np.stack([pair[name] for pair in chosen]) for name in ("left", "right", "label")}
-        real = index < len(rows)
+        pair_mask = index < len(rows)
         for side in ("left", "right"):
-            batch[side][~real] = 0
-        batches.append((batch, real))
+            batch[side][~pair_mask] = 0
+        batches.append((batch, pair_mask))
     return batches
 
 

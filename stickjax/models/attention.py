@@ -12,7 +12,7 @@ from stickjax.config import ModelConfig
 from stickjax.models.context import attention_in_context
 from stickjax.models.layers import HeadNorm, cast, matrix_std, normal, output_std, rotary
 from stickjax.models.router import RouterSums
-from stickjax.parallel.collectives import joined, size, split
+from stickjax.parallel.collectives import copy_to_tensor_parallel, reduce_from_tensor_parallel, size
 
 KeyValues = tuple[jax.Array, jax.Array | None]  # [B,S,K,H] each; no values where they are the keys
 
@@ -49,16 +49,18 @@ class Attention(nnx.Module):
         self.norm = HeadNorm(c) if c.head_norm else None
 
     def __call__(
-        self, x: Float[Array, "B T D"], context: Context, cache: KeyValues | None = None, real=None, key=None
+        self, x: Float[Array, "B T D"], context: Context, cache: KeyValues | None = None, token_mask=None, key=None
     ) -> tuple[Float[Array, "B T D"], KeyValues | None, RouterSums | None]:
         """The layer's output, the cache with this call's T written at the offset, and the sums of a router."""
         c = self.config
         # One product for all three, so that x is read once.
         weights = [cast(w, c) for w in (self.query, self.key, self.value)]
         N, K = weights[0].shape[1], weights[1].shape[1]  # of this device
-        q, k, v = jnp.split(jnp.einsum("BTD,DXH->BTXH", split(x), jnp.concatenate(weights, 1)), (N, N + K), axis=2)
+        q, k, v = jnp.split(
+            jnp.einsum("BTD,DXH->BTXH", copy_to_tensor_parallel(x), jnp.concatenate(weights, 1)), (N, N + K), axis=2
+        )
         out, cache = self.attend(q, k, v, context, cache)
-        return joined(jnp.einsum("BTNH,NHD->BTD", out, cast(self.output, c))), cache, None
+        return reduce_from_tensor_parallel(jnp.einsum("BTNH,NHD->BTD", out, cast(self.output, c))), cache, None
 
     def attend(self, q, k, v, context: Context, cache: KeyValues | None = None):
         """The heads' outputs [B,T,N,H] for q [B,T,N,H] and this call's k, v [B,T,K,H]; and the cache."""

@@ -17,13 +17,13 @@ def apply(params, batch: dict, key=None):
 
 
 def empty_cache(config: ModelConfig | SutConfig, batch: int, size: int):
-    """For `read`: what a language model keeps of up to `size` tokens of `batch` sequences."""
+    """For `decode_step`: what a language model keeps of up to `size` tokens of `batch` sequences."""
     return FAMILIES[config.family].empty_cache(config, batch, size)
 
 
-def read(model, tokens, segment_ids, cache):
+def decode_step(model, tokens, segment_ids, cache):
     """(logits [B,V] after the last of `tokens` [B,T], the cache with them); a negative segment id is padding."""
-    return FAMILIES[model.config.family].read(model, tokens, segment_ids, cache)
+    return FAMILIES[model.config.family].decode_step(model, tokens, segment_ids, cache)
 
 
 def parameter_counts(config: ModelConfig | SutConfig) -> tuple[int, int]:

@@ -62,7 +62,7 @@ class Halting(NamedTuple):
 
 
 def halting_step(
-    now: Halting, block: Callable, gate: Callable, real: Bool[Array, "B T"], threshold: float | Float[Array, ""]
+    now: Halting, block: Callable, gate: Callable, token_mask: Bool[Array, "B T"], threshold: float | Float[Array, ""]
 ) -> Halting:
     """One application of the block, and the decision after it.
 
@@ -75,7 +75,7 @@ def halting_step(
     Args:
       block: (h, state, w, l) -> (h', statistics, rows). Its attention makes keys and values from the state.
       gate: h -> logs of the probabilities to go on and to halt, [B,T] each.
-      real: False for padding, which never runs.
+      token_mask: False for padding, which never runs.
     """
     step, w = now.step, now.running
     hidden, statistics, rows = block(now.hidden, now.state.astype(now.hidden.dtype), w, step)
@@ -93,7 +93,7 @@ def halting_step(
         step=step + 1,
         hidden=hidden,
         state=state,
-        running=jnp.where(real & (rest >= 1 - threshold), rest, 0),
+        running=jnp.where(token_mask & (rest >= 1 - threshold), rest, 0),
         depth=depth,
         act=act,
         expected=now.expected + p[..., None] * h,
@@ -104,16 +104,16 @@ def halting_step(
     )
 
 
-def start(x: Float[Array, "B T D"], real: Bool[Array, "B T"], block: Callable, L: int) -> Halting:
+def start(x: Float[Array, "B T D"], token_mask: Bool[Array, "B T"], block: Callable, L: int) -> Halting:
     """Before the first step: every token that is not padding runs."""
-    state, zero = x.astype(jnp.float32), jnp.zeros(real.shape, jnp.float32)
+    state, zero = x.astype(jnp.float32), jnp.zeros(token_mask.shape, jnp.float32)
     first = jnp.zeros((), jnp.int32)
     _, statistics, rows = jax.eval_shape(block, x, x, zero, first)
     return Halting(
         step=first,
         hidden=x,
         state=state,
-        running=real.astype(jnp.float32),
+        running=token_mask.astype(jnp.float32),
         depth=zero,
         act=zero,
         expected=jnp.zeros_like(state),
@@ -128,7 +128,7 @@ def until_halted(
     block: Callable,
     gate: Callable,
     x: Float[Array, "B T D"],
-    real: Bool[Array, "B T"],
+    token_mask: Bool[Array, "B T"],
     L: int,
     threshold: float | Float[Array, ""],
     *,
@@ -144,10 +144,10 @@ def until_halted(
     >>> end.rows.tolist(), float(end.state[0, 0, 0]), float(end.depth[0, 0])  # half halts after one block, the rest now
     ([1, 1, 0, 0, 0, 0], 1.5, 1.5)
     """
-    now = start(x, real, block, L)
+    now = start(x, token_mask, block, L)
 
     def step(now):
-        return halting_step(now, block, gate, real, threshold)
+        return halting_step(now, block, gate, token_mask, threshold)
 
     if stop_early:
         return jax.lax.while_loop(lambda now: (now.step < L) & (now.running > 0).any(), step, now)

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.scatter_moe.call import ACTIVATIONS, GATED
 from stickjax.config import ModelConfig
-from stickjax.parallel.collectives import joined, split
+from stickjax.parallel.collectives import copy_to_tensor_parallel, reduce_from_tensor_parallel
 
 
 def normal(key, shape, std: float, config: ModelConfig) -> nnx.Param:
@@ -129,5 +129,7 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         w_in, w_out = cast(self.w_in, self.config), cast(self.w_out, self.config)
-        hidden = jnp.einsum("BTD,DF->BTF", split(x), w_in.reshape(w_in.shape[0], -1))
-        return joined(jnp.einsum("BTF,FD->BTD", ACTIVATIONS[self.config.activation](hidden), w_out))
+        hidden = jnp.einsum("BTD,DF->BTF", copy_to_tensor_parallel(x), w_in.reshape(w_in.shape[0], -1))
+        return reduce_from_tensor_parallel(
+            jnp.einsum("BTF,FD->BTD", ACTIVATIONS[self.config.activation](hidden), w_out)
+        )

@@ -17,7 +17,7 @@ from stickjax.models.layers import all_experts, cast, matrix_std, normal, output
 from stickjax.models.moe import biased
 from stickjax.models.relative import softmax_attention
 from stickjax.models.router import Experts, Router, RouterSums
-from stickjax.parallel.collectives import joined, split
+from stickjax.parallel.collectives import copy_to_tensor_parallel, reduce_from_tensor_parallel
 
 
 class MixtureOfHeads(Attention):
@@ -51,19 +51,21 @@ class MixtureOfHeads(Attention):
         x: Float[Array, "B T D"],
         context: Context,
         cache: KeyValues | None = None,
-        real: Bool[Array, "B T"] | None = None,
+        token_mask: Bool[Array, "B T"] | None = None,
         key=None,
     ) -> tuple[Float[Array, "B T D"], KeyValues | None, RouterSums]:
         c = self.config
-        indices, gates, sums = self.router(x.reshape(-1, c.D), None if real is None else real.reshape(-1), key)
+        indices, gates, sums = self.router(
+            x.reshape(-1, c.D), None if token_mask is None else token_mask.reshape(-1), key
+        )
         routing = route(indices, self.router.experts.count)
-        x, gates = split((x, gates))
+        x, gates = copy_to_tensor_parallel((x, gates))
         k, v = self.keys_values(x)
         K = k.shape[2]  # of this device
         q = expert_queries(x, all_experts(self, "expert_query"), routing, K, c.implementation)
         out, cache = self.attend(q, k, v, context, cache)
         y = expert_outputs(out, all_experts(self, "expert_output"), routing, gates, K, c.implementation)
-        return biased(self, joined(y), real), cache, sums
+        return biased(self, reduce_from_tensor_parallel(y), token_mask), cache, sums
 
     def keys_values(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]:
         c = self.config

@@ -9,7 +9,7 @@ from pallas_kernels import cost, expert_mlp, route
 from stickjax.config import ModelConfig
 from stickjax.models.layers import all_experts, gates, matrix_std, normal, output_std
 from stickjax.models.router import Experts, Router, RouterSums
-from stickjax.parallel.collectives import from_experts, joined, split, to_experts
+from stickjax.parallel.collectives import copy_to_tensor_parallel, from_experts, reduce_from_tensor_parallel, to_experts
 
 
 class SparseExperts(nnx.Module):
@@ -34,25 +34,25 @@ class SparseExperts(nnx.Module):
         self.output_bias = nnx.Param(jnp.zeros(c.D, c.param_dtype)) if c.expert_bias else None
 
     def __call__(
-        self, x: Float[Array, "B T D"], real: Bool[Array, "B T"] | None = None, key=None
+        self, x: Float[Array, "B T D"], token_mask: Bool[Array, "B T"] | None = None, key=None
     ) -> tuple[Float[Array, "B T D"], RouterSums]:
         c = self.config
         tokens = x.reshape(-1, c.D)
-        chosen, weights, sums = self.router(tokens, None if real is None else real.reshape(-1), key)
+        chosen, weights, sums = self.router(tokens, None if token_mask is None else token_mask.reshape(-1), key)
         w_in, w_out = (all_experts(self, name) for name in ("w_in", "w_out"))
         E, D, G, F = w_in.shape  # of this device
-        tokens, weights = split((tokens, weights))
+        tokens, weights = copy_to_tensor_parallel((tokens, weights))
         tokens, chosen, weights = to_experts(tokens, chosen, weights, E)
         options = dict(activation=c.activation, implementation=c.implementation)
         # With balanced experts each device has its share of the rows; rows for experts of other devices are empty.
         run = cost.share(E / self.router.experts.count, lambda *arrays: expert_mlp(*arrays, **options))
         y = run(tokens, w_in.reshape(E, D, G * F), w_out, route(chosen, E), weights)
-        return biased(self, from_experts(joined(y)).reshape(x.shape), real), sums
+        return biased(self, from_experts(reduce_from_tensor_parallel(y)).reshape(x.shape), token_mask), sums
 
 
-def biased(mixture, y: Float[Array, "B T D"], real: Bool[Array, "B T"] | None) -> Float[Array, "B T D"]:
+def biased(mixture, y: Float[Array, "B T D"], token_mask: Bool[Array, "B T"] | None) -> Float[Array, "B T D"]:
     """y with the mixture's own bias, if it has one; padding stays zero."""
     if mixture.output_bias is None:
         return y
     bias = mixture.output_bias[...].astype(y.dtype)[None, None]
-    return y + (bias if real is None else jnp.where(real[..., None], bias, 0))
+    return y + (bias if token_mask is None else jnp.where(token_mask[..., None], bias, 0))

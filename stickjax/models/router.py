@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from stickjax.config import ModelConfig
 from stickjax.models.layers import matrix_std, normal
-from stickjax.parallel.collectives import total
+from stickjax.parallel.collectives import psum_over_batch
 
 NEVER = -1e9  # the logit of an expert that must not be chosen; finite, so that zero times it is zero
 
@@ -21,12 +21,12 @@ NEVER = -1e9  # the logit of an expert that must not be chosen; finite, so that 
 class RouterSums(NamedTuple):
     """The sums that a router's losses are computed from, over the unmasked tokens of this device.
 
-    `tokens`: their number. `slots`: the number of (token, choice) pairs, k times that. `rows` [E]: pairs per expert.
+    `tokens`: their number. `pairs`: the number of (token, choice) pairs, k times that. `rows` [E]: pairs per expert.
     `probability` [E], `z` and `entropy`, with g the softmax of the logits: sum g, sum logsumexp(logits)^2 and sum H(g).
     """
 
     tokens: jax.Array
-    slots: jax.Array
+    pairs: jax.Array
     rows: jax.Array
     probability: jax.Array
     z: jax.Array
@@ -98,7 +98,7 @@ def choose_experts(
     return chosen, jax.nn.softmax(gates, axis=-1) if order == "topk_softmax" else gates
 
 
-def rounded(
+def round_tokens(
     expert_indices: Int[Array, "T k"], gates: Float[Array, "T k"], num_experts: int, multiple: int
 ) -> Int[Array, "T k"]:
     """Token rounding: every expert's rows are rounded down to a multiple, so that no tile of a kernel is partly empty.
@@ -120,11 +120,11 @@ def rounded(
 
 
 def router_sums(
-    logits: Float[Array, "T E"], expert_indices: Int[Array, "T k"], real: Bool[Array, "T"] | None = None
+    logits: Float[Array, "T E"], expert_indices: Int[Array, "T k"], token_mask: Bool[Array, "T"] | None = None
 ) -> RouterSums:
     """The sums of one router over its unmasked tokens. A logit of -inf, of an absent expert, counts as `NEVER`."""
     logits = jnp.maximum(logits.astype(jnp.float32), NEVER)
-    weight = jnp.ones(logits.shape[:1]) if real is None else real.astype(jnp.float32)
+    weight = jnp.ones(logits.shape[:1]) if token_mask is None else token_mask.astype(jnp.float32)
     log_g = jax.nn.log_softmax(logits, axis=-1)
     g, tokens = jnp.exp(log_g), weight.sum()
     # The index of a padding token is E; bincount drops it.
@@ -144,9 +144,9 @@ def router_stats(sums: RouterSums) -> RouterStats:
     concentration = H(e): the smaller, the fewer experts do all the work. Written from the description of the same
       paper, which publishes neither its formula nor its code.
     """
-    sums = total(sums)
-    tokens, slots = jnp.maximum(sums.tokens, 1), jnp.maximum(sums.slots, 1)
-    load, P = sums.rows / slots[..., None], sums.probability / tokens[..., None]
+    sums = psum_over_batch(sums)
+    tokens, pairs = jnp.maximum(sums.tokens, 1), jnp.maximum(sums.pairs, 1)
+    load, P = sums.rows / pairs[..., None], sums.probability / tokens[..., None]
     marginal = -(P * jnp.log(P + 1e-8)).sum(-1)
     switch = sums.rows.shape[-1] * (load * P).sum(-1)
     return RouterStats(switch, sums.z / tokens, sums.entropy / tokens - marginal, marginal, load)
@@ -230,7 +230,7 @@ class Router(nnx.Module):
         return jnp.concatenate([jnp.einsum("TR,RE->TE", x, w) for w in weights], axis=1)
 
     def __call__(
-        self, tokens: Float[Array, "T D"], real: Bool[Array, "T"] | None = None, key=None
+        self, tokens: Float[Array, "T D"], token_mask: Bool[Array, "T"] | None = None, key=None
     ) -> tuple[Int[Array, "T k"], Float[Array, "T k"], RouterSums]:
         """The experts of every token (E, no expert, for a masked token), their gates, and the sums for the losses."""
         c, logits = self.config, self.logits(tokens)
@@ -241,14 +241,14 @@ class Router(nnx.Module):
         options = dict(trained=self.weight.shape[1], bias=bias, gone=gone, sample_topk=c.sample_topk, key=key)
         columns, gates = choose_experts(logits, self.k, c.router, **options)
         chosen = columns if self.slot is None else self.slot[...].astype(jnp.int32)[columns]
-        if real is not None:
+        if token_mask is not None:
             columns, chosen = (
-                jnp.where(real[:, None], *which)
+                jnp.where(token_mask[:, None], *which)
                 for which in ((columns, self.experts.columns), (chosen, self.experts.count))
             )
-        sums = router_sums(logits, columns, real)
+        sums = router_sums(logits, columns, token_mask)
         if c.round_rows and key is not None:
-            chosen = rounded(chosen, gates, self.experts.count, c.round_rows)
+            chosen = round_tokens(chosen, gates, self.experts.count, c.round_rows)
         return chosen, gates, sums
 
 

@@ -18,7 +18,7 @@ from stickjax.models.halting import Halting, HaltingGate, until_halted
 from stickjax.models.layers import LayerNorm, cast, dropout, normal, uniform
 from stickjax.models.router import RouterStats, router_stats
 from stickjax.models.sut_block import SutBlock
-from stickjax.parallel.collectives import total
+from stickjax.parallel.collectives import psum_over_batch
 
 
 class SutOutput(NamedTuple):
@@ -192,15 +192,15 @@ def unembedded(state: Float[Array, "B T D"], embed: Float[Array, "V D"]) -> Floa
 
 
 def summary(logits, stacks, prefixes=("",)) -> SutOutput:
-    """The output of a model, from its stacks [(end, real)]. `prefixes`: put before the router names of each stack."""
+    """The output of a model, from its stacks [(end, token mask)]. `prefixes` precede the router names of each stack."""
     router, rows, act, tokens = {}, {}, 0.0, 0.0
-    for (end, real), prefix in zip(stacks, prefixes, strict=True):
+    for (end, token_mask), prefix in zip(stacks, prefixes, strict=True):
         router |= {prefix + name: router_stats(sums) for name, sums in end.statistics.items()}
         rows |= {prefix + name: counts for name, counts in end.rows.items()}
-        real = real.astype(jnp.float32)
-        act += (end.act * real).sum()
-        tokens += real.sum()
-    act = total(act) / jnp.maximum(total(tokens), 1)
+        token_mask = token_mask.astype(jnp.float32)
+        act += (end.act * token_mask).sum()
+        tokens += token_mask.sum()
+    act = psum_over_batch(act) / jnp.maximum(psum_over_batch(tokens), 1)
     return SutOutput(logits, stacks[0][0].depth, act, router, rows)
 
 
@@ -233,7 +233,7 @@ def apply(
     return params(batch, key, threshold=threshold, stop_early=key is None)
 
 
-class Read(NamedTuple):
+class TokenHistory(NamedTuple):
     """The `length` tokens that a language model has read so far. Their keys and values are not kept: every new token is
     computed together with all of them."""
 
@@ -242,17 +242,19 @@ class Read(NamedTuple):
     length: jax.Array
 
 
-def empty_cache(config: SutConfig, batch: int, size: int) -> Read:
+def empty_cache(config: SutConfig, batch: int, size: int) -> TokenHistory:
     """An empty cache for `batch` sequences of up to `size` tokens."""
-    return Read(jnp.zeros((batch, size), jnp.int32), jnp.full((batch, size), -1, jnp.int32), jnp.zeros((), jnp.int32))
+    return TokenHistory(
+        jnp.zeros((batch, size), jnp.int32), jnp.full((batch, size), -1, jnp.int32), jnp.zeros((), jnp.int32)
+    )
 
 
-def read(
-    model: LanguageModel, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"], cache: Read
-) -> tuple[Float[Array, "B V"], Read]:
+def decode_step(
+    model: LanguageModel, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"], cache: TokenHistory
+) -> tuple[Float[Array, "B V"], TokenHistory]:
     """Logits after the last of these tokens, and the cache with them."""
     put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, cache.length, axis=1)  # noqa: E731
-    cache = Read(put(cache.tokens, tokens), put(cache.segment_ids, segment_ids), cache.length + tokens.shape[1])
+    cache = TokenHistory(put(cache.tokens, tokens), put(cache.segment_ids, segment_ids), cache.length + tokens.shape[1])
     logits = apply(model, {"tokens": cache.tokens, "segment_ids": cache.segment_ids}).logits
     return jax.lax.dynamic_index_in_dim(logits, cache.length - 1, axis=1, keepdims=False), cache
 
@@ -288,20 +290,20 @@ def loss(
     output = params(batch, key)
     if config.classes:
         labels, mask = batch["label"], jnp.ones(batch["label"].shape)
-        real = jnp.stack([batch["left"], batch["right"]]) != 0
+        token_mask = jnp.stack([batch["left"], batch["right"]]) != 0
     else:
         labels, mask = batch["targets"], batch["loss_mask"].astype(jnp.float32)
-        real = batch.get("segment_ids", jnp.zeros_like(batch["tokens"])) >= 0
+        token_mask = batch.get("segment_ids", jnp.zeros_like(batch["tokens"])) >= 0
 
     def mean(x, weight):
         x, weight = x.astype(jnp.float32), weight.astype(jnp.float32)
-        return total((x * weight).sum()) / jnp.maximum(total(weight.sum()), 1)
+        return psum_over_batch((x * weight).sum()) / jnp.maximum(psum_over_batch(weight.sum()), 1)
 
     nll = mean(optax.softmax_cross_entropy_with_integer_labels(output.logits, labels), mask)
     information = jnp.stack([stats.mutual_information for stats in output.router.values()])
     metrics = {
         "loss": nll,
-        "depth": mean(output.depth, real),
+        "depth": mean(output.depth, token_mask),
         "act": output.act,
         "mutual_information": information.mean(),
         "load_max": jnp.stack([s.load.max() * s.load.shape[-1] for s in output.router.values()]).max(),

@@ -15,7 +15,7 @@ from stickjax.models.moa import MixtureOfHeads
 from stickjax.models.moe import SparseExperts
 from stickjax.models.router import RouterStats, router_stats
 from stickjax.models.vocabulary import embedded
-from stickjax.parallel.collectives import gather, size, split
+from stickjax.parallel.collectives import copy_to_tensor_parallel, gather, size
 
 
 class Cache(NamedTuple):
@@ -54,12 +54,12 @@ class Block(nnx.Module):
         self.ffn_norm = norm_of(config)
         self.ffn = (SparseExperts if config.E else FeedForward)(config, k_ffn)
 
-    def __call__(self, x, context: Context, real, cache, key):
+    def __call__(self, x, context: Context, token_mask, cache, key):
         key_attention = None if key is None else jax.random.fold_in(key, 1)
-        y, cache, heads = self.attention(self.attention_norm(x), context, cache, real, key_attention)
+        y, cache, heads = self.attention(self.attention_norm(x), context, cache, token_mask, key_attention)
         x = x + self.config.m_res * y
         y = self.ffn_norm(x)
-        y, experts = self.ffn(y, real, key) if self.config.E else (self.ffn(y), None)
+        y, experts = self.ffn(y, token_mask, key) if self.config.E else (self.ffn(y), None)
         return x + self.config.m_res * y, cache, (experts, heads)
 
 
@@ -95,14 +95,14 @@ class Transformer(nnx.Module):
         c = self.config
         if cache is not None and segment_ids is None:
             segment_ids = jnp.zeros_like(tokens)
-        real = None if segment_ids is None else segment_ids >= 0
+        token_mask = None if segment_ids is None else segment_ids >= 0
         context, cache = _context(c, tokens, segment_ids, cache)
         embed, unembed = gather({"embed": self.embed, "unembed": self.unembed}, c.dtype).values()
         x = c.m_emb * embedded(cast(embed, c), tokens)
 
         def layer(x, inputs):
             block, layer_cache, layer_key = inputs
-            x, layer_cache, sums = gather(block, c.dtype)(x, context, real, layer_cache, layer_key)
+            x, layer_cache, sums = gather(block, c.dtype)(x, context, token_mask, layer_cache, layer_key)
             return x, (layer_cache, sums)
 
         if c.remat != "none":
@@ -115,7 +115,7 @@ class Transformer(nnx.Module):
             cache = cache._replace(key=layer_caches[0], value=layer_caches[1])
 
         unembed = cast(embed, c).T if unembed is None else cast(unembed, c)
-        x = split(self.norm(x[:, -1:] if last_only else x))
+        x = copy_to_tensor_parallel(self.norm(x[:, -1:] if last_only else x))
         logits = jnp.einsum("BTD,DV->BTV", x, unembed, preferred_element_type=jnp.float32)
         logits = logits / (c.m_width if c.logits_scaling is None else c.logits_scaling)
         experts, heads = (layers and router_stats(layers) for layers in sums)  # of all layers at once
@@ -153,7 +153,7 @@ def empty_cache(config: ModelConfig, batch: int, size: int) -> Cache:
     )  # fmt: skip
 
 
-def read(
+def decode_step(
     model: "Transformer", tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"], cache: Cache
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Logits after the last of these tokens, and the cache with them."""

@@ -6,7 +6,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from stickjax.parallel.collectives import first_of, joined, size
+from stickjax.parallel.collectives import first_of, reduce_from_tensor_parallel, size
 
 
 def _local(ids, count: int):
@@ -21,7 +21,7 @@ def embedded(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Arr
     if size("tensor") == 1:
         return table[tokens]
     tokens, here = _local(tokens, table.shape[0])
-    return joined(jnp.where(here[..., None], table[tokens], 0))
+    return reduce_from_tensor_parallel(jnp.where(here[..., None], table[tokens], 0))
 
 
 def cross_entropy(logits: Float[Array, "B T V"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
@@ -35,4 +35,8 @@ def cross_entropy(logits: Float[Array, "B T V"], targets: Int[Array, "B T"]) -> 
     largest = lax.pmax(jax.lax.stop_gradient(logits).max(-1), "tensor")
     targets, here = _local(targets, logits.shape[-1])
     wanted = jnp.where(here, jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0], 0)
-    return jnp.log(joined(jnp.exp(logits - largest[..., None]).sum(-1))) + largest - joined(wanted)
+    return (
+        jnp.log(reduce_from_tensor_parallel(jnp.exp(logits - largest[..., None]).sum(-1)))
+        + largest
+        - reduce_from_tensor_parallel(wanted)
+    )

@@ -4,8 +4,8 @@ On a single device there is none.
 
 Gradients are computed as if every device had its own loss and the whole loss were their sum. So where an axis that
 divides the batch gathers an array, the transpose sums its gradients. Along "tensor" all devices hold the same
-activations and the same loss. A layer calls `split` (copy to tensor parallel) before it computes its part of the heads
-or hidden units, and `joined` (reduce from tensor parallel) after it.
+activations and the same loss. A layer calls `copy_to_tensor_parallel` before it computes its part of the heads
+or hidden units, and `reduce_from_tensor_parallel` after it.
 """
 
 import functools
@@ -81,18 +81,18 @@ def _sum_gradients(tree, axes):
 _sum_gradients.defvjp(lambda tree, axes: (tree, None), lambda axes, _, gradients: (lax.psum(gradients, axes),))
 
 
-def total(tree):
+def psum_over_batch(tree):
     """The psum of arrays over the batch. The gradient is of this device's part alone: see the module's docstring."""
     axes = several(BATCH_AXES)
     return _sum(tree, axes) if axes else tree
 
 
-def split(tree):
+def copy_to_tensor_parallel(tree):
     """Copy to tensor parallel: the arrays themselves, whose gradients are summed over the devices of "tensor"."""
     return tree if size("tensor") == 1 else _sum_gradients(tree, "tensor")
 
 
-def joined(x):
+def reduce_from_tensor_parallel(x):
     """Reduce from tensor parallel: the sum of the parts that the devices of "tensor" have computed."""
     return x if size("tensor") == 1 else _sum(x, "tensor")
 

@@ -152,15 +152,15 @@ def _keep(leaves: dict, kind: Kind, slot, keep, denominator: str) -> dict[str, i
     """Cut the leaves of one kind down to what is kept; the fields of the config that say so."""
     E = int(keep.sum(1).max())
     columns = np.argsort(~keep, axis=1, kind="stable")[:, :E]  # of the kept ones, in their order
-    real = np.take_along_axis(keep, columns, 1)
-    places = np.where(real, np.arange(E)[None], -1)
+    kept = np.take_along_axis(keep, columns, 1)
+    places = np.where(kept, np.arange(E)[None], -1)
     place = f"blocks/{kind.name}"
 
     def taken(leaf, indices, axis):
         shape = [1] * leaf.ndim
         shape[0], shape[axis] = indices.shape
         taken = jnp.take_along_axis(leaf, jnp.asarray(indices).reshape(shape), axis)
-        return jnp.where(real.reshape(shape), taken, jnp.zeros((), leaf.dtype))
+        return jnp.where(kept.reshape(shape), taken, jnp.zeros((), leaf.dtype))
 
     for name in kind.weights:
         indices = np.maximum(np.take_along_axis(slot, columns, 1), 0)
@@ -173,6 +173,6 @@ def _keep(leaves: dict, kind: Kind, slot, keep, denominator: str) -> dict[str, i
     else:
         gone = keep.shape[1] - E
         places = np.full(keep.shape, -1)
-        np.put_along_axis(places, columns, np.where(real, np.arange(E)[None], -1), 1)
+        np.put_along_axis(places, columns, np.where(kept, np.arange(E)[None], -1), 1)
     leaves[f"{place}/router/slot"] = jnp.asarray(places, jnp.float32)
     return {kind.old: E, kind.gone: gone}

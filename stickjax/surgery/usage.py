@@ -46,10 +46,10 @@ def use(model: Transformer, batches: Iterable[Mapping[str, np.ndarray]]) -> Use:
     counts = {kind.name: np.zeros(slots(model, kind).shape, np.int64) for kind in kinds}
     for batch in batches:
         batch = {name: batch[name] for name in ("tokens", "segment_ids") if name in batch}
-        real = batch["tokens"].size if "segment_ids" not in batch else int((batch["segment_ids"] >= 0).sum())
+        tokens = batch["tokens"].size if "segment_ids" not in batch else int((batch["segment_ids"] >= 0).sum())
         shares = jax.device_get(_rows(model, batch))
         for kind in kinds:
-            rows = np.asarray(shares[kind.name], float) * real * kind.chosen(model.config)
+            rows = np.asarray(shares[kind.name], float) * tokens * kind.chosen(model.config)
             counts[kind.name] += np.rint(rows).astype(np.int64)
     return counts
 

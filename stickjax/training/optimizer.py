@@ -265,7 +265,7 @@ def label_of(names: tuple[str, ...]) -> str:
     raise ValueError(f"no muP label for {'.'.join(names)!r}{nearest(last, [*MATRICES, *EMBEDDINGS, 'scale', 'bias'])}")
 
 
-def learns(name: str, learn: str) -> bool:
+def is_trainable(name: str, learn: str) -> bool:
     """Whether a parameter is trainable: it matches a pattern of `optim.learn`, and no pattern after a !.
 
     >>> [learns("blocks.ffn.router.weight", learn) for learn in ("*.router.*", "!*.router.*", "*,!embed")]
@@ -290,7 +290,7 @@ def label_tree(params, learn: str = "*"):
     def label(names, leaf):
         name = ".".join(names)
         names_of.append(name)
-        return label_of(names) if learns(name, learn) else "frozen"
+        return label_of(names) if is_trainable(name, learn) else "frozen"
 
     labels = by_name(label, params)
     for pattern in patterns:
@@ -299,7 +299,7 @@ def label_tree(params, learn: str = "*"):
     return labels
 
 
-def learning(config: Config, params):
+def stop_frozen_gradients(config: Config, params):
     """The parameters; the ones that `optim.learn` freezes get no gradient."""
     freeze = lambda label, x: jax.lax.stop_gradient(x) if label == "frozen" else x  # noqa: E731
     return jax.tree.map(freeze, label_tree(params, config.optim.learn), params)

@@ -16,9 +16,9 @@ from stickjax.models.family import init
 from stickjax.models.router import updated_router_bias
 from stickjax.models.transformer import Transformer, apply
 from stickjax.models.vocabulary import cross_entropy
-from stickjax.parallel.collectives import total
+from stickjax.parallel.collectives import psum_over_batch
 from stickjax.parallel.sharding import shard_gradients, shardings
-from stickjax.training.optimizer import learning, learns, make_optimizer
+from stickjax.training.optimizer import is_trainable, make_optimizer, stop_frozen_gradients
 
 ROUTERS = {"": "ffn", "attention_": "attention"}  # {beginning of a metric's name: the part of the block}
 
@@ -69,8 +69,8 @@ def loss_and_metrics(config: Config, params, batch, key) -> tuple[jax.Array, dic
     output = apply(params, batch, key)
     nll = cross_entropy(output.logits, batch["targets"])
     mask = batch["loss_mask"].astype(jnp.float32)
-    scale = batch.get("loss_scale", 1 / jnp.maximum(total(mask.sum()), 1))
-    loss = total((nll * mask).sum()) * scale
+    scale = batch.get("loss_scale", 1 / jnp.maximum(psum_over_batch(mask.sum()), 1))
+    loss = psum_over_batch((nll * mask).sum()) * scale
     metrics = {"loss": loss}
     m, load = config.model, {}
     weights = {
@@ -97,11 +97,11 @@ def make_step(config: Config, mesh: Mesh | None = None) -> Callable[[TrainState,
     accumulate, steps = config.train.accumulate, config.train.steps
 
     def gradients(params, batch, key):
-        grad = jax.grad(lambda p, b, k: loss_and_metrics(config, learning(config, p), b, k), has_aux=True)
+        grad = jax.grad(lambda p, b, k: loss_and_metrics(config, stop_frozen_gradients(config, p), b, k), has_aux=True)
         if accumulate == 1:
             return grad(params, batch, key)
         micro = {name: x.reshape(accumulate, -1, *x.shape[1:]) for name, x in batch.items()}
-        scale = 1 / jnp.maximum(total(batch["loss_mask"].astype(jnp.float32).sum()), 1)
+        scale = 1 / jnp.maximum(psum_over_batch(batch["loss_mask"].astype(jnp.float32).sum()), 1)
 
         def one(total, inputs):  # a sum in bfloat16 would lose the gradients of late microbatches
             part, k = inputs
@@ -157,7 +157,7 @@ def jit_step(config: Config, mesh: Mesh | None, state: TrainState) -> Callable:
 def _with_router_bias(config: Config, params: Transformer, load: dict[str, jax.Array]) -> Transformer:
     params = jax.tree.map(lambda x: x, params)  # a copy: modules are changed by assignment
     for kind, name in ROUTERS.items():
-        if kind in load and learns(f"blocks.{name}.router.selection_bias", config.optim.learn):
+        if kind in load and is_trainable(f"blocks.{name}.router.selection_bias", config.optim.learn):
             router, experts = getattr(params.blocks, name).router, _experts(params, kind, load[kind])
             bias = updated_router_bias(router.selection_bias[...], load[kind], config.model.bias_rate, experts)
             router.selection_bias = nnx.Param(bias)
