@@ -42,8 +42,8 @@ LENGTHS = (1, 2, 4, 8)
 
 @jax.jit
 def _sums(model: Transformer | LanguageModel, windows: jax.Array, target_mask: jax.Array) -> dict[str, jax.Array]:
-    """Sums over the targets of windows [B, T+1] for which `target_mask` [B, T] is true: the negative log-likelihood in nats,
-    and the number of blocks of a model that halts."""
+    """Sums over the targets of windows [B, T+1] that `target_mask` [B, T] keeps: the negative log-likelihood in nats, and
+    the number of blocks of a model that halts."""
     output = apply(model, {"tokens": windows[:, :-1]})
     by_token = {"nll": optax.softmax_cross_entropy_with_integer_labels(output.logits, windows[:, 1:])}
     if isinstance(model, LanguageModel):
