@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from stickjax.config.command import Parser, command
-from stickjax.data.batches import heldout_windows
 from stickjax.data.corpus import load_corpus
+from stickjax.data.heldout import heldout_windows
 from stickjax.evaluation.pairs import THRESHOLDS
 from stickjax.models import sut
 from stickjax.storage.run_folder import load

@@ -18,7 +18,7 @@ import numpy as np
 from configs import tiny
 from stickjax.config import Config
 from stickjax.data.batches import make_batch
-from stickjax.training.metrics import flops_per_token
+from stickjax.models.families import family_of
 from stickjax.training.step import init_state, make_step
 
 from .cost import Ceilings
@@ -108,4 +108,6 @@ def rows(ceilings: Ceilings, *, quick: bool = False):
             yield Row.timed(PART, case, name, t, ratio=torch.best / t.best, **bound, extra=extra)
         else:
             yield Row.timed(PART, case, name, t, extra=extra | ({} if name in GOALS else {"with": versions}))
-    yield Row(PART, case, "limit: compute", 1e3 * tokens * flops_per_token(m, config.data.T) / ceilings.flops)
+    yield Row(
+        PART, case, "limit: compute", 1e3 * tokens * family_of(m).flops_per_token(m, config.data.T) / ceilings.flops
+    )

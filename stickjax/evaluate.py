@@ -18,19 +18,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 from rich.table import Table
 
 from stickjax.config import Config
 from stickjax.config.command import Parser, command, say_error
 from stickjax.config.command_line import parse_changes
-from stickjax.data.batches import heldout_windows
 from stickjax.data.corpus import load_corpus
+from stickjax.data.heldout import heldout_windows
 from stickjax.evaluation import pairs as accuracy
 from stickjax.evaluation import plots
 from stickjax.evaluation.plots import Records
-from stickjax.models.family import apply
-from stickjax.models.sut import LanguageModel
-from stickjax.models.transformer import Transformer
+from stickjax.models.families import family_of
 from stickjax.storage.run_folder import load, place_of_results, read_config
 from stickjax.system.disk import write_file
 from stickjax.system.tables import print_table
@@ -41,18 +40,20 @@ LENGTHS = (1, 2, 4, 8)
 
 
 @jax.jit
-def _sums(model: Transformer | LanguageModel, windows: jax.Array, target_mask: jax.Array) -> dict[str, jax.Array]:
-    """Sums over the targets of windows [B, T+1] that `target_mask` [B, T] keeps: the negative log-likelihood in nats, and
-    the number of blocks of a model that halts."""
-    output = apply(model, {"tokens": windows[:, :-1]})
+def _sums(model: nnx.Module, windows: jax.Array, target_mask: jax.Array) -> dict[str, jax.Array]:
+    """Sums over the targets of windows [B, T+1] that `target_mask` [B, T] keeps.
+
+    They are the negative log-likelihood in nats and, of a model that halts, the number of blocks.
+    """
+    output = family_of(model.config).apply(model, {"tokens": windows[:, :-1]})
     by_token = {"nll": optax.softmax_cross_entropy_with_integer_labels(output.logits, windows[:, 1:])}
-    if isinstance(model, LanguageModel):
-        by_token["depth"] = output.depth
+    if (depth := getattr(output, "depth", None)) is not None:
+        by_token["depth"] = depth
     return {name: jnp.where(target_mask, values, 0).sum() for name, values in by_token.items()}
 
 
 def evaluate(
-    model: Transformer | LanguageModel,
+    model: nnx.Module,
     config: Config,
     *,
     lengths: tuple[int, ...] = LENGTHS,
@@ -104,12 +105,12 @@ def evaluate(
     return records
 
 
-def depths(model: LanguageModel, config: Config, *, lines: int = 4, T: int = 64) -> list[tuple[list[str], np.ndarray]]:
+def depths(model: nnx.Module, config: Config, *, lines: int = 4, T: int = 64) -> list[tuple[list[str], np.ndarray]]:
     """The tokens of some held-out windows, as text, and the mean number of blocks of each."""
     _, heldout = load_corpus(config.data)
     T = min(T, config.data.T)
     windows = heldout_windows(heldout, T, lengths=(1,), max_tokens=lines * T)
-    found = jax.device_get(apply(model, {"tokens": windows.tokens[:, :-1]}).depth)
+    found = jax.device_get(family_of(model.config).apply(model, {"tokens": windows.tokens[:, :-1]}).depth)
 
     def text(token: int) -> str:
         return heldout.tokenizer.decode([int(token)]).encode("unicode_escape").decode() or "<end>"
@@ -179,10 +180,9 @@ def main(argv: list[str] | None = None) -> int:
     runs, lengths = names(words.runs), _lengths(words.lengths)
     configs = {name: read_config(run) for name, run in runs.items()}
     changes = {name: parse_changes(config, rest) for name, config in configs.items()}
-    classes = {getattr(config.model, "classes", 0) for config in configs.values()}
-    if len(classes) > 1:
+    if len(reads := {config.model.reads for config in configs.values()}) > 1:
         raise ValueError("classifiers and language models are not compared: evaluate them in two commands")
-    pairs = classes != {0}
+    pairs = reads == {"pairs"}
     if words.plot and not Path(words.plot).absolute().parent.is_dir():
         raise ValueError(f"--plot={words.plot}: {printable(Path(words.plot).parent)} is not a folder; make it first")
     results, places = {}, {}
@@ -198,7 +198,7 @@ def main(argv: list[str] | None = None) -> int:
             continue
         options = dict(lengths=lengths, max_tokens=words.max_tokens, say=say)
         results[name] = evaluate(loaded.model, loaded.config, **options)
-        if place and isinstance(loaded.model, LanguageModel):
+        if place and "depth" in results[name][0]:
             plots.plot_depth(depths(loaded.model, loaded.config), place / "depth.png")
         if place:
             record = {"run": name, "step": loaded.step, "lengths": results[name]}

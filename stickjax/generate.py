@@ -13,20 +13,19 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from stickjax.config.command import Parser, command
 from stickjax.config.command_line import parse
 from stickjax.config.fields import SEED
 from stickjax.data.tokenizer import StreamDecoder, Tokenizer
-from stickjax.models.family import decode_step, empty_cache
-from stickjax.models.sut import LanguageModel
-from stickjax.models.transformer import Transformer
+from stickjax.models.families import family_of
 from stickjax.storage.run_folder import Loaded, load, read_config
 from stickjax.system.memory import free_memory, gib
 
 
 def generate(
-    model: Transformer | LanguageModel,
+    model: nnx.Module,
     prompts: Sequence[np.ndarray],
     max_new_tokens: int,
     *,
@@ -63,8 +62,6 @@ def generate(
     >>> [len(row) for row in generate(model, [[1, 2, 3], [4]], 5, temperature=1.0, top_p=0.9)]
     [5, 5]
     """
-    if getattr(model.config, "classes", 0):
-        raise ValueError(f"a classifier of classes={model.config.classes} generates no text")
     vocab_size = min(vocab_size or model.config.vocabulary, model.config.vocabulary)
     _check_options(max_new_tokens, temperature, top_k, top_p, seed)
     rows = [_prompt_ids(row, prompt, eot, vocab_size) for row, prompt in enumerate(prompts)]
@@ -99,7 +96,7 @@ def generate(
 @partial(jax.jit, static_argnames=("top_k", "vocab_size"), donate_argnames="cache")
 def _advance(model, tokens, segment_ids, cache, key, index, *, temperature, top_k, top_p, vocab_size):
     """Read tokens [B,T] into the cache and choose each row's `index`-th new token: ids [B]. No temperature: greedy."""
-    logits, cache = decode_step(model, tokens, segment_ids, cache)
+    logits, cache = family_of(model.config).decode_step(model, tokens, segment_ids, cache)
 
     def choose(logits, row):
         logits = jnp.where(jnp.arange(len(logits)) < vocab_size, logits, -jnp.inf)
@@ -121,14 +118,17 @@ def _advance(model, tokens, segment_ids, cache, key, index, *, temperature, top_
 
 def _cache(config, B: int, S: int):
     """An empty cache; ValueError, with the bytes, if it does not fit into memory."""
-    each = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(lambda: empty_cache(config, 1, 64))))
+    family = family_of(config)
+    each = sum(
+        x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(lambda: family.empty_cache(config, 1, 64)))
+    )
     needed, free = B * S * each / 64, free_memory()
     if free is not None and needed > free.bytes:
         raise ValueError(
             f"a cache of {B} sequences of {S:,} tokens takes {gib(needed)}, but {gib(free.bytes)} are {free.source}: "
             "use a smaller max_new_tokens, shorter prompts or fewer prompts"
         )
-    return empty_cache(config, B, S)
+    return family.empty_cache(config, B, S)
 
 
 def _bucket(n: int) -> int:

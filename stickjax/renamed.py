@@ -29,7 +29,7 @@ NEW_NAMES = {
     "stickjax.plots": "stickjax.evaluation.plots",
     "stickjax.processes": "stickjax.parallel.processes",
     "stickjax.run": "stickjax.storage.run_folder",
-    "stickjax.sharding": "stickjax.parallel.sharding",
+    "stickjax.sharding": "stickjax.parallel.mesh",
     "stickjax.sources": "stickjax.data.sources",
     "stickjax.special_tokens": "stickjax.data.special_tokens",
     "stickjax.step": "stickjax.training.step",

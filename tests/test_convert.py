@@ -19,7 +19,7 @@ from stickjax.config import Config, ModelConfig
 from stickjax.convert import export, main
 from stickjax.data.tokenizer import ByteTokenizer, load_tokenizer
 from stickjax.models.transformer import init
-from stickjax.parallel.sharding import make_mesh
+from stickjax.parallel.mesh import make_mesh
 from stickjax.storage.checkpoints import Checkpoints
 from stickjax.storage.hugging_face.configs import to_theirs
 from stickjax.storage.run_folder import Loaded, load, save, write_config

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from stickjax import evaluate
 from stickjax.config import Config
-from stickjax.data.batches import heldout_windows
 from stickjax.data.corpus import Corpus
+from stickjax.data.heldout import heldout_windows
 from stickjax.data.tokenizer import ByteTokenizer, load_tokenizer
 from stickjax.evaluate import main, names
 from stickjax.evaluation import plots

@@ -13,9 +13,9 @@ import stickjax
 from stickjax.convert import in_memory
 from stickjax.generate import generate
 from stickjax.models import transformer
+from stickjax.models.families import family_of
 from stickjax.models.router import router_stats
 from stickjax.storage.hugging_face import names
-from stickjax.training.step import loss_and_metrics
 
 ORACLES = Path(__file__).parent / "oracles"
 FOLDERS = sorted(path.parent for kind in ("hf", "moduleformer") for path in ORACLES.glob(f"{kind}/*/config.json"))
@@ -97,7 +97,7 @@ def test_losses_and_gradients_are_the_originals(loaded, folder, monkeypatch):
     mask = np.ones_like(tokens)
     mask[:, -1] = 0
     batch = {"tokens": tokens, "targets": np.roll(tokens, -1, 1), "loss_mask": mask}
-    run = jax.jit(jax.value_and_grad(lambda model: loss_and_metrics(config, model, batch, None), has_aux=True))
+    run = jax.jit(jax.value_and_grad(lambda model: family_of(config.model).loss(model, batch, None), has_aux=True))
     (loss, metrics), gradient = run(model)
     assert_close(loss, expected["loss"], FORWARD["float32"])
     if "aux_loss" in expected:

@@ -76,7 +76,7 @@ def test_layers_are_told_apart():
     assert may_import("stickjax.models.moe", "pallas_kernels.route") and may_import("stickjax.models.moe", "jax.numpy")
     assert may_import("stickjax.models.moe", "stickjax.models.router")
     assert not may_import("stickjax.config.fields", "stickjax.models.moe")
-    assert not may_import("stickjax.data.corpus", "stickjax.parallel.sharding")  # neither is below the other
+    assert not may_import("stickjax.data.corpus", "stickjax.parallel.mesh")  # neither is below the other
     assert not may_import("pallas_kernels.dispatch", "stickjax.config")
     assert not may_import("stickjax.training.loop", "stickjax.train")
     assert "pallas_kernels.dispatch" in imports(ROOT / "pallas_kernels" / "stick_breaking" / "__init__.py")

@@ -8,8 +8,9 @@ import pytest
 from conftest import assert_close, assert_same_state
 
 from stickjax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from stickjax.models.parameters import shardings
 from stickjax.models.transformer import init
-from stickjax.parallel import sharding
+from stickjax.parallel.mesh import make_mesh, shard_batch
 from stickjax.storage.checkpoints import Checkpoints, named_leaves
 from stickjax.storage.run_folder import save
 from stickjax.train import fit
@@ -113,13 +114,13 @@ def test_what_is_frozen_and_what_is_float32_has_no_master():
 @pytest.mark.skipif(jax.device_count() < 4, reason="needs 4 devices")
 def test_masters_are_divided_as_their_parameters_are(tuned, published):
     c = config("bfloat16", **{"mesh.fsdp": 4})
-    mesh, state = sharding.make_mesh(c), begin(c, published)
-    places = sharding.shardings(mesh, state)
+    mesh, state = make_mesh(c), begin(c, published)
+    places = shardings(mesh, state)
     params, masters = named_leaves(places.params), named_leaves(optax.tree.get(places.opt_state, "masters"))
     assert masters.keys() == params.keys() and all(masters[name].spec == params[name].spec for name in masters)
     step, state = jax.jit(make_step(c, mesh), out_shardings=(places, None)), jax.device_put(state, places)
     for batch in batches():
-        state, metrics = step(state, sharding.place(mesh, batch))
+        state, metrics = step(state, shard_batch(mesh, batch))
         jax.block_until_ready(metrics)
     for name, master in masters_of(tuned["bfloat16"]).items():
         np.testing.assert_allclose(masters_of(state)[name], master, atol=2 * RATE, err_msg=name)

@@ -14,9 +14,10 @@ from pallas_kernels import route, stick_breaking_attention
 from stickjax.config import Config, ModelConfig
 from stickjax.config.universal import SutConfig
 from stickjax.models.attention import Context
+from stickjax.models.decoder import Decoder
 from stickjax.models.moa import MixtureOfHeads, SharedHeads
 from stickjax.models.router import choose_experts, router_stats, router_sums
-from stickjax.models.transformer import init, parameter_counts
+from stickjax.models.transformer import init
 from stickjax.training.step import init_state, make_step
 
 SIZES = dict(V=31, D=16, L=2, H=4, F=24)
@@ -152,11 +153,11 @@ def test_training_balances_both_routers():
 
 def test_active_parameters_are_those_of_the_chosen_experts():
     config = ModelConfig(**SIZES, N=6, K=2, attention_experts=5)
-    total, active = parameter_counts(config)
+    total, active = Decoder().parameter_counts(config)
     assert total == sum(leaf.size for leaf in jax.tree.leaves(init(config, jax.random.key(0))))
     idle = 2 * 2 * (5 - 3) * 16 * 8  # layers, query and output, experts not chosen, D, K * H
     assert active == total - 31 * 16 - idle
-    dense, _ = parameter_counts(dataclasses.replace(config, attention_experts=0))
+    dense, _ = Decoder().parameter_counts(dataclasses.replace(config, attention_experts=0))
     assert total - dense == 2 * (2 * (5 - 3) * 16 * 8 + 16 * 5)  # five experts for three, and routers
 
 

@@ -13,10 +13,11 @@ from conftest import FORWARD, GRADIENT, assert_close
 
 from stickjax.config import ModelConfig
 from stickjax.config.decoder import MODULES
+from stickjax.models.decoder import Decoder
 from stickjax.models.layers import rotary
 from stickjax.models.moe import SparseExperts
 from stickjax.models.router import choose_experts, round_tokens, router_stats, router_sums, updated_router_bias
-from stickjax.models.transformer import apply, empty_cache, init, parameter_counts
+from stickjax.models.transformer import apply, empty_cache, init
 from stickjax.storage.hugging_face.configs import _effective, to_ours, to_theirs
 
 SMALL = dict(V=31, D=24, L=2, N=4, K=2, H=8, F=20, norm_eps=1e-5)
@@ -225,7 +226,7 @@ def test_presets_have_the_published_sizes(name):
     total, layers = PRESETS[name]
     config = getattr(ModelConfig, name)()
     assert config.L == layers
-    assert abs(parameter_counts(config)[0] / total - 1) < 5e-4
+    assert abs(Decoder().parameter_counts(config)[0] / total - 1) < 5e-4
 
 
 @pytest.mark.parametrize(
@@ -238,14 +239,14 @@ def test_presets_have_the_published_sizes(name):
 )
 def test_molm_has_exactly_the_published_parameters(name, total, active):
     config = getattr(ModelConfig, name)()
-    assert parameter_counts(config) == (total, active)
+    assert Decoder().parameter_counts(config) == (total, active)
     assert _effective(to_ours(to_theirs(config, 512))[0]) == _effective(config)
 
 
 def test_stickbreaking_3b_tied_and_active_counts():
-    assert abs(parameter_counts(ModelConfig.stickbreaking_3b(tied=True))[0] / 3.513e9 - 1) < 5e-4
-    assert abs(parameter_counts(ModelConfig.powermoe_1b())[1] / 377e6 - 1) < 5e-3
-    assert abs(parameter_counts(ModelConfig.powermoe_3b())[1] / 800e6 - 1) < 2e-2
+    assert abs(Decoder().parameter_counts(ModelConfig.stickbreaking_3b(tied=True))[0] / 3.513e9 - 1) < 5e-4
+    assert abs(Decoder().parameter_counts(ModelConfig.powermoe_1b())[1] / 377e6 - 1) < 5e-3
+    assert abs(Decoder().parameter_counts(ModelConfig.powermoe_3b())[1] / 800e6 - 1) < 2e-2
 
 
 def test_multipliers():

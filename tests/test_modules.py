@@ -332,7 +332,7 @@ def test_models_without_modules():
     ):
         with pytest.raises(ValueError, match="has no modules: E=0"):
             call()
-    with pytest.raises(ValueError, match="only a decoder has modules, not a model of family='sut'"):
+    with pytest.raises(ValueError, match="a model of family='sut' has no modules that can be added or pruned"):
         prune(SimpleNamespace(config=SutConfig(D=8, H=4, F=16)), {}, count=2)
 
 

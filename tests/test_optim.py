@@ -13,10 +13,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from stickjax.config import Config
+from stickjax.models.parameters import PARAMETERS, Parameter
 from stickjax.training import optimizer as optim
 from stickjax.training.optimizer import (
     TokenCount,
-    label_of,
     label_tree,
     make_optimizer,
     make_schedule,
@@ -384,6 +384,23 @@ def flat(tree) -> dict:
             for p, x in jax.tree_util.tree_leaves_with_path(tree)}  # fmt: skip
 
 
+WEIGHTS = {
+    "embedding": Parameter("V D", label="embedding"), "query": Parameter("D N H"), "key": Parameter("D K H"),
+    "value": Parameter("D K H"), "output": Parameter("N H D"), "head_bias": Parameter("N H", label="vector"),
+    "weight": Parameter("D C"), "selection_bias": Parameter("C", label="frozen"), "w_in": Parameter("E D F"),
+    "w_out": Parameter("E F D"), "bias": Parameter("D", label="vector"),
+}  # fmt: skip
+NORM = {"scale": Parameter("D", label="vector")}
+
+
+@pytest.fixture(autouse=True)
+def table(monkeypatch):
+    """The modules of this file are in the table of parameters."""
+    mine = {"Weights": WEIGHTS, "Norm": NORM, "Model": {"unembed": Parameter("D V", label="embedding")}}
+    for module, rows in mine.items():
+        monkeypatch.setitem(PARAMETERS, module, rows)
+
+
 @pytest.mark.parametrize("view", [lambda m: m, lambda m: jax.eval_shape(lambda: m), nnx.state])
 def test_labels_by_name(view):
     params = view(Model())
@@ -399,11 +416,18 @@ def test_labels_of_plain_dictionaries():
     }
 
 
-def test_unknown_names_are_not_guessed():
-    with pytest.raises(ValueError, match="blocks.attention.qeury.*did you mean 'query'"):
-        label_of(("blocks", "attention", "qeury"))
+def test_unknown_names_are_not_guessed(monkeypatch):
+    with pytest.raises(ValueError, match="no muP label for 'attention.qeury' .did you mean 'query'"):
+        label_tree({"attention": {"qeury": 0.0}})
     with pytest.raises(ValueError, match="surprise"):
         make_optimizer(Config(), {"surprise": jnp.ones(2)})
+    model = Model()
+    model.blocks.attention.qeury = nnx.Param(jnp.ones((2, 4, 1, 4)))
+    with pytest.raises(ValueError, match="blocks.attention.qeury .Weights.qeury. is not in the table of parameters"):
+        label_tree(model)
+    monkeypatch.setitem(PARAMETERS, "Norm", {"scale": Parameter("N H", label="vector")})
+    with pytest.raises(ValueError, match="norm.scale has 1 axes; the table of parameters says 'N H'"):
+        label_tree(Model())
 
 
 def mup_step(model, **changes):

@@ -13,7 +13,8 @@ from conftest import assert_close
 
 from stickjax.config import Config, MeshConfig, ModelConfig
 from stickjax.config.decoder import MODULES
-from stickjax.parallel import sharding
+from stickjax.models.parameters import shardings, specs
+from stickjax.parallel.mesh import make_mesh, shard_batch
 from stickjax.train import fit
 from stickjax.training.metrics import read_metrics
 from stickjax.training.step import init_state, make_step
@@ -52,7 +53,7 @@ def experiment(model, **mesh):
 
 
 def mesh_of(config):
-    return sharding.make_mesh(config)
+    return make_mesh(config)
 
 
 def batches(config):
@@ -71,11 +72,11 @@ def trained(config):
     mesh = mesh_of(config)
     state, places = init_state(config, jax.random.key(0)), None
     if mesh is not None:
-        places = sharding.shardings(mesh, state), None
+        places = shardings(mesh, state), None
         state = jax.device_put(state, places[0])
     step, metrics, first = jax.jit(make_step(config, mesh), out_shardings=places), [], None
     for batch in batches(config):
-        state, row = step(state, sharding.place(mesh, batch, config.train.accumulate))
+        state, row = step(state, shard_batch(mesh, batch, config.train.accumulate))
         metrics.append(jax.device_get(row))
         if first is None:  # Adam's first moment, which began at zero, is a multiple of them
             first = optax.tree.get(state.opt_state, "mu")
@@ -120,7 +121,7 @@ def test_accumulation_on_a_mesh():
 def test_parameters_and_optimizer_state_are_divided():
     config = experiment(MODELS["heads"], fsdp=4)
     state = init_state(config, jax.random.key(0))
-    state = jax.device_put(state, sharding.shardings(mesh_of(config), state))
+    state = jax.device_put(state, shardings(mesh_of(config), state))
     whole, part = 0, 0
     for leaf in jax.tree.leaves((state.params, state.opt_state)):
         whole, part = whole + leaf.nbytes, part + leaf.addressable_shards[0].data.nbytes
@@ -129,7 +130,7 @@ def test_parameters_and_optimizer_state_are_divided():
 
 def test_a_matrix_without_a_partition_is_an_error():
     with pytest.raises(ValueError, match="no partition for 'unheard_of' with 2 axes"):
-        sharding.specs({"unheard_of": jnp.ones((2, 2))})
+        specs({"unheard_of": jnp.ones((2, 2))})
 
 
 def test_a_run_goes_on_on_another_mesh(tmp_path):
@@ -169,11 +170,11 @@ def test_a_run_goes_on_on_another_mesh(tmp_path):
 def test_meshes_that_do_not_fit(changes, message):
     config = experiment(ModelConfig(**SIZES, E=4, k=2))
     with pytest.raises(ValueError, match=message):
-        sharding.make_mesh(config.replace(changes))
+        make_mesh(config.replace(changes))
 
 
 def test_sizes_of_a_mesh():
     config = experiment(MODELS["experts"])
-    assert sharding.make_mesh(config) is None
-    mesh = sharding.make_mesh(config.replace({"mesh.data": -1, "mesh.expert": 2}), jax.devices()[:4])
+    assert make_mesh(config) is None
+    mesh = make_mesh(config.replace({"mesh.data": -1, "mesh.expert": 2}), jax.devices()[:4])
     assert {axis: size for axis, size in mesh.shape.items() if size > 1} == {"data": 2, "expert": 2}

@@ -9,12 +9,14 @@ import pytest
 from conftest import GRADIENT, assert_close, assert_same_state
 
 from stickjax.config import Config
+from stickjax.models.decoder import Decoder
+from stickjax.models.families import family_of
 from stickjax.storage.checkpoints import Checkpoints
 from stickjax.train import fit, main
 from stickjax.training import loop
 from stickjax.training import step as step_module
 from stickjax.training.progress import Progress
-from stickjax.training.step import init_state, loss_and_metrics, make_step, tokens_of
+from stickjax.training.step import init_state, make_step, tokens_of
 
 DENSE = Config().replace(
     {
@@ -52,7 +54,7 @@ def test_the_loss_masks_the_seams():
         "segment_ids": tokens,
         "loss_mask": jnp.arange(32)[None] < jnp.array([[5], [32]]),
     }
-    loss = jax.jit(lambda batch: loss_and_metrics(EXPERTS, state.params, batch, None)[0])
+    loss = jax.jit(lambda batch: family_of(EXPERTS.model).loss(state.params, batch, None)[0])
     a = loss(batch)
     assert loss(batch | {"targets": tokens.at[0, 5:].set(99)}) == a
     assert loss(batch | {"targets": tokens.at[0, 4:].set(99)}) != a
@@ -61,14 +63,14 @@ def test_the_loss_masks_the_seams():
 @pytest.fixture
 def poison(monkeypatch):
     """A list; while its only element is true, no loss is finite."""
-    poison, loss_of, place = [True], step_module.loss_and_metrics, loop.sharding.place
+    poison, loss_of, shard_batch = [True], Decoder.loss, loop.shard_batch
 
-    def poisoned_loss(config, params, batch, key):
-        loss, metrics = loss_of(config, params, batch, key)
+    def poisoned_loss(self, params, batch, key):
+        loss, metrics = loss_of(self, params, batch, key)
         return loss * jnp.where(batch["poison"][0], jnp.nan, 1.0), metrics
 
-    monkeypatch.setattr(step_module, "loss_and_metrics", poisoned_loss)
-    monkeypatch.setattr(loop.sharding, "place", lambda *a: place(*a) | {"poison": np.array(poison)})
+    monkeypatch.setattr(Decoder, "loss", poisoned_loss)
+    monkeypatch.setattr(loop, "shard_batch", lambda *a: shard_batch(*a) | {"poison": np.array(poison)})
     return poison
 
 

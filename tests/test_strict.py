@@ -18,6 +18,7 @@ from pallas_kernels import (
     stick_breaking_weights,
 )
 from stickjax.config import Config, SutConfig
+from stickjax.models.families import family_of
 from stickjax.training.step import init_state, make_step
 
 
@@ -70,11 +71,8 @@ def test_experts(implementation):
 @pytest.mark.parametrize("model", [*MODELS.values(), SUT, PAIRS], ids=[*MODELS, "sut", "pairs"])
 def test_a_training_step(model):
     model = dataclasses.replace(model, dtype="bfloat16")
-    config = Config(model).replace({"data.T": 16, "data.B": 2, "train.accumulate": 1 if model.family == "sut" else 2})
-    tokens = jnp.zeros((2, 16), jnp.int32)
-    batch = dict(tokens=tokens, targets=tokens, segment_ids=tokens, loss_mask=tokens == 0)
-    if model.family == "sut" and model.classes:
-        batch = dict(left=tokens, right=tokens, label=tokens[:, 0])
+    config = Config(model).replace({"data.T": 16, "data.B": 2, "train.accumulate": 2 if model.accumulates else 1})
+    batch = family_of(model).example_batch(config)
     state = jax.eval_shape(lambda: init_state(config, jax.random.key(0)))
     after, metrics = jax.eval_shape(make_step(config), state, batch)
     assert [x.dtype for x in jax.tree.leaves(after)] == [x.dtype for x in jax.tree.leaves(state)]

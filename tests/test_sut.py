@@ -15,11 +15,12 @@ from flax import nnx
 from pallas_kernels import route
 from stickjax.config.universal import SutConfig
 from stickjax.models.halting import HaltingGate, halting_step, start, until_halted
+from stickjax.models.parameters import label, map_leaves, partition, shardings
 from stickjax.models.router import router_stats
 from stickjax.models.sut import SparseUniversalTransformer, UniversalStack, apply, init, loss
 from stickjax.models.sut_block import BiasedExperts
-from stickjax.parallel.sharding import AXES, by_name, place, shard_gradients, shardings, spec_of
-from stickjax.training.optimizer import label_of
+from stickjax.parallel.mesh import AXES, shard_batch
+from stickjax.training.gradients import mesh_gradients
 
 HERE = Path(__file__).parent
 
@@ -222,13 +223,13 @@ def drawn(make, config):
     """A model whose parameters are all drawn at random, those that start at zero too, with no program to compile."""
     rng = np.random.default_rng(0)
 
-    def draw(names, shape):
-        return jnp.asarray(rng.normal(names[-1] == "scale", 0.2, shape.shape), jnp.float32)
+    def draw(leaf):
+        return jnp.asarray(rng.normal(leaf.names[-1] == "scale", 0.2, leaf.value.shape), jnp.float32)
 
-    return by_name(draw, jax.eval_shape(partial(make, config), jax.random.key(0)))
+    return map_leaves(draw, jax.eval_shape(partial(make, config), jax.random.key(0)))
 
 
-def translation_loss(config, model, batch, key):
+def translation_loss(model, batch, key):
     output = model(batch, key)
     information = sum(stats.mutual_information for stats in output.router.values())
     return jnp.square(output.logits).mean() + information + output.act, {}
@@ -248,12 +249,12 @@ MODELS = {
 
 
 def check_gradients(gradients):
-    def check(names, gradient):
-        assert jnp.isfinite(gradient).all() and (gradient != 0).any(), names
-        assert label_of(names) in ("matrix", "vector", "embedding")
-        return spec_of(names, gradient)
+    def check(leaf):
+        assert jnp.isfinite(leaf.value).all() and (leaf.value != 0).any(), leaf.name
+        assert label(leaf) in ("matrix", "vector", "embedding")
+        return partition(leaf)
 
-    by_name(check, gradients)
+    map_leaves(check, gradients)
 
 
 @pytest.mark.parametrize("name", ["language", "translation"])
@@ -261,11 +262,11 @@ def test_every_parameter_learns_and_has_a_label_and_a_partition(name):
     config, make, batch, f = MODELS[name]
     model = drawn(make, config)
     key = jax.random.key(2) if config.dropout else None
-    check_gradients(jax.jit(jax.grad(lambda m: f(config, m, batch(4, 7, jax.random.key(1)), key)[0]))(model))
+    check_gradients(jax.jit(jax.grad(lambda m: f(m, batch(4, 7, jax.random.key(1)), key)[0]))(model))
 
 
 def pair_gradients(model, batch, key):
-    return jax.grad(lambda m: loss(MODELS["pairs"][0], m, batch, None), has_aux=True)(model)
+    return jax.grad(lambda m: loss(m, batch, None), has_aux=True)(model)
 
 
 @pytest.fixture(scope="module")
@@ -281,7 +282,7 @@ def test_losses_are_means_over_all_devices(classifier):
     check_gradients(expected)
     mesh = jax.make_mesh((2, 1, 1, 1, 1), AXES, devices=jax.devices()[:2])
     placed = jax.device_put(model, shardings(mesh, model))
-    found, found_metrics = jax.jit(shard_gradients(mesh, pair_gradients))(placed, place(mesh, batch), key)
+    found, found_metrics = jax.jit(mesh_gradients(mesh, pair_gradients))(placed, shard_batch(mesh, batch), key)
     for name, value in metrics.items():
         np.testing.assert_allclose(found_metrics[name], value, rtol=1e-5, err_msg=name)
     jax.tree.map(lambda a, b: assert_close(a, b, 1e-5), found, expected)

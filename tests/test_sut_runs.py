@@ -9,16 +9,17 @@ import pytest
 from benchmarks import halting
 from stickjax import Config, DataConfig, SutConfig, load
 from stickjax.convert import export
-from stickjax.data.batches import pair_examples, training_data
+from stickjax.data.pairs import pair_examples
+from stickjax.data.readers import training_data
 from stickjax.evaluate import depths as depths_of_text
 from stickjax.evaluate import evaluate as bits_per_byte
 from stickjax.evaluate import main as evaluate
 from stickjax.evaluation.pairs import THRESHOLDS, accuracy, batches_of, depths
 from stickjax.generate import generate, generate_text
-from stickjax.models.family import init, parameter_counts
-from stickjax.parallel.sharding import make_mesh
+from stickjax.models.families import family_of
+from stickjax.parallel.mesh import make_mesh
 from stickjax.train import fit, main
-from stickjax.training.metrics import flops_per_token, read_metrics
+from stickjax.training.metrics import read_metrics
 
 SIZES = dict(D=8, L=3, K=1, H=4, F=8, attention_experts=3, E=3)
 PAIRS = Config(SutConfig(V=12, **SIZES, classes=7), DataConfig(source="logic", examples=3000, T=40, B=4)).replace(
@@ -169,13 +170,13 @@ def test_a_language_model_trains_is_scored_and_continues_text(tmp_path, attentio
 
 
 def test_what_a_step_takes_is_counted():
-    total, active = parameter_counts(PAIRS.model)
-    model = init(PAIRS.model, jax.random.key(0))
+    total, active = family_of(PAIRS.model).parameter_counts(PAIRS.model)
+    model = family_of(PAIRS.model).init(PAIRS.model, jax.random.key(0))
     assert total == sum(x.size for x in jax.tree.leaves(model))
     outside = sum(p.size for p in (model.embed, model.w_in, model.in_bias, model.w_out, model.out_bias))
     idle = 8 * 8 * 2 + 8 + 8 + 8 * 4 * 2  # one of three experts: a network with biases, query and output of a head
     assert active == total - outside - idle
-    assert flops_per_token(PAIRS.model, 10) == 3 * (6 * active + 6 * 2 * 2 * 4 * 10)
+    assert family_of(PAIRS.model).flops_per_token(PAIRS.model, 10) == 3 * (6 * active + 6 * 2 * 2 * 4 * 10)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ import pytest
 
 from stickjax import sweeps
 from stickjax.config import Config
-from stickjax.data.batches import load_corpus, train_loader
+from stickjax.data.batches import train_loader
+from stickjax.data.corpus import load_corpus
 from stickjax.evaluation import plots
 from stickjax.models.transformer import apply, init
 from stickjax.sweeps import coordinate_check, fit_power_law, learning_rate_sweep, slopes

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from stickjax.config import DataConfig
-from stickjax.data.batches import batches, heldout_windows, task_loader
+from stickjax.data.batches import batches, task_loader
 from stickjax.data.corpus import load_corpus
+from stickjax.data.heldout import heldout_windows
 from stickjax.data.tasks import TASKS, Vocabulary, documents, listops, logic, recall, scan
 
 # Propositional logic

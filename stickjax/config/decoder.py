@@ -2,13 +2,18 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from stickjax.config.fields import BYTES, Dtype, check_fields, field
+from stickjax.config.attention import variant, variants_with
+from stickjax.config.family import FamilyConfig
+from stickjax.config.fields import Dtype, check_fields, field
+
+if TYPE_CHECKING:
+    from stickjax.config.experiment import Config
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(FamilyConfig):
     """A decoder-only language model. Capital letters are the shape letters of the code."""
 
     family: Literal["decoder"] = field("decoder", "the kind of model; a config file chooses it by its class")
@@ -26,7 +31,9 @@ class ModelConfig:
         "experts that own K query heads each; a token chooses N / K of them. 0: all tokens share the heads",
         at_least=0,
     )
-    attention: Literal["stick_breaking", "softmax"] = field("stick_breaking", "softmax comes with RoPE")
+    attention: str = field(
+        "stick_breaking", "stick_breaking, or softmax with rotary positions, or a registered variant"
+    )
     remainder: Literal["none", "value", "bias"] = field("none", "what is added for the unbroken rest of the stick")
     head_norm: bool = field(
         False, "normalise every head's output (GroupNorm, a group per head) before the output projection"
@@ -113,14 +120,15 @@ class ModelConfig:
             raise ValueError(f"bias_rate={self.bias_rate} needs experts, but E=0")
         if self.sample_topk > self.k and (self.E or not self.attention_experts):
             raise ValueError(f"sample_topk={self.sample_topk} cannot exceed k={self.k}")
-        if self.attention == "softmax":
-            if self.H % 2:
-                raise ValueError(f"H={self.H} must be even for rotary positions")
-            for name in ("attend_current", "skip_below"):
-                if getattr(self, name):
-                    raise ValueError(f"{name}={getattr(self, name)} needs attention='stick_breaking'")
-            if self.remainder != "none":
-                raise ValueError(f"remainder={self.remainder!r} needs attention='stick_breaking': softmax leaves none")
+        self._check_attention()
+
+    def _check_attention(self):
+        kind = variant(self.attention)
+        if kind.rotary and self.H % 2:
+            raise ValueError(f"H={self.H} must be even for rotary positions")
+        for name, absent in (("attend_current", False), ("skip_below", None), ("remainder", "none")):
+            if (value := getattr(self, name)) != absent and name not in kind.options:
+                raise ValueError(f"{name}={value!r} needs attention={variants_with(name)}, not {self.attention!r}")
 
     def _check_attention_experts(self):
         chosen, E = self.N // self.K, self.attention_experts
@@ -135,8 +143,8 @@ class ModelConfig:
             raise ValueError(f"sample_topk={self.sample_topk} cannot exceed {choice}")
         if self.key_value == "input" and (self.K, self.H) != (1, self.D):
             raise ValueError(f"key_value='input' needs K=1 and H=D={self.D}, not K={self.K} and H={self.H}")
-        if self.key_value == "input" and self.attention == "softmax":
-            raise ValueError("key_value='input' needs attention='stick_breaking': rotary positions turn only the keys")
+        if self.key_value == "input" and variant(self.attention).rotary:
+            raise ValueError(f"key_value='input': the rotary positions of {self.attention} would turn the values too")
         if self.head_norm or self.remainder == "bias":
             raise ValueError("head_norm and remainder='bias' need heads that all tokens share, not attention_experts")
 
@@ -151,10 +159,39 @@ class ModelConfig:
             if gone and self.pruned != "old_denominator":
                 raise ValueError(f"gone_{experts}={gone} needs pruned='old_denominator'")
 
-    @property
-    def vocabulary(self) -> int:
-        """V; if V is None, the 257 ids of bytes and the end of text."""
-        return BYTES if self.V is None else self.V
+    def check_mesh(self, config: "Config", sizes: dict[str, int]) -> None:
+        """Raise ValueError for a mesh that does not divide the model and its sequences."""
+        if sizes["expert"] > 1 and not self.E:
+            raise ValueError(f"expert={sizes['expert']} divides the experts, but E=0")
+        if sizes["expert"] > 1 and self.new_experts:
+            raise ValueError(
+                f"expert={sizes['expert']} cannot divide new_experts={self.new_experts} from E={self.E} old ones"
+            )
+        if sizes["context"] > 1 and not variant(self.attention).context:
+            raise ValueError(f"context={sizes['context']} cannot divide the sequences of attention={self.attention!r}")
+        tensor, context = sizes["tensor"], sizes["context"]
+        divided = [
+            (
+                "T",
+                config.data.T,
+                context > 1 and 2 * context,
+                f"2 x context={context}, because every device takes two pieces",
+            ),
+            ("D", self.D, sizes["fsdp"], f"fsdp={sizes['fsdp']}"),
+            ("E", self.E, sizes["expert"], f"expert={sizes['expert']}"),
+            (
+                "router_hidden",
+                self.router_hidden,
+                self.router_network != "linear" and sizes["fsdp"],
+                f"fsdp={sizes['fsdp']}",
+            ),
+            *((letter, getattr(self, letter), tensor, f"tensor={tensor}") for letter in "NKF"),
+            ("V", self.V or tensor, tensor, f"tensor={tensor}"),  # if V is None, it will become a multiple
+        ]
+        for letter, size, parts, divisor in divided:
+            if parts and size % parts:
+                near = -(-size // parts) * parts
+                raise ValueError(f"{letter}={size} must be a multiple of {divisor}; {letter}={near} would do")
 
     @property
     def scale(self) -> float:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from stickjax.config.decoder import ModelConfig
+from stickjax.config.family import MODEL_CONFIGS, FamilyConfig
 from stickjax.config.fields import SEED, check_fields, field, nearest, one_of, shown
 from stickjax.config.synonyms import suggestion
 from stickjax.config.universal import SutConfig
@@ -149,7 +150,7 @@ class MeshConfig:
 class Config:
     """A whole experiment."""
 
-    model: ModelConfig | SutConfig = field(None, "the model", ModelConfig)
+    model: FamilyConfig = field(None, "the model", ModelConfig)
     data: DataConfig = field(None, "the data", DataConfig)
     optim: OptimConfig = field(None, "the optimizer", OptimConfig)
     train: TrainConfig = field(None, "the run", TrainConfig)
@@ -159,9 +160,10 @@ class Config:
         check_fields(self)
         if self.data.B % self.train.accumulate:
             raise ValueError(f"B={self.data.B} sequences must be a multiple of accumulate={self.train.accumulate}")
-        if self.model.family == "sut" and self.train.accumulate > 1:
+        if self.train.accumulate > 1 and not self.model.accumulates:
             raise ValueError(
-                f"accumulate={self.train.accumulate} is for decoders; a Universal Transformer takes B at once"
+                f"accumulate={self.train.accumulate}: a model of family={self.model.family!r} takes the B sequences of "
+                "a step at once"
             )
         if self.optim.decay_tokens > self.total_tokens:
             self.check_lengths()
@@ -217,9 +219,9 @@ class Config:
             if not isinstance(fields, dict):
                 raise ValueError(f"{section}={shown(fields)} must be an object of fields")
         family = tree.get("model", {}).get("family", "decoder")
-        one_of("family", family, tuple(_FAMILIES))
+        one_of("family", family, tuple(MODEL_CONFIGS))
         flat = {f"{section}.{name}": value for section, fields in tree.items() for name, value in fields.items()}
-        return cls(_FAMILIES[family]()).replace(flat)
+        return cls(MODEL_CONFIGS[family]()).replace(flat)
 
     def diff(self, other: "Config") -> list[str]:
         """'section.field: here -> there' for every field that differs."""
@@ -235,14 +237,13 @@ class Config:
 
 
 _SECTIONS = tuple(section.name for section in dataclasses.fields(Config))
-_FAMILIES = {"decoder": ModelConfig, "sut": SutConfig}
 
 
 @functools.cache
 def field_names(*models: type) -> list[str]:
     """'section.field' for every field of a config with one of these model classes; by default, with any of them."""
     sections = [(s.name, s.default_factory) for s in dataclasses.fields(Config) if s.name != "model"]
-    sections = [("model", model) for model in models or _FAMILIES.values()] + sections
+    sections = [("model", model) for model in models or MODEL_CONFIGS.values()] + sections
     return list(dict.fromkeys(f"{name}.{f.name}" for name, section in sections for f in dataclasses.fields(section)))
 
 

@@ -3,16 +3,19 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from stickjax.config.fields import BYTES, Dtype, check_fields, field
+from stickjax.config.family import FamilyConfig
+from stickjax.config.fields import Dtype, check_fields, field
 
 
 @dataclass(frozen=True)
-class SutConfig:
+class SutConfig(FamilyConfig):
     """One block of experts that is applied up to L times, with a halting decision per token after each.
 
     `mi_weight` and `act_weight` multiply losses that are added to a *mean* cross-entropy. The original code adds them
     to a cross-entropy summed over the 8192 tokens of a worker: its weight of 0.1 corresponds to 0.1 / 8192 here.
     """
+
+    accumulates = False  # its halting is a mean over the whole batch
 
     family: Literal["sut"] = field("sut", "the kind of model; a config file chooses it by its class")
     V: int | None = field(
@@ -64,18 +67,17 @@ class SutConfig:
                 raise ValueError(f"{k}=1 of {E}={experts} has a constant gate and trains no router; use {k} >= 2")
         if self.sample_topk > self.attention_k:
             raise ValueError(f"sample_topk={self.sample_topk} cannot exceed attention_k={self.attention_k}")
-        if self.D % 2 and self.attention == "softmax" and self.sinusoidal:
+        if self.D % 2 and self.sinusoidal and not self.causal:
             raise ValueError(f"D={self.D} must be even for sinusoidal positions")
 
     @property
-    def vocabulary(self) -> int:
-        """V; if V is None, the 257 ids of bytes and the end of text."""
-        return BYTES if self.V is None else self.V
+    def causal(self) -> bool:
+        """Whether attention is causal by its kind: stick-breaking is, softmax with relative positions is not."""
+        return self.attention == "stick_breaking"
 
     @property
-    def m_width(self) -> float:
-        """1, for the optimizer: this model has no muP, so all parameters have one learning rate."""
-        return 1.0
+    def reads(self) -> str:
+        return "pairs" if self.classes else "text"
 
     @classmethod
     def sut_base(cls, **changes) -> "SutConfig":

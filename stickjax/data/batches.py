@@ -1,15 +1,13 @@
 """From tokens to batches: the stream of a corpus is cut into windows of T + 1 tokens.
 
-    source -> Corpus (train, held-out) -> train_loader: batches   |   heldout_windows: evaluation
+    source -> Corpus (train, held-out) -> train_loader: batches   |   data.heldout: windows for evaluation
     stickjax.data.tasks -> task_loader: batches of examples, with no stream of tokens between
 
-`python -m stickjax.data tokenize SOURCE OUT` writes a token file, `verify OUT` compares it with its sha256.
+`stickjax.data.readers` chooses what a model is trained on. `python -m stickjax.data tokenize SOURCE OUT` writes a token
+file, and `verify OUT` compares it with its sha256.
 """
 
-import hashlib
-import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import grain
@@ -17,28 +15,9 @@ import numpy as np
 
 from stickjax.config import Config, DataConfig
 from stickjax.config.fields import one_of
-from stickjax.data.corpus import Corpus, document_ends, load_corpus
-from stickjax.data.tasks import TASKS, Examples, logic
-from stickjax.data.token_files import tokenize
+from stickjax.data.corpus import Corpus, load_corpus
+from stickjax.data.tasks import TASKS
 from stickjax.data.tokenizer import Tokenizer
-from stickjax.system.text import printable
-
-log = logging.getLogger(__name__)
-
-__all__ = [
-    "Corpus",
-    "EvalWindows",
-    "TrainingData",
-    "batches",
-    "heldout_windows",
-    "load_corpus",
-    "make_batch",
-    "pair_examples",
-    "task_loader",
-    "tokenize",
-    "train_loader",
-    "training_data",
-]
 
 
 class _Windows:
@@ -171,173 +150,16 @@ class TrainingData(NamedTuple):
     heldout_hash: str | None = None  # of a text
 
 
-def training_data(config: Config) -> TrainingData:
-    """Windows of the text, or for a model with classes the pairs of the task `logic`.
-
-    Raises ValueError for a source without pairs, and what the sources raise.
-    """
+def text_data(config: Config) -> TrainingData:
+    """The windows of a text. Raises ValueError for a curriculum, and what the sources raise."""
     d = config.data
-    if not getattr(config.model, "classes", 0):
-        if d.curriculum:
-            raise ValueError(f"curriculum={d.curriculum} orders pairs of sentences; the model has classes=0")
-        corpus, heldout = load_corpus(d)
-        loader = lambda index, count: train_loader(corpus, d, process_index=index, process_count=count)  # noqa: E731
-        held = f"{heldout.documents:,} documents ({len(heldout.tokens):,} tokens) are held out"
-        summary = f"{corpus.summary()}; {held}"
-        return TrainingData(
-            loader, corpus.tokenizer.vocab_size, corpus.hash, corpus.source, summary, corpus.tokenizer,
-            heldout.source, heldout.hash,
-        )  # fmt: skip
-    pairs = pair_examples(config, "train")
-    source = LengthBucketedBatches(pairs, d.B, d.seed)
-    digest = hashlib.sha256("\n".join(f"{row}" for row in pairs.rows).encode()).hexdigest()[:16]
-
-    def loader(index: int, count: int) -> grain.DatasetIterator:
-        rows = slice(index * d.B // count, (index + 1) * d.B // count)
-        own = lambda batch: {name: array[0][rows] for name, array in batch.items()}  # noqa: E731
-        return batches(source, 1, d.seed, transform=own, first=_ShortFirst(source, d.curriculum, d.seed))
-
-    name = f"pairs of {d.source}"
-    return TrainingData(loader, len(logic.VOCABULARY), digest, name, f"{len(pairs):,} {name}, {digest}")
-
-
-class LengthBucketedBatches:
-    """Random access to batches of B pairs of about the same length, the shortest first, padded to a multiple of 8.
-
-    A batch of random pairs would be padded to its longest sentence, which takes twice the work. The seed decides which
-    pairs of the same length are in one batch.
-    """
-
-    def __init__(self, pairs: Examples, B: int, seed: int):
-        longest = np.array([max(side.count(" ") + 1 for side in row[:2]) for row in pairs.rows])
-        order = np.random.default_rng(seed).permutation(len(longest))
-        order = order[np.argsort(longest[order], kind="stable")]
-        self.pairs, self.batches = pairs, order[: len(order) // B * B].reshape(-1, B)
-        self.T = -(-longest[self.batches].max(1, initial=0) // 8) * 8
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        pairs = [self.pairs[i] for i in self.batches[index]]
-        batch = {name: np.stack([pair[name] for pair in pairs]) for name in pairs[0]}
-        return batch | {side: batch[side][:, : self.T[index]] for side in ("left", "right")}
-
-
-class _ShortFirst:
-    """A curriculum over batches that are sorted by length: step i draws from the first max(1/10, (i + 1) / steps) of
-    them."""
-
-    def __init__(self, source: LengthBucketedBatches, steps: int, seed: int):
-        self.source, self.steps, self.seed = source, steps, seed
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        known = max(1, int(len(self.source) * max(0.1, (index + 1) / self.steps)))
-        return self.source[int(np.random.default_rng([self.seed, index]).integers(known))]
-
-
-def pair_examples(config: Config, part: str, **options) -> Examples:
-    """The training or the held-out part of the `data.examples` pairs of sentences that are drawn for a classifier."""
-    if config.data.source != "logic":
-        raise ValueError(f"classes={config.model.classes} needs pairs: source='logic', not {config.data.source!r}")
-    if config.model.classes != (relations := len(logic.RELATIONS)):
-        raise ValueError(f"classes={config.model.classes} must be the {relations} relations of source='logic'")
-    options = dict(T=config.data.T, draws=config.data.examples) | options
-    return logic.examples(part, **options)
-
-
-@dataclass(frozen=True, eq=False)
-class EvalWindows:
-    """Held-out windows of at most M * T targets, each inside one document; M is the largest of `lengths`."""
-
-    tokens: np.ndarray  # [W, longest + 1], int32; the first token is the input of the first target
-    targets: np.ndarray  # [W], the number of targets of each window; the rest of its row is padding
-    T: int
-    lengths: tuple[int, ...]  # multiples of T that some document reaches
-    bytes: int  # of the text of all targets
-
-    def pieces(self, m: int) -> tuple[np.ndarray, np.ndarray]:
-        """Cut the windows into contexts of m * T tokens: (tokens [P, size + 1], mask of the targets [P, size]).
-
-        For every m, each target is in exactly one piece. `size` is m * T, or less if all documents are short.
-        """
-        W, longest = len(self.tokens), self.tokens.shape[1] - 1
-        size = min(m * self.T, -(-longest // 64) * 64)
-        count = -(-longest // size)
-        padded = np.pad(self.tokens, ((0, 0), (0, count * size - longest)))
-        starts = np.arange(0, count * size, size)
-        pieces = padded[:, starts[:, None] + np.arange(size + 1)].reshape(-1, size + 1)
-        target_mask = (np.arange(count * size) < self.targets[:, None]).reshape(W * count, size)
-        filled = target_mask.any(1)
-        return pieces[filled], target_mask[filled]
-
-
-def heldout_windows(
-    corpus: Corpus, T: int, *, lengths: tuple[int, ...] = (1, 2, 4, 8), max_tokens: int = 2**17, seed: int = 0
-) -> EvalWindows:
-    """Windows to evaluate contexts of m * T tokens for every m of `lengths` on the same targets.
-
-    No window crosses a document. A document begins as in training: with its own first token if that is the tokenizer's
-    bos, otherwise after an end of text. All later tokens are targets, including the document's end of text.
-
-    Windows of M * T targets come first, where M is the largest length: one from each document before a second from any,
-    in an order set by `seed`. Then come the remaining parts: whole short documents, and the ends of longer ones. At
-    least one window is taken, and then as many as have no more than `max_tokens` targets together.
-
-    Lengths that no document reaches are left out, which is logged; the smallest always stays.
-
-    Raises ValueError when a length does not divide the largest, or `max_tokens` is below 1.
-
-    >>> corpus = load_corpus(DataConfig())[1]
-    >>> windows = heldout_windows(corpus, 64, lengths=(1, 2), max_tokens=1024)
-    >>> windows.tokens.shape, windows.pieces(1)[0].shape
-    ((8, 129), (16, 65))
-    """
-    if max_tokens < 1:
-        raise ValueError(f"max_tokens={max_tokens} must be at least 1")
-    for m in lengths:
-        if m < 1 or max(lengths) % m:
-            raise ValueError(f"every length must divide the largest: {m} does not divide {max(lengths)} ({lengths=})")
-    eot, bos, ends = corpus.tokenizer.eot, corpus.tokenizer.bos, document_ends(corpus.tokens, corpus.tokenizer.eot)
-    starts = np.append(0, ends[:-1])
-    if bos is not None:
-        starts = starts + (corpus.tokens[starts] == bos)  # of the first target
-    kept = tuple(m for m in lengths if m * T <= (ends - starts).max()) or (min(lengths),)
-    if kept != tuple(lengths):
-        left_out = ", ".join(str(m) for m in lengths if m not in kept)
-        log.warning(
-            "the longest held-out document of %s has %d tokens: lengths %s of T=%d are left out",
-            printable(corpus.source), (ends - starts).max(), left_out, T,
-        )  # fmt: skip
-    chosen, total = [], 0
-    for document, first, n in _parts(ends - starts, max(kept) * T, seed):
-        if chosen and total + n > max_tokens:
-            break
-        chosen.append((document, first, n))
-        total += n
-    windows = []
-    for document, first, n in sorted(chosen):
-        start = starts[document] + first
-        own = first or (start and corpus.tokens[start - 1] == bos)  # the token before belongs to the same document
-        before = corpus.tokens[start - 1] if own else eot
-        windows.append(np.append(before, corpus.tokens[start : start + n]).astype(np.int32))
-    targets = np.array([len(window) - 1 for window in windows])
-    tokens = np.stack([np.pad(window, (0, targets.max() + 1 - len(window))) for window in windows])
-    # Each window is decoded with the token before its first target, whose own bytes are then subtracted.
-    count = corpus.tokenizer.count_bytes
-    return EvalWindows(tokens, targets, T, kept, sum(count(window) - count(window[:1]) for window in windows))
-
-
-def _parts(targets: np.ndarray, size: int, seed: int) -> Iterator[tuple[int, int, int]]:
-    """Cut documents into parts of `size` targets: (document, first target, number of targets), the full parts first."""
-    rng = np.random.default_rng(seed)
-    order, turn = rng.permutation(np.flatnonzero(targets >= size)), 0
-    while len(order := order[targets[order] >= (turn + 1) * size]):
-        yield from ((int(document), turn * size, size) for document in order)
-        turn += 1
-    for document in rng.permutation(np.flatnonzero(targets % size)):
-        rest = int(targets[document]) % size
-        yield int(document), int(targets[document]) - rest, rest
+    if d.curriculum:
+        raise ValueError(f"curriculum={d.curriculum} orders pairs of sentences; this model reads a text")
+    corpus, heldout = load_corpus(d)
+    loader = lambda index, count: train_loader(corpus, d, process_index=index, process_count=count)  # noqa: E731
+    held = f"{heldout.documents:,} documents ({len(heldout.tokens):,} tokens) are held out"
+    summary = f"{corpus.summary()}; {held}"
+    return TrainingData(
+        loader, corpus.tokenizer.vocab_size, corpus.hash, corpus.source, summary, corpus.tokenizer,
+        heldout.source, heldout.hash,
+    )  # fmt: skip

@@ -13,7 +13,7 @@ import numpy as np
 from rich.table import Table
 
 from stickjax.config import Config
-from stickjax.data.batches import pair_examples
+from stickjax.data.pairs import pair_examples
 from stickjax.data.tasks import Examples, logic
 from stickjax.evaluation import plots
 from stickjax.evaluation.plots import Records

@@ -1,4 +1,4 @@
-"""The attention layer: stick-breaking, or softmax with rotary positions, with an optional key/value cache."""
+"""The attention layer, with an optional key/value cache; `stickjax.config.attention` lists the variants."""
 
 from typing import NamedTuple
 
@@ -7,12 +7,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import seam, stick_breaking_attention
 from stickjax.config import ModelConfig
-from stickjax.models.context import attention_in_context
+from stickjax.config.attention import variant
 from stickjax.models.layers import HeadNorm, cast, matrix_std, normal, output_std, rotary
 from stickjax.models.router import RouterSums
-from stickjax.parallel.collectives import copy_to_tensor_parallel, reduce_from_tensor_parallel, size
+from stickjax.parallel.collectives import copy_to_tensor_parallel, reduce_from_tensor_parallel
 
 KeyValues = tuple[jax.Array, jax.Array | None]  # [B,S,K,H] each; no values where they are the keys
 
@@ -64,8 +63,8 @@ class Attention(nnx.Module):
 
     def attend(self, q, k, v, context: Context, cache: KeyValues | None = None):
         """The heads' outputs [B,T,N,H] for q [B,T,N,H] and this call's k, v [B,T,K,H]; and the cache."""
-        c, own = self.config, v
-        if c.attention == "softmax":
+        c, own, kind = self.config, v, variant(self.config.attention)
+        if kind.rotary:
             q, k = (rotary(a, context.positions, c.rope_theta) for a in (q, k))
         if cache is not None:
             cache = tuple(
@@ -75,60 +74,13 @@ class Attention(nnx.Module):
                 for old, new in zip(cache, (k, v), strict=True)
             )
             k, v = cache[0], cache[0] if cache[1] is None else cache[1]
-        attend = self._softmax if c.attention == "softmax" else self._stick_breaking
-        out = attend(q, k, v, own, context)
+        out, rest = kind.load()(c, q, k, v, context)
+        if c.remainder != "none":
+            own = jnp.repeat(own, c.N // c.K, axis=2) if c.remainder == "value" else cast(self.head_bias, c)[None, None]
+            out = (out.astype(jnp.float32) + rest[..., None] * own.astype(jnp.float32)).astype(out.dtype)
         if self.norm is not None:
             out = self.norm(out)
         return out, cache
-
-    def _stick_breaking(self, q, k, v, own, context: Context):
-        c, where = self.config, (context.segment_ids, context.key_segment_ids)
-        options = dict(
-            scale=c.scale, attend_current=c.attend_current, window=c.window, skip_below=c.skip_below,
-            implementation=c.implementation,
-        )  # fmt: skip
-        if size("context") > 1:
-            out, rem = attention_in_context(q, k, v, *where, **options)
-        else:
-            segments = dict(zip(("segment_ids", "key_segment_ids"), where, strict=True))
-            out, rem = stick_breaking_attention(q, k, v, query_offset=context.offset, **segments, **options)
-        if c.remainder == "none":
-            return out
-        rest = jnp.repeat(own, c.N // c.K, axis=2) if c.remainder == "value" else cast(self.head_bias, c)[None, None]
-        return (out.astype(jnp.float32) + rem[..., None] * rest.astype(jnp.float32)).astype(out.dtype)
-
-    def _softmax(self, q, k, v, own, context: Context):
-        del own
-        c, T, S = self.config, q.shape[1], k.shape[1]
-        # At most eight query tiles, each with the keys that it can see: that computes half of all T * S scores.
-        tile = max(64, -(-T // 8)) if isinstance(context.offset, int) else T
-
-        @jax.checkpoint  # saves q, k and v instead of the weights, of which there are T * S per head
-        def attend_tile(q, k, v, mask):
-            with jax.numpy_dtype_promotion("standard"):  # it multiplies bfloat16 and float32
-                return jax.nn.dot_product_attention(q, k, v, mask=mask[None], scale=c.scale)
-
-        def attend(entry):
-            q, k, v, segments = entry
-            tiles = []
-            for start in range(0, T, tile):
-                queries = slice(start, start + tile)
-                keys = slice(0, context.offset + start + tile if isinstance(context.offset, int) else S)
-                distance = (context.offset + jnp.arange(T)[queries])[:, None] - jnp.arange(S)[keys][None, :]
-                mask = distance >= 0
-                if c.window is not None:
-                    mask &= distance <= c.window
-                if segments is not None:
-                    mask &= segments[0][queries, None] == segments[1][None, keys]
-                tiles.append(attend_tile(q[queries], k[keys], v[keys], mask))
-            return jnp.concatenate(tiles)
-
-        segments = None if context.segment_ids is None else (context.segment_ids, context.key_segment_ids)
-        # On a CPU in groups whose weights stay in the cache, as the stick-breaking op does too.
-        group = q.shape[0]
-        if seam.platform() == "cpu":
-            group = max(1, min(group, 2**20 // (T * q.shape[2] * S)))
-        return jax.lax.map(attend, (q, k, v, segments), batch_size=group)
 
 
 def segment_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:

@@ -1,6 +1,6 @@
 """Stick-breaking attention of sequences that lie on several devices, exact forward and backward.
 
-Every device has two pieces of a sequence, one from its beginning and one from its end (`sharding.place`), so that all
+Every device has two pieces of a sequence, one from its beginning and one from its end (`mesh.shard_batch`), so that all
 see equally many keys. A piece first attends to itself, while keys and values of all pieces are on their way; then to
 those further left; and the merge rule joins the two. Keys and values are gathered rather than sent around in a ring:
 they are K heads, where the partial results of a ring, which its backward pass would keep, are N.

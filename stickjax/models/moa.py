@@ -110,7 +110,7 @@ class SharedHeads(nnx.Module):
         q = expert_queries(x, cast(self.expert_query, c), routing, c.K, c.implementation)
         k, v = (jnp.einsum("BSD,DKH->BSKH", source, cast(w, c)) for w in (self.key, self.value))
         scale = c.H**-0.5
-        if self.causal and c.attention == "stick_breaking":
+        if self.causal and c.causal:
             out, _ = stick_breaking_attention(
                 q, k, v, scale=scale, segment_ids=segments, key_segment_ids=key_segments,
                 implementation=c.implementation,

@@ -15,6 +15,11 @@ from stickjax.config import ModelConfig
 from stickjax.models.layers import matrix_std, normal
 from stickjax.parallel.collectives import psum_over_batch
 
+# The losses of a router, by their names in `RouterStats` and in metrics, and the field of the config with their weight.
+ROUTER_LOSSES = {
+    "switch": "switch_weight", "z": "z_weight", "mutual_information": "mi_weight",
+    "concentration": "concentration_weight",
+}  # fmt: skip
 NEVER = -1e9  # the logit of an expert that must not be chosen; finite, so that zero times it is zero
 
 

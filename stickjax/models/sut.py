@@ -12,8 +12,9 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from stickjax.config.universal import SutConfig
+from stickjax.config import Config, SutConfig
 from stickjax.models.attention import segment_positions
+from stickjax.models.family import Family
 from stickjax.models.halting import Halting, HaltingGate, until_halted
 from stickjax.models.layers import LayerNorm, cast, dropout, normal, uniform
 from stickjax.models.router import RouterStats, router_stats
@@ -87,7 +88,7 @@ class PairClassifier(nnx.Module):
         self.config = c = config
         k_embed, k_stack, *keys = jax.random.split(key, 6)
         self.embed = normal(k_embed, (c.vocabulary, c.D), c.D**-0.5, c)
-        self.stack = UniversalStack(c, k_stack, causal=c.attention == "stick_breaking")
+        self.stack = UniversalStack(c, k_stack, causal=c.causal)
         wide = 4 * c.D
         self.w_in = uniform(keys[0], (wide, wide), wide**-0.5, c)
         self.in_bias = uniform(keys[1], (wide,), wide**-0.5, c)
@@ -98,7 +99,7 @@ class PairClassifier(nnx.Module):
         c = self.config
         tokens = jnp.concatenate([batch["left"], batch["right"]])
         end = encoded(self.stack, self.embed, tokens, key, threshold=threshold, stop_early=stop_early)
-        read = (tokens != 0).sum(1) - 1 if c.attention == "stick_breaking" else jnp.zeros(len(tokens), int)
+        read = (tokens != 0).sum(1) - 1 if c.causal else jnp.zeros(len(tokens), int)
         u, v = jnp.split(jnp.take_along_axis(end.state, read[:, None, None], axis=1)[:, 0], 2)
         w_in, in_bias, w_out, out_bias = (cast(p, c) for p in (self.w_in, self.in_bias, self.w_out, self.out_bias))
         hidden = jax.nn.elu(jnp.concatenate([u, v, u * v, jnp.abs(u - v)], -1) @ w_in + in_bias[None])
@@ -173,7 +174,7 @@ def sinusoidal(T: int, D: int) -> Float[np.ndarray, "T D"]:
 def embedded(config: SutConfig, embed, tokens, segment_ids, key):
     """sqrt(D) * embedding, plus positions within the segments, zero for padding; and the key of the steps."""
     x = config.D**0.5 * cast(embed, config)[tokens]
-    if config.attention == "softmax" and config.sinusoidal:
+    if config.sinusoidal and not config.causal:
         positions = segment_positions(segment_ids)  # not the place in the array, because padding may stand on the left
         x += jnp.asarray(sinusoidal(tokens.shape[1], config.D), x.dtype)[positions]
     k_drop, key = (None, None) if key is None else jax.random.split(key)
@@ -259,18 +260,8 @@ def decode_step(
     return jax.lax.dynamic_index_in_dim(logits, cache.length - 1, axis=1, keepdims=False), cache
 
 
-def parameter_counts(config: SutConfig) -> tuple[int, int]:
-    """The number of all parameters, and of the ones that a step applies to a token: k of E experts, no embedding."""
-    shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
-    block, size = shapes.stack.block, lambda tree: sum(x.size for x in jax.tree.leaves(tree))
-    heads = size([block.attention.experts.expert_query, block.attention.experts.expert_output])
-    idle = size(block.ffn.experts) * (config.E - config.k) // config.E
-    idle += heads * (config.attention_experts - config.attention_k) // config.attention_experts
-    return size(shapes), size(shapes.stack) - idle
-
-
 def loss(
-    config: SutConfig, params: PairClassifier | LanguageModel, batch: dict[str, jax.Array], key: jax.Array | None
+    params: PairClassifier | LanguageModel, batch: dict[str, jax.Array], key: jax.Array | None
 ) -> tuple[Float[Array, ""], dict[str, jax.Array]]:
     """Mean cross-entropy plus `mi_weight` * sum of the routers' H(e|x) - H(e) plus `act_weight` * mean halting step.
 
@@ -284,10 +275,10 @@ def loss(
 
     >>> config = SutConfig(V=16, D=8, H=4, F=16)
     >>> batch = {"tokens": jnp.ones((2, 3), int), "targets": jnp.ones((2, 3), int), "loss_mask": jnp.ones((2, 3))}
-    >>> sorted(loss(config, init(config, jax.random.key(0)), batch, None)[1])
+    >>> sorted(loss(init(config, jax.random.key(0)), batch, None)[1])
     ['act', 'depth', 'load_max', 'loss', 'mutual_information']
     """
-    output = params(batch, key)
+    output, config = params(batch, key), params.config
     if config.classes:
         labels, mask = batch["label"], jnp.ones(batch["label"].shape)
         token_mask = jnp.stack([batch["left"], batch["right"]]) != 0
@@ -311,3 +302,47 @@ def loss(
     if config.classes:
         metrics["accuracy"] = mean(output.logits.argmax(-1) == labels, mask)
     return nll + config.mi_weight * information.sum() + config.act_weight * output.act, metrics
+
+
+class Universal(Family):
+    """The family of Universal Transformers: a language model, or with `classes` a classifier of pairs."""
+
+    config = SutConfig
+
+    def init(self, config: SutConfig, key) -> PairClassifier | LanguageModel:
+        return init(config, key)
+
+    def apply(self, model, batch, key=None) -> SutOutput:
+        return apply(model, batch, key)
+
+    def loss(self, model, batch, key):
+        return loss(model, batch, key)
+
+    def example_batch(self, config: Config) -> dict[str, jax.ShapeDtypeStruct]:
+        if config.model.reads == "text":
+            return super().example_batch(config)
+        sentences = jax.ShapeDtypeStruct((config.data.B, config.data.T), jnp.int32)
+        return {"left": sentences, "right": sentences, "label": jax.ShapeDtypeStruct((config.data.B,), jnp.int32)}
+
+    def parameter_counts(self, config: SutConfig) -> tuple[int, int]:
+        """The number of all parameters, and of those that a step applies to a token: k of E experts, no embedding."""
+        shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
+        block, size = shapes.stack.block, lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+        heads = size([block.attention.experts.expert_query, block.attention.experts.expert_output])
+        idle = size(block.ffn.experts) * (config.E - config.k) // config.E
+        idle += heads * (config.attention_experts - config.attention_k) // config.attention_experts
+        return size(shapes), size(shapes.stack) - idle
+
+    def flops_per_token(self, config: SutConfig, T: int) -> float:
+        """As if no token halted before the last step. Bidirectional attention takes twice the work of causal."""
+        _, active = self.parameter_counts(config)
+        heads, directions = config.attention_k * config.K, 1 if config.causal else 2
+        return config.L * (6 * active + 6 * directions * heads * config.H * T)
+
+    def empty_cache(self, config: SutConfig, batch: int, size: int) -> TokenHistory:
+        if config.classes:
+            raise ValueError(f"a classifier of classes={config.classes} generates no text")
+        return empty_cache(config, batch, size)
+
+    def decode_step(self, model: LanguageModel, tokens, segment_ids, cache):
+        return decode_step(model, tokens, segment_ids, cache)

@@ -47,7 +47,7 @@ class TanhRouter(nnx.Module):
         gates = gates / (gates.sum(-1, keepdims=True) + 1e-6)
         chosen = jnp.where(running[:, None] > 0, chosen, self.E)
         sums = router_sums(logits, chosen, running)
-        return Choice(route(chosen, self.E), gates, sums._replace(slots=sums.rows.sum()))
+        return Choice(route(chosen, self.E), gates, sums._replace(pairs=sums.rows.sum()))
 
 
 class BiasedExperts(nnx.Module):
@@ -106,7 +106,7 @@ class SutBlock(nnx.Module):
             router = TanhRouter(c, c.attention_experts, c.attention_k, c.sample_topk, k_router)
             return Branch(c, router, SharedHeads(c, k_experts, **kind))
 
-        self.attention = heads(k_self, causal=causal, relative=c.attention == "softmax")
+        self.attention = heads(k_self, causal=causal, relative=not c.causal)
         self.cross = heads(k_cross, causal=False, relative=False) if cross else None
         self.ffn = Branch(c, TanhRouter(c, c.E, c.k, 0, k_router), BiasedExperts(c, k_experts))
 

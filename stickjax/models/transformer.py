@@ -8,14 +8,16 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from stickjax.config import ModelConfig
+from stickjax.config.attention import variant
 from stickjax.models.attention import Attention, Context, segment_positions
 from stickjax.models.context import whole_sequence
 from stickjax.models.layers import FeedForward, cast, norm_of, normal
 from stickjax.models.moa import MixtureOfHeads
 from stickjax.models.moe import SparseExperts
+from stickjax.models.parameters import gather
 from stickjax.models.router import RouterStats, router_stats
 from stickjax.models.vocabulary import embedded
-from stickjax.parallel.collectives import copy_to_tensor_parallel, gather, size
+from stickjax.parallel.collectives import copy_to_tensor_parallel, size
 
 
 class Cache(NamedTuple):
@@ -97,7 +99,7 @@ class Transformer(nnx.Module):
             segment_ids = jnp.zeros_like(tokens)
         token_mask = None if segment_ids is None else segment_ids >= 0
         context, cache = _context(c, tokens, segment_ids, cache)
-        embed, unembed = gather({"embed": self.embed, "unembed": self.unembed}, c.dtype).values()
+        embed, unembed = gather({"embed": self.embed, "unembed": self.unembed}, c.dtype, Transformer).values()
         x = c.m_emb * embedded(cast(embed, c), tokens)
 
         def layer(x, inputs):
@@ -124,7 +126,7 @@ class Transformer(nnx.Module):
 
 def _context(config: ModelConfig, tokens, segment_ids, cache: Cache | None) -> tuple[Context, Cache | None]:
     """Where the tokens stand, and the cache with their segment ids and its new length."""
-    rotary = config.attention == "softmax"
+    rotary = variant(config.attention).rotary
     if size("context") > 1:
         segment_ids = jnp.zeros_like(tokens) if segment_ids is None else segment_ids
         return Context(segment_ids, whole_sequence(segment_ids), None, 0), None
@@ -179,23 +181,3 @@ def apply(params: Transformer, batch: dict[str, jax.Array], key: jax.Array | Non
     (3, 5, 16)
     """
     return params(batch["tokens"], batch.get("segment_ids"), key=key)
-
-
-def parameter_counts(config: ModelConfig) -> tuple[int, int]:
-    """The number of all parameters, and of the active ones: k of E experts, without the input embedding.
-
-    >>> parameter_counts(ModelConfig.powermoe_3b())[0]
-    3298788864
-    """
-    shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
-    total = sum(x.size for x in jax.tree.leaves(shapes))
-    idle, layer = shapes.embed.size, shapes.blocks
-    for mixture, names, k in (
-        (layer.ffn, ("w_in", "w_out"), config.k),
-        (layer.attention, ("expert_query", "expert_output"), config.N // config.K),
-    ):
-        if (router := getattr(mixture, "router", None)) is not None:
-            weights = [w for name in names for w in (getattr(mixture, name), getattr(mixture, f"new_{name}"))]
-            E = router.experts.count
-            idle += sum(w.size for w in weights if w is not None) * (E - k) // E
-    return total, total - idle

@@ -1,9 +1,8 @@
 """The size of the vocabulary of a config that leaves V open: the number of ids of the tokenizer."""
 
 from stickjax.config import Config
-from stickjax.data.tasks import logic
-from stickjax.data.tokenizer import load_tokenizer
-from stickjax.parallel.sharding import mesh_sizes
+from stickjax.data.readers import READERS
+from stickjax.parallel.mesh import mesh_sizes
 
 
 def with_vocabulary(config: Config, ids: int | None = None, devices=None) -> Config:
@@ -12,7 +11,7 @@ def with_vocabulary(config: Config, ids: int | None = None, devices=None) -> Con
     Args:
       config: the experiment.
       ids: how many ids there are; None: as many as the tokenizer has, which is read.
-      devices: as in `sharding.make_mesh`.
+      devices: as in `mesh.make_mesh`.
 
     Raises:
       ValueError: the tokenizer cannot be read, or V is smaller than it needs.
@@ -20,15 +19,16 @@ def with_vocabulary(config: Config, ids: int | None = None, devices=None) -> Con
     >>> with_vocabulary(Config()).model.V, with_vocabulary(Config().replace({"model.V": 512})).model.V
     (257, 512)
     """
-    V, d, pairs = config.model.V, config.data, getattr(config.model, "classes", 0)
+    V, reader = config.model.V, READERS[config.model.reads]
     if ids is None:
         if V is not None:
             return config
-        ids = len(logic.VOCABULARY) if pairs else load_tokenizer(d.tokenizer, d.eot).vocab_size
+        ids = reader.ids(config)
     if V is None:
         tensor = mesh_sizes(config, devices)["tensor"]
         return config.replace({"model.V": -(-ids // tensor) * tensor})
     if V < ids:
-        source = f"pairs of {d.source}" if pairs else f"tokenizer={d.tokenizer!r}"
-        raise ValueError(f"V={V} is smaller than the {ids} ids of {source}; set V to at least {ids}, or leave it out")
+        raise ValueError(
+            f"V={V} is smaller than the {ids} ids of {reader.source(config)}; set V to at least {ids}, or leave it out"
+        )
     return config

@@ -1,4 +1,4 @@
-"""The communication of a model across devices, inside the shard_map of `stickjax.parallel.sharding`.
+"""The communication of a model across devices, inside the shard_map of `stickjax.training.gradients`.
 
 On a single device there is none.
 
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.arguments import sum_type
-from stickjax.parallel.sharding import BATCH_AXES, by_name, spec_of
+from stickjax.parallel.mesh import BATCH_AXES
 
 
 def size(axis: str) -> int:
@@ -46,23 +46,6 @@ def _gather_backward(name, axis, dtype, like, gradient):
 
 
 all_gather.defvjp(_gather_forward, _gather_backward)
-
-
-def gather(module, dtype):
-    """The module with its parameters gathered along "fsdp", in the type of the computation.
-
-    Without that axis it is the module itself. Routers keep their type: with rounded logits they choose other experts.
-    """
-    if size("fsdp") == 1:
-        return module
-
-    def whole(names, leaf):
-        spec = spec_of(names, leaf)
-        if "fsdp" not in spec:
-            return leaf
-        return all_gather(leaf, "fsdp", spec.index("fsdp"), leaf.dtype if "router" in names else jnp.dtype(dtype))
-
-    return by_name(whole, module)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

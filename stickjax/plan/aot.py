@@ -12,12 +12,15 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stickjax.config import Config
-from stickjax.parallel import sharding
+from stickjax.models.families import family_of
+from stickjax.models.parameters import shardings
+from stickjax.parallel import mesh as mesh_module
 from stickjax.parallel.chips import Chip, absent_devices, has_wheels, of_kind, tracing_for
+from stickjax.parallel.mesh import abstract_batch
 from stickjax.plan.flops import Work, count
 from stickjax.plan.hlo import Collective, collectives
 from stickjax.system.memory import state_parts
-from stickjax.training.step import TrainState, abstract_batch, init_state, jit_step
+from stickjax.training.step import TrainState, init_state, jit_step
 
 
 class Machine(NamedTuple):
@@ -93,7 +96,7 @@ def present_machine() -> Machine:
 
 def make_mesh(config: Config, machine: Machine) -> Mesh | None:
     """The mesh of a config on a machine; ValueError unless it uses all devices."""
-    mesh = sharding.make_mesh(config, list(machine.devices))
+    mesh = mesh_module.make_mesh(config, list(machine.devices))
     if (used := 1 if mesh is None else mesh.size) != len(machine.devices):
         raise ValueError(f"the mesh has {used} devices, there are {len(machine.devices)}: --mesh.fsdp=-1 takes all")
     return mesh
@@ -103,9 +106,12 @@ def abstract_arguments(config: Config, mesh: Mesh | None, device: jax.Device) ->
     """State and batch of a step without their values, each with its sharding; on one device without a mesh."""
     alone = NamedSharding(Mesh([device], ("x",)), PartitionSpec())
     state = jax.eval_shape(lambda: init_state(config, jax.random.key(0)))
-    places = jax.tree.map(lambda _: alone, state) if mesh is None else sharding.shardings(mesh, state)
+    places = jax.tree.map(lambda _: alone, state) if mesh is None else shardings(mesh, state)
     state = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, places)
-    return state, abstract_batch(config, alone if mesh is None else NamedSharding(mesh, sharding.BATCH))
+    batch = family_of(config.model).example_batch(config)
+    if mesh is None:
+        return state, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=alone), batch)
+    return state, abstract_batch(mesh, batch)
 
 
 def compile_step(config: Config, machine: Machine) -> Compiled:

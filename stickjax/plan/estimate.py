@@ -2,9 +2,9 @@
 
 from typing import NamedTuple
 
+from stickjax.models.families import family_of
 from stickjax.parallel.chips import Chip
 from stickjax.plan.aot import Compiled
-from stickjax.training.metrics import flops_per_token
 
 # Shares of the vendor's peak that large copies and products reach: 770 of 989 TFLOP/s and 4.3 of 4.8 TB/s on an H200.
 COMPUTE, MEMORY = 0.78, 0.9
@@ -39,7 +39,7 @@ class Estimate(NamedTuple):
 def model_flops(compiled: Compiled) -> float:
     """The operations of a step without recomputation, from which the share of the peak (MFU) is computed."""
     data = compiled.config.data
-    return flops_per_token(compiled.config.model, data.T) * data.tokens_per_step
+    return family_of(compiled.config.model).flops_per_token(compiled.config.model, data.T) * data.tokens_per_step
 
 
 def estimate(compiled: Compiled, chip: Chip) -> Estimate:

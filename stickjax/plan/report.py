@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from stickjax.config import Config
-from stickjax.models.family import parameter_counts
+from stickjax.models.families import family_of
 from stickjax.models.vocabulary_size import with_vocabulary
 from stickjax.plan import estimate
 from stickjax.plan.aot import Compiled, Machine, compile_step, present_machine
@@ -33,7 +33,7 @@ def mesh_words(axes: dict[str, int]) -> str:
 
 def as_dict(compiled: Compiled, machine: Machine) -> dict:
     """All numbers of the report."""
-    total, active = parameter_counts(compiled.config.model)
+    total, active = family_of(compiled.config.model).parameter_counts(compiled.config.model)
     found = dict(
         machine=machine.description,
         devices=compiled.devices,
@@ -83,7 +83,7 @@ def time_words(compiled: Compiled, machine: Machine) -> str:
 def print_step(compiled: Compiled, machine: Machine, changes: list[tuple[dict, Compiled]]) -> None:
     """`changes`: changes of the config that fit, if the step itself does not fit."""
     config, work = compiled.config, compiled.work
-    total, active = parameter_counts(config.model)
+    total, active = family_of(config.model).parameter_counts(config.model)
     rows = config.data.B // config.train.accumulate
     print(f"machine       {machine.description}")
     print(f"mesh          {mesh_words(compiled.axes)}")

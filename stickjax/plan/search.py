@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from stickjax.config import Config
-from stickjax.parallel.sharding import ROW_AXES
+from stickjax.parallel.mesh import ROW_AXES
 from stickjax.plan import estimate
 from stickjax.plan.aot import Compiled, Machine, compile_step, make_mesh
 

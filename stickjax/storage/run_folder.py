@@ -19,10 +19,10 @@ from stickjax.config.command import say_error
 from stickjax.config.command_line import read_json
 from stickjax.config.decoder import ModelConfig
 from stickjax.data.tokenizer import Tokenizer, load_tokenizer
-from stickjax.models.family import init
+from stickjax.models.families import family_of
+from stickjax.models.parameters import shardings
 from stickjax.models.sut import LanguageModel, PairClassifier
 from stickjax.models.transformer import Transformer
-from stickjax.parallel import sharding
 from stickjax.storage import hugging_face
 from stickjax.storage.checkpoints import Checkpoints, check_finite, named_leaves
 from stickjax.storage.hugging_face.files import Lazy, open_safetensors, write_safetensors
@@ -140,7 +140,7 @@ def model_leaves(folder: str | os.PathLike, model: ModelConfig) -> dict[str, Laz
     path = Path(folder)
     theirs = hugging_face.is_folder(path)
     leaves = hugging_face.read(path, model) if theirs else open_safetensors(path / MODEL_FILE)
-    expected = named_leaves(jax.eval_shape(lambda: init(model, jax.random.key(0))))
+    expected = named_leaves(jax.eval_shape(lambda: family_of(model).init(model, jax.random.key(0))))
     hugging_face.check(leaves, {name: leaf.shape for name, leaf in expected.items()}, str(folder))
     return leaves
 
@@ -161,7 +161,7 @@ def placed(mesh: Mesh | None, abstract):
     """The ShapeDtypeStructs with shardings on the mesh; without a mesh, unchanged."""
     if mesh is None:
         return abstract
-    places = sharding.shardings(mesh, abstract)
+    places = shardings(mesh, abstract)
     return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract, places)
 
 
@@ -181,7 +181,7 @@ def load(
         fit into the free memory; a Hugging Face folder is damaged or has a model that is not supported.
     """
     config = read_config(run).replace(changes or {})
-    abstract = placed(mesh, jax.eval_shape(lambda: init(config.model, jax.random.key(0))))
+    abstract = placed(mesh, jax.eval_shape(lambda: family_of(config.model).init(config.model, jax.random.key(0))))
     check_fits({"parameters": local_bytes(abstract)}, mesh)
     if (leaves := model_leaves(run, config.model)) is not None:
         if step is not None:
@@ -219,7 +219,7 @@ def save(run: str | os.PathLike, model: Transformer, config: Config) -> None:
       ValueError: the folder exists, or the parameters do not have the shapes of `config.model`.
       OSError: it could not be written.
     """
-    ours = named_leaves(jax.eval_shape(lambda: init(config.model, jax.random.key(0))))
+    ours = named_leaves(jax.eval_shape(lambda: family_of(config.model).init(config.model, jax.random.key(0))))
     theirs = named_leaves(model)
     if wrong := [n for n in ours.keys() | theirs.keys() if _shape(ours.get(n)) != _shape(theirs.get(n))]:
         raise ValueError(f"the model has another shape than its config says: {', '.join(sorted(wrong))}")

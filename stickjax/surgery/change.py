@@ -10,7 +10,7 @@ import numpy as np
 from stickjax.config.fields import one_of
 from stickjax.models.transformer import Transformer, init
 from stickjax.storage.checkpoints import named_leaves
-from stickjax.surgery.kinds import KINDS, Kind, kinds_of, rebuilt, slots
+from stickjax.surgery.kinds import KINDS, Kind, axes_of, kinds_of, rebuilt, slots
 
 
 def extend(model: Transformer, key: jax.Array, *, experts: int = 0, attention_experts: int = 0) -> Transformer:
@@ -67,10 +67,10 @@ def merged(model: Transformer) -> Transformer:
     if not extended:
         return model
     for kind in extended:
-        for name, axis in ((kind.weights[0], 1), (kind.weights[1], 1), ("router/weight", 2)):
-            head, _, last = f"blocks/{kind.name}/{name}".rpartition("/")
-            new = leaves.pop(f"{head}/new_{last}")
-            leaves[f"{head}/{last}"] = jnp.concatenate([leaves[f"{head}/{last}"], new], axis)
+        for name, axis in (axes_of(model, kind, "E") | axes_of(model, kind, "C")).items():
+            if "/new_" in name:
+                old = name.replace("/new_", "/")
+                leaves[old] = jnp.concatenate([leaves[old], leaves.pop(name)], axis)
         sizes = {kind.old: getattr(config, kind.old) + getattr(config, kind.new), kind.new: 0}
         config = dataclasses.replace(config, **sizes)
     return rebuilt(config, leaves)
@@ -124,7 +124,7 @@ def prune(
         limits = [what.get(kind.name) if isinstance(what, Mapping) else what for what in (count, threshold)]
         if kind.name in use and limits != [None, None]:
             keep = _kept(kind, keep, np.asarray(use[kind.name]), kind.chosen(config), *limits)
-        fields |= _keep(leaves, kind, slot, keep, denominator)
+        fields |= _keep(model, leaves, kind, slot, keep, denominator)
     even = all((leaves[f"blocks/{kind.name}/router/slot"] >= 0).all() for kind in kinds_of(config))
     fields["pruned"] = "no" if even else f"{denominator}_denominator"
     return rebuilt(dataclasses.replace(config, **fields), leaves)
@@ -148,7 +148,7 @@ def _kept(kind: Kind, alive, use, k: int, count: int | None, threshold: float | 
     return alive & ((share >= threshold) | (rank < k))
 
 
-def _keep(leaves: dict, kind: Kind, slot, keep, denominator: str) -> dict[str, int]:
+def _keep(model: Transformer, leaves: dict, kind: Kind, slot, keep, denominator: str) -> dict[str, int]:
     """Cut the leaves of one kind down to what is kept; the fields of the config that say so."""
     E = int(keep.sum(1).max())
     columns = np.argsort(~keep, axis=1, kind="stable")[:, :E]  # of the kept ones, in their order
@@ -162,14 +162,13 @@ def _keep(leaves: dict, kind: Kind, slot, keep, denominator: str) -> dict[str, i
         taken = jnp.take_along_axis(leaf, jnp.asarray(indices).reshape(shape), axis)
         return jnp.where(kept.reshape(shape), taken, jnp.zeros((), leaf.dtype))
 
-    for name in kind.weights:
+    for name, axis in axes_of(model, kind, "E").items():
         indices = np.maximum(np.take_along_axis(slot, columns, 1), 0)
-        leaves[f"{place}/{name}"] = taken(leaves[f"{place}/{name}"], indices, 1)
+        leaves[name] = taken(leaves[name], indices, axis)
     if denominator == "new":
         gone = 0
-        for name in ("weight", "selection_bias"):
-            if (leaf := leaves.get(f"{place}/router/{name}")) is not None:
-                leaves[f"{place}/router/{name}"] = taken(leaf, columns, leaf.ndim - 1)
+        for name, axis in axes_of(model, kind, "C").items():
+            leaves[name] = taken(leaves[name], columns, axis)
     else:
         gone = keep.shape[1] - E
         places = np.full(keep.shape, -1)

@@ -6,19 +6,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stickjax.config import ModelConfig, SutConfig
+from stickjax.config import ModelConfig
+from stickjax.config.family import FamilyConfig
+from stickjax.models.parameters import leaves_of, parameter
 from stickjax.models.transformer import Transformer, init
 from stickjax.storage.checkpoints import named_leaves
 
 
 class Kind(NamedTuple):
-    """`old`, `new`, `gone`: fields of the config; `weights`: leaves of `blocks.<name>` with an axis E behind L."""
+    """`name`: the part of the block, `blocks.<name>`; `old`, `new`, `gone`: the fields of the config."""
 
     name: str
     old: str
     new: str
     gone: str
-    weights: tuple[str, str]
 
     def chosen(self, config: ModelConfig) -> int:
         """How many modules a token goes to."""
@@ -26,22 +27,27 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "attention": Kind(
-        "attention", "attention_experts", "new_attention_experts", "gone_attention_experts",
-        ("expert_query", "expert_output"),
-    ),
-    "ffn": Kind("ffn", "E", "new_experts", "gone_experts", ("w_in", "w_out")),
-}  # fmt: skip
+    "attention": Kind("attention", "attention_experts", "new_attention_experts", "gone_attention_experts"),
+    "ffn": Kind("ffn", "E", "new_experts", "gone_experts"),
+}
 
 
-def kinds_of(config: ModelConfig | SutConfig) -> list[Kind]:
-    """The kinds that a model has; ValueError for a dense one, and for one that is no decoder."""
-    if not isinstance(config, ModelConfig):
-        raise ValueError(f"only a decoder has modules, not a model of family={config.family!r}")
-    kinds = [kind for kind in KINDS.values() if getattr(config, kind.old)]
+def kinds_of(config: FamilyConfig) -> list[Kind]:
+    """The kinds that a model has; ValueError for a model without modules, and for one whose modules cannot change."""
+    kinds = [kind for kind in KINDS.values() if hasattr(config, kind.new)]
+    if not kinds:
+        raise ValueError(f"a model of family={config.family!r} has no modules that can be added or pruned")
+    kinds = [kind for kind in kinds if getattr(config, kind.old)]
     if not kinds:
         raise ValueError("the model has no modules: E=0 and attention_experts=0")
     return kinds
+
+
+def axes_of(model: Transformer, kind: Kind, letter: str) -> dict[str, int]:
+    """The index of an axis in each leaf that has it: "E" of the modules' weights, "C" of the router's columns."""
+    leaves = leaves_of(getattr(model.blocks, kind.name))
+    found = {"/".join(["blocks", kind.name, *leaf.names]): parameter(leaf).axis(letter) for leaf in leaves}
+    return {name: axis + 1 for name, axis in found.items() if axis is not None}  # behind L
 
 
 def slots(model: Transformer, kind: Kind) -> np.ndarray:

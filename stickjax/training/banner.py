@@ -9,26 +9,25 @@ from jax.sharding import Mesh
 import pallas_kernels
 from stickjax.config import Config
 from stickjax.data.batches import TrainingData
-from stickjax.models.family import parameter_counts
+from stickjax.models.families import family_of
 from stickjax.models.layers import gates
-from stickjax.parallel import sharding
-from stickjax.training.metrics import flops_per_token
+from stickjax.parallel import mesh as sharding
 
 
 def banner(config: Config, data: TrainingData, mesh: Mesh | None = None) -> str:
     """Describe a run: the model, the data, and the kernels that one device runs, with the reason for each."""
-    m, d = config.model, config.data
-    total, active = parameter_counts(m)
+    m, d, family = config.model, config.data, family_of(config.model)
+    (total, active), flops = family.parameter_counts(m), family.flops_per_token(m, d.T)
     parts = {axis: 1 for axis in sharding.AXES} if mesh is None else mesh.shape
     divided = ", ".join(f"{axis}={size}" for axis, size in parts.items() if size > 1)
     rows = [
-        f"parameters {total:,} ({active:,} active, embedding left out), {flops_per_token(m, d.T):,.0f} FLOP per token",
+        f"parameters {total:,} ({active:,} active, embedding left out), {flops:,.0f} FLOP per token",
         f"data {data.summary}",
         *([f"V={m.V}, more than the {data.vocab_size} ids of the text"] if m.V != data.vocab_size else []),
         f"{config.train.steps} steps of B={d.B} x T={d.T} on {math.prod(parts.values())} x "
         f"{jax.devices()[0].device_kind}{f' ({divided})' if divided else ''}",
     ]
-    kernels = _decoder_kernels if m.family == "decoder" else _sut_kernels
+    kernels = {"decoder": _decoder_kernels, "sut": _sut_kernels}[m.family]
     return "\n".join([*rows, *kernels(config, parts)])
 
 

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-from jax.sharding import NamedSharding
 
 from stickjax.config import Config, DataConfig
-from stickjax.data.batches import training_data
+from stickjax.data.readers import training_data
+from stickjax.models.families import family_of
+from stickjax.models.parameters import shardings
 from stickjax.models.vocabulary_size import with_vocabulary
-from stickjax.parallel import processes, sharding
+from stickjax.parallel import processes
+from stickjax.parallel.mesh import abstract_batch, make_mesh, rows_of_process, shard_batch
 from stickjax.storage.checkpoints import Checkpoints, all_finite, check_finite, named_leaves
 from stickjax.storage.run_folder import (
     PLACES,
@@ -29,9 +31,9 @@ from stickjax.storage.run_folder import (
 from stickjax.system.memory import check_fits, check_program, local_bytes, state_parts
 from stickjax.system.profiling import StepTrace
 from stickjax.training.banner import banner
-from stickjax.training.metrics import MetricsLog, flops_per_token, peak_flops
+from stickjax.training.metrics import MetricsLog, peak_flops
 from stickjax.training.progress import Progress
-from stickjax.training.step import TrainState, abstract_batch, init_state, jit_step, tokens_of, with_params
+from stickjax.training.step import TrainState, init_state, jit_step, tokens_of, with_params
 from stickjax.training.stopping import stop_requests
 
 
@@ -99,7 +101,7 @@ def _check_text(what: str, where: str | None, found: str | None, recorded: str |
 
 def _new(config, mesh, abstract, init_from: str | None, say) -> TrainState:
     say("making the parameters")
-    places = None if mesh is None else sharding.shardings(mesh, abstract)
+    places = None if mesh is None else shardings(mesh, abstract)
     # The key is an argument: with a constant key XLA would draw the numbers itself, while it compiles.
     key = jax.random.key(config.train.seed)
     program = jax.jit(lambda key: init_state(config, key), out_shardings=places).lower(key).compile()
@@ -163,10 +165,10 @@ def fit(
     if config.model.V is None and (Path(run) / "config.json").exists():
         config = config.replace({"model.V": read_config(run).model.V})  # another mesh might need another V
     config = with_vocabulary(config, data.vocab_size)
-    mesh = sharding.make_mesh(config)
+    mesh = make_mesh(config)
     abstract = placed(mesh, jax.eval_shape(lambda: init_state(config, jax.random.key(config.train.seed))))
     check_fits(state_parts(abstract) | _batch_part(config, mesh), mesh)
-    loader = data.loader(*sharding.rows_of_process(mesh))
+    loader = data.loader(*rows_of_process(mesh))
     fields = {f"{s}.{n}": value for s, section in config.to_dict().items() for n, value in section.items()}
     tokenizer = data.tokenizer and data.tokenizer.name
     content = {"text": data.hash, "held-out text": data.heldout_hash, "tokenizer": tokenizer}
@@ -197,18 +199,16 @@ def fit(
 
 
 def _batch_part(config: Config, mesh) -> dict[str, int]:
-    """Bytes of a batch on one device; none for a batch of pairs, whose longest sentence is not known yet."""
-    if getattr(config.model, "classes", 0):
-        return {}
-    place = None if mesh is None else NamedSharding(mesh, sharding.BATCH)
-    return {f"a batch of B={config.data.B} x T={config.data.T}": local_bytes(abstract_batch(config, place))}
+    """Bytes of the largest batch on one device."""
+    batch = abstract_batch(mesh, family_of(config.model).example_batch(config))
+    return {f"a batch of B={config.data.B} x T={config.data.T}": local_bytes(batch)}
 
 
 def _loop(config, mesh, state, loader, data, checkpoints, log, progress, asked, trace: StepTrace) -> Result:
     tokens, peak = config.data.tokens_per_step, peak_flops(1 if mesh is None else mesh.size)
-    per_token, steps = flops_per_token(config.model, config.data.T), config.train.steps
+    per_token, steps = family_of(config.model).flops_per_token(config.model, config.data.T), config.train.steps
     tokenizer = data.tokenizer and data.tokenizer.name
-    step_function, batch = jit_step(config, mesh, state), sharding.place(mesh, next(loader), config.train.accumulate)
+    step_function, batch = jit_step(config, mesh, state), shard_batch(mesh, next(loader), config.train.accumulate)
     progress.say("compiling the step")
     check_program(step_function.lower(state, batch).compile(), "the step", mesh)
     first = step = good = saved = int(state.step)  # good: the last step that was finite
@@ -220,7 +220,7 @@ def _loop(config, mesh, state, loader, data, checkpoints, log, progress, asked, 
         begun = time.perf_counter()
         state, metrics = step_function(state, batch)
         asked_any = processes.any_process(mesh, asked(), after=metrics["loss"])  # all stop at one step
-        batch = sharding.place(mesh, next(loader), config.train.accumulate)  # while the device works
+        batch = shard_batch(mesh, next(loader), config.train.accumulate)  # while the device works
         metrics = jax.device_get(metrics)
         now = time.perf_counter()
         step += 1

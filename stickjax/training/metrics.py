@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl, floating-point operations, the share of the chip's peak."""
+"""What a run reports: metrics.jsonl, and the peak of the chip."""
 
 import json
 import logging
@@ -9,29 +9,11 @@ from typing import Any
 
 import jax
 
-from stickjax.config import ModelConfig, SutConfig
-from stickjax.models.family import parameter_counts
 from stickjax.parallel.chips import of_kind
 from stickjax.system.disk import write_file, writing
 from stickjax.system.text import json_text, printable
 
 log = logging.getLogger(__name__)
-
-
-def flops_per_token(config: ModelConfig | SutConfig, T: int) -> float:
-    """Floating-point operations of a training step (forward and backward), per token, at context T.
-
-    Every active parameter takes six. Causal attention takes 3 * 2 products of 2 * N * H * T / 2 per layer, and
-    bidirectional attention twice that. A Universal Transformer is counted as if no token halted before its last step.
-    Operations that a remat policy computes again are not counted.
-    """
-    _, active = parameter_counts(config)
-    if config.family == "sut":
-        heads, ways = config.attention_k * config.K, 1 if config.attention == "stick_breaking" else 2
-        return config.L * (6 * active + 6 * ways * heads * config.H * T)
-    if config.tied:
-        active += config.vocabulary * config.D  # the embedding is also the output matrix
-    return 6 * active + 6 * config.L * config.N * config.H * T
 
 
 def peak_flops(devices: int = 1) -> float | None:

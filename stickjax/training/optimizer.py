@@ -18,7 +18,7 @@ import optax
 
 from stickjax.config import Config
 from stickjax.config.fields import nearest
-from stickjax.parallel.sharding import by_name
+from stickjax.models.parameters import Leaf, label, map_leaves
 
 SEQUENCE = 4096  # tokens in one of the sequences in which the law counts the batch
 UNIT = 2.0**36  # tokens, about 7e10: dividing by a power of two is exact
@@ -240,35 +240,10 @@ def make_schedule(config: Config) -> optax.Schedule:
     return _by_steps(make_token_schedule(config), config.data.tokens_per_step)
 
 
-MATRICES = {
-    "query", "key", "value", "output", "expert_query", "expert_output", "w_in", "w_out", "hidden", "weight"
-}  # fmt: skip
-EMBEDDINGS = {"embed", "embedding", "unembed", "relative"}
-
-
-def label_of(names: tuple[str, ...]) -> str:
-    """The muP label of a parameter by the names on its path; an unknown name is a ValueError, because a guess could be
-    wrong.
-
-    >>> label_of(("blocks", "attention", "query")), label_of(("blocks", "norm", "scale"))
-    ('matrix', 'vector')
-    """
-    last = names[-1].removeprefix("new_")
-    if last in ("selection_bias", "slot"):
-        return "frozen"  # of routers: one is moved by its own rule, the other says what was pruned
-    if last.endswith(("scale", "bias")):
-        return "vector"  # not by ndim: stacked layers give the vectors of `blocks` a second axis
-    if EMBEDDINGS.intersection(names[-2:]):
-        return "embedding"
-    if last in MATRICES:
-        return "matrix"
-    raise ValueError(f"no muP label for {'.'.join(names)!r}{nearest(last, [*MATRICES, *EMBEDDINGS, 'scale', 'bias'])}")
-
-
 def is_trainable(name: str, learn: str) -> bool:
     """Whether a parameter is trainable: it matches a pattern of `optim.learn`, and no pattern after a !.
 
-    >>> [learns("blocks.ffn.router.weight", learn) for learn in ("*.router.*", "!*.router.*", "*,!embed")]
+    >>> [is_trainable("blocks.ffn.router.weight", learn) for learn in ("*.router.*", "!*.router.*", "*,!embed")]
     [True, False, True]
     """
     patterns = learn.split(",")
@@ -285,17 +260,16 @@ def label_tree(params, learn: str = "*"):
     of frozen parameters; if all patterns have a !, all other parameters are trainable. ValueError for a pattern that
     matches no name.
     """
-    patterns, names_of = [pattern.removeprefix("!") for pattern in learn.split(",")], []
+    patterns, names = [pattern.removeprefix("!") for pattern in learn.split(",")], []
 
-    def label(names, leaf):
-        name = ".".join(names)
-        names_of.append(name)
-        return label_of(names) if is_trainable(name, learn) else "frozen"
+    def of_leaf(leaf: Leaf) -> str:
+        names.append(leaf.name)
+        return label(leaf) if is_trainable(leaf.name, learn) else "frozen"
 
-    labels = by_name(label, params)
+    labels = map_leaves(of_leaf, params)
     for pattern in patterns:
-        if not fnmatch.filter(names_of, pattern):
-            raise ValueError(f"optim.learn: no parameter matches {pattern!r}{nearest(pattern, names_of)}")
+        if not fnmatch.filter(names, pattern):
+            raise ValueError(f"optim.learn: no parameter matches {pattern!r}{nearest(pattern, names)}")
     return labels
 
 

@@ -12,15 +12,17 @@ import jax
 import numpy as np
 
 from stickjax.config import Config
-from stickjax.data.batches import load_corpus, train_loader
+from stickjax.data.batches import train_loader
+from stickjax.data.corpus import load_corpus
 from stickjax.evaluation.plots import Records
 from stickjax.models.attention import Context, segment_positions
+from stickjax.models.families import family_of
 from stickjax.models.layers import cast
 from stickjax.models.transformer import Block, Transformer, apply
 from stickjax.models.vocabulary_size import with_vocabulary
 from stickjax.system.memory import check_fits, state_parts
 from stickjax.training.optimizer import SEQUENCE, label_tree, make_optimizer
-from stickjax.training.step import TrainState, init_state, loss_and_metrics, make_step
+from stickjax.training.step import TrainState, init_state, make_step
 
 # Minutes on two CPU cores for a whole sweep; m_width is 1 at D = 64.
 SMALL = Config().replace(
@@ -99,7 +101,7 @@ def transformer(config: Config, width: int, mup: bool) -> tuple:
     state = _start(config)
 
     def forward(params):
-        return loss_and_metrics(config, params, batch, state.key)[0], activations(params, batch)
+        return family_of(config.model).loss(params, batch, state.key)[0], activations(params, batch)
 
     return state.params, make_optimizer(config, state.params), forward
 

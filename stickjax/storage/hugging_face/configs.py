@@ -246,8 +246,12 @@ def to_ours(tree: dict) -> tuple[ModelConfig, int | None]:
 
 def kind_of(c: ModelConfig | SutConfig) -> str:
     """The model_type that is nearest to a model; ValueError when none is near."""
-    if c.family != "decoder":
-        raise ValueError(f"no model_type is of family={c.family!r}: only decoders have one")
+    if (nearest := _NEAREST.get(type(c))) is None:
+        raise ValueError(f"no model_type is near a model of family={c.family!r}")
+    return nearest(c)
+
+
+def _nearest_decoder(c: ModelConfig) -> str:
     if c.attention == "stick_breaking":
         if not (c.attention_experts and c.E):
             raise ValueError(
@@ -256,6 +260,9 @@ def kind_of(c: ModelConfig | SutConfig) -> str:
             )
         return "moduleformer"
     return "jetmoe" if c.attention_experts else "granitemoe" if c.E else "granite"
+
+
+_NEAREST = {ModelConfig: _nearest_decoder}
 
 
 def to_theirs(c: ModelConfig, T: int) -> dict:

@@ -1,17 +1,21 @@
 """Which tensor of a Hugging Face folder is which leaf of ours, and how their axes correspond.
 
-A row of a table says: the tensor `theirs`, with {} for the number of the layer, has the axes to the left of the arrow;
-the leaf `ours` has the axes to the right, without its leading axis L of the layers. The letters are the fields of the
-config, besides A for `attention_experts` and R for `router_hidden`. Letters written together are one axis, the last
+A row of a table says: the tensor `theirs`, with {} for the number of the layer, has these axes; the leaf `ours` has the
+axes of the table of parameters, without the leading axis L of the layers. The letters are the fields of the config,
+besides A for `attention_experts` and R for `router_hidden`. Letters written together are one axis, the last
 letter fastest: torch's weight "NH D" of N heads is our "D N H". A digit is a size: in "2F D" the rows of the gate come
 first, then the rows of the other half. If only one side has a digit, the row is about the entry `part` of that axis.
 """
 
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from stickjax.config import ModelConfig
+from stickjax.models.layers import gates
+from stickjax.models.parameters import axes_by_name
+from stickjax.models.transformer import init
 from stickjax.storage.hugging_face.files import Lazy
 
 
@@ -24,21 +28,21 @@ class Row(NamedTuple):
 
 def _attention(layer: str) -> list[Row]:
     return [
-        Row("blocks/attention/query", f"{layer}.q_proj.weight", "NH D -> D N H"),
-        Row("blocks/attention/key", f"{layer}.k_proj.weight", "KH D -> D K H"),
-        Row("blocks/attention/value", f"{layer}.v_proj.weight", "KH D -> D K H"),
-        Row("blocks/attention/output", f"{layer}.o_proj.weight", "D NH -> N H D"),
+        Row("blocks/attention/query", f"{layer}.q_proj.weight", "NH D"),
+        Row("blocks/attention/key", f"{layer}.k_proj.weight", "KH D"),
+        Row("blocks/attention/value", f"{layer}.v_proj.weight", "KH D"),
+        Row("blocks/attention/output", f"{layer}.o_proj.weight", "D NH"),
     ]
 
 
 def _llama(c: ModelConfig) -> list[Row]:
     """The rows that the three models like Llama have in common."""
     return [
-        Row("embed", "model.embed_tokens.weight", "V D -> V D"),
-        Row("blocks/attention_norm/scale", "model.layers.{}.input_layernorm.weight", "D -> D"),
-        Row("blocks/ffn_norm/scale", "model.layers.{}.post_attention_layernorm.weight", "D -> D"),
-        Row("norm/scale", "model.norm.weight", "D -> D"),
-    ] + ([] if c.tied else [Row("unembed", "lm_head.weight", "V D -> D V")])
+        Row("embed", "model.embed_tokens.weight", "V D"),
+        Row("blocks/attention_norm/scale", "model.layers.{}.input_layernorm.weight", "D"),
+        Row("blocks/ffn_norm/scale", "model.layers.{}.post_attention_layernorm.weight", "D"),
+        Row("norm/scale", "model.norm.weight", "D"),
+    ] + ([] if c.tied else [Row("unembed", "lm_head.weight", "V D")])
 
 
 def _granite(c: ModelConfig) -> list[Row]:
@@ -46,9 +50,9 @@ def _granite(c: ModelConfig) -> list[Row]:
     return [
         *_llama(c),
         *_attention("model.layers.{}.self_attn"),
-        Row("blocks/ffn/w_in", f"{mlp}.gate_proj.weight", "F D -> D 2 F", 0),
-        Row("blocks/ffn/w_in", f"{mlp}.up_proj.weight", "F D -> D 2 F", 1),
-        Row("blocks/ffn/w_out", f"{mlp}.down_proj.weight", "D F -> F D"),
+        Row("blocks/ffn/w_in", f"{mlp}.gate_proj.weight", "F D", 0),
+        Row("blocks/ffn/w_in", f"{mlp}.up_proj.weight", "F D", 1),
+        Row("blocks/ffn/w_out", f"{mlp}.down_proj.weight", "D F"),
     ]
 
 
@@ -57,9 +61,9 @@ def _granitemoe(c: ModelConfig) -> list[Row]:
     return [
         *_llama(c),
         *_attention("model.layers.{}.self_attn"),
-        Row("blocks/ffn/router/weight", f"{moe}.router.layer.weight", "E D -> D E"),
-        Row("blocks/ffn/w_in", f"{moe}.input_linear.weight", "E 2F D -> E D 2 F"),
-        Row("blocks/ffn/w_out", f"{moe}.output_linear.weight", "E D F -> E F D"),
+        Row("blocks/ffn/router/weight", f"{moe}.router.layer.weight", "E D"),
+        Row("blocks/ffn/w_in", f"{moe}.input_linear.weight", "E 2F D"),
+        Row("blocks/ffn/w_out", f"{moe}.output_linear.weight", "E D F"),
     ]
 
 
@@ -67,16 +71,16 @@ def _jetmoe(c: ModelConfig) -> list[Row]:
     heads, mlp = "model.layers.{}.self_attention", "model.layers.{}.mlp"
     return [
         *_llama(c),
-        Row("blocks/attention/router/weight", f"{heads}.experts.router.layer.weight", "A D -> D A"),
-        Row("blocks/attention/expert_query", f"{heads}.experts.input_linear.weight", "A KH D -> A D KH"),
-        Row("blocks/attention/expert_output", f"{heads}.experts.output_linear.weight", "A D KH -> A KH D"),
-        Row("blocks/attention/output_bias", f"{heads}.experts.bias", "D -> D"),
-        Row("blocks/attention/key", f"{heads}.kv_proj.weight", "2KH D -> D K H", 0),
-        Row("blocks/attention/value", f"{heads}.kv_proj.weight", "2KH D -> D K H", 1),
-        Row("blocks/ffn/router/weight", f"{mlp}.router.layer.weight", "E D -> D E"),
-        Row("blocks/ffn/w_in", f"{mlp}.input_linear.weight", "E 2F D -> E D 2 F"),
-        Row("blocks/ffn/w_out", f"{mlp}.output_linear.weight", "E D F -> E F D"),
-        Row("blocks/ffn/output_bias", f"{mlp}.bias", "D -> D"),
+        Row("blocks/attention/router/weight", f"{heads}.experts.router.layer.weight", "A D"),
+        Row("blocks/attention/expert_query", f"{heads}.experts.input_linear.weight", "A KH D"),
+        Row("blocks/attention/expert_output", f"{heads}.experts.output_linear.weight", "A D KH"),
+        Row("blocks/attention/output_bias", f"{heads}.experts.bias", "D"),
+        Row("blocks/attention/key", f"{heads}.kv_proj.weight", "2KH D", 0),
+        Row("blocks/attention/value", f"{heads}.kv_proj.weight", "2KH D", 1),
+        Row("blocks/ffn/router/weight", f"{mlp}.router.layer.weight", "E D"),
+        Row("blocks/ffn/w_in", f"{mlp}.input_linear.weight", "E 2F D"),
+        Row("blocks/ffn/w_out", f"{mlp}.output_linear.weight", "E D F"),
+        Row("blocks/ffn/output_bias", f"{mlp}.bias", "D"),
     ]
 
 
@@ -84,42 +88,42 @@ def _moduleformer(c: ModelConfig) -> list[Row]:
     layer = "transformer.h.{}"
     heads, mlp = f"{layer}.attn.q_proj", f"{layer}.mlpf"
     rows = [
-        Row("embed", "transformer.wte.weight", "V D -> V D"),
+        Row("embed", "transformer.wte.weight", "V D"),
         *_layer_norm("blocks/attention_norm", f"{layer}.ln_1"),
-        Row("blocks/attention/expert_query", f"{heads}.experts.weight", "A D KH -> A D KH"),
-        Row("blocks/attention/expert_output", f"{heads}.output_experts.weight", "A KH D -> A KH D"),
+        Row("blocks/attention/expert_query", f"{heads}.experts.weight", "A D KH"),
+        Row("blocks/attention/expert_output", f"{heads}.output_experts.weight", "A KH D"),
         *_router(c, "blocks/attention/router", f"{heads}.gate", "A"),
         *_layer_norm("blocks/ffn_norm", f"{layer}.ln_2"),
-        Row("blocks/ffn/w_in", f"{mlp}.experts.weight", "E D F -> E D 1 F"),
-        Row("blocks/ffn/w_out", f"{mlp}.output_experts.weight", "E F D -> E F D"),
+        Row("blocks/ffn/w_in", f"{mlp}.experts.weight", "E D F"),
+        Row("blocks/ffn/w_out", f"{mlp}.output_experts.weight", "E F D"),
         *_router(c, "blocks/ffn/router", f"{mlp}.gate", "E"),
         *_layer_norm("norm", "transformer.ln_f"),
-        Row("unembed", "lm_head.weight", "V D -> D V"),
+        Row("unembed", "lm_head.weight", "V D"),
     ]
     for name in ("key", "value") if c.key_value == "biased" else ():
         theirs = f"{layer}.attn.{name[0]}_proj"
-        rows.append(Row(f"blocks/attention/{name}", f"{theirs}.weight", "KH D -> D K H"))
-        rows.append(Row(f"blocks/attention/{name}_bias", f"{theirs}.bias", "KH -> K H"))
+        rows.append(Row(f"blocks/attention/{name}", f"{theirs}.weight", "KH D"))
+        rows.append(Row(f"blocks/attention/{name}_bias", f"{theirs}.bias", "KH"))
     return rows
 
 
 def _layer_norm(ours: str, theirs: str) -> list[Row]:
-    return [Row(f"{ours}/scale", f"{theirs}.weight", "D -> D"), Row(f"{ours}/bias", f"{theirs}.bias", "D -> D")]
+    return [Row(f"{ours}/scale", f"{theirs}.weight", "D"), Row(f"{ours}/bias", f"{theirs}.bias", "D")]
 
 
 def _router(c: ModelConfig, ours: str, theirs: str, count: str) -> list[Row]:
     if c.router_network == "linear":
-        return [Row(f"{ours}/weight", f"{theirs}.w_gate.0.weight", f"{count} D -> D {count}")]
+        return [Row(f"{ours}/weight", f"{theirs}.w_gate.0.weight", f"{count} D")]
     if c.router_network == "mlp":
         return [
-            Row(f"{ours}/hidden", f"{theirs}.w_gate.0.weight", "R D -> D R"),
-            Row(f"{ours}/hidden_bias", f"{theirs}.w_gate.0.bias", "R -> R"),
-            Row(f"{ours}/weight", f"{theirs}.w_gate.3.weight", f"{count} R -> R {count}"),
+            Row(f"{ours}/hidden", f"{theirs}.w_gate.0.weight", "R D"),
+            Row(f"{ours}/hidden_bias", f"{theirs}.w_gate.0.bias", "R"),
+            Row(f"{ours}/weight", f"{theirs}.w_gate.3.weight", f"{count} R"),
         ]
     return [
-        Row(f"{ours}/hidden", f"{theirs}.w_gate.weight", "R D -> D R"),
-        Row(f"{ours}/weight", f"{theirs}.expert_centroids", f"{count} R -> R {count}"),
-        Row(f"{ours}/log_scale", f"{theirs}.temperature", "1 -> 1"),
+        Row(f"{ours}/hidden", f"{theirs}.w_gate.weight", "R D"),
+        Row(f"{ours}/weight", f"{theirs}.expert_centroids", f"{count} R"),
+        Row(f"{ours}/log_scale", f"{theirs}.temperature", "1"),
     ]
 
 
@@ -127,8 +131,17 @@ _TABLES = {"granite": _granite, "granitemoe": _granitemoe, "jetmoe": _jetmoe, "m
 
 
 def table(model_type: str, c: ModelConfig) -> list[Row]:
-    """All rows of a model."""
-    return _TABLES[model_type](c)
+    """All rows of a model, each with the axes of both sides: "NH D -> D N H"."""
+    model = jax.eval_shape(lambda: init(c, jax.random.key(0)))
+    known = {name.replace(".", "/"): _sizes(c, name, axes) for name, axes in axes_by_name(model).items()}
+    return [row._replace(axes=f"{row.axes} -> {known[row.ours]}") for row in _TABLES[model_type](c)]
+
+
+def _sizes(c: ModelConfig, name: str, axes: str) -> str:
+    """The axes of one of our leaves with letters that name sizes of the config."""
+    experts = "A" if name.startswith("blocks.attention.") else "E"
+    sizes = {"E": experts, "C": experts, "G": str(gates(c)), "R": "D" if c.router_network == "linear" else "R"}
+    return " ".join(sizes.get(axis, axis) for axis in axes.split())
 
 
 # transformers 5 has its own names for the experts of granitemoe. It also reads the published names, as version 4 does.

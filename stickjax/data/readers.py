@@ -1,0 +1,34 @@
+"""What a model reads, a text or pairs of sentences: its training data and its vocabulary."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from stickjax.config import Config
+from stickjax.data.batches import TrainingData, text_data
+from stickjax.data.pairs import pair_data
+from stickjax.data.tasks import logic
+from stickjax.data.tokenizer import load_tokenizer
+
+
+class Reader(NamedTuple):
+    """`data(config)`: the training data; `ids(config)`: the size of the vocabulary; `source(config)`: its name."""
+
+    data: Callable[[Config], TrainingData]
+    ids: Callable[[Config], int]
+    source: Callable[[Config], str]
+
+
+# By the `reads` of a model's config.
+READERS = {
+    "text": Reader(
+        text_data,
+        lambda config: load_tokenizer(config.data.tokenizer, config.data.eot).vocab_size,
+        lambda config: f"tokenizer={config.data.tokenizer!r}",
+    ),
+    "pairs": Reader(pair_data, lambda config: len(logic.VOCABULARY), lambda config: f"pairs of {config.data.source}"),
+}
+
+
+def training_data(config: Config) -> TrainingData:
+    """What a run is trained on. Raises ValueError for a source that does not suit, and what the sources raise."""
+    return READERS[config.model.reads].data(config)

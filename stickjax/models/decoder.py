@@ -1,0 +1,98 @@
+"""The family of decoders: language models whose layers have parameters of their own."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from stickjax.config import ModelConfig
+from stickjax.models import transformer
+from stickjax.models.family import Family
+from stickjax.models.parameters import leaves_of, parameter
+from stickjax.models.router import ROUTER_LOSSES, updated_router_bias
+from stickjax.models.transformer import Transformer
+from stickjax.models.vocabulary import cross_entropy
+from stickjax.parallel.collectives import psum_over_batch
+
+ROUTERS = {"": "ffn", "attention_": "attention"}  # {beginning of a metric's name: the part of the block}
+
+
+class Decoder(Family):
+    """See `stickjax.models.transformer` for the model."""
+
+    config = ModelConfig
+
+    def init(self, config: ModelConfig, key) -> Transformer:
+        return transformer.init(config, key)
+
+    def apply(self, model: Transformer, batch, key=None):
+        return transformer.apply(model, batch, key)
+
+    def loss(self, model: Transformer, batch, key):
+        """Mean cross-entropy over the targets that `loss_mask` keeps, plus the weighted losses of all routers."""
+        output = transformer.apply(model, batch, key)
+        nll = cross_entropy(output.logits, batch["targets"])
+        mask = batch["loss_mask"].astype(jnp.float32)
+        scale = batch.get("loss_scale", 1 / jnp.maximum(psum_over_batch(mask.sum()), 1))
+        loss, share = psum_over_batch((nll * mask).sum()) * scale, batch.get("share", 1.0)
+        metrics, load = {"loss": loss}, {}
+        for kind, stats in {"": output.router, "attention_": output.attention_router}.items():
+            if stats is not None:
+                losses = {name: getattr(stats, name) * share for name in ROUTER_LOSSES}
+                loss += sum(getattr(model.config, ROUTER_LOSSES[name]) * value.sum() for name, value in losses.items())
+                metrics |= {f"{kind}{name}": value.mean() for name, value in losses.items()}
+                load[kind] = stats.load * share
+        return loss, metrics | ({"load": load} if load else {})
+
+    def scalars(self, model: Transformer, metrics):
+        """The load of each router becomes `load_max`: the largest share of the rows times the experts, 1 at balance."""
+        load = metrics.get("load", {})
+        scalars = {name: value for name, value in metrics.items() if name != "load"}
+        return scalars | {f"{kind}load_max": (x * _experts(model, kind, x)).max() for kind, x in load.items()}
+
+    def moved_without_gradient(self, model: Transformer, metrics, trainable: Callable[[str], bool]):
+        """The biases of routers with `bias_rate` move towards a balanced load."""
+        if not model.config.bias_rate:
+            return model
+        model = jax.tree.map(lambda x: x, model)  # a copy: modules are changed by assignment
+        for kind, load in metrics.get("load", {}).items():
+            if trainable(f"blocks.{ROUTERS[kind]}.router.selection_bias"):
+                router, experts = getattr(model.blocks, ROUTERS[kind]).router, _experts(model, kind, load)
+                bias = updated_router_bias(router.selection_bias[...], load, model.config.bias_rate, experts)
+                router.selection_bias = nnx.Param(bias)
+        return model
+
+    def parameter_counts(self, config: ModelConfig) -> tuple[int, int]:
+        """The number of all parameters, and of the active ones: k of E experts, without the input embedding."""
+        shapes = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
+        total, idle = sum(x.size for x in jax.tree.leaves(shapes)), shapes.embed.size
+        for part, k in (("ffn", config.k), ("attention", config.N // config.K)):
+            mixture = getattr(shapes.blocks, part)
+            if (router := getattr(mixture, "router", None)) is not None:
+                of_experts = [leaf for leaf in leaves_of(mixture) if parameter(leaf).axis("E") is not None]
+                E = router.experts.count
+                idle += sum(leaf.value.size for leaf in of_experts) * (E - k) // E
+        return total, total - idle
+
+    def flops_per_token(self, config: ModelConfig, T: int) -> float:
+        """Every active parameter takes six, and causal attention 3 * 2 products of 2 * N * H * T / 2 per layer.
+
+        Operations that a remat policy computes again are not counted.
+        """
+        _, active = self.parameter_counts(config)
+        if config.tied:
+            active += config.vocabulary * config.D  # the embedding is also the output matrix
+        return 6 * active + 6 * config.L * config.N * config.H * T
+
+    def empty_cache(self, config: ModelConfig, batch: int, size: int):
+        return transformer.empty_cache(config, batch, size)
+
+    def decode_step(self, model: Transformer, tokens, segment_ids, cache):
+        return transformer.decode_step(model, tokens, segment_ids, cache)
+
+
+def _experts(model: Transformer, kind: str, load: jax.Array) -> int | jax.Array:
+    """The number of experts of a load [L,E]: one number, or [L,1] if some experts were pruned."""
+    slot = getattr(model.blocks, ROUTERS[kind]).router.slot
+    return load.shape[-1] if slot is None else (slot[...] >= 0).sum(-1, keepdims=True)

@@ -1,0 +1,244 @@
+"""The table of parameters: for every module, the name, the axes, the partition and the muP label of each parameter.
+
+Partitions, muP labels, the Hugging Face layouts, freezing and pruning read it. A parameter that is not in the table is
+an error, so no parameter inherits by chance what another one of the same name has.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from stickjax.config.fields import nearest
+from stickjax.parallel.collectives import all_gather, size
+
+LABELS = ("matrix", "embedding", "vector", "frozen")
+
+
+class Parameter(NamedTuple):
+    """What is known of a parameter.
+
+    `axes`: its axes as letters, separated by spaces; letters written together are one axis ("E D KH" has three).
+      E is the axis of the experts, C of a router's columns, and a digit is a size. Layers that are stacked have one
+      more axis L in front.
+    `partition`: for every axis the mesh axis that divides it, or "-". Trailing "-" may be left out; "" lies whole on
+      every device.
+    `label`: of muP. "matrix": an internal matrix, learning rate / m_width. "embedding" and "vector": the learning rate,
+      without weight decay for a vector. "frozen": no gradient moves it.
+    """
+
+    axes: str
+    partition: str = ""
+    label: str = "matrix"
+
+    @property
+    def spec(self) -> PartitionSpec:
+        return PartitionSpec(*(None if axis == "-" else axis for axis in self.partition.split()))
+
+    def axis(self, letter: str) -> int | None:
+        """The index of an axis, None if the parameter has no such axis."""
+        axes = self.axes.split()
+        return axes.index(letter) if letter in axes else None
+
+
+_NORM = {"scale": Parameter("D", label="vector"), "bias": Parameter("D", label="vector")}
+_HEADS = Parameter("N H", "tensor", "vector")
+
+PARAMETERS: dict[str, dict[str, Parameter]] = {
+    "RMSNorm": _NORM,
+    "LayerNorm": _NORM,
+    "HeadNorm": {"scale": _HEADS, "bias": _HEADS},
+    # The decoder.
+    "Transformer": {
+        "embed": Parameter("V D", "tensor fsdp", "embedding"),
+        "unembed": Parameter("D V", "fsdp tensor", "embedding"),
+    },
+    "Attention": {
+        "query": Parameter("D N H", "fsdp tensor"),
+        "key": Parameter("D K H", "fsdp tensor"),
+        "value": Parameter("D K H", "fsdp tensor"),
+        "output": Parameter("N H D", "tensor - fsdp"),
+        "head_bias": _HEADS,
+    },
+    "MixtureOfHeads": {
+        "expert_query": Parameter("E D KH", "- fsdp tensor"),
+        "expert_output": Parameter("E KH D", "- tensor fsdp"),
+        "key": Parameter("D K H", "fsdp tensor"),
+        "value": Parameter("D K H", "fsdp tensor"),
+        "key_bias": Parameter("K H", "tensor", "vector"),
+        "value_bias": Parameter("K H", "tensor", "vector"),
+        "output_bias": Parameter("D", label="vector"),
+    },
+    "FeedForward": {
+        "w_in": Parameter("D G F", "fsdp - tensor"),
+        "w_out": Parameter("F D", "tensor fsdp"),
+    },
+    "SparseExperts": {
+        "w_in": Parameter("E D G F", "expert fsdp - tensor"),
+        "w_out": Parameter("E F D", "expert tensor fsdp"),
+        "output_bias": Parameter("D", label="vector"),
+    },
+    # R is D for a linear router.
+    "Router": {
+        "hidden": Parameter("D R", "fsdp"),
+        "hidden_bias": Parameter("R", label="vector"),
+        "log_scale": Parameter("1", label="vector"),
+        "weight": Parameter("R C", "fsdp"),
+        "selection_bias": Parameter("C", label="frozen"),  # moves by a rule of its own
+        "slot": Parameter("C", label="frozen"),  # says which columns were pruned
+    },
+    # The Universal Transformer lies whole on every device.
+    "LanguageModel": {"embed": Parameter("V D", label="embedding")},
+    "SparseUniversalTransformer": {"embed": Parameter("V D", label="embedding")},
+    "PairClassifier": {
+        "embed": Parameter("V D", label="embedding"),
+        "w_in": Parameter("4D 4D"),
+        "in_bias": Parameter("4D", label="vector"),
+        "w_out": Parameter("4D classes"),
+        "out_bias": Parameter("classes", label="vector"),
+    },
+    "SharedHeads": {
+        "expert_query": Parameter("E D KH"),
+        "expert_output": Parameter("E KH D"),
+        "key": Parameter("D K H"),
+        "value": Parameter("D K H"),
+        "relative": Parameter("K H P", label="embedding"),
+    },
+    "BiasedExperts": {
+        "w_in": Parameter("E D F"),
+        "in_bias": Parameter("E F", label="vector"),
+        "w_out": Parameter("E F D"),
+        "out_bias": Parameter("E D", label="vector"),
+    },
+    "TanhRouter": {
+        "w_in": Parameter("D D"),
+        "bias": Parameter("D", label="vector"),
+        "weight": Parameter("D C"),
+    },
+    "HaltingGate": {
+        "w_in": Parameter("D D"),
+        "bias": Parameter("D", label="vector"),
+        "w_out": Parameter("D 2"),
+    },
+}
+
+
+class Leaf(NamedTuple):
+    """An array of a model or of a training state: its value, the names on its path, and the class that owns it.
+
+    `owner` is None outside of Flax modules: in a dictionary, and for the counters of a training state.
+    """
+
+    value: Any
+    names: tuple[str, ...]
+    owner: type | None
+
+    @property
+    def name(self) -> str:
+        return ".".join(self.names)
+
+
+def leaves_of(tree, owner: type | None = None, path: tuple[str, ...] = ()) -> Iterator[Leaf]:
+    """Every array of a tree, in the order of `jax.tree.leaves`."""
+    inside = lambda node: node is not tree and isinstance(node, nnx.Module | nnx.Variable)  # noqa: E731
+    owner = type(tree) if isinstance(tree, nnx.Module) else owner
+    for keys, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=inside):
+        names = path + tuple(str(getattr(k, "name", getattr(k, "key", getattr(k, "idx", k)))) for k in keys)
+        if isinstance(node, nnx.Module):
+            yield from leaves_of(node, path=names)
+        else:  # a variable named "value" keeps its name: the path ends at the variable
+            yield from (Leaf(array, names, owner) for array in jax.tree.leaves(node))
+
+
+def map_leaves(function: Callable[[Leaf], Any], tree, owner: type | None = None):
+    """The tree with `function(leaf)` for every `Leaf`."""
+    return jax.tree.unflatten(jax.tree.structure(tree), [function(leaf) for leaf in leaves_of(tree, owner)])
+
+
+def parameter(leaf: Leaf) -> Parameter:
+    """What the table says of a parameter of a module.
+
+    Raises:
+      ValueError: the module or its parameter is not in the table, or the parameter has other axes.
+    """
+    last, rows = leaf.names[-1], {}
+    for cls in reversed(leaf.owner.__mro__):
+        rows |= PARAMETERS.get(cls.__name__, {})
+    row = rows.get(last.removeprefix("new_"))  # of added experts: as the parameter that it extends
+    if row is None:
+        raise ValueError(
+            f"{leaf.name} ({leaf.owner.__name__}.{last}) is not in the table of parameters{nearest(last, rows)}: "
+            "stickjax.models.parameters says the axes, the partition and the muP label of each"
+        )
+    dims, axes = np.ndim(leaf.value), len(row.axes.split())
+    if dims not in (axes, axes + 1):
+        raise ValueError(f"{leaf.name} has {dims} axes; the table of parameters says {row.axes!r}")
+    return row
+
+
+def label(leaf: Leaf) -> str:
+    """The muP label of a parameter.
+
+    In a tree without modules, such as a dictionary of arrays, the name alone decides. ValueError if it has no label.
+    """
+    if leaf.owner is not None:
+        return parameter(leaf).label
+    last = leaf.names[-1] if leaf.names else ""
+    labels = {row.label for rows in PARAMETERS.values() for name, row in rows.items() if name == last}
+    if len(labels) != 1:
+        known = dict.fromkeys(name for rows in PARAMETERS.values() for name in rows)
+        raise ValueError(f"no muP label for {leaf.name!r}{nearest(last, known)}")
+    return labels.pop()
+
+
+def partition(leaf: Leaf) -> PartitionSpec:
+    """The partition of an array of a model or of a training state.
+
+    The counters of a training state, which no module owns, lie whole on every device; ValueError for a matrix that no
+    module owns.
+    """
+    dims = np.ndim(leaf.value)
+    if leaf.owner is None:
+        if dims >= 2:
+            raise ValueError(f"no partition for {leaf.name!r} with {dims} axes, which no module owns")
+        return PartitionSpec()
+    row = parameter(leaf)
+    stacked = dims == len(row.axes.split()) + 1  # the axis of the layers comes first
+    return PartitionSpec(None, *row.spec) if stacked and row.spec else row.spec
+
+
+def specs(tree):
+    """A tree like `tree`, of parameters or of a whole training state, with the partition of every array."""
+    return map_leaves(partition, tree)
+
+
+def shardings(mesh: Mesh, tree):
+    """`specs` as shardings of a mesh."""
+    return map_leaves(lambda leaf: NamedSharding(mesh, partition(leaf)), tree)
+
+
+def axes_by_name(tree) -> Mapping[str, str]:
+    """The letters of the axes of every parameter of a model, by its name."""
+    return {leaf.name: row.axes for leaf in leaves_of(tree) if (row := parameter(leaf)) is not None}
+
+
+def gather(tree, dtype, owner: type | None = None):
+    """A module, or parameters of the module `owner`, gathered along "fsdp", in the type of the computation.
+
+    Without that axis it is the tree itself. Routers keep their type: with rounded logits they choose other experts.
+    """
+    if size("fsdp") == 1:
+        return tree
+
+    def whole(leaf: Leaf):
+        spec = partition(leaf)
+        if "fsdp" not in spec:
+            return leaf.value
+        sent = leaf.value.dtype if "router" in leaf.names else jnp.dtype(dtype)
+        return all_gather(leaf.value, "fsdp", spec.index("fsdp"), sent)
+
+    return map_leaves(whole, tree, owner)

@@ -1,0 +1,41 @@
+"""Causal softmax attention on keys with rotary positions, as the decoder calls it."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import seam
+from stickjax.config import ModelConfig
+
+
+def attend(config: ModelConfig, q, k, v, context):
+    """(out [B,T,N,H], None: softmax leaves no rest); see `stickjax.config.attention.AttentionVariant`."""
+    c, T, S = config, q.shape[1], k.shape[1]
+    # At most eight query tiles, each with the keys that it can see: that computes half of all T * S scores.
+    tile = max(64, -(-T // 8)) if isinstance(context.offset, int) else T
+
+    @jax.checkpoint  # saves q, k and v instead of the weights, of which there are T * S per head
+    def attend_tile(q, k, v, mask):
+        with jax.numpy_dtype_promotion("standard"):  # it multiplies bfloat16 and float32
+            return jax.nn.dot_product_attention(q, k, v, mask=mask[None], scale=c.scale)
+
+    def attend_row(entry):
+        q, k, v, segments = entry
+        tiles = []
+        for start in range(0, T, tile):
+            queries = slice(start, start + tile)
+            keys = slice(0, context.offset + start + tile if isinstance(context.offset, int) else S)
+            distance = (context.offset + jnp.arange(T)[queries])[:, None] - jnp.arange(S)[keys][None, :]
+            mask = distance >= 0
+            if c.window is not None:
+                mask &= distance <= c.window
+            if segments is not None:
+                mask &= segments[0][queries, None] == segments[1][None, keys]
+            tiles.append(attend_tile(q[queries], k[keys], v[keys], mask))
+        return jnp.concatenate(tiles)
+
+    segments = None if context.segment_ids is None else (context.segment_ids, context.key_segment_ids)
+    # On a CPU in groups whose weights stay in the cache, as the stick-breaking op does too.
+    group = q.shape[0]
+    if seam.platform() == "cpu":
+        group = max(1, min(group, 2**20 // (T * q.shape[2] * S)))
+    return jax.lax.map(attend_row, (q, k, v, segments), batch_size=group), None

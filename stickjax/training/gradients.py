@@ -1,0 +1,69 @@
+"""The gradients of a batch: summed over its microbatches, and over the devices of a mesh.
+
+On a mesh they are computed in one `jax.shard_map`: kernels and routers see the rows of their own device, and every
+communication is written out (`stickjax.parallel.collectives`).
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from pallas_kernels.arguments import sum_type
+from stickjax.config import Config
+from stickjax.models.families import family_of
+from stickjax.models.parameters import Leaf, map_leaves, partition, specs
+from stickjax.parallel.collectives import psum_over_batch
+from stickjax.parallel.mesh import BATCH_AXES, batch_spec
+from stickjax.training.optimizer import stop_frozen_gradients
+
+
+def batch_gradients(config: Config) -> Callable:
+    """`f(params, batch, key) -> (gradients, metrics)` of the family's loss, over `train.accumulate` microbatches."""
+    loss, accumulate = family_of(config.model).loss, config.train.accumulate
+    grad = jax.grad(lambda params, *inputs: loss(stop_frozen_gradients(config, params), *inputs), has_aux=True)
+
+    def accumulated(params, batch, key):
+        micro = {name: x.reshape(accumulate, -1, *x.shape[1:]) for name, x in batch.items()}
+        scale = 1 / jnp.maximum(psum_over_batch(batch["loss_mask"].astype(jnp.float32).sum()), 1)
+        shared = {"loss_scale": scale, "share": jnp.float32(1 / accumulate)}
+
+        def one(total, inputs):  # a sum in bfloat16 would lose the gradients of late microbatches
+            part, k = inputs
+            add = lambda total, x: total + x.astype(total.dtype)  # noqa: E731
+            return jax.tree.map(add, total, grad(params, part | shared, k)), None
+
+        first = jax.tree.map(lambda x: x[0], micro)
+        shapes = jax.eval_shape(grad, params, first | shared, key)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, sum_type(s)), shapes)
+        return lax.scan(one, zeros, (micro, jax.random.split(key, accumulate)))[0]
+
+    return grad if accumulate == 1 else accumulated
+
+
+def mesh_gradients(mesh: Mesh | None, gradients: Callable) -> Callable:
+    """`gradients(params, batch, key) -> (gradients, metrics)` on every device for its part of the batch."""
+    if mesh is None:
+        return gradients
+    parts_of_batch = tuple(axis for axis in BATCH_AXES if mesh.shape[axis] > 1)
+
+    def local(params, batch, key):
+        # The routers of different parts of the batch draw different numbers.
+        index = lax.axis_index(parts_of_batch) if parts_of_batch else 0
+        grads, metrics = gradients(params, batch, jax.random.fold_in(key, index))
+
+        def summed(leaf: Leaf):  # an axis that divides it has summed it already, in the transpose of a gather
+            axes = tuple(axis for axis in parts_of_batch if axis not in partition(leaf))
+            return lax.psum(leaf.value, axes) if axes else leaf.value
+
+        return map_leaves(summed, grads), metrics
+
+    def run(params, batch, key):
+        parts = specs(params)
+        inputs = parts, jax.tree.map(batch_spec, batch), PartitionSpec()
+        f = jax.shard_map(local, mesh=mesh, in_specs=inputs, out_specs=(parts, PartitionSpec()), check_vma=False)
+        return f(params, batch, key)
+
+    return run
