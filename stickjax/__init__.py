@@ -6,7 +6,17 @@ from stickjax import renamed
 from stickjax.config import Config, DataConfig, ModelConfig, OptimConfig, SutConfig, TrainConfig
 from stickjax.config.command import end_on_interrupt
 
-__all__ = ["Config", "DataConfig", "ModelConfig", "OptimConfig", "SutConfig", "TrainConfig", "export", "load"]
+__all__ = [
+    "Config",
+    "DataConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "SutConfig",
+    "TrainConfig",
+    "export",
+    "load",
+    "register",
+]
 __version__ = "0.1.0"
 renamed.install()
 
@@ -26,3 +36,27 @@ def export(model, path, **options):
     from stickjax.convert import export as export_model
 
     export_model(model, path, **options)
+
+
+def register(what, name: str | None = None) -> None:
+    """Make a family of models, or an attention variant under a name, known to configs and to all commands.
+
+    A config file may call it: then `python -m stickjax.train FILE` trains the family that the file defines.
+
+    Args:
+      what: a `stickjax.models.family.Family`, or a `stickjax.config.attention.AttentionVariant`.
+      name: the variant's value of `model.attention`; a family has its name in its config.
+
+    Raises:
+      ValueError: the name is taken, or `what` is neither of the two.
+    """
+    from stickjax.config.attention import AttentionVariant, register_attention
+    from stickjax.models.families import Family
+    from stickjax.models.families import register as register_family
+
+    if isinstance(what, Family) and name is None:
+        register_family(what)
+    elif isinstance(what, AttentionVariant) and name is not None:
+        register_attention(name, what)
+    else:
+        raise ValueError(f"register a Family, or an AttentionVariant with a name, not {what!r}")

@@ -38,6 +38,12 @@ ATTENTION: dict[str, AttentionVariant] = {
 }
 
 
+def register_attention(name: str, variant: AttentionVariant) -> None:
+    """Add a variant; ValueError if its name is taken by another one."""
+    if ATTENTION.setdefault(name, variant) != variant:
+        raise ValueError(f"attention={name!r} is registered already")
+
+
 def variant(name: str) -> AttentionVariant:
     """The variant of a name; ValueError, with the nearest name, for one that is not registered."""
     one_of("attention", name, tuple(ATTENTION))

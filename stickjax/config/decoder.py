@@ -2,14 +2,11 @@
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from stickjax.config.attention import variant, variants_with
 from stickjax.config.family import FamilyConfig
 from stickjax.config.fields import Dtype, check_fields, field
-
-if TYPE_CHECKING:
-    from stickjax.config.experiment import Config
 
 
 @dataclass(frozen=True)
@@ -159,8 +156,8 @@ class ModelConfig(FamilyConfig):
             if gone and self.pruned != "old_denominator":
                 raise ValueError(f"gone_{experts}={gone} needs pruned='old_denominator'")
 
-    def check_mesh(self, config: "Config", sizes: dict[str, int]) -> None:
-        """Raise ValueError for a mesh that does not divide the model and its sequences."""
+    def check_mesh(self, sizes: dict[str, int], T: int) -> None:
+        """Raise ValueError for axes that do not divide the model or its sequences of T tokens."""
         if sizes["expert"] > 1 and not self.E:
             raise ValueError(f"expert={sizes['expert']} divides the experts, but E=0")
         if sizes["expert"] > 1 and self.new_experts:
@@ -173,7 +170,7 @@ class ModelConfig(FamilyConfig):
         divided = [
             (
                 "T",
-                config.data.T,
+                T,
                 context > 1 and 2 * context,
                 f"2 x context={context}, because every device takes two pieces",
             ),

@@ -1,11 +1,8 @@
 """What every model's config has in common, and the classes of config by the name of their family."""
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from stickjax.config.fields import BYTES
-
-if TYPE_CHECKING:
-    from stickjax.config.experiment import Config
 
 # {family: the class of its config}; a class enters it when it is defined.
 MODEL_CONFIGS: dict[str, type["FamilyConfig"]] = {}
@@ -37,8 +34,8 @@ class FamilyConfig:
         """The width multiplier of muP; 1: all parameters have one learning rate."""
         return 1.0
 
-    def check_mesh(self, config: "Config", sizes: dict[str, int]) -> None:
-        """Raise ValueError for a mesh that does not suit the model. By default only "data" may have several devices."""
+    def check_mesh(self, sizes: dict[str, int], T: int) -> None:
+        """Raise ValueError for mesh axes that do not suit the model. By default only "data" may be above 1."""
         if other := [f"{axis}={n}" for axis, n in sizes.items() if axis != "data" and n > 1]:
             raise ValueError(
                 f"{' and '.join(other)}: a model of family={self.family!r} lies whole on every device, "

@@ -54,6 +54,8 @@ def heldout_windows(
 
     Raises ValueError when a length does not divide the largest, or `max_tokens` is below 1.
 
+    >>> from stickjax.config import DataConfig
+    >>> from stickjax.data.corpus import load_corpus
     >>> corpus = load_corpus(DataConfig())[1]
     >>> windows = heldout_windows(corpus, 64, lengths=(1, 2), max_tokens=1024)
     >>> windows.tokens.shape, windows.pieces(1)[0].shape

@@ -112,7 +112,7 @@ def round_tokens(
     no expert (after arXiv 2512.14080, which also rounds up). The result depends on the device's whole batch, so this is
     for training only.
 
-    >>> rounded(jnp.array([[0], [0], [1], [0]]), jnp.array([[0.3], [0.1], [0.9], [0.2]]), 2, 2).T
+    >>> round_tokens(jnp.array([[0], [0], [1], [0]]), jnp.array([[0.3], [0.1], [0.9], [0.2]]), 2, 2).T
     Array([[0, 2, 2, 0]], dtype=int32)
     """
     experts, E = expert_indices.reshape(-1), num_experts

@@ -70,7 +70,7 @@ def _check_sizes(config: Config, sizes: dict[str, int]) -> None:
             f"{d.B // accumulate} sequences (B / accumulate) must be a multiple of {parts}; "
             f"B={max(d.B // (rows * accumulate), 1) * rows * accumulate} would do"
         )
-    config.model.check_mesh(config, sizes)
+    config.model.check_mesh(sizes, d.T)
 
 
 def rows_of_process(mesh: Mesh | None) -> tuple[int, int]:

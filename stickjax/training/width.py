@@ -3,6 +3,7 @@
 Under muP (Yang et al., `Tensor Programs V <https://arxiv.org/abs/2203.03466>`_) one learning rate suits all widths.
 """
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable
@@ -57,6 +58,8 @@ def at_width(config: Config, width: int, *, mup: bool, base: float | None = None
     (256, 16, 16, 16, 512, 4.0)
     """
     m = config.model
+    if "m_width" not in {f.name for f in dataclasses.fields(m)}:
+        raise ValueError(f"a model of family={m.family!r} has no m_width: it is not parametrised by muP")
     if width < 1 or any(getattr(m, name) * width % m.D for name in ("N", "K", "F")):
         raise ValueError(f"width={width}: N={m.N}, K={m.K} and F={m.F} at D={m.D} do not scale to whole numbers")
     scaled = {f"model.{name}": getattr(m, name) * width // m.D for name in ("D", "N", "K", "F")}

@@ -1,0 +1,194 @@
+"""Every family of models meets every command, and a family or an attention variant from a user's file does too."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import nnx
+
+import stickjax
+from stickjax import Config, DataConfig, ModelConfig, SutConfig
+from stickjax.__main__ import main
+from stickjax.config.attention import ATTENTION, AttentionVariant
+from stickjax.config.family import MODEL_CONFIGS, FamilyConfig
+from stickjax.config.fields import Dtype, check_fields, field
+from stickjax.models.families import FAMILIES
+from stickjax.models.family import Family
+from stickjax.models.parameters import PARAMETERS, Parameter
+from stickjax.models.stick_breaking import attend
+from stickjax.training.loop import fit
+
+SIZES = dict(D=8, L=2, K=1, H=4, F=8)
+TEXT, PAIRS = DataConfig(T=8, B=2), DataConfig(source="logic", examples=3000, T=40, B=2)
+SUT = dict(attention_experts=3, E=3, attention="stick_breaking")
+
+
+@dataclasses.dataclass(frozen=True)
+class BigramConfig(FamilyConfig):
+    """The next token depends on one token."""
+
+    family: str = field("bigram", "the kind of model")
+    V: int | None = field(None, "vocabulary size")
+    D: int = field(8, "width", at_least=1)
+    dtype: Dtype = field("float32", "type of the computation")
+    param_dtype: Dtype = field("float32", "type of the parameters")
+    implementation: str | None = field(None, "not used: there are no kernels")
+
+    def __post_init__(self):
+        check_fields(self)
+
+
+class BigramModel(nnx.Module):
+    def __init__(self, config, key):
+        self.config = config
+        self.table = nnx.Param(0.1 * jax.random.normal(key, (config.vocabulary, config.D)))
+        self.readout = nnx.Param(jnp.zeros((config.D, config.vocabulary)))
+
+
+class Bigram(Family):
+    config = BigramConfig
+    parameters = {"BigramModel": {"table": Parameter("V D", label="embedding"), "readout": Parameter("D V")}}
+
+    def init(self, config, key):
+        return BigramModel(config, key)
+
+    def apply(self, model, batch, key=None):
+        return Output(jnp.einsum("BTD,DV->BTV", model.table[...][batch["tokens"]], model.readout[...]))
+
+    def loss(self, model, batch, key):
+        logits, mask = self.apply(model, batch, key).logits, batch["loss_mask"].astype(jnp.float32)
+        nll = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+        scale = batch.get("loss_scale", 1 / jnp.maximum(mask.sum(), 1))
+        return (loss := (nll * mask).sum() * scale), {"loss": loss}
+
+
+class Output(nnx.Module):
+    def __init__(self, logits):
+        self.logits = logits
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bigram():
+    stickjax.register(Bigram())
+    yield
+    del FAMILIES["bigram"], MODEL_CONFIGS["bigram"], PARAMETERS["BigramModel"]
+
+
+MODELS = {
+    "decoder": Config(ModelConfig(**SIZES, N=2, E=4, k=2), TEXT),
+    "sut": Config(SutConfig(**SIZES, **SUT), TEXT),
+    "pairs": Config(SutConfig(**SIZES, **SUT, classes=7), PAIRS),
+    "bigram": Config(BigramConfig(), TEXT),
+}
+MODULES = "modules that can be added or pruned"
+# {family: {command: the end of its error}}; every other pair works.
+REFUSED = {
+    "decoder": {},
+    "sut": dict.fromkeys(["report", "extend", "prune", "concentrate"], MODULES)
+    | {"convert": "no model_type is near a model of family='sut'", "sweep": "has no m_width"},
+    "pairs": dict.fromkeys(["report", "extend", "prune", "concentrate"], MODULES)
+    | {
+        "generate": "a classifier of classes=7 generates no text",
+        "convert": "no model_type is near a model of family='sut'",
+        "sweep": "has no m_width",
+    },
+    "bigram": dict.fromkeys(["report", "extend", "prune", "concentrate"], MODULES)
+    | {
+        "generate": "a model of family='bigram' generates no text",
+        "convert": "no model_type is near a model of family='bigram'",
+        "sweep": "has no m_width",
+    },
+}
+COMMANDS = {
+    "dry-run": "train CONFIG --dry-run",
+    "plan": "plan CONFIG --gpus 1",
+    "resume": "train CONFIG --run RUN --train.steps=3",
+    "evaluate": "evaluate RUN --max-tokens 64 --max-pairs 4 --lengths 1",
+    "generate": "generate RUN --prompt a --max-new-tokens 3",
+    "convert": "convert RUN OUT",
+    "freeze": "modules freeze RUN OUT *embed* *table*",
+    "report": "modules report RUN --tokens 64",
+    "extend": "modules extend RUN OUT --experts 1",
+    "prune": "modules prune RUN OUT --count 2 --kind ffn --tokens 64",
+    "concentrate": "modules concentrate RUN OUT --train.steps=1",
+    "sweep": "sweep coordinate --config CONFIG --widths 8 --out OUT",
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A run folder of each family, trained when it is first asked for."""
+    folder, made = tmp_path_factory.mktemp("families"), {}
+
+    def run(name: str) -> Path:
+        if name not in made:
+            made[name] = folder / name
+            fit(MODELS[name].replace({"train.steps": 2, "train.log_every": 1}), str(made[name]), quiet=True)
+        return made[name]
+
+    return run
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("name", MODELS)
+def test_every_family_meets_every_command(name, command, runs, tmp_path, capsys):
+    run = runs(name)
+    places = {"RUN": run, "CONFIG": run / "config.json", "OUT": tmp_path / "out"}
+    words = [str(places.get(word, word)) for word in COMMANDS[command].split()]
+    if command == "freeze" and name == "bigram":
+        words.remove("*embed*")
+    elif command == "freeze":
+        words.remove("*table*")
+    code = main(words)
+    errors = capsys.readouterr().err.strip().splitlines()
+    if (refusal := REFUSED[name].get(command)) is None:
+        assert code == 0, errors
+    else:
+        assert code == 1 and errors[-1].startswith("error: ") and refusal in errors[-1]
+        assert not (tmp_path / "out").exists()
+
+
+def test_an_attention_variant_of_the_user(monkeypatch):
+    """It halves what stick-breaking attends to; a config of an unknown one is refused, with the nearest name."""
+
+    def halved(config, q, k, v, context):
+        out, rest = attend(config, q, k, v, context)
+        return out / 2, rest
+
+    with pytest.raises(ValueError, match="attention='halved' is not one of 'stick_breaking', 'softmax'"):
+        ModelConfig(attention="halved")
+    monkeypatch.setattr("stickjax.config.attention.ATTENTION", dict(ATTENTION))
+    stickjax.register(AttentionVariant(halved), "halved")
+    config = MODELS["decoder"].model
+    batch = {"tokens": jnp.arange(8)[None]}
+    family = FAMILIES["decoder"]
+    model = family.init(config, jax.random.key(0))
+    other = family.init(dataclasses.replace(config, attention="halved"), jax.random.key(0))
+    assert jnp.abs(family.apply(model, batch).logits - family.apply(other, batch).logits).max() > 1e-3
+    with pytest.raises(ValueError, match="remainder='value' needs attention='stick_breaking', not 'halved'"):
+        ModelConfig(attention="halved", remainder="value")
+
+
+def test_what_cannot_be_registered():
+    with pytest.raises(ValueError, match="register a Family, or an AttentionVariant with a name, not 3"):
+        stickjax.register(3)
+
+    class Other(Bigram):
+        pass
+
+    with pytest.raises(ValueError, match="family='bigram' is registered already, by Bigram"):
+        stickjax.register(Other())
+    with pytest.raises(ValueError, match="attention='softmax' is registered already"):
+        stickjax.register(AttentionVariant(attend), "softmax")
+
+
+def test_a_parameter_that_is_not_in_the_table_is_refused():
+    """Rather than being divided and scaled as another parameter of its name."""
+    config = MODELS["bigram"]
+    model = Bigram().init(config.model, jax.random.key(0))
+    model.w_out = nnx.Param(jnp.zeros((4, 4)))
+    with pytest.raises(ValueError, match="w_out .BigramModel.w_out. is not in the table of parameters"):
+        stickjax.training.optimizer.make_optimizer(config, model)
