@@ -2,17 +2,22 @@
 
 An op has some of the implementations in `NAMES`. Each of them can refuse a call, with a reason.
 `implementation=None` takes the first one that does not refuse, and logs the choice and the reasons once; `explain`
-returns the same sentence. A named implementation works or raises an error: nothing falls back silently.
+returns the same sentence. A named implementation works or raises an error: nothing falls back silently. `recorded`
+collects what was chosen while code is traced.
 """
 
+import contextlib
+import contextvars
 import difflib
 import logging
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import get_abstract_mesh
 
 from . import partition, seam
 
@@ -41,8 +46,37 @@ class Op(NamedTuple):
     letters: Callable[[Any], partition.Letters] | None = None
 
 
+class Choice(NamedTuple):
+    """The implementation that one call of an op got. Its backward pass has the same implementation.
+
+    `sizes`: the sizes of the arrays on one device by their letters, such as {"B": 4, "T": 256} in pairs. `why`: why
+    this implementation, and why not the preferred ones. As a string it is one line.
+    """
+
+    op: str
+    sizes: tuple[tuple[str, int], ...]
+    implementation: str
+    detail: str
+    why: str
+
+    def __str__(self) -> str:
+        sizes = " ".join(f"{letter}={size}" for letter, size in self.sizes)
+        return f"{self.op}: {self._by()}{sizes and f' for {sizes}'}, {self.why}"
+
+    def sentence(self) -> str:
+        """The same line without the sizes."""
+        return f"{self.op}: {self._by()}, {self.why}"
+
+    def _by(self) -> str:
+        return f"{self.implementation}{f' ({self.detail})' if self.detail else ''}"
+
+
 _ops: dict[str, Op] = {}
 _logged: set[str] = set()
+# Of this thread: the records of all `recorded` blocks that are open.
+_records: contextvars.ContextVar[tuple[Counter, ...]] = contextvars.ContextVar("records", default=())
+# What was chosen when a call was traced. JAX keeps that trace and does not choose again for an equal call.
+_traced: dict[Any, Counter] = {}
 
 
 def register(op: Op) -> Op:
@@ -83,11 +117,61 @@ def choose(op: Op, call: Any, implementation: str | Sequence[str] | None) -> tup
     raise NotImplementedError(f"{op.name} cannot run this call by {'; '.join(reasons)}; use {' or '.join(can)}")
 
 
-def _sentence(op: Op, call: Any, implementation: str | Sequence[str] | None) -> str:
+def _choice(op: Op, call: Any, implementation: str | Sequence[str] | None) -> Choice:
     name, reasons = choose(op, call, implementation)
+    asked = implementation is not None and len(_wanted(implementation)) == 1
+    why = "asked for" if asked else f"on {seam.platform()}"
     detail = op.implementations[name].detail(call)
-    why = "asked for" if isinstance(implementation, str) else f"on {seam.platform()}"
-    return f"{op.name}: {name}{f' ({detail})' if detail else ''}, {'; '.join([why, *reasons])}"
+    return Choice(op.name, _sizes(op, call), name, detail, "; ".join([why, *reasons]))
+
+
+def _sizes(op: Op, call: Any) -> tuple[tuple[str, int], ...]:
+    """The size of every letter of a call. "2F" is no letter."""
+    if op.letters is None:
+        return ()
+    words, tree = jax.tree.flatten(op.letters(call).call)
+    sizes = {}
+    for word, value in zip(words, tree.flatten_up_to(call), strict=True):
+        if word not in (partition.STATIC, partition.ANEW) and hasattr(value, "shape"):
+            sizes |= zip(word.split(), value.shape, strict=True)
+    return tuple((letter, size) for letter, size in sizes.items() if letter.isalpha())
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[Counter]:
+    """Collect the choices that the ops make in this block and in this thread: {Choice: how often it was traced}.
+
+    An op chooses when it is traced. So the block has to trace the program: `jax.jit(f).trace(...)`, `jax.eval_shape`,
+    or the first call of a jitted function. JAX keeps the trace of a jitted function: if yours has been traced before,
+    nothing is recorded. On a mesh the ops jit a part of themselves; its choices are remembered and recorded again. On a
+    mesh of Auto axes XLA divides the arrays when it compiles. There a trace has the sizes of the whole arrays.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from pallas_kernels import stick_breaking_attention
+    >>> x = jax.ShapeDtypeStruct((1, 64, 4, 32), jnp.float32)
+    >>> with recorded() as choices:
+    ...     out, rem = jax.eval_shape(lambda x: stick_breaking_attention(x, x, x, implementation="reference"), x)
+    >>> print(*choices)
+    stick_breaking_attention: reference for B=1 T=64 N=4 H=32 S=64 K=4 Hv=32, asked for
+    """
+    record = Counter()
+    token = _records.set((*_records.get(), record))
+    try:
+        yield record
+    finally:
+        _records.reset(token)
+
+
+def _record(choices: Counter) -> None:
+    for record in _records.get():
+        record.update(choices)
+
+
+def _key(op: Op, call: Any, wanted: Sequence[str] | None) -> Any:
+    """Equal for two calls for which JAX uses one trace."""
+    leaves, tree = jax.tree.flatten(call)
+    types = tuple(jax.typeof(x) if isinstance(x, jax.Array) else x for x in leaves)
+    return op.name, wanted, tree, types, get_abstract_mesh()
 
 
 def run(op: Op, call: Any, implementation: str | Sequence[str] | None) -> Any:
@@ -96,7 +180,8 @@ def run(op: Op, call: Any, implementation: str | Sequence[str] | None) -> Any:
     compute = partition.Bound(_run_here, (op.name, wanted))
     call = jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, call)
     try:
-        return compute(call) if op.letters is None else partition.run(op.letters(call), call, compute)
+        with recorded() as choices:
+            result = compute(call) if op.letters is None else partition.run(op.letters(call), call, compute)
     except TypeError as error:  # raised on a mesh; an error from `_run_here` begins with the op's name already
         if "forward-mode" not in str(error) or str(error).startswith(op.name):
             raise
@@ -104,16 +189,21 @@ def run(op: Op, call: Any, implementation: str | Sequence[str] | None) -> Any:
             f"{op.name} has no forward-mode derivative on this mesh (jax.jvp, jax.jacfwd, jax.linearize); "
             "take jax.grad, jax.vjp or jax.jacrev"
         ) from None
+    if choices:
+        _traced[_key(op, call, wanted)] = choices
+    elif _records.get():
+        _record(_traced.get(_key(op, call, wanted), Counter()))
+    return result
 
 
 def _run_here(call: Any, op_name: str, implementation: tuple[str, ...] | None) -> Any:
     op = _ops[op_name]
-    name, _ = choose(op, call, implementation)
-    if implementation is None:
-        sentence = _sentence(op, call, None)
-        if sentence not in _logged:
-            _logged.add(sentence)
-            logger.info(sentence)
+    choice = _choice(op, call, implementation)
+    _record(Counter([choice]))
+    if implementation is None and (sentence := choice.sentence()) not in _logged:
+        _logged.add(sentence)
+        logger.info(sentence)
+    name = choice.implementation
     try:
         return op.implementations[name].run(call)
     except TypeError as error:
@@ -149,5 +239,5 @@ def explain(op_name: str, *args, **kwargs) -> str:
         return np.broadcast_to(np.zeros((), jax.dtypes.canonicalize_dtype(x.dtype)), x.shape)
 
     args, kwargs = jax.tree.map(stand_in, (args, kwargs))
-    call, say = op.prepare(*args, **kwargs), lambda call: _sentence(op, call, implementation)
+    call, say = op.prepare(*args, **kwargs), lambda call: _choice(op, call, implementation).sentence()
     return say(call) if op.letters is None else partition.look(op.letters(call), call, say)

@@ -54,8 +54,8 @@ def linear_letters(call: LinearCall) -> Letters:
 
 def mlp_letters(call: MlpCall) -> Letters:
     """The op is a map over the tokens."""
-    del call
-    arrays = MlpCall("T D", "E D F", "E F D", "E F", "E D", "T k", _ROUTING, activation=STATIC)
+    hidden = "2F" if call.activation in GATED else "F"
+    arrays = MlpCall("T D", f"E D {hidden}", "E F D", f"E {hidden}", "E D", "T k", _ROUTING, activation=STATIC)
     return Letters("expert_mlp", arrays, "T D", {"T": "T"}, _routed)
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from pallas_kernels import dispatch
 from stickjax.config import Config
 from stickjax.models.families import family_of
 from stickjax.models.parameters import shardings
@@ -50,6 +51,7 @@ class Compiled:
     state: dict[str, int]  # bytes of the training state among the arguments, by what they are for
     work: Work
     collectives: list[Collective]
+    kernels: tuple[dispatch.Choice, ...]  # what the ops chose, on one device
     seconds: float  # compile time
 
     @property
@@ -119,7 +121,7 @@ def compile_step(config: Config, machine: Machine) -> Compiled:
     begun = time.perf_counter()
     mesh, device = make_mesh(config, machine), machine.devices[0]
     state, batch = abstract_arguments(config, mesh, device)
-    with tracing_for(device):
+    with tracing_for(device), dispatch.recorded() as choices:
         traced = jit_step(config, mesh, state).trace(state, batch)
         lowered = traced.lower(lowering_platforms=machine.platforms)
     # The step never runs. So its machine code need not be good; its memory and collectives are the same.
@@ -135,6 +137,7 @@ def compile_step(config: Config, machine: Machine) -> Compiled:
         state=state_parts(state),
         work=count(traced.jaxpr),
         collectives=collectives(compiled.as_text(), mesh, machine.per_host),
+        kernels=tuple(choices),
         seconds=time.perf_counter() - begun,
     )
 

@@ -51,6 +51,7 @@ def as_dict(compiled: Compiled, machine: Machine) -> dict:
         traffic=compiled.work.bytes,
         unknown_loops=compiled.work.unknown,
         collectives=by_axes(compiled),
+        kernels=[str(choice) for choice in compiled.kernels],
         compile_seconds=compiled.seconds,
         assumptions=list(estimate.ASSUMPTIONS),
     )
@@ -90,6 +91,8 @@ def print_step(compiled: Compiled, machine: Machine, changes: list[tuple[dict, C
     print(f"parameters    {total:,} ({active:,} active, embedding left out)")
     print(f"step          B={config.data.B} x T={config.data.T}, {config.train.accumulate} x {rows} sequences, "
           f"remat={config.model.remat}")  # fmt: skip
+    for choice in compiled.kernels:
+        print(f"kernel        {choice}")
     print(f"memory        per device: {memory_words(compiled, machine)}")
     print(f"state         {', '.join(f'{name} {gib(size)}' for name, size in compiled.state.items())}")
     again = work.flops / estimate.model_flops(compiled)

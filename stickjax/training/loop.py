@@ -4,13 +4,17 @@ python -m stickjax.train configs/tiny.py [--run DIR] [--section.field=value ...]
 """
 
 import contextlib
-import time
+import dataclasses
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
+from pallas_kernels import dispatch
 from stickjax.config import Config, DataConfig
+from stickjax.data.batches import TrainingData
 from stickjax.data.readers import training_data
 from stickjax.models.families import family_of
 from stickjax.models.parameters import shardings
@@ -30,8 +34,8 @@ from stickjax.storage.run_folder import (
 )
 from stickjax.system.memory import check_fits, check_program, local_bytes, state_parts
 from stickjax.system.profiling import StepTrace
-from stickjax.training.banner import banner
-from stickjax.training.metrics import MetricsLog, peak_flops
+from stickjax.training.banner import banner, kernels
+from stickjax.training.metrics import MetricsLog, Pace, peak_flops
 from stickjax.training.progress import Progress
 from stickjax.training.step import TrainState, init_state, jit_step, tokens_of, with_params
 from stickjax.training.stopping import stop_requests
@@ -56,27 +60,73 @@ class Result(NamedTuple):
         return f"Result(step={int(self.state.step)}, {others})"
 
 
-def _start(
-    config, mesh, abstract, data, checkpoints, init_from: str | None, branch: str | None, say
-) -> tuple[TrainState, dict | None]:
-    """The first state of training and data iterator: resumed, branched from another run, or new.
+@dataclasses.dataclass
+class Run:
+    """A run while it trains: what it trains, what it reads, where it writes, and who may ask it to stop.
 
-    `abstract`: the shapes of the state, with their places on the mesh.
+    `abstract`: the shapes of the state, with their places on the mesh. `log`: None in a process that does not write.
+    `asked`: returns the number of the signal that asks for a stop, or 0.
     """
-    if (restored := checkpoints.restore(abstract)) is not None:
-        source = f"{checkpoints.folder.parent}@{restored.step}"
+
+    folder: str
+    config: Config
+    mesh: Mesh | None
+    abstract: TrainState
+    data: TrainingData
+    loader: Iterator[dict]
+    checkpoints: Checkpoints
+    progress: Progress
+    asked: Callable[[], int] = lambda: 0
+    log: MetricsLog | None = None
+    trace: StepTrace | None = None
+
+    def say(self, text: str) -> None:
+        self.progress.say(text)
+
+    def next_batch(self) -> dict:
+        return shard_batch(self.mesh, next(self.loader), self.config.train.accumulate)
+
+    def report(self, row: dict) -> None:
+        """Write a row of metrics, and show it."""
+        if self.log:
+            self.log.write(row)
+        self.progress.update(row)
+
+    def save(self, state: TrainState, data_state: dict) -> None:
+        """Save a checkpoint with all that a resumed run needs or compares."""
+        step, data = int(state.step), self.data
+        if not all_finite(state.params):
+            raise self.not_finite(f"step {step}: its loss was finite, the parameters are not")
+        hashes = {
+            "corpus": data.hash, "heldout": data.heldout_hash, "tokenizer": data.tokenizer and data.tokenizer.name
+        }  # fmt: skip
+        extra = hashes | {"data": data_state, "tokens": tokens_of(state), "config": self.config.to_dict()}
+        self.checkpoints.save(step, state, extra)
+
+    def not_finite(self, what: str) -> FloatingPointError:
+        self.checkpoints.wait()
+        steps = self.checkpoints.steps()
+        kept = f"the last good checkpoint is step {steps[-1]}" if steps else "there is no checkpoint"
+        return FloatingPointError(f"{what}; {kept}")
+
+
+def _start(run: Run, init_from: str | None, branch: str | None) -> tuple[TrainState, dict | None]:
+    """The first state of training and of the data iterator: resumed, branched from another run, or new."""
+    config, data = run.config, run.data
+    if (restored := run.checkpoints.restore(run.abstract)) is not None:
+        source = f"{run.checkpoints.folder.parent}@{restored.step}"
         check_trained(restored.extra, config, data.tokenizer, source)
         data_state = restored.extra["data"]
         _check_text("text", data.source, data.hash, restored.extra["corpus"], source)
         _check_text("held-out text", data.heldout_source, data.heldout_hash, restored.extra.get("heldout"), source)
         if restored.step < config.train.steps:
-            say(f"resuming {source}")
+            run.say(f"resuming {source}")
     elif branch is not None:
-        run, step = split_branch(branch)
-        restored = Checkpoints(run).restore(abstract, step=step)
+        folder, step = split_branch(branch)
+        restored = Checkpoints(folder).restore(run.abstract, step=step)
         if restored is None:
-            raise ValueError(f"{run} has no checkpoint to branch from")
-        source = f"{run}@{restored.step}"
+            raise ValueError(f"{folder} has no checkpoint to branch from")
+        source = f"{folder}@{restored.step}"
         check_trained(restored.extra, config, data.tokenizer, source)
         if restored.step >= config.train.steps:
             steps = f"train.steps={config.train.steps} must be more than its step {restored.step}"
@@ -85,10 +135,10 @@ def _start(
         # A decay is often trained on another text than the stable phase. The new text is read from its beginning.
         same_text = restored.extra["corpus"] == data.hash
         data_state = _position(restored.extra, config.data) if same_text else None
-        say(f"branching from {source}" + ("" if data_state else ", with other text"))
+        run.say(f"branching from {source}" + ("" if data_state else ", with other text"))
     else:
         config.check_lengths()
-        return _new(config, mesh, abstract, init_from, say), None
+        return _new(run, init_from), None
     check_finite(restored.state.params, source)
     return restored.state, data_state
 
@@ -99,9 +149,10 @@ def _check_text(what: str, where: str | None, found: str | None, recorded: str |
         raise ValueError(f"the {what} has changed: {where} is now {found}, {source} has {recorded}")
 
 
-def _new(config, mesh, abstract, init_from: str | None, say) -> TrainState:
-    say("making the parameters")
-    places = None if mesh is None else shardings(mesh, abstract)
+def _new(run: Run, init_from: str | None) -> TrainState:
+    config, mesh = run.config, run.mesh
+    run.say("making the parameters")
+    places = None if mesh is None else shardings(mesh, run.abstract)
     # The key is an argument: with a constant key XLA would draw the numbers itself, while it compiles.
     key = jax.random.key(config.train.seed)
     program = jax.jit(lambda key: init_state(config, key), out_shardings=places).lower(key).compile()
@@ -116,7 +167,7 @@ def _new(config, mesh, abstract, init_from: str | None, say) -> TrainState:
     if ours != theirs:
         changed = [d for d in loaded.config.diff(config) if d.startswith("model.")]
         raise ValueError(f"--init-from {init_from} is another model ({'; '.join(changed)})")
-    say(f"parameters from {init_from}@{loaded.step}")
+    run.say(f"parameters from {init_from}@{loaded.step}")
     return with_params(config, state, loaded.model)
 
 
@@ -169,33 +220,33 @@ def fit(
     abstract = placed(mesh, jax.eval_shape(lambda: init_state(config, jax.random.key(config.train.seed))))
     check_fits(state_parts(abstract) | _batch_part(config, mesh), mesh)
     loader = data.loader(*rows_of_process(mesh))
-    fields = {f"{s}.{n}": value for s, section in config.to_dict().items() for n, value in section.items()}
-    tokenizer = data.tokenizer and data.tokenizer.name
-    content = {"text": data.hash, "held-out text": data.heldout_hash, "tokenizer": tokenizer}
-    # The same text and tokenizer may lie elsewhere on another machine.
-    processes.check_same(content | {name: value for name, value in fields.items() if name not in PLACES})
+    _check_same(config, data)
     quiet = quiet or not processes.is_writer()
     with Progress(config, quiet=quiet) as progress, Checkpoints(run, config.train.keep) as checkpoints:
         check_config(run, config)  # under the lock, nobody else writes the folder
+        this = Run(run, config, mesh, abstract, data, loader, checkpoints, progress)
         words, steps = banner(config, data, mesh), config.train.steps
         perhaps_finished = max(checkpoints.steps(), default=0) >= steps  # not if the newest checkpoint is damaged
         if not perhaps_finished:
-            progress.say(words)
-        state, data_state = _start(config, mesh, abstract, data, checkpoints, init_from, branch, progress.say)
+            this.say(words)
+        state, data_state = _start(this, init_from, branch)
         if (step := int(state.step)) >= steps:
-            progress.say(f"{run} is finished: it is at step {step} of {steps}")
+            this.say(f"{run} is finished: it is at step {step} of {steps}")
             return Result(state, True, None, 0.0)
         if perhaps_finished:
-            progress.say(words)
+            this.say(words)
         if data_state is not None:
             loader.set_state(data_state)
-        log, folder = None, None
-        if processes.is_writer():
-            write_config(run, config, data.tokenizer)  # only now: a refused start leaves no folder
-            log, folder = MetricsLog(run, after_step=step), Path(run) / "profile" if profile else None
-        trace = StepTrace(folder, step, steps, progress.say)
-        with contextlib.closing(log) if log else contextlib.nullcontext(), trace, stop_requests(progress) as asked:
-            return _loop(config, mesh, state, loader, data, checkpoints, log, progress, asked, trace)
+        with stop_requests(progress) as this.asked:
+            return _train(this, state, profile)
+
+
+def _check_same(config: Config, data: TrainingData) -> None:
+    """Of several processes, all must have the same config and data. Text and tokenizer may lie elsewhere on each."""
+    fields = {f"{s}.{n}": value for s, section in config.to_dict().items() for n, value in section.items()}
+    tokenizer = data.tokenizer and data.tokenizer.name
+    content = {"text": data.hash, "held-out text": data.heldout_hash, "tokenizer": tokenizer}
+    processes.check_same(content | {name: value for name, value in fields.items() if name not in PLACES})
 
 
 def _batch_part(config: Config, mesh) -> dict[str, int]:
@@ -204,73 +255,69 @@ def _batch_part(config: Config, mesh) -> dict[str, int]:
     return {f"a batch of B={config.data.B} x T={config.data.T}": local_bytes(batch)}
 
 
-def _loop(config, mesh, state, loader, data, checkpoints, log, progress, asked, trace: StepTrace) -> Result:
-    tokens, peak = config.data.tokens_per_step, peak_flops(1 if mesh is None else mesh.size)
-    per_token, steps = family_of(config.model).flops_per_token(config.model, config.data.T), config.train.steps
-    tokenizer = data.tokenizer and data.tokenizer.name
-    step_function, batch = jit_step(config, mesh, state), shard_batch(mesh, next(loader), config.train.accumulate)
-    progress.say("compiling the step")
-    check_program(step_function.lower(state, batch).compile(), "the step", mesh)
+def _train(run: Run, state: TrainState, profile: bool) -> Result:
+    """Compile the step, and train from `state` to the last step."""
+    step, batch = int(state.step), run.next_batch()
+    step_function = jit_step(run.config, run.mesh, state)
+    with dispatch.recorded() as choices:
+        traced = step_function.trace(state, batch)  # JAX keeps it: neither lowering nor a step traces again
+    run.say(kernels(choices))
+    folder = None
+    if processes.is_writer():
+        write_config(run.folder, run.config, run.data.tokenizer)  # only now: a refused start leaves no folder
+        run.log, folder = MetricsLog(run.folder, after_step=step), Path(run.folder) / "profile" if profile else None
+    run.trace = StepTrace(folder, step, run.config.train.steps, run.say)
+    with contextlib.closing(run.log) if run.log else contextlib.nullcontext(), run.trace:
+        run.say("compiling the step")
+        check_program(traced.lower().compile(), "the step", run.mesh)
+        return _loop(run, step_function, state, batch)
+
+
+def _loop(run: Run, step_function: Callable, state: TrainState, batch: dict) -> Result:
+    config, mesh, steps = run.config, run.mesh, run.config.train.steps
+    pace = Pace(
+        config.data.tokens_per_step, family_of(config.model).flops_per_token(config.model, config.data.T), _peak(mesh)
+    )
     first = step = good = saved = int(state.step)  # good: the last step that was finite
-    bad_steps, inside, started = 0, 0.0, time.perf_counter()
-    stopped_by = int(processes.any_process(mesh, asked()))
+    bad_steps, stopped_by = 0, int(processes.any_process(mesh, run.asked()))
     while not stopped_by and step < steps:
-        data_state = loader.get_state()  # after the batch of this step, before the next batch is taken
-        trace.before(step)
-        begun = time.perf_counter()
+        data_state = run.loader.get_state()  # after the batch of this step, before the next batch is taken
+        run.trace.before(step)
+        pace.before()
         state, metrics = step_function(state, batch)
-        asked_any = processes.any_process(mesh, asked(), after=metrics["loss"])  # all stop at one step
-        batch = shard_batch(mesh, next(loader), config.train.accumulate)  # while the device works
+        asked_any = processes.any_process(mesh, run.asked(), after=metrics["loss"])  # all stop at one step
+        batch = run.next_batch()  # while the device works
         metrics = jax.device_get(metrics)
-        now = time.perf_counter()
+        pace.after()
         step += 1
-        if step == first + 1:
-            started = now  # the first step takes longer
-        else:
-            inside += now - begun
-        trace.after(step)
+        run.trace.after(step)
         bad_steps = int(metrics["bad_steps"])
         good = good if bad_steps else step
         if bad_steps >= config.train.max_bad_steps:
-            raise _not_finite(checkpoints, f"step {step}: {bad_steps} steps in a row were not finite")
+            raise run.not_finite(f"step {step}: {bad_steps} steps in a row were not finite")
         stopped_by = int(asked_any)
         ends = bool(stopped_by) or step == steps
         if step % config.train.log_every == 0 or step == steps:
             row = {"step": step, "tokens": tokens_of(state), **{k: float(v) for k, v in metrics.items()}}
-            if step > first + 1:
-                row["tokens_per_second"] = rate = (step - first - 1) * tokens / max(now - started, 1e-9)
-                if peak:
-                    row["mfu"] = rate * per_token / peak
-            if log:
-                log.write(row)
-            progress.update(row)
+            run.report(row | pace.row())
         # A skipped step leaves the state of the last good step.
         if good > first and (ends or (not bad_steps and step % config.train.checkpoint_every == 0)):
-            if not all_finite(state.params):
-                raise _not_finite(checkpoints, f"step {step}: its loss was finite, the parameters are not")
-            hashes = {"corpus": data.hash, "heldout": data.heldout_hash, "tokenizer": tokenizer}
-            extra = hashes | {"data": data_state, "tokens": tokens_of(state), "config": config.to_dict()}
-            checkpoints.save(step, state, extra)
+            run.save(state, data_state)
             saved = step
-    checkpoints.wait()
-    finished = step == steps
-    if finished and good == first:
-        raise _not_finite(checkpoints, f"none of the steps {first + 1} to {step} was finite")
-    total = max(time.perf_counter() - started, 1e-9)
-    rate = (step - first - 1) * tokens / total if step > first + 1 else None
-    outside = max(0.0, 1 - inside / total) if rate else 0.0
+    run.checkpoints.wait()
+    if step == steps and good == first:
+        raise run.not_finite(f"none of the steps {first + 1} to {step} was finite")
+    pace.end()
     if bad_steps:
-        progress.say(f"the last {bad_steps} steps were not finite and were skipped")
-    if not finished:
+        run.say(f"the last {bad_steps} steps were not finite and were skipped")
+    if step < steps:
         kept = f"saved at {saved}" if saved else "with nothing to save"
-        progress.say(f"stopped at step {step}, {kept}; run the same command again to go on")
-    elif rate:
-        progress.say(f"step {step}: {rate:,.0f} tokens/s, {outside:.1%} of the time outside the jitted step")
-    return Result(state, finished, rate, outside, 0 if finished else stopped_by)
+        run.say(f"stopped at step {step}, {kept}; run the same command again to go on")
+        return Result(state, False, pace.rate, pace.outside, stopped_by)
+    if pace.rate:
+        run.say(f"step {step}: {pace.rate:,.0f} tokens/s, {pace.outside:.1%} of the time outside the jitted step")
+    return Result(state, True, pace.rate, pace.outside)
 
 
-def _not_finite(checkpoints: Checkpoints, what: str) -> FloatingPointError:
-    checkpoints.wait()
-    steps = checkpoints.steps()
-    kept = f"the last good checkpoint is step {steps[-1]}" if steps else "there is no checkpoint"
-    return FloatingPointError(f"{what}; {kept}")
+def _peak(mesh: Mesh | None) -> float | None:
+    return peak_flops(1 if mesh is None else mesh.size)

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,54 @@ def peak_flops(devices: int = 1) -> float | None:
     """The bf16 peak of `devices` devices together; None if the chip is not known."""
     chip = of_kind(jax.devices()[0].device_kind)
     return None if chip is None else devices * chip.flops
+
+
+class Pace:
+    """How fast a run trains. The first step is not measured, because it takes longer.
+
+    `rate`: tokens per second, None before two steps are done. `outside`: the share of the wall time that was spent
+    outside the jitted step.
+    """
+
+    def __init__(self, tokens_per_step: int, flops_per_token: float, peak: float | None):
+        self._tokens, self._flops, self._peak = tokens_per_step, flops_per_token, peak
+        self._measured, self._inside = -1, 0.0  # steps after the first one, and their seconds
+        self._started = self._now = time.perf_counter()
+
+    def before(self) -> None:
+        """Must be called before every step."""
+        self._begun = time.perf_counter()
+
+    def after(self) -> None:
+        """Must be called when the metrics of the step are on the host."""
+        self._now = time.perf_counter()
+        self._measured += 1
+        if self._measured:
+            self._inside += self._now - self._begun
+        else:
+            self._started = self._now
+
+    def end(self) -> None:
+        """Must be called when the last checkpoint is written, whose time then counts as well."""
+        self._now = time.perf_counter()
+
+    @property
+    def rate(self) -> float | None:
+        return self._measured * self._tokens / self._seconds if self._measured > 0 else None
+
+    @property
+    def outside(self) -> float:
+        return max(0.0, 1 - self._inside / self._seconds) if self._measured > 0 else 0.0
+
+    @property
+    def _seconds(self) -> float:
+        return max(self._now - self._started, 1e-9)
+
+    def row(self) -> dict[str, float]:
+        """Tokens per second, and the share of the devices' peak if it is known; empty before two steps are done."""
+        if (rate := self.rate) is None:
+            return {}
+        return {"tokens_per_second": rate} | ({"mfu": rate * self._flops / self._peak} if self._peak else {})
 
 
 class MetricsLog:
