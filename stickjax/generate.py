@@ -62,6 +62,7 @@ def generate(
     >>> [len(row) for row in generate(model, [[1, 2, 3], [4]], 5, temperature=1.0, top_p=0.9)]
     [5, 5]
     """
+    size = _cache_bytes(model.config)  # refuses a model that generates no text
     vocab_size = min(vocab_size or model.config.vocabulary, model.config.vocabulary)
     _check_options(max_new_tokens, temperature, top_k, top_p, seed)
     rows = [_prompt_ids(row, prompt, eot, vocab_size) for row, prompt in enumerate(prompts)]
@@ -75,7 +76,7 @@ def generate(
     options = dict(vocab_size=vocab_size, temperature=None, top_k=None, top_p=None)
     if temperature:  # not so small that the division by it overflows
         options |= dict(temperature=max(temperature, 1e-30), top_k=top_k and min(top_k, vocab_size), top_p=top_p)
-    key, cache = jax.random.key(seed), _cache(model.config, len(rows), _bucket(T + max_new_tokens))
+    key, cache = jax.random.key(seed), _cache(model.config, len(rows), _bucket(T + max_new_tokens), size)
     ids, cache = _advance(model, tokens, segment_ids, cache, key, 0, **options)
     outputs, active = [[] for _ in rows], set(range(len(rows)))
     one_document = np.zeros((len(rows), 1), np.int32)  # the segment ids of the new tokens
@@ -116,19 +117,21 @@ def _advance(model, tokens, segment_ids, cache, key, index, *, temperature, top_
     return jax.vmap(choose)(logits, jnp.arange(len(tokens))).astype(jnp.int32), cache
 
 
-def _cache(config, B: int, S: int):
+def _cache_bytes(config) -> float:
+    """Bytes of the cache for one token; ValueError for a model that generates no text."""
+    shapes = jax.eval_shape(lambda: family_of(config).empty_cache(config, 1, 64))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes)) / 64
+
+
+def _cache(config, B: int, S: int, size: float):
     """An empty cache; ValueError, with the bytes, if it does not fit into memory."""
-    family = family_of(config)
-    each = sum(
-        x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(lambda: family.empty_cache(config, 1, 64)))
-    )
-    needed, free = B * S * each / 64, free_memory()
+    needed, free = B * S * size, free_memory()
     if free is not None and needed > free.bytes:
         raise ValueError(
             f"a cache of {B} sequences of {S:,} tokens takes {gib(needed)}, but {gib(free.bytes)} are {free.source}: "
             "use a smaller max_new_tokens, shorter prompts or fewer prompts"
         )
-    return family.empty_cache(config, B, S)
+    return family_of(config).empty_cache(config, B, S)
 
 
 def _bucket(n: int) -> int:

@@ -290,6 +290,7 @@ def main(argv: list[str] | None = None) -> int:
     D, peak = config.model.D, config.optim.peak_lr
     widths = _numbers("widths", words.widths, int) if words.widths else [D, 2 * D, 4 * D]
     rates = _numbers("rates", words.rates, float) if words.rates else [peak * 2.0**e for e in range(-2, 5)]
+    models.at_width(config, D, mup=True)  # refuses a model without muP before anything is written
     out = Path(words.out) / words.command
     out.parent.mkdir(parents=True, exist_ok=True)
     with console.status(words.command) as status:

@@ -78,7 +78,7 @@ def bigram():
 
 
 MODELS = {
-    "decoder": Config(ModelConfig(**SIZES, N=2, E=4, k=2), TEXT),
+    "decoder": Config(ModelConfig(**SIZES, N=2, E=4, k=2, attention="softmax"), TEXT),
     "sut": Config(SutConfig(**SIZES, **SUT), TEXT),
     "pairs": Config(SutConfig(**SIZES, **SUT, classes=7), PAIRS),
     "bigram": Config(BigramConfig(), TEXT),
@@ -103,8 +103,8 @@ REFUSED = {
     },
 }
 COMMANDS = {
-    "dry-run": "train CONFIG --dry-run",
-    "plan": "plan CONFIG --gpus 1",
+    "dry-run": "train CONFIG --dry-run --mesh.data=8 --data.B=8",
+    "plan": "plan CONFIG --devices 1",
     "resume": "train CONFIG --run RUN --train.steps=3",
     "evaluate": "evaluate RUN --max-tokens 64 --max-pairs 4 --lengths 1",
     "generate": "generate RUN --prompt a --max-new-tokens 3",
@@ -114,7 +114,7 @@ COMMANDS = {
     "extend": "modules extend RUN OUT --experts 1",
     "prune": "modules prune RUN OUT --count 2 --kind ffn --tokens 64",
     "concentrate": "modules concentrate RUN OUT --train.steps=1",
-    "sweep": "sweep coordinate --config CONFIG --widths 8 --out OUT",
+    "sweep": "sweep coordinate --config CONFIG --widths 8,16 --out OUT",
 }
 
 
@@ -152,7 +152,7 @@ def test_every_family_meets_every_command(name, command, runs, tmp_path, capsys)
 
 
 def test_an_attention_variant_of_the_user(monkeypatch):
-    """It halves what stick-breaking attends to; a config of an unknown one is refused, with the nearest name."""
+    """One that halves what stick-breaking attends to; a config of an unknown one is refused, with the nearest name."""
 
     def halved(config, q, k, v, context):
         out, rest = attend(config, q, k, v, context)

@@ -18,6 +18,7 @@ class FamilyConfig:
     family: str
     V: int | None
     reads: ClassVar[Literal["text", "pairs"]] = "text"  # what a batch is made of: see `stickjax.data.readers`
+    remat: str = "none"  # what a layer computes again in the backward pass
     accumulates: ClassVar[bool] = True  # whether the loss of a batch is the sum over its microbatches
 
     def __init_subclass__(cls, **options):
