@@ -1,22 +1,32 @@
-"""Sparse, stick-breaking language models in JAX."""
+"""Sparse, stick-breaking language models in JAX.
+
+In a notebook or a program, four lines train a model, look at it and sample from it:
+
+    result = stickjax.fit("tiny")          # trains in runs/tiny; calling it again goes on
+    result.metrics["loss"]                 # columns of numpy arrays
+    model = stickjax.load("runs/tiny")
+    model.generate("def main(", max_new_tokens=40)
+
+`help(stickjax.fit)` and `help(stickjax.load)` say more. The commands are the modules `stickjax.train`, `evaluate`,
+`generate`, `convert`, `plan`, `surgery` and `sweeps`. `stickjax.models` has the models, `pallas_kernels` the kernels.
+"""
 
 import sys
+from typing import TYPE_CHECKING
 
-from stickjax import renamed
 from stickjax.config import Config, DataConfig, ModelConfig, OptimConfig, SutConfig, TrainConfig
 from stickjax.config.command import end_on_interrupt
+from stickjax.system import renamed
+
+if TYPE_CHECKING:
+    import os
+
+    from stickjax.interactive import TrainedModel
+    from stickjax.training.loop import Result
 
 __all__ = [
-    "Config",
-    "DataConfig",
-    "ModelConfig",
-    "OptimConfig",
-    "SutConfig",
-    "TrainConfig",
-    "export",
-    "load",
-    "register",
-]
+    "Config", "DataConfig", "ModelConfig", "OptimConfig", "SutConfig", "TrainConfig", "export", "fit", "load", "register"
+]  # fmt: skip
 __version__ = "0.1.0"
 renamed.install()
 
@@ -24,18 +34,109 @@ if sys.argv[:1] == ["-m"] and any(word.startswith("stickjax") for word in sys.or
     end_on_interrupt()  # `python -m stickjax.COMMAND`, whose modules take seconds to import
 
 
-def load(run, *, step=None, changes=None):
-    """The model of a run folder or of a Hugging Face folder: `stickjax.storage.run_folder.load`."""
-    from stickjax.storage.run_folder import load as load_run
+def fit(
+    config: "Config | str",
+    run: "str | os.PathLike | None" = None,
+    *,
+    init_from: str | None = None,
+    branch: str | None = None,
+    quiet: bool = False,
+) -> "Result":
+    """Train a model in a run folder. A folder that has checkpoints is resumed, bit for bit on a CPU.
 
-    return load_run(run, step=step, changes=changes)
+    A notebook shows a bar and a picture of the loss while it trains. Interrupt the kernel (Ctrl-C in a terminal) and
+    the training stops after its step, saves a checkpoint and returns; call `fit` again and it goes on. A second
+    interrupt ends the step at once, and the newest checkpoint is what is kept.
+
+    Args:
+      config: the experiment, or the name of a config such as "tiny", or the path of its file.
+      run: the run folder. None: `runs/NAME` for a config of that name, and for a `Config` a folder in `runs/` that is
+        named after its content: the same config gives the same folder.
+      init_from: a run folder whose parameters are taken; optimizer and data begin anew.
+      branch: "RUN@STEP", a checkpoint to continue with this config, for example with a decay.
+      quiet: show nothing.
+
+    Returns:
+      `Result`: the last `state`, `finished`, `tokens_per_second`, `stopped_by` (the number of a signal, 0 if none),
+      `run`, and `metrics`, all logged rows as columns.
+
+    Raises:
+      ValueError: a config that does not fit its data or devices, a folder of another config, or one in which another
+        process is training.
+      FloatingPointError: too many steps were not finite; the last good checkpoint is kept.
+      OSError: a checkpoint or the metrics could not be written.
+
+    >>> import stickjax, tempfile
+    >>> sizes = {"model.D": 8, "model.L": 1, "model.N": 2, "model.K": 1, "model.H": 4, "model.F": 16}
+    >>> data = {"data.source": "recall", "data.examples": 100, "data.T": 16, "data.B": 2, "optim.warmup_tokens": 0}
+    >>> config = stickjax.Config().replace(sizes | data | {"train.steps": 2, "train.log_every": 1})
+    >>> result = stickjax.fit(config, tempfile.mkdtemp() + "/run", quiet=True)
+    >>> result.finished, result.metrics["tokens"].tolist()
+    (True, [32, 64])
+    """
+    from stickjax.interactive import fit
+
+    return fit(config, run, init_from=init_from, branch=branch, quiet=quiet)
 
 
-def export(model, path, **options):
-    """Write a model in the Hugging Face layout: `stickjax.convert.export`, imported when it is used."""
-    from stickjax.convert import export as export_model
+def load(run: "str | os.PathLike", *, step: int | None = None, changes: dict | None = None) -> "TrainedModel":
+    """The model of a run folder or of a Hugging Face folder, ready to generate text and to be evaluated.
 
-    export_model(model, path, **options)
+    Args:
+      run: the folder: of a run, in the Hugging Face layout, or from `stickjax.convert`.
+      step: which checkpoint; None: the newest one that is intact.
+      changes: config fields to change, such as {"model.window": 128}; the parameters must stay the same.
+
+    Returns:
+      `TrainedModel`: `model`, the parameters, to call as `model.model(tokens).logits`; `config`; `tokenizer`; `step`;
+      `generate(prompts, max_new_tokens)`; `evaluate()`; `metrics`.
+
+    Raises:
+      ValueError: there is no run folder or no checkpoint; the parameters have another shape, are not finite or do not
+        fit into the free memory; a Hugging Face folder is damaged or has a model that is not supported.
+
+    >>> import stickjax, tempfile
+    >>> sizes = {"model.D": 8, "model.L": 1, "model.N": 2, "model.K": 1, "model.H": 4, "model.F": 16}
+    >>> data = {"data.source": "recall", "data.examples": 100, "data.T": 16, "data.B": 2, "optim.warmup_tokens": 0}
+    >>> run = tempfile.mkdtemp() + "/run"
+    >>> result = stickjax.fit(stickjax.Config().replace(sizes | data | {"train.steps": 1}), run, quiet=True)
+    >>> model = stickjax.load(run)
+    >>> isinstance(model.generate("a", max_new_tokens=4), str), model.step
+    (True, 1)
+    """
+    from stickjax.interactive import load
+
+    return load(run, step=step, changes=changes)
+
+
+def export(model, path: "str | os.PathLike", *, shard_bytes: int = 5_000_000_000) -> None:
+    """Write a decoder in the Hugging Face layout: config.json, model.safetensors, and the tokenizer.json if it has one.
+
+    `stickjax.load(path)` gives the same parameters, to the bit. `stickjax.convert.export` says which model types exist.
+
+    Args:
+      model: from `stickjax.load`, or the parameters alone.
+      path: a folder that does not exist yet; it appears only when it is complete.
+      shard_bytes: the largest size of a file; a larger model becomes several files and an index.
+
+    Raises:
+      ValueError: the folder exists, no model type can express the model, or values are not finite.
+
+    >>> import jax, stickjax, tempfile
+    >>> from stickjax.models.transformer import init
+    >>> config = stickjax.ModelConfig(V=16, D=8, L=2, N=2, K=1, H=4, F=16, attention="softmax")
+    >>> folder = tempfile.mkdtemp() + "/model"
+    >>> stickjax.export(init(config, jax.random.key(0)), folder)
+    >>> stickjax.load(folder).model.embed.shape
+    (16, 8)
+    """
+    from stickjax.convert import export
+
+    export(model, path, shard_bytes=shard_bytes)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__doc__", "__version__"]
 
 
 def register(what, name: str | None = None) -> None:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from stickjax.renamed import NEW_NAMES
+from stickjax.system.renamed import NEW_NAMES
 
 
 @pytest.mark.parametrize("old", NEW_NAMES)

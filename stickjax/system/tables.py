@@ -1,7 +1,11 @@
-"""Tables that lose no number, however narrow the terminal is."""
+"""Tables that lose no number, however narrow the terminal is; and columns of numbers to compute with."""
 
+import html
 import io
+import math
+from collections.abc import Iterable
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -31,3 +35,45 @@ def print_table(table: Table) -> None:
             print(f"  {name}: {cell}")
     if table.caption:
         print(table.caption)
+
+
+class Columns(dict):
+    """A table to compute with: {name of a column: numpy array}. A notebook shows its first and its last rows.
+
+    `pandas.DataFrame(columns)` makes a frame of it, if you have pandas.
+
+    >>> Columns.of([{"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.25, "rate": 7.0}])
+    step  loss  rate
+       1   2.5   nan
+       2  2.25     7
+    """
+
+    SHOWN = 10  # rows
+
+    @classmethod
+    def of(cls, rows: Iterable[dict]) -> "Columns":
+        """The columns of rows; a value that a row does not have is NaN."""
+        rows = list(rows)
+        names = dict.fromkeys(name for row in rows for name in row)
+        return cls({name: np.array([row.get(name, math.nan) for row in rows]) for name in names})
+
+    def _cells(self) -> list[list[str]]:
+        """The heads of the columns, and the rows that are shown, as text."""
+        count, half = len(next(iter(self.values()), ())), self.SHOWN // 2
+        which = range(count) if count <= self.SHOWN else [*range(half), None, *range(count - half, count)]
+        return [list(self), *(["..." if i is None else _cell(column[i]) for column in self.values()] for i in which)]
+
+    def __repr__(self) -> str:
+        cells = self._cells()
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = ("  ".join(word.rjust(n) for word, n in zip(row, widths, strict=True)) for row in cells)
+        return "\n".join(lines) or "an empty table"
+
+    def _repr_html_(self) -> str:
+        head, *rows = ([html.escape(word) for word in row] for row in self._cells())
+        lines = [f"<th>{'</th><th>'.join(head)}</th>", *(f"<td>{'</td><td>'.join(row)}</td>" for row in rows)]
+        return f"<table><tr>{'</tr><tr>'.join(lines)}</tr></table>"
+
+
+def _cell(value) -> str:
+    return f"{value:.5g}" if isinstance(value, np.floating) else str(value)

@@ -34,8 +34,10 @@ from stickjax.storage.run_folder import (
 )
 from stickjax.system.memory import check_fits, check_program, local_bytes, state_parts
 from stickjax.system.profiling import StepTrace
+from stickjax.system.tables import Columns
 from stickjax.training.banner import banner, kernels
-from stickjax.training.metrics import MetricsLog, Pace, peak_flops
+from stickjax.training.metrics import MetricsLog, Pace, metrics_of, peak_flops
+from stickjax.training.notebook import progress_of
 from stickjax.training.progress import Progress
 from stickjax.training.step import TrainState, init_state, jit_step, tokens_of, with_params
 from stickjax.training.stopping import stop_requests
@@ -44,20 +46,30 @@ from stickjax.training.stopping import stop_requests
 class Result(NamedTuple):
     """How a run ended.
 
-    `tokens_per_second`: None if fewer than two steps were measured. `outside`: share of the wall time spent outside
-    the jitted step, its compilation left out. `stopped_by`: the number of the signal that stopped the run before its
-    last step, or 0.
+    `state`: None if it was interrupted before its first step. `tokens_per_second`: None if fewer than two steps were
+    measured. `outside`: share of the wall time spent outside the jitted step, its compilation left out. `stopped_by`:
+    the number of the signal that stopped the run before its last step, or 0. `run`: the run folder.
     """
 
-    state: TrainState
+    state: TrainState | None
     finished: bool
     tokens_per_second: float | None
     outside: float
     stopped_by: int = 0
+    run: str = ""
+
+    @property
+    def metrics(self) -> Columns:
+        """All logged rows of the run, those of earlier starts included: {name: numpy array}."""
+        return metrics_of(self.run)
 
     def __repr__(self) -> str:  # a notebook shows it, and the state is all parameters
-        others = ", ".join(f"{name}={value!r}" for name, value in self._asdict().items() if name != "state")
-        return f"Result(step={int(self.state.step)}, {others})"
+        step = None if self.state is None else int(self.state.step)
+        rate = self.tokens_per_second and round(self.tokens_per_second)
+        return (
+            f"Result(step={step}, finished={self.finished}, tokens_per_second={rate}, outside={self.outside:.3f}, "
+            f"stopped_by={self.stopped_by}, run={self.run!r})"
+        )
 
 
 @dataclasses.dataclass
@@ -222,7 +234,7 @@ def fit(
     loader = data.loader(*rows_of_process(mesh))
     _check_same(config, data)
     quiet = quiet or not processes.is_writer()
-    with Progress(config, quiet=quiet) as progress, Checkpoints(run, config.train.keep) as checkpoints:
+    with progress_of(run, config, quiet=quiet) as progress, Checkpoints(run, config.train.keep) as checkpoints:
         check_config(run, config)  # under the lock, nobody else writes the folder
         this = Run(run, config, mesh, abstract, data, loader, checkpoints, progress)
         words, steps = banner(config, data, mesh), config.train.steps
@@ -232,7 +244,7 @@ def fit(
         state, data_state = _start(this, init_from, branch)
         if (step := int(state.step)) >= steps:
             this.say(f"{run} is finished: it is at step {step} of {steps}")
-            return Result(state, True, None, 0.0)
+            return Result(state, True, None, 0.0, run=run)
         if perhaps_finished:
             this.say(words)
         if data_state is not None:
@@ -313,10 +325,10 @@ def _loop(run: Run, step_function: Callable, state: TrainState, batch: dict) -> 
     if step < steps:
         kept = f"saved at {saved}" if saved else "with nothing to save"
         run.say(f"stopped at step {step}, {kept}; run the same command again to go on")
-        return Result(state, False, pace.rate, pace.outside, stopped_by)
+        return Result(state, False, pace.rate, pace.outside, stopped_by, run.folder)
     if pace.rate:
         run.say(f"step {step}: {pace.rate:,.0f} tokens/s, {pace.outside:.1%} of the time outside the jitted step")
-    return Result(state, True, pace.rate, pace.outside)
+    return Result(state, True, pace.rate, pace.outside, run=run.folder)
 
 
 def _peak(mesh: Mesh | None) -> float | None:

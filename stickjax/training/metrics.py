@@ -12,6 +12,7 @@ import jax
 
 from stickjax.parallel.chips import of_kind
 from stickjax.system.disk import write_file, writing
+from stickjax.system.tables import Columns
 from stickjax.system.text import json_text, printable
 
 log = logging.getLogger(__name__)
@@ -121,3 +122,9 @@ def read_metrics(run_folder: str | os.PathLike) -> list[dict]:
         s = "s"[len(bad) == 1 :]
         log.warning("%s: left out %d damaged or foreign line%s: %s", printable(path), len(bad), s, which)
     return rows
+
+
+def metrics_of(run_folder: str | os.PathLike) -> Columns:
+    """The metrics of a run as columns: step, tokens, loss, learning_rate and then the others."""
+    first = ("step", "tokens", "loss", "learning_rate")
+    return Columns.of({name: row[name] for name in first} | row for row in read_metrics(run_folder))

@@ -14,10 +14,14 @@ from stickjax.config.command import drop_output
 class Progress:
     """`say` prints a line, `update` shows a row of metrics. Without a terminal or a reader, nothing is shown."""
 
+    _is_terminal: bool | None = None  # None: rich finds out
+
     def __init__(self, config: Config, *, quiet: bool = False):
         self._steps, self._quiet, self._tokens_per_step = config.train.steps, quiet, config.data.tokens_per_step
         self._output = _Output(sys.stdout)
-        self._console = Console(file=self._output, highlight=False, markup=False, emoji=False, soft_wrap=True)
+        plain = dict(highlight=False, markup=False, emoji=False, soft_wrap=True)
+        kind = dict(force_jupyter=False, force_terminal=self._is_terminal)
+        self._console = Console(file=self._output, **kind, **plain)
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
         live = self._console.is_terminal and not quiet
         self._bar = Bar(*columns, console=self._console) if live else None
@@ -41,19 +45,22 @@ class Progress:
         if not self._quiet:
             self._console.print(text)
 
-    def update(self, row: dict) -> None:
-        """Show a row; one without `tokens_per_second` has no rate and no time left yet."""
+    def words(self, row: dict) -> str:
+        """A row as words; one without `tokens_per_second` has no rate and no time left yet."""
         share = f"{row['accuracy']:.1%} right" if "accuracy" in row else f"{row['loss'] / math.log(2):.3f} bits/token"
         rate = row.get("tokens_per_second")
         left = "-" if rate is None else f"{(self._steps - row['step']) * self._tokens_per_step / rate:,.0f} s"
         words = f"loss {row['loss']:.4f} ({share})  lr {row['learning_rate']:.2e}"
         words += f"  {'-' if rate is None else f'{rate:,.0f}'} tokens/s"
         words += f"  mfu {row['mfu']:.1%}" if "mfu" in row else ""
-        words += f"  {left} left"
+        return words + f"  {left} left"
+
+    def update(self, row: dict) -> None:
+        """Show a row of metrics."""
         if self._bar:
-            self._bar.update(self._task, completed=row["step"], description=words)
+            self._bar.update(self._task, completed=row["step"], description=self.words(row))
         elif not self._quiet:
-            self._console.print(f"step {row['step']}/{self._steps}  {words}")
+            self._console.print(f"step {row['step']}/{self._steps}  {self.words(row)}")
 
 
 class _Output:

@@ -1,0 +1,106 @@
+"""What a notebook calls: `stickjax.fit`, and what `stickjax.load` returns."""
+
+import hashlib
+import os
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+
+from stickjax.config import Config
+from stickjax.config.command_line import load_config
+from stickjax.evaluate import LENGTHS, evaluate
+from stickjax.evaluation.pairs import accuracy
+from stickjax.generate import generate_text
+from stickjax.storage import run_folder
+from stickjax.storage.checkpoints import Checkpoints
+from stickjax.storage.run_folder import Loaded
+from stickjax.system.tables import Columns
+from stickjax.training import loop
+from stickjax.training.loop import Result
+from stickjax.training.metrics import metrics_of
+
+
+def fit(config: Config | str, run: str | os.PathLike | None, *, quiet: bool, **options) -> Result:
+    """`stickjax.fit`."""
+    config, name = (load_config(config), Path(config).stem) if isinstance(config, str) else (config, None)
+    if run is None:
+        name = name or hashlib.sha256(config.to_json().encode()).hexdigest()[:8]
+        run = Path("runs") / name
+        if not quiet:
+            print(f"run folder {run}")
+    run = os.fspath(run)
+    try:
+        return loop.fit(config, run, quiet=quiet, **options)
+    except KeyboardInterrupt:  # before the first step, or for the second time
+        if not quiet:
+            newest = max(Checkpoints(run).steps(), default=None)
+            kept = "there is no checkpoint yet" if newest is None else f"the newest checkpoint is step {newest}"
+            print(f"interrupted at once; {kept}")
+        return Result(None, False, None, 0.0, int(signal.SIGINT), run)
+
+
+def load(run: str | os.PathLike, *, step: int | None, changes: dict | None) -> "TrainedModel":
+    """`stickjax.load`."""
+    model = TrainedModel(*run_folder.load(run, step=step, changes=changes))
+    model.run = os.fspath(run)
+    return model
+
+
+class TrainedModel(Loaded):
+    """A trained model: `model`, the parameters, which can be called; `config`; `tokenizer`; `step`; and `run`."""
+
+    run: str = ""
+
+    def __repr__(self) -> str:
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(self.model))
+        return f"TrainedModel({self.run!r}, step={self.step}, {parameters:,} parameters)"
+
+    @property
+    def metrics(self) -> Columns:
+        """The metrics of its training, {name: numpy array}; an empty table for a folder without them."""
+        return metrics_of(self.run)
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        max_new_tokens: int = 200,
+        *,
+        temperature: float = 0.8,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        special_tokens: bool = False,
+        on_text: Callable[[int, str], None] | None = None,
+    ) -> str | list[str]:
+        """The text that follows a prompt; for a list of prompts, the list of their texts.
+
+        Args:
+          prompts: one string, or a list.
+          max_new_tokens: the most new tokens of a text.
+          temperature: 0 takes the most likely token.
+          top_k, top_p: draw from the k most likely tokens, or from the most likely ones of this total probability.
+          seed: the seed of the draws; the same seed gives the same text.
+          stop, special_tokens, on_text: as in `stickjax.generate.generate_text`.
+
+        Raises:
+          ValueError: an option out of range, a model without a tokenizer, or a classifier.
+        """
+        one = isinstance(prompts, str)
+        texts = generate_text(
+            self, [prompts] if one else prompts, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+            seed=seed, stop=stop, special_tokens=special_tokens, on_text=on_text,
+        )  # fmt: skip
+        return texts[0] if one else texts
+
+    def evaluate(self, *, lengths: Sequence[int] = LENGTHS, max_tokens: int = 2**17, max_pairs: int = 1024) -> Columns:
+        """Held-out bits per byte at contexts of `lengths` times T, as `python -m stickjax.evaluate` computes them.
+
+        A classifier of pairs is scored by its accuracy instead, on `max_pairs` pairs for each number of operators.
+        Nothing is written into the run folder.
+        """
+        if getattr(self.config.model, "classes", 0):
+            return Columns.of(accuracy(self.model, self.config, max_pairs=max_pairs))
+        return Columns.of(evaluate(self.model, self.config, lengths=tuple(lengths), max_tokens=max_tokens))

@@ -1,0 +1,82 @@
+"""The display of a run in a notebook: lines, a bar, and a picture of the loss that is drawn again while it trains."""
+
+import base64
+import io
+import sys
+import time
+
+from rich.console import Console
+from rich.progress_bar import ProgressBar
+
+from stickjax.config import Config
+from stickjax.evaluation.plots import plot_training
+from stickjax.training.metrics import read_metrics
+from stickjax.training.progress import Progress
+
+BAR_SECONDS, PICTURE_SECONDS = 0.5, 3.0  # the least time between two displays of each
+PICTURE_SHARE = 0.05  # of the time of a run, at most, goes into pictures
+
+
+def in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook. The shell of IPython in a terminal is none."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return hasattr(shell, "kernel")
+
+
+def progress_of(run: str, config: Config, *, quiet: bool) -> Progress:
+    """The display for this process."""
+    return NotebookProgress(run, config) if in_notebook() and not quiet else Progress(config, quiet=quiet)
+
+
+class NotebookProgress(Progress):
+    """Below the cell: the lines, a bar with the newest row, and a picture of the loss if matplotlib is installed."""
+
+    _is_terminal = False  # a kernel sets FORCE_COLOR, which rich takes for a terminal
+
+    def __init__(self, run: str, config: Config):
+        super().__init__(config)
+        self._run, self._rows, self._handles, self._next = run, [], {}, {"bar": 0.0, "picture": 0.0}
+        try:
+            import matplotlib.figure  # noqa: F401, a second that is not a part of any step
+        except ImportError:
+            self._draws = False
+        else:
+            self._draws = True
+
+    def update(self, row: dict) -> None:
+        # A resumed run has rows in its file already; the newest one is there as well.
+        self._rows = [*self._rows, row] if self._rows else read_metrics(self._run) or [row]
+        self._show()
+
+    def __exit__(self, *exception):
+        if self._rows:
+            self._show(last=True)
+        super().__exit__(*exception)
+
+    def _show(self, last: bool = False) -> None:
+        begun = time.monotonic()
+        if last or begun >= self._next["bar"]:
+            self._next["bar"] = begun + BAR_SECONDS
+            self._display("bar", {"text/plain": self._bar_line()})
+        if self._draws and (last or begun >= self._next["picture"]):
+            picture = io.BytesIO()
+            plot_training({self._run: self._rows}, picture)
+            content = base64.b64encode(picture.getvalue()).decode()
+            self._display("picture", {"image/png": content, "text/plain": "the loss of the run"})
+            now = time.monotonic()
+            self._next["picture"] = now + max(PICTURE_SECONDS, (now - begun) / PICTURE_SHARE)
+
+    def _bar_line(self) -> str:
+        row, text = self._rows[-1], io.StringIO()
+        bar = ProgressBar(total=self._steps, completed=row["step"], width=40)
+        Console(file=text, force_jupyter=False, force_terminal=False, width=40).print(bar, end="")
+        return f"{text.getvalue()} {row['step']}/{self._steps}  {self.words(row)}"
+
+    def _display(self, name: str, content: dict[str, str]) -> None:
+        """Show a display for the first time, or change it in its place."""
+        from IPython.display import display
+
+        if name in self._handles:
+            self._handles[name].update(content, raw=True)
+        else:
+            self._handles[name] = display(content, raw=True, display_id=True)
