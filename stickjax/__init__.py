@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from stickjax.training.loop import Result
 
 __all__ = [
-    "Config", "DataConfig", "ModelConfig", "OptimConfig", "SutConfig", "TrainConfig", "export", "fit", "load", "register"
+    "Config", "DataConfig", "ModelConfig", "OptimConfig", "SutConfig", "TrainConfig",
+    "export", "fit", "load", "register",
 ]  # fmt: skip
 __version__ = "0.1.0"
 renamed.install()
