@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import partition, seam
+from . import partition, platform
 
 # In order of preference.
 NAMES = ("mosaic", "triton", "xla", "reference")
@@ -86,7 +86,7 @@ def choose(op: Op, call: Any, implementation: str | Sequence[str] | None) -> tup
 def _sentence(op: Op, call: Any, implementation: str | Sequence[str] | None) -> str:
     name, reasons = choose(op, call, implementation)
     detail = op.implementations[name].detail(call)
-    why = "asked for" if isinstance(implementation, str) else f"on {seam.platform()}"
+    why = "asked for" if isinstance(implementation, str) else f"on {platform.name()}"
     return f"{op.name}: {name}{f' ({detail})' if detail else ''}, {'; '.join([why, *reasons])}"
 
 

@@ -10,7 +10,7 @@ from conftest import GRADIENT, assert_close
 from jax import lax
 from test_scatter_moe import ACTIVATIONS, QUICK, check_linear, check_mlp, mlp_inputs, run_mlp
 
-from pallas_kernels import expert_mlp, explain, route, seam, triton_call
+from pallas_kernels import expert_mlp, explain, platform, route, triton_call
 from pallas_kernels.scatter_moe import mosaic_float32, tasks, triton_sizes
 
 needs_triton = pytest.mark.skipif(
@@ -21,8 +21,8 @@ needs_triton = pytest.mark.skipif(
 @pytest.fixture
 def mosaic(monkeypatch):
     # So few that each takes several tiles.
-    monkeypatch.setattr("pallas_kernels.seam.multiprocessors", lambda: 2)
-    with seam.interpret(detect_races=True):  # a race raises
+    monkeypatch.setattr("pallas_kernels.platform.multiprocessors", lambda: 2)
+    with platform.interpret(detect_races=True):  # a race raises
         yield "mosaic"
 
 

@@ -1,8 +1,8 @@
 """Copying ahead of the products: a ring of stages between one warpgroup that copies and those that multiply.
 
-A step is what one stage holds. The copying warpgroup starts to copy the rows of a step (`seam_rows.gather`) and goes on
-to the next step. Some steps later the rows have arrived, and it hands the step over. Weights come by the copy engine,
-which reports them itself. docs/kernels/scatter_moe.md explains the barriers.
+A step is what one stage holds. The copying warpgroup starts to copy the rows of a step (`row_copies.gather`) and goes
+on to the next step. Some steps later the rows have arrived, and it hands the step over. Weights come by the copy
+engine, which reports them itself. docs/kernels/scatter_moe.md explains the barriers.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from .. import cost, seam, seam_rows
+from .. import cost, platform
+from .. import mosaic_row_copies as row_copies
 
 STAGES = 4
 # Steps whose rows are on their way. Of the other two stages, one is multiplied and the other is free when the products
@@ -59,7 +60,7 @@ def send(ring: Ring, steps, copy: Callable, sent: Sent) -> Sent:
             plgpu.barrier_wait(ring.used.at[slot])
 
         copy(s, slot)
-        seam_rows.gather_commit()
+        row_copies.gather_commit()
         return hand_over(ring, sent._replace(started=sent.started + 1), leave=AHEAD)
 
     return lax.fori_loop(0, steps, one, sent)
@@ -74,7 +75,7 @@ def hand_over(ring: Ring, sent: Sent, *, leave: int = 0, before=None) -> Sent:
 
         @pl.when(go)
         def _(sent=sent, others=others):
-            seam_rows.gather_wait(others)
+            row_copies.gather_wait(others)
             plgpu.barrier_arrive(ring.full.at[sent.handed_over % STAGES])
 
         sent = sent._replace(handed_over=sent.handed_over + jnp.where(go, 1, 0))
@@ -111,7 +112,7 @@ def receive(ring: Ring, steps, multiply: Callable, products: int, step):
 
 def blocks(most: int) -> int:
     """The number of blocks: one for each multiprocessor, or less where there are only `most` pieces of work."""
-    return min(seam.multiprocessors(), most)
+    return min(platform.multiprocessors(), most)
 
 
 def every(blocks: int, total, body: Callable, state):
@@ -143,4 +144,4 @@ def run(kernel: Callable, *, name: str, flops: float, blocks: int, warpgroups: i
 
 def memory(shape, dtype):
     """Shared memory of tiles [.., rows, columns], in the layout that `gather` writes and tensor cores read."""
-    return plgpu.SMEM(shape, dtype, transforms=seam_rows.atoms(dtype))
+    return plgpu.SMEM(shape, dtype, transforms=row_copies.atoms(dtype))

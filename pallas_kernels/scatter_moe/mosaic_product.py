@@ -16,7 +16,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from .. import seam, seam_rows
+from .. import mosaic_row_copies as row_copies
+from .. import mosaic_shims as shims
 from . import mosaic_pipeline as pipeline
 from .call import activate, d_activate
 from .mosaic_pipeline import STAGES, memory
@@ -153,7 +154,7 @@ def _product(
                     part, depth = s // per_part, s % per_part * DEPTH
                     for w in range(W):
                         rows = source_ref.at[pl.ds(tile * plan.rows + w * ROWS, ROWS)]
-                        seam_rows.gather(x_ref.at[part], rows, depth, steps_mem.x.at[slot, w])
+                        row_copies.gather(x_ref.at[part], rows, depth, steps_mem.x.at[slot, w])
                     for p, w_mem in enumerate(steps_mem.weights):
                         inner = pl.ds(part * plan.width + depth, DEPTH)
                         outer = pl.ds(plan.first + column + p * apart, COLUMNS)
@@ -166,7 +167,7 @@ def _product(
                     sent = pipeline.hand_over(ring, sent, before=before.started)
                     there = prefetch(i, tile, column, inputs, own)
                     sent = pipeline.hand_over(ring, sent)
-                    seam_rows.gather_wait(0)
+                    row_copies.gather_wait(0)
                     plgpu.barrier_arrive(there)
                 return sent
 
@@ -216,12 +217,12 @@ def _store(values, numbers, memory, column, out_ref) -> None:
     for first in range(0, COLUMNS, at_once):
         memory[...] = values[:, first : first + at_once].astype(memory.dtype)
         plgpu.commit_smem()
-        seam_rows.scatter(memory, numbers, column + first, out_ref)
+        row_copies.scatter(memory, numbers, column + first, out_ref)
         plgpu.commit_smem()
 
 
 def _biased(accumulator, bias_ref, part, at):
-    bias = plgpu.load(bias_ref.at[at.expert, part, pl.ds(at.column, COLUMNS)], layout=seam.COLUMN, optimized=False)
+    bias = plgpu.load(bias_ref.at[at.expert, part, pl.ds(at.column, COLUMNS)], layout=shims.COLUMN, optimized=False)
     return accumulator + lax.broadcast_in_dim(bias, accumulator.shape, [1])
 
 
@@ -292,22 +293,22 @@ def d_activated(plan: Plan, activation: str, d_out, source, weight, tasks: Tasks
         for w in range(W):
             numbers = inputs.rows.at[pl.ds(tile * plan.rows + w * ROWS, ROWS)]
             for p in range(P):
-                seam_rows.gather(inputs.hidden.at[p], numbers, column, own.hidden.at[p, w])
-        seam_rows.gather_commit()
+                row_copies.gather(inputs.hidden.at[p], numbers, column, own.hidden.at[p, w])
+        row_copies.gather_commit()
         return own.there
 
     def finish(at, accumulators, inputs: Derivative, outputs: Derivatives, own: DerivativeScratch):
         numbers, (acc,) = inputs.rows.at[at.rows], accumulators
-        gate = plgpu.load(inputs.gates.at[at.rows], layout=seam.ROW, optimized=False)
+        gate = plgpu.load(inputs.gates.at[at.rows], layout=shims.ROW, optimized=False)
         gate = lax.broadcast_in_dim(gate, (ROWS, HALF), [0])
         plgpu.barrier_wait(own.there)
-        d_gate = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), seam.ROW)
+        d_gate = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), shims.ROW)
 
         # In two passes, and in halves: everything at once would not fit the registers.
         def halves():
             for first in range(0, COLUMNS, HALF):
                 parts = [own.hidden.at[p, at.wg, :, pl.ds(first, HALF)] for p in range(P)]
-                h = [plgpu.load(x, layout=seam.TILE) for x in parts]
+                h = [plgpu.load(x, layout=shims.TILE) for x in parts]
                 plgpu.commit_smem()  # all have read what is overwritten next
                 yield slice(first, first + HALF), parts, [x.astype(jnp.float32) for x in h]
 
@@ -320,9 +321,9 @@ def d_activated(plan: Plan, activation: str, d_out, source, weight, tasks: Tasks
             for x, dh in zip(parts, d_activate(activation, acc[:, columns] * gate, *h), strict=True):
                 x[...] = dh.astype(dtype)
         plgpu.commit_smem()
-        seam_rows.scatter(own.gated.at[at.wg], numbers, at.column, outputs.gated)
+        row_copies.scatter(own.gated.at[at.wg], numbers, at.column, outputs.gated)
         for p in range(P):
-            seam_rows.scatter(own.hidden.at[p, at.wg], numbers, at.column, outputs.d_hidden.at[p])
+            row_copies.scatter(own.hidden.at[p, at.wg], numbers, at.column, outputs.d_hidden.at[p])
         plgpu.commit_smem()
         plgpu.barrier_arrive(own.free)
 

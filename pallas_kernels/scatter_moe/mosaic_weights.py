@@ -14,7 +14,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from .. import seam_rows
+from .. import mosaic_row_copies as row_copies
 from . import mosaic_pipeline as pipeline
 from .mosaic_pipeline import STAGES, memory
 from .tasks import Tasks
@@ -72,10 +72,10 @@ def d_weights(left, left_numbers, right, right_numbers, tasks: Tasks, out_dtype=
                     numbers = pl.ds(first_ref[e] * M + s * ROWS, ROWS)
                     for w in range(WARPGROUPS):
                         rows = left_numbers_ref.at[numbers]
-                        seam_rows.gather(left_ref, rows, row + w * LEFT, scratch.left.at[slot, w])
+                        row_copies.gather(left_ref, rows, row + w * LEFT, scratch.left.at[slot, w])
                     for p in range(ACCUMULATORS):
                         rows = right_numbers_ref.at[numbers]
-                        seam_rows.gather(right_ref.at[part], rows, column + p * RIGHT, scratch.right.at[slot, p])
+                        row_copies.gather(right_ref.at[part], rows, column + p * RIGHT, scratch.right.at[slot, p])
 
                 return pipeline.send(ring, steps, load, sent)
 

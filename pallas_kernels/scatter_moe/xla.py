@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from .. import cost, seam
+from .. import cost, platform
 from ..arguments import sum_type
 from .call import ACTIVATIONS, PRE_ACTIVATION, LinearCall, MlpCall
 from .routing import Routing, first_places
@@ -302,7 +302,7 @@ def _together(run, weights, starts, ends, C: int, pieces: int):
         trips = jnp.minimum(-(-(ends - starts).max() // size), pieces)
         return cost.loop(pieces, lambda state: lax.fori_loop(0, trips, step, state))(zeros)
 
-    if C < _MANY_ROWS or seam.platform() != "cpu":
+    if C < _MANY_ROWS or platform.name() != "cpu":
         return rows_from(0, C, weights, starts, ends)
     group = 2 - E % 2
     pairs = jax.tree.map(lambda x: x.reshape(E // group, group, *x.shape[1:]), (weights, starts, ends))

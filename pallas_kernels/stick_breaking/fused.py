@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .. import seam
+from .. import platform
 from .call import Call
 from .spans import spans
 
@@ -178,7 +178,7 @@ def is_decoding(call: Call) -> bool:
 
 def splits(call: Call) -> int:
     B, K = call.query.shape[0], call.key.shape[2]
-    return max(1, min(seam.multiprocessors() // (B * K), call.mask.S // SPLIT))
+    return max(1, min(platform.multiprocessors() // (B * K), call.mask.S // SPLIT))
 
 
 def _decode(kernels: Kernels, call: Call):

@@ -28,7 +28,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from .. import cost, seam
+from .. import cost
+from .. import mosaic_shims as shims
 from .logarithm import LOG2E
 from .mosaic_backward import HALF, SWIZZLE, d_logits, weights_of
 from .mosaic_tile import KEYS, ROWS, Plan, tile_memory, visible, zeros
@@ -248,10 +249,10 @@ def _sum(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, own: int, o
         def exchange(half):
             """Leaves A and dz of one half of the keys in shared memory."""
             at, keys = slot + opaque[half], half + opaque[half]
-            z = seam.product(scratch.query[w].at[at], scratch.key.at[keys].transpose((1, 0))) * multiplier
-            d_weights = seam.product(scratch.d_out[w].at[at], scratch.value.at[keys].transpose((1, 0)))
+            z = shims.product(scratch.query[w].at[at], scratch.key.at[keys].transpose((1, 0))) * multiplier
+            d_weights = shims.product(scratch.d_out[w].at[at], scratch.value.at[keys].transpose((1, 0)))
             entered = scratch.snapshots.at[slot, w, half]
-            entering, prefix = (plgpu.load(entered.at[part], layout=seam.ROW) for part in range(2))
+            entering, prefix = (plgpu.load(entered.at[part], layout=shims.ROW) for part in range(2))
             seen = None
             if masked:
                 stands = jnp.where(kind > 0, position, NOWHERE)
@@ -271,7 +272,7 @@ def _sum(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, own: int, o
             plgpu.barrier_wait(scratch.exchanged)
             for t in range(tiles):
                 zero = opaque[t]
-                acc = seam.add_product(acc, mine.at[t + zero].transpose((1, 0)), other[t].at[slot + zero])
+                acc = shims.add_product(acc, mine.at[t + zero].transpose((1, 0)), other[t].at[slot + zero])
             plgpu.barrier_arrive(scratch.drained)
             return acc
 
@@ -280,7 +281,7 @@ def _sum(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, own: int, o
         plgpu.barrier_arrive(scratch.used.at[slot])
         return step + 1, going, place, acc
 
-    acc = plgpu.layout_cast(jnp.zeros((KEYS, width), jnp.float32), seam.TILE)
+    acc = plgpu.layout_cast(jnp.zeros((KEYS, width), jnp.float32), shims.TILE)
     plgpu.barrier_arrive(scratch.drained)
     step = jnp.int32(0)
     for masked in (False, True):

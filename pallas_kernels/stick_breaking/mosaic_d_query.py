@@ -12,7 +12,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from .. import cost, seam
+from .. import cost
+from .. import mosaic_shims as shims
 from .logarithm import LOG2E
 from .mosaic_backward import HALF, SWIZZLE, d_logits, weights_of
 from .mosaic_tile import KEYS, ROWS, Place, Plan, block, tile_memory, two_sum, visible, visited, zeros
@@ -146,7 +147,7 @@ def _compute(plan: Plan, place: Place, inputs: Inputs, outputs: Outputs, scratch
     ):
         plgpu.copy_gmem_to_smem(source, mem, scratch.loaded.at[wg])
     plgpu.barrier_wait(scratch.loaded.at[wg])
-    prefix, high, low = (plgpu.load(scratch.rows.at[wg, part], layout=seam.ROW) for part in range(3))
+    prefix, high, low = (plgpu.load(scratch.rows.at[wg, part], layout=shims.ROW) for part in range(3))
     multiplier, position = inputs.scale[0] * LOG2E, inputs.offset[b]
 
     def visit(masked, j, state):
@@ -157,8 +158,8 @@ def _compute(plan: Plan, place: Place, inputs: Inputs, outputs: Outputs, scratch
             prefix, high, low, acc = state
             own, column = wg + zero, j * KEYS + half * HALF
             keys, values = (mem[half].at[slot] for mem in (scratch.key, scratch.value))
-            z = seam.product(scratch.query.at[own], keys.transpose((1, 0))) * multiplier
-            d_weights = seam.product(scratch.d_out.at[own], values.transpose((1, 0)))
+            z = shims.product(scratch.query.at[own], keys.transpose((1, 0))) * multiplier
+            d_weights = shims.product(scratch.d_out.at[own], values.transpose((1, 0)))
             seen = None
             if masked:
                 seen = visible(plan, inputs.segments, b, row, column, HALF, position)
@@ -170,7 +171,7 @@ def _compute(plan: Plan, place: Place, inputs: Inputs, outputs: Outputs, scratch
 
             weights, logs = weights_of(z, seen, entering)
             dz, total_a = d_logits(weights * d_weights, logs, prefix)
-            acc = seam.add_product(acc, dz.astype(dtype), keys)
+            acc = shims.add_product(acc, dz.astype(dtype), keys)
             scratch.snapshots[wg, half, 0], scratch.snapshots[wg, half, 1] = entered[0] + entered[1], prefix
             state = prefix + total_a, *entered, acc
         plgpu.barrier_arrive(scratch.used.at[slot])
@@ -185,7 +186,7 @@ def _compute(plan: Plan, place: Place, inputs: Inputs, outputs: Outputs, scratch
 
     first = place.i * plan.warpgroups
     own_stop, whole_stop, whole_start, own_start = (_bound(inputs, b, n, first, wg, which) for which in range(4))
-    acc = plgpu.layout_cast(jnp.zeros((ROWS, plan.H), jnp.float32), seam.TILE)
+    acc = plgpu.layout_cast(jnp.zeros((ROWS, plan.H), jnp.float32), shims.TILE)
     state = prefix, high, low, acc
     lax.fori_loop(place.start, jnp.minimum(own_start, place.stop), idle, None)
     state = lax.fori_loop(own_start, whole_start, partial(visit, True), state)
@@ -195,9 +196,9 @@ def _compute(plan: Plan, place: Place, inputs: Inputs, outputs: Outputs, scratch
 
     acc = state[3]
     # The sum of dz * q.k over the keys, before anything is rounded; in pieces, for the sake of registers.
-    d_scale = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), seam.ROW)
+    d_scale = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), shims.ROW)
     for first in range(0, plan.H, HALF):
-        q = plgpu.load(scratch.query.at[wg, :, pl.ds(first, HALF)], layout=seam.TILE).astype(jnp.float32)
+        q = plgpu.load(scratch.query.at[wg, :, pl.ds(first, HALF)], layout=shims.TILE).astype(jnp.float32)
         d_scale += (acc[:, first : first + HALF] * q).sum(1)
     plgpu.commit_smem()  # all have read what is overwritten next
     outputs.d_scale[b, n, rows] = d_scale

@@ -16,7 +16,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from .. import cost, seam
+from .. import cost
+from .. import mosaic_shims as shims
 from .logarithm import LOG2E
 from .mosaic_tile import (
     FINISHED,
@@ -171,18 +172,18 @@ def _compute(plan: Plan, place: Place, inputs: Inputs, outputs: Outputs, scratch
         plgpu.barrier_wait(full.at[slot])
         # With masks of documents and the early exit no registers are left for the descriptors of the query.
         (zero, _) = zeros(place.stop - 1 - j, masked and plan.segments and skip)
-        z = seam.product(scratch.query.at[wg + zero], scratch.key.at[slot].transpose((1, 0))) * multiplier
+        z = shims.product(scratch.query.at[wg + zero], scratch.key.at[slot].transpose((1, 0))) * multiplier
         seen = None
         if masked:
             seen = visible(plan, inputs.segments, place.b, row, j * KEYS, KEYS, position)
         log_beta, softplus = sticks(z, seen)
-        log_weights, total = seam.minus_sum_right(log_beta, None, softplus, high)
+        log_weights, total = shims.minus_sum_right(log_beta, None, softplus, high)
         weights = jnp.exp2(log_weights)
         high, low = two_sum(high, low, total)
-        acc = seam.add_product(acc, weights.astype(dtype), scratch.value.at[slot])
+        acc = shims.add_product(acc, weights.astype(dtype), scratch.value.at[slot])
         alive = jnp.bool_(True)
         if skip:
-            alive = seam.any_at_most(high, -plan.skip_below)
+            alive = shims.any_at_most(high, -plan.skip_below)
             needs[wg, slot] = jnp.where(alive & (j > own_start), 1, 0)
         plgpu.barrier_arrive(used.at[slot])
         return j - 1, alive, high, low, acc
@@ -206,8 +207,8 @@ def _compute(plan: Plan, place: Place, inputs: Inputs, outputs: Outputs, scratch
         lax.while_loop(lambda s: (s[0] >= until) & s[1], wait_for_others, (j, jnp.bool_(True)))
 
     idle(place.stop - 1, own_stop)
-    zero = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), seam.ROW)
-    acc = plgpu.layout_cast(jnp.zeros((ROWS, plan.Hv), jnp.float32), seam.TILE)
+    zero = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), shims.ROW)
+    acc = plgpu.layout_cast(jnp.zeros((ROWS, plan.Hv), jnp.float32), shims.TILE)
     high = finished_padding(plan, inputs.segments, place.b, row) if skip else zero
     # Without tiles of its own, a warpgroup may have left `idle` early: it visits none all the same.
     state = (own_stop - 1, jnp.bool_(True), high, zero, acc)

@@ -12,7 +12,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from .. import seam
+from .. import mosaic_shims as shims
 from ..cost import visible_scores
 from .logarithm import LOG2P1, NOTHING
 
@@ -90,7 +90,7 @@ def sticks(z, seen=None):
     """(log2 of beta, -log2 of 1 - beta) of logits z, which are in units of log2; beta is 0 where a key is not seen."""
     if seen is not None:
         z = jnp.where(seen, z, NOTHING)
-    y = seam.exp2_of_minus_abs(z)
+    y = shims.exp2_of_minus_abs(z)
     poly = jnp.full_like(z, LOG2P1[0])
     for c in LOG2P1[1:]:
         poly = poly * y + c
@@ -123,21 +123,21 @@ def visible(plan: Plan, segments, b, first_row, first_column, columns, offset):
     """
     shape = (ROWS, columns)
     # The numbers of the rows stay in registers from one tile to the next, except where the ids of documents need these.
-    rows = seam.row_numbers() if plan.segments else plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=seam.ROW)
+    rows = shims.row_numbers() if plan.segments else plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=shims.ROW)
     row = first_row + rows
-    column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=seam.TILE)
+    column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=shims.TILE)
     # The last and the first column that a row sees are numbered within the tile: then each costs one comparison.
     position = offset + (row // plan.per_position if plan.per_position > 1 else row)
     last = jnp.minimum(position if plan.attend_current else position - 1, plan.S - 1) - first_column
     if plan.segments:
         queries, keys = segments
-        q = plgpu.load(queries.at[b, pl.ds(first_row, ROWS)], layout=seam.ROW, optimized=False)
+        q = plgpu.load(queries.at[b, pl.ds(first_row, ROWS)], layout=shims.ROW, optimized=False)
         last = jnp.where(q >= 0, last, -1)
     seen = column <= lax.broadcast_in_dim(last, shape, [0])
     if plan.window is not None:
         seen &= column >= lax.broadcast_in_dim(position - plan.window - first_column, shape, [0])
     if plan.segments:
-        k = plgpu.load(keys.at[b, pl.ds(first_column, columns)], layout=seam.COLUMN, optimized=False)
+        k = plgpu.load(keys.at[b, pl.ds(first_column, columns)], layout=shims.COLUMN, optimized=False)
         seen &= lax.broadcast_in_dim(q, shape, [0]) == lax.broadcast_in_dim(k, shape, [1])
     return seen
 
@@ -148,10 +148,10 @@ def finished_padding(plan: Plan, segments, b, first_row):
     A padding row stands after the last query or in a negative segment. It may see no key, and then it never spends
     anything: the early exit would wait for it for ever.
     """
-    is_query = first_row + seam.row_numbers() < plan.rows
+    is_query = first_row + shims.row_numbers() < plan.rows
     if plan.segments:
         queries, _ = segments
-        is_query &= plgpu.load(queries.at[b, pl.ds(first_row, ROWS)], layout=seam.ROW, optimized=False) >= 0
+        is_query &= plgpu.load(queries.at[b, pl.ds(first_row, ROWS)], layout=shims.ROW, optimized=False) >= 0
     return jnp.where(is_query, 0.0, FINISHED)
 
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .. import cost, seam, triton_call, tuning
+from .. import cost, platform, triton_call, tuning
 from . import fused
 from .call import Call
 from .spans import visitors
@@ -117,7 +117,7 @@ def _plan(call: Call, *, backward: bool = False, decoding: tuple[int, int] | Non
     """`decoding`: the query heads of a key head, which are packed as rows, and the splits of the keys."""
     (B, _, N, H), (K, Hv), m = call.query.shape, call.value.shape[2:], call.mask
     itemsize = call.query.dtype.itemsize
-    chosen = tuning.tuned(seam.chip(), "stick_breaking_triton", bytes=itemsize, width=max(H, Hv))
+    chosen = tuning.tuned(platform.chip(), "stick_breaking_triton", bytes=itemsize, width=max(H, Hv))
     rows, warps = chosen["backward" if backward else "forward"]
     rows, keys = call.tiles or (rows, KEYS)
     stages = 3 if itemsize == 2 and triton_call.shared_memory() > 128 * 1024 else 2

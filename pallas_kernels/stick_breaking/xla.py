@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .. import cost, seam
+from .. import cost, platform
 from ..arguments import sum_type
 from . import tile
 from .call import Call, Where
@@ -126,7 +126,7 @@ def _over_heads(one_head, call: Call, *extra):
 def _entries_together(call: Call) -> int:
     """On a CPU, the largest divisor of B whose tiles together stay within _CACHED_SCORES; elsewhere B."""
     B, _, N, _ = call.query.shape
-    if seam.platform() != "cpu":
+    if platform.name() != "cpu":
         return B
     tile_scores = _short_rows(call) * call.mask.S if _is_short(call) else math.prod(_long_tiles(call))
     most = max(1, _CACHED_SCORES // max(1, N * tile_scores))

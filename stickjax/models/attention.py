@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import seam, stick_breaking_attention
+from pallas_kernels import platform, stick_breaking_attention
 from stickjax.config import ModelConfig
 from stickjax.models.context import attention_in_context
 from stickjax.models.layers import HeadNorm, cast, matrix_std, normal, output_std, rotary
@@ -126,7 +126,7 @@ class Attention(nnx.Module):
         segments = None if context.segment_ids is None else (context.segment_ids, context.key_segment_ids)
         # On a CPU in groups whose weights stay in the cache, as the stick-breaking op does too.
         group = q.shape[0]
-        if seam.platform() == "cpu":
+        if platform.name() == "cpu":
             group = max(1, min(group, 2**20 // (T * q.shape[2] * S)))
         return jax.lax.map(attend, (q, k, v, segments), batch_size=group)
 
