@@ -14,8 +14,8 @@ from cases import STICK
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import explain, mosaic_shims, platform
-from pallas_kernels.stick_breaking import _prepare, spans
-
+from pallas_kernels.stick_breaking import spans
+from pallas_kernels.stick_breaking.api import _prepare
 
 MOSAIC_ONLY = {"implementation": "mosaic"}
 
