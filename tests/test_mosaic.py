@@ -14,7 +14,7 @@ from cases import STICK
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import explain, mosaic_shims, platform
-from pallas_kernels.stick_breaking import spans
+from pallas_kernels.stick_breaking import key_ranges
 from pallas_kernels.stick_breaking.api import _prepare
 
 MOSAIC_ONLY = {"implementation": "mosaic"}
@@ -113,7 +113,7 @@ def test_interpreted_bodies_are_the_same_sums():
 @pytest.mark.parametrize("segments", [False, True])
 @pytest.mark.parametrize("window, attend_current", [(None, False), (0, True), (9, False), (30, True)])
 @pytest.mark.parametrize("T, S, rows, columns, G", [(21, 40, 4, 8, 1), (1, 33, 4, 4, 3), (17, 7, 8, 9, 2)])
-def test_spans_hold_every_visible_key_and_whole_tiles_are_whole(
+def test_key_tile_ranges_hold_every_visible_key_and_whole_tiles_are_whole(
     T, S, rows, columns, G, window, attend_current, segments
 ):
     rng = np.random.default_rng(0)
@@ -123,7 +123,7 @@ def test_spans_hold_every_visible_key_and_whole_tiles_are_whole(
         options = {"query_offset": offset, "window": window, "attend_current": attend_current} | ids
         call = _prepare(jnp.zeros((2, T, 1, 4)), *jnp.zeros((2, 2, S, 1, 4)), **options)
         seen = jax.vmap(lambda where: call.mask.visible(where, jnp.arange(T), jnp.arange(S)))(call.where)
-        return spans.spans(call, rows, columns, G), seen.repeat(G, 1)
+        return key_ranges.key_tile_ranges(call, rows, columns, G), seen.repeat(G, 1)
 
     for _ in range(20):
         ids = {name: rng.integers(-1, 3, (2, n)) for name, n in (("segment_ids", T), ("key_segment_ids", S))}
@@ -135,13 +135,13 @@ def test_spans_hold_every_visible_key_and_whole_tiles_are_whole(
                 assert mine[:, whole_start * columns : whole_stop * columns].all() and whole_stop * columns <= S
 
 
-def test_visitors_of_key_tiles_are_the_query_tiles_that_visit_them():
-    """Tables as `spans` makes them, but of random numbers; and two query heads that stopped at other tiles."""
+def test_query_tile_ranges_hold_the_query_tiles_that_visit_a_key_tile():
+    """Ranges like those of `key_tile_ranges`, but random; and two query heads that stopped at different tiles."""
     rng = np.random.default_rng(0)
     for _ in range(50):
         table = -np.sort(-rng.integers(0, 9, (2, 6, 4)), -1)
         reached = rng.integers(0, 9, (2, 2, 6))
-        ranges = np.asarray(spans.visitors(jnp.asarray(table), jnp.asarray(reached), 8))
+        ranges = np.asarray(key_ranges.query_tile_ranges(jnp.asarray(table), jnp.asarray(reached), 8))
         for b, n, j in np.ndindex(2, 2, 8):
             stop, whole_stop, whole_start, start = table[b].T
             visits = (np.maximum(start, reached[b, n]) <= j) & (j < stop)

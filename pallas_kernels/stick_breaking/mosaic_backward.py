@@ -19,9 +19,10 @@ SWIZZLE = 64  # bytes: as wide as a half, along which tiles are multiplied
 
 
 def weights_of(z, seen, entering):
-    """(A, beta and 1 - beta as logarithms, what the tile spends) of logits z in units of log2.
+    """(A, the logarithms of beta and 1 - beta) of logits z in units of log2.
 
-    `entering`: what rows have spent before the tile, or a function of what the tile spends that returns it.
+    `entering`: the cumulative log-decay of the rows before the tile. It may be a function that takes the log-decay over
+    this tile and returns the log-decay before it.
     """
     log_beta, softplus = sticks(z, seen)
     start = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), shims.ROW) if callable(entering) else entering

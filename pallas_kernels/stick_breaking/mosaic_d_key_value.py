@@ -47,7 +47,7 @@ class Inputs(NamedTuple):
     snapshots: Any  # [B, N, key tiles, 2 halves, 2, rows padded]: the stick on entry, and P
     reached: Any  # [B, N, query tiles]
     scale: Any  # [1]
-    spans: Any  # [B, query tiles, 4]
+    key_ranges: Any  # [B, query tiles, 4]
     offset: Any  # [B]
     segments: Any  # (ids of the queries, ids of the keys), or None
 
@@ -94,14 +94,13 @@ def is_wide(plan: Plan) -> bool:
 
 
 def d_key_value(
-    plan: Plan, query, key, value, d_out, snapshots, reached, scale, spans, offset,
+    plan: Plan, query, key, value, d_out, snapshots, reached, scale, key_ranges, offset,
     query_segments=None, key_segments=None,
 ):  # fmt: skip
     """(dk [B,S,K,H], dv [B,S,K,Hv])."""
     wide, dtype = is_wide(plan), plan.dtype
     tiles = 1 if wide else 2
     copies = 3 * tiles  # of a step
-    key_tiles = -(-plan.S // KEYS)
 
     def stick_breaking_d_key_value(inputs: Inputs, outputs: Outputs, scratch: Scratch):
         item = lax.axis_index("block")
@@ -139,7 +138,7 @@ def d_key_value(
                 drained=plgpu.Barrier(num_arrivals=2),
             ),
         ),
-        grid=(plan.B * plan.K * key_tiles,),
+        grid=(plan.B * plan.K * plan.key_tiles,),
         grid_names=("block",),
         num_threads=2 if wide else 3,
         thread_name="wg",
@@ -148,7 +147,7 @@ def d_key_value(
     run = cost.kernel("stick_breaking_d_key_value", 2 * plan.scores * (2 * plan.H + 2 * plan.Hv), run)
     segments = (query_segments, key_segments) if plan.segments else None
     scale = scale.reshape(1).astype(jnp.float32)
-    (outputs,) = run(Inputs(query, key, value, d_out, snapshots, reached, scale, spans, offset, segments))
+    (outputs,) = run(Inputs(query, key, value, d_out, snapshots, reached, scale, key_ranges, offset, segments))
     return outputs
 
 
@@ -160,13 +159,13 @@ def _copies(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, copies: 
     """
     b, head, j = block
     G, tiles = plan.N // plan.K, len(scratch.query)
-    query_tiles = inputs.spans.shape[1]
+    query_tiles = inputs.key_ranges.shape[1]
 
     def kind(n, i):
         """0: not visited, 1: with a mask, 2: whole."""
         inside = i < query_tiles
         i = jnp.minimum(i, query_tiles - 1)
-        stop, whole_stop, whole_start, start = (inputs.spans[b, i, which] for which in range(4))
+        stop, whole_stop, whole_start, start = (inputs.key_ranges[b, i, which] for which in range(4))
         visits = (j < stop) & (j >= start) & (j >= inputs.reached[b, n, i])
         return jnp.where(inside & visits, jnp.where((j < whole_stop) & (j >= whole_start), 2, 1), 0)
 

@@ -16,7 +16,7 @@ from .. import cost
 from .. import mosaic_shims as shims
 from .logarithm import LOG2E
 from .mosaic_backward import HALF, SWIZZLE, d_logits, weights_of
-from .mosaic_tile import KEYS, ROWS, Place, Plan, block, tile_memory, two_sum, visible, visited, zeros
+from .mosaic_tile import KEYS, ROWS, Assignment, Plan, block, tile_memory, two_sum, visible, visited, zeros
 
 
 class Inputs(NamedTuple):
@@ -25,10 +25,10 @@ class Inputs(NamedTuple):
     value: Any  # [B, S, K, Hv]
     d_out: Any  # [B, T, N, Hv]
     d_log_rem: Any  # [B, N, rows padded]
-    spent: Any  # [2, B, N, rows padded], as the forward pass left it
-    reached: Any  # [B, N, tiles * W], the same
+    log_decay: Any  # [2, B, N, rows padded], a result of the forward pass
+    reached: Any  # [B, N, tiles * W], a result of the forward pass
     scale: Any  # [1]
-    spans: Any  # [B, tiles * W, 4]
+    key_ranges: Any  # [B, tiles * W, 4]
     offset: Any  # [B]
     segments: Any  # (ids of the queries, ids of the keys), or None
 
@@ -36,7 +36,7 @@ class Inputs(NamedTuple):
 class Outputs(NamedTuple):
     d_query: Any  # [B, T, N, H]
     d_scale: Any  # of every row, [B, N, rows padded]
-    snapshots: Any  # [B, N, key tiles, 2 halves, 2, rows padded]: what was spent on entry, and P
+    snapshots: Any  # [B, N, key tiles, 2 halves, 2, rows padded]: the log-decay on entry, and P
 
 
 class Scratch(NamedTuple):
@@ -44,7 +44,7 @@ class Scratch(NamedTuple):
 
     query: Any  # [W, ROWS, H]; in the end the gradient takes its place
     d_out: Any  # [W, ROWS, Hv]
-    rows: Any  # [W, 3, ROWS]: the gradient of log_rem, and what was spent in two floats
+    rows: Any  # [W, 3, ROWS]: the gradient of log_rem, and the log-decay in two floats
     key: Any  # two halves of [stages, HALF, H]
     value: Any  # two halves of [stages, HALF, Hv]
     snapshots: Any  # [W, 2 halves, 2, ROWS], on their way out
@@ -54,12 +54,12 @@ class Scratch(NamedTuple):
 
 
 def d_query(
-    plan: Plan, query, key, value, d_out, d_log_rem, spent, reached, scale, spans, offset,
+    plan: Plan, query, key, value, d_out, d_log_rem, log_decay, reached, scale, key_ranges, offset,
     query_segments=None, key_segments=None,
 ):  # fmt: skip
     """(dq [B,T,N,H], d_scale of every row [B,N,rows padded], snapshots [B,N,key tiles,2 halves,2,rows padded]).
 
-    Snapshots of tiles that no row visits hold anything. `spent` and `reached` as the forward pass left them.
+    Snapshots of tiles that no row visits are not written. `log_decay` and `reached` are results of the forward pass.
     """
     W, stages, dtype = plan.warpgroups, plan.stages, plan.dtype
     memory = partial(tile_memory, dtype=dtype, swizzle=SWIZZLE)
@@ -68,9 +68,9 @@ def d_query(
         b, n, i = block(plan)
         head, wg = n // (plan.N // plan.K), lax.axis_index("wg")
         stop, start = visited(partial(_bound, inputs, b, n, i * W), W)
-        place = Place(b, b, n, head, i, wg, stop, start)
-        pl.when(wg == W)(partial(_copy, plan, place, inputs, scratch))
-        pl.when(wg < W)(partial(_compute, plan, place, inputs, outputs, scratch))
+        assigned = Assignment(b, b, n, head, i, wg, stop, start)
+        pl.when(wg == W)(partial(_copy, plan, assigned, inputs, scratch))
+        pl.when(wg < W)(partial(_compute, plan, assigned, inputs, outputs, scratch))
 
     run = plgpu.kernel(
         stick_breaking_d_query,
@@ -78,7 +78,7 @@ def d_query(
             Outputs(
                 d_query=jax.ShapeDtypeStruct(query.shape, dtype),
                 d_scale=jax.ShapeDtypeStruct((plan.B, plan.N, plan.padded), jnp.float32),
-                snapshots=jax.ShapeDtypeStruct((plan.B, plan.N, -(-plan.S // KEYS), 2, 2, plan.padded), jnp.float32),
+                snapshots=jax.ShapeDtypeStruct((plan.B, plan.N, plan.key_tiles, 2, 2, plan.padded), jnp.float32),
             ),
         ),
         scratch_types=(
@@ -103,18 +103,18 @@ def d_query(
     run = cost.kernel("stick_breaking_d_query", 2 * plan.scores * (2 * plan.H + plan.Hv), run)
     segments = (query_segments, key_segments) if plan.segments else None
     scale = scale.reshape(1).astype(jnp.float32)
-    inputs = Inputs(query, key, value, d_out, d_log_rem, spent, reached, scale, spans, offset, segments)
+    inputs = Inputs(query, key, value, d_out, d_log_rem, log_decay, reached, scale, key_ranges, offset, segments)
     (outputs,) = run(inputs)
     return outputs
 
 
 def _bound(inputs: Inputs, b, n, first, w, which):
-    """Of the key tiles that query tile first + w visits: those that the forward pass did not reach are left out."""
-    x = inputs.spans[b, first + w, which]
+    """Entry `which` of the key-tile range of query tile first + w, without the tiles that the forward pass left out."""
+    x = inputs.key_ranges[b, first + w, which]
     return jnp.maximum(x, inputs.reached[b, n, first + w]) if which else x
 
 
-def _copy(plan: Plan, place: Place, inputs: Inputs, scratch: Scratch) -> None:
+def _copy(plan: Plan, assigned: Assignment, inputs: Inputs, scratch: Scratch) -> None:
     """The warpgroup that copies: key tiles from left to right."""
 
     def copy(step, _):
@@ -125,25 +125,25 @@ def _copy(plan: Plan, place: Place, inputs: Inputs, scratch: Scratch) -> None:
             plgpu.barrier_wait(scratch.used.at[slot])
 
         for half in range(2):
-            keys = pl.ds((place.start + step) * KEYS + half * HALF, HALF)
+            keys = pl.ds((assigned.start + step) * KEYS + half * HALF, HALF)
             for ref, mem in ((inputs.key, scratch.key), (inputs.value, scratch.value)):
-                tile = ref.at[place.b, keys, place.head]
+                tile = ref.at[assigned.b, keys, assigned.head]
                 plgpu.copy_gmem_to_smem(tile, mem[half].at[slot], scratch.full.at[slot])
 
-    lax.fori_loop(0, jnp.maximum(place.stop - place.start, 0), copy, None)
+    lax.fori_loop(0, jnp.maximum(assigned.stop - assigned.start, 0), copy, None)
 
 
-def _compute(plan: Plan, place: Place, inputs: Inputs, outputs: Outputs, scratch: Scratch) -> None:
+def _compute(plan: Plan, assigned: Assignment, inputs: Inputs, outputs: Outputs, scratch: Scratch) -> None:
     """A warpgroup that computes: it visits its own key tiles and waits while the other one visits tiles of its own."""
-    b, n, wg, dtype = place.b, place.n, place.wg, plan.dtype
-    row = (place.i * plan.warpgroups + wg) * ROWS
+    b, n, wg, dtype = assigned.b, assigned.n, assigned.wg, plan.dtype
+    row = (assigned.i * plan.warpgroups + wg) * ROWS
     rows = pl.ds(row, ROWS)
     for source, mem in (
         (inputs.query.at[b, rows, n], scratch.query.at[wg]),
         (inputs.d_out.at[b, rows, n], scratch.d_out.at[wg]),
         (inputs.d_log_rem.at[b, n, rows], scratch.rows.at[wg, 0]),
-        (inputs.spent.at[0, b, n, rows], scratch.rows.at[wg, 1]),
-        (inputs.spent.at[1, b, n, rows], scratch.rows.at[wg, 2]),
+        (inputs.log_decay.at[0, b, n, rows], scratch.rows.at[wg, 1]),
+        (inputs.log_decay.at[1, b, n, rows], scratch.rows.at[wg, 2]),
     ):
         plgpu.copy_gmem_to_smem(source, mem, scratch.loaded.at[wg])
     plgpu.barrier_wait(scratch.loaded.at[wg])
@@ -151,7 +151,7 @@ def _compute(plan: Plan, place: Place, inputs: Inputs, outputs: Outputs, scratch
     multiplier, position = inputs.scale[0] * LOG2E, inputs.offset[b]
 
     def visit(masked, j, state):
-        slot = (j - place.start) % plan.stages
+        slot = (j - assigned.start) % plan.stages
         plgpu.barrier_wait(scratch.full.at[slot])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the snapshots of the tile before have left
         for half, zero in enumerate(zeros(j, plan.H + plan.Hv > 128 or plan.segments)):
@@ -180,19 +180,19 @@ def _compute(plan: Plan, place: Place, inputs: Inputs, outputs: Outputs, scratch
         return state
 
     def idle(j, _):
-        slot = (j - place.start) % plan.stages
+        slot = (j - assigned.start) % plan.stages
         plgpu.barrier_wait(scratch.full.at[slot])
         plgpu.barrier_arrive(scratch.used.at[slot])
 
-    first = place.i * plan.warpgroups
+    first = assigned.i * plan.warpgroups
     own_stop, whole_stop, whole_start, own_start = (_bound(inputs, b, n, first, wg, which) for which in range(4))
     acc = plgpu.layout_cast(jnp.zeros((ROWS, plan.H), jnp.float32), shims.TILE)
     state = prefix, high, low, acc
-    lax.fori_loop(place.start, jnp.minimum(own_start, place.stop), idle, None)
+    lax.fori_loop(assigned.start, jnp.minimum(own_start, assigned.stop), idle, None)
     state = lax.fori_loop(own_start, whole_start, partial(visit, True), state)
     state = lax.fori_loop(whole_start, whole_stop, partial(visit, False), state)
     state = lax.fori_loop(jnp.maximum(whole_stop, own_start), own_stop, partial(visit, True), state)
-    lax.fori_loop(jnp.maximum(own_stop, place.start), place.stop, idle, None)
+    lax.fori_loop(jnp.maximum(own_stop, assigned.start), assigned.stop, idle, None)
 
     acc = state[3]
     # The sum of dz * q.k over the keys, before anything is rounded; in pieces, for the sake of registers.
