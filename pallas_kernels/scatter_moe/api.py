@@ -147,8 +147,8 @@ def _prepare_linear(x, weight, routing, *, grouped_in=False, grouped_out=False, 
     if gates is not None and grouped_out:
         raise ValueError("gates sum the k outputs of a token, so they need grouped_out=False")
     gates, bias = _floats("gates", gates, (T, k), "T,k"), _floats("bias", bias, (E, weight.shape[2]), "E,F")
-    x_rows = "sorted" if grouped_in else "token" if x.shape[0] == T else "slot"
-    out_rows = "token" if gates is not None else "sorted" if grouped_out else "slot"
+    x_rows = "sorted" if grouped_in else "token" if x.shape[0] == T else "pair"
+    out_rows = "token" if gates is not None else "sorted" if grouped_out else "pair"
     return LinearCall(x, weight, bias, gates, routing, x_rows, out_rows)
 
 

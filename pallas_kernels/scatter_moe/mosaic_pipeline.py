@@ -50,16 +50,16 @@ def nothing_sent() -> Sent:
 
 
 def send(ring: Ring, steps, copy: Callable, sent: Sent) -> Sent:
-    """Call `copy(s, slot)` for every step s < steps as soon as its slot is free."""
+    """Call `copy(s, stage)` for every step s < steps as soon as its stage is free."""
 
     def one(s, sent):
-        slot = sent.started % STAGES
+        stage = sent.started % STAGES
 
         @pl.when(sent.started >= STAGES)
         def _():
-            plgpu.barrier_wait(ring.used.at[slot])
+            plgpu.barrier_wait(ring.used.at[stage])
 
-        copy(s, slot)
+        copy(s, stage)
         row_copies.gather_commit()
         return hand_over(ring, sent._replace(started=sent.started + 1), leave=AHEAD)
 
@@ -83,15 +83,15 @@ def hand_over(ring: Ring, sent: Sent, *, leave: int = 0, before=None) -> Sent:
 
 
 def receive(ring: Ring, steps, multiply: Callable, products: int, step):
-    """Call `multiply(slot)`, which starts `products` products, for every step; returns the number of the next step.
+    """Call `multiply(stage)`, which starts `products` products, for every step; returns the number of the next step.
 
-    A slot is given back one step later: then its products are done.
+    A stage is given back one step later: then its products are done.
     """
 
     def one(s, step):
-        slot = step % STAGES
-        plgpu.barrier_wait(ring.full.at[slot])
-        multiply(slot)
+        stage = step % STAGES
+        plgpu.barrier_wait(ring.full.at[stage])
+        multiply(stage)
         plgpu.wgmma_wait(products)  # the products of the step before are done
 
         @pl.when(s > 0)

@@ -150,16 +150,16 @@ def _product(
         @pl.when(wg == W)
         def copy():
             def body(i, tile, column, e, steps, before):
-                def load(s, slot):
+                def load(s, stage):
                     part, depth = s // per_part, s % per_part * DEPTH
                     for w in range(W):
                         rows = source_ref.at[pl.ds(tile * plan.rows + w * ROWS, ROWS)]
-                        row_copies.gather(x_ref.at[part], rows, depth, steps_mem.x.at[slot, w])
+                        row_copies.gather(x_ref.at[part], rows, depth, steps_mem.x.at[stage, w])
                     for p, w_mem in enumerate(steps_mem.weights):
                         inner = pl.ds(part * plan.width + depth, DEPTH)
                         outer = pl.ds(plan.first + column + p * apart, COLUMNS)
                         at = (e, outer, inner) if plan.transposed else (e, inner, outer)
-                        plgpu.copy_gmem_to_smem(w_ref.at[at], w_mem.at[slot], ring.full.at[slot])
+                        plgpu.copy_gmem_to_smem(w_ref.at[at], w_mem.at[stage], ring.full.at[stage])
 
                 sent = pipeline.send(ring, steps, load, before)
                 if prefetch is not None:
@@ -177,11 +177,11 @@ def _product(
         def compute():
             def body(i, tile, column, e, steps, step):
                 def multiply(*accumulators):
-                    def one(slot):
+                    def one(stage):
                         for acc, w_mem in zip(accumulators, steps_mem.weights, strict=True):
-                            w = w_mem.at[slot]
+                            w = w_mem.at[stage]
                             w = w.transpose((1, 0)) if plan.transposed else w
-                            plgpu.wgmma(acc, steps_mem.x.at[slot, wg], w)
+                            plgpu.wgmma(acc, steps_mem.x.at[stage, wg], w)
 
                     last = pipeline.receive(ring, steps, one, per_tile, step)
                     return last, *(acc[...] for acc in accumulators)
@@ -201,7 +201,7 @@ def _product(
         ring=pipeline.ring(warpgroups=W, copies=per_tile),
     )
     products = 1 if plan.transposed else plan.parts  # of [rows, columns] each
-    flops = 2 * tasks.place.shape[0] * plan.x_parts * plan.width * plan.columns * products
+    flops = 2 * tasks.num_pairs * plan.x_parts * plan.width * plan.columns * products
     run = pipeline.run(
         kernel, name=name, flops=flops, blocks=blocks, warpgroups=W, out_type=out_type, scratch=(steps_mem, scratch)
     )
@@ -250,7 +250,7 @@ def product(plan: Plan, x, source, weight, tasks: Tasks, target, rows: int, bias
 
 def activated(plan: Plan, activation: str, x, source, weight, tasks: Tasks, bias=None, *, keep: bool):
     """(act(h) [R, F], h [parts, R, F] if `keep`) of h = x @ weight + bias, in sorted rows."""
-    R, P = tasks.place.shape[0], plan.parts
+    R, P = tasks.num_pairs, plan.parts
 
     def finish(at, accumulators, inputs: Finish, outputs: Activated, out_mem):
         numbers, own_mem = inputs.rows.at[at.rows], out_mem.at[at.wg]
@@ -282,7 +282,7 @@ def d_activated(plan: Plan, activation: str, d_out, source, weight, tasks: Tasks
     `gates` [tiles * rows] in fp32. `d_gate` [tiles of columns, tiles * rows] has <act(h), dy> of every row of the
     tiles, where dy = d_out @ weight^T, one sum for each tile of columns.
     """
-    R, (P, _, F) = tasks.place.shape[0], hidden.shape
+    R, (P, _, F) = tasks.num_pairs, hidden.shape
     W, dtype = plan.warpgroups, plan.dtype
 
     def prefetch(i, tile, column, inputs: Derivative, own: DerivativeScratch):

@@ -41,7 +41,7 @@ def d_weights(left, left_numbers, right, right_numbers, tasks: Tasks, out_dtype=
     Their row numbers [tiles * M] are those of `tasks.row_numbers`. `out_dtype`: None for that of `left`.
     """
     (_, D), (P, _, F), E = left.shape, right.shape, tasks.rows.shape[0]
-    M = left_numbers.shape[0] // tasks.expert.shape[0]
+    M = tasks.rows_of_tile
     dtype, out_dtype = left.dtype, jnp.dtype(out_dtype or left.dtype)
     at_once = RIGHT * 2 // out_dtype.itemsize  # columns on their way out
     down, across = -(-D // (LEFT * WARPGROUPS)), -(-F // (RIGHT * ACCUMULATORS))
@@ -68,14 +68,14 @@ def d_weights(left, left_numbers, right, right_numbers, tasks: Tasks, out_dtype=
         @pl.when(wg == WARPGROUPS)
         def copy():
             def body(e, row, part, column, steps, sent):
-                def load(s, slot):
+                def load(s, stage):
                     numbers = pl.ds(first_ref[e] * M + s * ROWS, ROWS)
                     for w in range(WARPGROUPS):
                         rows = left_numbers_ref.at[numbers]
-                        row_copies.gather(left_ref, rows, row + w * LEFT, scratch.left.at[slot, w])
+                        row_copies.gather(left_ref, rows, row + w * LEFT, scratch.left.at[stage, w])
                     for p in range(ACCUMULATORS):
                         rows = right_numbers_ref.at[numbers]
-                        row_copies.gather(right_ref.at[part], rows, column + p * RIGHT, scratch.right.at[slot, p])
+                        row_copies.gather(right_ref.at[part], rows, column + p * RIGHT, scratch.right.at[stage, p])
 
                 return pipeline.send(ring, steps, load, sent)
 
@@ -85,10 +85,10 @@ def d_weights(left, left_numbers, right, right_numbers, tasks: Tasks, out_dtype=
         def compute():
             def body(e, row, part, column, steps, step):
                 def multiply(*accumulators):
-                    def one(slot):
+                    def one(stage):
                         for p, acc in enumerate(accumulators):
-                            left_tile = scratch.left.at[slot, wg].transpose((1, 0))
-                            plgpu.wgmma(acc, left_tile, scratch.right.at[slot, p])
+                            left_tile = scratch.left.at[stage, wg].transpose((1, 0))
+                            plgpu.wgmma(acc, left_tile, scratch.right.at[stage, p])
 
                     last = pipeline.receive(ring, steps, one, ACCUMULATORS, step)
                     return last, *(acc[...] for acc in accumulators)
@@ -110,7 +110,7 @@ def d_weights(left, left_numbers, right, right_numbers, tasks: Tasks, out_dtype=
     run = pipeline.run(
         kernel,
         name="expert_d_weights",
-        flops=2 * tasks.place.shape[0] * D * P * F,
+        flops=2 * tasks.num_pairs * D * P * F,
         blocks=blocks,
         warpgroups=WARPGROUPS,
         out_type=jax.ShapeDtypeStruct((E, D, P, F), out_dtype),

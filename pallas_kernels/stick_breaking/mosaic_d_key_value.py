@@ -176,18 +176,18 @@ def _copies(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, copies: 
         kinds = [kind(n, i + w) for w in range(tiles)]
         all_whole = reduce(jnp.minimum, kinds) == 2
         is_here = is_end | jnp.where(masked == 0, all_whole, ~all_whole & (reduce(jnp.maximum, kinds) > 0))
-        slot = step % STAGES
+        stage = step % STAGES
 
         @pl.when(is_here & (step >= STAGES))
         def _():
-            plgpu.barrier_wait(scratch.used.at[slot])
+            plgpu.barrier_wait(scratch.used.at[stage])
 
         @pl.when(is_here & is_end)
         def _():
             for w in range(tiles):
-                scratch.visits[slot, w, 0] = END
+                scratch.visits[stage, w, 0] = END
             for _ in range(copies):
-                plgpu.barrier_arrive(scratch.full.at[slot])
+                plgpu.barrier_arrive(scratch.full.at[stage])
 
         @pl.when(is_here & ~is_end)
         def _():
@@ -195,14 +195,14 @@ def _copies(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, copies: 
                 # In the place of a tile that is not visited stands the other one, and no key is seen from it.
                 row = (i + jnp.where(kinds[w] > 0, w, tiles - 1 - w)) * ROWS
                 for what, x in enumerate((kinds[w], row)):
-                    scratch.visits[slot, w, what] = x
+                    scratch.visits[stage, w, what] = x
                 rows = pl.ds(row, ROWS)
                 for source, memory in (
-                    (inputs.query.at[b, rows, n], scratch.query[w].at[slot]),
-                    (inputs.d_out.at[b, rows, n], scratch.d_out[w].at[slot]),
-                    (inputs.snapshots.at[b, n, j, :, :, rows], scratch.snapshots.at[slot, w]),
+                    (inputs.query.at[b, rows, n], scratch.query[w].at[stage]),
+                    (inputs.d_out.at[b, rows, n], scratch.d_out[w].at[stage]),
+                    (inputs.snapshots.at[b, n, j, :, :, rows], scratch.snapshots.at[stage, w]),
                 ):
-                    plgpu.copy_gmem_to_smem(source, memory, scratch.full.at[slot])
+                    plgpu.copy_gmem_to_smem(source, memory, scratch.full.at[stage])
 
         is_last = i + tiles >= query_tiles  # of its query head
         masked, g = masked + jnp.where(is_end, 1, 0), jnp.where(is_end, 0, g + jnp.where(is_last, 1, 0))
@@ -238,19 +238,19 @@ def _sum(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, own: int, o
 
     def visit(masked, state):
         step, _, place, acc = state
-        slot = step % STAGES
-        plgpu.barrier_wait(scratch.full.at[slot])
+        stage = step % STAGES
+        plgpu.barrier_wait(scratch.full.at[stage])
         if offer:
             place = copy(place, step + 1)
-        kind, row = (scratch.visits[slot, w, what] for what in range(2))
+        kind, row = (scratch.visits[stage, w, what] for what in range(2))
         opaque = zeros(step, plan.H + plan.Hv > 64)
 
         def exchange(half):
             """Leaves A and dz of one half of the keys in shared memory."""
-            at, keys = slot + opaque[half], half + opaque[half]
+            at, keys = stage + opaque[half], half + opaque[half]
             z = shims.product(scratch.query[w].at[at], scratch.key.at[keys].transpose((1, 0))) * multiplier
             d_weights = shims.product(scratch.d_out[w].at[at], scratch.value.at[keys].transpose((1, 0)))
-            entered = scratch.snapshots.at[slot, w, half]
+            entered = scratch.snapshots.at[stage, w, half]
             entering, prefix = (plgpu.load(entered.at[part], layout=shims.ROW) for part in range(2))
             seen = None
             if masked:
@@ -271,13 +271,13 @@ def _sum(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, own: int, o
             plgpu.barrier_wait(scratch.exchanged)
             for t in range(tiles):
                 zero = opaque[t]
-                acc = shims.add_product(acc, mine.at[t + zero].transpose((1, 0)), other[t].at[slot + zero])
+                acc = shims.add_product(acc, mine.at[t + zero].transpose((1, 0)), other[t].at[stage + zero])
             plgpu.barrier_arrive(scratch.drained)
             return acc
 
         going = kind >= 0
         acc = lax.cond(going, tile, lambda acc: acc, acc)
-        plgpu.barrier_arrive(scratch.used.at[slot])
+        plgpu.barrier_arrive(scratch.used.at[stage])
         return step + 1, going, place, acc
 
     acc = plgpu.layout_cast(jnp.zeros((KEYS, width), jnp.float32), shims.TILE)

@@ -118,17 +118,17 @@ def _copy(plan: Plan, assigned: Assignment, inputs: Inputs, scratch: Scratch) ->
     """The warpgroup that copies: key tiles from left to right."""
 
     def copy(step, _):
-        slot = step % plan.stages
+        stage = step % plan.stages
 
         @pl.when(step >= plan.stages)
         def _():
-            plgpu.barrier_wait(scratch.used.at[slot])
+            plgpu.barrier_wait(scratch.used.at[stage])
 
         for half in range(2):
             keys = pl.ds((assigned.start + step) * KEYS + half * HALF, HALF)
             for ref, mem in ((inputs.key, scratch.key), (inputs.value, scratch.value)):
                 tile = ref.at[assigned.b, keys, assigned.head]
-                plgpu.copy_gmem_to_smem(tile, mem[half].at[slot], scratch.full.at[slot])
+                plgpu.copy_gmem_to_smem(tile, mem[half].at[stage], scratch.full.at[stage])
 
     lax.fori_loop(0, jnp.maximum(assigned.stop - assigned.start, 0), copy, None)
 
@@ -151,13 +151,13 @@ def _compute(plan: Plan, assigned: Assignment, inputs: Inputs, outputs: Outputs,
     multiplier, position = inputs.scale[0] * LOG2E, inputs.offset[b]
 
     def visit(masked, j, state):
-        slot = (j - assigned.start) % plan.stages
-        plgpu.barrier_wait(scratch.full.at[slot])
+        stage = (j - assigned.start) % plan.stages
+        plgpu.barrier_wait(scratch.full.at[stage])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the snapshots of the tile before have left
         for half, zero in enumerate(zeros(j, plan.H + plan.Hv > 128 or plan.segments)):
             prefix, high, low, acc = state
             own, column = wg + zero, j * KEYS + half * HALF
-            keys, values = (mem[half].at[slot] for mem in (scratch.key, scratch.value))
+            keys, values = (mem[half].at[stage] for mem in (scratch.key, scratch.value))
             z = shims.product(scratch.query.at[own], keys.transpose((1, 0))) * multiplier
             d_weights = shims.product(scratch.d_out.at[own], values.transpose((1, 0)))
             seen = None
@@ -174,15 +174,15 @@ def _compute(plan: Plan, assigned: Assignment, inputs: Inputs, outputs: Outputs,
             acc = shims.add_product(acc, dz.astype(dtype), keys)
             scratch.snapshots[wg, half, 0], scratch.snapshots[wg, half, 1] = entered[0] + entered[1], prefix
             state = prefix + total_a, *entered, acc
-        plgpu.barrier_arrive(scratch.used.at[slot])
+        plgpu.barrier_arrive(scratch.used.at[stage])
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(scratch.snapshots.at[wg], outputs.snapshots.at[b, n, j, :, :, rows])
         return state
 
     def idle(j, _):
-        slot = (j - assigned.start) % plan.stages
-        plgpu.barrier_wait(scratch.full.at[slot])
-        plgpu.barrier_arrive(scratch.used.at[slot])
+        stage = (j - assigned.start) % plan.stages
+        plgpu.barrier_wait(scratch.full.at[stage])
+        plgpu.barrier_arrive(scratch.used.at[stage])
 
     first = assigned.i * plan.warpgroups
     own_stop, whole_stop, whole_start, own_start = (_bound(inputs, b, n, first, wg, which) for which in range(4))

@@ -124,30 +124,30 @@ def _copy(plan: Plan, assigned: Assignment, inputs: Inputs, scratch: Scratch) ->
     def copy(state):
         j, _ = state
         step = assigned.stop - 1 - j
-        slot = step % stages
+        stage = step % stages
 
         @pl.when(step >= stages)
         def _():
-            plgpu.barrier_wait(used.at[slot])
+            plgpu.barrier_wait(used.at[stage])
 
         go = jnp.bool_(True)
         if skip:
-            needed = needs[0, slot] if plan.warpgroups == 1 else jnp.maximum(needs[0, slot], needs[1, slot])
+            needed = needs[0, stage] if plan.warpgroups == 1 else jnp.maximum(needs[0, stage], needs[1, stage])
             go = (step < stages) | (needed > 0)
-            scratch.stopped[slot] = jnp.where(go, 0, 1)
+            scratch.stopped[stage] = jnp.where(go, 0, 1)
 
         @pl.when(go)
         def _():
             for ref, mem in ((inputs.key, scratch.key), (inputs.value, scratch.value)):
                 tile = ref.at[assigned.b, pl.ds(j * KEYS, KEYS), assigned.head]
-                plgpu.copy_gmem_to_smem(tile, mem.at[slot], full.at[slot])
+                plgpu.copy_gmem_to_smem(tile, mem.at[stage], full.at[stage])
 
         if skip:
 
             @pl.when(~go)
             def _():  # in place of the two copies
-                plgpu.barrier_arrive(full.at[slot])
-                plgpu.barrier_arrive(full.at[slot])
+                plgpu.barrier_arrive(full.at[stage])
+                plgpu.barrier_arrive(full.at[stage])
 
         return j - 1, go
 
@@ -168,11 +168,11 @@ def _compute(plan: Plan, assigned: Assignment, inputs: Inputs, outputs: Outputs,
 
     def visit(masked, state):
         j, _, high, low, acc = state
-        slot = (assigned.stop - 1 - j) % stages
-        plgpu.barrier_wait(full.at[slot])
+        stage = (assigned.stop - 1 - j) % stages
+        plgpu.barrier_wait(full.at[stage])
         # With masks of documents and the early exit no registers are left for the descriptors of the query.
         (zero, _) = zeros(assigned.stop - 1 - j, masked and plan.segments and skip)
-        z = shims.product(scratch.query.at[wg + zero], scratch.key.at[slot].transpose((1, 0))) * multiplier
+        z = shims.product(scratch.query.at[wg + zero], scratch.key.at[stage].transpose((1, 0))) * multiplier
         seen = None
         if masked:
             seen = visible(plan, inputs.segments, assigned.b, row, j * KEYS, KEYS, position)
@@ -180,12 +180,12 @@ def _compute(plan: Plan, assigned: Assignment, inputs: Inputs, outputs: Outputs,
         log_weights, total = shims.minus_sum_right(log_beta, None, softplus, high)
         weights = jnp.exp2(log_weights)
         high, low = two_sum(high, low, total)
-        acc = shims.add_product(acc, weights.astype(dtype), scratch.value.at[slot])
+        acc = shims.add_product(acc, weights.astype(dtype), scratch.value.at[stage])
         alive = jnp.bool_(True)
         if skip:
             alive = shims.any_at_most(high, -plan.skip_below)
-            needs[wg, slot] = jnp.where(alive & (j > own_start), 1, 0)
-        plgpu.barrier_arrive(used.at[slot])
+            needs[wg, stage] = jnp.where(alive & (j > own_start), 1, 0)
+        plgpu.barrier_arrive(used.at[stage])
         return j - 1, alive, high, low, acc
 
     # A warpgroup without key tiles of its own has the range from 0 to 0, which may lie left of what is copied.
@@ -195,12 +195,12 @@ def _compute(plan: Plan, assigned: Assignment, inputs: Inputs, outputs: Outputs,
 
     def wait_for_others(state):
         j, going = state
-        slot = (assigned.stop - 1 - j) % stages
-        plgpu.barrier_wait(full.at[slot])
+        stage = (assigned.stop - 1 - j) % stages
+        plgpu.barrier_wait(full.at[stage])
         if skip:
-            going = scratch.stopped[slot] == 0
-            needs[wg, slot] = jnp.where((j >= own_stop) & (own_stop > own_start), 1, 0)
-        plgpu.barrier_arrive(used.at[slot])
+            going = scratch.stopped[stage] == 0
+            needs[wg, stage] = jnp.where((j >= own_stop) & (own_stop > own_start), 1, 0)
+        plgpu.barrier_arrive(used.at[stage])
         return j - 1, going
 
     def idle(j, until):
