@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from ptx import kept
 
 from pallas_kernels import expert_linear, expert_mlp, platform, route, stick_breaking_attention
-from pallas_kernels.scatter_moe.mosaic_pipeline import STAGES
+from pallas_kernels.scatter_moe.mosaic_row_pipeline import STAGES
 
 PAGES = sorted((Path(__file__).parent.parent / "docs" / "kernels").glob("*.md"))
 STICK = {  # of one and of two compute warpgroups, with and without early exit, and decoding

@@ -16,11 +16,13 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from .. import mosaic_pipeline
 from .. import mosaic_row_copies as row_copies
 from .. import mosaic_shims as shims
-from . import mosaic_pipeline as pipeline
+from ..mosaic_pipeline import Ring
+from . import mosaic_row_pipeline as pipeline
 from .call import activate, d_activate
-from .mosaic_pipeline import STAGES, memory
+from .mosaic_row_pipeline import STAGES, memory
 from .tasks import Tasks
 
 ROWS = 64  # rows of a warpgroup
@@ -65,7 +67,7 @@ class Steps(NamedTuple):
 
     x: Any  # [STAGES, W, ROWS, DEPTH]
     weights: tuple  # of every accumulator, [STAGES, DEPTH, COLUMNS] or transposed
-    ring: pipeline.Ring
+    ring: Ring
 
 
 class Finish(NamedTuple):
@@ -202,8 +204,8 @@ def _product(
     )
     products = 1 if plan.transposed else plan.parts  # of [rows, columns] each
     flops = 2 * tasks.num_pairs * plan.x_parts * plan.width * plan.columns * products
-    run = pipeline.run(
-        kernel, name=name, flops=flops, blocks=blocks, warpgroups=W, out_type=out_type, scratch=(steps_mem, scratch)
+    run = mosaic_pipeline.run(
+        kernel, name=name, flops=flops, blocks=blocks, warpgroups=W + 1, out_type=out_type, scratch=(steps_mem, scratch)
     )
     return run(x, source, tasks.expert, tasks.count, weight, inputs)
 

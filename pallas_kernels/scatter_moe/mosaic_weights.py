@@ -14,9 +14,11 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from .. import mosaic_pipeline
 from .. import mosaic_row_copies as row_copies
-from . import mosaic_pipeline as pipeline
-from .mosaic_pipeline import STAGES, memory
+from ..mosaic_pipeline import Ring
+from . import mosaic_row_pipeline as pipeline
+from .mosaic_row_pipeline import STAGES, memory
 from .tasks import Tasks
 
 ROWS = 64  # rows of a step
@@ -32,7 +34,7 @@ class Scratch(NamedTuple):
     left: Any  # [STAGES, WARPGROUPS, ROWS, LEFT]
     right: Any  # [STAGES, ACCUMULATORS, ROWS, RIGHT]
     out: Any  # [WARPGROUPS, LEFT, columns at once], on their way out
-    ring: pipeline.Ring
+    ring: Ring
 
 
 def d_weights(left, left_numbers, right, right_numbers, tasks: Tasks, out_dtype=None):
@@ -107,12 +109,12 @@ def d_weights(left, left_numbers, right, right_numbers, tasks: Tasks, out_dtype=
             pieces(body, jnp.int32(0))
             plgpu.wait_smem_to_gmem(0)
 
-    run = pipeline.run(
+    run = mosaic_pipeline.run(
         kernel,
         name="expert_d_weights",
         flops=2 * tasks.num_pairs * D * P * F,
         blocks=blocks,
-        warpgroups=WARPGROUPS,
+        warpgroups=WARPGROUPS + 1,
         out_type=jax.ShapeDtypeStruct((E, D, P, F), out_dtype),
         scratch=(
             Scratch(

@@ -28,7 +28,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from .. import cost
+from .. import mosaic_pipeline as pipeline
 from .. import mosaic_shims as shims
 from .logarithm import LOG2E
 from .mosaic_backward import HALF, SWIZZLE, d_logits, weights_of
@@ -69,8 +69,7 @@ class Scratch(NamedTuple):
     weights: Any  # [tiles, ROWS, KEYS]
     d_logits: Any  # [tiles, ROWS, KEYS]
     resident: Any  # the keys and values are there
-    full: Any  # of each stage: its step is there
-    used: Any  # of each stage: both warpgroups have read it
+    ring: pipeline.Ring
     exchanged: Any  # both warpgroups have written their A and dz of the step
     drained: Any  # both warpgroups have read the A and dz of the step
 
@@ -102,7 +101,7 @@ def d_key_value(
     tiles = 1 if wide else 2
     copies = 3 * tiles  # of a step
 
-    def stick_breaking_d_key_value(inputs: Inputs, outputs: Outputs, scratch: Scratch):
+    def kernel(inputs: Inputs, outputs: Outputs, scratch: Scratch):
         item = lax.axis_index("block")
         block = Block(b=item // plan.K % plan.B, head=item % plan.K, j=item // (plan.B * plan.K))
         offer = _copies(plan, inputs, scratch, block, copies)
@@ -118,10 +117,14 @@ def d_key_value(
             pl.when(wg == own)(partial(_sum, plan, inputs, scratch, block, own, out_ref, copies_too))
 
     memory = partial(tile_memory, dtype=dtype, swizzle=SWIZZLE)
-    run = plgpu.kernel(
-        stick_breaking_d_key_value,
-        out_type=(Outputs(jax.ShapeDtypeStruct(key.shape, dtype), jax.ShapeDtypeStruct(value.shape, dtype)),),
-        scratch_types=(
+    run = pipeline.run(
+        kernel,
+        name="stick_breaking_d_key_value",
+        flops=2 * plan.scores * (2 * plan.H + 2 * plan.Hv),
+        blocks=plan.B * plan.K * plan.key_tiles,
+        warpgroups=2 if wide else 3,
+        out_type=Outputs(jax.ShapeDtypeStruct(key.shape, dtype), jax.ShapeDtypeStruct(value.shape, dtype)),
+        scratch=(
             Scratch(
                 key=memory((2, HALF, plan.H)),
                 value=memory((2, HALF, plan.Hv)),
@@ -132,23 +135,15 @@ def d_key_value(
                 weights=memory((tiles, ROWS, KEYS)),
                 d_logits=memory((tiles, ROWS, KEYS)),
                 resident=plgpu.Barrier(num_arrivals=4),
-                full=plgpu.Barrier(num_arrivals=copies, num_barriers=STAGES),
-                used=plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+                ring=pipeline.ring(STAGES, arrivals=copies, readers=2),
                 exchanged=plgpu.Barrier(num_arrivals=2),
                 drained=plgpu.Barrier(num_arrivals=2),
             ),
         ),
-        grid=(plan.B * plan.K * plan.key_tiles,),
-        grid_names=("block",),
-        num_threads=2 if wide else 3,
-        thread_name="wg",
-        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )
-    run = cost.kernel("stick_breaking_d_key_value", 2 * plan.scores * (2 * plan.H + 2 * plan.Hv), run)
     segments = (query_segments, key_segments) if plan.segments else None
     scale = scale.reshape(1).astype(jnp.float32)
-    (outputs,) = run(Inputs(query, key, value, d_out, snapshots, reached, scale, key_ranges, offset, segments))
-    return outputs
+    return run(Inputs(query, key, value, d_out, snapshots, reached, scale, key_ranges, offset, segments))
 
 
 def _copies(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, copies: int):
@@ -176,18 +171,14 @@ def _copies(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, copies: 
         kinds = [kind(n, i + w) for w in range(tiles)]
         all_whole = reduce(jnp.minimum, kinds) == 2
         is_here = is_end | jnp.where(masked == 0, all_whole, ~all_whole & (reduce(jnp.maximum, kinds) > 0))
-        stage = step % STAGES
-
-        @pl.when(is_here & (step >= STAGES))
-        def _():
-            plgpu.barrier_wait(scratch.used.at[stage])
+        stage = pipeline.free_stage(scratch.ring, step, STAGES, when=is_here)
 
         @pl.when(is_here & is_end)
         def _():
             for w in range(tiles):
                 scratch.visits[stage, w, 0] = END
             for _ in range(copies):
-                plgpu.barrier_arrive(scratch.full.at[stage])
+                plgpu.barrier_arrive(scratch.ring.full.at[stage])
 
         @pl.when(is_here & ~is_end)
         def _():
@@ -202,7 +193,7 @@ def _copies(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, copies: 
                     (inputs.d_out.at[b, rows, n], scratch.d_out[w].at[stage]),
                     (inputs.snapshots.at[b, n, j, :, :, rows], scratch.snapshots.at[stage, w]),
                 ):
-                    plgpu.copy_gmem_to_smem(source, memory, scratch.full.at[stage])
+                    plgpu.copy_gmem_to_smem(source, memory, scratch.ring.full.at[stage])
 
         is_last = i + tiles >= query_tiles  # of its query head
         masked, g = masked + jnp.where(is_end, 1, 0), jnp.where(is_end, 0, g + jnp.where(is_last, 1, 0))
@@ -238,8 +229,7 @@ def _sum(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, own: int, o
 
     def visit(masked, state):
         step, _, place, acc = state
-        stage = step % STAGES
-        plgpu.barrier_wait(scratch.full.at[stage])
+        stage = pipeline.full_stage(scratch.ring, step, STAGES)
         if offer:
             place = copy(place, step + 1)
         kind, row = (scratch.visits[stage, w, what] for what in range(2))
@@ -277,7 +267,7 @@ def _sum(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, own: int, o
 
         going = kind >= 0
         acc = lax.cond(going, tile, lambda acc: acc, acc)
-        plgpu.barrier_arrive(scratch.used.at[stage])
+        plgpu.barrier_arrive(scratch.ring.used.at[stage])
         return step + 1, going, place, acc
 
     acc = plgpu.layout_cast(jnp.zeros((KEYS, width), jnp.float32), shims.TILE)

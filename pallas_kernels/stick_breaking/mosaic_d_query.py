@@ -12,7 +12,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from .. import cost
+from .. import mosaic_pipeline as pipeline
 from .. import mosaic_shims as shims
 from .logarithm import LOG2E
 from .mosaic_backward import HALF, SWIZZLE, d_logits, weights_of
@@ -49,8 +49,7 @@ class Scratch(NamedTuple):
     value: Any  # two halves of [stages, HALF, Hv]
     snapshots: Any  # [W, 2 halves, 2, ROWS], on their way out
     loaded: Any  # of each compute warpgroup: its query rows are there
-    full: Any  # of each stage: its tile is there
-    used: Any  # of each stage: every compute warpgroup has read it
+    ring: pipeline.Ring
 
 
 def d_query(
@@ -64,7 +63,7 @@ def d_query(
     W, stages, dtype = plan.warpgroups, plan.stages, plan.dtype
     memory = partial(tile_memory, dtype=dtype, swizzle=SWIZZLE)
 
-    def stick_breaking_d_query(inputs: Inputs, outputs: Outputs, scratch: Scratch):
+    def kernel(inputs: Inputs, outputs: Outputs, scratch: Scratch):
         b, n, i = block(plan)
         head, wg = n // (plan.N // plan.K), lax.axis_index("wg")
         stop, start = visited(partial(_bound, inputs, b, n, i * W), W)
@@ -72,16 +71,18 @@ def d_query(
         pl.when(wg == W)(partial(_copy, plan, assigned, inputs, scratch))
         pl.when(wg < W)(partial(_compute, plan, assigned, inputs, outputs, scratch))
 
-    run = plgpu.kernel(
-        stick_breaking_d_query,
-        out_type=(
-            Outputs(
-                d_query=jax.ShapeDtypeStruct(query.shape, dtype),
-                d_scale=jax.ShapeDtypeStruct((plan.B, plan.N, plan.padded), jnp.float32),
-                snapshots=jax.ShapeDtypeStruct((plan.B, plan.N, plan.key_tiles, 2, 2, plan.padded), jnp.float32),
-            ),
+    run = pipeline.run(
+        kernel,
+        name="stick_breaking_d_query",
+        flops=2 * plan.scores * (2 * plan.H + plan.Hv),
+        blocks=plan.B * plan.N * plan.tiles,
+        warpgroups=W + 1,
+        out_type=Outputs(
+            d_query=jax.ShapeDtypeStruct(query.shape, dtype),
+            d_scale=jax.ShapeDtypeStruct((plan.B, plan.N, plan.padded), jnp.float32),
+            snapshots=jax.ShapeDtypeStruct((plan.B, plan.N, plan.key_tiles, 2, 2, plan.padded), jnp.float32),
         ),
-        scratch_types=(
+        scratch=(
             Scratch(
                 query=memory((W, ROWS, plan.H)),
                 d_out=memory((W, ROWS, plan.Hv)),
@@ -90,22 +91,13 @@ def d_query(
                 value=(memory((stages, HALF, plan.Hv)),) * 2,
                 snapshots=plgpu.SMEM((W, 2, 2, ROWS), jnp.float32),
                 loaded=plgpu.Barrier(num_arrivals=5, num_barriers=W),
-                full=plgpu.Barrier(num_arrivals=4, num_barriers=stages),
-                used=plgpu.Barrier(num_arrivals=W, num_barriers=stages),
+                ring=pipeline.ring(stages, arrivals=4, readers=W),
             ),
         ),
-        grid=(plan.B * plan.N * plan.tiles,),
-        grid_names=("block",),
-        num_threads=W + 1,
-        thread_name="wg",
-        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )
-    run = cost.kernel("stick_breaking_d_query", 2 * plan.scores * (2 * plan.H + plan.Hv), run)
     segments = (query_segments, key_segments) if plan.segments else None
     scale = scale.reshape(1).astype(jnp.float32)
-    inputs = Inputs(query, key, value, d_out, d_log_rem, log_decay, reached, scale, key_ranges, offset, segments)
-    (outputs,) = run(inputs)
-    return outputs
+    return run(Inputs(query, key, value, d_out, d_log_rem, log_decay, reached, scale, key_ranges, offset, segments))
 
 
 def _bound(inputs: Inputs, b, n, first, w, which):
@@ -118,17 +110,12 @@ def _copy(plan: Plan, assigned: Assignment, inputs: Inputs, scratch: Scratch) ->
     """The warpgroup that copies: key tiles from left to right."""
 
     def copy(step, _):
-        stage = step % plan.stages
-
-        @pl.when(step >= plan.stages)
-        def _():
-            plgpu.barrier_wait(scratch.used.at[stage])
-
+        stage = pipeline.free_stage(scratch.ring, step, plan.stages)
         for half in range(2):
             keys = pl.ds((assigned.start + step) * KEYS + half * HALF, HALF)
             for ref, mem in ((inputs.key, scratch.key), (inputs.value, scratch.value)):
                 tile = ref.at[assigned.b, keys, assigned.head]
-                plgpu.copy_gmem_to_smem(tile, mem[half].at[stage], scratch.full.at[stage])
+                plgpu.copy_gmem_to_smem(tile, mem[half].at[stage], scratch.ring.full.at[stage])
 
     lax.fori_loop(0, jnp.maximum(assigned.stop - assigned.start, 0), copy, None)
 
@@ -151,8 +138,7 @@ def _compute(plan: Plan, assigned: Assignment, inputs: Inputs, outputs: Outputs,
     multiplier, position = inputs.scale[0] * LOG2E, inputs.offset[b]
 
     def visit(masked, j, state):
-        stage = (j - assigned.start) % plan.stages
-        plgpu.barrier_wait(scratch.full.at[stage])
+        stage = pipeline.full_stage(scratch.ring, j - assigned.start, plan.stages)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the snapshots of the tile before have left
         for half, zero in enumerate(zeros(j, plan.H + plan.Hv > 128 or plan.segments)):
             prefix, high, low, acc = state
@@ -174,15 +160,14 @@ def _compute(plan: Plan, assigned: Assignment, inputs: Inputs, outputs: Outputs,
             acc = shims.add_product(acc, dz.astype(dtype), keys)
             scratch.snapshots[wg, half, 0], scratch.snapshots[wg, half, 1] = entered[0] + entered[1], prefix
             state = prefix + total_a, *entered, acc
-        plgpu.barrier_arrive(scratch.used.at[stage])
+        plgpu.barrier_arrive(scratch.ring.used.at[stage])
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(scratch.snapshots.at[wg], outputs.snapshots.at[b, n, j, :, :, rows])
         return state
 
     def idle(j, _):
-        stage = (j - assigned.start) % plan.stages
-        plgpu.barrier_wait(scratch.full.at[stage])
-        plgpu.barrier_arrive(scratch.used.at[stage])
+        stage = pipeline.full_stage(scratch.ring, j - assigned.start, plan.stages)
+        plgpu.barrier_arrive(scratch.ring.used.at[stage])
 
     first = assigned.i * plan.warpgroups
     own_stop, whole_stop, whole_start, own_start = (_bound(inputs, b, n, first, wg, which) for which in range(4))

@@ -16,7 +16,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from .. import cost
+from .. import mosaic_pipeline as pipeline
 from .. import mosaic_shims as shims
 from .logarithm import LOG2E
 from .mosaic_tile import (
@@ -63,8 +63,7 @@ class Scratch(NamedTuple):
     needs: Any  # [W, stages]: 1 if the warpgroup needs more tiles than this stage's; for the early exit
     stopped: Any  # [stages]: 1 if the copying warpgroup sent no tile and sends no more
     loaded: Any  # of each compute warpgroup: its query rows are there
-    full: Any  # of each stage: its tile is there, or `stopped` says that there is none
-    used: Any  # of each stage: every compute warpgroup has read it
+    ring: pipeline.Ring  # full: its tile is there, or `stopped` says that there is none
 
 
 def forward(plan: Plan, query, key, value, scale, key_ranges, offset, query_segments=None, key_segments=None):
@@ -73,7 +72,7 @@ def forward(plan: Plan, query, key, value, scale, key_ranges, offset, query_segm
     entries, out_dtype = plan.entries, plan.out_dtype or dtype
     shared = plan.H == plan.Hv and out_dtype == dtype  # the output takes the place of the query
 
-    def stick_breaking_forward(inputs: Inputs, outputs: Outputs, scratch: Scratch):
+    def kernel(inputs: Inputs, outputs: Outputs, scratch: Scratch):
         entry, n, i = block(plan)
         b, head, wg = entry % plan.B, n // (plan.N // plan.K), lax.axis_index("wg")
         stop, start = visited(lambda w, which: inputs.key_ranges[entry, i * W + w, which], W)
@@ -81,16 +80,18 @@ def forward(plan: Plan, query, key, value, scale, key_ranges, offset, query_segm
         pl.when(wg == W)(partial(_copy, plan, assigned, inputs, scratch))
         pl.when(wg < W)(partial(_compute, plan, assigned, inputs, outputs, scratch))
 
-    run = plgpu.kernel(
-        stick_breaking_forward,
-        out_type=(
-            Outputs(
-                out=jax.ShapeDtypeStruct((entries, query.shape[1], plan.N, plan.Hv), out_dtype),
-                log_decay=jax.ShapeDtypeStruct((2, entries, plan.N, plan.padded), jnp.float32),
-                reached=jax.ShapeDtypeStruct((entries, plan.N, plan.tiles * W), jnp.int32),
-            ),
+    run = pipeline.run(
+        kernel,
+        name="stick_breaking_forward",
+        flops=2 * plan.scores * (plan.H + plan.Hv),
+        blocks=entries * plan.N * plan.tiles,
+        warpgroups=W + 1,
+        out_type=Outputs(
+            out=jax.ShapeDtypeStruct((entries, query.shape[1], plan.N, plan.Hv), out_dtype),
+            log_decay=jax.ShapeDtypeStruct((2, entries, plan.N, plan.padded), jnp.float32),
+            reached=jax.ShapeDtypeStruct((entries, plan.N, plan.tiles * W), jnp.int32),
         ),
-        scratch_types=(
+        scratch=(
             Scratch(
                 query=tile_memory((W, ROWS, plan.H), dtype),
                 out=None if shared else tile_memory((W, ROWS, plan.Hv), out_dtype),
@@ -100,36 +101,23 @@ def forward(plan: Plan, query, key, value, scale, key_ranges, offset, query_segm
                 needs=plgpu.SMEM((W, stages), jnp.int32),
                 stopped=plgpu.SMEM((stages,), jnp.int32),
                 loaded=plgpu.Barrier(num_barriers=W),
-                full=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-                used=plgpu.Barrier(num_arrivals=W, num_barriers=stages),
+                ring=pipeline.ring(stages, arrivals=2, readers=W),
             ),
         ),
-        grid=(entries * plan.N * plan.tiles,),
-        grid_names=("block",),
-        num_threads=W + 1,
-        thread_name="wg",
-        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )
-    run = cost.kernel("stick_breaking_forward", 2 * plan.scores * (plan.H + plan.Hv), run)
     segments = (query_segments, key_segments) if plan.segments else None
-    (outputs,) = run(Inputs(query, key, value, scale.reshape(1).astype(jnp.float32), key_ranges, offset, segments))
-    return outputs
+    return run(Inputs(query, key, value, scale.reshape(1).astype(jnp.float32), key_ranges, offset, segments))
 
 
 def _copy(plan: Plan, assigned: Assignment, inputs: Inputs, scratch: Scratch) -> None:
     """The warpgroup that copies: key tiles from right to left, until no compute warpgroup needs more of them."""
     stages, skip, start = plan.stages, plan.skip_below is not None, assigned.start
-    full, used, needs = scratch.full, scratch.used, scratch.needs
+    ring, needs = scratch.ring, scratch.needs
 
     def copy(state):
         j, _ = state
         step = assigned.stop - 1 - j
-        stage = step % stages
-
-        @pl.when(step >= stages)
-        def _():
-            plgpu.barrier_wait(used.at[stage])
-
+        stage = pipeline.free_stage(ring, step, stages)
         go = jnp.bool_(True)
         if skip:
             needed = needs[0, stage] if plan.warpgroups == 1 else jnp.maximum(needs[0, stage], needs[1, stage])
@@ -140,14 +128,14 @@ def _copy(plan: Plan, assigned: Assignment, inputs: Inputs, scratch: Scratch) ->
         def _():
             for ref, mem in ((inputs.key, scratch.key), (inputs.value, scratch.value)):
                 tile = ref.at[assigned.b, pl.ds(j * KEYS, KEYS), assigned.head]
-                plgpu.copy_gmem_to_smem(tile, mem.at[stage], full.at[stage])
+                plgpu.copy_gmem_to_smem(tile, mem.at[stage], ring.full.at[stage])
 
         if skip:
 
             @pl.when(~go)
             def _():  # in place of the two copies
-                plgpu.barrier_arrive(full.at[stage])
-                plgpu.barrier_arrive(full.at[stage])
+                plgpu.barrier_arrive(ring.full.at[stage])
+                plgpu.barrier_arrive(ring.full.at[stage])
 
         return j - 1, go
 
@@ -157,7 +145,7 @@ def _copy(plan: Plan, assigned: Assignment, inputs: Inputs, scratch: Scratch) ->
 def _compute(plan: Plan, assigned: Assignment, inputs: Inputs, outputs: Outputs, scratch: Scratch) -> None:
     """A warpgroup that computes: it visits its own key tiles and waits while the other one visits tiles of its own."""
     stages, dtype, skip = plan.stages, plan.dtype, plan.skip_below is not None
-    full, used, needs, wg = scratch.full, scratch.used, scratch.needs, assigned.wg
+    ring, needs, wg = scratch.ring, scratch.needs, assigned.wg
     out_mem = scratch.query if scratch.out is None else scratch.out
     tile = assigned.i * plan.warpgroups + wg
     row = tile * ROWS
@@ -168,8 +156,7 @@ def _compute(plan: Plan, assigned: Assignment, inputs: Inputs, outputs: Outputs,
 
     def visit(masked, state):
         j, _, high, low, acc = state
-        stage = (assigned.stop - 1 - j) % stages
-        plgpu.barrier_wait(full.at[stage])
+        stage = pipeline.full_stage(ring, assigned.stop - 1 - j, stages)
         # With masks of documents and the early exit no registers are left for the descriptors of the query.
         (zero, _) = zeros(assigned.stop - 1 - j, masked and plan.segments and skip)
         z = shims.product(scratch.query.at[wg + zero], scratch.key.at[stage].transpose((1, 0))) * multiplier
@@ -185,7 +172,7 @@ def _compute(plan: Plan, assigned: Assignment, inputs: Inputs, outputs: Outputs,
         if skip:
             alive = shims.any_at_most(high, -plan.skip_below)
             needs[wg, stage] = jnp.where(alive & (j > own_start), 1, 0)
-        plgpu.barrier_arrive(used.at[stage])
+        plgpu.barrier_arrive(ring.used.at[stage])
         return j - 1, alive, high, low, acc
 
     # A warpgroup without key tiles of its own has the range from 0 to 0, which may lie left of what is copied.
@@ -195,12 +182,11 @@ def _compute(plan: Plan, assigned: Assignment, inputs: Inputs, outputs: Outputs,
 
     def wait_for_others(state):
         j, going = state
-        stage = (assigned.stop - 1 - j) % stages
-        plgpu.barrier_wait(full.at[stage])
+        stage = pipeline.full_stage(ring, assigned.stop - 1 - j, stages)
         if skip:
             going = scratch.stopped[stage] == 0
             needs[wg, stage] = jnp.where((j >= own_stop) & (own_stop > own_start), 1, 0)
-        plgpu.barrier_arrive(used.at[stage])
+        plgpu.barrier_arrive(ring.used.at[stage])
         return j - 1, going
 
     def idle(j, until):

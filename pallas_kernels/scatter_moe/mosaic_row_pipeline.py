@@ -6,7 +6,7 @@ engine, which reports them itself. docs/kernels/scatter_moe.md explains the barr
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -14,8 +14,9 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from .. import cost, platform
+from .. import mosaic_pipeline, platform
 from .. import mosaic_row_copies as row_copies
+from ..mosaic_pipeline import Ring
 
 STAGES = 4
 # Steps whose rows are on their way. Of the other two stages, one is multiplied and the other is free when the products
@@ -23,19 +24,9 @@ STAGES = 4
 AHEAD = 2
 
 
-class Ring(NamedTuple):
-    """Two barriers of every stage."""
-
-    full: Any  # the stage can be multiplied
-    used: Any  # the stage can be overwritten
-
-
 def ring(*, warpgroups: int, copies: int = 0) -> Ring:
     """The barriers to declare, if `copies` copies of the copy engine go into a stage besides the rows."""
-    return Ring(
-        full=plgpu.Barrier(num_arrivals=1 + copies, num_barriers=STAGES),
-        used=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=STAGES),
-    )
+    return mosaic_pipeline.ring(STAGES, arrivals=1 + copies, readers=warpgroups)
 
 
 class Sent(NamedTuple):
@@ -50,16 +41,10 @@ def nothing_sent() -> Sent:
 
 
 def send(ring: Ring, steps, copy: Callable, sent: Sent) -> Sent:
-    """Call `copy(s, stage)` for every step s < steps as soon as its stage is free."""
+    """Call `copy(s, stage)` for every step s < steps as soon as the stage of the step is free."""
 
     def one(s, sent):
-        stage = sent.started % STAGES
-
-        @pl.when(sent.started >= STAGES)
-        def _():
-            plgpu.barrier_wait(ring.used.at[stage])
-
-        copy(s, stage)
+        copy(s, mosaic_pipeline.free_stage(ring, sent.started, STAGES))
         row_copies.gather_commit()
         return hand_over(ring, sent._replace(started=sent.started + 1), leave=AHEAD)
 
@@ -89,9 +74,7 @@ def receive(ring: Ring, steps, multiply: Callable, products: int, step):
     """
 
     def one(s, step):
-        stage = step % STAGES
-        plgpu.barrier_wait(ring.full.at[stage])
-        multiply(stage)
+        multiply(mosaic_pipeline.full_stage(ring, step, STAGES))
         plgpu.wgmma_wait(products)  # the products of the step before are done
 
         @pl.when(s > 0)
@@ -120,26 +103,6 @@ def every(blocks: int, total, body: Callable, state):
     block = lax.axis_index("block")
     count = (total - block + blocks - 1) // blocks
     return lax.fori_loop(0, count, lambda i, state: body(i, block + i * blocks, state), state)
-
-
-def run(kernel: Callable, *, name: str, flops: float, blocks: int, warpgroups: int, out_type, scratch):
-    """The kernel as a function of arrays; `warpgroups` warpgroups multiply and one more copies.
-
-    `out_type` and every entry of `scratch` is a pytree, of which the kernel gets one of references.
-    """
-    kernel.__name__ = name
-    launch = plgpu.kernel(
-        kernel,
-        out_type=(out_type,),
-        scratch_types=scratch,
-        grid=(blocks,),
-        grid_names=("block",),
-        num_threads=warpgroups + 1,
-        thread_name="wg",
-        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-    )
-    run_named = cost.kernel(name, flops, launch)
-    return lambda *arrays: run_named(*arrays)[0]
 
 
 def memory(shape, dtype):
