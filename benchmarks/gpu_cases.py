@@ -199,7 +199,7 @@ def mlp(case: Experts, dtype: str, activation: str = "swiglu") -> Call:
 
 
 def linear(case: Experts, dtype: str, rows_in: str, rows_out: str) -> Call:
-    """Rows in the order of tokens, of slots or sorted by expert; by token, results are summed with their gates."""
+    """Rows by token, by (token, choice) pair, or sorted by expert. Results by token are summed with their gates."""
     T, k, E, D, F = case.T, case.k, case.E, case.D, case.F
     results, rows = (T if order == "token" else T * k for order in (rows_out, rows_in))
     shapes = (results, F), (rows, D), (E, D, F), (E, F), (T, k)
@@ -212,7 +212,7 @@ def linear(case: Experts, dtype: str, rows_in: str, rows_out: str) -> Call:
     return Call(expert_linear, dtype, lambda key: _normal(key, dtype, *shapes), bind)
 
 
-ORDERS = "token", "slot", "sorted"
+ORDERS = "token", "pair", "sorted"
 ATTENTION = {
     **{name: attention(case, case.dtype, case.forward_only) for name, case in FEATURES.items()},
     **{f"odd {name}": attention(case, dtype_of(name), name in DECODED) for name, case in ODD.items()},

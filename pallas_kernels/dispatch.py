@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import get_abstract_mesh
 
-from . import partition, seam
+from . import partition, platform
 
 # In order of preference.
 NAMES = ("mosaic", "triton", "xla", "reference")
@@ -120,7 +120,7 @@ def choose(op: Op, call: Any, implementation: str | Sequence[str] | None) -> tup
 def _choice(op: Op, call: Any, implementation: str | Sequence[str] | None) -> Choice:
     name, reasons = choose(op, call, implementation)
     asked = implementation is not None and len(_wanted(implementation)) == 1
-    why = "asked for" if asked else f"on {seam.platform()}"
+    why = "asked for" if asked else f"on {platform.name()}"
     detail = op.implementations[name].detail(call)
     return Choice(op.name, _sizes(op, call), name, detail, "; ".join([why, *reasons]))
 

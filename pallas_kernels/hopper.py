@@ -2,19 +2,19 @@
 
 import jax
 
-from . import automatic, seam
+from . import automatic, platform
 
 
 def refuses(x) -> str | None:
     """Why kernels for Hopper GPUs cannot run here on arrays like x; None if they can."""
-    if not seam.is_interpreted() and (chip := seam.chip()) != "sm_90":
+    if not platform.is_interpreted() and (chip := platform.chip()) != "sm_90":
         return f"needs compute capability 9.0, found {chip}"
     return compiler_refuses() or mesh_refuses(x)
 
 
 def compiler_refuses() -> str | None:
     """Why the CUDA compiler of this process cannot be used; None if it can. Some versions make wrong programs."""
-    if seam.is_interpreted() or jax.default_backend() != "gpu":
+    if platform.is_interpreted() or jax.default_backend() != "gpu":
         return None
     from jax._src.lib import cuda_versions  # None without the plugin
 

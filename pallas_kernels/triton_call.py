@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from . import hopper, seam, triton_interpreter
+from . import hopper, platform, triton_interpreter
 
 LEAST = 80  # compute capability: asynchronous copies and bfloat16 products
 # Bytes of shared memory that a block may have, by compute capability; 99 KiB for the others.
@@ -68,10 +68,10 @@ def _was_imported_to_interpret() -> bool:
 
 def refuses(x) -> str | None:
     """Why no Triton kernel takes arrays like x here, if none does."""
-    if seam.is_interpreted() and not is_interpreted():
+    if platform.is_interpreted() and not is_interpreted():
         return "runs in no interpreter but its own"
     if not is_interpreted() and (capability() or 0) < LEAST:
-        return f"needs compute capability 8.0 or newer, found {seam.chip()}"
+        return f"needs compute capability 8.0 or newer, found {platform.chip()}"
     if missing := _missing():
         return f"needs pip install 'stickjax[triton]' ({' and '.join(missing)} not found)"
     return (None if is_interpreted() else hopper.compiler_refuses()) or hopper.mesh_refuses(x)
@@ -79,7 +79,7 @@ def refuses(x) -> str | None:
 
 def capability() -> int | None:
     """90 for compute capability 9.0 and so on, None where there is no NVIDIA GPU; an absent GPU counts."""
-    name = seam.chip().removeprefix("sm_")
+    name = platform.chip().removeprefix("sm_")
     return int(name) if name.isdecimal() else None
 
 

@@ -13,8 +13,8 @@ from cases import Stick
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from ptx import kept
 
-from pallas_kernels import expert_linear, expert_mlp, route, seam, stick_breaking_attention
-from pallas_kernels.scatter_moe.mosaic_pipeline import STAGES
+from pallas_kernels import expert_linear, expert_mlp, platform, route, stick_breaking_attention
+from pallas_kernels.scatter_moe.mosaic_row_pipeline import STAGES
 
 PAGES = sorted((Path(__file__).parent.parent / "docs" / "kernels").glob("*.md"))
 STICK = {  # of one and of two compute warpgroups, with and without early exit, and decoding
@@ -97,7 +97,7 @@ def traced():
         running[0].waited.add(running[0].name(barrier))
         return wait(barrier)
 
-    with pytest.MonkeyPatch.context() as patch, seam.absent_gpu():
+    with pytest.MonkeyPatch.context() as patch, platform.absent_gpu():
         patch.setattr(plgpu, "kernel", recorded_kernel)
         patch.setattr(plgpu, "copy_gmem_to_smem", recorded_copy)
         patch.setattr(plgpu, "barrier_arrive", recorded_arrive)

@@ -80,7 +80,7 @@ FEATURES = SHORT | {f"attention {seed}": an_attention(seed) for seed in range(28
 CALLS = {name: gpu_cases.attention(case, case.dtype, case.forward_only) for name, case in FEATURES.items()}
 CALLS |= {f"experts {seed}": an_expert_call(seed) for seed in range(8)}
 CALLS |= {name: gpu_cases.mlp(Experts(T=9, E=3, D=7, F=5), "bfloat16", name) for name in ACTIVATIONS}
-LINEAR = {name: gpu_cases.CALLS[f"linear {name}"] for name in ("token to slot", "slot to sorted", "sorted to token")}
+LINEAR = {name: gpu_cases.CALLS[f"linear {name}"] for name in ("token to pair", "pair to sorted", "sorted to token")}
 
 
 def lowered(call: Call, implementation: str) -> str:

@@ -10,7 +10,7 @@ from conftest import GRADIENT, assert_close
 from jax import lax
 from test_scatter_moe import ACTIVATIONS, QUICK, check_linear, check_mlp, mlp_inputs, run_mlp
 
-from pallas_kernels import expert_mlp, explain, route, seam, triton_call
+from pallas_kernels import expert_mlp, explain, platform, route, triton_call
 from pallas_kernels.scatter_moe import mosaic_float32, tasks, triton_sizes
 
 needs_triton = pytest.mark.skipif(
@@ -21,8 +21,8 @@ needs_triton = pytest.mark.skipif(
 @pytest.fixture
 def mosaic(monkeypatch):
     # So few that each takes several tiles.
-    monkeypatch.setattr("pallas_kernels.seam.multiprocessors", lambda: 2)
-    with seam.interpret(detect_races=True):  # a race raises
+    monkeypatch.setattr("pallas_kernels.platform.multiprocessors", lambda: 2)
+    with platform.interpret(detect_races=True):  # a race raises
         yield "mosaic"
 
 
@@ -52,8 +52,8 @@ def test_float32_is_not_rounded(kernels):
     check_mlp(Experts(T=30, D=40, F=36, share=0.3, idle=0.5), kernels, dtype="float32")
 
 
-@pytest.mark.parametrize("rows_in", ["token", "slot", "sorted"])
-@pytest.mark.parametrize("rows_out", ["token", "slot", "sorted"])
+@pytest.mark.parametrize("rows_in", ["token", "pair", "sorted"])
+@pytest.mark.parametrize("rows_out", ["token", "pair", "sorted"])
 def test_linear_in_every_order(rows_in, rows_out, kernels):
     check_linear(KERNEL_EXPERTS["some-idle"], rows_in, rows_out, kernels, "bfloat16")
 
@@ -97,7 +97,7 @@ def test_triton_has_every_activation(activation, triton):
 
 
 @needs_triton
-@pytest.mark.parametrize("rows_in", ["token", "slot", "sorted"])
+@pytest.mark.parametrize("rows_in", ["token", "pair", "sorted"])
 def test_gates_of_a_linear_map_to_float32(rows_in, triton):
     """Whose gradients come out of the same product as that of the rows; no row is read that no expert reads."""
     check_linear(EXPERTS["some-idle"], rows_in, "token", triton)
@@ -118,7 +118,7 @@ def test_triton_keeps_its_inputs_and_the_pre_activation(triton):
 
 @needs_triton
 def test_columns_in_pieces(triton, monkeypatch):
-    """The sum over slots takes them one after the other where uncombined rows are too many to hold."""
+    """The sum over choices takes them one after the other where uncombined rows are too many to hold."""
     monkeypatch.setattr("pallas_kernels.scatter_moe.fused.UNCOMBINED", 1)
     check_mlp(Experts(T=3, k=1, E=2, D=300, F=20), triton, "gelu")
 
@@ -179,15 +179,15 @@ def test_tiles_hold_every_row_once_and_one_expert_each(name, M):
         return
     indices = case.indices()
     routing = route(indices, case.E)
-    work = jax.tree.map(np.asarray, jax.jit(lambda: tasks.tasks(routing, M))())
-    slots, position = work.slots.reshape(-1, M), work.sorted.reshape(-1, M)
+    work = jax.tree.map(np.asarray, jax.jit(lambda: tasks.make_tasks(routing, M))())
+    pairs, position = work.pairs.reshape(-1, M), work.sorted.reshape(-1, M)
     flat, count = indices.reshape(-1), int(work.count[0])
-    for tile, (expert, s) in enumerate(zip(work.expert, slots, strict=True)):
+    for tile, (expert, s) in enumerate(zip(work.expert, pairs, strict=True)):
         assert (s[s >= 0].size > 0) == (tile < count)
         assert (flat[s[s >= 0]] == expert).all()
-    np.testing.assert_array_equal(np.sort(slots[slots >= 0]), np.arange(case.rows))
+    np.testing.assert_array_equal(np.sort(pairs[pairs >= 0]), np.arange(case.rows))
     np.testing.assert_array_equal(position[position >= 0], np.arange(case.rows))
-    np.testing.assert_array_equal(work.slots[work.place], np.arange(case.rows))
+    np.testing.assert_array_equal(work.pairs[work.tile_row], np.arange(case.rows))
     np.testing.assert_array_equal(work.rows, np.bincount(flat, minlength=case.E + 1)[: case.E])
     for e in range(case.E):
         assert work.rows[e] == 0 or work.expert[work.first[e]] == e

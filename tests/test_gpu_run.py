@@ -15,7 +15,7 @@ import pytest
 
 from benchmarks import __main__ as cli
 from benchmarks import gpu, gpu_cases, gpu_check, gpu_record, gpu_run, gpu_stages, report
-from pallas_kernels import explain, seam, triton_call
+from pallas_kernels import explain, platform, triton_call
 
 INFO = {"code": "abc", "device": "cpu", "jax": "1", "quick": True}
 # A GPU that is the CPU, and one call in each stage.
@@ -140,7 +140,7 @@ def test_features_are_calls_the_kernels_take(name, monkeypatch):
     case = gpu_cases.FEATURES[name]
     arrays = jax.eval_shape(lambda: case.arrays(jax.random.key(0)))
     monkeypatch.setattr(triton_call, "_missing", tuple)
-    with seam.absent_gpu():
+    with platform.absent_gpu():
         for kernels in ("mosaic", "triton"):
             said = explain("stick_breaking_attention", *arrays, **case.options(), implementation=kernels)
             assert ("decoding" in said) == case.forward_only
@@ -149,7 +149,7 @@ def test_features_are_calls_the_kernels_take(name, monkeypatch):
 def test_every_call_is_one_for_the_ops(monkeypatch):
     """On a Hopper GPU without Triton: mosaic where there is such a kernel, plain JAX elsewhere."""
     monkeypatch.setattr(triton_call, "_missing", lambda: ("triton",))
-    with seam.absent_gpu():
+    with platform.absent_gpu():
         chosen = {name: call.implementations() for name, call in (gpu_cases.CALLS | gpu_cases.EXITS).items()}
     others = {name for name, found in chosen.items() if found != ("mosaic",)}
     refused = "odd-widths", "fp32-odd-widths", "fp32-offsets", "fp32-saturated"

@@ -17,10 +17,10 @@ from conftest import FORWARD, GRADIENT, relative_error
 from ptx import HAS_WHEELS, capture, machine
 from test_stick_breaking import assert_close_d_scale, expected, random_cotangents
 
-from pallas_kernels import explain, merge_stick_breaking, seam, stick_breaking_attention, triton_call
+from pallas_kernels import explain, merge_stick_breaking, platform, stick_breaking_attention, triton_call
 
 INTERPRETERS = {
-    "mosaic": partial(seam.interpret, detect_races=True),  # a race raises
+    "mosaic": partial(platform.interpret, detect_races=True),  # a race raises
     "triton": triton_call.interpret,
     "mosaic-ptx": partial(capture.kernels_launched_by, machine.launch),
 }

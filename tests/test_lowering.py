@@ -14,7 +14,7 @@ from cases import DECODED, KERNEL_CASES, KERNEL_EXPERTS, ODD, Experts, Stick, dt
 from jax.experimental.mosaic.gpu import FragmentedArray
 
 from benchmarks.gpu_cases import FEATURES
-from pallas_kernels import expert_mlp, explain, route, seam, stick_breaking_attention
+from pallas_kernels import expert_mlp, explain, platform, route, stick_breaking_attention
 
 LISTS = {"interpreted": KERNEL_CASES, "odd": ODD, "benchmark": FEATURES}
 CASES = {f"{which}: {name}": case for which, cases in LISTS.items() for name, case in cases.items()}
@@ -37,7 +37,7 @@ def reductions_through_shared_memory(monkeypatch) -> Iterator[list]:
 
 def lower(function, *arrays) -> str:
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
-    with seam.absent_gpu():
+    with platform.absent_gpu():
         return jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
 
 
@@ -62,7 +62,7 @@ def prepared(name: str):
 @pytest.mark.parametrize("name", CASES)
 def test_attention_that_is_chosen_for_hopper_lowers(name, monkeypatch):
     arrays, options, has_backward = prepared(name)
-    with seam.absent_gpu():
+    with platform.absent_gpu():
         said = explain("stick_breaking_attention", *arrays, **options)
     if not said.startswith("stick_breaking_attention: mosaic"):
         pytest.skip(said)
@@ -94,7 +94,7 @@ def test_experts_that_are_chosen_for_hopper_lower(name, dtype, monkeypatch):
 
 def test_an_odd_cache_is_copied_and_explain_says_so():
     q, k = (jax.ShapeDtypeStruct((1, n, 2, 64), jnp.bfloat16) for n in (1, 1001))
-    with seam.absent_gpu():
+    with platform.absent_gpu():
         assert "keys and values copied from S=1001 to 1008 rows" in explain("stick_breaking_attention", q, k, k)
         even = jax.ShapeDtypeStruct((1, 1000, 2, 64), jnp.bfloat16)
         assert "copied" not in explain("stick_breaking_attention", q, even, even)

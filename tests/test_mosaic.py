@@ -13,15 +13,16 @@ import pytest
 from cases import STICK
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import explain, seam
-from pallas_kernels.stick_breaking import _prepare, spans
+from pallas_kernels import explain, mosaic_shims, platform
+from pallas_kernels.stick_breaking import key_ranges
+from pallas_kernels.stick_breaking.api import _prepare
 
 MOSAIC_ONLY = {"implementation": "mosaic"}
 
 
 @pytest.fixture(autouse=True)
 def interpreted():
-    with seam.interpret():
+    with platform.interpret():
         yield
 
 
@@ -29,7 +30,7 @@ def interpreted():
 
 
 class Numbers:
-    """The arithmetic of `seam.scan_registers` for all 128 threads at once; a register is [128, elements]."""
+    """The arithmetic of `mosaic_shims.scan_registers` for all 128 threads at once; a register is [128, elements]."""
 
     thread = np.arange(128)
     zero = np.zeros(128)
@@ -74,11 +75,11 @@ def registers(layout, x):
 @pytest.mark.parametrize("columns", [8, 32, 64])
 def test_the_scan_of_the_device_adds_the_right_columns(columns, right):
     rng = np.random.default_rng(0)
-    tile, row = (layout.to_mgpu() for layout in (seam.TILE, seam.ROW))
+    tile, row = (layout.to_mgpu() for layout in (mosaic_shims.TILE, mosaic_shims.ROW))
     x, minuend, factor = rng.integers(-9, 9, (3, 64, columns)).astype(float)
     start = rng.integers(-9, 9, 64).astype(float)
     held = [registers(tile, a) for a in (minuend, factor, x)]
-    result, sums = seam.scan_registers(Numbers(), *held, registers(row, start), right=right)
+    result, sums = mosaic_shims.scan_registers(Numbers(), *held, registers(row, start), right=right)
     direction = slice(None, None, -1) if right else slice(None)
     before = start[:, None] + np.cumsum(x[:, direction], 1)[:, direction] - x
     for got, want in ((result, registers(tile, minuend - factor * before)), (sums, registers(row, x.sum(1)))):
@@ -87,14 +88,14 @@ def test_the_scan_of_the_device_adds_the_right_columns(columns, right):
 
 
 def test_a_thread_knows_the_rows_that_it_holds():
-    held = registers(seam.ROW.to_mgpu(), np.arange(64))
+    held = registers(mosaic_shims.ROW.to_mgpu(), np.arange(64))
     for half, index in enumerate(np.ndindex(held.shape)):
         for first in (0, 128):  # the threads of the first and of the second warpgroup
             threads = first + np.arange(128)
-            rows = seam.row_of_thread(threads, half, operator.rshift, operator.and_, operator.or_)
+            rows = mosaic_shims.row_of_thread(threads, half, operator.rshift, operator.and_, operator.or_)
             np.testing.assert_array_equal(held[index][:, 0], rows)
     assert half == 1
-    np.testing.assert_array_equal(seam.row_numbers(), np.arange(64))
+    np.testing.assert_array_equal(mosaic_shims.row_numbers(), np.arange(64))
 
 
 def test_interpreted_bodies_are_the_same_sums():
@@ -103,7 +104,7 @@ def test_interpreted_bodies_are_the_same_sums():
     start = rng.standard_normal(64).astype(np.float32)
     right = start[:, None] + np.cumsum(x[:, ::-1], 1)[:, ::-1] - x
     left = start[:, None] + np.cumsum(x, 1) - x
-    for function, before in ((seam.minus_sum_right, right), (seam.minus_sum_left, left)):
+    for function, before in ((mosaic_shims.minus_sum_right, right), (mosaic_shims.minus_sum_left, left)):
         result, total = function(*(jnp.asarray(a) for a in (minuend, factor, x, start)))
         np.testing.assert_allclose(result, minuend - factor * before, rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(total, x.sum(1), rtol=1e-4, atol=1e-4)
@@ -112,7 +113,7 @@ def test_interpreted_bodies_are_the_same_sums():
 @pytest.mark.parametrize("segments", [False, True])
 @pytest.mark.parametrize("window, attend_current", [(None, False), (0, True), (9, False), (30, True)])
 @pytest.mark.parametrize("T, S, rows, columns, G", [(21, 40, 4, 8, 1), (1, 33, 4, 4, 3), (17, 7, 8, 9, 2)])
-def test_spans_hold_every_visible_key_and_whole_tiles_are_whole(
+def test_key_tile_ranges_hold_every_visible_key_and_whole_tiles_are_whole(
     T, S, rows, columns, G, window, attend_current, segments
 ):
     rng = np.random.default_rng(0)
@@ -122,7 +123,7 @@ def test_spans_hold_every_visible_key_and_whole_tiles_are_whole(
         options = {"query_offset": offset, "window": window, "attend_current": attend_current} | ids
         call = _prepare(jnp.zeros((2, T, 1, 4)), *jnp.zeros((2, 2, S, 1, 4)), **options)
         seen = jax.vmap(lambda where: call.mask.visible(where, jnp.arange(T), jnp.arange(S)))(call.where)
-        return spans.spans(call, rows, columns, G), seen.repeat(G, 1)
+        return key_ranges.key_tile_ranges(call, rows, columns, G), seen.repeat(G, 1)
 
     for _ in range(20):
         ids = {name: rng.integers(-1, 3, (2, n)) for name, n in (("segment_ids", T), ("key_segment_ids", S))}
@@ -134,13 +135,13 @@ def test_spans_hold_every_visible_key_and_whole_tiles_are_whole(
                 assert mine[:, whole_start * columns : whole_stop * columns].all() and whole_stop * columns <= S
 
 
-def test_visitors_of_key_tiles_are_the_query_tiles_that_visit_them():
-    """Tables as `spans` makes them, but of random numbers; and two query heads that stopped at other tiles."""
+def test_query_tile_ranges_hold_the_query_tiles_that_visit_a_key_tile():
+    """Ranges like those of `key_tile_ranges`, but random; and two query heads that stopped at different tiles."""
     rng = np.random.default_rng(0)
     for _ in range(50):
         table = -np.sort(-rng.integers(0, 9, (2, 6, 4)), -1)
         reached = rng.integers(0, 9, (2, 2, 6))
-        ranges = np.asarray(spans.visitors(jnp.asarray(table), jnp.asarray(reached), 8))
+        ranges = np.asarray(key_ranges.query_tile_ranges(jnp.asarray(table), jnp.asarray(reached), 8))
         for b, n, j in np.ndindex(2, 2, 8):
             stop, whole_stop, whole_start, start = table[b].T
             visits = (np.maximum(start, reached[b, n]) <= j) & (j < stop)
@@ -199,19 +200,19 @@ def test_in_a_shard_map_over_some_axes_it_asks_for_all():
 
 def test_elsewhere_it_says_why_not():
     x = jax.ShapeDtypeStruct((1, 104, 2, 64), jnp.bfloat16)
-    token = seam._interpreted.set(False)
+    token = platform._interpreted.set(False)
     try:
         assert "(128 x 64 tiles)" in explain("stick_breaking_attention", x, x, x)  # the GPU need not be there
         with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
             assert "mosaic: needs compute capability 9.0, found cpu" in explain("stick_breaking_attention", x, x, x)
     finally:
-        seam._interpreted.reset(token)
+        platform._interpreted.reset(token)
 
 
 def test_the_interpreter_does_not_hang_for_want_of_threads(monkeypatch):
     monkeypatch.setattr(jax, "local_device_count", lambda backend: 1)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    with pytest.raises(RuntimeError, match="needs 4 CPU cores or XLA_FLAGS"), seam.interpret():
+    with pytest.raises(RuntimeError, match="needs 4 CPU cores or XLA_FLAGS"), platform.interpret():
         pass
 
 

@@ -9,7 +9,7 @@ from test_kernels import attend, compare, run
 from test_scatter_moe import check_linear, check_mlp
 from test_stick_breaking import expected
 
-from pallas_kernels import explain, seam
+from pallas_kernels import explain, platform
 
 DECODING = *DECODED, "T=3, S=1001"
 
@@ -17,8 +17,8 @@ DECODING = *DECODED, "T=3, S=1001"
 @pytest.fixture
 def hopper(monkeypatch):
     """One with few multiprocessors, of which each is interpreted."""
-    monkeypatch.setattr("pallas_kernels.seam.multiprocessors", lambda: 2)
-    with seam.interpret():
+    monkeypatch.setattr("pallas_kernels.platform.multiprocessors", lambda: 2)
+    with platform.interpret():
         yield
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from pallas_kernels import cost, seam
+from pallas_kernels import cost, platform
 from stickjax import train
 from stickjax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
 from stickjax.config.command_line import load_config
@@ -96,7 +96,7 @@ def test_a_step_is_its_closed_form(attention):
     model = ModelConfig.powermoe_3b(attention=attention)
     config = Config(model, DataConfig(T=4096, B=8), train=TrainConfig(accumulate=2))
     state, batch = aot.abstract_arguments(config, None, jax.devices()[0])
-    with seam.absent_gpu():
+    with platform.absent_gpu():
         traced = jax.jit(make_step(config)).trace(*jax.tree.map(lambda x: x.update(sharding=None), (state, batch)))
     work = flops.count(traced.jaxpr)
     assert work.unknown == 0

@@ -95,7 +95,7 @@ def test_the_page_is_what_the_tests_run():
     assert PAGE.read_text() == page()
 
 
-@pytest.mark.parametrize("name", ["plain", "H=256", "decode", "odd T=131", "experts two-tiles", "linear token to slot"])
+@pytest.mark.parametrize("name", ["plain", "H=256", "decode", "odd T=131", "experts two-tiles", "linear token to pair"])
 def test_every_kind_of_call_is_executed(name):
     assert name in executed()
 

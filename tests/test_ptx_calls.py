@@ -46,7 +46,7 @@ CALLS = ATTENTION | EXPERTS | {name: smaller_call(name) for name in SMALLER}
 def test_a_call_is_the_reference(name, monkeypatch):
     call = CALLS[name]
     if name in MULTIPROCESSORS:
-        monkeypatch.setattr("pallas_kernels.seam.multiprocessors", lambda: MULTIPROCESSORS[name])
+        monkeypatch.setattr("pallas_kernels.platform.multiprocessors", lambda: MULTIPROCESSORS[name])
     inputs = jax.jit(call.inputs)(jax.random.key(0))
     outputs, gradients = capture.run(call.program("mosaic"), *inputs)
     wanted, wanted_gradients = call.program("reference")(*fp32(inputs))

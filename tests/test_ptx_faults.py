@@ -10,7 +10,7 @@ from conftest import FORWARD, relative_error
 from ptx import HAS_WHEELS, capture, kept, machine
 from ptx.faults import Deadlock, DivergentBarrier, Fault, MissingProxyFence, Race
 
-from pallas_kernels import seam, stick_breaking_attention
+from pallas_kernels import mosaic_shims, stick_breaking_attention
 
 CASE = kept.attention()
 
@@ -170,7 +170,7 @@ def test_a_deadlock_names_the_barrier_and_who_waits():
 
 @pytest.mark.skipif(not HAS_WHEELS, reason="needs the CUDA wheels and no GPU: make test-ptx")
 def test_a_reduction_of_two_warpgroups_through_one_scratch_is_a_race(monkeypatch):
-    """What `seam.any_at_most` is there to avoid."""
+    """What `mosaic_shims.any_at_most` is there to avoid."""
     rng = np.random.default_rng(0)
     arrays = [jnp.asarray(rng.standard_normal((1, 330, 1, 32)), jnp.bfloat16) for _ in range(3)]
 
@@ -180,7 +180,7 @@ def test_a_reduction_of_two_warpgroups_through_one_scratch_is_a_race(monkeypatch
     out = capture.run(attend, *arrays)
     wanted = stick_breaking_attention(*(x.astype(jnp.float32) for x in arrays), implementation="reference")[0]
     assert relative_error(out, wanted) <= FORWARD["bfloat16"]
-    monkeypatch.setattr(seam, "any_at_most", lambda x, limit: jnp.min(x) <= limit)
+    monkeypatch.setattr(mosaic_shims, "any_at_most", lambda x, limit: jnp.min(x) <= limit)
     jax.clear_caches()
     with pytest.raises(Race, match="shared memory at byte"):
         capture.run(attend, *arrays)

@@ -240,8 +240,8 @@ def check_linear(case: Experts, rows_in: str, rows_out: str, implementation: str
 @pytest.mark.parametrize(
     "name, implementation", [("some-idle", "xla"), ("few-rows", "xla"), ("some-idle", "reference")]
 )
-@pytest.mark.parametrize("rows_in", ["token", "slot", "sorted"])
-@pytest.mark.parametrize("rows_out", ["token", "slot", "sorted"])
+@pytest.mark.parametrize("rows_in", ["token", "pair", "sorted"])
+@pytest.mark.parametrize("rows_out", ["token", "pair", "sorted"])
 def test_linear_in_every_order(rows_in, rows_out, name, implementation):
     check_linear(EXPERTS[name], rows_in, rows_out, implementation)
 
@@ -295,7 +295,7 @@ def test_routing_is_a_stable_sort(name, wide, monkeypatch):
 
 
 def test_routing_of_many_rows_does_not_pack():
-    """(E + 1) * T * k >= 2^31: expert and slot no longer fit one int32."""
+    """(E + 1) * T * k >= 2^31: expert and pair no longer fit one int32."""
 
     def packs(T, E):
         indices = jax.ShapeDtypeStruct((T, 8), jnp.int32)

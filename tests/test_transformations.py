@@ -19,8 +19,8 @@ from pallas_kernels import (
     expert_mlp,
     explain,
     merge_stick_breaking,
+    platform,
     route,
-    seam,
     stick_breaking_attention,
 )
 
@@ -129,7 +129,7 @@ def several(x):
 def mesh(kind, arrays=()):
     """Of four devices; of GPUs that are not there where the arrays are not."""
     absent = any(isinstance(x, jax.ShapeDtypeStruct) for x in arrays)
-    make = functools.partial(AbstractMesh, abstract_device=seam.HOPPER) if absent else jax.make_mesh
+    make = functools.partial(AbstractMesh, abstract_device=platform.HOPPER) if absent else jax.make_mesh
     return make(
         (2, 2), ("data", "model"), axis_types=(kind,) * 2, **({} if absent else dict(devices=jax.devices()[:4]))
     )
@@ -243,7 +243,7 @@ def traced(transform, arrays, specs) -> str:
     absent = [jax.ShapeDtypeStruct(x.shape, types.get(x.dtype, x.dtype) if x.ndim else x.dtype) for x in arrays]
     function, placed = transform(absent, specs)
     is_on_mesh = any(x.sharding is not None for x in placed)
-    with contextlib.nullcontext() if is_on_mesh else seam.absent_gpu():
+    with contextlib.nullcontext() if is_on_mesh else platform.absent_gpu():
         program = str(jax.jit(function).trace(*placed).jaxpr)
     assert "_flops_" in program  # the name of a kernel
     return "no" if "custom_lin" in program else "traced"  # a forward-mode derivative that lowering will refuse

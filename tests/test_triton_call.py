@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import seam, triton_call
+from pallas_kernels import platform, triton_call
 
 ROOT = Path(__file__).parent.parent
 needs_triton = pytest.mark.skipif(not triton_call.is_installed(), reason="needs triton and jax-triton, and no GPU")
@@ -111,7 +111,7 @@ def test_it_says_where_it_does_not_run(monkeypatch):
     x = jnp.ones(4)
     assert triton_call.refuses(x) == "needs compute capability 8.0 or newer, found cpu"
     monkeypatch.setattr(triton_call, "_missing", lambda: ("jax_triton",))
-    with seam.absent_gpu():
+    with platform.absent_gpu():
         assert triton_call.refuses(x) == "needs pip install 'stickjax[triton]' (jax_triton not found)"
         monkeypatch.setattr(triton_call, "_missing", tuple)
         assert triton_call.refuses(x) is None and triton_call.capability() == 90
@@ -119,5 +119,5 @@ def test_it_says_where_it_does_not_run(monkeypatch):
 
 @pytest.mark.parametrize("chip, capability, memory", [("sm_80", 80, 163), ("sm_89", 89, 99), ("cpu", None, 99)])
 def test_shared_memory(monkeypatch, chip, capability, memory):
-    monkeypatch.setattr(seam, "chip", lambda: chip)
+    monkeypatch.setattr(platform, "chip", lambda: chip)
     assert triton_call.capability() == capability and triton_call.shared_memory() == memory * 1024

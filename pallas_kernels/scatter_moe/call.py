@@ -11,9 +11,9 @@ from jax import lax
 from ..partition import ANEW, STATIC, Letters
 from .routing import Routing, route
 
-# How the rows of an array are ordered: one row per token; one row per (token, choice) pair, in the order token * k +
-# choice, which is called its slot; or one row per pair, sorted by expert.
-Rows = Literal["token", "slot", "sorted"]
+# How the rows of an array are ordered: one row per token; one row per (token, choice) pair, in the order of the numbers
+# token * k + choice; or one row per pair, sorted by expert.
+Rows = Literal["token", "pair", "sorted"]
 
 
 class LinearCall(NamedTuple):

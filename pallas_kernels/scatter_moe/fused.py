@@ -1,13 +1,12 @@
 """The code around the GPU kernels, shared by Mosaic and Triton: derivatives, and the sums over the k choices.
 
 Residuals of `mlp`: x, the pre-activation, the gates and the routing. With y = act(h) w_out and dy = d_out w_out^T, the
-gradient of a gate is <act(h), dy>, so y is never kept; the products gather their rows, so that the rows of
-x and d_out are never copied; and both sums over the k choices of a token are gathers, which XLA fuses.
+gradient of a gate is <act(h), dy>, so y is never kept. The products gather their rows, so the rows of x and d_out are
+never copied. Both sums over the k choices of a token are gathers, which XLA fuses.
+`kernels.py` says what the kernels take and return.
 """
 
-from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,43 +14,16 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from .call import PRE_ACTIVATION, LinearCall, MlpCall
-from .tasks import row_numbers, tasks
+from .kernels import Kernels
+from .tasks import Tasks, row_numbers
 
 UNCOMBINED = 2**30  # bytes; if all uncombined outputs need more, further columns come in another product
 STEP = 256  # columns of which such a product takes a multiple
 
 
-class Kernels(NamedTuple):
-    """A set of kernels. `work` is from `tasks`; row numbers are one for every row of its tiles, -1 where none is.
-
-    rows_of_tile(routing, x) -> rows of a tile
-    product(x, source, weight, work, target, bias=None, *, first=0, columns=None, transposed=False) -> [R,columns]:
-      x[source] @ weight + bias in the rows `target`, of the columns from `first` on
-    activated(activation, x, source, weight, work, bias, *, keep) -> act(h) [R,F] and, to keep, h in sorted rows, as
-      this set likes it: what has its form is also taken by product as x and by d_weights and d_bias as right
-    d_activated(activation, d_out, source, weight, work, h, gates) -> dh in the form of h, gate * act(h) [R,F],
-      <act(h), dy> of the rows of the tiles, with dy = d_out[source] @ weight^T; gates as from `by_tile`
-    d_gated(d_out, source, weight, work, x, x_rows, gates, routing) -> gate * dy in the order of x, by slot if that is
-      by token; gate * x and its row numbers; <x, dy> of every slot, with dy as before
-    d_weights(left, numbers, right, numbers, work) -> sums of left^T right over the rows of every expert
-    d_bias(bias, right, numbers, work, gates=None) -> sums of right, times gates [T,k], over the rows of every expert
-    """
-
-    rows_of_tile: Callable
-    product: Callable
-    activated: Callable
-    d_activated: Callable
-    d_gated: Callable
-    d_weights: Callable
-    d_bias: Callable
-
-    def work(self, routing, x):
-        return tasks(routing, self.rows_of_tile(routing, x))
-
-
-def by_tile(gates, work):
+def by_tile(gates, tasks: Tasks):
     """The gate of every row of the tiles, in fp32."""
-    return jnp.where(work.slots < 0, 0, gates.astype(jnp.float32).reshape(-1)[jnp.maximum(work.slots, 0)])
+    return jnp.where(tasks.pairs < 0, 0, gates.astype(jnp.float32).reshape(-1)[jnp.maximum(tasks.pairs, 0)])
 
 
 def _combine(y, routing, gates=None):
@@ -60,7 +32,7 @@ def _combine(y, routing, gates=None):
     return (y if gates is None else gates.astype(jnp.float32)[..., None] * y).sum(1)
 
 
-def _combined(kernels, x, weight, routing, work, gates=None, bias=None, *, dtype, transposed=False):
+def _combined(kernels: Kernels, x, weight, routing, tasks, gates=None, bias=None, *, dtype, transposed=False):
     """[T, F] of x in sorted rows, a few columns at a time, so that the uncombined rows fit into UNCOMBINED bytes."""
     columns = weight.shape[1 if transposed else 2]
     at_once = max(1, UNCOMBINED // (routing.order.shape[0] * dtype.itemsize) // STEP) * STEP
@@ -68,7 +40,7 @@ def _combined(kernels, x, weight, routing, work, gates=None, bias=None, *, dtype
     for first in range(0, columns, at_once):
         size = min(at_once, columns - first)
         options = dict(first=first, columns=size, transposed=transposed)
-        y = kernels.product(x, work.sorted, weight, work, work.sorted, bias, **options)
+        y = kernels.product(x, tasks.sorted, weight, tasks, tasks.sorted, bias, **options)
         out = _combine(y, routing, gates).astype(dtype)
         x, out = lax.optimization_barrier((x, out))  # one y after the other
         pieces.append(out)
@@ -76,7 +48,7 @@ def _combined(kernels, x, weight, routing, work, gates=None, bias=None, *, dtype
 
 
 def _d_gates(gates, d_gate, bias, d_out, routing):
-    """The gradient of the gates in sum gate * (y + bias), from <y, d_out> of every slot."""
+    """The gradient of the gates in sum gate * (y + bias), from <y, d_out> of every pair."""
     d_gates = d_gate.reshape(gates.shape)
     if bias is not None:
         chosen = jnp.pad(bias, ((0, 1), (0, 0)))[routing.expert_indices].astype(jnp.float32)
@@ -98,24 +70,24 @@ def _mlp(x, w_in, w_out, b_in, b_out, gates, routing, activation, kernels):
 
 
 def _mlp_forward(x, w_in, w_out, b_in, b_out, gates, routing, activation, kernels, keep=True):
-    work = kernels.work(routing, x)
-    by_token = row_numbers(work, "token", gates.shape[1])
-    hidden, *kept = kernels.activated(activation, x, by_token, w_in, work, b_in, keep=keep)
-    out = _combined(kernels, hidden, w_out, routing, work, gates, b_out, dtype=x.dtype)
-    return out, (x, w_in, w_out, b_in, b_out, gates, routing, *(checkpoint_name(h, PRE_ACTIVATION) for h in kept))
+    tasks = kernels.tasks(routing, x)
+    by_token = row_numbers(tasks, "token", gates.shape[1])
+    activated, *hidden = kernels.activated(activation, x, by_token, w_in, tasks, b_in, keep=keep)
+    out = _combined(kernels, activated, w_out, routing, tasks, gates, b_out, dtype=x.dtype)
+    return out, (x, w_in, w_out, b_in, b_out, gates, routing, *(checkpoint_name(h, PRE_ACTIVATION) for h in hidden))
 
 
 def _mlp_backward(activation, kernels, residuals, d_out):
     x, w_in, w_out, b_in, b_out, gates, routing, h = residuals
-    work, d_out = kernels.work(routing, x), d_out.astype(x.dtype)
-    by_token = row_numbers(work, "token", gates.shape[1])
-    dh, gated, d_gate = kernels.d_activated(activation, d_out, by_token, w_out, work, h, by_tile(gates, work))
-    d_gates = _d_gates(gates, d_gate[work.place], b_out, d_out, routing)
-    d_w_out = kernels.d_weights(gated, work.sorted, d_out, by_token, work).reshape(w_out.shape)
-    d_w_in = kernels.d_weights(x, by_token, dh, work.sorted, work).reshape(w_in.shape)
-    dx = _combined(kernels, dh, w_in, routing, work, dtype=x.dtype, transposed=True)
-    d_b_in = None if b_in is None else kernels.d_bias(b_in, dh, work.sorted, work)
-    d_b_out = None if b_out is None else kernels.d_bias(b_out, d_out, by_token, work, gates)
+    tasks, d_out = kernels.tasks(routing, x), d_out.astype(x.dtype)
+    by_token = row_numbers(tasks, "token", gates.shape[1])
+    dh, gated, d_gate = kernels.d_activated(activation, d_out, by_token, w_out, tasks, h, by_tile(gates, tasks))
+    d_gates = _d_gates(gates, d_gate[tasks.tile_row], b_out, d_out, routing)
+    d_w_out = kernels.d_weights(gated, tasks.sorted, d_out, by_token, tasks).reshape(w_out.shape)
+    d_w_in = kernels.d_weights(x, by_token, dh, tasks.sorted, tasks).reshape(w_in.shape)
+    dx = _combined(kernels, dh, w_in, routing, tasks, dtype=x.dtype, transposed=True)
+    d_b_in = None if b_in is None else kernels.d_bias(b_in, dh, tasks.sorted, tasks)
+    d_b_out = None if b_out is None else kernels.d_bias(b_out, d_out, by_token, tasks, gates)
     return dx, d_w_in, d_w_out, d_b_in, d_b_out, d_gates, None
 
 
@@ -132,9 +104,9 @@ def linear(kernels: Kernels, call: LinearCall):
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def _linear(x, weight, bias, gates, routing, x_rows, out_rows, kernels):
-    work, k = kernels.work(routing, x), routing.expert_indices.shape[1]
-    target = row_numbers(work, "sorted" if out_rows == "token" else out_rows, k)
-    y = kernels.product(x, row_numbers(work, x_rows, k), weight, work, target, bias)
+    tasks, k = kernels.tasks(routing, x), routing.expert_indices.shape[1]
+    target = row_numbers(tasks, "sorted" if out_rows == "token" else out_rows, k)
+    y = kernels.product(x, row_numbers(tasks, x_rows, k), weight, tasks, target, bias)
     return _combine(y, routing, gates).astype(x.dtype) if out_rows == "token" else y
 
 
@@ -145,19 +117,19 @@ def _linear_forward(x, weight, bias, gates, routing, x_rows, out_rows, kernels):
 
 def _linear_backward(x_rows, out_rows, kernels, residuals, d_out):
     x, weight, bias, gates, routing = residuals
-    work, (T, k), d_out = kernels.work(routing, x), routing.expert_indices.shape, d_out.astype(x.dtype)
-    numbers, d_gates = row_numbers(work, out_rows, k), None
+    tasks, (T, k), d_out = kernels.tasks(routing, x), routing.expert_indices.shape, d_out.astype(x.dtype)
+    numbers, d_gates = row_numbers(tasks, out_rows, k), None
     if gates is None:
-        left, left_numbers = x, row_numbers(work, x_rows, k)
-        to = row_numbers(work, "slot" if x_rows == "token" else x_rows, k)
-        dx = kernels.product(d_out, numbers, weight, work, to, transposed=True)
+        left, left_numbers = x, row_numbers(tasks, x_rows, k)
+        to = row_numbers(tasks, "pair" if x_rows == "token" else x_rows, k)
+        dx = kernels.product(d_out, numbers, weight, tasks, to, transposed=True)
     else:
-        dx, left, left_numbers, d_gate = kernels.d_gated(d_out, numbers, weight, work, x, x_rows, gates, routing)
+        dx, left, left_numbers, d_gate = kernels.d_gated(d_out, numbers, weight, tasks, x, x_rows, gates, routing)
         d_gates = _d_gates(gates, d_gate, bias, d_out, routing)
     if x_rows == "token":
         dx = dx.reshape(T, k, -1).astype(jnp.float32).sum(1).astype(x.dtype)
-    d_weight = kernels.d_weights(left, left_numbers, d_out, numbers, work).reshape(weight.shape)
-    d_bias = None if bias is None else kernels.d_bias(bias, d_out, numbers, work, gates)
+    d_weight = kernels.d_weights(left, left_numbers, d_out, numbers, tasks).reshape(weight.shape)
+    d_bias = None if bias is None else kernels.d_bias(bias, d_out, numbers, tasks, gates)
     return dx, d_weight, d_bias, d_gates, None
 
 

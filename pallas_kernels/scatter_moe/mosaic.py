@@ -6,6 +6,7 @@ from jax.ad_checkpoint import checkpoint_name
 from .. import hopper
 from . import fused, xla
 from .call import ACTIVATIONS, GATED, PRE_ACTIVATION, LinearCall, MlpCall
+from .kernels import Kernels
 from .mosaic_float32 import d_weights, product
 from .mosaic_product import COLUMNS, ROWS, Plan, activated, d_activated
 
@@ -94,9 +95,9 @@ def _parts(x):
     return x if x.ndim == 3 else x[None]
 
 
-def _plan(work, x, columns: int, *, parts: int = 1, **options) -> Plan:
+def _plan(tasks, x, columns: int, *, parts: int = 1, **options) -> Plan:
     """The sizes of a kernel that reads x [parts, rows, width] and makes `parts` results of `columns` columns."""
-    warpgroups = work.slots.shape[0] // work.expert.shape[0] // ROWS
+    warpgroups = tasks.rows_of_tile // ROWS
     return Plan(x.shape[0], x.shape[2], columns, parts, x.dtype, warpgroups, **options)
 
 
@@ -108,46 +109,57 @@ def _bias(bias, parts: int = 1):
     return jnp.pad(bias, ((0, 1), (0, 0), (0, -bias.shape[2] % (2 * COLUMNS))))
 
 
-def _product(x, source, weight, work, target, bias=None, *, first=0, columns=None, transposed=False):
+def _product(x, source, weight, tasks, target, bias=None, *, first=0, columns=None, transposed=False):
     x, columns = _parts(x), weight.shape[1 if transposed else 2] if columns is None else columns
-    plan = _plan(work, x, columns, transposed=transposed, first=first)
-    some = None if bias is None else _bias(bias[:, first : first + columns])
-    return product(plan, x, source, weight, work, target, work.place.shape[0], some)
+    plan = _plan(tasks, x, columns, transposed=transposed, first=first)
+    bias_columns = None if bias is None else _bias(bias[:, first : first + columns])
+    return product(plan, x, source, weight, tasks, target, tasks.num_pairs, bias_columns)
 
 
-def _activated(activation, x, source, weight, work, bias, *, keep):
+def _activated(activation, x, source, weight, tasks, bias, *, keep):
     parts = 2 if activation in GATED else 1
-    plan = _plan(work, x[None], weight.shape[2] // parts, parts=parts)
-    return activated(plan, activation, x[None], source, weight, work, _bias(bias, parts), keep=keep)
+    plan = _plan(tasks, x[None], weight.shape[2] // parts, parts=parts)
+    return activated(plan, activation, x[None], source, weight, tasks, _bias(bias, parts), keep=keep)
 
 
-def _d_activated(activation, d_out, source, weight, work, h, gates):
-    plan = _plan(work, d_out[None], h.shape[2], parts=h.shape[0], transposed=True)
-    dh, gated, d_gate = d_activated(plan, activation, d_out[None], source, weight, work, h, gates)
+def _d_activated(activation, d_out, source, weight, tasks, h, gates):
+    plan = _plan(tasks, d_out[None], h.shape[2], parts=h.shape[0], transposed=True)
+    dh, gated, d_gate = d_activated(plan, activation, d_out[None], source, weight, tasks, h, gates)
     return dh, gated, d_gate.sum(0)
 
 
-def _d_gated(d_out, source, weight, work, x, x_rows, gates, routing):
-    """The gradients of a linear map with gates, in the order of the slots; nothing of it is fused."""
+def _d_gated(d_out, source, weight, tasks, x, x_rows, gates, routing):
+    """The gradients of a linear map with gates, in the order of the pairs. None of it is fused."""
     k = gates.shape[1]
-    dy = _product(d_out, source, weight, work, work.slots, transposed=True).astype(jnp.float32)
-    slots = {"token": lambda: jnp.repeat(x, k, 0), "slot": lambda: x, "sorted": lambda: x[routing.inverse]}
+    dy = _product(d_out, source, weight, tasks, tasks.pairs, transposed=True).astype(jnp.float32)
+    by_pair = {"token": lambda: jnp.repeat(x, k, 0), "pair": lambda: x, "sorted": lambda: x[routing.inverse]}
     idle = (routing.expert_indices >= routing.num_experts).reshape(-1, 1)
-    own, gate = jnp.where(idle, 0, slots[x_rows]()).astype(jnp.float32), gates.astype(jnp.float32).reshape(-1, 1)
+    own, gate = jnp.where(idle, 0, by_pair[x_rows]()).astype(jnp.float32), gates.astype(jnp.float32).reshape(-1, 1)
     dx = (gate * dy).astype(x.dtype)
-    return dx[routing.order] if x_rows == "sorted" else dx, (gate * own).astype(x.dtype), work.slots, (own * dy).sum(-1)
+    return (
+        dx[routing.order] if x_rows == "sorted" else dx,
+        (gate * own).astype(x.dtype),
+        tasks.pairs,
+        (own * dy).sum(-1),
+    )
 
 
-def _d_weights(left, left_numbers, right, right_numbers, work):
-    return d_weights(left, left_numbers, _parts(right), right_numbers, work)
+def _d_weights(left, left_numbers, right, right_numbers, tasks):
+    return d_weights(left, left_numbers, _parts(right), right_numbers, tasks)
 
 
-def _d_bias(bias, right, numbers, work, gates=None):
+def _d_bias(bias, right, numbers, tasks, gates=None):
     """The gradient of a bias: the sum of an expert's rows, as a product with ones or with the gates."""
-    by_slot = jnp.ones((1, 1)) if gates is None else gates.reshape(-1, 1)
-    left = jnp.broadcast_to(by_slot.astype(right.dtype), (work.place.shape[0], ONES))
-    sums = _d_weights(left, work.slots, right, numbers, work)[:, 0]
+    gate_of_pair = jnp.ones((1, 1)) if gates is None else gates.reshape(-1, 1)
+    left = jnp.broadcast_to(gate_of_pair.astype(right.dtype), (tasks.num_pairs, ONES))
+    sums = _d_weights(left, tasks.pairs, right, numbers, tasks)[:, 0]
     return sums.reshape(bias.shape).astype(bias.dtype)
 
 
-KERNELS = fused.Kernels(_rows_of_tile, _product, _activated, _d_activated, _d_gated, _d_weights, _d_bias)
+class MosaicKernels(Kernels):
+    rows_of_tile, product = staticmethod(_rows_of_tile), staticmethod(_product)
+    activated, d_activated = staticmethod(_activated), staticmethod(_d_activated)
+    d_gated, d_weights, d_bias = staticmethod(_d_gated), staticmethod(_d_weights), staticmethod(_d_bias)
+
+
+KERNELS = MosaicKernels()

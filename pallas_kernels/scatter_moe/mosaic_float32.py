@@ -20,7 +20,7 @@ from .tasks import Tasks
 
 # (part of x, part of w) of the six products. The smallest products come first: added to a large sum, they would lose
 # their last bits.
-PAIRS = (1, 1), (0, 2), (2, 0), (0, 1), (1, 0), (0, 0)
+PRODUCTS = (1, 1), (0, 2), (2, 0), (0, 1), (1, 0), (0, 0)
 
 
 def split(x):
@@ -43,9 +43,9 @@ def product(plan: Plan, x, source, weight, tasks: Tasks, target, rows: int, bias
             raise NotImplementedError(f"float32 products take rows of one part, not of {plan.x_parts}")
         x, w = split(x[0]), split(weight)
         # The kernel computes all six products as one, whose rows are six times as long: its accumulators sum them.
-        x = jnp.stack([x[i] for i, _ in PAIRS])
-        weight = jnp.concatenate([w[j] for _, j in PAIRS], axis=2 if plan.transposed else 1)
-        plan = plan._replace(x_parts=len(PAIRS), dtype=jnp.dtype(jnp.bfloat16), out_dtype=plan.dtype)
+        x = jnp.stack([x[i] for i, _ in PRODUCTS])
+        weight = jnp.concatenate([w[j] for _, j in PRODUCTS], axis=2 if plan.transposed else 1)
+        plan = plan._replace(x_parts=len(PRODUCTS), dtype=jnp.dtype(jnp.bfloat16), out_dtype=plan.dtype)
     return mosaic_product.product(plan, x, source, weight, tasks, target, rows, bias)
 
 
@@ -55,11 +55,11 @@ def d_weights(left, left_numbers, right, right_numbers, tasks: Tasks):
         return mosaic_weights.d_weights(left, left_numbers, right, right_numbers, tasks)
     lefts, rights = split(left), split(right)
 
-    def add(total, pair):
-        left, right = pair
+    def add(total, parts):
+        left, right = parts
         return total + mosaic_weights.d_weights(left, left_numbers, right, right_numbers, tasks, jnp.float32), None
 
-    pairs = jnp.stack([lefts[i] for i, _ in PAIRS]), jnp.stack([rights[j] for _, j in PAIRS])
+    parts = jnp.stack([lefts[i] for i, _ in PRODUCTS]), jnp.stack([rights[j] for _, j in PRODUCTS])
     E, D, (P, _, F) = tasks.rows.shape[0], left.shape[1], right.shape
     zeros, *_ = partition.alike(jnp.zeros((E, D, P, F), jnp.float32), left, right, tasks.rows)
-    return lax.scan(add, zeros, pairs)[0]
+    return lax.scan(add, zeros, parts)[0]

@@ -16,10 +16,13 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from .. import seam, seam_rows
-from . import mosaic_pipeline as pipeline
+from .. import mosaic_pipeline
+from .. import mosaic_row_copies as row_copies
+from .. import mosaic_shims as shims
+from ..mosaic_pipeline import Ring
+from . import mosaic_row_pipeline as pipeline
 from .call import activate, d_activate
-from .mosaic_pipeline import STAGES, memory
+from .mosaic_row_pipeline import STAGES, memory
 from .tasks import Tasks
 
 ROWS = 64  # rows of a warpgroup
@@ -64,7 +67,7 @@ class Steps(NamedTuple):
 
     x: Any  # [STAGES, W, ROWS, DEPTH]
     weights: tuple  # of every accumulator, [STAGES, DEPTH, COLUMNS] or transposed
-    ring: pipeline.Ring
+    ring: Ring
 
 
 class Finish(NamedTuple):
@@ -149,16 +152,16 @@ def _product(
         @pl.when(wg == W)
         def copy():
             def body(i, tile, column, e, steps, before):
-                def load(s, slot):
+                def load(s, stage):
                     part, depth = s // per_part, s % per_part * DEPTH
                     for w in range(W):
                         rows = source_ref.at[pl.ds(tile * plan.rows + w * ROWS, ROWS)]
-                        seam_rows.gather(x_ref.at[part], rows, depth, steps_mem.x.at[slot, w])
+                        row_copies.gather(x_ref.at[part], rows, depth, steps_mem.x.at[stage, w])
                     for p, w_mem in enumerate(steps_mem.weights):
                         inner = pl.ds(part * plan.width + depth, DEPTH)
                         outer = pl.ds(plan.first + column + p * apart, COLUMNS)
                         at = (e, outer, inner) if plan.transposed else (e, inner, outer)
-                        plgpu.copy_gmem_to_smem(w_ref.at[at], w_mem.at[slot], ring.full.at[slot])
+                        plgpu.copy_gmem_to_smem(w_ref.at[at], w_mem.at[stage], ring.full.at[stage])
 
                 sent = pipeline.send(ring, steps, load, before)
                 if prefetch is not None:
@@ -166,7 +169,7 @@ def _product(
                     sent = pipeline.hand_over(ring, sent, before=before.started)
                     there = prefetch(i, tile, column, inputs, own)
                     sent = pipeline.hand_over(ring, sent)
-                    seam_rows.gather_wait(0)
+                    row_copies.gather_wait(0)
                     plgpu.barrier_arrive(there)
                 return sent
 
@@ -176,11 +179,11 @@ def _product(
         def compute():
             def body(i, tile, column, e, steps, step):
                 def multiply(*accumulators):
-                    def one(slot):
+                    def one(stage):
                         for acc, w_mem in zip(accumulators, steps_mem.weights, strict=True):
-                            w = w_mem.at[slot]
+                            w = w_mem.at[stage]
                             w = w.transpose((1, 0)) if plan.transposed else w
-                            plgpu.wgmma(acc, steps_mem.x.at[slot, wg], w)
+                            plgpu.wgmma(acc, steps_mem.x.at[stage, wg], w)
 
                     last = pipeline.receive(ring, steps, one, per_tile, step)
                     return last, *(acc[...] for acc in accumulators)
@@ -200,9 +203,9 @@ def _product(
         ring=pipeline.ring(warpgroups=W, copies=per_tile),
     )
     products = 1 if plan.transposed else plan.parts  # of [rows, columns] each
-    flops = 2 * tasks.place.shape[0] * plan.x_parts * plan.width * plan.columns * products
-    run = pipeline.run(
-        kernel, name=name, flops=flops, blocks=blocks, warpgroups=W, out_type=out_type, scratch=(steps_mem, scratch)
+    flops = 2 * tasks.num_pairs * plan.x_parts * plan.width * plan.columns * products
+    run = mosaic_pipeline.run(
+        kernel, name=name, flops=flops, blocks=blocks, warpgroups=W + 1, out_type=out_type, scratch=(steps_mem, scratch)
     )
     return run(x, source, tasks.expert, tasks.count, weight, inputs)
 
@@ -216,12 +219,12 @@ def _store(values, numbers, memory, column, out_ref) -> None:
     for first in range(0, COLUMNS, at_once):
         memory[...] = values[:, first : first + at_once].astype(memory.dtype)
         plgpu.commit_smem()
-        seam_rows.scatter(memory, numbers, column + first, out_ref)
+        row_copies.scatter(memory, numbers, column + first, out_ref)
         plgpu.commit_smem()
 
 
 def _biased(accumulator, bias_ref, part, at):
-    bias = plgpu.load(bias_ref.at[at.expert, part, pl.ds(at.column, COLUMNS)], layout=seam.COLUMN, optimized=False)
+    bias = plgpu.load(bias_ref.at[at.expert, part, pl.ds(at.column, COLUMNS)], layout=shims.COLUMN, optimized=False)
     return accumulator + lax.broadcast_in_dim(bias, accumulator.shape, [1])
 
 
@@ -249,7 +252,7 @@ def product(plan: Plan, x, source, weight, tasks: Tasks, target, rows: int, bias
 
 def activated(plan: Plan, activation: str, x, source, weight, tasks: Tasks, bias=None, *, keep: bool):
     """(act(h) [R, F], h [parts, R, F] if `keep`) of h = x @ weight + bias, in sorted rows."""
-    R, P = tasks.place.shape[0], plan.parts
+    R, P = tasks.num_pairs, plan.parts
 
     def finish(at, accumulators, inputs: Finish, outputs: Activated, out_mem):
         numbers, own_mem = inputs.rows.at[at.rows], out_mem.at[at.wg]
@@ -281,7 +284,7 @@ def d_activated(plan: Plan, activation: str, d_out, source, weight, tasks: Tasks
     `gates` [tiles * rows] in fp32. `d_gate` [tiles of columns, tiles * rows] has <act(h), dy> of every row of the
     tiles, where dy = d_out @ weight^T, one sum for each tile of columns.
     """
-    R, (P, _, F) = tasks.place.shape[0], hidden.shape
+    R, (P, _, F) = tasks.num_pairs, hidden.shape
     W, dtype = plan.warpgroups, plan.dtype
 
     def prefetch(i, tile, column, inputs: Derivative, own: DerivativeScratch):
@@ -292,22 +295,22 @@ def d_activated(plan: Plan, activation: str, d_out, source, weight, tasks: Tasks
         for w in range(W):
             numbers = inputs.rows.at[pl.ds(tile * plan.rows + w * ROWS, ROWS)]
             for p in range(P):
-                seam_rows.gather(inputs.hidden.at[p], numbers, column, own.hidden.at[p, w])
-        seam_rows.gather_commit()
+                row_copies.gather(inputs.hidden.at[p], numbers, column, own.hidden.at[p, w])
+        row_copies.gather_commit()
         return own.there
 
     def finish(at, accumulators, inputs: Derivative, outputs: Derivatives, own: DerivativeScratch):
         numbers, (acc,) = inputs.rows.at[at.rows], accumulators
-        gate = plgpu.load(inputs.gates.at[at.rows], layout=seam.ROW, optimized=False)
+        gate = plgpu.load(inputs.gates.at[at.rows], layout=shims.ROW, optimized=False)
         gate = lax.broadcast_in_dim(gate, (ROWS, HALF), [0])
         plgpu.barrier_wait(own.there)
-        d_gate = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), seam.ROW)
+        d_gate = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), shims.ROW)
 
         # In two passes, and in halves: everything at once would not fit the registers.
         def halves():
             for first in range(0, COLUMNS, HALF):
                 parts = [own.hidden.at[p, at.wg, :, pl.ds(first, HALF)] for p in range(P)]
-                h = [plgpu.load(x, layout=seam.TILE) for x in parts]
+                h = [plgpu.load(x, layout=shims.TILE) for x in parts]
                 plgpu.commit_smem()  # all have read what is overwritten next
                 yield slice(first, first + HALF), parts, [x.astype(jnp.float32) for x in h]
 
@@ -320,9 +323,9 @@ def d_activated(plan: Plan, activation: str, d_out, source, weight, tasks: Tasks
             for x, dh in zip(parts, d_activate(activation, acc[:, columns] * gate, *h), strict=True):
                 x[...] = dh.astype(dtype)
         plgpu.commit_smem()
-        seam_rows.scatter(own.gated.at[at.wg], numbers, at.column, outputs.gated)
+        row_copies.scatter(own.gated.at[at.wg], numbers, at.column, outputs.gated)
         for p in range(P):
-            seam_rows.scatter(own.hidden.at[p, at.wg], numbers, at.column, outputs.d_hidden.at[p])
+            row_copies.scatter(own.hidden.at[p, at.wg], numbers, at.column, outputs.d_hidden.at[p])
         plgpu.commit_smem()
         plgpu.barrier_arrive(own.free)
 

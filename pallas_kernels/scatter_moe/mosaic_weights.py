@@ -14,9 +14,11 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from .. import seam_rows
-from . import mosaic_pipeline as pipeline
-from .mosaic_pipeline import STAGES, memory
+from .. import mosaic_pipeline
+from .. import mosaic_row_copies as row_copies
+from ..mosaic_pipeline import Ring
+from . import mosaic_row_pipeline as pipeline
+from .mosaic_row_pipeline import STAGES, memory
 from .tasks import Tasks
 
 ROWS = 64  # rows of a step
@@ -32,7 +34,7 @@ class Scratch(NamedTuple):
     left: Any  # [STAGES, WARPGROUPS, ROWS, LEFT]
     right: Any  # [STAGES, ACCUMULATORS, ROWS, RIGHT]
     out: Any  # [WARPGROUPS, LEFT, columns at once], on their way out
-    ring: pipeline.Ring
+    ring: Ring
 
 
 def d_weights(left, left_numbers, right, right_numbers, tasks: Tasks, out_dtype=None):
@@ -41,7 +43,7 @@ def d_weights(left, left_numbers, right, right_numbers, tasks: Tasks, out_dtype=
     Their row numbers [tiles * M] are those of `tasks.row_numbers`. `out_dtype`: None for that of `left`.
     """
     (_, D), (P, _, F), E = left.shape, right.shape, tasks.rows.shape[0]
-    M = left_numbers.shape[0] // tasks.expert.shape[0]
+    M = tasks.rows_of_tile
     dtype, out_dtype = left.dtype, jnp.dtype(out_dtype or left.dtype)
     at_once = RIGHT * 2 // out_dtype.itemsize  # columns on their way out
     down, across = -(-D // (LEFT * WARPGROUPS)), -(-F // (RIGHT * ACCUMULATORS))
@@ -68,14 +70,14 @@ def d_weights(left, left_numbers, right, right_numbers, tasks: Tasks, out_dtype=
         @pl.when(wg == WARPGROUPS)
         def copy():
             def body(e, row, part, column, steps, sent):
-                def load(s, slot):
+                def load(s, stage):
                     numbers = pl.ds(first_ref[e] * M + s * ROWS, ROWS)
                     for w in range(WARPGROUPS):
                         rows = left_numbers_ref.at[numbers]
-                        seam_rows.gather(left_ref, rows, row + w * LEFT, scratch.left.at[slot, w])
+                        row_copies.gather(left_ref, rows, row + w * LEFT, scratch.left.at[stage, w])
                     for p in range(ACCUMULATORS):
                         rows = right_numbers_ref.at[numbers]
-                        seam_rows.gather(right_ref.at[part], rows, column + p * RIGHT, scratch.right.at[slot, p])
+                        row_copies.gather(right_ref.at[part], rows, column + p * RIGHT, scratch.right.at[stage, p])
 
                 return pipeline.send(ring, steps, load, sent)
 
@@ -85,10 +87,10 @@ def d_weights(left, left_numbers, right, right_numbers, tasks: Tasks, out_dtype=
         def compute():
             def body(e, row, part, column, steps, step):
                 def multiply(*accumulators):
-                    def one(slot):
+                    def one(stage):
                         for p, acc in enumerate(accumulators):
-                            left_tile = scratch.left.at[slot, wg].transpose((1, 0))
-                            plgpu.wgmma(acc, left_tile, scratch.right.at[slot, p])
+                            left_tile = scratch.left.at[stage, wg].transpose((1, 0))
+                            plgpu.wgmma(acc, left_tile, scratch.right.at[stage, p])
 
                     last = pipeline.receive(ring, steps, one, ACCUMULATORS, step)
                     return last, *(acc[...] for acc in accumulators)
@@ -107,12 +109,12 @@ def d_weights(left, left_numbers, right, right_numbers, tasks: Tasks, out_dtype=
             pieces(body, jnp.int32(0))
             plgpu.wait_smem_to_gmem(0)
 
-    run = pipeline.run(
+    run = mosaic_pipeline.run(
         kernel,
         name="expert_d_weights",
-        flops=2 * tasks.place.shape[0] * D * P * F,
+        flops=2 * tasks.num_pairs * D * P * F,
         blocks=blocks,
-        warpgroups=WARPGROUPS,
+        warpgroups=WARPGROUPS + 1,
         out_type=jax.ShapeDtypeStruct((E, D, P, F), out_dtype),
         scratch=(
             Scratch(

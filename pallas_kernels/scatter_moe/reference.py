@@ -10,8 +10,8 @@ from .call import ACTIVATIONS, LinearCall, MlpCall
 def linear(call: LinearCall):
     dtype = sum_type(call.x)
     routing, (T, k) = call.routing, call.routing.expert_indices.shape
-    slots = {"token": lambda x: jnp.repeat(x, k, 0), "slot": lambda x: x, "sorted": lambda x: x[routing.inverse]}
-    x = slots[call.x_rows](call.x).astype(dtype)
+    by_pair = {"token": lambda x: jnp.repeat(x, k, 0), "pair": lambda x: x, "sorted": lambda x: x[routing.inverse]}
+    x = by_pair[call.x_rows](call.x).astype(dtype)
     # A row without an expert may hold NaN.
     x = jnp.where(routing.expert_indices.reshape(-1, 1) < routing.num_experts, x, 0)
     bias = jnp.zeros((routing.num_experts, call.weight.shape[2]), dtype) if call.bias is None else call.bias
@@ -29,7 +29,7 @@ def linear(call: LinearCall):
 
 def mlp(call: MlpCall):
     x = call.x.astype(sum_type(call.x))  # so that the hidden units have this type too
-    up = LinearCall(x, call.w_in, call.b_in, None, call.routing, "token", "slot")
+    up = LinearCall(x, call.w_in, call.b_in, None, call.routing, "token", "pair")
     hidden = ACTIVATIONS[call.activation](linear(up))
-    down = LinearCall(hidden, call.w_out, call.b_out, call.gates, call.routing, "slot", "token")
+    down = LinearCall(hidden, call.w_out, call.b_out, call.gates, call.routing, "pair", "token")
     return linear(down).astype(call.x.dtype)

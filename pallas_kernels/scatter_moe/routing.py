@@ -9,14 +9,14 @@ from jaxtyping import Array, Int
 
 from .. import arguments, partition
 
-_PACKED_BELOW = 2**31  # an expert and a slot are packed into one int32 if all such numbers are below this
+_PACKED_BELOW = 2**31  # an expert and a pair are packed into one int32 if all such numbers are below this
 
 
 class Routing(NamedTuple):
-    """The R = T * k (token, choice) pairs, sorted by expert. Slot t * k + s is the pair of token t and its choice s.
+    """The R = T * k (token, choice) pairs, sorted by expert. Pair t * k + s is that of token t and its choice s.
 
-    `order` [R]: the slot of every sorted row. `inverse` [R]: the sorted row of every slot. `offsets` [E+1]: where each
-    expert's rows begin and end. `expert_indices` [T,k]: from 0 to E. Slots without an expert (index E) sort last.
+    `order` [R]: the pair of every sorted row. `inverse` [R]: the sorted row of every pair. `offsets` [E+1]: where each
+    expert's rows begin and end. `expert_indices` [T,k]: from 0 to E. Pairs without an expert (index E) sort last.
     On a mesh the first three describe the rows of all devices; an expert op then sorts the rows of each device again.
     """
 
@@ -85,20 +85,20 @@ def _sorted(expert_indices, num_experts: int):
     """(order, inverse, offsets) of a `Routing`."""
     experts = expert_indices.reshape(-1)
     rows = experts.shape[0]
-    slots = jnp.arange(rows, dtype=jnp.int32)
+    pairs = jnp.arange(rows, dtype=jnp.int32)
     if (num_experts + 1) * rows < _PACKED_BELOW:
-        # One sort of expert * R + slot is stable by construction and twice as fast as sorting pairs.
-        packed = jnp.sort(experts * rows + slots)
+        # One sort of expert * R + pair is stable by construction, and twice as fast as a sort with two keys.
+        packed = jnp.sort(experts * rows + pairs)
         order = packed % max(rows, 1)
     else:
         order = jnp.argsort(experts, stable=True).astype(jnp.int32)
-    inverse = jnp.zeros_like(order).at[order].set(slots, unique_indices=True)
+    inverse = jnp.zeros_like(order).at[order].set(pairs, unique_indices=True)
     firsts = jnp.arange(num_experts + 1, dtype=jnp.int32)
-    return order, inverse, first_places(experts[order], firsts)
+    return order, inverse, first_positions(experts[order], firsts)
 
 
-def first_places(rows, values, *, after: bool = False):
-    """For each value, the first place in sorted `rows` that holds it, or with `after` the place after the last one.
+def first_positions(rows, values, *, after: bool = False):
+    """For each value, its first position in sorted `rows`, or with `after` the position after its last one.
 
     `jnp.searchsorted` does the same, but raises in a shard_map over some of the axes of a mesh (JAX 0.12.0). The steps
     are unrolled: in a loop each of them would be a kernel of its own on a GPU.

@@ -1,4 +1,4 @@
-"""The rows of all experts cut into tiles, each of one expert: the work list of the GPU kernels, made once per layer.
+"""Tasks: the rows of all experts, cut into tiles. They are the work list of the GPU kernels, made once per layer.
 
 A tile has rows of one expert only, and an expert without rows has no tile. The program does not grow with the number of
 experts. (token, choice) pairs without an expert form tiles of "expert" E, whose results are zero: so every row of every
@@ -11,47 +11,57 @@ import jax
 import jax.numpy as jnp
 
 from .call import Rows
-from .routing import Routing, first_places
+from .routing import Routing, first_positions
 
 
 class Tasks(NamedTuple):
     """Tiles of M rows. There are as many as any routing can need; the first `count` [1] are in use.
 
     `expert` [tiles], sorted. `first` [E] and `rows` [E]: the first tile and the number of rows of every expert.
-    `slots`, `sorted` [tiles * M]: for every row of the tiles its slot (`call.Rows`) and its sorted row, -1 where there
-    is none. `place` [R]: for every slot its row in the tiles.
+    `pairs`, `sorted` [tiles * M]: for every row of the tiles the number of its pair and of its sorted row, -1 where
+    there is none. `tile_row` [R]: for every pair its row in the tiles.
     """
 
     expert: jax.Array
     count: jax.Array
     first: jax.Array
     rows: jax.Array
-    slots: jax.Array
+    pairs: jax.Array
     sorted: jax.Array
-    place: jax.Array
+    tile_row: jax.Array
+
+    @property
+    def num_pairs(self) -> int:
+        """R."""
+        return self.tile_row.shape[0]
+
+    @property
+    def rows_of_tile(self) -> int:
+        """M."""
+        return self.pairs.shape[0] // self.expert.shape[0]
 
 
-def tasks(routing: Routing, M: int) -> Tasks:
+def make_tasks(routing: Routing, M: int) -> Tasks:
     R, E = routing.order.shape[0], routing.num_experts
     starts = routing.offsets
     rows = jnp.append(routing.counts, R - starts[-1]).astype(jnp.int32)
     tiles = -(-rows // M)
     ends = jnp.cumsum(tiles).astype(jnp.int32)
     number = jnp.arange(R // M + min(E + 1, R), dtype=jnp.int32)
-    expert = jnp.minimum(first_places(ends, number, after=True), E)
+    expert = jnp.minimum(first_positions(ends, number, after=True), E)
     before = ends - tiles
     row = starts[expert] + (number - before[expert]) * M
     position = row[:, None] + jnp.arange(M, dtype=jnp.int32)[None]
     exists = position < (starts[expert] + rows[expert])[:, None]
     position = jnp.where(exists, position, -1).reshape(-1)
-    slots = jnp.where(position < 0, -1, routing.order[jnp.maximum(position, 0)])
+    pairs = jnp.where(position < 0, -1, routing.order[jnp.maximum(position, 0)])
     own = jnp.minimum(routing.expert_indices.reshape(-1).astype(jnp.int32), E)
-    place = before[own] * M + routing.inverse - starts[own]
-    return Tasks(expert, ends[-1:], before[:E], rows[:E], slots, position, place)
+    tile_row = before[own] * M + routing.inverse - starts[own]
+    return Tasks(expert, ends[-1:], before[:E], rows[:E], pairs, position, tile_row)
 
 
 def row_numbers(tasks: Tasks, rows: Rows, k: int):
     """For every row of the tiles, its row in an array with the order `rows`, or -1: int32 [tiles * M]."""
     if rows == "sorted":
         return tasks.sorted
-    return tasks.slots if rows == "slot" else jnp.where(tasks.slots < 0, -1, tasks.slots // k)
+    return tasks.pairs if rows == "pair" else jnp.where(tasks.pairs < 0, -1, tasks.pairs // k)

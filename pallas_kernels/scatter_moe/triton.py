@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from .. import cost, triton_call
 from . import fused, xla
 from .call import LinearCall, MlpCall
+from .kernels import Kernels
 from .tasks import Tasks, row_numbers
 from .triton_sizes import Sizes, fitting, product_sizes, rows_of_tile, weight_sizes
 
@@ -46,7 +47,7 @@ def _launch(name: str, flops: int, kernel: Callable, sizes: Sizes, *arrays, **op
     return cost.kernel(name, flops, run)(*arrays)
 
 
-def _products(name: str, sizes: Sizes, work: Tasks, D: int, F: int, products: int, *arrays, **options):
+def _products(name: str, sizes: Sizes, tasks: Tasks, D: int, F: int, products: int, *arrays, **options):
     """A kernel of `triton_product`, over the row tiles and the columns."""
 
     def kernel():
@@ -54,10 +55,10 @@ def _products(name: str, sizes: Sizes, work: Tasks, D: int, F: int, products: in
 
         return getattr(triton_product, name)
 
-    tiles = work.expert.shape[0]
+    tiles = tasks.expert.shape[0]
     return _launch(
-        f"expert_{name}", 2 * products * work.place.shape[0] * D * F, kernel, sizes, *arrays,
-        grid=(tiles * -(-F // sizes.columns),), E=work.rows.shape[0], D=D, F=F, TILES=tiles, M=sizes.rows,
+        f"expert_{name}", 2 * products * tasks.num_pairs * D * F, kernel, sizes, *arrays,
+        grid=(tiles * -(-F // sizes.columns),), E=tasks.rows.shape[0], D=D, F=F, TILES=tiles, M=sizes.rows,
         N=sizes.columns, K=sizes.depth, **options,
     )  # fmt: skip
 
@@ -66,56 +67,52 @@ def _rows_of_tile(routing, x) -> int:
     return rows_of_tile(routing.order.shape[0], routing.num_experts, x.dtype)
 
 
-def _rows(work: Tasks) -> int:
-    return work.slots.shape[0] // work.expert.shape[0]
-
-
-def _product(x, source, weight, work, target, bias=None, *, first=0, columns=None, transposed=False):
+def _product(x, source, weight, tasks, target, bias=None, *, first=0, columns=None, transposed=False):
     D, F = (weight.shape[2], weight.shape[1]) if transposed else weight.shape[1:]
     columns = F if columns is None else columns
-    sizes = product_sizes(_rows(work), D, columns, x.dtype)
+    sizes = product_sizes(tasks.rows_of_tile, D, columns, x.dtype)
     return _products(
-        "product", sizes, work, D, columns, 1,
-        x, source, weight, weight if bias is None else bias, work.expert, work.count, target,
-        out=jax.ShapeDtypeStruct((work.place.shape[0], columns), x.dtype),
+        "product", sizes, tasks, D, columns, 1,
+        x, source, weight, weight if bias is None else bias, tasks.expert, tasks.count, target,
+        out=jax.ShapeDtypeStruct((tasks.num_pairs, columns), x.dtype),
         FIRST=first, ALL=F, TRANSPOSED=transposed, BIASED=bias is not None,
     )  # fmt: skip
 
 
-def _activated(activation, x, source, weight, work, bias, *, keep):
+def _activated(activation, x, source, weight, tasks, bias, *, keep):
     D, width = weight.shape[1:]
     products = 2 if activation in POINTWISE else 1
-    F, R = width // products, work.place.shape[0]
-    sizes = product_sizes(_rows(work), D, F, x.dtype, products=products, widest=128 * products)
+    F, R = width // products, tasks.num_pairs
+    sizes = product_sizes(tasks.rows_of_tile, D, F, x.dtype, products=products, widest=128 * products)
     outs = _products(
-        "activated", sizes, work, D, F, products,
-        x, source, weight, weight if bias is None else bias, work.expert, work.count, work.sorted,
+        "activated", sizes, tasks, D, F, products,
+        x, source, weight, weight if bias is None else bias, tasks.expert, tasks.count, tasks.sorted,
         out=(jax.ShapeDtypeStruct((R, F), x.dtype), jax.ShapeDtypeStruct((R, width) if keep else (1, 1), x.dtype)),
         GATED=products == 2, ACTIVATION=POINTWISE.get(activation, activation), BIASED=bias is not None, KEEP=keep,
     )  # fmt: skip
     return outs if keep else outs[:1]
 
 
-def _d_activated(activation, d_out, source, weight, work, h, gates):
-    return _d_activated_rows(activation, d_out, source, weight, work, h, work.sorted, gates, work.sorted)
+def _d_activated(activation, d_out, source, weight, tasks, h, gates):
+    return _d_activated_rows(activation, d_out, source, weight, tasks, h, tasks.sorted, gates, tasks.sorted)
 
 
-def _d_gated(d_out, source, weight, work, x, x_rows, gates, routing):
+def _d_gated(d_out, source, weight, tasks, x, x_rows, gates, routing):
     """A gated linear map is a network whose activation does nothing."""
     k = gates.shape[1]
-    to, own = row_numbers(work, "slot" if x_rows == "token" else x_rows, k), row_numbers(work, x_rows, k)
-    tiled = fused.by_tile(gates, work)
-    dx, gated, d_gate = _d_activated_rows("none", d_out, source, weight, work, x, own, tiled, to)
-    return dx, gated, to, d_gate[work.place]
+    to, own = row_numbers(tasks, "pair" if x_rows == "token" else x_rows, k), row_numbers(tasks, x_rows, k)
+    tiled = fused.by_tile(gates, tasks)
+    dx, gated, d_gate = _d_activated_rows("none", d_out, source, weight, tasks, x, own, tiled, to)
+    return dx, gated, to, d_gate[tasks.tile_row]
 
 
-def _d_activated_rows(activation, d_out, source, weight, work, h, kept, gates, target):
-    """h is in the rows `kept`, and the results in the rows `target`."""
+def _d_activated_rows(activation, d_out, source, weight, tasks, h, h_numbers, gates, target):
+    """`d_activated`, where h is in the rows `h_numbers` and the results are in the rows `target`."""
     F, D = weight.shape[1:]
-    sizes, R = product_sizes(_rows(work), D, F, d_out.dtype, widest=128), work.place.shape[0]
+    sizes, R = product_sizes(tasks.rows_of_tile, D, F, d_out.dtype, widest=128), tasks.num_pairs
     dh, gated, d_gates = _products(
-        "d_activated", sizes, work, D, F, 1,
-        d_out, source, weight, h, kept, gates, work.expert, work.count, target,
+        "d_activated", sizes, tasks, D, F, 1,
+        d_out, source, weight, h, h_numbers, gates, tasks.expert, tasks.count, target,
         out=(
             jax.ShapeDtypeStruct((R, h.shape[1]), d_out.dtype),
             jax.ShapeDtypeStruct((R, F), d_out.dtype),
@@ -126,24 +123,24 @@ def _d_activated_rows(activation, d_out, source, weight, work, h, kept, gates, t
     return dh, gated, d_gates.sum(0)
 
 
-def _d_weights(left, left_numbers, right, right_numbers, work):
+def _d_weights(left, left_numbers, right, right_numbers, tasks):
     def kernel():
         from .triton_weights import d_weights
 
         return d_weights
 
-    E, D, F = work.rows.shape[0], left.shape[1], right.shape[1]
+    E, D, F = tasks.rows.shape[0], left.shape[1], right.shape[1]
     sizes = weight_sizes(D, F, left.dtype)
-    heavy = jnp.argsort(-work.rows, stable=True).astype(jnp.int32)
+    heavy = jnp.argsort(-tasks.rows, stable=True).astype(jnp.int32)
     return _launch(
-        "expert_d_weights", 2 * work.place.shape[0] * D * F, kernel, sizes,
-        left, left_numbers, right, right_numbers, heavy, work.first, work.rows,
+        "expert_d_weights", 2 * tasks.num_pairs * D * F, kernel, sizes,
+        left, left_numbers, right, right_numbers, heavy, tasks.first, tasks.rows,
         out=jax.ShapeDtypeStruct((E, D, F), left.dtype), grid=(E * -(-D // sizes.rows) * -(-F // sizes.columns),),
-        D=D, F=F, M=_rows(work), DOWN=sizes.rows, ACROSS=sizes.columns, R=sizes.depth,
+        D=D, F=F, M=tasks.rows_of_tile, DOWN=sizes.rows, ACROSS=sizes.columns, R=sizes.depth,
     )  # fmt: skip
 
 
-def _d_bias(bias, right, numbers, work, gates=None):
+def _d_bias(bias, right, numbers, tasks, gates=None):
     def kernel():
         from .triton_weights import d_bias
 
@@ -152,11 +149,17 @@ def _d_bias(bias, right, numbers, work, gates=None):
     E, F = bias.shape
     sizes = Sizes(rows=1, columns=fitting(64, F), depth=64, warps=4, stages=3)
     return _launch(
-        "expert_d_bias", work.place.shape[0] * F, kernel, sizes,
-        right, numbers, numbers if gates is None else fused.by_tile(gates, work), work.first, work.rows,
+        "expert_d_bias", tasks.num_pairs * F, kernel, sizes,
+        right, numbers, numbers if gates is None else fused.by_tile(gates, tasks), tasks.first, tasks.rows,
         out=jax.ShapeDtypeStruct((E, F), bias.dtype), grid=(-(-F // sizes.columns), E),
-        F=F, WEIGHED=gates is not None, M=_rows(work), ACROSS=sizes.columns, R=sizes.depth,
+        F=F, WEIGHED=gates is not None, M=tasks.rows_of_tile, ACROSS=sizes.columns, R=sizes.depth,
     )  # fmt: skip
 
 
-KERNELS = fused.Kernels(_rows_of_tile, _product, _activated, _d_activated, _d_gated, _d_weights, _d_bias)
+class TritonKernels(Kernels):
+    rows_of_tile, product = staticmethod(_rows_of_tile), staticmethod(_product)
+    activated, d_activated = staticmethod(_activated), staticmethod(_d_activated)
+    d_gated, d_weights, d_bias = staticmethod(_d_gated), staticmethod(_d_weights), staticmethod(_d_bias)
+
+
+KERNELS = TritonKernels()

@@ -5,7 +5,7 @@ and scattered rows are one loop, which gathers when it loads and scatters when i
 rows, all of one expert, and one of columns. What follows the product (an activation, its derivative) runs on the sums.
 
 Sizes in capitals: x has rows of D and the result rows of F columns; a program takes M rows, N columns, and K of D at a
-time. Rows are addressed in 64 bits: those of all slots are more elements than 32 bits count.
+time. Rows are addressed in 64 bits: the rows of all (token, choice) pairs may have more elements than 32 bits count.
 """
 
 import triton
@@ -17,7 +17,7 @@ _TOGETHER = tl.constexpr(8)  # row tiles that take a column tile at the same tim
 
 
 @triton.jit
-def _place(TILES: tl.constexpr, F: tl.constexpr, N: tl.constexpr):
+def _tiles_of_program(TILES: tl.constexpr, F: tl.constexpr, N: tl.constexpr):
     """The row tile and the column tile of this program."""
     across: tl.constexpr = (F + N - 1) // N
     program = tl.program_id(0)
@@ -65,17 +65,17 @@ def product(x, source, weight, bias, expert, count, target, out, E: tl.constexpr
             FIRST: tl.constexpr, ALL: tl.constexpr, TRANSPOSED: tl.constexpr, BIASED: tl.constexpr,
             TILES: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):  # fmt: skip
     """Columns FIRST to FIRST + F of the ALL of a weight [E, D, ALL], or [E, ALL, D] if transposed; bias [E, ALL]."""
-    tile, across = _place(TILES, F, N)
+    tile, across = _tiles_of_program(TILES, F, N)
     if tile < tl.load(count):
-        e, slots = tl.load(expert + tile), tile * M + tl.arange(0, M)
+        e, tile_rows = tl.load(expert + tile), tile * M + tl.arange(0, M)
         columns = across * N + tl.arange(0, N)
         weight += e.to(tl.int64) * (D * ALL) + FIRST * (D if TRANSPOSED else 1)
-        y, _ = _sums(x, tl.load(source + slots), weight, columns, e < E, D, F, 1 if TRANSPOSED else ALL,
+        y, _ = _sums(x, tl.load(source + tile_rows), weight, columns, e < E, D, F, 1 if TRANSPOSED else ALL,
                      D if TRANSPOSED else 1, 0, M, N, K)  # fmt: skip
         if BIASED:
             inside = columns < tl.where(e < E, F, 0)
             y += tl.load(bias + e * ALL + FIRST + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
-        at, there = _elements(tl.load(target + slots), columns, F)
+        at, there = _elements(tl.load(target + tile_rows), columns, F)
         tl.store(out + at, y.to(out.dtype.element_ty), mask=there)
 
 
@@ -85,14 +85,14 @@ def activated(x, source, weight, bias, expert, count, target, out, hidden, E: tl
               KEEP: tl.constexpr, TILES: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):  # fmt: skip
     """out = act(h) and, to KEEP, hidden = h of h = x @ weight + bias, whose rows are F columns, or twice F if GATED."""
     all_columns: tl.constexpr = 2 * F if GATED else F
-    tile, across = _place(TILES, F, N)
+    tile, across = _tiles_of_program(TILES, F, N)
     if tile < tl.load(count):
-        e, slots = tl.load(expert + tile), tile * M + tl.arange(0, M)
+        e, tile_rows = tl.load(expert + tile), tile * M + tl.arange(0, M)
         columns = across * N + tl.arange(0, N)
         weight += e.to(tl.int64) * (D * all_columns)
-        h, up = _sums(x, tl.load(source + slots), weight, columns, e < E, D, F, all_columns, 1, F if GATED else 0,
+        h, up = _sums(x, tl.load(source + tile_rows), weight, columns, e < E, D, F, all_columns, 1, F if GATED else 0,
                       M, N, K)  # fmt: skip
-        rows = tl.load(target + slots)
+        rows = tl.load(target + tile_rows)
         at, there = _elements(rows, columns, F)
         if BIASED:
             inside = columns < tl.where(e < E, F, 0)
@@ -101,10 +101,10 @@ def activated(x, source, weight, bias, expert, count, target, out, hidden, E: tl
             if GATED:
                 up += tl.load(added + F, mask=inside, other=0.0).to(tl.float32)[None, :]
         if KEEP:
-            kept = hidden + rows.to(tl.int64)[:, None] * all_columns + columns[None, :]
-            tl.store(kept, h.to(hidden.dtype.element_ty), mask=there)
+            hidden_at = hidden + rows.to(tl.int64)[:, None] * all_columns + columns[None, :]
+            tl.store(hidden_at, h.to(hidden.dtype.element_ty), mask=there)
             if GATED:
-                tl.store(kept + F, up.to(hidden.dtype.element_ty), mask=there)
+                tl.store(hidden_at + F, up.to(hidden.dtype.element_ty), mask=there)
         y = activate(ACTIVATION, h)
         if GATED:
             y *= up
@@ -112,13 +112,13 @@ def activated(x, source, weight, bias, expert, count, target, out, hidden, E: tl
 
 
 @triton.jit
-def _d_activated(dy, gate, hidden, kept_rows, rows, columns, dh, gated, F: tl.constexpr, GATED: tl.constexpr,
+def _d_activated(dy, gate, hidden, hidden_rows, rows, columns, dh, gated, F: tl.constexpr, GATED: tl.constexpr,
                  ACTIVATION: tl.constexpr):  # fmt: skip
-    """Some columns of `d_activated`; returns their share of d_gate."""
+    """`d_activated` for the columns `columns`. Returns their part of d_gate."""
     all_columns: tl.constexpr = 2 * F if GATED else F
     at, there = _elements(rows, columns, F)
-    h_at = hidden + kept_rows.to(tl.int64)[:, None] * all_columns + columns[None, :]
-    used = (kept_rows >= 0)[:, None] & (columns < F)[None, :]
+    h_at = hidden + hidden_rows.to(tl.int64)[:, None] * all_columns + columns[None, :]
+    used = (hidden_rows >= 0)[:, None] & (columns < F)[None, :]
     h = tl.load(h_at, mask=used, other=0.0).to(tl.float32)
     y, dh_at = activate(ACTIVATION, h), dh + rows.to(tl.int64)[:, None] * all_columns + columns[None, :]
     slopes = dy * gate * slope(ACTIVATION, h)
@@ -135,26 +135,26 @@ def _d_activated(dy, gate, hidden, kept_rows, rows, columns, dh, gated, F: tl.co
 
 
 @triton.jit
-def d_activated(d_out, source, weight, hidden, kept, gates, expert, count, target, dh, gated, d_gate,
+def d_activated(d_out, source, weight, hidden, hidden_numbers, gates, expert, count, target, dh, gated, d_gate,
                 E: tl.constexpr, D: tl.constexpr, F: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
                 TILES: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):  # fmt: skip
-    """The derivative of the sum of gate * act(h) @ weight, weight [E, F, D], h in the rows `kept` of hidden.
+    """The derivative of the sum of gate * act(h) @ weight, weight [E, F, D], h in the rows `hidden_numbers` of hidden.
 
     With dy = d_out @ weight^T: dh = act'(h) gate dy, gated = gate act(h), and d_gate = <act(h), dy> of the columns of
     each column tile.
     """
-    tile, across = _place(TILES, F, N)
+    tile, across = _tiles_of_program(TILES, F, N)
     if tile < tl.load(count):
-        e, slots = tl.load(expert + tile), tile * M + tl.arange(0, M)
+        e, tile_rows = tl.load(expert + tile), tile * M + tl.arange(0, M)
         columns = across * N + tl.arange(0, N)
         weight += e.to(tl.int64) * (D * F)
-        dy, _ = _sums(d_out, tl.load(source + slots), weight, columns, e < E, D, F, 1, D, 0, M, N, K)
-        rows, gate = tl.load(target + slots), tl.load(gates + slots)[:, None]
-        kept_rows = tl.where(e < E, tl.load(kept + slots), -1)  # what no expert has read may be anything
+        dy, _ = _sums(d_out, tl.load(source + tile_rows), weight, columns, e < E, D, F, 1, D, 0, M, N, K)
+        rows, gate = tl.load(target + tile_rows), tl.load(gates + tile_rows)[:, None]
+        hidden_rows = tl.where(e < E, tl.load(hidden_numbers + tile_rows), -1)  # without an expert, h is not written
         # In halves: everything at once would not fit the registers.
         left, right = tl.split(tl.permute(tl.reshape(dy, (M, 2, N // 2)), (0, 2, 1)))
         half = across * N + tl.arange(0, N // 2)
-        total = _d_activated(left, gate, hidden, kept_rows, rows, half, dh, gated, F, GATED, ACTIVATION)
+        total = _d_activated(left, gate, hidden, hidden_rows, rows, half, dh, gated, F, GATED, ACTIVATION)
         half += N // 2
-        total += _d_activated(right, gate, hidden, kept_rows, rows, half, dh, gated, F, GATED, ACTIVATION)
-        tl.store(d_gate + across.to(tl.int64) * (TILES * M) + slots, total)
+        total += _d_activated(right, gate, hidden, hidden_rows, rows, half, dh, gated, F, GATED, ACTIVATION)
+        tl.store(d_gate + across.to(tl.int64) * (TILES * M) + tile_rows, total)

@@ -22,9 +22,9 @@ def d_weights(left, left_numbers, right, right_numbers, heavy, first, rows, out,
     start, count, row = tl.load(first + e) * M, tl.load(rows + e), tl.arange(0, R)
     sums = tl.zeros((DOWN, ACROSS), tl.float32)
     for before in range(0, count, R):
-        place, exists = start + before + row, row < count - before
-        left_at = tl.load(left_numbers + place, mask=exists, other=0).to(tl.int64)[None, :] * D + down[:, None]
-        right_at = tl.load(right_numbers + place, mask=exists, other=0).to(tl.int64)[:, None] * F + columns[None, :]
+        tile_row, exists = start + before + row, row < count - before
+        left_at = tl.load(left_numbers + tile_row, mask=exists, other=0).to(tl.int64)[None, :] * D + down[:, None]
+        right_at = tl.load(right_numbers + tile_row, mask=exists, other=0).to(tl.int64)[:, None] * F + columns[None, :]
         left_tile = tl.load(left + left_at, mask=exists[None, :] & (down < D)[:, None], other=0.0)
         right_tile = tl.load(right + right_at, mask=exists[:, None] & (columns < F)[None, :], other=0.0)
         sums = tl.dot(left_tile, right_tile, sums, input_precision="ieee")
@@ -41,11 +41,11 @@ def d_bias(right, right_numbers, gates, first, rows, out, F: tl.constexpr, WEIGH
     start, count, row = tl.load(first + e) * M, tl.load(rows + e), tl.arange(0, R)
     sums = tl.zeros((R, ACROSS), tl.float32)
     for before in range(0, count, R):
-        place, exists = start + before + row, row < count - before
-        r = tl.load(right_numbers + place, mask=exists, other=0).to(tl.int64)
+        tile_row, exists = start + before + row, row < count - before
+        r = tl.load(right_numbers + tile_row, mask=exists, other=0).to(tl.int64)
         mask = exists[:, None] & (columns < F)[None, :]
         tile = tl.load(right + r[:, None] * F + columns[None, :], mask=mask, other=0.0).to(tl.float32)
         if WEIGHED:
-            tile *= tl.load(gates + place, mask=exists, other=0.0)[:, None]
+            tile *= tl.load(gates + tile_row, mask=exists, other=0.0)[:, None]
         sums += tile
     tl.store(out + e.to(tl.int64) * F + columns, tl.sum(sums, 0).to(out.dtype.element_ty), mask=columns < F)

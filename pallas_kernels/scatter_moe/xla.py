@@ -3,7 +3,7 @@
 Everything is one map of a per-expert function over blocks of that expert's rows (`_grouped`):
 - the first C rows of all experts together, as one batched product that reads every weight in place, with C a little
   above the mean number of rows;
-- what an expert has beyond C, block by block in a loop whose length is the number of such blocks, zero when balanced.
+- the rows of an expert beyond C, block by block, in a loop as long as the number of such blocks: zero when balanced.
   With few rows (decoding) C is 0 and the loop runs the chosen experts only.
 Cost: at most a fixed factor over the useful work, and never an array of size T * E.
 
@@ -21,10 +21,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from .. import cost, seam
+from .. import cost, platform
 from ..arguments import sum_type
 from .call import ACTIVATIONS, PRE_ACTIVATION, LinearCall, MlpCall
-from .routing import Routing, first_places
+from .routing import Routing, first_positions
 
 _MANY_ROWS = 512  # of one expert; a CPU computes more rows in pieces of about this size
 _WIDE = 256  # columns of x; with fewer, CPUs compute the pre-activation again faster than they write and read it
@@ -134,21 +134,21 @@ _MLP = {name: (partial(_mlp_forward, name), partial(_mlp_backward, name)) for na
 
 def linear(call: LinearCall):
     gates = None if call.gates is None else call.gates.reshape(-1, 1)
-    out_rows = "slot" if call.out_rows == "token" else call.out_rows
-    function = _Function(_linear_forward, _linear_backward, (call.x_rows, "slot"), out_rows)
+    out_rows = "pair" if call.out_rows == "token" else call.out_rows
+    function = _Function(_linear_forward, _linear_backward, (call.x_rows, "pair"), out_rows)
     y = _jitted(function, (call.weight, call.bias), (call.x, gates), call.routing)
-    return _sum_over_slots(y, call.routing).astype(call.x.dtype) if call.out_rows == "token" else y
+    return _sum_over_choices(y, call.routing).astype(call.x.dtype) if call.out_rows == "token" else y
 
 
 def mlp(call: MlpCall):
     saved = ("sorted",) if call.x.shape[1] >= _WIDE else ()
-    function = _Function(*_MLP[call.activation], ("token", "slot"), "slot", saved)
+    function = _Function(*_MLP[call.activation], ("token", "pair"), "pair", saved)
     weights = (call.w_in, call.b_in, call.w_out, call.b_out)
     y = _jitted(function, weights, (call.x, call.gates.reshape(-1, 1)), call.routing)
-    return _sum_over_slots(y, call.routing).astype(call.x.dtype)
+    return _sum_over_choices(y, call.routing).astype(call.x.dtype)
 
 
-def _sum_over_slots(y, routing):
+def _sum_over_choices(y, routing):
     return y.reshape(*routing.expert_indices.shape, y.shape[-1]).sum(1)
 
 
@@ -183,12 +183,12 @@ def _grouped_backward(function, residuals, dy):
         d_w, d_xs = function.backward(w, xs, kept, d.astype(sum_type(d)))
         return d_xs, d_w
 
-    # The gradient of a token's row is the sum over its k slots: rows come back per slot and are summed.
-    d_rows = tuple("slot" if r == "token" else r for r in function.in_rows)
+    # The gradient of a token's row is the sum over its k choices: the block returns one row per pair.
+    d_rows = tuple("pair" if r == "token" else r for r in function.in_rows)
     orders = (*function.in_rows, function.out_rows, *function.saved_rows)
     d_xs, d_w = _map_blocks(block, weights, (*rows, dy, *saved), orders, d_rows, routing)
     d_xs = tuple(
-        _sum_over_slots(d.astype(sum_type(d)), routing).astype(d.dtype) if r == "token" else d
+        _sum_over_choices(d.astype(sum_type(d)), routing).astype(d.dtype) if r == "token" else d
         for d, r in zip(d_xs, function.in_rows, strict=True)
     )
     d_w = jax.tree.map(lambda d, w: d.astype(w.dtype), d_w, weights)
@@ -214,8 +214,8 @@ def _map_blocks(block, weights, arrays, in_rows, out_rows, routing: Routing):
         return jnp.zeros_like(starts, dtype, shape)  # vary over the mesh axes that all arrays vary over
 
     def take(p):
-        slot = routing.order[p]
-        index = {"token": slot // max(k, 1), "slot": slot, "sorted": p}
+        pair = routing.order[p]
+        index = {"token": pair // max(k, 1), "pair": pair, "sorted": p}
         return tuple(None if a is None else a[index[r]] for a, r in zip(arrays, in_rows, strict=True))
 
     def run(w, p, end):
@@ -229,14 +229,14 @@ def _map_blocks(block, weights, arrays, in_rows, out_rows, routing: Routing):
         )
 
     # The expert and the rank within it of every row, in the order of each output.
-    slot_expert = routing.expert_indices.reshape(-1)
-    clipped = jnp.minimum(slot_expert, E - 1)
-    slot_rank = routing.inverse - starts[clipped]
+    pair_expert = routing.expert_indices.reshape(-1)
+    clipped = jnp.minimum(pair_expert, E - 1)
+    pair_rank = routing.inverse - starts[clipped]
 
     def placed(y, order):
         """Rows [E, C, ...] of the blocks in the order of an output; zero for all other rows."""
         expert, rank = (
-            (slot_expert, slot_rank) if order == "slot" else (slot_expert[routing.order], slot_rank[routing.order])
+            (pair_expert, pair_rank) if order == "pair" else (pair_expert[routing.order], pair_rank[routing.order])
         )
         here = (expert < E) & (rank < C)
         index = jnp.where(here, expert * C + rank, 0)
@@ -257,16 +257,16 @@ def _map_blocks(block, weights, arrays, in_rows, out_rows, routing: Routing):
 
     def rest(i, state):
         outs, sums = state
-        e = first_places(blocks, i, after=True)
+        e = first_positions(blocks, i, after=True)
         before = jnp.where(e > 0, blocks[e - 1], 0)
         p = starts[e] + C + (i - before) * size + jnp.arange(size)
         rows_out, expert_sums = run(
             jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, e, 0, False), weights), p, ends[e]
         )
-        slot = routing.order[jnp.minimum(p, R - 1)]
+        pair = routing.order[jnp.minimum(p, R - 1)]
         valid = p < ends[e]
         outs = tuple(
-            None if y is None else out.at[jnp.where(valid, slot if o == "slot" else p, R)].set(y, mode="drop")
+            None if y is None else out.at[jnp.where(valid, pair if o == "pair" else p, R)].set(y, mode="drop")
             for out, y, o in zip(outs, rows_out, out_rows, strict=True)
         )
         return outs, jax.tree.map(lambda total, part: total.at[e].add(part), sums, expert_sums)
@@ -302,9 +302,9 @@ def _together(run, weights, starts, ends, C: int, pieces: int):
         trips = jnp.minimum(-(-(ends - starts).max() // size), pieces)
         return cost.loop(pieces, lambda state: lax.fori_loop(0, trips, step, state))(zeros)
 
-    if C < _MANY_ROWS or seam.platform() != "cpu":
+    if C < _MANY_ROWS or platform.name() != "cpu":
         return rows_from(0, C, weights, starts, ends)
     group = 2 - E % 2
-    pairs = jax.tree.map(lambda x: x.reshape(E // group, group, *x.shape[1:]), (weights, starts, ends))
-    some = piecewise if pieces > 1 else lambda experts: rows_from(0, C, *experts)
-    return jax.tree.map(lambda x: x.reshape(E, *x.shape[2:]), lax.map(some, pairs))
+    groups = jax.tree.map(lambda x: x.reshape(E // group, group, *x.shape[1:]), (weights, starts, ends))
+    rows_of_experts = piecewise if pieces > 1 else lambda experts: rows_from(0, C, *experts)
+    return jax.tree.map(lambda x: x.reshape(E, *x.shape[2:]), lax.map(rows_of_experts, groups))

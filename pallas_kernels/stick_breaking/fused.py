@@ -1,46 +1,26 @@
 """The code around the GPU kernels, shared by Mosaic and Triton: the derivative, a few heads at a time, and decoding.
 
-The residuals are query, key, value, the cumulative log-decay of every row (two fp32 numbers), and the tile at which
-every row tile stopped. The output is not kept.
+The residuals are query, key, value, the cumulative log-decay of every row (two fp32 numbers), and the key tile at which
+every query tile stopped. The output is not kept. `kernels.py` says what the kernels take and return.
 """
 
 import math
-from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .. import seam
+from .. import platform
 from .call import Call
-from .spans import spans
+from .kernels import Kernels, Plan
+from .key_ranges import key_tile_ranges
 
 SNAPSHOTS = 2**31  # bytes; if all snapshots need more, the backward pass takes fewer heads at a time
 SPLIT = 256  # the fewest keys that are worth a split of their own
 ROUND = 512  # keys read first when decoding with skip_below; every further round reads twice as many
 LN2 = math.log(2)
-
-
-class Kernels(NamedTuple):
-    """A set of kernels, and how it chooses the static sizes of a call.
-
-    A plan has the sizes B, rows, S, N and K, the sizes `row_tile` and `key_tile` of a tile, and `padded`, the number of
-    rows of a head in whole blocks. The kernels take `plan, *arrays, scale, spans, offset[, query segments, key
-    segments]`:
-      forward(.., query, key, value, ..) -> out [B,rows,N,Hv], spent [2,B,N,padded], first visited tile [B,N,tiles];
-      d_query(.., query, key, value, d_out, d_log_rem, spent, first visited tile, ..) -> dq, d_scale of every row,
-        snapshots, an array in which every element belongs to one head and one key tile;
-      d_key_value(.., query, key, value, d_out, snapshots, first visited tile, ..) -> dk, dv.
-    """
-
-    plan: Callable[..., Any]  # (call, *, backward=False, decoding=None or (query heads of a key head, splits))
-    forward: Callable
-    d_query: Callable
-    d_key_value: Callable
-    snapshot_bytes: int  # of a row and key tile
-    row_multiple: int = 1  # the kernels take arrays whose numbers of queries and of keys are multiples of this
 
 
 def attention(kernels: Kernels, call: Call):
@@ -75,21 +55,21 @@ def _forward(query, key, value, scale, where, static, kernels):
     call = static._replace(query=query, key=key, value=value, scale=scale, where=where)
     plan = kernels.plan(call)
     planned = _planned(call, plan)
-    out, spent, reached = kernels.forward(plan, query, key, value, scale, *planned)
-    log_rem = -LN2 * (spent[0] + spent[1])[:, :, : query.shape[1]].swapaxes(1, 2)
-    residuals = query, key, value, scale, where, spent, reached
-    return (out, log_rem, _kept(plan, planned[0], reached)), residuals
+    out, log_decay, reached = kernels.forward(plan, query, key, value, scale, *planned)
+    log_rem = -LN2 * (log_decay[0] + log_decay[1])[:, :, : query.shape[1]].swapaxes(1, 2)
+    residuals = query, key, value, scale, where, log_decay, reached
+    return (out, log_rem, _share_visited(plan, planned[0], reached)), residuals
 
 
 def _backward(static, kernels, residuals, cotangents):
-    query, key, value, scale, where, spent, reached = residuals
+    query, key, value, scale, where, log_decay, reached = residuals
     call = static._replace(query=query, key=key, value=value, scale=scale, where=where)
     d_out, d_log_rem, _ = cotangents
     plan = kernels.plan(call, backward=True)
     planned = _planned(call, plan)
-    spent, reached = _for_rows(plan, spent, reached)
+    log_decay, reached = _for_tiles_of(plan, log_decay, reached)
     d_log_rem = jnp.pad(d_log_rem.swapaxes(1, 2), ((0, 0), (0, 0), (0, plan.padded - d_log_rem.shape[1])))
-    arrays = query, key, value, d_out.astype(query.dtype), d_log_rem, spent, reached
+    arrays = query, key, value, d_out.astype(query.dtype), d_log_rem, log_decay, reached
     dq, d_scale, dk, dv = _gradients(kernels, plan, arrays, scale, planned)
     return dq, dk, dv, d_scale.sum(), None
 
@@ -97,31 +77,31 @@ def _backward(static, kernels, residuals, cotangents):
 _attention.defvjp(_forward, _backward)
 
 
-def _for_rows(plan, spent, reached):
-    """`spent` and `reached` of the forward pass, for the tiles of the backward pass.
+def _for_tiles_of(plan: Plan, log_decay, reached):
+    """`log_decay` and `reached` of the forward pass, for the tiles of the backward pass.
 
     Those tiles have as many query rows as the tiles of the forward pass, or fewer.
     """
-    times = spent.shape[-1] // reached.shape[-1] // plan.row_tile
+    times = log_decay.shape[-1] // reached.shape[-1] // plan.row_tile
     if times == 1:
-        return spent, reached
-    return spent[..., : plan.padded], jnp.repeat(reached, times, -1)[..., : plan.padded // plan.row_tile]
+        return log_decay, reached
+    return log_decay[..., : plan.padded], jnp.repeat(reached, times, -1)[..., : plan.padded // plan.row_tile]
 
 
-def _gradients(kernels: Kernels, plan, arrays, scale, planned):
+def _gradients(kernels: Kernels, plan: Plan, arrays, scale, planned):
     """(dq, parts of d_scale, dk, dv), a few heads at a time, so that their snapshots fit into SNAPSHOTS bytes."""
-    query, key, value, d_out, d_log_rem, spent, reached = arrays
+    query, key, value, d_out, d_log_rem, log_decay, reached = arrays
 
-    def some(plan, query, key, value, d_out, d_log_rem, spent, reached, planned):
-        rows = query, key, value, d_out, d_log_rem, spent, reached, scale
+    def gradients_of_heads(plan, query, key, value, d_out, d_log_rem, log_decay, reached, planned):
+        rows = query, key, value, d_out, d_log_rem, log_decay, reached, scale
         dq, d_scale, snapshots = kernels.d_query(plan, *rows, *planned)
         dk, dv = kernels.d_key_value(plan, query, key, value, d_out, snapshots, reached, scale, *planned)
         return dq, d_scale[..., : plan.rows].sum(-1), dk, dv
 
     B, K, G = plan.B, plan.K, plan.N // plan.K
-    per_head = G * kernels.snapshot_bytes * spent.shape[-1] * -(-plan.S // plan.key_tile)
+    per_head = G * kernels.snapshot_bytes * log_decay.shape[-1] * plan.key_tiles
     if B * K * per_head <= SNAPSHOTS:
-        return some(plan, *arrays, planned)
+        return gradients_of_heads(plan, *arrays, planned)
     heads = max(n for n in range(1, K + 1) if K % n == 0 and n * per_head <= max(SNAPSHOTS, per_head))
 
     def split(x, axis, batch):  # [.., B, .., heads, ..] -> [B, K / heads, .., 1, .., heads, ..]
@@ -129,12 +109,16 @@ def _gradients(kernels: Kernels, plan, arrays, scale, planned):
         return jnp.expand_dims(jnp.moveaxis(x, (batch, axis), (0, 1)), batch + 2)
 
     parts = [split(x, 2, 0) for x in (query, key, value, d_out)]
-    parts += [split(d_log_rem, 1, 0), split(spent, 2, 1), split(reached, 1, 0)]
+    parts += [split(d_log_rem, 1, 0), split(log_decay, 2, 1), split(reached, 1, 0)]
     flat = [x.reshape(-1, *x.shape[2:]) for x in parts]
-    entry = jnp.repeat(jnp.arange(B), K // heads)
-    plan = plan._replace(B=1, N=heads * G, K=heads)
-    one = lambda inputs: some(plan, *inputs[0], [x[inputs[1]][None] for x in planned])  # noqa: E731
-    outs = lax.map(one, (flat, entry))
+    entries = jnp.repeat(jnp.arange(B), K // heads)
+    plan = replace(plan, B=1, N=heads * G, K=heads)
+
+    def gradients_of_part(part):
+        arrays, entry = part
+        return gradients_of_heads(plan, *arrays, [x[entry][None] for x in planned])
+
+    outs = lax.map(gradients_of_part, (flat, entries))
 
     def join(x):  # [B * K / heads, 1, T, heads, H] -> [B, T, K, H]
         x = x.reshape(B, K // heads, *x.shape[2:])
@@ -144,25 +128,28 @@ def _gradients(kernels: Kernels, plan, arrays, scale, planned):
     return join(dq), d_scale, join(dk), join(dv)
 
 
-def _planned(call: Call, plan, per_position: int = 1):
-    """(spans padded to whole blocks, offsets, segment ids padded to whole tiles): the last arguments of a kernel."""
-    table = spans(call, plan.row_tile, plan.key_tile, per_position)
-    table = jnp.pad(table, ((0, 0), (0, plan.padded // plan.row_tile - table.shape[1]), (0, 0)))
-    planned = [table, call.where.offset.astype(jnp.int32)]
+def _planned(call: Call, plan: Plan, per_position: int = 1):
+    """The last arguments of a kernel.
+
+    These are the key-tile ranges, padded to whole blocks, the offsets, and the segment ids, padded to whole tiles.
+    """
+    key_ranges = key_tile_ranges(call, plan.row_tile, plan.key_tile, per_position)
+    missing = plan.padded // plan.row_tile - key_ranges.shape[1]
+    planned = [jnp.pad(key_ranges, ((0, 0), (0, missing), (0, 0))), call.where.offset.astype(jnp.int32)]
     if call.where.query_segments is not None:
         ids = jnp.repeat(call.where.query_segments, per_position, 1), call.where.key_segments
         planned += [
             jnp.pad(x.astype(jnp.int32), ((0, 0), (0, size - x.shape[1])), constant_values=-1)
-            for x, size in zip(ids, (plan.padded, -(-plan.S // plan.key_tile) * plan.key_tile), strict=True)
+            for x, size in zip(ids, (plan.padded, plan.key_tiles * plan.key_tile), strict=True)
         ]
     return planned
 
 
-def _kept(plan, table, reached):
+def _share_visited(plan: Plan, key_ranges, reached):
     """The share of the key tiles in reach that were visited, [B,K]."""
     if plan.skip_below is None:
         return jnp.ones((plan.B, plan.K), jnp.float32)
-    stop, start = table[:, None, :, 0], table[:, None, :, 3]
+    stop, start = key_ranges[:, None, :, 0], key_ranges[:, None, :, 3]
     visited = jnp.where(stop > start, stop - reached, 0).reshape(plan.B, plan.K, -1).sum(-1)
     in_reach = (stop - start).sum(-1) * (plan.N // plan.K)
     return jnp.where(in_reach == 0, 1, visited / jnp.maximum(in_reach, 1)).astype(jnp.float32)
@@ -178,7 +165,7 @@ def is_decoding(call: Call) -> bool:
 
 def splits(call: Call) -> int:
     B, K = call.query.shape[0], call.key.shape[2]
-    return max(1, min(seam.multiprocessors() // (B * K), call.mask.S // SPLIT))
+    return max(1, min(platform.multiprocessors() // (B * K), call.mask.S // SPLIT))
 
 
 def _decode(kernels: Kernels, call: Call):
@@ -191,47 +178,49 @@ def _decode(kernels: Kernels, call: Call):
     plan = kernels.plan(call, decoding=(G, P))
     query = jnp.moveaxis(call.query[:, :T].reshape(B, T, K, G, H), 3, 2).reshape(B, T * G, K, H)
     query = _padded(query, kernels.row_multiple)
-    table, *planned = _planned(call, plan, G)
-    stop, start = table[..., 0], table[..., 3]
+    key_ranges, *planned = _planned(call, plan, G)
+    stop, start = key_ranges[..., 0], key_ranges[..., 3]
 
-    def some(high, low):
-        """Key tiles low..high-1 of every row tile: (out [B,K,rows,Hv], spent [B,K,rows]), all in fp32."""
+    def attend(high, low):
+        """Key tiles low..high-1 of every row tile: (out [B,K,rows,Hv], log_decay [B,K,rows]), all in fp32."""
         share = jnp.arange(P + 1).reshape(-1, 1, 1)
         edges = low[None] + (high - low)[None] * share // P
-        clipped = jnp.clip(table[None], edges[:-1, ..., None], edges[1:, ..., None])
-        empty = clipped[..., :1] <= clipped[..., 3:]
-        split = jnp.where(empty, 0, clipped).reshape(P * B, *table.shape[1:])
-        out, spent, _ = kernels.forward(plan, query, call.key, call.value, call.scale, split, *planned)
-        spent = spent.sum(0)[..., : plan.rows].reshape(P, B, K, plan.rows)
-        nearer = jnp.cumsum(spent[::-1], 0)[::-1] - spent
+        clipped = jnp.clip(key_ranges[None], edges[:-1, ..., None], edges[1:, ..., None])
+        is_empty = clipped[..., :1] <= clipped[..., 3:]
+        split_ranges = jnp.where(is_empty, 0, clipped).reshape(P * B, *key_ranges.shape[1:])
+        out, log_decay, _ = kernels.forward(plan, query, call.key, call.value, call.scale, split_ranges, *planned)
+        log_decay = log_decay.sum(0)[..., : plan.rows].reshape(P, B, K, plan.rows)
+        nearer = jnp.cumsum(log_decay[::-1], 0)[::-1] - log_decay
         out = jnp.moveaxis(out[:, : plan.rows], 2, 1).reshape(P, B, K, plan.rows, Hv)
-        return (out * jnp.exp2(-nearer)[..., None]).sum(0), spent.sum(0)
+        return (out * jnp.exp2(-nearer)[..., None]).sum(0), log_decay.sum(0)
 
-    kept = jnp.ones((B, K), jnp.float32)
     if call.skip_below is None:
-        out, spent = some(stop, start)
+        kept = jnp.ones((B, K), jnp.float32)
+        out, log_decay = attend(stop, start)
     else:
-        is_padding = jnp.bool_(False)  # a padding row sees no key, so it never spends its stick
+        is_padding = jnp.bool_(False)  # a padding row sees no key, so its log-decay stays 0
         if call.where.query_segments is not None:
             is_padding = planned[1][:, None, : plan.rows] < 0
 
-        def further(state):
-            width, high, out, spent = state
+        def attend_next_round(state):
+            width, high, out, log_decay = state
             low = jnp.maximum(start, high - width)
-            more, more_spent = some(high, low)
-            return 2 * width, low, out + jnp.exp2(-spent)[..., None] * more, spent + more_spent
+            out_of_round, log_decay_of_round = attend(high, low)
+            doubled, left_before = 2 * width, jnp.exp2(-log_decay)[..., None]
+            return doubled, low, out + left_before * out_of_round, log_decay + log_decay_of_round
 
-        def goes_on(state):
-            _, high, _, spent = state
-            unspent = (~is_padding & (spent <= -call.skip_below)).any((1, 2))
-            return ((high > start).any(1) & unspent).any()  # some batch entry has both keys and stick left
+        def has_next_round(state):
+            _, high, _, log_decay = state
+            has_stick_left = (~is_padding & (log_decay <= -call.skip_below)).any((1, 2))
+            return ((high > start).any(1) & has_stick_left).any()  # some batch entry has both keys and stick left
 
         zeros = jnp.zeros_like(query, jnp.float32, (B, K, plan.rows))
         nothing = jnp.zeros_like(query, jnp.float32, (B, K, plan.rows, Hv))
-        _, reached, out, spent = lax.while_loop(goes_on, further, (ROUND // plan.key_tile, stop, nothing, zeros))
+        state = ROUND // plan.key_tile, stop, nothing, zeros
+        _, reached, out, log_decay = lax.while_loop(has_next_round, attend_next_round, state)
         in_reach = (stop - start).sum(-1)
         share = jnp.where(in_reach == 0, 1, (stop - reached).sum(-1) / jnp.maximum(in_reach, 1))
         kept = jnp.broadcast_to(share.astype(jnp.float32)[:, None], (B, K))
     out = jnp.moveaxis(out.reshape(B, K, T, G, Hv), 2, 1).reshape(B, T, N, Hv)
-    log_rem = -LN2 * jnp.moveaxis(spent.reshape(B, K, T, G), 2, 1).reshape(B, T, N)
+    log_rem = -LN2 * jnp.moveaxis(log_decay.reshape(B, K, T, G), 2, 1).reshape(B, T, N)
     return out.astype(call.value.dtype), log_rem, kept

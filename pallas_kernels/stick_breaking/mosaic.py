@@ -1,10 +1,13 @@
 """Stick-breaking attention on Hopper GPUs: which calls the kernels take, and the sizes of their tiles."""
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 
 from .. import hopper, tuning
 from . import fused
 from .call import Call
+from .kernels import Kernels
 from .mosaic_d_key_value import d_key_value
 from .mosaic_d_query import d_query
 from .mosaic_forward import forward
@@ -58,25 +61,20 @@ def _bytes(plan: Plan, rows: int) -> int:
 
 
 def _plan(call: Call, *, backward: bool = False, decoding: tuple[int, int] | None = None) -> Plan:
-    """The sizes of a call's kernels.
-
-    `decoding`: (the query heads of a key head, whose queries become the rows of one tile; the splits of the keys).
-    """
-    (B, _, N, H), (K, Hv), m = call.query.shape, call.value.shape[2:], call.mask
-    plan = Plan(
-        B, m.T, m.S, N, K, H, Hv, call.query.dtype, 2, _warpgroups(call), m.attend_current, m.window,
-        call.skip_below, call.where.query_segments is not None,
-    )  # fmt: skip
+    """As in `Kernels`. Decoding has one tile of rows, so one warpgroup computes."""
+    plan = Plan(stages=2, warpgroups=_warpgroups(call), **Plan.sizes_of(call))
     if decoding is None:
-        stages = (MEMORY - _bytes(plan, plan.warpgroups * ROWS)) // _bytes(plan, KEYS)
-        return plan._replace(stages=max(2, min(3 if backward else 4, stages)))
-    G, splits = decoding
+        stages = (MEMORY - _bytes(plan, plan.block_rows)) // _bytes(plan, KEYS)
+        return replace(plan, stages=max(2, min(3 if backward else 4, stages)))
     # The results are float32 and have memory of their own: at H = Hv = 256 one stage is left.
-    own = ROWS * (H * call.query.dtype.itemsize + Hv * 4)
-    return plan._replace(
-        rows=m.T * G, N=K, warpgroups=1, per_position=G, splits=splits, out_dtype=jnp.float32, skip_below=None,
-        stages=max(1, min(4, (MEMORY - own) // _bytes(plan, KEYS))),
-    )  # fmt: skip
+    own = ROWS * (plan.H * plan.dtype.itemsize + plan.Hv * 4)
+    return plan.decoding(*decoding, warpgroups=1, stages=max(1, min(4, (MEMORY - own) // _bytes(plan, KEYS))))
 
 
-KERNELS = fused.Kernels(_plan, forward, d_query, d_key_value, snapshot_bytes=16, row_multiple=COPIED_ROWS)
+class MosaicKernels(Kernels):
+    snapshot_bytes, row_multiple = 16, COPIED_ROWS
+    plan, forward = staticmethod(_plan), staticmethod(forward)
+    d_query, d_key_value = staticmethod(d_query), staticmethod(d_key_value)
+
+
+KERNELS = MosaicKernels()

@@ -11,7 +11,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from .. import seam
+from .. import mosaic_shims as shims
 from .mosaic_tile import KEYS, ROWS, sticks
 
 HALF = KEYS // 2  # a whole tile would not fit the registers next to the sums
@@ -19,13 +19,14 @@ SWIZZLE = 64  # bytes: as wide as a half, along which tiles are multiplied
 
 
 def weights_of(z, seen, entering):
-    """(A, beta and 1 - beta as logarithms, what the tile spends) of logits z in units of log2.
+    """(A, the logarithms of beta and 1 - beta) of logits z in units of log2.
 
-    `entering`: what rows have spent before the tile, or a function of what the tile spends that returns it.
+    `entering`: the cumulative log-decay of the rows before the tile. It may be a function that takes the log-decay over
+    this tile and returns the log-decay before it.
     """
     log_beta, softplus = sticks(z, seen)
-    start = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), seam.ROW) if callable(entering) else entering
-    log_weights, total = seam.minus_sum_right(log_beta, None, softplus, start)
+    start = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), shims.ROW) if callable(entering) else entering
+    log_weights, total = shims.minus_sum_right(log_beta, None, softplus, start)
     if callable(entering):
         log_weights -= lax.broadcast_in_dim(entering(total), z.shape, [0])
     return jnp.exp2(log_weights), (log_beta, -softplus)
@@ -34,4 +35,4 @@ def weights_of(z, seen, entering):
 def d_logits(a, logs, prefix):
     """(dz, the sum of a): neither beta nor 1 - beta is one minus the other."""
     beta, rest = (jnp.exp2(x) for x in logs)
-    return seam.minus_sum_left(rest * a, beta, a, prefix)
+    return shims.minus_sum_left(rest * a, beta, a, prefix)

@@ -28,7 +28,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from .. import cost, seam
+from .. import mosaic_pipeline as pipeline
+from .. import mosaic_shims as shims
 from .logarithm import LOG2E
 from .mosaic_backward import HALF, SWIZZLE, d_logits, weights_of
 from .mosaic_tile import KEYS, ROWS, Plan, tile_memory, visible, zeros
@@ -46,7 +47,7 @@ class Inputs(NamedTuple):
     snapshots: Any  # [B, N, key tiles, 2 halves, 2, rows padded]: the stick on entry, and P
     reached: Any  # [B, N, query tiles]
     scale: Any  # [1]
-    spans: Any  # [B, query tiles, 4]
+    key_ranges: Any  # [B, query tiles, 4]
     offset: Any  # [B]
     segments: Any  # (ids of the queries, ids of the keys), or None
 
@@ -68,8 +69,7 @@ class Scratch(NamedTuple):
     weights: Any  # [tiles, ROWS, KEYS]
     d_logits: Any  # [tiles, ROWS, KEYS]
     resident: Any  # the keys and values are there
-    full: Any  # of each stage: its step is there
-    used: Any  # of each stage: both warpgroups have read it
+    ring: pipeline.Ring
     exchanged: Any  # both warpgroups have written their A and dz of the step
     drained: Any  # both warpgroups have read the A and dz of the step
 
@@ -93,16 +93,15 @@ def is_wide(plan: Plan) -> bool:
 
 
 def d_key_value(
-    plan: Plan, query, key, value, d_out, snapshots, reached, scale, spans, offset,
+    plan: Plan, query, key, value, d_out, snapshots, reached, scale, key_ranges, offset,
     query_segments=None, key_segments=None,
 ):  # fmt: skip
     """(dk [B,S,K,H], dv [B,S,K,Hv])."""
     wide, dtype = is_wide(plan), plan.dtype
     tiles = 1 if wide else 2
     copies = 3 * tiles  # of a step
-    key_tiles = -(-plan.S // KEYS)
 
-    def stick_breaking_d_key_value(inputs: Inputs, outputs: Outputs, scratch: Scratch):
+    def kernel(inputs: Inputs, outputs: Outputs, scratch: Scratch):
         item = lax.axis_index("block")
         block = Block(b=item // plan.K % plan.B, head=item % plan.K, j=item // (plan.B * plan.K))
         offer = _copies(plan, inputs, scratch, block, copies)
@@ -118,10 +117,14 @@ def d_key_value(
             pl.when(wg == own)(partial(_sum, plan, inputs, scratch, block, own, out_ref, copies_too))
 
     memory = partial(tile_memory, dtype=dtype, swizzle=SWIZZLE)
-    run = plgpu.kernel(
-        stick_breaking_d_key_value,
-        out_type=(Outputs(jax.ShapeDtypeStruct(key.shape, dtype), jax.ShapeDtypeStruct(value.shape, dtype)),),
-        scratch_types=(
+    run = pipeline.run(
+        kernel,
+        name="stick_breaking_d_key_value",
+        flops=2 * plan.scores * (2 * plan.H + 2 * plan.Hv),
+        blocks=plan.B * plan.K * plan.key_tiles,
+        warpgroups=2 if wide else 3,
+        out_type=Outputs(jax.ShapeDtypeStruct(key.shape, dtype), jax.ShapeDtypeStruct(value.shape, dtype)),
+        scratch=(
             Scratch(
                 key=memory((2, HALF, plan.H)),
                 value=memory((2, HALF, plan.Hv)),
@@ -132,23 +135,15 @@ def d_key_value(
                 weights=memory((tiles, ROWS, KEYS)),
                 d_logits=memory((tiles, ROWS, KEYS)),
                 resident=plgpu.Barrier(num_arrivals=4),
-                full=plgpu.Barrier(num_arrivals=copies, num_barriers=STAGES),
-                used=plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+                ring=pipeline.ring(STAGES, arrivals=copies, readers=2),
                 exchanged=plgpu.Barrier(num_arrivals=2),
                 drained=plgpu.Barrier(num_arrivals=2),
             ),
         ),
-        grid=(plan.B * plan.K * key_tiles,),
-        grid_names=("block",),
-        num_threads=2 if wide else 3,
-        thread_name="wg",
-        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )
-    run = cost.kernel("stick_breaking_d_key_value", 2 * plan.scores * (2 * plan.H + 2 * plan.Hv), run)
     segments = (query_segments, key_segments) if plan.segments else None
     scale = scale.reshape(1).astype(jnp.float32)
-    (outputs,) = run(Inputs(query, key, value, d_out, snapshots, reached, scale, spans, offset, segments))
-    return outputs
+    return run(Inputs(query, key, value, d_out, snapshots, reached, scale, key_ranges, offset, segments))
 
 
 def _copies(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, copies: int):
@@ -159,13 +154,13 @@ def _copies(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, copies: 
     """
     b, head, j = block
     G, tiles = plan.N // plan.K, len(scratch.query)
-    query_tiles = inputs.spans.shape[1]
+    query_tiles = inputs.key_ranges.shape[1]
 
     def kind(n, i):
         """0: not visited, 1: with a mask, 2: whole."""
         inside = i < query_tiles
         i = jnp.minimum(i, query_tiles - 1)
-        stop, whole_stop, whole_start, start = (inputs.spans[b, i, which] for which in range(4))
+        stop, whole_stop, whole_start, start = (inputs.key_ranges[b, i, which] for which in range(4))
         visits = (j < stop) & (j >= start) & (j >= inputs.reached[b, n, i])
         return jnp.where(inside & visits, jnp.where((j < whole_stop) & (j >= whole_start), 2, 1), 0)
 
@@ -176,18 +171,14 @@ def _copies(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, copies: 
         kinds = [kind(n, i + w) for w in range(tiles)]
         all_whole = reduce(jnp.minimum, kinds) == 2
         is_here = is_end | jnp.where(masked == 0, all_whole, ~all_whole & (reduce(jnp.maximum, kinds) > 0))
-        slot = step % STAGES
-
-        @pl.when(is_here & (step >= STAGES))
-        def _():
-            plgpu.barrier_wait(scratch.used.at[slot])
+        stage = pipeline.free_stage(scratch.ring, step, STAGES, when=is_here)
 
         @pl.when(is_here & is_end)
         def _():
             for w in range(tiles):
-                scratch.visits[slot, w, 0] = END
+                scratch.visits[stage, w, 0] = END
             for _ in range(copies):
-                plgpu.barrier_arrive(scratch.full.at[slot])
+                plgpu.barrier_arrive(scratch.ring.full.at[stage])
 
         @pl.when(is_here & ~is_end)
         def _():
@@ -195,14 +186,14 @@ def _copies(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, copies: 
                 # In the place of a tile that is not visited stands the other one, and no key is seen from it.
                 row = (i + jnp.where(kinds[w] > 0, w, tiles - 1 - w)) * ROWS
                 for what, x in enumerate((kinds[w], row)):
-                    scratch.visits[slot, w, what] = x
+                    scratch.visits[stage, w, what] = x
                 rows = pl.ds(row, ROWS)
                 for source, memory in (
-                    (inputs.query.at[b, rows, n], scratch.query[w].at[slot]),
-                    (inputs.d_out.at[b, rows, n], scratch.d_out[w].at[slot]),
-                    (inputs.snapshots.at[b, n, j, :, :, rows], scratch.snapshots.at[slot, w]),
+                    (inputs.query.at[b, rows, n], scratch.query[w].at[stage]),
+                    (inputs.d_out.at[b, rows, n], scratch.d_out[w].at[stage]),
+                    (inputs.snapshots.at[b, n, j, :, :, rows], scratch.snapshots.at[stage, w]),
                 ):
-                    plgpu.copy_gmem_to_smem(source, memory, scratch.full.at[slot])
+                    plgpu.copy_gmem_to_smem(source, memory, scratch.ring.full.at[stage])
 
         is_last = i + tiles >= query_tiles  # of its query head
         masked, g = masked + jnp.where(is_end, 1, 0), jnp.where(is_end, 0, g + jnp.where(is_last, 1, 0))
@@ -238,20 +229,19 @@ def _sum(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, own: int, o
 
     def visit(masked, state):
         step, _, place, acc = state
-        slot = step % STAGES
-        plgpu.barrier_wait(scratch.full.at[slot])
+        stage = pipeline.full_stage(scratch.ring, step, STAGES)
         if offer:
             place = copy(place, step + 1)
-        kind, row = (scratch.visits[slot, w, what] for what in range(2))
+        kind, row = (scratch.visits[stage, w, what] for what in range(2))
         opaque = zeros(step, plan.H + plan.Hv > 64)
 
         def exchange(half):
             """Leaves A and dz of one half of the keys in shared memory."""
-            at, keys = slot + opaque[half], half + opaque[half]
-            z = seam.product(scratch.query[w].at[at], scratch.key.at[keys].transpose((1, 0))) * multiplier
-            d_weights = seam.product(scratch.d_out[w].at[at], scratch.value.at[keys].transpose((1, 0)))
-            entered = scratch.snapshots.at[slot, w, half]
-            entering, prefix = (plgpu.load(entered.at[part], layout=seam.ROW) for part in range(2))
+            at, keys = stage + opaque[half], half + opaque[half]
+            z = shims.product(scratch.query[w].at[at], scratch.key.at[keys].transpose((1, 0))) * multiplier
+            d_weights = shims.product(scratch.d_out[w].at[at], scratch.value.at[keys].transpose((1, 0)))
+            entered = scratch.snapshots.at[stage, w, half]
+            entering, prefix = (plgpu.load(entered.at[part], layout=shims.ROW) for part in range(2))
             seen = None
             if masked:
                 stands = jnp.where(kind > 0, position, NOWHERE)
@@ -271,16 +261,16 @@ def _sum(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, own: int, o
             plgpu.barrier_wait(scratch.exchanged)
             for t in range(tiles):
                 zero = opaque[t]
-                acc = seam.add_product(acc, mine.at[t + zero].transpose((1, 0)), other[t].at[slot + zero])
+                acc = shims.add_product(acc, mine.at[t + zero].transpose((1, 0)), other[t].at[stage + zero])
             plgpu.barrier_arrive(scratch.drained)
             return acc
 
         going = kind >= 0
         acc = lax.cond(going, tile, lambda acc: acc, acc)
-        plgpu.barrier_arrive(scratch.used.at[slot])
+        plgpu.barrier_arrive(scratch.ring.used.at[stage])
         return step + 1, going, place, acc
 
-    acc = plgpu.layout_cast(jnp.zeros((KEYS, width), jnp.float32), seam.TILE)
+    acc = plgpu.layout_cast(jnp.zeros((KEYS, width), jnp.float32), shims.TILE)
     plgpu.barrier_arrive(scratch.drained)
     step = jnp.int32(0)
     for masked in (False, True):

@@ -12,10 +12,11 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from .. import cost, seam
+from .. import mosaic_pipeline as pipeline
+from .. import mosaic_shims as shims
 from .logarithm import LOG2E
 from .mosaic_backward import HALF, SWIZZLE, d_logits, weights_of
-from .mosaic_tile import KEYS, ROWS, Place, Plan, block, tile_memory, two_sum, visible, visited, zeros
+from .mosaic_tile import KEYS, ROWS, Assignment, Plan, block, tile_memory, two_sum, visible, visited, zeros
 
 
 class Inputs(NamedTuple):
@@ -24,10 +25,10 @@ class Inputs(NamedTuple):
     value: Any  # [B, S, K, Hv]
     d_out: Any  # [B, T, N, Hv]
     d_log_rem: Any  # [B, N, rows padded]
-    spent: Any  # [2, B, N, rows padded], as the forward pass left it
-    reached: Any  # [B, N, tiles * W], the same
+    log_decay: Any  # [2, B, N, rows padded], a result of the forward pass
+    reached: Any  # [B, N, tiles * W], a result of the forward pass
     scale: Any  # [1]
-    spans: Any  # [B, tiles * W, 4]
+    key_ranges: Any  # [B, tiles * W, 4]
     offset: Any  # [B]
     segments: Any  # (ids of the queries, ids of the keys), or None
 
@@ -35,7 +36,7 @@ class Inputs(NamedTuple):
 class Outputs(NamedTuple):
     d_query: Any  # [B, T, N, H]
     d_scale: Any  # of every row, [B, N, rows padded]
-    snapshots: Any  # [B, N, key tiles, 2 halves, 2, rows padded]: what was spent on entry, and P
+    snapshots: Any  # [B, N, key tiles, 2 halves, 2, rows padded]: the log-decay on entry, and P
 
 
 class Scratch(NamedTuple):
@@ -43,44 +44,45 @@ class Scratch(NamedTuple):
 
     query: Any  # [W, ROWS, H]; in the end the gradient takes its place
     d_out: Any  # [W, ROWS, Hv]
-    rows: Any  # [W, 3, ROWS]: the gradient of log_rem, and what was spent in two floats
+    rows: Any  # [W, 3, ROWS]: the gradient of log_rem, and the log-decay in two floats
     key: Any  # two halves of [stages, HALF, H]
     value: Any  # two halves of [stages, HALF, Hv]
     snapshots: Any  # [W, 2 halves, 2, ROWS], on their way out
     loaded: Any  # of each compute warpgroup: its query rows are there
-    full: Any  # of each stage: its tile is there
-    used: Any  # of each stage: every compute warpgroup has read it
+    ring: pipeline.Ring
 
 
 def d_query(
-    plan: Plan, query, key, value, d_out, d_log_rem, spent, reached, scale, spans, offset,
+    plan: Plan, query, key, value, d_out, d_log_rem, log_decay, reached, scale, key_ranges, offset,
     query_segments=None, key_segments=None,
 ):  # fmt: skip
     """(dq [B,T,N,H], d_scale of every row [B,N,rows padded], snapshots [B,N,key tiles,2 halves,2,rows padded]).
 
-    Snapshots of tiles that no row visits hold anything. `spent` and `reached` as the forward pass left them.
+    Snapshots of tiles that no row visits are not written. `log_decay` and `reached` are results of the forward pass.
     """
     W, stages, dtype = plan.warpgroups, plan.stages, plan.dtype
     memory = partial(tile_memory, dtype=dtype, swizzle=SWIZZLE)
 
-    def stick_breaking_d_query(inputs: Inputs, outputs: Outputs, scratch: Scratch):
+    def kernel(inputs: Inputs, outputs: Outputs, scratch: Scratch):
         b, n, i = block(plan)
         head, wg = n // (plan.N // plan.K), lax.axis_index("wg")
         stop, start = visited(partial(_bound, inputs, b, n, i * W), W)
-        place = Place(b, b, n, head, i, wg, stop, start)
-        pl.when(wg == W)(partial(_copy, plan, place, inputs, scratch))
-        pl.when(wg < W)(partial(_compute, plan, place, inputs, outputs, scratch))
+        assigned = Assignment(b, b, n, head, i, wg, stop, start)
+        pl.when(wg == W)(partial(_copy, plan, assigned, inputs, scratch))
+        pl.when(wg < W)(partial(_compute, plan, assigned, inputs, outputs, scratch))
 
-    run = plgpu.kernel(
-        stick_breaking_d_query,
-        out_type=(
-            Outputs(
-                d_query=jax.ShapeDtypeStruct(query.shape, dtype),
-                d_scale=jax.ShapeDtypeStruct((plan.B, plan.N, plan.padded), jnp.float32),
-                snapshots=jax.ShapeDtypeStruct((plan.B, plan.N, -(-plan.S // KEYS), 2, 2, plan.padded), jnp.float32),
-            ),
+    run = pipeline.run(
+        kernel,
+        name="stick_breaking_d_query",
+        flops=2 * plan.scores * (2 * plan.H + plan.Hv),
+        blocks=plan.B * plan.N * plan.tiles,
+        warpgroups=W + 1,
+        out_type=Outputs(
+            d_query=jax.ShapeDtypeStruct(query.shape, dtype),
+            d_scale=jax.ShapeDtypeStruct((plan.B, plan.N, plan.padded), jnp.float32),
+            snapshots=jax.ShapeDtypeStruct((plan.B, plan.N, plan.key_tiles, 2, 2, plan.padded), jnp.float32),
         ),
-        scratch_types=(
+        scratch=(
             Scratch(
                 query=memory((W, ROWS, plan.H)),
                 d_out=memory((W, ROWS, plan.Hv)),
@@ -89,76 +91,61 @@ def d_query(
                 value=(memory((stages, HALF, plan.Hv)),) * 2,
                 snapshots=plgpu.SMEM((W, 2, 2, ROWS), jnp.float32),
                 loaded=plgpu.Barrier(num_arrivals=5, num_barriers=W),
-                full=plgpu.Barrier(num_arrivals=4, num_barriers=stages),
-                used=plgpu.Barrier(num_arrivals=W, num_barriers=stages),
+                ring=pipeline.ring(stages, arrivals=4, readers=W),
             ),
         ),
-        grid=(plan.B * plan.N * plan.tiles,),
-        grid_names=("block",),
-        num_threads=W + 1,
-        thread_name="wg",
-        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )
-    run = cost.kernel("stick_breaking_d_query", 2 * plan.scores * (2 * plan.H + plan.Hv), run)
     segments = (query_segments, key_segments) if plan.segments else None
     scale = scale.reshape(1).astype(jnp.float32)
-    inputs = Inputs(query, key, value, d_out, d_log_rem, spent, reached, scale, spans, offset, segments)
-    (outputs,) = run(inputs)
-    return outputs
+    return run(Inputs(query, key, value, d_out, d_log_rem, log_decay, reached, scale, key_ranges, offset, segments))
 
 
 def _bound(inputs: Inputs, b, n, first, w, which):
-    """Of the key tiles that query tile first + w visits: those that the forward pass did not reach are left out."""
-    x = inputs.spans[b, first + w, which]
+    """Entry `which` of the key-tile range of query tile first + w, without the tiles that the forward pass left out."""
+    x = inputs.key_ranges[b, first + w, which]
     return jnp.maximum(x, inputs.reached[b, n, first + w]) if which else x
 
 
-def _copy(plan: Plan, place: Place, inputs: Inputs, scratch: Scratch) -> None:
+def _copy(plan: Plan, assigned: Assignment, inputs: Inputs, scratch: Scratch) -> None:
     """The warpgroup that copies: key tiles from left to right."""
 
     def copy(step, _):
-        slot = step % plan.stages
-
-        @pl.when(step >= plan.stages)
-        def _():
-            plgpu.barrier_wait(scratch.used.at[slot])
-
+        stage = pipeline.free_stage(scratch.ring, step, plan.stages)
         for half in range(2):
-            keys = pl.ds((place.start + step) * KEYS + half * HALF, HALF)
+            keys = pl.ds((assigned.start + step) * KEYS + half * HALF, HALF)
             for ref, mem in ((inputs.key, scratch.key), (inputs.value, scratch.value)):
-                tile = ref.at[place.b, keys, place.head]
-                plgpu.copy_gmem_to_smem(tile, mem[half].at[slot], scratch.full.at[slot])
+                tile = ref.at[assigned.b, keys, assigned.head]
+                plgpu.copy_gmem_to_smem(tile, mem[half].at[stage], scratch.ring.full.at[stage])
 
-    lax.fori_loop(0, jnp.maximum(place.stop - place.start, 0), copy, None)
+    lax.fori_loop(0, jnp.maximum(assigned.stop - assigned.start, 0), copy, None)
 
 
-def _compute(plan: Plan, place: Place, inputs: Inputs, outputs: Outputs, scratch: Scratch) -> None:
+def _compute(plan: Plan, assigned: Assignment, inputs: Inputs, outputs: Outputs, scratch: Scratch) -> None:
     """A warpgroup that computes: it visits its own key tiles and waits while the other one visits tiles of its own."""
-    b, n, wg, dtype = place.b, place.n, place.wg, plan.dtype
-    row = (place.i * plan.warpgroups + wg) * ROWS
+    b, n, wg, dtype = assigned.b, assigned.n, assigned.wg, plan.dtype
+    row = (assigned.i * plan.warpgroups + wg) * ROWS
     rows = pl.ds(row, ROWS)
     for source, mem in (
         (inputs.query.at[b, rows, n], scratch.query.at[wg]),
         (inputs.d_out.at[b, rows, n], scratch.d_out.at[wg]),
         (inputs.d_log_rem.at[b, n, rows], scratch.rows.at[wg, 0]),
-        (inputs.spent.at[0, b, n, rows], scratch.rows.at[wg, 1]),
-        (inputs.spent.at[1, b, n, rows], scratch.rows.at[wg, 2]),
+        (inputs.log_decay.at[0, b, n, rows], scratch.rows.at[wg, 1]),
+        (inputs.log_decay.at[1, b, n, rows], scratch.rows.at[wg, 2]),
     ):
         plgpu.copy_gmem_to_smem(source, mem, scratch.loaded.at[wg])
     plgpu.barrier_wait(scratch.loaded.at[wg])
-    prefix, high, low = (plgpu.load(scratch.rows.at[wg, part], layout=seam.ROW) for part in range(3))
+    prefix, high, low = (plgpu.load(scratch.rows.at[wg, part], layout=shims.ROW) for part in range(3))
     multiplier, position = inputs.scale[0] * LOG2E, inputs.offset[b]
 
     def visit(masked, j, state):
-        slot = (j - place.start) % plan.stages
-        plgpu.barrier_wait(scratch.full.at[slot])
+        stage = pipeline.full_stage(scratch.ring, j - assigned.start, plan.stages)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the snapshots of the tile before have left
         for half, zero in enumerate(zeros(j, plan.H + plan.Hv > 128 or plan.segments)):
             prefix, high, low, acc = state
             own, column = wg + zero, j * KEYS + half * HALF
-            keys, values = (mem[half].at[slot] for mem in (scratch.key, scratch.value))
-            z = seam.product(scratch.query.at[own], keys.transpose((1, 0))) * multiplier
-            d_weights = seam.product(scratch.d_out.at[own], values.transpose((1, 0)))
+            keys, values = (mem[half].at[stage] for mem in (scratch.key, scratch.value))
+            z = shims.product(scratch.query.at[own], keys.transpose((1, 0))) * multiplier
+            d_weights = shims.product(scratch.d_out.at[own], values.transpose((1, 0)))
             seen = None
             if masked:
                 seen = visible(plan, inputs.segments, b, row, column, HALF, position)
@@ -170,34 +157,33 @@ def _compute(plan: Plan, place: Place, inputs: Inputs, outputs: Outputs, scratch
 
             weights, logs = weights_of(z, seen, entering)
             dz, total_a = d_logits(weights * d_weights, logs, prefix)
-            acc = seam.add_product(acc, dz.astype(dtype), keys)
+            acc = shims.add_product(acc, dz.astype(dtype), keys)
             scratch.snapshots[wg, half, 0], scratch.snapshots[wg, half, 1] = entered[0] + entered[1], prefix
             state = prefix + total_a, *entered, acc
-        plgpu.barrier_arrive(scratch.used.at[slot])
+        plgpu.barrier_arrive(scratch.ring.used.at[stage])
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(scratch.snapshots.at[wg], outputs.snapshots.at[b, n, j, :, :, rows])
         return state
 
     def idle(j, _):
-        slot = (j - place.start) % plan.stages
-        plgpu.barrier_wait(scratch.full.at[slot])
-        plgpu.barrier_arrive(scratch.used.at[slot])
+        stage = pipeline.full_stage(scratch.ring, j - assigned.start, plan.stages)
+        plgpu.barrier_arrive(scratch.ring.used.at[stage])
 
-    first = place.i * plan.warpgroups
+    first = assigned.i * plan.warpgroups
     own_stop, whole_stop, whole_start, own_start = (_bound(inputs, b, n, first, wg, which) for which in range(4))
-    acc = plgpu.layout_cast(jnp.zeros((ROWS, plan.H), jnp.float32), seam.TILE)
+    acc = plgpu.layout_cast(jnp.zeros((ROWS, plan.H), jnp.float32), shims.TILE)
     state = prefix, high, low, acc
-    lax.fori_loop(place.start, jnp.minimum(own_start, place.stop), idle, None)
+    lax.fori_loop(assigned.start, jnp.minimum(own_start, assigned.stop), idle, None)
     state = lax.fori_loop(own_start, whole_start, partial(visit, True), state)
     state = lax.fori_loop(whole_start, whole_stop, partial(visit, False), state)
     state = lax.fori_loop(jnp.maximum(whole_stop, own_start), own_stop, partial(visit, True), state)
-    lax.fori_loop(jnp.maximum(own_stop, place.start), place.stop, idle, None)
+    lax.fori_loop(jnp.maximum(own_stop, assigned.start), assigned.stop, idle, None)
 
     acc = state[3]
     # The sum of dz * q.k over the keys, before anything is rounded; in pieces, for the sake of registers.
-    d_scale = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), seam.ROW)
+    d_scale = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), shims.ROW)
     for first in range(0, plan.H, HALF):
-        q = plgpu.load(scratch.query.at[wg, :, pl.ds(first, HALF)], layout=seam.TILE).astype(jnp.float32)
+        q = plgpu.load(scratch.query.at[wg, :, pl.ds(first, HALF)], layout=shims.TILE).astype(jnp.float32)
         d_scale += (acc[:, first : first + HALF] * q).sum(1)
     plgpu.commit_smem()  # all have read what is overwritten next
     outputs.d_scale[b, n, rows] = d_scale

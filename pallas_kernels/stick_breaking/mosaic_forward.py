@@ -16,13 +16,14 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from .. import cost, seam
+from .. import mosaic_pipeline as pipeline
+from .. import mosaic_shims as shims
 from .logarithm import LOG2E
 from .mosaic_tile import (
     FINISHED,
     KEYS,
     ROWS,
-    Place,
+    Assignment,
     Plan,
     block,
     finished_padding,
@@ -40,14 +41,14 @@ class Inputs(NamedTuple):
     key: Any  # [B, S, K, H]
     value: Any  # [B, S, K, Hv]
     scale: Any  # [1]
-    spans: Any  # [B * splits, tiles * W, 4]
+    key_ranges: Any  # [B * splits, tiles * W, 4]
     offset: Any  # [B]
     segments: Any  # (ids of the queries, ids of the keys), or None
 
 
 class Outputs(NamedTuple):
     out: Any  # [B * splits, T, N, Hv]
-    spent: Any  # [2, B * splits, N, rows padded]
+    log_decay: Any  # [2, B * splits, N, rows padded]
     reached: Any  # [B * splits, N, tiles * W]
 
 
@@ -56,40 +57,41 @@ class Scratch(NamedTuple):
 
     query: Any  # [W, ROWS, H]
     out: Any  # [W, ROWS, Hv]; None: the output takes the place of the query
-    rows: Any  # [W, 2, ROWS]: what the rows have spent, on its way out
+    rows: Any  # [W, 2, ROWS]: the log-decay of the rows, on its way out
     key: Any  # [stages, KEYS, H]
     value: Any  # [stages, KEYS, Hv]
     needs: Any  # [W, stages]: 1 if the warpgroup needs more tiles than this stage's; for the early exit
     stopped: Any  # [stages]: 1 if the copying warpgroup sent no tile and sends no more
     loaded: Any  # of each compute warpgroup: its query rows are there
-    full: Any  # of each stage: its tile is there, or `stopped` says that there is none
-    used: Any  # of each stage: every compute warpgroup has read it
+    ring: pipeline.Ring  # full: its tile is there, or `stopped` says that there is none
 
 
-def forward(plan: Plan, query, key, value, scale, spans, offset, query_segments=None, key_segments=None):
-    """(out [B,T,N,Hv], spent [2,B,N,rows padded], first visited tile [B,N,tiles * warpgroups]); B times splits."""
+def forward(plan: Plan, query, key, value, scale, key_ranges, offset, query_segments=None, key_segments=None):
+    """(out [B,T,N,Hv], log_decay [2,B,N,rows padded], first visited tile [B,N,tiles * warpgroups]); B times splits."""
     W, stages, dtype = plan.warpgroups, plan.stages, plan.dtype
-    entries, out_dtype = plan.B * plan.splits, plan.out_dtype or dtype
+    entries, out_dtype = plan.entries, plan.out_dtype or dtype
     shared = plan.H == plan.Hv and out_dtype == dtype  # the output takes the place of the query
 
-    def stick_breaking_forward(inputs: Inputs, outputs: Outputs, scratch: Scratch):
+    def kernel(inputs: Inputs, outputs: Outputs, scratch: Scratch):
         entry, n, i = block(plan)
         b, head, wg = entry % plan.B, n // (plan.N // plan.K), lax.axis_index("wg")
-        stop, start = visited(lambda w, which: inputs.spans[entry, i * W + w, which], W)
-        place = Place(entry, b, n, head, i, wg, stop, start)
-        pl.when(wg == W)(partial(_copy, plan, place, inputs, scratch))
-        pl.when(wg < W)(partial(_compute, plan, place, inputs, outputs, scratch))
+        stop, start = visited(lambda w, which: inputs.key_ranges[entry, i * W + w, which], W)
+        assigned = Assignment(entry, b, n, head, i, wg, stop, start)
+        pl.when(wg == W)(partial(_copy, plan, assigned, inputs, scratch))
+        pl.when(wg < W)(partial(_compute, plan, assigned, inputs, outputs, scratch))
 
-    run = plgpu.kernel(
-        stick_breaking_forward,
-        out_type=(
-            Outputs(
-                out=jax.ShapeDtypeStruct((entries, query.shape[1], plan.N, plan.Hv), out_dtype),
-                spent=jax.ShapeDtypeStruct((2, entries, plan.N, plan.padded), jnp.float32),
-                reached=jax.ShapeDtypeStruct((entries, plan.N, plan.tiles * W), jnp.int32),
-            ),
+    run = pipeline.run(
+        kernel,
+        name="stick_breaking_forward",
+        flops=2 * plan.scores * (plan.H + plan.Hv),
+        blocks=entries * plan.N * plan.tiles,
+        warpgroups=W + 1,
+        out_type=Outputs(
+            out=jax.ShapeDtypeStruct((entries, query.shape[1], plan.N, plan.Hv), out_dtype),
+            log_decay=jax.ShapeDtypeStruct((2, entries, plan.N, plan.padded), jnp.float32),
+            reached=jax.ShapeDtypeStruct((entries, plan.N, plan.tiles * W), jnp.int32),
         ),
-        scratch_types=(
+        scratch=(
             Scratch(
                 query=tile_memory((W, ROWS, plan.H), dtype),
                 out=None if shared else tile_memory((W, ROWS, plan.Hv), out_dtype),
@@ -99,116 +101,101 @@ def forward(plan: Plan, query, key, value, scale, spans, offset, query_segments=
                 needs=plgpu.SMEM((W, stages), jnp.int32),
                 stopped=plgpu.SMEM((stages,), jnp.int32),
                 loaded=plgpu.Barrier(num_barriers=W),
-                full=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-                used=plgpu.Barrier(num_arrivals=W, num_barriers=stages),
+                ring=pipeline.ring(stages, arrivals=2, readers=W),
             ),
         ),
-        grid=(entries * plan.N * plan.tiles,),
-        grid_names=("block",),
-        num_threads=W + 1,
-        thread_name="wg",
-        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )
-    run = cost.kernel("stick_breaking_forward", 2 * plan.scores * (plan.H + plan.Hv), run)
     segments = (query_segments, key_segments) if plan.segments else None
-    (outputs,) = run(Inputs(query, key, value, scale.reshape(1).astype(jnp.float32), spans, offset, segments))
-    return outputs
+    return run(Inputs(query, key, value, scale.reshape(1).astype(jnp.float32), key_ranges, offset, segments))
 
 
-def _copy(plan: Plan, place: Place, inputs: Inputs, scratch: Scratch) -> None:
+def _copy(plan: Plan, assigned: Assignment, inputs: Inputs, scratch: Scratch) -> None:
     """The warpgroup that copies: key tiles from right to left, until no compute warpgroup needs more of them."""
-    stages, skip, start = plan.stages, plan.skip_below is not None, place.start
-    full, used, needs = scratch.full, scratch.used, scratch.needs
+    stages, skip, start = plan.stages, plan.skip_below is not None, assigned.start
+    ring, needs = scratch.ring, scratch.needs
 
     def copy(state):
         j, _ = state
-        step = place.stop - 1 - j
-        slot = step % stages
-
-        @pl.when(step >= stages)
-        def _():
-            plgpu.barrier_wait(used.at[slot])
-
+        step = assigned.stop - 1 - j
+        stage = pipeline.free_stage(ring, step, stages)
         go = jnp.bool_(True)
         if skip:
-            needed = needs[0, slot] if plan.warpgroups == 1 else jnp.maximum(needs[0, slot], needs[1, slot])
+            needed = needs[0, stage] if plan.warpgroups == 1 else jnp.maximum(needs[0, stage], needs[1, stage])
             go = (step < stages) | (needed > 0)
-            scratch.stopped[slot] = jnp.where(go, 0, 1)
+            scratch.stopped[stage] = jnp.where(go, 0, 1)
 
         @pl.when(go)
         def _():
             for ref, mem in ((inputs.key, scratch.key), (inputs.value, scratch.value)):
-                tile = ref.at[place.b, pl.ds(j * KEYS, KEYS), place.head]
-                plgpu.copy_gmem_to_smem(tile, mem.at[slot], full.at[slot])
+                tile = ref.at[assigned.b, pl.ds(j * KEYS, KEYS), assigned.head]
+                plgpu.copy_gmem_to_smem(tile, mem.at[stage], ring.full.at[stage])
 
         if skip:
 
             @pl.when(~go)
             def _():  # in place of the two copies
-                plgpu.barrier_arrive(full.at[slot])
-                plgpu.barrier_arrive(full.at[slot])
+                plgpu.barrier_arrive(ring.full.at[stage])
+                plgpu.barrier_arrive(ring.full.at[stage])
 
         return j - 1, go
 
-    lax.while_loop(lambda s: (s[0] >= start) & s[1], copy, (place.stop - 1, jnp.bool_(True)))
+    lax.while_loop(lambda s: (s[0] >= start) & s[1], copy, (assigned.stop - 1, jnp.bool_(True)))
 
 
-def _compute(plan: Plan, place: Place, inputs: Inputs, outputs: Outputs, scratch: Scratch) -> None:
+def _compute(plan: Plan, assigned: Assignment, inputs: Inputs, outputs: Outputs, scratch: Scratch) -> None:
     """A warpgroup that computes: it visits its own key tiles and waits while the other one visits tiles of its own."""
     stages, dtype, skip = plan.stages, plan.dtype, plan.skip_below is not None
-    full, used, needs, wg = scratch.full, scratch.used, scratch.needs, place.wg
+    ring, needs, wg = scratch.ring, scratch.needs, assigned.wg
     out_mem = scratch.query if scratch.out is None else scratch.out
-    tile = place.i * plan.warpgroups + wg
+    tile = assigned.i * plan.warpgroups + wg
     row = tile * ROWS
-    query_rows = inputs.query.at[place.b, pl.ds(row, ROWS), place.n]
+    query_rows = inputs.query.at[assigned.b, pl.ds(row, ROWS), assigned.n]
     plgpu.copy_gmem_to_smem(query_rows, scratch.query.at[wg], scratch.loaded.at[wg])
     plgpu.barrier_wait(scratch.loaded.at[wg])
-    multiplier, position = inputs.scale[0] * LOG2E, inputs.offset[place.b]
+    multiplier, position = inputs.scale[0] * LOG2E, inputs.offset[assigned.b]
 
     def visit(masked, state):
         j, _, high, low, acc = state
-        slot = (place.stop - 1 - j) % stages
-        plgpu.barrier_wait(full.at[slot])
+        stage = pipeline.full_stage(ring, assigned.stop - 1 - j, stages)
         # With masks of documents and the early exit no registers are left for the descriptors of the query.
-        (zero, _) = zeros(place.stop - 1 - j, masked and plan.segments and skip)
-        z = seam.product(scratch.query.at[wg + zero], scratch.key.at[slot].transpose((1, 0))) * multiplier
+        (zero, _) = zeros(assigned.stop - 1 - j, masked and plan.segments and skip)
+        z = shims.product(scratch.query.at[wg + zero], scratch.key.at[stage].transpose((1, 0))) * multiplier
         seen = None
         if masked:
-            seen = visible(plan, inputs.segments, place.b, row, j * KEYS, KEYS, position)
+            seen = visible(plan, inputs.segments, assigned.b, row, j * KEYS, KEYS, position)
         log_beta, softplus = sticks(z, seen)
-        log_weights, total = seam.minus_sum_right(log_beta, None, softplus, high)
+        log_weights, total = shims.minus_sum_right(log_beta, None, softplus, high)
         weights = jnp.exp2(log_weights)
         high, low = two_sum(high, low, total)
-        acc = seam.add_product(acc, weights.astype(dtype), scratch.value.at[slot])
+        acc = shims.add_product(acc, weights.astype(dtype), scratch.value.at[stage])
         alive = jnp.bool_(True)
         if skip:
-            alive = seam.any_at_most(high, -plan.skip_below)
-            needs[wg, slot] = jnp.where(alive & (j > own_start), 1, 0)
-        plgpu.barrier_arrive(used.at[slot])
+            alive = shims.any_at_most(high, -plan.skip_below)
+            needs[wg, stage] = jnp.where(alive & (j > own_start), 1, 0)
+        plgpu.barrier_arrive(ring.used.at[stage])
         return j - 1, alive, high, low, acc
 
-    # A warpgroup without key tiles of its own has a span from 0 to 0, which may lie left of what is copied.
+    # A warpgroup without key tiles of its own has the range from 0 to 0, which may lie left of what is copied.
     own_stop, whole_stop, whole_start, own_start = (
-        jnp.maximum(inputs.spans[place.entry, tile, which], place.start) for which in range(4)
+        jnp.maximum(inputs.key_ranges[assigned.entry, tile, which], assigned.start) for which in range(4)
     )
 
     def wait_for_others(state):
         j, going = state
-        slot = (place.stop - 1 - j) % stages
-        plgpu.barrier_wait(full.at[slot])
+        stage = pipeline.full_stage(ring, assigned.stop - 1 - j, stages)
         if skip:
-            going = scratch.stopped[slot] == 0
-            needs[wg, slot] = jnp.where((j >= own_stop) & (own_stop > own_start), 1, 0)
-        plgpu.barrier_arrive(used.at[slot])
+            going = scratch.stopped[stage] == 0
+            needs[wg, stage] = jnp.where((j >= own_stop) & (own_stop > own_start), 1, 0)
+        plgpu.barrier_arrive(ring.used.at[stage])
         return j - 1, going
 
     def idle(j, until):
         lax.while_loop(lambda s: (s[0] >= until) & s[1], wait_for_others, (j, jnp.bool_(True)))
 
-    idle(place.stop - 1, own_stop)
-    zero = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), seam.ROW)
-    acc = plgpu.layout_cast(jnp.zeros((ROWS, plan.Hv), jnp.float32), seam.TILE)
-    high = finished_padding(plan, inputs.segments, place.b, row) if skip else zero
+    idle(assigned.stop - 1, own_stop)
+    zero = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), shims.ROW)
+    acc = plgpu.layout_cast(jnp.zeros((ROWS, plan.Hv), jnp.float32), shims.TILE)
+    high = finished_padding(plan, inputs.segments, assigned.b, row) if skip else zero
     # Without tiles of its own, a warpgroup may have left `idle` early: it visits none all the same.
     state = (own_stop - 1, jnp.bool_(True), high, zero, acc)
     for masked, until in ((True, whole_stop), (False, whole_start), (True, own_start)):
@@ -221,15 +208,15 @@ def _compute(plan: Plan, place: Place, inputs: Inputs, outputs: Outputs, scratch
     j, _, high, low, acc = state
     if skip:
         high = jnp.where(high >= FINISHED, 0.0, high)
-    idle(j, place.start)
+    idle(j, assigned.start)
 
-    outputs.reached[place.entry, place.n, tile] = j + 1
+    outputs.reached[assigned.entry, assigned.n, tile] = j + 1
     out_mem[wg] = acc.astype(plan.out_dtype or dtype)
     for part, x in enumerate((high, low)):
         scratch.rows[wg, part] = x
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(out_mem.at[wg], outputs.out.at[place.entry, pl.ds(row, ROWS), place.n])
+    plgpu.copy_smem_to_gmem(out_mem.at[wg], outputs.out.at[assigned.entry, pl.ds(row, ROWS), assigned.n])
     for part in range(2):
-        spent = outputs.spent.at[part, place.entry, place.n, pl.ds(row, ROWS)]
-        plgpu.copy_smem_to_gmem(scratch.rows.at[wg, part], spent)
+        log_decay = outputs.log_decay.at[part, assigned.entry, assigned.n, pl.ds(row, ROWS)]
+        plgpu.copy_smem_to_gmem(scratch.rows.at[wg, part], log_decay)
     plgpu.wait_smem_to_gmem(0)

@@ -1,9 +1,10 @@
 """What the three kernels for Hopper GPUs share: sizes, masks, and the arithmetic of one tile in registers.
 
-All logarithms are base 2. What a row has spent of its stick is a positive number, kept in two floats (`two_sum`): the
+All logarithms are base 2. The cumulative log-decay of a row is a positive number, kept in two floats (`two_sum`): the
 backward pass subtracts what the forward pass added, and must not lose the small amounts.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -12,58 +13,31 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from .. import seam
-from ..cost import visible_scores
+from .. import mosaic_shims as shims
+from . import kernels
 from .logarithm import LOG2P1, NOTHING
 
 ROWS = 64  # query rows of a warpgroup
 KEYS = 64  # keys of a tile
-FINISHED = 1e30  # what a row that needs no key has spent: more than any other row spends
+FINISHED = 1e30  # the log-decay of a row that needs no key: larger than that of any other row
 
 
-class Plan(NamedTuple):
-    """Static sizes of one call of a kernel."""
+@dataclass(frozen=True, kw_only=True)
+class Plan(kernels.Plan):
+    """Static sizes of one call of a kernel for Hopper GPUs."""
 
-    B: int
-    rows: int  # query rows of a head: T, or T * G where a group's heads are packed (decoding)
-    S: int
-    N: int
-    K: int
-    H: int
-    Hv: int
-    dtype: jnp.dtype
     stages: int  # key tiles in shared memory
     warpgroups: int  # warpgroups of a block that compute; one more copies
-    attend_current: bool
-    window: int | None
-    skip_below: float | None
-    segments: bool
-    per_position: int = 1  # query rows at one position
-    splits: int = 1  # parts of the keys; each is an entry of its own in the spans and the results
-    out_dtype: jnp.dtype | None = None
+    row_tile: int = ROWS
+    key_tile: int = KEYS
 
     @property
-    def scores(self) -> int:
-        """(query, key) pairs inside the mask, if the last query stands at the last key."""
-        rows, window = self.rows // self.per_position, self.window
-        scores = visible_scores(rows, self.S, attend_current=self.attend_current, window=window)
-        return self.B * self.N * self.per_position * scores
-
-    @property
-    def tiles(self) -> int:
-        """The number of blocks that the query rows of a head are cut into."""
-        return -(-self.rows // (ROWS * self.warpgroups))
-
-    @property
-    def padded(self) -> int:
-        """The number of query rows of a head, padded to whole blocks."""
-        return self.tiles * ROWS * self.warpgroups
-
-    row_tile, key_tile = ROWS, KEYS
+    def block_rows(self) -> int:
+        return self.row_tile * self.warpgroups
 
 
-class Place(NamedTuple):
-    """Which part of the work a warpgroup of `forward` or `d_query` does."""
+class Assignment(NamedTuple):
+    """Which rows a warpgroup of `forward` or `d_query` computes, and which key tiles its block visits."""
 
     entry: jax.Array  # of the batch, times the splits
     b: jax.Array  # entry of the batch
@@ -90,7 +64,7 @@ def sticks(z, seen=None):
     """(log2 of beta, -log2 of 1 - beta) of logits z, which are in units of log2; beta is 0 where a key is not seen."""
     if seen is not None:
         z = jnp.where(seen, z, NOTHING)
-    y = seam.exp2_of_minus_abs(z)
+    y = shims.exp2_of_minus_abs(z)
     poly = jnp.full_like(z, LOG2P1[0])
     for c in LOG2P1[1:]:
         poly = poly * y + c
@@ -106,11 +80,11 @@ def two_sum(high, low, x):
 
 
 def zeros(step, opaque: bool):
-    """Two zeros, of which no compiler knows that they are zero or the same where they are opaque; step below 2^24.
+    """Two zeros. If `opaque`, no compiler knows that they are zero, nor that they are equal. `step` is below 2^24.
 
-    What a product reads from the same place in every iteration has the same descriptors, one for every 16 columns, and
-    the compiler would keep them all in registers, from half to half and from iteration to iteration. An opaque zero in
-    the place makes it add them up again, in uniform registers.
+    A product that reads the same memory in every iteration needs the same descriptors, one for every 16 columns. The
+    compiler would keep all of them in registers, from half to half and from iteration to iteration. An opaque zero in
+    the index makes the compiler add them up again, in uniform registers.
     """
     return [lax.shift_right_logical(step, 24 + half) if opaque else jnp.int32(0) for half in range(2)]
 
@@ -123,35 +97,35 @@ def visible(plan: Plan, segments, b, first_row, first_column, columns, offset):
     """
     shape = (ROWS, columns)
     # The numbers of the rows stay in registers from one tile to the next, except where the ids of documents need these.
-    rows = seam.row_numbers() if plan.segments else plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=seam.ROW)
+    rows = shims.row_numbers() if plan.segments else plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=shims.ROW)
     row = first_row + rows
-    column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=seam.TILE)
+    column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=shims.TILE)
     # The last and the first column that a row sees are numbered within the tile: then each costs one comparison.
     position = offset + (row // plan.per_position if plan.per_position > 1 else row)
     last = jnp.minimum(position if plan.attend_current else position - 1, plan.S - 1) - first_column
     if plan.segments:
         queries, keys = segments
-        q = plgpu.load(queries.at[b, pl.ds(first_row, ROWS)], layout=seam.ROW, optimized=False)
+        q = plgpu.load(queries.at[b, pl.ds(first_row, ROWS)], layout=shims.ROW, optimized=False)
         last = jnp.where(q >= 0, last, -1)
     seen = column <= lax.broadcast_in_dim(last, shape, [0])
     if plan.window is not None:
         seen &= column >= lax.broadcast_in_dim(position - plan.window - first_column, shape, [0])
     if plan.segments:
-        k = plgpu.load(keys.at[b, pl.ds(first_column, columns)], layout=seam.COLUMN, optimized=False)
+        k = plgpu.load(keys.at[b, pl.ds(first_column, columns)], layout=shims.COLUMN, optimized=False)
         seen &= lax.broadcast_in_dim(q, shape, [0]) == lax.broadcast_in_dim(k, shape, [1])
     return seen
 
 
 def finished_padding(plan: Plan, segments, b, first_row):
-    """What each of 64 rows has spent of its stick at the start, in registers: 0, or FINISHED for a padding row.
+    """The log-decay of each of 64 rows at the start, in registers: 0, or FINISHED for a padding row.
 
-    A padding row stands after the last query or in a negative segment. It may see no key, and then it never spends
-    anything: the early exit would wait for it for ever.
+    A padding row stands after the last query or in a negative segment. It may see no key, and then its log-decay stays
+    0: the early exit would wait for it for ever.
     """
-    is_query = first_row + seam.row_numbers() < plan.rows
+    is_query = first_row + shims.row_numbers() < plan.rows
     if plan.segments:
         queries, _ = segments
-        is_query &= plgpu.load(queries.at[b, pl.ds(first_row, ROWS)], layout=seam.ROW, optimized=False) >= 0
+        is_query &= plgpu.load(queries.at[b, pl.ds(first_row, ROWS)], layout=shims.ROW, optimized=False) >= 0
     return jnp.where(is_query, 0.0, FINISHED)
 
 
@@ -160,9 +134,7 @@ def block(plan: Plan):
 
     Tiles with the most keys come first. Blocks that run at the same time work on few heads, which share the cache.
     """
-    heads = plan.B * plan.splits * plan.N
-    together = max(1, 16 * 2**20 // max(1, plan.S * (plan.H + plan.Hv) * jnp.dtype(plan.dtype).itemsize))
-    together = max(n for n in range(1, heads + 1) if heads % n == 0 and n <= together)
+    together = plan.heads_together
     i = lax.axis_index("block")
     group, i = i // (together * plan.tiles), i % (together * plan.tiles)
     head = group * together + i % together
@@ -172,12 +144,12 @@ def block(plan: Plan):
 def visited(bound, warpgroups: int):
     """(stop, start) of the key tiles that some warpgroup of a block visits.
 
-    `bound(w, which)`: entry `which` of the table of spans for warpgroup w.
+    `bound(w, which)`: entry `which` of the key-tile range of warpgroup w.
     """
     if warpgroups == 1:
         return bound(0, 0), bound(0, 3)
     (stop, start), (other_stop, other_start) = ((bound(w, 0), bound(w, 3)) for w in range(2))
     both = jnp.minimum(start, other_start)
-    # An empty span starts and stops at 0.
+    # An empty range starts and stops at 0.
     start = jnp.where(stop == 0, other_start, jnp.where(other_stop == 0, start, both))
     return jnp.maximum(stop, other_stop), start

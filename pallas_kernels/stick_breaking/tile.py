@@ -64,7 +64,7 @@ def _sticks(q, k, mask, scale):
     return z, y, jnp.minimum(z, 0) - small, jnp.maximum(z, 0) + small
 
 
-def spent(q, k, mask, scale):
+def log_decay(q, k, mask, scale):
     """The cumulative log-decay over this tile, [G,R]: -log of the share of the stick that is left after it."""
     return _sticks(q, k, mask, scale)[3].sum(-1)
 

@@ -44,7 +44,7 @@ def visit(
 
 @triton.jit
 def d_key_value(
-    q_ref, k_ref, v_ref, d_out_ref, snapshots_ref, reached_ref, visitors_ref, scale_ref, spans_ref, offset_ref,
+    q_ref, k_ref, v_ref, d_out_ref, snapshots_ref, reached_ref, query_ranges_ref, scale_ref, key_ranges_ref, offset_ref,
     query_segments_ref, key_segments_ref,
     dk_ref, dv_ref,
     B: tl.constexpr, T: tl.constexpr, S: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
@@ -52,9 +52,9 @@ def d_key_value(
     tiles: tl.constexpr, attend_current: tl.constexpr, window: tl.constexpr, segments: tl.constexpr,
     precision: tl.constexpr,
 ):  # fmt: skip
-    place = tl.program_id(0)
+    program = tl.program_id(0)
     key_tiles: tl.constexpr = (S + C - 1) // C
-    j, b, head = place // (B * K), place // K % B, place % K  # the tiles that most queries see come first
+    j, b, head = program // (B * K), program // K % B, program % K  # the tiles that most queries see come first
     column = j * C
     k_head, v_head = tile.head_of(k_ref, b, head, S, K, H), tile.head_of(v_ref, b, head, S, K, Hv)
     k, v = tile.load(k_head, column, S, K * H, H, C, Hp), tile.load(v_head, column, S, K * Hv, Hv, C, Hvp)
@@ -68,9 +68,9 @@ def d_key_value(
         n = head * (N // K) + member
         q_head, d_out_head = tile.head_of(q_ref, b, n, T, N, H), tile.head_of(d_out_ref, b, n, T, N, Hv)
         snapshots = snapshots_ref + ((b * N + n) * key_tiles + j).to(tl.int64) * (2 * tiles * R)
-        visitors = visitors_ref + ((b * N + n) * key_tiles + j) * 4  # first, whole_first, whole_stop, stop
+        query_ranges = query_ranges_ref + ((b * N + n) * key_tiles + j) * 4  # first, whole_first, whole_stop, stop
         for part in tl.static_range(3):
-            begin, until = tl.load(visitors + part), tl.load(visitors + part + 1)
+            begin, until = tl.load(query_ranges + part), tl.load(query_ranges + part + 1)
             for i in range(begin, until):
                 if part == 1:
                     dk, dv = visit(
@@ -79,7 +79,8 @@ def d_key_value(
                         window, segments, precision, False,
                     )  # fmt: skip
                 else:
-                    stop, start = tl.load(spans_ref + (b * tiles + i) * 4), tl.load(spans_ref + (b * tiles + i) * 4 + 3)
+                    key_range = key_ranges_ref + (b * tiles + i) * 4  # stop, whole_stop, whole_start, start
+                    stop, start = tl.load(key_range), tl.load(key_range + 3)
                     start = tl.maximum(start, tl.load(reached_ref + (b * N + n) * tiles + i))
                     if (j >= start) & (j < stop):
                         dk, dv = visit(
@@ -88,7 +89,7 @@ def d_key_value(
                             attend_current, window, segments, precision, True,
                         )  # fmt: skip
 
-    dk_tile = tile.places(tile.head_of(dk_ref, b, head, S, K, H), column, K * H, C, Hp)
+    dk_tile = tile.pointers(tile.head_of(dk_ref, b, head, S, K, H), column, K * H, C, Hp)
     tl.store(dk_tile, (dk * scale).to(dk_ref.dtype.element_ty), mask=tile.inside(column, S, H, C, Hp))
-    dv_tile = tile.places(tile.head_of(dv_ref, b, head, S, K, Hv), column, K * Hv, C, Hvp)
+    dv_tile = tile.pointers(tile.head_of(dv_ref, b, head, S, K, Hv), column, K * Hv, C, Hvp)
     tl.store(dv_tile, dv.to(dv_ref.dtype.element_ty), mask=tile.inside(column, S, Hv, C, Hvp))

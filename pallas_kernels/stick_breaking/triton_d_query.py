@@ -43,7 +43,7 @@ def visit(
 
 @triton.jit
 def d_query(
-    q_ref, k_ref, v_ref, d_out_ref, d_log_rem_ref, spent_ref, reached_ref, scale_ref, spans_ref, offset_ref,
+    q_ref, k_ref, v_ref, d_out_ref, d_log_rem_ref, log_decay_ref, reached_ref, scale_ref, key_ranges_ref, offset_ref,
     query_segments_ref, key_segments_ref,
     dq_ref, d_scale_ref, snapshots_ref,
     B: tl.constexpr, T: tl.constexpr, S: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
@@ -68,15 +68,15 @@ def d_query(
     own = ((b * N + n) * tiles).to(tl.int64) * R + rows
     prefix, high, low = (
         tl.load(d_log_rem_ref + own),
-        tl.load(spent_ref + own),
-        tl.load(spent_ref + B * N * tiles * R + own),
+        tl.load(log_decay_ref + own),
+        tl.load(log_decay_ref + B * N * tiles * R + own),
     )
     snapshots = snapshots_ref + ((b * N + n) * ((S + C - 1) // C)).to(tl.int64) * (2 * tiles * R) + rows
     acc = tl.zeros([R, Hp], tl.float32)
-    span = spans_ref + (b * tiles + i) * 4  # stop, whole_stop, whole_start, start
+    key_range = key_ranges_ref + (b * tiles + i) * 4  # stop, whole_stop, whole_start, start
     begin = tl.load(reached_ref + (b * N + n) * tiles + i)
     for part in tl.static_range(3):
-        until = tl.load(span + 2 - part)
+        until = tl.load(key_range + 2 - part)
         for j in range(begin, until):
             prefix, high, low, acc = visit(
                 j, q, d_out, multiplier, prefix, high, low, acc, k_head, v_head, snapshots, last, first, query_segments,
@@ -86,5 +86,5 @@ def d_query(
 
     # The sum of dz * q.k over the keys, before anything is rounded.
     tl.store(d_scale_ref + own, tl.sum(acc * q.to(tl.float32), 1))
-    dq = tile.places(tile.head_of(dq_ref, b, n, T, N, H), row, N * H, R, Hp)
+    dq = tile.pointers(tile.head_of(dq_ref, b, n, T, N, H), row, N * H, R, Hp)
     tl.store(dq, (acc * tl.load(scale_ref)).to(dq_ref.dtype.element_ty), mask=tile.inside(row, T, H, R, Hp))

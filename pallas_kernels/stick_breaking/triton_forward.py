@@ -30,8 +30,8 @@ def visit(
 
 @triton.jit
 def forward(
-    q_ref, k_ref, v_ref, scale_ref, spans_ref, offset_ref, query_segments_ref, key_segments_ref,
-    out_ref, spent_ref, reached_ref,
+    q_ref, k_ref, v_ref, scale_ref, key_ranges_ref, offset_ref, query_segments_ref, key_segments_ref,
+    out_ref, log_decay_ref, reached_ref,
     B: tl.constexpr, entries: tl.constexpr, T: tl.constexpr, S: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
     H: tl.constexpr, Hv: tl.constexpr, R: tl.constexpr, C: tl.constexpr, Hp: tl.constexpr, Hvp: tl.constexpr,
     tiles: tl.constexpr, together: tl.constexpr, per_position: tl.constexpr, attend_current: tl.constexpr,
@@ -54,16 +54,16 @@ def forward(
         alive_rows &= query_segments >= 0
         key_segments_ref += b * ((S + C - 1) // C * C)
 
-    span = spans_ref + (entry * tiles + i) * 4  # stop, whole_stop, whole_start, start
+    key_range = key_ranges_ref + (entry * tiles + i) * 4  # stop, whole_stop, whole_start, start
     high = tl.zeros([R], tl.float32)
     low = tl.zeros([R], tl.float32)
     acc = tl.zeros([R, Hvp], tl.float32)
-    stop, start = tl.load(span), tl.load(span + 3)
+    stop, start = tl.load(key_range), tl.load(key_range + 3)
     if skip:
         j = stop - 1
         alive = stop > start
         for part in tl.static_range(3):
-            until = tl.load(span + part + 1)
+            until = tl.load(key_range + part + 1)
             while (j >= until) & alive:
                 high, low, acc = visit(
                     j, q, multiplier, high, low, acc, k_head, v_head, last, first, query_segments, key_segments_ref,
@@ -74,7 +74,7 @@ def forward(
         reached = j + 1
     else:
         for part in tl.static_range(3):
-            above, until = tl.load(span + part), tl.load(span + part + 1)
+            above, until = tl.load(key_range + part), tl.load(key_range + part + 1)
             for step in range(0, above - until):
                 high, low, acc = visit(
                     above - 1 - step, q, multiplier, high, low, acc, k_head, v_head, last, first, query_segments,
@@ -83,8 +83,8 @@ def forward(
         reached = start
 
     tl.store(reached_ref + (entry * N + n) * tiles + i, reached)
-    spent = spent_ref + ((entry * N + n) * tiles).to(tl.int64) * R + rows
-    tl.store(spent, high)
-    tl.store(spent + entries * N * tiles * R, low)
-    out = tile.places(tile.head_of(out_ref, entry, n, T, N, Hv), row, N * Hv, R, Hvp)
+    log_decay = log_decay_ref + ((entry * N + n) * tiles).to(tl.int64) * R + rows
+    tl.store(log_decay, high)
+    tl.store(log_decay + entries * N * tiles * R, low)
+    out = tile.pointers(tile.head_of(out_ref, entry, n, T, N, Hv), row, N * Hv, R, Hvp)
     tl.store(out, acc.to(out_ref.dtype.element_ty), mask=tile.inside(row, T, Hv, R, Hvp))

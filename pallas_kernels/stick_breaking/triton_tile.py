@@ -1,4 +1,4 @@
-"""What the three Triton kernels share: their place in the grid, loads, masks, and the arithmetic of one tile.
+"""What the three Triton kernels share: which tile a block takes, loads, masks, and the arithmetic of one tile.
 
 All logarithms are base 2. Each row carries the cumulative log-decay of its stick as a positive number in two floats
 (`two_sum`), so that the backward pass can walk back without losing small terms.
@@ -23,11 +23,11 @@ DEGREE = tl.constexpr(len(logarithm.LOG2P1))
 @triton.jit
 def block(heads: tl.constexpr, N: tl.constexpr, tiles: tl.constexpr, together: tl.constexpr):
     """(entry, query head, query tile) of this block. Tiles with the most keys come first, a few heads at a time."""
-    place = tl.program_id(0)
-    group = place // (together * tiles)
-    place = place % (together * tiles)
-    head = group * together + place % together
-    return head // N, head % N, tiles - 1 - place // together
+    program = tl.program_id(0)
+    group = program // (together * tiles)
+    program = program % (together * tiles)
+    head = group * together + program % together
+    return head // N, head % N, tiles - 1 - program // together
 
 
 @triton.jit
@@ -37,7 +37,7 @@ def head_of(ref, b, head, tokens: tl.constexpr, heads: tl.constexpr, width: tl.c
 
 
 @triton.jit
-def places(ref, first, stride: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr):
+def pointers(ref, first, stride: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr):
     """Pointers [rows, columns] from row `first` on. Rows are `stride` numbers apart."""
     row, column = tl.arange(0, rows), tl.arange(0, columns)
     return ref + first.to(tl.int64) * stride + (row[:, None] * stride + column[None, :])
@@ -54,14 +54,14 @@ def inside(first, limit, width: tl.constexpr, rows: tl.constexpr, columns: tl.co
 def load(ref, first, limit, stride: tl.constexpr, width: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr):
     """[rows, columns], with zeros beyond the limit and the width."""
     mask = inside(first, limit, width, rows, columns)
-    return tl.load(places(ref, first, stride, rows, columns), mask=mask, other=0.0)
+    return tl.load(pointers(ref, first, stride, rows, columns), mask=mask, other=0.0)
 
 
 @triton.jit
 def load_whole(ref, first, stride: tl.constexpr, width: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr):
     """[rows, columns], where all rows are before the limit."""
     if width == columns:
-        return tl.load(places(ref, first, stride, rows, columns))
+        return tl.load(pointers(ref, first, stride, rows, columns))
     return load(ref, first, first + rows, stride, width, rows, columns)
 
 

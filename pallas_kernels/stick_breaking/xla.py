@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .. import cost, seam
+from .. import cost, platform
 from ..arguments import sum_type
 from . import tile
 from .call import Call, Where
@@ -126,7 +126,7 @@ def _over_heads(one_head, call: Call, *extra):
 def _entries_together(call: Call) -> int:
     """On a CPU, the largest divisor of B whose tiles together stay within _CACHED_SCORES; elsewhere B."""
     B, _, N, _ = call.query.shape
-    if seam.platform() != "cpu":
+    if platform.name() != "cpu":
         return B
     tile_scores = _short_rows(call) * call.mask.S if _is_short(call) else math.prod(_long_tiles(call))
     most = max(1, _CACHED_SCORES // max(1, N * tile_scores))
@@ -278,15 +278,15 @@ class _Tiles:
         q, k = i * self.rows + jnp.arange(self.rows), j * self.columns + jnp.arange(self.columns)
         return self.call.mask.visible(self.call.where, q, k)
 
-    def goes_on(self, i, log_rem):
-        """Whether a row that is not padding has enough of its stick left to go on to the left."""
+    def has_stick_left(self, i, log_rem):
+        """Whether a row of query tile i, other than padding, has enough of its stick left for keys further left."""
         if self.call.skip_below is None:
             return True
         q = i * self.rows + jnp.arange(self.rows)
-        alive = q < self.call.mask.T
+        is_query = q < self.call.mask.T
         if self.call.where.query_segments is not None:
-            alive &= jnp.take(self.call.where.query_segments, q, mode="clip") >= 0
-        return jnp.where(alive, log_rem, -jnp.inf).max() >= self.call.skip_below * math.log(2)
+            is_query &= jnp.take(self.call.where.query_segments, q, mode="clip") >= 0
+        return jnp.where(is_query, log_rem, -jnp.inf).max() >= self.call.skip_below * math.log(2)
 
 
 def _long_forward(call: Call, reach):
@@ -303,7 +303,7 @@ def _long_forward(call: Call, reach):
             return j - 1, out + part, log_rem
 
         start = (last - 1, t.zeros(G, t.rows, call.value.shape[-1]), t.zeros(G, t.rows))
-        j, out, log_rem = loop(lambda s: (s[0] >= first) & t.goes_on(i, s[2]), key_tile, start)
+        j, out, log_rem = loop(lambda s: (s[0] >= first) & t.has_stick_left(i, s[2]), key_tile, start)
         return out, log_rem, last - 1 - j
 
     outs, sticks, kept = lax.map(query_tile, jnp.arange(t.count))
@@ -322,13 +322,13 @@ def _long_backward(call: Call, reach, d_out, d_log_rem):
         do, prefix = t.queries(i, d_out), t.queries(i, d_log_rem)
 
         # Right to left: the stick on entry to every tile, and where the forward pass stopped.
-        def spend(state):
+        def add_log_decay(state):
             j, log_rem, sticks = state
             sticks = lax.dynamic_update_index_in_dim(sticks, log_rem, j, 0)
-            return j - 1, log_rem - tile.spent(q, next(t.keys(j)), t.mask(i, j), call.scale), sticks
+            return j - 1, log_rem - tile.log_decay(q, next(t.keys(j)), t.mask(i, j), call.scale), sticks
 
         start = (last - 1, t.zeros(G, t.rows), t.zeros(t.key_count, G, t.rows))
-        j, _, sticks = loop(lambda s: (s[0] >= first) & t.goes_on(i, s[1]), spend, start)
+        j, _, sticks = loop(lambda s: (s[0] >= first) & t.has_stick_left(i, s[1]), add_log_decay, start)
 
         # Left to right: the prefix sums of a, and the gradients.
         def key_tile(state):

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import seam
+from pallas_kernels import platform
 from stickjax.config import ModelConfig
 
 
@@ -36,6 +36,6 @@ def attend(config: ModelConfig, q, k, v, context):
     segments = None if context.segment_ids is None else (context.segment_ids, context.key_segment_ids)
     # On a CPU in groups whose weights stay in the cache, as the stick-breaking op does too.
     group = q.shape[0]
-    if seam.platform() == "cpu":
+    if platform.name() == "cpu":
         group = max(1, min(group, 2**20 // (T * q.shape[2] * S)))
     return jax.lax.map(attend_row, (q, k, v, segments), batch_size=group), None

@@ -11,6 +11,7 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 
 NEW_NAMES = {
+    "pallas_kernels.seam": "pallas_kernels.platform",
     "stickjax.accuracy": "stickjax.evaluation.pairs",
     "stickjax.banner": "stickjax.training.banner",
     "stickjax.checkpoint": "stickjax.storage.checkpoints",

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import seam
+from pallas_kernels import platform
 
 from .compiled import compile_kernel
 from .program import Program
@@ -63,7 +63,7 @@ def kernels_launched_by(launch: Callable, program_of: Callable = compile_kernel)
         with mock.patch.object(core, "_mosaic_gpu_lowering_rule", call):
             return registration.mpmd_map_mgpu_lowering_rule(ctx, *arguments, jaxprs=jaxprs, **parameters)
 
-    with seam.absent_gpu(), mock.patch.object(mpmd, "_mpmd_map_fallback_lowering", lower):
+    with platform.absent_gpu(), mock.patch.object(mpmd, "_mpmd_map_fallback_lowering", lower):
         try:
             yield found
         finally:  # before what follows from it

@@ -1,89 +1,22 @@
 """Shims: operations that the Mosaic GPU interpreter cannot run, each with a GPU body and an interpreter body.
 
-Kernels call these. Here are also `interpret()`, which makes kernels run on a CPU, and `chip()`, which says what they
-are traced for. docs/kernels/stick_breaking.md says which barriers the GPU bodies rely on.
+Kernels call these. docs/kernels/stick_breaking.md says which barriers the GPU bodies rely on.
 
 Register layout of an accumulator [64, C]: four neighbouring threads, a quad, hold whole rows. Thread t of a quad holds
 the columns 8 g + 2 t and 8 g + 2 t + 1 of every group g of 8 columns, in two rows that are 8 apart (the row halves).
 """
-
-import contextlib
-import contextvars
-import os
-from collections.abc import Iterator
 
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractDevice, AbstractMesh, get_abstract_mesh, use_abstract_mesh
+
+from .platform import is_interpreted
 
 TILE = plgpu.Layout.WGMMA  # [64, C]
 ROW = plgpu.Layout.WGMMA.reduce(1)  # [64], one number per row
 COLUMN = plgpu.Layout.WGMMA.reduce(0)  # [C], one number per column
-# The compute capability of GPUs that need not be there, by the beginning of their names.
-CAPABILITIES = {
-    "NVIDIA A100": "sm_80", "NVIDIA L40S": "sm_89", "NVIDIA H100": "sm_90", "NVIDIA H200": "sm_90",
-    "NVIDIA GH200": "sm_90", "NVIDIA B200": "sm_100", "NVIDIA RTX PRO 6000": "sm_120",
-}  # fmt: skip
-HOPPER = AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=132)
-
-_interpreted = contextvars.ContextVar("interpreted", default=False)
-
-
-@contextlib.contextmanager
-def absent_gpu() -> Iterator[None]:
-    """A context: trace and lower for a Hopper GPU that need not be there."""
-    with use_abstract_mesh(AbstractMesh((), (), abstract_device=HOPPER)):
-        yield
-
-
-@contextlib.contextmanager
-def interpret(*, detect_races: bool = False) -> Iterator[None]:
-    """A context: run Mosaic GPU kernels on the CPU, with their barriers, shared memory and warpgroups.
-
-    Every warpgroup needs a thread of XLA, which has as many threads as there are CPU devices or cores. With fewer than
-    four a kernel would wait for ever; `--xla_force_host_platform_device_count=8` in XLA_FLAGS gives it eight.
-    """
-    if max(jax.local_device_count("cpu"), os.cpu_count() or 1) < 4:
-        raise RuntimeError("the interpreter needs 4 CPU cores or XLA_FLAGS=--xla_force_host_platform_device_count=4")
-    token = _interpreted.set(True)
-    try:
-        with absent_gpu(), plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=detect_races)):
-            yield
-    finally:
-        _interpreted.reset(token)
-
-
-def is_interpreted() -> bool:
-    return _interpreted.get()
-
-
-def platform() -> str:
-    """ "cpu", "gpu" or "tpu": the kind of device that is traced for. It need not be there."""
-    device = get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None or is_interpreted() else device.platform
-
-
-def chip() -> str:
-    """The compute capability that is traced for, such as "sm_90", also of an absent GPU; else the platform."""
-    device = get_abstract_mesh().abstract_device
-    if device is not None and device.platform == "gpu":
-        kind = device.device_kind
-        return next((name for start, name in CAPABILITIES.items() if kind.startswith(start)), kind)
-    if jax.default_backend() != "gpu":
-        return jax.default_backend()
-    capability = getattr(jax.devices()[0], "compute_capability", None)
-    return f"sm_{capability.replace('.', '')}" if capability else "gpu"
-
-
-def multiprocessors() -> int:
-    """The number of multiprocessors of the GPU that is traced for; in the interpreter, that of an H200."""
-    device = get_abstract_mesh().abstract_device
-    if device is None and jax.default_backend() == "gpu":
-        device = jax.devices()[0]
-    return getattr(device, "num_cores", None) or getattr(device, "core_count", None) or HOPPER.num_cores
 
 
 def product(a, b):
@@ -98,7 +31,7 @@ def product(a, b):
 
 def add_product(acc, a, b):
     """acc + a @ b in fp32; a is a value in registers or a reference, b a reference to shared memory."""
-    if _interpreted.get():
+    if is_interpreted():
         result = acc + jnp.dot(a if isinstance(a, jax.Array) else a[...], b[...], preferred_element_type=jnp.float32)
         # The race detector wants a fence here, because a copy may overwrite b next. A tensor core needs none: it reads
         # by the same path that copies write by.
@@ -108,8 +41,11 @@ def add_product(acc, a, b):
 
 
 def exp2_of_minus_abs(x):
-    """2^-|x|, at most 1: in one instruction, because it can take the sign off its operand. LLVM would add another."""
-    if _interpreted.get():
+    """2^-|x|, at most 1. The exponential of the GPU can remove the sign of its operand, so this is one instruction.
+
+    LLVM would emit another instruction for the sign.
+    """
+    if is_interpreted():
         return jnp.exp2(-jnp.abs(x))
     from jax._src.lib.mlir import ir
     from jax._src.lib.mlir.dialects import llvm, vector
@@ -129,12 +65,12 @@ def exp2_of_minus_abs(x):
 
 
 def any_at_most(x, limit: float):
-    """Whether x <= limit in some of the 64 rows: one vote on the named barrier that belongs to this warpgroup alone.
+    """Whether x <= limit in at least one of the 64 rows.
 
-    `jnp.any` would use shared memory that all warpgroups of a block have in common: two of them that compute would
-    overwrite each other's values.
+    The threads vote on the named barrier that belongs to this warpgroup alone. `jnp.any` would use shared memory that
+    all warpgroups of a block have in common: two warpgroups that compute would overwrite each other's values.
     """
-    if _interpreted.get():
+    if is_interpreted():
         return (x <= limit).any()
     from jax._src.lib.mlir import ir
     from jax._src.lib.mlir.dialects import arith, llvm, vector
@@ -162,10 +98,10 @@ def any_at_most(x, limit: float):
 def row_numbers():
     """0 to 63 as int32 [64], computed from the number of the thread each time that it is called.
 
-    The compiler computes every `broadcasted_iota` of a kernel once. If one is used before a loop and another one in it,
-    the value would stay in registers in between.
+    The compiler computes equal `broadcasted_iota`s of a kernel once. If one stands before a loop and another one in the
+    loop, the value would stay in registers in between.
     """
-    if _interpreted.get():
+    if is_interpreted():
         return jnp.arange(64, dtype=jnp.int32)
     from jax._src.lib.mlir import ir
     from jax._src.lib.mlir.dialects import arith, llvm, vector
@@ -203,7 +139,7 @@ def minus_sum_right(minuend, factor, x, start):
 
     A factor of None means 1. This is one operation, so that the sums of a tile are never in registers all at once.
     """
-    if _interpreted.get():
+    if is_interpreted():
         total = jnp.cumsum(x[:, ::-1], axis=1)[:, ::-1]
         before = start[:, None] + jnp.pad(total[:, 1:], ((0, 0), (0, 1)))
         return minuend - (before if factor is None else factor * before), total[:, 0]
@@ -212,7 +148,7 @@ def minus_sum_right(minuend, factor, x, start):
 
 def minus_sum_left(minuend, factor, x, start):
     """`minus_sum_right`, but over the columns to the left of each one."""
-    if _interpreted.get():
+    if is_interpreted():
         total = jnp.cumsum(x, axis=1)
         before = start[:, None] + jnp.pad(total[:, :-1], ((0, 0), (1, 0)))
         return minuend - (before if factor is None else factor * before), total[:, -1]
@@ -225,7 +161,7 @@ def _like(x, registers):
     return FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=None)
 
 
-class _Device:
+class _GpuThread:
     """The arithmetic of one thread, which emits MLIR. A test puts arithmetic on numbers in its place."""
 
     def __init__(self):
@@ -253,12 +189,12 @@ def scan_registers(ops, minuend, factor, x, start, *, right: bool):
     The registers of a tile are an array of objects [1, groups, 1, 1, 2 halves, ..], each a pair of numbers; those of
     rows are [1, 1, 2 halves, ..], each one number.
     """
-    # 1 if the columns of the partner, at distance 1 and 2, come before those of this thread.
+    # 1 if the columns of the partner thread, at distance 1 and 2, are summed before the columns of this thread.
     near, far = (ops.one_if(bit, is_set=not right) for bit in (1, 2))
     result, sums = x.copy(), start.copy()
     for half in range(2):
-        place = (0, 0, half) + (0,) * (start.ndim - 3)
-        running, total = ops.element(start[place], 0), ops.zero
+        row_index = (0, 0, half) + (0,) * (start.ndim - 3)
+        running, total = ops.element(start[row_index], 0), ops.zero
         groups = range(x.shape[1])
         for g in reversed(groups) if right else groups:
             index = (0, g, 0, 0, half) + (0,) * (x.ndim - 5)
@@ -279,7 +215,7 @@ def scan_registers(ops, minuend, factor, x, start, *, right: bool):
             result[index] = ops.pack(outs, x[index])
             group = ops.add(both, others)
             running, total = ops.add(running, group), ops.add(total, group)
-        sums[place] = ops.pack([total], start[place])
+        sums[row_index] = ops.pack([total], start[row_index])
     return result, sums
 
 
@@ -296,7 +232,7 @@ def _scan(minuend, factor, x, start, *, right: bool):
     def scan(ctx, start, x, minuend, factor=None):
         registers = None if factor is None else factor.registers
         result, sums = scan_registers(
-            _Device(), minuend.registers, registers, x.registers, start.registers, right=right
+            _GpuThread(), minuend.registers, registers, x.registers, start.registers, right=right
         )
         return _like(x, result), _like(start, sums)
 

@@ -1,12 +1,12 @@
 """Copying ahead of the products: a ring of stages between one warpgroup that copies and those that multiply.
 
-A step is what one stage holds. The copying warpgroup starts to copy the rows of a step (`seam_rows.gather`) and goes on
-to the next step. Some steps later the rows have arrived, and it hands the step over. Weights come by the copy engine,
-which reports them itself. docs/kernels/scatter_moe.md explains the barriers.
+A step is what one stage holds. The copying warpgroup starts to copy the rows of a step (`row_copies.gather`) and goes
+on to the next step. Some steps later the rows have arrived, and it hands the step over. Weights come by the copy
+engine, which reports them itself. docs/kernels/scatter_moe.md explains the barriers.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -14,7 +14,9 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from .. import cost, seam, seam_rows
+from .. import mosaic_pipeline, platform
+from .. import mosaic_row_copies as row_copies
+from ..mosaic_pipeline import Ring
 
 STAGES = 4
 # Steps whose rows are on their way. Of the other two stages, one is multiplied and the other is free when the products
@@ -22,19 +24,9 @@ STAGES = 4
 AHEAD = 2
 
 
-class Ring(NamedTuple):
-    """Two barriers of every stage."""
-
-    full: Any  # the stage can be multiplied
-    used: Any  # the stage can be overwritten
-
-
 def ring(*, warpgroups: int, copies: int = 0) -> Ring:
     """The barriers to declare, if `copies` copies of the copy engine go into a stage besides the rows."""
-    return Ring(
-        full=plgpu.Barrier(num_arrivals=1 + copies, num_barriers=STAGES),
-        used=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=STAGES),
-    )
+    return mosaic_pipeline.ring(STAGES, arrivals=1 + copies, readers=warpgroups)
 
 
 class Sent(NamedTuple):
@@ -49,17 +41,11 @@ def nothing_sent() -> Sent:
 
 
 def send(ring: Ring, steps, copy: Callable, sent: Sent) -> Sent:
-    """Call `copy(s, slot)` for every step s < steps as soon as its slot is free."""
+    """Call `copy(s, stage)` for every step s < steps as soon as the stage of the step is free."""
 
     def one(s, sent):
-        slot = sent.started % STAGES
-
-        @pl.when(sent.started >= STAGES)
-        def _():
-            plgpu.barrier_wait(ring.used.at[slot])
-
-        copy(s, slot)
-        seam_rows.gather_commit()
+        copy(s, mosaic_pipeline.free_stage(ring, sent.started, STAGES))
+        row_copies.gather_commit()
         return hand_over(ring, sent._replace(started=sent.started + 1), leave=AHEAD)
 
     return lax.fori_loop(0, steps, one, sent)
@@ -74,7 +60,7 @@ def hand_over(ring: Ring, sent: Sent, *, leave: int = 0, before=None) -> Sent:
 
         @pl.when(go)
         def _(sent=sent, others=others):
-            seam_rows.gather_wait(others)
+            row_copies.gather_wait(others)
             plgpu.barrier_arrive(ring.full.at[sent.handed_over % STAGES])
 
         sent = sent._replace(handed_over=sent.handed_over + jnp.where(go, 1, 0))
@@ -82,15 +68,13 @@ def hand_over(ring: Ring, sent: Sent, *, leave: int = 0, before=None) -> Sent:
 
 
 def receive(ring: Ring, steps, multiply: Callable, products: int, step):
-    """Call `multiply(slot)`, which starts `products` products, for every step; returns the number of the next step.
+    """Call `multiply(stage)`, which starts `products` products, for every step; returns the number of the next step.
 
-    A slot is given back one step later: then its products are done.
+    A stage is given back one step later: then its products are done.
     """
 
     def one(s, step):
-        slot = step % STAGES
-        plgpu.barrier_wait(ring.full.at[slot])
-        multiply(slot)
+        multiply(mosaic_pipeline.full_stage(ring, step, STAGES))
         plgpu.wgmma_wait(products)  # the products of the step before are done
 
         @pl.when(s > 0)
@@ -111,7 +95,7 @@ def receive(ring: Ring, steps, multiply: Callable, products: int, step):
 
 def blocks(most: int) -> int:
     """The number of blocks: one for each multiprocessor, or less where there are only `most` pieces of work."""
-    return min(seam.multiprocessors(), most)
+    return min(platform.multiprocessors(), most)
 
 
 def every(blocks: int, total, body: Callable, state):
@@ -121,26 +105,6 @@ def every(blocks: int, total, body: Callable, state):
     return lax.fori_loop(0, count, lambda i, state: body(i, block + i * blocks, state), state)
 
 
-def run(kernel: Callable, *, name: str, flops: float, blocks: int, warpgroups: int, out_type, scratch):
-    """The kernel as a function of arrays; `warpgroups` warpgroups multiply and one more copies.
-
-    `out_type` and every entry of `scratch` is a pytree, of which the kernel gets one of references.
-    """
-    kernel.__name__ = name
-    launch = plgpu.kernel(
-        kernel,
-        out_type=(out_type,),
-        scratch_types=scratch,
-        grid=(blocks,),
-        grid_names=("block",),
-        num_threads=warpgroups + 1,
-        thread_name="wg",
-        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-    )
-    run_named = cost.kernel(name, flops, launch)
-    return lambda *arrays: run_named(*arrays)[0]
-
-
 def memory(shape, dtype):
     """Shared memory of tiles [.., rows, columns], in the layout that `gather` writes and tensor cores read."""
-    return plgpu.SMEM(shape, dtype, transforms=seam_rows.atoms(dtype))
+    return plgpu.SMEM(shape, dtype, transforms=row_copies.atoms(dtype))

@@ -1,6 +1,7 @@
-"""Which key tiles a query tile must visit, and which of them it sees whole: the plan of the GPU kernels.
+"""Key-tile ranges: which key tiles a query tile must visit, and which of them need no mask.
 
-One rule for causality, windows, offsets, documents and ragged ends, so that a kernel has two loop bodies and no cases.
+Causality, windows, offsets, documents and ragged ends are all in these ranges. So a GPU kernel has two loop bodies, one
+with a mask and one without, and no other cases.
 """
 
 import jax.numpy as jnp
@@ -9,11 +10,15 @@ import numpy as np
 from .call import Call
 
 
-def spans(call: Call, rows: int, columns: int, per_position: int = 1):
+def key_tile_ranges(call: Call, rows: int, columns: int, per_position: int = 1):
     """(stop, whole_stop, whole_start, start) of every query tile, int32 [B, query tiles, 4], in falling order.
 
-    A query tile visits the key tiles start..stop-1; those from whole_start to whole_stop-1 need no mask. `per_position`
-    query rows stand at one position (decoding: the heads of a group).
+    A query tile visits the key tiles start..stop-1. The key tiles whole_start..whole_stop-1 need no mask, because every
+    query of the tile sees every key of them. An empty range starts and stops at 0.
+
+    Args:
+      rows, columns: query rows and keys of a tile.
+      per_position: query rows at one position. In decoding these are the heads of a group.
     """
     mask, where = call.mask, call.where
     T = mask.T * per_position
@@ -41,26 +46,27 @@ def spans(call: Call, rows: int, columns: int, per_position: int = 1):
     # The run of whole tiles that ends nearest to the queries.
     whole_stop = jnp.where(whole, tile + 1, 0).max(-1)
     broken = jnp.where(~whole & (tile < whole_stop[..., None]), tile + 1, 0).max(-1)
-    none = whole_stop <= start
-    whole_stop = jnp.where(none, start, whole_stop)
-    whole_start = jnp.where(none, start, jnp.maximum(broken, start))
+    is_empty = whole_stop <= start
+    whole_stop = jnp.where(is_empty, start, whole_stop)
+    whole_start = jnp.where(is_empty, start, jnp.maximum(broken, start))
     return jnp.stack([stop, whole_stop, whole_start, start], -1).astype(jnp.int32)
 
 
-def visitors(table, reached, key_tiles: int):
+def query_tile_ranges(key_ranges, reached, key_tiles: int):
     """(first, whole_first, whole_stop, stop) of the query tiles that visit a key tile, int32 [B, N, key tiles, 4].
 
-    All of whole_first..whole_stop-1 visit it and need no mask; of the others, some may not visit it at all.
+    The query tiles whole_first..whole_stop-1 visit it and need no mask. The others of first..stop-1 need a mask, and
+    not all of them visit it.
 
     Args:
-      table: what `spans` returned.
-      reached: [B, N, query tiles], the first key tile that each of them visited in the end.
+      key_ranges: what `key_tile_ranges` returned.
+      reached: [B, N, query tiles], the first key tile that each query tile visited in the end.
     """
-    stop, whole_stop, whole_start, start = (table[:, None, :, None, which] for which in range(4))
+    stop, whole_stop, whole_start, start = (key_ranges[:, None, :, None, which] for which in range(4))
     start, key = jnp.maximum(start, reached[..., None]), jnp.arange(key_tiles)[None, None, None]
     visits = (start <= key) & (key < stop)
     whole = visits & (whole_start <= key) & (key < whole_stop)
-    n = table.shape[1]
+    n = key_ranges.shape[1]
     tile = jnp.arange(n)[None, None, :, None]
     last = jnp.where(visits, tile + 1, 0).max(2)
     first = jnp.minimum(jnp.where(visits, tile, n).min(2), last)

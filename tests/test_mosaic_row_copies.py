@@ -1,4 +1,4 @@
-"""Rows to and from shared memory by their numbers: in the interpreter, and the device's places as numbers."""
+"""Rows copied to and from shared memory by their numbers: the interpreter body, and the addresses of the GPU body."""
 
 import jax
 import jax.experimental.pallas as pl
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from pallas_kernels import seam, seam_rows
+from pallas_kernels import mosaic_row_copies, platform
 
 
 def move(x, source_rows, target_rows, out_rows: int, columns: int = 64):
@@ -20,10 +20,10 @@ def move(x, source_rows, target_rows, out_rows: int, columns: int = 64):
 
         def one(i, _):
             column = i * columns
-            seam_rows.gather(x_ref, source_ref.at[rows], column, tile)
-            seam_rows.gather_commit()
-            seam_rows.gather_wait(0)
-            seam_rows.scatter(tile, target_ref.at[rows], column, out_ref)
+            mosaic_row_copies.gather(x_ref, source_ref.at[rows], column, tile)
+            mosaic_row_copies.gather_commit()
+            mosaic_row_copies.gather_wait(0)
+            mosaic_row_copies.scatter(tile, target_ref.at[rows], column, out_ref)
             plgpu.commit_smem()
 
         lax.fori_loop(0, -(-x.shape[1] // columns), one, None)
@@ -31,7 +31,7 @@ def move(x, source_rows, target_rows, out_rows: int, columns: int = 64):
     run = plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((out_rows, x.shape[1]), x.dtype),
-        scratch_types=(plgpu.SMEM((64, columns), x.dtype, transforms=seam_rows.atoms(x.dtype)),),
+        scratch_types=(plgpu.SMEM((64, columns), x.dtype, transforms=mosaic_row_copies.atoms(x.dtype)),),
         grid=(blocks,),
         grid_names=("block",),
         num_threads=1,
@@ -49,7 +49,7 @@ def test_rows_move(width):
     source[[3, 70]] = -1
     target = rng.permutation(140)[:128]
     target[[5, 127]] = -1
-    with seam.interpret(detect_races=True):
+    with platform.interpret(detect_races=True):
         out = jax.jit(lambda *a: move(*a, 140, 128 if width == 136 else 64))(x, *map(jnp.int32, (source, target)))
     want = np.full((140, width), np.nan, np.float32)
     kept = target >= 0
@@ -60,7 +60,7 @@ def test_rows_move(width):
 class Numbers:
     """All threads at once, as numbers."""
 
-    thread = np.arange(seam_rows.THREADS)
+    thread = np.arange(mosaic_row_copies.THREADS)
     add, multiply, exclusive_or = staticmethod(np.add), staticmethod(np.multiply), staticmethod(np.bitwise_xor)
     divide, remainder = staticmethod(np.floor_divide), staticmethod(np.remainder)
 
@@ -70,7 +70,7 @@ class Numbers:
 def test_every_chunk_is_copied_once_to_where_the_tensor_cores_read_it(rows, columns, itemsize):
     """A swizzle of 128 bytes: bits 4 to 6 of the address are exclusive-ored with bits 7 to 9."""
     seen = {}
-    first, steps = seam_rows.chunks(Numbers, rows, columns, itemsize)
+    first, steps = mosaic_row_copies.chunks(Numbers, rows, columns, itemsize)
     for step in steps:
         for r, c, b in zip(*(x + further for x, further in zip(first, step, strict=True)), strict=True):
             assert (r, c) not in seen

@@ -2,7 +2,7 @@
 
 Hopper's copy engine copies consecutive rows only, so the threads of a warpgroup copy single rows, in chunks of 16
 bytes. Tiles [rows, columns] lie in shared memory as the tensor cores read them: in atoms of 8 rows x 128 bytes, one row
-of atoms after the other. In an atom, chunk c of row r is at place c ^ r. docs/kernels/scatter_moe.md explains the
+of atoms after the other. In an atom, row r has its chunk c at position c ^ r. docs/kernels/scatter_moe.md explains the
 barriers around these copies.
 """
 
@@ -11,7 +11,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from . import seam
+from . import platform
 
 CHUNK = 16  # bytes
 ATOM = 8, 128  # rows, bytes
@@ -54,7 +54,7 @@ def gather(source, rows, column, tile) -> None:
       column: a multiple of 8 elements.
       tile: reference to [M, C] in shared memory with `atoms`, C a multiple of 128 bytes.
     """
-    if seam.is_interpreted():
+    if platform.is_interpreted():
         tile[...] = _read_rows(source, rows, column, tile.shape)
         return
 
@@ -75,7 +75,8 @@ def gather_commit() -> None:
 def gather_wait(pending: int) -> None:
     """Wait for all groups of this warpgroup but the last `pending`, and make them visible to the tensor cores.
 
-    Tensor cores read shared memory by another path than `cp.async` writes it: `commit_smem` is the fence between.
+    `cp.async` writes shared memory by one path, tensor cores read it by another one. `commit_smem` is the fence between
+    the two.
     """
     _asm(f"cp.async.wait_group {pending};")
     plgpu.commit_smem()
@@ -87,7 +88,7 @@ def scatter(tile, rows, column, target) -> None:
     A thread copies chunks that other threads wrote. So the warpgroup needs a barrier (`plgpu.commit_smem`) before this
     call, and another one before it overwrites the tile.
     """
-    if seam.is_interpreted():
+    if platform.is_interpreted():
         _write_rows(tile, rows, column, target)
         return
 
@@ -132,7 +133,7 @@ def _write_rows(tile, rows, column, target) -> None:
 
 
 def _asm(text: str) -> None:
-    if seam.is_interpreted():
+    if platform.is_interpreted():
         return
 
     @plgpu.inline_mgpu()
@@ -172,8 +173,8 @@ class _Thread:
 def _copies(array, rows, column, tile):
     """Yield the thread once for each chunk that it copies.
 
-    Its attributes say where: `shared` + `step` is the address in shared memory, `far` the one in global memory, and
-    `inside` whether the chunk is inside of the array.
+    The attributes of the thread say where the chunk is: its address in shared memory is `shared` + `step`, its address
+    in global memory is `far`, and `inside` says whether the chunk is inside of the array.
     """
     from jax._src.lib.mlir import ir
     from jax._src.lib.mlir.dialects import arith, llvm
@@ -190,15 +191,15 @@ def _copies(array, rows, column, tile):
     column = thread.add(column.registers.item(), chunk_column)
     numbers = arith.addi(numbers, arith.extui(i64, thread.multiply(row, 4)))
     less, not_negative = arith.CmpIPredicate.slt, arith.CmpIPredicate.sge
-    number, before = None, None
-    for further, columns, thread.step in steps:
-        if further != before:
-            at = llvm.inttoptr(llvm.PointerType.get(1), arith.addi(numbers, utils.c(4 * further, i64)))
-            number, before = llvm.load(i32, at), further
+    number, loaded_for = None, None
+    for rows_down, columns, thread.step in steps:
+        if rows_down != loaded_for:
+            at = llvm.inttoptr(llvm.PointerType.get(1), arith.addi(numbers, utils.c(4 * rows_down, i64)))
+            number, loaded_for = llvm.load(i32, at), rows_down
         own, exists = thread.add(column, columns), arith.cmpi(not_negative, number, thread.constant(0))
         thread.inside = arith.andi(exists, arith.cmpi(less, own, thread.constant(width)))
         # In 64 bits: the rows of all (token, choice) pairs may have more elements than 32 bits can count.
-        place = arith.muli(arith.extui(i64, thread.select(exists, number, 0)), utils.c(width * itemsize, i64))
-        place = arith.addi(place, arith.extui(i64, thread.multiply(thread.select(thread.inside, own, 0), itemsize)))
-        thread.far = arith.addi(far, place)
+        offset = arith.muli(arith.extui(i64, thread.select(exists, number, 0)), utils.c(width * itemsize, i64))
+        offset = arith.addi(offset, arith.extui(i64, thread.multiply(thread.select(thread.inside, own, 0), itemsize)))
+        thread.far = arith.addi(far, offset)
         yield thread

@@ -1,0 +1,73 @@
+"""What code is traced for: the GPU that is there, a GPU that need not be there, or the interpreter on a CPU."""
+
+import contextlib
+import contextvars
+import os
+from collections.abc import Iterator
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+from jax.sharding import AbstractDevice, AbstractMesh, get_abstract_mesh, use_abstract_mesh
+
+# The compute capability of GPUs that need not be there, by the beginning of their names.
+CAPABILITIES = {
+    "NVIDIA A100": "sm_80", "NVIDIA L40S": "sm_89", "NVIDIA H100": "sm_90", "NVIDIA H200": "sm_90",
+    "NVIDIA GH200": "sm_90", "NVIDIA B200": "sm_100", "NVIDIA RTX PRO 6000": "sm_120",
+}  # fmt: skip
+HOPPER = AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=132)
+
+_interpreted = contextvars.ContextVar("interpreted", default=False)
+
+
+@contextlib.contextmanager
+def absent_gpu() -> Iterator[None]:
+    """A context: trace and lower for a Hopper GPU that need not be there."""
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=HOPPER)):
+        yield
+
+
+@contextlib.contextmanager
+def interpret(*, detect_races: bool = False) -> Iterator[None]:
+    """A context: run Mosaic GPU kernels on the CPU, with their barriers, shared memory and warpgroups.
+
+    Every warpgroup needs a thread of XLA, which has as many threads as there are CPU devices or cores. With fewer than
+    four a kernel would wait for ever; `--xla_force_host_platform_device_count=8` in XLA_FLAGS gives it eight.
+    """
+    if max(jax.local_device_count("cpu"), os.cpu_count() or 1) < 4:
+        raise RuntimeError("the interpreter needs 4 CPU cores or XLA_FLAGS=--xla_force_host_platform_device_count=4")
+    token = _interpreted.set(True)
+    try:
+        with absent_gpu(), plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=detect_races)):
+            yield
+    finally:
+        _interpreted.reset(token)
+
+
+def is_interpreted() -> bool:
+    return _interpreted.get()
+
+
+def name() -> str:
+    """The platform that is traced for: "cpu", "gpu" or "tpu". In the interpreter it is that of the host."""
+    device = get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None or is_interpreted() else device.platform
+
+
+def chip() -> str:
+    """The compute capability that is traced for, such as "sm_90", also of an absent GPU; else the platform."""
+    device = get_abstract_mesh().abstract_device
+    if device is not None and device.platform == "gpu":
+        kind = device.device_kind
+        return next((name for start, name in CAPABILITIES.items() if kind.startswith(start)), kind)
+    if jax.default_backend() != "gpu":
+        return jax.default_backend()
+    capability = getattr(jax.devices()[0], "compute_capability", None)
+    return f"sm_{capability.replace('.', '')}" if capability else "gpu"
+
+
+def multiprocessors() -> int:
+    """The number of multiprocessors of the GPU that is traced for; in the interpreter, that of an H200."""
+    device = get_abstract_mesh().abstract_device
+    if device is None and jax.default_backend() == "gpu":
+        device = jax.devices()[0]
+    return getattr(device, "num_cores", None) or getattr(device, "core_count", None) or HOPPER.num_cores

@@ -1,0 +1,192 @@
+"""Experts by scatter-gather grouped matrix products: the public functions and their checks."""
+
+from collections.abc import Sequence
+
+from jaxtyping import Array, Float
+
+from .. import arguments, dispatch
+from . import mosaic, reference, triton, xla
+from .call import ACTIVATIONS, GATED, LinearCall, MlpCall, linear_letters, mlp_letters
+from .routing import Routing
+
+
+def expert_linear(
+    x: Float[Array, "R D"],
+    weight: Float[Array, "E D F"],
+    routing: Routing,
+    *,
+    grouped_in: bool = False,
+    grouped_out: bool = False,
+    gates: Float[Array, "T k"] | None = None,
+    bias: Float[Array, "E F"] | None = None,
+    implementation: str | Sequence[str] | None = None,
+) -> Float[Array, "Q F"]:
+    r"""One linear map per expert, over the rows that were routed to it.
+
+    For choice s of token t, whose expert is e = expert_indices[t,s]:
+
+      y[t,s] = x[t,s] weight[e] + bias[e],   and with gates   out[t] = sum_s gates[t,s] y[t,s]   (in fp32).
+
+    Rows are "scattered" (in the order of the tokens) or "grouped" (sorted by expert: `routing.order`). No row is padded
+    or copied per expert. The expert index E means no expert: the output is exactly zero, without a bias.
+
+    Args:
+      x: [T, D] (scattered: the k choices of token t read row t) or [T*k, D] (row t * k + s; sorted if `grouped_in`).
+      weight: [E, D, F].
+      routing: from `route`.
+      grouped_in: x holds sorted rows.
+      grouped_out: return sorted rows.
+      gates: [T, k]; weigh and sum the k outputs of a token.
+      bias: [E, F].
+      implementation: as in `stick_breaking_attention`.
+
+    Returns:
+      [T*k, F], or [T, F] with gates, in the type of x.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit, named by their letters; gates together with `grouped_out`;
+        arrays that a mesh divides along other axes than T and F (docs/transformations.md).
+      TypeError: a forward-mode derivative (`jax.jvp`), which only the reference has.
+
+    Source: "Scattered Mixture-of-Experts Implementation", arXiv 2403.08245 (ParallelLinear).
+
+    >>> import jax.numpy as jnp
+    >>> from pallas_kernels import route
+    >>> x, w = jnp.ones((2, 3)), jnp.arange(2.0)[:, None, None] * jnp.ones((2, 3, 4))
+    >>> expert_linear(x, w, route(jnp.array([[0, 1], [1, 2]]), 2))[:, 0].tolist()
+    [0.0, 3.0, 3.0, 0.0]
+    """
+    call = _prepare_linear(x, weight, routing, grouped_in=grouped_in, grouped_out=grouped_out, gates=gates, bias=bias)
+    return dispatch.run(_linear_op, call, implementation)
+
+
+def expert_mlp(
+    x: Float[Array, "T D"],
+    w_in: Float[Array, "E D F2"],
+    w_out: Float[Array, "E F D"],
+    routing: Routing,
+    gates: Float[Array, "T k"],
+    *,
+    b_in: Float[Array, "E F2"] | None = None,
+    b_out: Float[Array, "E D"] | None = None,
+    activation: str = "swiglu",
+    implementation: str | Sequence[str] | None = None,
+) -> Float[Array, "T D"]:
+    r"""A feed-forward network per expert, weighed by the gates.
+
+      out[t] = sum_s gates[t,s] (act(x[t] w_in[e] + b_in[e]) w_out[e] + b_out[e]),   e = expert_indices[t,s].
+
+    Args:
+      x: [T, D].
+      w_in: [E, D, F], or [E, D, 2F] for swiglu, geglu and reglu, whose first half is the gate.
+      w_out: [E, F, D].
+      routing: from `route`.
+      gates: [T, k].
+      b_in: [E, F] or [E, 2F].
+      b_out: [E, D].
+      activation: swiglu (silu(gate) * up), geglu (tanh gelu), reglu, gelu (exact), gelu_tanh, relu, relu2 (squared),
+        silu.
+      implementation: as in `stick_breaking_attention`.
+
+    Returns:
+      [T, D] in the type of x. A token without experts gives exactly zero.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit, named by their letters; an unknown activation; arrays that a
+        mesh divides along other axes than T (docs/transformations.md).
+      TypeError: a forward-mode derivative (`jax.jvp`), which only the reference has.
+
+    Source: "Scattered Mixture-of-Experts Implementation", arXiv 2403.08245.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from pallas_kernels import route
+    >>> keys = jax.random.split(jax.random.key(0), 3)
+    >>> x, w_in, w_out = (jax.random.normal(k, s) for k, s in zip(keys, ((5, 8), (3, 8, 32), (3, 16, 8))))
+    >>> expert_mlp(x, w_in, w_out, route(jnp.zeros((5, 2), int), 3), jnp.ones((5, 2))).shape
+    (5, 8)
+    """
+    call = _prepare_mlp(x, w_in, w_out, routing, gates, b_in=b_in, b_out=b_out, activation=activation)
+    return dispatch.run(_mlp_op, call, implementation)
+
+
+def _check_one_dtype(**arrays):
+    dtypes = [str(a.dtype) for a in arrays.values()]
+    if len(set(dtypes)) > 1:
+        raise ValueError(f"{', '.join(arrays)} must have one dtype, got {', '.join(dtypes)}")
+
+
+def _floats(name, a, shape, letters):
+    """Check that `a` is a floating-point array of this shape, and return it; None stays None."""
+    if a is None:
+        return None
+    a = arguments.floats(name, a, letters)
+    if a.shape != shape:
+        raise ValueError(f"{name} must be [{letters}]={list(shape)}, got {name}.shape={a.shape}")
+    return a
+
+
+def _sizes(routing):
+    """T, k and E of a routing."""
+    if not isinstance(routing, Routing):
+        raise ValueError(f"routing must be what route(expert_indices, E) returns, got {type(routing).__name__}")
+    return *routing.expert_indices.shape, routing.num_experts
+
+
+def _prepare_linear(x, weight, routing, *, grouped_in=False, grouped_out=False, gates=None, bias=None) -> LinearCall:
+    (T, k, E), grouped_in = _sizes(routing), arguments.flag("grouped_in", grouped_in)
+    grouped_out = arguments.flag("grouped_out", grouped_out)
+    x = arguments.floats("x", x, "R,D")
+    weight = arguments.floats("weight", weight, "E,D,F")
+    _check_one_dtype(x=x, weight=weight)
+    if weight.shape[0] != E or weight.shape[1] != x.shape[1]:
+        raise ValueError(f"weight must be [E,D,F] with E={E}, D={x.shape[1]}, got weight.shape={weight.shape}")
+    allowed = (T * k,) if grouped_in else (T, T * k)
+    if x.shape[0] not in allowed:
+        names = "T*k (grouped_in)" if grouped_in else "T or T*k"
+        raise ValueError(f"x must have {names} rows with T={T}, k={k}, got x.shape={x.shape}")
+    if gates is not None and grouped_out:
+        raise ValueError("gates sum the k outputs of a token, so they need grouped_out=False")
+    gates, bias = _floats("gates", gates, (T, k), "T,k"), _floats("bias", bias, (E, weight.shape[2]), "E,F")
+    x_rows = "sorted" if grouped_in else "token" if x.shape[0] == T else "pair"
+    out_rows = "token" if gates is not None else "sorted" if grouped_out else "pair"
+    return LinearCall(x, weight, bias, gates, routing, x_rows, out_rows)
+
+
+def _prepare_mlp(x, w_in, w_out, routing, gates, *, b_in=None, b_out=None, activation="swiglu") -> MlpCall:
+    T, k, E = _sizes(routing)
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        raise ValueError(f"activation={activation!r} is not one of {', '.join(ACTIVATIONS)}")
+    letters = "E,D,2F" if activation in GATED else "E,D,F"
+    x, w_in = arguments.floats("x", x, "T,D"), arguments.floats("w_in", w_in, letters)
+    w_out = arguments.floats("w_out", w_out, "E,F,D")
+    _check_one_dtype(x=x, w_in=w_in, w_out=w_out)
+    if x.shape[0] != T:
+        raise ValueError(f"x must be [T,D] with T={T} as in expert_indices, got x.shape={x.shape}")
+    D = x.shape[1]
+    if w_out.shape[0] != E or w_out.shape[2] != D:
+        raise ValueError(f"w_out must be [E,F,D] with E={E}, D={D}, got w_out.shape={w_out.shape}")
+    width = w_out.shape[1] * (2 if activation in GATED else 1)
+    w_in = _floats("w_in", w_in, (E, D, width), letters)
+    gates = _floats("gates", arguments.floats("gates", gates, "T,k"), (T, k), "T,k")
+    b_in = _floats("b_in", b_in, (E, width), letters.replace("D,", ""))
+    return MlpCall(x, w_in, w_out, b_in, _floats("b_out", b_out, (E, D), "E,D"), gates, routing, activation)
+
+
+def _refuses_nothing(call) -> None:
+    return None
+
+
+def _register(name, prepare, letters, mosaic_run, triton_run, xla_run, reference_run):
+    implementations = {
+        "mosaic": dispatch.Implementation(mosaic_run, mosaic.refuses, mosaic.detail),
+        "triton": dispatch.Implementation(triton_run, triton.refuses, triton.detail),
+        "xla": dispatch.Implementation(xla_run, _refuses_nothing, xla.detail),
+        "reference": dispatch.Implementation(reference_run, _refuses_nothing),
+    }
+    return dispatch.register(dispatch.Op(name, prepare, implementations, letters))
+
+
+_linear_op = _register(
+    "expert_linear", _prepare_linear, linear_letters, mosaic.linear, triton.linear, xla.linear, reference.linear
+)
+_mlp_op = _register("expert_mlp", _prepare_mlp, mlp_letters, mosaic.mlp, triton.mlp, xla.mlp, reference.mlp)

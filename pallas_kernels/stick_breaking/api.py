@@ -1,0 +1,261 @@
+"""Stick-breaking attention: the public functions and their checks."""
+
+import math
+import numbers
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from .. import arguments, dispatch, partition
+from . import call as calls
+from . import mosaic, reference, triton, xla
+from .call import Call, Mask, Stats, Where
+
+_WEIGHTS_BYTES = 2**30  # `stick_breaking_weights` returns at most this many
+
+
+def stick_breaking_attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K Hv"],
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
+    key_segment_ids: Int[Array, "B S"] | None = None,
+    query_offset: int | Int[Array, ""] | Int[Array, "B"] | None = None,
+    scale: float | Float[Array, ""] | None = None,
+    attend_current: bool = False,
+    window: int | None = None,
+    skip_below: float | None = None,
+    return_stats: bool = False,
+    implementation: str | Sequence[str] | None = None,
+    tiles: tuple[int, int] | None = None,
+):
+    r"""Attention whose weights break a stick from the nearest key leftward.
+
+    Query q has a stick of length one and visits its keys from the nearest one leftward. Every key breaks off a share
+    beta[q,k] = sigmoid(z[q,k]) of what is left of the stick, with z[q,k] = scale * <query_q, key_k>:
+
+      A[q,k] = beta[q,k] * prod_{k < m < q} (1 - beta[q,m]),   out[q] = sum_k A[q,k] value_k,
+      rem[q] = prod_k (1 - beta[q,k]) = 1 - sum_k A[q,k].
+
+    The weights and `rem` sum to one; there is no normalisation and no position. Query head n reads key head
+    n // (N // K). Sums run in fp32 (fp64 for fp64), whatever the type of the inputs.
+
+    Args:
+      query: [B, T, N, H].
+      key: [B, S, K, H], N a multiple of K.
+      value: [B, S, K, Hv].
+      segment_ids: [B, T], attention stays within equal ids. A negative id is padding: out 0, rem 1.
+      key_segment_ids: [B, S], by default `segment_ids` (when T = S).
+      query_offset: position of the first query among the keys, an int or [B]; S - T by default.
+      scale: multiplier of the logits, 1 / sqrt(H) by default; differentiable.
+      attend_current: also break off a piece for the key at the query's own position.
+      window: attend only to keys with q - k <= window.
+      skip_below: a log2 threshold, such as -24. Keys further left are skipped once every row of a query tile has less
+        than 2^skip_below of its stick left; the skipped weights sum to less than that, and `rem` is the stick left at
+        that point.
+      return_stats: also return `Stats(log_rem [B,T,N], kept [B,K])`: the natural logarithm of the stick left, which
+        does not underflow and is differentiable, and the share of the key tiles in reach that were computed.
+      implementation: "mosaic", "triton", "xla", "reference", a sequence of them in order of preference, or None for
+        the best one that takes this call (see `explain`).
+      tiles: (query rows, key columns) of a tile, instead of the implementation's own choice.
+
+    Returns:
+      (out [B,T,N,Hv] in the type of `value`, rem [B,T,N] in fp32 or fp64), both differentiable; with `return_stats`
+      also the `Stats`.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit, named by their letters; arrays that a mesh divides along other axes
+        than B, N and K (docs/transformations.md).
+      NotImplementedError: a named implementation cannot run this call.
+      TypeError: a forward-mode derivative (`jax.jvp`), which only the reference has.
+
+    Source: "Scaling Stick-Breaking Attention", arXiv 2410.17980.
+
+    >>> import jax, jax.numpy as jnp
+    >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 8, 2, 16))
+    >>> out, rem = stick_breaking_attention(q, k, v)
+    >>> out.shape, bool((out[:, 0] == 0).all()), bool((rem[:, 0] == 1).all())
+    ((1, 8, 2, 16), True, True)
+    """
+    call = _prepare(
+        query, key, value, segment_ids=segment_ids, key_segment_ids=key_segment_ids, query_offset=query_offset,
+        scale=scale, attend_current=attend_current, window=window, skip_below=skip_below, tiles=tiles,
+    )  # fmt: skip
+    out, log_rem, kept = dispatch.run(_op, call, implementation)
+    rem = jnp.exp(log_rem)
+    return (out, rem, Stats(log_rem, jax.lax.stop_gradient(kept))) if return_stats else (out, rem)
+
+
+def stick_breaking_weights(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
+    key_segment_ids: Int[Array, "B S"] | None = None,
+    query_offset: int | Int[Array, ""] | Int[Array, "B"] | None = None,
+    scale: float | Float[Array, ""] | None = None,
+    attend_current: bool = False,
+    window: int | None = None,
+) -> Float[Array, "B N T S"]:
+    r"""The weights of `stick_breaking_attention` as an array, to look at: A [B,N,T,S] in fp32 (fp64 for fp64).
+
+      A[q,k] = beta[q,k] * prod_{k < m < q} (1 - beta[q,m]),   beta = sigmoid(scale * <query_q, key_k>),
+
+    and zero for the keys that a query does not see. A row sums to 1 - rem. They are computed by this definition,
+    which needs memory for T * S numbers per head; `stick_breaking_attention` makes no such array.
+
+    Args:
+      query: [B, T, N, H].
+      key: [B, S, K, H], N a multiple of K.
+      segment_ids, key_segment_ids, query_offset, scale, attend_current, window: as in `stick_breaking_attention`.
+
+    Raises:
+      ValueError: as in `stick_breaking_attention`; weights of more than 1 GiB.
+
+    >>> import jax.numpy as jnp
+    >>> zeros = jnp.zeros((1, 4, 1, 8))  # every beta is one half
+    >>> stick_breaking_weights(zeros, zeros)[0, 0].tolist()
+    [[0.0, 0.0, 0.0, 0.0], [0.5, 0.0, 0.0, 0.0], [0.25, 0.5, 0.0, 0.0], [0.125, 0.25, 0.5, 0.0]]
+    """
+    call = _prepare(
+        query, key, key, segment_ids=segment_ids, key_segment_ids=key_segment_ids, query_offset=query_offset,
+        scale=scale, attend_current=attend_current, window=window,
+    )  # fmt: skip
+    (B, T, N, _), S = call.query.shape, call.mask.S
+    size = B * N * T * S * max(4, call.query.dtype.itemsize)
+    if size > _WEIGHTS_BYTES:
+        raise ValueError(
+            f"the weights of B={B}, N={N}, T={T}, S={S} take {size / 2**30:,.1f} GiB, more than "
+            f"{_WEIGHTS_BYTES / 2**30:g} GiB; pass fewer heads, or fewer queries with query_offset"
+        )
+    letters = calls.letters(call)._replace(name="stick_breaking_weights", results="B N T S")
+    return partition.run(letters, call, partition.Bound(_weights))
+
+
+def _weights(call: Call):
+    return reference.weights(call)[0]
+
+
+def merge_stick_breaking(
+    near: tuple[Float[Array, "*b Hv"], Float[Array, "*b"]], far: tuple[Float[Array, "*b Hv"], Float[Array, "*b"]]
+) -> tuple[Float[Array, "*b Hv"], Float[Array, "*b"]]:
+    """Join the attention of the same queries over two runs of keys, the nearer one first.
+
+    With (o, r) the output and the stick left: o = o_near + r_near * o_far, r = r_near * r_far. Associative.
+
+    Args:
+      near: (out [..., Hv], log_rem [...]) over the nearer keys; log_rem is the natural logarithm.
+      far: the same over the keys further left.
+
+    Returns:
+      (out, log_rem) over both.
+
+    >>> import jax, jax.numpy as jnp
+    >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 8, 2, 16))
+    >>> def part(keys, offset):
+    ...     out, _, stats = stick_breaking_attention(q, k[:, keys], v[:, keys], query_offset=offset, return_stats=True)
+    ...     return out, stats.log_rem
+    >>> out, _ = merge_stick_breaking(part(slice(4, 8), -4), part(slice(0, 4), 0))
+    >>> bool(jnp.allclose(out, stick_breaking_attention(q, k, v)[0], atol=1e-6))
+    True
+    """
+    parts = []
+    for name, part in (("near", near), ("far", far)):
+        if not isinstance(part, tuple | list) or len(part) != 2 or not all(map(arguments.is_array, part)):
+            raise ValueError(f"{name} must be (out [..., Hv], log_rem [...]), two arrays")
+        parts.append(tuple(map(jnp.asarray, part)))
+    (out_near, log_near), (out_far, log_far) = parts
+    if out_near.shape != out_far.shape or log_near.shape != log_far.shape or out_near.shape[:-1] != log_near.shape:
+        raise ValueError(
+            f"merge_stick_breaking joins out [..., Hv] and log_rem [...] of equal shapes, "
+            f"got near {out_near.shape}, {log_near.shape} and far {out_far.shape}, {log_far.shape}"
+        )
+    out = out_near.astype(log_near.dtype) + jnp.exp(log_near)[..., None] * out_far.astype(log_near.dtype)
+    return out.astype(out_near.dtype), log_near + log_far
+
+
+def _checked(query, key, value):
+    query = arguments.floats("query", query, "B,T,N,H")
+    key, value = arguments.floats("key", key, "B,S,K,H"), arguments.floats("value", value, "B,S,K,Hv")
+    if not query.dtype == key.dtype == value.dtype:
+        raise ValueError(f"query, key and value must have one dtype, got {query.dtype}, {key.dtype}, {value.dtype}")
+    (B, _, N, H), (_, S, K, _) = query.shape, key.shape
+    if H == 0:
+        raise ValueError(f"H=0 of query.shape={query.shape} must be at least 1")
+    if key.shape[0] != B or key.shape[3] != H:
+        raise ValueError(f"B={B} and H={H} of query.shape={query.shape} must be the same in key.shape={key.shape}")
+    if value.shape[:3] != (B, S, K):
+        raise ValueError(f"B={B}, S={S}, K={K} of key.shape={key.shape} must be the same in value.shape={value.shape}")
+    if K == 0 or N % K:
+        raise ValueError(f"N={N} query heads must be a multiple of K={K} key heads (query.shape={query.shape})")
+    return query, key, value
+
+
+def _check_segments(name, ids, shape, letters):
+    arguments.integers(name, ids, letters)
+    if ids.shape != shape:
+        raise ValueError(f"{name} must be integers [{letters}]={list(shape)}, got {ids.dtype}{list(ids.shape)}")
+
+
+def _prepare(
+    query, key, value, *, segment_ids=None, key_segment_ids=None, query_offset=None, scale=None, attend_current=False,
+    window=None, skip_below=None, tiles=None, return_stats=False,
+) -> Call:  # fmt: skip
+    arguments.flag("return_stats", return_stats)
+    query, key, value = _checked(query, key, value)
+    (B, T, _, H), S = query.shape, key.shape[1]
+    if segment_ids is not None:
+        _check_segments("segment_ids", segment_ids, (B, T), "B,T")
+        if key_segment_ids is None:
+            if T != S:
+                raise ValueError(f"T={T} queries and S={S} keys need key_segment_ids [B,S] next to segment_ids [B,T]")
+            key_segment_ids = segment_ids
+        _check_segments("key_segment_ids", key_segment_ids, (B, S), "B,S")
+    elif key_segment_ids is not None:
+        raise ValueError("key_segment_ids needs segment_ids")
+    window = None if window is None else arguments.integer("window", window, 0)
+    attend_current = arguments.flag("attend_current", attend_current)
+    if skip_below is not None and (not isinstance(skip_below, numbers.Real) or not skip_below < 0):
+        raise ValueError(f"skip_below={skip_below} is a log2 of the stick left and must be negative")
+    if tiles is not None:
+        if not isinstance(tiles, tuple | list) or len(tiles) != 2:
+            raise ValueError(f"tiles={tiles} must be two positive sizes, query rows and key columns")
+        tiles = tuple(arguments.integer(f"tiles[{i}]", size, 1) for i, size in enumerate(tiles))
+    scale = 1 / math.sqrt(H) if scale is None else arguments.number("scale", scale)
+    static = None
+    if query_offset is None or (isinstance(query_offset, int | np.integer) and not isinstance(query_offset, bool)):
+        static = S - T if query_offset is None else int(query_offset)
+        offset = jnp.full((B,), static, jnp.int32)
+    else:
+        is_array = arguments.is_array(query_offset)
+        if not is_array or query_offset.shape not in ((), (B,)) or not jnp.issubdtype(query_offset.dtype, jnp.integer):
+            got = f"{query_offset.dtype}{list(query_offset.shape)}" if is_array else repr(query_offset)
+            raise ValueError(f"query_offset must be an int or integers [B]=[{B}], got {got}")
+        offset = jnp.broadcast_to(query_offset, (B,)).astype(jnp.int32)
+    return Call(
+        query, key, value, Where(offset, segment_ids, key_segment_ids), scale,
+        Mask(T, S, attend_current, window, static), skip_below, tiles,
+    )  # fmt: skip
+
+
+def _refuses_nothing(call: Call) -> None:
+    return None
+
+
+_op = dispatch.register(
+    dispatch.Op(
+        "stick_breaking_attention",
+        _prepare,
+        {
+            "mosaic": dispatch.Implementation(mosaic.attention, mosaic.refuses, mosaic.detail),
+            "triton": dispatch.Implementation(triton.attention, triton.refuses, triton.detail),
+            "xla": dispatch.Implementation(xla.attention, _refuses_nothing, xla.detail),
+            "reference": dispatch.Implementation(reference.attention, _refuses_nothing),
+        },
+        calls.letters,
+    )
+)
