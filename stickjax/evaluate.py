@@ -30,7 +30,7 @@ from stickjax.evaluation import pairs as accuracy
 from stickjax.evaluation import plots
 from stickjax.evaluation.plots import Records
 from stickjax.models.families import family_of
-from stickjax.storage.run_folder import load, place_of_results, read_config
+from stickjax.storage.run_folder import load, read_config, results_folder
 from stickjax.system.disk import write_file
 from stickjax.system.tables import print_table
 from stickjax.system.text import json_text, printable
@@ -190,7 +190,7 @@ def main(argv: list[str] | None = None) -> int:
         say_error(f"{name}: reading the parameters")
         say = lambda line, name=name: say_error(f"{name}: {line}")  # noqa: E731
         loaded = load(run, step=words.step, changes=changes[name])
-        place = places[name] = place_of_results(run)
+        place = places[name] = results_folder(run)
         if place and (rows := read_metrics(run)):
             plots.plot_training({name: rows}, place / "training.png")
         if pairs:

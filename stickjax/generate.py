@@ -68,15 +68,9 @@ def generate(
     rows = [_prompt_ids(row, prompt, eot, vocab_size) for row, prompt in enumerate(prompts)]
     if not rows:
         return []
-    # Padding is on the left, so that all rows take the same place of the cache at every step.
-    T = _bucket(max(map(len, rows)))
-    tokens, segment_ids = np.zeros((len(rows), T), np.int32), np.full((len(rows), T), -1, np.int32)
-    for row, ids in enumerate(rows):
-        tokens[row, T - len(ids) :], segment_ids[row, T - len(ids) :] = ids, 0
-    options = dict(vocab_size=vocab_size, temperature=None, top_k=None, top_p=None)
-    if temperature:  # not so small that the division by it overflows
-        options |= dict(temperature=max(temperature, 1e-30), top_k=top_k and min(top_k, vocab_size), top_p=top_p)
-    key, cache = jax.random.key(seed), _cache(model.config, len(rows), _bucket(T + max_new_tokens), size)
+    tokens, segment_ids = _padded(rows)
+    options = _sampling(temperature, top_k, top_p, vocab_size)
+    key, cache = jax.random.key(seed), _cache(model.config, len(rows), _bucket(tokens.shape[1] + max_new_tokens), size)
     ids, cache = _advance(model, tokens, segment_ids, cache, key, 0, **options)
     outputs, active = [[] for _ in rows], set(range(len(rows)))
     one_document = np.zeros((len(rows), 1), np.int32)  # the segment ids of the new tokens
@@ -92,6 +86,26 @@ def generate(
         if not active:
             break
     return outputs
+
+
+def _sampling(temperature: float, top_k: int | None, top_p: float | None, vocab_size: int) -> dict:
+    """The options of `_advance`: without a temperature it takes the most likely token."""
+    if not temperature:
+        return dict(vocab_size=vocab_size, temperature=None, top_k=None, top_p=None)
+    temperature = max(temperature, 1e-30)  # the division by a smaller one would overflow
+    return dict(vocab_size=vocab_size, temperature=temperature, top_k=top_k and min(top_k, vocab_size), top_p=top_p)
+
+
+def _padded(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The prompts as [B, T] with their segment ids, -1 for padding.
+
+    Padding is on the left, so that all rows take the same place of the cache at every step.
+    """
+    T = _bucket(max(map(len, rows)))
+    tokens, segment_ids = np.zeros((len(rows), T), np.int32), np.full((len(rows), T), -1, np.int32)
+    for row, ids in enumerate(rows):
+        tokens[row, T - len(ids) :], segment_ids[row, T - len(ids) :] = ids, 0
+    return tokens, segment_ids
 
 
 @partial(jax.jit, static_argnames=("top_k", "vocab_size"), donate_argnames="cache")

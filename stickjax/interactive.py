@@ -101,6 +101,6 @@ class TrainedModel(Loaded):
         A classifier of pairs is scored by its accuracy instead, on `max_pairs` pairs for each number of operators.
         Nothing is written into the run folder.
         """
-        if getattr(self.config.model, "classes", 0):
+        if self.config.model.reads == "pairs":
             return Columns.of(accuracy(self.model, self.config, max_pairs=max_pairs))
         return Columns.of(evaluate(self.model, self.config, lengths=tuple(lengths), max_tokens=max_tokens))

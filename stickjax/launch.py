@@ -19,7 +19,15 @@ import sys
 import time
 
 from stickjax.config.command import Parser, command, say_error
-from stickjax.parallel.processes import AGAIN, LOST, SAID, STOPPED, check_address, free_port, lost
+from stickjax.parallel.processes import (
+    EXIT_ERROR_PRINTED,
+    EXIT_PEER_LOST,
+    EXIT_STOPPED,
+    RESUME_HINT,
+    check_address,
+    free_port,
+    lost,
+)
 
 GRACE = 5  # seconds between SIGTERM and SIGKILL for the other processes when one is lost
 # Seconds for which stderr is held back: when one process is lost, the others write long errors that only say so.
@@ -64,7 +72,7 @@ class Processes:
                 sys.stderr.buffer.write(data)
         sys.stderr.flush()
 
-    def has_said(self, index: int, words: bytes) -> bool:
+    def has_printed(self, index: int, words: bytes) -> bool:
         """Whether process `index` has written these words since its output was last passed on."""
         return words in b"".join(data for _, who, data in self._held if who == index)
 
@@ -74,8 +82,8 @@ class Processes:
         while True:
             self.read(0.1)
             codes = {index: code for index, process in enumerate(self.all) if (code := process.poll()) is not None}
-            others = [index for index, code in codes.items() if code not in (0, *STOPPED)]
-            causes = [index for index in others if codes[index] not in (LOST, -signal.SIGABRT)]
+            others = [index for index, code in codes.items() if code not in (0, *EXIT_STOPPED)]
+            causes = [index for index in others if codes[index] not in (EXIT_PEER_LOST, -signal.SIGABRT)]
             if others and patience is None:
                 patience = time.monotonic() + GRACE
             if causes or (others and (len(codes) == len(self.all) or time.monotonic() > patience)):
@@ -167,16 +175,20 @@ def main(argv: list[str] | None = None) -> int:
             return 128 + got[0] if code and got else code
         code = processes.all[bad].returncode
         processes.end()
-        if code == -signal.SIGABRT and processes.has_said(bad, b"another task died"):  # by JAX, with a stack trace
+        if code == -signal.SIGABRT and processes.has_printed(bad, b"another task died"):  # by JAX, with a stack trace
             print(f"error: {lost(first + bad, count)}", file=sys.stderr)
             return 1
         processes.write(only=bad)
     if got and code == -signal.SIGTERM:  # before it could save anything
         say_error("interrupted")
         return 128 + got[0]
-    if code not in (1, SAID, LOST):  # a process with one of these codes has printed its own error
+    if code not in (
+        1,
+        EXIT_ERROR_PRINTED,
+        EXIT_PEER_LOST,
+    ):  # a process with one of these codes has printed its own error
         what = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        print(f"error: process {first + bad} of {count} {what}; {AGAIN}", file=sys.stderr)
+        print(f"error: process {first + bad} of {count} {what}; {RESUME_HINT}", file=sys.stderr)
     return 128 - code if code < 0 else 1
 
 

@@ -4,7 +4,7 @@ The losses are means over all tokens of the batch, on however many devices it li
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -125,11 +125,16 @@ def round_tokens(
 
 
 def router_sums(
-    logits: Float[Array, "T E"], expert_indices: Int[Array, "T k"], token_mask: Bool[Array, "T"] | None = None
+    logits: Float[Array, "T E"],
+    expert_indices: Int[Array, "T k"],
+    weight: Float[Array, "T"] | Bool[Array, "T"] | None = None,
 ) -> RouterSums:
-    """The sums of one router over its unmasked tokens. A logit of -inf, of an absent expert, counts as `NEVER`."""
+    """The sums of one router over its tokens, each with its weight.
+
+    A logit of -inf, which an absent expert has, counts as `NEVER`.
+    """
     logits = jnp.maximum(logits.astype(jnp.float32), NEVER)
-    weight = jnp.ones(logits.shape[:1]) if token_mask is None else token_mask.astype(jnp.float32)
+    weight = jnp.ones(logits.shape[:1]) if weight is None else weight.astype(jnp.float32)
     log_g = jax.nn.log_softmax(logits, axis=-1)
     g, tokens = jnp.exp(log_g), weight.sum()
     # The index of a padding token is E; bincount drops it.
@@ -200,8 +205,12 @@ class Router(nnx.Module):
     pruned expert's probability remains in the softmax; with "new_denominator" it does not.
     """
 
+    normalized = False  # whether the gates of a token are divided by their sum
+
     def __init__(self, config: ModelConfig, experts: Experts, k: int, key):
         self.config, self.experts, self.k = config, experts, k
+        self.order, self.sample_topk, self.token_rounding = config.router, config.sample_topk, config.round_rows
+        self.denominator = "new" if config.pruned == "new_denominator" else "old"
         c, old, new = config, experts.old + experts.gone, experts.new
         network = c.router_network
         rows = c.D if network == "linear" else c.router_hidden
@@ -218,8 +227,8 @@ class Router(nnx.Module):
         # A float, as all parameters are; it holds every number of experts exactly.
         self.slot = nnx.Param(jnp.arange(old + new, dtype=jnp.float32)) if c.pruned != "no" else None
 
-    def logits(self, tokens: Float[Array, "T D"]) -> Float[Array, "T E"]:
-        """The logits of all columns (see `Experts`)."""
+    def logits(self, tokens: Float[Array, "T D"], key=None) -> tuple[Float[Array, "T E"], Any]:
+        """The logits of all columns (see `Experts`), and the key that remains for the choice."""
         exact = lambda param: param[...].astype(jnp.float32)  # noqa: E731
         x = tokens.astype(jnp.float32)
         if self.hidden is not None:
@@ -232,28 +241,33 @@ class Router(nnx.Module):
         weights = [exact(w) for w in (self.weight, self.new_weight) if w is not None]
         if self.log_scale is not None:
             weights = [_unit(w, 0) for w in weights]
-        return jnp.concatenate([jnp.einsum("TR,RE->TE", x, w) for w in weights], axis=1)
+        return jnp.concatenate([jnp.einsum("TR,RE->TE", x, w) for w in weights], axis=1), key
 
     def __call__(
-        self, tokens: Float[Array, "T D"], token_mask: Bool[Array, "T"] | None = None, key=None
+        self, tokens: Float[Array, "T D"], weight: Float[Array, "T"] | Bool[Array, "T"] | None = None, key=None
     ) -> tuple[Int[Array, "T k"], Float[Array, "T k"], RouterSums]:
-        """The experts of every token (E, no expert, for a masked token), their gates, and the sums for the losses."""
-        c, logits = self.config, self.logits(tokens)
+        """The experts of every token, their gates, and the sums for the losses.
+
+        `weight`: how much a token counts in the losses; a token mask is one. A token of weight 0 has no expert.
+        """
+        (logits, key), slot = self.logits(tokens, key), self.slot
         bias = None if self.selection_bias is None else self.selection_bias[...].astype(jnp.float32)
-        gone = None if self.slot is None else self.slot[...] < 0
-        if c.pruned == "new_denominator":
+        gone = None if slot is None else slot[...] < 0
+        if self.denominator == "new":
             logits = jnp.where(gone[None], NEVER, logits)
-        options = dict(trained=self.weight.shape[1], bias=bias, gone=gone, sample_topk=c.sample_topk, key=key)
-        columns, gates = choose_experts(logits, self.k, c.router, **options)
-        chosen = columns if self.slot is None else self.slot[...].astype(jnp.int32)[columns]
-        if token_mask is not None:
+        options = dict(trained=self.weight.shape[1], bias=bias, gone=gone, sample_topk=self.sample_topk, key=key)
+        columns, gates = choose_experts(logits, self.k, self.order, **options)
+        if self.normalized:
+            gates = gates / (gates.sum(-1, keepdims=True) + 1e-6)
+        chosen = columns if slot is None else slot[...].astype(jnp.int32)[columns]
+        if weight is not None:
+            runs = weight[:, None] > 0
             columns, chosen = (
-                jnp.where(token_mask[:, None], *which)
-                for which in ((columns, self.experts.columns), (chosen, self.experts.count))
+                jnp.where(runs, *which) for which in ((columns, self.experts.columns), (chosen, self.experts.count))
             )
-        sums = router_sums(logits, columns, token_mask)
-        if c.round_rows and key is not None:
-            chosen = round_tokens(chosen, gates, self.experts.count, c.round_rows)
+        sums = router_sums(logits, columns, weight)
+        if self.token_rounding and key is not None:
+            chosen = round_tokens(chosen, gates, self.experts.count, self.token_rounding)
         return chosen, gates, sums
 
 

@@ -3,7 +3,7 @@
 Tan et al., `Sparse Universal Transformer <https://arxiv.org/abs/2310.07096>`_.
 """
 
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,39 +15,29 @@ from stickjax.config.universal import SutConfig
 from stickjax.models.attention import Context
 from stickjax.models.layers import LayerNorm, cast, dropout, uniform
 from stickjax.models.moa import SharedHeads
-from stickjax.models.router import RouterSums, choose_experts, router_sums
+from stickjax.models.router import Experts, Router, RouterSums
 
 
-class Choice(NamedTuple):
-    """The experts of B * T tokens, their gates [B*T,k], and what the losses of their router are made of."""
+class TanhRouter(Router):
+    """Logits dropout(tanh(x w_in + bias)) weight. The gates: the k largest of their softmax, divided by their sum."""
 
-    routing: Routing
-    gates: jax.Array
-    sums: RouterSums
-
-
-class TanhRouter(nnx.Module):
-    """The k largest of softmax(dropout(tanh(x w_in + bias)) weight), as gates divided by their sum; in fp32."""
+    normalized = True
 
     def __init__(self, config: SutConfig, E: int, k: int, sample_topk: int, key):
-        self.config, self.E, self.k, self.sample_topk = config, E, k, sample_topk
+        self.config, self.experts, self.k = config, Experts(E), k
+        self.order, self.sample_topk, self.token_rounding = "softmax_topk", sample_topk, 0
+        self.denominator, self.selection_bias, self.slot = "old", None, None
         k_in, k_bias, k_out = jax.random.split(key, 3)
         D = config.D
         self.w_in = uniform(k_in, (D, D), D**-0.5, config)
         self.bias = uniform(k_bias, (D,), D**-0.5, config)
         self.weight = uniform(k_out, (D, E), D**-0.5, config)
 
-    def __call__(self, x: Float[Array, "B T D"], running: Float[Array, "B T"], key=None) -> Choice:
-        """Tokens whose `running` is 0 have no expert (index E); the losses weigh a token by its `running`."""
-        x, running = x.reshape(-1, x.shape[-1]).astype(jnp.float32), running.reshape(-1)
+    def logits(self, tokens: Float[Array, "T D"], key=None) -> tuple[Float[Array, "T E"], Any]:
         w_in, bias, weight = (p[...].astype(jnp.float32) for p in (self.w_in, self.bias, self.weight))
         k_drop, k_sample = (None, None) if key is None else jax.random.split(key)
-        logits = dropout(jnp.tanh(x @ w_in + bias[None]), self.config.dropout, k_drop) @ weight
-        chosen, gates = choose_experts(logits, self.k, "softmax_topk", sample_topk=self.sample_topk, key=k_sample)
-        gates = gates / (gates.sum(-1, keepdims=True) + 1e-6)
-        chosen = jnp.where(running[:, None] > 0, chosen, self.E)
-        sums = router_sums(logits, chosen, running)
-        return Choice(route(chosen, self.E), gates, sums._replace(pairs=sums.rows.sum()))
+        hidden = jnp.tanh(tokens.astype(jnp.float32) @ w_in + bias[None])
+        return dropout(hidden, self.config.dropout, k_drop) @ weight, k_sample
 
 
 class BiasedExperts(nnx.Module):
@@ -85,10 +75,10 @@ class Branch(nnx.Module):
         """The next h, and the router's sums; `inputs` are the experts' own."""
         keys = [None] * 3 if key is None else jax.random.split(key, 3)
         x = self.norm(h) if self.config.normalize_before else h
-        choice = self.router(x, running, keys[0])
-        y = self.experts(x, choice.routing, choice.gates, *inputs, key=keys[1])
+        chosen, gates, sums = self.router(x.reshape(-1, x.shape[-1]), running.reshape(-1), keys[0])
+        y = self.experts(x, route(chosen, self.router.experts.count), gates, *inputs, key=keys[1])
         h = h + dropout(y, self.config.dropout, keys[2])
-        return h if self.config.normalize_before else self.norm(h), choice.sums
+        return h if self.config.normalize_before else self.norm(h), sums._replace(pairs=sums.rows.sum())
 
 
 class SutBlock(nnx.Module):

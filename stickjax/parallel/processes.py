@@ -1,7 +1,8 @@
 """Processes that train together: how they find one another, share values, and end when one of them is lost.
 
 Every process has its own devices and reads its own rows of a batch; process 0 alone writes. Process 0 runs JAX's
-coordination service. When a process is lost, the service tells all others within `HEARTBEAT` seconds, and they end.
+coordination service. When a process is lost, the service tells all others within
+`HEARTBEAT_SECONDS`, and they end.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,18 +26,18 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stickjax.parallel import pmi
 
-# Seconds. After HEARTBEAT without a sign of life a process is lost. After START a process that has not joined is
-# missing. At the end the other processes wait at most END for process 0 to finish writing.
-HEARTBEAT, START, END = 20, 300, 1800
+# After HEARTBEAT_SECONDS without a sign of life a process is lost. After JOIN_SECONDS a process that has not joined is
+# missing. At the end the other processes wait at most SHUTDOWN_SECONDS for process 0 to finish writing.
+HEARTBEAT_SECONDS, JOIN_SECONDS, SHUTDOWN_SECONDS = 20, 300, 1800
 ERROR_GRACE_SECONDS = 1  # after an error, the other processes wait this long, so that process 0 reports it first
-_LONG = 24 * 3600 * 1000  # milliseconds: a lost process is found by its heartbeat, not by waiting
-# Exit codes. SAID: this process has printed its error. LOST: another process has printed one, or was lost.
-SAID, LOST = 3, 4
+_WAIT_MILLISECONDS = 24 * 3600 * 1000  # milliseconds: a lost process is found by its heartbeat, not by waiting
+# Exit codes: this process has printed its error; another process has printed one, or was lost.
+EXIT_ERROR_PRINTED, EXIT_PEER_LOST = 3, 4
 
 # Exit codes of a process that saved and stopped, because of a signal or a closed output pipe.
-STOPPED = tuple(128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGPIPE, signal.SIGTERM))
+EXIT_STOPPED = tuple(128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGPIPE, signal.SIGTERM))
 
-AGAIN = "the same command goes on from the last checkpoint"
+RESUME_HINT = "the same command goes on from the last checkpoint"
 
 # Environment variables of schedulers: the number of processes, the index of this one among all, and its index on this
 # machine. The fourth variable of SLURM is missing in a shell that SLURM has only allocated machines to.
@@ -67,6 +69,38 @@ def initialize(coordinator: str | None = None, count: int | None = None, index: 
         processes that does not say how they find one another.
       RuntimeError: JAX cannot find the coordinator in the environment.
     """
+    rank = _find(coordinator, count, index)
+    if rank is None:
+        return
+    coordinator, count, index = rank.coordinator, rank.count, rank.index
+    if not 0 <= index < count:
+        raise ValueError(f"process {index} of {count}: processes are counted from 0 to {count - 1}")
+    if count == 1:
+        return
+    if coordinator is not None:
+        _, port = check_address(coordinator)
+        if index == 0:
+            _check_free(port, coordinator)
+    _join(rank)
+    if jax.process_count() != count:  # otherwise every process would write
+        found = f"process {index} of {count} has found {jax.process_count() - 1} of the other {count - 1}"
+        raise ValueError(f"{found}; check --coordinator, --processes and --process of all of them")
+    if index:
+        logging.getLogger("stickjax").setLevel(logging.ERROR)  # process 0 warns for all
+
+
+class _Rank(NamedTuple):
+    """`local`: the device of this process on its machine; `method`: how JAX finds the other processes."""
+
+    coordinator: str | None
+    count: int
+    index: int
+    local: int | None
+    method: str | None
+
+
+def _find(coordinator: str | None, count: int | None, index: int | None) -> "_Rank | None":
+    """Who this process is, by the arguments or by the environment; None if it is alone."""
     local, method = None, None
     if count is None and index is None:
         names = next((n for n in (*_SCHEDULERS, PMI) if all(name in os.environ for name in n)), None)
@@ -74,7 +108,7 @@ def initialize(coordinator: str | None = None, count: int | None = None, index: 
             if coordinator is not None:
                 raise ValueError(f"--coordinator {coordinator} needs --processes N and --process I")
             _check_alone()
-            return
+            return None
         count, index, *local = map(_number, names[:3])
         local = local[0] if local else _number("MPI_LOCALRANKID")
         if names == PMI and 0 <= index < count > 1:
@@ -85,18 +119,17 @@ def initialize(coordinator: str | None = None, count: int | None = None, index: 
         method = "deactivate"  # the numbers are given, so the environment of SLURM or Open MPI must not count
         if coordinator is None or count is None or index is None:
             raise ValueError("--coordinator HOST:PORT, --processes N and --process I belong together")
-    if not 0 <= index < count:
-        raise ValueError(f"process {index} of {count}: processes are counted from 0 to {count - 1}")
-    if count == 1:
-        return
-    if coordinator is not None:
-        _, port = check_address(coordinator)
-        if index == 0:
-            _check_free(port, coordinator)
+    return _Rank(coordinator, count, index, local, method)
+
+
+def _join(rank: _Rank) -> None:
+    """Join the other processes, or end with a line that says who is missing."""
+    coordinator, count, index, local, method = rank
     # When time is up, JAX aborts with a stack trace. A little earlier this timer says who is missing.
     missing = f"process 0{f' at {coordinator}' if coordinator else ''}" if index else "the others"
-    late = f"error: process {index} of {count} has waited {START} s for {missing}"
-    timer = threading.Timer(START - 2, lambda: (print(late, file=sys.stderr, flush=True), os._exit(SAID)))
+    late = f"error: process {index} of {count} has waited {JOIN_SECONDS} s for {missing}"
+    end = lambda: (print(late, file=sys.stderr, flush=True), os._exit(EXIT_ERROR_PRINTED))  # noqa: E731
+    timer = threading.Timer(JOIN_SECONDS - 2, end)
     timer.daemon = True
     timer.start()
     jax.config.update("jax_enable_preemption_service", False)  # it would handle SIGTERM, which the training handles
@@ -107,17 +140,12 @@ def initialize(coordinator: str | None = None, count: int | None = None, index: 
             index,
             local_device_ids=local,
             cluster_detection_method=method,
-            initialization_timeout=START,
-            heartbeat_timeout_seconds=HEARTBEAT,
-            shutdown_timeout_seconds=END,
+            initialization_timeout=JOIN_SECONDS,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
         )
     finally:
         timer.cancel()
-    if jax.process_count() != count:  # otherwise every process would write
-        found = f"process {index} of {count} has found {jax.process_count() - 1} of the other {count - 1}"
-        raise ValueError(f"{found}; check --coordinator, --processes and --process of all of them")
-    if index:
-        logging.getLogger("stickjax").setLevel(logging.ERROR)  # process 0 warns for all
 
 
 def _number(name: str) -> int | None:
@@ -222,7 +250,7 @@ def shared(function: Callable, raises: type[Exception] = ()):
         return function()
     name = _name("shared")
     if not is_writer():
-        found = json.loads(_client().blocking_key_value_get(name, _LONG))
+        found = json.loads(_client().blocking_key_value_get(name, _WAIT_MILLISECONDS))
         if "error" in found:
             raise raises(found["error"])
         return found["value"]
@@ -245,7 +273,7 @@ def check_same(facts: dict) -> None:
     if other:
         raise ValueError(f"this is not what process 0 is about to train ({'; '.join(other)})")
     if _several():
-        _client().wait_at_barrier(_name("barrier"), _LONG)
+        _client().wait_at_barrier(_name("barrier"), _WAIT_MILLISECONDS)
 
 
 @functools.cache
@@ -290,11 +318,11 @@ def fail(message: str, error: BaseException | None = None) -> int:
     if not jax.distributed.is_initialized():
         print(message, file=sys.stderr)
         return 1
-    index, count, code = jax.process_index(), jax.process_count(), SAID
+    index, count, code = jax.process_index(), jax.process_count(), EXIT_ERROR_PRINTED
     if _lost_another(error):
         reason = " ".join(str(error).split())[:200]
         message = f"error: {lost(index, count)} ({reason})"
-        code = LOST
+        code = EXIT_PEER_LOST
     else:
         if index:  # process 0 reports an error that all have
             message = message.replace("error:", f"error: process {index}:", 1)
@@ -302,7 +330,7 @@ def fail(message: str, error: BaseException | None = None) -> int:
         try:
             _client().key_value_set("stickjax/failed", message)
         except Exception:  # another process has failed first, or process 0 with the store is gone
-            message, code = "", LOST
+            message, code = "", EXIT_PEER_LOST
     with contextlib.suppress(OSError):  # the terminal may be gone as well
         if message:
             print(message, file=sys.stderr)
@@ -315,7 +343,7 @@ def fail(message: str, error: BaseException | None = None) -> int:
 
 def lost(index: int, count: int) -> str:
     """The message of a process that ends because another process has ended."""
-    return f"process {index} of {count} has lost another one; {AGAIN}"
+    return f"process {index} of {count} has lost another one; {RESUME_HINT}"
 
 
 def _lost_another(error: BaseException | None) -> bool:

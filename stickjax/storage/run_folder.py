@@ -145,7 +145,7 @@ def model_leaves(folder: str | os.PathLike, model: ModelConfig) -> dict[str, Laz
     return leaves
 
 
-def place_of_results(run: Path) -> Path | None:
+def results_folder(run: Path) -> Path | None:
     """The folder for the results of a run: the run's own. None, with a message, if it must not be written."""
     if hugging_face.is_folder(run):
         reason = "is in the Hugging Face layout"
@@ -157,7 +157,7 @@ def place_of_results(run: Path) -> Path | None:
     return None
 
 
-def placed(mesh: Mesh | None, abstract):
+def with_shardings(mesh: Mesh | None, abstract):
     """The ShapeDtypeStructs with shardings on the mesh; without a mesh, unchanged."""
     if mesh is None:
         return abstract
@@ -181,12 +181,13 @@ def load(
         fit into the free memory; a Hugging Face folder is damaged or has a model that is not supported.
     """
     config = read_config(run).replace(changes or {})
-    abstract = placed(mesh, jax.eval_shape(lambda: family_of(config.model).init(config.model, jax.random.key(0))))
+    shapes = jax.eval_shape(lambda: family_of(config.model).init(config.model, jax.random.key(0)))
+    abstract = with_shardings(mesh, shapes)
     check_fits({"parameters": local_bytes(abstract)}, mesh)
     if (leaves := model_leaves(run, config.model)) is not None:
         if step is not None:
             raise ValueError(f"{run} has no checkpoint of step {step}: it holds one model, without steps")
-        arrays = [_placed(leaves[name], spec) for name, spec in named_leaves(abstract).items()]
+        arrays = [_on_devices(leaves[name], spec) for name, spec in named_leaves(abstract).items()]
         params = jax.tree.structure(abstract).unflatten(arrays)
         check_finite(params, str(run))
         return Loaded(params, config, tokenizer_of(config), 0)
@@ -205,7 +206,7 @@ def tokenizer_of(config: Config) -> Tokenizer | None:
     return load_tokenizer(name, config.data.eot) if name == "byte" or Path(name).exists() else None
 
 
-def _placed(leaf: Lazy, spec: jax.ShapeDtypeStruct) -> jax.Array:
+def _on_devices(leaf: Lazy, spec: jax.ShapeDtypeStruct) -> jax.Array:
     """Read an array and place it by the sharding of `spec`."""
     host = leaf.read(None).astype(spec.dtype, copy=False)
     sharding = spec.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

@@ -21,7 +21,7 @@ from stickjax.config import DataConfig
 from stickjax.config.command import SEED_TYPE, Parser, command, number
 from stickjax.config.command_line import parse_changes
 from stickjax.evaluation import plots
-from stickjax.storage.run_folder import load, place_of_results, read_config, save
+from stickjax.storage.run_folder import load, read_config, results_folder, save
 from stickjax.surgery.change import extend, prune
 from stickjax.surgery.kinds import KINDS, kinds_of
 from stickjax.surgery.tune import LEARN, concentrate, freeze, frozen
@@ -112,7 +112,7 @@ def _report(words, changes: dict) -> str:
     sources = {name: source_of(loaded.config.data, name) for name in words.source or loaded.config.data.sources}
     result = report(loaded.model, sources, max_tokens=words.tokens, below=words.below)
     print_table(table(result))
-    place = place_of_results(Path(words.run))
+    place = results_folder(Path(words.run))
     if place:
         write_file(place / "modules.json", json_text({"step": loaded.step} | result) + "\n")
     if not (picture := words.plot or (place and place / "modules.png")):

@@ -27,9 +27,9 @@ from stickjax.storage.run_folder import (
     check_config,
     check_trained,
     load,
-    placed,
     read_config,
     with_own_tokenizer,
+    with_shardings,
     write_config,
 )
 from stickjax.system.memory import check_fits, check_program, local_bytes, state_parts
@@ -229,7 +229,7 @@ def fit(
         config = config.replace({"model.V": read_config(run).model.V})  # another mesh might need another V
     config = with_vocabulary(config, data.vocab_size)
     mesh = make_mesh(config)
-    abstract = placed(mesh, jax.eval_shape(lambda: init_state(config, jax.random.key(config.train.seed))))
+    abstract = with_shardings(mesh, jax.eval_shape(lambda: init_state(config, jax.random.key(config.train.seed))))
     check_fits(state_parts(abstract) | _batch_part(config, mesh), mesh)
     loader = data.loader(*rows_of_process(mesh))
     _check_same(config, data)

@@ -65,19 +65,7 @@ def power_by_tokens(
     >>> [f"{learning_rate(n, 128):.6f}" for n in (0, 10**9, 10**10, 32 * 10**9)]
     ['0.000000', '0.013160', '0.004067', '0.000000']
     """
-    _check("warmup_tokens", warmup_tokens)
-    _check("decay_tokens", decay_tokens or 0)
-    _check("max_value", max_value, positive=True)
-    if not (a > 0 and math.isfinite(b) and 0 <= end_ratio <= 1):
-        raise ValueError(f"a={a} must be positive, b={b} finite and end_ratio={end_ratio} between 0 and 1")
-    if decay not in DECAYS:
-        raise ValueError(f"decay={decay!r} is not one of {', '.join(map(repr, DECAYS))}{nearest(str(decay), DECAYS)}")
-    if total_tokens is None and decay_tokens != 0:
-        raise ValueError(f"{decay_tokens=} needs total_tokens: without an end there is nothing to decay to")
-    shortest = warmup_tokens + (decay_tokens or 0)
-    if total_tokens is not None and not shortest <= total_tokens < math.inf:  # NaN fails, too
-        raise ValueError(f"{warmup_tokens=} and {decay_tokens=} do not fit into {total_tokens=}")
-
+    _check_shape(warmup_tokens, total_tokens, decay_tokens, decay, a, b, max_value, end_ratio)
     # Floats, as whole numbers of tokens overflow int32. A negative power has no value at n = 0.
     warmup, first = float(warmup_tokens), float(max(warmup_tokens, 1))
     decays = decay_tokens != 0
@@ -352,6 +340,21 @@ def _in_float32(tx: Transform, small) -> Transform:
         return jax.tree.map(rounded, small, updates, new, params), (*inner, keep(new))
 
     return Transform(init, update)
+
+
+def _check_shape(warmup_tokens, total_tokens, decay_tokens, decay, a, b, max_value, end_ratio) -> None:
+    _check("warmup_tokens", warmup_tokens)
+    _check("decay_tokens", decay_tokens or 0)
+    _check("max_value", max_value, positive=True)
+    if not (a > 0 and math.isfinite(b) and 0 <= end_ratio <= 1):
+        raise ValueError(f"a={a} must be positive, b={b} finite and end_ratio={end_ratio} between 0 and 1")
+    if decay not in DECAYS:
+        raise ValueError(f"decay={decay!r} is not one of {', '.join(map(repr, DECAYS))}{nearest(str(decay), DECAYS)}")
+    if total_tokens is None and decay_tokens != 0:
+        raise ValueError(f"{decay_tokens=} needs total_tokens: without an end there is nothing to decay to")
+    shortest = warmup_tokens + (decay_tokens or 0)
+    if total_tokens is not None and not shortest <= total_tokens < math.inf:  # NaN fails, too
+        raise ValueError(f"{warmup_tokens=} and {decay_tokens=} do not fit into {total_tokens=}")
 
 
 def _check(name: str, value, *, positive: bool = False) -> None:
