@@ -1,11 +1,11 @@
 """Every family of models meets every command, and a family or an attention variant from a user's file does too."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import optax
 import pytest
 from flax import nnx
 
@@ -13,11 +13,9 @@ import stickjax
 from stickjax import Config, DataConfig, ModelConfig, SutConfig
 from stickjax.__main__ import main
 from stickjax.config.attention import ATTENTION, AttentionVariant
-from stickjax.config.family import MODEL_CONFIGS, FamilyConfig
-from stickjax.config.fields import Dtype, check_fields, field
+from stickjax.config.family import MODEL_CONFIGS
 from stickjax.models.families import FAMILIES
-from stickjax.models.family import Family
-from stickjax.models.parameters import PARAMETERS, Parameter
+from stickjax.models.parameters import PARAMETERS
 from stickjax.models.stick_breaking import attend
 from stickjax.training.loop import fit
 
@@ -26,63 +24,26 @@ TEXT, PAIRS = DataConfig(T=8, B=2), DataConfig(source="logic", examples=3000, T=
 SUT = dict(attention_experts=3, E=3, attention="stick_breaking")
 
 
-@dataclasses.dataclass(frozen=True)
-class BigramConfig(FamilyConfig):
-    """The next token depends on one token."""
-
-    family: str = field("bigram", "the kind of model")
-    V: int | None = field(None, "vocabulary size")
-    D: int = field(8, "width", at_least=1)
-    dtype: Dtype = field("float32", "type of the computation")
-    param_dtype: Dtype = field("float32", "type of the parameters")
-    implementation: str | None = field(None, "not used: there are no kernels")
-
-    def __post_init__(self):
-        check_fields(self)
-
-
-class BigramModel(nnx.Module):
-    def __init__(self, config, key):
-        self.config = config
-        self.table = nnx.Param(0.1 * jax.random.normal(key, (config.vocabulary, config.D)))
-        self.readout = nnx.Param(jnp.zeros((config.D, config.vocabulary)))
-
-
-class Bigram(Family):
-    config = BigramConfig
-    parameters = {"BigramModel": {"table": Parameter("V D", label="embedding"), "readout": Parameter("D V")}}
-
-    def init(self, config, key):
-        return BigramModel(config, key)
-
-    def apply(self, model, batch, key=None):
-        return Output(jnp.einsum("BTD,DV->BTV", model.table[...][batch["tokens"]], model.readout[...]))
-
-    def loss(self, model, batch, key):
-        logits, mask = self.apply(model, batch, key).logits, batch["loss_mask"].astype(jnp.float32)
-        nll = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
-        scale = batch.get("loss_scale", 1 / jnp.maximum(mask.sum(), 1))
-        return (loss := (nll * mask).sum() * scale), {"loss": loss}
-
-
-class Output(nnx.Module):
-    def __init__(self, logits):
-        self.logits = logits
-
-
-@pytest.fixture(scope="module", autouse=True)
-def bigram():
-    stickjax.register(Bigram())
-    yield
-    del FAMILIES["bigram"], MODEL_CONFIGS["bigram"], PARAMETERS["BigramModel"]
-
-
 MODELS = {
     "decoder": Config(ModelConfig(**SIZES, N=2, E=4, k=2, attention="softmax"), TEXT),
     "sut": Config(SutConfig(**SIZES, **SUT), TEXT),
     "pairs": Config(SutConfig(**SIZES, **SUT, classes=7), PAIRS),
-    "bigram": Config(BigramConfig(), TEXT),
 }
+NAMES = [*MODELS, "bigram"]
+PAGE = Path(__file__).parent.parent / "docs" / "extending.md"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bigram():
+    """The family of the page is registered while the tests of this file run."""
+    code = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[0]
+    names: dict = {"__name__": "extending"}
+    exec(compile(code, PAGE, "exec"), names)
+    MODELS["bigram"] = Config(names["BigramConfig"](), TEXT)
+    yield names["Bigram"]
+    del FAMILIES["bigram"], MODEL_CONFIGS["bigram"], PARAMETERS["BigramModel"]
+
+
 MODULES = "modules that can be added or pruned"
 # {family: {command: the end of its error}}; every other pair works.
 REFUSED = {
@@ -133,7 +94,7 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_family_meets_every_command(name, command, runs, tmp_path, capsys):
     run = runs(name)
     places = {"RUN": run, "CONFIG": run / "config.json", "OUT": tmp_path / "out"}
@@ -172,11 +133,11 @@ def test_an_attention_variant_of_the_user(monkeypatch):
         ModelConfig(attention="halved", remainder="value")
 
 
-def test_what_cannot_be_registered():
+def test_what_cannot_be_registered(bigram):
     with pytest.raises(ValueError, match="register a Family, or an AttentionVariant with a name, not 3"):
         stickjax.register(3)
 
-    class Other(Bigram):
+    class Other(bigram):
         pass
 
     with pytest.raises(ValueError, match="family='bigram' is registered already, by Bigram"):
@@ -185,10 +146,10 @@ def test_what_cannot_be_registered():
         stickjax.register(AttentionVariant(attend), "softmax")
 
 
-def test_a_parameter_that_is_not_in_the_table_is_refused():
+def test_a_parameter_that_is_not_in_the_table_is_refused(bigram):
     """Rather than being divided and scaled as another parameter of its name."""
     config = MODELS["bigram"]
-    model = Bigram().init(config.model, jax.random.key(0))
+    model = bigram().init(config.model, jax.random.key(0))
     model.w_out = nnx.Param(jnp.zeros((4, 4)))
     with pytest.raises(ValueError, match="w_out .BigramModel.w_out. is not in the table of parameters"):
         stickjax.training.optimizer.make_optimizer(config, model)

@@ -1,7 +1,13 @@
 """The README's Python runs, its commands exist, and its table of letters is the code's."""
 
+import os
+import pkgutil
 import re
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -47,3 +53,27 @@ def test_links_between_pages_lead_somewhere():
     }
     assert set().union(*linked.values()) <= pages
     assert linked[ROOT / "README.md"] >= set((ROOT / "docs" / "kernels").glob("*.md"))
+
+
+def test_every_python_name_of_the_pages_exists():
+    text = README + "".join(page.read_text() for page in (ROOT / "docs").rglob("*.md"))
+    names = set(re.findall(r"`((?:stickjax|pallas_kernels)(?:\.\w+)+)", text))
+    assert len(names) > 10
+    for name in names:
+        try:
+            pkgutil.resolve_name(name)
+        except (AttributeError, ImportError):
+            pytest.fail(f"{name} does not exist")
+
+
+def test_the_family_of_the_page_trains_from_its_file(tmp_path, monkeypatch, capsys):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "extending.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    monkeypatch.chdir(tmp_path)
+    Path("bigram.py").write_text(blocks[0])
+    Path("variant.py").write_text(f"import sys\n{blocks[1]}\nassert config.attention == 'halved'\n")
+    for words in (["-m", "stickjax.train", "bigram.py"], ["variant.py"]):
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert len((tmp_path / "runs" / "bigram" / "metrics.jsonl").read_text().splitlines()) == 2
