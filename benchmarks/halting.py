@@ -19,7 +19,7 @@ from stickjax.config.command import Parser, command
 from stickjax.data.corpus import load_corpus
 from stickjax.data.heldout import heldout_windows
 from stickjax.evaluation.pairs import THRESHOLDS
-from stickjax.models import sut
+from stickjax.models import universal
 from stickjax.storage.run_folder import load
 
 from .report import Row, compared, machine, write_json
@@ -32,7 +32,7 @@ RESULTS = Path(__file__).parent / "results" / "halting.json"
 @jax.jit
 def _read(model, windows, threshold):
     """Bits per token, mean depth, and expert rows per token."""
-    output = sut.apply(model, {"tokens": windows[:, :-1]}, threshold=threshold)
+    output = universal.apply(model, {"tokens": windows[:, :-1]}, threshold=threshold)
     nll = optax.softmax_cross_entropy_with_integer_labels(output.logits, windows[:, 1:])
     rows = sum(counts.sum() for counts in output.rows.values())
     return nll.mean() / jnp.log(2), output.depth.mean(), rows / nll.size
@@ -41,7 +41,7 @@ def _read(model, windows, threshold):
 def measured(run: str, seconds: float) -> list[Row]:
     """A row per threshold, by which it is named. ValueError for a run of another model."""
     loaded = load(run)
-    if not isinstance(loaded.model, sut.LanguageModel):
+    if not isinstance(loaded.model, universal.LanguageModel):
         raise ValueError(f"{run} has no language model that halts; python -m stickjax.train configs/sut_lm_tiny.py")
     data = loaded.config.data
     _, heldout = load_corpus(data)

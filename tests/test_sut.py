@@ -14,11 +14,11 @@ from flax import nnx
 
 from pallas_kernels import route
 from stickjax.config.universal import SutConfig
-from stickjax.models.halting import HaltingGate, halting_step, start, until_halted
 from stickjax.models.parameters import label, map_leaves, partition, shardings
 from stickjax.models.router import router_stats
-from stickjax.models.sut import SparseUniversalTransformer, UniversalStack, apply, init, loss
-from stickjax.models.sut_block import BiasedExperts
+from stickjax.models.universal import SparseUniversalTransformer, UniversalStack, apply, init, loss
+from stickjax.models.universal.block import BiasedExperts
+from stickjax.models.universal.halting import HaltingGate, halting_step, start, until_halted
 from stickjax.parallel.mesh import AXES, shard_batch
 from stickjax.training.gradients import mesh_gradients
 

@@ -81,7 +81,7 @@ class SutConfig(FamilyConfig):
 
     @classmethod
     def sut_base(cls, **changes) -> "SutConfig":
-        """The translation model of arXiv 2310.07096, for `models.sut.SparseUniversalTransformer(config, key)`.
+        """The translation model of arXiv 2310.07096, for `models.universal.SparseUniversalTransformer(config, key)`.
 
         V is chosen so that the two models have 66M and 110M parameters, as in the paper.
         """

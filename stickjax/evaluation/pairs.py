@@ -17,7 +17,7 @@ from stickjax.data.pairs import pair_examples
 from stickjax.data.tasks import Examples, logic
 from stickjax.evaluation import plots
 from stickjax.evaluation.plots import Records
-from stickjax.models.sut import PairClassifier, apply
+from stickjax.models.universal import PairClassifier, apply
 from stickjax.system.disk import write_file
 from stickjax.system.text import json_text
 

@@ -4,7 +4,7 @@ from stickjax.config.family import FamilyConfig
 from stickjax.models.decoder import Decoder
 from stickjax.models.family import Family
 from stickjax.models.parameters import PARAMETERS
-from stickjax.models.sut import Universal
+from stickjax.models.universal import Universal
 
 FAMILIES: dict[str, Family] = {}
 

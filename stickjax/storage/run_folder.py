@@ -21,8 +21,8 @@ from stickjax.config.decoder import ModelConfig
 from stickjax.data.tokenizer import Tokenizer, load_tokenizer
 from stickjax.models.families import family_of
 from stickjax.models.parameters import shardings
-from stickjax.models.sut import LanguageModel, PairClassifier
 from stickjax.models.transformer import Transformer
+from stickjax.models.universal import LanguageModel, PairClassifier
 from stickjax.storage import hugging_face
 from stickjax.storage.checkpoints import Checkpoints, check_finite, named_leaves
 from stickjax.storage.hugging_face.files import Lazy, open_safetensors, write_safetensors

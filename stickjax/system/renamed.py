@@ -23,6 +23,7 @@ NEW_NAMES = {
     "stickjax.memory": "stickjax.system.memory",
     "stickjax.metrics": "stickjax.training.metrics",
     "stickjax.model_config": "stickjax.config.decoder",
+    "stickjax.models.sut": "stickjax.models.universal",
     "stickjax.modules": "stickjax.surgery",
     "stickjax.mup": "stickjax.training.width",
     "stickjax.optim": "stickjax.training.optimizer",

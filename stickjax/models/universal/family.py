@@ -1,0 +1,156 @@
+"""The family of Universal Transformers: what a run, a plan and a generation ask of them."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from stickjax.config import Config, SutConfig
+from stickjax.models.family import Family
+from stickjax.models.universal.model import LanguageModel, PairClassifier, SutOutput
+from stickjax.parallel.collectives import psum_over_batch
+
+
+def init(config: SutConfig, key: jax.Array) -> PairClassifier | LanguageModel:
+    """Parameters of a model, as a pytree that is also the model: with `classes` of pairs, else a language model.
+
+    >>> model = init(SutConfig(V=16, D=8, H=4, F=16), jax.random.key(0))
+    >>> model.stack.block.ffn.experts.w_in.shape
+    (8, 8, 16)
+    """
+    return (PairClassifier if config.classes else LanguageModel)(config, key)
+
+
+def apply(
+    params: PairClassifier | LanguageModel, batch: dict[str, jax.Array], key: jax.Array | None = None, *, threshold=None
+) -> SutOutput:
+    """Run a model on a batch: training with a key, else inference, which stops when all tokens have halted.
+
+    Args:
+      batch: `left` and `right` [B,T], padded with 0; or `tokens` [B,T] and, when documents are packed, `segment_ids`.
+      key: randomness of a training step; with one the output has a reverse derivative.
+      threshold: in place of `halting_threshold`; a number or a scalar array.
+
+    >>> pairs = {"left": jnp.array([[3, 4, 0]]), "right": jnp.array([[5, 0, 0]])}
+    >>> model = init(SutConfig(V=16, D=8, H=4, F=16, classes=7), jax.random.key(0))
+    >>> output = apply(model, pairs, threshold=0.5)
+    >>> output.logits.shape, output.rows["ffn"].tolist()  # 3 tokens have 2 experts each
+    ((1, 7), [6, 6, 0, 0, 0, 0])
+    """
+    return params(batch, key, threshold=threshold, stop_early=key is None)
+
+
+class TokenHistory(NamedTuple):
+    """The `length` tokens that a language model has read so far. Their keys and values are not kept: every new token is
+    computed together with all of them."""
+
+    tokens: jax.Array
+    segment_ids: jax.Array
+    length: jax.Array
+
+
+def empty_cache(config: SutConfig, batch: int, size: int) -> TokenHistory:
+    """An empty cache for `batch` sequences of up to `size` tokens."""
+    return TokenHistory(
+        jnp.zeros((batch, size), jnp.int32), jnp.full((batch, size), -1, jnp.int32), jnp.zeros((), jnp.int32)
+    )
+
+
+def decode_step(
+    model: LanguageModel, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"], cache: TokenHistory
+) -> tuple[Float[Array, "B V"], TokenHistory]:
+    """Logits after the last of these tokens, and the cache with them."""
+    put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, cache.length, axis=1)  # noqa: E731
+    cache = TokenHistory(put(cache.tokens, tokens), put(cache.segment_ids, segment_ids), cache.length + tokens.shape[1])
+    logits = apply(model, {"tokens": cache.tokens, "segment_ids": cache.segment_ids}).logits
+    return jax.lax.dynamic_index_in_dim(logits, cache.length - 1, axis=1, keepdims=False), cache
+
+
+def loss(
+    params: PairClassifier | LanguageModel, batch: dict[str, jax.Array], key: jax.Array | None
+) -> tuple[Float[Array, ""], dict[str, jax.Array]]:
+    """Mean cross-entropy plus `mi_weight` * sum of the routers' H(e|x) - H(e) plus `act_weight` * mean halting step.
+
+    Args:
+      batch: as in `apply`, with `label` [B]; or with `targets` [B,T] and `loss_mask` [B,T].
+      key: randomness of a training step, or None.
+
+    Returns:
+      The loss, and metrics: `loss` (cross-entropy alone), for pairs `accuracy`, `depth` (mean over tokens), `act`,
+      `mutual_information` (mean over routers) and `load_max` (largest share of rows times experts, 1 at balance).
+
+    >>> config = SutConfig(V=16, D=8, H=4, F=16)
+    >>> batch = {"tokens": jnp.ones((2, 3), int), "targets": jnp.ones((2, 3), int), "loss_mask": jnp.ones((2, 3))}
+    >>> sorted(loss(init(config, jax.random.key(0)), batch, None)[1])
+    ['act', 'depth', 'load_max', 'loss', 'mutual_information']
+    """
+    output, config = params(batch, key), params.config
+    if config.classes:
+        labels, mask = batch["label"], jnp.ones(batch["label"].shape)
+        token_mask = jnp.stack([batch["left"], batch["right"]]) != 0
+    else:
+        labels, mask = batch["targets"], batch["loss_mask"].astype(jnp.float32)
+        token_mask = batch.get("segment_ids", jnp.zeros_like(batch["tokens"])) >= 0
+
+    def mean(x, weight):
+        x, weight = x.astype(jnp.float32), weight.astype(jnp.float32)
+        return psum_over_batch((x * weight).sum()) / jnp.maximum(psum_over_batch(weight.sum()), 1)
+
+    nll = mean(optax.softmax_cross_entropy_with_integer_labels(output.logits, labels), mask)
+    information = jnp.stack([stats.mutual_information for stats in output.router.values()])
+    metrics = {
+        "loss": nll,
+        "depth": mean(output.depth, token_mask),
+        "act": output.act,
+        "mutual_information": information.mean(),
+        "load_max": jnp.stack([s.load.max() * s.load.shape[-1] for s in output.router.values()]).max(),
+    }
+    if config.classes:
+        metrics["accuracy"] = mean(output.logits.argmax(-1) == labels, mask)
+    return nll + config.mi_weight * information.sum() + config.act_weight * output.act, metrics
+
+
+class Universal(Family):
+    """The family of Universal Transformers: a language model, or with `classes` a classifier of pairs."""
+
+    config = SutConfig
+
+    def init(self, config: SutConfig, key) -> PairClassifier | LanguageModel:
+        return init(config, key)
+
+    def apply(self, model, batch, key=None) -> SutOutput:
+        return apply(model, batch, key)
+
+    def loss(self, model, batch, key):
+        return loss(model, batch, key)
+
+    def example_batch(self, config: Config) -> dict[str, jax.ShapeDtypeStruct]:
+        if config.model.reads == "text":
+            return super().example_batch(config)
+        sentences = jax.ShapeDtypeStruct((config.data.B, config.data.T), jnp.int32)
+        return {"left": sentences, "right": sentences, "label": jax.ShapeDtypeStruct((config.data.B,), jnp.int32)}
+
+    def parameter_counts(self, config: SutConfig) -> tuple[int, int]:
+        """The number of all parameters, and of those that a step applies to a token: k of E experts, no embedding."""
+        shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
+        block, size = shapes.stack.block, lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+        heads = size([block.attention.experts.expert_query, block.attention.experts.expert_output])
+        idle = size(block.ffn.experts) * (config.E - config.k) // config.E
+        idle += heads * (config.attention_experts - config.attention_k) // config.attention_experts
+        return size(shapes), size(shapes.stack) - idle
+
+    def flops_per_token(self, config: SutConfig, T: int) -> float:
+        """As if no token halted before the last step. Bidirectional attention takes twice the work of causal."""
+        _, active = self.parameter_counts(config)
+        heads, directions = config.attention_k * config.K, 1 if config.causal else 2
+        return config.L * (6 * active + 6 * directions * heads * config.H * T)
+
+    def empty_cache(self, config: SutConfig, batch: int, size: int) -> TokenHistory:
+        if config.classes:
+            raise ValueError(f"a classifier of classes={config.classes} generates no text")
+        return empty_cache(config, batch, size)
+
+    def decode_step(self, model: LanguageModel, tokens, segment_ids, cache):
+        return decode_step(model, tokens, segment_ids, cache)
