@@ -49,8 +49,8 @@ class Op(NamedTuple):
 class Choice(NamedTuple):
     """The implementation that one call of an op got. Its backward pass has the same implementation.
 
-    `sizes`: the sizes of the arrays on one device by their letters, such as {"B": 4, "T": 256} in pairs. `why`: why
-    this implementation, and why not the preferred ones. As a string it is one line.
+    `sizes`: the sizes of the arrays on one device, in pairs of a letter and its size. `why`: why this implementation
+    runs, and why the preferred ones do not. `str(choice)` is one line.
     """
 
     op: str
@@ -73,7 +73,7 @@ class Choice(NamedTuple):
 
 _ops: dict[str, Op] = {}
 _logged: set[str] = set()
-# Of this thread: the records of all `recorded` blocks that are open.
+# The records of all `recorded` blocks that are open in this thread.
 _records: contextvars.ContextVar[tuple[Counter, ...]] = contextvars.ContextVar("records", default=())
 # What was chosen when a call was traced. JAX keeps that trace and does not choose again for an equal call.
 _traced: dict[Any, Counter] = {}
