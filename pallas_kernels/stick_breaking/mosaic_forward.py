@@ -181,13 +181,13 @@ def _compute(plan: Plan, assigned: Assignment, inputs: Inputs, outputs: Outputs,
     )
 
     def wait_for_others(state):
-        j, going = state
+        j, goes_on = state
         stage = pipeline.full_stage(ring, assigned.stop - 1 - j, stages)
         if skip:
-            going = scratch.stopped[stage] == 0
+            goes_on = scratch.stopped[stage] == 0
             needs[wg, stage] = jnp.where((j >= own_stop) & (own_stop > own_start), 1, 0)
         plgpu.barrier_arrive(ring.used.at[stage])
-        return j - 1, going
+        return j - 1, goes_on
 
     def idle(j, until):
         lax.while_loop(lambda s: (s[0] >= until) & s[1], wait_for_others, (j, jnp.bool_(True)))
