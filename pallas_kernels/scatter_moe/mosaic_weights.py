@@ -64,7 +64,7 @@ class Piece(NamedTuple):
 def d_weights(left, left_numbers, right, right_numbers, tasks: Tasks, out_dtype=None):
     """[E, D, parts, F] of left [Q, D] and right [parts, Q', F].
 
-    Their row numbers [tiles * M] are those of `tasks.row_numbers`. `out_dtype`: None for that of `left`.
+    Their row numbers [tiles * M] come from `tasks.row_numbers`. `out_dtype`: None for the type of `left`.
     """
     (_, D), (P, _, F), E = left.shape, right.shape, tasks.rows.shape[0]
     dtype, out_dtype = left.dtype, jnp.dtype(out_dtype or left.dtype)

@@ -10,8 +10,8 @@ thread each. There are two arrangements:
 - H and Hv up to 128: a step is two neighbouring query tiles, one for each warpgroup. A third warpgroup copies, so that
   a thread has 168 registers.
 - H or Hv above 128: a sum takes 128 registers, and 168 are not enough. There is no third warpgroup, so that a thread
-  has 255; the first warpgroup also copies, one step ahead. A step is one query tile, of which each warpgroup takes one
-  half of the keys: two steps fit into the shared memory.
+  has 255; the first warpgroup also copies, one step ahead. A step is one query tile, and each warpgroup computes it for
+  one half of the keys. Two steps fit into the shared memory.
 
 Predicted at H = Hv = 256, for 64 queries and 64 keys: 2560 clocks of the tensor cores (2048, and half as much again for
 the products with 32 keys, which read the queries from shared memory for few columns), 1500 issue slots, 66 KB to copy.
