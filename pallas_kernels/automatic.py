@@ -70,8 +70,8 @@ def _pull(node, floats, *values):
     """The gradients of the arrays with the indices `floats`. `values` holds all arrays, then the cotangents."""
     arrays, cotangents = values[: len(node.letters)], values[len(node.letters) :]
 
-    def function(*some):
-        changed = dict(zip(floats, some, strict=True))
+    def function(*float_arrays):
+        changed = dict(zip(floats, float_arrays, strict=True))
         return node.function(*(changed.get(i, x) for i, x in enumerate(arrays)))
 
     _, pull = jax.vjp(function, *(arrays[i] for i in floats))
@@ -104,7 +104,9 @@ def _partitioned(node: Node) -> Callable:
 
     def partition(mesh, arrays, results):
         axes = _axes(node, mesh, [*arrays, *jax.tree.leaves(results)])
-        place = lambda letters: NamedSharding(mesh, _spec(node, axes, letters))  # noqa: E731
+
+        def sharding(letters):
+            return NamedSharding(mesh, _spec(node, axes, letters))
 
         def summed(letters, x):  # sums the gradient of an array that lies whole on every device
             mapped = {group for at, group in node.maps if at in letters.split()}
@@ -114,7 +116,7 @@ def _partitioned(node: Node) -> Callable:
         def run_part(*arrays):
             return jax.tree.map(summed, node.results, _as_part(node, *arrays))
 
-        return mesh, run_part, jax.tree.map(place, node.results), tuple(place(letters) for letters in node.letters)
+        return mesh, run_part, jax.tree.map(sharding, node.results), tuple(map(sharding, node.letters))
 
     function.def_partition(partition, sharding_rule=functools.partial(_rule, node))
     return function

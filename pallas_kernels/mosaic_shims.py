@@ -162,7 +162,7 @@ def _like(x, registers):
 
 
 class _GpuThread:
-    """The arithmetic of one thread, which emits MLIR. A test puts arithmetic on numbers in its place."""
+    """The arithmetic of one thread, which emits MLIR. A test uses arithmetic on numbers instead."""
 
     def __init__(self):
         from jax._src.lib.mlir import ir

@@ -210,10 +210,10 @@ def _axes(letters: Letters, arrays: list[_Array], mesh) -> dict[str, tuple[str, 
         divided = _divided(array)
         for at, axes in divided.items():
             if at not in maps:
-                kept = _spec({letter: letter for letter in maps}, divided, array.letters)
+                allowed = _spec({letter: letter for letter in maps}, divided, array.letters)
                 raise ValueError(
                     f"{array} is divided along {at} by {sizes(axes)}, and {letters.name} can be divided along "
-                    f"{', '.join(maps)} only; pass jax.sharding.reshard({array.name}, {kept}) instead"
+                    f"{', '.join(maps)} only; pass jax.sharding.reshard({array.name}, {allowed}) instead"
                 )
             owner = owners.setdefault(maps[at], (at, array))
             if found.setdefault(maps[at], axes) != axes:

@@ -30,8 +30,8 @@ def absent_gpu() -> Iterator[None]:
 def interpret(*, detect_races: bool = False) -> Iterator[None]:
     """A context: run Mosaic GPU kernels on the CPU, with their barriers, shared memory and warpgroups.
 
-    Every warpgroup needs a thread of XLA, which has as many threads as there are CPU devices or cores. With fewer than
-    four a kernel would wait for ever; `--xla_force_host_platform_device_count=8` in XLA_FLAGS gives it eight.
+    Every warpgroup needs a thread of XLA, which has one for each CPU device or core. With fewer than four threads a
+    kernel would wait for ever; `--xla_force_host_platform_device_count=8` in XLA_FLAGS gives it eight.
     """
     if max(jax.local_device_count("cpu"), os.cpu_count() or 1) < 4:
         raise RuntimeError("the interpreter needs 4 CPU cores or XLA_FLAGS=--xla_force_host_platform_device_count=4")
@@ -48,7 +48,7 @@ def is_interpreted() -> bool:
 
 
 def name() -> str:
-    """The platform that is traced for: "cpu", "gpu" or "tpu". In the interpreter it is that of the host."""
+    """The platform that is traced for: "cpu", "gpu" or "tpu". In the interpreter it is the platform of the host."""
     device = get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None or is_interpreted() else device.platform
 
@@ -66,7 +66,7 @@ def chip() -> str:
 
 
 def multiprocessors() -> int:
-    """The number of multiprocessors of the GPU that is traced for; in the interpreter, that of an H200."""
+    """The number of multiprocessors of the GPU that is traced for. The interpreter has as many as an H200."""
     device = get_abstract_mesh().abstract_device
     if device is None and jax.default_backend() == "gpu":
         device = jax.devices()[0]

@@ -58,6 +58,12 @@ class Differences(tuple[Difference, ...]):
 
     title: str
 
+    @classmethod
+    def titled(cls, title: str, differences: list[Difference]) -> "Differences":
+        self = cls(differences)
+        self.title = title
+        return self
+
     @property
     def ok(self) -> bool:
         return all(difference.ok for difference in self)
@@ -149,61 +155,74 @@ def differences(
     >>> found.ok, [d.name for d in found]
     (True, ['output[0]', 'output[1]', 'gradient of query', 'gradient of key', 'gradient of value'])
     """
-    signature = inspect.signature(op)
-    arguments = collections.OrderedDict(signature.bind_partial(*args, **kwargs).arguments)
-    paths, tree = jax.tree_util.tree_flatten_with_path(arguments)
-    leaves = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in paths}
-    floats = {name: x for name, x in leaves.items() if _is_float(x)}
-    if not floats:
-        raise ValueError("differences needs a floating array among the arguments of the op")
-    others = {name: x for name, x in leaves.items() if isinstance(x, jax.Array | np.ndarray) and name not in floats}
-
-    def outputs(implementation, floats, others):
-        """The floating outputs, by name."""
-        bound = inspect.BoundArguments(signature, tree.unflatten((leaves | others | floats).values()))
-        paths, _ = jax.tree_util.tree_flatten_with_path(
-            op(*bound.args, **bound.kwargs | {"implementation": implementation})
-        )
-        return {f"output{jax.tree_util.keystr(path)}": y for path, y in paths if _is_float(y)}
-
-    def run(implementation, floats, others, cotangents):
-        values, vjp = jax.vjp(lambda floats: outputs(implementation, floats, others), floats)
-        return values, vjp({name: cotangents[name].astype(y.dtype) for name, y in values.items()})[0]
-
-    def report(found):
-        types = ", ".join(sorted({str(x.dtype) for x in floats.values()}))
-        found = Differences(found)
-        found.title = f"{_name(op)}, {implementation or 'its own choice'} against {against} in {types}"
-        return found
-
-    def shapes_of(implementation):
-        return jax.eval_shape(functools.partial(outputs, implementation), floats, others)
-
-    shapes, own_shapes = shapes_of(against), shapes_of(implementation)
+    call = _Call(op, *args, **kwargs)
+    types = ", ".join(sorted({str(x.dtype) for x in call.floats.values()}))
+    title = f"{_name(op)}, {implementation or 'its own choice'} against {against} in {types}"
+    shapes, own_shapes = call.shapes(against), call.shapes(implementation)
     if own_shapes != shapes:
-        described = lambda y: f"{y.dtype}{list(y.shape)}" if y else "nothing"  # noqa: E731
-        pairs = {name: (own_shapes.get(name), shapes.get(name)) for name in shapes | own_shapes}
-        return report(
-            _without_numbers(name, f"is {described(own)}, expected {described(want)}")
-            for name, (own, want) in pairs.items()
-            if own != want
-        )
+        return Differences.titled(title, _different_shapes(own_shapes, shapes))
     rng = np.random.default_rng(seed)
     cotangents = {name: rng.standard_normal(y.shape).astype(y.dtype) for name, y in shapes.items()}
-    values, gradients = jax.jit(run, static_argnums=0)(implementation, floats, others, cotangents)
+    run = jax.jit(call.run, static_argnums=0)
+    values, gradients = run(implementation, call.floats, call.others, cotangents)
     with jax.enable_x64(jax.config.jax_enable_x64 or against in WIDE):
-        x, c = floats, cotangents
+        x, c = call.floats, cotangents
         if against in WIDE:
             x, c = jax.tree.map(lambda x: np.asarray(x).astype(np.float64), (x, c))
-        expected, expected_gradients = jax.device_get(jax.jit(run, static_argnums=0)(against, x, others, c))
+        expected, expected_gradients = jax.device_get(run(against, x, call.others, c))
 
     def tolerance_of(table) -> float:
-        return max(table[str(x.dtype)] for x in floats.values()) if tolerance is None else tolerance
+        return max(table[str(x.dtype)] for x in call.floats.values()) if tolerance is None else tolerance
 
-    return report(
-        [difference(y, values[y], expected[y], tolerance_of(FORWARD)) for y in shapes]
-        + [difference(f"gradient of {x}", gradients[x], expected_gradients[x], tolerance_of(GRADIENT)) for x in floats]
-    )
+    outputs = [difference(y, values[y], expected[y], tolerance_of(FORWARD)) for y in shapes]
+    return Differences.titled(title, outputs + [
+        difference(f"gradient of {x}", gradients[x], expected_gradients[x], tolerance_of(GRADIENT)) for x in call.floats
+    ])  # fmt: skip
+
+
+class _Call:
+    """A call of an op whose arrays can be replaced: `floats` are differentiated, `others` are not."""
+
+    def __init__(self, op, *args, **kwargs):
+        self.op, self.signature = op, inspect.signature(op)
+        arguments = collections.OrderedDict(self.signature.bind_partial(*args, **kwargs).arguments)
+        paths, self.tree = jax.tree_util.tree_flatten_with_path(arguments)
+        self.leaves = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in paths}
+        self.floats = {name: x for name, x in self.leaves.items() if _is_float(x)}
+        if not self.floats:
+            raise ValueError("differences needs a floating array among the arguments of the op")
+        arrays = {name: x for name, x in self.leaves.items() if isinstance(x, jax.Array | np.ndarray)}
+        self.others = {name: x for name, x in arrays.items() if name not in self.floats}
+
+    def outputs(self, implementation, floats, others):
+        """The floating outputs, by name."""
+        leaves = self.leaves | others | floats
+        bound = inspect.BoundArguments(self.signature, self.tree.unflatten(leaves.values()))
+        result = self.op(*bound.args, **bound.kwargs | {"implementation": implementation})
+        paths, _ = jax.tree_util.tree_flatten_with_path(result)
+        return {f"output{jax.tree_util.keystr(path)}": y for path, y in paths if _is_float(y)}
+
+    def shapes(self, implementation):
+        return jax.eval_shape(functools.partial(self.outputs, implementation), self.floats, self.others)
+
+    def run(self, implementation, floats, others, cotangents):
+        """(the outputs, the gradients of `floats`), by name."""
+        values, vjp = jax.vjp(lambda floats: self.outputs(implementation, floats, others), floats)
+        return values, vjp({name: cotangents[name].astype(y.dtype) for name, y in values.items()})[0]
+
+
+def _different_shapes(own_shapes, shapes) -> list[Difference]:
+    """A `Difference` for every output whose shape or type differs, or that only one of the two has."""
+
+    def described(y) -> str:
+        return f"{y.dtype}{list(y.shape)}" if y else "nothing"
+
+    pairs = {name: (own_shapes.get(name), shapes.get(name)) for name in shapes | own_shapes}
+    return [
+        _without_numbers(name, f"is {described(own)}, expected {described(expected)}")
+        for name, (own, expected) in pairs.items()
+        if own != expected
+    ]
 
 
 def _name(op: Any) -> str:

@@ -1,7 +1,7 @@
-"""Sizes that were chosen per chip, from tuned.json: lists of {"up_to": bounds, ..}, of which the first that fits holds.
+"""Sizes that were chosen per chip. tuned.json has a list of {"up_to": bounds, ..} for each chip and op.
 
-A chip without a list of its own has that of "any". Bounds make buckets, so that a length never seen before has a value
-too; what exceeds the last ones is a call that no kernel takes.
+The first entry whose bounds hold is taken. A chip without its own list takes the list of "any". Bounds make buckets, so
+a length that was never seen before has an entry too. No kernel takes a call that exceeds the last bounds.
 "by" says where an entry comes from: a rule, a static count, or a measurement with its chip and date.
 """
 

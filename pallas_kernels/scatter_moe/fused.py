@@ -17,8 +17,8 @@ from .call import PRE_ACTIVATION, LinearCall, MlpCall
 from .kernels import Kernels
 from .tasks import Tasks, row_numbers
 
-UNCOMBINED = 2**30  # bytes; if all uncombined outputs need more, further columns come in another product
-STEP = 256  # columns of which such a product takes a multiple
+UNCOMBINED = 2**30  # bytes; if all uncombined outputs need more, they are computed a few columns at a time
+STEP = 256  # such a product takes a multiple of this number of columns
 
 
 def by_tile(gates, tasks: Tasks):
@@ -121,8 +121,8 @@ def _linear_backward(x_rows, out_rows, kernels, residuals, d_out):
     numbers, d_gates = row_numbers(tasks, out_rows, k), None
     if gates is None:
         left, left_numbers = x, row_numbers(tasks, x_rows, k)
-        to = row_numbers(tasks, "pair" if x_rows == "token" else x_rows, k)
-        dx = kernels.product(d_out, numbers, weight, tasks, to, transposed=True)
+        target = row_numbers(tasks, "pair" if x_rows == "token" else x_rows, k)
+        dx = kernels.product(d_out, numbers, weight, tasks, target, transposed=True)
     else:
         dx, left, left_numbers, d_gate = kernels.d_gated(d_out, numbers, weight, tasks, x, x_rows, gates, routing)
         d_gates = _d_gates(gates, d_gate, bias, d_out, routing)

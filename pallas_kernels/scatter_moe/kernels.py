@@ -39,7 +39,7 @@ class Kernels(Protocol):
     def d_gated(self, d_out, source, weight, tasks: Tasks, x, x_rows: Rows, gates, routing: Routing) -> tuple:
         """(gate * dy, gate * x, the row numbers of gate * x, <x, dy> of every pair) of a linear map with gates.
 
-        dy as in `d_activated`. gate * dy is in the order of x, or in that of the pairs if x is in that of the tokens.
+        dy as in `d_activated`. gate * dy has the order of x, or one row per pair if x has one row per token.
         """
 
     def d_weights(self, left, left_numbers, right, right_numbers, tasks: Tasks) -> Any:

@@ -11,7 +11,7 @@ from .mosaic_float32 import d_weights, product
 from .mosaic_product import COLUMNS, ROWS, Plan, activated, d_activated
 
 WIDTH = 64  # columns of a tile in shared memory; widths are padded to whole tiles for the copy engine
-ONES = 8  # rows are summed by a product with columns of ones; no fewer can be copied, 16 bytes at a time
+ONES = 8  # columns of ones; a product with them sums rows. A copy takes at least 16 bytes, which are 8 numbers
 
 
 def refuses(call: LinearCall | MlpCall) -> str | None:
@@ -25,10 +25,10 @@ def refuses(call: LinearCall | MlpCall) -> str | None:
 def detail(call: LinearCall | MlpCall) -> str:
     rows, experts = call.routing.order.shape[0], call.routing.num_experts
     odd = any(n % WIDTH for n in _widths(call))
-    said = f"{ROWS * _warpgroups(rows, experts)} x {2 * COLUMNS} tiles"
-    said += f", padded to {WIDTH} columns" if odd else ""
-    said += ", the activation by XLA" if _is_unfused(call) else ""
-    return said + (", float32 as six products of bfloat16" if call.x.dtype == jnp.float32 else "")
+    text = f"{ROWS * _warpgroups(rows, experts)} x {2 * COLUMNS} tiles"
+    text += f", padded to {WIDTH} columns" if odd else ""
+    text += ", the activation by XLA" if _is_unfused(call) else ""
+    return text + (", float32 as six products of bfloat16" if call.x.dtype == jnp.float32 else "")
 
 
 def _widths(call) -> tuple[int, ...]:
@@ -134,14 +134,11 @@ def _d_gated(d_out, source, weight, tasks, x, x_rows, gates, routing):
     dy = _product(d_out, source, weight, tasks, tasks.pairs, transposed=True).astype(jnp.float32)
     by_pair = {"token": lambda: jnp.repeat(x, k, 0), "pair": lambda: x, "sorted": lambda: x[routing.inverse]}
     idle = (routing.expert_indices >= routing.num_experts).reshape(-1, 1)
-    own, gate = jnp.where(idle, 0, by_pair[x_rows]()).astype(jnp.float32), gates.astype(jnp.float32).reshape(-1, 1)
+    x_of_pair = jnp.where(idle, 0, by_pair[x_rows]()).astype(jnp.float32)
+    gate = gates.astype(jnp.float32).reshape(-1, 1)
     dx = (gate * dy).astype(x.dtype)
-    return (
-        dx[routing.order] if x_rows == "sorted" else dx,
-        (gate * own).astype(x.dtype),
-        tasks.pairs,
-        (own * dy).sum(-1),
-    )
+    dx = dx[routing.order] if x_rows == "sorted" else dx
+    return dx, (gate * x_of_pair).astype(x.dtype), tasks.pairs, (x_of_pair * dy).sum(-1)
 
 
 def _d_weights(left, left_numbers, right, right_numbers, tasks):

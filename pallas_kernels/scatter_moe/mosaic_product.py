@@ -8,6 +8,7 @@ docs/kernels/scatter_moe.md explains the barriers.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -51,6 +52,52 @@ class Plan(NamedTuple):
     def rows(self) -> int:
         """Rows of a tile."""
         return ROWS * self.warpgroups
+
+    @property
+    def steps_of_part(self) -> int:
+        return -(-self.width // DEPTH)
+
+
+class Kind(NamedTuple):
+    """What is different in `product`, `activated` and `d_activated`.
+
+    `finish(At, accumulators, inputs, outputs, scratch)` gets the result of a tile. Its last three arguments are pytrees
+    of references. A tile has `per_tile` accumulators, whose first columns lie `apart`. `prefetch(tile, inputs,
+    scratch)` starts to copy more rows for a tile after its steps, and returns the barrier to arrive at when they have
+    arrived.
+    """
+
+    name: str
+    finish: Callable
+    per_tile: int
+    apart: int
+    prefetch: Callable | None = None
+
+    @property
+    def step(self) -> int:
+        """Columns of each part of the result that the accumulators of a tile hold together."""
+        return self.per_tile * COLUMNS if self.apart == COLUMNS else COLUMNS
+
+
+class Operands(NamedTuple):
+    """References to what every kernel reads."""
+
+    x: Any  # [parts, rows, width]
+    source: Any  # [tiles * rows]: the row of x for every row of a tile
+    expert: Any  # [tiles]
+    count: Any  # [1]: tiles in use
+    weight: Any  # [E, parts * width, F] or transposed
+    inputs: Any  # what `finish` needs besides
+
+
+class Tile(NamedTuple):
+    """One tile of rows times one tile of columns, which is a piece of work of a block."""
+
+    i: jax.Array  # of the block's pieces
+    number: jax.Array  # of the tile of rows
+    column: jax.Array  # of the result, the first
+    expert: jax.Array
+    steps: jax.Array
 
 
 class At(NamedTuple):
@@ -105,109 +152,102 @@ class DerivativeScratch(NamedTuple):
 
     hidden: Any  # [parts, W, ROWS, COLUMNS]; its derivative takes its place
     gated: Any  # [W, ROWS, COLUMNS], on its way out
-    there: Any  # `hidden` holds the hidden rows of this tile
+    arrived: Any  # `hidden` holds the hidden rows of this tile
     free: Any  # every multiplying warpgroup is done with `hidden`
 
 
 def _product(
-    plan: Plan,
-    name: str,
-    finish: Callable,
-    x,
-    source,
-    weight,
-    tasks: Tasks,
-    inputs,
-    out_type,
-    scratch,
-    *,
-    per_tile: int,
-    apart: int,
-    prefetch: Callable | None = None,
-):
-    """The kernel around `finish(At, accumulators, inputs, outputs, scratch)`; the last three are pytrees of references.
-
-    A tile has `per_tile` accumulators, whose first columns lie `apart`: together `step` columns of each part they hold.
-    `prefetch` starts to copy more rows for a tile after its steps, and returns the barrier to arrive at when they are
-    there.
-    """
+    plan: Plan, kind: Kind, x, source, weight, tasks: Tasks, inputs, out_type, scratch
+):  # fmt: skip
+    """Launch a kernel. `inputs`, `out_type` and `scratch` are what `kind.finish` gets references of."""
     W, E = plan.warpgroups, weight.shape[0]
-    step = per_tile * COLUMNS if apart == COLUMNS else COLUMNS
-    across = -(-plan.columns // step)
-    per_part = -(-plan.width // DEPTH)
+    across = -(-plan.columns // kind.step)
     blocks = pipeline.blocks(tasks.expert.shape[0] * across)
 
-    def kernel(x_ref, source_ref, expert_ref, count_ref, w_ref, inputs, outputs, steps_mem: Steps, own):
-        wg, ring = lax.axis_index("wg"), steps_mem.ring
+    def kernel(operands: Operands, outputs, steps_mem: Steps, own):
+        wg = lax.axis_index("wg")
 
-        def tiles(body, state):
+        def for_each_tile(body, state):
             def one(i, number, state):
-                tile, column = number // across, number % across * step
-                e = expert_ref[tile]
+                tile, column = number // across, number % across * kind.step
+                e = operands.expert[tile]
                 # A tile of rows without an expert has no steps.
-                return body(i, tile, column, e, jnp.where(e < E, plan.x_parts * per_part, 0), state)
+                steps = jnp.where(e < E, plan.x_parts * plan.steps_of_part, 0)
+                return body(Tile(i, tile, column, e, steps), state)
 
-            return pipeline.every(blocks, count_ref[0] * across, one, state)
+            return pipeline.every(blocks, operands.count[0] * across, one, state)
 
-        @pl.when(wg == W)
-        def copy():
-            def body(i, tile, column, e, steps, before):
-                def load(s, stage):
-                    part, depth = s // per_part, s % per_part * DEPTH
-                    for w in range(W):
-                        rows = source_ref.at[pl.ds(tile * plan.rows + w * ROWS, ROWS)]
-                        row_copies.gather(x_ref.at[part], rows, depth, steps_mem.x.at[stage, w])
-                    for p, w_mem in enumerate(steps_mem.weights):
-                        inner = pl.ds(part * plan.width + depth, DEPTH)
-                        outer = pl.ds(plan.first + column + p * apart, COLUMNS)
-                        at = (e, outer, inner) if plan.transposed else (e, inner, outer)
-                        plgpu.copy_gmem_to_smem(w_ref.at[at], w_mem.at[stage], ring.full.at[stage])
-
-                sent = pipeline.send(ring, steps, load, before)
-                if prefetch is not None:
-                    # `prefetch` waits until the tile before is finished, which needs all of that tile's steps.
-                    sent = pipeline.hand_over(ring, sent, before=before.started)
-                    there = prefetch(i, tile, column, inputs, own)
-                    sent = pipeline.hand_over(ring, sent)
-                    row_copies.gather_wait(0)
-                    plgpu.barrier_arrive(there)
-                return sent
-
-            pipeline.hand_over(ring, tiles(body, pipeline.nothing_sent()))
-
-        @pl.when(wg < W)
-        def compute():
-            def body(i, tile, column, e, steps, step):
-                def multiply(*accumulators):
-                    def one(stage):
-                        for acc, w_mem in zip(accumulators, steps_mem.weights, strict=True):
-                            w = w_mem.at[stage]
-                            w = w.transpose((1, 0)) if plan.transposed else w
-                            plgpu.wgmma(acc, steps_mem.x.at[stage, wg], w)
-
-                    last = pipeline.receive(ring, steps, one, per_tile, step)
-                    return last, *(acc[...] for acc in accumulators)
-
-                accumulator = plgpu.ACC((ROWS, COLUMNS), jnp.float32)
-                last, *accumulators = pl.run_scoped(multiply, *(accumulator,) * per_tile)
-                at = At(wg, pl.ds(tile * plan.rows + wg * ROWS, ROWS), e, column)
-                finish(at, accumulators, inputs, outputs, own)
-                return last
-
-            tiles(body, jnp.int32(0))
+        pl.when(wg == W)(partial(_copy, plan, kind, operands, steps_mem, own, for_each_tile))
+        pl.when(wg < W)(partial(_multiply, plan, kind, wg, operands, outputs, steps_mem, own, for_each_tile))
 
     w_shape = (STAGES, COLUMNS, DEPTH) if plan.transposed else (STAGES, DEPTH, COLUMNS)
     steps_mem = Steps(
         x=memory((STAGES, W, ROWS, DEPTH), plan.dtype),
-        weights=(memory(w_shape, plan.dtype),) * per_tile,
-        ring=pipeline.ring(warpgroups=W, copies=per_tile),
+        weights=(memory(w_shape, plan.dtype),) * kind.per_tile,
+        ring=pipeline.ring(warpgroups=W, copies=kind.per_tile),
     )
     products = 1 if plan.transposed else plan.parts  # of [rows, columns] each
-    flops = 2 * tasks.num_pairs * plan.x_parts * plan.width * plan.columns * products
     run = mosaic_pipeline.run(
-        kernel, name=name, flops=flops, blocks=blocks, warpgroups=W + 1, out_type=out_type, scratch=(steps_mem, scratch)
+        kernel,
+        name=kind.name,
+        flops=2 * tasks.num_pairs * plan.x_parts * plan.width * plan.columns * products,
+        blocks=blocks,
+        warpgroups=W + 1,
+        out_type=out_type,
+        scratch=(steps_mem, scratch),
     )
-    return run(x, source, tasks.expert, tasks.count, weight, inputs)
+    return run(Operands(x, source, tasks.expert, tasks.count, weight, inputs))
+
+
+def _copy(plan: Plan, kind: Kind, operands: Operands, steps_mem: Steps, own, for_each_tile: Callable) -> None:
+    """The warpgroup that copies the rows and weights of every step."""
+    ring, per_part = steps_mem.ring, plan.steps_of_part
+
+    def copy_tile(tile: Tile, before):
+        def load(s, stage):
+            part, depth = s // per_part, s % per_part * DEPTH
+            for w in range(plan.warpgroups):
+                rows = operands.source.at[pl.ds(tile.number * plan.rows + w * ROWS, ROWS)]
+                row_copies.gather(operands.x.at[part], rows, depth, steps_mem.x.at[stage, w])
+            for p, w_mem in enumerate(steps_mem.weights):
+                inner = pl.ds(part * plan.width + depth, DEPTH)
+                outer = pl.ds(plan.first + tile.column + p * kind.apart, COLUMNS)
+                at = (tile.expert, outer, inner) if plan.transposed else (tile.expert, inner, outer)
+                plgpu.copy_gmem_to_smem(operands.weight.at[at], w_mem.at[stage], ring.full.at[stage])
+
+        sent = pipeline.send(ring, tile.steps, load, before)
+        if kind.prefetch is not None:
+            # `prefetch` waits until the tile before is finished, which needs all of that tile's steps.
+            sent = pipeline.hand_over(ring, sent, before=before.started)
+            arrived = kind.prefetch(tile, operands.inputs, own)
+            sent = pipeline.hand_over(ring, sent)
+            row_copies.gather_wait(0)
+            plgpu.barrier_arrive(arrived)
+        return sent
+
+    pipeline.hand_over(ring, for_each_tile(copy_tile, pipeline.nothing_sent()))
+
+
+def _multiply(
+    plan: Plan, kind: Kind, wg, operands: Operands, outputs, steps_mem: Steps, own, for_each_tile: Callable
+) -> None:  # fmt: skip
+    """A warpgroup that multiplies 64 rows of every tile, and finishes their result."""
+
+    def multiply_tile(tile: Tile, step):
+        def multiply(stage, accumulators):
+            for acc, w_mem in zip(accumulators, steps_mem.weights, strict=True):
+                w = w_mem.at[stage]
+                w = w.transpose((1, 0)) if plan.transposed else w
+                plgpu.wgmma(acc, steps_mem.x.at[stage, wg], w)
+
+        next_step, accumulators = pipeline.accumulate(
+            steps_mem.ring, tile.steps, multiply, (ROWS, COLUMNS), kind.per_tile, step
+        )
+        at = At(wg, pl.ds(tile.number * plan.rows + wg * ROWS, ROWS), tile.expert, tile.column)
+        kind.finish(at, accumulators, operands.inputs, outputs, own)
+        return next_step
+
+    for_each_tile(multiply_tile, jnp.int32(0))
 
 
 def _store(values, numbers, memory, column, out_ref) -> None:
@@ -242,12 +282,10 @@ def product(plan: Plan, x, source, weight, tasks: Tasks, target, rows: int, bias
             _store(y, inputs.rows.at[at.rows], out_mem.at[at.wg], at.column, out_ref)
 
     dtype = plan.out_dtype or plan.dtype
-    return _product(
-        plan, "expert_product", finish, x, source, weight, tasks, Finish(target, bias),
-        jax.ShapeDtypeStruct((rows, plan.columns), dtype),
-        memory((plan.warpgroups, ROWS, COLUMNS * 2 // dtype.itemsize), dtype),
-        per_tile=2, apart=COLUMNS,
-    )  # fmt: skip
+    kind = Kind("expert_product", finish, per_tile=2, apart=COLUMNS)
+    out_type = jax.ShapeDtypeStruct((rows, plan.columns), dtype)
+    out_mem = memory((plan.warpgroups, ROWS, COLUMNS * 2 // dtype.itemsize), dtype)
+    return _product(plan, kind, x, source, weight, tasks, Finish(target, bias), out_type, out_mem)
 
 
 def activated(plan: Plan, activation: str, x, source, weight, tasks: Tasks, bias=None, *, keep: bool):
@@ -270,11 +308,9 @@ def activated(plan: Plan, activation: str, x, source, weight, tasks: Tasks, bias
         activated=jax.ShapeDtypeStruct((R, plan.columns), plan.dtype),
         hidden=jax.ShapeDtypeStruct((P, R, plan.columns), plan.dtype) if keep else None,
     )
-    out = _product(
-        plan, "expert_activated", finish, x, source, weight, tasks, Finish(tasks.sorted, bias), out_type,
-        memory((plan.warpgroups, ROWS, COLUMNS), plan.dtype),
-        per_tile=P, apart=plan.columns,
-    )  # fmt: skip
+    kind = Kind("expert_activated", finish, per_tile=P, apart=plan.columns)
+    out_mem = memory((plan.warpgroups, ROWS, COLUMNS), plan.dtype)
+    out = _product(plan, kind, x, source, weight, tasks, Finish(tasks.sorted, bias), out_type, out_mem)
     return out if keep else out[:1]
 
 
@@ -287,23 +323,23 @@ def d_activated(plan: Plan, activation: str, d_out, source, weight, tasks: Tasks
     R, (P, _, F) = tasks.num_pairs, hidden.shape
     W, dtype = plan.warpgroups, plan.dtype
 
-    def prefetch(i, tile, column, inputs: Derivative, own: DerivativeScratch):
-        @pl.when(i > 0)
+    def prefetch(tile: Tile, inputs: Derivative, own: DerivativeScratch):
+        @pl.when(tile.i > 0)
         def _():
             plgpu.barrier_wait(own.free)
 
         for w in range(W):
-            numbers = inputs.rows.at[pl.ds(tile * plan.rows + w * ROWS, ROWS)]
+            numbers = inputs.rows.at[pl.ds(tile.number * plan.rows + w * ROWS, ROWS)]
             for p in range(P):
-                row_copies.gather(inputs.hidden.at[p], numbers, column, own.hidden.at[p, w])
+                row_copies.gather(inputs.hidden.at[p], numbers, tile.column, own.hidden.at[p, w])
         row_copies.gather_commit()
-        return own.there
+        return own.arrived
 
     def finish(at, accumulators, inputs: Derivative, outputs: Derivatives, own: DerivativeScratch):
         numbers, (acc,) = inputs.rows.at[at.rows], accumulators
         gate = plgpu.load(inputs.gates.at[at.rows], layout=shims.ROW, optimized=False)
         gate = lax.broadcast_in_dim(gate, (ROWS, HALF), [0])
-        plgpu.barrier_wait(own.there)
+        plgpu.barrier_wait(own.arrived)
         d_gate = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), shims.ROW)
 
         # In two passes, and in halves: everything at once would not fit the registers.
@@ -329,8 +365,9 @@ def d_activated(plan: Plan, activation: str, d_out, source, weight, tasks: Tasks
         plgpu.commit_smem()
         plgpu.barrier_arrive(own.free)
 
+    kind = Kind("expert_d_activated", finish, per_tile=1, apart=COLUMNS, prefetch=prefetch)
     return _product(
-        plan, "expert_d_activated", finish, d_out, source, weight, tasks, Derivative(tasks.sorted, hidden, gates),
+        plan, kind, d_out, source, weight, tasks, Derivative(tasks.sorted, hidden, gates),
         Derivatives(
             d_hidden=jax.ShapeDtypeStruct(hidden.shape, dtype),
             gated=jax.ShapeDtypeStruct((R, F), dtype),
@@ -339,8 +376,7 @@ def d_activated(plan: Plan, activation: str, d_out, source, weight, tasks: Tasks
         DerivativeScratch(
             hidden=memory((P, W, ROWS, COLUMNS), dtype),
             gated=memory((W, ROWS, COLUMNS), dtype),
-            there=plgpu.Barrier(),
+            arrived=plgpu.Barrier(),
             free=plgpu.Barrier(num_arrivals=W),
         ),
-        per_tile=1, apart=COLUMNS, prefetch=prefetch,
     )  # fmt: skip

@@ -93,8 +93,22 @@ def receive(ring: Ring, steps, multiply: Callable, products: int, step):
     return step
 
 
+def accumulate(ring: Ring, steps, multiply: Callable, shape: tuple[int, int], count: int, step):
+    """(The number of the next step, `count` sums of this shape) after all `steps` steps from `step` on.
+
+    `multiply(stage, accumulators)` starts one product for each accumulator.
+    """
+
+    def run(*accumulators):
+        next_step = receive(ring, steps, lambda stage: multiply(stage, accumulators), count, step)
+        return next_step, *(acc[...] for acc in accumulators)
+
+    next_step, *sums = pl.run_scoped(run, *(plgpu.ACC(shape, jnp.float32),) * count)
+    return next_step, sums
+
+
 def blocks(most: int) -> int:
-    """The number of blocks: one for each multiprocessor, or less where there are only `most` pieces of work."""
+    """The number of blocks: one for each multiprocessor, but at most one for each of the `most` pieces of work."""
     return min(platform.multiprocessors(), most)
 
 

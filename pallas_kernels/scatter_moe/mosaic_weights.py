@@ -6,6 +6,8 @@ transposed or padded in memory, rows that do not exist are zeros, and an expert 
 docs/kernels/scatter_moe.md explains the barriers.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -37,77 +39,54 @@ class Scratch(NamedTuple):
     ring: Ring
 
 
+class Operands(NamedTuple):
+    """References to what the kernel reads."""
+
+    left: Any  # [Q, D]
+    left_numbers: Any  # [tiles * M]
+    right: Any  # [parts, Q', F]
+    right_numbers: Any  # [tiles * M]
+    heavy_first: Any  # [E]: the experts, those with the most rows first
+    first: Any  # [E]: the first tile of every expert
+    rows: Any  # [E]: the number of rows of every expert
+
+
+class Piece(NamedTuple):
+    """A part of the weight of one expert, which is a piece of work of a block."""
+
+    expert: jax.Array
+    row: jax.Array  # the first
+    part: jax.Array
+    column: jax.Array  # the first
+    steps: jax.Array
+
+
 def d_weights(left, left_numbers, right, right_numbers, tasks: Tasks, out_dtype=None):
     """[E, D, parts, F] of left [Q, D] and right [parts, Q', F].
 
-    Their row numbers [tiles * M] are those of `tasks.row_numbers`. `out_dtype`: None for that of `left`.
+    Their row numbers [tiles * M] come from `tasks.row_numbers`. `out_dtype`: None for the type of `left`.
     """
     (_, D), (P, _, F), E = left.shape, right.shape, tasks.rows.shape[0]
-    M = tasks.rows_of_tile
     dtype, out_dtype = left.dtype, jnp.dtype(out_dtype or left.dtype)
-    at_once = RIGHT * 2 // out_dtype.itemsize  # columns on their way out
     down, across = -(-D // (LEFT * WARPGROUPS)), -(-F // (RIGHT * ACCUMULATORS))
     heavy_first = jnp.argsort(-tasks.rows, stable=True).astype(jnp.int32)
     per_expert = down * P * across
     blocks = pipeline.blocks(E * per_expert)
 
-    def kernel(
-        left_ref, left_numbers_ref, right_ref, right_numbers_ref, heavy_ref, first_ref, rows_ref, out_ref,
-        scratch: Scratch,
-    ):  # fmt: skip
-        wg, ring = lax.axis_index("wg"), scratch.ring
+    def kernel(operands: Operands, out_ref, scratch: Scratch):
+        wg = lax.axis_index("wg")
 
-        def pieces(body, state):
+        def for_each_piece(body, state):
             def one(_, number, state):
-                e, rest = heavy_ref[number // per_expert], number % per_expert
+                e, rest = operands.heavy_first[number // per_expert], number % per_expert
                 row, part, column = rest // (P * across), rest // across % P, rest % across
-                return body(
-                    e, row * LEFT * WARPGROUPS, part, column * RIGHT * ACCUMULATORS, -(-rows_ref[e] // ROWS), state
-                )
+                row, column = row * LEFT * WARPGROUPS, column * RIGHT * ACCUMULATORS
+                return body(Piece(e, row, part, column, -(-operands.rows[e] // ROWS)), state)
 
             return pipeline.every(blocks, E * per_expert, one, state)
 
-        @pl.when(wg == WARPGROUPS)
-        def copy():
-            def body(e, row, part, column, steps, sent):
-                def load(s, stage):
-                    numbers = pl.ds(first_ref[e] * M + s * ROWS, ROWS)
-                    for w in range(WARPGROUPS):
-                        rows = left_numbers_ref.at[numbers]
-                        row_copies.gather(left_ref, rows, row + w * LEFT, scratch.left.at[stage, w])
-                    for p in range(ACCUMULATORS):
-                        rows = right_numbers_ref.at[numbers]
-                        row_copies.gather(right_ref.at[part], rows, column + p * RIGHT, scratch.right.at[stage, p])
-
-                return pipeline.send(ring, steps, load, sent)
-
-            pipeline.hand_over(ring, pieces(body, pipeline.nothing_sent()))
-
-        @pl.when(wg < WARPGROUPS)
-        def compute():
-            def body(e, row, part, column, steps, step):
-                def multiply(*accumulators):
-                    def one(stage):
-                        for p, acc in enumerate(accumulators):
-                            left_tile = scratch.left.at[stage, wg].transpose((1, 0))
-                            plgpu.wgmma(acc, left_tile, scratch.right.at[stage, p])
-
-                    last = pipeline.receive(ring, steps, one, ACCUMULATORS, step)
-                    return last, *(acc[...] for acc in accumulators)
-
-                accumulator = plgpu.ACC((LEFT, RIGHT), jnp.float32)
-                last, *sums = pl.run_scoped(multiply, *(accumulator,) * ACCUMULATORS)
-                for first in range(0, ACCUMULATORS * RIGHT, at_once):
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the columns before have left
-                    x, inner = sums[first // RIGHT], first % RIGHT
-                    scratch.out[wg] = x[:, inner : inner + at_once].astype(out_dtype)
-                    plgpu.commit_smem()
-                    at = pl.ds(row + wg * LEFT, LEFT), part, pl.ds(column + first, at_once)
-                    plgpu.copy_smem_to_gmem(scratch.out.at[wg], out_ref.at[e, *at])
-                return last
-
-            pieces(body, jnp.int32(0))
-            plgpu.wait_smem_to_gmem(0)
+        pl.when(wg == WARPGROUPS)(partial(_copy, tasks.rows_of_tile, operands, scratch, for_each_piece))
+        pl.when(wg < WARPGROUPS)(partial(_multiply, wg, out_ref, scratch, for_each_piece))
 
     run = mosaic_pipeline.run(
         kernel,
@@ -120,9 +99,51 @@ def d_weights(left, left_numbers, right, right_numbers, tasks: Tasks, out_dtype=
             Scratch(
                 left=memory((STAGES, WARPGROUPS, ROWS, LEFT), dtype),
                 right=memory((STAGES, ACCUMULATORS, ROWS, RIGHT), dtype),
-                out=memory((WARPGROUPS, LEFT, at_once), out_dtype),
+                out=memory((WARPGROUPS, LEFT, RIGHT * 2 // out_dtype.itemsize), out_dtype),
                 ring=pipeline.ring(warpgroups=WARPGROUPS),
             ),
         ),
     )
-    return run(left, left_numbers, right, right_numbers, heavy_first, tasks.first, tasks.rows)
+    return run(Operands(left, left_numbers, right, right_numbers, heavy_first, tasks.first, tasks.rows))
+
+
+def _copy(rows_of_tile: int, operands: Operands, scratch: Scratch, for_each_piece: Callable) -> None:
+    """The warpgroup that copies the rows of every step."""
+
+    def copy_piece(piece: Piece, sent):
+        def load(s, stage):
+            numbers = pl.ds(operands.first[piece.expert] * rows_of_tile + s * ROWS, ROWS)
+            for w in range(WARPGROUPS):
+                rows = operands.left_numbers.at[numbers]
+                row_copies.gather(operands.left, rows, piece.row + w * LEFT, scratch.left.at[stage, w])
+            for p in range(ACCUMULATORS):
+                rows, right = operands.right_numbers.at[numbers], operands.right.at[piece.part]
+                row_copies.gather(right, rows, piece.column + p * RIGHT, scratch.right.at[stage, p])
+
+        return pipeline.send(scratch.ring, piece.steps, load, sent)
+
+    pipeline.hand_over(scratch.ring, for_each_piece(copy_piece, pipeline.nothing_sent()))
+
+
+def _multiply(wg, out_ref, scratch: Scratch, for_each_piece: Callable) -> None:
+    """A warpgroup that multiplies 64 columns of the left rows of every piece, and writes the sums."""
+    at_once = scratch.out.shape[2]  # columns on their way out
+
+    def multiply_piece(piece: Piece, step):
+        def multiply(stage, accumulators):
+            for p, acc in enumerate(accumulators):
+                left_tile = scratch.left.at[stage, wg].transpose((1, 0))
+                plgpu.wgmma(acc, left_tile, scratch.right.at[stage, p])
+
+        next_step, sums = pipeline.accumulate(scratch.ring, piece.steps, multiply, (LEFT, RIGHT), ACCUMULATORS, step)
+        for first in range(0, ACCUMULATORS * RIGHT, at_once):
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the columns before have left
+            x, inner = sums[first // RIGHT], first % RIGHT
+            scratch.out[wg] = x[:, inner : inner + at_once].astype(scratch.out.dtype)
+            plgpu.commit_smem()
+            at = pl.ds(piece.row + wg * LEFT, LEFT), piece.part, pl.ds(piece.column + first, at_once)
+            plgpu.copy_smem_to_gmem(scratch.out.at[wg], out_ref.at[piece.expert, *at])
+        return next_step
+
+    for_each_piece(multiply_piece, jnp.int32(0))
+    plgpu.wait_smem_to_gmem(0)

@@ -55,8 +55,8 @@ def make_tasks(routing: Routing, M: int) -> Tasks:
     exists = position < (starts[expert] + rows[expert])[:, None]
     position = jnp.where(exists, position, -1).reshape(-1)
     pairs = jnp.where(position < 0, -1, routing.order[jnp.maximum(position, 0)])
-    own = jnp.minimum(routing.expert_indices.reshape(-1).astype(jnp.int32), E)
-    tile_row = before[own] * M + routing.inverse - starts[own]
+    expert_of_pair = jnp.minimum(routing.expert_indices.reshape(-1).astype(jnp.int32), E)
+    tile_row = before[expert_of_pair] * M + routing.inverse - starts[expert_of_pair]
     return Tasks(expert, ends[-1:], before[:E], rows[:E], pairs, position, tile_row)
 
 

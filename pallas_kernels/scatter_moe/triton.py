@@ -100,10 +100,10 @@ def _d_activated(activation, d_out, source, weight, tasks, h, gates):
 def _d_gated(d_out, source, weight, tasks, x, x_rows, gates, routing):
     """A gated linear map is a network whose activation does nothing."""
     k = gates.shape[1]
-    to, own = row_numbers(tasks, "pair" if x_rows == "token" else x_rows, k), row_numbers(tasks, x_rows, k)
+    target, x_numbers = row_numbers(tasks, "pair" if x_rows == "token" else x_rows, k), row_numbers(tasks, x_rows, k)
     tiled = fused.by_tile(gates, tasks)
-    dx, gated, d_gate = _d_activated_rows("none", d_out, source, weight, tasks, x, own, tiled, to)
-    return dx, gated, to, d_gate[tasks.tile_row]
+    dx, gated, d_gate = _d_activated_rows("none", d_out, source, weight, tasks, x, x_numbers, tiled, target)
+    return dx, gated, target, d_gate[tasks.tile_row]
 
 
 def _d_activated_rows(activation, d_out, source, weight, tasks, h, h_numbers, gates, target):

@@ -1,6 +1,7 @@
 """Activations and their derivatives inside of Triton kernels, in fp32: the formulas of `call.py`, one half at a time.
 
-Named as there, but for gated ones, whose first half has the name of its function alone; "none" is the identity.
+The names are those of `call.py`, except for gated activations: their first half has the name of its own function, for
+example "silu" for swiglu. "none" is the identity.
 """
 
 import triton

@@ -29,35 +29,36 @@ def _tiles_of_program(TILES: tl.constexpr, F: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def _elements(rows, columns, WIDTH: tl.constexpr):
-    """Where the columns of the rows are, and whether they are: rows below zero and columns beyond the last are not."""
+    """(where the elements are, whether they exist): not in rows below zero, nor in columns beyond the last one."""
     return rows.to(tl.int64)[:, None] * WIDTH + columns[None, :], (rows >= 0)[:, None] & (columns < WIDTH)[None, :]
 
 
 @triton.jit
 def _sums(x, rows, weight, columns, alive, D: tl.constexpr, LIMIT: tl.constexpr, DOWN: tl.constexpr,
           ACROSS: tl.constexpr, APART: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):  # fmt: skip
-    """x[rows] @ weight[:, columns] in fp32, and with APART also @ weight[:, columns + APART]; zero unless `alive`.
+    """x[rows] @ weight[:, columns] in fp32, and with APART also x[rows] @ weight[:, columns + APART].
 
-    `weight` is that of the expert, its elements DOWN and ACROSS of each other.
+    Both are zero unless `alive`. `weight` points to the weight of the expert; its rows are DOWN elements apart, its
+    columns ACROSS elements.
     """
     inner = tl.arange(0, K)
     exists = rows >= 0
     x_at = x + rows.to(tl.int64)[:, None] * D + inner[None, :]
     w_at = weight + inner.to(tl.int64)[:, None] * DOWN + columns.to(tl.int64)[None, :] * ACROSS
-    one = tl.zeros((M, N), tl.float32)
-    two = tl.zeros((M, N) if APART else (1, 1), tl.float32)
+    sums = tl.zeros((M, N), tl.float32)
+    sums_apart = tl.zeros((M, N) if APART else (1, 1), tl.float32)
     for depth in range(0, tl.where(alive, D, 0), K):
         x_mask, w_mask = exists[:, None], (columns < LIMIT)[None, :]
         if D % K:
             x_mask, w_mask = x_mask & (inner < D - depth)[None, :], w_mask & (inner < D - depth)[:, None]
         x_tile = tl.load(x_at, mask=x_mask, other=0.0)
-        one = tl.dot(x_tile, tl.load(w_at, mask=w_mask, other=0.0), one, input_precision="ieee")
+        sums = tl.dot(x_tile, tl.load(w_at, mask=w_mask, other=0.0), sums, input_precision="ieee")
         if APART:
-            more = tl.load(w_at + APART * ACROSS, mask=w_mask, other=0.0)
-            two = tl.dot(x_tile, more, two, input_precision="ieee")
+            w_apart = tl.load(w_at + APART * ACROSS, mask=w_mask, other=0.0)
+            sums_apart = tl.dot(x_tile, w_apart, sums_apart, input_precision="ieee")
         x_at += K
         w_at += K * DOWN
-    return one, two
+    return sums, sums_apart
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """Sizes of the expert kernels in Triton, by the chip, the type and the rows of an expert: a rule, not yet measured.
 
-The older tensor cores take their operands from registers, so that a thread has room for half of the sums; those of data
-centres since Hopper read shared memory, of which they have more.
+Older tensor cores take their operands from registers, so a thread has room for half of the sums. The tensor cores of
+data centre GPUs since Hopper read shared memory, and these GPUs have more of it.
 """
 
 from typing import NamedTuple
@@ -27,18 +27,18 @@ def _power(n: int) -> int:
 
 
 def fitting(most: int, size: int) -> int:
-    """A power of two: `most`, or as much as the array has, but what a tensor core takes."""
+    """A power of two: `most`, or less if the array is smaller, but at least 16, which a tensor core needs."""
     return min(most, max(16, _power(2 * size - 1)))
 
 
 def rows_of_tile(rows: int, experts: int, dtype) -> int:
-    """As many as experts have on average, so that few are empty: 16 when decoding, and no more than fit."""
+    """As many rows as an expert has on average, so that few rows of a tile are empty: from 16 to what fits."""
     most = 64 if dtype == jnp.float32 else 128
     return max(16, min(most, _power(rows // experts)))
 
 
 def _is_large() -> bool:
-    """Whether a GPU of data centres since Hopper, whose tensor cores read shared memory and need tiles this wide."""
+    """Whether this is a data centre GPU since Hopper. Its tensor cores read shared memory and need wide tiles."""
     return triton_call.shared_memory() > 200 * 1024
 
 
@@ -48,7 +48,10 @@ def _stages(rows: int, columns: int, depth: int, dtype, most: int) -> int:
 
 
 def product_sizes(rows: int, depth: int, columns: int, dtype, *, products: int = 1, widest: int = 256) -> Sizes:
-    """Of `products` products with the same rows. Float32 runs without tensor cores, and few rows wait for weights."""
+    """The sizes of `products` products with the same rows.
+
+    Float32 runs without tensor cores. With few rows, loading the weights takes the most time.
+    """
     if dtype == jnp.float32:
         columns_most, depth_most, warps = 64, 32, 4
     elif rows < 64:
@@ -62,7 +65,10 @@ def product_sizes(rows: int, depth: int, columns: int, dtype, *, products: int =
 
 
 def weight_sizes(D: int, F: int, dtype) -> Sizes:
-    """`depth` rows at a time, whose numbers are loaded ahead of them: that takes half of the stages."""
+    """The sizes of a product for weights. `depth` rows are taken at a time.
+
+    The row numbers are loaded ahead of the rows, which takes half of the stages.
+    """
     if dtype == jnp.float32:
         rows_most, columns_most, depth, warps = 64, 64, 32, 4
     else:

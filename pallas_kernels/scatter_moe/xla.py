@@ -179,8 +179,8 @@ def _grouped_backward(function, residuals, dy):
     def block(w, inputs, valid):
         # A padding row reads some other row, which may hold NaN. It must be zeroed, because 0 * NaN is NaN.
         inputs = [None if a is None else jnp.where(valid[:, None], a, 0) for a in inputs]
-        xs, d, kept = tuple(inputs[: len(rows)]), inputs[len(rows)], tuple(inputs[len(rows) + 1 :])
-        d_w, d_xs = function.backward(w, xs, kept, d.astype(sum_type(d)))
+        xs, d, saved_rows = tuple(inputs[: len(rows)]), inputs[len(rows)], tuple(inputs[len(rows) + 1 :])
+        d_w, d_xs = function.backward(w, xs, saved_rows, d.astype(sum_type(d)))
         return d_xs, d_w
 
     # The gradient of a token's row is the sum over its k choices: the block returns one row per pair.
@@ -234,7 +234,7 @@ def _map_blocks(block, weights, arrays, in_rows, out_rows, routing: Routing):
     pair_rank = routing.inverse - starts[clipped]
 
     def placed(y, order):
-        """Rows [E, C, ...] of the blocks in the order of an output; zero for all other rows."""
+        """Rows [E, C, ...] of the experts, in the order of an output. All other rows of the output are zero."""
         expert, rank = (
             (pair_expert, pair_rank) if order == "pair" else (pair_expert[routing.order], pair_rank[routing.order])
         )
@@ -247,15 +247,15 @@ def _map_blocks(block, weights, arrays, in_rows, out_rows, routing: Routing):
         outs = tuple(None if y is None else placed(y, o) for y, o in zip(rows_out, out_rows, strict=True))
     else:
         p = jax.ShapeDtypeStruct((size,), jnp.int32)
-        one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), weights)
-        rows_out, sums = jax.eval_shape(run, one, p, jax.ShapeDtypeStruct((), jnp.int32))
+        weights_of_one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), weights)
+        rows_out, sums = jax.eval_shape(run, weights_of_one, p, jax.ShapeDtypeStruct((), jnp.int32))
         outs = jax.tree.map(lambda s: zeros((R, *s.shape[1:]), s.dtype), tuple(rows_out))
         sums = jax.tree.map(lambda s: zeros((E, *s.shape), s.dtype), sums)
 
     # Blocks beyond the first C rows: block i belongs to the expert whose cumulative count of blocks passes i.
     blocks = jnp.cumsum(-(-jnp.maximum(routing.counts - C, 0) // size))
 
-    def rest(i, state):
+    def add_block(i, state):
         outs, sums = state
         e = first_positions(blocks, i, after=True)
         before = jnp.where(e > 0, blocks[e - 1], 0)
@@ -273,7 +273,7 @@ def _map_blocks(block, weights, arrays, in_rows, out_rows, routing: Routing):
 
     # The expected number: no block when the experts are balanced; with C = 0, as few blocks as can hold all rows.
     trips = 0 if C else math.ceil(R / size)
-    return cost.loop(trips, lambda state: lax.fori_loop(0, blocks[-1], rest, state))((outs, sums))
+    return cost.loop(trips, lambda state: lax.fori_loop(0, blocks[-1], add_block, state))((outs, sums))
 
 
 def _together(run, weights, starts, ends, C: int, pieces: int):

@@ -111,10 +111,10 @@ class Kernels(Protocol):
         """
 
     def d_query(self, plan: Any, query, key, value, d_out, d_log_rem, log_decay, reached, scale, *planned) -> tuple:
-        """(the gradient of the queries, that of the scale for every row [B,N,padded], snapshots).
+        """(d_query, the gradient of the scale for every row [B,N,padded], snapshots).
 
         Every element of the snapshots belongs to one head and one key tile.
         """
 
     def d_key_value(self, plan: Any, query, key, value, d_out, snapshots, reached, scale, *planned) -> tuple:
-        """(the gradient of the keys, that of the values)."""
+        """(d_key, d_value)."""

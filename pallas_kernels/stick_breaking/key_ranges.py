@@ -35,8 +35,10 @@ def key_tile_ranges(call: Call, rows: int, columns: int, per_position: int = 1):
         low_q, high_q, pad_q = _segment_range(jnp.repeat(where.query_segments, per_position, 1), rows)
         low_k, high_k, pad_k = _segment_range(where.key_segments, columns)
         reached &= (low_q[:, :, None] <= high_k[:, None]) & (low_k[:, None] <= high_q[:, :, None])
-        one = (low_q == high_q)[:, :, None] & (low_q[:, :, None] == low_k[:, None]) & (low_k == high_k)[:, None]
-        whole &= one & ~pad_q[:, :, None] & ~pad_k[:, None]
+        is_one_segment = (
+            (low_q == high_q)[:, :, None] & (low_q[:, :, None] == low_k[:, None]) & (low_k == high_k)[:, None]
+        )
+        whole &= is_one_segment & ~pad_q[:, :, None] & ~pad_k[:, None]
     whole &= reached
     n, tile = len(first_k), jnp.arange(len(first_k))[None, None]
     if n == 0:

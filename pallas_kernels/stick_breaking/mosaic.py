@@ -67,8 +67,8 @@ def _plan(call: Call, *, backward: bool = False, decoding: tuple[int, int] | Non
         stages = (MEMORY - _bytes(plan, plan.block_rows)) // _bytes(plan, KEYS)
         return replace(plan, stages=max(2, min(3 if backward else 4, stages)))
     # The results are float32 and have memory of their own: at H = Hv = 256 one stage is left.
-    own = ROWS * (plan.H * plan.dtype.itemsize + plan.Hv * 4)
-    return plan.decoding(*decoding, warpgroups=1, stages=max(1, min(4, (MEMORY - own) // _bytes(plan, KEYS))))
+    bytes_of_rows = ROWS * (plan.H * plan.dtype.itemsize + plan.Hv * 4)
+    return plan.decoding(*decoding, warpgroups=1, stages=max(1, min(4, (MEMORY - bytes_of_rows) // _bytes(plan, KEYS))))
 
 
 class MosaicKernels(Kernels):

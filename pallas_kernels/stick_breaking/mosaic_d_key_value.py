@@ -10,8 +10,8 @@ thread each. There are two arrangements:
 - H and Hv up to 128: a step is two neighbouring query tiles, one for each warpgroup. A third warpgroup copies, so that
   a thread has 168 registers.
 - H or Hv above 128: a sum takes 128 registers, and 168 are not enough. There is no third warpgroup, so that a thread
-  has 255; the first warpgroup also copies, one step ahead. A step is one query tile, of which each warpgroup takes one
-  half of the keys: two steps fit into the shared memory.
+  has 255; the first warpgroup also copies, one step ahead. A step is one query tile, and each warpgroup computes it for
+  one half of the keys. Two steps fit into the shared memory.
 
 Predicted at H = Hv = 256, for 64 queries and 64 keys: 2560 clocks of the tensor cores (2048, and half as much again for
 the products with 32 keys, which read the queries from shared memory for few columns), 1500 issue slots, 66 KB to copy.
@@ -36,7 +36,7 @@ from .mosaic_tile import KEYS, ROWS, Plan, tile_memory, visible, zeros
 
 STAGES = 2  # steps in shared memory
 NOWHERE = -(2**30)  # a position left of all keys
-END = -1  # in the place of a tile's kind: this pass has no further step
+END = -1  # the kind of a tile that is none: it marks the end of a pass
 
 
 class Inputs(NamedTuple):
@@ -82,9 +82,10 @@ class Block(NamedTuple):
     j: Any  # key tile
 
 
-def is_left(at):
-    """Whether there are steps at this place or behind it; `at`: (place, step), see _copies."""
-    return at[0][0] < 2
+def has_steps_left(state):
+    """Whether there are steps at this cursor or behind it. `state`: (cursor, step), see `_copies`."""
+    cursor, _ = state
+    return cursor[0] < 2
 
 
 def is_wide(plan: Plan) -> bool:
@@ -110,7 +111,7 @@ def d_key_value(
 
             @pl.when(wg == 2)
             def copy():
-                lax.while_loop(is_left, lambda at: offer(*at), ((jnp.int32(0),) * 3, jnp.int32(0)))
+                lax.while_loop(has_steps_left, lambda state: offer(*state), ((jnp.int32(0),) * 3, jnp.int32(0)))
 
         for own, out_ref in enumerate((outputs.d_value, outputs.d_key)):
             copies_too = offer if wide and own == 0 else None
@@ -147,10 +148,11 @@ def d_key_value(
 
 
 def _copies(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, copies: int):
-    """offer(place, step): starts the copies of that step if it is at this place; (the next place, the next step).
+    """The function offer(cursor, step) -> (the next cursor, the next step), which copies the step if it is due.
 
-    A place is (pass, query head of the key head, query tile). The first pass has the steps without a mask and then its
-    end, the second those with masks and its end. A step is at its place in one of the passes, an end always is.
+    A cursor is (pass, query head of the key head, query tile). It goes over all query tiles twice. In the first pass
+    the steps that need no mask are due, in the second pass the steps that need one. A pass ends with a step that has no
+    tiles; it is always due.
     """
     b, head, j = block
     G, tiles = plan.N // plan.K, len(scratch.query)
@@ -164,26 +166,26 @@ def _copies(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, copies: 
         visits = (j < stop) & (j >= start) & (j >= inputs.reached[b, n, i])
         return jnp.where(inside & visits, jnp.where((j < whole_stop) & (j >= whole_start), 2, 1), 0)
 
-    def offer(place, step):
-        masked, g, i = place
+    def offer(cursor, step):
+        masked, g, i = cursor
         is_end = g == G
         n = head * G + jnp.minimum(g, G - 1)
         kinds = [kind(n, i + w) for w in range(tiles)]
         all_whole = reduce(jnp.minimum, kinds) == 2
-        is_here = is_end | jnp.where(masked == 0, all_whole, ~all_whole & (reduce(jnp.maximum, kinds) > 0))
-        stage = pipeline.free_stage(scratch.ring, step, STAGES, when=is_here)
+        is_due = is_end | jnp.where(masked == 0, all_whole, ~all_whole & (reduce(jnp.maximum, kinds) > 0))
+        stage = pipeline.free_stage(scratch.ring, step, STAGES, when=is_due)
 
-        @pl.when(is_here & is_end)
+        @pl.when(is_due & is_end)
         def _():
             for w in range(tiles):
                 scratch.visits[stage, w, 0] = END
             for _ in range(copies):
                 plgpu.barrier_arrive(scratch.ring.full.at[stage])
 
-        @pl.when(is_here & ~is_end)
+        @pl.when(is_due & ~is_end)
         def _():
             for w in range(tiles):
-                # In the place of a tile that is not visited stands the other one, and no key is seen from it.
+                # A tile that does not visit the keys is replaced by the other one, and then sees no key.
                 row = (i + jnp.where(kinds[w] > 0, w, tiles - 1 - w)) * ROWS
                 for what, x in enumerate((kinds[w], row)):
                     scratch.visits[stage, w, what] = x
@@ -197,14 +199,14 @@ def _copies(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, copies: 
 
         is_last = i + tiles >= query_tiles  # of its query head
         masked, g = masked + jnp.where(is_end, 1, 0), jnp.where(is_end, 0, g + jnp.where(is_last, 1, 0))
-        place = masked, g, jnp.where(is_end | is_last, 0, i + tiles)
-        return place, step + jnp.where(is_here, 1, 0)
+        cursor = masked, g, jnp.where(is_end | is_last, 0, i + tiles)
+        return cursor, step + jnp.where(is_due, 1, 0)
 
     return offer
 
 
 def _sum(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, own: int, out_ref, offer) -> None:
-    """What warpgroup `own` does: 0 sums dv, 1 sums dk. With `offer`, it also copies, one step ahead.
+    """What warpgroup `own` does: 0 sums dv, 1 sums dk. With `offer` it also copies, one step ahead.
 
     The sum leaves through the shared memory of query tiles, when the other warpgroup has read the last of them.
     """
@@ -219,24 +221,25 @@ def _sum(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, own: int, o
                 part = ref.at[b, pl.ds(j * KEYS + half * HALF, HALF), head]
                 plgpu.copy_gmem_to_smem(part, mem.at[half], scratch.resident)
 
-    def copy(place, step):
-        """Looks for the next step; the place behind it."""
-        return lax.while_loop(lambda at: is_left(at) & (at[1] == step), lambda at: offer(*at), (place, step))[0]
+    def copy(cursor, step):
+        """Find the next step and start its copies; returns the cursor behind it."""
+        is_to_find = lambda state: has_steps_left(state) & (state[1] == step)  # noqa: E731
+        return lax.while_loop(is_to_find, lambda state: offer(*state), (cursor, step))[0]
 
-    place = copy((jnp.int32(0),) * 3, jnp.int32(0)) if offer else None
+    cursor = copy((jnp.int32(0),) * 3, jnp.int32(0)) if offer else None
     plgpu.barrier_wait(scratch.resident)
     multiplier, position = inputs.scale[0] * LOG2E, inputs.offset[b]
 
     def visit(masked, state):
-        step, _, place, acc = state
+        step, _, cursor, acc = state
         stage = pipeline.full_stage(scratch.ring, step, STAGES)
         if offer:
-            place = copy(place, step + 1)
+            cursor = copy(cursor, step + 1)
         kind, row = (scratch.visits[stage, w, what] for what in range(2))
         opaque = zeros(step, plan.H + plan.Hv > 64)
 
         def exchange(half):
-            """Leaves A and dz of one half of the keys in shared memory."""
+            """Compute A and dz of one half of the keys, and write them to shared memory."""
             at, keys = stage + opaque[half], half + opaque[half]
             z = shims.product(scratch.query[w].at[at], scratch.key.at[keys].transpose((1, 0))) * multiplier
             d_weights = shims.product(scratch.d_out[w].at[at], scratch.value.at[keys].transpose((1, 0)))
@@ -265,17 +268,17 @@ def _sum(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, own: int, o
             plgpu.barrier_arrive(scratch.drained)
             return acc
 
-        going = kind >= 0
-        acc = lax.cond(going, tile, lambda acc: acc, acc)
+        has_tiles = kind >= 0
+        acc = lax.cond(has_tiles, tile, lambda acc: acc, acc)
         plgpu.barrier_arrive(scratch.ring.used.at[stage])
-        return step + 1, going, place, acc
+        return step + 1, has_tiles, cursor, acc
 
     acc = plgpu.layout_cast(jnp.zeros((KEYS, width), jnp.float32), shims.TILE)
     plgpu.barrier_arrive(scratch.drained)
     step = jnp.int32(0)
     for masked in (False, True):
-        state = step, jnp.bool_(True), place, acc
-        step, _, place, acc = lax.while_loop(lambda s: s[1], partial(visit, masked), state)
+        state = step, jnp.bool_(True), cursor, acc
+        step, _, cursor, acc = lax.while_loop(lambda s: s[1], partial(visit, masked), state)
     plgpu.barrier_wait(scratch.drained)
     out_mem = other[w].at[0]
     out_mem[...] = (acc * factor).astype(dtype)

@@ -178,8 +178,15 @@ def _compute(plan: Plan, assigned: Assignment, inputs: Inputs, outputs: Outputs,
     state = lax.fori_loop(whole_start, whole_stop, partial(visit, False), state)
     state = lax.fori_loop(jnp.maximum(whole_stop, own_start), own_stop, partial(visit, True), state)
     lax.fori_loop(jnp.maximum(own_stop, assigned.start), assigned.stop, idle, None)
+    *_, acc = state
+    _write(plan, assigned, rows, acc, inputs, outputs, scratch)
 
-    acc = state[3]
+
+def _write(
+    plan: Plan, assigned: Assignment, rows, acc, inputs: Inputs, outputs: Outputs, scratch: Scratch
+) -> None:  # fmt: skip
+    """Write the gradient of the scale, and copy the gradient of the queries to global memory."""
+    b, n, wg = assigned.b, assigned.n, assigned.wg
     # The sum of dz * q.k over the keys, before anything is rounded; in pieces, for the sake of registers.
     d_scale = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), shims.ROW)
     for first in range(0, plan.H, HALF):
@@ -187,7 +194,7 @@ def _compute(plan: Plan, assigned: Assignment, inputs: Inputs, outputs: Outputs,
         d_scale += (acc[:, first : first + HALF] * q).sum(1)
     plgpu.commit_smem()  # all have read what is overwritten next
     outputs.d_scale[b, n, rows] = d_scale
-    scratch.query[wg] = (acc * inputs.scale[0]).astype(dtype)
+    scratch.query[wg] = (acc * inputs.scale[0]).astype(plan.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(scratch.query.at[wg], outputs.d_query.at[b, rows, n])
     plgpu.wait_smem_to_gmem(0)

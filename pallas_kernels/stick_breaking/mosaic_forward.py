@@ -146,7 +146,6 @@ def _compute(plan: Plan, assigned: Assignment, inputs: Inputs, outputs: Outputs,
     """A warpgroup that computes: it visits its own key tiles and waits while the other one visits tiles of its own."""
     stages, dtype, skip = plan.stages, plan.dtype, plan.skip_below is not None
     ring, needs, wg = scratch.ring, scratch.needs, assigned.wg
-    out_mem = scratch.query if scratch.out is None else scratch.out
     tile = assigned.i * plan.warpgroups + wg
     row = tile * ROWS
     query_rows = inputs.query.at[assigned.b, pl.ds(row, ROWS), assigned.n]
@@ -181,13 +180,13 @@ def _compute(plan: Plan, assigned: Assignment, inputs: Inputs, outputs: Outputs,
     )
 
     def wait_for_others(state):
-        j, going = state
+        j, goes_on = state
         stage = pipeline.full_stage(ring, assigned.stop - 1 - j, stages)
         if skip:
-            going = scratch.stopped[stage] == 0
+            goes_on = scratch.stopped[stage] == 0
             needs[wg, stage] = jnp.where((j >= own_stop) & (own_stop > own_start), 1, 0)
         plgpu.barrier_arrive(ring.used.at[stage])
-        return j - 1, going
+        return j - 1, goes_on
 
     def idle(j, until):
         lax.while_loop(lambda s: (s[0] >= until) & s[1], wait_for_others, (j, jnp.bool_(True)))
@@ -209,14 +208,19 @@ def _compute(plan: Plan, assigned: Assignment, inputs: Inputs, outputs: Outputs,
     if skip:
         high = jnp.where(high >= FINISHED, 0.0, high)
     idle(j, assigned.start)
-
     outputs.reached[assigned.entry, assigned.n, tile] = j + 1
-    out_mem[wg] = acc.astype(plan.out_dtype or dtype)
-    for part, x in enumerate((high, low)):
+    _write(plan, assigned, row, acc, (high, low), outputs, scratch)
+
+
+def _write(plan: Plan, assigned: Assignment, row, acc, log_decay, outputs: Outputs, scratch: Scratch) -> None:
+    """Copy the output of a warpgroup and the log-decay of its rows to global memory, through shared memory."""
+    wg, out_mem = assigned.wg, scratch.query if scratch.out is None else scratch.out
+    out_mem[wg] = acc.astype(plan.out_dtype or plan.dtype)
+    for part, x in enumerate(log_decay):
         scratch.rows[wg, part] = x
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(out_mem.at[wg], outputs.out.at[assigned.entry, pl.ds(row, ROWS), assigned.n])
     for part in range(2):
-        log_decay = outputs.log_decay.at[part, assigned.entry, assigned.n, pl.ds(row, ROWS)]
-        plgpu.copy_smem_to_gmem(scratch.rows.at[wg, part], log_decay)
+        target = outputs.log_decay.at[part, assigned.entry, assigned.n, pl.ds(row, ROWS)]
+        plgpu.copy_smem_to_gmem(scratch.rows.at[wg, part], target)
     plgpu.wait_smem_to_gmem(0)

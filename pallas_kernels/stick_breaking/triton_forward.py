@@ -13,14 +13,10 @@ def visit(
     Hvp: tl.constexpr, window: tl.constexpr, segments: tl.constexpr, precision: tl.constexpr, masked: tl.constexpr,
 ):  # fmt: skip
     """One key tile."""
-    column = j * C
-    k = tile.keys_of(k_head, column, S, K * H, H, C, Hp, masked)
-    v = tile.keys_of(v_head, column, S, K * Hv, Hv, C, Hvp, masked)
-    z = tile.product(q, tl.trans(k), precision) * multiplier
-    if masked:
-        columns = column + tl.arange(0, C)
-        seen = tile.visible(columns, last, first, query_segments, key_segments_ref, window, segments)
-        z = tl.where(seen, z, tile.NOTHING)
+    k, v, z = tile.key_tile(
+        j, q, multiplier, k_head, v_head, last, first, query_segments, key_segments_ref, S, K, H, Hv, C, Hp, Hvp,
+        window, segments, precision, masked,
+    )  # fmt: skip
     log_beta, softplus = tile.sticks(z)
     weights = tile.weights_of(log_beta, tl.minimum(softplus, tile.ENOUGH), high)
     high, low = tile.two_sum(high, low, tl.sum(softplus, 1))

@@ -100,6 +100,23 @@ def visible(column, last, first, query_segments, key_segments_ref, window: tl.co
 
 
 @triton.jit
+def key_tile(
+    j, q, multiplier, k_head, v_head, last, first, query_segments, key_segments_ref, S: tl.constexpr, K: tl.constexpr,
+    H: tl.constexpr, Hv: tl.constexpr, C: tl.constexpr, Hp: tl.constexpr, Hvp: tl.constexpr, window: tl.constexpr,
+    segments: tl.constexpr, precision: tl.constexpr, masked: tl.constexpr,
+):  # fmt: skip
+    """(keys, values, logits in units of log2) of key tile j for the queries q."""
+    column = j * C
+    k = keys_of(k_head, column, S, K * H, H, C, Hp, masked)
+    v = keys_of(v_head, column, S, K * Hv, Hv, C, Hvp, masked)
+    z = product(q, tl.trans(k), precision) * multiplier
+    if masked:
+        seen = visible(column + tl.arange(0, C), last, first, query_segments, key_segments_ref, window, segments)
+        z = tl.where(seen, z, NOTHING)
+    return k, v, z
+
+
+@triton.jit
 def sticks(z):
     """(log2 of beta, -log2 of 1 - beta) of logits in units of log2."""
     y = tl.exp2(-tl.abs(z))
