@@ -135,7 +135,7 @@ def test_a_matrix_without_a_partition_is_an_error():
 
 def test_a_run_goes_on_on_another_mesh(tmp_path):
     """One device, then eight from its checkpoint, then one from theirs: the metrics of all steps are those of one."""
-    text = Path(__file__).parent
+    text = Path(__file__).parent / "ptx"
     config = experiment(dataclasses.replace(MODELS["experts"], V=258)).replace(
         {"data.source": "text", "data.path": str(text), "train.steps": 4, "train.log_every": 1}
     )

@@ -184,7 +184,7 @@ def test_what_a_step_takes_is_counted():
     [
         ({"data.source": "stdlib"}, "classes=7 needs pairs: source='logic', not 'stdlib'"),
         ({"model.classes": 3}, "classes=3 must be the 7 relations of source='logic'"),
-        ({"model.classes": 0, "data.curriculum": 9}, "curriculum=9 orders pairs of sentences; the model has classes=0"),
+        ({"model.classes": 0, "data.curriculum": 9}, "curriculum=9 orders pairs of sentences; this model reads a text"),
         ({"data.T": 20}, "T=20 is shorter than the longest sentence of 37 tokens"),
         ({"model.V": 5}, "V=5 is smaller than the 12 ids of pairs of logic"),
     ],
@@ -196,11 +196,11 @@ def test_data_that_do_not_fit(tmp_path, changes, message):
 
 
 def test_what_only_decoders_have(pairs, tmp_path):
-    with pytest.raises(ValueError, match="accumulate=2 is for decoders"):
+    with pytest.raises(ValueError, match="accumulate=2: a model of family='sut' takes the B sequences"):
         PAIRS.replace({"train.accumulate": 2})
-    with pytest.raises(ValueError, match="fsdp=2 and tensor=2 divide decoders"):
+    with pytest.raises(ValueError, match="fsdp=2 and tensor=2: a model of family='sut' lies whole on every device"):
         make_mesh(PAIRS.replace({"mesh.fsdp": 2, "mesh.tensor": 2}))
-    with pytest.raises(ValueError, match="no model_type is of family='sut'"):
+    with pytest.raises(ValueError, match="no model_type is near a model of family='sut'"):
         export(load(pairs).model, str(tmp_path / "out"))
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="a classifier of classes=7 generates no text"):

@@ -50,10 +50,10 @@ def variant(name: str) -> AttentionVariant:
     return ATTENTION[name]
 
 
-def variants_with(option: str) -> str:
-    """The variants that understand an option, for messages: "'stick_breaking'".
+def variants_with(fits: Callable[[AttentionVariant], bool]) -> str:
+    """The variants for which `fits` is true, for messages.
 
-    >>> variants_with("remainder")
+    >>> variants_with(lambda variant: "remainder" in variant.options)
     "'stick_breaking'"
     """
-    return " or ".join(repr(name) for name, row in ATTENTION.items() if option in row.options)
+    return " or ".join(repr(name) for name, row in ATTENTION.items() if fits(row))

@@ -125,7 +125,8 @@ class ModelConfig(FamilyConfig):
             raise ValueError(f"H={self.H} must be even for rotary positions")
         for name, absent in (("attend_current", False), ("skip_below", None), ("remainder", "none")):
             if (value := getattr(self, name)) != absent and name not in kind.options:
-                raise ValueError(f"{name}={value!r} needs attention={variants_with(name)}, not {self.attention!r}")
+                known = variants_with(lambda kind, name=name: name in kind.options)
+                raise ValueError(f"{name}={value!r} needs attention={known}, not {self.attention!r}")
 
     def _check_attention_experts(self):
         chosen, E = self.N // self.K, self.attention_experts
@@ -141,7 +142,8 @@ class ModelConfig(FamilyConfig):
         if self.key_value == "input" and (self.K, self.H) != (1, self.D):
             raise ValueError(f"key_value='input' needs K=1 and H=D={self.D}, not K={self.K} and H={self.H}")
         if self.key_value == "input" and variant(self.attention).rotary:
-            raise ValueError(f"key_value='input': the rotary positions of {self.attention} would turn the values too")
+            known = variants_with(lambda kind: not kind.rotary)
+            raise ValueError(f"key_value='input' needs attention={known}: rotary positions turn only the keys")
         if self.head_norm or self.remainder == "bias":
             raise ValueError("head_norm and remainder='bias' need heads that all tokens share, not attention_experts")
 
@@ -165,7 +167,7 @@ class ModelConfig(FamilyConfig):
                 f"expert={sizes['expert']} cannot divide new_experts={self.new_experts} from E={self.E} old ones"
             )
         if sizes["context"] > 1 and not variant(self.attention).context:
-            raise ValueError(f"context={sizes['context']} cannot divide the sequences of attention={self.attention!r}")
+            raise ValueError(f"context={sizes['context']} needs attention={variants_with(lambda kind: kind.context)}")
         tensor, context = sizes["tensor"], sizes["context"]
         divided = [
             (
