@@ -62,22 +62,20 @@ def generate(
     >>> [len(row) for row in generate(model, [[1, 2, 3], [4]], 5, temperature=1.0, top_p=0.9)]
     [5, 5]
     """
-    size = _cache_bytes(model.config)  # refuses a model that generates no text
-    vocab_size = min(vocab_size or model.config.vocabulary, model.config.vocabulary)
-    _check_options(max_new_tokens, temperature, top_k, top_p, seed)
+    size, V = _cache_bytes(model.config), model.config.vocabulary  # refuses a model that generates no text
+    vocab_size = min(vocab_size or V, V)
+    options = _options(max_new_tokens, temperature, top_k, top_p, seed, vocab_size)
     rows = [_prompt_ids(row, prompt, eot, vocab_size) for row, prompt in enumerate(prompts)]
     if not rows:
         return []
     tokens, segment_ids = _padded(rows)
-    options = _sampling(temperature, top_k, top_p, vocab_size)
     key, cache = jax.random.key(seed), _cache(model.config, len(rows), _bucket(tokens.shape[1] + max_new_tokens), size)
     ids, cache = _advance(model, tokens, segment_ids, cache, key, 0, **options)
-    outputs, active = [[] for _ in rows], set(range(len(rows)))
-    one_document = np.zeros((len(rows), 1), np.int32)  # the segment ids of the new tokens
+    outputs, active, last = [[] for _ in rows], set(range(len(rows))), segment_ids[:, -1:]
     for index in range(1, max_new_tokens + 1):
         chosen = ids
         if index < max_new_tokens:  # begun before `chosen` is looked at: the device never waits for Python
-            ids, cache = _advance(model, chosen[:, None], one_document, cache, key, index, **options)
+            ids, cache = _advance(model, chosen[:, None], last, cache, key, index, **options)
         chosen = np.asarray(chosen).tolist()
         for row in sorted(active):  # a row that has ended is still computed until all have ended
             outputs[row].append(token := chosen[row])
@@ -86,14 +84,6 @@ def generate(
         if not active:
             break
     return outputs
-
-
-def _sampling(temperature: float, top_k: int | None, top_p: float | None, vocab_size: int) -> dict:
-    """The options of `_advance`: without a temperature it takes the most likely token."""
-    if not temperature:
-        return dict(vocab_size=vocab_size, temperature=None, top_k=None, top_p=None)
-    temperature = max(temperature, 1e-30)  # the division by a smaller one would overflow
-    return dict(vocab_size=vocab_size, temperature=temperature, top_k=top_k and min(top_k, vocab_size), top_p=top_p)
 
 
 def _padded(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -154,7 +144,8 @@ def _bucket(n: int) -> int:
     return -(-n // step) * step
 
 
-def _check_options(max_new_tokens, temperature, top_k, top_p, seed) -> None:
+def _options(max_new_tokens, temperature, top_k, top_p, seed, vocab_size) -> dict:
+    """The options of `_advance`, checked; without a temperature it takes the most likely token."""
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
     if not 0 <= temperature < math.inf:
@@ -165,6 +156,10 @@ def _check_options(max_new_tokens, temperature, top_k, top_p, seed) -> None:
         raise ValueError(f"top_p={top_p} must be above 0 and at most 1")
     if not 0 <= seed <= SEED:
         raise ValueError(f"seed={seed} must be at least 0 and at most {SEED}")
+    if not temperature:
+        return dict(vocab_size=vocab_size, temperature=None, top_k=None, top_p=None)
+    temperature = max(temperature, 1e-30)  # the division by a smaller one would overflow
+    return dict(vocab_size=vocab_size, temperature=temperature, top_k=top_k and min(top_k, vocab_size), top_p=top_p)
 
 
 def _prompt_ids(row: int, prompt, eot: int | None, vocab_size: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 import ast
 import doctest
 import importlib
+import re
 import subprocess
 import sys
 import tomllib
@@ -127,8 +128,31 @@ def test_no_file_imports_itself_through_others():
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)
-def test_files_are_short(path):
-    assert len(path.read_text().splitlines()) <= 500
+def test_files_and_functions_are_short(path):
+    text, kernels = path.read_text(), "pallas_kernels" in path.parts
+    assert len(text.splitlines()) <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            lines = node.end_lineno - node.lineno + 1
+            assert lines <= (150 if kernels else 60), f"{node.name} has {lines} lines"
+
+
+def test_the_package_is_a_few_rooms():
+    assert len(list((ROOT / "stickjax").glob("*.py"))) <= 9
+    lengths = sorted(len(path.read_text().splitlines()) for path in FILES)
+    assert lengths[len(lengths) // 2] < 150
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if "stickjax" in p.parts], ids=module_name)
+def test_families_are_asked_through_their_protocol(path):
+    """Only a family's own files, and the pairs that one reads, know what is particular to it."""
+    if "universal" in module_name(path) or module_name(path) == "stickjax.data.pairs":
+        return
+    asked = re.findall(
+        r"family [!=]= [\"']|\.classes\b|getattr\([^)]*classes|isinstance\([^)]*(?:SutConfig|LanguageModel|PairClas)",
+        path.read_text(),
+    )
+    assert not asked
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if ">>> " in p.read_text()], ids=module_name)
