@@ -146,6 +146,14 @@ def _bucket(n: int) -> int:
 
 def _options(max_new_tokens, temperature, top_k, top_p, seed, vocab_size) -> dict:
     """The options of `_advance`, checked; without a temperature it takes the most likely token."""
+    _check_options(max_new_tokens, temperature, top_k, top_p, seed)
+    if not temperature:
+        return dict(vocab_size=vocab_size, temperature=None, top_k=None, top_p=None)
+    temperature = max(temperature, 1e-30)  # the division by a smaller one would overflow
+    return dict(vocab_size=vocab_size, temperature=temperature, top_k=top_k and min(top_k, vocab_size), top_p=top_p)
+
+
+def _check_options(max_new_tokens, temperature, top_k, top_p, seed) -> None:
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
     if not 0 <= temperature < math.inf:
@@ -156,10 +164,6 @@ def _options(max_new_tokens, temperature, top_k, top_p, seed, vocab_size) -> dic
         raise ValueError(f"top_p={top_p} must be above 0 and at most 1")
     if not 0 <= seed <= SEED:
         raise ValueError(f"seed={seed} must be at least 0 and at most {SEED}")
-    if not temperature:
-        return dict(vocab_size=vocab_size, temperature=None, top_k=None, top_p=None)
-    temperature = max(temperature, 1e-30)  # the division by a smaller one would overflow
-    return dict(vocab_size=vocab_size, temperature=temperature, top_k=top_k and min(top_k, vocab_size), top_p=top_p)
 
 
 def _prompt_ids(row: int, prompt, eot: int | None, vocab_size: int) -> np.ndarray:
