@@ -27,7 +27,7 @@ from stickjax.config.command_line import load_config, parse
 from stickjax.evaluate import evaluate
 from stickjax.evaluation import plots
 from stickjax.storage.run_folder import Loaded, load, save
-from stickjax.surgery import LEARN, extend, prune, report, use
+from stickjax.surgery import TRAINABLE, extend, prune, report, use
 from stickjax.surgery.usage import batches_of
 from stickjax.train import fit
 from stickjax.training.step import init_state
@@ -102,7 +102,10 @@ def one(config: Config, seed: int, folder: Path) -> dict:
     wider = extend(base.model, jax.random.key(seed), experts=E, attention_experts=A)
     sizes = {"model.new_experts": E, "model.new_attention_experts": A}
     models = {
-        "extended": (Loaded(wider, config.replace(sizes), base.tokenizer, 0), {"optim.learn": LEARN["frozen"]} | sizes),
+        "extended": (
+            Loaded(wider, config.replace(sizes), base.tokenizer, 0),
+            {"optim.trainable": TRAINABLE["frozen"]} | sizes,
+        ),
         "fine-tuned": (base, {}),
     }
     for name, (start, changes) in models.items():

@@ -36,7 +36,7 @@ if sys.argv[:1] == ["-m"] and any(word.startswith("stickjax") for word in sys.or
 
 
 def fit(
-    config: "Config | str",
+    config: "Config | str | os.PathLike",
     run: "str | os.PathLike | None" = None,
     *,
     init_from: str | None = None,

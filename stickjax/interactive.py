@@ -1,4 +1,4 @@
-"""What a notebook calls: `stickjax.fit`, and what `stickjax.load` returns."""
+"""The implementation of `stickjax.fit`, `stickjax.load` and `TrainedModel`."""
 
 import hashlib
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 
 from stickjax.config import Config
-from stickjax.config.command_line import load_config
+from stickjax.config.command_line import config_name, load_config
 from stickjax.evaluate import LENGTHS, evaluate
 from stickjax.evaluation.pairs import accuracy
 from stickjax.generate import generate_text
@@ -22,9 +22,11 @@ from stickjax.training.loop import Result
 from stickjax.training.metrics import metrics_of
 
 
-def fit(config: Config | str, run: str | os.PathLike | None, *, quiet: bool, **options) -> Result:
+def fit(config: Config | str | os.PathLike, run: str | os.PathLike | None, *, quiet: bool, **options) -> Result:
     """`stickjax.fit`."""
-    config, name = (load_config(config), Path(config).stem) if isinstance(config, str) else (config, None)
+    name = None
+    if not isinstance(config, Config):
+        config, name = load_config(os.fspath(config)), config_name(config)
     if run is None:
         name = name or hashlib.sha256(config.to_json().encode()).hexdigest()[:8]
         run = Path("runs") / name
@@ -33,7 +35,7 @@ def fit(config: Config | str, run: str | os.PathLike | None, *, quiet: bool, **o
     run = os.fspath(run)
     try:
         return loop.fit(config, run, quiet=quiet, **options)
-    except KeyboardInterrupt:  # before the first step, or for the second time
+    except KeyboardInterrupt:  # Ctrl-C before the first step, or a second Ctrl-C
         if not quiet:
             newest = max(Checkpoints(run).steps(), default=None)
             kept = "there is no checkpoint yet" if newest is None else f"the newest checkpoint is step {newest}"
@@ -59,7 +61,7 @@ class TrainedModel(Loaded):
 
     @property
     def metrics(self) -> Columns:
-        """The metrics of its training, {name: numpy array}; an empty table for a folder without them."""
+        """The logged training metrics, {name: numpy array}; an empty table for a folder without them."""
         return metrics_of(self.run)
 
     def generate(
@@ -75,13 +77,13 @@ class TrainedModel(Loaded):
         special_tokens: bool = False,
         on_text: Callable[[int, str], None] | None = None,
     ) -> str | list[str]:
-        """The text that follows a prompt; for a list of prompts, the list of their texts.
+        """The text that follows a prompt. A list of prompts gives a list of texts.
 
         Args:
           prompts: one string, or a list.
           max_new_tokens: the most new tokens of a text.
           temperature: 0 takes the most likely token.
-          top_k, top_p: draw from the k most likely tokens, or from the most likely ones of this total probability.
+          top_k, top_p: draw from the k most likely tokens, or from the fewest tokens whose total probability is top_p.
           seed: the seed of the draws; the same seed gives the same text.
           stop, special_tokens, on_text: as in `stickjax.generate.generate_text`.
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from stickjax.config import Config
 from stickjax.config.command import Parser, command
-from stickjax.config.command_line import describe, load_config, parse
+from stickjax.config.command_line import config_name, describe, load_config, parse
 from stickjax.parallel import processes
 from stickjax.storage.run_folder import read_config
 from stickjax.training.loop import Result, fit, split_branch
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 
         dry_run(config)
         return 0
-    run = words.run or str(Path("runs") / Path(words.config).stem)
+    run = words.run or str(Path("runs") / config_name(words.config))
     result = fit(config, run, init_from=words.init_from, branch=words.branch, profile=words.profile)
     return 128 + result.stopped_by if result.stopped_by else 0
 

@@ -179,6 +179,6 @@ def test_a_result_is_shown_in_one_line(uninterrupted):
 
 
 def test_nothing_to_train_is_refused(words, capsys, tmp_path):
-    assert main([*words, "--optim.learn=!*"]) == 1
-    assert capsys.readouterr().err == "error: optim.learn='!*' freezes every parameter: nothing would be trained\n"
+    assert main([*words, "--optim.trainable=!*"]) == 1
+    assert capsys.readouterr().err == "error: optim.trainable='!*' freezes every parameter: nothing would be trained\n"
     assert not (tmp_path / "run").exists()

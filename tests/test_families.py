@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -13,11 +14,12 @@ import stickjax
 from stickjax import Config, DataConfig, ModelConfig, SutConfig
 from stickjax.__main__ import main
 from stickjax.config.attention import ATTENTION, AttentionVariant
-from stickjax.config.family import MODEL_CONFIGS
+from stickjax.config.family import MODEL_CONFIGS, FamilyConfig
 from stickjax.models.families import FAMILIES
 from stickjax.models.parameters import PARAMETERS
 from stickjax.models.stick_breaking import attend
 from stickjax.training.loop import fit
+from stickjax.training.metrics import read_metrics
 
 SIZES = dict(D=8, L=2, K=1, H=4, F=8)
 TEXT, PAIRS = DataConfig(T=8, B=2), DataConfig(source="logic", examples=3000, T=40, B=2)
@@ -144,6 +146,39 @@ def test_what_cannot_be_registered(bigram):
         stickjax.register(Other())
     with pytest.raises(ValueError, match="attention='softmax' is registered already"):
         stickjax.register(AttentionVariant(attend), "softmax")
+
+
+def test_the_file_of_a_family_may_run_again():
+    """As in a notebook, whose cells run again."""
+    code = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[0]
+    again: dict = {"__name__": "extending"}
+    exec(compile(code, PAGE, "exec"), again)
+    assert MODEL_CONFIGS["bigram"] is again["BigramConfig"] and type(FAMILIES["bigram"]) is again["Bigram"]
+
+
+def test_the_loss_of_the_page_is_the_same_on_several_devices(tmp_path):
+    losses = []
+    for devices in (1, 2):
+        config = Config(MODEL_CONFIGS["bigram"](), TEXT).replace({"train.steps": 3, "train.log_every": 1})
+        fit(config.replace({"mesh.data": devices}), str(tmp_path / str(devices)), quiet=True)
+        losses.append([(row["loss"], row["grad_norm"]) for row in read_metrics(tmp_path / str(devices))])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+
+
+def test_config_classes_that_are_refused():
+    with pytest.raises(TypeError, match="family='decoder' of Mine is the family of ModelConfig"):
+
+        class Mine(FamilyConfig):
+            family: str = "decoder"
+
+    class Wider(ModelConfig):  # another class of the same family
+        pass
+
+    assert MODEL_CONFIGS["decoder"] is ModelConfig
+    with pytest.raises(
+        ValueError, match="family='triram' is not one of .*mean 'bigram'..; a program that uses a family"
+    ):
+        Config.from_dict({"model": {"family": "triram"}})
 
 
 def test_a_parameter_that_is_not_in_the_table_is_refused(bigram):

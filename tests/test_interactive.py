@@ -285,3 +285,11 @@ def test_dir_and_help_have_the_public_names():
 def test_the_package_is_imported_without_what_is_heavy():
     code = "import sys, stickjax; assert not {'jax', 'numpy', 'rich', 'flax', 'IPython'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_config_by_its_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text(CONFIG.replace({"train.steps": 1}).to_json())
+    result = stickjax.fit(tmp_path / "mine" / "config.json", quiet=True)
+    assert result.finished and (tmp_path / "runs" / "mine" / "metrics.jsonl").exists()

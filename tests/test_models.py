@@ -170,15 +170,15 @@ def test_rounding_drops_the_smallest_gates_of_every_expert(multiple):
 
 
 def test_rounding_is_for_training_alone():
-    config = ModelConfig(**SMALL, E=4, k=2, round_rows=8)
+    config = ModelConfig(**SMALL, E=4, k=2, token_rounding=8)
     model, tokens = init(config, jax.random.key(0)), tokens_of(config)
-    plain = init(dataclasses.replace(config, round_rows=0), jax.random.key(0))
+    plain = init(dataclasses.replace(config, token_rounding=0), jax.random.key(0))
     np.testing.assert_array_equal(model(tokens).logits, plain(tokens).logits)
     trained, whole = (m(tokens, key=jax.random.key(1)) for m in (model, plain))
     assert (trained.logits != whole.logits).any()
     np.testing.assert_array_equal(trained.router.load[0], whole.router.load[0])  # of what the router wanted
-    with pytest.raises(ValueError, match="round_rows=8 needs experts"):
-        ModelConfig(**SMALL, round_rows=8)
+    with pytest.raises(ValueError, match="token_rounding=8 needs experts"):
+        ModelConfig(**SMALL, token_rounding=8)
 
 
 def test_router_losses():

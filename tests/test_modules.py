@@ -20,7 +20,7 @@ from stickjax.models.transformer import init
 from stickjax.storage.checkpoints import named_leaves
 from stickjax.storage.run_folder import load, save
 from stickjax.surgery import (
-    LEARN,
+    TRAINABLE,
     concentrate,
     extend,
     freeze,
@@ -115,11 +115,11 @@ def test_merged_is_the_same_function(model):
     assert (again.E, again.new_experts, again.attention_experts, again.new_attention_experts) == (11, 1, 7, 0)
 
 
-@pytest.mark.parametrize("routing", LEARN)
+@pytest.mark.parametrize("routing", TRAINABLE)
 def test_what_is_frozen_does_not_move(routing):
     """Bit for bit, with losses that pull at every router and with the bias that is moved without a gradient."""
     model = dataclasses.replace(CONFIG, bias_rate=0.01, switch_weight=0.1)
-    optim = OptimConfig(schedule="constant", peak_lr=0.01, learn=LEARN[routing])
+    optim = OptimConfig(schedule="constant", peak_lr=0.01, trainable=TRAINABLE[routing])
     extended = extend(init(model, jax.random.key(0)), jax.random.key(1), experts=2, attention_experts=2)
     config = Config(extended.config, DataConfig(T=24, B=2), optim, TrainConfig(steps=3))
     state = init_state(config, jax.random.key(0))._replace(params=extended)
@@ -136,12 +136,12 @@ def test_what_is_frozen_does_not_move(routing):
 
 def test_freeze_leaves_out_what_it_names(model):
     config = freeze(Config(CONFIG), "*.router.*,embed")
-    mask = named_leaves(frozen(model, config.optim.learn))
+    mask = named_leaves(frozen(model, config.optim.trainable))
     assert {name for name in mask if mask[name]} == {name for name in mask if "/router/" in name or name == "embed"}
-    again = named_leaves(frozen(model, freeze(config, "norm.*").optim.learn))
+    again = named_leaves(frozen(model, freeze(config, "norm.*").optim.trainable))
     assert {name for name in again if again[name] != mask[name]} == {"norm/scale", "norm/bias"}
     with pytest.raises(ValueError, match="no parameter matches 'embedd'"):
-        frozen(model, freeze(config, "embedd").optim.learn)
+        frozen(model, freeze(config, "embedd").optim.trainable)
 
 
 def test_use_counts_routed_pairs_of_real_tokens(model, monkeypatch):
@@ -219,7 +219,7 @@ def test_pruned_heads_leave_other_tokens_alone(model):
     x = jnp.asarray(np.random.default_rng(3).normal(size=(1, 40, 16)), jnp.float32)
     counts = {"attention": np.array([[9, 1, 9, 9], [9, 9, 1, 9]])}
     pruned = prune(model, counts, count=3)
-    assert (pruned.config.attention_experts, pruned.config.gone_attention_experts, pruned.config.E) == (3, 1, 6)
+    assert (pruned.config.attention_experts, pruned.config.pruned_attention_experts, pruned.config.E) == (3, 1, 6)
     router = jax.tree.map(lambda leaf: leaf[0], model.blocks.attention.router)
     chosen = np.asarray(router(x[0])[0])
     untouched = (chosen != 1).all(1)
@@ -281,7 +281,7 @@ def test_prune_again_and_extend(model, denominator):
 def test_uneven_layers_and_the_new_denominator(model):
     counts = {"ffn": np.array([[9, 0, 9, 0, 9, 9], [9, 0, 9, 0, 0, 9]])}
     pruned = prune(model, counts, threshold=0.1, denominator="new")
-    assert (pruned.config.E, pruned.config.gone_experts, pruned.config.pruned) == (4, 0, "new_denominator")
+    assert (pruned.config.E, pruned.config.pruned_experts, pruned.config.pruned) == (4, 0, "new_denominator")
     load = run(pruned, TOKENS).router.load
     assert load.shape == (2, 4)
     assert load[1, 3] == 0
@@ -355,7 +355,7 @@ def test_extend_then_train(trained, tmp_path, capsys):
     assert main(["extend", trained.base, out, "--experts", "2", "--attention-experts=1", "--train.steps=1"]) == 0
     assert f"--init-from {out}" in capsys.readouterr().out
     base, extended = load(trained.base).model, load(out)
-    assert (extended.step, extended.config.train.steps, extended.config.optim.learn) == (0, 1, LEARN["frozen"])
+    assert (extended.step, extended.config.train.steps, extended.config.optim.trainable) == (0, 1, TRAINABLE["frozen"])
     assert not list(tmp_path.glob("*.tmp"))
     assert train.main([f"{out}/config.json", "--run", new, "--init-from", out, "--data.source=logic"]) == 0
     learned, old = named_leaves(load(new).model), named_leaves(base)
@@ -367,9 +367,9 @@ def test_extend_then_train(trained, tmp_path, capsys):
     pruned, few = (str(tmp_path / name) for name in ("pruned", "few"))
     assert main(["prune", new, pruned, "--threshold=0.01", "--denominator=new", "--tokens=480"]) == 0
     config = load(pruned).config
-    assert config.optim.learn == "*" and config.model.new_experts == config.model.gone_experts == 0
+    assert config.optim.trainable == "*" and config.model.new_experts == config.model.pruned_experts == 0
     assert main(["concentrate", new, few, "--train.steps=1"]) == 0
-    assert load(few).config.optim.learn == "*"
+    assert load(few).config.optim.trainable == "*"
 
 
 def test_freeze_then_train(trained, tmp_path, capsys):
@@ -386,7 +386,7 @@ def test_prune_and_report(trained, tmp_path, capsys, monkeypatch):
     assert main(["prune", trained.base, out, "--count=3", "--kind=ffn", "--source=logic", "--tokens=480"]) == 0
     assert "keeps at most 3 of ffn in a layer" in capsys.readouterr().out
     config = load(out).config.model
-    assert (config.E, config.gone_experts, config.attention_experts) == (3, 3, 4)
+    assert (config.E, config.pruned_experts, config.attention_experts) == (3, 3, 4)
     picture = tmp_path / "use.png"
     with monkeypatch.context() as patch:
         patch.setattr(os, "access", lambda path, mode: False)
@@ -432,7 +432,10 @@ def test_concentration_stops_the_bias_that_balances(trained, tmp_path):
         ("extend BASE OUT", "nothing to add"),
         ("extend BASE BASE --experts 2", "exists; choose another folder"),
         ("extend BASE OUT --experts 2 --model.F=13", "the model has another shape than its config says"),
-        ("extend BASE OUT --experts 2 --optim.lean=x", "unknown config key 'optim.lean' (did you mean 'optim.learn'?)"),
+        (
+            "extend BASE OUT --experts 2 --optim.lean=x",
+            "unknown config key 'optim.lean' (did you mean 'optim.trainable'?)",
+        ),
         ("extend OUT OUT2 --experts 2", "is not a run folder"),
         ("prune BASE OUT --count 1 --tokens 48", "count=1 of attention must be"),
         ("prune BASE OUT --count 5 --tokens 48", "count=5 of attention must be from the 2 that a token needs to the 4"),

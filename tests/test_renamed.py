@@ -1,11 +1,14 @@
 """Names of the version before still work, and say the new one."""
 
+import dataclasses
 import importlib
 import subprocess
 import sys
 
 import pytest
 
+from stickjax.config import Config, OptimConfig
+from stickjax.config.command_line import parse_changes
 from stickjax.system.renamed import NEW_NAMES
 
 
@@ -28,3 +31,21 @@ def test_an_old_command_runs():
 def test_other_names_are_not_found():
     with pytest.raises(ModuleNotFoundError, match="stickjax.nothing"):
         importlib.import_module("stickjax.nothing")
+
+
+def test_former_names_of_fields_are_accepted(tmp_path, caplog):
+    """In Python and on the command line with a line that says the new one; in the config of an old run without."""
+    with pytest.warns(FutureWarning, match="learn is now trainable; the old name goes in the next version"):
+        config = OptimConfig(learn="*,!embed")
+    assert config.trainable == "*,!embed"
+    with pytest.warns(FutureWarning, match="learn is now trainable"):
+        assert dataclasses.replace(config, learn="*").trainable == "*"
+    with pytest.warns(FutureWarning, match="learn is now trainable"):
+        assert config.learn == "*,!embed"
+    assert parse_changes(Config(), ["--model.round_rows=8"]) == {"model.token_rounding": 8}
+    assert caplog.messages == ["model.round_rows is now model.token_rounding; the old name goes in the next version"]
+    assert Config().replace({"optim.learn": "!embed"}).optim.trainable == "!embed"
+    caplog.clear()
+    assert Config.from_dict({"optim": {"learn": "!embed"}}).optim.trainable == "!embed" and not caplog.messages
+    with pytest.raises(TypeError, match="lern"):
+        OptimConfig(lern="*")

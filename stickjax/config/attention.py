@@ -1,51 +1,57 @@
-"""The attention variants of the decoder: where the code of each is, and which fields of its config it understands."""
+"""The attention variants of the decoder: the function of each, and the config fields that it supports."""
 
-import importlib
+import pkgutil
 from collections.abc import Callable
 from typing import NamedTuple
 
-from stickjax.config.fields import one_of
+from stickjax.config.fields import one_of, same_definition
+
+# Fields of `ModelConfig` that only some variants support, with their values for "not used".
+OPTIONS = {"attend_current": False, "skip_below": None, "remainder": "none"}
 
 
 class AttentionVariant(NamedTuple):
     """An attention variant.
 
     `function`: `function(config, q, k, v, context) -> (out [B,T,N,H], rest [B,T,N] or None)` for q [B,T,N,H] and k, v
-      [B,S,K,H]; or "module:name", which is imported when the first model needs it. `rest` is the part of a query's
-      weight of one that no key received.
-    `rotary`: queries and keys are turned by their positions first, so H must be even.
-    `context`: the mesh axis "context" may divide the sequences.
-    `options`: the fields of `ModelConfig` that only some variants understand, of which this one understands these.
+      [B,S,K,H]; or "module:name", which is imported when the first model needs it. The attention weights of a query sum
+      to 1 - `rest`; None if they always sum to 1.
+    `rotary`: queries and keys get rotary positions before the call, so H must be even.
+    `divides_sequence`: it works where the mesh axis "context" divides the sequences.
+    `options`: the optional fields of `ModelConfig` that it supports, any of OPTIONS.
     """
 
     function: Callable | str
     rotary: bool = False
-    context: bool = False
+    divides_sequence: bool = False
     options: tuple[str, ...] = ()
 
     def load(self) -> Callable:
-        if callable(self.function):
-            return self.function
-        module, _, name = self.function.partition(":")
-        return getattr(importlib.import_module(module), name)
+        return pkgutil.resolve_name(self.function) if isinstance(self.function, str) else self.function
 
 
 ATTENTION: dict[str, AttentionVariant] = {
     "stick_breaking": AttentionVariant(
-        "stickjax.models.stick_breaking:attend", context=True, options=("attend_current", "skip_below", "remainder")
+        "stickjax.models.stick_breaking:attend",
+        divides_sequence=True,
+        options=("attend_current", "skip_below", "remainder"),
     ),
     "softmax": AttentionVariant("stickjax.models.softmax:attend", rotary=True),
 }
 
 
 def register_attention(name: str, variant: AttentionVariant) -> None:
-    """Add a variant; ValueError if its name is taken by another one."""
-    if ATTENTION.setdefault(name, variant) != variant:
+    """Add a variant. ValueError if its name is taken by another one, or for an option that there is not."""
+    for option in variant.options:
+        one_of("option", option, tuple(OPTIONS))
+    known = ATTENTION.get(name, variant)
+    if isinstance(known.function, str) or not same_definition(known.function, variant.function):
         raise ValueError(f"attention={name!r} is registered already")
+    ATTENTION[name] = variant
 
 
 def variant(name: str) -> AttentionVariant:
-    """The variant of a name; ValueError, with the nearest name, for one that is not registered."""
+    """Look up a variant by name. ValueError, with the nearest name, if it is not registered."""
     one_of("attention", name, tuple(ATTENTION))
     return ATTENTION[name]
 

@@ -52,7 +52,7 @@ def parse_changes(config: Config, argv: list[str]) -> dict[str, Any]:
             text = next(words, None)
             if text is None:
                 raise ValueError(f"--{key} needs a value")
-        changes[key] = parse_value(text, field_types(type(getattr(config, section)))[name])
+        changes[f"{section}.{name}"] = parse_value(text, field_types(type(getattr(config, section)))[name])
     return changes
 
 
@@ -111,6 +111,16 @@ def load_config(path: str) -> Config:
     if file.suffix.lower() != ".py":
         raise ValueError(f"{path} is not a config: {what}")
     return _run(file)
+
+
+def config_name(path: str | os.PathLike) -> str:
+    """The name of a config: of its file, or for a config.json of the folder that it is in.
+
+    >>> config_name("configs/tiny.py"), config_name("runs/base/config.json")
+    ('tiny', 'base')
+    """
+    file = Path(path)
+    return file.absolute().parent.name if file.name == "config.json" else file.stem
 
 
 def read_json(path: str | os.PathLike) -> Config:

@@ -4,11 +4,12 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from stickjax.config.attention import variant, variants_with
+from stickjax.config.attention import OPTIONS, variant, variants_with
 from stickjax.config.family import FamilyConfig
-from stickjax.config.fields import Dtype, check_fields, field
+from stickjax.config.fields import Dtype, accept_former_names, check_fields, field
 
 
+@accept_former_names
 @dataclass(frozen=True)
 class ModelConfig(FamilyConfig):
     """A decoder-only language model. Capital letters are the shape letters of the code."""
@@ -55,15 +56,18 @@ class ModelConfig(FamilyConfig):
     router_hidden: int = field(256, "hidden width of the mlp and gmm router networks", at_least=1)
     new_experts: int = field(0, "experts added to the E of a trained model, in leaves of their own", at_least=0)
     new_attention_experts: int = field(0, "the same for attention_experts", at_least=0)
-    gone_experts: int = field(0, "pruned experts that keep their share of the router's softmax", at_least=0)
-    gone_attention_experts: int = field(0, "the same for attention_experts", at_least=0)
+    pruned_experts: int = field(
+        0, "pruned experts that keep their share of the router's softmax", was="gone_experts", at_least=0
+    )
+    pruned_attention_experts: int = field(0, "the same for attention_experts", was="gone_attention_experts", at_least=0)
     pruned: Literal["no", "old_denominator", "new_denominator"] = field(
         "no", "whether experts were pruned, and whether they still count in the router's softmax"
     )
     sample_topk: int = field(0, "in training, how many of the k experts are sampled instead of the best", at_least=0)
-    round_rows: int = field(
+    token_rounding: int = field(
         0,
         "token rounding in training: drop rows with the smallest gates, to a multiple per expert and device; 0: no",
+        was="round_rows",
         at_least=0,
     )
     switch_weight: float = field(0.0, "weight of the load-balancing loss E * sum_e f_e P_e", at_least=0)
@@ -111,8 +115,8 @@ class ModelConfig(FamilyConfig):
         elif self.key_value != "projected":
             raise ValueError(f"key_value={self.key_value!r} needs attention_experts, which own the queries alone")
         self._check_modules()
-        if self.round_rows and not (self.E or self.attention_experts):
-            raise ValueError(f"round_rows={self.round_rows} needs experts, but E=0")
+        if self.token_rounding and not (self.E or self.attention_experts):
+            raise ValueError(f"token_rounding={self.token_rounding} needs experts, but E=0")
         if self.bias_rate and not (self.E or self.attention_experts):
             raise ValueError(f"bias_rate={self.bias_rate} needs experts, but E=0")
         if self.sample_topk > self.k and (self.E or not self.attention_experts):
@@ -123,7 +127,7 @@ class ModelConfig(FamilyConfig):
         kind = variant(self.attention)
         if kind.rotary and self.H % 2:
             raise ValueError(f"H={self.H} must be even for rotary positions")
-        for name, absent in (("attend_current", False), ("skip_below", None), ("remainder", "none")):
+        for name, absent in OPTIONS.items():
             if (value := getattr(self, name)) != absent and name not in kind.options:
                 known = variants_with(lambda kind, name=name: name in kind.options)
                 raise ValueError(f"{name}={value!r} needs attention={known}, not {self.attention!r}")
@@ -149,14 +153,14 @@ class ModelConfig(FamilyConfig):
 
     def _check_modules(self):
         for experts in ("experts", "attention_experts"):
-            E, new, gone = (
+            E, new, pruned = (
                 getattr(self, "E" if experts == "experts" else experts),
-                *(getattr(self, f"{what}_{experts}") for what in ("new", "gone")),
+                *(getattr(self, f"{what}_{experts}") for what in ("new", "pruned")),
             )
-            if (new or gone) and not E:
-                raise ValueError(f"new_{experts}={new} and gone_{experts}={gone} need experts, but there are none")
-            if gone and self.pruned != "old_denominator":
-                raise ValueError(f"gone_{experts}={gone} needs pruned='old_denominator'")
+            if (new or pruned) and not E:
+                raise ValueError(f"new_{experts}={new} and pruned_{experts}={pruned} need experts, but there are none")
+            if pruned and self.pruned != "old_denominator":
+                raise ValueError(f"pruned_{experts}={pruned} needs pruned='old_denominator'")
 
     def check_mesh(self, sizes: dict[str, int], T: int) -> None:
         """Raise ValueError for axes that do not divide the model or its sequences of T tokens."""
@@ -166,8 +170,10 @@ class ModelConfig(FamilyConfig):
             raise ValueError(
                 f"expert={sizes['expert']} cannot divide new_experts={self.new_experts} from E={self.E} old ones"
             )
-        if sizes["context"] > 1 and not variant(self.attention).context:
-            raise ValueError(f"context={sizes['context']} needs attention={variants_with(lambda kind: kind.context)}")
+        if sizes["context"] > 1 and not variant(self.attention).divides_sequence:
+            raise ValueError(
+                f"context={sizes['context']} needs attention={variants_with(lambda kind: kind.divides_sequence)}"
+            )
         tensor, context = sizes["tensor"], sizes["context"]
         divided = [
             (

@@ -7,16 +7,19 @@ read back with `Config.from_dict`; `stickjax.config.command_line` changes one by
 import dataclasses
 import functools
 import json
+import logging
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from stickjax.config.decoder import ModelConfig
 from stickjax.config.family import MODEL_CONFIGS, FamilyConfig
-from stickjax.config.fields import SEED, check_fields, field, nearest, one_of, shown
+from stickjax.config.fields import SEED, accept_former_names, check_fields, field, former_names, nearest, one_of, shown
 from stickjax.config.synonyms import suggestion
 from stickjax.config.universal import SutConfig
 
 __all__ = ["Config", "DataConfig", "MeshConfig", "ModelConfig", "OptimConfig", "SutConfig", "TrainConfig", "locate"]
+
+log = logging.getLogger(__name__)
 
 SOURCES = ("stdlib", "text", "tokens", "logic", "listops", "scan", "recall")
 
@@ -77,6 +80,7 @@ class DataConfig:
         return self.B * self.T
 
 
+@accept_former_names
 @dataclass(frozen=True)
 class OptimConfig:
     """AdamW under muP with the Power schedule; all lengths in tokens."""
@@ -96,9 +100,10 @@ class OptimConfig:
     eps: float = field(1e-10, "Adam: epsilon", at_least=0)
     weight_decay: float = field(0.1, "decoupled weight decay, not on norms and biases", at_least=0)
     scale_decay: bool = field(False, "strict muP: multiply the decay of internal matrices by m_width")
-    learn: str = field(
-        "*", "patterns of the trainable parameters, *.new_*,*.router.*, and after a ! of the frozen ones, !embed"
-    )
+    trainable: str = field(
+        "*", "patterns of the trainable parameters, *.new_*,*.router.*, and after a ! of the frozen ones, !embed",
+        was="learn",
+    )  # fmt: skip
     clip: float | None = field(1.0, "largest global norm of the gradient; None: no clipping", above=0)
 
     def __post_init__(self):
@@ -219,9 +224,16 @@ class Config:
             if not isinstance(fields, dict):
                 raise ValueError(f"{section}={shown(fields)} must be an object of fields")
         family = tree.get("model", {}).get("family", "decoder")
-        one_of("family", family, tuple(MODEL_CONFIGS))
-        flat = {f"{section}.{name}": value for section, fields in tree.items() for name, value in fields.items()}
-        return cls(MODEL_CONFIGS[family]()).replace(flat)
+        if family not in tuple(MODEL_CONFIGS):
+            raise ValueError(
+                f"family={shown(family)} is not one of {', '.join(map(repr, MODEL_CONFIGS))}"
+                f"{nearest(str(family), MODEL_CONFIGS)}; a program that uses a family of its own imports its file first"
+            )
+        config = cls(MODEL_CONFIGS[family]())
+        new = {section: former_names(type(getattr(config, section))) for section in tree}
+        return config.replace(
+            {f"{s}.{new[s].get(name, name)}": value for s, fields in tree.items() for name, value in fields.items()}
+        )
 
     def diff(self, other: "Config") -> list[str]:
         """'section.field: here -> there' for every field that differs."""
@@ -248,7 +260,14 @@ def field_names(*models: type) -> list[str]:
 
 
 def locate(config: Config, key: str) -> tuple[str, str]:
-    """Section and field of the key 'section.field'; for an unknown key, ValueError with the nearest one."""
+    """Section and field of the key 'section.field'; for an unknown key, ValueError with the nearest one.
+
+    A field may be called by its name in the version before; a warning says the new one.
+    """
+    section, _, name = key.partition(".")
+    if name in (renamed := former_names(type(getattr(config, section, config)))):
+        log.warning("%s is now %s.%s; the old name goes in the next version", key, section, renamed[name])
+        return section, renamed[name]
     known = field_names(type(config.model))
     if key not in known:
         raise ValueError(f"unknown config key {key!r}{suggestion(key, known)}")

@@ -1,29 +1,38 @@
-"""What every model's config has in common, and the classes of config by the name of their family."""
+"""The base class of all model configs, and the registry of config classes by family."""
 
+import dataclasses
 from typing import ClassVar, Literal
 
-from stickjax.config.fields import BYTES
+from stickjax.config.fields import BYTES, same_definition
 
-# {family: the class of its config}; a class enters it when it is defined.
+# {family: the class of its config}. Defining a subclass of `FamilyConfig` adds it.
 MODEL_CONFIGS: dict[str, type["FamilyConfig"]] = {}
 
 
 class FamilyConfig:
-    """The config of a family of models: a frozen dataclass whose field `family` has the family's name as its default.
+    """The config of a family of models.
 
-    It has at least the fields `family`, V (the size of the vocabulary; None: the ids of the tokenizer), `dtype`,
-    `param_dtype` and `implementation`.
+    Subclass it as a frozen dataclass. Give the field `family` a default: the name of the family. The class needs at
+    least the fields `family`, V (the size of the vocabulary; None: the ids of the tokenizer), `dtype`, `param_dtype`
+    and `implementation`.
     """
 
     family: str
     V: int | None
     reads: ClassVar[Literal["text", "pairs"]] = "text"  # what a batch is made of: see `stickjax.data.readers`
-    remat: str = "none"  # what a layer computes again in the backward pass
+    remat: str = "none"  # what a layer recomputes in the backward pass
     accumulates: ClassVar[bool] = True  # whether the loss of a batch is the sum over its microbatches
 
     def __init_subclass__(cls, **options):
         super().__init_subclass__(**options)
-        MODEL_CONFIGS[cls.family.default] = cls  # ty: still a dataclasses.Field here
+        if (family := cls.__dict__.get("family")) is None:
+            return  # another class of the same family
+        name = family.default if isinstance(family, dataclasses.Field) else family
+        if not isinstance(name, str):
+            raise TypeError(f"{cls.__name__}.family must have a default: the name of the family")
+        if not same_definition(MODEL_CONFIGS.get(name, cls), cls):
+            raise TypeError(f"family={name!r} of {cls.__name__} is the family of {MODEL_CONFIGS[name].__name__}")
+        MODEL_CONFIGS[name] = cls
 
     @property
     def vocabulary(self) -> int:
@@ -32,13 +41,10 @@ class FamilyConfig:
 
     @property
     def m_width(self) -> float:
-        """The width multiplier of muP; 1: all parameters have one learning rate."""
+        """The muP width multiplier. With 1, all parameters have the same learning rate."""
         return 1.0
 
     def check_mesh(self, sizes: dict[str, int], T: int) -> None:
         """Raise ValueError for mesh axes that do not suit the model. By default only "data" may be above 1."""
         if other := [f"{axis}={n}" for axis, n in sizes.items() if axis != "data" and n > 1]:
-            raise ValueError(
-                f"{' and '.join(other)}: a model of family={self.family!r} lies whole on every device, "
-                f"so the mesh can only divide the batch, by data"
-            )
+            raise ValueError(f"{' and '.join(other)}: a model of family={self.family!r} supports data parallelism only")

@@ -9,6 +9,7 @@ import operator
 import os
 import types
 import typing
+import warnings
 from typing import Any, Literal
 
 BYTES = 257  # ids of a vocabulary of bytes and the end of text
@@ -20,15 +21,44 @@ _BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}
 
 
-def field(default, doc: str, group: type | None = None, **bounds: float):
+def field(default, doc: str, group: type | None = None, *, was: str | None = None, **bounds: float):
     """A dataclass field with its sentence for --help; `group` makes it a nested section.
 
-    `bounds` of a number are any of at_least, above, at_most and below.
+    `was`: its name in the version before (see `accept_former_names`). `bounds` of a number are any of at_least, above,
+    at_most and below.
     """
-    metadata = {"doc": doc, "bounds": bounds}
+    metadata = {"doc": doc, "bounds": bounds, "was": was}
     if group is not None:
         return dataclasses.field(default_factory=group, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+@functools.cache
+def former_names(config: type) -> dict[str, str]:
+    """{name in the version before: name} of the renamed fields of a dataclass."""
+    return {was: f.name for f in dataclasses.fields(config) if (was := f.metadata.get("was")) is not None}
+
+
+def accept_former_names(config: type) -> type:
+    """Let a dataclass take its fields by their former names too, with a warning that says the new one."""
+
+    def warn(was: str) -> str:
+        name = former_names(config)[was]
+        warnings.warn(f"{was} is now {name}; the old name goes in the next version", FutureWarning, stacklevel=3)
+        return name
+
+    init = config.__init__
+
+    @functools.wraps(init)
+    def with_former_names(self, *args, **values):
+        for was in former_names(config).keys() & values.keys():
+            values[warn(was)] = values.pop(was)
+        init(self, *args, **values)
+
+    config.__init__ = with_former_names
+    for was in former_names(config):
+        setattr(config, was, property(lambda self, was=was: getattr(self, warn(was))))
+    return config
 
 
 @functools.cache
@@ -138,6 +168,11 @@ def nearest(name: str, known) -> str:
     """' (did you mean X?)', or nothing when no known name is close."""
     match = difflib.get_close_matches(name, [str(k) for k in known], n=1, cutoff=0.5)
     return f" (did you mean {match[0]!r}?)" if match else ""
+
+
+def same_definition(one, other) -> bool:
+    """Whether two classes or functions come from the same lines of a file, perhaps run twice."""
+    return (one.__module__, one.__qualname__) == (other.__module__, other.__qualname__)
 
 
 def one_of(name: str, value, choices) -> None:

@@ -17,7 +17,7 @@ SYNONYMS = {
     "optim.eps": "adam_eps adam_epsilon epsilon",
     "optim.weight_decay": "wd",
     "optim.clip": "grad_clip gradient_clip gradient_clipping max_grad_norm clip_grad clip_norm",
-    "optim.learn": "freeze frozen trainable",
+    "optim.trainable": "freeze frozen",
     "train.steps": "epochs num_epochs num_train_epochs max_steps num_steps total_steps iterations iters max_iters",
     "train.accumulate": "gradient_accumulation_steps gradient_accumulation grad_accum accum accumulation_steps",
     "train.seed": "random_seed",

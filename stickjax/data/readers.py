@@ -1,4 +1,4 @@
-"""What a model reads, a text or pairs of sentences: its training data and its vocabulary."""
+"""Chooses the training data and the vocabulary of a model: a text, or pairs of sentences."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,7 +11,8 @@ from stickjax.data.tokenizer import load_tokenizer
 
 
 class Reader(NamedTuple):
-    """`data(config)`: the training data; `ids(config)`: the size of the vocabulary; `source(config)`: its name."""
+    """`data(config)`: the training data; `ids(config)`: the size of the vocabulary; `source(config)`: where the
+    vocabulary comes from, for messages."""
 
     data: Callable[[Config], TrainingData]
     ids: Callable[[Config], int]
@@ -30,5 +31,5 @@ READERS = {
 
 
 def training_data(config: Config) -> TrainingData:
-    """What a run is trained on. Raises ValueError for a source that does not suit, and what the sources raise."""
+    """The training data of a run. Raises ValueError if the model cannot read the source, and what the sources raise."""
     return READERS[config.model.reads].data(config)

@@ -76,6 +76,8 @@ class Attention(nnx.Module):
             k, v = cache[0], cache[0] if cache[1] is None else cache[1]
         out, rest = kind.load()(c, q, k, v, context)
         if c.remainder != "none":
+            if rest is None:
+                raise ValueError(f"remainder={c.remainder!r}: attention={c.attention!r} returned no rest")
             own = jnp.repeat(own, c.N // c.K, axis=2) if c.remainder == "value" else cast(self.head_bias, c)[None, None]
             out = (out.astype(jnp.float32) + rest[..., None] * own.astype(jnp.float32)).astype(out.dtype)
         if self.norm is not None:

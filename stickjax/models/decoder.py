@@ -1,4 +1,4 @@
-"""The family of decoders: language models whose layers have parameters of their own."""
+"""The family of decoders: language models whose layers do not share parameters."""
 
 from collections.abc import Callable
 
@@ -37,7 +37,7 @@ class Decoder(Family):
         scale = batch.get("loss_scale", 1 / jnp.maximum(psum_over_batch(mask.sum()), 1))
         loss, share = psum_over_batch((nll * mask).sum()) * scale, batch.get("share", 1.0)
         metrics, load = {"loss": loss}, {}
-        for kind, stats in {"": output.router, "attention_": output.attention_router}.items():
+        for kind, stats in zip(ROUTERS, (output.router, output.attention_router), strict=True):
             if stats is not None:
                 losses = {name: getattr(stats, name) * share for name in ROUTER_LOSSES}
                 loss += sum(getattr(model.config, ROUTER_LOSSES[name]) * value.sum() for name, value in losses.items())
@@ -46,7 +46,7 @@ class Decoder(Family):
         return loss, metrics | ({"load": load} if load else {})
 
     def scalars(self, model: Transformer, metrics):
-        """The load of each router becomes `load_max`: the largest share of the rows times the experts, 1 at balance."""
+        """`load_max` is the largest load of any expert, relative to a balanced load (1: balanced)."""
         load = metrics.get("load", {})
         scalars = {name: value for name, value in metrics.items() if name != "load"}
         return scalars | {f"{kind}load_max": (x * _experts(model, kind, x)).max() for kind, x in load.items()}
@@ -76,7 +76,7 @@ class Decoder(Family):
         return total, total - idle
 
     def flops_per_token(self, config: ModelConfig, T: int) -> float:
-        """Every active parameter takes six, and causal attention 3 * 2 products of 2 * N * H * T / 2 per layer.
+        """6 per active parameter, and 6 N H T per layer for causal attention.
 
         Operations that a remat policy computes again are not counted.
         """

@@ -1,4 +1,4 @@
-"""The protocol of a family of models: all that the rest of the project asks of a model."""
+"""The protocol of a family of models: the methods that the rest of the project calls."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -19,7 +19,8 @@ class Family:
     """
 
     config: ClassVar[type[FamilyConfig]]
-    # {class of module: {name: Parameter}}, what the family adds to the table of `stickjax.models.parameters`.
+    # {class of module: {name: Parameter}}, the rows that this family adds to the table of
+    # `stickjax.models.parameters`.
     parameters: ClassVar[Mapping[str, Mapping[str, Parameter]]] = {}
 
     def init(self, config, key: jax.Array):
@@ -29,15 +30,17 @@ class Family:
     def apply(self, model, batch: dict[str, jax.Array], key: jax.Array | None = None):
         """Run a model on a batch.
 
-        With a key it is a step of training. The output has `logits`, in float32; one that halts tokens has `depth`.
+        With a key, the model runs in training mode. The output has `logits`, in float32. A model that halts tokens also
+        returns `depth`.
         """
         raise NotImplementedError
 
     def loss(self, model, batch: dict[str, jax.Array], key: jax.Array | None) -> tuple[jax.Array, dict[str, Any]]:
         """The loss of a batch, and metrics: `loss` (the cross-entropy alone) and what else the run logs.
 
-        For a microbatch, `batch["loss_scale"]` stands for 1 / (targets of the whole batch), and `batch["share"]` for
-        1 / (number of microbatches): the losses and the metrics of all microbatches add up to those of the batch.
+        With gradient accumulation, the caller sets `batch["loss_scale"]` to 1 / (number of targets in the whole batch)
+        and `batch["share"]` to 1 / (number of microbatches). Multiply by these, so that the sum over the microbatches
+        is the value of the batch. On a mesh, sum over the devices with `stickjax.parallel.collectives.psum_over_batch`.
         """
         raise NotImplementedError
 
@@ -47,7 +50,7 @@ class Family:
         return metrics
 
     def moved_without_gradient(self, model, metrics: dict[str, Any], trainable: Callable[[str], bool]):
-        """The model after the parameters moved that have a rule instead of a gradient.
+        """Update the parameters that have an update rule instead of a gradient, and return the model.
 
         `metrics` are what `loss` returned; `trainable(name)` says whether a parameter may move.
         """
@@ -55,13 +58,13 @@ class Family:
         return model
 
     def example_batch(self, config: Config) -> dict[str, jax.ShapeDtypeStruct]:
-        """The shapes of the largest batch of a step; by default of a text."""
+        """The shapes of the largest batch of a step. The default is a batch of text."""
         types = dict(tokens=jnp.int32, targets=jnp.int32, segment_ids=jnp.int32, loss_mask=jnp.bool_)
         shape = (config.data.B, config.data.T)
         return {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in types.items()}
 
     def parameter_counts(self, config) -> tuple[int, int]:
-        """The number of all parameters, and of the active ones: those that work on one token, without the embedding."""
+        """The number of all parameters, and of the active ones: the ones that one token uses, without the embedding."""
         shapes = jax.eval_shape(lambda: self.init(config, jax.random.key(0)))
         total = sum(x.size for x in jax.tree.leaves(shapes))
         return total, total
@@ -72,11 +75,14 @@ class Family:
         return 6 * self.parameter_counts(config)[1]
 
     def empty_cache(self, config, batch: int, size: int):
-        """For `decode_step`: what a language model keeps of up to `size` tokens of `batch` sequences."""
+        """An empty cache for `decode_step`, for up to `size` tokens of `batch` sequences."""
         del batch, size
         raise ValueError(f"a model of family={config.family!r} generates no text")
 
     def decode_step(self, model, tokens, segment_ids, cache):
-        """(logits [B,V] after the last of `tokens` [B,T], the cache with them); a negative segment id is padding."""
+        """Read `tokens` [B,T] into the cache: (logits [B,V] after the last of them, the cache).
+
+        Padding has a negative segment id.
+        """
         del tokens, segment_ids, cache
         raise ValueError(f"a model of family={model.config.family!r} generates no text")

@@ -32,7 +32,7 @@ class MixtureOfHeads(Attention):
         self.config = c = config
         E, new = c.attention_experts, c.new_attention_experts
         kr, kq, kk, kv, ko = jax.random.split(key, 5)
-        self.router = Router(c, Experts(E, new, c.gone_attention_experts), c.N // c.K, kr)
+        self.router = Router(c, Experts(E, new, c.pruned_attention_experts), c.N // c.K, kr)
         self.expert_query = normal(kq, (E, c.D, c.K * c.H), matrix_std(c), c)
         self.expert_output = normal(ko, (E, c.K * c.H, c.D), output_std(c), c)
         extra = lambda key, *shape, std: normal(jax.random.fold_in(key, 1), (new, *shape), std, c) if new else None  # noqa: E731

@@ -23,7 +23,7 @@ class SparseExperts(nnx.Module):
     def __init__(self, config: ModelConfig, key):
         self.config = c = config
         kr, ki, ko = jax.random.split(key, 3)
-        experts = Experts(c.E, c.new_experts, c.gone_experts)
+        experts = Experts(c.E, c.new_experts, c.pruned_experts)
         self.router = Router(c, experts, c.k, kr)
         self.w_in = normal(ki, (c.E, c.D, gates(c), c.F), matrix_std(c), c)
         self.w_out = normal(ko, (c.E, c.F, c.D), output_std(c), c)

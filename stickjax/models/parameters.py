@@ -1,7 +1,7 @@
 """The table of parameters: for every module, the name, the axes, the partition and the muP label of each parameter.
 
 Partitions, muP labels, the Hugging Face layouts, freezing and pruning read it. A parameter that is not in the table is
-an error, so no parameter inherits by chance what another one of the same name has.
+an error. So a parameter never gets by accident the row of another parameter of the same name.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -23,12 +23,12 @@ class Parameter(NamedTuple):
     """What is known of a parameter.
 
     `axes`: its axes as letters, separated by spaces; letters written together are one axis ("E D KH" has three).
-      E is the axis of the experts, C of a router's columns, and a digit is a size. Layers that are stacked have one
-      more axis L in front.
-    `partition`: for every axis the mesh axis that divides it, or "-". Trailing "-" may be left out; "" lies whole on
-      every device.
+      E is the axis of the experts, C the axis of the router columns, and a digit is a size. Layers that are stacked
+      have one more axis L in front.
+    `partition`: for every axis the mesh axis that divides it, or "-". You may omit trailing "-". With "" every device
+      has the whole parameter.
     `label`: of muP. "matrix": an internal matrix, learning rate / m_width. "embedding" and "vector": the learning rate,
-      without weight decay for a vector. "frozen": no gradient moves it.
+      without weight decay for a vector. "frozen": it has no gradient.
     """
 
     axes: str
@@ -88,7 +88,7 @@ PARAMETERS: dict[str, dict[str, Parameter]] = {
         "hidden_bias": Parameter("R", label="vector"),
         "log_scale": Parameter("1", label="vector"),
         "weight": Parameter("R C", "fsdp"),
-        "selection_bias": Parameter("C", label="frozen"),  # moves by a rule of its own
+        "selection_bias": Parameter("C", label="frozen"),  # updated by `bias_rate`, not by a gradient
         "slot": Parameter("C", label="frozen"),  # says which columns were pruned
     },
     # The Universal Transformer lies whole on every device.
@@ -150,7 +150,7 @@ def leaves_of(tree, owner: type | None = None, path: tuple[str, ...] = ()) -> It
         names = path + tuple(str(getattr(k, "name", getattr(k, "key", getattr(k, "idx", k)))) for k in keys)
         if isinstance(node, nnx.Module):
             yield from leaves_of(node, path=names)
-        else:  # a variable named "value" keeps its name: the path ends at the variable
+        else:  # the names stop at the variable, so a variable may itself be called "value"
             yield from (Leaf(array, names, owner) for array in jax.tree.leaves(node))
 
 
@@ -168,7 +168,7 @@ def parameter(leaf: Leaf) -> Parameter:
     last, rows = leaf.names[-1], {}
     for cls in reversed(leaf.owner.__mro__):
         rows |= PARAMETERS.get(cls.__name__, {})
-    row = rows.get(last.removeprefix("new_"))  # of added experts: as the parameter that it extends
+    row = rows.get(last, rows.get(last.removeprefix("new_")))  # added experts have the row of what they extend
     if row is None:
         raise ValueError(
             f"{leaf.name} ({leaf.owner.__name__}.{last}) is not in the table of parameters{nearest(last, rows)}: "
@@ -183,7 +183,8 @@ def parameter(leaf: Leaf) -> Parameter:
 def label(leaf: Leaf) -> str:
     """The muP label of a parameter.
 
-    In a tree without modules, such as a dictionary of arrays, the name alone decides. ValueError if it has no label.
+    In a tree without modules, such as a dictionary of arrays, the label is looked up by name only. ValueError if there
+    is none.
     """
     if leaf.owner is not None:
         return parameter(leaf).label
@@ -198,8 +199,7 @@ def label(leaf: Leaf) -> str:
 def partition(leaf: Leaf) -> PartitionSpec:
     """The partition of an array of a model or of a training state.
 
-    The counters of a training state, which no module owns, lie whole on every device; ValueError for a matrix that no
-    module owns.
+    Every device has all counters of a training state. A matrix outside a module raises ValueError.
     """
     dims = np.ndim(leaf.value)
     if leaf.owner is None:
@@ -223,13 +223,14 @@ def shardings(mesh: Mesh, tree):
 
 def axes_by_name(tree) -> Mapping[str, str]:
     """The letters of the axes of every parameter of a model, by its name."""
-    return {leaf.name: row.axes for leaf in leaves_of(tree) if (row := parameter(leaf)) is not None}
+    return {leaf.name: parameter(leaf).axes for leaf in leaves_of(tree)}
 
 
 def gather(tree, dtype, owner: type | None = None):
     """A module, or parameters of the module `owner`, gathered along "fsdp", in the type of the computation.
 
-    Without that axis it is the tree itself. Routers keep their type: with rounded logits they choose other experts.
+    Without that axis the tree is returned unchanged. Routers keep their type, because rounding changes which experts
+    they choose.
     """
     if size("fsdp") == 1:
         return tree

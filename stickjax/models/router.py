@@ -1,6 +1,6 @@
-"""Routers: which experts a token goes to, with what gates, and the losses that spread or concentrate the load.
+"""Routers choose the experts and gates of every token, and compute the losses that balance or concentrate the load.
 
-The losses are means over all tokens of the batch, on however many devices it lies.
+The losses are means over all tokens of the batch, over all devices.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from stickjax.config import ModelConfig
 from stickjax.models.layers import matrix_std, normal
 from stickjax.parallel.collectives import psum_over_batch
 
-# The losses of a router, by their names in `RouterStats` and in metrics, and the field of the config with their weight.
+# {name of a loss in `RouterStats` and in metrics: the field of the config with its weight}.
 ROUTER_LOSSES = {
     "switch": "switch_weight", "z": "z_weight", "mutual_information": "mi_weight",
     "concentration": "concentration_weight",
@@ -26,7 +26,7 @@ NEVER = -1e9  # the logit of an expert that must not be chosen; finite, so that 
 class RouterSums(NamedTuple):
     """The sums that a router's losses are computed from, over the unmasked tokens of this device.
 
-    `tokens`: their number. `pairs`: the number of (token, choice) pairs, k times that. `rows` [E]: pairs per expert.
+    `tokens`: their number. `pairs`: the number of (token, choice) pairs, tokens * k. `rows` [E]: pairs per expert.
     `probability` [E], `z` and `entropy`, with g the softmax of the logits: sum g, sum logsumexp(logits)^2 and sum H(g).
     """
 
@@ -49,11 +49,11 @@ class RouterStats(NamedTuple):
 
 
 def probabilities(logits: Float[Array, "T E"], trained: int | None = None) -> Float[Array, "T E"]:
-    """The softmax of logits. Its first `trained` columns have the same bits whether the others are at -inf or absent.
+    """The softmax of logits. Columns with logits of -inf behind the first `trained` ones change no bit of these.
 
     In XLA the last bit of an exponential depends on the shape of its loop, and the last bit of a sum on its length. So
-    the exponentials of the two parts are computed apart, between barriers. The sum folds one half onto the other, so
-    that zeros at the end change nothing.
+    the exponentials of the two parts are computed separately, with an optimization barrier around each. The sum is a
+    pairwise tree, so that zeros at the end do not change it.
 
     >>> probabilities(jnp.array([[1.0, 1.0, -jnp.inf]]), trained=2).tolist()
     [[0.5, 0.5, 0.0]]
@@ -76,7 +76,7 @@ def choose_experts(
     *,
     trained: int | None = None,
     bias=None,
-    gone=None,
+    pruned=None,
     sample_topk: int = 0,
     key=None,
 ) -> tuple[Int[Array, "T k"], Float[Array, "T k"]]:
@@ -84,18 +84,18 @@ def choose_experts(
 
     `topk_softmax`: the experts with the k largest logits; the gates are the softmax of these (they sum to one).
     `softmax_topk`: the gates are the k largest `probabilities` of the softmax over E, unchanged. `bias` [E] is added
-    for the selection only. Experts in `gone` [E] are never selected. With a key, the last `sample_topk` of the k are
+    for the selection only. Experts in `pruned` [E] are never selected. With a key, the last `sample_topk` of the k are
     drawn by their probabilities without replacement instead (Gumbel top-k); the gates are computed in the same way.
     """
     logits = logits.astype(jnp.float32)
     scores = logits if order == "topk_softmax" else probabilities(logits, trained)
     wanted = scores if bias is None else scores + bias.astype(jnp.float32)[None]
-    wanted = wanted if gone is None else jnp.where(gone[None], NEVER, wanted)
+    wanted = wanted if pruned is None else jnp.where(pruned[None], NEVER, wanted)
     _, chosen = jax.lax.top_k(jax.lax.stop_gradient(wanted), k)
     if sample_topk and key is not None:
         best = chosen[:, : k - sample_topk]
         taken = jax.nn.one_hot(best, logits.shape[1], dtype=bool).any(1)
-        taken = taken if gone is None else taken | gone[None]
+        taken = taken if pruned is None else taken | pruned[None]
         noisy = jax.nn.log_softmax(logits, axis=-1) + jax.random.gumbel(key, logits.shape)
         _, drawn = jax.lax.top_k(jax.lax.stop_gradient(jnp.where(taken, -jnp.inf, noisy)), sample_topk)
         chosen = jnp.concatenate([best, drawn], 1)
@@ -108,9 +108,9 @@ def round_tokens(
 ) -> Int[Array, "T k"]:
     """Token rounding: every expert's rows are rounded down to a multiple, so that no tile of a kernel is partly empty.
 
-    Of every expert, the rows with the smallest gates are dropped, fewer than `multiple` of them. Their index becomes E,
-    no expert (after arXiv 2512.14080, which also rounds up). The result depends on the device's whole batch, so this is
-    for training only.
+    Each expert drops its rows with the smallest gates, at most `multiple` - 1 of them. A dropped row gets the index E,
+    which means no expert (after arXiv 2512.14080, which also rounds up). The result depends on the device's whole
+    batch, so this is for training only.
 
     >>> round_tokens(jnp.array([[0], [0], [1], [0]]), jnp.array([[0.3], [0.1], [0.9], [0.2]]), 2, 2).T
     Array([[0, 2, 2, 0]], dtype=int32)
@@ -131,7 +131,7 @@ def router_sums(
 ) -> RouterSums:
     """The sums of one router over its tokens, each with its weight.
 
-    A logit of -inf, which an absent expert has, counts as `NEVER`.
+    A logit of -inf, the logit of an absent expert, counts as `NEVER`.
     """
     logits = jnp.maximum(logits.astype(jnp.float32), NEVER)
     weight = jnp.ones(logits.shape[:1]) if weight is None else weight.astype(jnp.float32)
@@ -151,8 +151,8 @@ def router_stats(sums: RouterSums) -> RouterStats:
       Hugging Face's variant does not divide the rows by k and is k at balance).
     z = mean(logsumexp(logits)^2) (arXiv 2202.08906).
     mutual information = H(e|x) - H(e), the mean entropy of g_t less the entropy of P (arXiv 2306.04640).
-    concentration = H(e): the smaller, the fewer experts do all the work. Written from the description of the same
-      paper, which publishes neither its formula nor its code.
+    concentration = H(e): a smaller value means that fewer experts are used. The same paper gives no formula and no
+      code; this is our reading of its description.
     """
     sums = psum_over_batch(sums)
     tokens, pairs = jnp.maximum(sums.tokens, 1), jnp.maximum(sums.pairs, 1)
@@ -167,22 +167,22 @@ def updated_router_bias(
 ) -> Float[Array, "*L E"]:
     """Auxiliary-loss-free balancing (arXiv 2408.15664): b_e + rate * sign(mean load - load_e).
 
-    The mean is over the `experts` that exist; they are fewer than E if some were pruned.
+    The mean is over the `experts` that exist, which are less than E after pruning.
     """
     return (bias + rate * jnp.sign(load.sum(-1, keepdims=True) / experts - load)).astype(bias.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class Experts:
-    """How many experts a router knows: `old` and `new` ones exist, `gone` ones were pruned.
+    """How many experts a router knows: `old` and `new` ones exist, `pruned` ones were pruned.
 
-    A router has a column for every old or gone expert, in the order they were trained in, then one for every new one.
-    The weights of the old experts come first, then the weights of the new ones.
+    The router columns are in this order: old and pruned experts as they were trained, then new experts. The weights
+    contain only the old experts, then the new ones.
     """
 
     old: int
     new: int = 0
-    gone: int = 0
+    pruned: int = 0
 
     @property
     def count(self) -> int:
@@ -191,27 +191,27 @@ class Experts:
 
     @property
     def columns(self) -> int:
-        return self.old + self.gone + self.new
+        return self.old + self.pruned + self.new
 
 
 class Router(nnx.Module):
     """Chooses k experts for a token x [D], by logits in fp32 whatever the type of the computation.
 
-    `linear`: x weight. `mlp`: gelu(x hidden + hidden_bias) weight. `gmm`: exp(log_scale) cos(x hidden, weight_e), the
-    weight of an expert being its centroid. `new_weight` has the columns of experts that were added to a trained model.
+    `linear`: x weight. `mlp`: gelu(x hidden + hidden_bias) weight. `gmm`: exp(log_scale) cos(x hidden, weight_e),
+    weight_e being the centroid of expert e. `new_weight` has the columns of experts that were added to a trained model.
 
-    `selection_bias`, of the balancing without a loss, is added for the choice only. In a pruned model `slot` has for
-    every column the place of its expert among the weights, -1 if it was pruned. With `pruned="old_denominator"` a
-    pruned expert's probability remains in the softmax; with "new_denominator" it does not.
+    `selection_bias`, of the balancing without a loss, affects the choice but not the gates. In a pruned model
+    `slot[column]` is the index of the expert's weights, or -1 if the expert was pruned. With `pruned="old_denominator"`
+    a pruned expert's probability remains in the softmax; with "new_denominator" it does not.
     """
 
     normalized = False  # whether the gates of a token are divided by their sum
 
     def __init__(self, config: ModelConfig, experts: Experts, k: int, key):
         self.config, self.experts, self.k = config, experts, k
-        self.order, self.sample_topk, self.token_rounding = config.router, config.sample_topk, config.round_rows
+        self.order, self.sample_topk, self.token_rounding = config.router, config.sample_topk, config.token_rounding
         self.denominator = "new" if config.pruned == "new_denominator" else "old"
-        c, old, new = config, experts.old + experts.gone, experts.new
+        c, old, new = config, experts.old + experts.pruned, experts.new
         network = c.router_network
         rows = c.D if network == "linear" else c.router_hidden
         std = 1.0 if network == "gmm" else matrix_std(c)  # only the direction of a centroid counts
@@ -228,7 +228,7 @@ class Router(nnx.Module):
         self.slot = nnx.Param(jnp.arange(old + new, dtype=jnp.float32)) if c.pruned != "no" else None
 
     def logits(self, tokens: Float[Array, "T D"], key=None) -> tuple[Float[Array, "T E"], Any]:
-        """The logits of all columns (see `Experts`), and the key that remains for the choice."""
+        """The logits of all columns (see `Experts`), and the key for sampling."""
         exact = lambda param: param[...].astype(jnp.float32)  # noqa: E731
         x = tokens.astype(jnp.float32)
         if self.hidden is not None:
@@ -244,28 +244,29 @@ class Router(nnx.Module):
         return jnp.concatenate([jnp.einsum("TR,RE->TE", x, w) for w in weights], axis=1), key
 
     def __call__(
-        self, tokens: Float[Array, "T D"], weight: Float[Array, "T"] | Bool[Array, "T"] | None = None, key=None
+        self, tokens: Float[Array, "T D"], token_weight: Float[Array, "T"] | Bool[Array, "T"] | None = None, key=None
     ) -> tuple[Int[Array, "T k"], Float[Array, "T k"], RouterSums]:
         """The experts of every token, their gates, and the sums for the losses.
 
-        `weight`: how much a token counts in the losses; a token mask is one. A token of weight 0 has no expert.
+        `token_weight`: the weight of each token in the losses; a token mask is also accepted. A token of weight 0 has
+        no expert: its index is E.
         """
         (logits, key), slot = self.logits(tokens, key), self.slot
         bias = None if self.selection_bias is None else self.selection_bias[...].astype(jnp.float32)
-        gone = None if slot is None else slot[...] < 0
+        pruned = None if slot is None else slot[...] < 0
         if self.denominator == "new":
-            logits = jnp.where(gone[None], NEVER, logits)
-        options = dict(trained=self.weight.shape[1], bias=bias, gone=gone, sample_topk=self.sample_topk, key=key)
+            logits = jnp.where(pruned[None], NEVER, logits)
+        options = dict(trained=self.weight.shape[1], bias=bias, pruned=pruned, sample_topk=self.sample_topk, key=key)
         columns, gates = choose_experts(logits, self.k, self.order, **options)
         if self.normalized:
             gates = gates / (gates.sum(-1, keepdims=True) + 1e-6)
         chosen = columns if slot is None else slot[...].astype(jnp.int32)[columns]
-        if weight is not None:
-            runs = weight[:, None] > 0
+        if token_weight is not None:
+            runs = token_weight[:, None] > 0
             columns, chosen = (
                 jnp.where(runs, *which) for which in ((columns, self.experts.columns), (chosen, self.experts.count))
             )
-        sums = router_sums(logits, columns, weight)
+        sums = router_sums(logits, columns, token_weight)
         if self.token_rounding and key is not None:
             chosen = round_tokens(chosen, gates, self.experts.count, self.token_rounding)
         return chosen, gates, sums

@@ -91,7 +91,7 @@ class Transformer(nnx.Module):
           tokens: [B, T].
           segment_ids: [B, T]; tokens see only their own segment, a negative id is padding.
           cache: from `empty_cache`; this call's keys and values are appended to it.
-          key: randomness of a training step (`sample_topk`, `round_rows`); None for inference.
+          key: randomness of a training step (`sample_topk`, `token_rounding`); None for inference.
           last_only: logits [B, 1, V] of the last position alone; a long prompt would need memory for B * T * V floats.
         """
         c = self.config

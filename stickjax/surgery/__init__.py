@@ -7,9 +7,9 @@ and trains a model so that it uses few modules. `usage.py` counts the use of mod
 """
 
 from stickjax.surgery.change import extend, merged, prune
-from stickjax.surgery.tune import LEARN, concentrate, freeze, frozen
+from stickjax.surgery.tune import TRAINABLE, concentrate, freeze, frozen
 from stickjax.surgery.usage import mutual_information, report, use
 
 __all__ = [
-    "LEARN", "concentrate", "extend", "freeze", "frozen", "merged", "mutual_information", "prune", "report", "use"
+    "TRAINABLE", "concentrate", "extend", "freeze", "frozen", "merged", "mutual_information", "prune", "report", "use"
 ]  # fmt: skip

@@ -24,7 +24,7 @@ from stickjax.evaluation import plots
 from stickjax.storage.run_folder import load, read_config, results_folder, save
 from stickjax.surgery.change import extend, prune
 from stickjax.surgery.kinds import KINDS, kinds_of
-from stickjax.surgery.tune import LEARN, concentrate, freeze, frozen
+from stickjax.surgery.tune import TRAINABLE, concentrate, freeze, frozen
 from stickjax.surgery.usage import batches_of, report, use
 from stickjax.system.disk import write_file
 from stickjax.system.tables import print_table
@@ -66,7 +66,7 @@ def _extend(words, changes: dict) -> str:
     loaded = load(words.run)
     added = dict(experts=words.experts, attention_experts=words.attention_experts)
     model = extend(loaded.model, jax.random.key(words.seed), **added)
-    changes = {"optim.learn": LEARN[words.routing]} | changes
+    changes = {"optim.trainable": TRAINABLE[words.routing]} | changes
     save(words.out, model, dataclasses.replace(loaded.config, model=model.config).replace(changes))
     return _how_to_train(words.out)
 
@@ -74,9 +74,9 @@ def _extend(words, changes: dict) -> str:
 def _freeze(words, changes: dict) -> str:
     loaded = load(words.run, changes=changes)
     config = freeze(loaded.config, ",".join(words.patterns))
-    mask = jax.tree.leaves(frozen(loaded.model, config.optim.learn))
+    mask = jax.tree.leaves(frozen(loaded.model, config.optim.trainable))
     if all(mask):
-        raise ValueError(f"optim.learn={config.optim.learn!r} freezes every parameter")
+        raise ValueError(f"optim.trainable={config.optim.trainable!r} freezes every parameter")
     save(words.out, loaded.model, config)
     return f"{sum(mask)} of {len(mask)} parameters are frozen; {_how_to_train(words.out)}"
 
@@ -94,7 +94,7 @@ def _prune(words, changes: dict) -> str:
     model = prune(loaded.model, counts, count=words.count, threshold=words.threshold, denominator=words.denominator)
     before, config = loaded.config.model, dataclasses.replace(loaded.config, model=model.config)
     if before.new_experts or before.new_attention_experts:  # they are old modules now, so "*.new_*" matches nothing
-        config = config.replace({"optim.learn": "*"} | changes)
+        config = config.replace({"optim.trainable": "*"} | changes)
     save(words.out, model, config)
     kept = ", ".join(f"at most {getattr(model.config, KINDS[kind].old)} of {kind} in a layer" for kind in kinds)
     return f"{words.out} keeps {kept}"
@@ -140,7 +140,9 @@ def _parser() -> Parser:
     added = command("extend", _extend, "add modules to every layer")
     added.add_argument("--experts", type=number(int, at_least=0), default=0, help="of each feed-forward network")
     added.add_argument("--attention-experts", type=number(int, at_least=0), default=0, help="of each attention")
-    added.add_argument("--routing", choices=LEARN, default="frozen", help="what is trainable besides the new modules")
+    added.add_argument(
+        "--routing", choices=TRAINABLE, default="frozen", help="what is trainable besides the new modules"
+    )
     added.add_argument("--seed", type=SEED_TYPE, default=0, help="of the new parameters")
     added = command("freeze", _freeze, "make only a part of the model trainable")
     added.add_argument("patterns", nargs="+", metavar="PATTERN", help="pattern of names, '*.router.*' or embed")

@@ -17,7 +17,7 @@ def extend(model: Transformer, key: jax.Array, *, experts: int = 0, attention_ex
     """The model with new modules in every layer, h'(x) = softmax([A; A'] r(x)) over the columns of old and new ones.
 
     The new modules and their columns A' are separate leaves (`new_*`), initialised as in a new model, so that patterns
-    of `optim.learn` can select them (see `tune.LEARN`). Every old leaf stays as it is, and with
+    of `optim.trainable` can select them (see `tune.TRAINABLE`). Every old leaf stays as it is, and with
     A' at -inf the router has the bits of the old one; so has the output with implementation="reference". With "xla" the
     number of experts decides how many rows are multiplied at once, which on a CPU may change a last bit.
     Modules that were new before become old ones first (`merged`).

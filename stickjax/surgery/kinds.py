@@ -27,8 +27,8 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "attention": Kind("attention", "attention_experts", "new_attention_experts", "gone_attention_experts"),
-    "ffn": Kind("ffn", "E", "new_experts", "gone_experts"),
+    "attention": Kind("attention", "attention_experts", "new_attention_experts", "pruned_attention_experts"),
+    "ffn": Kind("ffn", "E", "new_experts", "pruned_experts"),
 }
 
 

@@ -12,21 +12,23 @@ from stickjax.surgery.kinds import kinds_of
 from stickjax.training.loop import Result, fit
 from stickjax.training.optimizer import label_tree
 
-# Values of `optim.learn` for an extended model: the new modules and their router columns, or these and all routers.
-LEARN = {"frozen": "*.new_*", "full": "*.new_*,*.router.*"}
+# Values of `optim.trainable` for an extended model: the new modules and their router columns, or these and all routers.
+TRAINABLE = {"frozen": "*.new_*", "full": "*.new_*,*.router.*"}
 
 
 def freeze(config: Config, patterns: str) -> Config:
-    """The config with an `optim.learn` that also freezes the parameters of these patterns.
+    """The config with an `optim.trainable` that also freezes the parameters of these patterns.
 
-    >>> freeze(Config(), "*.router.*,embed").optim.learn
+    >>> freeze(Config(), "*.router.*,embed").optim.trainable
     '*,!*.router.*,!embed'
     """
-    return config.replace({"optim.learn": ",".join([config.optim.learn, *(f"!{p}" for p in patterns.split(","))])})
+    return config.replace(
+        {"optim.trainable": ",".join([config.optim.trainable, *(f"!{p}" for p in patterns.split(","))])}
+    )
 
 
-def frozen(model: Transformer, learn: str):
-    """A mask for your own optimizers: a tree like the model, True for the parameters that `optim.learn` freezes.
+def frozen(model: Transformer, trainable: str):
+    """A mask for your own optimizers: a tree like the model, True for the parameters that `optim.trainable` freezes.
 
     Raises ValueError for a pattern that matches no parameter.
 
@@ -39,7 +41,7 @@ def frozen(model: Transformer, learn: str):
     1
     >>> _ = optax.chain(optax.adam(1e-3), optax.masked(optax.set_to_zero(), mask)).init(model)
     """
-    return jax.tree.map(lambda label: label == "frozen", label_tree(model, learn))
+    return jax.tree.map(lambda label: label == "frozen", label_tree(model, trainable))
 
 
 def concentrate(
@@ -64,6 +66,6 @@ def concentrate(
     still = ["!*.selection_bias"] if config.model.bias_rate else []
     settings = {
         "model.mi_weight": 0.0, "model.switch_weight": 0.0, "model.concentration_weight": weight,
-        "optim.learn": ",".join(["*", *still]),
+        "optim.trainable": ",".join(["*", *still]),
     }  # fmt: skip
     return fit(config.replace(settings | dict(changes or {})), str(out), init_from=str(run))

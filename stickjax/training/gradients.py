@@ -1,7 +1,7 @@
 """The gradients of a batch: summed over its microbatches, and over the devices of a mesh.
 
-On a mesh they are computed in one `jax.shard_map`: kernels and routers see the rows of their own device, and every
-communication is written out (`stickjax.parallel.collectives`).
+On a mesh they are computed in one `jax.shard_map`: kernels and routers see the rows of their own device, and all
+collectives are explicit (`stickjax.parallel.collectives`).
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def batch_gradients(config: Config) -> Callable:
         scale = 1 / jnp.maximum(psum_over_batch(batch["loss_mask"].astype(jnp.float32).sum()), 1)
         shared = {"loss_scale": scale, "share": jnp.float32(1 / accumulate)}
 
-        def one(total, inputs):  # a sum in bfloat16 would lose the gradients of late microbatches
+        def one(total, inputs):  # in float32: a sum in bfloat16 loses small gradients
             part, k = inputs
             add = lambda total, x: total + x.astype(total.dtype)  # noqa: E731
             return jax.tree.map(add, total, grad(params, part | shared, k)), None
@@ -50,11 +50,12 @@ def mesh_gradients(mesh: Mesh | None, gradients: Callable) -> Callable:
     parts_of_batch = tuple(axis for axis in BATCH_AXES if mesh.shape[axis] > 1)
 
     def local(params, batch, key):
-        # The routers of different parts of the batch draw different numbers.
+        # Routers use a different random key on every part of the batch.
         index = lax.axis_index(parts_of_batch) if parts_of_batch else 0
         grads, metrics = gradients(params, batch, jax.random.fold_in(key, index))
 
-        def summed(leaf: Leaf):  # an axis that divides it has summed it already, in the transpose of a gather
+        def summed(leaf: Leaf):
+            # If an axis divides the parameter, the backward pass of its all-gather has summed over that axis already.
             axes = tuple(axis for axis in parts_of_batch if axis not in partition(leaf))
             return lax.psum(leaf.value, axes) if axes else leaf.value
 

@@ -165,7 +165,7 @@ def _new(run: Run, init_from: str | None) -> TrainState:
     config, mesh = run.config, run.mesh
     run.say("making the parameters")
     places = None if mesh is None else shardings(mesh, run.abstract)
-    # The key is an argument: with a constant key XLA would draw the numbers itself, while it compiles.
+    # Pass the key as an argument. XLA would evaluate a constant key at compile time.
     key = jax.random.key(config.train.seed)
     program = jax.jit(lambda key: init_state(config, key), out_shardings=places).lower(key).compile()
     check_program(program, "making the parameters", mesh)

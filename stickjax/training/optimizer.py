@@ -228,43 +228,43 @@ def make_schedule(config: Config) -> optax.Schedule:
     return _by_steps(make_token_schedule(config), config.data.tokens_per_step)
 
 
-def is_trainable(name: str, learn: str) -> bool:
-    """Whether a parameter is trainable: it matches a pattern of `optim.learn`, and no pattern after a !.
+def is_trainable(name: str, trainable: str) -> bool:
+    """Whether a parameter is trainable: it matches a pattern of `optim.trainable`, and no pattern after a !.
 
-    >>> [is_trainable("blocks.ffn.router.weight", learn) for learn in ("*.router.*", "!*.router.*", "*,!embed")]
+    >>> [is_trainable("blocks.ffn.router.weight", patterns) for patterns in ("*.router.*", "!*.router.*", "*,!embed")]
     [True, False, True]
     """
-    patterns = learn.split(",")
+    patterns = trainable.split(",")
     frozen = [pattern.removeprefix("!") for pattern in patterns if pattern.startswith("!")]
     wanted = [pattern for pattern in patterns if not pattern.startswith("!")] or ["*"]
     matches = lambda some: any(fnmatch.fnmatchcase(name, pattern) for pattern in some)  # noqa: E731
     return matches(wanted) and not matches(frozen)
 
 
-def label_tree(params, learn: str = "*"):
+def label_tree(params, trainable: str = "*"):
     """A tree like params with the label of every parameter: "matrix", "embedding", "vector" or "frozen".
 
-    `learn`: patterns of the names of trainable parameters (blocks.ffn.router.weight), separated by commas. After a !:
-    of frozen parameters; if all patterns have a !, all other parameters are trainable. ValueError for a pattern that
-    matches no name.
+    `trainable`: patterns of the names of trainable parameters (blocks.ffn.router.weight), separated by commas. A
+    pattern after a ! names frozen parameters; if all patterns have a !, all other parameters are trainable. ValueError
+    for a pattern that matches no name.
     """
-    patterns, names = [pattern.removeprefix("!") for pattern in learn.split(",")], []
+    patterns, names = [pattern.removeprefix("!") for pattern in trainable.split(",")], []
 
     def of_leaf(leaf: Leaf) -> str:
         names.append(leaf.name)
-        return label(leaf) if is_trainable(leaf.name, learn) else "frozen"
+        return label(leaf) if is_trainable(leaf.name, trainable) else "frozen"
 
     labels = map_leaves(of_leaf, params)
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
-            raise ValueError(f"optim.learn: no parameter matches {pattern!r}{nearest(pattern, names)}")
+            raise ValueError(f"optim.trainable: no parameter matches {pattern!r}{nearest(pattern, names)}")
     return labels
 
 
 def stop_frozen_gradients(config: Config, params):
-    """The parameters; the ones that `optim.learn` freezes get no gradient."""
+    """The parameters; the ones that `optim.trainable` freezes get no gradient."""
     freeze = lambda label, x: jax.lax.stop_gradient(x) if label == "frozen" else x  # noqa: E731
-    return jax.tree.map(freeze, label_tree(params, config.optim.learn), params)
+    return jax.tree.map(freeze, label_tree(params, config.optim.trainable), params)
 
 
 def make_optimizer(config: Config, params) -> Transform:
@@ -283,15 +283,15 @@ def make_optimizer(config: Config, params) -> Transform:
       The optimizer; `optax.tree.get(state, "learning_rate")`, `"tokens"` (an int by `int()`) and, where there are some,
       `"masters"` are for logs. `init` also takes values of a larger type than `params` has; the masters keep it.
     Raises:
-      ValueError: a parameter has no label, a pattern of `optim.learn` matches none, or all are frozen.
+      ValueError: a parameter has no label, a pattern of `optim.trainable` matches none, or all are frozen.
     """
     o, m_width = config.optim, config.model.m_width
-    labels = label_tree(params, o.learn)
+    labels = label_tree(params, o.trainable)
     rate = dict(matrix=1 / m_width, embedding=1.0, vector=1.0, frozen=0.0)
     decay = dict(matrix=m_width if o.scale_decay else 1.0, embedding=1.0, vector=0.0, frozen=0.0)
     moving = jax.tree.map(lambda label: label != "frozen", labels)  # a frozen parameter has no moments either
     if not any(jax.tree.leaves(moving)):
-        raise ValueError(f"optim.learn={o.learn!r} freezes every parameter: nothing would be trained")
+        raise ValueError(f"optim.trainable={o.trainable!r} freezes every parameter: nothing would be trained")
 
     def by_label(function) -> optax.GradientTransformation:
         return optax.stateless(lambda updates, params: jax.tree.map(function, labels, updates, params))

@@ -64,17 +64,17 @@ def make_step(config: Config, mesh: Mesh | None = None) -> Callable[[TrainState,
         norm = optax.tree.norm(grads)
         good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
 
-        def learn():
+        def update():
             optimizer = make_optimizer(config, state.params)
             left = (steps - state.step).astype(jnp.float32) * float(config.data.tokens_per_step)  # it overflows int32
             with jax.numpy_dtype_promotion("standard"):  # optax multiplies int32 and floats
                 updates, opt_state = optimizer.update(grads, state.opt_state, state.params, left=left)
                 params = optax.apply_updates(state.params, updates)
-            trainable = lambda name: is_trainable(name, config.optim.learn)  # noqa: E731
+            trainable = lambda name: is_trainable(name, config.optim.trainable)  # noqa: E731
             return family.moved_without_gradient(params, metrics, trainable), opt_state
 
         # A branch instead of jnp.where, which would read and write every parameter once more.
-        params, opt_state = jax.lax.cond(good, learn, lambda: (state.params, state.opt_state))
+        params, opt_state = jax.lax.cond(good, update, lambda: (state.params, state.opt_state))
         bad_steps = jnp.where(good, 0, state.bad_steps + 1)
         metrics = family.scalars(state.params, metrics) | {
             "grad_norm": norm,

@@ -50,7 +50,7 @@ def read(path: Path, model: ModelConfig) -> dict[str, Lazy]:
 
     ValueError, naming the tensors, when some are missing, unknown, of another shape or not floating-point numbers.
     """
-    table = names.table(configs.kind_of(model), model)
+    table = names.table(read_object((path / "config.json").read_bytes(), "it")["model_type"], model)
     tensors = _tensors(path, model)
     if model.L > len(tensors):  # checked before the names of all these layers are made
         raise ValueError(f"{path}: the config says L={model.L} layers, but there are only {len(tensors)} tensors")

@@ -10,6 +10,7 @@ from typing import Any
 from stickjax.config.decoder import MODULES, ModelConfig
 from stickjax.config.fields import nearest
 from stickjax.config.universal import SutConfig
+from stickjax.models.router import ROUTER_LOSSES
 
 # Entries with only one supported value, which an absent entry or null means too: for every model type, then for the
 # model types like Llama.
@@ -42,8 +43,8 @@ _NO_LOGITS = """
 IGNORED = frozenset(_NO_LOGITS.split())
 # Fields that change no logits, or only how they are computed.
 _FREE = (
-    "sample_topk", "round_rows", "switch_weight", "z_weight", "mi_weight", "concentration_weight", "m_width",
-    "init_std", "dtype", "param_dtype", "remat", "implementation", "skip_below",
+    *ROUTER_LOSSES.values(), "sample_topk", "token_rounding", "m_width", "init_std", "dtype", "param_dtype", "remat",
+    "implementation", "skip_below",
 )  # fmt: skip
 
 
