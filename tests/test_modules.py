@@ -89,7 +89,12 @@ def test_extended_model_is_the_old_one_without_its_new_modules(model, monkeypatc
     base = run(model, TOKENS)
     assert (run(extended, TOKENS).logits != base.logits).any()
     logits = Router.logits
-    monkeypatch.setattr(Router, "logits", lambda self, x: logits(self, x).at[:, self.weight.shape[1] :].set(-jnp.inf))
+
+    def of_old_modules(self, x, key):
+        out, key = logits(self, x, key)
+        return out.at[:, self.weight.shape[1] :].set(-jnp.inf), key
+
+    monkeypatch.setattr(Router, "logits", of_old_modules)
     found = jax.jit(lambda model: model(TOKENS))(extended)
     same(found.logits, base.logits)
     for kind in ("router", "attention_router"):  # experts that are never chosen say nothing
@@ -150,10 +155,10 @@ def test_use_counts_routed_pairs_of_real_tokens(model, monkeypatch):
     seen: list[tuple] = []
     logits = Router.logits
 
-    def spied(self, x):
-        out = logits(self, x)
+    def spied(self, x, key):
+        out, key = logits(self, x, key)
         jax.debug.callback(lambda out, kind=self.experts.old: seen.append((kind, np.asarray(out))), out)
-        return out
+        return out, key
 
     monkeypatch.setattr(Router, "logits", spied)
     jax.clear_caches()  # of what was compiled without the spy, and below of what was with it
@@ -433,8 +438,8 @@ def test_concentration_stops_the_bias_that_balances(trained, tmp_path):
         ("extend BASE BASE --experts 2", "exists; choose another folder"),
         ("extend BASE OUT --experts 2 --model.F=13", "the model has another shape than its config says"),
         (
-            "extend BASE OUT --experts 2 --optim.lean=x",
-            "unknown config key 'optim.lean' (did you mean 'optim.trainable'?)",
+            "extend BASE OUT --experts 2 --optim.trainabel=x",
+            "unknown config key 'optim.trainabel' (did you mean 'optim.trainable'?)",
         ),
         ("extend OUT OUT2 --experts 2", "is not a run folder"),
         ("prune BASE OUT --count 1 --tokens 48", "count=1 of attention must be"),

@@ -173,7 +173,7 @@ def test_barriers_have_names_in_the_order_in_which_they_are_initialised(monkeypa
         jax.jit(attention(Stick())).trace(*Stick(T=136, N=2, H=64).arrays(jnp.bfloat16)).lower()
     names = found[0].barriers
     # They are handed out in the order in which the kernel declares them.
-    declared = ["scratch.loaded", "scratch.full", "scratch.used"]
+    declared = ["scratch.loaded", "scratch.ring.full", "scratch.ring.used"]
     of = dict(zip(map(id, handed_out), declared, strict=True))
     expected = [f"{of[id(x)]}[{i}]" for x in initialised for i in range(x.barrier_ref.num_barriers)]
     assert len(initialised) == 3 and list(names) == expected

@@ -58,7 +58,7 @@ def test_links_between_pages_lead_somewhere():
 def test_every_python_name_of_the_pages_exists():
     text = README + "".join(page.read_text() for page in (ROOT / "docs").rglob("*.md"))
     names = set(re.findall(r"`((?:stickjax|pallas_kernels)(?:\.\w+)+)", text))
-    assert len(names) > 10
+    assert names
     for name in names:
         try:
             pkgutil.resolve_name(name)

@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from pallas_kernels import dispatch, expert_mlp, route, stick_breaking_attention
 from stickjax.config import Config, SutConfig
-from stickjax.parallel import sharding
+from stickjax.parallel.mesh import make_mesh
 from stickjax.plan import aot, report
 from stickjax.train import fit
 from stickjax.training import banner, loop
@@ -88,7 +88,7 @@ def test_what_jax_has_traced_before_is_recorded_again(kind):
 
 def recorded_step(config: Config) -> list[str]:
     """The lines of a step that is traced as the training traces it, without arrays."""
-    mesh = sharding.make_mesh(config)
+    mesh = make_mesh(config)
     state, batch = aot.abstract_arguments(config, mesh, jax.devices()[0])
     with dispatch.recorded() as choices:
         loop.jit_step(config, mesh, state).trace(state, batch)

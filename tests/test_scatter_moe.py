@@ -424,11 +424,11 @@ def test_the_backward_pass_keeps_the_inputs_and_in_wide_models_the_pre_activatio
 
 
 @pytest.mark.parametrize("after", [False, True])
-def test_places_are_those_of_searchsorted(after):
+def test_positions_are_those_of_searchsorted(after):
     side = "right" if after else "left"
     for size in (0, 1, 2, 7, 8, 33):
         rows = np.sort(np.random.default_rng(size).integers(0, 9, size)).astype(np.int32)
         values = np.arange(-1, 11, dtype=np.int32)
         np.testing.assert_array_equal(
-            routing_module.first_places(jnp.asarray(rows), values, after=after), np.searchsorted(rows, values, side)
+            routing_module.first_positions(jnp.asarray(rows), values, after=after), np.searchsorted(rows, values, side)
         )

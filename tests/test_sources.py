@@ -8,10 +8,10 @@ import socket
 import pytest
 
 from stickjax.config import Config, DataConfig
-from stickjax.data import batches as data
 from stickjax.data import token_files
 from stickjax.data.__main__ import main
 from stickjax.data.corpus import load_corpus
+from stickjax.data.readers import training_data
 from stickjax.data.sources import text_documents
 from stickjax.data.token_files import tokenize, verify
 
@@ -217,5 +217,5 @@ def test_a_token_file_that_is_not_its_sha256(tokens, monkeypatch, caplog, capsys
 def test_the_line_about_the_data_says_what_is_held_out(tmp_path):
     (tmp_path / "x.jsonl").write_bytes(LINE * 9)
     changes = {"data.source": "text", "data.path": str(tmp_path / "x.jsonl"), "data.T": 4, "data.heldout_every": 4}
-    summary = data.training_data(Config().replace(changes)).summary
+    summary = training_data(Config().replace(changes)).summary
     assert ": 6 documents, 24 tokens, " in summary and summary.endswith("; 3 documents (12 tokens) are held out")

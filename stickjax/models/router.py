@@ -262,7 +262,7 @@ class Router(nnx.Module):
             gates = gates / (gates.sum(-1, keepdims=True) + 1e-6)
         chosen = columns if slot is None else slot[...].astype(jnp.int32)[columns]
         if token_weight is not None:
-            runs = token_weight[:, None] > 0
+            runs = token_weight.astype(jnp.float32)[:, None] > 0
             columns, chosen = (
                 jnp.where(runs, *which) for which in ((columns, self.experts.columns), (chosen, self.experts.count))
             )
