@@ -47,7 +47,7 @@ class Result(NamedTuple):
     """How a run ended.
 
     `state`: None if it was interrupted before its first step. `tokens_per_second`: None if fewer than two steps were
-    measured. `outside`: share of the wall time spent outside the jitted step, its compilation left out. `stopped_by`:
+    measured. `outside`: share of the wall time spent outside the jitted step, without compilation time. `stopped_by`:
     the number of the signal that stopped the run before its last step, or 0. `run`: the run folder.
     """
 
@@ -63,7 +63,7 @@ class Result(NamedTuple):
         """All logged rows of the run, those of earlier starts included: {name: numpy array}."""
         return metrics_of(self.run)
 
-    def __repr__(self) -> str:  # a notebook shows it, and the state is all parameters
+    def __repr__(self) -> str:  # for notebooks; the full state would be too long to print
         step = None if self.state is None else int(self.state.step)
         rate = self.tokens_per_second and round(self.tokens_per_second)
         return (
@@ -144,7 +144,7 @@ def _start(run: Run, init_from: str | None, branch: str | None) -> tuple[TrainSt
             steps = f"train.steps={config.train.steps} must be more than its step {restored.step}"
             raise ValueError(f"--from {source}: {steps}")
         config.check_lengths(restored.step, tokens_of(restored.state))
-        # A decay is often trained on another text than the stable phase. The new text is read from its beginning.
+        # A decay phase often uses another text. A new text is read from its start.
         same_text = restored.extra["corpus"] == data.hash
         data_state = _position(restored.extra, config.data) if same_text else None
         run.say(f"branching from {source}" + ("" if data_state else ", with other text"))
@@ -156,7 +156,7 @@ def _start(run: Run, init_from: str | None, branch: str | None) -> tuple[TrainSt
 
 
 def _check_text(what: str, where: str | None, found: str | None, recorded: str | None, source: str) -> None:
-    """Raise ValueError if a text is another one than the checkpoint `source` records; None: it has no such text."""
+    """Raise ValueError if the text differs from the one that checkpoint `source` records. None: there is no text."""
     if None not in (found, recorded) and found != recorded:
         raise ValueError(f"the {what} has changed: {where} is now {found}, {source} has {recorded}")
 
@@ -220,7 +220,8 @@ def fit(
 
     Raises:
       ValueError: bad input, a folder of another config, or one in which another process is training.
-      FloatingPointError: `max_bad_steps` steps in a row were not finite, or all; the last good checkpoint is kept.
+      FloatingPointError: `max_bad_steps` consecutive steps, or all steps, were not finite; the last good checkpoint is
+        kept.
       OSError: a checkpoint or the metrics could not be written.
     """
     config = with_own_tokenizer(run, config)
@@ -238,7 +239,7 @@ def fit(
         check_config(run, config)  # under the lock, nobody else writes the folder
         this = Run(run, config, mesh, abstract, data, loader, checkpoints, progress)
         words, steps = banner(config, data, mesh), config.train.steps
-        perhaps_finished = max(checkpoints.steps(), default=0) >= steps  # not if the newest checkpoint is damaged
+        perhaps_finished = max(checkpoints.steps(), default=0) >= steps  # the newest one may be damaged
         if not perhaps_finished:
             this.say(words)
         state, data_state = _start(this, init_from, branch)
@@ -272,7 +273,7 @@ def _train(run: Run, state: TrainState, profile: bool) -> Result:
     step, batch = int(state.step), run.next_batch()
     step_function = jit_step(run.config, run.mesh, state)
     with dispatch.recorded() as choices:
-        traced = step_function.trace(state, batch)  # JAX keeps it: neither lowering nor a step traces again
+        traced = step_function.trace(state, batch)  # JAX caches this trace, so lowering and the steps reuse it
     run.say(kernels(choices))
     folder = None
     if processes.is_writer():
@@ -293,7 +294,7 @@ def _loop(run: Run, step_function: Callable, state: TrainState, batch: dict) -> 
     first = step = good = saved = int(state.step)  # good: the last step that was finite
     bad_steps, stopped_by = 0, int(processes.any_process(mesh, run.asked()))
     while not stopped_by and step < steps:
-        data_state = run.loader.get_state()  # after the batch of this step, before the next batch is taken
+        data_state = run.loader.get_state()  # the position of the data after the batch of this step
         run.trace.before(step)
         pace.before()
         state, metrics = step_function(state, batch)
