@@ -14,7 +14,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FILES = sorted(p for package in ("pallas_kernels", "stickjax") for p in (ROOT / package).rglob("*.py"))
 # Their own tests run the examples of these.
-ELSEWHERE = ("stickjax.storage.checkpoints", "stickjax.training.optimizer", "stickjax.sweeps")
+ELSEWHERE = (
+    "stickjax.storage.checkpoints",
+    "stickjax.training.optimizer",
+    "stickjax.training.schedules",
+    "stickjax.sweeps",
+)
 # Folders of the packages, from the lowest. A file imports from its own folder and from those of lower layers.
 LAYERS = {
     "pallas_kernels": 0,

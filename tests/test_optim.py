@@ -14,11 +14,10 @@ from hypothesis import strategies as st
 
 from stickjax.config import Config
 from stickjax.models.parameters import PARAMETERS, Parameter
-from stickjax.training import optimizer as optim
-from stickjax.training.optimizer import (
+from stickjax.training import optimizer, schedules
+from stickjax.training.optimizer import label_tree, make_optimizer
+from stickjax.training.schedules import (
     TokenCount,
-    label_tree,
-    make_optimizer,
     make_schedule,
     power_by_tokens,
     power_schedule,
@@ -27,7 +26,7 @@ from stickjax.training.optimizer import (
     wsd_schedule,
 )
 
-DECAYS = list(optim.DECAYS)
+DECAYS = list(schedules.DECAYS)
 STEP = 10**6  # tokens: every golden value lies on a step
 RUN = dict(tokens_per_step=STEP, warmup_tokens=10**9)
 LARGE = dict(**RUN, batch_size=1024, total_tokens=1250 * 10**9, decay_tokens=250 * 10**9)
@@ -517,6 +516,7 @@ def test_the_optimizer_follows_the_tokens_of_another_batch():
     assert int(optax.tree.get(state, "tokens")) == n + 16384 + 100
 
 
-def test_examples():
-    result = doctest.testmod(optim)
+@pytest.mark.parametrize("module", [optimizer, schedules])
+def test_examples(module):
+    result = doctest.testmod(module)
     assert result.attempted and not result.failed

@@ -77,3 +77,11 @@ def test_the_family_of_the_page_trains_from_its_file(tmp_path, monkeypatch, caps
         done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     assert len((tmp_path / "runs" / "bigram" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_the_page_of_the_layout_names_files_that_exist():
+    rows = re.findall(r"^\| `([\w/]+)/` \| (.*)$", (ROOT / "docs" / "layout.md").read_text(), re.MULTILINE)
+    assert len(rows) > 10
+    for folder, cells in rows:
+        for name in re.findall(r"`(\w+\.py|\w+/)`", cells):
+            assert (ROOT / folder / name).exists() or any((ROOT / folder).glob(f"*/{name}")), f"{folder}/{name}"

@@ -22,7 +22,8 @@ from stickjax.evaluation import plots
 from stickjax.models.transformer import apply, init
 from stickjax.sweeps import coordinate_check, fit_power_law, learning_rate_sweep, slopes
 from stickjax.training import width as models
-from stickjax.training.optimizer import make_optimizer, make_schedule
+from stickjax.training.optimizer import make_optimizer
+from stickjax.training.schedules import make_schedule
 from stickjax.training.step import init_state, make_step
 from stickjax.training.width import SMALL, at_width, final_loss, power_law_records, training, transformer
 

@@ -22,7 +22,8 @@ from stickjax.models.layers import cast
 from stickjax.models.transformer import Block, Transformer, apply
 from stickjax.models.vocabulary_size import with_vocabulary
 from stickjax.system.memory import check_fits, state_parts
-from stickjax.training.optimizer import SEQUENCE, label_tree, make_optimizer
+from stickjax.training.optimizer import label_tree, make_optimizer
+from stickjax.training.schedules import SEQUENCE
 from stickjax.training.step import TrainState, init_state, make_step
 
 # Minutes on two CPU cores for a whole sweep; m_width is 1 at D = 64.

@@ -1,0 +1,243 @@
+"""The Power learning-rate schedule and its relatives, all lengths in tokens (arXiv 2408.13359).
+
+A *token schedule* is a pure function `(tokens, batch_size, left) -> learning rate`. `power_schedule` drives it by the
+step; `scale_by_tokens` by an exact count of the tokens seen, which stays right when the batch size changes.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from stickjax.config import Config
+from stickjax.config.fields import nearest
+
+SEQUENCE = 4096  # tokens in one of the sequences in which the law counts the batch
+UNIT = 2.0**36  # tokens, about 7e10: dividing by a power of two is exact
+Transform = optax.GradientTransformationExtraArgs
+TokenSchedule = Callable[..., jax.Array]
+
+# Each shape falls from 1 to 0 as r, the share of the decay that is still to come, falls from 1 to 0. A share of what
+# has passed would not reach exactly 1 at the last step in float32; r reaches exactly 0.
+DECAYS = {
+    "exponential": lambda r: jnp.expm1(r) / math.expm1(1),
+    "linear": lambda r: r,
+    "sqrt": lambda r: 1 - jnp.sqrt(1 - r),
+    "cosine": lambda r: jnp.sin(math.pi / 2 * r) ** 2,
+}
+
+
+def power_by_tokens(
+    *, warmup_tokens, total_tokens=None, decay_tokens=0, decay="exponential", a=4, b=-0.51, max_value=0.02, end_ratio=0
+) -> TokenSchedule:
+    r"""The Power schedule (Shen et al., arXiv 2408.13359) by the tokens n already trained, the warmup included.
+
+    .. math::
+        \eta(n) = \min(\eta_{max}, \beta a n^b), \qquad
+        Power(n) = \min(1, n/W) \; \eta(clip(n, W, N - M)) \; f(x), \quad x = clip((n - (N - M)) / M, 0, 1)
+
+    Args:
+      warmup_tokens: W, length of the linear warmup (to eta(W), not to the cap), in tokens.
+      total_tokens: N, length of the run, in tokens. None: never decays. Any checkpoint of such a run can be
+        continued with a decay later, as if that had been planned from the start.
+      decay_tokens: M, length of the decay at the end, in tokens; it starts from eta(N - M). None: it is N - W, so that
+        the decay begins where the warmup ends.
+      decay: f, from 1 to d: exponential, (1 - d) e/(e-1) exp(-x) + (d e - 1)/(e-1); linear; sqrt, 1 - sqrt(x); cosine.
+      a, b, max_value: scale and exponent of the law, and its cap eta_max.
+      end_ratio: d, the last learning rate as a share of the one where the decay began.
+
+    Returns:
+      `(tokens, batch_size, left=None) -> learning rate`, a strong float32; batch_size is beta, in sequences of 4096
+      tokens. `left` is the number of tokens still to come; None: N - n. A run whose earlier batches had other sizes
+      passes `left`, and N is then n + left.
+    Raises:
+      ValueError: a length is negative or not finite, the parts exceed the whole, or the decay is unknown.
+
+    >>> learning_rate = power_by_tokens(warmup_tokens=10**9, total_tokens=32 * 10**9, decay_tokens=32 * 10**8)
+    >>> [f"{learning_rate(n, 128):.6f}" for n in (0, 10**9, 10**10, 32 * 10**9)]
+    ['0.000000', '0.013160', '0.004067', '0.000000']
+    """
+    _check_shape(warmup_tokens, total_tokens, decay_tokens, decay, a, b, max_value, end_ratio)
+    # Floats, as whole numbers of tokens overflow int32. A negative power has no value at n = 0.
+    warmup, first = float(warmup_tokens), float(max(warmup_tokens, 1))
+    decays = decay_tokens != 0
+
+    def schedule(tokens, batch_size, left=None):
+        n = jnp.asarray(tokens, jnp.float32)  # strong: a weak learning rate would turn into the type of the parameters
+        last = math.inf
+        if decays:
+            left = float(total_tokens) - n if left is None else jnp.asarray(left, jnp.float32)
+            span = jnp.maximum(n + left - warmup, 1) if decay_tokens is None else float(decay_tokens)
+            last = jnp.maximum(n + left - span, first)
+        # n is divided by UNIT first: in float32 the power of a number near 1e12 is wrong in the seventh digit.
+        rate = jnp.minimum(max_value, batch_size * (a * UNIT**b) * (jnp.clip(n, first, last) / UNIT) ** b)
+        if warmup:
+            rate = rate * jnp.minimum(n / warmup, 1)
+        if decays:
+            share = jnp.clip(left / span, 0, 1)  # past the end the exponential would be negative
+            rate = rate * (end_ratio + (1 - end_ratio) * DECAYS[decay](share))
+        return rate.astype(jnp.float32)  # numpy scalars among the arguments are float64 under x64
+
+    return schedule
+
+
+def wsd_by_tokens(*, warmup_tokens, **shape) -> TokenSchedule:
+    """Warmup, stable, decay (arXiv 2404.06395): the Power schedule at its cap all the time; it takes no a and b.
+
+    If the decay begins where the warmup ends, this is the usual cosine (or linear) schedule; without a decay, the
+    constant one.
+
+    >>> learning_rate = wsd_by_tokens(warmup_tokens=100, total_tokens=1000, decay_tokens=200, decay="linear")
+    >>> [f"{learning_rate(n, 1):.3f}" for n in (50, 100, 800, 900, 1000)]
+    ['0.010', '0.020', '0.020', '0.010', '0.000']
+    """
+    return power_by_tokens(warmup_tokens=warmup_tokens, a=1e30, b=0.0, **shape)
+
+
+def power_schedule(*, tokens_per_step, batch_size=None, warmup_tokens, start_tokens=0, **law) -> optax.Schedule:
+    """The Power schedule as a function of the step: `power_by_tokens` at n = start_tokens + count * tokens_per_step.
+
+    Args:
+      tokens_per_step: tokens in one step.
+      batch_size: beta, in sequences of 4096 tokens; None is tokens_per_step / 4096, whatever their real length.
+      warmup_tokens, **law: the arguments of `power_by_tokens`.
+      start_tokens: tokens trained before step 0, of a run that goes on with another batch size.
+
+    Raises:
+      ValueError: as `power_by_tokens`, or tokens_per_step or batch_size is not positive.
+
+    >>> schedule = power_schedule(tokens_per_step=128 * 4096, warmup_tokens=10**9)
+    >>> f"{schedule(20_000):.6f}"
+    '0.003970'
+    """
+    return _by_steps(power_by_tokens(warmup_tokens=warmup_tokens, **law), tokens_per_step, batch_size, start_tokens)
+
+
+def wsd_schedule(*, tokens_per_step, warmup_tokens, start_tokens=0, **shape) -> optax.Schedule:
+    """`wsd_by_tokens` as a function of the step; arguments as in `power_schedule`, without batch_size, a and b."""
+    return _by_steps(wsd_by_tokens(warmup_tokens=warmup_tokens, **shape), tokens_per_step, None, start_tokens)
+
+
+def _by_steps(schedule: TokenSchedule, tokens_per_step, batch_size=None, start_tokens=0) -> optax.Schedule:
+    _check("tokens_per_step", tokens_per_step, positive=True)
+    _check("start_tokens", start_tokens)
+    batch_size = tokens_per_step / SEQUENCE if batch_size is None else batch_size
+    _check("batch_size", batch_size, positive=True)
+
+    # A product of integers overflows int32 after 2^31 tokens, and a float32 sum of tokens stalls.
+    start, step = float(start_tokens), float(tokens_per_step)
+    return lambda count: schedule(start + jnp.asarray(count, jnp.float32) * step, batch_size)
+
+
+class TokenCount(NamedTuple):
+    """A whole number of tokens in two uint32 words: exact to 2^64 where JAX has no int64 and float32 stops at 2^24."""
+
+    high: jax.Array
+    low: jax.Array
+
+    @classmethod
+    def of(cls, tokens) -> "TokenCount":
+        if not jnp.issubdtype(jnp.result_type(tokens), jnp.integer):
+            raise ValueError(f"tokens must be an integer, not {jnp.result_type(tokens)}: a float loses count past 2^24")
+        if isinstance(tokens, jax.Array):
+            return cls(jnp.zeros((), jnp.uint32), tokens.astype(jnp.uint32))
+        if not 0 <= tokens < 2**64:
+            raise ValueError(f"tokens={tokens} must be at least 0 and below 2^64")
+        return cls(*(jnp.uint32(word) for word in divmod(int(tokens), 2**32)))
+
+    def __add__(self, other: "TokenCount") -> "TokenCount":
+        low = self.low + other.low
+        return TokenCount(self.high + other.high + (low < other.low).astype(jnp.uint32), low)
+
+    def __int__(self) -> int:
+        return int(self.high) * 2**32 + int(self.low)
+
+    def float32(self) -> jax.Array:
+        return self.high.astype(jnp.float32) * 2.0**32 + self.low.astype(jnp.float32)
+
+
+class ScaleByTokensState(NamedTuple):
+    tokens: TokenCount  # trained so far
+    learning_rate: jax.Array  # of the last update, for logs
+
+
+def scale_by_tokens(schedule: TokenSchedule, tokens_per_step=None, *, batch_size=None, start_tokens=0) -> Transform:
+    """Multiply updates by -schedule(n, beta), n being the exact count of the tokens trained so far.
+
+    `update(updates, state, params, tokens=..., left=...)` takes the tokens of this step. They are added to a counter in
+    the state, which checkpoints save, so that a run may resume with another batch size. `left`, the number of
+    tokens still to come, including this step, says where the run ends; without it, the schedule's total_tokens does.
+
+    Args:
+      schedule: a token schedule, `power_by_tokens(...)` or `wsd_by_tokens(...)`; it may have two arguments if `left`
+        is never given.
+      tokens_per_step: tokens of a step whose update is not given `tokens=`.
+      batch_size: beta, in sequences of 4096 tokens; None: tokens / 4096 of each step.
+      start_tokens: tokens trained before the first update.
+    Raises:
+      ValueError: an argument is out of range, or `tokens` is missing, negative or not an integer.
+
+    >>> tx = scale_by_tokens(power_by_tokens(warmup_tokens=8192))
+    >>> state = tx.init(jnp.zeros(()))
+    >>> for tokens in (4096, 4096, 8192):
+    ...     update, state = tx.update(jnp.ones(()), state, tokens=tokens)
+    >>> int(state.tokens), f"{state.learning_rate:.4f}"
+    (16384, '0.0200')
+    """
+    _check("tokens_per_step", 1 if tokens_per_step is None else tokens_per_step, positive=True)
+    _check("batch_size", 1 if batch_size is None else batch_size, positive=True)
+
+    def update(updates, state, params=None, *, tokens=None, left=None, **extra):
+        tokens = tokens_per_step if tokens is None else tokens
+        if tokens is None:
+            raise ValueError("the number of tokens of this step is missing: update(grads, state, params, tokens=...)")
+        step = TokenCount.of(tokens)
+        beta = step.float32() / SEQUENCE if batch_size is None else batch_size
+        rate = schedule(state.tokens.float32(), beta, *([] if left is None else [left]))
+        updates = jax.tree.map(lambda u: -rate.astype(u.dtype) * u, updates)
+        return updates, ScaleByTokensState(state.tokens + step, rate)
+
+    init = lambda params: ScaleByTokensState(TokenCount.of(start_tokens), jnp.zeros((), jnp.float32))  # noqa: E731
+    return Transform(init, update)
+
+
+def make_token_schedule(config: Config) -> TokenSchedule:
+    """The token schedule of `config.optim`. power and wsd have `decay_tokens`; cosine decays over the whole run."""
+    o = config.optim
+    # A run that warmed up with larger batches has more tokens than steps * B * T.
+    total = max(config.total_tokens, o.warmup_tokens + o.decay_tokens)
+    shape = dict(warmup_tokens=o.warmup_tokens, max_value=o.peak_lr, end_ratio=o.end_ratio)
+    if o.schedule == "cosine":
+        return wsd_by_tokens(**shape, total_tokens=total, decay_tokens=None, decay="cosine")
+    if o.schedule == "constant":
+        return wsd_by_tokens(**shape)
+    shape |= dict(total_tokens=total if o.decay_tokens else None, decay_tokens=o.decay_tokens, decay=o.decay)
+    return wsd_by_tokens(**shape) if o.schedule == "wsd" else power_by_tokens(**shape, a=o.a, b=o.b)
+
+
+def make_schedule(config: Config) -> optax.Schedule:
+    """The schedule of `config.optim` as a function of the step, for logs and plots."""
+    return _by_steps(make_token_schedule(config), config.data.tokens_per_step)
+
+
+def _check_shape(warmup_tokens, total_tokens, decay_tokens, decay, a, b, max_value, end_ratio) -> None:
+    _check("warmup_tokens", warmup_tokens)
+    _check("decay_tokens", decay_tokens or 0)
+    _check("max_value", max_value, positive=True)
+    if not (a > 0 and math.isfinite(b) and 0 <= end_ratio <= 1):
+        raise ValueError(f"a={a} must be positive, b={b} finite and end_ratio={end_ratio} between 0 and 1")
+    if decay not in DECAYS:
+        raise ValueError(f"decay={decay!r} is not one of {', '.join(map(repr, DECAYS))}{nearest(str(decay), DECAYS)}")
+    if total_tokens is None and decay_tokens != 0:
+        raise ValueError(f"{decay_tokens=} needs total_tokens: without an end there is nothing to decay to")
+    shortest = warmup_tokens + (decay_tokens or 0)
+    if total_tokens is not None and not shortest <= total_tokens < math.inf:  # NaN fails, too
+        raise ValueError(f"{warmup_tokens=} and {decay_tokens=} do not fit into {total_tokens=}")
+
+
+def _check(name: str, value, *, positive: bool = False) -> None:
+    if not (math.isfinite(value) and (value > 0 if positive else value >= 0)):
+        raise ValueError(f"{name}={value} must be finite and {'positive' if positive else 'at least 0'}")
