@@ -126,7 +126,7 @@ def _choice(op: Op, call: Any, implementation: str | Sequence[str] | None) -> Ch
 
 
 def _sizes(op: Op, call: Any) -> tuple[tuple[str, int], ...]:
-    """The size of every letter of a call. "2F" is no letter."""
+    """{letter: size} of the axes of a call. Axes such as "2F", which are not one letter, are left out."""
     if op.letters is None:
         return ()
     words, tree = jax.tree.flatten(op.letters(call).call)
@@ -168,7 +168,7 @@ def _record(choices: Counter) -> None:
 
 
 def _key(op: Op, call: Any, wanted: Sequence[str] | None) -> Any:
-    """Equal for two calls for which JAX uses one trace."""
+    """A key that is equal for two calls exactly if JAX traces them once for both."""
     leaves, tree = jax.tree.flatten(call)
     types = tuple(jax.typeof(x) if isinstance(x, jax.Array) else x for x in leaves)
     return op.name, wanted, tree, types, get_abstract_mesh()

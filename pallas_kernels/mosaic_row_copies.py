@@ -144,7 +144,7 @@ def _asm(text: str) -> None:
 
 
 class _Thread:
-    """The integer arithmetic of one thread, which emits MLIR. A test uses arithmetic on numbers instead."""
+    """The integer arithmetic of one GPU thread, as MLIR. Tests replace it by arithmetic on Python numbers."""
 
     def __init__(self):
         from jax._src.lib.mlir import ir

@@ -162,7 +162,7 @@ def _like(x, registers):
 
 
 class _GpuThread:
-    """The arithmetic of one thread, which emits MLIR. A test uses arithmetic on numbers instead."""
+    """The arithmetic of one GPU thread, as MLIR operations. Tests replace it by arithmetic on Python numbers."""
 
     def __init__(self):
         from jax._src.lib.mlir import ir

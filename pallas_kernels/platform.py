@@ -66,7 +66,7 @@ def chip() -> str:
 
 
 def multiprocessors() -> int:
-    """The number of multiprocessors of the GPU that is traced for. The interpreter has as many as an H200."""
+    """The number of multiprocessors of the GPU that code is traced for. The interpreter uses the number of an H200."""
     device = get_abstract_mesh().abstract_device
     if device is None and jax.default_backend() == "gpu":
         device = jax.devices()[0]

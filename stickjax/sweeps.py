@@ -1,7 +1,7 @@
 """Does muP hold, and which power law? Coordinate checks, learning-rate sweeps and the fit of gamma = a T^b, drawn.
 
-Every experiment takes the training as a callable (`stickjax.training.width` has those of the real model) and returns
-its records as plain dictionaries, ready for JSON; every plot takes such records and writes a PNG.
+Every experiment takes the training as a callable; `stickjax.training.width` has the trainings of the decoder. It
+returns its records as plain dictionaries, ready for JSON; every plot takes such records and writes a PNG.
 
 python -m stickjax.sweeps coordinate|learning-rate|power-law [--config FILE] [--out DIR] [--section.field=value ...]
 """

@@ -16,6 +16,7 @@ from stickjax.__main__ import main
 from stickjax.config.attention import ATTENTION, AttentionVariant
 from stickjax.config.family import MODEL_CONFIGS, FamilyConfig
 from stickjax.models.families import FAMILIES
+from stickjax.models.family import Family
 from stickjax.models.parameters import PARAMETERS
 from stickjax.models.stick_breaking import attend
 from stickjax.training.loop import fit
@@ -179,6 +180,14 @@ def test_config_classes_that_are_refused():
         ValueError, match="family='triram' is not one of .*mean 'bigram'..; a program that uses a family"
     ):
         Config.from_dict({"model": {"family": "triram"}})
+
+
+def test_a_family_without_a_loss_is_refused(bigram):
+    class NoLoss(Family):
+        config, init, apply = bigram.config, bigram.init, bigram.apply
+
+    with pytest.raises(TypeError, match="abstract method 'loss'"):
+        NoLoss()
 
 
 def test_a_parameter_that_is_not_in_the_table_is_refused(bigram):

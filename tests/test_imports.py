@@ -20,7 +20,7 @@ ELSEWHERE = (
     "stickjax.training.schedules",
     "stickjax.sweeps",
 )
-# Folders of the packages, from the lowest. A file imports from its own folder and from those of lower layers.
+# Folders of the packages and their layers. A file imports from its own folder and from folders of lower layers.
 LAYERS = {
     "pallas_kernels": 0,
     "stickjax.system": 1,

@@ -24,7 +24,7 @@ def test_it_loads(old_run):
 
 
 def test_it_trains_on(old_run):
-    """Parameters, optimizer, order of the data: all go on where they ended."""
+    """The parameters, the optimizer and the order of the data continue from the checkpoint."""
     result = fit(read_config(old_run).replace({"train.steps": 4}), str(old_run), quiet=True)
     assert result.finished
     losses = {row["step"]: row["loss"] for row in read_metrics(old_run)}

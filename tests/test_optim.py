@@ -394,7 +394,7 @@ NORM = {"scale": Parameter("D", label="vector")}
 
 @pytest.fixture(autouse=True)
 def table(monkeypatch):
-    """The modules of this file are in the table of parameters."""
+    """Add the modules that this file defines to the table of parameters."""
     mine = {"Weights": WEIGHTS, "Norm": NORM, "Model": {"unembed": Parameter("D V", label="embedding")}}
     for module, rows in mine.items():
         monkeypatch.setitem(PARAMETERS, module, rows)

@@ -17,7 +17,7 @@ from .call import PRE_ACTIVATION, LinearCall, MlpCall
 from .kernels import Kernels
 from .tasks import Tasks, row_numbers
 
-UNCOMBINED = 2**30  # bytes; if all uncombined outputs need more, they are computed a few columns at a time
+UNCOMBINED = 2**30  # bytes; larger outputs of (token, choice) pairs are computed a few columns at a time
 STEP = 256  # such a product takes a multiple of this number of columns
 
 

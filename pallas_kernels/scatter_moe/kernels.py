@@ -9,7 +9,7 @@ from .tasks import Tasks, make_tasks
 
 @runtime_checkable
 class Kernels(Protocol):
-    """A set of kernels for the experts. Objects are hashable, because they are static arguments of the derivative.
+    """The kernels of one backend for the experts. They are hashable: `jax.custom_vjp` takes them as a static argument.
 
     `source`, `target` and `numbers` are row numbers: for every row of the tiles its row in an array, -1 where there is
     none (`tasks.row_numbers`). R is the number of (token, choice) pairs. The hidden rows `h` are sorted, and each set

@@ -1,7 +1,7 @@
 """Activations and their derivatives inside of Triton kernels, in fp32: the formulas of `call.py`, one half at a time.
 
-The names are those of `call.py`, except for gated activations: their first half has the name of its own function, for
-example "silu" for swiglu. "none" is the identity.
+The names are as in `call.py`, except for gated activations: these are named after the function of their first half,
+"silu" for swiglu. "none" is the identity.
 """
 
 import triton

@@ -130,8 +130,8 @@ def _d_activated(dy, gate, hidden, hidden_rows, rows, columns, dh, gated, F: tl.
         slopes *= up
     tl.store(dh_at, slopes.to(dh.dtype.element_ty), mask=there)
     tl.store(gated + at, (y * gate).to(gated.dtype.element_ty), mask=there)
-    # Where a row is in several lanes, all of them must store the same sum. tl.where keeps the compiler from fusing a
-    # lane's own product with the addition of another lane's: each lane would leave its own product unrounded.
+    # Several lanes may hold one row, and all must store the same sum. Without tl.where the compiler fuses the product
+    # of a lane with the addition of the other lanes' products (fma), and each lane rounds differently.
     return tl.sum(tl.where(used, y * dy, 0.0), 1)
 
 

@@ -44,7 +44,7 @@ class Plan:
         )  # fmt: skip
 
     def decoding(self, G: int, splits: int, **sizes: Any) -> "Plan":
-        """The plan for decoding: the queries of the G heads of a group are the rows of one head, and keys are split."""
+        """The plan for decoding. The G query heads of a key head become rows of one head, and the keys are split."""
         return replace(
             self, rows=self.rows * G, N=self.K, per_position=G, splits=splits, out_dtype=jnp.float32, skip_below=None,
             **sizes,
@@ -91,7 +91,7 @@ class Plan:
 
 @runtime_checkable
 class Kernels(Protocol):
-    """A set of attention kernels. Objects are hashable, because they are static arguments of the derivative.
+    """The attention kernels of one backend. They are hashable: `jax.custom_vjp` takes them as a static argument.
 
     All kernels take `*planned` last: the key-tile ranges [entries, query tiles, 4], the offsets [B], and, where a call
     has segments, the ids of its queries [B, padded] and of its keys [B, key_tiles * key_tile]. A head has

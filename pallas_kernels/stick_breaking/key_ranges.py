@@ -1,7 +1,7 @@
 """Key-tile ranges: which key tiles a query tile must visit, and which of them need no mask.
 
-Causality, windows, offsets, documents and ragged ends are all in these ranges. So a GPU kernel has two loop bodies, one
-with a mask and one without, and no other cases.
+These ranges already express causality, windows, offsets, documents and partial tiles. So a GPU kernel has only two
+loop bodies: one with a mask and one without.
 """
 
 import jax.numpy as jnp

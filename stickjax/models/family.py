@@ -1,5 +1,6 @@
 """The protocol of a family of models: the methods that the rest of the project calls."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -11,7 +12,7 @@ from stickjax.config.family import FamilyConfig
 from stickjax.models.parameters import Parameter
 
 
-class Family:
+class Family(ABC):
     """A family of models. A subclass must have `config`, `init`, `apply` and `loss`; the rest has defaults.
 
     A model is a Flax module whose field `config` is an instance of the class `config`. `stickjax.models.families`
@@ -23,18 +24,19 @@ class Family:
     # `stickjax.models.parameters`.
     parameters: ClassVar[Mapping[str, Mapping[str, Parameter]]] = {}
 
+    @abstractmethod
     def init(self, config, key: jax.Array):
         """The parameters of a new model, as a pytree that is also the model."""
-        raise NotImplementedError
 
+    @abstractmethod
     def apply(self, model, batch: dict[str, jax.Array], key: jax.Array | None = None):
         """Run a model on a batch.
 
         With a key, the model runs in training mode. The output has `logits`, in float32. A model that halts tokens also
         returns `depth`.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def loss(self, model, batch: dict[str, jax.Array], key: jax.Array | None) -> tuple[jax.Array, dict[str, Any]]:
         """The loss of a batch, and metrics: `loss` (the cross-entropy alone) and what else the run logs.
 
@@ -42,7 +44,6 @@ class Family:
         and `batch["share"]` to 1 / (number of microbatches). Multiply by these, so that the sum over the microbatches
         is the value of the batch. On a mesh, sum over the devices with `stickjax.parallel.collectives.psum_over_batch`.
         """
-        raise NotImplementedError
 
     def scalars(self, model, metrics: dict[str, Any]) -> dict[str, jax.Array]:
         """The metrics of a whole batch as scalars for the log."""

@@ -44,7 +44,7 @@ def kinds_of(config: FamilyConfig) -> list[Kind]:
 
 
 def axes_of(model: Transformer, kind: Kind, letter: str) -> dict[str, int]:
-    """The index of an axis in each leaf that has it: "E" of the modules' weights, "C" of the router's columns."""
+    """{leaf: index of its axis `letter`} of the leaves that have it: "E" counts modules, "C" router columns."""
     leaves = leaves_of(getattr(model.blocks, kind.name))
     found = {"/".join(["blocks", kind.name, *leaf.names]): parameter(leaf).axis(letter) for leaf in leaves}
     return {name: axis + 1 for name, axis in found.items() if axis is not None}  # behind L

@@ -60,7 +60,7 @@ class Result(NamedTuple):
 
     @property
     def metrics(self) -> Columns:
-        """All logged rows of the run, those of earlier starts included: {name: numpy array}."""
+        """All logged rows of the run, including earlier starts: {name: numpy array}."""
         return metrics_of(self.run)
 
     def __repr__(self) -> str:  # for notebooks; the full state would be too long to print
