@@ -6,14 +6,15 @@ python -m stickjax.surgery report runs/moduleformer_tiny
 About four minutes on two CPU cores. Seen once (2026-11-22): 3.25 held-out bits per byte of Python, 0.61 of logic.
 """
 
-from stickjax import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from stickjax import Config, DataConfig, ExpertsConfig, ModelConfig, OptimConfig, TrainConfig
 
 
 def get_config() -> Config:
+    router = dict(order="softmax_topk", network="mlp", hidden=64, mi_weight=0.02)
     model = ModelConfig(
-        D=96, L=4, N=4, K=2, H=24, F=96, E=8, k=2, attention_experts=4, key_value="biased",
-        attend_current=True, router="softmax_topk", router_network="mlp", router_hidden=64, activation="gelu_tanh",
-        norm="layer", mi_weight=0.02, m_width=0.5, m_emb=12.0, m_res=0.5, logits_scaling=1.0,
+        D=96, L=4, N=4, K=2, H=24, F=96, experts=ExpertsConfig(E=8, k=2, **router),
+        attention_experts=ExpertsConfig(E=4, **router), key_value="biased", attend_current=True, activation="gelu_tanh",
+        norm="layer", m_width=0.5, m_emb=12.0, m_res=0.5, logits_scaling=1.0,
     )  # fmt: skip
     data = DataConfig(source="stdlib,logic", T=128, B=16)
     step = data.tokens_per_step

@@ -7,13 +7,13 @@ Time: not run here. 2.7e+23 FLOP, an estimated 8,000 H200-days at 40% of the bf1
 Expected: nothing yet; `python -m stickjax.plan configs/powermoe_100b.py --devices 512` says what a step takes.
 """
 
-from stickjax import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from stickjax import Config, DataConfig, ExpertsConfig, ModelConfig, OptimConfig, TrainConfig
 
 
 def get_config() -> Config:
     model = ModelConfig(
-        V=49152, D=4096, L=48, N=32, K=8, H=128, F=2560, E=64, k=8, m_width=16.0, m_emb=12.0, m_res=0.2,
-        attention_scale=1 / 128, dtype="bfloat16", remat="full",
+        V=49152, D=4096, L=48, N=32, K=8, H=128, F=2560, experts=ExpertsConfig(E=64, k=8), m_width=16.0, m_emb=12.0,
+        m_res=0.2, attention_scale=1 / 128, dtype="bfloat16", remat="full",
     )  # fmt: skip
     data = DataConfig(source="tokens", path="data/tokens", tokenizer="data/tokenizer.json", T=4096, B=1024)
     optim = OptimConfig(warmup_tokens=10**9, decay_tokens=500 * 10**9)

@@ -6,13 +6,13 @@ It trains in two to four minutes on two CPU cores. Expect a held-out loss of abo
 no more at length 8 T (`python -m stickjax.evaluate`).
 """
 
-from stickjax import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from stickjax import Config, DataConfig, ExpertsConfig, ModelConfig, OptimConfig, TrainConfig
 
 
 def get_config() -> Config:
     model = ModelConfig(
-        D=128, L=4, N=4, K=4, H=32, F=192, E=8, k=2, switch_weight=0.01, z_weight=0.001,
-        m_width=0.5, m_emb=12.0, m_res=0.5, logits_scaling=1.0, attention_scale=32**-0.5
+        D=128, L=4, N=4, K=4, H=32, F=192, m_width=0.5, m_emb=12.0, m_res=0.5, logits_scaling=1.0,
+        attention_scale=32**-0.5, experts=ExpertsConfig(E=8, k=2, switch_weight=0.01, z_weight=0.001),
     )  # fmt: skip
     data = DataConfig(source="stdlib", T=256, B=16)
     step = data.tokens_per_step

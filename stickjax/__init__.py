@@ -14,7 +14,7 @@ In a notebook or a program, four lines train a model, look at it and sample from
 import sys
 from typing import TYPE_CHECKING
 
-from stickjax.config import Config, DataConfig, ModelConfig, OptimConfig, SutConfig, TrainConfig
+from stickjax.config import Config, DataConfig, ExpertsConfig, ModelConfig, OptimConfig, SutConfig, TrainConfig
 from stickjax.config.command import end_on_interrupt
 from stickjax.system import renamed
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from stickjax.training.loop import Result
 
 __all__ = [
-    "Config", "DataConfig", "ModelConfig", "OptimConfig", "SutConfig", "TrainConfig",
+    "Config", "DataConfig", "ExpertsConfig", "ModelConfig", "OptimConfig", "SutConfig", "TrainConfig",
     "export", "fit", "load", "register",
 ]  # fmt: skip
 __version__ = "0.1.0"

@@ -65,7 +65,7 @@ def test_there_and_back_is_the_same_to_the_bit(folder, tmp_path, capsys):
 
 
 def test_a_run_with_checkpoints_is_exported(tmp_path, capsys):
-    config = Config(ModelConfig(**SIZES, E=4, k=2, param_dtype="bfloat16", dtype="bfloat16", m_width=3.0))
+    config = Config(ModelConfig(**SIZES, experts=ExpertsConfig(E=4, k=2), param_dtype="bfloat16", dtype="bfloat16", m_width=3.0))
     for step in (1, 2):
         model = init(config.model, jax.random.key(step))
         write_config(tmp_path / "run", config)

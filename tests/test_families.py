@@ -28,7 +28,7 @@ SUT = dict(attention_experts=3, E=3, attention="stick_breaking")
 
 
 MODELS = {
-    "decoder": Config(ModelConfig(**SIZES, N=2, E=4, k=2, attention="softmax"), TEXT),
+    "decoder": Config(ModelConfig(**SIZES, N=2, experts=ExpertsConfig(E=4, k=2), attention="softmax"), TEXT),
     "sut": Config(SutConfig(**SIZES, **SUT), TEXT),
     "pairs": Config(SutConfig(**SIZES, **SUT, classes=7), PAIRS),
 }

@@ -218,7 +218,7 @@ def test_the_originals_have_epsilons_of_their_own():
     assert (jetmoe.norm_eps, jetmoe.final_norm_eps, moduleformer.norm_eps) == (1e-6, 0.05, 1e-5)
     assert to_theirs(jetmoe, 8)["rms_norm_eps"] == 0.05
     with pytest.raises(ValueError, match="'jetmoe', the nearest to this model, has no norm_eps=1e-05"):
-        to_theirs(ModelConfig(V=8, attention="softmax", attention_experts=4, E=4, k=2, N=4, K=2, expert_bias=True), 8)
+        to_theirs(ModelConfig(V=8, attention="softmax", experts=ExpertsConfig(E=4, k=2, bias=True), attention_experts=ExpertsConfig(E=4, bias=True), N=4, K=2), 8)
 
 
 # config.json as published

@@ -64,7 +64,7 @@ def test_outputs_and_gradients_are_those_of_a_loop_over_experts(changes):
 
 
 def test_padding_runs_no_expert():
-    layer = MixtureOfHeads(ModelConfig(**SIZES, N=4, K=2, attention_experts=3), jax.random.key(0))
+    layer = MixtureOfHeads(ModelConfig(**SIZES, N=4, K=2, attention_experts=ExpertsConfig(E=3)), jax.random.key(0))
     x = jax.random.normal(jax.random.key(1), (1, 8, 16))
     segments = jnp.array([[-1, -1, 0, 0, 0, 0, 0, -1]])
     real = segments >= 0
@@ -136,7 +136,7 @@ def test_shared_heads_are_softmax_attention_of_every_expert(kind):
 
 def test_training_balances_both_routers():
     """Both kinds of statistics are reported and weighed, and both biases move."""
-    model = ModelConfig(**SIZES, N=4, K=2, attention_experts=4, E=4, k=2, bias_rate=0.01, switch_weight=0.1)
+    model = ModelConfig(**SIZES, N=4, K=2, experts=ExpertsConfig(E=4, k=2, bias_rate=0.01, switch_weight=0.1), attention_experts=ExpertsConfig(E=4, bias_rate=0.01, switch_weight=0.1))
     config = Config(model=model).replace({"data.T": 8, "data.B": 2, "train.steps": 2, "train.accumulate": 2})
     state = init_state(config, jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (2, 9), 0, 31)
@@ -152,7 +152,7 @@ def test_training_balances_both_routers():
 
 
 def test_active_parameters_are_those_of_the_chosen_experts():
-    config = ModelConfig(**SIZES, N=6, K=2, attention_experts=5)
+    config = ModelConfig(**SIZES, N=6, K=2, attention_experts=ExpertsConfig(E=5))
     total, active = Decoder().parameter_counts(config)
     assert total == sum(leaf.size for leaf in jax.tree.leaves(init(config, jax.random.key(0))))
     idle = 2 * 2 * (5 - 3) * 16 * 8  # layers, query and output, experts not chosen, D, K * H
@@ -162,7 +162,7 @@ def test_active_parameters_are_those_of_the_chosen_experts():
 
 
 def test_experts_may_be_sampled_for_the_heads_alone():
-    assert ModelConfig(**SIZES, N=4, K=1, attention_experts=8, sample_topk=1).E == 0
+    assert ModelConfig(**SIZES, N=4, K=1, attention_experts=ExpertsConfig(E=8, sample_topk=1)).E == 0
 
 
 @pytest.mark.parametrize(

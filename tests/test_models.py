@@ -23,12 +23,12 @@ from stickjax.storage.hugging_face.configs import _effective, to_ours, to_theirs
 SMALL = dict(V=31, D=24, L=2, N=4, K=2, H=8, F=20, norm_eps=1e-5)
 MODELS = {
     "dense": ModelConfig(**SMALL),
-    "experts": ModelConfig(**SMALL, E=4, k=2),
-    "softmax": ModelConfig(**SMALL, attention="softmax", E=4, k=2, router="softmax_topk", tied=False),
-    "heads": ModelConfig(**SMALL | dict(N=4, K=2), attention_experts=5, E=4, k=2),
+    "experts": ModelConfig(**SMALL, experts=ExpertsConfig(E=4, k=2)),
+    "softmax": ModelConfig(**SMALL, attention="softmax", experts=ExpertsConfig(E=4, k=2, order="softmax_topk"), tied=False),
+    "heads": ModelConfig(**SMALL | dict(N=4, K=2), experts=ExpertsConfig(E=4, k=2), attention_experts=ExpertsConfig(E=5)),
     "value": ModelConfig(**SMALL, remainder="value", window=5),
     "modules": ModelConfig(
-        **SMALL | MODULES | dict(N=2, K=1, H=24), attention_experts=3, E=4, k=2, key_value="input", router_hidden=8
+        **SMALL | MODULES | dict(N=2, K=1, H=24), experts=ExpertsConfig(E=4, k=2, hidden=8), attention_experts=ExpertsConfig(E=3, hidden=8), key_value="input"
     ),
     "bias": ModelConfig(**SMALL, remainder="bias", head_norm=True, attend_current=True, activation="gelu"),
 }
@@ -114,7 +114,7 @@ def test_the_cache_gives_the_full_pass(config):
 
 @pytest.mark.parametrize("router", ["topk_softmax", "softmax_topk"])
 def test_all_experts_equal_a_dense_einsum(router):
-    config = ModelConfig(**SMALL, E=3, k=3, router=router)
+    config = ModelConfig(**SMALL, experts=ExpertsConfig(E=3, k=3, order=router))
     layer = SparseExperts(config, jax.random.key(0))
     x = jax.random.normal(jax.random.key(1), (2, 7, config.D))
 
@@ -170,7 +170,7 @@ def test_rounding_drops_the_smallest_gates_of_every_expert(multiple):
 
 
 def test_rounding_is_for_training_alone():
-    config = ModelConfig(**SMALL, E=4, k=2, token_rounding=8)
+    config = ModelConfig(**SMALL, experts=ExpertsConfig(E=4, k=2, token_rounding=8))
     model, tokens = init(config, jax.random.key(0)), tokens_of(config)
     plain = init(dataclasses.replace(config, token_rounding=0), jax.random.key(0))
     np.testing.assert_array_equal(model(tokens).logits, plain(tokens).logits)
@@ -178,7 +178,7 @@ def test_rounding_is_for_training_alone():
     assert (trained.logits != whole.logits).any()
     np.testing.assert_array_equal(trained.router.load[0], whole.router.load[0])  # of what the router wanted
     with pytest.raises(ValueError, match="token_rounding=8 needs experts"):
-        ModelConfig(**SMALL, token_rounding=8)
+        ModelConfig(**SMALL, experts=ExpertsConfig(token_rounding=8))
 
 
 def test_router_losses():

@@ -12,7 +12,7 @@ from stickjax.models.transformer import init
 from stickjax.surgery import use
 from stickjax.surgery.usage import batches_of
 
-MODEL = ModelConfig(D=8, L=2, N=2, K=1, H=4, F=8, E=4, k=2, attention_experts=4, router="softmax_topk")
+MODEL = ModelConfig(D=8, L=2, N=2, K=1, H=4, F=8, experts=ExpertsConfig(E=4, k=2, order="softmax_topk"), attention_experts=ExpertsConfig(E=4, order="softmax_topk"))
 CONFIG = Config(MODEL, DataConfig(source="logic,scan", examples=2000, T=16, B=2))
 
 

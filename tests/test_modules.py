@@ -35,8 +35,7 @@ from stickjax.surgery.__main__ import main
 from stickjax.training.step import init_state, make_step
 
 CONFIG = ModelConfig(
-    V=257, D=16, L=2, N=4, K=2, H=8, F=12, E=6, k=2, attention_experts=4, router="softmax_topk", router_network="mlp",
-    router_hidden=8, attend_current=True, activation="gelu_tanh", norm="layer", mi_weight=0.01,
+    V=257, D=16, L=2, N=4, K=2, H=8, F=12, experts=ExpertsConfig(E=6, k=2, order="softmax_topk", network="mlp", hidden=8, mi_weight=0.01), attention_experts=ExpertsConfig(E=4, order="softmax_topk", network="mlp", hidden=8, mi_weight=0.01), attend_current=True, activation="gelu_tanh", norm="layer",
     implementation="reference",
 )  # fmt: skip
 KINDS = {"ffn": (6, 2), "attention": (4, 2)}  # columns and k of each

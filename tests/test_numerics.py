@@ -128,7 +128,7 @@ def test_a_vector_without_direction_has_no_gradient():
 @pytest.mark.parametrize("order", ["topk_softmax", "softmax_topk"])
 @pytest.mark.parametrize("network", ["linear", "gmm"])
 def test_a_token_of_zeros_leaves_the_gradients_of_a_router_finite(network, order):
-    config = ModelConfig(D=6, E=4, k=2, router_network=network, router=order, router_hidden=5)
+    config = ModelConfig(D=6, experts=ExpertsConfig(E=4, k=2, network=network, order=order, hidden=5))
     router = Router(config, Experts(4), 2, jax.random.key(0))
     tokens = jax.random.normal(jax.random.key(1), (5, 6)).at[0].set(0)
 

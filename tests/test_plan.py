@@ -21,7 +21,7 @@ from stickjax.plan import aot, estimate, flops, report, search
 from stickjax.plan.hlo import _groups, collectives
 from stickjax.training.step import init_state, make_step
 
-SMALL = ModelConfig(V=64, D=32, L=3, N=4, K=2, H=8, F=16, E=4, k=2, remat="full")
+SMALL = ModelConfig(V=64, D=32, L=3, N=4, K=2, H=8, F=16, experts=ExpertsConfig(E=4, k=2), remat="full")
 
 
 def work_of(function, *shapes) -> flops.Work:

@@ -24,11 +24,11 @@ SIZES = dict(V=32, D=16, L=2, N=4, K=2, H=4, F=24)
 LOSSES = dict(switch_weight=0.1, z_weight=0.1, mi_weight=0.1)
 MODELS = {
     "dense": ModelConfig(**SIZES, head_norm=True, remainder="bias"),
-    "experts": ModelConfig(**SIZES, E=4, k=2, tied=False, remat="full", remainder="value", window=11, **LOSSES),
-    "heads": ModelConfig(**SIZES, attention_experts=3, attend_current=True, bias_rate=0.01, **LOSSES),
+    "experts": ModelConfig(**SIZES, experts=ExpertsConfig(E=4, k=2), tied=False, remat="full", remainder="value", window=11, **LOSSES),
+    "heads": ModelConfig(**SIZES, attention_experts=ExpertsConfig(E=3, bias_rate=0.01), attend_current=True, **LOSSES),
     "softmax": ModelConfig(**SIZES, attention="softmax", activation="gelu"),
     "modules": ModelConfig(
-        **SIZES | MODULES, attention_experts=3, E=4, k=2, key_value="biased", router_hidden=8, init_std=0.4, **LOSSES
+        **SIZES | MODULES, experts=ExpertsConfig(E=4, k=2, hidden=8), attention_experts=ExpertsConfig(E=3, hidden=8), key_value="biased", init_std=0.4, **LOSSES
     ),
 }
 STRATEGIES = [dict(data=4), dict(fsdp=4), dict(context=4), dict(tensor=2), dict(expert=4)]
@@ -168,7 +168,7 @@ def test_a_run_goes_on_on_another_mesh(tmp_path):
     ids=lambda value: "" if isinstance(value, str) else "-".join(value),
 )
 def test_meshes_that_do_not_fit(changes, message):
-    config = experiment(ModelConfig(**SIZES, E=4, k=2))
+    config = experiment(ModelConfig(**SIZES, experts=ExpertsConfig(E=4, k=2)))
     with pytest.raises(ValueError, match=message):
         make_mesh(config.replace(changes))
 

@@ -11,8 +11,10 @@ from stickjax.config.experiment import (
     field_names,
     locate,
 )
+from stickjax.config.experts import ExpertsConfig
 
 __all__ = [
+    "ExpertsConfig",
     "Config",
     "DataConfig",
     "MeshConfig",

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from stickjax.config import Config, locate
-from stickjax.config.fields import field_types, shown
+from stickjax.config.experiment import types_of
+from stickjax.config.fields import shown
 
 
 def parse_value(text: str, kinds: tuple):
@@ -52,7 +53,7 @@ def parse_changes(config: Config, argv: list[str]) -> dict[str, Any]:
             text = next(words, None)
             if text is None:
                 raise ValueError(f"--{key} needs a value")
-        changes[f"{section}.{name}"] = parse_value(text, field_types(type(getattr(config, section)))[name])
+        changes[f"{section}.{name}"] = parse_value(text, types_of(config, section, name))
     return changes
 
 
@@ -66,9 +67,13 @@ def describe(config: Config) -> str:
     lines = []
     for section in dataclasses.fields(config):
         part = getattr(config, section.name)
-        for field in dataclasses.fields(part):
-            head = f"  --{section.name}.{field.name}={getattr(part, field.name)}"
-            lines.append(f"{head:<44} {field.metadata['doc']}")
+        groups = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
+        for name, value in groups.items():
+            inside = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
+            for field in inside or [f for f in dataclasses.fields(part) if f.name == name]:
+                key = f"{name}.{field.name}" if inside else name
+                head = f"  --{section.name}.{key}={getattr(value, field.name) if inside else value}"
+                lines.append(f"{head:<44} {field.metadata['doc']}")
     return "\n".join(lines)
 
 

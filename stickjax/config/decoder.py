@@ -2,9 +2,10 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from stickjax.config.attention import OPTIONS, variant, variants_with
+from stickjax.config.experts import ExpertsConfig
 from stickjax.config.family import FamilyConfig
 from stickjax.config.fields import Dtype, accept_former_names, check_fields, field
 
@@ -14,6 +15,24 @@ from stickjax.config.fields import Dtype, accept_former_names, check_fields, fie
 class ModelConfig(FamilyConfig):
     """A decoder-only language model. Capital letters are the shape letters of the code."""
 
+    MOVED: ClassVar = {
+        "E": ("experts.E",), "k": ("experts.k",), "attention_experts": ("attention_experts.E",),
+        "new_experts": ("experts.added",), "new_attention_experts": ("attention_experts.added",),
+        "gone_experts": ("experts.pruned",), "gone_attention_experts": ("attention_experts.pruned",),
+        "pruned": ("experts.pruning", "attention_experts.pruning"),
+        "router": ("experts.order", "attention_experts.order"),
+        "router_network": ("experts.network", "attention_experts.network"),
+        "router_hidden": ("experts.hidden", "attention_experts.hidden"),
+        "expert_bias": ("experts.bias", "attention_experts.bias"),
+        "sample_topk": ("experts.sample_topk", "attention_experts.sample_topk"),
+        "round_rows": ("experts.token_rounding", "attention_experts.token_rounding"),
+        "switch_weight": ("experts.switch_weight", "attention_experts.switch_weight"),
+        "z_weight": ("experts.z_weight", "attention_experts.z_weight"),
+        "mi_weight": ("experts.mi_weight", "attention_experts.mi_weight"),
+        "concentration_weight": ("experts.concentration_weight", "attention_experts.concentration_weight"),
+        "bias_rate": ("experts.bias_rate", "attention_experts.bias_rate"),
+    }  # fmt: skip
+
     family: Literal["decoder"] = field("decoder", "the kind of model; a config file chooses it by its class")
     V: int | None = field(None, "vocabulary size; None: the ids of the tokenizer", at_least=1)
     D: int = field(128, "width of the residual stream", at_least=1)
@@ -21,13 +40,10 @@ class ModelConfig(FamilyConfig):
     N: int = field(4, "query heads", at_least=1)
     K: int = field(4, "key/value heads; N must be a multiple of K", at_least=1)
     H: int = field(32, "dimension of one head", at_least=1)
-    F: int = field(384, "hidden width of the feed-forward network, of one expert when E > 0", at_least=1)
-    E: int = field(0, "experts; 0 makes the feed-forward network dense", at_least=0)
-    k: int = field(0, "experts chosen per token", at_least=0)
-    attention_experts: int = field(
-        0,
-        "experts that own K query heads each; a token chooses N / K of them. 0: all tokens share the heads",
-        at_least=0,
+    F: int = field(384, "hidden width of the feed-forward network, or of one expert", at_least=1)
+    experts: ExpertsConfig = field(None, "experts of the feed-forward network; E=0: it is dense", ExpertsConfig)
+    attention_experts: ExpertsConfig = field(
+        None, "experts that own K query heads each; E=0: all tokens share the heads", ExpertsConfig
     )
     attention: str = field(
         "stick_breaking", "stick_breaking, or softmax with rotary positions, or a registered variant"
@@ -48,35 +64,6 @@ class ModelConfig(FamilyConfig):
     key_value: Literal["projected", "biased", "input"] = field(
         "projected", "keys and values of attention experts: projected, the same with a bias, or the input (K=1, H=D)"
     )
-    expert_bias: bool = field(False, "add a bias to the output of every mixture of experts")
-    router: Literal["topk_softmax", "softmax_topk"] = field("topk_softmax", "order of the selection and the softmax")
-    router_network: Literal["linear", "mlp", "gmm"] = field(
-        "linear", "what makes a router's logits; gmm: cosines with a centroid per expert"
-    )
-    router_hidden: int = field(256, "hidden width of the mlp and gmm router networks", at_least=1)
-    new_experts: int = field(0, "experts added to the E of a trained model, in leaves of their own", at_least=0)
-    new_attention_experts: int = field(0, "the same for attention_experts", at_least=0)
-    pruned_experts: int = field(
-        0, "pruned experts that keep their share of the router's softmax", was="gone_experts", at_least=0
-    )
-    pruned_attention_experts: int = field(0, "the same for attention_experts", was="gone_attention_experts", at_least=0)
-    pruned: Literal["no", "old_denominator", "new_denominator"] = field(
-        "no", "whether experts were pruned, and whether they still count in the router's softmax"
-    )
-    sample_topk: int = field(0, "in training, how many of the k experts are sampled instead of the best", at_least=0)
-    token_rounding: int = field(
-        0,
-        "token rounding in training: drop rows with the smallest gates, to a multiple per expert and device; 0: no",
-        was="round_rows",
-        at_least=0,
-    )
-    switch_weight: float = field(0.0, "weight of the load-balancing loss E * sum_e f_e P_e", at_least=0)
-    z_weight: float = field(0.0, "weight of mean(logsumexp(router logits)^2)", at_least=0)
-    mi_weight: float = field(0.0, "weight of the mutual-information loss H(e|x) - H(e)", at_least=0)
-    concentration_weight: float = field(
-        0.0, "weight of H(e): fine-tuning with it leaves few experts in use", at_least=0
-    )
-    bias_rate: float = field(0.0, "step of the auxiliary-loss-free router bias; 0: no bias", at_least=0)
     tied: bool = field(True, "share the embedding with the output projection")
     norm: Literal["rms", "layer"] = field("rms", "normalisation: RMSNorm, or LayerNorm with a bias")
     norm_eps: float = field(1e-5, "epsilon of every normalisation", above=0)
@@ -102,25 +89,15 @@ class ModelConfig(FamilyConfig):
         check_fields(self)
         if self.N % self.K:
             raise ValueError(f"N={self.N} query heads must be a multiple of K={self.K} key heads")
-        if self.k > self.E:
-            raise ValueError(f"k={self.k} experts per token cannot exceed E={self.E} experts")
-        if self.E and not self.k:
-            raise ValueError(f"E={self.E} experts need k >= 1 experts per token")
-        if self.E and self.k == 1 and self.router == "topk_softmax":
-            raise ValueError(
-                "k=1 with router='topk_softmax' has a constant gate and trains no router; use k >= 2 or 'softmax_topk'"
-            )
-        if self.attention_experts:
+        self.experts.check("experts", self.experts.k)
+        chosen = self.N // self.K if self.attention_experts.E else 0
+        if self.attention_experts.k not in (0, chosen):
+            raise ValueError(f"attention_experts.k={self.attention_experts.k} must be N / K = {chosen}")
+        self.attention_experts.check("attention_experts", chosen)
+        if self.attention_experts.E:
             self._check_attention_experts()
         elif self.key_value != "projected":
             raise ValueError(f"key_value={self.key_value!r} needs attention_experts, which own the queries alone")
-        self._check_modules()
-        if self.token_rounding and not (self.E or self.attention_experts):
-            raise ValueError(f"token_rounding={self.token_rounding} needs experts, but E=0")
-        if self.bias_rate and not (self.E or self.attention_experts):
-            raise ValueError(f"bias_rate={self.bias_rate} needs experts, but E=0")
-        if self.sample_topk > self.k and (self.E or not self.attention_experts):
-            raise ValueError(f"sample_topk={self.sample_topk} cannot exceed k={self.k}")
         self._check_attention()
 
     def _check_attention(self):
@@ -133,16 +110,6 @@ class ModelConfig(FamilyConfig):
                 raise ValueError(f"{name}={value!r} needs attention={known}, not {self.attention!r}")
 
     def _check_attention_experts(self):
-        chosen, E = self.N // self.K, self.attention_experts
-        choice = f"N / K = {chosen} experts of K={self.K} heads per token"
-        if chosen > E:
-            raise ValueError(f"{choice} cannot exceed attention_experts={E}")
-        if chosen == 1 and self.router == "topk_softmax":
-            raise ValueError(
-                f"{choice} with router='topk_softmax' train no router; use N = 2 K or more or 'softmax_topk'"
-            )
-        if self.sample_topk > chosen:
-            raise ValueError(f"sample_topk={self.sample_topk} cannot exceed {choice}")
         if self.key_value == "input" and (self.K, self.H) != (1, self.D):
             raise ValueError(f"key_value='input' needs K=1 and H=D={self.D}, not K={self.K} and H={self.H}")
         if self.key_value == "input" and variant(self.attention).rotary:
@@ -151,25 +118,13 @@ class ModelConfig(FamilyConfig):
         if self.head_norm or self.remainder == "bias":
             raise ValueError("head_norm and remainder='bias' need heads that all tokens share, not attention_experts")
 
-    def _check_modules(self):
-        for experts in ("experts", "attention_experts"):
-            E, new, pruned = (
-                getattr(self, "E" if experts == "experts" else experts),
-                *(getattr(self, f"{what}_{experts}") for what in ("new", "pruned")),
-            )
-            if (new or pruned) and not E:
-                raise ValueError(f"new_{experts}={new} and pruned_{experts}={pruned} need experts, but there are none")
-            if pruned and self.pruned != "old_denominator":
-                raise ValueError(f"pruned_{experts}={pruned} needs pruned='old_denominator'")
-
     def check_mesh(self, sizes: dict[str, int], T: int) -> None:
         """Raise ValueError for axes that do not divide the model or its sequences of T tokens."""
-        if sizes["expert"] > 1 and not self.E:
+        if sizes["expert"] > 1 and not self.experts.E:
             raise ValueError(f"expert={sizes['expert']} divides the experts, but E=0")
-        if sizes["expert"] > 1 and self.new_experts:
-            raise ValueError(
-                f"expert={sizes['expert']} cannot divide new_experts={self.new_experts} from E={self.E} old ones"
-            )
+        if sizes["expert"] > 1 and self.experts.added:
+            old, added = self.experts.E, self.experts.added
+            raise ValueError(f"expert={sizes['expert']} cannot divide experts.added={added} from E={old} old ones")
         if sizes["context"] > 1 and not variant(self.attention).divides_sequence:
             raise ValueError(
                 f"context={sizes['context']} needs attention={variants_with(lambda kind: kind.divides_sequence)}"
@@ -183,12 +138,11 @@ class ModelConfig(FamilyConfig):
                 f"2 x context={context}, because every device takes two pieces",
             ),
             ("D", self.D, sizes["fsdp"], f"fsdp={sizes['fsdp']}"),
-            ("E", self.E, sizes["expert"], f"expert={sizes['expert']}"),
-            (
-                "router_hidden",
-                self.router_hidden,
-                self.router_network != "linear" and sizes["fsdp"],
-                f"fsdp={sizes['fsdp']}",
+            ("E", self.experts.E, sizes["expert"], f"expert={sizes['expert']}"),
+            *(
+                (f"{name}.hidden", mixture.hidden, sizes["fsdp"], f"fsdp={sizes['fsdp']}")
+                for name, mixture in self.mixtures().items()
+                if mixture.network != "linear"
             ),
             *((letter, getattr(self, letter), tensor, f"tensor={tensor}") for letter in "NKF"),
             ("V", self.V or tensor, tensor, f"tensor={tensor}"),  # if V is None, it will become a multiple
@@ -197,6 +151,10 @@ class ModelConfig(FamilyConfig):
             if parts and size % parts:
                 near = -(-size // parts) * parts
                 raise ValueError(f"{letter}={size} must be a multiple of {divisor}; {letter}={near} would do")
+
+    def mixtures(self) -> dict[str, ExpertsConfig]:
+        """The mixtures that the model has, by the names of their fields."""
+        return {name: x for name in ("experts", "attention_experts") if (x := getattr(self, name)).E}
 
     @property
     def scale(self) -> float:
@@ -211,7 +169,10 @@ class ModelConfig(FamilyConfig):
     @classmethod
     def powermoe_1b(cls, **changes) -> "ModelConfig":
         """1.3B model with 377M active parameters of the Power scheduler paper."""
-        return cls(**dict(_POWER, D=1024, L=24, N=16, K=8, F=512, E=32, k=8, m_width=4.0, m_res=0.28) | changes)
+        return cls(
+            **dict(_POWER, D=1024, L=24, N=16, K=8, F=512, m_width=4.0, m_res=0.28, experts=ExpertsConfig(E=32, k=8))
+            | changes
+        )
 
     @classmethod
     def powerlm_3b(cls, **changes) -> "ModelConfig":
@@ -221,7 +182,10 @@ class ModelConfig(FamilyConfig):
     @classmethod
     def powermoe_3b(cls, **changes) -> "ModelConfig":
         """PowerMoE-3B: 3.3B parameters, 800M active."""
-        return cls(**dict(_POWER, D=1536, L=32, N=24, K=8, F=512, E=40, k=8, m_width=6.0, m_res=0.22) | changes)
+        return cls(
+            **dict(_POWER, D=1536, L=32, N=24, K=8, F=512, m_width=6.0, m_res=0.22, experts=ExpertsConfig(E=40, k=8))
+            | changes
+        )
 
     @classmethod
     def stickbreaking_3b(cls, **changes) -> "ModelConfig":
@@ -239,29 +203,35 @@ class ModelConfig(FamilyConfig):
         A new model is initialised like every decoder here, by a normal distribution with `init_std`. The original's
         experts were initialised uniformly within 1 / (number of inputs of the matrix).
         """
-        return cls(**dict(_MOLM, L=24, N=2, k=2) | changes)
+        return cls(**_molm(L=24, k=2) | changes)
 
     @classmethod
     def molm_700m_4b(cls, **changes) -> "ModelConfig":
         """MoLM-700M-4B: the same parameters, with four active modules of each kind."""
-        return cls(**dict(_MOLM, L=24, N=4, k=4) | changes)
+        return cls(**_molm(L=24, k=4) | changes)
 
     @classmethod
     def molm_700m_8b(cls, **changes) -> "ModelConfig":
         """MoLM-700M-8B: 8.2B parameters in 48 layers."""
-        return cls(**dict(_MOLM, L=48, N=2, k=2) | changes)
+        return cls(**_molm(L=48, k=2) | changes)
 
 
 # With these fields the decoder is a ModuleFormer: it has modules for attention and for the feed-forward part, a softmax
 # over all modules gives the gates, and attention includes the token itself and ignores the remainder of the stick.
 MODULES: dict[str, Any] = dict(
-    attention="stick_breaking", attend_current=True, remainder="none", router="softmax_topk", router_network="mlp",
-    activation="gelu_tanh", norm="layer", tied=False,
-)  # fmt: skip
-_MOLM: dict[str, Any] = MODULES | dict(
-    V=50295, D=1024, K=1, H=1024, F=2048, E=32, attention_experts=16, key_value="input", init_std=0.02,
-    dtype="bfloat16", remat="full",
-)  # fmt: skip
+    attention="stick_breaking", attend_current=True, remainder="none", activation="gelu_tanh", norm="layer", tied=False
+)
+MODULE_ROUTER: dict[str, Any] = dict(order="softmax_topk", network="mlp")
+
+
+def _molm(L: int, k: int) -> dict[str, Any]:
+    return MODULES | dict(
+        V=50295, D=1024, L=L, N=k, K=1, H=1024, F=2048, key_value="input", init_std=0.02,
+        dtype="bfloat16", remat="full", experts=ExpertsConfig(E=32, k=k, **MODULE_ROUTER),
+        attention_experts=ExpertsConfig(E=16, **MODULE_ROUTER),
+    )  # fmt: skip
+
+
 _POWER: dict[str, Any] = dict(
     V=49152, H=64, m_emb=12.0, attention="softmax", attention_scale=1 / 64, dtype="bfloat16", remat="full"
 )

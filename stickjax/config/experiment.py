@@ -13,7 +13,19 @@ from typing import Any, Literal
 
 from stickjax.config.decoder import ModelConfig
 from stickjax.config.family import MODEL_CONFIGS, FamilyConfig
-from stickjax.config.fields import SEED, accept_former_names, check_fields, field, former_names, nearest, one_of, shown
+from stickjax.config.fields import (
+    SEED,
+    accept_former_names,
+    check_fields,
+    field,
+    field_types,
+    former_names,
+    nearest,
+    nested_fields,
+    one_of,
+    shown,
+    upgraded,
+)
 from stickjax.config.synonyms import suggestion
 from stickjax.config.universal import SutConfig
 
@@ -197,9 +209,7 @@ class Config:
         for key, value in changes.items():
             section, name = locate(self, key)
             sections.setdefault(section, {})[name] = value
-        return dataclasses.replace(
-            self, **{s: dataclasses.replace(getattr(self, s), **fields) for s, fields in sections.items()}
-        )
+        return dataclasses.replace(self, **{s: _changed(getattr(self, s), fields) for s, fields in sections.items()})
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
@@ -230,14 +240,19 @@ class Config:
                 f"{nearest(str(family), MODEL_CONFIGS)}; a program that uses a family of its own imports its file first"
             )
         config = cls(MODEL_CONFIGS[family]())
-        new = {section: former_names(type(getattr(config, section))) for section in tree}
-        return config.replace(
-            {f"{s}.{new[s].get(name, name)}": value for s, fields in tree.items() for name, value in fields.items()}
+        sections = {section: _flat(fields) for section, fields in tree.items()}
+        for section, fields in sections.items():
+            former = former_names(type(getattr(config, section)))
+            for name in fields:
+                if name not in former:
+                    locate(config, f"{section}.{name}")
+        return dataclasses.replace(
+            config, **{s: _changed(getattr(config, s), fields) for s, fields in sections.items()}
         )
 
     def diff(self, other: "Config") -> list[str]:
         """'section.field: here -> there' for every field that differs."""
-        here, there = self.to_dict(), other.to_dict()
+        here, there = ({s: _flat(x) for s, x in config.to_dict().items()} for config in (self, other))
         if self.model.family != other.model.family:
             return [f"model.family: {self.model.family!r} -> {other.model.family!r}"]
         return [
@@ -251,25 +266,61 @@ class Config:
 _SECTIONS = tuple(section.name for section in dataclasses.fields(Config))
 
 
+def _flat(fields: dict) -> dict:
+    """{"field": value, "group.field": value} of a section with nested groups."""
+    nested = {
+        f"{group}.{name}": x for group, value in fields.items() if isinstance(value, dict) for name, x in value.items()
+    }
+    return {name: value for name, value in fields.items() if not isinstance(value, dict)} | nested
+
+
+def _changed(section, changes: dict[str, Any]):
+    """A section with some fields changed; a name with a dot is a field of a nested group."""
+    values: dict[str, Any] = {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
+    for group in nested_fields(type(section)):
+        values[group] = dict(vars(values[group]))
+    for key, value in changes.items():
+        group, _, name = key.rpartition(".")
+        (values[group] if group else values)[name] = value
+    return type(section)(**upgraded(type(section), values))
+
+
 @functools.cache
 def field_names(*models: type) -> list[str]:
     """'section.field' for every field of a config with one of these model classes; by default, with any of them."""
     sections = [(s.name, s.default_factory) for s in dataclasses.fields(Config) if s.name != "model"]
     sections = [("model", model) for model in models or MODEL_CONFIGS.values()] + sections
-    return list(dict.fromkeys(f"{name}.{f.name}" for name, section in sections for f in dataclasses.fields(section)))
+    names = []
+    for section, config in sections:
+        nested = nested_fields(config)
+        for f in dataclasses.fields(config):
+            inside = (
+                [f"{f.name}.{g.name}" for g in dataclasses.fields(nested[f.name])] if f.name in nested else [f.name]
+            )
+            names += [f"{section}.{name}" for name in inside]
+    return list(dict.fromkeys(names))
+
+
+def types_of(config: Config, section: str, name: str) -> tuple:
+    """The types of the field `name` of a section; the name may be a former one, or have a group."""
+    kind = type(getattr(config, section))
+    group, _, last = (former_names(kind).get(name, (name,))[0]).rpartition(".")
+    return field_types(nested_fields(kind)[group] if group else kind)[last]
 
 
 def locate(config: Config, key: str) -> tuple[str, str]:
-    """Section and field of the key 'section.field'; for an unknown key, ValueError with the nearest one.
+    """Section and field of the key 'section.field' or 'section.group.field'.
 
-    A field may be called by its name in the version before; a warning says the new one.
+    ValueError, with the nearest key, for an unknown one. A field may be called by its name in the version before; a
+    warning says the new one.
     """
     section, _, name = key.partition(".")
-    if name in (renamed := former_names(type(getattr(config, section, config)))):
-        log.warning("%s is now %s.%s; the old name goes in the next version", key, section, renamed[name])
-        return section, renamed[name]
+    kind = type(getattr(config, section, config))
+    if (names := former_names(kind).get(name)) is not None:
+        new = " and ".join(f"{section}.{name}" for name in names)
+        log.warning("%s is now %s; the old name goes in the next version", key, new)
+        return section, names[0] if len(names) == 1 else name
     known = field_names(type(config.model))
     if key not in known:
         raise ValueError(f"unknown config key {key!r}{suggestion(key, known)}")
-    section, name = key.split(".")
     return section, name

@@ -34,30 +34,79 @@ def field(default, doc: str, group: type | None = None, *, was: str | None = Non
 
 
 @functools.cache
-def former_names(config: type) -> dict[str, str]:
-    """{name in the version before: name} of the renamed fields of a dataclass."""
-    return {was: f.name for f in dataclasses.fields(config) if (was := f.metadata.get("was")) is not None}
+def former_names(config: type) -> dict[str, tuple[str, ...]]:
+    """{name in the version before: names} of the fields of a dataclass that were renamed or moved.
+
+    A name with a dot is a field of a nested dataclass. `MOVED` of the dataclass has the fields that were moved.
+    """
+    renamed = {was: (f.name,) for f in dataclasses.fields(config) if (was := f.metadata.get("was")) is not None}
+    return renamed | getattr(config, "MOVED", {})
+
+
+@functools.cache
+def nested_fields(config: type) -> dict[str, type]:
+    """The fields of a dataclass that are dataclasses themselves, with their types."""
+    kinds = field_types(config)
+    return {f.name: kinds[f.name][0] for f in dataclasses.fields(config) if dataclasses.is_dataclass(kinds[f.name][0])}
+
+
+def upgraded(config: type, values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a dataclass by the present names of its fields; nested dataclasses may be dictionaries of fields.
+
+    A value that has moved into several nested dataclasses goes into those that have experts.
+    """
+    values, nested = dict(values), nested_fields(config)
+    for name, kind in nested.items():
+        value = values.get(name, {})
+        if isinstance(value, int) and not isinstance(value, bool):  # in the version before it was their number
+            value = {"E": value}
+        if isinstance(value, kind):
+            value = vars(value)
+        if isinstance(value, dict):
+            values[name] = dict(value)
+    for was, names in sorted(former_names(config).items(), key=lambda item: len(item[1])):
+        if was not in values or was in nested:
+            continue
+        value, places = values.pop(was), [name.rpartition(".") for name in names]
+        if len(places) > 1:
+            places = [place for place in places if values[place[0]].get("E")] or places[:1]
+        for group, _, name in places:
+            (values[group] if group else values)[name] = value
+    return values | {name: _made(kind, name, values[name]) for name, kind in nested.items() if name in values}
+
+
+def _made(kind: type, name: str, values: Any):
+    if not isinstance(values, dict):
+        return values
+    if unknown := values.keys() - {f.name for f in dataclasses.fields(kind)}:
+        known = [f.name for f in dataclasses.fields(kind)]
+        raise ValueError(f"unknown config key '{name}.{min(unknown)}'{nearest(min(unknown), known)}")
+    return kind(**values)
 
 
 def accept_former_names(config: type) -> type:
     """Let a dataclass take its fields by their former names too, with a warning that says the new one."""
 
-    def warn(was: str) -> str:
-        name = former_names(config)[was]
-        warnings.warn(f"{was} is now {name}; the old name goes in the next version", FutureWarning, stacklevel=3)
-        return name
+    def warn(was: str) -> tuple[str, ...]:
+        names = former_names(config)[was]
+        new = " and ".join(names)
+        warnings.warn(f"{was} is now {new}; the old name goes in the next version", FutureWarning, stacklevel=3)
+        return names
 
     init = config.__init__
 
     @functools.wraps(init)
     def with_former_names(self, *args, **values):
         for was in former_names(config).keys() & values.keys():
-            values[warn(was)] = values.pop(was)
-        init(self, *args, **values)
+            if was not in nested_fields(config) or isinstance(values[was], int):
+                warn(was)
+        init(self, *args, **upgraded(config, values))
 
     config.__init__ = with_former_names
-    for was in former_names(config):
-        setattr(config, was, property(lambda self, was=was: getattr(self, warn(was))))
+    for was, names in former_names(config).items():
+        if was not in nested_fields(config):
+            read = operator.attrgetter(names[0])
+            setattr(config, was, property(lambda self, was=was, read=read: warn(was) and read(self)))
     return config
 
 

@@ -15,7 +15,8 @@ from stickjax.models.transformer import Transformer
 from stickjax.models.vocabulary import cross_entropy
 from stickjax.parallel.collectives import psum_over_batch
 
-ROUTERS = {"": "ffn", "attention_": "attention"}  # {beginning of a metric's name: the part of the block}
+# {beginning of a metric's name: (the part of the block, the field of the config)}
+ROUTERS = {"": ("ffn", "experts"), "attention_": ("attention", "attention_experts")}
 
 
 class Decoder(Family):
@@ -37,10 +38,11 @@ class Decoder(Family):
         scale = batch.get("loss_scale", 1 / jnp.maximum(psum_over_batch(mask.sum()), 1))
         loss, share = psum_over_batch((nll * mask).sum()) * scale, batch.get("share", 1.0)
         metrics, load = {"loss": loss}, {}
-        for kind, stats in zip(ROUTERS, (output.router, output.attention_router), strict=True):
+        for (kind, (_, field)), stats in zip(ROUTERS.items(), (output.router, output.attention_router), strict=True):
             if stats is not None:
+                mixture = getattr(model.config, field)
                 losses = {name: getattr(stats, name) * share for name in ROUTER_LOSSES}
-                loss += sum(getattr(model.config, ROUTER_LOSSES[name]) * value.sum() for name, value in losses.items())
+                loss += sum(getattr(mixture, ROUTER_LOSSES[name]) * value.sum() for name, value in losses.items())
                 metrics |= {f"{kind}{name}": value.mean() for name, value in losses.items()}
                 load[kind] = stats.load * share
         return loss, metrics | ({"load": load} if load else {})
@@ -53,13 +55,15 @@ class Decoder(Family):
 
     def moved_without_gradient(self, model: Transformer, metrics, trainable: Callable[[str], bool]):
         """The biases of routers with `bias_rate` move towards a balanced load."""
-        if not model.config.bias_rate:
+        if not any(mixture.bias_rate for mixture in model.config.mixtures().values()):
             return model
         model = jax.tree.map(lambda x: x, model)  # a copy: modules are changed by assignment
         for kind, load in metrics.get("load", {}).items():
-            if trainable(f"blocks.{ROUTERS[kind]}.router.selection_bias"):
-                router, experts = getattr(model.blocks, ROUTERS[kind]).router, _experts(model, kind, load)
-                bias = updated_router_bias(router.selection_bias[...], load, model.config.bias_rate, experts)
+            part, field = ROUTERS[kind]
+            rate = getattr(model.config, field).bias_rate
+            if rate and trainable(f"blocks.{part}.router.selection_bias"):
+                router, experts = getattr(model.blocks, part).router, _experts(model, kind, load)
+                bias = updated_router_bias(router.selection_bias[...], load, rate, experts)
                 router.selection_bias = nnx.Param(bias)
         return model
 
@@ -67,7 +71,7 @@ class Decoder(Family):
         """The number of all parameters, and of the active ones: k of E experts, without the input embedding."""
         shapes = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
         total, idle = sum(x.size for x in jax.tree.leaves(shapes)), shapes.embed.size
-        for part, k in (("ffn", config.k), ("attention", config.N // config.K)):
+        for part, k in (("ffn", config.experts.k), ("attention", config.N // config.K)):
             mixture = getattr(shapes.blocks, part)
             if (router := getattr(mixture, "router", None)) is not None:
                 of_experts = [leaf for leaf in leaves_of(mixture) if parameter(leaf).axis("E") is not None]
@@ -94,5 +98,5 @@ class Decoder(Family):
 
 def _experts(model: Transformer, kind: str, load: jax.Array) -> int | jax.Array:
     """The number of experts of a load [L,E]: one number, or [L,1] if some experts were pruned."""
-    slot = getattr(model.blocks, ROUTERS[kind]).router.slot
+    slot = getattr(model.blocks, ROUTERS[kind][0]).router.slot
     return load.shape[-1] if slot is None else (slot[...] >= 0).sum(-1, keepdims=True)

@@ -16,7 +16,7 @@ from stickjax.models.attention import Attention, Context, KeyValues
 from stickjax.models.layers import all_experts, cast, matrix_std, normal, output_std, uniform
 from stickjax.models.moe import biased
 from stickjax.models.relative import softmax_attention
-from stickjax.models.router import Experts, Router, RouterSums
+from stickjax.models.router import Router, RouterSums
 from stickjax.parallel.collectives import copy_to_tensor_parallel, reduce_from_tensor_parallel
 
 
@@ -30,9 +30,9 @@ class MixtureOfHeads(Attention):
 
     def __init__(self, config: ModelConfig, key):
         self.config = c = config
-        E, new = c.attention_experts, c.new_attention_experts
+        E, new = c.attention_experts.E, c.attention_experts.added
         kr, kq, kk, kv, ko = jax.random.split(key, 5)
-        self.router = Router(c, Experts(E, new, c.pruned_attention_experts), c.N // c.K, kr)
+        self.router = Router(c, c.attention_experts, c.N // c.K, kr)
         self.expert_query = normal(kq, (E, c.D, c.K * c.H), matrix_std(c), c)
         self.expert_output = normal(ko, (E, c.K * c.H, c.D), output_std(c), c)
         extra = lambda key, *shape, std: normal(jax.random.fold_in(key, 1), (new, *shape), std, c) if new else None  # noqa: E731
@@ -43,7 +43,7 @@ class MixtureOfHeads(Attention):
         self.value = normal(kv, (c.D, c.K, c.H), matrix_std(c), c) if own else None
         self.key_bias = zeros(c.K, c.H) if c.key_value == "biased" else None
         self.value_bias = zeros(c.K, c.H) if c.key_value == "biased" else None
-        self.output_bias = zeros(c.D) if c.expert_bias else None
+        self.output_bias = zeros(c.D) if c.attention_experts.bias else None
         self.head_bias = self.norm = None  # a head of a token is another one of the next
 
     def __call__(

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float
 from pallas_kernels import cost, expert_mlp, route
 from stickjax.config import ModelConfig
 from stickjax.models.layers import all_experts, gates, matrix_std, normal, output_std
-from stickjax.models.router import Experts, Router, RouterSums
+from stickjax.models.router import Router, RouterSums
 from stickjax.parallel.collectives import copy_to_tensor_parallel, from_experts, reduce_from_tensor_parallel, to_experts
 
 
@@ -16,22 +16,21 @@ class SparseExperts(nnx.Module):
     """sum over the k chosen experts of gate * act(x w_in[e]) w_out[e]; a padding token runs none and gives zero.
 
     w_in is [E,D,G,F] as in `FeedForward`; experts that were added to a trained model stand behind, in leaves of their
-    own. `output_bias` [D] (`expert_bias`) is added to the sum. On a mesh with "expert" a device has the rows of all
+    own. `output_bias` [D] (`experts.bias`) is added to the sum. On a mesh with "expert" a device has the rows of all
     devices of that axis for its own experts: no row is dropped, whatever the balance.
     """
 
     def __init__(self, config: ModelConfig, key):
         self.config = c = config
         kr, ki, ko = jax.random.split(key, 3)
-        experts = Experts(c.E, c.new_experts, c.pruned_experts)
-        self.router = Router(c, experts, c.k, kr)
-        self.w_in = normal(ki, (c.E, c.D, gates(c), c.F), matrix_std(c), c)
-        self.w_out = normal(ko, (c.E, c.F, c.D), output_std(c), c)
+        E, new = c.experts.E, c.experts.added
+        self.router = Router(c, c.experts, c.experts.k, kr)
+        self.w_in = normal(ki, (E, c.D, gates(c), c.F), matrix_std(c), c)
+        self.w_out = normal(ko, (E, c.F, c.D), output_std(c), c)
         k_in, k_out = jax.random.split(jax.random.fold_in(key, 1))
-        new = c.new_experts
         self.new_w_in = normal(k_in, (new, c.D, gates(c), c.F), matrix_std(c), c) if new else None
         self.new_w_out = normal(k_out, (new, c.F, c.D), output_std(c), c) if new else None
-        self.output_bias = nnx.Param(jnp.zeros(c.D, c.param_dtype)) if c.expert_bias else None
+        self.output_bias = nnx.Param(jnp.zeros(c.D, c.param_dtype)) if c.experts.bias else None
 
     def __call__(
         self, x: Float[Array, "B T D"], token_mask: Bool[Array, "B T"] | None = None, key=None

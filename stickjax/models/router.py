@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from stickjax.config import ModelConfig
+from stickjax.config.experts import ExpertsConfig
 from stickjax.models.layers import matrix_std, normal
 from stickjax.parallel.collectives import psum_over_batch
 
@@ -201,19 +202,20 @@ class Router(nnx.Module):
     weight_e being the centroid of expert e. `new_weight` has the columns of experts that were added to a trained model.
 
     `selection_bias`, of the balancing without a loss, affects the choice but not the gates. In a pruned model
-    `slot[column]` is the index of the expert's weights, or -1 if the expert was pruned. With `pruned="old_denominator"`
-    a pruned expert's probability remains in the softmax; with "new_denominator" it does not.
+    `slot[column]` is the index of the expert's weights, or -1 if the expert was pruned. With
+    `pruning="old_denominator"` a pruned expert's probability remains in the softmax; with "new_denominator" it does
+    not.
     """
 
     normalized = False  # whether the gates of a token are divided by their sum
 
-    def __init__(self, config: ModelConfig, experts: Experts, k: int, key):
-        self.config, self.experts, self.k = config, experts, k
-        self.order, self.sample_topk, self.token_rounding = config.router, config.sample_topk, config.token_rounding
-        self.denominator = "new" if config.pruned == "new_denominator" else "old"
-        c, old, new = config, experts.old + experts.pruned, experts.new
-        network = c.router_network
-        rows = c.D if network == "linear" else c.router_hidden
+    def __init__(self, config: ModelConfig, mixture: ExpertsConfig, k: int, key):
+        self.config, self.k = config, k
+        self.experts = experts = Experts(mixture.E, mixture.added, mixture.pruned)
+        self.order, self.sample_topk, self.token_rounding = mixture.order, mixture.sample_topk, mixture.token_rounding
+        self.denominator = "new" if mixture.pruning == "new_denominator" else "old"
+        c, old, new, network = config, experts.old + experts.pruned, experts.new, mixture.network
+        rows = c.D if network == "linear" else mixture.hidden
         std = 1.0 if network == "gmm" else matrix_std(c)  # only the direction of a centroid counts
         zeros = lambda size, dtype=c.param_dtype: nnx.Param(jnp.zeros(size, dtype))  # noqa: E731
         k_hidden, k_new = (jax.random.fold_in(key, i) for i in (1, 2))
@@ -223,9 +225,9 @@ class Router(nnx.Module):
         self.weight = normal(key, (rows, old), std, c)
         self.new_weight = normal(k_new, (rows, new), std, c) if new else None
         # In float32, because a smaller type would lose steps of bias_rate once the bias is large.
-        self.selection_bias = zeros(old + new, jnp.float32) if c.bias_rate else None
+        self.selection_bias = zeros(old + new, jnp.float32) if mixture.bias_rate else None
         # A float, as all parameters are; it holds every number of experts exactly.
-        self.slot = nnx.Param(jnp.arange(old + new, dtype=jnp.float32)) if c.pruned != "no" else None
+        self.slot = nnx.Param(jnp.arange(old + new, dtype=jnp.float32)) if mixture.pruning != "no" else None
 
     def logits(self, tokens: Float[Array, "T D"], key=None) -> tuple[Float[Array, "T E"], Any]:
         """The logits of all columns (see `Experts`), and the key for sampling."""

@@ -52,16 +52,16 @@ class Block(nnx.Module):
         self.config = config
         k_attention, k_ffn = jax.random.split(key)
         self.attention_norm = norm_of(config)
-        self.attention = (MixtureOfHeads if config.attention_experts else Attention)(config, k_attention)
+        self.attention = (MixtureOfHeads if config.attention_experts.E else Attention)(config, k_attention)
         self.ffn_norm = norm_of(config)
-        self.ffn = (SparseExperts if config.E else FeedForward)(config, k_ffn)
+        self.ffn = (SparseExperts if config.experts.E else FeedForward)(config, k_ffn)
 
     def __call__(self, x, context: Context, token_mask, cache, key):
         key_attention = None if key is None else jax.random.fold_in(key, 1)
         y, cache, heads = self.attention(self.attention_norm(x), context, cache, token_mask, key_attention)
         x = x + self.config.m_res * y
         y = self.ffn_norm(x)
-        y, experts = self.ffn(y, token_mask, key) if self.config.E else (self.ffn(y), None)
+        y, experts = self.ffn(y, token_mask, key) if self.config.experts.E else (self.ffn(y), None)
         return x + self.config.m_res * y, cache, (experts, heads)
 
 

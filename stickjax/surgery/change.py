@@ -1,6 +1,5 @@
 """Larger and smaller models of a trained one; the model that is given stays as it is."""
 
-import dataclasses
 from collections.abc import Mapping
 
 import jax
@@ -41,11 +40,12 @@ def extend(model: Transformer, key: jax.Array, *, experts: int = 0, attention_ex
     present = {kind.name for kind in kinds_of(model.config)}
     for name, number in added.items():
         if number and name not in present:
-            raise ValueError(f"{number} modules to add to {name}, of which the model has none: {KINDS[name].old}=0")
-    fields = {KINDS[name].new: number for name, number in added.items()}
-    config, leaves = dataclasses.replace(model.config, **fields), named_leaves(model)
+            raise ValueError(f"{number} modules to add to {name}, of which the model has none: {KINDS[name].field}.E=0")
+    config, leaves = model.config, named_leaves(model)
     for name in present:
-        place, E, new = f"blocks/{name}/router", getattr(config, KINDS[name].old), added[name]
+        config = KINDS[name].changed(config, added=added[name])
+    for name in present:
+        place, E, new = f"blocks/{name}/router", KINDS[name].mixture(config).E, added[name]
         behind = {"slot": jnp.arange(E, E + new, dtype=jnp.float32), "selection_bias": jnp.zeros(new)}
         for leaf, values in behind.items():
             if (old := leaves.get(f"{place}/{leaf}")) is not None:
@@ -59,11 +59,11 @@ def merged(model: Transformer) -> Transformer:
 
     >>> from stickjax.config import ModelConfig
     >>> config = ModelConfig(V=16, D=8, L=2, N=2, K=1, H=4, F=16, E=4, k=2, router="softmax_topk")
-    >>> merged(extend(init(config, jax.random.key(0)), jax.random.key(1), experts=3)).config.E
+    >>> merged(extend(init(config, jax.random.key(0)), jax.random.key(1), experts=3)).config.experts.E
     7
     """
     config, leaves = model.config, named_leaves(model)
-    extended = [kind for kind in kinds_of(config) if getattr(config, kind.new)]
+    extended = [kind for kind in kinds_of(config) if kind.mixture(config).added]
     if not extended:
         return model
     for kind in extended:
@@ -71,8 +71,8 @@ def merged(model: Transformer) -> Transformer:
             if "/new_" in name:
                 old = name.replace("/new_", "/")
                 leaves[old] = jnp.concatenate([leaves[old], leaves.pop(name)], axis)
-        sizes = {kind.old: getattr(config, kind.old) + getattr(config, kind.new), kind.new: 0}
-        config = dataclasses.replace(config, **sizes)
+        mixture = kind.mixture(config)
+        config = kind.changed(config, E=mixture.E + mixture.added, added=0)
     return rebuilt(config, leaves)
 
 
@@ -97,7 +97,7 @@ def prune(
         (k, N / K) are always kept.
       denominator: of the router's softmax. "old": it still runs over all columns, and a layer gives a token that never
         went to a pruned module the same bits (as in `extend`); "new": over what remains, so gates grow. One for both
-        kinds. With router="topk_softmax" the gates have no such denominator, and both are the same function.
+        kinds. With order="topk_softmax" the gates have no such denominator, and both are the same function.
     Raises:
       ValueError: neither or both of count and threshold, a count that is too small or too large, no modules, use of
         another shape, or the old denominator where an earlier pruning has left it.
@@ -113,21 +113,22 @@ def prune(
         raise ValueError(f"one of count={count} and threshold={threshold} must be given")
     model = merged(model)
     config, leaves = model.config, named_leaves(model)
-    if denominator == "old" and config.pruned == "new_denominator":
+    if denominator == "old" and any(x.pruning == "new_denominator" for x in config.mixtures().values()):
         raise ValueError("denominator='old' after a pruning with the new one: the pruned columns are no longer there")
     if missing := use.keys() - {kind.name for kind in kinds_of(config)}:
         raise ValueError(f"use of {', '.join(sorted(missing))}, of which the model has no modules")
-    fields: dict[str, int | str] = {}
+    sizes = {}
     for kind in kinds_of(config):
         slot = slots(model, kind)
         keep = slot >= 0
         limits = [what.get(kind.name) if isinstance(what, Mapping) else what for what in (count, threshold)]
         if kind.name in use and limits != [None, None]:
             keep = _kept(kind, keep, np.asarray(use[kind.name]), kind.chosen(config), *limits)
-        fields |= _keep(model, leaves, kind, slot, keep, denominator)
+        sizes[kind] = _keep(model, leaves, kind, slot, keep, denominator)
     even = all((leaves[f"blocks/{kind.name}/router/slot"] >= 0).all() for kind in kinds_of(config))
-    fields["pruned"] = "no" if even else f"{denominator}_denominator"
-    return rebuilt(dataclasses.replace(config, **fields), leaves)
+    for kind, fields in sizes.items():
+        config = kind.changed(config, **fields, pruning="no" if even else f"{denominator}_denominator")
+    return rebuilt(config, leaves)
 
 
 def _kept(kind: Kind, alive, use, k: int, count: int | None, threshold: float | None) -> np.ndarray:
@@ -149,7 +150,7 @@ def _kept(kind: Kind, alive, use, k: int, count: int | None, threshold: float | 
 
 
 def _keep(model: Transformer, leaves: dict, kind: Kind, slot, keep, denominator: str) -> dict[str, int]:
-    """Cut the leaves of one kind down to what is kept; the fields of the config that say so."""
+    """Cut the leaves of one kind down to what is kept; the fields of its mixture that say so."""
     E = int(keep.sum(1).max())
     columns = np.argsort(~keep, axis=1, kind="stable")[:, :E]  # of the kept ones, in their order
     kept = np.take_along_axis(keep, columns, 1)
@@ -166,12 +167,12 @@ def _keep(model: Transformer, leaves: dict, kind: Kind, slot, keep, denominator:
         indices = np.maximum(np.take_along_axis(slot, columns, 1), 0)
         leaves[name] = taken(leaves[name], indices, axis)
     if denominator == "new":
-        gone = 0
+        pruned = 0
         for name, axis in axes_of(model, kind, "C").items():
             leaves[name] = taken(leaves[name], columns, axis)
     else:
-        gone = keep.shape[1] - E
+        pruned = keep.shape[1] - E
         places = np.full(keep.shape, -1)
         np.put_along_axis(places, columns, np.where(kept, np.arange(E)[None], -1), 1)
     leaves[f"{place}/router/slot"] = jnp.asarray(places, jnp.float32)
-    return {kind.old: E, kind.gone: gone}
+    return {"E": E, "pruned": pruned}

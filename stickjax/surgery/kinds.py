@@ -1,5 +1,6 @@
 """The two kinds of modules: where a block has them, and what the config calls them."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from stickjax.config import ModelConfig
+from stickjax.config.experts import ExpertsConfig
 from stickjax.config.family import FamilyConfig
 from stickjax.models.parameters import leaves_of, parameter
 from stickjax.models.transformer import Transformer, init
@@ -14,32 +16,34 @@ from stickjax.storage.checkpoints import named_leaves
 
 
 class Kind(NamedTuple):
-    """`name`: the part of the block, `blocks.<name>`; `old`, `new`, `gone`: the fields of the config."""
+    """`name`: the part of the block, `blocks.<name>`; `field`: the mixture in the config."""
 
     name: str
-    old: str
-    new: str
-    gone: str
+    field: str
+
+    def mixture(self, config: ModelConfig) -> ExpertsConfig:
+        return getattr(config, self.field)
 
     def chosen(self, config: ModelConfig) -> int:
         """How many modules a token goes to."""
-        return config.k if self.name == "ffn" else config.N // config.K
+        return config.experts.k if self.name == "ffn" else config.N // config.K
+
+    def changed(self, config: ModelConfig, **fields) -> ModelConfig:
+        """The config with some fields of this mixture changed."""
+        return dataclasses.replace(config, **{self.field: dataclasses.replace(self.mixture(config), **fields)})
 
 
-KINDS = {
-    "attention": Kind("attention", "attention_experts", "new_attention_experts", "pruned_attention_experts"),
-    "ffn": Kind("ffn", "E", "new_experts", "pruned_experts"),
-}
+KINDS = {"attention": Kind("attention", "attention_experts"), "ffn": Kind("ffn", "experts")}
 
 
 def kinds_of(config: FamilyConfig) -> list[Kind]:
     """The kinds that a model has; ValueError for a model without modules, and for one whose modules cannot change."""
-    kinds = [kind for kind in KINDS.values() if hasattr(config, kind.new)]
+    kinds = [kind for kind in KINDS.values() if isinstance(getattr(config, kind.field, None), ExpertsConfig)]
     if not kinds:
         raise ValueError(f"a model of family={config.family!r} has no modules that can be added or pruned")
-    kinds = [kind for kind in kinds if getattr(config, kind.old)]
+    kinds = [kind for kind in kinds if kind.mixture(config).E]
     if not kinds:
-        raise ValueError("the model has no modules: E=0 and attention_experts=0")
+        raise ValueError("the model has no modules: experts.E=0 and attention_experts.E=0")
     return kinds
 
 

@@ -63,9 +63,9 @@ def concentrate(
     """
     config = read_config(run)
     kinds_of(config.model)
-    still = ["!*.selection_bias"] if config.model.bias_rate else []
-    settings = {
-        "model.mi_weight": 0.0, "model.switch_weight": 0.0, "model.concentration_weight": weight,
+    still = ["!*.selection_bias"] if any(x.bias_rate for x in config.model.mixtures().values()) else []
+    losses = {"mi_weight": 0.0, "switch_weight": 0.0, "concentration_weight": weight}
+    settings = {f"model.{field}.{name}": x for field in config.model.mixtures() for name, x in losses.items()} | {
         "optim.trainable": ",".join(["*", *still]),
     }  # fmt: skip
     return fit(config.replace(settings | dict(changes or {})), str(out), init_from=str(run))

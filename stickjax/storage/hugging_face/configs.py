@@ -7,7 +7,8 @@ Those models compute one loss over all layers together; here every layer has its
 import dataclasses
 from typing import Any
 
-from stickjax.config.decoder import MODULES, ModelConfig
+from stickjax.config.decoder import MODULE_ROUTER, MODULES, ModelConfig
+from stickjax.config.experts import ExpertsConfig
 from stickjax.config.fields import nearest
 from stickjax.config.universal import SutConfig
 from stickjax.models.router import ROUTER_LOSSES
@@ -42,10 +43,8 @@ _NO_LOGITS = """
 """
 IGNORED = frozenset(_NO_LOGITS.split())
 # Fields that change no logits, or only how they are computed.
-_FREE = (
-    *ROUTER_LOSSES.values(), "sample_topk", "token_rounding", "m_width", "init_std", "dtype", "param_dtype", "remat",
-    "implementation", "skip_below",
-)  # fmt: skip
+_FREE = ("m_width", "init_std", "dtype", "param_dtype", "remat", "implementation", "skip_below")
+_FREE_OF_EXPERTS = (*ROUTER_LOSSES.values(), "sample_topk", "token_rounding")
 
 
 class _Tree:
@@ -133,7 +132,7 @@ def _granite(get: _Tree) -> dict:
 
 
 def _granitemoe(get: _Tree) -> dict:
-    return _granite(get) | dict(E=get("num_local_experts", int), k=get("num_experts_per_tok", int))
+    return _granite(get) | dict(experts=ExpertsConfig(get("num_local_experts", int), get("num_experts_per_tok", int)))
 
 
 def _jetmoe(get: _Tree) -> dict:
@@ -150,8 +149,9 @@ def _jetmoe(get: _Tree) -> dict:
     read, F = _llama(get, tied=True), get.either("intermediate_size", "ffn_hidden_size", int)
     # The normalisations of a block always use their own epsilon, not the one in the file.
     return read | dict(
-        N=N, K=K, H=get.either("kv_channels", "head_dim", int), F=F, E=E, k=k, attention_experts=E,
-        logits_scaling=1.0, expert_bias=True, norm_eps=1e-6, final_norm_eps=read["norm_eps"],
+        N=N, K=K, H=get.either("kv_channels", "head_dim", int), F=F,
+        experts=ExpertsConfig(E, k, bias=True), attention_experts=ExpertsConfig(E, bias=True),
+        logits_scaling=1.0, norm_eps=1e-6, final_norm_eps=read["norm_eps"],
     )  # fmt: skip
 
 
@@ -163,24 +163,30 @@ def _moduleformer(get: _Tree) -> dict:
     if loss not in ("mi", "switch"):
         raise ValueError(f"aux_loss_type={loss!r} is not supported, only 'mi' and 'switch'")
     losses = dict(mi_weight=weight) if loss == "mi" else dict(switch_weight=weight, z_weight=0.1 * weight)
-    return MODULES | losses | dict(
+    router = (
+        MODULE_ROUTER
+        | losses
+        | dict(network=get("gate_type", str), hidden=get("gating_size", int), sample_topk=get("sample_topk", int, 0))
+    )
+    return MODULES | dict(
         V=get("vocab_size", int), D=D, L=get("n_layer", int), N=K * get("k_att", int), K=K,
-        H=get.quotient("att_hidden", "n_head"), F=get("ffd_hidden", int), E=get("n_mlp_experts", int),
-        k=get("k_mlp", int), attention_experts=get("n_att_experts", int),
+        H=get.quotient("att_hidden", "n_head"), F=get("ffd_hidden", int),
+        experts=ExpertsConfig(get("n_mlp_experts", int), get("k_mlp", int), **router),
+        attention_experts=ExpertsConfig(get("n_att_experts", int), **router),
         # The original has no projections if their result would have the size of the input.
         key_value="input" if (A, K) == (D, 1) else "biased",
-        router_network=get("gate_type", str), router_hidden=get("gating_size", int),
-        norm_eps=1e-5, sample_topk=get("sample_topk", int, 0),
+        norm_eps=1e-5,
     )  # fmt: skip
 
 
 def _to_moduleformer(c: ModelConfig) -> dict:
-    loss = "switch" if c.switch_weight else "mi"
+    x = c.experts
+    loss = "switch" if x.switch_weight else "mi"
     return dict(
-        vocab_size=c.vocabulary, n_embd=c.D, n_layer=c.L, n_head=c.K, att_hidden=c.K * c.H, k_att=c.N // c.K, k_mlp=c.k,
-        n_att_experts=c.attention_experts, n_mlp_experts=c.E, ffd_hidden=c.F, activation_function="gelu_new",
-        gate_type=c.router_network, gating_size=c.router_hidden, aux_loss_type=loss,
-        aux_loss_weight=c.switch_weight or c.mi_weight, sample_topk=c.sample_topk,
+        vocab_size=c.vocabulary, n_embd=c.D, n_layer=c.L, n_head=c.K, att_hidden=c.K * c.H, k_att=c.N // c.K, k_mlp=x.k,
+        n_att_experts=c.attention_experts.E, n_mlp_experts=x.E, ffd_hidden=c.F, activation_function="gelu_new",
+        gate_type=x.network, gating_size=x.hidden, aux_loss_type=loss,
+        aux_loss_weight=x.switch_weight or x.mi_weight, sample_topk=x.sample_topk,
         layer_norm_epsilon=c.norm_eps, tie_word_embeddings=False,
     )  # fmt: skip
 
@@ -203,12 +209,12 @@ def _to_granite(c: ModelConfig) -> dict:
 
 
 def _to_granitemoe(c: ModelConfig) -> dict:
-    return _to_granite(c) | dict(num_local_experts=c.E, num_experts_per_tok=c.k)
+    return _to_granite(c) | dict(num_local_experts=c.experts.E, num_experts_per_tok=c.experts.k)
 
 
 def _to_jetmoe(c: ModelConfig) -> dict:
     return _to_llama(c) | dict(
-        activation_function="silu", kv_channels=c.H, num_local_experts=c.E, num_experts_per_tok=c.k
+        activation_function="silu", kv_channels=c.H, num_local_experts=c.experts.E, num_experts_per_tok=c.experts.k
     )
 
 
@@ -254,13 +260,13 @@ def kind_of(c: ModelConfig | SutConfig) -> str:
 
 def _nearest_decoder(c: ModelConfig) -> str:
     if c.attention == "stick_breaking":
-        if not (c.attention_experts and c.E):
+        if len(c.mixtures()) < 2:
             raise ValueError(
                 "no model_type has stick-breaking attention without experts of both kinds, but "
-                f"attention_experts={c.attention_experts} and E={c.E}"
+                f"attention_experts.E={c.attention_experts.E} and experts.E={c.experts.E}"
             )
         return "moduleformer"
-    return "jetmoe" if c.attention_experts else "granitemoe" if c.E else "granite"
+    return "jetmoe" if c.attention_experts.E else "granitemoe" if c.experts.E else "granite"
 
 
 _NEAREST = {ModelConfig: _nearest_decoder}
@@ -284,8 +290,11 @@ def _effective(c: ModelConfig) -> dict:
     """The fields that the logits depend on; None is replaced by the value that it stands for."""
     stood_for = dict(V=c.vocabulary, logits_scaling=_logits_scaling(c), final_norm_eps=_final_norm_eps(c))
     c = dataclasses.replace(c, attention_scale=c.scale, **stood_for)
-    free = {*_FREE}
-    free |= {"rope_theta"} if c.attention == "stick_breaking" else set()
-    free |= {"router_hidden"} if c.router_network == "linear" else set()
-    free |= set() if c.E or c.attention_experts else {"k", "router", "router_network", "router_hidden", "expert_bias"}
-    return {name: value for name, value in dataclasses.asdict(c).items() if name not in free}
+    free = {*_FREE} | ({"rope_theta"} if c.attention == "stick_breaking" else set())
+    fields = {name: value for name, value in dataclasses.asdict(c).items() if name not in free}
+    for name in ("experts", "attention_experts"):
+        mixture = fields.pop(name)
+        unused = {*_FREE_OF_EXPERTS} | ({"hidden"} if mixture["network"] == "linear" else set())
+        unused |= {"k"} if name == "attention_experts" else set()  # N / K
+        fields |= {f"{name}.{n}": value for n, value in mixture.items() if n not in unused}
+    return fields

@@ -2,17 +2,20 @@
 
 A row of a table says: the tensor `theirs`, with {} for the number of the layer, has these axes; the leaf `ours` has the
 axes of the table of parameters, without the leading axis L of the layers. The letters are the fields of the config,
-besides A for `attention_experts` and R for `router_hidden`. Letters written together are one axis, the last
+besides E and A for the experts of the two kinds, and R for the
+`hidden` of their routers. Letters written together are one axis, the last
 letter fastest: torch's weight "NH D" of N heads is our "D N H". A digit is a size: in "2F D" the rows of the gate come
 first, then the rows of the other half. If only one side has a digit, the row is about the entry `part` of that axis.
 """
 
+import operator
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from stickjax.config import ModelConfig
+from stickjax.config.experts import ExpertsConfig
 from stickjax.models.layers import gates
 from stickjax.models.parameters import axes_by_name
 from stickjax.models.transformer import init
@@ -92,11 +95,11 @@ def _moduleformer(c: ModelConfig) -> list[Row]:
         *_layer_norm("blocks/attention_norm", f"{layer}.ln_1"),
         Row("blocks/attention/expert_query", f"{heads}.experts.weight", "A D KH"),
         Row("blocks/attention/expert_output", f"{heads}.output_experts.weight", "A KH D"),
-        *_router(c, "blocks/attention/router", f"{heads}.gate", "A"),
+        *_router(c.attention_experts, "blocks/attention/router", f"{heads}.gate", "A"),
         *_layer_norm("blocks/ffn_norm", f"{layer}.ln_2"),
         Row("blocks/ffn/w_in", f"{mlp}.experts.weight", "E D F"),
         Row("blocks/ffn/w_out", f"{mlp}.output_experts.weight", "E F D"),
-        *_router(c, "blocks/ffn/router", f"{mlp}.gate", "E"),
+        *_router(c.experts, "blocks/ffn/router", f"{mlp}.gate", "E"),
         *_layer_norm("norm", "transformer.ln_f"),
         Row("unembed", "lm_head.weight", "V D"),
     ]
@@ -111,10 +114,10 @@ def _layer_norm(ours: str, theirs: str) -> list[Row]:
     return [Row(f"{ours}/scale", f"{theirs}.weight", "D"), Row(f"{ours}/bias", f"{theirs}.bias", "D")]
 
 
-def _router(c: ModelConfig, ours: str, theirs: str, count: str) -> list[Row]:
-    if c.router_network == "linear":
+def _router(mixture: ExpertsConfig, ours: str, theirs: str, count: str) -> list[Row]:
+    if mixture.network == "linear":
         return [Row(f"{ours}/weight", f"{theirs}.w_gate.0.weight", f"{count} D")]
-    if c.router_network == "mlp":
+    if mixture.network == "mlp":
         return [
             Row(f"{ours}/hidden", f"{theirs}.w_gate.0.weight", "R D"),
             Row(f"{ours}/hidden_bias", f"{theirs}.w_gate.0.bias", "R"),
@@ -139,8 +142,8 @@ def table(model_type: str, c: ModelConfig) -> list[Row]:
 
 def _sizes(c: ModelConfig, name: str, axes: str) -> str:
     """The axes of one of our leaves with letters that name sizes of the config."""
-    experts = "A" if name.startswith("blocks.attention.") else "E"
-    sizes = {"E": experts, "C": experts, "G": str(gates(c)), "R": "D" if c.router_network == "linear" else "R"}
+    experts, mixture = ("A", c.attention_experts) if name.startswith("blocks.attention.") else ("E", c.experts)
+    sizes = {"E": experts, "C": experts, "G": str(gates(c)), "R": "D" if mixture.network == "linear" else "R"}
     return " ".join(sizes.get(axis, axis) for axis in axes.split())
 
 
@@ -181,7 +184,8 @@ def shape(config: ModelConfig, layout: str) -> tuple[int, ...]:
 def _size(config: ModelConfig, letter: str) -> int:
     if letter.isdigit():
         return int(letter)
-    return getattr(config, {"A": "attention_experts", "R": "router_hidden", "V": "vocabulary"}.get(letter, letter))
+    names = {"A": "attention_experts.E", "E": "experts.E", "R": "experts.hidden", "V": "vocabulary"}
+    return operator.attrgetter(names.get(letter, letter))(config)
 
 
 def _place(config: ModelConfig, target: np.ndarray, to: str, source: np.ndarray, of: str, part: int) -> None:

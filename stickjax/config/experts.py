@@ -1,0 +1,66 @@
+"""A mixture of experts as a dataclass: of the feed-forward network, or of the attention heads."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from stickjax.config.fields import accept_former_names, check_fields, field
+
+
+@accept_former_names
+@dataclass(frozen=True)
+class ExpertsConfig:
+    """How many experts there are, how a token chooses among them, and what their router is trained by."""
+
+    E: int = field(0, "experts; 0: none", at_least=0)
+    k: int = field(0, "experts chosen per token; for attention heads 0 stands for N / K", at_least=0)
+    order: Literal["topk_softmax", "softmax_topk"] = field("topk_softmax", "order of the selection and the softmax")
+    network: Literal["linear", "mlp", "gmm"] = field(
+        "linear", "what makes the router's logits; gmm: cosines with a centroid per expert"
+    )
+    hidden: int = field(256, "hidden width of the mlp and gmm router networks", at_least=1)
+    bias: bool = field(False, "add a bias to the output")
+    sample_topk: int = field(0, "in training, how many of the k experts are sampled instead of the best", at_least=0)
+    token_rounding: int = field(
+        0, "in training, drop rows with the smallest gates, to a multiple per expert and device; 0: no", at_least=0
+    )
+    switch_weight: float = field(0.0, "weight of the load-balancing loss E * sum_e f_e P_e", at_least=0)
+    z_weight: float = field(0.0, "weight of mean(logsumexp(router logits)^2)", at_least=0)
+    mi_weight: float = field(0.0, "weight of the mutual-information loss H(e|x) - H(e)", at_least=0)
+    concentration_weight: float = field(
+        0.0, "weight of H(e): fine-tuning with it leaves few experts in use", at_least=0
+    )
+    bias_rate: float = field(0.0, "step of the auxiliary-loss-free router bias; 0: no bias", at_least=0)
+    added: int = field(0, "experts added to the E of a trained model, in leaves of their own", at_least=0)
+    pruned: int = field(0, "pruned experts that keep their share of the router's softmax", at_least=0)
+    pruning: Literal["no", "old_denominator", "new_denominator"] = field(
+        "no", "whether experts were pruned, and whether they still count in the router's softmax"
+    )
+
+    def __post_init__(self):
+        check_fields(self)
+
+    def check(self, name: str, k: int) -> None:
+        """Raise ValueError, with the name of the mixture, for values that do not fit each other or the k of a token."""
+        E = self.E
+        if not E:
+            if used := [f"{n}={value!r}" for n, value in self.changes().items()]:
+                raise ValueError(f"{name}: {', '.join(used)} needs experts, but E=0")
+            return
+        if k > E:
+            raise ValueError(f"{name}: k={k} experts per token cannot exceed E={E} experts")
+        if not k:
+            raise ValueError(f"{name}: E={E} experts need k >= 1 experts per token")
+        if k == 1 and self.order == "topk_softmax":
+            raise ValueError(
+                f"{name}: k=1 with order='topk_softmax' has a constant gate and trains no router; use k >= 2 or "
+                "'softmax_topk'"
+            )
+        if self.sample_topk > k:
+            raise ValueError(f"{name}: sample_topk={self.sample_topk} cannot exceed k={k}")
+        if self.pruned and self.pruning != "old_denominator":
+            raise ValueError(f"{name}: pruned={self.pruned} needs pruning='old_denominator'")
+
+    def changes(self) -> dict:
+        """The fields that differ from their defaults."""
+        default = ExpertsConfig()
+        return {n: value for n, value in vars(self).items() if value != getattr(default, n)}
