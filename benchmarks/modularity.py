@@ -60,7 +60,7 @@ def trained(loaded: Loaded, config: Config, changes: dict, folder: Path, name: s
     steps = max(1, config.train.steps // 3)
     quarter = steps * config.data.tokens_per_step // 4
     config = config.replace(
-        {"train.steps": steps, "train.checkpoint_every": steps, "model.mi_weight": 0.0}
+        {"train.steps": steps, "train.checkpoint_every": steps, "model.experts.mi_weight": 0.0}
         | {"optim.warmup_tokens": quarter, "optim.decay_tokens": quarter}
         | changes
     )
@@ -90,7 +90,7 @@ def one(config: Config, seed: int, folder: Path) -> dict:
     result: dict = {"seed": seed, "information": follow(run, config, [0, *steps])}
     before = {name: loss(base.model, config, name) for name in (*config.data.sources, NEW)}
 
-    alone = {"data.source": first, "model.concentration_weight": 0.1}
+    alone = {"data.source": first, "model.experts.concentration_weight": 0.1}
     few = trained(base, config, alone, folder, "concentrated")
     result["concentrated"] = {
         "whole": loss(few.model, config, first),
@@ -98,9 +98,9 @@ def one(config: Config, seed: int, folder: Path) -> dict:
         "at random": loss(pruned(few.model, config, first, np.random.default_rng(seed)), config, first),
     }
     third = {"data.source": NEW}
-    E, A = config.model.E // 2, config.model.attention_experts // 2
+    E, A = config.model.experts.E // 2, config.model.attention_experts.E // 2
     wider = extend(base.model, jax.random.key(seed), experts=E, attention_experts=A)
-    sizes = {"model.new_experts": E, "model.new_attention_experts": A}
+    sizes = {"model.experts.added": E, "model.attention_experts.added": A}
     models = {
         "extended": (
             Loaded(wider, config.replace(sizes), base.tokenizer, 0),

@@ -207,8 +207,8 @@ def test_the_recipe_of_trained_heads(tmp_path, monkeypatch, capsys):
     run, out = tmp_path / "run", tmp_path / "heads.npz"
     changes = [f"--model.{name}={value}" for name, value in MODEL.items()]
     fast = [
-        "--model.E=0",
-        "--model.k=0",
+        "--model.experts.E=0",
+        "--model.experts.k=0",
         "--data.T=32",
         "--data.B=2",
         "--train.steps=1",

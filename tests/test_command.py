@@ -78,7 +78,7 @@ def test_numbers_of_a_command_line_have_bounds():
 SUGGESTED = {
     "--lr": "optim.peak_lr", "--learning-rate": "optim.peak_lr", "--batch-size": "data.B", "--seq-len": "data.T",
     "--epochs": "train.steps", "--data": "data.path", "--model": "CONFIG", "--rnu": "--run", "--out": "--run",
-    "--peak-lr": "optim.peak_lr", "--steps": "train.steps", "--experts": "model.E", "--init": "--init-from",
+    "--peak-lr": "optim.peak_lr", "--steps": "train.steps", "--experts": "model.experts.E", "--init": "--init-from",
 }  # fmt: skip
 
 

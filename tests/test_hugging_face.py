@@ -89,10 +89,10 @@ def test_losses_and_gradients_are_the_originals(loaded, folder, monkeypatch):
     tree, tokens = json.loads((folder / "config.json").read_text()), expected["input_ids"]
     if folder.parent.name == "hf":
         weight = tree.get("router_aux_loss_coef", tree.get("aux_loss_coef", 0.0))
-        config = config.replace({"model.switch_weight": weight})
+        config = config.replace({"model.experts.switch_weight": weight})
         weighted = jax.eval_shape(lambda: family_of(config.model).init(config.model, jax.random.key(0)))
         model = jax.tree.unflatten(jax.tree.structure(weighted), jax.tree.leaves(model))
-        repeats = (1, 2) if config.model.attention_experts else (1,)
+        repeats = (1, 2) if config.model.attention_experts.E else (1,)
         monkeypatch.setattr(transformer, "router_stats", of_all_routers(*repeats))
     m = config.model
     # All tokens go through the routers; all but the first are targets.

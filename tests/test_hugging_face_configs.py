@@ -209,7 +209,7 @@ def test_each_entry_counts_and_has_the_default_of_transformers(kind, entry):
 
 def test_what_only_training_looks_at_is_read():
     model = to_ours(MODULEFORMER)[0]
-    assert (model.switch_weight, model.z_weight, model.sample_topk, model.mi_weight) == (0.25, 0.025, 1, 0)
+    assert (model.experts.switch_weight, model.experts.z_weight, model.experts.sample_topk, model.experts.mi_weight) == (0.25, 0.025, 1, 0)
     assert to_ours(MODULEFORMER | dict(aux_loss_type="mi"))[0].mi_weight == 0.25
 
 
@@ -248,7 +248,7 @@ def test_published_configs_are_read():
         rope_theta=10000.0, rotary_percent=1.0, tie_word_embeddings=True, torch_dtype="bfloat16", vocab_size=32000,
     )  # fmt: skip
     model = to_ours(jetmoe_8b)[0]
-    assert (model.F, model.E, model.k, model.L, model.norm_eps, model.final_norm_eps) == (5632, 8, 2, 24, 1e-6, 1e-5)
+    assert (model.F, model.experts.E, model.experts.k, model.L, model.norm_eps, model.final_norm_eps) == (5632, 8, 2, 24, 1e-6, 1e-5)
 
 
 NOT_SUPPORTED = dict(

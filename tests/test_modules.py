@@ -205,7 +205,7 @@ def test_pruned_layer_against_a_dense_one(denominator, implementation):
     counts = {"ffn": np.array([[9, 1, 9, 2, 9, 9], [9, 9, 9, 9, 9, 9]])}
     pruned = prune(model, counts, threshold=0.1, denominator=denominator)
     alive = np.array([True, False, True, False, True, True])
-    assert pruned.config.E == 6  # the second layer keeps all: the first one has two empty places
+    assert pruned.config.experts.E == 6  # the second layer keeps all: the first one has two empty places
     slot = pruned.blocks.ffn.router.slot[...]
     columns = alive if denominator == "old" else np.arange(6) < 4
     same(slot[0], np.where(columns, np.cumsum(columns) - 1, -1))
@@ -223,7 +223,7 @@ def test_pruned_heads_leave_other_tokens_alone(model):
     x = jnp.asarray(np.random.default_rng(3).normal(size=(1, 40, 16)), jnp.float32)
     counts = {"attention": np.array([[9, 1, 9, 9], [9, 9, 1, 9]])}
     pruned = prune(model, counts, count=3)
-    assert (pruned.config.attention_experts, pruned.config.pruned_attention_experts, pruned.config.E) == (3, 1, 6)
+    assert (pruned.config.attention_experts.E, pruned.config.attention_experts.pruned, pruned.config.experts.E) == (3, 1, 6)
     router = jax.tree.map(lambda leaf: leaf[0], model.blocks.attention.router)
     chosen = np.asarray(router(x[0])[0])
     untouched = (chosen != 1).all(1)
@@ -256,7 +256,7 @@ def test_nothing_used_less_than_the_threshold_changes_nothing(model):
 def test_a_threshold_keeps_what_a_token_needs(model):
     counts = {"ffn": np.array([[0, 5, 0, 4, 1, 0], [0, 0, 0, 0, 0, 0]])}
     pruned = prune(model, counts, threshold=1.0)
-    assert pruned.config.E == 2
+    assert pruned.config.experts.E == 2
     same(pruned.blocks.ffn.router.slot[...] >= 0, [[0, 1, 0, 1, 0, 0], [1, 1, 0, 0, 0, 0]])
 
 
@@ -278,14 +278,14 @@ def test_prune_again_and_extend(model, denominator):
     assert routed.shape == (2, columns[1] + 2)
     assert_close(routed.sum(1), [1.0, 1.0], FORWARD["float32"])
     both = merged(extended)
-    assert both.config.E == 5
+    assert both.config.experts.E == 5
     assert_close(run(both, TOKENS).logits, run(extended, TOKENS).logits, FORWARD["float32"])
 
 
 def test_uneven_layers_and_the_new_denominator(model):
     counts = {"ffn": np.array([[9, 0, 9, 0, 9, 9], [9, 0, 9, 0, 0, 9]])}
     pruned = prune(model, counts, threshold=0.1, denominator="new")
-    assert (pruned.config.E, pruned.config.pruned_experts, pruned.config.pruned) == (4, 0, "new_denominator")
+    assert (pruned.config.experts.E, pruned.config.experts.pruned, pruned.config.experts.pruning) == (4, 0, "new_denominator")
     load = run(pruned, TOKENS).router.load
     assert load.shape == (2, 4)
     assert load[1, 3] == 0
@@ -371,7 +371,7 @@ def test_extend_then_train(trained, tmp_path, capsys):
     pruned, few = (str(tmp_path / name) for name in ("pruned", "few"))
     assert main(["prune", new, pruned, "--threshold=0.01", "--denominator=new", "--tokens=480"]) == 0
     config = load(pruned).config
-    assert config.optim.trainable == "*" and config.model.new_experts == config.model.pruned_experts == 0
+    assert config.optim.trainable == "*" and config.model.experts.added == config.model.experts.pruned == 0
     assert main(["concentrate", new, few, "--train.steps=1"]) == 0
     assert load(few).config.optim.trainable == "*"
 
@@ -390,7 +390,7 @@ def test_prune_and_report(trained, tmp_path, capsys, monkeypatch):
     assert main(["prune", trained.base, out, "--count=3", "--kind=ffn", "--source=logic", "--tokens=480"]) == 0
     assert "keeps at most 3 of ffn in a layer" in capsys.readouterr().out
     config = load(out).config.model
-    assert (config.E, config.pruned_experts, config.attention_experts) == (3, 3, 4)
+    assert (config.experts.E, config.experts.pruned, config.attention_experts.E) == (3, 3, 4)
     picture = tmp_path / "use.png"
     with monkeypatch.context() as patch:
         patch.setattr(os, "access", lambda path, mode: False)
@@ -418,7 +418,7 @@ def test_concentrate(trained, tmp_path):
 
 
 def test_concentration_stops_the_bias_that_balances(trained, tmp_path):
-    config = load(trained.base).config.replace({"model.bias_rate": 0.1, "train.steps": 1})
+    config = load(trained.base).config.replace({"model.experts.bias_rate": 0.1, "train.steps": 1})
     base, few = str(tmp_path / "base"), str(tmp_path / "few")
     train.fit(config, base, quiet=True)
     concentrate(base, few)

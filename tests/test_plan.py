@@ -241,7 +241,7 @@ def test_estimate_by_hand(compiled):
 
 def test_what_does_not_fit_is_changed_until_it_does(compiled, capsys):
     machine, _ = compiled
-    dense = {"model.E": 0, "model.k": 0, "model.L": 1}
+    dense = {"model.experts.E": 0, "model.experts.k": 0, "model.L": 1}
     step = aot.compile_step(small(**dense), machine)
     few = machine._replace(memory=int(step.peak / estimate.FITS) - 1)
     found = search.nearest_changes(step, few)

@@ -19,7 +19,7 @@ SMALL = {"data.source": "text", "data.path": __file__, "data.T": 16, "data.B": 4
 DECODER = Config().replace(
     SMALL | {
         "model.V": 257, "model.D": 16, "model.L": 2, "model.N": 4, "model.K": 2, "model.H": 8, "model.F": 16,
-        "model.E": 4, "model.k": 2, "optim.warmup_tokens": 0,
+        "model.experts.E": 4, "model.experts.k": 2, "optim.warmup_tokens": 0,
     }
 )  # fmt: skip
 SUT = Config(
@@ -123,7 +123,7 @@ def test_on_a_mesh_it_is_the_part_of_one_device(mesh, sizes):
 
 
 def test_a_step_without_kernels_says_so():
-    lines = recorded_step(DECODER.replace({"model.attention": "softmax", "model.E": 0, "model.k": 0}))
+    lines = recorded_step(DECODER.replace({"model.attention": "softmax", "model.experts.E": 0, "model.experts.k": 0}))
     assert lines == ["no attention and no expert of the step has a kernel of its own"]
 
 
