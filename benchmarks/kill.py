@@ -26,7 +26,8 @@ from stickjax.training.step import init_state
 CONFIG = Config().replace(
     {
         "model.V": 257, "model.D": 16, "model.L": 2, "model.N": 2, "model.K": 1, "model.H": 8, "model.F": 16,
-        "model.experts.E": 4, "model.experts.k": 2, "model.experts.sample_topk": 1, "model.experts.bias_rate": 0.01, "model.experts.z_weight": 0.001,
+        "model.experts.E": 4, "model.experts.k": 2, "model.experts.sample_topk": 1,
+        "model.experts.bias_rate": 0.01, "model.experts.z_weight": 0.001,
         "data.source": "listops", "data.examples": 2000, "data.T": 32, "data.B": 4, "train.accumulate": 2,
         "train.steps": 60, "train.log_every": 1, "train.checkpoint_every": 5, "optim.peak_lr": 0.01,
     }

@@ -6,12 +6,14 @@ from collections import Counter
 import jax
 import pytest
 
-from stickjax.config import Config, ModelConfig
+from stickjax.config import Config, ExpertsConfig, ModelConfig
 from stickjax.plan import aot
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 L, MATRICES = 3, 7  # of a layer: query, key, value, output, router, and the two of the experts
-MODEL = ModelConfig(V=64, D=32, L=L, N=4, K=2, H=8, F=16, experts=ExpertsConfig(E=4, k=2), remat="full", dtype="bfloat16")
+MODEL = ModelConfig(
+    V=64, D=32, L=L, N=4, K=2, H=8, F=16, experts=ExpertsConfig(E=4, k=2), remat="full", dtype="bfloat16"
+)
 # Gathered forward, and again for the backward pass, where it is reduced.
 FSDP = {"all-gather": 2 * L * MATRICES + 1, "reduce-scatter": L * MATRICES + 1}
 # Tokens, choices and gates, twice; then the gradient of the outputs. Outputs, and the gradients of tokens and gates.

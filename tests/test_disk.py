@@ -11,7 +11,7 @@ import pytest
 
 import stickjax
 from stickjax import convert
-from stickjax.config import Config, ModelConfig
+from stickjax.config import Config, ExpertsConfig, ModelConfig
 from stickjax.evaluation import plots
 from stickjax.models.transformer import init
 from stickjax.storage.run_folder import Loaded, save
@@ -93,7 +93,9 @@ def test_metrics_say_what_is_full(tmp_path, limit):
 
 
 def test_models_are_written_whole_or_not(tmp_path, limit, capsys):
-    config = Config(ModelConfig(V=257, D=8, L=2, N=2, K=1, H=4, F=16, experts=ExpertsConfig(E=4, k=2), attention="softmax"))
+    config = Config(
+        ModelConfig(V=257, D=8, L=2, N=2, K=1, H=4, F=16, experts=ExpertsConfig(E=4, k=2), attention="softmax")
+    )
     model = init(config.model, jax.random.key(0))
     stickjax.export(Loaded(model, config, None, 0), tmp_path / "theirs")
     save(tmp_path / "run", model, config)

@@ -13,6 +13,7 @@ from flax import nnx
 import stickjax
 from stickjax import Config, DataConfig, ModelConfig, SutConfig
 from stickjax.__main__ import main
+from stickjax.config import ExpertsConfig
 from stickjax.config.attention import ATTENTION, AttentionVariant
 from stickjax.config.family import MODEL_CONFIGS, FamilyConfig
 from stickjax.models.families import FAMILIES

@@ -15,7 +15,8 @@ import pytest
 
 import stickjax.generate
 from stickjax import Config, ModelConfig
-from stickjax.config.decoder import MODULES
+from stickjax.config import ExpertsConfig
+from stickjax.config.decoder import MODULE_ROUTER, MODULES
 from stickjax.data.tokenizer import ByteTokenizer, load_tokenizer
 from stickjax.generate import _advance, _bucket, generate, generate_text, main
 from stickjax.models.transformer import init
@@ -47,14 +48,22 @@ def model():
     "changes, lengths",
     [
         (dict(), (1, 17, 70)),  # rows of one to two buckets: padding of 127 places and of 58
-        (dict(E=4, k=2, remainder="value", attend_current=True, tied=False, remat="full"), (3, 9)),
+        (dict(experts=ExpertsConfig(4, 2), remainder="value", attend_current=True, tied=False, remat="full"), (3, 9)),
         (dict(attention="softmax", K=2), (1, 17, 5)),
-        (dict(attention="softmax", E=4, k=2, window=6), (3, 9)),
+        (dict(attention="softmax", experts=ExpertsConfig(4, 2), window=6), (3, 9)),
         (dict(skip_below=-20.0, K=2), (300, 290)),  # longer than a tile of keys, so that one is skipped
         (dict(remainder="bias", head_norm=True, K=2, window=6), (1, 17, 5)),
         # A ModuleFormer whose keys are its values.
         (
-            MODULES | dict(N=2, K=1, H=32, attention_experts=3, E=4, k=2, key_value="input", router_hidden=8),
+            MODULES
+            | dict(
+                N=2,
+                K=1,
+                H=32,
+                key_value="input",
+                experts=ExpertsConfig(4, 2, hidden=8, **MODULE_ROUTER),
+                attention_experts=ExpertsConfig(3, hidden=8, **MODULE_ROUTER),
+            ),
             (1, 17, 5),
         ),
     ],

@@ -9,6 +9,7 @@ from conftest import FORWARD, assert_close
 from safetensors.numpy import save_file
 
 import stickjax
+from stickjax.config import ExpertsConfig
 from stickjax.config.decoder import ModelConfig
 from stickjax.storage.hugging_face import configs, names
 from stickjax.storage.hugging_face.configs import to_ours, to_theirs
@@ -209,7 +210,12 @@ def test_each_entry_counts_and_has_the_default_of_transformers(kind, entry):
 
 def test_what_only_training_looks_at_is_read():
     model = to_ours(MODULEFORMER)[0]
-    assert (model.experts.switch_weight, model.experts.z_weight, model.experts.sample_topk, model.experts.mi_weight) == (0.25, 0.025, 1, 0)
+    assert (
+        model.experts.switch_weight,
+        model.experts.z_weight,
+        model.experts.sample_topk,
+        model.experts.mi_weight,
+    ) == (0.25, 0.025, 1, 0)
     assert to_ours(MODULEFORMER | dict(aux_loss_type="mi"))[0].mi_weight == 0.25
 
 
@@ -218,7 +224,17 @@ def test_the_originals_have_epsilons_of_their_own():
     assert (jetmoe.norm_eps, jetmoe.final_norm_eps, moduleformer.norm_eps) == (1e-6, 0.05, 1e-5)
     assert to_theirs(jetmoe, 8)["rms_norm_eps"] == 0.05
     with pytest.raises(ValueError, match="'jetmoe', the nearest to this model, has no norm_eps=1e-05"):
-        to_theirs(ModelConfig(V=8, attention="softmax", experts=ExpertsConfig(E=4, k=2, bias=True), attention_experts=ExpertsConfig(E=4, bias=True), N=4, K=2), 8)
+        to_theirs(
+            ModelConfig(
+                V=8,
+                attention="softmax",
+                experts=ExpertsConfig(E=4, k=2, bias=True),
+                attention_experts=ExpertsConfig(E=4, bias=True),
+                N=4,
+                K=2,
+            ),
+            8,
+        )
 
 
 # config.json as published
@@ -248,7 +264,14 @@ def test_published_configs_are_read():
         rope_theta=10000.0, rotary_percent=1.0, tie_word_embeddings=True, torch_dtype="bfloat16", vocab_size=32000,
     )  # fmt: skip
     model = to_ours(jetmoe_8b)[0]
-    assert (model.F, model.experts.E, model.experts.k, model.L, model.norm_eps, model.final_norm_eps) == (5632, 8, 2, 24, 1e-6, 1e-5)
+    assert (model.F, model.experts.E, model.experts.k, model.L, model.norm_eps, model.final_norm_eps) == (
+        5632,
+        8,
+        2,
+        24,
+        1e-6,
+        1e-5,
+    )
 
 
 NOT_SUPPORTED = dict(

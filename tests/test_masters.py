@@ -102,7 +102,12 @@ def test_a_run_begins_with_values_of_float32_and_keeps_its_masters_to_the_bit(pu
 
 def test_what_is_frozen_and_what_is_float32_has_no_master():
     make = lambda *args, **changes: jax.eval_shape(lambda: init_state(config(*args, **changes), jax.random.key(0)))  # noqa: E731
-    experts = {"model.experts.E": 4, "model.experts.k": 2, "model.experts.bias_rate": 0.01, "optim.trainable": "*,!embed"}
+    experts = {
+        "model.experts.E": 4,
+        "model.experts.k": 2,
+        "model.experts.bias_rate": 0.01,
+        "optim.trainable": "*,!embed",
+    }
     state = make("bfloat16", **experts)
     names, bias = masters_of(state).keys(), "blocks/ffn/router/selection_bias"
     assert names == named_leaves(state.params).keys() - {"embed", bias}

@@ -11,7 +11,7 @@ from conftest import FORWARD, GRADIENT, assert_close
 from flax import nnx
 
 from pallas_kernels import route, stick_breaking_attention
-from stickjax.config import Config, ModelConfig
+from stickjax.config import Config, ExpertsConfig, ModelConfig
 from stickjax.config.universal import SutConfig
 from stickjax.models.attention import Context
 from stickjax.models.decoder import Decoder
@@ -21,15 +21,17 @@ from stickjax.models.transformer import init
 from stickjax.training.step import init_state, make_step
 
 SIZES = dict(V=31, D=16, L=2, H=4, F=24)
-SHARED = dict(D=16, K=2, H=4, attention_experts=3, implementation="reference")
+SHARED = dict(D=16, K=2, H=4, attention_experts=ExpertsConfig(3), implementation="reference")
 HERE = Path(__file__).parent
 
 
 def every_expert(layer, x):
     """The definition, with the heads of all experts at all tokens and gates of zero."""
     c, (B, T, _) = layer.config, x.shape
-    chosen, gates = choose_experts((x @ layer.router.weight[...]).reshape(B * T, -1), c.N // c.K, c.router)
-    E = c.attention_experts
+    chosen, gates = choose_experts(
+        (x @ layer.router.weight[...]).reshape(B * T, -1), c.N // c.K, c.attention_experts.order
+    )
+    E = c.attention_experts.E
     gate = (jax.nn.one_hot(chosen, E) * gates[..., None]).sum(1).reshape(B, T, E)
     key, value = (jnp.einsum("BTD,DKH->BTKH", x, w[...]) for w in (layer.key, layer.value))
     out = jnp.zeros_like(x)
@@ -45,9 +47,9 @@ def every_expert(layer, x):
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(N=6, K=2, attention_experts=5),
-        dict(N=2, K=1, attention_experts=2, remainder="value"),
-        dict(N=3, K=3, attention_experts=4, router="softmax_topk"),
+        dict(N=6, K=2, attention_experts=ExpertsConfig(5)),
+        dict(N=2, K=1, attention_experts=ExpertsConfig(2), remainder="value"),
+        dict(N=3, K=3, attention_experts=ExpertsConfig(4, order="softmax_topk")),
     ],
     ids=["two-heads", "all-chosen", "one-chosen"],
 )
@@ -136,7 +138,13 @@ def test_shared_heads_are_softmax_attention_of_every_expert(kind):
 
 def test_training_balances_both_routers():
     """Both kinds of statistics are reported and weighed, and both biases move."""
-    model = ModelConfig(**SIZES, N=4, K=2, experts=ExpertsConfig(E=4, k=2, bias_rate=0.01, switch_weight=0.1), attention_experts=ExpertsConfig(E=4, bias_rate=0.01, switch_weight=0.1))
+    model = ModelConfig(
+        **SIZES,
+        N=4,
+        K=2,
+        experts=ExpertsConfig(E=4, k=2, bias_rate=0.01, switch_weight=0.1),
+        attention_experts=ExpertsConfig(E=4, bias_rate=0.01, switch_weight=0.1),
+    )
     config = Config(model=model).replace({"data.T": 8, "data.B": 2, "train.steps": 2, "train.accumulate": 2})
     state = init_state(config, jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (2, 9), 0, 31)
@@ -157,27 +165,27 @@ def test_active_parameters_are_those_of_the_chosen_experts():
     assert total == sum(leaf.size for leaf in jax.tree.leaves(init(config, jax.random.key(0))))
     idle = 2 * 2 * (5 - 3) * 16 * 8  # layers, query and output, experts not chosen, D, K * H
     assert active == total - 31 * 16 - idle
-    dense, _ = Decoder().parameter_counts(dataclasses.replace(config, attention_experts=0))
+    dense, _ = Decoder().parameter_counts(dataclasses.replace(config, attention_experts=ExpertsConfig()))
     assert total - dense == 2 * (2 * (5 - 3) * 16 * 8 + 16 * 5)  # five experts for three, and routers
 
 
 def test_experts_may_be_sampled_for_the_heads_alone():
-    assert ModelConfig(**SIZES, N=4, K=1, attention_experts=ExpertsConfig(E=8, sample_topk=1)).E == 0
+    assert ModelConfig(**SIZES, N=4, K=1, attention_experts=ExpertsConfig(E=8, sample_topk=1)).experts.E == 0
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(N=4, K=2, attention_experts=1), r"N / K = 2 .* cannot exceed attention_experts=1"),
-        (dict(N=4, K=2, attention_experts=3, key_value="input"), "key_value='input' needs K=1 and H=D="),
+        (dict(N=4, K=2, attention_experts=ExpertsConfig(1)), "attention_experts: k=2 .* cannot exceed E=1"),
+        (dict(N=4, K=2, attention_experts=ExpertsConfig(3), key_value="input"), "key_value='input' needs K=1 and H=D="),
         (
-            dict(D=16, N=2, K=1, H=16, attention_experts=3, key_value="input", attention="softmax"),
+            dict(D=16, N=2, K=1, H=16, attention_experts=ExpertsConfig(3), key_value="input", attention="softmax"),
             "key_value='input' needs attention='stick_breaking'",
         ),
-        (dict(N=2, K=2, attention_experts=4), r"router='topk_softmax' train no router"),
-        (dict(N=4, K=2, attention_experts=4, head_norm=True), "need heads that all tokens share"),
-        (dict(N=4, K=2, attention_experts=4, sample_topk=3), "sample_topk=3 cannot exceed N / K = 2"),
-        (dict(N=4, K=2, attention_experts=-1), "attention_experts=-1 must be at least 0"),
+        (dict(N=2, K=2, attention_experts=ExpertsConfig(4)), "order='topk_softmax' has a constant gate"),
+        (dict(N=4, K=2, attention_experts=ExpertsConfig(4), head_norm=True), "need heads that all tokens share"),
+        (dict(N=4, K=2, attention_experts=ExpertsConfig(4, sample_topk=3)), "sample_topk=3 cannot exceed k=2"),
+        (dict(N=4, K=2, attention_experts=ExpertsConfig(4, k=3)), "attention_experts.k=3 must be N / K = 2"),
     ],
 )
 def test_configs_that_make_no_sense(changes, message):

@@ -7,12 +7,21 @@ import numpy as np
 import pytest
 
 from benchmarks import modularity
-from stickjax.config import Config, DataConfig, ModelConfig
+from stickjax.config import Config, DataConfig, ExpertsConfig, ModelConfig
 from stickjax.models.transformer import init
 from stickjax.surgery import use
 from stickjax.surgery.usage import batches_of
 
-MODEL = ModelConfig(D=8, L=2, N=2, K=1, H=4, F=8, experts=ExpertsConfig(E=4, k=2, order="softmax_topk"), attention_experts=ExpertsConfig(E=4, order="softmax_topk"))
+MODEL = ModelConfig(
+    D=8,
+    L=2,
+    N=2,
+    K=1,
+    H=4,
+    F=8,
+    experts=ExpertsConfig(E=4, k=2, order="softmax_topk"),
+    attention_experts=ExpertsConfig(E=4, order="softmax_topk"),
+)
 CONFIG = Config(MODEL, DataConfig(source="logic,scan", examples=2000, T=16, B=2))
 
 

@@ -13,7 +13,7 @@ from conftest import FORWARD, assert_close
 from scipy.special import erf
 
 from stickjax import train
-from stickjax.config import Config, DataConfig, ModelConfig, OptimConfig, SutConfig, TrainConfig
+from stickjax.config import Config, DataConfig, ExpertsConfig, ModelConfig, OptimConfig, SutConfig, TrainConfig
 from stickjax.models.attention import Context
 from stickjax.models.router import Router, choose_experts, probabilities
 from stickjax.models.transformer import init
@@ -32,10 +32,13 @@ from stickjax.surgery import (
     use,
 )
 from stickjax.surgery.__main__ import main
+from stickjax.surgery.kinds import KINDS as KINDS_OF_MODULES
 from stickjax.training.step import init_state, make_step
 
+ROUTER = dict(order="softmax_topk", network="mlp", hidden=8, mi_weight=0.01)
 CONFIG = ModelConfig(
-    V=257, D=16, L=2, N=4, K=2, H=8, F=12, experts=ExpertsConfig(E=6, k=2, order="softmax_topk", network="mlp", hidden=8, mi_weight=0.01), attention_experts=ExpertsConfig(E=4, order="softmax_topk", network="mlp", hidden=8, mi_weight=0.01), attend_current=True, activation="gelu_tanh", norm="layer",
+    V=257, D=16, L=2, N=4, K=2, H=8, F=12, experts=ExpertsConfig(6, 2, **ROUTER),
+    attention_experts=ExpertsConfig(4, **ROUTER), attend_current=True, activation="gelu_tanh", norm="layer",
     implementation="reference",
 )  # fmt: skip
 KINDS = {"ffn": (6, 2), "attention": (4, 2)}  # columns and k of each
@@ -122,7 +125,10 @@ def test_merged_is_the_same_function(model):
 @pytest.mark.parametrize("routing", TRAINABLE)
 def test_what_is_frozen_does_not_move(routing):
     """Bit for bit, with losses that pull at every router and with the bias that is moved without a gradient."""
-    model = dataclasses.replace(CONFIG, bias_rate=0.01, switch_weight=0.1)
+    changes = dict(bias_rate=0.01, switch_weight=0.1)
+    model = CONFIG
+    for kind in KINDS_OF_MODULES.values():
+        model = kind.changed(model, **changes)
     optim = OptimConfig(schedule="constant", peak_lr=0.01, trainable=TRAINABLE[routing])
     extended = extend(init(model, jax.random.key(0)), jax.random.key(1), experts=2, attention_experts=2)
     config = Config(extended.config, DataConfig(T=24, B=2), optim, TrainConfig(steps=3))
@@ -223,7 +229,11 @@ def test_pruned_heads_leave_other_tokens_alone(model):
     x = jnp.asarray(np.random.default_rng(3).normal(size=(1, 40, 16)), jnp.float32)
     counts = {"attention": np.array([[9, 1, 9, 9], [9, 9, 1, 9]])}
     pruned = prune(model, counts, count=3)
-    assert (pruned.config.attention_experts.E, pruned.config.attention_experts.pruned, pruned.config.experts.E) == (3, 1, 6)
+    assert (pruned.config.attention_experts.E, pruned.config.attention_experts.pruned, pruned.config.experts.E) == (
+        3,
+        1,
+        6,
+    )
     router = jax.tree.map(lambda leaf: leaf[0], model.blocks.attention.router)
     chosen = np.asarray(router(x[0])[0])
     untouched = (chosen != 1).all(1)
@@ -267,7 +277,9 @@ def test_prune_again_and_extend(model, denominator):
     once = prune(model, counts, count={"ffn": 3, "attention": 2}, denominator=denominator)
     half = prune(model, counts, count={"ffn": 5, "attention": 2}, denominator=denominator)
     if denominator == "new":
-        assert half.config == dataclasses.replace(CONFIG, E=5, attention_experts=2)  # a model as any other
+        assert half.config == KINDS_OF_MODULES["ffn"].changed(
+            KINDS_OF_MODULES["attention"].changed(CONFIG, E=2), E=5
+        )  # a model as any other
         counts["ffn"] = np.array([[9, 8, 2, 7, 6], [2, 3, 4, 5, 6]])
     twice = prune(half, {"ffn": counts["ffn"]}, count=3, denominator=denominator)
     assert twice.config == once.config
@@ -285,7 +297,11 @@ def test_prune_again_and_extend(model, denominator):
 def test_uneven_layers_and_the_new_denominator(model):
     counts = {"ffn": np.array([[9, 0, 9, 0, 9, 9], [9, 0, 9, 0, 0, 9]])}
     pruned = prune(model, counts, threshold=0.1, denominator="new")
-    assert (pruned.config.experts.E, pruned.config.experts.pruned, pruned.config.experts.pruning) == (4, 0, "new_denominator")
+    assert (pruned.config.experts.E, pruned.config.experts.pruned, pruned.config.experts.pruning) == (
+        4,
+        0,
+        "new_denominator",
+    )
     load = run(pruned, TOKENS).router.load
     assert load.shape == (2, 4)
     assert load[1, 3] == 0
@@ -328,7 +344,9 @@ def test_bad_calls(model, call, message):
 
 
 def test_models_without_modules():
-    dense = init(dataclasses.replace(CONFIG, E=0, k=0, attention_experts=0, V=8), jax.random.key(0))
+    dense = init(
+        dataclasses.replace(CONFIG, experts=ExpertsConfig(), attention_experts=ExpertsConfig(), V=8), jax.random.key(0)
+    )
     for call in (
         lambda: extend(dense, jax.random.key(0), experts=1),
         lambda: prune(dense, {}, count=2),

@@ -10,7 +10,7 @@ from conftest import FORWARD, GRADIENT
 
 from pallas_kernels import expert_mlp, merge_stick_breaking, route, stick_breaking_attention
 from pallas_kernels.scatter_moe.call import ACTIVATIONS, GATED
-from stickjax.config import ModelConfig
+from stickjax.config import ExpertsConfig, ModelConfig
 from stickjax.models.router import Experts, Router, _unit
 
 IMPLEMENTATIONS = {"reference": {"implementation": "reference"}} | {

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from pallas_kernels import cost, platform
 from stickjax import train
-from stickjax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
+from stickjax.config import Config, DataConfig, ExpertsConfig, MeshConfig, ModelConfig, TrainConfig
 from stickjax.config.command_line import load_config
 from stickjax.data.batches import make_batch
 from stickjax.parallel import chips

@@ -11,8 +11,8 @@ import optax
 import pytest
 from conftest import assert_close
 
-from stickjax.config import Config, MeshConfig, ModelConfig
-from stickjax.config.decoder import MODULES
+from stickjax.config import Config, ExpertsConfig, MeshConfig, ModelConfig
+from stickjax.config.decoder import MODULE_ROUTER, MODULES
 from stickjax.models.parameters import shardings, specs
 from stickjax.parallel.mesh import make_mesh, shard_batch
 from stickjax.train import fit
@@ -24,11 +24,17 @@ SIZES = dict(V=32, D=16, L=2, N=4, K=2, H=4, F=24)
 LOSSES = dict(switch_weight=0.1, z_weight=0.1, mi_weight=0.1)
 MODELS = {
     "dense": ModelConfig(**SIZES, head_norm=True, remainder="bias"),
-    "experts": ModelConfig(**SIZES, experts=ExpertsConfig(E=4, k=2), tied=False, remat="full", remainder="value", window=11, **LOSSES),
-    "heads": ModelConfig(**SIZES, attention_experts=ExpertsConfig(E=3, bias_rate=0.01), attend_current=True, **LOSSES),
+    "experts": ModelConfig(
+        **SIZES, experts=ExpertsConfig(4, 2, **LOSSES), tied=False, remat="full", remainder="value", window=11
+    ),
+    "heads": ModelConfig(**SIZES, attention_experts=ExpertsConfig(3, bias_rate=0.01, **LOSSES), attend_current=True),
     "softmax": ModelConfig(**SIZES, attention="softmax", activation="gelu"),
     "modules": ModelConfig(
-        **SIZES | MODULES, experts=ExpertsConfig(E=4, k=2, hidden=8), attention_experts=ExpertsConfig(E=3, hidden=8), key_value="biased", init_std=0.4, **LOSSES
+        **SIZES | MODULES,
+        key_value="biased",
+        init_std=0.4,
+        experts=ExpertsConfig(4, 2, hidden=8, **MODULE_ROUTER, **LOSSES),
+        attention_experts=ExpertsConfig(3, hidden=8, **MODULE_ROUTER, **LOSSES),
     ),
 }
 STRATEGIES = [dict(data=4), dict(fsdp=4), dict(context=4), dict(tensor=2), dict(expert=4)]

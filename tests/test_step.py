@@ -25,7 +25,15 @@ DENSE = Config().replace(
         "optim.peak_lr": 0.01, "optim.warmup_tokens": 128,
     }
 )  # fmt: skip
-EXPERTS = DENSE.replace({"model.L": 1, "model.experts.E": 4, "model.experts.k": 2, "model.experts.bias_rate": 0.01, "model.experts.z_weight": 0.001})
+EXPERTS = DENSE.replace(
+    {
+        "model.L": 1,
+        "model.experts.E": 4,
+        "model.experts.k": 2,
+        "model.experts.bias_rate": 0.01,
+        "model.experts.z_weight": 0.001,
+    }
+)
 
 
 def test_accumulation_is_the_whole_batch():

@@ -204,11 +204,19 @@ def test_plots(tmp_path, coordinates):
 # The model itself
 
 TINY = SMALL.replace({"model.L": 1, "data.T": 32, "data.B": 4, "train.steps": 4})
-EXPERTS = {"model.experts.E": 4, "model.experts.k": 2, "model.F": 64, "model.experts.z_weight": 0.001, "model.experts.bias_rate": 0.01}
+EXPERTS = {
+    "model.experts.E": 4,
+    "model.experts.k": 2,
+    "model.F": 64,
+    "model.experts.z_weight": 0.001,
+    "model.experts.bias_rate": 0.01,
+}
 
 
 def test_at_width_differs_by_mup_alone():
-    config = Config().replace({"model.m_width": 0.5, "model.logits_scaling": 2.0, "model.experts.E": 4, "model.experts.k": 2})
+    config = Config().replace(
+        {"model.m_width": 0.5, "model.logits_scaling": 2.0, "model.experts.E": 4, "model.experts.k": 2}
+    )
     assert at_width(config, 128, mup=True) == config
     wide, narrow = at_width(config, 512, mup=True), at_width(config, 64, mup=False)
     assert wide.diff(at_width(config, 512, mup=False)) == [

@@ -27,7 +27,8 @@ from stickjax.training.step import init_state
 SMALL = Config().replace(
     {
         "model.V": 257, "model.D": 16, "model.L": 2, "model.N": 2, "model.K": 1, "model.H": 8, "model.F": 16,
-        "model.experts.E": 4, "model.experts.k": 2, "model.experts.sample_topk": 1, "model.experts.bias_rate": 0.01, "model.experts.z_weight": 0.001,
+        "model.experts.E": 4, "model.experts.k": 2, "model.experts.sample_topk": 1,
+        "model.experts.bias_rate": 0.01, "model.experts.z_weight": 0.001,
         "data.T": 32, "data.B": 4, "train.accumulate": 2, "train.steps": 24, "train.log_every": 1,
         "train.checkpoint_every": 5, "train.keep": 5, "optim.peak_lr": 0.01, "optim.warmup_tokens": 128,
     }
@@ -161,7 +162,8 @@ def test_a_branch_with_a_decay_is_the_run_that_had_planned_it(uninterrupted, tmp
 
 PLAIN = SMALL.replace(
     {
-        "model.experts.E": 0, "model.experts.k": 0, "model.experts.sample_topk": 0, "model.experts.bias_rate": 0.0, "model.L": 1,
+        "model.experts.E": 0, "model.experts.k": 0, "model.experts.sample_topk": 0,
+        "model.experts.bias_rate": 0.0, "model.L": 1,
         "train.accumulate": 1, "train.steps": 8, "train.checkpoint_every": 8, "optim.schedule": "wsd",
         "optim.peak_lr": 0.002,
     }
@@ -334,7 +336,14 @@ def test_bad_input_is_one_clear_line(uninterrupted, tmp_path, capsys):
 @pytest.mark.slow
 def test_a_full_disk_is_one_clear_line(tmp_path):
     """Files are limited to 100 kB: the checkpoint does not fit, the one before (none) and the metrics stay."""
-    dense = {"model.D": 64, "model.L": 1, "model.experts.E": 0, "model.experts.k": 0, "model.experts.sample_topk": 0, "model.experts.bias_rate": 0.0}
+    dense = {
+        "model.D": 64,
+        "model.L": 1,
+        "model.experts.E": 0,
+        "model.experts.k": 0,
+        "model.experts.sample_topk": 0,
+        "model.experts.bias_rate": 0.0,
+    }
     (tmp_path / "small.json").write_text(SMALL.replace(dense | {"train.accumulate": 1}).to_json())
     code = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"

@@ -28,8 +28,8 @@ def extend(model: Transformer, key: jax.Array, *, experts: int = 0, attention_ex
     Raises:
       ValueError: nothing is added, a number is negative, or the model has no modules of that kind.
 
-    >>> from stickjax.config import ModelConfig
-    >>> config = ModelConfig(V=16, D=8, L=2, N=2, K=1, H=4, F=16, E=4, k=2, router="softmax_topk")
+    >>> from stickjax.config import ExpertsConfig, ModelConfig
+    >>> config = ModelConfig(V=16, D=8, L=2, N=2, K=1, H=4, F=16, experts=ExpertsConfig(4, 2, "softmax_topk"))
     >>> extend(init(config, jax.random.key(0)), jax.random.key(1), experts=3).blocks.ffn.new_w_out.shape
     (2, 3, 16, 8)
     """
@@ -57,8 +57,8 @@ def extend(model: Transformer, key: jax.Array, *, experts: int = 0, attention_ex
 def merged(model: Transformer) -> Transformer:
     """The model with its new modules among the old ones: the same function, to rounding (see `router.probabilities`).
 
-    >>> from stickjax.config import ModelConfig
-    >>> config = ModelConfig(V=16, D=8, L=2, N=2, K=1, H=4, F=16, E=4, k=2, router="softmax_topk")
+    >>> from stickjax.config import ExpertsConfig, ModelConfig
+    >>> config = ModelConfig(V=16, D=8, L=2, N=2, K=1, H=4, F=16, experts=ExpertsConfig(4, 2, "softmax_topk"))
     >>> merged(extend(init(config, jax.random.key(0)), jax.random.key(1), experts=3)).config.experts.E
     7
     """
@@ -102,8 +102,8 @@ def prune(
       ValueError: neither or both of count and threshold, a count that is too small or too large, no modules, use of
         another shape, or the old denominator where an earlier pruning has left it.
 
-    >>> from stickjax.config import ModelConfig
-    >>> config = ModelConfig(V=16, D=8, L=2, N=2, K=1, H=4, F=16, E=4, k=2, router="softmax_topk")
+    >>> from stickjax.config import ExpertsConfig, ModelConfig
+    >>> config = ModelConfig(V=16, D=8, L=2, N=2, K=1, H=4, F=16, experts=ExpertsConfig(4, 2, "softmax_topk"))
     >>> model = init(config, jax.random.key(0))
     >>> prune(model, {"ffn": np.array([[9, 0, 5, 1], [2, 2, 3, 1]])}, count=3).blocks.ffn.router.slot[...].tolist()
     [[0.0, -1.0, 1.0, 2.0], [0.0, 1.0, 2.0, -1.0]]

@@ -33,9 +33,9 @@ def frozen(model: Transformer, trainable: str):
     Raises ValueError for a pattern that matches no parameter.
 
     >>> import optax
-    >>> from stickjax.config import ModelConfig
+    >>> from stickjax.config import ExpertsConfig, ModelConfig
     >>> from stickjax.models.transformer import init
-    >>> model = init(ModelConfig(V=16, D=8, L=2, N=2, K=1, H=4, F=16, E=4, k=2), jax.random.key(0))
+    >>> model = init(ModelConfig(V=16, D=8, L=2, N=2, K=1, H=4, F=16, experts=ExpertsConfig(4, 2)), jax.random.key(0))
     >>> mask = frozen(model, "*,!*.router.*")
     >>> sum(jax.tree.leaves(mask))
     1

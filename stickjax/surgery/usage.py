@@ -36,9 +36,9 @@ def use(model: Transformer, batches: Iterable[Mapping[str, np.ndarray]]) -> Use:
     Raises:
       ValueError: the model has no modules.
 
-    >>> from stickjax.config import ModelConfig
+    >>> from stickjax.config import ExpertsConfig, ModelConfig
     >>> from stickjax.models.transformer import init
-    >>> config = ModelConfig(V=16, D=8, L=3, N=2, K=1, H=4, F=16, E=4, k=2, router="softmax_topk")
+    >>> config = ModelConfig(V=16, D=8, L=3, N=2, K=1, H=4, F=16, experts=ExpertsConfig(4, 2, "softmax_topk"))
     >>> use(init(config, jax.random.key(0)), [{"tokens": np.zeros((2, 5), int)}])["ffn"].sum(1).tolist()
     [20, 20, 20]
     """
