@@ -12,7 +12,7 @@ import pytest
 from conftest import FORWARD, GRADIENT, assert_close
 
 from stickjax.config import ExpertsConfig, ModelConfig
-from stickjax.config.decoder import MODULES
+from stickjax.config.decoder import MODULE_ROUTER, MODULES
 from stickjax.models.decoder import Decoder
 from stickjax.models.layers import rotary
 from stickjax.models.moe import SparseExperts
@@ -33,8 +33,8 @@ MODELS = {
     "value": ModelConfig(**SMALL, remainder="value", window=5),
     "modules": ModelConfig(
         **SMALL | MODULES | dict(N=2, K=1, H=24),
-        experts=ExpertsConfig(E=4, k=2, hidden=8),
-        attention_experts=ExpertsConfig(E=3, hidden=8),
+        experts=ExpertsConfig(E=4, k=2, hidden=8, **MODULE_ROUTER),
+        attention_experts=ExpertsConfig(E=3, hidden=8, **MODULE_ROUTER),
         key_value="input",
     ),
     "bias": ModelConfig(**SMALL, remainder="bias", head_norm=True, attend_current=True, activation="gelu"),
