@@ -2,6 +2,7 @@
 
 import json
 import math
+import operator
 import typing
 from pathlib import Path
 
@@ -37,9 +38,9 @@ def test_a_config_survives_json():
 
 def test_help_names_every_field():
     text = describe(Config())
-    for section in ("model", "data", "optim", "train"):
-        for name in vars(getattr(Config(), section)):
-            assert f"--{section}.{name}=" in text
+    for name in field_names(ModelConfig):
+        assert f"--{name}=" in text
+    assert "--model.attention_experts.network=linear " in text
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
@@ -55,7 +56,7 @@ BAD = [
     (["--steps=1"], "unknown config key 'steps' (did you mean 'train.steps'?)"),
     (["--model.N=6", "--model.K=4"], "N=6 query heads must be a multiple of K=4 key heads"),
     (["--model.experts.E=2", "--model.experts.k=3"], "k=3 experts per token cannot exceed E=2 experts"),
-    (["--model.experts.E=4", "--model.experts.k=1"], "k=1 with router='topk_softmax' has a constant gate"),
+    (["--model.experts.E=4", "--model.experts.k=1"], "k=1 with order='topk_softmax' has a constant gate"),
     (["--model.experts.E=4"], "E=4 experts need k >= 1"),
     (["--model.D=0"], "D=0 must be at least 1"),
     (["--model.attention=softmx"], "did you mean 'softmax'?"),
@@ -142,12 +143,16 @@ def allowed(section, name, value) -> bool:
 @pytest.mark.parametrize("kind, key", FIELDS, ids=lambda x: x)
 def test_every_field_is_held_to_its_type_and_bounds(kind, key):
     """Whether from JSON or from Python, a value of another type or out of bounds is one line that names the field."""
-    name, section = key.split(".")[1], type(getattr(CONFIGS[kind], key.split(".")[0]))
+    part, *group, name = key.split(".")
+    section = type(operator.attrgetter(".".join([part, *group]))(CONFIGS[kind]))
     is_float = float in field_types(section)[name]
     for value in [*NUMBERS, *OTHERS]:
         makers = [lambda value=value: section(**{name: value})]
         tree = {"model": {"family": kind}}
-        tree.setdefault(key.split(".")[0], {})[name] = value
+        fields = tree.setdefault(part, {})
+        for inner in group:
+            fields = fields.setdefault(inner, {})
+        fields[name] = value
         makers.append(lambda tree=tree: Config.from_dict(json.loads(json.dumps(tree))))
         for make in makers:
             if allowed(section, name, value):
@@ -156,7 +161,7 @@ def test_every_field_is_held_to_its_type_and_bounds(kind, key):
                 except ValueError as error:  # of several fields together, such as N and K
                     assert f"{name}={value} must be a " not in str(error) and "finite" not in str(error), error
                     continue
-                made = getattr(made, key.split(".")[0]) if isinstance(made, Config) else made
+                made = operator.attrgetter(".".join([part, *group]))(made) if isinstance(made, Config) else made
                 assert getattr(made, name) == (float(value) if isinstance(value, int) and is_float else value)
             else:
                 with pytest.raises(ValueError) as error:
@@ -271,7 +276,7 @@ def test_words_of_other_programs_name_fields():
     for name, words in SYNONYMS.items():
         assert name in known or name.startswith(("--", "CONFIG")), name
         for word in words.split():
-            assert word == "data" or all(word != key.split(".")[1] for key in known), f"{word} is a field itself"
+            assert word == "data" or all(word != key.partition(".")[2] for key in known), f"{word} is a field itself"
     assert locate(Config(SutConfig()), "model.clip") == ("model", "clip")
     with pytest.raises(ValueError, match=r"unknown config key 'model.clip' .did you mean 'optim.clip'"):
         locate(Config(), "model.clip")

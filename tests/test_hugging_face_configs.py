@@ -216,7 +216,7 @@ def test_what_only_training_looks_at_is_read():
         model.experts.sample_topk,
         model.experts.mi_weight,
     ) == (0.25, 0.025, 1, 0)
-    assert to_ours(MODULEFORMER | dict(aux_loss_type="mi"))[0].mi_weight == 0.25
+    assert to_ours(MODULEFORMER | dict(aux_loss_type="mi"))[0].experts.mi_weight == 0.25
 
 
 def test_the_originals_have_epsilons_of_their_own():
@@ -255,7 +255,8 @@ def test_published_configs_are_read():
         model_type="granitemoe", num_local_experts=40, num_experts_per_tok=8, router_aux_loss_coef=0.01,
         output_router_logits=False, intermediate_size=512,
     )  # fmt: skip
-    assert (to_ours(power_moe)[0].E, to_ours(power_moe)[0].k) == (40, 8)
+    experts = to_ours(power_moe)[0].experts
+    assert (experts.E, experts.k) == (40, 8)
     jetmoe_8b = dict(
         activation_function="silu", architectures=["JetMoEForCausalLM"], auto_map={"AutoConfig": "a.B"}, bias=True,
         bos_token_id=1, eos_token_id=2, ffn_hidden_size=5632, glu=True, hidden_size=2048, initializer_range=0.01,

@@ -21,7 +21,7 @@ from stickjax.models.transformer import init
 from stickjax.training.step import init_state, make_step
 
 SIZES = dict(V=31, D=16, L=2, H=4, F=24)
-SHARED = dict(D=16, K=2, H=4, attention_experts=ExpertsConfig(3), implementation="reference")
+SHARED = dict(D=16, K=2, H=4, attention_experts=3, implementation="reference")
 HERE = Path(__file__).parent
 
 

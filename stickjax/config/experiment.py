@@ -240,7 +240,7 @@ class Config:
                 f"{nearest(str(family), MODEL_CONFIGS)}; a program that uses a family of its own imports its file first"
             )
         config = cls(MODEL_CONFIGS[family]())
-        sections = {section: _flat(fields) for section, fields in tree.items()}
+        sections = {section: _flat(type(getattr(config, section)), fields) for section, fields in tree.items()}
         for section, fields in sections.items():
             former = former_names(type(getattr(config, section)))
             for name in fields:
@@ -252,9 +252,12 @@ class Config:
 
     def diff(self, other: "Config") -> list[str]:
         """'section.field: here -> there' for every field that differs."""
-        here, there = ({s: _flat(x) for s, x in config.to_dict().items()} for config in (self, other))
         if self.model.family != other.model.family:
             return [f"model.family: {self.model.family!r} -> {other.model.family!r}"]
+        here, there = (
+            {s: _flat(type(getattr(config, s)), fields) for s, fields in config.to_dict().items()}
+            for config in (self, other)
+        )
         return [
             f"{s}.{n}: {here[s][n]!r} -> {there[s][n]!r}" for s in here for n in here[s] if here[s][n] != there[s][n]
         ]
@@ -266,12 +269,15 @@ class Config:
 _SECTIONS = tuple(section.name for section in dataclasses.fields(Config))
 
 
-def _flat(fields: dict) -> dict:
-    """{"field": value, "group.field": value} of a section with nested groups."""
-    nested = {
-        f"{group}.{name}": x for group, value in fields.items() if isinstance(value, dict) for name, x in value.items()
-    }
-    return {name: value for name, value in fields.items() if not isinstance(value, dict)} | nested
+def _flat(section: type, fields: dict) -> dict:
+    """{"field": value, "group.field": value} of the fields of a section, some of which may be nested groups."""
+    flat = {}
+    for name, value in fields.items():
+        if name in nested_fields(section) and isinstance(value, dict):
+            flat |= {f"{name}.{inner}": x for inner, x in value.items()}
+        else:
+            flat[name] = value
+    return flat
 
 
 def _changed(section, changes: dict[str, Any]):

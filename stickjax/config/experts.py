@@ -43,7 +43,8 @@ class ExpertsConfig:
         """Raise ValueError, with the name of the mixture, for values that do not fit each other or the k of a token."""
         E = self.E
         if not E:
-            if used := [f"{n}={value!r}" for n, value in self.changes().items()]:
+            counts = ("k", "token_rounding", "bias_rate", "added", "pruned")
+            if used := [f"{field}={value}" for field in counts if (value := getattr(self, field))]:
                 raise ValueError(f"{name}: {', '.join(used)} needs experts, but E=0")
             return
         if k > E:
@@ -59,8 +60,3 @@ class ExpertsConfig:
             raise ValueError(f"{name}: sample_topk={self.sample_topk} cannot exceed k={k}")
         if self.pruned and self.pruning != "old_denominator":
             raise ValueError(f"{name}: pruned={self.pruned} needs pruning='old_denominator'")
-
-    def changes(self) -> dict:
-        """The fields that differ from their defaults."""
-        default = ExpertsConfig()
-        return {n: value for n, value in vars(self).items() if value != getattr(default, n)}

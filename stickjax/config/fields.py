@@ -50,63 +50,75 @@ def nested_fields(config: type) -> dict[str, type]:
     return {f.name: kinds[f.name][0] for f in dataclasses.fields(config) if dataclasses.is_dataclass(kinds[f.name][0])}
 
 
+def former_names_in(config: type, values: dict[str, Any]) -> list[str]:
+    """The former names among the keys of `values`; first those that moved to one place.
+
+    A name may have become the name of a nested dataclass: it is a former one if its value is not such a dataclass.
+    """
+    former, nested = former_names(config), nested_fields(config)
+    used = [was for was in former if was in values]
+    used = [was for was in used if was not in nested or not isinstance(values[was], dict | nested[was])]
+    return sorted(used, key=lambda was: len(former[was]))
+
+
 def upgraded(config: type, values: dict[str, Any]) -> dict[str, Any]:
     """The values of a dataclass by the present names of its fields; nested dataclasses may be dictionaries of fields.
 
     A value that has moved into several nested dataclasses goes into those that have experts.
     """
-    values, nested = dict(values), nested_fields(config)
-    for name, kind in nested.items():
-        value = values.get(name, {})
-        if isinstance(value, int) and not isinstance(value, bool):  # in the version before it was their number
-            value = {"E": value}
-        if isinstance(value, kind):
-            value = vars(value)
-        if isinstance(value, dict):
-            values[name] = dict(value)
-    for was, names in sorted(former_names(config).items(), key=lambda item: len(item[1])):
-        if was not in values or was in nested:
-            continue
-        value, places = values.pop(was), [name.rpartition(".") for name in names]
+    old = {was: values[was] for was in former_names_in(config, values)}
+    new = {name: value for name, value in values.items() if name not in old}
+    for name, kind in nested_fields(config).items():
+        value = new.get(name, {})
+        if isinstance(value, dict | kind):
+            new[name] = dict(value if isinstance(value, dict) else vars(value))
+    for was, value in old.items():
+        places = [name.rpartition(".") for name in former_names(config)[was]]
         if len(places) > 1:
-            places = [place for place in places if values[place[0]].get("E")] or places[:1]
+            places = [place for place in places if new[place[0]].get("E")] or places[:1]
         for group, _, name in places:
-            (values[group] if group else values)[name] = value
-    return values | {name: _made(kind, name, values[name]) for name, kind in nested.items() if name in values}
+            (new[group] if group else new)[name] = value
+    return new | {name: _made(kind, name, new[name]) for name, kind in nested_fields(config).items()}
 
 
 def _made(kind: type, name: str, values: Any):
+    """A nested dataclass from a dictionary of its fields; errors begin with its name."""
     if not isinstance(values, dict):
         return values
     if unknown := values.keys() - {f.name for f in dataclasses.fields(kind)}:
         known = [f.name for f in dataclasses.fields(kind)]
         raise ValueError(f"unknown config key '{name}.{min(unknown)}'{nearest(min(unknown), known)}")
-    return kind(**values)
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise ValueError(f"{name}.{error}") from error
 
 
 def accept_former_names(config: type) -> type:
     """Let a dataclass take its fields by their former names too, with a warning that says the new one."""
 
-    def warn(was: str) -> tuple[str, ...]:
-        names = former_names(config)[was]
-        new = " and ".join(names)
+    def warn(was: str) -> None:
+        new = " and ".join(former_names(config)[was])
         warnings.warn(f"{was} is now {new}; the old name goes in the next version", FutureWarning, stacklevel=3)
-        return names
+
+    def read(was: str):
+        def former(self):
+            warn(was)
+            return operator.attrgetter(former_names(config)[was][0])(self)
+
+        return property(former)
 
     init = config.__init__
 
     @functools.wraps(init)
     def with_former_names(self, *args, **values):
-        for was in former_names(config).keys() & values.keys():
-            if was not in nested_fields(config) or isinstance(values[was], int):
-                warn(was)
+        for was in former_names_in(config, values):
+            warn(was)
         init(self, *args, **upgraded(config, values))
 
     config.__init__ = with_former_names
-    for was, names in former_names(config).items():
-        if was not in nested_fields(config):
-            read = operator.attrgetter(names[0])
-            setattr(config, was, property(lambda self, was=was, read=read: warn(was) and read(self)))
+    for was in former_names(config).keys() - nested_fields(config).keys():
+        setattr(config, was, read(was))
     return config
 
 
