@@ -11,13 +11,14 @@ python -m stickjax.train configs/sut_lm_tiny.py --run runs/wide --model.F=1024 -
 python -m benchmarks.halting runs/wide
 """
 
-from stickjax import Config, DataConfig, OptimConfig, SutConfig, TrainConfig
+from stickjax import Config, DataConfig, ExpertsConfig, OptimConfig, SutConfig, TrainConfig
 
 
 def get_config() -> Config:
     model = SutConfig(
-        D=128, L=4, K=2, H=32, attention_experts=6, attention_k=2, F=192, E=12, k=2,
-        attention="stick_breaking", normalize_before=True, mi_weight=0.001, act_weight=0.001,
+        D=128, L=4, K=2, H=32, F=192,
+        experts=ExpertsConfig(E=12, k=2, mi_weight=0.001), attention_experts=ExpertsConfig(E=6, k=2, mi_weight=0.001),
+        attention="stick_breaking", normalize_before=True, act_weight=0.001,
     )  # fmt: skip
     data = DataConfig(source="stdlib", T=256, B=8)
     step = data.tokens_per_step

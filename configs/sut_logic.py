@@ -21,13 +21,14 @@ The original is larger; its sizes here, and how long it trained, are not publish
 relative positions, read at the first token; under a curriculum that was no better than the commonest label here.
 """
 
-from stickjax import Config, DataConfig, OptimConfig, SutConfig, TrainConfig
+from stickjax import Config, DataConfig, ExpertsConfig, OptimConfig, SutConfig, TrainConfig
 
 
 def get_config() -> Config:
+    experts = ExpertsConfig(E=4, k=2, mi_weight=0.001)
     model = SutConfig(
-        V=12, D=64, L=8, K=2, H=16, attention_experts=4, attention_k=2, F=64, E=4, k=2, classes=7,
-        attention="stick_breaking", normalize_before=True, mi_weight=0.001, halting_bias=2.0,
+        V=12, D=64, L=8, K=2, H=16, F=64, experts=experts, attention_experts=experts, classes=7,
+        attention="stick_breaking", normalize_before=True, halting_bias=2.0,
     )  # fmt: skip
     data = DataConfig(source="logic", examples=500_000, T=40, B=64, curriculum=1500)
     step = data.tokens_per_step

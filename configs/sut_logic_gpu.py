@@ -7,13 +7,14 @@ Published for 7 to 12 operators after training on 0 to 6 (arXiv 2310.07096): 98 
 that grows from about 5 to about 9 blocks. That model's sizes are not published; these are of its translation model.
 """
 
-from stickjax import Config, DataConfig, OptimConfig, SutConfig, TrainConfig
+from stickjax import Config, DataConfig, ExpertsConfig, OptimConfig, SutConfig, TrainConfig
 
 
 def get_config() -> Config:
+    experts = ExpertsConfig(E=24, k=4, mi_weight=0.001)
     model = SutConfig.sut_base(
         V=12, L=12, classes=7, attention="stick_breaking", normalize_before=True, halting_bias=2.0, dropout=0.1,
-        mi_weight=0.001, act_weight=0.001, dtype="bfloat16",
+        experts=experts, attention_experts=experts, act_weight=0.001, dtype="bfloat16",
     )  # fmt: skip
     B = 128
     epoch = 135_665 // B  # pairs of 0 to 6 operators

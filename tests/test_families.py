@@ -25,7 +25,7 @@ from stickjax.training.metrics import read_metrics
 
 SIZES = dict(D=8, L=2, K=1, H=4, F=8)
 TEXT, PAIRS = DataConfig(T=8, B=2), DataConfig(source="logic", examples=3000, T=40, B=2)
-SUT = dict(attention_experts=3, E=3, attention="stick_breaking")
+SUT = dict(experts=ExpertsConfig(3, 2), attention_experts=ExpertsConfig(3, 2), attention="stick_breaking")
 
 
 MODELS = {

@@ -21,7 +21,7 @@ from stickjax.models.transformer import init
 from stickjax.training.step import init_state, make_step
 
 SIZES = dict(V=31, D=16, L=2, H=4, F=24)
-SHARED = dict(D=16, K=2, H=4, attention_experts=3, implementation="reference")
+SHARED = dict(D=16, K=2, H=4, attention_experts=ExpertsConfig(3, 2), implementation="reference")
 HERE = Path(__file__).parent
 
 
@@ -83,7 +83,7 @@ def test_the_shared_heads_are_those_of_the_original_layer():
         x, out = (jnp.asarray(arrays[name].swapaxes(0, 1)) for name in ("x", "out"))  # [B,T,D]
         pad, aux = jnp.asarray(arrays["pad"]), arrays["aux"]
         p = {name.removeprefix("param/"): arrays[name] for name in arrays.files if name.startswith("param/")}
-    config = SutConfig(D=32, K=1, H=8, attention_experts=6, attention_k=2)
+    config = SutConfig(D=32, K=1, H=8, attention_experts=ExpertsConfig(6, 2))
     layer = SharedHeads(config, jax.random.key(0), causal=False, relative=False)
     weights = {
         f"expert_{name}": p[f"q_proj.{w}"] for name, w in dict(query="experts.w", output="output_experts.w").items()

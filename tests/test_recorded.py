@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pallas_kernels import dispatch, expert_mlp, route, stick_breaking_attention
-from stickjax.config import Config, SutConfig
+from stickjax.config import Config, ExpertsConfig, SutConfig
 from stickjax.parallel.mesh import make_mesh
 from stickjax.plan import aot, report
 from stickjax.train import fit
@@ -22,10 +22,9 @@ DECODER = Config().replace(
         "model.experts.E": 4, "model.experts.k": 2, "optim.warmup_tokens": 0,
     }
 )  # fmt: skip
+MIXTURE = ExpertsConfig(4, 2)
 SUT = Config(
-    SutConfig(
-        V=257, D=16, L=2, K=1, H=8, F=16, E=4, k=2, attention_experts=4, attention_k=2, attention="stick_breaking"
-    )
+    SutConfig(V=257, D=16, L=2, K=1, H=8, F=16, experts=MIXTURE, attention_experts=MIXTURE, attention="stick_breaking")
 ).replace(SMALL | {"optim.warmup_tokens": 0})
 
 

@@ -17,7 +17,7 @@ from pallas_kernels import (
     stick_breaking_attention,
     stick_breaking_weights,
 )
-from stickjax.config import Config, SutConfig
+from stickjax.config import Config, ExpertsConfig, SutConfig
 from stickjax.models.families import family_of
 from stickjax.training.step import init_state, make_step
 
@@ -28,7 +28,7 @@ def strict():
         yield
 
 
-SUT = SutConfig(V=31, D=16, L=2, K=2, H=8, attention_k=2, attention_experts=3, F=8, k=2, E=4)
+SUT = SutConfig(V=31, D=16, L=2, K=2, H=8, F=8, experts=ExpertsConfig(4, 2), attention_experts=ExpertsConfig(3, 2))
 PAIRS = dataclasses.replace(SUT, classes=3)
 
 

@@ -13,6 +13,7 @@ from conftest import FORWARD, assert_close
 from flax import nnx
 
 from pallas_kernels import route
+from stickjax.config.experts import ExpertsConfig
 from stickjax.config.universal import SutConfig
 from stickjax.models.parameters import label, map_leaves, partition, shardings
 from stickjax.models.router import router_stats
@@ -32,7 +33,7 @@ def original_encoder(name):
         a = dict(arrays)
     p = {key.removeprefix("param/").removeprefix("mod."): a[key] for key in a if key.startswith("param/")}
     config = SutConfig(
-        D=32, L=7, K=2, H=8, attention_experts=5, attention_k=2, F=24, E=6, k=2,
+        D=32, L=7, K=2, H=8, F=24, experts=ExpertsConfig(6, 2), attention_experts=ExpertsConfig(5, 2),
         normalize_before=name == "encoder_pre_norm",
     )  # fmt: skip
     stack = jax.eval_shape(partial(UniversalStack, config, causal=False), jax.random.key(0))
@@ -197,8 +198,13 @@ def test_mutual_information_is_that_of_all_steps_together(encoder, halting_soon)
     np.testing.assert_allclose(stats.load.sum(), 1, rtol=1e-6)
 
 
-TINY = dict(V=12, D=16, L=3, K=2, H=4, attention_experts=3, F=12, E=4, implementation="reference")
-PAIRS = dict(classes=7, mi_weight=0.01, act_weight=0.01)
+TINY = dict(
+    V=12, D=16, L=3, K=2, H=4, F=12, experts=ExpertsConfig(4, 2), attention_experts=ExpertsConfig(3, 2),
+    implementation="reference",
+)  # fmt: skip
+BALANCED = dict(experts=ExpertsConfig(4, 2, mi_weight=0.01), attention_experts=ExpertsConfig(3, 2, mi_weight=0.01))
+PAIRS = BALANCED | dict(classes=7, act_weight=0.01)
+SAMPLED = BALANCED | dict(attention_experts=ExpertsConfig(3, 2, mi_weight=0.01, sample_topk=1))
 
 
 def pairs(B, T, key):
@@ -236,9 +242,9 @@ def translation_loss(model, batch, key):
 
 
 MODELS = {
-    "pairs": (SutConfig(**TINY, **PAIRS), init, pairs, loss),
+    "pairs": (SutConfig(**TINY | PAIRS), init, pairs, loss),
     "language": (
-        SutConfig(**TINY, attention="stick_breaking", mi_weight=0.01, act_weight=0.01, dropout=0.1, sample_topk=1),
+        SutConfig(**TINY | SAMPLED, attention="stick_breaking", act_weight=0.01, dropout=0.1),
         init, language, loss,
     ),
     "translation": (
@@ -307,7 +313,7 @@ def test_a_few_pairs_are_learnt(classifier):
 
 
 def test_a_causal_classifier_reads_the_last_tokens():
-    model = drawn(init, SutConfig(**TINY, **PAIRS, attention="stick_breaking"))
+    model = drawn(init, SutConfig(**TINY | PAIRS, attention="stick_breaking"))
     read = jax.jit(lambda left, right: apply(model, {"left": left, "right": right}).logits)
     left, right = jnp.array([[3, 4, 5, 0, 0]]), jnp.array([[4, 1, 3, 2, 5]])
     logits = read(left, right)
@@ -389,9 +395,17 @@ def test_presets_have_the_published_sizes():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(k=5), "k=5 experts per token cannot exceed E=4"),
-        (dict(attention_k=1), "attention_k=1 of attention_experts=3 has a constant gate"),
-        (dict(sample_topk=3), "sample_topk=3 cannot exceed attention_k=2"),
+        (dict(experts=ExpertsConfig(4, 5)), "experts: k=5 experts per token cannot exceed E=4"),
+        (dict(attention_experts=ExpertsConfig(3, 1)), "attention_experts: k=1 .* has a constant gate"),
+        (
+            dict(attention_experts=ExpertsConfig(3, 2, sample_topk=3)),
+            "sample_topk=3 cannot exceed k=2",
+        ),
+        (dict(experts=ExpertsConfig()), "experts.E=0 must be at least 1"),
+        (
+            dict(experts=ExpertsConfig(4, 2, network="mlp")),
+            "experts.network='mlp': the router of this",
+        ),
         (dict(D=15), "D=15 must be even"),
         (dict(halting_threshold=0.0), "halting_threshold=0.0 must be above 0"),
         (dict(dropout=1.0), "dropout=1.0 must be at least 0 and below 1"),

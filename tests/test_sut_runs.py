@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks import halting
-from stickjax import Config, DataConfig, SutConfig, load
+from stickjax import Config, DataConfig, ExpertsConfig, SutConfig, load
 from stickjax.convert import export
 from stickjax.data.pairs import pair_examples
 from stickjax.data.readers import training_data
@@ -21,7 +21,7 @@ from stickjax.parallel.mesh import make_mesh
 from stickjax.train import fit, main
 from stickjax.training.metrics import read_metrics
 
-SIZES = dict(D=8, L=3, K=1, H=4, F=8, attention_experts=3, E=3)
+SIZES = dict(D=8, L=3, K=1, H=4, F=8, experts=ExpertsConfig(3, 2), attention_experts=ExpertsConfig(3, 2))
 PAIRS = Config(SutConfig(V=12, **SIZES, classes=7), DataConfig(source="logic", examples=3000, T=40, B=4)).replace(
     {"train.steps": 4, "train.checkpoint_every": 2, "train.log_every": 1}
 )

@@ -33,6 +33,8 @@ class ModelConfig(FamilyConfig):
         "bias_rate": ("experts.bias_rate", "attention_experts.bias_rate"),
     }  # fmt: skip
 
+    can_change_experts = True
+
     family: Literal["decoder"] = field("decoder", "the kind of model; a config file chooses it by its class")
     V: int | None = field(None, "vocabulary size; None: the ids of the tokenizer", at_least=1)
     D: int = field(128, "width of the residual stream", at_least=1)
@@ -41,9 +43,9 @@ class ModelConfig(FamilyConfig):
     K: int = field(4, "key/value heads; N must be a multiple of K", at_least=1)
     H: int = field(32, "dimension of one head", at_least=1)
     F: int = field(384, "hidden width of the feed-forward network, or of one expert", at_least=1)
-    experts: ExpertsConfig = field(None, "experts of the feed-forward network; E=0: it is dense", ExpertsConfig)
+    experts: ExpertsConfig = field(ExpertsConfig(), "experts of the feed-forward network; E=0: it is dense")
     attention_experts: ExpertsConfig = field(
-        None, "experts that own K query heads each; E=0: all tokens share the heads", ExpertsConfig
+        ExpertsConfig(), "experts that own K query heads each; E=0: all tokens share the heads"
     )
     attention: str = field(
         "stick_breaking", "stick_breaking, or softmax with rotary positions, or a registered variant"

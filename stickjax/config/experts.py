@@ -1,5 +1,6 @@
 """A mixture of experts as a dataclass: of the feed-forward network, or of the attention heads."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -39,9 +40,15 @@ class ExpertsConfig:
     def __post_init__(self):
         check_fields(self)
 
-    def check(self, name: str, k: int) -> None:
-        """Raise ValueError, with the name of the mixture, for values that do not fit each other or the k of a token."""
+    def check(self, name: str, k: int, options: tuple[str, ...] | None = None) -> None:
+        """Raise ValueError, with the name of the mixture, for values that do not fit each other or the k of a token.
+
+        `options`: the fields that a model reads; a field that it does not read must keep its default. None: all.
+        """
         E = self.E
+        for f in dataclasses.fields(self) if options else ():
+            if f.name not in options and (value := getattr(self, f.name)) != f.default:
+                raise ValueError(f"{name}.{f.name}={value!r}: the router of this model reads only {', '.join(options)}")
         if not E:
             counts = ("k", "token_rounding", "bias_rate", "added", "pruned")
             if used := [f"{field}={value}" for field in counts if (value := getattr(self, field))]:
@@ -51,7 +58,7 @@ class ExpertsConfig:
             raise ValueError(f"{name}: k={k} experts per token cannot exceed E={E} experts")
         if not k:
             raise ValueError(f"{name}: E={E} experts need k >= 1 experts per token")
-        if k == 1 and self.order == "topk_softmax":
+        if k == 1 < E and self.order == "topk_softmax":
             raise ValueError(
                 f"{name}: k=1 with order='topk_softmax' has a constant gate and trains no router; use k >= 2 or "
                 "'softmax_topk'"

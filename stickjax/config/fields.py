@@ -69,7 +69,7 @@ def upgraded(config: type, values: dict[str, Any]) -> dict[str, Any]:
     old = {was: values[was] for was in former_names_in(config, values)}
     new = {name: value for name, value in values.items() if name not in old}
     for name, kind in nested_fields(config).items():
-        value = new.get(name, {})
+        value = new.get(name, config.__dataclass_fields__[name].default)
         if isinstance(value, dict | kind):
             new[name] = dict(value if isinstance(value, dict) else vars(value))
     for was, value in old.items():

@@ -1,19 +1,28 @@
 """The Sparse Universal Transformer as a dataclass; its capital letters are the shape letters of the code."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
+from stickjax.config.experts import ExpertsConfig
 from stickjax.config.family import FamilyConfig
-from stickjax.config.fields import Dtype, check_fields, field
+from stickjax.config.fields import Dtype, accept_former_names, check_fields, field
 
 
+@accept_former_names
 @dataclass(frozen=True)
 class SutConfig(FamilyConfig):
     """One block of experts that is applied up to L times, with a halting decision per token after each.
 
-    `mi_weight` and `act_weight` multiply losses that are added to a *mean* cross-entropy. The original code adds them
-    to a cross-entropy summed over the 8192 tokens of a worker: its weight of 0.1 corresponds to 0.1 / 8192 here.
+    `act_weight` and the `mi_weight` of the experts multiply losses that are added to a *mean* cross-entropy. The
+    original code adds them to a cross-entropy summed over the 8192 tokens of a worker: its weight of 0.1 corresponds
+    to 0.1 / 8192 here.
     """
+
+    MOVED: ClassVar = {
+        "E": ("experts.E",), "k": ("experts.k",), "attention_experts": ("attention_experts.E",),
+        "attention_k": ("attention_experts.k",), "sample_topk": ("attention_experts.sample_topk",),
+        "mi_weight": ("experts.mi_weight", "attention_experts.mi_weight"),
+    }  # fmt: skip
 
     accumulates = False  # its halting is a mean over the whole batch
 
@@ -25,11 +34,9 @@ class SutConfig(FamilyConfig):
     L: int = field(6, "steps: how often the block is applied at most", at_least=1)
     K: int = field(2, "query heads of one attention expert, and key/value heads, which all experts share", at_least=1)
     H: int = field(32, "dimension of one head", at_least=1)
-    attention_experts: int = field(8, "experts that own K query heads each", at_least=1)
-    attention_k: int = field(2, "attention experts chosen per token", at_least=1)
     F: int = field(256, "hidden width of one feed-forward expert", at_least=1)
-    E: int = field(8, "feed-forward experts", at_least=1)
-    k: int = field(2, "feed-forward experts chosen per token", at_least=1)
+    experts: ExpertsConfig = field(ExpertsConfig(E=8, k=2), "experts of the feed-forward network")
+    attention_experts: ExpertsConfig = field(ExpertsConfig(E=8, k=2), "experts that own K query heads each")
     attention: Literal["softmax", "stick_breaking"] = field(
         "softmax", "softmax comes with relative positions, stick_breaking is causal and has none"
     )
@@ -41,10 +48,6 @@ class SutConfig(FamilyConfig):
     )
     halting_bias: float = field(0.0, "added to the logit of going on; with a few units a new model uses many steps")
     act_weight: float = field(0.0, "weight of the mean expected depth", at_least=0)
-    mi_weight: float = field(0.0, "weight of the routers' mutual-information loss H(e|x) - H(e)", at_least=0)
-    sample_topk: int = field(
-        0, "in training, how many of the attention_k experts are sampled instead of the best", at_least=0
-    )
     dropout: float = field(
         0.0, "dropout in training: of embeddings, branches, attention, hidden units and routers", at_least=0, below=1
     )
@@ -59,14 +62,10 @@ class SutConfig(FamilyConfig):
 
     def __post_init__(self):
         check_fields(self)
-        for k, E in (("attention_k", "attention_experts"), ("k", "E")):
-            chosen, experts = getattr(self, k), getattr(self, E)
-            if chosen > experts:
-                raise ValueError(f"{k}={chosen} experts per token cannot exceed {E}={experts}")
-            if chosen == 1 < experts:
-                raise ValueError(f"{k}=1 of {E}={experts} has a constant gate and trains no router; use {k} >= 2")
-        if self.sample_topk > self.attention_k:
-            raise ValueError(f"sample_topk={self.sample_topk} cannot exceed attention_k={self.attention_k}")
+        for name, mixture in (("experts", self.experts), ("attention_experts", self.attention_experts)):
+            mixture.check(name, mixture.k, options=("E", "k", "sample_topk", "mi_weight"))
+            if not mixture.E:
+                raise ValueError(f"{name}.E=0 must be at least 1: every layer of family={self.family!r} has experts")
         if self.D % 2 and self.sinusoidal and not self.causal:
             raise ValueError(f"D={self.D} must be even for sinusoidal positions")
 
@@ -85,14 +84,15 @@ class SutConfig(FamilyConfig):
 
         V is chosen so that the two models have 66M and 110M parameters, as in the paper.
         """
-        return cls(**_TRANSLATION | dict(attention_experts=24, E=24) | changes)
+        return cls(**_translation(E=24) | changes)
 
     @classmethod
     def sut_big(cls, **changes) -> "SutConfig":
         """`sut_base` with twice as many experts, of which the same number is active."""
-        return cls(**_TRANSLATION | dict(attention_experts=48, E=48, sample_topk=1, act_weight=1 / 8192) | changes)
+        return cls(**_translation(E=48, sample_topk=1) | dict(act_weight=1 / 8192) | changes)
 
 
-_TRANSLATION: dict[str, Any] = dict(
-    V=37_000, D=512, L=6, K=4, H=64, attention_k=4, F=512, k=4, dropout=0.2, mi_weight=0.1 / 8192
-)
+def _translation(E: int, sample_topk: int = 0) -> dict[str, Any]:
+    experts = ExpertsConfig(E, k=4, mi_weight=0.1 / 8192)
+    heads = ExpertsConfig(E, k=4, mi_weight=0.1 / 8192, sample_topk=sample_topk)
+    return dict(V=37_000, D=512, L=6, K=4, H=64, F=512, dropout=0.2, experts=experts, attention_experts=heads)

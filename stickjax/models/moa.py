@@ -91,10 +91,10 @@ class SharedHeads(nnx.Module):
         kq, kk, kv, ko = jax.random.split(key, 4)
         width = c.K * c.H
         xavier = (3 / (c.D + width)) ** 0.5  # of gain 1 / sqrt(2)
-        self.expert_query = uniform(kq, (c.attention_experts, c.D, width), 1 / c.D, c)
+        self.expert_query = uniform(kq, (c.attention_experts.E, c.D, width), 1 / c.D, c)
         self.key = uniform(kk, (c.D, c.K, c.H), xavier, c)
         self.value = uniform(kv, (c.D, c.K, c.H), xavier, c)
-        self.expert_output = uniform(ko, (c.attention_experts, width, c.D), 1 / width, c)
+        self.expert_output = uniform(ko, (c.attention_experts.E, width, c.D), 1 / width, c)
         self.relative = nnx.Param(jnp.zeros((c.K, c.H, 2 * c.clip - 1), c.param_dtype)) if relative else None
 
     def __call__(

@@ -38,10 +38,9 @@ KINDS = {"attention": Kind("attention", "attention_experts"), "ffn": Kind("ffn",
 
 def kinds_of(config: FamilyConfig) -> list[Kind]:
     """The kinds that a model has; ValueError for a model without modules, and for one whose modules cannot change."""
-    kinds = [kind for kind in KINDS.values() if isinstance(getattr(config, kind.field, None), ExpertsConfig)]
-    if not kinds:
+    if not config.can_change_experts:
         raise ValueError(f"a model of family={config.family!r} has no modules that can be added or pruned")
-    kinds = [kind for kind in kinds if kind.mixture(config).E]
+    kinds = [kind for kind in KINDS.values() if kind.mixture(config).E]
     if not kinds:
         raise ValueError("the model has no modules: experts.E=0 and attention_experts.E=0")
     return kinds

@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import Routing, expert_linear, expert_mlp, route
+from stickjax.config.experts import ExpertsConfig
 from stickjax.config.universal import SutConfig
 from stickjax.models.attention import Context
 from stickjax.models.layers import LayerNorm, cast, dropout, uniform
@@ -23,15 +24,15 @@ class TanhRouter(Router):
 
     normalized = True
 
-    def __init__(self, config: SutConfig, E: int, k: int, sample_topk: int, key):
-        self.config, self.experts, self.k = config, Experts(E), k
-        self.order, self.sample_topk, self.token_rounding = "softmax_topk", sample_topk, 0
+    def __init__(self, config: SutConfig, mixture: ExpertsConfig, key):
+        self.config, self.experts, self.k = config, Experts(mixture.E), mixture.k
+        self.order, self.sample_topk, self.token_rounding = "softmax_topk", mixture.sample_topk, 0
         self.denominator, self.selection_bias, self.slot = "old", None, None
         k_in, k_bias, k_out = jax.random.split(key, 3)
         D = config.D
         self.w_in = uniform(k_in, (D, D), D**-0.5, config)
         self.bias = uniform(k_bias, (D,), D**-0.5, config)
-        self.weight = uniform(k_out, (D, E), D**-0.5, config)
+        self.weight = uniform(k_out, (D, mixture.E), D**-0.5, config)
 
     def logits(self, tokens: Float[Array, "T D"], key=None) -> tuple[Float[Array, "T E"], Any]:
         w_in, bias, weight = (p[...].astype(jnp.float32) for p in (self.w_in, self.bias, self.weight))
@@ -44,12 +45,12 @@ class BiasedExperts(nnx.Module):
     """sum over the chosen experts of gate * (gelu(x w_in[e] + in_bias[e]) w_out[e] + out_bias[e])."""
 
     def __init__(self, config: SutConfig, key):
-        self.config = c = config
+        self.config, E = (c := config), config.experts.E
         k_in, k_in_bias, k_out, k_out_bias = jax.random.split(key, 4)
-        self.w_in = uniform(k_in, (c.E, c.D, c.F), 1 / c.D, c)
-        self.in_bias = uniform(k_in_bias, (c.E, c.F), c.F**-0.5, c)
-        self.w_out = uniform(k_out, (c.E, c.F, c.D), 1 / c.F, c)
-        self.out_bias = uniform(k_out_bias, (c.E, c.D), c.D**-0.5, c)
+        self.w_in = uniform(k_in, (E, c.D, c.F), 1 / c.D, c)
+        self.in_bias = uniform(k_in_bias, (E, c.F), c.F**-0.5, c)
+        self.w_out = uniform(k_out, (E, c.F, c.D), 1 / c.F, c)
+        self.out_bias = uniform(k_out_bias, (E, c.D), c.D**-0.5, c)
 
     def __call__(self, x: Float[Array, "B T D"], routing: Routing, gates, key=None) -> Float[Array, "B T D"]:
         c, tokens = self.config, x.reshape(-1, x.shape[-1])
@@ -93,12 +94,12 @@ class SutBlock(nnx.Module):
 
         def heads(key, **kind):
             k_router, k_experts = jax.random.split(key)
-            router = TanhRouter(c, c.attention_experts, c.attention_k, c.sample_topk, k_router)
+            router = TanhRouter(c, c.attention_experts, k_router)
             return Branch(c, router, SharedHeads(c, k_experts, **kind))
 
         self.attention = heads(k_self, causal=causal, relative=not c.causal)
         self.cross = heads(k_cross, causal=False, relative=False) if cross else None
-        self.ffn = Branch(c, TanhRouter(c, c.E, c.k, 0, k_router), BiasedExperts(c, k_experts))
+        self.ffn = Branch(c, TanhRouter(c, c.experts, k_router), BiasedExperts(c, k_experts))
 
     def __call__(
         self,

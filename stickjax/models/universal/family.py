@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from stickjax.config import Config, SutConfig
+from stickjax.config import Config, ExpertsConfig, SutConfig
 from stickjax.models.family import Family
 from stickjax.models.universal.model import LanguageModel, PairClassifier, SutOutput
 from stickjax.parallel.collectives import psum_over_batch
@@ -71,7 +71,7 @@ def decode_step(
 def loss(
     params: PairClassifier | LanguageModel, batch: dict[str, jax.Array], key: jax.Array | None
 ) -> tuple[Float[Array, ""], dict[str, jax.Array]]:
-    """Mean cross-entropy plus `mi_weight` * sum of the routers' H(e|x) - H(e) plus `act_weight` * mean halting step.
+    """Mean cross-entropy + sum over routers of `mi_weight` * (H(e|x) - H(e)) + `act_weight` * mean halting step.
 
     Args:
       batch: as in `apply`, with `label` [B]; or with `targets` [B,T] and `loss_mask` [B,T].
@@ -99,17 +99,24 @@ def loss(
         return psum_over_batch((x * weight).sum()) / jnp.maximum(psum_over_batch(weight.sum()), 1)
 
     nll = mean(optax.softmax_cross_entropy_with_integer_labels(output.logits, labels), mask)
-    information = jnp.stack([stats.mutual_information for stats in output.router.values()])
+    information = {name: stats.mutual_information for name, stats in output.router.items()}
+    weights = {name: _mixture(config, name).mi_weight for name in information}
     metrics = {
         "loss": nll,
         "depth": mean(output.depth, token_mask),
         "act": output.act,
-        "mutual_information": information.mean(),
+        "mutual_information": jnp.stack(list(information.values())).mean(),
         "load_max": jnp.stack([s.load.max() * s.load.shape[-1] for s in output.router.values()]).max(),
     }
     if config.classes:
         metrics["accuracy"] = mean(output.logits.argmax(-1) == labels, mask)
-    return nll + config.mi_weight * information.sum() + config.act_weight * output.act, metrics
+    balance = sum(weights[name] * x for name, x in information.items())
+    return nll + balance + config.act_weight * output.act, metrics
+
+
+def _mixture(config: SutConfig, router: str) -> ExpertsConfig:
+    """The experts that a router with this name chooses among."""
+    return config.experts if router.endswith("ffn") else config.attention_experts
 
 
 class Universal(Family):
@@ -137,14 +144,14 @@ class Universal(Family):
         shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
         block, size = shapes.stack.block, lambda tree: sum(x.size for x in jax.tree.leaves(tree))
         heads = size([block.attention.experts.expert_query, block.attention.experts.expert_output])
-        idle = size(block.ffn.experts) * (config.E - config.k) // config.E
-        idle += heads * (config.attention_experts - config.attention_k) // config.attention_experts
+        mixtures = ((config.experts, size(block.ffn.experts)), (config.attention_experts, heads))
+        idle = sum(weights * (mixture.E - mixture.k) // mixture.E for mixture, weights in mixtures)
         return size(shapes), size(shapes.stack) - idle
 
     def flops_per_token(self, config: SutConfig, T: int) -> float:
         """As if no token halted before the last step. Bidirectional attention takes twice the work of causal."""
         _, active = self.parameter_counts(config)
-        heads, directions = config.attention_k * config.K, 1 if config.causal else 2
+        heads, directions = config.attention_experts.k * config.K, 1 if config.causal else 2
         return config.L * (6 * active + 6 * directions * heads * config.H * T)
 
     def empty_cache(self, config: SutConfig, batch: int, size: int) -> TokenHistory:
