@@ -23,6 +23,7 @@ import pytest
 
 from pallas_kernels.testing import FORWARD, GRADIENT, relative_error
 from stickjax.storage.checkpoints import named_leaves
+from stickjax.training import loop
 from stickjax.training.metrics import read_metrics
 
 # Tracing and lowering create millions of objects that stay alive until their test file ends. At its usual thresholds,
@@ -122,3 +123,14 @@ def programs(request):
         jax.config.update(name.lower(), False)
     jax.clear_caches()
     gc.collect()
+
+
+def without_check(new, monkeypatch):
+    """`loop._new`, but the program that it compiles is not checked; the program of the step still is."""
+
+    def call(*arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "check_program", lambda *_: None)
+            return new(*arguments)
+
+    return call

@@ -9,16 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stickjax.config import (
-    Config,
-    DataConfig,
-    ModelConfig,
-    OptimConfig,
-    SutConfig,
-    TrainConfig,
-    field_names,
-    locate,
-)
+from stickjax import Config, DataConfig, ModelConfig, OptimConfig, SutConfig, TrainConfig
+from stickjax.config import field_names, locate
 from stickjax.config.command_line import describe, load_config, named_configs, parse
 from stickjax.config.fields import LARGEST, field_types
 from stickjax.config.synonyms import SYNONYMS

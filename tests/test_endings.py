@@ -7,7 +7,7 @@ import sys
 
 import jax
 import pytest
-from conftest import assert_same_state
+from conftest import assert_same_state, without_check
 
 from stickjax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from stickjax.storage.checkpoints import Checkpoints
@@ -116,20 +116,9 @@ def test_a_dead_terminal_is_no_error(words, tmp_path, monkeypatch):
 def test_a_stop_before_the_first_step_has_nothing_to_save(words, monkeypatch, tmp_path, capsys):
     compiled = loop.check_program
     monkeypatch.setattr(loop, "check_program", lambda *a: (compiled(*a), signal.raise_signal(signal.SIGTERM)))
-    monkeypatch.setattr(loop, "_new", _without_check(monkeypatch))
+    monkeypatch.setattr(loop, "_new", without_check(loop._new, monkeypatch))
     assert main(words) == 143
     assert "stopped at step 0, with nothing to save; run the same command again" in capsys.readouterr().out
-
-
-def _without_check(monkeypatch):
-    new = loop._new
-
-    def call(*arguments):
-        with monkeypatch.context() as patch:
-            patch.setattr(loop, "check_program", lambda *_: None)
-            return new(*arguments)
-
-    return call
 
 
 def test_no_rate_and_no_time_left_before_two_steps_are_measured(words, capsys, tmp_path):

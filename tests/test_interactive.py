@@ -12,7 +12,7 @@ import types
 import jax
 import numpy as np
 import pytest
-from conftest import assert_same_state
+from conftest import assert_same_state, without_check
 
 import stickjax
 from stickjax import interactive
@@ -176,17 +176,6 @@ def test_an_interrupt_before_the_first_step_is_no_traceback(where, tmp_path, mon
     step = None if where == "_new" else 0
     assert repr(result).startswith(f"Result(step={step}, finished=False")
     assert not len(result.metrics) and repr(result.metrics) == "an empty table"
-
-
-def without_check(new, monkeypatch):
-    """`loop._new` compiles a program too; only the one of the step is meant."""
-
-    def call(*arguments):
-        with monkeypatch.context() as patch:
-            patch.setattr(loop, "check_program", lambda *_: None)
-            return new(*arguments)
-
-    return call
 
 
 def test_a_second_interrupt_ends_the_step_at_once(tmp_path, monkeypatch, capsys):

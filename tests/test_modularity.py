@@ -12,16 +12,8 @@ from stickjax.models.transformer import init
 from stickjax.surgery import use
 from stickjax.surgery.usage import batches_of
 
-MODEL = ModelConfig(
-    D=8,
-    L=2,
-    N=2,
-    K=1,
-    H=4,
-    F=8,
-    experts=ExpertsConfig(E=4, k=2, order="softmax_topk"),
-    attention_experts=ExpertsConfig(E=4, order="softmax_topk"),
-)
+MODULES = ExpertsConfig(E=4, k=2, order="softmax_topk")
+MODEL = ModelConfig(D=8, L=2, N=2, K=1, H=4, F=8, experts=MODULES, attention_experts=MODULES)
 CONFIG = Config(MODEL, DataConfig(source="logic,scan", examples=2000, T=16, B=2))
 
 
