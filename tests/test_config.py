@@ -270,5 +270,7 @@ def test_words_of_other_programs_name_fields():
         for word in words.split():
             assert word == "data" or all(word != key.partition(".")[2] for key in known), f"{word} is a field itself"
     assert locate(Config(SutConfig()), "model.clip") == ("model", "clip")
+    with pytest.raises(ValueError, match=r"unknown config key 'model.experts.e' .did you mean 'model.experts.E'"):
+        locate(Config(), "model.experts.e")
     with pytest.raises(ValueError, match=r"unknown config key 'model.clip' .did you mean 'optim.clip'"):
         locate(Config(), "model.clip")

@@ -4,11 +4,12 @@ import dataclasses
 import importlib
 import subprocess
 import sys
+import warnings
 
 import pytest
 
-from stickjax.config import Config, OptimConfig
-from stickjax.config.command_line import parse_changes
+from stickjax.config import Config, ExpertsConfig, ModelConfig, OptimConfig, SutConfig
+from stickjax.config.command_line import parse
 from stickjax.system.renamed import NEW_NAMES
 
 
@@ -42,10 +43,52 @@ def test_former_names_of_fields_are_accepted(tmp_path, caplog):
         assert dataclasses.replace(config, learn="*").trainable == "*"
     with pytest.warns(FutureWarning, match="learn is now trainable"):
         assert config.learn == "*,!embed"
-    assert parse_changes(Config(), ["--model.round_rows=8"]) == {"model.token_rounding": 8}
-    assert caplog.messages == ["model.round_rows is now model.token_rounding; the old name goes in the next version"]
+    words = ["--model.E=4", "--model.k=2", "--model.round_rows=8"]
+    assert parse(Config(), words).model.experts == ExpertsConfig(E=4, k=2, token_rounding=8)
+    assert caplog.messages[0] == "model.E is now model.experts.E; the old name goes in the next version"
+    assert len(caplog.messages) == 3 and caplog.messages[2].startswith(
+        "model.round_rows is now model.experts.token_rounding and model.attention_experts.token_rounding;"
+    )
     assert Config().replace({"optim.learn": "!embed"}).optim.trainable == "!embed"
     caplog.clear()
     assert Config.from_dict({"optim": {"learn": "!embed"}}).optim.trainable == "!embed" and not caplog.messages
     with pytest.raises(TypeError, match="lern"):
         OptimConfig(lern="*")
+
+
+BEFORE = [
+    (
+        dict(N=4, K=2, E=8, k=2, attention_experts=4, router="softmax_topk", z_weight=0.1, new_experts=2, pruned="no"),
+        ModelConfig(
+            N=4, K=2, experts=ExpertsConfig(8, 2, "softmax_topk", z_weight=0.1, added=2),
+            attention_experts=ExpertsConfig(4, order="softmax_topk", z_weight=0.1),
+        ),
+    ),
+    (
+        dict(
+            N=4, K=2, E=0, k=0, attention_experts=4, bias_rate=0.01, gone_attention_experts=1, pruned="old_denominator"
+        ),
+        ModelConfig(
+            N=4, K=2, attention_experts=ExpertsConfig(4, bias_rate=0.01, pruned=1, pruning="old_denominator")
+        ),
+    ),
+    (dict(E=0, k=0, attention_experts=0, router_hidden=256, pruned="no"), ModelConfig()),
+    (
+        dict(family="sut", E=6, k=3, attention_experts=5, attention_k=2, sample_topk=1, mi_weight=0.01),
+        SutConfig(
+            experts=ExpertsConfig(6, 3, mi_weight=0.01),
+            attention_experts=ExpertsConfig(5, 2, mi_weight=0.01, sample_topk=1),
+        ),
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("stored, expected", BEFORE, ids=["both", "heads", "dense", "sut"])
+def test_a_stored_model_of_the_version_before_is_read(stored, expected, caplog):
+    """A value for all experts goes to the mixtures that the model has; nothing is said, because the file stays."""
+    assert Config.from_dict({"model": stored}).model == expected and not caplog.messages
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        assert type(expected)(**stored) == expected
+    assert "E is now experts.E; the old name goes in the next version" in [str(warning.message) for warning in found]
+    assert Config.from_dict(Config(expected).to_dict()).model == expected

@@ -8,6 +8,7 @@ raised with its traceback.
 import argparse
 import contextlib
 import functools
+import logging
 import os
 import re
 import signal
@@ -107,6 +108,7 @@ def command(main: Callable[[list[str] | None], int | None]) -> Callable[..., int
     @functools.wraps(main)
     def run(argv: list[str] | None = None) -> int:
         _print_what_a_terminal_can()
+        _print_plain_notices()
         with _interrupts_raise():
             try:
                 try:
@@ -183,6 +185,13 @@ def _print_what_a_terminal_can() -> None:
     """From now on, print '?' for a character that the encoding of stdout lacks, instead of raising an error."""
     if getattr(sys.stdout, "errors", None) == "strict" and hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
+
+
+def _print_plain_notices() -> None:
+    """From now on, a notice begins with its level; the handler that Orbax installs would add the module."""
+    for handler in logging.root.handlers:
+        if getattr(handler.formatter, "_fmt", None) == logging.BASIC_FORMAT:
+            handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
 
 
 def _several_processes() -> bool:

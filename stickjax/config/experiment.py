@@ -208,6 +208,9 @@ class Config:
         sections: dict[str, dict] = {}
         for key, value in changes.items():
             section, name = locate(self, key)
+            if names := former_names(type(getattr(self, section))).get(name):
+                new = " and ".join(f"{section}.{name}" for name in names)
+                log.warning("%s is now %s; the old name goes in the next version", key, new)
             sections.setdefault(section, {})[name] = value
         return dataclasses.replace(self, **{s: _changed(getattr(self, s), fields) for s, fields in sections.items()})
 
@@ -242,10 +245,8 @@ class Config:
         config = cls(MODEL_CONFIGS[family]())
         sections = {section: _flat(type(getattr(config, section)), fields) for section, fields in tree.items()}
         for section, fields in sections.items():
-            former = former_names(type(getattr(config, section)))
             for name in fields:
-                if name not in former:
-                    locate(config, f"{section}.{name}")
+                locate(config, f"{section}.{name}")
         return dataclasses.replace(
             config, **{s: _changed(getattr(config, s), fields) for s, fields in sections.items()}
         )
@@ -315,18 +316,12 @@ def types_of(config: Config, section: str, name: str) -> tuple:
 
 
 def locate(config: Config, key: str) -> tuple[str, str]:
-    """Section and field of the key 'section.field' or 'section.group.field'.
+    """Section and field of the key 'section.field' or 'section.group.field'; the field may have its former name.
 
-    ValueError, with the nearest key, for an unknown one. A field may be called by its name in the version before; a
-    warning says the new one.
+    ValueError, with the nearest key, for an unknown one.
     """
     section, _, name = key.partition(".")
-    kind = type(getattr(config, section, config))
-    if (names := former_names(kind).get(name)) is not None:
-        new = " and ".join(f"{section}.{name}" for name in names)
-        log.warning("%s is now %s; the old name goes in the next version", key, new)
-        return section, names[0] if len(names) == 1 else name
     known = field_names(type(config.model))
-    if key not in known:
+    if name not in former_names(type(getattr(config, section, config))) and key not in known:
         raise ValueError(f"unknown config key {key!r}{suggestion(key, known)}")
     return section, name

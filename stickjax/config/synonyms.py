@@ -57,7 +57,9 @@ def suggestion(word: str, names: Iterable[str]) -> str:
     for name in names:
         by_end.setdefault(_plain(name), []).append(name)
     plain = _plain(word)
-    if near := difflib.get_close_matches(word, names, n=1, cutoff=0.9):
+    if same := [name for name in names if name.lower() == word.lower()]:
+        found = same
+    elif near := difflib.get_close_matches(word, names, n=1, cutoff=0.9):
         found = near
     elif (meant := _MEANT.get(plain)) in names:
         found = [meant]
