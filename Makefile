@@ -7,9 +7,10 @@
 # make test-ptx      the PTX that the GPU kernels compile to, executed on the CPU; the same environment
 # make test-triton   the Triton kernels in Triton's interpreter; the same environment
 # make test-install  install into fresh environments outside the checkout, plain and with each extra that needs no GPU
+# make docs          the documentation as HTML, in docs/_build/html; a warning is an error
 # make lint          ruff
 
-.PHONY: demo demo-compare test test-large test-oldest test-absent test-ptx test-triton test-install lint clean
+.PHONY: demo demo-compare test test-large test-oldest test-absent test-ptx test-triton test-install docs lint clean
 SHELL := /bin/bash
 RUN := .venv/bin/python
 
@@ -53,6 +54,10 @@ TRITON := triton_call triton kernels expert_kernels
 test-install: .venv/bin/python
 	.ci/test-install $(RUN)
 
+docs: .venv/.docs
+	$(RUN) -m sphinx --fail-on-warning --keep-going -q -j 2 -b html docs docs/_build/html
+	@echo docs/_build/html/index.html
+
 lint: .venv/.test
 	$(RUN) -m ruff check .
 
@@ -79,6 +84,10 @@ endef
 
 .venv/.test: .venv/bin/python pyproject.toml
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[test]"
+	@touch $@ .venv/.base
+
+.venv/.docs: .venv/bin/python pyproject.toml
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[docs]"
 	@touch $@ .venv/.base
 
 .venv-oldest/bin/python:

@@ -1,4 +1,4 @@
-"""The pages in docs/kernels against what the Mosaic kernels declare and do when they are traced, and their PTX."""
+"""The pages in docs/design against what the Mosaic kernels declare and do when they are traced, and their PTX."""
 
 import functools
 import math
@@ -16,7 +16,7 @@ from ptx import kept
 from pallas_kernels import expert_linear, expert_mlp, platform, route, stick_breaking_attention
 from pallas_kernels.scatter_moe.mosaic_row_pipeline import STAGES
 
-PAGES = sorted((Path(__file__).parent.parent / "docs" / "kernels").glob("*.md"))
+PAGES = sorted((Path(__file__).parent.parent / "docs" / "design").glob("*_kernels.md"))
 STICK = {  # of one and of two compute warpgroups, with and without early exit, and decoding
     "one warpgroup": (Stick(T=64, H=64), {"tiles": (64, 64)}),
     "two warpgroups": (Stick(T=200, H=64), {}),

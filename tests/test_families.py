@@ -34,7 +34,7 @@ MODELS = {
     "pairs": Config(SutConfig(**SIZES, **SUT, classes=7), PAIRS),
 }
 NAMES = [*MODELS, "bigram"]
-PAGE = Path(__file__).parent.parent / "docs" / "extending.md"
+PAGE = Path(__file__).parent.parent / "docs" / "contributing" / "extending.md"
 
 
 @pytest.fixture(scope="module", autouse=True)

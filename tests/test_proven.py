@@ -1,4 +1,4 @@
-"""docs/proven.md says how every call of the Mosaic kernels was proven, from the lists that the tests really run."""
+"""docs/reference/proven.md says how every call of the Mosaic kernels was proven, from the lists that the tests really run."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from benchmarks.gpu_cases import CALLS, Call
 from benchmarks.gpu_stages import CORRECT
 
 ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs" / "proven.md"
+PAGE = ROOT / "docs" / "reference" / "proven.md"
 HEAD = """# How the kernels were proven
 
 No number of this page is typed by hand: `python tests/test_proven.py` writes it from the lists of the tests, and a test
@@ -24,8 +24,8 @@ column "executed as PTX" has shapes instead of "yes", the call was executed with
 |---|---|---|
 | interpreted | the Mosaic kernels run in Pallas' interpreter, which reports races | `make test` |
 | lowered | the call lowers for a Hopper GPU | `make test` |
-| executed as PTX | a CPU executes the PTX of the compiled kernels ([how](ptx_machine.md)) | `make test-ptx` |
-| on a chip | a GPU gave the reference's numbers ([Checking a GPU](gpu_check.md)) | `python -m benchmarks --gpu` |
+| executed as PTX | a CPU executes the PTX of the compiled kernels ([how](../design/ptx_machine.md)) | `make test-ptx` |
+| on a chip | a GPU gave the reference's numbers ([Checking a GPU](../contributing/gpu_check.md)) | `python -m benchmarks --gpu` |
 
 """
 

@@ -52,7 +52,7 @@ def test_links_between_pages_lead_somewhere():
         for page in pages
     }
     assert set().union(*linked.values()) <= pages
-    assert linked[ROOT / "README.md"] >= set((ROOT / "docs" / "kernels").glob("*.md"))
+    assert linked[ROOT / "README.md"] >= set((ROOT / "docs" / "design").glob("*_kernels.md"))
 
 
 def test_every_python_name_of_the_pages_exists():
@@ -67,7 +67,7 @@ def test_every_python_name_of_the_pages_exists():
 
 
 def test_the_family_of_the_page_trains_from_its_file(tmp_path, monkeypatch, capsys):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "extending.md").read_text(), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "contributing" / "extending.md").read_text(), re.DOTALL)
     assert len(blocks) == 2
     monkeypatch.chdir(tmp_path)
     Path("bigram.py").write_text(blocks[0])
@@ -80,7 +80,7 @@ def test_the_family_of_the_page_trains_from_its_file(tmp_path, monkeypatch, caps
 
 
 def test_the_page_of_the_layout_names_files_that_exist():
-    rows = re.findall(r"^\| `([\w/]+)/` \| (.*)$", (ROOT / "docs" / "layout.md").read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| `([\w/]+)/` \| (.*)$", (ROOT / "docs" / "contributing" / "layout.md").read_text(), re.MULTILINE)
     assert len(rows) > 10
     for folder, cells in rows:
         for name in re.findall(r"`(\w+\.py|\w+/)`", cells):

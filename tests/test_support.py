@@ -1,4 +1,4 @@
-"""The support table of the README is what the implementations say themselves, of the cases that all of them run."""
+"""The support table of docs/reference/support.md is what the implementations say themselves, of the cases that all of them run."""
 
 import contextlib
 import re
@@ -13,7 +13,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from pallas_kernels import dispatch, explain, route, triton_call
 from pallas_kernels.scatter_moe.call import ACTIVATIONS, GATED
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs" / "reference" / "support.md"
 # Where each runs at its best; the others run wherever JAX does.
 GPUS = {"mosaic": "NVIDIA H200", "triton": "NVIDIA A100"}
 
@@ -110,7 +110,7 @@ def test_the_table_of_the_readme_is_what_the_implementations_say(monkeypatch):
 
 def written() -> tuple[str, str, str]:
     """What is before the table, the table, and what follows."""
-    before, rest = README.read_text().split("<!-- support -->\n")
+    before, rest = PAGE.read_text().split("<!-- support -->\n")
     between, after = rest.split("<!-- end of support -->")
     return before, between, after
 
@@ -120,4 +120,4 @@ if __name__ == "__main__":
         patch.setattr(triton_call, "_missing", tuple)
         new = table()
     before, _, after = written()
-    README.write_text(f"{before}<!-- support -->\n{new}\n<!-- end of support -->{after}")
+    PAGE.write_text(f"{before}<!-- support -->\n{new}\n<!-- end of support -->{after}")

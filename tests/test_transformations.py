@@ -1,4 +1,4 @@
-"""Every op under every transformation of JAX and on every kind of mesh: the table of docs/transformations.md."""
+"""Every op under every transformation of JAX and on every kind of mesh: the table of docs/reference/transformations.md."""
 
 import contextlib
 import functools
@@ -25,7 +25,7 @@ from pallas_kernels import (
 )
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 4, reason="needs 4 devices")
-PAGE = Path(__file__).parent.parent / "docs" / "transformations.md"
+PAGE = Path(__file__).parent.parent / "docs" / "reference" / "transformations.md"
 IMPLEMENTATIONS = "reference", "xla", "mosaic"
 B, T, N, K, H, E, F, k = 2, 6, 4, 2, 32, 3, 8, 2
 

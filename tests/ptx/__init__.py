@@ -1,4 +1,4 @@
-"""A machine that executes, on a CPU, the PTX that a GPU would: see docs/ptx_machine.md.
+"""A machine that executes, on a CPU, the PTX that a GPU would: see docs/design/ptx_machine.md.
 
 capture.py takes the kernels out of a JAX function, compiled.py and host.py find out what a GPU would be given,
 program.py says what that is, and machine.py runs it. The other files are the parts of the machine.

@@ -1,0 +1,49 @@
+"""The pages that are made from the code when the documentation is built: config fields, and the notebooks."""
+
+import dataclasses
+import shutil
+import typing
+from pathlib import Path
+
+from stickjax.config import Config, ExpertsConfig, ModelConfig, SutConfig
+from stickjax.config.fields import nested_fields
+
+SECTIONS = {
+    "`model` of `family=\"decoder\"`: `ModelConfig`": ("model", ModelConfig),
+    "`model` of `family=\"sut\"`: `SutConfig`": ("model", SutConfig),
+    "`model.experts` and `model.attention_experts`: `ExpertsConfig`": ("model.experts", ExpertsConfig),
+} | {
+    f"`{section.name}`: `{section.default_factory.__name__}`": (section.name, section.default_factory)
+    for section in dataclasses.fields(Config)
+    if section.name != "model"
+}
+
+
+def write(docs: Path) -> None:
+    """Write the generated pages into the folder of the documentation, and copy the notebooks there."""
+    (docs / "reference" / "config.md").write_text(config_page())
+    shutil.copytree(docs.parent / "notebooks", docs / "notebooks", dirs_exist_ok=True)
+
+
+def config_page() -> str:
+    """All fields of a config with their types, defaults and help texts, a table for each class."""
+    text = "# Config fields\n\nEvery field is an option of the command line: `--section.field=value`.\n"
+    for title, (section, config) in SECTIONS.items():
+        text += f"\n## {title}\n\n| field | type | default | meaning |\n|---|---|---|---|\n"
+        for field in dataclasses.fields(config):
+            if field.name not in nested_fields(config):
+                text += _row(section, config, field)
+    return text
+
+
+def _row(section: str, config: type, field: dataclasses.Field) -> str:
+    cells = f"`{section}.{field.name}`", _type(typing.get_type_hints(config)[field.name]), f"`{field.default!r}`"
+    bounds = ", ".join(f"{name.replace('_', ' ')} {limit}" for name, limit in field.metadata["bounds"].items())
+    cells += (field.metadata["doc"] + (f" ({bounds})" if bounds else ""),)
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
+
+
+def _type(hint) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return ", ".join(f"`{value}`" for value in typing.get_args(hint))
+    return f"`{hint.__name__ if isinstance(hint, type) else hint}`".replace("types.", "")

@@ -1,0 +1,83 @@
+"""The Python of every page runs, and what a page names exists: commands, options, files, links and Python names."""
+
+import contextlib
+import io
+import os
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+from stickjax.config import field_names
+
+ROOT = Path(__file__).parent.parent
+MADE = {"docs/reference/config.md"}  # the build of the documentation writes it
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    if "_build" not in path.parts and str(path.relative_to(ROOT)) not in MADE
+}
+ALL = "\n".join(PAGES.values())
+
+
+def blocks(name: str) -> list[tuple[str, str]]:
+    """(language, text) of the Python of a page, and of what it prints, which stands below it as ```text."""
+    return re.findall(r"^```(python|text)\n(.*?)^```", PAGES[name], re.DOTALL | re.MULTILINE)
+
+
+# A page whose Python begins with a file name, "# bigram.py", is a set of files, which a test of its own runs.
+FILES = [name for name in PAGES if any(re.match(r"# \w+\.py\n", text) for _, text in blocks(name))]
+RUN = [name for name in PAGES if name not in FILES and any(kind == "python" for kind, _ in blocks(name))]
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_the_python_of_a_page_runs(name, tmp_path, monkeypatch):
+    """From top to bottom, in one namespace; every line that the page says is printed, is printed."""
+    monkeypatch.chdir(tmp_path)
+    os.symlink(ROOT / "configs", "configs")
+    names, printed, before = {}, "", ""
+    for kind, block in blocks(name):
+        if kind == "python":
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                exec(compile(block, name, "exec"), names)
+            printed = out.getvalue()
+        elif before == "python":
+            for line in filter(None, map(str.strip, block.splitlines())):
+                assert line in printed, f"{name} says that its code prints {line!r}; it prints\n{printed}"
+        before = kind
+
+
+def test_commands_and_make_targets_exist():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert {found for found in re.findall(r"(?:`|^ *)make ([a-z][a-z-]+)", ALL, re.MULTILINE)} <= targets
+    for module in set(re.findall(r"python -m ((?:stickjax|benchmarks)[\w.]*\w)", ALL)):
+        base = ROOT / module.replace(".", "/")
+        assert base.with_suffix(".py").exists() or (base / "__main__.py").exists(), module
+
+
+def test_options_of_configs_exist():
+    known = set(field_names())
+    for option in re.findall(r"--((?:model|data|optim|train|mesh)\.[\w.]*\w)", ALL):
+        assert option in known, f"--{option}"
+
+
+def test_files_exist():
+    for path in re.findall(r"(?<![\w/.])(?:configs|docs|launch|notebooks|stickjax|pallas_kernels|tests)/[\w./]+\w", ALL):
+        assert (ROOT / path).exists(), path
+
+
+def test_links_lead_somewhere():
+    for name, text in PAGES.items():
+        for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text):
+            assert (ROOT / name).parent.joinpath(target).exists(), f"{name}: {target}"
+
+
+def test_python_names_exist():
+    names = set(re.findall(r"`((?:stickjax|pallas_kernels)(?:\.\w+)+)", ALL))
+    assert names
+    for name in names:
+        try:
+            pkgutil.resolve_name(name)
+        except (AttributeError, ImportError):
+            pytest.fail(f"{name} does not exist")
