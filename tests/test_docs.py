@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 MADE = {"docs/reference/config.md"}  # the build of the documentation writes it
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text()
-    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    for path in [ROOT / "README.md", *ROOT.glob("CONTRIBUTING.md"), *sorted((ROOT / "docs").rglob("*.md"))]
     if "_build" not in path.parts and str(path.relative_to(ROOT)) not in MADE
 }
 ALL = "\n".join(PAGES.values())
