@@ -8,6 +8,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import generated  # noqa: E402
+
 import stickjax  # noqa: E402
 
 project, author, copyright = "stickjax", "the stickjax authors", "the stickjax authors"
@@ -36,7 +37,9 @@ html_show_sourcelink = False
 def escape(text: str) -> str:
     """Text with the characters that have a meaning in reStructuredText escaped, except within `code`."""
     parts = re.split(r"(`[^`]+`)", text)
-    return "".join(part if i % 2 else re.sub(r"[*|\\]|(?<=\w)_(?!\w)", r"\\\g<0>", part) for i, part in enumerate(parts))
+    return "".join(
+        part if i % 2 else re.sub(r"[*|\\]|(?<=\w)_(?!\w)", r"\\\g<0>", part) for i, part in enumerate(parts)
+    )
 
 
 def plain_docstrings(app, what, name, subject, options, lines: list[str]) -> None:

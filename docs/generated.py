@@ -9,8 +9,8 @@ from stickjax.config import Config, ExpertsConfig, ModelConfig, SutConfig
 from stickjax.config.fields import nested_fields
 
 SECTIONS = {
-    "`model` of `family=\"decoder\"`: `ModelConfig`": ("model", ModelConfig),
-    "`model` of `family=\"sut\"`: `SutConfig`": ("model", SutConfig),
+    '`model` of `family="decoder"`: `ModelConfig`': ("model", ModelConfig),
+    '`model` of `family="sut"`: `SutConfig`': ("model", SutConfig),
     "`model.experts` and `model.attention_experts`: `ExpertsConfig`": ("model.experts", ExpertsConfig),
 } | {
     f"`{section.name}`: `{section.default_factory.__name__}`": (section.name, section.default_factory)

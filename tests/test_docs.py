@@ -63,7 +63,9 @@ def test_options_of_configs_exist():
 
 
 def test_files_exist():
-    for path in re.findall(r"(?<![\w/.])(?:configs|docs|launch|notebooks|stickjax|pallas_kernels|tests)/[\w./]+\w", ALL):
+    for path in re.findall(
+        r"(?<![\w/.])(?:configs|docs|launch|notebooks|stickjax|pallas_kernels|tests)/[\w./]+\w", ALL
+    ):
         assert (ROOT / path).exists(), path
 
 
