@@ -29,8 +29,8 @@ def of_model(model, tokens) -> Heads:
     c = model.config
     if c.attention != "stick_breaking":
         raise ValueError(f"the logits are to be those of stick-breaking attention, this model's is {c.attention!r}")
-    if c.attention_experts:
-        raise ValueError(f"needs heads that all tokens share; here attention_experts={c.attention_experts} own them")
+    if c.attention_experts.E:
+        raise ValueError(f"needs heads that all tokens share, not attention_experts.E={c.attention_experts.E}")
 
     @jax.jit
     def layer(block, x):

@@ -89,7 +89,7 @@ def test_losses_and_gradients_are_the_originals(loaded, folder, monkeypatch):
     tree, tokens = json.loads((folder / "config.json").read_text()), expected["input_ids"]
     if folder.parent.name == "hf":
         weight = tree.get("router_aux_loss_coef", tree.get("aux_loss_coef", 0.0))
-        config = config.replace({"model.experts.switch_weight": weight})
+        config = config.replace({f"model.{name}.switch_weight": weight for name in config.model.mixtures()})
         weighted = jax.eval_shape(lambda: family_of(config.model).init(config.model, jax.random.key(0)))
         model = jax.tree.unflatten(jax.tree.structure(weighted), jax.tree.leaves(model))
         repeats = (1, 2) if config.model.attention_experts.E else (1,)
@@ -103,7 +103,8 @@ def test_losses_and_gradients_are_the_originals(loaded, folder, monkeypatch):
     (loss, metrics), gradient = run(model)
     assert_close(loss, expected["loss"], FORWARD["float32"])
     if "aux_loss" in expected:
-        kinds = {"switch": m.switch_weight, "z": m.z_weight, "mutual_information": m.mi_weight}
+        x = m.experts
+        kinds = {"switch": x.switch_weight, "z": x.z_weight, "mutual_information": x.mi_weight}
         parts = [metrics[f"{p}{n}"] * w for p in ("", "attention_") for n, w in kinds.items() if f"{p}{n}" in metrics]
         assert_close(m.L * sum(parts) / max(kinds.values()), expected["aux_loss"], 1e-5)
     theirs = names.their_tensors(names.table(tree["model_type"], m), m, in_memory(gradient))

@@ -332,9 +332,9 @@ def test_tree_mode_of_nnx():
     """The modules are plain pytrees, so they work with NNX's graph mode switched off."""
     code = """
 import jax, jax.numpy as jnp
-from stickjax.config import ModelConfig
+from stickjax.config import ExpertsConfig, ModelConfig
 from stickjax.models.transformer import init
-m = init(ModelConfig(V=8, D=8, L=2, N=2, K=1, H=4, F=8, E=2, k=2), jax.random.key(0))
+m = init(ModelConfig(V=8, D=8, L=2, N=2, K=1, H=4, F=8, experts=ExpertsConfig(2, 2)), jax.random.key(0))
 g = jax.jit(jax.grad(lambda m: m(jnp.zeros((1, 4), jnp.int32)).logits.sum()))(m)
 assert jax.tree.structure(g) == jax.tree.structure(m)
 """

@@ -119,7 +119,8 @@ def test_merged_is_the_same_function(model):
     extended = extend(model, jax.random.key(1), experts=5, attention_experts=3)
     assert_close(run(merged(extended), TOKENS).logits, run(extended, TOKENS).logits, FORWARD["float32"])
     again = extend(extended, jax.random.key(2), experts=1).config
-    assert (again.E, again.new_experts, again.attention_experts, again.new_attention_experts) == (11, 1, 7, 0)
+    experts, heads = again.experts, again.attention_experts
+    assert (experts.E, experts.added, heads.E, heads.added) == (11, 1, 7, 0)
 
 
 @pytest.mark.parametrize("routing", TRAINABLE)
@@ -277,9 +278,8 @@ def test_prune_again_and_extend(model, denominator):
     once = prune(model, counts, count={"ffn": 3, "attention": 2}, denominator=denominator)
     half = prune(model, counts, count={"ffn": 5, "attention": 2}, denominator=denominator)
     if denominator == "new":
-        assert half.config == KINDS_OF_MODULES["ffn"].changed(
-            KINDS_OF_MODULES["attention"].changed(CONFIG, E=2), E=5
-        )  # a model as any other
+        fewer = KINDS_OF_MODULES["attention"].changed(CONFIG, E=2)
+        assert half.config == KINDS_OF_MODULES["ffn"].changed(fewer, E=5)  # as if it had never had more
         counts["ffn"] = np.array([[9, 8, 2, 7, 6], [2, 3, 4, 5, 6]])
     twice = prune(half, {"ffn": counts["ffn"]}, count=3, denominator=denominator)
     assert twice.config == once.config
@@ -352,7 +352,7 @@ def test_models_without_modules():
         lambda: prune(dense, {}, count=2),
         lambda: use(dense, []),
     ):
-        with pytest.raises(ValueError, match="has no modules: E=0"):
+        with pytest.raises(ValueError, match="has no modules: experts.E=0"):
             call()
     with pytest.raises(ValueError, match="a model of family='sut' has no modules that can be added or pruned"):
         prune(SimpleNamespace(config=SutConfig(D=8, H=4, F=16)), {}, count=2)
@@ -431,8 +431,8 @@ def test_prune_and_report(trained, tmp_path, capsys, monkeypatch):
 def test_concentrate(trained, tmp_path):
     out = str(tmp_path / "out")
     assert main(["concentrate", trained.base, out, "--weight=0.5", "--train.steps=1", "--data.source=logic"]) == 0
-    config = load(out).config.model
-    assert (config.concentration_weight, config.mi_weight, config.switch_weight) == (0.5, 0, 0)
+    for mixture in load(out).config.model.mixtures().values():
+        assert (mixture.concentration_weight, mixture.mi_weight, mixture.switch_weight) == (0.5, 0, 0)
 
 
 def test_concentration_stops_the_bias_that_balances(trained, tmp_path):

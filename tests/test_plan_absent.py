@@ -66,9 +66,10 @@ def test_a_step_of_triton_kernels(gpu, hosts, tmp_path, capsys):
     """Named, so that nothing else may run; on eight GPUs inside of shard_map, as a kernel would refuse otherwise."""
     path = tmp_path / "small.py"
     path.write_text(
-        "from stickjax import Config, DataConfig, ModelConfig\n"
+        "from stickjax import Config, DataConfig, ExpertsConfig, ModelConfig\n"
         "def get_config():\n"
-        "    model = ModelConfig(V=64, D=64, L=2, N=2, K=1, H=64, F=64, E=4, k=2, dtype='bfloat16')\n"
+        "    experts = ExpertsConfig(4, 2)\n"
+        "    model = ModelConfig(V=64, D=64, L=2, N=2, K=1, H=64, F=64, experts=experts, dtype='bfloat16')\n"
         "    return Config(model, DataConfig(T=1024, B=8))\n"
     )
     machine = [f"--gpu={gpu}", "--devices=8", f"--hosts={hosts}"]

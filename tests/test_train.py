@@ -1,6 +1,7 @@
 """Training: the same run bit for bit after any interruption, and one clear line for whatever goes wrong."""
 
 import json
+import operator
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 from conftest import assert_same_state, wait_for_step
 
 from stickjax import train
-from stickjax.config import Config
+from stickjax.config import Config, field_names
 from stickjax.data.corpus import load_corpus
 from stickjax.storage.checkpoints import Checkpoints
 from stickjax.system.lock import Lock
@@ -36,7 +37,7 @@ SMALL = Config().replace(
 
 
 def words(config: Config) -> list[str]:
-    return [f"--{s}.{n}={v}" for s, fields in config.to_dict().items() for n, v in fields.items()]
+    return [f"--{name}={operator.attrgetter(name)(config)}" for name in field_names(type(config.model))]
 
 
 def rows(run) -> list[dict]:
