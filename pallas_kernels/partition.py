@@ -107,7 +107,7 @@ def run(letters: Letters, call: Any, compute: Callable[[Any], Any]) -> Any:
 def look(letters: Letters, call: Any, compute: Callable[[Any], Any]) -> Any:
     """Return the result of `compute` for the call that `run` would give to one device.
 
-    On a mesh, `compute` receives tracers, so nothing is executed.
+    On Explicit or Auto axes, `compute` receives tracers, so nothing is executed.
     """
     arrays, part = _arrays(letters, call, compute)
     mesh = _mesh(arrays)

@@ -50,4 +50,7 @@ class Kernels(Protocol):
         """Return the sum of left^T right over the rows of every expert."""
 
     def d_bias(self, bias, right, numbers, tasks: Tasks, gates=None) -> Any:
-        """Return the sum of `right` over the rows of every expert. With gates [T, k], every row is times its gate."""
+        """Return the sum of `right` over the rows of every expert.
+
+        With gates [T, k], each row is multiplied by its gate.
+        """
