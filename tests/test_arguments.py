@@ -116,7 +116,7 @@ X, W, W_IN, W_OUT, G = (jnp.zeros(s) for s in ((6, 4), (3, 4, 5), (3, 4, 10), (3
         (lambda: route(jnp.zeros((6, 2), int), 3.0), "num_experts must be an int .*, got float"),
         (lambda: expert_linear(X.tolist(), W, R), r"x must be an array \[R,D\], got list"),
         (lambda: expert_linear(X, None, R), r"weight must be an array \[E,D,F\], got None"),
-        (lambda: expert_linear(X, W, R.expert_indices), r"routing must be what route\(.*\) returns, got ArrayImpl"),
+        (lambda: expert_linear(X, W, R.expert_indices), r"routing must be the result of route\(.*\), got ArrayImpl"),
         (lambda: expert_linear(X, W, R, grouped_in="yes"), "grouped_in must be True or False, got str"),
         (lambda: expert_linear(X.astype(jnp.float8_e5m2), W, R), "x must be float16, .* or float64, got .*float8_e5m2"),
         (lambda: expert_linear(X, W, R, bias=1.0), r"bias must be an array \[E,F\], got float"),
