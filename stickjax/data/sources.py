@@ -18,11 +18,8 @@ log = logging.getLogger(__name__)
 
 TOKENS_FORMAT = "stickjax-tokens"  # the value of "format" in the .json of a token file
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip", ".7z")
-_OTHER_UNICODE = (
-    codecs.BOM_UTF16_LE,
-    codecs.BOM_UTF16_BE,
-    codecs.BOM_UTF32_BE,
-)  # BOM_UTF32_LE begins like BOM_UTF16_LE
+# BOM_UTF32_LE begins with BOM_UTF16_LE.
+_OTHER_UNICODE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
 
 # Parts of the standard library that are left out: files that are not library code, and tables of data in Python.
 _NOT_LIBRARY = re.compile(
