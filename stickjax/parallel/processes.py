@@ -271,7 +271,7 @@ def check_same(facts: dict) -> None:
     first = shared(lambda: facts)
     other = [f"{name}: {first[name]!r} -> {facts[name]!r}" for name in facts if first[name] != facts[name]]
     if other:
-        raise ValueError(f"this process differs from process 0 ({'; '.join(other)}); use the same config and data in all")
+        raise ValueError(f"this process differs from process 0 ({'; '.join(other)}); use the same config and data")
     if _several():
         _client().wait_at_barrier(_name("barrier"), _WAIT_MILLISECONDS)
 
