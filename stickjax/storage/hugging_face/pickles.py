@@ -59,7 +59,7 @@ def _begin(file, info: zipfile.ZipInfo) -> int:
 
 
 class _Tensors(pickle._Unpickler):
-    """An unpickler of tensors. It is based on the one in Python: the one in C allocates what a damaged file asks for."""
+    """An unpickler of tensors. It extends the one in Python: the one in C allocates what a damaged file asks for."""
 
     def __init__(self, program, path: Path, root: str, places: dict):
         super().__init__(program)
