@@ -178,7 +178,7 @@ def test_config_classes_that_are_refused():
 
     assert MODEL_CONFIGS["decoder"] is ModelConfig
     with pytest.raises(
-        ValueError, match="family='triram' is not one of .*mean 'bigram'..; a program that uses a family"
+        ValueError, match="family='triram' is not one of .*mean 'bigram'..; import the file that defines"
     ):
         Config.from_dict({"model": {"family": "triram"}})
 

@@ -196,7 +196,7 @@ def test_data_that_do_not_fit(tmp_path, changes, message):
 
 
 def test_what_only_decoders_have(pairs, tmp_path):
-    with pytest.raises(ValueError, match="accumulate=2: a model of family='sut' takes the B sequences"):
+    with pytest.raises(ValueError, match="accumulate=2: a model of family='sut' needs all B sequences"):
         PAIRS.replace({"train.accumulate": 2})
     with pytest.raises(ValueError, match="fsdp=2 and tensor=2: a model of family='sut' supports data parallelism only"):
         make_mesh(PAIRS.replace({"mesh.fsdp": 2, "mesh.tensor": 2}))
