@@ -11,8 +11,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The warpgroups of an interpreted GPU kernel run in XLA's threads and wait for each other, so XLA needs several. It has
 # one thread per CPU device or core.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
-# All tests, all workers and all programs that tests start share one compilation cache, because compilation takes most of
-# their time.
+# All tests, all workers and all programs that tests start share one compilation cache, because compilation takes most
+# of their time.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="stickjax-compiled-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)

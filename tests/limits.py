@@ -7,8 +7,8 @@ import numpy as np
 from pallas_kernels import stick_breaking_attention
 
 T, H, HUGE = 40, 32, {"float16": 6e4, "bfloat16": 1e30, "float32": 1e30}
-# The logit of each key, by name of the batch entry. Noise of standard deviation 1 is added. Attention is causal, so every
-# query also has masked keys.
+# The logit of each key, by name of the batch entry. Noise of standard deviation 1 is added. Attention is causal, so
+# every query also has masked keys.
 LOGITS = {
     **{f"{value:g}": np.full(T, value) for value in (0.0, 88.0, 1e3, 1e5, -88.0, -1e3, -1e5)},
     "far and near": np.tile([1e5, -1e5], T // 2),
