@@ -12,7 +12,7 @@ def to_bfloat16_and_back(x_ref, out_ref, size: tl.constexpr):
 
 @triton.jit
 def product_of_rounded(x_ref, y_ref, out_ref, size: tl.constexpr):
-    """Compute out = x y. x is float32 and is rounded to the type of y, as attention weights are before their product."""
+    """Compute out = x y. x is float32 and is rounded to the type of y, as attention weights are before a product."""
     row, column = tl.arange(0, size)[:, None], tl.arange(0, size)[None, :]
     x, y = tl.load(x_ref + row * size + column), tl.load(y_ref + row * size + column)
     tl.store(out_ref + row * size + column, tl.dot(x.to(y.dtype), y))
