@@ -105,7 +105,7 @@ def test_sections_are_frozen_and_hashable():
 
 CONFIGS = {"decoder": Config(ModelConfig()), "sut": Config(SutConfig())}
 FIELDS = [(kind, key) for kind, config in CONFIGS.items() for key in field_names(type(config.model))]
-# Numbers as Python has them; JSON writes some of them differently.
+# Integers and floats, also very large, very small and non-finite ones.
 NUMBERS = [16, 16.5, -1, -1e9, 10**30, 1e300, 1e-300, math.nan, math.inf, -math.inf]
 OTHERS = [None, True, "", "16", "no", [], [16], {}, {"a": 1}]
 
