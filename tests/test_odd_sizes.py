@@ -16,7 +16,7 @@ DECODING = *DECODED, "T=3, S=1001"
 
 @pytest.fixture
 def hopper(monkeypatch):
-    """An absent Hopper GPU with few multiprocessors, because each of them is interpreted."""
+    """Interpret kernels as on a Hopper GPU with two multiprocessors; more would only take more time."""
     monkeypatch.setattr("pallas_kernels.platform.multiprocessors", lambda: 2)
     with platform.interpret():
         yield
