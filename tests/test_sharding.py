@@ -95,7 +95,7 @@ def alone(config):
 
 
 def assert_same(config, expected):
-    """Compare losses and statistics of all steps, the first gradients, and the parameters after 20 steps of rounding."""
+    """Compare losses and statistics of all steps, first gradients, and the parameters after 20 steps of rounding."""
     (metrics, first, state), (wanted_metrics, wanted_first, wanted_state) = trained(config), expected
     for i, (row, wanted) in enumerate(zip(metrics, wanted_metrics, strict=True)):
         assert row.keys() == wanted.keys()

@@ -448,7 +448,7 @@ def test_log1p_by_multiply_adds():
 
 @pytest.mark.parametrize("options", [*STICK_IMPLEMENTATIONS.values(), REFERENCE])
 def test_the_gradient_at_a_logit_of_zero(options):
-    """Every key takes half of the remaining stick. A softplus computed with absolute values has a kink at this logit."""
+    """Every key takes half of the remaining stick. A softplus by absolute values has a kink at this logit."""
 
     def total(query):
         out, rem = attend(query, key, value, **options)
