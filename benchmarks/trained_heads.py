@@ -30,7 +30,7 @@ def of_model(model, tokens) -> Heads:
     if c.attention != "stick_breaking":
         raise ValueError(f"the logits are to be those of stick-breaking attention, this model's is {c.attention!r}")
     if c.attention_experts:
-        raise ValueError(f"needs a model without attention experts, this model has {c.attention_experts}")
+        raise ValueError(f"needs attention_experts.E=0, this model has {c.attention_experts.E}; use another run")
 
     @jax.jit
     def layer(block, x):
