@@ -63,7 +63,7 @@ def test_experts_cost_is_that_of_the_specification():
 
 
 def test_ratios_pair_the_rounds():
-    """The load doubles in the last two rounds. `over` compares the two contestants round by round, so it does not matter."""
+    """The load doubles in the last two rounds. `over` compares round by round, so this does not matter."""
     slow, fast = Times(np.array([2.0, 4.0, 4.0])), Times(np.array([1.0, 2.0, 2.0]))
     assert slow.over(fast) == 2 and (slow.median, slow.best) == (4, 2)
 
