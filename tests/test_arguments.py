@@ -1,4 +1,4 @@
-"""Whatever is wrong with a call of an op is one ValueError that names the argument, its letters and what it was."""
+"""Every wrong argument of an op raises one ValueError that names the argument, its letters and its value."""
 
 import math
 
@@ -137,12 +137,12 @@ def test_wrong_indices_are_found_in_a_program_under_checks():
         jax.effects_barrier()
 
 
-# Arrays of numpy, and of no size.
+# NumPy arrays, and empty arrays.
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_arrays_of_numpy_are_taken(implementation):
-    """Of float64 and int64, as numpy makes them, also where every second number is passed over: as float32."""
+    """NumPy arrays of float64 and int64, also non-contiguous ones, are accepted; the results are float32."""
     rng = np.random.default_rng(0)
     q, k, v = rng.standard_normal((3, 2, 6, 2, 8))[..., ::2]
     options = dict(segment_ids=np.zeros((2, 6), int), query_offset=np.arange(4)[::2], window=np.int64(3))

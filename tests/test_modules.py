@@ -1,4 +1,4 @@
-"""Modules: added, pruned, counted; from Python and from the command line."""
+"""Modules are added, pruned and counted, from Python and from the command line."""
 
 import dataclasses
 import json
@@ -67,7 +67,7 @@ def same(a, b):
 
 @pytest.mark.parametrize(("E", "new"), [(6, 2), (8, 5), (16, 16), (5, 1)])
 def test_probabilities_keep_their_bits(compiled, E, new):
-    """At 7 tokens and at 700: XLA compiles small and large loops otherwise."""
+    """The test runs with 7 and with 700 tokens, because XLA compiles small and large loops differently."""
     rng = np.random.default_rng(E)
     for T in (7, 700):
         x, w = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((T, 16), (16, E)))
@@ -99,7 +99,7 @@ def test_extended_model_is_the_old_one_without_its_new_modules(model, monkeypatc
     monkeypatch.setattr(Router, "logits", of_old_modules)
     found = jax.jit(lambda model: model(TOKENS))(extended)
     same(found.logits, base.logits)
-    for kind in ("router", "attention_router"):  # experts that are never chosen say nothing
+    for kind in ("router", "attention_router"):  # experts that are never chosen do not count
         assert_close(getattr(found, kind).mutual_information, getattr(base, kind).mutual_information, 1e-5)
 
 
@@ -125,7 +125,7 @@ def test_merged_is_the_same_function(model):
 
 @pytest.mark.parametrize("routing", TRAINABLE)
 def test_what_is_frozen_does_not_move(routing):
-    """Bit for bit, with losses that pull at every router and with the bias that is moved without a gradient."""
+    """Frozen parameters stay bitwise equal, although every router has losses and the bias moves without a gradient."""
     changes = dict(bias_rate=0.01, switch_weight=0.1)
     model = CONFIG
     for kind in KINDS_OF_MODULES.values():
@@ -167,7 +167,7 @@ def test_use_counts_routed_pairs_of_real_tokens(model, monkeypatch):
         return out, key
 
     monkeypatch.setattr(Router, "logits", spied)
-    jax.clear_caches()  # of what was compiled without the spy, and below of what was with it
+    jax.clear_caches()  # drops programs that were compiled without the spy; below, those compiled with it
     counts = use(model, [dict(tokens=TOKENS, segment_ids=segments), dict(tokens=TOKENS)])
     jax.effects_barrier()
     for kind, (E, k) in KINDS.items():
@@ -187,7 +187,7 @@ def gelu(x, exact):
 
 
 def dense_ffn(ffn, x, alive, denominator):
-    """The first layer's network in NumPy, all experts on all tokens; which experts each token uses."""
+    """Compute the first layer's experts in NumPy on all tokens. Also return which experts each token uses."""
     p = {name: np.asarray(leaf[0], np.float64) for name, leaf in named_leaves(ffn).items()}
     logits = gelu(x @ p["router/hidden"] + p["router/hidden_bias"], True) @ p["router/weight"]
     if denominator == "new":
@@ -212,7 +212,7 @@ def test_pruned_layer_against_a_dense_one(denominator, implementation):
     counts = {"ffn": np.array([[9, 1, 9, 2, 9, 9], [9, 9, 9, 9, 9, 9]])}
     pruned = prune(model, counts, threshold=0.1, denominator=denominator)
     alive = np.array([True, False, True, False, True, True])
-    assert pruned.config.experts.E == 6  # the second layer keeps all: the first one has two empty places
+    assert pruned.config.experts.E == 6  # the second layer keeps all; the first has two unused columns
     slot = pruned.blocks.ffn.router.slot[...]
     columns = alive if denominator == "old" else np.arange(6) < 4
     same(slot[0], np.where(columns, np.cumsum(columns) - 1, -1))
@@ -246,7 +246,7 @@ def test_pruned_heads_leave_other_tokens_alone(model):
 
 @pytest.mark.parametrize("denominator", ["old", "new"])
 def test_a_pruned_module_is_never_drawn(model, denominator):
-    """Where training draws the last of the chosen modules."""
+    """With sample_topk, training draws the last of the chosen modules at random, but never a pruned one."""
     counts = {"ffn": np.array([[9, 1, 8, 2, 7, 6], [1, 2, 3, 4, 5, 6]])}
     pruned = prune(model, counts, count=3, denominator=denominator)
     router = jax.tree.map(lambda leaf: leaf[0], pruned.blocks.ffn.router)
@@ -273,7 +273,7 @@ def test_a_threshold_keeps_what_a_token_needs(model):
 
 @pytest.mark.parametrize("denominator", ["old", "new"])
 def test_prune_again_and_extend(model, denominator):
-    """Pruned twice is pruned once; and an extended pruned model routes to its own and to the new modules alone."""
+    """Pruning in two steps equals pruning once. A pruned and extended model routes only to kept and new modules."""
     counts = {"ffn": np.array([[9, 1, 8, 2, 7, 6], [1, 2, 3, 4, 5, 6]]), "attention": np.array([[4, 3, 2, 1]] * 2)}
     once = prune(model, counts, count={"ffn": 3, "attention": 2}, denominator=denominator)
     half = prune(model, counts, count={"ffn": 5, "attention": 2}, denominator=denominator)
@@ -363,7 +363,7 @@ def test_models_without_modules():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Two steps of a tiny model on two generated sources."""
+    """A run of two steps: a tiny model on two generated sources."""
     folder = tmp_path_factory.mktemp("modules")
     data = DataConfig(source="logic,recall", examples=300, T=24, B=2)
     optim = OptimConfig(schedule="constant", peak_lr=0.01)
@@ -385,7 +385,7 @@ def test_extend_then_train(trained, tmp_path, capsys):
         same(learned[name], leaf)
     moved = [n for n in learned if n not in old and (learned[n] != named_leaves(extended.model)[n]).any()]
     assert len(moved) == 6
-    # What is pruned has no new modules any more, and what is concentrated learns as a whole.
+    # A pruned model no longer has new modules, and a concentrated model is trainable as a whole.
     pruned, few = (str(tmp_path / name) for name in ("pruned", "few"))
     assert main(["prune", new, pruned, "--threshold=0.01", "--denominator=new", "--tokens=480"]) == 0
     config = load(pruned).config

@@ -1,4 +1,4 @@
-"""The README's Python runs, its commands exist, and its table of letters is the code's."""
+"""The README's Python code runs, its commands exist, and its table of letters agrees with the code."""
 
 import os
 import pkgutil

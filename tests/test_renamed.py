@@ -1,4 +1,4 @@
-"""Names of the version before still work, and say the new one."""
+"""The names of the previous version still work, and a message tells the new name."""
 
 import dataclasses
 import importlib
@@ -35,7 +35,7 @@ def test_other_names_are_not_found():
 
 
 def test_former_names_of_fields_are_accepted(tmp_path, caplog):
-    """In Python and on the command line with a line that says the new one; in the config of an old run without."""
+    """In Python and on the command line, a line tells the new name. The config of an old run is read without one."""
     with pytest.warns(FutureWarning, match="learn is now trainable; the next version removes the old name"):
         config = OptimConfig(learn="*,!embed")
     assert config.trainable == "*,!embed"
@@ -85,7 +85,7 @@ BEFORE = [
 
 @pytest.mark.parametrize("stored, expected", BEFORE, ids=["both", "heads", "dense", "sut"])
 def test_a_stored_model_of_the_version_before_is_read(stored, expected, caplog):
-    """A value for all experts goes to the mixtures that the model has; nothing is said, because the file stays."""
+    """A value for all experts applies to all mixtures of the model. No line is printed, because the file stays."""
     assert Config.from_dict({"model": stored}).model == expected and not caplog.messages
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
