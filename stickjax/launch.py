@@ -39,11 +39,11 @@ class Processes:
 
     def __init__(self, commands: list[list[str]], environments: list[dict[str, str]]):
         self.all = [
-            # Every process has its own session, so that it gets Ctrl-C from here only, and only once.
+            # A new session for every process, so that it gets Ctrl-C only from the launcher, and only once.
             subprocess.Popen(command, env=os.environ | extra, stderr=subprocess.PIPE, start_new_session=True)
             for command, extra in zip(commands, environments, strict=True)
         ]
-        self._held: list[tuple[float, int, bytes]] = []  # (when, which process, a piece of what it wrote)
+        self._held: list[tuple[float, int, bytes]] = []  # (time, index of the process, a piece of its output)
         self._pipes = selectors.DefaultSelector()
         for index, process in enumerate(self.all):
             os.set_blocking(process.stderr.fileno(), False)
@@ -190,7 +190,7 @@ def main(argv: list[str] | None = None) -> int:
         1,
         EXIT_ERROR_PRINTED,
         EXIT_PEER_LOST,
-    ):  # a process with one of these codes has printed its own error
+    ):  # a process with one of these codes has printed an error already
         what = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         print(f"error: process {first + bad} of {count} {what}; {RESUME_HINT}", file=sys.stderr)
     return 128 - code if code < 0 else 1

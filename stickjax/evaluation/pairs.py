@@ -77,9 +77,9 @@ def accuracy(
             right, depth, rows, tokens = 0, 0.0, 0, 0
             for batch, pair_mask in pairs:
                 chosen, depths, ran = jax.device_get(_read(model, batch, threshold))
-                seen = np.stack([batch["left"], batch["right"]]) != 0
+                token_mask = np.stack([batch["left"], batch["right"]]) != 0
                 right += (chosen == batch["label"])[pair_mask].sum()
-                depth, rows, tokens = depth + depths[seen].sum(), rows + int(ran), tokens + seen.sum()
+                depth, rows, tokens = depth + depths[token_mask].sum(), rows + int(ran), tokens + token_mask.sum()
             seconds = time.perf_counter() - started
             records.append(
                 dict(

@@ -232,7 +232,7 @@ class Router(nnx.Module):
         self.new_weight = normal(k_new, (rows, new), std, c) if new else None
         # In float32, because a smaller type would lose steps of bias_rate once the bias is large.
         self.selection_bias = zeros(old + new, jnp.float32) if mixture.bias_rate else None
-        # A float, as all parameters are; it holds every number of experts exactly.
+        # A float, because all parameters are floats; it represents every index of an expert exactly.
         self.slot = nnx.Param(jnp.arange(old + new, dtype=jnp.float32)) if mixture.pruning != "no" else None
 
     def logits(self, tokens: Float[Array, "T D"], key=None) -> tuple[Float[Array, "T E"], Any]:

@@ -76,11 +76,11 @@ def absent_machine(chip: Chip, devices: int, hosts: int) -> Machine:
     named = f"{devices} x {chip.kind}"
     if has_wheels():
         found, platforms = absent_devices(chip.name, devices, hosts), ("cuda",)
-        description = f"{named} that are not here"
+        description = f"{named} that are not present"
     else:
         found, platforms = jax.devices("cpu")[:devices], None
-        description = f"{devices} virtual CPU devices in place of {named}, with the memory and collectives of a CPU's "
-        description += "program: pip install 'stickjax[cuda13]' compiles for the GPUs"
+        description = f"{devices} virtual CPU devices instead of {named}, with the memory and collectives of a CPU "
+        description += "program: pip install 'stickjax[cuda13]' to compile for the GPUs"
         if len(found) < devices:
             raise ValueError(f"there are {len(found)} virtual CPU devices, {devices} are needed; plan in a new process")
     description += f", {hosts} host{'s' if hosts > 1 else ''}"
@@ -88,7 +88,7 @@ def absent_machine(chip: Chip, devices: int, hosts: int) -> Machine:
 
 
 def present_machine() -> Machine:
-    """Return the machine of this process: its devices, and those of the processes that it trains with."""
+    """Return the machine of this process: the devices of all processes that train together."""
     devices = jax.devices()
     stats = devices[0].memory_stats() or {}
     chip = of_kind(devices[0].device_kind)

@@ -99,7 +99,7 @@ def print_step(compiled: Compiled, machine: Machine, changes: list[tuple[dict, C
     print(f"memory        per device: {memory_words(compiled, machine)}")
     print(f"state         {', '.join(f'{name} {gib(size)}' for name, size in compiled.state.items())}")
     again = work.flops / estimate.model_flops(compiled)
-    print(f"work          {work.flops:.3g} FLOP, {again:.2f} x the model's; {gib(work.bytes)} of operands")
+    print(f"work          {work.flops:.3g} FLOP, {again:.2f} x the FLOP of the model; {gib(work.bytes)} of operands")
     if work.unknown:
         print(f"              {work.unknown} loops of unknown length counted once")
     for row in by_axes(compiled):
@@ -118,7 +118,7 @@ def print_step(compiled: Compiled, machine: Machine, changes: list[tuple[dict, C
             words = " ".join(f"--{key}={value}" for key, value in changed.items())
             print(f"would fit     {words}: peak {gib(other.peak)}; {time_words(other, machine)}")
         if compiled.arguments > estimate.FITS * machine.memory:
-            print("would fit     not by remat or smaller microbatches: the arguments alone do not fit")
+            print("would fit     not by remat or smaller microbatches: the arguments alone take too much memory")
         elif not changes:
             print("would fit     nothing that was tried: neither remat, smaller microbatches nor a larger fsdp suffice")
     for assumption in estimate.ASSUMPTIONS:

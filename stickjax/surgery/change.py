@@ -48,8 +48,8 @@ def extend(model: Transformer, key: jax.Array, *, experts: int = 0, attention_ex
         config = KINDS[name].changed(config, added=added[name])
     for name in present:
         place, E, new = f"blocks/{name}/router", KINDS[name].mixture(config).E, added[name]
-        behind = {"slot": jnp.arange(E, E + new, dtype=jnp.float32), "selection_bias": jnp.zeros(new)}
-        for leaf, values in behind.items():
+        appended = {"slot": jnp.arange(E, E + new, dtype=jnp.float32), "selection_bias": jnp.zeros(new)}
+        for leaf, values in appended.items():
             if (old := leaves.get(f"{place}/{leaf}")) is not None:
                 values = jnp.tile(values.astype(old.dtype), (config.L, 1))
                 leaves[f"{place}/{leaf}"] = jnp.concatenate([old, values], axis=1)

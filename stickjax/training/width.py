@@ -1,6 +1,7 @@
 """The model at any width, with muP and without, and the short trainings that `stickjax.sweeps` compares.
 
-Under muP (Yang et al., `Tensor Programs V <https://arxiv.org/abs/2203.03466>`_) one learning rate suits all widths.
+Under muP (Yang et al., `Tensor Programs V <https://arxiv.org/abs/2203.03466>`_) the best learning rate is the same at
+every width.
 """
 
 import dataclasses

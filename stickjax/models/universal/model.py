@@ -102,8 +102,8 @@ class PairClassifier(nnx.Module):
         c = self.config
         tokens = jnp.concatenate([batch["left"], batch["right"]])
         end = encoded(self.stack, self.embed, tokens, key, threshold=threshold, stop_early=stop_early)
-        read = (tokens != 0).sum(1) - 1 if c.causal else jnp.zeros(len(tokens), int)
-        u, v = jnp.split(jnp.take_along_axis(end.state, read[:, None, None], axis=1)[:, 0], 2)
+        position = (tokens != 0).sum(1) - 1 if c.causal else jnp.zeros(len(tokens), int)
+        u, v = jnp.split(jnp.take_along_axis(end.state, position[:, None, None], axis=1)[:, 0], 2)
         w_in, in_bias, w_out, out_bias = (cast(p, c) for p in (self.w_in, self.in_bias, self.w_out, self.out_bias))
         hidden = jax.nn.elu(jnp.concatenate([u, v, u * v, jnp.abs(u - v)], -1) @ w_in + in_bias[None])
         k_drop = None if key is None else jax.random.fold_in(key, c.L)
@@ -151,12 +151,12 @@ class SparseUniversalTransformer(nnx.Module):
         how = dict(threshold=threshold, stop_early=stop_early)
         k_encoder, k_decoder = (None, None) if key is None else jax.random.split(key)
         source, target = batch["source"], batch["target"]
-        read = encoded(self.encoder, self.embed, source, k_encoder, **how)
+        encoder_end = encoded(self.encoder, self.embed, source, k_encoder, **how)
         segments, source_segments = segments_of(target), segments_of(source)
         x, keys = embedded(self.config, self.embed, target, segments, k_decoder)
-        written = self.decoder(x, segments, read.state, source_segments, keys, **how)
-        logits = unembedded(written.state, cast(self.embed, self.config))
-        return summary(logits, [(written, target != 0), (read, source != 0)], ("", "encoder_"))
+        decoder_end = self.decoder(x, segments, encoder_end.state, source_segments, keys, **how)
+        logits = unembedded(decoder_end.state, cast(self.embed, self.config))
+        return summary(logits, [(decoder_end, target != 0), (encoder_end, source != 0)], ("", "encoder_"))
 
 
 def segments_of(tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
