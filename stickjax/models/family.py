@@ -15,8 +15,8 @@ from stickjax.models.parameters import Parameter
 class Family(ABC):
     """A family of models. A subclass must have `config`, `init`, `apply` and `loss`; the rest has defaults.
 
-    A model is a Flax module. Its field `config` is an instance of the class that `Family.config` names. The families are
-    listed in `stickjax.models.families`.
+    A model is a Flax module. Its field `config` is an instance of the class `Family.config`. The families are listed in
+    `stickjax.models.families`.
     """
 
     config: ClassVar[type[FamilyConfig]]
