@@ -123,7 +123,7 @@ def test_on_a_mesh_it_is_the_part_of_one_device(mesh, sizes):
 
 def test_a_step_without_kernels_says_so():
     lines = recorded_step(DECODER.replace({"model.attention": "softmax", "model.experts.E": 0, "model.experts.k": 0}))
-    assert lines == ["no attention and no expert of the step has a kernel of its own"]
+    assert lines == ["the step has neither an attention kernel nor an expert kernel"]
 
 
 def test_the_banner_has_what_the_step_traced_also_the_second_time(tmp_path, capsys):
