@@ -1,14 +1,14 @@
-# make demo          train, evaluate and sample configs/tiny.py on the standard library's source (about 3 minutes, 2 cores)
-# make demo-compare  the same for its softmax + RoPE twin, and both length curves in one picture
-# make test          the whole test suite
-# make test-large    the conversion of a model of eight billion parameters; 17 GB of disk, some minutes
-# make test-oldest   the fast tests against the oldest JAX allowed, optimised as users compile
-# make test-absent   GPU kernels and steps on 8 and 64 GPUs compiled for GPUs that are not there; needs the CUDA wheels (3.4 GB), no GPU
-# make test-ptx      the PTX that the GPU kernels compile to, executed on the CPU; the same environment
-# make test-triton   the Triton kernels in Triton's interpreter; the same environment
+# make demo          train, evaluate and sample configs/tiny.py on the standard library's source (3 minutes, 2 cores)
+# make demo-compare  also train its softmax + RoPE variant, and plot the length curves of both in one picture
+# make test          run ruff and the test suite
+# make test-large    test the conversion of a model of eight billion parameters (17 GB of disk, some minutes)
+# make test-oldest   run the fast tests with the oldest allowed JAX, compiled with all optimisations as for users
+# make test-absent   compile the GPU kernels and steps on 8 and 64 GPUs without a GPU; needs the CUDA wheels (3.4 GB)
+# make test-ptx      execute the PTX of the GPU kernels on the CPU; needs the CUDA wheels, no GPU
+# make test-triton   run the Triton kernels in Triton's interpreter; needs the CUDA wheels, no GPU
 # make test-install  install into fresh environments outside the checkout, plain and with each extra that needs no GPU
-# make docs          the documentation as HTML, in docs/_build/html; a warning is an error
-# make lint          ruff
+# make docs          build the documentation as HTML, in docs/_build/html; a warning is an error
+# make lint          run ruff
 
 .PHONY: demo demo-compare test test-large test-oldest test-absent test-ptx test-triton test-install docs lint clean
 SHELL := /bin/bash
@@ -30,9 +30,10 @@ test: .venv/.test
 test-large: .venv/.test
 	$(RUN) -m pytest -m large tests/test_convert.py
 
-# Most of the time goes into compiling, which one core does at a time. The files of a worker share its fixtures.
+# Most of the time goes into compilation, which uses one core, so two workers run. A test file stays on one worker,
+# because its tests share fixtures.
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
-# The fast ones: compiling every case of the ops takes longer than all of these.
+# The fast test files. The files that compile every case of the ops are left out: they take longer than all of these.
 FAST := config data dispatch transformations optim checkpoint models moa sharding processes step train readme
 test-oldest: .venv-oldest/.test
 	JAX_DISABLE_MOST_OPTIMIZATIONS=0 .venv-oldest/bin/python -m pytest $(PARALLEL) -m "not slow" $(FAST:%=tests/test_%.py)
@@ -40,13 +41,13 @@ test-oldest: .venv-oldest/.test
 
 test-absent: .venv-cuda/.test
 	JAX_PLATFORMS=cpu .venv-cuda/bin/python -m pytest tests/test_absent_gpu.py tests/test_absent_triton.py tests/test_plan_absent.py tests/test_chosen_lowers.py \
-	  --deselect tests/test_chosen_lowers.py::test_what_is_chosen_for_hopper_lowers  # needs no wheels: in make test
+	  --deselect tests/test_chosen_lowers.py::test_what_is_chosen_for_hopper_lowers  # needs no wheels; make test runs it
 
-# Most of the time goes into compiling each call, wherever it stands.
+# Most of the time goes into compiling each call, so single tests, not whole files, are distributed over the workers.
 test-ptx: .venv-cuda/.test
 	JAX_PLATFORMS=cpu .venv-cuda/bin/python -m pytest -n 2 --dist worksteal -k ptx $(wildcard tests/test_ptx*.py) tests/test_kernels.py
 
-# In processes of their own: Triton settles when it is imported whether to compile or to interpret.
+# These tests need separate processes: Triton decides at its import whether to compile or to interpret.
 test-triton: .venv-cuda/.test
 	JAX_PLATFORMS=cpu .venv-cuda/bin/python -m pytest $(PARALLEL) -k triton $(TRITON:%=tests/test_%.py)
 TRITON := triton_call triton kernels expert_kernels
@@ -64,7 +65,8 @@ lint: .venv/.test
 clean:
 	rm -rf .venv .venv-oldest .venv-cuda
 
-# A Python of 3.12 or newer: .python-version lets pyenv choose one behind `python3`; otherwise look for it by name.
+# Find a Python of version 3.12 or newer. With pyenv, `python3` is the version of .python-version. Otherwise search for
+# a Python by its name.
 define make-venv
 	@for python in python3 python3.14 python3.13 python3.12; do \
 	  if $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then \
@@ -100,7 +102,7 @@ endef
 .venv-cuda/bin/python:
 	$(call make-venv,.venv-cuda)
 
-# The cuda13 extra includes Triton, whose disassembler the compile needs.
+# The cuda13 extra includes Triton, which contains the disassembler that benchmarks/absent_gpu.py needs.
 .venv-cuda/.test: .venv-cuda/bin/python pyproject.toml
 	.venv-cuda/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[test,cuda13]"
 	@touch $@

@@ -1,1 +1,4 @@
-"""How fast the ops and the training step are, against limits and peers of the same run: `python -m benchmarks`."""
+"""Benchmarks of the ops and of the training step: `python -m benchmarks`.
+
+Every time is compared with the hardware's limits and with other implementations, measured in the same run.
+"""

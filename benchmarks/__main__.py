@@ -1,8 +1,8 @@
 """python -m benchmarks [--only NAME] [--gpu [--fresh]] [--quick] [--json [PATH]]
 
-Prints tables. On the CPU `--json` also writes them to PATH (benchmarks/results/cpu.json).
-With --gpu the rows are in PATH (benchmarks/results/CHIP.json) as soon as they come, checks first; the same command
-again goes on where the last one ended.
+Prints tables. On the CPU, `--json` also writes the rows to PATH (default: benchmarks/results/cpu.json).
+With --gpu, every row is written to PATH (default: benchmarks/results/CHIP.json) as soon as it is measured; the checks
+come first. The same command, run again, continues where the last run ended.
 """
 
 import argparse
@@ -19,7 +19,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def cpu_rows(only: str | None = None, quick: bool = False) -> list[report.Row]:
-    """The rows of all parts, or of one; `quick` makes every shape tiny, to see that it runs."""
+    """Return the rows of all parts, or of the part `only`. `quick` uses tiny shapes, to test that the code runs."""
     size, copied = (128, 2**20) if quick else (1024, 2**30)
     ceilings = timing.ceilings(size, jnp.float32, copied, seconds=0.05 if quick else 5.0)
     rows = []
@@ -35,9 +35,9 @@ def main(argv: list[str] | None = None) -> int:
     stages = ", ".join(gpu.STAGES)
     parser.add_argument("--only", metavar="NAME", help=f"one of {', '.join(PARTS)}; with --gpu also {stages} or a case")
     parser.add_argument("--gpu", action="store_true", help="check, then time, on the GPU of this machine")
-    parser.add_argument("--fresh", action="store_true", help="with --gpu: run again what an earlier run has left")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes and few rounds: does it run?")
-    parser.add_argument("--json", nargs="?", const="", metavar="PATH", help="where JSON is written")
+    parser.add_argument("--fresh", action="store_true", help="with --gpu: ignore the rows of earlier runs")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes and few rounds, to test that the code runs")
+    parser.add_argument("--json", nargs="?", const="", metavar="PATH", help="write the rows to this JSON file")
     arguments = parser.parse_args(argv)
     names = gpu.names() if arguments.gpu else list(PARTS)
     if arguments.only is not None and arguments.only not in names:
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     info = report.machine()
     if info["load"][0] > 0.5 * info["cpu_count"]:
-        print(f"others are at work here (load {info['load'][0]}): times are long and ratios rough", file=sys.stderr)
+        print(f"the machine is busy (load {info['load'][0]}): times are too long, ratios inexact", file=sys.stderr)
     if arguments.gpu:
         return gpu_main(arguments, info)
     rows = cpu_rows(arguments.only, arguments.quick)
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def gpu_main(arguments: argparse.Namespace, info: dict) -> int:
-    """0 where all that was asked for is there and every check passed."""
+    """Run the GPU benchmark. Return 0 if every requested row was measured and every check passed."""
     info |= {"code": gpu_record.code(), "quick": arguments.quick}
     path = arguments.json or RESULTS / f"{gpu.chip()}{'-quick' if arguments.quick else ''}.json"
     try:
@@ -73,13 +73,13 @@ def gpu_main(arguments: argparse.Namespace, info: dict) -> int:
     try:
         gpu.rows(run, arguments.only)
     except KeyboardInterrupt:
-        print(f"interrupted; the rows so far are in {path}, and the same command goes on", file=sys.stderr)
+        print(f"interrupted; the rows so far are in {path}; run the same command again to go on", file=sys.stderr)
         return 130
     rows = record.finished()
     _print([row for row in rows if not gpu.is_passed_check(row)], info)
     summary = rows[-1].extra
     if late := summary[gpu_record.LEFT_OUT]:
-        print(f"{late} rows are left out for want of time: run the same command again", file=sys.stderr)
+        print(f"no time was left for {late} rows: run the same command again to add them", file=sys.stderr)
     return 1 if late or summary["did not"] != "none" else 0
 
 

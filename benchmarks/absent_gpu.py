@@ -1,11 +1,11 @@
-"""python -m benchmarks.absent_gpu [--only NAME] [--json]: compile the Mosaic kernels for an H200 that is not there.
+"""python -m benchmarks.absent_gpu [--only NAME] [--json]: compile the Mosaic kernels for an H200 without having one.
 
-Prints their registers, spills and shared memory, and what an iteration of their main loops costs at the least; with
---json also writes benchmarks/results/h200-static.json. Needs the CUDA wheels and no GPU.
+Prints the kernels' registers, spills and shared memory, and the least number of cycles that one iteration of each main
+loop takes. With --json also writes benchmarks/results/h200-static.json. Needs the CUDA wheels and no GPU.
 
-The machine code is that of the executable itself, which comes from the linker of the CUDA libraries: it ignores
-setmaxnreg, so that 384 threads get 168 registers each. `alone` is what ptxas makes of the same PTX without the linker,
-where setmaxnreg counts. Memory traffic is in no bound: decoding, which is bound by it, takes longer.
+The machine code is taken from the executable, after the linker of the CUDA libraries. That linker ignores setmaxnreg,
+so 384 threads get 168 registers each. The figures named `alone` come from ptxas on the same PTX without the linker;
+ptxas respects setmaxnreg. The bounds leave memory traffic out, so decoding, which is limited by it, takes longer.
 """
 
 import argparse
@@ -39,13 +39,14 @@ from .absent_kernels import KERNELS, WIDTHS, Kernel
 from .sass import ATOMICS, Loop, find_loops, read
 
 HERE = Path(__file__).parent
-# PTX by which blocks could add to each other's results or wait for each other: atomics, reductions, semaphores.
+# PTX instructions with which thread blocks could add to each other's results or wait for each other: atomics,
+# reductions, semaphores. No kernel may have any, so that its results are deterministic.
 SHARING = r"(?:atom|red|multimem|membar|cp\.reduce|(?:ld|st)\.(?:acquire|release|relaxed|volatile))\.[\w.:]*"
 
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """One Mosaic kernel as compiled. Bytes are of a thread for spills and stack, of a block for shared memory."""
+    """A compiled Mosaic kernel. Spills and stack are bytes per thread; shared memory is bytes per thread block."""
 
     name: str
     registers: int
@@ -54,15 +55,15 @@ class Machine:
     spill_loads: int
     static_shared: int
     dynamic_shared: int
-    alone: dict[str, int]  # registers, stack and spills as ptxas makes them without the linker
-    atomics: dict[str, int]  # of the whole kernel
-    sharing: dict[str, int]  # of its PTX: what matches SHARING
-    warnings: list[str]  # what ptxas says of lost performance
+    alone: dict[str, int]  # registers, stack and spills when ptxas compiles the PTX without the linker
+    atomics: dict[str, int]  # how often each atomic instruction occurs in the machine code
+    sharing: dict[str, int]  # how often each instruction that matches SHARING occurs in the PTX
+    warnings: list[str]  # warnings of ptxas about lost performance
     loops: list[Loop]  # in the order of the code
 
     @property
     def main_loops(self) -> list[Loop]:
-        """Those with matrix products; without any, the longest."""
+        """The loops with matrix products; if no loop has one, the longest loop."""
         return [x for x in self.loops if x.products] or sorted(self.loops, key=lambda x: -x.instructions)[:1]
 
 
@@ -75,8 +76,11 @@ def _folder(package: str) -> Path:
 
 @contextlib.contextmanager
 def _dumping() -> Iterator[Path]:
-    """A folder for what Mosaic writes when it compiles; it reads the environment each time. Gives it a disassembler."""
-    import jax.experimental.mosaic.gpu  # noqa: F401  (sets MOSAIC_GPU_CUDA_ROOT: not after we did)
+    """Yield the folder into which Mosaic writes its compilation results inside this context.
+
+    Mosaic reads the environment variables at every compilation. The context also makes nvdisasm available to it.
+    """
+    import jax.experimental.mosaic.gpu  # noqa: F401  (the import sets MOSAIC_GPU_CUDA_ROOT, so it must precede ours)
 
     cuda, triton = _folder("nvidia.cu13"), _folder("triton")
     tools = [*(cuda / "bin").iterdir(), triton / "backends" / "nvidia" / "bin" / "nvdisasm"]
@@ -94,7 +98,10 @@ def _dumping() -> Iterator[Path]:
 
 
 def compile_for(function: Callable, *shapes, chip: str = "h200") -> tuple[jax.stages.Lowered, jax.stages.Compiled]:
-    """jit(function), compiled for an absent chip. `shapes`: pytrees of jax.ShapeDtypeStruct. Raises MissingWheels."""
+    """Lower and compile jit(function) for an absent chip. Raises MissingWheels.
+
+    `shapes`: the arguments of `function`, pytrees of jax.ShapeDtypeStruct.
+    """
     devices = absent_devices(chip)
     on = NamedSharding(Mesh(np.array(devices), ("x",)), PartitionSpec())
     shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=on), shapes)
@@ -104,14 +111,14 @@ def compile_for(function: Callable, *shapes, chip: str = "h200") -> tuple[jax.st
 
 
 def compile_kernel(function: Callable, *shapes, chip: str = "h200") -> list[Machine]:
-    """The Mosaic kernels in jit(function), after XLA, Mosaic and ptxas compiled it for an absent chip.
+    """Compile jit(function) for an absent chip with XLA, Mosaic and ptxas. Return the Mosaic kernels in it.
 
     Args:
-      function: of arrays; whatever lowers for the GPU.
+      function: a function of arrays that can be lowered for the GPU.
       shapes: its arguments, pytrees of jax.ShapeDtypeStruct.
     Raises:
-      MissingWheels: without jax[cuda13], or without triton, which has the disassembler.
-      RuntimeError: this process compiled one of them before: Mosaic remembers it and writes nothing.
+      MissingWheels: jax[cuda13] is not installed, or triton, which contains the disassembler.
+      RuntimeError: this process compiled one of the kernels before. Mosaic caches it and writes no files again.
     """
     absent_devices(chip)
     with _dumping() as dump:
@@ -124,13 +131,13 @@ def compile_kernel(function: Callable, *shapes, chip: str = "h200") -> list[Mach
 
 
 def temporaries(kernel: Kernel) -> int:
-    """Bytes of an absent GPU's memory beyond arguments and results."""
+    """Return the bytes of GPU memory that the kernel needs for temporaries, besides its arguments and results."""
     _, compiled = compile_for(kernel.function, *kernel.shapes)
     return compiled.memory_analysis().temp_size_in_bytes
 
 
 class Compiled(NamedTuple):
-    """One of KERNELS or WIDTHS."""
+    """The compiled kernels of one entry of KERNELS or WIDTHS, with its `tiles` and `scores`."""
 
     tiles: tuple[int, ...]
     scores: int
@@ -144,10 +151,10 @@ def compile_named(name: str) -> Compiled:
 
 
 def compile_all(names: Iterable[str]) -> dict[str, Compiled]:
-    """By name, each in a process of its own: see compile_kernel. Raises MissingWheels."""
+    """Compile entries of KERNELS or WIDTHS, each in a new process (see compile_kernel). Raises MissingWheels."""
     names = list(names)
     workers = max(1, min(len(names), os.cpu_count() or 1, 4))
-    # Of the processes; this one need not ask JAX for a device.
+    # JAX_PLATFORMS is for the new processes; this process does not ask JAX for a device.
     with (
         mock.patch.dict(os.environ, JAX_PLATFORMS="cpu"),
         ProcessPoolExecutor(workers, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool,
@@ -156,7 +163,7 @@ def compile_all(names: Iterable[str]) -> dict[str, Compiled]:
 
 
 def _usage(log: str) -> dict[str, int]:
-    """What ptxas says a kernel takes. The linker repeats some of it, and has the last word."""
+    """Parse the resource usage of a kernel from the log of ptxas. If the linker repeats a line, its value counts."""
     patterns = {
         "registers": r"[Uu]sed (\d+) registers",
         "stack": r"(\d+) bytes stack frame",
@@ -164,12 +171,12 @@ def _usage(log: str) -> dict[str, int]:
         "spill_loads": r"(\d+) bytes spill loads",
         "static_shared": r"(\d+) bytes smem",
     }
-    # What there is none of has no line.
+    # ptxas prints no line for a resource that the kernel does not use.
     return {name: int((re.findall(pattern, log) or ["0"])[-1]) for name, pattern in patterns.items()}
 
 
 def _alone(ptx: Path) -> dict[str, int]:
-    """The usage of the same PTX without the linker, which is what setmaxnreg asks for."""
+    """Return the usage when ptxas compiles the PTX without the linker, and so respects setmaxnreg."""
     chip = re.search(r"^\.target (\w+)", ptx.read_text(), re.M)[1]
     tool = _folder("nvidia.cu13") / "bin" / "ptxas"
     with tempfile.TemporaryDirectory() as folder:
@@ -178,10 +185,10 @@ def _alone(ptx: Path) -> dict[str, int]:
 
 
 def _machine(path: Path) -> Machine:
-    """From one kernel's files."""
+    """Read one kernel from the files that Mosaic wrote; `path` is the one with the suffix .sass_ctrl."""
     log, listing, ptx = (path.with_suffix(x).read_text(errors="replace") for x in (".ptxas", ".sass_ctrl", ".ptx"))
     with path.with_suffix(".mlir-passes.log").open(errors="replace") as passes:
-        module = passes.read(2**22)  # of many times that: the first passes, which still name it
+        module = passes.read(2**22)  # the file is much larger; only its first passes still name the shared memory size
     dynamic = re.search(r"dynamic_shared_memory_size (%\w+)", module)
     dynamic = dynamic and re.search(rf"{dynamic[1]} = arith.constant (\d+) : i32", module)
     return Machine(
@@ -197,12 +204,12 @@ def _machine(path: Path) -> Machine:
 
 
 def milliseconds(cycles_per_tile: float, tiles: int, sms: int = 132, ghz: float = 1.755) -> float:
-    """Of `tiles` iterations, each of one warpgroup, spread evenly over the chip."""
+    """Return the milliseconds that `tiles` iterations take, each by one warpgroup, spread evenly over the chip."""
     return cycles_per_tile * tiles / (sms * ghz * 1e6)
 
 
 def bound(machines: list[Machine], tiles: tuple[int, ...]) -> float | None:
-    """Milliseconds of all main loops, one after the other; None if `tiles` has not one number for each."""
+    """Return the milliseconds of all main loops, run one after the other; None if len(tiles) is not their number."""
     loops = [loop for machine in machines for loop in machine.main_loops]
     if len(loops) == len(tiles):
         return sum(milliseconds(x.cycles[x.bound], n) for x, n in zip(loops, tiles, strict=True))
@@ -228,7 +235,7 @@ def print_table(compiled: dict[str, Compiled], console: Console) -> None:
                 cycles = (f"[bold]{n:.0f}[/bold]" if what == x.bound else f"{n:.0f}" for what, n in x.cycles.items())
                 table.add_row(m.name, f"{x.start:#x}", str(next(runs, "?")), *map(str, counts), *cycles)
         least = bound(machines, tiles)
-        said = f"no bound, tiles={tiles} are not one for each loop" if least is None else f"{least:.3f} ms"
+        said = f"no bound: tiles={tiles} is not one number per loop" if least is None else f"{least:.3f} ms"
         table.add_row(f"[bold]{name}[/bold]", said, end_section=True)
     console.print(kernels)
     for warning in sorted({w for x in compiled.values() for m in x.machines for w in m.warnings}):

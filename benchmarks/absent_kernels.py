@@ -1,6 +1,6 @@
 """The kernels that absent_gpu.py compiles: KERNELS maps a name to a function that makes the Kernel.
 
-To add one, write such a function and enter it in KERNELS. Imports that need the CUDA wheels belong inside it.
+To add a kernel, write such a function and enter it in KERNELS. Imports that need the CUDA wheels belong inside it.
 """
 
 from collections.abc import Callable
@@ -15,22 +15,24 @@ from pallas_kernels.stick_breaking import mosaic
 
 
 class Kernel(NamedTuple):
-    """What to compile, and how often its loops run."""
+    """A function to compile, and how often its main loops run."""
 
-    function: Callable  # of arrays of these shapes; not jitted
+    function: Callable  # takes arrays of `shapes`; not jitted
     shapes: tuple[jax.ShapeDtypeStruct, ...]
-    # Iterations of each main loop, of all warpgroups together; kernels in the order of their names, loops of the code.
+    # One number per main loop: its iterations, summed over all warpgroups. Kernels are ordered by name, the loops of a
+    # kernel by their place in the code.
     tiles: tuple[int, ...]
-    scores: int = 32  # of a thread, in an iteration of a main loop: a tile of 64 x 64
+    scores: int = 32  # attention scores per thread and iteration of a main loop; 32 for a tile of 64 x 64
 
 
 def softmax_mosaic() -> Kernel:
-    """JAX's own Hopper attention, causal. In float16: its scratch is of that type, whatever the inputs are."""
+    """Return JAX's Hopper attention kernel, causal. The inputs are float16, because its scratch always is."""
     from jax.experimental.pallas.ops.gpu import attention_mgpu
 
     B, T, N, H, block_q, block_kv = 4, 4096, 12, 128, 64, 128
     config = attention_mgpu.TuningConfig(block_q=block_q, block_kv=block_kv, max_concurrent_steps=2, causal=True)
-    # Per row of tiles: those wholly to the left of the diagonal run without a mask, then those on it with one.
+    # In each row of tiles, the tiles wholly left of the diagonal run first, without a mask. Then the tiles on the
+    # diagonal run, with a mask.
     unmasked = [start // block_kv for start in range(0, T, block_q)]
     every = [-(-(start + block_q) // block_kv) for start in range(0, T, block_q)]
     return Kernel(
@@ -52,15 +54,16 @@ def stick_breaking(
     backward: bool = False,
     **options,
 ) -> Kernel:
-    """Causal, with tiles of 64 x 64; `document`: the length of packed documents, an even number of tiles.
+    """Return causal stick-breaking attention with tiles of 64 x 64.
 
-    What skip_below skips depends on the data: its loops are counted as if nothing were skipped.
+    `document` is the length of the packed documents, an even number of tiles. How many tiles skip_below skips depends
+    on the data, so the iterations are counted as if it skipped none.
     """
     n, copies = (document or T) // 64, B * N * (T // (document or T))
     whole, diagonal = copies * n * (n - 1) // 2, copies * n
     Hv = Hv or H
-    # The derivative of keys and values takes query tiles in pairs, one for each warpgroup; only pairs without a tile on
-    # or above the diagonal run without a mask. At widths above 128 every warpgroup takes one half of every tile.
+    # The gradient kernel of keys and values takes query tiles in pairs, one tile for each warpgroup. Only pairs without
+    # a tile on or above the diagonal run without a mask. At widths above 128 each warpgroup takes half of every tile.
     pairs = copies * sum(n // 2 - 1 - j // 2 for j in range(n))
     d_key_value = (pairs if max(H, Hv) <= 128 else whole, diagonal) * 2
     forward, d_query = (diagonal, whole, 0), (0, whole, diagonal)
@@ -81,13 +84,13 @@ def stick_breaking(
 
 
 def stick_breaking_decode() -> Kernel:
-    """One query each over a long cache; the heads of a group are the rows of one tile."""
+    """Return a decode step: one query per sequence over a long cache. The heads of a group are the rows of one tile."""
     B, S, N, K, H = 8, 32768, 32, 8, 128
     query, cache = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((B, 1, N, H), (B, S, K, H)))
     return Kernel(
         lambda query, key, value: stick_breaking_attention(query, key, value, implementation="mosaic")[0],
         (query, cache, cache),
-        tiles=(B * K, B * K * (S // 64 - 1), 0),  # a position does not see itself: the last tile takes a mask
+        tiles=(B * K, B * K * (S // 64 - 1), 0),  # a query does not attend to itself, so the last tile needs a mask
     )
 
 
@@ -102,7 +105,7 @@ def experts(
     bias: bool = False,
     implementation: str = "mosaic",
 ) -> Kernel:
-    """Forward and backward of a gated feed-forward layer, its rows spread evenly over the experts."""
+    """Return forward and backward pass of gated expert networks. The rows are spread evenly over the experts."""
 
     def run(x, w_in, w_out, gates, indices, d_out):
         def mlp(x, w_in, w_out, gates, b_in, b_out):
@@ -133,7 +136,10 @@ def experts(
 def expert_heads(
     *, T: int, k: int, D: int, F: int, E: int, dtype=jnp.bfloat16, implementation: str = "mosaic"
 ) -> Kernel:
-    """The two maps of a mixture of attention heads, forward and backward: tokens to slots, and back with gates."""
+    """Return forward and backward pass of the two linear maps of a mixture of attention heads.
+
+    The first map takes tokens to (token, choice) pairs. The second takes the pairs back to tokens, weighted by gates.
+    """
 
     def run(x, w_in, w_out, gates, indices, d_out):
         def maps(x, w_in, w_out, gates):
@@ -146,7 +152,8 @@ def expert_heads(
 
     per_expert = -(-T * k // E)
     rows, depth = E * -(-per_expert // 128) * 2, 2 * E * -(-per_expert // 64)
-    # float32 as bfloat16: sums three times as long, weights' gradients of twice the rows and of twice the columns.
+    # A float32 product is computed as bfloat16 products: its sums are three times as long, and the gradients of the
+    # weights have twice the rows and twice the columns.
     deep, wide = (3, 2) if dtype == jnp.float32 else (1, 1)
     to_slots, back = deep * rows * -(-F // 256) * (D // 64), deep * rows * -(-D // 256) * (F // 64)
     d_weights = [depth * -(-wide * left // 128) * wide * -(-right // 256) for left, right in ((D, F), (F, D))]
@@ -160,7 +167,7 @@ def expert_heads(
 
 
 def experts_decode(implementation: str = "mosaic") -> Kernel:
-    """16 tokens: tiles of 64 rows, of the chosen experts only."""
+    """Return a decode step of 16 tokens. Its tiles have 64 rows, and only chosen experts have tiles."""
     T, k, D, F, E = 16, 8, 1536, 512, 40
     bf16 = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((T, D), (E, D, 2 * F), (E, F, D), (T, k))]
     return Kernel(
@@ -170,7 +177,7 @@ def experts_decode(implementation: str = "mosaic") -> Kernel:
     )
 
 
-# The benchmark's shape, the 3B and the 350M model's; training is forward and backward.
+# The shapes of the GPU benchmark, of the 3B model and of the 350M model. "training" means forward and backward pass.
 KERNELS: dict[str, Callable[[], Kernel]] = {
     "softmax_mosaic": softmax_mosaic,
     "stick_breaking": partial(stick_breaking, N=12, H=128),
@@ -194,7 +201,8 @@ KERNELS: dict[str, Callable[[], Kernel]] = {
     "experts_decode": experts_decode,
 }
 
-# Every pair of H and Hv that the Mosaic kernels take, with all that takes registers; the counts of tiles are not right.
+# Every pair of H and Hv that the Mosaic kernels support, with all options that need registers. The numbers of tiles are
+# not correct here.
 WIDTHS: dict[str, Callable[[], Kernel]] = {
     f"{H}/{Hv}": partial(
         stick_breaking, B=1, T=256, N=1, H=H, Hv=Hv, backward=True,
@@ -204,7 +212,7 @@ WIDTHS: dict[str, Callable[[], Kernel]] = {
     for Hv in mosaic.WIDTHS
 }  # fmt: skip
 
-# What to compile for the memory it takes, and the most that its temporaries may be, in bytes.
+# Kernels whose memory is tested, each with the largest size allowed for its temporaries, in bytes.
 MEMORY: dict[str, tuple[Callable[[], Kernel], float]] = {
     "stick_breaking": (partial(stick_breaking, T=65536, N=12, H=128, backward=True), 8 * 2**30),
     "experts_powermoe_3b": (partial(experts, T=65536, k=8, D=1536, F=512, E=40), 3e9),

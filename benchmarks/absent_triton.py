@@ -1,7 +1,7 @@
-"""python -m benchmarks.absent_triton [--only NAME] [--json]: compile the Triton kernels for GPUs that are not there.
+"""python -m benchmarks.absent_triton [--only NAME] [--json]: compile the Triton kernels for absent GPUs.
 
-Prints their registers, spills and shared memory; with --json also writes benchmarks/results/triton-static.json. Needs
-the CUDA wheels, jax-triton, and no GPU.
+Prints their registers, spills and shared memory. With --json also writes benchmarks/results/triton-static.json. Needs
+the CUDA wheels and jax-triton, but no GPU.
 """
 
 import argparse
@@ -38,7 +38,7 @@ PRODUCTS = r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b"
 
 
 class Usage(NamedTuple):
-    """One kernel as compiled. Bytes are of a thread for spills, of a block for shared memory."""
+    """A compiled Triton kernel. Spills are bytes per thread; shared memory is bytes per thread block."""
 
     name: str
     target: str  # sm_80 and so on
@@ -46,16 +46,16 @@ class Usage(NamedTuple):
     spill_stores: int
     spill_loads: int
     shared: int
-    products: int  # of tensor cores
-    copies: int  # to shared memory, ahead of the products
-    sharing: dict[str, int]  # of its PTX: instructions by which blocks could add to each other's results
+    products: int  # tensor-core instructions
+    copies: int  # asynchronous copies to shared memory, issued ahead of the products
+    sharing: dict[str, int]  # how often each instruction that matches SHARING occurs in the PTX
 
 
 class Case(NamedTuple):
-    """What to compile, for which GPU."""
+    """A function to compile, and the GPU to compile it for."""
 
     chip: str
-    function: Callable  # of arrays of these shapes; not jitted
+    function: Callable  # takes arrays of `shapes`; not jitted
     shapes: tuple[jax.ShapeDtypeStruct, ...]
 
 
@@ -68,7 +68,7 @@ def stick_breaking(
     def run(query, key, value, d_out, segment_ids):
         ids = {"segment_ids": segment_ids} if segments else {}
 
-        @jax.checkpoint  # what a checkpoint does not need again, it drops
+        @jax.checkpoint  # a checkpoint drops every value that its backward pass does not need
         def attend(*arrays):
             return stick_breaking_attention(*arrays, **ids, **options, implementation="triton")[0]
 
@@ -87,7 +87,7 @@ def experts(chip: str, make: Callable[..., absent_kernels.Kernel] = absent_kerne
 
 
 HEADS = dict(make=absent_kernels.expert_heads, T=8192, k=4, D=1024, F=256, E=16)
-# One size on every kind of tensor core, every size on one kind, and what has loops of its own.
+# One size on every kind of tensor core, every size on one kind, and every call that has different loops.
 CHIPS = {"sm_80": "a100-80", "sm_89": "l40s", "sm_90": "h200", "sm_100": "b200", "sm_120": "rtx-pro-6000"}
 CASES: dict[str, Callable[[], Case]] = {
     **{f"stick_breaking_{target}": partial(stick_breaking, chip, H=64) for target, chip in CHIPS.items()},
@@ -108,11 +108,11 @@ CASES: dict[str, Callable[[], Case]] = {
 
 
 def compile_kernels(case: Case) -> list[Usage]:
-    """The Triton kernels of a case, after Triton, XLA and ptxas compiled them.
+    """Compile a case with Triton, XLA and ptxas, and return its Triton kernels.
 
     Raises:
-      MissingWheels: without jax[cuda13] or jax-triton.
-      RuntimeError: this process compiled them before: jax-triton remembers them and writes nothing.
+      MissingWheels: jax[cuda13] or jax-triton is not installed.
+      RuntimeError: this process compiled the kernels before. jax-triton caches them and writes no files again.
     """
     try:
         from jax_triton import triton_lib
@@ -150,7 +150,7 @@ def _compile_named(name: str) -> list[Usage]:
 
 
 def compile_all(names: Iterable[str]) -> dict[str, list[Usage]]:
-    """By name, in processes that have not interpreted any kernel. Raises MissingWheels."""
+    """Compile cases by name, in new processes that have not interpreted any kernel. Raises MissingWheels."""
     names = list(names)
     workers = max(1, min(len(names), os.cpu_count() or 1, 4))
     with mock.patch.dict(os.environ, JAX_PLATFORMS="cpu"):
@@ -184,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="also write benchmarks/results/triton-static.json")
     arguments = parser.parse_args(argv)
     if arguments.json and arguments.only:
-        parser.error("--json keeps the table of all cases; leave out --only")
+        parser.error("--json writes the table of all cases; leave out --only")
     try:
         compiled = compile_all([arguments.only] if arguments.only else CASES)
     except MissingWheels as error:

@@ -1,7 +1,7 @@
-"""Floating-point operations and least memory traffic of the ops: the limits that stand in every table.
+"""Floating-point operations and least memory traffic of the ops, for the limits in the tables.
 
 Letters as in the rest of the code. A multiply-add is two operations. Bytes count every input once and every output
-once: what an ideal kernel would move.
+once, as if an ideal kernel moved them.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,7 @@ class Cost(NamedTuple):
         return Cost(self.flops + other.flops, self.bytes + other.bytes)
 
     def limits(self, ceilings: "Ceilings") -> dict[str, float]:
-        """Milliseconds at the machine's measured ceilings."""
+        """Return the milliseconds that the operations and the bytes take at the machine's measured ceilings."""
         return {
             "limit: compute": 1e3 * self.flops / ceilings.flops,
             "limit: bytes": 1e3 * self.bytes / ceilings.bytes,
@@ -23,7 +23,7 @@ class Cost(NamedTuple):
 
 
 class Ceilings(NamedTuple):
-    """What the machine reaches: FLOP/s of a large matrix product, bytes/s (read plus written) of a large copy."""
+    """The machine's measured speed: FLOP/s of a large matrix product, bytes/s (read plus written) of a large copy."""
 
     flops: float
     bytes: float
@@ -36,9 +36,10 @@ def matmul(m: int, n: int, k: int, itemsize: int = 4) -> Cost:
 def stick_breaking(
     B: int, T: int, N: int, H: int, *, K: int | None = None, itemsize: int = 4, backward: bool = False
 ) -> Cost:
-    """Causal attention: two products over T^2 / 2 scores forward; with `backward`, five more (recomputing the scores).
+    """Return the cost of causal attention.
 
-    Forward reads q, k, v and writes out and rem (fp32); backward reads q, k, v, dout, drem and writes dq, dk, dv.
+    Forward does two products over T^2 / 2 scores; `backward` adds five, because it recomputes the scores. Forward reads
+    q, k, v and writes out and rem (fp32). Backward reads q, k, v, dout, drem and writes dq, dk, dv.
     """
     query, keys, sticks = itemsize * B * T * N * H, itemsize * B * T * (K or N) * H, 4 * B * T * N
     product = 2 * B * N * (T * T / 2) * H
@@ -47,10 +48,11 @@ def stick_breaking(
 
 
 def experts(T: int, k: int, D: int, F: int, E: int, *, itemsize: int = 4, backward: bool = False) -> Cost:
-    """Gated expert networks: three products of [D, F] per row forward; with `backward`, twice that more.
+    """Return the cost of gated expert networks.
 
-    Forward reads x, the weights, gates (fp32) and indices, and writes out; backward reads x, dout, the weights, gates
-    and indices, and writes dx, the weights' and the gates' gradients. An E above T * k still reads every weight.
+    Forward does three products with [D, F] matrices per row; `backward` adds six. Forward reads x, the weights, gates
+    (fp32) and indices, and writes out. Backward reads x, dout, the weights, gates and indices, and writes dx and the
+    gradients of the weights and gates. All weights are counted as read, even if E is above T * k.
     """
     tokens, weights, gates = itemsize * T * D, itemsize * 3 * E * D * F, 4 * T * k
     product = 6 * T * k * D * F

@@ -1,4 +1,4 @@
-"""Expert networks on the CPU, against a dense network of the same useful work: as many rows, one set of weights."""
+"""Time of expert networks on the CPU, compared with a dense network on the same number of rows."""
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +14,14 @@ PART = "experts"
 SHAPE = dict(D=512, F=1024, k=2)
 EXPERTS = (8, 32)
 BOUNDS = {512: 1.3, 128: 1.8, 32: 2.6}  # forward, by the mean number of rows per expert
-BACKWARD = 1.3  # the bound of forward+backward over that of forward
+BACKWARD = 1.3  # the bound of forward+backward is this many times the bound of forward
 
 
 def inputs(key, T: int, k: int, D: int, F: int, E: int, dtype=jnp.float32):
-    """(cotangent, x, w_in, w_out, gates) and expert indices [T,k]: k different ones per token, all equally likely."""
+    """Return (cotangent, x, w_in, w_out, gates) and the expert indices [T,k].
+
+    Each token has k different experts; all experts are equally likely.
+    """
     keys = jax.random.split(key, 6)
     x, d_out = (jax.random.normal(kk, (T, D), jnp.float32).astype(dtype) for kk in keys[:2])
     w_in = (jax.random.normal(keys[2], (E, D, 2 * F), jnp.float32) * D**-0.5).astype(dtype)
@@ -29,7 +32,7 @@ def inputs(key, T: int, k: int, D: int, F: int, E: int, dtype=jnp.float32):
 
 
 def experts(chosen, E: int, **settings):
-    """`(x, w_in, w_out, gates) -> out`; the sort of the rows is part of the work."""
+    """Return the function `(x, w_in, w_out, gates) -> out`. It also sorts the rows by expert, so that is timed too."""
     return lambda x, w_in, w_out, gates: expert_mlp(x, w_in, w_out, route(chosen, E), gates, **settings)
 
 

@@ -1,7 +1,8 @@
-"""The run for a machine with a GPU: check every call against the fp32 reference, then time what agrees.
+"""The benchmark for a machine with a GPU: check every call against the fp32 reference, then time the calls that agree.
 
-In one process and under eight minutes on an H200, the rows that matter most first: a row that would begin after its
-stage's end is left out, says so, and runs the next time. See `gpu_record` for what a next run need not do again.
+It runs in one process and takes less than eight minutes on an H200. The most important rows come first. Every stage has
+a time limit. A row that would begin after the limit is recorded as left out and runs the next time. `gpu_record`
+describes which rows a later run does not measure again.
 """
 
 import os
@@ -16,45 +17,45 @@ from .gpu_record import LEFT_OUT
 from .gpu_run import Run, with_ratios
 from .report import Row
 
-DEADLINE = 450  # seconds: the last row that began before is over by 480
+DEADLINE = 450  # seconds after which no row begins; a row that began before ends within 480 seconds
 PEERS = (*gpu_attention.PEERS, *gpu_experts.PEERS)
-TILES = {"mosaic": ((64, 64),), "triton": ((128, 32), (64, 64))}  # to time next to those chosen
+TILES = {"mosaic": ((64, 64),), "triton": ((128, 32), (64, 64))}  # tile sizes to time besides the chosen sizes
 SPEED = "speed"
 STAGES = (*gpu_stages.STAGES, SPEED)
 TIMED = (stick_breaking.PART, experts.PART)
 
 
 def available() -> bool:
-    """Whether JAX sees a GPU. Asks JAX to allocate as it goes: the torch peers need memory of the same GPU."""
+    """Return whether JAX sees a GPU. Turns preallocation off, because the torch peers need memory of the same GPU."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     return jax.default_backend() == "gpu"
 
 
 def chip() -> str:
-    """A file name: "NVIDIA H200" -> "nvidia-h200"."""
+    """Return the GPU's name for use in a file name: "NVIDIA H200" -> "nvidia-h200"."""
     return "-".join(jax.devices()[0].device_kind.lower().split())
 
 
 def names() -> list[str]:
-    """What `only` of `rows` may be: a stage, a part, a call that is checked, or a shape that is timed."""
+    """Return the allowed values of `only` in `rows`: stages, parts, checked calls, and timed shapes."""
     shapes = [*gpu_attention.SHAPES, *gpu_decode.SHAPES, *gpu_experts.SHAPES]
     return [*STAGES, *TIMED, *gpu_cases.CALLS, *gpu_cases.EXITS, *map(_name, shapes)]
 
 
 def is_one(only: str | None) -> bool:
-    """Whether it names one call or shape, whose rows run again even where they are there."""
+    """Return whether `only` names a single call or shape. Its rows then run again even if they are recorded."""
     return only is not None and only not in (*STAGES, *TIMED)
 
 
 def attention_kernels() -> tuple[str, ...]:
-    """Those that take a plain call of attention here, the best first; plain JAX only where no kernel does."""
+    """Return the kernels that support a plain attention call on this GPU, the best first; ("xla",) if none does."""
     x = jax.ShapeDtypeStruct((1, 64, 1, 64), jnp.bfloat16)
     every = tuple(implementations("stick_breaking_attention", x, x, x))
     return tuple(name for name in every if name != "xla") or every
 
 
 def rows(run: Run, only: str | None = None) -> None:
-    """Every row goes into the record of `run` as it comes."""
+    """Run the checks and the timings, or only those that `only` names. Each new row is added to the record of `run`."""
 
     def wanted(*belongs_to: str) -> bool:
         return only is None or only in belongs_to
@@ -70,7 +71,8 @@ def rows(run: Run, only: str | None = None) -> None:
     def time_everything() -> None:
         first, *shapes = gpu_attention.QUICK if run.quick else gpu_attention.SHAPES
         lengths = gpu_decode.QUICK_LENGTHS if run.quick else gpu_decode.LENGTHS
-        # Plain JAX only once, as a measure of what the kernels bring: its loops take seconds at the larger shapes.
+        # Plain JAX ("xla") is timed at one shape only, to show the gain of the kernels. At the larger shapes its loops
+        # take seconds.
         time_shapes(gpu_attention, [first], kernels, **({} if run.quick else dict(others=("xla",), tiles=TILES)))
         time_shapes(gpu_decode, gpu_decode.QUICK if run.quick else gpu_decode.SHAPES, kernels, lengths)
         time_shapes(gpu_experts, gpu_experts.QUICK if run.quick else gpu_experts.SHAPES, implementations)
@@ -91,9 +93,9 @@ def _name(shape: dict) -> str:
 
 
 def _time(run: Run, part, shape: dict, *arguments, **settings) -> None:
-    """Time one shape. An error, such as too little memory for its inputs, ends this shape only.
+    """Time one shape. An error, such as too little memory for the inputs, ends this shape only.
 
-    A row of the shape itself records that all of its other rows are complete.
+    One extra row, with the contestant "every row", records that all rows of the shape are complete.
     """
     row = SPEED, f"{part.PART} {_name(shape)}", "every row"
     if run.record.find(*row) and not run.again:
@@ -109,7 +111,7 @@ def _time(run: Run, part, shape: dict, *arguments, **settings) -> None:
 
 
 def finished(collected: list[Row]) -> list[Row]:
-    """The rows so far, with ratios, and last what the checks said."""
+    """Return the rows so far with their ratios, followed by a summary of the checks."""
     rows = with_ratios(collected, PEERS)
     checks = [row for row in rows if row.part in gpu_stages.STAGES or " checks" in row.part]
     passed = [row for row in checks if row.extra.get("passed") == "yes"]
@@ -121,5 +123,5 @@ def finished(collected: list[Row]) -> list[Row]:
 
 
 def is_passed_check(row: Row) -> bool:
-    """Of the stages before the speed: hundreds, which a table need not show."""
+    """Return whether the row is a passed check of a stage before the timing. The table leaves these hundreds out."""
     return row.part in gpu_stages.STAGES and row.extra.get("passed") == "yes"

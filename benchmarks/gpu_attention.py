@@ -1,4 +1,4 @@
-"""Speed of stick-breaking attention on a GPU: training shapes, on the logits of a trained model."""
+"""Speed of stick-breaking attention on a GPU, at training shapes and on the logits of a trained model."""
 
 import functools
 from functools import partial
@@ -22,20 +22,21 @@ SHAPES = [
     dict(B=4, T=8192, N=12, H=128),
 ]
 QUICK = [dict(B=1, T=96, N=2, H=32)]
-CHECKED = 1024  # queries: the scores of the reference for all of them fit
-LAST = 256  # queries checked at the full size
+CHECKED = 1024  # queries that are checked all together: the scores of the reference fit into memory
+LAST = 256  # queries that are checked at the full size, the last ones
 
 
 def _inputs(seed: int, shape: dict):
-    """(cotangent, query, key, value) in bfloat16."""
+    """Return (cotangent, query, key, value) in bfloat16."""
     arrays = trained_logits.inputs(jax.random.key(seed), **shape, dtype=jnp.bfloat16, heads=trained_logits.saved())
     return trained_logits.cotangents(jax.random.key(seed + 100), arrays[0], arrays[2]), *arrays
 
 
 def check_last(function, reference, cotangent, arrays, last: int) -> gpu_check.Errors:
-    """Only the last queries get a cotangent, so that the reference needs only their scores, with every key.
+    """Compare `function` with `reference` on the last `last` queries and all keys.
 
-    The gradients of keys and values are then those of the last queries, at every key; the other queries' are zero.
+    Only these queries get a cotangent, so the reference computes only their scores. The gradients of keys and values
+    then come from these queries alone. The gradients of all other queries must be zero.
     """
     tail = slice(arrays[0].shape[1] - last, None)
     small = jax.tree.map(lambda c: c[:, tail], cotangent)
@@ -77,9 +78,10 @@ def _kept(implementation: str, arrays) -> dict:
 
 
 def rows(run: Run, shape: dict, kernels: tuple[str, ...], *, others: tuple[str, ...] = (), tiles=None) -> None:
-    """Those of one shape. `others` are implementations timed without `skip_below` and without a check.
+    """Check and time all contestants at one shape.
 
-    `tiles`: of each of the kernels, sizes to time next to those that it chooses.
+    `others`: implementations that are timed without `skip_below` and without a check.
+    `tiles`: for each kernel, tile sizes to time besides the sizes that the kernel chooses.
     """
     name = "B{B} N{N} T{T} H{H} bf16".format(**shape)
     forward, both = (cost.stick_breaking(**shape, itemsize=2, backward=b) for b in (False, True))

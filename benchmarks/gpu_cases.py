@@ -20,12 +20,11 @@ from .timing import forward_backward
 
 @dataclass(frozen=True)
 class Feature:
-    """A call of attention that shows one feature.
+    """An attention call that shows one feature.
 
-    `segments`: lengths of the documents, padding where negative, ending at the last query or key.
-
-    `shift`: mean of the logits instead of those of a trained model. `forward_only`: decoding is never differentiated,
-    and with gradients the op would take the kernels for long queries instead.
+    `segments`: lengths of the documents; a negative length is padding. The last one ends at the last query or key.
+    `shift`: if given, the mean of the logits, instead of the logits of a trained model.
+    `forward_only`: no gradients are taken. For decoding: with gradients the op would use the kernels for long queries.
     """
 
     T: int = 200
@@ -64,14 +63,14 @@ class Feature:
 
 
 def _documents(lengths: tuple[int, ...], B: int):
-    """Segment ids [B,T]."""
+    """Return the segment ids [B,T] of documents of these lengths; a negative length is padding."""
     ids = np.concatenate([np.full(abs(n), i if n > 0 else -1, np.int32) for i, n in enumerate(lengths)])
     return jnp.tile(ids, (B, 1))
 
 
 SKIP = {"skip_below": trained_logits.SKIP}
 DECODE = dict(T=1, S=2000, N=8, K=2, B=3, forward_only=True)
-# From the plain to the special: what fails first says the most.
+# Simple calls come first, so that the first failure has the simplest cause.
 FEATURES = {
     "plain": Feature(),
     "H=64": Feature(H=64),
@@ -115,12 +114,13 @@ FEATURES = {
     "decode, skip": Feature(**DECODE, settings=SKIP),
     "decode, skip, lengths": Feature(**DECODE, offset=(1999, 700, 0), settings=SKIP),
 }  # fmt: skip
-# With more blocks than multiprocessors, and each with many exits to get wrong.
+# This call has more thread blocks than the GPU has multiprocessors, and each block decides many times whether to stop
+# early. It would show errors that small calls hide.
 AT_SIZE = Feature(T=4096, B=4, N=12, settings=SKIP)
 
 
 class Call(NamedTuple):
-    """One call of an op: its differentiated arrays, and how the op takes them."""
+    """One call of an op: the arrays to differentiate, and how to pass them to the op."""
 
     op: Callable
     dtype: str
@@ -137,7 +137,10 @@ class Call(NamedTuple):
         return attended(run) if self.skips else run
 
     def program(self, implementation: str | None) -> Callable:
-        """(cotangent, *arrays) -> (outputs, gradients); without gradients where they are never taken."""
+        """Return the jitted function (cotangent, *arrays) -> (outputs, gradients).
+
+        The gradients are () if the call is `forward_only`.
+        """
         function = self.function(implementation)
         if self.forward_only:
             return jax.jit(lambda _, *arrays: (function(*arrays), ()))
@@ -147,7 +150,10 @@ class Call(NamedTuple):
         return jax.eval_shape(self.inputs, jax.random.key(0))
 
     def implementations(self) -> tuple[str, ...]:
-        """Those that take it here, the one that dispatch chooses first; plain JAX only where no kernel does."""
+        """Return the kernels that support this call on this machine, the default of dispatch first.
+
+        Return ("xla",) if no kernel supports it.
+        """
         found = []
 
         def look(_, *arrays):
@@ -159,7 +165,7 @@ class Call(NamedTuple):
 
 
 def implementations(op: str, *arguments, **settings) -> Iterator[str]:
-    """Those of an op that take this call here, but the quadratic reference."""
+    """Yield the implementations of an op that support this call on this machine, except the quadratic reference."""
     for name in dispatch.NAMES[:-1]:
         try:
             explain(op, *arguments, **settings, implementation=name)
@@ -199,7 +205,11 @@ def mlp(case: Experts, dtype: str, activation: str = "swiglu") -> Call:
 
 
 def linear(case: Experts, dtype: str, rows_in: str, rows_out: str) -> Call:
-    """Rows by token, by (token, choice) pair, or sorted by expert. Results by token are summed with their gates."""
+    """Return a call of `expert_linear` with input rows and output rows in these orders.
+
+    An order is "token", "pair" for (token, choice) pairs, or "sorted" by expert. Outputs by token are sums over the
+    token's experts, weighted by the gates.
+    """
     T, k, E, D, F = case.T, case.k, case.E, case.D, case.F
     results, rows = (T if order == "token" else T * k for order in (rows_out, rows_in))
     shapes = (results, F), (rows, D), (E, D, F), (E, F), (T, k)
@@ -227,7 +237,8 @@ EXPERTS = {
     **{f"experts {name}, float32": mlp(case, "float32") for name, case in KERNEL_EXPERTS.items()},
 }
 CALLS = ATTENTION | EXPERTS | SMALL
-# What is run a thousand times; the last one is not compared with the reference, which would not fit.
+# The calls that are run a thousand times. "skip at size" is not compared with the reference, which would not fit into
+# memory.
 EXITS = {name: ATTENTION[name] for name, case in FEATURES.items() if SKIP.items() <= case.settings.items()}
 EXITS |= {"skip at size": attention(AT_SIZE, "bfloat16")}
 QUICK = "one token", "decode, skip", "linear token to sorted"

@@ -1,4 +1,4 @@
-"""Whether an op on a GPU gives what its fp32 reference gives on the same numbers: the gate before any timing."""
+"""Comparison of an op on a GPU with its fp32 reference on the same numbers. Only calls that agree are timed."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from .timing import forward_backward
 
 
 class Errors(NamedTuple):
-    """Largest relative L2 errors, infinite where not finite; whether a second run gave the same bits."""
+    """Largest relative L2 errors (infinite if a value is not finite), and whether a second run gave the same bits."""
 
     forward: float
     gradient: float | None
@@ -24,15 +24,16 @@ class Errors(NamedTuple):
         return self.forward <= FORWARD[name] and (self.gradient or 0) <= GRADIENT[name] and self.repeats
 
     def extra(self) -> dict:
-        """For a row."""
+        """Return the errors as the `extra` of a row."""
         gradient = {} if self.gradient is None else {"gradient error": self.gradient}
         return {"error": self.forward} | gradient | {"two runs": "equal" if self.repeats else "DIFFER"}
 
 
 def attended(attention: Callable) -> Callable:
-    """(out, the share of the stick that was broken off) of a call that gives out and what is left.
+    """Wrap an attention call that returns (out, rem), so that it returns (out, 1 - rem).
 
-    Under `skip_below` what is left is that of the exit: 2^-24 where the whole call leaves 2^-90, to no one's harm.
+    With `skip_below`, `rem` is the remainder where the kernel stopped, for example 2^-24 instead of 2^-90. The relative
+    error of `rem` is then large although the difference does not matter. 1 - rem does not have this problem.
     """
 
     def run(*arrays):
@@ -43,7 +44,7 @@ def attended(attention: Callable) -> Callable:
 
 
 def poison(like) -> None:
-    """Leave NaN in the memory that the next outputs are likely to get, so that an unwritten row is seen."""
+    """Fill memory that the next outputs probably reuse with NaN, so that a row which is never written is noticed."""
 
     def nan(x):
         return jnp.full(x.shape, jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else -1, x.dtype)
@@ -56,12 +57,12 @@ def fp32(tree):
 
 
 def exact(reference: Callable, cotangent, arguments):
-    """(outputs, gradients) of the reference on the same numbers in fp32, on the host."""
+    """Return (outputs, gradients) of the reference, computed in fp32 on the same numbers and copied to the host."""
     return jax.device_get(forward_backward(reference)(*fp32((cotangent, *arguments))))
 
 
 def exact_forward(reference: Callable, arguments):
-    """(outputs, None)"""
+    """Return (outputs, None) of the reference, computed in fp32 on the same numbers and copied to the host."""
     return jax.device_get(jax.jit(reference)(*fp32(arguments))), None
 
 
@@ -75,7 +76,7 @@ def _largest(got, want) -> float:
 
 
 def _twice(run: Callable, arguments):
-    """The results on the host, and whether those of a second run have the same bits."""
+    """Run twice. Return the first results, on the host, and whether the second results have the same bits."""
     results = []
     for _ in range(2):
         poison(run.out_info if isinstance(run, jax.stages.Compiled) else jax.eval_shape(run, *arguments))
@@ -85,14 +86,14 @@ def _twice(run: Callable, arguments):
 
 
 def compared(program: Callable, expected, arguments) -> Errors:
-    """Of a compiled program of (outputs, gradients), against those expected; gradients may be ()."""
+    """Return the errors of a compiled program against the `expected` (outputs, gradients); gradients may be ()."""
     got, repeats = _twice(program, arguments)
     outputs, gradients = (_largest(a, b) if jax.tree.leaves(b) else None for a, b in zip(got, expected, strict=True))
     return Errors(outputs, gradients, repeats)
 
 
 def differing(program: Callable, arguments, runs: int) -> int:
-    """The number of runs, out of `runs`, whose bits differ from those of the first run. Runs follow without a pause."""
+    """Repeat a program `runs` times without a pause. Return how many results differ in a bit from the first result."""
     first = program(*arguments)
 
     @jax.jit
@@ -104,19 +105,20 @@ def differing(program: Callable, arguments, runs: int) -> int:
     for i in range(runs):
         number = count(number, first, program(*arguments))
         if i % 50 == 49:
-            jax.block_until_ready(number)  # a queue of all would take memory
+            jax.block_until_ready(number)  # a queue of all runs would need too much memory
     return int(number)
 
 
 def _bits(x):
-    """NaN is like NaN, and 0 is unlike -0."""
+    """Return the bits of x as integers, for a comparison in which NaN equals NaN and 0 does not equal -0."""
     return jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
 
 
 def errors(function: Callable, expected, cotangent, arguments, look: Callable = lambda results: results) -> Errors:
-    """Of `function` against `expected`, from `exact` or `exact_forward`; `look` picks what is compared.
+    """Return the errors of `function` against `expected`, the result of `exact` or `exact_forward`.
 
-    The outputs are those without gradients and those with: an op may take another kernel when it keeps residuals.
+    `look` maps (outputs, gradients) to the parts that are compared. The outputs are compared both without and with
+    gradients, because an op may use another kernel when it keeps residuals.
     """
     wanted, wanted_gradients = expected
     alone, repeats = _twice(jax.jit(function), arguments)

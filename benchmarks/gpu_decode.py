@@ -1,4 +1,7 @@
-"""Speed of one decoding step on a GPU: a query per sequence against a long cache, at the speed of reading the cache."""
+"""Speed of one decode step on a GPU: one query per sequence against a long cache.
+
+The limit is the time to read the cache from memory.
+"""
 
 import itertools
 from collections.abc import Callable
@@ -22,13 +25,16 @@ QUICK = [dict(B=2, N=4, K=2, H=32)]
 LENGTHS = (32768, 4096)
 QUICK_LENGTHS = (200, 100)
 STEPS = 16
-CACHES = 2**31  # bytes of all caches that take turns: what a step with skip_below reads of each must exceed the L2
+# Bytes of all caches together. The steps use the caches in turn, and even the small part that a step with skip_below
+# reads of each must not stay in the L2 cache until the next turn.
+CACHES = 2**31
 
 
 def steps(function: Callable) -> Callable:
-    """`STEPS` steps as one compiled call, each on the next of the caches. The launch of one step would be its time.
+    """Return `STEPS` decode steps as one compiled call; each step uses the next cache.
 
-    A query contains a trace of the output before, so that no step can be left out or begun early: as in generation.
+    A single step takes less time than its launch, so a call of one step would measure the launch. Each query depends on
+    the previous output, as in generation, so that no step can be left out or begun early.
     """
 
     def run(query, *caches):
@@ -40,7 +46,7 @@ def steps(function: Callable) -> Callable:
 
 
 def _step(implementation: str, S: int, **settings):
-    """The sequences are as long as the cache but one: the offsets are data, as in generation."""
+    """Return a decode step in which every query is at position S - 1. The offsets are an array, as in generation."""
 
     def run(query, key, value):
         offsets = jnp.full(query.shape[0], S - 1, jnp.int32)
@@ -52,7 +58,7 @@ def _step(implementation: str, S: int, **settings):
 
 
 def _check(f: Callable, reference: Callable, arrays) -> gpu_check.Errors:
-    """All sequences run; the first two are compared, since the reference repeats keys and values in fp32."""
+    """Run all sequences and compare the first two. The reference repeats keys and values in fp32; more do not fit."""
     expected = gpu_check.exact_forward(reference, [x[:2] for x in arrays])
 
     def look(results):
@@ -62,7 +68,10 @@ def _check(f: Callable, reference: Callable, arrays) -> gpu_check.Errors:
 
 
 def rows(run: Run, shape: dict, kernels: tuple[str, ...], lengths: tuple[int, int] = LENGTHS) -> None:
-    """Without and with `skip_below`, at every length: with it, the time should not depend on the length."""
+    """Check and time every kernel at every length, without and with `skip_below`.
+
+    With `skip_below` the time should not depend on the length.
+    """
     for S in lengths:
         name = "B{B} N{N} K{K} H{H} bf16 S{S}".format(**shape, S=S)
         size = 2 * 2 * shape["B"] * S * shape["K"] * shape["H"]  # bytes of K and V of one cache, bfloat16
@@ -77,14 +86,14 @@ def rows(run: Run, shape: dict, kernels: tuple[str, ...], lengths: tuple[int, in
                 continue
             kept = partial(_kept, implementation, S, skip, sets[0])
             _time(run, name, label, lambda *arrays, f=f: f(*arrays)[0], query, caches, size, kept)
-        if kernels != ("xla",):  # plain JAX is not in that race
+        if kernels != ("xla",):  # plain JAX is not compared with cuDNN
             _time(run, name, PEERS[0], gpu_peers.softmax_step, query, caches, size, lambda: 1.0)
     for implementation in kernels:
         _against_lengths(run, shape, contestant(implementation, SKIP), lengths)
 
 
 def _kept(implementation: str, S: int, skip: float | None, arrays) -> float:
-    """The share of the key tiles that a step reads."""
+    """Return the share of the key tiles that a step reads."""
     if skip is None:
         return 1.0
     stats = jax.jit(_step(implementation, S, skip_below=skip, return_stats=True))(*arrays)[2]
@@ -92,7 +101,7 @@ def _kept(implementation: str, S: int, skip: float | None, arrays) -> float:
 
 
 def _time(run: Run, name: str, label: str, f: Callable, query, caches, size: int, share: Callable[[], float]) -> None:
-    """GB/s of the keys and values that had to be read."""
+    """Add a row with the time of one step, and the GB/s at which it read the keys and values that it needed."""
 
     def make():
         kept = share()
@@ -106,7 +115,7 @@ def _time(run: Run, name: str, label: str, f: Callable, query, caches, size: int
 
 
 def _against_lengths(run: Run, shape: dict, label: str, lengths: tuple[int, int]) -> None:
-    """The time with skip_below at the greater length over that at the smaller one."""
+    """Add a row with a ratio: the time with skip_below at the greater length over the time at the smaller length."""
     prefix = "B{B} N{N} K{K} H{H} bf16".format(**shape)
     names = [f"{prefix} S{S}" for S in lengths]
     times = {r.case: r.milliseconds for r in run.rows if (r.part, r.contestant) == (PART, label) and r.milliseconds}

@@ -26,12 +26,12 @@ SHAPES = [
     dict(T=65536, k=8, D=1536, F=512, E=40),
 ]
 QUICK = [dict(T=128, k=2, D=32, F=32, E=4)]
-TRITON = {"xla_gpu_experimental_use_ragged_dot_fusion": True}  # without it every expert multiplies every row
-CHECKED = 2048  # tokens: the reference sends every token through every expert
+TRITON = {"xla_gpu_experimental_use_ragged_dot_fusion": True}  # without this option every expert multiplies every row
+CHECKED = 2048  # tokens that are checked; few, because the reference sends every token through every expert
 
 
 def rows(run: Run, shape: dict, implementations) -> None:
-    """`implementations(op, *arguments)` gives the names of those to time."""
+    """Check and time all contestants at one shape. `implementations(op, *arguments)` yields the names of ours."""
     E, make = shape["E"], partial(experts.inputs, dtype=jnp.bfloat16)
     forward, both = (cost.experts(**shape, itemsize=2, backward=b) for b in (False, True))
     (first, chosen), (second, _) = (make(jax.random.key(i), **shape) for i in (0, 1))
@@ -41,7 +41,7 @@ def rows(run: Run, shape: dict, implementations) -> None:
     expected = gpu_check.exact(experts.experts(few, E, implementation="reference"), cotangent, small)
     _, x, w_in, w_out, gates = first
     names = implementations("expert_mlp", x, w_in, w_out, jax.eval_shape(lambda: route(chosen, E)), gates)
-    # Each as a function of the routing: the check has fewer tokens.
+    # Each contestant is a function of the chosen experts, because the check has fewer tokens than the timing.
     contestants = {name: lambda c, name=name: experts.experts(c, E, implementation=name) for name in names}
     contestants |= {name: lambda c, dot=dot: gpu_peers.ragged_mlp(dot, c, E) for name, dot in gpu_peers.ragged_dots()}
     for contestant, routed in contestants.items():
@@ -57,7 +57,7 @@ def rows(run: Run, shape: dict, implementations) -> None:
 
 
 def _dense_inputs(seed: int, *, T: int, k: int, D: int, F: int, E: int):
-    """(cotangent, x, w_in, w_out) of a network without experts that is as wide as those of a token together."""
+    """Return (cotangent, x, w_in, w_out) of a dense network that is as wide as the k experts of a token together."""
     keys = jax.random.split(jax.random.key(seed), 4)
     shapes = (T, D), (T, D), (D, 2 * k * F), (k * F, D)
     scales = 1, 1, D**-0.5, (k * F) ** -0.5

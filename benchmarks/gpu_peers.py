@@ -1,6 +1,7 @@
-"""What a user would take instead, each as its own documentation calls it. One that is not installed is not in the race.
+"""Peers: other implementations that a user could choose, each called as its documentation says.
 
-A torch peer is `(shape, passes, seconds) -> Times` on random inputs of its own; JAX peers take ours.
+A peer that is not installed is left out. A torch peer is a function `(shape, passes, seconds) -> Times`, which makes
+random inputs itself. A JAX peer gets the same inputs as our kernels.
 """
 
 import importlib.util
@@ -21,17 +22,17 @@ def _have(*names: str) -> bool:
 
 
 def softmax(q, k, v):
-    """cuDNN's causal softmax attention: another function, the speed to come near."""
+    """Compute causal softmax attention by cuDNN. It is another function than ours; its speed is the goal."""
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
 
 
 def softmax_step(query, key, value):
-    """One query per sequence against the whole cache."""
+    """Compute softmax attention by cuDNN, with one query per sequence against the whole cache."""
     return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
 
 
 def ragged_dots() -> Iterator[tuple[str, Callable]]:
-    """Grouped products `(rows [R,D], weights [E,D,F], rows per expert [E]) -> [R,F]`."""
+    """Yield the names and functions of grouped GEMMs `(rows [R,D], weights [E,D,F], rows per expert [E]) -> [R,F]`."""
     yield "jax.lax.ragged_dot", jax.lax.ragged_dot
     if _have("tokamax"):
         import tokamax
@@ -40,7 +41,7 @@ def ragged_dots() -> Iterator[tuple[str, Callable]]:
 
 
 def ragged_mlp(dot: Callable, chosen, E: int) -> Callable:
-    """Expert networks by a gather, two grouped products and a gather back: the usual recipe around a `ragged_dot`."""
+    """Return expert networks: a gather, two grouped GEMMs by `dot`, a gather back; the usual use of a ragged_dot."""
 
     def run(x, w_in, w_out, gates):
         routing, (T, k) = route(chosen, E), chosen.shape
@@ -61,7 +62,7 @@ def experts() -> list[Callable]:
 
 
 def _torch_times(forward: Callable, make_inputs: Callable, parameters: list, passes: str, seconds: float) -> Times:
-    """`forward(*inputs)` or the gradients of inputs and parameters or both, on two rotating sets of inputs."""
+    """Time `forward(*inputs)`, or the gradients of inputs and parameters, or both, on two sets of inputs in turn."""
     import torch
 
     def gradients(out, d_out, *inputs, **how):
@@ -91,7 +92,7 @@ def _normal(*shape):
 
 
 def stickbreaking_attention(shape: dict, passes: str, seconds: float) -> Times:
-    """The original Triton kernel, [B, N, T, H]."""
+    """Time the original Triton kernel of stick-breaking attention, on arrays [B, N, T, H]."""
     from stickbreaking_attention.sb_attn import sb_attn
 
     B, T, N, H = (shape[letter] for letter in "BTNH")
@@ -116,7 +117,7 @@ def scattermoe(shape: dict, passes: str, seconds: float) -> Times:
 
 
 def sonicmoe(shape: dict, passes: str, seconds: float) -> Times:
-    """With its router, a product of D x E more than the others."""
+    """Time SonicMoE. The time includes its router, one product with a [D, E] matrix more than the other peers."""
     import torch
     from sonicmoe import KernelBackendMoE, MoE
     from sonicmoe.enums import ActivationType

@@ -1,4 +1,4 @@
-"""The file of a GPU run: every row is in it as soon as there is one, and a row that is in it need not run again."""
+"""The result file of a GPU run. Every row is written as soon as it is measured, and a later run does not repeat it."""
 
 import functools
 import hashlib
@@ -11,13 +11,13 @@ from . import report
 from .report import Row
 
 HERE = Path(__file__).parent
-SAME = ("code", "device", "jax", "quick")  # a run goes on from rows with the same of these
-LEFT_OUT = "left out"  # of a row that there was no time for, which runs the next time
+SAME = ("code", "device", "jax", "quick")  # a run continues an earlier file only if all of these are equal
+LEFT_OUT = "left out"  # the key in `extra` of a row for which no time was left; such a row runs the next time
 
 
 @functools.cache
 def code() -> str:
-    """A fingerprint of everything that a row depends on in this repository."""
+    """Return a fingerprint of all files of this repository that a row depends on."""
     files = [p for folder in (HERE, HERE.parent / "pallas_kernels") for p in folder.rglob("*") if _is_source(p)]
     digest = hashlib.sha256()
     for path in sorted(files):
@@ -30,9 +30,9 @@ def _is_source(path: Path) -> bool:
 
 
 class Record:
-    """The rows of a run by (part, case, contestant), in the order in which they first came.
+    """The rows of a run by (part, case, contestant), in the order in which they were first added.
 
-    `finish` makes of them the rows that the file gets: with ratios and a summary.
+    `finish` adds the ratios and a summary; its result is written to the file.
     """
 
     def __init__(self, path: Path, info: dict, finish: Callable[[list[Row]], list[Row]], *, fresh: bool = False):
@@ -40,7 +40,7 @@ class Record:
         self.rows: dict[tuple[str, str, str], Row] = {} if fresh else {_key(row): row for row in self._before()}
 
     def _before(self) -> list[Row]:
-        """The rows of an earlier run that this one goes on from."""
+        """Return the rows of the earlier run that this run continues; none if that run differs in a field of SAME."""
         try:
             before = json.loads(self.path.read_text())
         except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""The rows of one run on a GPU: until the deadline, whatever a contestant raises becomes its row's note."""
+"""The measuring of rows on a GPU, until a deadline. If a contestant raises an error, its row records the error."""
 
 import contextlib
 import dataclasses
@@ -19,13 +19,16 @@ from .gpu_record import LEFT_OUT, Record
 from .report import Row, ceiling_row
 from .timing import Times, ceilings, forward_backward, rotating
 
-HANGS = 90  # seconds: a row that takes longer waits for something that never comes
+HANGS = 90  # seconds after which a row is taken to hang
 MACHINE = ("machine", "ceilings", "matrix product, copy")
 PASSES = ("forward", "backward", "forward+backward")
 
 
 class Case(NamedTuple):
-    """One shape of one op: what each pass costs, and sets of (cotangent, *arguments), together larger than the L2."""
+    """One shape of one op: the cost of each pass, and sets of (cotangent, *arguments).
+
+    All sets together are larger than the L2 cache, so that no call finds its inputs there.
+    """
 
     part: str
     name: str
@@ -39,7 +42,10 @@ def work_of(forward: cost.Cost, both: cost.Cost) -> dict[str, cost.Cost]:
 
 
 def to_rotate(function: Callable, case: Case, passes: str, options: dict | None = None) -> tuple[Callable, list]:
-    """What `rotating` takes for one pass. The backward pass alone applies a vjp whose residuals are already there."""
+    """Return the function and the sets of inputs with which `rotating` times one pass.
+
+    For "backward", the residuals are computed beforehand and the function only applies the vjp.
+    """
     plain = [tuple(arguments) for _, *arguments in case.sets]
     jit = partial(jax.jit, compiler_options=options)
     if passes == "forward":
@@ -55,7 +61,7 @@ def to_rotate(function: Callable, case: Case, passes: str, options: dict | None 
 
 @contextlib.contextmanager
 def give_up_after(seconds: float, report: Callable[[], None], leave=os._exit) -> Iterator[None]:
-    """If the body takes longer, report and end the process: nothing else stops a kernel that waits for ever."""
+    """Call `report` and end the process if the body takes longer; nothing else stops a kernel that waits for ever."""
 
     def give_up():
         report()
@@ -72,15 +78,15 @@ def give_up_after(seconds: float, report: Callable[[], None], leave=os._exit) ->
 
 
 class Run:
-    """Makes rows into a record, as they come; those that are there already only if they run `again`."""
+    """Measures rows and adds each to a record at once. A row that is already recorded runs only with `again`."""
 
     def __init__(self, record: Record, *, quick: bool = False, again: bool = False):
         self.record, self.quick, self.again = record, quick, again
-        self.seconds = 0.05 if quick else 0.4  # for the time of one row
+        self.seconds = 0.05 if quick else 0.4  # how long one row is timed
         self.begun, self.end = time.monotonic(), float("inf")
 
     def until(self, seconds: float) -> None:
-        """No row begins later than that after the run began."""
+        """Set the deadline: no row begins later than this many seconds after the beginning of the run."""
         self.end = self.begun + seconds
 
     @property
@@ -89,7 +95,7 @@ class Run:
 
     @cached_property
     def ceilings(self) -> cost.Ceilings:
-        """Measured once for the record: the shares of all its rows are of the same limits."""
+        """The machine's speed, measured once per record, so that all rows are compared with the same limits."""
         size, copied = (256, 2**20) if self.quick else (8192, 2**32)
 
         def make():
@@ -102,7 +108,10 @@ class Run:
         return cost.Ceilings(1e12 * row.extra["TFLOP/s"], 1e9 * row.extra["GB/s"])
 
     def row(self, part: str, case: str, contestant: str, make: Callable[[], dict]) -> Row:
-        """A row of the fields that `make()` gives, or of the reason why it did not."""
+        """Return the recorded row, or add and return a row with the fields that `make()` returns.
+
+        If `make()` raises an error or no time is left, the row says so.
+        """
         row = self.record.find(part, case, contestant)
         if row is not None and not self.again:
             return row
@@ -111,7 +120,7 @@ class Run:
             self.require_time()
             with give_up_after(HANGS, partial(self._hangs, part, case, contestant)):
                 row = Row(part, case, contestant, **make())
-        except Exception as error:  # out of memory, a peer that does not run here: said in the row, not hidden
+        except Exception as error:  # for example out of memory, or a peer that does not run here: the row says so
             return self.failed(part, case, contestant, error)
         self.record.add(row)
         return row
@@ -127,12 +136,12 @@ class Run:
         return row
 
     def _hangs(self, part: str, case: str, contestant: str) -> None:
-        """The next run goes on behind this row."""
+        """Record that the row hangs. The next run then continues after this row."""
         self.failed(part, case, contestant, RuntimeError(f"still running after {HANGS} s"))
         print(f"error: still running after {HANGS} s; run the same command again to go on", file=sys.stderr)
 
     def checked(self, part: str, case: str, contestant: str, dtype, check: Callable[[], Errors]) -> bool:
-        """A row of the errors; whether they are within the tolerances. A failed check does not pass."""
+        """Add a row with the errors, and return whether they are within the tolerances; False if the check raised."""
 
         def make():
             found = check()
@@ -141,7 +150,7 @@ class Run:
         return self.row(part, case, contestant, make).extra.get("passed") == "yes"
 
     def passes(self, case: Case, name: str, measure: Callable[[str], Times], extra: Callable = dict) -> None:
-        """A row for every pass: TFLOP/s by the operations of the case, share of the larger limit, and `extra()`."""
+        """Add a row per pass: its time, its TFLOP/s, the larger limit as a share of its time, and `extra()`."""
         for passes, work in case.work.items():
 
             def make(passes=passes, work=work):
@@ -153,7 +162,7 @@ class Run:
             self.row(case.part, f"{case.name} {passes}", name, make)
 
     def jax(self, case: Case, name: str, function: Callable, extra: Callable = dict, options=None) -> None:
-        """`options` are the compiler's."""
+        """Add the rows of a JAX function; `options` are compiler options."""
 
         def measure(passes):
             return rotating(*to_rotate(function, case, passes, options), seconds=self.seconds)
@@ -170,9 +179,9 @@ class Run:
 
 
 def with_ratios(rows: list[Row], peers: tuple[str, ...]) -> list[Row]:
-    """The rows, case by case in the order they came; times over those of every peer that ran in the same case.
+    """Return the rows grouped by case, with the ratios of their times to the times of all peers in the same case.
 
-    `ratio` is over the first of `peers` that did, the others stand in `extra`.
+    `ratio` compares with the first of `peers` that was timed. The ratios to the other peers are in `extra`.
     """
     cases: dict[tuple, list[Row]] = {}
     for row in rows:

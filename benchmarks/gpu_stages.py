@@ -1,7 +1,7 @@
-"""The checks at the beginning of a GPU run: each call lowers, agrees with the reference, and repeats to the bit.
+"""The checks at the beginning of a GPU run: each call lowers, agrees with the reference, and is bitwise repeatable.
 
-Programs are lowered one after the other. Meanwhile threads compile them and compute what the reference expects, so that
-the kernels themselves are soon run.
+Programs are lowered one after the other. Meanwhile threads compile them and compute the results of the reference, so
+that the first kernels run soon.
 """
 
 import os
@@ -16,13 +16,14 @@ from .gpu_cases import CALLS, EXITS, QUICK
 from .gpu_run import Run
 
 LOWER, CORRECT, EXIT = STAGES = ("lower", "correct", "exit")
-# Seconds from the beginning of a run after which no row of a stage begins. What is left out runs the next time.
+# For each stage, the seconds after the beginning of a run from which no row of the stage begins. The rows that are left
+# out run the next time.
 ENDS = {LOWER: 210, CORRECT: 280, EXIT: 310}
-RUNS = 1000  # of a call that stops early
+RUNS = 1000  # how often a call with early exit is repeated
 
 
 class Checks:
-    """The stages, of those calls that are `wanted(stage, name)`."""
+    """The three stages, for the calls for which `wanted(stage, name)` is true."""
 
     def __init__(self, run: Run, wanted: Callable[[str, str], bool]):
         names = QUICK if run.quick else tuple(CALLS)
@@ -34,7 +35,7 @@ class Checks:
         self._expected: dict[str, Future] = {}
 
     def chosen(self) -> None:
-        """What dispatch chooses for each call, stage by stage."""
+        """Check the kernel that dispatch chooses for each call, stage by stage."""
         for stage in STAGES:
             self.run.until(ENDS[stage])
             for name in self._wanted(stage):
@@ -42,7 +43,7 @@ class Checks:
         self.close()
 
     def others(self) -> None:
-        """The other kernels that take a call: all stages of one call after the other."""
+        """Check the other kernels that support a call: all stages of one call, then the next call."""
         for name in self.names[LOWER]:
             for implementation in _call(name).implementations()[1:]:
                 for stage in STAGES:
@@ -51,7 +52,7 @@ class Checks:
             self._forget()
 
     def close(self) -> None:
-        """No thread works on: not while something else is timed, and not after Ctrl-C."""
+        """Stop the threads, so that none runs while something else is timed or after Ctrl-C."""
         self._pool.shutdown(cancel_futures=True)
         self._pool = ThreadPoolExecutor(1)
         self._forget()
@@ -86,7 +87,7 @@ class Checks:
         return {"runs": runs, "unlike the first": different, "passed": "NO" if different else "yes"}
 
     def _program(self, name: str, implementation: str) -> Future:
-        """Lowered now, compiled in a thread."""
+        """Lower the program now and compile it in a thread."""
         key = name, implementation
         if key not in self._compiled:
             call = _call(name)
@@ -105,10 +106,10 @@ def _call(name: str):
 
 
 def _inputs(name: str):
-    """(cotangent, *arrays), new ones at every call."""
+    """Return new arrays (cotangent, *arrays) at every call, always with the same numbers."""
     return _call(name).inputs(jax.random.key(0))
 
 
 def _expected(name: str):
-    """What the reference gives for these numbers in fp32, on the host."""
+    """Return the results of the reference, computed in fp32 on the same numbers and copied to the host."""
     return jax.device_get(_call(name).program("reference")(*gpu_check.fp32(_inputs(name))))

@@ -1,7 +1,8 @@
-"""python -m benchmarks.halting RUN [--seconds S] [--json]: what a lower halting threshold saves of a language model.
+"""python -m benchmarks.halting RUN [--seconds S] [--json]: what a language model saves with a lower halting threshold.
 
-RUN is a run of a Sparse Universal Transformer. Expert rows are counted; the thresholds take turns on the same held-out
-text, so that other work on the machine slows all of them. --json also writes benchmarks/results/halting.json.
+RUN is the folder of a language model trained as a Sparse Universal Transformer. For each threshold the benchmark counts
+the expert rows and measures the time. The thresholds take turns on the same held-out text, so that other work on the
+machine slows all of them alike. --json also writes benchmarks/results/halting.json.
 """
 
 import dataclasses
@@ -31,7 +32,7 @@ RESULTS = Path(__file__).parent / "results" / "halting.json"
 
 @jax.jit
 def _read(model, windows, threshold):
-    """Bits per token, mean depth, and expert rows per token."""
+    """Return bits per token, mean depth, and expert rows per token."""
     output = universal.apply(model, {"tokens": windows[:, :-1]}, threshold=threshold)
     nll = optax.softmax_cross_entropy_with_integer_labels(output.logits, windows[:, 1:])
     rows = sum(counts.sum() for counts in output.rows.values())
@@ -39,7 +40,7 @@ def _read(model, windows, threshold):
 
 
 def measured(run: str, seconds: float) -> list[Row]:
-    """A row per threshold, by which it is named. ValueError for a run of another model."""
+    """Return a row per threshold; its contestant is the threshold. Raises ValueError for a run of another model."""
     loaded = load(run)
     if not isinstance(loaded.model, universal.LanguageModel):
         raise ValueError(f"{run} has no language model that halts; python -m stickjax.train configs/sut_lm_tiny.py")
@@ -74,7 +75,7 @@ def table(rows: list[Row]) -> Table:
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m benchmarks.halting", description=__doc__.split("\n\n")[0])
     parser.add_argument("run", help="folder of a run")
-    parser.add_argument("--seconds", type=float, default=30.0, help="of timing")
+    parser.add_argument("--seconds", type=float, default=30.0, help="how long to measure (default 30)")
     parser.add_argument("--json", action="store_true", help=f"also write {RESULTS.name} among the results")
     arguments = parser.parse_args(argv)
     info = machine()

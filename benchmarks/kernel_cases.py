@@ -1,7 +1,7 @@
-"""Named calls of the ops for the GPU kernels, as data: small enough for an interpreter, and odd in every way.
+"""Named calls of the ops that test the GPU kernels: small enough for an interpreter, with unusual sizes and options.
 
-The tests interpret them, lower them and compile them for GPUs that are not there; `python -m benchmarks --gpu` checks
-them on the GPU of the machine.
+The tests interpret these calls, lower them, and compile them for absent GPUs. `python -m benchmarks --gpu` checks them
+on the GPU of the machine.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,8 @@ import numpy as np
 class Stick:
     """A call of stick_breaking_attention with logits of mean `shift` and deviation `std`.
 
-    `segments`: lengths of the documents, padding where negative; odd batch entries have them in reverse order.
+    `segments`: lengths of the documents; a negative length is padding. Batch entries 1, 3, ... have them in reverse
+    order.
     """
 
     T: int = 37
@@ -37,7 +38,7 @@ class Stick:
         return abs(self.shift) + self.std > 20
 
     def arrays(self, dtype=np.float32, seed=0):
-        """query, key, value."""
+        """Return query, key and value."""
         S, K = self.T if self.S is None else self.S, self.K or self.N
         rng = np.random.default_rng(seed)
         q = self.std * rng.standard_normal((self.B, self.T, self.N, self.H))
@@ -58,13 +59,13 @@ class Stick:
 
 
 def documents(lengths: tuple[int, ...], B: int = 1):
-    """Segment ids [B,T] of documents of these lengths; a negative length is padding."""
+    """Return segment ids [B,T] of documents of these lengths; a negative length is padding."""
     ids = np.concatenate([np.full(abs(n), i if n > 0 else -1, np.int32) for i, n in enumerate(lengths)])
     return jnp.stack([ids[:: (-1) ** b] for b in range(B)])
 
 
-# Tiles are of 64 queries and 64 keys, and most kernels take heads of 32 channels or more.
-# Those whose names begin with a type are of that type, the others of bfloat16.
+# Tiles have 64 queries and 64 keys, and most kernels need heads of 32 channels or more. A case whose name begins with
+# fp16 or fp32 has that type; all others are bfloat16.
 KERNEL_CASES = {
     "plain": Stick(T=200, N=1, H=64),
     "one-token": Stick(T=1, N=1, H=32),
@@ -94,7 +95,7 @@ KERNEL_CASES = {
     "fp32-offsets": Stick(T=40, S=90, B=2, N=1, H=8, offset=(50, -7)),
     "fp32-saturated": Stick(T=70, N=1, H=16, std=4.0, shift=-3.0),
 }  # fmt: skip
-# Lengths as users have them, which nobody rounded to a tile.
+# Lengths that are no multiple of a tile, as real calls have them.
 ODD = {
     "T=131": Stick(T=131, H=64),
     "T=1, S=1001": Stick(T=1, S=1001, N=12, K=1, H=64),
@@ -103,18 +104,23 @@ ODD = {
     "T=131, S=1001": Stick(T=131, S=1001, N=1, H=64, Hv=32),
     "prompts of unequal lengths": Stick(T=77, B=3, N=1, H=64, segments=(-9, 30, 38)),
 }
-# Of those, what is never differentiated: with gradients, decoding would take the kernels of long queries.
+# The cases of ODD that are decode steps. They are never differentiated: with gradients, the op would use the kernels
+# for long queries.
 DECODED = "T=1, S=1001", "T=2, S=1001, H=256"
 
 
 def dtype_of(name: str) -> str:
-    """The type of a case of `KERNEL_CASES`, `ODD` or `KERNEL_EXPERTS`."""
+    """Return the type of a case of `KERNEL_CASES`, `ODD` or `KERNEL_EXPERTS`."""
     return {"fp16": "float16", "fp32": "float32"}.get(name.split("-")[0], "bfloat16")
 
 
 @dataclass(frozen=True)
 class Experts:
-    """A call of expert_mlp or expert_linear. `share` of the slots go to the first expert, `idle` to none, by chance."""
+    """A call of expert_mlp or expert_linear.
+
+    `share`: fraction of the (token, choice) pairs, chosen at random, that go to the first expert.
+    `idle`: fraction of the pairs, chosen at random, that go to no expert.
+    """
 
     T: int = 37
     k: int = 2
@@ -123,7 +129,7 @@ class Experts:
     F: int = 12
     share: float = 0.0
     idle: float = 0.0
-    used: int | None = None  # experts from here on are never chosen
+    used: int | None = None  # if given, only the first `used` experts are ever chosen
 
     def indices(self, seed=0):
         rng = np.random.default_rng(seed)
@@ -140,8 +146,8 @@ class Experts:
         return self.T * self.k
 
 
-# Tiles are of up to 128 rows, 128 columns and steps of 64. Those of the same sizes are one
-# program, which takes much longer to compile than to run.
+# Tiles have up to 128 rows, 128 columns and steps of 64. Cases of the same sizes share one program, because a program
+# takes much longer to compile than to run.
 KERNEL_EXPERTS = {
     "two-tiles": Experts(T=150, k=2, E=2, D=64, F=64),
     "odd": Experts(T=9, E=3, D=7, F=5),

@@ -1,8 +1,8 @@
 """python -m benchmarks.kill [--kills 20] [--seed 0] [--out DIR]: compare a run that is killed with one that is not.
 
-A small run of 60 steps, with a checkpoint every 5, is trained twice. The second training is ended by SIGKILL at random
-moments, some of them while it starts, and is started again by the same command. Then the metrics, except those that
-depend on the clock, and the whole state must be equal to the bit.
+A small run of 60 steps, with a checkpoint every 5, is trained twice. SIGKILL ends the second training at random
+moments, some of them during its start, and each time the same command starts it again. At the end the whole state and
+all metrics that do not depend on the clock must be bitwise equal.
 """
 
 import os
@@ -22,7 +22,7 @@ from stickjax.storage.checkpoints import Checkpoints, named_leaves
 from stickjax.training.metrics import read_metrics
 from stickjax.training.step import init_state
 
-# Everything that has a state: sampled routing, the router's bias, accumulation, packed documents.
+# The config uses everything that has a state: sampled routing, the router's bias, accumulation, packed documents.
 CONFIG = Config().replace(
     {
         "model.V": 257, "model.D": 16, "model.L": 2, "model.N": 2, "model.K": 1, "model.H": 8, "model.F": 16,
@@ -32,22 +32,22 @@ CONFIG = Config().replace(
         "train.steps": 60, "train.log_every": 1, "train.checkpoint_every": 5, "optim.peak_lr": 0.01,
     }
 )  # fmt: skip
-START = 3  # seconds; training has not begun yet after this time
+START = 3  # seconds that a start takes at least: until then, no step has been trained
 CLOCK = ("tokens_per_second", "mfu")
 
 
 class Training:
-    """The command in a process of its own."""
+    """The training command, in a new process."""
 
     def __init__(self, folder: Path, run: str):
         command = [sys.executable, "-m", "stickjax.train", str(folder / "config.json"), "--run", str(folder / run)]
-        # With a compilation cache a start is quick, so that fewer kills fall into the compilation.
+        # With a compilation cache a start is quick, so that fewer kills happen during the compilation.
         cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache")}
         cache |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | cache)
 
     def until(self, step: int) -> int:
-        """Wait until the training prints this step; returns the last step that it printed, 0 for none."""
+        """Wait until the training prints this step. Return the last step that it printed, 0 if it printed none."""
         said = 0
         for line in self.process.stdout:
             if line.startswith("step ") and "/" in line.split()[1]:
@@ -67,7 +67,7 @@ class Training:
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """Where two runs differ: steps of the metrics, and leaves of the last state."""
+    """Return where two runs differ: the steps whose metrics differ, and the leaves of the last state."""
     logs = [[{k: v for k, v in row.items() if k not in CLOCK} for row in read_metrics(run)] for run in (one, other)]
     found = [f"step {i}: {rows}" for i, rows in enumerate(zip(*logs, strict=False), 1) if rows[0] != rows[1]]
     if len(logs[0]) != len(logs[1]):
@@ -84,9 +84,9 @@ def differences(one: Path, other: Path) -> list[str]:
 @command
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m benchmarks.kill", description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=20, help="how many (default 20)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--out", help="folder to keep the two runs in, which does not exist yet")
+    parser.add_argument("--kills", type=int, default=20, help="how often to kill the training (default 20)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments (default 0)")
+    parser.add_argument("--out", help="new folder in which both runs are kept")
     words = parser.parse_args(argv)
     folder = Path(words.out or tempfile.mkdtemp(prefix="stickjax-kill-"))
     folder.mkdir(parents=True, exist_ok=words.out is None)

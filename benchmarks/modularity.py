@@ -1,12 +1,14 @@
-"""Do modules divide the work, can half of them go, and can new ones learn without forgetting? Several seeds.
+"""Do modules specialise, can half of them be pruned, and can new modules be trained without forgetting?
 
 python -m benchmarks.modularity [--seeds 3] [--json] [--section.field=value ...]
 
-For each seed of configs/moduleformer_tiny.py, which mixes two sources of text:
-1. training: the bits that a module says about the source of a token, and how they rise;
-2. concentration on the first source, then half of the modules of each kind pruned, by use and at random: what each
-   costs on held-out text of that source;
-3. a third source, learned by new modules alone and by the whole model: what each forgets of the first two.
+For each seed, configs/moduleformer_tiny.py is trained on its mixture of two text sources. Three experiments follow:
+1. Specialisation: how much a module tells about the source of a token (mutual information in bits), and how this
+   rises during the training.
+2. Pruning: the model is concentrated on the first source. Then half of the modules of each kind are pruned, once by use
+   and once at random. The result is the increase of the held-out loss on that source.
+3. Forgetting: a third source is trained, once with new modules alone and once with the whole model. The result is the
+   increase of the held-out loss on the first two sources.
 Every training after the first has a third of its steps. Losses are held-out bits per token.
 """
 
@@ -35,17 +37,20 @@ from stickjax.training.step import init_state
 RESULTS = Path(__file__).parent / "results" / "modularity.json"
 CONFIG = Path(__file__).parent.parent / "configs" / "moduleformer_tiny.py"
 NEW = "listops"
-TOKENS = 2**14  # held-out ones of each source, and training ones whose use counts
+TOKENS = 2**14  # held-out tokens of each source, and training tokens on which the use of modules is counted
 
 
 def loss(model, config: Config, source: str) -> float:
-    """Bits per token of held-out text of a source, at the training length."""
+    """Return the loss in bits per token on held-out text of a source, at the training length."""
     config = config.replace({"data.source": source})
     return evaluate(model, config, lengths=(1,), max_tokens=TOKENS)[0]["bits_per_token"]
 
 
 def follow(run: str, config: Config, steps: list[int]) -> list[dict]:
-    """The bits that modules say about the source, averaged over layers, at some steps of a run; 0 is before it."""
+    """Return the mutual information of module and source at some steps of a run, in bits, averaged over layers.
+
+    Step 0 is the model before the training.
+    """
     sources = {name: config.replace({"data.source": name}).data for name in config.data.sources}
     found = []
     for step in steps:
@@ -56,7 +61,7 @@ def follow(run: str, config: Config, steps: list[int]) -> list[dict]:
 
 
 def trained(loaded: Loaded, config: Config, changes: dict, folder: Path, name: str) -> Loaded:
-    """Go on from a model for a third of the steps, under another config."""
+    """Continue the training of a model for a third of the steps, with `changes` to the config."""
     steps = max(1, config.train.steps // 3)
     quarter = steps * config.data.tokens_per_step // 4
     config = config.replace(
@@ -71,7 +76,10 @@ def trained(loaded: Loaded, config: Config, changes: dict, folder: Path, name: s
 
 
 def pruned(model, config: Config, source: str, rng: np.random.Generator | None):
-    """The model with half of its modules of each kind, those used most by the source, or any."""
+    """Return the model with half of its modules of each kind.
+
+    The modules that the source uses most are kept, or random ones if `rng` is given.
+    """
     data = config.replace({"data.source": source}).data
     counts = use(model, batches_of(data, heldout=False, max_tokens=TOKENS))
     if rng is not None:
@@ -80,7 +88,7 @@ def pruned(model, config: Config, source: str, rng: np.random.Generator | None):
 
 
 def one(config: Config, seed: int, folder: Path) -> dict:
-    """All three experiments with one seed."""
+    """Run all three experiments with one seed and return their numbers."""
     steps = sorted({max(1, config.train.steps * i // 6) for i in range(1, 7)})
     config = config.replace({"train.seed": seed, "data.seed": seed, "train.keep": len(steps)})
     config = config.replace({"train.checkpoint_every": max(1, config.train.steps // 6)})
@@ -117,7 +125,7 @@ def one(config: Config, seed: int, folder: Path) -> dict:
 
 
 def statistics(results: list[dict]) -> dict[str, tuple[float, float]]:
-    """Means over seeds and their standard errors: of the rise in information, and of both differences."""
+    """Return mean and standard error over the seeds of the main result of each experiment."""
     pairs = {
         "rise in bits about the source": [
             np.mean([r["information"][-1][kind] - r["information"][0][kind] for kind in ("attention", "ffn")])
@@ -158,7 +166,7 @@ def table(results: list[dict]) -> Table:
 
 
 def plot(results: list[dict], path) -> None:
-    """The rise of information, the costs of pruning and of learning, a point per seed."""
+    """Plot the results of the three experiments, with one line per seed, and save the picture at `path`."""
     page, panels = plots.figure("", "", ("bits about the source", "cost of pruning half", "forgotten"), share=False)
     for r in results:
         for i, kind in enumerate(("attention", "ffn")):
@@ -178,8 +186,8 @@ def plot(results: list[dict], path) -> None:
 @command
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m benchmarks.modularity", description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=3, help="how many seeds, from 0 (3)")
-    parser.add_argument("--json", action="store_true", help=f"write {RESULTS.name} and its picture among the results")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, counted from 0 (default 3)")
+    parser.add_argument("--json", action="store_true", help=f"write benchmarks/results/{RESULTS.name} and a picture")
     words, rest = parser.parse_with_fields(argv)
     results: list[dict] = []
     config = parse(load_config(str(CONFIG)), rest)

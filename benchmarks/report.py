@@ -1,4 +1,4 @@
-"""Rows, their table, and their JSON."""
+"""The rows of a benchmark, and how they are printed as tables and written as JSON."""
 
 import dataclasses
 import datetime
@@ -19,7 +19,11 @@ PASSES = ("forward", "forward+backward")
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One contestant of one case. `ratio` is over the contestant `against`, of times unless `extra` names another."""
+    """The result of one contestant in one case.
+
+    `ratio` compares the row with the contestant `against`. It is a ratio of times, unless `extra["ratio of"]` names
+    another quantity. `at_most` and `at_least` are bounds on the ratio.
+    """
 
     part: str
     case: str
@@ -34,7 +38,7 @@ class Row:
 
     @property
     def holds(self) -> bool | None:
-        """Whether the bound holds; None without one."""
+        """Whether the ratio is within its bounds; None if the row has no bound."""
         if self.ratio is None or (self.at_most is None and self.at_least is None):
             return None
         return self.ratio <= (self.at_most or float("inf")) and self.ratio >= (self.at_least or 0)
@@ -56,7 +60,7 @@ class Row:
 def compared(
     part: str, case: str, times: dict[str, Times], against: str, bounds: dict[str, float], limits: dict[str, float]
 ) -> list[Row]:
-    """A row per contestant with its ratio against one of them, and a row per limit."""
+    """Return a row per contestant, with the ratio of its time to the time of `against`, and a row per limit."""
     rows = [
         Row.timed(part, case, name, t)
         if name == against
@@ -67,7 +71,7 @@ def compared(
 
 
 def machine() -> dict:
-    """Where and when. The load, taken before the run, says whether others are at work on the same cores."""
+    """Return where and when the benchmark runs. Call it before the run: the load then shows work of other programs."""
     return {
         "machine": platform.platform(),
         "device": jax.devices()[0].device_kind,
@@ -86,7 +90,7 @@ def ceiling_row(ceilings: Ceilings) -> Row:
 def write_json(path: str | Path, info: dict, rows: list[Row]) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f"{path.name}.new")  # whoever reads the file, or ends this process, finds a whole one
+    new = path.with_name(f"{path.name}.new")  # written first, so that `path` is complete even if this process is killed
     new.write_text(json.dumps(info | {"rows": [row.to_dict() for row in rows]}, indent=1) + "\n")
     new.replace(path)
 

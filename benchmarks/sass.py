@@ -1,7 +1,7 @@
-"""Hopper machine code as nvdisasm prints it: its instructions, its innermost loops, and what an iteration costs.
+"""Parsing of Hopper machine code as nvdisasm prints it: instructions, innermost loops, and the cost of an iteration.
 
-A loop counts every instruction from its first to its last as run once: a branch around some of them still counts them,
-and waiting for a barrier costs nothing.
+A loop counts every instruction from its first to its last as executed once, including those that a branch may skip.
+Waiting for a barrier costs nothing.
 """
 
 import dataclasses
@@ -11,11 +11,11 @@ from collections import Counter
 from typing import NamedTuple
 
 WARPGROUP = 128  # threads: four warps, one on each scheduler of a multiprocessor
-# What a Hopper multiprocessor does in a clock: special-function lanes, dense bf16 floating-point operations.
+# What a Hopper multiprocessor does per clock cycle: special functions, and dense bf16 floating-point operations.
 SPECIAL_LANES, TENSOR_FLOPS = 16, 4096
 FP32 = ("FFMA", "FADD", "FMUL", "FMNMX")
 ATOMICS = ("ATOM", "ATOMG", "ATOMS", "RED", "REDG", "REDAS", "UTMAREDG")
-# A wait for a barrier is a loop of its own: a few instructions and one of these.
+# A wait for a barrier is a short loop that contains one of these instructions.
 SPIN = {"SYNCS", "NANOSLEEP", "YIELD"}
 
 
@@ -28,19 +28,19 @@ class Instruction(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """An innermost loop of the machine code: instructions of one warp in one iteration."""
+    """An innermost loop of the machine code. The counts are the instructions of one warp in one iteration."""
 
     start: int  # address
     instructions: int
     special: int  # MUFU
     fp32: int
     shuffles: int
-    products: dict[str, int]  # HGMMA, by shape
-    flops: int  # of the products, for the whole warpgroup
+    products: dict[str, int]  # the number of HGMMA instructions of each shape
+    flops: int  # floating-point operations of the products, for the whole warpgroup
 
     @property
     def cycles(self) -> dict[str, float]:
-        """What an iteration of one warpgroup takes of a multiprocessor, by resource, if nothing ever waits."""
+        """Return the multiprocessor cycles of one iteration of one warpgroup, per resource, if nothing ever waits."""
         return {
             "special": self.special * WARPGROUP / SPECIAL_LANES,
             "issue": float(self.instructions),
@@ -49,12 +49,12 @@ class Loop:
 
     @property
     def bound(self) -> str:
-        """The resource that takes the most: no iteration is shorter, even when everything overlaps."""
+        """Return the resource with the most cycles. Even if everything overlaps, no iteration is shorter than that."""
         return max(self.cycles, key=self.cycles.get)
 
 
 def read(listing: str) -> tuple[list[Instruction], dict[str, int]]:
-    """The instructions that nvdisasm printed, and the address that each label stands for."""
+    """Return the instructions that nvdisasm printed, and the address of each label."""
     instructions, labels, waiting = [], {}, []
     for line in listing.splitlines():
         if label := re.match(r"(\.L\w+):", line):
@@ -68,15 +68,18 @@ def read(listing: str) -> tuple[list[Instruction], dict[str, int]]:
 
 
 def find_loops(listing: str) -> list[Loop]:
-    """The innermost loops of a kernel's machine code, waits for barriers aside, and the innermost with products.
+    """Return the innermost loops of a kernel's machine code, and the innermost loops with products.
 
-    A loop with products that holds one without, such as a search for what to copy next, counts that one as run once.
+    Loops that wait for a barrier are left out. A loop with products may contain a loop without products, for example a
+    search for the next tile to copy. It then counts the inner loop as executed once.
     """
     instructions, labels = read(listing)
     found = [(i.address, re.search(r"\.L\w+", i.operands)) for i in instructions if i.op == "BRA"]
     branches = [(source, labels[label[0]]) for source, label in found if label and label[0] in labels]
-    spans = {start: end for end, start in branches if start < end}  # to the last branch back; traps go to themselves
-    # A wait that failed goes on below the code, and from there back into it: no loop, it is entered in its middle.
+    # A loop ends at its last backward branch. A branch to itself is a trap, not a loop.
+    spans = {start: end for end, start in branches if start < end}
+    # After a failed wait, the code jumps to a place behind the kernel's end and from there back into the middle. This
+    # is not a loop, and it is recognised because a branch enters it in its middle.
     spans = {s: e for s, e in spans.items() if not any(source < s < goal <= e for source, goal in branches)}
     bodies = {(s, e): [i for i in instructions if s <= i.address <= e] for s, e in sorted(spans.items())}
     real = {span: x for span, x in bodies.items() if len(x) > 12 or SPIN.isdisjoint(i.op for i in x)}

@@ -1,7 +1,7 @@
-"""python -m benchmarks.scaling [--devices 8 64] [--json]: what a step takes on many H200s, as a table for the README.
+"""python -m benchmarks.scaling [--devices 8 64] [--json]: the cost of a step on many H200s, as a table for the README.
 
-Compiled for GPUs that are not there (`stickjax.plan`), with the mesh and the microbatch written here; --json also
-writes benchmarks/results/h200-scaling.json. Needs the CUDA wheels, no GPU, and a minute or two for each row.
+The steps are compiled for absent GPUs (`stickjax.plan`), with the mesh and the microbatch of LAYOUTS. --json also
+writes benchmarks/results/h200-scaling.json. Needs the CUDA wheels but no GPU. A row takes one or two minutes.
 """
 
 import argparse
@@ -19,8 +19,9 @@ from stickjax.plan.estimate import ASSUMPTIONS
 from stickjax.plan.report import as_dict, gib, mesh_words
 
 ROOT = Path(__file__).parents[1]
-# Of a config on so many GPUs. What sends most stays within a host: experts of the large model, of the small one the
-# parameters, as soon as there are so many hosts that gradients of whole ones would not be sent in time.
+# Changes to a config for each number of GPUs. The mesh axis with the most communication stays within a host: `expert`
+# for the large model and `fsdp` for the small one. The small model uses `fsdp` only on many hosts, where the reduction
+# of whole gradients between hosts would take too long.
 LAYOUTS = {
     "powermoe_3b": {
         8: {"mesh.data": 8, "train.accumulate": 32},
@@ -39,7 +40,7 @@ HEAD = ("model", "GPUs", "mesh", "sequences", "arguments", "temporaries", "peak"
 
 
 def row(name: str, devices: int) -> dict:
-    """The report of one cell, with the config's name."""
+    """Compile one config for one number of GPUs, and return the report together with the config's name."""
     config = load_config(str(ROOT / "configs" / f"{name}.py")).replace(LAYOUTS[name][devices])
     machine = absent_machine(chip("h200"), devices, devices // 8)
     found = as_dict(compile_step(config, machine), machine)
@@ -47,7 +48,7 @@ def row(name: str, devices: int) -> dict:
 
 
 def markdown(rows: list[dict]) -> str:
-    """The README's table."""
+    """Return the rows as the Markdown table of the README."""
     lines = [HEAD, ("---",) * len(HEAD)]
     for r in rows:
         sizes = [gib(r["bytes"][key]) for key in ("arguments", "temporaries", "peak")]

@@ -1,4 +1,4 @@
-"""Stick-breaking attention on the CPU: the blockwise implementation against the quadratic definition."""
+"""Time of stick-breaking attention on the CPU: the blockwise implementation compared with the quadratic reference."""
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +18,13 @@ SHAPES = {
 }
 LONG = dict(B=1, T=4096, N=4, H=64)
 MEMORY = dict(B=1, T=16384, N=4, H=64)
-BOUND = 1.10  # xla over reference at T <= 512
+BOUND = 1.10  # the largest allowed ratio of the times of xla and reference at T <= 512
 
 
 def inputs(key, B: int, T: int, N: int, H: int, dtype=jnp.float32, mean: float = 0.0):
-    """(cotangents, query, key, value): logits N(mean, 1), the mean carried by the first component of q and k.
+    """Return (cotangents, query, key, value). The logits are N(mean, 1); the first component of q and k makes the mean.
 
-    At a mean of 0 the stick is gone after a few keys; -4 reaches some hundred keys, as heads of trained models do.
+    At a mean of 0 the stick is used up after a few keys. At -4 it reaches some hundred keys, as in trained models.
     """
     q, k, v, d_out = jax.random.normal(key, (4, B, T, N, H), jnp.float32)
     d_rem = jax.random.normal(jax.random.fold_in(key, 1), (B, T, N), jnp.float32)
@@ -36,7 +36,7 @@ def inputs(key, B: int, T: int, N: int, H: int, dtype=jnp.float32, mean: float =
 
 
 def attention(**settings):
-    """`(q, k, v) -> (out, rem)`"""
+    """Return the function `(q, k, v) -> (out, rem)` of attention with these settings."""
     return lambda q, k, v: stick_breaking_attention(q, k, v, **settings)
 
 
@@ -78,7 +78,10 @@ def _long(shape, seconds, ceilings):
 
 
 def _memory(shape):
-    """Temporary memory of the compiled forward and backward pass; nothing runs, so the reference fits as well."""
+    """Yield the temporary memory of the compiled forward and backward pass.
+
+    Nothing runs, so the reference can be compiled although its temporaries would not fit.
+    """
     cotangent, *qkv = jax.eval_shape(lambda: inputs(jax.random.key(0), **shape))
     for name in ("reference", "xla"):
         compiled = forward_backward(attention(implementation=name)).lower(cotangent, *qkv).compile()

@@ -1,4 +1,4 @@
-"""Time of a call. Contestants take turns, so that another job on the machine slows all of them alike."""
+"""Functions that time calls. Contestants take turns, so that another job on the machine slows all of them alike."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -25,16 +25,19 @@ class Times(NamedTuple):
         return float(np.min(self.rounds))
 
     def over(self, other: "Times") -> float:
-        """How many times as long as `other`: the median over rounds, whose two halves met the same load."""
+        """Return the ratio of these times to the times of `other`.
+
+        It is the median of the ratios of each round, because both contestants had the same load in the same round.
+        """
         return float(np.median(self.rounds / other.rounds))
 
 
 def interleave(
     contestants: dict[str, Callable[[], Any]], *, seconds: float = 3.0, least: int = 5, block=jax.block_until_ready
 ) -> dict[str, Times]:
-    """Run the contestants round-robin for about `seconds`, `least` rounds at least, after two rounds to warm up.
+    """Time the contestants in turn for about `seconds`, but at least `least` rounds, after two rounds to warm up.
 
-    Every second round goes backwards, so that nobody always runs right after the same neighbour.
+    Every second round runs in reverse order, so that no contestant always runs right after the same other one.
     """
     samples: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(2):
@@ -53,17 +56,18 @@ def interleave(
 def rotating(
     function: Callable, sets: Sequence[tuple], *, seconds: float = 1.0, least: int = 5, block=jax.block_until_ready
 ) -> Times:
-    """Milliseconds of one call on an asynchronous device, whose calls run in the order they were queued.
+    """Time calls on an asynchronous device, which runs calls in the order in which they were queued.
 
-    A sample queues calls that take some milliseconds together and waits for the last, so that launching them from
-    Python overlaps with their running. The sets of inputs take turns: together larger than the cache, no call finds its
-    inputs there. A call shorter than its own launch, some 20 us, must be repeated inside of one compiled function.
+    A sample queues several calls, some milliseconds together, and waits for the last one. Their launch from Python so
+    overlaps with their execution. The calls use the sets of inputs in turn. If all sets together are larger than the
+    cache, no call finds its inputs in the cache. A call that is shorter than its launch (about 20 us) must be repeated
+    inside one compiled function.
     """
 
     def queue(calls: int) -> float:
         begun = time.perf_counter()
         for i in range(calls):
-            output = function(*sets[i % len(sets)])  # the one before is freed as soon as it is computed
+            output = function(*sets[i % len(sets)])  # the previous output is freed as soon as it is computed
         block(output)
         return time.perf_counter() - begun
 
@@ -80,7 +84,7 @@ _SAMPLE = 0.02  # seconds
 
 
 def forward_backward(function: Callable, **options) -> Callable:
-    """`(cotangent, *arguments) -> (output, gradients)`, jitted with these options."""
+    """Return the function `(cotangent, *arguments) -> (output, gradients)`, jitted with these options."""
 
     def run(cotangent, *arguments):
         output, vjp = jax.vjp(function, *arguments)
@@ -90,13 +94,13 @@ def forward_backward(function: Callable, **options) -> Callable:
 
 
 def ceilings(size: int, dtype, copied: int, *, seconds: float = 1.0, queued: bool = False) -> Ceilings:
-    """Measured on random numbers: a product of [size, size], and a pass that reads and writes `copied` bytes.
+    """Measure the machine's speed: a product of [size, size] matrices, and a pass that reads and writes `copied` bytes.
 
-    `queued` is for an asynchronous device: without the wait after every call.
+    `queued`: do not wait after every call; for an asynchronous device.
     """
     a, b = jax.random.normal(jax.random.key(0), (2, size, size), dtype)
     x = jax.random.normal(jax.random.key(1), (copied // 4,), jnp.float32)
-    # In place: on a CPU a fresh output would cost more in page faults than in memory traffic.
+    # The addition works in place: on a CPU, page faults for a new output would cost more than the memory traffic.
     product, add = jax.jit(jnp.matmul), jax.jit(lambda x: x + 1, donate_argnums=0)
 
     def pass_over():
@@ -104,7 +108,7 @@ def ceilings(size: int, dtype, copied: int, *, seconds: float = 1.0, queued: boo
         x = add(x)
         return x
 
-    # The best of many: a limit that was taken while another job ran would be no limit.
+    # The best of many rounds counts: a time that was measured while another job ran would not be a limit.
     runs = {"product": lambda: product(a, b), "copy": pass_over}
     if queued:
         times = {name: rotating(run, [()], seconds=seconds / 2) for name, run in runs.items()}

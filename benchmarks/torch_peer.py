@@ -1,7 +1,8 @@
 """The training step of Hugging Face's GraniteMoe in torch, at the shapes of configs/tiny.py's softmax twin.
 
-python -m benchmarks.torch_peer [--rounds 20]    prints tokens/s; needs torch and transformers, and nothing of ours.
-With --serve it makes one step per line read and answers each with its loss: how `benchmarks.train` has it take turns.
+python -m benchmarks.torch_peer [--rounds 20]    prints tokens/s; needs torch and transformers, but not stickjax.
+With --serve, it makes one step for each line of standard input and prints the loss. `benchmarks.train` uses this to let
+it take turns with the other contestants.
 """
 
 import argparse
@@ -28,7 +29,7 @@ def stepper(V, D, L, N, K, H, F, E, k, B, T):
     )  # fmt: skip
     config._attn_implementation = "sdpa"
     model = transformers.GraniteMoeForCausalLM(config).float().train()
-    # foreach: one fused call for all parameters, torch's faster way.
+    # foreach: one fused call for all parameters, which is faster.
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, foreach=True)
     tokens = torch.randint(0, V, (B, T))
 
@@ -45,7 +46,7 @@ def stepper(V, D, L, N, K, H, F, E, k, B, T):
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.torch_peer", description=__doc__.splitlines()[0])
-    parser.add_argument("--serve", action="store_true", help="one step per line of standard input")
+    parser.add_argument("--serve", action="store_true", help="make one step for each line of standard input")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--shape", type=json.loads, default=TINY, help="sizes by letter, as JSON")
     arguments = parser.parse_args()

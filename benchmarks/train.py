@@ -1,7 +1,7 @@
-"""A training step at configs/tiny.py: stick-breaking, its softmax twin, and Hugging Face's GraniteMoe in torch.
+"""Time of a training step of configs/tiny.py, its softmax variant, and Hugging Face's GraniteMoe in torch.
 
-Torch runs in a process of its own (`torch_peer --serve`) that takes its turn like the others: neither its Python nor
-its thread pool has to be ours. It is found by TORCH_PYTHON, in this environment, or in `.peers/`.
+Torch runs in a separate process (`torch_peer --serve`) that takes turns with the others, so it can have another Python
+and has another thread pool. Its Python is the environment variable TORCH_PYTHON, this environment, or `.peers/`.
 """
 
 import contextlib
@@ -26,13 +26,14 @@ from .report import Row
 from .timing import interleave
 
 PART = "train"
-# Tokens/s over torch's. Stick-breaking does more per score than softmax, and torch has no kernel for it.
+# The lowest allowed ratios of our tokens/s to torch's. The ratio for stick-breaking is lower, because it does more work
+# per score than softmax, and torch runs softmax.
 GOALS = {"softmax": 0.8, "stick_breaking": 0.7}
 ROOT = Path(__file__).parents[1]
 
 
 class TorchPeer:
-    """`peer()` is one training step of the torch model, in the child process."""
+    """The torch model in a child process; calling the object makes one training step there."""
 
     def __init__(self, python: str, shape: dict):
         command = [python, "-m", "benchmarks.torch_peer", "--serve", "--shape", json.dumps(shape)]
@@ -56,7 +57,7 @@ class TorchPeer:
 
 
 def torch_python() -> str | None:
-    """A Python that has torch and transformers, or None."""
+    """Return the path of a Python that has torch and transformers, or None."""
     if named := os.environ.get("TORCH_PYTHON"):
         return named
     if all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
@@ -66,7 +67,7 @@ def torch_python() -> str | None:
 
 
 def stepper(config: Config):
-    """A function that makes one training step; the state stays with it and is donated to the next."""
+    """Return a function that makes one training step. It keeps the state and donates it to the next step."""
     step = jax.jit(make_step(config), donate_argnums=0)
     state = jax.jit(lambda: init_state(config, jax.random.key(0)))()
     eot = config.model.vocabulary - 1
@@ -101,8 +102,8 @@ def rows(ceilings: Ceilings, *, quick: bool = False):
     for name, t in times.items():
         extra = {"tokens/s": 1e3 * tokens / t.median, "best tokens/s": 1e3 * tokens / t.best}
         if name in GOALS and torch:
-            # Of the best rounds: torch's threads wait for the slowest of them, so that a second job on the machine
-            # slows torch several times as much as XLA, and the medians then flatter us.
+            # The ratio is taken of the best rounds. Torch's threads wait for the slowest of them, so a second job on
+            # the machine slows torch several times as much as XLA, and the medians would then favour XLA.
             extra |= {"ratio of": "best tokens/s", "of medians": torch.over(t)}
             bound = dict(against="torch GraniteMoe", at_least=GOALS[name])
             yield Row.timed(PART, case, name, t, ratio=torch.best / t.best, **bound, extra=extra)

@@ -1,9 +1,9 @@
-"""The logits of a trained model, for the benchmarks: the queries and keys of all its heads on held-out text.
+"""Save the queries and keys of all heads of a trained model on held-out text, as inputs of the benchmarks.
 
 python -m benchmarks.trained_heads [RUN] [--tokens N] [--out PATH]
 
-After `make demo`, which trains runs/tiny. Writes runs/trained_heads.npz, which benchmarks/trained_logits.py reads, and
-prints how much of the attention `skip_below` would leave.
+Needs a trained run, such as runs/tiny from `make demo`. Writes runs/trained_heads.npz, which
+benchmarks/trained_logits.py reads, and prints which share of the attention tiles `skip_below` keeps.
 """
 
 import sys
@@ -25,12 +25,12 @@ from .trained_logits import SAVED, SKIP, Heads
 
 
 def of_model(model, tokens) -> Heads:
-    """Those of all layers of a stick-breaking model, head by head, on tokens [P] as one document."""
+    """Return the heads of all layers of a stick-breaking model on tokens [P], which are read as one document."""
     c = model.config
     if c.attention != "stick_breaking":
         raise ValueError(f"the logits are to be those of stick-breaking attention, this model's is {c.attention!r}")
-    if c.attention_experts:
-        raise ValueError(f"needs heads that all tokens share; here attention_experts={c.attention_experts} own them")
+    if c.attention_experts.E:
+        raise ValueError(f"needs attention_experts.E=0, this model has {c.attention_experts.E}; use another run")
 
     @jax.jit
     def layer(block, x):
@@ -49,7 +49,7 @@ def of_model(model, tokens) -> Heads:
 
 
 def kept(heads: Heads, T: int) -> np.ndarray:
-    """[M]: the share of the 64 x 64 tiles that `skip_below` leaves, on the first T tokens."""
+    """Return for each of the M heads the share of the 64 x 64 tiles that `skip_below` keeps, on the first T tokens."""
     q, k = (jnp.asarray(x[:, :T]).swapaxes(0, 1)[None] for x in heads)
     settings = dict(skip_below=SKIP, tiles=(64, 64), scale=1.0, return_stats=True, implementation="xla")
     return np.asarray(jax.jit(lambda q, k: stick_breaking_attention(q, k, k, **settings)[2].kept[0])(q, k))
@@ -58,9 +58,9 @@ def kept(heads: Heads, T: int) -> np.ndarray:
 @command
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m benchmarks.trained_heads", description=__doc__.splitlines()[0])
-    parser.add_argument("run", nargs="?", default="runs/tiny", help="the folder of a training (runs/tiny)")
-    parser.add_argument("--tokens", type=int, default=2**14, help="how many of held-out text (16384)")
-    parser.add_argument("--out", type=Path, default=SAVED, help="the file to write")
+    parser.add_argument("run", nargs="?", default="runs/tiny", help="folder of a run (default runs/tiny)")
+    parser.add_argument("--tokens", type=int, default=2**14, help="number of held-out tokens (default 16384)")
+    parser.add_argument("--out", type=Path, default=SAVED, help="file to write (default runs/trained_heads.npz)")
     arguments = parser.parse_args(argv)
     loaded = load(arguments.run)
     tokens = load_corpus(loaded.config.data)[1].tokens[: arguments.tokens]
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         table.add_row(str(T), *(f"{x:.0%}" for x in (shares.mean(), shares.min(), shares.max())))
     Console(highlight=False).print(table)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    whole = arguments.out.with_suffix(".tmp")  # the file appears at once or not at all
+    whole = arguments.out.with_suffix(".tmp")  # written first and then renamed, so that the file is always complete
     with whole.open("wb") as file:
         np.savez(file, query=heads.query.astype(np.float16), key=heads.key.astype(np.float16))
     whole.replace(arguments.out)

@@ -1,10 +1,11 @@
-"""Queries and keys whose heads reach as far as those of a trained model: what early exit is honestly timed on.
+"""Queries and keys for timing early exit, whose heads attend as far as the heads of a trained model.
 
-They are those of runs/trained_heads.npz, where benchmarks/trained_heads.py left the heads of a trained model. Without
-that file they are drawn: the logits of head n are N(mean_n, 1), the means fitted to what such a model kept (0.9M
-parameters, source code as text, skip_below=-24): 34% of its 64 x 64 tiles at T=1024 and 21% at T=2048, its heads from
-12% to 65%. Either way most heads forget within a tile, and a few reach some hundred keys. Standard normal queries and
-keys would skip nearly everything, and one mean for all heads would balance the work by itself.
+If benchmarks/trained_heads.py has written runs/trained_heads.npz, they are taken from the trained model in that file.
+Otherwise they are drawn at random: the logits of head n are N(mean_n, 1). The means are fitted to the share of the
+64 x 64 tiles that a trained model kept (0.9M parameters, source code as text, skip_below=-24): 34% at T=1024 and 21% at
+T=2048, with heads from 12% to 65%. In both cases most heads attend within one tile, and a few reach some hundred keys.
+Standard normal queries and keys would make early exit look too good, because nearly all tiles would be skipped. One
+mean for all heads would make it look too balanced, because all heads would have the same work.
 """
 
 import functools
@@ -15,13 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-SKIP = -24.0  # skip_below wherever early exit is timed
+SKIP = -24.0  # the value of skip_below in all benchmarks of early exit
 FARTHEST, CURVE = -4.1, 2.3
 SAVED = Path(__file__).parent.parent / "runs" / "trained_heads.npz"
 
 
 class Heads(NamedTuple):
-    """The M heads of a trained model on one text of P tokens; the logits are query . key, the scale is in the query."""
+    """The M heads of a trained model on a text of P tokens. The query contains the scale: logits are query . key."""
 
     query: np.ndarray  # [M, P, h]
     key: np.ndarray
@@ -29,7 +30,7 @@ class Heads(NamedTuple):
 
 @functools.cache
 def saved() -> Heads | None:
-    """What the recipe left, if it was run."""
+    """Return the heads that benchmarks/trained_heads.py has written, or None."""
     if not SAVED.exists():
         return None
     with np.load(SAVED, allow_pickle=False) as arrays:
@@ -37,14 +38,14 @@ def saved() -> Heads | None:
 
 
 def source() -> str:
-    """Where `inputs` takes its logits from, for a table."""
+    """Return a text for a table: the origin of the logits that `inputs` makes."""
     if (heads := saved()) is None:
         return "drawn, fitted to a trained model's"
     return "a trained model's, {} heads on {} tokens".format(*heads.key.shape)
 
 
 def means(N: int) -> np.ndarray:
-    """Of the logits of each of N heads, where they are drawn. Near and far heads are mixed, as training leaves them."""
+    """Return the mean logit of each of N drawn heads. Near and far heads are in random order, as after a training."""
     ordered = FARTHEST * np.linspace(0, 1, N) ** CURVE if N > 1 else np.array([FARTHEST / 2])
     return np.random.default_rng(0).permutation(ordered)
 
@@ -53,15 +54,16 @@ def inputs(
     key, B: int, T: int, N: int, H: int, *, K: int | None = None, S: int | None = None, dtype=jnp.float32,
     heads: Heads | None = None,
 ):  # fmt: skip
-    """(query [B,T,N,H], key and value [B,S,K,H]) for the default scale; the values are standard normal.
+    """Return (query [B,T,N,H], key and value [B,S,K,H]) for the default scale; the values are standard normal.
 
-    Of `heads`, or drawn: logits N(means(N), 1), the mean carried by the first channel. The heads of a model are taken
-    in turn, and every entry of the batch and every turn begins elsewhere in the text, which is read in a circle. Their
-    h channels are turned into H by a matrix with orthonormal rows, so that the logits stay.
+    Without `heads`, the logits are drawn as N(means(N), 1); the first channel makes the mean. With `heads`, the model's
+    heads are used in turn, again from the first if there are too few. Every batch entry and every such repetition
+    begins at a random place of the text; after the end of the text comes its beginning. A matrix with orthonormal rows
+    maps the h channels to H, which does not change the logits.
     """
     S, K = S or T, K or N
     shapes = ((B, T, N, H), (B, S, K, H), jnp.dtype(dtype))
-    # Whole: eager steps would keep fp32 copies of a long cache.
+    # Jitted as a whole: separate eager steps would keep fp32 copies of a long cache.
     if heads is None:
         return jax.jit(_drawn, static_argnums=(1, 2, 3))(key, *shapes)
     if heads.key.shape[2] > H:
@@ -91,7 +93,7 @@ def _taken(key, heads: Heads, query_shape, key_shape, dtype):
     def turn(x, scale):
         return jnp.einsum("...h,hH->...H", x * scale, rows, precision="highest").astype(dtype)
 
-    # Several queries on one key head are those of as many tokens in a row, the last one's included.
+    # The query heads that share a key head take the queries of consecutive tokens, up to the query's position.
     group = (jnp.arange(N) % (N // K))[None, None]
     late = jnp.repeat(place[:, S - T :], N // K, axis=2) - (N // K - 1 - group)
     query = turn(heads.query[np.repeat(head, N // K, axis=2), late % P].astype(jnp.float32), H**0.5)
@@ -99,6 +101,6 @@ def _taken(key, heads: Heads, query_shape, key_shape, dtype):
 
 
 def cotangents(key, query, value):
-    """Random ones of `out`, in the type of the values, and of `rem`, in fp32."""
+    """Return random cotangents of `out`, in the type of the values, and of `rem`, in fp32."""
     d_out = jax.random.normal(key, (*query.shape[:3], value.shape[-1]), value.dtype)
     return d_out, jax.random.normal(jax.random.fold_in(key, 1), query.shape[:3], jnp.float32)

@@ -2,8 +2,8 @@
 
 python -m stickjax.train configs/powerlm_1b.py --data.path=TOKENS --data.tokenizer=tokenizer.json
 
-Time: not run here. 8.8e+21 FLOP, an estimated 256 H200-days at 40% of the bf16 peak.
-Expected: paper: six-task average 58.2 (Power), 57.6 (WSD).
+Time: we have not trained it. It takes 8.8e+21 FLOP, an estimated 256 H200-days at 40% of the bf16 peak.
+Expected: in the paper, the average over six tasks is 58.2 (Power) and 57.6 (WSD).
 """
 
 from stickjax import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig

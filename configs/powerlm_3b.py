@@ -2,7 +2,7 @@
 
 python -m stickjax.train configs/powerlm_3b.py --data.path=TOKENS --data.tokenizer=tokenizer.json
 
-Time: not run here. 2.9e+22 FLOP, an estimated 853 H200-days at 40% of the bf16 peak.
+Time: we have not trained it. It takes 2.9e+22 FLOP, an estimated 853 H200-days at 40% of the bf16 peak.
 Expected: see arXiv 2408.13359.
 """
 

@@ -1,10 +1,11 @@
-"""A stick-breaking expert model of 99B parameters, 14B active: ours and untrained, to plan for many GPUs with.
+"""A stick-breaking mixture of experts with 99B parameters, 14B active: our design, for plans with many GPUs.
 
 python -m stickjax.train configs/powermoe_100b.py --data.path=TOKENS --data.tokenizer=tokenizer.json
 
-Sizes after PowerMoE: 8 experts of a token, muP at D / 256 = 16, residual branches times 1.4 / sqrt(L).
-Time: not run here. 2.7e+23 FLOP, an estimated 8,000 H200-days at 40% of the bf16 peak.
-Expected: nothing yet; `python -m stickjax.plan configs/powermoe_100b.py --devices 512` says what a step takes.
+The sizes follow PowerMoE: 8 experts per token, m_width = D / 256 = 16, residual branches multiplied by 1.4 / sqrt(L).
+Time: we have not trained it. It takes 2.7e+23 FLOP, an estimated 8,000 H200-days at 40% of the bf16 peak.
+Expected: not known. `python -m stickjax.plan configs/powermoe_100b.py --devices 512` prints the time and memory of a
+step.
 """
 
 from stickjax import Config, DataConfig, ExpertsConfig, ModelConfig, OptimConfig, TrainConfig

@@ -1,9 +1,9 @@
-"""A stick-breaking mixture of experts that learns Python source in a few minutes on two CPU cores.
+"""A small stick-breaking mixture of experts for Python source, which trains in a few minutes on two CPU cores.
 
 python -m stickjax.train configs/tiny.py
 
 It trains in two to four minutes on two CPU cores. Expect a held-out loss of about 2.14 bits per byte at length T, and
-no more at length 8 T (`python -m stickjax.evaluate`).
+no more than that at length 8 T (`python -m stickjax.evaluate`).
 """
 
 from stickjax import Config, DataConfig, ExpertsConfig, ModelConfig, OptimConfig, TrainConfig

@@ -2,8 +2,8 @@
 
 python -m stickjax.train configs/tiny_softmax.py
 
-It trains about as long as tiny.py. Expect a held-out loss of about 2.26 bits per byte at length T, and more than 4 at
-length 8 T.
+It trains about as long as tiny.py. Expect a held-out loss of about 2.26 bits per byte at length T, and more than 4 bits
+per byte at length 8 T.
 """
 
 import dataclasses

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Training on the machines of a list, one name a line, which ssh reaches; process 0 runs on the first of them.
+# Train on several machines over ssh. HOSTS is a file with one machine name per line. Process 0 runs on the first one.
 #
 #     launch/hosts.sh HOSTS --processes 8 configs/powermoe_1b.py --mesh.data=-1
 #
-# This folder must be at the same path everywhere, and the folder of the run on a disk that all share. Ctrl-C saves and
-# stops all of them; the same command again goes on from the last checkpoint.
-# PORT: one that is free on the first machine. PYTHON: the one to run.
+# The current folder must have the same path on every machine, and the run folder must be on a disk that all machines
+# share. Ctrl-C saves a checkpoint and stops all processes. The same command, run again, continues from the last
+# checkpoint. Environment variables: PORT is a free port on the first machine (default 29400), PYTHON is the Python to
+# run (default python).
 set -euo pipefail
 mapfile -t hosts < <(grep . "$1")
 shift
@@ -13,7 +14,7 @@ trap 'kill $(jobs -p)' INT TERM
 for i in "${!hosts[@]}"; do
   join=(--hosts "${#hosts[@]}" --host "$i" --coordinator "${hosts[0]}:${PORT:-29400}")
   command=$(printf '%q ' "${PYTHON:-python}" -m stickjax.launch "${join[@]}" "$@")
-  # With a terminal (-tt) a machine notices when this script is gone, and its processes save and stop.
+  # With a terminal (-tt), a machine notices when this script has ended. Its processes then save and stop.
   ssh -tt "${hosts[i]}" "cd $(printf '%q' "$PWD") && exec $command" </dev/null &
 done
 code=0

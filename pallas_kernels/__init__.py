@@ -1,4 +1,4 @@
-"""Kernels of sparse, stick-breaking models: arrays in, arrays out. Needs jax, numpy and jaxtyping alone."""
+"""Ops for stick-breaking attention and sparse experts: arrays in, arrays out. Needs only jax, numpy and jaxtyping."""
 
 from .dispatch import explain
 from .scatter_moe import Routing, expert_linear, expert_mlp, route

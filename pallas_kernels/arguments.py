@@ -1,4 +1,7 @@
-"""Checks of the arguments of the ops. A wrong one is a ValueError with its name, what it must be and what it was."""
+"""Checks of the arguments of the ops.
+
+A wrong argument raises a ValueError that says the name of the argument, what it must be and what it was.
+"""
 
 import numbers
 import operator
@@ -11,19 +14,19 @@ FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 def sum_type(x):
-    """The dtype in which numbers like those in `x` are summed: fp64 for fp64, fp32 for all other types."""
+    """Return the dtype in which values like `x` are summed: fp64 for fp64, fp32 for all other types."""
     return jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
 
 
 def is_array(x) -> bool:
-    """Whether `x` is an array of JAX, traced or not, or of NumPy."""
+    """Return whether `x` is a JAX array (traced or not) or a NumPy array."""
     return isinstance(x, jax.Array | np.ndarray)
 
 
 def array(name: str, x, letters: str):
-    """Check that `x` is an array with one axis for every letter, such as "B,T,N,H", and return it.
+    """Check that `x` is an array with one axis for every letter of `letters`, such as "B,T,N,H", and return it.
 
-    A parameter of a module is returned as its array.
+    If `x` is a parameter of a module (it has `__jax_array__`), return its array.
     """
     if not is_array(x) and hasattr(x, "__jax_array__"):
         x = x.__jax_array__()
@@ -35,9 +38,9 @@ def array(name: str, x, letters: str):
 
 
 def floats(name: str, x, letters: str):
-    """Check an `array` and that its dtype is one of FLOATS.
+    """Check that `x` is an array, as in `array`, and that its dtype is one of FLOATS. Return it.
 
-    NumPy's float64 becomes float32 unless `jax_enable_x64` is set.
+    A NumPy array of float64 becomes float32 unless `jax_enable_x64` is set.
     """
     x = array(name, x, letters)
     if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -56,7 +59,10 @@ def integers(name: str, x, letters: str):
 
 
 def integer(name: str, x, least: int) -> int:
-    """`x` as a Python int of at least `least`. A traced value is refused, because every value needs its own program."""
+    """Check that `x` is an int of at least `least`, and return it as a Python int.
+
+    A traced value is refused, because every value is compiled to a different program.
+    """
     try:
         value = operator.index(x)
     except TypeError:
@@ -77,7 +83,7 @@ def number(name: str, x):
 
 
 def flag(name: str, x) -> bool:
-    """`x` as a bool, if it is True or False. A traced value is refused."""
+    """Check that `x` is True or False, and return it as a bool. A traced value is refused."""
     if not isinstance(x, bool | np.bool_):
         raise ValueError(f"{name} must be True or False, got {_type(x)}")
     return bool(x)

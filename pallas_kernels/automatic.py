@@ -1,10 +1,10 @@
 """An op on a mesh of Auto axes: one node for XLA's partitioner, with a rule that says which axes may be divided.
 
-XLA decides how the arrays are divided while it compiles, and then asks for the program of one device. That program is
-the op again, on the device's part of the arrays. XLA must not look inside the op: it would run a map over a divided
-axis one step after the other, and would all-gather every array that a kernel reads.
+While XLA compiles, it decides how the arrays are divided. Then it asks for the program of one device. This program is
+the op again, applied to the device's part of the arrays. XLA must not partition the code inside the op: it would run a
+map over a divided axis one step after the other, and it would all-gather every array that a kernel reads.
 
-A node has no residuals, because XLA gets no rule for dividing them: the backward pass runs the forward pass again.
+A node has no residuals, because XLA has no rule for dividing them. So the backward pass runs the forward pass again.
 """
 
 import contextvars
@@ -26,8 +26,8 @@ class Node(NamedTuple):
     """One op with its static description.
 
     `function(*arrays)` computes the results of one device from its part of the arrays. `letters` and `results` name the
-    axes of the arrays and of the results. `maps` has the letters along which the op is a map, as in
-    `partition.Letters`.
+    axes of the arrays and of the results. `maps` has a pair (letter, group) for each letter along which the op is a
+    map, as in `partition.Letters`. The axes of one group are divided together.
     """
 
     function: Callable
@@ -38,14 +38,17 @@ class Node(NamedTuple):
 
 
 def is_tracing_part() -> bool:
-    """Whether the code being traced is the program of one device. The types of its arrays still have the whole mesh."""
+    """Return whether the code being traced is the program of one device.
+
+    In this program, the types of the arrays (`jax.typeof`) still have the whole mesh.
+    """
     return _is_tracing_part.get()
 
 
 @functools.partial(jax.jit, static_argnums=0)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def run(node: Node, arrays: tuple):
-    """The results of a node. They are differentiable with respect to the floating-point arrays."""
+    """Return the results of a node. They are differentiable with respect to the floating-point arrays."""
     return _divided(node, *arrays)
 
 
@@ -67,7 +70,10 @@ run.__wrapped__.defvjp(_forward, _backward)
 
 
 def _pull(node, floats, *values):
-    """The gradients of the arrays with the indices `floats`. `values` holds all arrays, then the cotangents."""
+    """Return the gradients of the arrays whose indices are in `floats`.
+
+    `values` holds all arrays, then the cotangents.
+    """
     arrays, cotangents = values[: len(node.letters)], values[len(node.letters) :]
 
     def function(*float_arrays):
@@ -79,7 +85,10 @@ def _pull(node, floats, *values):
 
 
 def _divided(node: Node, *arrays):
-    """Run the node by XLA's partitioner. jax.vmap turns it into a node with one more axis, which may be divided too."""
+    """Run the node through XLA's partitioner.
+
+    `jax.vmap` turns the node into a node with one more axis, which may be divided too.
+    """
 
     @jax.custom_batching.custom_vmap
     def one(*arrays):
@@ -108,7 +117,7 @@ def _partitioned(node: Node) -> Callable:
         def sharding(letters):
             return NamedSharding(mesh, _spec(node, axes, letters))
 
-        def summed(letters, x):  # sums the gradient of an array that lies whole on every device
+        def summed(letters, x):  # psum of a gradient over the mesh axes that do not divide it
             mapped = {group for at, group in node.maps if at in letters.split()}
             others = tuple(axis for group, names in axes.items() if group not in mapped for axis in names)
             return lax.psum(x, others) if others else x
@@ -123,18 +132,21 @@ def _partitioned(node: Node) -> Callable:
 
 
 def _as_part(node: Node, *arrays):
-    """The node's function on the arrays of one device of the mesh."""
+    """Apply the node's function to the arrays of one device of the mesh."""
     token = _is_tracing_part.set(True)
     try:
         with use_abstract_mesh(AbstractMesh((), (), abstract_device=node.mesh.abstract_device)):
-            # The partitioner takes no function with constants, but it takes a jit that has some.
+            # The partitioner refuses a function that has constants, but it takes a jitted function that has them.
             return jax.jit(lambda *arrays: node.function(*arrays))(*arrays)
     finally:
         _is_tracing_part.reset(token)
 
 
 def _dimensions(node: Node, shapes) -> Iterator[tuple[int, str | None, int]]:
-    """For every axis of every array and result: (index of the array, letter that may divide the axis or None, size)."""
+    """For every axis of every array and result, yield (index of the array, group of the axis, size of the axis).
+
+    The group is None if the op is not a map along the axis.
+    """
     maps = dict(node.maps)
     for i, (letters, shape) in enumerate(zip((*node.letters, *jax.tree.leaves(node.results)), shapes, strict=True)):
         for at, size in zip(letters.split(), shape, strict=True):
@@ -142,10 +154,10 @@ def _dimensions(node: Node, shapes) -> Iterator[tuple[int, str | None, int]]:
 
 
 def _rule(node: Node, mesh, values, results) -> SdyShardingRule:
-    """The rule that tells the partitioner which axes it may divide, and which of them together.
+    """Return the rule that tells the partitioner which axes it may divide, and which of them it must divide together.
 
-    Axes with one letter are divided together. Their sizes are multiples of the smallest one, as N is a multiple of K.
-    The axes along which the op is no map stay whole.
+    The axes of one group are divided together. Their sizes are multiples of the smallest one, as N is a multiple of K.
+    An axis along which the op is not a map stays whole.
     """
     shapes = [tuple(value.shape) for value in (*values, *results)]
     least, factors, whole, sizes = {}, [[] for _ in shapes], [], {}
@@ -165,10 +177,10 @@ def _rule(node: Node, mesh, values, results) -> SdyShardingRule:
 
 
 def _axes(node: Node, mesh, shaped) -> dict[str, tuple[str, ...]]:
-    """The mesh axes that divide each letter.
+    """Return the mesh axes that divide each group.
 
-    The first array that is divided along a letter decides, if its mesh axes divide every size of that letter and do not
-    divide another letter already.
+    The first array that is divided along an axis of a group decides. Its mesh axes count only if they divide the sizes
+    of all axes of the group, and if they do not divide another group already.
     """
     found, taken = {}, set()
     sizes = list(_dimensions(node, [x.shape for x in shaped]))

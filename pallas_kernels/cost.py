@@ -1,8 +1,8 @@
-"""How kernels and loops state their work, so that `stickjax.plan.flops` can count operations on a jaxpr.
+"""Names that state the work of kernels and loops, so that `stickjax.plan.flops` can count the operations of a jaxpr.
 
-A jaxpr does not show the work inside a kernel, the number of passes through a loop that depends on data, or how many
-rows are padding. Such code runs in a `jax.jit` whose name holds the number. The name survives derivatives,
-rematerialisation and scans. It is removed together with the code, and it costs nothing.
+A jaxpr does not show the work inside a kernel, the number of passes through a loop that depends on data, or the number
+of padding rows. Such code runs in a `jax.jit` whose name contains this number. The name survives derivatives,
+rematerialisation and scans. If JAX removes the code, it removes the name too. The name takes no time in the program.
 """
 
 import re
@@ -18,10 +18,10 @@ _NAME = re.compile(r"_(flops|trips|share)_(\d+(?:\.\d+)?(?:e[+-]?\d+)?)$")
 
 
 class Stated(NamedTuple):
-    """What one name states; exactly one of the three is set.
+    """The number that one name states. Exactly one of the three fields is set.
 
-    `flops`: floating-point operations of a kernel. `trips`: passes through each loop. `share`: the part of all
-    operations that is done.
+    `flops`: floating-point operations of a kernel. `trips`: passes through each loop. `share`: the share of the
+    operations that is useful work.
     """
 
     flops: float | None = None
@@ -30,10 +30,10 @@ class Stated(NamedTuple):
 
 
 def kernel(name: str, flops: float | int, run: Callable) -> Callable:
-    """`run` under a name that states its number of floating-point operations, `flops`.
+    """Return `run` under a name that states its number of floating-point operations, `flops`.
 
-    JAX does not know over which axes of a shard_map the results of a kernel vary. Here they are marked to vary over
-    every axis over which an argument varies.
+    JAX does not know over which axes of a shard_map the results of a kernel vary. So the results are marked as varying
+    over every axis over which at least one argument varies.
     """
 
     def varying(*arguments):
@@ -44,12 +44,12 @@ def kernel(name: str, flops: float | int, run: Callable) -> Callable:
 
 
 def loop(trips: float | int, run: Callable) -> Callable:
-    """`run` under a name that states how many passes each of its `while` loops is expected to make, `trips`."""
+    """Return `run` under a name that states the expected number of passes of each of its `while` loops, `trips`."""
     return _named(f"loop_trips_{trips:.12g}", run)
 
 
 def share(part: float, run: Callable) -> Callable:
-    """`run` under a name that states which share of its operations is done, `part`; the other rows are empty."""
+    """Return `run` under a name that states the share of its operations that is useful, `part`. The rest is padding."""
     return run if part == 1 else _named(f"part_share_{part:.12g}", run)
 
 
@@ -62,7 +62,7 @@ def _named(name: str, run: Callable) -> Callable:
 
 
 def stated(name: str) -> Stated | None:
-    """What the name of a jit states; None if it states nothing.
+    """Return what the name of a jitted function states, or None if it states nothing.
 
     >>> stated("product_flops_1.5e+09"), stated("product")
     (Stated(flops=1500000000.0, trips=None, share=None), None)
@@ -72,7 +72,9 @@ def stated(name: str) -> Stated | None:
 
 
 def visible_scores(T: int, S: int, *, attend_current: bool = False, window: int | None = None) -> int:
-    """The number of (query, key) pairs that a causal mask lets through; the last query stands at the last key.
+    """Return the number of (query, key) pairs that a causal mask keeps.
+
+    The last query is at the position of the last key.
 
     >>> visible_scores(4, 4), visible_scores(4, 4, window=1), visible_scores(1, 8, attend_current=True)
     (6, 3, 8)

@@ -1,9 +1,9 @@
-"""Which implementation of an op runs, and why.
+"""The choice of the implementation that runs an op, and the reasons for it.
 
 An op has some of the implementations in `NAMES`. Each of them can refuse a call, with a reason.
-`implementation=None` takes the first one that does not refuse, and logs the choice and the reasons once; `explain`
-returns the same sentence. A named implementation works or raises an error: nothing falls back silently. `recorded`
-collects what was chosen while code is traced.
+`implementation=None` takes the first one that does not refuse, and logs the choice and the reasons once. `explain`
+returns the same sentence. A named implementation works or raises an error: there is no silent fallback. `recorded`
+collects the choices that are made while code is traced.
 """
 
 import contextlib
@@ -27,7 +27,11 @@ logger = logging.getLogger("pallas_kernels")
 
 
 class Implementation(NamedTuple):
-    """`run(call)` computes; `refuses(call)` is None, or the reason why this call cannot run here."""
+    """One way to compute an op.
+
+    `run(call)` computes the results. `refuses(call)` returns the reason why this implementation cannot run the call, or
+    None. `detail(call)` describes how it runs the call, such as the sizes of its tiles.
+    """
 
     run: Callable[[Any], Any]
     refuses: Callable[[Any], str | None]
@@ -35,9 +39,10 @@ class Implementation(NamedTuple):
 
 
 class Op(NamedTuple):
-    """`prepare(*args, **kwargs)` checks the arguments of a call and returns what the implementations take.
+    """An op with its checks and its implementations.
 
-    `letters(call)` names the axes of its arrays and says along which of them a mesh may divide the op.
+    `prepare(*args, **kwargs)` checks the arguments and returns the call in the form that the implementations take.
+    `letters(call)` names the axes of the arrays and says along which of them a mesh may divide the op.
     """
 
     name: str
@@ -47,10 +52,10 @@ class Op(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """The implementation that one call of an op got. Its backward pass has the same implementation.
+    """The implementation that was chosen for one call of an op. The backward pass uses the same implementation.
 
-    `sizes`: the sizes of the arrays on one device, in pairs of a letter and its size. `why`: why this implementation
-    runs, and why the preferred ones do not. `str(choice)` is one line.
+    `sizes`: pairs (letter, size) of the arrays on one device. `detail`: how the implementation runs the call. `why`:
+    why this implementation runs, and why the preferred ones do not. `str(choice)` is one line.
     """
 
     op: str
@@ -64,7 +69,7 @@ class Choice(NamedTuple):
         return f"{self.op}: {self._by()}{sizes and f' for {sizes}'}, {self.why}"
 
     def sentence(self) -> str:
-        """The same line without the sizes."""
+        """Return the line of `str(choice)` without the sizes."""
         return f"{self.op}: {self._by()}, {self.why}"
 
     def _by(self) -> str:
@@ -75,7 +80,7 @@ _ops: dict[str, Op] = {}
 _logged: set[str] = set()
 # The records of all `recorded` blocks that are open in this thread.
 _records: contextvars.ContextVar[tuple[Counter, ...]] = contextvars.ContextVar("records", default=())
-# What was chosen when a call was traced. JAX keeps that trace and does not choose again for an equal call.
+# The choices that were made when a call was traced. JAX keeps the trace, so an equal call does not choose again.
 _traced: dict[Any, Counter] = {}
 
 
@@ -91,7 +96,7 @@ def _wanted(implementation: str | Sequence[str] | None) -> Sequence[str]:
     if not isinstance(wanted, Sequence) or not all(isinstance(name, str) for name in wanted):
         raise ValueError(f"implementation={implementation!r} must be a name, a sequence of names or None")
     if not wanted:
-        raise ValueError("implementation=() names nothing; None takes the best one")
+        raise ValueError("implementation=() names nothing; pass None for the best one")
     for name in wanted:
         if name not in NAMES:
             near = difflib.get_close_matches(name, NAMES, n=1)
@@ -101,7 +106,7 @@ def _wanted(implementation: str | Sequence[str] | None) -> Sequence[str]:
 
 
 def choose(op: Op, call: Any, implementation: str | Sequence[str] | None) -> tuple[str, list[str]]:
-    """The name of the implementation that runs `call`, and the reasons why the ones before it do not."""
+    """Return the name of the implementation that runs `call`, and the reasons why the preferred ones do not."""
 
     def refuses(name):
         found = op.implementations.get(name)
@@ -126,7 +131,7 @@ def _choice(op: Op, call: Any, implementation: str | Sequence[str] | None) -> Ch
 
 
 def _sizes(op: Op, call: Any) -> tuple[tuple[str, int], ...]:
-    """{letter: size} of the axes of a call. Axes such as "2F", which are not one letter, are left out."""
+    """Return the pairs (letter, size) of the axes of a call. An axis such as "2F", which has a digit, is left out."""
     if op.letters is None:
         return ()
     words, tree = jax.tree.flatten(op.letters(call).call)
@@ -141,10 +146,11 @@ def _sizes(op: Op, call: Any) -> tuple[tuple[str, int], ...]:
 def recorded() -> Iterator[Counter]:
     """Collect the choices that the ops make in this block and in this thread: {Choice: how often it was traced}.
 
-    An op chooses when it is traced. So the block has to trace the program: `jax.jit(f).trace(...)`, `jax.eval_shape`,
-    or the first call of a jitted function. JAX keeps the trace of a jitted function: if yours has been traced before,
-    nothing is recorded. On a mesh the ops jit a part of themselves; its choices are remembered and recorded again. On a
-    mesh of Auto axes XLA divides the arrays when it compiles. There a trace has the sizes of the whole arrays.
+    An op chooses when it is traced. So the block must trace the program: `jax.jit(f).trace(...)`, `jax.eval_shape`,
+    or the first call of a jitted function. JAX keeps the trace of a jitted function. If your function was traced before
+    the block, nothing is recorded. On a mesh, the ops jit a part of themselves. Their choices are remembered, and they
+    are recorded again. On a mesh of Auto axes, XLA divides the arrays only when it compiles. So the recorded sizes are
+    the sizes of the whole arrays.
 
     >>> import jax, jax.numpy as jnp
     >>> from pallas_kernels import stick_breaking_attention
@@ -168,21 +174,21 @@ def _record(choices: Counter) -> None:
 
 
 def _key(op: Op, call: Any, wanted: Sequence[str] | None) -> Any:
-    """A key that is equal for two calls exactly if JAX traces them once for both."""
+    """Return a key. Two calls have equal keys exactly if JAX uses one trace for both."""
     leaves, tree = jax.tree.flatten(call)
     types = tuple(jax.typeof(x) if isinstance(x, jax.Array) else x for x in leaves)
     return op.name, wanted, tree, types, get_abstract_mesh()
 
 
 def run(op: Op, call: Any, implementation: str | Sequence[str] | None) -> Any:
-    """Run `call` by the chosen implementation; on a mesh, every device runs its part."""
+    """Run `call` with the chosen implementation. On a mesh, every device runs its part."""
     wanted = None if implementation is None else tuple(_wanted(implementation))
     compute = partition.Bound(_run_here, (op.name, wanted))
     call = jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, call)
     try:
         with recorded() as choices:
             result = compute(call) if op.letters is None else partition.run(op.letters(call), call, compute)
-    except TypeError as error:  # raised on a mesh; an error from `_run_here` begins with the op's name already
+    except TypeError as error:  # raised on a mesh; an error from `_run_here` already begins with the op's name
         if "forward-mode" not in str(error) or str(error).startswith(op.name):
             raise
         raise TypeError(
@@ -216,9 +222,9 @@ def _run_here(call: Any, op_name: str, implementation: tuple[str, ...] | None) -
 
 
 def explain(op_name: str, *args, **kwargs) -> str:
-    """One line: which implementation `op_name(*args, **kwargs)` runs, and why the preferred ones cannot run.
+    """Say in one line which implementation `op_name(*args, **kwargs)` runs, and why the preferred ones cannot run.
 
-    Only shapes and dtypes are read, so `jax.ShapeDtypeStruct`s do as well as arrays.
+    Only shapes and dtypes are read, so an argument may be a `jax.ShapeDtypeStruct` in place of an array.
 
     >>> import jax, jax.numpy as jnp
     >>> x = jax.ShapeDtypeStruct((1, 64, 4, 32), jnp.float32)

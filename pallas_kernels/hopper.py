@@ -1,4 +1,4 @@
-"""Whether kernels for Hopper GPUs can run here: the chip, its compiler, and the mesh."""
+"""Checks whether kernels for Hopper GPUs can run here: the chip, the CUDA compiler and the mesh."""
 
 import jax
 
@@ -6,14 +6,17 @@ from . import automatic, platform
 
 
 def refuses(x) -> str | None:
-    """Why kernels for Hopper GPUs cannot run here on arrays like x; None if they can."""
+    """Return why kernels for Hopper GPUs cannot run here on arrays like x, or None if they can."""
     if not platform.is_interpreted() and (chip := platform.chip()) != "sm_90":
         return f"needs compute capability 9.0, found {chip}"
     return compiler_refuses() or mesh_refuses(x)
 
 
 def compiler_refuses() -> str | None:
-    """Why the CUDA compiler of this process cannot be used; None if it can. Some versions make wrong programs."""
+    """Return why the CUDA compiler of this process cannot be used, or None if it can.
+
+    Some versions compile kernels to wrong programs.
+    """
     if platform.is_interpreted() or jax.default_backend() != "gpu":
         return None
     from jax._src.lib import cuda_versions  # None without the plugin
@@ -24,9 +27,9 @@ def compiler_refuses() -> str | None:
 
 
 def mesh_refuses(x) -> str | None:
-    """Why no kernel can run on x under its mesh; None if one can.
+    """Return why no kernel can run on x under its mesh, or None if kernels can run.
 
-    Where XLA divides the work over the mesh, and not shard_map, it would gather whole arrays for a kernel.
+    If XLA, and not shard_map, divides the work over the mesh, it all-gathers the arrays that a kernel reads.
     """
     if automatic.is_tracing_part():
         return None

@@ -1,7 +1,7 @@
-"""What all Mosaic kernels share: how they are launched, and the two barriers of every pipeline stage.
+"""Code that all Mosaic kernels share: the launch, and the two barriers of every pipeline stage.
 
-A block has several warpgroups: one copies tiles into the stages of a ring in shared memory, the others compute with
-them. Step s uses stage s % stages. docs/kernels explains the barriers of every kernel.
+A block has several warpgroups. One of them copies tiles into the stages of a ring in shared memory. The others compute
+with these tiles. Step s uses stage s % stages. docs/design explains the barriers of every kernel.
 """
 
 from collections.abc import Callable
@@ -14,18 +14,19 @@ from . import cost
 
 
 class Ring(NamedTuple):
-    """Two barriers of every stage."""
+    """The two barriers of every stage."""
 
     full: Any  # the stage can be read
     used: Any  # the stage can be overwritten
 
 
 def ring(stages: int, *, arrivals: int, readers: int) -> Ring:
-    """The barriers to declare.
+    """Return the barriers to declare for a ring.
 
     Args:
-      arrivals: the copies and the arrivals of warpgroups that fill a stage.
-      readers: the warpgroups that read a stage.
+      stages: the number of stages.
+      arrivals: the number of copies and of arrivals of warpgroups that fill a stage.
+      readers: the number of warpgroups that read a stage.
     """
     return Ring(
         full=plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
@@ -34,7 +35,10 @@ def ring(stages: int, *, arrivals: int, readers: int) -> Ring:
 
 
 def free_stage(ring: Ring, step, stages: int, *, when=None):
-    """The stage of a step, after a wait until it can be overwritten. Where the condition `when` is false: no wait."""
+    """Wait until the stage of a step can be overwritten, and return the stage.
+
+    If the condition `when` is false, do not wait.
+    """
     stage = step % stages
     is_occupied = step >= stages if when is None else when & (step >= stages)
 
@@ -46,17 +50,18 @@ def free_stage(ring: Ring, step, stages: int, *, when=None):
 
 
 def full_stage(ring: Ring, step, stages: int):
-    """The stage of a step, after a wait until it can be read."""
+    """Wait until the stage of a step can be read, and return the stage."""
     stage = step % stages
     plgpu.barrier_wait(ring.full.at[stage])
     return stage
 
 
 def run(kernel: Callable, *, name: str, flops: float, blocks: int, warpgroups: int, out_type, scratch) -> Callable:
-    """The kernel as a function of arrays, with `blocks` blocks of `warpgroups` warpgroups.
+    """Return the kernel as a function of arrays. It runs in `blocks` blocks of `warpgroups` warpgroups.
 
-    The kernel gets one pytree of references for every argument, one for the results, and one for every entry of
-    `scratch`. `out_type` and each of these entries is a pytree. The axes are named "block" and "wg".
+    The kernel receives pytrees of references: one for every argument, one for the results, and one for every entry of
+    `scratch`. `out_type` is a pytree, and so is every entry of `scratch`. In the kernel, `lax.axis_index("block")` and
+    `lax.axis_index("wg")` are the numbers of the block and of the warpgroup.
     """
     kernel.__name__ = name
     launch = plgpu.kernel(

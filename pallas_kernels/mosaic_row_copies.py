@@ -1,9 +1,9 @@
-"""Shims that copy rows of an array by their numbers, to and from shared memory. ScatterMoE is made of these.
+"""Shims that copy rows of an array by their numbers, to and from shared memory. The ScatterMoE kernels use them.
 
-Hopper's copy engine copies consecutive rows only, so the threads of a warpgroup copy single rows, in chunks of 16
-bytes. Tiles [rows, columns] lie in shared memory as the tensor cores read them: in atoms of 8 rows x 128 bytes, one row
-of atoms after the other. In an atom, row r has its chunk c at position c ^ r. docs/kernels/scatter_moe.md explains the
-barriers around these copies.
+Hopper's copy engine copies consecutive rows only. So the threads of a warpgroup copy single rows, in chunks of 16
+bytes. A tile [rows, columns] has the layout in shared memory that the tensor cores read: it consists of atoms of 8 rows
+x 128 bytes, one row of atoms after the other. In an atom, chunk c of row r is at position c ^ r.
+docs/design/expert_kernels.md explains the barriers around these copies.
 """
 
 import jax.experimental.pallas as pl
@@ -19,15 +19,15 @@ THREADS = 128  # of a warpgroup
 
 
 def atoms(dtype) -> tuple:
-    """The transforms that give a tile in shared memory this layout."""
+    """Return the transforms that give this layout to a tile in shared memory."""
     return plgpu.TilingTransform((ATOM[0], ATOM[1] // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(ATOM[1])
 
 
 def chunks(ops, rows: int, columns: int, itemsize: int):
-    """(row, column, byte in shared memory) of the first chunk that a thread copies, and the steps to all of its chunks.
+    """Return (where the first chunk of a thread is, the steps from there to all chunks of the thread).
 
-    The first three are computed by `ops`. A step is (rows, columns, bytes) from the first chunk: numbers that are the
-    same for every thread.
+    The first chunk is at (row, column, byte in shared memory). These three are computed by `ops`. A step is a distance
+    (rows, columns, bytes) from the first chunk. Steps are Python numbers, and they are the same for every thread.
     """
     per_atom, across = ATOM[1] // CHUNK, columns * itemsize // ATOM[1]
     chunk, row = ops.remainder(ops.thread, per_atom), ops.divide(ops.thread, per_atom)
@@ -44,9 +44,10 @@ def chunks(ops, rows: int, columns: int, itemsize: int):
 
 
 def gather(source, rows, column, tile) -> None:
-    """tile[r] = source[rows[r], column : column + C]; zero where rows[r] is negative, and beyond the last column.
+    """Start to copy: tile[r] = source[rows[r], column : column + C].
 
-    The copies are only started. `gather_commit` closes a group of them, and `gather_wait` waits for groups.
+    The tile is zero where rows[r] is negative, and beyond the last column of the source. The copies are only started.
+    `gather_commit` closes a group of copies, and `gather_wait` waits for groups.
 
     Args:
       source: reference to [R, D] in global memory, D a multiple of 16 bytes.
@@ -73,20 +74,21 @@ def gather_commit() -> None:
 
 
 def gather_wait(pending: int) -> None:
-    """Wait for all groups of this warpgroup but the last `pending`, and make them visible to the tensor cores.
+    """Wait for all groups of this warpgroup except the last `pending`, and make them visible to the tensor cores.
 
-    `cp.async` writes shared memory by one path, tensor cores read it by another one. `commit_smem` is the fence between
-    the two.
+    `cp.async` writes shared memory by one path, and tensor cores read it by another path. `commit_smem` is the fence
+    between the two paths.
     """
     _asm(f"cp.async.wait_group {pending};")
     plgpu.commit_smem()
 
 
 def scatter(tile, rows, column, target) -> None:
-    """target[rows[r], column : column + C] = tile[r], but not where rows[r] is negative, nor beyond the last column.
+    """Copy: target[rows[r], column : column + C] = tile[r].
 
-    A thread copies chunks that other threads wrote. So the warpgroup needs a barrier (`plgpu.commit_smem`) before this
-    call, and another one before it overwrites the tile.
+    Nothing is written where rows[r] is negative, nor beyond the last column of the target. A thread copies chunks that
+    other threads wrote. So the warpgroup needs a barrier (`plgpu.commit_smem`) before this call, and another one before
+    it overwrites the tile.
     """
     if platform.is_interpreted():
         _write_rows(tile, rows, column, target)
@@ -110,7 +112,7 @@ _SCALAR = plgpu.Layout.WG_SPLAT
 
 
 def _read_rows(source, rows, column, shape):
-    """`gather` in the interpreter, where every access to an array takes long: so it reads each array once."""
+    """Run `gather` in the interpreter. Every access to an array is slow there, so each array is read once."""
     numbers = rows[...]
     there = source[...][jnp.maximum(numbers, 0)]
     there = lax.dynamic_slice(jnp.pad(there, ((0, 0), (0, shape[1]))), (0, column), shape)
@@ -118,7 +120,7 @@ def _read_rows(source, rows, column, shape):
 
 
 def _write_rows(tile, rows, column, target) -> None:
-    """`scatter` in the interpreter, by the copy engine, which writes nothing beyond the last column."""
+    """Run `scatter` in the interpreter, with the copy engine, which writes nothing beyond the last column."""
     numbers = rows[...]
 
     def one(r, _):
@@ -144,7 +146,7 @@ def _asm(text: str) -> None:
 
 
 class _Thread:
-    """The integer arithmetic of one GPU thread, as MLIR. Tests replace it by arithmetic on Python numbers."""
+    """The integer arithmetic of one GPU thread, in MLIR. Tests replace it with arithmetic on Python numbers."""
 
     def __init__(self):
         from jax._src.lib.mlir import ir
@@ -171,10 +173,10 @@ class _Thread:
 
 
 def _copies(array, rows, column, tile):
-    """Yield the thread once for each chunk that it copies.
+    """Yield a `_Thread` once for each chunk that the thread copies.
 
-    The attributes of the thread say where the chunk is: its address in shared memory is `shared` + `step`, its address
-    in global memory is `far`, and `inside` says whether the chunk is inside of the array.
+    Its attributes say where the chunk is. The address in shared memory is `shared` + `step`. The address in global
+    memory is `far`. `inside` says whether the chunk is inside the array.
     """
     from jax._src.lib.mlir import ir
     from jax._src.lib.mlir.dialects import arith, llvm
@@ -198,7 +200,7 @@ def _copies(array, rows, column, tile):
             number, loaded_for = llvm.load(i32, at), rows_down
         own, exists = thread.add(column, columns), arith.cmpi(not_negative, number, thread.constant(0))
         thread.inside = arith.andi(exists, arith.cmpi(less, own, thread.constant(width)))
-        # In 64 bits: the rows of all (token, choice) pairs may have more elements than 32 bits can count.
+        # The offset has 64 bits: the rows of all (token, choice) pairs may have more elements than 32 bits can count.
         offset = arith.muli(arith.extui(i64, thread.select(exists, number, 0)), utils.c(width * itemsize, i64))
         offset = arith.addi(offset, arith.extui(i64, thread.multiply(thread.select(thread.inside, own, 0), itemsize)))
         thread.far = arith.addi(far, offset)

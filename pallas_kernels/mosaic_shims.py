@@ -1,9 +1,10 @@
 """Shims: operations that the Mosaic GPU interpreter cannot run, each with a GPU body and an interpreter body.
 
-Kernels call these. docs/kernels/stick_breaking.md says which barriers the GPU bodies rely on.
+Kernels call these. docs/design/attention_kernels.md says which barriers the GPU bodies rely on.
 
-Register layout of an accumulator [64, C]: four neighbouring threads, a quad, hold whole rows. Thread t of a quad holds
-the columns 8 g + 2 t and 8 g + 2 t + 1 of every group g of 8 columns, in two rows that are 8 apart (the row halves).
+Register layout of an accumulator [64, C]: a quad is four neighbouring threads, and it holds whole rows. Thread t of a
+quad holds the columns 8 g + 2 t and 8 g + 2 t + 1 of every group g of 8 columns. It holds them in two rows that are 8
+apart. These two are called the row halves.
 """
 
 import jax
@@ -20,7 +21,7 @@ COLUMN = plgpu.Layout.WGMMA.reduce(0)  # [C], one number per column
 
 
 def product(a, b):
-    """a @ b in fp32; a and b are references to shared memory, possibly transposed."""
+    """Return a @ b in fp32. a and b are references to shared memory, possibly transposed."""
 
     def run(acc):
         plgpu.wgmma(acc, a, b)
@@ -30,20 +31,21 @@ def product(a, b):
 
 
 def add_product(acc, a, b):
-    """acc + a @ b in fp32; a is a value in registers or a reference, b a reference to shared memory."""
+    """Return acc + a @ b in fp32. a is a value in registers or a reference, and b is a reference to shared memory."""
     if is_interpreted():
         result = acc + jnp.dot(a if isinstance(a, jax.Array) else a[...], b[...], preferred_element_type=jnp.float32)
-        # The race detector wants a fence here, because a copy may overwrite b next. A tensor core needs none: it reads
-        # by the same path that copies write by.
+        # The race detector requires a fence here, because a copy may overwrite b next. A tensor core needs no fence:
+        # it reads shared memory by the same path by which copies write it.
         plgpu.commit_smem()
         return result
     return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(plgpu.ACC.init(acc))
 
 
 def exp2_of_minus_abs(x):
-    """2^-|x|, at most 1. The exponential of the GPU can remove the sign of its operand, so this is one instruction.
+    """Return 2^-|x|, which is at most 1.
 
-    LLVM would emit another instruction for the sign.
+    The GPU's exponential instruction can set the sign of its operand, so this is one instruction. LLVM would emit
+    another instruction for the sign.
     """
     if is_interpreted():
         return jnp.exp2(-jnp.abs(x))
@@ -65,10 +67,10 @@ def exp2_of_minus_abs(x):
 
 
 def any_at_most(x, limit: float):
-    """Whether x <= limit in at least one of the 64 rows.
+    """Return whether x <= limit in at least one of the 64 rows.
 
-    The threads vote on the named barrier that belongs to this warpgroup alone. `jnp.any` would use shared memory that
-    all warpgroups of a block have in common: two warpgroups that compute would overwrite each other's values.
+    The threads vote on a named barrier that only this warpgroup uses. `jnp.any` would use shared memory that all
+    warpgroups of a block share: two warpgroups that compute would overwrite each other's values.
     """
     if is_interpreted():
         return (x <= limit).any()
@@ -76,7 +78,7 @@ def any_at_most(x, limit: float):
     from jax._src.lib.mlir.dialects import arith, llvm, vector
     from jax.experimental.mosaic.gpu import FragmentedArray, utils
 
-    # The number of the barrier is computed anew each time: the loop has no register free to keep it.
+    # The number of the barrier is computed at every call, because the loop has no free register to keep it.
     ptx = (
         "{ .reg .pred mine, any; .reg .b32 barrier; mov.u32 barrier, %tid.x; shr.u32 barrier, barrier, 7; "
         "add.u32 barrier, barrier, 1; setp.ne.b32 mine, $1, 0; "
@@ -96,10 +98,10 @@ def any_at_most(x, limit: float):
 
 
 def row_numbers():
-    """0 to 63 as int32 [64], computed from the number of the thread each time that it is called.
+    """Return the numbers 0 to 63 as int32 [64]. Every call computes them again from the number of the thread.
 
-    The compiler computes equal `broadcasted_iota`s of a kernel once. If one stands before a loop and another one in the
-    loop, the value would stay in registers in between.
+    The compiler computes equal `broadcasted_iota`s of a kernel only once. If one were before a loop and another one in
+    the loop, the value would stay in registers in between.
     """
     if is_interpreted():
         return jnp.arange(64, dtype=jnp.int32)
@@ -126,7 +128,9 @@ def row_numbers():
 
 
 def row_of_thread(thread, half: int, right, bits, either):
-    """The row that a thread holds in a row half: a warp has 16 rows, a quad one of the first 8 and one of the last 8.
+    """Return the row that a thread holds in a row half.
+
+    A warp has 16 rows. A quad has one of the first 8 rows and one of the last 8 rows of its warp.
 
     `right(x, n)`, `bits(x, n)` and `either(x, y)` are x >> n, x & n and x | y, on numbers or on MLIR values.
     """
@@ -135,9 +139,11 @@ def row_of_thread(thread, half: int, right, bits, either):
 
 
 def minus_sum_right(minuend, factor, x, start):
-    """(minuend - factor * (start + sum of x over the columns to the right of each one) [64, C], sum of each row [64]).
+    """Return (y [64, C], the sum of each row of x [64]). y subtracts the sums of x over the columns to the right.
 
-    A factor of None means 1. This is one operation, so that the sums of a tile are never in registers all at once.
+      y[r, c] = minuend[r, c] - factor[r, c] * (start[r] + sum of x[r, m] over m > c)
+
+    A factor of None means 1. This is one operation, so that the sums of a tile are never all in registers at once.
     """
     if is_interpreted():
         total = jnp.cumsum(x[:, ::-1], axis=1)[:, ::-1]
@@ -147,7 +153,7 @@ def minus_sum_right(minuend, factor, x, start):
 
 
 def minus_sum_left(minuend, factor, x, start):
-    """`minus_sum_right`, but over the columns to the left of each one."""
+    """Like `minus_sum_right`, but sum over the columns to the left: m < c."""
     if is_interpreted():
         total = jnp.cumsum(x, axis=1)
         before = start[:, None] + jnp.pad(total[:, :-1], ((0, 0), (1, 0)))
@@ -162,7 +168,7 @@ def _like(x, registers):
 
 
 class _GpuThread:
-    """The arithmetic of one GPU thread, as MLIR operations. Tests replace it by arithmetic on Python numbers."""
+    """The arithmetic of one GPU thread, as MLIR operations. Tests replace it with arithmetic on Python numbers."""
 
     def __init__(self):
         from jax._src.lib.mlir import ir
@@ -184,12 +190,14 @@ class _GpuThread:
 
 
 def scan_registers(ops, minuend, factor, x, start, *, right: bool):
-    """`minus_sum_right` or `minus_sum_left` on the registers of a thread: two shuffles per group and row half.
+    """Run `minus_sum_right` or `minus_sum_left` on the registers of a thread: two shuffles per group and row half.
 
-    The registers of a tile are an array of objects [1, groups, 1, 1, 2 halves, ..], each a pair of numbers; those of
-    rows are [1, 1, 2 halves, ..], each one number.
+    The registers of a tile (`minuend`, `factor`, `x`) are an array [1, groups, 1, 1, 2 halves, ..] of objects. Each
+    object is a pair of numbers. The registers of rows (`start`) are an array [1, 1, 2 halves, ..]. Each object is one
+    number.
     """
-    # 1 if the columns of the partner thread, at distance 1 and 2, are summed before the columns of this thread.
+    # `near` and `far` are for the partner threads at distance 1 and 2. They are 1 if the columns of the partner are
+    # summed before the columns of this thread, else 0.
     near, far = (ops.one_if(bit, is_set=not right) for bit in (1, 2))
     result, sums = x.copy(), start.copy()
     for half in range(2):

@@ -1,12 +1,14 @@
 """How an op runs when its arrays are divided over the devices of a mesh.
 
-An op names the axes of its arrays by letters, and the letters along which it is a map: along these, every device
-computes its own part, and nothing is sent. The types of the arrays (`jax.typeof`) say how they are divided:
-- On Explicit axes of a mesh the op wraps itself in `jax.shard_map`; a division along another letter is an error.
-- On a mesh of Auto axes the types do not say it. There the op is one node of the program for XLA's partitioner, which
-  decides how the arrays are divided and then asks for the program of one device (`automatic.py`).
-- On Manual axes, inside a shard_map of the caller, the op runs on the part that it is given. First every array is
-  marked to vary over all axes over which one of them varies, so that JAX sums the gradients of the others.
+An op names the axes of its arrays by letters. It also names the letters along which it is a map: along these axes,
+every device computes its own part without communication. The types of the arrays (`jax.typeof`) say how the arrays are
+divided:
+- On Explicit axes of a mesh, the op wraps itself in `jax.shard_map`. A division along any other letter is an error.
+- On a mesh of Auto axes, the types do not say how the arrays are divided. There the op is one node of the program for
+  XLA's partitioner. The partitioner decides the division and then asks for the program of one device (`automatic.py`).
+- On Manual axes, inside a shard_map of the caller, the op runs on the part that it is given. First, all arrays are
+  marked as varying over every axis over which at least one of them varies. Then JAX sums the gradients of the arrays
+  that did not vary.
 """
 
 import functools
@@ -20,16 +22,17 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec, g
 
 from . import automatic
 
-# Words in place of letters. STATIC: not an array. ANEW: an array that `inside` computes again on every device.
+# Values in place of letters. STATIC: not an array. ANEW: an array that `Letters.inside` computes on every device.
 STATIC, ANEW = "static", "anew"
 
 
 class Letters(NamedTuple):
-    """The axes of every array in one call of an op, a letter for each axis: "B T N H" for an array with four axes.
+    """The letters of the axes of all arrays in one call of an op: "B T N H" for an array with four axes.
 
-    `name`: the op, for messages. `call`: a tree like the call, whose leaves are letters, STATIC or ANEW. `results`: the
-    letters of every result. `maps`: the letters along which the op is a map; letters with the same value are divided
-    together. `inside(call)`: completes the call of one device, in which the leaves marked ANEW are still None.
+    `name`: the name of the op, for messages. `call`: a tree with the structure of the call, whose leaves are letters,
+    STATIC or ANEW. `results`: the letters of every result. `maps`: {letter: group} for the letters along which the op
+    is a map; the letters of one group are divided together. `inside(call)`: completes the call of one device, where the
+    leaves marked ANEW are still None.
     """
 
     name: str
@@ -40,7 +43,10 @@ class Letters(NamedTuple):
 
 
 class Bound(NamedTuple):
-    """`function(*values, *static)`. Two with equal function and static values are equal, so that jit compiles once."""
+    """A function of `values` that returns `function(*values, *static)`.
+
+    Two `Bound`s with the same function and the same static values are equal, so that jit compiles them once.
+    """
 
     function: Callable
     static: tuple = ()
@@ -73,10 +79,11 @@ class _Part(NamedTuple):
 
 
 def run(letters: Letters, call: Any, compute: Callable[[Any], Any]) -> Any:
-    """Run `compute(call)`; on a mesh, every device runs it on its part of the arrays.
+    """Run `compute(call)`. On a mesh, every device runs it on its part of the arrays.
 
     Args:
-      compute: a hashable function that is equal for equal work, such as `Bound`, so that it is compiled once.
+      compute: a hashable function, such as a `Bound`. Two functions that do the same work must be equal, so that they
+        are compiled once.
 
     Raises:
       ValueError: an array is divided along a letter that is not in `maps`, or two arrays are divided differently.
@@ -98,7 +105,10 @@ def run(letters: Letters, call: Any, compute: Callable[[Any], Any]) -> Any:
 
 
 def look(letters: Letters, call: Any, compute: Callable[[Any], Any]) -> Any:
-    """What `compute` returns for the call of one device, which `run` would give it. It gets tracers: nothing runs."""
+    """Return the result of `compute` for the call that `run` would give to one device.
+
+    On Explicit or Auto axes, `compute` receives tracers, so nothing is executed.
+    """
     arrays, part = _arrays(letters, call, compute)
     mesh = _mesh(arrays)
     if AxisType.Explicit not in mesh.axis_types and not _is_automatic(mesh):
@@ -114,7 +124,7 @@ def look(letters: Letters, call: Any, compute: Callable[[Any], Any]) -> Any:
 
 
 def whole(function: Callable, x, *static) -> Any:
-    """`function(x, *static)`; on an Explicit mesh, every device computes it from the whole of x."""
+    """Return `function(x, *static)`. On an Explicit mesh, every device computes it from the whole of x."""
     mesh = _mesh([_Array("", (), x)])
     if AxisType.Explicit not in mesh.axis_types:
         return function(x, *static)
@@ -122,7 +132,7 @@ def whole(function: Callable, x, *static) -> Any:
 
 
 def alike(*values) -> list:
-    """The values; every array is marked to vary over all shard_map axes over which at least one of them varies."""
+    """Return the values. Every array is marked as varying over each shard_map axis over which at least one varies."""
     axes = [_varying(x) for x in values]
     every = frozenset().union(*axes)
     missing = [tuple(sorted(every - own)) if _is_array(x) else () for x, own in zip(values, axes, strict=True)]
@@ -138,7 +148,7 @@ def _varying(x) -> frozenset:
 
 
 def _mesh(arrays: list[_Array]) -> AbstractMesh:
-    """The mesh of the context, or else of the arrays, or else an empty mesh. Its `axis_types` is always a tuple."""
+    """Return the mesh of the context, else of the arrays, else an empty mesh. Its `axis_types` is always a tuple."""
     meshes = [get_abstract_mesh(), *(jax.typeof(array.value).sharding.mesh for array in arrays)]
     return next((mesh for mesh in meshes if mesh.axis_names), AbstractMesh((), (), axis_types=()))
 
@@ -148,7 +158,7 @@ def _is_automatic(mesh: AbstractMesh) -> bool:
 
 
 class _Specs(NamedTuple):
-    """A tree of partitions that is hashable."""
+    """A hashable tree of PartitionSpecs."""
 
     tree: Any
 
@@ -173,7 +183,7 @@ def _over_mesh(function, mesh, ins, outs, *values):
 
 
 def _arrays(letters: Letters, call, compute) -> tuple[list[_Array], _Part]:
-    """The arrays of a call, and the function that computes with their values."""
+    """Return the arrays of a call, and the function that computes with their values."""
     named, tree = jax.tree.flatten_with_path(letters.call)
     arrays, static = [], []
     for (path, word), value in zip(named, tree.flatten_up_to(call), strict=True):
@@ -186,7 +196,7 @@ def _arrays(letters: Letters, call, compute) -> tuple[list[_Array], _Part]:
 
 
 def _divided(array: _Array) -> dict[str, tuple[str, ...]]:
-    """The mesh axes that divide an array, by letter."""
+    """Return {letter: the mesh axes that divide this axis} for an array."""
     entries = jax.typeof(array.value).sharding.spec
     entries = [(axes,) if isinstance(axes, str) else axes for axes in entries]
     return {at: tuple(axes) for at, axes in zip(array.letters, entries, strict=True) if isinstance(axes, tuple)}
@@ -202,7 +212,7 @@ def _spec(maps, axes, letters) -> PartitionSpec:
 
 
 def _axes(letters: Letters, arrays: list[_Array], mesh) -> dict[str, tuple[str, ...]]:
-    """The mesh axes that divide the letters of `maps.values()`; ValueError if the op cannot run with this division."""
+    """Return {group: the mesh axes that divide it}. Raise ValueError if the op cannot run with this division."""
     maps, found, owners = letters.maps, {}, {}
 
     sizes = functools.partial(_sizes, mesh)

@@ -1,4 +1,4 @@
-"""What code is traced for: the GPU that is there, a GPU that need not be there, or the interpreter on a CPU."""
+"""The platform that code is traced for: the GPU of this machine, an absent GPU, or the interpreter on a CPU."""
 
 import contextlib
 import contextvars
@@ -9,7 +9,7 @@ import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh, get_abstract_mesh, use_abstract_mesh
 
-# The compute capability of GPUs that need not be there, by the beginning of their names.
+# The compute capability of GPUs that may be absent, by the beginning of their names.
 CAPABILITIES = {
     "NVIDIA A100": "sm_80", "NVIDIA L40S": "sm_89", "NVIDIA H100": "sm_90", "NVIDIA H200": "sm_90",
     "NVIDIA GH200": "sm_90", "NVIDIA B200": "sm_100", "NVIDIA RTX PRO 6000": "sm_120",
@@ -21,17 +21,17 @@ _interpreted = contextvars.ContextVar("interpreted", default=False)
 
 @contextlib.contextmanager
 def absent_gpu() -> Iterator[None]:
-    """A context: trace and lower for a Hopper GPU that need not be there."""
+    """In this context, trace and lower for a Hopper GPU. The GPU may be absent."""
     with use_abstract_mesh(AbstractMesh((), (), abstract_device=HOPPER)):
         yield
 
 
 @contextlib.contextmanager
 def interpret(*, detect_races: bool = False) -> Iterator[None]:
-    """A context: run Mosaic GPU kernels on the CPU, with their barriers, shared memory and warpgroups.
+    """In this context, run Mosaic GPU kernels on the CPU, with their barriers, shared memory and warpgroups.
 
-    Every warpgroup needs a thread of XLA, which has one for each CPU device or core. With fewer than four threads a
-    kernel would wait for ever; `--xla_force_host_platform_device_count=8` in XLA_FLAGS gives it eight.
+    Every warpgroup needs a thread of XLA. XLA has one thread for each CPU device or core. With fewer than four threads,
+    a kernel would wait for ever. XLA_FLAGS=--xla_force_host_platform_device_count=8 gives XLA eight threads.
     """
     if max(jax.local_device_count("cpu"), os.cpu_count() or 1) < 4:
         raise RuntimeError("the interpreter needs 4 CPU cores or XLA_FLAGS=--xla_force_host_platform_device_count=4")
@@ -48,13 +48,16 @@ def is_interpreted() -> bool:
 
 
 def name() -> str:
-    """The platform that is traced for: "cpu", "gpu" or "tpu". In the interpreter it is the platform of the host."""
+    """Return the platform that code is traced for: "cpu", "gpu" or "tpu". In the interpreter: the host's platform."""
     device = get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None or is_interpreted() else device.platform
 
 
 def chip() -> str:
-    """The compute capability that is traced for, such as "sm_90", also of an absent GPU; else the platform."""
+    """Return the compute capability that code is traced for, such as "sm_90". An absent GPU counts.
+
+    If code is not traced for a GPU, return the platform.
+    """
     device = get_abstract_mesh().abstract_device
     if device is not None and device.platform == "gpu":
         kind = device.device_kind
@@ -66,7 +69,7 @@ def chip() -> str:
 
 
 def multiprocessors() -> int:
-    """The number of multiprocessors of the GPU that code is traced for. The interpreter uses the number of an H200."""
+    """Return the number of multiprocessors of the GPU that code is traced for. In the interpreter, it is an H200's."""
     device = get_abstract_mesh().abstract_device
     if device is None and jax.default_backend() == "gpu":
         device = jax.devices()[0]

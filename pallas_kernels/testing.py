@@ -15,16 +15,16 @@ import numpy as np
 
 FORWARD = {"float64": 1e-10, "float32": 1e-5, "float16": 1e-3, "bfloat16": 5e-3}
 GRADIENT = {"float64": 1e-10, "float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
-ELEMENT = 10  # the largest difference of one element, in tolerances, relative to the largest expected element
+ELEMENT = 10  # an element may differ by this many tolerances, relative to the largest expected element
 WIDE = ("reference", "xla")  # the implementations that take float64
 
 
 class Difference(NamedTuple):
     """How one output or gradient differs from the expected one.
 
-    `error`: the relative L2 error. `largest`: the largest difference of two elements, relative to the largest expected
-    element. These two elements are `value` and `expected`, at `index`. `problem`: a sentence about a NaN, an infinity,
-    a wrong shape or a wrong type.
+    `error`: the relative L2 error. `largest`: the largest difference of an element, relative to the largest expected
+    element. The element with this difference is at `index`: it is `value` in place of `expected`. `problem`: a sentence
+    about a NaN, an infinity, a wrong shape or a wrong type.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Difference(NamedTuple):
 class Differences(tuple[Difference, ...]):
     """A `Difference` for every output and every gradient. As a string it is a report, with the wrong ones first.
 
-    `ok`: all are within their tolerances. The truth value is the opposite: it is True if there are differences.
+    `ok`: all are within their tolerances. The truth value is the opposite: `bool(differences)` is True if not all are.
     """
 
     title: str
@@ -81,7 +81,7 @@ class Differences(tuple[Difference, ...]):
 
 
 def relative_error(value, expected) -> float:
-    """|value - expected| / |expected| in L2; ValueError if `expected` is not finite.
+    """Return |value - expected| / |expected| in the L2 norm. Raise ValueError if `expected` is not finite.
 
     >>> relative_error([3.0, 4.1], [3.0, 4.0]) < 0.021
     True
@@ -95,7 +95,7 @@ def relative_error(value, expected) -> float:
 
 
 def difference(name: str, value, expected, tolerance: float) -> Difference:
-    """How `value` differs from `expected`, which has the same shape.
+    """Return how `value` differs from `expected`, which has the same shape.
 
     A NaN or infinity in either of them is a problem.
     """
@@ -128,22 +128,21 @@ def differences(
 
     With f the op, x its floating arrays and c random cotangents, f(x) and c^T df/dx are compared: every output, and the
     gradient of every floating array among the arguments. Two things must hold for each: the relative L2 error is within
-    the tolerance, and no element is off by more than ten tolerances of the largest expected element.
+    the tolerance, and no element differs by more than ten tolerances times the largest expected element.
 
     Args:
       op: an op of this package, or any function of arrays that takes `implementation`.
       *args: the arguments of the op.
-      implementation: the one to check; None: the op's own choice.
-      against: the one whose results are expected. "reference" and "xla" run in float64, any other in the type of the
-        arguments.
-      tolerance: for every output and gradient; None: from `FORWARD` and `GRADIENT`, by the least exact type of the
-        arguments.
+      implementation: the implementation to check. None: the op chooses.
+      against: the implementation whose results are expected. "reference" and "xla" run in float64. Any other one runs
+        in the type of the arguments.
+      tolerance: the tolerance of every output and gradient. None: take it from `FORWARD` and `GRADIENT`, for the least
+        exact type of the arguments.
       seed: the seed of the cotangents.
-      **kwargs: the keyword arguments of the op. A number that is no array, such as `scale=0.125`, is not
-        differentiated.
+      **kwargs: the keyword arguments of the op. A Python number, such as `scale=0.125`, is not differentiated.
 
     Returns:
-      `Differences`. A NaN or infinity is a difference, also in the expected results: they would prove nothing.
+      `Differences`. A NaN or infinity is a difference, even in the expected results, because it would prove nothing.
 
     Raises:
       ValueError: no argument is a floating array, or the op refuses the arguments.
@@ -195,7 +194,7 @@ class _Call:
         self.others = {name: x for name, x in arrays.items() if name not in self.floats}
 
     def outputs(self, implementation, floats, others):
-        """The floating outputs, by name."""
+        """Return {name: output} for the floating-point outputs."""
         leaves = self.leaves | others | floats
         bound = inspect.BoundArguments(self.signature, self.tree.unflatten(leaves.values()))
         result = self.op(*bound.args, **bound.kwargs | {"implementation": implementation})
@@ -206,13 +205,13 @@ class _Call:
         return jax.eval_shape(functools.partial(self.outputs, implementation), self.floats, self.others)
 
     def run(self, implementation, floats, others, cotangents):
-        """(the outputs, the gradients of `floats`), by name."""
+        """Return ({name: output}, {name: gradient of the array in `floats`})."""
         values, vjp = jax.vjp(lambda floats: self.outputs(implementation, floats, others), floats)
         return values, vjp({name: cotangents[name].astype(y.dtype) for name, y in values.items()})[0]
 
 
 def _different_shapes(own_shapes, shapes) -> list[Difference]:
-    """A `Difference` for every output whose shape or type differs, or that only one of the two has."""
+    """Return a `Difference` for every output whose shape or type differs, or that only one implementation returns."""
 
     def described(y) -> str:
         return f"{y.dtype}{list(y.shape)}" if y else "nothing"

@@ -1,4 +1,4 @@
-"""Triton kernels run by Triton's own interpreter, on NumPy arrays and with the rounding of a GPU."""
+"""Runs Triton kernels in Triton's own interpreter, on NumPy arrays and with the rounding of a GPU."""
 
 import contextlib
 import threading
@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_one_at_a_time = threading.Lock()  # the interpreter keeps its place in the grid in a global
+_one_at_a_time = threading.Lock()  # the interpreter keeps its position in the grid in a global variable
 _NAMES = {"f": "fp", "i": "i", "u": "u", "b": "i"}
 
 
 class _Tensor:
-    """The part of a tensor that the interpreter asks for, around a NumPy array that is not copied."""
+    """The methods of a tensor that the interpreter calls, for a NumPy array, which is not copied."""
 
     def __init__(self, array: np.ndarray):
         bits = 1 if array.dtype == bool else 8 * array.dtype.itemsize
@@ -30,7 +30,10 @@ class _Tensor:
 
 @contextlib.contextmanager
 def _language_patched_once() -> Iterator[None]:
-    """Patch the language once for each module and launch. The interpreter would do so at every call of a function."""
+    """In this context, patch the Triton language once for each module and launch.
+
+    Otherwise the interpreter would patch it at every call of a function.
+    """
     from triton.language import tensor
     from triton.runtime import interpreter
 
@@ -41,7 +44,8 @@ def _language_patched_once() -> Iterator[None]:
         if module not in seen:
             seen.add(module)
             scope = patch(function)
-            # Triton 3.6 would give NumPy a [1] where from 2.4 on it takes a number. Undone with the rest of the patch.
+            # Triton 3.6 passes an array [1] to NumPy, where NumPy 2.4 and newer require a number. This change is undone
+            # with the rest of the patch.
             tensor.__index__ = lambda self: int(self.handle.data.item())
             return scope
 
@@ -54,11 +58,11 @@ def _language_patched_once() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _bfloat16_as_on_a_gpu() -> Iterator[None]:
-    """Round to the nearest bfloat16 number, and compute with its value.
+    """In this context, round to the nearest bfloat16 number, and compute with the values of bfloat16 numbers.
 
-    The interpreter holds the bits of a bfloat16 number as an integer. It would cut off the other bits of a float32
-    number, and multiply and add the integers. Here products of tensor cores take the values, and other arithmetic
-    rounds its result, as the instructions of a GPU do.
+    The interpreter stores the bits of a bfloat16 number as an integer. Without this context, it would truncate float32
+    numbers to bfloat16, and it would multiply and add the integers. In this context, products of tensor cores use the
+    values, and other arithmetic rounds its result, as the instructions of a GPU do.
     """
     from triton.language import bfloat16, float32
     from triton.runtime.interpreter import InterpreterBuilder as Builder
@@ -95,12 +99,12 @@ def _bfloat16_as_on_a_gpu() -> Iterator[None]:
 
 
 def run(kernel, *arrays, out, grid, constants, **_):
-    """`triton_call.launch` in the interpreter."""
+    """Run `triton_call.launch` in the interpreter."""
     leaves, tree = jax.tree.flatten(out)
 
     def call(*arrays):
         inputs = [np.ascontiguousarray(x) for x in arrays]
-        # What a kernel leaves unwritten must not look like a result.
+        # An element that the kernel does not write must not look like a result.
         outputs = [np.full(x.shape, np.nan if jnp.issubdtype(x.dtype, jnp.floating) else 99, x.dtype) for x in leaves]
         with _one_at_a_time, _language_patched_once(), _bfloat16_as_on_a_gpu():
             kernel()[grid](*map(_Tensor, [*inputs, *outputs]), **constants)

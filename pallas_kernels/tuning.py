@@ -1,7 +1,7 @@
-"""Sizes that were chosen per chip. tuned.json has a list of {"up_to": bounds, ..} for each chip and op.
+"""Tile sizes for each chip and op. tuned.json has a list of entries {"up_to": bounds, ..} for each chip and op.
 
-The first entry whose bounds hold is taken. A chip without its own list takes the list of "any". Bounds make buckets, so
-a length that was never seen before has an entry too. No kernel takes a call that exceeds the last bounds.
+The first entry whose bounds hold is taken. A chip without its own list takes the list of "any". The bounds form
+buckets, so a length that was never seen before has an entry too. Kernels refuse a call that exceeds the last bounds.
 "by" says where an entry comes from: a rule, a static count, or a measurement with its chip and date.
 """
 
@@ -16,7 +16,7 @@ def _table() -> dict:
 
 
 def tuned(chip: str, op: str, **sizes: int) -> dict:
-    """The first entry of an op on a chip whose bounds hold.
+    """Return the first entry of an op on a chip whose bounds hold. Raise LookupError if there is none.
 
     >>> tuned("sm_90", "stick_breaking", T=1000, width=256)["tiles"]
     [128, 64]

@@ -2,7 +2,7 @@
 
 In a notebook or a program, four lines train a model, look at it and sample from it:
 
-    result = stickjax.fit("tiny")          # trains in runs/tiny; calling it again goes on
+    result = stickjax.fit("tiny")          # trains in runs/tiny; call it again to continue
     result.metrics["loss"]                 # columns of numpy arrays
     model = stickjax.load("runs/tiny")
     model.generate("def main(", max_new_tokens=40)
@@ -43,18 +43,18 @@ def fit(
     branch: str | None = None,
     quiet: bool = False,
 ) -> "Result":
-    """Train a model in a run folder. A folder that has checkpoints is resumed, bit for bit on a CPU.
+    """Train a model in a run folder. If the folder has checkpoints, the training resumes, bit for bit on a CPU.
 
-    A notebook shows a bar and a picture of the loss while it trains. Interrupt the kernel (Ctrl-C in a terminal) and
-    the training stops after its step, saves a checkpoint and returns; call `fit` again and it goes on. A second
-    interrupt ends the step at once, and the newest checkpoint is what is kept.
+    A notebook shows a bar and a picture of the loss during the training. If you interrupt the kernel (Ctrl-C in a
+    terminal), the training finishes its step, saves a checkpoint and returns. Call `fit` again to continue. A second
+    interrupt ends the step at once, without a new checkpoint.
 
     Args:
       config: the experiment, or the name of a config such as "tiny", or the path of its file.
-      run: the run folder. None: `runs/NAME` for a config of that name, and for a `Config` a folder in `runs/` that is
-        named after its content: the same config gives the same folder.
-      init_from: a run folder whose parameters are taken; optimizer and data begin anew.
-      branch: "RUN@STEP", a checkpoint to continue with this config, for example with a decay.
+      run: the run folder. None: `runs/NAME` for a config with a name. For a `Config` the name is a hash of its content,
+        so the same config gives the same folder.
+      init_from: a run folder. The training starts from its parameters, with a new optimizer and from the first batch.
+      branch: "RUN@STEP", a checkpoint from which to continue with this config, for example with a decay.
       quiet: show nothing.
 
     Returns:
@@ -62,8 +62,8 @@ def fit(
       `run`, and `metrics`, all logged rows as columns.
 
     Raises:
-      ValueError: a config that does not fit its data or devices, a folder of another config, or one in which another
-        process is training.
+      ValueError: the config does not fit its data or devices, the folder belongs to another config, or another process
+        is training in the folder.
       FloatingPointError: too many steps were not finite; the last good checkpoint is kept.
       OSError: a checkpoint or the metrics could not be written.
 
@@ -81,7 +81,7 @@ def fit(
 
 
 def load(run: "str | os.PathLike", *, step: int | None = None, changes: dict | None = None) -> "TrainedModel":
-    """The model of a run folder or of a Hugging Face folder, ready to generate text and to be evaluated.
+    """Load the model of a run folder or of a Hugging Face folder, ready to generate text and to be evaluated.
 
     Args:
       run: the folder: of a run, in the Hugging Face layout, or from `stickjax.convert`.
@@ -141,9 +141,9 @@ def __dir__() -> list[str]:
 
 
 def register(what, name: str | None = None) -> None:
-    """Make a family of models, or an attention variant under a name, known to configs and to all commands.
+    """Register a family of models, or an attention variant under a name, so that configs and commands can use it.
 
-    A config file may call it: then `python -m stickjax.train FILE` trains the family that the file defines.
+    A config file may call `register`: then `python -m stickjax.train FILE` trains the family that the file defines.
 
     Args:
       what: a `stickjax.models.family.Family`, or a `stickjax.config.attention.AttentionVariant`.

@@ -1,9 +1,9 @@
-"""Models to and from the Hugging Face layout, without torch and without having a model in memory.
+"""Convert models to and from the Hugging Face layout, without torch and without a whole model in memory.
 
 python -m stickjax.convert FOLDER OUT [--step N] [--shard-bytes 5e9] [--eot TOKEN]
 
-FOLDER in the Hugging Face layout: OUT becomes a run folder, which `--init-from`, evaluate and generate read.
-FOLDER of a run: OUT becomes a folder in the Hugging Face layout.
+If FOLDER is in the Hugging Face layout, OUT becomes a run folder, which `--init-from`, evaluate and generate read.
+If FOLDER is a run folder, OUT becomes a folder in the Hugging Face layout.
 """
 
 import math
@@ -79,10 +79,10 @@ def convert(
       path: the folder to write, which does not exist yet.
       step: which checkpoint of a run; None: the newest.
       shard_bytes: as in `export`.
-      eot: the added token that ends a text, `data.eot`; None: the one that the folder names.
+      eot: the added token that ends a text, `data.eot`; None: the token that the folder names.
 
     Raises:
-      ValueError: what `stickjax.load` raises for the folder, and `export` for the model; nothing is left behind.
+      ValueError: as in `stickjax.load` and in `export`. Nothing is written then.
     """
     to_run = hugging_face.is_folder(Path(source))
     config = read_config(source)
@@ -107,10 +107,10 @@ def convert(
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    parser = Parser(prog="python -m stickjax.convert", description="To and from Hugging Face folders.")
+    """Run the command line, and return the exit code."""
+    parser = Parser(prog="python -m stickjax.convert", description="Convert to or from Hugging Face folders.")
     parser.add_argument("folder", help="a folder in the Hugging Face layout, or a run folder")
-    parser.add_argument("out", help="the folder to write, the other of the two; it must not exist")
+    parser.add_argument("out", help="the folder to write, in the other layout; it must not exist")
     parser.add_argument("--step", type=int, help="which checkpoint of a run; the newest by default")
     parser.add_argument("--shard-bytes", type=float, default=SHARD_BYTES, help="largest file (default 5e9)")
     parser.add_argument("--eot", metavar="TOKEN", help="added token that ends a text, if the folder names none")

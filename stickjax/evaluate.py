@@ -1,4 +1,4 @@
-"""Held-out bits per byte at 1, 2, 4 and 8 times the training length: the same bytes are scored at every length.
+"""Evaluate held-out bits per byte at 1, 2, 4 and 8 times the training length, on the same bytes at every length.
 
 python -m stickjax.evaluate RUN [RUN ...] [--lengths 1,2,4] [--plot PNG]
 
@@ -41,9 +41,9 @@ LENGTHS = (1, 2, 4, 8)
 
 @jax.jit
 def _sums(model: nnx.Module, windows: jax.Array, target_mask: jax.Array) -> dict[str, jax.Array]:
-    """Sums over the targets of windows [B, T+1] that `target_mask` [B, T] keeps.
+    """Return sums over the targets of windows [B, T+1] that `target_mask` [B, T] keeps.
 
-    They are the negative log-likelihood in nats and, of a model that halts, the number of blocks.
+    They are the negative log-likelihood in nats and, for a model that halts, the number of blocks.
     """
     output = family_of(model.config).apply(model, {"tokens": windows[:, :-1]})
     by_token = {"nll": optax.softmax_cross_entropy_with_integer_labels(output.logits, windows[:, 1:])}
@@ -61,11 +61,11 @@ def evaluate(
     batch_tokens: int = 2**13,
     say: Callable[[str], None] = lambda text: None,
 ) -> Records:
-    """Bits per byte of the held-out text, at contexts of m * T tokens for every m of `lengths`.
+    """Compute the bits per byte of the held-out text, at contexts of m * T tokens for every m of `lengths`.
 
-    Windows of max(lengths) * T tokens, each within one document, are cut in pieces of m * T; every piece begins
-    without context. So all lengths score the same targets, and a longer one only adds context. Short documents are
-    scored whole (`heldout_windows`).
+    Windows of max(lengths) * T tokens, each within one document, are cut into pieces of m * T tokens. Every piece
+    begins without context. So all lengths score the same targets, and a longer length only adds context. Short
+    documents are scored whole (`heldout_windows`).
 
     Args:
       model: the parameters.
@@ -80,7 +80,7 @@ def evaluate(
       model that halts also "depth", the mean number of blocks.
 
     Raises:
-      ValueError: a length that does not divide the largest, or `max_tokens` below 1.
+      ValueError: a length does not divide the largest one, or `max_tokens` is below 1.
     """
     _, heldout = load_corpus(config.data)
     windows = heldout_windows(heldout, config.data.T, lengths=lengths, max_tokens=max_tokens)
@@ -106,7 +106,7 @@ def evaluate(
 
 
 def depths(model: nnx.Module, config: Config, *, lines: int = 4, T: int = 64) -> list[tuple[list[str], np.ndarray]]:
-    """The tokens of some held-out windows, as text, and the mean number of blocks of each."""
+    """Return the tokens of some held-out windows, as text, and the mean number of blocks of every token."""
     _, heldout = load_corpus(config.data)
     T = min(T, config.data.T)
     windows = heldout_windows(heldout, T, lengths=(1,), max_tokens=lines * T)
@@ -120,9 +120,9 @@ def depths(model: nnx.Module, config: Config, *, lines: int = 4, T: int = 64) ->
 
 
 def table(runs: dict[str, Records]) -> Table:
-    """Bits per byte, a row per run and a column per multiple of T.
+    """Return a table of bits per byte, a row per run and a column per multiple of T.
 
-    The heading of a column shows the context if all runs share it; otherwise every cell shows its own.
+    The heading of a column shows the context if it is the same for all runs; otherwise every cell shows the context.
     """
     contexts: dict[int, set[int]] = {}
     for record in (record for records in runs.values() for record in records):
@@ -142,7 +142,7 @@ def table(runs: dict[str, Records]) -> Table:
 
 
 def names(runs: Iterable[str]) -> dict[str, Path]:
-    """{name: folder} of runs: the name is the shortest end of the path that no other run has; each folder occurs once.
+    """Return {name: folder} of runs, every folder once. The name is the shortest end of the path that is unique.
 
     >>> list(names(["x/run", "y/run", "/data/old", "x/run/"]))
     ['x/run', 'y/run', 'old']

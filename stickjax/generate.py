@@ -1,4 +1,4 @@
-"""Text from a trained model: one call reads the prompts, then one jitted step per token reads it from the cache.
+"""Generate text with a trained model: one call reads the prompts, then one jitted decode step computes each new token.
 
 python -m stickjax.generate RUN --prompt "def main(" [--temperature 0.8] [--top-p 0.95] [--stop TEXT ...]
 """
@@ -37,24 +37,24 @@ def generate(
     vocab_size: int | None = None,
     on_token: Callable[[int, int], bool | None] | None = None,
 ) -> list[list[int]]:
-    """The tokens that follow each of B prompts, drawn from softmax(logits / temperature).
+    """Return the tokens that follow each of B prompts, drawn from softmax(logits / temperature).
 
-    A row's tokens depend on its prompt, its index and the seed, not on the other rows.
+    The tokens of a row depend on its prompt, its index and the seed, not on the other rows.
 
     Args:
       model: from `init` or `load`.
-      prompts: B arrays of token ids, of any lengths; an empty one begins with `eot`.
-      max_new_tokens: the most new tokens of a row.
+      prompts: B arrays of token ids, of any lengths; an empty prompt becomes `eot`.
+      max_new_tokens: the largest number of new tokens in a row.
       temperature: 0 takes the most likely token.
       top_k: draw from the k most likely tokens only.
       top_p: then draw from the fewest tokens that together have probability top_p (nucleus, arXiv 1904.09751).
       seed: the seed of the draws.
       eot: end-of-text id; a row ends with it. None: no id ends a row.
-      vocab_size: larger ids, and this one, are never chosen, because V may be padded; None: V.
+      vocab_size: only ids below this are chosen, because V may be padded; None: V.
       on_token: `on_token(row, id)` is called for each new token as it comes; returning True ends the row.
 
-    Returns B lists of new ids; the last id is `eot` when that is what ended the row.
-    Raises ValueError for an option out of range, a prompt id outside the vocabulary, an empty prompt without `eot`.
+    Returns B lists of new ids; the last id is `eot` if `eot` has ended the row.
+    Raises ValueError for an option out of range, a prompt id outside the vocabulary, or an empty prompt without `eot`.
 
     >>> from stickjax.config import ModelConfig
     >>> from stickjax.models.transformer import init
@@ -62,7 +62,7 @@ def generate(
     >>> [len(row) for row in generate(model, [[1, 2, 3], [4]], 5, temperature=1.0, top_p=0.9)]
     [5, 5]
     """
-    size, V = _cache_bytes(model.config), model.config.vocabulary  # refuses a model that generates no text
+    size, V = _cache_bytes(model.config), model.config.vocabulary  # raises for a model that generates no text
     vocab_size = min(vocab_size or V, V)
     options = _options(max_new_tokens, temperature, top_k, top_p, seed, vocab_size)
     rows = [_prompt_ids(row, prompt, eot, vocab_size) for row, prompt in enumerate(prompts)]
@@ -74,7 +74,7 @@ def generate(
     outputs, active, last = [[] for _ in rows], set(range(len(rows))), segment_ids[:, -1:]
     for index in range(1, max_new_tokens + 1):
         chosen = ids
-        if index < max_new_tokens:  # begun before `chosen` is looked at: the device never waits for Python
+        if index < max_new_tokens:  # before `chosen` is read, so that the device never waits for Python
             ids, cache = _advance(model, chosen[:, None], last, cache, key, index, **options)
         chosen = np.asarray(chosen).tolist()
         for row in sorted(active):  # a row that has ended is still computed until all have ended
@@ -87,9 +87,9 @@ def generate(
 
 
 def _padded(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """The prompts as [B, T] with their segment ids, -1 for padding.
+    """Return the prompts as [B, T] and their segment ids, -1 for padding.
 
-    Padding is on the left, so that all rows take the same place of the cache at every step.
+    Padding is on the left, so that all rows write to the same place of the cache at every step.
     """
     T = _bucket(max(map(len, rows)))
     tokens, segment_ids = np.zeros((len(rows), T), np.int32), np.full((len(rows), T), -1, np.int32)
@@ -100,7 +100,10 @@ def _padded(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 @partial(jax.jit, static_argnames=("top_k", "vocab_size"), donate_argnames="cache")
 def _advance(model, tokens, segment_ids, cache, key, index, *, temperature, top_k, top_p, vocab_size):
-    """Read tokens [B,T] into the cache and choose each row's `index`-th new token: ids [B]. No temperature: greedy."""
+    """Read tokens [B,T] into the cache, and choose the new token number `index` of every row: ids [B].
+
+    If `temperature` is None, choose the most likely token.
+    """
     logits, cache = family_of(model.config).decode_step(model, tokens, segment_ids, cache)
 
     def choose(logits, row):
@@ -114,7 +117,7 @@ def _advance(model, tokens, segment_ids, cache, key, index, *, temperature, top_
         logits, ids = jax.lax.top_k(logits, top_k or len(logits))  # from the most to the least likely
         if top_p is not None:
             p = jax.nn.softmax(logits)
-            likelier = jnp.cumsum(p) - p  # exactly 0 for the first, which therefore always stays
+            likelier = jnp.cumsum(p) - p  # exactly 0 for the first one, so that it always stays
             logits = jnp.where(likelier < top_p, logits, -jnp.inf)
         return ids[jax.random.categorical(own, logits)]
 
@@ -122,13 +125,13 @@ def _advance(model, tokens, segment_ids, cache, key, index, *, temperature, top_
 
 
 def _cache_bytes(config) -> float:
-    """Bytes of the cache for one token; ValueError for a model that generates no text."""
+    """Return the bytes of the cache for one token. Raises ValueError for a model that generates no text."""
     shapes = jax.eval_shape(lambda: family_of(config).empty_cache(config, 1, 64))
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes)) / 64
 
 
 def _cache(config, B: int, S: int, size: float):
-    """An empty cache; ValueError, with the bytes, if it does not fit into memory."""
+    """Return an empty cache. Raises ValueError if it does not fit into memory."""
     needed, free = B * S * size, free_memory()
     if free is not None and needed > free.bytes:
         raise ValueError(
@@ -139,13 +142,13 @@ def _cache(config, B: int, S: int, size: float):
 
 
 def _bucket(n: int) -> int:
-    """`n` rounded up to one of few sizes (multiples of 64, then four per power of two): each size is compiled once."""
+    """Round `n` up to one of a few sizes: multiples of 64, then four per power of two. Each size is compiled once."""
     step = max(64, 1 << n.bit_length() >> 3)
     return -(-n // step) * step
 
 
 def _options(max_new_tokens, temperature, top_k, top_p, seed, vocab_size) -> dict:
-    """The options of `_advance`, checked; without a temperature it takes the most likely token."""
+    """Check the options and return them for `_advance`; a temperature of 0 becomes None."""
     _check_options(max_new_tokens, temperature, top_k, top_p, seed)
     if not temperature:
         return dict(vocab_size=vocab_size, temperature=None, top_k=None, top_p=None)
@@ -178,19 +181,20 @@ def _prompt_ids(row: int, prompt, eot: int | None, vocab_size: int) -> np.ndarra
 
 
 class _TextStream:
-    """The text of one row as it becomes certain: whole characters, and nothing that may begin a stop string."""
+    """Returns the text of one row as soon as it is certain: whole characters that cannot begin a stop string."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: np.ndarray, stop: Sequence[str]):
         self._decoder, self._stop, self._held, self.stopped = StreamDecoder(tokenizer, prompt), stop, "", False
 
     def feed(self, token: int | None) -> str:
-        """The text that becomes certain with `token`.
+        """Return the text that becomes certain with `token`.
 
         None ends the row and drops an incomplete character at its end.
         """
         last = token is None
         self._held += self._decoder.flush().rstrip("\ufffd") if last else self._decoder.feed(token)
-        # The stop string that is complete first ends the text, however tokens divide it; of several, the longest.
+        # The stop string that is complete first ends the text, no matter how it is divided into tokens. If several are
+        # complete at the same place, the longest one counts.
         found = [(at + len(s), at) for s in self._stop if (at := self._held.find(s)) >= 0]
         begun = [n for s in self._stop for n in range(1, len(s)) if self._held.endswith(s[:n])]
         size = min(found)[1] if found else len(self._held) - (0 if last else max(begun, default=0))
@@ -208,20 +212,21 @@ def generate_text(
     on_text: Callable[[int, str], None] | None = None,
     **sampling,
 ) -> list[str]:
-    """The texts that follow each of B prompts, up to an end of text, a stop string or `max_new_tokens`.
+    """Return the texts that follow each of B prompts, up to an end of text, a stop string or `max_new_tokens`.
 
-    A prompt begins with what the tokenizer puts in front of every text. The prompt and the returned text together are
-    the decoded text of all ids. With some tokenizers the returned text therefore begins with a space.
+    The tokenizer puts the tokens that begin every text in front of a prompt. The prompt and the returned text together
+    are the decoded text of all ids. So with some tokenizers the returned text begins with a space.
 
     Args:
       loaded: from `stickjax.load(run)`.
       stop: strings or special tokens that end a text; the text does not contain them.
-      special_tokens: True: a special token that a prompt spells, such as <|user|>, is encoded as that token. False: it
-        is encoded as ordinary text.
-      on_text: `on_text(row, piece)` is called with whole characters that will stay; a row's pieces make up its text.
+      special_tokens: whether a special token in the text of a prompt, such as <|user|>, is encoded as that token. If
+        False, it is encoded as ordinary text.
+      on_text: `on_text(row, piece)` is called with whole characters that will not change. All pieces of a row together
+        are its text.
       max_new_tokens, **sampling: as in `generate`; sampling takes `temperature`, `top_k`, `top_p` and `seed`.
 
-    Raises ValueError as `generate` does, for one string in place of a list, and for an empty stop string.
+    Raises ValueError as in `generate`, for a string instead of a list, and for an empty stop string.
 
     >>> from stickjax import Config, ModelConfig
     >>> from stickjax.models.transformer import init
@@ -256,7 +261,7 @@ def generate_text(
 
 
 def _read_prompt(path: str | None) -> str:
-    """The text of a file, or of standard input."""
+    """Return the text of a file, or of standard input."""
     try:
         return sys.stdin.read() if path is None else Path(path).read_text("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -266,16 +271,16 @@ def _read_prompt(path: str | None) -> str:
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line, and return the exit code."""
     parser = Parser(prog="python -m stickjax.generate", description="Continue prompts with a trained model.")
     parser.add_argument("run", help="run folder")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", action="append", help="may be repeated; without any, the prompt is standard input")
-    source.add_argument("--prompt-file", help="a file that is one prompt, to its last newline")
+    source.add_argument("--prompt-file", help="a file with one prompt, including its last newline")
     parser.add_argument("--max-new-tokens", type=int, default=200)
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the most likely token (default 0.8)")
-    parser.add_argument("--top-k", type=int, help="draw from the k most likely tokens only")
-    parser.add_argument("--top-p", type=float, help="draw from the most likely tokens of this total probability only")
+    parser.add_argument("--top-k", type=int, help="draw only from the k most likely tokens")
+    parser.add_argument("--top-p", type=float, help="draw only from the most likely tokens with this total probability")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before TEXT, or a special token; repeatable"

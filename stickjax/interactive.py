@@ -23,7 +23,7 @@ from stickjax.training.metrics import metrics_of
 
 
 def fit(config: Config | str | os.PathLike, run: str | os.PathLike | None, *, quiet: bool, **options) -> Result:
-    """`stickjax.fit`."""
+    """Implement `stickjax.fit`."""
     name = None
     if not isinstance(config, Config):
         config, name = load_config(os.fspath(config)), config_name(config)
@@ -44,7 +44,7 @@ def fit(config: Config | str | os.PathLike, run: str | os.PathLike | None, *, qu
 
 
 def load(run: str | os.PathLike, *, step: int | None, changes: dict | None) -> "TrainedModel":
-    """`stickjax.load`."""
+    """Implement `stickjax.load`."""
     model = TrainedModel(*run_folder.load(run, step=step, changes=changes))
     model.run = os.fspath(run)
     return model
@@ -77,18 +77,18 @@ class TrainedModel(Loaded):
         special_tokens: bool = False,
         on_text: Callable[[int, str], None] | None = None,
     ) -> str | list[str]:
-        """The text that follows a prompt. A list of prompts gives a list of texts.
+        """Return the text that follows a prompt. A list of prompts gives a list of texts.
 
         Args:
           prompts: one string, or a list.
-          max_new_tokens: the most new tokens of a text.
+          max_new_tokens: the largest number of new tokens in a text.
           temperature: 0 takes the most likely token.
           top_k, top_p: draw from the k most likely tokens, or from the fewest tokens whose total probability is top_p.
           seed: the seed of the draws; the same seed gives the same text.
           stop, special_tokens, on_text: as in `stickjax.generate.generate_text`.
 
         Raises:
-          ValueError: an option out of range, a model without a tokenizer, or a classifier.
+          ValueError: an option is out of range, or the model has no tokenizer or is a classifier.
         """
         one = isinstance(prompts, str)
         texts = generate_text(
@@ -98,7 +98,7 @@ class TrainedModel(Loaded):
         return texts[0] if one else texts
 
     def evaluate(self, *, lengths: Sequence[int] = LENGTHS, max_tokens: int = 2**17, max_pairs: int = 1024) -> Columns:
-        """Held-out bits per byte at contexts of `lengths` times T, as `python -m stickjax.evaluate` computes them.
+        """Return held-out bits per byte at contexts of `lengths` times T, as in `python -m stickjax.evaluate`.
 
         A classifier of pairs is scored by its accuracy instead, on `max_pairs` pairs for each number of operators.
         Nothing is written into the run folder.

@@ -1,12 +1,12 @@
-"""Training in several processes of this machine, and of others that run the same command.
+"""Train in several processes of this machine, and of other machines that run the same command.
 
 python -m stickjax.launch --processes 8 configs/tiny.py --mesh.data=-1
 python -m stickjax.launch --processes 8 --hosts 2 --host 0 --coordinator HOST:PORT configs/tiny.py --mesh.data=-1
 
-The arguments after the launcher's own are the command line of `python -m stickjax.train`. With several processes, each
-takes one device of the machine; a single process takes all. SIGTERM, Ctrl-C and a lost terminal reach all processes:
-they save at the same step and end. When one process is lost, all end, and the same command continues from the last
-checkpoint.
+CONFIG and all arguments after it are the command line of `python -m stickjax.train`. With several processes, each takes
+one device of the machine; a single process takes all devices. SIGTERM, Ctrl-C and a lost terminal reach all processes:
+they save at the same step and end. When one process is lost, all processes end. The same command then continues from
+the last checkpoint.
 """
 
 import argparse
@@ -30,20 +30,20 @@ from stickjax.parallel.processes import (
 )
 
 GRACE = 5  # seconds between SIGTERM and SIGKILL for the other processes when one is lost
-# Seconds for which stderr is held back: when one process is lost, the others write long errors that only say so.
+# Seconds for which stderr is held back. When a process is lost, the others write long errors; these are then dropped.
 HELD = 0.5
 
 
 class Processes:
-    """The processes of this machine, and what they write to stderr."""
+    """The processes of this machine, and their output to stderr."""
 
     def __init__(self, commands: list[list[str]], environments: list[dict[str, str]]):
         self.all = [
-            # Every process has its own session, so that it gets Ctrl-C from here only, and only once.
+            # A new session for every process, so that it gets Ctrl-C only from the launcher, and only once.
             subprocess.Popen(command, env=os.environ | extra, stderr=subprocess.PIPE, start_new_session=True)
             for command, extra in zip(commands, environments, strict=True)
         ]
-        self._held: list[tuple[float, int, bytes]] = []  # (when, which process, a piece of what it wrote)
+        self._held: list[tuple[float, int, bytes]] = []  # (time, index of the process, a piece of its output)
         self._pipes = selectors.DefaultSelector()
         for index, process in enumerate(self.all):
             os.set_blocking(process.stderr.fileno(), False)
@@ -54,7 +54,7 @@ class Processes:
             process.send_signal(number)  # nothing happens to one that has ended
 
     def read(self, timeout: float) -> None:
-        """Read what the processes have written; wait for it `timeout` seconds at most."""
+        """Read the output of the processes; wait for it for at most `timeout` seconds."""
         if not self._pipes.get_map():
             time.sleep(timeout)
         for key, _ in self._pipes.select(timeout):
@@ -64,7 +64,7 @@ class Processes:
                 self._pipes.unregister(key.fileobj)
 
     def write(self, *, before: float = float("inf"), only: int | None = None) -> None:
-        """Pass on what was written before a time; with `only`, drop what all other processes wrote."""
+        """Write the output from before a time to stderr. With `only`, drop the output of all other processes."""
         due = [piece for piece in self._held if piece[0] < before]
         self._held = [piece for piece in self._held if piece[0] >= before]
         for _, index, data in due:
@@ -73,25 +73,29 @@ class Processes:
         sys.stderr.flush()
 
     def has_printed(self, index: int, words: bytes) -> bool:
-        """Whether process `index` has written these words since its output was last passed on."""
+        """Return whether process `index` has written these words since the last `write`."""
         return words in b"".join(data for _, who, data in self._held if who == index)
 
     def wait(self) -> int | None:
-        """Wait until all have succeeded or were stopped (None), or until one fails: the index of the first to fail."""
-        patience = None
+        """Wait until all processes have succeeded or were stopped, or until one fails.
+
+        Returns the index of the process that failed first, or None. A process that only reports that another one is
+        lost counts as failed only if no other failure follows.
+        """
+        deadline = None  # set when the first process has failed
         while True:
             self.read(0.1)
             codes = {index: code for index, process in enumerate(self.all) if (code := process.poll()) is not None}
-            others = [index for index, code in codes.items() if code not in (0, *EXIT_STOPPED)]
-            causes = [index for index in others if codes[index] not in (EXIT_PEER_LOST, -signal.SIGABRT)]
-            if others and patience is None:
-                patience = time.monotonic() + GRACE
-            if causes or (others and (len(codes) == len(self.all) or time.monotonic() > patience)):
+            failed = [index for index, code in codes.items() if code not in (0, *EXIT_STOPPED)]
+            causes = [index for index in failed if codes[index] not in (EXIT_PEER_LOST, -signal.SIGABRT)]
+            if failed and deadline is None:
+                deadline = time.monotonic() + GRACE
+            if causes or (failed and (len(codes) == len(self.all) or time.monotonic() > deadline)):
                 self.read(0)
-                return (causes or others)[0]
+                return (causes or failed)[0]
             if len(codes) == len(self.all):
                 return None
-            if not others:
+            if not failed:
                 self.write(before=time.monotonic() - HELD)
 
     def close(self) -> None:
@@ -111,7 +115,7 @@ class Processes:
 
 @contextlib.contextmanager
 def _forwarded(processes: Processes):
-    """Pass SIGTERM, Ctrl-C and SIGHUP on to the processes; a second Ctrl-C kills them. Yields the signals so far."""
+    """Send SIGTERM, Ctrl-C and SIGHUP on to the processes; a second Ctrl-C kills them. Yield the signals so far."""
     got: list[int] = []
 
     def handle(number, frame):
@@ -135,9 +139,9 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--processes", type=int, default=1, metavar="N", help="on this machine (default 1)")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="processes on this machine (default 1)")
     parser.add_argument("--hosts", type=int, default=1, metavar="H", help="machines, each with N processes (default 1)")
-    parser.add_argument("--host", type=int, default=0, metavar="I", help="which of them this is, from 0")
+    parser.add_argument("--host", type=int, default=0, metavar="I", help="index of this machine, from 0")
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="a free port of machine 0, needed with --hosts")
     parser.add_argument("train", nargs=argparse.REMAINDER, metavar="CONFIG ...", help="as for python -m stickjax.train")
     words = parser.parse_args(argv)
@@ -155,7 +159,7 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line, and return the exit code."""
     words, train = _parse(argv)
     count, first = words.processes * words.hosts, words.processes * words.host
     address = words.coordinator or f"localhost:{free_port()}"
@@ -175,18 +179,18 @@ def main(argv: list[str] | None = None) -> int:
             return 128 + got[0] if code and got else code
         code = processes.all[bad].returncode
         processes.end()
-        if code == -signal.SIGABRT and processes.has_printed(bad, b"another task died"):  # by JAX, with a stack trace
+        if code == -signal.SIGABRT and processes.has_printed(bad, b"another task died"):  # JAX aborted it
             print(f"error: {lost(first + bad, count)}", file=sys.stderr)
             return 1
         processes.write(only=bad)
-    if got and code == -signal.SIGTERM:  # before it could save anything
+    if got and code == -signal.SIGTERM:  # the process ended before it could save
         say_error("interrupted")
         return 128 + got[0]
     if code not in (
         1,
         EXIT_ERROR_PRINTED,
         EXIT_PEER_LOST,
-    ):  # a process with one of these codes has printed its own error
+    ):  # a process with one of these codes has printed an error already
         what = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         print(f"error: process {first + bad} of {count} {what}; {RESUME_HINT}", file=sys.stderr)
     return 128 - code if code < 0 else 1

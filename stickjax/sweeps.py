@@ -1,7 +1,7 @@
-"""Does muP hold, and which power law? Coordinate checks, learning-rate sweeps and the fit of gamma = a T^b, drawn.
+"""Sweeps: coordinate checks of muP, learning-rate sweeps, and the fit of the power law gamma = a T^b, with plots.
 
-Every experiment takes the training as a callable; `stickjax.training.width` has the trainings of the decoder. It
-returns its records as plain dictionaries, ready for JSON; every plot takes such records and writes a PNG.
+Every experiment takes the training as a callable, and returns its records as plain dictionaries, ready for JSON. Every
+plot takes such records and writes a PNG. `stickjax.training.width` has the trainings of the decoder.
 
 python -m stickjax.sweeps coordinate|learning-rate|power-law [--config FILE] [--out DIR] [--section.field=value ...]
 """
@@ -40,16 +40,16 @@ from stickjax.training import width as models
 
 
 def coordinate_check(widths: Iterable[int], make: Callable, *, steps: int = 4, plot=None) -> Records:
-    """The size of every activation at initialisation and after each of a few steps, for models of growing width.
+    """Measure the mean size of every activation at initialisation and after each of a few steps, at several widths.
 
-    Under muP no activation grows or shrinks with the width: |slope| < 0.1 in log2 mean |activation| against
-    log2 width. Without muP some slope exceeds 0.3. Logits of an output matrix that does not start at zero are the
-    exception: they start at width^-1/2 and reach their final size only in training.
+    Under muP no activation grows or shrinks with the width: the slope of log2 mean |activation| against log2 width is
+    between -0.1 and 0.1. Without muP some slope exceeds 0.3. The logits are an exception if the output matrix does not
+    start at zero: they start at width^-1/2 and reach their final size only in training.
 
     Args:
       widths: the widths, at least two for a slope.
       make: `make(width) -> (params, optimizer, forward)`, `forward(params) -> (loss, {name: activation})`.
-      steps: optimizer steps, all on the batch inside forward.
+      steps: the number of optimizer steps, all on the same batch, which `forward` has.
       plot: path of a PNG of the last step.
 
     Returns:
@@ -83,7 +83,9 @@ def coordinate_check(widths: Iterable[int], make: Callable, *, steps: int = 4, p
 
 
 def slopes(records: Records, step: int | None = None) -> dict[str, float]:
-    """The slope of log2 mean |activation| against log2 width, by activation, at a step (the last by default).
+    """Return the slope of log2 mean |activation| against log2 width for every activation, at a step.
+
+    The default is the last step.
 
     Raises:
       ValueError: there is only one width, or an activation is zero or not finite.
@@ -103,9 +105,9 @@ def slopes(records: Records, step: int | None = None) -> dict[str, float]:
 def learning_rate_sweep(
     widths: Iterable[int], learning_rates: Iterable[float], run: Callable, *, mup=(True, False), plot=None
 ) -> Records:
-    """The last loss of a short training for every width and learning rate, with muP and without.
+    """Run a short training for every width and learning rate, with muP and without, and return the last losses.
 
-    Under muP the best learning rate is the same at every width, and wider is better at each of them.
+    Under muP the best learning rate is the same at every width, and a wider model is better at every learning rate.
 
     Args:
       widths: the widths.
@@ -135,7 +137,10 @@ def learning_rate_sweep(
 
 
 class PowerLaw(NamedTuple):
-    """gamma = a T^b, the best run for every T and beta, and ln(gamma) minus its fit for each of them."""
+    """The law gamma = a T^b.
+
+    `best`: the best run for every pair of T and beta. `residuals`: ln(gamma) minus its fit, for each of these runs.
+    """
 
     a: float
     b: float
@@ -144,7 +149,10 @@ class PowerLaw(NamedTuple):
 
 
 def _refined(best: dict, line: Records) -> dict:
-    """The best run, moved to the minimum of the parabola in ln(rate) through it and its two neighbours."""
+    """Return the best run, with its rate moved to the minimum of a parabola in ln(rate).
+
+    The parabola goes through the best run and its two neighbours.
+    """
     line = sorted(line, key=lambda r: r["learning_rate"])
     at = line.index(best)
     three = line[max(at - 1, 0) : at + 2]
@@ -161,9 +169,9 @@ def fit_power_law(records: Records, *, plot=None) -> PowerLaw:
     .. math::
         \gamma = \eta^* / \beta = a T^b
 
-    with eta* the learning rate of the smallest loss for every pair of T and beta (of the parabola through the best
-    run and its two neighbours), by least squares of ln(gamma) on ln(T). A best learning rate at the edge of the
-    sweep is no minimum yet; widen the sweep.
+    eta* is the learning rate with the smallest loss for a pair of T and beta: the minimum of the parabola through the
+    best run and its two neighbours. The fit is by least squares of ln(gamma) on ln(T). If the best learning rate is at
+    the edge of the sweep, it is not a minimum yet: widen the sweep.
 
     Args:
       records: dictionaries with "tokens" (T), "batch_size" (beta, in sequences of 4096 tokens), "learning_rate"
@@ -196,7 +204,7 @@ def fit_power_law(records: Records, *, plot=None) -> PowerLaw:
 
 
 def plot_coordinate_check(runs: dict[str, Records], path, step: int | None = None) -> None:
-    """One panel for each named run, such as {"muP": ..., "without muP": ...}, its slopes in the legend."""
+    """Plot a panel for each run of {"muP": records, "without muP": records}, with its slopes in the legend."""
     scales = dict(xscale=("log", dict(base=2)), yscale=("log", dict(base=2)))
     page, panels = figure("width", "mean |activation|", list(runs), **scales)
     for axes, records in zip(panels, runs.values(), strict=True):
@@ -262,7 +270,7 @@ _COMMANDS = {"coordinate": _coordinate, "learning-rate": _learning_rate, "power-
 
 def _edge(best: Records, rates) -> str | None:
     at_edge = any(r["learning_rate"] in (min(rates), max(rates)) for r in best)
-    return "a minimum at the edge of --rates may not be one: widen them" if at_edge else None
+    return "a best rate at the edge of --rates may not be a minimum: widen them" if at_edge else None
 
 
 def _numbers(name: str, text: str, kind: type) -> list:
@@ -277,7 +285,7 @@ def _numbers(name: str, text: str, kind: type) -> list:
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line, and return the exit code."""
     parser = Parser(prog="python -m stickjax.sweeps")
     parser.add_argument("command", choices=_COMMANDS, help="power-law trains 1, 2, 4 and 8 times the config's steps")
     parser.add_argument("--config", help="a name, a .py file, or a run's config.json; by default a small model")
@@ -290,7 +298,7 @@ def main(argv: list[str] | None = None) -> int:
     D, peak = config.model.D, config.optim.peak_lr
     widths = _numbers("widths", words.widths, int) if words.widths else [D, 2 * D, 4 * D]
     rates = _numbers("rates", words.rates, float) if words.rates else [peak * 2.0**e for e in range(-2, 5)]
-    models.at_width(config, D, mup=True)  # refuses a model without muP before anything is written
+    models.at_width(config, D, mup=True)  # raises for a model without muP, before anything is written
     out = Path(words.out) / words.command
     out.parent.mkdir(parents=True, exist_ok=True)
     with console.status(words.command) as status:

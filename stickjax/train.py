@@ -20,14 +20,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--run", help="run folder; runs/NAME of the config file by default")
     parser.add_argument("--init-from", metavar="RUN", help="begin with the parameters of another run")
     parser.add_argument(
-        "--from", dest="branch", metavar="RUN@STEP", help="go on from a checkpoint under a changed config"
+        "--from", dest="branch", metavar="RUN@STEP", help="continue from a checkpoint with a changed config"
     )
-    parser.add_argument("--dry-run", action="store_true", help="compile the step, say what it takes, and write nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print the memory and time of a step; write nothing")
     parser.add_argument("--profile", action="store_true", help="write a trace of a few steps to RUN/profile")
     parser.add_argument("-h", "--help", action="store_true")
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="of several processes, where process 0 listens")
-    parser.add_argument("--processes", type=int, metavar="N", help="how many there are; stickjax.launch starts them")
-    parser.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0")
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="address at which process 0 listens")
+    parser.add_argument("--processes", type=int, metavar="N", help="number of processes; stickjax.launch starts them")
+    parser.add_argument("--process", type=int, metavar="I", help="index of this process, from 0")
     words, rest = parser.parse_with_fields(argv)
     if not words.help:
         processes.initialize(words.coordinator, words.processes, words.process)

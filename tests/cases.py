@@ -1,8 +1,8 @@
-"""Named calls of the ops, as data: every implementation runs all of them. A new implementation is one line here."""
+"""Named calls of the ops. Every implementation runs all of them; to test a new implementation, add one line here."""
 
 from benchmarks.kernel_cases import DECODED, KERNEL_CASES, KERNEL_EXPERTS, ODD, Experts, Stick, documents, dtype_of
 
-# Those of the GPU kernels are in benchmarks/kernel_cases.py: the GPU benchmark runs them too.
+# The calls for the GPU kernels are in benchmarks/kernel_cases.py, because the GPU benchmark runs them too.
 __all__ = ["DECODED", "KERNEL_CASES", "KERNEL_EXPERTS", "ODD", "Experts", "Stick", "documents", "dtype_of"]
 
 STICK_IMPLEMENTATIONS = {
@@ -61,7 +61,7 @@ STICK = {
 }
 
 
-# Skipping differs from the loop in how heads and rows leave it, not in the masks.
+# The cases that "xla-skip" runs. It differs from "xla-loop" in how heads and rows leave the loop, not in the masks.
 SKIP_CASES = "plain", "grouped-heads", "offsets", "no-keys", "padded", "everything", "saturated", "very-saturated"
 
 EXPERTS = {

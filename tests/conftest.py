@@ -1,4 +1,4 @@
-"""The settings every test runs under, and how tests compare; the tolerances are those of `pallas_kernels.testing`."""
+"""Settings for all tests, shared fixtures, and comparisons. The tolerances are defined in `pallas_kernels.testing`."""
 
 import atexit
 import gc
@@ -8,9 +8,11 @@ import tempfile
 import time
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# The warpgroups of an interpreted GPU kernel wait for one another in threads of XLA's: one per CPU device or core.
+# The warpgroups of an interpreted GPU kernel run in XLA's threads and wait for each other, so XLA needs several. It has
+# one thread per CPU device or core.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
-# What one test, worker or program that a test starts has compiled, the others load: it is most of what they do.
+# All tests, all workers and all programs that tests start share one compilation cache, because compilation takes most
+# of their time.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="stickjax-compiled-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
@@ -26,8 +28,9 @@ from stickjax.storage.checkpoints import named_leaves
 from stickjax.training import loop
 from stickjax.training.metrics import read_metrics
 
-# Tracing and lowering create millions of objects that stay alive until their test file ends. At its usual thresholds,
-# Python's garbage collector visits all of them again and again: a seventh of the time of tests/test_ptx_calls.py.
+# Tracing and lowering create millions of objects that stay alive until their test file ends. With the default
+# thresholds, Python's garbage collector visits all of them again and again. That took a seventh of the time of
+# tests/test_ptx_calls.py.
 gc.set_threshold(100_000, 50, 100)
 hypothesis.settings.register_profile("same", derandomize=True, deadline=None)  # the same examples in every run
 hypothesis.settings.load_profile("same")
@@ -35,9 +38,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "standard")
 
 __all__ = ["FORWARD", "GRADIENT", "relative_error"]  # tests import them from here
-# Logits of +-80 in fp32 are off by 80 * 2^-24 or more, and so are the logarithms of the weights.
+# Tolerance for saturated logits. Logits of +-80 in fp32 have an error of 80 * 2^-24 or more, and the logarithms of the
+# weights have the same error.
 SATURATED = 5e-5
-# log1p by multiply-adds in fp32, largest relative error; the library's is off by 2.1e-7.
+# Largest relative error allowed for the log1p made of multiply-adds, in fp32. The library's log1p has 2.1e-7.
 LOG1P = 1.5e-7
 
 
@@ -47,7 +51,7 @@ def assert_close(value, reference, tolerance: float, name: str = "") -> None:
 
 
 def assert_same_state(a, b) -> None:
-    """To the bit."""
+    """Assert that two training states are bitwise equal."""
     for (name, x), (_, y) in zip(named_leaves(a).items(), named_leaves(b).items(), strict=True):
         if name == "key":
             x, y = map(jax.random.key_data, (x, y))
@@ -55,17 +59,17 @@ def assert_same_state(a, b) -> None:
 
 
 def wait_for_step(run, step, process) -> None:
-    """Until the training that `process` does in the folder `run` has logged a step."""
+    """Wait until the training of `process` has logged this step in the run folder `run`."""
     deadline = time.monotonic() + 120
     while not any(row["step"] >= step for row in read_metrics(run)):
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "the training does not get on"
+        assert time.monotonic() < deadline, f"the training has not logged step {step} within 120 s"
         time.sleep(0.005)
 
 
 @pytest.fixture(scope="session")
 def bpe(tmp_path_factory):
-    """A small byte-level BPE tokenizer.json."""
+    """The path of a small byte-level BPE tokenizer.json."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -87,7 +91,8 @@ def x64():
         yield
 
 
-# Compiled as users compile: what they measure are errors of rounding, and that a resumed run is the same to the bit.
+# Test files that compile with all optimisations, as users do: they measure rounding errors, or test that a resumed run
+# is bitwise equal.
 OPTIMISED = ("test_stick_breaking", "test_scatter_moe", "test_train")
 LONG = (
     "test_train",
@@ -98,7 +103,7 @@ LONG = (
     "test_stick_breaking",
     "test_notebook",
     "test_readme",
-)  # a worker that got one of these last would leave the other idle
+)  # these run first: a worker that got one of these last would work alone for a long time
 
 
 def pytest_collection_modifyitems(items):
@@ -107,16 +112,17 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True, scope="module")
 def programs(request):
-    """Compile without optimisation, which halves the time of most files, and forget the programs after each file.
+    """Compile most files without optimisation, and drop the compiled programs after each file.
 
-    Every compiled program maps memory, and Linux gives a process 65,530 mappings: one process runs out of them.
-    With JAX_DISABLE_MOST_OPTIMIZATIONS in the environment, as against the oldest JAX, that decides.
+    Without optimisation most files take half the time. The programs are dropped because each of them maps memory, and
+    Linux allows a process 65,530 mappings, which is not enough for all files. If JAX_DISABLE_MOST_OPTIMIZATIONS is set
+    in the environment, its value decides for all files; `make test-oldest` sets it.
     """
     name = "JAX_DISABLE_MOST_OPTIMIZATIONS"
     quick = name not in os.environ and request.path.stem not in OPTIMISED
     with pytest.MonkeyPatch.context() as patch:
         if quick:
-            patch.setenv(name, "1")  # of the programs that a test starts
+            patch.setenv(name, "1")  # for the programs that a test starts
             jax.config.update(name.lower(), True)
         yield
     if quick:
@@ -126,7 +132,7 @@ def programs(request):
 
 
 def without_check(new, monkeypatch):
-    """`loop._new`, but the program that it compiles is not checked; the program of the step still is."""
+    """Wrap `new` (`loop._new`) so that the program it compiles is not checked. The program of the step still is."""
 
     def call(*arguments):
         with monkeypatch.context() as patch:

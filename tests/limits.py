@@ -1,4 +1,4 @@
-"""Stick-breaking attention where logits saturate, and its outputs and gradients in numpy, fp64."""
+"""Stick-breaking attention with saturated logits, and its expected outputs and gradients, computed by numpy in fp64."""
 
 import jax
 import jax.numpy as jnp
@@ -7,20 +7,24 @@ import numpy as np
 from pallas_kernels import stick_breaking_attention
 
 T, H, HUGE = 40, 32, {"float16": 6e4, "bfloat16": 1e30, "float32": 1e30}
-# The logits of the keys, of which every causal query also has masked ones; noise of deviation 1 comes on top.
+# The logit of each key, by name of the batch entry. Noise of standard deviation 1 is added. Attention is causal, so
+# every query also has masked keys.
 LOGITS = {
     **{f"{value:g}": np.full(T, value) for value in (0.0, 88.0, 1e3, 1e5, -88.0, -1e3, -1e5)},
     "far and near": np.tile([1e5, -1e5], T // 2),
     "mixture": np.tile([0, 88, -1e5, 0, 1e3, 0, 0, 1e5, -88, -1e3], T // 10),
     "a near one at times": np.where(np.arange(T) % 9 == 8, 1e5, -1),
 }
-PADDED = "masked and huge"  # an entry of logits around 0 whose padding holds HUGE keys and values
+PADDED = "masked and huge"  # a batch entry with logits around 0, whose padding has HUGE keys and values
 NAMES = *LOGITS, PADDED
-FIRST = 256.0  # of every query, so that float16 holds the key of a logit of 1e5 and the gradients
+FIRST = 256.0  # the first channel of every query, so that keys for logits of 1e5 and the gradients fit into float16
 
 
 def inputs(dtype):
-    """query, key, value [B,T,1,H], segment_ids [B,T], an entry for each of NAMES; cotangents of out, rem, log_rem."""
+    """Return (query, key, value), segment_ids, and the cotangents of (out, rem, log_rem).
+
+    The arrays are [B,T,1,H] and the segment ids [B,T], with one batch entry for each of NAMES.
+    """
     rng, B = np.random.default_rng(0), len(NAMES)
     q, k, v, d_out = rng.standard_normal((4, B, T, 1, H))
     q, k = q / H**0.25, k / H**0.25
@@ -36,7 +40,7 @@ def inputs(dtype):
 
 
 def expected(arrays, segments, cotangents) -> dict:
-    """The formulas of `stick_breaking_attention` at a scale of 1, and those of its gradients."""
+    """Return outputs and gradients of `stick_breaking_attention` at scale 1, by its formulas."""
     q, k, v = (np.asarray(x, np.float64)[:, :, 0] for x in arrays)
     d_out, d_rem, d_log_rem = (np.asarray(x, np.float64)[:, :, 0] for x in cotangents)
     mask = np.tri(T, k=-1, dtype=bool) & (segments[:, :, None] >= 0) & (segments[:, None] == segments[:, :, None])
@@ -55,7 +59,7 @@ def expected(arrays, segments, cotangents) -> dict:
 
 
 def results(dtype, **options) -> dict:
-    """Of an implementation: outputs and gradients named as those of `expected`."""
+    """Return outputs and gradients of an implementation, with the same names as `expected`."""
     arrays, segments, cotangents = inputs(dtype)
 
     @jax.jit
@@ -74,7 +78,7 @@ def results(dtype, **options) -> dict:
 
 
 def errors(values: dict, dtype) -> dict[str, float]:
-    """The relative L2 error of every output and gradient in every entry, infinite where it is not finite."""
+    """Return the relative L2 error of every output and gradient in every batch entry; infinite if it is not finite."""
     found = {}
     for name, want in expected(*inputs(dtype)).items():
         got = np.asarray(values[name], np.float64).reshape(want.shape)

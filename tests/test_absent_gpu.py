@@ -1,4 +1,4 @@
-"""The Mosaic kernels, compiled for an H200 that is not there: no atomics, no spills, and an iteration's cost."""
+"""The Mosaic kernels, compiled for an absent H200: no atomics, no register spills, and the cost of an iteration."""
 
 import importlib.util
 import io
@@ -15,7 +15,7 @@ needs_wheels = pytest.mark.skipif(
     reason="needs the CUDA wheels and no GPU: make test-absent",
 )
 
-# A kernel with an outer loop (0x10), an inner one with a product (0x30), a wait for a barrier (0x80) and a final trap.
+# A kernel with an outer loop (0x10), an inner loop with a product (0x30), a wait for a barrier (0x80), a final trap.
 LISTING = """
 .L_x_0:
         /*0010*/                   MOV R1, R2 ;                            /* 0x0 */
@@ -52,12 +52,12 @@ def test_only_the_innermost_loop_that_works_is_found():
     (loop,) = sass.find_loops(LISTING)
     assert (loop.start, loop.instructions, loop.special, loop.fp32, loop.shuffles) == (0x30, 5, 1, 1, 1)
     assert loop.products == {"64x64x16": 1} and loop.flops == 2 * 64 * 64 * 16
-    # 128 threads on 16 lanes; five instructions of four warps on four schedulers; 4096 operations a clock.
+    # 128 threads on 16 lanes; five instructions of four warps on four schedulers; 4096 operations per clock cycle.
     assert loop.cycles == {"special": 8, "issue": 5, "tensor": 32} and loop.bound == "tensor"
 
 
 def test_a_loop_with_products_counts_with_a_search_inside_it():
-    """One with a product (0x10) around one without (0x20)."""
+    """A loop with a product (0x10) contains a loop without one (0x20)."""
     nested = """
 .L_x_0:
         /*0010*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], RZ, !UPT ;
@@ -96,16 +96,19 @@ info    : used 162 registers, used 16 barriers, 48 stack, 1025 bytes smem"""
 
 
 def test_bound_by_hand():
-    """A clock of 1.755 GHz on 132 multiprocessors: 1e6 iterations of 231.66 cycles take 1 ms."""
+    """On 132 multiprocessors with a clock of 1.755 GHz, 1e6 iterations of 231.66 cycles take 1 ms."""
     assert absent_gpu.milliseconds(231.66, 10**6) == pytest.approx(1)
 
 
 def test_tiles_by_hand():
-    """Eight tiles of queries: 8 on the diagonal, 28 left of it; for the pairs of queries, 3 3 2 2 1 1 0 0 of them."""
+    """Eight query tiles: 8 tiles are on the diagonal, 28 left of it.
+
+    Of the pairs of query tiles, 3 3 2 2 1 1 0 0 run without a mask, for each of the eight key tiles.
+    """
     small = dict(B=1, T=512, N=1, H=64)
     assert stick_breaking(**small).tiles == (8, 28, 0)
     assert stick_breaking(**small, backward=True).tiles == (12, 8, 12, 8, 0, 28, 8, 8, 28, 0)
-    # Two documents of four tiles each: 1 1 0 0.
+    # Two documents of four tiles each have 1 1 0 0 such pairs.
     assert stick_breaking(**small, backward=True, document=256).tiles == (4, 8, 4, 8, 0, 12, 8, 8, 12, 0)
 
 
@@ -121,7 +124,7 @@ def test_compiles(compiled, name):
     assert machines and absent_gpu.bound(machines, tiles) > 0
     for m in machines:
         assert not m.atomics and not m.sharing, f"{m.name}: {m.atomics} {m.sharing}"
-        # Without the 1 KiB that the system takes of every block, which the linker counts as static.
+        # A block has 227 KiB. `alone` does not count the 1 KiB that the system reserves, the linker does.
         assert m.alone["static_shared"] + m.dynamic_shared <= 227 * 1024
 
 
@@ -131,7 +134,7 @@ def test_nothing_spills(compiled, name):
     _, scores, machines = compiled[name]
     for m in machines:
         assert (m.spill_stores, m.spill_loads, m.stack) == (0, 0, 0), m.name
-        if (name, m.name) != ("experts_odd", "expert_activated_0"):  # 8 bytes in the build that does not run
+        if (name, m.name) != ("experts_odd", "expert_activated_0"):  # spills 8 bytes, but only without the linker
             assert (m.alone["spill_stores"], m.alone["spill_loads"]) == (0, 0), m.name
         if m.name.startswith("stick_breaking_forward"):
             assert max(x.special for x in m.main_loops) <= 2.1 * scores
@@ -145,7 +148,7 @@ def compiled_widths():
 @needs_wheels
 @pytest.mark.parametrize("name", WIDTHS)
 def test_every_width_that_mosaic_takes_compiles_without_a_spill(compiled_widths, name):
-    """With documents, a window, the early exit and the own position, forward and backward."""
+    """The call has documents, a window, early exit and attend_current, with forward and backward pass."""
     machines = compiled_widths[name].machines
     assert len(machines) == 3
     for m in machines:
@@ -156,7 +159,7 @@ def test_every_width_that_mosaic_takes_compiles_without_a_spill(compiled_widths,
 
 @needs_wheels
 def test_forward_bound(compiled):
-    """B=4, T=4096, N=12, H=128 on an H200."""
+    """The bound for B=4, T=4096, N=12, H=128 on an H200."""
     tiles, _, machines = compiled["stick_breaking"]
     assert absent_gpu.bound(machines, tiles) <= 0.32
 

@@ -1,4 +1,4 @@
-"""The Triton kernels, compiled for GPUs that are not there: they fit, blocks share nothing, and little is spilled."""
+"""The Triton kernels, compiled for absent GPUs: they fit, blocks share nothing, and few registers are spilled."""
 
 import importlib.util
 import io
@@ -42,8 +42,9 @@ def test_compiles(compiled, name):
         assert usage.shared <= most and not usage.sharing, usage
         if name.startswith("expert") and usage.name != "d_bias":
             assert usage.copies and (usage.products > 0) == ("float32" not in name), usage
-    # No thread spills more than in the table. Two sums of 128 columns in fp32 and the scores just exceed its registers;
-    # rows of experts that cannot be copied 16 bytes at a time take a register for every few elements.
+    # No thread may spill more than in the table. Two sums of 128 columns in fp32 and the scores need slightly more
+    # registers than a thread has. Expert rows that cannot be copied 16 bytes at a time need a register for every few
+    # elements.
     for usage, before in zip(compiled[name], KEPT[name], strict=True):
         assert usage.spill_stores <= before["spill_stores"] and usage.spill_loads <= before["spill_loads"], usage
 

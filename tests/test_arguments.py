@@ -1,4 +1,4 @@
-"""Whatever is wrong with a call of an op is one ValueError that names the argument, its letters and what it was."""
+"""Every wrong argument of an op raises one ValueError that names the argument, its letters and its value."""
 
 import math
 
@@ -116,7 +116,7 @@ X, W, W_IN, W_OUT, G = (jnp.zeros(s) for s in ((6, 4), (3, 4, 5), (3, 4, 10), (3
         (lambda: route(jnp.zeros((6, 2), int), 3.0), "num_experts must be an int .*, got float"),
         (lambda: expert_linear(X.tolist(), W, R), r"x must be an array \[R,D\], got list"),
         (lambda: expert_linear(X, None, R), r"weight must be an array \[E,D,F\], got None"),
-        (lambda: expert_linear(X, W, R.expert_indices), r"routing must be what route\(.*\) returns, got ArrayImpl"),
+        (lambda: expert_linear(X, W, R.expert_indices), r"routing must be the result of route\(.*\), got ArrayImpl"),
         (lambda: expert_linear(X, W, R, grouped_in="yes"), "grouped_in must be True or False, got str"),
         (lambda: expert_linear(X.astype(jnp.float8_e5m2), W, R), "x must be float16, .* or float64, got .*float8_e5m2"),
         (lambda: expert_linear(X, W, R, bias=1.0), r"bias must be an array \[E,F\], got float"),
@@ -137,12 +137,12 @@ def test_wrong_indices_are_found_in_a_program_under_checks():
         jax.effects_barrier()
 
 
-# Arrays of numpy, and of no size.
+# NumPy arrays, and empty arrays.
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_arrays_of_numpy_are_taken(implementation):
-    """Of float64 and int64, as numpy makes them, also where every second number is passed over: as float32."""
+    """NumPy arrays of float64 and int64, also non-contiguous ones, are accepted; the results are float32."""
     rng = np.random.default_rng(0)
     q, k, v = rng.standard_normal((3, 2, 6, 2, 8))[..., ::2]
     options = dict(segment_ids=np.zeros((2, 6), int), query_offset=np.arange(4)[::2], window=np.int64(3))

@@ -1,4 +1,4 @@
-"""The pages in docs/design against what the Mosaic kernels declare and do when they are traced, and their PTX."""
+"""The barriers in docs/kernels are those that the Mosaic kernels declare and use, in their traces and in their PTX."""
 
 import functools
 import math
@@ -17,7 +17,7 @@ from pallas_kernels import expert_linear, expert_mlp, platform, route, stick_bre
 from pallas_kernels.scatter_moe.mosaic_row_pipeline import STAGES
 
 PAGES = sorted((Path(__file__).parent.parent / "docs" / "design").glob("*_kernels.md"))
-STICK = {  # of one and of two compute warpgroups, with and without early exit, and decoding
+STICK = {  # kernels with one and with two compute warpgroups, with and without early exit, and a decode step
     "one warpgroup": (Stick(T=64, H=64), {"tiles": (64, 64)}),
     "two warpgroups": (Stick(T=200, H=64), {}),
     "early exit": (Stick(T=200, H=64), {"skip_below": -24.0}),
@@ -34,13 +34,13 @@ class Barrier(NamedTuple):
 
 
 def name_of(path) -> str:
-    """The name of a field, whatever stands in it; without one, the path."""
+    """Return the name of the innermost field in a path; the path itself if it has no field."""
     names = [key.name for key in path if hasattr(key, "name")]
     return names[-1] if names else jax.tree_util.keystr(path)
 
 
 class Traced:
-    """A kernel that was traced: its barriers by name, and which of them are arrived at, and how."""
+    """A traced kernel: its barriers by name, and the arrivals at each of them."""
 
     def __init__(self, scratch_types, warpgroups: int):
         named = [(name_of(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(scratch_types)[0]]
@@ -51,7 +51,7 @@ class Traced:
         }
         self.sizes = {"W": warpgroups, "STAGES": STAGES}
         self.sizes["stages"] = next((leaf.shape[0] for name, leaf in named if name == "key"), None)
-        self.sizes["tiles"] = sum(name == "query" for name, _ in named)  # of a step of d_key_value
+        self.sizes["tiles"] = sum(name == "query" for name, _ in named)  # of one step of the kernel d_key_value
         self.sizes["accumulators"] = sum(name == "weights" for name, _ in named)
         self.by: dict[str, set] = {name: set() for name in declared}
         self.waited: set[str] = set()
@@ -67,7 +67,7 @@ class Traced:
 
 @pytest.fixture(scope="module")
 def traced():
-    """Every kernel by its name, as often as it was traced."""
+    """All traced kernels by name; a kernel that was traced several times has several entries."""
     found: dict[str, list[Traced]] = {}
     running: list[Traced] = []
     kernel, copy = plgpu.kernel, plgpu.copy_gmem_to_smem
@@ -133,7 +133,7 @@ def trace_all() -> None:
 
 
 def tables(page: str) -> dict[str, list[dict[str, str]]]:
-    """The rows of the table of barriers of every kernel that stands in a heading, by the names of the columns."""
+    """Return the rows of the barrier table of every kernel that has a heading on the page, by column name."""
     found = {}
     for section in re.split(r"^##+ ", page, flags=re.MULTILINE)[1:]:
         heading, _, text = section.partition("\n")
@@ -159,7 +159,7 @@ def test_the_tables_are_what_the_kernels_declare(traced, kernel):
     for one in traced[kernel]:
 
         def value(cell, sizes=one.sizes):
-            return eval(cell.strip("`"), {}, sizes)  # a sum of letters and numbers
+            return eval(cell.strip("`"), {}, sizes)  # the cell is a sum of letters and numbers
 
         rows = {row["barrier"].strip("`"): row for row in ON_A_PAGE[kernel]}
         written = {name: Barrier(value(row["number"]), value(row["arrivals"])) for name, row in rows.items()}
@@ -176,7 +176,7 @@ def test_the_tables_say_who_arrives(traced, kernel):
         assert row["arrivals by"] == ("both" if len(by) == 2 else "".join(by)), row["barrier"]
 
 
-# What the pages say of the barriers of a warpgroup and of arrivals, in the PTX that is kept of small kernels.
+# The pages' statements on warpgroup barriers and arrivals, compared with the kept PTX of small kernels.
 
 KEPT = sorted(path.stem for path in kept.FOLDER.glob("*.ptx"))
 OPERATION = re.compile(

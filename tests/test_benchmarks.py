@@ -1,4 +1,4 @@
-"""The benchmarks run and say what they mean; nothing here asserts a time."""
+"""The benchmarks run and print what they should; no test asserts a time."""
 
 import json
 from pathlib import Path
@@ -38,12 +38,12 @@ def test_matmul_cost():
 
 
 def test_stick_breaking_cost_is_that_of_the_specification():
-    """B4 N12 H128 bf16, T=4096: 0.206 TFLOP forward, 3.5 times that with the backward pass, 203 MB forward."""
+    """B4 N12 H128 bf16, T=4096: 0.206 TFLOP and 203 MB forward; 3.5 times the operations with the backward pass."""
     shape = dict(B=4, T=4096, N=12, H=128, itemsize=2)
     forward, both = cost.stick_breaking(**shape), cost.stick_breaking(**shape, backward=True)
     assert forward.flops == pytest.approx(0.206e12, rel=2e-3) and both.flops == 3.5 * forward.flops
     assert forward.bytes == pytest.approx(203e6, rel=5e-3)
-    # By hand: B=1, T=2, N=2, K=1, H=4: q and out 16 numbers each, k and v 8 each, 4 sticks.
+    # By hand for B=1, T=2, N=2, K=1, H=4: q and out have 16 numbers each, k and v 8 each; there are 4 sticks.
     small = dict(B=1, T=2, N=2, H=4, K=1)
     assert cost.stick_breaking(**small) == (4 * 2 * 2 * 4, 4 * (16 + 16 + 8 + 8 + 4))
     backward = cost.stick_breaking(**small, backward=True).bytes - cost.stick_breaking(**small).bytes
@@ -51,18 +51,19 @@ def test_stick_breaking_cost_is_that_of_the_specification():
 
 
 def test_experts_cost_is_that_of_the_specification():
-    """PowerMoE-3B at T=8192: 0.391 ms forward and 1.174 with the backward pass, at 790 TFLOP/s."""
+    """PowerMoE-3B at T=8192 and 790 TFLOP/s: 0.391 ms forward and 1.174 ms with the backward pass."""
     shape = dict(T=8192, k=8, D=1536, F=512, E=40, itemsize=2)
     ceilings = cost.Ceilings(790e12, 4.3e12)
     assert cost.experts(**shape).limits(ceilings)["limit: compute"] == pytest.approx(0.391, abs=1e-3)
     assert cost.experts(**shape, backward=True).limits(ceilings)["limit: compute"] == pytest.approx(1.174, abs=1e-3)
-    # By hand: T=2, k=1, D=3, F=5, E=2 in fp32: x and out 6 numbers, weights 2 * 3 * 15, gates and indices 2 each.
+    # By hand for T=2, k=1, D=3, F=5, E=2 in fp32: x and out have 6 numbers each, the weights 2 * 3 * 15, the gates and
+    # the indices 2 each.
     assert cost.experts(2, 1, 3, 5, 2) == (6 * 2 * 3 * 5, 4 * (6 + 6 + 90 + 2 + 2))
     assert cost.experts(2, 1, 3, 5, 2, backward=True).bytes == 4 * (106 + 3 * 6 + 2 * 90 + 3 * 2)
 
 
 def test_ratios_pair_the_rounds():
-    """The load doubled in the last two rounds: medians of the times would mix the two."""
+    """The load doubles in the last two rounds. `over` compares round by round, so this does not matter."""
     slow, fast = Times(np.array([2.0, 4.0, 4.0])), Times(np.array([1.0, 2.0, 2.0]))
     assert slow.over(fast) == 2 and (slow.median, slow.best) == (4, 2)
 
@@ -122,7 +123,7 @@ def test_gpu_without_a_gpu(capsys):
 
 
 def test_gpu_check_sees_a_wrong_answer():
-    """The gate before any timing: rounding passes; a wrong gradient, an unwritten row or a changing result does not."""
+    """The check before the timing accepts rounding, but no wrong gradient, unwritten row or changing result."""
     x, cotangent = jax.random.normal(jax.random.key(0), (2, 8, 4), jnp.bfloat16)
     expected = gpu_check.exact(lambda x: 2 * x, cotangent, (x,))
 
@@ -139,7 +140,7 @@ def test_gpu_check_sees_a_wrong_answer():
 
 
 def test_gpu_check_of_the_last_queries():
-    """A few queries of a long call, whose reference has only their scores; a key that is missed is seen."""
+    """The check of the last queries of a long call, whose reference computes only their scores, sees a missing key."""
     cotangent, *arrays = gpu_attention._inputs(0, dict(B=1, T=48, N=2, H=32))
     reference = stick_breaking.attention(implementation="reference")
 
@@ -151,7 +152,7 @@ def test_gpu_check_of_the_last_queries():
 
 
 def test_trained_logits_keep_what_a_trained_model_keeps():
-    """34% of the 64 x 64 tiles at T=1024 and 21% at 2048, the heads from 12% to 65%."""
+    """They keep 34% of the 64 x 64 tiles at T=1024 and 21% at T=2048; the heads keep from 12% to 65%."""
     settings = dict(skip_below=-24.0, tiles=(64, 64), return_stats=True, implementation="xla")
     kept = {}
     for T in (1024, 2048):
@@ -181,7 +182,7 @@ def test_heads_of_a_model_are_those_it_attends_with():
 
 
 def test_inputs_keep_the_logits_of_the_heads():
-    """In wider heads, more of them than the model has, on a longer text; and those of grouped heads."""
+    """The logits are kept with wider heads, more heads and a longer text than the model's, and with grouped heads."""
     rng = np.random.default_rng(0)
     heads = trained.Heads(*rng.normal(size=(2, 3, 20, 8)).astype(np.float32))
     every = np.einsum("Mih,Mjh->Mij", *heads)
@@ -196,14 +197,14 @@ def test_inputs_keep_the_logits_of_the_heads():
                 if np.allclose(entry, every[m][(i + np.arange(7)) % 20][:, (j + np.arange(33)) % 20], atol=1e-4)
             ]
             assert len(found) == 1, found
-            # The last query stands where the last key does, less the rest of its group.
+            # The last query is at the position of the last key, or up to N // K - 1 tokens before it, by its group.
             assert (found[0][2] + 32 - found[0][1] - 6) % 20 < N // K
     with pytest.raises(ValueError, match="H=4 cannot hold .* H=8"):
         trained.inputs(jax.random.key(0), B=1, T=4, N=1, H=4, heads=heads)
 
 
 def test_the_recipe_of_trained_heads(tmp_path, monkeypatch, capsys):
-    """From a run folder to the inputs of the benchmarks; a folder that is none is one clear line and writes nothing."""
+    """A run folder becomes inputs of the benchmarks. A folder without a run gives one error line, and no file."""
     run, out = tmp_path / "run", tmp_path / "heads.npz"
     changes = [f"--model.{name}={value}" for name, value in MODEL.items()]
     fast = [
@@ -250,7 +251,7 @@ def test_gpu_ratios():
 
 
 def test_gpu_rows_on_this_backend(monkeypatch, tmp_path):
-    """The whole script at tiny shapes: what cannot run here says so in its row, the rest is checked and timed."""
+    """The whole script at tiny shapes: contestants that cannot run here say so in their rows; all others are timed."""
     assert list(gpu_cases.implementations("stick_breaking_attention", *[jnp.ones((1, 4, 1, 8))] * 3)) == ["xla"]
     monkeypatch.setattr(gpu_decode, "STEPS", 2)
     monkeypatch.setattr(gpu_attention, "QUICK", [dict(B=1, T=32, N=2, H=32)])
@@ -272,7 +273,7 @@ def test_gpu_rows_on_this_backend(monkeypatch, tmp_path):
     notes = {row.contestant: row.extra["failed"] for row in rows if "failed" in row.extra}
     assert set(notes) == {"cudnn softmax"}
     assert all(row.extra["GB/s"] > 0 for row in rows if row.part == "stick_breaking decode" and row.milliseconds)
-    # The next run has nothing to do, and gives the same rows.
+    # The next run has nothing to do and returns the same rows.
     calls = []
     monkeypatch.setattr(gpu_run.Run, "require_time", lambda self: calls.append(self))
     again = gpu_record.Record(tmp_path / "gpu.json", info, gpu.finished)

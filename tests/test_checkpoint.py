@@ -1,4 +1,4 @@
-"""Checkpoints are exact, atomic and verified: damage of any byte of any file is seen or changes nothing."""
+"""Checkpoints are exact, atomic and verified: a damaged byte in any file is detected or changes nothing."""
 
 import doctest
 import errno
@@ -191,7 +191,7 @@ def test_one_flipped_byte_anywhere(tmp_path):
             path.write_bytes(bad)
             (step, state, extra), messages = read_quietly(tmp_path, tree)
             assert (step, bits(state), extra) == expected[step], (path, place)
-            # Not every character of the manifest has a meaning; all other bytes are covered.
+            # Some characters of the manifest have no meaning. All other bytes are covered by checksums.
             assert step == 1 or path.name == "manifest.json", (path, place)
             assert len(messages) == (step == 1) and all(f"{folder}/2:" in m for m in messages), messages
         path.write_bytes(good)
@@ -266,7 +266,7 @@ def test_newer_damaged_ones_do_not_push_out_the_good(tmp_path):
 def test_none_intact_is_an_error_that_deletes_nothing(tmp_path):
     folder, tree = write(tmp_path, 1, 2), abstract(small(0))
     flip_manifest(folder / "1")
-    (folder / "2").rename(folder / "7")  # a good one under a wrong name
+    (folder / "2").rename(folder / "7")  # an intact checkpoint with a wrong name
     with pytest.raises(DamagedCheckpoint, match="(?s)7: .*checkpoint of step 2.*1: .*crc32"), pytest.warns(UserWarning):
         Checkpoints(tmp_path).restore(tree)
     with pytest.raises(DamagedCheckpoint, match="1: .*crc32"):
@@ -275,7 +275,7 @@ def test_none_intact_is_an_error_that_deletes_nothing(tmp_path):
 
 
 def changed_on_the_way(monkeypatch):
-    """Files that are intact, but not what the caller had."""
+    """Let the writer change an array, so that the files are intact but do not contain the caller's arrays."""
     save_async = stickjax.storage.checkpoints.v1.save_async
     change = lambda folder, arrays: save_async(folder, arrays | {"params/b": arrays["params/b"] + 1})  # noqa: E731
     monkeypatch.setattr(stickjax.storage.checkpoints.v1, "save_async", change)
@@ -301,7 +301,7 @@ def test_the_first_save_is_read_back(tmp_path, monkeypatch, at_once):
     assert [path.name for path in folder.iterdir()] == ["1"]
 
 
-# Patterns, escapes, addresses, what is not text, and the longest name.
+# Folder names that look like patterns, escapes or addresses, a name that is no valid text, and the longest name.
 NAMES = (
     "lr[0.1]", "a\\b", "a*", "a?", "{a}", "a\nb", "a%20b", "a#b", "a..", "a ", "..a", "gs:", "$HOME", "~", "ü",
     "a|b", ":x:", os.fsdecode(b"\xff"), "x" * 255,
@@ -310,7 +310,7 @@ NAMES = (
 
 def test_a_run_may_lie_anywhere(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    for value, name in enumerate(("ab", *NAMES)):  # `a?` and `a*` as patterns are `ab`
+    for value, name in enumerate(("ab", *NAMES)):  # as patterns, `a?` and `a*` would match `ab`
         write(tmp_path / name / name[:100] / "run", value + 2)
         restored, said = read_quietly(tmp_path / name / name[:100] / "run", abstract(small(0)))
         assert (restored.step, bits(restored.state), said) == (value + 2, bits(small(value + 2)), []), name
@@ -330,7 +330,7 @@ def test_who_was_taken_over_touches_nothing(tmp_path):
         checkpoints.save(1, small(1), {})
         lock = tmp_path / "lock"
         lock.write_text(json.dumps(json.loads(lock.read_text()) | {"token": "another", "pid": 77}))
-        (checkpoints.folder / "2.tmp").mkdir()  # of the other one
+        (checkpoints.folder / "2.tmp").mkdir()  # left by the other process
         with pytest.raises(OSError, match="was taken over by process 77"):
             checkpoints.save(2, small(2), {})
     assert sorted(path.name for path in tmp_path.rglob("*") if path.parent.name in (tmp_path.name, "checkpoints")) == [
@@ -447,11 +447,11 @@ def test_killed_while_saving(tmp_path):
     for delay in (0.61, 0.77):
         process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path), str(first)], stdout=subprocess.PIPE)
         with process:
-            for _ in range(3):  # two saves begun after the first: that one is complete, however busy the machine is
+            for _ in range(3):  # when two more saves have begun, the first is complete on any machine
                 process.stdout.readline()
             time.sleep(delay)
             process.send_signal(signal.SIGKILL)
-        restored = Checkpoints(tmp_path).restore(tree)  # without a warning: nothing half-written has the name of a step
+        restored = Checkpoints(tmp_path).restore(tree)  # no warning: no incomplete folder has a step's name
         assert (restored.state["w"] == restored.step).all() and restored.extra == {"step": restored.step}
         assert restored.step > first
         first = restored.step + 1

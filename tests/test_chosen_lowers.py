@@ -1,7 +1,7 @@
-"""What dispatch chooses for a GPU lowers for it: the lists of the GPU benchmark, and sizes that nobody thought of.
+"""The kernel that dispatch chooses for a call on a GPU can be lowered for that GPU.
 
-A shape that a kernel cannot take is refused before: by a message that says what takes it, never at lowering.
-`test_lowering` has the lists for Mosaic.
+The calls are those of the GPU benchmark, and calls with random sizes. If a kernel does not support a shape, dispatch
+refuses it with a message that names what does; lowering never fails. `test_lowering` tests the calls of Mosaic.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ def absent(kind: str):
 
 
 def documents(rng, size: int) -> tuple[int, ...]:
-    """Lengths that add up to `size`, some of them of padding."""
+    """Return random lengths of documents that add up to `size`; some of them are padding."""
     cuts = np.unique(rng.integers(1, size, 3)) if size > 1 else []
     lengths = np.diff([0, *cuts, size])
     return tuple(int(n) for n in np.where(rng.random(len(lengths)) < 0.2, -lengths, lengths))
@@ -54,12 +54,12 @@ def an_attention(seed: int) -> Feature:
         T=T, S=S, B=B, N=N, K=K, H=H, Hv=Hv, dtype=str(rng.choice(TYPES, p=(0.5, 0.3, 0.2))), settings=settings,
         segments=documents(rng, T) if packed else None, key_segments=documents(rng, S) if packed else None,
         offset=tuple(map(int, rng.integers(-50, 300, B))) if rng.random() < 0.3 else None,
-        forward_only="tiles" not in settings and T <= 16 and S >= 512,  # decoding: not as if it were differentiated
+        forward_only="tiles" not in settings and T <= 16 and S >= 512,  # a decode step, which has no gradients
     )  # fmt: skip
 
 
 def an_expert_call(seed: int) -> Call:
-    """Of either op, in any order of its rows; also with more choices of a token than experts."""
+    """Return a random call of one of the two ops, with rows in any order; k may be larger than E."""
     rng = np.random.default_rng(seed)
     T, k, E = int(rng.choice([1, 5, 131, 300])), int(rng.integers(1, 6)), int(rng.choice([1, 3, 8, 40]))
     D, F = (int(rng.choice([1, 7, 64, 100, 129, 300])) for _ in range(2))
@@ -69,7 +69,7 @@ def an_expert_call(seed: int) -> Call:
     return gpu_cases.linear(case, dtype, *map(str, rng.choice(gpu_cases.ORDERS, 2)))
 
 
-# Sizes at which shared memory is short: found by chance.
+# Sizes at which shared memory is nearly full, found by random trials.
 WIDE = dict(H=256, Hv=256, N=1)
 SHORT = {
     "wide, decoding": Feature(T=3, S=1011, forward_only=True, **WIDE),
@@ -114,7 +114,7 @@ def test_what_triton_takes_lowers(name):
 
 
 def test_the_calls_by_chance_are_of_both_kinds(monkeypatch):
-    """Taken and refused, with every option; a list of refusals alone would prove nothing."""
+    """Mosaic supports some of the random calls, with every option, and refuses others; refusals alone prove nothing."""
     monkeypatch.setattr(triton_call, "_missing", lambda: ("triton",))
     with absent(HOPPER):
         taken = [case for name, case in FEATURES.items() if CALLS[name].implementations() == ("mosaic",)]

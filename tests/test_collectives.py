@@ -1,4 +1,4 @@
-"""What crosses devices under every strategy: the collectives of the compiled step, and no others."""
+"""The compiled step of every parallel strategy has the expected collectives, and no others."""
 
 import math
 from collections import Counter
@@ -10,15 +10,16 @@ from stickjax.config import Config, ExpertsConfig, ModelConfig
 from stickjax.plan import aot
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
-L, MATRICES = 3, 7  # of a layer: query, key, value, output, router, and the two of the experts
+L, MATRICES = 3, 7  # layers; matrices of a layer: query, key, value, output, router, and two of the experts
 MODEL = ModelConfig(
     V=64, D=32, L=L, N=4, K=2, H=8, F=16, experts=ExpertsConfig(E=4, k=2), remat="full", dtype="bfloat16"
 )
-# Gathered forward, and again for the backward pass, where it is reduced.
+# Every matrix is gathered in the forward pass and again in the backward pass, where its gradient is reduced.
 FSDP = {"all-gather": 2 * L * MATRICES + 1, "reduce-scatter": L * MATRICES + 1}
-# Tokens, choices and gates, twice; then the gradient of the outputs. Outputs, and the gradients of tokens and gates.
+# Gathered: tokens, choices and gates, each in both passes, and the gradient of the outputs. Reduced: the outputs, and
+# the gradients of tokens and gates.
 EXPERT = {"all-gather": 2 * L * 3 + L, "reduce-scatter": L + 2 * L}
-# Keys and values in one, and the segments of the sequence once.
+# Gathered: keys and values together, in both passes, and once the segments of the sequence.
 CONTEXT = {"all-gather": 2 * L + 1, "reduce-scatter": L}
 
 

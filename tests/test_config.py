@@ -70,7 +70,7 @@ BAD = [
     (["--data.source=stdlib,logc"], "source='logc' is not one of 'stdlib', 'text', 'tokens', 'logic'"),
     (["--data.source=stdlib,logc"], "(did you mean 'logic'?)"),
     (["--data.source=stdlib,logic,stdlib"], "source='stdlib,logic,stdlib' names 'stdlib' twice"),
-    (["--data.source=text,tokens", "--data.path=x"], "text and tokens cannot share the one path"),
+    (["--data.source=text,tokens", "--data.path=x"], "text and tokens both read data.path"),
     (["--data.source=text,logic", "--data.path=x", "--data.heldout_path=y"], "heldout_path='y' needs one source"),
     (["--data.examples=0"], "examples=0 must be at least 1"),
     (["--data.B=6", "--train.accumulate=4"], "B=6 sequences must be a multiple of accumulate=4"),
@@ -105,13 +105,13 @@ def test_sections_are_frozen_and_hashable():
 
 CONFIGS = {"decoder": Config(ModelConfig()), "sut": Config(SutConfig())}
 FIELDS = [(kind, key) for kind, config in CONFIGS.items() for key in field_names(type(config.model))]
-# As JSON and as Python spell them.
+# Integers and floats, also very large, very small and non-finite ones.
 NUMBERS = [16, 16.5, -1, -1e9, 10**30, 1e300, 1e-300, math.nan, math.inf, -math.inf]
 OTHERS = [None, True, "", "16", "no", [], [16], {}, {"a": 1}]
 
 
 def allowed(section, name, value) -> bool:
-    """Whether a field may have a value, from its annotation and its bounds alone."""
+    """Return whether a field may have a value, judged only by its annotation and its bounds."""
     kinds, bounds = field_types(section)[name], section.__dataclass_fields__[name].metadata["bounds"]
     if value is None:
         return type(None) in kinds
@@ -134,7 +134,7 @@ def allowed(section, name, value) -> bool:
 
 @pytest.mark.parametrize("kind, key", FIELDS, ids=lambda x: x)
 def test_every_field_is_held_to_its_type_and_bounds(kind, key):
-    """Whether from JSON or from Python, a value of another type or out of bounds is one line that names the field."""
+    """In JSON and in Python, a value of a wrong type or out of bounds gives one error line that names the field."""
     part, *group, name = key.split(".")
     section = type(operator.attrgetter(".".join([part, *group]))(CONFIGS[kind]))
     is_float = float in field_types(section)[name]
@@ -150,7 +150,7 @@ def test_every_field_is_held_to_its_type_and_bounds(kind, key):
             if allowed(section, name, value):
                 try:
                     made = make()
-                except ValueError as error:  # of several fields together, such as N and K
+                except ValueError as error:  # an error about several fields together, such as N and K
                     assert f"{name}={value} must be a " not in str(error) and "finite" not in str(error), error
                     continue
                 made = operator.attrgetter(".".join([part, *group]))(made) if isinstance(made, Config) else made
@@ -251,7 +251,7 @@ def test_folders_and_names_that_are_no_config(tmp_path):
     (tmp_path / "config.json").write_text("\ufeff" + Config().to_json())
     with pytest.raises(ValueError, match=r"is a folder; did you mean .*config.json\? --init-from .* begins with"):
         load_config(str(tmp_path))
-    assert load_config(f"{tmp_path}/config.json") == Config(), "a byte order mark is no part of the text"
+    assert load_config(f"{tmp_path}/config.json") == Config(), "a byte order mark is not part of the text"
     with pytest.raises(ValueError, match=r"^tinny does not exist \(did you mean 'tiny'\?\); a config is a name \("):
         load_config("tinny")
     with pytest.raises(ValueError, match=r"^elsewhere/configs/tiny.py does not exist \(did you mean 'tiny'\?\)"):

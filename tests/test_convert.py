@@ -1,4 +1,4 @@
-"""Folders from one layout to the other: to the bit, in little memory, and with a clear line when they are not right."""
+"""Conversion of folders between the two layouts: bitwise exact, in little memory, with clear errors for bad folders."""
 
 import json
 import os
@@ -31,7 +31,7 @@ SIZES = dict(V=257, D=16, L=2, N=2, K=1, H=8, F=24, attention="softmax")
 
 
 def tensors(folder):
-    """All tensors of a Hugging Face folder."""
+    """Return all tensors of a Hugging Face folder."""
     return {name: array for path in sorted(folder.glob("*.safetensors")) for name, array in load_file(path).items()}
 
 
@@ -50,7 +50,7 @@ def test_there_and_back_is_the_same_to_the_bit(folder, tmp_path, capsys):
     assert main([str(folder), run]) == main([run, back, "--shard-bytes=2e5"]) == main([back, again]) == 0
     assert capsys.readouterr().err == "" and sorted(os.listdir(tmp_path)) == ["again", "back", "run"]
     original = tensors(folder)
-    if "granitemoe" in str(folder):  # written under the names that are published
+    if "granitemoe" in str(folder):  # converted folders have the published names
         original = {n.replace("experts.gate_up_proj", "input_linear.weight"): a for n, a in original.items()}
         original = {n.replace("experts.down_proj", "output_linear.weight"): a for n, a in original.items()}
         original = {n.replace("router.weight", "router.layer.weight"): a for n, a in original.items()}
@@ -136,12 +136,12 @@ def test_a_failed_write_leaves_nothing(tmp_path, capsys, monkeypatch):
     assert "No space left" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-# What reads them
+# Programs that read the folders
 
 
 @pytest.fixture
 def words(tmp_path):
-    """A tokenizer.json of three words."""
+    """A folder with a tokenizer.json of three words."""
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
     tokenizer = Tokenizer(models.WordLevel({"<|endoftext|>": 0, "a": 1, "b": 2}, unk_token="a"))
@@ -262,7 +262,7 @@ def test_a_converted_model_is_evaluated_sampled_and_trained(tmp_path, capsys):
     theirs = {file: file.stat().st_mtime_ns for file in Path(hf).iterdir()}
     for folder in (hf, run):
         assert evaluate.main([folder, "--max-tokens=64", *(f"--{key}={value}" for key, value in data.items())]) == 0
-    assert {file: file.stat().st_mtime_ns for file in Path(hf).iterdir()} == theirs, "a download stays as it is"
+    assert {file: file.stat().st_mtime_ns for file in Path(hf).iterdir()} == theirs, "a download must stay as it is"
     assert "hf is in the Hugging Face layout: nothing is written into it" in capsys.readouterr().err
     assert (tmp_path / "run/evaluation.json").exists() and (tmp_path / "run/length.png").exists()
     config = stickjax.load(run, changes=data).config
@@ -284,7 +284,7 @@ def test_parameters_are_laid_out_on_a_mesh():
 
 # Memory
 
-# VmHWM is of this program alone; getrusage gives a child its parent's peak.
+# VmHWM counts this program alone; getrusage would also count the peak of the parent process.
 STREAM = """
 import sys
 from stickjax.convert import main
@@ -296,7 +296,7 @@ print(peak() - before, peak())
 
 
 def granitemoe(L, D, F, E):
-    """A config.json, and the shapes of its tensors."""
+    """Return a config.json of GraniteMoe, and the shapes of its tensors."""
     H, tree = 64, json.loads((ORACLES / "hf/granitemoe/config.json").read_text())
     tree |= dict(num_hidden_layers=L, hidden_size=D, intermediate_size=F, num_local_experts=E, vocab_size=512)
     tree |= dict(num_attention_heads=D // H, num_key_value_heads=D // H)
@@ -310,7 +310,7 @@ def granitemoe(L, D, F, E):
 
 
 def molm_700m_8b():
-    """The same of the published model, with the buffers that its checkpoint has and nobody reads."""
+    """Return the config.json and the shapes of the published model, including the unused buffers of its checkpoint."""
     V, L, D, F, R, S, heads, experts = 50_295, 48, 1024, 2048, 256, 1024, 16, 32
     shapes = {"transformer.wte.weight": (V, D), "lm_head.weight": (V, D)}
     shapes |= {f"transformer.ln_f.{part}": (D,) for part in ("weight", "bias")}
@@ -327,7 +327,7 @@ def molm_700m_8b():
 
 
 def sparse_folder(folder, tree, shapes, shards):
-    """A folder in bfloat16 that takes no room: every tensor is a hole in its file. Returns the bytes of the tensors."""
+    """Write a bfloat16 folder whose tensors are holes in sparse files. Return the bytes of the tensors."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(tree))
     weight_map, total = {}, 0
@@ -348,7 +348,7 @@ def sparse_folder(folder, tree, shapes, shards):
 
 
 def converted(source, out):
-    """The memory that a conversion takes above the imports, and in all."""
+    """Convert a folder in a new process. Return its peak memory without the imports, and its whole peak memory."""
     command = [sys.executable, "-c", STREAM, str(source), str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Sources, token files, the split, batches and their resumption, bad input."""
+"""Sources, token files, the held-out split, batches, resumption, and bad input."""
 
 import builtins
 import json
@@ -26,7 +26,7 @@ EOT = 256
 
 
 def counting(n: int) -> Corpus:
-    """A stream in which every token tells its own position."""
+    """Return a corpus in which every token contains its position."""
     return Corpus(np.arange(n, dtype=np.uint32) + 1000, ByteTokenizer(), "memory", 1, n, "0" * 16)
 
 
@@ -69,7 +69,7 @@ def test_huggingface_round_trip(bpe, text):
     tokenizer = load_tokenizer(bpe)
     ids = tokenizer.encode(text)
     assert tokenizer.vocab_size > 256 and ids.dtype == np.uint16
-    assert tokenizer.eot not in ids, "a text must not forge the end of its document"
+    assert tokenizer.eot not in ids, "text must not be encoded as the end-of-text token"
     assert tokenizer.decode([*ids, tokenizer.eot]) == text
     assert tokenizer.count_bytes(ids) == len(text.encode())
     stream = StreamDecoder(tokenizer)
@@ -131,7 +131,7 @@ def test_stdlib_split():
     text = train.tokenizer.decode(train.tokens) + heldout.tokenizer.decode(heldout.tokens)
     assert "class OrderedDict(" in text and "class JSONDecoder(" in text
     for absent in ("build_time_vars = {", "please don't muck it up", "class CommonTest(", "GB18030"):
-        assert absent not in text, f"{absent}: no library source"
+        assert absent not in text, f"{absent} is not the source of a library"
 
 
 def documents_of(corpus: Corpus) -> list[str]:
@@ -219,7 +219,7 @@ def test_the_command_prints_one_line_for_bad_input(tmp_path, capsys):
 
 
 def spoil(meta=None, **changes):
-    """An edit of a token file: changes to its json, or the number of bytes to keep."""
+    """Return a function that damages a token file: it changes its JSON or keeps only some of its bytes."""
     return lambda folder: (folder / "t.json").write_text(
         meta or json.dumps(json.loads((folder / "t.json").read_text()) | changes)
     )
@@ -299,7 +299,7 @@ def test_batch_properties(documents, T):
     assert [str(a.dtype) for a in batch.values()] == ["int32", "int32", "int32", "bool"]
     assert np.array_equal(batch["tokens"].ravel(), stream[:-1])
     assert np.array_equal(batch["targets"].ravel(), stream[1:])
-    assert batch["loss_mask"].all(), "every token of a document is a target, the first one after an end of text"
+    assert batch["loss_mask"].all(), "every token is a target, the first token of a document after the end of text"
     steps = np.diff(batch["segment_ids"], axis=1)
     assert (batch["segment_ids"][:, 0] == 0).all()
     assert np.array_equal(steps == 1, batch["tokens"][:, 1:] == EOT) and ((steps == 0) | (steps == 1)).all()
@@ -311,9 +311,9 @@ def test_a_batch_of_documents_with_a_beginning_of_their_own(documents):
     stream = np.array([token for d in documents for token in [BOS, *d, EOT]])
     batch = {name: array[0] for name, array in make_batch(stream[None], EOT, BOS).items()}
     number = np.cumsum(stream == BOS)[:-1] - 1
-    assert np.array_equal(batch["segment_ids"], number), "a document is what it is alone"
+    assert np.array_equal(batch["segment_ids"], number), "every document is one segment"
     assert np.array_equal(batch["loss_mask"], batch["targets"] != BOS)
-    plain = np.array([token for d in documents for token in [*d, EOT]])  # a token file that was made without
+    plain = np.array([token for d in documents for token in [*d, EOT]])  # tokens of a file without begin tokens
     same, without = (make_batch(plain[None], EOT, bos) for bos in (BOS, None))
     assert all(np.array_equal(same[name], without[name]) for name in same)
 
@@ -336,7 +336,7 @@ def starts(batches):
 
 
 def test_every_epoch_is_a_new_order_of_all_windows():
-    corpus = counting(8 * 20 + 5)  # 20 windows: 5 steps an epoch
+    corpus = counting(8 * 20 + 5)  # 20 windows: an epoch has 5 steps
     first, second = np.split(starts(take(train_loader(corpus, CONFIG), 10)), 2)
     assert sorted(first) == sorted(second) == list(range(1000, 1160, 8))
     assert not np.array_equal(first, second)
@@ -391,7 +391,7 @@ def test_resume_reads_nothing_it_skips():
     iterator = train_loader(corpus, CONFIG)
     iterator.set_state({"next_index": 10**9})
     next(iterator)
-    assert Counting.reads <= 4 * (1 + 2), "one batch and those read ahead"
+    assert Counting.reads <= 4 * (1 + 2), "only one batch and the prefetched batches are read"
 
 
 def test_loader_reads_a_token_file(tmp_path):

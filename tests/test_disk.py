@@ -1,4 +1,4 @@
-"""A disk that is full: one line says so and where, and nothing is left half written."""
+"""A full disk gives one error line that names the path, and no file is left incomplete."""
 
 import errno
 import os
@@ -24,10 +24,10 @@ from stickjax.training.metrics import MetricsLog, read_metrics
 
 @pytest.fixture
 def limit():
-    """`limit(n)`: no file may have more than n bytes, as on a disk with so many left."""
+    """`limit(n)`: no file may be larger than n bytes, as if the disk were full."""
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     seconds = jax.config.jax_persistent_cache_min_compile_time_secs
-    # The compilation cache writes files, too; once it is in use, JAX no longer looks whether it is enabled.
+    # The compilation cache writes files too. Once it is in use, JAX ignores the option that disables it.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -113,7 +113,7 @@ def test_models_are_written_whole_or_not(tmp_path, limit, capsys):
 
 
 def test_two_do_not_write_one_folder_at_once(tmp_path):
-    (tmp_path / "new.tmp/left").mkdir(parents=True)  # by a process that was killed
+    (tmp_path / "new.tmp/left").mkdir(parents=True)  # left by a killed process
     with complete_folder(tmp_path / "new") as folder:
         assert names(folder) == ["lock"]
         (folder / "own").write_text("")

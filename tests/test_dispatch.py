@@ -1,4 +1,4 @@
-"""Which implementation runs, what is said about it, and what a wrong name gets."""
+"""The choice of an implementation, the messages about it, and the error for a wrong name."""
 
 import logging
 
@@ -14,7 +14,7 @@ X = jax.ShapeDtypeStruct((2, 40, 4, 8), jnp.float32)
 
 @pytest.fixture
 def op():
-    """An op of three implementations: mosaic takes even numbers, xla positive ones."""
+    """An op with three implementations: mosaic supports even numbers, xla positive numbers, reference all."""
     ran = dispatch.Implementation
     implementations = {
         "mosaic": ran(lambda n: ("mosaic", n), lambda n: "the number is odd" if n % 2 else None),

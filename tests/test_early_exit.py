@@ -1,4 +1,4 @@
-"""Early exit of stick-breaking attention: what it may leave out, what it counts, and what it never reads."""
+"""Early exit of stick-breaking attention: the error it may make, the tiles it counts, and the keys it never reads."""
 
 import math
 from functools import partial
@@ -16,7 +16,7 @@ SKIP = {"implementation": "xla", "tiles": (16, 16), "skip_below": -24.0}
 
 
 def kept_tiles(query, key, threshold, size, padding=None) -> float:
-    """Share of the tiles left of the diagonal that are needed, for one head: counted one by one."""
+    """Return the share of the tiles left of the diagonal that one head needs, counted one by one."""
     z = np.asarray(query, np.float64) @ np.asarray(key, np.float64).T / math.sqrt(query.shape[-1])
     T = len(z)
     spent = np.where(np.tri(T, k=-1, dtype=bool), np.logaddexp(0, z), 0) / math.log(2)
@@ -42,7 +42,7 @@ def test_skipping_is_exact_to_the_threshold_and_counts_its_tiles():
         assert np.abs(out - exact).max() <= 2**threshold * np.abs(value).max() + 2e-6
         assert (stats.log_rem[:, 100:] < threshold * math.log(2)).all() and (rem[:, 100:] < 2**threshold).all()
         for head in range(2):
-            # Query heads 2 * head and 2 * head + 1 share key head `head`: a tile stays for the more patient of them.
+            # Query heads 2 * head and 2 * head + 1 share key head `head`: a tile is kept if either of them needs it.
             one = [kept_tiles(query[0, :, n], key[0, :, head], threshold, 16) for n in (2 * head, 2 * head + 1)]
             assert max(one) - 1e-6 <= stats.kept[0, head] <= min(1, sum(one))
             assert stats.kept[0, head] < 0.6
@@ -54,7 +54,7 @@ def test_the_tiles_kept_are_those_needed(padding):
     query, key, value = case.arrays()
     *_, stats = attend(query, key, value, **case.options(), **SKIP, return_stats=True)
     rows = np.arange(150) >= 150 - padding
-    # Tiles of nothing but padding are not in reach at all; tile 7 is half padding.
+    # Tiles that contain only padding are not counted at all; half of tile 7 is padding.
     real = 150 - padding
     wanted = kept_tiles(query[0, :real, 0], key[0, :real, 0], -24, 16, rows[:real])
     np.testing.assert_allclose(stats.kept, wanted, rtol=1e-6)

@@ -1,4 +1,4 @@
-"""How a training begins and ends: what it says, what it keeps, and the exit code that tells a script."""
+"""How a training begins and ends: its messages, its checkpoints, and its exit code."""
 
 import io
 import os
@@ -27,7 +27,7 @@ CONFIG = Config(
 
 @pytest.fixture
 def words(tmp_path):
-    """A command line that trains CONFIG in the folder `run`."""
+    """The arguments of a command that trains CONFIG in the folder `run`."""
     (tmp_path / "config.json").write_text(CONFIG.to_json())
     return [str(tmp_path / "config.json"), "--run", str(tmp_path / "run")]
 
@@ -39,7 +39,7 @@ def uninterrupted(tmp_path_factory):
 
 @pytest.fixture
 def at_step(monkeypatch):
-    """`at_step(4, action)`: the action happens when the training shows its fourth step; it would stop at the next."""
+    """`at_step(4, action)` calls the action when step 4 is printed; a request to stop takes effect at the next step."""
     update = Progress.update
 
     def register(step, action):
@@ -55,7 +55,7 @@ def at_step(monkeypatch):
 
 @pytest.fixture
 def in_a_terminal():
-    """The handler of SIGHUP that a terminal gives; a test run that was started by nohup inherits that it is ignored."""
+    """Set the default handler of SIGHUP, as in a terminal; under nohup, the tests inherit an ignored SIGHUP."""
     old = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, old)
@@ -76,7 +76,7 @@ def test_a_signal_saves_and_the_exit_code_is_its_own(words, uninterrupted, at_st
 
 
 def test_a_terminal_that_is_left_on_purpose_stops_nothing(words, at_step, tmp_path):
-    """nohup ignores SIGHUP, and so does the training."""
+    """With nohup, SIGHUP is ignored, and the training must ignore it too."""
     old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         at_step(4, lambda: signal.raise_signal(signal.SIGHUP))
@@ -87,13 +87,13 @@ def test_a_terminal_that_is_left_on_purpose_stops_nothing(words, at_step, tmp_pa
 
 
 def test_a_closed_pipe_saves_and_stops(words, at_step, tmp_path, monkeypatch, capfd):
-    """As in `train | head`."""
+    """The reader of the output closes the pipe, as in `train | head`."""
     reader, writer = os.pipe()
     monkeypatch.setattr(sys, "stdout", os.fdopen(writer, "w"))
     at_step(3, lambda: os.close(reader))
     assert main(words) == 128 + signal.SIGPIPE
     sys.stdout.close()  # as Python does at its end
-    assert Checkpoints(tmp_path / "run").steps() == [5]  # the line of step 4 found nobody
+    assert Checkpoints(tmp_path / "run").steps() == [5]  # nobody could read the line of step 4
     assert capfd.readouterr().err == ""
 
 
@@ -154,7 +154,7 @@ def test_a_finished_run_says_so_and_nothing_else(words, capsys, tmp_path):
 
 
 def test_a_branch_without_steps_is_refused(words, capsys, tmp_path):
-    """Else it would be finished without a checkpoint."""
+    """Such a branch would end at once, without a checkpoint."""
     assert main([*words, "--train.steps=2"]) == 0
     assert main([*words[:1], "--from", words[2], "--run", str(tmp_path / "branch"), "--train.steps=2"]) == 1
     assert "run@2: train.steps=2 must be more than its step 2" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Held-out windows, and evaluating the runs that people have: of one name, of other T, in folders of others."""
+"""Held-out windows, and the evaluation of several runs: with equal names, with different T, and in other folders."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ EOT = 256
 
 
 def corpus_of(*lengths: int) -> Corpus:
-    """Documents of these lengths (with their end of text); every byte tells its document."""
+    """Return documents of these lengths (including the end of text); every byte is the number of its document."""
     tokens = np.concatenate([np.append(np.full(n - 1, i % 256), EOT) for i, n in enumerate(lengths)])
     return Corpus(tokens.astype(np.uint16), ByteTokenizer(), "memory", len(lengths), int(sum(lengths)), "0" * 16)
 
@@ -36,7 +36,7 @@ def test_windows_stay_inside_documents_and_share_their_targets():
     assert windows.tokens.shape == (14, 17) and windows.tokens.dtype == np.int32
     assert (windows.targets == 16).all() and windows.lengths == (1, 2, 4)
     assert (windows.tokens[:, 1:-1] != EOT).all() and (np.ptp(windows.tokens[:, 1:-1], axis=1) == 0).all()
-    assert (windows.tokens[:, 0] == EOT).sum() == 5, "a document begins behind an end of text, as in training"
+    assert (windows.tokens[:, 0] == EOT).sum() == 5, "a document begins after an end of text, as in training"
     for m in (1, 2, 4):
         pieces, real = windows.pieces(m)
         assert pieces.shape == (14 * 4 // m, 4 * m + 1) and real.all() and real.shape == (14 * 4 // m, 4 * m)
@@ -57,7 +57,7 @@ def test_windows_are_spread_over_documents():
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=9), st.sampled_from([1, 3, 4]), st.booleans())
 def test_every_token_of_a_small_corpus_is_one_target_at_every_length(sizes, T, begins):
     corpus = corpus_of(*sizes)
-    if begins:  # every document begins with a token of its own
+    if begins:  # every document begins with a begin token
         corpus = with_bos(corpus)
     windows = heldout_windows(corpus, T, lengths=(1, 2, 4, 8))
     longest = max(sizes)
@@ -69,7 +69,7 @@ def test_every_token_of_a_small_corpus_is_one_target_at_every_length(sizes, T, b
         assert real.shape[1] == min(m * T, 64) and np.array_equal(np.sort(pieces[:, 1:][real]), expected)
         before = pieces[:, :-1][real]
         first = np.flatnonzero(before == (255 if begins else EOT))
-        assert len(first) == len(sizes), "nothing follows the end of a document, and no target lacks what it follows"
+        assert len(first) == len(sizes), "no target follows the end of a document, and every target has its context"
 
 
 def with_bos(corpus: Corpus) -> Corpus:
@@ -84,7 +84,7 @@ def test_lengths_that_no_document_reaches_are_left_out_and_said(caplog):
     assert "longest held-out document of memory has 20 tokens: lengths 8 of T=4 are left out" in caplog.text
     windows = heldout_windows(corpus_of(9, 20), 512, lengths=(1, 2))
     pieces, real = windows.pieces(1)
-    assert windows.lengths == (1,) and pieces.shape == (2, 65) and real.sum() == 29, "nothing is computed for padding"
+    assert windows.lengths == (1,) and pieces.shape == (2, 65) and real.sum() == 29, "padding is not computed"
 
 
 def test_bytes_of_subword_targets(bpe):
@@ -110,7 +110,7 @@ def test_bad_windows():
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Two runs of one name, and one of another T, on documents of 9 to 40 bytes."""
+    """Two runs with the same name, and one with another T, on documents of 9 to 40 bytes."""
     folder = tmp_path_factory.mktemp("runs")
     lines = ({"text": f"{'stick ' * (i % 6 + 1)}{i:03}"} for i in range(60))
     (folder / "short.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -126,7 +126,7 @@ def runs(tmp_path_factory):
 
 
 def strict(path: Path):
-    """JSON as others read it: without NaN and Infinity."""
+    """Read a file as strict JSON, in which NaN and Infinity are errors."""
 
     def refuse(word):
         raise ValueError(word)
@@ -143,16 +143,16 @@ def test_short_documents_of_several_runs(runs, capsys, monkeypatch, caplog):
     assert [row[0] for row in rows] == ["x/run", "y/run", "half"] and "curves: x/run/length.png" in said.out
     for row, (name, of) in zip(rows, records.items(), strict=True):
         T = 4 if name == "half" else 8
-        assert [r["context"] for r in of] == [T * m for m in (1, 2, 4, 8) if T * m <= 40], "what no document reaches"
-        # One run only reaches 8 times its T, so that the heading has the context.
+        assert [r["context"] for r in of] == [T * m for m in (1, 2, 4, 8) if T * m <= 40], "no other length"
+        # Only one run reaches 8 times its T, so its context is in the heading instead of the cell.
         cells = [f"{r['bits_per_byte']:.3f}" + ("" if r["multiple"] == 8 else f" ({r['context']})") for r in of]
         assert row[1:] == cells + ["-"] * (4 - len(cells))
-        # 15 whole documents: 3 digits, 1 to 6 times "stick ", the end of the text
+        # 15 whole documents, each with 3 digits, 1 to 6 times "stick ", and the end of text.
         assert {r["bytes"] for r in of} == {sum(3 + 6 * (i % 6 + 1) for i in range(0, 60, 4))}
         assert {r["tokens"] - r["bytes"] for r in of} == {15}
     assert "34 tokens: lengths 8 of T=8 are left out" in caplog.text
     for line in ("x/run: reading the parameters", "half: 2x (8): compiling, then scoring"):
-        assert line in said.err, "it says what it does while it does it"
+        assert line in said.err, "progress lines are printed"
     for picture in ("length.png", "training.png"):
         assert (runs / "x/run" / picture).stat().st_size > 10_000
 

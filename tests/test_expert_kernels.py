@@ -1,4 +1,4 @@
-"""The expert products of the GPU kernels in their interpreters, against the loop over experts: one list for all."""
+"""The GPU kernels of the experts, run in their interpreters and compared with the loop over experts."""
 
 import chex
 import jax
@@ -20,7 +20,7 @@ needs_triton = pytest.mark.skipif(
 
 @pytest.fixture
 def mosaic(monkeypatch):
-    # So few that each takes several tiles.
+    # So few multiprocessors that each of them computes several tiles.
     monkeypatch.setattr("pallas_kernels.platform.multiprocessors", lambda: 2)
     with platform.interpret(detect_races=True):  # a race raises
         yield "mosaic"
@@ -34,11 +34,12 @@ def triton():
 
 @pytest.fixture(params=["mosaic", pytest.param("triton", marks=needs_triton)])
 def kernels(request):
-    """The name of an implementation, interpreted."""
+    """The name of an implementation, whose kernels are interpreted."""
     return request.getfixturevalue(request.param)
 
 
-# Two without a gate, in float16; the other activations: test_every_activation, test_scatter_moe.py, test_absent_gpu.py.
+# Two cases use activations without a gate, in float16. Other activations are tested in test_every_activation,
+# test_scatter_moe.py and test_absent_gpu.py.
 OTHERS = {"one-token": ("gelu", "float16"), "all-chosen": ("relu2", "float16")}
 
 
@@ -48,7 +49,7 @@ def test_mlp_is_the_loop_over_experts(name, kernels):
 
 
 def test_float32_is_not_rounded(kernels):
-    """To the bounds of float32, which one product of bfloat16 or tf32 would miss by a hundred times."""
+    """The errors are within the tolerance of float32; one bfloat16 or tf32 product would exceed it a hundred times."""
     check_mlp(Experts(T=30, D=40, F=36, share=0.3, idle=0.5), kernels, dtype="float32")
 
 
@@ -59,7 +60,7 @@ def test_linear_in_every_order(rows_in, rows_out, kernels):
 
 
 def test_rows_that_no_expert_reads_may_hold_anything_and_two_runs_are_equal(kernels):
-    """To the bit, so that the run on other rows is the second run."""
+    """The results are bitwise equal, so the run with other values in the idle rows is also the second run."""
     case = Experts(T=40, E=3)
     *inputs, d_out = mlp_inputs(case, "swiglu", "bfloat16")
     indices = case.indices()
@@ -69,7 +70,7 @@ def test_rows_that_no_expert_reads_may_hold_anything_and_two_runs_are_equal(kern
     chex.assert_trees_all_equal(again, clean)
 
 
-# Mosaic alone.
+# Mosaic only.
 
 
 def test_the_parts_of_a_float32():
@@ -81,7 +82,7 @@ def test_the_parts_of_a_float32():
     np.testing.assert_array_equal(total[1:], x[1:])  # three parts of 8 bits hold all 24 bits
 
 
-# Triton alone.
+# Triton only.
 
 
 @needs_triton
@@ -99,7 +100,7 @@ def test_triton_has_every_activation(activation, triton):
 @needs_triton
 @pytest.mark.parametrize("rows_in", ["token", "pair", "sorted"])
 def test_gates_of_a_linear_map_to_float32(rows_in, triton):
-    """Whose gradients come out of the same product as that of the rows; no row is read that no expert reads."""
+    """The gradients of gates and rows come from the same grouped GEMM. Idle rows are never read."""
     check_linear(EXPERTS["some-idle"], rows_in, "token", triton)
 
 
@@ -118,14 +119,14 @@ def test_triton_keeps_its_inputs_and_the_pre_activation(triton):
 
 @needs_triton
 def test_columns_in_pieces(triton, monkeypatch):
-    """The sum over choices takes them one after the other where uncombined rows are too many to hold."""
+    """If the rows of all pairs do not fit into UNCOMBINED bytes, the result is computed a few columns at a time."""
     monkeypatch.setattr("pallas_kernels.scatter_moe.fused.UNCOMBINED", 1)
     check_mlp(Experts(T=3, k=1, E=2, D=300, F=20), triton, "gelu")
 
 
 @needs_triton
 def test_under_transformations(triton):
-    """Over every argument, the indices included, with gradients."""
+    """The transformations apply to every argument, including the indices, and gradients are taken."""
     case = Experts(T=5, E=4, share=0.5)
     indices = jnp.stack([case.indices(seed) for seed in range(2)])
     inputs = [jnp.stack([x, 0.5 * x]) for x in mlp_inputs(case, "swiglu")[:4]]
@@ -153,7 +154,7 @@ def test_explain_says_the_tiles(triton):
     assert said == "expert_mlp: triton (128 x 64 tiles), asked for"
 
 
-@pytest.mark.parametrize("memory", [99, 163, 227])  # KiB, of sm_120, sm_80 and sm_90
+@pytest.mark.parametrize("memory", [99, 163, 227])  # KiB of sm_120, sm_80 and sm_90
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_tiles_of_triton_fit_every_gpu(memory, dtype, monkeypatch):
     monkeypatch.setattr(triton_call, "shared_memory", lambda: memory * 1024)

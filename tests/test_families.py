@@ -1,4 +1,4 @@
-"""Every family of models meets every command, and a family or an attention variant from a user's file does too."""
+"""Every model family works with every command, and so does a family or an attention variant from a user's file."""
 
 import dataclasses
 import re
@@ -39,7 +39,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "contributing" / "extending.md"
 
 @pytest.fixture(scope="module", autouse=True)
 def bigram():
-    """The family of the page is registered while the tests of this file run."""
+    """Register the family that the page defines while the tests of this file run."""
     code = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[0]
     names: dict = {"__name__": "extending"}
     exec(compile(code, PAGE, "exec"), names)
@@ -49,7 +49,7 @@ def bigram():
 
 
 MODULES = "modules that can be added or pruned"
-# {family: {command: the end of its error}}; every other pair works.
+# {family: {command: the end of its error message}}; every other pair of family and command works.
 REFUSED = {
     "decoder": {},
     "sut": dict.fromkeys(["report", "extend", "prune", "concentrate"], MODULES)
@@ -85,7 +85,7 @@ COMMANDS = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A run folder of each family, trained when it is first asked for."""
+    """A run folder of each family, trained at its first use."""
     folder, made = tmp_path_factory.mktemp("families"), {}
 
     def run(name: str) -> Path:
@@ -117,7 +117,7 @@ def test_every_family_meets_every_command(name, command, runs, tmp_path, capsys)
 
 
 def test_an_attention_variant_of_the_user(monkeypatch):
-    """One that halves what stick-breaking attends to; a config of an unknown one is refused, with the nearest name."""
+    """A variant that halves the output of stick-breaking attention works; an unknown variant is refused."""
 
     def halved(config, q, k, v, context):
         out, rest = attend(config, q, k, v, context)
@@ -151,7 +151,7 @@ def test_what_cannot_be_registered(bigram):
 
 
 def test_the_file_of_a_family_may_run_again():
-    """As in a notebook, whose cells run again."""
+    """In a notebook, for example, cells run again."""
     code = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[0]
     again: dict = {"__name__": "extending"}
     exec(compile(code, PAGE, "exec"), again)
@@ -178,7 +178,7 @@ def test_config_classes_that_are_refused():
 
     assert MODEL_CONFIGS["decoder"] is ModelConfig
     with pytest.raises(
-        ValueError, match="family='triram' is not one of .*mean 'bigram'..; a program that uses a family"
+        ValueError, match="family='triram' is not one of .*mean 'bigram'..; import the file that defines"
     ):
         Config.from_dict({"model": {"family": "triram"}})
 
@@ -192,7 +192,7 @@ def test_a_family_without_a_loss_is_refused(bigram):
 
 
 def test_a_parameter_that_is_not_in_the_table_is_refused(bigram):
-    """Rather than being divided and scaled as another parameter of its name."""
+    """It must not be divided and scaled like another parameter with the same name."""
     config = MODELS["bigram"]
     model = bigram().init(config.model, jax.random.key(0))
     model.w_out = nnx.Param(jnp.zeros((4, 4)))

@@ -1,4 +1,4 @@
-"""Hugging Face folders that are not right, each with one clear line; other types; torch's .bin without torch."""
+"""Invalid Hugging Face folders, which give one error line each; other number types; torch's .bin without torch."""
 
 import json
 import os
@@ -24,14 +24,14 @@ ORACLES = Path(__file__).parent / "oracles"
 
 
 def same(ours, theirs):
-    """Whether two models have the same parameters to the bit."""
+    """Return whether two models have bitwise equal parameters."""
     bits = [
         [(x.dtype, x.shape, x.tobytes()) for x in map(np.asarray, jax.tree.leaves(model))] for model in (ours, theirs)
     ]
     return bits[0] == bits[1]
 
 
-# Folders that are not right
+# Invalid folders
 
 
 def edit_config(**changes):
@@ -157,7 +157,7 @@ def test_tensors_of_several_types_become_float32(tmp_path):
 
 
 class Stored:
-    """What the pickle names instead of the bytes of a tensor."""
+    """The reference in the pickle that stands for the bytes of a tensor."""
 
     def __init__(self, kind, entry, count):
         self.pid = ("storage", kind, entry, "cpu", count)
@@ -170,7 +170,7 @@ class Pickler(pickle.Pickler):
 
 @pytest.fixture
 def torch_save(monkeypatch):
-    """torch.save of a dictionary of arrays, without torch: its classes in a pickle are but names."""
+    """torch.save for a dictionary of arrays, without torch: in a pickle, torch's classes are only names."""
     torch, utils = types.ModuleType("torch"), types.ModuleType("torch._utils")
     for name in ("FloatStorage", "BFloat16Storage", "CharStorage"):
         setattr(torch, name, type(name, (), {"__module__": "torch"}))
@@ -209,7 +209,7 @@ def torch_save(monkeypatch):
 
 @pytest.fixture
 def mlp_gate(tmp_path):
-    """The folder of an original ModuleFormer whose weights go into .bin files, and those weights."""
+    """A folder of an original ModuleFormer without its weights, and the weights, for tests that write .bin files."""
     folder = shutil.copytree(ORACLES / "moduleformer/mlp_gate", tmp_path / "bin")
     arrays = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()

@@ -1,4 +1,4 @@
-"""Decoding from the cache is the full forward pass; draws follow the distribution; text streams are whole."""
+"""Decoding with the cache equals the full forward pass, samples follow the distribution, streamed text is complete."""
 
 import dataclasses
 import doctest
@@ -28,7 +28,7 @@ TINY = dict(V=24, D=16, L=1, N=2, K=2, H=4, F=16)
 
 
 def random_model(std=0.5, **changes):
-    """Every parameter random, also those that start at zero or one; drawn by NumPy, which compiles nothing."""
+    """Return a model in which all parameters are random, also those that start at zero or one. NumPy draws them."""
     abstract = jax.eval_shape(lambda: init(ModelConfig(**SMALL | changes), jax.random.key(0)))
     rng = np.random.default_rng(1)
     return jax.tree.map(lambda x: jnp.asarray(std * rng.standard_normal(x.shape), x.dtype), abstract)
@@ -47,11 +47,11 @@ def model():
 @pytest.mark.parametrize(
     "changes, lengths",
     [
-        (dict(), (1, 17, 70)),  # rows of one to two buckets: padding of 127 places and of 58
+        (dict(), (1, 17, 70)),  # rows of one or two buckets, with 127 or 58 places of padding
         (dict(experts=ExpertsConfig(4, 2), remainder="value", attend_current=True, tied=False, remat="full"), (3, 9)),
         (dict(attention="softmax", K=2), (1, 17, 5)),
         (dict(attention="softmax", experts=ExpertsConfig(4, 2), window=6), (3, 9)),
-        (dict(skip_below=-20.0, K=2), (300, 290)),  # longer than a tile of keys, so that one is skipped
+        (dict(skip_below=-20.0, K=2), (300, 290)),  # longer than a key tile, so that a tile is skipped
         (dict(remainder="bias", head_norm=True, K=2, window=6), (1, 17, 5)),
         # A ModuleFormer whose keys are its values.
         (
@@ -73,13 +73,13 @@ def test_greedy_decoding_is_the_argmax_of_the_full_forward_pass(changes, lengths
     model, prompts = random_model(**changes), random_prompts(*lengths)
     news = generate(model, prompts, 12)
     rows = [np.concatenate([p, new]).astype(np.int32) for p, new in zip(prompts, news, strict=True)]
-    # Padding on the right: under a causal model it is as good as none.
+    # Padding on the right has no effect in a causal model.
     tokens = np.stack([np.pad(row, (0, max(map(len, rows)) - len(row))) for row in rows])
     logits = np.asarray(jax.jit(lambda m, t: m(t).logits)(model, tokens))
     for row, prompt, new in zip(logits, prompts, news, strict=True):
         steps = row[len(prompt) - 1 :][:12]
         best = np.sort(steps, axis=1)
-        assert (best[:, -1] - best[:, -2]).min() > 1e-3, "a tie would decide nothing"
+        assert (best[:, -1] - best[:, -2]).min() > 1e-3, "a tie would prove nothing"
         assert steps.argmax(1).tolist() == new
     assert len({tuple(new) for new in news}) == len(news)
 
@@ -90,7 +90,7 @@ def test_few_candidates_or_little_heat_are_greedy(model):
     for options in (dict(top_k=1), dict(top_p=1e-6), dict(temperature=1e-40)):
         assert generate(model, prompts, 1, **dict(temperature=2.0) | options) == greedy, options
     compiled = _advance._cache_size()
-    assert generate(model, prompts, 1, top_k=3, top_p=0.5) == greedy  # temperature 0, where they mean nothing
+    assert generate(model, prompts, 1, top_k=3, top_p=0.5) == greedy  # at temperature 0, top_k and top_p have no effect
     assert _advance._cache_size() == compiled
 
 
@@ -204,13 +204,13 @@ def test_bad_input_is_a_value_error(model, prompt, options, message):
         generate(model, [prompt], **dict(max_new_tokens=2) | options)
 
 
-# A model that recites: the embedding is the identity and the output matrix leads from each byte to the next.
+# A model that recites a text: its embedding is the identity, and its output matrix maps each byte to the next one.
 
 
 def reciting(text: str, V: int = 257) -> Loaded:
     config = Config(ModelConfig(V=V, D=257, L=1, N=1, K=1, H=4, F=4, m_res=1e-6, tied=False))
     model, ids = random_model(**dataclasses.asdict(config.model)), [*text.encode(), 256]
-    assert len(set(ids)) == len(ids), "a byte has one successor"
+    assert len(set(ids)) == len(ids), "every byte may occur once, because it has only one successor"
     table = np.zeros((257, V), np.float32)
     table[ids[:-1], ids[1:]] = 1
     model.norm.scale = type(model.norm.scale)(jnp.ones(257))
@@ -232,10 +232,10 @@ def reciter():
     [
         ([], "ébc→d.e😀f"),
         (["d.e"], "ébc→"),
-        (["→d.x", "."], "ébc→d"),  # what began a stop string and is none is shown after all
+        (["→d.x", "."], "ébc→d"),  # text that only begins like a stop string is shown
         (["e😀f!"], "ébc→d.e😀f"),
-        (["d.", "c→d."], "éb"),  # both are complete at once
-        (["c→d.e", "→d"], "ébc"),  # the first to be complete
+        (["d.", "c→d."], "éb"),  # both stop strings are complete at the same byte
+        (["c→d.e", "→d"], "ébc"),  # the stop string that is complete first counts
         (["é"], ""),
         (["f"], "ébc→d.e😀"),
     ],
@@ -255,7 +255,7 @@ def test_a_character_cut_by_the_limit_is_dropped(reciter):
     for limit in range(1, len(whole)):
         assert generate_text(reciter, ["a"], limit) == [whole[:limit].decode(errors="ignore")]
     assert generate_text(reciter, ["a"], 1, stop=["éb"]) == [""]
-    assert generate_text(reciter, ["a"], 2, stop=["éb"]) == ["é"]  # only begun: it belongs to the text
+    assert generate_text(reciter, ["a"], 2, stop=["éb"]) == ["é"]  # an incomplete stop string is part of the text
 
 
 def test_ids_the_tokenizer_lacks_are_never_chosen():
@@ -277,11 +277,11 @@ def test_an_empty_text_begins_with_the_end_of_text(reciter):
             generate_text(reciter, **wrong)
 
 
-# Tokenizers that are not of bytes.
+# Other tokenizers than bytes.
 
 
 def of_letters(tmp_path, end="</s>", **files):
-    """A folder with a tokenizer.json of letters; a text begins with a space, which its decoder takes away, and <s>."""
+    """Write a folder with a tokenizer.json of letters. Texts begin with <s> and a space, which the decoder removes."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
     pieces = ["<unk>", "<s>", end, "<|user|>", "\u2581", *"abcdef"]
@@ -298,7 +298,7 @@ def of_letters(tmp_path, end="</s>", **files):
 
 
 def reciting_ids(tokenizer, *chains) -> Loaded:
-    """After each id of a chain comes the next one."""
+    """Return a model that recites chains of token ids."""
     model, table = reciting("ab").model, np.zeros((257, 257), np.float32)
     for chain in chains:
         table[chain[:-1], chain[1:]] = 1
@@ -315,9 +315,9 @@ def test_a_prompt_begins_as_its_tokenizer_says_and_its_text_goes_on(tmp_path, mo
     generate_text(loaded, ["<|user|>a"], special_tokens=True)
     assert [ids.tolist() for ids in prompts] == [[1, 4, 5], [1], [1, 4, *[0] * 4, 9, *[0] * 3, 5], [1, 3, 4, 5]]
     monkeypatch.undo()
-    assert generate_text(loaded, ["a"]) == [" bcd"], "the space after the prompt is there"
+    assert generate_text(loaded, ["a"]) == [" bcd"], "the space after the prompt is kept"
     assert generate_text(loaded, ["a"], stop=["<|user|>"]) == [" bc"]
-    assert generate_text(loaded, [""], 1) == ["e"], "an empty prompt begins as a document does"
+    assert generate_text(loaded, [""], 1) == ["e"], "an empty prompt begins like a document"
 
 
 def test_each_of_several_ends_ends_a_text(tmp_path):

@@ -1,4 +1,4 @@
-"""The run for a machine with a GPU, with stand-ins: the order of its stages, and what a run that ended early leaves."""
+"""The GPU benchmark with replaced parts: the order of its stages, and the file after a run that ended early."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from benchmarks import gpu, gpu_cases, gpu_check, gpu_record, gpu_run, gpu_stage
 from pallas_kernels import explain, platform, triton_call
 
 INFO = {"code": "abc", "device": "cpu", "jax": "1", "quick": True}
-# A GPU that is the CPU, and one call in each stage.
+# The CPU takes the place of the GPU, with two calls in the stages and one timed row.
 STAND_IN = """
 import sys, time
 from benchmarks import __main__ as cli, gpu, gpu_cases, gpu_stages
@@ -37,7 +37,7 @@ def record(tmp_path):
 
 
 def saved(path) -> dict:
-    """What a file says of every row."""
+    """Return the rows of a file by part and case."""
     return {(row["part"], row["case"]): row for row in json.loads(Path(path).read_text())["rows"]}
 
 
@@ -100,7 +100,7 @@ def test_a_row_that_hangs_is_recorded_and_not_tried_again(record, monkeypatch, c
     def hangs():
         while not left:
             time.sleep(0.01)
-        raise KeyboardInterrupt  # stands for the end of the process
+        raise KeyboardInterrupt  # takes the place of the end of the process
 
     run = gpu_run.Run(record())
     with pytest.raises(KeyboardInterrupt):
@@ -120,7 +120,7 @@ def test_a_run_that_differs_is_counted():
         return x if len(calls) % 10 else x.at[3].add(1)
 
     assert gpu_check.differing(program, (jnp.arange(8.0),), 100) == 10
-    assert gpu_check.differing(lambda x: (x, x / x), (jnp.zeros(8),), 5) == 0  # NaN is like NaN
+    assert gpu_check.differing(lambda x: (x, x / x), (jnp.zeros(8),), 5) == 0  # NaN equals NaN
 
 
 def test_what_is_left_under_skip_below_is_compared_as_a_share_of_the_stick():
@@ -147,7 +147,7 @@ def test_features_are_calls_the_kernels_take(name, monkeypatch):
 
 
 def test_every_call_is_one_for_the_ops(monkeypatch):
-    """On a Hopper GPU without Triton: mosaic where there is such a kernel, plain JAX elsewhere."""
+    """On a Hopper GPU without Triton, dispatch chooses mosaic if it supports the call, and plain JAX otherwise."""
     monkeypatch.setattr(triton_call, "_missing", lambda: ("triton",))
     with platform.absent_gpu():
         chosen = {name: call.implementations() for name, call in (gpu_cases.CALLS | gpu_cases.EXITS).items()}
@@ -173,7 +173,7 @@ def rows_begun(said: str) -> list[str]:
 
 
 def test_a_run_that_is_killed_loses_no_row_and_the_next_goes_on(tmp_path):
-    """It is killed while it compares the second call with the reference."""
+    """The run is killed while it compares the second call with the reference."""
     code = """
 real = gpu_stages.Checks._correct
 def slow(self, name, implementation):
@@ -201,7 +201,7 @@ gpu_stages.Checks._correct = slow
     assert all(after[row] == before[row] for row in done)
     assert after["exit", "decode, skip"]["extra"] == {"runs": 20, "unlike the first": 0, "passed": "yes"}
     assert after["summary", "checks"]["extra"] == {"passed": 5, "did not": "none", "left out": 0}
-    assert "passed 5" in out and "decode, skip" not in out, "checks that passed are not in the table"
+    assert "passed 5" in out and "decode, skip" not in out, "passed checks are not in the table"
     assert not list(tmp_path.glob("*.new"))
 
 

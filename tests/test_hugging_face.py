@@ -1,4 +1,4 @@
-"""The originals' numbers from their own folders: logits, greedy tokens, losses, gradients."""
+"""Hugging Face folders give the numbers of the original code: logits, greedy tokens, losses, gradients."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ each_folder = pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.n
 
 @pytest.fixture(scope="module")
 def loaded():
-    """Each folder once, with the ops that compile fastest: others are compared with them elsewhere."""
+    """Every folder, loaded once, with the ops that compile fastest; other tests compare the other ops with these."""
     models, changes = {}, {"model.implementation": "reference"}
     return lambda folder: models.setdefault(folder, stickjax.load(folder, changes=changes))
 
@@ -61,10 +61,10 @@ def test_greedy_tokens_are_the_originals(loaded, folder):
 
 
 def of_all_routers(*repeats):
-    """`router_stats` as transformers has it: the rows and probabilities of all routers are averaged first.
+    """Return `router_stats` as transformers computes it: it averages the rows and probabilities of all routers first.
 
-    `repeats`: how often it counts the routers of each kind. Those of JetMoE's attention are recorded twice, once by
-    the attention and once by themselves.
+    `repeats`: how often transformers counts the routers of each kind. It records the routers of JetMoE's attention
+    twice: once in the attention and once in the router.
     """
     seen = []
 
@@ -89,13 +89,13 @@ def test_losses_and_gradients_are_the_originals(loaded, folder, monkeypatch):
     tree, tokens = json.loads((folder / "config.json").read_text()), expected["input_ids"]
     if folder.parent.name == "hf":
         weight = tree.get("router_aux_loss_coef", tree.get("aux_loss_coef", 0.0))
-        config = config.replace({"model.experts.switch_weight": weight})
+        config = config.replace({f"model.{name}.switch_weight": weight for name in config.model.mixtures()})
         weighted = jax.eval_shape(lambda: family_of(config.model).init(config.model, jax.random.key(0)))
         model = jax.tree.unflatten(jax.tree.structure(weighted), jax.tree.leaves(model))
         repeats = (1, 2) if config.model.attention_experts.E else (1,)
         monkeypatch.setattr(transformer, "router_stats", of_all_routers(*repeats))
     m = config.model
-    # All tokens go through the routers; all but the first are targets.
+    # All tokens go through the routers. All tokens but the first are targets.
     mask = np.ones_like(tokens)
     mask[:, -1] = 0
     batch = {"tokens": tokens, "targets": np.roll(tokens, -1, 1), "loss_mask": mask}
@@ -103,7 +103,8 @@ def test_losses_and_gradients_are_the_originals(loaded, folder, monkeypatch):
     (loss, metrics), gradient = run(model)
     assert_close(loss, expected["loss"], FORWARD["float32"])
     if "aux_loss" in expected:
-        kinds = {"switch": m.switch_weight, "z": m.z_weight, "mutual_information": m.mi_weight}
+        x = m.experts
+        kinds = {"switch": x.switch_weight, "z": x.z_weight, "mutual_information": x.mi_weight}
         parts = [metrics[f"{p}{n}"] * w for p in ("", "attention_") for n, w in kinds.items() if f"{p}{n}" in metrics]
         assert_close(m.L * sum(parts) / max(kinds.values()), expected["aux_loss"], 1e-5)
     theirs = names.their_tensors(names.table(tree["model_type"], m), m, in_memory(gradient))

@@ -1,4 +1,4 @@
-"""Every entry of a config.json that is read, at a value that is not its default, against the originals' formulas."""
+"""Every entry of config.json that we read, at a value other than the default, compared with the original formulas."""
 
 import json
 import math
@@ -35,14 +35,14 @@ MODULEFORMER = dict(
     aux_loss_type="switch", aux_loss_weight=0.25, sample_topk=1, block_size=48,
 )  # fmt: skip
 TREES = {tree["model_type"]: tree for tree in (GRANITE, GRANITEMOE, JETMOE, MODULEFORMER)}
-# What transformers takes for an entry that is not there.
+# The values that transformers uses for missing entries.
 DEFAULTS = dict(
     rms_norm_eps=1e-6, rope_theta=1e4, embedding_multiplier=1.0, residual_multiplier=1.0, attention_multiplier=1.0,
     logits_scaling=1.0,
 )  # fmt: skip
 
 
-# The originals in NumPy, for one sequence
+# The original models in NumPy, for one sequence
 
 
 def softmax(x):
@@ -64,7 +64,7 @@ def layer_norm(x, w, name):
 
 
 def turn(x, theta):
-    """Rotary positions of [T, heads, H]."""
+    """Apply rotary positions to x [T, heads, H]."""
     T, _, H = x.shape
     angle = np.arange(T)[:, None, None] * theta ** -(np.arange(H // 2) / (H // 2))
     a, b = x[..., : H // 2], x[..., H // 2 :]
@@ -72,7 +72,7 @@ def turn(x, theta):
 
 
 def attend(q, k, v, scale, stick_breaking=False):
-    """[T, N, H] of query head n and key head of the same index."""
+    """Return attention [T, N, H], in which query head n uses key head n."""
     T, out = len(q), np.zeros_like(q)
     for n in range(q.shape[1]):
         z = scale * q[:, n] @ k[:, n].T
@@ -86,7 +86,7 @@ def attend(q, k, v, scale, stick_breaking=False):
 
 
 def chosen(logits, k, over_all=False):
-    """For each token its k (expert, gate), the best first."""
+    """Return for each token its k (expert, gate) pairs, the best first."""
     best = np.argsort(-logits, axis=-1)[:, :k]
     gates = softmax(logits) if over_all else softmax(np.where(logits >= np.sort(logits)[:, -k, None], logits, -np.inf))
     return [[(e, gates[t, e]) for e in row] for t, row in enumerate(best)]
@@ -177,7 +177,7 @@ TOKENS = np.random.default_rng(0).integers(0, 23, 9)
 
 
 def weights(tree):
-    """Random, small enough for every epsilon to count."""
+    """Return random weights, small enough that every epsilon matters."""
     rng, model = np.random.default_rng(1), to_ours(tree)[0]
     shapes = names.their_shapes(names.table(tree["model_type"], model), model)
     return {name: (0.3 * rng.standard_normal(shape)).astype(np.float32) for name, shape in shapes.items()}
@@ -204,7 +204,7 @@ def test_logits_are_the_formula_where_no_entry_has_its_default(kind, tmp_path):
 def test_each_entry_counts_and_has_the_default_of_transformers(kind, entry):
     tree, w = TREES[kind], {n: a.astype(float) for n, a in weights(TREES[kind]).items()}
     usual = FORMULAS[kind](tree | {entry: DEFAULTS[entry]}, w, TOKENS)
-    assert np.abs(usual - FORMULAS[kind](tree, w, TOKENS)).max() > 1e-3, "else the test above would not see it"
+    assert np.abs(usual - FORMULAS[kind](tree, w, TOKENS)).max() > 1e-3, "the test above would not see it"
     assert to_ours({n: x for n, x in tree.items() if n != entry})[0] == to_ours(tree | {entry: DEFAULTS[entry]})[0]
 
 
@@ -237,7 +237,7 @@ def test_the_originals_have_epsilons_of_their_own():
         )
 
 
-# config.json as published
+# Published config.json files
 
 
 def test_published_configs_are_read():
@@ -312,7 +312,7 @@ def test_a_jetmoe_that_is_another_is_refused(changes, said):
 
 
 def test_what_is_ignored_changes_no_logits():
-    """None of the entries that are passed over is one that a model type reads."""
+    """No model type reads any of the entries that are ignored."""
     seen = set()
 
     class Tree(configs._Tree):

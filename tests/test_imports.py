@@ -1,4 +1,4 @@
-"""The packages as files: who may import whom, what they need, their length, their examples, their annotations."""
+"""The source files: which may import which, their dependencies, their length, their examples, their annotations."""
 
 import ast
 import doctest
@@ -13,14 +13,14 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted(p for package in ("pallas_kernels", "stickjax") for p in (ROOT / package).rglob("*.py"))
-# Their own tests run the examples of these.
+# Modules whose examples are run by other tests.
 ELSEWHERE = (
     "stickjax.storage.checkpoints",
     "stickjax.training.optimizer",
     "stickjax.training.schedules",
     "stickjax.sweeps",
 )
-# Folders of the packages and their layers. A file imports from its own folder and from folders of lower layers.
+# The layer of each folder. A file may import from its own folder and from folders of lower layers.
 LAYERS = {
     "pallas_kernels": 0,
     "stickjax.system": 1,
@@ -43,7 +43,7 @@ def module_name(path: Path) -> str:
 
 
 def folder(name: str) -> str | None:
-    """The entry of `LAYERS` that a module belongs to, None for one that is not ours."""
+    """Return the entry of `LAYERS` that a module belongs to; None if it is not a module of this repository."""
     return max((prefix for prefix in LAYERS if name == prefix or name.startswith(f"{prefix}.")), key=len, default=None)
 
 
@@ -53,7 +53,7 @@ def may_import(importer: str, imported: str) -> bool:
 
 
 def imports(path: Path) -> set[str]:
-    """The modules that a file imports, at its top or inside its functions."""
+    """Return the modules that a file imports, at its top or inside its functions."""
     package = module_name(path).split(".") if path.stem == "__init__" else module_name(path).split(".")[:-1]
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -68,7 +68,7 @@ def imports(path: Path) -> set[str]:
 
 
 def test_what_is_installed_is_what_is_there():
-    """The packages in pyproject.toml are all, and the configs, which lie inside of stickjax where it is installed."""
+    """pyproject.toml lists all packages, and also the configs, which are inside stickjax where it is installed."""
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     folders = {".".join(path.relative_to(ROOT).parent.parts) for path in FILES}
     assert set(setuptools["packages"]) == folders | {"stickjax.configs"}
@@ -97,7 +97,7 @@ def test_imports_go_one_way(path):
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)
 def test_private_names_stay_in_their_folder(path):
-    """The private names of JAX and its packages are what the kernels have to use."""
+    """Private names of JAX and its packages are allowed, because the kernels need them."""
     name = module_name(path)
     wrong = {
         found
@@ -108,7 +108,7 @@ def test_private_names_stay_in_their_folder(path):
 
 
 def circles(graph: dict[str, set[str]]) -> list[str]:
-    """Modules that import one another, directly or through others."""
+    """Return the circular imports: modules that import each other, directly or through others."""
 
     def reached(start: str) -> set[str]:
         seen, todo = set(), [start]
@@ -127,7 +127,8 @@ def test_no_file_imports_itself_through_others():
     graph = {}
     for name, path in paths.items():
         found = imports(path)
-        # A name of a module is an import of the module; that of a module is not one of its package.
+        # Importing a name from a module counts as importing the module. Importing a module does not count as importing
+        # its package.
         graph[name] = {x if x in paths else x.rpartition(".")[0] for x in found} & set(paths) - {name}
     assert not circles(graph)
 
@@ -150,7 +151,7 @@ def test_the_package_is_a_few_rooms():
 
 @pytest.mark.parametrize("path", [p for p in FILES if "stickjax" in p.parts], ids=module_name)
 def test_families_are_asked_through_their_protocol(path):
-    """Only a family's own files, and the pairs that one reads, know what is particular to it."""
+    """Only the files of a family may know its classes; stickjax.data.pairs may too."""
     if "universal" in module_name(path) or module_name(path) == "stickjax.data.pairs":
         return
     asked = re.findall(
@@ -195,7 +196,7 @@ pallas_kernels.expert_mlp(x[0, :, 0], jnp.ones((2, 8, 8)), jnp.ones((2, 4, 8)), 
 
 
 def test_annotations_hold():
-    """Checked at run time in a process of its own: in this one our own errors must come first."""
+    """Beartype checks the annotations at run time, in a new process: here, our error messages must come first."""
     _python("""
 from jaxtyping import TypeCheckError, install_import_hook
 with install_import_hook("pallas_kernels", "beartype.beartype"):

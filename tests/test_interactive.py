@@ -39,7 +39,7 @@ def whole(tmp_path_factory):
 
 @pytest.fixture
 def displays(monkeypatch):
-    """A kernel whose displays are kept: [(name of the display, whether it is new, its content)]."""
+    """A fake IPython that records displays: [(name of the display, whether it is new, its content)]."""
     shown = []
 
     class Handle:
@@ -68,7 +68,7 @@ def displays(monkeypatch):
 
 
 def at_step(monkeypatch, step, action):
-    """The action happens when the training reports this step; a request to stop is seen at the next one."""
+    """Call the action when the training reports this step; a request to stop takes effect at the next step."""
     report = loop.Run.report
 
     def watched(self, row):
@@ -97,7 +97,7 @@ stickjax.fit(config).finished
 
 
 def test_a_notebook(displays, tmp_path, monkeypatch, capsys):
-    """Cell by cell, with the value of the last line of each as a notebook shows it."""
+    """The cells of a notebook, each with the value of its last line as the notebook shows it."""
     monkeypatch.chdir(tmp_path)
     names, values = {"config": CONFIG}, []
     for cell in CELLS.split("---\n"):
@@ -121,7 +121,7 @@ def test_a_notebook(displays, tmp_path, monkeypatch, capsys):
     bars = [content["text/plain"] for number, _, content in displays if number == 0]
     assert bars[-1].startswith("━" * 40 + " 8/8  loss ")
     pictures = [content for number, _, content in displays if number == 1]
-    assert len(pictures) <= 3 < 8 <= len(metrics["step"])  # at most every few seconds, and the last one
+    assert len(pictures) <= 3 < 8 <= len(metrics["step"])  # one every few seconds at most, and the last one
 
 
 def test_without_matplotlib_there_is_a_bar(displays, tmp_path, monkeypatch):
@@ -240,7 +240,7 @@ def test_a_loaded_model_is_evaluated_and_exported(whole, tmp_path):
     theirs = stickjax.load(tmp_path / "theirs")
     assert_same_state(theirs.model, model.model)
     assert repr(theirs.metrics) == "an empty table" and theirs.run == str(tmp_path / "theirs")
-    parameters, config, tokenizer, step = model  # the tuple that it always was
+    parameters, config, tokenizer, step = model  # a loaded model still unpacks like a tuple
     assert jax.tree.leaves(parameters) and config.data.T == 16 and step == 8 and tokenizer.eot is not None
 
 
@@ -249,7 +249,7 @@ def test_help_is_readable(name):
     function = getattr(stickjax, name)
     text = pydoc.render_doc(function, renderer=pydoc.plaintext)
     assert "**" not in text and "Args:" in text and ">>> " in text
-    assert all(line.isascii() and len(line) <= 124 for line in text.splitlines()[3:])  # after the signature
+    assert all(line.isascii() and len(line) <= 124 for line in text.splitlines()[3:])  # the lines after the signature
     assert function.__doc__ and "..." not in str(inspect.signature(function))
 
 

@@ -1,4 +1,4 @@
-"""What Mosaic and Triton give to `fused` has every method of its Protocol, with the same arguments."""
+"""The kernels that Mosaic and Triton pass to `fused` have every method of its Protocol, with the same arguments."""
 
 import inspect
 
@@ -20,7 +20,7 @@ SETS = {
 
 
 def positional(method) -> list[str]:
-    """The names of the arguments that the arrays of `fused` are bound to, but `self`."""
+    """Return the names of a method's arguments, without `self` and without *args and **kwargs."""
     kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
     return [name for name, p in inspect.signature(method).parameters.items() if p.kind in kinds and name != "self"]
 
@@ -32,7 +32,7 @@ def test_a_set_of_kernels_has_every_method_of_its_own(name):
     assert len(methods) >= 4 and isinstance(kernels, protocol) and hash(kernels) == hash(kernels)
     for method in methods:
         own, wanted = getattr(type(kernels), method), positional(vars(protocol)[method])
-        if method == "tasks":  # the Protocol has the code
+        if method == "tasks":  # the Protocol itself implements this method
             continue
         assert own is not vars(protocol)[method], f"{name} has no {method}"
         planned = [x for x in positional(own) if x not in ("key_ranges", "offset", "query_segments", "key_segments")]

@@ -1,6 +1,6 @@
-"""The GPU kernels of stick-breaking attention in their interpreters against the reference: one list for all.
+"""The GPU kernels of stick-breaking attention, run in their interpreters and compared with the reference.
 
-With the CUDA wheels the same tests also run the PTX that the kernels are compiled to (`make test-ptx`).
+With the CUDA wheels, the same tests also execute the PTX of the kernels (`make test-ptx`).
 """
 
 import contextlib
@@ -24,9 +24,9 @@ INTERPRETERS = {
     "triton": triton_call.interpret,
     "mosaic-ptx": partial(capture.kernels_launched_by, machine.launch),
 }
-# Cases that one may refuse: in the support table of the README.
+# Cases that an implementation does not support; the support table of the README lists them.
 LACKS = {"mosaic": ("odd-widths", "fp32-odd-widths", "fp32-offsets", "fp32-saturated")}
-REM = 1e-5  # relative
+REM = 1e-5  # relative tolerance of rem
 
 
 @contextlib.contextmanager
@@ -51,7 +51,7 @@ def attend(kernels: str, case: Stick, **options):
 
 
 def run(kernels: str, case: Stick, dtype: str, *, twice: bool = False, **options) -> dict:
-    """Outputs and gradients, named as those of `expected`; `twice` of one program, which must be equal."""
+    """Return outputs and gradients with the names of `expected`. `twice`: run twice; the results must be equal."""
     arrays = case.arrays(dtype)
 
     def function(query, key, value, scale):
@@ -109,14 +109,14 @@ def test_skipping_stops_early_forward_and_backward(kernels):
 
 
 def test_skipping_beside_a_tile_without_queries(kernels):
-    """Nine tiles of 64 queries: the tenth, in one block with the ninth, waits for nothing when that stops early."""
+    """There are nine tiles of 64 queries, two per block. The last block has an empty tile, which must not wait."""
     case = Stick(T=520, N=1, H=32)
     values = run(kernels, case, "bfloat16", skip_below=-24.0)
     compare(values, expected(case, "bfloat16", True), "bfloat16", skips=True)
 
 
 def test_padding_does_not_keep_a_tile_from_stopping_early(kernels):
-    """The last 64 rows are padding but for two; without padding they would leave their five key tiles early too."""
+    """The last 64 rows are padding except two. The tile must stop as early as it does without the padding."""
     case = Stick(T=320, N=1, H=32, segments=(258, -62))
     values = run(kernels, case, "bfloat16", skip_below=-24.0)
     compare(values, expected(case, "bfloat16", True), "bfloat16", skips=True)
@@ -125,7 +125,7 @@ def test_padding_does_not_keep_a_tile_from_stopping_early(kernels):
 
 
 def test_an_entry_without_keys_left_does_not_keep_the_others_reading(kernels):
-    """Decoding with 100 and with 4000 keys: the first entry keeps stick to the end, the second spends it at once."""
+    """A decode step with 100 and 4000 keys: the first entry has stick left at the end, the second uses it up soon."""
     case = Stick(T=1, S=4000, B=2, N=2, K=1, H=32, offset=(100, 3999))
     query, key, value = case.arrays("bfloat16")
     key = key.at[0].set(0).at[0, :, :, 0].set(-9)
@@ -137,7 +137,7 @@ def test_an_entry_without_keys_left_does_not_keep_the_others_reading(kernels):
 
 
 def test_far_keys_keep_their_weight_behind_a_long_row(kernels):
-    """The backward pass walks back from a stick of 2^-2000 to 2^0; a carry in one float would have lost the digits."""
+    """The backward pass goes from a remaining stick of 2^-2000 to 2^0; a carry in one float would lose the digits."""
     case = Stick(T=300, N=1, H=32, std=0.3, shift=7.0)
     values, wanted = run(kernels, case, "bfloat16"), expected(case, "bfloat16", False)
     assert wanted["log_rem"].min() < -1000
@@ -157,7 +157,7 @@ def test_the_gradient_of_the_scale_is_no_quotient_by_it(kernels):
 
 
 def test_saturated_logits_give_the_limits_and_their_gradients(kernels):
-    """But d_value where a logit is 1e5: a sum of millions has no digits left for what was broken off on its right."""
+    """Only d_value may be wrong, if a logit is 1e5: a sum of millions has no digits left for the keys on its right."""
     errors = limits.errors(limits.results("bfloat16", implementation=kernels), "bfloat16")
     assert np.isfinite(list(errors.values())).all(), errors
     beyond = [entry for entry, logits in limits.LOGITS.items() if kernels == "mosaic" and max(logits) > 1e3]
@@ -181,7 +181,7 @@ DECODING = {
 @pytest.mark.parametrize("name", DECODING)
 def test_decoding(kernels, name):
     case = DECODING[name]
-    if name == "padded":  # ids of the reference's helper count the documents: the query belongs to the second
+    if name == "padded":  # the key segments count the documents: the query is in document 1
         options = case.options() | {"segment_ids": jnp.ones((2, 1), jnp.int32), "query_offset": 560}
     else:
         options = case.options()
@@ -204,7 +204,7 @@ def test_decoding_reads_the_recent_cache_only(kernels):
 
 
 def test_shards_of_the_keys_join_forward_and_backward(kernels):
-    """Context parallelism: a shard's gradients need d_out and d_log_rem alone, which the merge rule passes on."""
+    """Context parallelism: the gradients of a shard need only d_out and d_log_rem, which the merge rule passes on."""
     case = Stick(T=90, N=1, H=32)
     query, key, value = case.arrays("bfloat16")
 
@@ -236,7 +236,7 @@ def test_few_heads_at_a_time_give_the_same_gradients(kernels, monkeypatch):
     together = run(kernels, case, "bfloat16")
     monkeypatch.setattr("pallas_kernels.stick_breaking.fused.SNAPSHOTS", 1)
     apart = run(kernels, case, "bfloat16")
-    # The one sum over all heads, in another order.
+    # d_scale is a sum over all heads, which is computed in another order here.
     np.testing.assert_allclose(apart.pop("d_scale"), together.pop("d_scale"), rtol=1e-5)
     chex.assert_trees_all_equal(apart, together)
 

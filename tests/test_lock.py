@@ -1,4 +1,4 @@
-"""One process at a time writes a run folder: who is alive keeps the lock, who is dead loses it."""
+"""Only one process at a time writes a run folder: a living process keeps the lock, a dead process loses it."""
 
 import doctest
 import errno
@@ -36,7 +36,7 @@ def test_docstring_examples(module):
 
 
 def owner(folder, **changes) -> dict:
-    """A lock that another process left or holds, without the flock."""
+    """Write the lock file of another process, without its flock."""
     lock = Lock(folder)
     record = lock._record | {"token": "another", "pid": 77, "host": "elsewhere"} | changes
     lock.release()
@@ -85,7 +85,7 @@ def test_a_lock_that_something_else_has_written_over_is_released(tmp_path):
     lock = Lock(tmp_path)
     (tmp_path / "lock").write_text("notes")
     lock.release()
-    assert (tmp_path / "lock").read_text() == "notes"  # not ours to delete
+    assert (tmp_path / "lock").read_text() == "notes"  # an unknown file must not be deleted
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(lock._file)
 
@@ -96,7 +96,7 @@ def test_the_second_is_refused_where_there_is_no_flock(tmp_path):
     assert f"process {os.getpid()}" in taken(tmp_path)
     lock.release()
     owner(tmp_path, machine="this one, or another")
-    Lock(tmp_path).release()  # it does not count on: dead
+    Lock(tmp_path).release()  # the counter in the lock file stands still, so the owner is dead
 
 
 @pytest.mark.usefixtures("without_flock")
@@ -122,7 +122,7 @@ def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
     owner(tmp_path)
     begun = time.monotonic()
     Lock(tmp_path).release()
-    assert time.monotonic() - begun < 0.5  # the kernel knows
+    assert time.monotonic() - begun < 0.5  # the kernel's flock says at once that the owner is dead
 
 
 def test_an_owner_on_another_machine_lives_while_it_counts(tmp_path):
@@ -142,9 +142,9 @@ def test_an_owner_on_another_machine_lives_while_it_counts(tmp_path):
         Lock(tmp_path)
     end.set()
     thread.join()
-    Lock(tmp_path).release()  # dead now
+    Lock(tmp_path).release()  # the owner is dead now
     owner(tmp_path, machine="another")
-    timer = threading.Timer(0.2, (tmp_path / "lock").unlink)  # it ends well, while the next one waits
+    timer = threading.Timer(0.2, (tmp_path / "lock").unlink)  # the owner ends normally while the next process waits
     timer.start()
     Lock(tmp_path).release()
 
@@ -199,5 +199,5 @@ def test_what_is_no_lock_stays(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="not a folder: '.*/file'"):
         Lock(tmp_path / "file")
-    (tmp_path / "lock").write_bytes(b"\0" * 100)  # after a loss of power
+    (tmp_path / "lock").write_bytes(b"\0" * 100)  # as after a loss of power
     Lock(tmp_path).release()

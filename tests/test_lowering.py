@@ -1,6 +1,6 @@
-"""Every case of the Mosaic kernels, lowered for a Hopper GPU that need not be there: no CUDA wheels, no GPU.
+"""Every case of the Mosaic kernels is lowered for an absent Hopper GPU; needs neither the CUDA wheels nor a GPU.
 
-The interpreter does not lower. What lowering refuses, or makes into a race, only shows here.
+The interpreter does not lower kernels. Errors of lowering, and races that lowering introduces, appear only here.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ CASES = {f"{which}: {name}": case for which, cases in LISTS.items() for name, ca
 
 @contextlib.contextmanager
 def reductions_through_shared_memory(monkeypatch) -> Iterator[list]:
-    """The reductions that are lowered inside and that pass through the scratch memory that a block has once."""
+    """Yield a list of the reductions lowered in this context that use the scratch memory shared by the whole block."""
     found, reduce = [], FragmentedArray.reduce
 
     def recorded(self, op, axis, scratch=None, **options):
@@ -42,7 +42,7 @@ def lower(function, *arrays) -> str:
 
 
 def forward_and_backward(function):
-    """`function` and its derivative, by cotangents of ones."""
+    """Return a function that computes `function` and its gradients for cotangents of ones."""
 
     def run(*arrays):
         outputs, vjp = jax.vjp(function, *arrays)
@@ -52,7 +52,7 @@ def forward_and_backward(function):
 
 
 def prepared(name: str):
-    """(arrays, options, whether it has a backward pass)."""
+    """Return (arrays, options, whether the case has a backward pass)."""
     case = CASES[name]
     if isinstance(case, Stick):
         return case.arrays(dtype_of(name.split(": ")[1])), case.options(), name.removeprefix("odd: ") not in DECODED

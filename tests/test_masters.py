@@ -1,4 +1,4 @@
-"""Parameters that are stored in less than float32 learn as those of float32 do: their masters add up small updates."""
+"""Parameters stored in less than float32 train like float32 ones: their float32 masters add up small updates."""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ def config(dtype, **changes) -> Config:
 
 
 def begin(config: Config, model=None):
-    """The state before the first step, with the parameters of a model."""
+    """Return the state before the first step, with the parameters of `model` if it is given."""
     new = lambda: init_state(config, jax.random.key(0))  # noqa: E731
     return jax.jit(new if model is None else lambda: with_params(config, new(), model))()
 
@@ -45,13 +45,13 @@ def batches(count=6):
 
 @pytest.fixture(scope="module")
 def published():
-    """A model of float32 to fine-tune."""
+    """A float32 model to fine-tune."""
     return jax.jit(lambda: init(config("float32").model, jax.random.key(1)))()
 
 
 @pytest.fixture(scope="module")
 def tuned(published):
-    """The states after six steps from there, by the type of the parameters."""
+    """The states after six steps of fine-tuning, by the type of the parameters."""
     found = {}
     for dtype in ("float32", "bfloat16"):
         state = begin(config(dtype), published)
@@ -63,7 +63,7 @@ def tuned(published):
 
 
 def test_no_update_is_lost(published, tuned):
-    """The way from the published values is that of float32, to the rounding of the forward pass."""
+    """The masters move as in float32, except for the rounding of the forward pass."""
     begun, masters = named_leaves(published), masters_of(tuned["bfloat16"])
     assert masters.keys() == begun.keys()
     for name, exact in named_leaves(tuned["float32"].params).items():
@@ -82,7 +82,7 @@ def test_parameters_are_their_masters_rounded(tuned):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_large_step_is_not_lost_either(dtype):
-    """A parameter that shrinks by orders of magnitude at once is still its master rounded."""
+    """A parameter that shrinks by orders of magnitude in one step is still equal to its rounded master."""
     params = {"w_in": jnp.array([1.0, -3.0, 1e4, 0.0], dtype)}
     tx = make_optimizer(Config().replace({"optim.schedule": "constant", "optim.peak_lr": 0.9999}), params)
     updates, state = tx.update({"w_in": jnp.array([1.0, -1.0, 1.0, -1.0], dtype)}, tx.init(params), params)
@@ -111,7 +111,7 @@ def test_what_is_frozen_and_what_is_float32_has_no_master():
     state = make("bfloat16", **experts)
     names, bias = masters_of(state).keys(), "blocks/ffn/router/selection_bias"
     assert names == named_leaves(state.params).keys() - {"embed", bias}
-    # It moves by a rule of its own, which in bfloat16 would lose steps of 0.001 from a bias of 1 on.
+    # The bias has another update rule than the optimizer's. In bfloat16, a bias of 1 or more would lose steps of 0.001.
     assert named_leaves(state.params)[bias].dtype == jnp.float32
     assert optax.tree.get(make("float32").opt_state, "masters") is None
 
@@ -132,7 +132,7 @@ def test_masters_are_divided_as_their_parameters_are(tuned, published):
 
 
 def test_microbatches_add_up_in_float32():
-    """256 equal gradients: a sum of bfloat16 stands still at a fraction of them."""
+    """256 equal gradients are added; a sum in bfloat16 would stop growing after a part of them."""
     c = config("bfloat16", **{"data.B": 256, "data.T": 2})
     batch = {name: jnp.tile(jnp.array([[3, 5]]), (256, 1)) for name in ("tokens", "targets")}
     batch |= dict(segment_ids=0 * batch["tokens"], loss_mask=batch["tokens"] > 0)

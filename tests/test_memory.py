@@ -1,4 +1,4 @@
-"""What does not fit is said in one line, before memory is taken; what fits is never refused."""
+"""A model that does not fit gives one error line before memory is allocated; a model that fits is never refused."""
 
 import types
 
@@ -33,7 +33,7 @@ GIB = 2**30
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """`machine({path: text})`: files in place of /proc and /sys/fs/cgroup, and no other limit."""
+    """`machine({path: text})` replaces /proc and /sys/fs/cgroup by these files and removes all other limits."""
     monkeypatch.setattr(memory, "PROC", tmp_path / "proc")
     monkeypatch.setattr(memory, "CGROUPS", tmp_path / "cgroup")
     monkeypatch.setattr(memory.resource, "getrlimit", lambda _: (memory.resource.RLIM_INFINITY,) * 2)
@@ -65,7 +65,7 @@ MACHINE, GROUP = "available on this machine", "left by the limit of the control 
                 "cgroup/jobs/memory.current": f"{3 * GIB}\n",
                 "cgroup/jobs/memory.stat": f"anon 5\nactive_file {GIB // 4}\ninactive_file {GIB // 4}\n",
             },
-            Free(2 * GIB + GIB // 2, GROUP),  # 4 - 3 of the group, half of it files that are given back, 1 of swap
+            Free(2 * GIB + GIB // 2, GROUP),  # 4 - 3 of the group, 1/2 of cached files, 1 of swap
         ),
         (
             MEMINFO
@@ -95,7 +95,7 @@ def test_the_address_space(machine, monkeypatch):
 def test_this_machine_has_memory():
     assert host_memory().bytes > 2**20
     mesh = jax.make_mesh((len(jax.devices()),), ("data",))
-    assert free_memory(mesh).bytes <= host_memory().bytes // len(jax.devices()) * 1.1  # CPU devices share it
+    assert free_memory(mesh).bytes <= host_memory().bytes // len(jax.devices()) * 1.1  # CPU devices share memory
 
 
 def test_a_device_with_memory_of_its_own(monkeypatch):
@@ -104,14 +104,14 @@ def test_a_device_with_memory_of_its_own(monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
     assert free_memory() == Free(70, "free on NVIDIA H200")
     stats.clear()
-    assert free_memory() is None  # a device that does not tell refuses nothing
+    assert free_memory() is None  # if a device does not report its memory, nothing is refused
 
 
 def test_parts_of_a_state_by_hand():
     model = ModelConfig(V=257, D=16, L=1, N=2, K=1, H=8, F=16, param_dtype="bfloat16")
     state = jax.eval_shape(lambda: init_state(Config(model), jax.random.key(0)))
     n = sum(x.size for x in jax.tree.leaves(state.params))
-    counters = 4 + 4 + 4 + 4  # of Adam, two words of the tokens, the learning rate
+    counters = 4 + 4 + 4 + 4  # Adam's count, the tokens (two words), the learning rate
     assert state_parts(state) == {"parameters": 2 * n, "float32 masters": 4 * n, "moments": 8 * n + counters}
     assert local_bytes({"key": jax.random.key(0), "w": jnp.zeros((3, 2), jnp.bool_)}) == 8 + 6
 
@@ -137,7 +137,7 @@ def test_what_fits_exactly_is_not_refused(monkeypatch):
     ],
 )
 def test_a_model_that_cannot_fit_is_one_line(tmp_path, capsys, change, message):
-    """Before anything is compiled, and nothing is written."""
+    """The error comes before anything is compiled, and nothing is written."""
     (tmp_path / "config.json").write_text(CONFIG.to_json())
     assert main([str(tmp_path / "config.json"), "--run", str(tmp_path / "run"), change]) == 1
     err = capsys.readouterr().err
@@ -146,9 +146,9 @@ def test_a_model_that_cannot_fit_is_one_line(tmp_path, capsys, change, message):
 
 
 def test_a_step_that_does_not_fit_is_one_line(tmp_path, capsys, monkeypatch):
-    """The state fits, the temporaries of the compiled step do not."""
+    """The state fits, but the temporaries of the compiled step do not."""
     (tmp_path / "config.json").write_text(CONFIG.to_json())
-    sizes = iter([GIB, GIB, 2000])  # before the state is made, when its program is compiled, and then that of the step
+    sizes = iter([GIB, GIB, 2000])  # before the state is made, when its program is compiled, when the step is
     monkeypatch.setattr(memory, "free_memory", lambda mesh: Free(next(sizes), "of a test"))
     assert main([str(tmp_path / "config.json"), "--run", str(tmp_path / "run")]) == 1
     err = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""metrics.jsonl: JSON as everybody reads it, and what is done about lines that are not."""
+"""metrics.jsonl contains strict JSON, and invalid lines in it are skipped."""
 
 import json
 import math
@@ -49,7 +49,7 @@ DAMAGED = {
 
 
 def damaged(run) -> None:
-    """Rows 1, 2 and 3 in lines 1, 5 and 13, nonsense between them, and a row that was being written."""
+    """Write a file with rows 1, 2 and 3 in lines 1, 5 and 13, nonsense between them, and an incomplete last row."""
     good = {1: row(1), 5: row(2), 13: row(3)}
     lines = [DAMAGED.get(n) or json_text(good[n]).encode() for n in range(1, 14)]
     (run / "metrics.jsonl").write_bytes(b"\n".join([*lines, b"", b'{"step": 4, "loss"']))

@@ -1,4 +1,4 @@
-"""Mixture of attention heads against a loop over its experts, the original layer, and in training."""
+"""Mixture of attention heads, compared with a loop over its experts and with the original layer, and in training."""
 
 import dataclasses
 from pathlib import Path
@@ -26,7 +26,7 @@ HERE = Path(__file__).parent
 
 
 def every_expert(layer, x):
-    """The definition, with the heads of all experts at all tokens and gates of zero."""
+    """Compute the definition: all experts at all tokens, with zero gates for the experts that are not chosen."""
     c, (B, T, _) = layer.config, x.shape
     chosen, gates = choose_experts(
         (x @ layer.router.weight[...]).reshape(B * T, -1), c.N // c.K, c.attention_experts.order
@@ -78,7 +78,7 @@ def test_padding_runs_no_expert():
 
 
 def test_the_shared_heads_are_those_of_the_original_layer():
-    """Softmax self-attention with one head per expert and masked keys; outputs and losses."""
+    """Outputs and losses agree, for softmax self-attention with one head per expert and masked keys."""
     with np.load(HERE / "oracles" / "moa" / "attention.npz", allow_pickle=False) as arrays:
         x, out = (jnp.asarray(arrays[name].swapaxes(0, 1)) for name in ("x", "out"))  # [B,T,D]
         pad, aux = jnp.asarray(arrays["pad"]), arrays["aux"]
@@ -105,7 +105,7 @@ def test_the_shared_heads_are_those_of_the_original_layer():
 
 @pytest.mark.parametrize("kind", ["cross", "relative", "causal"])
 def test_shared_heads_are_softmax_attention_of_every_expert(kind):
-    """Of the same tokens or of another sequence, its padding unseen; distances from `clip` on share a vector."""
+    """Keys are from the same or another sequence, without its padding; distances of `clip` or more share a vector."""
     B, T, S, config = 2, 7, 5 if kind == "cross" else 7, SutConfig(**SHARED, clip=3)
     layer = SharedHeads(config, jax.random.key(0), causal=kind == "causal", relative=kind == "relative")
     x = jax.random.normal(jax.random.key(1), (B, T, 16))
@@ -137,7 +137,7 @@ def test_shared_heads_are_softmax_attention_of_every_expert(kind):
 
 
 def test_training_balances_both_routers():
-    """Both kinds of statistics are reported and weighed, and both biases move."""
+    """The statistics of both routers are reported and weighted, and the biases of both move."""
     model = ModelConfig(
         **SIZES,
         N=4,
@@ -166,7 +166,7 @@ def test_active_parameters_are_those_of_the_chosen_experts():
     idle = 2 * 2 * (5 - 3) * 16 * 8  # layers, query and output, experts not chosen, D, K * H
     assert active == total - 31 * 16 - idle
     dense, _ = Decoder().parameter_counts(dataclasses.replace(config, attention_experts=ExpertsConfig()))
-    assert total - dense == 2 * (2 * (5 - 3) * 16 * 8 + 16 * 5)  # five experts for three, and routers
+    assert total - dense == 2 * (2 * (5 - 3) * 16 * 8 + 16 * 5)  # two more experts (five, three chosen), and routers
 
 
 def test_experts_may_be_sampled_for_the_heads_alone():

@@ -1,4 +1,4 @@
-"""The decoder: causality, packing, experts against a dense einsum, multipliers, presets, caches."""
+"""The decoder: causality, packing, experts compared with a dense einsum, multipliers, presets, caches."""
 
 import dataclasses
 import os
@@ -47,12 +47,12 @@ def tokens_of(config, B=2, T=13, seed=1):
 
 
 def by_embedding(model, config, segment_ids=None):
-    """Logits as a function of one added embedding per position, to differentiate by position."""
+    """Return the logits as a function of embeddings that are added at each position, to differentiate by position."""
     tokens = tokens_of(config)
 
     def logits(extra):
         changed = jax.tree.map(lambda x: x, model)
-        # Every position gets a token of its own, so that an embedding is a position.
+        # Every position gets a different token, so that each embedding belongs to one position.
         rows = changed.embed[...][tokens.reshape(-1)] + extra.reshape(-1, config.D)
         changed.embed = type(changed.embed)(rows)
         own = jnp.arange(tokens.size).reshape(tokens.shape)
@@ -64,7 +64,7 @@ def by_embedding(model, config, segment_ids=None):
 
 
 def influence(config, segment_ids=None):
-    """[B, T, T]: how much the output at row position depends on the embedding at column position."""
+    """Return [B, T, T]: how much the output at position (row) depends on the embedding at position (column)."""
     config = dataclasses.replace(config, tied=False)
     logits, zero = by_embedding(init(config, jax.random.key(0)), config, segment_ids)
     jacobian = jax.jacrev(lambda x: jnp.square(logits(x)).sum(-1))(zero)
@@ -89,7 +89,7 @@ def test_packed_documents_do_not_see_each_other(config):
     for b in range(2):
         other = np.asarray(segments[b])[:, None] != np.asarray(segments[b])[None]
         assert (seen[b, :, b][other] == 0).all()
-    # And a document's logits are those it has alone.
+    # The logits of a document do not change if it is alone.
     model, tokens = init(config, jax.random.key(0)), tokens_of(config)
     packed = model(tokens, segments).logits
     alone = model(tokens[:1, 5:]).logits
@@ -115,7 +115,7 @@ def test_the_cache_gives_the_full_pass(config):
         cache, parts = out.cache, [*parts, out.logits]
     real = (segments >= 0)[..., None]
     assert_close(jnp.where(real, jnp.concatenate(parts, 1), 0), jnp.where(real, full, 0), FORWARD["float32"])
-    # Keys, and values where they are not the keys, of all layers.
+    # The cache has the keys of all layers, and the values unless they equal the keys.
     assert sum(a.ndim == 5 for a in jax.tree.leaves(cache)) == (1 if config.key_value == "input" else 2)
 
 
@@ -149,7 +149,7 @@ def test_router_orders():
     np.testing.assert_allclose(gates, [[0.4, 0.3]], rtol=1e-6)
     chosen, gates = choose_experts(logits, 2, "softmax_topk", bias=jnp.array([1.0, 0, 0, 0]))
     assert chosen.tolist() == [[0, 3]]
-    np.testing.assert_allclose(gates, [[0.1, 0.4]], rtol=1e-6)  # the bias selects and never weighs
+    np.testing.assert_allclose(gates, [[0.1, 0.4]], rtol=1e-6)  # the bias affects the choice, not the gates
 
 
 def test_sampled_experts_follow_the_probabilities():
@@ -167,7 +167,7 @@ def test_sampled_experts_follow_the_probabilities():
 def test_rounding_drops_the_smallest_gates_of_every_expert(multiple):
     rng = np.random.default_rng(0)
     chosen, gates = rng.permuted(np.tile(np.arange(7), (50, 1)), axis=1)[:, :3], rng.random((50, 3))
-    chosen[:9] = 6  # of E = 6: padding
+    chosen[:9] = 6  # E = 6, so 6 means padding
     kept = np.asarray(round_tokens(jnp.asarray(chosen), jnp.asarray(gates, jnp.float32), 6, multiple))
     assert (kept[kept != chosen] == 6).all()
     for e in range(6):
@@ -183,7 +183,8 @@ def test_rounding_is_for_training_alone():
     np.testing.assert_array_equal(model(tokens).logits, plain(tokens).logits)
     trained, whole = (m(tokens, key=jax.random.key(1)) for m in (model, plain))
     assert (trained.logits != whole.logits).any()
-    np.testing.assert_array_equal(trained.router.load[0], whole.router.load[0])  # of what the router wanted
+    # The load counts the choices of the router before token rounding.
+    np.testing.assert_array_equal(trained.router.load[0], whole.router.load[0])
     with pytest.raises(ValueError, match="token_rounding=8 needs experts"):
         ModelConfig(**SMALL, experts=ExpertsConfig(token_rounding=8))
 
@@ -214,7 +215,7 @@ def test_balance_gives_switch_loss_one():
 def test_router_bias_moves_against_the_load():
     bias = updated_router_bias(jnp.zeros((2, 4)), jnp.array([[0.7, 0.1, 0.1, 0.1], [0.25] * 4]), 0.01, 4)
     np.testing.assert_allclose(bias, [[-0.01, 0.01, 0.01, 0.01], [0] * 4], atol=1e-8)
-    # Two of the four were pruned: the mean is that of the others.
+    # Two of the four experts were pruned, so the mean is taken over the other two.
     pruned = updated_router_bias(jnp.zeros((1, 4)), jnp.array([[0.6, 0.4, 0, 0]]), 0.01, jnp.array([[2]]))
     np.testing.assert_allclose(pruned[0, :2], [-0.01, 0.01], atol=1e-8)
 
@@ -257,7 +258,7 @@ def test_stickbreaking_3b_tied_and_active_counts():
 
 
 def test_multipliers():
-    """m_emb, m_res, the attention scale and the logits' divisor are where the specification has them."""
+    """m_emb, m_res, the attention scale and the divisor of the logits are applied where the specification says."""
     config = ModelConfig(**SMALL, m_emb=3.0, m_res=0.0, m_width=4.0)
     model, tokens = init(config, jax.random.key(0)), tokens_of(config)
     x = 3.0 * np.asarray(model.embed[...])[tokens]  # m_res = 0 removes every layer
@@ -332,9 +333,9 @@ def test_tree_mode_of_nnx():
     """The modules are plain pytrees, so they work with NNX's graph mode switched off."""
     code = """
 import jax, jax.numpy as jnp
-from stickjax.config import ModelConfig
+from stickjax.config import ExpertsConfig, ModelConfig
 from stickjax.models.transformer import init
-m = init(ModelConfig(V=8, D=8, L=2, N=2, K=1, H=4, F=8, E=2, k=2), jax.random.key(0))
+m = init(ModelConfig(V=8, D=8, L=2, N=2, K=1, H=4, F=8, experts=ExpertsConfig(2, 2)), jax.random.key(0))
 g = jax.jit(jax.grad(lambda m: m(jnp.zeros((1, 4), jnp.int32)).logits.sum()))(m)
 assert jax.tree.structure(g) == jax.tree.structure(m)
 """

@@ -1,4 +1,4 @@
-"""The experiments on modules: what they prune at random, and what they say of several seeds."""
+"""The experiments on modules: the random choice of pruned modules, and the statistics over several seeds."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Modules: added, pruned, counted; from Python and from the command line."""
+"""Modules are added, pruned and counted, from Python and from the command line."""
 
 import dataclasses
 import json
@@ -67,7 +67,7 @@ def same(a, b):
 
 @pytest.mark.parametrize(("E", "new"), [(6, 2), (8, 5), (16, 16), (5, 1)])
 def test_probabilities_keep_their_bits(compiled, E, new):
-    """At 7 tokens and at 700: XLA compiles small and large loops otherwise."""
+    """The test runs with 7 and with 700 tokens, because XLA compiles small and large loops differently."""
     rng = np.random.default_rng(E)
     for T in (7, 700):
         x, w = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((T, 16), (16, E)))
@@ -99,7 +99,7 @@ def test_extended_model_is_the_old_one_without_its_new_modules(model, monkeypatc
     monkeypatch.setattr(Router, "logits", of_old_modules)
     found = jax.jit(lambda model: model(TOKENS))(extended)
     same(found.logits, base.logits)
-    for kind in ("router", "attention_router"):  # experts that are never chosen say nothing
+    for kind in ("router", "attention_router"):  # experts that are never chosen do not count
         assert_close(getattr(found, kind).mutual_information, getattr(base, kind).mutual_information, 1e-5)
 
 
@@ -119,12 +119,13 @@ def test_merged_is_the_same_function(model):
     extended = extend(model, jax.random.key(1), experts=5, attention_experts=3)
     assert_close(run(merged(extended), TOKENS).logits, run(extended, TOKENS).logits, FORWARD["float32"])
     again = extend(extended, jax.random.key(2), experts=1).config
-    assert (again.E, again.new_experts, again.attention_experts, again.new_attention_experts) == (11, 1, 7, 0)
+    experts, heads = again.experts, again.attention_experts
+    assert (experts.E, experts.added, heads.E, heads.added) == (11, 1, 7, 0)
 
 
 @pytest.mark.parametrize("routing", TRAINABLE)
 def test_what_is_frozen_does_not_move(routing):
-    """Bit for bit, with losses that pull at every router and with the bias that is moved without a gradient."""
+    """Frozen parameters stay bitwise equal, although every router has losses and the bias moves without a gradient."""
     changes = dict(bias_rate=0.01, switch_weight=0.1)
     model = CONFIG
     for kind in KINDS_OF_MODULES.values():
@@ -166,7 +167,7 @@ def test_use_counts_routed_pairs_of_real_tokens(model, monkeypatch):
         return out, key
 
     monkeypatch.setattr(Router, "logits", spied)
-    jax.clear_caches()  # of what was compiled without the spy, and below of what was with it
+    jax.clear_caches()  # drops programs that were compiled without the spy; below, those compiled with it
     counts = use(model, [dict(tokens=TOKENS, segment_ids=segments), dict(tokens=TOKENS)])
     jax.effects_barrier()
     for kind, (E, k) in KINDS.items():
@@ -186,7 +187,7 @@ def gelu(x, exact):
 
 
 def dense_ffn(ffn, x, alive, denominator):
-    """The first layer's network in NumPy, all experts on all tokens; which experts each token uses."""
+    """Compute the first layer's experts in NumPy on all tokens. Also return which experts each token uses."""
     p = {name: np.asarray(leaf[0], np.float64) for name, leaf in named_leaves(ffn).items()}
     logits = gelu(x @ p["router/hidden"] + p["router/hidden_bias"], True) @ p["router/weight"]
     if denominator == "new":
@@ -211,7 +212,7 @@ def test_pruned_layer_against_a_dense_one(denominator, implementation):
     counts = {"ffn": np.array([[9, 1, 9, 2, 9, 9], [9, 9, 9, 9, 9, 9]])}
     pruned = prune(model, counts, threshold=0.1, denominator=denominator)
     alive = np.array([True, False, True, False, True, True])
-    assert pruned.config.experts.E == 6  # the second layer keeps all: the first one has two empty places
+    assert pruned.config.experts.E == 6  # the second layer keeps all; the first has two unused columns
     slot = pruned.blocks.ffn.router.slot[...]
     columns = alive if denominator == "old" else np.arange(6) < 4
     same(slot[0], np.where(columns, np.cumsum(columns) - 1, -1))
@@ -245,7 +246,7 @@ def test_pruned_heads_leave_other_tokens_alone(model):
 
 @pytest.mark.parametrize("denominator", ["old", "new"])
 def test_a_pruned_module_is_never_drawn(model, denominator):
-    """Where training draws the last of the chosen modules."""
+    """With sample_topk, training draws the last of the chosen modules at random, but never a pruned one."""
     counts = {"ffn": np.array([[9, 1, 8, 2, 7, 6], [1, 2, 3, 4, 5, 6]])}
     pruned = prune(model, counts, count=3, denominator=denominator)
     router = jax.tree.map(lambda leaf: leaf[0], pruned.blocks.ffn.router)
@@ -272,14 +273,13 @@ def test_a_threshold_keeps_what_a_token_needs(model):
 
 @pytest.mark.parametrize("denominator", ["old", "new"])
 def test_prune_again_and_extend(model, denominator):
-    """Pruned twice is pruned once; and an extended pruned model routes to its own and to the new modules alone."""
+    """Pruning in two steps equals pruning once. A pruned and extended model routes only to kept and new modules."""
     counts = {"ffn": np.array([[9, 1, 8, 2, 7, 6], [1, 2, 3, 4, 5, 6]]), "attention": np.array([[4, 3, 2, 1]] * 2)}
     once = prune(model, counts, count={"ffn": 3, "attention": 2}, denominator=denominator)
     half = prune(model, counts, count={"ffn": 5, "attention": 2}, denominator=denominator)
     if denominator == "new":
-        assert half.config == KINDS_OF_MODULES["ffn"].changed(
-            KINDS_OF_MODULES["attention"].changed(CONFIG, E=2), E=5
-        )  # a model as any other
+        fewer = KINDS_OF_MODULES["attention"].changed(CONFIG, E=2)
+        assert half.config == KINDS_OF_MODULES["ffn"].changed(fewer, E=5)  # as if it had never had more
         counts["ffn"] = np.array([[9, 8, 2, 7, 6], [2, 3, 4, 5, 6]])
     twice = prune(half, {"ffn": counts["ffn"]}, count=3, denominator=denominator)
     assert twice.config == once.config
@@ -308,7 +308,7 @@ def test_uneven_layers_and_the_new_denominator(model):
     assert not pruned.blocks.ffn.w_in[1, 3].any()
     with pytest.raises(ValueError, match="are no longer there"):
         prune(pruned, {"ffn": np.ones((2, 4))}, count=2, denominator="old")
-    with pytest.raises(ValueError, match="count=4 of ffn must be from the 2 that a token needs to the 3 there"):
+    with pytest.raises(ValueError, match="count=4 of ffn must be from 2, the number that a token uses, to 3"):
         prune(pruned, {"ffn": np.ones((2, 4))}, count=4, denominator="new")
 
 
@@ -328,12 +328,12 @@ def test_mutual_information_against_its_definition():
         (lambda m: extend(m, jax.random.key(0)), "nothing to add: experts=0, attention_experts=0"),
         (lambda m: extend(m, jax.random.key(0), experts=-1), "nothing to add: experts=-1"),
         (lambda m: prune(m, {}), "one of count=None and threshold=None must be given"),
-        (lambda m: prune(m, {"ffn": np.ones((2, 6))}, count=1), "from the 2 that a token needs to the 6 there"),
+        (lambda m: prune(m, {"ffn": np.ones((2, 6))}, count=1), "from 2, the number that a token uses, to 6"),
         (lambda m: prune(m, {"ffn": np.ones((2, 6))}, count=7), "count=7 of ffn must be"),
         (lambda m: prune(m, {"ffn": np.ones((2, 5))}, count=3), r"is \[2, 5\], the routers are \[2, 6\]"),
         (lambda m: prune(m, {"ffn": np.ones((2, 6))}, threshold=2), "threshold=2 must be a share"),
         (lambda m: prune(m, {}, count=3, denominator="odd"), "denominator='odd' is not one of 'old', 'new'"),
-        (lambda m: prune(m, {"heads": np.ones((2, 6))}, count=3), "use of heads, of which the model has no modules"),
+        (lambda m: prune(m, {"heads": np.ones((2, 6))}, count=3), "use has heads, but the model has no such modules"),
         (lambda m: report(m, {}), "at least one source"),
         (lambda m: save(".", m, Config(CONFIG)), r"\. exists"),
     ],
@@ -352,7 +352,7 @@ def test_models_without_modules():
         lambda: prune(dense, {}, count=2),
         lambda: use(dense, []),
     ):
-        with pytest.raises(ValueError, match="has no modules: E=0"):
+        with pytest.raises(ValueError, match="has no modules: experts.E=0"):
             call()
     with pytest.raises(ValueError, match="a model of family='sut' has no modules that can be added or pruned"):
         prune(SimpleNamespace(config=SutConfig(D=8, H=4, F=16)), {}, count=2)
@@ -363,7 +363,7 @@ def test_models_without_modules():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Two steps of a tiny model on two generated sources."""
+    """A run of two steps: a tiny model on two generated sources."""
     folder = tmp_path_factory.mktemp("modules")
     data = DataConfig(source="logic,recall", examples=300, T=24, B=2)
     optim = OptimConfig(schedule="constant", peak_lr=0.01)
@@ -385,7 +385,7 @@ def test_extend_then_train(trained, tmp_path, capsys):
         same(learned[name], leaf)
     moved = [n for n in learned if n not in old and (learned[n] != named_leaves(extended.model)[n]).any()]
     assert len(moved) == 6
-    # What is pruned has no new modules any more, and what is concentrated learns as a whole.
+    # A pruned model no longer has new modules, and a concentrated model is trainable as a whole.
     pruned, few = (str(tmp_path / name) for name in ("pruned", "few"))
     assert main(["prune", new, pruned, "--threshold=0.01", "--denominator=new", "--tokens=480"]) == 0
     config = load(pruned).config
@@ -431,8 +431,8 @@ def test_prune_and_report(trained, tmp_path, capsys, monkeypatch):
 def test_concentrate(trained, tmp_path):
     out = str(tmp_path / "out")
     assert main(["concentrate", trained.base, out, "--weight=0.5", "--train.steps=1", "--data.source=logic"]) == 0
-    config = load(out).config.model
-    assert (config.concentration_weight, config.mi_weight, config.switch_weight) == (0.5, 0, 0)
+    for mixture in load(out).config.model.mixtures().values():
+        assert (mixture.concentration_weight, mixture.mi_weight, mixture.switch_weight) == (0.5, 0, 0)
 
 
 def test_concentration_stops_the_bias_that_balances(trained, tmp_path):
@@ -460,7 +460,10 @@ def test_concentration_stops_the_bias_that_balances(trained, tmp_path):
         ),
         ("extend OUT OUT2 --experts 2", "is not a run folder"),
         ("prune BASE OUT --count 1 --tokens 48", "count=1 of attention must be"),
-        ("prune BASE OUT --count 5 --tokens 48", "count=5 of attention must be from the 2 that a token needs to the 4"),
+        (
+            "prune BASE OUT --count 5 --tokens 48",
+            "count=5 of attention must be from 2, the number that a token uses, to 4",
+        ),
         ("prune BASE OUT --count 3 --source logik", "source='logik' is not one of"),
         ("report BASE --source text", "source='text' needs a path"),
         ("concentrate BASE OUT --model.V=300", "is another model (model.V: 257 -> 300"),

@@ -1,6 +1,6 @@
-"""What the interpreter of Mosaic GPU kernels cannot run, their plan, and which calls they take.
+"""The Mosaic GPU kernels: the code that their interpreter cannot run, their plan, and the calls that they support.
 
-tests/test_kernels.py has what they compute.
+tests/test_kernels.py tests their results.
 """
 
 import operator
@@ -26,7 +26,7 @@ def interpreted():
         yield
 
 
-# The device body of the scan, on the registers that the layout itself gives a thread.
+# The GPU body of the scan, on the registers that a thread has according to the layout.
 
 
 class Numbers:
@@ -48,7 +48,7 @@ class Numbers:
 
 
 def registers(layout, x):
-    """What each thread holds of x, by the layout's own tiling, warp and lane dimensions: objects [128, vector]."""
+    """Return the elements of x in the registers of each thread, by the layout's tiling, warp and lane dimensions."""
     for tile in layout.tiling.tiles:
         kept = x.ndim - len(tile)
         split = [size for n, t in zip(x.shape[kept:], tile, strict=True) for size in (n // t, t)]
@@ -90,7 +90,7 @@ def test_the_scan_of_the_device_adds_the_right_columns(columns, right):
 def test_a_thread_knows_the_rows_that_it_holds():
     held = registers(mosaic_shims.ROW.to_mgpu(), np.arange(64))
     for half, index in enumerate(np.ndindex(held.shape)):
-        for first in (0, 128):  # the threads of the first and of the second warpgroup
+        for first in (0, 128):  # the first thread of each of two warpgroups
             threads = first + np.arange(128)
             rows = mosaic_shims.row_of_thread(threads, half, operator.rshift, operator.and_, operator.or_)
             np.testing.assert_array_equal(held[index][:, 0], rows)
@@ -136,7 +136,7 @@ def test_key_tile_ranges_hold_every_visible_key_and_whole_tiles_are_whole(
 
 
 def test_query_tile_ranges_hold_the_query_tiles_that_visit_a_key_tile():
-    """Ranges like those of `key_tile_ranges`, but random; and two query heads that stopped at different tiles."""
+    """The ranges are random, but like those of `key_tile_ranges`; two query heads stopped early at different tiles."""
     rng = np.random.default_rng(0)
     for _ in range(50):
         table = -np.sort(-rng.integers(0, 9, (2, 6, 4)), -1)
@@ -152,7 +152,7 @@ def test_query_tile_ranges_hold_the_query_tiles_that_visit_a_key_tile():
             assert whole_end > whole_first or not whole.any()
 
 
-# Which calls it takes.
+# The calls that Mosaic supports.
 
 
 def refusal(*arrays, **options) -> str:
@@ -202,7 +202,7 @@ def test_elsewhere_it_says_why_not():
     x = jax.ShapeDtypeStruct((1, 104, 2, 64), jnp.bfloat16)
     token = platform._interpreted.set(False)
     try:
-        assert "(128 x 64 tiles)" in explain("stick_breaking_attention", x, x, x)  # the GPU need not be there
+        assert "(128 x 64 tiles)" in explain("stick_breaking_attention", x, x, x)  # the GPU may be absent
         with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
             assert "mosaic: needs compute capability 9.0, found cpu" in explain("stick_breaking_attention", x, x, x)
     finally:

@@ -1,4 +1,4 @@
-"""Rows copied to and from shared memory by their numbers: the interpreter body, and the addresses of the GPU body."""
+"""Copies of numbered rows to and from shared memory: the interpreter body, and the addresses of the GPU body."""
 
 import jax
 import jax.experimental.pallas as pl
@@ -12,7 +12,7 @@ from pallas_kernels import mosaic_row_copies, platform
 
 
 def move(x, source_rows, target_rows, out_rows: int, columns: int = 64):
-    """Rows of x, 64 at a time, to rows of an array of NaN, by way of shared memory."""
+    """Copy rows of x to rows of an array of NaN, 64 rows at a time, through shared memory."""
     blocks = source_rows.shape[0] // 64
 
     def kernel(x_ref, source_ref, target_ref, out_ref, tile):
@@ -58,7 +58,7 @@ def test_rows_move(width):
 
 
 class Numbers:
-    """All threads at once, as numbers."""
+    """The arithmetic of addresses for all threads at once, in NumPy."""
 
     thread = np.arange(mosaic_row_copies.THREADS)
     add, multiply, exclusive_or = staticmethod(np.add), staticmethod(np.multiply), staticmethod(np.bitwise_xor)
@@ -68,7 +68,7 @@ class Numbers:
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("rows, columns", [(64, 64), (64, 128), (128, 64), (16, 256)])
 def test_every_chunk_is_copied_once_to_where_the_tensor_cores_read_it(rows, columns, itemsize):
-    """A swizzle of 128 bytes: bits 4 to 6 of the address are exclusive-ored with bits 7 to 9."""
+    """With a swizzle of 128 bytes, bits 4 to 6 of an address are XORed with bits 7 to 9."""
     seen = {}
     first, steps = mosaic_row_copies.chunks(Numbers, rows, columns, itemsize)
     for step in steps:

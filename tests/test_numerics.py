@@ -1,4 +1,4 @@
-"""Numbers at the edge: saturated logits, masked keys that hold huge numbers, vectors of zeros; finite gradients."""
+"""Extreme numbers: saturated logits, masked keys with huge numbers, vectors of zeros. Gradients stay finite."""
 
 import jax
 import jax.numpy as jnp
@@ -29,9 +29,9 @@ def test_saturated_logits_give_the_limits_and_their_gradients(options, dtype):
 
 @every_implementation
 def test_logits_that_overflow_are_finite_where_they_are_masked(options):
-    """Products of these queries and keys are infinite or, as inf - inf, no number."""
+    """The products of these queries and keys are infinite or, as inf - inf, NaN."""
     query = jnp.full((1, 6, 1, 32), 1e25).at[..., 1::2].multiply(-1)
-    key = jnp.full((1, 6, 1, 32), 1e25).at[:, :3].set(1e-30)  # the last query sees the first three keys alone
+    key = jnp.full((1, 6, 1, 32), 1e25).at[:, :3].set(1e-30)  # the last query sees only the first three keys
     value, segments = jnp.full_like(key, 3e38).at[:, :3].set(1), jnp.array([[0, 0, 0, 1, 1, 1]])
 
     def total(*arrays):
@@ -52,7 +52,7 @@ def test_the_derivative_of_the_derivative_is_finite_and_that_of_the_reference():
 
         return jax.grad(lambda q: (jax.grad(total)(q) * direction).sum())(q)
 
-    k[..., 0] = np.minimum(k[..., 0], 89 / limits.FIRST)  # 88 and noise above; beyond, second derivatives are zero
+    k[..., 0] = np.minimum(k[..., 0], 89 / limits.FIRST)  # logits of 88 plus noise; above, second derivatives are zero
     k[-1], v[-1] = k[0], v[0]
     direction = np.random.default_rng(2).standard_normal(q.shape).astype(np.float32)
     got, want = (np.asarray(jax.jit(slope, static_argnums=1)(direction, name)) for name in ("xla", "reference"))
@@ -72,7 +72,7 @@ def test_no_keys_and_empty_sticks_merge_with_finite_gradients(options):
             )
             parts.append((out, stats.log_rem))
         nothing, all_keys = parts
-        spent = jnp.zeros_like(all_keys[0]), jnp.full_like(all_keys[1], -jnp.inf)  # a stick of which nothing is left
+        spent = jnp.zeros_like(all_keys[0]), jnp.full_like(all_keys[1], -jnp.inf)  # nothing is left of the stick
         once = merge_stick_breaking(nothing, merge_stick_breaking(all_keys, nothing))
         behind = merge_stick_breaking(spent, (1e30 * once[0], once[1]))
         return (once[0] ** 2).sum() + jnp.exp(once[1]).sum() + behind[0].sum(), (once, nothing)
@@ -91,7 +91,7 @@ def test_no_keys_and_empty_sticks_merge_with_finite_gradients(options):
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
 def test_activations_of_large_hidden_units_have_finite_gradients(activation, implementation):
-    """The third power of 150 is beyond float16."""
+    """The third power of 150 is too large for float16."""
     x = jnp.asarray([[150.0, 1.0], [-150.0, 1.0]], jnp.float16)
     parts = 2 if activation in GATED else 1
     w_in = jnp.zeros((1, 2, parts), x.dtype).at[0, 0, 0].set(1).at[0, 1, parts - 1].add(parts - 1)
@@ -111,7 +111,7 @@ def test_activations_of_large_hidden_units_have_finite_gradients(activation, imp
     np.testing.assert_allclose(out[:, 0], [large / 16, 0], rtol=2e-3)
     assert all(jnp.isfinite(gradient).all() for gradient in gradients)
     hidden = jnp.asarray([150.0, 1.0], x.dtype)
-    assert jnp.isfinite(jax.grad(lambda h: ACTIVATIONS[activation](h).sum())(hidden)).all()  # of a dense layer
+    assert jnp.isfinite(jax.grad(lambda h: ACTIVATIONS[activation](h).sum())(hidden)).all()  # in a dense layer
 
 
 # Routers.

@@ -1,4 +1,4 @@
-"""Sizes as users have them, which nobody rounded to a tile: what is chosen for them runs, and is the reference."""
+"""Sizes that are no multiple of a tile: the chosen implementation runs and agrees with the reference."""
 
 import jax
 import numpy as np
@@ -16,14 +16,14 @@ DECODING = *DECODED, "T=3, S=1001"
 
 @pytest.fixture
 def hopper(monkeypatch):
-    """One with few multiprocessors, of which each is interpreted."""
+    """Interpret kernels as on a Hopper GPU with two multiprocessors; more would only take more time."""
     monkeypatch.setattr("pallas_kernels.platform.multiprocessors", lambda: 2)
     with platform.interpret():
         yield
 
 
 def chosen(case: Stick, dtype: str) -> str:
-    """What dispatch says of a call without a name."""
+    """Return what dispatch chooses for a call without `implementation`, and why."""
     sentence = explain("stick_breaking_attention", *case.arrays(dtype), **case.options())
     return sentence.removeprefix("stick_breaking_attention: ")
 
@@ -61,7 +61,7 @@ def test_what_the_kernels_do_not_take_is_refused_before_one_is_chosen(case, dtyp
 
 
 def test_experts_without_a_name(hopper):
-    """More choices than experts. All numbers are positive: gates of one expert might nearly cancel."""
+    """A token has more choices than there are experts. All numbers are positive, so that no gates nearly cancel."""
     check_mlp(Experts(T=131, k=2, E=1, D=7, F=5), None, dtype="bfloat16", positive=True)
 
 

@@ -1,4 +1,4 @@
-"""A run folder that version 0.1 wrote, before its modules had their present names: it still loads and trains on."""
+"""A run folder of version 0.1, in which modules had other names, can still be loaded and trained further."""
 
 import shutil
 from pathlib import Path
@@ -9,7 +9,7 @@ from stickjax.storage.run_folder import load, read_config
 from stickjax.train import fit
 from stickjax.training.metrics import read_metrics
 
-# The experiment of tests/old_run: recall, two steps of B=2 x T=32. The loss at step 4 is that of version 0.1.
+# tests/old_run contains two steps of the recall task with B=2 and T=32. Version 0.1 computed the loss at step 4.
 LOSSES = {2: 5.510635375976562, 4: 5.4903411865234375}
 
 

@@ -1,4 +1,4 @@
-"""The Power schedule against the numbers of its specification, its seven traps, and muP against an AdamW by hand."""
+"""The Power schedule, compared with the numbers of its specification and its seven traps; muP, compared with AdamW."""
 
 import doctest
 import math
@@ -27,7 +27,7 @@ from stickjax.training.schedules import (
 )
 
 DECAYS = list(schedules.DECAYS)
-STEP = 10**6  # tokens: every golden value lies on a step
+STEP = 10**6  # tokens per step; every golden value is at a whole number of steps
 RUN = dict(tokens_per_step=STEP, warmup_tokens=10**9)
 LARGE = dict(**RUN, batch_size=1024, total_tokens=1250 * 10**9, decay_tokens=250 * 10**9)
 SMALL = dict(**RUN, batch_size=128, total_tokens=32 * 10**9, decay_tokens=32 * 10**8)
@@ -42,7 +42,7 @@ HALF_DIGIT = 5e-10  # the golden values are printed with nine decimals
 
 
 def place_in_decay(decay) -> float:
-    """float32 knows n to 6e-8 of N, so x to 6e-7; sqrt x is infinitely steep at 0 and knows it to the root of that."""
+    """Return the tolerance: in float32, n has an error of 6e-8 N and x of 6e-7; sqrt x at 0 has the root of that."""
     return 8e-4 if decay == "sqrt" else 2e-6
 
 
@@ -117,7 +117,7 @@ def test_trap_1_tokens_of_a_long_run_do_not_overflow():
 def test_trap_1_tokens_are_not_accumulated_in_float32():
     tx = scale_by_tokens(wsd_by_tokens(warmup_tokens=0), start_tokens=2**24)
     state = tx.init(())
-    for _ in range(3):  # 2^24 + 1 is no float32: such a sum would stand still
+    for _ in range(3):  # 2^24 + 1 is not a float32 number, so a float32 sum would not grow
         _, state = tx.update((), state, tokens=1)
     assert int(state.tokens) == 2**24 + 3
 
@@ -161,7 +161,7 @@ def test_trap_5_the_learning_rate_is_a_strong_float32(count, x64):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_trap_5_parameters_keep_their_type(dtype):
     params = {"attention": {"query": jnp.ones((2, 2), dtype)}, "norm": {"scale": jnp.ones(2, dtype)}}
-    grads = jax.tree.map(lambda p: p * 1e-6, params)  # its square is no float16
+    grads = jax.tree.map(lambda p: p * 1e-6, params)  # its square is too small for float16
     tx = make_optimizer(Config(), params)
     updates, state = tx.update(grads, tx.init(params), params)
     for leaf in jax.tree.leaves(optax.apply_updates(params, updates)):
@@ -178,7 +178,7 @@ def test_trap_6_the_batch_size_changes_on_the_way():
         np.testing.assert_allclose(state.learning_rate, rate(n, beta), rtol=1e-7)
         n += beta * 4096
     assert int(state.tokens) == n
-    # By steps the same is said by hand: the second phase starts where the first ended.
+    # A schedule by steps needs start_tokens for the same: the second phase starts where the first ended.
     resumed = power_schedule(tokens_per_step=64 * 4096, warmup_tokens=10**6, start_tokens=3 * 256 * 4096)
     np.testing.assert_allclose(resumed(2), state.learning_rate, rtol=1e-7)
 
@@ -216,7 +216,7 @@ def test_continuous_where_the_parts_meet(schedule, decay):
 )
 def test_rises_in_the_warmup_and_never_again(beta, warmup, stable, decay_tokens, decay, ratio):
     total = warmup + stable + decay_tokens
-    assume(decay_tokens == 0 or decay_tokens > 1e-6 * total)  # float32 cannot tell the ends of a shorter one apart
+    assume(decay_tokens == 0 or decay_tokens > 1e-6 * total)  # in float32, both ends of a shorter decay would be equal
     rate = power_by_tokens(
         warmup_tokens=warmup, total_tokens=total, decay_tokens=decay_tokens, decay=decay, end_ratio=ratio
     )
@@ -248,7 +248,7 @@ def test_wsd():
         tokens_per_step=10, warmup_tokens=100, total_tokens=1000, decay_tokens=200, max_value=0.5, end_ratio=0.1
     )
     np.testing.assert_allclose([rate(0), rate(5), rate(10), rate(80), rate(100)], [0, 0.25, 0.5, 0.5, 0.05], rtol=1e-6)
-    assert wsd_by_tokens(warmup_tokens=0)(10**13, 0) == 0  # a step of no tokens, not a NaN
+    assert wsd_by_tokens(warmup_tokens=0)(10**13, 0) == 0  # a step without tokens does not give NaN
 
 
 def test_make_schedule_reads_the_config():
@@ -430,7 +430,7 @@ def test_unknown_names_are_not_guessed(monkeypatch):
 
 
 def mup_step(model, **changes):
-    """Update of the first step for a gradient of ones, over the learning rate, by name."""
+    """Return the first update for a gradient of ones, divided by the learning rate, by parameter name."""
     changes = {"model.m_width": 4.0, "optim.peak_lr": 1e-3, "optim.schedule": "constant"} | changes
     tx = make_optimizer(Config().replace(changes), model)
     update = jax.jit(lambda model: tx.update(jax.tree.map(jnp.ones_like, model), tx.init(model), model))
@@ -440,7 +440,7 @@ def mup_step(model, **changes):
 
 @pytest.mark.parametrize("scale_decay", [False, True])
 def test_mup_learning_rates_and_decay_by_numbers(scale_decay):
-    """Adam's first step is the sign of the gradient: 1 + decay * p for every parameter, matrices a quarter of it."""
+    """Adam's first step is the sign of the gradient: 1 + decay * p for each parameter, and a quarter for matrices."""
     found = mup_step(Model(), **{"optim.scale_decay": scale_decay, "optim.weight_decay": 0.1})
     matrix = (1 + 0.1 * 2.0 * (4 if scale_decay else 1)) / 4
     values = {"matrix": matrix, "vector": 1.0, "frozen": 0.0}
@@ -450,7 +450,7 @@ def test_mup_learning_rates_and_decay_by_numbers(scale_decay):
 
 
 def test_against_plain_adamw():
-    """With m_width = 1 and nothing but matrices it is optax's AdamW behind a clip."""
+    """With m_width = 1 and only matrices, the optimizer equals optax's AdamW after gradient clipping."""
     params = {"w_in": jnp.linspace(-1, 1, 6).reshape(2, 3)}
     config = Config().replace({"optim.schedule": "constant", "optim.peak_lr": 1e-2})
     ours = make_optimizer(config, params)
@@ -497,10 +497,10 @@ def test_a_decay_may_branch_off_any_stable_checkpoint():
     (params, state), _ = train(stable, PARAMS, None, 20)
     (params, state), rates = train(branch, params, state, 10)
     for name, leaf in flat(params).items():
-        # Two compiled programs: rounding may differ (JAX 0.11.2: in the last bit).
+        # These are two compiled programs, so rounding may differ (with JAX 0.11.2, in the last bit).
         np.testing.assert_allclose(leaf, flat(whole)[name], rtol=1e-6, err_msg=name)
     assert int(optax.tree.get(state, "tokens")) == branch.total_tokens
-    schedule = make_schedule(branch)  # what is logged is what was used
+    schedule = make_schedule(branch)  # the logged learning rate is the one that was used
     np.testing.assert_allclose(rates, schedule(jnp.arange(20, 30)), rtol=3e-7)
 
 

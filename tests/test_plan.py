@@ -1,4 +1,4 @@
-"""Plans: work counted by hand, collectives of programs written by hand, exact bytes, what the command says."""
+"""Plans: the work and the collectives, compared with counts by hand; exact bytes; the output of the command."""
 
 import json
 import re
@@ -36,7 +36,7 @@ def layers_again(x, w):
     return jax.lax.scan(jax.checkpoint(lambda x, w: (jnp.sin(x @ w), None)), x, w)[0].sum()
 
 
-PRODUCT = 2 * 3 * 8 * 8  # x [3,8] times one of w [5,8,8]
+PRODUCT = 2 * 3 * 8 * 8  # FLOPs of x [3,8] times one matrix of w [5,8,8]
 
 
 @pytest.mark.parametrize(
@@ -74,16 +74,17 @@ def test_every_device_counts():
 
 
 def closed_form(config: Config) -> float:
-    """FLOPs of a step under full remat, from the letters: what a layer computes, once more what its gradient needs."""
+    """Return the FLOPs of a step with full remat: forward pass, recomputation for the gradients, backward pass."""
     m, T = config.model, config.data.T
     projections = 2 * m.D * m.H * (m.N + 2 * m.K) + 2 * m.N * m.H * m.D
-    product = 2 * m.N * m.H * T / 2  # of the causal half of the scores
+    product = 2 * m.N * m.H * T / 2  # one product over the causal half of the scores
     if m.attention == "softmax":
-        product *= 9 / 8  # eight tiles of queries, each with all keys up to its own end
+        product *= 9 / 8  # eight query tiles, each with all keys up to the tile's end
     up, down, router = 2 * m.k * m.D * 2 * m.F, 2 * m.k * m.F * m.D, 2 * m.D * m.E
     forward = projections + 2 * product + up + down + router
-    again = projections + 2 * product + up + router  # `down` ends the layer: nothing needs its result again
-    # Softmax: dA, dv, dq, dk and the scores again. Stick-breaking: those in two kernels, which share the first two.
+    again = projections + 2 * product + up + router  # nothing needs the result of `down`, which ends the layer
+    # Softmax has five products: dA, dv, dq, dk and the scores again. Stick-breaking has two kernels, and both compute
+    # the scores and dA.
     attention = 5 if m.attention == "softmax" else 7
     backward = 2 * (projections + up + down + router) + attention * product
     unembedding = 6 * m.D * m.vocabulary
@@ -92,7 +93,7 @@ def closed_form(config: Config) -> float:
 
 @pytest.mark.parametrize("attention", ["softmax", "stick_breaking"])
 def test_a_step_is_its_closed_form(attention):
-    """PowerMoE-3B as a Hopper GPU would run it."""
+    """The step of PowerMoE-3B on a Hopper GPU."""
     model = ModelConfig.powermoe_3b(attention=attention)
     config = Config(model, DataConfig(T=4096, B=8), train=TrainConfig(accumulate=2))
     state, batch = aot.abstract_arguments(config, None, jax.devices()[0])
@@ -104,7 +105,7 @@ def test_a_step_is_its_closed_form(attention):
 
 
 def test_visible_scores_by_hand():
-    """Against a mask that is written out."""
+    """The number of visible scores equals the sum of an explicit mask."""
     for T, S, window, own in ((5, 9, None, False), (5, 9, 3, True), (4, 4, 0, True), (1, 7, 2, False)):
         distance = (S - T + np.arange(T))[:, None] - np.arange(S)[None]
         seen = (distance >= (0 if own else 1)) & (distance <= (S if window is None else window))
@@ -206,9 +207,9 @@ def test_bytes_are_those_of_a_device(compiled):
         for x in jax.tree.leaves((state, batch))
     )
     assert step.arguments == own
-    rows, counters = 3 * 4 * 2 * 16 + 2 * 16, 8 + 2 * 4  # of four arrays, of which one is bool; the key and two numbers
+    rows, counters = 3 * 4 * 2 * 16 + 2 * 16, 8 + 2 * 4  # a batch of four arrays, one of them bool; key, two counters
     assert sum(step.state.values()) == own - rows - counters
-    # Parameters and moments of a real state, and a batch of the loader.
+    # The shapes and types are those of a real state and of a batch of the loader.
     real = init_state(small(), jax.random.key(0))
     assert [(x.shape, x.dtype) for x in jax.tree.leaves(real)] == [(x.shape, x.dtype) for x in jax.tree.leaves(state)]
     loaded = make_batch(np.zeros((16, 17), int), eot=1)
@@ -216,7 +217,7 @@ def test_bytes_are_those_of_a_device(compiled):
 
 
 def test_collectives_are_those_of_the_strategy(compiled):
-    """Each layer is gathered once forward and once more for its gradient, the embedding once."""
+    """Each layer is gathered once in the forward pass and once in the backward pass, the embedding once in all."""
     _, step = compiled
     gathers = [c for c in step.collectives if c.kind == "all-gather"]
     assert {c.axes for c in gathers} == {("fsdp",)}
@@ -247,7 +248,7 @@ def test_what_does_not_fit_is_changed_until_it_does(compiled, capsys):
     found = search.nearest_changes(step, few)
     assert {name for change in found for name in change.changes} == {"train.accumulate", "mesh.data", "mesh.fsdp"}
     assert all(estimate.fits(change.compiled, few.memory) for change in found)
-    # Parameters that are too many for a device are divided further; no microbatch is tried.
+    # If the parameters do not fit on a device, they are divided further; smaller microbatches are not tried.
     few = machine._replace(memory=int(step.arguments / estimate.FITS) - 1)
     found = search.nearest_changes(step, few)
     assert {name for change in found for name in change.changes} <= {"mesh.data", "mesh.fsdp"}

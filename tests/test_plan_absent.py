@@ -1,4 +1,4 @@
-"""PowerMoE-3B's step compiled for GPUs that are not there, 64 H200s by Mosaic: what it gathers, its bytes, its work."""
+"""The step of PowerMoE-3B, compiled with Mosaic for 64 absent H200s: its collectives, its memory, its work."""
 
 import importlib.util
 import json
@@ -20,26 +20,26 @@ CHANGES = {"mesh.fsdp": 64, "train.accumulate": 4}
 
 @pytest.fixture(scope="module")
 def planned():
-    """The config, and what the command says of it."""
+    """The config, the absent machine, and the compiled step."""
     config = load_config("configs/powermoe_3b.py").replace(CHANGES)
     machine = aot.absent_machine(chips.chip("h200"), 64, 8)
     return config, machine, aot.compile_step(config, machine)
 
 
 def test_nothing_is_gathered_beyond_the_strategy(planned):
-    """Each layer once forward and once more for its gradient, the embedding once, in every microbatch."""
+    """In every microbatch, each layer is gathered once forward and once backward, and the embedding once."""
     config, _, step = planned
     gathers = [c for c in step.collectives if c.kind == "all-gather"]
     assert {(c.axes, c.devices) for c in gathers} == {(("fsdp",), 64)}
     m, accumulate = config.model, config.train.accumulate
-    # At most one all-gather for each of a layer's seven matrices; XLA merges some.
+    # There is at most one all-gather for each of the seven matrices of a layer; XLA merges some of them.
     assert sum(c.count for c in gathers) <= accumulate * (2 * m.L * 7 + 1)
     layer = m.D * m.H * (2 * m.N + 2 * m.K) + m.D * m.E + 3 * m.E * m.D * m.F
-    # In bf16; routers in float32.
+    # The parameters are gathered in bf16, the routers in float32.
     values = accumulate * (2 * m.L * (layer + m.D * m.E) + m.vocabulary * m.D)
     assert sum(c.bytes * c.count for c in gathers) <= 2 * values
     assert {c.kind for c in step.collectives} == {"all-gather", "reduce-scatter", "all-reduce"}
-    # What is summed over all devices is small: norms, losses, and the scales of norms.
+    # Only small arrays are summed over all devices: norms, losses, and the scales of norms.
     assert sum(c.bytes * c.count for c in step.collectives if c.kind == "all-reduce") < 2**20
 
 
@@ -51,7 +51,7 @@ def test_bytes_are_exact(planned):
 
 
 def test_work_is_the_kernels_and_the_rest(planned):
-    """On one device the same, less the rows that do not fill a tile: nothing is counted 64 times or once."""
+    """The work of the step equals the work of one device with the same rows: nothing is counted 64 times."""
     config, _, step = planned
     alone = config.replace({"mesh.fsdp": 1, "train.accumulate": config.data.B // 4})
     machine = aot.absent_machine(chips.chip("h200"), 1, 1)
@@ -63,12 +63,13 @@ def test_work_is_the_kernels_and_the_rest(planned):
 
 @pytest.mark.parametrize("gpu, hosts", [("a100-80", 1), ("b200", 2)])
 def test_a_step_of_triton_kernels(gpu, hosts, tmp_path, capsys):
-    """Named, so that nothing else may run; on eight GPUs inside of shard_map, as a kernel would refuse otherwise."""
+    """The implementation is named, so nothing else may run. Eight GPUs need shard_map, or the kernels would refuse."""
     path = tmp_path / "small.py"
     path.write_text(
-        "from stickjax import Config, DataConfig, ModelConfig\n"
+        "from stickjax import Config, DataConfig, ExpertsConfig, ModelConfig\n"
         "def get_config():\n"
-        "    model = ModelConfig(V=64, D=64, L=2, N=2, K=1, H=64, F=64, E=4, k=2, dtype='bfloat16')\n"
+        "    experts = ExpertsConfig(4, 2)\n"
+        "    model = ModelConfig(V=64, D=64, L=2, N=2, K=1, H=64, F=64, experts=experts, dtype='bfloat16')\n"
         "    return Config(model, DataConfig(T=1024, B=8))\n"
     )
     machine = [f"--gpu={gpu}", "--devices=8", f"--hosts={hosts}"]

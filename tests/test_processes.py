@@ -1,4 +1,4 @@
-"""Several processes on one machine train as one does, end together, and go on where they were, to the bit."""
+"""Several processes train like one process, end together, and resume bitwise exactly."""
 
 import os
 import shutil
@@ -36,12 +36,12 @@ SMALL = Config().replace(
     }
 )  # fmt: skip
 ALONE = SMALL.replace({"mesh.data": 1, "mesh.fsdp": 1})
-# One device in each process, unless a test says otherwise.
+# Each process has one device, unless a test sets XLA_FLAGS.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 
 
-# Two processes then have halves of the same sequences.
+# With this mesh, two processes have halves of the same sequences.
 DIVIDED = ["--mesh.data=1", "--mesh.context=2"]
 
 
@@ -72,7 +72,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def eight(tmp_path_factory):
-    """Two steps by one process on eight devices."""
+    """The run folder after two steps by one process on eight devices."""
     run = tmp_path_factory.mktemp("eight") / "run"
     fit(SMALL.replace({"train.steps": 2}), str(run), quiet=True)
     return run
@@ -80,7 +80,7 @@ def eight(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(eight, config, tmp_path_factory):
-    """The next ones by two processes, which know one another from SLURM."""
+    """The run folder after the next steps by two processes, which find each other by the variables of SLURM."""
     run = tmp_path_factory.mktemp("two") / "run"
     shutil.copytree(eight, run)
     slurm = dict(SLURM_JOB_ID="7", SLURM_NTASKS="2", SLURM_STEP_NODELIST="localhost")
@@ -91,15 +91,15 @@ def two(eight, config, tmp_path_factory):
     said = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
     assert "resuming" in said[0][0] and f"step {STEPS}/{STEPS}" in said[0][0]
-    assert not any(line.startswith("step") for line in said[1][0].splitlines())  # process 0 alone talks
+    assert not any(line.startswith("step") for line in said[1][0].splitlines())  # only process 0 prints
     return run
 
 
 def test_they_train_as_one_whatever_their_number(eight, two, config, tmp_path, capsys):
-    """Eight devices of one process, then two processes, then four on two machines: the losses of one device."""
+    """One process with eight devices, then two processes, then four on two machines give the losses of one device."""
     four, alone = shutil.copytree(two, tmp_path / "four"), shutil.copytree(eight, tmp_path / "alone")
     (tmp_path / "hosts").write_text("localhost\n" * 2)
-    (tmp_path / "ssh").write_text('#!/bin/sh\nshift 2\nexec sh -c "$1"\n')  # to this machine, under two names
+    (tmp_path / "ssh").write_text('#!/bin/sh\nshift 2\nexec sh -c "$1"\n')  # ssh to this machine under two names
     (tmp_path / "ssh").chmod(0o755)
     command = [ROOT / "launch" / "hosts.sh", tmp_path / "hosts", "--processes", "2", config]
     path = f"{tmp_path}:{os.environ['PATH']}"
@@ -110,7 +110,7 @@ def test_they_train_as_one_whatever_their_number(eight, two, config, tmp_path, c
         PYTHON=sys.executable,
     )
     wait_for_step(four, STEPS + 3, process)
-    process.send_signal(signal.SIGTERM)  # which reaches them at different steps
+    process.send_signal(signal.SIGTERM)  # reaches the processes at different steps
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM and not err, (out, err)
     (*_, saved) = Checkpoints(four).steps()
@@ -220,7 +220,7 @@ def test_bad_commands_are_one_clear_line(capsys, config, monkeypatch):
 
 
 def test_the_process_manager_of_mpich_shares_an_address():
-    """Its side of PMI version 1: all get what one has put, once all have come."""
+    """The test plays the process manager of PMI version 1: after the barrier, all processes get the stored value."""
     ours, theirs = zip(*(socket.socketpair() for _ in range(2)), strict=True)
     store, barrier = {}, threading.Barrier(2)
 

@@ -1,4 +1,4 @@
-"""docs/reference/proven.md says how every call of the Mosaic kernels was proven, from the lists that the tests really run."""
+"""docs/reference/proven.md agrees with the lists of tests: how every Mosaic call is tested."""
 
 import json
 from pathlib import Path
@@ -25,13 +25,13 @@ column "executed as PTX" has shapes instead of "yes", the call was executed with
 | interpreted | the Mosaic kernels run in Pallas' interpreter, which reports races | `make test` |
 | lowered | the call lowers for a Hopper GPU | `make test` |
 | executed as PTX | a CPU executes the PTX of the compiled kernels ([how](../design/ptx_machine.md)) | `make test-ptx` |
-| on a chip | a GPU gave the reference's numbers ([Checking a GPU](../contributing/gpu_check.md)) | `python -m benchmarks --gpu` |
+| on a chip | a GPU gave the numbers of the reference ([how](../contributing/gpu_check.md)) | `python -m benchmarks --gpu` |
 
 """
 
 
 def names_of(test, argument: str = "name") -> list[str]:
-    """The values of an argument that a test runs with."""
+    """Return the values of an argument with which a test is parametrized."""
     marks = (mark for mark in test.pytestmark if mark.name == "parametrize" and mark.args[0] == argument)
     return [value for mark in marks for value in mark.args[1]]
 
@@ -58,11 +58,11 @@ def lowered() -> set[str]:
 
 def executed() -> set[str]:
     names = set(names_of(test_ptx_calls.test_a_call_is_the_reference))
-    return names | {name for name in interpreted() if name.startswith("small ")}  # the same test has the PTX machine
+    return names | {name for name in interpreted() if name.startswith("small ")}  # the same test executes their PTX
 
 
 def on_a_chip() -> dict[str, str]:
-    """The chips that passed each call, from the files that GPU runs left."""
+    """Return the chips on which each call passed, from the result files of GPU runs."""
     passed: dict[str, str] = {}
     for path in sorted((ROOT / "benchmarks" / "results").glob("nvidia-*.json")):
         found = json.loads(path.read_text())
@@ -82,7 +82,7 @@ def page() -> str:
     lines = [f"| call | {' | '.join(proofs)} | on a chip |", "|---" * 5 + "|"]
     for name, call in CALLS.items():
         if name.removeprefix("small ") in test_kernels.LACKS["mosaic"]:
-            continue  # which dispatch gives to other implementations
+            continue  # dispatch chooses another implementation for these calls
         cells = [*("yes" if name in names else "" for names in proofs.values()), chips.get(name, "not yet")]
         if name in test_ptx_calls.SMALLER:
             cells[2] = shapes_of(test_ptx_calls.CALLS[name])
@@ -91,7 +91,7 @@ def page() -> str:
 
 
 def test_the_page_is_what_the_tests_run():
-    """Should it not be: `python tests/test_proven.py` writes it."""
+    """If this fails, `python tests/test_proven.py` writes the page again."""
     assert PAGE.read_text() == page()
 
 
@@ -101,7 +101,7 @@ def test_every_kind_of_call_is_executed(name):
 
 
 def test_every_call_is_lowered_or_executed():
-    """To execute a call is to lower and to compile it first."""
+    """A call that is executed is also lowered and compiled."""
     lacks = {f"small {name}" for name in test_kernels.LACKS["mosaic"]}
     assert set(CALLS) - lacks <= executed()
 

@@ -1,4 +1,4 @@
-"""The calls that a GPU is checked with first, executed as the PTX that the GPU would run, against the reference."""
+"""The calls that check a GPU first, executed by the PTX machine and compared with the reference."""
 
 import dataclasses
 
@@ -58,7 +58,7 @@ def test_a_call_is_the_reference(name, monkeypatch):
 
 @pytest.mark.parametrize("name", ["skip", "skip, H=64, grouped, packed"])
 def test_a_smaller_call_still_stops_early(name):
-    """One of its heads skips key tiles, and another one computes all of them."""
+    """One head of the call skips key tiles, and another head computes all of them."""
     case = smaller(name)
     options = case.options() | dict(tiles=(64, 64), implementation="xla", return_stats=True)
     stats = stick_breaking_attention(*case.arrays(jax.random.key(0)), **options)[-1]

@@ -1,4 +1,4 @@
-"""How kernels are launched, as the PTX machine is told it: parameters, tensor maps, barriers; the machine is a stub."""
+"""The launch data that the PTX machine gets: parameters, tensor maps and barriers. A stub replaces the machine."""
 
 import contextlib
 import importlib.util
@@ -21,7 +21,7 @@ needs_wheels = pytest.mark.skipif(
 )
 NOTHING = Program("nothing", "", (1, 1, 1), (128, 1, 1), 0, ())
 
-# A launch of 5 x 2 blocks with array 1, the tensor map of a part of array 0, and array 2.
+# The launch has 5 x 2 blocks. Its parameters are array 1, the tensor map of a part of array 0, and array 2.
 HOST = """
 define void @kernel(ptr %0, ptr %1) {
   %3 = load ptr, ptr %1, align 8
@@ -84,7 +84,7 @@ def attention(case: Stick):
 def test_the_host_code_says_how_a_kernel_is_launched():
     inner = TensorMap(
         array=0, offset=48, itemsize=2, sizes=(64, 40), strides=(2, 144), box=(32, 8), swizzle=64
-    )  # from the innermost dimension to the outermost, strides in bytes
+    )  # dimensions from the innermost to the outermost, strides in bytes
     assert read_launch(HOST) == ((5, 2, 1), (384, 1, 1), 1000, (1, (inner,), 2))
 
 
@@ -105,7 +105,7 @@ def test_host_code_of_another_kind_is_an_error(old, new, message):
 
 
 def test_kernels_get_the_arrays_of_the_function_and_their_results_go_on():
-    """Two kernels in a row, the second on what the first wrote."""
+    """Two kernels run one after the other; the second reads the output of the first."""
     case, launches = Stick(T=70, N=1, H=32), []
 
     def launch(program, arrays):
@@ -153,7 +153,7 @@ def test_an_error_of_the_machine_comes_before_what_follows_from_it():
 
 
 def test_barriers_have_names_in_the_order_in_which_they_are_initialised(monkeypatch):
-    """With two warpgroups as many arrivals make a tile used as make it full: these barriers are alike."""
+    """With two warpgroups, the barriers `used` and `full` expect the same number of arrivals, so they are equal."""
     initialised, handed_out = [], []
     initialize, reserve = DialectBarrierRef.initialize, lowering.ModuleContext.reserve_barrier
 
@@ -172,7 +172,7 @@ def test_barriers_have_names_in_the_order_in_which_they_are_initialised(monkeypa
     with capture.kernels_launched_by(lambda *_: None, lambda module: NOTHING) as found:
         jax.jit(attention(Stick())).trace(*Stick(T=136, N=2, H=64).arrays(jnp.bfloat16)).lower()
     names = found[0].barriers
-    # They are handed out in the order in which the kernel declares them.
+    # The barriers are handed out in the order in which the kernel declares them.
     declared = ["scratch.loaded", "scratch.ring.full", "scratch.ring.used"]
     of = dict(zip(map(id, handed_out), declared, strict=True))
     expected = [f"{of[id(x)]}[{i}]" for x in initialised for i in range(x.barrier_ref.num_barriers)]
@@ -184,17 +184,18 @@ def test_the_launch_of_the_forward_kernel_is_that_of_its_arrays():
     T, N, H = 136, 2, 64
     (program,) = capture.programs(attention(Stick()), *Stick(T=T, N=N, H=H).arrays(jnp.bfloat16))
     assert program.name == "stick_breaking_forward_mosaic_gpu_kernel"
-    # 2 heads of 2 blocks, which have 2 warpgroups for 64 rows each and one that copies.
+    # There are 2 heads with 2 blocks each. A block has 2 warpgroups for 64 rows each, and one that copies.
     assert (program.grid, program.block) == ((4, 1, 1), (384, 1, 1))
     header, body = program.ptx.split(")", 1)
     assert header.count(".param") == len(program.parameters) and body.count("mbarrier.init") == len(program.barriers)
     *pointers, maps = program.parameters
-    # Of scale, ranges, offset and the two small outputs; query, key, value (0 to 2) and the output (6) are copied.
+    # Pointers to scale, ranges, offset and the two small outputs; query, key, value (0 to 2) and the output (6) have
+    # tensor maps.
     assert sorted(pointers) == [3, 4, 5, 7, 8] and [x.array for x in maps] == [1, 2, 0, 6]
     tiles_of_8_rows = TensorMap(
         array=0, offset=0, itemsize=2, sizes=(H, 8, T // 8, N), strides=(2, 2 * N * H, 16 * N * H, 2 * H),
         box=(64, 8, 8, 1), swizzle=128,
     )  # fmt: skip
     assert all(x == tiles_of_8_rows._replace(array=x.array) for x in maps)
-    # The query's rows of two warpgroups and four stages of keys and values.
+    # Shared memory holds the query rows of two warpgroups, and four stages of keys and values.
     assert program.shared >= 2 * (2 * 64 * H + 4 * 2 * 64 * H)

@@ -1,4 +1,4 @@
-"""The PTX machine finds faults that were planted in a kernel that is right: the kept forward pass of attention."""
+"""The PTX machine finds faults that are planted in a correct kernel, the kept forward pass of attention."""
 
 import re
 
@@ -16,7 +16,7 @@ CASE = kept.attention()
 
 
 def error(change=lambda program: program) -> float:
-    """The relative error of the output, after a change of the program."""
+    """Return the relative error of the output after a change of the program."""
     out = capture.run(
         CASE.function,
         *CASE.arrays,
@@ -28,7 +28,7 @@ def error(change=lambda program: program) -> float:
 
 
 def replaced(pattern: str, new: str, first: int = 0, count: int | None = 1):
-    """A change that replaces matches in the PTX: `count` of them from the first on, or all the others if None."""
+    """Return a change that replaces `count` matches in the PTX, starting at match number `first`; None: all of them."""
 
     def change(program):
         matches = list(re.finditer(pattern, program.ptx))[first:]
@@ -42,7 +42,7 @@ def replaced(pattern: str, new: str, first: int = 0, count: int | None = 1):
 
 
 def changed_map(place: int, **changes):
-    """A change of a tensor map; each value is a function of the old map."""
+    """Return a change of a tensor map; the value of each field is a function of the old map."""
 
     def change(program):
         *rest, maps = program.parameters
@@ -54,7 +54,7 @@ def changed_map(place: int, **changes):
 
 
 def arrivals(place: int, more: int):
-    """A change of the arrivals that the mbarrier of a place expects."""
+    """Return a change that makes mbarrier number `place` expect `more` arrivals."""
 
     def change(program):
         inits = re.findall(r"(mbarrier\.init\S* \[%r\d+\], )(%r\d+);", program.ptx)
@@ -68,7 +68,7 @@ def arrivals(place: int, more: int):
 
 
 def skip_the_wait_before(pattern: str):
-    """A change that lets a kernel go on before the copies have arrived that the instruction reads."""
+    """Return a change that removes the wait for the copies which an instruction reads."""
 
     def change(program):
         end = re.search(pattern, program.ptx).start()
@@ -143,7 +143,7 @@ def _keys_and_values_in_one_place(ptx: str) -> str:
 
 
 def _another_sum(ptx: str) -> str:
-    """The second register of the first product is read in the place of the first."""
+    """Read the second register of the first product instead of the first register."""
     first, second = re.search(r"wgmma\.mma_async\S* \{(%r\d+),(%r\d+)", ptx).groups()
     changed, count = re.subn(rf"(mul\.f32 \t%r\d+, %r\d+), {first};", rf"\1, {second};", ptx, count=1)
     assert count
@@ -170,7 +170,7 @@ def test_a_deadlock_names_the_barrier_and_who_waits():
 
 @pytest.mark.skipif(not HAS_WHEELS, reason="needs the CUDA wheels and no GPU: make test-ptx")
 def test_a_reduction_of_two_warpgroups_through_one_scratch_is_a_race(monkeypatch):
-    """What `mosaic_shims.any_at_most` is there to avoid."""
+    """`mosaic_shims.any_at_most` exists to avoid this race."""
     rng = np.random.default_rng(0)
     arrays = [jnp.asarray(rng.standard_normal((1, 330, 1, 32)), jnp.bfloat16) for _ in range(3)]
 

@@ -1,4 +1,4 @@
-"""The kernels that are kept as PTX: the machine executes them, and they are the current ones."""
+"""The kernels that are kept as PTX: the machine executes them, and they equal the current kernels."""
 
 import importlib.util
 

@@ -1,4 +1,4 @@
-"""The PTX machine on small kernels that are written by hand: warps, barriers, and every kind of fault."""
+"""The PTX machine runs small handwritten kernels: warps, barriers, and every kind of fault."""
 
 import numpy as np
 import pytest
@@ -14,14 +14,14 @@ def words(n: int) -> np.ndarray:
 
 
 def each_thread(body: str, threads: int = 32, **options) -> np.ndarray:
-    """The value of %r59 in every thread when the body is done."""
+    """Run a body and return the final value of %r59 in every thread."""
     out = words(threads)
     written.run(f"{MINE} {body} add.s64 %d51, %d0, %d50; st.global.b32 [%d51], %r59;", out, threads=threads, **options)
     return out
 
 
 def test_lanes_leave_a_loop_one_by_one_and_meet_again():
-    """Collatz steps: each lane goes its own way; then all lanes of the warp sum up."""
+    """Each lane counts Collatz steps, which differ per lane; then the lanes of a warp add their counts."""
     out = each_thread(
         """mov.u32 %r59, 0; add.u32 %r1, %r60, 1;
         NEXT: setp.eq.u32 %p1, %r1, 1; @%p1 bra DONE;
@@ -56,7 +56,7 @@ def test_shuffles_stay_in_their_segment(how, by, clamp):
 
 
 def test_votes_and_the_elected_lane_are_of_the_lanes_that_take_part():
-    """The upper half of the warp votes on its own; the lower half, whose predicates are set, is elsewhere."""
+    """Only the upper half of the warp votes. The lower half, whose predicates are set, is at another instruction."""
     vote = """setp.ne.u32 %p1, %r62, 20; mov.u32 %r59, 0; setp.lt.u32 %p2, %r62, 16; @%p2 bra END;
         {} END:"""
     ballot = each_thread(vote.format("vote.sync.ballot.b32 %r59, %p1, 0xffff0000;"))
@@ -78,7 +78,7 @@ VOTES = [("or", 1, 0, 1), ("or", 0, 0, 0), ("and", 0, 1, 0), ("and", 1, 1, 1)]
 
 @pytest.mark.parametrize("how, one, others, want", VOTES)
 def test_a_barrier_counts_the_votes_of_all_its_warps(how, one, others, want):
-    """Thread 200 of two warpgroups may differ. The first vote, of the opposite, leaves no trace in the second one."""
+    """Two warpgroups vote, and thread 200 may differ. A first vote on the opposite must not affect the second vote."""
     out = each_thread(
         f"""setp.eq.u32 %p1, %r60, 200; selp.u32 %r1, {one}, {others}, %p1; setp.ne.u32 %p2, %r1, 0;
         bar.red.{how}.pred %p3, 2, 256, !%p2; bar.red.{how}.pred %p3, 2, 256, %p2; selp.u32 %r59, 1, 0, %p3;""",
@@ -103,7 +103,7 @@ def test_two_warps_need_a_barrier_to_exchange_numbers():
 
 
 def reduction(stride: int) -> str:
-    """The four warps of a warpgroup sum their first lanes' numbers through 16 bytes."""
+    """Return a body in which the four warps of a warpgroup add a number of each warp through 16 bytes."""
     return f"""shr.u32 %r1, %r61, 2; mad.lo.u32 %r2, %r1, {stride}, %r63; and.b32 %r3, %r61, 3; shl.b32 %r3, %r3, 2;
         add.u32 %r4, %r2, %r3; add.u32 %r5, %r1, 1; setp.eq.u32 %p1, %r62, 0;
         @%p1 st.shared.b32 [%r4], %r61; bar.sync %r5, 128; ld.shared.v4.b32 {{%r10, %r11, %r12, %r13}}, [%r2];
@@ -117,7 +117,7 @@ def test_two_warpgroups_may_not_reduce_through_the_same_bytes():
 
 
 def test_warps_of_a_unit_reach_a_barrier_at_different_times():
-    """Warps 4 and 5 wait for warps 0 to 3, while warps 6 and 7 are at the barrier already."""
+    """Warps 4 and 5 wait for warps 0 to 3, while warps 6 and 7 are already at the barrier."""
     body = """setp.eq.u32 %p0, %r60, 0; @%p0 mbarrier.init.shared.b64 [%r63+1024], 128; bar.sync 0;
         shr.u32 %r1, %r61, 1; setp.ne.u32 %p1, %r1, 2; @%p1 bra OTHERS;
         WAIT: mbarrier.try_wait.parity.shared.b64 %p2, [%r63+1024], 0; @!%p2 bra WAIT;
@@ -145,7 +145,7 @@ def test_warps_that_wait_at_different_mbarriers_learn_different_things():
 
 
 def test_warps_of_a_unit_pass_an_mbarrier_one_after_the_other():
-    """Warp 1 waits for warp 0, which waits at the same instruction for warp 2."""
+    """Warp 1 waits for warp 0, and warp 0 waits at the same instruction for warp 2."""
     body = """setp.eq.u32 %p0, %r60, 0; @!%p0 bra READY;
         mbarrier.init.shared.b64 [%r63+1024], 32; mbarrier.init.shared.b64 [%r63+1032], 32;
         READY: bar.sync 0; shl.b32 %r2, %r61, 3; add.u32 %r2, %r2, %r63; setp.eq.u32 %p1, %r61, 2; @%p1 bra SIGNAL;

@@ -1,4 +1,4 @@
-"""What single instructions of the PTX machine compute, against Python's integers and floats."""
+"""The results of single instructions of the PTX machine, compared with Python's integers and floats."""
 
 import itertools
 import math
@@ -34,7 +34,7 @@ def flushed(x):
 
 
 def number(function):
-    """A function of floats that is NaN where Python raises an error."""
+    """Wrap a function of floats so that it returns NaN where Python raises an error."""
 
     def run(*values):
         try:
@@ -86,7 +86,7 @@ def by_table(table):
 
 
 def half(kind, x):
-    """The bits of a 16-bit float; the chip's only NaN is 0x7fff."""
+    """Return the bits of a 16-bit float. NaN is always 0x7fff, as on the chip."""
     with np.errstate(over="ignore"):
         return 0x7FFF if math.isnan(x) else int(np.array(x, np.float32).astype(kind).view(np.uint16))
 
@@ -102,13 +102,13 @@ def pair(kind, relu=False):
 
 ROUNDED = [0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 0.4, -0.6, 2.0**31, -(2.0**31), 2.0**32, -1.0, 2**24 - 1.0]
 SMALL = [decode("f32", 3), decode("f32", 0x80000003)]
-# A comparison of floats without "u" is false if one is NaN, and with "u" it is true.
+# If a float is NaN, a comparison without "u" is false and a comparison with "u" is true.
 COMPARED = {
     "eq": lambda a, b: a == b, "ne": lambda a, b: a != b, "lt": lambda a, b: a < b, "le": lambda a, b: a <= b,
     "gt": lambda a, b: a > b, "ge": lambda a, b: a >= b,
 }  # fmt: skip
 
-# (instructions, type of the result, types of the operands, the function, values of operands that are not EDGES)
+# (instructions, type of the result, types of the operands, expected function, values of operands if not EDGES)
 TABLE = [
     *[(f"{op}.{kind} {{d}}, {{0}}, {{1}}", kind, [kind, kind], function, {})
       for kind in ("s16", "u16", "s32", "u32", "s64", "u64")
@@ -178,7 +178,7 @@ TABLE = [
     *[(f"setp.lt.{op}.s32 {{d}}, {{0}}, {{1}}, !{{2}}", "pred", ["s32", "s32", "pred"], function, {})
       for op, function in {"and": lambda a, b, c: a < b and not c, "or": lambda a, b, c: a < b or not c,
                            "xor": lambda a, b, c: (a < b) != (not c)}.items()],
-    # The second result is of the opposite comparison, also where the first result replaces the third operand.
+    # The second result is the opposite comparison, even if the first result overwrites the third operand.
     ("mov.pred %p8, {2}; setp.lt.and.s32 %p8|{d}, {0}, {1}, %p8", "pred", ["s32", "s32", "pred"],
      lambda a, b, c: not a < b and c, {}),
     *[(f"selp.{kind} {{d}}, {{0}}, {{1}}, {{2}}", kind, [kind, kind, "pred"], lambda a, b, c: a if c else b, {})

@@ -1,4 +1,4 @@
-"""The PTX machine copies boxes and loads matrix fragments as plain NumPy indexing does."""
+"""The PTX machine copies boxes and loads matrix fragments, with the same results as NumPy indexing."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ MINE = "shl.b32 %r50, %r60, 2; cvt.u64.u32 %d50, %r50;"
 @pytest.mark.parametrize("swizzle", [16, 32, 64, 128])
 @pytest.mark.parametrize("row, column", [(2, 0), (-3, -8), (15, 72)])
 def test_boxes_at_the_edges_are_swizzled_both_ways(swizzle, row, column):
-    """A box of 8 rows goes to shared memory, is read as it lies there, and goes back to another array."""
+    """A box of 8 rows is copied to shared memory, read there in its swizzled order, and copied to another array."""
     source = np.arange(20 * 80, dtype=np.uint16).reshape(20, 80) + 1
     width = swizzle // 2
     seen, copy = np.zeros(8 * width, np.uint16), np.zeros_like(source)
@@ -72,7 +72,7 @@ def test_a_fragment_needs_the_whole_warp():
 
 @pytest.mark.parametrize("kind", ["f16", "bf16", "tf32"])
 def test_a_product_of_a_warp(kind):
-    """Small integers, which every type holds: the sums are exact."""
+    """The numbers are small integers, which every type represents, so the sums are exact."""
     rng = np.random.default_rng(0)
     depth = 8 if kind == "tf32" else 16
     a, b, c = rng.integers(-8, 8, (16, depth)), rng.integers(-8, 8, (depth, 8)), rng.integers(-8, 8, (16, 8))
@@ -82,7 +82,7 @@ def test_a_product_of_a_warp(kind):
         return {"f16": np.asarray(x, np.float16).view(np.uint16), "bf16": single >> 16, "tf32": single | 0x1FFF}[kind]
 
     given = np.zeros((10, 32), np.uint32)
-    wide = 1 if kind == "tf32" else 2  # numbers of a register
+    wide = 1 if kind == "tf32" else 2  # numbers per register
     for lane in range(32):
         group, place = lane // 4, lane % 4
         for e in range(wide):
@@ -129,7 +129,8 @@ MORE = "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {{{}}}, {{{}}}, %d2,
 )
 def test_registers_of_a_product_that_runs_are_left_alone(place, text, message):
     parts = [SHARED, "", "", ""]
-    more = MORE.format("%f0, %f1, %f2, %f3", "%r1, %r2, %r3, %r4")  # the same registers for the same
+    # A second product may use the same registers in the same roles.
+    more = MORE.format("%f0, %f1, %f2, %f3", "%r1, %r2, %r3, %r4")
     written.run(PRODUCT.format(SHARED, "", more, ""), threads=128)
     parts[place] += text
     with pytest.raises(Fault, match=message):

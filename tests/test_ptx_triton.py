@@ -1,4 +1,4 @@
-"""Triton kernels as compiled: how they are launched, and what the PTX machine computes with them."""
+"""Compiled Triton kernels: how they are launched, and what the PTX machine computes when it runs them."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -37,7 +37,7 @@ def test_a_kernel_is_launched_with_its_arrays_and_then_its_outputs(device, targe
     for x, like in zip(arrays, qkv, strict=False):
         np.testing.assert_array_equal(x, np.asarray(like))
     assert program.name == "forward" and f".target {target}" in program.ptx
-    # All arrays and two pointers that Triton adds; blocks of 64 rows of one head; four warps each.
+    # The parameters are all arrays and two pointers that Triton adds. A block has 64 rows of one head and four warps.
     assert program.parameters == (*range(len(arrays)), bytes(8), bytes(8))
     assert program.ptx[: program.ptx.index(")")].count(".param") == len(program.parameters)
     assert program.grid == (8, 1, 1) and program.block == (128, 1, 1) and program.shared > 0
@@ -61,7 +61,7 @@ def test_the_kernels_of_a_function_and_of_its_derivative():
         ("NVIDIA A100", "grouped", "bfloat16"),
         ("NVIDIA L40S", "saturated", "float16"),
         ("NVIDIA H200", "everything", "bfloat16"),
-        ("NVIDIA A100", "wide-256", "bfloat16"),  # eight warps on 64 rows: two of them compute and write the same
+        ("NVIDIA A100", "wide-256", "bfloat16"),  # eight warps on 64 rows: pairs of warps write the same
         ("NVIDIA A100", "odd-widths", "bfloat16"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What ran is recorded while the step is traced: for every family, on a mesh, and again in the same process."""
+"""The chosen implementations are recorded while a step is traced: for every family, on a mesh, and repeatedly."""
 
 import threading
 
@@ -71,7 +71,7 @@ def test_records_are_nested_and_each_thread_has_its_own():
 
 @pytest.mark.parametrize("kind", ["Explicit", "Auto", "alone"])
 def test_what_jax_has_traced_before_is_recorded_again(kind):
-    """On a mesh an op jits a part of itself, and JAX keeps the trace of that."""
+    """On a mesh, an op jits a part of itself. JAX caches that trace, but the second step must be recorded too."""
     x = X + 0
     if kind != "alone":
         mesh = jax.make_mesh((2,), ("a",), axis_types=(getattr(jax.sharding.AxisType, kind),))
@@ -86,7 +86,7 @@ def test_what_jax_has_traced_before_is_recorded_again(kind):
 
 
 def recorded_step(config: Config) -> list[str]:
-    """The lines of a step that is traced as the training traces it, without arrays."""
+    """Trace a step as the training does, without arrays, and return the recorded lines."""
     mesh = make_mesh(config)
     state, batch = aot.abstract_arguments(config, mesh, jax.devices()[0])
     with dispatch.recorded() as choices:
@@ -123,7 +123,7 @@ def test_on_a_mesh_it_is_the_part_of_one_device(mesh, sizes):
 
 def test_a_step_without_kernels_says_so():
     lines = recorded_step(DECODER.replace({"model.attention": "softmax", "model.experts.E": 0, "model.experts.k": 0}))
-    assert lines == ["no attention and no expert of the step has a kernel of its own"]
+    assert lines == ["the step has neither an attention kernel nor an expert kernel"]
 
 
 def test_the_banner_has_what_the_step_traced_also_the_second_time(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Names of the version before still work, and say the new one."""
+"""The names of the previous version still work, and a message tells the new name."""
 
 import dataclasses
 import importlib
@@ -18,7 +18,7 @@ def test_an_old_module_is_the_new_one(old):
     new = importlib.import_module(NEW_NAMES[old])
     spec = new.__spec__
     sys.modules.pop(old, None)
-    with pytest.warns(FutureWarning, match=f"{old} is now {NEW_NAMES[old]}; the old name goes in the next version"):
+    with pytest.warns(FutureWarning, match=f"{old} is now {NEW_NAMES[old]}; the next version removes the old name"):
         assert importlib.import_module(old) is new
     assert new.__spec__ is spec and new.__name__ == NEW_NAMES[old]
 
@@ -35,8 +35,8 @@ def test_other_names_are_not_found():
 
 
 def test_former_names_of_fields_are_accepted(tmp_path, caplog):
-    """In Python and on the command line with a line that says the new one; in the config of an old run without."""
-    with pytest.warns(FutureWarning, match="learn is now trainable; the old name goes in the next version"):
+    """In Python and on the command line, a line tells the new name. The config of an old run is read without one."""
+    with pytest.warns(FutureWarning, match="learn is now trainable; the next version removes the old name"):
         config = OptimConfig(learn="*,!embed")
     assert config.trainable == "*,!embed"
     with pytest.warns(FutureWarning, match="learn is now trainable"):
@@ -45,7 +45,7 @@ def test_former_names_of_fields_are_accepted(tmp_path, caplog):
         assert config.learn == "*,!embed"
     words = ["--model.E=4", "--model.k=2", "--model.round_rows=8"]
     assert parse(Config(), words).model.experts == ExpertsConfig(E=4, k=2, token_rounding=8)
-    assert caplog.messages[0] == "model.E is now model.experts.E; the old name goes in the next version"
+    assert caplog.messages[0] == "model.E is now model.experts.E; the next version removes the old name"
     assert len(caplog.messages) == 3 and caplog.messages[2].startswith(
         "model.round_rows is now model.experts.token_rounding and model.attention_experts.token_rounding;"
     )
@@ -85,10 +85,10 @@ BEFORE = [
 
 @pytest.mark.parametrize("stored, expected", BEFORE, ids=["both", "heads", "dense", "sut"])
 def test_a_stored_model_of_the_version_before_is_read(stored, expected, caplog):
-    """A value for all experts goes to the mixtures that the model has; nothing is said, because the file stays."""
+    """A value for all experts applies to all mixtures of the model. No line is printed, because the file stays."""
     assert Config.from_dict({"model": stored}).model == expected and not caplog.messages
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         assert type(expected)(**stored) == expected
-    assert "E is now experts.E; the old name goes in the next version" in [str(warning.message) for warning in found]
+    assert "E is now experts.E; the next version removes the old name" in [str(warning.message) for warning in found]
     assert Config.from_dict(Config(expected).to_dict()).model == expected

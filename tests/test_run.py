@@ -1,4 +1,4 @@
-"""A run is itself wherever it lies: its tokenizer is in its folder, its text is known by a hash, never by a path."""
+"""A run folder can be moved: it contains its tokenizer, and it identifies its text by a hash, never by a path."""
 
 import json
 import shutil
@@ -26,11 +26,11 @@ SMALL = Config().replace(
 )  # fmt: skip
 
 
-MOVED = "lr[0.1] :x: 100%"  # a pattern, and what a terminal could take for a style or a picture
+MOVED = "lr[0.1] :x: 100%"  # it looks like a glob pattern, a terminal style, and an emoji code
 
 
 def write_tokenizer(path: Path, reverse=False) -> None:
-    """A letter is an id; in reverse, another one."""
+    """Write a tokenizer in which each letter is a token; `reverse` gives the letters other ids."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet(), reverse=reverse)
     tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -41,7 +41,7 @@ def write_tokenizer(path: Path, reverse=False) -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A project folder in which two steps were trained by relative paths."""
+    """A project folder in which two steps were trained, with relative paths."""
     folder = tmp_path_factory.mktemp("project")
     (folder / "text").mkdir()
     for i in range(3):
@@ -55,7 +55,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def project(trained, tmp_path, monkeypatch):
-    """A copy of it to work in, and nothing left at the old place."""
+    """A copy of the project folder, in which the test runs; its config names no path of the original."""
     folder = shutil.copytree(trained, tmp_path / "project")
     tree = json.loads((folder / "run/config.json").read_text().replace(str(trained), str(folder)))
     (folder / "run/config.json").write_text(json.dumps(tree))
@@ -81,7 +81,7 @@ def test_a_run_is_used_from_any_folder_and_after_a_move(project, tmp_path, monke
     expected = said(capsys, generate.main, "run", *words)
     bits = said(capsys, evaluate.main, "run", "--max-tokens", 64)
     moved = shutil.move(project / "run", tmp_path / "moved")
-    write_tokenizer(project / "tokenizer.json", reverse=True)  # another one, where the run was trained
+    write_tokenizer(project / "tokenizer.json", reverse=True)  # another tokenizer at the old path
     for folder in (project, tmp_path):
         monkeypatch.chdir(folder)
         assert said(capsys, generate.main, moved, *words) == expected
@@ -128,7 +128,7 @@ def test_a_run_goes_on_where_its_text_lies_now(project, tmp_path, monkeypatch, c
 
 
 def test_a_run_of_before_is_read(project, capsys):
-    """Without a tokenizer.json of its own and its hash."""
+    """A run of an earlier version, without its own tokenizer.json and without the hash."""
     abstract = jax.eval_shape(lambda: init_state(SMALL, jax.random.key(0)))
     _, state, extra = Checkpoints("run").restore(abstract)
     del extra["tokenizer"]

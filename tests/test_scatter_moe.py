@@ -1,4 +1,4 @@
-"""Expert products: every implementation against a plain loop over experts in numpy, fp64."""
+"""Grouped GEMMs of the experts: every implementation, compared with a loop over experts in numpy, fp64."""
 
 import math
 from functools import lru_cache, partial
@@ -42,7 +42,7 @@ ACTIVATIONS = (*POINTWISE, *GATED)
 
 
 def _activate(name, h):
-    """act(h), and the function from its cotangent to that of h."""
+    """Return act(h), and its vjp: the function from the cotangent of act(h) to the cotangent of h."""
     f = POINTWISE[GATED.get(name, name)]
 
     def slope(x):
@@ -55,7 +55,7 @@ def _activate(name, h):
 
 
 def loop_linear(x, weight, bias, indices, dy):
-    """y, dx, d_weight, d_bias of rows x with one expert each."""
+    """Return y, dx, d_weight and d_bias for rows x, each of which has one expert."""
     y, dx, d_weight, d_bias = (np.zeros(s) for s in (dy.shape, x.shape, weight.shape, bias.shape))
     for e in range(len(weight)):
         rows = indices == e
@@ -66,7 +66,7 @@ def loop_linear(x, weight, bias, indices, dy):
 
 
 def loop_mlp(x, w_in, w_out, gates, b_in, b_out, indices, activation, d_out):
-    """out, and the gradients of the first six."""
+    """Return the output, and the gradients of the first six arguments."""
     T, k = indices.shape
     flat, slots = indices.reshape(-1), np.repeat(x, k, 0)
     h, *_ = loop_linear(slots, w_in, b_in, flat, np.zeros((T * k, w_in.shape[2])))
@@ -85,7 +85,7 @@ MLP_NAMES = "out", "x", "w_in", "w_out", "gates", "b_in", "b_out"
 
 @lru_cache
 def mlp_inputs(case: Experts, activation: str, dtype="float32", positive=False):
-    """x, w_in, w_out, gates, b_in, b_out and the cotangent; rounded to the type of the computation."""
+    """Return x, w_in, w_out, gates, b_in, b_out and the cotangent, rounded to `dtype`."""
     rng = np.random.default_rng(0)
     width = case.F * (2 if activation in GATED else 1)
     shapes = {
@@ -146,7 +146,7 @@ def test_half_precision(dtype, implementation):
 
 
 def test_sums_over_many_blocks_are_not_rounded_to_half_precision():
-    """One expert takes the rows of 400 blocks: summed in bf16 its gradient would be off by 5e-2."""
+    """One expert has the rows of 400 blocks. If its gradient were summed in bf16, the error would be 5e-2."""
     case = Experts(T=6400, k=2, E=400, D=4, F=4)
     check_mlp(case, "xla", "relu2", "bfloat16", np.zeros((6400, 2), np.int32), positive=True)
 
@@ -158,7 +158,7 @@ def test_double_precision(implementation, x64):
 
 @pytest.mark.parametrize("E", [2, 3])
 def test_many_rows_are_taken_in_pieces(E):
-    """Some beyond the pieces too, as the first expert has most rows; and a quarter of the tokens have halted."""
+    """The first expert has most rows, more than the pieces hold, and a quarter of the tokens have halted."""
     case = Experts(T=1300 * E, k=1, E=E, D=4, F=4)
     T = np.arange(case.T)[:, None]
     assert xla.plan(case.rows, E).pieces > 1
@@ -166,7 +166,7 @@ def test_many_rows_are_taken_in_pieces(E):
 
 
 def test_only_pieces_with_rows_run():
-    counts = np.array([0, 70, 201, 0, 400, 0, 0])  # by two experts of six, or one of seven
+    counts = np.array([0, 70, 201, 0, 400, 0, 0])  # two of six experts run together, or one of seven
     for E, trips in ((6, [1, 1, 3, 3, 4, 4]), (7, [0, 1, 3, 0, 4, 0, 0])):
         run = lambda w, p, end: ((p[:, None],), jnp.ones(()))  # noqa: E731
         ends = jnp.cumsum(jnp.asarray(counts[:E]))
@@ -176,7 +176,7 @@ def test_only_pieces_with_rows_run():
 
 
 def test_the_cases_reach_both_parts_of_the_algorithm():
-    """Together only, the loop only, and both."""
+    """There are cases with only the joint part, with only the loop, and with both."""
     reached = set()
     for case in EXPERTS.values():
         if case.T:
@@ -280,7 +280,7 @@ def test_rows_that_no_expert_reads_may_hold_anything(T, implementation):
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("name", EXPERTS)
 def test_routing_is_a_stable_sort(name, wide, monkeypatch):
-    if wide:  # as if E * T * k passed 2^31
+    if wide:  # as if E * T * k were above 2^31
         monkeypatch.setattr(routing_module, "_PACKED_BELOW", 0)
     case = EXPERTS[name]
     indices = case.indices()
@@ -295,7 +295,7 @@ def test_routing_is_a_stable_sort(name, wide, monkeypatch):
 
 
 def test_routing_of_many_rows_does_not_pack():
-    """(E + 1) * T * k >= 2^31: expert and pair no longer fit one int32."""
+    """If (E + 1) * T * k >= 2^31, expert and pair do not fit into one int32."""
 
     def packs(T, E):
         indices = jax.ShapeDtypeStruct((T, 8), jnp.int32)
@@ -316,7 +316,7 @@ TRANSFORMATIONS = {
 @pytest.mark.parametrize("T", [5, 60])
 @every_implementation
 def test_transformations(implementation, T):
-    """Over every argument at once, the indices included, with gradients."""
+    """The transformations apply to all arguments at once, including the indices, and gradients are taken."""
     cases = Experts(T=T, E=4, share=0.5), Experts(T=T, E=4, used=2)
     indices = jnp.stack([case.indices() for case in cases])
     inputs = [jnp.stack([x, 0.5 * x]) for x in mlp_inputs(cases[0], "swiglu")[:4]]
@@ -353,7 +353,7 @@ def _equations(jaxpr):
 
 
 def test_the_work_does_not_grow_with_the_number_of_experts():
-    """No intermediate near T * E rows, no dense product, and no ragged_dot, which is dense by default."""
+    """No intermediate has about T * E rows. There is no dense product and no ragged_dot, which is dense by default."""
     T, E, k, D, F = 2048, 64, 2, 64, 64
     shapes = (T, D), (E, D, 2 * F), (E, F, D), (T, k)
     inputs = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
@@ -372,7 +372,7 @@ def test_the_work_does_not_grow_with_the_number_of_experts():
 
 @every_implementation
 def test_traced_indices_outside_of_the_experts_are_no_expert(implementation):
-    """Nothing comes from them, and no gradient goes to their gates or rows."""
+    """Such indices contribute nothing to the output, and their gates and rows get no gradient."""
     case = Experts(T=6, E=5)
     *inputs, d_out = mlp_inputs(case, "swiglu")
     clean = case.indices()
@@ -395,7 +395,7 @@ def test_indices_of_any_integer_type(dtype):
 
 @pytest.mark.parametrize("D", [8, xla._WIDE])
 def test_the_backward_pass_keeps_the_inputs_and_in_wide_models_the_pre_activation(D):
-    """And a remat policy may name it."""
+    """A remat policy can name the pre-activation."""
     T, F, E, k = 6, 20, 4, 2
     routing = route(np.array([[0, 1], [1, 2], [3, 0], [0, 3], [2, 1], [1, 0]]), E)
     rng = np.random.default_rng(0)
@@ -407,7 +407,7 @@ def test_the_backward_pass_keeps_the_inputs_and_in_wide_models_the_pre_activatio
         return expert_mlp(*arguments[:3], routing, arguments[3], implementation="xla")
 
     def pre_activations(f):
-        """How many of its shape are kept, and what there is besides it, the inputs and the routing."""
+        """Return how many residuals have the pre-activation's shape; only inputs and routing may be kept besides."""
         inputs = {a.shape for a in (x, w_in, w_out, gates, gates.reshape(-1, 1), *jax.tree.leaves(routing))}
         shapes = [a.shape for a in jax.tree.leaves(jax.vjp(f, x, w_in, w_out, gates)[1])]
         other = [s for s in shapes if s not in inputs and np.prod(s) > 1]

@@ -1,4 +1,4 @@
-"""Steps on several devices are those on one: losses, statistics, gradients, and runs that change the mesh."""
+"""Steps on several devices equal steps on one device: losses, statistics, gradients, and runs that change the mesh."""
 
 import dataclasses
 import functools
@@ -63,7 +63,7 @@ def mesh_of(config):
 
 
 def batches(config):
-    """Packed documents; one sequence counts less than the others."""
+    """Yield batches of packed documents; one sequence has fewer targets than the others."""
     rng = np.random.default_rng(0)
     for _ in range(config.train.steps):
         tokens = rng.integers(0, config.model.vocabulary, (config.data.B, config.data.T + 1), np.int32)
@@ -74,7 +74,7 @@ def batches(config):
 
 
 def trained(config):
-    """The metrics of every step, the gradients of the first, and the last state."""
+    """Return the metrics of every step, the gradients of the first step, and the last state."""
     mesh = mesh_of(config)
     state, places = init_state(config, jax.random.key(0)), None
     if mesh is not None:
@@ -84,7 +84,7 @@ def trained(config):
     for batch in batches(config):
         state, row = step(state, shard_batch(mesh, batch, config.train.accumulate))
         metrics.append(jax.device_get(row))
-        if first is None:  # Adam's first moment, which began at zero, is a multiple of them
+        if first is None:  # Adam's first moment started at zero, so it is a multiple of the gradients
             first = optax.tree.get(state.opt_state, "mu")
     return metrics, first, state
 
@@ -95,11 +95,11 @@ def alone(config):
 
 
 def assert_same(config, expected):
-    """Losses and statistics of all steps, the first gradients; what 20 steps of rounding leave of the parameters."""
+    """Compare losses and statistics of all steps, first gradients, and the parameters after 20 steps of rounding."""
     (metrics, first, state), (wanted_metrics, wanted_first, wanted_state) = trained(config), expected
     for i, (row, wanted) in enumerate(zip(metrics, wanted_metrics, strict=True)):
         assert row.keys() == wanted.keys()
-        for name in row:  # the others drift more: a mutual information is a small difference of large sums
+        for name in row:  # some metrics drift more: mutual information is a small difference of large sums
             rtol = 1e-5 if i < 3 or name == "loss" else 1e-4
             np.testing.assert_allclose(row[name], wanted[name], rtol, err_msg=f"{name}, step {i + 1}")
     for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(wanted_first), strict=True):
@@ -119,7 +119,7 @@ def test_steps_are_those_of_one_device(name, mesh):
 
 
 def test_accumulation_on_a_mesh():
-    """The losses of the routers, means over a microbatch, are those of the same microbatches."""
+    """The router losses are means over a microbatch, so one device must use the same microbatches."""
     config = experiment(dataclasses.replace(MODELS["heads"], L=1)).replace({"train.accumulate": 2, "train.steps": 3})
     assert_same(config.replace({"mesh.data": 2, "mesh.context": 2, "mesh.tensor": 2}), alone(config))
 
@@ -131,7 +131,7 @@ def test_parameters_and_optimizer_state_are_divided():
     whole, part = 0, 0
     for leaf in jax.tree.leaves((state.params, state.opt_state)):
         whole, part = whole + leaf.nbytes, part + leaf.addressable_shards[0].data.nbytes
-    assert part < 0.3 * whole  # a quarter, and the vectors
+    assert part < 0.3 * whole  # a quarter, plus the vectors, which are not divided
 
 
 def test_a_matrix_without_a_partition_is_an_error():
@@ -140,7 +140,7 @@ def test_a_matrix_without_a_partition_is_an_error():
 
 
 def test_a_run_goes_on_on_another_mesh(tmp_path):
-    """One device, then eight from its checkpoint, then one from theirs: the metrics of all steps are those of one."""
+    """A run on one device, then on eight, then on one again has the metrics of a run on one device."""
     text = Path(__file__).parent / "ptx"
     config = experiment(dataclasses.replace(MODELS["experts"], V=258)).replace(
         {"data.source": "text", "data.path": str(text), "train.steps": 4, "train.log_every": 1}

@@ -1,4 +1,4 @@
-"""What counts as text in the files and folders that people have, and token files that are not what they say."""
+"""Which files and folders are read as text, and token files that do not contain what they should."""
 
 import json
 import os
@@ -100,7 +100,7 @@ def test_links_are_followed_once(tmp_path, caplog):
         (tmp_path / name).write_text(name)
     texts = tmp_path / "texts"
     for link, target in {
-        "a": "own",  # a second name, before the first
+        "a": "own",  # a second name of the folder, sorted before the first
         "z": "../elsewhere",
         "own/up": "../../texts",
         "own/deep/again": "../../../elsewhere/deep",
@@ -119,7 +119,7 @@ def test_what_is_no_file_is_left_out_and_counted(tmp_path, caplog):
     (tmp_path / "a.txt").write_text("one")
     (tmp_path / "x.gz").write_bytes(b"\x1f\x8b\x08\x08")
     os.mkfifo(tmp_path / "pipe.jsonl")
-    os.mkfifo(tmp_path / "t.json")  # beside a t.bin
+    os.mkfifo(tmp_path / "t.json")  # next to t.bin
     (tmp_path / "t.bin").write_text("two")
     os.symlink(tmp_path / "none", tmp_path / "gone")
     os.symlink("loop", tmp_path / "loop")
@@ -150,7 +150,7 @@ def test_a_folder_that_cannot_be_entered_is_not_left_out_in_silence(tmp_path, mo
 
 @pytest.mark.parametrize("tokenizer", ["byte", "bytes of one"])
 def test_tokenizing_into_the_folder_that_is_read(tmp_path, monkeypatch, tokenizer, caplog):
-    if tokenizer != "byte":  # with ids of one byte the token file is UTF-8 text itself
+    if tokenizer != "byte":  # if ids have one byte, the token file itself is UTF-8 text
         small = type("Small", (token_files.load_tokenizer("byte").__class__,), dict(vocab_size=256, eot=10))
         monkeypatch.setattr(token_files, "load_tokenizer", lambda *_: small())
     (tmp_path / "a.txt").write_text("one")
@@ -183,7 +183,7 @@ def test_a_token_file_whose_json_has_other_types(tokens, key):
     meta = json.loads(file.read_text())
     for value in (3, -1, 2.5, None, True, "x", [], {}, 10**30):
         if type(value) is int and value > 0 and key in ("num_documents", "num_bytes"):
-            continue  # as it should be
+            continue  # the correct value
         file.write_text(json.dumps(meta | {key: value}))
         with pytest.raises(ValueError, match=r"data.path='.*t'") as error:
             load_corpus(DataConfig(source="tokens", path=str(tokens)))
@@ -204,7 +204,7 @@ def test_a_token_file_that_is_not_its_sha256(tokens, monkeypatch, caplog, capsys
         load_corpus(config)
     monkeypatch.setattr(token_files, "_VERIFIED", len(content) - 1)
     load_corpus(config)
-    assert "not verified; python -m stickjax.data verify" in caplog.text, "a large file is not trained on in silence"
+    assert "not verified; python -m stickjax.data verify" in caplog.text, "training on a large file must print a notice"
     assert main(["verify", str(tokens)]) == 1
     assert re.match("error: OUT=.* is damaged or another file", capsys.readouterr().err)
     content[0] ^= 1

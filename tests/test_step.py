@@ -1,4 +1,4 @@
-"""The pure step: microbatches are the batch, seams cost nothing, and a step that is not finite changes nothing."""
+"""The training step: microbatches equal the whole batch, and a step with a non-finite loss changes nothing."""
 
 import signal
 
@@ -37,7 +37,7 @@ EXPERTS = DENSE.replace(
 
 
 def test_accumulation_is_the_whole_batch():
-    """The gradient of two microbatches is that of their union, seams and all."""
+    """The gradient of two microbatches equals the gradient of the whole batch, although their target counts differ."""
     state = init_state(DENSE, jax.random.key(0))
     rng = np.random.default_rng(0)
     batch = {
@@ -70,7 +70,7 @@ def test_the_loss_masks_the_seams():
 
 @pytest.fixture
 def poison(monkeypatch):
-    """A list; while its only element is true, no loss is finite."""
+    """A list of one element. While the element is true, all losses are NaN."""
     poison, loss_of, shard_batch = [True], Decoder.loss, loop.shard_batch
 
     def poisoned_loss(self, params, batch, key):
@@ -83,7 +83,7 @@ def poison(monkeypatch):
 
 
 def test_steps_that_are_not_finite_are_skipped(tmp_path, poison, capsys):
-    """Skipped and counted; after max_bad_steps in a row the run stops and keeps its last good checkpoint."""
+    """Such steps are skipped and counted. After max_bad_steps in a row, the run stops and keeps its last checkpoint."""
     config = EXPERTS.replace({"train.max_bad_steps": 3, "train.steps": 6})
     state = init_state(config, jax.random.key(0))
     tokens = jnp.zeros((4, 32), jnp.int32)
@@ -93,7 +93,7 @@ def test_steps_that_are_not_finite_are_skipped(tmp_path, poison, capsys):
     assert int(after.bad_steps) == 1 and int(after.step) == 1 and not np.isfinite(metrics["grad_norm"])
     assert_same_state(after._replace(bad_steps=state.bad_steps, step=state.step), state)
     good, _ = step(after, batch | {"poison": jnp.array([False])})
-    assert int(good.bad_steps) == 0 and tokens_of(good) == 128  # those of the step that was skipped do not count
+    assert int(good.bad_steps) == 0 and tokens_of(good) == 128  # the tokens of the skipped step do not count
 
     run = tmp_path / "run"
     poison[0] = False
@@ -114,12 +114,12 @@ def test_a_run_without_a_finite_step_fails(tmp_path, poison, capsys):
 
 @pytest.mark.parametrize("end", ["finished", "stopped"])
 def test_what_was_learnt_before_bad_steps_is_saved(tmp_path, poison, monkeypatch, capsys, end):
-    """The run ends while its steps are being skipped: the state is that of the last good one."""
+    """The run ends while steps are skipped: the saved state is the state after the last good step."""
     poison[0], update = False, Progress.update
 
     def watched(self, row):
         update(self, row)
-        poison[0] = row["step"] >= 2  # of the batch after the next one, which lies ready
+        poison[0] = row["step"] >= 2  # affects the batch after the next, which is already prepared
         if end == "stopped" and row["step"] == 4:
             signal.raise_signal(signal.SIGTERM)
 
@@ -134,7 +134,7 @@ def test_what_was_learnt_before_bad_steps_is_saved(tmp_path, poison, monkeypatch
 
 
 def test_parameters_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
-    """The loss was finite, and the update was not."""
+    """The loss is finite, but the update is not."""
     spoil = lambda params, updates: jax.tree.map(lambda x: x * jnp.inf, params)  # noqa: E731
     monkeypatch.setattr(step_module.optax, "apply_updates", spoil)
     with pytest.raises(FloatingPointError, match="step 1: its loss was finite, the parameters are not; there is no"):

@@ -1,4 +1,4 @@
-"""Stick-breaking attention: every implementation against the numbers of the original and the quadratic reference."""
+"""Stick-breaking attention: every implementation, compared with the original's numbers and the quadratic reference."""
 
 from functools import lru_cache, partial
 from pathlib import Path
@@ -28,7 +28,7 @@ STATIC = "attend_current", "window", "skip_below", "return_stats", "implementati
 attend = jax.jit(stick_breaking_attention, static_argnames=STATIC, compiler_options=QUICK)
 
 
-# One compilation for every case of the same shapes and static options.
+# All cases with the same shapes and static options share one compilation.
 @partial(jax.jit, static_argnames="options", compiler_options=QUICK)
 def _run(arrays, scale, cotangents, given, options):
     def function(query, key, value, scale):
@@ -41,7 +41,7 @@ def _run(arrays, scale, cotangents, given, options):
 
 
 def results(arrays, options, cotangents, scale=None) -> dict:
-    """The outputs, and their gradients by the cotangents of out, rem and log_rem."""
+    """Return the outputs, and the gradients for the cotangents of out, rem and log_rem."""
     query = arrays[0]
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     given = {name: x for name, x in options.items() if isinstance(x, jax.Array)}
@@ -53,16 +53,16 @@ def results(arrays, options, cotangents, scale=None) -> dict:
 
 
 def random_cotangents(arrays, skips: bool) -> tuple:
-    """Of the precision of the inputs, so that rounding them is no error of the implementation."""
+    """Return random cotangents in the type of the inputs, so that their rounding is not counted as an error."""
     shape, rng = arrays[0].shape[:3], np.random.default_rng(1)
     shapes = (*shape, arrays[2].shape[-1]), shape, shape
     out, rem, log_rem = (jnp.asarray(rng.standard_normal(s), arrays[0].dtype) for s in shapes)
-    return out, rem, 0 * log_rem if skips else log_rem  # under skip_below log_rem is that of the exit
+    return out, rem, 0 * log_rem if skips else log_rem  # with skip_below, log_rem is its value at the exit
 
 
 @lru_cache(maxsize=64)
 def expected(case: Stick, dtype: str, skips: bool) -> dict:
-    """The reference in fp64, on inputs and cotangents of `dtype`."""
+    """Return the results of the reference in fp64, on inputs and cotangents rounded to `dtype`."""
     arrays = case.arrays(dtype)
     cotangents = random_cotangents(arrays, skips)
     with jax.enable_x64(True):
@@ -72,7 +72,7 @@ def expected(case: Stick, dtype: str, skips: bool) -> dict:
 
 
 def assert_close_d_scale(value, wanted: dict, query, tolerance: float) -> None:
-    """One sum over everything, which may come out near zero: its terms say how large an error is."""
+    """Assert that d_scale is close. It is one large sum that may be near zero, so its terms set the tolerance."""
     want = wanted["d_scale"]
     terms = float(np.linalg.norm(np.asarray(wanted["d_query"]) * np.asarray(query, np.float64)))
     assert abs(value - want) <= tolerance * (abs(want) + terms * query.shape[-1] ** 0.5), (value, want, terms)
@@ -151,7 +151,7 @@ def _ids(length):
     offset=st.tuples(*[st.integers(-20, 40)] * 2).map(lambda x: jnp.asarray(x, jnp.int32)),
     query_segments=_ids(18),
     key_segments=_ids(30),
-    static=st.sampled_from([  # few, since each is compiled
+    static=st.sampled_from([  # few, because each is compiled
         {"window": 6},
         {"window": 5, "attend_current": True, "tiles": (7, 4)},
         {"attend_current": True, "tiles": (5, 8)},
@@ -169,7 +169,7 @@ def test_any_mask(std, offset, query_segments, key_segments, static):
     compare(results(arrays, options, cotangents), wanted, arrays[0], options, SATURATED, SATURATED)
 
 
-# What holds whatever the numbers.
+# Properties that hold for any numbers.
 
 
 @every_implementation
@@ -258,7 +258,7 @@ def test_two_runs_are_bitwise_equal(options):
 
 @pytest.mark.parametrize("name", ["plain", "saturated", "everything", "no-keys", "half"])
 def test_weights_are_those_of_the_attention(name):
-    """The attention with the identity as its values."""
+    """The weights equal the attention output when the values are the identity."""
     case = STICK["window" if name == "half" else name]
     query, key, _ = case.arrays("bfloat16" if name == "half" else "float32")
     B, S, K, _ = key.shape
@@ -356,7 +356,7 @@ TRANSFORMATIONS = {
 
 @every_implementation
 def test_transformations(options):
-    """Over every argument at once, the scale included, with gradients: grad of vmap, of scan, of checkpoint."""
+    """Gradients of vmap, scan and checkpoint over all arguments at once, including the scale."""
     arrays, integers = _stacked()
 
     def one(query, key, value, scale, offset, segments):
@@ -388,7 +388,7 @@ def test_transformations(options):
 
 def test_vmap_over_the_scale_alone():
     arrays = STICK["plain"].arrays()
-    scales = jnp.asarray([0.0, 0.2, 1.0])  # at zero the gradient is no quotient by the scale
+    scales = jnp.asarray([0.0, 0.2, 1.0])  # at zero, the gradient cannot be a quotient by the scale
     run = jax.value_and_grad(lambda scale: stick_breaking_attention(*arrays, scale=scale)[0].sum())
     for batched, single in zip(
         jax.jit(jax.vmap(run))(scales), zip(*map(jax.jit(run), scales), strict=True), strict=True
@@ -448,7 +448,7 @@ def test_log1p_by_multiply_adds():
 
 @pytest.mark.parametrize("options", [*STICK_IMPLEMENTATIONS.values(), REFERENCE])
 def test_the_gradient_at_a_logit_of_zero(options):
-    """Half of every stick is broken off: a softplus by absolute values has a kink there."""
+    """Every key takes half of the remaining stick. A softplus by absolute values has a kink at this logit."""
 
     def total(query):
         out, rem = attend(query, key, value, **options)

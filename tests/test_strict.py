@@ -1,4 +1,4 @@
-"""Under jax_numpy_dtype_promotion=strict everything is made as without: no type is changed where nothing says so."""
+"""With jax_numpy_dtype_promotion=strict everything still works: no type is promoted implicitly."""
 
 import dataclasses
 
@@ -55,7 +55,7 @@ def test_attention(name):
 def test_experts(implementation):
     shapes = (40, 16), (4, 16, 8), (4, 16, 16), (4, 8, 16), (40, 2), (4, 8), (4, 16)
     arrays = [jnp.zeros(shape, jnp.bfloat16) for shape in shapes]
-    arrays[4] = arrays[4].astype(jnp.float32)  # as routers make them
+    arrays[4] = arrays[4].astype(jnp.float32)  # routers make float32 gates
 
     def total(indices, x, w, w_in, w_out, gates, bias, b_in):
         routing, options = route(indices, 4), {"implementation": implementation}

@@ -1,4 +1,4 @@
-"""The support table of docs/reference/support.md is what the implementations say themselves, of the cases that all of them run."""
+"""The table of docs/reference/support.md agrees with what the implementations say about the cases of the tests."""
 
 import contextlib
 import re
@@ -14,7 +14,7 @@ from pallas_kernels import dispatch, explain, route, triton_call
 from pallas_kernels.scatter_moe.call import ACTIVATIONS, GATED
 
 PAGE = Path(__file__).parent.parent / "docs" / "reference" / "support.md"
-# Where each runs at its best; the others run wherever JAX does.
+# The GPU on which each kernel set runs best. The other implementations run wherever JAX runs.
 GPUS = {"mosaic": "NVIDIA H200", "triton": "NVIDIA A100"}
 
 
@@ -71,7 +71,7 @@ FEATURES = {
 
 @contextlib.contextmanager
 def at_home(implementation: str):
-    """Where an implementation runs."""
+    """Trace as on the device on which an implementation runs."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.enable_x64(True))
         if implementation in GPUS:
@@ -81,7 +81,7 @@ def at_home(implementation: str):
 
 
 def refusal(implementation: str, op: str, arguments, options) -> str | None:
-    """Without the sizes of this call."""
+    """Return why an implementation refuses a call, without the call's sizes; None if it does not."""
     try:
         explain(op, *arguments, **options, implementation=implementation)
     except NotImplementedError as error:
@@ -103,13 +103,13 @@ def table() -> str:
 
 
 def test_the_table_of_the_readme_is_what_the_implementations_say(monkeypatch):
-    """Should it not be: `python tests/test_support.py` writes it."""
+    """If this fails, `python tests/test_support.py` writes the table again."""
     monkeypatch.setattr(triton_call, "_missing", tuple)
     assert table() == written()[1].rstrip()
 
 
 def written() -> tuple[str, str, str]:
-    """What is before the table, the table, and what follows."""
+    """Return the text before the table, the table, and the text after it."""
     before, rest = PAGE.read_text().split("<!-- support -->\n")
     between, after = rest.split("<!-- end of support -->")
     return before, between, after

@@ -1,4 +1,4 @@
-"""The Sparse Universal Transformer against the original encoder, and what halting promises."""
+"""The Sparse Universal Transformer, compared with the original encoder, and the properties of halting."""
 
 import dataclasses
 from functools import cache, partial
@@ -28,7 +28,7 @@ HERE = Path(__file__).parent
 
 @cache
 def original_encoder(name):
-    """The stack with the original's weights, its inputs and what it gave; [.., B, T, D]."""
+    """Return the stack with the original's weights, its inputs, and the original's outputs, [.., B, T, D]."""
     with np.load(HERE / "oracles" / "sut" / f"{name}.npz", allow_pickle=False) as arrays:
         a = dict(arrays)
     p = {key.removeprefix("param/").removeprefix("mod."): a[key] for key in a if key.startswith("param/")}
@@ -70,7 +70,7 @@ def original_encoder(name):
 
 @jax.jit
 def each_step(stack, x, real, threshold):
-    """The states after every step."""
+    """Return the states after every step."""
 
     def block(h, s, running, step):
         h, sums = stack.block(h, s, running, jnp.where(real, 0, -1))
@@ -97,7 +97,7 @@ def test_every_step_is_that_of_the_original_encoder(name):
 
 @pytest.fixture(scope="module")
 def encoder():
-    """The post-norm encoder, in which tokens halt at different steps, with what runs it."""
+    """The post-norm encoder, its inputs, and jitted functions that run it. Its tokens halt at different steps."""
     stack, x, real, _ = original_encoder("encoder_post_norm")
     segments = jnp.where(real, 0, -1)
     run = {
@@ -117,7 +117,7 @@ def halting_soon(encoder):
 
 @pytest.mark.parametrize("bias", [0.0, 2.0])
 def test_depth_at_the_start_is_that_of_equal_coins(bias):
-    """A gate halts with probability 1/2, or as `halting_bias` says, and what is left at the last step halts there."""
+    """A gate halts with probability 1/2, or as `halting_bias` says. Tokens that are left halt at the last step."""
     config, L = SutConfig(D=4, H=2, halting_bias=bias), 5
     x, real = jnp.ones((2, 3, 4)), jnp.arange(3)[None] < jnp.array([[3], [1]])
     end = until_halted(
@@ -134,7 +134,7 @@ def test_depth_at_the_start_is_that_of_equal_coins(bias):
 def test_states_of_halted_tokens_are_frozen(halting_soon):
     steps = halting_soon
     halted_at = [int((steps.running[i] == 0).sum()) for i in range(7)]
-    assert halted_at[0] < halted_at[2] <= halted_at[-1]  # of some tokens, not of all at once
+    assert halted_at[0] < halted_at[2] <= halted_at[-1]  # some tokens halt, not all at once
     for i in range(6):
         halted = steps.running[i] == 0
         np.testing.assert_array_equal(steps.state[i + 1][halted], steps.state[i][halted])
@@ -165,7 +165,7 @@ def test_neither_padding_nor_halted_tokens_change_others(encoder, halting_soon):
     for part in ("state", "depth", "act"):
         np.testing.assert_array_equal(getattr(before, part)[real], getattr(after, part)[real])
     jax.tree.map(np.testing.assert_array_equal, before.statistics, after.statistics)
-    # What a halted token would make of itself is seen by none; its frozen state is.
+    # Other tokens see the frozen state of a halted token, never the state that it would compute.
     running, hidden, state = (getattr(halting_soon, name)[1] for name in ("running", "hidden", "state"))
     halted, segments = running == 0, jnp.where(real, 0, -1)
     assert (halted & real).any() and (~halted).any()
@@ -179,7 +179,7 @@ def test_neither_padding_nor_halted_tokens_change_others(encoder, halting_soon):
 
 
 def test_mutual_information_is_that_of_all_steps_together(encoder, halting_soon):
-    """H(e|x) - H(e) with the pairs of tokens and steps weighed by w, for the router whose inputs the states are."""
+    """It is H(e|x) - H(e) over all (token, step) pairs, weighted by w, for the router that reads the states."""
     stack, x, real, _ = encoder
     router = stack.block.attention.router
     inputs = np.concatenate([x[None], halting_soon.hidden[:-1]]).reshape(-1, 32)
@@ -208,7 +208,7 @@ SAMPLED = BALANCED | dict(attention_experts=ExpertsConfig(3, 2, mi_weight=0.01, 
 
 
 def pairs(B, T, key):
-    """Random pairs of sentences of different lengths, with a label."""
+    """Return random pairs of sentences of different lengths, with labels."""
     k_words, k_length, k_label = jax.random.split(key, 3)
     words = jax.random.randint(k_words, (2, B, T), 1, 12)
     words = jnp.where(jnp.arange(T)[None, None] < jax.random.randint(k_length, (2, B, 1), 1, T + 1), words, 0)
@@ -226,7 +226,7 @@ def translation(B, T, key):
 
 
 def drawn(make, config):
-    """A model whose parameters are all drawn at random, those that start at zero too, with no program to compile."""
+    """Return a model with random parameters, also those that start at zero; NumPy draws them, nothing is compiled."""
     rng = np.random.default_rng(0)
 
     def draw(leaf):
@@ -277,7 +277,7 @@ def pair_gradients(model, batch, key):
 
 @pytest.fixture(scope="module")
 def classifier():
-    """A model of pairs, a batch, and its compiled gradients on one device."""
+    """A model of pairs, a batch, and the compiled gradients on one device."""
     return drawn(init, MODELS["pairs"][0]), pairs(16, 6, jax.random.key(1)), jax.jit(pair_gradients)
 
 
@@ -318,14 +318,14 @@ def test_a_causal_classifier_reads_the_last_tokens():
     left, right = jnp.array([[3, 4, 5, 0, 0]]), jnp.array([[4, 1, 3, 2, 5]])
     logits = read(left, right)
     wider = ((0, 0), (0, 2))
-    assert_close(read(jnp.pad(left, wider), jnp.pad(right, wider)), logits, 1e-6)  # not the padding
+    assert_close(read(jnp.pad(left, wider), jnp.pad(right, wider)), logits, 1e-6)  # padding has no effect
     for t in range(3):
         other = read(left.at[0, t].set(2), right)
         assert (jnp.abs(other - logits) > 1e-3).any()
 
 
 def test_a_translation_depends_on_what_is_read_and_on_what_was_written_before():
-    """Not on later words, and not on the padding of the source; stopping early changes nothing."""
+    """It does not depend on later words or on the padding of the source. Stopping early changes nothing."""
     config = MODELS["translation"][0]
     model = drawn(SparseUniversalTransformer, config)
     run = jax.jit(lambda source, target: model({"source": source, "target": target}).logits)
@@ -342,7 +342,7 @@ def test_a_translation_depends_on_what_is_read_and_on_what_was_written_before():
 
 
 def test_no_token_depends_on_later_ones_or_on_other_documents():
-    """By gradients, of the state and of the expected depth; and by values, as halting is a decision."""
+    """Tested by gradients of the state and of the expected depth, and by values, because halting is a decision."""
     model = drawn(init, SutConfig(**TINY, attention="stick_breaking"))
     segments, t = jnp.array([[0, 0, 1, 1, 1, 1, 1, -1]]), 4
     x = jax.random.normal(jax.random.key(1), (1, 8, 16))
@@ -365,7 +365,7 @@ def test_no_token_depends_on_later_ones_or_on_other_documents():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_type_of_the_computation_is_kept(name):
-    """Of every carry of the loop; routing, halting and losses are in fp32."""
+    """Every carry of the loop keeps the computation type. Routing, halting and losses are in fp32."""
     config, make, batch, f = MODELS[name]
     config = dataclasses.replace(config, dtype="bfloat16")
     model = jax.eval_shape(partial(make, config), jax.random.key(0))
@@ -374,7 +374,7 @@ def test_the_type_of_the_computation_is_kept(name):
 
 
 def test_hidden_units_that_drop_out_have_a_path_of_their_own():
-    """With a rate of nearly zero it gives what the other does."""
+    """Dropout uses another code path. At a rate near zero, it gives the same results as the path without dropout."""
     config = SutConfig(**TINY, dropout=1e-9)
     experts = BiasedExperts(config, jax.random.key(0))
     x = jax.random.normal(jax.random.key(1), (1, 5, 16))
@@ -386,7 +386,7 @@ def test_hidden_units_that_drop_out_have_a_path_of_their_own():
 
 
 def test_presets_have_the_published_sizes():
-    """66M and 110M parameters, at one vocabulary for both."""
+    """The presets have 66M and 110M parameters, with the same vocabulary."""
     for config, millions in ((SutConfig.sut_base(), 66), (SutConfig.sut_big(), 110)):
         shapes = jax.eval_shape(partial(SparseUniversalTransformer, config), jax.random.key(0))
         assert round(sum(x.size for x in jax.tree.leaves(shapes)) / 1e6) == millions

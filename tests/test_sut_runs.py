@@ -1,4 +1,4 @@
-"""Sparse Universal Transformers through the programs: training, resuming, evaluation by operators, generation."""
+"""Sparse Universal Transformers in the commands: training, resuming, evaluation by operators, generation."""
 
 import json
 
@@ -32,7 +32,7 @@ TEXT = Config(SutConfig(**SIZES, attention="stick_breaking"), DataConfig(T=8, B=
 def pairs(tmp_path_factory):
     run = str(tmp_path_factory.mktemp("runs") / "pairs")
     fit(PAIRS.replace({"train.steps": 2}), run, quiet=True)
-    fit(PAIRS, run, quiet=True)  # goes on
+    fit(PAIRS, run, quiet=True)  # resumes
     return run
 
 
@@ -62,7 +62,7 @@ def test_batches_are_of_about_one_length_and_leave_out_less_than_one():
 
 
 def test_a_curriculum_begins_with_the_shortest():
-    """And goes on as training without one begins; resumed in the middle, it is the same."""
+    """After the curriculum, the order is that of a training without one. Resuming in the middle changes nothing."""
     config, steps = PAIRS.replace({"data.curriculum": 30}), 30
     rows = pair_examples(config, "train").rows
     lengths = np.sort([max(side.count(" ") + 1 for side in row[:2]) for row in rows])
@@ -101,20 +101,20 @@ def test_accuracy_is_that_of_a_direct_count(pairs):
     assert first["pairs"] == 5 and first["accuracy"] == right / 5
     assert first["majority"] == np.bincount(labels).max() / 5
     np.testing.assert_allclose([first["depth"], first["rows"]], [depth / tokens, rows / tokens], rtol=1e-6)
-    # Pairs that only fill a batch count nowhere: batches of one need none.
+    # Pairs that only fill a batch are not counted: batches of one pair, which need none, give the same numbers.
     (ones,) = accuracy(loaded.model, loaded.config, buckets=[3], thresholds=[0.999], max_pairs=5, B=1)
     np.testing.assert_allclose([ones["depth"], ones["rows"]], [first["depth"], first["rows"]], rtol=1e-5)
     assert second["depth"] < first["depth"] and second["rows"] < first["rows"]
 
 
 def test_a_batch_is_as_wide_as_its_bucket_needs():
-    """Not as the pairs that were drawn from it: the longest of these have 40 tokens, of all 43."""
+    """The width is not that of the drawn pairs, which have at most 40 tokens; the bucket's longest pairs have 43."""
     ((batch, _),) = batches_of(PAIRS.replace({"data.examples": 20_000}), 8, 1, 1)
     assert batch["left"].shape == (1, 80) and (batch["left"] != 0).sum() <= 40
 
 
 def test_a_bucket_of_which_no_pair_was_drawn():
-    with pytest.raises(ValueError, match="the data.examples=20 pairs have no held-out one with 12 operators"):
+    with pytest.raises(ValueError, match="data.examples=20 has no held-out pair with 12 operators"):
         batches_of(PAIRS.replace({"data.examples": 20}), 12, 1, 1)
 
 
@@ -141,7 +141,7 @@ def test_what_halting_saves_of_a_language_model(pairs, tmp_path, capsys, monkeyp
         tuple(map(float, column)) for column in zip(*[row[:4] for row in rows], strict=True)
     )
     assert thresholds == THRESHOLDS and all(4 < x < 12 for x in bits)
-    # Two layers of two experts each, three times; a token halts at once below 1/2.
+    # Two layers with two experts each, three times. Below a threshold of 1/2, a token halts at once.
     kept = json.loads((tmp_path / "halting.json").read_text())["rows"]
     np.testing.assert_allclose([row["extra"]["bits per token"] for row in kept], bits, atol=1e-3)
     assert ran[0] == 12 and depth[-1] == 1 and ran[-1] == 4 and list(ran) == sorted(ran, reverse=True)
@@ -159,7 +159,7 @@ def test_a_language_model_trains_is_scored_and_continues_text(tmp_path, attentio
     assert len(line) == len(depth) == 8 and all(line) and ((1 <= depth) & (depth <= 3)).all()
     (text,) = generate_text(loaded, ["def "], 3)
     assert isinstance(text, str)
-    # Greedy tokens are those of the whole text read at once, whatever stands to the left of a row.
+    # Greedy tokens equal those of one forward pass over the whole text, with any padding on the left of a row.
     read = jax.jit(lambda ids, segments: loaded.model({"tokens": ids, "segment_ids": segments}).logits)
     prompts = [np.array([5, 6, 7, 8]), np.array([9])]
     for prompt, new in zip(prompts, generate(loaded.model, prompts, 3), strict=True):
@@ -174,7 +174,7 @@ def test_what_a_step_takes_is_counted():
     model = family_of(PAIRS.model).init(PAIRS.model, jax.random.key(0))
     assert total == sum(x.size for x in jax.tree.leaves(model))
     outside = sum(p.size for p in (model.embed, model.w_in, model.in_bias, model.w_out, model.out_bias))
-    idle = 8 * 8 * 2 + 8 + 8 + 8 * 4 * 2  # one of three experts: a network with biases, query and output of a head
+    idle = 8 * 8 * 2 + 8 + 8 + 8 * 4 * 2  # one of three experts: network with biases, query and output of a head
     assert active == total - outside - idle
     assert family_of(PAIRS.model).flops_per_token(PAIRS.model, 10) == 3 * (6 * active + 6 * 2 * 2 * 4 * 10)
 
@@ -196,7 +196,7 @@ def test_data_that_do_not_fit(tmp_path, changes, message):
 
 
 def test_what_only_decoders_have(pairs, tmp_path):
-    with pytest.raises(ValueError, match="accumulate=2: a model of family='sut' takes the B sequences"):
+    with pytest.raises(ValueError, match="accumulate=2: a model of family='sut' needs all B sequences"):
         PAIRS.replace({"train.accumulate": 2})
     with pytest.raises(ValueError, match="fsdp=2 and tensor=2: a model of family='sut' supports data parallelism only"):
         make_mesh(PAIRS.replace({"mesh.fsdp": 2, "mesh.tensor": 2}))

@@ -1,6 +1,6 @@
-"""Sweeps: muP keeps activations and the best learning rate, its absence does not.
+"""Sweeps: with muP, the activations and the best learning rate do not depend on the width; without muP they do.
 
-First on a small residual network, for speed; at the end on the model itself.
+The first tests use a small residual network, for speed. The last ones use the model.
 """
 
 import doctest
@@ -27,12 +27,12 @@ from stickjax.training.schedules import make_schedule
 from stickjax.training.step import init_state, make_step
 from stickjax.training.width import SMALL, at_width, final_loss, power_law_records, training, transformer
 
-BASE, V, L = 32, 32, 1  # width where m_width is 1, vocabulary, layers
+BASE, V, L = 32, 32, 1  # the width at which m_width is 1, vocabulary size, layers
 WIDTHS = [64, 256]
 
 
 def network(width, mup, learning_rate):
-    """Predict a permutation of V tokens; an embedding, L residual layers and an output matrix."""
+    """Return a network that predicts a permutation of V tokens: embedding, L residual layers, output matrix."""
     m_width = width / BASE if mup else 1.0
     changes = {"model.m_width": m_width, "optim.schedule": "constant", "optim.peak_lr": learning_rate}
     random = np.random.default_rng(0)
@@ -49,7 +49,7 @@ def network(width, mup, learning_rate):
             "norm": {"scale": jnp.ones((L, width))},
         },
     }
-    # Smoothed, so that too large a learning rate is punished instead of fitting the labels all the better.
+    # The labels are smoothed, so that a too large learning rate increases the loss instead of fitting them better.
     target = 0.7 * random.permutation(np.eye(V, dtype=np.float32)) + 0.3 / V
 
     def forward(params):
@@ -70,7 +70,7 @@ def network(width, mup, learning_rate):
 
 @pytest.fixture(scope="module", autouse=True)
 def compile_quickly():
-    """Most of the time of these tests would go into optimizing programs that run for milliseconds."""
+    """Compile with few optimisations: optimising would take most of the time, and the programs run for milliseconds."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -83,7 +83,8 @@ def coordinates():
 
 def test_activations_keep_their_size_with_mup_only(coordinates):
     slope = slopes(coordinates[True])
-    # Sums of D products of independent numbers over m_width: logits start at width^-1/2 and join as they learn.
+    # Logits are sums of D products of independent numbers, divided by m_width. They start in proportion to width^-1/2
+    # and become independent of the width during training.
     assert slopes(coordinates[True], step=0)["logits"] < slope.pop("logits") < 0.1
     assert all(abs(x) < 0.1 for x in slope.values()), slope
     assert max(slopes(coordinates[False]).values()) > 0.3
@@ -94,7 +95,7 @@ def test_records_of_the_coordinate_check(coordinates):
     assert len(records) == len(WIDTHS) * 5 * (2 + 2 * L)
     assert set(records[0]) == {"width", "step", "name", "mean_abs"}
     assert {r["step"] for r in records} == set(range(5))
-    # Nothing has been learned yet: the embedding is 12 * 0.1 * N(0, 1) at every width.
+    # Before the training, the embedding is 12 * 0.1 * N(0, 1) at every width.
     first = [r["mean_abs"] for r in records if r["step"] == 0 and r["name"] == "embedding"]
     np.testing.assert_allclose(first, 1.2 * math.sqrt(2 / math.pi), rtol=0.05)
 
@@ -114,7 +115,7 @@ RATES = 2.0 ** np.arange(-11, 0)
 
 @functools.cache
 def losses(width, mup):
-    """The loss after a few steps for all RATES at once: the update of a rate of one, times each rate."""
+    """Return the losses after a few steps for all RATES at once: each rate multiplies the update for a rate of one."""
     params, optimizer, forward = network(width, mup, 1.0)
 
     def run(rate):
@@ -141,7 +142,7 @@ def test_the_best_learning_rate_stays_with_mup_only():
 
 
 def sweep(noise=0.0, **changes):
-    """Losses with a minimum exactly on the law gamma = 4.6 T^-0.51, at three batch sizes."""
+    """Return losses at three batch sizes, with minima exactly on the law gamma = 4.6 T^-0.51."""
     random = np.random.default_rng(0)
     return [
         dict(tokens=tokens, batch_size=beta, learning_rate=rate, loss=2 + math.log(rate / best) ** 2, unused=None)
@@ -283,7 +284,7 @@ def test_sweeps_of_the_model():
 
 @pytest.fixture
 def toy(monkeypatch):
-    """The command line on the small network."""
+    """Let the command line use the small network."""
     monkeypatch.setattr(models, "transformer", lambda config, width, mup: network(width, mup, 0.005))
     monkeypatch.setattr(models, "final_loss", lambda config, width, rate, mup: losses(width, mup)[rate])
     loss = lambda n, rate: math.log(rate / n**-0.5) ** 2  # noqa: E731
@@ -303,7 +304,7 @@ def test_command_line(command, toy, tmp_path, capsys):
     assert (tmp_path / f"{command}.png").read_bytes().startswith(b"\x89PNG")
     result = json.loads((tmp_path / f"{command}.json").read_text())
     assert result["config"]["train"]["steps"] == 2 and result["records"]
-    # Of too few rates the best is at the edge, and the table says so.
+    # With too few rates, the best rate is at the edge of the range, and the table says so.
     if command != "coordinate":
         sweeps.main([command, "--out", str(tmp_path), "--widths=32", "--rates", str(RATES[0])])
         assert "widen" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Generated tasks: labels by other means, the sizes of the published data, parts, arrays, batches, text."""
+"""Generated tasks: labels checked by other algorithms, the sizes of the published data, splits, batches, text."""
 
 import itertools
 import json
@@ -23,7 +23,7 @@ def drawn():
 
 
 def parse(words: list[str]):
-    """A sentence as nested tuples by recursive descent; the words read are taken from the list."""
+    """Parse a sentence into nested tuples by recursive descent, and remove its words from the list."""
     word = words.pop(0)
     if word != "(":
         assert word in "abcdef"
@@ -76,7 +76,7 @@ def test_relations_are_those_of_all_worlds(drawn):
         assert logic.RELATIONS[row.label] == expected, row
         assert row.bucket == min(12, max(map(operators, trees)))
         assert len(set(row.left + row.right) & set("abcdef")) <= 6
-    assert {row.label for row in rows} == set(range(7)), "every relation is met"
+    assert {row.label for row in rows} == set(range(7)), "every relation occurs"
 
 
 def test_buckets_hold_their_own_and_parts_share_nothing(drawn):
@@ -85,7 +85,7 @@ def test_buckets_hold_their_own_and_parts_share_nothing(drawn):
         rows = [*train, *test]
         assert all(row.bucket == number for row in rows) and len(set(rows)) == len(rows)
         assert len(train) == int(0.85 * len(rows))
-    assert (len(drawn[0].train), len(drawn[0].test)) == (30, 6), "6 * 6 pairs of variables, all of them drawn"
+    assert (len(drawn[0].train), len(drawn[0].test)) == (30, 6), "all 6 * 6 pairs of variables are drawn"
 
 
 def test_every_sentence_parses_over_at_most_four_variables(drawn):
@@ -102,7 +102,8 @@ def test_labels_are_as_frequent_as_in_the_published_data(drawn):
     count = Counter(logic.RELATIONS[row.label] for row in rows)
     published = {"#": 0.542, ">": 0.107, "<": 0.106, "v": 0.102, "|": 0.102, "=": 0.021, "^": 0.019}
     for relation, share in published.items():
-        # Five standard errors; `=` and `^` are a little more frequent in small buckets, which few draws fill more.
+        # The tolerance is five standard errors. `=` and `^` are slightly more frequent in small buckets, which have a
+        # larger share when few pairs are drawn.
         slack = 5 * (share * (1 - share) / len(rows)) ** 0.5
         assert abs(count[relation] / len(rows) - share) < slack, relation
 
@@ -142,7 +143,7 @@ def lists():
 
 
 def value(text: str) -> int:
-    """By a stack, on either form of an expression."""
+    """Compute the value of an expression in either form, with a stack."""
     stack: list = []
     for symbol in text.split():
         if symbol in "()":
@@ -167,7 +168,7 @@ def test_lists_have_their_values_in_both_forms(lists):
         binary = listops.binary(row.text)
         assert value(binary) == row.label
         assert " ".join(symbol for symbol in binary.split() if symbol not in "()") == row.text
-        # A pair of brackets joins two: one pair less than symbols.
+        # Each pair of brackets joins two parts, so there is one pair less than there are symbols.
         assert binary.count("(") == binary.count(")") == row.text.count(" ")
     assert listops.binary("[SM [MIN 1 2 ] 3 ]") == "( ( ( [SM ( ( ( [MIN 1 ) 2 ) ] ) ) 3 ) ] )"
 
@@ -180,10 +181,11 @@ def test_lists_differ_and_hold_more_than_a_digit(lists):
 
 @pytest.mark.slow
 def test_lists_are_as_long_as_the_published_ones():
-    rows = [row for part in listops.generate(count=100_000) for row in part]  # the more that differ, the longer
+    # The count matters: the rows are distinct, so more of them are longer.
+    rows = [row for part in listops.generate(count=100_000) for row in part]
     lengths = np.array([row.text.count(" ") + 1 for row in rows])
     assert np.median(lengths) == 16
-    # Published are those of the 10,000 to test on: five of their standard errors.
+    # The published numbers are for 10,000 test lists. The tolerance is five of their standard errors.
     assert abs(lengths.mean() - 42.8) < 5 * lengths.std() / 100
     for mean, share in (
         ((lengths <= 50).mean(), 0.797),
@@ -208,7 +210,7 @@ def test_a_list_as_arrays(lists, brackets):
 
 
 def actions(command: str) -> list[str]:
-    """By splitting at the conjunction, then the number of times, then the direction."""
+    """Interpret a command by splitting it at the conjunction, then at the repetition, then at the direction."""
     for word, order in ((" and ", 1), (" after ", -1)):
         if word in command:
             return sum((actions(part) for part in command.split(word)[::order]), [])
@@ -286,7 +288,7 @@ def test_what_is_asked_for_is_the_latest_value():
         queries += example["loss_mask"].sum()
     assert again > 200 * 5, "keys are assigned again"
     n = 200 * 31
-    assert abs(queries - n / 2) < 5 * (n / 4) ** 0.5, "half of all statements but the first"
+    assert abs(queries - n / 2) < 5 * (n / 4) ** 0.5, "half of all statements except the first are queries"
 
 
 # All of them
@@ -379,7 +381,7 @@ def test_a_generated_source_is_a_corpus():
     blocks = [corpus.tokenizer.decode(corpus.tokens[:4000]).splitlines()[:9] for corpus in (train, heldout)]
     lines = list(recall.text(0, 400))
     assert blocks[1] == lines[:9] and set(blocks[0]) < set(lines) - set(lines[:9])
-    assert heldout_windows(heldout, 512).lengths[-1] == 8, "a document holds 8 contexts of 512 bytes"
+    assert heldout_windows(heldout, 512).lengths[-1] == 8, "a document is as long as 8 contexts of 512 bytes"
 
 
 def test_a_mixture_has_equal_shares(tmp_path):

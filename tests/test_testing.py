@@ -1,4 +1,4 @@
-"""`pallas_kernels.testing.differences` finds what is wrong, says where, and passes what is right."""
+"""`pallas_kernels.testing.differences` finds wrong results, names their place, and accepts correct results."""
 
 from functools import partial
 
@@ -15,7 +15,7 @@ X, Y = np.random.default_rng(0).standard_normal((2, 4, 30)).astype(np.float32)
 
 @jax.custom_vjp
 def scaled(x, factor):
-    """2 x, whose gradient is `factor` times the right one."""
+    """Return 2 x, with a gradient that is `factor` times the correct one."""
     return 2 * x
 
 
@@ -23,7 +23,7 @@ scaled.defvjp(lambda x, factor: (2 * x, factor), lambda factor, d: (2 * factor *
 
 
 def op(x, y, *, implementation, power=1, output=lambda a: a, gradient=1.0):
-    """(x y)^power and 2 x, of which the implementation "bad" makes something else."""
+    """Return (x y)^power and 2 x. The implementation "bad" changes the first result and the gradient of the second."""
     bad = implementation == "bad"
     first, second = (x * y) ** power, scaled(x, jnp.asarray(gradient if bad else 1.0, x.dtype))
     return {"first": output(first) if bad else first, "second": second}
@@ -38,7 +38,7 @@ def test_what_is_right_has_no_differences():
 
 
 def one_wrong(a):
-    """By less than the L2 error of bfloat16 allows; an element is looked at by itself."""
+    """Change one element by less than the L2 tolerance of bfloat16; elements are also compared one by one."""
     return a.at[1, 2].add(0.1 * jnp.abs(a).max().astype(a.dtype))
 
 

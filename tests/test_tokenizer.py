@@ -1,4 +1,4 @@
-"""Tokenizers of other people: what their folder says is believed, no text forges a special token, text stays whole."""
+"""Downloaded tokenizers: their folder's settings are used, text never becomes a special token, and no text is lost."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ SPECIAL = ["<unk>", "<s>", "</s>", "<|user|>"]
 
 
 def byte_level(special=(), plain=(), pieces=()):
-    """As GPT-2's; `pieces` are learnt, `plain` are added tokens that are not special."""
+    """Return a tokenizer like GPT-2's. `pieces` are merged tokens; `plain` are added tokens that are not special."""
     vocabulary, merges = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []
     for piece in pieces:
         for n in range(1, len(piece)):
@@ -29,7 +29,7 @@ def byte_level(special=(), plain=(), pieces=()):
 
 
 def llama():
-    """Sentencepiece's BPE with bytes for what is unknown: a space before the text, which the decoder takes away."""
+    """Return SentencePiece's BPE with byte fallback. It adds a space before the text, which the decoder removes."""
     pieces = [*SPECIAL, *"\u2581helowrd.", *(f"<0x{b:02X}>" for b in range(256))]
     vocabulary, merges = {piece: i for i, piece in enumerate(pieces)}, []
     for word in ("\u2581hello", "\u2581world"):
@@ -48,7 +48,7 @@ def llama():
 
 
 def unigram():
-    """As T5's: a lattice of pieces, the special ones among them, and an end behind every text."""
+    """Return a tokenizer like T5's: a unigram model that contains the special tokens, and an end after every text."""
     pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), ("<|user|>", 0.0), ("\u2581hello", -2.0), ("\u2581", -3.0)]
     pieces += [(letter, -4.0) for letter in "helowrd.</s>|u"]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0))
@@ -59,7 +59,7 @@ def unigram():
 
 
 def word_piece():
-    """As BERT's."""
+    """Return a tokenizer like BERT's."""
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "hello", "world", "wor", "##ld", ".", "[", "]", "sep"]
     tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(vocabulary)}, unk_token="[UNK]"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
@@ -78,7 +78,7 @@ def word_level():
 
 @pytest.fixture
 def folder(tmp_path):
-    """Write a folder with a tokenizer and JSON files, and load it."""
+    """A function that writes a folder with a tokenizer and JSON files, and loads the tokenizer."""
 
     def make(tokenizer, eot=None, **files):
         shutil.rmtree(tmp_path / "folder", ignore_errors=True)
@@ -101,9 +101,9 @@ CHAT = byte_level(special=["<|endoftext|>", "<|im_start|>", "<|im_end|>"])  # id
         (dict(), "<|im_end|>", [258]),
         (dict(generation_config={"eos_token_id": 258}, config={"model_type": "x", "eos_token_id": 256}), None, [258]),
         (dict(generation_config={"eos_token_id": [258, 256]}), None, [258, 256]),
-        (dict(generation_config={"eos_token_id": [65, 258]}), None, [258, 65]),  # a letter ends what is generated
+        (dict(generation_config={"eos_token_id": [65, 258]}), None, [258, 65]),  # a letter may end the generation
         (dict(generation_config={"eos_token_id": None}, config={"model_type": "x", "eos_token_id": 258}), None, [258]),
-        (dict(config={"eos_token_id": 258}), None, [256]),  # a config.json of something else
+        (dict(config={"eos_token_id": 258}), None, [256]),  # not a model's config.json
         (dict(token_ids={"eos_token_id": 258}), None, [258]),
         (dict(generation_config={"eos_token_id": -1, "pad_token_id": -1, "eos_token": ""}), None, [256]),
         (dict(tokenizer_config={"eos_token": "<|im_end|>"}), None, [258]),
@@ -185,9 +185,9 @@ def test_no_text_spells_a_special_token_and_a_prompt_does_on_request(folder, sha
     assert len(ids) and tokenizer.eot not in ids and tokenizer.document(text).tolist().count(tokenizer.eot) == 1
     asked = tokenizer.encode(text, special=True).tolist()
     assert asked.count(tokenizer.eot) == 1
-    assert tokenizer.encode(text).tolist() == ids.tolist(), "asking for it once changes nothing"
+    assert tokenizer.encode(text).tolist() == ids.tolist(), "special=True must not affect later calls"
     assert end not in tokenizer.decode(asked)
-    if shape is not SHAPES[5][0] and shape is not SHAPES[6][0]:  # whose letters are unknown words
+    if shape is not SHAPES[5][0] and shape is not SHAPES[6][0]:  # in these, letters are unknown words
         assert tokenizer.decode(ids) == text
 
 
@@ -224,7 +224,7 @@ def test_what_stands_before_a_text(folder, shape, eot, prefix):
     ids = tokenizer.encode("hello").tolist()
     assert ids == tokenizer.prompt("hello").tolist() == [*prefix, *ids[len(prefix) :]]
     assert tokenizer.document("hello").tolist() == [*ids, tokenizer.eot]
-    assert ids == [i for i in shape.encode("hello").ids if i != tokenizer.eot], "those of the tokenizer itself"
+    assert ids == [i for i in shape.encode("hello").ids if i != tokenizer.eot], "ids must equal the tokenizer's"
     assert tokenizer.prompt("").tolist() == list(prefix or [tokenizer.eot])
 
 
@@ -251,10 +251,10 @@ def test_a_prompt_and_what_follows_are_the_text_of_all_ids(folder, shape, text):
     for cut in range(len(ids)):
         before = tokenizer.decode(ids[:cut])
         if before.endswith("\ufffd"):
-            continue  # a prompt is whole
+            continue  # a prompt never ends inside a character
         stream = StreamDecoder(tokenizer, ids[:cut])
         assert before + "".join(map(stream.feed, ids[cut:])) + stream.flush() == tokenizer.decode(ids)
-    if shape.token_to_id("<0x00>") or shape is CHAT:  # which have a piece for every byte
+    if shape.token_to_id("<0x00>") or shape is CHAT:  # these have a token for every byte
         assert tokenizer.decode(ids) == text
 
 

@@ -1,6 +1,7 @@
-"""Training: the same run bit for bit after any interruption, and one clear line for whatever goes wrong."""
+"""Training: after any interruption the run is bitwise the same, and every error is one clear line."""
 
 import json
+import operator
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 from conftest import assert_same_state, wait_for_step
 
 from stickjax import train
-from stickjax.config import Config
+from stickjax.config import Config, field_names
 from stickjax.data.corpus import load_corpus
 from stickjax.storage.checkpoints import Checkpoints
 from stickjax.system.lock import Lock
@@ -23,7 +24,7 @@ from stickjax.training import loop
 from stickjax.training.metrics import read_metrics
 from stickjax.training.step import init_state
 
-# Small, with everything that has a state: sampled routing, the router's bias, accumulation, packed documents.
+# A small config with everything that has a state: sampled routing, the router's bias, accumulation, packed documents.
 SMALL = Config().replace(
     {
         "model.V": 257, "model.D": 16, "model.L": 2, "model.N": 2, "model.K": 1, "model.H": 8, "model.F": 16,
@@ -36,11 +37,11 @@ SMALL = Config().replace(
 
 
 def words(config: Config) -> list[str]:
-    return [f"--{s}.{n}={v}" for s, fields in config.to_dict().items() for n, v in fields.items()]
+    return [f"--{name}={operator.attrgetter(name)(config)}" for name in field_names(type(config.model))]
 
 
 def rows(run) -> list[dict]:
-    """The metrics of a run without the clock's."""
+    """Return the metrics of a run, without those that depend on the clock."""
     return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in read_metrics(run)]
 
 
@@ -65,7 +66,7 @@ def uninterrupted(tmp_path_factory):
 def test_killed_at_any_step_and_started_again_it_is_the_same_run(uninterrupted, tmp_path):
     run = tmp_path / "run"
     for step in (3, 8, 17):  # before the first checkpoint, and twice between two
-        # The first one compiles for itself: another compilation is no other training.
+        # The first training compiles without the cache: another compilation must not change the results.
         process = start(run, JAX_ENABLE_COMPILATION_CACHE="false" if step == 3 else "true")
         wait_for_step(run, step, process)
         process.send_signal(signal.SIGKILL)
@@ -149,11 +150,11 @@ def test_not_finite_parameters_are_refused(uninterrupted, tmp_path, capsys):
 
 
 def test_a_branch_with_a_decay_is_the_run_that_had_planned_it(uninterrupted, tmp_path):
-    """Power's selling point: a decay may be added to any checkpoint of a run that never decays."""
+    """The advantage of the Power schedule: a decay can be added to any checkpoint of a run that never decays."""
     decay = SMALL.replace({"train.steps": 15, "optim.decay_tokens": 5 * 128})
     fit(decay, str(tmp_path / "branch"), branch=f"{uninterrupted[0]}@10", quiet=True)
     fit(decay, str(tmp_path / "planned"), quiet=True)
-    # Two programs, one with the decay compiled in from the beginning: equal up to rounding, not to the bit.
+    # These are two programs, one with the decay from the beginning: they are equal up to rounding, not bitwise.
     planned = [row for row in rows(tmp_path / "planned") if row["step"] > 10]
     for row, wanted in zip(rows(tmp_path / "branch"), planned, strict=True):
         assert row == pytest.approx(wanted, rel=1e-5)
@@ -172,7 +173,7 @@ PLAIN = SMALL.replace(
 
 @pytest.fixture(scope="module")
 def stable(tmp_path_factory):
-    """Eight steps of 128 tokens at a constant rate, four of them in the warmup."""
+    """A run of eight steps of 128 tokens at a constant rate, four of them in the warmup."""
     run = tmp_path_factory.mktemp("stable") / "run"
     fit(PLAIN.replace({"optim.warmup_tokens": 512}), str(run), quiet=True)
     return run
@@ -180,7 +181,7 @@ def stable(tmp_path_factory):
 
 @pytest.mark.parametrize(("B", "T"), [(4, 32), (8, 32), (2, 32), (2, 64), (1, 32)])
 def test_a_branch_decays_over_its_own_tokens_whatever_their_batch(stable, tmp_path, B, T):
-    """Tokens are those that were counted. B=1: the run has 1024 + 8 * 32 of them, with steps * B * T it had 512."""
+    """The decay uses counted tokens. With B=1, the run has 1024 + 8 * 32 tokens; steps * B * T would give 512."""
     changes = {"data.B": B, "data.T": T, "train.steps": 16, "optim.warmup_tokens": 512, "optim.decay_tokens": 8 * B * T}
     fit(PLAIN.replace(changes), str(tmp_path / "run"), branch=f"{stable}@8", quiet=True)
     found = rows(tmp_path / "run")
@@ -191,12 +192,12 @@ def test_a_branch_decays_over_its_own_tokens_whatever_their_batch(stable, tmp_pa
     assert expected[-1] == pytest.approx(0.000155, rel=1e-3)
     restored = Checkpoints(tmp_path / "run").restore(jax.eval_shape(lambda: init_state(PLAIN, jax.random.key(0))))
     assert restored.extra["tokens"] == 1024 + 8 * B * T
-    if T == 32:  # behind the sequences that were seen: 32 before, and 8 * B since
+    if T == 32:  # after the sequences already used: 32 before the branch, 8 * B in it
         assert restored.extra["data"]["next_index"] == 32 // B + 8
 
 
 def test_a_branch_of_another_batch_follows_the_cosine_to_its_end(stable, tmp_path):
-    """1024 tokens of 1024 + 8 * 64, 512 of them the warmup: half of the cosine lies before the branch."""
+    """1024 of 1024 + 8 * 64 tokens are before the branch, 512 of them in the warmup: half of the cosine is over."""
     changes = {"data.B": 2, "train.steps": 16, "optim.warmup_tokens": 512, "optim.schedule": "cosine"}
     fit(PLAIN.replace(changes), str(tmp_path / "run"), branch=str(stable), quiet=True)
     expected = 0.002 * np.sin(np.pi / 2 * (0.5 - np.arange(8) / 16)) ** 2
@@ -215,7 +216,7 @@ def test_a_branch_too_short_for_its_decay_is_refused(stable, tmp_path):
 def test_init_from_takes_the_parameters_alone(uninterrupted, tmp_path):
     result = fit(SMALL.replace({"train.steps": 1}), str(tmp_path / "run"), init_from=str(uninterrupted[0]), quiet=True)
     (row,) = rows(tmp_path / "run")
-    assert int(result.state.step) == 1 and row["learning_rate"] == 0  # the warmup begins anew, at zero
+    assert int(result.state.step) == 1 and row["learning_rate"] == 0  # the warmup begins again at zero
     np.testing.assert_array_equal(result.state.params.embed[...], uninterrupted[1].params.embed[...])
     assert row["loss"] < rows(uninterrupted[0])[0]["loss"] - 0.5
     with pytest.raises(ValueError, match="model.D: 16 -> 32"):
@@ -277,7 +278,7 @@ def test_a_changed_held_out_text_is_refused(tmp_path, monkeypatch):
         fit(config.replace({"train.steps": steps}), str(tmp_path / run), quiet=True)
 
     fit_to("run", 2)
-    with monkeypatch.context() as older:  # a run of a version that recorded no held-out text
+    with monkeypatch.context() as older:  # a run of an older version, which recorded no held-out text
         older.setattr(
             Checkpoints, "save", lambda self, step, state, extra: save(self, step, state, _without_heldout(extra))
         )
@@ -335,7 +336,7 @@ def test_bad_input_is_one_clear_line(uninterrupted, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_full_disk_is_one_clear_line(tmp_path):
-    """Files are limited to 100 kB: the checkpoint does not fit, the one before (none) and the metrics stay."""
+    """Files are limited to 100 kB. The checkpoint does not fit; earlier checkpoints (none) and the metrics stay."""
     dense = {
         "model.D": 64,
         "model.L": 1,

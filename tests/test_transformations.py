@@ -1,4 +1,4 @@
-"""Every op under every transformation of JAX and on every kind of mesh: the table of docs/reference/transformations.md."""
+"""Every op with every JAX transformation and on every kind of mesh: docs/reference/transformations.md is the table."""
 
 import contextlib
 import functools
@@ -62,7 +62,7 @@ def merge(_):
 
 
 def routed(_):
-    """The experts of the rows, from where `route` puts them."""
+    """Return a function that computes the experts of the rows from the order that `route` makes."""
 
     def run(x, indices):
         routing = route(indices, E)
@@ -77,7 +77,7 @@ INDICES = np.random.default_rng(0).integers(0, E + 1, (2 * T, k)).astype(np.int3
 QUERY, KEY, VALUE = normal(B, T, N, H), normal(B, T, K, H), normal(B, T, K, 64)
 TOKENS, GATES = normal(2 * T, H), normal(2 * T, k)
 ATTENTION, ROWS = P("data", None, "model"), P("data")
-# Op, its arrays, and how a mesh divides each of them.
+# For each op: its function, its arrays, and how a mesh divides each array.
 OPS = {
     "stick_breaking_attention": (attention, (QUERY, KEY, VALUE, np.float32(0.4)), (ATTENTION,) * 3 + (P(),)),
     "merge_stick_breaking": (
@@ -95,14 +95,14 @@ HAVE_NO_IMPLEMENTATIONS = "merge_stick_breaking", "route"
 
 
 def loss(f, floats, others):
-    """With a cotangent that is another at every place."""
+    """Return a weighted sum of the output, so that the cotangent differs at every place, and the output."""
     out = f(*floats, *others)
     weights = jnp.cos(jnp.arange(out.size, dtype=out.dtype)).reshape(out.shape)
     return (out * like(weights, out)).sum(), out
 
 
 def value_and_gradients(f):
-    """Of the arrays that have gradients."""
+    """Return the function of value and gradients, for the arrays that have gradients."""
 
     def run(*arrays):
         floats = [x for x in arrays if jnp.issubdtype(x.dtype, jnp.floating)]
@@ -114,20 +114,20 @@ def value_and_gradients(f):
 
 
 def like(x, y):
-    """x divided as y is."""
+    """Return x, divided over the mesh like y."""
     sharding = jax.typeof(y).sharding
     return jax.sharding.reshard(x, sharding) if AxisType.Explicit in (sharding.mesh.axis_types or ()) else x
 
 
 def several(x):
-    """Two arrays of the shape of x."""
+    """Return two arrays with the shape of x."""
     if isinstance(x, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct((2, *x.shape), x.dtype)
     return np.stack([x, x[::-1] if x.ndim else 2 * x])
 
 
 def mesh(kind, arrays=()):
-    """Of four devices; of GPUs that are not there where the arrays are not."""
+    """Return a mesh of four devices; of absent GPUs if the arrays are abstract."""
     absent = any(isinstance(x, jax.ShapeDtypeStruct) for x in arrays)
     make = functools.partial(AbstractMesh, abstract_device=platform.HOPPER) if absent else jax.make_mesh
     return make(
@@ -142,7 +142,7 @@ def put(x, *spec, mesh):
     return jax.device_put(x, place)
 
 
-# Each makes of an op a function that returns its value and its gradients, and the arguments of that.
+# The transformations. Each returns, for an op, a function of its value and gradients, and the function's arguments.
 
 
 def grad(f, arrays, specs):
@@ -199,7 +199,7 @@ TRANSFORMATIONS = {
 
 @functools.cache
 def expected(op):
-    """By the reference, of one device."""
+    """Return the results of the reference on one device."""
     make, arrays, _ = OPS[op]
     return jax.jit(value_and_gradients(make("reference")))(*arrays)
 
@@ -211,7 +211,7 @@ ROWS_OF_TABLE = [
 
 
 def outcome(op: str, implementation: str, transformation: str) -> str:
-    """A cell of the table."""
+    """Return a cell of the table."""
     make, arrays, specs = OPS[op]
     transform = functools.partial(TRANSFORMATIONS[transformation], make(implementation))
     try:
@@ -230,7 +230,7 @@ def outcome(op: str, implementation: str, transformation: str) -> str:
     for i, (gradient, other) in enumerate(zip(gradients, wanted_gradients, strict=True)):
         assert_close(gradient, other, GRADIENT["float32"], f"gradient {i}")
     if transformation == "Auto mesh" and op not in HAVE_NO_IMPLEMENTATIONS:
-        assert set(COMMUNICATION.findall(compiled.as_text())) <= {"all-reduce"}  # of the gradients of weights
+        assert set(COMMUNICATION.findall(compiled.as_text())) <= {"all-reduce"}  # for the gradients of weights
     if transformation == "Explicit mesh":
         for x, like, spec in zip((out, *gradients), (out, *placed), (specs[0], *specs), strict=False):
             assert x.sharding.is_equivalent_to(NamedSharding(mesh(AxisType.Explicit), spec), like.ndim), (x, spec)
@@ -238,7 +238,7 @@ def outcome(op: str, implementation: str, transformation: str) -> str:
 
 
 def traced(transform, arrays, specs) -> str:
-    """Whether kernels for a GPU that is not there are what runs."""
+    """Return "traced" if the transformation can be traced with kernels for an absent GPU, otherwise "no"."""
     types = {np.dtype(np.float32): jnp.bfloat16}
     absent = [jax.ShapeDtypeStruct(x.shape, types.get(x.dtype, x.dtype) if x.ndim else x.dtype) for x in arrays]
     function, placed = transform(absent, specs)
@@ -254,7 +254,7 @@ def line(*cells: str) -> str:
 
 
 def written() -> tuple[str, str, str]:
-    """What is before the table, the table, and what follows."""
+    """Return the text before the table, the table, and the text after it."""
     before, rest = PAGE.read_text().split("<!-- table -->\n")
     between, after = rest.split("<!-- end of table -->")
     return before, between, after
@@ -262,7 +262,7 @@ def written() -> tuple[str, str, str]:
 
 @functools.cache
 def cells() -> dict[tuple[str, str, str], str]:
-    """The table of the page, by op, implementation and transformation."""
+    """Return the cells of the page's table, by op, implementation and transformation."""
     head, _, *lines = [row[2:-2].split(" | ") for row in written()[1].splitlines()]
     return {
         (op.strip("`"), name, by): cell for op, name, *found in lines for by, cell in zip(head[2:], found, strict=True)
@@ -276,7 +276,7 @@ def test_ops_are_themselves_under_every_transformation(op, implementation, trans
 
 
 def test_the_page_runs():
-    """Its code, and the table has the cells that are tested."""
+    """The code of the page runs, and its table has the tested cells."""
     assert list(cells()) == [(*row, name) for row in ROWS_OF_TABLE for name in TRANSFORMATIONS]
     exec(PAGE.read_text().split("```python\n")[1].split("```")[0], {})
 
@@ -284,13 +284,13 @@ def test_the_page_runs():
 @pytest.mark.parametrize(
     ("options", "gradients"),
     [
-        (dict(tiles=(2, 2), skip_below=-20.0), False),  # which runs a map over the heads
+        (dict(tiles=(2, 2), skip_below=-20.0), False),  # runs a map over the heads
         (dict(tiles=(2, 2)), True),
     ],
     ids=str,
 )
 def test_nothing_is_sent_on_an_auto_mesh(options, gradients):
-    """Read off the compiled program, of a batch and heads that are divided."""
+    """Batch and heads are divided, and the compiled program has no collectives."""
 
     def attend(query, key, value, segments):
         return stick_breaking_attention(query, key, value, segment_ids=segments, return_stats=True, **options)
@@ -306,12 +306,12 @@ def test_nothing_is_sent_on_an_auto_mesh(options, gradients):
 
 
 def explicit(*shape):
-    """A mesh of Explicit axes, JAX's default, with the axes data and model."""
+    """Return a mesh with the Explicit axes data and model; Explicit is JAX's default."""
     return jax.make_mesh(shape, ("data", "model"), devices=jax.devices()[: np.prod(shape)])
 
 
 def refusals():
-    """{message: call} for calls whose arrays are divided along an axis where the op is no map."""
+    """Return {message: call} for calls whose arrays are divided along an axis that the op does not map over."""
     divide = functools.partial(put, mesh=explicit(2, 2))
     tokens, weight, slots, gates = normal(4, 8), normal(E, 8, 8), INDICES[:4], normal(4, k)
     attend = functools.partial(stick_breaking_attention, value=VALUE)
@@ -346,7 +346,7 @@ def test_what_is_no_map_is_refused_in_one_line():
 
 
 def test_some_axes_manual_and_others_automatic():
-    """Where some mesh axes are Manual, the op runs on the part that they divide; XLA divides along the others."""
+    """If some mesh axes are Manual, the op runs on the part of a device along these; XLA divides along the others."""
     _, arrays, specs = OPS["expert_mlp"]
     where = mesh(AxisType.Auto)
     some = jax.shard_map(mlp("xla"), mesh=where, in_specs=specs, out_specs=ROWS, axis_names={"data"})
@@ -363,14 +363,14 @@ def test_forward_mode_on_a_mesh_is_refused_in_one_line(kind):
 
 
 def test_what_divides_one_array_divides_the_others():
-    """Arrays that lie whole on every device are cut, which sends nothing."""
+    """Arrays that are replicated on every device are divided without communication."""
     divide = functools.partial(put, mesh=explicit(2, 2))
     out, rem = stick_breaking_attention(divide(QUERY, "data"), divide(KEY, None, None, "model"), VALUE)
     assert out.sharding.spec == P("data", None, "model", None) and rem.sharding.spec == P("data", None, "model")
 
 
 def test_columns_of_a_linear_map_are_divided_too():
-    """And what `route` counts is the rows of all devices."""
+    """The counts of `route` include the rows of all devices."""
     divide = functools.partial(put, mesh=explicit(2, 2))
     _, (x, weight, bias, gates, indices), _ = OPS["expert_linear"]
 
@@ -399,7 +399,7 @@ def test_explain_speaks_of_the_part_of_a_device():
 def test_a_call_on_a_mesh_is_traced_once(monkeypatch):
     query = put(QUERY, "data", mesh=explicit(2, 1))
     stick_breaking_attention(query, KEY, VALUE)
-    monkeypatch.setattr(dispatch, "choose", None)  # which tracing again would need
+    monkeypatch.setattr(dispatch, "choose", None)  # would fail if the op were traced again
     stick_breaking_attention(query, KEY, VALUE)
 
 

@@ -1,6 +1,6 @@
-"""Which calls the Triton kernels of stick-breaking attention take, and where; tiles of many sizes.
+"""The Triton kernels of stick-breaking attention: the calls and GPUs that they support, and tiles of many sizes.
 
-tests/test_kernels.py has what they compute.
+tests/test_kernels.py tests their results.
 """
 
 from functools import partial
@@ -22,12 +22,12 @@ TRITON_ONLY = {"implementation": "triton"}
 
 @pytest.fixture
 def installed(monkeypatch):
-    """Whether it is or not: nothing is compiled."""
+    """Pretend that Triton is installed; nothing is compiled."""
     monkeypatch.setattr(triton_call, "_missing", tuple)
 
 
 def on(kind: str):
-    """Under the mesh of a GPU that is not there."""
+    """Trace as on an absent GPU of this kind."""
     device = AbstractDevice(device_kind=kind, platform="gpu", num_cores=100)
     return use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
 
@@ -88,7 +88,7 @@ def test_every_case_of_the_portable_list_is_taken_or_refused_with_a_reason(insta
 
 @pytest.mark.parametrize("keys", [16, 32, 64])
 def test_the_sum_over_nearer_keys_keeps_its_digits_beside_large_numbers(keys):
-    """Numbers from 2^-24 to 160, the largest on the left: a total less what is on the left would keep nothing."""
+    """Numbers from 2^-24 to 160, the largest on the left. The total minus the left sum would lose all digits."""
     rng = np.random.default_rng(0)
     x = np.sort(2 ** rng.uniform(-24, 7, (16, keys)), axis=1)[:, ::-1]
     x[:, :4], x[0] = 160, rng.uniform(0, 1, keys)
@@ -115,7 +115,7 @@ def test_tiles_that_are_no_squares(tiles):
 
 
 def test_skipping_where_the_backward_pass_has_smaller_tiles():
-    """Forward 128 rows, backward 64: half of what left early is the other half's."""
+    """Tiles have 128 rows in the forward and 64 in the backward pass: two backward tiles share one forward exit."""
     case = Stick(T=300, N=1, H=72, std=2.0)
     with interpreted("triton"):
         values = run("triton", case, "float16", skip_below=-24.0)

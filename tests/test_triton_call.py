@@ -1,4 +1,4 @@
-"""Calling a Triton kernel: in the interpreter, for a GPU that is not there, and what is said where it cannot run."""
+"""Calls of a Triton kernel: in the interpreter, for an absent GPU, and the errors where it cannot run."""
 
 import importlib.util
 import os
@@ -51,7 +51,7 @@ def test_what_a_kernel_does_not_write_is_no_result():
 
 
 def round_by(name: str, *arrays, out):
-    """Run a kernel of triton_round.py in one block."""
+    """Run a kernel of triton_round.py in one thread block."""
 
     def kernel():
         import triton_round

@@ -1,4 +1,4 @@
-"""V comes from the tokenizer unless it is given, and divides among the devices."""
+"""V is taken from the tokenizer unless it is given, and is rounded up so that the devices can divide it."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A kernel for test_triton.py: one device function of stick-breaking attention by itself."""
+"""A kernel for test_triton.py that runs one device function of stick-breaking attention alone."""
 
 import triton
 import triton.language as tl

@@ -1,4 +1,4 @@
-"""Experts by scatter-gather grouped matrix products: the public names. `api` has the functions and their checks."""
+"""Sparse experts by scatter-gather grouped matrix products: public names. `api` has the functions and their checks."""
 
 from .api import expert_linear, expert_mlp
 from .routing import Routing, route

@@ -1,4 +1,4 @@
-"""Experts by scatter-gather grouped matrix products: the public functions and their checks."""
+"""Sparse experts by scatter-gather grouped matrix products: the public functions and their checks."""
 
 from collections.abc import Sequence
 
@@ -21,22 +21,24 @@ def expert_linear(
     bias: Float[Array, "E F"] | None = None,
     implementation: str | Sequence[str] | None = None,
 ) -> Float[Array, "Q F"]:
-    r"""One linear map per expert, over the rows that were routed to it.
+    r"""Apply the linear map of every expert to the rows that are routed to it.
 
     For choice s of token t, whose expert is e = expert_indices[t,s]:
 
       y[t,s] = x[t,s] weight[e] + bias[e],   and with gates   out[t] = sum_s gates[t,s] y[t,s]   (in fp32).
 
-    Rows are "scattered" (in the order of the tokens) or "grouped" (sorted by expert: `routing.order`). No row is padded
-    or copied per expert. The expert index E means no expert: the output is exactly zero, without a bias.
+    Rows are "scattered" (in the order of the tokens) or "grouped" (sorted by expert: `routing.order`). No row is
+    padded, and no row is copied for each expert. The expert index E means no expert: the output is exactly zero, and no
+    bias is added.
 
     Args:
-      x: [T, D] (scattered: the k choices of token t read row t) or [T*k, D] (row t * k + s; sorted if `grouped_in`).
+      x: [T, D], where the k choices of token t read row t, or [T*k, D], where choice s of token t reads row t * k + s.
+        With `grouped_in`, x is [T*k, D] and its rows are sorted.
       weight: [E, D, F].
       routing: from `route`.
-      grouped_in: x holds sorted rows.
-      grouped_out: return sorted rows.
-      gates: [T, k]; weigh and sum the k outputs of a token.
+      grouped_in: whether the rows of x are sorted by expert.
+      grouped_out: whether to return the rows sorted by expert.
+      gates: [T, k], the weights for the sum of the k outputs of a token.
       bias: [E, F].
       implementation: as in `stick_breaking_attention`.
 
@@ -44,9 +46,9 @@ def expert_linear(
       [T*k, F], or [T, F] with gates, in the type of x.
 
     Raises:
-      ValueError: shapes or dtypes that do not fit, named by their letters; gates together with `grouped_out`;
-        arrays that a mesh divides along other axes than T and F (docs/transformations.md).
-      TypeError: a forward-mode derivative (`jax.jvp`), which only the reference has.
+      ValueError: shapes or dtypes do not fit (the message has their letters); there are gates and `grouped_out` is
+        True; a mesh divides arrays along other axes than T and F (docs/reference/transformations.md).
+      TypeError: a forward-mode derivative (`jax.jvp`) is taken. Only the reference has one.
 
     Source: "Scattered Mixture-of-Experts Implementation", arXiv 2403.08245 (ParallelLinear).
 
@@ -72,13 +74,13 @@ def expert_mlp(
     activation: str = "swiglu",
     implementation: str | Sequence[str] | None = None,
 ) -> Float[Array, "T D"]:
-    r"""A feed-forward network per expert, weighed by the gates.
+    r"""Apply the feed-forward network of every expert, and sum the outputs of a token with its gates.
 
       out[t] = sum_s gates[t,s] (act(x[t] w_in[e] + b_in[e]) w_out[e] + b_out[e]),   e = expert_indices[t,s].
 
     Args:
       x: [T, D].
-      w_in: [E, D, F], or [E, D, 2F] for swiglu, geglu and reglu, whose first half is the gate.
+      w_in: [E, D, F], or [E, D, 2F] for swiglu, geglu and reglu, where the first half is for the gate.
       w_out: [E, F, D].
       routing: from `route`.
       gates: [T, k].
@@ -89,12 +91,12 @@ def expert_mlp(
       implementation: as in `stick_breaking_attention`.
 
     Returns:
-      [T, D] in the type of x. A token without experts gives exactly zero.
+      [T, D] in the type of x. The output of a token without experts is exactly zero.
 
     Raises:
-      ValueError: shapes or dtypes that do not fit, named by their letters; an unknown activation; arrays that a
-        mesh divides along other axes than T (docs/transformations.md).
-      TypeError: a forward-mode derivative (`jax.jvp`), which only the reference has.
+      ValueError: shapes or dtypes do not fit (the message has their letters); the activation is unknown; a mesh
+        divides arrays along other axes than T (docs/reference/transformations.md).
+      TypeError: a forward-mode derivative (`jax.jvp`) is taken. Only the reference has one.
 
     Source: "Scattered Mixture-of-Experts Implementation", arXiv 2403.08245.
 
@@ -116,7 +118,7 @@ def _check_one_dtype(**arrays):
 
 
 def _floats(name, a, shape, letters):
-    """Check that `a` is a floating-point array of this shape, and return it; None stays None."""
+    """Check that `a` is a floating-point array of this shape, and return it. If `a` is None, return None."""
     if a is None:
         return None
     a = arguments.floats(name, a, letters)
@@ -126,9 +128,9 @@ def _floats(name, a, shape, letters):
 
 
 def _sizes(routing):
-    """T, k and E of a routing."""
+    """Return (T, k, E) of a routing."""
     if not isinstance(routing, Routing):
-        raise ValueError(f"routing must be what route(expert_indices, E) returns, got {type(routing).__name__}")
+        raise ValueError(f"routing must be the result of route(expert_indices, E), got {type(routing).__name__}")
     return *routing.expert_indices.shape, routing.num_experts
 
 

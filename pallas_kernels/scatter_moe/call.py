@@ -1,4 +1,4 @@
-"""One checked call of an expert product, as the implementations take it."""
+"""The checked arguments of one call of an expert op, in the form that all implementations take."""
 
 import math
 from collections.abc import Iterator
@@ -11,13 +11,16 @@ from jax import lax
 from ..partition import ANEW, STATIC, Letters
 from .routing import Routing, route
 
-# How the rows of an array are ordered: one row per token; one row per (token, choice) pair, in the order of the numbers
-# token * k + choice; or one row per pair, sorted by expert.
+# The order of the rows of an array. "token": one row per token. "pair": one row per (token, choice) pair, in the order
+# of the numbers token * k + choice. "sorted": one row per pair, sorted by expert.
 Rows = Literal["token", "pair", "sorted"]
 
 
 class LinearCall(NamedTuple):
-    """x -> x @ weight[e] + bias[e] for every row of expert e, times its gate and summed over k if gates are given."""
+    """A call of `expert_linear`: x @ weight[e] + bias[e] for every row of expert e.
+
+    If gates are given, every row is multiplied by its gate, and the rows of a token are summed over k.
+    """
 
     x: jax.Array  # [T, D] or [T*k, D]
     weight: jax.Array  # [E, D, F]
@@ -29,10 +32,10 @@ class LinearCall(NamedTuple):
 
 
 class MlpCall(NamedTuple):
-    """x -> sum over k of gate * (act(x @ w_in[e] + b_in[e]) @ w_out[e] + b_out[e])."""
+    """A call of `expert_mlp`: the sum over k of gate * (act(x @ w_in[e] + b_in[e]) @ w_out[e] + b_out[e])."""
 
     x: jax.Array  # [T, D]
-    w_in: jax.Array  # [E, D, F], 2F for a gated activation: the gate's half first
+    w_in: jax.Array  # [E, D, F], 2F for a gated activation, with the half for the gate first
     w_out: jax.Array  # [E, F, D]
     b_in: jax.Array | None
     b_out: jax.Array | None
@@ -45,7 +48,10 @@ _ROUTING = Routing(order=ANEW, inverse=ANEW, offsets=ANEW, expert_indices="T k")
 
 
 def linear_letters(call: LinearCall) -> Letters:
-    """The op is a map over the tokens and over the columns of the result. Sorted rows can be divided by column only."""
+    """Return the letters of a call: the op is a map over the tokens and over the columns of the result.
+
+    With sorted rows, only the columns can be divided.
+    """
     arrays = LinearCall("T D", "E D F", "E F", "T k", _ROUTING, x_rows=STATIC, out_rows=STATIC)
     if "sorted" in (call.x_rows, call.out_rows):
         return Letters("expert_linear of sorted rows", arrays._replace(x="R D"), "R F", {"F": "F"}, _routed)
@@ -53,19 +59,19 @@ def linear_letters(call: LinearCall) -> Letters:
 
 
 def mlp_letters(call: MlpCall) -> Letters:
-    """The op is a map over the tokens."""
+    """Return the letters of a call: the op is a map over the tokens."""
     hidden = "2F" if call.activation in GATED else "F"
     arrays = MlpCall("T D", f"E D {hidden}", "E F D", f"E {hidden}", "E D", "T k", _ROUTING, activation=STATIC)
     return Letters("expert_mlp", arrays, "T D", {"T": "T"}, _routed)
 
 
 def _routed(call):
-    """The call of one device, whose routing is made again from the device's own tokens."""
+    """Return the call of one device. Its routing is computed again from the tokens of this device."""
     weight = call.weight if isinstance(call, LinearCall) else call.w_out
     return call._replace(routing=route(call.routing.expert_indices, weight.shape[0]))
 
 
-# The forward pass of an expert network keeps its pre-activation under this name, by which a remat policy can save it:
+# The name of the pre-activation that the forward pass of `expert_mlp` keeps. A remat policy can save it by this name:
 # jax.checkpoint_policies.save_only_these_names(PRE_ACTIVATION).
 PRE_ACTIVATION = "expert_pre_activation"
 GATED = ("swiglu", "geglu", "reglu")
@@ -82,9 +88,9 @@ _POINTWISE = {
 
 
 def activate(name: str, gate, up=None):
-    """The activation of a hidden layer.
+    """Return the activation of a hidden layer.
 
-    A gated one takes the two halves; another one takes the whole layer as `gate`.
+    A gated activation takes the two halves of the layer. Any other activation takes the whole layer as `gate`.
     """
     return _POINTWISE[name](gate) if up is None else _POINTWISE[name](gate) * up
 
@@ -122,7 +128,7 @@ _SLOPES = {
 
 
 def d_activate(name: str, d, gate, up=None) -> Iterator:
-    """Yield d times the derivative of `activate` by each half, one after the other, to save registers."""
+    """Yield d times the derivative of `activate` with respect to each half, one after the other, to save registers."""
     slope = d * _SLOPES[name](gate)
     yield slope if up is None else slope * up
     if up is not None:

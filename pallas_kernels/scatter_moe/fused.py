@@ -1,8 +1,8 @@
-"""The code around the GPU kernels, shared by Mosaic and Triton: derivatives, and the sums over the k choices.
+"""Code around the GPU kernels that Mosaic and Triton share: the derivatives, and the sums over the k choices.
 
 Residuals of `mlp`: x, the pre-activation, the gates and the routing. With y = act(h) w_out and dy = d_out w_out^T, the
-gradient of a gate is <act(h), dy>, so y is never kept. The products gather their rows, so the rows of x and d_out are
-never copied. Both sums over the k choices of a token are gathers, which XLA fuses.
+gradient of a gate is <act(h), dy>. So y is not kept. The products gather their rows when they load them. So no array
+with copies of the rows of x or d_out is made. Both sums over the k choices of a token are gathers, which XLA fuses.
 `kernels.py` says what the kernels take and return.
 """
 
@@ -17,23 +17,26 @@ from .call import PRE_ACTIVATION, LinearCall, MlpCall
 from .kernels import Kernels
 from .tasks import Tasks, row_numbers
 
-UNCOMBINED = 2**30  # bytes; larger outputs of (token, choice) pairs are computed a few columns at a time
-STEP = 256  # such a product takes a multiple of this number of columns
+UNCOMBINED = 2**30  # bytes; if the outputs of all (token, choice) pairs take more, a few columns are computed at a time
+STEP = 256  # the number of columns at a time is a multiple of this
 
 
 def by_tile(gates, tasks: Tasks):
-    """The gate of every row of the tiles, in fp32."""
+    """Return the gate of every row of the tiles, in fp32. It is 0 for rows without a pair."""
     return jnp.where(tasks.pairs < 0, 0, gates.astype(jnp.float32).reshape(-1)[jnp.maximum(tasks.pairs, 0)])
 
 
 def _combine(y, routing, gates=None):
-    """The sum over the k choices of a token, in fp32; y is in sorted rows."""
+    """Return the sum over the k choices of each token, in fp32. The rows of y are sorted."""
     y = y[routing.inverse].reshape(*routing.expert_indices.shape, y.shape[-1]).astype(jnp.float32)
     return (y if gates is None else gates.astype(jnp.float32)[..., None] * y).sum(1)
 
 
 def _combined(kernels: Kernels, x, weight, routing, tasks, gates=None, bias=None, *, dtype, transposed=False):
-    """[T, F] of x in sorted rows, a few columns at a time, so that the uncombined rows fit into UNCOMBINED bytes."""
+    """Multiply the sorted rows x by the weights of their experts, and sum over the k choices of each token: [T, F].
+
+    A few columns are computed at a time, so that the rows before the sum fit into UNCOMBINED bytes.
+    """
     columns = weight.shape[1 if transposed else 2]
     at_once = max(1, UNCOMBINED // (routing.order.shape[0] * dtype.itemsize) // STEP) * STEP
     pieces = []
@@ -42,13 +45,13 @@ def _combined(kernels: Kernels, x, weight, routing, tasks, gates=None, bias=None
         options = dict(first=first, columns=size, transposed=transposed)
         y = kernels.product(x, tasks.sorted, weight, tasks, tasks.sorted, bias, **options)
         out = _combine(y, routing, gates).astype(dtype)
-        x, out = lax.optimization_barrier((x, out))  # one y after the other
+        x, out = lax.optimization_barrier((x, out))  # XLA must compute one y after the other
         pieces.append(out)
     return jnp.concatenate(pieces, 1)
 
 
 def _d_gates(gates, d_gate, bias, d_out, routing):
-    """The gradient of the gates in sum gate * (y + bias), from <y, d_out> of every pair."""
+    """Return the gradient of the gates in the sum of gate * (y + bias). `d_gate` has <y, d_out> of every pair."""
     d_gates = d_gate.reshape(gates.shape)
     if bias is not None:
         chosen = jnp.pad(bias, ((0, 1), (0, 0)))[routing.expert_indices].astype(jnp.float32)

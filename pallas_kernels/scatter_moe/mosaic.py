@@ -1,4 +1,4 @@
-"""Expert products on Hopper GPUs: which calls the kernels take, the sizes of their tiles, and how they are called."""
+"""Sparse experts on Hopper GPUs: which calls the kernels take, the sizes of their tiles, and how they are called."""
 
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -11,7 +11,7 @@ from .mosaic_float32 import d_weights, product
 from .mosaic_product import COLUMNS, ROWS, Plan, activated, d_activated
 
 WIDTH = 64  # columns of a tile in shared memory; widths are padded to whole tiles for the copy engine
-ONES = 8  # columns of ones; a product with them sums rows. A copy takes at least 16 bytes, which are 8 numbers
+ONES = 8  # columns of ones: a product with them sums rows. 8, because a copy takes at least 16 bytes
 
 
 def refuses(call: LinearCall | MlpCall) -> str | None:
@@ -36,12 +36,15 @@ def _widths(call) -> tuple[int, ...]:
 
 
 def _warpgroups(rows: int, experts: int) -> int:
-    """Warpgroups of a block that multiply: one if most tiles of two would be half empty, as in decoding."""
+    """Return the number of warpgroups of a block that multiply.
+
+    It is one if most tiles of two warpgroups would be half empty, as in decoding.
+    """
     return 2 if rows >= 2 * ROWS * experts else 1
 
 
 def _padded(x, *axes: int):
-    """x padded to multiples of 64 along these axes; a copy if some width is not such a multiple."""
+    """Return x, padded to multiples of 64 along these axes. It is a copy if an axis needs padding."""
     return jnp.pad(x, [(0, -n % WIDTH if axis in axes else 0) for axis, n in enumerate(x.shape)])
 
 
@@ -53,7 +56,7 @@ def mlp(call: MlpCall):
     D, F = call.w_out.shape[2], call.w_out.shape[1]
     parts = 2 if call.activation in GATED else 1
 
-    def halves(x):  # [.., parts * F] with each part padded
+    def halves(x):  # x [.., parts * F]; every part is padded
         x = _padded(x.reshape(*x.shape[:-1], parts, F), x.ndim)
         return x.reshape(*x.shape[:-2], -1)
 
@@ -65,12 +68,15 @@ def mlp(call: MlpCall):
 
 
 def _is_unfused(call: LinearCall | MlpCall) -> bool:
-    """Mosaic's warpgroups have no error function for the exact gelu; float32 is for checks and small models."""
+    """Return whether XLA computes the activation, and not a kernel.
+
+    Mosaic's warpgroups have no error function for the exact gelu. float32 is only for checks and small models.
+    """
     return isinstance(call, MlpCall) and (call.activation == "gelu" or call.x.dtype == jnp.float32)
 
 
 def _mlp_of_linears(call: MlpCall):
-    """The products by the kernels, and what is between them by XLA."""
+    """Compute the matrix products with kernels, and the activation between them with XLA."""
     up = LinearCall(call.x, call.w_in, call.b_in, None, call.routing, "token", "sorted")
     hidden = ACTIVATIONS[call.activation](checkpoint_name(linear(up), PRE_ACTIVATION))
     return linear(LinearCall(hidden, call.w_out, call.b_out, call.gates, call.routing, "sorted", "token"))
@@ -84,7 +90,7 @@ def linear(call: LinearCall):
     return fused.linear(KERNELS, padded)[:, : call.weight.shape[2]]
 
 
-# The kernels as `fused` takes them. Hidden rows are [parts, R, F], with the halves of a gated layer apart.
+# The kernels in the form that `fused` takes. Hidden rows are [parts, R, F]: the halves of a gated layer are two parts.
 
 
 def _rows_of_tile(routing, x) -> int:
@@ -96,13 +102,13 @@ def _parts(x):
 
 
 def _plan(tasks, x, columns: int, *, parts: int = 1, **options) -> Plan:
-    """The sizes of a kernel that reads x [parts, rows, width] and makes `parts` results of `columns` columns."""
+    """Return the sizes of a kernel from x [parts, rows, width] to a result of `parts` parts of `columns` columns."""
     warpgroups = tasks.rows_of_tile // ROWS
     return Plan(x.shape[0], x.shape[2], columns, parts, x.dtype, warpgroups, **options)
 
 
 def _bias(bias, parts: int = 1):
-    """The bias as the kernels read it, [E + 1, parts, F padded] in fp32; zero for rows without an expert."""
+    """Return the bias as the kernels read it: [E + 1, parts, F padded] in fp32. Row E, for no expert, is zero."""
     if bias is None:
         return None
     bias = bias.astype(jnp.float32).reshape(bias.shape[0], parts, -1)
@@ -129,7 +135,7 @@ def _d_activated(activation, d_out, source, weight, tasks, h, gates):
 
 
 def _d_gated(d_out, source, weight, tasks, x, x_rows, gates, routing):
-    """The gradients of a linear map with gates, in the order of the pairs. None of it is fused."""
+    """Compute `Kernels.d_gated`. Only the product is a kernel. XLA does the rest, in the order of the pairs."""
     k = gates.shape[1]
     dy = _product(d_out, source, weight, tasks, tasks.pairs, transposed=True).astype(jnp.float32)
     by_pair = {"token": lambda: jnp.repeat(x, k, 0), "pair": lambda: x, "sorted": lambda: x[routing.inverse]}
@@ -146,7 +152,7 @@ def _d_weights(left, left_numbers, right, right_numbers, tasks):
 
 
 def _d_bias(bias, right, numbers, tasks, gates=None):
-    """The gradient of a bias: the sum of an expert's rows, as a product with ones or with the gates."""
+    """Return the gradient of a bias: the sum of the rows of an expert, as a product with ones or with the gates."""
     gate_of_pair = jnp.ones((1, 1)) if gates is None else gates.reshape(-1, 1)
     left = jnp.broadcast_to(gate_of_pair.astype(right.dtype), (tasks.num_pairs, ONES))
     sums = _d_weights(left, tasks.pairs, right, numbers, tasks)[:, 0]

@@ -7,7 +7,7 @@ products of parts, the six largest are summed, and the other three, about 2^-24 
     x w = x_0 w_0 + (x_0 w_1 + x_1 w_0) + (x_0 w_2 + x_1 w_1 + x_2 w_0)
 
 Tensor cores also multiply float32 numbers as tf32. Its error is 2^-11, and it needs both operands stored along the
-dimension that is summed. The gradient of a weight has no operand that is stored so.
+dimension that is summed. In the gradient of a weight, no operand is stored like this.
 """
 
 import jax.numpy as jnp
@@ -24,9 +24,10 @@ PRODUCTS = (1, 1), (0, 2), (2, 0), (0, 1), (1, 0), (0, 0)
 
 
 def split(x):
-    """The three bfloat16 parts of float32 numbers, the largest first. Infinity and NaN have zeros as their other parts.
+    """Return the three bfloat16 parts of float32 numbers, the largest first.
 
-    reduce_precision does the rounding, because XLA removes a conversion to bfloat16 and back.
+    The second and third parts of infinity and NaN are zero. `lax.reduce_precision` does the rounding, because XLA
+    removes a conversion to bfloat16 and back.
     """
     parts = []
     for _ in range(3):
@@ -37,12 +38,13 @@ def split(x):
 
 
 def product(plan: Plan, x, source, weight, tasks: Tasks, target, rows: int, bias=None):
-    """`mosaic_product.product`, which also takes float32."""
+    """Run `mosaic_product.product`, for float32 too."""
     if plan.dtype == jnp.float32:
         if plan.x_parts != 1:
             raise NotImplementedError(f"float32 products take rows of one part, not of {plan.x_parts}")
         x, w = split(x[0]), split(weight)
-        # The kernel computes all six products as one, whose rows are six times as long: its accumulators sum them.
+        # The kernel computes the six products as one product of rows that are six times as long. So its accumulators
+        # sum the six products.
         x = jnp.stack([x[i] for i, _ in PRODUCTS])
         weight = jnp.concatenate([w[j] for _, j in PRODUCTS], axis=2 if plan.transposed else 1)
         plan = plan._replace(x_parts=len(PRODUCTS), dtype=jnp.dtype(jnp.bfloat16), out_dtype=plan.dtype)
@@ -50,7 +52,7 @@ def product(plan: Plan, x, source, weight, tasks: Tasks, target, rows: int, bias
 
 
 def d_weights(left, left_numbers, right, right_numbers, tasks: Tasks):
-    """`mosaic_weights.d_weights`, which also takes float32."""
+    """Run `mosaic_weights.d_weights`, for float32 too."""
     if left.dtype != jnp.float32:
         return mosaic_weights.d_weights(left, left_numbers, right, right_numbers, tasks)
     lefts, rights = split(left), split(right)

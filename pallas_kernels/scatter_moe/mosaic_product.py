@@ -1,10 +1,10 @@
 """Products of rows with the weights of their expert on Hopper GPUs (Pallas Mosaic GPU).
 
-out[target[r]] = x[source[r]] @ weight[expert of r], where both row numbers come from `tasks`: all four cases of sorted
-and scattered rows are one kernel. A block takes one tile after the other. In each tile one or two warpgroups multiply
-64 rows each, with one or two accumulators of 64 x 128. Another warpgroup copies ahead of them: rows by their numbers,
-weights by the copy engine. What follows the product (an activation, its derivative) runs on the accumulators.
-docs/kernels/scatter_moe.md explains the barriers.
+out[target[r]] = x[source[r]] @ weight[expert of r]. Both row numbers come from `tasks`, so one kernel covers all four
+cases of sorted and scattered rows. A block computes one tile after the other. In each tile, one or two warpgroups
+multiply 64 rows each, with one or two accumulators of 64 x 128. Another warpgroup copies ahead of them: rows by their
+numbers, and weights with the copy engine. The operation after the product (an activation or its derivative) runs on
+the accumulators. docs/design/expert_kernels.md explains the barriers.
 """
 
 from collections.abc import Callable
@@ -29,28 +29,29 @@ from .tasks import Tasks
 ROWS = 64  # rows of a warpgroup
 COLUMNS = 128  # columns of an accumulator
 HALF = COLUMNS // 2
-DEPTH = 64  # how much of the dimension that is summed a step takes
+DEPTH = 64  # the size of a step along the dimension that is summed
 
 
 class Plan(NamedTuple):
     """Static sizes of one call of a kernel.
 
-    A row of x or of the result may lie in several arrays of the same width, its parts: the halves of a gated layer.
+    A row of x or of the result may be split into parts, which are arrays of the same width, such as the halves of a
+    gated layer.
     """
 
     x_parts: int
     width: int  # columns of a part of x
     columns: int  # columns of a part of the result
-    parts: int  # of the result
+    parts: int  # the number of parts of the result
     dtype: jnp.dtype
     warpgroups: int
     transposed: bool = False  # weight [E, columns, width]
-    first: int = 0  # the column of the weight that makes the first column of the result
+    first: int = 0  # the column of the weight for the first column of the result
     out_dtype: jnp.dtype | None = None  # the type of the result of `product`; None: dtype
 
     @property
     def rows(self) -> int:
-        """Rows of a tile."""
+        """The number of rows of a tile."""
         return ROWS * self.warpgroups
 
     @property
@@ -59,12 +60,12 @@ class Plan(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """What is different in `product`, `activated` and `d_activated`.
+    """The differences between `product`, `activated` and `d_activated`.
 
-    `finish(At, accumulators, inputs, outputs, scratch)` gets the result of a tile. Its last three arguments are pytrees
-    of references. A tile has `per_tile` accumulators, whose first columns lie `apart`. `prefetch(tile, inputs,
-    scratch)` starts to copy more rows for a tile after its steps, and returns the barrier to arrive at when they have
-    arrived.
+    `finish(At, accumulators, inputs, outputs, scratch)` receives the result of a tile. Its last three arguments are
+    pytrees of references. A tile has `per_tile` accumulators. Their first columns are `apart` columns apart.
+    `prefetch(tile, inputs, scratch)` starts to copy more rows for a tile, after the steps of the tile. It returns the
+    barrier to arrive at when these rows have arrived.
     """
 
     name: str
@@ -75,50 +76,50 @@ class Kind(NamedTuple):
 
     @property
     def step(self) -> int:
-        """Columns of each part of the result that the accumulators of a tile hold together."""
+        """The number of columns of each part of the result that the accumulators of a tile hold together."""
         return self.per_tile * COLUMNS if self.apart == COLUMNS else COLUMNS
 
 
 class Operands(NamedTuple):
-    """References to what every kernel reads."""
+    """References to the arrays that every kernel reads."""
 
     x: Any  # [parts, rows, width]
     source: Any  # [tiles * rows]: the row of x for every row of a tile
     expert: Any  # [tiles]
     count: Any  # [1]: tiles in use
     weight: Any  # [E, parts * width, F] or transposed
-    inputs: Any  # what `finish` needs besides
+    inputs: Any  # the arrays that `finish` reads
 
 
 class Tile(NamedTuple):
-    """One tile of rows times one tile of columns, which is a piece of work of a block."""
+    """A piece of work of a block: one tile of rows times one tile of columns."""
 
-    i: jax.Array  # of the block's pieces
-    number: jax.Array  # of the tile of rows
-    column: jax.Array  # of the result, the first
+    i: jax.Array  # the number of the piece within the block
+    number: jax.Array  # the number of the tile of rows
+    column: jax.Array  # the first column of the result
     expert: jax.Array
-    steps: jax.Array
+    steps: jax.Array  # the number of steps
 
 
 class At(NamedTuple):
-    """Which part of the result the accumulators of a warpgroup hold."""
+    """The part of the result that the accumulators of a warpgroup hold."""
 
     wg: jax.Array  # the warpgroup
-    rows: pl.Slice  # 64 of the rows of all tiles
+    rows: pl.Slice  # the 64 rows, numbered over all tiles
     expert: jax.Array
-    column: jax.Array  # of the result, the first
+    column: jax.Array  # the first column of the result
 
 
 class Steps(NamedTuple):
-    """Shared memory of the steps of a block, and its barriers."""
+    """Shared memory of the steps of a block, and the barriers of the stages."""
 
     x: Any  # [STAGES, W, ROWS, DEPTH]
-    weights: tuple  # of every accumulator, [STAGES, DEPTH, COLUMNS] or transposed
+    weights: tuple  # for every accumulator: [STAGES, DEPTH, COLUMNS] or transposed
     ring: Ring
 
 
 class Finish(NamedTuple):
-    """What `product` and `activated` need after the product."""
+    """References to the arrays that `product` and `activated` read after the matrix product."""
 
     rows: Any  # [tiles * rows]: the row of the result for every row of a tile
     bias: Any  # [E + 1, parts, columns padded], or None
@@ -132,7 +133,7 @@ class Activated(NamedTuple):
 
 
 class Derivative(NamedTuple):
-    """What `d_activated` needs after the product."""
+    """References to the arrays that `d_activated` reads after the matrix product."""
 
     rows: Any  # [tiles * rows]: the sorted row of every row of a tile
     hidden: Any  # [parts, R, F]
@@ -148,18 +149,18 @@ class Derivatives(NamedTuple):
 
 
 class DerivativeScratch(NamedTuple):
-    """Shared memory of `d_activated` beyond the steps, and two more barriers."""
+    """Shared memory of `d_activated` in addition to `Steps`, and two more barriers."""
 
-    hidden: Any  # [parts, W, ROWS, COLUMNS]; its derivative takes its place
-    gated: Any  # [W, ROWS, COLUMNS], on its way out
-    arrived: Any  # `hidden` holds the hidden rows of this tile
-    free: Any  # every multiplying warpgroup is done with `hidden`
+    hidden: Any  # [parts, W, ROWS, COLUMNS]; the gradient overwrites it
+    gated: Any  # [W, ROWS, COLUMNS], before it is copied to global memory
+    arrived: Any  # barrier: `hidden` holds the hidden rows of this tile
+    free: Any  # barrier: every multiplying warpgroup is done with `hidden`
 
 
 def _product(
     plan: Plan, kind: Kind, x, source, weight, tasks: Tasks, inputs, out_type, scratch
 ):  # fmt: skip
-    """Launch a kernel. `inputs`, `out_type` and `scratch` are what `kind.finish` gets references of."""
+    """Launch a kernel. `kind.finish` receives references to `inputs`, to outputs of `out_type` and to `scratch`."""
     W, E = plan.warpgroups, weight.shape[0]
     across = -(-plan.columns // kind.step)
     blocks = pipeline.blocks(tasks.expert.shape[0] * across)
@@ -186,7 +187,7 @@ def _product(
         weights=(memory(w_shape, plan.dtype),) * kind.per_tile,
         ring=pipeline.ring(warpgroups=W, copies=kind.per_tile),
     )
-    products = 1 if plan.transposed else plan.parts  # of [rows, columns] each
+    products = 1 if plan.transposed else plan.parts  # each one is [rows, columns]
     run = mosaic_pipeline.run(
         kernel,
         name=kind.name,
@@ -200,7 +201,7 @@ def _product(
 
 
 def _copy(plan: Plan, kind: Kind, operands: Operands, steps_mem: Steps, own, for_each_tile: Callable) -> None:
-    """The warpgroup that copies the rows and weights of every step."""
+    """Run the warpgroup that copies the rows and weights of every step."""
     ring, per_part = steps_mem.ring, plan.steps_of_part
 
     def copy_tile(tile: Tile, before):
@@ -217,7 +218,7 @@ def _copy(plan: Plan, kind: Kind, operands: Operands, steps_mem: Steps, own, for
 
         sent = pipeline.send(ring, tile.steps, load, before)
         if kind.prefetch is not None:
-            # `prefetch` waits until the tile before is finished, which needs all of that tile's steps.
+            # `prefetch` waits until the previous tile is finished. So first hand over all steps of the previous tile.
             sent = pipeline.hand_over(ring, sent, before=before.started)
             arrived = kind.prefetch(tile, operands.inputs, own)
             sent = pipeline.hand_over(ring, sent)
@@ -231,7 +232,7 @@ def _copy(plan: Plan, kind: Kind, operands: Operands, steps_mem: Steps, own, for
 def _multiply(
     plan: Plan, kind: Kind, wg, operands: Operands, outputs, steps_mem: Steps, own, for_each_tile: Callable
 ) -> None:  # fmt: skip
-    """A warpgroup that multiplies 64 rows of every tile, and finishes their result."""
+    """Run a warpgroup that multiplies 64 rows of every tile and finishes their result."""
 
     def multiply_tile(tile: Tile, step):
         def multiply(stage, accumulators):
@@ -251,9 +252,9 @@ def _multiply(
 
 
 def _store(values, numbers, memory, column, out_ref) -> None:
-    """Write values [64, 128] as rows of an array, by their numbers.
+    """Write values [64, 128] to the rows of an array that have these numbers.
 
-    They pass through `memory`, which has room for all of their columns or for half of them.
+    The values pass through `memory`, which has room for all of their columns or for half of them.
     """
     at_once = memory.shape[1]
     for first in range(0, COLUMNS, at_once):
@@ -269,7 +270,7 @@ def _biased(accumulator, bias_ref, part, at):
 
 
 def product(plan: Plan, x, source, weight, tasks: Tasks, target, rows: int, bias=None):
-    """[rows, columns]: the products in the rows `target`; other rows are not written.
+    """Return [rows, columns], which has the products in the rows `target`. Other rows are not written.
 
     x [parts, rows, width]; weight [E, parts * width, F] or transposed; bias [E + 1, parts, columns padded], zero for
     rows without an expert.
@@ -289,7 +290,7 @@ def product(plan: Plan, x, source, weight, tasks: Tasks, target, rows: int, bias
 
 
 def activated(plan: Plan, activation: str, x, source, weight, tasks: Tasks, bias=None, *, keep: bool):
-    """(act(h) [R, F], h [parts, R, F] if `keep`) of h = x @ weight + bias, in sorted rows."""
+    """Return (act(h) [R, F], and with `keep` also h [parts, R, F]) of h = x @ weight + bias, in sorted rows."""
     R, P = tasks.num_pairs, plan.parts
 
     def finish(at, accumulators, inputs: Finish, outputs: Activated, out_mem):
@@ -297,7 +298,7 @@ def activated(plan: Plan, activation: str, x, source, weight, tasks: Tasks, bias
         halves = []
         for p, h in enumerate(accumulators):
             if inputs.bias is not None:
-                plgpu.commit_smem()  # keeps the compiler from loading all biases at once: they would not fit
+                plgpu.commit_smem()  # keeps the compiler from loading all biases at once, which do not fit
                 h = _biased(h, inputs.bias, p, at)
             if keep:
                 _store(h, numbers, own_mem, at.column, outputs.hidden.at[p])
@@ -315,10 +316,10 @@ def activated(plan: Plan, activation: str, x, source, weight, tasks: Tasks, bias
 
 
 def d_activated(plan: Plan, activation: str, d_out, source, weight, tasks: Tasks, hidden, gates):
-    """The derivative of the sum of gate * act(h) @ weight: (dh [parts, R, F], gate * act(h) [R, F], d_gate).
+    """Return (dh [parts, R, F], gate * act(h) [R, F], d_gate): derivatives of the sum of gate * act(h) @ weight.
 
-    `gates` [tiles * rows] in fp32. `d_gate` [tiles of columns, tiles * rows] has <act(h), dy> of every row of the
-    tiles, where dy = d_out @ weight^T, one sum for each tile of columns.
+    `gates` [tiles * rows] is in fp32. `d_gate` [tiles of columns, tiles * rows] has <act(h), dy> of every row of the
+    tiles, where dy = d_out @ weight^T. It has one partial sum for each tile of columns.
     """
     R, (P, _, F) = tasks.num_pairs, hidden.shape
     W, dtype = plan.warpgroups, plan.dtype
@@ -342,12 +343,12 @@ def d_activated(plan: Plan, activation: str, d_out, source, weight, tasks: Tasks
         plgpu.barrier_wait(own.arrived)
         d_gate = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), shims.ROW)
 
-        # In two passes, and in halves: everything at once would not fit the registers.
+        # Two passes, each in two halves: everything at once would not fit the registers.
         def halves():
             for first in range(0, COLUMNS, HALF):
                 parts = [own.hidden.at[p, at.wg, :, pl.ds(first, HALF)] for p in range(P)]
                 h = [plgpu.load(x, layout=shims.TILE) for x in parts]
-                plgpu.commit_smem()  # all have read what is overwritten next
+                plgpu.commit_smem()  # all threads have read the values that are overwritten next
                 yield slice(first, first + HALF), parts, [x.astype(jnp.float32) for x in h]
 
         for columns, _, h in halves():

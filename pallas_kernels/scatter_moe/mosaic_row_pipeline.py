@@ -1,8 +1,8 @@
-"""Copying ahead of the products: a ring of stages between one warpgroup that copies and those that multiply.
+"""A ring of stages, in which one warpgroup copies rows and weights ahead of the warpgroups that multiply them.
 
-A step is what one stage holds. The copying warpgroup starts to copy the rows of a step (`row_copies.gather`) and goes
-on to the next step. Some steps later the rows have arrived, and it hands the step over. Weights come by the copy
-engine, which reports them itself. docs/kernels/scatter_moe.md explains the barriers.
+A step is the content of one stage. The copying warpgroup starts to copy the rows of a step (`row_copies.gather`) and
+goes on to the next step. Some steps later the rows have arrived, and it hands the step over. The copy engine copies the
+weights, and it reports their arrival itself. docs/design/expert_kernels.md explains the barriers.
 """
 
 from collections.abc import Callable
@@ -19,18 +19,18 @@ from .. import mosaic_row_copies as row_copies
 from ..mosaic_pipeline import Ring
 
 STAGES = 4
-# Steps whose rows are on their way. Of the other two stages, one is multiplied and the other is free when the products
-# of its step are done.
+# The number of steps whose rows are being copied. Of the other two stages, one is being multiplied. The other one is
+# free as soon as the products of its step are done.
 AHEAD = 2
 
 
 def ring(*, warpgroups: int, copies: int = 0) -> Ring:
-    """The barriers to declare, if `copies` copies of the copy engine go into a stage besides the rows."""
+    """Return the barriers to declare. The copy engine makes `copies` copies into a stage, in addition to the rows."""
     return mosaic_pipeline.ring(STAGES, arrivals=1 + copies, readers=warpgroups)
 
 
 class Sent(NamedTuple):
-    """Numbers of steps since the kernel began, of all tiles together."""
+    """Counts of steps since the start of the kernel, over all tiles."""
 
     started: jax.Array
     handed_over: jax.Array
@@ -41,7 +41,7 @@ def nothing_sent() -> Sent:
 
 
 def send(ring: Ring, steps, copy: Callable, sent: Sent) -> Sent:
-    """Call `copy(s, stage)` for every step s < steps as soon as the stage of the step is free."""
+    """Call `copy(s, stage)` for every step s < steps, as soon as the stage of the step is free."""
 
     def one(s, sent):
         copy(s, mosaic_pipeline.free_stage(ring, sent.started, STAGES))
@@ -52,7 +52,10 @@ def send(ring: Ring, steps, copy: Callable, sent: Sent) -> Sent:
 
 
 def hand_over(ring: Ring, sent: Sent, *, leave: int = 0, before=None) -> Sent:
-    """Hand steps over, the oldest first, until `leave` steps are on their way; none from step `before` on, if given."""
+    """Hand steps over, the oldest first, until the rows of only `leave` steps are still being copied.
+
+    If `before` is given, hand over only the steps before it.
+    """
     for others in range(AHEAD, leave - 1, -1):
         go = sent.started - sent.handed_over > others
         if before is not None:
@@ -68,14 +71,14 @@ def hand_over(ring: Ring, sent: Sent, *, leave: int = 0, before=None) -> Sent:
 
 
 def receive(ring: Ring, steps, multiply: Callable, products: int, step):
-    """Call `multiply(stage)`, which starts `products` products, for every step; returns the number of the next step.
+    """Call `multiply(stage)`, which starts `products` products, for every step. Return the number of the next step.
 
-    A stage is given back one step later: then its products are done.
+    A stage is given back one step later, when its products are done.
     """
 
     def one(s, step):
         multiply(mosaic_pipeline.full_stage(ring, step, STAGES))
-        plgpu.wgmma_wait(products)  # the products of the step before are done
+        plgpu.wgmma_wait(products)  # the products of the previous step are done
 
         @pl.when(s > 0)
         def _():
@@ -94,7 +97,7 @@ def receive(ring: Ring, steps, multiply: Callable, products: int, step):
 
 
 def accumulate(ring: Ring, steps, multiply: Callable, shape: tuple[int, int], count: int, step):
-    """(The number of the next step, `count` sums of this shape) after all `steps` steps from `step` on.
+    """Return (the number of the next step, `count` sums of this shape) after `steps` steps from `step` on.
 
     `multiply(stage, accumulators)` starts one product for each accumulator.
     """
@@ -108,17 +111,20 @@ def accumulate(ring: Ring, steps, multiply: Callable, shape: tuple[int, int], co
 
 
 def blocks(most: int) -> int:
-    """The number of blocks: one for each multiprocessor, but at most one for each of the `most` pieces of work."""
+    """Return the number of blocks: one for each multiprocessor, but at most `most`, the number of pieces of work."""
     return min(platform.multiprocessors(), most)
 
 
 def every(blocks: int, total, body: Callable, state):
-    """Call `body(i, number, state)` for this block's pieces of work: `number` of all `total`, the i-th of the block."""
+    """Call `body(i, number, state)` for every piece of work of this block.
+
+    `number` is the number of the piece among all `total` pieces, and i is its number among the pieces of this block.
+    """
     block = lax.axis_index("block")
     count = (total - block + blocks - 1) // blocks
     return lax.fori_loop(0, count, lambda i, state: body(i, block + i * blocks, state), state)
 
 
 def memory(shape, dtype):
-    """Shared memory of tiles [.., rows, columns], in the layout that `gather` writes and tensor cores read."""
+    """Return shared memory for tiles [.., rows, columns], in the layout that `gather` writes and tensor cores read."""
     return plgpu.SMEM(shape, dtype, transforms=row_copies.atoms(dtype))

@@ -1,9 +1,9 @@
 """Gradients of expert weights on Hopper GPUs (Pallas Mosaic GPU).
 
-d_weight[e] = sum over the rows r of expert e of left[r]^T right[r], both copied by their row numbers: no operand is
-transposed or padded in memory, rows that do not exist are zeros, and an expert without rows gets zeros. A block holds
-64 x 256 elements of a weight per multiplying warpgroup; experts with many rows come first.
-docs/kernels/scatter_moe.md explains the barriers.
+d_weight[e] = sum of left[r]^T right[r] over the rows r of expert e. Both sides are copied by row number, so no operand
+is transposed or padded in memory. Rows that do not exist are zeros. An expert without rows gets zeros. Each multiplying
+warpgroup of a block holds 64 x 256 elements of a weight. Experts with many rows come first.
+docs/design/expert_kernels.md explains the barriers.
 """
 
 from collections.abc import Callable
@@ -24,10 +24,10 @@ from .mosaic_row_pipeline import STAGES, memory
 from .tasks import Tasks
 
 ROWS = 64  # rows of a step
-WARPGROUPS = 2  # that multiply
+WARPGROUPS = 2  # warpgroups of a block that multiply
 LEFT = 64  # columns of the left rows that a warpgroup takes
 RIGHT = 128  # columns of the right rows that an accumulator takes
-ACCUMULATORS = 2  # of a warpgroup
+ACCUMULATORS = 2  # accumulators of a warpgroup
 
 
 class Scratch(NamedTuple):
@@ -35,36 +35,36 @@ class Scratch(NamedTuple):
 
     left: Any  # [STAGES, WARPGROUPS, ROWS, LEFT]
     right: Any  # [STAGES, ACCUMULATORS, ROWS, RIGHT]
-    out: Any  # [WARPGROUPS, LEFT, columns at once], on their way out
+    out: Any  # [WARPGROUPS, LEFT, columns at once], before they are copied to global memory
     ring: Ring
 
 
 class Operands(NamedTuple):
-    """References to what the kernel reads."""
+    """References to the arrays that the kernel reads."""
 
     left: Any  # [Q, D]
     left_numbers: Any  # [tiles * M]
     right: Any  # [parts, Q', F]
     right_numbers: Any  # [tiles * M]
-    heavy_first: Any  # [E]: the experts, those with the most rows first
+    heavy_first: Any  # [E]: the experts, sorted by their number of rows, the largest first
     first: Any  # [E]: the first tile of every expert
     rows: Any  # [E]: the number of rows of every expert
 
 
 class Piece(NamedTuple):
-    """A part of the weight of one expert, which is a piece of work of a block."""
+    """A piece of work of a block: a part of the weight of one expert."""
 
     expert: jax.Array
-    row: jax.Array  # the first
-    part: jax.Array
-    column: jax.Array  # the first
-    steps: jax.Array
+    row: jax.Array  # the first row of the weight
+    part: jax.Array  # the part of `right`
+    column: jax.Array  # the first column of the weight
+    steps: jax.Array  # the number of steps
 
 
 def d_weights(left, left_numbers, right, right_numbers, tasks: Tasks, out_dtype=None):
-    """[E, D, parts, F] of left [Q, D] and right [parts, Q', F].
+    """Return the gradients [E, D, parts, F] from left [Q, D] and right [parts, Q', F].
 
-    Their row numbers [tiles * M] come from `tasks.row_numbers`. `out_dtype`: None for the type of `left`.
+    The row numbers [tiles * M] of both come from `tasks.row_numbers`. An `out_dtype` of None is the type of `left`.
     """
     (_, D), (P, _, F), E = left.shape, right.shape, tasks.rows.shape[0]
     dtype, out_dtype = left.dtype, jnp.dtype(out_dtype or left.dtype)
@@ -108,7 +108,7 @@ def d_weights(left, left_numbers, right, right_numbers, tasks: Tasks, out_dtype=
 
 
 def _copy(rows_of_tile: int, operands: Operands, scratch: Scratch, for_each_piece: Callable) -> None:
-    """The warpgroup that copies the rows of every step."""
+    """Run the warpgroup that copies the rows of every step."""
 
     def copy_piece(piece: Piece, sent):
         def load(s, stage):
@@ -126,8 +126,8 @@ def _copy(rows_of_tile: int, operands: Operands, scratch: Scratch, for_each_piec
 
 
 def _multiply(wg, out_ref, scratch: Scratch, for_each_piece: Callable) -> None:
-    """A warpgroup that multiplies 64 columns of the left rows of every piece, and writes the sums."""
-    at_once = scratch.out.shape[2]  # columns on their way out
+    """Run a warpgroup that multiplies 64 columns of the left rows of every piece and writes the sums."""
+    at_once = scratch.out.shape[2]  # columns that are copied to global memory at once
 
     def multiply_piece(piece: Piece, step):
         def multiply(stage, accumulators):
@@ -137,7 +137,7 @@ def _multiply(wg, out_ref, scratch: Scratch, for_each_piece: Callable) -> None:
 
         next_step, sums = pipeline.accumulate(scratch.ring, piece.steps, multiply, (LEFT, RIGHT), ACCUMULATORS, step)
         for first in range(0, ACCUMULATORS * RIGHT, at_once):
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the columns before have left
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the previous columns have been read
             x, inner = sums[first // RIGHT], first % RIGHT
             scratch.out[wg] = x[:, inner : inner + at_once].astype(scratch.out.dtype)
             plgpu.commit_smem()

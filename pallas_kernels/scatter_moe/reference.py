@@ -1,4 +1,4 @@
-"""Expert products as they are defined: every expert on every row, one expert after the other, at highest precision."""
+"""Sparse experts by definition: every expert on every row, one expert after the other, at highest precision."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -20,7 +20,7 @@ def linear(call: LinearCall):
         y = jnp.einsum("RD,DF->RF", x, call.weight[e].astype(dtype), precision="highest") + bias[e].astype(dtype)[None]
         return jnp.where((routing.expert_indices == e).reshape(-1, 1), y, total), None
 
-    zeros = jnp.zeros_like(x, shape=(T * k, call.weight.shape[2]))  # varies over the mesh axes that x varies over
+    zeros = jnp.zeros_like(x, shape=(T * k, call.weight.shape[2]))  # vary over the same mesh axes as x
     y, _ = lax.scan(expert, zeros, jnp.arange(routing.num_experts))
     if call.gates is not None:
         y = (call.gates.astype(dtype)[..., None] * y.reshape(T, k, y.shape[-1])).sum(1)

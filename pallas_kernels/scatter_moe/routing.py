@@ -1,4 +1,4 @@
-"""Which rows go to which expert: made once per layer, used by every expert product of it."""
+"""Which rows go to which expert. A layer makes its routing once, and all expert ops of the layer use it."""
 
 from typing import NamedTuple
 
@@ -9,15 +9,16 @@ from jaxtyping import Array, Int
 
 from .. import arguments, partition
 
-_PACKED_BELOW = 2**31  # an expert and a pair are packed into one int32 if all such numbers are below this
+_PACKED_BELOW = 2**31  # the sort packs (expert, pair) into one int32 if all these numbers are below this
 
 
 class Routing(NamedTuple):
-    """The R = T * k (token, choice) pairs, sorted by expert. Pair t * k + s is that of token t and its choice s.
+    """The R = T * k (token, choice) pairs, sorted by expert. The pair of token t and its choice s has number t * k + s.
 
-    `order` [R]: the pair of every sorted row. `inverse` [R]: the sorted row of every pair. `offsets` [E+1]: where each
-    expert's rows begin and end. `expert_indices` [T,k]: from 0 to E. Pairs without an expert (index E) sort last.
-    On a mesh the first three describe the rows of all devices; an expert op then sorts the rows of each device again.
+    `order` [R]: the pair of every sorted row. `inverse` [R]: the sorted row of every pair. `offsets` [E+1]: the sorted
+    rows of expert e are offsets[e] to offsets[e+1] - 1. `expert_indices` [T,k]: from 0 to E. Pairs without an expert
+    (index E) are sorted last. On a mesh, the first three arrays describe the rows of all devices. Then an expert op
+    sorts the rows of each device again.
     """
 
     order: jax.Array
@@ -31,7 +32,7 @@ class Routing(NamedTuple):
 
     @property
     def counts(self) -> jax.Array:
-        """Rows of every expert, [E]."""
+        """The number of rows of every expert, [E]."""
         return jnp.diff(self.offsets)
 
 
@@ -46,14 +47,14 @@ def route(expert_indices: Int[Array, "T k"], num_experts: int) -> Routing:
     """Sort the T * k (token, choice) pairs by expert. The sort is stable, so that a run is deterministic.
 
     Args:
-      expert_indices: [T, k], from 0 to E; E means no expert: the pair is not computed, and its output and the
-        gradients of its gate and its row are zero. In a JAX array every index outside 0..E also means no expert,
-        because a check would wait for the device.
+      expert_indices: [T, k], from 0 to E. E means no expert: the pair is not computed, its output is zero, and the
+        gradients of its gate and its row are zero. In a JAX array, an index outside 0..E also means no expert, because
+        a check would wait for the device.
       num_experts: E.
 
     Raises:
-      ValueError: indices that are not integers [T,k], E < 1, or T * k of 2^31 and more. Also indices below 0 or
-        above E in a NumPy array; in a JAX array only under `jax_enable_checks`, when the program runs.
+      ValueError: expert_indices are not integers [T,k]; E or k is below 1; T * k is 2^31 or more; an index is below 0
+        or above E. The indices of a JAX array are checked only with `jax_enable_checks`, when the program runs.
 
     Source: "Scattered Mixture-of-Experts Implementation", arXiv 2403.08245.
 
@@ -82,7 +83,7 @@ def route(expert_indices: Int[Array, "T k"], num_experts: int) -> Routing:
 
 
 def _sorted(expert_indices, num_experts: int):
-    """(order, inverse, offsets) of a `Routing`."""
+    """Return (order, inverse, offsets) of a `Routing`."""
     experts = expert_indices.reshape(-1)
     rows = experts.shape[0]
     pairs = jnp.arange(rows, dtype=jnp.int32)
@@ -98,10 +99,10 @@ def _sorted(expert_indices, num_experts: int):
 
 
 def first_positions(rows, values, *, after: bool = False):
-    """For each value, its first position in sorted `rows`, or with `after` the position after its last one.
+    """Return, for each value, its first position in sorted `rows`, or with `after` the position after its last one.
 
-    `jnp.searchsorted` does the same, but raises in a shard_map over some of the axes of a mesh (JAX 0.12.0). The steps
-    are unrolled: in a loop each of them would be a kernel of its own on a GPU.
+    `jnp.searchsorted` does the same, but raises an error in a shard_map over only some axes of a mesh (JAX 0.12.0). The
+    steps of the binary search are unrolled. In a loop, each step would be a separate kernel on a GPU.
     """
     low, high = jnp.zeros_like(values, jnp.int32), jnp.full_like(values, rows.shape[0], jnp.int32)
     for _ in range(rows.shape[0].bit_length()):
@@ -109,6 +110,6 @@ def first_positions(rows, values, *, after: bool = False):
         row = rows[jnp.minimum(middle, rows.shape[0] - 1)]
         is_further = (low < high) & (row <= values if after else row < values)
         low, high = jnp.where(is_further, middle + 1, low), jnp.where(is_further, high, middle)
-        # Without the barrier XLA fuses all steps into one loop on a CPU, and compiles every use of `low` anew.
+        # Without the barrier, XLA on a CPU fuses all steps into one loop and compiles it again for every use of `low`.
         low, high = jax.lax.optimization_barrier((low, high))
     return low

@@ -1,8 +1,8 @@
 """Tasks: the rows of all experts, cut into tiles. They are the work list of the GPU kernels, made once per layer.
 
 A tile has rows of one expert only, and an expert without rows has no tile. The program does not grow with the number of
-experts. (token, choice) pairs without an expert form tiles of "expert" E, whose results are zero: so every row of every
-result is written.
+experts. (token, choice) pairs without an expert form the tiles of an additional expert E. The results of these tiles
+are zero. So every row of every result is written.
 """
 
 from typing import NamedTuple
@@ -15,11 +15,11 @@ from .routing import Routing, first_positions
 
 
 class Tasks(NamedTuple):
-    """Tiles of M rows. There are as many as any routing can need; the first `count` [1] are in use.
+    """A list of tiles of M rows. It is long enough for every routing, and the first `count` [1] tiles are in use.
 
-    `expert` [tiles], sorted. `first` [E] and `rows` [E]: the first tile and the number of rows of every expert.
-    `pairs`, `sorted` [tiles * M]: for every row of the tiles the number of its pair and of its sorted row, -1 where
-    there is none. `tile_row` [R]: for every pair its row in the tiles.
+    `expert` [tiles]: the expert of every tile, sorted. `first` [E] and `rows` [E]: the first tile and the number of
+    rows of every expert. `pairs`, `sorted` [tiles * M]: for every row of the tiles, the number of its pair and of its
+    sorted row, or -1 if the row is empty. `tile_row` [R]: for every pair, its row in the tiles.
     """
 
     expert: jax.Array
@@ -32,16 +32,17 @@ class Tasks(NamedTuple):
 
     @property
     def num_pairs(self) -> int:
-        """R."""
+        """The number R of (token, choice) pairs."""
         return self.tile_row.shape[0]
 
     @property
     def rows_of_tile(self) -> int:
-        """M."""
+        """The number M of rows of a tile."""
         return self.pairs.shape[0] // self.expert.shape[0]
 
 
 def make_tasks(routing: Routing, M: int) -> Tasks:
+    """Return the tasks of a routing, in tiles of M rows."""
     R, E = routing.order.shape[0], routing.num_experts
     starts = routing.offsets
     rows = jnp.append(routing.counts, R - starts[-1]).astype(jnp.int32)
@@ -61,7 +62,7 @@ def make_tasks(routing: Routing, M: int) -> Tasks:
 
 
 def row_numbers(tasks: Tasks, rows: Rows, k: int):
-    """For every row of the tiles, its row in an array with the order `rows`, or -1: int32 [tiles * M]."""
+    """Return, for every row of the tiles, its row in an array with the order `rows`, or -1: int32 [tiles * M]."""
     if rows == "sorted":
         return tasks.sorted
     return tasks.pairs if rows == "pair" else jnp.where(tasks.pairs < 0, -1, tasks.pairs // k)

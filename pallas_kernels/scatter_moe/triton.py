@@ -1,4 +1,4 @@
-"""Expert products by Triton, on every GPU since sm_80: the calls they take, and the launches of their kernels."""
+"""Sparse experts in Triton, on every GPU since sm_80: which calls the kernels take, and the launches of the kernels."""
 
 from collections.abc import Callable
 from functools import partial
@@ -13,7 +13,7 @@ from .kernels import Kernels
 from .tasks import Tasks, row_numbers
 from .triton_sizes import Sizes, fitting, product_sizes, rows_of_tile, weight_sizes
 
-# The kernels name an activation by the function of its first half.
+# In the kernels, a gated activation has the name of the function of its first half.
 POINTWISE = {"swiglu": "silu", "geglu": "gelu_tanh", "reglu": "relu"}
 
 
@@ -39,7 +39,7 @@ def linear(call: LinearCall):
     return xla.linear(call) if 0 in call.x.shape + call.weight.shape else fused.linear(KERNELS, call)
 
 
-# The kernels as `fused` takes them. Hidden rows are [R, F], or [R, 2F] in a gated layer.
+# The kernels in the form that `fused` takes. Hidden rows are [R, F], or [R, 2F] in a gated layer.
 
 
 def _launch(name: str, flops: int, kernel: Callable, sizes: Sizes, *arrays, **options):
@@ -48,7 +48,7 @@ def _launch(name: str, flops: int, kernel: Callable, sizes: Sizes, *arrays, **op
 
 
 def _products(name: str, sizes: Sizes, tasks: Tasks, D: int, F: int, products: int, *arrays, **options):
-    """A kernel of `triton_product`, over the row tiles and the columns."""
+    """Launch a kernel of `triton_product` over the row tiles and the column tiles."""
 
     def kernel():
         from . import triton_product
@@ -98,7 +98,7 @@ def _d_activated(activation, d_out, source, weight, tasks, h, gates):
 
 
 def _d_gated(d_out, source, weight, tasks, x, x_rows, gates, routing):
-    """A gated linear map is a network whose activation does nothing."""
+    """Compute `Kernels.d_gated`. A linear map with gates is a network whose activation is the identity."""
     k = gates.shape[1]
     target, x_numbers = row_numbers(tasks, "pair" if x_rows == "token" else x_rows, k), row_numbers(tasks, x_rows, k)
     tiled = fused.by_tile(gates, tasks)
@@ -107,7 +107,7 @@ def _d_gated(d_out, source, weight, tasks, x, x_rows, gates, routing):
 
 
 def _d_activated_rows(activation, d_out, source, weight, tasks, h, h_numbers, gates, target):
-    """`d_activated`, where h is in the rows `h_numbers` and the results are in the rows `target`."""
+    """Compute `d_activated`, where h is in the rows `h_numbers` and the results are in the rows `target`."""
     F, D = weight.shape[1:]
     sizes, R = product_sizes(tasks.rows_of_tile, D, F, d_out.dtype, widest=128), tasks.num_pairs
     dh, gated, d_gates = _products(

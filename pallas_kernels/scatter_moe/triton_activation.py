@@ -1,7 +1,7 @@
-"""Activations and their derivatives inside of Triton kernels, in fp32: the formulas of `call.py`, one half at a time.
+"""Activations and their derivatives inside Triton kernels, in fp32: the formulas of `call.py`, one half at a time.
 
-The names are as in `call.py`, except for gated activations: these are named after the function of their first half,
-"silu" for swiglu. "none" is the identity.
+A gated activation has the name of the function of its first half: "silu" for swiglu. All other activations have the
+same names as in `call.py`. "none" is the identity.
 """
 
 import triton

@@ -1,11 +1,13 @@
 """Products of rows with the weights of their expert, in Triton.
 
-out[target[r]] = x[source[r]] @ weight[expert of r], where both row numbers come from `tasks`: all four cases of sorted
-and scattered rows are one loop, which gathers when it loads and scatters when it stores. A program takes one tile of
-rows, all of one expert, and one of columns. What follows the product (an activation, its derivative) runs on the sums.
+out[target[r]] = x[source[r]] @ weight[expert of r]. Both row numbers come from `tasks`, so one loop covers all four
+cases of sorted and scattered rows. It gathers rows when it loads, and scatters rows when it stores. A program computes
+one tile of rows, all of one expert, times one tile of columns. The operation after the product (an activation or its
+derivative) runs on the sums.
 
-Sizes in capitals: x has rows of D and the result rows of F columns; a program takes M rows, N columns, and K of D at a
-time. Rows are addressed in 64 bits: the rows of all (token, choice) pairs may have more elements than 32 bits count.
+Sizes in capitals: a row of x has D columns, and a row of the result has F columns. A program computes M rows and N
+columns, in steps of K along D. Addresses of rows have 64 bits, because the rows of all (token, choice) pairs may have
+more elements than 32 bits can count.
 """
 
 import triton
@@ -13,12 +15,12 @@ import triton.language as tl
 
 from .triton_activation import activate, slope
 
-_TOGETHER = tl.constexpr(8)  # row tiles that take a column tile at the same time, so that its weights come once
+_TOGETHER = tl.constexpr(8)  # row tiles that use a column tile at the same time, so that its weights are loaded once
 
 
 @triton.jit
 def _tiles_of_program(TILES: tl.constexpr, F: tl.constexpr, N: tl.constexpr):
-    """The row tile and the column tile of this program."""
+    """Return (the row tile, the column tile) of this program."""
     across: tl.constexpr = (F + N - 1) // N
     program = tl.program_id(0)
     first = program // (_TOGETHER * across) * _TOGETHER
@@ -29,17 +31,20 @@ def _tiles_of_program(TILES: tl.constexpr, F: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def _elements(rows, columns, WIDTH: tl.constexpr):
-    """(where the elements are, whether they exist): not in rows below zero, nor in columns beyond the last one."""
+    """Return (the offsets of the elements, whether the elements exist).
+
+    Elements in rows below zero or in columns beyond the last one do not exist.
+    """
     return rows.to(tl.int64)[:, None] * WIDTH + columns[None, :], (rows >= 0)[:, None] & (columns < WIDTH)[None, :]
 
 
 @triton.jit
 def _sums(x, rows, weight, columns, alive, D: tl.constexpr, LIMIT: tl.constexpr, DOWN: tl.constexpr,
           ACROSS: tl.constexpr, APART: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):  # fmt: skip
-    """x[rows] @ weight[:, columns] in fp32, and with APART also x[rows] @ weight[:, columns + APART].
+    """Return x[rows] @ weight[:, columns] in fp32, and with APART also x[rows] @ weight[:, columns + APART].
 
-    Both are zero unless `alive`. `weight` points to the weight of the expert; its rows are DOWN elements apart, its
-    columns ACROSS elements.
+    Both are zero unless `alive`. `weight` points to the weight of the expert. Its rows are DOWN elements apart, and its
+    columns are ACROSS elements apart. Columns from LIMIT on do not exist.
     """
     inner = tl.arange(0, K)
     exists = rows >= 0
@@ -65,7 +70,10 @@ def _sums(x, rows, weight, columns, alive, D: tl.constexpr, LIMIT: tl.constexpr,
 def product(x, source, weight, bias, expert, count, target, out, E: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
             FIRST: tl.constexpr, ALL: tl.constexpr, TRANSPOSED: tl.constexpr, BIASED: tl.constexpr,
             TILES: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):  # fmt: skip
-    """Columns FIRST to FIRST + F of the ALL of a weight [E, D, ALL], or [E, ALL, D] if transposed; bias [E, ALL]."""
+    """out = x @ weight + bias, for F columns of the weight from column FIRST on.
+
+    The weight is [E, D, ALL], or [E, ALL, D] if TRANSPOSED. The bias is [E, ALL].
+    """
     tile, across = _tiles_of_program(TILES, F, N)
     if tile < tl.load(count):
         e, tile_rows = tl.load(expert + tile), tile * M + tl.arange(0, M)
@@ -84,7 +92,10 @@ def product(x, source, weight, bias, expert, count, target, out, E: tl.constexpr
 def activated(x, source, weight, bias, expert, count, target, out, hidden, E: tl.constexpr, D: tl.constexpr,
               F: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, BIASED: tl.constexpr,
               KEEP: tl.constexpr, TILES: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):  # fmt: skip
-    """out = act(h) and, to KEEP, hidden = h of h = x @ weight + bias, whose rows are F columns, or twice F if GATED."""
+    """out = act(h) and, with KEEP, hidden = h, where h = x @ weight + bias.
+
+    A row of h has F columns, or twice F if GATED.
+    """
     all_columns: tl.constexpr = 2 * F if GATED else F
     tile, across = _tiles_of_program(TILES, F, N)
     if tile < tl.load(count):
@@ -115,7 +126,7 @@ def activated(x, source, weight, bias, expert, count, target, out, hidden, E: tl
 @triton.jit
 def _d_activated(dy, gate, hidden, hidden_rows, rows, columns, dh, gated, F: tl.constexpr, GATED: tl.constexpr,
                  ACTIVATION: tl.constexpr):  # fmt: skip
-    """`d_activated` for the columns `columns`. Returns their part of d_gate."""
+    """Compute `d_activated` for the columns `columns`. Return their part of d_gate."""
     all_columns: tl.constexpr = 2 * F if GATED else F
     at, there = _elements(rows, columns, F)
     h_at = hidden + hidden_rows.to(tl.int64)[:, None] * all_columns + columns[None, :]
@@ -139,10 +150,10 @@ def _d_activated(dy, gate, hidden, hidden_rows, rows, columns, dh, gated, F: tl.
 def d_activated(d_out, source, weight, hidden, hidden_numbers, gates, expert, count, target, dh, gated, d_gate,
                 E: tl.constexpr, D: tl.constexpr, F: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
                 TILES: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):  # fmt: skip
-    """The derivative of the sum of gate * act(h) @ weight, weight [E, F, D], h in the rows `hidden_numbers` of hidden.
+    """The derivative of the sum of gate * act(h) @ weight, where h is in the rows `hidden_numbers` of `hidden`.
 
-    With dy = d_out @ weight^T: dh = act'(h) gate dy, gated = gate act(h), and d_gate = <act(h), dy> of the columns of
-    each column tile.
+    With the weight [E, F, D] and dy = d_out @ weight^T: dh = act'(h) gate dy, gated = gate act(h), and d_gate =
+    <act(h), dy> over the columns of each column tile.
     """
     tile, across = _tiles_of_program(TILES, F, N)
     if tile < tl.load(count):
@@ -152,7 +163,7 @@ def d_activated(d_out, source, weight, hidden, hidden_numbers, gates, expert, co
         dy, _ = _sums(d_out, tl.load(source + tile_rows), weight, columns, e < E, D, F, 1, D, 0, M, N, K)
         rows, gate = tl.load(target + tile_rows), tl.load(gates + tile_rows)[:, None]
         hidden_rows = tl.where(e < E, tl.load(hidden_numbers + tile_rows), -1)  # without an expert, h is not written
-        # In halves: everything at once would not fit the registers.
+        # Two halves, one after the other: both at once would not fit the registers.
         left, right = tl.split(tl.permute(tl.reshape(dy, (M, 2, N // 2)), (0, 2, 1)))
         half = across * N + tl.arange(0, N // 2)
         total = _d_activated(left, gate, hidden, hidden_rows, rows, half, dh, gated, F, GATED, ACTIVATION)

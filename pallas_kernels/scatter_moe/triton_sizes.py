@@ -1,7 +1,8 @@
-"""Sizes of the expert kernels in Triton, by the chip, the type and the rows of an expert: a rule, not yet measured.
+"""Tile sizes of the Triton kernels for experts, by a rule that is not yet measured.
 
-Older tensor cores take their operands from registers, so a thread has room for half of the sums. The tensor cores of
-data centre GPUs since Hopper read shared memory, and these GPUs have more of it.
+The rule uses the chip, the type and the number of rows of an expert. Tensor cores before Hopper read their operands
+from registers, so a thread has room for only half of the sums. The tensor cores of data centre GPUs since Hopper read
+their operands from shared memory, and these GPUs have more of it.
 """
 
 from typing import NamedTuple
@@ -12,7 +13,7 @@ from .. import triton_call
 
 
 class Sizes(NamedTuple):
-    """A program takes `rows` x `columns` of a result, by `depth` at a time."""
+    """The sizes of a program: it computes `rows` x `columns` of a result, in steps of `depth` along the summed axis."""
 
     rows: int
     columns: int
@@ -22,23 +23,29 @@ class Sizes(NamedTuple):
 
 
 def _power(n: int) -> int:
-    """The largest power of two up to n."""
+    """Return the largest power of two that is at most n."""
     return 1 << max(0, n.bit_length() - 1)
 
 
 def fitting(most: int, size: int) -> int:
-    """A power of two: `most`, or less if the array is smaller, but at least 16, which a tensor core needs."""
+    """Return a power of two: `most`, or less if the array is smaller. A tensor core needs at least 16."""
     return min(most, max(16, _power(2 * size - 1)))
 
 
 def rows_of_tile(rows: int, experts: int, dtype) -> int:
-    """As many rows as an expert has on average, so that few rows of a tile are empty: from 16 to what fits."""
+    """Return the number of rows of a tile, from 16 to the most that fits.
+
+    It is about the mean number of rows of an expert, so that few rows of a tile are empty.
+    """
     most = 64 if dtype == jnp.float32 else 128
     return max(16, min(most, _power(rows // experts)))
 
 
 def _is_large() -> bool:
-    """Whether this is a data centre GPU since Hopper. Its tensor cores read shared memory and need wide tiles."""
+    """Return whether this is a data centre GPU since Hopper.
+
+    The tensor cores of such a GPU read shared memory and need wide tiles.
+    """
     return triton_call.shared_memory() > 200 * 1024
 
 
@@ -48,7 +55,7 @@ def _stages(rows: int, columns: int, depth: int, dtype, most: int) -> int:
 
 
 def product_sizes(rows: int, depth: int, columns: int, dtype, *, products: int = 1, widest: int = 256) -> Sizes:
-    """The sizes of `products` products with the same rows.
+    """Return the sizes of a program that computes `products` products with the same rows.
 
     Float32 runs without tensor cores. With few rows, loading the weights takes the most time.
     """
@@ -65,9 +72,9 @@ def product_sizes(rows: int, depth: int, columns: int, dtype, *, products: int =
 
 
 def weight_sizes(D: int, F: int, dtype) -> Sizes:
-    """The sizes of a product for weights. `depth` rows are taken at a time.
+    """Return the sizes of a program for the gradients of weights. It takes `depth` rows at a time.
 
-    The row numbers are loaded ahead of the rows, which takes half of the stages.
+    The row numbers are loaded ahead of the rows. That takes half of the stages.
     """
     if dtype == jnp.float32:
         rows_most, columns_most, depth, warps = 64, 64, 32, 4

@@ -1,8 +1,8 @@
 """Gradients of expert weights and biases, in Triton: sums over the rows of each expert, one program for each piece.
 
-Both sides are gathered by their row numbers when they are loaded, so that nothing is transposed, padded or copied in
-memory. A piece is written once, by the program that has summed it, in the order of the rows: no atomics, and the same
-bits in every run. An expert without rows gets zeros. Experts with many rows come first.
+Both sides are gathered by row number when they are loaded, so nothing is transposed, padded or copied in memory. One
+program sums all rows of a piece in their order, and writes the piece once. So there are no atomics, and every run gives
+the same bits. An expert without rows gets zeros. Experts with many rows come first.
 """
 
 import triton
@@ -12,7 +12,10 @@ import triton.language as tl
 @triton.jit
 def d_weights(left, left_numbers, right, right_numbers, heavy, first, rows, out, D: tl.constexpr, F: tl.constexpr,
               M: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, R: tl.constexpr):  # fmt: skip
-    """out[e] [D, F] = sum of left[r]^T right[r]; DOWN x ACROSS of it, by R rows at a time. Tiles have M row numbers."""
+    """out[e] [D, F] = sum of left[r]^T right[r].
+
+    A program computes DOWN x ACROSS elements, R rows at a time. A tile has M row numbers.
+    """
     across: tl.constexpr = (F + ACROSS - 1) // ACROSS
     pieces: tl.constexpr = (D + DOWN - 1) // DOWN * across
     program = tl.program_id(0)
@@ -36,7 +39,10 @@ def d_weights(left, left_numbers, right, right_numbers, heavy, first, rows, out,
 @triton.jit
 def d_bias(right, right_numbers, gates, first, rows, out, F: tl.constexpr, WEIGHED: tl.constexpr, M: tl.constexpr,
            ACROSS: tl.constexpr, R: tl.constexpr):  # fmt: skip
-    """out[e] [F] = sum of the rows right[r], times their gates if WEIGHED; ACROSS columns of it, R rows at a time."""
+    """out[e] [F] = sum of the rows right[r], each times its gate if WEIGHED.
+
+    A program computes ACROSS columns, R rows at a time.
+    """
     e, columns = tl.program_id(1), tl.program_id(0) * ACROSS + tl.arange(0, ACROSS)
     start, count, row = tl.load(first + e) * M, tl.load(rows + e), tl.arange(0, R)
     sums = tl.zeros((R, ACROSS), tl.float32)

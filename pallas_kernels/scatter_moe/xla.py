@@ -1,15 +1,15 @@
-"""Expert products in plain JAX: grouped matrix products, for any routing.
+"""Sparse experts in plain JAX: grouped matrix products, for any routing.
 
-Everything is one map of a per-expert function over blocks of that expert's rows (`_grouped`):
-- the first C rows of all experts together, as one batched product that reads every weight in place, with C a little
-  above the mean number of rows;
-- the rows of an expert beyond C, block by block, in a loop as long as the number of such blocks: zero when balanced.
-  With few rows (decoding) C is 0 and the loop runs the chosen experts only.
-Cost: at most a fixed factor over the useful work, and never an array of size T * E.
+The code is a map of a function of one expert over blocks of the rows of this expert (`_grouped`):
+- The first C rows of every expert are computed together, as one batched product that reads every weight in place. C is
+  a little above the mean number of rows of an expert.
+- The rows of an expert beyond C are computed block by block in a loop. It has one pass for each such block: none if the
+  experts are balanced. With few rows (decoding), C is 0 and the loop computes only the chosen experts.
+The cost is at most a fixed factor times the useful work, and no array has size T * E.
 
-The backward pass is the same map over the derivative of the function. Where D is not small, the forward pass keeps the
-pre-activation for it, sorted by expert (a remat policy can save it by the name PRE_ACTIVATION). The hidden rows are
-computed again from it. The transposes of dispatch and combine are gathers.
+The backward pass is the same map over the derivative of the function. If D is not small, the forward pass keeps the
+pre-activation for the backward pass, sorted by expert. (A remat policy can save it by the name PRE_ACTIVATION.) The
+backward pass computes the hidden rows from it again. The transposes of dispatch and combine are gathers.
 """
 
 import math
@@ -26,12 +26,16 @@ from ..arguments import sum_type
 from .call import ACTIVATIONS, PRE_ACTIVATION, LinearCall, MlpCall
 from .routing import Routing, first_positions
 
-_MANY_ROWS = 512  # of one expert; a CPU computes more rows in pieces of about this size
-_WIDE = 256  # columns of x; with fewer, CPUs compute the pre-activation again faster than they write and read it
+_MANY_ROWS = 512  # rows of one expert; a CPU computes more rows in pieces of about this size
+_WIDE = 256  # columns of x; with fewer, a CPU recomputes the pre-activation faster than it writes and reads it
 
 
 class _Plan(NamedTuple):
-    """First C=`together` rows of every expert at once, in `pieces` pieces; then the other rows in blocks of `block`."""
+    """How the rows are computed.
+
+    The first C = `together` rows of every expert are computed at once, in `pieces` pieces. Then the other rows follow,
+    in blocks of `block` rows.
+    """
 
     together: int
     block: int
@@ -39,9 +43,9 @@ class _Plan(NamedTuple):
 
 
 def plan(rows: int, experts: int) -> _Plan:
-    """The sizes for a mean number of rows per expert, as measured on CPUs.
+    """Return the sizes for this mean number of rows per expert, as measured on CPUs.
 
-    Batched products of fewer than 48 rows are slow there.
+    On CPUs, batched products of fewer than 48 rows are slow.
     """
     mean = rows / experts
     if mean < 4:
@@ -72,7 +76,10 @@ def _gated(gate, y):
 
 
 def _affine_backward(x, w, b, gate, dy):
-    """Gradients of gate * (x @ w + b). With dx' = dy @ w^T, dgate = <x, dx'> + <b, dy>: x @ w is not needed again."""
+    """Return the gradients (dx, dw, db, dgate) of gate * (x @ w + b).
+
+    With dx' = dy @ w^T, dgate = <x, dx'> + <b, dy>. So x @ w is not needed again.
+    """
     dx, gated, d_gate, d_b = _dot(dy.astype(x.dtype), w.T), _gated(gate, dy), None, None
     if gate is not None:
         d_gate = (x.astype(dx.dtype) * dx).sum(-1, keepdims=True)
@@ -85,7 +92,7 @@ def _affine_backward(x, w, b, gate, dy):
 
 
 class _Function(NamedTuple):
-    """A function of one expert's rows, and how the rows of its arrays are ordered.
+    """A function of the rows of one expert, and the order of the rows of its arrays.
 
     `forward(weights, rows) -> (y, saved rows)`; `backward(weights, rows, saved, dy) -> (d_weights, d_rows)`.
     """
@@ -101,7 +108,7 @@ def _linear_forward(weights, rows):
     weight, bias = weights
     x, gate = rows
     y = _gated(gate, _affine(x, weight, bias))
-    return (y.astype(x.dtype) if gate is None else y), ()  # gated rows are summed over k in fp32 first
+    return (y.astype(x.dtype) if gate is None else y), ()  # rows with a gate stay in fp32 until they are summed over k
 
 
 def _linear_backward(weights, rows, saved, dy):
@@ -128,7 +135,7 @@ def _mlp_backward(activation, weights, rows, saved, dy):
     return (d_w_in, d_b_in, d_w_out, d_b_out), (dx.astype(x.dtype), d_gate)
 
 
-# One object for each activation, so that jit finds the program that it has compiled for it.
+# One object for each activation, so that jit finds the program that it compiled for this activation.
 _MLP = {name: (partial(_mlp_forward, name), partial(_mlp_backward, name)) for name in ACTIVATIONS}
 
 
@@ -154,7 +161,7 @@ def _sum_over_choices(y, routing):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _grouped(function: _Function, weights, rows, routing):
-    """Apply the function to every row with the weights of its expert; rows without an expert give zero."""
+    """Apply the function to every row with the weights of its expert. The result of a row without an expert is zero."""
 
     def block(w, xs, valid):
         return function.forward(w, xs)[:1], ()
@@ -183,7 +190,7 @@ def _grouped_backward(function, residuals, dy):
         d_w, d_xs = function.backward(w, xs, saved_rows, d.astype(sum_type(d)))
         return d_xs, d_w
 
-    # The gradient of a token's row is the sum over its k choices: the block returns one row per pair.
+    # The gradient of the row of a token is the sum over its k choices, so the block returns one row per pair.
     d_rows = tuple("pair" if r == "token" else r for r in function.in_rows)
     orders = (*function.in_rows, function.out_rows, *function.saved_rows)
     d_xs, d_w = _map_blocks(block, weights, (*rows, dy, *saved), orders, d_rows, routing)
@@ -196,14 +203,14 @@ def _grouped_backward(function, residuals, dy):
 
 
 _grouped.defvjp(_grouped_forward, _grouped_backward)
-_jitted = jax.jit(_grouped, static_argnums=0)  # outside of any jit the loop would be compiled at every call
+_jitted = jax.jit(_grouped, static_argnums=0)  # without a jit, the loop would be compiled at every call
 
 
 def _map_blocks(block, weights, arrays, in_rows, out_rows, routing: Routing):
     """Run `block(weights of e, rows of e, valid) -> (row outputs, weight outputs)` over all rows of all experts.
 
-    `in_rows` and `out_rows` say how each array's rows are ordered. Weight outputs are summed per expert. A None among
-    the arrays or outputs stays None.
+    `in_rows` and `out_rows` say how the rows of each array are ordered. Weight outputs are summed per expert. A None
+    among the arrays or outputs stays None.
     """
     k = routing.expert_indices.shape[1]
     R, E = routing.order.shape[0], routing.num_experts
@@ -211,7 +218,7 @@ def _map_blocks(block, weights, arrays, in_rows, out_rows, routing: Routing):
     starts, ends = routing.offsets[:-1], routing.offsets[1:]
 
     def zeros(shape, dtype):
-        return jnp.zeros_like(starts, dtype, shape)  # vary over the mesh axes that all arrays vary over
+        return jnp.zeros_like(starts, dtype, shape)  # vary over the same mesh axes as the arrays
 
     def take(p):
         pair = routing.order[p]
@@ -228,13 +235,13 @@ def _map_blocks(block, weights, arrays, in_rows, out_rows, routing: Routing):
             lambda s: zeros((E, *s.shape), s.dtype), shapes[1]
         )
 
-    # The expert and the rank within it of every row, in the order of each output.
+    # For every pair, its expert and its rank among the rows of this expert.
     pair_expert = routing.expert_indices.reshape(-1)
     clipped = jnp.minimum(pair_expert, E - 1)
     pair_rank = routing.inverse - starts[clipped]
 
     def placed(y, order):
-        """Rows [E, C, ...] of the experts, in the order of an output. All other rows of the output are zero."""
+        """Put the rows [E, C, ...] of the experts in the order of an output. All other rows of the output are zero."""
         expert, rank = (
             (pair_expert, pair_rank) if order == "pair" else (pair_expert[routing.order], pair_rank[routing.order])
         )
@@ -252,7 +259,7 @@ def _map_blocks(block, weights, arrays, in_rows, out_rows, routing: Routing):
         outs = jax.tree.map(lambda s: zeros((R, *s.shape[1:]), s.dtype), tuple(rows_out))
         sums = jax.tree.map(lambda s: zeros((E, *s.shape), s.dtype), sums)
 
-    # Blocks beyond the first C rows: block i belongs to the expert whose cumulative count of blocks passes i.
+    # Blocks beyond the first C rows. Block i belongs to the first expert whose cumulative number of blocks is above i.
     blocks = jnp.cumsum(-(-jnp.maximum(routing.counts - C, 0) // size))
 
     def add_block(i, state):
@@ -271,17 +278,17 @@ def _map_blocks(block, weights, arrays, in_rows, out_rows, routing: Routing):
         )
         return outs, jax.tree.map(lambda total, part: total.at[e].add(part), sums, expert_sums)
 
-    # The expected number: no block when the experts are balanced; with C = 0, as few blocks as can hold all rows.
+    # The expected number of passes: none if the experts are balanced. With C = 0: the fewest blocks that hold all rows.
     trips = 0 if C else math.ceil(R / size)
     return cost.loop(trips, lambda state: lax.fori_loop(0, blocks[-1], add_block, state))((outs, sums))
 
 
 def _together(run, weights, starts, ends, C: int, pieces: int):
-    """`run` over the first C rows of every expert.
+    """Call `run` for the first C rows of every expert.
 
-    On a CPU, many rows are computed two experts at a time: their rows stay in the cache, which saves more time than the
-    copy of their weights takes. They are also computed piece by piece. Pieces for which neither of the two experts has
-    rows are left out; there are such pieces when tokens have halted.
+    On a CPU, many rows are computed two experts at a time. Their rows stay in the cache, which saves more time than the
+    copy of their weights takes. They are also computed piece by piece. A piece is left out if neither of the two
+    experts has rows in it. There are such pieces when tokens have halted.
     """
     E, size = len(starts), C // pieces
 

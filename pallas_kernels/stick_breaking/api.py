@@ -33,45 +33,46 @@ def stick_breaking_attention(
     implementation: str | Sequence[str] | None = None,
     tiles: tuple[int, int] | None = None,
 ):
-    r"""Attention whose weights break a stick from the nearest key leftward.
+    r"""Compute attention whose weights break a stick, from the nearest key to the left.
 
-    Query q has a stick of length one and visits its keys from the nearest one leftward. Every key breaks off a share
-    beta[q,k] = sigmoid(z[q,k]) of what is left of the stick, with z[q,k] = scale * <query_q, key_k>:
+    Query q has a stick of length one and visits its keys from the nearest one to the left. Every key breaks off a share
+    beta[q,k] = sigmoid(z[q,k]) of the stick that is left, with z[q,k] = scale * <query_q, key_k>:
 
       A[q,k] = beta[q,k] * prod_{k < m < q} (1 - beta[q,m]),   out[q] = sum_k A[q,k] value_k,
       rem[q] = prod_k (1 - beta[q,k]) = 1 - sum_k A[q,k].
 
-    The weights and `rem` sum to one; there is no normalisation and no position. Query head n reads key head
+    The weights and `rem` sum to one; there is no normalisation and no position embedding. Query head n reads key head
     n // (N // K). Sums run in fp32 (fp64 for fp64), whatever the type of the inputs.
 
     Args:
       query: [B, T, N, H].
       key: [B, S, K, H], N a multiple of K.
       value: [B, S, K, Hv].
-      segment_ids: [B, T], attention stays within equal ids. A negative id is padding: out 0, rem 1.
+      segment_ids: [B, T]. A query sees only keys with the same id. A negative id is padding: out is 0, and rem is 1.
       key_segment_ids: [B, S], by default `segment_ids` (when T = S).
       query_offset: position of the first query among the keys, an int or [B]; S - T by default.
       scale: multiplier of the logits, 1 / sqrt(H) by default; differentiable.
-      attend_current: also break off a piece for the key at the query's own position.
-      window: attend only to keys with q - k <= window.
-      skip_below: a log2 threshold, such as -24. Keys further left are skipped once every row of a query tile has less
-        than 2^skip_below of its stick left; the skipped weights sum to less than that, and `rem` is the stick left at
-        that point.
-      return_stats: also return `Stats(log_rem [B,T,N], kept [B,K])`: the natural logarithm of the stick left, which
-        does not underflow and is differentiable, and the share of the key tiles in reach that were computed.
+      attend_current: whether the key at the position of the query also breaks off a share.
+      window: a query attends only to keys with q - k <= window.
+      skip_below: a log2 threshold, such as -24. When every row of a query tile has less than 2^skip_below of its stick
+        left, the keys further left are skipped. The skipped weights of a query sum to less than 2^skip_below, and `rem`
+        is the stick left at that point.
+      return_stats: whether to return also `Stats(log_rem [B,T,N], kept [B,K])`. `log_rem` is the natural logarithm of
+        the stick left. It does not underflow, and it is differentiable. `kept` is the share of the key tiles in reach
+        that were computed.
       implementation: "mosaic", "triton", "xla", "reference", a sequence of them in order of preference, or None for
-        the best one that takes this call (see `explain`).
-      tiles: (query rows, key columns) of a tile, instead of the implementation's own choice.
+        the best one that can run this call (see `explain`).
+      tiles: (query rows, key columns) of a tile. By default the implementation chooses.
 
     Returns:
       (out [B,T,N,Hv] in the type of `value`, rem [B,T,N] in fp32 or fp64), both differentiable; with `return_stats`
       also the `Stats`.
 
     Raises:
-      ValueError: shapes or dtypes that do not fit, named by their letters; arrays that a mesh divides along other axes
-        than B, N and K (docs/transformations.md).
+      ValueError: shapes or dtypes do not fit (the message has their letters); a mesh divides arrays along other axes
+        than B, N and K (docs/reference/transformations.md).
       NotImplementedError: a named implementation cannot run this call.
-      TypeError: a forward-mode derivative (`jax.jvp`), which only the reference has.
+      TypeError: a forward-mode derivative (`jax.jvp`) is taken. Only the reference has one.
 
     Source: "Scaling Stick-Breaking Attention", arXiv 2410.17980.
 
@@ -101,12 +102,12 @@ def stick_breaking_weights(
     attend_current: bool = False,
     window: int | None = None,
 ) -> Float[Array, "B N T S"]:
-    r"""The weights of `stick_breaking_attention` as an array, to look at: A [B,N,T,S] in fp32 (fp64 for fp64).
+    r"""Return the weights of `stick_breaking_attention`, for inspection: A [B,N,T,S] in fp32 (fp64 for fp64).
 
       A[q,k] = beta[q,k] * prod_{k < m < q} (1 - beta[q,m]),   beta = sigmoid(scale * <query_q, key_k>),
 
-    and zero for the keys that a query does not see. A row sums to 1 - rem. They are computed by this definition,
-    which needs memory for T * S numbers per head; `stick_breaking_attention` makes no such array.
+    and zero for the keys that a query does not see. A row sums to 1 - rem. The weights are computed by this
+    definition, which needs memory for T * S numbers per head. `stick_breaking_attention` makes no such array.
 
     Args:
       query: [B, T, N, H].
@@ -114,7 +115,7 @@ def stick_breaking_weights(
       segment_ids, key_segment_ids, query_offset, scale, attend_current, window: as in `stick_breaking_attention`.
 
     Raises:
-      ValueError: as in `stick_breaking_attention`; weights of more than 1 GiB.
+      ValueError: as in `stick_breaking_attention`; the weights take more than 1 GiB.
 
     >>> import jax.numpy as jnp
     >>> zeros = jnp.zeros((1, 4, 1, 8))  # every beta is one half
@@ -143,13 +144,13 @@ def _weights(call: Call):
 def merge_stick_breaking(
     near: tuple[Float[Array, "*b Hv"], Float[Array, "*b"]], far: tuple[Float[Array, "*b Hv"], Float[Array, "*b"]]
 ) -> tuple[Float[Array, "*b Hv"], Float[Array, "*b"]]:
-    """Join the attention of the same queries over two runs of keys, the nearer one first.
+    """Merge the attention of the same queries over two ranges of keys, the nearer range first.
 
-    With (o, r) the output and the stick left: o = o_near + r_near * o_far, r = r_near * r_far. Associative.
+    With output o and stick left r: o = o_near + r_near * o_far, r = r_near * r_far. The operation is associative.
 
     Args:
       near: (out [..., Hv], log_rem [...]) over the nearer keys; log_rem is the natural logarithm.
-      far: the same over the keys further left.
+      far: (out, log_rem) over the keys further left.
 
     Returns:
       (out, log_rem) over both.

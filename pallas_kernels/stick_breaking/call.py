@@ -1,4 +1,4 @@
-"""One checked call of stick-breaking attention, and which keys its queries see: shared by every implementation."""
+"""The checked arguments of one call of stick-breaking attention, and its mask. Every implementation uses them."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from ..partition import STATIC, Letters
 
 
 class Call(NamedTuple):
-    """Arrays and settings of one call; every default is resolved."""
+    """Arrays and settings of one call. Default values are already filled in."""
 
     query: jax.Array  # [B, T, N, H]
     key: jax.Array  # [B, S, K, H]
@@ -36,10 +36,13 @@ class Mask(NamedTuple):
     S: int
     attend_current: bool
     window: int | None
-    static_offset: int | None  # the offset when it is known before running
+    static_offset: int | None  # the offset, if it is known when the call is traced
 
     def visible(self, where: Where, q, k):
-        """bool [len(q), len(k)] for one batch entry; an index outside the arrays (padding of a tile) sees nothing."""
+        """Return whether query q sees key k, for one batch entry: bool [len(q), len(k)].
+
+        An index outside the arrays (the padding of a tile) sees nothing, and no query sees it.
+        """
         offset = where.offset if self.static_offset is None else self.static_offset
         distance = (offset + q)[:, None] - k[None, :]
         seen = (distance >= (0 if self.attend_current else 1)) & (q < self.T)[:, None] & (k < self.S)[None, :]
@@ -60,7 +63,10 @@ class Stats(NamedTuple):
 
 
 def letters(call: Call) -> Letters:
-    """The op is a map over the batch and over the key heads; query heads are divided like the key heads they read."""
+    """Return the letters of a call: the op is a map over the batch and over the key heads.
+
+    Query heads are divided like the key heads that they read.
+    """
     del call
     arrays = Call(
         query="B T N H", key="B S K H", value="B S K Hv", where=Where("B", "B T", "B S"), scale="", mask=STATIC,

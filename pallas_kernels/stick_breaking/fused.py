@@ -1,4 +1,4 @@
-"""The code around the GPU kernels, shared by Mosaic and Triton: the derivative, a few heads at a time, and decoding.
+"""Code around the GPU kernels that Mosaic and Triton share: the derivative, a few heads at a time, and decoding.
 
 The residuals are query, key, value, the cumulative log-decay of every row (two fp32 numbers), and the key tile at which
 every query tile stopped. The output is not kept. `kernels.py` says what the kernels take and return.
@@ -18,18 +18,18 @@ from .kernels import Kernels, Plan
 from .key_ranges import key_tile_ranges
 
 SNAPSHOTS = 2**31  # bytes; if all snapshots need more, the backward pass takes fewer heads at a time
-SPLIT = 256  # the fewest keys that are worth a split of their own
+SPLIT = 256  # the fewest keys of a split
 ROUND = 512  # keys read first when decoding with skip_below; every further round reads twice as many
 LN2 = math.log(2)
 
 
 def attention(kernels: Kernels, call: Call):
-    """(out [B,T,N,Hv], log_rem [B,T,N], share of the key tiles computed [B,K]).
+    """Return (out [B,T,N,Hv], log_rem [B,T,N], share of the key tiles computed [B,K]).
 
-    Arrays are padded to whole multiples of `row_multiple` first. `call.mask` keeps T and S without padding: no query
-    sees a padded key, and the rows of padded queries are cut off, so that their cotangents are zero.
+    First, arrays are padded to whole multiples of `row_multiple`. T and S of `call.mask` do not count the padding, so
+    no query sees a padded key. The rows of padded queries are cut off, so their cotangents are zero.
     """
-    scale = jnp.full_like(call.query, call.scale, jnp.float32, shape=())  # varies over the mesh axes as query does
+    scale = jnp.full_like(call.query, call.scale, jnp.float32, shape=())  # varies over the same mesh axes as query
     static = call._replace(query=None, key=None, value=None, scale=None, where=None)
     arrays = (_padded(x, kernels.row_multiple) for x in (call.query, call.key, call.value))
     out, log_rem, kept = _attention(*arrays, scale, call.where, static, kernels)
@@ -37,7 +37,7 @@ def attention(kernels: Kernels, call: Call):
 
 
 def _padded(x, multiple: int):
-    """[B, rows, ..] with zeros behind the rows, up to a multiple; an array that needs none stays as it is."""
+    """Append rows of zeros to x [B, rows, ..], up to a multiple of `multiple` rows, if they are needed."""
     missing = -x.shape[1] % multiple
     return jnp.pad(x, ((0, 0), (0, missing)) + ((0, 0),) * (x.ndim - 2)) if missing else x
 
@@ -78,9 +78,9 @@ _attention.defvjp(_forward, _backward)
 
 
 def _for_tiles_of(plan: Plan, log_decay, reached):
-    """`log_decay` and `reached` of the forward pass, for the tiles of the backward pass.
+    """Convert `log_decay` and `reached` from the tiles of the forward pass to the tiles of the backward pass.
 
-    Those tiles have as many query rows as the tiles of the forward pass, or fewer.
+    The tiles of the backward pass have the same number of query rows as those of the forward pass, or fewer.
     """
     times = log_decay.shape[-1] // reached.shape[-1] // plan.row_tile
     if times == 1:
@@ -89,7 +89,10 @@ def _for_tiles_of(plan: Plan, log_decay, reached):
 
 
 def _gradients(kernels: Kernels, plan: Plan, arrays, scale, planned):
-    """(dq, parts of d_scale, dk, dv), a few heads at a time, so that their snapshots fit into SNAPSHOTS bytes."""
+    """Return (dq, parts of d_scale, dk, dv).
+
+    A few heads are computed at a time, so that their snapshots fit into SNAPSHOTS bytes.
+    """
     query, key, value, d_out, d_log_rem, log_decay, reached = arrays
 
     def gradients_of_heads(plan, query, key, value, d_out, d_log_rem, log_decay, reached, planned):
@@ -129,9 +132,9 @@ def _gradients(kernels: Kernels, plan: Plan, arrays, scale, planned):
 
 
 def _planned(call: Call, plan: Plan, per_position: int = 1):
-    """The last arguments of a kernel.
+    """Return the last arguments of a kernel.
 
-    These are the key-tile ranges, padded to whole blocks, the offsets, and the segment ids, padded to whole tiles.
+    They are the key-tile ranges, padded to whole blocks, the offsets, and the segment ids, padded to whole tiles.
     """
     key_ranges = key_tile_ranges(call, plan.row_tile, plan.key_tile, per_position)
     missing = plan.padded // plan.row_tile - key_ranges.shape[1]
@@ -146,7 +149,7 @@ def _planned(call: Call, plan: Plan, per_position: int = 1):
 
 
 def _share_visited(plan: Plan, key_ranges, reached):
-    """The share of the key tiles in reach that were visited, [B,K]."""
+    """Return the share of the key tiles in reach that were visited, [B,K]."""
     if plan.skip_below is None:
         return jnp.ones((plan.B, plan.K), jnp.float32)
     stop, start = key_ranges[:, None, :, 0], key_ranges[:, None, :, 3]
@@ -155,7 +158,7 @@ def _share_visited(plan: Plan, key_ranges, reached):
     return jnp.where(in_reach == 0, 1, visited / jnp.maximum(in_reach, 1)).astype(jnp.float32)
 
 
-# Decoding: the queries of a group are the rows of one tile, and the keys are split over the multiprocessors.
+# Decoding. The query heads of a group are the rows of one tile, and the keys are split over the multiprocessors.
 
 
 def is_decoding(call: Call) -> bool:
@@ -171,7 +174,8 @@ def splits(call: Call) -> int:
 def _decode(kernels: Kernels, call: Call):
     """Attend to every split of the keys, and merge the results.
 
-    With skip_below the keys are taken in rounds, the nearest first, until no row has enough of its stick left.
+    With skip_below, the keys are read in rounds, the nearest keys first. The rounds end when every row has less than
+    2^skip_below of its stick left.
     """
     (B, _, N, H), (K, Hv), T = call.query.shape, call.value.shape[2:], call.mask.T
     G, P = N // K, splits(call)
@@ -182,7 +186,7 @@ def _decode(kernels: Kernels, call: Call):
     stop, start = key_ranges[..., 0], key_ranges[..., 3]
 
     def attend(high, low):
-        """Key tiles low..high-1 of every row tile: (out [B,K,rows,Hv], log_decay [B,K,rows]), all in fp32."""
+        """Attend to key tiles low..high-1. Return (out [B,K,rows,Hv], log_decay [B,K,rows]) in fp32."""
         share = jnp.arange(P + 1).reshape(-1, 1, 1)
         edges = low[None] + (high - low)[None] * share // P
         clipped = jnp.clip(key_ranges[None], edges[:-1, ..., None], edges[1:, ..., None])

@@ -1,4 +1,4 @@
-"""What Mosaic and Triton each give to `fused`: a set of attention kernels, and the static sizes of their calls."""
+"""The interface between `fused` and the backends Mosaic and Triton: attention kernels, and the sizes of their calls."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
@@ -8,34 +8,34 @@ import jax.numpy as jnp
 from .. import cost
 from .call import Call
 
-CACHED = 16 * 2**20  # bytes of keys and values that the level-2 cache of a GPU certainly holds
+CACHED = 16 * 2**20  # bytes of keys and values that fit into the level-2 cache of every GPU
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Static sizes of one call of a kernel. A set of kernels adds the sizes that it alone needs."""
+    """Static sizes of one call of a kernel. Each backend adds the sizes that only its kernels need."""
 
     B: int
-    rows: int  # query rows of a head: T, or T * G where the heads of a group are packed (decoding)
+    rows: int  # query rows of a head: T, or T * G if the heads of a group are packed (decoding)
     S: int
     N: int
     K: int
     H: int
     Hv: int
     dtype: jnp.dtype
-    row_tile: int  # query rows of a tile, each with a key-tile range of its own
+    row_tile: int  # query rows of a tile; every tile has its key-tile range
     key_tile: int  # keys of a tile
     attend_current: bool
     window: int | None
     skip_below: float | None
     segments: bool  # whether the call has segment ids
     per_position: int = 1  # query rows at one position
-    splits: int = 1  # parts of the keys; each is a batch entry of its own in the key-tile ranges and in the results
+    splits: int = 1  # parts of the keys; each part is a batch entry in the key-tile ranges and in the results
     out_dtype: jnp.dtype | None = None  # None: dtype
 
     @staticmethod
     def sizes_of(call: Call) -> dict[str, Any]:
-        """The fields that follow from a call alone."""
+        """Return the fields that depend only on the call."""
         (B, _, N, H), (K, Hv), mask = call.query.shape, call.value.shape[2:], call.mask
         return dict(
             B=B, rows=mask.T, S=mask.S, N=N, K=K, H=H, Hv=Hv, dtype=call.query.dtype, window=mask.window,
@@ -44,7 +44,10 @@ class Plan:
         )  # fmt: skip
 
     def decoding(self, G: int, splits: int, **sizes: Any) -> "Plan":
-        """The plan for decoding. The G query heads of a key head become rows of one head, and the keys are split."""
+        """Return the plan for decoding.
+
+        The G query heads of a key head become rows of one head, and the keys are split.
+        """
         return replace(
             self, rows=self.rows * G, N=self.K, per_position=G, splits=splits, out_dtype=jnp.float32, skip_below=None,
             **sizes,
@@ -52,7 +55,7 @@ class Plan:
 
     @property
     def block_rows(self) -> int:
-        """Query rows of a head that one block computes."""
+        """The number of query rows of a head that one block computes."""
         return self.row_tile
 
     @property
@@ -71,7 +74,7 @@ class Plan:
 
     @property
     def entries(self) -> int:
-        """Batch entries of the results."""
+        """The number of batch entries of the results."""
         return self.B * self.splits
 
     @property
@@ -83,7 +86,7 @@ class Plan:
 
     @property
     def scores(self) -> int:
-        """(query, key) pairs inside the mask, if the last query stands at the last key."""
+        """The number of (query, key) pairs inside the mask, if the last query is at the position of the last key."""
         rows, window = self.rows // self.per_position, self.window
         scores = cost.visible_scores(rows, self.S, attend_current=self.attend_current, window=window)
         return self.B * self.N * self.per_position * scores
@@ -91,30 +94,31 @@ class Plan:
 
 @runtime_checkable
 class Kernels(Protocol):
-    """The attention kernels of one backend. They are hashable: `jax.custom_vjp` takes them as a static argument.
+    """The attention kernels of one backend. They are hashable, because `jax.custom_vjp` takes them as static.
 
-    All kernels take `*planned` last: the key-tile ranges [entries, query tiles, 4], the offsets [B], and, where a call
-    has segments, the ids of its queries [B, padded] and of its keys [B, key_tiles * key_tile]. A head has
-    padded / row_tile query tiles. `reached` [entries, N, query tiles] is the first key tile that each of them visited.
+    The last arguments of every kernel are `*planned`: the key-tile ranges [entries, query tiles, 4], the offsets [B],
+    and, if a call has segments, the ids of its queries [B, padded] and of its keys [B, key_tiles * key_tile]. A head
+    has padded / row_tile query tiles. `reached` [entries, N, query tiles] is the leftmost key tile that each query tile
+    visited.
     """
 
-    snapshot_bytes: int  # of one query row and one key tile
-    row_multiple: int  # the kernels take arrays whose numbers of queries and of keys are multiples of this
+    snapshot_bytes: int  # bytes of the snapshots of one query row and one key tile
+    row_multiple: int  # the numbers of queries and of keys of the arrays must be multiples of this
 
     def plan(self, call: Call, *, backward: bool = False, decoding: tuple[int, int] | None = None) -> Plan:
-        """The sizes for a call. `decoding`: (the query heads of a key head, the splits of the keys)."""
+        """Return the sizes for a call. `decoding`: (query heads of a key head, splits of the keys), or None."""
 
     def forward(self, plan: Any, query, key, value, scale, *planned) -> tuple:
-        """(out [entries,rows,N,Hv], log_decay [2,entries,N,padded], reached).
+        """Return (out [entries,rows,N,Hv], log_decay [2,entries,N,padded], reached).
 
         `log_decay` is the cumulative log-decay of each row, to base 2 and positive, as the sum of two fp32 numbers.
         """
 
     def d_query(self, plan: Any, query, key, value, d_out, d_log_rem, log_decay, reached, scale, *planned) -> tuple:
-        """(d_query, the gradient of the scale for every row [B,N,padded], snapshots).
+        """Return (d_query, the gradient of the scale for every row [B,N,padded], snapshots).
 
         Every element of the snapshots belongs to one head and one key tile.
         """
 
     def d_key_value(self, plan: Any, query, key, value, d_out, snapshots, reached, scale, *planned) -> tuple:
-        """(d_key, d_value)."""
+        """Return (d_key, d_value)."""

@@ -11,7 +11,7 @@ from .call import Call
 
 
 def key_tile_ranges(call: Call, rows: int, columns: int, per_position: int = 1):
-    """(stop, whole_stop, whole_start, start) of every query tile, int32 [B, query tiles, 4], in falling order.
+    """Return (stop, whole_stop, whole_start, start), the largest first, of every query tile: int32 [B, query tiles, 4].
 
     A query tile visits the key tiles start..stop-1. The key tiles whole_start..whole_stop-1 need no mask, because every
     query of the tile sees every key of them. An empty range starts and stops at 0.
@@ -45,7 +45,7 @@ def key_tile_ranges(call: Call, rows: int, columns: int, per_position: int = 1):
         return jnp.zeros((reached.shape[0], len(first_q), 4), jnp.int32)
     stop = jnp.where(reached, tile + 1, 0).max(-1)
     start = jnp.minimum(jnp.where(reached, tile, n).min(-1), stop)
-    # The run of whole tiles that ends nearest to the queries.
+    # Of the runs of tiles that need no mask, the run that ends nearest to the queries.
     whole_stop = jnp.where(whole, tile + 1, 0).max(-1)
     broken = jnp.where(~whole & (tile < whole_stop[..., None]), tile + 1, 0).max(-1)
     is_empty = whole_stop <= start
@@ -55,14 +55,14 @@ def key_tile_ranges(call: Call, rows: int, columns: int, per_position: int = 1):
 
 
 def query_tile_ranges(key_ranges, reached, key_tiles: int):
-    """(first, whole_first, whole_stop, stop) of the query tiles that visit a key tile, int32 [B, N, key tiles, 4].
+    """Return (first, whole_first, whole_stop, stop) of every key tile: int32 [B, N, key tiles, 4].
 
-    The query tiles whole_first..whole_stop-1 visit it and need no mask. The others of first..stop-1 need a mask, and
-    not all of them visit it.
+    These are ranges of the query tiles that visit the key tile. The query tiles whole_first..whole_stop-1 visit it and
+    need no mask. The other query tiles of first..stop-1 need a mask, and not all of them visit the key tile.
 
     Args:
-      key_ranges: what `key_tile_ranges` returned.
-      reached: [B, N, query tiles], the first key tile that each query tile visited in the end.
+      key_ranges: a result of `key_tile_ranges`.
+      reached: [B, N, query tiles], the leftmost key tile that each query tile visited.
     """
     stop, whole_stop, whole_start, start = (key_ranges[:, None, :, None, which] for which in range(4))
     start, key = jnp.maximum(start, reached[..., None]), jnp.arange(key_tiles)[None, None, None]
@@ -78,7 +78,10 @@ def query_tile_ranges(key_ranges, reached, key_tiles: int):
 
 
 def _segment_range(segments, size):
-    """Smallest and largest segment id of every tile, and whether it holds padding (negative ids), [B, tiles]."""
+    """Return (smallest segment id, largest segment id, whether there is padding) of every tile, [B, tiles].
+
+    Padding has negative ids. The smallest id does not count padding.
+    """
     pad = -segments.shape[1] % size
     tiles = jnp.pad(segments, ((0, 0), (0, pad)), mode="edge").reshape(segments.shape[0], -1, size)
     big = jnp.asarray(jnp.iinfo(tiles.dtype).max, tiles.dtype)

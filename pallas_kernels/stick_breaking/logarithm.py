@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 LOG2E = math.log2(math.e)
-# The logit of a masked key, to base e or 2. exp(NOTHING) is zero, and unlike infinity NOTHING - NOTHING is not NaN.
+# The logit of a masked key, to base e or 2. exp(NOTHING) is zero. NOTHING - NOTHING is not NaN, unlike with infinity.
 NOTHING = -1e30
 # log2(1 + y) / y on [0, 1], highest power first, within 2.2e-7: seven multiply-adds instead of a special function.
 LOG2P1 = (

@@ -31,7 +31,7 @@ def refuses(call: Call) -> str | None:
     if call.tiles is not None and call.tiles not in ((ROWS, KEYS), (2 * ROWS, KEYS)):
         return f"takes tiles of (64, 64) and (128, 64), not {call.tiles}"
     if call.tiles == (2 * ROWS, KEYS) and H == Hv == max(WIDTHS):
-        return f"takes tiles of (64, 64) at H={H}, Hv={Hv}, for want of shared memory, not {call.tiles}"
+        return f"takes tiles of (64, 64) at H={H}, Hv={Hv}, not {call.tiles}, which exceed the shared memory"
     return None
 
 
@@ -45,7 +45,7 @@ def detail(call: Call) -> str:
 
 
 def attention(call: Call):
-    """(out [B,T,N,Hv], log_rem [B,T,N], share of the key tiles computed [B,K])."""
+    """Return (out [B,T,N,Hv], log_rem [B,T,N], share of the key tiles computed [B,K])."""
     return fused.attention(KERNELS, call)
 
 
@@ -56,17 +56,17 @@ def _warpgroups(call: Call) -> int:
 
 
 def _bytes(plan: Plan, rows: int) -> int:
-    """Bytes of `rows` rows of width H and as many of width Hv."""
+    """Return the bytes of `rows` rows of width H and `rows` rows of width Hv."""
     return rows * (plan.H + plan.Hv) * jnp.dtype(plan.dtype).itemsize
 
 
 def _plan(call: Call, *, backward: bool = False, decoding: tuple[int, int] | None = None) -> Plan:
-    """As in `Kernels`. Decoding has one tile of rows, so one warpgroup computes."""
+    """Return the sizes for a call, as in `Kernels.plan`. Decoding has one tile of rows, so one warpgroup computes."""
     plan = Plan(stages=2, warpgroups=_warpgroups(call), **Plan.sizes_of(call))
     if decoding is None:
         stages = (MEMORY - _bytes(plan, plan.block_rows)) // _bytes(plan, KEYS)
         return replace(plan, stages=max(2, min(3 if backward else 4, stages)))
-    # The results are float32 and have memory of their own: at H = Hv = 256 one stage is left.
+    # The results are float32 and do not share the memory of the queries: at H = Hv = 256 only one stage fits.
     bytes_of_rows = ROWS * (plan.H * plan.dtype.itemsize + plan.Hv * 4)
     return plan.decoding(*decoding, warpgroups=1, stages=max(1, min(4, (MEMORY - bytes_of_rows) // _bytes(plan, KEYS))))
 

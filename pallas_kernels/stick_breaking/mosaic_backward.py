@@ -2,9 +2,10 @@
 
 With dA = dO V^T, a = A dA and P = d_log_rem + the sum of a over the keys further left,
     dz = (1 - beta) a - beta P,  dq = scale dz K,  dk = scale dz^T Q,  dv = A^T dO.
-`d_query` owns 64 rows per warpgroup and walks the key tiles from the left, which makes P a running sum; it leaves, for
-every pair of tiles, the stick on entry and P (`snapshots`). `d_key_value` owns 64 keys and reads them in any order.
-Here is what both share: they recompute the weights of a tile half by half.
+A warpgroup of `d_query` owns 64 query rows and walks the key tiles from the left, so P is a running sum. For every pair
+of a query tile and a key tile, it stores the cumulative log-decay on entry and P (`snapshots`). A block of
+`d_key_value` owns 64 keys and reads the snapshots in any order. This file has the code that both kernels share: they
+recompute the weights of a tile, one half after the other.
 """
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -15,14 +16,14 @@ from .. import mosaic_shims as shims
 from .mosaic_tile import KEYS, ROWS, sticks
 
 HALF = KEYS // 2  # a whole tile would not fit the registers next to the sums
-SWIZZLE = 64  # bytes: as wide as a half, along which tiles are multiplied
+SWIZZLE = 64  # bytes: the width of half a tile, because a product takes one half
 
 
 def weights_of(z, seen, entering):
-    """(A, the logarithms of beta and 1 - beta) of logits z in units of log2.
+    """Return (A, (log2 of beta, log2 of 1 - beta)) of logits z in units of log2.
 
-    `entering`: the cumulative log-decay of the rows before the tile. It may be a function that takes the log-decay over
-    this tile and returns the log-decay before it.
+    `entering`: the cumulative log-decay of the rows before the tile. It may also be a function that takes the log-decay
+    over this tile and returns the cumulative log-decay before the tile.
     """
     log_beta, softplus = sticks(z, seen)
     start = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), shims.ROW) if callable(entering) else entering
@@ -33,6 +34,9 @@ def weights_of(z, seen, entering):
 
 
 def d_logits(a, logs, prefix):
-    """(dz, the sum of a): neither beta nor 1 - beta is one minus the other."""
+    """Return (dz, the sum of a over the keys of the tile). `prefix`: P of the rows before the tile.
+
+    beta and 1 - beta each come from a logarithm in `logs`. To compute one as 1 minus the other would lose precision.
+    """
     beta, rest = (jnp.exp2(x) for x in logs)
     return shims.minus_sum_left(rest * a, beta, a, prefix)

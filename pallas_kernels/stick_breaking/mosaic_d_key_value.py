@@ -1,22 +1,25 @@
 """The gradients of keys and values on Hopper GPUs: see mosaic_backward.py.
 
-docs/kernels/stick_breaking.md explains the barriers.
+docs/design/attention_kernels.md explains the barriers.
 
-A block owns 64 keys of one head. In steps it goes through the query tiles that visit them, those that need no mask
-first. Two warpgroups compute A and dz of a step, half of it each, and exchange them through shared memory. Then the
-first adds A^T dO to dv, the second dz^T Q to dk: no warpgroup holds both sums, which take width / 2 registers of a
-thread each. There are two arrangements:
+A block owns 64 keys of one key head. In steps, it computes the query tiles that visit these keys. The steps that need
+no mask come first. Two warpgroups compute A and dz of a step, half of it each, and exchange them through shared memory.
+Then the first warpgroup adds A^T dO to dv, and the second one adds dz^T Q to dk. So no warpgroup holds both sums. Each
+sum takes width / 2 registers of a thread. There are two arrangements:
 
-- H and Hv up to 128: a step is two neighbouring query tiles, one for each warpgroup. A third warpgroup copies, so that
-  a thread has 168 registers.
-- H or Hv above 128: a sum takes 128 registers, and 168 are not enough. There is no third warpgroup, so that a thread
-  has 255; the first warpgroup also copies, one step ahead. A step is one query tile, and each warpgroup computes it for
-  one half of the keys. Two steps fit into the shared memory.
+- H and Hv up to 128: a step is two neighbouring query tiles, one for each warpgroup. A third warpgroup copies. With
+  three warpgroups, a thread has 168 registers.
+- H or Hv above 128: a sum takes 128 registers, so 168 are not enough. There is no third warpgroup, so a thread has 255
+  registers. The first warpgroup also copies, one step ahead. A step is one query tile, and each warpgroup computes it
+  for one half of the keys. Two steps fit into the shared memory.
 
-Predicted at H = Hv = 256, for 64 queries and 64 keys: 2560 clocks of the tensor cores (2048, and half as much again for
-the products with 32 keys, which read the queries from shared memory for few columns), 1500 issue slots, 66 KB to copy.
-A block for each sum would fit the registers of three warpgroups, but compute the weights twice: five products, six
-special functions for a score instead of four, and every query tile copied twice.
+Prediction at H = Hv = 256, for 64 queries and 64 keys: 2560 clocks of the tensor cores, 1500 issue slots, 66 KB to
+copy. The clocks are 2048 plus 512: the products with 32 keys take half as long again, because they read the queries
+from shared memory for few columns.
+
+The alternative is one block for each sum. It would fit the registers of three warpgroups, but it would compute the
+weights twice: five products instead of four, six special functions for a score instead of four, and every query tile
+would be copied twice.
 """
 
 from functools import partial, reduce
@@ -35,8 +38,8 @@ from .mosaic_backward import HALF, SWIZZLE, d_logits, weights_of
 from .mosaic_tile import KEYS, ROWS, Plan, tile_memory, visible, zeros
 
 STAGES = 2  # steps in shared memory
-NOWHERE = -(2**30)  # a position left of all keys
-END = -1  # the kind of a tile that is none: it marks the end of a pass
+NOWHERE = -(2**30)  # a position to the left of all keys
+END = -1  # the kind of the tiles in the step that ends a pass; this step has no tiles
 
 
 class Inputs(NamedTuple):
@@ -44,7 +47,7 @@ class Inputs(NamedTuple):
     key: Any  # [B, S, K, H]
     value: Any  # [B, S, K, Hv]
     d_out: Any  # [B, T, N, Hv]
-    snapshots: Any  # [B, N, key tiles, 2 halves, 2, rows padded]: the stick on entry, and P
+    snapshots: Any  # [B, N, key tiles, 2 halves, 2, rows padded]: the log-decay on entry, and P
     reached: Any  # [B, N, query tiles]
     scale: Any  # [1]
     key_ranges: Any  # [B, query tiles, 4]
@@ -58,24 +61,24 @@ class Outputs(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """Shared memory of a block, then its barriers. A step has `tiles` query tiles: 2, or 1 where a sum is wide."""
+    """Shared memory of a block, then its barriers. A step has `tiles` query tiles: 2, or 1 if `is_wide`."""
 
     key: Any  # [2 halves, HALF, H]
     value: Any  # [2 halves, HALF, Hv]
-    query: Any  # of each tile of a step: [STAGES, ROWS, H]
-    d_out: Any  # of each tile of a step: [STAGES, ROWS, Hv]
+    query: Any  # for each tile of a step: [STAGES, ROWS, H]
+    d_out: Any  # for each tile of a step: [STAGES, ROWS, Hv]
     snapshots: Any  # [STAGES, tiles, 2 halves, 2, ROWS]
     visits: Any  # [STAGES, tiles, 2]: the kind of each tile, or END; its first row
     weights: Any  # [tiles, ROWS, KEYS]
     d_logits: Any  # [tiles, ROWS, KEYS]
-    resident: Any  # the keys and values are there
+    resident: Any  # the keys and values have arrived
     ring: pipeline.Ring
     exchanged: Any  # both warpgroups have written their A and dz of the step
     drained: Any  # both warpgroups have read the A and dz of the step
 
 
 class Block(NamedTuple):
-    """Which keys a block owns."""
+    """The keys that a block owns."""
 
     b: Any  # batch entry
     head: Any  # key head
@@ -83,13 +86,13 @@ class Block(NamedTuple):
 
 
 def has_steps_left(state):
-    """Whether there are steps at this cursor or behind it. `state`: (cursor, step), see `_copies`."""
+    """Return whether there are steps at this cursor or after it. `state`: (cursor, step), see `_copies`."""
     cursor, _ = state
     return cursor[0] < 2
 
 
 def is_wide(plan: Plan) -> bool:
-    """Whether a sum leaves a thread of three warpgroups too few registers."""
+    """Return whether a sum needs so many registers that a block can have only two warpgroups."""
     return max(plan.H, plan.Hv) > 128
 
 
@@ -97,10 +100,10 @@ def d_key_value(
     plan: Plan, query, key, value, d_out, snapshots, reached, scale, key_ranges, offset,
     query_segments=None, key_segments=None,
 ):  # fmt: skip
-    """(dk [B,S,K,H], dv [B,S,K,Hv])."""
+    """Return (dk [B,S,K,H], dv [B,S,K,Hv])."""
     wide, dtype = is_wide(plan), plan.dtype
     tiles = 1 if wide else 2
-    copies = 3 * tiles  # of a step
+    copies = 3 * tiles  # the number of copies of a step
 
     def kernel(inputs: Inputs, outputs: Outputs, scratch: Scratch):
         item = lax.axis_index("block")
@@ -148,18 +151,18 @@ def d_key_value(
 
 
 def _copies(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, copies: int):
-    """The function offer(cursor, step) -> (the next cursor, the next step), which copies the step if it is due.
+    """Return the function offer(cursor, step) -> (the next cursor, the next step). It copies the step if it is due.
 
-    A cursor is (pass, query head of the key head, query tile). It goes over all query tiles twice. In the first pass
-    the steps that need no mask are due, in the second pass the steps that need one. A pass ends with a step that has no
-    tiles; it is always due.
+    A cursor is (pass, query head of the key head, query tile). It goes over all query tiles twice. In the first pass,
+    the steps that need no mask are due. In the second pass, the steps that need a mask are due. A pass ends with a step
+    that has no tiles. This step is always due.
     """
     b, head, j = block
     G, tiles = plan.N // plan.K, len(scratch.query)
     query_tiles = inputs.key_ranges.shape[1]
 
     def kind(n, i):
-        """0: not visited, 1: with a mask, 2: whole."""
+        """Return 0 if query tile i does not visit the keys, 1 if it needs a mask, 2 if it needs no mask."""
         inside = i < query_tiles
         i = jnp.minimum(i, query_tiles - 1)
         stop, whole_stop, whole_start, start = (inputs.key_ranges[b, i, which] for which in range(4))
@@ -185,7 +188,7 @@ def _copies(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, copies: 
         @pl.when(is_due & ~is_end)
         def _():
             for w in range(tiles):
-                # A tile that does not visit the keys is replaced by the other one, and then sees no key.
+                # A tile that does not visit the keys is replaced by the other tile, with a mask that hides all keys.
                 row = (i + jnp.where(kinds[w] > 0, w, tiles - 1 - w)) * ROWS
                 for what, x in enumerate((kinds[w], row)):
                     scratch.visits[stage, w, what] = x
@@ -197,7 +200,7 @@ def _copies(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, copies: 
                 ):
                     plgpu.copy_gmem_to_smem(source, memory, scratch.ring.full.at[stage])
 
-        is_last = i + tiles >= query_tiles  # of its query head
+        is_last = i + tiles >= query_tiles  # the last step of a query head
         masked, g = masked + jnp.where(is_end, 1, 0), jnp.where(is_end, 0, g + jnp.where(is_last, 1, 0))
         cursor = masked, g, jnp.where(is_end | is_last, 0, i + tiles)
         return cursor, step + jnp.where(is_due, 1, 0)
@@ -206,15 +209,15 @@ def _copies(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, copies: 
 
 
 def _sum(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, own: int, out_ref, offer) -> None:
-    """What warpgroup `own` does: 0 sums dv, 1 sums dk. With `offer` it also copies, one step ahead.
+    """Run warpgroup `own`: 0 sums dv, 1 sums dk. With `offer`, it also copies, one step ahead.
 
-    The sum leaves through the shared memory of query tiles, when the other warpgroup has read the last of them.
+    The sum is copied out through the shared memory of query tiles, after the other warpgroup has read the last tile.
     """
     b, head, j = block
     dtype, tiles = plan.dtype, len(scratch.query)
     mine, other = ((scratch.weights, scratch.d_out), (scratch.d_logits, scratch.query))[own]
     width, factor = ((plan.Hv, 1.0), (plan.H, inputs.scale[0]))[own]
-    w, halves = (own, (0, 1)) if tiles == 2 else (0, (own,))  # the part of a step whose A and dz this one computes
+    w, halves = (own, (0, 1)) if tiles == 2 else (0, (own,))  # the tile and the halves that this warpgroup computes
     if own == 0:
         for half in range(2):
             for ref, mem in ((inputs.key, scratch.key), (inputs.value, scratch.value)):
@@ -222,7 +225,7 @@ def _sum(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, own: int, o
                 plgpu.copy_gmem_to_smem(part, mem.at[half], scratch.resident)
 
     def copy(cursor, step):
-        """Find the next step and start its copies; returns the cursor behind it."""
+        """Find the next step and start its copies. Return the cursor after it."""
         is_to_find = lambda state: has_steps_left(state) & (state[1] == step)  # noqa: E731
         return lax.while_loop(is_to_find, lambda state: offer(*state), (cursor, step))[0]
 

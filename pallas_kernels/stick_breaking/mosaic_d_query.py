@@ -1,6 +1,7 @@
-"""The gradient of the queries on Hopper GPUs, and the snapshots for that of keys and values: see mosaic_backward.py.
+"""The gradient of the queries on Hopper GPUs, and the snapshots for the gradients of keys and values.
 
-docs/kernels/stick_breaking.md explains the barriers.
+mosaic_backward.py has the mathematics.
+docs/design/attention_kernels.md explains the barriers.
 """
 
 from functools import partial
@@ -35,20 +36,20 @@ class Inputs(NamedTuple):
 
 class Outputs(NamedTuple):
     d_query: Any  # [B, T, N, H]
-    d_scale: Any  # of every row, [B, N, rows padded]
+    d_scale: Any  # [B, N, rows padded]: the part of every row
     snapshots: Any  # [B, N, key tiles, 2 halves, 2, rows padded]: the log-decay on entry, and P
 
 
 class Scratch(NamedTuple):
     """Shared memory of a block, then its barriers."""
 
-    query: Any  # [W, ROWS, H]; in the end the gradient takes its place
+    query: Any  # [W, ROWS, H]; at the end, the gradient overwrites it
     d_out: Any  # [W, ROWS, Hv]
     rows: Any  # [W, 3, ROWS]: the gradient of log_rem, and the log-decay in two floats
     key: Any  # two halves of [stages, HALF, H]
     value: Any  # two halves of [stages, HALF, Hv]
-    snapshots: Any  # [W, 2 halves, 2, ROWS], on their way out
-    loaded: Any  # of each compute warpgroup: its query rows are there
+    snapshots: Any  # [W, 2 halves, 2, ROWS], before they are copied to global memory
+    loaded: Any  # a barrier for each computing warpgroup: its query rows have arrived
     ring: pipeline.Ring
 
 
@@ -56,9 +57,10 @@ def d_query(
     plan: Plan, query, key, value, d_out, d_log_rem, log_decay, reached, scale, key_ranges, offset,
     query_segments=None, key_segments=None,
 ):  # fmt: skip
-    """(dq [B,T,N,H], d_scale of every row [B,N,rows padded], snapshots [B,N,key tiles,2 halves,2,rows padded]).
+    """Return (dq [B,T,N,H], d_scale of every row [B,N,rows padded], snapshots).
 
-    Snapshots of tiles that no row visits are not written. `log_decay` and `reached` are results of the forward pass.
+    The snapshots are [B,N,key tiles,2 halves,2,rows padded]. Snapshots of tiles that no row visits are not written.
+    `log_decay` and `reached` are results of the forward pass.
     """
     W, stages, dtype = plan.warpgroups, plan.stages, plan.dtype
     memory = partial(tile_memory, dtype=dtype, swizzle=SWIZZLE)
@@ -101,13 +103,16 @@ def d_query(
 
 
 def _bound(inputs: Inputs, b, n, first, w, which):
-    """Entry `which` of the key-tile range of query tile first + w, without the tiles that the forward pass left out."""
+    """Return entry `which` of the key-tile range of query tile first + w.
+
+    The range leaves out the key tiles that the forward pass skipped.
+    """
     x = inputs.key_ranges[b, first + w, which]
     return jnp.maximum(x, inputs.reached[b, n, first + w]) if which else x
 
 
 def _copy(plan: Plan, assigned: Assignment, inputs: Inputs, scratch: Scratch) -> None:
-    """The warpgroup that copies: key tiles from left to right."""
+    """Run the warpgroup that copies key tiles, from left to right."""
 
     def copy(step, _):
         stage = pipeline.free_stage(scratch.ring, step, plan.stages)
@@ -121,7 +126,7 @@ def _copy(plan: Plan, assigned: Assignment, inputs: Inputs, scratch: Scratch) ->
 
 
 def _compute(plan: Plan, assigned: Assignment, inputs: Inputs, outputs: Outputs, scratch: Scratch) -> None:
-    """A warpgroup that computes: it visits its own key tiles and waits while the other one visits tiles of its own."""
+    """Run a warpgroup that computes. It visits its own key tiles, and waits at tiles that only the other one visits."""
     b, n, wg, dtype = assigned.b, assigned.n, assigned.wg, plan.dtype
     row = (assigned.i * plan.warpgroups + wg) * ROWS
     rows = pl.ds(row, ROWS)
@@ -139,7 +144,7 @@ def _compute(plan: Plan, assigned: Assignment, inputs: Inputs, outputs: Outputs,
 
     def visit(masked, j, state):
         stage = pipeline.full_stage(scratch.ring, j - assigned.start, plan.stages)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the snapshots of the tile before have left
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the snapshots of the previous tile have been read
         for half, zero in enumerate(zeros(j, plan.H + plan.Hv > 128 or plan.segments)):
             prefix, high, low, acc = state
             own, column = wg + zero, j * KEYS + half * HALF
@@ -187,12 +192,12 @@ def _write(
 ) -> None:  # fmt: skip
     """Write the gradient of the scale, and copy the gradient of the queries to global memory."""
     b, n, wg = assigned.b, assigned.n, assigned.wg
-    # The sum of dz * q.k over the keys, before anything is rounded; in pieces, for the sake of registers.
+    # The sum of dz * q.k over the keys, before anything is rounded. It is computed in pieces, to save registers.
     d_scale = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), shims.ROW)
     for first in range(0, plan.H, HALF):
         q = plgpu.load(scratch.query.at[wg, :, pl.ds(first, HALF)], layout=shims.TILE).astype(jnp.float32)
         d_scale += (acc[:, first : first + HALF] * q).sum(1)
-    plgpu.commit_smem()  # all have read what is overwritten next
+    plgpu.commit_smem()  # all threads have read the values that are overwritten next
     outputs.d_scale[b, n, rows] = d_scale
     scratch.query[wg] = (acc * inputs.scale[0]).astype(plan.dtype)
     plgpu.commit_smem()

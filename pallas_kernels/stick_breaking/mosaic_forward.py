@@ -1,10 +1,10 @@
-"""The forward pass on Hopper GPUs (Pallas Mosaic GPU): see docs/kernels/stick_breaking.md for its barriers.
+"""The forward pass on Hopper GPUs (Pallas Mosaic GPU). docs/design/attention_kernels.md explains its barriers.
 
-A block owns 64 query rows of one head per compute warpgroup and walks the key tiles from the diagonal to the left; a
-third warpgroup copies the tiles ahead of it.
+A block has one or two warpgroups that compute, and each of them owns 64 query rows of one head. They walk the key tiles
+from the diagonal to the left. One more warpgroup copies the tiles ahead of them.
 
-The kernel does not move registers from the copying warpgroup to the others: the linker of the CUDA libraries ignores
-the instruction for it. Everything fits the 168 registers that each of 384 threads gets.
+The kernel does not move registers from the copying warpgroup to the others, because the linker of the CUDA libraries
+ignores the instruction for it. The kernel needs no more than the 168 registers that each of 384 threads has.
 """
 
 from functools import partial
@@ -56,21 +56,24 @@ class Scratch(NamedTuple):
     """Shared memory of a block, then its barriers."""
 
     query: Any  # [W, ROWS, H]
-    out: Any  # [W, ROWS, Hv]; None: the output takes the place of the query
-    rows: Any  # [W, 2, ROWS]: the log-decay of the rows, on its way out
+    out: Any  # [W, ROWS, Hv], or None if the output overwrites the query
+    rows: Any  # [W, 2, ROWS]: the log-decay of the rows, before it is copied to global memory
     key: Any  # [stages, KEYS, H]
     value: Any  # [stages, KEYS, Hv]
-    needs: Any  # [W, stages]: 1 if the warpgroup needs more tiles than this stage's; for the early exit
-    stopped: Any  # [stages]: 1 if the copying warpgroup sent no tile and sends no more
-    loaded: Any  # of each compute warpgroup: its query rows are there
-    ring: pipeline.Ring  # full: its tile is there, or `stopped` says that there is none
+    needs: Any  # [W, stages]: 1 if the warpgroup needs more tiles after the tile of this stage; for the early exit
+    stopped: Any  # [stages]: 1 if the copying warpgroup copied no tile and will copy no more
+    loaded: Any  # a barrier for each computing warpgroup: its query rows have arrived
+    ring: pipeline.Ring  # `full`: the tile of the stage has arrived, or `stopped` says that there is none
 
 
 def forward(plan: Plan, query, key, value, scale, key_ranges, offset, query_segments=None, key_segments=None):
-    """(out [B,T,N,Hv], log_decay [2,B,N,rows padded], first visited tile [B,N,tiles * warpgroups]); B times splits."""
+    """Return (out [entries,T,N,Hv], log_decay [2,entries,N,rows padded], reached [entries,N,tiles * warpgroups]).
+
+    `entries` is B * splits. `reached` is the leftmost key tile that each query tile visited.
+    """
     W, stages, dtype = plan.warpgroups, plan.stages, plan.dtype
     entries, out_dtype = plan.entries, plan.out_dtype or dtype
-    shared = plan.H == plan.Hv and out_dtype == dtype  # the output takes the place of the query
+    shared = plan.H == plan.Hv and out_dtype == dtype  # the output overwrites the query
 
     def kernel(inputs: Inputs, outputs: Outputs, scratch: Scratch):
         entry, n, i = block(plan)
@@ -110,7 +113,7 @@ def forward(plan: Plan, query, key, value, scale, key_ranges, offset, query_segm
 
 
 def _copy(plan: Plan, assigned: Assignment, inputs: Inputs, scratch: Scratch) -> None:
-    """The warpgroup that copies: key tiles from right to left, until no compute warpgroup needs more of them."""
+    """Run the warpgroup that copies key tiles, from right to left, until no computing warpgroup needs more."""
     stages, skip, start = plan.stages, plan.skip_below is not None, assigned.start
     ring, needs = scratch.ring, scratch.needs
 
@@ -143,7 +146,7 @@ def _copy(plan: Plan, assigned: Assignment, inputs: Inputs, scratch: Scratch) ->
 
 
 def _compute(plan: Plan, assigned: Assignment, inputs: Inputs, outputs: Outputs, scratch: Scratch) -> None:
-    """A warpgroup that computes: it visits its own key tiles and waits while the other one visits tiles of its own."""
+    """Run a warpgroup that computes. It visits its own key tiles, and waits at tiles that only the other one visits."""
     stages, dtype, skip = plan.stages, plan.dtype, plan.skip_below is not None
     ring, needs, wg = scratch.ring, scratch.needs, assigned.wg
     tile = assigned.i * plan.warpgroups + wg
@@ -156,7 +159,7 @@ def _compute(plan: Plan, assigned: Assignment, inputs: Inputs, outputs: Outputs,
     def visit(masked, state):
         j, _, high, low, acc = state
         stage = pipeline.full_stage(ring, assigned.stop - 1 - j, stages)
-        # With masks of documents and the early exit no registers are left for the descriptors of the query.
+        # With document masks and the early exit, no registers are left for the descriptors of the query.
         (zero, _) = zeros(assigned.stop - 1 - j, masked and plan.segments and skip)
         z = shims.product(scratch.query.at[wg + zero], scratch.key.at[stage].transpose((1, 0))) * multiplier
         seen = None
@@ -174,7 +177,7 @@ def _compute(plan: Plan, assigned: Assignment, inputs: Inputs, outputs: Outputs,
         plgpu.barrier_arrive(ring.used.at[stage])
         return j - 1, alive, high, low, acc
 
-    # A warpgroup without key tiles of its own has the range from 0 to 0, which may lie left of what is copied.
+    # Raised to `start`: a warpgroup without key tiles has the range from 0 to 0, left of the copied tiles.
     own_stop, whole_stop, whole_start, own_start = (
         jnp.maximum(inputs.key_ranges[assigned.entry, tile, which], assigned.start) for which in range(4)
     )
@@ -195,7 +198,7 @@ def _compute(plan: Plan, assigned: Assignment, inputs: Inputs, outputs: Outputs,
     zero = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), shims.ROW)
     acc = plgpu.layout_cast(jnp.zeros((ROWS, plan.Hv), jnp.float32), shims.TILE)
     high = finished_padding(plan, inputs.segments, assigned.b, row) if skip else zero
-    # Without tiles of its own, a warpgroup may have left `idle` early: it visits none all the same.
+    # A warpgroup without key tiles may have left `idle` early. It visits no tile in this case too.
     state = (own_stop - 1, jnp.bool_(True), high, zero, acc)
     for masked, until in ((True, whole_stop), (False, whole_start), (True, own_start)):
         if skip:

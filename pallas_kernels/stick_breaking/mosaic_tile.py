@@ -1,7 +1,7 @@
-"""What the three kernels for Hopper GPUs share: sizes, masks, and the arithmetic of one tile in registers.
+"""Code that the three kernels for Hopper GPUs share: sizes, masks, and the arithmetic of one tile in registers.
 
-All logarithms are base 2. The cumulative log-decay of a row is a positive number, kept in two floats (`two_sum`): the
-backward pass subtracts what the forward pass added, and must not lose the small amounts.
+All logarithms are base 2. The cumulative log-decay of a row is a positive number, kept in two floats (`two_sum`). The
+backward pass subtracts the terms that the forward pass added, and it must not lose small terms.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from .logarithm import LOG2P1, NOTHING
 
 ROWS = 64  # query rows of a warpgroup
 KEYS = 64  # keys of a tile
-FINISHED = 1e30  # the log-decay of a row that needs no key: larger than that of any other row
+FINISHED = 1e30  # the log-decay of a row that needs no key; all other rows have a smaller one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,22 +37,23 @@ class Plan(kernels.Plan):
 
 
 class Assignment(NamedTuple):
-    """Which rows a warpgroup of `forward` or `d_query` computes, and which key tiles its block visits."""
+    """The rows that a warpgroup of `forward` or `d_query` computes, and the key tiles that its block visits."""
 
-    entry: jax.Array  # of the batch, times the splits
-    b: jax.Array  # entry of the batch
+    entry: jax.Array  # batch entry and split, below B * splits
+    b: jax.Array  # batch entry
     n: jax.Array  # query head
     head: jax.Array  # key head
     i: jax.Array  # query tile of the block
     wg: jax.Array  # warpgroup
-    stop: jax.Array  # key tiles from start to stop are those that some warpgroup of the block visits
+    stop: jax.Array  # some warpgroup of the block visits the key tiles start..stop-1
     start: jax.Array
 
 
 def tile_memory(shape, dtype, swizzle: int = 128):
-    """Shared memory for tiles [.., rows, width] that tensor cores read.
+    """Return shared memory for tiles [.., rows, width] that tensor cores read.
 
-    `swizzle`: the width of the swizzle in bytes, at most that of a row; both operands of a product need the same one.
+    `swizzle`: the width of the swizzle in bytes, limited to the width of a row. Both operands of a product need the
+    same width.
     """
     size = jnp.dtype(dtype).itemsize
     swizzle = min(swizzle, shape[-1] * size)
@@ -61,7 +62,7 @@ def tile_memory(shape, dtype, swizzle: int = 128):
 
 
 def sticks(z, seen=None):
-    """(log2 of beta, -log2 of 1 - beta) of logits z, which are in units of log2; beta is 0 where a key is not seen."""
+    """Return (log2 of beta, -log2 of 1 - beta) of logits z in units of log2. beta is 0 for a key that is not seen."""
     if seen is not None:
         z = jnp.where(seen, z, NOTHING)
     y = shims.exp2_of_minus_abs(z)
@@ -73,34 +74,34 @@ def sticks(z, seen=None):
 
 
 def two_sum(high, low, x):
-    """high + low + x in two floats: the low one takes the rounding error of the high one."""
+    """Return high + low + x as two floats. The low float takes the rounding error of the high float."""
     total = high + x
     rest = total - high
     return total, low + ((high - (total - rest)) + (x - rest))
 
 
 def zeros(step, opaque: bool):
-    """Two zeros. If `opaque`, no compiler knows that they are zero, nor that they are equal. `step` is below 2^24.
+    """Return two zeros. If `opaque`, the compiler knows neither that they are zero nor that they are equal.
 
-    A product that reads the same memory in every iteration needs the same descriptors, one for every 16 columns. The
-    compiler would keep all of them in registers, from half to half and from iteration to iteration. An opaque zero in
-    the index makes the compiler add them up again, in uniform registers.
+    `step` must be below 2^24. A product that reads the same memory in every iteration needs the same descriptors, one
+    for every 16 columns. The compiler would keep all descriptors in registers, from half to half and from iteration to
+    iteration. An opaque zero in the index makes the compiler compute them again, in uniform registers.
     """
     return [lax.shift_right_logical(step, 24 + half) if opaque else jnp.int32(0) for half in range(2)]
 
 
 def visible(plan: Plan, segments, b, first_row, first_column, columns, offset):
-    """Which of `columns` keys each of 64 rows sees: bool [64, columns] in registers.
+    """Return which of `columns` keys each of 64 rows sees: bool [64, columns] in registers.
 
-    `segments`: (ids of the queries, ids of the keys), references, or None where the plan has no segments. `offset`: the
+    `segments`: references (ids of the queries, ids of the keys), or None if the plan has no segments. `offset`: the
     position of the first query among the keys.
     """
     shape = (ROWS, columns)
-    # The numbers of the rows stay in registers from one tile to the next, except where the ids of documents need these.
+    # The row numbers stay in registers from one tile to the next, unless the document ids need these registers.
     rows = shims.row_numbers() if plan.segments else plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=shims.ROW)
     row = first_row + rows
     column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=shims.TILE)
-    # The last and the first column that a row sees are numbered within the tile: then each costs one comparison.
+    # The last and the first column that a row sees count from the start of the tile, so each costs one comparison.
     position = offset + (row // plan.per_position if plan.per_position > 1 else row)
     last = jnp.minimum(position if plan.attend_current else position - 1, plan.S - 1) - first_column
     if plan.segments:
@@ -117,10 +118,10 @@ def visible(plan: Plan, segments, b, first_row, first_column, columns, offset):
 
 
 def finished_padding(plan: Plan, segments, b, first_row):
-    """The log-decay of each of 64 rows at the start, in registers: 0, or FINISHED for a padding row.
+    """Return the log-decay of each of 64 rows at the start, in registers: 0, or FINISHED for a padding row.
 
-    A padding row stands after the last query or in a negative segment. It may see no key, and then its log-decay stays
-    0: the early exit would wait for it for ever.
+    A padding row is after the last query or in a negative segment. It may see no key. Then a log-decay of 0 would stay
+    0, and the early exit would wait for this row for ever.
     """
     is_query = first_row + shims.row_numbers() < plan.rows
     if plan.segments:
@@ -130,7 +131,7 @@ def finished_padding(plan: Plan, segments, b, first_row):
 
 
 def block(plan: Plan):
-    """(entry, query head, query tile) of this block.
+    """Return (entry, query head, query tile) of this block.
 
     Tiles with the most keys come first. Blocks that run at the same time work on few heads, which share the cache.
     """
@@ -142,7 +143,7 @@ def block(plan: Plan):
 
 
 def visited(bound, warpgroups: int):
-    """(stop, start) of the key tiles that some warpgroup of a block visits.
+    """Return (stop, start) of the key tiles that some warpgroup of a block visits.
 
     `bound(w, which)`: entry `which` of the key-tile range of warpgroup w.
     """

@@ -1,4 +1,4 @@
-"""Stick-breaking attention as it is defined: quadratic, every sum in fp32 (fp64 for fp64) at highest precision."""
+"""Stick-breaking attention by definition: quadratic, every sum in fp32 (fp64 for fp64) at highest precision."""
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +10,15 @@ from .logarithm import NOTHING
 
 
 def weights(call: Call):
-    """(A [B,N,T,S], log_rem [B,N,T]) of the query and the key of a call."""
+    """Return (A [B,N,T,S], log_rem [B,N,T]) of the query and the key of a call."""
     dtype = sum_type(call.query)
     q, k = call.query.astype(dtype), call.key.astype(dtype)
     k = jnp.repeat(k, q.shape[2] // k.shape[2], axis=2)
     z = jnp.asarray(call.scale, dtype) * jnp.einsum("BTNH,BSNH->BNTS", q, k, precision="highest")
     T, S = z.shape[2:]
     mask = jax.vmap(lambda where: call.mask.visible(where, jnp.arange(T), jnp.arange(S)))(call.where)[:, None]
-    # Masked before the exponential: a `where` around one that overflows has the right value but the gradient 0 * inf.
+    # The mask comes before the exponential. A `where` after an exponential that overflows has the right value, but its
+    # gradient is 0 * inf.
     z = jnp.where(mask, z, NOTHING)
     log_beta, softplus = -jax.nn.softplus(-z), jax.nn.softplus(z)
     nearer = jnp.pad(softplus, ((0, 0),) * 3 + ((0, 1),))[..., 1:]  # leaves out the key itself
@@ -26,7 +27,7 @@ def weights(call: Call):
 
 
 def attention(call: Call):
-    """(out [B,T,N,Hv], log_rem [B,T,N], share of the key tiles computed [B,K])."""
+    """Return (out [B,T,N,Hv], log_rem [B,T,N], share of the key tiles computed [B,K])."""
     A, log_rem = weights(call)
     v = jnp.repeat(call.value.astype(A.dtype), A.shape[1] // call.value.shape[2], axis=2)
     out = jnp.einsum("BNTS,BSNH->BTNH", A, v, precision="highest")

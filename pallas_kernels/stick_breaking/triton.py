@@ -1,4 +1,4 @@
-"""Stick-breaking attention on any GPU that Triton compiles for: what the kernels take, their sizes and their calls."""
+"""Stick-breaking attention in Triton: which calls the kernels take, their sizes, and the launches of the kernels."""
 
 from dataclasses import dataclass, replace
 
@@ -10,10 +10,10 @@ from . import fused, kernels
 from .call import Call
 from .key_ranges import query_tile_ranges
 
-WIDEST = {2: 256, 4: 128}  # H and Hv, by the bytes of a number
-LEAST = 16  # rows, keys and width of the least product of tensor cores
-# With the rows and warps of tuned.json a thread has 16 scores or fewer, and its registers nearly suffice; all of them
-# fit 99 KiB of shared memory.
+WIDEST = {2: 256, 4: 128}  # the largest H and Hv, by the bytes of a number
+LEAST = 16  # the fewest rows, keys and channels of a product of tensor cores
+# Keys of a tile. With the rows and warps of tuned.json, a thread has 16 scores or fewer, and its registers are nearly
+# enough. All of these tiles fit into 99 KiB of shared memory.
 KEYS = 32
 
 
@@ -26,7 +26,7 @@ class Plan(kernels.Plan):
 
     @property
     def constants(self) -> dict:
-        """What all kernels take."""
+        """The compile-time arguments of all kernels."""
         return dict(
             B=self.B, T=self.rows, S=self.S, N=self.N, K=self.K, H=self.H, Hv=self.Hv, R=self.row_tile,
             C=self.key_tile, Hp=_filled(self.H), Hvp=_filled(self.Hv), tiles=self.tiles,
@@ -59,7 +59,7 @@ def detail(call: Call) -> str:
 
 
 def attention(call: Call):
-    """(out [B,T,N,Hv], log_rem [B,T,N], share of the key tiles computed [B,K])."""
+    """Return (out [B,T,N,Hv], log_rem [B,T,N], share of the key tiles computed [B,K])."""
     return fused.attention(KERNELS, call)
 
 
@@ -67,12 +67,12 @@ def attention(call: Call):
 
 
 def _filled(size: int) -> int:
-    """The least power of two that is at least `size`, and that a product takes."""
+    """Return the smallest power of two that is at least `size` and that a product takes."""
     return max(LEAST, 1 << (size - 1).bit_length())
 
 
 def _plan(call: Call, *, backward: bool = False, decoding: tuple[int, int] | None = None) -> Plan:
-    """As in `Kernels`. Decoding has one tile of rows."""
+    """Return the sizes for a call, as in `Kernels.plan`. Decoding has one tile of rows."""
     sizes, itemsize = Plan.sizes_of(call), call.query.dtype.itemsize
     width = max(sizes["H"], sizes["Hv"])
     chosen = tuning.tuned(platform.chip(), "stick_breaking_triton", bytes=itemsize, width=width)
@@ -90,7 +90,7 @@ def _plan(call: Call, *, backward: bool = False, decoding: tuple[int, int] | Non
 
 
 def _arrays(plan: Plan, scale, key_ranges, offset, query_segments=None, key_segments=None):
-    """The last arrays of every kernel. Without segments any array may stand for their ids."""
+    """Return the last arrays of every kernel. Without segments, any array may stand in place of their ids."""
     segments = (query_segments, key_segments) if plan.segments else (offset, offset)
     return scale.reshape(1).astype(jnp.float32), key_ranges, offset, *segments
 

@@ -1,4 +1,4 @@
-"""The gradients of keys and values in Triton: a block owns a key tile and adds up the query tiles that visit it.
+"""The gradients of keys and values in Triton: a block owns a key tile and sums over the query tiles that visit it.
 
 See triton_d_query.py for the mathematics and the snapshots.
 """
@@ -17,7 +17,7 @@ def visit(
     attend_current: tl.constexpr, window: tl.constexpr, segments: tl.constexpr, precision: tl.constexpr,
     masked: tl.constexpr,
 ):  # fmt: skip
-    """One query tile."""
+    """Add the part of one query tile to dk and dv."""
     row = i * R
     rows = row + tl.arange(0, R)
     q = tile.load(q_head, row, T, N * H, H, R, Hp)
@@ -35,7 +35,7 @@ def visit(
     log_beta, softplus = tile.sticks(z)
     softplus = tl.minimum(softplus, tile.ENOUGH)
     weights = tile.weights_of(log_beta, softplus, entering)
-    a = weights * tile.product(d_out, tl.trans(v), precision)  # first: with `dv` first, more registers are spilled
+    a = weights * tile.product(d_out, tl.trans(v), precision)  # with `dv` before `a`, more registers are spilled
     dv += tile.product(tl.trans(weights.to(d_out.dtype)), d_out, precision)
     dz = tile.d_logits(a, log_beta, softplus, prefix)
     dk += tile.product(tl.trans(dz.to(q.dtype)), q, precision)

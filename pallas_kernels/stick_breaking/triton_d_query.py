@@ -1,9 +1,10 @@
-"""The gradient of the queries in Triton, and the snapshots for that of keys and values.
+"""The gradient of the queries in Triton, and the snapshots for the gradients of keys and values.
 
 With dA = dO V^T, a = A dA and P = d_log_rem + the sum of a over the keys further left,
     dz = (1 - beta) a - beta P,  dq = scale dz K,  dk = scale dz^T Q,  dv = A^T dO.
-A block owns a tile of query rows and walks the key tiles from the left, which makes P a running sum. For every key tile
-it stores the cumulative log-decay of the rows on entry, and P (`snapshots`). `d_key_value` reads them in any order.
+A block owns a tile of query rows and walks the key tiles from the left, so P is a running sum. For every key tile, it
+stores the cumulative log-decay of the rows on entry, and P (`snapshots`). `d_key_value` reads the snapshots in any
+order.
 """
 
 import triton
@@ -19,7 +20,7 @@ def visit(
     C: tl.constexpr, Hp: tl.constexpr, Hvp: tl.constexpr, padded: tl.constexpr, window: tl.constexpr,
     segments: tl.constexpr, precision: tl.constexpr, masked: tl.constexpr,
 ):  # fmt: skip
-    """One key tile."""
+    """Visit one key tile: store its snapshots, and update the sums."""
     k, v, z = tile.key_tile(
         j, q, multiplier, k_head, v_head, last, first, query_segments, key_segments_ref, S, K, H, Hv, C, Hp, Hvp,
         window, segments, precision, masked,
@@ -82,7 +83,7 @@ def d_query(
             )  # fmt: skip
         begin = tl.maximum(begin, until)
 
-    # The sum of dz * q.k over the keys, before anything is rounded.
+    # The part of every row in the gradient of the scale: the sum of dz * q.k over the keys, before anything is rounded.
     tl.store(d_scale_ref + own, tl.sum(acc * q.to(tl.float32), 1))
     dq = tile.pointers(tile.head_of(dq_ref, b, n, T, N, H), row, N * H, R, Hp)
     tl.store(dq, (acc * tl.load(scale_ref)).to(dq_ref.dtype.element_ty), mask=tile.inside(row, T, H, R, Hp))

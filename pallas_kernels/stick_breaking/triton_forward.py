@@ -1,4 +1,7 @@
-"""The forward pass in Triton: a block owns a tile of query rows and walks the key tiles from the diagonal leftward."""
+"""The forward pass in Triton.
+
+A block owns a tile of query rows and walks the key tiles from the diagonal to the left.
+"""
 
 import triton
 import triton.language as tl
@@ -12,7 +15,7 @@ def visit(
     S: tl.constexpr, K: tl.constexpr, H: tl.constexpr, Hv: tl.constexpr, C: tl.constexpr, Hp: tl.constexpr,
     Hvp: tl.constexpr, window: tl.constexpr, segments: tl.constexpr, precision: tl.constexpr, masked: tl.constexpr,
 ):  # fmt: skip
-    """One key tile."""
+    """Visit one key tile: update the log-decay and the output."""
     k, v, z = tile.key_tile(
         j, q, multiplier, k_head, v_head, last, first, query_segments, key_segments_ref, S, K, H, Hv, C, Hp, Hvp,
         window, segments, precision, masked,

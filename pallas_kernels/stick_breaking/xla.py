@@ -1,9 +1,10 @@
 """Stick-breaking attention in plain JAX: blockwise from the diagonal to the left, memory linear in T.
 
-Two drivers over the same tiles. Short calls unroll over query tiles, each against one tile that holds all of its keys.
-Long calls loop: query tiles one after the other, key tiles in a while loop that stops at the last tile in reach or,
-with `skip_below`, when every row of the query tile has less stick left than that.
-The backward pass recomputes from query, key and value; it never needs the output.
+Two drivers use the same arithmetic of a tile. Short calls unroll a loop over query tiles. Each query tile meets one key
+tile, which has all of its keys. Long calls loop over the query tiles, and for each of them over the key tiles. The loop
+over the key tiles is a while loop. It stops at the last tile in reach or, with `skip_below`, when every row of the
+query tile has less than 2^skip_below of its stick left.
+The backward pass recomputes from query, key and value. It does not need the output.
 """
 
 import math
@@ -19,7 +20,7 @@ from ..arguments import sum_type
 from . import tile
 from .call import Call, Where
 
-_SHORT_ROWS = 64
+_SHORT_ROWS = 64  # rows of a query tile of a short call
 _SHORT_SCORES = 2**18  # scores per head of one unrolled query tile
 _CACHED_SCORES = 2**18  # 1 MiB of fp32
 _LONG_TILES = (256, 256)
@@ -46,7 +47,7 @@ def detail(call: Call) -> str:
 def attention(call: Call):
     """(out [B,T,N,Hv], log_rem [B,T,N], share of the key tiles computed [B,K])."""
     dtype = sum_type(call.query)
-    scale = jnp.full_like(call.query, call.scale, dtype, shape=())  # varies over the mesh axes that query varies over
+    scale = jnp.full_like(call.query, call.scale, dtype, shape=())  # varies over the same mesh axes as query
     static = call._replace(query=None, key=None, value=None, scale=None, where=None)
     return _jitted(call.query, call.key, call.value, scale, call.where, static)
 
@@ -70,34 +71,34 @@ def _backward(static, residuals, cotangents):
     extra = (_to_heads(call, d_out), _to_heads(call, d_log_rem))
     dq, dk, dv = _over_heads(_short_backward if _is_short(call) else _long_backward, call, *extra)
     dq, dk, dv = _to_tokens(dq), dk.swapaxes(1, 2), dv.swapaxes(1, 2)
-    # z = scale * q.k, and dq, dk come without the scale: its own gradient is sum(dz * q.k) = sum(dq * q).
+    # z = scale * q.k. dq and dk do not contain the scale yet, so its gradient is sum(dz * q.k) = sum(dq * q).
     d_scale = (dq * query.astype(dq.dtype)).sum().astype(scale.dtype)
     return (scale * dq).astype(query.dtype), (scale * dk).astype(key.dtype), dv.astype(value.dtype), d_scale, None
 
 
 _attention.defvjp(_forward, _backward)
-_jitted = jax.jit(_attention, static_argnums=5)  # outside of any jit the loops would be compiled at every call
+_jitted = jax.jit(_attention, static_argnums=5)  # without a jit, the loops would be compiled at every call
 
 
 def _to_heads(call, x):
-    """[B,T,N,...] -> [B,K,G,T,...] with query head n = key head n // G."""
+    """Reshape [B,T,N,...] to [B,K,G,T,...]. Query head n belongs to key head n // G."""
     B, T, N = x.shape[:3]
     K = call.key.shape[2]
     return jnp.moveaxis(x.reshape(B, T, K, N // K, *x.shape[3:]), 1, 3)
 
 
 def _to_tokens(x):
-    """[B,K,G,T,...] -> [B,T,N,...]."""
+    """Reshape [B,K,G,T,...] to [B,T,N,...]."""
     x = jnp.moveaxis(x, 3, 1)
     return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3], *x.shape[4:])
 
 
 def _over_heads(one_head, call: Call, *extra):
-    """Map `one_head(call of one head, *extra)` over B and K.
+    """Map `one_head(call of one key head, reach, *extra)` over B and K.
 
-    On a CPU, only as many batch entries run together as keep their tiles in the cache of a core: otherwise everything
-    passes through memory several times. Where tiles may be skipped, one head runs after the other, because heads stop
-    at very different tiles and a batch would wait for the last one.
+    On a CPU, only a few batch entries run together, so that their tiles fit into the cache of a core. Otherwise all
+    data would pass through memory several times. With `skip_below`, one head runs after the other, because heads stop
+    at very different tiles, and a batch would wait for the last one.
     """
     arrays = (_to_heads(call, call.query), call.key.swapaxes(1, 2), call.value.swapaxes(1, 2), *extra)
 
@@ -124,7 +125,11 @@ def _over_heads(one_head, call: Call, *extra):
 
 
 def _entries_together(call: Call) -> int:
-    """On a CPU, the largest divisor of B whose tiles together stay within _CACHED_SCORES; elsewhere B."""
+    """Return how many batch entries run together.
+
+    On a CPU, it is the largest divisor of B for which the tiles together have at most _CACHED_SCORES scores. On other
+    devices, it is B.
+    """
     B, _, N, _ = call.query.shape
     if platform.name() != "cpu":
         return B
@@ -141,7 +146,10 @@ def _short_rows(call):
 
 
 def _short_tiles(call: Call):
-    """(query slice, key slice) of every query tile; the keys in reach are known when the offset is."""
+    """Yield (query slice, key slice) of every query tile.
+
+    If the offset is known when the call is traced, the key slice has only the keys in reach. Otherwise it has all keys.
+    """
     mask, rows = call.mask, _short_rows(call)
     for start in range(0, mask.T, rows):
         stop, low, high = min(start + rows, mask.T), 0, mask.S
@@ -194,7 +202,7 @@ def _long_tiles(call):
 
 
 def _reach(call: Call, where: Where):
-    """For each query tile, the first key tile that it can see and the one after the last, over all batch entries."""
+    """Return, for each query tile, the first key tile in reach and the one after the last, over all batch entries."""
     rows, columns = _long_tiles(call)
     needed = _within_mask(call, where.offset)
     if where.query_segments is not None:
@@ -212,7 +220,10 @@ def _reach(call: Call, where: Where):
 
 
 def _within_mask(call: Call, offset):
-    """Whether a query tile sees a key tile at these offsets [B], by the mask alone: [B, query tiles, key tiles]."""
+    """Return whether a query tile sees a key tile at these offsets [B]: bool [B, query tiles, key tiles].
+
+    Segments are not considered.
+    """
     mask, (rows, columns) = call.mask, _long_tiles(call)
     first_q, first_k = np.arange(0, mask.T, rows), np.arange(0, mask.S, columns)
     last_q, last_k = np.minimum(first_q + rows, mask.T) - 1, np.minimum(first_k + columns, mask.S) - 1
@@ -224,10 +235,10 @@ def _within_mask(call: Call, offset):
 
 
 def _loop(call: Call):
-    """lax.while_loop over the key tiles of a query tile, which states its expected number of passes (`cost.loop`).
+    """Return a while loop over the key tiles of a query tile. It states its expected number of passes (`cost.loop`).
 
-    That is the mean number of key tiles that the mask allows. If the offset is known only when the program runs, the
-    queries are assumed to stand at the end of the keys.
+    This is the mean number of key tiles that the mask allows. If the offset is known only when the program runs, the
+    queries are assumed to be at the end of the keys.
     """
     mask = call.mask
     offset = mask.S - mask.T if mask.static_offset is None else mask.static_offset
@@ -240,7 +251,7 @@ def _loop(call: Call):
 
 
 def _segment_range(segments, size):
-    """Smallest and largest segment id of every tile, [B, tiles]; padding (negative ids) does not count."""
+    """Return the smallest and largest segment id of every tile, [B, tiles]. Padding (negative ids) does not count."""
     pad = -segments.shape[1] % size
     tiles = jnp.pad(segments, ((0, 0), (0, pad)), mode="edge").reshape(segments.shape[0], -1, size)
     big = jnp.asarray(jnp.iinfo(tiles.dtype).max, tiles.dtype)
@@ -254,7 +265,7 @@ def _pad(x, axis, size):
 
 
 class _Tiles:
-    """Cuts the padded arrays of one head in tiles, by traced tile numbers."""
+    """The padded arrays of one head, cut into tiles. The numbers of tiles may be traced."""
 
     def __init__(self, call: Call):
         self.call, (self.rows, self.columns) = call, _long_tiles(call)
@@ -265,7 +276,7 @@ class _Tiles:
         self.dtype = sum_type(call.query)
 
     def zeros(self, *shape):
-        """Zeros, the start of a sum. They vary over the mesh axes over which the arrays vary."""
+        """Return zeros, the start of a sum. They vary over the mesh axes over which the arrays vary."""
         return jnp.zeros_like(self.q, self.dtype, shape)
 
     def queries(self, i, x):
@@ -279,7 +290,7 @@ class _Tiles:
         return self.call.mask.visible(self.call.where, q, k)
 
     def has_stick_left(self, i, log_rem):
-        """Whether a row of query tile i, other than padding, has enough of its stick left for keys further left."""
+        """Return whether any row of query tile i, except padding, has enough stick left for keys further left."""
         if self.call.skip_below is None:
             return True
         q = i * self.rows + jnp.arange(self.rows)
@@ -321,7 +332,7 @@ def _long_backward(call: Call, reach, d_out, d_log_rem):
         q, (first, last) = t.queries(i, t.q), reach[:, i]
         do, prefix = t.queries(i, d_out), t.queries(i, d_log_rem)
 
-        # Right to left: the stick on entry to every tile, and where the forward pass stopped.
+        # From right to left: find the stick left on entry to every tile, and the tile where the forward pass stopped.
         def add_log_decay(state):
             j, log_rem, sticks = state
             sticks = lax.dynamic_update_index_in_dim(sticks, log_rem, j, 0)
@@ -330,7 +341,7 @@ def _long_backward(call: Call, reach, d_out, d_log_rem):
         start = (last - 1, t.zeros(G, t.rows), t.zeros(t.key_count, G, t.rows))
         j, _, sticks = loop(lambda s: (s[0] >= first) & t.has_stick_left(i, s[1]), add_log_decay, start)
 
-        # Left to right: the prefix sums of a, and the gradients.
+        # From left to right: compute the prefix sums of a, and the gradients.
         def key_tile(state):
             j, dq, dk, dv, prefix = state
             k, v = t.keys(j)

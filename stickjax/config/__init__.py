@@ -1,4 +1,4 @@
-"""One experiment as nested dataclasses, its fields, and how a command line changes them."""
+"""The config of an experiment as nested dataclasses, and its changes by a command line."""
 
 from stickjax.config.experiment import (
     Config,

@@ -1,4 +1,4 @@
-"""The attention variants of the decoder: the function of each, and the config fields that it supports."""
+"""The attention variants of the decoder, with their functions and the config fields that they support."""
 
 import pkgutil
 from collections.abc import Callable
@@ -16,8 +16,8 @@ class AttentionVariant(NamedTuple):
     `function`: `function(config, q, k, v, context) -> (out [B,T,N,H], rest [B,T,N] or None)` for q [B,T,N,H] and k, v
       [B,S,K,H]; or "module:name", which is imported when the first model needs it. The attention weights of a query sum
       to 1 - `rest`; None if they always sum to 1.
-    `rotary`: queries and keys get rotary positions before the call, so H must be even.
-    `divides_sequence`: it works where the mesh axis "context" divides the sequences.
+    `rotary`: whether queries and keys get rotary positions before the call; then H must be even.
+    `divides_sequence`: whether it works when the mesh axis "context" divides the sequences.
     `options`: the optional fields of `ModelConfig` that it supports, any of OPTIONS.
     """
 
@@ -41,7 +41,7 @@ ATTENTION: dict[str, AttentionVariant] = {
 
 
 def register_attention(name: str, variant: AttentionVariant) -> None:
-    """Add a variant. ValueError if its name is taken by another one, or for an option that there is not."""
+    """Add a variant. Raise ValueError if another variant has its name, or if an option is not one of OPTIONS."""
     for option in variant.options:
         one_of("option", option, tuple(OPTIONS))
     known = ATTENTION.get(name, variant)
@@ -51,13 +51,13 @@ def register_attention(name: str, variant: AttentionVariant) -> None:
 
 
 def variant(name: str) -> AttentionVariant:
-    """Look up a variant by name. ValueError, with the nearest name, if it is not registered."""
+    """Look up a variant by name. Raise ValueError, with the nearest name, if it is not registered."""
     one_of("attention", name, tuple(ATTENTION))
     return ATTENTION[name]
 
 
 def variants_with(fits: Callable[[AttentionVariant], bool]) -> str:
-    """The variants for which `fits` is true, for messages.
+    """Return the names of the variants for which `fits` is true, as text for a message.
 
     >>> variants_with(lambda variant: "remainder" in variant.options)
     "'stick_breaking'"

@@ -1,4 +1,4 @@
-"""What all commands share: how they parse the command line, and how they end.
+"""The common code of all commands: it parses the command line, prints errors and chooses the exit code.
 
 Exit codes: 0, success. 1, an error that the user can correct, in one line on stderr. 2, a wrong command line, in one
 line as well. 130, Ctrl-C. 141, the output pipe was closed, as in `... | head`. Any other exception is a bug and is
@@ -67,7 +67,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind: type, **bounds: float) -> Callable[[str], int | float]:
-    """An argparse `type` for numbers within bounds, which have the names that `stickjax.config.fields.field` takes.
+    """Return an argparse `type` for numbers within bounds; the bounds are those of `stickjax.config.fields.field`.
 
     >>> number(int, at_least=1)("1e6")
     1000000
@@ -86,7 +86,7 @@ SEED_TYPE = number(int, at_least=0, at_most=SEED)
 
 
 def _options(parser: argparse.ArgumentParser) -> list[str]:
-    """The names of all arguments of a parser and of its subcommands: --options and POSITIONAL arguments."""
+    """Return the names of all arguments of a parser and its subcommands: --options and POSITIONAL arguments."""
     parsers = [parser]
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -113,7 +113,7 @@ def command(main: Callable[[list[str] | None], int | None]) -> Callable[..., int
             try:
                 try:
                     code = main(argv)
-                except SystemExit as end:  # of --help
+                except SystemExit as end:  # --help ends with this exception
                     code = end.code
                 if sys.stdout is not None:
                     sys.stdout.flush()
@@ -140,13 +140,13 @@ def command(main: Callable[[list[str] | None], int | None]) -> Callable[..., int
 
 
 def in_one_line(error: BaseException) -> str:
-    """The message of an error in one line; for an OSError with a file name, the path and the reason.
+    """Return the message of an error in one line; for an OSError with a file name, the path and the reason.
 
     >>> in_one_line(FileNotFoundError(2, "No such file or directory", "a.py"))
     'a.py: No such file or directory'
     """
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        own = error.strerror != os.strerror(error.errno or 0)  # our own message, which says more than the system's
+        own = error.strerror != os.strerror(error.errno or 0)  # a message of stickjax, which is more precise
         reason = error.strerror if own else REASONS.get(error.errno, error.strerror)
         return f"{printable(str(error.filename))}: {reason}"
     return " ".join(line.strip() for line in str(error).splitlines()) or type(error).__name__
@@ -159,8 +159,8 @@ def say_error(line: str) -> None:
 
 
 def end_on_interrupt() -> None:
-    """From now on Ctrl-C ends this process at once, in one line; inside a command it raises KeyboardInterrupt."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, as after nohup
+    """From now on, Ctrl-C prints one line and ends this process. Inside a command it raises KeyboardInterrupt."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # otherwise it is ignored, as under nohup
         signal.signal(signal.SIGINT, _end)
 
 
@@ -188,7 +188,7 @@ def _print_what_a_terminal_can() -> None:
 
 
 def _print_plain_notices() -> None:
-    """From now on, a notice begins with its level; the handler that Orbax installs would add the module."""
+    """From now on, log messages begin with their level. The handler that Orbax installs would add the module."""
     for handler in logging.root.handlers:
         if getattr(handler.formatter, "_fmt", None) == logging.BASIC_FORMAT:
             handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))

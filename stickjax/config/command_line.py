@@ -1,4 +1,4 @@
-"""A config from a file, and changed by the words of a command line: `--section.field=value`."""
+"""Load a config from a file, and change its fields by `--section.field=value` on the command line."""
 
 import dataclasses
 import difflib
@@ -16,7 +16,10 @@ from stickjax.config.fields import shown
 
 
 def parse_value(text: str, kinds: tuple):
-    """Parse a word for a field of these types. A word that does not parse is returned, and the config refuses it."""
+    """Convert a word of the command line to one of the types `kinds`.
+
+    A word that fits none of them is returned unchanged. The config then raises the error, with the name of the field.
+    """
     if type(None) in kinds and text.lower() in ("none", "null"):
         return None
     if bool in kinds:
@@ -35,10 +38,10 @@ def parse_value(text: str, kinds: tuple):
 
 
 def parse_changes(config: Config, argv: list[str]) -> dict[str, Any]:
-    """The words `--section.field=value` (or `--section.field value`) as `{"section.field": value}`.
+    """Return the words `--section.field=value` (or `--section.field value`) as `{"section.field": value}`.
 
     Raises:
-      ValueError: an unknown field (with the nearest name), or a value of another type.
+      ValueError: a field is unknown (the message suggests the nearest name), or its value is missing.
 
     >>> parse_changes(Config(), ["--optim.peak_lr=3e-4", "--data.B", "8"])
     {'optim.peak_lr': 0.0003, 'data.B': 8}
@@ -58,12 +61,12 @@ def parse_changes(config: Config, argv: list[str]) -> dict[str, Any]:
 
 
 def parse(config: Config, argv: list[str]) -> Config:
-    """A config with the words of a command line applied; see `parse_changes`."""
+    """Return the config with the changes of a command line; see `parse_changes`."""
     return config.replace(parse_changes(config, argv))
 
 
 def describe(config: Config) -> str:
-    """Every field with its current value and its sentence: the body of --help."""
+    """Return the body of --help: every field with its current value and its help text."""
     lines = []
     for section in dataclasses.fields(config):
         part = getattr(config, section.name)
@@ -77,14 +80,14 @@ def describe(config: Config) -> str:
     return "\n".join(lines)
 
 
-# The folder of configs: beside the packages in a checkout, inside stickjax in an installation (pyproject.toml).
+# The folder `configs` lies beside the packages in a checkout, and inside stickjax in an installation (pyproject.toml).
 _PACKAGE = Path(__file__).parent.parent
 _FOLDERS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
 _WHAT = "a config is a name ({}), a Python file that defines get_config(), or the config.json of a run"
 
 
 def named_configs() -> dict[str, Path]:
-    """The configs that come with stickjax, by name.
+    """Return the files of the configs that come with stickjax, by name.
 
     >>> sorted(named_configs())[-2:]
     ['tiny', 'tiny_softmax']
@@ -94,10 +97,10 @@ def named_configs() -> dict[str, Path]:
 
 
 def load_config(path: str) -> Config:
-    """The config with a name such as "tiny", from a Python file, which is run, or from a config.json.
+    """Load the config with a name such as "tiny", or from a Python file (which is run), or from a config.json.
 
     Raises:
-      ValueError: there is no such config, or it cannot be read; for a Python file, with the line number.
+      ValueError: there is no such config, or it cannot be read. For a Python file, the message has the line number.
     """
     file, named = Path(path), named_configs()
     if path in named:
@@ -119,7 +122,7 @@ def load_config(path: str) -> Config:
 
 
 def config_name(path: str | os.PathLike) -> str:
-    """The name of a config: of its file, or for a config.json of the folder that it is in.
+    """Return the name of a config: the name of its file, or for a config.json the name of its folder.
 
     >>> config_name("configs/tiny.py"), config_name("runs/base/config.json")
     ('tiny', 'base')
@@ -129,7 +132,7 @@ def config_name(path: str | os.PathLike) -> str:
 
 
 def read_json(path: str | os.PathLike) -> Config:
-    """The config of a config.json; ValueError, which begins with the path, if the file is not a config."""
+    """Read a config from a config.json. Raise ValueError, beginning with the path, if the file is not a config."""
     try:
         tree = json.loads(Path(path).read_text("utf-8-sig"))
     except RecursionError as error:
@@ -143,7 +146,7 @@ def read_json(path: str | os.PathLike) -> Config:
 
 
 def _run(file: Path) -> Config:
-    """What `get_config()` of a Python file returns."""
+    """Run a Python file and return the config that its `get_config()` returns."""
     try:
         get_config = runpy.run_path(str(file)).get("get_config")
         if get_config is None:

@@ -1,4 +1,4 @@
-"""The decoder as a dataclass; its capital letters are the shape letters of the code (README, "Letters")."""
+"""The config of the decoder. Its capital letters are the shape letters of the code (README, "Letters")."""
 
 import math
 from dataclasses import dataclass
@@ -45,37 +45,37 @@ class ModelConfig(FamilyConfig):
     F: int = field(384, "hidden width of the feed-forward network, or of one expert", at_least=1)
     experts: ExpertsConfig = field(ExpertsConfig(), "experts of the feed-forward network; E=0: it is dense")
     attention_experts: ExpertsConfig = field(
-        ExpertsConfig(), "experts that own K query heads each; E=0: all tokens share the heads"
+        ExpertsConfig(), "experts with K query heads each; E=0: all tokens use the same heads"
     )
     attention: str = field(
         "stick_breaking", "stick_breaking, or softmax with rotary positions, or a registered variant"
     )
-    remainder: Literal["none", "value", "bias"] = field("none", "what is added for the unbroken rest of the stick")
+    remainder: Literal["none", "value", "bias"] = field(
+        "none", "what the rest of the stick weights: nothing, the token's own value, or a trainable bias"
+    )
     head_norm: bool = field(
         False, "normalise every head's output (GroupNorm, a group per head) before the output projection"
     )
     attend_current: bool = field(False, "let a token attend to itself (stick-breaking only)")
     window: int | None = field(None, "attend only to keys at most this far to the left; None: to all", at_least=0)
     skip_below: float | None = field(
-        None, "skip blocks once log2 of the stick left is below this (stick-breaking only)"
+        None, "skip all keys further left once log2 of the rest of the stick is below this (stick-breaking only)"
     )
     rope_theta: float = field(10_000.0, "base of the rotary frequencies (softmax only)", above=0)
     activation: Literal["swiglu", "geglu", "reglu", "gelu", "gelu_tanh", "relu", "relu2", "silu"] = field(
         "swiglu", "feed-forward activation"
     )
     key_value: Literal["projected", "biased", "input"] = field(
-        "projected", "keys and values of attention experts: projected, the same with a bias, or the input (K=1, H=D)"
+        "projected", "keys and values of attention experts: projected, projected with a bias, or the input (K=1, H=D)"
     )
     tied: bool = field(True, "share the embedding with the output projection")
     norm: Literal["rms", "layer"] = field("rms", "normalisation: RMSNorm, or LayerNorm with a bias")
     norm_eps: float = field(1e-5, "epsilon of every normalisation", above=0)
     final_norm_eps: float | None = field(None, "epsilon of the last normalisation; None: norm_eps", above=0)
-    m_width: float = field(1.0, "muP width multiplier: D / 256 by its usual base width", above=0)
+    m_width: float = field(1.0, "muP width multiplier; D / 256 if the base width is 256, as usual", above=0)
     m_emb: float = field(1.0, "multiplier of the embedding output", above=0)
     m_res: float = field(1.0, "multiplier of every residual branch", at_least=0)
-    attention_scale: float | None = field(
-        None, "multiplier of q.k; None: 1/sqrt(H). muP asks for one that is constant / H"
-    )
+    attention_scale: float | None = field(None, "multiplier of q.k; None: 1/sqrt(H). muP needs a constant divided by H")
     logits_scaling: float | None = field(None, "divisor of the output logits; None: m_width", above=0)
     init_std: float = field(0.1, "standard deviation of the embedding; matrices have init_std / sqrt(m_width)", above=0)
     dtype: Dtype = field("float32", "type of the computation")
@@ -99,7 +99,7 @@ class ModelConfig(FamilyConfig):
         if self.attention_experts.E:
             self._check_attention_experts()
         elif self.key_value != "projected":
-            raise ValueError(f"key_value={self.key_value!r} needs attention_experts, which own the queries alone")
+            raise ValueError(f"key_value={self.key_value!r} needs attention_experts.E >= 1")
         self._check_attention()
 
     def _check_attention(self):
@@ -116,17 +116,17 @@ class ModelConfig(FamilyConfig):
             raise ValueError(f"key_value='input' needs K=1 and H=D={self.D}, not K={self.K} and H={self.H}")
         if self.key_value == "input" and variant(self.attention).rotary:
             known = variants_with(lambda kind: not kind.rotary)
-            raise ValueError(f"key_value='input' needs attention={known}: rotary positions turn only the keys")
+            raise ValueError(f"key_value='input' needs attention={known}: rotary positions change keys, but not values")
         if self.head_norm or self.remainder == "bias":
             raise ValueError("head_norm and remainder='bias' need heads that all tokens share, not attention_experts")
 
     def check_mesh(self, sizes: dict[str, int], T: int) -> None:
-        """Raise ValueError for axes that do not divide the model or its sequences of T tokens."""
+        """Raise ValueError if a mesh axis cannot divide the model or its sequences of T tokens."""
         if sizes["expert"] > 1 and not self.experts.E:
             raise ValueError(f"expert={sizes['expert']} divides the experts, but E=0")
         if sizes["expert"] > 1 and self.experts.added:
             old, added = self.experts.E, self.experts.added
-            raise ValueError(f"expert={sizes['expert']} cannot divide experts.added={added} from E={old} old ones")
+            raise ValueError(f"expert={sizes['expert']}: E={old} with experts.added={added} needs expert=1")
         if sizes["context"] > 1 and not variant(self.attention).divides_sequence:
             raise ValueError(
                 f"context={sizes['context']} needs attention={variants_with(lambda kind: kind.divides_sequence)}"
@@ -147,7 +147,7 @@ class ModelConfig(FamilyConfig):
                 if mixture.network != "linear"
             ),
             *((letter, getattr(self, letter), tensor, f"tensor={tensor}") for letter in "NKF"),
-            ("V", self.V or tensor, tensor, f"tensor={tensor}"),  # if V is None, it will become a multiple
+            ("V", self.V or tensor, tensor, f"tensor={tensor}"),  # if V is None, a multiple is chosen
         ]
         for letter, size, parts, divisor in divided:
             if parts and size % parts:
@@ -155,12 +155,12 @@ class ModelConfig(FamilyConfig):
                 raise ValueError(f"{letter}={size} must be a multiple of {divisor}; {letter}={near} would do")
 
     def mixtures(self) -> dict[str, ExpertsConfig]:
-        """The mixtures that the model has, by the names of their fields."""
+        """Return the mixtures of the model (those with E > 0), by the names of their fields."""
         return {name: x for name in ("experts", "attention_experts") if (x := getattr(self, name)).E}
 
     @property
     def scale(self) -> float:
-        """Multiplier of q.k."""
+        """The multiplier of q.k: `attention_scale`, or 1/sqrt(H)."""
         return 1 / math.sqrt(self.H) if self.attention_scale is None else self.attention_scale
 
     @classmethod
@@ -170,7 +170,7 @@ class ModelConfig(FamilyConfig):
 
     @classmethod
     def powermoe_1b(cls, **changes) -> "ModelConfig":
-        """1.3B model with 377M active parameters of the Power scheduler paper."""
+        """1.3B mixture-of-experts model of the Power scheduler paper, with 377M active parameters."""
         return cls(
             **dict(_POWER, D=1024, L=24, N=16, K=8, F=512, m_width=4.0, m_res=0.28, experts=ExpertsConfig(E=32, k=8))
             | changes
@@ -191,7 +191,7 @@ class ModelConfig(FamilyConfig):
 
     @classmethod
     def stickbreaking_3b(cls, **changes) -> "ModelConfig":
-        """The released 3B stick-breaking model: no positions, no remainder, an output matrix of its own."""
+        """The released 3B stick-breaking model: no positions, no remainder, and an untied output projection."""
         return cls(
             **dict(_POWER, V=50304, D=2304, L=40, N=36, K=36, F=9216, m_width=9.0, m_res=0.22)
             | dict(attention="stick_breaking", tied=False)
@@ -202,14 +202,15 @@ class ModelConfig(FamilyConfig):
     def molm_350m_4b(cls, **changes) -> "ModelConfig":
         """MoLM-350M-4B, a released ModuleFormer (arXiv 2306.04640): 4.1B parameters, 366M active.
 
-        A new model is initialised like every decoder here, by a normal distribution with `init_std`. The original's
-        experts were initialised uniformly within 1 / (number of inputs of the matrix).
+        A new model is initialised like every decoder here, by a normal distribution with `init_std`. The original
+        code initialised its experts by a uniform distribution between -1/n and 1/n, where n is the number of inputs of
+        the matrix.
         """
         return cls(**_molm(L=24, k=2) | changes)
 
     @classmethod
     def molm_700m_4b(cls, **changes) -> "ModelConfig":
-        """MoLM-700M-4B: the same parameters, with four active modules of each kind."""
+        """MoLM-700M-4B: the parameters of MoLM-350M-4B, with four active modules of each kind."""
         return cls(**_molm(L=24, k=4) | changes)
 
     @classmethod
@@ -218,8 +219,8 @@ class ModelConfig(FamilyConfig):
         return cls(**_molm(L=48, k=2) | changes)
 
 
-# With these fields the decoder is a ModuleFormer: it has modules for attention and for the feed-forward part, a softmax
-# over all modules gives the gates, and attention includes the token itself and ignores the remainder of the stick.
+# With these fields, the decoder is a ModuleFormer. It has modules for attention and for the feed-forward network. The
+# gates are a softmax over all modules of a kind. A token also attends to itself, and the rest of the stick is ignored.
 MODULES: dict[str, Any] = dict(
     attention="stick_breaking", attend_current=True, remainder="none", activation="gelu_tanh", norm="layer", tied=False
 )

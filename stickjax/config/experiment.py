@@ -1,7 +1,7 @@
-"""One experiment as nested frozen dataclasses: every field has a default, a type and a sentence.
+"""The config of one experiment as nested frozen dataclasses. Every field has a default, a type and a help text.
 
 Field names of the model are the shape letters (README, "Letters"). A config is stored as plain JSON and
-read back with `Config.from_dict`; `stickjax.config.command_line` changes one by the words of a command line.
+read back with `Config.from_dict`. `stickjax.config.command_line` changes it by a command line.
 """
 
 import dataclasses
@@ -43,14 +43,14 @@ class DataConfig:
     source: str = field(
         "stdlib",
         "stdlib: the running Python's standard library; text: files, folders or jsonl; tokens: a token file; "
-        "logic, listops, scan, recall: generated; some of them, with commas: equal shares",
+        "logic, listops, scan, recall: generated; several, separated by commas: equal shares",
     )
     path: str | None = field(None, "file or folder of the text and tokens sources")
-    heldout_path: str | None = field(None, "held-out file or folder; None: every heldout_every-th document is held out")
+    heldout_path: str | None = field(None, "held-out file or folder; None: one document in heldout_every is held out")
     heldout_every: int = field(10, "one document in this many is held out", at_least=2)
     tokenizer: str = field("byte", "byte, or the path of a Hugging Face tokenizer.json")
     eot: str | None = field(
-        None, "added token of tokenizer.json that ends a text, such as '<|im_end|>'; None: as the files beside it say"
+        None, "added token of tokenizer.json that ends a text, such as '<|im_end|>'; None: the files beside it name it"
     )
     text_field: str = field("text", "field of a jsonl line that holds the text")
     examples: int = field(
@@ -58,9 +58,9 @@ class DataConfig:
     )
     T: int = field(256, "tokens in one sequence", at_least=1)
     B: int = field(16, "sequences in one step, over all processes and accumulation steps", at_least=1)
-    seed: int = field(0, "order of the sequences", at_least=0, at_most=SEED)
+    seed: int = field(0, "seed of the order of the sequences", at_least=0, at_most=SEED)
     curriculum: int = field(
-        0, "steps until pairs of all lengths are drawn, beginning with the shortest tenth; 0: all at once", at_least=0
+        0, "steps from drawing the shortest tenth of the pairs to drawing all of them; 0: always all", at_least=0
     )
 
     def __post_init__(self):
@@ -71,13 +71,13 @@ class DataConfig:
                 raise ValueError(f"source={self.source!r} names {source!r} twice")
         if self.tokenizer == "byte" and self.eot is not None:
             raise ValueError(
-                f"eot={self.eot!r} needs a tokenizer.json in data.tokenizer; 'byte' has an end of text of its own"
+                f"eot={self.eot!r} needs a tokenizer.json in data.tokenizer; the end of text of 'byte' is fixed"
             )
         if len(self.sources) > 1 and self.heldout_path is not None:
             raise ValueError(f"heldout_path={self.heldout_path!r} needs one source, not source={self.source!r}")
         stored = [source for source in self.sources if source in ("text", "tokens")]
         if len(stored) > 1:
-            raise ValueError(f"source={self.source!r}: text and tokens cannot share the one path")
+            raise ValueError(f"source={self.source!r}: text and tokens both read data.path; use only one of them")
         if not stored and self.path is not None:
             raise ValueError(f"path={self.path!r} is not used by source={self.source!r}; did you mean source='text'?")
         if stored and self.path is None:
@@ -95,25 +95,25 @@ class DataConfig:
 @accept_former_names
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW under muP with the Power schedule; all lengths in tokens."""
+    """AdamW with muP and the Power schedule. All lengths are in tokens."""
 
-    schedule: Literal["power", "wsd", "cosine", "constant"] = field("power", "learning rate against tokens")
-    peak_lr: float = field(0.02, "highest learning rate: the cap of the power law, the plateau of the others", above=0)
+    schedule: Literal["power", "wsd", "cosine", "constant"] = field("power", "shape of the learning rate")
+    peak_lr: float = field(0.02, "highest learning rate: cap of the power law, or plateau of the others", above=0)
     a: float = field(4.0, "power: scale of the law beta * a * n^b", above=0)
     b: float = field(-0.51, "power: exponent of the law")
     warmup_tokens: int = field(0, "length of the linear warmup", at_least=0)
-    decay_tokens: int = field(0, "length of the decay at the end of the run; 0: the run never decays", at_least=0)
+    decay_tokens: int = field(0, "length of the decay at the end of the run; 0: no decay", at_least=0)
     decay: Literal["exponential", "linear", "sqrt", "cosine"] = field("exponential", "shape of the decay")
     end_ratio: float = field(
-        0.0, "last learning rate as a share of the one where the decay began", at_least=0, at_most=1
+        0.0, "final learning rate divided by the learning rate at the start of the decay", at_least=0, at_most=1
     )
     beta1: float = field(0.9, "Adam: decay of the first moment", at_least=0, below=1)
     beta2: float = field(0.95, "Adam: decay of the second moment", at_least=0, below=1)
     eps: float = field(1e-10, "Adam: epsilon", at_least=0)
     weight_decay: float = field(0.1, "decoupled weight decay, not on norms and biases", at_least=0)
-    scale_decay: bool = field(False, "strict muP: multiply the decay of internal matrices by m_width")
+    scale_decay: bool = field(False, "strict muP: multiply the weight decay of hidden matrices by m_width")
     trainable: str = field(
-        "*", "patterns of the trainable parameters, *.new_*,*.router.*, and after a ! of the frozen ones, !embed",
+        "*", "patterns of trainable parameters, as in *.new_*,*.router.*, or after a ! of frozen ones, as in !embed",
         was="learn",
     )  # fmt: skip
     clip: float | None = field(1.0, "largest global norm of the gradient; None: no clipping", above=0)
@@ -128,7 +128,7 @@ class TrainConfig:
 
     steps: int = field(400, "optimizer steps", at_least=1, at_most=2**31 - 1)
     accumulate: int = field(1, "microbatches per step; B must be a multiple of it", at_least=1)
-    seed: int = field(0, "initialisation and sampled routing", at_least=0, at_most=SEED)
+    seed: int = field(0, "seed of the initialisation and of sampled routing", at_least=0, at_most=SEED)
     log_every: int = field(10, "steps between lines of metrics.jsonl", at_least=1)
     checkpoint_every: int = field(100, "steps between checkpoints; the last step always has one", at_least=1)
     keep: int = field(3, "checkpoints kept", at_least=1)
@@ -142,14 +142,14 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How many parts each axis divides the work into; if all are 1, there is a single device.
+    """The number of parts into which each mesh axis divides the work. If all are 1, the run has a single device.
 
     One axis may be -1: it takes the devices that the other axes leave.
     """
 
-    data: int = field(1, "parts of the batch on devices that each keep all parameters", at_least=-1)
-    fsdp: int = field(1, "parts of the batch on devices that also divide parameters and optimizer state", at_least=-1)
-    expert: int = field(1, "parts of the batch on devices that also divide the experts", at_least=-1)
+    data: int = field(1, "parts of the batch; each device keeps all parameters", at_least=-1)
+    fsdp: int = field(1, "parts of the batch; these devices also divide parameters and optimizer state", at_least=-1)
+    expert: int = field(1, "parts of the batch; these devices also divide the experts", at_least=-1)
     context: int = field(1, "parts of every sequence (stick-breaking only)", at_least=-1)
     tensor: int = field(1, "parts of the heads, the hidden units and the vocabulary", at_least=-1)
 
@@ -165,7 +165,7 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A whole experiment."""
+    """The config of a whole experiment."""
 
     model: FamilyConfig = field(None, "the model", ModelConfig)
     data: DataConfig = field(None, "the data", DataConfig)
@@ -179,8 +179,8 @@ class Config:
             raise ValueError(f"B={self.data.B} sequences must be a multiple of accumulate={self.train.accumulate}")
         if self.train.accumulate > 1 and not self.model.accumulates:
             raise ValueError(
-                f"accumulate={self.train.accumulate}: a model of family={self.model.family!r} takes the B sequences of "
-                "a step at once"
+                f"accumulate={self.train.accumulate}: a model of family={self.model.family!r} needs all B sequences "
+                "of a step at once; use accumulate=1"
             )
         if self.optim.decay_tokens > self.total_tokens:
             self.check_lengths()
@@ -188,7 +188,7 @@ class Config:
     def check_lengths(self, step: int = 0, tokens: int = 0) -> None:
         """Raise ValueError unless warmup and decay fit into a run that begins at `step`, after `tokens` tokens.
 
-        A run that continues another one may have warmed up with larger batches, so the config alone does not decide.
+        A run that continues another one may have warmed up with larger batches, so the config alone is not enough.
         """
         total = tokens + (self.train.steps - step) * self.data.tokens_per_step
         if self.optim.warmup_tokens + self.optim.decay_tokens > total:
@@ -200,17 +200,17 @@ class Config:
 
     @property
     def total_tokens(self) -> int:
-        """Tokens of a run in which every step has this B and T."""
+        """The tokens of a run, if every step has this B and T."""
         return self.train.steps * self.data.tokens_per_step
 
     def replace(self, changes: dict[str, Any]) -> "Config":
-        """A copy with `{"section.field": value}` changed; all changes are checked together."""
+        """Return a copy with the changes `{"section.field": value}`; all changes are checked together."""
         sections: dict[str, dict] = {}
         for key, value in changes.items():
             section, name = locate(self, key)
             if names := former_names(type(getattr(self, section))).get(name):
                 new = " and ".join(f"{section}.{name}" for name in names)
-                log.warning("%s is now %s; the old name goes in the next version", key, new)
+                log.warning("%s is now %s; the next version removes the old name", key, new)
             sections.setdefault(section, {})[name] = value
         return dataclasses.replace(self, **{s: _changed(getattr(self, s), fields) for s, fields in sections.items()})
 
@@ -219,7 +219,7 @@ class Config:
 
     @classmethod
     def from_dict(cls, tree: dict) -> "Config":
-        """Read a stored config, with the same checks as for a command line; missing fields have their defaults.
+        """Read a stored config, with the same checks as for a command line. Missing fields get their defaults.
 
         Raises:
           ValueError: `tree` is not a config, or it has an unknown section, an unknown field or a wrong value.
@@ -240,7 +240,7 @@ class Config:
         if family not in tuple(MODEL_CONFIGS):
             raise ValueError(
                 f"family={shown(family)} is not one of {', '.join(map(repr, MODEL_CONFIGS))}"
-                f"{nearest(str(family), MODEL_CONFIGS)}; a program that uses a family of its own imports its file first"
+                f"{nearest(str(family), MODEL_CONFIGS)}; import the file that defines a new family first"
             )
         config = cls(MODEL_CONFIGS[family]())
         sections = {section: _flat(type(getattr(config, section)), fields) for section, fields in tree.items()}
@@ -252,7 +252,7 @@ class Config:
         )
 
     def diff(self, other: "Config") -> list[str]:
-        """'section.field: here -> there' for every field that differs."""
+        """Return 'section.field: own value -> other value' for every field that differs."""
         if self.model.family != other.model.family:
             return [f"model.family: {self.model.family!r} -> {other.model.family!r}"]
         here, there = (
@@ -271,7 +271,7 @@ _SECTIONS = tuple(section.name for section in dataclasses.fields(Config))
 
 
 def _flat(section: type, fields: dict) -> dict:
-    """{"field": value, "group.field": value} of the fields of a section, some of which may be nested groups."""
+    """Return the fields of a section as {"field": value, "group.field": value}; a group is a nested dataclass."""
     flat = {}
     for name, value in fields.items():
         if name in nested_fields(section) and isinstance(value, dict):
@@ -282,7 +282,7 @@ def _flat(section: type, fields: dict) -> dict:
 
 
 def _changed(section, changes: dict[str, Any]):
-    """A section with some fields changed; a name with a dot is a field of a nested group."""
+    """Return a section with some fields changed; a name with a dot is a field of a nested group."""
     values: dict[str, Any] = {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
     for group in nested_fields(type(section)):
         values[group] = dict(vars(values[group]))
@@ -294,7 +294,7 @@ def _changed(section, changes: dict[str, Any]):
 
 @functools.cache
 def field_names(*models: type) -> list[str]:
-    """'section.field' for every field of a config with one of these model classes; by default, with any of them."""
+    """Return 'section.field' for every field of a config with one of these model classes (default: all of them)."""
     sections = [(s.name, s.default_factory) for s in dataclasses.fields(Config) if s.name != "model"]
     sections = [("model", model) for model in models or MODEL_CONFIGS.values()] + sections
     names = []
@@ -309,16 +309,16 @@ def field_names(*models: type) -> list[str]:
 
 
 def types_of(config: Config, section: str, name: str) -> tuple:
-    """The types of the field `name` of a section; the name may be a former one, or have a group."""
+    """Return the types of the field `name` of a section. `name` may be a former name, or "group.field"."""
     kind = type(getattr(config, section))
     group, _, last = (former_names(kind).get(name, (name,))[0]).rpartition(".")
     return field_types(nested_fields(kind)[group] if group else kind)[last]
 
 
 def locate(config: Config, key: str) -> tuple[str, str]:
-    """Section and field of the key 'section.field' or 'section.group.field'; the field may have its former name.
+    """Split the key 'section.field' or 'section.group.field' into the section and the rest.
 
-    ValueError, with the nearest key, for an unknown one.
+    The field may have its former name. Raise ValueError, with the nearest key, for an unknown key.
     """
     section, _, name = key.partition(".")
     known = field_names(type(config.model))

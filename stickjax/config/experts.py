@@ -1,4 +1,4 @@
-"""A mixture of experts as a dataclass: of the feed-forward network, or of the attention heads."""
+"""The config of a mixture of experts, in the feed-forward network or in the attention."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -10,29 +10,31 @@ from stickjax.config.fields import accept_former_names, check_fields, field
 @accept_former_names
 @dataclass(frozen=True)
 class ExpertsConfig:
-    """How many experts there are, how a token chooses among them, and what their router is trained by."""
+    """The number of experts, the routing of tokens to them, and the losses that train the router."""
 
-    E: int = field(0, "experts; 0: none", at_least=0)
-    k: int = field(0, "experts chosen per token; for attention heads 0 stands for N / K", at_least=0)
+    E: int = field(0, "number of experts; 0: none", at_least=0)
+    k: int = field(0, "experts chosen per token; for attention experts, 0 means N / K", at_least=0)
     order: Literal["topk_softmax", "softmax_topk"] = field("topk_softmax", "order of the selection and the softmax")
     network: Literal["linear", "mlp", "gmm"] = field(
-        "linear", "what makes the router's logits; gmm: cosines with a centroid per expert"
+        "linear", "network that computes the router logits; gmm: cosine similarity with a centroid per expert"
     )
     hidden: int = field(256, "hidden width of the mlp and gmm router networks", at_least=1)
     bias: bool = field(False, "add a bias to the output")
-    sample_topk: int = field(0, "in training, how many of the k experts are sampled instead of the best", at_least=0)
+    sample_topk: int = field(
+        0, "in training, this many of the k experts are sampled from the router's probabilities", at_least=0
+    )
     token_rounding: int = field(
-        0, "in training, drop rows with the smallest gates, to a multiple per expert and device; 0: no", at_least=0
+        0, "token rounding in training: drop an expert's smallest gates, to a multiple of rows; 0: no", at_least=0
     )
     switch_weight: float = field(0.0, "weight of the load-balancing loss E * sum_e f_e P_e", at_least=0)
     z_weight: float = field(0.0, "weight of mean(logsumexp(router logits)^2)", at_least=0)
     mi_weight: float = field(0.0, "weight of the mutual-information loss H(e|x) - H(e)", at_least=0)
     concentration_weight: float = field(
-        0.0, "weight of H(e): fine-tuning with it leaves few experts in use", at_least=0
+        0.0, "weight of the entropy H(e); fine-tuning with it concentrates the tokens on few experts", at_least=0
     )
-    bias_rate: float = field(0.0, "step of the auxiliary-loss-free router bias; 0: no bias", at_least=0)
-    added: int = field(0, "experts added to the E of a trained model, in leaves of their own", at_least=0)
-    pruned: int = field(0, "pruned experts that keep their share of the router's softmax", at_least=0)
+    bias_rate: float = field(0.0, "update step of the auxiliary-loss-free router bias; 0: no bias", at_least=0)
+    added: int = field(0, "new experts beside the E trained ones; their parameters are separate leaves", at_least=0)
+    pruned: int = field(0, "number of pruned experts that still count in the router's softmax", at_least=0)
     pruning: Literal["no", "old_denominator", "new_denominator"] = field(
         "no", "whether experts were pruned, and whether they still count in the router's softmax"
     )
@@ -41,9 +43,12 @@ class ExpertsConfig:
         check_fields(self)
 
     def check(self, name: str, k: int, options: tuple[str, ...] | None = None) -> None:
-        """Raise ValueError, with the name of the mixture, for values that do not fit each other or the k of a token.
+        """Raise ValueError if the values of the fields contradict each other.
 
-        `options`: the fields that a model reads; a field that it does not read must keep its default. None: all.
+        Args:
+          name: the name of the mixture, for the message.
+          k: the number of experts per token.
+          options: the fields that the model supports; all other fields must keep their defaults. None: all fields.
         """
         E = self.E
         for f in dataclasses.fields(self) if options else ():

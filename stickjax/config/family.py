@@ -5,15 +5,15 @@ from typing import ClassVar, Literal
 
 from stickjax.config.fields import BYTES, same_definition
 
-# {family: the class of its config}. Defining a subclass of `FamilyConfig` adds it.
+# {name of a family: the class of its config}. The definition of a subclass of `FamilyConfig` adds an entry.
 MODEL_CONFIGS: dict[str, type["FamilyConfig"]] = {}
 
 
 class FamilyConfig:
-    """The config of a family of models.
+    """The base class for the config of a model family.
 
     Subclass it as a frozen dataclass. Give the field `family` a default: the name of the family. The class needs at
-    least the fields `family`, V (the size of the vocabulary; None: the ids of the tokenizer), `dtype`, `param_dtype`
+    least the fields `family`, V (the vocabulary size; None: the number of ids of the tokenizer), `dtype`, `param_dtype`
     and `implementation`.
     """
 
@@ -37,7 +37,7 @@ class FamilyConfig:
 
     @property
     def vocabulary(self) -> int:
-        """V; if V is None, the 257 ids of bytes and the end of text."""
+        """The vocabulary size V. If V is None, 257: the bytes and the end-of-text token."""
         return BYTES if self.V is None else self.V
 
     @property
@@ -46,6 +46,6 @@ class FamilyConfig:
         return 1.0
 
     def check_mesh(self, sizes: dict[str, int], T: int) -> None:
-        """Raise ValueError for mesh axes that do not suit the model. By default only "data" may be above 1."""
+        """Raise ValueError for mesh axes that the model does not support. By default only "data" may be above 1."""
         if other := [f"{axis}={n}" for axis, n in sizes.items() if axis != "data" and n > 1]:
             raise ValueError(f"{' and '.join(other)}: a model of family={self.family!r} supports data parallelism only")

@@ -1,4 +1,4 @@
-"""Fields of a config: each has a default, a type, a sentence and bounds; `check_fields` checks the values."""
+"""Fields of a config, each with a default, a type, a help text and bounds. `check_fields` checks the values."""
 
 import dataclasses
 import difflib
@@ -12,20 +12,24 @@ import typing
 import warnings
 from typing import Any, Literal
 
-BYTES = 257  # ids of a vocabulary of bytes and the end of text
-LARGEST = 10**15  # the bound of whole numbers without a bound of their own; arithmetic on larger sizes may overflow
-Dtype = Literal["float32", "bfloat16", "float16"]  # what a model computes in, and stores its parameters in
-SEED = 2**31 - 1  # the largest seed; some random number generators do not tell larger ones apart
+BYTES = 257  # vocabulary size of the byte tokenizer: 256 bytes and the end-of-text token
+LARGEST = 10**15  # upper bound of every whole number; arithmetic on larger sizes may overflow
+Dtype = Literal["float32", "bfloat16", "float16"]  # types of the computation and of the stored parameters
+SEED = 2**31 - 1  # the largest seed; some random number generators cannot distinguish larger ones
 
 _BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}
 
 
 def field(default, doc: str, group: type | None = None, *, was: str | None = None, **bounds: float):
-    """A dataclass field with its sentence for --help; `group` makes it a nested section.
+    """Return a dataclass field with the help text `doc`.
 
-    `was`: its name in the version before (see `accept_former_names`). `bounds` of a number are any of at_least, above,
-    at_most and below.
+    Args:
+      default: the default value; not used with `group`.
+      doc: one sentence for --help.
+      group: the class of a nested section; its default is an instance of the class.
+      was: the former name of the field, in the version before (see `accept_former_names`).
+      bounds: the bounds of a number: any of at_least, above, at_most and below.
     """
     metadata = {"doc": doc, "bounds": bounds, "was": was}
     if group is not None:
@@ -35,9 +39,9 @@ def field(default, doc: str, group: type | None = None, *, was: str | None = Non
 
 @functools.cache
 def former_names(config: type) -> dict[str, tuple[str, ...]]:
-    """{name in the version before: names} of the fields of a dataclass that were renamed or moved.
+    """Return {former name: present names} for the fields of a dataclass that were renamed or moved.
 
-    A name with a dot is a field of a nested dataclass. `MOVED` of the dataclass has the fields that were moved.
+    A present name with a dot is a field of a nested dataclass. `MOVED` of the dataclass lists the moved fields.
     """
     renamed = {was: (f.name,) for f in dataclasses.fields(config) if (was := f.metadata.get("was")) is not None}
     return renamed | getattr(config, "MOVED", {})
@@ -45,15 +49,16 @@ def former_names(config: type) -> dict[str, tuple[str, ...]]:
 
 @functools.cache
 def nested_fields(config: type) -> dict[str, type]:
-    """The fields of a dataclass that are dataclasses themselves, with their types."""
+    """Return {name: type} of the fields of a dataclass that are dataclasses themselves."""
     kinds = field_types(config)
     return {f.name: kinds[f.name][0] for f in dataclasses.fields(config) if dataclasses.is_dataclass(kinds[f.name][0])}
 
 
 def former_names_in(config: type, values: dict[str, Any]) -> list[str]:
-    """The former names among the keys of `values`; first those that moved to one place.
+    """Return the former names among the keys of `values`; those with one present name come first.
 
-    A name may have become the name of a nested dataclass: it is a former one if its value is not such a dataclass.
+    A former field name may now be the name of a nested dataclass. Then the value decides: the name counts as a former
+    name only if its value is neither this dataclass nor a dictionary.
     """
     former, nested = former_names(config), nested_fields(config)
     used = [was for was in former if was in values]
@@ -62,9 +67,10 @@ def former_names_in(config: type, values: dict[str, Any]) -> list[str]:
 
 
 def upgraded(config: type, values: dict[str, Any]) -> dict[str, Any]:
-    """The values of a dataclass by the present names of its fields; nested dataclasses may be dictionaries of fields.
+    """Return the values of a dataclass by the present names of its fields.
 
-    A value that has moved into several nested dataclasses goes into those that have experts.
+    In `values`, a nested dataclass may be a dictionary of its fields. A field that has moved into several nested
+    dataclasses changes those that have experts, or the first one if none has experts.
     """
     old = {was: values[was] for was in former_names_in(config, values)}
     new = {name: value for name, value in values.items() if name not in old}
@@ -82,7 +88,7 @@ def upgraded(config: type, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _made(kind: type, name: str, values: Any):
-    """A nested dataclass from a dictionary of its fields; errors begin with its name."""
+    """Make a nested dataclass from a dictionary of its fields. Its errors begin with `name`."""
     if not isinstance(values, dict):
         return values
     if unknown := values.keys() - {f.name for f in dataclasses.fields(kind)}:
@@ -95,11 +101,11 @@ def _made(kind: type, name: str, values: Any):
 
 
 def accept_former_names(config: type) -> type:
-    """Let a dataclass take its fields by their former names too, with a warning that says the new one."""
+    """Let a dataclass also accept the former names of its fields, with a warning that says the new name."""
 
     def warn(was: str) -> None:
         new = " and ".join(former_names(config)[was])
-        warnings.warn(f"{was} is now {new}; the old name goes in the next version", FutureWarning, stacklevel=3)
+        warnings.warn(f"{was} is now {new}; the next version removes the old name", FutureWarning, stacklevel=3)
 
     def read(was: str):
         def former(self):
@@ -124,7 +130,7 @@ def accept_former_names(config: type) -> type:
 
 @functools.cache
 def field_types(config: type) -> dict[str, tuple]:
-    """The types that each field of a dataclass may have.
+    """Return the types that each field of a dataclass may have.
 
     >>> from stickjax.config import OptimConfig
     >>> field_types(OptimConfig)["clip"]
@@ -137,9 +143,9 @@ def field_types(config: type) -> dict[str, tuple]:
 
 
 def check_fields(config) -> None:
-    """Raise ValueError for the first field whose value is not of its type or not within its bounds.
+    """Raise ValueError for the first field whose value has a wrong type or is out of bounds.
 
-    Numbers of NumPy and paths become plain numbers and text, so that JSON holds every config.
+    NumPy numbers become Python numbers, and paths become text, so that every config can be stored as JSON.
 
     >>> from stickjax.config import DataConfig
     >>> DataConfig(T="64")
@@ -149,11 +155,11 @@ def check_fields(config) -> None:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         plain = checked(field.name, value, field_types(type(config))[field.name], field.metadata["bounds"])
-        object.__setattr__(config, field.name, plain)  # the config is frozen once it is made
+        object.__setattr__(config, field.name, plain)  # because the dataclass is frozen
 
 
 def checked(name: str, value, kinds: tuple, bounds: dict) -> Any:
-    """Convert a value to one of the types `kinds` and check its bounds; ValueError if it does not fit.
+    """Convert a value to one of the types `kinds` and check its bounds. Raise ValueError if it does not fit.
 
     >>> checked("top_p", 1, (float,), {"above": 0, "at_most": 1})
     1.0
@@ -177,7 +183,7 @@ def checked(name: str, value, kinds: tuple, bounds: dict) -> Any:
 
 
 def _finite(name: str, value) -> float:
-    """`value` as a float that float32 holds, which is the type of most parameters."""
+    """Return `value` as a float. It must be in the range of float32, the type of most parameters."""
     try:
         number = float(value)
     except OverflowError:
@@ -213,31 +219,31 @@ def _expected(kinds: tuple, bounds: dict) -> str:
 
 
 def shown(value) -> str:
-    """The repr of a value for a message, at most 60 characters long.
+    """Return the repr of a value for a message, at most 60 characters long.
 
     >>> shown("a" * 100)
     "'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa..."
     """
     try:
         text = " ".join(repr(value).split())
-    except (ValueError, RecursionError):  # Python prints no integer of thousands of digits
+    except (ValueError, RecursionError):  # Python refuses to print an integer with thousands of digits
         text = f"<{type(value).__name__}>"
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def nearest(name: str, known) -> str:
-    """' (did you mean X?)', or nothing when no known name is close."""
+    """Return ' (did you mean X?)', or '' if no known name is similar."""
     match = difflib.get_close_matches(name, [str(k) for k in known], n=1, cutoff=0.5)
     return f" (did you mean {match[0]!r}?)" if match else ""
 
 
 def same_definition(one, other) -> bool:
-    """Whether two classes or functions come from the same lines of a file, perhaps run twice."""
+    """Whether two classes or functions have the same definition, also if its file was run twice."""
     return (one.__module__, one.__qualname__) == (other.__module__, other.__qualname__)
 
 
 def one_of(name: str, value, choices) -> None:
-    """Raise ValueError, with the nearest choice, for a value that is none of them."""
+    """Raise ValueError, with the nearest choice, if the value is not one of the choices."""
     if value not in choices:
         raise ValueError(
             f"{name}={shown(value)} is not one of {', '.join(map(repr, choices))}{nearest(str(value), choices)}"

@@ -1,4 +1,4 @@
-"""Suggestions for a name that does not exist: from the words that other programs use, and the nearest of our names."""
+"""Suggest a name for one that does not exist: by the words of other programs, or by similarity to our names."""
 
 import difflib
 from collections.abc import Iterable
@@ -47,7 +47,7 @@ _MEANT = {word: name for name, words in SYNONYMS.items() for word in words.split
 
 
 def suggestion(word: str, names: Iterable[str]) -> str:
-    """' (did you mean X?)' for a word that is none of `names`, or nothing when none is near.
+    """Return ' (did you mean X?)' for a word that is not in `names`, or '' if no name is similar.
 
     >>> suggestion("--batch-size", ["data.B", "data.T"]), suggestion("steps", ["train.steps", "train.seed"])
     (" (did you mean 'data.B'?)", " (did you mean 'train.steps'?)")
@@ -72,5 +72,5 @@ def suggestion(word: str, names: Iterable[str]) -> str:
 
 
 def _plain(name: str) -> str:
-    """A name without section, dashes and capitals."""
+    """Return a name without its section and without leading dashes, in lower case."""
     return name.rpartition(".")[2].lstrip("-").replace("-", "_").lower()

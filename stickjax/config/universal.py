@@ -1,4 +1,4 @@
-"""The Sparse Universal Transformer as a dataclass; its capital letters are the shape letters of the code."""
+"""The config of the Sparse Universal Transformer. Its capital letters are the shape letters of the code."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -11,11 +11,13 @@ from stickjax.config.fields import Dtype, accept_former_names, check_fields, fie
 @accept_former_names
 @dataclass(frozen=True)
 class SutConfig(FamilyConfig):
-    """One block of experts that is applied up to L times, with a halting decision per token after each.
+    """A Sparse Universal Transformer: one block of experts that is applied up to L times.
+
+    After each step, every token decides whether it halts.
 
     `act_weight` and the `mi_weight` of the experts multiply losses that are added to a *mean* cross-entropy. The
-    original code adds them to a cross-entropy summed over the 8192 tokens of a worker: its weight of 0.1 corresponds
-    to 0.1 / 8192 here.
+    original code adds them to a *sum* of the cross-entropy over the 8192 tokens of a worker. So its weight of 0.1
+    corresponds to 0.1 / 8192 here.
     """
 
     MOVED: ClassVar = {
@@ -24,34 +26,38 @@ class SutConfig(FamilyConfig):
         "mi_weight": ("experts.mi_weight", "attention_experts.mi_weight"),
     }  # fmt: skip
 
-    accumulates = False  # its halting is a mean over the whole batch
+    accumulates = False  # the mean halting step is taken over the whole batch
 
     family: Literal["sut"] = field("sut", "the kind of model; a config file chooses it by its class")
     V: int | None = field(
-        None, "vocabulary size; None: the ids of the tokenizer, or of the pairs (where 0 is padding)", at_least=1
+        None, "vocabulary size; None: the ids of the tokenizer, or of the pairs of sentences (0 is padding)", at_least=1
     )
     D: int = field(128, "width of the residual stream", at_least=1)
-    L: int = field(6, "steps: how often the block is applied at most", at_least=1)
-    K: int = field(2, "query heads of one attention expert, and key/value heads, which all experts share", at_least=1)
+    L: int = field(6, "largest number of steps, that is, of applications of the block", at_least=1)
+    K: int = field(
+        2, "query heads of one attention expert; also the key/value heads, which all experts share", at_least=1
+    )
     H: int = field(32, "dimension of one head", at_least=1)
     F: int = field(256, "hidden width of one feed-forward expert", at_least=1)
     experts: ExpertsConfig = field(ExpertsConfig(E=8, k=2), "experts of the feed-forward network")
-    attention_experts: ExpertsConfig = field(ExpertsConfig(E=8, k=2), "experts that own K query heads each")
+    attention_experts: ExpertsConfig = field(ExpertsConfig(E=8, k=2), "experts with K query heads each")
     attention: Literal["softmax", "stick_breaking"] = field(
-        "softmax", "softmax comes with relative positions, stick_breaking is causal and has none"
+        "softmax", "softmax: not causal, with relative positions; stick_breaking: causal, without positions"
     )
-    clip: int = field(64, "all relative positions of this distance or more count as one (softmax only)", at_least=1)
+    clip: int = field(64, "relative positions are clipped to this distance (softmax only)", at_least=1)
     sinusoidal: bool = field(True, "add sinusoidal positions to the embedding (softmax only)")
-    normalize_before: bool = field(False, "normalise a layer's input rather than the residual stream after it")
-    halting_threshold: float = field(
-        0.999, "a token halts once this much of its stick is broken off; may change later", above=0, at_most=1
+    normalize_before: bool = field(
+        False, "pre-norm: normalise the input of every layer; otherwise the residual stream after the layer"
     )
-    halting_bias: float = field(0.0, "added to the logit of going on; with a few units a new model uses many steps")
-    act_weight: float = field(0.0, "weight of the mean expected depth", at_least=0)
+    halting_threshold: float = field(
+        0.999, "a token halts once its halting probabilities sum to this; may change after training", above=0, at_most=1
+    )
+    halting_bias: float = field(0.0, "added to the logit of going on; a few units make a new model use many steps")
+    act_weight: float = field(0.0, "weight of the mean expected number of steps", at_least=0)
     dropout: float = field(
         0.0, "dropout in training: of embeddings, branches, attention, hidden units and routers", at_least=0, below=1
     )
-    classes: int = field(0, "labels of a pair of sentences; 0: a causal language model", at_least=0)
+    classes: int = field(0, "number of labels of a pair of sentences; 0: a causal language model", at_least=0)
     norm_eps: float = field(1e-5, "epsilon of every normalisation", above=0)
     dtype: Dtype = field("float32", "type of the computation")
     param_dtype: Dtype = field(
@@ -71,7 +77,7 @@ class SutConfig(FamilyConfig):
 
     @property
     def causal(self) -> bool:
-        """Whether attention is causal by its kind: stick-breaking is, softmax with relative positions is not."""
+        """Whether attention is causal: stick-breaking is, softmax with relative positions is not."""
         return self.attention == "stick_breaking"
 
     @property
@@ -80,15 +86,16 @@ class SutConfig(FamilyConfig):
 
     @classmethod
     def sut_base(cls, **changes) -> "SutConfig":
-        """The translation model of arXiv 2310.07096, for `models.universal.SparseUniversalTransformer(config, key)`.
+        """The base translation model of arXiv 2310.07096.
 
-        V is chosen so that the two models have 66M and 110M parameters, as in the paper.
+        It is a config for `models.universal.SparseUniversalTransformer(config, key)`. V is chosen so that `sut_base`
+        has 66M and `sut_big` 110M parameters, as in the paper.
         """
         return cls(**_translation(E=24) | changes)
 
     @classmethod
     def sut_big(cls, **changes) -> "SutConfig":
-        """`sut_base` with twice as many experts, of which the same number is active."""
+        """The big translation model: `sut_base` with twice as many experts, and the same number of active ones."""
         return cls(**_translation(E=48, sample_topk=1) | dict(act_weight=1 / 8192) | changes)
 
 

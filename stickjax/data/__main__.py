@@ -1,4 +1,4 @@
-"""python -m stickjax.data tokenize SOURCE OUT | verify OUT: text to token files."""
+"""The command that makes and checks token files: python -m stickjax.data tokenize SOURCE OUT | verify OUT."""
 
 import sys
 
@@ -12,11 +12,11 @@ def main(argv: list[str] | None = None) -> None:
     """`tokenize SOURCE OUT [--tokenizer byte|tokenizer.json] [--eot TOKEN] [--text-field text]`, or `verify OUT`."""
     parser = Parser(prog="python -m stickjax.data")
     commands = parser.add_subparsers(required=True, dest="command")
-    one = commands.add_parser("tokenize", help="text to a token file")
+    one = commands.add_parser("tokenize", help="write the tokens of a text to a token file")
     one.add_argument("source", metavar="SOURCE", help="text file, .jsonl file or folder")
-    one.add_argument("out", metavar="OUT", help="OUT.bin and OUT.json are written")
+    one.add_argument("out", metavar="OUT", help="name of the token file; writes OUT.bin and OUT.json")
     one.add_argument("--tokenizer", default="byte", help="byte, or the path of a tokenizer.json")
-    one.add_argument("--eot", help="added token that ends a text, if the tokenizer's folder names none")
+    one.add_argument("--eot", help="added token that ends a text, if the folder of the tokenizer names none")
     one.add_argument("--text-field", default="text", help="field of a jsonl line that holds the text")
     one = commands.add_parser("verify", help="read a token file and compare it with its sha256")
     one.add_argument("out", metavar="OUT", help="the token file OUT.bin with its OUT.json")

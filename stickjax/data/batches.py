@@ -1,10 +1,10 @@
-"""From tokens to batches: the stream of a corpus is cut into windows of T + 1 tokens.
+"""Batches for training: the token stream of a corpus is cut into windows of T + 1 tokens.
 
     source -> Corpus (train, held-out) -> train_loader: batches   |   data.heldout: windows for evaluation
-    stickjax.data.tasks -> task_loader: batches of examples, with no stream of tokens between
+    stickjax.data.tasks -> task_loader: batches of examples, without a token stream
 
-`stickjax.data.readers` chooses what a model is trained on. `python -m stickjax.data tokenize SOURCE OUT` writes a token
-file, and `verify OUT` compares it with its sha256.
+`stickjax.data.readers` chooses the training data of a model. `python -m stickjax.data tokenize SOURCE OUT` writes a
+token file, and `verify OUT` compares it with its sha256.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ from stickjax.data.tokenizer import Tokenizer
 
 
 class _Windows:
-    """Random access to windows of T + 1 tokens at stride T: every target of the stream is in one of them."""
+    """Random access to windows of T + 1 tokens at stride T, so that no target is in two windows."""
 
     def __init__(self, tokens: np.ndarray, T: int):
         self.tokens, self.T = tokens, T
@@ -34,15 +34,16 @@ class _Windows:
 
 
 def make_batch(windows: np.ndarray, eot: int, bos: int | None = None) -> dict[str, np.ndarray]:
-    """Turn windows [B, T + 1] into what the model is trained on, each of shape [B, T].
+    """Convert windows [B, T + 1] into a training batch of arrays [B, T].
 
-    `tokens` and `targets` (int32) are the window without its last and its first token. `segment_ids` (int32)
-    number the documents within the window. `loss_mask` (bool) is False where a target is not trained.
+    `tokens` (int32) is a window without its last token, and `targets` (int32) is a window without its first token.
+    `segment_ids` (int32) number the documents within the window. `loss_mask` (bool) is False where a target is not
+    trained.
 
-    A text begins in training as it does in sampling. As a target, an end of text belongs to the document that it ends.
-    As an input, it is the first token of the next document: that document's first token is predicted from it. If the
-    next document begins with `bos`, the end of text is the last input of the document that it ends, and its target,
-    `bos`, is not trained.
+    A document begins in training as in sampling. As a target, an end of text belongs to the document that it ends. As
+    an input, an end of text belongs to the next document, whose first token is predicted from it. There is one
+    exception: if the next document begins with `bos`, the end of text is the last input of the document that it ends,
+    and its target, `bos`, is not trained.
 
     >>> {name: array.tolist() for name, array in make_batch(np.array([[7, 8, 9, 5]]), eot=8).items()}
     {'tokens': [[7, 8, 9]], 'targets': [[8, 9, 5]], 'segment_ids': [[0, 1, 1]], 'loss_mask': [[True, True, True]]}
@@ -66,15 +67,20 @@ def batches(
     transform: Callable | None = None,
     first: Sequence = (),
 ) -> grain.DatasetIterator:
-    """Endless batches of this process from a source with random access: B // process_count examples, stacked.
+    """Return the endless batches of this process: B // process_count examples of a source, stacked.
 
-    Every epoch visits every example once, in a new order set by `seed`. The shares of all processes,
-    concatenated by process_index, are the batch of a single process. `get_state()` is a small JSON value,
-    the same on every process, and `set_state()` continues there at once, bit for bit, with any
-    process_count. `transform` is applied to whole batches. The examples of `first` come before all others, in their
-    order.
+    Every epoch visits every example once, in a new order set by `seed`. The batches of all processes, concatenated by
+    process_index, are the batch of a single process.
 
-    Raises ValueError when there are no examples, or B is not a multiple of process_count.
+    `get_state()` of the result is a small JSON value, which is the same on every process. `set_state()` continues from
+    it at once, bit for bit, with any process_count.
+
+    Args:
+      source: the examples, with random access.
+      transform: a function that is applied to whole batches.
+      first: examples that come before all others, in their order.
+
+    Raises ValueError if there are no examples, or if B is not a multiple of process_count.
 
     >>> loader = batches(range(6), B=3, seed=0)
     >>> np.sort(np.concatenate([next(loader), next(loader)]))
@@ -86,10 +92,10 @@ def batches(
         raise ValueError(f"process_index={process_index} must be in 0..{process_count - 1}")
     if not len(source):
         raise ValueError(f"no examples to draw B={B} of")
-    # Epoch e is shuffled by seed + e: neighbouring seeds would share all but one of their epochs.
+    # Epoch e is shuffled by seed + e. Without this hash, runs with neighbouring seeds would share all but one epoch.
     seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     epochs = grain.MapDataset.source(source).shuffle(seed=seed)
-    if len(first):  # a dataset cannot follow an endless one, so the repetitions of `first` only come very late
+    if len(first):  # concatenated datasets must be finite; so `first` comes again, but only after 10,000 epochs
         epochs = grain.MapDataset.concatenate([grain.MapDataset.source(first), epochs.repeat(10_000)])
     dataset = (
         epochs.repeat().batch(B // process_count, drop_remainder=True).slice(slice(process_index, None, process_count))
@@ -102,9 +108,9 @@ def batches(
 def train_loader(
     corpus: Corpus, config: DataConfig, *, process_index: int = 0, process_count: int = 1
 ) -> grain.DatasetIterator:
-    """Endless `batches` of the windows of a text: dicts of `make_batch` with arrays [B // process_count, T].
+    """Return the endless `batches` of the windows of a text: dicts of `make_batch`, arrays [B // process_count, T].
 
-    Raises ValueError when the text has fewer than T + 1 tokens or B is not a multiple of process_count.
+    Raises ValueError if the text has fewer than T + 1 tokens or B is not a multiple of process_count.
 
     >>> config = DataConfig(T=8, B=4)
     >>> next(train_loader(load_corpus(config)[0], config))["tokens"].shape
@@ -122,11 +128,12 @@ def train_loader(
 def task_loader(
     task: str, config: DataConfig, part: str = "train", *, process_index: int = 0, process_count: int = 1, **options
 ) -> grain.DatasetIterator:
-    """Endless `batches` of a task of `stickjax.data.tasks`: the arrays of its `examples(part, T=config.T, **options)`.
+    """Return the endless `batches` of a task of `stickjax.data.tasks`.
 
-    `config.seed` orders the examples; which examples there are is set by the option `seed`.
+    The examples are `examples(part, T=config.T, **options)` of the task. `config.seed` sets their order; the option
+    `seed` sets the examples themselves.
 
-    Raises ValueError for an unknown task, and what `examples` and `batches` raise.
+    Raises ValueError for an unknown task, and for the same reasons as `examples` and `batches`.
 
     >>> batch = next(task_loader("recall", DataConfig(T=8, B=4), keys=2))
     >>> {name: array.shape for name, array in batch.items()}
@@ -138,20 +145,20 @@ def task_loader(
 
 
 class TrainingData(NamedTuple):
-    """What a run is trained on. `loader(index, count)`: the batches of one of `count` processes."""
+    """The training data of a run. `loader(index, count)` returns the batches of process `index` of `count`."""
 
     loader: Callable[[int, int], grain.DatasetIterator]
     vocab_size: int
     hash: str
     source: str
     summary: str
-    tokenizer: Tokenizer | None = None  # of a text
-    heldout_source: str | None = None  # of a text
-    heldout_hash: str | None = None  # of a text
+    tokenizer: Tokenizer | None = None  # only for a text
+    heldout_source: str | None = None  # only for a text
+    heldout_hash: str | None = None  # only for a text
 
 
 def text_data(config: Config) -> TrainingData:
-    """The windows of a text. Raises ValueError for a curriculum, and what the sources raise."""
+    """Load a text as training data. Raises ValueError for a curriculum, or if the source cannot be read."""
     d = config.data
     if d.curriculum:
         raise ValueError(f"curriculum={d.curriculum} orders pairs of sentences; this model reads a text")

@@ -1,4 +1,4 @@
-"""From text to tokens: every source becomes one flat stream of documents, a training and a held-out one."""
+"""Load a source as two flat token streams: the training stream and the held-out stream."""
 
 import dataclasses
 import hashlib
@@ -27,11 +27,11 @@ class Corpus:
     tokenizer: Tokenizer
     source: str  # for messages
     documents: int
-    bytes: int  # of UTF-8 text; in proportion to the tokens where one text was cut in two
-    hash: str  # 16 hex digits of the sha256 of the tokens, or of a token file's hash and the part taken
+    bytes: int  # of UTF-8 text; in proportion to the tokens if one text was cut in two
+    hash: str  # 16 hex digits of a sha256: of the tokens, or of the hash of a token file and the part of it
 
     def summary(self) -> str:
-        """One line for the training banner."""
+        """Return one line for the training banner."""
         return (
             f"{printable(self.source)}: {self.documents:,} documents, {len(self.tokens):,} tokens, "
             f"{self.bytes:,} bytes, {self.tokenizer.name}, {self.hash}"
@@ -44,30 +44,30 @@ def _of_token_file(path: str, tokenizer: Tokenizer, name: str) -> Corpus:
 
 
 def _pack(documents: list[tuple[np.ndarray, int]], tokenizer: Tokenizer, source: str) -> Corpus:
-    """Join (tokens, bytes) of documents."""
+    """Join documents, given as (tokens, number of bytes), into one stream."""
     tokens = np.concatenate([ids for ids, _ in documents], dtype=token_dtype(tokenizer.vocab_size))
     num_bytes = sum(size for _, size in documents)
     return Corpus(tokens, tokenizer, source, len(documents), num_bytes, hashlib.sha256(tokens).hexdigest()[:16])
 
 
 def document_ends(tokens: np.ndarray, eot: int) -> np.ndarray:
-    """Positions just after every document, in order; found by blocks."""
+    """Return the position after the end of every document, in order. The tokens are read in blocks."""
     blocks = range(0, len(tokens), _BLOCK)
     ends = np.concatenate([np.flatnonzero(tokens[b : b + _BLOCK] == eot) + b + 1 for b in blocks])
     return ends if len(ends) and ends[-1] == len(tokens) else np.append(ends, len(tokens))
 
 
 def _cut(corpus: Corpus, heldout_every: int) -> tuple[Corpus, Corpus]:
-    """Cut a stream in two views, at the first document boundary after 1 - 1/heldout_every of the tokens."""
+    """Cut a stream into two views, at the first document boundary after 1 - 1/heldout_every of the tokens."""
     tokens, eot, n = corpus.tokens, corpus.tokenizer.eot, len(corpus.tokens)
     if n < 2:
         raise ValueError(f"{corpus.source} has {n} token: too short for a training and a held-out part")
     target = n - max(1, n // heldout_every)
-    cut = target  # inside a document only when there is just one
+    cut = target  # this is inside a document; it is used only if there is a single document
     later = document_ends(tokens[target - 1 :], eot) + target - 1
     if later[0] < n:
         cut = int(later[0])
-    elif len(ends := document_ends(tokens, eot)) > 1:  # the last document alone is more than its share
+    elif len(ends := document_ends(tokens, eot)) > 1:  # the last document is larger than the held-out share
         cut = int(ends[-2])
 
     def part(start: int, stop: int, documents: int) -> Corpus:
@@ -80,7 +80,7 @@ def _cut(corpus: Corpus, heldout_every: int) -> tuple[Corpus, Corpus]:
 
 
 def _load(source: str, config: DataConfig, tokenizer: Tokenizer) -> tuple[Corpus, Corpus]:
-    """The two parts of one source."""
+    """Load the training stream and the held-out stream of one source."""
 
     def encoded(documents: Iterable[str]) -> list[tuple[np.ndarray, int]]:
         return [(tokenizer.document(text), len(text.encode())) for text in documents]
@@ -107,7 +107,7 @@ def _load(source: str, config: DataConfig, tokenizer: Tokenizer) -> tuple[Corpus
 
 
 def _mix(corpora: Iterable[Corpus]) -> Corpus:
-    """Streams one after the other, each cut to the length of the shortest: equal shares."""
+    """Join streams with equal shares: each is cut to the length of the shortest."""
     corpora = list(corpora)
     tokenizer = corpora[0].tokenizer
     tokens = np.stack([corpus.tokens[: min(len(c.tokens) for c in corpora)] for corpus in corpora])
@@ -119,18 +119,18 @@ def _mix(corpora: Iterable[Corpus]) -> Corpus:
 
 
 def load_corpus(config: DataConfig) -> tuple[Corpus, Corpus]:
-    """The training and the held-out stream of a config.
+    """Load the training stream and the held-out stream of a config.
 
-    Of several sources, `source="stdlib,logic"`, every one is loaded as if it were alone; then each is cut to the
-    length of the shortest, in both parts, so that all have equal shares. Generated sources (`stickjax.data.tasks`) are
-    `examples` lines in documents of about 4 KB, the same in every run.
+    Several sources, such as `source="stdlib,logic"`, are loaded one by one. Then, in both parts, each is cut to the
+    length of the shortest, so that all have equal shares. A generated source (`stickjax.data.tasks`) has `examples`
+    lines, in documents of about 4 KB, which are the same in every run.
 
-    With `heldout_path` each path is one stream. Otherwise documents 0, heldout_every, 2 * heldout_every, ...
-    are held out; of a token file the last 1 / heldout_every, so that both parts stay views of the file. A
-    single document is cut in two at that place. Neither part is ever empty.
+    With `heldout_path`, each path is one stream. Otherwise, the documents 0, heldout_every, 2 * heldout_every, ... are
+    held out. Of a token file, the last 1 / heldout_every is held out, so that both parts stay views of the file. A
+    single document is cut in two at the same place. Neither part is ever empty.
 
-    Raises ValueError naming the field or the file: missing, unreadable, empty, undecodable, or not made by
-    `config.tokenizer`.
+    Raises ValueError, naming the field or the file, if a file is missing, unreadable, empty, undecodable, or was not
+    made by `config.tokenizer`.
 
     >>> train, heldout = load_corpus(DataConfig(heldout_every=10))
     >>> train.tokens.dtype, len(train.tokens) > 8 * len(heldout.tokens) > 0

@@ -1,4 +1,4 @@
-"""Held-out windows, which score the same targets at several lengths of context."""
+"""Held-out windows, on which the same targets are scored at several context lengths."""
 
 import logging
 from collections.abc import Iterator
@@ -17,10 +17,10 @@ class EvalWindows:
     """Held-out windows of at most M * T targets, each inside one document; M is the largest of `lengths`."""
 
     tokens: np.ndarray  # [W, longest + 1], int32; the first token is the input of the first target
-    targets: np.ndarray  # [W], the number of targets of each window; the rest of its row is padding
+    targets: np.ndarray  # [W], the number of targets of each window; the rest of its row of `tokens` is padding
     T: int
     lengths: tuple[int, ...]  # multiples of T that some document reaches
-    bytes: int  # of the text of all targets
+    bytes: int  # number of bytes of the text of all targets
 
     def pieces(self, m: int) -> tuple[np.ndarray, np.ndarray]:
         """Cut the windows into contexts of m * T tokens: (tokens [P, size + 1], mask of the targets [P, size]).
@@ -41,18 +41,20 @@ class EvalWindows:
 def heldout_windows(
     corpus: Corpus, T: int, *, lengths: tuple[int, ...] = (1, 2, 4, 8), max_tokens: int = 2**17, seed: int = 0
 ) -> EvalWindows:
-    """Windows to evaluate contexts of m * T tokens for every m of `lengths` on the same targets.
+    """Choose windows to evaluate contexts of m * T tokens, for every m of `lengths`, on the same targets.
 
-    No window crosses a document. A document begins as in training: with its own first token if that is the tokenizer's
-    bos, otherwise after an end of text. All later tokens are targets, including the document's end of text.
+    Every window lies within one document. The first input of a document is the same as in training: its first token, if
+    that is the tokenizer's bos; otherwise an end of text in front of it. All later tokens are targets, including the
+    end of text of the document.
 
-    Windows of M * T targets come first, where M is the largest length: one from each document before a second from any,
-    in an order set by `seed`. Then come the remaining parts: whole short documents, and the ends of longer ones. At
-    least one window is taken, and then as many as have no more than `max_tokens` targets together.
+    Full windows of M * T targets come first, where M is the largest length. Every document that is long enough gives
+    one full window before any document gives a second one; `seed` sets the order of the documents. Then come the
+    remaining parts: whole short documents, and the ends of longer ones. At least one window is taken, and more of them
+    as long as they have at most `max_tokens` targets together.
 
-    Lengths that no document reaches are left out, which is logged; the smallest always stays.
+    Lengths that no document reaches are left out, with a log message. The smallest length always stays.
 
-    Raises ValueError when a length does not divide the largest, or `max_tokens` is below 1.
+    Raises ValueError if a length does not divide the largest length, or if `max_tokens` is below 1.
 
     >>> from stickjax.config import DataConfig
     >>> from stickjax.data.corpus import load_corpus
@@ -69,7 +71,7 @@ def heldout_windows(
     eot, bos, ends = corpus.tokenizer.eot, corpus.tokenizer.bos, document_ends(corpus.tokens, corpus.tokenizer.eot)
     starts = np.append(0, ends[:-1])
     if bos is not None:
-        starts = starts + (corpus.tokens[starts] == bos)  # of the first target
+        starts = starts + (corpus.tokens[starts] == bos)  # positions of the first targets
     kept = tuple(m for m in lengths if m * T <= (ends - starts).max()) or (min(lengths),)
     if kept != tuple(lengths):
         left_out = ", ".join(str(m) for m in lengths if m not in kept)
@@ -86,18 +88,18 @@ def heldout_windows(
     windows = []
     for document, first, n in sorted(chosen):
         start = starts[document] + first
-        own = first or (start and corpus.tokens[start - 1] == bos)  # the token before belongs to the same document
+        own = first or (start and corpus.tokens[start - 1] == bos)  # whether the token before belongs to this document
         before = corpus.tokens[start - 1] if own else eot
         windows.append(np.append(before, corpus.tokens[start : start + n]).astype(np.int32))
     targets = np.array([len(window) - 1 for window in windows])
     tokens = np.stack([np.pad(window, (0, targets.max() + 1 - len(window))) for window in windows])
-    # Each window is decoded with the token before its first target, whose own bytes are then subtracted.
+    # The bytes of a window: decode it with the token before its first target, then subtract the bytes of that token.
     count = corpus.tokenizer.count_bytes
     return EvalWindows(tokens, targets, T, kept, sum(count(window) - count(window[:1]) for window in windows))
 
 
 def _parts(targets: np.ndarray, size: int, seed: int) -> Iterator[tuple[int, int, int]]:
-    """Cut documents into parts of `size` targets: (document, first target, number of targets), the full parts first."""
+    """Cut documents into parts of `size` targets, full parts first: (document, first target, number of targets)."""
     rng = np.random.default_rng(seed)
     order, turn = rng.permutation(np.flatnonzero(targets >= size)), 0
     while len(order := order[targets[order] >= (turn + 1) * size]):

@@ -11,7 +11,7 @@ from stickjax.data.tasks import Examples, logic
 
 
 def pair_data(config: Config) -> TrainingData:
-    """The training pairs of the source. Raises ValueError for a source without pairs."""
+    """Load the training pairs of the source. Raises ValueError for a source without pairs."""
     d = config.data
     pairs = pair_examples(config, "train")
     source = LengthBucketedBatches(pairs, d.B, d.seed)
@@ -27,10 +27,10 @@ def pair_data(config: Config) -> TrainingData:
 
 
 class LengthBucketedBatches:
-    """Random access to batches of B pairs of about the same length, the shortest first, padded to a multiple of 8.
+    """Random access to batches of B pairs of about the same length. The batches are sorted by length, shortest first.
 
-    A batch of random pairs would be padded to its longest sentence, which takes twice the work. The seed decides which
-    pairs of the same length are in one batch.
+    Each batch is padded to a multiple of 8. In a batch of random pairs, all would be padded to the longest sentence,
+    and training would take twice the work. The seed decides which pairs of the same length are in one batch.
     """
 
     def __init__(self, pairs: Examples, B: int, seed: int):
@@ -50,8 +50,10 @@ class LengthBucketedBatches:
 
 
 class _ShortFirst:
-    """A curriculum over batches that are sorted by length: step i draws from the first max(1/10, (i + 1) / steps) of
-    them."""
+    """A curriculum over batches that are sorted by length.
+
+    Step i draws a batch at random from the first batches, a share max(1/10, (i + 1) / steps) of all.
+    """
 
     def __init__(self, source: LengthBucketedBatches, steps: int, seed: int):
         self.source, self.steps, self.seed = source, steps, seed
@@ -65,7 +67,7 @@ class _ShortFirst:
 
 
 def pair_examples(config: Config, part: str, **options) -> Examples:
-    """The training or the held-out part of the `data.examples` pairs of sentences that are drawn for a classifier."""
+    """Return the training or the held-out part of the `data.examples` pairs of sentences for a classifier."""
     if config.data.source != "logic":
         raise ValueError(f"classes={config.model.classes} needs pairs: source='logic', not {config.data.source!r}")
     if config.model.classes != (relations := len(logic.RELATIONS)):

@@ -1,4 +1,4 @@
-"""Chooses the training data and the vocabulary of a model: a text, or pairs of sentences."""
+"""Choose the training data and the vocabulary of a model: a text, or pairs of sentences."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,15 +11,18 @@ from stickjax.data.tokenizer import load_tokenizer
 
 
 class Reader(NamedTuple):
-    """`data(config)`: the training data; `ids(config)`: the size of the vocabulary; `source(config)`: where the
-    vocabulary comes from, for messages."""
+    """The functions that read one kind of training data.
+
+    `data(config)` returns the training data, and `ids(config)` the vocabulary size. `source(config)` says where the
+    vocabulary comes from, for messages.
+    """
 
     data: Callable[[Config], TrainingData]
     ids: Callable[[Config], int]
     source: Callable[[Config], str]
 
 
-# By the `reads` of a model's config.
+# {`reads` of the config of a model: its reader}
 READERS = {
     "text": Reader(
         text_data,
@@ -31,5 +34,5 @@ READERS = {
 
 
 def training_data(config: Config) -> TrainingData:
-    """The training data of a run. Raises ValueError if the model cannot read the source, and what the sources raise."""
+    """Load the training data of a run. Raises ValueError if the model or the source cannot be used with the config."""
     return READERS[config.model.reads].data(config)

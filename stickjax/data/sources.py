@@ -1,4 +1,4 @@
-"""Sources of text: iterators of documents, from files, folders and the standard library."""
+"""Sources of text: iterators over the documents of files, of folders and of the standard library."""
 
 import codecs
 import json
@@ -16,11 +16,12 @@ from stickjax.system.text import printable
 
 log = logging.getLogger(__name__)
 
-TOKENS_FORMAT = "stickjax-tokens"  # the format that the .json of a token file names
+TOKENS_FORMAT = "stickjax-tokens"  # the value of "format" in the .json of a token file
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip", ".7z")
-_OTHER_UNICODE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)  # BOM_UTF32_LE begins as UTF-16's
+# BOM_UTF32_LE begins with BOM_UTF16_LE.
+_OTHER_UNICODE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
 
-# Parts of the standard library that are left out: files that are no library code, and tables of data written as Python.
+# Parts of the standard library that are left out: files that are not library code, and tables of data in Python.
 _NOT_LIBRARY = re.compile(
     r"(site-packages|dist-packages|tests?|idlelib|lib2to3|pydoc_data|encodings|ensurepip|__pycache__|config-.*)$"
 )
@@ -29,16 +30,16 @@ _GENERATED = re.compile(r"generated (by|from)|automatically generated", re.IGNOR
 
 
 class NotText(Exception):
-    """A file is not text. `args`: what it is, and in some cases a detail."""
+    """Raised for a file that is not text. `args`: the kind of the file, and in some cases a detail."""
 
 
 def files_below(folder: Path, skip: re.Pattern | None = None) -> list[Path]:
-    """Everything below a folder except folders, sorted by relative path.
+    """List everything below a folder except folders, sorted by relative path.
 
-    Hidden files and folders are left out, and folders whose name matches `skip`. Links are followed. A file
-    with several names is listed once, by its own name if that is below the folder, else by that of a link.
+    Hidden files and folders are left out, and so are folders whose name matches `skip`. Links are followed. A file with
+    several names is listed once: by its real name if that is below the folder, otherwise by the name of a link.
 
-    Raises ValueError for a folder that cannot be read.
+    Raises ValueError if a folder cannot be read.
     """
     own, links = deque([(folder, os.path.realpath(folder))]), deque()
     found, seen = [], set()
@@ -69,7 +70,7 @@ def _open(file: Path) -> BinaryIO:
     """Open a file for reading, positioned after its byte order mark."""
     try:
         mode = file.stat().st_mode
-        if not stat.S_ISREG(mode):  # to open a pipe would wait for its writer
+        if not stat.S_ISREG(mode):  # opening a pipe would wait for a writer
             raise NotText("a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device")
         stream = file.open("rb")
         mark = stream.read(4)
@@ -85,7 +86,7 @@ def _open(file: Path) -> BinaryIO:
 
 
 def read_text(file: Path) -> str:
-    """A file's text, without its byte order mark. Raises NotText, and ValueError when it cannot be read."""
+    """Read the text of a file, without its byte order mark. Raises NotText, or ValueError if it cannot be read."""
     with _open(file) as stream:
         try:
             content = stream.read()
@@ -99,7 +100,7 @@ def read_text(file: Path) -> str:
 
 
 def stdlib_documents() -> Iterator[str]:
-    """Source files of the running Python's standard library: no tests, no generated tables, UTF-8 only."""
+    """Yield the source files of the running Python's standard library: no tests, no generated tables, UTF-8 only."""
     folder = Path(sysconfig.get_paths()["stdlib"])
     for file in files_below(folder, _NOT_LIBRARY):
         if file.suffix != ".py" or _TABLES.search(file.relative_to(folder).as_posix()):
@@ -120,7 +121,7 @@ def _text_of(record: Any, text_field: str, where: str) -> str:
             fields = f"its fields are {', '.join(map(repr, record)) or 'none'}"
             more = f": it is {text!r:.40}" if text_field in record else f"; {fields:.100}"
         raise ValueError(f"{where}: no text in the field data.text_field={text_field!r}{more}")
-    if re.search("[\ud800-\udfff]", text):  # JSON can hold half a surrogate pair, UTF-8 cannot
+    if re.search("[\ud800-\udfff]", text):  # possible in JSON, but not in UTF-8
         raise ValueError(f"{where}: half a surrogate pair in the field {text_field!r}")
     return text
 
@@ -148,7 +149,7 @@ def _is_token_file(file: Path) -> bool:
     """Whether a file is OUT.bin or OUT.json of a token file."""
     description = file.with_suffix(".json")
     try:
-        if description.stat().st_size > 2**16:  # a description has less than a KiB
+        if description.stat().st_size > 2**16:  # the description of a token file has less than a KiB
             return False
         meta = json.loads(read_text(description))
     except (OSError, NotText, ValueError, RecursionError):
@@ -157,7 +158,7 @@ def _is_token_file(file: Path) -> bool:
 
 
 def _records(file: Path, text: str, text_field: str) -> Iterable[str] | None:
-    """The texts of a .json file that is an array of records, lines of records or one record; None if it is neither."""
+    """Return the texts of a .json file of records: an array, one record per line, or a single one. None: no records."""
     first = next((line for line in text.split("\n") if line.strip()), "")
     for part in (text, first):
         try:
@@ -175,14 +176,14 @@ def _records(file: Path, text: str, text_field: str) -> Iterable[str] | None:
 
 
 def _documents(file: Path, text_field: str) -> tuple[Iterable[str], bool]:
-    """The documents of a file, and whether it is a .json file that is read as one document."""
+    """Return the documents of a file, and whether it is a .json file that is read as one document."""
     suffix = file.suffix.lower()
     if suffix in (".jsonl", ".ndjson"):
         return _jsonl_documents(file, text_field), False
     if suffix in (".bin", ".json") and _is_token_file(file):
         raise NotText("a token file", "data.source='tokens' reads it")
     text = read_text(file)
-    if "\0" in text:  # such as UTF-16 without a mark, which may decode by accident
+    if "\0" in text:  # such as UTF-16 without a byte order mark, which may decode by accident
         raise NotText("not UTF-8 text", "it has zero bytes")
     records = _records(file, text, text_field) if suffix == ".json" else None
     return ([text], suffix == ".json") if records is None else (records, False)
@@ -193,18 +194,19 @@ def _count(files: list[Path], root: Path) -> str:
 
 
 def text_documents(path: str, text_field: str = "text", name: str = "data.path") -> Iterator[str]:
-    """Documents of a file or of all files below a folder; empty ones are left out.
+    """Yield the documents of a file, or of all files below a folder; empty documents are left out.
 
-    A file is one document. A file with the suffix .jsonl or .ndjson (in any case) has one on every line, in the field
-    `text_field` of an object; so has a .json file whose lines or whose array are such objects. Other .json files are
-    read as they stand, which is logged. A byte order mark is no part of a text.
+    A file is one document, with two exceptions. A .jsonl or .ndjson file (in upper or lower case) has one document on
+    every line, in the field `text_field` of a JSON object. The same holds for a .json file that has such objects on its
+    lines or in an array. Other .json files are one document, with a log message. A byte order mark is not part of a
+    text.
 
-    In a folder, hidden files are left out, and files that are not text (not UTF-8, or with zero bytes; token files;
-    pipes, sockets, devices; broken links): how many is logged. Links to folders are followed; no file is read
-    twice.
+    In a folder, hidden files are left out. Files that are not text are left out too, and their number is logged: files
+    that are not UTF-8 or have zero bytes, token files, pipes, sockets, devices and broken links. Links to folders are
+    followed; no file is read twice.
 
     `name` is the name of the path in error messages. Raises ValueError for a path that is missing, cannot be read, is
-    empty or is not text, and for a line of JSON without the field (with file and line).
+    empty or is not text, and for a JSON object without the field (with file and line).
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:

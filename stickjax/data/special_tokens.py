@@ -1,4 +1,4 @@
-"""What a model folder says about special tokens, in the files beside its tokenizer.json."""
+"""Special tokens that the files of a model folder name, beside its tokenizer.json."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from stickjax.system.disk import write_file
 
 GENERATION = "generation_config.json"
-# A file of a run folder with the ids from the config.json of the Hugging Face folder; a run's config.json has none.
+# A file in a run folder. It keeps the ids from the config.json of the Hugging Face folder: our config.json has no ids.
 TOKEN_IDS = "token_ids.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 # Files that belong to a tokenizer.json. The first of them that names an end of text decides.
@@ -22,13 +22,13 @@ _TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls
 class Named(NamedTuple):
     """The special tokens that the files of a folder name."""
 
-    ends: tuple[int, ...]  # each of them ends a text; the first is a document's end in training
+    ends: tuple[int, ...]  # each of them ends a text; the first also ends a document in training
     special: frozenset[int]  # all ids of added tokens that a file names, for any purpose
     problem: str = ""  # why `ends` is empty although a file names an end
 
 
 def read_object(content: bytes, where: str | Path) -> dict[str, Any]:
-    """An object of JSON, with or without a byte order mark; ValueError, naming `where`, for anything else.
+    """Parse a JSON object, with or without a byte order mark. Raise ValueError, naming `where`, for anything else.
 
     >>> read_object(b'{"eos_token_id": 5}', "config.json")
     {'eos_token_id': 5}
@@ -43,9 +43,10 @@ def read_object(content: bytes, where: str | Path) -> dict[str, Any]:
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
-    """The contents of `FILES` in a folder, as far as they are there.
+    """Read those of `FILES` that exist in a folder: {name: content}.
 
-    The ids of a Hugging Face config.json come as TOKEN_IDS. ValueError for a file that cannot be read.
+    The ids in a Hugging Face config.json are returned under the name TOKEN_IDS. Raise ValueError for a file that cannot
+    be read.
     """
     files = {}
     for name in (*FILES, "config.json"):
@@ -57,20 +58,20 @@ def read_files(folder: Path) -> dict[str, bytes]:
             raise ValueError(f"cannot read {folder / name}: {error.strerror}") from error
         if name != "config.json":
             files[name] = content
-        elif b'"model_type"' in content:  # without it, this config.json is not about a model
+        elif b'"model_type"' in content:  # otherwise it is not the config of a Hugging Face model
             tree = read_object(content, folder / name)
             files[TOKEN_IDS] = json.dumps({key: tree[key] for key in _IDS if key in tree}).encode()
     return files
 
 
 def write_files(files: Mapping[str, bytes], folder: Path) -> None:
-    """Write the result of `read_files` into a folder. No file is ever half written."""
+    """Write the result of `read_files` into a folder. Every file is written completely or not at all."""
     for name, content in files.items():
         write_file(folder / name, content)
 
 
 def with_end(files: Mapping[str, bytes], ends: Sequence[int], text: str, folder: Path) -> dict[str, bytes]:
-    """The files, changed so that they name these ends of text; `text` is the text of the first one."""
+    """Return the files, changed so that they name these ends of text; `text` is the text of the first one."""
     ids = ends[0] if len(ends) == 1 else list(ends)
     changed = dict(files)
     for name, key, value in (
@@ -84,10 +85,10 @@ def with_end(files: Mapping[str, bytes], ends: Sequence[int], text: str, folder:
 
 
 def named(files: Mapping[str, bytes], added: Mapping[str, int], folder: Path) -> Named:
-    """The special tokens that the files of a folder name; `added` is {text: id} of its tokenizer.json's added tokens.
+    """Find the special tokens that the files of a folder name.
 
-    The first file that names an end of text decides. Raises ValueError for a file that is not an object of
-    JSON and for an id that is not a number.
+    `added`: {text: id} of the added tokens in its tokenizer.json. The ends of text come from the first file that names
+    any. Raises ValueError for a file that is not a JSON object, and for an id that is not a number.
 
     >>> named({"generation_config.json": b'{"eos_token_id": [5, 6]}'}, {"<|end|>": 5}, Path("folder"))
     Named(ends=(5, 6), special=frozenset({5}), problem='')
@@ -114,7 +115,7 @@ def named(files: Mapping[str, bytes], added: Mapping[str, int], folder: Path) ->
 
 
 def _ids(key: str, value: Any, added: Mapping[str, int], where: Path) -> list[int]:
-    """The ids that an entry names: by number, by text, by an object with its text, or a list of these."""
+    """Return the ids that an entry names: by a number, by a text, by an object with a text, or by a list of these."""
     if value is None:
         return []
     if key == "added_tokens_decoder":  # {id: {"content": text, "special": whether}}

@@ -1,4 +1,4 @@
-"""Token files, for corpora that do not fit into memory: OUT.bin has the tokens, OUT.json says what they are."""
+"""Token files, for corpora that do not fit into memory: OUT.bin holds the tokens, OUT.json describes them."""
 
 import functools
 import hashlib
@@ -18,14 +18,14 @@ from stickjax.system.text import printable
 log = logging.getLogger(__name__)
 
 _BLOCK = 2**22  # tokens read at a time from a file that may not fit into memory
-_VERIFIED = 2**30  # bytes: the hash of a file up to this size is compared at every opening, in about two seconds
+_VERIFIED = 2**30  # bytes; the sha256 of a file up to this size is checked whenever it is opened (about two seconds)
 _TYPES = dict(
     num_documents=int, num_tokens=int, num_bytes=int, dtype=str, vocab_size=int, eot=int, tokenizer=str, sha256=str
 )
 
 
 def token_paths(path: str) -> tuple[Path, Path]:
-    """The paths OUT.bin and OUT.json, from OUT or from one of them."""
+    """Return the paths OUT.bin and OUT.json, from OUT or from one of them."""
     stem = Path(path).with_suffix("") if Path(path).suffix in (".bin", ".json") else Path(path)
     if not stem.name:
         raise ValueError(f"{path!r} has no name to which .bin and .json could be added")
@@ -33,10 +33,10 @@ def token_paths(path: str) -> tuple[Path, Path]:
 
 
 def tokenize(source: str, out: str, tokenizer: str = "byte", text_field: str = "text", eot: str | None = None) -> dict:
-    """Write the documents of `source` as the token file out.bin + out.json and return the content of the latter.
+    """Write the documents of `source` as the token file out.bin and out.json, and return the content of out.json.
 
-    One document is in memory at a time. Both files appear under their names only when complete; the .json
-    comes last and describes the .bin. Raises ValueError for bad input and when the disk is full.
+    One document is in memory at a time. Both files get their names only when they are complete, the .json last. Raises
+    ValueError for bad input, and if the disk is full.
     """
     encoder, (data_path, meta_path) = load_tokenizer(tokenizer, eot), token_paths(out)
     dtype, digest = token_dtype(encoder.vocab_size), hashlib.sha256()
@@ -59,11 +59,11 @@ def tokenize(source: str, out: str, tokenizer: str = "byte", text_field: str = "
         with tempfile.NamedTemporaryFile("w", dir=data_path.parent, prefix=".tokens-", delete=False) as file:
             partial.append(file.name)
             file.write(json.dumps(meta, indent=2) + "\n")
-        meta_path.unlink(missing_ok=True)  # it must never stand next to tokens it does not describe
+        meta_path.unlink(missing_ok=True)  # an old .json must never lie beside new tokens
         for temporary, path in zip(partial, (data_path, meta_path), strict=True):
-            os.chmod(temporary, 0o644)  # temporary files are private
+            os.chmod(temporary, 0o644)  # temporary files are readable by their owner only
             os.replace(temporary, path)
-    except OSError as error:  # reading raises ValueError
+    except OSError as error:  # of writing; reading raises ValueError
         reason = REASONS.get(error.errno, error.strerror)
         raise ValueError(f"cannot write {printable(data_path)}: {reason}") from error
     finally:
@@ -73,7 +73,7 @@ def tokenize(source: str, out: str, tokenizer: str = "byte", text_field: str = "
 
 
 def _read_meta(path: str, name: str) -> dict:
-    """The .json of a token file; ValueError when there is none, or a field is missing or of another type."""
+    """Read the .json of a token file. Raise ValueError if there is none, or a field is missing or of a wrong type."""
     data_path, meta_path = token_paths(path)
     for file in (data_path, meta_path):
         if not os.path.isfile(file):
@@ -95,15 +95,15 @@ def _read_meta(path: str, name: str) -> dict:
 
 @functools.cache
 def _sha256(file: Path, size: int, changed: int) -> str:
-    """The sha256 of a file; it is computed again only if the size or the time of the last change differs."""
+    """Compute the sha256 of a file, again only if its size or its time of the last change differs."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def verify(path: str, name: str = "PATH") -> dict:
-    """Read a whole token file and return the content of its .json.
+    """Check the sha256 of a token file, and return the content of its .json.
 
-    Raises ValueError when the .bin does not have the sha256 that the .json says, and for a bad .json.
+    Raises ValueError if the .bin does not have the sha256 that the .json records, and for a bad .json.
     """
     meta, (file, _) = _read_meta(path, name), token_paths(path)
     state = file.stat()
@@ -116,11 +116,11 @@ def verify(path: str, name: str = "PATH") -> dict:
 
 
 def open_tokens(path: str, tokenizer: Tokenizer, name: str) -> tuple[np.ndarray, dict]:
-    """The tokens of a token file, a memmap, and the content of its .json.
+    """Open a token file: return its tokens, as a memmap, and the content of its .json.
 
-    The sha256 of a file of up to 1 GiB is compared. For a larger file, a log message says that it is not verified.
+    The sha256 of a file of up to 1 GiB is checked. For a larger file, a log message says that it is not verified.
 
-    Raises ValueError for a token file that is damaged or was not made by `tokenizer`.
+    Raises ValueError if the token file is damaged or was not made by `tokenizer`.
     """
     meta, (data_path, _) = _read_meta(path, name), token_paths(path)
     n, dtype = meta["num_tokens"], meta["dtype"]

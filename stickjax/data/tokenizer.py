@@ -1,4 +1,4 @@
-"""Text to token ids and back: bytes, or a Hugging Face tokenizer.json."""
+"""Tokenizers, which convert text to token ids and back: bytes, or a Hugging Face tokenizer.json."""
 
 import abc
 import codecs
@@ -11,12 +11,12 @@ import numpy as np
 
 from stickjax.data import special_tokens
 
-# How published tokenizers spell their end of text. If no file names it, the first of these that exists is taken.
+# The end-of-text tokens of published tokenizers. If no file names one, the first one that is an added token is used.
 END_OF_TEXT = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[EOS]")
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The smallest little-endian unsigned type that holds every id of a vocabulary.
+    """Return the smallest little-endian unsigned type that holds every id of a vocabulary.
 
     >>> token_dtype(257)
     dtype('uint16')
@@ -27,16 +27,16 @@ def token_dtype(vocab_size: int) -> np.dtype:
 class Tokenizer(abc.ABC):
     """The interface of every tokenizer.
 
-    Special tokens have no text: they decode to nothing and count no bytes. A text cannot contain one, unless `special`
-    asks for it.
+    Special tokens have no text: they decode to nothing and count no bytes. A text that spells a special token is
+    encoded as ordinary text, except with `special=True`.
 
     Attributes:
-      name: a name for the content, the same on every machine: 'byte', or 'hf:' and 16 hex digits of the file's sha256.
-      vocab_size: the largest id plus one, for ids may have gaps.
+      name: identifies the content, the same on every machine: 'byte', or 'hf:' and 16 hex digits of the file's sha256.
+      vocab_size: the largest id plus one; there may be gaps between ids.
       eot: the id that ends a document.
       ends: the ids that end a generated text, including `eot`.
       prefix: the ids in front of every text.
-      files: {name: content} of the files that define it, for a copy in another folder.
+      files: {name: content} of the files that define the tokenizer, to copy them into another folder.
     """
 
     name: str
@@ -47,50 +47,51 @@ class Tokenizer(abc.ABC):
     files: dict[str, bytes] = {}
 
     def encode(self, text: str, *, special: bool = False) -> np.ndarray:
-        """Ids of a text: [n], the prefix first. `special`: text that spells a special token is encoded as that token.
+        """Return the ids [n] of a text, beginning with the prefix.
 
-        If the text itself begins with the prefix, as chat templates do, the prefix is not added again.
+        With `special`, text that spells a special token is encoded as that token. If the ids of the text begin with the
+        prefix, as with chat templates, the prefix is not added again.
         """
         ids, prefix = self._encode(text, special).tolist(), list(self.prefix)
         return np.array(ids if ids[: len(prefix)] == prefix else prefix + ids, token_dtype(self.vocab_size))
 
     @abc.abstractmethod
     def _encode(self, text: str, special: bool) -> np.ndarray:
-        """Ids of a text, without the prefix."""
+        """Return the ids of a text, without the prefix."""
 
     @abc.abstractmethod
     def decode(self, ids) -> str:
-        """The text of ids [n]; an incomplete character becomes U+FFFD."""
+        """Return the text of ids [n]. An incomplete character becomes U+FFFD."""
 
     def special_id(self, text: str) -> int | None:
-        """The id of the special token that is spelled like this, if there is one."""
+        """Return the id of the special token with this text; None if there is none."""
         return None
 
     def count_bytes(self, ids) -> int:
-        """How many bytes of text the ids [n] stand for; a character cut at either end counts as U+FFFD."""
+        """Return the number of bytes of the text of ids [n]. A character cut at either end counts as U+FFFD."""
         return len(self.decode(ids).encode())
 
     @property
     def bos(self) -> int | None:
-        """The id that begins a document and is no end of text."""
+        """The id that begins a document, if it differs from `eot`; otherwise None."""
         return next((i for i in self.prefix if i != self.eot), None)
 
     def document(self, text: str) -> np.ndarray:
-        """Ids of a document of the training stream: the prefix without ends of text, the text, its end."""
+        """Return the ids of a document in training: the prefix without `eot`, the text, and `eot`."""
         dtype = token_dtype(self.vocab_size)
         begin = np.array([i for i in self.prefix if i != self.eot], dtype)
         return np.concatenate([begin, self._encode(text, False), np.array([self.eot], dtype)], dtype=dtype)
 
     def prompt(self, text: str, *, special: bool = False) -> np.ndarray:
-        """The ids of `encode`, for a model to continue; at least one.
+        """Return the ids of `encode`, at least one, as a prompt for a model.
 
-        If there are none, as for an empty text, it is `eot`, which precedes a document in training.
+        If `encode` returns no ids, as for an empty text, the prompt is `eot`, which precedes a document in training.
         """
         ids = self.encode(text, special=special)
         return ids if len(ids) else np.array([self.eot], token_dtype(self.vocab_size))
 
     def save(self, folder: Path) -> None:
-        """Write `files` into a folder, from which `load_tokenizer(folder / "tokenizer.json")` reads it again."""
+        """Write `files` into a folder. `load_tokenizer(folder / "tokenizer.json")` reads them again."""
         special_tokens.write_files(self.files, folder)
 
 
@@ -120,10 +121,10 @@ class ByteTokenizer(Tokenizer):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A tokenizer.json, read by the optional `tokenizers` package, with what the files beside it say.
+    """A tokenizer.json, read by the optional package `tokenizers`; the files beside it may name special tokens.
 
-    The end of text is an added token: `eot`, or the one that the folder names (`special_tokens.named`), or else one of
-    `END_OF_TEXT`. The prefix is what the post-processor of the file puts in front of a text.
+    The end of text is an added token: `eot`, or else the token that the folder names (`special_tokens.named`), or else
+    one of `END_OF_TEXT`. The prefix consists of the ids that the post-processor of the file puts in front of a text.
     """
 
     def __init__(self, path: str | Path, eot: str | None = None):
@@ -153,14 +154,15 @@ class HuggingFaceTokenizer(Tokenizer):
             files = special_tokens.with_end(files, ends, first, path.parent)
         special |= set(ends) & set(added.values())
         ordinary = [entry for entry in entries if not entry.get("special")]
-        for entry in ordinary:  # a token that the folder names as special must be special in the package too
+        for entry in ordinary:  # the package must also treat the special tokens of the folder as special
             entry["special"] = entry["id"] in special
         try:
             self._tokenizer = Fast.from_str(json.dumps(tree))
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
             self.prefix = self._prefix(next(iter(added), ""))
-        # The package raises Exception. If it panics, it raises a class that is not derived from Exception.
+        # The package raises an Exception. If its Rust code panics, it raises a class that is not derived from
+        # Exception.
         except BaseException as error:
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise
@@ -170,8 +172,8 @@ class HuggingFaceTokenizer(Tokenizer):
         if not ends:
             problem = problem or f"{where} has no end of text: no file beside it names one"
             raise ValueError(f"{problem}; set data.eot to one of its added tokens: {_listed(added)}")
-        self._tokenizer.encode_special_tokens = True  # a spelled special token is encoded as ordinary text
-        # A path means nothing on another machine; the content does.
+        self._tokenizer.encode_special_tokens = True  # text that spells a special token is encoded as ordinary text
+        # The name comes from the content, because a path means nothing on another machine.
         self.name = "hf:" + hashlib.sha256(content).hexdigest()[:16]
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.eot, self.ends = ends[0], frozenset(ends)
@@ -181,7 +183,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._forbidden = np.array(sorted({*self._special.values()} - ({unknown} - self.ends)), int)
 
     def _prefix(self, text: str) -> tuple[int, ...]:
-        """What the post-processor puts in front of an added token, which every tokenizer can encode."""
+        """Return the ids that the post-processor puts in front of `text`; every tokenizer can encode an added token."""
         encoding = self._tokenizer.encode(text)
         return tuple(encoding.ids[: (encoding.special_tokens_mask + [0]).index(0)])
 
@@ -189,7 +191,8 @@ class HuggingFaceTokenizer(Tokenizer):
         self._tokenizer.encode_special_tokens = not special
         try:
             ids = self._tokenizer.encode(text, add_special_tokens=False).ids
-            if not special and np.isin(ids, self._forbidden).any():  # some are pieces of the model itself
+            # Some special tokens are also ordinary tokens of the model.
+            if not special and np.isin(ids, self._forbidden).any():
                 ids = [i for token in ids for i in (self._spelling(token) if token in self._forbidden else [token])]
         except Exception as error:  # raised for a model without an unknown token
             raise ValueError(f"the tokenizer cannot encode {text[:40]!r}: {error}") from error
@@ -198,7 +201,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return np.array(ids, token_dtype(self.vocab_size))
 
     def _spelling(self, token: int) -> list[int]:
-        """The ids of a special token's text, encoded letter by letter."""
+        """Return the ids of the text of a special token, encoded letter by letter."""
         model = self._tokenizer.model
         ids = [piece.id for letter in self._tokenizer.id_to_token(token) for piece in model.tokenize(letter)]
         return [i for i in ids if i not in self._forbidden]
@@ -216,9 +219,9 @@ def _listed(tokens: Iterable[str], most: int = 12) -> str:
 
 
 def load_tokenizer(name: str, eot: str | None = None) -> Tokenizer:
-    """The tokenizer of `data.tokenizer`: 'byte', or the path of a tokenizer.json; `eot` is `data.eot`.
+    """Load the tokenizer of `data.tokenizer`: 'byte', or the path of a tokenizer.json; `eot` is `data.eot`.
 
-    Raises ValueError when the file cannot be read, has no end of text, or the package is missing.
+    Raises ValueError if the file cannot be read or has no end of text, or if the package `tokenizers` is missing.
 
     >>> load_tokenizer("byte").vocab_size
     257
@@ -227,10 +230,10 @@ def load_tokenizer(name: str, eot: str | None = None) -> Tokenizer:
 
 
 class StreamDecoder:
-    """Text from ids that arrive one at a time; a character is held back until it is whole.
+    """A decoder of ids that arrive one at a time. It holds a character back until the character is complete.
 
-    `prompt`: the ids before the stream. The texts of the prompt and of the stream together are the text of all ids.
-    None: the stream continues an unknown text.
+    `prompt`: the ids before the stream. The text of the prompt followed by the text of the stream is the text of all
+    ids. None: the stream continues an unknown text.
 
     >>> stream = StreamDecoder(ByteTokenizer())
     >>> [stream.feed(i) for i in "né".encode()]
@@ -246,25 +249,25 @@ class StreamDecoder:
         self._seen = len(self._ids)
 
     def feed(self, token: int) -> str:
-        """The text that became certain with this id; '' while a character is incomplete."""
+        """Return the text that this id completes; '' while a character is incomplete."""
         token = int(token)
         if token == self._tokenizer.eot or token >= self._tokenizer.vocab_size:  # V may be padded with unused ids
             return ""
         if self._bytes:
             return self._bytes.decode(bytes([token]))
         self._ids.append(token)
-        # No character takes more than four ids. One that is still incomplete after four will stay so.
+        # No character takes more than four ids. If it is incomplete after four ids, it stays incomplete.
         held = self._tokenizer.decode(self._ids).endswith("\ufffd") and len(self._ids) - self._seen < 4
         return "" if held else self._emit()
 
     def flush(self) -> str:
-        """The text that is still held back, at the end of the stream."""
+        """Return the text that is still held back at the end of the stream."""
         return self._bytes.decode(b"", final=True) if self._bytes else self._emit()
 
     def _emit(self) -> str:
         shown = self._tokenizer.decode(self._ids[: self._seen])
         text = self._tokenizer.decode(self._ids)[len(shown) :]
-        if text:  # ids without a text do not count as the start of one
+        if text:  # ids without text do not count as the start of a text
             self._ids = self._ids[self._seen :]
         self._seen = len(self._ids)
         return text

@@ -1,1 +1,1 @@
-"""How good a model is: pairs of sentences by class, and pictures."""
+"""Evaluation: the accuracy of classifiers of pairs, and plots."""

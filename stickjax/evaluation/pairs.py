@@ -1,4 +1,4 @@
-"""How often a classifier of pairs is right, by the number of operators, and what its halting saves.
+"""The accuracy of a classifier of pairs, by the number of operators, and the computation that its halting saves.
 
 `python -m stickjax.evaluate RUN` calls this for a model with classes.
 """
@@ -26,7 +26,7 @@ THRESHOLDS = (0.999, 0.8, 0.6, 0.5, 0.3)
 
 @jax.jit
 def _read(model: PairClassifier, pairs: dict[str, jax.Array], threshold) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The label that the model chooses [B], its mean depth by token [2,B,T], and the expert rows that ran."""
+    """Return the labels that the model chooses [B], the mean depth of every token [2,B,T], and the expert rows run."""
     output = apply(model, pairs, threshold=threshold)
     return output.logits.argmax(-1), output.depth, sum(rows.sum() for rows in output.rows.values())
 
@@ -41,16 +41,16 @@ def accuracy(
     B: int = 128,
     say: Callable[[str], None] = lambda text: None,
 ) -> Records:
-    """The share of held-out pairs that are labelled right, for every number of operators and every threshold.
+    """Return the share of held-out pairs that the model labels correctly, by number of operators and threshold.
 
     Args:
       model: the parameters.
       config: its data section names the task.
-      buckets: numbers of operators. A pair counts by its sentence with more operators; the last bucket also has all
-        pairs with more than that.
-      thresholds: the halting thresholds to try; None: the one of the config.
-      max_pairs: the most pairs of a bucket, which are the same for every threshold.
-      B: pairs in one call of the model, at most.
+      buckets: numbers of operators. The bucket of a pair is the larger number of its two sentences; the last bucket
+        also has all pairs with more operators.
+      thresholds: the halting thresholds to try; None: only the config's.
+      max_pairs: the largest number of pairs per bucket. All thresholds use the same pairs.
+      B: the largest number of pairs in one call of the model.
       say: is called with one line of progress before each bucket is evaluated.
 
     Raises:
@@ -58,8 +58,8 @@ def accuracy(
 
     Returns:
       A record for every bucket and threshold: {"bucket", "threshold", "accuracy", "majority" (the share of the
-      commonest label), "depth" (blocks that a token's final state is made of, the mean over tokens), "rows" (expert
-      rows run, per token), "seconds" (for all pairs, without compiling), "pairs"}.
+      commonest label), "depth" (the mean number of blocks in the final state of a token), "rows" (expert rows run, per
+      token), "seconds" (for all pairs, without compiling), "pairs"}.
     """
     if max_pairs < 1:
         raise ValueError(f"max_pairs={max_pairs} must be at least 1")
@@ -77,9 +77,9 @@ def accuracy(
             right, depth, rows, tokens = 0, 0.0, 0, 0
             for batch, pair_mask in pairs:
                 chosen, depths, ran = jax.device_get(_read(model, batch, threshold))
-                seen = np.stack([batch["left"], batch["right"]]) != 0
+                token_mask = np.stack([batch["left"], batch["right"]]) != 0
                 right += (chosen == batch["label"])[pair_mask].sum()
-                depth, rows, tokens = depth + depths[seen].sum(), rows + int(ran), tokens + seen.sum()
+                depth, rows, tokens = depth + depths[token_mask].sum(), rows + int(ran), tokens + token_mask.sum()
             seconds = time.perf_counter() - started
             records.append(
                 dict(
@@ -91,16 +91,19 @@ def accuracy(
 
 
 def batches_of(config: Config, bucket: int, max_pairs: int, B: int) -> list[tuple[dict[str, np.ndarray], np.ndarray]]:
-    """Batches of B held-out pairs of one bucket, padded to one of few lengths, and which rows hold a pair.
+    """Return batches of B held-out pairs of one bucket, each with a mask of the rows that have a pair.
 
-    The other rows are padding. Raises ValueError when there is no such pair.
+    The other rows are padding. Sentences are padded to one of a few lengths. Raises ValueError if the bucket has no
+    pairs.
     """
     drawn = pair_examples(config, "test", T=10_000, buckets=[bucket])
     order = np.random.default_rng(0).permutation(len(drawn))[:max_pairs]
     rows = [drawn.rows[i] for i in order]
     if not rows:
-        raise ValueError(f"the data.examples={config.data.examples} pairs have no held-out one with {bucket} operators")
-    # Only a few lengths, because the model is compiled for each of them.
+        raise ValueError(
+            f"data.examples={config.data.examples} has no held-out pair with {bucket} operators; try a larger number"
+        )
+    # The model is compiled once per length, so only multiples of 40 are used.
     T = -(-max(side.count(" ") + 1 for row in drawn.rows for side in row[:2]) // 40) * 40
     pairs = Examples(rows, pair_examples(config, "test", T=T, buckets=[bucket]).arrays)
     batches = []
@@ -116,7 +119,7 @@ def batches_of(config: Config, bucket: int, max_pairs: int, B: int) -> list[tupl
 
 
 def table(runs: dict[str, Records]) -> Table:
-    """Accuracy and mean depth of every run at its first threshold, a row per number of operators."""
+    """Return a table of the accuracy and mean depth of every run at its first threshold, a row per bucket."""
     result = Table(title="held-out accuracy")
     for name in ("operators", "pairs", "commonest label", *runs, *(f"depth of {name}" for name in runs)):
         result.add_column(name, justify="right")
@@ -129,7 +132,10 @@ def table(runs: dict[str, Records]) -> Table:
 
 
 def savings(records: Records) -> Table:
-    """What every threshold costs and saves, over all pairs. The time is relative to the first threshold."""
+    """Return a table of accuracy, depth and time for every threshold, over all pairs.
+
+    The time is relative to the first threshold.
+    """
     result = Table(title="what a lower halting threshold saves")
     for name in ("threshold", "accuracy", "depth", "expert rows per token", "time"):
         result.add_column(name, justify="right")
@@ -149,7 +155,7 @@ def at_first_threshold(records: Records) -> Records:
 def report(
     model: PairClassifier, config: Config, folder: Path | None, max_pairs: int, say: Callable[[str], None]
 ) -> Records:
-    """`accuracy` at several thresholds; writes accuracy.json and two pictures into the folder, if there is one."""
+    """Compute `accuracy` at several thresholds, and write accuracy.json and two pictures into the folder, if any."""
     records = accuracy(model, config, thresholds=THRESHOLDS, max_pairs=max_pairs, say=say)
     if folder is None:
         return records
@@ -161,7 +167,7 @@ def report(
 
 
 def depths(model: PairClassifier, config: Config, bucket: int) -> list[tuple[list[str], np.ndarray]]:
-    """The tokens of both sentences of a bucket's first held-out pair, and the mean depth of each."""
+    """Return the tokens and the mean depth of each token, for both sentences of the first held-out pair of a bucket."""
     ((batch, _),) = batches_of(config, bucket, 1, 1)
     _, found, _ = jax.device_get(_read(model, batch, jnp.float32(config.model.halting_threshold)))
     sides = [np.asarray(batch[side][0]) for side in ("left", "right")]

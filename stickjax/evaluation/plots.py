@@ -14,9 +14,9 @@ Records = list[dict[str, Any]]
 
 
 def figure(xlabel: str, ylabel: str, titles=("",), *, xscale=None, yscale=None, share=True):
-    """A figure without pyplot's global state, and its panels in a row; a scale is a name or (name, options).
+    """Return a new figure and its panels, which are in one row. It does not use pyplot's global state.
 
-    Panels that do not `share` have axes of their own.
+    A scale is a name or a pair (name, options). With `share`, all panels have the same axis limits.
     """
     from matplotlib.figure import Figure
 
@@ -34,7 +34,10 @@ def figure(xlabel: str, ylabel: str, titles=("",), *, xscale=None, yscale=None, 
 
 
 def save(page, path) -> None:
-    """Write a figure atomically to a path, in the format of its suffix or as PNG; or as PNG to an open file."""
+    """Write a figure to a path or, as PNG, to an open file.
+
+    A path is written atomically, in the format of its suffix, or as PNG if it has none.
+    """
     if hasattr(path, "write"):
         page.savefig(path)
         return
@@ -44,13 +47,13 @@ def save(page, path) -> None:
 
 
 def ticks(axes, values) -> None:
-    """Ticks at the values that were run, as plain numbers."""
+    """Put ticks with plain numbers at these values of the horizontal axis, and nowhere else."""
     axes.set_xticks(sorted(values), [f"{v:.10g}" for v in sorted(values)])
     axes.xaxis.minorticks_off()
 
 
 def group(records: Records, *keys: str) -> dict[Any, Records]:
-    """Records by the value of a key, or by the tuple of several, in order of appearance."""
+    """Group records by the value of a key, or by a tuple of values for several keys, in order of appearance."""
     groups: dict[Any, Records] = {}
     for record in records:
         value = tuple(record[key] for key in keys)
@@ -59,7 +62,10 @@ def group(records: Records, *keys: str) -> dict[Any, Records]:
 
 
 def best_runs(records: Records, *keys: str) -> Records:
-    """The record of the smallest finite loss for every combination of `keys`; none if all its runs diverged."""
+    """Return the record with the smallest finite loss for every combination of values of `keys`.
+
+    A combination whose runs have all diverged is left out.
+    """
     groups = group([r for r in records if math.isfinite(r["loss"])], *keys)
     return [min(line, key=lambda r: r["loss"]) for line in groups.values()]
 
@@ -74,7 +80,7 @@ def label(name: str) -> str:
 
 
 def plot_length_curves(runs: dict[str, Records], path) -> None:
-    """Held-out bits per byte against the context length, a line per named run; the training length is marked."""
+    """Plot held-out bits per byte against the context length, a line per run; the training length is marked."""
     page, (axes,) = figure("context length (tokens)", "held-out bits per byte", xscale=("log", dict(base=2)))
     for name, records in runs.items():
         axes.plot([r["context"] for r in records], [r["bits_per_byte"] for r in records], "o-", label=label(name))
@@ -89,7 +95,7 @@ def plot_length_curves(runs: dict[str, Records], path) -> None:
 
 
 def plot_training(runs: dict[str, Records], path) -> None:
-    """Training loss in bits per token and the learning rate against tokens, from the rows of metrics.jsonl."""
+    """Plot the training loss in bits per token and the learning rate against tokens, from rows of metrics.jsonl."""
     page, panels = figure("tokens", "", ("training loss (bits per token)", "learning rate"), share=False)
     for name, rows in runs.items():
         tokens = [r["tokens"] for r in rows]
@@ -100,7 +106,7 @@ def plot_training(runs: dict[str, Records], path) -> None:
 
 
 def plot_attention(weights: np.ndarray, path, labels: list[str] | None = None) -> None:
-    """Attention weights [N, T, S] as one picture per head: queries down, keys to the right."""
+    """Plot attention weights [N, T, S], one panel per head: queries from top to bottom, keys from left to right."""
     page, panels = figure("key", "query", [f"head {n}" for n in range(len(weights))])
     for axes, weight in zip(panels, weights, strict=True):
         image = axes.imshow(np.asarray(weight), vmin=0, vmax=1, cmap="viridis")
@@ -114,7 +120,7 @@ def plot_attention(weights: np.ndarray, path, labels: list[str] | None = None) -
 
 
 def plot_accuracy(runs: dict[str, Records], path) -> None:
-    """Accuracy by number of operators, a line per run, and the share of the commonest label."""
+    """Plot the accuracy by number of operators, a line per run, and the share of the commonest label."""
     page, (axes,) = figure("operators", "held-out accuracy")
     for name, records in runs.items():
         axes.plot([r["bucket"] for r in records], [r["accuracy"] for r in records], "o-", label=label(name))
@@ -125,7 +131,7 @@ def plot_accuracy(runs: dict[str, Records], path) -> None:
 
 
 def plot_halting(records: Records, path, groups=((0, 6), (7, 9), (10, 12))) -> None:
-    """Accuracy against mean depth, a point per halting threshold, a line per range of operators."""
+    """Plot accuracy against mean depth: a point per halting threshold, a line per range of operators."""
     page, (axes,) = figure("mean depth (blocks)", "held-out accuracy")
     for low, high in groups:
         line = []
@@ -135,7 +141,7 @@ def plot_halting(records: Records, path, groups=((0, 6), (7, 9), (10, 12))) -> N
             line.append((mean["depth"], mean["accuracy"], threshold))
         if line:
             axes.plot([x for x, _, _ in line], [y for _, y, _ in line], "o-", label=f"{low} to {high} operators")
-            for i, (x, y, threshold) in enumerate(line):  # below and above in turn, because some points nearly coincide
+            for i, (x, y, threshold) in enumerate(line):  # alternate sides, because some points nearly coincide
                 place = dict(textcoords="offset points", xytext=(4, 6 if i % 2 else -10), fontsize="x-small")
                 axes.annotate(f"{threshold:g}", (x, y), **place)
     axes.margins(x=0.1)  # room for the numbers on the right
@@ -144,7 +150,7 @@ def plot_halting(records: Records, path, groups=((0, 6), (7, 9), (10, 12))) -> N
 
 
 def plot_depth(sentences: list[tuple[list[str], np.ndarray]], path) -> None:
-    """The mean number of blocks in the final state of every token, a row per sentence."""
+    """Plot the mean number of blocks in the final state of every token, a row per sentence."""
     from matplotlib.figure import Figure
 
     longest = max(len(tokens) for tokens, _ in sentences)
@@ -160,10 +166,10 @@ def plot_depth(sentences: list[tuple[list[str], np.ndarray]], path) -> None:
 
 
 def plot_module_use(use: dict[str, dict[str, Any]], information: dict[str, Any], path) -> None:
-    """Shares of the routed pairs {source: {kind: [L, columns]}}: a row of panels per kind, one per source.
+    """Plot shares of the routed pairs, {source: {kind: [L, columns]}}: a row of panels per kind, a panel per source.
 
-    Modules of different layers have nothing in common, so every layer has its own order, the same in all panels of a
-    row. It begins with the modules that the first source uses more than the last source.
+    Modules of different layers are not related. So the modules of every layer are sorted separately, in the same order
+    in all panels of a row. The modules that the first source uses more than the last source come first.
     """
     from matplotlib.figure import Figure
 
@@ -191,7 +197,7 @@ def plot_module_use(use: dict[str, dict[str, Any]], information: dict[str, Any],
 
 
 def plot_schedule(schedules: dict[str, Callable], path, *, tokens_per_step, total_tokens, log=False) -> None:
-    """Learning rates against tokens; `log` makes both axes logarithmic, where a power law is a line."""
+    """Plot learning rates against tokens. With `log`, both axes are logarithmic, so that a power law is a line."""
     tokens = np.geomspace(tokens_per_step, total_tokens, 1000) if log else np.linspace(0, total_tokens, 1000)
     page, (axes,) = figure("tokens", "learning rate", **(dict(xscale="log", yscale="log") if log else {}))
     for name, schedule in schedules.items():
@@ -202,7 +208,7 @@ def plot_schedule(schedules: dict[str, Callable], path, *, tokens_per_step, tota
 
 
 def plot_learning_rate_sweep(records: Records, path) -> None:
-    """Loss against learning rate, a line for each width with its minimum marked; with and without muP side by side."""
+    """Plot loss against learning rate, a line per width with its minimum marked; muP and without muP side by side."""
     runs = group(records, "mup")
     titles = ["muP" if mup else "without muP" for mup in runs]
     page, panels = figure("learning rate", "loss", titles, xscale=("log", dict(base=2)))
@@ -220,7 +226,7 @@ def plot_learning_rate_sweep(records: Records, path) -> None:
 
 
 def plot_power_law(best: Records, a: float, b: float, path) -> None:
-    """The best gamma of every T and beta, and the line fitted through them."""
+    """Plot the best gamma of every T and beta, and the fitted line."""
     page, (axes,) = figure("tokens T", r"$\gamma = \eta^*/\beta$ (per sequence)", xscale="log", yscale="log")
     for beta, line in sorted(group(best, "batch_size").items()):
         gamma = [r["learning_rate"] / beta for r in line]

@@ -13,15 +13,15 @@ from stickjax.models.layers import HeadNorm, cast, matrix_std, normal, output_st
 from stickjax.models.router import RouterSums
 from stickjax.parallel.collectives import copy_to_tensor_parallel, reduce_from_tensor_parallel
 
-KeyValues = tuple[jax.Array, jax.Array | None]  # [B,S,K,H] each; no values where they are the keys
+KeyValues = tuple[jax.Array, jax.Array | None]  # [B,S,K,H] each; None: the values equal the keys
 
 
 class Context(NamedTuple):
-    """Where the T tokens of a call stand among the S keys; the same for all layers.
+    """The positions of the T tokens of a call among the S keys. They are the same for all layers.
 
     On a mesh with "context", T counts the tokens of this device and S the keys of the whole sequence.
-    `segment_ids` [B,T] and `key_segment_ids` [B,S]: attention stays within equal ids, negative ones are padding.
-    `positions` [B,T]: rotary positions. `offset`: index of the first token among the keys.
+    `segment_ids` [B,T] and `key_segment_ids` [B,S]: a token attends only to keys with the same id; a negative id is
+    padding. `positions` [B,T]: rotary positions. `offset`: the index of the first token among the keys.
     """
 
     segment_ids: jax.Array | None
@@ -31,10 +31,11 @@ class Context(NamedTuple):
 
 
 class Attention(nnx.Module):
-    """out W_o of the attention of x W_q over x W_k, x W_v; N query heads on K key/value heads of dimension H.
+    """An attention layer: N query heads x W_q attend to K key/value heads x W_k and x W_v of dimension H.
 
-    `remainder` says what is added for the rest of the stick. none: nothing. value: rem times the token's own value.
-    bias: rem times a trainable vector per head, which starts at zero.
+    The outputs of the heads are multiplied by W_o and summed. `remainder` says what is added to the output of a head
+    for rem, the rest of its stick. none: nothing. value: rem times the value of the token itself. bias: rem times a
+    trainable vector per head, which starts at zero.
     """
 
     def __init__(self, config: ModelConfig, key):
@@ -50,11 +51,14 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], context: Context, cache: KeyValues | None = None, token_mask=None, key=None
     ) -> tuple[Float[Array, "B T D"], KeyValues | None, RouterSums | None]:
-        """The layer's output, the cache with this call's T written at the offset, and the sums of a router."""
+        """Return the output, the cache with this call's T tokens written at the offset, and the sums of a router.
+
+        The sums are None, because this layer has no router.
+        """
         c = self.config
         # One product for all three, so that x is read once.
         weights = [cast(w, c) for w in (self.query, self.key, self.value)]
-        N, K = weights[0].shape[1], weights[1].shape[1]  # of this device
+        N, K = weights[0].shape[1], weights[1].shape[1]  # the heads of this device
         q, k, v = jnp.split(
             jnp.einsum("BTD,DXH->BTXH", copy_to_tensor_parallel(x), jnp.concatenate(weights, 1)), (N, N + K), axis=2
         )
@@ -62,7 +66,7 @@ class Attention(nnx.Module):
         return reduce_from_tensor_parallel(jnp.einsum("BTNH,NHD->BTD", out, cast(self.output, c))), cache, None
 
     def attend(self, q, k, v, context: Context, cache: KeyValues | None = None):
-        """The heads' outputs [B,T,N,H] for q [B,T,N,H] and this call's k, v [B,T,K,H]; and the cache."""
+        """Return the outputs of the heads [B,T,N,H] for q [B,T,N,H] and this call's k, v [B,T,K,H]; and the cache."""
         c, own, kind = self.config, v, variant(self.config.attention)
         if kind.rotary:
             q, k = (rotary(a, context.positions, c.rope_theta) for a in (q, k))
@@ -86,7 +90,7 @@ class Attention(nnx.Module):
 
 
 def segment_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """Rotary positions within every segment: the distance to its first token."""
+    """Return the rotary position of every token: the distance to the first token of its segment."""
     index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]
     first = jnp.concatenate([jnp.ones_like(segment_ids[:, :1], bool), segment_ids[:, 1:] != segment_ids[:, :-1]], 1)
     return index - jax.lax.cummax(jnp.where(first, index, 0), axis=1)

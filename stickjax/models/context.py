@@ -1,9 +1,11 @@
-"""Stick-breaking attention of sequences that lie on several devices, exact forward and backward.
+"""Stick-breaking attention of sequences that are divided among devices; exact in the forward and the backward pass.
 
-Every device has two pieces of a sequence, one from its beginning and one from its end (`mesh.shard_batch`), so that all
-see equally many keys. A piece first attends to itself, while keys and values of all pieces are on their way; then to
-those further left; and the merge rule joins the two. Keys and values are gathered rather than sent around in a ring:
-they are K heads, where the partial results of a ring, which its backward pass would keep, are N.
+Every device has two pieces of a sequence, one from its beginning and one from its end (`mesh.shard_batch`). So all
+devices attend to equally many keys. A piece first attends to itself, while the keys and values of all pieces are
+gathered. Then it attends to the pieces on its left, and the merge rule combines the two results.
+
+Keys and values are all-gathered instead of passed around a ring. They have only K heads. A ring would have to store
+partial results with N heads for its backward pass.
 """
 
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ from stickjax.parallel.collectives import all_gather, size
 
 
 def whole_sequence(x: Float[Array, "B t ..."]) -> Float[Array, "B T ..."]:
-    """All pieces of a sequence in their order, from this device's two."""
+    """Return the whole sequence, in order: all-gather the two pieces of every device."""
     count, (B, t) = size("context"), x.shape[:2]
     x = all_gather(x, "context", 1, x.dtype).reshape(B, count, 2, t // 2, *x.shape[2:])
     early, late = x[:, :, 0], x[:, ::-1, 1]
@@ -30,13 +32,13 @@ def attention_in_context(
     key_segment_ids: Int[Array, "B T"],
     **options,
 ) -> tuple[Float[Array, "B t N H"], Float[Array, "B t N"]]:
-    """`stick_breaking_attention` of this device's two pieces to the whole sequence: (out, rem).
+    """Return (out, rem) of `stick_breaking_attention` of the two pieces on this device to the whole sequence.
 
     Args:
-      q, k, v: of the pieces.
-      segment_ids: of the pieces.
-      key_segment_ids: of the whole sequence, in order.
-      options: of `stick_breaking_attention`.
+      q, k, v: the queries, keys and values of the two pieces.
+      segment_ids: the segment ids of the two pieces.
+      key_segment_ids: the segment ids of the whole sequence, in order.
+      options: further arguments of `stick_breaking_attention`.
     """
     count, index, (B, t) = size("context"), lax.axis_index("context"), q.shape[:2]
     C = t // 2
@@ -56,12 +58,12 @@ def attention_in_context(
     keys, values = jnp.split(whole_sequence(jnp.concatenate([k, v], axis=-1)), [k.shape[-1]], axis=-1)
 
     def piece(which, place, reach):
-        """The piece at `place`; on no device does it see a key after the first `reach` pieces."""
+        """Return the attention of the piece at `place`. On every device, its keys are in the first `reach` pieces."""
         S = reach * C
         # A key that is not left of the piece counts as padding, so its tiles are never visited.
         left = jnp.where((jnp.arange(S) < place * C)[None], key_segment_ids[:, :S], -1)
         own, segments = (x[:, which * C : (which + 1) * C] for x in (q, segment_ids))
-        # The share of these keys that is left of the piece, on average over the devices.
+        # The share of these keys that are left of the piece, on average over the devices.
         part = cost.share((reach - (count + 1) / 2) / (reach - 1 / 2), attend)
         far = part(own, keys[:, :S], values[:, :S], place * C, segments, left)
         return merge_stick_breaking(tuple(x[:, which] for x in near), far)

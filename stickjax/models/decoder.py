@@ -20,7 +20,7 @@ ROUTERS = {"": ("ffn", "experts"), "attention_": ("attention", "attention_expert
 
 
 class Decoder(Family):
-    """See `stickjax.models.transformer` for the model."""
+    """The family of decoders; the model is in `stickjax.models.transformer`."""
 
     config = ModelConfig
 
@@ -31,7 +31,7 @@ class Decoder(Family):
         return transformer.apply(model, batch, key)
 
     def loss(self, model: Transformer, batch, key):
-        """Mean cross-entropy over the targets that `loss_mask` keeps, plus the weighted losses of all routers."""
+        """Return the mean cross-entropy over the targets in `loss_mask`, plus the weighted losses of all routers."""
         output = transformer.apply(model, batch, key)
         nll = cross_entropy(output.logits, batch["targets"])
         mask = batch["loss_mask"].astype(jnp.float32)
@@ -48,13 +48,13 @@ class Decoder(Family):
         return loss, metrics | ({"load": load} if load else {})
 
     def scalars(self, model: Transformer, metrics):
-        """`load_max` is the largest load of any expert, relative to a balanced load (1: balanced)."""
+        """Return the metrics as scalars; `load_max` is the largest load of any expert, and 1 if all loads are equal."""
         load = metrics.get("load", {})
         scalars = {name: value for name, value in metrics.items() if name != "load"}
         return scalars | {f"{kind}load_max": (x * _experts(model, kind, x)).max() for kind, x in load.items()}
 
     def moved_without_gradient(self, model: Transformer, metrics, trainable: Callable[[str], bool]):
-        """The biases of routers with `bias_rate` move towards a balanced load."""
+        """Move the selection biases of routers with `bias_rate` towards a balanced load."""
         if not any(mixture.bias_rate for mixture in model.config.mixtures().values()):
             return model
         model = jax.tree.map(lambda x: x, model)  # a copy: modules are changed by assignment
@@ -68,7 +68,7 @@ class Decoder(Family):
         return model
 
     def parameter_counts(self, config: ModelConfig) -> tuple[int, int]:
-        """The number of all parameters, and of the active ones: k of E experts, without the input embedding."""
+        """Return the number of all parameters, and of the active ones: k of E experts, without the input embedding."""
         shapes = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
         total, idle = sum(x.size for x in jax.tree.leaves(shapes)), shapes.embed.size
         for part, k in (("ffn", config.experts.k), ("attention", config.N // config.K)):
@@ -80,9 +80,9 @@ class Decoder(Family):
         return total, total - idle
 
     def flops_per_token(self, config: ModelConfig, T: int) -> float:
-        """6 per active parameter, and 6 N H T per layer for causal attention.
+        """Count 6 operations per active parameter, and 6 N H T per layer for causal attention.
 
-        Operations that a remat policy computes again are not counted.
+        Operations that a remat policy computes again do not count again.
         """
         _, active = self.parameter_counts(config)
         if config.tied:
@@ -97,6 +97,6 @@ class Decoder(Family):
 
 
 def _experts(model: Transformer, kind: str, load: jax.Array) -> int | jax.Array:
-    """The number of experts of a load [L,E]: one number, or [L,1] if some experts were pruned."""
+    """Return the number of experts that share a load [L,E]: one number, or [L,1] if some experts were pruned."""
     slot = getattr(model.blocks, ROUTERS[kind][0]).router.slot
     return load.shape[-1] if slot is None else (slot[...] >= 0).sum(-1, keepdims=True)

@@ -31,7 +31,7 @@ def register(family: Family) -> None:
 
 
 def family_of(config: FamilyConfig) -> Family:
-    """The family of a model's config; ValueError for one that is not registered.
+    """Return the family of a model config. Raises ValueError if the family is not registered.
 
     >>> from stickjax.config import ModelConfig, SutConfig
     >>> family_of(ModelConfig()).parameter_counts(ModelConfig.powermoe_3b())[0]
@@ -43,7 +43,7 @@ def family_of(config: FamilyConfig) -> Family:
     return FAMILIES[config.family]
 
 
-# The families of this project: "module:class", a line each.
+# The families of this project, one line each: "module:class".
 for _name in (
     "stickjax.models.decoder:Decoder",
     "stickjax.models.universal:Universal",

@@ -15,8 +15,8 @@ from stickjax.models.parameters import Parameter
 class Family(ABC):
     """A family of models. A subclass must have `config`, `init`, `apply` and `loss`; the rest has defaults.
 
-    A model is a Flax module whose field `config` is an instance of the class `config`. `stickjax.models.families`
-    lists the families.
+    A model is a Flax module. Its field `config` is an instance of the class `Family.config`. The families are listed in
+    `stickjax.models.families`.
     """
 
     config: ClassVar[type[FamilyConfig]]
@@ -26,7 +26,7 @@ class Family(ABC):
 
     @abstractmethod
     def init(self, config, key: jax.Array):
-        """The parameters of a new model, as a pytree that is also the model."""
+        """Return a new model, which is also the pytree of its parameters."""
 
     @abstractmethod
     def apply(self, model, batch: dict[str, jax.Array], key: jax.Array | None = None):
@@ -38,15 +38,16 @@ class Family(ABC):
 
     @abstractmethod
     def loss(self, model, batch: dict[str, jax.Array], key: jax.Array | None) -> tuple[jax.Array, dict[str, Any]]:
-        """The loss of a batch, and metrics: `loss` (the cross-entropy alone) and what else the run logs.
+        """Return the loss of a batch, and its metrics: `loss` (the cross-entropy alone) and other values for the log.
 
         With gradient accumulation, the caller sets `batch["loss_scale"]` to 1 / (number of targets in the whole batch)
-        and `batch["share"]` to 1 / (number of microbatches). Multiply by these, so that the sum over the microbatches
-        is the value of the batch. On a mesh, sum over the devices with `stickjax.parallel.collectives.psum_over_batch`.
+        and `batch["share"]` to 1 / (number of microbatches). Multiply sums over targets by `loss_scale`, and means by
+        `share`. Then the sum over the microbatches is the value of the whole batch. On a mesh, sum over the devices
+        with `stickjax.parallel.collectives.psum_over_batch`.
         """
 
     def scalars(self, model, metrics: dict[str, Any]) -> dict[str, jax.Array]:
-        """The metrics of a whole batch as scalars for the log."""
+        """Return the metrics of a whole batch as scalars for the log."""
         del model
         return metrics
 
@@ -59,29 +60,35 @@ class Family(ABC):
         return model
 
     def example_batch(self, config: Config) -> dict[str, jax.ShapeDtypeStruct]:
-        """The shapes of the largest batch of a step. The default is a batch of text."""
+        """Return the shapes of the largest batch of a step. The default is a batch of text."""
         types = dict(tokens=jnp.int32, targets=jnp.int32, segment_ids=jnp.int32, loss_mask=jnp.bool_)
         shape = (config.data.B, config.data.T)
         return {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in types.items()}
 
     def parameter_counts(self, config) -> tuple[int, int]:
-        """The number of all parameters, and of the active ones: the ones that one token uses, without the embedding."""
+        """Return the number of all parameters, and of the active ones.
+
+        Active parameters are the ones that one token uses, without the embedding.
+        """
         shapes = jax.eval_shape(lambda: self.init(config, jax.random.key(0)))
         total = sum(x.size for x in jax.tree.leaves(shapes))
         return total, total
 
     def flops_per_token(self, config, T: int) -> float:
-        """Floating-point operations of a training step, forward and backward, per token of a sequence of T tokens."""
+        """Return the floating-point operations of a training step per token, in sequences of T tokens.
+
+        The forward and the backward pass both count.
+        """
         del T
         return 6 * self.parameter_counts(config)[1]
 
     def empty_cache(self, config, batch: int, size: int):
-        """An empty cache for `decode_step`, for up to `size` tokens of `batch` sequences."""
+        """Return an empty cache for `decode_step`, for up to `size` tokens of `batch` sequences."""
         del batch, size
         raise ValueError(f"a model of family={config.family!r} generates no text")
 
     def decode_step(self, model, tokens, segment_ids, cache):
-        """Read `tokens` [B,T] into the cache: (logits [B,V] after the last of them, the cache).
+        """Read `tokens` [B,T] into the cache. Return (logits [B,V] after the last token, the cache).
 
         Padding has a negative segment id.
         """

@@ -15,34 +15,37 @@ def normal(key, shape, std: float, config: ModelConfig) -> nnx.Param:
 
 
 def uniform(key, shape, limit: float, config) -> nnx.Param:
-    """A parameter drawn uniformly between -limit and limit."""
+    """Return a parameter drawn uniformly between -limit and limit."""
     return nnx.Param(jax.random.uniform(key, shape, config.param_dtype, -limit, limit))
 
 
 def dropout(x, rate: float, key):
-    """In training (with a key): x with a share `rate` of zeros, and the others divided by 1 - rate; else x."""
+    """Set a share `rate` of the values of x to zero, and divide the others by 1 - rate. Without a key, return x."""
     if key is None or not rate:
         return x
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
 
 
 def matrix_std(config: ModelConfig) -> float:
-    """muP: the standard deviation of an internal matrix."""
+    """Return the initial standard deviation of an internal matrix under muP."""
     return config.init_std / config.m_width**0.5
 
 
 def output_std(config: ModelConfig) -> float:
-    """muP: the standard deviation of a matrix that ends a residual branch; there are two branches per layer."""
+    """Return the initial standard deviation under muP of a matrix that ends a residual branch.
+
+    Every layer has two such branches.
+    """
     return matrix_std(config) / (2 * config.L) ** 0.5
 
 
 def cast(param: nnx.Param, config: ModelConfig) -> jax.Array:
-    """A stored parameter in the type of the computation."""
+    """Return a parameter in the type of the computation, `config.dtype`."""
     return param[...].astype(config.dtype)
 
 
 def all_experts(module, name: str) -> jax.Array:
-    """The weights `name` of a module's experts in the type of the computation; experts that were added come last."""
+    """Return the weights `name` of all experts of a module, in the type of the computation. Added experts come last."""
     new, c = getattr(module, f"new_{name}"), module.config
     weights = cast(getattr(module, name), c)
     return weights if new is None else jnp.concatenate([weights, cast(new, c)])
@@ -76,12 +79,12 @@ class LayerNorm(nnx.Module):
 
 
 def norm_of(config: ModelConfig, eps: float | None = None) -> RMSNorm | LayerNorm:
-    """A new normalisation of the residual stream; `eps` None: the config's."""
+    """Return a new normalisation of the residual stream. With `eps` None, it uses `config.norm_eps`."""
     return (RMSNorm if config.norm == "rms" else LayerNorm)(config, eps)
 
 
 def normalised(x, eps: float):
-    """Mean 0 and variance 1 over the last axis."""
+    """Normalise x to mean 0 and variance 1 over the last axis."""
     x = x - x.mean(-1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps)
 
@@ -89,7 +92,7 @@ def normalised(x, eps: float):
 class HeadNorm(nnx.Module):
     """GroupNorm with one group per head: mean 0 and variance 1 over H, then scale and bias per head and channel.
 
-    A row of near zeros is amplified by up to 1 / sqrt(eps). The first token always has such a row.
+    A row of values near zero is amplified by up to 1 / sqrt(eps). The first token always has such a row.
     """
 
     def __init__(self, config: ModelConfig):
@@ -105,7 +108,10 @@ class HeadNorm(nnx.Module):
 
 
 def rotary(x: Float[Array, "B T N H"], positions: Int[Array, "B T"], theta: float) -> Float[Array, "B T N H"]:
-    """Rotary positions (arXiv 2104.09864), half-split: channels i and i + H/2 turn by position * theta^(-2i/H)."""
+    """Apply rotary positions (arXiv 2104.09864), half-split.
+
+    Channels i and i + H/2 are rotated together, by the angle position * theta^(-2i/H).
+    """
     half = x.shape[-1] // 2
     angle = positions[..., None, None].astype(jnp.float32) * (theta ** -(jnp.arange(half) / half))[None, None, None]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
@@ -114,12 +120,15 @@ def rotary(x: Float[Array, "B T N H"], positions: Int[Array, "B T"], theta: floa
 
 
 def gates(config: ModelConfig) -> int:
-    """G, how many inputs the activation takes for every hidden unit."""
+    """Return G, the number of inputs that the activation takes per hidden unit: 2 if it is gated, else 1."""
     return 2 if config.activation in GATED else 1
 
 
 class FeedForward(nnx.Module):
-    """act(x w_in) w_out, with w_in [D,G,F]: G = 2 for a gated activation, the gate first, else 1."""
+    """A dense feed-forward network: act(x w_in) w_out, with w_in [D,G,F].
+
+    G is 2 for a gated activation, with the gate first; else G is 1.
+    """
 
     def __init__(self, config: ModelConfig, key):
         self.config = config

@@ -1,7 +1,7 @@
-"""Mixture of attention heads: experts own the query heads, all share keys and values.
+"""Mixture of attention heads: every expert has its query heads, and all experts share the keys and values.
 
-Zhang et al., `Mixture of Attention Heads <https://arxiv.org/abs/2210.05144>`_; with several heads in an expert, the
-attention of the Sparse Universal Transformer and of ModuleFormer.
+Zhang et al., `Mixture of Attention Heads <https://arxiv.org/abs/2210.05144>`_. With several heads per expert, this is
+the attention of the Sparse Universal Transformer and of ModuleFormer.
 """
 
 import jax
@@ -21,11 +21,13 @@ from stickjax.parallel.collectives import copy_to_tensor_parallel, reduce_from_t
 
 
 class MixtureOfHeads(Attention):
-    """sum over the chosen experts e of gate * attention(x W_query[e], x W_key, x W_value) W_output[e].
+    """Attention whose query heads belong to experts.
 
-    `attention_experts` experts have K heads each, and a token chooses N / K of them, so that it has N query heads. A
-    padding token runs none and gives zero. Keys and values are x W_key and x W_value, with biases if `key_value` is
-    "biased"; with "input" both are x itself, and then the cache holds it once.
+    The output is the sum over the chosen experts e of gate * attention(x W_query[e], x W_key, x W_value) W_output[e].
+
+    Every expert (`attention_experts`) has K heads. A token chooses N / K experts, so that it has N query heads. A
+    padding token uses no expert, and its output is zero. Keys and values are x W_key and x W_value, plus biases if
+    `key_value` is "biased". If `key_value` is "input", both are x itself, and the cache stores x only once.
     """
 
     def __init__(self, config: ModelConfig, key):
@@ -44,7 +46,7 @@ class MixtureOfHeads(Attention):
         self.key_bias = zeros(c.K, c.H) if c.key_value == "biased" else None
         self.value_bias = zeros(c.K, c.H) if c.key_value == "biased" else None
         self.output_bias = zeros(c.D) if c.attention_experts.bias else None
-        self.head_bias = self.norm = None  # a head of a token is another one of the next
+        self.head_bias = self.norm = None  # head n differs from token to token
 
     def __call__(
         self,
@@ -61,7 +63,7 @@ class MixtureOfHeads(Attention):
         routing = route(indices, self.router.experts.count)
         x, gates = copy_to_tensor_parallel((x, gates))
         k, v = self.keys_values(x)
-        K = k.shape[2]  # of this device
+        K = k.shape[2]  # the key heads of this device
         q = expert_queries(x, all_experts(self, "expert_query"), routing, K, c.implementation)
         out, cache = self.attend(q, k, v, context, cache)
         y = expert_outputs(out, all_experts(self, "expert_output"), routing, gates, K, c.implementation)
@@ -78,11 +80,16 @@ class MixtureOfHeads(Attention):
 
 
 class SharedHeads(nnx.Module):
-    """sum over the chosen experts e of gate * attention(x W_query[e], source W_key, source W_value) W_output[e].
+    """Attention whose query heads belong to experts, for the Universal Transformer.
 
-    As `MixtureOfHeads`, but the router is the caller's and `source` may be another sequence. `causal` attention is the
-    config's, with stick-breaking or softmax; else it is softmax over all keys. `relative`: softmax scores have learned
-    vectors R [K,H,P] of the P = 2 * clip - 1 distances, added to the keys. A token without experts gives zero.
+    The output is the sum over the chosen experts e of
+
+      gate * attention(x W_query[e], source W_key, source W_value) W_output[e].
+
+    In contrast to `MixtureOfHeads`, the caller runs the router, and `source` may be another sequence. With `causal`,
+    the config chooses stick-breaking or softmax attention; otherwise it is softmax attention over all keys. With
+    `relative`, softmax attention adds to the keys trainable vectors R [K,H,P], one for each of P = 2 * clip - 1
+    distances. The output of a token without experts is zero.
     """
 
     def __init__(self, config: SutConfig, key, *, causal: bool, relative: bool):
@@ -90,7 +97,7 @@ class SharedHeads(nnx.Module):
         self.causal = causal
         kq, kk, kv, ko = jax.random.split(key, 4)
         width = c.K * c.H
-        xavier = (3 / (c.D + width)) ** 0.5  # of gain 1 / sqrt(2)
+        xavier = (3 / (c.D + width)) ** 0.5  # with gain 1 / sqrt(2)
         self.expert_query = uniform(kq, (c.attention_experts.E, c.D, width), 1 / c.D, c)
         self.key = uniform(kk, (c.D, c.K, c.H), xavier, c)
         self.value = uniform(kv, (c.D, c.K, c.H), xavier, c)
@@ -127,7 +134,7 @@ class SharedHeads(nnx.Module):
 def expert_queries(
     x: Float[Array, "B T D"], weight: Float[Array, "E D KH"], routing: Routing, K: int, implementation
 ) -> Float[Array, "B T N H"]:
-    """The queries of the chosen experts; they stand by their key head: head j of all of them reads key head j."""
+    """Return the queries of the chosen experts, ordered by key head. Head j of every expert reads key head j."""
     (B, T, D), k = x.shape, routing.expert_indices.shape[1]
     q = expert_linear(x.reshape(-1, D), weight, routing, implementation=implementation)
     q = q.reshape(B, T, k, K, -1).swapaxes(2, 3)
@@ -137,7 +144,7 @@ def expert_queries(
 def expert_outputs(
     heads: Float[Array, "B T N H"], weight: Float[Array, "E KH D"], routing: Routing, gates, K: int, implementation
 ) -> Float[Array, "B T D"]:
-    """What the chosen experts make of the outputs of their heads, summed by their gates."""
+    """Multiply the outputs of the heads by the output matrices of their experts, and sum them weighted by the gates."""
     B, T, N, H = heads.shape
     heads = heads.reshape(B, T, K, N // K, H).swapaxes(2, 3).reshape(-1, K * H)
     return expert_linear(heads, weight, routing, gates=gates, implementation=implementation).reshape(B, T, -1)

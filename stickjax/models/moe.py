@@ -1,4 +1,4 @@
-"""The expert network: a feed-forward network of which a token uses k experts."""
+"""Sparse experts: a feed-forward network that consists of E experts. Every token uses k of them."""
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,14 @@ from stickjax.parallel.collectives import copy_to_tensor_parallel, from_experts,
 
 
 class SparseExperts(nnx.Module):
-    """sum over the k chosen experts of gate * act(x w_in[e]) w_out[e]; a padding token runs none and gives zero.
+    """A feed-forward network of experts: the sum over the k chosen experts e of gate * act(x w_in[e]) w_out[e].
 
-    w_in is [E,D,G,F] as in `FeedForward`; experts that were added to a trained model stand behind, in leaves of their
-    own. `output_bias` [D] (`experts.bias`) is added to the sum. On a mesh with "expert" a device has the rows of all
-    devices of that axis for its own experts: no row is dropped, whatever the balance.
+    A padding token uses no expert, and its output is zero. w_in is [E,D,G,F], with G as in `FeedForward`. Experts that
+    were added to a trained model are separate parameters (`new_w_in`, `new_w_out`), and come after the old ones.
+    `output_bias` [D] (`experts.bias`) is added to the sum.
+
+    On a mesh with the axis "expert", every device has a part of the experts, and gets the rows for them from all
+    devices of that axis. No row is dropped, even if the load is not balanced.
     """
 
     def __init__(self, config: ModelConfig, key):
@@ -39,7 +42,7 @@ class SparseExperts(nnx.Module):
         tokens = x.reshape(-1, c.D)
         chosen, weights, sums = self.router(tokens, None if token_mask is None else token_mask.reshape(-1), key)
         w_in, w_out = (all_experts(self, name) for name in ("w_in", "w_out"))
-        E, D, G, F = w_in.shape  # of this device
+        E, D, G, F = w_in.shape  # E and F are the parts of this device
         tokens, weights = copy_to_tensor_parallel((tokens, weights))
         tokens, chosen, weights = to_experts(tokens, chosen, weights, E)
         options = dict(activation=c.activation, implementation=c.implementation)
@@ -50,7 +53,7 @@ class SparseExperts(nnx.Module):
 
 
 def biased(mixture, y: Float[Array, "B T D"], token_mask: Bool[Array, "B T"] | None) -> Float[Array, "B T D"]:
-    """y with the mixture's own bias, if it has one; padding stays zero."""
+    """Return y plus the output bias of the mixture, if it has one. Padding stays zero."""
     if mixture.output_bias is None:
         return y
     bias = mixture.output_bias[...].astype(y.dtype)[None, None]

@@ -20,15 +20,15 @@ LABELS = ("matrix", "embedding", "vector", "frozen")
 
 
 class Parameter(NamedTuple):
-    """What is known of a parameter.
+    """A row of the table: what is known about a parameter.
 
     `axes`: its axes as letters, separated by spaces; letters written together are one axis ("E D KH" has three).
       E is the axis of the experts, C the axis of the router columns, and a digit is a size. Layers that are stacked
       have one more axis L in front.
     `partition`: for every axis the mesh axis that divides it, or "-". You may omit trailing "-". With "" every device
       has the whole parameter.
-    `label`: of muP. "matrix": an internal matrix, learning rate / m_width. "embedding" and "vector": the learning rate,
-      without weight decay for a vector. "frozen": it has no gradient.
+    `label`: the muP label. "matrix": an internal matrix; its learning rate is divided by m_width. "embedding" and
+      "vector": the learning rate is not divided; a vector has no weight decay. "frozen": it has no gradient.
     """
 
     axes: str
@@ -40,7 +40,7 @@ class Parameter(NamedTuple):
         return PartitionSpec(*(None if axis == "-" else axis for axis in self.partition.split()))
 
     def axis(self, letter: str) -> int | None:
-        """The index of an axis, None if the parameter has no such axis."""
+        """Return the index of an axis, or None if the parameter has no such axis."""
         axes = self.axes.split()
         return axes.index(letter) if letter in axes else None
 
@@ -91,7 +91,7 @@ PARAMETERS: dict[str, dict[str, Parameter]] = {
         "selection_bias": Parameter("C", label="frozen"),  # updated by `bias_rate`, not by a gradient
         "slot": Parameter("C", label="frozen"),  # says which columns were pruned
     },
-    # The Universal Transformer lies whole on every device.
+    # Every device has all parameters of the Universal Transformer.
     "LanguageModel": {"embed": Parameter("V D", label="embedding")},
     "SparseUniversalTransformer": {"embed": Parameter("V D", label="embedding")},
     "PairClassifier": {
@@ -143,7 +143,7 @@ class Leaf(NamedTuple):
 
 
 def leaves_of(tree, owner: type | None = None, path: tuple[str, ...] = ()) -> Iterator[Leaf]:
-    """Every array of a tree, in the order of `jax.tree.leaves`."""
+    """Yield every array of a tree, in the order of `jax.tree.leaves`."""
     inside = lambda node: node is not tree and isinstance(node, nnx.Module | nnx.Variable)  # noqa: E731
     owner = type(tree) if isinstance(tree, nnx.Module) else owner
     for keys, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=inside):
@@ -155,24 +155,24 @@ def leaves_of(tree, owner: type | None = None, path: tuple[str, ...] = ()) -> It
 
 
 def map_leaves(function: Callable[[Leaf], Any], tree, owner: type | None = None):
-    """The tree with `function(leaf)` for every `Leaf`."""
+    """Return the tree with `function(leaf)` in the place of every `Leaf`."""
     return jax.tree.unflatten(jax.tree.structure(tree), [function(leaf) for leaf in leaves_of(tree, owner)])
 
 
 def parameter(leaf: Leaf) -> Parameter:
-    """What the table says of a parameter of a module.
+    """Return the row of the table for a parameter of a module.
 
     Raises:
-      ValueError: the module or its parameter is not in the table, or the parameter has other axes.
+      ValueError: the module or its parameter is not in the table, or the parameter has another number of axes.
     """
     last, rows = leaf.names[-1], {}
     for cls in reversed(leaf.owner.__mro__):
         rows |= PARAMETERS.get(cls.__name__, {})
-    row = rows.get(last, rows.get(last.removeprefix("new_")))  # added experts have the row of what they extend
+    row = rows.get(last, rows.get(last.removeprefix("new_")))  # added experts share the row of the old ones
     if row is None:
         raise ValueError(
             f"{leaf.name} ({leaf.owner.__name__}.{last}) is not in the table of parameters{nearest(last, rows)}: "
-            "stickjax.models.parameters says the axes, the partition and the muP label of each"
+            "add its axes, partition and muP label to stickjax.models.parameters"
         )
     dims, axes = np.ndim(leaf.value), len(row.axes.split())
     if dims not in (axes, axes + 1):
@@ -181,10 +181,10 @@ def parameter(leaf: Leaf) -> Parameter:
 
 
 def label(leaf: Leaf) -> str:
-    """The muP label of a parameter.
+    """Return the muP label of a parameter.
 
-    In a tree without modules, such as a dictionary of arrays, the label is looked up by name only. ValueError if there
-    is none.
+    In a tree without modules, such as a dictionary of arrays, the label is looked up by name only. Raises ValueError if
+    the table has no parameter of that name, or parameters of that name with different labels.
     """
     if leaf.owner is not None:
         return parameter(leaf).label
@@ -197,9 +197,9 @@ def label(leaf: Leaf) -> str:
 
 
 def partition(leaf: Leaf) -> PartitionSpec:
-    """The partition of an array of a model or of a training state.
+    """Return the partition of an array of a model or of a training state.
 
-    Every device has all counters of a training state. A matrix outside a module raises ValueError.
+    The counters of a training state are not divided. Raises ValueError for a matrix outside a module.
     """
     dims = np.ndim(leaf.value)
     if leaf.owner is None:
@@ -212,25 +212,25 @@ def partition(leaf: Leaf) -> PartitionSpec:
 
 
 def specs(tree):
-    """A tree like `tree`, of parameters or of a whole training state, with the partition of every array."""
+    """Return a tree like `tree` with the partition of every array; `tree` is a model or a whole training state."""
     return map_leaves(partition, tree)
 
 
 def shardings(mesh: Mesh, tree):
-    """`specs` as shardings of a mesh."""
+    """Return a tree like `tree` with the sharding of every array on a mesh."""
     return map_leaves(lambda leaf: NamedSharding(mesh, partition(leaf)), tree)
 
 
 def axes_by_name(tree) -> Mapping[str, str]:
-    """The letters of the axes of every parameter of a model, by its name."""
+    """Return {name of a parameter: the letters of its axes} for a model."""
     return {leaf.name: parameter(leaf).axes for leaf in leaves_of(tree)}
 
 
 def gather(tree, dtype, owner: type | None = None):
-    """A module, or parameters of the module `owner`, gathered along "fsdp", in the type of the computation.
+    """All-gather parameters along the mesh axis "fsdp", in the type of the computation, `dtype`.
 
-    Without that axis the tree is returned unchanged. Routers keep their type, because rounding changes which experts
-    they choose.
+    `tree` is a module, or parameters of the module class `owner`. If the mesh does not have that axis, the tree is
+    returned unchanged. Routers keep their type, because rounding changes which experts they choose.
     """
     if size("fsdp") == 1:
         return tree

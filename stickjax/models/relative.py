@@ -1,4 +1,4 @@
-"""Softmax attention with learned relative positions, of a sequence to itself or to another one."""
+"""Softmax attention with trainable relative positions, of a sequence to itself or to another sequence."""
 
 import jax
 import jax.numpy as jnp
@@ -8,14 +8,16 @@ from stickjax.models.layers import dropout
 
 
 def relative_scores(q: Float[Array, "B T K X H"], relative: Float[Array, "K H P"], S: int) -> Float[Array, "B K X T S"]:
-    """q_i . R[j - i]; `relative` has P = 2 * clip - 1 distances, and larger ones are clipped.
+    """Compute the scores q_i . R[j - i] of every query i and key j.
+
+    `relative` is R, with one vector per head for each of P = 2 * clip - 1 distances. Larger distances are clipped.
 
     >>> scores = relative_scores(jnp.ones((1, 2, 1, 1, 1)), jnp.array([[[-1.0, 0.0, 1.0]]]), 3)
     >>> scores[0, 0, 0].tolist()
     [[0.0, 1.0, 1.0], [-1.0, 0.0, 1.0]]
     """
     T, far = q.shape[1], relative.shape[-1] // 2
-    # A column per distance from 1 - T to S: row i of the result begins i columns further left than row 0.
+    # The table has a column for every distance from 1 - T to S. Row i of the result begins i columns left of row 0.
     table = relative[:, :, jnp.clip(jnp.arange(T + S) - (T - 1), -far, far) + far]
     scores = jnp.einsum("BTKXH,KHP->BKXTP", q, table, preferred_element_type=jnp.float32)
     flat = scores.reshape(*scores.shape[:3], -1)[..., T - 1 :]
@@ -32,13 +34,16 @@ def softmax_attention(
     rate: float = 0.0,
     key=None,
 ) -> Float[Array, "B T N H"]:
-    """softmax_j(scale * q_i . (k_j + R[j - i])) v_j over the keys of the mask, in fp32; with a key, with dropout."""
+    """Compute sum_j softmax_j(scale * q_i . (k_j + R[j - i])) v_j over the keys of the mask, with the softmax in fp32.
+
+    With a key, dropout at `rate` is applied to the weights.
+    """
     (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
     q = scale * q.reshape(B, T, K, N // K, H)
     scores = jnp.einsum("BTKXH,BSKH->BKXTS", q, k, preferred_element_type=jnp.float32)
     if relative is not None:
         scores += relative_scores(q, relative, S)
-    # Finite, so that a query without keys has no NaN.
+    # The minimum is finite, so that a query without keys gives no NaN.
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = dropout(jax.nn.softmax(scores, axis=-1), rate, key).astype(v.dtype)
     return jnp.einsum("BKXTS,BSKH->BTKXH", weights, v).reshape(B, T, N, H)

@@ -27,7 +27,8 @@ NEVER = -1e9  # the logit of an expert that must not be chosen; finite, so that 
 class RouterSums(NamedTuple):
     """The sums that a router's losses are computed from, over the unmasked tokens of this device.
 
-    `tokens`: their number. `pairs`: the number of (token, choice) pairs, tokens * k. `rows` [E]: pairs per expert.
+    `tokens`: the number of tokens. `pairs`: the number of (token, choice) pairs, tokens * k. `rows` [E]: the pairs per
+    expert.
     `probability` [E], `z` and `entropy`, with g the softmax of the logits: sum g, sum logsumexp(logits)^2 and sum H(g).
     """
 
@@ -40,7 +41,7 @@ class RouterSums(NamedTuple):
 
 
 class RouterStats(NamedTuple):
-    """The losses of routers [L] (unweighted), and the share of the T * k rows that went to each expert, [L,E]."""
+    """The unweighted losses of routers [L], and `load` [L,E]: the share of the T * k rows that went to each expert."""
 
     switch: jax.Array
     z: jax.Array
@@ -50,7 +51,9 @@ class RouterStats(NamedTuple):
 
 
 def probabilities(logits: Float[Array, "T E"], trained: int | None = None) -> Float[Array, "T E"]:
-    """The softmax of logits. Columns with logits of -inf behind the first `trained` ones change no bit of these.
+    """Return the softmax of logits, reproducible to the bit when an extended model has additional columns.
+
+    If only columns with logits of -inf follow the first `trained` columns, these first columns keep every bit.
 
     In XLA the last bit of an exponential depends on the shape of its loop, and the last bit of a sum on its length. So
     the exponentials of the two parts are computed separately, with an optimization barrier around each. The sum is a
@@ -81,12 +84,13 @@ def choose_experts(
     sample_topk: int = 0,
     key=None,
 ) -> tuple[Int[Array, "T k"], Float[Array, "T k"]]:
-    """Expert indices and gates of every token.
+    """Return the indices of the k chosen experts of every token, and their gates.
 
     `topk_softmax`: the experts with the k largest logits; the gates are the softmax of these (they sum to one).
     `softmax_topk`: the gates are the k largest `probabilities` of the softmax over E, unchanged. `bias` [E] is added
-    for the selection only. Experts in `pruned` [E] are never selected. With a key, the last `sample_topk` of the k are
-    drawn by their probabilities without replacement instead (Gumbel top-k); the gates are computed in the same way.
+    for the selection only. Experts in `pruned` [E] are never selected. With a key, the last `sample_topk` of the k
+    experts are drawn by their probabilities without replacement instead (Gumbel top-k). Their gates are computed in the
+    same way.
     """
     logits = logits.astype(jnp.float32)
     scores = logits if order == "topk_softmax" else probabilities(logits, trained)
@@ -130,7 +134,7 @@ def router_sums(
     expert_indices: Int[Array, "T k"],
     weight: Float[Array, "T"] | Bool[Array, "T"] | None = None,
 ) -> RouterSums:
-    """The sums of one router over its tokens, each with its weight.
+    """Compute the sums of one router over its tokens, weighted by `weight`.
 
     A logit of -inf, the logit of an absent expert, counts as `NEVER`.
     """
@@ -146,12 +150,12 @@ def router_sums(
 
 
 def router_stats(sums: RouterSums) -> RouterStats:
-    """The losses over the tokens of all devices, for one router or for the routers of all layers.
+    """Compute the losses over the tokens of all devices, for one router or for the routers of all layers.
 
     switch = E * sum_e f_e P_e, with f_e the share of the rows and P_e the mean of g_e: 1 at balance (arXiv 2101.03961;
       Hugging Face's variant does not divide the rows by k and is k at balance).
     z = mean(logsumexp(logits)^2) (arXiv 2202.08906).
-    mutual information = H(e|x) - H(e), the mean entropy of g_t less the entropy of P (arXiv 2306.04640).
+    mutual information = H(e|x) - H(e), the mean entropy of g_t minus the entropy of P (arXiv 2306.04640).
     concentration = H(e): a smaller value means that fewer experts are used. The same paper gives no formula and no
       code; this is our reading of its description.
     """
@@ -166,16 +170,17 @@ def router_stats(sums: RouterSums) -> RouterStats:
 def updated_router_bias(
     bias: Float[Array, "*L E"], load: Float[Array, "*L E"], rate: float, experts: int | Int[Array, "*L 1"]
 ) -> Float[Array, "*L E"]:
-    """Auxiliary-loss-free balancing (arXiv 2408.15664): b_e + rate * sign(mean load - load_e).
+    """Return the bias of the next step: b_e + rate * sign(mean load - load_e).
 
-    The mean is over the `experts` that exist, which are less than E after pruning.
+    This is the auxiliary-loss-free balancing of arXiv 2408.15664. The mean is over the `experts` that exist; after
+    pruning, they are fewer than E.
     """
     return (bias + rate * jnp.sign(load.sum(-1, keepdims=True) / experts - load)).astype(bias.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class Experts:
-    """How many experts a router knows: `old` and `new` ones exist, `pruned` ones were pruned.
+    """The numbers of experts of a router. `old` and `new` experts exist; `pruned` experts do not exist any more.
 
     The router columns are in this order: old and pruned experts as they were trained, then new experts. The weights
     contain only the old experts, then the new ones.
@@ -196,12 +201,13 @@ class Experts:
 
 
 class Router(nnx.Module):
-    """Chooses k experts for a token x [D], by logits in fp32 whatever the type of the computation.
+    """A router: chooses k experts for a token x [D] by their logits, which are always computed in fp32.
 
-    `linear`: x weight. `mlp`: gelu(x hidden + hidden_bias) weight. `gmm`: exp(log_scale) cos(x hidden, weight_e),
-    weight_e being the centroid of expert e. `new_weight` has the columns of experts that were added to a trained model.
+    The field `network` of the config says how. `linear`: x weight. `mlp`: gelu(x hidden + hidden_bias) weight. `gmm`:
+    exp(log_scale) cos(x hidden, weight_e), where weight_e is the centroid of expert e. `new_weight` has the columns of
+    experts that were added to a trained model.
 
-    `selection_bias`, of the balancing without a loss, affects the choice but not the gates. In a pruned model
+    `selection_bias` balances the load without a loss. It affects the choice but not the gates. In a pruned model
     `slot[column]` is the index of the expert's weights, or -1 if the expert was pruned. With
     `pruning="old_denominator"` a pruned expert's probability remains in the softmax; with "new_denominator" it does
     not.
@@ -226,11 +232,11 @@ class Router(nnx.Module):
         self.new_weight = normal(k_new, (rows, new), std, c) if new else None
         # In float32, because a smaller type would lose steps of bias_rate once the bias is large.
         self.selection_bias = zeros(old + new, jnp.float32) if mixture.bias_rate else None
-        # A float, as all parameters are; it holds every number of experts exactly.
+        # A float, because all parameters are floats; it represents every index of an expert exactly.
         self.slot = nnx.Param(jnp.arange(old + new, dtype=jnp.float32)) if mixture.pruning != "no" else None
 
     def logits(self, tokens: Float[Array, "T D"], key=None) -> tuple[Float[Array, "T E"], Any]:
-        """The logits of all columns (see `Experts`), and the key for sampling."""
+        """Return the logits of all columns (see `Experts`), and the key for sampling."""
         exact = lambda param: param[...].astype(jnp.float32)  # noqa: E731
         x = tokens.astype(jnp.float32)
         if self.hidden is not None:
@@ -239,7 +245,7 @@ class Router(nnx.Module):
             x = jax.nn.gelu(x + exact(self.hidden_bias)[None], approximate=False)
         if self.log_scale is not None:
             x = _unit(x, 1) * jnp.exp(exact(self.log_scale))[None]
-        # Two products, so that the old logits have the same bits with new experts as without.
+        # Two products, so that new experts do not change a bit of the old logits.
         weights = [exact(w) for w in (self.weight, self.new_weight) if w is not None]
         if self.log_scale is not None:
             weights = [_unit(w, 0) for w in weights]
@@ -248,7 +254,7 @@ class Router(nnx.Module):
     def __call__(
         self, tokens: Float[Array, "T D"], token_weight: Float[Array, "T"] | Bool[Array, "T"] | None = None, key=None
     ) -> tuple[Int[Array, "T k"], Float[Array, "T k"], RouterSums]:
-        """The experts of every token, their gates, and the sums for the losses.
+        """Return the experts of every token, their gates, and the sums for the losses.
 
         `token_weight`: the weight of each token in the losses; a token mask is also accepted. A token of weight 0 has
         no expert: its index is E.
@@ -275,6 +281,6 @@ class Router(nnx.Module):
 
 
 def _unit(x, axis):
-    """x / |x|. A vector shorter than 1e-12 has no direction: it gives zero, and its gradient is zero."""
+    """Return x / |x|. A vector shorter than 1e-12 has no direction: the result and its gradient are zero."""
     square = jnp.square(x).sum(axis, keepdims=True)
     return x * jnp.where(square > 1e-24, jax.lax.rsqrt(jnp.maximum(square, 1e-24)), 0)

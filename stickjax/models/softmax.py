@@ -8,14 +8,14 @@ from stickjax.config import ModelConfig
 
 
 def attend(config: ModelConfig, q, k, v, context):
-    """(out [B,T,N,H], None: softmax leaves no rest); see `stickjax.config.attention.AttentionVariant`."""
+    """Return (out [B,T,N,H], None), because softmax leaves no rest; see `config.attention.AttentionVariant`."""
     c, T, S = config, q.shape[1], k.shape[1]
-    # At most eight query tiles, each with the keys that it can see: that computes half of all T * S scores.
+    # At most eight query tiles, each with only the keys that it can attend to: about half of all T * S scores.
     tile = max(64, -(-T // 8)) if isinstance(context.offset, int) else T
 
-    @jax.checkpoint  # saves q, k and v instead of the weights, of which there are T * S per head
+    @jax.checkpoint  # saves q, k and v instead of the T * S weights of every head
     def attend_tile(q, k, v, mask):
-        with jax.numpy_dtype_promotion("standard"):  # it multiplies bfloat16 and float32
+        with jax.numpy_dtype_promotion("standard"):  # the function multiplies bfloat16 and float32
             return jax.nn.dot_product_attention(q, k, v, mask=mask[None], scale=c.scale)
 
     def attend_row(entry):
@@ -34,7 +34,7 @@ def attend(config: ModelConfig, q, k, v, context):
         return jnp.concatenate(tiles)
 
     segments = None if context.segment_ids is None else (context.segment_ids, context.key_segment_ids)
-    # On a CPU in groups whose weights stay in the cache, as the stick-breaking op does too.
+    # On a CPU, sequences run in groups whose weights fit into the CPU cache, as in the stick-breaking op.
     group = q.shape[0]
     if platform.name() == "cpu":
         group = max(1, min(group, 2**20 // (T * q.shape[2] * S)))

@@ -7,7 +7,10 @@ from stickjax.parallel.collectives import size
 
 
 def attend(config: ModelConfig, q, k, v, context):
-    """(out [B,T,N,H], the rest of every query's stick [B,T,N]); see `stickjax.config.attention.AttentionVariant`."""
+    """Return (out [B,T,N,H], the rest of every query's stick [B,T,N]), as an `AttentionVariant` must.
+
+    See `stickjax.config.attention.AttentionVariant`.
+    """
     c, segments = config, (context.segment_ids, context.key_segment_ids)
     options = dict(
         scale=c.scale, attend_current=c.attend_current, window=c.window, skip_below=c.skip_below,

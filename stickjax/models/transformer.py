@@ -1,4 +1,4 @@
-"""The decoder: embedding, L layers under one scan, output. `init` makes it, `apply` runs it on a batch."""
+"""The decoder: embedding, L layers under one scan, output. `init` makes a model, `apply` runs it on a batch."""
 
 from typing import NamedTuple
 
@@ -21,10 +21,10 @@ from stickjax.parallel.collectives import copy_to_tensor_parallel, size
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens read so far: S places, of which `length` are taken.
+    """The keys and values of the tokens read so far. There are S places; the first `length` of them are filled.
 
-    `key`, `value` [L,B,S,K,H], no `value` where the keys are the values (`key_value="input"`); `segment_ids` [B,S], -1
-    for padding and for places not yet taken; `length` a scalar.
+    `key` and `value` are [L,B,S,K,H]. `value` is None if the values equal the keys (`key_value="input"`).
+    `segment_ids` [B,S] is -1 for padding and for places that are not filled yet. `length` is a scalar.
     """
 
     key: jax.Array
@@ -34,9 +34,11 @@ class Cache(NamedTuple):
 
 
 class Output(NamedTuple):
-    """`logits` [B,T,V] in fp32, on a mesh with "tensor" for the device's part of V; and the statistics of the routers.
+    """The output of a decoder.
 
-    Every layer has a router for its feed-forward experts and one for its attention experts; None without such experts.
+    `logits` [B,T,V] are in fp32. On a mesh with "tensor", a device has only its part of V. `router` has the statistics
+    of the routers of the feed-forward experts in all layers, `attention_router` of the attention experts; None without
+    such experts. `cache` is None if the call had no cache.
     """
 
     logits: jax.Array
@@ -46,7 +48,7 @@ class Output(NamedTuple):
 
 
 class Block(nnx.Module):
-    """x + m_res * attention(norm(x)), then x + m_res * feed_forward(norm(x))."""
+    """A layer: x + m_res * attention(norm(x)), then x + m_res * feed_forward(norm(x))."""
 
     def __init__(self, config: ModelConfig, key):
         self.config = config
@@ -66,7 +68,7 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """A language model of `config`. The layers' parameters are stacked on a leading axis L under `blocks`."""
+    """A language model. `blocks` has the parameters of all layers, stacked on a leading axis L."""
 
     def __init__(self, config: ModelConfig, key):
         self.config = c = config
@@ -85,14 +87,15 @@ class Transformer(nnx.Module):
         key: jax.Array | None = None,
         last_only: bool = False,
     ) -> Output:
-        """Logits of the next token at every position.
+        """Compute the logits of the next token at every position.
 
         Args:
           tokens: [B, T].
-          segment_ids: [B, T]; tokens see only their own segment, a negative id is padding.
+          segment_ids: [B, T]; a token attends only to tokens of its segment; a negative id is padding.
           cache: from `empty_cache`; this call's keys and values are appended to it.
           key: randomness of a training step (`sample_topk`, `token_rounding`); None for inference.
-          last_only: logits [B, 1, V] of the last position alone; a long prompt would need memory for B * T * V floats.
+          last_only: compute only the logits [B, 1, V] of the last position. For a long prompt, the B * T * V floats of
+            all positions would take too much memory.
         """
         c = self.config
         if cache is not None and segment_ids is None:
@@ -109,7 +112,8 @@ class Transformer(nnx.Module):
 
         if c.remat != "none":
             policy = jax.checkpoint_policies.checkpoint_dots if c.remat == "dots" else None
-            layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)  # scan already keeps the two apart
+            # CSE cannot undo the recomputation inside a scan, so it need not be prevented.
+            layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
         keys = None if key is None else jax.random.split(key, c.L)
         layer_caches = None if cache is None else (cache.key, cache.value)
         x, (layer_caches, sums) = jax.lax.scan(layer, x, (self.blocks, layer_caches, keys))
@@ -125,7 +129,7 @@ class Transformer(nnx.Module):
 
 
 def _context(config: ModelConfig, tokens, segment_ids, cache: Cache | None) -> tuple[Context, Cache | None]:
-    """Where the tokens stand, and the cache with their segment ids and its new length."""
+    """Return the context of the tokens, and the cache with their segment ids and its new length."""
     rotary = variant(config.attention).rotary
     if size("context") > 1:
         segment_ids = jnp.zeros_like(tokens) if segment_ids is None else segment_ids
@@ -146,7 +150,7 @@ def _context(config: ModelConfig, tokens, segment_ids, cache: Cache | None) -> t
 
 
 def empty_cache(config: ModelConfig, batch: int, size: int) -> Cache:
-    """A cache for `batch` sequences of up to `size` tokens, [L,B,S,K,H] in the type of the computation."""
+    """Return an empty cache for `batch` sequences of up to `size` tokens, in the type of the computation."""
     shape = (config.L, batch, size, config.K, config.H)
     values = None if config.key_value == "input" else jnp.zeros(shape, config.dtype)
     return Cache(
@@ -158,13 +162,13 @@ def empty_cache(config: ModelConfig, batch: int, size: int) -> Cache:
 def decode_step(
     model: "Transformer", tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"], cache: Cache
 ) -> tuple[Float[Array, "B V"], Cache]:
-    """Logits after the last of these tokens, and the cache with them."""
+    """Return the logits after the last of the `tokens`, and the cache with the `tokens` added."""
     output = model(tokens, segment_ids, cache=cache, last_only=True)
     return output.logits[:, -1], output.cache
 
 
 def init(config: ModelConfig, key: jax.Array) -> Transformer:
-    """Parameters of a model, as a pytree that is also the model.
+    """Return a new model, which is also the pytree of its parameters.
 
     >>> model = init(ModelConfig(V=16, D=8, L=2, N=2, K=1, H=4, F=16), jax.random.key(0))
     >>> model.blocks.attention.query.shape

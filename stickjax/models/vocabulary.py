@@ -1,4 +1,4 @@
-"""Embedding and cross-entropy, with a vocabulary that the devices of the mesh axis "tensor" may have divided."""
+"""Embedding and cross-entropy. The mesh axis "tensor" may divide the vocabulary among its devices."""
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +10,14 @@ from stickjax.parallel.collectives import first_of, reduce_from_tensor_parallel,
 
 
 def _local(ids, count: int):
-    """The ids as indices into this device's `count` entries, and which of them are there."""
+    """Return the ids as indices into the `count` entries of this device, and a mask of the ids that it has."""
     ids = ids - first_of("tensor", count)
     here = (ids >= 0) & (ids < count)
     return jnp.where(here, ids, 0), here
 
 
 def embedded(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """The rows of the tokens."""
+    """Return the rows of the table for the tokens."""
     if size("tensor") == 1:
         return table[tokens]
     tokens, here = _local(tokens, table.shape[0])
@@ -25,7 +25,7 @@ def embedded(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Arr
 
 
 def cross_entropy(logits: Float[Array, "B T V"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
-    """log(sum_v exp(logits_v)) - logits_target, of logits of which a device may have its own part of V.
+    """Compute log(sum_v exp(logits_v)) - logits_target. A device may have only a part of the V logits.
 
     >>> cross_entropy(jnp.zeros((1, 1, 4)), jnp.zeros((1, 1), jnp.int32)).tolist() == [[float(jnp.log(4.0))]]
     True

@@ -1,4 +1,4 @@
-"""The size of the vocabulary of a config that leaves V open: the number of ids of the tokenizer."""
+"""The vocabulary size V. A config may leave it open; then it follows from the number of ids of the tokenizer."""
 
 from stickjax.config import Config
 from stickjax.data.readers import READERS
@@ -6,15 +6,17 @@ from stickjax.parallel.mesh import mesh_sizes
 
 
 def with_vocabulary(config: Config, ids: int | None = None, devices=None) -> Config:
-    """The config with V; if it was None, V is the number of ids, rounded up to a multiple of the mesh axis `tensor`.
+    """Return the config with V set.
+
+    If V is None, it becomes the number of ids, rounded up to a multiple of the size of the mesh axis `tensor`.
 
     Args:
       config: the experiment.
-      ids: how many ids there are; None: as many as the tokenizer has, which is read.
+      ids: the number of ids; None: read the tokenizer and use its number of ids.
       devices: as in `mesh.make_mesh`.
 
     Raises:
-      ValueError: the tokenizer cannot be read, or V is smaller than it needs.
+      ValueError: the tokenizer cannot be read, or V is smaller than the number of ids.
 
     >>> with_vocabulary(Config()).model.V, with_vocabulary(Config().replace({"model.V": 512})).model.V
     (257, 512)

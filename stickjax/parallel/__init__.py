@@ -1,1 +1,1 @@
-"""Several devices and several processes: chips, the mesh, partitions, collectives, and how processes meet."""
+"""Several devices and several processes: GPUs, the mesh, partitions, collectives, and the start of processes."""

@@ -1,6 +1,7 @@
-"""The GPUs that plans are made for: their peaks and links from the vendors' tables, and devices to compile for.
+"""The GPUs that `stickjax.plan` knows: peak rates and links from the vendors' tables, and devices to compile for.
 
-What XLA has to know of a chip is a text for each, `targets/NAME.txtpb`; its numbers are those that CUDA reports.
+XLA reads the properties of a GPU from the text `targets/NAME.txtpb`. The numbers in it are the numbers that CUDA
+reports.
 """
 
 import dataclasses
@@ -21,22 +22,22 @@ TARGETS = Path(__file__).parent / "targets"
 
 
 class MissingWheels(ImportError):
-    """The message says how to install them."""
+    """The packages that compile for NVIDIA GPUs are missing. The message says how to install them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One GPU. Bandwidths are bytes/s in one direction."""
+    """A GPU model. Bandwidths are in bytes/s, in one direction."""
 
     name: str
-    kind: str  # the beginning of its device_kind
+    kind: str  # the beginning of its device_kind in JAX
     flops: float  # dense bf16 peak, FLOP/s
-    link: float  # to the other GPUs of its host
-    network: float  # to other hosts, its share of the host's adapters
+    link: float  # bandwidth to the other GPUs of its host
+    network: float  # bandwidth to other hosts: one GPU's share of the network adapters of the host
 
     @functools.cached_property
     def text(self) -> str:
-        """The target for XLA."""
+        """The description of the GPU for XLA."""
         return (TARGETS / f"{self.name}.txtpb").read_text()
 
     def _number(self, field: str) -> float:
@@ -44,19 +45,19 @@ class Chip:
 
     @property
     def memory(self) -> int:
-        """Bytes."""
+        """The memory in bytes."""
         return int(self._number("device_memory_size"))
 
     @property
     def bandwidth(self) -> float:
-        """Of its memory, bytes/s."""
+        """The bandwidth of the memory in bytes/s."""
         return self._number("memory_bandwidth")
 
 
 CHIPS = {
     chip.name: chip
     for chip in (
-        # NVLink 3, 4 and 5; InfiniBand of 200 and 400 Gb/s per GPU, as in the vendors' own hosts of eight.
+        # NVLink 3, 4 and 5; InfiniBand of 200 and 400 Gb/s per GPU, as in the vendors' hosts with eight GPUs.
         Chip("a100-80", "NVIDIA A100", flops=312e12, link=300e9, network=25e9),
         Chip("h100", "NVIDIA H100", flops=989e12, link=450e9, network=50e9),
         Chip("h200", "NVIDIA H200", flops=989e12, link=450e9, network=50e9),
@@ -70,7 +71,7 @@ CHIPS = {
 
 
 def chip(name: str) -> Chip:
-    """One of CHIPS. ValueError for another name.
+    """Return one of CHIPS by name. Raise ValueError for another name.
 
     >>> chip("h200").memory, chip("h200").bandwidth
     (150754820096, 4800000000000.0)
@@ -81,7 +82,7 @@ def chip(name: str) -> Chip:
 
 
 def of_kind(device_kind: str) -> Chip | None:
-    """The chip of a device that calls itself so, None when it is not known."""
+    """Return the chip with this device_kind; None if it is not known."""
     return next((chip for chip in CHIPS.values() if device_kind.startswith(chip.kind)), None)
 
 
@@ -92,7 +93,7 @@ def has_wheels() -> bool:
 
 @functools.cache
 def absent_devices(name: str = "h200", devices: int = 1, hosts: int = 1) -> list[jax.Device]:
-    """Devices for compiling only, of hosts with equally many chips. Raises MissingWheels without jax[cuda13]."""
+    """Return `devices` GPUs, equally many per host, for compiling only. Raise MissingWheels without jax[cuda13]."""
     if not has_wheels():
         raise MissingWheels("needs jax[cuda13]: pip install 'stickjax[cuda13]' (jax_cuda13_plugin not found)")
     topology = f"1x{hosts}x{devices // hosts}"  # slices x hosts x GPUs of a host
@@ -101,7 +102,7 @@ def absent_devices(name: str = "h200", devices: int = 1, hosts: int = 1) -> list
 
 @contextmanager
 def tracing_for(device: jax.Device) -> Iterator[None]:
-    """Kernels traced inside choose what they would run on this device, which need not be there."""
+    """Inside this context, kernels are chosen as on this device. The device need not exist."""
     abstract = AbstractDevice(device.device_kind, getattr(device, "core_count", None), device.platform)
     with use_abstract_mesh(AbstractMesh((), (), abstract_device=abstract)):
         yield

@@ -1,11 +1,11 @@
-"""The communication of a model across devices, inside the shard_map of `stickjax.training.gradients`.
+"""The collectives of a model, called inside the shard_map of `stickjax.training.gradients`.
 
-On a single device there is none.
+On a single device there is no communication.
 
-Gradients are computed as if every device had its own loss and the whole loss were their sum. So where an axis that
-divides the batch gathers an array, the transpose sums its gradients. Along "tensor" all devices hold the same
-activations and the same loss. A layer calls `copy_to_tensor_parallel` before it computes its part of the heads
-or hidden units, and `reduce_from_tensor_parallel` after it.
+Gradients are computed as if every device had a separate loss, and the whole loss were the sum of these. So when an
+array is all-gathered along an axis that divides the batch, the transpose sums its gradients. Along "tensor", all
+devices hold the same activations and the same loss. A layer calls `copy_to_tensor_parallel` before it computes its part
+of the heads or hidden units, and `reduce_from_tensor_parallel` after that.
 """
 
 import functools
@@ -19,19 +19,19 @@ from stickjax.parallel.mesh import BATCH_AXES
 
 
 def size(axis: str) -> int:
-    """The size of a mesh axis under which this code runs; 1 for any other axis."""
+    """Return the size of a mesh axis, if this code runs inside a shard_map over the axis; otherwise 1."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.shape[axis] if axis in mesh.manual_axes else 1
 
 
 def several(axes: tuple[str, ...]) -> tuple[str, ...]:
-    """The axes that have more than one device, so that no program has a collective over a single device."""
+    """Return the axes with more than one device, so that no program has a collective over a single device."""
     return tuple(axis for axis in axes if size(axis) > 1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def all_gather(x, name: str, axis: int, dtype):
-    """All-gather x over the mesh axis `name` along its own `axis`, sent as `dtype`; gradients are summed in fp32."""
+    """All-gather x over the mesh axis `name` along dimension `axis`, as `dtype`. Gradients are summed in fp32."""
     return lax.all_gather(x.astype(dtype), name, axis=axis, tiled=True)
 
 
@@ -65,31 +65,32 @@ _sum_gradients.defvjp(lambda tree, axes: (tree, None), lambda axes, _, gradients
 
 
 def psum_over_batch(tree):
-    """The psum of arrays over the batch. The gradient is of this device's part alone: see the module's docstring."""
+    """Compute the psum over the batch. The gradient is that of this device's part alone (see the top of this file)."""
     axes = several(BATCH_AXES)
     return _sum(tree, axes) if axes else tree
 
 
 def copy_to_tensor_parallel(tree):
-    """Copy to tensor parallel: the arrays themselves, whose gradients are summed over the devices of "tensor"."""
+    """Copy to tensor parallel: return the arrays unchanged, and psum their gradients over "tensor"."""
     return tree if size("tensor") == 1 else _sum_gradients(tree, "tensor")
 
 
 def reduce_from_tensor_parallel(x):
-    """Reduce from tensor parallel: the sum of the parts that the devices of "tensor" have computed."""
+    """Reduce from tensor parallel: psum the parts that the devices of "tensor" have computed."""
     return x if size("tensor") == 1 else _sum(x, "tensor")
 
 
 def first_of(axis: str, count: int):
-    """Index of the first of the `count` experts, or entries of the vocabulary, that this device holds along an axis."""
+    """Return the index of the first of the `count` experts (or ids of the vocabulary) of this device along an axis."""
     return lax.axis_index(axis) * count if size(axis) > 1 else 0
 
 
 def to_experts(tokens, expert_indices, gates, count: int):
-    """Tokens [T,D] and their choices [T,k] of all devices of "expert", as this device's `count` experts see them.
+    """All-gather tokens [T,D] with their expert indices and gates [T,k] over "expert", for the `count` experts here.
 
-    All other experts get the index `count`, which means no expert. Every token is sent to all P devices of the axis:
-    P - 1 rows. An exchange of the routed rows alone would send k (P - 1) / P rows, which is more if P is below k.
+    Indices then count from the first expert of this device. All experts of other devices get the index `count`, which
+    means no expert. The all-gather copies every token to the P - 1 other devices of the axis. An all-to-all of the
+    routed rows would send k (P - 1) / P rows per token, which is more if P is below k.
     """
     if size("expert") == 1:
         return tokens, expert_indices, gates
@@ -99,5 +100,5 @@ def to_experts(tokens, expert_indices, gates, count: int):
 
 
 def from_experts(outputs):
-    """The sum over all experts for this device's own tokens [T,D], from what every device has of all tokens."""
+    """Reduce-scatter over "expert": sum the outputs of all experts, for the tokens [T,D] of this device."""
     return outputs if size("expert") == 1 else lax.psum_scatter(outputs, "expert", scatter_dimension=0, tiled=True)

@@ -1,6 +1,6 @@
-"""The mesh of devices, and how a batch is divided over it. On a single device there is no mesh.
+"""The mesh of devices, and the partition of a batch on it. On a single device there is no mesh.
 
-How the parameters are divided stands in the table of `stickjax.models.parameters`.
+The partitions of the parameters are in the table of `stickjax.models.parameters`.
 """
 
 import math
@@ -11,8 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stickjax.config import Config
 
-# Devices that are neighbours along the last axis are neighbours in the machine. So the axis with the most communication
-# comes last.
+# Neighbours along the last axis are also neighbours in the machine. So the axis with the most communication is last.
 AXES = ("data", "fsdp", "expert", "context", "tensor")
 ROW_AXES = ("data", "fsdp", "expert")  # axes that divide the sequences of a batch
 BATCH_AXES = (*ROW_AXES, "context")  # axes that divide the tokens of a batch
@@ -20,15 +19,15 @@ BATCH = PartitionSpec(ROW_AXES, "context")
 
 
 def make_mesh(config: Config, devices=None) -> Mesh | None:
-    """The mesh of a config, None for a single device.
+    """Make the mesh of a config; None for a single device.
 
     Args:
-      config: its mesh section, in which one axis may be -1 for the devices that the others leave; and the sizes of the
-        model and the batch, which the mesh must divide.
+      config: the mesh section gives the sizes of the axes; one of them may be -1, for the devices that the others
+        leave. The mesh must divide the sizes of the model and of the batch.
       devices: the devices to use; None: all.
 
     Raises:
-      ValueError: more devices than there are, or a size that does not divide.
+      ValueError: the mesh needs more devices than there are, or an axis does not divide a size.
 
     >>> make_mesh(Config()) is None
     True
@@ -39,7 +38,7 @@ def make_mesh(config: Config, devices=None) -> Mesh | None:
     if count > len(devices):
         raise ValueError(f"{axes} needs {count} devices, there are {len(devices)}")
     if jax.process_count() > 1 and count != len(devices):
-        raise ValueError(f"{axes or 'a single device'} must be all {len(devices)} devices of the processes")
+        raise ValueError(f"{axes or 'a single device'} must use all {len(devices)} devices of the processes")
     _check_sizes(config, sizes)
     if count == 1:
         return None
@@ -47,7 +46,7 @@ def make_mesh(config: Config, devices=None) -> Mesh | None:
 
 
 def mesh_sizes(config: Config, devices=None) -> dict[str, int]:
-    """The size of each axis of the mesh; ValueError if the other axes leave no whole number for -1."""
+    """Return the size of each mesh axis. Raise ValueError if the other axes leave no whole number for -1."""
     devices = jax.devices() if devices is None else devices
     sizes = {axis: getattr(config.mesh, axis) for axis in AXES}
     known = math.prod(size for size in sizes.values() if size > 0)
@@ -74,9 +73,9 @@ def _check_sizes(config: Config, sizes: dict[str, int]) -> None:
 
 
 def rows_of_process(mesh: Mesh | None) -> tuple[int, int]:
-    """(index, count): this process loads part `index` of `count` of the sequences of every batch.
+    """Return (index, count): this process loads part `index` of `count` of the sequences of every batch.
 
-    If "context" or "tensor" reaches across processes, these processes share their sequences and load the same ones.
+    If "context" or "tensor" spans several processes, these processes load the same sequences.
     """
     if mesh is None:
         return 0, 1
@@ -87,12 +86,12 @@ def rows_of_process(mesh: Mesh | None) -> tuple[int, int]:
 
 
 def batch_spec(x) -> PartitionSpec:
-    """The partition of an array of a batch, [B,T] or [B]."""
+    """Return the partition of an array of a batch, [B,T] or [B]."""
     return PartitionSpec(*BATCH[: np.ndim(x)])
 
 
 def abstract_batch(mesh: Mesh | None, shapes: dict) -> dict:
-    """The shapes of a batch, each with its sharding on the mesh."""
+    """Return the shapes of a batch with their shardings on the mesh."""
     if mesh is None:
         return shapes
     placed = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, batch_spec(x)))  # noqa: E731
@@ -100,11 +99,11 @@ def abstract_batch(mesh: Mesh | None, shapes: dict) -> dict:
 
 
 def shard_batch(mesh: Mesh | None, batch: dict, accumulate: int = 1) -> dict:
-    """The sequences that `rows_of_process` names, as a batch on the devices of the mesh.
+    """Place the sequences of this process (see `rows_of_process`) as a batch on the devices of the mesh.
 
-    The rows are ordered so that the i-th microbatches of all devices together are the i-th microbatch of the batch.
-    Along "context" a device takes one piece from the beginning of a sequence and one from its end, so that every device
-    has the same number of (query, key) pairs.
+    The rows are ordered so that the i-th microbatches of all devices together form the i-th microbatch of the batch.
+    Along "context", a device takes one piece near the beginning of a sequence and one near its end, so that every
+    device has the same number of (query, key) pairs.
     """
     if mesh is None:
         return batch

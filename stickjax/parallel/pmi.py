@@ -1,16 +1,21 @@
 """Share the address of process 0 through the process manager of MPICH and Intel MPI (PMI version 1).
 
-Every process has a file descriptor of the manager, and sends it lines of `key=value`. One process puts a value, all
-wait for each other, and the others get the value.
+Every process has a file descriptor to the manager, and sends it lines of `key=value`. One process puts a value. Then
+all processes wait for each other, and the others get the value.
 """
 
 import os
 
 
 def share(file: int, value: str | None) -> str:
-    """Share the value of one process with all. All must call this, once. `file`: the number in PMI_FD.
+    """Share the value of one process with all processes. Every process must call this function, once.
 
-    ValueError if the process manager does not answer by PMI version 1.
+    Args:
+      file: the file descriptor in PMI_FD.
+      value: the value; None in all processes but one.
+
+    Raises:
+      ValueError: the process manager does not answer by PMI version 1.
     """
     try:
         _ask(file, "init pmi_version=1 pmi_subversion=1")
@@ -31,7 +36,7 @@ def _ask(file: int, command: str) -> dict[str, str]:
     answer = b""
     while not answer.endswith(b"\n"):
         if not (more := os.read(file, 1)):
-            raise OSError("it has ended")
+            raise OSError("the process manager has ended")
         answer += more
     found = dict(word.partition("=")[::2] for word in answer.decode().split())
     if found.get("rc", "0") != "0":

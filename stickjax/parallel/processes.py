@@ -1,8 +1,8 @@
-"""Processes that train together: how they find one another, share values, and end when one of them is lost.
+"""Processes that train together: they find one another, share values, and end when one of them is lost.
 
-Every process has its own devices and reads its own rows of a batch; process 0 alone writes. Process 0 runs JAX's
-coordination service. When a process is lost, the service tells all others within
-`HEARTBEAT_SECONDS`, and they end.
+Every process has different devices and reads different rows of a batch. Process 0 alone writes files. It also runs
+JAX's coordination service. When a process is lost, the service tells all others within `HEARTBEAT_SECONDS`, and they
+end.
 """
 
 import contextlib
@@ -26,11 +26,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stickjax.parallel import pmi
 
-# After HEARTBEAT_SECONDS without a sign of life a process is lost. After JOIN_SECONDS a process that has not joined is
-# missing. At the end the other processes wait at most SHUTDOWN_SECONDS for process 0 to finish writing.
+# A process is lost after HEARTBEAT_SECONDS without a heartbeat. A process is missing if it has not joined after
+# JOIN_SECONDS. At the end, the other processes wait at most SHUTDOWN_SECONDS until process 0 has finished writing.
 HEARTBEAT_SECONDS, JOIN_SECONDS, SHUTDOWN_SECONDS = 20, 300, 1800
 ERROR_GRACE_SECONDS = 1  # after an error, the other processes wait this long, so that process 0 reports it first
-_WAIT_MILLISECONDS = 24 * 3600 * 1000  # milliseconds: a lost process is found by its heartbeat, not by waiting
+_WAIT_MILLISECONDS = 24 * 3600 * 1000  # long, because the heartbeat detects a lost process, and not this limit
 # Exit codes: this process has printed its error; another process has printed one, or was lost.
 EXIT_ERROR_PRINTED, EXIT_PEER_LOST = 3, 4
 
@@ -40,33 +40,33 @@ EXIT_STOPPED = tuple(128 + number for number in (signal.SIGHUP, signal.SIGINT, s
 RESUME_HINT = "the same command goes on from the last checkpoint"
 
 # Environment variables of schedulers: the number of processes, the index of this one among all, and its index on this
-# machine. The fourth variable of SLURM is missing in a shell that SLURM has only allocated machines to.
+# machine. The fourth variable of SLURM is set in the processes of a job step, but not in the shell of an allocation.
 _SCHEDULERS = (
     ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NODELIST"),
     ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
 )
-PMI = ("PMI_SIZE", "PMI_RANK")  # of MPICH and Intel MPI; the rank on this machine is MPI_LOCALRANKID
-# Rank and number of processes from launchers that give no coordinator; PMIx does not give the number either.
+PMI = ("PMI_SIZE", "PMI_RANK")  # of MPICH and Intel MPI; MPI_LOCALRANKID is the rank on this machine
+# Rank and number of processes, from launchers that set no coordinator. PMIx does not set the number either.
 _UNKNOWN = (("PMIX_RANK", ""), ("FLUX_TASK_RANK", "FLUX_JOB_SIZE"), ("RANK", "WORLD_SIZE"))
-# What XLA raises when another process is gone.
+# Parts of the messages that XLA raises when another process is lost.
 _PEER_GONE = re.compile(r"Gloo|NCCL|coordination service|CoordinationService|[Cc]onnection (closed|reset|refused)")
 
 
 def initialize(coordinator: str | None = None, count: int | None = None, index: int | None = None) -> None:
-    """Join the other processes; do nothing if there are none. Must be called before JAX does anything else.
+    """Join the other processes; do nothing if there are none. Call this before any other use of JAX.
 
-    Without arguments, the environment of SLURM, Open MPI, MPICH or Intel MPI says who the others are; each process then
-    takes the one device of its machine that has its rank there. If that environment does not name the coordinator,
-    JAX_COORDINATOR_ADDRESS may.
+    Without arguments, the number and the index of the processes come from the environment of SLURM, Open MPI, MPICH or
+    Intel MPI. Each process then takes one device of its machine: the device whose number is the rank of the process on
+    this machine. If the environment does not name the coordinator, set JAX_COORDINATOR_ADDRESS.
 
     Args:
       coordinator: HOST:PORT, a free port of the machine of process 0.
-      count: how many processes there are.
-      index: which of them this is, from 0.
+      count: the number of processes.
+      index: the index of this process, from 0.
 
     Raises:
-      ValueError: only some of the three, one out of range, a port that is in use, or an environment of several
-        processes that does not say how they find one another.
+      ValueError: only some of the three arguments are given, one is out of range, the port is in use, or the
+        environment is that of several processes but does not say how they find one another.
       RuntimeError: JAX cannot find the coordinator in the environment.
     """
     rank = _find(coordinator, count, index)
@@ -74,7 +74,7 @@ def initialize(coordinator: str | None = None, count: int | None = None, index: 
         return
     coordinator, count, index = rank.coordinator, rank.count, rank.index
     if not 0 <= index < count:
-        raise ValueError(f"process {index} of {count}: processes are counted from 0 to {count - 1}")
+        raise ValueError(f"process {index} of {count}: the index must be from 0 to {count - 1}")
     if count == 1:
         return
     if coordinator is not None:
@@ -90,7 +90,7 @@ def initialize(coordinator: str | None = None, count: int | None = None, index: 
 
 
 class _Rank(NamedTuple):
-    """`local`: the device of this process on its machine; `method`: how JAX finds the other processes."""
+    """The identity of this process. `local`: its device on the machine; `method`: how JAX finds the other processes."""
 
     coordinator: str | None
     count: int
@@ -100,7 +100,7 @@ class _Rank(NamedTuple):
 
 
 def _find(coordinator: str | None, count: int | None, index: int | None) -> "_Rank | None":
-    """Who this process is, by the arguments or by the environment; None if it is alone."""
+    """Find the rank of this process in the arguments or in the environment; None if there is one process."""
     local, method = None, None
     if count is None and index is None:
         names = next((n for n in (*_SCHEDULERS, PMI) if all(name in os.environ for name in n)), None)
@@ -116,23 +116,23 @@ def _find(coordinator: str | None, count: int | None, index: int | None) -> "_Ra
             coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS") or _agree(count, index)
         local = None if "JAX_LOCAL_DEVICE_IDS" in os.environ else local
     else:
-        method = "deactivate"  # the numbers are given, so the environment of SLURM or Open MPI must not count
+        method = "deactivate"  # the numbers are given, so JAX must ignore the environment of SLURM or Open MPI
         if coordinator is None or count is None or index is None:
             raise ValueError("--coordinator HOST:PORT, --processes N and --process I belong together")
     return _Rank(coordinator, count, index, local, method)
 
 
 def _join(rank: _Rank) -> None:
-    """Join the other processes, or end with a line that says who is missing."""
+    """Join the other processes, or exit with a line that says which process is missing."""
     coordinator, count, index, local, method = rank
-    # When time is up, JAX aborts with a stack trace. A little earlier this timer says who is missing.
+    # When the time is over, JAX aborts with a stack trace. Shortly before, this timer prints which process is missing.
     missing = f"process 0{f' at {coordinator}' if coordinator else ''}" if index else "the others"
     late = f"error: process {index} of {count} has waited {JOIN_SECONDS} s for {missing}"
     end = lambda: (print(late, file=sys.stderr, flush=True), os._exit(EXIT_ERROR_PRINTED))  # noqa: E731
     timer = threading.Timer(JOIN_SECONDS - 2, end)
     timer.daemon = True
     timer.start()
-    jax.config.update("jax_enable_preemption_service", False)  # it would handle SIGTERM, which the training handles
+    jax.config.update("jax_enable_preemption_service", False)  # it would handle SIGTERM, but the training handles that
     try:
         jax.distributed.initialize(
             coordinator,
@@ -149,7 +149,7 @@ def _join(rank: _Rank) -> None:
 
 
 def _number(name: str) -> int | None:
-    """A whole number from the environment; None if it is not there."""
+    """Read a whole number from the environment; None if the variable is not set."""
     text = os.environ.get(name)
     try:
         return None if text is None else int(text)
@@ -162,13 +162,13 @@ def _check_alone() -> None:
     for rank, size in _UNKNOWN:
         if rank in os.environ and (not size or (_number(size) or 1) > 1):
             raise ValueError(
-                f"{rank}={os.environ[rank]}: this may be one of several processes, and nothing says where the others "
-                f"are; give --coordinator HOST:PORT --processes N --process I, or unset {rank}"
+                f"{rank}={os.environ[rank]}: this may be one of several processes, but no coordinator is named; "
+                f"give --coordinator HOST:PORT --processes N --process I, or unset {rank}"
             )
 
 
 def _agree(count: int, index: int) -> str:
-    """HOST:PORT with a free port of process 0, shared through the process manager."""
+    """Return HOST:PORT of process 0, with a free port, which it shares through the process manager."""
     if "PMI_FD" not in os.environ:
         raise ValueError(
             f"PMI_RANK={index} of PMI_SIZE={count}: nothing says where process 0 listens; give --coordinator HOST:PORT"
@@ -178,7 +178,7 @@ def _agree(count: int, index: int) -> str:
 
 
 def check_address(address: str) -> tuple[str, int]:
-    """HOST:PORT as (host, port); ValueError for anything else.
+    """Parse HOST:PORT into (host, port). Raise ValueError for anything else.
 
     >>> check_address("localhost:1234")
     ('localhost', 1234)
@@ -190,7 +190,7 @@ def check_address(address: str) -> tuple[str, int]:
 
 
 def free_port() -> int:
-    """A free port of this machine."""
+    """Return a free port of this machine."""
     with socket.create_server(("", 0)) as one:
         return one.getsockname()[1]
 
@@ -213,7 +213,7 @@ def is_writer() -> bool:
 
 
 def _client():
-    from jax._src import distributed  # JAX offers its key-value store to Python only here
+    from jax._src import distributed  # the only way to the key-value store of JAX
 
     return distributed.global_state.client
 
@@ -223,7 +223,7 @@ def _several() -> bool:
 
 
 def joined() -> bool:
-    """Whether this process has joined others, by `initialize`."""
+    """Whether this process has joined other processes by `initialize`."""
     return jax.distributed.is_initialized()
 
 
@@ -231,17 +231,17 @@ _turn = {"shared": 0, "barrier": 0}
 
 
 def _name(kind: str) -> str:
-    """A new name, the same in all processes as long as they call in the same order."""
+    """Make a new name, which is the same in all processes if they make their calls in the same order."""
     _turn[kind] += 1
     return f"stickjax/{kind}/{_turn[kind]}"
 
 
 def shared(function: Callable, raises: type[Exception] = ()):
-    """`function()` of process 0, in all processes. All must call this, in the same order.
+    """Call `function` in process 0, and return its value in all processes. All must call this, in the same order.
 
     Args:
-      function: called in process 0 alone; its value must be JSON.
-      raises: exceptions that are then raised in all processes. Any other exception must end process 0.
+      function: is called without arguments, in process 0 alone; its value must be JSON.
+      raises: the class of the exceptions that all processes then raise. Any other exception must end process 0.
 
     >>> shared(lambda: [1, "two"])
     [1, 'two']
@@ -264,14 +264,14 @@ def shared(function: Callable, raises: type[Exception] = ()):
 
 
 def check_same(facts: dict) -> None:
-    """Wait for all processes; ValueError in a process where some of these facts (JSON) differ from process 0.
+    """Wait for all processes. Raise ValueError in a process whose facts (JSON values) differ from those in process 0.
 
     >>> check_same({"text": "914b8a1bc21f6cbc", "data.T": 256})
     """
     first = shared(lambda: facts)
     other = [f"{name}: {first[name]!r} -> {facts[name]!r}" for name in facts if first[name] != facts[name]]
     if other:
-        raise ValueError(f"this is not what process 0 is about to train ({'; '.join(other)})")
+        raise ValueError(f"this process differs from process 0 ({'; '.join(other)}); use the same config and data")
     if _several():
         _client().wait_at_barrier(_name("barrier"), _WAIT_MILLISECONDS)
 
@@ -284,15 +284,15 @@ def _any(mesh: Mesh) -> tuple[Callable, NamedSharding]:
 
 
 def any_process(mesh: Mesh | None, flag: int, after=0):
-    """The largest `flag` of all processes: the same answer in all, which must all call this.
+    """Return the largest `flag` of all processes, in all processes. All must call this.
 
     Args:
       mesh: the devices of all processes; None: there is one process.
-      flag: the flag of this process, not negative.
-      after: an array on the mesh. Programs that communicate must run in the same order in all processes; this one runs
-        after the program that makes `after`.
+      flag: the flag of this process, 0 or larger.
+      after: an array on the mesh. Programs that communicate must run in the same order in all processes. This program
+        runs after the program that computes `after`.
 
-    Returns an array that may still be under way; `int` waits for it.
+    Returns an array that may not be computed yet; `int` waits for it.
 
     >>> any_process(None, 15)
     15
@@ -305,15 +305,15 @@ def any_process(mesh: Mesh | None, flag: int, after=0):
 
 
 def orphaned() -> bool:
-    """Whether the launcher of this process is gone. Then nobody would end it when another process is lost."""
+    """Whether the launcher of this process has ended. Then nothing would end this process if another one is lost."""
     return os.environ.get("STICKJAX_LAUNCHER", str(os.getppid())) != str(os.getppid())
 
 
 def fail(message: str, error: BaseException | None = None) -> int:
-    """Print an error and return the exit code. Of several processes, one prints it, and this one exits here.
+    """Print an error and return the exit code. With several processes, one prints its error, and this one exits here.
 
-    The first process to fail prints its error: the others fail in the same way, or because it is gone. Without this
-    exit, Python would wait for the other processes at its end.
+    Only the first process that fails prints its error. The others fail in the same way, or because the first one is
+    lost. This function exits, because otherwise Python would wait for the other processes at its end.
     """
     if not jax.distributed.is_initialized():
         print(message, file=sys.stderr)
@@ -324,14 +324,14 @@ def fail(message: str, error: BaseException | None = None) -> int:
         message = f"error: {lost(index, count)} ({reason})"
         code = EXIT_PEER_LOST
     else:
-        if index:  # process 0 reports an error that all have
+        if index:  # give process 0 the time to print an error that all processes have
             message = message.replace("error:", f"error: process {index}:", 1)
             time.sleep(ERROR_GRACE_SECONDS)
         try:
             _client().key_value_set("stickjax/failed", message)
-        except Exception:  # another process has failed first, or process 0 with the store is gone
+        except Exception:  # another process failed first, or process 0, which runs the store, has ended
             message, code = "", EXIT_PEER_LOST
-    with contextlib.suppress(OSError):  # the terminal may be gone as well
+    with contextlib.suppress(OSError):  # the terminal may be closed, too
         if message:
             print(message, file=sys.stderr)
         sys.stdout.flush()
@@ -342,10 +342,10 @@ def fail(message: str, error: BaseException | None = None) -> int:
 
 
 def lost(index: int, count: int) -> str:
-    """The message of a process that ends because another process has ended."""
+    """Return the message of a process that ends because another process is lost."""
     return f"process {index} of {count} has lost another one; {RESUME_HINT}"
 
 
 def _lost_another(error: BaseException | None) -> bool:
-    """Whether XLA raised this error, or one that caused it, because a process is gone."""
+    """Whether XLA raised this error, or one of its causes, because another process is lost."""
     return error is not None and (bool(_PEER_GONE.search(str(error))) or _lost_another(error.__cause__))

@@ -1,10 +1,10 @@
-"""Plan a training run: the time and memory of its step on GPUs that need not be there.
+"""Plan a training run: the time and memory of its step on GPUs that need not be present.
 
 python -m stickjax.plan configs/powermoe_3b.py --gpu h200 --devices 64 [--sweep] [--json] [--section.field=value ...]
 
-Compiles the training step ahead of time and prints parameters, memory, work, collectives and an estimated time. If it
-does not fit, it prints the nearest changes that fit, which are compiled too. With the CUDA wheels the step is compiled
-for the GPUs themselves, otherwise for virtual CPU devices.
+The command compiles the training step ahead of time. It prints parameters, memory, work, collectives and an estimated
+time. If the step does not fit into memory, it also prints the smallest changes that make it fit; they are compiled too.
+With the CUDA wheels the step is compiled for the GPUs, otherwise for virtual CPU devices.
 """
 
 import os
@@ -22,7 +22,7 @@ from stickjax.plan.search import SWEPT
 
 
 def _hosts(devices: int) -> int:
-    """The fewest hosts with at most eight devices each."""
+    """Return the smallest number of hosts that have at most eight devices each, the same number on every host."""
     return next(hosts for hosts in range(max(1, -(-devices // 8)), max(1, devices) + 1) if devices % hosts == 0)
 
 
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     config = parse(config, rest)
     gpu = chip(words.gpu)
     if "JAX_PLATFORMS" not in os.environ:
-        jax.config.update("jax_platforms", "cpu")  # no GPU here is used
+        jax.config.update("jax_platforms", "cpu")  # a plan does not use the GPUs of this machine
     if not has_wheels():
         virtual_devices(words.devices)
     machine = absent_machine(gpu, words.devices, words.hosts or _hosts(words.devices))

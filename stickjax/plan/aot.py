@@ -1,7 +1,7 @@
-"""A training step compiled ahead of time: for GPUs that are not there, for virtual CPU devices, or for what is here.
+"""Compile a training step ahead of time: for absent GPUs, for virtual CPU devices, or for the devices of this process.
 
-A plan reads from it: the exact bytes of the arguments, the bytes of the temporaries, the collectives, and the work of
-the traced step.
+A plan reads from the compiled step the exact bytes of the arguments, the bytes of the temporaries, and the collectives.
+It reads the work from the traced step.
 """
 
 import dataclasses
@@ -25,14 +25,14 @@ from stickjax.training.step import TrainState, init_state, jit_step
 
 
 class Machine(NamedTuple):
-    """Devices to compile for, the same number on each host. `memory`: bytes of one device, None if not known."""
+    """The devices to compile for, the same number on every host. `memory`: bytes of one device, None if not known."""
 
     devices: tuple[jax.Device, ...]
     hosts: int
     chip: Chip | None
     memory: int | None
     description: str  # for the report
-    platforms: tuple[str, ...] | None = None  # to lower for, where JAX cannot tell from the devices
+    platforms: tuple[str, ...] | None = None  # to lower for, if the devices do not tell JAX
 
     @property
     def per_host(self) -> int:
@@ -41,17 +41,17 @@ class Machine(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """One step of a config. Bytes are per device; `work` is the work of all devices."""
+    """A compiled step of a config. Bytes are per device; `work` is the work of all devices."""
 
     config: Config
     mesh: Mesh | None
     arguments: int
     temporaries: int
     peak: int
-    state: dict[str, int]  # bytes of the training state among the arguments, by what they are for
+    state: dict[str, int]  # bytes of the training state, by part; they are among the arguments
     work: Work
     collectives: list[Collective]
-    kernels: tuple[dispatch.Choice, ...]  # what the ops chose, on one device
+    kernels: tuple[dispatch.Choice, ...]  # the implementations that the ops chose, on one device
     seconds: float  # compile time
 
     @property
@@ -60,26 +60,27 @@ class Compiled:
 
     @property
     def axes(self) -> dict[str, int]:
-        """Sizes of the mesh by axis."""
+        """Return {mesh axis: size}."""
         return {} if self.mesh is None else dict(self.mesh.shape)
 
 
 def absent_machine(chip: Chip, devices: int, hosts: int) -> Machine:
-    """GPUs that are not there; without the CUDA wheels, the same number of virtual CPU devices.
+    """Return a machine of absent GPUs or, without the CUDA wheels, of the same number of virtual CPU devices.
 
     Raises:
-      ValueError: devices that do not divide among the hosts, or fewer CPU devices than needed (see `virtual_devices`).
+      ValueError: the hosts cannot all have the same number of devices, or there are fewer CPU devices than needed (see
+        `virtual_devices`).
     """
     if devices < 1 or hosts < 1 or devices % hosts:
         raise ValueError(f"{devices} devices must be a multiple of {hosts} hosts")
     named = f"{devices} x {chip.kind}"
     if has_wheels():
         found, platforms = absent_devices(chip.name, devices, hosts), ("cuda",)
-        description = f"{named} that are not here"
+        description = f"{named} that are not present"
     else:
         found, platforms = jax.devices("cpu")[:devices], None
-        description = f"{devices} virtual CPU devices in place of {named}, with the memory and collectives of a CPU's "
-        description += "program: pip install 'stickjax[cuda13]' compiles for the GPUs"
+        description = f"{devices} virtual CPU devices instead of {named}, with the memory and collectives of a CPU "
+        description += "program: pip install 'stickjax[cuda13]' to compile for the GPUs"
         if len(found) < devices:
             raise ValueError(f"there are {len(found)} virtual CPU devices, {devices} are needed; plan in a new process")
     description += f", {hosts} host{'s' if hosts > 1 else ''}"
@@ -87,7 +88,7 @@ def absent_machine(chip: Chip, devices: int, hosts: int) -> Machine:
 
 
 def present_machine() -> Machine:
-    """The devices of this process and of the processes that it trains with."""
+    """Return the machine of this process: the devices of all processes that train together."""
     devices = jax.devices()
     stats = devices[0].memory_stats() or {}
     chip = of_kind(devices[0].device_kind)
@@ -97,7 +98,7 @@ def present_machine() -> Machine:
 
 
 def make_mesh(config: Config, machine: Machine) -> Mesh | None:
-    """The mesh of a config on a machine; ValueError unless it uses all devices."""
+    """Return the mesh of a config on a machine. Raises ValueError unless the mesh uses all devices."""
     mesh = mesh_module.make_mesh(config, list(machine.devices))
     if (used := 1 if mesh is None else mesh.size) != len(machine.devices):
         raise ValueError(f"the mesh has {used} devices, there are {len(machine.devices)}: --mesh.fsdp=-1 takes all")
@@ -105,7 +106,7 @@ def make_mesh(config: Config, machine: Machine) -> Mesh | None:
 
 
 def abstract_arguments(config: Config, mesh: Mesh | None, device: jax.Device) -> tuple[TrainState, dict]:
-    """State and batch of a step without their values, each with its sharding; on one device without a mesh."""
+    """Return the shapes, types and shardings of the state and the batch of a step. Without a mesh, use `device`."""
     alone = NamedSharding(Mesh([device], ("x",)), PartitionSpec())
     state = jax.eval_shape(lambda: init_state(config, jax.random.key(0)))
     places = jax.tree.map(lambda _: alone, state) if mesh is None else shardings(mesh, state)
@@ -117,14 +118,17 @@ def abstract_arguments(config: Config, mesh: Mesh | None, device: jax.Device) ->
 
 
 def compile_step(config: Config, machine: Machine) -> Compiled:
-    """The step that `python -m stickjax.train` would run, compiled. Raises ValueError for a mesh that does not fit."""
+    """Compile the step that `python -m stickjax.train` would run.
+
+    Raises ValueError if the mesh does not fit the config or the machine.
+    """
     begun = time.perf_counter()
     mesh, device = make_mesh(config, machine), machine.devices[0]
     state, batch = abstract_arguments(config, mesh, device)
     with tracing_for(device), dispatch.recorded() as choices:
         traced = jit_step(config, mesh, state).trace(state, batch)
         lowered = traced.lower(lowering_platforms=machine.platforms)
-    # The step never runs. So its machine code need not be good; its memory and collectives are the same.
+    # The step never runs, so its machine code need not be fast. Its memory and collectives are the same.
     compiled = lowered.compile(compiler_options={"xla_backend_optimization_level": 0})
     memory = compiled.memory_analysis()
     kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -143,7 +147,7 @@ def compile_step(config: Config, machine: Machine) -> Compiled:
 
 
 def virtual_devices(number: int) -> None:
-    """Give this process `number` CPU devices; has no effect once JAX has started."""
+    """Give this process `number` CPU devices. This has no effect once JAX has started."""
     try:
         jax.config.update("jax_num_cpu_devices", max(number, jax.config.jax_num_cpu_devices))
     except RuntimeError:

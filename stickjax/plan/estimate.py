@@ -1,4 +1,4 @@
-"""How long a compiled step would take at the least, from compute, memory and network; and whether it fits."""
+"""Estimate the time of a compiled step from compute, memory and network, and whether it fits into memory."""
 
 from typing import NamedTuple
 
@@ -6,22 +6,23 @@ from stickjax.models.families import family_of
 from stickjax.parallel.chips import Chip
 from stickjax.plan.aot import Compiled
 
-# Shares of the vendor's peak that large copies and products reach: 770 of 989 TFLOP/s and 4.3 of 4.8 TB/s on an H200.
+# Shares of the vendor's peaks that large matrix products and large copies reach. On an H200 they are 770 of 989 TFLOP/s
+# and 4.3 of 4.8 TB/s.
 COMPUTE, MEMORY = 0.78, 0.9
 FITS = 0.92  # of the device's memory: the rest is for CUDA, NCCL's buffers and fragmentation
 ASSUMPTIONS = (
-    f"compute: {COMPUTE:.0%} of the bf16 peak, as large products reach on an H200; matrix products and kernels alone",
+    f"compute: {COMPUTE:.0%} of the bf16 peak, as large products reach on an H200; only matrix products and kernels",
     f"memory: {MEMORY:.0%} of the bandwidth, operands and results of products and kernels once, parameters and "
-    "optimizer state read and written once; what is element by element is taken to be fused",
+    "optimizer state read and written once; elementwise operations are fused",
     "network: a ring per group at the rated bandwidth of one direction, over the host's links where the group lies "
     "within a host, over the GPU's own adapter otherwise; no latency, no congestion",
-    "experts are balanced, attention sees its whole mask, every step is a good one",
+    "experts are balanced, attention computes its whole mask, no step is skipped",
     f"fits: at most {FITS:.0%} of the memory",
 )
 
 
 class Estimate(NamedTuple):
-    """Seconds of a step. `overlapped`: the slowest of the three hides the others; `serial`: one after the other."""
+    """The seconds of a step. `overlapped`: the slowest of the three hides the others. `serial`: one after the other."""
 
     compute: float
     memory: float
@@ -37,7 +38,7 @@ class Estimate(NamedTuple):
 
 
 def model_flops(compiled: Compiled) -> float:
-    """The operations of a step without recomputation, from which the share of the peak (MFU) is computed."""
+    """Return the floating-point operations of a step without recomputation; `mfu` is computed from them."""
     data = compiled.config.data
     return family_of(compiled.config.model).flops_per_token(compiled.config.model, data.T) * data.tokens_per_step
 
@@ -51,10 +52,10 @@ def estimate(compiled: Compiled, chip: Chip) -> Estimate:
 
 
 def mfu(compiled: Compiled, chip: Chip, seconds: float) -> float:
-    """Model FLOPs as a share of what the devices could do in that time."""
+    """Return the model FLOPs as a share of the operations that the devices could do in this time at their peak."""
     return model_flops(compiled) / (compiled.devices * chip.flops * seconds)
 
 
 def fits(compiled: Compiled, memory: int | None) -> bool:
-    """Whether the step fits into the memory of a device; True if the memory is not known."""
+    """Return whether the step fits into the memory of a device; True if the memory is not known."""
     return memory is None or compiled.peak <= FITS * memory

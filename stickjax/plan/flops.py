@@ -1,8 +1,8 @@
 """Floating-point operations and memory traffic of a jaxpr, as it is executed.
 
 A loop counts as often as it runs. Operations that a remat policy computes again count again. A body that runs on every
-device of a mesh counts once for each device. XLA's own analysis counts a loop only once, and does not exist for a GPU
-that is not there.
+device of a mesh counts once for each device. XLA's analysis is not used: it counts a loop only once, and it does not
+exist for an absent GPU.
 """
 
 import math
@@ -18,8 +18,8 @@ from stickjax.system.memory import itemsize
 class Work(NamedTuple):
     """`flops` of the matrix products and kernels (a multiply-add is two); `bytes` of their operands and results.
 
-    Neither includes what XLA fuses with them or computes element by element. `unknown`: the number of loops that depend
-    on data and do not state their passes; they count once.
+    Neither includes elementwise operations, fused or not. `unknown`: the number of loops whose number of passes depends
+    on data and is not stated; each of them counts as one pass.
     """
 
     flops: float = 0.0
@@ -34,7 +34,7 @@ class Work(NamedTuple):
 
 
 def count(jaxpr: Jaxpr | ClosedJaxpr) -> Work:
-    """The work of all devices together.
+    """Return the work of all devices together.
 
     >>> import jax.numpy as jnp
     >>> def f(x, w):
@@ -46,7 +46,7 @@ def count(jaxpr: Jaxpr | ClosedJaxpr) -> Work:
 
 
 def _count(jaxpr, trips: float | None) -> Work:
-    """`trips`: the passes that a surrounding loop has stated for its `while` loops."""
+    """Return the work of a jaxpr. `trips`: the number of passes that a surrounding op states for its `while` loops."""
     total = Work()
     for equation in jaxpr.jaxpr.eqns if isinstance(jaxpr, ClosedJaxpr) else jaxpr.eqns:
         total += _equation(equation, trips)
@@ -80,7 +80,7 @@ def _equation(equation: JaxprEqn, trips: float | None) -> Work:
 
 
 def _inner(params: dict) -> list:
-    """The jaxprs in the parameters of an equation, such as a call, a derivative rule or a rematerialised part."""
+    """Return the jaxprs in the parameters of an equation, such as a call, a derivative rule or a remat."""
     leaves = jax.tree.leaves(list(params.values()), is_leaf=lambda x: isinstance(x, Jaxpr | ClosedJaxpr))
     return [leaf for leaf in leaves if isinstance(leaf, Jaxpr | ClosedJaxpr)]
 

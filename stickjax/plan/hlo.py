@@ -1,6 +1,6 @@
 """The collectives of a compiled program: how often each runs, its bytes, and the axes of the mesh it runs over.
 
-Read from the text of the optimised program, which is what runs: XLA merges, splits and moves what was written.
+They are read from the text of the optimised program, because XLA merges, splits and moves collectives.
 """
 
 import math
@@ -26,18 +26,18 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 
 class Collective(NamedTuple):
-    """One collective of the program. `bytes`: what a device holds of the larger side; `count`: runs in a step."""
+    """A collective of the program. `bytes`: the larger of its input and output on a device; `count`: runs per step."""
 
     kind: str
-    axes: tuple[str, ...]  # of the mesh, those larger than 1
-    devices: int  # of a group
+    axes: tuple[str, ...]  # of the mesh, only axes larger than 1
+    devices: int  # in a group
     bytes: int
     count: float
-    local: bool  # whether no group leaves its host
+    local: bool  # whether every group is within one host
 
     @property
     def sent(self) -> float:
-        """Bytes that a device sends in one run, around a ring."""
+        """Return the bytes that a device sends in one run, around a ring."""
         share = (self.devices - 1) / self.devices
         if self.kind in ("collective-permute", "collective-broadcast"):
             return self.bytes
@@ -45,12 +45,12 @@ class Collective(NamedTuple):
 
 
 def collectives(text: str, mesh: Mesh | None, per_host: int | None = None) -> list[Collective]:
-    """All collectives of a program that is partitioned over a mesh, less those that move nothing: groups of one.
+    """Return the collectives of a program on a mesh, except groups of one device, which move nothing.
 
     Args:
       text: `compiled.as_text()`.
-      mesh: its devices in the program's order; None for a single device, which has none.
-      per_host: devices of a host, in the order of their ids; None: all on one.
+      mesh: the mesh, with its devices in the order of the program; None: one device, without collectives.
+      per_host: the number of devices per host, in the order of their ids; None: all devices are on one host.
     """
     if mesh is None:
         return []
@@ -66,7 +66,7 @@ def collectives(text: str, mesh: Mesh | None, per_host: int | None = None) -> li
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """The lines of every computation, and the name of the one that the program starts with."""
+    """Return the lines of every computation, and the name of the computation that the program starts with."""
     computations, entry, current = {}, "", None
     for line in text.splitlines():
         if not line.startswith(" "):
@@ -79,16 +79,16 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _runs(computations: dict[str, list[str]], entry: str) -> dict[str, float]:
-    """How often each computation runs: through calls, loops with their trip counts, and branches that are taken.
+    """Return how often each computation runs, through calls, loops and branches.
 
-    All branches count as taken; a loop without a known trip count counts once.
+    A loop counts by its trip count, or once if that is not known. All branches count as taken.
     """
     calls = {name: [] for name in computations}
     for name, lines in computations.items():
         for line in lines:
             trips = int(found[1]) if (found := _TRIPS.search(line)) else 1
             if re.search(r" [a-z\-]+-(done|update)\(", line):
-                continue  # what it calls was started elsewhere
+                continue  # its -start instruction calls the same computation
             called = [target for _, target in _CALLED.findall(line)]
             if branches := _BRANCHES.search(line):
                 called += [target.strip().lstrip("%") for target in branches[1].split(",")]
@@ -118,7 +118,7 @@ def _collective(kind, start, type_, line, count, mesh, per_host) -> Collective:
 
 
 def _parts(type_: str) -> list[str]:
-    """The members of a tuple type; the type itself otherwise."""
+    """Return the members of a tuple type. A type that is not a tuple is the only member."""
     if not type_.startswith("("):
         return [type_]
     parts, depth = [""], 0
@@ -133,7 +133,7 @@ def _parts(type_: str) -> list[str]:
 
 
 def _bytes(type_: str) -> int:
-    """Of all arrays in a type.
+    """Return the bytes of all arrays in a type.
 
     >>> _bytes("(f32[2,3]{1,0}, /*index=1*/bf16[4]{0})")
     32
@@ -146,7 +146,7 @@ def _bytes(type_: str) -> int:
 
 
 def _groups(line: str, mesh: Mesh) -> np.ndarray | list[list[int]]:
-    """The groups of a collective, as places in the program's order of devices."""
+    """Return the groups of a collective, as indices into the program's order of devices."""
     everything = [list(range(mesh.size))]
     if pairs := re.search(r"source_target_pairs=\{(\{[\d,{} ]*\})\}", line):
         return [[int(n) for n in pair.split(",")] for pair in re.findall(r"\{([\d, ]+)\}", pairs[1])]
@@ -162,7 +162,10 @@ def _groups(line: str, mesh: Mesh) -> np.ndarray | list[list[int]]:
 
 
 def _named_groups(mesh: str, axes: str) -> list[list[int]]:
-    """Of the form mesh['a'=2,'b'=8] {'a','b':(2)4}, where 'b':(2)4 are the four parts of b inside two outer ones."""
+    """Return the groups of the form mesh['a'=2,'b'=8] {'a','b':(2)4}.
+
+    Here 'b':(2)4 means that b is divided into 2 outer times 4 inner parts, and a group has the 4 inner parts.
+    """
     sizes = {name: int(size) for name, size in re.findall(r"'(.*?)'=(\d+)", mesh)}
     chosen = re.findall(r"'(.*?)'(?::\((\d+)\)(\d+))?", axes)
     dims, wanted = [], []
@@ -183,7 +186,7 @@ def _named_groups(mesh: str, axes: str) -> list[list[int]]:
 
 
 def _axes(groups, mesh: Mesh) -> tuple[str, ...]:
-    """The axes along which the members of a group differ."""
+    """Return the mesh axes along which the members of a group differ."""
     at = np.stack(np.unravel_index(np.arange(mesh.size), mesh.devices.shape), axis=1)
     differs = np.zeros(at.shape[1], bool)
     for group in groups:

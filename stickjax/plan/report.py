@@ -1,4 +1,4 @@
-"""What a plan prints: one compiled step with its estimate, and a table of several."""
+"""The report of a plan: one compiled step with its estimate, or a table of several steps."""
 
 import json
 from collections import defaultdict
@@ -16,7 +16,10 @@ from stickjax.system.memory import gib
 
 
 def by_axes(compiled: Compiled) -> list[dict]:
-    """Collectives of one kind over the same axes together: `count` runs in a step, `bytes` sent by a device."""
+    """Group the collectives of one kind over the same axes.
+
+    Per step, `count` is how often they run, `bytes` is their size on a device, and `sent` is what a device sends.
+    """
     groups = defaultdict(lambda: dict(count=0.0, bytes=0.0, sent=0.0))
     for c in compiled.collectives:
         group = groups[c.kind, c.axes, c.local]
@@ -32,7 +35,7 @@ def mesh_words(axes: dict[str, int]) -> str:
 
 
 def as_dict(compiled: Compiled, machine: Machine) -> dict:
-    """All numbers of the report."""
+    """Return all numbers of the report, for JSON."""
     total, active = family_of(compiled.config.model).parameter_counts(compiled.config.model)
     found = dict(
         machine=machine.description,
@@ -82,7 +85,7 @@ def time_words(compiled: Compiled, machine: Machine) -> str:
 
 
 def print_step(compiled: Compiled, machine: Machine, changes: list[tuple[dict, Compiled]]) -> None:
-    """`changes`: changes of the config that fit, if the step itself does not fit."""
+    """Print the report of one step. `changes`: if the step does not fit, changes of the config that make it fit."""
     config, work = compiled.config, compiled.work
     total, active = family_of(config.model).parameter_counts(config.model)
     rows = config.data.B // config.train.accumulate
@@ -96,7 +99,7 @@ def print_step(compiled: Compiled, machine: Machine, changes: list[tuple[dict, C
     print(f"memory        per device: {memory_words(compiled, machine)}")
     print(f"state         {', '.join(f'{name} {gib(size)}' for name, size in compiled.state.items())}")
     again = work.flops / estimate.model_flops(compiled)
-    print(f"work          {work.flops:.3g} FLOP, {again:.2f} x the model's; {gib(work.bytes)} of operands")
+    print(f"work          {work.flops:.3g} FLOP, {again:.2f} x the FLOP of the model; {gib(work.bytes)} of operands")
     if work.unknown:
         print(f"              {work.unknown} loops of unknown length counted once")
     for row in by_axes(compiled):
@@ -115,15 +118,15 @@ def print_step(compiled: Compiled, machine: Machine, changes: list[tuple[dict, C
             words = " ".join(f"--{key}={value}" for key, value in changed.items())
             print(f"would fit     {words}: peak {gib(other.peak)}; {time_words(other, machine)}")
         if compiled.arguments > estimate.FITS * machine.memory:
-            print("would fit     no remat and no microbatch: the arguments alone take too much")
+            print("would fit     not by remat or smaller microbatches: the arguments alone take too much memory")
         elif not changes:
-            print("would fit     nothing that was tried: neither remat, smaller microbatches nor more parts suffice")
+            print("would fit     nothing that was tried: neither remat, smaller microbatches nor a larger fsdp suffice")
     for assumption in estimate.ASSUMPTIONS:
         print(f"assumed       {assumption}")
 
 
 def print_sweep(steps: list[Compiled], left_out: list, machine: Machine) -> None:
-    """Print a table of steps, the best estimate first."""
+    """Print a table of steps, the shortest estimated time first."""
     table = Table(title=machine.description)
     for column in ("mesh", "arguments", "temporaries", "peak", "fits", "sent", "overlapped", "serial", "MFU"):
         table.add_column(column, justify="left" if column == "mesh" else "right")
@@ -143,7 +146,7 @@ def print_sweep(steps: list[Compiled], left_out: list, machine: Machine) -> None
 
 
 def show(config: Config, machine: Machine, *, as_json: bool = False, swept: bool = False) -> None:
-    """Compile, search, and print the report. Raises ValueError for a mesh that does not divide."""
+    """Compile, search, and print the report. Raises ValueError if the mesh does not divide the batch and the model."""
     config = with_vocabulary(config, devices=machine.devices)
     if swept:
         steps, left_out = sweep(config, machine)
@@ -163,5 +166,5 @@ def show(config: Config, machine: Machine, *, as_json: bool = False, swept: bool
 
 
 def dry_run(config: Config) -> None:
-    """The report for the machine at hand; nothing is written."""
+    """Print the report for the devices of this process; nothing is written."""
     show(config, present_machine())

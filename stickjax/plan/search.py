@@ -1,4 +1,4 @@
-"""Other configs that are tried: changes under which a step fits, and the meshes of a sweep."""
+"""The search for other configs: changes that make a step fit, and the meshes of a sweep."""
 
 import math
 from collections.abc import Iterator
@@ -13,17 +13,19 @@ SWEPT = 8  # meshes that a sweep compiles
 
 
 class Change(NamedTuple):
-    """A config that fits, by what was changed."""
+    """The changes that make a config fit, and its compiled step."""
 
     changes: dict[str, int | str]
     compiled: Compiled
 
 
 def nearest_changes(compiled: Compiled, machine: Machine) -> list[Change]:
-    """Changes under which a step that does not fit does: the smallest of each kind, or of all kinds together.
+    """Find changes of the config that make a step fit: the smallest change of each kind.
 
-    The kinds are more remat, a smaller microbatch, and more parts of the parameters and the optimizer's state, of which
-    the first two leave the arguments as they are. Each is compiled.
+    There are three kinds: more remat, a smaller microbatch, and more devices that divide the parameters and the
+    optimizer state. The first two do not change the size of the arguments, so they are left out if the arguments alone
+    do not fit. If no kind suffices alone, the largest changes of all kinds are tried together. Every candidate is
+    compiled.
     """
     found, room = [], estimate.FITS * machine.memory - compiled.arguments
     kinds = [list(_more_parts(compiled))]
@@ -41,7 +43,7 @@ def _first_that_fits(config: Config, candidates: list[dict], machine: Machine) -
     for changes in candidates:
         try:
             compiled = compile_step(config.replace(changes), machine)
-        except ValueError:  # does not divide
+        except ValueError:  # the mesh does not divide the config
             continue
         if estimate.fits(compiled, machine.memory):
             return [Change(changes, compiled)]
@@ -55,7 +57,10 @@ def _more_remat(compiled: Compiled) -> Iterator[dict]:
 
 
 def _smaller_microbatches(compiled: Compiled, room: float) -> Iterator[dict]:
-    """Down to one sequence on a device, three at most: temporaries shrink with the microbatch at the most."""
+    """Return at most three smaller microbatches, down to one sequence per device.
+
+    Temporaries shrink at most in proportion to the microbatch. So microbatches that cannot fit are left out.
+    """
     accumulate, B = compiled.config.train.accumulate, compiled.config.data.B
     rows = B // accumulate // math.prod(compiled.axes.get(axis, 1) for axis in ROW_AXES)
     divisors = [n for n in range(2, rows + 1) if rows % n == 0 and compiled.temporaries / n <= room]
@@ -63,7 +68,7 @@ def _smaller_microbatches(compiled: Compiled, room: float) -> Iterator[dict]:
 
 
 def _more_parts(compiled: Compiled) -> Iterator[dict]:
-    """Devices that keep all parameters divide them instead."""
+    """Yield meshes with a smaller axis "data" and a larger axis "fsdp", so that more devices divide the parameters."""
     data, fsdp = compiled.axes.get("data", 1), compiled.axes.get("fsdp", 1)
     for n in range(2, data + 1):
         if data % n == 0:
@@ -71,7 +76,10 @@ def _more_parts(compiled: Compiled) -> Iterator[dict]:
 
 
 def meshes(config: Config, machine: Machine) -> list[Config]:
-    """The config on every mesh of all devices that it allows: few axes first, and those that divide the batch alone."""
+    """Return the config on every mesh of all devices that it allows.
+
+    Meshes with few axes larger than 1 come first, and among these the meshes that divide only the batch.
+    """
     axes = list(config.to_dict()["mesh"])
 
     def shapes(devices: int, left: int) -> Iterator[tuple[int, ...]]:
@@ -94,7 +102,10 @@ def meshes(config: Config, machine: Machine) -> list[Config]:
 
 
 def sweep(config: Config, machine: Machine) -> tuple[list[Compiled], list[Config]]:
-    """The step compiled on the first SWEPT meshes, and those that were left out. Raises ValueError if none divides."""
+    """Compile the step on the first SWEPT meshes. Return the compiled steps, and the configs that were left out.
+
+    Raises ValueError if no mesh divides the batch and the model.
+    """
     configs = meshes(config, machine)
     if not configs:
         make_mesh(config, machine)  # its message says what does not divide

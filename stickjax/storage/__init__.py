@@ -1,1 +1,1 @@
-"""Models on disk: checkpoints, run folders, Hugging Face folders."""
+"""Models on disk: checkpoints, run folders and Hugging Face folders."""

@@ -1,14 +1,14 @@
-"""Checkpoints: arrays and a JSON dictionary per step, read back to the bit or not at all.
+"""Checkpoints: arrays and a JSON dictionary per step. They are restored bit for bit, or not at all.
 
-A run folder holds data, nothing in it is ever executed: config.json, metrics.jsonl and
+A run folder holds only data; nothing in it is ever executed. It has config.json, metrics.jsonl and
 
-    checkpoints/<step>/arrays/          by Orbax, flat: "params/blocks/attention/query" is a place in the pytree
+    checkpoints/<step>/arrays/          by Orbax, flat: "params/blocks/attention/query" is a path in the pytree
     checkpoints/<step>/manifest.json    shapes, types and checksums of the arrays, the caller's dictionary,
                                         the crc32 of every file and of the manifest itself
 
 A checkpoint is written as `<step>.tmp` and renamed when it is complete. There are two kinds of checksums. Every file
-has one, so that Orbax never reads a damaged file: it would print pages of errors, and trust the sizes in the file.
-Every array has one, because Orbax may have written something else than what was on the device. The first checkpoint
+has a checksum, so that Orbax never reads a damaged file: Orbax would print pages of errors, and trust the sizes in the
+file. Every array has a checksum, because Orbax may write other values than those on the device. The first checkpoint
 that a process writes is read back before it is renamed. This detects a path or a file system that loses data.
 """
 
@@ -39,14 +39,14 @@ from stickjax.system.disk import REASONS, remove, sync_folder, system_error
 from stickjax.system.lock import Lock
 from stickjax.system.plain_path import plain_path
 
-READ_BACK_BYTES = 2**28  # bytes read at a time when a checkpoint is read back; one array is always read whole
+READ_BACK_BYTES = 2**28  # bytes that are read at a time to verify a new checkpoint; a larger array is read whole
 
-# Orbax logs a traceback per thread for an error that it also raises; the raised one is enough.
+# Orbax raises an error and also logs a traceback of it for every thread. The raised error is enough.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 
 
 class DamagedCheckpoint(ValueError):
-    """A checkpoint does not hold what was saved."""
+    """Raised if a checkpoint does not hold the arrays that were saved."""
 
 
 class Restored(NamedTuple):
@@ -58,8 +58,8 @@ class Restored(NamedTuple):
 class Checkpoints(contextlib.AbstractContextManager):
     """The newest `keep` checkpoints of a run, in `run_folder/checkpoints/<step>`.
 
-    One process, or the processes of one run, write at a time: `with Checkpoints(folder)` takes the lock of the run
-    folder, and raises ValueError when another process holds it. Reading needs no lock.
+    Only one process at a time may write, or the processes of one run. So `with Checkpoints(folder)` takes the lock of
+    the run folder, and raises ValueError if another process holds it. Reading needs no lock.
 
     >>> import tempfile
     >>> folder, state = tempfile.mkdtemp(), {"params": {"w": jnp.arange(3.0)}, "key": jax.random.key(0)}
@@ -77,33 +77,33 @@ class Checkpoints(contextlib.AbstractContextManager):
         if keep < 1:
             raise ValueError(f"keep={keep} must be at least 1")
         self.folder, self.keep = Path(run_folder).absolute() / "checkpoints", keep
-        self._position: int | None = None  # the last step saved or restored here
+        self._position: int | None = None  # the last step that this object has saved or restored
         self._lock: Lock | None = None
-        self._proven = False  # whether a checkpoint that was written here has been read back
+        self._proven = False  # whether a checkpoint of this object has been read back
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: tuple[int, Future] | None = None
 
     def steps(self) -> list[int]:
-        """The steps of all complete checkpoints, oldest first."""
+        """Return the steps of all complete checkpoints, oldest first."""
         return sorted(int(path.name) for path in _entries(self.folder) if _is_step(path.name))
 
     def save(self, step: int, state, extra: dict) -> None:
-        """Save without waiting for the disk: once this returns, `state` may be donated or changed.
+        """Save a checkpoint without waiting for the disk. When this returns, `state` may be donated or changed.
 
-        The first save waits until its checkpoint is read back. Every later save waits for the previous one. A
-        checkpoint at `step` or later was damaged or belongs to a future that is trained again: it is renamed to
-        `<step>.aside`, never overwritten or deleted.
+        The first save is different: it waits until its checkpoint is read back. Every later save waits for the previous
+        one. A checkpoint that exists at `step` or later is damaged, or its steps are being trained again. It is renamed
+        to `<step>.aside`, and never overwritten or deleted.
 
         Args:
-          step: later than the last one saved or restored here.
+          step: must be larger than the last step that was saved or restored here.
           state: any pytree of arrays, typed PRNG keys and numbers (stored as JAX arrays).
-          extra: what JSON can hold, and bytes.
+          extra: a dictionary of JSON values and bytes.
 
         Raises:
-          ValueError: `step` is not later, or two leaves have one name.
-          TypeError: `extra` is not JSON, or JAX would narrow a NumPy array.
-          OSError: this save or the one before failed, with errno ENOSPC on a full disk. The checkpoints
-            before it are intact.
+          ValueError: `step` is not larger, or two leaves have the same name.
+          TypeError: `extra` is not JSON, or JAX would store a NumPy array with fewer bits.
+          OSError: this save or the previous save failed, with errno ENOSPC on a full disk. Older checkpoints are
+            intact.
         """
         self.wait()
         if self._position is not None and step <= self._position:
@@ -128,7 +128,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         self._position, self._proven = step, True
 
     def wait(self) -> None:
-        """Wait for the save in progress; raises its OSError."""
+        """Wait for the save in progress, and raise its OSError if it failed."""
         if self._pending is not None:
             (step, done), self._pending = self._pending, None
             with self._saving(step):
@@ -153,18 +153,19 @@ class Checkpoints(contextlib.AbstractContextManager):
                 self._lock = self._lock.release()
 
     def restore(self, abstract_state, step: int | None = None, prefix: str = "") -> Restored | None:
-        """Read the newest intact checkpoint (or the one of `step`), and verify it; None if there is no checkpoint.
+        """Read and verify the newest intact checkpoint, or the one of `step`. Return None if there is no checkpoint.
 
-        A damaged one is passed over with a warning that names it and the reason, and stays where it is.
+        A damaged checkpoint is skipped, and stays where it is. A warning names it and the reason.
 
         Args:
-          abstract_state: the pytree that was saved, its leaves arrays or ShapeDtypeStructs. An array is
-            placed by the leaf's `sharding`, or else on the first device.
-          prefix: read one branch only; `abstract_state` is then that branch ("params": the parameters).
+          abstract_state: the pytree that was saved, with arrays or ShapeDtypeStructs as leaves. An array is placed by
+            the `sharding` of its leaf, or on the first device if there is none.
+          step: the step of the checkpoint; None: the newest.
+          prefix: read one branch only ("params": the parameters); `abstract_state` is then that branch.
 
         Raises:
-          ValueError: there is no such step, or a name, shape or type differs from the checkpoint.
-          DamagedCheckpoint: there are checkpoints, but none of them (or not the one of `step`) is intact.
+          ValueError: there is no checkpoint of `step`, or a name, shape or type differs from the checkpoint.
+          DamagedCheckpoint: there are checkpoints, but none is intact, or the checkpoint of `step` is damaged.
         """
         self.wait()
         steps, leaves, reasons = processes.shared(self.steps), named_leaves(abstract_state, prefix), []
@@ -201,7 +202,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         (self.folder / f"{step}.tmp").mkdir(parents=True)
 
     def _complete(self, step: int, response, manifest: str) -> None:
-        """Wait for Orbax, and add the manifest."""
+        """Wait until Orbax has written the arrays, then write the manifest."""
         response.result()
         path = self.folder / f"{step}.tmp" / "manifest.json"
         if not processes.is_writer():
@@ -215,7 +216,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         sync_folder(path.parent)
 
     def _read_back(self, step: int, arrays: dict[str, jax.Array]) -> None:
-        """Raise DamagedCheckpoint unless `<step>.tmp` holds these arrays; about READ_BACK_BYTES are read at a time."""
+        """Raise DamagedCheckpoint unless `<step>.tmp` holds these arrays. About READ_BACK_BYTES are read at a time."""
         folder = self.folder / f"{step}.tmp"
         manifest = processes.shared(partial(_read_manifest, folder, step), raises=DamagedCheckpoint)
         specs: dict[str, jax.ShapeDtypeStruct] = {}
@@ -230,9 +231,9 @@ class Checkpoints(contextlib.AbstractContextManager):
         if not processes.is_writer():
             return
         (self.folder / f"{step}.tmp").rename(self.folder / str(step))
-        sync_folder(self.folder)  # before an old one is deleted
+        sync_folder(self.folder)  # before an old checkpoint is deleted
         for old in self.steps()[: -self.keep]:
-            # Renamed first, so that a half-deleted folder is never taken for a checkpoint.
+            # Rename it first, so that a half-deleted folder never looks like a checkpoint.
             remove((self.folder / str(old)).rename(self.folder / f"{old}.deleting"))
 
     def _finish(self, step: int, response, manifest: str) -> None:
@@ -261,7 +262,7 @@ def _is_step(name: str) -> bool:
 
 
 def named_leaves(tree, prefix: str = "") -> dict[str, Any]:
-    """Leaves by their place in a pytree, in its order; the `.value` of a Flax variable is left out.
+    """Return the leaves of a pytree by their path, in order. The `.value` of a Flax variable is left out.
 
     >>> named_leaves({"w": 1, "layers": [2, 3]}, prefix="params")
     {'params/layers/0': 2, 'params/layers/1': 3, 'params/w': 1}
@@ -277,7 +278,7 @@ def named_leaves(tree, prefix: str = "") -> dict[str, Any]:
 
 
 def check_finite(params, where: str) -> None:
-    """ValueError, naming `where` and the leaf, when floating-point parameters hold a NaN or an infinity.
+    """Raise ValueError, naming `where` and the leaf, if floating-point parameters hold a NaN or an infinity.
 
     >>> check_finite({"w": jnp.zeros(3)}, "step 100")
     """
@@ -289,7 +290,7 @@ def check_finite(params, where: str) -> None:
 
 
 def all_finite(params) -> bool:
-    """Whether no floating-point array of a tree holds a NaN or an infinity."""
+    """Whether all values of the floating-point arrays of a tree are finite."""
     return bool(_all_finite([leaf for leaf in jax.tree.leaves(params) if jnp.issubdtype(leaf.dtype, jnp.floating)]))
 
 
@@ -326,7 +327,7 @@ def _rebuild(leaf, array):
 
 
 def _read_manifest(folder: Path, step: int) -> dict:
-    """The manifest; ValueError unless it and every file that it names are as they were written."""
+    """Read the manifest. Raise DamagedCheckpoint if it, or a file that it names, differs from what was written."""
     try:
         outer = json.loads((folder / "manifest.json").read_text())
         manifest = outer["manifest"]
@@ -346,7 +347,7 @@ def _read_manifest(folder: Path, step: int) -> dict:
 
 
 def _match(leaves: dict, rows: dict, prefix: str, folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
-    """What to read for `leaves`; ValueError unless the manifest has the same names, shapes and types."""
+    """Return the specs of `leaves`. Raise ValueError if the manifest has other names, shapes or types."""
     specs = {name: _spec(leaf) for name, leaf in leaves.items()}
     saved = {n for n in rows if not prefix or n == prefix or n.startswith(f"{prefix}/")}
     hint = f"; was {folder} saved with another config?"
@@ -379,7 +380,7 @@ def _read_arrays(folder: Path, specs: dict, rows: dict) -> dict[str, jax.Array]:
 def _encode_bytes(value):
     if isinstance(value, bytes):
         return {"base64": base64.b64encode(value).decode()}
-    raise TypeError(f"extra holds a {type(value).__name__}, which JSON cannot: {value!r:.80}")
+    raise TypeError(f"extra holds a {type(value).__name__}, which JSON cannot hold: {value!r:.80}")
 
 
 def _decode_bytes(value: dict):

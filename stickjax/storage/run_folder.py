@@ -1,8 +1,8 @@
-"""A run folder: config.json, metrics.jsonl, checkpoints. Data only; nothing in it is executed.
+"""A run folder: config.json, metrics.jsonl, checkpoints. It holds only data; nothing in it is executed.
 
-Two other folders are read like a run folder: a Hugging Face folder, and a folder of one model from `save` or
-`stickjax.convert`. The latter has a model.safetensors with our leaves in place of checkpoints, because Orbax can write
-an array only if all of it is in memory.
+Two other kinds of folders can be read like a run folder: a Hugging Face folder, and a folder of one model, which `save`
+or `stickjax.convert` writes. A folder of one model has a model.safetensors with our leaves instead of checkpoints,
+because Orbax can write an array only if the whole array is in memory.
 """
 
 import os
@@ -31,10 +31,10 @@ from stickjax.system.lock import complete_folder
 from stickjax.system.memory import check_fits, local_bytes
 from stickjax.system.text import printable
 
-MODEL_FILE = "model.safetensors"  # in a folder of one model, which has no steps
-# Fields that are paths. A checkpoint records hashes of the files, so a path may change.
+MODEL_FILE = "model.safetensors"  # the file of a folder of one model, which has no checkpoints
+# Fields that hold paths. A checkpoint records hashes of the files, so the paths may change.
 PLACES = ("data.path", "data.heldout_path", "data.tokenizer")
-# Fields that may change when a run is resumed: they change neither the state nor what a step computes.
+# Fields that may change when a run is resumed: they change neither the state nor the results of a step.
 _FREE = (
     "train.log_every",
     "train.checkpoint_every",
@@ -46,7 +46,7 @@ _FREE = (
 
 
 class Loaded(NamedTuple):
-    """A trained model, ready to call: `model(tokens).logits`, or of a Universal Transformer `model(batch).logits`.
+    """A trained model, ready to call: `model(tokens).logits`; for a Universal Transformer, `model(batch).logits`.
 
     `tokenizer` is None if a converted model has none.
     """
@@ -58,27 +58,27 @@ class Loaded(NamedTuple):
 
 
 def read_config(run: str | os.PathLike) -> Config:
-    """The config of a run folder; ValueError when it has none or it cannot be read."""
+    """Read the config of a run folder. Raise ValueError if there is none, or if it cannot be read."""
     path = Path(run) / "config.json"
     if not path.exists():
         raise ValueError(f"{run} is not a run folder: it has no config.json")
     if hugging_face.is_folder(Path(run)):
         return hugging_face.read_config(Path(run))
     config = read_json(path)
-    own = path.with_name("tokenizer.json")  # the one that it was trained with, also after the folder was moved
+    own = path.with_name("tokenizer.json")  # the tokenizer of the training, also after the folder was moved
     return config.replace({"data.tokenizer": str(own)}) if own.exists() else config
 
 
 def with_own_tokenizer(run: str | os.PathLike, config: Config) -> Config:
-    """The config, with the tokenizer.json of the run folder if there is one.
+    """Return the config, with the tokenizer.json of the run folder if there is one.
 
-    ValueError if the config names a tokenizer.json with another content.
+    Raise ValueError if the config names a tokenizer.json with another content.
     """
     own, given = Path(run) / "tokenizer.json", Path(config.data.tokenizer)
     if config.data.tokenizer == "byte" or not own.exists():
         return config
     if given.exists() and len({load_tokenizer(str(path), config.data.eot).name for path in (given, own)}) > 1:
-        both = f"data.tokenizer={str(given)!r} differs from {own}, with which {run} is trained"
+        both = f"data.tokenizer={str(given)!r} differs from {own}, the tokenizer of {run}"
         raise ValueError(f"{both}; use that file, or another run folder")
     return config.replace({"data.tokenizer": str(own)})
 
@@ -94,12 +94,12 @@ def check_tokenizer(extra: dict, config: Config, tokenizer: Tokenizer | None, so
 def check_trained(extra: dict, config: Config, tokenizer: Tokenizer | None, source: str) -> None:
     """Raise ValueError if training cannot continue from the checkpoint `source`."""
     if missing := {"config", "corpus", "data"} - extra.keys():
-        raise ValueError(f"{source} was not saved by a training: it does not record {', '.join(sorted(missing))}")
+        raise ValueError(f"{source} was not saved by a training run: it does not record {', '.join(sorted(missing))}")
     check_tokenizer(extra, config, tokenizer, source)
 
 
 def check_config(run: str | os.PathLike, config: Config) -> None:
-    """ValueError, listing the fields that differ, when the folder `run` belongs to another config."""
+    """Raise ValueError, with the fields that differ, if the folder `run` belongs to another config."""
     if not (Path(run) / "config.json").exists():
         return
     if _is_model(run):
@@ -109,14 +109,16 @@ def check_config(run: str | os.PathLike, config: Config) -> None:
         free = free[:-1]
     changed = [d for d in before.diff(config) if not d.startswith(free)]
     if not (config.optim.decay_tokens or config.optim.schedule == "cosine"):
-        changed = [d for d in changed if not d.startswith("train.steps")]  # no step depends on the end of the run
+        # Without a decay, no step depends on the length of the run.
+        changed = [d for d in changed if not d.startswith("train.steps")]
     if changed:
         raise ValueError(f"{run} is a run of another config ({'; '.join(changed)}); choose another --run folder")
 
 
 def write_config(run: str | os.PathLike, config: Config, tokenizer: Tokenizer | None = None) -> None:
-    """Make the folder of a run, with the files of its tokenizer and its config.json. No file is ever half written.
+    """Make a run folder with the files of its tokenizer and its config.json.
 
+    Each file is written completely or not at all.
     Paths in the config become absolute, so that the run can be read from any working folder.
     """
     folder = Path(run)
@@ -134,7 +136,7 @@ def _is_model(folder: str | os.PathLike) -> bool:
 
 
 def model_leaves(folder: str | os.PathLike, model: ModelConfig) -> dict[str, Lazy] | None:
-    """The leaves, not yet read, of a folder of one model; None for a run with checkpoints."""
+    """Return the leaves, not yet read, of a folder of one model; None for a run with checkpoints."""
     if not _is_model(folder):
         return None
     path = Path(folder)
@@ -146,7 +148,7 @@ def model_leaves(folder: str | os.PathLike, model: ModelConfig) -> dict[str, Laz
 
 
 def results_folder(run: Path) -> Path | None:
-    """The folder for the results of a run: the run's own. None, with a message, if it must not be written."""
+    """Return the folder for the results of a run: `run`, or None, with a message, if it must not be written."""
     if hugging_face.is_folder(run):
         reason = "is in the Hugging Face layout"
     elif not os.access(run, os.W_OK):
@@ -158,7 +160,7 @@ def results_folder(run: Path) -> Path | None:
 
 
 def with_shardings(mesh: Mesh | None, abstract):
-    """The ShapeDtypeStructs with shardings on the mesh; without a mesh, unchanged."""
+    """Return the ShapeDtypeStructs with shardings on the mesh; unchanged without a mesh."""
     if mesh is None:
         return abstract
     places = shardings(mesh, abstract)
@@ -168,17 +170,17 @@ def with_shardings(mesh: Mesh | None, abstract):
 def load(
     run: str | os.PathLike, *, step: int | None = None, changes: dict | None = None, mesh: Mesh | None = None
 ) -> Loaded:
-    """The model of a run folder, from its newest intact checkpoint or that of `step`; or of a Hugging Face folder.
+    """Load the model of a run folder (the newest intact checkpoint, or the one of `step`) or a Hugging Face folder.
 
     Args:
-      run: the folder: of a run, in the Hugging Face layout, or from `stickjax.convert`.
-      step: which checkpoint; only a run has several.
+      run: the folder of a run, a folder in the Hugging Face layout, or a folder from `stickjax.convert`.
+      step: the step of the checkpoint; only a run has several checkpoints.
       changes: config fields to change, such as {"model.window": 128}; the parameters must stay the same.
-      mesh: the devices that get the parameters; it may differ from the training's. None: the first device.
+      mesh: the devices that get the parameters; it may differ from the mesh in training. None: the first device.
 
     Raises:
-      ValueError: there is no run folder or no checkpoint; the parameters have another shape, are not finite or do not
-        fit into the free memory; a Hugging Face folder is damaged or has a model that is not supported.
+      ValueError: there is no run folder or no checkpoint. The parameters have another shape, are not finite or do not
+        fit into the free memory. A Hugging Face folder is damaged, or its model is not supported.
     """
     config = read_config(run).replace(changes or {})
     shapes = jax.eval_shape(lambda: family_of(config.model).init(config.model, jax.random.key(0)))
@@ -201,24 +203,24 @@ def load(
 
 
 def tokenizer_of(config: Config) -> Tokenizer | None:
-    """The tokenizer of a model; None if the model was converted without a tokenizer.json."""
+    """Load the tokenizer of a model; None if the model was converted without a tokenizer.json."""
     name = config.data.tokenizer
     return load_tokenizer(name, config.data.eot) if name == "byte" or Path(name).exists() else None
 
 
 def _on_devices(leaf: Lazy, spec: jax.ShapeDtypeStruct) -> jax.Array:
-    """Read an array and place it by the sharding of `spec`."""
+    """Read an array and place it on the devices by the sharding of `spec`."""
     host = leaf.read(None).astype(spec.dtype, copy=False)
     sharding = spec.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.make_array_from_callback(spec.shape, sharding, lambda index: host[index])
 
 
 def save(run: str | os.PathLike, model: Transformer, config: Config) -> None:
-    """A new run folder with parameters alone, which `load` and --init-from read.
+    """Write a new run folder with parameters alone, for `load` and --init-from.
 
     Raises:
       ValueError: the folder exists, or the parameters do not have the shapes of `config.model`.
-      OSError: it could not be written.
+      OSError: the folder could not be written.
     """
     ours = named_leaves(jax.eval_shape(lambda: family_of(config.model).init(config.model, jax.random.key(0))))
     theirs = named_leaves(model)
@@ -234,7 +236,7 @@ def _shape(leaf) -> tuple | None:
 
 
 def in_memory(params: Transformer) -> dict[str, Lazy]:
-    """The leaves of a model in memory, in the form in which a file's leaves are read."""
+    """Return the leaves of a model in memory as `Lazy` arrays, like the leaves of a file."""
 
     def leaf(array) -> Lazy:
         return Lazy(array.shape, array.dtype, lambda i: np.asarray(array if i is None else array[i]))

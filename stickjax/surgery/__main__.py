@@ -6,7 +6,7 @@ python -m stickjax.surgery concentrate RUN OUT [--weight 0.1]
 python -m stickjax.surgery prune RUN OUT (--count N | --threshold X) [--kind ffn|attention|both] [--denominator old|new]
 python -m stickjax.surgery report RUN [--source stdlib --source text:FOLDER] [--plot PNG]
 
-extend, freeze and prune write a run folder OUT with parameters alone. Train it by
+extend, freeze and prune write a run folder OUT that has only parameters, without an optimizer state. Train it by
 python -m stickjax.train OUT/config.json --run NEW --init-from OUT. All commands take --section.field=value.
 """
 
@@ -32,7 +32,9 @@ from stickjax.system.text import json_text
 
 
 def source_of(data: DataConfig, words: str) -> DataConfig:
-    """The data of one source, "stdlib" or "text:PATH". A source that needs a path and has none takes the run's path.
+    """Return the data config of one source, such as "stdlib" or "text:PATH".
+
+    A source of the run that needs a path takes the path of the run.
 
     >>> source_of(DataConfig(source="stdlib,logic"), "logic").source
     'logic'
@@ -47,7 +49,7 @@ def source_of(data: DataConfig, words: str) -> DataConfig:
 
 
 def table(result: dict) -> Table:
-    """A row per kind: the bits about the source in every layer, and how many modules each source leaves unused."""
+    """Return a table with a row per kind: bits about the source in every layer, and modules unused by each source."""
     shown = Table(title=f"modules, on {result['max_tokens']} held-out tokens of each source")
     shown.add_column("kind")
     for column in ("modules", *(f"unused by {source}" for source in result["use"]), "bits about the source, by layer"):
@@ -106,7 +108,7 @@ def _concentrate(words, changes: dict) -> str | int:
     result = concentrate(words.run, words.out, weight=words.weight, changes=changes)
     if result.stopped_by:
         return 128 + result.stopped_by
-    return f"{words.out}: its unused modules are for python -m stickjax.surgery prune"
+    return f"{words.out}: remove its unused modules by python -m stickjax.surgery prune"
 
 
 def _report(words, changes: dict) -> str:
@@ -140,26 +142,30 @@ def _parser() -> Parser:
         added.add_argument("--tokens", type=number(int, at_least=1), default=2**15, help="tokens of each source")
 
     added = command("extend", _extend, "add modules to every layer")
-    added.add_argument("--experts", type=number(int, at_least=0), default=0, help="of each feed-forward network")
-    added.add_argument("--attention-experts", type=number(int, at_least=0), default=0, help="of each attention")
+    added.add_argument("--experts", type=number(int, at_least=0), default=0, help="to add to each feed-forward network")
     added.add_argument(
-        "--routing", choices=TRAINABLE, default="frozen", help="what is trainable besides the new modules"
+        "--attention-experts", type=number(int, at_least=0), default=0, help="to add to each attention layer"
     )
-    added.add_argument("--seed", type=SEED_TYPE, default=0, help="of the new parameters")
+    added.add_argument(
+        "--routing", choices=TRAINABLE, default="frozen", help="the old router columns; full: they are trainable"
+    )
+    added.add_argument("--seed", type=SEED_TYPE, default=0, help="random seed of the new parameters")
     added = command("freeze", _freeze, "make only a part of the model trainable")
     added.add_argument("patterns", nargs="+", metavar="PATTERN", help="pattern of names, '*.router.*' or embed")
     added = command("prune", _prune, "remove the modules that are used least")
     how = added.add_mutually_exclusive_group(required=True)
     how.add_argument("--count", type=int, help="how many modules of a kind each layer keeps")
-    how.add_argument("--threshold", type=float, help="keep modules with at least this share of their layer's pairs")
+    how.add_argument("--threshold", type=float, help="keep modules with at least this share of a layer's load")
     added.add_argument("--kind", choices=("ffn", "attention", "both"), default="both", help="which modules")
-    added.add_argument("--denominator", choices=("old", "new"), default="old", help="of the router's softmax")
-    read(added, "training text that the use is counted on")
+    added.add_argument(
+        "--denominator", choices=("old", "new"), default="old", help="old: the softmax also runs over pruned columns"
+    )
+    read(added, "training text for which the use is counted")
     added = command("concentrate", _concentrate, "fine-tune with the load-concentration loss; the same command resumes")
-    added.add_argument("--weight", type=float, default=0.1, help="of the loss")
+    added.add_argument("--weight", type=float, default=0.1, help="weight of this loss")
     added = command("report", _report, "which text uses which modules", out=False)
     read(added, "held-out text to compare")
-    added.add_argument("--step", type=int, help="of the checkpoint of this step")
+    added.add_argument("--step", type=int, help="report on the checkpoint of this step")
     share = number(float, at_least=0, at_most=1)
     added.add_argument("--below", type=share, default=0.01, help="modules with a smaller share count as unused")
     added.add_argument("--plot", metavar="PNG", help="path of the picture; RUN/modules.png by default")

@@ -1,4 +1,4 @@
-"""Larger and smaller models of a trained one; the model that is given stays as it is."""
+"""Make larger and smaller models from a trained model, which does not change."""
 
 from collections.abc import Mapping
 
@@ -13,17 +13,19 @@ from stickjax.surgery.kinds import KINDS, Kind, axes_of, kinds_of, rebuilt, slot
 
 
 def extend(model: Transformer, key: jax.Array, *, experts: int = 0, attention_experts: int = 0) -> Transformer:
-    """The model with new modules in every layer, h'(x) = softmax([A; A'] r(x)) over the columns of old and new ones.
+    """Return the model with new modules in every layer.
 
-    The new modules and their columns A' are separate leaves (`new_*`), initialised as in a new model, so that patterns
-    of `optim.trainable` can select them (see `tune.TRAINABLE`). Every old leaf stays as it is, and with
-    A' at -inf the router has the bits of the old one; so has the output with implementation="reference". With "xla" the
-    number of experts decides how many rows are multiplied at once, which on a CPU may change a last bit.
-    Modules that were new before become old ones first (`merged`).
+    The routers compute h'(x) = softmax([A; A'] r(x)), with the columns A of the old and A' of the new modules. The new
+    modules and A' are separate leaves (`new_*`), initialised as in a new model, so that patterns of `optim.trainable`
+    can select them (see `tune.TRAINABLE`). Modules that an earlier call has added become old ones first (`merged`).
+
+    No old leaf changes. If A' is -inf, the routers return the same bits as before, and so does the model with
+    implementation="reference". With "xla" the number of experts decides how many rows are multiplied at once. On a CPU
+    this may change the last bit.
 
     Args:
       model: a trained model with modules.
-      key: of the new parameters.
+      key: random key of the new parameters.
       experts, attention_experts: how many modules to add to each feed-forward network and to each attention.
     Raises:
       ValueError: nothing is added, a number is negative, or the model has no modules of that kind.
@@ -40,14 +42,14 @@ def extend(model: Transformer, key: jax.Array, *, experts: int = 0, attention_ex
     present = {kind.name for kind in kinds_of(model.config)}
     for name, number in added.items():
         if number and name not in present:
-            raise ValueError(f"{number} modules to add to {name}, of which the model has none: {KINDS[name].field}.E=0")
+            raise ValueError(f"cannot add {number} modules to {name}: the model has none, {KINDS[name].field}.E=0")
     config, leaves = model.config, named_leaves(model)
     for name in present:
         config = KINDS[name].changed(config, added=added[name])
     for name in present:
         place, E, new = f"blocks/{name}/router", KINDS[name].mixture(config).E, added[name]
-        behind = {"slot": jnp.arange(E, E + new, dtype=jnp.float32), "selection_bias": jnp.zeros(new)}
-        for leaf, values in behind.items():
+        appended = {"slot": jnp.arange(E, E + new, dtype=jnp.float32), "selection_bias": jnp.zeros(new)}
+        for leaf, values in appended.items():
             if (old := leaves.get(f"{place}/{leaf}")) is not None:
                 values = jnp.tile(values.astype(old.dtype), (config.L, 1))
                 leaves[f"{place}/{leaf}"] = jnp.concatenate([old, values], axis=1)
@@ -55,7 +57,9 @@ def extend(model: Transformer, key: jax.Array, *, experts: int = 0, attention_ex
 
 
 def merged(model: Transformer) -> Transformer:
-    """The model with its new modules among the old ones: the same function, to rounding (see `router.probabilities`).
+    """Return the model with its new modules joined to the old ones.
+
+    It computes the same function, up to rounding (see `router.probabilities`).
 
     >>> from stickjax.config import ExpertsConfig, ModelConfig
     >>> config = ModelConfig(V=16, D=8, L=2, N=2, K=1, H=4, F=16, experts=ExpertsConfig(4, 2, "softmax_topk"))
@@ -84,23 +88,23 @@ def prune(
     threshold: float | Mapping[str, float] | None = None,
     denominator: str = "old",
 ) -> Transformer:
-    """The model without the modules that are used least.
+    """Return the model without the modules that are used least.
 
-    The layers' weights are stacked, so every layer keeps as many places as the layer that keeps the most modules.
+    The weights of the layers are stacked, so every layer has as many places as the layer that keeps the most modules.
     Places that a layer does not need are zero. `slot` of a router says which of its columns have a module.
 
     Args:
       model: a trained model. New modules become old ones first (`merged`).
-      use: `use(model, batches)`; a kind that is left out, here or of the numbers below, is not pruned.
-      count: how many modules each layer keeps, those used most; a number for each kind, or one for all.
-      threshold: the smallest share of a layer's routed pairs with which a module is kept. The ones that a token needs
-        (k, N / K) are always kept.
-      denominator: of the router's softmax. "old": it still runs over all columns, and a layer gives a token that never
-        went to a pruned module the same bits (as in `extend`); "new": over what remains, so gates grow. One for both
-        kinds. With order="topk_softmax" the gates have no such denominator, and both are the same function.
+      use: the result of `use(model, batches)`. A kind that is missing here, or below, is not pruned.
+      count: how many modules each layer keeps, the most used ones first. One number, or {kind: number}.
+      threshold: a module is kept if it has at least this share of the routed pairs of its layer. Each layer keeps at
+        least as many modules as a token needs (k, N / K). One number, or {kind: number}.
+      denominator: the columns of the router's softmax, for both kinds. "old": all columns, also of pruned modules. Then
+        a layer returns the same bits as before for a token that uses no pruned module (as in `extend`). "new": only
+        the columns that remain, so the gates grow. With order="topk_softmax" both give the same function.
     Raises:
-      ValueError: neither or both of count and threshold, a count that is too small or too large, no modules, use of
-        another shape, or the old denominator where an earlier pruning has left it.
+      ValueError: not exactly one of count and threshold is given, the count is too small or too large, the model has no
+        modules, `use` has another shape, or denominator="old" after an earlier pruning with "new".
 
     >>> from stickjax.config import ExpertsConfig, ModelConfig
     >>> config = ModelConfig(V=16, D=8, L=2, N=2, K=1, H=4, F=16, experts=ExpertsConfig(4, 2, "softmax_topk"))
@@ -116,7 +120,7 @@ def prune(
     if denominator == "old" and any(x.pruning == "new_denominator" for x in config.mixtures().values()):
         raise ValueError("denominator='old' after a pruning with the new one: the pruned columns are no longer there")
     if missing := use.keys() - {kind.name for kind in kinds_of(config)}:
-        raise ValueError(f"use of {', '.join(sorted(missing))}, of which the model has no modules")
+        raise ValueError(f"use has {', '.join(sorted(missing))}, but the model has no such modules")
     sizes = {}
     for kind in kinds_of(config):
         slot = slots(model, kind)
@@ -132,15 +136,15 @@ def prune(
 
 
 def _kept(kind: Kind, alive, use, k: int, count: int | None, threshold: float | None) -> np.ndarray:
-    """Which modules of each layer remain, [L, columns]."""
+    """Return a mask of the modules of each layer that remain, [L, columns]."""
     if use.shape != alive.shape:
         raise ValueError(f"use of {kind.name} is {list(use.shape)}, the routers are {list(alive.shape)}")
     fewest = int(alive.sum(1).min())
     if count is not None and not k <= count <= fewest:
-        raise ValueError(f"count={count} of {kind.name} must be from the {k} that a token needs to the {fewest} there")
+        raise ValueError(f"count={count} of {kind.name} must be from {k}, the number that a token uses, to {fewest}")
     if threshold is not None and not 0 <= threshold <= 1:
         raise ValueError(f"threshold={threshold} must be a share, from 0 to 1")
-    # Pruned modules come last, and among equals the first column wins.
+    # Modules that are already pruned come last. Of equally used modules the first column is kept.
     order = np.argsort(np.where(alive, -use.astype(float), np.inf), axis=1, kind="stable")
     rank = np.argsort(order, axis=1)
     if count is not None:
@@ -150,7 +154,7 @@ def _kept(kind: Kind, alive, use, k: int, count: int | None, threshold: float | 
 
 
 def _keep(model: Transformer, leaves: dict, kind: Kind, slot, keep, denominator: str) -> dict[str, int]:
-    """Cut the leaves of one kind down to what is kept; the fields of its mixture that say so."""
+    """Remove the pruned modules of one kind from `leaves`, and return the changed fields of its mixture."""
     E = int(keep.sum(1).max())
     columns = np.argsort(~keep, axis=1, kind="stable")[:, :E]  # of the kept ones, in their order
     kept = np.take_along_axis(keep, columns, 1)

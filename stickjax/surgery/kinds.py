@@ -16,7 +16,7 @@ from stickjax.storage.checkpoints import named_leaves
 
 
 class Kind(NamedTuple):
-    """`name`: the part of the block, `blocks.<name>`; `field`: the mixture in the config."""
+    """A kind of modules. `name`: the part of the block, `blocks.<name>`. `field`: the field of the config."""
 
     name: str
     field: str
@@ -25,11 +25,11 @@ class Kind(NamedTuple):
         return getattr(config, self.field)
 
     def chosen(self, config: ModelConfig) -> int:
-        """How many modules a token goes to."""
+        """Return the number of modules that a token uses."""
         return config.experts.k if self.name == "ffn" else config.N // config.K
 
     def changed(self, config: ModelConfig, **fields) -> ModelConfig:
-        """The config with some fields of this mixture changed."""
+        """Return the config with some fields of this mixture changed."""
         return dataclasses.replace(config, **{self.field: dataclasses.replace(self.mixture(config), **fields)})
 
 
@@ -37,7 +37,7 @@ KINDS = {"attention": Kind("attention", "attention_experts"), "ffn": Kind("ffn",
 
 
 def kinds_of(config: FamilyConfig) -> list[Kind]:
-    """The kinds that a model has; ValueError for a model without modules, and for one whose modules cannot change."""
+    """Return the kinds of modules that a model has. Raises ValueError if it has none, or if they cannot change."""
     if not config.can_change_experts:
         raise ValueError(f"a model of family={config.family!r} has no modules that can be added or pruned")
     kinds = [kind for kind in KINDS.values() if kind.mixture(config).E]
@@ -47,14 +47,14 @@ def kinds_of(config: FamilyConfig) -> list[Kind]:
 
 
 def axes_of(model: Transformer, kind: Kind, letter: str) -> dict[str, int]:
-    """{leaf: index of its axis `letter`} of the leaves that have it: "E" counts modules, "C" router columns."""
+    """Return {leaf: index of its axis `letter`} for the leaves with this axis: "E" modules, "C" router columns."""
     leaves = leaves_of(getattr(model.blocks, kind.name))
     found = {"/".join(["blocks", kind.name, *leaf.names]): parameter(leaf).axis(letter) for leaf in leaves}
-    return {name: axis + 1 for name, axis in found.items() if axis is not None}  # behind L
+    return {name: axis + 1 for name, axis in found.items() if axis is not None}  # after L
 
 
 def slots(model: Transformer, kind: Kind) -> np.ndarray:
-    """[L, columns]: where the module of every column of the router stands among the weights, -1 if it was pruned."""
+    """Return [L, columns]: for every router column the index of its module in the weights, -1 if it was pruned."""
     router = getattr(model.blocks, kind.name).router
     if router.slot is not None:
         return np.asarray(router.slot[...], int)
@@ -62,7 +62,7 @@ def slots(model: Transformer, kind: Kind) -> np.ndarray:
 
 
 def rebuilt(config: ModelConfig, leaves: dict[str, jax.Array], fresh: Transformer | None = None) -> Transformer:
-    """The model of `config` with `leaves` by name; one that is not among them is that of `fresh`."""
+    """Return the model of `config` with the `leaves`, by name. A missing leaf is taken from the model `fresh`."""
     shape = fresh or jax.eval_shape(lambda: init(config, jax.random.key(0)))
     values = []
     for name, leaf in named_leaves(shape).items():

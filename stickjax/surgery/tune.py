@@ -1,4 +1,4 @@
-"""Which parameters of a model are trainable, and a training that leaves few of its modules in use."""
+"""Choose the trainable parameters of a model, and train a model so that it uses few of its modules."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,12 +12,13 @@ from stickjax.surgery.kinds import kinds_of
 from stickjax.training.loop import Result, fit
 from stickjax.training.optimizer import label_tree
 
-# Values of `optim.trainable` for an extended model: the new modules and their router columns, or these and all routers.
+# Values of `optim.trainable` for an extended model. "frozen": the new modules and their router columns are trainable.
+# "full": all routers are trainable, too.
 TRAINABLE = {"frozen": "*.new_*", "full": "*.new_*,*.router.*"}
 
 
 def freeze(config: Config, patterns: str) -> Config:
-    """The config with an `optim.trainable` that also freezes the parameters of these patterns.
+    """Return the config with an `optim.trainable` that also freezes the parameters which match the patterns.
 
     >>> freeze(Config(), "*.router.*,embed").optim.trainable
     '*,!*.router.*,!embed'
@@ -28,9 +29,9 @@ def freeze(config: Config, patterns: str) -> Config:
 
 
 def frozen(model: Transformer, trainable: str):
-    """A mask for your own optimizers: a tree like the model, True for the parameters that `optim.trainable` freezes.
+    """Return a mask for other optimizers: a tree like the model, True for frozen parameters.
 
-    Raises ValueError for a pattern that matches no parameter.
+    `trainable` is a value of `optim.trainable`. Raises ValueError for a pattern that matches no parameter.
 
     >>> import optax
     >>> from stickjax.config import ExpertsConfig, ModelConfig
@@ -47,10 +48,10 @@ def frozen(model: Transformer, trainable: str):
 def concentrate(
     run: str | Path, out: str | Path, *, weight: float = 0.1, changes: Mapping[str, object] | None = None
 ) -> Result:
-    """Train the run's model in the folder `out` with the load-concentration loss, so that few modules do the work.
+    """Train the model of a run with the load-concentration loss, so that it uses few modules.
 
-    The losses and the bias that spread the load are off, and all parameters are trainable, unless `changes` says
-    otherwise. `prune` can then remove the unused modules.
+    The losses that spread the load are off, the router biases that spread it are frozen, and all other parameters are
+    trainable, unless `changes` says otherwise. Afterwards `prune` can remove the unused modules.
 
     Args:
       run: folder of a trained run.
@@ -59,7 +60,7 @@ def concentrate(
       changes: changes of the config, as in `Config.replace`: {"data.source": "logic", "train.steps": 200}.
 
     Raises:
-      ValueError: a model without modules, changes that do not fit, and what `training.loop.fit` raises.
+      ValueError: the model has no modules, the changes do not fit, or as in `training.loop.fit`.
     """
     config = read_config(run)
     kinds_of(config.model)

@@ -1,4 +1,4 @@
-"""How much a text uses every module, and how much a module says about the source of a text."""
+"""Measure how much a text uses every module, and how much a module says about the source of a text."""
 
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -24,11 +24,11 @@ def _rows(model: Transformer, batch: dict) -> dict[str, jax.Array]:
 
 
 def use(model: Transformer, batches: Iterable[Mapping[str, np.ndarray]]) -> Use:
-    """How many (token, choice) pairs of unmasked tokens went to every module.
+    """Count the (token, choice) pairs of unmasked tokens that went to every module.
 
     Args:
       model: a model with modules.
-      batches: `tokens` [B,T] and, where there is padding, `segment_ids` [B,T], negative for it.
+      batches: `tokens` [B,T] and, if there is padding, `segment_ids` [B,T], negative for padding.
 
     Returns:
       {"attention": [L, columns], "ffn": [L, columns]}, whole numbers, for the kinds that the model has. A router has a
@@ -55,7 +55,7 @@ def use(model: Transformer, batches: Iterable[Mapping[str, np.ndarray]]) -> Use:
 
 
 def mutual_information(uses: Mapping[str, Use]) -> dict[str, np.ndarray]:
-    r"""The mutual information of the module of a routed pair and the source of its text, in bits, {kind: [L]}.
+    r"""Return the mutual information of the module of a routed pair and the source of its text, in bits, {kind: [L]}.
 
     .. math::
         I(m; s) = \frac1S \sum_s \sum_m p(m|s) \log_2 \frac{p(m|s)}{p(m)}, \qquad p(m) = \frac1S \sum_s p(m|s)
@@ -71,21 +71,21 @@ def mutual_information(uses: Mapping[str, Use]) -> dict[str, np.ndarray]:
 
 
 def _information(p: np.ndarray) -> np.ndarray:
-    """The mutual information of p(m|s) [S, L, columns]."""
+    """Return the mutual information for p(m|s) [S, L, columns]."""
     mean = np.broadcast_to(p.mean(0), p.shape)
     ratio = np.divide(p, mean, out=np.ones_like(p), where=p > 0)
     return (p * np.log2(ratio)).sum(-1).mean(0)
 
 
 def shares(use: np.ndarray) -> np.ndarray:
-    """The shares of each layer's routed pairs, [L, columns]."""
+    """Return the share of every module in the routed pairs of its layer, [L, columns]."""
     return use / np.maximum(use.sum(-1, keepdims=True), 1)
 
 
 def batches_of(data: DataConfig, *, heldout: bool, max_tokens: int, batch_tokens: int = 2**12) -> list[dict]:
-    """Batches [B,T] of windows drawn from the training or the held-out text, about `max_tokens`; rows of padding last.
+    """Return batches [B,T] of windows drawn from the training or the held-out text, about `max_tokens` in all.
 
-    Raises ValueError when the text has fewer than T + 1 tokens.
+    The last batch may end with rows of padding. Raises ValueError if the text has fewer than T + 1 tokens.
     """
     corpus, T = load_corpus(data)[heldout], data.T
     windows = (len(corpus.tokens) - 1) // T
@@ -104,7 +104,7 @@ def batches_of(data: DataConfig, *, heldout: bool, max_tokens: int, batch_tokens
 def report(
     model: Transformer, sources: Mapping[str, DataConfig], *, max_tokens: int = 2**15, below: float = 0.01
 ) -> dict[str, Any]:
-    """Which modules the held-out text of each source uses; a dictionary of numbers and lists, as JSON has them.
+    """Report which modules the held-out text of each source uses, as numbers and lists for JSON.
 
     Args:
       model: a model with modules.
@@ -113,8 +113,8 @@ def report(
       below: a module with a smaller share of its layer's pairs counts as unused.
 
     Returns:
-      "use": {source: {kind: [L, columns]}}, shares; "mutual_information": {kind: [L]} in bits; "modules": {kind: how
-      many there are in all layers}; "unused": {source: {kind: how many of them}}; "below" and "max_tokens".
+      "use": {source: {kind: [L, columns]}}, shares; "mutual_information": {kind: [L]} in bits; "modules": {kind: their
+      number in all layers}; "unused": {source: {kind: the number of unused modules}}; "below" and "max_tokens".
     Raises:
       ValueError: the model has no modules, there are no sources, or one of them is too short.
     """

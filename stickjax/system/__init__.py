@@ -1,1 +1,1 @@
-"""What the machine gives: files, locks, memory, text for a terminal. Imports nothing else of stickjax."""
+"""Services of the machine: files, locks, memory, text for a terminal. They import no other part of stickjax."""

@@ -1,4 +1,4 @@
-"""Checksums of arrays, on the devices that hold them, and of files."""
+"""Checksums of files, and of arrays on the devices that hold them."""
 
 import zlib
 from pathlib import Path
@@ -8,10 +8,10 @@ import jax.numpy as jnp
 
 
 def checksum(array) -> int:
-    """The checksum of an array. Waits for the result.
+    """Compute the checksum of an array, and wait for the result.
 
-    Only one program that sums over devices may run at a time: where one CPU has several virtual devices, the threads of
-    two such programs would wait for each other for ever.
+    The wait is needed, because only one program that sums over devices may run at a time. If one CPU has several
+    virtual devices, the threads of two such programs would wait for each other for ever.
     """
     return int(_mixed_sum(array))
 
@@ -20,8 +20,8 @@ def checksum(array) -> int:
 def _mixed_sum(array):
     """sum_i mix(bits_i + i * 0x9E3779B9) mod 2^32, with i the row-major position and mix the last step of MurmurHash3.
 
-    A sum of integers is the same for every sharding. `mix` is one-to-one, so that a change within one word
-    is always detected, and it keeps changes of high bits (signs) from cancelling in the sum.
+    A sum of integers is the same for every sharding. `mix` is one-to-one, so a change within one word is always
+    detected. `mix` also prevents that changes of high bits (signs) cancel in the sum.
     """
     array = array.astype(jnp.uint8) if array.dtype == bool else array
     bits = jax.lax.bitcast_convert_type(array, f"uint{min(32, 8 * array.dtype.itemsize)}").astype(jnp.uint32)
@@ -35,7 +35,7 @@ def _mixed_sum(array):
 
 
 def crc32_of(path: Path) -> int:
-    """The crc32 of a file, which is read in blocks."""
+    """Compute the crc32 of a file, which is read in blocks."""
     crc32 = 0
     with path.open("rb") as file:
         while block := file.read(1 << 22):

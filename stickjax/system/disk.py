@@ -19,21 +19,21 @@ _TEXTS = {os.strerror(code): code for code in REASONS}
 
 
 def system_error(error: BaseException) -> int | None:
-    """The errno of an OSError, or the one that a library has put into the text of another error.
+    """Return the errno of an OSError, or the errno in the text of a library's error; None if there is neither.
 
     >>> system_error(RuntimeError("RESOURCE_EXHAUSTED: trace.pb; No space left on device")) == errno.ENOSPC
     True
     """
     if isinstance(error, OSError) and error.errno:
         return error.errno
-    if found := re.search(r"os_error_code='(\d+)'", str(error)):  # of TensorStore
+    if found := re.search(r"os_error_code='(\d+)'", str(error)):  # the format of TensorStore
         return int(found[1])
     return next((code for text, code in _TEXTS.items() if text in str(error)), None)
 
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike) -> Iterator[None]:
-    """Turn an error of the disk into an OSError with the reason and with `path`, the file that is being written.
+    """Convert an error of the disk into an OSError with the reason and with `path`, the file that is being written.
 
     >>> with writing("run/config.json"):
     ...     raise OSError(errno.ENOSPC, "No space left on device", "run/config.json.tmp")
@@ -53,7 +53,7 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
 def write_file(path: str | os.PathLike, content: str | bytes) -> None:
     """Replace a file atomically: a reader finds the old content or the new one, and an error leaves the old one.
 
-    Several processes may write the same file; the last one decides.
+    Several processes may write the same file; the last write wins.
 
     Raises OSError, with the reason and `path`.
     """
@@ -73,7 +73,7 @@ def write_file(path: str | os.PathLike, content: str | bytes) -> None:
 
 
 def sync_folder(folder: str | os.PathLike) -> None:
-    """Flush the entries of a folder, so that a rename survives a power loss; without effect if it cannot be flushed."""
+    """Flush the entries of a folder, so that a rename survives a power loss. Errors of the flush are ignored."""
     number = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):
@@ -83,7 +83,7 @@ def sync_folder(folder: str | os.PathLike) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file, a link or a folder, as far as that is possible."""
+    """Delete a file, a link or a folder. Parts of a folder that cannot be deleted stay."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -1,9 +1,9 @@
-"""One process at a time writes a run folder.
+"""A lock of a run folder: one process at a time writes there.
 
-The owner holds flock() on the file `lock` of the folder. It writes its host and process id into the file, with a number
-that grows every BEAT seconds. The kernel releases the flock of a process that ends in any way, also by SIGKILL. If the
-owner is on another machine or has another mount, or if the file system has no flock, the number decides: when it has
-not changed for PATIENCE seconds, the owner is dead.
+The owner of the lock holds flock() on the file `lock` of the folder. It writes its host and process id into the file,
+with a number that grows every BEAT seconds. When a process ends, even by SIGKILL, the kernel releases its flock. If the
+owner is on another machine or uses another mount, or if the file system has no flock, another process looks at the
+number. If it has not changed for PATIENCE seconds, the owner counts as dead.
 """
 
 import contextlib
@@ -22,8 +22,8 @@ from pathlib import Path
 from stickjax.system.disk import remove, writing
 
 BEAT, PATIENCE = 5, 20
-LEASE = 180  # seconds after which a file server has released the flock of a machine that is gone
-SETTLE = 1  # seconds in which two processes that start at once see each other, where there is no flock
+LEASE = 180  # seconds after which a file server has released the flock of a machine that crashed
+SETTLE = 1  # seconds to wait without flock, so that two processes that start at once see each other
 NAME = "lock"
 _NO_FLOCK = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK}
 
@@ -76,11 +76,14 @@ class Lock:
                 remove(path)
 
     def release(self, folder: Path | None = None) -> None:
-        """Remove the lock, and the folder if this lock made it and it is empty. `folder`: its new path, if any."""
+        """Remove the lock. Remove the folder too, if this lock made it and it is empty.
+
+        `folder`: the new path of the folder, if it was renamed.
+        """
         self._path = (folder or self.folder) / NAME
         self._ended.set()
         self._thread.join()
-        with contextlib.suppress(OSError, ValueError):  # a file that is no longer this lock stays
+        with contextlib.suppress(OSError, ValueError):  # keep the file if another process owns it now
             self.check()
             self._path.unlink()
         os.close(self._file)
@@ -96,49 +99,49 @@ class Lock:
             raise NotADirectoryError(errno.ENOTDIR, "this is not a folder", os.fspath(self.folder))
 
     def _remove_folder(self) -> None:
-        with contextlib.suppress(OSError):  # one that is not empty stays
+        with contextlib.suppress(OSError):  # rmdir refuses a folder that is not empty: it stays
             for path in reversed(self._made):
                 path.rmdir()
 
     def _take(self) -> int:
-        end = time.monotonic() + LEASE
+        deadline = time.monotonic() + LEASE
         while True:
             file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
-            alone = None
+            has_flock = None
             try:
-                machine, alone = f"{_kernel()}/{os.fstat(file).st_dev}", _flock(file)
-                if alone is False:
+                machine, has_flock = f"{_kernel()}/{os.fstat(file).st_dev}", _flock(file)
+                if has_flock is False:
                     owner = _read(self._path)
                     here = owner is not None and (not owner or owner.get("machine") == machine)
-                    if here or time.monotonic() > end or (owner and self._is_alive(owner)):
+                    if here or time.monotonic() > deadline or (owner and self._is_alive(owner)):
                         raise self._taken()
                 elif _is_at(file, self._path):
-                    self._own(file, alone, machine)
+                    self._own(file, has_flock, machine)
                     return file
-                os.close(file)  # its owner removed it meanwhile, or the machine of the owner is gone
+                os.close(file)  # the owner removed it meanwhile, or the machine of the owner crashed
             except BaseException:
-                # On a full disk our file is still empty: remove it, but never that of another process.
-                if alone is not False and os.fstat(file).st_size == 0 and _is_at(file, self._path):
+                # On a full disk our file is still empty: remove it, but never the file of another process.
+                if has_flock is not False and os.fstat(file).st_size == 0 and _is_at(file, self._path):
                     self._path.unlink()
                 os.close(file)
                 raise
 
-    def _own(self, file: int, alone: bool | None, machine: str) -> None:
+    def _own(self, file: int, has_flock: bool | None, machine: str) -> None:
         owner = _read(self._path)
-        if owner and not (alone and owner.get("machine") == machine) and self._is_alive(owner):
+        if owner and not (has_flock and owner.get("machine") == machine) and self._is_alive(owner):
             raise self._taken()
         started = time.strftime("%Y-%m-%d %H:%M:%S")
         self._record = dict(host=socket.gethostname(), pid=os.getpid(), started=started, machine=machine)
         self._record |= dict(token=uuid.uuid4().hex, beat=0)
         with writing(self._path):
             _write(file, self._record)
-        if alone is None:
+        if has_flock is None:
             time.sleep(SETTLE)
             if _read(self._path) != self._record:
                 raise self._taken()
 
     def _is_alive(self, owner: dict) -> bool:
-        """Whether the number of an owner on another machine still grows."""
+        """Whether the number in the file of an owner on another machine still grows."""
         log.warning("%s is locked by %s: waiting %s s for a sign of life", self.folder, _name(owner), PATIENCE)
         end = time.monotonic() + PATIENCE
         while time.monotonic() < end:
@@ -148,7 +151,7 @@ class Lock:
         return False
 
     def _taken(self) -> ValueError:
-        for _ in range(10):  # a new owner has not written its name yet
+        for _ in range(10):  # a new owner may not have written its name yet
             if owner := _read(self._path):
                 break
             time.sleep(0.05)
@@ -157,14 +160,14 @@ class Lock:
 
     def _beat(self) -> None:
         while not self._ended.wait(BEAT):
-            with contextlib.suppress(OSError, ValueError):  # `check` says so before the next save
+            with contextlib.suppress(OSError, ValueError):  # the next save calls `check`, which raises the error
                 self.check()
                 self._record["beat"] += 1
                 _write(self._file, self._record)
 
 
 def _flock(file: int) -> bool | None:
-    """Whether this process got the flock; None if the file system has no flock."""
+    """Try to get the flock: whether this process got it; None if the file system has no flock."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
@@ -184,7 +187,7 @@ def _is_at(file: int, path: Path) -> bool:
 
 
 def _kernel() -> str:
-    """An id of this boot of this machine, which is the same in its containers."""
+    """Return an id of the running kernel, which is the same in all containers of this machine."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -192,12 +195,12 @@ def _kernel() -> str:
 
 
 def _read(path: Path) -> dict | None:
-    """The owner; {} if the lock belongs to nobody, None if there is no file.
+    """Read the record of the owner; {} if the lock has no owner, None if there is no file.
 
-    ValueError for a file that is no lock.
+    Raise ValueError if the file is not a lock.
     """
     try:
-        content = path.read_bytes().strip(b"\0\n")  # opening it makes NFS ask the server
+        content = path.read_bytes().strip(b"\0\n")  # opening the file makes NFS ask the server for new content
     except FileNotFoundError:
         return None
     try:
@@ -210,7 +213,7 @@ def _read(path: Path) -> dict | None:
 
 
 def _write(file: int, owner: dict) -> None:
-    text = json.dumps(owner).ljust(512) + "\n"  # of constant length, because it overwrites itself
+    text = json.dumps(owner).ljust(512) + "\n"  # of constant length, because it overwrites the text before
     os.pwrite(file, text.encode(), 0)
     os.fsync(file)
 
@@ -223,22 +226,22 @@ def _name(owner: dict | None) -> str:
 
 @contextlib.contextmanager
 def complete_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary folder to fill. It is renamed to `path` when that succeeds, and removed when it fails."""
+    """Yield a temporary folder to fill. It is renamed to `path` if the block succeeds, and removed if it fails."""
     target = Path(path)
     if target.exists():
         raise ValueError(f"{path} exists; choose a new folder")
     temporary = target.with_name(f"{target.name}.tmp")
-    lock, now = Lock(temporary), temporary
+    lock, current = Lock(temporary), temporary
     try:
         lock.clear()  # files that a killed process has left
         yield temporary
         with writing(target):
-            now = temporary.rename(target)
+            current = temporary.rename(target)
     except OSError as error:
         if error.filename is not None and Path(error.filename).is_relative_to(temporary):
-            error.filename = os.fspath(target / Path(error.filename).relative_to(temporary))  # as the caller knows it
+            error.filename = os.fspath(target / Path(error.filename).relative_to(temporary))  # known to the caller
         raise
     finally:
-        if now == temporary:
+        if current == temporary:
             lock.clear()
-        lock.release(now)
+        lock.release(current)

@@ -1,8 +1,8 @@
 """Memory: the bytes that arrays need on a device, the bytes that are free, and one error line if they do not fit.
 
-On a CPU a process without enough memory hangs, or is killed without a message. So memory is checked before it is
-allocated: from the shapes of the training state, which is the least that a run needs, and again from the compiled
-program.
+On a CPU, a process without enough memory hangs, or is killed without a message. So memory is checked before it is
+allocated. The first check uses the shapes of the training state, which is the least that a run needs. The second check
+uses the compiled program.
 """
 
 import math
@@ -22,14 +22,14 @@ _WHAT_TO_DO = "use a smaller model, a smaller batch, more devices or more memory
 
 
 class Free(NamedTuple):
-    """Bytes that are free, and a phrase that says where this number comes from."""
+    """The bytes that are free, and a phrase for messages that says where this number comes from."""
 
     bytes: int
     source: str
 
 
 def gib(size: float) -> str:
-    """Bytes in words.
+    """Return a number of bytes as text with a unit.
 
     >>> gib(3 * 2**30), gib(5 * 2**20)
     ('3.0 GiB', '5.0 MiB')
@@ -41,7 +41,7 @@ def gib(size: float) -> str:
 
 
 def local_bytes(tree) -> int:
-    """Bytes that one device holds of arrays or their shapes; an array without a sharding is whole on it."""
+    """Return the bytes of a tree of arrays or shapes on one device. An array without a sharding is whole on it."""
     return sum(math.prod(_local_shape(x)) * itemsize(x.dtype) for x in jax.tree.leaves(tree))
 
 
@@ -51,7 +51,7 @@ def _local_shape(x) -> tuple[int, ...]:
 
 
 def itemsize(dtype) -> int:
-    """Bytes of one element; of a random key, the bytes of its words.
+    """Return the bytes of one element of an array; for a random key, the bytes of its words.
 
     >>> itemsize(jnp.bfloat16), itemsize(jax.eval_shape(lambda: jax.random.key(0)).dtype)
     (2, 8)
@@ -63,7 +63,7 @@ def itemsize(dtype) -> int:
 
 
 def state_parts(state) -> dict[str, int]:
-    """Bytes that one device holds of a training state, by what they are for."""
+    """Return the bytes of a training state on one device, as {purpose: bytes}."""
     masters = local_bytes(optax.tree.get(state.opt_state, "masters"))
     moments = local_bytes(state.opt_state) - masters
     parts = {"parameters": local_bytes(state.params), "float32 masters": masters, "moments": moments}
@@ -74,7 +74,7 @@ def check_fits(parts: dict[str, int], mesh: Mesh | None = None) -> None:
     """Raise ValueError if a device has fewer bytes free than the parts need together.
 
     Args:
-      parts: bytes on every device, by what they are for.
+      parts: {purpose: bytes on every device}.
       mesh: the devices; None: the first one.
     """
     needed, free = sum(parts.values()), free_memory(mesh)
@@ -88,7 +88,7 @@ def check_fits(parts: dict[str, int], mesh: Mesh | None = None) -> None:
 def check_program(compiled: jax.stages.Compiled, what: str, mesh: Mesh | None = None) -> None:
     """Raise ValueError if a program's results and temporaries do not fit beside its arguments, which exist already."""
     memory = compiled.memory_analysis()
-    if memory is None:  # not every backend can tell
+    if memory is None:  # not every backend provides it
         return
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     results, free = memory.output_size_in_bytes - memory.alias_size_in_bytes, free_memory(mesh)
@@ -101,7 +101,7 @@ def check_program(compiled: jax.stages.Compiled, what: str, mesh: Mesh | None = 
 
 
 def free_memory(mesh: Mesh | None = None) -> Free | None:
-    """The free bytes on every device of a mesh, or on the first device; None if they are not known."""
+    """Return the free bytes on every device of a mesh, or on the first device; None if they are not known."""
     devices = [jax.local_devices()[0]] if mesh is None else mesh.local_devices
     if devices[0].platform == "cpu":
         host = host_memory()
@@ -113,7 +113,7 @@ def free_memory(mesh: Mesh | None = None) -> Free | None:
 
 
 def host_memory() -> Free | None:
-    """The bytes that this process can still allocate: the smallest limit of the machine, a control group or ulimit."""
+    """Return the bytes that this process can still allocate: the least of machine, control groups and ulimit."""
     limits = []
     swap = _meminfo("SwapFree") or 0
     if (available := _meminfo("MemAvailable")) is not None:
@@ -138,7 +138,7 @@ def _address_space() -> int:
 
 
 def _left_by_cgroups() -> Iterator[int]:
-    """The free bytes of every control group of this process, up to the root; cached files count as free."""
+    """Yield the free bytes of every control group of this process, up to the root; cached files count as free."""
     for line in _read(PROC / "self" / "cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":

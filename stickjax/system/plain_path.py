@@ -7,20 +7,20 @@ import tempfile
 import threading
 from pathlib import Path
 
-# Letters of any alphabet, and signs without a meaning in a pattern or an address. A path that begins with one of these
-# four folders would be taken for the address of a remote store.
+# Letters of any alphabet, and signs without a meaning in a pattern or an address. A path must not begin with one of the
+# four folders: it would be read as the address of a remote store.
 _PLAIN = re.compile(r"(?!/(gs|s3|az|hf)/)[\w/.,+=@~ -]*")
-MOST_BYTES = 3800  # of a path; Linux allows 4096, and the names of the files below the folder need some
+MOST_BYTES = 3800  # the longest path; Linux allows 4096, and the files below the folder need the rest
 
 
 def plain_path(folder: Path) -> Path:
-    r"""A path to a folder that Orbax and TensorStore cannot misread: the folder's own path, or a link to it.
+    r"""Return a path to a folder that Orbax and TensorStore cannot misread: its real path, or a link to it.
 
     Orbax looks for the files of every process by glob, in which `[0.1]`, `*` and `?` are patterns. TensorStore takes a
-    backslash for a slash, and cannot open a path that is not UTF-8. For such a folder they get a link with a plain name
-    in the folder for temporary files. The link has the same name in all processes.
+    backslash for a slash, and cannot open a path that is not UTF-8. If the path of the folder has such characters, the
+    result is a link with a plain name in the folder for temporary files. The link has the same name in all processes.
 
-    ValueError when there can be no such link, or the path is too long.
+    Raise ValueError if no such link can be made, or the path is too long.
 
     >>> plain_path(Path("/data/run 1/checkpoints"))
     PosixPath('/data/run 1/checkpoints')
@@ -39,7 +39,7 @@ def plain_path(folder: Path) -> Path:
     fresh = link.with_name(f"{link.name}-{os.getpid()}-{threading.get_ident()}")
     try:
         fresh.symlink_to(real)
-        fresh.replace(link)  # made anew every time, because some systems delete old temporary files
+        fresh.replace(link)  # made again at every call, because some systems delete old temporary files
     except OSError as error:
         fresh.unlink(missing_ok=True)
         raise ValueError(f"{folder} needs a link at {link}, which cannot be made: {error.strerror}") from error

@@ -1,4 +1,4 @@
-"""A profiler trace of a few steps of a training."""
+"""A profiler trace of a few steps of a training run."""
 
 import contextlib
 from collections.abc import Callable
@@ -8,12 +8,12 @@ import jax
 
 from stickjax.system.disk import remove, writing
 
-STEPS = 3  # the most steps of one trace
+STEPS = 3  # the number of steps in a trace
 WARMUP = 3  # a long run is traced after this many steps
 
 
 class StepTrace(contextlib.AbstractContextManager):
-    """Traces STEPS steps of a run that goes from step `first` to step `last`; in a shorter run, all steps.
+    """A trace of STEPS steps of a run from step `first` to step `last`; in a shorter run, of all steps.
 
     The trace begins after WARMUP steps, or earlier if the run would end before the trace. It is written when its last
     step is done, or at the end of the `with` block if the run stops earlier.
@@ -22,22 +22,22 @@ class StepTrace(contextlib.AbstractContextManager):
       folder: where the trace is written; None: nothing is traced.
       first: the step from which the run starts or is resumed.
       last: the last step of the run.
-      say: is called with one line that names the traced steps.
+      say: a function that prints one line; the line names the traced steps.
     """
 
     def __init__(self, folder: Path | None, first: int, last: int, say: Callable[[str], None]):
         self._folder, self._say = folder, say
         self._begin = max(first, min(first + WARMUP, last - STEPS))
-        self._begun = self._done = None  # the numbers of steps that were done at the start of the trace, and now
+        self._begun = self._done = None  # steps done when the trace began, and steps done now
 
     def before(self, step: int) -> None:
-        """Must be called before every step, with the number of steps that are done."""
+        """Start the trace if it is time. Call this before every step, with the number of steps that are done."""
         if self._folder and step == self._begin:
             jax.profiler.start_trace(str(self._folder))
             self._begun = self._done = step
 
     def after(self, step: int) -> None:
-        """Must be called after every step, with the number of steps that are done."""
+        """Stop the trace if it is complete. Call this after every step, with the number of steps that are done."""
         if self._begun is not None:
             self._done = step
             if step == self._begun + STEPS:

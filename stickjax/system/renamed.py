@@ -1,6 +1,6 @@
-"""Modules by their names of version 0.1: they import as before, with a warning that says the new name.
+"""Imports of modules by their names of version 0.1. They work as before, with a warning that says the new name.
 
-They will be gone in the next version.
+The next version will remove the old names.
 """
 
 import importlib
@@ -44,12 +44,12 @@ NEW_NAMES = {
 
 
 class RenamedModules(MetaPathFinder, Loader):
-    """Finds a module of an old name: it is the module of the new name, not a copy."""
+    """Find a module by its old name. The result is the module of the new name, not a copy."""
 
     def find_spec(self, fullname, path=None, target=None) -> ModuleSpec | None:
         if (new := NEW_NAMES.get(fullname)) is None:
             return None
-        warnings.warn(f"{fullname} is now {new}; the old name goes in the next version", FutureWarning, stacklevel=2)
+        warnings.warn(f"{fullname} is now {new}; the next version removes the old name", FutureWarning, stacklevel=2)
         found = importlib.util.find_spec(new)
         spec = ModuleSpec(fullname, self, is_package=found.submodule_search_locations is not None)
         spec.submodule_search_locations = found.submodule_search_locations
@@ -61,7 +61,7 @@ class RenamedModules(MetaPathFinder, Loader):
         return module
 
     def exec_module(self, module) -> None:
-        """The module has run already. Its own spec takes the place of that of the old name."""
+        """Give the module, which has run already, its own spec back: the import system has replaced it."""
         module.__spec__ = module.__spec__.loader_state
 
 

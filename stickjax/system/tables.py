@@ -1,4 +1,4 @@
-"""Tables that lose no number, however narrow the terminal is; and columns of numbers to compute with."""
+"""Print a table without losing a number in a narrow terminal; keep columns of numbers to compute with."""
 
 import html
 import io
@@ -38,9 +38,9 @@ def print_table(table: Table) -> None:
 
 
 class Columns(dict):
-    """A table to compute with: {name of a column: numpy array}. A notebook shows its first and its last rows.
+    """A table to compute with: {name of a column: numpy array}. A notebook shows the first and the last rows.
 
-    `pandas.DataFrame(columns)` makes a frame of it, if you have pandas.
+    If you have pandas, `pandas.DataFrame(columns)` converts it to a data frame.
 
     >>> Columns.of([{"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.25, "rate": 7.0}])
     step  loss  rate
@@ -48,17 +48,17 @@ class Columns(dict):
        2  2.25     7
     """
 
-    SHOWN = 10  # rows
+    SHOWN = 10  # the most rows that are shown
 
     @classmethod
     def of(cls, rows: Iterable[dict]) -> "Columns":
-        """The columns of rows; a value that a row does not have is NaN."""
+        """Make the columns from rows. A value that a row does not have is NaN."""
         rows = list(rows)
         names = dict.fromkeys(name for row in rows for name in row)
         return cls({name: np.array([row.get(name, math.nan) for row in rows]) for name in names})
 
     def _cells(self) -> list[list[str]]:
-        """The heads of the columns, and the rows that are shown, as text."""
+        """Return the names of the columns and the rows that are shown, as text."""
         count, half = len(next(iter(self.values()), ())), self.SHOWN // 2
         which = range(count) if count <= self.SHOWN else [*range(half), None, *range(count - half, count)]
         return [list(self), *(["..." if i is None else _cell(column[i]) for column in self.values()] for i in which)]

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def printable(path: str | os.PathLike) -> str:
-    r"""A path as one line that every terminal can print.
+    r"""Return a path as one line that every terminal can print.
 
     >>> print(printable("two\nlines"))
     two\nlines
@@ -16,7 +16,7 @@ def printable(path: str | os.PathLike) -> str:
 
 
 def json_text(value: Any, **options) -> str:
-    """JSON of dictionaries, lists, strings and numbers. JSON has no infinity and no NaN: they become null.
+    """Return the JSON of dictionaries, lists, strings and numbers. Infinity and NaN, which JSON lacks, become null.
 
     >>> json_text({"step": 3, "loss": math.nan})
     '{"step": 3, "loss": null}'

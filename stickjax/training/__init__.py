@@ -1,1 +1,1 @@
-"""Training: the loop, the step, the optimizer, muP, metrics, and what a person sees of a run."""
+"""Training: the loop, the step, the optimizer, muP, the metrics, and the display of a run."""

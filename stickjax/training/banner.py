@@ -30,8 +30,8 @@ def banner(config: Config, data: TrainingData, mesh: Mesh | None = None) -> str:
 
 
 def kernels(choices: Iterable[Choice]) -> str:
-    """The kernels that one device runs in a step, a line for each, with the reason.
+    """List the kernels that one device runs in a step: one line per kernel, with the reason for its choice.
 
     `choices`: what `dispatch.recorded` collected while the step was traced.
     """
-    return "\n".join(map(str, choices)) or "no attention and no expert of the step has a kernel of its own"
+    return "\n".join(map(str, choices)) or "the step has neither an attention kernel nor an expert kernel"

@@ -1,6 +1,6 @@
 """The gradients of a batch: summed over its microbatches, and over the devices of a mesh.
 
-On a mesh they are computed in one `jax.shard_map`: kernels and routers see the rows of their own device, and all
+On a mesh they are computed in one `jax.shard_map`. Kernels and routers see only the rows of their device, and all
 collectives are explicit (`stickjax.parallel.collectives`).
 """
 
@@ -21,7 +21,10 @@ from stickjax.training.optimizer import stop_frozen_gradients
 
 
 def batch_gradients(config: Config) -> Callable:
-    """`f(params, batch, key) -> (gradients, metrics)` of the family's loss, over `train.accumulate` microbatches."""
+    """Return `f(params, batch, key) -> (gradients, metrics)`, which sums over `train.accumulate` microbatches.
+
+    The gradients and metrics are from the loss of the model family.
+    """
     loss, accumulate = family_of(config.model).loss, config.train.accumulate
     grad = jax.grad(lambda params, *inputs: loss(stop_frozen_gradients(config, params), *inputs), has_aux=True)
 
@@ -44,7 +47,10 @@ def batch_gradients(config: Config) -> Callable:
 
 
 def mesh_gradients(mesh: Mesh | None, gradients: Callable) -> Callable:
-    """`gradients(params, batch, key) -> (gradients, metrics)` on every device for its part of the batch."""
+    """Return `gradients(params, batch, key) -> (gradients, metrics)` as a function for a mesh.
+
+    Every device runs it on its part of the batch, and the gradients are summed over the devices.
+    """
     if mesh is None:
         return gradients
     parts_of_batch = tuple(axis for axis in BATCH_AXES if mesh.shape[axis] > 1)

@@ -74,9 +74,9 @@ class Result(NamedTuple):
 
 @dataclasses.dataclass
 class Run:
-    """A run while it trains: what it trains, what it reads, where it writes, and who may ask it to stop.
+    """A run while it trains: its config, its data, its files, its display, and requests to stop it.
 
-    `abstract`: the shapes of the state, with their places on the mesh. `log`: None in a process that does not write.
+    `abstract`: the shapes of the state, with their shardings. `log`: None in a process that does not write.
     `asked`: returns the number of the signal that asks for a stop, or 0.
     """
 
@@ -105,7 +105,7 @@ class Run:
         self.progress.update(row)
 
     def save(self, state: TrainState, data_state: dict) -> None:
-        """Save a checkpoint with all that a resumed run needs or compares."""
+        """Save a checkpoint with everything that a resumed run restores or checks."""
         step, data = int(state.step), self.data
         if not all_finite(state.params):
             raise self.not_finite(f"step {step}: its loss was finite, the parameters are not")
@@ -123,7 +123,7 @@ class Run:
 
 
 def _start(run: Run, init_from: str | None, branch: str | None) -> tuple[TrainState, dict | None]:
-    """The first state of training and of the data iterator: resumed, branched from another run, or new."""
+    """Return the first state of the training and of the data iterator: resumed, branched from another run, or new."""
     config, data = run.config, run.data
     if (restored := run.checkpoints.restore(run.abstract)) is not None:
         source = f"{run.checkpoints.folder.parent}@{restored.step}"
@@ -156,7 +156,7 @@ def _start(run: Run, init_from: str | None, branch: str | None) -> tuple[TrainSt
 
 
 def _check_text(what: str, where: str | None, found: str | None, recorded: str | None, source: str) -> None:
-    """Raise ValueError if the text differs from the one that checkpoint `source` records. None: there is no text."""
+    """Raise ValueError if the hash of the text differs from the one in the checkpoint `source`. None: no text."""
     if None not in (found, recorded) and found != recorded:
         raise ValueError(f"the {what} has changed: {where} is now {found}, {source} has {recorded}")
 
@@ -184,13 +184,19 @@ def _new(run: Run, init_from: str | None) -> TrainState:
 
 
 def _position(extra: dict, data: DataConfig) -> dict:
-    """The state of the data iterator after all sequences seen so far; the size of a batch may have changed."""
+    """Return the state of the data iterator at the position that a checkpoint has reached.
+
+    The position is a number of batches. So it is converted in case the size of a batch has changed.
+    """
     before, index = extra["config"]["data"], extra["data"]["next_index"]
     return extra["data"] | {"next_index": -(-index * before["B"] * before["T"] // data.tokens_per_step)}
 
 
 def split_branch(branch: str) -> tuple[str, int | None]:
-    """'RUN@STEP' or 'RUN' (its newest checkpoint); an existing folder is a RUN even if its name has an @."""
+    """Split 'RUN@STEP' into the folder and the step. 'RUN' alone has the step None, for the newest checkpoint.
+
+    An existing folder is a RUN, even if its name contains an @.
+    """
     run, at, step = branch.rpartition("@")
     if not at or Path(branch).is_dir():
         return branch, None
@@ -208,18 +214,18 @@ def fit(
     profile: bool = False,
     quiet: bool = False,
 ) -> Result:
-    """Train `config` in the folder `run`; a folder that has checkpoints is resumed, bit for bit.
+    """Train `config` in the folder `run`. If the folder has checkpoints, the training resumes, bit for bit.
 
     Args:
       config: the experiment.
       run: folder for config.json, metrics.jsonl and checkpoints.
-      init_from: a run folder whose parameters are taken (optimizer and data begin anew).
-      branch: "RUN@STEP", a checkpoint to continue with this config, for example with a decay.
+      init_from: a run folder. The training starts from its parameters, with a new optimizer and from the first batch.
+      branch: "RUN@STEP", a checkpoint from which to continue with this config, for example with a decay.
       profile: write a trace of a few steps to `run/profile` (see `StepTrace`).
       quiet: print nothing.
 
     Raises:
-      ValueError: bad input, a folder of another config, or one in which another process is training.
+      ValueError: bad input, the folder belongs to another config, or another process is training in the folder.
       FloatingPointError: `max_bad_steps` consecutive steps, or all steps, were not finite; the last good checkpoint is
         kept.
       OSError: a checkpoint or the metrics could not be written.
@@ -227,7 +233,7 @@ def fit(
     config = with_own_tokenizer(run, config)
     data = training_data(config)
     if config.model.V is None and (Path(run) / "config.json").exists():
-        config = config.replace({"model.V": read_config(run).model.V})  # another mesh might need another V
+        config = config.replace({"model.V": read_config(run).model.V})  # another mesh could need another V
     config = with_vocabulary(config, data.vocab_size)
     mesh = make_mesh(config)
     abstract = with_shardings(mesh, jax.eval_shape(lambda: init_state(config, jax.random.key(config.train.seed))))
@@ -255,7 +261,7 @@ def fit(
 
 
 def _check_same(config: Config, data: TrainingData) -> None:
-    """Of several processes, all must have the same config and data. Text and tokenizer may lie elsewhere on each."""
+    """Check that all processes have the same config and data. The paths of text and tokenizer may differ."""
     fields = {f"{s}.{n}": value for s, section in config.to_dict().items() for n, value in section.items()}
     tokenizer = data.tokenizer and data.tokenizer.name
     content = {"text": data.hash, "held-out text": data.heldout_hash, "tokenizer": tokenizer}
@@ -263,7 +269,7 @@ def _check_same(config: Config, data: TrainingData) -> None:
 
 
 def _batch_part(config: Config, mesh) -> dict[str, int]:
-    """Bytes of the largest batch on one device."""
+    """Return the bytes of the largest batch on one device."""
     batch = abstract_batch(mesh, family_of(config.model).example_batch(config))
     return {f"a batch of B={config.data.B} x T={config.data.T}": local_bytes(batch)}
 
@@ -277,7 +283,7 @@ def _train(run: Run, state: TrainState, profile: bool) -> Result:
     run.say(kernels(choices))
     folder = None
     if processes.is_writer():
-        write_config(run.folder, run.config, run.data.tokenizer)  # only now: a refused start leaves no folder
+        write_config(run.folder, run.config, run.data.tokenizer)  # only now, so that a failed start leaves no folder
         run.log, folder = MetricsLog(run.folder, after_step=step), Path(run.folder) / "profile" if profile else None
     run.trace = StepTrace(folder, step, run.config.train.steps, run.say)
     with contextlib.closing(run.log) if run.log else contextlib.nullcontext(), run.trace:
@@ -298,7 +304,7 @@ def _loop(run: Run, step_function: Callable, state: TrainState, batch: dict) -> 
         run.trace.before(step)
         pace.before()
         state, metrics = step_function(state, batch)
-        asked_any = processes.any_process(mesh, run.asked(), after=metrics["loss"])  # all stop at one step
+        asked_any = processes.any_process(mesh, run.asked(), after=metrics["loss"])  # all stop at the same step
         batch = run.next_batch()  # while the device works
         metrics = jax.device_get(metrics)
         pace.after()

@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl, and the peak of the chip."""
+"""The metrics of a run: the file metrics.jsonl, the speed of the training, and the peak performance of the chip."""
 
 import json
 import logging
@@ -19,13 +19,13 @@ log = logging.getLogger(__name__)
 
 
 def peak_flops(devices: int = 1) -> float | None:
-    """The bf16 peak of `devices` devices together; None if the chip is not known."""
+    """Return the bf16 peak of `devices` devices together, in FLOP per second; None if the chip is not known."""
     chip = of_kind(jax.devices()[0].device_kind)
     return None if chip is None else devices * chip.flops
 
 
 class Pace:
-    """How fast a run trains. The first step is not measured, because it takes longer.
+    """The speed of a training. The first step is not measured, because it takes longer.
 
     `rate`: tokens per second, None before two steps are done. `outside`: the share of the wall time that was spent
     outside the jitted step.
@@ -50,7 +50,7 @@ class Pace:
             self._started = self._now
 
     def end(self) -> None:
-        """Must be called when the last checkpoint is written, whose time then counts as well."""
+        """Must be called when the last checkpoint is written, so that its time counts as well."""
         self._now = time.perf_counter()
 
     @property
@@ -66,7 +66,10 @@ class Pace:
         return max(self._now - self._started, 1e-9)
 
     def row(self) -> dict[str, float]:
-        """Tokens per second, and the share of the devices' peak if it is known; empty before two steps are done."""
+        """Return the tokens per second and, if the peak is known, `mfu`, the share of the peak.
+
+        The result is empty before two steps are done.
+        """
         if (rate := self.rate) is None:
             return {}
         return {"tokens_per_second": rate} | ({"mfu": rate * self._flops / self._peak} if self._peak else {})
@@ -88,7 +91,7 @@ class MetricsLog:
     def write(self, row: dict) -> None:
         line = json_text(row).encode() + b"\n"
         with writing(self.path):
-            while line:  # a disk that becomes full writes only a part
+            while line:  # a disk that is almost full writes only a part
                 line = line[self._file.write(line) :]
 
     def close(self) -> None:
@@ -100,10 +103,10 @@ def _is_number(value: Any) -> bool:
 
 
 def read_metrics(run_folder: str | os.PathLike) -> list[dict]:
-    """The rows of a run's metrics.jsonl, each with at least step, tokens, loss and learning_rate; null becomes NaN.
+    """Return the rows of a run's metrics.jsonl, each with at least step, tokens, loss and learning_rate.
 
-    Damaged lines, and lines that are not rows of metrics, are left out and logged. An incomplete last line, which a
-    crash leaves, is left out without a message.
+    null becomes NaN. Damaged lines, and lines that are not rows of metrics, are left out and logged. An incomplete last
+    line, which a crash leaves, is left out without a message.
     """
     path, rows, bad = Path(run_folder) / "metrics.jsonl", [], []
     *lines, last = path.read_bytes().split(b"\n") if path.is_file() else [b""]
@@ -125,6 +128,6 @@ def read_metrics(run_folder: str | os.PathLike) -> list[dict]:
 
 
 def metrics_of(run_folder: str | os.PathLike) -> Columns:
-    """The metrics of a run as columns: step, tokens, loss, learning_rate and then the others."""
+    """Return the metrics of a run as columns: step, tokens, loss, learning_rate and then the others."""
     first = ("step", "tokens", "loss", "learning_rate")
     return Columns.of({name: row[name] for name in first} | row for row in read_metrics(run_folder))

@@ -1,4 +1,4 @@
-"""The display of a run in a notebook: lines, a bar, and a picture of the loss that is drawn again while it trains."""
+"""The display of a run in a notebook: lines, a bar, and a picture of the loss that is updated during the training."""
 
 import base64
 import io
@@ -13,38 +13,38 @@ from stickjax.evaluation.plots import plot_training
 from stickjax.training.metrics import read_metrics
 from stickjax.training.progress import Progress
 
-BAR_SECONDS, PICTURE_SECONDS = 0.5, 3.0  # the least time between two displays of each
-PICTURE_SHARE = 0.05  # of the time of a run, at most, goes into pictures
+BAR_SECONDS, PICTURE_SECONDS = 0.5, 3.0  # the shortest time between two updates of each
+PICTURE_SHARE = 0.05  # the largest share of the time of a run that is spent on pictures
 
 
 def in_notebook() -> bool:
-    """Whether this process is the kernel of a notebook. The shell of IPython in a terminal is none."""
+    """Return whether this process is the kernel of a notebook. The IPython shell in a terminal is not."""
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     return hasattr(shell, "kernel")
 
 
 def progress_of(run: str, config: Config, *, quiet: bool) -> Progress:
-    """The display for this process."""
+    """Return the display for this process: for a notebook, or for a terminal."""
     return NotebookProgress(run, config) if in_notebook() and not quiet else Progress(config, quiet=quiet)
 
 
 class NotebookProgress(Progress):
-    """Below the cell: the lines, a bar with the newest row, and a picture of the loss if matplotlib is installed."""
+    """The display below a cell: lines, a bar with the newest row and, with matplotlib, a picture of the loss."""
 
-    _is_terminal = False  # a kernel sets FORCE_COLOR, which rich takes for a terminal
+    _is_terminal = False  # a notebook kernel sets FORCE_COLOR, so rich would detect a terminal
 
     def __init__(self, run: str, config: Config):
         super().__init__(config)
         self._run, self._rows, self._handles, self._next = run, [], {}, {"bar": 0.0, "picture": 0.0}
         try:
-            import matplotlib.figure  # noqa: F401, a second that is not a part of any step
+            import matplotlib.figure  # noqa: F401, takes a second, now instead of in a step
         except ImportError:
             self._draws = False
         else:
             self._draws = True
 
     def update(self, row: dict) -> None:
-        # A resumed run has rows in its file already; the newest one is there as well.
+        # The file of a resumed run has earlier rows. It already has the newest row, too.
         self._rows = [*self._rows, row] if self._rows else read_metrics(self._run) or [row]
         self._show()
 
@@ -73,7 +73,7 @@ class NotebookProgress(Progress):
         return f"{text.getvalue()} {row['step']}/{self._steps}  {self.words(row)}"
 
     def _display(self, name: str, content: dict[str, str]) -> None:
-        """Show a display for the first time, or change it in its place."""
+        """Show the display `name`, or update it if it is already shown."""
         from IPython.display import display
 
         if name in self._handles:

@@ -1,7 +1,7 @@
 """AdamW under muP, its learning rate by tokens, and float32 masters of parameters that are stored in a smaller type.
 
 A parameter that is stored in a smaller type than float32 has a float32 copy in the optimizer state, its master. The
-updates are added to the master, and the parameter is the master, rounded.
+updates are added to the master, and the parameter is set to the rounded master.
 """
 
 import fnmatch
@@ -18,7 +18,7 @@ from stickjax.training.schedules import Transform, make_token_schedule, scale_by
 
 
 def is_trainable(name: str, trainable: str) -> bool:
-    """Whether a parameter is trainable: it matches a pattern of `optim.trainable`, and no pattern after a !.
+    """Return whether a parameter is trainable: it matches a pattern of `optim.trainable`, and no pattern after a !.
 
     >>> [is_trainable("blocks.ffn.router.weight", patterns) for patterns in ("*.router.*", "!*.router.*", "*,!embed")]
     [True, False, True]
@@ -31,11 +31,11 @@ def is_trainable(name: str, trainable: str) -> bool:
 
 
 def label_tree(params, trainable: str = "*"):
-    """A tree like params with the label of every parameter: "matrix", "embedding", "vector" or "frozen".
+    """Return a tree like `params` with the label of every parameter: "matrix", "embedding", "vector" or "frozen".
 
     `trainable`: patterns of the names of trainable parameters (blocks.ffn.router.weight), separated by commas. A
-    pattern after a ! names frozen parameters; if all patterns have a !, all other parameters are trainable. ValueError
-    for a pattern that matches no name.
+    pattern after a ! names frozen parameters; if all patterns have a !, all other parameters are trainable. Raises
+    ValueError for a pattern that matches no name.
     """
     patterns, names = [pattern.removeprefix("!") for pattern in trainable.split(",")], []
 
@@ -51,28 +51,28 @@ def label_tree(params, trainable: str = "*"):
 
 
 def stop_frozen_gradients(config: Config, params):
-    """The parameters; the ones that `optim.trainable` freezes get no gradient."""
+    """Return the parameters, without a gradient for the ones that `optim.trainable` freezes."""
     freeze = lambda label, x: jax.lax.stop_gradient(x) if label == "frozen" else x  # noqa: E731
     return jax.tree.map(freeze, label_tree(params, config.optim.trainable), params)
 
 
 def make_optimizer(config: Config, params) -> Transform:
-    """AdamW under muP: the learning rate of matrices is eta / m_width, of embeddings, norms and biases eta.
+    """Return AdamW under muP, with the learning rate eta / m_width for matrices and eta for all other parameters.
 
-    A chain of clipping, one Adam, decoupled weight decay (not of norms and biases), the learning rate by tokens,
-    and last the factor 1 / m_width of the matrices. Because it comes last, it also divides their weight decay, as in
-    the published models; `scale_decay` multiplies the weight decay by m_width again (strict muP). All is computed in
-    float32. A trainable parameter of a smaller type has a float32 master in the state, to which small updates are
-    added; `optax.apply_updates` then sets the parameter to the rounded master.
+    The optimizer is a chain: clipping, one Adam, decoupled weight decay (not of norms and biases), the learning rate by
+    tokens, and the factor 1 / m_width of the matrices. This factor comes last. So it also divides the weight decay of
+    the matrices, as in the published models; `scale_decay` multiplies this weight decay by m_width again (strict muP).
+    All is computed in float32. A trainable parameter of a smaller type has a float32 master in the state, which keeps
+    small updates; `optax.apply_updates` sets the parameter to the rounded master.
 
     Args:
-      config: its optim section, m_width, and tokens_per_step for updates not given `tokens=`; see `scale_by_tokens`.
+      config: the experiment. Its tokens_per_step is used for updates without `tokens=`, see `scale_by_tokens`.
       params: the parameters, or their shapes; their names and types are read.
     Returns:
-      The optimizer; `optax.tree.get(state, "learning_rate")`, `"tokens"` (an int by `int()`) and, where there are some,
-      `"masters"` are for logs. `init` also takes values of a larger type than `params` has; the masters keep it.
+      The optimizer. For logs, `optax.tree.get(state, name)` has "learning_rate", "tokens" (`int()` converts it) and, if
+      there are masters, "masters". `init` also takes values in a larger type than `params`; the masters keep them.
     Raises:
-      ValueError: a parameter has no label, a pattern of `optim.trainable` matches none, or all are frozen.
+      ValueError: a parameter has no label, a pattern of `optim.trainable` matches nothing, or all are frozen.
     """
     o, m_width = config.optim, config.model.m_width
     labels = label_tree(params, o.trainable)
@@ -99,11 +99,11 @@ def make_optimizer(config: Config, params) -> Transform:
 class Masters(NamedTuple):
     """The last part of the state of an optimizer that has masters."""
 
-    masters: Any  # a tree like the parameters; nothing in the place of a parameter without a master
+    masters: Any  # a tree like the parameters, with MaskedNode for a parameter without a master
 
 
 def _in_float32(tx: Transform, small) -> Transform:
-    """`tx` on float32 values, with a master for every parameter that is True in `small`.
+    """Return `tx` for float32 values, with a master for every parameter that is True in `small`.
 
     Without masters most updates of a bfloat16 parameter are lost, because they are below half a unit of its last place.
     Moments in bfloat16 would lose small changes, and moments in float16 would underflow to 0 / 0.

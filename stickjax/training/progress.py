@@ -12,9 +12,9 @@ from stickjax.config.command import drop_output
 
 
 class Progress:
-    """`say` prints a line, `update` shows a row of metrics. Without a terminal or a reader, nothing is shown."""
+    """The display of a run: `say` prints a line, `update` shows a row of metrics, and both do nothing when quiet."""
 
-    _is_terminal: bool | None = None  # None: rich finds out
+    _is_terminal: bool | None = None  # None: rich detects it
 
     def __init__(self, config: Config, *, quiet: bool = False):
         self._steps, self._quiet, self._tokens_per_step = config.train.steps, quiet, config.data.tokens_per_step
@@ -38,7 +38,7 @@ class Progress:
 
     @property
     def unread(self) -> bool:
-        """Whether the reader of the output is gone, as in `... | head`."""
+        """Whether the reader of the output has closed it, as in `... | head`."""
         return self._output.unread
 
     def say(self, text: str) -> None:
@@ -46,7 +46,7 @@ class Progress:
             self._console.print(text)
 
     def words(self, row: dict) -> str:
-        """A row as words; one without `tokens_per_second` has no rate and no time left yet."""
+        """Return a row of metrics as text. Without `tokens_per_second`, the rate and the time left are "-"."""
         share = f"{row['accuracy']:.1%} right" if "accuracy" in row else f"{row['loss'] / math.log(2):.3f} bits/token"
         rate = row.get("tokens_per_second")
         left = "-" if rate is None else f"{(self._steps - row['step']) * self._tokens_per_step / rate:,.0f} s"

@@ -1,7 +1,7 @@
-"""The Power learning-rate schedule and its relatives, all lengths in tokens (arXiv 2408.13359).
+"""The Power learning-rate schedule (arXiv 2408.13359) and similar ones. All lengths are in tokens.
 
-A *token schedule* is a pure function `(tokens, batch_size, left) -> learning rate`. `power_schedule` drives it by the
-step; `scale_by_tokens` by an exact count of the tokens seen, which stays right when the batch size changes.
+A *token schedule* is a pure function `(tokens, batch_size, left) -> learning rate`. `power_schedule` computes the
+tokens from the number of the step. `scale_by_tokens` counts the tokens exactly, also when the batch size changes.
 """
 
 import math
@@ -15,13 +15,13 @@ import optax
 from stickjax.config import Config
 from stickjax.config.fields import nearest
 
-SEQUENCE = 4096  # tokens in one of the sequences in which the law counts the batch
-UNIT = 2.0**36  # tokens, about 7e10: dividing by a power of two is exact
+SEQUENCE = 4096  # tokens; the law measures the size of a batch in sequences of this length
+UNIT = 2.0**36  # tokens, about 7e10; a power of two, because dividing by it is exact
 Transform = optax.GradientTransformationExtraArgs
 TokenSchedule = Callable[..., jax.Array]
 
-# Each shape falls from 1 to 0 as r, the share of the decay that is still to come, falls from 1 to 0. A share of what
-# has passed would not reach exactly 1 at the last step in float32; r reaches exactly 0.
+# r is the share of the decay that remains. Each shape falls from 1 to 0 while r falls from 1 to 0. At the last step r
+# is exactly 0 in float32; the share of the decay that has passed would not be exactly 1.
 DECAYS = {
     "exponential": lambda r: jnp.expm1(r) / math.expm1(1),
     "linear": lambda r: r,
@@ -33,7 +33,7 @@ DECAYS = {
 def power_by_tokens(
     *, warmup_tokens, total_tokens=None, decay_tokens=0, decay="exponential", a=4, b=-0.51, max_value=0.02, end_ratio=0
 ) -> TokenSchedule:
-    r"""The Power schedule (Shen et al., arXiv 2408.13359) by the tokens n already trained, the warmup included.
+    r"""Return the Power schedule (Shen et al., arXiv 2408.13359) as a function of n, the tokens trained so far.
 
     .. math::
         \eta(n) = \min(\eta_{max}, \beta a n^b), \qquad
@@ -41,20 +41,20 @@ def power_by_tokens(
 
     Args:
       warmup_tokens: W, length of the linear warmup (to eta(W), not to the cap), in tokens.
-      total_tokens: N, length of the run, in tokens. None: never decays. Any checkpoint of such a run can be
-        continued with a decay later, as if that had been planned from the start.
+      total_tokens: N, length of the run including the warmup, in tokens. None: never decays. Any checkpoint of such a
+        run can be continued with a decay later, as if the decay had been planned from the start.
       decay_tokens: M, length of the decay at the end, in tokens; it starts from eta(N - M). None: it is N - W, so that
         the decay begins where the warmup ends.
       decay: f, from 1 to d: exponential, (1 - d) e/(e-1) exp(-x) + (d e - 1)/(e-1); linear; sqrt, 1 - sqrt(x); cosine.
       a, b, max_value: scale and exponent of the law, and its cap eta_max.
-      end_ratio: d, the last learning rate as a share of the one where the decay began.
+      end_ratio: d, the last learning rate divided by the learning rate at the start of the decay.
 
     Returns:
-      `(tokens, batch_size, left=None) -> learning rate`, a strong float32; batch_size is beta, in sequences of 4096
-      tokens. `left` is the number of tokens still to come; None: N - n. A run whose earlier batches had other sizes
-      passes `left`, and N is then n + left.
+      `(tokens, batch_size, left=None) -> learning rate`, in float32, not weakly typed; batch_size is beta, in sequences
+      of 4096 tokens. `left` is the number of tokens still to come; None: N - n. Pass `left` if earlier batches of the
+      run had another size; N is then n + left.
     Raises:
-      ValueError: a length is negative or not finite, the parts exceed the whole, or the decay is unknown.
+      ValueError: a length is negative or not finite, warmup and decay exceed the run, or the decay is unknown.
 
     >>> learning_rate = power_by_tokens(warmup_tokens=10**9, total_tokens=32 * 10**9, decay_tokens=32 * 10**8)
     >>> [f"{learning_rate(n, 128):.6f}" for n in (0, 10**9, 10**10, 32 * 10**9)]
@@ -66,7 +66,7 @@ def power_by_tokens(
     decays = decay_tokens != 0
 
     def schedule(tokens, batch_size, left=None):
-        n = jnp.asarray(tokens, jnp.float32)  # strong: a weak learning rate would turn into the type of the parameters
+        n = jnp.asarray(tokens, jnp.float32)  # not weakly typed, else it would become the type of the parameters
         last = math.inf
         if decays:
             left = float(total_tokens) - n if left is None else jnp.asarray(left, jnp.float32)
@@ -85,10 +85,10 @@ def power_by_tokens(
 
 
 def wsd_by_tokens(*, warmup_tokens, **shape) -> TokenSchedule:
-    """Warmup, stable, decay (arXiv 2404.06395): the Power schedule at its cap all the time; it takes no a and b.
+    """Return the schedule warmup, stable, decay (arXiv 2404.06395): the Power schedule, always at its cap.
 
-    If the decay begins where the warmup ends, this is the usual cosine (or linear) schedule; without a decay, the
-    constant one.
+    It takes the arguments of `power_by_tokens` except a and b. If the decay begins where the warmup ends, this is the
+    usual cosine (or linear) schedule. Without a decay, it is the constant schedule.
 
     >>> learning_rate = wsd_by_tokens(warmup_tokens=100, total_tokens=1000, decay_tokens=200, decay="linear")
     >>> [f"{learning_rate(n, 1):.3f}" for n in (50, 100, 800, 900, 1000)]
@@ -98,13 +98,13 @@ def wsd_by_tokens(*, warmup_tokens, **shape) -> TokenSchedule:
 
 
 def power_schedule(*, tokens_per_step, batch_size=None, warmup_tokens, start_tokens=0, **law) -> optax.Schedule:
-    """The Power schedule as a function of the step: `power_by_tokens` at n = start_tokens + count * tokens_per_step.
+    """Return `power_by_tokens` as a function of the step `count`, at n = start_tokens + count * tokens_per_step.
 
     Args:
       tokens_per_step: tokens in one step.
-      batch_size: beta, in sequences of 4096 tokens; None is tokens_per_step / 4096, whatever their real length.
+      batch_size: beta, in sequences of 4096 tokens; None: tokens_per_step / 4096, also if T is not 4096.
       warmup_tokens, **law: the arguments of `power_by_tokens`.
-      start_tokens: tokens trained before step 0, of a run that goes on with another batch size.
+      start_tokens: tokens trained before step 0, for a run that continues with another batch size.
 
     Raises:
       ValueError: as `power_by_tokens`, or tokens_per_step or batch_size is not positive.
@@ -117,7 +117,10 @@ def power_schedule(*, tokens_per_step, batch_size=None, warmup_tokens, start_tok
 
 
 def wsd_schedule(*, tokens_per_step, warmup_tokens, start_tokens=0, **shape) -> optax.Schedule:
-    """`wsd_by_tokens` as a function of the step; arguments as in `power_schedule`, without batch_size, a and b."""
+    """Return `wsd_by_tokens` as a function of the step.
+
+    The arguments are as in `power_schedule`, without batch_size, a and b.
+    """
     return _by_steps(wsd_by_tokens(warmup_tokens=warmup_tokens, **shape), tokens_per_step, None, start_tokens)
 
 
@@ -133,7 +136,10 @@ def _by_steps(schedule: TokenSchedule, tokens_per_step, batch_size=None, start_t
 
 
 class TokenCount(NamedTuple):
-    """A whole number of tokens in two uint32 words: exact to 2^64 where JAX has no int64 and float32 stops at 2^24."""
+    """A number of tokens in two uint32 words, exact below 2^64.
+
+    JAX has no int64 by default, and float32 is exact only up to 2^24.
+    """
 
     high: jax.Array
     low: jax.Array
@@ -141,7 +147,7 @@ class TokenCount(NamedTuple):
     @classmethod
     def of(cls, tokens) -> "TokenCount":
         if not jnp.issubdtype(jnp.result_type(tokens), jnp.integer):
-            raise ValueError(f"tokens must be an integer, not {jnp.result_type(tokens)}: a float loses count past 2^24")
+            raise ValueError(f"tokens must be an integer, not {jnp.result_type(tokens)}: float32 is exact only to 2^24")
         if isinstance(tokens, jax.Array):
             return cls(jnp.zeros((), jnp.uint32), tokens.astype(jnp.uint32))
         if not 0 <= tokens < 2**64:
@@ -165,16 +171,17 @@ class ScaleByTokensState(NamedTuple):
 
 
 def scale_by_tokens(schedule: TokenSchedule, tokens_per_step=None, *, batch_size=None, start_tokens=0) -> Transform:
-    """Multiply updates by -schedule(n, beta), n being the exact count of the tokens trained so far.
+    """Multiply updates by -schedule(n, beta), where n is the exact number of tokens trained so far.
 
-    `update(updates, state, params, tokens=..., left=...)` takes the tokens of this step. They are added to a counter in
-    the state, which checkpoints save, so that a run may resume with another batch size. `left`, the number of
-    tokens still to come, including this step, says where the run ends; without it, the schedule's total_tokens does.
+    `update(updates, state, params, tokens=..., left=...)` takes the number of tokens of this step. It is added to a
+    counter in the state, which checkpoints save, so that a run may resume with another batch size. `left` is the number
+    of tokens still to come, including this step. It says where the run ends. Without `left`, the run ends at the
+    schedule's total_tokens.
 
     Args:
       schedule: a token schedule, `power_by_tokens(...)` or `wsd_by_tokens(...)`; it may have two arguments if `left`
         is never given.
-      tokens_per_step: tokens of a step whose update is not given `tokens=`.
+      tokens_per_step: the tokens of a step if `update` is called without `tokens=`.
       batch_size: beta, in sequences of 4096 tokens; None: tokens / 4096 of each step.
       start_tokens: tokens trained before the first update.
     Raises:
@@ -205,7 +212,10 @@ def scale_by_tokens(schedule: TokenSchedule, tokens_per_step=None, *, batch_size
 
 
 def make_token_schedule(config: Config) -> TokenSchedule:
-    """The token schedule of `config.optim`. power and wsd have `decay_tokens`; cosine decays over the whole run."""
+    """Return the token schedule of `config.optim`.
+
+    The schedules power and wsd use `decay_tokens`; cosine decays from the end of the warmup to the end of the run.
+    """
     o = config.optim
     # A run that warmed up with larger batches has more tokens than steps * B * T.
     total = max(config.total_tokens, o.warmup_tokens + o.decay_tokens)
@@ -219,7 +229,7 @@ def make_token_schedule(config: Config) -> TokenSchedule:
 
 
 def make_schedule(config: Config) -> optax.Schedule:
-    """The schedule of `config.optim` as a function of the step, for logs and plots."""
+    """Return the schedule of `config.optim` as a function of the step, for logs and plots."""
     return _by_steps(make_token_schedule(config), config.data.tokens_per_step)
 
 

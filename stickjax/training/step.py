@@ -16,7 +16,10 @@ from stickjax.training.optimizer import is_trainable, make_optimizer
 
 
 class TrainState(NamedTuple):
-    """Everything a step changes. `bad_steps`: steps in a row that were skipped because they were not finite."""
+    """Everything that a step changes.
+
+    `bad_steps`: how many steps in a row were skipped, because their loss or gradient was not finite.
+    """
 
     params: Any  # the model
     opt_state: Any
@@ -26,7 +29,7 @@ class TrainState(NamedTuple):
 
 
 def init_state(config: Config, key: jax.Array) -> TrainState:
-    """The state before the first step."""
+    """Return the state before the first step."""
     k_init, k_train = jax.random.split(key)
     params = family_of(config.model).init(config.model, k_init)
     opt_state = make_optimizer(config, params).init(params)
@@ -35,14 +38,18 @@ def init_state(config: Config, key: jax.Array) -> TrainState:
 
 
 def tokens_of(state: TrainState) -> int:
-    """The tokens trained so far: B * T of every step that was not skipped, with the B and T of that step."""
+    """Return the number of tokens trained so far: the sum of B * T over the steps that were not skipped.
+
+    It uses the B and T that each step had.
+    """
     return int(optax.tree.get(state.opt_state, "tokens"))
 
 
 def with_params(config: Config, state: TrainState, model) -> TrainState:
-    """The state before the first step, with the parameters of `model`, which may be stored in a larger type.
+    """Return the state before the first step, with the parameters of `model`.
 
-    If there are masters, they keep exactly these values.
+    `model` may store them in a larger type than `state`. If the optimizer has float32 masters, these keep the values
+    of `model` exactly.
     """
     values = jax.tree.unflatten(jax.tree.structure(state.params), jax.tree.leaves(model))
     params = jax.tree.map(lambda value, param: value.astype(param.dtype), values, state.params)
@@ -50,10 +57,10 @@ def with_params(config: Config, state: TrainState, model) -> TrainState:
 
 
 def make_step(config: Config, mesh: Mesh | None = None) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
-    """The pure step `(state, batch) -> (state, metrics)`; `jit_step` jits it.
+    """Return the pure step `(state, batch) -> (state, metrics)`; `jit_step` jits it.
 
-    On a mesh every device takes its part of each microbatch (`gradients.mesh_gradients`), and the state is divided by
-    `parameters.shardings`.
+    On a mesh every device takes its part of each microbatch (`gradients.mesh_gradients`). `parameters.shardings` says
+    how the state is divided.
     """
     family, steps = family_of(config.model), config.train.steps
     gradients = mesh_gradients(mesh, batch_gradients(config))
@@ -66,7 +73,8 @@ def make_step(config: Config, mesh: Mesh | None = None) -> Callable[[TrainState,
 
         def update():
             optimizer = make_optimizer(config, state.params)
-            left = (steps - state.step).astype(jnp.float32) * float(config.data.tokens_per_step)  # it overflows int32
+            # In float32, because the number of tokens overflows int32.
+            left = (steps - state.step).astype(jnp.float32) * float(config.data.tokens_per_step)
             with jax.numpy_dtype_promotion("standard"):  # optax multiplies int32 and floats
                 updates, opt_state = optimizer.update(grads, state.opt_state, state.params, left=left)
                 params = optax.apply_updates(state.params, updates)
@@ -87,9 +95,10 @@ def make_step(config: Config, mesh: Mesh | None = None) -> Callable[[TrainState,
 
 
 def jit_step(config: Config, mesh: Mesh | None, state: TrainState) -> Callable:
-    """`make_step`, jitted: the state is donated, and keeps the shardings of `parameters.shardings`.
+    """Return the step of `make_step`, jitted.
 
-    Only the structure and the shapes of `state` are read.
+    The step donates the state, and the new state has the shardings of `parameters.shardings`. The values of `state` are
+    not read here, only its structure and its shapes.
     """
     places = None if mesh is None else (shardings(mesh, state), None)
     return jax.jit(make_step(config, mesh), donate_argnums=0, out_shardings=places)

@@ -1,4 +1,4 @@
-"""Requests to stop a training: a signal, a lost terminal, a closed output pipe, a launcher that is gone."""
+"""Requests to stop a training: a signal, a lost terminal, a closed output pipe, a lost launcher."""
 
 import contextlib
 import signal
@@ -10,9 +10,9 @@ from stickjax.training.progress import Progress
 
 @contextlib.contextmanager
 def stop_requests(progress: Progress) -> Iterator[Callable[[], int]]:
-    """Yields a function that returns the number of the signal that asks for a stop, or 0.
+    """Yield a function that returns the number of the signal that asks for a stop, or 0.
 
-    The signals are SIGTERM, SIGINT (Ctrl-C) and SIGHUP, which a lost terminal sends; SIGHUP stays ignored after nohup.
+    The signals are SIGTERM, SIGINT (Ctrl-C) and SIGHUP, which a lost terminal sends. After nohup, SIGHUP is ignored.
     A closed output pipe counts as SIGPIPE, a lost launcher as SIGHUP. A second Ctrl-C interrupts at once.
     """
     asked: list[int] = []

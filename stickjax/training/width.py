@@ -1,6 +1,7 @@
 """The model at any width, with muP and without, and the short trainings that `stickjax.sweeps` compares.
 
-Under muP (Yang et al., `Tensor Programs V <https://arxiv.org/abs/2203.03466>`_) one learning rate suits all widths.
+Under muP (Yang et al., `Tensor Programs V <https://arxiv.org/abs/2203.03466>`_) the best learning rate is the same at
+every width.
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ from stickjax.training.optimizer import label_tree, make_optimizer
 from stickjax.training.schedules import SEQUENCE
 from stickjax.training.step import TrainState, init_state, make_step
 
-# Minutes on two CPU cores for a whole sweep; m_width is 1 at D = 64.
+# A small config: a whole sweep takes minutes on two CPU cores. m_width is 1 at D = 64.
 SMALL = Config().replace(
     {
         "model.D": 64, "model.L": 2, "model.N": 4, "model.K": 4, "model.H": 16, "model.F": 128, "model.m_emb": 12.0,
@@ -36,7 +37,9 @@ SMALL = Config().replace(
 
 
 def at_width(config: Config, width: int, *, mup: bool, base: float | None = None) -> Config:
-    r"""The config with D = width. N, K and F grow with it; H, and so the scale of q.k, stays the same.
+    r"""Return the config with D = width.
+
+    N, K and F grow in proportion to D. H stays the same, and so does the scale of q.k.
 
     .. math::
         m_{width} = width / base \text{ with muP}, \qquad m_{width} = 1 \text{ without}
@@ -48,8 +51,8 @@ def at_width(config: Config, width: int, *, mup: bool, base: float | None = None
       config: the experiment at some width.
       width: the new D.
       mup: whether m_width follows the width.
-      base: the width at which m_width is 1; None: D / m_width of the config, so that at its own width the config does
-        not change.
+      base: the width at which m_width is 1. None: D / m_width of the config, so that width = D does not change the
+        config.
 
     Raises:
       ValueError: N, K or F would not be a whole number.
@@ -70,7 +73,10 @@ def at_width(config: Config, width: int, *, mup: bool, base: float | None = None
 
 
 def activations(model: Transformer, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """The activations: the embedding, the branches and the residual stream of every layer, and the logits."""
+    """Return the activations of a model by name.
+
+    They are the embedding, the branches and the residual stream of every layer, and the logits.
+    """
     c, segment_ids = model.config, batch["segment_ids"]
     context = Context(segment_ids, segment_ids, segment_positions(segment_ids), 0)
     x = c.m_emb * cast(model.embed, c)[batch["tokens"]]
@@ -94,7 +100,7 @@ def activations(model: Transformer, batch: dict[str, jax.Array]) -> dict[str, ja
 
 
 def transformer(config: Config, width: int, mup: bool) -> tuple:
-    """(params, optimizer, forward) of the model at a width, for `coordinate_check`.
+    """Return (params, optimizer, forward) of the model at a width, for `coordinate_check`.
 
     `forward(params)` is (training loss, activations) on the first batch of the config's text. The learning rate is
     peak_lr from the first step on, because the few steps of a check would all lie in the warmup.
@@ -112,12 +118,13 @@ def transformer(config: Config, width: int, mup: bool) -> tuple:
 
 @functools.lru_cache(maxsize=1)
 def training(config: Config) -> Callable[[float], np.ndarray]:
-    """`run(learning_rate)`: the training loss of every step, from the same start and on the same batches.
+    """Return a function `run(learning_rate)` that trains the config and returns the training loss of every step.
 
-    The rate is constant after the config's warmup; its schedule and peak_lr are not read. Nothing is written.
+    Every call starts from the same parameters and trains on the same batches. The learning rate is constant after the
+    config's warmup; the config's schedule and peak_lr are not used. Nothing is written.
     """
     changes = {"optim.schedule": "constant", "optim.peak_lr": 1.0, "optim.decay_tokens": 0}
-    # With masters the update would be the rounded step of a master at rate 1, which is scaled below.
+    # In float32, because with masters the update at rate 1 would be rounded before it is scaled below.
     config = config.replace(changes | {"model.param_dtype": "float32"})
     batches = _batches(config)
     start = _start(config)
@@ -126,7 +133,7 @@ def training(config: Config) -> Callable[[float], np.ndarray]:
     @jax.jit
     def step(state, batch, rate):
         # An update is proportional to the learning rate. So the step is compiled once, for a rate of one, and its
-        # update is scaled. The router's bias, which no gradient reaches, moves by a rule of its own.
+        # update is scaled. The update of a router's bias does not depend on the learning rate, so it is not scaled.
         new, metrics = one(state, batch)
         move = lambda label, old, new: new if label == "frozen" else old + rate.astype(old.dtype) * (new - old)  # noqa: E731
         params = jax.tree.map(move, label_tree(state.params), state.params, new.params)
@@ -143,33 +150,37 @@ def training(config: Config) -> Callable[[float], np.ndarray]:
 
 
 def last_loss(losses: np.ndarray) -> float:
-    """The mean loss of the last quarter of the steps. Every batch is new text, so no held-out text is needed."""
+    """Return the mean loss of the last quarter of the steps.
+
+    Every batch is new text, so no held-out text is needed.
+    """
     return float(losses[-max(1, len(losses) // 4) :].mean())
 
 
 def final_loss(config: Config, width: int, learning_rate: float, mup: bool) -> float:
-    """The loss at the end of a short training at a width, for `learning_rate_sweep`; NaN when it diverged."""
+    """Return the loss at the end of a short training at a width, for `learning_rate_sweep`; NaN if it diverged."""
     return last_loss(training(at_width(config, width, mup=mup))(learning_rate))
 
 
 def power_law_records(
     config: Config, learning_rates: Iterable[float], *, tokens: Iterable[int], batch_sizes: Iterable[int] | None = None
 ) -> Records:
-    """Losses after several numbers of tokens at constant rates, for `fit_power_law`.
+    """Return the losses of trainings of several lengths at constant learning rates, for `fit_power_law`.
 
-    Without a decay a long run passes through all shorter ones, so there is one run for every rate and batch size.
+    Without a decay, a long run contains all shorter ones. So there is one run for every rate and batch size.
 
     Args:
       config: the experiment; its steps and schedule are not read.
       learning_rates: the constant rates.
       tokens: the lengths of training, in tokens.
-      batch_sizes: values of B; None: the config's B alone.
+      batch_sizes: values of B; None: only the config's B.
 
     Returns:
-      A record {"tokens", "batch_size" (in sequences of 4096 tokens), "learning_rate", "loss"} each.
+      A record {"tokens", "batch_size" (in sequences of 4096 tokens), "learning_rate", "loss"} for every length, batch
+      size and learning rate.
 
     Raises:
-      ValueError: a length is below one step.
+      ValueError: a length is shorter than one step.
     """
     tokens, learning_rates, records = sorted(tokens), list(learning_rates), []
     for B in batch_sizes or [config.data.B]:
@@ -187,14 +198,14 @@ def power_law_records(
 
 
 def _start(config: Config) -> TrainState:
-    """The state before the first step, made with a random generator that compiles in a third of the time."""
+    """Return the state before the first step. Its random generator compiles in a third of the time."""
     start = lambda: init_state(config, jax.random.key(config.train.seed, impl="rbg"))  # noqa: E731
     check_fits(state_parts(jax.eval_shape(start)))
     return jax.jit(start)()
 
 
 def _batches(config: Config) -> list[dict[str, np.ndarray]]:
-    """The batches of all steps, so that every run sees the same batches."""
+    """Return the batches of all steps as a list, so that every run trains on the same batches."""
     corpus = _corpus(config.data)
     with_vocabulary(config, corpus.tokenizer.vocab_size)  # checks V
     return list(itertools.islice(train_loader(corpus, config.data), config.train.steps))

@@ -1,7 +1,7 @@
-"""A machine that executes, on a CPU, the PTX that a GPU would: see docs/design/ptx_machine.md.
+"""The PTX machine: it executes on a CPU, in NumPy, the PTX of GPU kernels. See docs/design/ptx_machine.md.
 
-capture.py takes the kernels out of a JAX function, compiled.py and host.py find out what a GPU would be given,
-program.py says what that is, and machine.py runs it. The other files are the parts of the machine.
+capture.py takes the kernels out of a JAX function. compiled.py and host.py find the PTX of a kernel and the way it is
+launched, as a `Program` of program.py. machine.py runs a program. The other files are the parts of the machine.
 """
 
 import importlib.util

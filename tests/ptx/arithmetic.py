@@ -1,7 +1,7 @@
 """Instructions that compute within a lane.
 
-A float32 fma is computed in float64 and rounded to float32. That rounds twice, so that the result differs from that of
-the chip, which rounds once, in about one of 2^29 cases. The approximate functions are NumPy's, rounded to float32.
+A float32 fma is computed in float64 and then rounded to float32. It is rounded twice, but on the chip only once, so the
+results differ in about one of 2^29 cases. The approximate functions are NumPy's, rounded to float32.
 """
 
 import numpy as np
@@ -12,12 +12,12 @@ WARP = 32
 
 
 def _flushed(x):
-    """Denormal float32 numbers become zero, as `.ftz` asks."""
+    """Replace denormal float32 numbers by zero, as `.ftz` requires."""
     return np.where(np.abs(x) < np.float32(2.0**-126), np.copysign(np.float32(0), x), x)
 
 
 def _elementwise(decoder, x, kind, function, out_kind=None, ftz=False):
-    """d = function(a, b, ..) for all operands but the first, of one type."""
+    """Return the instruction d = function(a, b, ..), where d is the first operand and all others have type `kind`."""
     write = decoder.write(x.operands[0], out_kind or kind)
     reads = [decoder.read(operand, kind) for operand in x.operands[1:]]
     if ftz:
@@ -118,7 +118,7 @@ def shift(decoder, x, match):
 
 
 def _high(kind):
-    """The upper half of a product."""
+    """Return a function that computes the upper half of a product of two integers."""
     if kind in ("s32", "u32"):
         wide = np.int64 if kind == "s32" else np.uint64
         return lambda a, b: ((a.astype(wide) * b.astype(wide)) >> wide(32)).astype(DTYPES[kind])
@@ -151,7 +151,7 @@ def integer_product(decoder, x, match):
 
 @instruction(r"(?P<name>div|rem)\.(?P<kind>[su](?:32|64))")
 def integer_division(decoder, x, match):
-    """Rounds toward zero. A division by zero gives an unspecified number on the machine, and stops here."""
+    """Divide and round toward zero. A division by zero is unspecified on the chip; here it raises an error."""
     kind, is_quotient = match["kind"], match["name"] == "div"
     write, a, b = decoder.write(x.operands[0], kind), *(decoder.read(o, kind) for o in x.operands[1:])
 
@@ -161,7 +161,7 @@ def integer_division(decoder, x, match):
         if np.any(is_zero if mask is None else is_zero & mask):
             raise ZeroDivisionError(x.text)
         divisor = np.where(is_zero, np.ones_like(divisor), divisor)  # in lanes that take no part
-        remainder = np.fmod(dividend, divisor)  # of the dividend's sign, also for the smallest integer
+        remainder = np.fmod(dividend, divisor)  # has the sign of the dividend, also for the smallest integer
         write(u, mask, (dividend - remainder) // divisor if is_quotient else remainder)
 
     return run
@@ -174,7 +174,10 @@ _COMPARISONS = {
 
 
 def _comparison(name, kind):
-    """Of floats: eq, lt and so on are false for NaN, equ, ltu and so on are true; `ne` is false for NaN as well."""
+    """Return the function of a comparison.
+
+    For floats, eq, ne, lt and so on are false if an operand is NaN; equ, neu, ltu and so on are true.
+    """
     if kind[0] != "f":
         return _COMPARISONS[name]
     if name in ("num", "nan"):
@@ -223,7 +226,7 @@ def select(decoder, x, match):
 
 @instruction(r"mov\.(?P<kind>[bsuf](?:16|32|64)|pred)")
 def move(decoder, x, match):
-    """Also packs a vector of registers into one, and unpacks one into several: the first has the low bits."""
+    """Copy a register, pack a vector of registers into one, or unpack one into several; the first has the low bits."""
     target, source = x.operands
     kind = match["kind"]
     if target.kind != "vector" and source.kind != "vector":
@@ -254,7 +257,7 @@ def move(decoder, x, match):
 
 @instruction(r"cvta(?:\.to)?\.(?:global|shared|param|local)\.u64|cvta\.u64")
 def convert_address(decoder, x, match):
-    """All addresses are in one space here."""
+    """Copy the address: in this machine, all addresses are in one space."""
     write, read = decoder.write(x.operands[0], "u64"), decoder.read(x.operands[1], "u64")
     return lambda u, mask: write(u, mask, read(u))
 
@@ -262,8 +265,8 @@ def convert_address(decoder, x, match):
 @instruction(r"cvt\.(?P<out>[bsu](?:8|16|32|64))\.(?P<kind>[bsu](?:8|16|32|64))")
 def convert_integer(decoder, x, match):
     out, kind = match["out"], match["kind"]
-    held = decoder.rows[x.operands[0].text][0]  # a narrow result fills a wider register, by its sign
-    source = x.operands[1]  # of a wider register, its lowest bits count
+    held = decoder.rows[x.operands[0].text][0]  # a narrow result is extended, by its sign, to a wider register
+    source = x.operands[1]  # only the lowest bits of a wider register are used
     wider = decoder.rows[source.text][0] if source.kind == "register" else width(kind)
     write, read = decoder.write(x.operands[0], held), decoder.read(source, wider)
 
@@ -299,7 +302,7 @@ def float_to_integer(decoder, x, match):
 
 
 def _half_bits(kind):
-    """float32 -> the 16 bits of bfloat16 or float16; a NaN becomes 0x7fff."""
+    """Return the function from float32 to the 16 bits of a bfloat16 or float16 number; a NaN becomes 0x7fff."""
     if kind == "bf16":
         return float32_to_bfloat16
     return lambda x: np.where(np.isnan(x), np.uint16(0x7FFF), np.asarray(x).astype(np.float16).view(np.uint16))
@@ -307,7 +310,7 @@ def _half_bits(kind):
 
 @instruction(r"cvt\.rn(?P<relu>\.relu)?\.(?P<kind>bf16|f16)x2\.f32")
 def convert_pair(decoder, x, match):
-    """The first of two numbers becomes the upper half."""
+    """Convert two numbers to 16 bits each and pack them; the first becomes the upper half."""
     bits, relu = _half_bits(match["kind"]), match["relu"]
     write, high, low = decoder.write(x.operands[0], "b32"), *(decoder.read(o, "f32") for o in x.operands[1:])
 

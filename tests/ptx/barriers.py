@@ -1,4 +1,4 @@
-"""Barriers of a block: the sixteen named ones, and mbarriers in shared memory."""
+"""Barriers of a thread block: the sixteen named barriers, and mbarriers in shared memory."""
 
 import numpy as np
 
@@ -7,11 +7,11 @@ from .clocks import MBARRIERS
 from .decode import SHARED, instruction
 from .faults import DivergentBarrier, Fault
 
-BLOCKED = "blocked"  # an instruction that did not run: its strand tries again when something has changed
+BLOCKED = "blocked"  # the result of an instruction that must wait: its strand tries again when something has changed
 
 
 def full_warps(u, mask, text: str) -> np.ndarray:
-    """The warps that take part, each with all of its lanes."""
+    """Return the warps in the mask. Raises DivergentBarrier if only some lanes of a warp are in it."""
     if mask is None:
         return u.warps
     parts = mask.reshape(-1, WARP)
@@ -22,14 +22,14 @@ def full_warps(u, mask, text: str) -> np.ndarray:
 
 
 class NamedBarrier:
-    """bar.sync and bar.red of one number."""
+    """The named barrier with one number, used by bar.sync and bar.red."""
 
     def __init__(self):
-        self.parties: list[tuple] = []  # (unit, warps) that wait
+        self.parties: list[tuple] = []  # the waiting (unit, warps)
         self.arrived, self.expected, self.known, self.votes = 0, None, None, None
 
     def open(self, clocks) -> None:
-        """All that wait may go on, and know what the others knew."""
+        """Let all waiting warps continue; each of them now knows what the others knew when they arrived."""
         for u, warps in self.parties:
             clocks.acquire(list(warps), self.known)
             u.released[warps] = self.votes
@@ -37,7 +37,7 @@ class NamedBarrier:
 
 
 class Mbarrier:
-    """The phase is the number of those that are complete."""
+    """An mbarrier in shared memory. `phase` is the number of completed phases."""
 
     def __init__(self, index: int, name: str, count: int):
         self.index, self.name, self.count = index, name, count
@@ -45,7 +45,7 @@ class Mbarrier:
         self.known = self.released = None
 
     def arrive(self, known, arrivals: int) -> bool:
-        """Whether that completed the phase."""
+        """Count arrivals. Return whether they completed the phase."""
         self.known = known if self.known is None else tuple(map(np.maximum, self.known, known))
         self.pending -= arrivals
         if self.pending < 0:
@@ -67,7 +67,7 @@ class Mbarrier:
 
 
 def named_barrier(decoder, x, match, operands, *, vote=None):
-    """A function (unit, mask) of a barrier at which all that take part wait."""
+    """Return the function of (unit, mask) of a barrier instruction at which all participating warps wait."""
     number = decoder.read(operands[0], "u32")
     count = decoder.read(operands[1], "u32") if len(operands) > 1 else None
 
@@ -78,7 +78,7 @@ def named_barrier(decoder, x, match, operands, *, vote=None):
             raise DivergentBarrier(f"{u.name}: its warps are at different barriers {numbers}: {x.text}")
         barrier = block.named_barrier(int(numbers[0]))
         key = tuple(warps.tolist())
-        if key in u.released:  # it waited, and the barrier has opened
+        if key in u.released:  # these warps waited, and the barrier has opened
             result = u.released.pop(key)
             if vote:
                 vote(u, mask, result)
@@ -113,7 +113,7 @@ def bar_sync(decoder, x, match):
 
 
 class _Vote:
-    """bar.red: whether the predicate holds in any or in all lanes."""
+    """The reduction of bar.red: whether the predicate is true in any lane, or in all lanes."""
 
     def __init__(self, write, read, how):
         self.write, self.read, self.how = write, read, how
@@ -145,7 +145,7 @@ def warp_barrier(decoder, x, match):
 
 
 def lanes_of(u, mask, *values):
-    """Each value [lanes that take part], and the warps of these lanes."""
+    """Return each value in the participating lanes, and the warps of these lanes."""
     lanes = np.arange(u.lanes) if mask is None else np.flatnonzero(mask)
     return *(np.broadcast_to(v, (u.lanes,))[lanes] for v in values), u.warps[lanes // WARP]
 
@@ -171,7 +171,7 @@ def mbarrier_init(decoder, x, match):
 
 
 def find_mbarrier(u, address: int, warps, text: str) -> Mbarrier:
-    """The mbarrier at an address, for one warp or several."""
+    """Return the mbarrier at an address. Raises Fault if the warps cannot know that it is initialised."""
     if int(address) not in u.block.mbarriers:
         raise Fault(f"no mbarrier at byte {int(address) - SHARED} of shared memory: {text}")
     shared, at = u.block.shared, int(address) - SHARED
@@ -216,9 +216,10 @@ def mbarrier_expect(decoder, x, match):
 
 @instruction(r"mbarrier\.(?:try|test)_wait\.parity(?:\.acquire)?(?:\.cta)?(?:\.shared(?:::cta)?)?\.b64")
 def mbarrier_wait(decoder, x, match):
-    """Waits until the phase of that parity is complete, as the loop around the instruction would.
+    """Wait until the phase of the given parity is complete, like the loop around this instruction in the PTX.
 
-    Where the lanes ask for several phases, those whose phase is not complete are told so, and come back in their loop.
+    If the lanes ask for several phases, some complete and some not, nothing waits. The instruction returns false in the
+    lanes whose phase is not complete, and their loop repeats it.
     """
     target, address, parity = x.operands[:3]
     write, address, parity = decoder.write(target, "pred"), decoder.pointer(address), decoder.read(parity, "u32")
@@ -266,5 +267,5 @@ def proxy_fence(decoder, x, match):
     r"fence\.mbarrier_init\.release\.cluster|fence\.acq_rel\.(?:cta|gpu)|membar\.cta|fence\.proxy\.async\.global"
 )
 def other_fence(decoder, x, match):
-    """Nothing to do: an mbarrier is used in order here, clocks move at barriers, and global memory has none."""
+    """Do nothing: mbarriers are used in order here, clocks advance at barriers, and global memory has no clocks."""
     return lambda u, mask: None

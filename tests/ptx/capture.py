@@ -1,6 +1,6 @@
-"""JAX functions on a CPU, with their Mosaic GPU kernels executed as the PTX that a Hopper GPU would run.
+"""Run JAX functions on a CPU and execute their Mosaic GPU kernels as the PTX that a Hopper GPU would run.
 
-What stands between the kernels is XLA's CPU code.
+XLA's CPU code computes everything between the kernels.
 """
 
 import contextlib
@@ -19,13 +19,13 @@ from .program import Program
 
 
 def run(function: Callable, *arrays, launch: Callable | None = None, program_of: Callable = compile_kernel):
-    """function(*arrays), traced as for a Hopper GPU.
+    """Return function(*arrays), traced as for a Hopper GPU.
 
     Args:
-      function: of pytrees of arrays.
-      launch: called with a program and the arrays of a kernel, inputs before outputs, to write the outputs in place;
-        `machine.launch` if None.
-      program_of: the Program for an MLIR module of Mosaic GPU.
+      function: a function of pytrees of arrays.
+      launch: a function of a program and the arrays of a kernel, inputs before outputs. It writes the outputs in place.
+        None: `machine.launch`.
+      program_of: a function that returns the Program of an MLIR module of Mosaic GPU.
     """
     if launch is None:
         from .machine import launch
@@ -34,7 +34,7 @@ def run(function: Callable, *arrays, launch: Callable | None = None, program_of:
 
 
 def programs(function: Callable, *arrays) -> list[Program]:
-    """The different Mosaic kernels of a function, in the order in which they are lowered; nothing runs."""
+    """Return the distinct Mosaic kernels of a function, in the order in which they are lowered. Nothing runs."""
     with kernels_launched_by(lambda *_: None) as found:
         jax.jit(lambda *arguments: function(*arguments)).trace(*arrays).lower()
     return list({program.ptx: program for program in found}.values())
@@ -42,9 +42,10 @@ def programs(function: Callable, *arrays) -> list[Program]:
 
 @contextlib.contextmanager
 def kernels_launched_by(launch: Callable, program_of: Callable = compile_kernel) -> Iterator[list[Program]]:
-    """Functions that are compiled inside see a Hopper GPU, and their Mosaic kernels become calls of `launch`.
+    """Let functions that are compiled inside this context see a Hopper GPU, and call `launch` for their Mosaic kernels.
 
-    The list gets the program of every kernel that is lowered. What `launch` raised first is raised at the end.
+    The yielded list receives the program of every kernel that is lowered. The first error that `launch` raises is
+    raised again at the end of the context.
     """
     from jax._src.pallas import mpmd
     from jax._src.pallas.mosaic_gpu import pallas_call_registration as registration
@@ -66,18 +67,18 @@ def kernels_launched_by(launch: Callable, program_of: Callable = compile_kernel)
     with platform.absent_gpu(), mock.patch.object(mpmd, "_mpmd_map_fallback_lowering", lower):
         try:
             yield found
-        finally:  # before what follows from it
+        finally:  # an error of a launch comes first: an error in the body may only be its consequence
             host.raise_error()
 
 
 class Host:
-    """Launches programs from inside of XLA's code, where an exception would arrive as a text."""
+    """Launches programs from inside XLA's code. It keeps their exceptions, which XLA would turn into a text."""
 
     def __init__(self, launch: Callable):
         self.launch, self.errors, self.one_at_a_time = launch, [], threading.Lock()
 
     def call(self, ctx, program: Program, *arguments):
-        """For a lowering rule, in place of the call of a kernel on the GPU."""
+        """Emit a call of the host for a lowering rule, instead of the call of a kernel on the GPU."""
         from jax._src.interpreters import mlir
 
         outputs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in ctx.avals_out]
@@ -95,20 +96,20 @@ class Host:
         return mlir.lower_fun(lambda *inputs: jax.pure_callback(on_host, outputs, *inputs))(ctx, *arguments)
 
     def raise_error(self) -> None:
-        """The first of those that launches raised, if any."""
+        """Raise the first error of the launches, if there was one."""
         if self.errors:
             raise self.errors[0]
 
 
 def _poisoned(x) -> np.ndarray:
-    """What a kernel leaves unwritten must not look like a result."""
+    """Return an output array of NaN or, for integers, 99, so that an unwritten element does not look like a result."""
     return np.full(x.shape, jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else 99, x.dtype)
 
 
 def barrier_names(kernel) -> tuple[str, ...]:
-    """Of the mbarriers of a kernel, given as its jaxpr, in the order in which the kernel initialises them.
+    """Return the names of a kernel's mbarriers in the order in which the kernel initialises them.
 
-    Equal barriers stand together, in the place of the first of them; they are handed out from the last to the first.
+    `kernel` is a jaxpr. Equal barriers form one group at the place of the first of them, in reverse order.
     """
     from jax._src.pallas.mosaic_gpu import core
 

@@ -1,6 +1,6 @@
-"""The same for Triton kernels: JAX functions on a CPU, with the kernels executed as the PTX that a GPU would run.
+"""Run JAX functions on a CPU and execute their Triton kernels as the PTX that a GPU would run.
 
-Needs triton and jax-triton, and neither the CUDA wheels nor a GPU.
+Like capture.py, but for Triton. Needs triton and jax-triton, but neither the CUDA wheels nor a GPU.
 """
 
 import contextlib
@@ -17,11 +17,11 @@ from . import machine
 from .capture import Host
 from .program import Program
 
-NULL = bytes(8)  # of the memory that Triton keeps for debuggers and profilers
+NULL = bytes(8)  # a null pointer, for the parameters that Triton adds for debuggers and profilers
 
 
 class _Kernel(NamedTuple):
-    """What jax-triton hands to the library that launches: the beginning of its arguments, in their order."""
+    """The first arguments, in order, that jax-triton passes to the library that launches kernels."""
 
     name: str
     warps: int
@@ -30,18 +30,18 @@ class _Kernel(NamedTuple):
     ptx: str
 
 
-# Triton's warps write equal values in no order where a tile has fewer rows than they need.
+# If a tile has fewer rows than the warps need, several of Triton's warps write the same value to a byte in no order.
 launch = functools.partial(machine.launch, equal_writes=True)
 
 
 def run(function: Callable, *arrays, launch: Callable = launch, device: str = "NVIDIA A100"):
-    """function(*arrays), traced as for a GPU of this name; `launch` as in `capture.run`."""
+    """Return function(*arrays), traced as for a GPU with the name `device`; `launch` as in `capture.run`."""
     with kernels_launched_by(launch, device):
         return jax.block_until_ready(jax.jit(lambda *arguments: function(*arguments))(*arrays))
 
 
 def programs(function: Callable, *arrays, device: str = "NVIDIA A100") -> list[Program]:
-    """The different Triton kernels of a function, in the order in which they are lowered; nothing runs."""
+    """Return the distinct Triton kernels of a function, in the order in which they are lowered. Nothing runs."""
     with kernels_launched_by(lambda *_: None, device) as found:
         jax.jit(lambda *arguments: function(*arguments)).trace(*arrays).lower()
     return list({program.ptx: program for program in found}.values())
@@ -49,9 +49,10 @@ def programs(function: Callable, *arrays, device: str = "NVIDIA A100") -> list[P
 
 @contextlib.contextmanager
 def kernels_launched_by(launch: Callable, device: str = "NVIDIA A100") -> Iterator[list[Program]]:
-    """Functions that are compiled inside see this GPU, and their Triton kernels become calls of `launch`.
+    """Let functions that are compiled inside this context see this GPU, and call `launch` for their Triton kernels.
 
-    The list gets the program of every kernel that is lowered. What `launch` raised first is raised at the end.
+    The yielded list receives the program of every kernel that is lowered. The first error that `launch` raises is
+    raised again at the end of the context.
     """
     from jax._src.interpreters import mlir
     from jax_triton import triton_lib
@@ -59,7 +60,7 @@ def kernels_launched_by(launch: Callable, device: str = "NVIDIA A100") -> Iterat
     host, found = Host(launch), []
 
     def lower(ctx, *arguments, **parameters):
-        """jax-triton's own rule, which compiles; the library that it calls and what it emits in the end are ours."""
+        """Run jax-triton's lowering rule, which compiles, with another launch library and another emitted call."""
 
         def launched(kernel, *grid_and_parameters):
             *grid, parameters = grid_and_parameters
@@ -90,7 +91,7 @@ def kernels_launched_by(launch: Callable, device: str = "NVIDIA A100") -> Iterat
     ):
         try:
             yield found
-        finally:  # before what follows from it
+        finally:  # an error of a launch comes first: an error in the body may only be its consequence
             host.raise_error()
 
 
@@ -101,7 +102,7 @@ def _kernel(name, warps, clusters, shared, ptx, _, __, *scratch):
 
 
 def _program(kernel: _Kernel, grid: tuple[int, int, int], zeroed: list[int]) -> Program:
-    """Its parameters are the arrays in their order."""
+    """Return the program of a kernel; its parameters are the arrays in their order, then null pointers."""
     if any(zeroed):
         raise NotImplementedError(f"{kernel.name}: outputs that are zero before the launch")
     entry = kernel.ptx.split(".entry", 1)[1]

@@ -1,18 +1,19 @@
-"""What happened before what: a vector clock for every warp, over all that a block's shared memory is touched by.
+"""Vector clocks: the order of the accesses to the shared memory of a block.
 
-An actor is who touches a byte: a warp, the tensor cores at work for a warpgroup, the copy engine that reads for a warp,
-asynchronous copies of a warp, or the copies that complete on an mbarrier. Actor a counts its own time; row w of `seen`
-says up to which time of each actor warp w knows that what it did is done. `fenced` says the same of what the copy
-engine and the tensor cores see (the asynchronous proxy): a fence.proxy.async raises it to `seen`.
+An actor is something that accesses shared memory: a warp, the tensor cores working for a warpgroup, the copy engine
+reading for a warp, the asynchronous copies of a warp, or the copies that complete on an mbarrier. Every actor has a
+time, which it counts. `seen[w, a]` is the time up to which warp w knows that the accesses of actor a are done. `fenced`
+is the same for the asynchronous proxy, through which the copy engine and the tensor cores access memory: a
+fence.proxy.async raises `fenced` to `seen`.
 """
 
 import numpy as np
 
-MBARRIERS = 128  # most of a block
+MBARRIERS = 128  # the most mbarriers that a block may have
 
 
 class Clocks:
-    """Of one block. Readers come first among the actors: only these can be overtaken by a write."""
+    """The clocks of one block. The actors that read come first: only their accesses can be overtaken by a write."""
 
     def __init__(self, warps: int):
         self.warps, groups = warps, -(-warps // 4)
@@ -25,14 +26,14 @@ class Clocks:
         self.seen = np.zeros((warps + 1, self.actors), np.int32)  # the last row: see `joined`
         self.seen[np.arange(warps), np.arange(warps)] = 1
         self.fenced = np.zeros_like(self.seen)
-        self.groups = np.zeros(self.readers + warps, np.int32)  # groups of asynchronous operations that are committed
+        self.groups = np.zeros(self.readers + warps, np.int32)  # committed groups of asynchronous operations, per actor
         self.bulk_reads = np.zeros(warps, np.int32)  # the group of the last bulk copy out of shared memory
 
     def now(self, warps: np.ndarray) -> np.ndarray:
         return self.seen[warps, warps]
 
     def tick(self, warps) -> None:
-        """After a release or a fence: what a warp does next is later than what it made known."""
+        """Advance the warps' time after a release or fence: later accesses are not part of what they published."""
         self.seen[warps, warps] += 1
 
     def fence(self, warps) -> None:
@@ -40,7 +41,7 @@ class Clocks:
         self.tick(warps)
 
     def publish(self, warps) -> tuple[np.ndarray, np.ndarray]:
-        """What these warps know together, for others to acquire."""
+        """Return all that these warps know together, so that other warps can acquire it."""
         known = self.seen[warps].max(0), self.fenced[warps].max(0)
         self.tick(warps)
         return known
@@ -50,11 +51,11 @@ class Clocks:
             mine[warps] = np.maximum(mine[warps], theirs)
 
     def wait_for(self, warps, actor: int, time: int) -> None:
-        """Warps wait for an actor's operations up to a time."""
+        """Record that the warps waited for an actor's operations up to a time."""
         self.seen[warps, actor] = np.maximum(self.seen[warps, actor], time)
 
     def joined(self, warps) -> int:
-        """A warp that stands for several which act together: what every one of them knows, it knows."""
+        """Return an extra warp that represents several warps acting together: it knows only what each of them knows."""
         least = [matrix[warps].min(0) for matrix in (self.seen, self.fenced)]
         self.seen[-1], self.fenced[-1] = least
         return self.warps

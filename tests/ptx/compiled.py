@@ -1,4 +1,4 @@
-"""The PTX of a Mosaic GPU kernel and how it is launched, from the compiler in JAX's CUDA plugin; needs no GPU."""
+"""Compile a Mosaic GPU kernel with JAX's CUDA plugin, to get its PTX and the way it is launched; needs no GPU."""
 
 import contextlib
 import functools
@@ -21,7 +21,7 @@ from .program import Program
 
 
 def compile_kernel(module) -> Program:
-    """What a Hopper GPU would get for an MLIR module of Mosaic GPU. MissingWheels without jax[cuda13]."""
+    """Compile an MLIR module of Mosaic GPU for a Hopper GPU. Raises MissingWheels without jax[cuda13]."""
     from jax._src.lib.mlir import ir
     from jax.experimental.mosaic.gpu import core
 
@@ -35,7 +35,7 @@ def compile_kernel(module) -> Program:
 def _compile(module: bytes) -> Program:
     from jax._src import compilation_cache
 
-    # The compiler knows by this hash which kernels it has had, and prints a kernel only once.
+    # The compiler caches kernels by this hash and prints each only once. Another hash makes it print this kernel.
     attributes = {"module": module, "kernel_hash": hashlib.sha256(b"to be printed" + module).digest()}
     attributes |= dict.fromkeys(("use_custom_barrier", "skip_device_barrier", "uses_xla_collective_metadata"), False)
     call = jax.ffi.ffi_call("mosaic_gpu_v2", jax.ShapeDtypeStruct((), jnp.float32), has_side_effect=True)
@@ -56,12 +56,15 @@ def _compile(module: bytes) -> Program:
 
 @contextlib.contextmanager
 def _printed() -> Iterator[Callable[[], str]]:
-    """What the compiler has printed inside: of a kernel its PTX, then the LLVM code that launches it."""
+    """Yield a function that returns what the compiler has printed in this context.
+
+    For a kernel, the compiler prints its PTX and then the LLVM code that launches it.
+    """
     import jax.experimental.mosaic.gpu  # noqa: F401  (sets MOSAIC_GPU_CUDA_ROOT)
 
     wanted = {"MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_HOST_LLVM": "1"}
     with mock.patch.dict(os.environ, wanted), tempfile.TemporaryFile() as file:
-        os.environ.pop("MOSAIC_GPU_DUMP_TO", None)  # would print everything there is, into files
+        os.environ.pop("MOSAIC_GPU_DUMP_TO", None)  # with it, the compiler would write to files instead
         stdout = os.dup(1)
         os.dup2(file.fileno(), 1)
         try:

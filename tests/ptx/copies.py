@@ -1,4 +1,4 @@
-"""Loads and stores, and the copies that run beside the threads: cp.async, and those of the copy engine."""
+"""Loads and stores, and asynchronous copies: cp.async, and the bulk copies of the copy engine."""
 
 from functools import cache
 
@@ -24,7 +24,7 @@ from .program import TensorMap
 
 @instruction(r"ld\.param(?:::entry)?(?:\.v(?P<many>[24]))?\.(?P<kind>[bsuf](?:8|16|32|64))")
 def load_parameter(decoder, x, match):
-    """A parameter, which is one number for all lanes; not the tensor maps, which only copies read."""
+    """Load a parameter, one number for all lanes. Tensor maps cannot be loaded; only copies read them."""
     target, source = x.operands
     targets = target.parts if target.kind == "vector" else (target,)
     size = SIZES[match["kind"]]
@@ -56,7 +56,7 @@ _ACCESS = (
 
 
 def _is_shared(addresses: np.ndarray, space: str | None, text: str) -> bool:
-    """Which memory one instruction touches. Without a state space in its name, the addresses say so."""
+    """Return whether an instruction accesses shared memory. If its name has no state space, the addresses decide."""
     below = addresses < PARAMETERS
     if below.all() != below.any():
         raise Fault(f"touches shared and global memory at once: {text}")
@@ -128,7 +128,7 @@ def store(decoder, x, match):
 
 
 def _stored(decoder, operand: Operand, kind: str):
-    """The bits of an operand, as unsigned integers."""
+    """Return the function that reads the bits of an operand, as unsigned integers."""
     unsigned = width(kind)
     if operand.kind == "register":
         unsigned = decoder.rows[operand.text][0]
@@ -137,7 +137,7 @@ def _stored(decoder, operand: Operand, kind: str):
 
 @instruction(r"cp\.async\.c[ag]\.shared(?:::cta)?\.global(?:\.L2::[\w]+)*")
 def copy_async(decoder, x, match):
-    """Each lane copies a few bytes; what is beyond the last operand's number of them becomes zero."""
+    """Copy `size` bytes per lane. The last operand is the number of bytes to read; the rest becomes zero."""
     target, source, size, *rest = x.operands
     target, source, size = decoder.pointer(target), decoder.pointer(source), size.value
     filled = decoder.read(rest[0], "u32") if rest else (lambda u: np.uint32(size))
@@ -179,7 +179,7 @@ def _wait(first: str):
             clocks = u.block.clocks
             for warp in np.unique(warps):
                 actor = getattr(clocks, first) + warp
-                clocks.groups[actor] += not x.operands  # wait_all first commits what is in no group yet
+                clocks.groups[actor] += not x.operands  # wait_all first commits the copies that are in no group yet
                 clocks.wait_for(warp, actor, clocks.groups[actor] - pending)
 
         return run
@@ -195,19 +195,22 @@ instruction(r"cp\.async\.bulk\.wait_group(?:\.read)?")(_wait("bulk"))
 
 @instruction(r"prefetch\.tensormap|prefetch\.global\.L[12](?:::[\w]+)*")
 def prefetch(decoder, x, match):
-    """Changes nothing but the time."""
+    """Do nothing: a prefetch only changes how long later accesses take."""
     return lambda u, mask: None
 
 
 def swizzled(addresses: np.ndarray, span: int) -> np.ndarray:
-    """Chunk c of 16 bytes in row r of 128 bytes lies at c ^ r, by as many bits as the span has chunks."""
+    """Return swizzled addresses: chunk c of 16 bytes in row r of 128 bytes is stored at chunk c ^ (r % chunks).
+
+    `chunks` is the number of 16-byte chunks in the swizzle's span: 1, 2, 4 or 8.
+    """
     bits = {16: 0, 32: 1, 64: 3, 128: 7}[span]
     return addresses ^ ((addresses >> 7 & bits) << 4)
 
 
 @cache
 def _box(tensor: TensorMap) -> tuple[list[np.ndarray], int]:
-    """The places along each dimension, to be broadcast with the outermost first, and the bytes of a box."""
+    """Return the indices along each dimension, shaped for broadcasting (outermost first), and the bytes of a box."""
     rank = len(tensor.box)
     grids = [np.arange(n).reshape((-1,) + (1,) * d) for d, n in enumerate(tensor.box)]
     assert all(grid.ndim <= rank for grid in grids)
@@ -215,7 +218,7 @@ def _box(tensor: TensorMap) -> tuple[list[np.ndarray], int]:
 
 
 def _elements(tensor: TensorMap, coordinates) -> tuple[np.ndarray, np.ndarray]:
-    """(byte offsets in the array of the elements of a box, whether each is inside the array), innermost fastest."""
+    """Return (byte offset in the array, whether it is inside the array) of each element of a box, innermost fastest."""
     offset, inside = np.int64(tensor.offset), np.bool_(True)
     for grid, start, size, stride in zip(_box(tensor)[0], coordinates, tensor.sizes, tensor.strides, strict=True):
         index = grid + int(start)
@@ -234,7 +237,7 @@ def _tensor_map(u, address: int, text: str) -> TensorMap:
 
 
 def _box_in_shared(tensor: TensorMap, address: int, text: str) -> np.ndarray:
-    """The shared-memory offsets of a box's bytes."""
+    """Return the shared-memory offsets of the bytes of a box."""
     if tensor.swizzle > 16 and tensor.box[0] * tensor.itemsize > tensor.swizzle:
         width = tensor.box[0] * tensor.itemsize
         raise Fault(f"a box with rows of {width} bytes is swizzled by {tensor.swizzle} bytes: {text}")
@@ -250,7 +253,7 @@ def _coordinates(decoder, operand: Operand, rank: int, text: str):
 
 
 def _each_lane(u, mask, *values):
-    """One tuple of Python numbers for each lane that takes part: (value of each, warp)."""
+    """Return a tuple of Python numbers for each participating lane: (*values, warp)."""
     return [tuple(map(int, row)) for row in zip(*lanes_of(u, mask, *values), strict=True)]
 
 

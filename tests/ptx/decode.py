@@ -1,7 +1,8 @@
-"""From instructions to functions on the registers of a unit: the registry of what is understood, and its operands.
+"""Decoding: the registry of known instructions, and the functions that read and write their operands.
 
-A unit is up to four warps that share one set of registers: an array with a number per lane for each of them. A decoded
-instruction is a function of (unit, mask); `mask` is None where all lanes of the unit take part, else bool [lanes].
+A unit is up to four warps that share one set of registers. Each register is an array with one number per lane. A
+decoded instruction is a function of (unit, mask). `mask` is None if all lanes of the unit participate, else a bool
+array [lanes].
 """
 
 import re
@@ -18,7 +19,7 @@ DTYPES = {
     "s16": np.int16, "f16": np.float16, "b32": np.uint32, "u32": np.uint32, "s32": np.int32, "f32": np.float32,
     "b64": np.uint64, "u64": np.uint64, "s64": np.int64, "f64": np.float64,
 }  # fmt: skip
-# The registers that hold values of a type; a narrow value may stand in a wider register.
+# The type of the registers for values of a type: narrow values are kept in wider registers.
 _HOLDS = {"pred": "pred", "b8": "b16", "u8": "b16", "s8": "b16"}
 SPECIAL = {"%tid.x", "%tid.y", "%tid.z", "%ntid.x", "%ntid.y", "%ntid.z", "%ctaid.x", "%ctaid.y", "%ctaid.z",
            "%nctaid.x", "%nctaid.y", "%nctaid.z", "%laneid", "%warpid"}  # fmt: skip
@@ -30,23 +31,23 @@ _HANDLERS: list[tuple[re.Pattern, Callable]] = []
 
 
 class UnknownInstruction(NotImplementedError):
-    """The machine does not know an instruction, or not with these modifiers."""
+    """The machine does not know an instruction, or does not know it with these modifiers."""
 
 
 class Step(NamedTuple):
-    """An instruction that can run."""
+    """A decoded instruction."""
 
-    run: Callable  # (unit, mask) -> None, or where control goes: see machine.py
+    run: Callable  # (unit, mask) -> None, BLOCKED, or the index of the instruction to jump to; see machine.py
     predicate: int | None  # the row of the predicate's register
     negated: bool
-    registers: frozenset  # whose names it reads or writes
-    written: frozenset  # those that it writes, if the machine has to know
-    is_product: bool  # a wgmma, which may follow another one on the same registers
+    registers: frozenset  # names of the registers that it reads or writes
+    written: frozenset  # names of the registers that it writes, as far as the machine needs them
+    is_product: bool  # whether it is a wgmma, which may directly follow another wgmma on the same registers
     text: str
 
 
 def instruction(pattern: str) -> Callable:
-    """Register a handler for the opcodes that match `pattern`, a regular expression of the whole opcode.
+    """Register a handler for all opcodes that `pattern`, a regular expression, matches completely.
 
     The handler is called as handler(decoder, instruction, match) and returns a function of (unit, mask).
     """
@@ -66,7 +67,7 @@ def _handler(op: str) -> tuple[Callable, re.Match] | None:
 
 @cache
 def width(kind: str) -> str:
-    """The type of the registers that hold a value of a type: "s32" -> "b32"."""
+    """Return the type of the registers that hold values of type `kind`: "s32" -> "b32"."""
     if kind in _HOLDS:
         return _HOLDS[kind]
     return {"f16": "b16", "bf16": "b16", "f32": "b32", "f64": "b64"}.get(kind, "b" + kind.lstrip("bsuf"))
@@ -77,7 +78,7 @@ class Decoder:
 
     def __init__(self, kernel: Kernel, variables: dict[str, int], parameters: dict[str, int | bytes]):
         self.kernel, self.variables, self.parameters = kernel, variables, parameters
-        self.rows: dict[str, tuple[str, int]] = {}  # of a register: the type of its file and its row there
+        self.rows: dict[str, tuple[str, int]] = {}  # by register name: the type of its register file, and its row there
         counts: dict[str, int] = {}
         for name, kind in kernel.registers.items():
             kind = width(kind)
@@ -96,7 +97,7 @@ class Decoder:
         try:
             run = handler(self, x, match)
         except (UnknownInstruction, ValueError, LookupError, AttributeError, TypeError) as error:
-            # The handler knows the opcode, but not with these operands.
+            # The handler knows the opcode, but does not know it with these operands.
             raise UnknownInstruction(f"the PTX machine does not know this instruction: {x.text} ({error})") from error
         predicate = None if x.predicate is None else self.rows[x.predicate][1]
         base, registers = x.base, _registers(x.operands)
@@ -104,7 +105,7 @@ class Decoder:
         return Step(run, predicate, x.predicate_is_negated, registers, written, base == "wgmma", x.text)
 
     def read(self, operand: Operand, kind: str) -> Callable:
-        """A function of a unit that gives the operand's values, [lanes] or one number, as `kind`."""
+        """Return a function from a unit to the operand's values of type `kind`: an array [lanes] or one number."""
         if operand.kind == "register":
             held, row = self.rows[operand.text]
             if kind == "pred":
@@ -134,7 +135,7 @@ class Decoder:
         return bits.view(dtype)[()]
 
     def address(self, name: str) -> int:
-        """Of a variable or of a parameter's memory."""
+        """Return the address of a variable or of a parameter."""
         if name in self.variables:
             return self.variables[name]
         if name in self.parameters:
@@ -142,7 +143,7 @@ class Decoder:
         raise UnknownInstruction(f"a name that is not understood: {name}")
 
     def write(self, operand: Operand, kind: str) -> Callable:
-        """A function of (unit, mask, values) that sets a register; "_" takes nothing."""
+        """Return a function of (unit, mask, values) that sets a register. For the operand "_" it does nothing."""
         if operand.kind == "nothing":
             return lambda u, mask, values: None
         held, row = self.rows[operand.text]
@@ -158,7 +159,7 @@ class Decoder:
         return run
 
     def pointer(self, operand: Operand) -> Callable:
-        """A function of a unit: the addresses in an operand like [%rd1+16], int64 [lanes] or one number."""
+        """Return a function from a unit to the addresses in an operand like [%rd1+16]: int64 [lanes] or one number."""
         if not operand.text:
             value = np.int64(operand.value)
             return lambda u: value
@@ -170,7 +171,7 @@ class Decoder:
         return lambda u: u.files[held][row].astype(np.int64) + offset
 
 
-# Where things are in the one space of addresses: shared memory from 1024 on, parameters, then array i at (i + 1) << 40.
+# The layout of the single address space: shared memory from 1024, parameters from 1 << 36, array i at (i + 1) << 40.
 SHARED, PARAMETERS, PARAMETER_BYTES, ARRAY_SHIFT = 1024, 1 << 36, 1 << 20, 40
 
 
@@ -184,7 +185,7 @@ def bfloat16_to_float32(x):
 
 
 def float32_to_bfloat16(x):
-    """The bits, rounded to the nearest, ties to even; NaN stays NaN."""
+    """Return the bits of x rounded to the nearest bfloat16, ties to even; NaN stays NaN."""
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     return np.where(np.isnan(x), np.uint32(0x7FFF), rounded).astype(np.uint16)

@@ -1,16 +1,16 @@
-"""What the machine reports of a program that is wrong on the chip."""
+"""The errors that the machine raises for a program that would be wrong on the chip."""
 
 
 class Fault(RuntimeError):
-    """The program does what the chip does not define, or waits for ever."""
+    """The program does something that is undefined on the chip, or it waits for ever."""
 
 
 class Race(Fault):
-    """Two accesses to a byte of shared memory, one of them a write, that nothing orders."""
+    """Nothing orders two accesses to the same byte of memory, one of which is a write."""
 
 
 class MissingProxyFence(Fault):
-    """The copy engine or the tensor cores touch bytes that threads wrote, without a fence.proxy.async between."""
+    """The copy engine or the tensor cores access bytes that threads wrote, without a fence.proxy.async between."""
 
 
 class Deadlock(Fault):
@@ -18,4 +18,4 @@ class Deadlock(Fault):
 
 
 class DivergentBarrier(Fault):
-    """A part of a warp, or of a warpgroup, is at an instruction that all of it must execute together."""
+    """Only a part of a warp or warpgroup is at an instruction that all its lanes must execute together."""

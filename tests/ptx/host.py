@@ -1,7 +1,8 @@
-"""Finds out how a kernel is launched, by interpreting the host code that Mosaic GPU compiles for it, as LLVM text.
+"""An interpreter of the host code of a kernel, which finds out how the kernel is launched.
 
-The host code writes the tensor maps and the parameters of the kernel, and then launches it. It has no branches and no
-loops. The interpreter gives every array an invented address, by which it recognises the array later.
+Mosaic GPU compiles the host code and prints it as LLVM text. The host code writes the tensor maps and the parameters of
+the kernel, and then launches it. It has no branches and no loops. The interpreter gives every array an invented address
+and later recognises the array by this address.
 """
 
 import operator
@@ -12,9 +13,9 @@ from typing import NamedTuple
 from .program import TensorMap
 
 MAP_BYTES = 128
-# Bytes of an element by the number that stands for its type.
+# Bytes of an element, by the number of its type in Mosaic.
 ITEMSIZES = {1: 1, 2: 2, 3: 4, 4: 8, 5: 2, 6: 4, 7: 2}
-# Made-up addresses: the table of arrays, what the function allocates, and array i at (i + 1) * ARRAY.
+# Invented addresses: of the table of arrays, of the function's allocations, and of array i at (i + 1) * ARRAY.
 TABLE, STACK, ARRAY = 1 << 16, 1 << 32, 1 << 48
 
 BINARY: dict[str, Callable[[int, int], int]] = {
@@ -43,7 +44,10 @@ class Launch(NamedTuple):
 
 
 def read_launch(code: str) -> Launch:
-    """The launch that the host function makes, from the text of its LLVM module. ValueError for unknown code."""
+    """Return the launch that the host function makes, given the text of its LLVM module.
+
+    Raises ValueError for unknown code.
+    """
     body = re.search(r"^define void @(?!_mlir_ciface)\w+\(ptr %0, ptr %1\) \{\n(.*?)^\}", code, re.M | re.S)
     if body is None:
         raise ValueError("no host function of two pointers in the LLVM module")
@@ -56,7 +60,7 @@ def read_launch(code: str) -> Launch:
 
 
 class _Host:
-    """The state of the function: its values by name, and what it stored by address."""
+    """The state of the host function: its values by name, and its memory by address."""
 
     def __init__(self):
         self.values: dict[str, int | dict] = {"%0": 0, "%1": TABLE}
@@ -100,7 +104,7 @@ class _Host:
 
     def _load(self, kind, address):
         address = self.value(address)
-        if kind.startswith("["):  # of the tensor maps, as a value that nothing reads
+        if kind.startswith("["):  # loads all tensor maps as one value, which nothing reads
             return None
         if TABLE <= address < STACK:
             return ((address - TABLE) // 8 + 1) * ARRAY
@@ -124,7 +128,7 @@ class _Host:
             raise ValueError(f"unknown call in the host code: {function}")
 
     def _tensor_map(self, address, base, kind, rank, sizes, strides, swizzle, box):
-        """Mosaic orders dimensions from the outermost to the innermost and counts strides in elements."""
+        """Record a tensor map. Mosaic orders dimensions from the outermost inwards, with strides in elements."""
         inwards = [[self.memory[start + 8 * i] for i in reversed(range(rank))] for start in (sizes, strides, box)]
         itemsize = ITEMSIZES[kind]
         self.maps[address] = TensorMap(
@@ -157,7 +161,7 @@ def _fields(struct: str) -> list[str]:
 
 
 def _size(kind: str) -> int:
-    """Bytes; structures here have fields of 8 bytes, and arrays of bytes after them."""
+    """Return the bytes of an LLVM type; structures here have fields of 8 bytes, followed by arrays of bytes."""
     if kind == "ptr":
         return 8
     if kind.startswith("{"):

@@ -1,6 +1,7 @@
-"""python -m tests.ptx.kept [--check]: write a few small kernels to tests/ptx/kept, or compare with these.
+"""python -m tests.ptx.kept [--check]: write the PTX of a few small kernels to tests/ptx/kept, or compare it.
 
-With them the machine is tested where there are no CUDA wheels, which compile kernels. Exit status 1 if one differs.
+With the kept kernels, the machine is tested even without the CUDA wheels, which compile kernels. The exit status is 1
+if a kernel differs from the kept one.
 """
 
 import argparse
@@ -23,14 +24,14 @@ from . import capture
 from .program import Program, TensorMap
 
 FOLDER = Path(__file__).parent / "kept"
-# What PTX depends on beside the kernel: who wrote it.
+# The packages that write the PTX; it also depends on their versions.
 MAKERS = ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cuda-nvcc")
 
 
 class Case(NamedTuple):
-    function: Callable  # of the arrays, with Mosaic kernels
+    function: Callable  # a function of the arrays that uses Mosaic kernels
     arrays: tuple[jax.Array, ...]
-    reference: Callable  # the same of arrays in float32
+    reference: Callable  # the same function by the reference implementation, for arrays in float32
 
 
 def _random(rng, *shape):
@@ -38,7 +39,10 @@ def _random(rng, *shape):
 
 
 def attention() -> Case:
-    """330 tokens: six tiles of 64 rows in three blocks, and six of 64 keys, more than shared memory holds at once."""
+    """Return attention of 330 tokens.
+
+    It has six tiles of 64 rows in three blocks, and six tiles of 64 keys, more than shared memory holds at once.
+    """
     rng = np.random.default_rng(0)
 
     def run(implementation, query, key, value):
@@ -48,7 +52,7 @@ def attention() -> Case:
 
 
 def experts() -> Case:
-    """150 tokens, each with both experts."""
+    """Return expert networks for 150 tokens; each token uses both experts."""
     rng, (T, k, E, D, F) = np.random.default_rng(0), (150, 2, 2, 64, 64)
     chosen = jnp.asarray(rng.permuted(np.tile(np.arange(E), (T, 1)), axis=1), jnp.int32)
 
@@ -67,7 +71,7 @@ CASES: dict[str, Callable[[], Case]] = {"attention": attention, "experts": exper
 
 
 def current() -> dict[str, Program]:
-    """The kernels of CASES by file name. MissingWheels without jax[cuda13]."""
+    """Return the kernels of CASES by file name. Raises MissingWheels without jax[cuda13]."""
     cases = [make() for make in CASES.values()]
     found = [program for case in cases for program in capture.programs(case.function, *case.arrays)]
     return {program.name.removesuffix("_mosaic_gpu_kernel"): program for program in map(_without_lines, found)}
@@ -83,7 +87,7 @@ def load(name: str) -> Program:
 
 
 def program_of(module) -> Program:
-    """The kept program of an MLIR module of Mosaic GPU, by its name: for `capture.run` on CASES."""
+    """Return the kept program with the name of an MLIR module of Mosaic GPU; for `capture.run` on CASES."""
     from jax._src.lib.mlir import ir
 
     return load(ir.StringAttr(module.operation.attributes["sym_name"]).value)
@@ -98,7 +102,7 @@ def made_with(name: str) -> dict[str, str]:
 
 
 def _without_lines(program: Program) -> Program:
-    """Without the lines of the Python code, which move whenever something else changes."""
+    """Remove the references to lines of Python code, which change with every edit of the code."""
     text = re.sub(r"^\s*\.(?:loc|file|section)\b.*\n|^\$L__(?:tmp|func_)\w+:\n", "", program.ptx, flags=re.M)
     return program._replace(ptx=text.rstrip() + "\n")
 

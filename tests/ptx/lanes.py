@@ -1,4 +1,4 @@
-"""Instructions that pass registers between the lanes of a warp, and bit fields."""
+"""Instructions that exchange registers between the lanes of a warp, and instructions on bits and bytes."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ from .faults import Fault
 
 
 def _lanes_present(u, mask, text, members) -> np.ndarray:
-    """The lanes that take part, [warps, 32]. Raises if they are not those that the instruction's member mask names."""
+    """Return the participating lanes, [warps, 32]. Raises Fault if they differ from the instruction's member mask."""
     present = (np.ones(u.lanes, bool) if mask is None else mask).reshape(-1, WARP)
     members = np.broadcast_to(np.asarray(members, np.uint32), (u.lanes,)).reshape(-1, WARP)
     is_named = (members[:, :, None] >> np.arange(WARP, dtype=np.uint32)) & np.uint32(1) == 1  # [warps, by, lane]
@@ -50,7 +50,7 @@ def shuffle(decoder, x, match):
 
 @instruction(r"elect\.sync")
 def elect(decoder, x, match):
-    """One lane of each warp: the lowest that takes part."""
+    """Elect one lane of each warp: the lowest participating one."""
     target, members = x.operands
     leader, chosen = target.parts
     members = decoder.read(members, "u32")
@@ -87,7 +87,7 @@ def vote(decoder, x, match):
 
 @instruction(r"bfe\.(?P<kind>[us]32)")
 def bit_field(decoder, x, match):
-    """Some bits of a number; as a signed number, the highest of them is its sign."""
+    """Extract a bit field of a number. For a signed type, the highest bit of the field is the sign."""
     kind = match["kind"]
     write, value = decoder.write(x.operands[0], kind), decoder.read(x.operands[1], kind)
     start, length = (decoder.read(o, "u32") for o in x.operands[2:])
@@ -105,7 +105,7 @@ def bit_field(decoder, x, match):
 
 @instruction(r"lop3\.b32")
 def three_input_logic(decoder, x, match):
-    """Any function of three bits, by its table of eight results."""
+    """Compute any bitwise function of three operands, given as a table of eight results."""
     write = decoder.write(x.operands[0], "b32")
     reads = [decoder.read(o, "b32") for o in x.operands[1:4]]
     table = int(x.operands[4].value)
@@ -124,7 +124,7 @@ def three_input_logic(decoder, x, match):
 
 @instruction(r"prmt\.b32")
 def permute_bytes(decoder, x, match):
-    """Four bytes chosen from eight; bit 3 of a choice asks for copies of the byte's sign."""
+    """Choose four bytes from eight. If bit 3 of a choice is set, the result is the byte's sign bit, eight times."""
     write, a, b, choice = decoder.write(x.operands[0], "b32"), *(decoder.read(o, "b32") for o in x.operands[1:])
 
     def run(u, mask):

@@ -1,8 +1,8 @@
-"""Runs a program on arrays, block by block: `launch`.
+"""The machine: `launch` runs a program on arrays, one block after the other.
 
-The warps of a block are taken in units of four, which share their instructions as long as they go the same way. Where
-lanes go different ways, each way is a strand of its own with a mask, the one that is furthest back runs first, and two
-that meet become one again. A strand that has to wait lets the others run; the order is always the same.
+Four warps of a block form a unit, which executes each instruction for all its lanes together. If lanes branch
+differently, each branch becomes a strand with a mask. The strand at the earliest instruction runs first, and two
+strands at the same instruction merge. While a strand waits, the others run. The order is always the same.
 """
 
 from functools import lru_cache
@@ -26,11 +26,11 @@ _DTYPES = {"b16": np.uint16, "b32": np.uint32, "b64": np.uint64, "pred": np.bool
 
 
 class Strand:
-    """Lanes of a unit that are at the same instruction. `mask` is None for all of them."""
+    """The lanes of a unit that are at the same instruction. `mask` is None if these are all lanes."""
 
     def __init__(self, at: int, mask: np.ndarray | None):
         self.at, self.mask, self.is_waiting = at, mask, False
-        self.waits_for = ""  # since it tried in vain, until it goes on
+        self.waits_for = ""  # what the strand waits for, as a text; "" if it does not wait
 
 
 class Unit:
@@ -44,7 +44,7 @@ class Unit:
         self.name = f"warps {self.warps[0]} to {self.warps[-1]} of block {block.place}"
         self.files = {}
         for kind, views in _VIEWS.items():
-            # What was never written is not zero on the machine either.
+            # Registers start with an arbitrary value, because they are not zero on the chip either.
             file = np.full((counts.get(kind, 0), lanes), True if kind == "pred" else 0xABCD, _DTYPES[kind])
             self.files[kind] = list(file)
             for view in views:
@@ -61,14 +61,14 @@ class Unit:
                 f"%nctaid.{axis}": np.int64(block.program.grid[i]),
             }
         self.strands = [Strand(0, None)]
-        self.released: dict[tuple, bool | None] = {}  # warps that a named barrier has let go, with the vote's result
+        self.released: dict[tuple, bool | None] = {}  # warps that a named barrier has released, with the vote's result
         self.waits_for = ""
-        self.in_flight: dict[str, int] = {}  # registers of products that run, and their group
-        self.results: set[str] = set()  # those of them that a product writes; it reads the others
+        self.in_flight: dict[str, int] = {}  # registers of running products, each with the product's group
+        self.results: set[str] = set()  # the registers in `in_flight` that a product writes; it reads the others
         self.written: set[str] = set()  # registers written since the last wgmma.fence
 
     def run(self, steps: list) -> None:
-        """Until every strand has ended or waits."""
+        """Run the strands until each of them has ended or waits."""
         while strand := min((s for s in self.strands if not s.is_waiting), key=lambda s: s.at, default=None):
             if len(self.strands) > 1:
                 strand = self._merged(strand)
@@ -76,7 +76,7 @@ class Unit:
 
     def _merged(self, strand: Strand) -> Strand:
         for other in self.strands:
-            # One that has arrived at a barrier does not arrive again with another one.
+            # A strand that has arrived at a barrier must not arrive again as part of a merged strand.
             if other is not strand and other.at == strand.at and not (other.waits_for or strand.waits_for):
                 self.strands.remove(other)
                 mask = strand.mask | other.mask
@@ -85,7 +85,7 @@ class Unit:
         return strand
 
     def _advance(self, strand: Strand, steps: list) -> None:
-        """One instruction after the other, until the strand splits, ends, waits, or another one is further back."""
+        """Execute instructions of a strand until it splits, ends or waits, or another strand has to run first."""
         alone = len(self.strands) == 1
         while True:
             step, mask = steps[strand.at], strand.mask
@@ -121,7 +121,7 @@ class Unit:
                 return
 
     def _wait(self, strand: Strand, mask: np.ndarray | None) -> None:
-        """A strand waits, except for the warps of which no lane is in `mask`: these go on."""
+        """Let a strand wait. Its warps that have no lane in `mask` go on, as a new strand."""
         if mask is not None:
             everyone = np.ones(self.lanes, bool) if strand.mask is None else strand.mask
             stay = np.repeat(mask.reshape(-1, WARP).any(1), WARP) & everyone
@@ -131,7 +131,7 @@ class Unit:
         strand.is_waiting, strand.waits_for = True, self.waits_for
 
     def lanes_of(self, strand: Strand) -> str:
-        """The warps of a strand, for messages."""
+        """Return a description of the warps of a strand, for error messages."""
         if strand.mask is None:
             return self.name
         parts = zip(self.warps, strand.mask.reshape(-1, WARP), strict=True)
@@ -139,7 +139,7 @@ class Unit:
         return f"warps {', '.join(warps)} of block {self.block.place}"
 
     def _jump(self, strand: Strand, mask: np.ndarray | None, target: int) -> None:
-        """Lanes in `mask` go to the target, or end there if it is END; the others of the strand go on."""
+        """Let the lanes in `mask` jump to the target, or end if it is END. The other lanes of the strand go on."""
         everyone = np.ones(self.lanes, bool) if strand.mask is None else strand.mask
         gone = everyone if mask is None else mask & everyone
         stay = everyone & ~gone
@@ -202,7 +202,7 @@ class Block:
             if not self.changed and any(u.strands for u in self.units):
                 self._deadlock()
         self._ended()
-        self.units.clear()  # which refer to this block: its megabytes are freed at once, not by the garbage collector
+        self.units.clear()  # the units refer to this block; without the cycle, its memory is freed at once
 
     def _deadlock(self):
         waits = "; ".join(f"{u.lanes_of(s)} wait for {s.waits_for}" for u in self.units for s in u.strands)
@@ -223,19 +223,19 @@ class Block:
                 raise Fault(f"block {self.place} ends: {barrier}")
 
 
-_parsed = lru_cache(8)(parse)  # the kernels of one call, each tens of megabytes
+_parsed = lru_cache(8)(parse)  # enough for the kernels of one call; a parsed kernel takes tens of megabytes
 
 
 def launch(program: Program, arrays: list[np.ndarray], *, equal_writes: bool = False) -> None:
     """Run a program on arrays, which it reads and writes in place.
 
     Args:
-      arrays: contiguous; in the order that the program's parameters and tensor maps count them.
-      equal_writes: warps may write the same value to the same byte of shared memory in no order. Triton's warps do,
-        where a tile has fewer rows than they need.
+      arrays: contiguous arrays. The program's parameters and tensor maps refer to them by their index.
+      equal_writes: allow warps to write the same value to the same byte of shared memory in no order. Triton's warps do
+        this if a tile has fewer rows than they need.
     Raises:
-      UnknownInstruction: an instruction that the machine does not know; nothing has run.
-      Fault: the program does what the chip does not define, or waits for ever.
+      UnknownInstruction: the machine does not know an instruction of the program. Nothing has run then.
+      Fault: the program does something that is undefined on the chip, or it waits for ever.
     """
     kernel = _parsed(program.ptx)
     memory = GlobalMemory(arrays)
@@ -255,7 +255,7 @@ def launch(program: Program, arrays: list[np.ndarray], *, equal_writes: bool = F
         size = -(-size // alignment) * alignment
         variables[name] = SHARED + size
         size += length
-    # Dynamic shared memory comes last, where the copy engine's swizzle wants it.
+    # Dynamic shared memory comes last and starts at a multiple of 1024, as the copy engine's swizzle needs.
     dynamic = [name for name, (_, _, length) in kernel.variables.items() if length == 0]
     if dynamic:
         size = -(-size // 1024) * 1024

@@ -8,15 +8,15 @@ from .faults import Fault, MissingProxyFence, Race
 
 
 def spread(addresses: np.ndarray, size: int) -> np.ndarray:
-    """The addresses of `size` bytes from each address on, [len(addresses) * size]."""
+    """Return the addresses of `size` bytes starting at each address, [len(addresses) * size]."""
     return (np.asarray(addresses, np.int64)[:, None] + np.arange(size)).reshape(-1)
 
 
-NOBODY, SEVERAL = -1, -2  # in the place of a block's number
+NOBODY, SEVERAL = -1, -2  # instead of a block's number: no block, or several blocks
 
 
 class GlobalMemory:
-    """The arrays of a launch. No byte that one block writes may be touched by another."""
+    """The arrays of a launch. If one block writes a byte, no other block may read or write it."""
 
     def __init__(self, arrays: list[np.ndarray]):
         if not all(x.flags.c_contiguous for x in arrays):
@@ -42,7 +42,7 @@ class GlobalMemory:
         return array, spread(offsets, size)
 
     def read(self, addresses: np.ndarray, size: int, text: str) -> np.ndarray:
-        """uint8 [lanes, size]"""
+        """Return the bytes at the addresses, uint8 [lanes, size]."""
         array, at = self._locate(addresses, size, text)
         return self.read_bytes(array, at, text).reshape(-1, size)
 
@@ -93,22 +93,22 @@ class GlobalMemory:
 class SharedMemory:
     """The shared memory of one block. Addresses begin at SHARED.
 
-    `equal_writes`: two warps that write the same value to a byte, in no order, are no race.
+    `equal_writes`: it is not a race if two warps write the same value to a byte in no order.
     """
 
     def __init__(self, size: int, clocks: Clocks, equal_writes: bool):
         self.clocks, self.size, self.equal_writes = clocks, size, equal_writes
-        # Threads may read what nobody wrote, if the value does not matter: NaN in every floating-point type.
+        # Threads may read unwritten bytes if the value does not matter. 0xFF is NaN in every floating-point type.
         self.bytes = np.full(size, 0xFF, np.uint8)
         self.is_written = np.zeros(size, bool)
         self.writer, self.write_time = np.zeros(size, np.int16), np.zeros(size, np.int32)
-        self.is_generic = np.zeros(size, bool)  # last written by threads, not by the copy engine
+        self.is_generic = np.zeros(size, bool)  # whether threads wrote the byte last, not the copy engine
         self.reads = np.zeros((clocks.readers, size), np.int32)
         self.has_read: list[int] = []  # the actors with a row of `reads` that is not all zero
         self.is_barrier = np.zeros(size, bool)
 
     def offsets(self, addresses: np.ndarray, size: int, text: str) -> np.ndarray:
-        """Of all bytes of accesses of `size` bytes."""
+        """Return the offsets of all bytes that accesses of `size` bytes at these addresses touch."""
         offsets = np.asarray(addresses, np.int64) - SHARED
         if offsets.min() < 0 or offsets.max() + size > self.size:
             worst = offsets.min() if offsets.min() < 0 else offsets.max() + size - 1
@@ -118,11 +118,11 @@ class SharedMemory:
         return spread(offsets, size)
 
     def read(self, at: np.ndarray, actors, warps: np.ndarray | int, text: str, *, is_proxy: bool = False, time=None):
-        """The bytes at offsets `at`, read by actors (as many as bytes, or one) on behalf of warps.
+        """Return the bytes at offsets `at`, read by `actors` (one per byte, or one for all) on behalf of `warps`.
 
         Args:
-          is_proxy: by the copy engine or the tensor cores.
-          time: of the actor; by default that of the warps themselves.
+          is_proxy: whether the copy engine or the tensor cores read.
+          time: the time of the actor; by default the time of the warps.
         """
         seen = self.clocks.seen
         if is_proxy and not self.is_written[at].all():
@@ -143,7 +143,7 @@ class SharedMemory:
         return self.bytes[at]
 
     def write(self, at, values, actors, warps, text: str, *, is_proxy: bool = False, time=None) -> None:
-        """Write bytes; the arguments as for `read`."""
+        """Write bytes at offsets `at`; the other arguments are as for `read`."""
         seen = self.clocks.seen
         if self.is_barrier[at].any():
             raise Fault(f"writes over an mbarrier: {text}")

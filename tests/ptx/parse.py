@@ -1,7 +1,7 @@
-"""PTX text to instructions: one kernel, its registers, its shared memory and its labels.
+"""A parser of PTX text: one kernel with its registers, shared memory, instructions and labels.
 
-Scopes of inline assembly (`{ .reg .pred p; ... }`) have registers and labels of their own; here both get the number of
-their scope as a suffix, so that one flat list of instructions remains.
+Scopes of inline assembly (`{ .reg .pred p; ... }`) have their own registers and labels. The parser appends the number
+of the scope to their names, so that the result is one flat list of instructions.
 """
 
 import re
@@ -18,21 +18,21 @@ _REGISTERS = re.compile(r"([%\w]+?)<(\d+)>")
 
 
 class Operand(NamedTuple):
-    """An operand: `kind` says which of the other fields counts."""
+    """An operand. `kind` says which of the other fields are used."""
 
     kind: str  # "register", "number", "address", "vector", "pair" (predicate d|p), "name", "nothing"
-    text: str = ""  # of a register or a name; "" for an address without one
-    value: int | float = 0  # of a number; the offset of an address
-    parts: tuple["Operand", ...] = ()  # of a vector, a pair, or the coordinates of an address
-    is_negated: bool = False  # a predicate that is read as its opposite
+    text: str = ""  # a register or name; in an address, the base register or name, or ""
+    value: int | float = 0  # the value of a number, or the offset of an address
+    parts: tuple["Operand", ...] = ()  # the elements of a vector or pair, or the coordinates of an address
+    is_negated: bool = False  # whether a predicate is negated
 
 
 class Instruction(NamedTuple):
-    op: str  # with its modifiers: "fma.rn.f32"
+    op: str  # the opcode with its modifiers: "fma.rn.f32"
     operands: tuple[Operand, ...]
     predicate: str | None
     predicate_is_negated: bool
-    text: str  # as it stands in the PTX
+    text: str  # the instruction in the PTX
 
     @property
     def base(self) -> str:
@@ -42,10 +42,10 @@ class Instruction(NamedTuple):
 class Kernel(NamedTuple):
     name: str
     parameters: tuple[tuple[str, int], ...]  # (name, bytes)
-    registers: dict[str, str]  # type without its dot by name: "pred", "b16", "b32", "b64", "f32"
-    variables: dict[str, tuple[str, int, int]]  # (state space, alignment, bytes) by name; 0: dynamic
+    registers: dict[str, str]  # the type of each register: "pred", "b16", "b32", "b64", "f32"
+    variables: dict[str, tuple[str, int, int]]  # by name: (state space, alignment, bytes); 0 bytes: dynamic
     instructions: tuple[Instruction, ...]
-    labels: dict[str, int]  # the instruction that follows
+    labels: dict[str, int]  # by name: the index of the instruction after the label
 
 
 SIZES = {"b8": 1, "u8": 1, "s8": 1, "b16": 2, "u16": 2, "s16": 2, "f16": 2, "bf16": 2, "b32": 4, "u32": 4, "s32": 4,
@@ -53,7 +53,7 @@ SIZES = {"b8": 1, "u8": 1, "s8": 1, "b16": 2, "u16": 2, "s16": 2, "f16": 2, "bf1
 
 
 def parse(ptx: str) -> Kernel:
-    """The only entry of a PTX file. Raises ValueError for what is not understood."""
+    """Parse a PTX file with exactly one kernel. Raises ValueError for unknown PTX."""
     ptx = _LINE_DIRECTIVE.sub("", _COMMENT.sub("", ptx))
     entries = list(re.finditer(r"\.entry\s+([$\w]+)\s*\(", ptx))
     if len(entries) != 1:
@@ -71,7 +71,7 @@ def parse(ptx: str) -> Kernel:
 
 
 def _body(ptx: str, start: int) -> str:
-    """What stands between the brace at `start` and the one that closes it."""
+    """Return the text between the brace at `start` and its closing brace."""
     depth = 0
     for brace in re.finditer(r"[{}]", ptx[start:]):
         depth += 1 if brace[0] == "{" else -1
@@ -92,13 +92,13 @@ def _parameter(line: str) -> tuple[str, int]:
 
 
 class _Reader:
-    """Walks the statements of a body, scope by scope."""
+    """Reads the statements of a kernel's body, with its nested scopes."""
 
     def __init__(self, body: str):
         self.body, self.at = body, 0
         self.registers, self.variables, self.labels = {}, {}, {}
         self.instructions: list[Instruction] = []
-        self.scopes: list[tuple[str, set[str]]] = [("", set())]  # (suffix, names that are its own)
+        self.scopes: list[tuple[str, set[str]]] = [("", set())]  # (suffix, names that the scope declares)
         self.count = 0
 
     def read(self) -> None:
@@ -124,7 +124,7 @@ class _Reader:
                 self.at = stop + 1
 
     def _enter(self) -> None:
-        """A scope begins: its labels are known before they are defined, for jumps forward."""
+        """Enter a scope and collect its names. Labels must be known before their definition, for forward jumps."""
         inside = _body(self.body, self.at)
         self.count += 1
         own = set()
@@ -165,7 +165,7 @@ class _Reader:
             space, alignment, kind, name, count = match.groups()
             size = 0 if count == "" else SIZES[kind] * int(count or 1)
             if count is None and kind == "b8":
-                size = 0  # Mosaic declares its dynamic shared memory so
+                size = 0  # this is how Mosaic declares its dynamic shared memory
             self.variables[name] = space, int(alignment or SIZES[kind]), size
         elif not text.startswith((".pragma", ".loc", ".file")):
             raise ValueError(f"not a declaration that is understood: {text}")
@@ -189,7 +189,7 @@ class _Reader:
         return Operand("name", name)
 
     def _address(self, text: str) -> Operand:
-        """[base], [base+8], [8], [descriptor, {x, y}]"""
+        """Parse the inside of an address: [base], [base+8], [8], or [descriptor, {x, y}]."""
         first, *rest = _split(text)
         coordinates = self._operand(rest[0]).parts if rest else ()
         match = re.fullmatch(r"\s*([%$A-Za-z_][%$\w]*)?\s*(?:\+?\s*(-?(?:0x[\da-fA-F]+|\d+)))?\s*", first)
@@ -212,5 +212,5 @@ def _number(text: str) -> int | float | None:
 
 
 def _split(text: str) -> list[str]:
-    """At the commas outside of braces and brackets."""
+    """Split at the commas that are outside braces and brackets."""
     return [part for part in _PART.findall(text) if part.strip()]

@@ -1,7 +1,7 @@
 """Matrix products of the tensor cores, and the loads and stores of their fragments.
 
-Hopper's wgmma runs beside the threads: until its group is waited for, its registers may not be touched, and its
-operands in shared memory may not be written. The order in which a tensor core adds is not defined; here it is NumPy's.
+Hopper's wgmma is asynchronous. Until a thread has waited for its group, its registers may not be accessed, and its
+operands in shared memory may not be written. The order in which a tensor core adds is undefined; here it is NumPy's.
 """
 
 from functools import cache
@@ -23,7 +23,7 @@ def _require_warpgroup(u, mask, text: str) -> None:
 
 
 def _numbers(bits: np.ndarray, kind: str) -> np.ndarray:
-    """float32 of the bits of bf16, f16 or tf32."""
+    """Convert the bits of bf16, f16 or tf32 numbers to float32."""
     if kind == "bf16":
         return bfloat16_to_float32(bits)
     if kind == "f16":
@@ -33,7 +33,7 @@ def _numbers(bits: np.ndarray, kind: str) -> np.ndarray:
 
 @cache
 def _accumulator(columns: int) -> tuple[np.ndarray, np.ndarray]:
-    """(row, column) of every register and thread of a [64, columns] accumulator, [registers, 128]."""
+    """Return (row, column) in a [64, columns] accumulator of every register and thread, arrays [registers, 128]."""
     thread, register = np.arange(WARPGROUP)[None], np.arange(columns // 2)[:, None]
     row = thread // WARP * 16 + thread % WARP // 4 + register // 2 % 2 * 8
     return row, register // 4 * 8 + thread % 4 * 2 + register % 2
@@ -41,17 +41,17 @@ def _accumulator(columns: int) -> tuple[np.ndarray, np.ndarray]:
 
 @cache
 def _fragment() -> tuple[np.ndarray, np.ndarray]:
-    """(row, column) of every register, half and thread of a [64, 16] operand in registers, [4, 2, 128]."""
+    """Return (row, column) in a [64, 16] operand of every register, half and thread, arrays [4, 2, 128]."""
     thread, half, register = np.arange(WARPGROUP), np.arange(2)[:, None], np.arange(4)[:, None, None]
     row = thread // WARP * 16 + thread % WARP // 4 + register % 2 * 8
     return np.broadcast_to(row, (4, 2, WARPGROUP)), thread % 4 * 2 + half + register // 2 * 8
 
 
 def matrix_bytes(descriptor: int, rows: int, depth: int, is_transposed: bool, text: str) -> np.ndarray:
-    """Shared-memory offsets of the first bytes of [rows, depth] 16-bit elements, by a wgmma descriptor.
+    """Return the shared-memory offsets of a matrix [rows, depth] of 16-bit elements, given its wgmma descriptor.
 
-    The rows are the rows of A or the columns of B. The plain layout has contiguous elements along the depth, the
-    transposed one along the rows.
+    Each offset is that of the element's first byte. The rows are the rows of A or the columns of B. Elements are
+    contiguous along the depth, or along the rows if `is_transposed`.
     """
     start = (descriptor & 0x3FFF) << 4
     leading, stride = (descriptor >> 16 & 0x3FFF) << 4, (descriptor >> 32 & 0x3FFF) << 4
@@ -63,7 +63,8 @@ def matrix_bytes(descriptor: int, rows: int, depth: int, is_transposed: bool, te
         if span == 16:
             addresses = start + row // 8 * stride + k // 8 * leading + row % 8 * 16 + k % 8 * 2
         else:
-            # The depth of one product lies within the swizzled span, which the descriptor's start already entered.
+            # The depth of one product lies within one swizzled span; the descriptor's start already contains the offset
+            # in the span.
             addresses = start + row // 8 * stride + row % 8 * span + k * 2
     else:
         if span == 16:
@@ -109,7 +110,10 @@ def wgmma_wait(decoder, x, match):
 
 @instruction(r"wgmma\.mma_async\.sync\.aligned\.m64n(?P<n>\d+)k16\.f32\.(?P<a>bf16|f16)\.(?P<b>bf16|f16)")
 def wgmma(decoder, x, match):
-    """D = A @ B + (D if the predicate holds), with A [64, 16] in registers or shared memory and B [16, n] in shared."""
+    """Compute D = A @ B, plus D if the predicate is true.
+
+    A [64, 16] is in registers or in shared memory, B [16, n] in shared memory.
+    """
     columns, kind = int(match["n"]), match["a"]
     target, a, b, adds, *flags = x.operands
     flags = [flag.value for flag in flags]
@@ -175,13 +179,13 @@ def _descriptor(decoder, operand: Operand):
 
 
 def _operand(u, descriptor: int, rows: int, is_transposed: int, kind: str, actor: int, group: int, text: str):
-    """float32 [rows, 16], read by the tensor cores."""
+    """Return an operand that the tensor cores read from shared memory, float32 [rows, 16]."""
     shared = u.block.shared
     at = matrix_bytes(descriptor, rows, 16, bool(is_transposed), text)
     if at.min() < 0 or at.max() + 2 > shared.size:
         raise Fault(f"a matrix reaches byte {at.max() + 1} of {shared.size} of shared memory: {text}")
     at = (at[..., None] + np.arange(2)).reshape(-1)
-    # The four warps issue together: what they read must be in order for each of them.
+    # The four warps issue the product together, so each of them must know that its operands are complete.
     known = u.block.clocks.joined(u.warps)
     data = shared.read(at, actor, known, text, is_proxy=True, time=group)
     return _numbers(np.ascontiguousarray(data).view(np.uint16), kind).reshape(rows, 16)
@@ -189,7 +193,7 @@ def _operand(u, descriptor: int, rows: int, is_transposed: int, kind: str, actor
 
 @cache
 def _matrix_lanes(is_transposed: bool) -> tuple[np.ndarray, np.ndarray]:
-    """(row, column) of the two elements of an 8 x 8 matrix that a lane holds, [32, 2]."""
+    """Return (row, column) of the two elements of an 8 x 8 matrix that each lane holds, arrays [32, 2]."""
     lane, half = np.arange(WARP)[:, None], np.arange(2)[None]
     row, column = np.broadcast_to(lane // 4, (WARP, 2)), lane % 4 * 2 + half
     return (column, row) if is_transposed else (row, column)
@@ -204,9 +208,9 @@ def _require_registers(operand: Operand, count: int, text: str) -> None:
 
 
 def _row_bytes(u, mask, pointer, count: int, text: str):
-    """Of the warps that take part, [warps]: the offsets of the bytes of `count` 8 x 8 matrices.
+    """Return the byte offsets of `count` 8 x 8 matrices for each participating warp.
 
-    Returns the offsets and the warp of each, [warps, count, 8 rows, 16], and the places of the warps in the unit.
+    Returns the offsets and the warp of each, both [warps, count, 8 rows, 16], and the indices of the warps in the unit.
     """
     warps = full_warps(u, mask, text)
     places = warps - u.warps[0]
@@ -257,7 +261,7 @@ def store_matrices(decoder, x, match):
 
 @instruction(r"mma\.sync\.aligned\.m16n8k(?P<k>8|16)\.row\.col\.f32\.(?P<kind>bf16|f16|tf32)\.(?P=kind)\.f32")
 def mma(decoder, x, match):
-    """D = A @ B + C by each warp: A [16, k], B [k, 8]."""
+    """Compute D = A @ B + C in each warp, with A [16, k] and B [k, 8]."""
     kind, depth = match["kind"], int(match["k"])
     if (depth == 16) == (kind == "tf32"):
         raise UnknownInstruction(f"the PTX machine does not know this instruction: {x.text}")
@@ -268,7 +272,7 @@ def mma(decoder, x, match):
     group, place = lane // 4, lane % 4
 
     def matrix(u, reads, rows):
-        """[warps, rows, depth]; registers come by halves of the rows first, then by halves of the depth."""
+        """Return an operand [warps, rows, depth]. Its registers are ordered by depth half, then by group of 8 rows."""
         result = np.empty((u.lanes // WARP, rows, depth), np.float32)
         halves = rows // 8
         for i, read in enumerate(reads):

@@ -1,8 +1,8 @@
-"""Programs that are written by hand, for the tests of the machine: a body of PTX becomes a kernel that runs on arrays.
+"""Handwritten programs for the tests of the machine: `run` makes a kernel from a body of PTX and runs it on arrays.
 
 A body may use the registers %p0 to %p15, %h0 to %h31 (16 bits), %r0 to %r63, %f0 to %f63 and %d0 to %d63 (64 bits).
-When it begins, %d0, %d1, .. have the addresses of the arrays, %d60 that of the tensor maps, %r60 the thread, %r61 the
-warp, %r62 the lane, and %r63 the address of the shared memory.
+At its beginning, %d0, %d1, .. contain the addresses of the arrays, %d60 the address of the tensor maps, %r60 the number
+of the thread, %r61 of the warp, %r62 of the lane, and %r63 the address of the shared memory.
 """
 
 import itertools
@@ -33,7 +33,7 @@ BITS = {"pred": 32, "f32": 32} | {f"{c}{n}": n for c in "bsu" for n in (8, 16, 3
 
 
 def run(body: str, *arrays: np.ndarray, threads=32, grid=1, shared=4096, maps: tuple[TensorMap, ...] = ()) -> None:
-    """Run a body on arrays, in place."""
+    """Run a body of PTX on arrays, which it changes in place."""
     parameters = [f".param .u64 a{i}" for i in range(len(arrays))]
     addresses = [f"ld.param.u64 %d{i}, [a{i}];" for i in range(len(arrays))]
     if maps:
@@ -53,7 +53,7 @@ def run(body: str, *arrays: np.ndarray, threads=32, grid=1, shared=4096, maps: t
 
 
 def encode(kind: str, value) -> int:
-    """The bits of a value."""
+    """Return the bits of a value of type `kind`."""
     if kind == "f32":
         with np.errstate(over="ignore"):
             return int(np.float32(value).view(np.uint32))
@@ -61,7 +61,7 @@ def encode(kind: str, value) -> int:
 
 
 def decode(kind: str, bits: int):
-    """The value of bits: a Python number."""
+    """Return the value of bits of type `kind`, as a Python number."""
     if kind == "f32":
         return float(np.uint32(bits).view(np.float32))
     bits &= (1 << BITS[kind]) - 1
@@ -70,16 +70,16 @@ def decode(kind: str, bits: int):
 
 
 _REGISTERS = {16: "%h", 8: "%h", 32: "%r", 64: "%d"}
-MASKED_OFF = 0x5A5A5A5A5A5A5A5A  # in lanes that an instruction leaves alone
+MASKED_OFF = 0x5A5A5A5A5A5A5A5A  # the result in lanes that an instruction does not change
 
 
 def apply(text: str, out: str, kinds: list[str], cases: list[tuple], *, odd_lanes_only=False) -> list:
-    """The values that instructions give for each case, one case for each lane.
+    """Return the results of instructions for `cases`, which are tuples of operands; each lane runs one case.
 
     Args:
-      text: the instructions, with {d} for the register of the result and {0}, {1}, .. for those of the operands.
+      text: the instructions, with {d} for the result's register and {0}, {1}, .. for the operands' registers.
       out, kinds: the types of the result and of the operands.
-      odd_lanes_only: the instruction's predicate is false in the even lanes, whose result is then MASKED_OFF.
+      odd_lanes_only: make the instruction's predicate false in the even lanes. Their result is then MASKED_OFF.
     """
     threads = -(-len(cases) // 32) * 32
     padded = list(itertools.islice(itertools.cycle(cases), threads))

@@ -1,12 +1,12 @@
-"""Synthetic tasks, made on the spot and the same for the same seed.
+"""Synthetic tasks, which are generated when they are needed. The same seed generates the same examples.
 
 Every task is a module with
 
     examples(part, *, seed, ...) -> Examples   random access to dicts of arrays, part "train" or "test"
-    text(seed, count) -> Iterator[str]         lines for a language model, no two the same
+    text(seed, count) -> Iterator[str]         different lines for a language model
 
-and vocabularies whose id 0 is padding. `stickjax.data.task_loader` makes batches of examples, and the sources of
-the same names in `DataConfig.source` are `documents`.
+and vocabularies whose id 0 is padding. `stickjax.data.task_loader` makes batches of examples. `documents` makes a text
+of a task, for the source with the name of the task in `DataConfig.source`.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ TASKS = {"listops": listops, "logic": logic, "recall": recall, "scan": scan}
 
 
 def documents(task: str, count: int) -> Iterator[str]:
-    """The lines of `text` with seed 0, in documents that end with the line that reaches 4096 characters.
+    """Join the lines of `text` with seed 0 into documents. A document ends when it has 4096 characters or more.
 
     >>> [len(document) for document in documents("logic", 100)]
     [4112, 194]

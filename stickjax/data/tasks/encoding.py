@@ -1,4 +1,4 @@
-"""What all tasks share: symbols as ids, examples by their index, and the names of the two parts."""
+"""The common code of all tasks: vocabularies, examples by their index, and the training and test parts."""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,7 +11,7 @@ from stickjax.config.fields import one_of
 
 
 class Vocabulary:
-    """Symbols, written with spaces between them, and their ids; id 0 is padding, which has no text.
+    """A vocabulary of symbols, which a text separates by spaces. Id 0 is padding, which has no text.
 
     >>> words = Vocabulary("a b")
     >>> words.encode("b a b", T=4), words.decode([2, 1, 2, 0]), len(words)
@@ -26,9 +26,9 @@ class Vocabulary:
         return len(self.symbols)
 
     def encode(self, text: str, T: int) -> Int[np.ndarray, "T"]:
-        """Ids of symbols with spaces between them, padded on the right.
+        """Return the ids of the symbols of a text, padded on the right to T.
 
-        Raises ValueError when there are more than T symbols or one is unknown.
+        Raises ValueError if there are more than T symbols, or if one is unknown.
         """
         words = text.split()
         if len(words) > T:
@@ -41,12 +41,12 @@ class Vocabulary:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The symbols of ids, without padding."""
+        """Return the symbols of ids, without padding, with spaces between them."""
         return " ".join(self.symbols[i] for i in ids if i)
 
 
 class Examples:
-    """Random access to examples as dicts of arrays, for `grain.MapDataset.source`; made when they are asked for."""
+    """Random access to examples as dicts of arrays, for `grain.MapDataset.source`. Each is made when it is read."""
 
     def __init__(self, rows: Sequence, arrays: Callable[..., dict[str, np.ndarray]]):
         self.rows, self.arrays = rows, arrays
@@ -59,7 +59,7 @@ class Examples:
 
 
 class Parts(NamedTuple):
-    """Examples to train on and to test on."""
+    """The training examples and the test examples."""
 
     train: Sequence
     test: Sequence
@@ -70,7 +70,7 @@ class Parts(NamedTuple):
 
 
 def distinct(drawn: Iterable, count: int) -> Iterator:
-    """The first `count` different values of an endless iterator."""
+    """Yield the first `count` different values of an endless iterator."""
     seen: set = set()
     new = (value for value in drawn if value not in seen and not seen.add(value))
     return itertools.islice(new, count)

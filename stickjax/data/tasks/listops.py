@@ -1,4 +1,4 @@
-"""ListOps: the value of nested lists of digits (Nangia and Bowman, 2018, arXiv 1804.06028; their data "d20s").
+"""ListOps: compute the value of nested lists of digits (Nangia and Bowman, 2018, arXiv 1804.06028; data set "d20s").
 
 An expression is a digit or `[op X1 .. Xn ]` with n from 2 to 5 and op MIN, MAX, MED (the median, rounded down)
 or SM (the sum modulo 10).
@@ -30,7 +30,7 @@ class Example(NamedTuple):
 
 
 def _expression(uniform: Callable[[], float], depth: int = 1) -> tuple[str, int]:
-    """An expression and its value; a list with probability 1/4, down to depth 20."""
+    """Draw an expression and its value. It is a list with probability 1/4, and always a digit at depth 20."""
     if uniform() > 0.25 or depth >= 20:
         digit = int(10 * uniform())
         return str(digit), digit
@@ -47,7 +47,9 @@ def _draws(seed: int) -> Iterator[Example]:
 
 @functools.lru_cache(maxsize=1)
 def generate(seed: int = 0, count: int = 100_000) -> Parts:
-    """`count` different expressions in a random order, nine tenths to train on; then digits alone are left out.
+    """Generate `count` different expressions, in a random order; the first nine tenths are for training.
+
+    Then expressions of a single digit are removed from both parts.
 
     >>> generate(count=1000).train[0]
     Example(text='[MIN 6 3 4 ]', label=3)
@@ -59,7 +61,7 @@ def generate(seed: int = 0, count: int = 100_000) -> Parts:
 
 
 def binary(text: str) -> str:
-    """An expression with brackets around pairs, from the left.
+    """Return an expression as a binary tree: brackets group its symbols in pairs, from the left.
 
     >>> binary("[SM 6 5 ]")
     '( ( ( [SM 6 ) 5 ) ] )'
@@ -79,9 +81,9 @@ def binary(text: str) -> str:
 def examples(
     part: str = "train", *, T: int = 50, brackets: bool = False, seed: int = 0, count: int = 100_000
 ) -> Examples:
-    """Expressions of at most T symbols, longer ones are left out: `tokens` [T] and `label`, a digit, all int32.
+    """Return the expressions of at most T symbols as `tokens` [T] and `label`, a digit, all int32.
 
-    With `brackets` they have the form of `binary`, and T counts its symbols.
+    With `brackets`, expressions have the form of `binary`, and T is the largest number of symbols in this form.
 
     Raises ValueError for an unknown part.
 
@@ -96,7 +98,7 @@ def examples(
 
 
 def text(seed: int, count: int) -> Iterator[str]:
-    """Different lines: a list, `=`, its value.
+    """Yield different lines: a list, `=`, and its value.
 
     >>> list(text(0, 2))
     ['[SM [SM [MIN 8 0 5 1 ] 7 8 ] 9 5 ] = 9', '[MED 0 8 8 9 ] = 8']

@@ -1,7 +1,8 @@
-"""Propositional logic: how does one sentence relate to another? (Bowman, Manning and Potts, 2015, arXiv 1506.04834)
+"""Propositional logic: find the relation of two sentences (Bowman, Manning and Potts, 2015, arXiv 1506.04834).
 
-A sentence is a variable a .. f, `( not X )` or `( L ( op R ) )` with op `and` or `or`. Its truth table is a number
-of 64 bits, one for each world, so that the relation of two sentences is four operations on numbers.
+A sentence is a variable a .. f, `( not X )` or `( L ( op R ) )` with op `and` or `or`. A world is an assignment of
+truth values to the six variables. The truth table of a sentence is a number with one bit for each of the 64 worlds. So
+a few bit operations compute the relation of two sentences.
 """
 
 import functools
@@ -18,12 +19,12 @@ from stickjax.data.tasks.encoding import Examples, Parts, Vocabulary, distinct
 VOCABULARY = Vocabulary("( ) a b c d e f or and not")
 RELATIONS = ("<", ">", "=", "^", "|", "#", "v")  # a label is an index
 SPLITS = ("A", "B", "C")
-BUCKETS = 13  # by operators, and/or/not, of the sentence that has more: 0 .. 11, and 12 for all above
+BUCKETS = 13  # by the larger number of operators of the two sentences: 0 .. 11, and 12 for all above
 
 _WORLDS = 2**64 - 1
-# Bit w of variable i is bit i of w.
+# The truth tables of the variables: bit w of variable i is bit i of the world w.
 _VARIABLES = [(name, sum(1 << w for w in range(64) if w >> i & 1), 0) for i, name in enumerate("abcdef")]
-# Whether there is a world where both hold, only the left, only the right, neither.
+# {(is there a world where both hold, only the left, only the right, neither): relation}
 _RELATIONS = {
     (True, False, False, True): "=",
     (True, False, True, True): "<",
@@ -42,8 +43,10 @@ class Example(NamedTuple):
 
 
 def relation(left: int, right: int) -> str:
-    """The relation of two truth tables of 64 bits: `=` equal, `<` left implies right, `>` right implies left,
-    `^` exactly one holds, `|` never both, `v` at least one, `#` none of these.
+    """Return the relation of two truth tables of 64 bits.
+
+    `=`: they are equal. `<`: left implies right. `>`: right implies left. `^`: always exactly one holds. `|`: never
+    both hold. `v`: always at least one holds. `#`: none of these.
 
     >>> relation(0b0011, 0b0111), relation(0b0011, 0b0100)
     ('<', '|')
@@ -53,7 +56,7 @@ def relation(left: int, right: int) -> str:
 
 
 def _sentence(uniform: Callable[[], float], variables: Sequence[tuple], n: int) -> tuple[str, int, int]:
-    """A random sentence, its truth table and its number of operators."""
+    """Draw a sentence, and return it with its truth table and its number of operators."""
     choice = int(9 * uniform())
     if choice > 3 or n < 2:
         text, table, operators = variables[int(len(variables) * uniform())]
@@ -71,7 +74,7 @@ def _sentence(uniform: Callable[[], float], variables: Sequence[tuple], n: int) 
 
 
 def _draws(seed: int) -> Iterator[Example]:
-    """Endless pairs over four variables; a sentence that always or never holds is not taken."""
+    """Yield endless pairs over four variables, without sentences that always or never hold."""
     uniform = Random(seed).random
     labels = {relation: label for label, relation in enumerate(RELATIONS)}
     subsets = tuple(itertools.combinations(_VARIABLES, 4))
@@ -86,7 +89,7 @@ def _draws(seed: int) -> Iterator[Example]:
 
 @functools.lru_cache(maxsize=1)
 def generate(seed: int = 0, draws: int = 500_000) -> tuple[Parts, ...]:
-    """The pairs of every bucket: of those that differ, in the order drawn, the first 85 % to train on.
+    """Draw pairs, remove duplicates, and put them into buckets; the first 85 % of each bucket are for training.
 
     Sentences have at most 37 tokens in the training parts of buckets 0..6, about twice that in bucket 12.
 
@@ -105,9 +108,9 @@ def generate(seed: int = 0, draws: int = 500_000) -> tuple[Parts, ...]:
 
 
 def matches(example: Example, split: str) -> bool:
-    """Whether a side of an example has the pattern that a systematic split withholds from training.
+    """Whether one of the sentences has the pattern that a systematic split removes from the training part.
 
-    A: `( and ( not a ) )`. B: `( and ( not X ) )` for any sentence X. C: the same, and with `or`.
+    A: `( and ( not a ) )`. B: `( and ( not X ) )` for any sentence X. C: as B, or with `or` in place of `and`.
 
     >>> [matches(Example("( b ( or ( not a ) ) )", "c", 5, 2), split) for split in SPLITS]
     [False, False, True]
@@ -126,11 +129,12 @@ def examples(
     seed: int = 0,
     draws: int = 500_000,
 ) -> Examples:
-    """Pairs of some buckets: `left` and `right`, each [T], `label` (an index of RELATIONS) and `bucket`, all int32.
+    """Return pairs of some buckets: `left` and `right`, each [T], `label` (an index of RELATIONS), `bucket`, all int32.
 
-    With split A, B or C both parts come from the training parts of the buckets: `test` is what matches.
+    With split A, B or C, both parts come from the training parts of the buckets. The part "test" has the examples that
+    match the pattern of the split (see `matches`), and the part "train" has all others.
 
-    Raises ValueError when a sentence has more than T tokens, or for an unknown part or split.
+    Raises ValueError if a sentence has more than T tokens, or for an unknown part or split.
 
     >>> pairs = examples("test", T=80, buckets=[12], draws=1000)
     >>> {name: array.shape for name, array in pairs[0].items()}
@@ -153,7 +157,7 @@ def examples(
 
 
 def text(seed: int, count: int) -> Iterator[str]:
-    """Different lines: left sentence, relation, right sentence.
+    """Yield different lines: left sentence, relation, right sentence.
 
     >>> list(text(0, 2))
     ['( not c ) ^ c', 'd # b']

@@ -1,8 +1,8 @@
-"""Multi-query repeated associative recall: what was the latest value of this key?
+"""Multi-query repeated associative recall: find the latest value of a key.
 
-A sequence assigns values to keys (`a 3`) and asks for them (`? a`), mixed. A key may be assigned again, and then
-its earlier values are wrong (Tan et al., 2024, arXiv 2410.17980; with keys assigned once: Arora et al., 2023,
-arXiv 2312.04927).
+A sequence is a mixture of two kinds of statements: `a 3` assigns a value to a key, `? a` asks for the value of a key. A
+key may be assigned again, and then its earlier values are wrong (Tan et al., 2024, arXiv 2410.17980; with keys assigned
+once: Arora et al., 2023, arXiv 2312.04927).
 """
 
 import string
@@ -19,7 +19,10 @@ VOCABULARY = Vocabulary(" ".join([*KEYS, *VALUES, QUERY]))
 
 
 def _statements(random: Random, count: int, keys: int) -> Iterator[tuple[str, str, bool]]:
-    """Keys, their latest values, and whether these are asked for: half of all but the first."""
+    """Yield `count` statements: a key, its latest value, and whether the statement asks for it.
+
+    The first statement assigns a value. Each later one asks with probability 1/2.
+    """
     latest: dict[str, str] = {}
     names = random.sample(KEYS, keys)
     for _ in range(count):
@@ -31,12 +34,13 @@ def _statements(random: Random, count: int, keys: int) -> Iterator[tuple[str, st
 
 
 def examples(part: str = "train", *, T: int = 128, keys: int = 16, seed: int = 0, count: int = 100_000) -> Examples:
-    """`count` sequences of T / 2 statements about some of the letters, made from (seed, part, index) alone.
+    """Return `count` sequences of T / 2 statements about `keys` letters, generated from (seed, part, index) alone.
 
-    Each has `tokens`, `targets`, `segment_ids` (zeros) and `loss_mask`, all [T], as language models are trained on.
-    `loss_mask` is True at the key that is asked for, and there `targets` is its latest value; otherwise it is 0.
+    Each has `tokens`, `targets`, `segment_ids` (zeros) and `loss_mask`, all [T], as for the training of language
+    models. Where a sequence asks for a key, `loss_mask` is True and `targets` is the latest value of the key. Elsewhere
+    `targets` is 0.
 
-    Raises ValueError when T is odd, `keys` is not in 1..52, or for an unknown part.
+    Raises ValueError if T is odd, `keys` is not in 1..52, or for an unknown part.
 
     >>> example = examples(T=12, keys=2)[0]
     >>> VOCABULARY.decode(example["tokens"])
@@ -66,7 +70,7 @@ def examples(part: str = "train", *, T: int = 128, keys: int = 16, seed: int = 0
 
 
 def text(seed: int, count: int) -> Iterator[str]:
-    """Different lines of 32 statements about 8 keys; what is asked for is followed by its value.
+    """Yield different lines of 32 statements about 8 keys. After each question stands the value.
 
     >>> next(text(0, 1))[:40]
     'q 7 ? q 7 q 2 q 8 A 4 ? q 8 G 7 G 6 ? G '

@@ -1,7 +1,8 @@
-"""SCAN: commands in English to actions (Lake and Baroni, 2018, arXiv 1711.00350), all 20,910 of them.
+"""SCAN: translate commands in English to actions (Lake and Baroni, 2018, arXiv 1711.00350); all 20,910 commands.
 
 A command is V, `V twice` or `V thrice`, or two of these joined by `and` or `after`. V is `u`, `u left`,
-`u opposite left` or `u around left` with u walk, look, run, jump or, where a direction follows, turn.
+`u opposite left` or `u around left`, or the same with `right`. u is walk, look, run or jump; before a direction it may
+also be turn.
 """
 
 import functools
@@ -24,7 +25,7 @@ class Example(NamedTuple):
 
 
 def _phrases() -> Iterator[tuple[str, list[str]]]:
-    """All V, each with its actions."""
+    """Yield all V, each with its actions."""
     for u in (*PRIMITIVES, "turn"):
         act = [] if u == "turn" else [f"I_{u.upper()}"]
         if act:
@@ -38,7 +39,7 @@ def _phrases() -> Iterator[tuple[str, list[str]]]:
 
 @functools.cache
 def pairs() -> tuple[Example, ...]:
-    """All commands with their actions.
+    """Return all commands with their actions.
 
     >>> len(pairs()), pairs()[0]
     (20910, Example(command='walk', actions='I_WALK'))
@@ -51,11 +52,11 @@ def pairs() -> tuple[Example, ...]:
 
 
 def generate(split: str = "simple", seed: int = 0) -> Parts:
-    """The training and the test part of a split.
+    """Return the training part and the test part of a split.
 
-    simple: four fifths at random (by `seed`). length: up to 22 actions, and more than that. add_jump: what has no
-    `jump`, with the command `jump` 1467 times; tested on all other commands with `jump`. add_turn_left: the same
-    with `turn left`, 2189 times.
+    simple: a random part of four fifths (by `seed`), and the rest. length: commands of up to 22 actions, and commands
+    of more. add_jump: commands without `jump`, and 1467 times the command `jump`; the test part is all other commands
+    with `jump`. add_turn_left: the same for `turn left`, with 2189 times the command `turn left`.
 
     Raises ValueError for an unknown split.
 
@@ -77,9 +78,9 @@ def generate(split: str = "simple", seed: int = 0) -> Parts:
 
 
 def examples(part: str = "train", *, split: str = "simple", T: int = 9, S: int = 48, seed: int = 0) -> Examples:
-    """Pairs of a split: `command` [T], ids of COMMANDS, and `actions` [S], ids of ACTIONS, all int32.
+    """Return pairs of a split: `command` [T], ids of COMMANDS, and `actions` [S], ids of ACTIONS, all int32.
 
-    Raises ValueError when a command has more than T words or the actions more than S, or for an unknown part or split.
+    Raises ValueError if a command has more than T words or its actions more than S, or for an unknown part or split.
 
     >>> {name: array.shape for name, array in examples("test", split="length")[0].items()}
     {'command': (9,), 'actions': (48,)}
@@ -96,7 +97,7 @@ def examples(part: str = "train", *, split: str = "simple", T: int = 9, S: int =
 
 
 def text(seed: int, count: int) -> Iterator[str]:
-    """Different lines in random order, at most all 20,910: a command and its actions.
+    """Yield different lines in random order, at most all 20,910: a command and its actions.
 
     >>> next(text(39, 1))
     'IN: jump left and run OUT: I_TURN_LEFT I_JUMP I_RUN'

@@ -1,4 +1,4 @@
-"""The block of the Sparse Universal Transformer: attention and feed-forward network, both of experts.
+"""The block of the Sparse Universal Transformer: an attention and a feed-forward network, each a mixture of experts.
 
 Tan et al., `Sparse Universal Transformer <https://arxiv.org/abs/2310.07096>`_.
 """
@@ -20,7 +20,10 @@ from stickjax.models.router import Experts, Router, RouterSums
 
 
 class TanhRouter(Router):
-    """Logits dropout(tanh(x w_in + bias)) weight. The gates: the k largest of their softmax, divided by their sum."""
+    """A router with the logits dropout(tanh(x w_in + bias)) weight.
+
+    The gates of a token are the k largest values of the softmax of its logits, divided by their sum.
+    """
 
     normalized = True
 
@@ -42,7 +45,10 @@ class TanhRouter(Router):
 
 
 class BiasedExperts(nnx.Module):
-    """sum over the chosen experts of gate * (gelu(x w_in[e] + in_bias[e]) w_out[e] + out_bias[e])."""
+    """Feed-forward experts with biases.
+
+    The output is the sum over the chosen experts e of gate * (gelu(x w_in[e] + in_bias[e]) w_out[e] + out_bias[e]).
+    """
 
     def __init__(self, config: SutConfig, key):
         self.config, E = (c := config), config.experts.E
@@ -66,14 +72,17 @@ class BiasedExperts(nnx.Module):
 
 
 class Branch(nnx.Module):
-    """norm(h + f(h)), or h + f(norm(h)) with `normalize_before`, f being the experts that the router chooses."""
+    """A residual branch: norm(h + f(h)), or h + f(norm(h)) with `normalize_before`.
+
+    f is the sum of the experts that the router chooses, weighted by their gates.
+    """
 
     def __init__(self, config: SutConfig, router: TanhRouter, experts: SharedHeads | BiasedExperts):
         self.config, self.router, self.experts = config, router, experts
         self.norm = LayerNorm(config)
 
     def __call__(self, h: Float[Array, "B T D"], running: Float[Array, "B T"], key, *inputs):
-        """The next h, and the router's sums; `inputs` are the experts' own."""
+        """Return the next h, and the sums of the router. `inputs` are further arguments of the experts."""
         keys = [None] * 3 if key is None else jax.random.split(key, 3)
         x = self.norm(h) if self.config.normalize_before else h
         chosen, gates, sums = self.router(x.reshape(-1, x.shape[-1]), running.reshape(-1), keys[0])
@@ -83,9 +92,10 @@ class Branch(nnx.Module):
 
 
 class SutBlock(nnx.Module):
-    """Self-attention, in a decoder attention to `source`, and a feed-forward network.
+    """Self-attention, cross-attention to `source` in a decoder, and a feed-forward network.
 
-    Keys and values are made of s rather than h, so that tokens which have halted are still seen, as what they became.
+    Self-attention computes its keys and values from the states s instead of h. So the tokens that still run attend to
+    the final states of the tokens that have halted.
     """
 
     def __init__(self, config: SutConfig, key, *, causal: bool, cross: bool = False):
@@ -111,7 +121,7 @@ class SutBlock(nnx.Module):
         source_segment_ids: Int[Array, "B S"] | None = None,
         key=None,
     ) -> tuple[Float[Array, "B T D"], dict[str, RouterSums]]:
-        """The next h, and the sums of every router by its name."""
+        """Return the next h, and {name of a router: its sums}."""
         keys, sums = [None] * 3 if key is None else jax.random.split(key, 3), {}
         seen = self.attention.norm(s) if self.config.normalize_before else s
         context = Context(segment_ids, segment_ids, None, 0)

@@ -1,4 +1,4 @@
-"""The family of Universal Transformers: what a run, a plan and a generation ask of them."""
+"""The family of Universal Transformers: the methods that training, planning and text generation call."""
 
 from typing import NamedTuple
 
@@ -14,7 +14,9 @@ from stickjax.parallel.collectives import psum_over_batch
 
 
 def init(config: SutConfig, key: jax.Array) -> PairClassifier | LanguageModel:
-    """Parameters of a model, as a pytree that is also the model: with `classes` of pairs, else a language model.
+    """Return a new model: a classifier of pairs if the config has `classes`, else a language model.
+
+    The model is also the pytree of its parameters.
 
     >>> model = init(SutConfig(V=16, D=8, H=4, F=16), jax.random.key(0))
     >>> model.stack.block.ffn.experts.w_in.shape
@@ -26,12 +28,15 @@ def init(config: SutConfig, key: jax.Array) -> PairClassifier | LanguageModel:
 def apply(
     params: PairClassifier | LanguageModel, batch: dict[str, jax.Array], key: jax.Array | None = None, *, threshold=None
 ) -> SutOutput:
-    """Run a model on a batch: training with a key, else inference, which stops when all tokens have halted.
+    """Run a model on a batch.
+
+    With a key, the model runs in training mode. Without a key, it stops as soon as all tokens have halted, and the
+    output has no reverse-mode derivative.
 
     Args:
       batch: `left` and `right` [B,T], padded with 0; or `tokens` [B,T] and, when documents are packed, `segment_ids`.
-      key: randomness of a training step; with one the output has a reverse derivative.
-      threshold: in place of `halting_threshold`; a number or a scalar array.
+      key: randomness of a training step, or None.
+      threshold: replaces `halting_threshold`; a number or a scalar array.
 
     >>> pairs = {"left": jnp.array([[3, 4, 0]]), "right": jnp.array([[5, 0, 0]])}
     >>> model = init(SutConfig(V=16, D=8, H=4, F=16, classes=7), jax.random.key(0))
@@ -43,8 +48,10 @@ def apply(
 
 
 class TokenHistory(NamedTuple):
-    """The `length` tokens that a language model has read so far. Their keys and values are not kept: every new token is
-    computed together with all of them."""
+    """The tokens that a language model has read so far; `length` is their number.
+
+    Their keys and values are not stored. For every new token the model runs on all tokens again.
+    """
 
     tokens: jax.Array
     segment_ids: jax.Array
@@ -52,7 +59,7 @@ class TokenHistory(NamedTuple):
 
 
 def empty_cache(config: SutConfig, batch: int, size: int) -> TokenHistory:
-    """An empty cache for `batch` sequences of up to `size` tokens."""
+    """Return an empty cache for `batch` sequences of up to `size` tokens."""
     return TokenHistory(
         jnp.zeros((batch, size), jnp.int32), jnp.full((batch, size), -1, jnp.int32), jnp.zeros((), jnp.int32)
     )
@@ -61,7 +68,7 @@ def empty_cache(config: SutConfig, batch: int, size: int) -> TokenHistory:
 def decode_step(
     model: LanguageModel, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"], cache: TokenHistory
 ) -> tuple[Float[Array, "B V"], TokenHistory]:
-    """Logits after the last of these tokens, and the cache with them."""
+    """Return the logits after the last of the `tokens`, and the cache with the `tokens` added."""
     put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, cache.length, axis=1)  # noqa: E731
     cache = TokenHistory(put(cache.tokens, tokens), put(cache.segment_ids, segment_ids), cache.length + tokens.shape[1])
     logits = apply(model, {"tokens": cache.tokens, "segment_ids": cache.segment_ids}).logits
@@ -71,15 +78,22 @@ def decode_step(
 def loss(
     params: PairClassifier | LanguageModel, batch: dict[str, jax.Array], key: jax.Array | None
 ) -> tuple[Float[Array, ""], dict[str, jax.Array]]:
-    """Mean cross-entropy + sum over routers of `mi_weight` * (H(e|x) - H(e)) + `act_weight` * mean halting step.
+    """Compute the loss of a batch, and its metrics.
+
+    The loss is
+
+      mean cross-entropy + sum over routers of `mi_weight` * (H(e|x) - H(e)) + `act_weight` * mean halting step
+
+    with the entropies H of `router_stats`.
 
     Args:
-      batch: as in `apply`, with `label` [B]; or with `targets` [B,T] and `loss_mask` [B,T].
+      batch: as in `apply`. Pairs also have `label` [B]; text also has `targets` [B,T] and `loss_mask` [B,T].
       key: randomness of a training step, or None.
 
     Returns:
-      The loss, and metrics: `loss` (cross-entropy alone), for pairs `accuracy`, `depth` (mean over tokens), `act`,
-      `mutual_information` (mean over routers) and `load_max` (largest share of rows times experts, 1 at balance).
+      The loss, and the metrics: `loss` (the cross-entropy alone), `accuracy` (for pairs only), `depth` (mean over
+      tokens), `act` (the mean halting step), `mutual_information` (mean over routers) and `load_max` (the largest share
+      of rows of any expert, times the number of experts: 1 at balance).
 
     >>> config = SutConfig(V=16, D=8, H=4, F=16)
     >>> batch = {"tokens": jnp.ones((2, 3), int), "targets": jnp.ones((2, 3), int), "loss_mask": jnp.ones((2, 3))}
@@ -115,12 +129,12 @@ def loss(
 
 
 def _mixture(config: SutConfig, router: str) -> ExpertsConfig:
-    """The experts that a router with this name chooses among."""
+    """Return the config of the experts that the router with this name chooses from."""
     return config.experts if router.endswith("ffn") else config.attention_experts
 
 
 class Universal(Family):
-    """The family of Universal Transformers: a language model, or with `classes` a classifier of pairs."""
+    """The family of Universal Transformers: language models, and classifiers of pairs if the config has `classes`."""
 
     config = SutConfig
 
@@ -140,7 +154,10 @@ class Universal(Family):
         return {"left": sentences, "right": sentences, "label": jax.ShapeDtypeStruct((config.data.B,), jnp.int32)}
 
     def parameter_counts(self, config: SutConfig) -> tuple[int, int]:
-        """The number of all parameters, and of those that a step applies to a token: k of E experts, no embedding."""
+        """Return the number of all parameters, and of the active ones.
+
+        Active parameters are the ones that one step applies to one token: k of E experts, without the embedding.
+        """
         shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
         block, size = shapes.stack.block, lambda tree: sum(x.size for x in jax.tree.leaves(tree))
         heads = size([block.attention.experts.expert_query, block.attention.experts.expert_output])
@@ -149,7 +166,10 @@ class Universal(Family):
         return size(shapes), size(shapes.stack) - idle
 
     def flops_per_token(self, config: SutConfig, T: int) -> float:
-        """As if no token halted before the last step. Bidirectional attention takes twice the work of causal."""
+        """Count the operations as if no token halted before the last step.
+
+        Bidirectional attention takes twice the operations of causal attention.
+        """
         _, active = self.parameter_counts(config)
         heads, directions = config.attention_experts.k * config.K, 1 if config.causal else 2
         return config.L * (6 * active + 6 * directions * heads * config.H * T)

@@ -1,4 +1,4 @@
-"""Dynamic halting by stick-breaking: every token decides how often a block is applied to it.
+"""Dynamic halting by stick-breaking: a block is applied to every token until that token halts.
 
 Tan et al., `Sparse Universal Transformer <https://arxiv.org/abs/2310.07096>`_.
 """
@@ -15,9 +15,10 @@ from stickjax.models.layers import cast, uniform
 
 
 class HaltingGate(nnx.Module):
-    """The log of the probabilities to go on and to halt: log_softmax(gelu(h w_in + bias) w_out + [halting_bias, 0]).
+    """A gate that returns the logs of the probabilities to go on and to halt, [B,T] each, for every token.
 
-    w_out begins at zero: to go on has probability 1/2 at the start, or sigmoid(`halting_bias`).
+    They are log_softmax(gelu(h w_in + bias) w_out + [halting_bias, 0]). w_out starts at zero. So before training, the
+    probability to go on is sigmoid(`halting_bias`), which is 1/2 for a bias of 0.
     """
 
     def __init__(self, config, key):
@@ -37,15 +38,20 @@ class HaltingGate(nnx.Module):
 
 
 class Halting(NamedTuple):
-    """Where every token stands before step l, or at the end; all but `hidden` in fp32.
+    """The state of every token before step l, or at the end. Floating-point arrays except `hidden` are in fp32.
 
-    `hidden` [B,T,D]: h, the output of the last block, which the next one reads. `state` [B,T,D]: the mean of h over the
-    steps at which the token halts, with the rest of its stick counted as halting now; it stays the same once the token
-    has halted. `running` [B,T]: the probability w that it still runs, 0 once it is below 1 - threshold, and for
-    padding. `depth` [B,T]: the mean number of blocks in `state`. `act` [B,T]: the mean halting step, whose gradient a
-    loss of depth needs; unlike `depth` it goes on after halting. `expected`, `expected_step` and `log_rest`: sums of
-    p_l h_l and p_l l, and the log of the stick that is left. `statistics`: the block's, summed over the steps. `rows`:
-    the expert rows that each step has run, [L].
+    `step`: l. `hidden` [B,T,D]: h, the output of the last block and the input of the next one.
+    `state` [B,T,D]: the mean of h over the steps, weighted by the probability p_l that the token halts at step l. The
+      rest of the stick counts as halting at the latest step. `state` no longer changes once the token has halted.
+    `running` [B,T]: w, the probability that the token still runs. It is 0 for padding, and it becomes 0 as soon as it
+      falls below 1 - threshold; then the token has halted.
+    `depth` [B,T]: the mean number of blocks in `state`.
+    `act` [B,T]: the mean halting step. A loss on the depth needs its gradient. Unlike `depth`, it still changes after
+      the token has halted.
+    `expected`, `expected_step`: the sums over the steps of p_l h_l and of p_l l.
+    `log_rest`: the log of the rest of the stick.
+    `statistics`: the statistics of the block, summed over the steps.
+    `rows` [L]: the expert rows that each step has run.
     """
 
     step: jax.Array
@@ -64,17 +70,17 @@ class Halting(NamedTuple):
 def halting_step(
     now: Halting, block: Callable, gate: Callable, token_mask: Bool[Array, "B T"], threshold: float | Float[Array, ""]
 ) -> Halting:
-    """One application of the block, and the decision after it.
+    """Apply the block once, then decide which tokens halt.
 
-    With w the tokens' `running`, l the step and g the gate,
+    With w = `running`, l the step and g the gate:
 
       h' = block(h, state, w);   state' = expected + w h' where w > 0;
       p = rest * g_halt(h');   rest' = rest * g_go_on(h');   expected' = expected + p h';
       w' = rest' where rest' >= 1 - threshold, else 0.
 
     Args:
-      block: (h, state, w, l) -> (h', statistics, rows). Its attention makes keys and values from the state.
-      gate: h -> logs of the probabilities to go on and to halt, [B,T] each.
+      block: (h, state, w, l) -> (h', statistics, rows). Its attention computes keys and values from the state.
+      gate: h -> the logs of the probabilities to go on and to halt, [B,T] each.
       token_mask: False for padding, which never runs.
     """
     step, w = now.step, now.running
@@ -105,7 +111,7 @@ def halting_step(
 
 
 def start(x: Float[Array, "B T D"], token_mask: Bool[Array, "B T"], block: Callable, L: int) -> Halting:
-    """Before the first step: every token that is not padding runs."""
+    """Return the state before the first step, in which every token except padding runs."""
     state, zero = x.astype(jnp.float32), jnp.zeros(token_mask.shape, jnp.float32)
     first = jnp.zeros((), jnp.int32)
     _, statistics, rows = jax.eval_shape(block, x, x, zero, first)
@@ -134,9 +140,10 @@ def until_halted(
     *,
     stop_early: bool,
 ) -> Halting:
-    """`halting_step` L times, or with `stop_early` until all tokens have halted, which has no reverse derivative.
+    """Run `halting_step` L times, or with `stop_early` only until all tokens have halted.
 
-    Both have the same `state`, `depth`, `statistics` and `rows`.
+    Both give the same `state`, `depth`, `statistics` and `rows`. With `stop_early`, there is no reverse-mode
+    derivative.
 
     >>> gate = lambda h: (jnp.full(h.shape[:2], jnp.log(0.5)),) * 2
     >>> block = lambda h, state, w, l: (h + 1, (), (w > 0).sum())

@@ -1,4 +1,4 @@
-"""The Sparse Universal Transformer: one block of experts, applied until every token has halted, in three models.
+"""Three models with the Sparse Universal Transformer: one block of experts, applied until every token has halted.
 
 Tan et al., `Sparse Universal Transformer <https://arxiv.org/abs/2310.07096>`_.
 """
@@ -24,9 +24,9 @@ class SutOutput(NamedTuple):
     """The output of a model for a batch.
 
     `logits` in fp32, [B,classes] or [B,T,V]. `depth` [B,T], for pairs [2,B,T]: the mean number of blocks in a token's
-    final state. `act`: the mean halting step of all tokens, whose gradient shortens the computation. `router`: the
-    statistics of every router over all steps, each token weighed by the probability that it still runs. `rows`: the
-    expert rows that this device ran in each step, [L], by the name of their router.
+    final state. `act`: the mean halting step of all tokens; a loss on it makes tokens halt earlier. `router`: the
+    statistics of every router over all steps, with every token weighted by the probability that it still runs.
+    `rows`: for every router name the expert rows [L] that this device ran in each step.
     """
 
     logits: jax.Array
@@ -57,7 +57,10 @@ class UniversalStack(nnx.Module):
         threshold=None,
         stop_early: bool = False,
     ) -> Halting:
-        """`segment_ids`: attention stays within equal ones, negative ones are padding."""
+        """Apply the block up to L times, and return the state of the tokens at the end.
+
+        `segment_ids`: tokens attend only to tokens with the same id; a negative id is padding.
+        """
         c = self.config
 
         def block(h, s, running, step):
@@ -67,7 +70,8 @@ class UniversalStack(nnx.Module):
             return h, sums, rows
 
         if c.remat == "full":
-            block = jax.checkpoint(block, prevent_cse=False)  # scan already keeps the two apart
+            # CSE cannot undo the recomputation inside a scan, so it need not be prevented.
+            block = jax.checkpoint(block, prevent_cse=False)
         threshold = c.halting_threshold if threshold is None else threshold
         end = until_halted(block, self.gate, x, segment_ids >= 0, c.L, threshold, stop_early=stop_early)
         state = end.state.astype(x.dtype)
@@ -75,11 +79,12 @@ class UniversalStack(nnx.Module):
 
 
 class PairClassifier(nnx.Module):
-    """Logits of the label of two sentences: W_2 elu(W_1 [u; v; u * v; |u - v|] + b_1) + b_2, with 4 D hidden units.
+    """A classifier of pairs of sentences.
 
-    u and v are the final states of the sentences' first tokens. In a bracketed formula the first token is the outermost
-    bracket; data without such a token put one first. Stick-breaking attention is causal: with it, u and v are the
-    states of the last tokens.
+    The logits of the label are W_2 elu(W_1 [u; v; u * v; |u - v|] + b_1) + b_2, with 4 D hidden units. u and v are the
+    final states of the first tokens of the two sentences. The first token of a formula is its outermost bracket; other
+    data must begin every sentence with a special token. Stick-breaking attention is causal: with it, u and v are the
+    final states of the last tokens.
     """
 
     def __init__(self, config: SutConfig, key):
@@ -97,8 +102,8 @@ class PairClassifier(nnx.Module):
         c = self.config
         tokens = jnp.concatenate([batch["left"], batch["right"]])
         end = encoded(self.stack, self.embed, tokens, key, threshold=threshold, stop_early=stop_early)
-        read = (tokens != 0).sum(1) - 1 if c.causal else jnp.zeros(len(tokens), int)
-        u, v = jnp.split(jnp.take_along_axis(end.state, read[:, None, None], axis=1)[:, 0], 2)
+        position = (tokens != 0).sum(1) - 1 if c.causal else jnp.zeros(len(tokens), int)
+        u, v = jnp.split(jnp.take_along_axis(end.state, position[:, None, None], axis=1)[:, 0], 2)
         w_in, in_bias, w_out, out_bias = (cast(p, c) for p in (self.w_in, self.in_bias, self.w_out, self.out_bias))
         hidden = jax.nn.elu(jnp.concatenate([u, v, u * v, jnp.abs(u - v)], -1) @ w_in + in_bias[None])
         k_drop = None if key is None else jax.random.fold_in(key, c.L)
@@ -109,9 +114,9 @@ class PairClassifier(nnx.Module):
 
 
 class LanguageModel(nnx.Module):
-    """A causal language model, with the embedding as output matrix.
+    """A causal language model; its embedding is also the output matrix.
 
-    A token and its halting depend on no later token.
+    The state of a token and its halting do not depend on later tokens.
     """
 
     def __init__(self, config: SutConfig, key):
@@ -146,21 +151,21 @@ class SparseUniversalTransformer(nnx.Module):
         how = dict(threshold=threshold, stop_early=stop_early)
         k_encoder, k_decoder = (None, None) if key is None else jax.random.split(key)
         source, target = batch["source"], batch["target"]
-        read = encoded(self.encoder, self.embed, source, k_encoder, **how)
+        encoder_end = encoded(self.encoder, self.embed, source, k_encoder, **how)
         segments, source_segments = segments_of(target), segments_of(source)
         x, keys = embedded(self.config, self.embed, target, segments, k_decoder)
-        written = self.decoder(x, segments, read.state, source_segments, keys, **how)
-        logits = unembedded(written.state, cast(self.embed, self.config))
-        return summary(logits, [(written, target != 0), (read, source != 0)], ("", "encoder_"))
+        decoder_end = self.decoder(x, segments, encoder_end.state, source_segments, keys, **how)
+        logits = unembedded(decoder_end.state, cast(self.embed, self.config))
+        return summary(logits, [(decoder_end, target != 0), (encoder_end, source != 0)], ("", "encoder_"))
 
 
 def segments_of(tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """0 for tokens, -1 for the padding 0."""
+    """Return segment ids: -1 for padding, which is token id 0, and 0 for all other tokens."""
     return jnp.where(tokens != 0, 0, -1)
 
 
 def sinusoidal(T: int, D: int) -> Float[np.ndarray, "T D"]:
-    """Sines and then cosines of t * 10000^(-i / (D/2)), arXiv 1706.03762.
+    """Return sinusoidal positions (arXiv 1706.03762): the sines, then the cosines, of t * 10000^(-i / (D/2)).
 
     >>> sinusoidal(2, 4)[:, 2:].tolist() == [[1, 1], [np.float32(np.cos(1)), np.float32(np.cos(0.01))]]
     True
@@ -170,17 +175,21 @@ def sinusoidal(T: int, D: int) -> Float[np.ndarray, "T D"]:
 
 
 def embedded(config: SutConfig, embed, tokens, segment_ids, key):
-    """sqrt(D) * embedding, plus positions within the segments, zero for padding; and the key of the steps."""
+    """Return the input of the stack, and the random key of its steps.
+
+    The input is sqrt(D) * embedding, plus the sinusoidal positions within every segment if the config has them. It is
+    zero for padding.
+    """
     x = config.D**0.5 * cast(embed, config)[tokens]
     if config.sinusoidal and not config.causal:
-        positions = segment_positions(segment_ids)  # not the place in the array, because padding may stand on the left
+        positions = segment_positions(segment_ids)  # not the index in the array, because padding may be on the left
         x += jnp.asarray(sinusoidal(tokens.shape[1], config.D), x.dtype)[positions]
     k_drop, key = (None, None) if key is None else jax.random.split(key)
     return dropout(jnp.where((segment_ids >= 0)[..., None], x, 0), config.dropout, k_drop), key
 
 
 def encoded(stack: UniversalStack, embed, tokens, key, **how) -> Halting:
-    """The stack over tokens that are padded with 0."""
+    """Embed tokens that are padded with 0, and run the stack on them."""
     segments = segments_of(tokens)
     x, key = embedded(stack.config, embed, tokens, segments, key)
     return stack(x, segments, key=key, **how)
@@ -191,7 +200,10 @@ def unembedded(state: Float[Array, "B T D"], embed: Float[Array, "V D"]) -> Floa
 
 
 def summary(logits, stacks, prefixes=("",)) -> SutOutput:
-    """The output of a model, from its stacks [(end, token mask)]. `prefixes` precede the router names of each stack."""
+    """Return the output of a model.
+
+    `stacks`: the final `Halting` and the token mask of each stack. `prefixes`: put before the router names of each.
+    """
     router, rows, act, tokens = {}, {}, 0.0, 0.0
     for (end, token_mask), prefix in zip(stacks, prefixes, strict=True):
         router |= {prefix + name: router_stats(sums) for name, sums in end.statistics.items()}

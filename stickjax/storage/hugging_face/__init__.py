@@ -1,4 +1,4 @@
-"""Folders in the Hugging Face layout, config.json and weights, of the model types in `configs`."""
+"""Read and write folders in the Hugging Face layout (config.json and weights), for the model types in `configs`."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from stickjax.storage.hugging_face.files import FLOATS, Lazy, write_sharded
 from stickjax.storage.hugging_face.folder import open_folder
 from stickjax.system.disk import write_file
 
-# Buffers that the original ModuleFormer saved with its parameters.
+# Buffers, not parameters, in the files of the original ModuleFormer.
 _BUFFERS = re.compile(r"transformer\.h\.\d+\.attn\.(mask|cum_weight)")
 
 
@@ -30,9 +30,9 @@ def is_folder(path: Path) -> bool:
 
 
 def read_config(path: Path) -> Config:
-    """The config of a folder: its model, the path of its tokenizer.json (even if there is none), its sequence length.
+    """Read the config of a folder: the model, the path of tokenizer.json (even if there is none), the sequence length.
 
-    The parameters keep the type that they have in the files. If the files have several types, they become float32.
+    The parameters keep their type in the files. If the files have several types, the parameters become float32.
     """
     try:
         model, T = configs.to_ours(read_object((path / "config.json").read_bytes(), "it"))
@@ -40,19 +40,19 @@ def read_config(path: Path) -> Config:
         raise ValueError(f"{path / 'config.json'}: {error}") from error
     found = {tensor.dtype for tensor in _tensors(path, model).values()} & set(FLOATS.values())
     dtype = found.pop().name if len(found) == 1 else "float32"
-    computed = "float32" if dtype == "float16" else dtype  # a CPU has no products of float16
+    computed = "float32" if dtype == "float16" else dtype  # a CPU has no matrix product of float16
     changes = {"model.dtype": computed, "model.param_dtype": dtype, "data.tokenizer": str(path / "tokenizer.json")}
     return Config(model).replace(changes | ({} if T is None else {"data.T": T}))
 
 
 def read(path: Path, model: ModelConfig) -> dict[str, Lazy]:
-    """The leaves of the model in a folder, by name.
+    """Return the leaves of the model in a folder, by name.
 
-    ValueError, naming the tensors, when some are missing, unknown, of another shape or not floating-point numbers.
+    Raise ValueError, naming the tensors, if some are missing, unknown, of another shape or not floating-point numbers.
     """
     table = names.table(read_object((path / "config.json").read_bytes(), "it")["model_type"], model)
     tensors = _tensors(path, model)
-    if model.L > len(tensors):  # checked before the names of all these layers are made
+    if model.L > len(tensors):  # checked first, because L may be huge and the names of all layers are made next
         raise ValueError(f"{path}: the config says L={model.L} layers, but there are only {len(tensors)} tensors")
     expected = names.their_shapes(table, model)
     check(tensors, expected, str(path))
@@ -66,16 +66,16 @@ def write(
     path: Path, config: Config, leaves: dict[str, Lazy], shard_bytes: int, tokenizer: Tokenizer | None,
     files: Mapping[str, bytes],
 ) -> None:  # fmt: skip
-    """Write the folder of a model; `read` gives the same parameters back, to the bit.
+    """Write the folder of a model. `read` returns the same parameters from it, bit for bit.
 
-    `files`: the files of the tokenizer. For a model without a tokenizer: the files of its folder about special tokens.
+    `files`: the files of the tokenizer; for a model without a tokenizer, the files in its folder about special tokens.
     """
     c = config.model
     tree = configs.to_theirs(c, config.data.T)
     table = names.table(tree["model_type"], c)
     tree |= read_object(files.get(TOKEN_IDS, b"{}"), TOKEN_IDS)
     if tokenizer is not None and tokenizer.eot < c.vocabulary and tree.get("eos_token_id") is None:
-        tree["eos_token_id"] = tokenizer.eot  # otherwise transformers assumes an id that depends on the model type
+        tree["eos_token_id"] = tokenizer.eot  # otherwise transformers uses a default id of the model type
     path.mkdir(parents=True, exist_ok=True)
     write_files({name: content for name, content in files.items() if name != TOKEN_IDS}, path)
     write_file(path / "config.json", json.dumps(tree, indent=2) + "\n")
@@ -83,7 +83,7 @@ def write(
 
 
 def check(found: dict[str, Lazy], expected: dict[str, tuple[int, ...]], where: str) -> None:
-    """ValueError unless the names are exactly the expected ones, with their shapes."""
+    """Raise ValueError unless the names and shapes are exactly the expected ones."""
     missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     problems = [f"{word} {_listed(x)}" for word, x in (("lacks", missing), ("has unknown tensors:", extra)) if x]
     if problems:
@@ -99,10 +99,10 @@ def _listed(words: list[str], most: int = 8) -> str:
 
 
 def _tensors(path: Path, model: ModelConfig) -> dict[str, Lazy]:
-    """The tensors of a folder by their published names, without duplicates and without buffers."""
+    """Return the tensors of a folder by their published names, without duplicates and without buffers."""
     tensors = {names.published(name): t for name, t in open_folder(path).items() if not _BUFFERS.fullmatch(name)}
     if model.tied and "lm_head.weight" in tensors:
-        # A tied model may hold its embedding a second time, as the output matrix. If they differ, it is not tied.
+        # A tied model may store its embedding a second time, as the output matrix. If they differ, it is not tied.
         head, embed = tensors.pop("lm_head.weight"), tensors.get("model.embed_tokens.weight")
         if embed is not None and not np.array_equal(head.read(None), embed.read(None)):
             raise ValueError(f"{path}: lm_head.weight differs from the embedding, but tie_word_embeddings is true")

@@ -1,7 +1,7 @@
-"""The config.json of a Hugging Face folder as a ModelConfig, and the other way round.
+"""Convert the config.json of a Hugging Face folder to a ModelConfig, and a ModelConfig to a config.json.
 
-Entries that matter in training alone are not converted: dropouts, and the routers' losses of granitemoe and jetmoe.
-Those models compute one loss over all layers together; here every layer has its own.
+Entries that matter only in training are not converted: dropouts, and the router losses of granitemoe and jetmoe. Those
+models compute one router loss over all layers together; stickjax computes one per layer.
 """
 
 import dataclasses
@@ -13,8 +13,8 @@ from stickjax.config.fields import nearest
 from stickjax.config.universal import SutConfig
 from stickjax.models.router import ROUTER_LOSSES
 
-# Entries with only one supported value, which an absent entry or null means too: for every model type, then for the
-# model types like Llama.
+# Entries with only one supported value; an absent entry or null means the same value. `_ONLY` is for all model types,
+# `_ONLY_LLAMA` for the model types like Llama.
 _ONLY = {
     "quantization_config": None, "is_encoder_decoder": False, "add_cross_attention": False, "pruned_heads": {},
     "cross_attention_hidden_size": None, "per_layer_config": None,
@@ -25,7 +25,7 @@ _ONLY_LLAMA = _ONLY | {
     "attn_logit_softcapping": None, "final_logit_softcapping": None, "qk_norm": False, "use_qk_norm": False,
     "clip_qkv": None, "shared_intermediate_size": 0, "normalization_function": "rmsnorm",
 }  # fmt: skip
-# Entries that do not change the logits: only training, only generation or only transformers itself reads them.
+# Entries that do not change the logits: they matter only in training, in generation or in transformers itself.
 _NO_LOGITS = """
     model_type architectures auto_map transformers_version torch_dtype dtype name_or_path _name_or_path _commit_hash
     _attn_implementation _attn_implementation_autoset attn_implementation use_cache torchscript use_bfloat16
@@ -42,13 +42,13 @@ _NO_LOGITS = """
     max_position_embeddings n_positions block_size history_length n_ctx
 """
 IGNORED = frozenset(_NO_LOGITS.split())
-# Fields that change no logits, or only how they are computed.
+# Fields that do not change the logits, or only the way in which they are computed.
 _FREE = ("m_width", "init_std", "dtype", "param_dtype", "remat", "implementation", "skip_below")
 _FREE_OF_EXPERTS = (*ROUTER_LOSSES.values(), "sample_topk", "token_rounding")
 
 
 class _Tree:
-    """A config.json, whose entries are asked for by name and type."""
+    """A config.json, whose entries are read by name and type. It remembers which entries were read."""
 
     def __init__(self, tree: dict, where: str = ""):
         self._tree, self._where, self._known = tree, where, set()
@@ -81,13 +81,13 @@ class _Tree:
         return next(iter(found.values())) if found else self(name, kind, default)
 
     def end(self) -> None:
-        """ValueError, with their names, for entries that were neither read nor are `IGNORED`."""
+        """Raise ValueError, with their names, for entries that were not read and are not `IGNORED`."""
         rest = sorted(n for n, x in self._tree.items() if x is not None and n not in self._known | IGNORED)
         if rest:
             unread = ", ".join(f"{name}={self._tree[name]!r:.60}" for name in rest[:8])
             raise ValueError(
-                f"{self._where}{unread}: not known, and may change what the model computes; delete "
-                f"{'it' if len(rest) == 1 else 'them'} from config.json if that is not so"
+                f"{self._where}{unread}: not known, and may change what the model computes; if not, delete "
+                f"{'it' if len(rest) == 1 else 'them'} from config.json"
             )
 
     def quotient(self, name: str, by: str) -> int:
@@ -136,7 +136,7 @@ def _granitemoe(get: _Tree) -> dict:
 
 
 def _jetmoe(get: _Tree) -> dict:
-    """Entries with the names of transformers, or of the authors' own code."""
+    """Read entries with the names in transformers or in the code of the authors."""
     get.only({"activation_function": "silu", "glu": True, "bias": True})
     E, k = (
         get.either(*names, int)
@@ -147,7 +147,7 @@ def _jetmoe(get: _Tree) -> dict:
     if N != K * k:
         raise ValueError(f"num_attention_heads={N} must be num_key_value_heads * num_experts_per_tok = {K} * {k}")
     read, F = _llama(get, tied=True), get.either("intermediate_size", "ffn_hidden_size", int)
-    # The normalisations of a block always use their own epsilon, not the one in the file.
+    # The normalisations of a block always use 1e-6. The epsilon in the file is for the last normalisation only.
     return read | dict(
         N=N, K=K, H=get.either("kv_channels", "head_dim", int), F=F,
         experts=ExpertsConfig(E, k, bias=True), attention_experts=ExpertsConfig(E, bias=True),
@@ -157,7 +157,7 @@ def _jetmoe(get: _Tree) -> dict:
 
 def _moduleformer(get: _Tree) -> dict:
     get.only(_ONLY | {"tie_word_embeddings": False, "activation_function": "gelu_new", "n_inner": None})
-    get("layer_norm_epsilon", float, None)  # the original's normalisations always use 1e-5
+    get("layer_norm_epsilon", float, None)  # the original code always uses 1e-5
     D, A, K = (get(name, int) for name in ("n_embd", "att_hidden", "n_head"))
     loss, weight = get("aux_loss_type", str, "mi"), get("aux_loss_weight", float, 0.0)
     if loss not in ("mi", "switch"):
@@ -173,7 +173,7 @@ def _moduleformer(get: _Tree) -> dict:
         H=get.quotient("att_hidden", "n_head"), F=get("ffd_hidden", int),
         experts=ExpertsConfig(get("n_mlp_experts", int), get("k_mlp", int), **router),
         attention_experts=ExpertsConfig(get("n_att_experts", int), **router),
-        # The original has no projections if their result would have the size of the input.
+        # The original code omits the projections if their results have the size of the input.
         key_value="input" if (A, K) == (D, 1) else "biased",
         norm_eps=1e-5,
     )  # fmt: skip
@@ -226,7 +226,7 @@ def _logits_scaling(c: ModelConfig) -> float:
     return c.m_width if c.logits_scaling is None else c.logits_scaling
 
 
-# model_type: (from config.json, to config.json, the class in transformers, the entry with the longest sequence)
+# {model_type: (from config.json, to config.json, class in transformers, entry with the longest sequence length)}
 _TYPES = {
     "granite": (_granite, _to_granite, "GraniteForCausalLM", "max_position_embeddings"),
     "granitemoe": (_granitemoe, _to_granitemoe, "GraniteMoeForCausalLM", "max_position_embeddings"),
@@ -236,10 +236,10 @@ _TYPES = {
 
 
 def to_ours(tree: dict) -> tuple[ModelConfig, int | None]:
-    """The model that a config.json describes, and the longest sequence it names.
+    """Return the config of the model of a config.json, and its longest sequence length (None if it names none).
 
-    ValueError for a model_type that is not known (with the nearest), and for an entry that is missing, of a wrong type,
-    not supported or not known.
+    Raise ValueError for an unknown model_type (with the nearest one), and for an entry that is missing, of a wrong
+    type, not supported or not known.
     """
     kind = tree["model_type"]
     if kind not in _TYPES:
@@ -252,7 +252,7 @@ def to_ours(tree: dict) -> tuple[ModelConfig, int | None]:
 
 
 def kind_of(c: ModelConfig | SutConfig) -> str:
-    """The model_type that is nearest to a model; ValueError when none is near."""
+    """Return the model_type that is nearest to a model. Raise ValueError if there is none."""
     if (nearest := _NEAREST.get(type(c))) is None:
         raise ValueError(f"no model_type is near a model of family={c.family!r}")
     return nearest(c)
@@ -273,9 +273,9 @@ _NEAREST = {ModelConfig: _nearest_decoder}
 
 
 def to_theirs(c: ModelConfig, T: int) -> dict:
-    """The config.json of a model that was trained with sequences of T tokens.
+    """Return the config.json of a model that was trained with sequences of T tokens.
 
-    ValueError, naming the fields, when the model_type cannot express what the model computes.
+    Raise ValueError, naming the fields, if the model_type cannot express them.
     """
     kind = kind_of(c)
     _, write, architecture, length = _TYPES[kind]
@@ -287,7 +287,7 @@ def to_theirs(c: ModelConfig, T: int) -> dict:
 
 
 def _effective(c: ModelConfig) -> dict:
-    """The fields that the logits depend on; None is replaced by the value that it stands for."""
+    """Return the fields that the logits depend on. None is replaced by the value that it stands for."""
     stood_for = dict(V=c.vocabulary, logits_scaling=_logits_scaling(c), final_norm_eps=_final_norm_eps(c))
     c = dataclasses.replace(c, attention_scale=c.scale, **stood_for)
     free = {*_FREE} | ({"rope_theta"} if c.attention == "stick_breaking" else set())
@@ -295,6 +295,6 @@ def _effective(c: ModelConfig) -> dict:
     for name in ("experts", "attention_experts"):
         mixture = fields.pop(name)
         unused = {*_FREE_OF_EXPERTS} | ({"hidden"} if mixture["network"] == "linear" else set())
-        unused |= {"k"} if name == "attention_experts" else set()  # N / K
+        unused |= {"k"} if name == "attention_experts" else set()  # it is always N / K
         fields |= {f"{name}.{n}": value for n, value in mixture.items() if n not in unused}
     return fields

@@ -1,6 +1,6 @@
-"""Tensors in files, read one at a time: safetensors of one file or of several.
+"""Tensors in safetensors files, in one file or in several. Tensors are read one at a time.
 
-No file is mapped into memory: its pages would count as memory of this process until the system takes them back.
+Files are not mapped into memory: their pages would count as memory of this process until the system reclaims them.
 """
 
 import dataclasses
@@ -17,16 +17,16 @@ from safetensors import SafetensorError, safe_open
 
 from stickjax.system.disk import write_file, writing
 
-# The types that a parameter may have, by their name in a safetensors file.
+# {name of a type in a safetensors file: the type}, for all types that a parameter may have.
 FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 
 
 @dataclass(frozen=True)
 class Lazy:
-    """An array that is read on demand: `read(None)` reads all of it, `read(i)` its row i.
+    """An array that is read on demand: `read(None)` reads the whole array, `read(i)` reads its row i.
 
-    `dtype` is a string if a parameter cannot have this type. `stacked`: the rows are layers, and all of them together
-    may not fit into memory.
+    `dtype` is a string if a parameter cannot have this type. `stacked`: whether the rows are layers; all layers
+    together may not fit into memory.
     """
 
     shape: tuple[int, ...]
@@ -35,12 +35,12 @@ class Lazy:
     stacked: bool = False
 
     def pieces(self) -> Iterator[np.ndarray]:
-        """The array in parts, one after the other."""
+        """Yield the array in pieces, one after the other: its rows if it is stacked, otherwise the whole array."""
         yield from (self.read(i) for i in range(self.shape[0])) if self.stacked else [self.read(None)]
 
 
 def finite(leaves: dict[str, Lazy], where: str | os.PathLike) -> dict[str, Lazy]:
-    """The same arrays, checked piece by piece as they are read: ValueError for values that are not finite."""
+    """Return the same arrays, checked whenever they are read: ValueError for values that are not finite."""
 
     def checked(name: str, leaf: Lazy) -> Lazy:
         def read(i: int | None) -> np.ndarray:
@@ -56,7 +56,7 @@ def finite(leaves: dict[str, Lazy], where: str | os.PathLike) -> dict[str, Lazy]
 
 
 def in_file(path: Path, dtype: np.dtype | str, shape: tuple[int, ...], offset: int, stacked: bool = False) -> Lazy:
-    """The array whose bytes begin at `offset` of a file."""
+    """Return the array whose bytes begin at `offset` in a file."""
 
     def read(row: int | None) -> np.ndarray:
         own = shape if row is None else shape[1:]
@@ -70,13 +70,13 @@ def in_file(path: Path, dtype: np.dtype | str, shape: tuple[int, ...], offset: i
 
 
 def open_safetensors(path: Path) -> dict[str, Lazy]:
-    """The tensors of one file by name; tensors named blocks/... are stacked.
+    """Return the tensors of one file by name. Tensors named blocks/... are stacked.
 
-    ValueError when the file is cut off or its header is damaged: its length, its JSON, offsets that overlap or leave
-    the file.
+    Raise ValueError if the file is truncated or its header is damaged: its length, its JSON, or offsets that overlap or
+    are outside the file.
     """
     try:
-        with safe_open(path, framework="np"):  # checks all of the header against the size of the file
+        with safe_open(path, framework="np"):  # this checks the whole header against the size of the file
             pass
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
@@ -94,9 +94,9 @@ def open_safetensors(path: Path) -> dict[str, Lazy]:
 
 
 def write_safetensors(path: Path, arrays: dict[str, Lazy]) -> None:
-    """Write a safetensors file with one piece of one array in memory at a time.
+    """Write a safetensors file, with only one piece of one array in memory at a time.
 
-    The writer of the safetensors package needs all arrays in memory.
+    The writer in the safetensors package would need all arrays in memory.
     """
     names, end = {dtype: name for name, dtype in FLOATS.items()}, 0
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}  # without it transformers refuses the file
@@ -113,7 +113,7 @@ def write_safetensors(path: Path, arrays: dict[str, Lazy]) -> None:
 
 
 def write_sharded(folder: Path, arrays: dict[str, Lazy], shard_bytes: int) -> None:
-    """Write model.safetensors, or several files of at most `shard_bytes` (with at least one tensor) and their index."""
+    """Write model.safetensors, or shards of at most `shard_bytes` (but at least one tensor) with their index."""
     shards, sizes = [{}], [0]
     for name, array in arrays.items():
         size = math.prod(array.shape) * array.dtype.itemsize

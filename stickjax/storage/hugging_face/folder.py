@@ -1,4 +1,4 @@
-"""The tensors of a folder in the Hugging Face layout: safetensors or torch's .bin, in one file or in shards."""
+"""Open the tensors of a folder in the Hugging Face layout: safetensors or torch .bin, in one file or in shards."""
 
 import json
 import os
@@ -9,9 +9,10 @@ from stickjax.storage.hugging_face.pickles import open_bin
 
 
 def open_folder(folder: str | os.PathLike) -> dict[str, Lazy]:
-    """The tensors of a folder in the Hugging Face layout; safetensors before .bin, an index before a single file.
+    """Return the tensors of a folder in the Hugging Face layout, by name.
 
-    ValueError when there are none, a shard is missing or damaged, or the index and the shards disagree.
+    Safetensors come before .bin, and an index of shards before a single file. Raise ValueError if there are no tensors,
+    if a shard is missing or damaged, or if the index and the shards disagree.
     """
     folder = Path(folder)
     for single, open_file in (("model.safetensors", open_safetensors), ("pytorch_model.bin", open_bin)):

@@ -1,11 +1,13 @@
-"""Which tensor of a Hugging Face folder is which leaf of ours, and how their axes correspond.
+"""Map the tensors of a Hugging Face folder to our leaves, and their axes to our axes.
 
-A row of a table says: the tensor `theirs`, with {} for the number of the layer, has these axes; the leaf `ours` has the
-axes of the table of parameters, without the leading axis L of the layers. The letters are the fields of the config,
-besides E and A for the experts of the two kinds, and R for the
-`hidden` of their routers. Letters written together are one axis, the last
-letter fastest: torch's weight "NH D" of N heads is our "D N H". A digit is a size: in "2F D" the rows of the gate come
-first, then the rows of the other half. If only one side has a digit, the row is about the entry `part` of that axis.
+Each row of a table maps one tensor, `theirs`, to one leaf, `ours`. In `theirs`, {} stands for the number of the layer.
+`axes` are the axes of the tensor. The axes of the leaf come from the table of parameters, without the leading axis L of
+the layers.
+
+The letters are fields of the config, and three others: E for the experts of the feed-forward network, A for the
+attention experts, and R for the `hidden` of their routers. Letters written together are one axis, whose last letter
+varies fastest: torch's weight "NH D" of N heads is our "D N H". A digit is a size: "2F D" has first the rows of the
+gate, then the rows of the other half. If only one side has a digit, the row maps only the entry `part` of that axis.
 """
 
 import operator
@@ -39,7 +41,7 @@ def _attention(layer: str) -> list[Row]:
 
 
 def _llama(c: ModelConfig) -> list[Row]:
-    """The rows that the three models like Llama have in common."""
+    """Return the rows that the three models like Llama have in common."""
     return [
         Row("embed", "model.embed_tokens.weight", "V D"),
         Row("blocks/attention_norm/scale", "model.layers.{}.input_layernorm.weight", "D"),
@@ -134,20 +136,20 @@ _TABLES = {"granite": _granite, "granitemoe": _granitemoe, "jetmoe": _jetmoe, "m
 
 
 def table(model_type: str, c: ModelConfig) -> list[Row]:
-    """All rows of a model, each with the axes of both sides: "NH D -> D N H"."""
+    """Return all rows of a model, each with the axes of both sides, as in "NH D -> D N H"."""
     model = jax.eval_shape(lambda: init(c, jax.random.key(0)))
     known = {name.replace(".", "/"): _sizes(c, name, axes) for name, axes in axes_by_name(model).items()}
     return [row._replace(axes=f"{row.axes} -> {known[row.ours]}") for row in _TABLES[model_type](c)]
 
 
 def _sizes(c: ModelConfig, name: str, axes: str) -> str:
-    """The axes of one of our leaves with letters that name sizes of the config."""
+    """Return the axes of one of our leaves, with letters that name sizes in the config."""
     experts, mixture = ("A", c.attention_experts) if name.startswith("blocks.attention.") else ("E", c.experts)
     sizes = {"E": experts, "C": experts, "G": str(gates(c)), "R": "D" if mixture.network == "linear" else "R"}
     return " ".join(sizes.get(axis, axis) for axis in axes.split())
 
 
-# transformers 5 has its own names for the experts of granitemoe. It also reads the published names, as version 4 does.
+# {name in transformers 5: published name} for the experts of granitemoe. Versions 4 and 5 read the published names.
 _RENAMED = {
     "block_sparse_moe.experts.gate_up_proj": "block_sparse_moe.input_linear.weight",
     "block_sparse_moe.experts.down_proj": "block_sparse_moe.output_linear.weight",
@@ -156,7 +158,7 @@ _RENAMED = {
 
 
 def published(name: str) -> str:
-    """The published name of a tensor that transformers 5 wrote under its own.
+    """Return the published name of a tensor; transformers 5 may have written it under another name.
 
     >>> published("model.layers.3.block_sparse_moe.experts.down_proj")
     'model.layers.3.block_sparse_moe.output_linear.weight'
@@ -167,13 +169,13 @@ def published(name: str) -> str:
 
 
 def axes(row: Row) -> tuple[str, str]:
-    """The axes of their tensor, and the axes of one layer of our leaf."""
+    """Return the axes of their tensor, and the axes of one layer of our leaf."""
     theirs, ours = row.axes.split(" -> ")
     return theirs, ours
 
 
 def shape(config: ModelConfig, layout: str) -> tuple[int, ...]:
-    """The sizes of axes.
+    """Return the sizes of axes.
 
     >>> shape(ModelConfig(D=24, K=2, H=8), "2KH D")
     (32, 24)
@@ -189,11 +191,11 @@ def _size(config: ModelConfig, letter: str) -> int:
 
 
 def _place(config: ModelConfig, target: np.ndarray, to: str, source: np.ndarray, of: str, part: int) -> None:
-    """Copy a tensor with the axes `of` into one with the axes `to`. Either of them may be a part of the other."""
+    """Copy `source`, with the axes `of`, into `target`, with the axes `to`. One may be a part of the other."""
     to, of = to.replace(" ", ""), of.replace(" ", "")
 
     def common(array: np.ndarray, own: str, other: str) -> np.ndarray:
-        """A view with an axis for every letter that both sides have."""
+        """Return a view with one axis for every letter that both sides have."""
         view = array.reshape([_size(config, letter) for letter in own])
         return view[tuple(slice(None) if letter in other else part for letter in own)]
 
@@ -205,7 +207,7 @@ def _place(config: ModelConfig, target: np.ndarray, to: str, source: np.ndarray,
 
 
 def _numbered(table: list[Row], config: ModelConfig) -> dict[str, tuple[int | None, list[Row]]]:
-    """For each of their tensors, layer by layer: the number of its layer, if it has one, and its rows."""
+    """Return {name of their tensor: (number of its layer or None, its rows)}, layer by layer."""
     found: dict[str, tuple[int | None, list[Row]]] = {}
     for i in range(config.L):
         for row in table:
@@ -216,12 +218,12 @@ def _numbered(table: list[Row], config: ModelConfig) -> dict[str, tuple[int | No
 
 
 def their_shapes(table: list[Row], config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The tensors that a folder of the config has."""
+    """Return the names and shapes of the tensors in a folder of the config."""
     return {name: shape(config, axes(rows[0])[0]) for name, (_, rows) in _numbered(table, config).items()}
 
 
 def our_leaves(table: list[Row], config: ModelConfig, tensors: dict[str, Lazy]) -> dict[str, Lazy]:
-    """Our leaves, stacked over the layers, made of their tensors."""
+    """Make our leaves, stacked over the layers, from their tensors."""
 
     def leaf(rows: list[Row]) -> Lazy:
         own, dtype = shape(config, axes(rows[0])[1]), np.dtype(config.param_dtype)
@@ -250,7 +252,7 @@ def our_leaves(table: list[Row], config: ModelConfig, tensors: dict[str, Lazy]) 
 
 
 def their_tensors(table: list[Row], config: ModelConfig, leaves: dict[str, Lazy]) -> dict[str, Lazy]:
-    """Their tensors, layer by layer, made of our leaves."""
+    """Make their tensors, layer by layer, from our leaves."""
 
     def tensor(number: int | None, rows: list[Row]) -> Lazy:
         own, dtype = shape(config, axes(rows[0])[0]), leaves[rows[0].ours].dtype

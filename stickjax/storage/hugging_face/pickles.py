@@ -1,6 +1,7 @@
-"""The .bin files of torch without torch: a zip of a pickle and of the bytes of the tensors.
+"""Read the .bin files of torch without torch. Such a file is a zip of a pickle and of the bytes of the tensors.
 
-A pickle is a program. This one may only make dictionaries of tensors; any other name in it is refused, unexecuted.
+A pickle is a program. Here it may only make dictionaries of tensors. Any other name in it is an error, and is not
+executed.
 """
 
 import math
@@ -14,7 +15,7 @@ import numpy as np
 
 from stickjax.storage.hugging_face.files import FLOATS, Lazy, in_file
 
-# The type of a storage is the name of a class, of which only the name is used.
+# {name of a torch storage class: the type of its elements}. The class itself is not needed.
 _STORAGES = {
     "FloatStorage": FLOATS["F32"], "HalfStorage": FLOATS["F16"], "BFloat16Storage": FLOATS["BF16"],
     "DoubleStorage": "F64", "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8",
@@ -23,9 +24,9 @@ _STORAGES = {
 
 
 def open_bin(path: Path) -> dict[str, Lazy]:
-    """The tensors of a file that torch.save wrote from a state_dict, by name.
+    """Return the tensors of a file that torch.save wrote from a state_dict, by name.
 
-    ValueError when it is not such a file, is damaged, or holds anything but tensors.
+    Raise ValueError if it is not such a file, is damaged, or holds anything but tensors.
     """
     try:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
@@ -48,7 +49,7 @@ def open_bin(path: Path) -> dict[str, Lazy]:
 
 
 def _begin(file, info: zipfile.ZipInfo) -> int:
-    """Where the bytes of an entry begin: behind its own header, whose length the archive's index does not tell."""
+    """Return where the bytes of an entry begin: after its header, whose length is not in the index of the archive."""
     if info.compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"{info.filename} is compressed")
     file.seek(info.header_offset)
@@ -58,7 +59,7 @@ def _begin(file, info: zipfile.ZipInfo) -> int:
 
 
 class _Tensors(pickle._Unpickler):
-    """In Python, because the one in C takes memory for as many objects as a damaged number says there are."""
+    """An unpickler of tensors. It extends the one in Python: the one in C allocates what a damaged file asks for."""
 
     def __init__(self, program, path: Path, root: str, places: dict):
         super().__init__(program)
@@ -67,7 +68,7 @@ class _Tensors(pickle._Unpickler):
     def find_class(self, module: str, name: str):
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
-        # New functions in every file, so that no pickle can leave anything behind on them.
+        # A new function for every call, so that a pickle cannot change a shared one.
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return lambda *arguments: self._tensor(*arguments)
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
@@ -77,7 +78,7 @@ class _Tensors(pickle._Unpickler):
         raise ValueError(f"the pickle asks for {module}.{name}, which is no part of a tensor; it was not executed")
 
     def persistent_load(self, pid):
-        """What stands for the bytes of a tensor: ("storage", type, entry, device, count)."""
+        """Return (type, entry, count) of a storage from its id ("storage", type, entry, device, count)."""
         _, kind, entry, _, count = pid
         return _STORAGES[kind], f"{self._root}data/{entry}", count
 
@@ -89,7 +90,7 @@ class _Tensors(pickle._Unpickler):
         contiguous = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
         if any(n > 1 and own != wanted for n, own, wanted in zip(shape, stride, contiguous, strict=True)):
             raise ValueError(f"a tensor of {entry} has shape {shape} and stride {stride}: it was saved transposed")
-        size = dtype.itemsize if isinstance(dtype, np.dtype) else 1  # others are never read
+        size = dtype.itemsize if isinstance(dtype, np.dtype) else 1  # tensors of other types are never read
         if (offset + math.prod(shape)) > count or count * size > info.file_size:
             raise ValueError(f"a tensor of shape {shape} does not fit into {entry} of {info.file_size} bytes")
         return in_file(self._path, dtype, tuple(shape), begin + offset * size)
