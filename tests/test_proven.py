@@ -25,7 +25,7 @@ column "executed as PTX" has shapes instead of "yes", the call was executed with
 | interpreted | the Mosaic kernels run in Pallas' interpreter, which reports races | `make test` |
 | lowered | the call lowers for a Hopper GPU | `make test` |
 | executed as PTX | a CPU executes the PTX of the compiled kernels ([how](../design/ptx_machine.md)) | `make test-ptx` |
-| on a chip | a GPU gave the numbers of the reference ([how](../contributing/gpu_check.md)) | `python -m benchmarks --gpu` |
+| on a chip | the results of a GPU agree ([how](../contributing/gpu_check.md)) | `python -m benchmarks --gpu` |
 
 """
 
