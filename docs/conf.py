@@ -1,5 +1,6 @@
 """How Sphinx builds these pages: `make docs`. The build needs no network."""
 
+import dataclasses
 import re
 import sys
 from pathlib import Path
@@ -23,6 +24,8 @@ myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
+autodoc_typehints_format = "short"
+python_maximum_signature_line_length = 88
 napoleon_use_rtype = False
 default_role = "code"  # docstrings write `x` for code, as Markdown does
 
@@ -37,17 +40,44 @@ html_show_sourcelink = False
 def escape(text: str) -> str:
     """Text with the characters that have a meaning in reStructuredText escaped, except within `code`."""
     parts = re.split(r"(`[^`]+`)", text)
-    return "".join(
-        part if i % 2 else re.sub(r"[*|\\]|(?<=\w)_(?!\w)", r"\\\g<0>", part) for i, part in enumerate(parts)
-    )
+    escaped = (re.sub(r"[*|\\]|(?<=\w)_(?!\w)", r"\\\g<0>", part) for part in parts)
+    return "".join(part if i % 2 else new for i, (part, new) in enumerate(zip(parts, escaped, strict=True)))
+
+
+def bullets(paragraph: str) -> str:
+    """A paragraph in which every line that is not indented begins with "`name`:", as a list."""
+    if not re.fullmatch(r"(`[^`\n]+`(, `[^`\n]+`)*( \[[^]\n]*\])*:[^\n]*(\n +[^\n]*)*\n?){2,}", paragraph):
+        return paragraph
+    return re.sub("^", "  ", paragraph, flags=re.MULTILINE).replace("  `", "- `", 1).replace("\n  `", "\n- `")
 
 
 def plain_docstrings(app, what, name, subject, options, lines: list[str]) -> None:
-    """Docstrings are plain text in which only examples, after >>>, and `code` have a markup."""
-    paragraphs = re.split(r"(\n\s*\n)", "\n".join(lines))
-    lines[:] = "".join(part if ">>>" in part else escape(part) for part in paragraphs).split("\n")
+    """Docstrings are plain text in which examples, after >>>, `code` and directives alone have a markup.
+
+    A paragraph that is indented and stands alone, such as a formula, is shown as it is.
+    """
+    found, indented = [], True
+    for paragraph in re.split(r"\n\s*\n", "\n".join(lines)):
+        alone = all(line.startswith("  ") for line in paragraph.split("\n") if line)
+        if ">>>" in paragraph or paragraph.lstrip().startswith(".. "):
+            found.append(paragraph)
+        elif alone and paragraph.strip() and not indented:
+            found += ["::", paragraph]
+            continue  # further ones belong to the same text
+        else:
+            found.append(bullets(escape(paragraph)))
+        indented = alone or bool(re.match(r"[A-Z]\w*:\n|\.\. ", paragraph))
+    lines[:] = "\n\n".join(found).split("\n")
+
+
+def short_signature(app, what, name, subject, options, signature: str, returned: str):
+    """The fields of a config have tables of their own, so the signature of its class does not repeat them."""
+    if what == "class" and dataclasses.is_dataclass(subject) and subject.__module__.startswith("stickjax.config."):
+        return "(**fields)", None
+    return signature, returned
 
 
 def setup(app) -> None:
     generated.write(HERE)
     app.connect("autodoc-process-docstring", plain_docstrings, priority=100)  # before napoleon
+    app.connect("autodoc-process-signature", short_signature)
