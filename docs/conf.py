@@ -18,7 +18,7 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ex
 exclude_patterns = ["_build"]
 
 nb_execution_mode = "off"  # notebooks are stored with their outputs; the tests run them
-myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 
 autodoc_member_order = "bysource"
@@ -27,6 +27,7 @@ autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
 python_maximum_signature_line_length = 88
 napoleon_use_rtype = False
+smartquotes = False  # quotes in docstrings are Python's
 default_role = "code"  # docstrings write `x` for code, as Markdown does
 
 html_theme = "sphinx_book_theme"
@@ -38,10 +39,14 @@ html_show_sourcelink = False
 
 
 def escape(text: str) -> str:
-    """Text with the characters that have a meaning in reStructuredText escaped, except within `code`."""
+    """Text with the characters that have a meaning in reStructuredText escaped, except within `code`.
+
+    A letter with a dot, as in "E.", would begin a list, and `code` that letters follow, as in `tree`s, would not end.
+    """
     parts = re.split(r"(`[^`]+`)", text)
-    escaped = (re.sub(r"[*|\\]|(?<=\w)_(?!\w)", r"\\\g<0>", part) for part in parts)
-    return "".join(part if i % 2 else new for i, (part, new) in enumerate(zip(parts, escaped, strict=True)))
+    escaped = (re.sub(r"[*|\\]|(?<=\w)_(?!\w)|(?<=: [A-Z])\.", r"\\\g<0>", part) for part in parts)
+    plain = "".join(part if i % 2 else new for i, (part, new) in enumerate(zip(parts, escaped, strict=True)))
+    return re.sub(r"(`[^`]+`)(?=[a-z])", r"\1\\ ", plain)
 
 
 def bullets(paragraph: str) -> str:
