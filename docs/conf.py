@@ -27,14 +27,20 @@ autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
 python_maximum_signature_line_length = 88
 napoleon_use_rtype = False
-smartquotes = False  # quotes in docstrings are Python's
+smartquotes_action = "D"  # dashes alone: the quotes in docstrings are Python's
+highlight_language = "none"  # formulas in docstrings; examples, after >>>, are Python
 default_role = "code"  # docstrings write `x` for code, as Markdown does
 
 html_theme = "sphinx_book_theme"
 html_title = "stickjax"
 html_static_path = ["static"]
 html_css_files = ["stickjax.css"]
-html_theme_options = {"show_toc_level": 2, "use_download_button": False, "use_fullscreen_button": False}
+html_theme_options = {
+    "show_toc_level": 2,
+    "use_download_button": False,
+    "use_fullscreen_button": False,
+    "navbar_persistent": [],  # the sidebar has a search field already
+}
 html_show_sourcelink = False
 
 
@@ -42,8 +48,9 @@ def escape(text: str) -> str:
     """Text with the characters that have a meaning in reStructuredText escaped, except within `code`.
 
     A letter with a dot, as in "E.", would begin a list, and `code` that letters follow, as in `tree`s, would not end.
+    Options such as --run become code.
     """
-    parts = re.split(r"(`[^`]+`)", text)
+    parts = re.split(r"(`[^`]+`)", re.sub(r"(?<![`\w-])--[a-z][\w.-]*\w(?![`\w])", r"`\g<0>`", text))
     escaped = (re.sub(r"[*|\\]|(?<=\w)_(?!\w)|(?<=: [A-Z])\.", r"\\\g<0>", part) for part in parts)
     plain = "".join(part if i % 2 else new for i, (part, new) in enumerate(zip(parts, escaped, strict=True)))
     return re.sub(r"(`[^`]+`)(?=[a-z])", r"\1\\ ", plain)
@@ -53,7 +60,7 @@ def bullets(paragraph: str) -> str:
     """A paragraph in which every line that is not indented begins with "`name`:", as a list."""
     if not re.fullmatch(r"(`[^`\n]+`(, `[^`\n]+`)*( \[[^]\n]*\])*:[^\n]*(\n +[^\n]*)*\n?){2,}", paragraph):
         return paragraph
-    return re.sub("^", "  ", paragraph, flags=re.MULTILINE).replace("  `", "- `", 1).replace("\n  `", "\n- `")
+    return re.sub("^`", "- `", re.sub("^ +", "  ", paragraph, flags=re.MULTILINE), flags=re.MULTILINE)
 
 
 def plain_docstrings(app, what, name, subject, options, lines: list[str]) -> None:
