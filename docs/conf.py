@@ -1,6 +1,7 @@
 """How Sphinx builds these pages: `make docs`. The build needs no network."""
 
 import dataclasses
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -50,10 +51,14 @@ def escape(text: str) -> str:
     A letter with a dot, as in "E.", would begin a list, and `code` that letters follow, as in `tree`s, would not end.
     Options such as --run become code.
     """
-    parts = re.split(r"(`[^`]+`)", re.sub(r"(?<![`\w-])--[a-z][\w.-]*\w(?![`\w])", r"`\g<0>`", text))
-    escaped = (re.sub(r"[*|\\]|(?<=\w)_(?!\w)|(?<=: [A-Z])\.", r"\\\g<0>", part) for part in parts)
-    plain = "".join(part if i % 2 else new for i, (part, new) in enumerate(zip(parts, escaped, strict=True)))
-    return re.sub(r"(`[^`]+`)(?=[a-z])", r"\1\\ ", plain)
+    parts = re.split(r"(`[^`]+`|(?<![\w-])--[a-z][\w.-]*\w)", text)
+    for i, part in enumerate(parts):
+        if i % 2:
+            parts[i] = f"`{part.strip('`')}`"
+        else:
+            parts[i] = re.sub(r"[*|\\]|(?<=\w)_(?!\w)|(?<=: [A-Z])\.", r"\\\g<0>", part)
+            parts[i] = re.sub(r"^(?=[a-z])", r"\\ ", parts[i]) if i else parts[i]
+    return "".join(parts)
 
 
 def bullets(paragraph: str) -> str:
@@ -63,13 +68,14 @@ def bullets(paragraph: str) -> str:
     return re.sub("^`", "- `", re.sub("^ +", "  ", paragraph, flags=re.MULTILINE), flags=re.MULTILINE)
 
 
-def plain_docstrings(app, what, name, subject, options, lines: list[str]) -> None:
-    """Docstrings are plain text in which examples, after >>>, `code` and directives alone have a markup.
+def restructured(text: str) -> list[str]:
+    """The lines of a docstring as reStructuredText.
 
-    A paragraph that is indented and stands alone, such as a formula, is shown as it is.
+    Docstrings are plain text in which examples, after >>>, `code` and directives alone have a markup. A paragraph that
+    is indented and stands alone, such as a formula, is shown as it is.
     """
     found, indented = [], True
-    for paragraph in re.split(r"\n\s*\n", "\n".join(lines)):
+    for paragraph in re.split(r"\n\s*\n", text):
         alone = all(line.startswith("  ") for line in paragraph.split("\n") if line)
         if ">>>" in paragraph or paragraph.lstrip().startswith(".. "):
             found.append(paragraph)
@@ -79,17 +85,30 @@ def plain_docstrings(app, what, name, subject, options, lines: list[str]) -> Non
         else:
             found.append(bullets(escape(paragraph)))
         indented = alone or bool(re.match(r"[A-Z]\w*:\n|\.\. ", paragraph))
-    lines[:] = "\n\n".join(found).split("\n")
+    return "\n\n".join(found).split("\n")
 
 
-def short_signature(app, what, name, subject, options, signature: str, returned: str):
-    """The fields of a config have tables of their own, so the signature of its class does not repeat them."""
+def plain_docstrings(app, what, name, subject, options, lines: list[str]) -> None:
+    lines[:] = restructured("\n".join(lines))
+
+
+def docstrings_of_properties(app, what, name, subject, options, lines: list[str]) -> None:
+    """Napoleon has taken the words before a colon for the type of the property."""
+    if what == "property":
+        lines[:] = restructured(inspect.getdoc(subject) or "")
+
+
+def short_signature(app, what, name, subject, options, signature: str, returned: str | None):
+    """The signature of a config's class without its fields, which have tables; no returned type of many lines."""
     if what == "class" and dataclasses.is_dataclass(subject) and subject.__module__.startswith("stickjax.config."):
-        return "(**fields)", None
-    return signature, returned
+        signature = "(**fields)"
+    elif what == "class" and signature.startswith("(*args: Any"):  # a Flax module, whose metaclass takes anything
+        signature = f"({', '.join([*inspect.signature(subject.__init__).parameters][1:])})"
+    return signature, None if len(returned or "") > 100 else returned
 
 
 def setup(app) -> None:
     generated.write(HERE)
     app.connect("autodoc-process-docstring", plain_docstrings, priority=100)  # before napoleon
+    app.connect("autodoc-process-docstring", docstrings_of_properties, priority=900)  # after napoleon
     app.connect("autodoc-process-signature", short_signature)
