@@ -102,7 +102,7 @@ def short_signature(app, what, name, subject, options, signature: str | None, re
     """The signature of a config's class without its fields, which have tables; no returned type of many lines."""
     if what == "class" and dataclasses.is_dataclass(subject) and subject.__module__.startswith("stickjax.config."):
         signature = "(**fields)"
-    elif what == "class" and (signature or "").startswith("(*args: Any"):  # a Flax module, whose metaclass takes anything
+    elif what == "class" and (signature or "").startswith("(*args: Any"):  # of a Flax module
         signature = f"({', '.join([*inspect.signature(subject.__init__).parameters][1:])})"
     return signature, None if len(returned or "") > 100 else returned
 
