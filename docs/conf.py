@@ -1,5 +1,7 @@
 """How Sphinx builds these pages: `make docs`. The build needs no network."""
 
+import dataclasses
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -23,31 +25,90 @@ myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
+autodoc_typehints_format = "short"
+python_maximum_signature_line_length = 88
 napoleon_use_rtype = False
+smartquotes_action = "D"  # dashes alone: the quotes in docstrings are Python's
+highlight_language = "none"  # formulas in docstrings; examples, after >>>, are Python
 default_role = "code"  # docstrings write `x` for code, as Markdown does
 
 html_theme = "sphinx_book_theme"
 html_title = "stickjax"
 html_static_path = ["static"]
 html_css_files = ["stickjax.css"]
-html_theme_options = {"show_toc_level": 2, "use_download_button": False, "use_fullscreen_button": False}
+html_theme_options = {
+    "show_toc_level": 2,
+    "use_download_button": False,
+    "use_fullscreen_button": False,
+    "navbar_persistent": [],  # the sidebar has a search field already
+}
 html_show_sourcelink = False
 
 
 def escape(text: str) -> str:
-    """Text with the characters that have a meaning in reStructuredText escaped, except within `code`."""
-    parts = re.split(r"(`[^`]+`)", text)
-    return "".join(
-        part if i % 2 else re.sub(r"[*|\\]|(?<=\w)_(?!\w)", r"\\\g<0>", part) for i, part in enumerate(parts)
-    )
+    """Text with the characters that have a meaning in reStructuredText escaped, except within `code`.
+
+    A letter with a dot, as in "E.", would begin a list, and `code` that letters follow, as in `tree`s, would not end.
+    Options such as --run become code.
+    """
+    parts = re.split(r"(`[^`]+`|(?<![\w-])--[a-z][\w.-]*\w)", text)
+    for i, part in enumerate(parts):
+        if i % 2:
+            parts[i] = f"`{part.strip('`')}`"
+        else:
+            parts[i] = re.sub(r"[*|\\]|(?<=\w)_(?!\w)|(?<=: [A-Z])\.", r"\\\g<0>", part)
+            parts[i] = re.sub(r"^(?=[a-z])", r"\\ ", parts[i]) if i else parts[i]
+    return "".join(parts)
+
+
+def bullets(paragraph: str) -> str:
+    """A paragraph in which every line that is not indented begins with "`name`:", as a list."""
+    if not re.fullmatch(r"(`[^`\n]+`(, `[^`\n]+`)*( \[[^]\n]*\])*:[^\n]*(\n +[^\n]*)*\n?){2,}", paragraph):
+        return paragraph
+    return re.sub("^`", "- `", re.sub("^ +", "  ", paragraph, flags=re.MULTILINE), flags=re.MULTILINE)
+
+
+def restructured(text: str) -> list[str]:
+    """The lines of a docstring as reStructuredText.
+
+    Docstrings are plain text in which examples, after >>>, `code` and directives alone have a markup. A paragraph that
+    is indented and stands alone, such as a formula, is shown as it is.
+    """
+    found, indented = [], True
+    for paragraph in re.split(r"\n\s*\n", text):
+        alone = all(line.startswith("  ") for line in paragraph.split("\n") if line)
+        if ">>>" in paragraph or paragraph.lstrip().startswith(".. "):
+            found.append(paragraph)
+        elif alone and paragraph.strip() and not indented:
+            found += ["::", paragraph]
+            continue  # further ones belong to the same text
+        else:
+            found.append(bullets(escape(paragraph)))
+        indented = alone or bool(re.match(r"[A-Z]\w*:\n|\.\. ", paragraph))
+    return "\n\n".join(found).split("\n")
 
 
 def plain_docstrings(app, what, name, subject, options, lines: list[str]) -> None:
-    """Docstrings are plain text in which only examples, after >>>, and `code` have a markup."""
-    paragraphs = re.split(r"(\n\s*\n)", "\n".join(lines))
-    lines[:] = "".join(part if ">>>" in part else escape(part) for part in paragraphs).split("\n")
+    lines[:] = restructured("\n".join(lines))
+
+
+def docstrings_of_properties(app, what, name, subject, options, lines: list[str]) -> None:
+    """Napoleon has taken the words before a colon for the type of the property."""
+    if what == "property":
+        lines[:] = restructured(inspect.getdoc(subject) or "")
+
+
+def short_signature(app, what, name, subject, options, signature: str | None, returned: str | None):
+    """The signature of a config's class without its fields, which have tables; no returned type of many lines."""
+    if what == "class" and dataclasses.is_dataclass(subject) and subject.__module__.startswith("stickjax.config."):
+        signature = "(**fields)"
+    elif what == "class" and (signature or "").startswith("(*args: Any"):  # of a Flax module
+        signature = f"({', '.join([*inspect.signature(subject.__init__).parameters][1:])})"
+    return signature, None if len(returned or "") > 100 else returned
 
 
 def setup(app) -> None:
     generated.write(HERE)
     app.connect("autodoc-process-docstring", plain_docstrings, priority=100)  # before napoleon
+    app.connect("autodoc-process-docstring", docstrings_of_properties, priority=900)  # after napoleon
+    app.connect("autodoc-process-signature", short_signature)

@@ -1,5 +1,6 @@
 """The Python of every page runs, and what a page names exists: commands, options, files, links and Python names."""
 
+import ast
 import contextlib
 import io
 import os
@@ -83,3 +84,29 @@ def test_python_names_exist():
             pkgutil.resolve_name(name)
         except (AttributeError, ImportError):
             pytest.fail(f"{name} does not exist")
+
+
+def texts_of_the_code() -> list[str]:
+    """All strings of the packages except docstrings, with "…" in the place of what an f-string fills in."""
+    found = []
+    for path in [*(ROOT / "stickjax").rglob("*.py"), *(ROOT / "pallas_kernels").rglob("*.py")]:
+        tree = ast.parse(path.read_text())
+        left_out = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}  # docstrings
+        for node in ast.walk(tree):  # an f-string comes before its parts
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
+                left_out |= {id(part) for part in node.values}
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in left_out:
+                found.append(node.value)
+    return [" ".join(text.split()) for text in found]
+
+
+def test_the_errors_of_the_page_are_in_the_code():
+    """The words between two "…" of a message stand in one string of the code, in the same order."""
+    page = (ROOT / "docs" / "reference" / "errors.md").read_text()
+    messages, texts = re.findall(r"^```none\n(.*?)\n```$", page, re.DOTALL | re.MULTILINE), texts_of_the_code()
+    assert len(messages) == len(set(messages)) >= 30
+    for message in messages:
+        assert len(re.findall(r"\w{2,}", message)) >= 2, f"{message!r} has too few words to find it"
+        parts = [re.escape(part.strip()) for part in message.split("…")]
+        assert any(re.search(".*".join(parts), text) for text in texts), f"no code says {message!r}"
