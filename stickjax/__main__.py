@@ -17,7 +17,7 @@ COMMANDS = {
     "sweep": ("stickjax.sweeps", "coordinate checks, learning rates, and the fit of the Power schedule"),
     "launch": ("stickjax.launch", "train in several processes"),
     "data": ("stickjax.data.__main__", "make token files from text, and verify them"),
-    "modules": ("stickjax.surgery.__main__", "extend, freeze, concentrate, prune and report on experts"),
+    "surgery": ("stickjax.surgery.__main__", "extend, freeze, concentrate, prune and report on experts"),
 }
 _LIST = "\n".join(f"  {name:<10}{doc}" for name, (_, doc) in COMMANDS.items())
 HELP = f"""usage: stickjax COMMAND ...
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     if name in ("-V", "--version", "version"):
         print(f"stickjax {__version__}")
         return 0
-    name = {"sweeps": "sweep"}.get(name, name)  # the module's name
+    name = {"sweeps": "sweep", "modules": "surgery"}.get(name, name)  # other names of the commands
     if name not in COMMANDS:
         raise UsageError(f"unknown command {name!r}{nearest(name, COMMANDS)}; the commands are {', '.join(COMMANDS)}")
     return importlib.import_module(COMMANDS[name][0]).main(rest)
