@@ -103,7 +103,7 @@ def compare(stored: str, now: str) -> str | None:
     or 0.1 away from it; one with an exponent is not compared. `VARIES` and the widths of gaps are left out.
     """
     for text, other in zip_lines(stored, now):
-        words, others = [NUMBER.sub("#", VARIES.sub("~", line)).split() for line in (text, other)]
+        words, others = (re.findall(r"[\w#~.']+|\S", NUMBER.sub("#", VARIES.sub("~", line))) for line in (text, other))
         if words != others:
             return f"stored: {text}\nnow:    {other}"
         numbers, those = (NUMBER.findall(VARIES.sub("~", line)) for line in (text, other))
