@@ -11,7 +11,7 @@ from . import report
 from .report import Row
 
 HERE = Path(__file__).parent
-SAME = ("code", "device", "jax", "quick")  # a run continues an earlier file only if all of these are equal
+MUST_MATCH = ("code", "device", "jax", "quick")  # a run continues an earlier file only if all of these are equal
 LEFT_OUT = "left out"  # the key in `extra` of a row for which no time was left; such a row runs the next time
 
 
@@ -40,14 +40,14 @@ class Record:
         self.rows: dict[tuple[str, str, str], Row] = {} if fresh else {_key(row): row for row in self._before()}
 
     def _before(self) -> list[Row]:
-        """Return the rows of the earlier run that this run continues; none if that run differs in a field of SAME."""
+        """Return the rows of the earlier run; none if a field of MUST_MATCH differs there."""
         try:
             before = json.loads(self.path.read_text())
         except FileNotFoundError:
             return []
         except ValueError as error:
             raise ValueError(f"{self.path} is no JSON ({error}); --fresh starts over") from None
-        others = [name for name in SAME if before.get(name) != self.info[name]]
+        others = [name for name in MUST_MATCH if before.get(name) != self.info[name]]
         if others:
             print(f"{self.path} is of other {', '.join(others)}: this run starts over", file=sys.stderr)
             return []

@@ -19,7 +19,7 @@ from .gpu_record import LEFT_OUT, Record
 from .report import Row, ceiling_row
 from .timing import Times, ceilings, forward_backward, rotating
 
-HANGS = 90  # seconds after which a row is taken to hang
+HANG_SECONDS = 90  # seconds after which a row is taken to hang
 MACHINE = ("machine", "ceilings", "matrix product, copy")
 PASSES = ("forward", "backward", "forward+backward")
 
@@ -118,7 +118,7 @@ class Run:
         print(f"{time.monotonic() - self.begun:4.0f} s  {part}: {case}, {contestant}", file=sys.stderr, flush=True)
         try:
             self.require_time()
-            with give_up_after(HANGS, partial(self._hangs, part, case, contestant)):
+            with give_up_after(HANG_SECONDS, partial(self._hangs, part, case, contestant)):
                 row = Row(part, case, contestant, **make())
         except Exception as error:  # for example out of memory, or a peer that does not run here: the row says so
             return self.failed(part, case, contestant, error)
@@ -137,8 +137,8 @@ class Run:
 
     def _hangs(self, part: str, case: str, contestant: str) -> None:
         """Record that the row hangs. The next run then continues after this row."""
-        self.failed(part, case, contestant, RuntimeError(f"still running after {HANGS} s"))
-        print(f"error: still running after {HANGS} s; run the same command again to go on", file=sys.stderr)
+        self.failed(part, case, contestant, RuntimeError(f"still running after {HANG_SECONDS} s"))
+        print(f"error: still running after {HANG_SECONDS} s; run the same command again to go on", file=sys.stderr)
 
     def checked(self, part: str, case: str, contestant: str, dtype, check: Callable[[], Errors]) -> bool:
         """Add a row with the errors, and return whether they are within the tolerances; False if the check raised."""

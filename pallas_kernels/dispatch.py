@@ -137,7 +137,7 @@ def _sizes(op: Op, call: Any) -> tuple[tuple[str, int], ...]:
     words, tree = jax.tree.flatten(op.letters(call).call)
     sizes = {}
     for word, value in zip(words, tree.flatten_up_to(call), strict=True):
-        if word not in (partition.STATIC, partition.ANEW) and hasattr(value, "shape"):
+        if word not in (partition.STATIC, partition.RECOMPUTED) and hasattr(value, "shape"):
             sizes |= zip(word.split(), value.shape, strict=True)
     return tuple((letter, size) for letter, size in sizes.items() if letter.isalpha())
 

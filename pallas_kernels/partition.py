@@ -23,7 +23,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec, g
 from . import automatic
 
 # Values in place of letters. STATIC: not an array. ANEW: an array that `Letters.inside` computes on every device.
-STATIC, ANEW = "static", "anew"
+STATIC, RECOMPUTED = "static", "anew"
 
 
 class Letters(NamedTuple):
@@ -187,11 +187,11 @@ def _arrays(letters: Letters, call, compute) -> tuple[list[_Array], _Part]:
     named, tree = jax.tree.flatten_with_path(letters.call)
     arrays, static = [], []
     for (path, word), value in zip(named, tree.flatten_up_to(call), strict=True):
-        if word not in (STATIC, ANEW) and _is_array(value):
+        if word not in (STATIC, RECOMPUTED) and _is_array(value):
             arrays.append(_Array(path[-1].name, tuple(word.split()), value))
             static.append(_Array)
         else:
-            static.append(None if word == ANEW else value)
+            static.append(None if word == RECOMPUTED else value)
     return arrays, _Part(compute, letters.inside, tree, tuple(static))
 
 

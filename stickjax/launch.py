@@ -29,9 +29,9 @@ from stickjax.parallel.processes import (
     lost,
 )
 
-GRACE = 5  # seconds between SIGTERM and SIGKILL for the other processes when one is lost
+KILL_AFTER_SECONDS = 5  # seconds between SIGTERM and SIGKILL for the other processes when one is lost
 # Seconds for which stderr is held back. When a process is lost, the others write long errors; these are then dropped.
-HELD = 0.5
+STDERR_DELAY_SECONDS = 0.5
 
 
 class Processes:
@@ -89,14 +89,14 @@ class Processes:
             failed = [index for index, code in codes.items() if code not in (0, *EXIT_STOPPED)]
             causes = [index for index in failed if codes[index] not in (EXIT_PEER_LOST, -signal.SIGABRT)]
             if failed and deadline is None:
-                deadline = time.monotonic() + GRACE
+                deadline = time.monotonic() + KILL_AFTER_SECONDS
             if causes or (failed and (len(codes) == len(self.all) or time.monotonic() > deadline)):
                 self.read(0)
                 return (causes or failed)[0]
             if len(codes) == len(self.all):
                 return None
             if not failed:
-                self.write(before=time.monotonic() - HELD)
+                self.write(before=time.monotonic() - STDERR_DELAY_SECONDS)
 
     def close(self) -> None:
         self._pipes.close()
@@ -104,8 +104,8 @@ class Processes:
             process.stderr.close()
 
     def end(self) -> None:
-        """End all processes by SIGTERM, and after GRACE seconds by SIGKILL."""
-        deadline = time.monotonic() + GRACE
+        """End all processes by SIGTERM, and after KILL_AFTER_SECONDS seconds by SIGKILL."""
+        deadline = time.monotonic() + KILL_AFTER_SECONDS
         self.send(signal.SIGTERM)
         while any(process.poll() is None for process in self.all):
             if time.monotonic() > deadline:

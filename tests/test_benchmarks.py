@@ -256,7 +256,7 @@ def test_gpu_rows_on_this_backend(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_decode, "STEPS", 2)
     monkeypatch.setattr(gpu_attention, "QUICK", [dict(B=1, T=32, N=2, H=32)])
     assert gpu.attention_kernels() == ("xla",)
-    info = dict.fromkeys(gpu_record.SAME)
+    info = dict.fromkeys(gpu_record.MUST_MATCH)
     record = gpu_record.Record(tmp_path / "gpu.json", info, gpu.finished)
     gpu.rows(gpu_run.Run(record, quick=True))
     rows = record.finished()

@@ -21,7 +21,7 @@ from stickjax.data.tokenizer import ByteTokenizer, load_tokenizer
 from stickjax.models.transformer import init
 from stickjax.parallel.mesh import make_mesh
 from stickjax.storage.checkpoints import Checkpoints
-from stickjax.storage.hugging_face.configs import to_theirs
+from stickjax.storage.hugging_face.configs import to_config_json
 from stickjax.storage.run_folder import Loaded, load, save, write_config
 from stickjax.train import fit
 
@@ -323,7 +323,7 @@ def molm_700m_8b():
             shapes[f"{layer}.{place}.output_experts.weight"] = (E, width, D)
             gate = f"{layer}.{place}.gate.w_gate"
             shapes |= {f"{gate}.0.weight": (R, D), f"{gate}.0.bias": (R,), f"{gate}.3.weight": (E, R)}
-    return to_theirs(ModelConfig.molm_700m_8b(param_dtype="bfloat16"), 512), shapes
+    return to_config_json(ModelConfig.molm_700m_8b(param_dtype="bfloat16"), 512), shapes
 
 
 def sparse_folder(folder, tree, shapes, shards):

@@ -94,7 +94,7 @@ def test_the_code_of_a_row_is_all_that_it_depends_on(tmp_path, monkeypatch):
 
 def test_a_row_that_hangs_is_recorded_and_not_tried_again(record, monkeypatch, capsys):
     left = []
-    monkeypatch.setattr(gpu_run, "HANGS", 0.05)
+    monkeypatch.setattr(gpu_run, "HANG_SECONDS", 0.05)
     monkeypatch.setattr(gpu_run.give_up_after.__wrapped__, "__defaults__", (left.append,))
 
     def hangs():

@@ -107,7 +107,7 @@ def test_losses_and_gradients_are_the_originals(loaded, folder, monkeypatch):
         kinds = {"switch": x.switch_weight, "z": x.z_weight, "mutual_information": x.mi_weight}
         parts = [metrics[f"{p}{n}"] * w for p in ("", "attention_") for n, w in kinds.items() if f"{p}{n}" in metrics]
         assert_close(m.L * sum(parts) / max(kinds.values()), expected["aux_loss"], 1e-5)
-    theirs = names.their_tensors(names.table(tree["model_type"], m), m, in_memory(gradient))
+    theirs = names.tensors_from_leaves(names.table(tree["model_type"], m), m, in_memory(gradient))
     wanted = {names.published(n.removeprefix("grad/")): expected[n] for n in expected if n.startswith("grad/")}
     assert len(wanted) > 8
     for name, value in wanted.items():

@@ -12,7 +12,7 @@ import stickjax
 from stickjax.config import ExpertsConfig
 from stickjax.config.decoder import ModelConfig
 from stickjax.storage.hugging_face import configs, names
-from stickjax.storage.hugging_face.configs import to_ours, to_theirs
+from stickjax.storage.hugging_face.configs import to_config_json, to_model_config
 
 GRANITE = dict(
     model_type="granite", vocab_size=23, hidden_size=12, num_hidden_layers=2, intermediate_size=10,
@@ -178,8 +178,8 @@ TOKENS = np.random.default_rng(0).integers(0, 23, 9)
 
 def weights(tree):
     """Return random weights, small enough that every epsilon matters."""
-    rng, model = np.random.default_rng(1), to_ours(tree)[0]
-    shapes = names.their_shapes(names.table(tree["model_type"], model), model)
+    rng, model = np.random.default_rng(1), to_model_config(tree)[0]
+    shapes = names.tensor_shapes(names.table(tree["model_type"], model), model)
     return {name: (0.3 * rng.standard_normal(shape)).astype(np.float32) for name, shape in shapes.items()}
 
 
@@ -197,7 +197,7 @@ def test_logits_are_the_formula_where_no_entry_has_its_default(kind, tmp_path):
     loaded = stickjax.load(written(tmp_path / "hf", tree), changes={"model.implementation": "reference"})
     assert_close(loaded.model(TOKENS[None].astype(np.int32)).logits[0], expected, FORWARD["float32"])
     assert loaded.config.data.T == 48
-    assert to_ours(to_theirs(loaded.config.model, 48))[0] == to_ours(tree)[0]
+    assert to_model_config(to_config_json(loaded.config.model, 48))[0] == to_model_config(tree)[0]
 
 
 @pytest.mark.parametrize("kind, entry", [(k, e) for k in ("granite", "jetmoe") for e in DEFAULTS if e in TREES[k]])
@@ -205,26 +205,29 @@ def test_each_entry_counts_and_has_the_default_of_transformers(kind, entry):
     tree, w = TREES[kind], {n: a.astype(float) for n, a in weights(TREES[kind]).items()}
     usual = FORMULAS[kind](tree | {entry: DEFAULTS[entry]}, w, TOKENS)
     assert np.abs(usual - FORMULAS[kind](tree, w, TOKENS)).max() > 1e-3, "the test above would not see it"
-    assert to_ours({n: x for n, x in tree.items() if n != entry})[0] == to_ours(tree | {entry: DEFAULTS[entry]})[0]
+    assert (
+        to_model_config({n: x for n, x in tree.items() if n != entry})[0]
+        == to_model_config(tree | {entry: DEFAULTS[entry]})[0]
+    )
 
 
 def test_what_only_training_looks_at_is_read():
-    model = to_ours(MODULEFORMER)[0]
+    model = to_model_config(MODULEFORMER)[0]
     assert (
         model.experts.switch_weight,
         model.experts.z_weight,
         model.experts.sample_topk,
         model.experts.mi_weight,
     ) == (0.25, 0.025, 1, 0)
-    assert to_ours(MODULEFORMER | dict(aux_loss_type="mi"))[0].experts.mi_weight == 0.25
+    assert to_model_config(MODULEFORMER | dict(aux_loss_type="mi"))[0].experts.mi_weight == 0.25
 
 
 def test_the_originals_have_epsilons_of_their_own():
-    jetmoe, moduleformer = (to_ours(tree)[0] for tree in (JETMOE, MODULEFORMER))
+    jetmoe, moduleformer = (to_model_config(tree)[0] for tree in (JETMOE, MODULEFORMER))
     assert (jetmoe.norm_eps, jetmoe.final_norm_eps, moduleformer.norm_eps) == (1e-6, 0.05, 1e-5)
-    assert to_theirs(jetmoe, 8)["rms_norm_eps"] == 0.05
+    assert to_config_json(jetmoe, 8)["rms_norm_eps"] == 0.05
     with pytest.raises(ValueError, match="'jetmoe', the nearest to this model, has no norm_eps=1e-05"):
-        to_theirs(
+        to_config_json(
             ModelConfig(
                 V=8,
                 attention="softmax",
@@ -250,12 +253,12 @@ def test_published_configs_are_read():
         tie_word_embeddings=True, torch_dtype="bfloat16", transformers_version="4.49.0", use_cache=True,
         vocab_size=49159,
     )  # fmt: skip
-    assert (to_ours(granite)[0].H, to_ours(granite)[1]) == (64, 131072)
+    assert (to_model_config(granite)[0].H, to_model_config(granite)[1]) == (64, 131072)
     power_moe = granite | dict(
         model_type="granitemoe", num_local_experts=40, num_experts_per_tok=8, router_aux_loss_coef=0.01,
         output_router_logits=False, intermediate_size=512,
     )  # fmt: skip
-    experts = to_ours(power_moe)[0].experts
+    experts = to_model_config(power_moe)[0].experts
     assert (experts.E, experts.k) == (40, 8)
     jetmoe_8b = dict(
         activation_function="silu", architectures=["JetMoEForCausalLM"], auto_map={"AutoConfig": "a.B"}, bias=True,
@@ -264,7 +267,7 @@ def test_published_configs_are_read():
         num_attention_heads=32, num_hidden_layers=24, num_key_value_heads=16, num_layers=24, rms_norm_eps=1e-5,
         rope_theta=10000.0, rotary_percent=1.0, tie_word_embeddings=True, torch_dtype="bfloat16", vocab_size=32000,
     )  # fmt: skip
-    model = to_ours(jetmoe_8b)[0]
+    model = to_model_config(jetmoe_8b)[0]
     assert (model.F, model.experts.E, model.experts.k, model.L, model.norm_eps, model.final_norm_eps) == (
         5632,
         8,
@@ -287,12 +290,12 @@ NOT_SUPPORTED = dict(
 def test_what_ours_does_not_have_is_refused_by_name(tree):
     for name, value in NOT_SUPPORTED.items():
         with pytest.raises(ValueError, match=f"{name}|rope_scaling: (factor|type)"):
-            to_ours(tree | {name: value})
+            to_model_config(tree | {name: value})
     usual = dict(layer_types=["full_attention", "attention"], position_embedding_type="rope", rotary_percent=1.0)
     usual |= dict(qk_norm=False, shared_intermediate_size=0, attn_logit_softcapping=None, unheard_of=None)
-    assert to_ours(tree | usual) == to_ours(tree)
+    assert to_model_config(tree | usual) == to_model_config(tree)
     with pytest.raises(ValueError, match=r"lambda_attention=0.5: not known, and may change .* delete it"):
-        to_ours(tree | dict(lambda_attention=0.5))
+        to_model_config(tree | dict(lambda_attention=0.5))
 
 
 @pytest.mark.parametrize(
@@ -308,7 +311,7 @@ def test_what_ours_does_not_have_is_refused_by_name(tree):
 )
 def test_a_jetmoe_that_is_another_is_refused(changes, said):
     with pytest.raises(ValueError, match=said):
-        to_ours(JETMOE | changes)
+        to_model_config(JETMOE | changes)
 
 
 def test_what_is_ignored_changes_no_logits():
@@ -325,4 +328,4 @@ def test_what_is_ignored_changes_no_logits():
         seen.discard(length)
     assert not seen & configs.IGNORED and not set(NOT_SUPPORTED) & configs.IGNORED
     with pytest.raises(ValueError, match="not known"):
-        to_ours(MODULEFORMER | dict(rotary_dim=4))
+        to_model_config(MODULEFORMER | dict(rotary_dim=4))

@@ -18,7 +18,7 @@ from stickjax.system.lock import Lock
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    for name, seconds in (("BEAT", 0.05), ("PATIENCE", 0.6), ("SETTLE", 0.1)):
+    for name, seconds in (("HEARTBEAT_SECONDS", 0.05), ("DEAD_AFTER_SECONDS", 0.6), ("SETTLE", 0.1)):
         monkeypatch.setattr(stickjax.system.lock, name, seconds)
 
 
@@ -161,7 +161,7 @@ def test_a_file_server_may_keep_the_flock_of_a_machine_that_is_gone(tmp_path, mo
 
     monkeypatch.setattr(stickjax.system.lock.fcntl, "flock", late)
     monkeypatch.setattr(stickjax.system.lock, "LEASE", seconds)
-    monkeypatch.setattr(stickjax.system.lock, "PATIENCE", 0.2)
+    monkeypatch.setattr(stickjax.system.lock, "DEAD_AFTER_SECONDS", 0.2)
     if seconds > 1:
         Lock(tmp_path).release()
     else:

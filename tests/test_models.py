@@ -18,7 +18,7 @@ from stickjax.models.layers import rotary
 from stickjax.models.moe import SparseExperts
 from stickjax.models.router import choose_experts, round_tokens, router_stats, router_sums, updated_router_bias
 from stickjax.models.transformer import apply, empty_cache, init
-from stickjax.storage.hugging_face.configs import _effective, to_ours, to_theirs
+from stickjax.storage.hugging_face.configs import _effective, to_config_json, to_model_config
 
 SMALL = dict(V=31, D=24, L=2, N=4, K=2, H=8, F=20, norm_eps=1e-5)
 MODELS = {
@@ -248,7 +248,7 @@ def test_presets_have_the_published_sizes(name):
 def test_molm_has_exactly_the_published_parameters(name, total, active):
     config = getattr(ModelConfig, name)()
     assert Decoder().parameter_counts(config) == (total, active)
-    assert _effective(to_ours(to_theirs(config, 512))[0]) == _effective(config)
+    assert _effective(to_model_config(to_config_json(config, 512))[0]) == _effective(config)
 
 
 def test_stickbreaking_3b_tied_and_active_counts():

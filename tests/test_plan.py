@@ -244,12 +244,12 @@ def test_what_does_not_fit_is_changed_until_it_does(compiled, capsys):
     machine, _ = compiled
     dense = {"model.experts.E": 0, "model.experts.k": 0, "model.L": 1}
     step = aot.compile_step(small(**dense), machine)
-    few = machine._replace(memory=int(step.peak / estimate.FITS) - 1)
+    few = machine._replace(memory=int(step.peak / estimate.MEMORY_SHARE) - 1)
     found = search.nearest_changes(step, few)
     assert {name for change in found for name in change.changes} == {"train.accumulate", "mesh.data", "mesh.fsdp"}
     assert all(estimate.fits(change.compiled, few.memory) for change in found)
     # If the parameters do not fit on a device, they are divided further; smaller microbatches are not tried.
-    few = machine._replace(memory=int(step.arguments / estimate.FITS) - 1)
+    few = machine._replace(memory=int(step.arguments / estimate.MEMORY_SHARE) - 1)
     found = search.nearest_changes(step, few)
     assert {name for change in found for name in change.changes} <= {"mesh.data", "mesh.fsdp"}
     report.print_step(step, few, [])

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..partition import ANEW, STATIC, Letters
+from ..partition import RECOMPUTED, STATIC, Letters
 from .routing import Routing, route
 
 # The order of the rows of an array. "token": one row per token. "pair": one row per (token, choice) pair, in the order
@@ -44,7 +44,7 @@ class MlpCall(NamedTuple):
     activation: str
 
 
-_ROUTING = Routing(order=ANEW, inverse=ANEW, offsets=ANEW, expert_indices="T k")
+_ROUTING = Routing(order=RECOMPUTED, inverse=RECOMPUTED, offsets=RECOMPUTED, expert_indices="T k")
 
 
 def linear_letters(call: LinearCall) -> Letters:

@@ -24,8 +24,8 @@ from stickjax.system.disk import REASONS
 from stickjax.system.text import printable
 
 # Errors of these types are printed as one line. Any other exception is a bug.
-CLEAR = (ValueError, OSError, FloatingPointError, OverflowError, MemoryError, NotImplementedError)
-INTERRUPTED, NOBODY_READS = 128 + signal.SIGINT, 128 + signal.SIGPIPE
+EXPECTED_ERRORS = (ValueError, OSError, FloatingPointError, OverflowError, MemoryError, NotImplementedError)
+EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 128 + signal.SIGINT, 128 + signal.SIGPIPE
 
 
 class UsageError(ValueError):
@@ -120,11 +120,11 @@ def command(main: Callable[[list[str] | None], int | None]) -> Callable[..., int
                 return code or 0
             except KeyboardInterrupt as error:
                 _fail("interrupted", error)
-                return INTERRUPTED
+                return EXIT_INTERRUPTED
             except BrokenPipeError:
                 drop_output()
-                return NOBODY_READS
-            except CLEAR as error:
+                return EXIT_BROKEN_PIPE
+            except EXPECTED_ERRORS as error:
                 code = _fail(f"error: {in_one_line(error)}", error)
                 if isinstance(error, OSError):
                     drop_output()  # on a full disk Python would report the error again at exit
@@ -166,7 +166,7 @@ def end_on_interrupt() -> None:
 
 def _end(number, frame):
     say_error("interrupted")
-    os._exit(INTERRUPTED)
+    os._exit(EXIT_INTERRUPTED)
 
 
 @contextlib.contextmanager

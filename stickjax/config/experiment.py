@@ -24,7 +24,7 @@ from stickjax.config.fields import (
     nested_fields,
     one_of,
     shown,
-    upgraded,
+    with_present_names,
 )
 from stickjax.config.synonyms import suggestion
 from stickjax.config.universal import SutConfig
@@ -289,7 +289,7 @@ def _changed(section, changes: dict[str, Any]):
     for key, value in changes.items():
         group, _, name = key.rpartition(".")
         (values[group] if group else values)[name] = value
-    return type(section)(**upgraded(type(section), values))
+    return type(section)(**with_present_names(type(section), values))
 
 
 @functools.cache

@@ -66,7 +66,7 @@ def former_names_in(config: type, values: dict[str, Any]) -> list[str]:
     return sorted(used, key=lambda was: len(former[was]))
 
 
-def upgraded(config: type, values: dict[str, Any]) -> dict[str, Any]:
+def with_present_names(config: type, values: dict[str, Any]) -> dict[str, Any]:
     """Return the values of a dataclass by the present names of its fields.
 
     In `values`, a nested dataclass may be a dictionary of its fields. A field that has moved into several nested
@@ -120,7 +120,7 @@ def accept_former_names(config: type) -> type:
     def with_former_names(self, *args, **values):
         for was in former_names_in(config, values):
             warn(was)
-        init(self, *args, **upgraded(config, values))
+        init(self, *args, **with_present_names(config, values))
 
     config.__init__ = with_former_names
     for was in former_names(config).keys() - nested_fields(config).keys():

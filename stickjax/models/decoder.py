@@ -53,7 +53,7 @@ class Decoder(Family):
         scalars = {name: value for name, value in metrics.items() if name != "load"}
         return scalars | {f"{kind}load_max": (x * _experts(model, kind, x)).max() for kind, x in load.items()}
 
-    def moved_without_gradient(self, model: Transformer, metrics, trainable: Callable[[str], bool]):
+    def gradient_free_update(self, model: Transformer, metrics, trainable: Callable[[str], bool]):
         """Move the selection biases of routers with `bias_rate` towards a balanced load."""
         if not any(mixture.bias_rate for mixture in model.config.mixtures().values()):
             return model

@@ -51,7 +51,7 @@ class Family(ABC):
         del model
         return metrics
 
-    def moved_without_gradient(self, model, metrics: dict[str, Any], trainable: Callable[[str], bool]):
+    def gradient_free_update(self, model, metrics: dict[str, Any], trainable: Callable[[str], bool]):
         """Update the parameters that have an update rule instead of a gradient, and return the model.
 
         `metrics` are what `loss` returned; `trainable(name)` says whether a parameter may move.

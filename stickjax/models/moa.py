@@ -14,7 +14,7 @@ from stickjax.config import ModelConfig
 from stickjax.config.universal import SutConfig
 from stickjax.models.attention import Attention, Context, KeyValues
 from stickjax.models.layers import all_experts, cast, matrix_std, normal, output_std, uniform
-from stickjax.models.moe import biased
+from stickjax.models.moe import add_output_bias
 from stickjax.models.relative import softmax_attention
 from stickjax.models.router import Router, RouterSums
 from stickjax.parallel.collectives import copy_to_tensor_parallel, reduce_from_tensor_parallel
@@ -67,7 +67,7 @@ class MixtureOfHeads(Attention):
         q = expert_queries(x, all_experts(self, "expert_query"), routing, K, c.implementation)
         out, cache = self.attend(q, k, v, context, cache)
         y = expert_outputs(out, all_experts(self, "expert_output"), routing, gates, K, c.implementation)
-        return biased(self, reduce_from_tensor_parallel(y), token_mask), cache, sums
+        return add_output_bias(self, reduce_from_tensor_parallel(y), token_mask), cache, sums
 
     def keys_values(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]:
         c = self.config

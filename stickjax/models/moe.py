@@ -9,7 +9,12 @@ from pallas_kernels import cost, expert_mlp, route
 from stickjax.config import ModelConfig
 from stickjax.models.layers import all_experts, gates, matrix_std, normal, output_std
 from stickjax.models.router import Router, RouterSums
-from stickjax.parallel.collectives import copy_to_tensor_parallel, from_experts, reduce_from_tensor_parallel, to_experts
+from stickjax.parallel.collectives import (
+    all_gather_for_experts,
+    copy_to_tensor_parallel,
+    reduce_from_tensor_parallel,
+    reduce_scatter_from_experts,
+)
 
 
 class SparseExperts(nnx.Module):
@@ -44,15 +49,16 @@ class SparseExperts(nnx.Module):
         w_in, w_out = (all_experts(self, name) for name in ("w_in", "w_out"))
         E, D, G, F = w_in.shape  # E and F are the parts of this device
         tokens, weights = copy_to_tensor_parallel((tokens, weights))
-        tokens, chosen, weights = to_experts(tokens, chosen, weights, E)
+        tokens, chosen, weights = all_gather_for_experts(tokens, chosen, weights, E)
         options = dict(activation=c.activation, implementation=c.implementation)
         # With balanced experts each device has its share of the rows; rows for experts of other devices are empty.
         run = cost.share(E / self.router.experts.count, lambda *arrays: expert_mlp(*arrays, **options))
         y = run(tokens, w_in.reshape(E, D, G * F), w_out, route(chosen, E), weights)
-        return biased(self, from_experts(reduce_from_tensor_parallel(y)).reshape(x.shape), token_mask), sums
+        y = reduce_scatter_from_experts(reduce_from_tensor_parallel(y)).reshape(x.shape)
+        return add_output_bias(self, y, token_mask), sums
 
 
-def biased(mixture, y: Float[Array, "B T D"], token_mask: Bool[Array, "B T"] | None) -> Float[Array, "B T D"]:
+def add_output_bias(mixture, y: Float[Array, "B T D"], token_mask: Bool[Array, "B T"] | None) -> Float[Array, "B T D"]:
     """Return y plus the output bias of the mixture, if it has one. Padding stays zero."""
     if mixture.output_bias is None:
         return y

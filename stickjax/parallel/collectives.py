@@ -85,7 +85,7 @@ def first_of(axis: str, count: int):
     return lax.axis_index(axis) * count if size(axis) > 1 else 0
 
 
-def to_experts(tokens, expert_indices, gates, count: int):
+def all_gather_for_experts(tokens, expert_indices, gates, count: int):
     """All-gather tokens [T,D] with their expert indices and gates [T,k] over "expert", for the `count` experts here.
 
     Indices then count from the first expert of this device. All experts of other devices get the index `count`, which
@@ -99,6 +99,6 @@ def to_experts(tokens, expert_indices, gates, count: int):
     return tokens, jnp.where((indices >= 0) & (indices < count), indices, count), gates
 
 
-def from_experts(outputs):
+def reduce_scatter_from_experts(outputs):
     """Reduce-scatter over "expert": sum the outputs of all experts, for the tokens [T,D] of this device."""
     return outputs if size("expert") == 1 else lax.psum_scatter(outputs, "expert", scatter_dimension=0, tiled=True)

@@ -9,7 +9,7 @@ from stickjax.plan.aot import Compiled
 # Shares of the vendor's peaks that large matrix products and large copies reach. On an H200 they are 770 of 989 TFLOP/s
 # and 4.3 of 4.8 TB/s.
 COMPUTE, MEMORY = 0.78, 0.9
-FITS = 0.92  # of the device's memory: the rest is for CUDA, NCCL's buffers and fragmentation
+MEMORY_SHARE = 0.92  # of the device's memory: the rest is for CUDA, NCCL's buffers and fragmentation
 ASSUMPTIONS = (
     f"compute: {COMPUTE:.0%} of the bf16 peak, as large products reach on an H200; only matrix products and kernels",
     f"memory: {MEMORY:.0%} of the bandwidth, operands and results of products and kernels once, parameters and "
@@ -17,7 +17,7 @@ ASSUMPTIONS = (
     "network: a ring per group at the rated bandwidth of one direction, over the host's links where the group lies "
     "within a host, over the GPU's own adapter otherwise; no latency, no congestion",
     "experts are balanced, attention computes its whole mask, no step is skipped",
-    f"fits: at most {FITS:.0%} of the memory",
+    f"fits: at most {MEMORY_SHARE:.0%} of the memory",
 )
 
 
@@ -58,4 +58,4 @@ def mfu(compiled: Compiled, chip: Chip, seconds: float) -> float:
 
 def fits(compiled: Compiled, memory: int | None) -> bool:
     """Return whether the step fits into the memory of a device; True if the memory is not known."""
-    return memory is None or compiled.peak <= FITS * memory
+    return memory is None or compiled.peak <= MEMORY_SHARE * memory

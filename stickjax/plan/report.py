@@ -117,7 +117,7 @@ def print_step(compiled: Compiled, machine: Machine, changes: list[tuple[dict, C
         for changed, other in changes:
             words = " ".join(f"--{key}={value}" for key, value in changed.items())
             print(f"would fit     {words}: peak {gib(other.peak)}; {time_words(other, machine)}")
-        if compiled.arguments > estimate.FITS * machine.memory:
+        if compiled.arguments > estimate.MEMORY_SHARE * machine.memory:
             print("would fit     not by remat or smaller microbatches: the arguments alone take too much memory")
         elif not changes:
             print("would fit     nothing that was tried: neither remat, smaller microbatches nor a larger fsdp suffice")

@@ -27,7 +27,7 @@ def nearest_changes(compiled: Compiled, machine: Machine) -> list[Change]:
     do not fit. If no kind suffices alone, the largest changes of all kinds are tried together. Every candidate is
     compiled.
     """
-    found, room = [], estimate.FITS * machine.memory - compiled.arguments
+    found, room = [], estimate.MEMORY_SHARE * machine.memory - compiled.arguments
     kinds = [list(_more_parts(compiled))]
     if room > 0:
         kinds = [list(_more_remat(compiled)), list(_smaller_microbatches(compiled, room)), *kinds]

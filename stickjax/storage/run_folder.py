@@ -33,7 +33,7 @@ from stickjax.system.text import printable
 
 MODEL_FILE = "model.safetensors"  # the file of a folder of one model, which has no checkpoints
 # Fields that hold paths. A checkpoint records hashes of the files, so the paths may change.
-PLACES = ("data.path", "data.heldout_path", "data.tokenizer")
+PATH_FIELDS = ("data.path", "data.heldout_path", "data.tokenizer")
 # Fields that may change when a run is resumed: they change neither the state nor the results of a step.
 _FREE = (
     "train.log_every",
@@ -104,7 +104,7 @@ def check_config(run: str | os.PathLike, config: Config) -> None:
         return
     if _is_model(run):
         raise ValueError(f"{run} holds a converted model; train in another --run folder with --init-from {run}")
-    before, free = read_config(run), (*_FREE, *(f"{place}:" for place in PLACES))
+    before, free = read_config(run), (*_FREE, *(f"{place}:" for place in PATH_FIELDS))
     if "byte" in (before.data.tokenizer, config.data.tokenizer):
         free = free[:-1]
     changed = [d for d in before.diff(config) if not d.startswith(free)]
@@ -126,7 +126,7 @@ def write_config(run: str | os.PathLike, config: Config, tokenizer: Tokenizer | 
         folder.mkdir(parents=True, exist_ok=True)
     if tokenizer is not None:
         tokenizer.save(folder)
-    places = {place: attrgetter(place)(config) for place in PLACES}
+    places = {place: attrgetter(place)(config) for place in PATH_FIELDS}
     places = {place: str(Path(path).absolute()) for place, path in places.items() if path not in (None, "byte")}
     write_file(folder / "config.json", config.replace(places).to_json())
 

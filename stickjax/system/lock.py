@@ -1,9 +1,9 @@
 """A lock of a run folder: one process at a time writes there.
 
 The owner of the lock holds flock() on the file `lock` of the folder. It writes its host and process id into the file,
-with a number that grows every BEAT seconds. When a process ends, even by SIGKILL, the kernel releases its flock. If the
-owner is on another machine or uses another mount, or if the file system has no flock, another process looks at the
-number. If it has not changed for PATIENCE seconds, the owner counts as dead.
+with a number that grows every HEARTBEAT_SECONDS. When a process ends, even by SIGKILL, the kernel releases its flock.
+If the owner is on another machine or uses another mount, or if the file system has no flock, another process looks at
+the number. If it has not changed for DEAD_AFTER_SECONDS, the owner counts as dead.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from pathlib import Path
 
 from stickjax.system.disk import remove, writing
 
-BEAT, PATIENCE = 5, 20
+HEARTBEAT_SECONDS, DEAD_AFTER_SECONDS = 5, 20
 LEASE = 180  # seconds after which a file server has released the flock of a machine that crashed
 SETTLE = 1  # seconds to wait without flock, so that two processes that start at once see each other
 NAME = "lock"
@@ -142,10 +142,12 @@ class Lock:
 
     def _is_alive(self, owner: dict) -> bool:
         """Whether the number in the file of an owner on another machine still grows."""
-        log.warning("%s is locked by %s: waiting %s s for a sign of life", self.folder, _name(owner), PATIENCE)
-        end = time.monotonic() + PATIENCE
+        log.warning(
+            "%s is locked by %s: waiting %s s for a sign of life", self.folder, _name(owner), DEAD_AFTER_SECONDS
+        )
+        end = time.monotonic() + DEAD_AFTER_SECONDS
         while time.monotonic() < end:
-            time.sleep(PATIENCE / 20)
+            time.sleep(DEAD_AFTER_SECONDS / 20)
             if (now := _read(self._path)) != owner:
                 return bool(now)
         return False
@@ -159,7 +161,7 @@ class Lock:
         return ValueError(f"{self.folder} is being written by {_name(owner)}; {hint}")
 
     def _beat(self) -> None:
-        while not self._ended.wait(BEAT):
+        while not self._ended.wait(HEARTBEAT_SECONDS):
             with contextlib.suppress(OSError, ValueError):  # the next save calls `check`, which raises the error
                 self.check()
                 self._record["beat"] += 1

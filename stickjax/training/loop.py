@@ -23,7 +23,7 @@ from stickjax.parallel import processes
 from stickjax.parallel.mesh import abstract_batch, make_mesh, rows_of_process, shard_batch
 from stickjax.storage.checkpoints import Checkpoints, all_finite, check_finite, named_leaves
 from stickjax.storage.run_folder import (
-    PLACES,
+    PATH_FIELDS,
     check_config,
     check_trained,
     load,
@@ -265,7 +265,7 @@ def _check_same(config: Config, data: TrainingData) -> None:
     fields = {f"{s}.{n}": value for s, section in config.to_dict().items() for n, value in section.items()}
     tokenizer = data.tokenizer and data.tokenizer.name
     content = {"text": data.hash, "held-out text": data.heldout_hash, "tokenizer": tokenizer}
-    processes.check_same(content | {name: value for name, value in fields.items() if name not in PLACES})
+    processes.check_same(content | {name: value for name, value in fields.items() if name not in PATH_FIELDS})
 
 
 def _batch_part(config: Config, mesh) -> dict[str, int]:

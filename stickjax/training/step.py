@@ -79,7 +79,7 @@ def make_step(config: Config, mesh: Mesh | None = None) -> Callable[[TrainState,
                 updates, opt_state = optimizer.update(grads, state.opt_state, state.params, left=left)
                 params = optax.apply_updates(state.params, updates)
             trainable = lambda name: is_trainable(name, config.optim.trainable)  # noqa: E731
-            return family.moved_without_gradient(params, metrics, trainable), opt_state
+            return family.gradient_free_update(params, metrics, trainable), opt_state
 
         # A branch instead of jnp.where, which would read and write every parameter once more.
         params, opt_state = jax.lax.cond(good, update, lambda: (state.params, state.opt_state))

@@ -35,7 +35,7 @@ def read_config(path: Path) -> Config:
     The parameters keep their type in the files. If the files have several types, the parameters become float32.
     """
     try:
-        model, T = configs.to_ours(read_object((path / "config.json").read_bytes(), "it"))
+        model, T = configs.to_model_config(read_object((path / "config.json").read_bytes(), "it"))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path / 'config.json'}: {error}") from error
     found = {tensor.dtype for tensor in _tensors(path, model).values()} & set(FLOATS.values())
@@ -54,12 +54,12 @@ def read(path: Path, model: ModelConfig) -> dict[str, Lazy]:
     tensors = _tensors(path, model)
     if model.L > len(tensors):  # checked first, because L may be huge and the names of all layers are made next
         raise ValueError(f"{path}: the config says L={model.L} layers, but there are only {len(tensors)} tensors")
-    expected = names.their_shapes(table, model)
+    expected = names.tensor_shapes(table, model)
     check(tensors, expected, str(path))
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS.values():
             raise ValueError(f"{path}: {name} is of type {tensor.dtype}, not one of {', '.join(FLOATS)}")
-    return names.our_leaves(table, model, tensors)
+    return names.leaves_from_tensors(table, model, tensors)
 
 
 def write(
@@ -71,7 +71,7 @@ def write(
     `files`: the files of the tokenizer; for a model without a tokenizer, the files in its folder about special tokens.
     """
     c = config.model
-    tree = configs.to_theirs(c, config.data.T)
+    tree = configs.to_config_json(c, config.data.T)
     table = names.table(tree["model_type"], c)
     tree |= read_object(files.get(TOKEN_IDS, b"{}"), TOKEN_IDS)
     if tokenizer is not None and tokenizer.eot < c.vocabulary and tree.get("eos_token_id") is None:
@@ -79,7 +79,7 @@ def write(
     path.mkdir(parents=True, exist_ok=True)
     write_files({name: content for name, content in files.items() if name != TOKEN_IDS}, path)
     write_file(path / "config.json", json.dumps(tree, indent=2) + "\n")
-    write_sharded(path, names.their_tensors(table, c, leaves), shard_bytes)
+    write_sharded(path, names.tensors_from_leaves(table, c, leaves), shard_bytes)
 
 
 def check(found: dict[str, Lazy], expected: dict[str, tuple[int, ...]], where: str) -> None:

@@ -235,7 +235,7 @@ _TYPES = {
 }
 
 
-def to_ours(tree: dict) -> tuple[ModelConfig, int | None]:
+def to_model_config(tree: dict) -> tuple[ModelConfig, int | None]:
     """Return the config of the model of a config.json, and its longest sequence length (None if it names none).
 
     Raise ValueError for an unknown model_type (with the nearest one), and for an entry that is missing, of a wrong
@@ -272,7 +272,7 @@ def _nearest_decoder(c: ModelConfig) -> str:
 _NEAREST = {ModelConfig: _nearest_decoder}
 
 
-def to_theirs(c: ModelConfig, T: int) -> dict:
+def to_config_json(c: ModelConfig, T: int) -> dict:
     """Return the config.json of a model that was trained with sequences of T tokens.
 
     Raise ValueError, naming the fields, if the model_type cannot express them.
@@ -280,7 +280,7 @@ def to_theirs(c: ModelConfig, T: int) -> dict:
     kind = kind_of(c)
     _, write, architecture, length = _TYPES[kind]
     tree = {"model_type": kind, "architectures": [architecture], length: T, "torch_dtype": c.param_dtype} | write(c)
-    found, wanted = (_effective(config) for config in (to_ours(tree)[0], c))
+    found, wanted = (_effective(config) for config in (to_model_config(tree)[0], c))
     if lost := [f"{n}={wanted[n]!r}" for n in wanted if wanted[n] != found[n]]:
         raise ValueError(f"model_type {kind!r}, the nearest to this model, has no {', '.join(lost)}")
     return tree

@@ -217,12 +217,12 @@ def _numbered(table: list[Row], config: ModelConfig) -> dict[str, tuple[int | No
     return found
 
 
-def their_shapes(table: list[Row], config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(table: list[Row], config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Return the names and shapes of the tensors in a folder of the config."""
     return {name: shape(config, axes(rows[0])[0]) for name, (_, rows) in _numbered(table, config).items()}
 
 
-def our_leaves(table: list[Row], config: ModelConfig, tensors: dict[str, Lazy]) -> dict[str, Lazy]:
+def leaves_from_tensors(table: list[Row], config: ModelConfig, tensors: dict[str, Lazy]) -> dict[str, Lazy]:
     """Make our leaves, stacked over the layers, from their tensors."""
 
     def leaf(rows: list[Row]) -> Lazy:
@@ -251,7 +251,7 @@ def our_leaves(table: list[Row], config: ModelConfig, tensors: dict[str, Lazy]) 
     return {name: leaf([row for row in table if row.ours == name]) for name in dict.fromkeys(r.ours for r in table)}
 
 
-def their_tensors(table: list[Row], config: ModelConfig, leaves: dict[str, Lazy]) -> dict[str, Lazy]:
+def tensors_from_leaves(table: list[Row], config: ModelConfig, leaves: dict[str, Lazy]) -> dict[str, Lazy]:
     """Make their tensors, layer by layer, from our leaves."""
 
     def tensor(number: int | None, rows: list[Row]) -> Lazy:
