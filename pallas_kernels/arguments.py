@@ -76,9 +76,9 @@ def number(name: str, x):
     """Check that `x` is a Python number or an array [], and return it."""
     is_one = isinstance(x, numbers.Real) or (is_array(x) and jnp.issubdtype(x.dtype, jnp.number))
     if isinstance(x, bool) or not is_one or (is_array(x) and jnp.iscomplexobj(x)):
-        raise ValueError(f"{name} must be a number or an array [], got {_type(x)}")
+        raise ValueError(f"{name} must be a number or an array without axes, got {_type(x)}")
     if np.shape(x) != ():
-        raise ValueError(f"{name} must be a number or an array [], got {name}.shape={np.shape(x)}")
+        raise ValueError(f"{name} must be a number or an array without axes, got {name}.shape={np.shape(x)}")
     return x
 
 

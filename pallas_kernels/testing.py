@@ -189,7 +189,7 @@ class _Call:
         self.leaves = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in paths}
         self.floats = {name: x for name, x in self.leaves.items() if _is_float(x)}
         if not self.floats:
-            raise ValueError("differences needs a floating array among the arguments of the op")
+            raise ValueError("differences needs at least one floating-point array among the arguments of the op")
         arrays = {name: x for name, x in self.leaves.items() if isinstance(x, jax.Array | np.ndarray)}
         self.others = {name: x for name, x in arrays.items() if name not in self.floats}
 

@@ -34,11 +34,11 @@ SHARD_BYTES = 5_000_000_000
 
 
 def export(model: Loaded | Transformer, path: str, *, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write a model in the Hugging Face layout: config.json, model.safetensors, the tokenizer.json if it has one.
+    """Write a model in the Hugging Face layout: config.json, model.safetensors and, if it has one, tokenizer.json.
 
-    `stickjax.load(path)` gives the same parameters, to the bit. A model with softmax attention becomes a `granite`
-    (dense), a `granitemoe` (E > 0) or a `jetmoe` (attention_experts > 0). A model with stick-breaking attention becomes
-    a `moduleformer`.
+    `stickjax.load(path)` gives the same parameters, to the bit. A dense model with softmax attention becomes a
+    `granite`, one with experts a `granitemoe`, and one with attention experts a `jetmoe`. A model with stick-breaking
+    attention becomes a `moduleformer`.
 
     Args:
       model: from `stickjax.load`, or the parameters alone.

@@ -53,9 +53,9 @@ BAD = {
     "a tile": (_bad(tiles=16), "tiles=16 must be two positive sizes"),
     "float tiles": (_bad(tiles=(16.0, 8)), r"tiles\[0\] must be an int .*, got float"),
     "attend_current": (_bad(attend_current=jnp.ones((), bool)), r"attend_current must be True or False, got bool\[\]"),
-    "word for a scale": (_bad(scale="big"), r"scale must be a number or an array \[\], got str"),
+    "word for a scale": (_bad(scale="big"), r"scale must be a number or an array without axes, got str"),
     "implementations": (_bad(implementation=[None]), r"implementation=\[None\] must be a name, a sequence of names"),
-    "scale": (_bad(scale=jnp.ones(4)), r"scale must be a number or an array \[\], got scale.shape=\(4,\)"),
+    "scale": (_bad(scale=jnp.ones(4)), r"scale must be a number or an array without axes, got scale.shape=\(4,\)"),
 }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import pytest
 from conftest import FORWARD, assert_close
 
 import stickjax
+from stickjax.config import ModelConfig
 from stickjax.convert import in_memory
 from stickjax.generate import generate
 from stickjax.models import transformer
@@ -112,3 +113,19 @@ def test_losses_and_gradients_are_the_originals(loaded, folder, monkeypatch):
     assert len(wanted) > 8
     for name, value in wanted.items():
         assert_close(theirs[name].read(None), value, 1e-4, name)
+
+def test_a_row_whose_axes_do_not_fit_is_refused(monkeypatch):
+    """A wrong axis would leave a part of the leaf unread."""
+    c = ModelConfig(V=16, D=8, L=1, N=2, K=1, H=4, F=16, attention="softmax")
+    rows = names._TABLES["granite"](c)
+    query = next(i for i, row in enumerate(rows) if row.ours.endswith("query"))
+    for change, message in (
+        (dict(axes="K D"), "the row of .* has the axes 'K D', but blocks/attention/query has 'D N H'"),
+        (dict(ours="blocks/attention/qery"), "names no leaf of the model: .* .did you mean 'blocks/attention/query'"),
+    ):
+        wrong = [*rows[:query], rows[query]._replace(**change), *rows[query + 1 :]]
+        monkeypatch.setitem(names._TABLES, "granite", lambda _, wrong=wrong: wrong)
+        with pytest.raises(ValueError, match=message):
+            names.table("granite", c)
+    with pytest.raises(ValueError, match="model_type='granit' is not one of .* .did you mean 'granite'"):
+        names.table("granit", c)

@@ -168,7 +168,7 @@ def test_a_run_goes_on_on_another_mesh(tmp_path):
         ({"mesh.expert": 8}, "E=4 must be a multiple of expert=8; E=8 would do"),
         ({"mesh.expert": 2, "model.experts.E": 0, "model.experts.k": 0}, "expert=2 divides the experts, but E=0"),
         ({"mesh.context": 2, "model.attention": "softmax"}, "context=2 needs attention='stick_breaking'"),
-        ({"mesh.data": -1, "mesh.fsdp": -1}, "only one axis may be -1, not data and fsdp"),
+        ({"mesh.data": -1, "mesh.fsdp": -1}, "only one axis of the mesh may be -1, not data and fsdp"),
         ({"mesh.tensor": 0}, "tensor=0 must be at least 1"),
     ],
     ids=lambda value: "" if isinstance(value, str) else "-".join(value),

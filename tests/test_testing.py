@@ -98,5 +98,5 @@ def test_any_two_implementations_in_the_type_of_the_arguments():
 
 
 def test_it_refuses_a_call_without_floating_arrays():
-    with pytest.raises(ValueError, match="needs a floating array among the arguments"):
+    with pytest.raises(ValueError, match="needs at least one floating-point array among the arguments"):
         differences(lambda x, implementation: x, np.arange(3))

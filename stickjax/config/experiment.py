@@ -160,7 +160,7 @@ class MeshConfig:
             if size == 0:
                 raise ValueError(f"{axis}={size} must be at least 1, or -1 for what the other axes leave")
         if len(left := [axis for axis, size in sizes.items() if size == -1]) > 1:
-            raise ValueError(f"only one axis may be -1, not {' and '.join(left)}")
+            raise ValueError(f"only one axis of the mesh may be -1, not {' and '.join(left)}")
 
 
 @dataclass(frozen=True)

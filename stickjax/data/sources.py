@@ -122,7 +122,7 @@ def _text_of(record: Any, text_field: str, where: str) -> str:
             more = f": it is {text!r:.40}" if text_field in record else f"; {fields:.100}"
         raise ValueError(f"{where}: no text in the field data.text_field={text_field!r}{more}")
     if re.search("[\ud800-\udfff]", text):  # possible in JSON, but not in UTF-8
-        raise ValueError(f"{where}: half a surrogate pair in the field {text_field!r}")
+        raise ValueError(f"{where}: the field {text_field!r} has half a surrogate pair, which is not a character")
     return text
 
 

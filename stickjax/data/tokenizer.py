@@ -167,8 +167,9 @@ class HuggingFaceTokenizer(Tokenizer):
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise
             raise ValueError(f"{where} is not a tokenizer.json: {error}") from error
-        if wrong := [text for text, i in added.items() if self._tokenizer.token_to_id(text) != i]:
-            raise ValueError(f"{where} is not a tokenizer.json: its added token {wrong[0]!r} has another id")
+        for text, i in added.items():
+            if (other := self._tokenizer.token_to_id(text)) != i:
+                raise ValueError(f"{where}: its added token {text!r} has id {i}, but tokenizers reads {other}")
         if not ends:
             problem = problem or f"{where} has no end of text: no file beside it names one"
             raise ValueError(f"{problem}; set data.eot to one of its added tokens: {_listed(added)}")

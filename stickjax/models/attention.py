@@ -78,7 +78,10 @@ class Attention(nnx.Module):
                 for old, new in zip(cache, (k, v), strict=True)
             )
             k, v = cache[0], cache[0] if cache[1] is None else cache[1]
-        out, rest = kind.load()(c, q, k, v, context)
+        returned = kind.load()(c, q, k, v, context)
+        if not isinstance(returned, tuple) or len(returned) != 2 or returned[0].shape != q.shape:
+            raise ValueError(f"attention={c.attention!r} must return (out, rest), with out.shape={q.shape} like q")
+        out, rest = returned
         if c.remainder != "none":
             if rest is None:
                 raise ValueError(f"remainder={c.remainder!r}: attention={c.attention!r} returned no rest")

@@ -68,7 +68,8 @@ class Family(ABC):
     def parameter_counts(self, config) -> tuple[int, int]:
         """Return the number of all parameters, and of the active ones.
 
-        Active parameters are the ones that one token uses, without the embedding.
+        Active parameters are the ones that one token uses, without the embedding. The default counts all parameters as
+        active: override it if the family has an embedding, or experts that a token does not use.
         """
         shapes = jax.eval_shape(lambda: self.init(config, jax.random.key(0)))
         total = sum(x.size for x in jax.tree.leaves(shapes))

@@ -172,7 +172,7 @@ def parameter(leaf: Leaf) -> Parameter:
     if row is None:
         raise ValueError(
             f"{leaf.name} ({leaf.owner.__name__}.{last}) is not in the table of parameters{nearest(last, rows)}: "
-            "add its axes, partition and muP label to stickjax.models.parameters"
+            "add its row to `parameters` of its family, or to PARAMETERS in stickjax.models.parameters"
         )
     dims, axes = np.ndim(leaf.value), len(row.axes.split())
     if dims not in (axes, axes + 1):

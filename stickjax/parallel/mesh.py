@@ -36,7 +36,8 @@ def make_mesh(config: Config, devices=None) -> Mesh | None:
     sizes = mesh_sizes(config, devices)
     count, axes = math.prod(sizes.values()), " x ".join(f"{axis}={n}" for axis, n in sizes.items() if n > 1)
     if count > len(devices):
-        raise ValueError(f"{axes} needs {count} devices, there are {len(devices)}")
+        hint = "; JAX_NUM_CPU_DEVICES=N makes N devices of one CPU" if devices[0].platform == "cpu" else ""
+        raise ValueError(f"{axes} needs {count} devices, there are {len(devices)}{hint}")
     if jax.process_count() > 1 and count != len(devices):
         raise ValueError(f"{axes or 'a single device'} must use all {len(devices)} devices of the processes")
     _check_sizes(config, sizes)

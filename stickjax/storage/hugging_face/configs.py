@@ -193,7 +193,7 @@ def _to_moduleformer(c: ModelConfig) -> dict:
 
 def _to_llama(c: ModelConfig) -> dict:
     return dict(
-        vocab_size=c.vocabulary, hidden_size=c.D, num_hidden_layers=c.L, intermediate_size=c.F,
+        vocab_size=c.vocabulary, hidden_size=c.D, num_hidden_layers=c.L, intermediate_size=c.F, head_dim=c.H,
         rms_norm_eps=_final_norm_eps(c),
         num_attention_heads=c.N, num_key_value_heads=c.K, tie_word_embeddings=c.tied,
         # transformers 5 reads the dictionary, version 4 the number.
@@ -203,7 +203,7 @@ def _to_llama(c: ModelConfig) -> dict:
 
 def _to_granite(c: ModelConfig) -> dict:
     return _to_llama(c) | dict(
-        hidden_act="silu", attention_bias=False, mlp_bias=False, head_dim=c.H, embedding_multiplier=c.m_emb,
+        hidden_act="silu", attention_bias=False, mlp_bias=False, embedding_multiplier=c.m_emb,
         residual_multiplier=c.m_res, attention_multiplier=c.scale, logits_scaling=_logits_scaling(c),
     )  # fmt: skip
 

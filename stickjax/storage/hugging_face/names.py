@@ -18,6 +18,7 @@ import numpy as np
 
 from stickjax.config import ModelConfig
 from stickjax.config.experts import ExpertsConfig
+from stickjax.config.fields import nearest, one_of
 from stickjax.models.layers import gates
 from stickjax.models.parameters import axes_by_name
 from stickjax.models.transformer import init
@@ -136,10 +137,25 @@ _TABLES = {"granite": _granite, "granitemoe": _granitemoe, "jetmoe": _jetmoe, "m
 
 
 def table(model_type: str, c: ModelConfig) -> list[Row]:
-    """Return all rows of a model, each with the axes of both sides, as in "NH D -> D N H"."""
+    """Return all rows of a model, each with the axes of both sides, as in "NH D -> D N H".
+
+    Raises:
+      ValueError: there is no table for the type, or a row names no leaf of the model, or its two sides have other axes.
+    """
+    one_of("model_type", model_type, tuple(_TABLES))
     model = jax.eval_shape(lambda: init(c, jax.random.key(0)))
     known = {name.replace(".", "/"): _sizes(c, name, axes) for name, axes in axes_by_name(model).items()}
-    return [row._replace(axes=f"{row.axes} -> {known[row.ours]}") for row in _TABLES[model_type](c)]
+    return [row._replace(axes=f"{row.axes} -> {_checked(row, known)}") for row in _TABLES[model_type](c)]
+
+
+def _checked(row: Row, known: dict[str, str]) -> str:
+    """Return the axes of the leaf of a row, after a check that both sides have the same letters."""
+    if row.ours not in known:
+        raise ValueError(f"the row of {row.theirs} names no leaf of the model: {row.ours!r}{nearest(row.ours, known)}")
+    theirs, ours = (sorted(filter(str.isalpha, axes)) for axes in (row.axes, known[row.ours]))
+    if theirs != ours:
+        raise ValueError(f"the row of {row.theirs} has the axes {row.axes!r}, but {row.ours} has {known[row.ours]!r}")
+    return known[row.ours]
 
 
 def _sizes(c: ModelConfig, name: str, axes: str) -> str:
