@@ -61,7 +61,7 @@ def integers(name: str, x, letters: str):
 def integer(name: str, x, least: int) -> int:
     """Check that `x` is an int of at least `least`, and return it as a Python int.
 
-    A traced value is refused, because every value is compiled to a different program.
+    A traced value is refused: the program depends on this number, so it must be known when the program is traced.
     """
     try:
         value = operator.index(x)

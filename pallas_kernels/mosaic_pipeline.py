@@ -1,7 +1,8 @@
 """Code that all Mosaic kernels share: the launch, and the two barriers of every pipeline stage.
 
 A block has several warpgroups. One of them copies tiles into the stages of a ring in shared memory. The others compute
-with these tiles. Step s uses stage s % stages. docs/design explains the barriers of every kernel.
+with these tiles. In d_key_value with H or Hv above 128, the first one does both. Step s uses stage s % stages.
+docs/design explains the barriers of every kernel.
 """
 
 from collections.abc import Callable

@@ -97,7 +97,9 @@ def launch(
     Args:
       kernel: a function that returns the `triton.jit` function, so that triton is imported only by this call. The
         `triton.jit` function takes pointers to the arrays, pointers to the outputs, and the constants.
+      *arrays: the inputs.
       out: a pytree of jax.ShapeDtypeStruct.
+      grid: the number of blocks along each axis of the grid.
       num_warps: the number of warps of a block.
       num_stages: the number of stages of the software pipeline of the loops.
       constants: the `tl.constexpr` arguments.

@@ -1,4 +1,4 @@
-"""The barriers in docs/kernels are those that the Mosaic kernels declare and use, in their traces and in their PTX."""
+"""The barriers in docs/design are those that the Mosaic kernels declare and use, in their traces and in their PTX."""
 
 import functools
 import math

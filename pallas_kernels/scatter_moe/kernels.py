@@ -47,10 +47,10 @@ class Kernels(Protocol):
         """
 
     def d_weights(self, left, left_numbers, right, right_numbers, tasks: Tasks) -> Any:
-        """Return the sum of left^T right over the rows of every expert."""
+        """Return, for every expert, the sum of left[r]^T right[r] over its rows r."""
 
     def d_bias(self, bias, right, numbers, tasks: Tasks, gates=None) -> Any:
-        """Return the sum of `right` over the rows of every expert.
+        """Return, for every expert, the sum of its rows of `right`.
 
         With gates [T, k], each row is multiplied by its gate.
         """

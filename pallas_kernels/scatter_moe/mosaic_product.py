@@ -76,7 +76,7 @@ class Kind(NamedTuple):
 
     @property
     def step(self) -> int:
-        """The number of columns of each part of the result that the accumulators of a tile hold together."""
+        """The distance between two tiles of columns: how many columns of each part of the result one tile covers."""
         return self.per_tile * COLUMNS if self.apart == COLUMNS else COLUMNS
 
 

@@ -23,7 +23,7 @@ class Sizes(NamedTuple):
 
 
 def _power(n: int) -> int:
-    """Return the largest power of two that is at most n."""
+    """Return the largest power of two that is at most n, or 1 if n is 0."""
     return 1 << max(0, n.bit_length() - 1)
 
 
