@@ -22,7 +22,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec, g
 
 from . import automatic
 
-# Values in place of letters. STATIC: not an array. ANEW: an array that `Letters.inside` computes on every device.
+# Values in place of letters. STATIC: not an array. RECOMPUTED: `Letters.inside` computes it on every device.
 STATIC, RECOMPUTED = "static", "anew"
 
 
@@ -30,9 +30,9 @@ class Letters(NamedTuple):
     """The letters of the axes of all arrays in one call of an op: "B T N H" for an array with four axes.
 
     `name`: the name of the op, for messages. `call`: a tree with the structure of the call, whose leaves are letters,
-    STATIC or ANEW. `results`: the letters of every result. `maps`: {letter: group} for the letters along which the op
-    is a map; the letters of one group are divided together. `inside(call)`: completes the call of one device, where the
-    leaves marked ANEW are still None.
+    STATIC or RECOMPUTED. `results`: the letters of every result. `maps`: {letter: group} for the letters along which
+    the op is a map; the letters of one group are divided together. `inside(call)`: completes the call of one device,
+    where the leaves marked RECOMPUTED are still None.
     """
 
     name: str
