@@ -43,7 +43,7 @@ class _Plan(NamedTuple):
 
 
 def plan(rows: int, experts: int) -> _Plan:
-    """Return the sizes for this mean number of rows per expert, as measured on CPUs.
+    """Return the sizes for `rows` rows of all experts together. The mean per expert decides, as measured on CPUs.
 
     On CPUs, batched products of fewer than 48 rows are slow.
     """
