@@ -19,7 +19,7 @@ THREADS = 128  # of a warpgroup
 
 
 def atoms(dtype) -> tuple:
-    """Return the transforms that give this layout to a tile in shared memory."""
+    """Return the Pallas transforms for a tile of `dtype` in shared memory, in the layout of atoms (see the module)."""
     return plgpu.TilingTransform((ATOM[0], ATOM[1] // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(ATOM[1])
 
 

@@ -239,7 +239,10 @@ def generate_text(
     if isinstance(prompts, str) or isinstance(stop, str) or "" in stop:
         raise ValueError("prompts and stop must be lists of strings, and no stop string may be empty")
     if (tokenizer := loaded.tokenizer) is None:
-        raise ValueError(f"there is no {loaded.config.data.tokenizer}, which this model needs to read and write text")
+        raise ValueError(
+            f"there is no {loaded.config.data.tokenizer}, which this model needs to read and write text; "
+            "name a tokenizer by data.tokenizer, for example byte"
+        )
     ids = [tokenizer.prompt(prompt, special=special_tokens) for prompt in prompts]
     streams, texts = [_TextStream(tokenizer, row, stop) for row in ids], ["" for _ in prompts]
     ends = tokenizer.ends | {tokenizer.special_id(s) for s in stop}

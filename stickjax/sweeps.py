@@ -195,7 +195,7 @@ def fit_power_law(records: Records, *, plot=None) -> PowerLaw:
     tokens = np.array([r["tokens"] for r in best], float)
     gamma = np.array([r["learning_rate"] / r["batch_size"] for r in best], float)
     if len(set(tokens)) < 2:
-        raise ValueError(f"a power law needs finite losses at two numbers of tokens or more, not {len(set(tokens))}")
+        raise ValueError(f"a power law needs finite losses at two or more numbers of tokens, found {len(set(tokens))}")
     b, log_a = np.polyfit(np.log(tokens), np.log(gamma), 1)
     law = PowerLaw(float(np.exp(log_a)), float(b), best, np.log(gamma) - (log_a + b * np.log(tokens)))
     if plot is not None:

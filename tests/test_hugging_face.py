@@ -114,6 +114,7 @@ def test_losses_and_gradients_are_the_originals(loaded, folder, monkeypatch):
     for name, value in wanted.items():
         assert_close(theirs[name].read(None), value, 1e-4, name)
 
+
 def test_a_row_whose_axes_do_not_fit_is_refused(monkeypatch):
     """A wrong axis would leave a part of the leaf unread."""
     c = ModelConfig(V=16, D=8, L=1, N=2, K=1, H=4, F=16, attention="softmax")

@@ -153,6 +153,7 @@ def test_a_step_that_does_not_fit_is_one_line(tmp_path, capsys, monkeypatch):
     assert main([str(tmp_path / "config.json"), "--run", str(tmp_path / "run")]) == 1
     err = capsys.readouterr().err
     assert "error: the step does NOT fit: " in err and "temporaries, peak" in err and err.count("\n") == 1, err
+    assert not (tmp_path / "run").exists(), "the corrected command may use the same folder"
 
 
 def test_a_model_is_not_read_where_it_does_not_fit(tmp_path, monkeypatch):

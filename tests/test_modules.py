@@ -406,7 +406,7 @@ def test_freeze_then_train(trained, tmp_path, capsys):
 def test_prune_and_report(trained, tmp_path, capsys, monkeypatch):
     out = str(tmp_path / "out")
     assert main(["prune", trained.base, out, "--count=3", "--kind=ffn", "--source=logic", "--tokens=480"]) == 0
-    assert "keeps at most 3 of ffn in a layer" in capsys.readouterr().out
+    assert "keeps at most 3 ffn modules in a layer" in capsys.readouterr().out
     config = load(out).config.model
     assert (config.experts.E, config.experts.pruned, config.attention_experts.E) == (3, 3, 4)
     picture = tmp_path / "use.png"
@@ -466,7 +466,7 @@ def test_concentration_stops_the_bias_that_balances(trained, tmp_path):
         ),
         ("prune BASE OUT --count 3 --source logik", "source='logik' is not one of"),
         ("report BASE --source text", "source='text' needs a path"),
-        ("concentrate BASE OUT --model.V=300", "is another model (model.V: 257 -> 300"),
+        ("concentrate BASE OUT --model.V=300", "has another model than this config (model.V: 257 -> 300"),
         ("freeze BASE OUT *.routers.*", "no parameter matches '*.routers.*'"),
         ("freeze BASE OUT *", "freezes every parameter"),
     ],

@@ -108,7 +108,9 @@ def test_steps_that_are_not_finite_are_skipped(tmp_path, poison, capsys):
 def test_a_run_without_a_finite_step_fails(tmp_path, poison, capsys):
     (tmp_path / "config.json").write_text(DENSE.replace({"train.steps": 3}).to_json())
     assert main([str(tmp_path / "config.json"), "--run", str(tmp_path / "run")]) == 1
-    assert capsys.readouterr().err == "error: none of the steps 1 to 3 was finite; there is no checkpoint\n"
+    assert (
+        capsys.readouterr().err == "error: no step from 1 to 3 had a finite loss and gradient; there is no checkpoint\n"
+    )
     assert not Checkpoints(tmp_path / "run").steps()
 
 

@@ -284,7 +284,9 @@ def test_a_changed_held_out_text_is_refused(tmp_path, monkeypatch):
         )
         fit_to("old", 2)
     heldout.write_text("another text " * 10)
-    with pytest.raises(ValueError, match="the held-out text has changed: .*heldout is now [0-9a-f]{16}, .*run@2 has "):
+    with pytest.raises(
+        ValueError, match="the held-out text has changed: the hash of .*heldout is now [0-9a-f]{16}, .*run@2 was "
+    ):
         fit_to("run", 3)
     fit_to("old", 3)
     with pytest.raises(ValueError, match="the held-out text has changed"):

@@ -48,7 +48,7 @@ _ROUTING = Routing(order=RECOMPUTED, inverse=RECOMPUTED, offsets=RECOMPUTED, exp
 
 
 def linear_letters(call: LinearCall) -> Letters:
-    """Return the letters of a call: the op is a map over the tokens and over the columns of the result.
+    """Say along which axes a mesh may divide a call: the tokens and the columns of the result.
 
     With sorted rows, only the columns can be divided.
     """

@@ -252,7 +252,7 @@ def _multiply(
 
 
 def _store(values, numbers, memory, column, out_ref) -> None:
-    """Write values [64, 128] to the rows of an array that have these numbers.
+    """Write `values` [64, 128] to the rows `numbers` of `out_ref`.
 
     The values pass through `memory`, which has room for all of their columns or for half of them.
     """

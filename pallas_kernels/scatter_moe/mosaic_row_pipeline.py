@@ -97,9 +97,9 @@ def receive(ring: Ring, steps, multiply: Callable, products: int, step):
 
 
 def accumulate(ring: Ring, steps, multiply: Callable, shape: tuple[int, int], count: int, step):
-    """Return (the number of the next step, `count` sums of this shape) after `steps` steps from `step` on.
+    """Run `steps` steps, from number `step` on. Return the number of the next step, and `count` sums of products.
 
-    `multiply(stage, accumulators)` starts one product for each accumulator.
+    Each sum is an array of this `shape`.     `multiply(stage, accumulators)` starts one product for each accumulator.
     """
 
     def run(*accumulators):

@@ -150,7 +150,7 @@ def _d_activated(dy, gate, hidden, hidden_rows, rows, columns, dh, gated, F: tl.
 def d_activated(d_out, source, weight, hidden, hidden_numbers, gates, expert, count, target, dh, gated, d_gate,
                 E: tl.constexpr, D: tl.constexpr, F: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
                 TILES: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):  # fmt: skip
-    """The derivative of the sum of gate * act(h) @ weight, where h is in the rows `hidden_numbers` of `hidden`.
+    """Write the derivatives of y = sum of gate * act(h) @ weight. h is in the rows `hidden_numbers` of `hidden`.
 
     With the weight [E, F, D] and dy = d_out @ weight^T: dh = act'(h) gate dy, gated = gate act(h), and d_gate =
     <act(h), dy> over the columns of each column tile.

@@ -42,7 +42,7 @@ def stick_breaking_attention(
       rem[q] = prod_k (1 - beta[q,k]) = 1 - sum_k A[q,k].
 
     The weights and `rem` sum to one; there is no normalisation and no position embedding. Query head n reads key head
-    n // (N // K). Sums run in fp32 (fp64 for fp64), whatever the type of the inputs.
+    n // (N // K). Sums run in float32, or in float64 if the arrays are float64.
 
     Args:
       query: [B, T, N, H].
@@ -102,7 +102,7 @@ def stick_breaking_weights(
     attend_current: bool = False,
     window: int | None = None,
 ) -> Float[Array, "B N T S"]:
-    r"""Return the weights of `stick_breaking_attention`, for inspection: A [B,N,T,S] in fp32 (fp64 for fp64).
+    r"""Return the weights of `stick_breaking_attention`, for inspection: A [B,N,T,S], float32 or float64.
 
       A[q,k] = beta[q,k] * prod_{k < m < q} (1 - beta[q,m]),   beta = sigmoid(scale * <query_q, key_k>),
 

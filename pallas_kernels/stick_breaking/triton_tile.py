@@ -56,7 +56,7 @@ def inside(first, limit, width: tl.constexpr, rows: tl.constexpr, columns: tl.co
 
 @triton.jit
 def load(ref, first, limit, stride: tl.constexpr, width: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr):
-    """Load [rows, columns], with zeros beyond the limit and the width."""
+    """Load [rows, columns]: zeros in the rows from `limit` on and in the columns from `width` on."""
     mask = inside(first, limit, width, rows, columns)
     return tl.load(pointers(ref, first, stride, rows, columns), mask=mask, other=0.0)
 

@@ -94,7 +94,7 @@ def _to_tokens(x):
 
 
 def _over_heads(one_head, call: Call, *extra):
-    """Map `one_head(call of one key head, reach, *extra)` over B and K.
+    """Map `one_head(call of one key head, reach, *extra)` over B and K. `extra` are arrays with these leading axes.
 
     On a CPU, only a few batch entries run together, so that their tiles fit into the cache of a core. Otherwise all
     data would pass through memory several times. With `skip_below`, one head runs after the other, because heads stop

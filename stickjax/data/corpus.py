@@ -107,7 +107,7 @@ def _load(source: str, config: DataConfig, tokenizer: Tokenizer) -> tuple[Corpus
 
 
 def _mix(corpora: Iterable[Corpus]) -> Corpus:
-    """Join streams with equal shares: each is cut to the length of the shortest."""
+    """Concatenate streams, each cut to the length of the shortest. Its last token becomes an end of text."""
     corpora = list(corpora)
     tokenizer = corpora[0].tokenizer
     tokens = np.stack([corpus.tokens[: min(len(c.tokens) for c in corpora)] for corpus in corpora])

@@ -52,7 +52,7 @@ class LengthBucketedBatches:
 class _ShortFirst:
     """A curriculum over batches that are sorted by length.
 
-    Step i draws a batch at random from the first batches, a share max(1/10, (i + 1) / steps) of all.
+    Step i draws one of the shortest batches at random: the first max(1/10, (i + 1) / steps) of all batches.
     """
 
     def __init__(self, source: LengthBucketedBatches, steps: int, seed: int):

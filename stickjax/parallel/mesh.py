@@ -37,9 +37,12 @@ def make_mesh(config: Config, devices=None) -> Mesh | None:
     count, axes = math.prod(sizes.values()), " x ".join(f"{axis}={n}" for axis, n in sizes.items() if n > 1)
     if count > len(devices):
         hint = "; JAX_NUM_CPU_DEVICES=N makes N devices of one CPU" if devices[0].platform == "cpu" else ""
-        raise ValueError(f"{axes} needs {count} devices, there are {len(devices)}{hint}")
+        raise ValueError(
+            f"{axes} needs {count} devices, but there {'is' if len(devices) == 1 else 'are'} {len(devices)}{hint}"
+        )
     if jax.process_count() > 1 and count != len(devices):
-        raise ValueError(f"{axes or 'a single device'} must use all {len(devices)} devices of the processes")
+        mesh = f"the mesh is {axes}" if axes else "the mesh has one part"
+        raise ValueError(f"several processes train on all their {len(devices)} devices, but {mesh}; add --mesh.data=-1")
     _check_sizes(config, sizes)
     if count == 1:
         return None

@@ -154,7 +154,9 @@ def _number(name: str) -> int | None:
     try:
         return None if text is None else int(text)
     except ValueError as error:
-        raise ValueError(f"{name}={text!r} in the environment must be a whole number; set or unset it") from error
+        raise ValueError(
+            f"{name}={text!r} in the environment must be a whole number; set it to one, or unset it"
+        ) from error
 
 
 def _check_alone() -> None:

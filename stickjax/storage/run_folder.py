@@ -188,7 +188,9 @@ def load(
     check_fits({"parameters": local_bytes(abstract)}, mesh)
     if (leaves := model_leaves(run, config.model)) is not None:
         if step is not None:
-            raise ValueError(f"{run} has no checkpoint of step {step}: it holds one model, without steps")
+            raise ValueError(
+                f"{run} has no checkpoint of step {step}: it holds one model, without steps; leave out the step"
+            )
         arrays = [_on_devices(leaves[name], spec) for name, spec in named_leaves(abstract).items()]
         params = jax.tree.structure(abstract).unflatten(arrays)
         check_finite(params, str(run))

@@ -95,12 +95,11 @@ def _prune(words, changes: dict) -> str:
         counts = {kind: counts[kind] + found[kind] for kind in kinds}
     model = prune(loaded.model, counts, count=words.count, threshold=words.threshold, denominator=words.denominator)
     before, config = loaded.config.model, dataclasses.replace(loaded.config, model=model.config)
-    if any(
-        mixture.added for mixture in before.mixtures().values()
-    ):  # they are old modules now, so "*.new_*" matches nothing
+    if any(mixture.added for mixture in before.mixtures().values()):
+        # The added modules are old ones now, so "*.new_*" matches nothing.
         config = config.replace({"optim.trainable": "*"} | changes)
     save(words.out, model, config)
-    kept = ", ".join(f"at most {KINDS[kind].mixture(model.config).E} of {kind} in a layer" for kind in kinds)
+    kept = ", ".join(f"at most {KINDS[kind].mixture(model.config).E} {kind} modules in a layer" for kind in kinds)
     return f"{words.out} keeps {kept}"
 
 

@@ -158,7 +158,9 @@ def _start(run: Run, init_from: str | None, branch: str | None) -> tuple[TrainSt
 def _check_text(what: str, where: str | None, found: str | None, recorded: str | None, source: str) -> None:
     """Raise ValueError if the hash of the text differs from the one in the checkpoint `source`. None: no text."""
     if None not in (found, recorded) and found != recorded:
-        raise ValueError(f"the {what} has changed: {where} is now {found}, {source} has {recorded}")
+        raise ValueError(
+            f"the {what} has changed: the hash of {where} is now {found}, {source} was trained on {recorded}"
+        )
 
 
 def _new(run: Run, init_from: str | None) -> TrainState:
@@ -178,7 +180,10 @@ def _new(run: Run, init_from: str | None) -> TrainState:
     )
     if ours != theirs:
         changed = [d for d in loaded.config.diff(config) if d.startswith("model.")]
-        raise ValueError(f"--init-from {init_from} is another model ({'; '.join(changed)})")
+        fields = "; ".join(changed)
+        raise ValueError(
+            f"--init-from {init_from} has another model than this config ({fields}); use the same model fields"
+        )
     run.say(f"parameters from {init_from}@{loaded.step}")
     return with_params(config, state, loaded.model)
 
@@ -281,14 +286,14 @@ def _train(run: Run, state: TrainState, profile: bool) -> Result:
     with dispatch.recorded() as choices:
         traced = step_function.trace(state, batch)  # JAX caches this trace, so lowering and the steps reuse it
     run.say(kernels(choices))
+    run.say("compiling the step")
+    check_program(traced.lower().compile(), "the step", run.mesh)
     folder = None
     if processes.is_writer():
         write_config(run.folder, run.config, run.data.tokenizer)  # only now, so that a failed start leaves no folder
         run.log, folder = MetricsLog(run.folder, after_step=step), Path(run.folder) / "profile" if profile else None
     run.trace = StepTrace(folder, step, run.config.train.steps, run.say)
     with contextlib.closing(run.log) if run.log else contextlib.nullcontext(), run.trace:
-        run.say("compiling the step")
-        check_program(traced.lower().compile(), "the step", run.mesh)
         return _loop(run, step_function, state, batch)
 
 
@@ -325,7 +330,7 @@ def _loop(run: Run, step_function: Callable, state: TrainState, batch: dict) -> 
             saved = step
     run.checkpoints.wait()
     if step == steps and good == first:
-        raise run.not_finite(f"none of the steps {first + 1} to {step} was finite")
+        raise run.not_finite(f"no step from {first + 1} to {step} had a finite loss and gradient")
     pace.end()
     if bad_steps:
         run.say(f"the last {bad_steps} steps were not finite and were skipped")

@@ -82,7 +82,7 @@ class Branch(nnx.Module):
         self.norm = LayerNorm(config)
 
     def __call__(self, h: Float[Array, "B T D"], running: Float[Array, "B T"], key, *inputs):
-        """Return the next h, and the sums of the router. `inputs` are further arguments of the experts."""
+        """Return the next h, and the router's sums for its losses. `inputs` are further arguments of the experts."""
         keys = [None] * 3 if key is None else jax.random.split(key, 3)
         x = self.norm(h) if self.config.normalize_before else h
         chosen, gates, sums = self.router(x.reshape(-1, x.shape[-1]), running.reshape(-1), keys[0])

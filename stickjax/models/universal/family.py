@@ -68,7 +68,10 @@ def empty_cache(config: SutConfig, batch: int, size: int) -> TokenHistory:
 def decode_step(
     model: LanguageModel, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"], cache: TokenHistory
 ) -> tuple[Float[Array, "B V"], TokenHistory]:
-    """Return the logits after the last of the `tokens`, and the cache with the `tokens` added."""
+    """Return the logits after the last of the `tokens`, and the cache with the `tokens` added.
+
+    Padding has a negative segment id.
+    """
     put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, cache.length, axis=1)  # noqa: E731
     cache = TokenHistory(put(cache.tokens, tokens), put(cache.segment_ids, segment_ids), cache.length + tokens.shape[1])
     logits = apply(model, {"tokens": cache.tokens, "segment_ids": cache.segment_ids}).logits

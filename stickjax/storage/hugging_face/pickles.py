@@ -40,7 +40,7 @@ def open_bin(path: Path) -> dict[str, Lazy]:
             raise ValueError(f"it holds a {type(tensors).__name__}, not a dictionary of tensors")
         for name, tensor in tensors.items():
             if not (isinstance(name, str) and isinstance(tensor, Lazy)):
-                raise ValueError(f"its entry {name!r:.80} is a {type(tensor).__name__}, not a tensor")
+                raise ValueError(f"entry {name!r:.80} is a {type(tensor).__name__}, not a tensor")
     # A damaged pickle may raise anything.
     except Exception as error:
         reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
@@ -89,7 +89,9 @@ class _Tensors(pickle._Unpickler):
             raise ValueError(f"a tensor of {entry} has shape {shape} and stride {stride} at {offset}")
         contiguous = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
         if any(n > 1 and own != wanted for n, own, wanted in zip(shape, stride, contiguous, strict=True)):
-            raise ValueError(f"a tensor of {entry} has shape {shape} and stride {stride}: it was saved transposed")
+            raise ValueError(
+                f"a tensor of {entry} has stride {stride} for shape {shape}: save it again after .contiguous()"
+            )
         size = dtype.itemsize if isinstance(dtype, np.dtype) else 1  # tensors of other types are never read
         if (offset + math.prod(shape)) > count or count * size > info.file_size:
             raise ValueError(f"a tensor of shape {shape} does not fit into {entry} of {info.file_size} bytes")
