@@ -1,4 +1,4 @@
-"""Sparse experts, computed as they are defined: every expert on every row, one after the other, at highest precision."""
+"""Sparse experts, computed as they are defined: every expert on every row, one by one, at highest precision."""
 
 import jax.numpy as jnp
 from jax import lax

@@ -69,7 +69,8 @@ class Scratch(NamedTuple):
 def forward(plan: Plan, query, key, value, scale, key_ranges, offset, query_segments=None, key_segments=None):
     """Return (out [entries,T,N,Hv], log_decay [2,entries,N,rows padded], reached [entries,N,tiles * warpgroups]).
 
-    `entries` is B * splits of the keys. `log_decay` is the sum of two float32 numbers. `reached` is the leftmost key tile that each query tile visited.
+    `entries` is B * splits of the keys. `log_decay` is the sum of two float32 numbers.
+    `reached` is the leftmost key tile that each query tile visited.
     """
     W, stages, dtype = plan.warpgroups, plan.stages, plan.dtype
     entries, out_dtype = plan.entries, plan.out_dtype or dtype

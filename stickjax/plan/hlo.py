@@ -50,7 +50,7 @@ def collectives(text: str, mesh: Mesh | None, per_host: int | None = None) -> li
     Args:
       text: `compiled.as_text()`.
       mesh: the mesh, with its devices in the order of the program; None: one device, without collectives.
-      per_host: how many devices a host has; devices fill the hosts in the order of their ids. None: all devices are on one host.
+      per_host: devices of one host; devices fill the hosts in the order of their ids. None: there is one host.
     """
     if mesh is None:
         return []

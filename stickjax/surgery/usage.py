@@ -113,8 +113,9 @@ def report(
       below: a module with a smaller share of its layer's pairs counts as unused.
 
     Returns:
-      "use": {source: {kind: [L, columns]}}, shares; "mutual_information": {kind: [L]} in bits; "modules": {kind:
-      how many modules all layers have together}; "unused": {source: {kind: the number of unused modules}}; "below" and "max_tokens".
+      "use": {source: {kind: [L, columns]}}, shares; "mutual_information": {kind: [L]} in bits; "modules":
+      {kind: how many modules all layers have together}; "unused": {source: {kind: the number of unused modules}};
+      "below" and "max_tokens".
     Raises:
       ValueError: the model has no modules, there are no sources, or one of them is too short.
     """
