@@ -14,7 +14,7 @@ FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 def sum_type(x):
-    """Return the dtype in which values like `x` are summed: fp64 for fp64, fp32 for all other types."""
+    """Return the dtype in which an op sums values of the array `x`: fp64 if `x` is fp64, else fp32."""
     return jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
 
 
@@ -24,9 +24,10 @@ def is_array(x) -> bool:
 
 
 def array(name: str, x, letters: str):
-    """Check that `x` is an array with one axis for every letter of `letters`, such as "B,T,N,H", and return it.
+    """Check that the argument `name` is an array `x` with one axis for every letter, and return the array.
 
-    If `x` is a parameter of a module (it has `__jax_array__`), return its array.
+    `letters` are the letters of the axes, separated by commas: "B,T,N,H" for an array with four axes. If `x` is a
+    parameter of a module (it has `__jax_array__`), return its array.
     """
     if not is_array(x) and hasattr(x, "__jax_array__"):
         x = x.__jax_array__()
@@ -38,7 +39,7 @@ def array(name: str, x, letters: str):
 
 
 def floats(name: str, x, letters: str):
-    """Check that `x` is an array, as in `array`, and that its dtype is one of FLOATS. Return it.
+    """Check the argument `name` as in `array`, and check that its dtype is one of FLOATS. Return the array.
 
     A NumPy array of float64 becomes float32 unless `jax_enable_x64` is set.
     """
@@ -51,7 +52,10 @@ def floats(name: str, x, letters: str):
 
 
 def integers(name: str, x, letters: str):
-    """Check that `x` is an array of integers with one axis for every letter, and return it."""
+    """Check that the argument `name` is an array `x` of integers with one axis for every letter, and return it.
+
+    `letters` are the letters of the axes, separated by commas: "B,T" for an array with two axes.
+    """
     if not is_array(x) or len(x.shape) != len(letters.split(",")) or not jnp.issubdtype(x.dtype, jnp.integer):
         got = f"{x.dtype}{list(x.shape)}" if is_array(x) else _type(x)
         raise ValueError(f"{name} must be integers [{letters}], got {got}")
@@ -59,9 +63,9 @@ def integers(name: str, x, letters: str):
 
 
 def integer(name: str, x, least: int) -> int:
-    """Check that `x` is an int of at least `least`, and return it as a Python int.
+    """Check that the argument `name` is an integer `x` of at least `least`, and return it as a Python int.
 
-    A traced value is refused: the program depends on this number, so it must be known when the program is traced.
+    A traced `x` is an error: the program depends on this number, so it must be known when the program is traced.
     """
     try:
         value = operator.index(x)
@@ -73,7 +77,7 @@ def integer(name: str, x, least: int) -> int:
 
 
 def number(name: str, x):
-    """Check that `x` is a Python number or an array [], and return it."""
+    """Check that the argument `name` is a real Python number or an array without axes, and return it."""
     is_one = isinstance(x, numbers.Real) or (is_array(x) and jnp.issubdtype(x.dtype, jnp.number))
     if isinstance(x, bool) or not is_one or (is_array(x) and jnp.iscomplexobj(x)):
         raise ValueError(f"{name} must be a number or an array without axes, got {_type(x)}")
@@ -83,13 +87,14 @@ def number(name: str, x):
 
 
 def flag(name: str, x) -> bool:
-    """Check that `x` is True or False, and return it as a bool. A traced value is refused."""
+    """Check that the argument `name` is True or False, and return it as a Python bool. A traced `x` is an error."""
     if not isinstance(x, bool | np.bool_):
         raise ValueError(f"{name} must be True or False, got {_type(x)}")
     return bool(x)
 
 
 def _type(x) -> str:
+    """Describe `x` in an error message: dtype and shape of an array, such as "float32[2, 8]", else the type's name."""
     if isinstance(x, jax.core.Tracer):
         return f"a traced {x.dtype}{list(x.shape)}"
     return f"{x.dtype}{list(x.shape)}" if is_array(x) else "None" if x is None else type(x).__name__

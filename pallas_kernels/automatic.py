@@ -1,10 +1,11 @@
 """An op on a mesh of Auto axes: one node for XLA's partitioner, with a rule that says which axes may be divided.
 
 While XLA compiles, it decides how the arrays are divided. Then it asks for the program of one device. This program is
-the op again, applied to the device's part of the arrays. XLA must not partition the code inside the op: it would run a
-map over a divided axis one step after the other, and it would all-gather every array that a kernel reads.
+the op again, applied to the device's part of the arrays. XLA must not partition the code inside the op: XLA would run a
+`lax.map` over a divided axis one step after the other, and would all-gather every array that a kernel reads.
 
-A node has no residuals, because XLA has no rule for dividing them. So the backward pass runs the forward pass again.
+The forward pass of a node saves only the arguments of the op, and no residuals of a kernel, because XLA has no rule for
+dividing such residuals. So the backward pass runs the forward pass again.
 """
 
 import contextvars
@@ -23,11 +24,12 @@ _is_tracing_part = contextvars.ContextVar("is_tracing_part", default=False)
 
 
 class Node(NamedTuple):
-    """One op with its static description.
+    """An op as one node of the program that XLA's partitioner divides.
 
-    `function(*arrays)` computes the results of one device from its part of the arrays. `letters` and `results` name the
-    axes of the arrays and of the results. `maps` has a pair (letter, group) for each letter along which the op is a
-    map, as in `partition.Letters`. The axes of one group are divided together.
+    `function(*arrays)` computes the results of one device from its part of the arrays. `letters` has the letters of the
+    axes of every array, such as "B T N H". `results` has the letters of every result. `maps` has a pair (letter, group)
+    for each letter along which the op is a map, as in `partition.Letters`. The axes of one group are divided over the
+    same mesh axes. `mesh` is the mesh of the arrays.
     """
 
     function: Callable
@@ -38,9 +40,9 @@ class Node(NamedTuple):
 
 
 def is_tracing_part() -> bool:
-    """Return whether the code being traced is the program of one device.
+    """Return whether JAX now traces the program of one device, for which XLA's partitioner asked.
 
-    In this program, the types of the arrays (`jax.typeof`) still have the whole mesh.
+    In this program, the arrays are the parts of one device, but their types (`jax.typeof`) still have the whole mesh.
     """
     return _is_tracing_part.get()
 
@@ -48,7 +50,7 @@ def is_tracing_part() -> bool:
 @functools.partial(jax.jit, static_argnums=0)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def run(node: Node, arrays: tuple):
-    """Return the results of a node. They are differentiable with respect to the floating-point arrays."""
+    """Return the results of a node for these arrays. They are differentiable in every floating-point array."""
     return _divided(node, *arrays)
 
 
@@ -57,6 +59,7 @@ def _forward(node, arrays):
 
 
 def _backward(node, arrays, cotangents):
+    """Return the gradients of the arrays. They are the results of another node, whose function is `_pull`."""
     floats = tuple(i for i, x in enumerate(arrays) if jnp.issubdtype(x.dtype, jnp.floating))
     letters = (*node.letters, *jax.tree.leaves(node.results))
     back = node._replace(
@@ -70,9 +73,9 @@ run.__wrapped__.defvjp(_forward, _backward)
 
 
 def _pull(node, floats, *values):
-    """Return the gradients of the arrays whose indices are in `floats`.
+    """Return the gradients of the arrays of a node whose indices are in `floats`, on one device.
 
-    `values` holds all arrays, then the cotangents.
+    `values` holds all arrays of the node, then the cotangents of its results.
     """
     arrays, cotangents = values[: len(node.letters)], values[len(node.letters) :]
 
@@ -85,9 +88,9 @@ def _pull(node, floats, *values):
 
 
 def _divided(node: Node, *arrays):
-    """Run the node through XLA's partitioner.
+    """Return the results of a node, computed by the program that XLA's partitioner makes of it.
 
-    `jax.vmap` turns the node into a node with one more axis, which may be divided too.
+    `jax.vmap` turns the node into a node whose arrays have one more axis, which may be divided too.
     """
 
     @jax.custom_batching.custom_vmap
@@ -109,6 +112,7 @@ def _divided(node: Node, *arrays):
 
 
 def _partitioned(node: Node) -> Callable:
+    """Return the node as a function of its arrays, with the rule by which XLA's partitioner divides it."""
     function = custom_partitioning(functools.partial(_as_part, node))
 
     def partition(mesh, arrays, results):
@@ -132,7 +136,7 @@ def _partitioned(node: Node) -> Callable:
 
 
 def _as_part(node: Node, *arrays):
-    """Apply the node's function to the arrays of one device of the mesh."""
+    """Return the results of one device: the node's function of the parts of the arrays that this device has."""
     token = _is_tracing_part.set(True)
     try:
         with use_abstract_mesh(AbstractMesh((), (), abstract_device=node.mesh.abstract_device)):
@@ -143,9 +147,9 @@ def _as_part(node: Node, *arrays):
 
 
 def _dimensions(node: Node, shapes) -> Iterator[tuple[int, str | None, int]]:
-    """For every axis of every array and result, yield (index of the array, group of the axis, size of the axis).
+    """For every axis of the arrays and results of a node, yield (index of the array, group and size of the axis).
 
-    The group is None if the op is not a map along the axis.
+    `shapes`: the shapes of all arrays, then of all results. The group is None if the op is not a map along the axis.
     """
     maps = dict(node.maps)
     for i, (letters, shape) in enumerate(zip((*node.letters, *jax.tree.leaves(node.results)), shapes, strict=True)):
@@ -156,8 +160,8 @@ def _dimensions(node: Node, shapes) -> Iterator[tuple[int, str | None, int]]:
 def _rule(node: Node, mesh, values, results) -> SdyShardingRule:
     """Return the rule that tells the partitioner which axes it may divide, and which of them it must divide together.
 
-    The axes of one group are divided together. Their sizes are multiples of the smallest one, as N is a multiple of K.
-    An axis along which the op is not a map stays whole.
+    The axes of one group are divided together. The size of each of them is a multiple of the smallest size in the
+    group: N query heads are a multiple of K key heads. An axis along which the op is not a map stays whole.
     """
     shapes = [tuple(value.shape) for value in (*values, *results)]
     least, factors, whole, sizes = {}, [[] for _ in shapes], [], {}
@@ -177,10 +181,11 @@ def _rule(node: Node, mesh, values, results) -> SdyShardingRule:
 
 
 def _axes(node: Node, mesh, shaped) -> dict[str, tuple[str, ...]]:
-    """Return the mesh axes that divide each group.
+    """Return {group: the names of the mesh axes that divide the axes of this group}.
 
-    The first array that is divided along an axis of a group decides. Its mesh axes count only if they divide the sizes
-    of all axes of the group, and if they do not divide another group already.
+    `shaped`: the arrays and results, with the shardings that XLA proposes. The first of them that is divided along an
+    axis of a group decides for the group. Its mesh axes count only if their size divides the sizes of all axes of the
+    group, and if they do not divide another group already.
     """
     found, taken = {}, set()
     sizes = list(_dimensions(node, [x.shape for x in shaped]))
@@ -196,5 +201,6 @@ def _axes(node: Node, mesh, shaped) -> dict[str, tuple[str, ...]]:
 
 
 def _spec(node: Node, axes, letters: str) -> PartitionSpec:
+    """Return the PartitionSpec of an array with these letters. `axes`: {group: mesh axes}, as in `_axes`."""
     maps = dict(node.maps)
     return PartitionSpec(*(axes.get(maps.get(at)) for at in letters.split()))

@@ -1,9 +1,10 @@
-"""The choice of the implementation that runs an op, and the reasons for it.
+"""The choice of the implementation that runs an op, and the reasons for the choice.
 
-An op has some of the implementations in `NAMES`. Each of them can refuse a call, with a reason.
-`implementation=None` takes the first one that does not refuse, and logs the choice and the reasons once. `explain`
-returns the same sentence. A named implementation works or raises an error: there is no silent fallback. `recorded`
-collects the choices that are made while code is traced.
+An op, such as `stick_breaking_attention`, has several implementations. `NAMES` lists all names in order of preference.
+An implementation can refuse a call of the op, and then gives a reason. `implementation=None` takes the first one that
+does not refuse, and logs the choice and the reasons once. `explain` returns the same sentence. A named implementation
+works or raises an error: there is no silent fallback. `recorded` collects the choices that are made while code is
+traced.
 """
 
 import contextlib
@@ -27,10 +28,10 @@ logger = logging.getLogger("pallas_kernels")
 
 
 class Implementation(NamedTuple):
-    """One way to compute an op.
+    """One way to compute an op: three functions of a call, which is a result of `Op.prepare`.
 
-    `run(call)` computes the results. `refuses(call)` returns the reason why this implementation cannot run the call, or
-    None. `detail(call)` describes how it runs the call, such as the sizes of its tiles.
+    `run(call)` computes the results of the op. `refuses(call)` returns the reason why this implementation cannot run
+    the call, or None if it can. `detail(call)` describes how it runs the call, such as the sizes of its tiles.
     """
 
     run: Callable[[Any], Any]
@@ -41,8 +42,10 @@ class Implementation(NamedTuple):
 class Op(NamedTuple):
     """An op with its checks and its implementations.
 
-    `prepare(*args, **kwargs)` checks the arguments and returns the call in the form that the implementations take.
-    `letters(call)` names the axes of the arrays and says along which of them a mesh may divide the op.
+    `prepare(*args, **kwargs)` checks the arguments of the public function and returns a call: a NamedTuple of arrays
+    and settings that every implementation takes. `implementations` is {name of NAMES: implementation}. `letters(call)`
+    names the axes of the arrays and says along which of these axes a mesh may divide the op. Without `letters`, the op
+    has no rule for a mesh.
     """
 
     name: str
@@ -54,8 +57,9 @@ class Op(NamedTuple):
 class Choice(NamedTuple):
     """The implementation that was chosen for one call of an op. The backward pass uses the same implementation.
 
-    `sizes`: pairs (letter, size) of the arrays on one device. `detail`: how the implementation runs the call. `why`:
-    why this implementation runs, and why the preferred ones do not. `str(choice)` is one line.
+    `sizes`: a pair (letter, size), such as ("T", 64), for the axes of the arrays on one device. `detail`: how the
+    implementation runs the call, such as the sizes of its tiles. `why`: why this implementation runs, and why the
+    preferred implementations do not. `str(choice)` says all of this in one line.
     """
 
     op: str
@@ -69,7 +73,7 @@ class Choice(NamedTuple):
         return f"{self.op}: {self._by()}{sizes and f' for {sizes}'}, {self.why}"
 
     def sentence(self) -> str:
-        """Return the line of `str(choice)` without the sizes."""
+        """Return the line of `str(choice)` without the sizes. It is the line that is logged."""
         return f"{self.op}: {self._by()}, {self.why}"
 
     def _by(self) -> str:
@@ -85,11 +89,13 @@ _traced: dict[Any, Counter] = {}
 
 
 def register(op: Op) -> Op:
+    """Make an op known to `run` and `explain` by its name, and return the op."""
     _ops[op.name] = op
     return op
 
 
 def _wanted(implementation: str | Sequence[str] | None) -> Sequence[str]:
+    """Return the names of the implementations to try, in this order. Raise ValueError if a name is unknown."""
     if implementation is None:
         return NAMES[:-1]  # the reference runs only by its name
     wanted = (implementation,) if isinstance(implementation, str) else implementation
@@ -106,7 +112,12 @@ def _wanted(implementation: str | Sequence[str] | None) -> Sequence[str]:
 
 
 def choose(op: Op, call: Any, implementation: str | Sequence[str] | None) -> tuple[str, list[str]]:
-    """Return the name of the implementation that runs `call`, and the reasons why the preferred ones do not."""
+    """Return (the name of the implementation that runs `call`, the reasons why the names before it do not).
+
+    `implementation` is the argument of the op: a name, names in order of preference, or None for all names except
+    "reference". A reason is text such as "triton: needs compute capability 8.0 or newer, found cpu". Raise
+    NotImplementedError if every implementation refuses the call.
+    """
 
     def refuses(name):
         found = op.implementations.get(name)
@@ -131,7 +142,10 @@ def _choice(op: Op, call: Any, implementation: str | Sequence[str] | None) -> Ch
 
 
 def _sizes(op: Op, call: Any) -> tuple[tuple[str, int], ...]:
-    """Return the pairs (letter, size) of the axes of a call. An axis such as "2F", which has a digit, is left out."""
+    """Return a pair (letter, size), such as ("T", 64), for every axis of the arrays of a call.
+
+    An axis whose letters contain a digit, such as "2F", is left out.
+    """
     if op.letters is None:
         return ()
     words, tree = jax.tree.flatten(op.letters(call).call)
@@ -148,9 +162,9 @@ def recorded() -> Iterator[Counter]:
 
     An op chooses when it is traced. So the block must trace the program: `jax.jit(f).trace(...)`, `jax.eval_shape`,
     or the first call of a jitted function. JAX keeps the trace of a jitted function. If your function was traced before
-    the block, nothing is recorded. On a mesh, the ops jit a part of themselves. Their choices are remembered, and they
-    are recorded again. On a mesh of Auto axes, XLA divides the arrays only when it compiles. So the recorded sizes are
-    the sizes of the whole arrays.
+    the block, nothing is recorded. On a mesh, an op itself contains a jitted function. The choices of its first trace
+    are remembered, and they are recorded again when JAX uses that trace again. On a mesh of Auto axes, XLA divides the
+    arrays only when it compiles. So the recorded sizes are the sizes of the whole arrays.
 
     >>> import jax, jax.numpy as jnp
     >>> from pallas_kernels import stick_breaking_attention
@@ -169,19 +183,27 @@ def recorded() -> Iterator[Counter]:
 
 
 def _record(choices: Counter) -> None:
+    """Add the choices to the records of all open `recorded` blocks."""
     for record in _records.get():
         record.update(choices)
 
 
 def _key(op: Op, call: Any, wanted: Sequence[str] | None) -> Any:
-    """Return a key. Two calls have equal keys exactly if JAX uses one trace for both."""
+    """Return a key for `_traced`. Two calls of an op have equal keys exactly if JAX uses one trace for both.
+
+    `wanted`: the names of the implementations that the caller named, or None.
+    """
     leaves, tree = jax.tree.flatten(call)
     types = tuple(jax.typeof(x) if isinstance(x, jax.Array) else x for x in leaves)
     return op.name, wanted, tree, types, get_abstract_mesh()
 
 
 def run(op: Op, call: Any, implementation: str | Sequence[str] | None) -> Any:
-    """Run `call` with the chosen implementation. On a mesh, every device runs its part."""
+    """Choose an implementation for `call`, run it, and return the results of the op.
+
+    `call` is a result of `op.prepare`. `implementation` is a name, names in order of preference, or None. On a mesh,
+    every device runs the op on its part of the arrays.
+    """
     wanted = None if implementation is None else tuple(_wanted(implementation))
     compute = partition.Bound(_run_here, (op.name, wanted))
     call = jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, call)
@@ -203,6 +225,7 @@ def run(op: Op, call: Any, implementation: str | Sequence[str] | None) -> Any:
 
 
 def _run_here(call: Any, op_name: str, implementation: tuple[str, ...] | None) -> Any:
+    """Choose an implementation for the call of one device, record and log the choice, and run it."""
     op = _ops[op_name]
     choice = _choice(op, call, implementation)
     _record(Counter([choice]))
@@ -222,9 +245,10 @@ def _run_here(call: Any, op_name: str, implementation: tuple[str, ...] | None) -
 
 
 def explain(op_name: str, *args, **kwargs) -> str:
-    """Say in one line which implementation `op_name(*args, **kwargs)` runs, and why the preferred ones cannot run.
+    """Say in one line which implementation runs `op_name(*args, **kwargs)`, and why the preferred ones cannot run it.
 
-    Only shapes and dtypes are read, so an argument may be a `jax.ShapeDtypeStruct` in place of an array.
+    `op_name` is the name of the op's function, such as "stick_breaking_attention". Nothing is computed. Only shapes and
+    dtypes are read, so an argument may be a `jax.ShapeDtypeStruct` in place of an array.
 
     >>> import jax, jax.numpy as jnp
     >>> x = jax.ShapeDtypeStruct((1, 64, 4, 32), jnp.float32)
@@ -232,7 +256,8 @@ def explain(op_name: str, *args, **kwargs) -> str:
     'stick_breaking_attention: xla (loop over 32 x 16 tiles), asked for'
 
     Raises:
-      ValueError: there is no op `op_name`, or the op refuses the arguments.
+      ValueError: there is no op `op_name`, or the arguments of the op are wrong.
+      NotImplementedError: no implementation, or none of the named ones, can run the call.
     """
     if op_name not in _ops:
         raise ValueError(f"{op_name!r} is no op; the ops are {', '.join(_ops)}")

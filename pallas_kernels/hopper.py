@@ -1,4 +1,4 @@
-"""Checks whether kernels for Hopper GPUs can run here: the chip, the CUDA compiler and the mesh."""
+"""Checks of the chip, of the CUDA compiler and of the mesh: can kernels for Hopper GPUs run in this process?"""
 
 import jax
 
@@ -6,30 +6,31 @@ from . import automatic, platform
 
 
 def refuses(x) -> str | None:
-    """Return why kernels for Hopper GPUs cannot run here on arrays like x, or None if they can."""
+    """Return the reason why kernels for Hopper GPUs cannot run in this process on the array x, or None if they can."""
     if not platform.is_interpreted() and (chip := platform.chip()) != "sm_90":
         return f"needs compute capability 9.0, found {chip}"
     return compiler_refuses() or mesh_refuses(x)
 
 
 def compiler_refuses() -> str | None:
-    """Return why the CUDA compiler of this process cannot be used, or None if it can.
+    """Return the reason why the CUDA compiler of this process cannot be used, or None if it can.
 
-    Some versions compile kernels to wrong programs.
+    Some versions of the compiler compile kernels to programs that compute wrong results.
     """
     if platform.is_interpreted() or jax.default_backend() != "gpu":
         return None
     from jax._src.lib import cuda_versions  # None without the plugin
 
     if cuda_versions is not None and 12080 <= cuda_versions.cuda_runtime_get_version() < 12091:
-        return "needs CUDA 12.9.1 or newer: the compiler of 12.8.0 to 12.9.0 breaks causal kernels"
+        return "needs CUDA 12.9.1 or newer: the compiler of 12.8.0 to 12.9.0 miscompiles causal kernels"
     return None
 
 
 def mesh_refuses(x) -> str | None:
-    """Return why no kernel can run on x under its mesh, or None if kernels can run.
+    """Return the reason why no kernel can run on the array x under the mesh of its type, or None if kernels can run.
 
-    If XLA, and not shard_map, divides the work over the mesh, it all-gathers the arrays that a kernel reads.
+    A kernel runs on a mesh only inside `jax.shard_map`. Elsewhere XLA divides the work over the mesh, and it
+    all-gathers every array that a kernel reads.
     """
     if automatic.is_tracing_part():
         return None

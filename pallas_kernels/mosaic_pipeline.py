@@ -1,8 +1,9 @@
 """Code that all Mosaic kernels share: the launch, and the two barriers of every pipeline stage.
 
-A block has several warpgroups. One of them copies tiles into the stages of a ring in shared memory. The others compute
-with these tiles. In d_key_value with H or Hv above 128, the first one does both. Step s uses stage s % stages.
-docs/design explains the barriers of every kernel.
+A block has several warpgroups. One warpgroup copies tiles into shared memory, which has room for `stages` steps at the
+same time: a ring of stages. The other warpgroups compute with these tiles. Step s uses stage s % stages. (In the
+attention kernel `d_key_value` with H or Hv above 128, the first warpgroup both copies and computes.) docs/design
+explains the barriers of every kernel.
 """
 
 from collections.abc import Callable
@@ -15,18 +16,18 @@ from . import cost
 
 
 class Ring(NamedTuple):
-    """The two barriers of every stage."""
+    """The barriers of a ring: for every stage one barrier `full` and one barrier `used`."""
 
     full: Any  # the stage can be read
     used: Any  # the stage can be overwritten
 
 
 def ring(stages: int, *, arrivals: int, readers: int) -> Ring:
-    """Return the barriers to declare for a ring.
+    """Return the barriers of a ring of stages, in the form in which a kernel declares its scratch memory.
 
     Args:
       stages: the number of stages.
-      arrivals: the number of copies and of arrivals of warpgroups that fill a stage.
+      arrivals: how many copies and warpgroups arrive at the barrier `full` of a stage before the stage can be read.
       readers: the number of warpgroups that read a stage.
     """
     return Ring(
@@ -36,9 +37,9 @@ def ring(stages: int, *, arrivals: int, readers: int) -> Ring:
 
 
 def free_stage(ring: Ring, step, stages: int, *, when=None):
-    """Wait until the stage of a step can be overwritten, and return the stage.
+    """Wait until the stage of step `step` can be overwritten. Return the number of the stage, step % stages.
 
-    If the condition `when` is false, do not wait.
+    If the traced condition `when` is false, do not wait.
     """
     stage = step % stages
     is_occupied = step >= stages if when is None else when & (step >= stages)
@@ -51,18 +52,27 @@ def free_stage(ring: Ring, step, stages: int, *, when=None):
 
 
 def full_stage(ring: Ring, step, stages: int):
-    """Wait until the stage of a step can be read, and return the stage."""
+    """Wait until the stage of step `step` can be read. Return the number of the stage, step % stages."""
     stage = step % stages
     plgpu.barrier_wait(ring.full.at[stage])
     return stage
 
 
 def run(kernel: Callable, *, name: str, flops: float, blocks: int, warpgroups: int, out_type, scratch) -> Callable:
-    """Return the kernel as a function of arrays. It runs in `blocks` blocks of `warpgroups` warpgroups.
+    """Return a function of arrays that launches a Mosaic GPU kernel and returns its results.
 
     The kernel receives pytrees of references: one for every argument, one for the results, and one for every entry of
-    `scratch`. `out_type` is a pytree, and so is every entry of `scratch`. In the kernel, `lax.axis_index("block")` and
-    `lax.axis_index("wg")` are the numbers of the block and of the warpgroup.
+    `scratch`. In the kernel, `lax.axis_index("block")` and `lax.axis_index("wg")` are the numbers of the block and of
+    the warpgroup.
+
+    Args:
+      kernel: the body of the kernel.
+      name: the name of the kernel.
+      flops: the number of floating-point operations, which the name of the jitted function states (`cost.kernel`).
+      blocks: the number of blocks.
+      warpgroups: the number of warpgroups of a block.
+      out_type: a pytree of jax.ShapeDtypeStruct, the results.
+      scratch: a tuple of pytrees of shared memory and barriers of a block.
     """
     kernel.__name__ = name
     launch = plgpu.kernel(

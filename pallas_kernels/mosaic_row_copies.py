@@ -1,8 +1,8 @@
-"""Shims that copy rows of an array by their numbers, to and from shared memory. The ScatterMoE kernels use them.
+"""Shims that copy rows of an array, given by their row numbers, to and from shared memory, for the ScatterMoE kernels.
 
 Hopper's copy engine copies consecutive rows only. So the threads of a warpgroup copy single rows, in chunks of 16
 bytes. A tile [rows, columns] has the layout in shared memory that the tensor cores read: it consists of atoms of 8 rows
-x 128 bytes, one row of atoms after the other. In an atom, chunk c of row r is at position c ^ r.
+x 128 bytes, one row of atoms after the other. In an atom, chunk c of row r is at position c ^ r of the row.
 docs/design/expert_kernels.md explains the barriers around these copies.
 """
 
@@ -19,15 +19,19 @@ THREADS = 128  # of a warpgroup
 
 
 def atoms(dtype) -> tuple:
-    """Return the Pallas transforms for a tile of `dtype` in shared memory, in the layout of atoms (see the module)."""
+    """Return the Pallas transforms that give a tile of `dtype` in shared memory the layout that tensor cores read.
+
+    The tile consists of atoms of 8 rows x 128 bytes, swizzled in chunks of 16 bytes. See the docstring of the module.
+    """
     return plgpu.TilingTransform((ATOM[0], ATOM[1] // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(ATOM[1])
 
 
 def chunks(ops, rows: int, columns: int, itemsize: int):
-    """Return (where the first chunk of a thread is, the steps from there to all chunks of the thread).
+    """Return (the place of the first chunk that a thread copies, the distances from it to all chunks of the thread).
 
-    The first chunk is at (row, column, byte in shared memory). These three are computed by `ops`. A step is a distance
-    (rows, columns, bytes) from the first chunk. Steps are Python numbers, and they are the same for every thread.
+    The threads of a warpgroup copy a tile [rows, columns] of elements of `itemsize` bytes, in chunks of 16 bytes. The
+    place of the first chunk is (row, column, byte in shared memory), in the arithmetic of `ops`, a `_Thread`. A
+    distance is (rows, columns, bytes in shared memory). The distances are Python numbers, the same for every thread.
     """
     per_atom, across = ATOM[1] // CHUNK, columns * itemsize // ATOM[1]
     chunk, row = ops.remainder(ops.thread, per_atom), ops.divide(ops.thread, per_atom)
@@ -44,10 +48,10 @@ def chunks(ops, rows: int, columns: int, itemsize: int):
 
 
 def gather(source, rows, column, tile) -> None:
-    """Start to copy: tile[r] = source[rows[r], column : column + C].
+    """Start to copy rows of an array into a tile: tile[r] = source[rows[r], column : column + C].
 
-    The tile is zero where rows[r] is negative, and beyond the last column of the source. The copies are only started.
-    `gather_commit` closes a group of copies, and `gather_wait` waits for groups.
+    A row of the tile is zero if rows[r] is negative. Columns beyond the last column of the source are zero too. The
+    copies are only started: `gather_commit` closes a group of copies, and `gather_wait` waits for groups.
 
     Args:
       source: reference to [R, D] in global memory, D a multiple of 16 bytes.
@@ -70,25 +74,27 @@ def gather(source, rows, column, tile) -> None:
 
 
 def gather_commit() -> None:
+    """Close a group: all copies that this warpgroup has started with `gather` since the previous group."""
     _asm("cp.async.commit_group;")
 
 
 def gather_wait(pending: int) -> None:
-    """Wait for all groups of this warpgroup except the last `pending`, and make them visible to the tensor cores.
+    """Wait for all groups of copies of this warpgroup except the last `pending`, so that tensor cores can read them.
 
-    `cp.async` writes shared memory by one path, and tensor cores read it by another path. `commit_smem` is the fence
-    between the two paths.
+    The copies (`cp.async`) write shared memory by one path, and tensor cores read it by another path. `commit_smem` is
+    the fence between the two paths.
     """
     _asm(f"cp.async.wait_group {pending};")
     plgpu.commit_smem()
 
 
 def scatter(tile, rows, column, target) -> None:
-    """Copy: target[rows[r], column : column + C] = tile[r].
+    """Copy the rows of a tile to rows of an array: target[rows[r], column : column + C] = tile[r].
 
-    Nothing is written where rows[r] is negative, nor beyond the last column of the target. A thread copies chunks that
-    other threads wrote. So the warpgroup needs a barrier (`plgpu.commit_smem`) before this call, and another one before
-    it overwrites the tile.
+    `tile`, `rows` and `column` are as in `gather`. `target` is a reference to [R, D] in global memory. A row with a
+    negative rows[r] is not written, and nothing is written beyond the last column of the target. A thread copies chunks
+    that other threads wrote. So the warpgroup needs a barrier (`plgpu.commit_smem`) before this call, and another one
+    before it overwrites the tile.
     """
     if platform.is_interpreted():
         _write_rows(tile, rows, column, target)
@@ -112,7 +118,7 @@ _SCALAR = plgpu.Layout.WG_SPLAT
 
 
 def _read_rows(source, rows, column, shape):
-    """Run `gather` in the interpreter. Every access to an array is slow there, so each array is read once."""
+    """Return the tile that `gather` copies, in the interpreter. Each array is read once: an access is slow there."""
     numbers = rows[...]
     there = source[...][jnp.maximum(numbers, 0)]
     there = lax.dynamic_slice(jnp.pad(there, ((0, 0), (0, shape[1]))), (0, column), shape)
@@ -120,7 +126,10 @@ def _read_rows(source, rows, column, shape):
 
 
 def _write_rows(tile, rows, column, target) -> None:
-    """Run `scatter` in the interpreter, with the copy engine, which writes nothing beyond the last column."""
+    """Do what `scatter` does, in the interpreter: copy rows with the copy engine.
+
+    The copy engine writes nothing beyond the last column.
+    """
     numbers = rows[...]
 
     def one(r, _):
@@ -135,6 +144,7 @@ def _write_rows(tile, rows, column, target) -> None:
 
 
 def _asm(text: str) -> None:
+    """Run one PTX instruction without operands in every thread. In the interpreter, do nothing."""
     if platform.is_interpreted():
         return
 
@@ -173,10 +183,10 @@ class _Thread:
 
 
 def _copies(array, rows, column, tile):
-    """Yield a `_Thread` once for each chunk that the thread copies.
+    """Yield a `_Thread` once for each chunk of 16 bytes that a thread copies between `array` and `tile`.
 
     Its attributes say where the chunk is. The address in shared memory is `shared` + `step`. The address in global
-    memory is `far`. `inside` says whether the chunk is inside the array.
+    memory is `far`. `inside` says whether the row number is not negative and the column is a column of the array.
     """
     from jax._src.lib.mlir import ir
     from jax._src.lib.mlir.dialects import arith, llvm

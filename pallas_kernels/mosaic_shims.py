@@ -1,10 +1,10 @@
 """Shims: operations that the Mosaic GPU interpreter cannot run, each with a GPU body and an interpreter body.
 
-Kernels call these. docs/design/attention_kernels.md says which barriers the GPU bodies rely on.
+The Mosaic kernels call these operations. docs/design/attention_kernels.md says which barriers the GPU bodies rely on.
 
 Register layout of an accumulator [64, C]: a quad is four neighbouring threads, and it holds whole rows. Thread t of a
-quad holds the columns 8 g + 2 t and 8 g + 2 t + 1 of every group g of 8 columns. It holds them in two rows that are 8
-apart. These two are called the row halves.
+quad holds the columns 8 g + 2 t and 8 g + 2 t + 1 of every group g of 8 columns. It holds these columns of two rows,
+which are 8 rows apart. These two rows of a thread are called its row halves.
 """
 
 import jax
@@ -21,7 +21,7 @@ COLUMN = plgpu.Layout.WGMMA.reduce(0)  # [C], one number per column
 
 
 def product(a, b):
-    """Return a @ b in fp32. a and b are references to shared memory, possibly transposed."""
+    """Return a @ b, [64, C] in fp32. a [64, D] and b [D, C] are references to shared memory, possibly transposed."""
 
     def run(acc):
         plgpu.wgmma(acc, a, b)
@@ -31,7 +31,10 @@ def product(a, b):
 
 
 def add_product(acc, a, b):
-    """Return acc + a @ b in fp32. a is a value in registers or a reference, and b is a reference to shared memory."""
+    """Return acc + a @ b, [64, C] in fp32, for acc [64, C], a [64, D] and b [D, C].
+
+    acc is in registers, a is in registers or a reference to shared memory, and b is a reference to shared memory.
+    """
     if is_interpreted():
         result = acc + jnp.dot(a if isinstance(a, jax.Array) else a[...], b[...], preferred_element_type=jnp.float32)
         # The race detector requires a fence here, because a copy may overwrite b next. A tensor core needs no fence:
@@ -42,7 +45,7 @@ def add_product(acc, a, b):
 
 
 def exp2_of_minus_abs(x):
-    """Return 2^-|x|, which is at most 1.
+    """Return 2^-|x| for x [64, C] in registers, in fp32.
 
     The GPU's exponential instruction can set the sign of its operand, so this is one instruction. LLVM would emit
     another instruction for the sign.
@@ -67,7 +70,7 @@ def exp2_of_minus_abs(x):
 
 
 def any_at_most(x, limit: float):
-    """Return whether x <= limit in at least one of the 64 rows.
+    """Return whether x[r] <= limit for at least one row r, for x [64] with one number for each row of a warpgroup.
 
     The threads vote on a named barrier that only this warpgroup uses. `jnp.any` would use shared memory that all
     warpgroups of a block share: two warpgroups that compute would overwrite each other's values.
@@ -98,10 +101,11 @@ def any_at_most(x, limit: float):
 
 
 def row_numbers():
-    """Return the numbers 0 to 63 as int32 [64]. Every call computes them again from the number of the thread.
+    """Return the row numbers 0 to 63 of a tile, int32 [64] in registers. Every call computes them again.
 
-    The compiler computes equal `broadcasted_iota`s of a kernel only once. If one were before a loop and another one in
-    the loop, the value would stay in registers in between.
+    The compiler computes equal `broadcasted_iota`s of a kernel only once. If a kernel used one before a loop and one in
+    the loop, the numbers would take registers during the loop. So this function computes them from the number of the
+    thread.
     """
     if is_interpreted():
         return jnp.arange(64, dtype=jnp.int32)
@@ -128,9 +132,9 @@ def row_numbers():
 
 
 def row_of_thread(thread, half: int, right, bits, either):
-    """Return the row that a thread holds in a row half.
+    """Return the number of the row of a tile [64, C] that thread `thread` holds in row half `half`, 0 or 1.
 
-    A warp has 16 rows. A quad has one of the first 8 rows and one of the last 8 rows of its warp.
+    A warp holds 16 rows. A quad holds one of the first 8 rows and one of the last 8 rows of its warp.
 
     `right(x, n)`, `bits(x, n)` and `either(x, y)` are x >> n, x & n and x | y, on numbers or on MLIR values.
     """
@@ -139,11 +143,12 @@ def row_of_thread(thread, half: int, right, bits, either):
 
 
 def minus_sum_right(minuend, factor, x, start):
-    """Return (y [64, C], the sum of each row of x [64]). y subtracts the sums of x over the columns to the right.
+    """Return (y [64, C], the sum of each row of x [64]). For each column, y subtracts the sum of x on its right:
 
       y[r, c] = minuend[r, c] - factor[r, c] * (start[r] + sum of x[r, m] over m > c)
 
-    A factor of None means 1. This is one operation, so that the sums of a tile are never all in registers at once.
+    `minuend`, `factor` and `x` are [64, C], and `start` is [64], in registers. A factor of None means 1. This is one
+    operation, so that the sums over m > c of all columns are never in registers at the same time.
     """
     if is_interpreted():
         total = jnp.cumsum(x[:, ::-1], axis=1)[:, ::-1]
@@ -153,7 +158,7 @@ def minus_sum_right(minuend, factor, x, start):
 
 
 def minus_sum_left(minuend, factor, x, start):
-    """Like `minus_sum_right`, but sum over the columns to the left: m < c."""
+    """Do the same as `minus_sum_right`, with sums of x over the columns on the left: over m < c."""
     if is_interpreted():
         total = jnp.cumsum(x, axis=1)
         before = start[:, None] + jnp.pad(total[:, :-1], ((0, 0), (1, 0)))
@@ -162,6 +167,7 @@ def minus_sum_left(minuend, factor, x, start):
 
 
 def _like(x, registers):
+    """Return an array of these registers with the register layout of `x`."""
     from jax.experimental.mosaic.gpu import FragmentedArray
 
     return FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=None)
@@ -190,11 +196,12 @@ class _GpuThread:
 
 
 def scan_registers(ops, minuend, factor, x, start, *, right: bool):
-    """Run `minus_sum_right` or `minus_sum_left` on the registers of a thread: two shuffles per group and row half.
+    """Return the registers of the two results of `minus_sum_right` (if `right`) or `minus_sum_left`, for one thread.
 
-    The registers of a tile (`minuend`, `factor`, `x`) are an array [1, groups, 1, 1, 2 halves, ..] of objects. Each
-    object is a pair of numbers. The registers of rows (`start`) are an array [1, 1, 2 halves, ..]. Each object is one
-    number.
+    `ops` is the arithmetic of a thread (`_GpuThread`). `minuend`, `factor` and `x` are arrays of objects
+    [1, groups, 1, 1, 2 halves, ..], where each object is the pair of numbers that the thread holds of a group of 8
+    columns. `start` is an array of objects [1, 1, 2 halves, ..], where each object is the number of a row. For each
+    group and row half, the thread exchanges two sums with the other threads of its quad.
     """
     # `near` and `far` are for the partner threads at distance 1 and 2. They are 1 if the columns of the partner are
     # summed before the columns of this thread, else 0.
@@ -228,6 +235,7 @@ def scan_registers(ops, minuend, factor, x, start, *, right: bool):
 
 
 def _scan(minuend, factor, x, start, *, right: bool):
+    """Do what `minus_sum_right` (if `right`) or `minus_sum_left` does, on a GPU."""
     arrays = (x, minuend) if factor is None else (x, minuend, factor)
 
     @plgpu.inline_mgpu(

@@ -1,14 +1,14 @@
 """How an op runs when its arrays are divided over the devices of a mesh.
 
-An op names the axes of its arrays by letters. It also names the letters along which it is a map: along these axes,
-every device computes its own part without communication. The types of the arrays (`jax.typeof`) say how the arrays are
-divided:
+An op names every axis of its arrays by a letter, such as B, T, N, H. It also names the letters along which it is a
+map: if arrays are divided along these axes, every device computes its own part without communication. The types of the
+arrays (`jax.typeof`) say how the arrays are divided:
 - On Explicit axes of a mesh, the op wraps itself in `jax.shard_map`. A division along any other letter is an error.
 - On a mesh of Auto axes, the types do not say how the arrays are divided. There the op is one node of the program for
   XLA's partitioner. The partitioner decides the division and then asks for the program of one device (`automatic.py`).
-- On Manual axes, inside a shard_map of the caller, the op runs on the part that it is given. First, all arrays are
-  marked as varying over every axis over which at least one of them varies. Then JAX sums the gradients of the arrays
-  that did not vary.
+- On Manual axes, inside a shard_map of the caller, the op runs on the part of the arrays that this device has. First,
+  all arrays are marked as varying over every mesh axis over which at least one of them varies. So JAX sums the gradient
+  of an array that did not vary over these mesh axes.
 """
 
 import functools
@@ -29,10 +29,11 @@ STATIC, RECOMPUTED = "static", "anew"
 class Letters(NamedTuple):
     """The letters of the axes of all arrays in one call of an op: "B T N H" for an array with four axes.
 
-    `name`: the name of the op, for messages. `call`: a tree with the structure of the call, whose leaves are letters,
-    STATIC or RECOMPUTED. `results`: the letters of every result. `maps`: {letter: group} for the letters along which
-    the op is a map; the letters of one group are divided together. `inside(call)`: completes the call of one device,
-    where the leaves marked RECOMPUTED are still None.
+    `name`: the name of the op, for messages. `call`: a tree with the structure of the call of the op. Each leaf is the
+    letters of an array, STATIC or RECOMPUTED. `results`: a tree with the letters of every result. `maps`: {letter:
+    group} for the letters along which the op is a map. The axes of one group are divided over the same mesh axes, as
+    query heads N and key heads K are. `inside(call)`: takes the call of one device, where every leaf marked RECOMPUTED
+    is None, and returns the complete call.
     """
 
     name: str
@@ -43,7 +44,7 @@ class Letters(NamedTuple):
 
 
 class Bound(NamedTuple):
-    """A function of `values` that returns `function(*values, *static)`.
+    """A callable that fixes the last arguments of a function: `Bound(f, static)(*values)` is `f(*values, *static)`.
 
     Two `Bound`s with the same function and the same static values are equal, so that jit compiles them once.
     """
@@ -56,6 +57,8 @@ class Bound(NamedTuple):
 
 
 class _Array(NamedTuple):
+    """An array argument of an op: its name, the letters of its axes, and its value. `str` gives "x [T,D]=[4, 8]"."""
+
     name: str
     letters: tuple[str, ...]
     value: Any
@@ -65,7 +68,11 @@ class _Array(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """Rebuilds the call of one device from the values of its arrays, and runs `compute` on it."""
+    """A function of the arrays of one device. It rebuilds the call of the op from them, and runs `compute(call)`.
+
+    `inside`: as in `Letters`. `tree`: the structure of the call. `static`: the leaves of the call, where `_Array` marks
+    the place of an array.
+    """
 
     compute: Callable[[Any], Any]
     inside: Callable[[Any], Any]
@@ -79,14 +86,17 @@ class _Part(NamedTuple):
 
 
 def run(letters: Letters, call: Any, compute: Callable[[Any], Any]) -> Any:
-    """Run `compute(call)`. On a mesh, every device runs it on its part of the arrays.
+    """Return `compute(call)`, the results of an op. On a mesh, every device runs `compute` on its part of the arrays.
 
     Args:
+      letters: the letters of the axes of all arrays of the call, and the letters that a mesh may divide.
+      call: a NamedTuple of the arrays and settings of one call of the op.
       compute: a hashable function, such as a `Bound`. Two functions that do the same work must be equal, so that they
         are compiled once.
 
     Raises:
-      ValueError: an array is divided along a letter that is not in `maps`, or two arrays are divided differently.
+      ValueError: an array is divided along a letter that is not in `letters.maps`; two arrays are divided differently
+        along letters of one group; a mesh axis divides two groups; a size is no multiple of the size of its mesh axes.
     """
     arrays, part = _arrays(letters, call, compute)
     mesh = _mesh(arrays)
@@ -105,9 +115,10 @@ def run(letters: Letters, call: Any, compute: Callable[[Any], Any]) -> Any:
 
 
 def look(letters: Letters, call: Any, compute: Callable[[Any], Any]) -> Any:
-    """Return the result of `compute` for the call that `run` would give to one device.
+    """Return `compute(call of one device)`, where the call of one device is the one that `run` would compute.
 
-    On Explicit or Auto axes, `compute` receives tracers, so nothing is executed.
+    `dispatch.explain` uses this to describe a call without running it. On Explicit or Auto axes of a mesh, `compute`
+    receives tracers, so nothing is executed. Otherwise `compute` receives `call` itself.
     """
     arrays, part = _arrays(letters, call, compute)
     mesh = _mesh(arrays)
@@ -124,7 +135,7 @@ def look(letters: Letters, call: Any, compute: Callable[[Any], Any]) -> Any:
 
 
 def whole(function: Callable, x, *static) -> Any:
-    """Return `function(x, *static)`. On an Explicit mesh, every device computes it from the whole of x."""
+    """Return `function(x, *static)` for an array x. On an Explicit mesh, every device computes it from the whole x."""
     mesh = _mesh([_Array("", (), x)])
     if AxisType.Explicit not in mesh.axis_types:
         return function(x, *static)
@@ -132,7 +143,10 @@ def whole(function: Callable, x, *static) -> Any:
 
 
 def alike(*values) -> list:
-    """Return the values. Every array is marked as varying over each shard_map axis over which at least one varies."""
+    """Return the values, with all arrays marked as varying over the same axes of a shard_map.
+
+    These are the mesh axes over which at least one of the arrays varies. A value that is no array is not changed.
+    """
     axes = [_varying(x) for x in values]
     every = frozenset().union(*axes)
     missing = [tuple(sorted(every - own)) if _is_array(x) else () for x, own in zip(values, axes, strict=True)]
@@ -144,27 +158,36 @@ def _is_array(x) -> bool:
 
 
 def _varying(x) -> frozenset:
+    """Return the names of the Manual mesh axes over which x varies. A value that is no array varies over none."""
     return jax.typeof(x).manual_axis_type.varying if _is_array(x) else frozenset()
 
 
 def _mesh(arrays: list[_Array]) -> AbstractMesh:
-    """Return the mesh of the context, else of the arrays, else an empty mesh. Its `axis_types` is always a tuple."""
+    """Return the mesh of the context. Without one, return the mesh of the arrays, or else a mesh without axes.
+
+    The `axis_types` of the returned mesh is always a tuple, never None.
+    """
     meshes = [get_abstract_mesh(), *(jax.typeof(array.value).sharding.mesh for array in arrays)]
     return next((mesh for mesh in meshes if mesh.axis_names), AbstractMesh((), (), axis_types=()))
 
 
 def _is_automatic(mesh: AbstractMesh) -> bool:
+    """Return whether the mesh has more than one device and all of its axes are Auto."""
     return mesh.size > 1 and set(mesh.axis_types) == {AxisType.Auto}
 
 
 class _Specs(NamedTuple):
-    """A hashable tree of PartitionSpecs."""
+    """A tree of PartitionSpecs in a hashable tuple, so that it can be a static argument of jit."""
 
     tree: Any
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _over_mesh(function, mesh, ins, outs, *values):
+    """Return `function(*values)`, computed by `jax.shard_map` over the Explicit axes of the mesh.
+
+    `ins` has the PartitionSpec of every value. `outs` has the PartitionSpecs of the results.
+    """
     values = [jax.sharding.reshard(x, NamedSharding(mesh, spec)) for x, spec in zip(values, ins, strict=True)]
     # By default shard_map makes all axes Manual, except the axes that vmap has taken.
     explicit = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind is AxisType.Explicit}
@@ -174,8 +197,8 @@ def _over_mesh(function, mesh, ins, outs, *values):
         kinds = zip(get_abstract_mesh().axis_names, get_abstract_mesh().axis_types, strict=True)
         if left := [name for name, kind in kinds if kind is AxisType.Explicit]:
             raise ValueError(
-                f"jax.vmap runs over an axis that {_sizes(mesh, left)} divides, which the op cannot see; "
-                "make that axis a part of B or T of the op instead"
+                f"jax.vmap runs over an axis that {_sizes(mesh, left)} divides, and the op cannot be divided along it; "
+                "merge this axis into B or T of the op instead of jax.vmap"
             )
         return function(*values)
 
@@ -183,7 +206,7 @@ def _over_mesh(function, mesh, ins, outs, *values):
 
 
 def _arrays(letters: Letters, call, compute) -> tuple[list[_Array], _Part]:
-    """Return the arrays of a call, and the function that computes with their values."""
+    """Return (the arrays of a call, a function of their values on one device that computes the results)."""
     named, tree = jax.tree.flatten_with_path(letters.call)
     arrays, static = [], []
     for (path, word), value in zip(named, tree.flatten_up_to(call), strict=True):
@@ -196,23 +219,28 @@ def _arrays(letters: Letters, call, compute) -> tuple[list[_Array], _Part]:
 
 
 def _divided(array: _Array) -> dict[str, tuple[str, ...]]:
-    """Return {letter: the mesh axes that divide this axis} for an array."""
+    """Return {letter: the names of the mesh axes that divide this axis} for the divided axes of an array."""
     entries = jax.typeof(array.value).sharding.spec
     entries = [(axes,) if isinstance(axes, str) else axes for axes in entries]
     return {at: tuple(axes) for at, axes in zip(array.letters, entries, strict=True) if isinstance(axes, tuple)}
 
 
 def _sizes(mesh: AbstractMesh, axes) -> str:
+    """Return the names and sizes of mesh axes for a message, such as "'data'=2 and 'model'=4"."""
     return " and ".join(f"{axis!r}={mesh.shape[axis]}" for axis in axes)
 
 
 def _spec(maps, axes, letters) -> PartitionSpec:
+    """Return the PartitionSpec of an array with these letters. `maps`: {letter: group}. `axes`: {group: mesh axes}."""
     entries = (axes.get(maps.get(at), ()) for at in letters)
     return PartitionSpec(*(entry[0] if len(entry) == 1 else entry or None for entry in entries))
 
 
 def _axes(letters: Letters, arrays: list[_Array], mesh) -> dict[str, tuple[str, ...]]:
-    """Return {group: the mesh axes that divide it}. Raise ValueError if the op cannot run with this division."""
+    """Return {group: the mesh axes that divide the axes of this group}, for the groups of `letters.maps`.
+
+    Raise ValueError if the op cannot run with the arrays divided in this way.
+    """
     maps, found, owners = letters.maps, {}, {}
 
     sizes = functools.partial(_sizes, mesh)

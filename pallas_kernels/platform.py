@@ -1,4 +1,4 @@
-"""The platform that code is traced for: the GPU of this machine, an absent GPU, or the interpreter on a CPU."""
+"""The platform for which JAX traces code: the device of this machine, an absent GPU, or the Mosaic GPU interpreter."""
 
 import contextlib
 import contextvars
@@ -21,7 +21,7 @@ _interpreted = contextvars.ContextVar("interpreted", default=False)
 
 @contextlib.contextmanager
 def absent_gpu() -> Iterator[None]:
-    """In this context, trace and lower for a Hopper GPU. The GPU may be absent."""
+    """In this context, JAX traces and lowers programs for a Hopper GPU (an H200). This machine needs no GPU."""
     with use_abstract_mesh(AbstractMesh((), (), abstract_device=HOPPER)):
         yield
 
@@ -30,8 +30,12 @@ def absent_gpu() -> Iterator[None]:
 def interpret(*, detect_races: bool = False) -> Iterator[None]:
     """In this context, run Mosaic GPU kernels on the CPU, with their barriers, shared memory and warpgroups.
 
-    Every warpgroup needs a thread of XLA. XLA has one thread for each CPU device or core. With fewer than four threads,
-    a kernel would wait for ever. XLA_FLAGS=--xla_force_host_platform_device_count=8 gives XLA eight threads.
+    With `detect_races`, the interpreter also looks for data races. Every warpgroup needs a thread of XLA. XLA has one
+    thread for each CPU device or core. With fewer than four threads, a kernel would wait for ever.
+    XLA_FLAGS=--xla_force_host_platform_device_count=8 gives XLA eight threads.
+
+    Raises:
+      RuntimeError: XLA has fewer than four threads.
     """
     if max(jax.local_device_count("cpu"), os.cpu_count() or 1) < 4:
         raise RuntimeError("the interpreter needs 4 CPU cores or XLA_FLAGS=--xla_force_host_platform_device_count=4")
@@ -44,19 +48,24 @@ def interpret(*, detect_races: bool = False) -> Iterator[None]:
 
 
 def is_interpreted() -> bool:
+    """Return whether Mosaic GPU kernels run in the interpreter, inside a context of `interpret`."""
     return _interpreted.get()
 
 
 def name() -> str:
-    """Return the platform that code is traced for: "cpu", "gpu" or "tpu". In the interpreter: the host's platform."""
+    """Return the platform for which JAX traces code: "cpu", "gpu" or "tpu".
+
+    Inside `absent_gpu` it is "gpu". Inside `interpret` it is the platform of this machine.
+    """
     device = get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None or is_interpreted() else device.platform
 
 
 def chip() -> str:
-    """Return the compute capability that code is traced for, such as "sm_90". An absent GPU counts.
+    """Return the compute capability of the GPU for which JAX traces code, such as "sm_90".
 
-    If code is not traced for a GPU, return the platform.
+    Inside `absent_gpu`, it is the compute capability of the absent GPU. An absent GPU that is not in CAPABILITIES gives
+    the name of the device. Without a GPU, return the name of the platform, such as "cpu".
     """
     device = get_abstract_mesh().abstract_device
     if device is not None and device.platform == "gpu":
@@ -69,7 +78,10 @@ def chip() -> str:
 
 
 def multiprocessors() -> int:
-    """Return the number of multiprocessors of the GPU that code is traced for. In the interpreter, it is an H200's."""
+    """Return the number of multiprocessors of the GPU for which JAX traces code.
+
+    Without a GPU, and in the interpreter, it is the number of an H200: 132.
+    """
     device = get_abstract_mesh().abstract_device
     if device is None and jax.default_backend() == "gpu":
         device = jax.devices()[0]

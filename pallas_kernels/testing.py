@@ -1,7 +1,7 @@
-"""Compare an implementation of an op with the reference, for tests and notebooks.
+"""Compare the results and gradients of one implementation of an op with another one's, for tests and notebooks.
 
-FORWARD and GRADIENT are the tolerances of this project's own tests: the largest relative L2 error for each dtype of the
-arguments.
+FORWARD and GRADIENT are the tolerances of this project's own tests, for the outputs and for the gradients: the largest
+allowed relative L2 error, for each dtype of the arguments.
 """
 
 import collections
@@ -20,11 +20,12 @@ WIDE = ("reference", "xla")  # the implementations that take float64
 
 
 class Difference(NamedTuple):
-    """How one output or gradient differs from the expected one.
+    """How one output or gradient of an op differs from the expected array.
 
-    `error`: the relative L2 error. `largest`: the largest difference of an element, relative to the largest expected
-    element. The element with this difference is at `index`: it is `value` in place of `expected`. `problem`: a sentence
-    about a NaN, an infinity, a wrong shape or a wrong type.
+    `name`: which output or gradient it is. `tolerance`: the largest allowed `error`. `error`: the relative L2 error.
+    `largest`: the largest difference of an element, relative to the largest expected element. The element with this
+    difference is at `index`: it is `value` in place of `expected`. `problem`: what is wrong with a NaN, an infinity, a
+    wrong shape or a wrong type, else None.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Difference(NamedTuple):
 
     @property
     def ok(self) -> bool:
+        """Whether there is no problem, the error is within the tolerance, and `largest` within ten tolerances."""
         return self.problem is None and self.error <= self.tolerance and self.largest <= ELEMENT * self.tolerance
 
     def __str__(self) -> str:
@@ -51,9 +53,10 @@ class Difference(NamedTuple):
 
 
 class Differences(tuple[Difference, ...]):
-    """A `Difference` for every output and every gradient. As a string it is a report, with the wrong ones first.
+    """A tuple with a `Difference` for every output and every gradient of an op.
 
-    `ok`: all are within their tolerances. The truth value is the opposite: `bool(differences)` is True if not all are.
+    `str(differences)` is a report, with the wrong outputs and gradients first. `ok` is True if all outputs and gradients are within their tolerances. The truth value is the opposite:
+    `bool(differences)` is True if at least one of them is not.
     """
 
     title: str
@@ -88,16 +91,16 @@ def relative_error(value, expected) -> float:
     """
     value, expected = np.asarray(value, np.float64), np.asarray(expected, np.float64)
     if value.shape != expected.shape:
-        raise ValueError(f"value and expected must have one shape, got {value.shape} and {expected.shape}")
+        raise ValueError(f"value and expected must have the same shape, got {value.shape} and {expected.shape}")
     if not np.isfinite(expected).all():
-        raise ValueError("the expected values are not finite")
+        raise ValueError("expected has a NaN or an infinity; all of its elements must be finite")
     return float(np.linalg.norm(value - expected) / max(np.linalg.norm(expected), 1e-30))
 
 
 def difference(name: str, value, expected, tolerance: float) -> Difference:
-    """Return how `value` differs from `expected`, which has the same shape.
+    """Return how the array `value` differs from the array `expected` of the same shape, as a `Difference`.
 
-    A NaN or infinity in either of them is a problem.
+    `name` is the name of the array in the report. A NaN or infinity in either array is a problem.
     """
     value, wanted = (np.asarray(x, np.float64) for x in (value, expected))
     if not value.size:
@@ -114,6 +117,7 @@ def difference(name: str, value, expected, tolerance: float) -> Difference:
 
 
 def _without_numbers(name: str, problem: str | None = None) -> Difference:
+    """Return a `Difference` for an array that cannot be compared, or for an array without elements."""
     return Difference(name, 0.0, 0.0, 0.0, (), 0.0, 0.0, problem)
 
 
@@ -124,28 +128,29 @@ def _is_float(x) -> bool:
 def differences(
     op, *args, implementation=None, against="reference", tolerance: float | None = None, seed: int = 0, **kwargs
 ) -> Differences:
-    r"""Run an op twice on the same numbers, forward and backward, and say how the results differ.
+    r"""Run an op with two implementations on the same arrays, forward and backward, and say how the results differ.
 
-    With f the op, x its floating arrays and c random cotangents, f(x) and c^T df/dx are compared: every output, and the
-    gradient of every floating array among the arguments. Two things must hold for each: the relative L2 error is within
-    the tolerance, and no element differs by more than ten tolerances times the largest expected element.
+    With f the op, x its floating-point arrays and c random cotangents, f(x) and c^T df/dx are compared: every output,
+    and the gradient of every floating-point argument. Two conditions must hold for each of them: the relative L2 error
+    is within the tolerance, and no element differs by more than ten tolerances times the largest expected element.
 
     Args:
       op: an op of this package, or any function of arrays that takes `implementation`.
       *args: the arguments of the op.
       implementation: the implementation to check. None: the op chooses.
-      against: the implementation whose results are expected. "reference" and "xla" run in float64. Any other one runs
-        in the type of the arguments.
+      against: the implementation that computes the expected results. "reference" and "xla" run in float64. Any other
+        implementation runs in the type of the arguments.
       tolerance: the tolerance of every output and gradient. None: take it from `FORWARD` and `GRADIENT`, for the least
         exact type of the arguments.
       seed: the seed of the cotangents.
       **kwargs: the keyword arguments of the op. A Python number, such as `scale=0.125`, is not differentiated.
 
     Returns:
-      `Differences`. A NaN or infinity is a difference, even in the expected results, because it would prove nothing.
+      `Differences`: a `Difference` for every output and every gradient. A NaN or infinity counts as a difference, even
+      in the expected results, because a comparison with it would prove nothing.
 
     Raises:
-      ValueError: no argument is a floating array, or the op refuses the arguments.
+      ValueError: no argument is a floating-point array, or the arguments of the op are wrong.
 
     >>> import jax
     >>> from pallas_kernels import stick_breaking_attention
@@ -180,7 +185,10 @@ def differences(
 
 
 class _Call:
-    """A call of an op whose arrays can be replaced: `floats` are differentiated, `others` are not."""
+    """A call `op(*args, **kwargs)` whose arrays can be replaced by others of the same shapes.
+
+    `floats`: {name: floating-point array}, which are differentiated. `others`: {name: array} for all other arrays.
+    """
 
     def __init__(self, op, *args, **kwargs):
         self.op, self.signature = op, inspect.signature(op)
@@ -194,7 +202,7 @@ class _Call:
         self.others = {name: x for name, x in arrays.items() if name not in self.floats}
 
     def outputs(self, implementation, floats, others):
-        """Return {name: output} for the floating-point outputs."""
+        """Return {name: output} for the floating-point outputs of the op, with these arrays in place of its own."""
         leaves = self.leaves | others | floats
         bound = inspect.BoundArguments(self.signature, self.tree.unflatten(leaves.values()))
         result = self.op(*bound.args, **bound.kwargs | {"implementation": implementation})
@@ -202,16 +210,20 @@ class _Call:
         return {f"output{jax.tree_util.keystr(path)}": y for path, y in paths if _is_float(y)}
 
     def shapes(self, implementation):
+        """Return {name: shape and dtype} for the floating-point outputs of the op."""
         return jax.eval_shape(functools.partial(self.outputs, implementation), self.floats, self.others)
 
     def run(self, implementation, floats, others, cotangents):
-        """Return ({name: output}, {name: gradient of the array in `floats`})."""
+        """Return ({name: output}, {name: gradient of the array in `floats`}), given {name: cotangent of the output}."""
         values, vjp = jax.vjp(lambda floats: self.outputs(implementation, floats, others), floats)
         return values, vjp({name: cotangents[name].astype(y.dtype) for name, y in values.items()})[0]
 
 
 def _different_shapes(own_shapes, shapes) -> list[Difference]:
-    """Return a `Difference` for every output whose shape or type differs, or that only one implementation returns."""
+    """Return a `Difference` for every output whose shape or dtype is wrong, or that only one implementation returns.
+
+    `own_shapes`, `shapes`: {name: shape and dtype} of the outputs, and of the expected outputs.
+    """
 
     def described(y) -> str:
         return f"{y.dtype}{list(y.shape)}" if y else "nothing"

@@ -28,12 +28,16 @@ PACKAGES = ("triton", "jax_triton")
 
 @contextlib.contextmanager
 def interpret() -> Iterator[None]:
-    """In this context, run Triton kernels on the CPU. The process must not have compiled a Triton kernel before."""
+    """In this context, run Triton kernels on the CPU, in Triton's own interpreter.
+
+    Raises:
+      RuntimeError: this process has imported triton before, to compile kernels.
+    """
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1"
     try:
         if "triton" in sys.modules and not _was_imported_to_interpret():
-            raise RuntimeError("triton was imported to compile kernels; call interpret() earlier or in another process")
+            raise RuntimeError("triton was imported to compile kernels; use interpret() earlier or in another process")
         if is_installed():
             from triton.runtime.jit import mangle_type
 
@@ -47,19 +51,23 @@ def interpret() -> Iterator[None]:
 
 
 def is_interpreted() -> bool:
+    """Return whether Triton kernels run in Triton's own interpreter: the environment has TRITON_INTERPRET=1."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def is_installed() -> bool:
+    """Return whether both triton and jax-triton are installed."""
     return not _missing()
 
 
 @functools.cache
 def _missing() -> tuple[str, ...]:
+    """Return the names of PACKAGES that are not installed."""
     return tuple(name for name in PACKAGES if importlib.util.find_spec(name) is None)
 
 
 def _was_imported_to_interpret() -> bool:
+    """Return whether TRITON_INTERPRET was 1 when triton was imported."""
     import triton.language as tl
     from triton.runtime.interpreter import InterpretedFunction
 
@@ -67,7 +75,7 @@ def _was_imported_to_interpret() -> bool:
 
 
 def refuses(x) -> str | None:
-    """Return why no Triton kernel can run here on arrays like x, or None if kernels can run."""
+    """Return the reason why no Triton kernel can run in this process on the array x, or None if kernels can run."""
     if platform.is_interpreted() and not is_interpreted():
         return "runs only in its own interpreter, triton_call.interpret()"
     if not is_interpreted() and (capability() or 0) < LEAST:
@@ -78,13 +86,19 @@ def refuses(x) -> str | None:
 
 
 def capability() -> int | None:
-    """Return the compute capability, 90 for 9.0, or None if there is no NVIDIA GPU. An absent GPU counts."""
+    """Return the compute capability of the GPU for which JAX traces code, as an int: 90 for 9.0.
+
+    The GPU may be absent (`platform.absent_gpu`). Without an NVIDIA GPU, return None.
+    """
     name = platform.chip().removeprefix("sm_")
     return int(name) if name.isdecimal() else None
 
 
 def shared_memory() -> int:
-    """Return the bytes of shared memory that a block may have. Without a GPU, return the least of all GPUs."""
+    """Return the bytes of shared memory that a block may have on the GPU for which JAX traces code.
+
+    Without a GPU, return the smallest number of all supported GPUs: 99 KiB.
+    """
     return SHARED_MEMORY.get(capability(), 99 * 1024)
 
 
@@ -92,17 +106,19 @@ def launch(
     kernel: Callable[[], Any], *arrays: jax.Array, out: Any, grid: tuple[int, ...], num_warps: int, num_stages: int,
     **constants: Any,
 ):  # fmt: skip
-    """Run a Triton kernel over a grid. Under `jax.vmap`, run it once for every entry of the mapped axis.
+    """Run a Triton kernel over a grid of blocks, and return its outputs.
+
+    Under `jax.vmap`, the kernel runs once for every entry of the mapped axis.
 
     Args:
       kernel: a function that returns the `triton.jit` function, so that triton is imported only by this call. The
         `triton.jit` function takes pointers to the arrays, pointers to the outputs, and the constants.
-      *arrays: the inputs.
-      out: a pytree of jax.ShapeDtypeStruct.
+      *arrays: the input arrays.
+      out: a pytree of jax.ShapeDtypeStruct: the shapes and dtypes of the outputs.
       grid: the number of blocks along each axis of the grid.
       num_warps: the number of warps of a block.
       num_stages: the number of stages of the software pipeline of the loops.
-      constants: the `tl.constexpr` arguments.
+      constants: the `tl.constexpr` arguments of the kernel.
 
     Returns:
       A pytree of arrays with the structure, shapes and dtypes of `out`.
@@ -113,6 +129,7 @@ def launch(
 
 
 def _compiled(kernel, *arrays, out, grid, num_warps, num_stages, constants):
+    """Do what `launch` does, with the compiled kernel, on a GPU."""
     jax_triton = _jax_triton()
     if _was_imported_to_interpret():
         raise RuntimeError("triton was imported to interpret kernels; compile kernels in another process")
@@ -128,6 +145,7 @@ def _compiled(kernel, *arrays, out, grid, num_warps, num_stages, constants):
 
 @functools.cache
 def _jax_triton():
+    """Import jax_triton, mend its dead-code rule for this version of JAX, and return the module."""
     import jax_triton
     from jax._src.interpreters import partial_eval
     from jax_triton import triton_lib

@@ -13,7 +13,7 @@ _NAMES = {"f": "fp", "i": "i", "u": "u", "b": "i"}
 
 
 class _Tensor:
-    """The methods of a tensor that the interpreter calls, for a NumPy array, which is not copied."""
+    """A NumPy array with the methods of a torch tensor that Triton's interpreter calls. The array is not copied."""
 
     def __init__(self, array: np.ndarray):
         bits = 1 if array.dtype == bool else 8 * array.dtype.itemsize
@@ -30,9 +30,9 @@ class _Tensor:
 
 @contextlib.contextmanager
 def _language_patched_once() -> Iterator[None]:
-    """In this context, patch the Triton language once for each module and launch.
+    """In this context, the interpreter patches the Triton language only once for each module that defines functions.
 
-    Otherwise the interpreter would patch it at every call of a function.
+    Without this context, it would patch the language at every call of a `triton.jit` function, which is slow.
     """
     from triton.language import tensor
     from triton.runtime import interpreter
@@ -58,7 +58,7 @@ def _language_patched_once() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _bfloat16_as_on_a_gpu() -> Iterator[None]:
-    """In this context, round to the nearest bfloat16 number, and compute with the values of bfloat16 numbers.
+    """In this context, the interpreter rounds to the nearest bfloat16 number, and computes with bfloat16 values.
 
     The interpreter stores the bits of a bfloat16 number as an integer. Without this context, it would truncate float32
     numbers to bfloat16, and it would multiply and add the integers. In this context, products of tensor cores use the
@@ -99,7 +99,7 @@ def _bfloat16_as_on_a_gpu() -> Iterator[None]:
 
 
 def run(kernel, *arrays, out, grid, constants, **_):
-    """Run `triton_call.launch` in the interpreter."""
+    """Do what `triton_call.launch` does, in Triton's interpreter. The arguments are those of `launch`."""
     leaves, tree = jax.tree.flatten(out)
 
     def call(*arrays):
