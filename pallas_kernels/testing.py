@@ -55,8 +55,8 @@ class Difference(NamedTuple):
 class Differences(tuple[Difference, ...]):
     """A tuple with a `Difference` for every output and every gradient of an op.
 
-    `str(differences)` is a report, with the wrong outputs and gradients first. `ok` is True if all outputs and gradients are within their tolerances. The truth value is the opposite:
-    `bool(differences)` is True if at least one of them is not.
+    `str(differences)` is a report, with the wrong outputs and gradients first. `ok` is True if all of them are within
+    their tolerances. The truth value is the opposite: `bool(differences)` is True if at least one of them is not.
     """
 
     title: str

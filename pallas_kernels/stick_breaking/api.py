@@ -33,30 +33,32 @@ def stick_breaking_attention(
     implementation: str | Sequence[str] | None = None,
     tiles: tuple[int, int] | None = None,
 ):
-    r"""Compute attention whose weights break a stick, from the nearest key to the left.
+    r"""Compute stick-breaking attention: each key takes a share of what the nearer keys leave of a stick.
 
-    Query q has a stick of length one and visits its keys from the nearest one to the left. Every key breaks off a share
-    beta[q,k] = sigmoid(z[q,k]) of the stick that is left, with z[q,k] = scale * <query_q, key_k>:
+    Query q has a stick of length one and visits its keys from right to left, the nearest key first. Every key breaks
+    off a share beta[q,k] = sigmoid(z[q,k]) of the stick that is left, with z[q,k] = scale * <query_q, key_k>:
 
       A[q,k] = beta[q,k] * prod_{k < m < q} (1 - beta[q,m]),   out[q] = sum_k A[q,k] value_k,
       rem[q] = prod_k (1 - beta[q,k]) = 1 - sum_k A[q,k].
 
-    The weights and `rem` sum to one; there is no normalisation and no position embedding. Query head n reads key head
-    n // (N // K). Sums run in float32, or in float64 if the arrays are float64.
+    A[q,k] is the weight of key k, and rem[q] is the stick left after all keys. The weights of a query and its `rem` sum
+    to one, so there is no normalisation. There is no position embedding. Query head n reads key head n // (N // K).
+    Sums are in float32, or in float64 if the arrays are float64.
 
     Args:
       query: [B, T, N, H].
       key: [B, S, K, H], N a multiple of K.
       value: [B, S, K, Hv].
-      segment_ids: [B, T]. A query sees only keys with the same id. A negative id is padding: out is 0, and rem is 1.
+      segment_ids: [B, T], the document of each query. A query sees only keys with the same id. A query with a negative
+        id is padding: its out is 0, and its rem is 1.
       key_segment_ids: [B, S], by default `segment_ids` (when T = S).
       query_offset: position of the first query among the keys, an int or [B]; S - T by default.
       scale: multiplier of the logits, 1 / sqrt(H) by default; differentiable.
       attend_current: whether the key at the position of the query also breaks off a share.
-      window: a query attends only to keys with q - k <= window.
-      skip_below: a log2 threshold, such as -24. When every row of a query tile has less than 2^skip_below of its stick
-        left, the keys further left are skipped. The skipped weights of a query sum to less than 2^skip_below, and `rem`
-        is the stick left at that point.
+      window: a query attends only to keys with q - k <= window, where q and k are positions.
+      skip_below: the logarithm to base 2 of a threshold, such as -24. When every query of a query tile has less than
+        2^skip_below of its stick left, the keys further left are skipped. The skipped weights of a query sum to less
+        than 2^skip_below, and `rem` is the stick left at that point.
       return_stats: whether to return also `Stats(log_rem [B,T,N], kept [B,K])`. `log_rem` is the natural logarithm of
         the stick left. It does not underflow, and it is differentiable. `kept` is the share of the key tiles in reach
         that were computed.
@@ -69,10 +71,10 @@ def stick_breaking_attention(
       also the `Stats`.
 
     Raises:
-      ValueError: shapes or dtypes do not fit (the message has their letters); a mesh divides arrays along other axes
-        than B, N and K (docs/reference/transformations.md).
+      ValueError: the shapes or dtypes of the arrays do not fit (the message names the axes by their letters); a mesh
+        divides arrays along other axes than B, N and K (docs/reference/transformations.md).
       NotImplementedError: a named implementation cannot run this call.
-      TypeError: a forward-mode derivative (`jax.jvp`) is taken. Only the reference has one.
+      TypeError: a forward-mode derivative (`jax.jvp`) is taken. Only the implementation "reference" has one.
 
     Source: "Scaling Stick-Breaking Attention", arXiv 2410.17980.
 
@@ -106,8 +108,8 @@ def stick_breaking_weights(
 
       A[q,k] = beta[q,k] * prod_{k < m < q} (1 - beta[q,m]),   beta = sigmoid(scale * <query_q, key_k>),
 
-    and zero for the keys that a query does not see. A row sums to 1 - rem. The weights are computed by this
-    definition, which needs memory for T * S numbers per head. `stick_breaking_attention` makes no such array.
+    and zero for the keys that a query does not see. The weights of a query sum to 1 - rem. This function computes the
+    formula directly, with T * S numbers in memory for each head. `stick_breaking_attention` makes no such array.
 
     Args:
       query: [B, T, N, H].
@@ -115,7 +117,7 @@ def stick_breaking_weights(
       segment_ids, key_segment_ids, query_offset, scale, attend_current, window: as in `stick_breaking_attention`.
 
     Raises:
-      ValueError: as in `stick_breaking_attention`; the weights take more than 1 GiB.
+      ValueError: for the reasons of `stick_breaking_attention`, or because the weights take more than 1 GiB.
 
     >>> import jax.numpy as jnp
     >>> zeros = jnp.zeros((1, 4, 1, 8))  # every beta is one half
@@ -144,16 +146,20 @@ def _weights(call: Call):
 def merge_stick_breaking(
     near: tuple[Float[Array, "*b Hv"], Float[Array, "*b"]], far: tuple[Float[Array, "*b Hv"], Float[Array, "*b"]]
 ) -> tuple[Float[Array, "*b Hv"], Float[Array, "*b"]]:
-    """Merge the attention of the same queries over two ranges of keys, the nearer range first.
+    """Merge two results of stick-breaking attention of the same queries over two ranges of keys into one result.
 
     With output o and stick left r: o = o_near + r_near * o_far, r = r_near * r_far. The operation is associative.
 
     Args:
-      near: (out [..., Hv], log_rem [...]) over the nearer keys; log_rem is the natural logarithm.
-      far: (out, log_rem) over the keys further left.
+      near: (out [..., Hv], log_rem [...]) over the keys nearer to the queries. log_rem is the natural logarithm of the
+        stick left, from `Stats`.
+      far: (out [..., Hv], log_rem [...]) over the keys further left.
 
     Returns:
-      (out, log_rem) over both.
+      (out [..., Hv], log_rem [...]) over the keys of both ranges.
+
+    Raises:
+      ValueError: `near` or `far` is no pair of arrays, or the shapes differ.
 
     >>> import jax, jax.numpy as jnp
     >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 8, 2, 16))
@@ -172,7 +178,7 @@ def merge_stick_breaking(
     (out_near, log_near), (out_far, log_far) = parts
     if out_near.shape != out_far.shape or log_near.shape != log_far.shape or out_near.shape[:-1] != log_near.shape:
         raise ValueError(
-            f"merge_stick_breaking joins out [..., Hv] and log_rem [...] of equal shapes, "
+            f"near and far must both be out [..., Hv] and log_rem [...] of the same shapes, "
             f"got near {out_near.shape}, {log_near.shape} and far {out_far.shape}, {log_far.shape}"
         )
     out = out_near.astype(log_near.dtype) + jnp.exp(log_near)[..., None] * out_far.astype(log_near.dtype)
@@ -180,6 +186,7 @@ def merge_stick_breaking(
 
 
 def _checked(query, key, value):
+    """Check the shapes and dtypes of the three arrays and return them. Raise ValueError if they do not fit."""
     query = arguments.floats("query", query, "B,T,N,H")
     key, value = arguments.floats("key", key, "B,S,K,H"), arguments.floats("value", value, "B,S,K,Hv")
     if not query.dtype == key.dtype == value.dtype:
@@ -197,6 +204,7 @@ def _checked(query, key, value):
 
 
 def _check_segments(name, ids, shape, letters):
+    """Raise ValueError if the argument `name` is not an array `ids` of integers of this shape."""
     arguments.integers(name, ids, letters)
     if ids.shape != shape:
         raise ValueError(f"{name} must be integers [{letters}]={list(shape)}, got {ids.dtype}{list(ids.shape)}")

@@ -1,4 +1,4 @@
-"""The checked arguments of one call of stick-breaking attention, and its mask. Every implementation uses them."""
+"""The checked arguments of one call of stick-breaking attention, and its mask. Every implementation takes them."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from ..partition import STATIC, Letters
 
 
 class Call(NamedTuple):
-    """Arrays and settings of one call. Default values are already filled in."""
+    """The arrays and settings of one call of `stick_breaking_attention`, with the default values filled in."""
 
     query: jax.Array  # [B, T, N, H]
     key: jax.Array  # [B, S, K, H]
@@ -22,7 +22,10 @@ class Call(NamedTuple):
 
 
 class Where(NamedTuple):
-    """Positions and segments of the queries and keys. Under a vmap over the batch, the leaves have no axis B."""
+    """The positions and segment ids of the queries and keys, which the mask reads.
+
+    Code that runs under a vmap over the batch receives one batch entry, where the arrays have no axis B.
+    """
 
     offset: jax.Array  # [B], position of the first query among the keys
     query_segments: jax.Array | None  # [B, T]
@@ -30,7 +33,7 @@ class Where(NamedTuple):
 
 
 class Mask(NamedTuple):
-    """The static part of the mask."""
+    """The static part of the mask of a call: the numbers of queries T and keys S, and the settings of the mask."""
 
     T: int
     S: int
@@ -39,9 +42,10 @@ class Mask(NamedTuple):
     static_offset: int | None  # the offset, if it is known when the call is traced
 
     def visible(self, where: Where, q, k):
-        """Return whether query q sees key k, for one batch entry: bool [len(q), len(k)].
+        """Return whether each query sees each key, for one batch entry: bool [len(q), len(k)].
 
-        An index outside the arrays (the padding of a tile) sees nothing, and no query sees it.
+        `q` and `k` are arrays of query indices and key indices. A query index of T or more (the padding of a tile) sees
+        no key, and no query sees a key index of S or more. `where` has the arrays of the batch entry, without axis B.
         """
         offset = where.offset if self.static_offset is None else self.static_offset
         distance = (offset + q)[:, None] - k[None, :]
@@ -56,16 +60,21 @@ class Mask(NamedTuple):
 
 
 class Stats(NamedTuple):
-    """`log_rem` [B,T,N]: natural logarithm of the stick left. `kept` [B,K]: share of the key tiles computed."""
+    """Additional results of `stick_breaking_attention`, with `return_stats`.
+
+    `log_rem` [B,T,N]: the natural logarithm of the stick left. `kept` [B,K]: the share of the key tiles in reach of the
+    queries that was computed. It is below 1 only with `skip_below`.
+    """
 
     log_rem: jax.Array
     kept: jax.Array
 
 
 def letters(call: Call) -> Letters:
-    """Return the letters of a call: the op is a map over the batch and over the key heads.
+    """Return the letters of the axes of all arrays of a call, and the axes along which a mesh may divide the op.
 
-    Query heads are divided like the key heads that they read.
+    These are the batch B, the key heads K and the query heads N. Query heads are divided like the key heads that they
+    read.
     """
     del call
     arrays = Call(

@@ -1,7 +1,8 @@
-"""Code around the GPU kernels that Mosaic and Triton share: the derivative, a few heads at a time, and decoding.
+"""Code around the attention kernels that Mosaic and Triton share: the derivative of the op, and decoding.
 
-The residuals are query, key, value, the cumulative log-decay of every row (two fp32 numbers), and the key tile at which
-every query tile stopped. The output is not kept. `kernels.py` says what the kernels take and return.
+The forward pass saves query, key, value, the cumulative log-decay of every query row (two fp32 numbers), and the key
+tile at which every query tile stopped. The output is not saved. The backward pass computes a few heads at a time, if
+the memory for all heads would be too large. `kernels.py` says what the kernels take and return.
 """
 
 import math
@@ -24,10 +25,11 @@ LN2 = math.log(2)
 
 
 def attention(kernels: Kernels, call: Call):
-    """Return (out [B,T,N,Hv], log_rem [B,T,N], share of the key tiles computed [B,K]).
+    """Return (out [B,T,N,Hv], log_rem [B,T,N], share of the key tiles computed [B,K]), computed by `kernels`.
 
-    First, arrays are padded to whole multiples of `row_multiple`. T and S of `call.mask` do not count the padding, so
-    no query sees a padded key. The rows of padded queries are cut off, so their cotangents are zero.
+    First, the arrays are padded to multiples of `kernels.row_multiple` queries and keys. T and S of `call.mask` do not
+    count the padding, so no query sees a padded key. The rows of padded queries are cut off the results, so their
+    cotangents are zero.
     """
     scale = jnp.full_like(call.query, call.scale, jnp.float32, shape=())  # varies over the same mesh axes as query
     static = call._replace(query=None, key=None, value=None, scale=None, where=None)
@@ -37,7 +39,7 @@ def attention(kernels: Kernels, call: Call):
 
 
 def _padded(x, multiple: int):
-    """Append rows of zeros to x [B, rows, ..], up to a multiple of `multiple` rows, if they are needed."""
+    """Append rows of zeros to x [B, rows, ..], so that the number of rows is a multiple of `multiple`."""
     missing = -x.shape[1] % multiple
     return jnp.pad(x, ((0, 0), (0, missing)) + ((0, 0),) * (x.ndim - 2)) if missing else x
 
@@ -78,9 +80,10 @@ _attention.defvjp(_forward, _backward)
 
 
 def _for_tiles_of(plan: Plan, log_decay, reached):
-    """Convert `log_decay` and `reached` from the tiles of the forward pass to the tiles of the backward pass.
+    """Convert `log_decay` and `reached` from the query tiles of the forward pass to the tiles of the backward pass.
 
-    The tiles of the backward pass have the same number of query rows as those of the forward pass, or fewer.
+    `plan` is the plan of the backward pass. Its query tiles have as many rows as the tiles of the forward pass, or
+    fewer. `log_decay` is [2, B, N, padded rows], and `reached` is [B, N, query tiles].
     """
     times = log_decay.shape[-1] // reached.shape[-1] // plan.row_tile
     if times == 1:
@@ -89,9 +92,10 @@ def _for_tiles_of(plan: Plan, log_decay, reached):
 
 
 def _gradients(kernels: Kernels, plan: Plan, arrays, scale, planned):
-    """Return (dq, parts of d_scale, dk, dv).
+    """Return (dq, parts of d_scale, dk, dv). The sum of all parts of d_scale is the gradient of the scale.
 
-    A few heads are computed at a time, so that their snapshots fit into SNAPSHOTS bytes.
+    `arrays` are query, key, value, d_out, d_log_rem, log_decay and reached. `planned` are the last arguments of a
+    kernel. A few heads are computed at a time, so that their snapshots fit into SNAPSHOTS bytes.
     """
     query, key, value, d_out, d_log_rem, log_decay, reached = arrays
 
@@ -132,9 +136,10 @@ def _gradients(kernels: Kernels, plan: Plan, arrays, scale, planned):
 
 
 def _planned(call: Call, plan: Plan, per_position: int = 1):
-    """Return the last arguments of a kernel.
+    """Return the last arguments of a kernel, as in `Kernels`.
 
     They are the key-tile ranges, padded to whole blocks, the offsets, and the segment ids, padded to whole tiles.
+    `per_position` is the number of query rows at one position: 1, or in decoding the query heads of a key head.
     """
     key_ranges = key_tile_ranges(call, plan.row_tile, plan.key_tile, per_position)
     missing = plan.padded // plan.row_tile - key_ranges.shape[1]
@@ -149,7 +154,10 @@ def _planned(call: Call, plan: Plan, per_position: int = 1):
 
 
 def _share_visited(plan: Plan, key_ranges, reached):
-    """Return the share of the key tiles in reach that were visited, [B,K]."""
+    """Return the share of the key tiles in reach of the queries that the forward pass visited, [B,K].
+
+    `key_ranges` and `reached` are as in `Kernels`. The share is 1 without `skip_below`.
+    """
     if plan.skip_below is None:
         return jnp.ones((plan.B, plan.K), jnp.float32)
     stop, start = key_ranges[:, None, :, 0], key_ranges[:, None, :, 3]
@@ -162,20 +170,22 @@ def _share_visited(plan: Plan, key_ranges, reached):
 
 
 def is_decoding(call: Call) -> bool:
+    """Return whether a call has few queries and many keys, so that the keys of a head are split over several blocks."""
     T, rows = call.mask.T, call.mask.T * (call.query.shape[2] // call.key.shape[2])
     return call.tiles is None and T <= 16 and rows <= 64 and call.mask.S >= 2 * SPLIT
 
 
 def splits(call: Call) -> int:
+    """Return the number of parts into which decoding splits the keys, so that all multiprocessors have work."""
     B, K = call.query.shape[0], call.key.shape[2]
     return max(1, min(platform.multiprocessors() // (B * K), call.mask.S // SPLIT))
 
 
 def _decode(kernels: Kernels, call: Call):
-    """Attend to every split of the keys, and merge the results.
+    """Return (out [B,T,N,Hv], log_rem [B,T,N], share of the key tiles computed [B,K]) of a call with few queries.
 
-    With skip_below, the keys are read in rounds, the nearest keys first. The rounds end when every row has less than
-    2^skip_below of its stick left.
+    The keys are split. Each split is computed separately, and the results are merged. With skip_below, the keys are
+    read in rounds, the nearest keys first, until every query has less than 2^skip_below of its stick left.
     """
     (B, _, N, H), (K, Hv), T = call.query.shape, call.value.shape[2:], call.mask.T
     G, P = N // K, splits(call)
@@ -186,7 +196,7 @@ def _decode(kernels: Kernels, call: Call):
     stop, start = key_ranges[..., 0], key_ranges[..., 3]
 
     def attend(high, low):
-        """Attend to key tiles low..high-1. Return (out [B,K,rows,Hv], log_decay [B,K,rows]) in fp32."""
+        """Return (out [B,K,rows,Hv], log_decay [B,K,rows]) in fp32 over the key tiles low..high-1 [B, query tiles]."""
         share = jnp.arange(P + 1).reshape(-1, 1, 1)
         edges = low[None] + (high - low)[None] * share // P
         clipped = jnp.clip(key_ranges[None], edges[:-1, ..., None], edges[1:, ..., None])

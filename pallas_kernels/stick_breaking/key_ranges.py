@@ -1,7 +1,7 @@
-"""Key-tile ranges: which key tiles a query tile must visit, and which of them need no mask.
+"""Key-tile ranges: which tiles of keys a tile of queries must visit, and which of these need no mask.
 
-These ranges already express causality, windows, offsets, documents and partial tiles. So a GPU kernel has only two
-loop bodies: one with a mask and one without.
+A range is computed from causality, windows, offsets, segments and partial tiles. So a GPU kernel has only two loop
+bodies: one with a mask and one without.
 """
 
 import jax.numpy as jnp
@@ -11,14 +11,17 @@ from .call import Call
 
 
 def key_tile_ranges(call: Call, rows: int, columns: int, per_position: int = 1):
-    """Return (stop, whole_stop, whole_start, start), the largest first, of every query tile: int32 [B, query tiles, 4].
+    """Return the key-tile range of every query tile, (stop, whole_stop, whole_start, start): int32 [B, query tiles, 4].
 
-    A query tile visits the key tiles start..stop-1. The key tiles whole_start..whole_stop-1 need no mask, because every
-    query of the tile sees every key of them. An empty range starts and stops at 0.
+    The four numbers of a range are key tiles, in descending order. A query tile visits the key tiles start..stop-1. The
+    key tiles whole_start..whole_stop-1 need no mask, because every query of the query tile sees every key in them. An
+    empty range starts and stops at 0.
 
     Args:
-      rows, columns: query rows and keys of a tile.
-      per_position: query rows at one position. In decoding these are the heads of a group.
+      call: the checked arguments of the op.
+      rows: the number of query rows of a query tile.
+      columns: the number of keys of a key tile.
+      per_position: the number of query rows at one position. In decoding, the query heads of a key head are such rows.
     """
     mask, where = call.mask, call.where
     T = mask.T * per_position
@@ -55,14 +58,16 @@ def key_tile_ranges(call: Call, rows: int, columns: int, per_position: int = 1):
 
 
 def query_tile_ranges(key_ranges, reached, key_tiles: int):
-    """Return (first, whole_first, whole_stop, stop) of every key tile: int32 [B, N, key tiles, 4].
+    """Return, for every key tile, which query tiles visit it: int32 [B, N, key tiles, 4].
 
-    These are ranges of the query tiles that visit the key tile. The query tiles whole_first..whole_stop-1 visit it and
-    need no mask. The other query tiles of first..stop-1 need a mask, and not all of them visit the key tile.
+    The four numbers are query tiles (first, whole_first, whole_stop, stop), in ascending order. The query tiles
+    whole_first..whole_stop-1 visit the key tile and need no mask. The other query tiles of first..stop-1 need a mask,
+    and not all of them visit the key tile.
 
     Args:
-      key_ranges: a result of `key_tile_ranges`.
-      reached: [B, N, query tiles], the leftmost key tile that each query tile visited.
+      key_ranges: a result of `key_tile_ranges`, [B, query tiles, 4].
+      reached: [B, N, query tiles], the leftmost key tile that each query tile visited in the forward pass.
+      key_tiles: the number of key tiles.
     """
     stop, whole_stop, whole_start, start = (key_ranges[:, None, :, None, which] for which in range(4))
     start, key = jnp.maximum(start, reached[..., None]), jnp.arange(key_tiles)[None, None, None]
@@ -78,9 +83,10 @@ def query_tile_ranges(key_ranges, reached, key_tiles: int):
 
 
 def _segment_range(segments, size):
-    """Return (smallest segment id, largest segment id, whether there is padding) of every tile, [B, tiles].
+    """Return (smallest segment id, largest segment id, whether there is padding) of every tile, each [B, tiles].
 
-    Padding has negative ids. The smallest id does not count padding.
+    `segments` [B, length] are the ids of queries or keys, and `size` is the length of a tile. Padding has negative ids.
+    The smallest id does not count padding.
     """
     pad = -segments.shape[1] % size
     tiles = jnp.pad(segments, ((0, 0), (0, pad)), mode="edge").reshape(segments.shape[0], -1, size)

@@ -1,4 +1,4 @@
-"""Stick-breaking attention on Hopper GPUs: which calls the kernels take, and the sizes of their tiles."""
+"""Stick-breaking attention by Mosaic kernels for Hopper GPUs: which calls they take, and the sizes of their tiles."""
 
 from dataclasses import replace
 
@@ -19,6 +19,7 @@ COPIED_ROWS = 8  # the copy engine needs a number of rows that is a multiple of 
 
 
 def refuses(call: Call) -> str | None:
+    """Return the reason why the kernels cannot run a call, or None if they can."""
     H, (S, Hv) = call.query.shape[-1], call.value.shape[1::2]
     if reason := hopper.refuses(call.query):
         return reason
@@ -36,6 +37,7 @@ def refuses(call: Call) -> str | None:
 
 
 def detail(call: Call) -> str:
+    """Describe for `explain` how the kernels run a call: the tiles, or the splits of the keys in decoding."""
     S = call.mask.S
     copied = f", keys and values copied from S={S} to {S + -S % COPIED_ROWS} rows" if S % COPIED_ROWS else ""
     if fused.is_decoding(call):
@@ -50,18 +52,19 @@ def attention(call: Call):
 
 
 def _warpgroups(call: Call) -> int:
+    """Return the number of warpgroups of a block that compute: one for every 64 query rows of a tile."""
     width = call.query.shape[-1] + call.value.shape[-1]
     rows, _ = call.tiles or tuning.tuned("sm_90", "stick_breaking", T=call.mask.T, width=width)["tiles"]
     return rows // ROWS
 
 
 def _bytes(plan: Plan, rows: int) -> int:
-    """Return the bytes of `rows` rows of width H and `rows` rows of width Hv."""
+    """Return the bytes of two arrays in the dtype of the call: [rows, H] and [rows, Hv]."""
     return rows * (plan.H + plan.Hv) * jnp.dtype(plan.dtype).itemsize
 
 
 def _plan(call: Call, *, backward: bool = False, decoding: tuple[int, int] | None = None) -> Plan:
-    """Return the sizes for a call, as in `Kernels.plan`. Decoding has one tile of rows, so one warpgroup computes."""
+    """Return the sizes for a call, as in `Kernels.plan`. In decoding, one warpgroup computes the only query tile."""
     plan = Plan(stages=2, warpgroups=_warpgroups(call), **Plan.sizes_of(call))
     if decoding is None:
         stages = (MEMORY - _bytes(plan, plan.block_rows)) // _bytes(plan, KEYS)

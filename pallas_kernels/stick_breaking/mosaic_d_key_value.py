@@ -1,11 +1,11 @@
-"""The gradients of keys and values on Hopper GPUs: see mosaic_backward.py.
+"""The kernel for the gradients of the keys and of the values on Hopper GPUs. mosaic_backward.py has the formulas.
 
 docs/design/attention_kernels.md explains the barriers.
 
 A block owns 64 keys of one key head. In steps, it computes the query tiles that visit these keys. The steps that need
 no mask come first. Two warpgroups compute A and dz of a step, half of it each, and exchange them through shared memory.
-Then the first warpgroup adds A^T dO to dv, and the second one adds dz^T Q to dk. So no warpgroup holds both sums. Each
-sum takes width / 2 registers of a thread. There are two arrangements:
+Then the first warpgroup adds A^T dO to dv, and the second one adds dz^T Q to dk. So no warpgroup holds both sums, dv
+and dk. A sum of width H or Hv takes width / 2 registers of a thread. There are two arrangements:
 
 - H and Hv up to 128: a step is two neighbouring query tiles, one for each warpgroup. A third warpgroup copies. With
   three warpgroups, a thread has 168 registers.
@@ -43,6 +43,8 @@ END = -1  # the kind of the tiles in the step that ends a pass; this step has no
 
 
 class Inputs(NamedTuple):
+    """References to the arrays that the kernel reads."""
+
     query: Any  # [B, T, N, H]
     key: Any  # [B, S, K, H]
     value: Any  # [B, S, K, Hv]
@@ -56,6 +58,8 @@ class Inputs(NamedTuple):
 
 
 class Outputs(NamedTuple):
+    """References to the arrays that the kernel writes."""
+
     d_key: Any  # [B, S, K, H]
     d_value: Any  # [B, S, K, Hv]
 
@@ -86,13 +90,13 @@ class Block(NamedTuple):
 
 
 def has_steps_left(state):
-    """Return whether there are steps at this cursor or after it. `state`: (cursor, step), see `_copies`."""
+    """Return whether there are steps at this cursor or after it. `state` is (cursor, step number), see `_copies`."""
     cursor, _ = state
     return cursor[0] < 2
 
 
 def is_wide(plan: Plan) -> bool:
-    """Return whether a sum needs so many registers that a block can have only two warpgroups."""
+    """Return whether dk or dv takes so many registers that a block can have only two warpgroups: H or Hv above 128."""
     return max(plan.H, plan.Hv) > 128
 
 
@@ -100,7 +104,7 @@ def d_key_value(
     plan: Plan, query, key, value, d_out, snapshots, reached, scale, key_ranges, offset,
     query_segments=None, key_segments=None,
 ):  # fmt: skip
-    """Return (dk [B,S,K,H], dv [B,S,K,Hv])."""
+    """Return (dk [B,S,K,H], dv [B,S,K,Hv]). The arguments are those of `Kernels.d_key_value`."""
     wide, dtype = is_wide(plan), plan.dtype
     tiles = 1 if wide else 2
     copies = 3 * tiles  # the number of copies of a step
@@ -151,18 +155,19 @@ def d_key_value(
 
 
 def _copies(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, copies: int):
-    """Return the function offer(cursor, step) -> (the next cursor, the next step). It copies the step if it is due.
+    """Return the function offer(cursor, step) -> (next cursor, next step). It copies query tiles if they are due.
 
-    A cursor is (pass, query head of the key head, query tile). It goes over all query tiles twice. In the first pass,
-    the steps that need no mask are due. In the second pass, the steps that need a mask are due. A pass ends with a step
-    that has no tiles. This step is always due.
+    A cursor is (pass, query head of the key head, query tile), and `step` is the number of the next step. The cursor
+    goes over all query tiles twice. In the first pass, the query tiles that need no mask are due. In the second pass,
+    the query tiles that need a mask are due. Query tiles that are due become step `step`: they are copied to its stage.
+    A pass ends with a step without query tiles, which is always due. `copies` is the number of copies of a step.
     """
     b, head, j = block
     G, tiles = plan.N // plan.K, len(scratch.query)
     query_tiles = inputs.key_ranges.shape[1]
 
     def kind(n, i):
-        """Return 0 if query tile i does not visit the keys, 1 if it needs a mask, 2 if it needs no mask."""
+        """Return 0 if query tile i of head n does not visit the keys, 1 if it needs a mask, 2 if it needs no mask."""
         inside = i < query_tiles
         i = jnp.minimum(i, query_tiles - 1)
         stop, whole_stop, whole_start, start = (inputs.key_ranges[b, i, which] for which in range(4))
@@ -209,9 +214,10 @@ def _copies(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, copies: 
 
 
 def _sum(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, own: int, out_ref, offer) -> None:
-    """Run warpgroup `own`: 0 sums dv, 1 sums dk. With `offer`, it also copies, one step ahead.
+    """Do the work of warpgroup `own`: warpgroup 0 sums dv, warpgroup 1 sums dk, and both compute A and dz.
 
-    The sum is copied out through the shared memory of query tiles, after the other warpgroup has read the last tile.
+    With `offer` (see `_copies`), the warpgroup also copies, one step ahead. At the end, it copies its sum to `out_ref`
+    through the shared memory of query tiles, after the other warpgroup has read the last tile.
     """
     b, head, j = block
     dtype, tiles = plan.dtype, len(scratch.query)
@@ -225,7 +231,7 @@ def _sum(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, own: int, o
                 plgpu.copy_gmem_to_smem(part, mem.at[half], scratch.resident)
 
     def copy(cursor, step):
-        """Find the next step and start its copies. Return the cursor after it."""
+        """Move the cursor to the query tiles of step `step`, and start their copies. Return the cursor after them."""
         is_to_find = lambda state: has_steps_left(state) & (state[1] == step)  # noqa: E731
         return lax.while_loop(is_to_find, lambda state: offer(*state), (cursor, step))[0]
 
@@ -242,7 +248,7 @@ def _sum(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, own: int, o
         opaque = zeros(step, plan.H + plan.Hv > 64)
 
         def exchange(half):
-            """Compute A and dz of one half of the keys, and write them to shared memory."""
+            """Compute A and dz [64, 32] of a query tile and one half of the keys, and write them to shared memory."""
             at, keys = stage + opaque[half], half + opaque[half]
             z = shims.product(scratch.query[w].at[at], scratch.key.at[keys].transpose((1, 0))) * multiplier
             d_weights = shims.product(scratch.d_out[w].at[at], scratch.value.at[keys].transpose((1, 0)))

@@ -1,7 +1,6 @@
-"""The gradient of the queries on Hopper GPUs, and the snapshots for the gradients of keys and values.
+"""The kernel for the gradient of the queries on Hopper GPUs. It also writes the snapshots that `d_key_value` reads.
 
-mosaic_backward.py has the mathematics.
-docs/design/attention_kernels.md explains the barriers.
+mosaic_backward.py has the formulas and says what a snapshot is. docs/design/attention_kernels.md explains the barriers.
 """
 
 from functools import partial
@@ -21,6 +20,8 @@ from .mosaic_tile import KEYS, ROWS, Assignment, Plan, block, tile_memory, two_s
 
 
 class Inputs(NamedTuple):
+    """References to the arrays that the kernel reads. W is the number of warpgroups that compute."""
+
     query: Any  # [B, T, N, H]
     key: Any  # [B, S, K, H]
     value: Any  # [B, S, K, Hv]
@@ -35,13 +36,15 @@ class Inputs(NamedTuple):
 
 
 class Outputs(NamedTuple):
+    """References to the arrays that the kernel writes."""
+
     d_query: Any  # [B, T, N, H]
     d_scale: Any  # [B, N, rows padded]: the part of every row
     snapshots: Any  # [B, N, key tiles, 2 halves, 2, rows padded]: the log-decay on entry, and P
 
 
 class Scratch(NamedTuple):
-    """Shared memory of a block, then its barriers."""
+    """Shared memory of a block, then its barriers. W is the number of warpgroups that compute."""
 
     query: Any  # [W, ROWS, H]; at the end, the gradient overwrites it
     d_out: Any  # [W, ROWS, Hv]
@@ -57,10 +60,11 @@ def d_query(
     plan: Plan, query, key, value, d_out, d_log_rem, log_decay, reached, scale, key_ranges, offset,
     query_segments=None, key_segments=None,
 ):  # fmt: skip
-    """Return (dq [B,T,N,H], d_scale of every row [B,N,rows padded], snapshots).
+    """Return (dq [B,T,N,H], the contribution of every row to the gradient of the scale [B,N,rows padded], snapshots).
 
-    The snapshots are [B,N,key tiles,2 halves,2,rows padded]. Snapshots of tiles that no row visits are not written.
-    `log_decay` and `reached` are results of the forward pass.
+    The snapshots are [B, N, key tiles, 2 halves, 2, rows padded]: for each half of a key tile, the cumulative log-decay
+    on entry, and P. Snapshots of key tiles that no row visits are not written. The arguments are those of
+    `Kernels.d_query`: `log_decay` and `reached` are results of the forward pass.
     """
     W, stages, dtype = plan.warpgroups, plan.stages, plan.dtype
     memory = partial(tile_memory, dtype=dtype, swizzle=SWIZZLE)
@@ -103,16 +107,16 @@ def d_query(
 
 
 def _bound(inputs: Inputs, b, n, first, w, which):
-    """Return entry `which` of the key-tile range of query tile first + w.
+    """Return entry `which` of the key-tile range of query tile first + w, for batch entry b and query head n.
 
-    The range leaves out the key tiles that the forward pass skipped.
+    The range is (stop, whole_stop, whole_start, start), without the key tiles that the forward pass skipped.
     """
     x = inputs.key_ranges[b, first + w, which]
     return jnp.maximum(x, inputs.reached[b, n, first + w]) if which else x
 
 
 def _copy(plan: Plan, assigned: Assignment, inputs: Inputs, scratch: Scratch) -> None:
-    """Run the warpgroup that copies key tiles, from left to right."""
+    """Do the work of the warpgroup that copies key tiles to shared memory, from left to right."""
 
     def copy(step, _):
         stage = pipeline.free_stage(scratch.ring, step, plan.stages)
@@ -126,7 +130,11 @@ def _copy(plan: Plan, assigned: Assignment, inputs: Inputs, scratch: Scratch) ->
 
 
 def _compute(plan: Plan, assigned: Assignment, inputs: Inputs, outputs: Outputs, scratch: Scratch) -> None:
-    """Run a warpgroup that computes. It visits its own key tiles, and waits at tiles that only the other one visits."""
+    """Do the work of a warpgroup that computes 64 query rows.
+
+    It visits the key tiles of its rows. At key tiles that only the other warpgroup visits, it waits and arrives at the
+    barriers.
+    """
     b, n, wg, dtype = assigned.b, assigned.n, assigned.wg, plan.dtype
     row = (assigned.i * plan.warpgroups + wg) * ROWS
     rows = pl.ds(row, ROWS)
@@ -190,7 +198,10 @@ def _compute(plan: Plan, assigned: Assignment, inputs: Inputs, outputs: Outputs,
 def _write(
     plan: Plan, assigned: Assignment, rows, acc, inputs: Inputs, outputs: Outputs, scratch: Scratch
 ) -> None:  # fmt: skip
-    """Write the gradient of the scale, and copy the gradient of the queries to global memory."""
+    """Write the results of a warpgroup: d_scale of its rows, and the gradient of its queries through shared memory.
+
+    `acc` [64, H] in registers is the sum of dz K over all keys.
+    """
     b, n, wg = assigned.b, assigned.n, assigned.wg
     # The sum of dz * q.k over the keys, before anything is rounded. It is computed in pieces, to save registers.
     d_scale = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), shims.ROW)

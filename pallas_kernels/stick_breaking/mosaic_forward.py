@@ -1,7 +1,7 @@
 """The forward pass on Hopper GPUs (Pallas Mosaic GPU). docs/design/attention_kernels.md explains its barriers.
 
-A block has one or two warpgroups that compute, and each of them owns 64 query rows of one head. They walk the key tiles
-from the diagonal to the left. One more warpgroup copies the tiles ahead of them.
+A block has one or two warpgroups that compute, and each of them owns 64 query rows of one head. They visit the key
+tiles from the nearest one to the left. One more warpgroup copies the key tiles to shared memory ahead of them.
 
 The kernel does not move registers from the copying warpgroup to the others, because the linker of the CUDA libraries
 ignores the instruction for it. The kernel needs no more than the 168 registers that each of 384 threads has.
@@ -37,6 +37,8 @@ from .mosaic_tile import (
 
 
 class Inputs(NamedTuple):
+    """References to the arrays that the kernel reads. W is the number of warpgroups that compute."""
+
     query: Any  # [B, T, N, H]
     key: Any  # [B, S, K, H]
     value: Any  # [B, S, K, Hv]
@@ -47,13 +49,15 @@ class Inputs(NamedTuple):
 
 
 class Outputs(NamedTuple):
+    """References to the arrays that the kernel writes. They mean the same as the results of `forward`."""
+
     out: Any  # [B * splits, T, N, Hv]
     log_decay: Any  # [2, B * splits, N, rows padded]
     reached: Any  # [B * splits, N, tiles * W]
 
 
 class Scratch(NamedTuple):
-    """Shared memory of a block, then its barriers."""
+    """Shared memory of a block, then its barriers. W is the number of warpgroups that compute."""
 
     query: Any  # [W, ROWS, H]
     out: Any  # [W, ROWS, Hv], or None if the output overwrites the query
@@ -69,8 +73,9 @@ class Scratch(NamedTuple):
 def forward(plan: Plan, query, key, value, scale, key_ranges, offset, query_segments=None, key_segments=None):
     """Return (out [entries,T,N,Hv], log_decay [2,entries,N,rows padded], reached [entries,N,tiles * warpgroups]).
 
-    `entries` is B * splits of the keys. `log_decay` is the sum of two float32 numbers.
-    `reached` is the leftmost key tile that each query tile visited.
+    The arguments are those of `Kernels.forward`. `entries` is B times the number of splits of the keys. `log_decay` is
+    the cumulative log-decay of each query row, as the sum of two float32 numbers. `reached` is the leftmost key tile
+    that each query tile of 64 rows visited.
     """
     W, stages, dtype = plan.warpgroups, plan.stages, plan.dtype
     entries, out_dtype = plan.entries, plan.out_dtype or dtype
@@ -114,7 +119,10 @@ def forward(plan: Plan, query, key, value, scale, key_ranges, offset, query_segm
 
 
 def _copy(plan: Plan, assigned: Assignment, inputs: Inputs, scratch: Scratch) -> None:
-    """Run the warpgroup that copies key tiles, from right to left, until no computing warpgroup needs more."""
+    """Do the work of the warpgroup that copies key tiles to shared memory, from right to left.
+
+    With `skip_below`, it stops when no computing warpgroup needs more key tiles.
+    """
     stages, skip, start = plan.stages, plan.skip_below is not None, assigned.start
     ring, needs = scratch.ring, scratch.needs
 
@@ -147,7 +155,11 @@ def _copy(plan: Plan, assigned: Assignment, inputs: Inputs, scratch: Scratch) ->
 
 
 def _compute(plan: Plan, assigned: Assignment, inputs: Inputs, outputs: Outputs, scratch: Scratch) -> None:
-    """Run a warpgroup that computes. It visits its own key tiles, and waits at tiles that only the other one visits."""
+    """Do the work of a warpgroup that computes 64 query rows.
+
+    It visits the key tiles of its rows. At key tiles that only the other warpgroup visits, it waits and arrives at the
+    barriers.
+    """
     stages, dtype, skip = plan.stages, plan.dtype, plan.skip_below is not None
     ring, needs, wg = scratch.ring, scratch.needs, assigned.wg
     tile = assigned.i * plan.warpgroups + wg
@@ -217,7 +229,10 @@ def _compute(plan: Plan, assigned: Assignment, inputs: Inputs, outputs: Outputs,
 
 
 def _write(plan: Plan, assigned: Assignment, row, acc, log_decay, outputs: Outputs, scratch: Scratch) -> None:
-    """Copy the output of a warpgroup and the log-decay of its rows to global memory, through shared memory."""
+    """Copy the results of a warpgroup to global memory, through shared memory: the output and log-decay of its rows.
+
+    `acc` [64, Hv] and the two floats of `log_decay` [64] are in registers. `row` is the first row of the warpgroup.
+    """
     wg, out_mem = assigned.wg, scratch.query if scratch.out is None else scratch.out
     out_mem[wg] = acc.astype(plan.out_dtype or plan.dtype)
     for part, x in enumerate(log_decay):

@@ -1,7 +1,8 @@
 """Code that the three kernels for Hopper GPUs share: sizes, masks, and the arithmetic of one tile in registers.
 
-All logarithms are base 2. The cumulative log-decay of a row is a positive number, kept in two floats (`two_sum`). The
-backward pass subtracts the terms that the forward pass added, and it must not lose small terms.
+All logarithms are base 2. The cumulative log-decay of a query row is -log2 of the stick left, a positive number, kept
+as the sum of two floats (`two_sum`). The backward pass subtracts the terms that the forward pass added, and it must not
+lose small terms.
 """
 
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ FINISHED = 1e30  # the log-decay of a row that needs no key; all other rows have
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(kernels.Plan):
-    """Static sizes of one call of a kernel for Hopper GPUs."""
+    """The static sizes of one call of an attention kernel for Hopper GPUs."""
 
     stages: int  # key tiles in shared memory
     warpgroups: int  # warpgroups of a block that compute; one more copies
@@ -50,10 +51,10 @@ class Assignment(NamedTuple):
 
 
 def tile_memory(shape, dtype, swizzle: int = 128):
-    """Return shared memory for tiles [.., rows, width] that tensor cores read.
+    """Return the declaration of shared memory of this `shape`, [.., rows, width], whose tiles tensor cores read.
 
-    `swizzle`: the width of the swizzle in bytes, limited to the width of a row. Both operands of a product need the
-    same width.
+    `swizzle`: the width of the swizzle in bytes. It is limited to the width of a row. Both operands of a product need
+    a swizzle of the same width.
     """
     size = jnp.dtype(dtype).itemsize
     swizzle = min(swizzle, shape[-1] * size)
@@ -62,7 +63,11 @@ def tile_memory(shape, dtype, swizzle: int = 128):
 
 
 def sticks(z, seen=None):
-    """Return (log2 of beta, -log2 of 1 - beta) of logits z in units of log2. beta is 0 for a key that is not seen."""
+    """Return (log2 of beta, -log2 of 1 - beta), each of the shape of z, where beta = 1 / (1 + 2^-z).
+
+    z [64, keys] are the logits times log2(e). `seen` is bool [64, keys], or None if every query sees every key. beta is
+    0 for a key that the query does not see.
+    """
     if seen is not None:
         z = jnp.where(seen, z, NOTHING)
     y = shims.exp2_of_minus_abs(z)
@@ -74,25 +79,27 @@ def sticks(z, seen=None):
 
 
 def two_sum(high, low, x):
-    """Return high + low + x as two floats. The low float takes the rounding error of the high float."""
+    """Return two floats whose sum is high + low + x. The second one takes the rounding error of the first one."""
     total = high + x
     rest = total - high
     return total, low + ((high - (total - rest)) + (x - rest))
 
 
 def zeros(step, opaque: bool):
-    """Return two zeros. If `opaque`, the compiler knows neither that they are zero nor that they are equal.
+    """Return two integers 0, one for each half of a key tile. If `opaque`, the compiler cannot know their values.
 
-    `step` must be below 2^24. A product that reads the same memory in every iteration needs the same descriptors, one
-    for every 16 columns. The compiler would keep all descriptors in registers, from half to half and from iteration to
-    iteration. An opaque zero in the index makes the compiler compute them again, in uniform registers.
+    They are computed from `step`, the number of an iteration, which must be below 2^24. A product that reads the same
+    memory in every iteration needs the same descriptors, one for every 16 columns. The compiler would keep all
+    descriptors in registers, from half to half and from iteration to iteration. An opaque zero that is added to the
+    index makes the compiler compute them again, in uniform registers.
     """
     return [lax.shift_right_logical(step, 24 + half) if opaque else jnp.int32(0) for half in range(2)]
 
 
 def visible(plan: Plan, segments, b, first_row, first_column, columns, offset):
-    """Return which of `columns` keys each of 64 rows sees: bool [64, columns] in registers.
+    """Return which keys each of 64 query rows sees: bool [64, columns] in registers.
 
+    The query rows begin at `first_row` of a head, and the keys begin at `first_column`. b is the batch entry.
     `segments`: references (ids of the queries, ids of the keys), or None if the plan has no segments. `offset`: the
     position of the first query among the keys.
     """
@@ -118,10 +125,10 @@ def visible(plan: Plan, segments, b, first_row, first_column, columns, offset):
 
 
 def finished_padding(plan: Plan, segments, b, first_row):
-    """Return the log-decay of each of 64 rows at the start, in registers: 0, or FINISHED for a padding row.
+    """Return the log-decay with which each of 64 query rows starts, fp32 [64] in registers: 0, or FINISHED for padding.
 
-    A padding row is after the last query or in a negative segment. It may see no key. Then a log-decay of 0 would stay
-    0, and the early exit would wait for this row for ever.
+    A padding row is after the last query or has a negative segment id. It may see no key. Then a log-decay of 0 would
+    stay 0, and a block with `skip_below` could not stop early, because it stops only when no row needs more keys.
     """
     is_query = first_row + shims.row_numbers() < plan.rows
     if plan.segments:
@@ -131,9 +138,10 @@ def finished_padding(plan: Plan, segments, b, first_row):
 
 
 def block(plan: Plan):
-    """Return (entry, query head, query tile) of this block.
+    """Return (batch entry and split, query head, query tile) that this block computes, from the number of the block.
 
-    Tiles with the most keys come first. Blocks that run at the same time work on few heads, which share the cache.
+    Query tiles with the most keys come first. Blocks that run at the same time compute few heads, whose keys and values
+    fit into the cache.
     """
     together = plan.heads_together
     i = lax.axis_index("block")
@@ -143,9 +151,9 @@ def block(plan: Plan):
 
 
 def visited(bound, warpgroups: int):
-    """Return (stop, start) of the key tiles that some warpgroup of a block visits.
+    """Return (stop, start): at least one warpgroup of a block visits the key tiles start..stop-1.
 
-    `bound(w, which)`: entry `which` of the key-tile range of warpgroup w.
+    `bound(w, which)` returns entry `which` of the key-tile range of warpgroup w: 0 is its stop, 3 is its start.
     """
     if warpgroups == 1:
         return bound(0, 0), bound(0, 3)

@@ -1,4 +1,7 @@
-"""Stick-breaking attention by definition: quadratic, every sum in fp32 (fp64 for fp64) at highest precision."""
+"""The reference of stick-breaking attention: it computes the formulas directly, with all T * S weights in memory.
+
+Every sum is in fp32, or in fp64 for fp64 arrays, and every product is at the highest precision.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +13,10 @@ from .logarithm import NOTHING
 
 
 def weights(call: Call):
-    """Return (A [B,N,T,S], log_rem [B,N,T]) of the query and the key of a call."""
+    """Return (A [B,N,T,S], log_rem [B,N,T]): the attention weights of a call, and the logarithm of the stick left.
+
+    `log_rem` is a natural logarithm. The value array of the call is not used.
+    """
     dtype = sum_type(call.query)
     q, k = call.query.astype(dtype), call.key.astype(dtype)
     k = jnp.repeat(k, q.shape[2] // k.shape[2], axis=2)
@@ -27,7 +33,10 @@ def weights(call: Call):
 
 
 def attention(call: Call):
-    """Return (out [B,T,N,Hv], log_rem [B,T,N], share of the key tiles computed [B,K])."""
+    """Return (out [B,T,N,Hv], log_rem [B,T,N], share of the key tiles computed [B,K]), where all shares are 1.
+
+    `log_rem` is the natural logarithm of the stick left.
+    """
     A, log_rem = weights(call)
     v = jnp.repeat(call.value.astype(A.dtype), A.shape[1] // call.value.shape[2], axis=2)
     out = jnp.einsum("BNTS,BSNH->BTNH", A, v, precision="highest")

@@ -1,7 +1,9 @@
-"""The arithmetic of one tile of queries against one tile of keys, forward and backward.
+"""The arithmetic of one tile of R queries and one tile of C keys, forward and backward, for `xla`.
 
-G query heads share the key head of the tile: q [G,R,H], k [C,H], v [C,Hv], mask [R,C], log_rem [G,R].
-Every formula has the exclusive form: log beta of the key itself, and a sum over the strictly nearer keys.
+G query heads share one key head. The arrays of all functions are q [G,R,H], k [C,H], v [C,Hv], mask bool [R,C] (True if
+the query sees the key), and for the rows log_rem [G,R], the natural logarithm of the stick left when the queries reach
+the tile. Keys are in the order of their positions, so nearer keys are on the right, and queries visit the tile from the
+right. A weight is computed from log beta of its key and a sum over the strictly nearer keys, which excludes the key.
 """
 
 import jax.numpy as jnp
@@ -18,6 +20,7 @@ _CHUNK = 64  # keys of a triangular product
 
 
 def _log1p(y):
+    """Return log(1 + y) for y from 0 to 1: by a polynomial, or by the library for fp64."""
     if y.dtype == jnp.float64:
         return jnp.log1p(y)
     total = jnp.full_like(y, _LOG1P[0])
@@ -27,16 +30,16 @@ def _log1p(y):
 
 
 def _dot(spec, *operands):
-    """Multiply in the type of the operands, and sum in fp32 (fp64 for fp64)."""
+    """Return the einsum `spec` of the operands: products in their dtype, sums in fp32 (in fp64 for fp64 operands)."""
     dtype = sum_type(operands[0])
     return jnp.einsum(spec, *operands, precision="highest", preferred_element_type=dtype)
 
 
 def _sum_after(x, reverse: bool):
-    """Return (the sum over the strictly later keys, or over the earlier ones if `reverse`; the sum over all keys).
+    """Return (sums of x over the keys on one side of each key [.., C], the sum of x over all keys [..]), for x [.., C].
 
-    The last axis is cut into chunks, so that the cost per score does not grow with the tile. Each chunk takes a product
-    with a triangular matrix.
+    The sums for key c are over m > c, or over m < c if `reverse`. The last axis is cut into chunks of 64 keys, so that
+    the cost per score does not grow with C. The sums within a chunk are a product with a triangular matrix.
     """
     *rows, C = x.shape
     chunk = max(1, min(C, _CHUNK))
@@ -55,9 +58,10 @@ def _sum_after(x, reverse: bool):
 
 
 def _sticks(q, k, mask, scale):
-    """Return (z, exp(-|z|), log beta, softplus(z)) of the logits z.
+    """Return (z, exp(-|z|), log beta, softplus(z)), each [G,R,C], for the logits z = scale * <q, k>.
 
-    A masked logit is set to NOTHING first, so that its weight, its softplus and all derivatives are zero.
+    beta = sigmoid(z) is the share of the stick that a key breaks off, and softplus(z) = -log(1 - beta). A masked logit
+    is set to NOTHING first, so that its weight, its softplus and all derivatives are zero.
     """
     z = jnp.where(mask, scale * _dot("grh,ch->grc", q, k), NOTHING)
     y = jnp.exp(-jnp.abs(z))
@@ -66,12 +70,12 @@ def _sticks(q, k, mask, scale):
 
 
 def log_decay(q, k, mask, scale):
-    """Return the cumulative log-decay over this tile, [G,R]: -log of the share of the stick that is left after it."""
+    """Return the log-decay over this tile, [G,R]: -log of the share of the stick that the keys of the tile leave."""
     return _sticks(q, k, mask, scale)[3].sum(-1)
 
 
 def forward(q, k, v, mask, log_rem, scale):
-    """Return (the part of the output from this tile [G,R,Hv], log_rem after the tile)."""
+    """Return (the contribution of the keys of this tile to the output [G,R,Hv], log_rem after the tile [G,R])."""
     _, _, log_beta, softplus = _sticks(q, k, mask, scale)
     nearer, total = _sum_after(softplus, reverse=False)
     weights = jnp.exp(log_beta - nearer + log_rem[..., None])
@@ -79,10 +83,11 @@ def forward(q, k, v, mask, log_rem, scale):
 
 
 def backward(q, k, v, d_out, mask, log_rem, prefix, scale):
-    """Return (dq / scale, dk / scale, dv, the prefix after the tile) of the tile.
+    """Return (dq / scale [G,R,H], dk / scale [C,H], dv [C,Hv], the prefix after the tile [G,R]).
 
-    `log_rem` is the logarithm of the stick left on entry from the right. `prefix` is d_log_rem + the sum of a over the
-    keys further left.
+    The gradients are the contributions of this tile. `d_out` [G,R,Hv] is the cotangent of the output. `prefix` [G,R] is
+    the cotangent of log_rem plus the sum of a over all keys on the left of the tile, where a = weight * <d_out, v>. So
+    the tiles are visited from left to right.
     """
     z, y, log_beta, softplus = _sticks(q, k, mask, scale)
     nearer, _ = _sum_after(softplus, reverse=False)

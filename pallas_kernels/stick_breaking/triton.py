@@ -1,4 +1,4 @@
-"""Stick-breaking attention in Triton: which calls the kernels take, their sizes, and the launches of the kernels."""
+"""Stick-breaking attention by Triton kernels: which calls the kernels take, their sizes, and their launches."""
 
 from dataclasses import dataclass, replace
 
@@ -19,14 +19,14 @@ KEYS = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(kernels.Plan):
-    """Static sizes of one call of a Triton kernel."""
+    """The static sizes of one call of a Triton attention kernel: also its warps, and the stages of its loops."""
 
     warps: int
     stages: int
 
     @property
     def constants(self) -> dict:
-        """The compile-time arguments of all kernels."""
+        """The `tl.constexpr` arguments that all three kernels take, as {name: value}."""
         return dict(
             B=self.B, T=self.rows, S=self.S, N=self.N, K=self.K, H=self.H, Hv=self.Hv, R=self.row_tile,
             C=self.key_tile, Hp=_filled(self.H), Hvp=_filled(self.Hv), tiles=self.tiles,
@@ -36,6 +36,7 @@ class Plan(kernels.Plan):
 
 
 def refuses(call: Call) -> str | None:
+    """Return the reason why the kernels cannot run a call, or None if they can."""
     H, Hv = call.query.shape[-1], call.value.shape[-1]
     if reason := triton_call.refuses(call.query):
         return reason
@@ -51,6 +52,7 @@ def refuses(call: Call) -> str | None:
 
 
 def detail(call: Call) -> str:
+    """Describe for `explain` how the kernels run a call: the tiles, or the splits of the keys in decoding."""
     if fused.is_decoding(call):
         return f"decoding, {fused.splits(call)} splits of the keys"
     plan = _plan(call)
@@ -67,12 +69,12 @@ def attention(call: Call):
 
 
 def _filled(size: int) -> int:
-    """Return the smallest power of two that is at least `size` and that a product takes."""
+    """Return the smallest power of two that is at least `size` and at least 16, the least that tensor cores take."""
     return max(LEAST, 1 << (size - 1).bit_length())
 
 
 def _plan(call: Call, *, backward: bool = False, decoding: tuple[int, int] | None = None) -> Plan:
-    """Return the sizes for a call, as in `Kernels.plan`. Decoding has one tile of rows."""
+    """Return the sizes for a call, as in `Kernels.plan`. In decoding, one query tile holds all query rows of a head."""
     sizes, itemsize = Plan.sizes_of(call), call.query.dtype.itemsize
     width = max(sizes["H"], sizes["Hv"])
     chosen = tuning.tuned(platform.chip(), "stick_breaking_triton", bytes=itemsize, width=width)
@@ -90,7 +92,10 @@ def _plan(call: Call, *, backward: bool = False, decoding: tuple[int, int] | Non
 
 
 def _arrays(plan: Plan, scale, key_ranges, offset, query_segments=None, key_segments=None):
-    """Return the last arrays of every kernel. Without segments, any array may stand in place of their ids."""
+    """Return the arrays that are the last arguments of every kernel: scale, key-tile ranges, offsets and segment ids.
+
+    Without segments, the kernel does not read the segment ids, so the offsets take their places.
+    """
     segments = (query_segments, key_segments) if plan.segments else (offset, offset)
     return scale.reshape(1).astype(jnp.float32), key_ranges, offset, *segments
 

@@ -1,6 +1,8 @@
-"""The gradients of keys and values in Triton: a block owns a key tile and sums over the query tiles that visit it.
+"""The Triton kernel for the gradients of the keys and of the values.
 
-See triton_d_query.py for the mathematics and the snapshots.
+A block owns a key tile and sums over the query tiles that visit it. triton_d_query.py has the formulas, and says what
+the snapshots are. R and C are the numbers of rows of a query tile and of keys of a key tile; Hp and Hvp are H and Hv,
+padded to powers of two.
 """
 
 import triton
@@ -17,7 +19,7 @@ def visit(
     attend_current: tl.constexpr, window: tl.constexpr, segments: tl.constexpr, precision: tl.constexpr,
     masked: tl.constexpr,
 ):  # fmt: skip
-    """Add the part of one query tile to dk and dv."""
+    """Return (dk [C,Hp], dv [C,Hvp]) with the contribution of query tile i added, for the key tile of this block."""
     row = i * R
     rows = row + tl.arange(0, R)
     q = tile.load(q_head, row, T, N * H, H, R, Hp)

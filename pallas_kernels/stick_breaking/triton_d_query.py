@@ -1,10 +1,12 @@
-"""The gradient of the queries in Triton, and the snapshots for the gradients of keys and values.
+"""The Triton kernel for the gradient of the queries. It also writes the snapshots that `d_key_value` reads.
 
-With dA = dO V^T, a = A dA and P = d_log_rem + the sum of a over the keys further left,
+With the weights A, the cotangent dO of the output, dA = dO V^T, a = A dA (element by element) and P = d_log_rem + the
+sum of a over the keys further left,
     dz = (1 - beta) a - beta P,  dq = scale dz K,  dk = scale dz^T Q,  dv = A^T dO.
-A block owns a tile of query rows and walks the key tiles from the left, so P is a running sum. For every key tile, it
-stores the cumulative log-decay of the rows on entry, and P (`snapshots`). `d_key_value` reads the snapshots in any
-order.
+A block owns a tile of query rows and visits the key tiles from the left, so P is a running sum. For every key tile, it
+stores the snapshots of the rows: the cumulative log-decay with which the forward pass entered the tile, and P.
+`d_key_value` reads the snapshots in any order. R and C are the numbers of rows of a query tile and of keys of a key
+tile; Hp and Hvp are H and Hv, padded to powers of two.
 """
 
 import triton
@@ -20,7 +22,10 @@ def visit(
     C: tl.constexpr, Hp: tl.constexpr, Hvp: tl.constexpr, padded: tl.constexpr, window: tl.constexpr,
     segments: tl.constexpr, precision: tl.constexpr, masked: tl.constexpr,
 ):  # fmt: skip
-    """Visit one key tile: store its snapshots, and update the sums."""
+    """Visit key tile j: store its snapshots. Return (P [R], the log-decay as two floats [R], dq / scale [R,Hp]).
+
+    The results are the arguments `prefix`, `high`, `low` and `acc`, updated for the next key tile.
+    """
     k, v, z = tile.key_tile(
         j, q, multiplier, k_head, v_head, last, first, query_segments, key_segments_ref, S, K, H, Hv, C, Hp, Hvp,
         window, segments, precision, masked,

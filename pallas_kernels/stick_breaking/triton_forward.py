@@ -1,6 +1,7 @@
-"""The forward pass in Triton.
+"""The Triton kernel for the forward pass of stick-breaking attention.
 
-A block owns a tile of query rows and walks the key tiles from the diagonal to the left.
+A block owns a tile of R query rows and visits the key tiles, of C keys each, from the nearest one to the left. Hp and
+Hvp are H and Hv, padded to powers of two.
 """
 
 import triton
@@ -15,7 +16,10 @@ def visit(
     S: tl.constexpr, K: tl.constexpr, H: tl.constexpr, Hv: tl.constexpr, C: tl.constexpr, Hp: tl.constexpr,
     Hvp: tl.constexpr, window: tl.constexpr, segments: tl.constexpr, precision: tl.constexpr, masked: tl.constexpr,
 ):  # fmt: skip
-    """Visit one key tile: update the log-decay and the output."""
+    """Visit key tile j, and return (the two floats of the log-decay [R], the output [R,Hvp]) with its keys added.
+
+    The results are the arguments `high`, `low` and `acc`, updated for the next key tile.
+    """
     k, v, z = tile.key_tile(
         j, q, multiplier, k_head, v_head, last, first, query_segments, key_segments_ref, S, K, H, Hv, C, Hp, Hvp,
         window, segments, precision, masked,

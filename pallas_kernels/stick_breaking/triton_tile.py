@@ -1,9 +1,10 @@
 """Code that the three Triton kernels share: the tile of a block, loads, masks, and the arithmetic of one tile.
 
-All logarithms are base 2. Each row carries the cumulative log-decay of its stick as a positive number in two floats
-(`two_sum`), so that the backward pass can subtract the terms again without losing the small ones.
+All logarithms are base 2. The cumulative log-decay of a query row is -log2 of the stick left, a positive number, kept
+as the sum of two floats (`two_sum`). So the backward pass can subtract the terms again without losing the small ones.
 
-Arrays of tokens are [batch, tokens, heads, width]. A width that is not a power of two is padded with zeros.
+Queries, keys and values are arrays [batch, tokens, heads, width]. A tile in registers is [rows, columns], where
+`columns` is the width, padded with zeros to a power of two.
 docs/design/triton_kernels.md says what Triton does for the kernels.
 """
 
@@ -23,9 +24,10 @@ DEGREE = tl.constexpr(len(logarithm.LOG2P1))
 
 @triton.jit
 def block(heads: tl.constexpr, N: tl.constexpr, tiles: tl.constexpr, together: tl.constexpr):
-    """Return (entry, query head, query tile) of this block.
+    """Return (batch entry, query head, query tile) that this block computes, from the number of the block.
 
-    Tiles with the most keys come first. A few heads are computed at a time.
+    `heads` is the number of query heads of all batch entries, and `tiles` is the number of query tiles of a head. Query
+    tiles with the most keys come first. Only `together` heads are computed at the same time.
     """
     program = tl.program_id(0)
     group = program // (together * tiles)
@@ -36,34 +38,46 @@ def block(heads: tl.constexpr, N: tl.constexpr, tiles: tl.constexpr, together: t
 
 @triton.jit
 def head_of(ref, b, head, tokens: tl.constexpr, heads: tl.constexpr, width: tl.constexpr):
-    """Return the pointer to the first number of a head of a batch entry."""
+    """Return the pointer to the first number of head `head` of batch entry b of an array [batch,tokens,heads,width]."""
     return ref + (b.to(tl.int64) * tokens * heads + head) * width
 
 
 @triton.jit
 def pointers(ref, first, stride: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr):
-    """Return pointers [rows, columns] from row `first` on. Rows are `stride` numbers apart."""
+    """Return pointers [rows, columns] to the elements of a tile that begins at row `first`.
+
+    `ref` points to row 0 of the array. Its rows are `stride` elements apart.
+    """
     row, column = tl.arange(0, rows), tl.arange(0, columns)
     return ref + first.to(tl.int64) * stride + (row[:, None] * stride + column[None, :])
 
 
 @triton.jit
 def inside(first, limit, width: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr):
-    """Return bool [rows, columns]: whether the row is before the limit and the column is within the width."""
+    """Return bool [rows, columns]: which elements of a tile that begins at row `first` exist.
+
+    They are those whose row is before `limit` and whose column is before `width`.
+    """
     row, column = first + tl.arange(0, rows), tl.arange(0, columns)
     return (row < limit)[:, None] & (column < width)[None, :]
 
 
 @triton.jit
 def load(ref, first, limit, stride: tl.constexpr, width: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr):
-    """Load [rows, columns]: zeros in the rows from `limit` on and in the columns from `width` on."""
+    """Return a tile [rows, columns] from memory, from row `first` on.
+
+    It has zeros in the rows from `limit` on and in the columns from `width` on.
+    """
     mask = inside(first, limit, width, rows, columns)
     return tl.load(pointers(ref, first, stride, rows, columns), mask=mask, other=0.0)
 
 
 @triton.jit
 def load_whole(ref, first, stride: tl.constexpr, width: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr):
-    """Load [rows, columns]. All rows must be before the limit."""
+    """Return a tile [rows, columns] from memory, from row `first` on, all of whose rows exist.
+
+    It has zeros in the columns from `width` on.
+    """
     if width == columns:
         return tl.load(pointers(ref, first, stride, rows, columns))
     return load(ref, first, first + rows, stride, width, rows, columns)
@@ -79,13 +93,16 @@ def keys_of(ref, first, S: tl.constexpr, stride: tl.constexpr, width: tl.constex
 
 @triton.jit
 def product(a, b, precision: tl.constexpr):
-    """Return a @ b in fp32."""
+    """Return a @ b in fp32, for tiles a and b. `precision` says how float32 numbers are multiplied."""
     return tl.dot(a, b, input_precision=precision)
 
 
 @triton.jit
 def reach(position, attend_current: tl.constexpr, window: tl.constexpr, S: tl.constexpr):
-    """Return the (last, first) key that a query at this position sees. A window of -1 means no window."""
+    """Return (last, first): without segments, a query at this position sees the keys first..last.
+
+    A `window` of -1 means no window; then `first` is 0.
+    """
     last = position if attend_current else position - 1
     first = position - window if window >= 0 else position * 0
     return tl.minimum(last, S - 1), first
@@ -93,9 +110,10 @@ def reach(position, attend_current: tl.constexpr, window: tl.constexpr, S: tl.co
 
 @triton.jit
 def visible(column, last, first, query_segments, key_segments_ref, window: tl.constexpr, segments: tl.constexpr):
-    """Return which keys a query sees: bool [rows, columns].
+    """Return which keys each query sees: bool [rows, columns].
 
-    `key_segments_ref` points to the segments of the batch entry.
+    `column` [columns] are key indices. `last` and `first` [rows] are results of `reach`. `query_segments` [rows] are
+    segment ids, and `key_segments_ref` points to the segment ids of all keys of the batch entry.
     """
     seen = column[None, :] <= last[:, None]
     if window >= 0:
@@ -112,7 +130,10 @@ def key_tile(
     H: tl.constexpr, Hv: tl.constexpr, C: tl.constexpr, Hp: tl.constexpr, Hvp: tl.constexpr, window: tl.constexpr,
     segments: tl.constexpr, precision: tl.constexpr, masked: tl.constexpr,
 ):  # fmt: skip
-    """Return (keys, values, logits in units of log2) of key tile j for the queries q."""
+    """Return (keys [C,Hp], values [C,Hvp], logits [R,C] times log2(e)) of key tile j for the queries q [R,Hp].
+
+    `multiplier` is the scale times log2(e). If `masked`, the logit of a key that a query does not see is NOTHING.
+    """
     column = j * C
     k = keys_of(k_head, column, S, K * H, H, C, Hp, masked)
     v = keys_of(v_head, column, S, K * Hv, Hv, C, Hvp, masked)
@@ -125,7 +146,7 @@ def key_tile(
 
 @triton.jit
 def sticks(z):
-    """Return (log2 of beta, -log2 of 1 - beta) of logits in units of log2."""
+    """Return (log2 of beta, -log2 of 1 - beta), each [R,C], for logits z [R,C] times log2(e)."""
     y = tl.exp2(-tl.abs(z))
     polynomial = tl.zeros_like(z) + LOG2P1[0]
     for power in tl.static_range(1, DEGREE):
@@ -136,7 +157,7 @@ def sticks(z):
 
 @triton.jit
 def sum_of_nearer(softplus):
-    """Return, for each key, the sum over the keys on its right in the tile.
+    """Return, for each query and key, the sum of `softplus` [R,C] over the keys on the right of the key in the tile.
 
     This is a product with a strictly triangular 0/1 matrix. `softplus` is at most ENOUGH. It is split into two float16
     numbers, which keep 22 bits. A tensor core multiplies them by ones without an error and adds in fp32. The key itself
@@ -152,18 +173,20 @@ def sum_of_nearer(softplus):
 
 @triton.jit
 def weights_of(log_beta, softplus, entering):
-    """Return A: beta times the share of the stick that the nearer keys leave. `softplus` is at most ENOUGH.
+    """Return the weights A [R,C]: beta times the share of the stick that the nearer keys leave.
 
-    `entering`: the cumulative log-decay of the rows before the tile, as a positive number.
+    `log_beta` and `softplus` are results of `sticks`, where `softplus` is limited to ENOUGH. `entering` [R] is the
+    cumulative log-decay, a positive number, with which the rows enter the tile from the right.
     """
     return tl.exp2(log_beta - (sum_of_nearer(softplus) + entering[:, None]))
 
 
 @triton.jit
 def d_logits(a, log_beta, softplus, prefix):
-    """Return dz, given a = A dA. `prefix`: P before the tile.
+    """Return dz [R,C], the gradient of the logits, by the formula of triton_d_query.py.
 
-    beta and 1 - beta are each computed from a logarithm, so neither loses digits.
+    `a` is A dA [R,C]. `prefix` [R] is P at the leftmost key of the tile. beta and 1 - beta are each computed from a
+    logarithm, so neither loses digits.
     """
     further = prefix[:, None] + (tl.cumsum(a, 1) - a)
     return tl.exp2(-softplus) * a - tl.exp2(log_beta) * further
@@ -171,7 +194,7 @@ def d_logits(a, log_beta, softplus, prefix):
 
 @triton.jit
 def two_sum(high, low, x):
-    """Return high + low + x as two floats. The low float takes the rounding error of the high float."""
+    """Return two floats whose sum is high + low + x. The second one takes the rounding error of the first one."""
     total = high + x
     rest = total - high
     return total, low + ((high - (total - rest)) + (x - rest))

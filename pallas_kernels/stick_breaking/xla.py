@@ -1,10 +1,11 @@
-"""Stick-breaking attention in plain JAX: blockwise from the diagonal to the left, memory linear in T.
+"""Stick-breaking attention in plain JAX: computed tile by tile from the nearest keys to the left, memory linear in T.
 
-Two drivers use the same arithmetic of a tile. Short calls unroll a loop over query tiles. Each query tile meets one key
-tile, which has all of its keys. Long calls loop over the query tiles, and for each of them over the key tiles. The loop
-over the key tiles is a while loop. It stops at the last tile in reach or, with `skip_below`, when every row of the
-query tile has less than 2^skip_below of its stick left.
-The backward pass recomputes from query, key and value. It does not need the output.
+There is code for short calls and code for long calls. Both use the arithmetic of `tile.py`. A short call unrolls a loop
+over query tiles. For each query tile it computes one key tile, which has all keys that these queries may see. A long
+call loops over the query tiles, and for each of them over the key tiles. The loop over the key tiles is a while loop.
+It stops at the last key tile in reach or, with `skip_below`, when every row of the query tile has less than
+2^skip_below of its stick left. The backward pass computes the weights again from query, key and value, and it does not
+need the output.
 """
 
 import math
@@ -28,6 +29,7 @@ _SKIP_TILES = (128, 256)
 
 
 def _is_short(call: Call) -> bool:
+    """Return whether a call is short: T is at most 512, one key tile can hold all keys, and no option needs a loop."""
     T, S = call.mask.T, call.mask.S
     if 0 in call.query.shape + (S,):
         return True
@@ -35,6 +37,7 @@ def _is_short(call: Call) -> bool:
 
 
 def detail(call: Call) -> str:
+    """Describe the tiles of a call for `explain`."""
     if _is_short(call):
         rows = _short_rows(call)
         tiles = -(-call.mask.T // rows)
@@ -45,7 +48,7 @@ def detail(call: Call) -> str:
 
 
 def attention(call: Call):
-    """(out [B,T,N,Hv], log_rem [B,T,N], share of the key tiles computed [B,K])."""
+    """Return (out [B,T,N,Hv], log_rem [B,T,N], share of the key tiles computed [B,K])."""
     dtype = sum_type(call.query)
     scale = jnp.full_like(call.query, call.scale, dtype, shape=())  # varies over the same mesh axes as query
     static = call._replace(query=None, key=None, value=None, scale=None, where=None)
@@ -94,11 +97,12 @@ def _to_tokens(x):
 
 
 def _over_heads(one_head, call: Call, *extra):
-    """Map `one_head(call of one key head, reach, *extra)` over B and K. `extra` are arrays with these leading axes.
+    """Return `one_head(call of one key head, reach, *extra)` for all batch entries and key heads: arrays [B, K, ..].
 
-    On a CPU, only a few batch entries run together, so that their tiles fit into the cache of a core. Otherwise all
-    data would pass through memory several times. With `skip_below`, one head runs after the other, because heads stop
-    at very different tiles, and a batch would wait for the last one.
+    The call of one key head has query [G,T,H], key [S,H] and value [S,Hv]. `reach` is a result of `_reach`. `extra` are
+    more arrays [B, K, ..]. On a CPU, only a few batch entries run together, so that their tiles fit into the cache of a
+    core. Otherwise all data would pass through memory several times. With `skip_below`, one head runs after the other:
+    heads stop at very different tiles, and heads that run together would all wait for the last one.
     """
     arrays = (_to_heads(call, call.query), call.key.swapaxes(1, 2), call.value.swapaxes(1, 2), *extra)
 
@@ -125,10 +129,10 @@ def _over_heads(one_head, call: Call, *extra):
 
 
 def _entries_together(call: Call) -> int:
-    """Return how many batch entries run together.
+    """Return how many batch entries are computed at the same time.
 
-    On a CPU, it is the largest divisor of B for which the tiles together have at most _CACHED_SCORES scores. On other
-    devices, it is B.
+    On a CPU, it is the largest divisor of B for which one tile of every head of these entries has, all together, at
+    most _CACHED_SCORES scores. On other devices, it is B.
     """
     B, _, N, _ = call.query.shape
     if platform.name() != "cpu":
@@ -142,13 +146,15 @@ def _entries_together(call: Call) -> int:
 
 
 def _short_rows(call):
+    """Return the number of query rows of a tile in a short call."""
     return max(1, min(call.mask.T, _SHORT_ROWS))
 
 
 def _short_tiles(call: Call):
-    """Yield (query slice, key slice) of every query tile.
+    """Yield (slice of the queries, slice of the keys) for every query tile of a short call.
 
-    If the offset is known when the call is traced, the key slice has only the keys in reach. Otherwise it has all keys.
+    If the offset is known when the call is traced, the slice of the keys has only the keys in reach of the queries.
+    Otherwise it has all keys.
     """
     mask, rows = call.mask, _short_rows(call)
     for start in range(0, mask.T, rows):
@@ -161,6 +167,7 @@ def _short_tiles(call: Call):
 
 
 def _short_mask(call, rows, columns):
+    """Return which queries of the slice `rows` see which keys of the slice `columns`: bool [rows, columns]."""
     return call.mask.visible(call.where, np.arange(rows.start, rows.stop), np.arange(columns.start, columns.stop))
 
 
@@ -196,13 +203,17 @@ def _short_backward(call: Call, reach, d_out, d_log_rem):
 
 
 def _long_tiles(call):
+    """Return (query rows, keys) of a tile in a long call."""
     # With skip_below a tile goes on until its last row can stop, so tiles of fewer rows stop earlier.
     rows, columns = call.tiles or (_LONG_TILES if call.skip_below is None else _SKIP_TILES)
     return max(1, min(rows, call.mask.T)), max(1, min(columns, call.mask.S))
 
 
 def _reach(call: Call, where: Where):
-    """Return, for each query tile, the first key tile in reach and the one after the last, over all batch entries."""
+    """Return the key tiles that some query of each query tile may see, in any batch entry: int32 [2, query tiles].
+
+    For each query tile, these are the numbers of the first key tile and of the key tile after the last one.
+    """
     rows, columns = _long_tiles(call)
     needed = _within_mask(call, where.offset)
     if where.query_segments is not None:
@@ -220,9 +231,9 @@ def _reach(call: Call, where: Where):
 
 
 def _within_mask(call: Call, offset):
-    """Return whether a query tile sees a key tile at these offsets [B]: bool [B, query tiles, key tiles].
+    """Return whether some query of a query tile sees some key of a key tile: bool [B, query tiles, key tiles].
 
-    Segments are not considered.
+    `offset` [B] is the position of the first query among the keys. Segments are not considered.
     """
     mask, (rows, columns) = call.mask, _long_tiles(call)
     first_q, first_k = np.arange(0, mask.T, rows), np.arange(0, mask.S, columns)
@@ -235,10 +246,10 @@ def _within_mask(call: Call, offset):
 
 
 def _loop(call: Call):
-    """Return a while loop over the key tiles of a query tile. It states its expected number of passes (`cost.loop`).
+    """Return `lax.while_loop` for a loop over the key tiles of a query tile, under a name that states its passes.
 
-    This is the mean number of key tiles that the mask allows. If the offset is known only when the program runs, the
-    queries are assumed to be at the end of the keys.
+    The expected number of passes (`cost.loop`) is the mean number of key tiles that the mask allows for a query tile.
+    If the offset is known only when the program runs, the queries are assumed to be at the end of the keys.
     """
     mask = call.mask
     offset = mask.S - mask.T if mask.static_offset is None else mask.static_offset
@@ -251,7 +262,10 @@ def _loop(call: Call):
 
 
 def _segment_range(segments, size):
-    """Return the smallest and largest segment id of every tile, [B, tiles]. Padding (negative ids) does not count."""
+    """Return (smallest segment id, largest segment id) of every tile of `size` tokens, each [B, tiles].
+
+    `segments` is [B, length]. The smallest id does not count padding, which has negative ids.
+    """
     pad = -segments.shape[1] % size
     tiles = jnp.pad(segments, ((0, 0), (0, pad)), mode="edge").reshape(segments.shape[0], -1, size)
     big = jnp.asarray(jnp.iinfo(tiles.dtype).max, tiles.dtype)
@@ -259,13 +273,18 @@ def _segment_range(segments, size):
 
 
 def _pad(x, axis, size):
+    """Return x, padded with zeros along one axis to a multiple of `size`."""
     pads = [(0, 0)] * x.ndim
     pads[axis] = (0, -x.shape[axis] % size)
     return jnp.pad(x, pads)
 
 
 class _Tiles:
-    """The padded arrays of one head, cut into tiles. The numbers of tiles may be traced."""
+    """The padded arrays of one key head, and functions that return one tile of them.
+
+    Query tile i has the rows from i * `rows` on, and key tile j has the keys from j * `columns` on. i and j may be
+    traced.
+    """
 
     def __init__(self, call: Call):
         self.call, (self.rows, self.columns) = call, _long_tiles(call)
@@ -276,21 +295,28 @@ class _Tiles:
         self.dtype = sum_type(call.query)
 
     def zeros(self, *shape):
-        """Return zeros, the start of a sum. They vary over the mesh axes over which the arrays vary."""
+        """Return zeros of this shape, the start of a sum. They vary over the same mesh axes as the query array."""
         return jnp.zeros_like(self.q, self.dtype, shape)
 
     def queries(self, i, x):
+        """Return the rows of query tile i of x [G, padded T, ..]."""
         return lax.dynamic_slice_in_dim(x, i * self.rows, self.rows, 1)
 
     def keys(self, j):
+        """Return an iterator over key tile j [columns, H] and value tile j [columns, Hv]."""
         return (lax.dynamic_slice_in_dim(x, j * self.columns, self.columns, 0) for x in (self.k, self.v))
 
     def mask(self, i, j):
+        """Return which queries of query tile i see which keys of key tile j: bool [rows, columns]."""
         q, k = i * self.rows + jnp.arange(self.rows), j * self.columns + jnp.arange(self.columns)
         return self.call.mask.visible(self.call.where, q, k)
 
     def has_stick_left(self, i, log_rem):
-        """Return whether any row of query tile i, except padding, has enough stick left for keys further left."""
+        """Return whether at least one query of query tile i still needs keys further left.
+
+        It does if it has at least 2^skip_below of its stick left: `log_rem` [G, rows] is the natural logarithm of the
+        stick left. Padding rows need no keys. Without `skip_below`, the answer is always True.
+        """
         if self.call.skip_below is None:
             return True
         q = i * self.rows + jnp.arange(self.rows)
@@ -359,5 +385,6 @@ def _long_backward(call: Call, reach, d_out, d_log_rem):
 
 
 def _add_at(total, part, j):
+    """Return `total` with `part` added to its key tile j. Both have keys along the first axis."""
     size = part.shape[0]
     return lax.dynamic_update_slice_in_dim(total, lax.dynamic_slice_in_dim(total, j * size, size) + part, j * size, 0)
