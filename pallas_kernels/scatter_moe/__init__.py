@@ -1,4 +1,4 @@
-"""Sparse experts by scatter-gather grouped matrix products: public names. `api` has the functions and their checks."""
+"""The public names of sparse experts, computed by grouped matrix products. `api` has the functions and their checks."""
 
 from .api import expert_linear, expert_mlp
 from .routing import Routing, route

@@ -21,34 +21,36 @@ def expert_linear(
     bias: Float[Array, "E F"] | None = None,
     implementation: str | Sequence[str] | None = None,
 ) -> Float[Array, "Q F"]:
-    r"""Apply the linear map of every expert to the rows that are routed to it.
+    r"""Multiply every row by the weight of the expert to which it is routed: a grouped matrix product.
 
     For choice s of token t, whose expert is e = expert_indices[t,s]:
 
       y[t,s] = x[t,s] weight[e] + bias[e],   and with gates   out[t] = sum_s gates[t,s] y[t,s]   (in fp32).
 
-    Rows are "scattered" (in the order of the tokens) or "grouped" (sorted by expert: `routing.order`). No row is
-    padded, and no row is copied for each expert. The expert index E means no expert: the output is exactly zero, and no
-    bias is added.
+    The rows of x and of the result are "scattered" (in the order of the tokens) or "grouped" (sorted by expert, in the
+    order of `routing.order`). No rows are padded, and no array has a copy of x for every expert. The expert index E
+    means no expert: the output is exactly zero, and no bias is added.
 
     Args:
       x: [T, D], where the k choices of token t read row t, or [T*k, D], where choice s of token t reads row t * k + s.
         With `grouped_in`, x is [T*k, D] and its rows are sorted.
-      weight: [E, D, F].
-      routing: from `route`.
+      weight: [E, D, F], one matrix for each expert.
+      routing: a result of `route`, which has the expert of every (token, choice) pair.
       grouped_in: whether the rows of x are sorted by expert.
       grouped_out: whether to return the rows sorted by expert.
-      gates: [T, k], the weights for the sum of the k outputs of a token.
-      bias: [E, F].
+      gates: [T, k], the weights for the sum of the k outputs of a token. Without gates, the outputs are not summed.
+      bias: [E, F], one vector for each expert.
       implementation: as in `stick_breaking_attention`.
 
     Returns:
-      [T*k, F], or [T, F] with gates, in the type of x.
+      y [T*k, F], or out [T, F] with gates, in the type of x.
 
     Raises:
-      ValueError: shapes or dtypes do not fit (the message has their letters); there are gates and `grouped_out` is
-        True; a mesh divides arrays along other axes than T and F (docs/reference/transformations.md).
-      TypeError: a forward-mode derivative (`jax.jvp`) is taken. Only the reference has one.
+      ValueError: the shapes or dtypes of the arrays do not fit (the message names the axes by their letters); there are
+        gates and `grouped_out` is True; a mesh divides arrays along other axes than T and F
+        (docs/reference/transformations.md).
+      NotImplementedError: a named implementation cannot run this call.
+      TypeError: a forward-mode derivative (`jax.jvp`) is taken. Only the implementation "reference" has one.
 
     Source: "Scattered Mixture-of-Experts Implementation", arXiv 2403.08245 (ParallelLinear).
 
@@ -74,29 +76,31 @@ def expert_mlp(
     activation: str = "swiglu",
     implementation: str | Sequence[str] | None = None,
 ) -> Float[Array, "T D"]:
-    r"""Apply the feed-forward network of every expert, and sum the outputs of a token with its gates.
+    r"""Apply feed-forward networks, one for each expert, to the tokens that are routed to them, and sum with the gates.
 
       out[t] = sum_s gates[t,s] (act(x[t] w_in[e] + b_in[e]) w_out[e] + b_out[e]),   e = expert_indices[t,s].
 
     Args:
       x: [T, D].
-      w_in: [E, D, F], or [E, D, 2F] for swiglu, geglu and reglu, where the first half is for the gate.
+      w_in: [E, D, F], or [E, D, 2F] for swiglu, geglu and reglu. There the first F columns give the half of the hidden
+        layer that goes through the function, and the last F columns give the half that multiplies it.
       w_out: [E, F, D].
-      routing: from `route`.
-      gates: [T, k].
-      b_in: [E, F] or [E, 2F].
+      routing: a result of `route`, which has the expert of every (token, choice) pair.
+      gates: [T, k], the weights for the sum of the k outputs of a token.
+      b_in: [E, F] or [E, 2F], as w_in.
       b_out: [E, D].
-      activation: swiglu (silu(gate) * up), geglu (tanh gelu), reglu, gelu (exact), gelu_tanh, relu, relu2 (squared),
-        silu.
+      activation: "swiglu" (silu of the first half * second half), "geglu" (the same with the tanh form of gelu),
+        "reglu" (with relu), "gelu" (exact), "gelu_tanh", "relu", "relu2" (relu squared) or "silu".
       implementation: as in `stick_breaking_attention`.
 
     Returns:
       [T, D] in the type of x. The output of a token without experts is exactly zero.
 
     Raises:
-      ValueError: shapes or dtypes do not fit (the message has their letters); the activation is unknown; a mesh
-        divides arrays along other axes than T (docs/reference/transformations.md).
-      TypeError: a forward-mode derivative (`jax.jvp`) is taken. Only the reference has one.
+      ValueError: the shapes or dtypes of the arrays do not fit (the message names the axes by their letters); the
+        activation is unknown; a mesh divides arrays along other axes than T (docs/reference/transformations.md).
+      NotImplementedError: a named implementation cannot run this call.
+      TypeError: a forward-mode derivative (`jax.jvp`) is taken. Only the implementation "reference" has one.
 
     Source: "Scattered Mixture-of-Experts Implementation", arXiv 2403.08245.
 
@@ -112,13 +116,14 @@ def expert_mlp(
 
 
 def _check_one_dtype(**arrays):
+    """Raise ValueError if the arrays, given by their names, do not all have the same dtype."""
     dtypes = [str(a.dtype) for a in arrays.values()]
     if len(set(dtypes)) > 1:
         raise ValueError(f"{', '.join(arrays)} must have one dtype, got {', '.join(dtypes)}")
 
 
 def _floats(name, a, shape, letters):
-    """Check that `a` is a floating-point array of this shape, and return it. If `a` is None, return None."""
+    """Check that the argument `name` is a floating-point array `a` of this shape, or None, and return it."""
     if a is None:
         return None
     a = arguments.floats(name, a, letters)
@@ -128,7 +133,7 @@ def _floats(name, a, shape, letters):
 
 
 def _sizes(routing):
-    """Return (T, k, E) of a routing."""
+    """Return (T, k, E): the numbers of tokens, of choices of a token, and of experts. Check that it is a `Routing`."""
     if not isinstance(routing, Routing):
         raise ValueError(f"routing must be the result of route(expert_indices, E), got {type(routing).__name__}")
     return *routing.expert_indices.shape, routing.num_experts
@@ -144,7 +149,7 @@ def _prepare_linear(x, weight, routing, *, grouped_in=False, grouped_out=False, 
         raise ValueError(f"weight must be [E,D,F] with E={E}, D={x.shape[1]}, got weight.shape={weight.shape}")
     allowed = (T * k,) if grouped_in else (T, T * k)
     if x.shape[0] not in allowed:
-        names = "T*k (grouped_in)" if grouped_in else "T or T*k"
+        names = "T*k (because of grouped_in)" if grouped_in else "T or T*k"
         raise ValueError(f"x must have {names} rows with T={T}, k={k}, got x.shape={x.shape}")
     if gates is not None and grouped_out:
         raise ValueError("gates sum the k outputs of a token, so they need grouped_out=False")

@@ -17,9 +17,9 @@ Rows = Literal["token", "pair", "sorted"]
 
 
 class LinearCall(NamedTuple):
-    """A call of `expert_linear`: x @ weight[e] + bias[e] for every row of expert e.
+    """The checked arguments of a call of `expert_linear`: x @ weight[e] + bias[e] for every row of expert e.
 
-    If gates are given, every row is multiplied by its gate, and the rows of a token are summed over k.
+    If gates are given, every result row is multiplied by its gate, and the k rows of a token are summed.
     """
 
     x: jax.Array  # [T, D] or [T*k, D]
@@ -32,7 +32,10 @@ class LinearCall(NamedTuple):
 
 
 class MlpCall(NamedTuple):
-    """A call of `expert_mlp`: the sum over k of gate * (act(x @ w_in[e] + b_in[e]) @ w_out[e] + b_out[e])."""
+    """The checked arguments of a call of `expert_mlp`.
+
+    The result is the sum over the k choices of a token of gate * (act(x @ w_in[e] + b_in[e]) @ w_out[e] + b_out[e]).
+    """
 
     x: jax.Array  # [T, D]
     w_in: jax.Array  # [E, D, F], 2F for a gated activation, with the half for the gate first
@@ -48,9 +51,10 @@ _ROUTING = Routing(order=RECOMPUTED, inverse=RECOMPUTED, offsets=RECOMPUTED, exp
 
 
 def linear_letters(call: LinearCall) -> Letters:
-    """Say along which axes a mesh may divide a call: the tokens and the columns of the result.
+    """Return the letters of the axes of all arrays of a call, and the axes along which a mesh may divide the op.
 
-    With sorted rows, only the columns can be divided.
+    These are the tokens T and the columns F of the result. With sorted rows, it is only F, because a sort by expert
+    mixes the tokens of all devices.
     """
     arrays = LinearCall("T D", "E D F", "E F", "T k", _ROUTING, x_rows=STATIC, out_rows=STATIC)
     if "sorted" in (call.x_rows, call.out_rows):
@@ -59,7 +63,7 @@ def linear_letters(call: LinearCall) -> Letters:
 
 
 def mlp_letters(call: MlpCall) -> Letters:
-    """Return the letters of the axes of a call. A mesh may divide the op along T, the tokens."""
+    """Return the letters of the axes of all arrays of a call. A mesh may divide the op along the tokens T only."""
     hidden = "2F" if call.activation in GATED else "F"
     arrays = MlpCall("T D", f"E D {hidden}", "E F D", f"E {hidden}", "E D", "T k", _ROUTING, activation=STATIC)
     return Letters("expert_mlp", arrays, "T D", {"T": "T"}, _routed)
@@ -88,9 +92,10 @@ _POINTWISE = {
 
 
 def activate(name: str, gate, up=None):
-    """Return the activation of a hidden layer.
+    """Return the activation `name` of a hidden layer [.., F], element by element.
 
-    A gated activation takes the two halves of the layer. Any other activation takes the whole layer as `gate`.
+    A gated activation takes the two halves of the layer, `gate` and `up`, and multiplies f(gate) by up. Any other
+    activation takes the whole layer as `gate`.
     """
     return _POINTWISE[name](gate) if up is None else _POINTWISE[name](gate) * up
 
@@ -128,7 +133,10 @@ _SLOPES = {
 
 
 def d_activate(name: str, d, gate, up=None) -> Iterator:
-    """Yield d times the derivative of `activate` with respect to each half, one after the other, to save registers."""
+    """Yield the gradient of `gate`, and for a gated activation then the gradient of `up`.
+
+    d is the cotangent of `activate(name, gate, up)`. The gradients come one after the other, to save registers.
+    """
     slope = d * _SLOPES[name](gate)
     yield slope if up is None else slope * up
     if up is not None:
@@ -136,6 +144,7 @@ def d_activate(name: str, d, gate, up=None) -> Iterator:
 
 
 def _activation(name: str):
+    """Return the activation as a function of a whole hidden layer: [.., F] to [.., F], or [.., 2F] to [.., F]."""
     parts = 2 if name in GATED else 1
 
     def run(h):

@@ -1,9 +1,9 @@
-"""Code around the GPU kernels that Mosaic and Triton share: the derivatives, and the sums over the k choices.
+"""Code around the expert kernels that Mosaic and Triton share: the derivatives, and the sums over the k choices.
 
-Residuals of `mlp`: x, the pre-activation, the gates and the routing. With y = act(h) w_out and dy = d_out w_out^T, the
-gradient of a gate is <act(h), dy>. So y is not kept. The products gather their rows when they load them. So no array
-with copies of the rows of x or d_out is made. Both sums over the k choices of a token are gathers, which XLA fuses.
-`kernels.py` says what the kernels take and return.
+The forward pass of `mlp` saves its arguments and the pre-activation h. With y = act(h) w_out and dy = d_out w_out^T,
+the gradient of a gate is <y, d_out> = <act(h), dy>, so y is not saved. The products gather their rows when they load
+them, so no array with copies of the rows of x or d_out is made. The two sums over the k choices of a token, for the
+output and for the gradient of x, are gathers, which XLA fuses. `kernels.py` says what the kernels take and return.
 """
 
 from functools import partial
@@ -22,18 +22,21 @@ STEP = 256  # the number of columns at a time is a multiple of this
 
 
 def by_tile(gates, tasks: Tasks):
-    """Return the gate of every row of the tiles, in fp32. It is 0 for rows without a pair."""
+    """Return the gate of every row of the tiles, fp32 [tiles * M], from gates [T, k]. It is 0 for an empty row."""
     return jnp.where(tasks.pairs < 0, 0, gates.astype(jnp.float32).reshape(-1)[jnp.maximum(tasks.pairs, 0)])
 
 
 def _combine(y, routing, gates=None):
-    """Return the sum over the k choices of each token, in fp32. The rows of y are sorted."""
+    """Return the sum of the k rows of each token, fp32 [T, F], for y [R, F] sorted by expert.
+
+    With gates [T, k], each row is multiplied by its gate.
+    """
     y = y[routing.inverse].reshape(*routing.expert_indices.shape, y.shape[-1]).astype(jnp.float32)
     return (y if gates is None else gates.astype(jnp.float32)[..., None] * y).sum(1)
 
 
 def _combined(kernels: Kernels, x, weight, routing, tasks, gates=None, bias=None, *, dtype, transposed=False):
-    """Multiply the sorted rows x by the weights of their experts, and sum over the k choices of each token: [T, F].
+    """Multiply the sorted rows x by the weights of their experts, and sum the k rows of each token: [T, F] in `dtype`.
 
     A few columns are computed at a time, so that the rows before the sum fit into UNCOMBINED bytes.
     """
@@ -51,7 +54,10 @@ def _combined(kernels: Kernels, x, weight, routing, tasks, gates=None, bias=None
 
 
 def _d_gates(gates, d_gate, bias, d_out, routing):
-    """Return the gradient of the gates in the sum of gate * (y + bias). `d_gate` has <y, d_out> of every pair."""
+    """Return the gradient of the gates [T, k], where the output of a token is the sum of gate * (y + bias).
+
+    `d_gate` [R] has <y, d_out> of every pair, and the bias adds <bias, d_out>.
+    """
     d_gates = d_gate.reshape(gates.shape)
     if bias is not None:
         chosen = jnp.pad(bias, ((0, 1), (0, 0)))[routing.expert_indices].astype(jnp.float32)
@@ -63,6 +69,7 @@ def _d_gates(gates, d_gate, bias, d_out, routing):
 
 
 def mlp(kernels: Kernels, call: MlpCall):
+    """Return the result of `expert_mlp`, [T, D], computed by `kernels`."""
     arrays = call.x, call.w_in, call.w_out, call.b_in, call.b_out, call.gates
     return _mlp(*arrays, call.routing, call.activation, kernels)
 
@@ -101,6 +108,7 @@ _mlp.defvjp(_mlp_forward, _mlp_backward)
 
 
 def linear(kernels: Kernels, call: LinearCall):
+    """Return the result of `expert_linear`, [R, F], or [T, F] with gates, computed by `kernels`."""
     arrays = call.x, call.weight, call.bias, call.gates
     return _linear(*arrays, call.routing, call.x_rows, call.out_rows, kernels)
 

@@ -1,4 +1,4 @@
-"""Sparse experts on Hopper GPUs: which calls the kernels take, the sizes of their tiles, and how they are called."""
+"""Sparse experts by Mosaic kernels for Hopper GPUs: which calls they take, their sizes, and how they are called."""
 
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -15,6 +15,7 @@ ONES = 8  # columns of ones: a product with them sums rows. 8, because a copy ta
 
 
 def refuses(call: LinearCall | MlpCall) -> str | None:
+    """Return the reason why the kernels cannot run a call, or None if they can."""
     if reason := hopper.refuses(call.x):
         return reason
     if call.x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
@@ -23,6 +24,7 @@ def refuses(call: LinearCall | MlpCall) -> str | None:
 
 
 def detail(call: LinearCall | MlpCall) -> str:
+    """Describe for `explain` how the kernels run a call: the tiles, and what is special about the call."""
     rows, experts = call.routing.order.shape[0], call.routing.num_experts
     odd = any(n % WIDTH for n in _widths(call))
     text = f"{ROWS * _warpgroups(rows, experts)} x {2 * COLUMNS} tiles"
@@ -32,23 +34,25 @@ def detail(call: LinearCall | MlpCall) -> str:
 
 
 def _widths(call) -> tuple[int, ...]:
+    """Return the sizes of the two axes of the weight of one expert: (D, F), or (F, D) for a network."""
     return call.weight.shape[1:] if isinstance(call, LinearCall) else call.w_out.shape[1:]
 
 
 def _warpgroups(rows: int, experts: int) -> int:
-    """Return the number of warpgroups of a block that multiply.
+    """Return the number of warpgroups of a block that multiply, for `rows` rows of all `experts` experts.
 
-    It is one if most tiles of two warpgroups would be half empty, as in decoding.
+    It is 2, or 1 if most tiles of two warpgroups (128 rows) would be half empty, as in decoding.
     """
     return 2 if rows >= 2 * ROWS * experts else 1
 
 
 def _padded(x, *axes: int):
-    """Return x, padded to multiples of 64 along these axes. It is a copy if an axis needs padding."""
+    """Return x, padded with zeros along these axes to multiples of 64. Without padding, x is not copied."""
     return jnp.pad(x, [(0, -n % WIDTH if axis in axes else 0) for axis, n in enumerate(x.shape)])
 
 
 def mlp(call: MlpCall):
+    """Return the result of `expert_mlp`, [T, D]."""
     if 0 in call.x.shape + call.w_out.shape:
         return xla.mlp(call)
     if _is_unfused(call):
@@ -68,21 +72,22 @@ def mlp(call: MlpCall):
 
 
 def _is_unfused(call: LinearCall | MlpCall) -> bool:
-    """Return whether XLA computes the activation, and not a kernel.
+    """Return whether XLA computes the activation of a network, and not a kernel: for gelu and for float32.
 
-    Mosaic's warpgroups have no error function for the exact gelu. float32 is only for checks and small models.
+    Mosaic kernels have no error function, which the exact gelu needs. float32 is only for checks and small models.
     """
     return isinstance(call, MlpCall) and (call.activation == "gelu" or call.x.dtype == jnp.float32)
 
 
 def _mlp_of_linears(call: MlpCall):
-    """Compute the matrix products with kernels, and the activation between them with XLA."""
+    """Return the result of `expert_mlp`: kernels compute the matrix products, XLA the activation between them."""
     up = LinearCall(call.x, call.w_in, call.b_in, None, call.routing, "token", "sorted")
     hidden = ACTIVATIONS[call.activation](checkpoint_name(linear(up), PRE_ACTIVATION))
     return linear(LinearCall(hidden, call.w_out, call.b_out, call.gates, call.routing, "sorted", "token"))
 
 
 def linear(call: LinearCall):
+    """Return the result of `expert_linear`, [T*k, F], or [T, F] with gates."""
     if 0 in call.x.shape + call.weight.shape:
         return xla.linear(call)
     bias = None if call.bias is None else _padded(call.bias, 1)
@@ -98,17 +103,18 @@ def _rows_of_tile(routing, x) -> int:
 
 
 def _parts(x):
+    """Return x as an array [parts, rows, width]. An array [rows, width] is one part."""
     return x if x.ndim == 3 else x[None]
 
 
 def _plan(tasks, x, columns: int, *, parts: int = 1, **options) -> Plan:
-    """Return the sizes of a kernel from x [parts, rows, width] to a result of `parts` parts of `columns` columns."""
+    """Return the sizes of a kernel that takes x [parts of x, rows, width] and returns [parts, rows, columns]."""
     warpgroups = tasks.rows_of_tile // ROWS
     return Plan(x.shape[0], x.shape[2], columns, parts, x.dtype, warpgroups, **options)
 
 
 def _bias(bias, parts: int = 1):
-    """Return the bias as the kernels read it: [E + 1, parts, F padded] in fp32. Row E, for no expert, is zero."""
+    """Return a bias [E, parts * F] as fp32 [E + 1, parts, F padded]. Entry E, for rows without an expert, is zero."""
     if bias is None:
         return None
     bias = bias.astype(jnp.float32).reshape(bias.shape[0], parts, -1)
@@ -135,7 +141,7 @@ def _d_activated(activation, d_out, source, weight, tasks, h, gates):
 
 
 def _d_gated(d_out, source, weight, tasks, x, x_rows, gates, routing):
-    """Compute `Kernels.d_gated`. Only the product is a kernel. XLA does the rest, in the order of the pairs."""
+    """Do what `Kernels.d_gated` says. Only the product is a kernel. XLA does the rest, in the order of the pairs."""
     k = gates.shape[1]
     dy = _product(d_out, source, weight, tasks, tasks.pairs, transposed=True).astype(jnp.float32)
     by_pair = {"token": lambda: jnp.repeat(x, k, 0), "pair": lambda: x, "sorted": lambda: x[routing.inverse]}
@@ -152,7 +158,7 @@ def _d_weights(left, left_numbers, right, right_numbers, tasks):
 
 
 def _d_bias(bias, right, numbers, tasks, gates=None):
-    """Return the gradient of a bias: the sum of the rows of an expert, as a product with ones or with the gates."""
+    """Do what `Kernels.d_bias` says: sum the rows of every expert by a product with ones, or with the gates."""
     gate_of_pair = jnp.ones((1, 1)) if gates is None else gates.reshape(-1, 1)
     left = jnp.broadcast_to(gate_of_pair.astype(right.dtype), (tasks.num_pairs, ONES))
     sums = _d_weights(left, tasks.pairs, right, numbers, tasks)[:, 0]

@@ -1,4 +1,4 @@
-"""Products of float32 numbers on Hopper GPUs, each computed as six products of bfloat16 numbers.
+"""Matrix products of float32 arrays on Hopper GPUs, each computed as six products of bfloat16 arrays.
 
 A float32 number has 24 significant bits, a bfloat16 number has 8. So x is the sum of three bfloat16 parts,
 x = x_0 + x_1 + x_2, where each part is at most about 2^-8 of the part before it. The same holds for w. Of the nine
@@ -6,8 +6,8 @@ products of parts, the six largest are summed, and the other three, about 2^-24 
 
     x w = x_0 w_0 + (x_0 w_1 + x_1 w_0) + (x_0 w_2 + x_1 w_1 + x_2 w_0)
 
-Tensor cores also multiply float32 numbers as tf32. Its error is 2^-11, and it needs both operands stored along the
-dimension that is summed. In the gradient of a weight, no operand is stored like this.
+Tensor cores can also round float32 numbers to tf32 and multiply them. The relative error of tf32 is 2^-11, and it needs
+operands that are contiguous in memory along the axis that is summed. In the gradient of a weight, no operand is.
 """
 
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ PRODUCTS = (1, 1), (0, 2), (2, 0), (0, 1), (1, 0), (0, 0)
 
 
 def split(x):
-    """Return the three bfloat16 parts of float32 numbers, the largest first.
+    """Return the three bfloat16 parts of a float32 array x, the largest first. Their sum is x, up to rounding.
 
     The second and third parts of infinity and NaN are zero. `lax.reduce_precision` does the rounding, because XLA
     removes a conversion to bfloat16 and back.
@@ -38,10 +38,10 @@ def split(x):
 
 
 def product(plan: Plan, x, source, weight, tasks: Tasks, target, rows: int, bias=None):
-    """Run `mosaic_product.product`, for float32 too."""
+    """Return the result of `mosaic_product.product`. For float32, compute it as six products of bfloat16 arrays."""
     if plan.dtype == jnp.float32:
         if plan.x_parts != 1:
-            raise NotImplementedError(f"float32 products take rows of one part, not of {plan.x_parts}")
+            raise NotImplementedError(f"a float32 product takes x [1, rows, width], not x of {plan.x_parts} parts")
         x, w = split(x[0]), split(weight)
         # The kernel computes the six products as one product of rows that are six times as long. So its accumulators
         # sum the six products.
@@ -52,7 +52,7 @@ def product(plan: Plan, x, source, weight, tasks: Tasks, target, rows: int, bias
 
 
 def d_weights(left, left_numbers, right, right_numbers, tasks: Tasks):
-    """Run `mosaic_weights.d_weights`, for float32 too."""
+    """Return the result of `mosaic_weights.d_weights`. For float32, compute it as six products of bfloat16 arrays."""
     if left.dtype != jnp.float32:
         return mosaic_weights.d_weights(left, left_numbers, right, right_numbers, tasks)
     lefts, rights = split(left), split(right)

@@ -1,7 +1,8 @@
-"""Products of rows with the weights of their expert on Hopper GPUs (Pallas Mosaic GPU).
+"""The kernels that multiply rows by the weights of their experts on Hopper GPUs (Pallas Mosaic GPU).
 
-out[target[r]] = x[source[r]] @ weight[expert of r]. Both row numbers come from `tasks`, so one kernel covers all four
-cases of sorted and scattered rows. A block computes one tile after the other. In each tile, one or two warpgroups
+out[target[r]] = x[source[r]] @ weight[expert of r], for every row r of the tiles of `tasks`. The row numbers `source`
+and `target` come from `tasks.row_numbers`, so one kernel covers all four cases of sorted and scattered rows of x and of
+out. A block computes one tile after the other. In each tile, one or two warpgroups
 multiply 64 rows each, with one or two accumulators of 64 x 128. Another warpgroup copies ahead of them: rows by their
 numbers, and weights with the copy engine. The operation after the product (an activation or its derivative) runs on
 the accumulators. docs/design/expert_kernels.md explains the barriers.
@@ -33,10 +34,10 @@ DEPTH = 64  # the size of a step along the dimension that is summed
 
 
 class Plan(NamedTuple):
-    """Static sizes of one call of a kernel.
+    """The static sizes of one call of a kernel.
 
-    A row of x or of the result may be split into parts, which are arrays of the same width, such as the halves of a
-    gated layer.
+    A row of x or of the result may be split into parts of the same width, such as the two halves of a gated layer. Then
+    the array is [parts, rows, width].
     """
 
     x_parts: int
@@ -56,16 +57,18 @@ class Plan(NamedTuple):
 
     @property
     def steps_of_part(self) -> int:
+        """The number of steps along the width of one part of x."""
         return -(-self.width // DEPTH)
 
 
 class Kind(NamedTuple):
-    """The differences between `product`, `activated` and `d_activated`.
+    """What differs between the kernels `product`, `activated` and `d_activated`.
 
-    `finish(At, accumulators, inputs, outputs, scratch)` receives the result of a tile. Its last three arguments are
-    pytrees of references. A tile has `per_tile` accumulators. Their first columns are `apart` columns apart.
-    `prefetch(tile, inputs, scratch)` starts to copy more rows for a tile, after the steps of the tile. It returns the
-    barrier to arrive at when these rows have arrived.
+    `finish(At, accumulators, inputs, outputs, scratch)` is called after the matrix product of a tile. It receives the
+    sums in registers, computes the results and writes them. Its last three arguments are pytrees of references. A tile
+    has `per_tile` accumulators. Their first columns are `apart` columns apart. `prefetch(tile, inputs, scratch)` starts
+    to copy the rows that `finish` reads, after the steps of the tile. It returns the barrier to arrive at when these
+    rows have arrived.
     """
 
     name: str
@@ -102,7 +105,7 @@ class Tile(NamedTuple):
 
 
 class At(NamedTuple):
-    """The part of the result that the accumulators of a warpgroup hold."""
+    """The place in the result of the sums that a warpgroup holds in its accumulators."""
 
     wg: jax.Array  # the warpgroup
     rows: pl.Slice  # the 64 rows, numbered over all tiles
@@ -119,21 +122,21 @@ class Steps(NamedTuple):
 
 
 class Finish(NamedTuple):
-    """References to the arrays that `product` and `activated` read after the matrix product."""
+    """References to the arrays that `finish` of `product` and `activated` reads after the matrix product."""
 
     rows: Any  # [tiles * rows]: the row of the result for every row of a tile
     bias: Any  # [E + 1, parts, columns padded], or None
 
 
 class Activated(NamedTuple):
-    """The results of `activated`."""
+    """The results of `activated`, in rows sorted by expert. R is the number of (token, choice) pairs."""
 
     activated: Any  # [R, F]
     hidden: Any  # [parts, R, F], or None
 
 
 class Derivative(NamedTuple):
-    """References to the arrays that `d_activated` reads after the matrix product."""
+    """References to the arrays that `finish` of `d_activated` reads after the matrix product."""
 
     rows: Any  # [tiles * rows]: the sorted row of every row of a tile
     hidden: Any  # [parts, R, F]
@@ -141,7 +144,7 @@ class Derivative(NamedTuple):
 
 
 class Derivatives(NamedTuple):
-    """The results of `d_activated`."""
+    """The results of `d_activated`: the gradient of h, gate * act(h), and partial sums of the gradient of the gates."""
 
     d_hidden: Any  # [parts, R, F]
     gated: Any  # [R, F]
@@ -160,7 +163,12 @@ class DerivativeScratch(NamedTuple):
 def _product(
     plan: Plan, kind: Kind, x, source, weight, tasks: Tasks, inputs, out_type, scratch
 ):  # fmt: skip
-    """Launch a kernel. `kind.finish` receives references to `inputs`, to outputs of `out_type` and to `scratch`."""
+    """Launch the kernel of this kind and return its results, a pytree like `out_type`.
+
+    x is [parts, rows, width]. `source` [tiles * rows of a tile] has the row of x for every row of the tiles. The weight
+    is [E, parts * width, F], or with its last two axes swapped if `plan.transposed`. `kind.finish` receives references
+    to `inputs`, to the outputs, and to shared memory and barriers as declared in `scratch`.
+    """
     W, E = plan.warpgroups, weight.shape[0]
     across = -(-plan.columns // kind.step)
     blocks = pipeline.blocks(tasks.expert.shape[0] * across)
@@ -201,7 +209,11 @@ def _product(
 
 
 def _copy(plan: Plan, kind: Kind, operands: Operands, steps_mem: Steps, own, for_each_tile: Callable) -> None:
-    """Run the warpgroup that copies the rows and weights of every step."""
+    """Do the work of the warpgroup that copies the rows and weights of every step to shared memory.
+
+    `for_each_tile(body, state)` calls `state = body(tile, state)` for each tile of the block. `own` is the scratch of
+    the kind of kernel.
+    """
     ring, per_part = steps_mem.ring, plan.steps_of_part
 
     def copy_tile(tile: Tile, before):
@@ -232,7 +244,7 @@ def _copy(plan: Plan, kind: Kind, operands: Operands, steps_mem: Steps, own, for
 def _multiply(
     plan: Plan, kind: Kind, wg, operands: Operands, outputs, steps_mem: Steps, own, for_each_tile: Callable
 ) -> None:  # fmt: skip
-    """Run a warpgroup that multiplies 64 rows of every tile and finishes their result."""
+    """Do the work of warpgroup `wg`: multiply 64 rows of every tile, and call `kind.finish` with the sums."""
 
     def multiply_tile(tile: Tile, step):
         def multiply(stage, accumulators):
@@ -252,9 +264,9 @@ def _multiply(
 
 
 def _store(values, numbers, memory, column, out_ref) -> None:
-    """Write `values` [64, 128] to the rows `numbers` of `out_ref`.
+    """Write `values` [64, 128] to the rows `numbers` [64] of `out_ref`, from column `column` on.
 
-    The values pass through `memory`, which has room for all of their columns or for half of them.
+    The values pass through `memory`, shared memory for 64 rows and for all of the columns or half of them.
     """
     at_once = memory.shape[1]
     for first in range(0, COLUMNS, at_once):
@@ -265,15 +277,16 @@ def _store(values, numbers, memory, column, out_ref) -> None:
 
 
 def _biased(accumulator, bias_ref, part, at):
+    """Return the sums [64, 128] of an accumulator with the bias of the expert added."""
     bias = plgpu.load(bias_ref.at[at.expert, part, pl.ds(at.column, COLUMNS)], layout=shims.COLUMN, optimized=False)
     return accumulator + lax.broadcast_in_dim(bias, accumulator.shape, [1])
 
 
 def product(plan: Plan, x, source, weight, tasks: Tasks, target, rows: int, bias=None):
-    """Return [rows, columns], which has the products in the rows `target`. Other rows are not written.
+    """Return an array [rows, columns] with x[source] @ weight + bias in its rows `target`. Other rows are not written.
 
-    x [parts, rows, width]; weight [E, parts * width, F] or transposed; bias [E + 1, parts, columns padded], zero for
-    rows without an expert.
+    x is [parts, rows of x, width]. The weight is [E, parts * width, F], or [E, F, parts * width] if `plan.transposed`.
+    The bias is [E + 1, 1, columns padded], where entry E, for rows without an expert, is zero.
     """
 
     def finish(at, accumulators, inputs: Finish, out_ref, out_mem):
@@ -290,7 +303,10 @@ def product(plan: Plan, x, source, weight, tasks: Tasks, target, rows: int, bias
 
 
 def activated(plan: Plan, activation: str, x, source, weight, tasks: Tasks, bias=None, *, keep: bool):
-    """Return (act(h) [R, F], and with `keep` also h [parts, R, F]) of h = x @ weight + bias, in sorted rows."""
+    """Return (act(h) [R, F],) or, with `keep`, (act(h) [R, F], h [parts, R, F]), where h = x[source] @ weight + bias.
+
+    The rows of both results are sorted by expert. A gated activation has two parts, one for each half.
+    """
     R, P = tasks.num_pairs, plan.parts
 
     def finish(at, accumulators, inputs: Finish, outputs: Activated, out_mem):
@@ -316,10 +332,11 @@ def activated(plan: Plan, activation: str, x, source, weight, tasks: Tasks, bias
 
 
 def d_activated(plan: Plan, activation: str, d_out, source, weight, tasks: Tasks, hidden, gates):
-    """Return (dh [parts, R, F], gate * act(h) [R, F], d_gate): derivatives of the sum of gate * act(h) @ weight.
+    """Return (dh [parts, R, F], gate * act(h) [R, F], d_gate), the derivatives of the sum of gate * act(h) @ weight.
 
-    `gates` [tiles * rows] is in fp32. `d_gate` [tiles of columns, tiles * rows] has <act(h), dy> of every row of the
-    tiles, where dy = d_out @ weight^T. It has one partial sum for each tile of columns.
+    `hidden` [parts, R, F] is h, sorted by expert. `gates` [tiles * rows] has the gate of every row of the tiles.
+    `d_gate` [tiles of columns, tiles * rows] has <act(h), dy> of every row of the tiles, where dy = d_out[source] @
+    weight^T. It has one partial sum for each tile of columns: the sum over the first axis is the gradient of the gate.
     """
     R, (P, _, F) = tasks.num_pairs, hidden.shape
     W, dtype = plan.warpgroups, plan.dtype

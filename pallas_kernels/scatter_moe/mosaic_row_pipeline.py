@@ -25,23 +25,32 @@ AHEAD = 2
 
 
 def ring(*, warpgroups: int, copies: int = 0) -> Ring:
-    """Return the barriers to declare. The copy engine makes `copies` copies into a stage, in addition to the rows."""
+    """Return the barriers of the ring, in the form in which a kernel declares them.
+
+    `warpgroups` warpgroups read every stage. The copy engine makes `copies` copies into a stage, in addition to the
+    rows that the copying warpgroup copies.
+    """
     return mosaic_pipeline.ring(STAGES, arrivals=1 + copies, readers=warpgroups)
 
 
 class Sent(NamedTuple):
-    """Counts of steps since the start of the kernel, over all tiles."""
+    """How many steps the copying warpgroup has started to copy, and how many it has handed over, since its start."""
 
     started: jax.Array
     handed_over: jax.Array
 
 
 def nothing_sent() -> Sent:
+    """Return the counts at the start of a kernel: zero steps."""
     return Sent(jnp.int32(0), jnp.int32(0))
 
 
 def send(ring: Ring, steps, copy: Callable, sent: Sent) -> Sent:
-    """Call `copy(s, stage)` for every step s < steps, as soon as the stage of the step is free."""
+    """Copy `steps` steps, in the copying warpgroup. Return the new counts.
+
+    `copy(s, stage)` starts the copies of step s. It is called as soon as the stage of the step is free. Steps whose
+    rows have arrived are handed over.
+    """
 
     def one(s, sent):
         copy(s, mosaic_pipeline.free_stage(ring, sent.started, STAGES))
@@ -52,9 +61,10 @@ def send(ring: Ring, steps, copy: Callable, sent: Sent) -> Sent:
 
 
 def hand_over(ring: Ring, sent: Sent, *, leave: int = 0, before=None) -> Sent:
-    """Hand steps over, the oldest first, until the rows of only `leave` steps are still being copied.
+    """Hand steps over to the multiplying warpgroups, the oldest first, until only `leave` steps are not handed over.
 
-    If `before` is given, hand over only the steps before it.
+    A step is handed over when its rows have arrived. If `before` is given, hand over only the steps before step
+    `before`. Return the new counts.
     """
     for others in range(AHEAD, leave - 1, -1):
         go = sent.started - sent.handed_over > others
@@ -71,9 +81,10 @@ def hand_over(ring: Ring, sent: Sent, *, leave: int = 0, before=None) -> Sent:
 
 
 def receive(ring: Ring, steps, multiply: Callable, products: int, step):
-    """Call `multiply(stage)`, which starts `products` products, for every step. Return the number of the next step.
+    """Multiply `steps` steps, from number `step` on, in a multiplying warpgroup. Return the number of the next step.
 
-    A stage is given back one step later, when its products are done.
+    For each step, wait until its stage can be read, and call `multiply(stage)`, which starts `products` products. The
+    stage is given back for new copies one step later, when its products are done.
     """
 
     def one(s, step):
@@ -97,9 +108,10 @@ def receive(ring: Ring, steps, multiply: Callable, products: int, step):
 
 
 def accumulate(ring: Ring, steps, multiply: Callable, shape: tuple[int, int], count: int, step):
-    """Run `steps` steps, from number `step` on. Return the number of the next step, and `count` sums of products.
+    """Multiply `steps` steps, from number `step` on. Return (the number of the next step, `count` sums of products).
 
-    Each sum is an array of this `shape`.     `multiply(stage, accumulators)` starts one product for each accumulator.
+    Each sum is an array of this `shape`, in fp32. `multiply(stage, accumulators)` starts one product for each
+    accumulator.
     """
 
     def run(*accumulators):
@@ -116,9 +128,10 @@ def blocks(most: int) -> int:
 
 
 def every(blocks: int, total, body: Callable, state):
-    """Call `body(i, number, state)` for every piece of work of this block.
+    """Call `state = body(i, number, state)` for every piece of work of this block, and return the last state.
 
     `number` is the number of the piece among all `total` pieces, and i is its number among the pieces of this block.
+    The `blocks` blocks take the pieces in turn.
     """
     block = lax.axis_index("block")
     count = (total - block + blocks - 1) // blocks
@@ -126,5 +139,8 @@ def every(blocks: int, total, body: Callable, state):
 
 
 def memory(shape, dtype):
-    """Return shared memory for tiles [.., rows, columns], in the layout that `gather` writes and tensor cores read."""
+    """Return the declaration of shared memory of this shape, for tiles [.., rows, columns].
+
+    The tiles have the layout that `row_copies.gather` writes and tensor cores read.
+    """
     return plgpu.SMEM(shape, dtype, transforms=row_copies.atoms(dtype))

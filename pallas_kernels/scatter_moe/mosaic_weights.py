@@ -1,8 +1,8 @@
-"""Gradients of expert weights on Hopper GPUs (Pallas Mosaic GPU).
+"""The kernel for the gradients of expert weights on Hopper GPUs (Pallas Mosaic GPU).
 
-d_weight[e] = sum of left[r]^T right[r] over the rows r of expert e. Both sides are copied by row number, so no operand
-is transposed or padded in memory. Rows that do not exist are zeros. An expert without rows gets zeros. Each multiplying
-warpgroup of a block holds 64 x 256 elements of a weight. Experts with many rows come first.
+d_weight[e] = sum of left[r]^T right[r] over the rows r of expert e. The rows of `left` and `right` are copied by row
+number, so neither array is transposed or padded in memory. Empty rows of a tile are zeros. An expert without rows gets
+zeros. Each warpgroup that multiplies holds 64 x 256 elements of a weight. Experts with many rows come first.
 docs/design/expert_kernels.md explains the barriers.
 """
 
@@ -52,7 +52,7 @@ class Operands(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A piece of work of a block: a part of the weight of one expert."""
+    """A piece of work of a block: 128 x 256 elements of the gradient of the weight of one expert."""
 
     expert: jax.Array
     row: jax.Array  # the first row of the weight
@@ -62,9 +62,10 @@ class Piece(NamedTuple):
 
 
 def d_weights(left, left_numbers, right, right_numbers, tasks: Tasks, out_dtype=None):
-    """Return the gradients [E, D, parts, F] from left [Q, D] and right [parts, Q', F].
+    """Return the gradients of the weights [E, D, parts, F], given left [Q, D] and right [parts, Q', F].
 
-    The row numbers [tiles * M] of both come from `tasks.row_numbers`. An `out_dtype` of None is the type of `left`.
+    `left_numbers` and `right_numbers` [tiles * M] say where the rows of the tiles are in `left` and in `right`
+    (`tasks.row_numbers`). An `out_dtype` of None is the dtype of `left`.
     """
     (_, D), (P, _, F), E = left.shape, right.shape, tasks.rows.shape[0]
     dtype, out_dtype = left.dtype, jnp.dtype(out_dtype or left.dtype)
@@ -108,7 +109,10 @@ def d_weights(left, left_numbers, right, right_numbers, tasks: Tasks, out_dtype=
 
 
 def _copy(rows_of_tile: int, operands: Operands, scratch: Scratch, for_each_piece: Callable) -> None:
-    """Run the warpgroup that copies the rows of every step."""
+    """Do the work of the warpgroup that copies the rows of every step to shared memory, for all pieces of the block.
+
+    `for_each_piece(body, state)` calls `state = body(piece, state)` for each piece of the block.
+    """
 
     def copy_piece(piece: Piece, sent):
         def load(s, stage):
@@ -126,7 +130,7 @@ def _copy(rows_of_tile: int, operands: Operands, scratch: Scratch, for_each_piec
 
 
 def _multiply(wg, out_ref, scratch: Scratch, for_each_piece: Callable) -> None:
-    """Run a warpgroup that multiplies 64 columns of the left rows of every piece and writes the sums."""
+    """Do the work of warpgroup `wg`: multiply 64 columns of the left rows of every piece, and write the sums."""
     at_once = scratch.out.shape[2]  # columns that are copied to global memory at once
 
     def multiply_piece(piece: Piece, step):

@@ -1,4 +1,7 @@
-"""Sparse experts, computed as they are defined: every expert on every row, one by one, at highest precision."""
+"""The reference of the expert ops: every expert computes every row, one expert after the other.
+
+Every sum is in fp32, or in fp64 for fp64 arrays, and every product is at the highest precision.
+"""
 
 import jax.numpy as jnp
 from jax import lax
@@ -8,6 +11,7 @@ from .call import ACTIVATIONS, LinearCall, MlpCall
 
 
 def linear(call: LinearCall):
+    """Return the result of `expert_linear`, [T*k, F], or [T, F] with gates."""
     dtype = sum_type(call.x)
     routing, (T, k) = call.routing, call.routing.expert_indices.shape
     by_pair = {"token": lambda x: jnp.repeat(x, k, 0), "pair": lambda x: x, "sorted": lambda x: x[routing.inverse]}
@@ -28,6 +32,7 @@ def linear(call: LinearCall):
 
 
 def mlp(call: MlpCall):
+    """Return the result of `expert_mlp`, [T, D]."""
     x = call.x.astype(sum_type(call.x))  # so that the hidden units have this type too
     up = LinearCall(x, call.w_in, call.b_in, None, call.routing, "token", "pair")
     hidden = ACTIVATIONS[call.activation](linear(up))

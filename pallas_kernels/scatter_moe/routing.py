@@ -1,4 +1,4 @@
-"""Which rows go to which expert. A layer makes its routing once, and all expert ops of the layer use it."""
+"""The routing: which tokens go to which experts. A layer makes its routing once, and all its expert ops take it."""
 
 from typing import NamedTuple
 
@@ -15,10 +15,11 @@ _PACKED_BELOW = 2**31  # the sort packs (expert, pair) into one int32 if all the
 class Routing(NamedTuple):
     """The R = T * k (token, choice) pairs, sorted by expert. The pair of token t and its choice s has number t * k + s.
 
-    `order` [R]: the pair of every sorted row. `inverse` [R]: the sorted row of every pair. `offsets` [E+1]: the sorted
-    rows of expert e are offsets[e] to offsets[e+1] - 1. `expert_indices` [T,k]: from 0 to E. Pairs without an expert
-    (index E) are sorted last. On a mesh, the first three arrays describe the rows of all devices. Then an expert op
-    sorts the rows of each device again.
+    A sorted row is a place in the sorted list of pairs, from 0 to R - 1. `order` [R]: the pair of every sorted row.
+    `inverse` [R]: the sorted row of every pair. `offsets` [E+1]: the sorted rows of expert e are offsets[e] to
+    offsets[e+1] - 1. `expert_indices` [T,k]: the expert of every pair, from 0 to E. Pairs without an expert (index E)
+    are sorted last. On a mesh, the first three arrays describe the rows of all devices, and an expert op sorts the rows
+    of each device again.
     """
 
     order: jax.Array
@@ -28,6 +29,7 @@ class Routing(NamedTuple):
 
     @property
     def num_experts(self) -> int:
+        """The number E of experts."""
         return self.offsets.shape[-1] - 1
 
     @property
@@ -37,6 +39,7 @@ class Routing(NamedTuple):
 
 
 def _check_indices(indices, E: int) -> None:
+    """Raise ValueError if an index [T,k] is below 0 or above E."""
     wrong = np.argwhere((indices < 0) | (indices > E))
     if len(wrong):
         t, s = wrong[0]
@@ -44,13 +47,16 @@ def _check_indices(indices, E: int) -> None:
 
 
 def route(expert_indices: Int[Array, "T k"], num_experts: int) -> Routing:
-    """Sort the T * k (token, choice) pairs by expert. The sort is stable, so that a run is deterministic.
+    """Sort the T * k (token, choice) pairs by expert, for the expert ops. The sort is stable: every run gives the same.
 
     Args:
-      expert_indices: [T, k], from 0 to E. E means no expert: the pair is not computed, its output is zero, and the
-        gradients of its gate and its row are zero. In a JAX array, an index outside 0..E also means no expert, because
-        a check would wait for the device.
-      num_experts: E.
+      expert_indices: [T, k], the expert of choice s of token t, from 0 to E. E means no expert: the pair is not
+        computed, its output is zero, and the gradients of its gate and its row are zero. In a JAX array, an index
+        outside 0..E also means no expert, because a check would wait for the device.
+      num_experts: the number E of experts.
+
+    Returns:
+      A `Routing`, which `expert_linear` and `expert_mlp` take.
 
     Raises:
       ValueError: expert_indices are not integers [T,k]; E or k is below 1; T * k is 2^31 or more; an index is below 0
@@ -69,7 +75,7 @@ def route(expert_indices: Int[Array, "T k"], num_experts: int) -> Routing:
         raise ValueError(f"k={expert_indices.shape[1]} experts per token must be at least 1")
     (T, k), E = expert_indices.shape, num_experts
     if T * k >= 2**31:
-        raise ValueError(f"T={T} tokens with k={k} choices make more rows than 32 bits can count; split the tokens")
+        raise ValueError(f"T={T} tokens with k={k} choices make T * k rows, which must be below 2^31; split the tokens")
     if isinstance(expert_indices, np.ndarray):
         _check_indices(expert_indices, E)
     elif jax.config.jax_enable_checks:
@@ -83,7 +89,7 @@ def route(expert_indices: Int[Array, "T k"], num_experts: int) -> Routing:
 
 
 def _sorted(expert_indices, num_experts: int):
-    """Return (order, inverse, offsets) of a `Routing`."""
+    """Return the fields (order, inverse, offsets) of a `Routing`, from indices [T,k] between 0 and E."""
     experts = expert_indices.reshape(-1)
     rows = experts.shape[0]
     pairs = jnp.arange(rows, dtype=jnp.int32)
@@ -99,10 +105,11 @@ def _sorted(expert_indices, num_experts: int):
 
 
 def first_positions(rows, values, *, after: bool = False):
-    """Return, for each value, its first position in sorted `rows`, or with `after` the position after its last one.
+    """Return, for each value, its first position in `rows` [R], or with `after` the position after its last one.
 
-    `jnp.searchsorted` does the same, but raises an error in a shard_map over only some axes of a mesh (JAX 0.12.0). The
-    steps of the binary search are unrolled. In a loop, each step would be a separate kernel on a GPU.
+    `rows` are sorted. A value that is not in `rows` gets the position where it would be. `jnp.searchsorted` does the
+    same, but raises an error in a shard_map over only some axes of a mesh (JAX 0.12.0). The steps of the binary search
+    are unrolled. In a loop, each step would be a separate kernel on a GPU.
     """
     low, high = jnp.zeros_like(values, jnp.int32), jnp.full_like(values, rows.shape[0], jnp.int32)
     for _ in range(rows.shape[0].bit_length()):

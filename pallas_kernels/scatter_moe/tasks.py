@@ -1,8 +1,8 @@
-"""Tasks: the rows of all experts, cut into tiles. They are the work list of the GPU kernels, made once per layer.
+"""Tasks: the sorted rows of all experts, cut into tiles of rows. They are the work list of the GPU kernels.
 
 A tile has rows of one expert only, and an expert without rows has no tile. The program does not grow with the number of
-experts. (token, choice) pairs without an expert form the tiles of an additional expert E. The results of these tiles
-are zero. So every row of every result is written.
+experts. The (token, choice) pairs without an expert form the tiles of an additional expert E. The results of these
+tiles are zero. So every row of every result is written.
 """
 
 from typing import NamedTuple
@@ -15,11 +15,13 @@ from .routing import Routing, first_positions
 
 
 class Tasks(NamedTuple):
-    """A list of tiles of M rows. It is long enough for every routing, and the first `count` [1] tiles are in use.
+    """A list of tiles of M rows, long enough for every routing of R pairs. The first `count` [1] tiles are in use.
 
-    `expert` [tiles]: the expert of every tile, sorted. `first` [E] and `rows` [E]: the first tile and the number of
-    rows of every expert. `pairs`, `sorted` [tiles * M]: for every row of the tiles, the number of its pair and of its
-    sorted row, or -1 if the row is empty. `tile_row` [R]: for every pair, its row in the tiles.
+    `expert` [tiles]: the expert of every tile, in ascending order. `first` [E]: the first tile of every expert. `rows`
+    [E]: the number of rows of every expert. The rows of all tiles have the numbers tile * M + row. `pairs`
+    [tiles * M]: the (token, choice) pair in every row of the tiles, or -1 if the row is empty. `sorted` [tiles * M]:
+    the same, with the sorted row of the `Routing` in place of the pair. `tile_row` [R]: the row of every pair in the
+    tiles.
     """
 
     expert: jax.Array
@@ -42,7 +44,7 @@ class Tasks(NamedTuple):
 
 
 def make_tasks(routing: Routing, M: int) -> Tasks:
-    """Return the tasks of a routing, in tiles of M rows."""
+    """Return the work list of a routing, in tiles of M rows."""
     R, E = routing.order.shape[0], routing.num_experts
     starts = routing.offsets
     rows = jnp.append(routing.counts, R - starts[-1]).astype(jnp.int32)
@@ -62,7 +64,10 @@ def make_tasks(routing: Routing, M: int) -> Tasks:
 
 
 def row_numbers(tasks: Tasks, rows: Rows, k: int):
-    """Return, for every row of the tiles, its row in an array with the order `rows`, or -1: int32 [tiles * M]."""
+    """Return, for every row of the tiles, the number of its row in an array, or -1 if it is empty: int32 [tiles * M].
+
+    `rows` says how the rows of the array are ordered: by token, by pair, or sorted by expert. Every token has k pairs.
+    """
     if rows == "sorted":
         return tasks.sorted
     return tasks.pairs if rows == "pair" else jnp.where(tasks.pairs < 0, -1, tasks.pairs // k)

@@ -1,4 +1,4 @@
-"""Sparse experts in Triton, on every GPU since sm_80: which calls the kernels take, and the launches of the kernels."""
+"""Sparse experts by Triton kernels, for GPUs from sm_80 on: which calls the kernels take, and their launches."""
 
 from collections.abc import Callable
 from functools import partial
@@ -18,6 +18,7 @@ POINTWISE = {"swiglu": "silu", "geglu": "gelu_tanh", "reglu": "relu"}
 
 
 def refuses(call: LinearCall | MlpCall) -> str | None:
+    """Return the reason why the kernels cannot run a call, or None if they can."""
     if reason := triton_call.refuses(call.x):
         return reason
     if call.x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
@@ -26,16 +27,19 @@ def refuses(call: LinearCall | MlpCall) -> str | None:
 
 
 def detail(call: LinearCall | MlpCall) -> str:
+    """Describe for `explain` the tiles of a call: rows x columns."""
     weight = call.weight if isinstance(call, LinearCall) else call.w_out
     rows = _rows_of_tile(call.routing, call.x)
     return f"{rows} x {product_sizes(rows, *weight.shape[1:], call.x.dtype).columns} tiles"
 
 
 def mlp(call: MlpCall):
+    """Return the result of `expert_mlp`, [T, D]."""
     return xla.mlp(call) if 0 in call.x.shape + call.w_out.shape else fused.mlp(KERNELS, call)
 
 
 def linear(call: LinearCall):
+    """Return the result of `expert_linear`, [T*k, F], or [T, F] with gates."""
     return xla.linear(call) if 0 in call.x.shape + call.weight.shape else fused.linear(KERNELS, call)
 
 
@@ -43,12 +47,16 @@ def linear(call: LinearCall):
 
 
 def _launch(name: str, flops: int, kernel: Callable, sizes: Sizes, *arrays, **options):
+    """Run a Triton kernel under a name that states its `flops`. `options` are those of `triton_call.launch`."""
     run = partial(triton_call.launch, kernel, num_warps=sizes.warps, num_stages=sizes.stages, **options)
     return cost.kernel(name, flops, run)(*arrays)
 
 
 def _products(name: str, sizes: Sizes, tasks: Tasks, D: int, F: int, products: int, *arrays, **options):
-    """Launch a kernel of `triton_product` over the row tiles and the column tiles."""
+    """Run the kernel `name` of `triton_product` on `arrays`, over all tiles of rows and of columns. Return its outputs.
+
+    It computes `products` products of rows [R, D] with weights [D, F]. `options` are the outputs `out` and constants.
+    """
 
     def kernel():
         from . import triton_product
@@ -98,7 +106,7 @@ def _d_activated(activation, d_out, source, weight, tasks, h, gates):
 
 
 def _d_gated(d_out, source, weight, tasks, x, x_rows, gates, routing):
-    """Compute `Kernels.d_gated`. A linear map with gates is a network whose activation is the identity."""
+    """Do what `Kernels.d_gated` says: a linear map with gates is a network whose activation is the identity."""
     k = gates.shape[1]
     target, x_numbers = row_numbers(tasks, "pair" if x_rows == "token" else x_rows, k), row_numbers(tasks, x_rows, k)
     tiled = fused.by_tile(gates, tasks)
@@ -107,7 +115,11 @@ def _d_gated(d_out, source, weight, tasks, x, x_rows, gates, routing):
 
 
 def _d_activated_rows(activation, d_out, source, weight, tasks, h, h_numbers, gates, target):
-    """Compute `d_activated`, where h is in the rows `h_numbers` and the results are in the rows `target`."""
+    """Return the results of `Kernels.d_activated`, for h in any order of rows.
+
+    `h_numbers` [tiles * M] says where the rows of the tiles are in h. `target` [tiles * M] says where they are in dh
+    and in gate * act(h).
+    """
     F, D = weight.shape[1:]
     sizes, R = product_sizes(tasks.rows_of_tile, D, F, d_out.dtype, widest=128), tasks.num_pairs
     dh, gated, d_gates = _products(

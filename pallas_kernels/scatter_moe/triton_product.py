@@ -1,9 +1,10 @@
-"""Products of rows with the weights of their expert, in Triton.
+"""The Triton kernels that multiply rows by the weights of their experts.
 
-out[target[r]] = x[source[r]] @ weight[expert of r]. Both row numbers come from `tasks`, so one loop covers all four
-cases of sorted and scattered rows. It gathers rows when it loads, and scatters rows when it stores. A program computes
-one tile of rows, all of one expert, times one tile of columns. The operation after the product (an activation or its
-derivative) runs on the sums.
+out[target[r]] = x[source[r]] @ weight[expert of r], for every row r of the tiles of `tasks`. The row numbers `source`
+and `target` come from `tasks.row_numbers`, so one kernel covers all four cases of sorted and scattered rows of x and of
+out. A kernel gathers rows when it loads them, and scatters rows when it stores them. A program computes one tile of
+rows, all of one expert, times one tile of columns. The operation after the product (an activation or its derivative)
+runs on the sums in registers.
 
 Sizes in capitals: a row of x has D columns, and a row of the result has F columns. A program computes M rows and N
 columns, in steps of K along D. Addresses of rows have 64 bits, because the rows of all (token, choice) pairs may have
@@ -20,7 +21,7 @@ _TOGETHER = tl.constexpr(8)  # row tiles that use a column tile at the same time
 
 @triton.jit
 def _tiles_of_program(TILES: tl.constexpr, F: tl.constexpr, N: tl.constexpr):
-    """Return (the row tile, the column tile) of this program."""
+    """Return (the tile of rows, the tile of columns) that this program computes, from the number of the program."""
     across: tl.constexpr = (F + N - 1) // N
     program = tl.program_id(0)
     first = program // (_TOGETHER * across) * _TOGETHER
@@ -31,9 +32,9 @@ def _tiles_of_program(TILES: tl.constexpr, F: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def _elements(rows, columns, WIDTH: tl.constexpr):
-    """Return (the offsets of the elements, whether the elements exist).
+    """Return (the offsets of elements in an array [.., WIDTH], whether they exist), each [rows, columns].
 
-    Elements in rows below zero or in columns beyond the last one do not exist.
+    Elements in rows with a negative number or in columns from WIDTH on do not exist.
     """
     return rows.to(tl.int64)[:, None] * WIDTH + columns[None, :], (rows >= 0)[:, None] & (columns < WIDTH)[None, :]
 
@@ -41,10 +42,11 @@ def _elements(rows, columns, WIDTH: tl.constexpr):
 @triton.jit
 def _sums(x, rows, weight, columns, alive, D: tl.constexpr, LIMIT: tl.constexpr, DOWN: tl.constexpr,
           ACROSS: tl.constexpr, APART: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):  # fmt: skip
-    """Return x[rows] @ weight[:, columns] in fp32, and with APART also x[rows] @ weight[:, columns + APART].
+    """Return (x[rows] @ weight[:, columns], with APART also x[rows] @ weight[:, columns + APART]), each [M, N] in fp32.
 
-    Both are zero unless `alive`. `weight` points to the weight of the expert. Its rows are DOWN elements apart, and its
-    columns are ACROSS elements apart. Columns from LIMIT on do not exist.
+    Both are zero unless `alive`. A row with a negative number counts as zeros. `weight` points to the weight of the
+    expert. Its rows are DOWN elements apart, and its columns are ACROSS elements apart. Columns from LIMIT on do not
+    exist.
     """
     inner = tl.arange(0, K)
     exists = rows >= 0
@@ -70,9 +72,9 @@ def _sums(x, rows, weight, columns, alive, D: tl.constexpr, LIMIT: tl.constexpr,
 def product(x, source, weight, bias, expert, count, target, out, E: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
             FIRST: tl.constexpr, ALL: tl.constexpr, TRANSPOSED: tl.constexpr, BIASED: tl.constexpr,
             TILES: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):  # fmt: skip
-    """out = x @ weight + bias, for F columns of the weight from column FIRST on.
+    """Write out[target] = x[source] @ weight + bias, for F columns of the weight from column FIRST on.
 
-    The weight is [E, D, ALL], or [E, ALL, D] if TRANSPOSED. The bias is [E, ALL].
+    The weight is [E, D, ALL], or [E, ALL, D] if TRANSPOSED. The bias is [E, ALL], and it is added if BIASED.
     """
     tile, across = _tiles_of_program(TILES, F, N)
     if tile < tl.load(count):
@@ -92,9 +94,9 @@ def product(x, source, weight, bias, expert, count, target, out, E: tl.constexpr
 def activated(x, source, weight, bias, expert, count, target, out, hidden, E: tl.constexpr, D: tl.constexpr,
               F: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, BIASED: tl.constexpr,
               KEEP: tl.constexpr, TILES: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):  # fmt: skip
-    """out = act(h) and, with KEEP, hidden = h, where h = x @ weight + bias.
+    """Write out[target] = act(h) and, with KEEP, hidden[target] = h, where h = x[source] @ weight + bias.
 
-    A row of h has F columns, or twice F if GATED.
+    A row of h has F columns, or 2 F columns if GATED. Then act(h) is the function of the first half times the second.
     """
     all_columns: tl.constexpr = 2 * F if GATED else F
     tile, across = _tiles_of_program(TILES, F, N)
@@ -126,7 +128,10 @@ def activated(x, source, weight, bias, expert, count, target, out, hidden, E: tl
 @triton.jit
 def _d_activated(dy, gate, hidden, hidden_rows, rows, columns, dh, gated, F: tl.constexpr, GATED: tl.constexpr,
                  ACTIVATION: tl.constexpr):  # fmt: skip
-    """Compute `d_activated` for the columns `columns`. Return their part of d_gate."""
+    """Write dh and gated, the results of `d_activated`, for the columns `columns`. Return their part of d_gate [M].
+
+    dy is in registers, [M, columns].
+    """
     all_columns: tl.constexpr = 2 * F if GATED else F
     at, there = _elements(rows, columns, F)
     h_at = hidden + hidden_rows.to(tl.int64)[:, None] * all_columns + columns[None, :]
@@ -150,10 +155,10 @@ def _d_activated(dy, gate, hidden, hidden_rows, rows, columns, dh, gated, F: tl.
 def d_activated(d_out, source, weight, hidden, hidden_numbers, gates, expert, count, target, dh, gated, d_gate,
                 E: tl.constexpr, D: tl.constexpr, F: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
                 TILES: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):  # fmt: skip
-    """Write the derivatives of y = sum of gate * act(h) @ weight. h is in the rows `hidden_numbers` of `hidden`.
+    """Write the derivatives of the sum of gate * act(h) @ weight, where h is in the rows `hidden_numbers` of `hidden`.
 
-    With the weight [E, F, D] and dy = d_out @ weight^T: dh = act'(h) gate dy, gated = gate act(h), and d_gate =
-    <act(h), dy> over the columns of each column tile.
+    With the weight [E, F, D] and dy = d_out[source] @ weight^T, write dh = act'(h) gate dy and gated = gate act(h) to
+    the rows `target`. For each tile of columns, write d_gate = <act(h), dy> over its columns, [TILES * M].
     """
     tile, across = _tiles_of_program(TILES, F, N)
     if tile < tl.load(count):

@@ -1,8 +1,8 @@
 """Tile sizes of the Triton kernels for experts, by a rule that is not yet measured.
 
-The rule uses the chip, the type and the number of rows of an expert. Tensor cores before Hopper read their operands
-from registers, so a thread has room for only half of the sums. The tensor cores of data centre GPUs since Hopper read
-their operands from shared memory, and these GPUs have more of it.
+The rule uses the chip, the dtype and the number of rows of an expert. Tensor cores before Hopper read their operands
+from registers, so a thread has registers for only half as many sums as on Hopper. The tensor cores of data centre GPUs
+since Hopper read their operands from shared memory, and these GPUs have more shared memory.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,11 @@ from .. import triton_call
 
 
 class Sizes(NamedTuple):
-    """The sizes of a program: it computes `rows` x `columns` of a result, in steps of `depth` along the summed axis."""
+    """The sizes of a Triton program.
+
+    It computes a tile of `rows` x `columns` elements, in steps of `depth` along the axis that is summed. `warps` is the
+    number of its warps, and `stages` is the number of stages of its software pipeline.
+    """
 
     rows: int
     columns: int
@@ -28,36 +32,42 @@ def _power(n: int) -> int:
 
 
 def fitting(most: int, size: int) -> int:
-    """Return a power of two: `most`, or less if the array is smaller. A tensor core needs at least 16."""
+    """Return the size of a tile along an axis of size `size`: a power of two, from 16 to `most`.
+
+    It is `most`, or less if the axis is shorter. A tensor core needs at least 16.
+    """
     return min(most, max(16, _power(2 * size - 1)))
 
 
 def rows_of_tile(rows: int, experts: int, dtype) -> int:
-    """Return the number of rows of a tile, from 16 to the most that fits.
+    """Return the number of rows of a tile: a power of two, from 16 to 128 (64 for float32).
 
-    It is about the mean number of rows of an expert, so that few rows of a tile are empty.
+    It is about the mean number of rows of an expert, rows / experts, so that few rows of a tile are empty.
     """
     most = 64 if dtype == jnp.float32 else 128
     return max(16, min(most, _power(rows // experts)))
 
 
 def _is_large() -> bool:
-    """Return whether this is a data centre GPU since Hopper.
+    """Return whether JAX traces code for a data centre GPU, Hopper or newer.
 
-    The tensor cores of such a GPU read shared memory and need wide tiles.
+    The tensor cores of such a GPU read their operands from shared memory and need wide tiles.
     """
     return triton_call.shared_memory() > 200 * 1024
 
 
 def _stages(rows: int, columns: int, depth: int, dtype, most: int) -> int:
+    """Return how many stages of tiles [rows, depth] and [depth, columns] fit into shared memory, from 2 to `most`."""
     stage = (rows + columns) * depth * jnp.dtype(dtype).itemsize
     return max(2, min(most, triton_call.shared_memory() // stage))
 
 
 def product_sizes(rows: int, depth: int, columns: int, dtype, *, products: int = 1, widest: int = 256) -> Sizes:
-    """Return the sizes of a program that computes `products` products with the same rows.
+    """Return the sizes of a program that computes products of a tile of rows with the weight of an expert.
 
-    Float32 runs without tensor cores. With few rows, loading the weights takes the most time.
+    The rows are [rows, depth], and each of the `products` products has a weight [depth, columns]. `widest` is the most
+    columns of a tile, over all products. Float32 products run without tensor cores. With few rows, loading the weights
+    takes the most time.
     """
     if dtype == jnp.float32:
         columns_most, depth_most, warps = 64, 32, 4
@@ -72,9 +82,9 @@ def product_sizes(rows: int, depth: int, columns: int, dtype, *, products: int =
 
 
 def weight_sizes(D: int, F: int, dtype) -> Sizes:
-    """Return the sizes of a program for the gradients of weights. It takes `depth` rows at a time.
+    """Return the sizes of a program for the gradient of a weight [D, F]. It sums over `depth` rows at a time.
 
-    The row numbers are loaded ahead of the rows. That takes half of the stages.
+    The row numbers are loaded ahead of the rows, which takes half of the stages.
     """
     if dtype == jnp.float32:
         rows_most, columns_most, depth, warps = 64, 64, 32, 4

@@ -1,8 +1,9 @@
-"""Gradients of expert weights and biases, in Triton: sums over the rows of each expert, one program for each piece.
+"""The Triton kernels for the gradients of expert weights and biases: sums over the rows of each expert.
 
-Both sides are gathered by row number when they are loaded, so nothing is transposed, padded or copied in memory. One
-program sums all rows of a piece in their order, and writes the piece once. So there are no atomics, and every run gives
-the same bits. An expert without rows gets zeros. Experts with many rows come first.
+The rows are gathered by row number when they are loaded, so no array is transposed, padded or copied in memory. A
+program computes one piece of the gradient of one expert: it sums over all rows of the expert in their order, and writes
+the piece once. So there are no atomics, and every run gives the same bits. An expert without rows gets zeros. For
+weights, experts with many rows come first.
 """
 
 import triton
@@ -12,9 +13,10 @@ import triton.language as tl
 @triton.jit
 def d_weights(left, left_numbers, right, right_numbers, heavy, first, rows, out, D: tl.constexpr, F: tl.constexpr,
               M: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, R: tl.constexpr):  # fmt: skip
-    """out[e] [D, F] = sum of left[r]^T right[r].
+    """Write out[e] [D, F] = the sum of left[left_numbers[r]]^T right[right_numbers[r]] over the rows r of expert e.
 
-    A program computes DOWN x ACROSS elements, R rows at a time. A tile has M row numbers.
+    A program computes DOWN x ACROSS elements, R rows at a time. `heavy` are the experts, those with the most rows
+    first. The row numbers of expert e begin at number first[e] * M, and there are rows[e] of them.
     """
     across: tl.constexpr = (F + ACROSS - 1) // ACROSS
     pieces: tl.constexpr = (D + DOWN - 1) // DOWN * across
@@ -39,9 +41,10 @@ def d_weights(left, left_numbers, right, right_numbers, heavy, first, rows, out,
 @triton.jit
 def d_bias(right, right_numbers, gates, first, rows, out, F: tl.constexpr, WEIGHED: tl.constexpr, M: tl.constexpr,
            ACROSS: tl.constexpr, R: tl.constexpr):  # fmt: skip
-    """out[e] [F] = sum of the rows right[r], each times its gate if WEIGHED.
+    """Write out[e] [F] = the sum of right[right_numbers[r]] over the rows r of expert e, times the gates if WEIGHED.
 
-    A program computes ACROSS columns, R rows at a time.
+    A program computes ACROSS columns, R rows at a time. The row numbers and gates of expert e begin at number
+    first[e] * M, and there are rows[e] of them.
     """
     e, columns = tl.program_id(1), tl.program_id(0) * ACROSS + tl.arange(0, ACROSS)
     start, count, row = tl.load(first + e) * M, tl.load(rows + e), tl.arange(0, R)

@@ -1,15 +1,16 @@
 """Sparse experts in plain JAX: grouped matrix products, for any routing.
 
-The code is a map of a function of one expert over blocks of the rows of this expert (`_grouped`):
+`_grouped` applies a function of one expert, such as its feed-forward network, to the rows of every expert:
 - The first C rows of every expert are computed together, as one batched product that reads every weight in place. C is
   a little above the mean number of rows of an expert.
 - The rows of an expert beyond C are computed block by block in a loop. It has one pass for each such block: none if the
   experts are balanced. With few rows (decoding), C is 0 and the loop computes only the chosen experts.
 The cost is at most a fixed factor times the useful work, and no array has size T * E.
 
-The backward pass is the same map over the derivative of the function. If D is not small, the forward pass keeps the
-pre-activation for the backward pass, sorted by expert. (A remat policy can save it by the name PRE_ACTIVATION.) The
-backward pass computes the hidden rows from it again. The transposes of dispatch and combine are gathers.
+The backward pass applies the derivative of the function in the same way. If D is not small, the forward pass of a
+feed-forward network saves the pre-activation for the backward pass, sorted by expert. (A remat policy can save it by
+the name PRE_ACTIVATION.) The backward pass computes the hidden rows from it again. The derivatives of the gather of the
+rows and of the sum over the choices are gathers too, without scatter-adds.
 """
 
 import math
@@ -31,10 +32,10 @@ _WIDE = 256  # columns of x; with fewer, a CPU recomputes the pre-activation fas
 
 
 class _Plan(NamedTuple):
-    """How the rows are computed.
+    """How many rows of an expert are computed at the same time.
 
-    The first C = `together` rows of every expert are computed at once, in `pieces` pieces. Then the other rows follow,
-    in blocks of `block` rows.
+    The first C = `together` rows of every expert are one batched product, or `pieces` batched products of C / `pieces`
+    rows. Then the other rows of an expert follow, in blocks of `block` rows.
     """
 
     together: int
@@ -43,9 +44,10 @@ class _Plan(NamedTuple):
 
 
 def plan(rows: int, experts: int) -> _Plan:
-    """Return the sizes for `rows` rows of all experts together. The mean per expert decides, as measured on CPUs.
+    """Return the sizes for `rows` (token, choice) pairs and `experts` experts.
 
-    On CPUs, batched products of fewer than 48 rows are slow.
+    The mean number of rows of an expert decides, by a rule that was measured on CPUs. On CPUs, batched products of
+    fewer than 48 rows are slow.
     """
     mean = rows / experts
     if mean < 4:
@@ -57,11 +59,13 @@ def plan(rows: int, experts: int) -> _Plan:
 
 
 def detail(call: LinearCall | MlpCall) -> str:
+    """Describe for `explain` how many rows of an expert are computed at the same time."""
     together, block, _ = plan(call.routing.order.shape[0], call.routing.num_experts)
     return f"{together} rows of every expert together, the rest in blocks of {block}"
 
 
 def _dot(x, w):
+    """Return x @ w in fp32, or in fp64 for fp64 arrays."""
     dtype = sum_type(x)
     return jnp.matmul(x, w, precision="highest", preferred_element_type=dtype)
 
@@ -76,9 +80,10 @@ def _gated(gate, y):
 
 
 def _affine_backward(x, w, b, gate, dy):
-    """Return the gradients (dx, dw, db, dgate) of gate * (x @ w + b).
+    """Return the gradients (dx, dw, db, dgate) of y = gate * (x @ w + b), given the cotangent dy of y.
 
-    With dx' = dy @ w^T, dgate = <x, dx'> + <b, dy>. So x @ w is not needed again.
+    Shapes: x [rows, D], w [D, F], b [F] or None, gate [rows, 1] or None, dy [rows, F]. With dx' = dy @ w^T,
+    dgate = <x, dx'> + <b, dy>. So x @ w is not needed again.
     """
     dx, gated, d_gate, d_b = _dot(dy.astype(x.dtype), w.T), _gated(gate, dy), None, None
     if gate is not None:
@@ -92,9 +97,12 @@ def _affine_backward(x, w, b, gate, dy):
 
 
 class _Function(NamedTuple):
-    """A function of the rows of one expert, and the order of the rows of its arrays.
+    """A function of the weights and rows of one expert, with its derivative, for `_grouped`.
 
-    `forward(weights, rows) -> (y, saved rows)`; `backward(weights, rows, saved, dy) -> (d_weights, d_rows)`.
+    `forward(weights, rows) -> (y, saved)` computes the result rows y, and arrays of rows that the backward pass may
+    read. `backward(weights, rows, saved, dy) -> (d_weights, d_rows)` computes the gradients. `in_rows`, `out_rows` and
+    `saved_rows` say how the rows of each array in `rows`, of y and of each saved array are ordered: "token", "pair" or
+    "sorted", as in `call.Rows`.
     """
 
     forward: object
@@ -140,6 +148,7 @@ _MLP = {name: (partial(_mlp_forward, name), partial(_mlp_backward, name)) for na
 
 
 def linear(call: LinearCall):
+    """Return the result of `expert_linear`, [T*k, F], or [T, F] with gates."""
     gates = None if call.gates is None else call.gates.reshape(-1, 1)
     out_rows = "pair" if call.out_rows == "token" else call.out_rows
     function = _Function(_linear_forward, _linear_backward, (call.x_rows, "pair"), out_rows)
@@ -148,6 +157,7 @@ def linear(call: LinearCall):
 
 
 def mlp(call: MlpCall):
+    """Return the result of `expert_mlp`, [T, D]."""
     saved = ("sorted",) if call.x.shape[1] >= _WIDE else ()
     function = _Function(*_MLP[call.activation], ("token", "pair"), "pair", saved)
     weights = (call.w_in, call.b_in, call.w_out, call.b_out)
@@ -156,12 +166,16 @@ def mlp(call: MlpCall):
 
 
 def _sum_over_choices(y, routing):
+    """Return the sum of the k rows of each token, [T, F], for y [T*k, F] in the order of the pairs."""
     return y.reshape(*routing.expert_indices.shape, y.shape[-1]).sum(1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _grouped(function: _Function, weights, rows, routing):
-    """Apply the function to every row with the weights of its expert. The result of a row without an expert is zero."""
+    """Return `function.forward` of every row with the weights of its expert. A row without an expert gives zero.
+
+    `weights` are arrays [E, ..], one entry for each expert. `rows` are arrays in the orders `function.in_rows`.
+    """
 
     def block(w, xs, valid):
         return function.forward(w, xs)[:1], ()
@@ -207,10 +221,11 @@ _jitted = jax.jit(_grouped, static_argnums=0)  # without a jit, the loop would b
 
 
 def _map_blocks(block, weights, arrays, in_rows, out_rows, routing: Routing):
-    """Run `block(weights of e, rows of e, valid) -> (row outputs, weight outputs)` over all rows of all experts.
+    """Run `block(weights of e, rows of e, valid) -> (row outputs, weight outputs)` over all rows of all experts e.
 
-    `in_rows` and `out_rows` say how the rows of each array are ordered. Weight outputs are summed per expert. A None
-    among the arrays or outputs stays None.
+    `weights` are arrays [E, ..], and `arrays` have rows. `valid` is bool [rows]: False for a row of padding. `in_rows`
+    and `out_rows` say how the rows of each array and of each row output are ordered. Return (the row outputs in this
+    order, the sum of the weight outputs of every expert [E, ..]). A None among the arrays or outputs stays None.
     """
     k = routing.expert_indices.shape[1]
     R, E = routing.order.shape[0], routing.num_experts
@@ -241,7 +256,7 @@ def _map_blocks(block, weights, arrays, in_rows, out_rows, routing: Routing):
     pair_rank = routing.inverse - starts[clipped]
 
     def placed(y, order):
-        """Put the rows [E, C, ...] of the experts in the order of an output. All other rows of the output are zero."""
+        """Return rows y [E, C, ..], the first C of every expert, in the order of an output. Its other rows are zero."""
         expert, rank = (
             (pair_expert, pair_rank) if order == "pair" else (pair_expert[routing.order], pair_rank[routing.order])
         )
@@ -284,11 +299,12 @@ def _map_blocks(block, weights, arrays, in_rows, out_rows, routing: Routing):
 
 
 def _together(run, weights, starts, ends, C: int, pieces: int):
-    """Call `run` for the first C rows of every expert.
+    """Return `run(weights of e, sorted rows of e, end of e)` for the first C rows of every expert e: arrays [E, ..].
 
-    On a CPU, many rows are computed two experts at a time. Their rows stay in the cache, which saves more time than the
-    copy of their weights takes. They are also computed piece by piece. A piece is left out if neither of the two
-    experts has rows in it. There are such pieces when tokens have halted.
+    The sorted rows of expert e are starts[e] to ends[e] - 1. On a CPU, if C is large, two experts are computed at a
+    time. Their rows stay in the cache, which saves more time than the copy of their weights takes. They are also
+    computed in `pieces` pieces of C / `pieces` rows. A piece is left out if neither of the two experts has rows in it.
+    There are such pieces when tokens have halted.
     """
     E, size = len(starts), C // pieces
 
