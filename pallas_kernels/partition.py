@@ -198,7 +198,7 @@ def _over_mesh(function, mesh, ins, outs, *values):
         if left := [name for name, kind in kinds if kind is AxisType.Explicit]:
             raise ValueError(
                 f"jax.vmap runs over an axis that {_sizes(mesh, left)} divides, and the op cannot be divided along it; "
-                "merge this axis into B or T of the op instead of jax.vmap"
+                "merge this axis into B or T of the op instead of using jax.vmap"
             )
         return function(*values)
 

@@ -140,6 +140,7 @@ def _sizes(routing):
 
 
 def _prepare_linear(x, weight, routing, *, grouped_in=False, grouped_out=False, gates=None, bias=None) -> LinearCall:
+    """Check the arguments of `expert_linear`, and return them as a `LinearCall`."""
     (T, k, E), grouped_in = _sizes(routing), arguments.flag("grouped_in", grouped_in)
     grouped_out = arguments.flag("grouped_out", grouped_out)
     x = arguments.floats("x", x, "R,D")
@@ -160,6 +161,7 @@ def _prepare_linear(x, weight, routing, *, grouped_in=False, grouped_out=False, 
 
 
 def _prepare_mlp(x, w_in, w_out, routing, gates, *, b_in=None, b_out=None, activation="swiglu") -> MlpCall:
+    """Check the arguments of `expert_mlp`, and return them as an `MlpCall`."""
     T, k, E = _sizes(routing)
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r} is not one of {', '.join(ACTIVATIONS)}")
@@ -184,6 +186,7 @@ def _refuses_nothing(call) -> None:
 
 
 def _register(name, prepare, letters, mosaic_run, triton_run, xla_run, reference_run):
+    """Make an expert op with its four implementations known to `dispatch`, and return the op."""
     implementations = {
         "mosaic": dispatch.Implementation(mosaic_run, mosaic.refuses, mosaic.detail),
         "triton": dispatch.Implementation(triton_run, triton.refuses, triton.detail),

@@ -166,6 +166,8 @@ def _d_bias(bias, right, numbers, tasks, gates=None):
 
 
 class MosaicKernels(Kernels):
+    """The expert kernels for Hopper GPUs, as functions that `fused` calls."""
+
     rows_of_tile, product = staticmethod(_rows_of_tile), staticmethod(_product)
     activated, d_activated = staticmethod(_activated), staticmethod(_d_activated)
     d_gated, d_weights, d_bias = staticmethod(_d_gated), staticmethod(_d_weights), staticmethod(_d_bias)

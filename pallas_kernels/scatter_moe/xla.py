@@ -71,11 +71,13 @@ def _dot(x, w):
 
 
 def _affine(x, w, b):
+    """Return x @ w + b for the rows of one expert. A bias b of None is zero."""
     y = _dot(x, w)
     return y if b is None else y + b.astype(y.dtype)[None]
 
 
 def _gated(gate, y):
+    """Return y, where each row is multiplied by its gate [rows, 1]. A gate of None is 1."""
     return y if gate is None else gate.astype(y.dtype) * y
 
 

@@ -214,6 +214,7 @@ def _prepare(
     query, key, value, *, segment_ids=None, key_segment_ids=None, query_offset=None, scale=None, attend_current=False,
     window=None, skip_below=None, tiles=None, return_stats=False,
 ) -> Call:  # fmt: skip
+    """Check the arguments of `stick_breaking_attention`, fill in the default values, and return them as a `Call`."""
     arguments.flag("return_stats", return_stats)
     query, key, value = _checked(query, key, value)
     (B, T, _, H), S = query.shape, key.shape[1]

@@ -75,6 +75,8 @@ def _plan(call: Call, *, backward: bool = False, decoding: tuple[int, int] | Non
 
 
 class MosaicKernels(Kernels):
+    """The attention kernels for Hopper GPUs, as functions that `fused` calls."""
+
     snapshot_bytes, row_multiple = 16, COPIED_ROWS
     plan, forward = staticmethod(_plan), staticmethod(forward)
     d_query, d_key_value = staticmethod(d_query), staticmethod(d_key_value)

@@ -159,6 +159,8 @@ def _d_key_value(plan: Plan, query, key, value, d_out, snapshots, reached, scale
 
 
 class TritonKernels(kernels.Kernels):
+    """The attention kernels in Triton, as functions that `fused` calls."""
+
     snapshot_bytes, row_multiple = 8, 1
     plan, forward = staticmethod(_plan), staticmethod(_forward)
     d_query, d_key_value = staticmethod(_d_query), staticmethod(_d_key_value)

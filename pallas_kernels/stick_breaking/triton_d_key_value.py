@@ -54,6 +54,7 @@ def d_key_value(
     tiles: tl.constexpr, attend_current: tl.constexpr, window: tl.constexpr, segments: tl.constexpr,
     precision: tl.constexpr,
 ):  # fmt: skip
+    """Write dk and dv of one key tile of one key head."""
     program = tl.program_id(0)
     key_tiles: tl.constexpr = (S + C - 1) // C
     j, b, head = program // (B * K), program // K % B, program % K  # the tiles that most queries see come first

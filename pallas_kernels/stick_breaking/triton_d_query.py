@@ -55,6 +55,7 @@ def d_query(
     tiles: tl.constexpr, together: tl.constexpr, attend_current: tl.constexpr, window: tl.constexpr,
     segments: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
+    """Write the results of `Kernels.d_query` for one query tile of one head."""
     b, n, i = tile.block(B * N, N, tiles, together)
     head = n // (N // K)
     row = i * R

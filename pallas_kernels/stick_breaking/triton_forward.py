@@ -41,6 +41,7 @@ def forward(
     window: tl.constexpr, segments: tl.constexpr, skip: tl.constexpr, threshold: tl.constexpr,
     precision: tl.constexpr,
 ):  # fmt: skip
+    """Write the results of the forward pass, as in `Kernels.forward`, for one query tile of one head."""
     entry, n, i = tile.block(entries * N, N, tiles, together)
     b = entry % B
     head = n // (N // K)

@@ -86,6 +86,7 @@ def load_whole(ref, first, stride: tl.constexpr, width: tl.constexpr, rows: tl.c
 @triton.jit
 def keys_of(ref, first, S: tl.constexpr, stride: tl.constexpr, width: tl.constexpr, rows: tl.constexpr,
             columns: tl.constexpr, masked: tl.constexpr):  # fmt: skip
+    """Return a tile [rows, columns] of keys or values, from key `first` on. If `masked`, keys from S on are zeros."""
     if masked:
         return load(ref, first, S, stride, width, rows, columns)
     return load_whole(ref, first, stride, width, rows, columns)

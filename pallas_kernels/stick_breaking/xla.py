@@ -172,6 +172,7 @@ def _short_mask(call, rows, columns):
 
 
 def _short_forward(call: Call, reach):
+    """Return (out [G,T,Hv], log_rem [G,T], share of the key tiles computed []) of one key head. `reach` is None."""
     G, _, _ = call.query.shape
     dtype = sum_type(call.query)
     outs, sticks, kept = [], [], jnp.ones_like(call.query, jnp.float32, ())
@@ -188,6 +189,7 @@ def _short_forward(call: Call, reach):
 
 
 def _short_backward(call: Call, reach, d_out, d_log_rem):
+    """Return (dq / scale [G,T,H], dk / scale [S,H], dv [S,Hv]) of one key head. `reach` is None."""
     dtype = sum_type(call.query)
     dqs, dk, dv = [], jnp.zeros_like(call.key, dtype), jnp.zeros_like(call.value, dtype)
     for rows, columns in _short_tiles(call):
@@ -327,6 +329,7 @@ class _Tiles:
 
 
 def _long_forward(call: Call, reach):
+    """Return (out [G,T,Hv], log_rem [G,T], share of the key tiles in reach that were computed []) of one key head."""
     t, loop = _Tiles(call), _loop(call)
     G, T = call.query.shape[:2]
 
@@ -350,6 +353,7 @@ def _long_forward(call: Call, reach):
 
 
 def _long_backward(call: Call, reach, d_out, d_log_rem):
+    """Return (dq / scale [G,T,H], dk / scale [S,H], dv [S,Hv]) of one key head."""
     t, loop = _Tiles(call), _loop(call)
     G, T = call.query.shape[:2]
     d_out, d_log_rem = _pad(d_out, 1, t.rows), _pad(d_log_rem, 1, t.rows)
