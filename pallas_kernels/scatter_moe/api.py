@@ -40,7 +40,8 @@ def expert_linear(
       grouped_out: whether to return the rows sorted by expert.
       gates: [T, k], the weights for the sum of the k outputs of a token. Without gates, the outputs are not summed.
       bias: [E, F], one vector for each expert.
-      implementation: as in `stick_breaking_attention`.
+      implementation: "mosaic", "triton", "xla", "reference", a sequence of them in order of preference, or None for
+        the best one that can run this call (see `explain`).
 
     Returns:
       y [T*k, F], or out [T, F] with gates, in the type of x.
@@ -91,7 +92,8 @@ def expert_mlp(
       b_out: [E, D].
       activation: "swiglu" (silu of the first half * second half), "geglu" (the same with the tanh form of gelu),
         "reglu" (with relu), "gelu" (exact), "gelu_tanh", "relu", "relu2" (relu squared) or "silu".
-      implementation: as in `stick_breaking_attention`.
+      implementation: "mosaic", "triton", "xla", "reference", a sequence of them in order of preference, or None for
+        the best one that can run this call (see `explain`).
 
     Returns:
       [T, D] in the type of x. The output of a token without experts is exactly zero.
