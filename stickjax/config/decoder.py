@@ -1,4 +1,4 @@
-"""The config of the decoder. Its capital letters are the shape letters of the code (README, "Letters")."""
+"""The config of the decoder. Its fields with one capital letter are sizes of axes (docs/reference/letters.md)."""
 
 import math
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from stickjax.config.fields import Dtype, accept_former_names, check_fields, fie
 @accept_former_names
 @dataclass(frozen=True)
 class ModelConfig(FamilyConfig):
-    """A decoder-only language model. Capital letters are the shape letters of the code."""
+    """The config of a decoder-only language model. A field with one capital letter is the size of an axis."""
 
     MOVED: ClassVar = {
         "E": ("experts.E",), "k": ("experts.k",), "attention_experts": ("attention_experts.E",),
@@ -121,7 +121,10 @@ class ModelConfig(FamilyConfig):
             raise ValueError("head_norm and remainder='bias' need heads that all tokens share, not attention_experts")
 
     def check_mesh(self, sizes: dict[str, int], T: int) -> None:
-        """Raise ValueError if a mesh axis cannot divide the model or its sequences of T tokens."""
+        """Raise ValueError if the model, or its sequences of T tokens, cannot be divided by a mesh axis.
+
+        `sizes` is {mesh axis: its number of devices}.
+        """
         if sizes["expert"] > 1 and not self.experts.E:
             raise ValueError(f"expert={sizes['expert']} divides the experts, but E=0")
         if sizes["expert"] > 1 and self.experts.added:
@@ -155,7 +158,7 @@ class ModelConfig(FamilyConfig):
                 raise ValueError(f"{letter}={size} must be a multiple of {divisor}; {letter}={near} would do")
 
     def mixtures(self) -> dict[str, ExpertsConfig]:
-        """Return the mixtures of the model (those with E > 0), by the names of their fields."""
+        """Return {field: config} of the mixtures of experts in the model; a mixture with E=0 is left out."""
         return {name: x for name in ("experts", "attention_experts") if (x := getattr(self, name)).E}
 
     @property
@@ -165,12 +168,12 @@ class ModelConfig(FamilyConfig):
 
     @classmethod
     def powerlm_1b(cls, **changes) -> "ModelConfig":
-        """1.2B dense model of the Power scheduler paper (arXiv 2408.13359)."""
+        """Return the config of the 1.2B dense model in the Power scheduler paper (arXiv 2408.13359)."""
         return cls(**dict(_POWER, D=1536, L=40, N=24, K=24, F=4096, m_width=6.0, m_res=0.22) | changes)
 
     @classmethod
     def powermoe_1b(cls, **changes) -> "ModelConfig":
-        """1.3B mixture-of-experts model of the Power scheduler paper, with 377M active parameters."""
+        """Return the config of the 1.3B mixture-of-experts model in the same paper, with 377M active parameters."""
         return cls(
             **dict(_POWER, D=1024, L=24, N=16, K=8, F=512, m_width=4.0, m_res=0.28, experts=ExpertsConfig(E=32, k=8))
             | changes
@@ -178,12 +181,12 @@ class ModelConfig(FamilyConfig):
 
     @classmethod
     def powerlm_3b(cls, **changes) -> "ModelConfig":
-        """PowerLM-3B; its published m_width is 8, though 2304 / 256 = 9."""
+        """Return the config of PowerLM-3B. Its published m_width is 8, although D / 256 = 2304 / 256 is 9."""
         return cls(**dict(_POWER, D=2304, L=40, N=36, K=36, F=9216, m_width=8.0, m_res=0.22) | changes)
 
     @classmethod
     def powermoe_3b(cls, **changes) -> "ModelConfig":
-        """PowerMoE-3B: 3.3B parameters, 800M active."""
+        """Return the config of PowerMoE-3B, with 3.3B parameters, of which a token uses 800M."""
         return cls(
             **dict(_POWER, D=1536, L=32, N=24, K=8, F=512, m_width=6.0, m_res=0.22, experts=ExpertsConfig(E=40, k=8))
             | changes
@@ -191,7 +194,10 @@ class ModelConfig(FamilyConfig):
 
     @classmethod
     def stickbreaking_3b(cls, **changes) -> "ModelConfig":
-        """The released 3B stick-breaking model: no positions, no remainder, and an untied output projection."""
+        """Return the config of the released 3B stick-breaking model.
+
+        The model has no positions and no remainder, and its output projection has its own matrix.
+        """
         return cls(
             **dict(_POWER, V=50304, D=2304, L=40, N=36, K=36, F=9216, m_width=9.0, m_res=0.22)
             | dict(attention="stick_breaking", tied=False)
@@ -200,22 +206,22 @@ class ModelConfig(FamilyConfig):
 
     @classmethod
     def molm_350m_4b(cls, **changes) -> "ModelConfig":
-        """MoLM-350M-4B, a released ModuleFormer (arXiv 2306.04640): 4.1B parameters, 366M active.
+        """Return the config of MoLM-350M-4B, a released ModuleFormer (arXiv 2306.04640).
 
-        A new model is initialised like every decoder here, by a normal distribution with `init_std`. The original
-        code initialised its experts by a uniform distribution between -1/n and 1/n, where n is the number of inputs of
-        the matrix.
+        The model has 4.1B parameters, of which a token uses 366M. A new model is initialised like every decoder here,
+        by a normal distribution with `init_std`. The original code initialised the experts by a uniform distribution
+        between -1/n and 1/n, where n is the number of inputs of the matrix.
         """
         return cls(**_molm(L=24, k=2) | changes)
 
     @classmethod
     def molm_700m_4b(cls, **changes) -> "ModelConfig":
-        """MoLM-700M-4B: the parameters of MoLM-350M-4B, with four active modules of each kind."""
+        """Return the config of MoLM-700M-4B: the sizes of MoLM-350M-4B, but a token uses four modules of each kind."""
         return cls(**_molm(L=24, k=4) | changes)
 
     @classmethod
     def molm_700m_8b(cls, **changes) -> "ModelConfig":
-        """MoLM-700M-8B: 8.2B parameters in 48 layers."""
+        """Return the config of MoLM-700M-8B, with 8.2B parameters in 48 layers."""
         return cls(**_molm(L=48, k=2) | changes)
 
 
