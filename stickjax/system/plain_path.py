@@ -14,7 +14,7 @@ MOST_BYTES = 3800  # the longest path; Linux allows 4096, and the files below th
 
 
 def plain_path(folder: Path) -> Path:
-    r"""Return a path to a folder that Orbax and TensorStore cannot misread: its real path, or a link to it.
+    r"""Return a path of `folder` that Orbax and TensorStore cannot misread: its real path, or a link to the folder.
 
     Orbax looks for the files of every process by glob, in which `[0.1]`, `*` and `?` are patterns. TensorStore takes a
     backslash for a slash, and cannot open a path that is not UTF-8. If the path of the folder has such characters, the
