@@ -1,15 +1,15 @@
-"""Checkpoints: arrays and a JSON dictionary per step. They are restored bit for bit, or not at all.
+"""Checkpoints: the arrays and a JSON dictionary of one training step. They are restored bit for bit, or not at all.
 
-A run folder holds only data; nothing in it is ever executed. It has config.json, metrics.jsonl and
+A run folder contains only data; nothing in it is ever executed. It has config.json, metrics.jsonl and
 
-    checkpoints/<step>/arrays/          by Orbax, flat: "params/blocks/attention/query" is a path in the pytree
+    checkpoints/<step>/arrays/          written by Orbax; names are paths, such as "params/blocks/attention/query"
     checkpoints/<step>/manifest.json    shapes, types and checksums of the arrays, the caller's dictionary,
                                         the crc32 of every file and of the manifest itself
 
 A checkpoint is written as `<step>.tmp` and renamed when it is complete. There are two kinds of checksums. Every file
 has a checksum, so that Orbax never reads a damaged file: Orbax would print pages of errors, and trust the sizes in the
-file. Every array has a checksum, because Orbax may write other values than those on the device. The first checkpoint
-that a process writes is read back before it is renamed. This detects a path or a file system that loses data.
+file. Every array has a checksum, because Orbax may write other values than the device has. The first checkpoint that a
+process writes is read again before it is renamed. This detects a path or a file system that loses data.
 """
 
 import base64
@@ -46,7 +46,7 @@ logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathnam
 
 
 class DamagedCheckpoint(ValueError):
-    """Raised if a checkpoint does not hold the arrays that were saved."""
+    """Raised if the files of a checkpoint differ from what was saved, or cannot be read."""
 
 
 class Restored(NamedTuple):
@@ -58,8 +58,8 @@ class Restored(NamedTuple):
 class Checkpoints(contextlib.AbstractContextManager):
     """The newest `keep` checkpoints of a run, in `run_folder/checkpoints/<step>`.
 
-    Only one process at a time may write, or the processes of one run. So `with Checkpoints(folder)` takes the lock of
-    the run folder, and raises ValueError if another process holds it. Reading needs no lock.
+    Only one run at a time may write into a run folder. So `with Checkpoints(folder)` takes the lock of the run folder,
+    and raises ValueError if another run has it. Reading needs no lock.
 
     >>> import tempfile
     >>> folder, state = tempfile.mkdtemp(), {"params": {"w": jnp.arange(3.0)}, "key": jax.random.key(0)}
@@ -90,14 +90,14 @@ class Checkpoints(contextlib.AbstractContextManager):
     def save(self, step: int, state, extra: dict) -> None:
         """Save a checkpoint without waiting for the disk. When this returns, `state` may be donated or changed.
 
-        The first save is different: it waits until its checkpoint is read back. Every later save waits for the previous
-        one. A checkpoint that exists at `step` or later is damaged, or its steps are being trained again. It is renamed
-        to `<step>.aside`, and never overwritten or deleted.
+        The first save is different: it waits until its checkpoint is written and read again. Every later save waits for
+        the previous save. If the folder has a checkpoint of `step` or of a later step, that one is damaged, or its step
+        is trained again. It is renamed to `<step>.aside`, and never overwritten or deleted.
 
         Args:
-          step: must be larger than the last step that was saved or restored here.
+          step: the number of done training steps, larger than the step that this object saved or restored last.
           state: any pytree of arrays, typed PRNG keys and numbers (stored as JAX arrays).
-          extra: a dictionary of JSON values and bytes.
+          extra: a dictionary of JSON values and bytes, which `restore` returns.
 
         Raises:
           ValueError: `step` is not larger, or two leaves have the same name.
@@ -153,15 +153,15 @@ class Checkpoints(contextlib.AbstractContextManager):
                 self._lock = self._lock.release()
 
     def restore(self, abstract_state, step: int | None = None, prefix: str = "") -> Restored | None:
-        """Read and verify the newest intact checkpoint, or the one of `step`. Return None if there is no checkpoint.
+        """Read and verify the newest intact checkpoint, or the checkpoint of `step`. Return None if there is none.
 
-        A damaged checkpoint is skipped, and stays where it is. A warning names it and the reason.
+        If `step` is None, a damaged checkpoint is skipped, and stays where it is. A warning names it and the reason.
 
         Args:
-          abstract_state: the pytree that was saved, with arrays or ShapeDtypeStructs as leaves. An array is placed by
-            the `sharding` of its leaf, or on the first device if there is none.
+          abstract_state: a pytree like the saved state, with arrays or ShapeDtypeStructs as leaves. An array is placed
+            by the `sharding` of its leaf, or on the first device if the leaf has no sharding.
           step: the step of the checkpoint; None: the newest.
-          prefix: read one branch only ("params": the parameters); `abstract_state` is then that branch.
+          prefix: the branch of the saved state to read, such as "params"; `abstract_state` is then like this branch.
 
         Raises:
           ValueError: there is no checkpoint of `step`, or a name, shape or type differs from the checkpoint.
@@ -216,7 +216,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         sync_folder(path.parent)
 
     def _read_back(self, step: int, arrays: dict[str, jax.Array]) -> None:
-        """Raise DamagedCheckpoint unless `<step>.tmp` holds these arrays. About READ_BACK_BYTES are read at a time."""
+        """Raise DamagedCheckpoint if `<step>.tmp` differs from `arrays`. About READ_BACK_BYTES are read at a time."""
         folder = self.folder / f"{step}.tmp"
         manifest = processes.shared(partial(_read_manifest, folder, step), raises=DamagedCheckpoint)
         specs: dict[str, jax.ShapeDtypeStruct] = {}
@@ -262,7 +262,7 @@ def _is_step(name: str) -> bool:
 
 
 def named_leaves(tree, prefix: str = "") -> dict[str, Any]:
-    """Return the leaves of a pytree by their path, in order. The `.value` of a Flax variable is left out.
+    """Return {name: leaf} of a pytree. A name is `prefix` and the path of the leaf, without the `.value` of Flax.
 
     >>> named_leaves({"w": 1, "layers": [2, 3]}, prefix="params")
     {'params/layers/0': 2, 'params/layers/1': 3, 'params/w': 1}
@@ -278,7 +278,9 @@ def named_leaves(tree, prefix: str = "") -> dict[str, Any]:
 
 
 def check_finite(params, where: str) -> None:
-    """Raise ValueError, naming `where` and the leaf, if floating-point parameters hold a NaN or an infinity.
+    """Raise ValueError if a floating-point array in the pytree `params` has a NaN or an infinity.
+
+    The message begins with `where`, such as "step 100", and names the array.
 
     >>> check_finite({"w": jnp.zeros(3)}, "step 100")
     """
@@ -290,7 +292,7 @@ def check_finite(params, where: str) -> None:
 
 
 def all_finite(params) -> bool:
-    """Whether all values of the floating-point arrays of a tree are finite."""
+    """Return whether no floating-point array in a pytree has a NaN or an infinity."""
     return bool(_all_finite([leaf for leaf in jax.tree.leaves(params) if jnp.issubdtype(leaf.dtype, jnp.floating)]))
 
 
@@ -327,7 +329,7 @@ def _rebuild(leaf, array):
 
 
 def _read_manifest(folder: Path, step: int) -> dict:
-    """Read the manifest. Raise DamagedCheckpoint if it, or a file that it names, differs from what was written."""
+    """Return the manifest in `folder`. Raise DamagedCheckpoint if it, or a file that it names, has changed."""
     try:
         outer = json.loads((folder / "manifest.json").read_text())
         manifest = outer["manifest"]
@@ -347,7 +349,10 @@ def _read_manifest(folder: Path, step: int) -> dict:
 
 
 def _match(leaves: dict, rows: dict, prefix: str, folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return the specs of `leaves`. Raise ValueError if the manifest has other names, shapes or types."""
+    """Return {name: ShapeDtypeStruct} to read the leaves {name: leaf} of a state from a checkpoint.
+
+    `rows` are the arrays in the manifest. Raise ValueError if they have other names, shapes or types than the leaves.
+    """
     specs = {name: _spec(leaf) for name, leaf in leaves.items()}
     saved = {n for n in rows if not prefix or n == prefix or n.startswith(f"{prefix}/")}
     hint = f"; was {folder} saved with another config?"
