@@ -51,7 +51,7 @@ def register_attention(name: str, variant: AttentionVariant) -> None:
         one_of("option", option, tuple(OPTIONS))
     known = ATTENTION.get(name, variant)
     if isinstance(known.function, str) or not same_definition(known.function, variant.function):
-        raise ValueError(f"attention={name!r} is registered already")
+        raise ValueError(f"attention={name!r} is registered already; choose another name")
     ATTENTION[name] = variant
 
 

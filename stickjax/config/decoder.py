@@ -126,10 +126,10 @@ class ModelConfig(FamilyConfig):
         `sizes` is {mesh axis: its number of devices}.
         """
         if sizes["expert"] > 1 and not self.experts.E:
-            raise ValueError(f"expert={sizes['expert']} divides the experts, but E=0")
+            raise ValueError(f"expert={sizes['expert']} needs a model with experts, but E=0")
         if sizes["expert"] > 1 and self.experts.added:
             old, added = self.experts.E, self.experts.added
-            raise ValueError(f"expert={sizes['expert']}: E={old} with experts.added={added} needs expert=1")
+            raise ValueError(f"expert={sizes['expert']}: experts.added={added} beside E={old} needs expert=1")
         if sizes["context"] > 1 and not variant(self.attention).divides_sequence:
             raise ValueError(
                 f"context={sizes['context']} needs attention={variants_with(lambda kind: kind.divides_sequence)}"

@@ -158,7 +158,7 @@ class MeshConfig:
         sizes = dataclasses.asdict(self)
         for axis, size in sizes.items():
             if size == 0:
-                raise ValueError(f"{axis}={size} must be at least 1, or -1 for what the other axes leave")
+                raise ValueError(f"{axis}={size} must be at least 1, or -1 for all devices that the others leave")
         if len(left := [axis for axis, size in sizes.items() if size == -1]) > 1:
             raise ValueError(f"only one axis of the mesh may be -1, not {' and '.join(left)}")
 
@@ -232,7 +232,7 @@ class Config:
           ValueError: `tree` is not a config, or it has an unknown section, an unknown field or a wrong value.
         """
         if not isinstance(tree, dict):
-            raise ValueError(f"a config is an object with the sections {', '.join(_SECTIONS)}, not {shown(tree)}")
+            raise ValueError(f"a config is a JSON object with the sections {', '.join(_SECTIONS)}, not {shown(tree)}")
         if {"model_type", "architectures"} & tree.keys():
             raise ValueError(
                 "this is the config of a Hugging Face model; convert its folder first: "
@@ -242,7 +242,7 @@ class Config:
             if section not in _SECTIONS:
                 raise ValueError(f"unknown section {shown(section)}{nearest(str(section), _SECTIONS)}")
             if not isinstance(fields, dict):
-                raise ValueError(f"{section}={shown(fields)} must be an object of fields")
+                raise ValueError(f"{section}={shown(fields)} must be a JSON object of fields")
         family = tree.get("model", {}).get("family", "decoder")
         if family not in tuple(MODEL_CONFIGS):
             raise ValueError(

@@ -32,7 +32,7 @@ class FamilyConfig:
         if not isinstance(name, str):
             raise TypeError(f"{cls.__name__}.family must have a default: the name of the family")
         if not same_definition(MODEL_CONFIGS.get(name, cls), cls):
-            raise TypeError(f"family={name!r} of {cls.__name__} is the family of {MODEL_CONFIGS[name].__name__}")
+            raise TypeError(f"family={name!r} of {cls.__name__} is already taken by {MODEL_CONFIGS[name].__name__}")
         MODEL_CONFIGS[name] = cls
 
     @property

@@ -99,7 +99,7 @@ def batches(
     if not 0 <= process_index < process_count:
         raise ValueError(f"process_index={process_index} must be in 0..{process_count - 1}")
     if not len(source):
-        raise ValueError(f"no examples to draw B={B} of")
+        raise ValueError(f"there are no examples for a batch of B={B}")
     # Epoch e is shuffled by seed + e. Without this hash, runs with neighbouring seeds would share all but one epoch.
     seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     epochs = grain.MapDataset.source(source).shuffle(seed=seed)

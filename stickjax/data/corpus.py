@@ -69,7 +69,7 @@ def _cut(corpus: Corpus, heldout_every: int) -> tuple[Corpus, Corpus]:
     """
     tokens, eot, n = corpus.tokens, corpus.tokenizer.eot, len(corpus.tokens)
     if n < 2:
-        raise ValueError(f"{corpus.source} has {n} token: too short for a training and a held-out part")
+        raise ValueError(f"{corpus.source} has {n} token, but a training part and a held-out part need one each")
     target = n - max(1, n // heldout_every)
     cut = target  # this is inside a document; it is used only if there is a single document
     later = document_ends(tokens[target - 1 :], eot) + target - 1

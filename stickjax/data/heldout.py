@@ -77,7 +77,7 @@ def heldout_windows(
     if kept != tuple(lengths):
         left_out = ", ".join(str(m) for m in lengths if m not in kept)
         log.warning(
-            "the longest held-out document of %s has %d tokens: lengths %s of T=%d are left out",
+            "the longest held-out document of %s has %d tokens: contexts of %s times T=%d tokens are left out",
             printable(corpus.source), (ends - starts).max(), left_out, T,
         )  # fmt: skip
     chosen, total = [], 0

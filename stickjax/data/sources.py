@@ -234,7 +234,7 @@ def text_documents(path: str, text_field: str = "text", name: str = "data.path")
     """
     root, empty, left_out, as_they_stand = Path(path), True, {}, []
     if not os.path.lexists(root):
-        hint = f"; --{name}=PATH says where it lies" if name.startswith("data.") else ""
+        hint = f"; --{name}=PATH says where it is" if name.startswith("data.") else ""
         raise ValueError(f"{name}={path!r} does not exist{hint}")
     for file in files_below(root) if root.is_dir() else [root]:
         try:
@@ -256,6 +256,6 @@ def text_documents(path: str, text_field: str = "text", name: str = "data.path")
         log.warning("%s=%r: left out %d file%s: %s", name, path, n, "s"[n == 1 :], kinds)
     if as_they_stand:
         counts = _count(as_they_stand, root)
-        log.warning("%s=%r: .json without records of %r is read as it stands (%s)", name, path, text_field, counts)
+        log.warning("%s=%r: .json without a field %r is read as one document (%s)", name, path, text_field, counts)
     if empty:
         raise ValueError(f"{name}={path!r} holds no text")

@@ -40,7 +40,7 @@ def read_object(content: bytes, where: str | Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not JSON: {error}") from error
     if not isinstance(tree, dict):
-        raise ValueError(f"{where} holds a {type(tree).__name__} of JSON, not an object")
+        raise ValueError(f"{where} must be a JSON object, not a {type(tree).__name__}")
     return tree
 
 

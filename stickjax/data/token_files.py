@@ -93,7 +93,7 @@ def _read_meta(path: str, name: str) -> dict:
                 raise ValueError(f"{key}={meta[key]!r:.80} must be {'a whole number' if kind is int else 'a string'}")
         meta["dtype"] = np.dtype(meta["dtype"])
     except KeyError as error:
-        raise ValueError(f"{name}={path!r}: {meta_path} does not describe a token file: no {error}") from error
+        raise ValueError(f"{name}={path!r}: {meta_path} does not describe a token file: it has no {error}") from error
     except (ValueError, TypeError, RecursionError, NotText) as error:
         raise ValueError(f"{name}={path!r}: {meta_path} does not describe a token file: {error}") from error
     return meta
@@ -142,7 +142,7 @@ def open_tokens(path: str, tokenizer: Tokenizer, name: str) -> tuple[np.ndarray,
             f"but data.tokenizer is {tokenizer.name!r} with vocab_size={tokenizer.vocab_size} and eot={tokenizer.eot}"
         )
     if dtype != token_dtype(tokenizer.vocab_size):
-        raise ValueError(f"{name}={path!r}: dtype {dtype.str} does not follow from vocab_size={tokenizer.vocab_size}")
+        raise ValueError(f"{name}={path!r}: dtype {dtype.str} is wrong for vocab_size={tokenizer.vocab_size}")
     size = data_path.stat().st_size
     if not n or size != n * dtype.itemsize:
         raise ValueError(

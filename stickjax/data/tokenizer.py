@@ -170,7 +170,9 @@ class HuggingFaceTokenizer(Tokenizer):
             raise ValueError(f"{where} is not a tokenizer.json: {error}") from error
         for text, i in added.items():
             if (other := self._tokenizer.token_to_id(text)) != i:
-                raise ValueError(f"{where}: its added token {text!r} has id {i}, but tokenizers reads {other}")
+                raise ValueError(
+                    f"{where}: its added token {text!r} has id {i}, but the tokenizers package says {other}"
+                )
         if not ends:
             problem = problem or f"{where} has no end of text: no file beside it names one"
             raise ValueError(f"{problem}; set data.eot to one of its added tokens: {_listed(added)}")

@@ -83,7 +83,7 @@ def initialize(coordinator: str | None = None, count: int | None = None, index: 
             _check_free(port, coordinator)
     _join(rank)
     if jax.process_count() != count:  # otherwise every process would write
-        found = f"process {index} of {count} has found {jax.process_count() - 1} of the other {count - 1}"
+        found = f"process {index} of {count} has found only {jax.process_count() - 1} of the other {count - 1}"
         raise ValueError(f"{found}; check --coordinator, --processes and --process of all of them")
     if index:
         logging.getLogger("stickjax").setLevel(logging.ERROR)  # process 0 warns for all
@@ -213,7 +213,7 @@ def _check_free(port: int, coordinator: str) -> None:
         with socket.create_server(("", port)):
             pass
     except OSError as error:  # JAX would crash
-        raise ValueError(f"--coordinator {coordinator}: {error.strerror}") from error
+        raise ValueError(f"cannot open the port of --coordinator {coordinator}: {error.strerror}") from error
 
 
 def is_writer() -> bool:
@@ -368,7 +368,7 @@ def fail(message: str, error: BaseException | None = None) -> int:
 
 def lost(index: int, count: int) -> str:
     """Return the message of a process that ends because another process is lost."""
-    return f"process {index} of {count} has lost another one; {RESUME_HINT}"
+    return f"process {index} of {count} has lost another process; {RESUME_HINT}"
 
 
 def _lost_another(error: BaseException | None) -> bool:

@@ -107,7 +107,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         """
         self.wait()
         if self._position is not None and step <= self._position:
-            raise ValueError(f"step={step} is not after step {self._position}, the last one saved or restored")
+            raise ValueError(f"step={step} is not after step {self._position}, which was saved or restored last")
         arrays = {name: _stored(name, leaf) for name, leaf in named_leaves(state).items()}
         rows = {name: [list(a.shape), str(a.dtype), checksum(a)] for name, a in arrays.items()}
         manifest = json.dumps({"step": step, "arrays": rows, "extra": extra}, default=_encode_bytes)
@@ -181,7 +181,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             except DamagedCheckpoint as error:
                 reasons.append(f"{folder}: {error}")
                 if step is None and processes.is_writer():
-                    warnings.warn(f"passed over a damaged checkpoint, {reasons[-1]}", stacklevel=2)
+                    warnings.warn(f"skipped a damaged checkpoint, {reasons[-1]}", stacklevel=2)
                 continue
             self._position = candidate
             state = [_rebuild(leaf, arrays[name]) for name, leaf in leaves.items()]
@@ -198,7 +198,9 @@ class Checkpoints(contextlib.AbstractContextManager):
             elif _is_step(path.name) and int(path.name) >= step:
                 names = (f"{path.name}.aside{n or ''}" for n in itertools.count())
                 aside = next(a for a in map(self.folder.joinpath, names) if not a.exists())
-                warnings.warn(f"training is back at step {step}: {path} is now {path.rename(aside).name}", stacklevel=3)
+                warnings.warn(
+                    f"training is back at step {step}: {path} is renamed {path.rename(aside).name}", stacklevel=3
+                )
         (self.folder / f"{step}.tmp").mkdir(parents=True)
 
     def _complete(self, step: int, response, manifest: str) -> None:
@@ -336,13 +338,13 @@ def _read_manifest(folder: Path, step: int) -> dict:
         if zlib.crc32(json.dumps(manifest).encode()) != outer["crc32"]:
             raise ValueError("the crc32 of manifest.json differs")
         if manifest["step"] != step:
-            raise ValueError(f"this is the checkpoint of step {manifest['step']}")
+            raise ValueError(f"manifest.json is from the checkpoint of step {manifest['step']}")
         for name, crc32 in manifest["files"].items():
             if crc32_of(folder / name) != crc32:
                 raise ValueError(f"the crc32 of {name} differs")
         rows = manifest["arrays"].values()
         if not isinstance(manifest["extra"], dict) or any(list(map(type, row)) != [list, str, int] for row in rows):
-            raise ValueError("manifest.json describes no checkpoint")
+            raise ValueError("manifest.json does not describe a checkpoint")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedCheckpoint(_line(error)) from error
     return manifest
@@ -357,12 +359,12 @@ def _match(leaves: dict, rows: dict, prefix: str, folder: Path) -> dict[str, jax
     saved = {n for n in rows if not prefix or n == prefix or n.startswith(f"{prefix}/")}
     hint = f"; was {folder} saved with another config?"
     for name in sorted(specs.keys() ^ saved):
-        here, there, others = ("has", "no", saved) if name in specs else ("has no", "one", specs)
-        raise ValueError(f"the state {here} {name}, the checkpoint has {there}{nearest(name, others)}{hint}")
+        here, there, others = ("has", "does not", saved) if name in specs else ("does not have", "does", specs)
+        raise ValueError(f"the state {here} {name}, but the checkpoint {there}{nearest(name, others)}{hint}")
     for name, spec in specs.items():
         shape, dtype, _ = rows[name]
         if (list(spec.shape), str(spec.dtype)) != (shape, dtype):
-            raise ValueError(f"{name} is {spec.dtype}{list(spec.shape)}, in the checkpoint {dtype}{shape}{hint}")
+            raise ValueError(f"{name} is {spec.dtype}{list(spec.shape)}, but {dtype}{shape} in the checkpoint{hint}")
     return specs
 
 
@@ -385,7 +387,7 @@ def _read_arrays(folder: Path, specs: dict, rows: dict) -> dict[str, jax.Array]:
 def _encode_bytes(value):
     if isinstance(value, bytes):
         return {"base64": base64.b64encode(value).decode()}
-    raise TypeError(f"extra holds a {type(value).__name__}, which JSON cannot hold: {value!r:.80}")
+    raise TypeError(f"extra has a {type(value).__name__}, which JSON cannot store: {value!r:.80}")
 
 
 def _decode_bytes(value: dict):

@@ -253,7 +253,7 @@ def save(run: str | os.PathLike, model: Transformer, config: Config) -> None:
     ours = named_leaves(jax.eval_shape(lambda: family_of(config.model).init(config.model, jax.random.key(0))))
     theirs = named_leaves(model)
     if wrong := [n for n in ours.keys() | theirs.keys() if _shape(ours.get(n)) != _shape(theirs.get(n))]:
-        raise ValueError(f"the model has another shape than its config says: {', '.join(sorted(wrong))}")
+        raise ValueError(f"the parameters of the model are not as its config says: {', '.join(sorted(wrong))}")
     with complete_folder(run) as folder:
         write_config(folder, config, tokenizer_of(config))
         write_safetensors(folder / MODEL_FILE, in_memory(model))

@@ -146,7 +146,10 @@ class Lock:
         A running owner increases the counter in the file. False means that the owner is dead or has released the lock.
         """
         log.warning(
-            "%s is locked by %s: waiting %s s for a sign of life", self.folder, _name(owner), DEAD_AFTER_SECONDS
+            "%s is locked by %s: waiting %s s to see whether that process still runs",
+            self.folder,
+            _name(owner),
+            DEAD_AFTER_SECONDS,
         )
         end = time.monotonic() + DEAD_AFTER_SECONDS
         while time.monotonic() < end:

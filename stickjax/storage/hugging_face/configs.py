@@ -260,7 +260,7 @@ def kind_of(c: ModelConfig | SutConfig) -> str:
     Raise ValueError if there is none.
     """
     if (nearest := _NEAREST.get(type(c))) is None:
-        raise ValueError(f"no model_type is near a model of family={c.family!r}")
+        raise ValueError(f"no model_type is like a model of family={c.family!r}")
     return nearest(c)
 
 

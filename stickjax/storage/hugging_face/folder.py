@@ -33,7 +33,7 @@ def _open_shards(index: Path, open_file) -> dict[str, Lazy]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{index} is not an index of shards: {type(error).__name__}: {error}") from error
     if missing := [file for file in files if not (index.parent / file).exists()]:
-        raise ValueError(f"{index} names shards that are not there: {', '.join(missing)}")
+        raise ValueError(f"{index} names shards that do not exist: {', '.join(missing)}")
     tensors: dict[str, Lazy] = {}
     for file in files:
         found = open_file(index.parent / file)

@@ -98,7 +98,7 @@ class _Tensors(pickle._Unpickler):
         dtype, entry, count = storage
         info, begin = self._places[entry]
         if any(type(n) is not int or n < 0 for n in (offset, count, *shape, *stride)):
-            raise ValueError(f"a tensor of {entry} has shape {shape} and stride {stride} at {offset}")
+            raise ValueError(f"a tensor of {entry} has a wrong shape {shape}, stride {stride} or offset {offset}")
         contiguous = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
         if any(n > 1 and own != wanted for n, own, wanted in zip(shape, stride, contiguous, strict=True)):
             raise ValueError(
