@@ -163,17 +163,20 @@ class ModelConfig(FamilyConfig):
 
     @property
     def scale(self) -> float:
-        """The multiplier of q.k: `attention_scale`, or 1/sqrt(H)."""
+        """The multiplier of the product of a query and a key: `attention_scale`, or 1/sqrt(H) if that is None."""
         return 1 / math.sqrt(self.H) if self.attention_scale is None else self.attention_scale
 
     @classmethod
     def powerlm_1b(cls, **changes) -> "ModelConfig":
-        """Return the config of the 1.2B dense model in the Power scheduler paper (arXiv 2408.13359)."""
+        """Return the config of the 1.2B dense model in the Power scheduler paper (arXiv 2408.13359), with `changes`."""
         return cls(**dict(_POWER, D=1536, L=40, N=24, K=24, F=4096, m_width=6.0, m_res=0.22) | changes)
 
     @classmethod
     def powermoe_1b(cls, **changes) -> "ModelConfig":
-        """Return the config of the 1.3B mixture-of-experts model in the same paper, with 377M active parameters."""
+        """Return the config of the 1.3B mixture-of-experts model in the paper arXiv 2408.13359, with `changes`.
+
+        A token uses 377M of the parameters.
+        """
         return cls(
             **dict(_POWER, D=1024, L=24, N=16, K=8, F=512, m_width=4.0, m_res=0.28, experts=ExpertsConfig(E=32, k=8))
             | changes
@@ -181,12 +184,12 @@ class ModelConfig(FamilyConfig):
 
     @classmethod
     def powerlm_3b(cls, **changes) -> "ModelConfig":
-        """Return the config of PowerLM-3B. Its published m_width is 8, although D / 256 = 2304 / 256 is 9."""
+        """Return the config of PowerLM-3B, with `changes`. Its published m_width is 8, although D / 256 is 9."""
         return cls(**dict(_POWER, D=2304, L=40, N=36, K=36, F=9216, m_width=8.0, m_res=0.22) | changes)
 
     @classmethod
     def powermoe_3b(cls, **changes) -> "ModelConfig":
-        """Return the config of PowerMoE-3B, with 3.3B parameters, of which a token uses 800M."""
+        """Return the config of PowerMoE-3B, with `changes`. It has 3.3B parameters, of which a token uses 800M."""
         return cls(
             **dict(_POWER, D=1536, L=32, N=24, K=8, F=512, m_width=6.0, m_res=0.22, experts=ExpertsConfig(E=40, k=8))
             | changes
@@ -194,7 +197,7 @@ class ModelConfig(FamilyConfig):
 
     @classmethod
     def stickbreaking_3b(cls, **changes) -> "ModelConfig":
-        """Return the config of the released 3B stick-breaking model.
+        """Return the config of the released 3B stick-breaking model, with `changes`.
 
         The model has no positions and no remainder, and its output projection has its own matrix.
         """
@@ -206,7 +209,7 @@ class ModelConfig(FamilyConfig):
 
     @classmethod
     def molm_350m_4b(cls, **changes) -> "ModelConfig":
-        """Return the config of MoLM-350M-4B, a released ModuleFormer (arXiv 2306.04640).
+        """Return the config of MoLM-350M-4B, a released ModuleFormer (arXiv 2306.04640), with `changes`.
 
         The model has 4.1B parameters, of which a token uses 366M. A new model is initialised like every decoder here,
         by a normal distribution with `init_std`. The original code initialised the experts by a uniform distribution
@@ -216,12 +219,15 @@ class ModelConfig(FamilyConfig):
 
     @classmethod
     def molm_700m_4b(cls, **changes) -> "ModelConfig":
-        """Return the config of MoLM-700M-4B: the sizes of MoLM-350M-4B, but a token uses four modules of each kind."""
+        """Return the config of MoLM-700M-4B, with `changes`.
+
+        It has the sizes of MoLM-350M-4B, but a token uses four modules of each kind: attention and feed-forward.
+        """
         return cls(**_molm(L=24, k=4) | changes)
 
     @classmethod
     def molm_700m_8b(cls, **changes) -> "ModelConfig":
-        """Return the config of MoLM-700M-8B, with 8.2B parameters in 48 layers."""
+        """Return the config of MoLM-700M-8B, with `changes`. It has 8.2B parameters in 48 layers."""
         return cls(**_molm(L=48, k=2) | changes)
 
 

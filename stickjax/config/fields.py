@@ -229,7 +229,7 @@ def _expected(kinds: tuple, bounds: dict) -> str:
 
 
 def shown(value) -> str:
-    """Return the repr of a value for a message, at most 60 characters long.
+    """Return the repr of a value for a message, cut to 60 characters.
 
     >>> shown("a" * 100)
     "'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa..."

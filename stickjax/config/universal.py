@@ -87,7 +87,7 @@ class SutConfig(FamilyConfig):
 
     @classmethod
     def sut_base(cls, **changes) -> "SutConfig":
-        """Return the config of the base translation model of arXiv 2310.07096.
+        """Return the config of the base translation model of arXiv 2310.07096, with `changes`.
 
         It is a config for `models.universal.SparseUniversalTransformer(config, key)`. The vocabulary size V is chosen
         so that `sut_base` has 66M parameters and `sut_big` has 110M, as in the paper.
@@ -96,7 +96,7 @@ class SutConfig(FamilyConfig):
 
     @classmethod
     def sut_big(cls, **changes) -> "SutConfig":
-        """Return the config of the big translation model of the same paper.
+        """Return the config of the big translation model of arXiv 2310.07096, with `changes`.
 
         It has twice as many experts as `sut_base`. A token uses as many experts as in `sut_base`.
         """

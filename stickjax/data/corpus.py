@@ -139,8 +139,8 @@ def load_corpus(config: DataConfig) -> tuple[Corpus, Corpus]:
 
     With `heldout_path`, the training stream comes from `path` and the held-out stream from `heldout_path`. Otherwise,
     the documents 0, heldout_every, 2 * heldout_every, ... are held out. In a token file, the last 1 / heldout_every of
-    the tokens is held out, so that both streams stay views of the file. A single document is cut in two at the same
-    place. Neither stream is ever empty.
+    the tokens is held out, so that both streams stay views of the file. If there is a single document, it is cut in
+    two at the same place. Neither stream is ever empty.
 
     Raises ValueError, naming the field or the file, if a file is missing, empty, cannot be read or decoded, or is a
     token file of another tokenizer than `config.tokenizer`.

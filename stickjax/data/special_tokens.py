@@ -90,7 +90,7 @@ def with_end(files: Mapping[str, bytes], ends: Sequence[int], text: str, folder:
 
 
 def named(files: Mapping[str, bytes], added: Mapping[str, int], folder: Path) -> Named:
-    """Find the special tokens that `files`, the result of `read_files(folder)`, name.
+    """Find the ids of special tokens in `files`, the result of `read_files(folder)`.
 
     `added` is {text: id} of the added tokens in the tokenizer.json of the folder. The ends of text come from the first
     file that names any. Raises ValueError for a file that is not a JSON object, and for an id that is not a number.

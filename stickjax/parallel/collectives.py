@@ -96,7 +96,7 @@ def reduce_from_tensor_parallel(x):
 def first_of(axis: str, count: int):
     """Return the index of the first expert of this device, if each device along the mesh axis has `count` experts.
 
-    The same holds for the ids of a vocabulary that the axis divides.
+    It is also the first id of this device, if each device has `count` ids of a vocabulary.
     """
     return lax.axis_index(axis) * count if size(axis) > 1 else 0
 
@@ -104,9 +104,10 @@ def first_of(axis: str, count: int):
 def all_gather_for_experts(tokens, expert_indices, gates, count: int):
     """All-gather the tokens and their routing over the mesh axis "expert", so that a device has all tokens.
 
-    The arguments are tokens [T,D], and expert indices and gates [T,k] with k choices per token. `count` is the number
-    of experts on each device. In the result, P devices give P * T tokens, and indices count from the first expert of
-    this device. Experts of other devices get the index `count`, which means no expert.
+    The arguments are the T tokens of this device, [T,D], and the indices of their k experts with the gates, [T,k].
+    `count` is the number of experts on each device. The results have the P T tokens of P devices. In the results,
+    indices count from the first expert of this device, and experts of other devices have the index `count`, which means
+    no expert.
 
     The all-gather copies every token to the P - 1 other devices of the axis. An all-to-all of the routed rows would
     send k (P - 1) / P rows per token, which is more if P is below k.

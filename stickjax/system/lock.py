@@ -175,7 +175,7 @@ class Lock:
 
 
 def _flock(file: int) -> bool | None:
-    """Try to get the flock of an open file. Return whether this process has it now; None without flock support."""
+    """Try to get the flock of an open file. Return whether that succeeded; None if the file system has no flock."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True

@@ -5,8 +5,8 @@ Every task is a module with two functions, and with vocabularies whose id 0 is p
     examples(part, *, seed, ...) -> Examples   random access to dictionaries of arrays; part is "train" or "test"
     text(seed, count) -> Iterator[str]         `count` different lines of text for a language model
 
-`stickjax.data.task_loader` makes batches of examples. `documents` joins lines into documents. They are the source of
-text with the name of the task, such as `DataConfig(source="listops")`.
+`stickjax.data.task_loader` makes batches of examples. `documents` joins lines of text into documents, for a config
+whose source of text is the task, such as `DataConfig(source="listops")`.
 """
 
 from collections.abc import Iterator

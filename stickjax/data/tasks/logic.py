@@ -2,7 +2,7 @@
 
 A sentence is a variable a .. f, `( not X )` or `( L ( op R ) )`, where X, L and R are sentences and op is `and` or
 `or`. A world assigns a truth value to each of the six variables. The truth table of a sentence is a number with one bit
-for each of the 64 worlds: whether the sentence holds there. So a few bit operations compute the relation of two
+for each of the 64 worlds: whether the sentence holds in the world. So a few bit operations compute the relation of two
 sentences.
 """
 
@@ -101,7 +101,7 @@ def generate(seed: int = 0, draws: int = 500_000) -> tuple[Parts, ...]:
     """Draw pairs of sentences, remove duplicates, and return them in BUCKETS buckets by their number of operators.
 
     The first 85 % of each bucket are for training, the rest for tests. Sentences in the training parts of buckets 0..6
-    have at most 37 tokens. Sentences in bucket 12 have about twice as many.
+    have at most 37 tokens. Sentences in bucket 12 have at most about twice as many.
 
     >>> [len(bucket.train) for bucket in generate(draws=1000)][:3]
     [30, 116, 63]
