@@ -1,4 +1,4 @@
-"""Read and write run folders: config.json, metrics.jsonl and checkpoints, data of which nothing is ever executed.
+"""Read and write run folders: config.json, metrics.jsonl and checkpoints. They are only data, and never executed.
 
 Two other kinds of folders can be read like a run folder: a Hugging Face folder, and a folder of one model, which `save`
 or `stickjax.convert` writes. A folder of one model has the parameters in model.safetensors instead of checkpoints,
@@ -104,8 +104,8 @@ def check_tokenizer(extra: dict, config: Config, tokenizer: Tokenizer | None, so
 def check_trained(extra: dict, config: Config, tokenizer: Tokenizer | None, source: str) -> None:
     """Raise ValueError if training cannot continue from a checkpoint.
 
-    That is so if a training run did not save it, or if the tokenizer is another one. `extra` is the dictionary in the
-    checkpoint, and `source` is the name of the checkpoint in the message.
+    It cannot continue if the checkpoint is not from a training run, or if the tokenizer is another one. `extra` is the
+    dictionary in the checkpoint, and `source` is the name of the checkpoint in the message.
     """
     if missing := {"config", "corpus", "data"} - extra.keys():
         raise ValueError(f"{source} was not saved by a training run: it does not record {', '.join(sorted(missing))}")
@@ -113,9 +113,10 @@ def check_trained(extra: dict, config: Config, tokenizer: Tokenizer | None, sour
 
 
 def check_config(run: str | os.PathLike, config: Config) -> None:
-    """Raise ValueError if the folder `run` has a run that `config` cannot resume; the message lists the fields.
+    """Raise ValueError if the folder `run` has a run that `config` cannot resume, or a converted model.
 
-    Some fields may differ, such as the paths of the data. A folder without config.json passes.
+    The message lists the fields that differ. Some fields may differ, such as the paths of the data. A folder without
+    config.json passes.
     """
     if not (Path(run) / "config.json").exists():
         return
@@ -155,8 +156,8 @@ def _is_model(folder: str | os.PathLike) -> bool:
 def model_leaves(folder: str | os.PathLike, model: ModelConfig) -> dict[str, Lazy] | None:
     """Return {name: leaf} of the parameters in a Hugging Face folder or a folder of one model.
 
-    Return None for a run with checkpoints.
-    A leaf is read when it is used. Raise ValueError if the names or shapes are not those of a model with this config.
+    Return None for a run with checkpoints. A leaf is read when it is used. Raise ValueError if the names or shapes
+    are not the names or shapes of a model with this config.
     """
     if not _is_model(folder):
         return None
@@ -169,9 +170,9 @@ def model_leaves(folder: str | os.PathLike, model: ModelConfig) -> dict[str, Laz
 
 
 def results_folder(run: Path) -> Path | None:
-    """Return the folder into which results of a run, such as a table, may be written: `run` itself, or None.
+    """Return `run`, the folder of a run, if results such as a table may be written into it; otherwise None.
 
-    It is None, and a message is printed, for a Hugging Face folder and for a folder that cannot be written.
+    For a Hugging Face folder, and for a folder that cannot be written, print a message and return None.
     """
     if hugging_face.is_folder(run):
         reason = "is in the Hugging Face layout"

@@ -74,7 +74,7 @@ def write(
       path: the folder; it is created if it does not exist.
       config: the config of the model; its `data.T` becomes the longest sequence length.
       leaves: {name: leaf} of the parameters.
-      shard_bytes: the largest size of a file with weights, in bytes.
+      shard_bytes: the largest size of a file with weights, in bytes; a single tensor may be larger.
       tokenizer: the tokenizer of the model; None if there is none.
       files: {name: content} of the files of the tokenizer; without a tokenizer, the files about special tokens.
     """

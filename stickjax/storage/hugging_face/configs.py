@@ -139,7 +139,10 @@ def _granitemoe(get: _Tree) -> dict:
 
 
 def _jetmoe(get: _Tree) -> dict:
-    """Return the ModelConfig fields of a JetMoE config.json, with the names in transformers or in the original code."""
+    """Return the ModelConfig fields for a config.json of JetMoE.
+
+    Its entries may have the names in transformers or the names in the original code.
+    """
     get.only({"activation_function": "silu", "glu": True, "bias": True})
     E, k = (
         get.either(*names, int)
@@ -281,7 +284,7 @@ _NEAREST = {ModelConfig: _nearest_decoder}
 def to_config_json(c: ModelConfig, T: int) -> dict:
     """Return the content of config.json for a model that was trained with sequences of T tokens.
 
-    Raise ValueError, naming the fields, if no model_type can express some fields that change the logits.
+    Raise ValueError if the nearest model_type cannot express some fields that change the logits; name these fields.
     """
     kind = kind_of(c)
     _, write, architecture, length = _TYPES[kind]

@@ -6,9 +6,10 @@ the number of the layer. `axes` are the axes of the tensor. The axes of the leaf
 
 A letter of an axis is a field of ModelConfig, or one of three others: E is the number of experts of the feed-forward
 network, A is the number of attention experts, and R is the field `hidden` of their routers. Letters written together
-are one axis, whose last letter varies fastest: torch's weight "NH D" of N heads is our "D N H". A digit is a size: "2F
-D" has first the rows of the gate, then the rows of the other half. If only the tensor or only the leaf has a digit, the
-row maps only the entry `part` of that axis.
+are one axis, whose last letter varies fastest: torch's weight "NH D" of N heads is our "D N H".
+
+A digit is a size: "2F D" has first the rows of the gate, then the rows of the other half. If only the tensor or only
+the leaf has a digit, the row maps only the entry `part` of that axis.
 """
 
 import operator
@@ -224,7 +225,7 @@ def _place(config: ModelConfig, target: np.ndarray, to: str, source: np.ndarray,
     def common(array: np.ndarray, own: str, other: str) -> np.ndarray:
         """Return a view of an array with one axis for every letter that both arrays have.
 
-        `own` has the letters of the array, and `other` those of the other array.
+        `own` has the letters of the array's axes, and `other` has the letters of the other array's axes.
         """
         view = array.reshape([_size(config, letter) for letter in own])
         return view[tuple(slice(None) if letter in other else part for letter in own)]

@@ -66,7 +66,6 @@ class _Tensors(pickle._Unpickler):
     """An unpickler that can only make tensors, and dictionaries of them.
 
     It extends the unpickler that is written in Python: the one in C allocates any size that a damaged file names.
-
     `root` is the folder inside the archive; `places` is {path in the archive: (its ZipInfo, position of its bytes)}.
     """
 
