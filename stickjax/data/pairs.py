@@ -79,6 +79,8 @@ def pair_examples(config: Config, part: str, **options) -> Examples:
     if config.data.source != "logic":
         raise ValueError(f"classes={config.model.classes} needs pairs: source='logic', not {config.data.source!r}")
     if config.model.classes != (relations := len(logic.RELATIONS)):
-        raise ValueError(f"classes={config.model.classes} must be the {relations} relations of source='logic'")
+        raise ValueError(
+            f"classes={config.model.classes} must be {relations}, the number of relations of source='logic'"
+        )
     options = dict(T=config.data.T, draws=config.data.examples) | options
     return logic.examples(part, **options)

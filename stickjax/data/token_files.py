@@ -83,11 +83,13 @@ def _read_meta(path: str, name: str) -> dict:
     data_path, meta_path = token_paths(path)
     for file in (data_path, meta_path):
         if not os.path.isfile(file):
-            raise ValueError(f"{name}={path!r}: no {printable(file)}; make it by python -m stickjax.data tokenize")
+            raise ValueError(
+                f"{name}={path!r}: there is no {printable(file)}; make it by python -m stickjax.data tokenize"
+            )
     try:
         meta = json.loads(read_text(meta_path))
         if (meta["format"], meta["version"]) != (TOKENS_FORMAT, 1):
-            raise ValueError(f"format {meta['format']!r} version {meta['version']}")
+            raise ValueError(f"its format is {meta['format']!r}, version {meta['version']}")
         for key, kind in _TYPES.items():
             if type(meta[key]) is not kind or (kind is int and meta[key] < 0):
                 raise ValueError(f"{key}={meta[key]!r:.80} must be {'a whole number' if kind is int else 'a string'}")
@@ -147,7 +149,7 @@ def open_tokens(path: str, tokenizer: Tokenizer, name: str) -> tuple[np.ndarray,
     if not n or size != n * dtype.itemsize:
         raise ValueError(
             f"{name}={path!r}: {data_path} has {size} bytes instead of "
-            f"num_tokens={n} times {dtype.itemsize}; it is empty, truncated or of another type"
+            f"num_tokens={n} times {dtype.itemsize} bytes; the file is empty, truncated or of another type"
         )
     tokens = np.memmap(data_path, dtype, mode="r")
     largest = max(int(tokens[:_BLOCK].max()), int(tokens[-_BLOCK:].max()))

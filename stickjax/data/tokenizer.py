@@ -133,7 +133,7 @@ class HuggingFaceTokenizer(Tokenizer):
         try:
             from tokenizers import Tokenizer as Fast
         except ImportError as error:
-            raise ValueError(f"{where} needs tokenizers: pip install 'stickjax[hf]'") from error
+            raise ValueError(f"{where} needs the package tokenizers: pip install 'stickjax[hf]'") from error
         try:
             content = path.read_bytes()
         except OSError as error:

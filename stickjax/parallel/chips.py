@@ -76,7 +76,7 @@ def chip(name: str) -> Chip:
     (150754820096, 4800000000000.0)
     """
     if name not in CHIPS:
-        raise ValueError(f"unknown GPU {name!r}; there are {', '.join(CHIPS)}{nearest(name, CHIPS)}")
+        raise ValueError(f"unknown GPU {name!r}; the known GPUs are {', '.join(CHIPS)}{nearest(name, CHIPS)}")
     return CHIPS[name]
 
 

@@ -336,12 +336,12 @@ def _read_manifest(folder: Path, step: int) -> dict:
         outer = json.loads((folder / "manifest.json").read_text())
         manifest = outer["manifest"]
         if zlib.crc32(json.dumps(manifest).encode()) != outer["crc32"]:
-            raise ValueError("the crc32 of manifest.json differs")
+            raise ValueError("the crc32 of manifest.json differs from the recorded one")
         if manifest["step"] != step:
             raise ValueError(f"manifest.json is from the checkpoint of step {manifest['step']}")
         for name, crc32 in manifest["files"].items():
             if crc32_of(folder / name) != crc32:
-                raise ValueError(f"the crc32 of {name} differs")
+                raise ValueError(f"the crc32 of {name} differs from the recorded one")
         rows = manifest["arrays"].values()
         if not isinstance(manifest["extra"], dict) or any(list(map(type, row)) != [list, str, int] for row in rows):
             raise ValueError("manifest.json does not describe a checkpoint")
@@ -380,7 +380,7 @@ def _read_arrays(folder: Path, specs: dict, rows: dict) -> dict[str, jax.Array]:
         raise DamagedCheckpoint(f"Orbax cannot read the arrays: {_line(error)}") from error
     for name, array in arrays.items():
         if checksum(array) != rows[name][2]:
-            raise DamagedCheckpoint(f"the checksum of {name} differs")
+            raise DamagedCheckpoint(f"the checksum of {name} differs from the recorded one")
     return arrays
 
 

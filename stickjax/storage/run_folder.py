@@ -85,7 +85,7 @@ def with_own_tokenizer(run: str | os.PathLike, config: Config) -> Config:
         return config
     if given.exists() and len({load_tokenizer(str(path), config.data.eot).name for path in (given, own)}) > 1:
         both = f"data.tokenizer={str(given)!r} differs from {own}, the tokenizer of {run}"
-        raise ValueError(f"{both}; use that file, or another run folder")
+        raise ValueError(f"{both}; use the file in the run folder, or another run folder")
     return config.replace({"data.tokenizer": str(own)})
 
 

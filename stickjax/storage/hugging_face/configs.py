@@ -291,7 +291,7 @@ def to_config_json(c: ModelConfig, T: int) -> dict:
     tree = {"model_type": kind, "architectures": [architecture], length: T, "torch_dtype": c.param_dtype} | write(c)
     found, wanted = (_effective(config) for config in (to_model_config(tree)[0], c))
     if lost := [f"{n}={wanted[n]!r}" for n in wanted if wanted[n] != found[n]]:
-        raise ValueError(f"model_type {kind!r}, the nearest to this model, has no {', '.join(lost)}")
+        raise ValueError(f"model_type {kind!r}, the nearest to this model, cannot express {', '.join(lost)}")
     return tree
 
 
