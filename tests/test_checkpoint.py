@@ -156,10 +156,10 @@ def test_prefix_reads_one_branch(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(w=jnp.zeros((40, 4))), r"params/w is float32\[40, 4\], in the checkpoint float32\[40, 3\]"),
-        (dict(w=jnp.zeros((40, 3), jnp.bfloat16)), r"params/w is bfloat16\[40, 3\], in the checkpoint float32"),
-        (dict(w2=jnp.zeros(3)), r"the state has params/w2, the checkpoint has no \(did you mean 'params/w'"),
-        (None, "the state has no params/b, the checkpoint has one"),
+        (dict(w=jnp.zeros((40, 4))), r"params/w is float32\[40, 4\], but float32\[40, 3\] in the checkpoint"),
+        (dict(w=jnp.zeros((40, 3), jnp.bfloat16)), r"params/w is bfloat16\[40, 3\], but float32\[40, 3\] in the"),
+        (dict(w2=jnp.zeros(3)), r"the state has params/w2, but the checkpoint does not \(did you mean 'params/w'"),
+        (None, "the state does not have params/b, but the checkpoint does"),
     ],
 )
 def test_another_config_is_the_callers_error(tmp_path, change, message):
@@ -295,7 +295,7 @@ def test_the_first_save_is_read_back(tmp_path, monkeypatch, at_once):
     monkeypatch.setattr(stickjax.storage.checkpoints, "READ_BACK_BYTES", at_once)
     folder = write(tmp_path, 1)
     changed_on_the_way(monkeypatch)
-    message = "step 2 was not saved: .*checksum of params/b differs; the run has checkpoints \\[1\\]"
+    message = "step 2 was not saved: .*checksum of params/b differs .*; the run has checkpoints \\[1\\]"
     with pytest.raises(OSError, match=message):
         write(tmp_path, 2)
     assert [path.name for path in folder.iterdir()] == ["1"]

@@ -186,13 +186,13 @@ def test_numbers_of_numpy_and_paths_become_plain():
 
 
 TREES = [
-    ([], "a config is an object with the sections model, data, optim, train, mesh, not []"),
+    ([], "a config is a JSON object with the sections model, data, optim, train, mesh, not []"),
     (None, "not None"),
     (3, "not 3"),
     ({"foo": {}}, "unknown section 'foo'"),
     ({"modle": {}}, "unknown section 'modle' (did you mean 'model'?)"),
-    ({"model": None}, "model=None must be an object of fields"),
-    ({"model": [1]}, "model=[1] must be an object of fields"),
+    ({"model": None}, "model=None must be a JSON object of fields"),
+    ({"model": [1]}, "model=[1] must be a JSON object of fields"),
     ({"model": {"family": "bert"}}, "family='bert' is not one of 'decoder', 'sut'"),
     ({"model": {"family": []}}, "family=[] is not one of"),
     ({"model_type": "llama", "hidden_size": 8}, "this is the config of a Hugging Face model; convert its folder first"),

@@ -234,7 +234,7 @@ def spoil(meta=None, **changes):
         (spoil("{"), "does not describe a token file"),
         (spoil("[]"), "does not describe a token file"),
         (spoil(version=9), "version 9"),
-        (spoil(dtype="<u4"), "dtype <u4 does not follow from vocab_size=257"),
+        (spoil(dtype="<u4"), "dtype <u4 is wrong for vocab_size=257"),
         (spoil(vocab_size=300), "with vocab_size=300"),
     ],
 )
@@ -408,5 +408,5 @@ def test_bad_loaders():
         train_loader(counting(99), CONFIG, process_count=3)
     with pytest.raises(ValueError, match="process_index=2 must be in 0..1"):
         train_loader(counting(99), CONFIG, process_index=2, process_count=2)
-    with pytest.raises(ValueError, match="no examples to draw B=4 of"):
+    with pytest.raises(ValueError, match="there are no examples for a batch of B=4"):
         batches([], B=4, seed=0)

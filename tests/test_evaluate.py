@@ -81,7 +81,9 @@ def with_bos(corpus: Corpus) -> Corpus:
 def test_lengths_that_no_document_reaches_are_left_out_and_said(caplog):
     windows = heldout_windows(corpus_of(9, 20), 4)
     assert windows.lengths == (1, 2, 4)
-    assert "longest held-out document of memory has 20 tokens: lengths 8 of T=4 are left out" in caplog.text
+    assert (
+        "longest held-out document of memory has 20 tokens: contexts of 8 times T=4 tokens are left out" in caplog.text
+    )
     windows = heldout_windows(corpus_of(9, 20), 512, lengths=(1, 2))
     pieces, real = windows.pieces(1)
     assert windows.lengths == (1,) and pieces.shape == (2, 65) and real.sum() == 29, "padding is not computed"
@@ -150,7 +152,7 @@ def test_short_documents_of_several_runs(runs, capsys, monkeypatch, caplog):
         # 15 whole documents, each with 3 digits, 1 to 6 times "stick ", and the end of text.
         assert {r["bytes"] for r in of} == {sum(3 + 6 * (i % 6 + 1) for i in range(0, 60, 4))}
         assert {r["tokens"] - r["bytes"] for r in of} == {15}
-    assert "34 tokens: lengths 8 of T=8 are left out" in caplog.text
+    assert "34 tokens: contexts of 8 times T=8 tokens are left out" in caplog.text
     for line in ("x/run: reading the parameters", "half: 2x (8): compiling, then scoring"):
         assert line in said.err, "progress lines are printed"
     for picture in ("length.png", "training.png"):

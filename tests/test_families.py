@@ -53,17 +53,17 @@ MODULES = "modules that can be added or pruned"
 REFUSED = {
     "decoder": {},
     "sut": dict.fromkeys(["report", "extend", "prune", "concentrate"], MODULES)
-    | {"convert": "no model_type is near a model of family='sut'", "sweep": "has no m_width"},
+    | {"convert": "no model_type is like a model of family='sut'", "sweep": "has no m_width"},
     "pairs": dict.fromkeys(["report", "extend", "prune", "concentrate"], MODULES)
     | {
         "generate": "a classifier of classes=7 generates no text",
-        "convert": "no model_type is near a model of family='sut'",
+        "convert": "no model_type is like a model of family='sut'",
         "sweep": "has no m_width",
     },
     "bigram": dict.fromkeys(["report", "extend", "prune", "concentrate"], MODULES)
     | {
         "generate": "a model of family='bigram' generates no text",
-        "convert": "no model_type is near a model of family='bigram'",
+        "convert": "no model_type is like a model of family='bigram'",
         "sweep": "has no m_width",
     },
 }
@@ -168,7 +168,7 @@ def test_the_loss_of_the_page_is_the_same_on_several_devices(tmp_path):
 
 
 def test_config_classes_that_are_refused():
-    with pytest.raises(TypeError, match="family='decoder' of Mine is the family of ModelConfig"):
+    with pytest.raises(TypeError, match="family='decoder' of Mine is already taken by ModelConfig"):
 
         class Mine(FamilyConfig):
             family: str = "decoder"

@@ -119,7 +119,7 @@ BAD = {
     "length": (edit_bytes(lambda data: b"\xff" * 8 + data[8:]), "cannot be read: .*header too large"),
     "overlap": (edit_header(moved(Q, -64)), "cannot be read: .*invalid offset"),
     "outside": (edit_header(moved(Q, 10**9)), "cannot be read: .*invalid offset"),
-    "no-shard": (indexed(**{Q: "model-2.safetensors"}), "names shards that are not there: model-2.safetensors"),
+    "no-shard": (indexed(**{Q: "model-2.safetensors"}), "names shards that do not exist: model-2.safetensors"),
     "outer-shard": (indexed(**{Q: "../model.safetensors"}), "is not an index of shards: .*outside"),
     "index": (indexed(**{Q: "model.safetensors"}), "index.json and model.safetensors disagree: the file also has"),
     "no-index": (lambda folder: (folder / "model.safetensors.index.json").write_text("[]"), "not an index of shards"),
@@ -267,7 +267,7 @@ def test_damaged_bin_files_are_refused(mlp_gate, torch_save):
     torch_save(path, arrays, offset=1)
     refused("does not fit")
     torch_save(path, arrays, shape=(-1,), stride=(1,))
-    refused("has shape")
+    refused("has a wrong shape")
     torch_save(path, arrays, shape=(4, 4), stride=(1, 4))
     refused("transposed")
     torch_save(path, arrays)

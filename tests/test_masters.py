@@ -148,6 +148,6 @@ def test_a_checkpoint_without_masters_is_refused_in_one_line(tuned, tmp_path):
     state = tuned["bfloat16"]
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state._replace(opt_state=state.opt_state[:-1]), {})
-    with pytest.raises(ValueError, match="the state has opt_state/.*/masters/.*, the checkpoint has no") as error:
+    with pytest.raises(ValueError, match="the state has opt_state/.*/masters/.*, but the checkpoint does not") as error:
         Checkpoints(tmp_path).restore(jax.eval_shape(lambda: state))
     assert "\n" not in str(error.value)

@@ -183,7 +183,7 @@ def test_what_a_step_takes_is_counted():
     ("changes", "message"),
     [
         ({"data.source": "stdlib"}, "classes=7 needs pairs: source='logic', not 'stdlib'"),
-        ({"model.classes": 3}, "classes=3 must be the 7 relations of source='logic'"),
+        ({"model.classes": 3}, "classes=3 must be 7, the number of relations of source='logic'"),
         ({"model.classes": 0, "data.curriculum": 9}, "curriculum=9 orders pairs of sentences; this model reads a text"),
         ({"data.T": 20}, "T=20 is shorter than the longest sentence of 37 tokens"),
         ({"model.V": 5}, "V=5 is smaller than the 12 ids of pairs of logic"),
@@ -200,7 +200,7 @@ def test_what_only_decoders_have(pairs, tmp_path):
         PAIRS.replace({"train.accumulate": 2})
     with pytest.raises(ValueError, match="fsdp=2 and tensor=2: a model of family='sut' supports data parallelism only"):
         make_mesh(PAIRS.replace({"mesh.fsdp": 2, "mesh.tensor": 2}))
-    with pytest.raises(ValueError, match="no model_type is near a model of family='sut'"):
+    with pytest.raises(ValueError, match="no model_type is like a model of family='sut'"):
         export(load(pairs).model, str(tmp_path / "out"))
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="a classifier of classes=7 generates no text"):

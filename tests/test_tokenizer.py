@@ -128,7 +128,7 @@ def test_the_end_of_text_is_what_the_folder_says(folder, files, eot, ends):
         (dict(generation_config={"eos_token_id": "258"}), None, r"config.json: eos_token_id='258' is not an id"),
         (dict(generation_config={"eos_token_id": [True]}), None, "eos_token_id=True is not an id"),
         (dict(generation_config="{"), None, "generation_config.json is not JSON"),
-        (dict(special_tokens_map=[1]), None, "special_tokens_map.json holds a list"),
+        (dict(special_tokens_map=[1]), None, "special_tokens_map.json must be a JSON object, not a list"),
         (dict(), "<|end|>", r"data\.eot='<\|end\|>' is no added token .*'<\|im_end\|>'"),
     ],
     ids=str,

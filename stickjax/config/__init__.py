@@ -1,4 +1,4 @@
-"""The config of an experiment as nested dataclasses, and its changes by a command line."""
+"""The config of an experiment: nested dataclasses, whose fields a command line can change."""
 
 from stickjax.config.experiment import (
     Config,

@@ -1,4 +1,4 @@
-"""The attention variants of the decoder, with their functions and the config fields that they support."""
+"""The attention variants of the decoder: the function of each variant, and the config fields that it supports."""
 
 import pkgutil
 from collections.abc import Callable
@@ -11,14 +11,16 @@ OPTIONS = {"attend_current": False, "skip_below": None, "remainder": "none"}
 
 
 class AttentionVariant(NamedTuple):
-    """An attention variant.
+    """A kind of attention that a decoder can use, such as stick-breaking or softmax.
 
-    `function`: `function(config, q, k, v, context) -> (out [B,T,N,H], rest [B,T,N] or None)` for q [B,T,N,H] and k, v
-      [B,S,K,H]; or "module:name", which is imported when the first model needs it. The attention weights of a query sum
-      to 1 - `rest`; None if they always sum to 1.
-    `rotary`: whether queries and keys get rotary positions before the call; then H must be even.
-    `divides_sequence`: whether it works when the mesh axis "context" divides the sequences.
-    `options`: the optional fields of `ModelConfig` that it supports, any of OPTIONS.
+    `function`: the function that computes the attention, or "module:name", which is imported when the first model needs
+      it. `function(config, q, k, v, context)` takes B sequences: q [B,T,N,H] for T queries of N heads, and k, v
+      [B,S,K,H] for S keys of K heads. `context` is a `stickjax.models.attention.Context`: documents and positions. The
+      function returns out [B,T,N,H], and `rest` [B,T,N] or None. The attention weights of a query sum to 1 - `rest`;
+      None means that they always sum to 1.
+    `rotary`: whether queries and keys get rotary positions before the function is called; then H must be even.
+    `divides_sequence`: whether the variant works when the mesh axis "context" divides the sequences.
+    `options`: the optional fields of `ModelConfig` that the variant supports. Each must be a key of OPTIONS.
     """
 
     function: Callable | str
@@ -41,23 +43,29 @@ ATTENTION: dict[str, AttentionVariant] = {
 
 
 def register_attention(name: str, variant: AttentionVariant) -> None:
-    """Add a variant. Raise ValueError if another variant has its name, or if an option is not one of OPTIONS."""
+    """Register an attention variant, so that the config field `attention` can select it by `name`.
+
+    Raise ValueError if another variant is registered under `name`, or if an option of the variant is not in OPTIONS.
+    """
     for option in variant.options:
         one_of("option", option, tuple(OPTIONS))
     known = ATTENTION.get(name, variant)
     if isinstance(known.function, str) or not same_definition(known.function, variant.function):
-        raise ValueError(f"attention={name!r} is registered already")
+        raise ValueError(f"attention={name!r} is registered already; choose another name")
     ATTENTION[name] = variant
 
 
 def variant(name: str) -> AttentionVariant:
-    """Look up a variant by name. Raise ValueError, with the nearest name, if it is not registered."""
+    """Return the attention variant that is registered under `name`.
+
+    Raise ValueError, with the nearest registered name, if there is none.
+    """
     one_of("attention", name, tuple(ATTENTION))
     return ATTENTION[name]
 
 
 def variants_with(fits: Callable[[AttentionVariant], bool]) -> str:
-    """Return the names of the variants for which `fits` is true, as text for a message.
+    """Return the names of the attention variants for which `fits(variant)` is true, as "'a' or 'b'" for a message.
 
     >>> variants_with(lambda variant: "remainder" in variant.options).split(" or ")[0]
     "'stick_breaking'"

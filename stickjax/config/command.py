@@ -1,8 +1,8 @@
 """The common code of all commands: it parses the command line, prints errors and chooses the exit code.
 
-Exit codes: 0, success. 1, an error that the user can correct, in one line on stderr. 2, a wrong command line, in one
-line as well. 130, Ctrl-C. 141, the output pipe was closed, as in `... | head`. Any other exception is a bug and is
-raised with its traceback.
+Exit code 0: the command succeeded. Exit code 1: an error that the user can correct, printed as one line on stderr. Exit
+code 2: the command line is wrong, printed as one line too. Exit code 130: Ctrl-C. Exit code 141: the output pipe was
+closed, as in `... | head`. Any other exception is a bug and is raised with its traceback.
 """
 
 import argparse
@@ -29,11 +29,11 @@ EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 128 + signal.SIGINT, 128 + signal.SIGPIPE
 
 
 class UsageError(ValueError):
-    """The command line has an option or an argument that the command does not take."""
+    """Raised if the command line has an option or an argument that the command does not have. The exit code is 2."""
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that raises UsageError, with the nearest name for an unknown option."""
+    """An argument parser that raises UsageError for a wrong command line, and suggests a name for an unknown option."""
 
     def __init__(self, *, prog: str | None = None, **options):
         if prog is not None and os.path.basename(sys.argv[0]) == "stickjax":
@@ -51,7 +51,11 @@ class Parser(argparse.ArgumentParser):
         return words
 
     def parse_with_fields(self, argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-        """Split a command line into the command's own arguments and the `--section.field=value` of a config."""
+        """Parse a command line that also changes fields of a config. None stands for the words in `sys.argv`.
+
+        Return the parsed arguments of the command, and the words that remain, such as `--section.field=value`.
+        Raise UsageError for an option that is neither.
+        """
         words: list[str] = []
         for word in sys.argv[1:] if argv is None else argv:
             if words and re.fullmatch(r"--\w+\.\w+", words[-1]) and not word.startswith("--"):
@@ -67,7 +71,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind: type, **bounds: float) -> Callable[[str], int | float]:
-    """Return an argparse `type` for numbers within bounds; the bounds are those of `stickjax.config.fields.field`.
+    """Return a function that parses a number, for the argument `type` of argparse's `add_argument`.
+
+    `kind` is int or float. `bounds` limits the number: any of at_least, above, at_most and below.
 
     >>> number(int, at_least=1)("1e6")
     1000000
@@ -86,7 +92,7 @@ SEED_TYPE = number(int, at_least=0, at_most=SEED)
 
 
 def _options(parser: argparse.ArgumentParser) -> list[str]:
-    """Return the names of all arguments of a parser and its subcommands: --options and POSITIONAL arguments."""
+    """Return the names of all arguments of a parser and its subcommands, such as "--run" and "CONFIG"."""
     parsers = [parser]
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -96,7 +102,9 @@ def _options(parser: argparse.ArgumentParser) -> list[str]:
 
 
 def command(main: Callable[[list[str] | None], int | None]) -> Callable[..., int]:
-    """Wrap `main(argv)`: it then returns an exit code for every expected error, and raises only for a bug.
+    """Wrap the function `main(argv)` of a command, so that it prints every expected error and returns an exit code.
+
+    Only a bug still raises an exception. The exit codes are listed at the top of this file.
 
     >>> @command
     ... def main(argv):
@@ -140,7 +148,7 @@ def command(main: Callable[[list[str] | None], int | None]) -> Callable[..., int
 
 
 def in_one_line(error: BaseException) -> str:
-    """Return the message of an error in one line; for an OSError with a file name, the path and the reason.
+    """Return the message of an error as one line. For an OSError with a file name, that is the path and the reason.
 
     >>> in_one_line(FileNotFoundError(2, "No such file or directory", "a.py"))
     'a.py: No such file or directory'
@@ -159,7 +167,7 @@ def say_error(line: str) -> None:
 
 
 def end_on_interrupt() -> None:
-    """From now on, Ctrl-C prints one line and ends this process. Inside a command it raises KeyboardInterrupt."""
+    """From now on, Ctrl-C prints "interrupted" and ends this process. Inside a command it raises KeyboardInterrupt."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # otherwise it is ignored, as under nohup
         signal.signal(signal.SIGINT, _end)
 
@@ -188,7 +196,7 @@ def _print_what_a_terminal_can() -> None:
 
 
 def _print_plain_notices() -> None:
-    """From now on, log messages begin with their level. The handler that Orbax installs would add the module."""
+    """From now on, a log message begins with its level. The log handler of Orbax would also print the module's name."""
     for handler in logging.root.handlers:
         if getattr(handler.formatter, "_fmt", None) == logging.BASIC_FORMAT:
             handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))

@@ -16,9 +16,9 @@ from stickjax.config.fields import shown
 
 
 def parse_value(text: str, kinds: tuple):
-    """Convert a word of the command line to one of the types `kinds`.
+    """Convert a word of the command line to one of the types `kinds` of a field, such as (int, type(None)).
 
-    A word that fits none of them is returned unchanged. The config then raises the error, with the name of the field.
+    A word that fits none of the types is returned unchanged. The config then raises an error that names the field.
     """
     if type(None) in kinds and text.lower() in ("none", "null"):
         return None
@@ -38,7 +38,14 @@ def parse_value(text: str, kinds: tuple):
 
 
 def parse_changes(config: Config, argv: list[str]) -> dict[str, Any]:
-    """Return the words `--section.field=value` (or `--section.field value`) as `{"section.field": value}`.
+    """Parse the changes of config fields on a command line: `--section.field=value` or `--section.field value`.
+
+    Args:
+      config: the config that the changes are for; its fields decide which keys exist and which types they have.
+      argv: the words of the command line.
+
+    Returns:
+      The changes as {"section.field": value}.
 
     Raises:
       ValueError: a field is unknown (the message suggests the nearest name), or its value is missing.
@@ -61,12 +68,12 @@ def parse_changes(config: Config, argv: list[str]) -> dict[str, Any]:
 
 
 def parse(config: Config, argv: list[str]) -> Config:
-    """Return the config with the changes of a command line; see `parse_changes`."""
+    """Return a copy of the config with the changes of the command line `argv`; see `parse_changes`."""
     return config.replace(parse_changes(config, argv))
 
 
 def describe(config: Config) -> str:
-    """Return the body of --help: every field with its current value and its help text."""
+    """Return the text of --help about the config: a line per field with its key, its value and its help text."""
     lines = []
     for section in dataclasses.fields(config):
         part = getattr(config, section.name)
@@ -87,7 +94,7 @@ _WHAT = "a config is a name ({}), a Python file that defines get_config(), or th
 
 
 def named_configs() -> dict[str, Path]:
-    """Return the files of the configs that come with stickjax, by name.
+    """Return {name: Python file} of the configs that come with stickjax.
 
     >>> sorted(named_configs())[-2:]
     ['tiny', 'tiny_softmax']
@@ -97,7 +104,9 @@ def named_configs() -> dict[str, Path]:
 
 
 def load_config(path: str) -> Config:
-    """Load the config with a name such as "tiny", or from a Python file (which is run), or from a config.json.
+    """Load a config. `path` is the name of a config of stickjax, a Python file or a config.json.
+
+    A name, such as "tiny", is a key of `named_configs`. A Python file is run; its `get_config()` returns the config.
 
     Raises:
       ValueError: there is no such config, or it cannot be read. For a Python file, the message has the line number.
@@ -132,7 +141,7 @@ def config_name(path: str | os.PathLike) -> str:
 
 
 def read_json(path: str | os.PathLike) -> Config:
-    """Read a config from a config.json. Raise ValueError, beginning with the path, if the file is not a config."""
+    """Read a config from a config.json. Raise ValueError if the file is not a config; the message names the path."""
     try:
         tree = json.loads(Path(path).read_text("utf-8-sig"))
     except RecursionError as error:
@@ -146,7 +155,10 @@ def read_json(path: str | os.PathLike) -> Config:
 
 
 def _run(file: Path) -> Config:
-    """Run a Python file and return the config that its `get_config()` returns."""
+    """Run a Python file and return the config that its `get_config()` returns.
+
+    Raise ValueError, with the file and the line, for any error in the file.
+    """
     try:
         get_config = runpy.run_path(str(file)).get("get_config")
         if get_config is None:

@@ -1,4 +1,4 @@
-"""The config of the decoder. Its capital letters are the shape letters of the code (README, "Letters")."""
+"""The config of the decoder. Its fields with one capital letter are sizes of axes (docs/reference/letters.md)."""
 
 import math
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from stickjax.config.fields import Dtype, accept_former_names, check_fields, fie
 @accept_former_names
 @dataclass(frozen=True)
 class ModelConfig(FamilyConfig):
-    """A decoder-only language model. Capital letters are the shape letters of the code."""
+    """The config of a decoder-only language model. A field with one capital letter is the size of an axis."""
 
     MOVED: ClassVar = {
         "E": ("experts.E",), "k": ("experts.k",), "attention_experts": ("attention_experts.E",),
@@ -121,12 +121,15 @@ class ModelConfig(FamilyConfig):
             raise ValueError("head_norm and remainder='bias' need heads that all tokens share, not attention_experts")
 
     def check_mesh(self, sizes: dict[str, int], T: int) -> None:
-        """Raise ValueError if a mesh axis cannot divide the model or its sequences of T tokens."""
+        """Raise ValueError if the model, or its sequences of T tokens, cannot be divided by a mesh axis.
+
+        `sizes` is {mesh axis: its number of devices}.
+        """
         if sizes["expert"] > 1 and not self.experts.E:
-            raise ValueError(f"expert={sizes['expert']} divides the experts, but E=0")
+            raise ValueError(f"expert={sizes['expert']} needs a model with experts, but E=0")
         if sizes["expert"] > 1 and self.experts.added:
             old, added = self.experts.E, self.experts.added
-            raise ValueError(f"expert={sizes['expert']}: E={old} with experts.added={added} needs expert=1")
+            raise ValueError(f"expert={sizes['expert']}: experts.added={added} beside E={old} needs expert=1")
         if sizes["context"] > 1 and not variant(self.attention).divides_sequence:
             raise ValueError(
                 f"context={sizes['context']} needs attention={variants_with(lambda kind: kind.divides_sequence)}"
@@ -155,22 +158,25 @@ class ModelConfig(FamilyConfig):
                 raise ValueError(f"{letter}={size} must be a multiple of {divisor}; {letter}={near} would do")
 
     def mixtures(self) -> dict[str, ExpertsConfig]:
-        """Return the mixtures of the model (those with E > 0), by the names of their fields."""
+        """Return {field: config} of the mixtures of experts in the model; a mixture with E=0 is left out."""
         return {name: x for name in ("experts", "attention_experts") if (x := getattr(self, name)).E}
 
     @property
     def scale(self) -> float:
-        """The multiplier of q.k: `attention_scale`, or 1/sqrt(H)."""
+        """The multiplier of the product of a query and a key: `attention_scale`, or 1/sqrt(H) if that is None."""
         return 1 / math.sqrt(self.H) if self.attention_scale is None else self.attention_scale
 
     @classmethod
     def powerlm_1b(cls, **changes) -> "ModelConfig":
-        """1.2B dense model of the Power scheduler paper (arXiv 2408.13359)."""
+        """Return the config of the 1.2B dense model in the Power scheduler paper (arXiv 2408.13359), with `changes`."""
         return cls(**dict(_POWER, D=1536, L=40, N=24, K=24, F=4096, m_width=6.0, m_res=0.22) | changes)
 
     @classmethod
     def powermoe_1b(cls, **changes) -> "ModelConfig":
-        """1.3B mixture-of-experts model of the Power scheduler paper, with 377M active parameters."""
+        """Return the config of the 1.3B mixture-of-experts model in the paper arXiv 2408.13359, with `changes`.
+
+        A token uses 377M of the parameters.
+        """
         return cls(
             **dict(_POWER, D=1024, L=24, N=16, K=8, F=512, m_width=4.0, m_res=0.28, experts=ExpertsConfig(E=32, k=8))
             | changes
@@ -178,12 +184,12 @@ class ModelConfig(FamilyConfig):
 
     @classmethod
     def powerlm_3b(cls, **changes) -> "ModelConfig":
-        """PowerLM-3B; its published m_width is 8, though 2304 / 256 = 9."""
+        """Return the config of PowerLM-3B, with `changes`. Its published m_width is 8, although D / 256 is 9."""
         return cls(**dict(_POWER, D=2304, L=40, N=36, K=36, F=9216, m_width=8.0, m_res=0.22) | changes)
 
     @classmethod
     def powermoe_3b(cls, **changes) -> "ModelConfig":
-        """PowerMoE-3B: 3.3B parameters, 800M active."""
+        """Return the config of PowerMoE-3B, with `changes`. It has 3.3B parameters, of which a token uses 800M."""
         return cls(
             **dict(_POWER, D=1536, L=32, N=24, K=8, F=512, m_width=6.0, m_res=0.22, experts=ExpertsConfig(E=40, k=8))
             | changes
@@ -191,7 +197,10 @@ class ModelConfig(FamilyConfig):
 
     @classmethod
     def stickbreaking_3b(cls, **changes) -> "ModelConfig":
-        """The released 3B stick-breaking model: no positions, no remainder, and an untied output projection."""
+        """Return the config of the released 3B stick-breaking model, with `changes`.
+
+        The model has no positions and no remainder, and its output projection has its own matrix.
+        """
         return cls(
             **dict(_POWER, V=50304, D=2304, L=40, N=36, K=36, F=9216, m_width=9.0, m_res=0.22)
             | dict(attention="stick_breaking", tied=False)
@@ -200,22 +209,25 @@ class ModelConfig(FamilyConfig):
 
     @classmethod
     def molm_350m_4b(cls, **changes) -> "ModelConfig":
-        """MoLM-350M-4B, a released ModuleFormer (arXiv 2306.04640): 4.1B parameters, 366M active.
+        """Return the config of MoLM-350M-4B, a released ModuleFormer (arXiv 2306.04640), with `changes`.
 
-        A new model is initialised like every decoder here, by a normal distribution with `init_std`. The original
-        code initialised its experts by a uniform distribution between -1/n and 1/n, where n is the number of inputs of
-        the matrix.
+        The model has 4.1B parameters, of which a token uses 366M. A new model is initialised like every decoder here,
+        by a normal distribution with `init_std`. The original code initialised the experts by a uniform distribution
+        between -1/n and 1/n, where n is the number of inputs of the matrix.
         """
         return cls(**_molm(L=24, k=2) | changes)
 
     @classmethod
     def molm_700m_4b(cls, **changes) -> "ModelConfig":
-        """MoLM-700M-4B: the parameters of MoLM-350M-4B, with four active modules of each kind."""
+        """Return the config of MoLM-700M-4B, with `changes`.
+
+        It has the sizes of MoLM-350M-4B, but a token uses four modules of each kind: attention and feed-forward.
+        """
         return cls(**_molm(L=24, k=4) | changes)
 
     @classmethod
     def molm_700m_8b(cls, **changes) -> "ModelConfig":
-        """MoLM-700M-8B: 8.2B parameters in 48 layers."""
+        """Return the config of MoLM-700M-8B, with `changes`. It has 8.2B parameters in 48 layers."""
         return cls(**_molm(L=48, k=2) | changes)
 
 

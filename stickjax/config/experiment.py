@@ -1,7 +1,7 @@
 """The config of one experiment as nested frozen dataclasses. Every field has a default, a type and a help text.
 
-Field names of the model are the shape letters (README, "Letters"). A config is stored as plain JSON and
-read back with `Config.from_dict`. `stickjax.config.command_line` changes it by a command line.
+Sizes of the model have the names of their axes, such as D and L (docs/reference/letters.md). A config is stored as JSON
+and read with `Config.from_dict`. `stickjax.config.command_line` changes fields of a config from a command line.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ SOURCES = ("stdlib", "text", "tokens", "logic", "listops", "scan", "recall")
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where tokens come from and how a batch is cut from them."""
+    """The source of the training data, its tokenizer and held-out part, and the size of a batch."""
 
     source: str = field(
         "stdlib",
@@ -95,7 +95,7 @@ class DataConfig:
 @accept_former_names
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with muP and the Power schedule. All lengths are in tokens."""
+    """The optimizer (AdamW with muP) and the learning-rate schedule. All lengths of the schedule are in tokens."""
 
     schedule: Literal["power", "wsd", "cosine", "constant"] = field("power", "shape of the learning rate")
     peak_lr: float = field(0.02, "highest learning rate: cap of the power law, or plateau of the others", above=0)
@@ -124,7 +124,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The length of a run, and what it writes."""
+    """The length of a run, its log lines and its checkpoints."""
 
     steps: int = field(400, "optimizer steps", at_least=1, at_most=2**31 - 1)
     accumulate: int = field(1, "microbatches per step; B must be a multiple of it", at_least=1)
@@ -158,14 +158,14 @@ class MeshConfig:
         sizes = dataclasses.asdict(self)
         for axis, size in sizes.items():
             if size == 0:
-                raise ValueError(f"{axis}={size} must be at least 1, or -1 for what the other axes leave")
+                raise ValueError(f"{axis}={size} must be at least 1, or -1 for all devices that the others leave")
         if len(left := [axis for axis, size in sizes.items() if size == -1]) > 1:
             raise ValueError(f"only one axis of the mesh may be -1, not {' and '.join(left)}")
 
 
 @dataclass(frozen=True)
 class Config:
-    """The config of a whole experiment."""
+    """The config of a whole experiment: the model, the data, the optimizer, the training and the mesh of devices."""
 
     model: FamilyConfig = field(None, "the model", ModelConfig)
     data: DataConfig = field(None, "the data", DataConfig)
@@ -186,9 +186,10 @@ class Config:
             self.check_lengths()
 
     def check_lengths(self, step: int = 0, tokens: int = 0) -> None:
-        """Raise ValueError unless warmup and decay fit into a run that begins at `step`, after `tokens` tokens.
+        """Raise ValueError if the warmup and the decay together are longer than the run.
 
-        A run that continues another one may have warmed up with larger batches, so the config alone is not enough.
+        The run begins at `step`, after `tokens` tokens of training; 0 and 0 mean a new run. A run that continues
+        another one may follow larger batches, so its length in tokens cannot be computed from the config alone.
         """
         total = tokens + (self.train.steps - step) * self.data.tokens_per_step
         if self.optim.warmup_tokens + self.optim.decay_tokens > total:
@@ -200,11 +201,15 @@ class Config:
 
     @property
     def total_tokens(self) -> int:
-        """The tokens of a run, if every step has this B and T."""
+        """The number of training tokens in a new run: steps * B * T."""
         return self.train.steps * self.data.tokens_per_step
 
     def replace(self, changes: dict[str, Any]) -> "Config":
-        """Return a copy with the changes `{"section.field": value}`; all changes are checked together."""
+        """Return a copy of the config with the changes `{"section.field": value}`.
+
+        The new config is checked after all changes are made, so several fields can change together. Raise ValueError
+        for an unknown field or a wrong value.
+        """
         sections: dict[str, dict] = {}
         for key, value in changes.items():
             section, name = locate(self, key)
@@ -219,13 +224,15 @@ class Config:
 
     @classmethod
     def from_dict(cls, tree: dict) -> "Config":
-        """Read a stored config, with the same checks as for a command line. Missing fields get their defaults.
+        """Make a config from `tree`, the result of `to_dict` or the content of a config.json.
+
+        The checks are the same as for a command line. Fields that `tree` does not have get their defaults.
 
         Raises:
           ValueError: `tree` is not a config, or it has an unknown section, an unknown field or a wrong value.
         """
         if not isinstance(tree, dict):
-            raise ValueError(f"a config is an object with the sections {', '.join(_SECTIONS)}, not {shown(tree)}")
+            raise ValueError(f"a config is a JSON object with the sections {', '.join(_SECTIONS)}, not {shown(tree)}")
         if {"model_type", "architectures"} & tree.keys():
             raise ValueError(
                 "this is the config of a Hugging Face model; convert its folder first: "
@@ -235,7 +242,7 @@ class Config:
             if section not in _SECTIONS:
                 raise ValueError(f"unknown section {shown(section)}{nearest(str(section), _SECTIONS)}")
             if not isinstance(fields, dict):
-                raise ValueError(f"{section}={shown(fields)} must be an object of fields")
+                raise ValueError(f"{section}={shown(fields)} must be a JSON object of fields")
         family = tree.get("model", {}).get("family", "decoder")
         if family not in tuple(MODEL_CONFIGS):
             raise ValueError(
@@ -252,7 +259,10 @@ class Config:
         )
 
     def diff(self, other: "Config") -> list[str]:
-        """Return 'section.field: own value -> other value' for every field that differs."""
+        """Return a line 'section.field: value here -> value in other' for every field whose value differs.
+
+        If the families of the models differ, the only line is about `model.family`.
+        """
         if self.model.family != other.model.family:
             return [f"model.family: {self.model.family!r} -> {other.model.family!r}"]
         here, there = (
@@ -271,7 +281,10 @@ _SECTIONS = tuple(section.name for section in dataclasses.fields(Config))
 
 
 def _flat(section: type, fields: dict) -> dict:
-    """Return the fields of a section as {"field": value, "group.field": value}; a group is a nested dataclass."""
+    """Flatten the fields of a section of a config: {"group": {"field": value}} becomes {"group.field": value}.
+
+    A group is a field of the dataclass `section` that is a dataclass itself, such as `experts`.
+    """
     flat = {}
     for name, value in fields.items():
         if name in nested_fields(section) and isinstance(value, dict):
@@ -282,7 +295,10 @@ def _flat(section: type, fields: dict) -> dict:
 
 
 def _changed(section, changes: dict[str, Any]):
-    """Return a section with some fields changed; a name with a dot is a field of a nested group."""
+    """Return a copy of a section of a config with the changes {"field": value} or {"group.field": value}.
+
+    A group is a field of the section that is a dataclass itself, such as `experts`.
+    """
     values: dict[str, Any] = {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
     for group in nested_fields(type(section)):
         values[group] = dict(vars(values[group]))
@@ -294,7 +310,10 @@ def _changed(section, changes: dict[str, Any]):
 
 @functools.cache
 def field_names(*models: type) -> list[str]:
-    """Return 'section.field' for every field of a config with one of these model classes (default: all of them)."""
+    """Return the keys of all fields of a config, as 'section.field' or 'section.group.field'.
+
+    `models`: the classes that the model section may have; without arguments, the classes of all families.
+    """
     sections = [(s.name, s.default_factory) for s in dataclasses.fields(Config) if s.name != "model"]
     sections = [("model", model) for model in models or MODEL_CONFIGS.values()] + sections
     names = []
@@ -309,16 +328,19 @@ def field_names(*models: type) -> list[str]:
 
 
 def types_of(config: Config, section: str, name: str) -> tuple:
-    """Return the types of the field `name` of a section. `name` may be a former name, or "group.field"."""
+    """Return the types that the value of the field `name` in a section of the config may have.
+
+    `name` is a field, "group.field" for a field of a nested dataclass, or a former name of a field.
+    """
     kind = type(getattr(config, section))
     group, _, last = (former_names(kind).get(name, (name,))[0]).rpartition(".")
     return field_types(nested_fields(kind)[group] if group else kind)[last]
 
 
 def locate(config: Config, key: str) -> tuple[str, str]:
-    """Split the key 'section.field' or 'section.group.field' into the section and the rest.
+    """Check that a config has the field `key`, and split the key: "model.experts.E" -> ("model", "experts.E").
 
-    The field may have its former name. Raise ValueError, with the nearest key, for an unknown key.
+    `key` may have a former name of the field. Raise ValueError, with the nearest key, for an unknown key.
     """
     section, _, name = key.partition(".")
     known = field_names(type(config.model))

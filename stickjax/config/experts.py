@@ -10,7 +10,7 @@ from stickjax.config.fields import accept_former_names, check_fields, field
 @accept_former_names
 @dataclass(frozen=True)
 class ExpertsConfig:
-    """The number of experts, the routing of tokens to them, and the losses that train the router."""
+    """The config of one mixture: its number of experts, how tokens are routed to them, and the router losses."""
 
     E: int = field(0, "number of experts; 0: none", at_least=0)
     k: int = field(0, "experts chosen per token; for attention experts, 0 means N / K", at_least=0)
@@ -43,17 +43,17 @@ class ExpertsConfig:
         check_fields(self)
 
     def check(self, name: str, k: int, options: tuple[str, ...] | None = None) -> None:
-        """Raise ValueError if the values of the fields contradict each other.
+        """Raise ValueError if the fields contradict each other, or if the model does not support one of them.
 
         Args:
-          name: the name of the mixture, for the message.
+          name: the field of the model that contains this mixture, such as "experts", for the message.
           k: the number of experts per token.
           options: the fields that the model supports; all other fields must keep their defaults. None: all fields.
         """
         E = self.E
         for f in dataclasses.fields(self) if options else ():
             if f.name not in options and (value := getattr(self, f.name)) != f.default:
-                raise ValueError(f"{name}.{f.name}={value!r}: the router of this model reads only {', '.join(options)}")
+                raise ValueError(f"{name}.{f.name}={value!r} is not supported by this model, only {', '.join(options)}")
         if not E:
             counts = ("k", "token_rounding", "bias_rate", "added", "pruned")
             if used := [f"{field}={value}" for field in counts if (value := getattr(self, field))]:

@@ -12,9 +12,9 @@ MODEL_CONFIGS: dict[str, type["FamilyConfig"]] = {}
 class FamilyConfig:
     """The base class for the config of a model family.
 
-    Subclass it as a frozen dataclass. Give the field `family` a default: the name of the family. The class needs at
-    least the fields `family`, V (the vocabulary size; None: the number of ids of the tokenizer), `dtype`, `param_dtype`
-    and `implementation`.
+    The config of a family is a subclass, a frozen dataclass. The default of its field `family` is the name of the
+    family. The subclass needs at least the fields `family`, V (the vocabulary size; None: the number of ids of the
+    tokenizer), `dtype`, `param_dtype` and `implementation`.
     """
 
     family: str
@@ -32,20 +32,23 @@ class FamilyConfig:
         if not isinstance(name, str):
             raise TypeError(f"{cls.__name__}.family must have a default: the name of the family")
         if not same_definition(MODEL_CONFIGS.get(name, cls), cls):
-            raise TypeError(f"family={name!r} of {cls.__name__} is the family of {MODEL_CONFIGS[name].__name__}")
+            raise TypeError(f"family={name!r} of {cls.__name__} is already taken by {MODEL_CONFIGS[name].__name__}")
         MODEL_CONFIGS[name] = cls
 
     @property
     def vocabulary(self) -> int:
-        """The vocabulary size V. If V is None, 257: the bytes and the end-of-text token."""
+        """The vocabulary size V. If V is None, it is 257: 256 bytes and the end-of-text token."""
         return BYTES if self.V is None else self.V
 
     @property
     def m_width(self) -> float:
-        """The muP width multiplier. With 1, all parameters have the same learning rate."""
+        """The muP width multiplier. The default 1 gives all parameters the same learning rate."""
         return 1.0
 
     def check_mesh(self, sizes: dict[str, int], T: int) -> None:
-        """Raise ValueError for mesh axes that the model does not support. By default only "data" may be above 1."""
+        """Raise ValueError if the model cannot be trained on the mesh with sequences of T tokens.
+
+        `sizes` is {mesh axis: its number of devices}. This default supports only the axis "data".
+        """
         if other := [f"{axis}={n}" for axis, n in sizes.items() if axis != "data" and n > 1]:
             raise ValueError(f"{' and '.join(other)}: a model of family={self.family!r} supports data parallelism only")

@@ -22,13 +22,13 @@ _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: 
 
 
 def field(default, doc: str, group: type | None = None, *, was: str | None = None, **bounds: float):
-    """Return a dataclass field with the help text `doc`.
+    """Return a dataclass field that also stores a help text, the bounds of its value, and its former name.
 
     Args:
-      default: the default value; not used with `group`.
-      doc: one sentence for --help.
-      group: the class of a nested section; its default is an instance of the class.
-      was: the former name of the field, in the version before (see `accept_former_names`).
+      default: the default value; not used if there is a `group`.
+      doc: the help text of the field, one sentence.
+      group: a dataclass, for a field that is a dataclass itself; the default is then an instance of it.
+      was: the name of the field in the version before, which `accept_former_names` still accepts.
       bounds: the bounds of a number: any of at_least, above, at_most and below.
     """
     metadata = {"doc": doc, "bounds": bounds, "was": was}
@@ -49,16 +49,17 @@ def former_names(config: type) -> dict[str, tuple[str, ...]]:
 
 @functools.cache
 def nested_fields(config: type) -> dict[str, type]:
-    """Return {name: type} of the fields of a dataclass that are dataclasses themselves."""
+    """Return {field: its class} for the fields of a dataclass whose values are dataclasses themselves."""
     kinds = field_types(config)
     return {f.name: kinds[f.name][0] for f in dataclasses.fields(config) if dataclasses.is_dataclass(kinds[f.name][0])}
 
 
 def former_names_in(config: type, values: dict[str, Any]) -> list[str]:
-    """Return the former names among the keys of `values`; those with one present name come first.
+    """Return the keys of `values`, the {field: value} of a dataclass, that are former names of fields.
 
-    A former field name may now be the name of a nested dataclass. Then the value decides: the name counts as a former
-    name only if its value is neither this dataclass nor a dictionary.
+    Names that stand for one present field come before names that stand for several. A former name of a field may now be
+    the name of a nested dataclass. Then the value decides: the key counts as a former name only if its value is neither
+    the nested dataclass nor a dictionary.
     """
     former, nested = former_names(config), nested_fields(config)
     used = [was for was in former if was in values]
@@ -67,10 +68,10 @@ def former_names_in(config: type, values: dict[str, Any]) -> list[str]:
 
 
 def with_present_names(config: type, values: dict[str, Any]) -> dict[str, Any]:
-    """Return the values of a dataclass by the present names of its fields.
+    """Return a copy of `values`, the {field: value} of a dataclass, in which former names are replaced by present ones.
 
-    In `values`, a nested dataclass may be a dictionary of its fields. A field that has moved into several nested
-    dataclasses changes those that have experts, or the first one if none has experts.
+    In `values`, a nested dataclass may be a dictionary of its fields. If a field has moved into several nested
+    dataclasses, its value is set in every one that has experts, or in the first one if none has experts.
     """
     old = {was: values[was] for was in former_names_in(config, values)}
     new = {name: value for name, value in values.items() if name not in old}
@@ -88,7 +89,10 @@ def with_present_names(config: type, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _made(kind: type, name: str, values: Any):
-    """Make a nested dataclass from a dictionary of its fields. Its errors begin with `name`."""
+    """Make the nested dataclass of class `kind` from `values`, a dictionary of its fields.
+
+    Anything but a dictionary is returned unchanged. Error messages begin with `name`, the field with this dataclass.
+    """
     if not isinstance(values, dict):
         return values
     if unknown := values.keys() - {f.name for f in dataclasses.fields(kind)}:
@@ -101,7 +105,10 @@ def _made(kind: type, name: str, values: Any):
 
 
 def accept_former_names(config: type) -> type:
-    """Let a dataclass also accept the former names of its fields, with a warning that says the new name."""
+    """Make a dataclass also accept the former names of its fields, as arguments and as attributes.
+
+    Each use of a former name causes a FutureWarning that says the present name.
+    """
 
     def warn(was: str) -> None:
         new = " and ".join(former_names(config)[was])
@@ -130,7 +137,7 @@ def accept_former_names(config: type) -> type:
 
 @functools.cache
 def field_types(config: type) -> dict[str, tuple]:
-    """Return the types that each field of a dataclass may have.
+    """Return {field: the types that its value may have} for a dataclass.
 
     >>> from stickjax.config import OptimConfig
     >>> field_types(OptimConfig)["clip"]
@@ -159,7 +166,10 @@ def check_fields(config) -> None:
 
 
 def checked(name: str, value, kinds: tuple, bounds: dict) -> Any:
-    """Convert a value to one of the types `kinds` and check its bounds. Raise ValueError if it does not fit.
+    """Return `value` as one of the types `kinds`, after a check of its bounds.
+
+    `bounds` has the keys at_least, above, at_most and below, or some of them. Raise ValueError, which names the field
+    `name`, if the value has another type or is out of bounds.
 
     >>> checked("top_p", 1, (float,), {"above": 0, "at_most": 1})
     1.0
@@ -183,7 +193,7 @@ def checked(name: str, value, kinds: tuple, bounds: dict) -> Any:
 
 
 def _finite(name: str, value) -> float:
-    """Return `value` as a float. It must be in the range of float32, the type of most parameters."""
+    """Return `value` as a float. Raise ValueError if float32, the type of most parameters, cannot represent it."""
     try:
         number = float(value)
     except OverflowError:
@@ -219,7 +229,7 @@ def _expected(kinds: tuple, bounds: dict) -> str:
 
 
 def shown(value) -> str:
-    """Return the repr of a value for a message, at most 60 characters long.
+    """Return the repr of a value for a message, cut to 60 characters.
 
     >>> shown("a" * 100)
     "'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa..."
@@ -232,18 +242,24 @@ def shown(value) -> str:
 
 
 def nearest(name: str, known) -> str:
-    """Return ' (did you mean X?)', or '' if no known name is similar."""
+    """Return the text ' (did you mean X?)', where X is the name in `known` that is most similar to `name`.
+
+    Return '' if no known name is similar.
+    """
     match = difflib.get_close_matches(name, [str(k) for k in known], n=1, cutoff=0.5)
     return f" (did you mean {match[0]!r}?)" if match else ""
 
 
 def same_definition(one, other) -> bool:
-    """Whether two classes or functions have the same definition, also if its file was run twice."""
+    """Return whether two classes or functions have the same module and name.
+
+    They are two objects with one definition if the file of the definition was run twice, as in a notebook.
+    """
     return (one.__module__, one.__qualname__) == (other.__module__, other.__qualname__)
 
 
 def one_of(name: str, value, choices) -> None:
-    """Raise ValueError, with the nearest choice, if the value is not one of the choices."""
+    """Raise ValueError if `value` is not one of `choices`. The message begins with `name` and suggests a choice."""
     if value not in choices:
         raise ValueError(
             f"{name}={shown(value)} is not one of {', '.join(map(repr, choices))}{nearest(str(value), choices)}"

@@ -1,4 +1,7 @@
-"""Suggest a name for one that does not exist: by the words of other programs, or by similarity to our names."""
+"""Suggest an option or a config field for a word that names none, such as "batch_size" for data.B.
+
+The suggestion is a field that other programs call by this word (SYNONYMS), or a name that is similar to the word.
+"""
 
 import difflib
 from collections.abc import Iterable
@@ -47,7 +50,7 @@ _MEANT = {word: name for name, words in SYNONYMS.items() for word in words.split
 
 
 def suggestion(word: str, names: Iterable[str]) -> str:
-    """Return ' (did you mean X?)' for a word that is not in `names`, or '' if no name is similar.
+    """Return the text ' (did you mean X?)' for a word that is not one of `names`; '' if there is no suggestion.
 
     >>> suggestion("--batch-size", ["data.B", "data.T"]), suggestion("steps", ["train.steps", "train.seed"])
     (" (did you mean 'data.B'?)", " (did you mean 'train.steps'?)")
@@ -72,5 +75,5 @@ def suggestion(word: str, names: Iterable[str]) -> str:
 
 
 def _plain(name: str) -> str:
-    """Return a name without its section and without leading dashes, in lower case."""
+    """Return the last part of a name in lower case: "batch_size" for "--Batch-Size", "b" for "data.B"."""
     return name.rpartition(".")[2].lstrip("-").replace("-", "_").lower()

@@ -1,4 +1,4 @@
-"""The config of the Sparse Universal Transformer. Its capital letters are the shape letters of the code."""
+"""The config of the Sparse Universal Transformer. Its fields with one capital letter are sizes of axes."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -11,13 +11,14 @@ from stickjax.config.fields import Dtype, accept_former_names, check_fields, fie
 @accept_former_names
 @dataclass(frozen=True)
 class SutConfig(FamilyConfig):
-    """A Sparse Universal Transformer: one block of experts that is applied up to L times.
+    """The config of a Sparse Universal Transformer: one block of experts that is applied up to L times.
 
-    After each step, every token decides whether it halts.
+    After each application of the block, a halting probability is computed for every token. A token halts when the sum
+    of its halting probabilities reaches `halting_threshold`.
 
-    `act_weight` and the `mi_weight` of the experts multiply losses that are added to a *mean* cross-entropy. The
-    original code adds them to a *sum* of the cross-entropy over the 8192 tokens of a worker. So its weight of 0.1
-    corresponds to 0.1 / 8192 here.
+    `act_weight` and the `mi_weight` of the experts multiply losses that are added to the *mean* cross-entropy of the
+    tokens. The original code adds these losses to the *sum* of the cross-entropy over the 8192 tokens of a worker. So a
+    weight of 0.1 in the original code corresponds to 0.1 / 8192 here.
     """
 
     MOVED: ClassVar = {
@@ -77,7 +78,7 @@ class SutConfig(FamilyConfig):
 
     @property
     def causal(self) -> bool:
-        """Whether attention is causal: stick-breaking is, softmax with relative positions is not."""
+        """Whether attention is causal. Stick-breaking attention is causal; softmax with relative positions is not."""
         return self.attention == "stick_breaking"
 
     @property
@@ -86,16 +87,19 @@ class SutConfig(FamilyConfig):
 
     @classmethod
     def sut_base(cls, **changes) -> "SutConfig":
-        """The base translation model of arXiv 2310.07096.
+        """Return the config of the base translation model of arXiv 2310.07096, with `changes`.
 
-        It is a config for `models.universal.SparseUniversalTransformer(config, key)`. V is chosen so that `sut_base`
-        has 66M and `sut_big` 110M parameters, as in the paper.
+        It is a config for `models.universal.SparseUniversalTransformer(config, key)`. The vocabulary size V is chosen
+        so that `sut_base` has 66M parameters and `sut_big` has 110M, as in the paper.
         """
         return cls(**_translation(E=24) | changes)
 
     @classmethod
     def sut_big(cls, **changes) -> "SutConfig":
-        """The big translation model: `sut_base` with twice as many experts, and the same number of active ones."""
+        """Return the config of the big translation model of arXiv 2310.07096, with `changes`.
+
+        It has twice as many experts as `sut_base`. A token uses as many experts as in `sut_base`.
+        """
         return cls(**_translation(E=48, sample_topk=1) | dict(act_weight=1 / 8192) | changes)
 
 

@@ -9,7 +9,11 @@ from stickjax.system.text import printable
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    """`tokenize SOURCE OUT [--tokenizer byte|tokenizer.json] [--eot TOKEN] [--text-field text]`, or `verify OUT`."""
+    """Run the command with the words `argv`; None stands for the words in `sys.argv`.
+
+    `tokenize SOURCE OUT [--tokenizer byte|tokenizer.json] [--eot TOKEN] [--text-field text]` makes a token file.
+    `verify OUT` checks one.
+    """
     parser = Parser(prog="python -m stickjax.data")
     commands = parser.add_subparsers(required=True, dest="command")
     one = commands.add_parser("tokenize", help="write the tokens of a text to a token file")

@@ -1,6 +1,7 @@
-"""Batches for training: the token stream of a corpus is cut into windows of T + 1 tokens.
+"""Batches for training: windows of T + 1 tokens from a token stream, or examples of a task.
 
-    source -> Corpus (train, held-out) -> train_loader: batches   |   data.heldout: windows for evaluation
+    source -> Corpus (training part) -> train_loader: batches for training
+    source -> Corpus (held-out part) -> stickjax.data.heldout: windows for evaluation
     stickjax.data.tasks -> task_loader: batches of examples, without a token stream
 
 `stickjax.data.readers` chooses the training data of a model. `python -m stickjax.data tokenize SOURCE OUT` writes a
@@ -21,7 +22,10 @@ from stickjax.data.tokenizer import Tokenizer
 
 
 class _Windows:
-    """Random access to windows of T + 1 tokens at stride T, so that no target is in two windows."""
+    """Random access to the windows [T + 1] of a token stream, for `grain.MapDataset.source`.
+
+    A window begins every T tokens, so its last token is the first token of the next one. No target is in two windows.
+    """
 
     def __init__(self, tokens: np.ndarray, T: int):
         self.tokens, self.T = tokens, T
@@ -34,16 +38,16 @@ class _Windows:
 
 
 def make_batch(windows: np.ndarray, eot: int, bos: int | None = None) -> dict[str, np.ndarray]:
-    """Convert windows [B, T + 1] into a training batch of arrays [B, T].
+    """Convert B windows of tokens [B, T + 1] into a training batch: a dictionary of arrays [B, T].
 
     `tokens` (int32) is a window without its last token, and `targets` (int32) is a window without its first token.
-    `segment_ids` (int32) number the documents within the window. `loss_mask` (bool) is False where a target is not
-    trained.
+    `segment_ids` (int32) number the documents within the window from 0. `loss_mask` (bool) is False where the target is
+    not trained.
 
-    A document begins in training as in sampling. As a target, an end of text belongs to the document that it ends. As
-    an input, an end of text belongs to the next document, whose first token is predicted from it. There is one
-    exception: if the next document begins with `bos`, the end of text is the last input of the document that it ends,
-    and its target, `bos`, is not trained.
+    `eot` is the id that ends every document. A document begins in training as it does when text is generated: its first
+    token is predicted from `eot`. So `eot` as an input belongs to the next document, and `eot` as a target belongs to
+    the document that it ends. There is one exception: if the next document begins with the id `bos`, then `eot` is the
+    last input of the document that it ends, and the target of this input, `bos`, is not trained.
 
     >>> {name: array.tolist() for name, array in make_batch(np.array([[7, 8, 9, 5]]), eot=8).items()}
     {'tokens': [[7, 8, 9]], 'targets': [[8, 9, 5]], 'segment_ids': [[0, 1, 1]], 'loss_mask': [[True, True, True]]}
@@ -67,18 +71,22 @@ def batches(
     transform: Callable | None = None,
     first: Sequence = (),
 ) -> grain.DatasetIterator:
-    """Return the endless batches of this process: B // process_count examples of a source, stacked.
+    """Return an endless iterator of batches. A batch of this process has B // process_count examples, stacked.
 
-    Every epoch visits every example once, in a new order set by `seed`. The batches of all processes, concatenated by
-    process_index, are the batch of a single process.
+    Every epoch uses every example once, in a new order that depends on `seed`. If the batches of all processes are
+    concatenated in the order of process_index, the result is the batch of B examples that a single process would have.
 
-    `get_state()` of the result is a small JSON value, which is the same on every process. `set_state()` continues from
-    it at once, bit for bit, with any process_count.
+    `get_state()` of the iterator returns a small JSON value, which is the same in every process. `set_state()` with
+    this value continues at once with the next batch, bit for bit, with any process_count.
 
     Args:
       source: the examples, with random access.
-      transform: a function that is applied to whole batches.
-      first: examples that come before all others, in their order.
+      B: the number of examples in a batch, over all processes.
+      seed: the seed of the order of the examples.
+      process_index: the index of this process, from 0.
+      process_count: the number of processes.
+      transform: a function that is applied to each batch.
+      first: examples that come before the first epoch, in their own order.
 
     Raises ValueError if there are no examples, or if B is not a multiple of process_count.
 
@@ -91,7 +99,7 @@ def batches(
     if not 0 <= process_index < process_count:
         raise ValueError(f"process_index={process_index} must be in 0..{process_count - 1}")
     if not len(source):
-        raise ValueError(f"no examples to draw B={B} of")
+        raise ValueError(f"there are no examples for a batch of B={B}")
     # Epoch e is shuffled by seed + e. Without this hash, runs with neighbouring seeds would share all but one epoch.
     seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     epochs = grain.MapDataset.source(source).shuffle(seed=seed)
@@ -108,9 +116,12 @@ def batches(
 def train_loader(
     corpus: Corpus, config: DataConfig, *, process_index: int = 0, process_count: int = 1
 ) -> grain.DatasetIterator:
-    """Return the endless `batches` of the windows of a text: dicts of `make_batch`, arrays [B // process_count, T].
+    """Return an endless iterator of training batches from a text (see `batches`), for process `process_index`.
 
-    Raises ValueError if the text has fewer than T + 1 tokens or B is not a multiple of process_count.
+    A batch is a dictionary of arrays [B // process_count, T] (see `make_batch`). T, B and the seed of the order come
+    from `config`.
+
+    Raises ValueError if the text has fewer than T + 1 tokens, or if B is not a multiple of process_count.
 
     >>> config = DataConfig(T=8, B=4)
     >>> next(train_loader(load_corpus(config)[0], config))["tokens"].shape
@@ -128,10 +139,10 @@ def train_loader(
 def task_loader(
     task: str, config: DataConfig, part: str = "train", *, process_index: int = 0, process_count: int = 1, **options
 ) -> grain.DatasetIterator:
-    """Return the endless `batches` of a task of `stickjax.data.tasks`.
+    """Return an endless iterator of batches from a synthetic task (see `batches`), for process `process_index`.
 
-    The examples are `examples(part, T=config.T, **options)` of the task. `config.seed` sets their order; the option
-    `seed` sets the examples themselves.
+    `task` is a key of `stickjax.data.tasks.TASKS`. The function `examples(part, T=config.T, **options)` of the task
+    makes the examples. `config.seed` decides the order of the examples; the option `seed` decides their content.
 
     Raises ValueError for an unknown task, and for the same reasons as `examples` and `batches`.
 
@@ -145,7 +156,12 @@ def task_loader(
 
 
 class TrainingData(NamedTuple):
-    """The training data of a run. `loader(index, count)` returns the batches of process `index` of `count`."""
+    """The training data of a run.
+
+    `loader(index, count)`: returns the iterator of batches for process `index` of `count`.
+    `vocab_size`: the number of ids. `hash`: 16 hex digits that identify the data; a resumed run needs the same hash.
+    `source`: the name of the data in messages. `summary`: a line for the training banner.
+    """
 
     loader: Callable[[int, int], grain.DatasetIterator]
     vocab_size: int
@@ -158,7 +174,10 @@ class TrainingData(NamedTuple):
 
 
 def text_data(config: Config) -> TrainingData:
-    """Load a text as training data. Raises ValueError for a curriculum, or if the source cannot be read."""
+    """Load the text of a config as training data.
+
+    Raises ValueError if the config has a curriculum, which a text does not support, or if the source cannot be read.
+    """
     d = config.data
     if d.curriculum:
         raise ValueError(f"curriculum={d.curriculum} orders pairs of sentences; this model reads a text")

@@ -1,4 +1,4 @@
-"""Load a source as two flat token streams: the training stream and the held-out stream."""
+"""Load a source of text as two token streams, which are arrays [n] of ids: one for training, one held out."""
 
 import dataclasses
 import hashlib
@@ -21,7 +21,7 @@ _BLOCK = 2**22  # tokens read at a time from a file that may not fit into memory
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """One token stream: documents one after the other, each encoded by `tokenizer.document`."""
+    """One token stream: the ids of documents, one document after the other. `tokenizer.document` encodes each one."""
 
     tokens: np.ndarray  # [n], uint8, uint16 or uint32; a memmap for token files
     tokenizer: Tokenizer
@@ -31,7 +31,7 @@ class Corpus:
     hash: str  # 16 hex digits of a sha256: of the tokens, or of the hash of a token file and the part of it
 
     def summary(self) -> str:
-        """Return one line for the training banner."""
+        """Return a line for the training banner: the source, its sizes, the tokenizer and the hash."""
         return (
             f"{printable(self.source)}: {self.documents:,} documents, {len(self.tokens):,} tokens, "
             f"{self.bytes:,} bytes, {self.tokenizer.name}, {self.hash}"
@@ -44,24 +44,32 @@ def _of_token_file(path: str, tokenizer: Tokenizer, name: str) -> Corpus:
 
 
 def _pack(documents: list[tuple[np.ndarray, int]], tokenizer: Tokenizer, source: str) -> Corpus:
-    """Join documents, given as (tokens, number of bytes), into one stream."""
+    """Join documents into one token stream. A document is given as (ids [n], number of bytes of its text)."""
     tokens = np.concatenate([ids for ids, _ in documents], dtype=token_dtype(tokenizer.vocab_size))
     num_bytes = sum(size for _, size in documents)
     return Corpus(tokens, tokenizer, source, len(documents), num_bytes, hashlib.sha256(tokens).hexdigest()[:16])
 
 
 def document_ends(tokens: np.ndarray, eot: int) -> np.ndarray:
-    """Return the position after the end of every document, in order. The tokens are read in blocks."""
+    """Return the end position of every document in a stream [n] of ids: the position after its last token, in order.
+
+    The id `eot` ends a document, and the end of the stream ends the last one. The ids are read in blocks, because a
+    token file may be larger than the memory.
+    """
     blocks = range(0, len(tokens), _BLOCK)
     ends = np.concatenate([np.flatnonzero(tokens[b : b + _BLOCK] == eot) + b + 1 for b in blocks])
     return ends if len(ends) and ends[-1] == len(tokens) else np.append(ends, len(tokens))
 
 
 def _cut(corpus: Corpus, heldout_every: int) -> tuple[Corpus, Corpus]:
-    """Cut a stream into two views, at the first document boundary after 1 - 1/heldout_every of the tokens."""
+    """Cut a stream into a training part and a held-out part, which are views of the stream.
+
+    The cut is at the first document boundary after 1 - 1/heldout_every of the tokens. If there is none, the last
+    document is held out. A stream of one document is cut inside the document.
+    """
     tokens, eot, n = corpus.tokens, corpus.tokenizer.eot, len(corpus.tokens)
     if n < 2:
-        raise ValueError(f"{corpus.source} has {n} token: too short for a training and a held-out part")
+        raise ValueError(f"{corpus.source} has {n} token, but a training part and a held-out part need one each")
     target = n - max(1, n // heldout_every)
     cut = target  # this is inside a document; it is used only if there is a single document
     later = document_ends(tokens[target - 1 :], eot) + target - 1
@@ -80,7 +88,7 @@ def _cut(corpus: Corpus, heldout_every: int) -> tuple[Corpus, Corpus]:
 
 
 def _load(source: str, config: DataConfig, tokenizer: Tokenizer) -> tuple[Corpus, Corpus]:
-    """Load the training stream and the held-out stream of one source."""
+    """Load the training stream and the held-out stream of one source, such as "stdlib"; see `load_corpus`."""
 
     def encoded(documents: Iterable[str]) -> list[tuple[np.ndarray, int]]:
         return [(tokenizer.document(text), len(text.encode())) for text in documents]
@@ -107,7 +115,10 @@ def _load(source: str, config: DataConfig, tokenizer: Tokenizer) -> tuple[Corpus
 
 
 def _mix(corpora: Iterable[Corpus]) -> Corpus:
-    """Concatenate streams, each cut to the length of the shortest. Its last token becomes an end of text."""
+    """Concatenate streams into one, after each is cut to the length of the shortest.
+
+    The last token of each part becomes an end of text, because the cut may be inside a document.
+    """
     corpora = list(corpora)
     tokenizer = corpora[0].tokenizer
     tokens = np.stack([corpus.tokens[: min(len(c.tokens) for c in corpora)] for corpus in corpora])
@@ -121,16 +132,18 @@ def _mix(corpora: Iterable[Corpus]) -> Corpus:
 def load_corpus(config: DataConfig) -> tuple[Corpus, Corpus]:
     """Load the training stream and the held-out stream of a config.
 
-    Several sources, such as `source="stdlib,logic"`, are loaded one by one. Then, in both parts, each is cut to the
-    length of the shortest, so that all have equal shares. A generated source (`stickjax.data.tasks`) has `examples`
-    lines, in documents of about 4 KB, which are the same in every run.
+    Several sources, such as `source="stdlib,logic"`, are loaded one by one. Then the training streams of all sources
+    are cut to the length of the shortest and concatenated, so that all sources have equal shares. The same is done with
+    the held-out streams. A generated source (`stickjax.data.tasks`) has `config.examples` lines, in documents of about
+    4 KB, which are the same in every run.
 
-    With `heldout_path`, each path is one stream. Otherwise, the documents 0, heldout_every, 2 * heldout_every, ... are
-    held out. Of a token file, the last 1 / heldout_every is held out, so that both parts stay views of the file. A
-    single document is cut in two at the same place. Neither part is ever empty.
+    With `heldout_path`, the training stream comes from `path` and the held-out stream from `heldout_path`. Otherwise,
+    the documents 0, heldout_every, 2 * heldout_every, ... are held out. In a token file, the last 1 / heldout_every of
+    the tokens is held out, so that both streams stay views of the file. If there is a single document, it is cut in
+    two at the same place. Neither stream is ever empty.
 
-    Raises ValueError, naming the field or the file, if a file is missing, unreadable, empty, undecodable, or was not
-    made by `config.tokenizer`.
+    Raises ValueError, naming the field or the file, if a file is missing, empty, cannot be read or decoded, or is a
+    token file of another tokenizer than `config.tokenizer`.
 
     >>> train, heldout = load_corpus(DataConfig(heldout_every=10))
     >>> train.tokens.dtype, len(train.tokens) > 8 * len(heldout.tokens) > 0

@@ -1,4 +1,4 @@
-"""Held-out windows, on which the same targets are scored at several context lengths."""
+"""Windows of held-out text, in which a model predicts the same target tokens at several context lengths."""
 
 import logging
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class EvalWindows:
-    """Held-out windows of at most M * T targets, each inside one document; M is the largest of `lengths`."""
+    """W windows of held-out text. A window is inside one document and has at most max(lengths) * T target tokens."""
 
     tokens: np.ndarray  # [W, longest + 1], int32; the first token is the input of the first target
     targets: np.ndarray  # [W], the number of targets of each window; the rest of its row of `tokens` is padding
@@ -23,9 +23,10 @@ class EvalWindows:
     bytes: int  # number of bytes of the text of all targets
 
     def pieces(self, m: int) -> tuple[np.ndarray, np.ndarray]:
-        """Cut the windows into contexts of m * T tokens: (tokens [P, size + 1], mask of the targets [P, size]).
+        """Cut the windows into P pieces with a context of m * T tokens: (tokens [P, size + 1], target mask [P, size]).
 
-        For every m, each target is in exactly one piece. `size` is m * T, or less if all documents are short.
+        The mask at [p, i] is True if token i + 1 of piece p is a target, and False if it is padding. `size` is m * T,
+        or less if all windows are short. For every m, each target is in exactly one piece.
         """
         W, longest = len(self.tokens), self.tokens.shape[1] - 1
         size = min(m * self.T, -(-longest // 64) * 64)
@@ -41,18 +42,18 @@ class EvalWindows:
 def heldout_windows(
     corpus: Corpus, T: int, *, lengths: tuple[int, ...] = (1, 2, 4, 8), max_tokens: int = 2**17, seed: int = 0
 ) -> EvalWindows:
-    """Choose windows to evaluate contexts of m * T tokens, for every m of `lengths`, on the same targets.
+    """Choose windows of a text in which contexts of m * T tokens have the same targets, for every m in `lengths`.
 
-    Every window lies within one document. The first input of a document is the same as in training: its first token, if
-    that is the tokenizer's bos; otherwise an end of text in front of it. All later tokens are targets, including the
-    end of text of the document.
+    Every window is inside one document. The first input of a document is the same as in training: the first token of
+    the document, if this is the tokenizer's bos; otherwise an end of text in front of the document. All later tokens
+    are targets, including the end of text of the document.
 
     Full windows of M * T targets come first, where M is the largest length. Every document that is long enough gives
-    one full window before any document gives a second one; `seed` sets the order of the documents. Then come the
-    remaining parts: whole short documents, and the ends of longer ones. At least one window is taken, and more of them
-    as long as they have at most `max_tokens` targets together.
+    one full window before any document gives a second one; `seed` decides the order of the documents. Then come the
+    remaining parts: whole short documents, and the ends of longer documents. At least one window is taken. More windows
+    are taken as long as all windows together have at most `max_tokens` targets.
 
-    Lengths that no document reaches are left out, with a log message. The smallest length always stays.
+    Lengths that no document reaches are left out, with a log message. The smallest length is never left out.
 
     Raises ValueError if a length does not divide the largest length, or if `max_tokens` is below 1.
 
@@ -76,7 +77,7 @@ def heldout_windows(
     if kept != tuple(lengths):
         left_out = ", ".join(str(m) for m in lengths if m not in kept)
         log.warning(
-            "the longest held-out document of %s has %d tokens: lengths %s of T=%d are left out",
+            "the longest held-out document of %s has %d tokens: contexts of %s times T=%d tokens are left out",
             printable(corpus.source), (ends - starts).max(), left_out, T,
         )  # fmt: skip
     chosen, total = [], 0
@@ -99,7 +100,11 @@ def heldout_windows(
 
 
 def _parts(targets: np.ndarray, size: int, seed: int) -> Iterator[tuple[int, int, int]]:
-    """Cut documents into parts of `size` targets, full parts first: (document, first target, number of targets)."""
+    """Yield parts of documents with at most `size` targets, full parts first.
+
+    A part is (index of the document, index of its first target in the document, number of its targets).
+    `targets` has the number of targets of each document. `seed` decides the order of the documents.
+    """
     rng = np.random.default_rng(seed)
     order, turn = rng.permutation(np.flatnonzero(targets >= size)), 0
     while len(order := order[targets[order] >= (turn + 1) * size]):

@@ -1,4 +1,4 @@
-"""Batches of pairs of sentences with a label, for a classifier."""
+"""Training data for a classifier: batches of pairs of sentences, each pair with a label."""
 
 import hashlib
 
@@ -11,7 +11,10 @@ from stickjax.data.tasks import Examples, logic
 
 
 def pair_data(config: Config) -> TrainingData:
-    """Load the training pairs of the source. Raises ValueError for a source without pairs."""
+    """Load the pairs of sentences of `config.data.source` as training data.
+
+    Raises ValueError if the source has no pairs, or other labels than the model.
+    """
     d = config.data
     pairs = pair_examples(config, "train")
     source = LengthBucketedBatches(pairs, d.B, d.seed)
@@ -27,10 +30,11 @@ def pair_data(config: Config) -> TrainingData:
 
 
 class LengthBucketedBatches:
-    """Random access to batches of B pairs of about the same length. The batches are sorted by length, shortest first.
+    """Random access to batches of B pairs with about the same length. The batches are sorted, shortest pairs first.
 
-    Each batch is padded to a multiple of 8. In a batch of random pairs, all would be padded to the longest sentence,
-    and training would take twice the work. The seed decides which pairs of the same length are in one batch.
+    The length of a pair is the length of its longer sentence, in tokens. The sentences of a batch are padded to a
+    multiple of 8. In a batch of random pairs, all sentences would be padded to the longest one, and training would take
+    twice the work. `seed` decides which pairs of the same length are in one batch.
     """
 
     def __init__(self, pairs: Examples, B: int, seed: int):
@@ -50,9 +54,9 @@ class LengthBucketedBatches:
 
 
 class _ShortFirst:
-    """A curriculum over batches that are sorted by length.
+    """A curriculum of `steps` steps over the batches of `source`, which are sorted by length.
 
-    Step i draws one of the shortest batches at random: the first max(1/10, (i + 1) / steps) of all batches.
+    Step i draws a random batch from the shortest ones: from the first max(1/10, (i + 1) / steps) of all batches.
     """
 
     def __init__(self, source: LengthBucketedBatches, steps: int, seed: int):
@@ -67,10 +71,16 @@ class _ShortFirst:
 
 
 def pair_examples(config: Config, part: str, **options) -> Examples:
-    """Return the training or the held-out part of the `data.examples` pairs of sentences for a classifier."""
+    """Return the pairs of sentences for the classifier of a config; `part` is "train" or "test".
+
+    `config.data.examples` pairs are drawn and divided into the two parts. `options` are passed to
+    `stickjax.data.tasks.logic.examples`. Raises ValueError if the source has no pairs, or other labels than the model.
+    """
     if config.data.source != "logic":
         raise ValueError(f"classes={config.model.classes} needs pairs: source='logic', not {config.data.source!r}")
     if config.model.classes != (relations := len(logic.RELATIONS)):
-        raise ValueError(f"classes={config.model.classes} must be the {relations} relations of source='logic'")
+        raise ValueError(
+            f"classes={config.model.classes} must be {relations}, the number of relations of source='logic'"
+        )
     options = dict(T=config.data.T, draws=config.data.examples) | options
     return logic.examples(part, **options)

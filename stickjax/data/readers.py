@@ -11,10 +11,10 @@ from stickjax.data.tokenizer import load_tokenizer
 
 
 class Reader(NamedTuple):
-    """The functions that read one kind of training data.
+    """The functions that read one kind of training data, such as a text.
 
-    `data(config)` returns the training data, and `ids(config)` the vocabulary size. `source(config)` says where the
-    vocabulary comes from, for messages.
+    `data(config)` returns the training data, and `ids(config)` returns the vocabulary size. `source(config)` returns a
+    text for messages that says where the vocabulary comes from, such as "tokenizer='byte'".
     """
 
     data: Callable[[Config], TrainingData]
@@ -34,5 +34,8 @@ READERS = {
 
 
 def training_data(config: Config) -> TrainingData:
-    """Load the training data of a run. Raises ValueError if the model or the source cannot be used with the config."""
+    """Load the training data that the model of a config reads: a text, or pairs of sentences.
+
+    Raises ValueError if the source cannot be read, or does not have the kind of data that the model reads.
+    """
     return READERS[config.model.reads].data(config)

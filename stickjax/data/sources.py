@@ -1,4 +1,4 @@
-"""Sources of text: iterators over the documents of files, of folders and of the standard library."""
+"""Sources of text: iterators over the documents in files, in folders and in Python's standard library."""
 
 import codecs
 import json
@@ -30,14 +30,14 @@ _GENERATED = re.compile(r"generated (by|from)|automatically generated", re.IGNOR
 
 
 class NotText(Exception):
-    """Raised for a file that is not text. `args`: the kind of the file, and in some cases a detail."""
+    """Raised for a file that is not text. Arguments: the kind of the file, such as "a folder", and perhaps advice."""
 
 
 def files_below(folder: Path, skip: re.Pattern | None = None) -> list[Path]:
-    """List everything below a folder except folders, sorted by relative path.
+    """Return the paths of all files in a folder and its subfolders, sorted by their path below the folder.
 
     Hidden files and folders are left out, and so are folders whose name matches `skip`. Links are followed. A file with
-    several names is listed once: by its real name if that is below the folder, otherwise by the name of a link.
+    several paths is listed once: by its real path if that is below the folder, otherwise by the path of a link.
 
     Raises ValueError if a folder cannot be read.
     """
@@ -67,7 +67,11 @@ def files_below(folder: Path, skip: re.Pattern | None = None) -> list[Path]:
 
 
 def _open(file: Path) -> BinaryIO:
-    """Open a file for reading, positioned after its byte order mark."""
+    """Open a file for reading bytes; the first read begins after the byte order mark of UTF-8, if there is one.
+
+    Raises NotText if the file is no regular file or begins with a mark of UTF-16 or UTF-32. Raises ValueError if the
+    file cannot be read.
+    """
     try:
         mode = file.stat().st_mode
         if not stat.S_ISREG(mode):  # opening a pipe would wait for a writer
@@ -86,7 +90,10 @@ def _open(file: Path) -> BinaryIO:
 
 
 def read_text(file: Path) -> str:
-    """Read the text of a file, without its byte order mark. Raises NotText, or ValueError if it cannot be read."""
+    """Return the text of a UTF-8 file, without its byte order mark.
+
+    Raises NotText if the file is not UTF-8 text, and ValueError if it cannot be read.
+    """
     with _open(file) as stream:
         try:
             content = stream.read()
@@ -100,7 +107,10 @@ def read_text(file: Path) -> str:
 
 
 def stdlib_documents() -> Iterator[str]:
-    """Yield the source files of the running Python's standard library: no tests, no generated tables, UTF-8 only."""
+    """Yield the text of each source file in the standard library of the running Python.
+
+    Tests, generated tables and files that are not UTF-8 are left out.
+    """
     folder = Path(sysconfig.get_paths()["stdlib"])
     for file in files_below(folder, _NOT_LIBRARY):
         if file.suffix != ".py" or _TABLES.search(file.relative_to(folder).as_posix()):
@@ -146,7 +156,7 @@ def _lines_of_json(file: Path, lines: Iterable[bytes], text_field: str) -> Itera
 
 
 def _is_token_file(file: Path) -> bool:
-    """Whether a file is OUT.bin or OUT.json of a token file."""
+    """Return whether a file is the OUT.bin or the OUT.json of a token file (see `stickjax.data.token_files`)."""
     description = file.with_suffix(".json")
     try:
         if description.stat().st_size > 2**16:  # the description of a token file has less than a KiB
@@ -158,7 +168,11 @@ def _is_token_file(file: Path) -> bool:
 
 
 def _records(file: Path, text: str, text_field: str) -> Iterable[str] | None:
-    """Return the texts of a .json file of records: an array, one record per line, or a single one. None: no records."""
+    """Return the texts of the records in a .json file; None if the file has no records.
+
+    `text` is the content of the file. A record is a JSON object with a string in the field `text_field`. The file may
+    be an array of records, have a record on every line, or be a single record.
+    """
     first = next((line for line in text.split("\n") if line.strip()), "")
     for part in (text, first):
         try:
@@ -176,7 +190,10 @@ def _records(file: Path, text: str, text_field: str) -> Iterable[str] | None:
 
 
 def _documents(file: Path, text_field: str) -> tuple[Iterable[str], bool]:
-    """Return the documents of a file, and whether it is a .json file that is read as one document."""
+    """Return the documents of a file, and whether the file is a .json file that is read as a single document.
+
+    Raises NotText if the file is not text.
+    """
     suffix = file.suffix.lower()
     if suffix in (".jsonl", ".ndjson"):
         return _jsonl_documents(file, text_field), False
@@ -196,17 +213,17 @@ def _count(files: list[Path], root: Path) -> str:
 def text_documents(path: str, text_field: str = "text", name: str = "data.path") -> Iterator[str]:
     """Yield the documents of a file, or of all files below a folder; empty documents are left out.
 
-    A file is one document, with two exceptions. A .jsonl or .ndjson file (in upper or lower case) has one document on
-    every line, in the field `text_field` of a JSON object. The same holds for a .json file that has such objects on its
-    lines or in an array. Other .json files are one document, with a log message. A byte order mark is not part of a
-    text.
+    A file is one document, with two exceptions. A .jsonl or .ndjson file (in upper or lower case) has a JSON object on
+    every line, whose field `text_field` is a document. The same holds for a .json file that has such objects on its
+    lines or in an array. Any other .json file is one document, with a log message. A byte order mark is not part of a
+    document.
 
     In a folder, hidden files are left out. Files that are not text are left out too, and their number is logged: files
     that are not UTF-8 or have zero bytes, token files, pipes, sockets, devices and broken links. Links to folders are
     followed; no file is read twice.
 
-    `name` is the name of the path in error messages. Raises ValueError for a path that is missing, cannot be read, is
-    empty or is not text, and for a JSON object without the field (with file and line).
+    `name` is the name of the path in messages. Raises ValueError if the path does not exist, cannot be read, has no
+    text or is not text, and if a JSON object does not have the field (with file and line).
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -217,7 +234,7 @@ def text_documents(path: str, text_field: str = "text", name: str = "data.path")
     """
     root, empty, left_out, as_they_stand = Path(path), True, {}, []
     if not os.path.lexists(root):
-        hint = f"; --{name}=PATH says where it lies" if name.startswith("data.") else ""
+        hint = f"; --{name}=PATH says where it is" if name.startswith("data.") else ""
         raise ValueError(f"{name}={path!r} does not exist{hint}")
     for file in files_below(root) if root.is_dir() else [root]:
         try:
@@ -239,6 +256,6 @@ def text_documents(path: str, text_field: str = "text", name: str = "data.path")
         log.warning("%s=%r: left out %d file%s: %s", name, path, n, "s"[n == 1 :], kinds)
     if as_they_stand:
         counts = _count(as_they_stand, root)
-        log.warning("%s=%r: .json without records of %r is read as it stands (%s)", name, path, text_field, counts)
+        log.warning("%s=%r: .json without a field %r is read as one document (%s)", name, path, text_field, counts)
     if empty:
         raise ValueError(f"{name}={path!r} holds no text")

@@ -1,4 +1,4 @@
-"""Special tokens that the files of a model folder name, beside its tokenizer.json."""
+"""Find the special tokens, such as the end of text, that the files beside a tokenizer.json name."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ _TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls
 
 
 class Named(NamedTuple):
-    """The special tokens that the files of a folder name."""
+    """The ids of the special tokens that the files of a folder name; see `named`."""
 
     ends: tuple[int, ...]  # each of them ends a text; the first also ends a document in training
     special: frozenset[int]  # all ids of added tokens that a file names, for any purpose
@@ -28,7 +28,9 @@ class Named(NamedTuple):
 
 
 def read_object(content: bytes, where: str | Path) -> dict[str, Any]:
-    """Parse a JSON object, with or without a byte order mark. Raise ValueError, naming `where`, for anything else.
+    """Parse bytes that are a JSON object, and return it as a dictionary. A byte order mark is allowed.
+
+    Raise ValueError for anything else; the message begins with `where`, such as the path of the file.
 
     >>> read_object(b'{"eos_token_id": 5}', "config.json")
     {'eos_token_id': 5}
@@ -38,15 +40,15 @@ def read_object(content: bytes, where: str | Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not JSON: {error}") from error
     if not isinstance(tree, dict):
-        raise ValueError(f"{where} holds a {type(tree).__name__} of JSON, not an object")
+        raise ValueError(f"{where} must be a JSON object, not a {type(tree).__name__}")
     return tree
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
-    """Read those of `FILES` that exist in a folder: {name: content}.
+    """Read the files of `FILES` that exist in a folder, and return {name: content}.
 
-    The ids in a Hugging Face config.json are returned under the name TOKEN_IDS. Raise ValueError for a file that cannot
-    be read.
+    The ids of special tokens in a Hugging Face config.json are added as the content of a file with the name TOKEN_IDS.
+    Raise ValueError for a file that cannot be read.
     """
     files = {}
     for name in (*FILES, "config.json"):
@@ -65,13 +67,16 @@ def read_files(folder: Path) -> dict[str, bytes]:
 
 
 def write_files(files: Mapping[str, bytes], folder: Path) -> None:
-    """Write the result of `read_files` into a folder. Every file is written completely or not at all."""
+    """Write files, given as {name: content}, into a folder. Every file is written completely or not at all."""
     for name, content in files.items():
         write_file(folder / name, content)
 
 
 def with_end(files: Mapping[str, bytes], ends: Sequence[int], text: str, folder: Path) -> dict[str, bytes]:
-    """Return the files, changed so that they name these ends of text; `text` is the text of the first one."""
+    """Return a copy of `files` (see `read_files`) in which the ids `ends` are the ends of text.
+
+    `text` is the text of the token with the first id. `folder` is the folder of the files, for error messages.
+    """
     ids = ends[0] if len(ends) == 1 else list(ends)
     changed = dict(files)
     for name, key, value in (
@@ -85,10 +90,10 @@ def with_end(files: Mapping[str, bytes], ends: Sequence[int], text: str, folder:
 
 
 def named(files: Mapping[str, bytes], added: Mapping[str, int], folder: Path) -> Named:
-    """Find the special tokens that the files of a folder name.
+    """Find the ids of special tokens in `files`, the result of `read_files(folder)`.
 
-    `added`: {text: id} of the added tokens in its tokenizer.json. The ends of text come from the first file that names
-    any. Raises ValueError for a file that is not a JSON object, and for an id that is not a number.
+    `added` is {text: id} of the added tokens in the tokenizer.json of the folder. The ends of text come from the first
+    file that names any. Raises ValueError for a file that is not a JSON object, and for an id that is not a number.
 
     >>> named({"generation_config.json": b'{"eos_token_id": [5, 6]}'}, {"<|end|>": 5}, Path("folder"))
     Named(ends=(5, 6), special=frozenset({5}), problem='')
@@ -115,7 +120,11 @@ def named(files: Mapping[str, bytes], added: Mapping[str, int], folder: Path) ->
 
 
 def _ids(key: str, value: Any, added: Mapping[str, int], where: Path) -> list[int]:
-    """Return the ids that an entry names: by a number, by a text, by an object with a text, or by a list of these."""
+    """Return the ids that the entry `key` of the file `where` names.
+
+    `value` is an id, the text of an added token, an object whose "content" is such a text, or a list of these. `added`
+    is {text: id} of the added tokens. Raises ValueError for any other value.
+    """
     if value is None:
         return []
     if key == "added_tokens_decoder":  # {id: {"content": text, "special": whether}}

@@ -1,4 +1,4 @@
-"""Token files, for corpora that do not fit into memory: OUT.bin holds the tokens, OUT.json describes them."""
+"""Token files, for texts that do not fit into memory. OUT.bin contains the token ids, and OUT.json describes them."""
 
 import functools
 import hashlib
@@ -25,7 +25,7 @@ _TYPES = dict(
 
 
 def token_paths(path: str) -> tuple[Path, Path]:
-    """Return the paths OUT.bin and OUT.json, from OUT or from one of them."""
+    """Return the paths OUT.bin and OUT.json of a token file; `path` is OUT, OUT.bin or OUT.json."""
     stem = Path(path).with_suffix("") if Path(path).suffix in (".bin", ".json") else Path(path)
     if not stem.name:
         raise ValueError(f"{path!r} has no name to which .bin and .json could be added")
@@ -33,10 +33,12 @@ def token_paths(path: str) -> tuple[Path, Path]:
 
 
 def tokenize(source: str, out: str, tokenizer: str = "byte", text_field: str = "text", eot: str | None = None) -> dict:
-    """Write the documents of `source` as the token file out.bin and out.json, and return the content of out.json.
+    """Write the documents of a text as the token file out.bin and out.json, and return the content of out.json.
 
-    One document is in memory at a time. Both files get their names only when they are complete, the .json last. Raises
-    ValueError for bad input, and if the disk is full.
+    `source` is a text file, a .jsonl file or a folder. `tokenizer`, `text_field` and `eot` have the meaning of the
+    config fields with these names. One document is in memory at a time. Both files get their names only when they are
+    complete, the .json last. Raises ValueError if the text or the tokenizer cannot be read, or if a file cannot be
+    written.
     """
     encoder, (data_path, meta_path) = load_tokenizer(tokenizer, eot), token_paths(out)
     dtype, digest = token_dtype(encoder.vocab_size), hashlib.sha256()
@@ -73,21 +75,27 @@ def tokenize(source: str, out: str, tokenizer: str = "byte", text_field: str = "
 
 
 def _read_meta(path: str, name: str) -> dict:
-    """Read the .json of a token file. Raise ValueError if there is none, or a field is missing or of a wrong type."""
+    """Return the content of the .json of a token file, with "dtype" as a NumPy dtype.
+
+    `name` is the name of the path in messages. Raise ValueError if the .bin or the .json does not exist, or if a field
+    of the .json is missing or has a wrong type.
+    """
     data_path, meta_path = token_paths(path)
     for file in (data_path, meta_path):
         if not os.path.isfile(file):
-            raise ValueError(f"{name}={path!r}: no {printable(file)}; make it by python -m stickjax.data tokenize")
+            raise ValueError(
+                f"{name}={path!r}: there is no {printable(file)}; make it by python -m stickjax.data tokenize"
+            )
     try:
         meta = json.loads(read_text(meta_path))
         if (meta["format"], meta["version"]) != (TOKENS_FORMAT, 1):
-            raise ValueError(f"format {meta['format']!r} version {meta['version']}")
+            raise ValueError(f"its format is {meta['format']!r}, version {meta['version']}")
         for key, kind in _TYPES.items():
             if type(meta[key]) is not kind or (kind is int and meta[key] < 0):
                 raise ValueError(f"{key}={meta[key]!r:.80} must be {'a whole number' if kind is int else 'a string'}")
         meta["dtype"] = np.dtype(meta["dtype"])
     except KeyError as error:
-        raise ValueError(f"{name}={path!r}: {meta_path} does not describe a token file: no {error}") from error
+        raise ValueError(f"{name}={path!r}: {meta_path} does not describe a token file: it has no {error}") from error
     except (ValueError, TypeError, RecursionError, NotText) as error:
         raise ValueError(f"{name}={path!r}: {meta_path} does not describe a token file: {error}") from error
     return meta
@@ -95,7 +103,10 @@ def _read_meta(path: str, name: str) -> dict:
 
 @functools.cache
 def _sha256(file: Path, size: int, changed: int) -> str:
-    """Compute the sha256 of a file, again only if its size or its time of the last change differs."""
+    """Return the sha256 of a file. The result is cached for the same `size` in bytes and the same time of change.
+
+    `changed` is the time of the last change, in nanoseconds.
+    """
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -103,7 +114,8 @@ def _sha256(file: Path, size: int, changed: int) -> str:
 def verify(path: str, name: str = "PATH") -> dict:
     """Check the sha256 of a token file, and return the content of its .json.
 
-    Raises ValueError if the .bin does not have the sha256 that the .json records, and for a bad .json.
+    `name` is the name of the path in messages. Raises ValueError if the .bin does not have the sha256 that the .json
+    records, or if the .json does not describe a token file.
     """
     meta, (file, _) = _read_meta(path, name), token_paths(path)
     state = file.stat()
@@ -116,9 +128,10 @@ def verify(path: str, name: str = "PATH") -> dict:
 
 
 def open_tokens(path: str, tokenizer: Tokenizer, name: str) -> tuple[np.ndarray, dict]:
-    """Open a token file: return its tokens, as a memmap, and the content of its .json.
+    """Open a token file: return its ids [n], as a memmap, and the content of its .json.
 
-    The sha256 of a file of up to 1 GiB is checked. For a larger file, a log message says that it is not verified.
+    If the .bin has up to 1 GiB, its sha256 is checked. For a larger file, a log message says that it is not verified.
+    `name` is the name of the path in messages.
 
     Raises ValueError if the token file is damaged or was not made by `tokenizer`.
     """
@@ -131,12 +144,12 @@ def open_tokens(path: str, tokenizer: Tokenizer, name: str) -> tuple[np.ndarray,
             f"but data.tokenizer is {tokenizer.name!r} with vocab_size={tokenizer.vocab_size} and eot={tokenizer.eot}"
         )
     if dtype != token_dtype(tokenizer.vocab_size):
-        raise ValueError(f"{name}={path!r}: dtype {dtype.str} does not follow from vocab_size={tokenizer.vocab_size}")
+        raise ValueError(f"{name}={path!r}: dtype {dtype.str} is wrong for vocab_size={tokenizer.vocab_size}")
     size = data_path.stat().st_size
     if not n or size != n * dtype.itemsize:
         raise ValueError(
             f"{name}={path!r}: {data_path} has {size} bytes instead of "
-            f"num_tokens={n} times {dtype.itemsize}; it is empty, truncated or of another type"
+            f"num_tokens={n} times {dtype.itemsize} bytes; the file is empty, truncated or of another type"
         )
     tokens = np.memmap(data_path, dtype, mode="r")
     largest = max(int(tokens[:_BLOCK].max()), int(tokens[-_BLOCK:].max()))

@@ -1,4 +1,4 @@
-"""Tokenizers, which convert text to token ids and back: bytes, or a Hugging Face tokenizer.json."""
+"""Tokenizers, which convert text to token ids and back: one for bytes, one for a Hugging Face tokenizer.json."""
 
 import abc
 import codecs
@@ -16,7 +16,7 @@ END_OF_TEXT = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[EOS]")
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """Return the smallest little-endian unsigned type that holds every id of a vocabulary.
+    """Return the smallest unsigned integer type, in little-endian order, for the ids 0 to vocab_size - 1.
 
     >>> token_dtype(257)
     dtype('uint16')
@@ -27,15 +27,15 @@ def token_dtype(vocab_size: int) -> np.dtype:
 class Tokenizer(abc.ABC):
     """The interface of every tokenizer.
 
-    Special tokens have no text: they decode to nothing and count no bytes. A text that spells a special token is
-    encoded as ordinary text, except with `special=True`.
+    Special tokens, such as the end of text, decode to an empty text of 0 bytes. A text that spells a special token,
+    such as "<|endoftext|>", is encoded as ordinary text, except with `special=True`.
 
     Attributes:
-      name: identifies the content, the same on every machine: 'byte', or 'hf:' and 16 hex digits of the file's sha256.
+      name: identifies the tokenizer by its content: 'byte', or 'hf:' and 16 hex digits of the file's sha256.
       vocab_size: the largest id plus one; there may be gaps between ids.
       eot: the id that ends a document.
       ends: the ids that end a generated text, including `eot`.
-      prefix: the ids in front of every text.
+      prefix: the ids that `encode` puts in front of every text.
       files: {name: content} of the files that define the tokenizer, to copy them into another folder.
     """
 
@@ -47,17 +47,17 @@ class Tokenizer(abc.ABC):
     files: dict[str, bytes] = {}
 
     def encode(self, text: str, *, special: bool = False) -> np.ndarray:
-        """Return the ids [n] of a text, beginning with the prefix.
+        """Return the ids [n] of a text, which begin with the ids of `prefix`.
 
         With `special`, text that spells a special token is encoded as that token. If the ids of the text begin with the
-        prefix, as with chat templates, the prefix is not added again.
+        prefix already, as with chat templates, the prefix is not added again.
         """
         ids, prefix = self._encode(text, special).tolist(), list(self.prefix)
         return np.array(ids if ids[: len(prefix)] == prefix else prefix + ids, token_dtype(self.vocab_size))
 
     @abc.abstractmethod
     def _encode(self, text: str, special: bool) -> np.ndarray:
-        """Return the ids of a text, without the prefix."""
+        """Return the ids [n] of a text without the prefix; `special` is explained in `encode`."""
 
     @abc.abstractmethod
     def decode(self, ids) -> str:
@@ -68,7 +68,7 @@ class Tokenizer(abc.ABC):
         return None
 
     def count_bytes(self, ids) -> int:
-        """Return the number of bytes of the text of ids [n]. A character cut at either end counts as U+FFFD."""
+        """Return the number of UTF-8 bytes in the text of ids [n]. A character cut at an end counts as U+FFFD."""
         return len(self.decode(ids).encode())
 
     @property
@@ -77,13 +77,13 @@ class Tokenizer(abc.ABC):
         return next((i for i in self.prefix if i != self.eot), None)
 
     def document(self, text: str) -> np.ndarray:
-        """Return the ids of a document in training: the prefix without `eot`, the text, and `eot`."""
+        """Return the ids [n] of a document for training: the prefix without `eot`, the text, and `eot`."""
         dtype = token_dtype(self.vocab_size)
         begin = np.array([i for i in self.prefix if i != self.eot], dtype)
         return np.concatenate([begin, self._encode(text, False), np.array([self.eot], dtype)], dtype=dtype)
 
     def prompt(self, text: str, *, special: bool = False) -> np.ndarray:
-        """Return the ids of `encode`, at least one, as a prompt for a model.
+        """Return the ids [n] of a prompt for a model: the ids of `encode`, but at least one id.
 
         If `encode` returns no ids, as for an empty text, the prompt is `eot`, which precedes a document in training.
         """
@@ -91,12 +91,12 @@ class Tokenizer(abc.ABC):
         return ids if len(ids) else np.array([self.eot], token_dtype(self.vocab_size))
 
     def save(self, folder: Path) -> None:
-        """Write `files` into a folder. `load_tokenizer(folder / "tokenizer.json")` reads them again."""
+        """Write the files of the tokenizer into a folder. `load_tokenizer(folder / "tokenizer.json")` reads them."""
         special_tokens.write_files(self.files, folder)
 
 
 class ByteTokenizer(Tokenizer):
-    """UTF-8 bytes: ids 0..255 are bytes, 256 is the end of text.
+    """A tokenizer whose tokens are the UTF-8 bytes of the text: ids 0..255 are bytes, id 256 is the end of text.
 
     >>> ByteTokenizer().encode("né")
     array([110, 195, 169], dtype=uint16)
@@ -121,10 +121,11 @@ class ByteTokenizer(Tokenizer):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A tokenizer.json, read by the optional package `tokenizers`; the files beside it may name special tokens.
+    """A tokenizer from a file tokenizer.json, which the optional package `tokenizers` reads.
 
-    The end of text is an added token: `eot`, or else the token that the folder names (`special_tokens.named`), or else
-    one of `END_OF_TEXT`. The prefix consists of the ids that the post-processor of the file puts in front of a text.
+    The end of text is an added token of the file: `eot`; if that is None, the token that the files in the same folder
+    name (`special_tokens.named`); if they name none, the first added token in `END_OF_TEXT`. The prefix consists of the
+    ids that the post-processor of the file puts in front of a text.
     """
 
     def __init__(self, path: str | Path, eot: str | None = None):
@@ -132,7 +133,7 @@ class HuggingFaceTokenizer(Tokenizer):
         try:
             from tokenizers import Tokenizer as Fast
         except ImportError as error:
-            raise ValueError(f"{where} needs tokenizers: pip install 'stickjax[hf]'") from error
+            raise ValueError(f"{where} needs the package tokenizers: pip install 'stickjax[hf]'") from error
         try:
             content = path.read_bytes()
         except OSError as error:
@@ -169,7 +170,9 @@ class HuggingFaceTokenizer(Tokenizer):
             raise ValueError(f"{where} is not a tokenizer.json: {error}") from error
         for text, i in added.items():
             if (other := self._tokenizer.token_to_id(text)) != i:
-                raise ValueError(f"{where}: its added token {text!r} has id {i}, but tokenizers reads {other}")
+                raise ValueError(
+                    f"{where}: its added token {text!r} has id {i}, but the tokenizers package says {other}"
+                )
         if not ends:
             problem = problem or f"{where} has no end of text: no file beside it names one"
             raise ValueError(f"{problem}; set data.eot to one of its added tokens: {_listed(added)}")
@@ -184,7 +187,10 @@ class HuggingFaceTokenizer(Tokenizer):
         self._forbidden = np.array(sorted({*self._special.values()} - ({unknown} - self.ends)), int)
 
     def _prefix(self, text: str) -> tuple[int, ...]:
-        """Return the ids that the post-processor puts in front of `text`; every tokenizer can encode an added token."""
+        """Return the ids that the post-processor puts in front of `text`, which should be an added token.
+
+        Every tokenizer can encode an added token.
+        """
         encoding = self._tokenizer.encode(text)
         return tuple(encoding.ids[: (encoding.special_tokens_mask + [0]).index(0)])
 
@@ -202,7 +208,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return np.array(ids, token_dtype(self.vocab_size))
 
     def _spelling(self, token: int) -> list[int]:
-        """Return the ids of the text of a special token, encoded letter by letter."""
+        """Return the ids of the text that spells a special token. The text is encoded letter by letter."""
         model = self._tokenizer.model
         ids = [piece.id for letter in self._tokenizer.id_to_token(token) for piece in model.tokenize(letter)]
         return [i for i in ids if i not in self._forbidden]
@@ -220,7 +226,9 @@ def _listed(tokens: Iterable[str], most: int = 12) -> str:
 
 
 def load_tokenizer(name: str, eot: str | None = None) -> Tokenizer:
-    """Load the tokenizer of `data.tokenizer`: 'byte', or the path of a tokenizer.json; `eot` is `data.eot`.
+    """Load a tokenizer: `name` is 'byte' or the path of a tokenizer.json, as in the config field `data.tokenizer`.
+
+    `eot` is the text of the added token that ends a document, as in `data.eot`; None: the tokenizer chooses it.
 
     Raises ValueError if the file cannot be read or has no end of text, or if the package `tokenizers` is missing.
 
@@ -231,10 +239,10 @@ def load_tokenizer(name: str, eot: str | None = None) -> Tokenizer:
 
 
 class StreamDecoder:
-    """A decoder of ids that arrive one at a time. It holds a character back until the character is complete.
+    """A decoder of ids that arrive one at a time. The text of a character is returned when all its ids have arrived.
 
-    `prompt`: the ids before the stream. The text of the prompt followed by the text of the stream is the text of all
-    ids. None: the stream continues an unknown text.
+    `prompt` has the ids before the stream. The text of the prompt, followed by the text of the stream, is the text of
+    all ids. None means that the stream continues an unknown text.
 
     >>> stream = StreamDecoder(ByteTokenizer())
     >>> [stream.feed(i) for i in "né".encode()]
@@ -250,7 +258,7 @@ class StreamDecoder:
         self._seen = len(self._ids)
 
     def feed(self, token: int) -> str:
-        """Return the text that this id completes; '' while a character is incomplete."""
+        """Add the next id of the stream, and return the text that it completes; '' while a character is incomplete."""
         token = int(token)
         if token == self._tokenizer.eot or token >= self._tokenizer.vocab_size:  # V may be padded with unused ids
             return ""
@@ -262,7 +270,7 @@ class StreamDecoder:
         return "" if held else self._emit()
 
     def flush(self) -> str:
-        """Return the text that is still held back at the end of the stream."""
+        """End the stream, and return the text of the ids whose character was incomplete until now."""
         return self._bytes.decode(b"", final=True) if self._bytes else self._emit()
 
     def _emit(self) -> str:

@@ -1,1 +1,1 @@
-"""Several devices and several processes: GPUs, the mesh, partitions, collectives, and the start of processes."""
+"""Code for several devices and several processes: GPU models, the mesh, collectives, and how processes find others."""

@@ -1,7 +1,6 @@
-"""The GPUs that `stickjax.plan` knows: peak rates and links from the vendors' tables, and devices to compile for.
+"""The GPU models for which `stickjax.plan` computes: their rates from the vendors' tables, and devices to compile for.
 
-XLA reads the properties of a GPU from the text `targets/NAME.txtpb`. The numbers in it are the numbers that CUDA
-reports.
+XLA reads the properties of a GPU from the file `targets/NAME.txtpb`, whose numbers are those that CUDA reports.
 """
 
 import dataclasses
@@ -22,7 +21,7 @@ TARGETS = Path(__file__).parent / "targets"
 
 
 class MissingWheels(ImportError):
-    """The packages that compile for NVIDIA GPUs are missing. The message says how to install them."""
+    """Raised if the packages that compile for NVIDIA GPUs are missing. The message says how to install them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Chip:
 
     @functools.cached_property
     def text(self) -> str:
-        """The description of the GPU for XLA."""
+        """The properties of the GPU as text for XLA: the content of its file in `targets`."""
         return (TARGETS / f"{self.name}.txtpb").read_text()
 
     def _number(self, field: str) -> float:
@@ -45,12 +44,12 @@ class Chip:
 
     @property
     def memory(self) -> int:
-        """The memory in bytes."""
+        """The size of the GPU's memory in bytes."""
         return int(self._number("device_memory_size"))
 
     @property
     def bandwidth(self) -> float:
-        """The bandwidth of the memory in bytes/s."""
+        """The bandwidth of the GPU's memory in bytes/s."""
         return self._number("memory_bandwidth")
 
 
@@ -71,29 +70,32 @@ CHIPS = {
 
 
 def chip(name: str) -> Chip:
-    """Return one of CHIPS by name. Raise ValueError for another name.
+    """Return the GPU model with this name in CHIPS. Raise ValueError, with the nearest name, if there is none.
 
     >>> chip("h200").memory, chip("h200").bandwidth
     (150754820096, 4800000000000.0)
     """
     if name not in CHIPS:
-        raise ValueError(f"unknown GPU {name!r}; there are {', '.join(CHIPS)}{nearest(name, CHIPS)}")
+        raise ValueError(f"unknown GPU {name!r}; the known GPUs are {', '.join(CHIPS)}{nearest(name, CHIPS)}")
     return CHIPS[name]
 
 
 def of_kind(device_kind: str) -> Chip | None:
-    """Return the chip with this device_kind; None if it is not known."""
+    """Return the GPU model in CHIPS for a `device_kind` of JAX, such as "NVIDIA H200"; None if there is none."""
     return next((chip for chip in CHIPS.values() if device_kind.startswith(chip.kind)), None)
 
 
 def has_wheels() -> bool:
-    """Whether this environment can compile for NVIDIA GPUs."""
+    """Return whether the package that compiles for NVIDIA GPUs, jax_cuda13_plugin, is installed."""
     return importlib.util.find_spec("jax_cuda13_plugin") is not None
 
 
 @functools.cache
 def absent_devices(name: str = "h200", devices: int = 1, hosts: int = 1) -> list[jax.Device]:
-    """Return `devices` GPUs, equally many per host, for compiling only. Raise MissingWheels without jax[cuda13]."""
+    """Return `devices` GPUs of the model `name` on `hosts` hosts, to compile programs for. They need not exist.
+
+    Every host has the same number of GPUs. Raise MissingWheels if jax[cuda13] is not installed.
+    """
     if not has_wheels():
         raise MissingWheels("needs jax[cuda13]: pip install 'stickjax[cuda13]' (jax_cuda13_plugin not found)")
     topology = f"1x{hosts}x{devices // hosts}"  # slices x hosts x GPUs of a host
@@ -102,7 +104,7 @@ def absent_devices(name: str = "h200", devices: int = 1, hosts: int = 1) -> list
 
 @contextmanager
 def tracing_for(device: jax.Device) -> Iterator[None]:
-    """Inside this context, kernels are chosen as on this device. The device need not exist."""
+    """Inside this context, kernels are chosen as if the program ran on `device`. The device need not exist."""
     abstract = AbstractDevice(device.device_kind, getattr(device, "core_count", None), device.platform)
     with use_abstract_mesh(AbstractMesh((), (), abstract_device=abstract)):
         yield

@@ -1,4 +1,4 @@
-"""The mesh of devices, and the partition of a batch on it. On a single device there is no mesh.
+"""The mesh of devices, and how a batch is divided on the mesh. A single device has no mesh: it is None.
 
 The partitions of the parameters are in the table of `stickjax.models.parameters`.
 """
@@ -19,15 +19,16 @@ BATCH = PartitionSpec(ROW_AXES, "context")
 
 
 def make_mesh(config: Config, devices=None) -> Mesh | None:
-    """Make the mesh of a config; None for a single device.
+    """Make the mesh of a config. Return None if the config needs a single device.
 
     Args:
-      config: the mesh section gives the sizes of the axes; one of them may be -1, for the devices that the others
-        leave. The mesh must divide the sizes of the model and of the batch.
-      devices: the devices to use; None: all.
+      config: its section `mesh` has the sizes of the mesh axes. The size of one axis may be -1: it takes the devices
+        that the other axes leave.
+      devices: the devices to use; None: all devices.
 
     Raises:
-      ValueError: the mesh needs more devices than there are, or an axis does not divide a size.
+      ValueError: the mesh needs more devices than there are, or a size of the model or of the batch is not a multiple
+        of the mesh axis that divides it.
 
     >>> make_mesh(Config()) is None
     True
@@ -50,7 +51,10 @@ def make_mesh(config: Config, devices=None) -> Mesh | None:
 
 
 def mesh_sizes(config: Config, devices=None) -> dict[str, int]:
-    """Return the size of each mesh axis. Raise ValueError if the other axes leave no whole number for -1."""
+    """Return {mesh axis: its size} for a config. A size of -1 becomes the number that uses all devices.
+
+    Raise ValueError if the number of devices is not a multiple of the product of the other sizes.
+    """
     devices = jax.devices() if devices is None else devices
     sizes = {axis: getattr(config.mesh, axis) for axis in AXES}
     known = math.prod(size for size in sizes.values() if size > 0)
@@ -77,9 +81,10 @@ def _check_sizes(config: Config, sizes: dict[str, int]) -> None:
 
 
 def rows_of_process(mesh: Mesh | None) -> tuple[int, int]:
-    """Return (index, count): this process loads part `index` of `count` of the sequences of every batch.
+    """Return (index, count): this process loads part `index` of the `count` equal parts of every batch.
 
-    If "context" or "tensor" spans several processes, these processes load the same sequences.
+    A part consists of whole sequences. If the mesh axis "context" or "tensor" spans several processes, these processes
+    load the same sequences.
     """
     if mesh is None:
         return 0, 1
@@ -90,12 +95,12 @@ def rows_of_process(mesh: Mesh | None) -> tuple[int, int]:
 
 
 def batch_spec(x) -> PartitionSpec:
-    """Return the partition of an array of a batch, [B,T] or [B]."""
+    """Return how the mesh axes divide an array [B,T] or [B] of a batch, as a PartitionSpec."""
     return PartitionSpec(*BATCH[: np.ndim(x)])
 
 
 def abstract_batch(mesh: Mesh | None, shapes: dict) -> dict:
-    """Return the shapes of a batch with their shardings on the mesh."""
+    """Return the batch `shapes`, {name: ShapeDtypeStruct}, with shardings on the mesh; unchanged without a mesh."""
     if mesh is None:
         return shapes
     placed = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, batch_spec(x)))  # noqa: E731
@@ -103,11 +108,12 @@ def abstract_batch(mesh: Mesh | None, shapes: dict) -> dict:
 
 
 def shard_batch(mesh: Mesh | None, batch: dict, accumulate: int = 1) -> dict:
-    """Place the sequences of this process (see `rows_of_process`) as a batch on the devices of the mesh.
+    """Place a batch on the devices of the mesh; return it unchanged without a mesh.
 
-    The rows are ordered so that the i-th microbatches of all devices together form the i-th microbatch of the batch.
-    Along "context", a device takes one piece near the beginning of a sequence and one near its end, so that every
-    device has the same number of (query, key) pairs.
+    `batch` is {name: array [B,T] or [B]} with the sequences of this process (see `rows_of_process`). `accumulate` is
+    the number of microbatches. The sequences are ordered so that the i-th microbatches of all devices together form the
+    i-th microbatch of the batch. Along the mesh axis "context", a device takes one piece near the beginning of a
+    sequence and one near its end, so that every device has the same number of (query, key) pairs.
     """
     if mesh is None:
         return batch

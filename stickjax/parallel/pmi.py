@@ -1,18 +1,18 @@
 """Share the address of process 0 through the process manager of MPICH and Intel MPI (PMI version 1).
 
-Every process has a file descriptor to the manager, and sends it lines of `key=value`. One process puts a value. Then
-all processes wait for each other, and the others get the value.
+Every process has a file descriptor, through which it sends lines of `key=value` words to the process manager. One
+process stores a value there. Then all processes wait for each other, and read the value.
 """
 
 import os
 
 
 def share(file: int, value: str | None) -> str:
-    """Share the value of one process with all processes. Every process must call this function, once.
+    """Share the value of one process with all processes, and return it. Every process must call this function, once.
 
     Args:
-      file: the file descriptor in PMI_FD.
-      value: the value; None in all processes but one.
+      file: the file descriptor of the process manager: the number in the environment variable PMI_FD.
+      value: the value to share, in one process; None in all other processes.
 
     Raises:
       ValueError: the process manager does not answer by PMI version 1.

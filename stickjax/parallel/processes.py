@@ -1,8 +1,8 @@
 """Processes that train together: they find one another, share values, and end when one of them is lost.
 
-Every process has different devices and reads different rows of a batch. Process 0 alone writes files. It also runs
-JAX's coordination service. When a process is lost, the service tells all others within `HEARTBEAT_SECONDS`, and they
-end.
+Every process has different devices and reads different sequences of a batch. Only process 0 writes files. It also runs
+JAX's coordination service. If a process is lost, the service tells all other processes within `HEARTBEAT_SECONDS`, and
+they end.
 """
 
 import contextlib
@@ -83,14 +83,19 @@ def initialize(coordinator: str | None = None, count: int | None = None, index: 
             _check_free(port, coordinator)
     _join(rank)
     if jax.process_count() != count:  # otherwise every process would write
-        found = f"process {index} of {count} has found {jax.process_count() - 1} of the other {count - 1}"
+        found = f"process {index} of {count} has found only {jax.process_count() - 1} of the other {count - 1}"
         raise ValueError(f"{found}; check --coordinator, --processes and --process of all of them")
     if index:
         logging.getLogger("stickjax").setLevel(logging.ERROR)  # process 0 warns for all
 
 
 class _Rank(NamedTuple):
-    """The identity of this process. `local`: its device on the machine; `method`: how JAX finds the other processes."""
+    """How this process joins the others: the arguments of `jax.distributed.initialize`.
+
+    `coordinator`: HOST:PORT of process 0, or None. `count`: the number of processes. `index`: the index of this one.
+    `local`: the number of its device on this machine; None: JAX chooses its devices. `method`: "deactivate", or None if
+    JAX may read the environment of a scheduler.
+    """
 
     coordinator: str | None
     count: int
@@ -100,7 +105,10 @@ class _Rank(NamedTuple):
 
 
 def _find(coordinator: str | None, count: int | None, index: int | None) -> "_Rank | None":
-    """Find the rank of this process in the arguments or in the environment; None if there is one process."""
+    """Find the index and the number of the processes in the arguments of `initialize`, or else in the environment.
+
+    Return None if there is a single process.
+    """
     local, method = None, None
     if count is None and index is None:
         names = next((n for n in (*_SCHEDULERS, PMI) if all(name in os.environ for name in n)), None)
@@ -123,7 +131,7 @@ def _find(coordinator: str | None, count: int | None, index: int | None) -> "_Ra
 
 
 def _join(rank: _Rank) -> None:
-    """Join the other processes, or exit with a line that says which process is missing."""
+    """Join the other processes. If this takes JOIN_SECONDS, print which process is missing, and end this process."""
     coordinator, count, index, local, method = rank
     # When the time is over, JAX aborts with a stack trace. Shortly before, this timer prints which process is missing.
     missing = f"process 0{f' at {coordinator}' if coordinator else ''}" if index else "the others"
@@ -149,7 +157,7 @@ def _join(rank: _Rank) -> None:
 
 
 def _number(name: str) -> int | None:
-    """Read a whole number from the environment; None if the variable is not set."""
+    """Return the whole number in the environment variable `name`; None if the variable is not set."""
     text = os.environ.get(name)
     try:
         return None if text is None else int(text)
@@ -160,7 +168,7 @@ def _number(name: str) -> int | None:
 
 
 def _check_alone() -> None:
-    """Raise ValueError if the environment says that this is one of several processes."""
+    """Raise ValueError if a launcher has set the rank of this process, but no coordinator (see _UNKNOWN)."""
     for rank, size in _UNKNOWN:
         if rank in os.environ and (not size or (_number(size) or 1) > 1):
             raise ValueError(
@@ -170,7 +178,10 @@ def _check_alone() -> None:
 
 
 def _agree(count: int, index: int) -> str:
-    """Return HOST:PORT of process 0, with a free port, which it shares through the process manager."""
+    """Return HOST:PORT of process 0 in all processes that MPICH or Intel MPI has started.
+
+    Process 0 chooses a free port and shares the address through the process manager (see `stickjax.parallel.pmi`).
+    """
     if "PMI_FD" not in os.environ:
         raise ValueError(
             f"PMI_RANK={index} of PMI_SIZE={count}: nothing says where process 0 listens; give --coordinator HOST:PORT"
@@ -202,11 +213,11 @@ def _check_free(port: int, coordinator: str) -> None:
         with socket.create_server(("", port)):
             pass
     except OSError as error:  # JAX would crash
-        raise ValueError(f"--coordinator {coordinator}: {error.strerror}") from error
+        raise ValueError(f"cannot open the port of --coordinator {coordinator}: {error.strerror}") from error
 
 
 def is_writer() -> bool:
-    """Whether this is process 0. It alone writes files and prints.
+    """Return whether this is process 0, the only process that writes files and prints.
 
     >>> is_writer()
     True
@@ -225,7 +236,7 @@ def _several() -> bool:
 
 
 def joined() -> bool:
-    """Whether this process has joined other processes by `initialize`."""
+    """Return whether this process has joined other processes in `initialize`."""
     return jax.distributed.is_initialized()
 
 
@@ -233,17 +244,23 @@ _turn = {"shared": 0, "barrier": 0}
 
 
 def _name(kind: str) -> str:
-    """Make a new name, which is the same in all processes if they make their calls in the same order."""
+    """Return a new key for JAX's key-value store: "stickjax/KIND/NUMBER", where the number counts the calls.
+
+    All processes get the same key if they make their calls in the same order.
+    """
     _turn[kind] += 1
     return f"stickjax/{kind}/{_turn[kind]}"
 
 
 def shared(function: Callable, raises: type[Exception] = ()):
-    """Call `function` in process 0, and return its value in all processes. All must call this, in the same order.
+    """Call `function` in process 0 only, and return its value in all processes.
+
+    All processes must make their calls of `shared` in the same order.
 
     Args:
-      function: is called without arguments, in process 0 alone; its value must be JSON.
-      raises: the class of the exceptions that all processes then raise. Any other exception must end process 0.
+      function: a function without arguments, whose value can be stored as JSON.
+      raises: a class of exceptions. If `function` raises one, all processes raise it. Any other exception must end
+        process 0.
 
     >>> shared(lambda: [1, "two"])
     [1, 'two']
@@ -266,7 +283,9 @@ def shared(function: Callable, raises: type[Exception] = ()):
 
 
 def check_same(facts: dict) -> None:
-    """Wait for all processes. Raise ValueError in a process whose facts (JSON values) differ from those in process 0.
+    """Compare {name: JSON value} with the values in process 0, and wait until all processes have done so.
+
+    Raise ValueError in a process with another value than process 0. All processes must call this.
 
     >>> check_same({"text": "914b8a1bc21f6cbc", "data.T": 256})
     """
@@ -286,7 +305,7 @@ def _any(mesh: Mesh) -> tuple[Callable, NamedSharding]:
 
 
 def any_process(mesh: Mesh | None, flag: int, after=0):
-    """Return the largest `flag` of all processes, in all processes. All must call this.
+    """Return the largest `flag` of all processes. All processes must call this, and all get the same result.
 
     Args:
       mesh: the devices of all processes; None: there is one process.
@@ -307,15 +326,19 @@ def any_process(mesh: Mesh | None, flag: int, after=0):
 
 
 def orphaned() -> bool:
-    """Whether the launcher of this process has ended. Then nothing would end this process if another one is lost."""
+    """Return whether the launcher that started this process has ended.
+
+    The launcher would end this process if another process is lost. Without the launcher, the training must stop.
+    """
     return os.environ.get("STICKJAX_LAUNCHER", str(os.getppid())) != str(os.getppid())
 
 
 def fail(message: str, error: BaseException | None = None) -> int:
-    """Print an error and return the exit code. With several processes, one prints its error, and this one exits here.
+    """Print an error and return the exit code of a single process. One of several processes exits in this function.
 
-    Only the first process that fails prints its error. The others fail in the same way, or because the first one is
-    lost. This function exits, because otherwise Python would wait for the other processes at its end.
+    Of several processes, only the first one that fails prints its error. The others fail in the same way, or because
+    the first one is lost. This function calls `os._exit`, because Python's normal exit would wait for the other
+    processes.
     """
     if not jax.distributed.is_initialized():
         print(message, file=sys.stderr)
@@ -345,9 +368,9 @@ def fail(message: str, error: BaseException | None = None) -> int:
 
 def lost(index: int, count: int) -> str:
     """Return the message of a process that ends because another process is lost."""
-    return f"process {index} of {count} has lost another one; {RESUME_HINT}"
+    return f"process {index} of {count} has lost another process; {RESUME_HINT}"
 
 
 def _lost_another(error: BaseException | None) -> bool:
-    """Whether XLA raised this error, or one of its causes, because another process is lost."""
+    """Return whether XLA raised this error, or the error that caused it, because another process is lost."""
     return error is not None and (bool(_PEER_GONE.search(str(error))) or _lost_another(error.__cause__))

@@ -1,15 +1,15 @@
-"""Checkpoints: arrays and a JSON dictionary per step. They are restored bit for bit, or not at all.
+"""Checkpoints: the arrays and a JSON dictionary of one training step. They are restored bit for bit, or not at all.
 
-A run folder holds only data; nothing in it is ever executed. It has config.json, metrics.jsonl and
+A run folder contains only data; nothing in it is ever executed. It has config.json, metrics.jsonl and
 
-    checkpoints/<step>/arrays/          by Orbax, flat: "params/blocks/attention/query" is a path in the pytree
+    checkpoints/<step>/arrays/          written by Orbax; names are paths, such as "params/blocks/attention/query"
     checkpoints/<step>/manifest.json    shapes, types and checksums of the arrays, the caller's dictionary,
                                         the crc32 of every file and of the manifest itself
 
 A checkpoint is written as `<step>.tmp` and renamed when it is complete. There are two kinds of checksums. Every file
 has a checksum, so that Orbax never reads a damaged file: Orbax would print pages of errors, and trust the sizes in the
-file. Every array has a checksum, because Orbax may write other values than those on the device. The first checkpoint
-that a process writes is read back before it is renamed. This detects a path or a file system that loses data.
+file. Every array has a checksum, because Orbax may write other values than the device has. The first checkpoint that a
+process writes is read again before it is renamed. This detects a path or a file system that loses data.
 """
 
 import base64
@@ -46,7 +46,7 @@ logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathnam
 
 
 class DamagedCheckpoint(ValueError):
-    """Raised if a checkpoint does not hold the arrays that were saved."""
+    """Raised if the files of a checkpoint differ from what was saved, or cannot be read."""
 
 
 class Restored(NamedTuple):
@@ -58,8 +58,8 @@ class Restored(NamedTuple):
 class Checkpoints(contextlib.AbstractContextManager):
     """The newest `keep` checkpoints of a run, in `run_folder/checkpoints/<step>`.
 
-    Only one process at a time may write, or the processes of one run. So `with Checkpoints(folder)` takes the lock of
-    the run folder, and raises ValueError if another process holds it. Reading needs no lock.
+    Only one run at a time may write into a run folder. So `with Checkpoints(folder)` takes the lock of the run folder,
+    and raises ValueError if another run has it. Reading needs no lock.
 
     >>> import tempfile
     >>> folder, state = tempfile.mkdtemp(), {"params": {"w": jnp.arange(3.0)}, "key": jax.random.key(0)}
@@ -90,14 +90,14 @@ class Checkpoints(contextlib.AbstractContextManager):
     def save(self, step: int, state, extra: dict) -> None:
         """Save a checkpoint without waiting for the disk. When this returns, `state` may be donated or changed.
 
-        The first save is different: it waits until its checkpoint is read back. Every later save waits for the previous
-        one. A checkpoint that exists at `step` or later is damaged, or its steps are being trained again. It is renamed
-        to `<step>.aside`, and never overwritten or deleted.
+        The first save is different: it waits until its checkpoint is written and read again. Every later save waits for
+        the previous save. If the folder has a checkpoint of `step` or of a later step, that one is damaged, or its step
+        is trained again. It is renamed to `<step>.aside`, and never overwritten or deleted.
 
         Args:
-          step: must be larger than the last step that was saved or restored here.
+          step: the number of done training steps, larger than the step that this object saved or restored last.
           state: any pytree of arrays, typed PRNG keys and numbers (stored as JAX arrays).
-          extra: a dictionary of JSON values and bytes.
+          extra: a dictionary of JSON values and bytes, which `restore` returns.
 
         Raises:
           ValueError: `step` is not larger, or two leaves have the same name.
@@ -107,7 +107,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         """
         self.wait()
         if self._position is not None and step <= self._position:
-            raise ValueError(f"step={step} is not after step {self._position}, the last one saved or restored")
+            raise ValueError(f"step={step} is not after step {self._position}, which was saved or restored last")
         arrays = {name: _stored(name, leaf) for name, leaf in named_leaves(state).items()}
         rows = {name: [list(a.shape), str(a.dtype), checksum(a)] for name, a in arrays.items()}
         manifest = json.dumps({"step": step, "arrays": rows, "extra": extra}, default=_encode_bytes)
@@ -153,15 +153,15 @@ class Checkpoints(contextlib.AbstractContextManager):
                 self._lock = self._lock.release()
 
     def restore(self, abstract_state, step: int | None = None, prefix: str = "") -> Restored | None:
-        """Read and verify the newest intact checkpoint, or the one of `step`. Return None if there is no checkpoint.
+        """Read and verify the newest intact checkpoint, or the checkpoint of `step`. Return None if there is none.
 
-        A damaged checkpoint is skipped, and stays where it is. A warning names it and the reason.
+        If `step` is None, a damaged checkpoint is skipped, and stays where it is. A warning names it and the reason.
 
         Args:
-          abstract_state: the pytree that was saved, with arrays or ShapeDtypeStructs as leaves. An array is placed by
-            the `sharding` of its leaf, or on the first device if there is none.
+          abstract_state: a pytree like the saved state, with arrays or ShapeDtypeStructs as leaves. An array is placed
+            by the `sharding` of its leaf, or on the first device if the leaf has no sharding.
           step: the step of the checkpoint; None: the newest.
-          prefix: read one branch only ("params": the parameters); `abstract_state` is then that branch.
+          prefix: the branch of the saved state to read, such as "params"; `abstract_state` is then like this branch.
 
         Raises:
           ValueError: there is no checkpoint of `step`, or a name, shape or type differs from the checkpoint.
@@ -181,7 +181,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             except DamagedCheckpoint as error:
                 reasons.append(f"{folder}: {error}")
                 if step is None and processes.is_writer():
-                    warnings.warn(f"passed over a damaged checkpoint, {reasons[-1]}", stacklevel=2)
+                    warnings.warn(f"skipped a damaged checkpoint, {reasons[-1]}", stacklevel=2)
                 continue
             self._position = candidate
             state = [_rebuild(leaf, arrays[name]) for name, leaf in leaves.items()]
@@ -198,7 +198,9 @@ class Checkpoints(contextlib.AbstractContextManager):
             elif _is_step(path.name) and int(path.name) >= step:
                 names = (f"{path.name}.aside{n or ''}" for n in itertools.count())
                 aside = next(a for a in map(self.folder.joinpath, names) if not a.exists())
-                warnings.warn(f"training is back at step {step}: {path} is now {path.rename(aside).name}", stacklevel=3)
+                warnings.warn(
+                    f"training is back at step {step}: {path} is renamed {path.rename(aside).name}", stacklevel=3
+                )
         (self.folder / f"{step}.tmp").mkdir(parents=True)
 
     def _complete(self, step: int, response, manifest: str) -> None:
@@ -216,7 +218,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         sync_folder(path.parent)
 
     def _read_back(self, step: int, arrays: dict[str, jax.Array]) -> None:
-        """Raise DamagedCheckpoint unless `<step>.tmp` holds these arrays. About READ_BACK_BYTES are read at a time."""
+        """Raise DamagedCheckpoint if `<step>.tmp` differs from `arrays`. About READ_BACK_BYTES are read at a time."""
         folder = self.folder / f"{step}.tmp"
         manifest = processes.shared(partial(_read_manifest, folder, step), raises=DamagedCheckpoint)
         specs: dict[str, jax.ShapeDtypeStruct] = {}
@@ -262,7 +264,7 @@ def _is_step(name: str) -> bool:
 
 
 def named_leaves(tree, prefix: str = "") -> dict[str, Any]:
-    """Return the leaves of a pytree by their path, in order. The `.value` of a Flax variable is left out.
+    """Return {name: leaf} of a pytree. A name is `prefix` and the path of the leaf, without the `.value` of Flax.
 
     >>> named_leaves({"w": 1, "layers": [2, 3]}, prefix="params")
     {'params/layers/0': 2, 'params/layers/1': 3, 'params/w': 1}
@@ -278,7 +280,9 @@ def named_leaves(tree, prefix: str = "") -> dict[str, Any]:
 
 
 def check_finite(params, where: str) -> None:
-    """Raise ValueError, naming `where` and the leaf, if floating-point parameters hold a NaN or an infinity.
+    """Raise ValueError if a floating-point array in the pytree `params` has a NaN or an infinity.
+
+    The message begins with `where`, such as "step 100", and names the array.
 
     >>> check_finite({"w": jnp.zeros(3)}, "step 100")
     """
@@ -290,7 +294,7 @@ def check_finite(params, where: str) -> None:
 
 
 def all_finite(params) -> bool:
-    """Whether all values of the floating-point arrays of a tree are finite."""
+    """Return whether no floating-point array in a pytree has a NaN or an infinity."""
     return bool(_all_finite([leaf for leaf in jax.tree.leaves(params) if jnp.issubdtype(leaf.dtype, jnp.floating)]))
 
 
@@ -327,37 +331,40 @@ def _rebuild(leaf, array):
 
 
 def _read_manifest(folder: Path, step: int) -> dict:
-    """Read the manifest. Raise DamagedCheckpoint if it, or a file that it names, differs from what was written."""
+    """Return the manifest in `folder`. Raise DamagedCheckpoint if it, or a file that it names, has changed."""
     try:
         outer = json.loads((folder / "manifest.json").read_text())
         manifest = outer["manifest"]
         if zlib.crc32(json.dumps(manifest).encode()) != outer["crc32"]:
-            raise ValueError("the crc32 of manifest.json differs")
+            raise ValueError("the crc32 of manifest.json differs from the recorded one")
         if manifest["step"] != step:
-            raise ValueError(f"this is the checkpoint of step {manifest['step']}")
+            raise ValueError(f"manifest.json is from the checkpoint of step {manifest['step']}")
         for name, crc32 in manifest["files"].items():
             if crc32_of(folder / name) != crc32:
-                raise ValueError(f"the crc32 of {name} differs")
+                raise ValueError(f"the crc32 of {name} differs from the recorded one")
         rows = manifest["arrays"].values()
         if not isinstance(manifest["extra"], dict) or any(list(map(type, row)) != [list, str, int] for row in rows):
-            raise ValueError("manifest.json describes no checkpoint")
+            raise ValueError("manifest.json does not describe a checkpoint")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedCheckpoint(_line(error)) from error
     return manifest
 
 
 def _match(leaves: dict, rows: dict, prefix: str, folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return the specs of `leaves`. Raise ValueError if the manifest has other names, shapes or types."""
+    """Return {name: ShapeDtypeStruct} to read the leaves {name: leaf} of a state from a checkpoint.
+
+    `rows` are the arrays in the manifest. Raise ValueError if they have other names, shapes or types than the leaves.
+    """
     specs = {name: _spec(leaf) for name, leaf in leaves.items()}
     saved = {n for n in rows if not prefix or n == prefix or n.startswith(f"{prefix}/")}
     hint = f"; was {folder} saved with another config?"
     for name in sorted(specs.keys() ^ saved):
-        here, there, others = ("has", "no", saved) if name in specs else ("has no", "one", specs)
-        raise ValueError(f"the state {here} {name}, the checkpoint has {there}{nearest(name, others)}{hint}")
+        here, there, others = ("has", "does not", saved) if name in specs else ("does not have", "does", specs)
+        raise ValueError(f"the state {here} {name}, but the checkpoint {there}{nearest(name, others)}{hint}")
     for name, spec in specs.items():
         shape, dtype, _ = rows[name]
         if (list(spec.shape), str(spec.dtype)) != (shape, dtype):
-            raise ValueError(f"{name} is {spec.dtype}{list(spec.shape)}, in the checkpoint {dtype}{shape}{hint}")
+            raise ValueError(f"{name} is {spec.dtype}{list(spec.shape)}, but {dtype}{shape} in the checkpoint{hint}")
     return specs
 
 
@@ -373,14 +380,14 @@ def _read_arrays(folder: Path, specs: dict, rows: dict) -> dict[str, jax.Array]:
         raise DamagedCheckpoint(f"Orbax cannot read the arrays: {_line(error)}") from error
     for name, array in arrays.items():
         if checksum(array) != rows[name][2]:
-            raise DamagedCheckpoint(f"the checksum of {name} differs")
+            raise DamagedCheckpoint(f"the checksum of {name} differs from the recorded one")
     return arrays
 
 
 def _encode_bytes(value):
     if isinstance(value, bytes):
         return {"base64": base64.b64encode(value).decode()}
-    raise TypeError(f"extra holds a {type(value).__name__}, which JSON cannot hold: {value!r:.80}")
+    raise TypeError(f"extra has a {type(value).__name__}, which JSON cannot store: {value!r:.80}")
 
 
 def _decode_bytes(value: dict):

@@ -1,7 +1,7 @@
-"""A run folder: config.json, metrics.jsonl, checkpoints. It holds only data; nothing in it is executed.
+"""Read and write run folders: config.json, metrics.jsonl and checkpoints. They are only data, and never executed.
 
 Two other kinds of folders can be read like a run folder: a Hugging Face folder, and a folder of one model, which `save`
-or `stickjax.convert` writes. A folder of one model has a model.safetensors with our leaves instead of checkpoints,
+or `stickjax.convert` writes. A folder of one model has the parameters in model.safetensors instead of checkpoints,
 because Orbax can write an array only if the whole array is in memory.
 """
 
@@ -46,9 +46,10 @@ _FREE = (
 
 
 class Loaded(NamedTuple):
-    """A trained model, ready to call: `model(tokens).logits`; for a Universal Transformer, `model(batch).logits`.
+    """A trained model with its config and tokenizer, as `load` returns it.
 
-    `tokenizer` is None if a converted model has none.
+    Call the model as `model(tokens).logits`; a Universal Transformer as `model(batch).logits`. `tokenizer` is None for
+    a converted model without a tokenizer. `step` is the training step of the checkpoint; 0 for a converted model.
     """
 
     model: Transformer | LanguageModel | PairClassifier
@@ -58,7 +59,11 @@ class Loaded(NamedTuple):
 
 
 def read_config(run: str | os.PathLike) -> Config:
-    """Read the config of a run folder. Raise ValueError if there is none, or if it cannot be read."""
+    """Return the config of a run folder or a Hugging Face folder.
+
+    `data.tokenizer` is the tokenizer.json in the folder, if there is one. Raise ValueError if the folder has no
+    config.json, or if the file cannot be read.
+    """
     path = Path(run) / "config.json"
     if not path.exists():
         raise ValueError(f"{run} is not a run folder: it has no config.json")
@@ -70,21 +75,26 @@ def read_config(run: str | os.PathLike) -> Config:
 
 
 def with_own_tokenizer(run: str | os.PathLike, config: Config) -> Config:
-    """Return the config, with the tokenizer.json of the run folder if there is one.
+    """Return a copy of the config that uses the tokenizer.json in the run folder.
 
-    Raise ValueError if the config names a tokenizer.json with another content.
+    Without such a file, or with the byte tokenizer, return the config unchanged. Raise ValueError if the config names a
+    tokenizer.json with another content.
     """
     own, given = Path(run) / "tokenizer.json", Path(config.data.tokenizer)
     if config.data.tokenizer == "byte" or not own.exists():
         return config
     if given.exists() and len({load_tokenizer(str(path), config.data.eot).name for path in (given, own)}) > 1:
         both = f"data.tokenizer={str(given)!r} differs from {own}, the tokenizer of {run}"
-        raise ValueError(f"{both}; use that file, or another run folder")
+        raise ValueError(f"{both}; use the file in the run folder, or another run folder")
     return config.replace({"data.tokenizer": str(own)})
 
 
 def check_tokenizer(extra: dict, config: Config, tokenizer: Tokenizer | None, source: str) -> None:
-    """Raise ValueError if the checkpoint `source` records the hash of another tokenizer."""
+    """Raise ValueError if a model was trained with another tokenizer.
+
+    `extra` is the dictionary in its checkpoint; "tokenizer" there is the name of the tokenizer in training. `source` is
+    the name of the checkpoint in the message.
+    """
     recorded = extra.get("tokenizer")
     if recorded and tokenizer and recorded != tokenizer.name:
         where = f"data.tokenizer={config.data.tokenizer!r}"
@@ -92,14 +102,22 @@ def check_tokenizer(extra: dict, config: Config, tokenizer: Tokenizer | None, so
 
 
 def check_trained(extra: dict, config: Config, tokenizer: Tokenizer | None, source: str) -> None:
-    """Raise ValueError if training cannot continue from the checkpoint `source`."""
+    """Raise ValueError if training cannot continue from a checkpoint.
+
+    It cannot continue if the checkpoint is not from a training run, or if the tokenizer is another one. `extra` is the
+    dictionary in the checkpoint, and `source` is the name of the checkpoint in the message.
+    """
     if missing := {"config", "corpus", "data"} - extra.keys():
         raise ValueError(f"{source} was not saved by a training run: it does not record {', '.join(sorted(missing))}")
     check_tokenizer(extra, config, tokenizer, source)
 
 
 def check_config(run: str | os.PathLike, config: Config) -> None:
-    """Raise ValueError, with the fields that differ, if the folder `run` belongs to another config."""
+    """Raise ValueError if the folder `run` has a run that `config` cannot resume, or a converted model.
+
+    The message lists the fields that differ. Some fields may differ, such as the paths of the data. A folder without
+    config.json passes.
+    """
     if not (Path(run) / "config.json").exists():
         return
     if _is_model(run):
@@ -116,10 +134,10 @@ def check_config(run: str | os.PathLike, config: Config) -> None:
 
 
 def write_config(run: str | os.PathLike, config: Config, tokenizer: Tokenizer | None = None) -> None:
-    """Make a run folder with the files of its tokenizer and its config.json.
+    """Create a run folder, and write the files of the tokenizer and config.json into it.
 
-    Each file is written completely or not at all.
-    Paths in the config become absolute, so that the run can be read from any working folder.
+    Each file is written completely or not at all. Paths in the config become absolute, so that the run can be read from
+    any working folder.
     """
     folder = Path(run)
     with writing(folder):
@@ -136,7 +154,11 @@ def _is_model(folder: str | os.PathLike) -> bool:
 
 
 def model_leaves(folder: str | os.PathLike, model: ModelConfig) -> dict[str, Lazy] | None:
-    """Return the leaves, not yet read, of a folder of one model; None for a run with checkpoints."""
+    """Return {name: leaf} of the parameters in a Hugging Face folder or a folder of one model.
+
+    Return None for a run with checkpoints. A leaf is read when it is used. Raise ValueError if the names or shapes
+    are not the names or shapes of a model with this config.
+    """
     if not _is_model(folder):
         return None
     path = Path(folder)
@@ -148,7 +170,10 @@ def model_leaves(folder: str | os.PathLike, model: ModelConfig) -> dict[str, Laz
 
 
 def results_folder(run: Path) -> Path | None:
-    """Return the folder for the results of a run: `run`, or None, with a message, if it must not be written."""
+    """Return `run`, the folder of a run, if results such as a table may be written into it; otherwise None.
+
+    For a Hugging Face folder, and for a folder that cannot be written, print a message and return None.
+    """
     if hugging_face.is_folder(run):
         reason = "is in the Hugging Face layout"
     elif not os.access(run, os.W_OK):
@@ -160,7 +185,7 @@ def results_folder(run: Path) -> Path | None:
 
 
 def with_shardings(mesh: Mesh | None, abstract):
-    """Return the ShapeDtypeStructs with shardings on the mesh; unchanged without a mesh."""
+    """Return a pytree of parameters, as ShapeDtypeStructs, with shardings on the mesh; unchanged without a mesh."""
     if mesh is None:
         return abstract
     places = shardings(mesh, abstract)
@@ -170,7 +195,9 @@ def with_shardings(mesh: Mesh | None, abstract):
 def load(
     run: str | os.PathLike, *, step: int | None = None, changes: dict | None = None, mesh: Mesh | None = None
 ) -> Loaded:
-    """Load the model of a run folder (the newest intact checkpoint, or the one of `step`) or a Hugging Face folder.
+    """Load the model in a run folder or a Hugging Face folder.
+
+    From a run with checkpoints, load the newest intact checkpoint, or the checkpoint of `step`.
 
     Args:
       run: the folder of a run, a folder in the Hugging Face layout, or a folder from `stickjax.convert`.
@@ -205,20 +232,20 @@ def load(
 
 
 def tokenizer_of(config: Config) -> Tokenizer | None:
-    """Load the tokenizer of a model; None if the model was converted without a tokenizer.json."""
+    """Load the tokenizer of a config. Return None if its file does not exist, as for some converted models."""
     name = config.data.tokenizer
     return load_tokenizer(name, config.data.eot) if name == "byte" or Path(name).exists() else None
 
 
 def _on_devices(leaf: Lazy, spec: jax.ShapeDtypeStruct) -> jax.Array:
-    """Read an array and place it on the devices by the sharding of `spec`."""
+    """Read an array, convert it to the type of `spec`, and place it on the devices by the sharding of `spec`."""
     host = leaf.read(None).astype(spec.dtype, copy=False)
     sharding = spec.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.make_array_from_callback(spec.shape, sharding, lambda index: host[index])
 
 
 def save(run: str | os.PathLike, model: Transformer, config: Config) -> None:
-    """Write a new run folder with parameters alone, for `load` and --init-from.
+    """Write the parameters of a model and its config as a new folder, which `load` and --init-from can read.
 
     Raises:
       ValueError: the folder exists, or the parameters do not have the shapes of `config.model`.
@@ -227,7 +254,7 @@ def save(run: str | os.PathLike, model: Transformer, config: Config) -> None:
     ours = named_leaves(jax.eval_shape(lambda: family_of(config.model).init(config.model, jax.random.key(0))))
     theirs = named_leaves(model)
     if wrong := [n for n in ours.keys() | theirs.keys() if _shape(ours.get(n)) != _shape(theirs.get(n))]:
-        raise ValueError(f"the model has another shape than its config says: {', '.join(sorted(wrong))}")
+        raise ValueError(f"the parameters of the model are not as its config says: {', '.join(sorted(wrong))}")
     with complete_folder(run) as folder:
         write_config(folder, config, tokenizer_of(config))
         write_safetensors(folder / MODEL_FILE, in_memory(model))
@@ -238,7 +265,7 @@ def _shape(leaf) -> tuple | None:
 
 
 def in_memory(params: Transformer) -> dict[str, Lazy]:
-    """Return the leaves of a model in memory as `Lazy` arrays, like the leaves of a file."""
+    """Return {name: leaf} of a model in memory. The leaves are `Lazy` arrays, as from a file."""
 
     def leaf(array) -> Lazy:
         return Lazy(array.shape, array.dtype, lambda i: np.asarray(array if i is None else array[i]))

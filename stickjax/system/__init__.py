@@ -1,1 +1,1 @@
-"""Services of the machine: files, locks, memory, text for a terminal. They import no other part of stickjax."""
+"""Files, locks, memory, profiling, and text for a terminal. This package imports no other part of stickjax."""

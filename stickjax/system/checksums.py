@@ -1,4 +1,4 @@
-"""Checksums of files, and of arrays on the devices that hold them."""
+"""Checksums of files, and of arrays. The checksum of an array is computed on the devices that store the array."""
 
 import zlib
 from pathlib import Path
@@ -8,20 +8,21 @@ import jax.numpy as jnp
 
 
 def checksum(array) -> int:
-    """Compute the checksum of an array, and wait for the result.
+    """Return a checksum of the bits of an array, from 0 to 2^32 - 1. It is the same for every sharding.
 
-    The wait is needed, because only one program that sums over devices may run at a time. If one CPU has several
-    virtual devices, the threads of two such programs would wait for each other for ever.
+    This function waits for the result, because only one program that sums over devices may run at a time. If one CPU
+    has several virtual devices, the threads of two such programs would wait for each other for ever.
     """
     return int(_mixed_sum(array))
 
 
 @jax.jit
 def _mixed_sum(array):
-    """sum_i mix(bits_i + i * 0x9E3779B9) mod 2^32, with i the row-major position and mix the last step of MurmurHash3.
+    """Compute sum_i mix(bits_i + i * 0x9E3779B9) mod 2^32 over the elements i of an array.
 
-    A sum of integers is the same for every sharding. `mix` is one-to-one, so a change within one word is always
-    detected. `mix` also prevents that changes of high bits (signs) cancel in the sum.
+    i is the position of an element in row-major order, bits_i are its bits as an integer, and mix is the last step of
+    MurmurHash3. A sum of integers is the same for every sharding. mix is one-to-one, so a change of one element is
+    always detected. Without mix, changes of the high bits (signs) of two elements would cancel in the sum.
     """
     array = array.astype(jnp.uint8) if array.dtype == bool else array
     bits = jax.lax.bitcast_convert_type(array, f"uint{min(32, 8 * array.dtype.itemsize)}").astype(jnp.uint32)
@@ -35,7 +36,7 @@ def _mixed_sum(array):
 
 
 def crc32_of(path: Path) -> int:
-    """Compute the crc32 of a file, which is read in blocks."""
+    """Return the crc32 checksum of a file. The file is read in blocks, so it may be larger than the memory."""
     crc32 = 0
     with path.open("rb") as file:
         while block := file.read(1 << 22):

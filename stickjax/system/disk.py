@@ -1,4 +1,4 @@
-"""Write files completely or not at all, and give one clear reason when the disk refuses a file."""
+"""Write files completely or not at all, and raise an OSError with one clear reason if that fails."""
 
 import contextlib
 import errno
@@ -19,7 +19,9 @@ _TEXTS = {os.strerror(code): code for code in REASONS}
 
 
 def system_error(error: BaseException) -> int | None:
-    """Return the errno of an OSError, or the errno in the text of a library's error; None if there is neither.
+    """Return the system's error number (errno) behind an exception, such as errno.ENOSPC; None if it has none.
+
+    An OSError has the number as an attribute. In an error of TensorStore or XLA, the number is found from the text.
 
     >>> system_error(RuntimeError("RESOURCE_EXHAUSTED: trace.pb; No space left on device")) == errno.ENOSPC
     True
@@ -33,7 +35,7 @@ def system_error(error: BaseException) -> int | None:
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike) -> Iterator[None]:
-    """Convert an error of the disk into an OSError with the reason and with `path`, the file that is being written.
+    """Convert an error of the block, which writes the file `path`, into an OSError with the reason and with `path`.
 
     >>> with writing("run/config.json"):
     ...     raise OSError(errno.ENOSPC, "No space left on device", "run/config.json.tmp")
@@ -51,11 +53,10 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
 
 
 def write_file(path: str | os.PathLike, content: str | bytes) -> None:
-    """Replace a file atomically: a reader finds the old content or the new one, and an error leaves the old one.
+    """Replace a file atomically: a reader finds either the old content or the new content, never a mixture.
 
-    Several processes may write the same file; the last write wins.
-
-    Raises OSError, with the reason and `path`.
+    Several processes may write the same file; then it has the content of the last one. Raise OSError, with the reason
+    and `path`, if the file cannot be written; then it still has its old content.
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")  # a name that no other process has
@@ -73,7 +74,7 @@ def write_file(path: str | os.PathLike, content: str | bytes) -> None:
 
 
 def sync_folder(folder: str | os.PathLike) -> None:
-    """Flush the entries of a folder, so that a rename survives a power loss. Errors of the flush are ignored."""
+    """Flush the entries of a folder to the disk, so that a rename survives a power loss. Ignore errors of the flush."""
     number = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):
@@ -83,7 +84,7 @@ def sync_folder(folder: str | os.PathLike) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file, a link or a folder. Parts of a folder that cannot be deleted stay."""
+    """Delete a file, a link or a folder with its content. Parts of a folder that cannot be deleted remain."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -1,9 +1,9 @@
-"""A lock of a run folder: one process at a time writes there.
+"""A lock of a run folder: only the process that owns the lock writes into the folder.
 
-The owner of the lock holds flock() on the file `lock` of the folder. It writes its host and process id into the file,
-with a number that grows every HEARTBEAT_SECONDS. When a process ends, even by SIGKILL, the kernel releases its flock.
-If the owner is on another machine or uses another mount, or if the file system has no flock, another process looks at
-the number. If it has not changed for DEAD_AFTER_SECONDS, the owner counts as dead.
+The owner holds flock() on the file `lock` in the folder. The owner also writes its host, its process id and a counter
+into the file, and increases the counter every HEARTBEAT_SECONDS. When a process ends, even by SIGKILL, the kernel
+releases its flock. If the owner is on another machine or uses another mount, or if the file system has no flock, then
+another process reads the counter. If the counter does not change for DEAD_AFTER_SECONDS, the owner counts as dead.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 class Lock:
-    """The right to write in a folder. The folder is created if it does not exist.
+    """The lock of a folder, held by this process until `release`. The folder is created if it does not exist.
 
     >>> import tempfile
     >>> folder = tempfile.mkdtemp() + "/run"
@@ -45,7 +45,7 @@ class Lock:
     False
 
     Raises:
-      ValueError: another process that is alive has the lock; nothing was changed.
+      ValueError: a running process has the lock; nothing was changed.
       OSError: the folder cannot be written.
     """
 
@@ -64,7 +64,7 @@ class Lock:
         self._thread.start()
 
     def check(self) -> None:
-        """Raise OSError if another process has taken the lock over because this one seemed dead."""
+        """Raise OSError if another process owns the lock now, because it took this process for dead."""
         owner = _read(self._path)
         if owner is not None and owner.get("token") != self._record["token"]:
             raise OSError(f"{self.folder} was taken over by {_name(owner)}; this process must not write there any more")
@@ -76,9 +76,9 @@ class Lock:
                 remove(path)
 
     def release(self, folder: Path | None = None) -> None:
-        """Remove the lock. Remove the folder too, if this lock made it and it is empty.
+        """Release the lock and delete its file. Delete the folder too, if this lock created it and it is empty.
 
-        `folder`: the new path of the folder, if it was renamed.
+        `folder`: the new path of the folder, if the folder was renamed while it was locked.
         """
         self._path = (folder or self.folder) / NAME
         self._ended.set()
@@ -141,9 +141,15 @@ class Lock:
                 raise self._taken()
 
     def _is_alive(self, owner: dict) -> bool:
-        """Whether the number in the file of an owner on another machine still grows."""
+        """Return whether `owner`, the content of the lock file, changes within DEAD_AFTER_SECONDS.
+
+        A running owner increases the counter in the file. False means that the owner is dead or has released the lock.
+        """
         log.warning(
-            "%s is locked by %s: waiting %s s for a sign of life", self.folder, _name(owner), DEAD_AFTER_SECONDS
+            "%s is locked by %s: waiting %s s to see whether that process still runs",
+            self.folder,
+            _name(owner),
+            DEAD_AFTER_SECONDS,
         )
         end = time.monotonic() + DEAD_AFTER_SECONDS
         while time.monotonic() < end:
@@ -169,7 +175,7 @@ class Lock:
 
 
 def _flock(file: int) -> bool | None:
-    """Try to get the flock: whether this process got it; None if the file system has no flock."""
+    """Try to get the flock of an open file. Return whether that succeeded; None if the file system has no flock."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
@@ -189,7 +195,7 @@ def _is_at(file: int, path: Path) -> bool:
 
 
 def _kernel() -> str:
-    """Return an id of the running kernel, which is the same in all containers of this machine."""
+    """Return an id of the running kernel. All containers of a machine have the same id; a reboot changes it."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -197,9 +203,9 @@ def _kernel() -> str:
 
 
 def _read(path: Path) -> dict | None:
-    """Read the record of the owner; {} if the lock has no owner, None if there is no file.
+    """Read a lock file: the dictionary that its owner wrote, {} if it has no owner, None if there is no file.
 
-    Raise ValueError if the file is not a lock.
+    Raise ValueError if the content of the file is not a lock.
     """
     try:
         content = path.read_bytes().strip(b"\0\n")  # opening the file makes NFS ask the server for new content
@@ -228,7 +234,11 @@ def _name(owner: dict | None) -> str:
 
 @contextlib.contextmanager
 def complete_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary folder to fill. It is renamed to `path` if the block succeeds, and removed if it fails."""
+    """Create the folder `path` completely or not at all.
+
+    Yield a temporary folder, which the `with` block fills. The temporary folder is renamed to `path` if the block
+    succeeds, and deleted if the block raises an exception. Raise ValueError if `path` exists already.
+    """
     target = Path(path)
     if target.exists():
         raise ValueError(f"{path} exists; choose a new folder")

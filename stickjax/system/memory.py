@@ -1,7 +1,7 @@
-"""Memory: the bytes that arrays need on a device, the bytes that are free, and one error line if they do not fit.
+"""Memory: the bytes that arrays need on a device, the bytes that are free, and an error if the arrays do not fit.
 
 On a CPU, a process without enough memory hangs, or is killed without a message. So memory is checked before it is
-allocated. The first check uses the shapes of the training state, which is the least that a run needs. The second check
+allocated. The first check uses the shapes of the training state: a run needs at least this memory. The second check
 uses the compiled program.
 """
 
@@ -22,7 +22,7 @@ _WHAT_TO_DO = "use a smaller model, a smaller batch, more devices or more memory
 
 
 class Free(NamedTuple):
-    """The bytes that are free, and a phrase for messages that says where this number comes from."""
+    """The number of free bytes, and for messages the limit behind it, such as "available on this machine"."""
 
     bytes: int
     source: str
@@ -41,7 +41,10 @@ def gib(size: float) -> str:
 
 
 def local_bytes(tree) -> int:
-    """Return the bytes of a tree of arrays or shapes on one device. An array without a sharding is whole on it."""
+    """Return the bytes that a pytree of arrays, or of ShapeDtypeStructs, takes on each device.
+
+    A sharded array counts with the part of one device. An array without a sharding counts in full.
+    """
     return sum(math.prod(_local_shape(x)) * itemsize(x.dtype) for x in jax.tree.leaves(tree))
 
 
@@ -51,7 +54,7 @@ def _local_shape(x) -> tuple[int, ...]:
 
 
 def itemsize(dtype) -> int:
-    """Return the bytes of one element of an array; for a random key, the bytes of its words.
+    """Return the bytes of one element of an array of this type; for a typed PRNG key, the bytes of its key data.
 
     >>> itemsize(jnp.bfloat16), itemsize(jax.eval_shape(lambda: jax.random.key(0)).dtype)
     (2, 8)
@@ -63,7 +66,10 @@ def itemsize(dtype) -> int:
 
 
 def state_parts(state) -> dict[str, int]:
-    """Return the bytes of a training state on one device, as {purpose: bytes}."""
+    """Return the bytes that a training state takes on each device: {"parameters" or another purpose: bytes}.
+
+    `state` has the pytrees `params` and `opt_state`, whose leaves are arrays or ShapeDtypeStructs.
+    """
     masters = local_bytes(optax.tree.get(state.opt_state, "masters"))
     moments = local_bytes(state.opt_state) - masters
     parts = {"parameters": local_bytes(state.params), "float32 masters": masters, "moments": moments}
@@ -71,11 +77,11 @@ def state_parts(state) -> dict[str, int]:
 
 
 def check_fits(parts: dict[str, int], mesh: Mesh | None = None) -> None:
-    """Raise ValueError if a device has fewer bytes free than the parts need together.
+    """Raise ValueError if the arrays of `parts` together need more bytes than a device has free.
 
     Args:
-      parts: {purpose: bytes on every device}.
-      mesh: the devices; None: the first one.
+      parts: {purpose of some arrays: the bytes that they need on each device}; the message lists them.
+      mesh: the devices; None: the first device.
     """
     needed, free = sum(parts.values()), free_memory(mesh)
     if free is not None and needed > free.bytes:
@@ -86,7 +92,11 @@ def check_fits(parts: dict[str, int], mesh: Mesh | None = None) -> None:
 
 
 def check_program(compiled: jax.stages.Compiled, what: str, mesh: Mesh | None = None) -> None:
-    """Raise ValueError if a program's results and temporaries do not fit beside its arguments, which exist already."""
+    """Raise ValueError if a compiled program needs more memory than the devices of the mesh have free.
+
+    The program needs memory for its results and temporaries; its arguments are in memory already. `what` is the name of
+    the program in the message. Without a mesh, the program runs on the first device.
+    """
     memory = compiled.memory_analysis()
     if memory is None:  # not every backend provides it
         return
@@ -101,7 +111,10 @@ def check_program(compiled: jax.stages.Compiled, what: str, mesh: Mesh | None = 
 
 
 def free_memory(mesh: Mesh | None = None) -> Free | None:
-    """Return the free bytes on every device of a mesh, or on the first device; None if they are not known."""
+    """Return the free bytes of one device of the mesh, or of the first device without a mesh; None if unknown.
+
+    If the devices are CPUs, the free memory of the machine is divided by their number.
+    """
     devices = [jax.local_devices()[0]] if mesh is None else mesh.local_devices
     if devices[0].platform == "cpu":
         host = host_memory()
@@ -113,7 +126,10 @@ def free_memory(mesh: Mesh | None = None) -> Free | None:
 
 
 def host_memory() -> Free | None:
-    """Return the bytes that this process can still allocate: the least of machine, control groups and ulimit."""
+    """Return the bytes that this process can still allocate; None if nothing limits them.
+
+    This is the least of what the machine, the control groups of the process and ulimit -v leave.
+    """
     limits = []
     swap = _meminfo("SwapFree") or 0
     if (available := _meminfo("MemAvailable")) is not None:
@@ -138,7 +154,10 @@ def _address_space() -> int:
 
 
 def _left_by_cgroups() -> Iterator[int]:
-    """Yield the free bytes of every control group of this process, up to the root; cached files count as free."""
+    """Yield the bytes that each control group of this process still allows, from the innermost group to the root.
+
+    Memory that caches files counts as free. Groups without a limit are left out.
+    """
     for line in _read(PROC / "self" / "cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":

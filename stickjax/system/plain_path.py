@@ -14,7 +14,7 @@ MOST_BYTES = 3800  # the longest path; Linux allows 4096, and the files below th
 
 
 def plain_path(folder: Path) -> Path:
-    r"""Return a path to a folder that Orbax and TensorStore cannot misread: its real path, or a link to it.
+    r"""Return a path of `folder` that Orbax and TensorStore cannot misread: its real path, or a link to the folder.
 
     Orbax looks for the files of every process by glob, in which `[0.1]`, `*` and `?` are patterns. TensorStore takes a
     backslash for a slash, and cannot open a path that is not UTF-8. If the path of the folder has such characters, the
@@ -34,7 +34,7 @@ def plain_path(folder: Path) -> Path:
         return Path(real)
     link = Path(tempfile.gettempdir()) / f"stickjax-{os.getuid()}-{hashlib.sha256(os.fsencode(real)).hexdigest()[:32]}"
     if not _PLAIN.fullmatch(os.fspath(link)):
-        both = f"{folder} has special characters, and so has TMPDIR={link.parent}"
+        both = f"the path {folder} has special characters, and TMPDIR={link.parent} has some too"
         raise ValueError(f"{both}; choose another run folder or another TMPDIR")
     fresh = link.with_name(f"{link.name}-{os.getpid()}-{threading.get_ident()}")
     try:

@@ -13,16 +13,16 @@ WARMUP = 3  # a long run is traced after this many steps
 
 
 class StepTrace(contextlib.AbstractContextManager):
-    """A trace of STEPS steps of a run from step `first` to step `last`; in a shorter run, of all steps.
+    """A context that writes a profiler trace of STEPS training steps; of all steps, if the run is shorter.
 
-    The trace begins after WARMUP steps, or earlier if the run would end before the trace. It is written when its last
-    step is done, or at the end of the `with` block if the run stops earlier.
+    The trace begins after WARMUP steps, or earlier if the run would end before the trace is complete. The trace is
+    written after its last step, or at the end of the `with` block if the run stops earlier.
 
     Args:
-      folder: where the trace is written; None: nothing is traced.
-      first: the step from which the run starts or is resumed.
-      last: the last step of the run.
-      say: a function that prints one line; the line names the traced steps.
+      folder: the folder for the trace; None: nothing is traced.
+      first: the number of steps that are done when the run starts or is resumed.
+      last: the number of steps that are done when the run ends.
+      say: a function that prints one line, which names the traced steps.
     """
 
     def __init__(self, folder: Path | None, first: int, last: int, say: Callable[[str], None]):
@@ -31,13 +31,13 @@ class StepTrace(contextlib.AbstractContextManager):
         self._begun = self._done = None  # steps done when the trace began, and steps done now
 
     def before(self, step: int) -> None:
-        """Start the trace if it is time. Call this before every step, with the number of steps that are done."""
+        """Start the trace if it begins with the next step. Call this before each step; `step` steps are done."""
         if self._folder and step == self._begin:
             jax.profiler.start_trace(str(self._folder))
             self._begun = self._done = step
 
     def after(self, step: int) -> None:
-        """Stop the trace if it is complete. Call this after every step, with the number of steps that are done."""
+        """Stop the trace if it has all its steps. Call this after each step; `step` steps are done."""
         if self._begun is not None:
             self._done = step
             if step == self._begun + STEPS:
@@ -57,7 +57,10 @@ class StepTrace(contextlib.AbstractContextManager):
 
 
 def stop_trace(folder: Path) -> None:
-    """Write the trace that `jax.profiler.start_trace(folder)` began; if that fails, delete it and raise OSError."""
+    """Write the trace that `jax.profiler.start_trace(folder)` began.
+
+    If the trace cannot be written, delete its files and raise OSError.
+    """
     before = set(folder.rglob("*"))
     try:
         with writing(folder):

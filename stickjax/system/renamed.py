@@ -1,4 +1,4 @@
-"""Imports of modules by their names of version 0.1. They work as before, with a warning that says the new name.
+"""Let modules be imported by their names of version 0.1, with a FutureWarning that says the new name.
 
 The next version will remove the old names.
 """
@@ -44,7 +44,7 @@ NEW_NAMES = {
 
 
 class RenamedModules(MetaPathFinder, Loader):
-    """Find a module by its old name. The result is the module of the new name, not a copy."""
+    """An import hook for the old names of modules. An import by an old name returns the module with the new name."""
 
     def find_spec(self, fullname, path=None, target=None) -> ModuleSpec | None:
         if (new := NEW_NAMES.get(fullname)) is None:
@@ -61,7 +61,7 @@ class RenamedModules(MetaPathFinder, Loader):
         return module
 
     def exec_module(self, module) -> None:
-        """Give the module, which has run already, its own spec back: the import system has replaced it."""
+        """Restore the `__spec__` of the module, which the import system has replaced. The module has already run."""
         module.__spec__ = module.__spec__.loader_state
 
 

@@ -1,4 +1,4 @@
-"""Print a table without losing a number in a narrow terminal; keep columns of numbers to compute with."""
+"""Tables: print one completely in a terminal of any width, and keep one as columns to compute with."""
 
 import html
 import io
@@ -11,7 +11,9 @@ from rich.table import Table
 
 
 def print_table(table: Table) -> None:
-    """Print a table without markup; if the terminal is too narrow for a word, print one line per cell.
+    """Print a table. If the terminal is too narrow for a word of the table, print one line per cell instead.
+
+    Square brackets in a cell are printed as they are, and not read as markup of rich.
 
     >>> table = Table("run", "loss", title="training")
     >>> table.add_row("a-name-of-many-letters" * 20, "2.5")
@@ -38,9 +40,9 @@ def print_table(table: Table) -> None:
 
 
 class Columns(dict):
-    """A table to compute with: {name of a column: numpy array}. A notebook shows the first and the last rows.
+    """A table to compute with: {name of a column: NumPy array}. Its repr shows the first and the last rows.
 
-    If you have pandas, `pandas.DataFrame(columns)` converts it to a data frame.
+    If pandas is installed, `pandas.DataFrame(columns)` converts the table to a data frame.
 
     >>> Columns.of([{"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.25, "rate": 7.0}])
     step  loss  rate
@@ -52,13 +54,13 @@ class Columns(dict):
 
     @classmethod
     def of(cls, rows: Iterable[dict]) -> "Columns":
-        """Make the columns from rows. A value that a row does not have is NaN."""
+        """Make the table from its rows, each {name of a column: value}. A value that a row does not have is NaN."""
         rows = list(rows)
         names = dict.fromkeys(name for row in rows for name in row)
         return cls({name: np.array([row.get(name, math.nan) for row in rows]) for name in names})
 
     def _cells(self) -> list[list[str]]:
-        """Return the names of the columns and the rows that are shown, as text."""
+        """Return the text of the table to show: a list of the column names, then a list for each row that is shown."""
         count, half = len(next(iter(self.values()), ())), self.SHOWN // 2
         which = range(count) if count <= self.SHOWN else [*range(half), None, *range(count - half, count)]
         return [list(self), *(["..." if i is None else _cell(column[i]) for column in self.values()] for i in which)]

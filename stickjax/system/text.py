@@ -7,7 +7,7 @@ from typing import Any
 
 
 def printable(path: str | os.PathLike) -> str:
-    r"""Return a path as one line that every terminal can print.
+    r"""Return a path as one line of printable characters. Other characters, such as a newline, are escaped.
 
     >>> print(printable("two\nlines"))
     two\nlines
@@ -16,7 +16,9 @@ def printable(path: str | os.PathLike) -> str:
 
 
 def json_text(value: Any, **options) -> str:
-    """Return the JSON of dictionaries, lists, strings and numbers. Infinity and NaN, which JSON lacks, become null.
+    """Return `value` as JSON. Infinity and NaN, which JSON does not have, become null.
+
+    `value` consists of dictionaries, lists, strings and numbers. `options` are passed to `json.dumps`.
 
     >>> json_text({"step": 3, "loss": math.nan})
     '{"step": 3, "loss": null}'

@@ -1,12 +1,12 @@
-"""Synthetic tasks, which are generated when they are needed. The same seed generates the same examples.
+"""Synthetic tasks, whose examples are generated when they are needed. The same seed generates the same examples.
 
-Every task is a module with
+Every task is a module with two functions, and with vocabularies whose id 0 is padding:
 
-    examples(part, *, seed, ...) -> Examples   random access to dicts of arrays, part "train" or "test"
-    text(seed, count) -> Iterator[str]         different lines for a language model
+    examples(part, *, seed, ...) -> Examples   random access to dictionaries of arrays; part is "train" or "test"
+    text(seed, count) -> Iterator[str]         `count` different lines of text for a language model
 
-and vocabularies whose id 0 is padding. `stickjax.data.task_loader` makes batches of examples. `documents` makes a text
-of a task, for the source with the name of the task in `DataConfig.source`.
+`stickjax.data.task_loader` makes batches of examples. `documents` joins lines of text into documents, for a config
+whose source of text is the task, such as `DataConfig(source="listops")`.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,9 @@ TASKS = {"listops": listops, "logic": logic, "recall": recall, "scan": scan}
 
 
 def documents(task: str, count: int) -> Iterator[str]:
-    """Join the lines of `text` with seed 0 into documents. A document ends when it has 4096 characters or more.
+    """Yield documents made of `count` lines of a task. A document ends when it has 4096 characters or more.
+
+    The lines are `text(0, count)` of the task, so they are the same in every run.
 
     >>> [len(document) for document in documents("logic", 100)]
     [4112, 194]

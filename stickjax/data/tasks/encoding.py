@@ -1,4 +1,4 @@
-"""The common code of all tasks: vocabularies, examples by their index, and the training and test parts."""
+"""The common code of all tasks: vocabularies, random access to examples, and the training and test parts."""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,7 +11,9 @@ from stickjax.config.fields import one_of
 
 
 class Vocabulary:
-    """A vocabulary of symbols, which a text separates by spaces. Id 0 is padding, which has no text.
+    """A vocabulary of symbols for texts in which spaces separate the symbols. Id 0 is padding, which has no text.
+
+    `symbols` has all symbols with spaces between them; the first one has id 1.
 
     >>> words = Vocabulary("a b")
     >>> words.encode("b a b", T=4), words.decode([2, 1, 2, 0]), len(words)
@@ -26,9 +28,9 @@ class Vocabulary:
         return len(self.symbols)
 
     def encode(self, text: str, T: int) -> Int[np.ndarray, "T"]:
-        """Return the ids of the symbols of a text, padded on the right to T.
+        """Return the ids [T] of the symbols in a text, padded with zeros on the right.
 
-        Raises ValueError if there are more than T symbols, or if one is unknown.
+        Raises ValueError if the text has more than T symbols, or an unknown symbol.
         """
         words = text.split()
         if len(words) > T:
@@ -41,12 +43,15 @@ class Vocabulary:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the symbols of ids, without padding, with spaces between them."""
+        """Return the text of ids [n]: their symbols with spaces between them, without padding."""
         return " ".join(self.symbols[i] for i in ids if i)
 
 
 class Examples:
-    """Random access to examples as dicts of arrays, for `grain.MapDataset.source`. Each is made when it is read."""
+    """Random access to examples, for `grain.MapDataset.source`. An example is a dictionary {name: array}.
+
+    Example i is `arrays(rows[i])`, which is computed when the example is used.
+    """
 
     def __init__(self, rows: Sequence, arrays: Callable[..., dict[str, np.ndarray]]):
         self.rows, self.arrays = rows, arrays
@@ -59,7 +64,7 @@ class Examples:
 
 
 class Parts(NamedTuple):
-    """The training examples and the test examples."""
+    """The training part and the test part of the examples of a task."""
 
     train: Sequence
     test: Sequence
@@ -70,7 +75,7 @@ class Parts(NamedTuple):
 
 
 def distinct(drawn: Iterable, count: int) -> Iterator:
-    """Yield the first `count` different values of an endless iterator."""
+    """Return an iterator over the first `count` different values of `drawn`, in their order."""
     seen: set = set()
     new = (value for value in drawn if value not in seen and not seen.add(value))
     return itertools.islice(new, count)

@@ -30,7 +30,11 @@ class Example(NamedTuple):
 
 
 def _expression(uniform: Callable[[], float], depth: int = 1) -> tuple[str, int]:
-    """Draw an expression and its value. It is a list with probability 1/4, and always a digit at depth 20."""
+    """Draw a random expression, and return its text and its value, a digit.
+
+    The expression is a list with probability 1/4, and otherwise a digit. At depth 20 of nested lists it is always a
+    digit. `uniform` returns random numbers in [0, 1).
+    """
     if uniform() > 0.25 or depth >= 20:
         digit = int(10 * uniform())
         return str(digit), digit
@@ -47,9 +51,9 @@ def _draws(seed: int) -> Iterator[Example]:
 
 @functools.lru_cache(maxsize=1)
 def generate(seed: int = 0, count: int = 100_000) -> Parts:
-    """Generate `count` different expressions, in a random order; the first nine tenths are for training.
+    """Generate `count` different expressions in a random order, the first nine tenths for training, the rest for tests.
 
-    Then expressions of a single digit are removed from both parts.
+    Then the expressions of a single digit are removed from both parts.
 
     >>> generate(count=1000).train[0]
     Example(text='[MIN 6 3 4 ]', label=3)
@@ -61,7 +65,7 @@ def generate(seed: int = 0, count: int = 100_000) -> Parts:
 
 
 def binary(text: str) -> str:
-    """Return an expression as a binary tree: brackets group its symbols in pairs, from the left.
+    """Return an expression with added brackets "(" and ")", which group its symbols in pairs, from the left.
 
     >>> binary("[SM 6 5 ]")
     '( ( ( [SM 6 ) 5 ) ] )'
@@ -81,9 +85,10 @@ def binary(text: str) -> str:
 def examples(
     part: str = "train", *, T: int = 50, brackets: bool = False, seed: int = 0, count: int = 100_000
 ) -> Examples:
-    """Return the expressions of at most T symbols as `tokens` [T] and `label`, a digit, all int32.
+    """Return the examples of a part, "train" or "test": `tokens` [T] of an expression, and its value `label`, int32.
 
-    With `brackets`, expressions have the form of `binary`, and T is the largest number of symbols in this form.
+    `count` expressions are generated with `seed` and divided into the two parts (see `generate`). Expressions of more
+    than T symbols are left out. With `brackets`, the expressions have the brackets of `binary`, which count as symbols.
 
     Raises ValueError for an unknown part.
 
@@ -98,7 +103,7 @@ def examples(
 
 
 def text(seed: int, count: int) -> Iterator[str]:
-    """Yield different lines: a list, `=`, and its value.
+    """Return an iterator over `count` different lines. A line is a list, `=`, and the value of the list.
 
     >>> list(text(0, 2))
     ['[SM [SM [MIN 8 0 5 1 ] 7 8 ] 9 5 ] = 9', '[MED 0 8 8 9 ] = 8']

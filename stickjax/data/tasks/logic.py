@@ -1,8 +1,9 @@
 """Propositional logic: find the relation of two sentences (Bowman, Manning and Potts, 2015, arXiv 1506.04834).
 
-A sentence is a variable a .. f, `( not X )` or `( L ( op R ) )` with op `and` or `or`. A world is an assignment of
-truth values to the six variables. The truth table of a sentence is a number with one bit for each of the 64 worlds. So
-a few bit operations compute the relation of two sentences.
+A sentence is a variable a .. f, `( not X )` or `( L ( op R ) )`, where X, L and R are sentences and op is `and` or
+`or`. A world assigns a truth value to each of the six variables. The truth table of a sentence is a number with one bit
+for each of the 64 worlds: whether the sentence holds in the world. So a few bit operations compute the relation of two
+sentences.
 """
 
 import functools
@@ -43,10 +44,11 @@ class Example(NamedTuple):
 
 
 def relation(left: int, right: int) -> str:
-    """Return the relation of two truth tables of 64 bits.
+    """Return the relation of two sentences, given by their truth tables of 64 bits.
 
-    `=`: they are equal. `<`: left implies right. `>`: right implies left. `^`: always exactly one holds. `|`: never
-    both hold. `v`: always at least one holds. `#`: none of these.
+    `=`: the truth tables are equal. `<`: left implies right. `>`: right implies left. `^`: in every world exactly one
+    sentence holds. `|`: in no world both sentences hold. `v`: in every world at least one sentence holds. `#`: none of
+    these.
 
     >>> relation(0b0011, 0b0111), relation(0b0011, 0b0100)
     ('<', '|')
@@ -56,7 +58,11 @@ def relation(left: int, right: int) -> str:
 
 
 def _sentence(uniform: Callable[[], float], variables: Sequence[tuple], n: int) -> tuple[str, int, int]:
-    """Draw a sentence, and return it with its truth table and its number of operators."""
+    """Draw a random sentence, and return its text, its truth table and its number of operators.
+
+    `uniform` returns random numbers in [0, 1). `variables` are entries of _VARIABLES. `n` limits the size: the two
+    parts of a sentence are drawn with n // 2, and a sentence with n < 2 is a variable or its negation.
+    """
     choice = int(9 * uniform())
     if choice > 3 or n < 2:
         text, table, operators = variables[int(len(variables) * uniform())]
@@ -74,7 +80,10 @@ def _sentence(uniform: Callable[[], float], variables: Sequence[tuple], n: int) 
 
 
 def _draws(seed: int) -> Iterator[Example]:
-    """Yield endless pairs over four variables, without sentences that always or never hold."""
+    """Yield random pairs of sentences without end. Both sentences of a pair use the same four of the six variables.
+
+    Pairs with a sentence that holds in every world or in no world are left out.
+    """
     uniform = Random(seed).random
     labels = {relation: label for label, relation in enumerate(RELATIONS)}
     subsets = tuple(itertools.combinations(_VARIABLES, 4))
@@ -89,9 +98,10 @@ def _draws(seed: int) -> Iterator[Example]:
 
 @functools.lru_cache(maxsize=1)
 def generate(seed: int = 0, draws: int = 500_000) -> tuple[Parts, ...]:
-    """Draw pairs, remove duplicates, and put them into buckets; the first 85 % of each bucket are for training.
+    """Draw pairs of sentences, remove duplicates, and return them in BUCKETS buckets by their number of operators.
 
-    Sentences have at most 37 tokens in the training parts of buckets 0..6, about twice that in bucket 12.
+    The first 85 % of each bucket are for training, the rest for tests. Sentences in the training parts of buckets 0..6
+    have at most 37 tokens. Sentences in bucket 12 have at most about twice as many.
 
     >>> [len(bucket.train) for bucket in generate(draws=1000)][:3]
     [30, 116, 63]
@@ -108,9 +118,10 @@ def generate(seed: int = 0, draws: int = 500_000) -> tuple[Parts, ...]:
 
 
 def matches(example: Example, split: str) -> bool:
-    """Whether one of the sentences has the pattern that a systematic split removes from the training part.
+    """Return whether a sentence of the pair has the pattern that `split` removes from the training part.
 
-    A: `( and ( not a ) )`. B: `( and ( not X ) )` for any sentence X. C: as B, or with `or` in place of `and`.
+    Pattern of split A: `( and ( not a ) )`. Pattern of split B: `( and ( not X ) )` for any sentence X. Split C has the
+    pattern of B, and the same pattern with `or` in place of `and`.
 
     >>> [matches(Example("( b ( or ( not a ) ) )", "c", 5, 2), split) for split in SPLITS]
     [False, False, True]
@@ -129,10 +140,13 @@ def examples(
     seed: int = 0,
     draws: int = 500_000,
 ) -> Examples:
-    """Return pairs of some buckets: `left` and `right`, each [T], `label` (an index of RELATIONS), `bucket`, all int32.
+    """Return the pairs of sentences of a part, "train" or "test": `left` [T], `right` [T], `label` and `bucket`, int32.
 
-    With split A, B or C, both parts come from the training parts of the buckets. The part "test" has the examples that
-    match the pattern of the split (see `matches`), and the part "train" has all others.
+    `left` and `right` are the ids of the sentences, and `label` is the index of their relation in RELATIONS. `draws`
+    pairs are drawn with `seed` (see `generate`); only pairs in `buckets` are returned.
+
+    With split A, B or C, both parts come from the training parts of the buckets. The part "test" has the pairs that
+    match the pattern of the split (see `matches`), and the part "train" has all other pairs.
 
     Raises ValueError if a sentence has more than T tokens, or for an unknown part or split.
 
@@ -157,7 +171,7 @@ def examples(
 
 
 def text(seed: int, count: int) -> Iterator[str]:
-    """Yield different lines: left sentence, relation, right sentence.
+    """Return an iterator over `count` different lines. A line is a left sentence, a relation and a right sentence.
 
     >>> list(text(0, 2))
     ['( not c ) ^ c', 'd # b']

@@ -1,8 +1,8 @@
 """Multi-query repeated associative recall: find the latest value of a key.
 
-A sequence is a mixture of two kinds of statements: `a 3` assigns a value to a key, `? a` asks for the value of a key. A
-key may be assigned again, and then its earlier values are wrong (Tan et al., 2024, arXiv 2410.17980; with keys assigned
-once: Arora et al., 2023, arXiv 2312.04927).
+A sequence is a mixture of two kinds of statements: `a 3` assigns the value 3 to the key a, and `? a` asks for the value
+of the key a. A key may be assigned again, and then its earlier values are wrong (Tan et al., 2024, arXiv 2410.17980).
+In the task of Arora et al. (2023, arXiv 2312.04927), a key is assigned only once.
 """
 
 import string
@@ -19,9 +19,9 @@ VOCABULARY = Vocabulary(" ".join([*KEYS, *VALUES, QUERY]))
 
 
 def _statements(random: Random, count: int, keys: int) -> Iterator[tuple[str, str, bool]]:
-    """Yield `count` statements: a key, its latest value, and whether the statement asks for it.
+    """Yield `count` statements about `keys` random keys: (key, its latest value, whether the statement asks for it).
 
-    The first statement assigns a value. Each later one asks with probability 1/2.
+    The first statement assigns a value. Each later statement asks for a value with probability 1/2.
     """
     latest: dict[str, str] = {}
     names = random.sample(KEYS, keys)
@@ -34,11 +34,11 @@ def _statements(random: Random, count: int, keys: int) -> Iterator[tuple[str, st
 
 
 def examples(part: str = "train", *, T: int = 128, keys: int = 16, seed: int = 0, count: int = 100_000) -> Examples:
-    """Return `count` sequences of T / 2 statements about `keys` letters, generated from (seed, part, index) alone.
+    """Return `count` sequences of T / 2 statements about `keys` keys, for `part` "train" or "test".
 
-    Each has `tokens`, `targets`, `segment_ids` (zeros) and `loss_mask`, all [T], as for the training of language
-    models. Where a sequence asks for a key, `loss_mask` is True and `targets` is the latest value of the key. Elsewhere
-    `targets` is 0.
+    A sequence depends only on its index, `seed` and `part`. It has the arrays of a training batch for language models,
+    each [T]: `tokens`, `targets`, `segment_ids` (zeros) and `loss_mask`. Where a sequence asks for a key, `loss_mask`
+    is True and the target is the latest value of the key. Elsewhere the target is 0.
 
     Raises ValueError if T is odd, `keys` is not in 1..52, or for an unknown part.
 
@@ -70,7 +70,7 @@ def examples(part: str = "train", *, T: int = 128, keys: int = 16, seed: int = 0
 
 
 def text(seed: int, count: int) -> Iterator[str]:
-    """Yield different lines of 32 statements about 8 keys. After each question stands the value.
+    """Return an iterator over `count` different lines of 32 statements about 8 keys. The answer follows each question.
 
     >>> next(text(0, 1))[:40]
     'q 7 ? q 7 q 2 q 8 A 4 ? q 8 G 7 G 6 ? G '

@@ -1,8 +1,8 @@
 """SCAN: translate commands in English to actions (Lake and Baroni, 2018, arXiv 1711.00350); all 20,910 commands.
 
-A command is V, `V twice` or `V thrice`, or two of these joined by `and` or `after`. V is `u`, `u left`,
-`u opposite left` or `u around left`, or the same with `right`. u is walk, look, run or jump; before a direction it may
-also be turn.
+A command is V, `V twice` or `V thrice`, or two of these joined by `and` or `after`. V is a phrase: `u`, `u left`,
+`u opposite left` or `u around left`, or the same with `right`. u is a verb: walk, look, run or jump; before a direction
+it may also be turn.
 """
 
 import functools
@@ -25,7 +25,7 @@ class Example(NamedTuple):
 
 
 def _phrases() -> Iterator[tuple[str, list[str]]]:
-    """Yield all V, each with its actions."""
+    """Yield all phrases V (see the top of this file), each with the list of its actions."""
     for u in (*PRIMITIVES, "turn"):
         act = [] if u == "turn" else [f"I_{u.upper()}"]
         if act:
@@ -39,7 +39,7 @@ def _phrases() -> Iterator[tuple[str, list[str]]]:
 
 @functools.cache
 def pairs() -> tuple[Example, ...]:
-    """Return all commands with their actions.
+    """Return all commands, each with its actions.
 
     >>> len(pairs()), pairs()[0]
     (20910, Example(command='walk', actions='I_WALK'))
@@ -52,11 +52,12 @@ def pairs() -> tuple[Example, ...]:
 
 
 def generate(split: str = "simple", seed: int = 0) -> Parts:
-    """Return the training part and the test part of a split.
+    """Return the training part and the test part of a split, which is one of SPLITS.
 
-    simple: a random part of four fifths (by `seed`), and the rest. length: commands of up to 22 actions, and commands
-    of more. add_jump: commands without `jump`, and 1467 times the command `jump`; the test part is all other commands
-    with `jump`. add_turn_left: the same for `turn left`, with 2189 times the command `turn left`.
+    simple: four fifths of the commands, chosen at random with `seed`, are for training, the rest for tests. length:
+    commands of up to 22 actions are for training, longer ones for tests. add_jump: the training part has all commands
+    without `jump`, and 1467 times the command `jump`; the test part has all other commands with `jump`. add_turn_left:
+    the same with `turn left`, which is 2189 times in the training part.
 
     Raises ValueError for an unknown split.
 
@@ -78,9 +79,11 @@ def generate(split: str = "simple", seed: int = 0) -> Parts:
 
 
 def examples(part: str = "train", *, split: str = "simple", T: int = 9, S: int = 48, seed: int = 0) -> Examples:
-    """Return pairs of a split: `command` [T], ids of COMMANDS, and `actions` [S], ids of ACTIONS, all int32.
+    """Return the examples of a part, "train" or "test": the ids `command` [T] and `actions` [S], both int32.
 
-    Raises ValueError if a command has more than T words or its actions more than S, or for an unknown part or split.
+    The ids of a command are from the vocabulary COMMANDS, and the ids of its actions from ACTIONS. `split` and `seed`
+    are explained in `generate`. Raises ValueError if a command has more than T words or its actions more than S, or for
+    an unknown part or split.
 
     >>> {name: array.shape for name, array in examples("test", split="length")[0].items()}
     {'command': (9,), 'actions': (48,)}
@@ -97,7 +100,9 @@ def examples(part: str = "train", *, split: str = "simple", T: int = 9, S: int =
 
 
 def text(seed: int, count: int) -> Iterator[str]:
-    """Yield different lines in random order, at most all 20,910: a command and its actions.
+    """Return an iterator over `count` different lines in random order, at most all 20,910.
+
+    A line is a command and its actions.
 
     >>> next(text(39, 1))
     'IN: jump left and run OUT: I_TURN_LEFT I_JUMP I_RUN'

@@ -1,4 +1,4 @@
-"""Read and write folders in the Hugging Face layout (config.json and weights), for the model types in `configs`."""
+"""Read and write Hugging Face folders: a config.json, and weights in files. `configs` has the supported model types."""
 
 import json
 import re
@@ -22,7 +22,7 @@ _BUFFERS = re.compile(r"transformer\.h\.\d+\.attn\.(mask|cum_weight)")
 
 
 def is_folder(path: Path) -> bool:
-    """Whether the config.json of a folder names a model_type."""
+    """Return whether a folder is a Hugging Face folder: whether it has a config.json with a `model_type`."""
     try:
         return "model_type" in read_object((path / "config.json").read_bytes(), path)
     except (OSError, ValueError):
@@ -30,9 +30,11 @@ def is_folder(path: Path) -> bool:
 
 
 def read_config(path: Path) -> Config:
-    """Read the config of a folder: the model, the path of tokenizer.json (even if there is none), the sequence length.
+    """Return a Config for the model in a Hugging Face folder.
 
-    The parameters keep their type in the files. If the files have several types, the parameters become float32.
+    Three parts of it come from the folder: the model, the path of its tokenizer.json (also if there is no such file),
+    and the sequence length. The type of the parameters is the type of the tensors in the files; if these have several
+    types, it is float32. Raise ValueError if the model is not supported or the folder is damaged.
     """
     try:
         model, T = configs.to_model_config(read_object((path / "config.json").read_bytes(), "it"))
@@ -46,7 +48,7 @@ def read_config(path: Path) -> Config:
 
 
 def read(path: Path, model: ModelConfig) -> dict[str, Lazy]:
-    """Return the leaves of the model in a folder, by name.
+    """Return {name: leaf} of the parameters of `model` from a Hugging Face folder. A leaf is read when it is used.
 
     Raise ValueError, naming the tensors, if some are missing, unknown, of another shape or not floating-point numbers.
     """
@@ -66,9 +68,15 @@ def write(
     path: Path, config: Config, leaves: dict[str, Lazy], shard_bytes: int, tokenizer: Tokenizer | None,
     files: Mapping[str, bytes],
 ) -> None:  # fmt: skip
-    """Write the folder of a model. `read` returns the same parameters from it, bit for bit.
+    """Write a model as a Hugging Face folder. `read` returns the same parameters from the folder, bit for bit.
 
-    `files`: the files of the tokenizer; for a model without a tokenizer, the files in its folder about special tokens.
+    Args:
+      path: the folder; it is created if it does not exist.
+      config: the config of the model; its `data.T` becomes the longest sequence length.
+      leaves: {name: leaf} of the parameters.
+      shard_bytes: the largest size of a file with weights, in bytes; a single tensor may be larger.
+      tokenizer: the tokenizer of the model; None if there is none.
+      files: {name: content} of the files of the tokenizer; without a tokenizer, the files about special tokens.
     """
     c = config.model
     tree = configs.to_config_json(c, config.data.T)
@@ -83,7 +91,10 @@ def write(
 
 
 def check(found: dict[str, Lazy], expected: dict[str, tuple[int, ...]], where: str) -> None:
-    """Raise ValueError unless the names and shapes are exactly the expected ones."""
+    """Raise ValueError if the tensors {name: tensor} have other names or shapes than expected, {name: shape}.
+
+    The message begins with `where`, such as the folder of the tensors.
+    """
     missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     problems = [f"{word} {_listed(x)}" for word, x in (("lacks", missing), ("has unknown tensors:", extra)) if x]
     if problems:
@@ -99,7 +110,10 @@ def _listed(words: list[str], most: int = 8) -> str:
 
 
 def _tensors(path: Path, model: ModelConfig) -> dict[str, Lazy]:
-    """Return the tensors of a folder by their published names, without duplicates and without buffers."""
+    """Return {published name: tensor} of a Hugging Face folder, without buffers (arrays that are no parameters).
+
+    If the model is tied, the second copy of its embedding is left out. Raise ValueError if that copy differs.
+    """
     tensors = {names.published(name): t for name, t in open_folder(path).items() if not _BUFFERS.fullmatch(name)}
     if model.tied and "lm_head.weight" in tensors:
         # A tied model may store its embedding a second time, as the output matrix. If they differ, it is not tied.

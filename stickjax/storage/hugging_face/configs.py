@@ -1,7 +1,7 @@
 """Convert the config.json of a Hugging Face folder to a ModelConfig, and a ModelConfig to a config.json.
 
-Entries that matter only in training are not converted: dropouts, and the router losses of granitemoe and jetmoe. Those
-models compute one router loss over all layers together; stickjax computes one per layer.
+Entries that matter only in training are not converted: the dropout rates, and the router losses of granitemoe and
+jetmoe. granitemoe and jetmoe compute one router loss over all layers together; stickjax computes one for each layer.
 """
 
 import dataclasses
@@ -48,7 +48,10 @@ _FREE_OF_EXPERTS = (*ROUTER_LOSSES.values(), "sample_topk", "token_rounding")
 
 
 class _Tree:
-    """A config.json, whose entries are read by name and type. It remembers which entries were read."""
+    """A reader of a config.json: `get(name, type)` returns an entry, and `end` raises for entries that were not read.
+
+    `where` is put in front of entries in error messages. An entry that is null counts as absent.
+    """
 
     def __init__(self, tree: dict, where: str = ""):
         self._tree, self._where, self._known = tree, where, set()
@@ -73,7 +76,7 @@ class _Tree:
                 raise ValueError(f"{self._where}{name}={value!r} is not supported, only {wanted!r}")
 
     def either(self, name: str, other: str, kind: type, default=...) -> Any:
-        """Read an entry that has two names; ValueError if both are there and differ."""
+        """Return an entry that has two possible names. Raise ValueError if both are present and their values differ."""
         found = {n: value for n in (name, other) if (value := self(n, kind, None)) is not None}
         if len(set(found.values())) > 1:
             both = f"{name}={found[name]!r} and {other}={found[other]!r}"
@@ -81,7 +84,7 @@ class _Tree:
         return next(iter(found.values())) if found else self(name, kind, default)
 
     def end(self) -> None:
-        """Raise ValueError, with their names, for entries that were not read and are not `IGNORED`."""
+        """Raise ValueError if config.json has entries that were not read and are not in IGNORED; name these entries."""
         rest = sorted(n for n, x in self._tree.items() if x is not None and n not in self._known | IGNORED)
         if rest:
             unread = ", ".join(f"{name}={self._tree[name]!r:.60}" for name in rest[:8])
@@ -136,7 +139,10 @@ def _granitemoe(get: _Tree) -> dict:
 
 
 def _jetmoe(get: _Tree) -> dict:
-    """Read entries with the names in transformers or in the code of the authors."""
+    """Return the ModelConfig fields for a config.json of JetMoE.
+
+    Its entries may have the names in transformers or the names in the original code.
+    """
     get.only({"activation_function": "silu", "glu": True, "bias": True})
     E, k = (
         get.either(*names, int)
@@ -236,10 +242,10 @@ _TYPES = {
 
 
 def to_model_config(tree: dict) -> tuple[ModelConfig, int | None]:
-    """Return the config of the model of a config.json, and its longest sequence length (None if it names none).
+    """Return the ModelConfig for `tree`, the content of a config.json, and the longest sequence length of the model.
 
-    Raise ValueError for an unknown model_type (with the nearest one), and for an entry that is missing, of a wrong
-    type, not supported or not known.
+    The length is None if config.json does not have it. Raise ValueError for an unknown model_type (with the nearest
+    known one), and for an entry that is missing, has a wrong type, is not supported or is not known.
     """
     kind = tree["model_type"]
     if kind not in _TYPES:
@@ -252,9 +258,12 @@ def to_model_config(tree: dict) -> tuple[ModelConfig, int | None]:
 
 
 def kind_of(c: ModelConfig | SutConfig) -> str:
-    """Return the model_type that is nearest to a model. Raise ValueError if there is none."""
+    """Return the model_type of transformers whose models are most like a model with this config, such as "granite".
+
+    Raise ValueError if there is none.
+    """
     if (nearest := _NEAREST.get(type(c))) is None:
-        raise ValueError(f"no model_type is near a model of family={c.family!r}")
+        raise ValueError(f"no model_type is like a model of family={c.family!r}")
     return nearest(c)
 
 
@@ -273,21 +282,24 @@ _NEAREST = {ModelConfig: _nearest_decoder}
 
 
 def to_config_json(c: ModelConfig, T: int) -> dict:
-    """Return the config.json of a model that was trained with sequences of T tokens.
+    """Return the content of config.json for a model that was trained with sequences of T tokens.
 
-    Raise ValueError, naming the fields, if the model_type cannot express them.
+    Raise ValueError if the nearest model_type cannot express some fields that change the logits; name these fields.
     """
     kind = kind_of(c)
     _, write, architecture, length = _TYPES[kind]
     tree = {"model_type": kind, "architectures": [architecture], length: T, "torch_dtype": c.param_dtype} | write(c)
     found, wanted = (_effective(config) for config in (to_model_config(tree)[0], c))
     if lost := [f"{n}={wanted[n]!r}" for n in wanted if wanted[n] != found[n]]:
-        raise ValueError(f"model_type {kind!r}, the nearest to this model, has no {', '.join(lost)}")
+        raise ValueError(f"model_type {kind!r}, the nearest to this model, cannot express {', '.join(lost)}")
     return tree
 
 
 def _effective(c: ModelConfig) -> dict:
-    """Return the fields that the logits depend on. None is replaced by the value that it stands for."""
+    """Return {field: value} of the fields that can change the logits of a model with this config.
+
+    Two configs with equal results describe the same function. None is replaced by the value that it stands for.
+    """
     stood_for = dict(V=c.vocabulary, logits_scaling=_logits_scaling(c), final_norm_eps=_final_norm_eps(c))
     c = dataclasses.replace(c, attention_scale=c.scale, **stood_for)
     free = {*_FREE} | ({"rope_theta"} if c.attention == "stick_breaking" else set())

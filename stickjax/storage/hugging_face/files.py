@@ -1,6 +1,7 @@
-"""Tensors in safetensors files, in one file or in several. Tensors are read one at a time.
+"""Read and write safetensors files, one tensor at a time.
 
-Files are not mapped into memory: their pages would count as memory of this process until the system reclaims them.
+The files are not mapped into memory, because their pages would count as memory of this process until the system
+reclaims the pages.
 """
 
 import dataclasses
@@ -23,10 +24,10 @@ FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.d
 
 @dataclass(frozen=True)
 class Lazy:
-    """An array that is read on demand: `read(None)` reads the whole array, `read(i)` reads its row i.
+    """An array that is read from its file on demand: `read(None)` returns the whole array, `read(i)` returns its row i.
 
-    `dtype` is a string if a parameter cannot have this type. `stacked`: whether the rows are layers; all layers
-    together may not fit into memory.
+    `dtype` is a string if no parameter can have this type. `stacked` is whether row i belongs to layer i; such an array
+    may be larger than the memory, so it is read row by row.
     """
 
     shape: tuple[int, ...]
@@ -35,12 +36,15 @@ class Lazy:
     stacked: bool = False
 
     def pieces(self) -> Iterator[np.ndarray]:
-        """Yield the array in pieces, one after the other: its rows if it is stacked, otherwise the whole array."""
+        """Yield the rows of the array, one after the other, if it is stacked; otherwise yield the whole array."""
         yield from (self.read(i) for i in range(self.shape[0])) if self.stacked else [self.read(None)]
 
 
 def finite(leaves: dict[str, Lazy], where: str | os.PathLike) -> dict[str, Lazy]:
-    """Return the same arrays, checked whenever they are read: ValueError for values that are not finite."""
+    """Return the arrays {name: array} with a check: reading an array raises ValueError if a value is not finite.
+
+    The message begins with `where`, such as the path of the file, and names the array.
+    """
 
     def checked(name: str, leaf: Lazy) -> Lazy:
         def read(i: int | None) -> np.ndarray:
@@ -56,7 +60,7 @@ def finite(leaves: dict[str, Lazy], where: str | os.PathLike) -> dict[str, Lazy]
 
 
 def in_file(path: Path, dtype: np.dtype | str, shape: tuple[int, ...], offset: int, stacked: bool = False) -> Lazy:
-    """Return the array whose bytes begin at `offset` in a file."""
+    """Return an array in a file. `offset` is the position of its first byte; `stacked` is explained in `Lazy`."""
 
     def read(row: int | None) -> np.ndarray:
         own = shape if row is None else shape[1:]
@@ -70,10 +74,10 @@ def in_file(path: Path, dtype: np.dtype | str, shape: tuple[int, ...], offset: i
 
 
 def open_safetensors(path: Path) -> dict[str, Lazy]:
-    """Return the tensors of one file by name. Tensors named blocks/... are stacked.
+    """Return {name: tensor} of a safetensors file. A tensor whose name begins with "blocks/" is stacked (see `Lazy`).
 
-    Raise ValueError if the file is truncated or its header is damaged: its length, its JSON, or offsets that overlap or
-    are outside the file.
+    Raise ValueError if the file cannot be read, is truncated, or has a damaged header: wrong JSON, or positions of
+    tensors that overlap or are outside of the file.
     """
     try:
         with safe_open(path, framework="np"):  # this checks the whole header against the size of the file
@@ -94,9 +98,9 @@ def open_safetensors(path: Path) -> dict[str, Lazy]:
 
 
 def write_safetensors(path: Path, arrays: dict[str, Lazy]) -> None:
-    """Write a safetensors file, with only one piece of one array in memory at a time.
+    """Write arrays {name: array} as a safetensors file. One piece of one array is in memory at a time.
 
-    The writer in the safetensors package would need all arrays in memory.
+    The writer of the package `safetensors` would need all arrays in memory. Raise OSError if the disk refuses the file.
     """
     names, end = {dtype: name for name, dtype in FLOATS.items()}, 0
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}  # without it transformers refuses the file
@@ -113,7 +117,10 @@ def write_safetensors(path: Path, arrays: dict[str, Lazy]) -> None:
 
 
 def write_sharded(folder: Path, arrays: dict[str, Lazy], shard_bytes: int) -> None:
-    """Write model.safetensors, or shards of at most `shard_bytes` (but at least one tensor) with their index."""
+    """Write tensors {name: array} into a folder, as model.safetensors or as several files (shards) with an index.
+
+    A shard has at most `shard_bytes` bytes of tensors, or a single larger tensor.
+    """
     shards, sizes = [{}], [0]
     for name, array in arrays.items():
         size = math.prod(array.shape) * array.dtype.itemsize

@@ -1,4 +1,4 @@
-"""Open the tensors of a folder in the Hugging Face layout: safetensors or torch .bin, in one file or in shards."""
+"""Open the tensors of a Hugging Face folder, which are in safetensors or torch .bin files, one file or several."""
 
 import json
 import os
@@ -9,10 +9,11 @@ from stickjax.storage.hugging_face.pickles import open_bin
 
 
 def open_folder(folder: str | os.PathLike) -> dict[str, Lazy]:
-    """Return the tensors of a folder in the Hugging Face layout, by name.
+    """Return {name: tensor} of a Hugging Face folder. A tensor is read from its file when it is used.
 
-    Safetensors come before .bin, and an index of shards before a single file. Raise ValueError if there are no tensors,
-    if a shard is missing or damaged, or if the index and the shards disagree.
+    If the folder has safetensors and .bin files, the safetensors are read. If it has one file and an index of several
+    files (shards), the shards are read. Raise ValueError if there are no tensors, if a shard is missing or damaged, or
+    if the index and the shards name different tensors.
     """
     folder = Path(folder)
     for single, open_file in (("model.safetensors", open_safetensors), ("pytorch_model.bin", open_bin)):
@@ -32,7 +33,7 @@ def _open_shards(index: Path, open_file) -> dict[str, Lazy]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{index} is not an index of shards: {type(error).__name__}: {error}") from error
     if missing := [file for file in files if not (index.parent / file).exists()]:
-        raise ValueError(f"{index} names shards that are not there: {', '.join(missing)}")
+        raise ValueError(f"{index} names shards that do not exist: {', '.join(missing)}")
     tensors: dict[str, Lazy] = {}
     for file in files:
         found = open_file(index.parent / file)

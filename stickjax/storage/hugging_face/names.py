@@ -1,13 +1,15 @@
-"""Map the tensors of a Hugging Face folder to our leaves, and their axes to our axes.
+"""Map the tensors of a Hugging Face folder to the parameters (leaves) of stickjax, and their axes to our axes.
 
-Each row of a table maps one tensor, `theirs`, to one leaf, `ours`. In `theirs`, {} stands for the number of the layer.
-`axes` are the axes of the tensor. The axes of the leaf come from the table of parameters, without the leading axis L of
-the layers.
+A table has the rows of one model type. A row maps the tensor `theirs` to the leaf `ours`. In `theirs`, {} stands for
+the number of the layer. `axes` are the axes of the tensor. The axes of the leaf come from the table in
+`stickjax.models.parameters`, without the leading axis L of the layers.
 
-The letters are fields of the config, and three others: E for the experts of the feed-forward network, A for the
-attention experts, and R for the `hidden` of their routers. Letters written together are one axis, whose last letter
-varies fastest: torch's weight "NH D" of N heads is our "D N H". A digit is a size: "2F D" has first the rows of the
-gate, then the rows of the other half. If only one side has a digit, the row maps only the entry `part` of that axis.
+A letter of an axis is a field of ModelConfig, or one of three others: E is the number of experts of the feed-forward
+network, A is the number of attention experts, and R is the field `hidden` of their routers. Letters written together
+are one axis, whose last letter varies fastest: torch's weight "NH D" of N heads is our "D N H".
+
+A digit is a size: "2F D" has first the rows of the gate, then the rows of the other half. If only the tensor or only
+the leaf has a digit, the row maps only the entry `part` of that axis.
 """
 
 import operator
@@ -42,7 +44,7 @@ def _attention(layer: str) -> list[Row]:
 
 
 def _llama(c: ModelConfig) -> list[Row]:
-    """Return the rows that the three models like Llama have in common."""
+    """Return the rows that granite, granitemoe and jetmoe have in common: embedding, normalisations and output."""
     return [
         Row("embed", "model.embed_tokens.weight", "V D"),
         Row("blocks/attention_norm/scale", "model.layers.{}.input_layernorm.weight", "D"),
@@ -137,10 +139,11 @@ _TABLES = {"granite": _granite, "granitemoe": _granitemoe, "jetmoe": _jetmoe, "m
 
 
 def table(model_type: str, c: ModelConfig) -> list[Row]:
-    """Return all rows of a model, each with the axes of both sides, as in "NH D -> D N H".
+    """Return the table of a model: its rows, with the axes of the tensor and of the leaf, as in "NH D -> D N H".
 
     Raises:
-      ValueError: there is no table for the type, or a row names no leaf of the model, or its two sides have other axes.
+      ValueError: there is no table for the model type, or a row names no leaf of the model, or the tensor and the leaf
+        of a row have different letters.
     """
     one_of("model_type", model_type, tuple(_TABLES))
     model = jax.eval_shape(lambda: init(c, jax.random.key(0)))
@@ -149,7 +152,10 @@ def table(model_type: str, c: ModelConfig) -> list[Row]:
 
 
 def _checked(row: Row, known: dict[str, str]) -> str:
-    """Return the axes of the leaf of a row, after a check that both sides have the same letters."""
+    """Return the axes of the leaf in a row; `known` is {leaf of the model: its axes}.
+
+    Raise ValueError if there is no such leaf, or if the tensor and the leaf have different letters.
+    """
     if row.ours not in known:
         raise ValueError(f"the row of {row.theirs} names no leaf of the model: {row.ours!r}{nearest(row.ours, known)}")
     theirs, ours = (sorted(filter(str.isalpha, axes)) for axes in (row.axes, known[row.ours]))
@@ -159,7 +165,10 @@ def _checked(row: Row, known: dict[str, str]) -> str:
 
 
 def _sizes(c: ModelConfig, name: str, axes: str) -> str:
-    """Return the axes of one of our leaves, with letters that name sizes in the config."""
+    """Return the axes of the leaf `name`, with letters for which `_size` finds a size in the config.
+
+    `axes` are its axes in the table of parameters.
+    """
     experts, mixture = ("A", c.attention_experts) if name.startswith("blocks.attention.") else ("E", c.experts)
     sizes = {"E": experts, "C": experts, "G": str(gates(c)), "R": "D" if mixture.network == "linear" else "R"}
     return " ".join(sizes.get(axis, axis) for axis in axes.split())
@@ -174,7 +183,7 @@ _RENAMED = {
 
 
 def published(name: str) -> str:
-    """Return the published name of a tensor; transformers 5 may have written it under another name.
+    """Return the name of a tensor in published files. transformers 5 writes some tensors under other names.
 
     >>> published("model.layers.3.block_sparse_moe.experts.down_proj")
     'model.layers.3.block_sparse_moe.output_linear.weight'
@@ -185,13 +194,13 @@ def published(name: str) -> str:
 
 
 def axes(row: Row) -> tuple[str, str]:
-    """Return the axes of their tensor, and the axes of one layer of our leaf."""
+    """Return the axes of the tensor in a row of `table`, and the axes of one layer of the leaf."""
     theirs, ours = row.axes.split(" -> ")
     return theirs, ours
 
 
 def shape(config: ModelConfig, layout: str) -> tuple[int, ...]:
-    """Return the sizes of axes.
+    """Return the shape of an array whose axes are `layout`, such as "2KH D" (see the top of this file).
 
     >>> shape(ModelConfig(D=24, K=2, H=8), "2KH D")
     (32, 24)
@@ -207,11 +216,17 @@ def _size(config: ModelConfig, letter: str) -> int:
 
 
 def _place(config: ModelConfig, target: np.ndarray, to: str, source: np.ndarray, of: str, part: int) -> None:
-    """Copy `source`, with the axes `of`, into `target`, with the axes `to`. One may be a part of the other."""
+    """Copy the array `source`, with the axes `of`, into the array `target`, with the axes `to`.
+
+    If only one of them has an axis whose letter is a digit, only the entry `part` of this axis is copied.
+    """
     to, of = to.replace(" ", ""), of.replace(" ", "")
 
     def common(array: np.ndarray, own: str, other: str) -> np.ndarray:
-        """Return a view with one axis for every letter that both sides have."""
+        """Return a view of an array with one axis for every letter that both arrays have.
+
+        `own` has the letters of the array's axes, and `other` has the letters of the other array's axes.
+        """
         view = array.reshape([_size(config, letter) for letter in own])
         return view[tuple(slice(None) if letter in other else part for letter in own)]
 
@@ -223,7 +238,10 @@ def _place(config: ModelConfig, target: np.ndarray, to: str, source: np.ndarray,
 
 
 def _numbered(table: list[Row], config: ModelConfig) -> dict[str, tuple[int | None, list[Row]]]:
-    """Return {name of their tensor: (number of its layer or None, its rows)}, layer by layer."""
+    """Return {name of a tensor: (number of its layer, its rows)}, layer by layer.
+
+    The number is None for a tensor outside of the layers.
+    """
     found: dict[str, tuple[int | None, list[Row]]] = {}
     for i in range(config.L):
         for row in table:
@@ -234,12 +252,15 @@ def _numbered(table: list[Row], config: ModelConfig) -> dict[str, tuple[int | No
 
 
 def tensor_shapes(table: list[Row], config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Return the names and shapes of the tensors in a folder of the config."""
+    """Return {name: shape} of the tensors that a Hugging Face folder of a model with this config has."""
     return {name: shape(config, axes(rows[0])[0]) for name, (_, rows) in _numbered(table, config).items()}
 
 
 def leaves_from_tensors(table: list[Row], config: ModelConfig, tensors: dict[str, Lazy]) -> dict[str, Lazy]:
-    """Make our leaves, stacked over the layers, from their tensors."""
+    """Return {name: leaf} of our parameters, made from the tensors {name: tensor} of a Hugging Face folder.
+
+    A leaf of the layers has a leading axis L. The tensors are read when a leaf is read.
+    """
 
     def leaf(rows: list[Row]) -> Lazy:
         own, dtype = shape(config, axes(rows[0])[1]), np.dtype(config.param_dtype)
@@ -268,7 +289,10 @@ def leaves_from_tensors(table: list[Row], config: ModelConfig, tensors: dict[str
 
 
 def tensors_from_leaves(table: list[Row], config: ModelConfig, leaves: dict[str, Lazy]) -> dict[str, Lazy]:
-    """Make their tensors, layer by layer, from our leaves."""
+    """Return {name: tensor} of a Hugging Face folder, layer by layer, made from the leaves {name: leaf}.
+
+    The leaves are read when a tensor is read.
+    """
 
     def tensor(number: int | None, rows: list[Row]) -> Lazy:
         own, dtype = shape(config, axes(rows[0])[0]), leaves[rows[0].ours].dtype

@@ -1,7 +1,7 @@
-"""Read the .bin files of torch without torch. Such a file is a zip of a pickle and of the bytes of the tensors.
+"""Read the .bin files of torch without torch. Such a file is a zip archive of a pickle and of the tensors' bytes.
 
-A pickle is a program. Here it may only make dictionaries of tensors. Any other name in it is an error, and is not
-executed.
+A pickle is a program. Here a pickle may only make dictionaries of tensors. If it names anything else, an error is
+raised, and nothing of that name is executed.
 """
 
 import math
@@ -24,9 +24,9 @@ _STORAGES = {
 
 
 def open_bin(path: Path) -> dict[str, Lazy]:
-    """Return the tensors of a file that torch.save wrote from a state_dict, by name.
+    """Return {name: tensor} of a file that torch.save wrote from a state_dict. A tensor is read when it is used.
 
-    Raise ValueError if it is not such a file, is damaged, or holds anything but tensors.
+    Raise ValueError if the file is damaged, contains anything but tensors, or was written in another way.
     """
     try:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
@@ -49,7 +49,11 @@ def open_bin(path: Path) -> dict[str, Lazy]:
 
 
 def _begin(file, info: zipfile.ZipInfo) -> int:
-    """Return where the bytes of an entry begin: after its header, whose length is not in the index of the archive."""
+    """Return the position in the file at which the bytes of an entry of the archive begin.
+
+    They follow the header of the entry, whose length is not in the index of the archive. Raise ValueError if the entry
+    is compressed.
+    """
     if info.compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"{info.filename} is compressed")
     file.seek(info.header_offset)
@@ -59,7 +63,11 @@ def _begin(file, info: zipfile.ZipInfo) -> int:
 
 
 class _Tensors(pickle._Unpickler):
-    """An unpickler of tensors. It extends the one in Python: the one in C allocates what a damaged file asks for."""
+    """An unpickler that can only make tensors, and dictionaries of them.
+
+    It extends the unpickler that is written in Python: the one in C allocates any size that a damaged file names.
+    `root` is the folder inside the archive; `places` is {path in the archive: (its ZipInfo, position of its bytes)}.
+    """
 
     def __init__(self, program, path: Path, root: str, places: dict):
         super().__init__(program)
@@ -78,7 +86,10 @@ class _Tensors(pickle._Unpickler):
         raise ValueError(f"the pickle asks for {module}.{name}, which is no part of a tensor; it was not executed")
 
     def persistent_load(self, pid):
-        """Return (type, entry, count) of a storage from its id ("storage", type, entry, device, count)."""
+        """Return (type, path in the archive, number of elements) of the bytes that tensors are made from.
+
+        `pid` is the id that torch writes for them: ("storage", type, entry, device, number of elements).
+        """
         _, kind, entry, _, count = pid
         return _STORAGES[kind], f"{self._root}data/{entry}", count
 
@@ -86,7 +97,7 @@ class _Tensors(pickle._Unpickler):
         dtype, entry, count = storage
         info, begin = self._places[entry]
         if any(type(n) is not int or n < 0 for n in (offset, count, *shape, *stride)):
-            raise ValueError(f"a tensor of {entry} has shape {shape} and stride {stride} at {offset}")
+            raise ValueError(f"a tensor of {entry} has a wrong shape {shape}, stride {stride} or offset {offset}")
         contiguous = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
         if any(n > 1 and own != wanted for n, own, wanted in zip(shape, stride, contiguous, strict=True)):
             raise ValueError(
