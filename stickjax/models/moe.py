@@ -59,7 +59,10 @@ class SparseExperts(nnx.Module):
 
 
 def add_output_bias(mixture, y: Float[Array, "B T D"], token_mask: Bool[Array, "B T"] | None) -> Float[Array, "B T D"]:
-    """Return y plus the output bias of the mixture, if it has one. Padding stays zero."""
+    """Return y plus the output bias of a mixture of experts, if it has one. Padding stays zero.
+
+    `mixture` is a module with a field `output_bias`, which is [D] or None.
+    """
     if mixture.output_bias is None:
         return y
     bias = mixture.output_bias[...].astype(y.dtype)[None, None]
