@@ -85,10 +85,10 @@ def power_by_tokens(
 
 
 def wsd_by_tokens(*, warmup_tokens, **shape) -> TokenSchedule:
-    """Return the schedule warmup, stable, decay (arXiv 2404.06395): the Power schedule, always at its cap.
+    """Return the schedule warmup, stable, decay (arXiv 2404.06395): the Power schedule, always at its cap `max_value`.
 
     It takes the arguments of `power_by_tokens` except a and b. If the decay begins where the warmup ends, this is the
-    usual cosine (or linear) schedule. Without a decay, it is the constant schedule.
+    usual cosine (or linear) schedule. Without a decay, the learning rate is constant after the warmup.
 
     >>> learning_rate = wsd_by_tokens(warmup_tokens=100, total_tokens=1000, decay_tokens=200, decay="linear")
     >>> [f"{learning_rate(n, 1):.3f}" for n in (50, 100, 800, 900, 1000)]
@@ -98,7 +98,9 @@ def wsd_by_tokens(*, warmup_tokens, **shape) -> TokenSchedule:
 
 
 def power_schedule(*, tokens_per_step, batch_size=None, warmup_tokens, start_tokens=0, **law) -> optax.Schedule:
-    """Return `power_by_tokens` as a function of the step `count`, at n = start_tokens + count * tokens_per_step.
+    """Return `power_by_tokens` as a function of `count`, the number of the step.
+
+    The tokens trained before a step are n = start_tokens + count * tokens_per_step.
 
     Args:
       tokens_per_step: tokens in one step.
@@ -117,7 +119,7 @@ def power_schedule(*, tokens_per_step, batch_size=None, warmup_tokens, start_tok
 
 
 def wsd_schedule(*, tokens_per_step, warmup_tokens, start_tokens=0, **shape) -> optax.Schedule:
-    """Return `wsd_by_tokens` as a function of the step.
+    """Return `wsd_by_tokens` as a function of the number of the step.
 
     The arguments are as in `power_schedule`, without batch_size, a and b.
     """
@@ -171,11 +173,11 @@ class ScaleByTokensState(NamedTuple):
 
 
 def scale_by_tokens(schedule: TokenSchedule, tokens_per_step=None, *, batch_size=None, start_tokens=0) -> Transform:
-    """Multiply updates by -schedule(n, beta), where n is the exact number of tokens trained so far.
+    """Return an optax transform that multiplies updates by -schedule(n, beta), with n the tokens trained so far.
 
-    `update(updates, state, params, tokens=..., left=...)` takes the number of tokens of this step. It is added to a
-    counter in the state, which checkpoints save, so that a run may resume with another batch size. `left` is the number
-    of tokens still to come, including this step. It says where the run ends. Without `left`, the run ends at the
+    `update(updates, state, params, tokens=..., left=...)` takes the number of tokens of this step. It is added to an
+    exact counter in the state, which checkpoints save, so that a run may resume with another batch size. `left` is the
+    number of tokens still to come, including this step. It says where the run ends. Without `left`, the run ends at the
     schedule's total_tokens.
 
     Args:
@@ -212,7 +214,7 @@ def scale_by_tokens(schedule: TokenSchedule, tokens_per_step=None, *, batch_size
 
 
 def make_token_schedule(config: Config) -> TokenSchedule:
-    """Return the token schedule of `config.optim`.
+    """Return the token schedule that `config.optim` describes: a function of the tokens trained so far.
 
     The schedules power and wsd use `decay_tokens`; cosine decays from the end of the warmup to the end of the run.
     """
@@ -229,7 +231,7 @@ def make_token_schedule(config: Config) -> TokenSchedule:
 
 
 def make_schedule(config: Config) -> optax.Schedule:
-    """Return the schedule of `config.optim` as a function of the step, for logs and plots."""
+    """Return the learning rate of `config.optim` as a function of the number of the step, for logs and plots."""
     return _by_steps(make_token_schedule(config), config.data.tokens_per_step)
 
 
