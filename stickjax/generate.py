@@ -182,11 +182,11 @@ def _check_options(max_new_tokens, temperature, top_k, top_p, seed) -> None:
 def _prompt_ids(row: int, prompt, eot: int | None, vocab_size: int) -> np.ndarray:
     ids = np.asarray(prompt if np.size(prompt) or eot is None else [eot])
     if not ids.size:
-        raise ValueError(f"prompt {row} is empty, and there is no eot to begin with")
+        raise ValueError(f"prompt {row} is empty, and there is no end-of-text id (eot) to begin with")
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(f"prompt {row} must be a list of token ids, not {ids.dtype}{list(ids.shape)}")
     if ids.min() < 0 or ids.max() >= vocab_size:
-        raise ValueError(f"prompt {row} has ids {ids.min()}..{ids.max()}, outside the vocabulary of {vocab_size}")
+        raise ValueError(f"prompt {row} has ids {ids.min()}..{ids.max()}, outside the vocabulary of {vocab_size} ids")
     return ids
 
 

@@ -102,7 +102,7 @@ class TrainedModel(Loaded):
         return texts[0] if one else texts
 
     def evaluate(self, *, lengths: Sequence[int] = LENGTHS, max_tokens: int = 2**17, max_pairs: int = 1024) -> Columns:
-        """Return held-out bits per byte at contexts of `lengths` times T, as in `python -m stickjax.evaluate`.
+        """Return the held-out bits per byte as columns, with a row for each context of length * T tokens in `lengths`.
 
         A classifier of pairs is scored by its accuracy instead, on `max_pairs` pairs for each number of operators.
         Nothing is written into the run folder.

@@ -111,7 +111,7 @@ class Processes:
             process.stderr.close()
 
     def end(self) -> None:
-        """End all processes by SIGTERM, and by SIGKILL the processes that run KILL_AFTER_SECONDS seconds later."""
+        """End all processes by SIGTERM. After KILL_AFTER_SECONDS, end the ones that still run by SIGKILL."""
         deadline = time.monotonic() + KILL_AFTER_SECONDS
         self.send(signal.SIGTERM)
         while any(process.poll() is None for process in self.all):
@@ -159,7 +159,7 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         if getattr(words, name) < 1:
             raise ValueError(f"--{name} {getattr(words, name)} must be at least 1")
     if not 0 <= words.host < words.hosts:
-        raise ValueError(f"--host {words.host} of --hosts {words.hosts}: machines are counted from 0")
+        raise ValueError(f"--host {words.host} must be at least 0 and below --hosts {words.hosts}")
     if words.hosts > 1 and words.coordinator is None:
         raise ValueError(f"--hosts {words.hosts} needs --coordinator HOST:PORT, a free port of machine 0")
     if words.coordinator is not None:

@@ -114,7 +114,7 @@ def learning_rate_sweep(
       widths: the widths.
       learning_rates: the peak learning rates.
       run: `run(width, learning_rate, mup) -> loss`; for a run that diverged the loss is not finite.
-      mup: which of the two parametrisations to run.
+      mup: the parametrisations to run, True with muP and False without.
       plot: path of a PNG.
 
     Returns:

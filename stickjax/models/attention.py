@@ -57,7 +57,9 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], context: Context, cache: KeyValues | None = None, token_mask=None, key=None
     ) -> tuple[Float[Array, "B T D"], KeyValues | None, RouterSums | None]:
-        """Return (the output, the new cache, None). The new cache also has the keys and values of these T tokens.
+        """Apply the layer to x. Return (the output, the new cache, None).
+
+        The new cache also has the keys and values of these T tokens. Without a cache, None stands in its place.
 
         The third value is None, because this layer has no router. Layers with a router return its `RouterSums` there.
         `token_mask` and `key` are not used here, for the same reason.
@@ -98,7 +100,7 @@ class Attention(nnx.Module):
         out, rest = returned
         if c.remainder != "none":
             if rest is None:
-                raise ValueError(f"remainder={c.remainder!r}: attention={c.attention!r} returned no rest")
+                raise ValueError(f"remainder={c.remainder!r} needs a rest, but attention={c.attention!r} returned None")
             own = jnp.repeat(own, c.N // c.K, axis=2) if c.remainder == "value" else cast(self.head_bias, c)[None, None]
             out = (out.astype(jnp.float32) + rest[..., None] * own.astype(jnp.float32)).astype(out.dtype)
         if self.norm is not None:

@@ -24,8 +24,8 @@ class SparseExperts(nnx.Module):
     were added to a trained model are separate parameters (`new_w_in`, `new_w_out`), and come after the old ones.
     `output_bias` [D] (`experts.bias`) is added to the sum.
 
-    On a mesh with the axis "expert", every device has a part of the experts, and gets the rows for them from all
-    devices of that axis. No row is dropped, even if the load is not balanced.
+    On a mesh with the axis "expert", every device has a part of the experts, and gets the tokens of these experts from
+    all devices of that axis. No (token, choice) pair is dropped, even if the load is not balanced.
     """
 
     def __init__(self, config: ModelConfig, key):

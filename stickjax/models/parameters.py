@@ -1,7 +1,7 @@
 """The table of parameters: for every module, the name, the axes, the partition and the muP label of each parameter.
 
-Partitions, muP labels, the Hugging Face layouts, freezing and pruning read it. A parameter that is not in the table is
-an error. So a parameter never gets by accident the row of another parameter of the same name.
+Partitions, muP labels, the Hugging Face layouts, freezing and pruning are computed from this table. A parameter that is
+not in the table is an error. So a parameter never gets by accident the row of another parameter of the same name.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -213,7 +213,7 @@ def partition(leaf: Leaf) -> PartitionSpec:
     dims = np.ndim(leaf.value)
     if leaf.owner is None:
         if dims >= 2:
-            raise ValueError(f"no partition for {leaf.name!r} with {dims} axes, which no module owns")
+            raise ValueError(f"no partition for {leaf.name!r} with {dims} axes: it is outside a module")
         return PartitionSpec()
     row = parameter(leaf)
     stacked = dims == len(row.axes.split()) + 1  # the axis of the layers comes first

@@ -165,6 +165,8 @@ def router_sums(
 def router_stats(sums: RouterSums) -> RouterStats:
     """Sum over all devices, and compute the losses and the load of one router, or of the routers of all layers.
 
+    With g the softmax of a token's logits, H the entropy and e an expert:
+
     switch = E * sum_e f_e P_e, with f_e the share of the rows and P_e the mean of g_e: 1 at balance (arXiv 2101.03961;
       Hugging Face's variant does not divide the rows by k and is k at balance).
     z = mean(logsumexp(logits)^2) (arXiv 2202.08906).

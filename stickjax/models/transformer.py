@@ -49,7 +49,7 @@ class Output(NamedTuple):
 
 
 class Block(nnx.Module):
-    """A layer: x + m_res * attention(norm(x)), then x + m_res * feed_forward(norm(x))."""
+    """A layer: x becomes x + m_res * attention(norm(x)), and then x + m_res * feed_forward(norm(x))."""
 
     def __init__(self, config: ModelConfig, key):
         self.config = config

@@ -20,7 +20,7 @@ def extend(model: Transformer, key: jax.Array, *, experts: int = 0, attention_ex
     initialised as in a new model, so that patterns of `optim.trainable` can select them (see `tune.TRAINABLE`).
     Modules that an earlier call has added become old ones first (`merged`).
 
-    No old leaf changes. If A' is -inf, the routers return the same bits as before, and so does the model with
+    No old array changes. If A' is -inf, the routers return the same bits as before, and so does the model with
     implementation="reference". With "xla" the number of experts decides how many rows are multiplied at once. On a CPU
     this may change the last bit.
 
@@ -38,7 +38,9 @@ def extend(model: Transformer, key: jax.Array, *, experts: int = 0, attention_ex
     """
     added = {"ffn": experts, "attention": attention_experts}
     if min(added.values()) < 0 or not any(added.values()):
-        raise ValueError(f"nothing to add: experts={experts}, attention_experts={attention_experts}")
+        raise ValueError(
+            f"nothing to add: experts={experts}, attention_experts={attention_experts}; give numbers of 0 or more"
+        )
     model = merged(model)
     present = {kind.name for kind in kinds_of(model.config)}
     for name, number in added.items():

@@ -114,7 +114,7 @@ class Run:
         """
         step, data = int(state.step), self.data
         if not all_finite(state.params):
-            raise self.not_finite(f"step {step}: its loss was finite, the parameters are not")
+            raise self.not_finite(f"step {step}: the loss was finite, but the new parameters are not")
         hashes = {
             "corpus": data.hash, "heldout": data.heldout_hash, "tokenizer": data.tokenizer and data.tokenizer.name
         }  # fmt: skip
@@ -150,7 +150,7 @@ def _start(run: Run, init_from: str | None, branch: str | None) -> tuple[TrainSt
         source = f"{folder}@{restored.step}"
         check_trained(restored.extra, config, data.tokenizer, source)
         if restored.step >= config.train.steps:
-            steps = f"train.steps={config.train.steps} must be more than its step {restored.step}"
+            steps = f"train.steps={config.train.steps} must be more than {restored.step}, the step of the checkpoint"
             raise ValueError(f"--from {source}: {steps}")
         config.check_lengths(restored.step, tokens_of(restored.state))
         # A decay phase often uses another text. A new text is read from its start.
@@ -243,7 +243,7 @@ def fit(
       quiet: print nothing.
 
     Raises:
-      ValueError: bad input, the folder belongs to another config, or another process is training in the folder.
+      ValueError: the config does not fit, the folder has another config, or another process trains in the folder.
       FloatingPointError: `max_bad_steps` consecutive steps, or all steps, were not finite; the last good checkpoint is
         kept.
       OSError: a checkpoint or the metrics could not be written.

@@ -124,7 +124,7 @@ def read_metrics(run_folder: str | os.PathLike) -> list[dict]:
     if bad:
         which = ", ".join(map(str, bad[:10])) + (", ..." if bad[10:] else "")
         s = "s"[len(bad) == 1 :]
-        log.warning("%s: left out %d damaged or foreign line%s: %s", printable(path), len(bad), s, which)
+        log.warning("%s: left out %d line%s without complete metrics: %s", printable(path), len(bad), s, which)
     return rows
 
 

@@ -64,7 +64,7 @@ def make_optimizer(config: Config, params) -> Transform:
     The optimizer is a chain: clipping, one Adam, decoupled weight decay (not of norms and biases), the learning rate by
     tokens, and the factor 1 / m_width of the matrices. This factor comes last. So it also divides the weight decay of
     the matrices, as in the published models; `scale_decay` multiplies this weight decay by m_width again (strict muP).
-    All is computed in float32. A trainable parameter of a smaller type has a float32 master in the state, which keeps
+    All values are float32. A trainable parameter of a smaller type has a float32 master in the state, which keeps
     small updates; `optax.apply_updates` sets the parameter to the rounded master.
 
     Args:
@@ -99,7 +99,7 @@ def make_optimizer(config: Config, params) -> Transform:
 
 
 class Masters(NamedTuple):
-    """The last part of the state of an optimizer that has masters."""
+    """The float32 masters of parameters, as the last part of the state of an optimizer."""
 
     masters: Any  # a tree like the parameters, with MaskedNode for a parameter without a master
 

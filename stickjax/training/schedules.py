@@ -45,7 +45,8 @@ def power_by_tokens(
         run can be continued with a decay later, as if the decay had been planned from the start.
       decay_tokens: M, length of the decay at the end, in tokens; it starts from eta(N - M). None: it is N - W, so that
         the decay begins where the warmup ends.
-      decay: f, from 1 to d: exponential, (1 - d) e/(e-1) exp(-x) + (d e - 1)/(e-1); linear; sqrt, 1 - sqrt(x); cosine.
+      decay: the name of f, which falls from 1 to d: "exponential", (1 - d) e/(e-1) exp(-x) + (d e - 1)/(e-1); "linear";
+        "sqrt", 1 - sqrt(x) for d = 0; "cosine".
       a, b, max_value: scale and exponent of the law, and its cap eta_max.
       end_ratio: d, the last learning rate divided by the learning rate at the start of the decay.
 
@@ -244,7 +245,7 @@ def _check_shape(warmup_tokens, total_tokens, decay_tokens, decay, a, b, max_val
     if decay not in DECAYS:
         raise ValueError(f"decay={decay!r} is not one of {', '.join(map(repr, DECAYS))}{nearest(str(decay), DECAYS)}")
     if total_tokens is None and decay_tokens != 0:
-        raise ValueError(f"{decay_tokens=} needs total_tokens: without an end there is nothing to decay to")
+        raise ValueError(f"{decay_tokens=} needs total_tokens: the decay ends at the end of the run")
     shortest = warmup_tokens + (decay_tokens or 0)
     if total_tokens is not None and not shortest <= total_tokens < math.inf:  # NaN fails, too
         raise ValueError(f"{warmup_tokens=} and {decay_tokens=} do not fit into {total_tokens=}")

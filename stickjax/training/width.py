@@ -119,7 +119,7 @@ def transformer(config: Config, width: int, mup: bool) -> tuple:
 
 @functools.lru_cache(maxsize=1)
 def training(config: Config) -> Callable[[float], np.ndarray]:
-    """Return a function `run(learning_rate)` that trains the config and returns the training loss of every step.
+    """Return a function `run(learning_rate)` that trains a new model and returns the training loss of every step.
 
     Every call starts from the same parameters and trains on the same batches. The learning rate is constant after the
     config's warmup; the config's schedule and peak_lr are not used. Nothing is written.

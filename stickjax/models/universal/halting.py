@@ -46,12 +46,12 @@ class Halting(NamedTuple):
     `running` [B,T]: w, the probability that the token still runs. It is 0 for padding, and it becomes 0 as soon as it
       falls below 1 - threshold; then the token has halted.
     `depth` [B,T]: the mean number of blocks in `state`.
-    `act` [B,T]: the mean halting step. A loss on the depth needs its gradient. Unlike `depth`, it still changes after
-      the token has halted.
+    `act` [B,T]: the mean halting step, for a loss that makes tokens halt earlier. Unlike `depth`, it still changes
+      after the token has halted, so it has the gradient that this loss needs.
     `expected`, `expected_step`: the sums over the steps of p_l h_l and of p_l l.
     `log_rest`: the log of the rest of the stick, which is the probability that the token has not halted yet.
     `statistics`: the statistics of the block, summed over the steps.
-    `rows` [L]: the expert rows that each step has run.
+    `rows` [L]: the number of (token, choice) pairs that the experts computed in each step.
     """
 
     step: jax.Array
@@ -72,7 +72,8 @@ def halting_step(
 ) -> Halting:
     """Apply the block once, then decide which tokens halt.
 
-    With w = `running`, l the step and g the gate:
+    The names are fields of `Halting`; a prime marks the value after the step. With w = `running`, l the step, rest =
+    exp(`log_rest`), and g the probabilities from the gate:
 
       h' = block(h, state, w);   state' = expected + w h' where w > 0;
       p = rest * g_halt(h');   rest' = rest * g_go_on(h');   expected' = expected + p h';

@@ -28,7 +28,8 @@ class SutOutput(NamedTuple):
     `act`: the halting step, as a mean over all tokens. A loss on it makes tokens halt earlier.
     `router`: for every router name its losses and its load over all steps. Every token counts with the probability that
       it still runs.
-    `rows`: for every router name the expert rows [L] that this device ran in each step.
+    `rows`: for every router name an array [L], the number of (token, choice) pairs that the experts of this device
+      computed in each step.
     """
 
     logits: jax.Array
