@@ -62,8 +62,8 @@ def accuracy(
 
     Returns:
       A record for every bucket and threshold: {"bucket", "threshold", "accuracy", "majority" (the share of the
-      commonest label), "depth" (the mean number of blocks in the final state of a token), "rows" (expert rows run, per
-      token), "seconds" (for all pairs, without compiling), "pairs"}.
+      commonest label), "depth" (the mean number of blocks in the final state of a token), "rows" ((token, choice) pairs
+      that experts computed, per token), "seconds" (for all pairs, without compiling), "pairs"}.
     """
     if max_pairs < 1:
         raise ValueError(f"max_pairs={max_pairs} must be at least 1")

@@ -59,10 +59,9 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KeyValues | None, RouterSums | None]:
         """Apply the layer to x. Return (the output, the new cache, None).
 
-        The new cache also has the keys and values of these T tokens. Without a cache, None stands in its place.
-
-        The third value is None, because this layer has no router. Layers with a router return its `RouterSums` there.
-        `token_mask` and `key` are not used here, for the same reason.
+        The new cache also has the keys and values of these T tokens. Without a cache, None stands in its place. The
+        third value is None, because this layer has no router. Layers with a router return its `RouterSums` there, and
+        use `token_mask` and `key`, which are not used here.
         """
         c = self.config
         # One product for all three, so that x is read once.
@@ -96,7 +95,9 @@ class Attention(nnx.Module):
             k, v = cache[0], cache[0] if cache[1] is None else cache[1]
         returned = kind.load()(c, q, k, v, context)
         if not isinstance(returned, tuple) or len(returned) != 2 or returned[0].shape != q.shape:
-            raise ValueError(f"attention={c.attention!r} must return (out, rest), with out.shape={q.shape} like q")
+            raise ValueError(
+                f"attention={c.attention!r}: the function must return (out, rest) with out.shape={q.shape}"
+            )
         out, rest = returned
         if c.remainder != "none":
             if rest is None:

@@ -65,7 +65,9 @@ def attention_in_context(
     keys, values = jnp.split(whole_sequence(jnp.concatenate([k, v], axis=-1)), [k.shape[-1]], axis=-1)
 
     def piece(which, place, reach):
-        """Return (out, log_rem) of one piece: its attention to its own keys and to all keys on its left.
+        """Return (out, log_rem) of one piece, which attends to its own keys and to all keys on its left.
+
+        `out` are the outputs of the heads, and `log_rem` is the log of the rest of the stick of every query.
 
         `which` is 0 for the early and 1 for the late piece of this device, and `place` is its index in the sequence.
         `reach` is the same on all devices: the keys on the left are always among the first `reach` pieces.

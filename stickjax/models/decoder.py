@@ -111,7 +111,7 @@ class Decoder(Family):
 
 
 def _experts(model: Transformer, kind: str, load: jax.Array) -> int | jax.Array:
-    """Return the number of experts in a layer, over which a balanced load would be equal.
+    """Return the number of experts that a layer has. If the load is balanced, each of them has the load 1 / number.
 
     `kind` is a key of ROUTERS, and `load` [L,E] are the shares of the rows. The result is one number for all layers, or
     [L,1] in a pruned model, whose layers may have different numbers of experts.

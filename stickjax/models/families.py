@@ -25,7 +25,7 @@ def register(family: Family) -> None:
     others = PARAMETERS if known is None else {k: v for k, v in PARAMETERS.items() if k not in known.parameters}
     for module, rows in family.parameters.items():
         if others.get(module, rows) != rows:
-            raise ValueError(f"family={name!r}: a module {module} is registered already, with other parameters")
+            raise ValueError(f"family={name!r}: the table of parameters already has other rows for {module}")
     PARAMETERS.update({module: dict(rows) for module, rows in family.parameters.items()})
     FAMILIES[name] = family
 

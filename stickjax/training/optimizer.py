@@ -20,7 +20,8 @@ from stickjax.training.schedules import Transform, make_token_schedule, scale_by
 def is_trainable(name: str, trainable: str) -> bool:
     """Return whether the parameter `name` is trainable under a value `trainable` of the field `optim.trainable`.
 
-    It is trainable if its name matches a pattern, and no pattern that follows a !.
+    It is trainable if its name matches a pattern without a !, and no pattern after a !. If all patterns have a !, the
+    first condition holds for every name.
 
     >>> [is_trainable("blocks.ffn.router.weight", patterns) for patterns in ("*.router.*", "!*.router.*", "*,!embed")]
     [True, False, True]
