@@ -84,13 +84,13 @@ def load(run: "str | os.PathLike", *, step: int | None = None, changes: dict | N
     """Load the model of a run folder or of a Hugging Face folder, ready to generate text and to be evaluated.
 
     Args:
-      run: the folder: of a run, in the Hugging Face layout, or from `stickjax.convert`.
-      step: which checkpoint; None: the newest one that is intact.
-      changes: config fields to change, such as {"model.window": 128}; the parameters must stay the same.
+      run: a run folder, a folder in the Hugging Face layout, or a folder that `stickjax.convert` wrote.
+      step: the step of the checkpoint to load; None: the newest one that is intact.
+      changes: config fields to change, such as {"model.window": 128}. The shapes of the parameters must stay the same.
 
     Returns:
-      `TrainedModel`: `model`, the parameters, to call as `model.model(tokens).logits`; `config`; `tokenizer`; `step`;
-      `generate(prompts, max_new_tokens)`; `evaluate()`; `metrics`.
+      `TrainedModel`: `model`, the parameters, to call as `model.model(tokens).logits`; `config`; `tokenizer`; `step`,
+      the step of the checkpoint; `generate(prompts, max_new_tokens)`; `evaluate()`; and `metrics`, the logged metrics.
 
     Raises:
       ValueError: there is no run folder or no checkpoint; the parameters have another shape, are not finite or do not
@@ -141,16 +141,18 @@ def __dir__() -> list[str]:
 
 
 def register(what, name: str | None = None) -> None:
-    """Register a family of models, or an attention variant under a name, so that configs and commands can use it.
+    """Register a model family, or an attention variant under a name, so that configs and commands can use it.
 
     A config file may call `register`: then `python -m stickjax.train FILE` trains the family that the file defines.
 
     Args:
       what: a `stickjax.models.family.Family`, or a `stickjax.config.attention.AttentionVariant`.
-      name: the variant's value of `model.attention`; a family has its name in its config.
+      name: the value of `model.attention` that selects the variant. For a family it is None, because the config class
+        of a family has its name.
 
     Raises:
-      ValueError: the name is taken, or `what` is neither of the two.
+      ValueError: another family or variant has the name, or `what` is neither a `Family` without `name` nor an
+        `AttentionVariant` with a `name`.
     """
     from stickjax.config.attention import AttentionVariant, register_attention
     from stickjax.models.families import Family

@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def script() -> int:
-    """The program `stickjax`."""
+    """Run the program `stickjax`, and return its exit code."""
     end_on_interrupt()
     return main()
 

@@ -69,17 +69,17 @@ def export(model: Loaded | Transformer, path: str, *, shard_bytes: int = SHARD_B
 def convert(
     source: str, path: str, *, step: int | None = None, shard_bytes: int = SHARD_BYTES, eot: str | None = None
 ) -> str:
-    """Convert a Hugging Face folder into a run folder, or the other way round; return a sentence about it.
+    """Convert a Hugging Face folder into a run folder, or the other way round. Return a sentence about the result.
 
     One layer of one parameter is copied at a time, so the largest tensor has to fit into memory, not the whole model.
-    Only a checkpoint of a training is read as a whole, because Orbax cannot read a part of an array.
+    Only a training checkpoint is read as a whole, because Orbax cannot read a part of an array.
 
     Args:
       source: the folder to read.
       path: the folder to write, which does not exist yet.
       step: which checkpoint of a run; None: the newest.
       shard_bytes: as in `export`.
-      eot: the added token that ends a text, `data.eot`; None: the token that the folder names.
+      eot: the added token that ends a text, for the field `data.eot`; None: the token that the folder names.
 
     Raises:
       ValueError: as in `stickjax.load` and in `export`. Nothing is written then.

@@ -41,9 +41,10 @@ LENGTHS = (1, 2, 4, 8)
 
 @jax.jit
 def _sums(model: nnx.Module, windows: jax.Array, target_mask: jax.Array) -> dict[str, jax.Array]:
-    """Return sums over the targets of windows [B, T+1] that `target_mask` [B, T] keeps.
+    """Score the tokens of windows [B, T+1] that `target_mask` [B, T] keeps, and return sums over them.
 
-    They are the negative log-likelihood in nats and, for a model that halts, the number of blocks.
+    The sums are "nll", the negative log-likelihood in nats, and for a model that halts tokens "depth", the number of
+    blocks.
     """
     output = family_of(model.config).apply(model, {"tokens": windows[:, :-1]})
     by_token = {"nll": optax.softmax_cross_entropy_with_integer_labels(output.logits, windows[:, 1:])}
@@ -106,7 +107,11 @@ def evaluate(
 
 
 def depths(model: nnx.Module, config: Config, *, lines: int = 4, T: int = 64) -> list[tuple[list[str], np.ndarray]]:
-    """Return the tokens of some held-out windows, as text, and the mean number of blocks of every token."""
+    """Return the tokens as text and the depths of a few held-out windows of at most T tokens, for `plot_depth`.
+
+    The depth of a token is the mean number of blocks in its final state. The model must be one that halts tokens.
+    `lines` is about the number of windows.
+    """
     _, heldout = load_corpus(config.data)
     T = min(T, config.data.T)
     windows = heldout_windows(heldout, T, lengths=(1,), max_tokens=lines * T)
@@ -120,9 +125,10 @@ def depths(model: nnx.Module, config: Config, *, lines: int = 4, T: int = 64) ->
 
 
 def table(runs: dict[str, Records]) -> Table:
-    """Return a table of bits per byte, a row per run and a column per multiple of T.
+    """Return a table of held-out bits per byte, with a row per run and a column per multiple of T.
 
-    The heading of a column shows the context if it is the same for all runs; otherwise every cell shows the context.
+    `runs` is {name of a run: the records of `evaluate`}. The heading of a column shows the context in tokens if it is
+    the same for all runs; otherwise every cell shows it.
     """
     contexts: dict[int, set[int]] = {}
     for record in (record for records in runs.values() for record in records):
@@ -142,7 +148,7 @@ def table(runs: dict[str, Records]) -> Table:
 
 
 def names(runs: Iterable[str]) -> dict[str, Path]:
-    """Return {name: folder} of runs, every folder once. The name is the shortest end of the path that is unique.
+    """Return {name: folder} of runs, with every folder once. A name is the shortest end of the path that is unique.
 
     >>> list(names(["x/run", "y/run", "/data/old", "x/run/"]))
     ['x/run', 'y/run', 'old']

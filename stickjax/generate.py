@@ -87,7 +87,7 @@ def generate(
 
 
 def _padded(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the prompts as [B, T] and their segment ids, -1 for padding.
+    """Return the prompts as one array [B, T], and their segment ids [B, T], which are -1 for padding.
 
     Padding is on the left, so that all rows write to the same place of the cache at every step.
     """
@@ -100,9 +100,10 @@ def _padded(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 @partial(jax.jit, static_argnames=("top_k", "vocab_size"), donate_argnames="cache")
 def _advance(model, tokens, segment_ids, cache, key, index, *, temperature, top_k, top_p, vocab_size):
-    """Read tokens [B,T] into the cache, and choose the new token number `index` of every row: ids [B].
+    """Add `tokens` [B,T] to the cache, and choose the next token of every row. Return (ids [B], the new cache).
 
-    If `temperature` is None, choose the most likely token.
+    `index` is the number of this new token in its row, from 0; it selects the random numbers. If `temperature` is None,
+    the most likely token is chosen. Only ids below `vocab_size` are chosen.
     """
     logits, cache = family_of(model.config).decode_step(model, tokens, segment_ids, cache)
 
@@ -125,13 +126,19 @@ def _advance(model, tokens, segment_ids, cache, key, index, *, temperature, top_
 
 
 def _cache_bytes(config) -> float:
-    """Return the bytes of the cache for one token. Raises ValueError for a model that generates no text."""
+    """Return the bytes of the cache for one token of one sequence.
+
+    Raises ValueError for a model that generates no text.
+    """
     shapes = jax.eval_shape(lambda: family_of(config).empty_cache(config, 1, 64))
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes)) / 64
 
 
 def _cache(config, B: int, S: int, size: float):
-    """Return an empty cache. Raises ValueError if it does not fit into memory."""
+    """Return an empty cache for B sequences of S tokens. `size`: the bytes of the cache for one token.
+
+    Raises ValueError if the cache does not fit into memory.
+    """
     needed, free = B * S * size, free_memory()
     if free is not None and needed > free.bytes:
         raise ValueError(
@@ -142,13 +149,16 @@ def _cache(config, B: int, S: int, size: float):
 
 
 def _bucket(n: int) -> int:
-    """Round `n` up to one of a few sizes: multiples of 64, then four per power of two. Each size is compiled once."""
+    """Round a length `n` up to one of a few lengths, because JAX compiles the model once for every length.
+
+    The lengths are multiples of 64, and above 512 four per power of two.
+    """
     step = max(64, 1 << n.bit_length() >> 3)
     return -(-n // step) * step
 
 
 def _options(max_new_tokens, temperature, top_k, top_p, seed, vocab_size) -> dict:
-    """Check the options and return them for `_advance`; a temperature of 0 becomes None."""
+    """Check the options of `generate`, and return the ones that `_advance` takes. A temperature of 0 becomes None."""
     _check_options(max_new_tokens, temperature, top_k, top_p, seed)
     if not temperature:
         return dict(vocab_size=vocab_size, temperature=None, top_k=None, top_p=None)
@@ -172,24 +182,28 @@ def _check_options(max_new_tokens, temperature, top_k, top_p, seed) -> None:
 def _prompt_ids(row: int, prompt, eot: int | None, vocab_size: int) -> np.ndarray:
     ids = np.asarray(prompt if np.size(prompt) or eot is None else [eot])
     if not ids.size:
-        raise ValueError(f"prompt {row} is empty, and there is no eot to begin with")
+        raise ValueError(f"prompt {row} is empty, and there is no end-of-text id (eot) to begin with")
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(f"prompt {row} must be a list of token ids, not {ids.dtype}{list(ids.shape)}")
     if ids.min() < 0 or ids.max() >= vocab_size:
-        raise ValueError(f"prompt {row} has ids {ids.min()}..{ids.max()}, outside the vocabulary of {vocab_size}")
+        raise ValueError(f"prompt {row} has ids {ids.min()}..{ids.max()}, outside the vocabulary of {vocab_size} ids")
     return ids
 
 
 class _TextStream:
-    """Returns the text of one row as soon as it is certain: whole characters that cannot begin a stop string."""
+    """Converts the new tokens of one row to text, and holds text back until it is certain.
+
+    Text is certain when it consists of whole characters that cannot be the beginning of a stop string. `stopped` says
+    whether a stop string has ended the row.
+    """
 
     def __init__(self, tokenizer: Tokenizer, prompt: np.ndarray, stop: Sequence[str]):
         self._decoder, self._stop, self._held, self.stopped = StreamDecoder(tokenizer, prompt), stop, "", False
 
     def feed(self, token: int | None) -> str:
-        """Return the text that becomes certain with `token`.
+        """Add a new token id to the row, and return the text that has become certain with it.
 
-        None ends the row and drops an incomplete character at its end.
+        `token` None ends the row: all held text is returned, and an incomplete character at its end is dropped.
         """
         last = token is None
         self._held += self._decoder.flush().rstrip("\ufffd") if last else self._decoder.feed(token)
@@ -212,7 +226,7 @@ def generate_text(
     on_text: Callable[[int, str], None] | None = None,
     **sampling,
 ) -> list[str]:
-    """Return the texts that follow each of B prompts, up to an end of text, a stop string or `max_new_tokens`.
+    """Return the texts that follow each of B prompts. A text ends at an end of text, a stop string or `max_new_tokens`.
 
     The tokenizer puts the tokens that begin every text in front of a prompt. The prompt and the returned text together
     are the decoded text of all ids. So with some tokenizers the returned text begins with a space.
@@ -264,7 +278,7 @@ def generate_text(
 
 
 def _read_prompt(path: str | None) -> str:
-    """Return the text of a file, or of standard input."""
+    """Return the text of the file `path`, or of standard input if `path` is None."""
     try:
         return sys.stdin.read() if path is None else Path(path).read_text("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -23,7 +23,7 @@ from stickjax.training.metrics import metrics_of
 
 
 def fit(config: Config | str | os.PathLike, run: str | os.PathLike | None, *, quiet: bool, **options) -> Result:
-    """Implement `stickjax.fit`."""
+    """Do the work of `stickjax.fit`, which describes the arguments. `options` are `init_from` and `branch`."""
     name = None
     if not isinstance(config, Config):
         config, name = load_config(os.fspath(config)), config_name(config)
@@ -44,14 +44,18 @@ def fit(config: Config | str | os.PathLike, run: str | os.PathLike | None, *, qu
 
 
 def load(run: str | os.PathLike, *, step: int | None, changes: dict | None) -> "TrainedModel":
-    """Implement `stickjax.load`."""
+    """Do the work of `stickjax.load`, which describes the arguments."""
     model = TrainedModel(*run_folder.load(run, step=step, changes=changes))
     model.run = os.fspath(run)
     return model
 
 
 class TrainedModel(Loaded):
-    """A trained model: `model`, the parameters, which can be called; `config`; `tokenizer`; `step`; and `run`."""
+    """A trained model. `stickjax.load` returns it.
+
+    `model`: the parameters, as a module that can be called. `config`: the experiment. `tokenizer`: None if there is
+      none. `step`: the step of the checkpoint. `run`: the folder.
+    """
 
     run: str = ""
 
@@ -98,7 +102,7 @@ class TrainedModel(Loaded):
         return texts[0] if one else texts
 
     def evaluate(self, *, lengths: Sequence[int] = LENGTHS, max_tokens: int = 2**17, max_pairs: int = 1024) -> Columns:
-        """Return held-out bits per byte at contexts of `lengths` times T, as in `python -m stickjax.evaluate`.
+        """Return the held-out bits per byte as columns, with a row for each context of length * T tokens in `lengths`.
 
         A classifier of pairs is scored by its accuracy instead, on `max_pairs` pairs for each number of operators.
         Nothing is written into the run folder.

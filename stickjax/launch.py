@@ -35,7 +35,10 @@ STDERR_DELAY_SECONDS = 0.5
 
 
 class Processes:
-    """The processes of this machine, and their output to stderr."""
+    """The training processes of this machine, and their output to stderr, which is held briefly before it is shown.
+
+    `commands` are the command lines of the processes, and `environments` the variables that are added to each one.
+    """
 
     def __init__(self, commands: list[list[str]], environments: list[dict[str, str]]):
         self.all = [
@@ -54,7 +57,7 @@ class Processes:
             process.send_signal(number)  # nothing happens to one that has ended
 
     def read(self, timeout: float) -> None:
-        """Read the output of the processes; wait for it for at most `timeout` seconds."""
+        """Read the new output of the processes, and hold it. Wait at most `timeout` seconds for output."""
         if not self._pipes.get_map():
             time.sleep(timeout)
         for key, _ in self._pipes.select(timeout):
@@ -64,7 +67,11 @@ class Processes:
                 self._pipes.unregister(key.fileobj)
 
     def write(self, *, before: float = float("inf"), only: int | None = None) -> None:
-        """Write the output from before a time to stderr. With `only`, drop the output of all other processes."""
+        """Write the held output to stderr, and hold it no longer.
+
+        `before`: write only output that was read before this time (`time.monotonic`). `only`: write the output of the
+        process with this index, and drop the output of all others.
+        """
         due = [piece for piece in self._held if piece[0] < before]
         self._held = [piece for piece in self._held if piece[0] >= before]
         for _, index, data in due:
@@ -73,14 +80,14 @@ class Processes:
         sys.stderr.flush()
 
     def has_printed(self, index: int, words: bytes) -> bool:
-        """Return whether process `index` has written these words since the last `write`."""
+        """Return whether the held output of process `index` contains `words`."""
         return words in b"".join(data for _, who, data in self._held if who == index)
 
     def wait(self) -> int | None:
         """Wait until all processes have succeeded or were stopped, or until one fails.
 
-        Returns the index of the process that failed first, or None. A process that only reports that another one is
-        lost counts as failed only if no other failure follows.
+        Return the index of the process that failed first, or None. A process may end only because another process is
+        lost. It counts as failed only if no other failure follows.
         """
         deadline = None  # set when the first process has failed
         while True:
@@ -104,7 +111,7 @@ class Processes:
             process.stderr.close()
 
     def end(self) -> None:
-        """End all processes by SIGTERM, and after KILL_AFTER_SECONDS seconds by SIGKILL."""
+        """End all processes by SIGTERM. After KILL_AFTER_SECONDS, end the ones that still run by SIGKILL."""
         deadline = time.monotonic() + KILL_AFTER_SECONDS
         self.send(signal.SIGTERM)
         while any(process.poll() is None for process in self.all):
@@ -115,7 +122,10 @@ class Processes:
 
 @contextlib.contextmanager
 def _forwarded(processes: Processes):
-    """Send SIGTERM, Ctrl-C and SIGHUP on to the processes; a second Ctrl-C kills them. Yield the signals so far."""
+    """Forward SIGTERM, SIGINT (Ctrl-C) and SIGHUP to the processes, as SIGTERM. A second Ctrl-C kills them.
+
+    Yield a list to which the number of every received signal is added.
+    """
     got: list[int] = []
 
     def handle(number, frame):
@@ -149,7 +159,7 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         if getattr(words, name) < 1:
             raise ValueError(f"--{name} {getattr(words, name)} must be at least 1")
     if not 0 <= words.host < words.hosts:
-        raise ValueError(f"--host {words.host} of --hosts {words.hosts}: machines are counted from 0")
+        raise ValueError(f"--host {words.host} must be at least 0 and below --hosts {words.hosts}")
     if words.hosts > 1 and words.coordinator is None:
         raise ValueError(f"--hosts {words.hosts} needs --coordinator HOST:PORT, a free port of machine 0")
     if words.coordinator is not None:

@@ -48,9 +48,10 @@ def coordinate_check(widths: Iterable[int], make: Callable, *, steps: int = 4, p
 
     Args:
       widths: the widths, at least two for a slope.
-      make: `make(width) -> (params, optimizer, forward)`, `forward(params) -> (loss, {name: activation})`.
-      steps: the number of optimizer steps, all on the same batch, which `forward` has.
-      plot: path of a PNG of the last step.
+      make: `make(width)` returns (params, optimizer, forward) for a model of this width. `forward(params)` returns
+        (loss, {name: activation}).
+      steps: the number of optimizer steps. All use the same batch, which `forward` contains.
+      plot: the path of a PNG, which shows the last step.
 
     Returns:
       A record {"width", "step", "name", "mean_abs"} for every width, step 0...steps and activation.
@@ -83,9 +84,9 @@ def coordinate_check(widths: Iterable[int], make: Callable, *, steps: int = 4, p
 
 
 def slopes(records: Records, step: int | None = None) -> dict[str, float]:
-    """Return the slope of log2 mean |activation| against log2 width for every activation, at a step.
+    """Return {activation: the slope of log2 mean |activation| against log2 width} at one step of `coordinate_check`.
 
-    The default is the last step.
+    `step` None is the last step.
 
     Raises:
       ValueError: there is only one width, or an activation is zero or not finite.
@@ -113,7 +114,7 @@ def learning_rate_sweep(
       widths: the widths.
       learning_rates: the peak learning rates.
       run: `run(width, learning_rate, mup) -> loss`; for a run that diverged the loss is not finite.
-      mup: which of the two parametrisations to run.
+      mup: the parametrisations to run, True with muP and False without.
       plot: path of a PNG.
 
     Returns:
@@ -137,9 +138,10 @@ def learning_rate_sweep(
 
 
 class PowerLaw(NamedTuple):
-    """The law gamma = a T^b.
+    """The law gamma = a T^b, where gamma is the best learning rate divided by the batch size beta, and T is in tokens.
 
-    `best`: the best run for every pair of T and beta. `residuals`: ln(gamma) minus its fit, for each of these runs.
+    `best`: the record of the best run for every pair of T and beta. `residuals`: for each of these records, ln(gamma)
+    minus the ln(gamma) of the law.
     """
 
     a: float
@@ -149,9 +151,10 @@ class PowerLaw(NamedTuple):
 
 
 def _refined(best: dict, line: Records) -> dict:
-    """Return the best run, with its rate moved to the minimum of a parabola in ln(rate).
+    """Return the run `best` with its learning rate moved to the minimum of a parabola in ln(learning rate).
 
-    The parabola goes through the best run and its two neighbours.
+    The parabola goes through the losses of `best` and its two neighbours in `line`, the runs that differ only in their
+    learning rates. At the edge of the sweep, `best` is returned unchanged.
     """
     line = sorted(line, key=lambda r: r["learning_rate"])
     at = line.index(best)
@@ -179,7 +182,7 @@ def fit_power_law(records: Records, *, plot=None) -> PowerLaw:
       plot: path of a PNG.
 
     Raises:
-      ValueError: fewer than two numbers of tokens have a finite loss.
+      ValueError: runs with a finite loss have fewer than two different numbers of tokens.
 
     References: Shen et al., `Power Scheduler <https://arxiv.org/abs/2408.13359>`_, 2024: a = 4.6, b = -0.51.
 
@@ -204,7 +207,11 @@ def fit_power_law(records: Records, *, plot=None) -> PowerLaw:
 
 
 def plot_coordinate_check(runs: dict[str, Records], path, step: int | None = None) -> None:
-    """Plot a panel for each run of {"muP": records, "without muP": records}, with its slopes in the legend."""
+    """Plot mean |activation| against width, one panel per run, with the slope of every activation in the legend.
+
+    `runs` is {name: the records of `coordinate_check`}, for example for "muP" and "without muP". `step` is the step to
+    plot; None: the last one.
+    """
     scales = dict(xscale=("log", dict(base=2)), yscale=("log", dict(base=2)))
     page, panels = figure("width", "mean |activation|", list(runs), **scales)
     for axes, records in zip(panels, runs.values(), strict=True):

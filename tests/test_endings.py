@@ -157,7 +157,7 @@ def test_a_branch_without_steps_is_refused(words, capsys, tmp_path):
     """Such a branch would end at once, without a checkpoint."""
     assert main([*words, "--train.steps=2"]) == 0
     assert main([*words[:1], "--from", words[2], "--run", str(tmp_path / "branch"), "--train.steps=2"]) == 1
-    assert "run@2: train.steps=2 must be more than its step 2" in capsys.readouterr().err
+    assert "run@2: train.steps=2 must be more than 2, the step of the checkpoint" in capsys.readouterr().err
     assert not (tmp_path / "branch").exists()
 
 

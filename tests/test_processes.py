@@ -180,7 +180,7 @@ def bad_commands():
     yield ["--processes", "0"], "--processes 0 must be at least 1"
     yield ["--processes", "two"], "invalid int value: 'two'"
     yield ["--hosts", "2"], "--hosts 2 needs --coordinator HOST:PORT"
-    yield ["--hosts", "2", "--host", "2"], "--host 2 of --hosts 2: machines are counted from 0"
+    yield ["--hosts", "2", "--host", "2"], "--host 2 must be at least 0 and below --hosts 2"
     yield ["--coordinator", "here"], "--coordinator here: expected HOST:PORT"
     yield ["--process", "2"], "unrecognized arguments: --process"
 

@@ -139,6 +139,8 @@ def test_parameters_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
     """The loss is finite, but the update is not."""
     spoil = lambda params, updates: jax.tree.map(lambda x: x * jnp.inf, params)  # noqa: E731
     monkeypatch.setattr(step_module.optax, "apply_updates", spoil)
-    with pytest.raises(FloatingPointError, match="step 1: its loss was finite, the parameters are not; there is no"):
+    with pytest.raises(
+        FloatingPointError, match="step 1: the loss was finite, but the new parameters are not; there is no"
+    ):
         fit(DENSE.replace({"train.steps": 1}), str(tmp_path / "run"), quiet=True)
     assert not Checkpoints(tmp_path / "run").steps()

@@ -1,4 +1,4 @@
-"""The accuracy of a classifier of pairs, by the number of operators, and the computation that its halting saves.
+"""The accuracy of a classifier of sentence pairs for each number of logical operators, and what its halting saves.
 
 `python -m stickjax.evaluate RUN` calls this for a model with classes.
 """
@@ -26,7 +26,11 @@ THRESHOLDS = (0.999, 0.8, 0.6, 0.5, 0.3)
 
 @jax.jit
 def _read(model: PairClassifier, pairs: dict[str, jax.Array], threshold) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return the labels that the model chooses [B], the mean depth of every token [2,B,T], and the expert rows run."""
+    """Run the model on a batch of pairs, and stop as soon as all tokens have halted at `threshold`.
+
+    Return the labels that the model chooses [B], the mean number of blocks of every token [2,B,T] for both sentences,
+    and the number of (token, choice) pairs that experts computed.
+    """
     output = apply(model, pairs, threshold=threshold)
     return output.logits.argmax(-1), output.depth, sum(rows.sum() for rows in output.rows.values())
 
@@ -41,7 +45,7 @@ def accuracy(
     B: int = 128,
     say: Callable[[str], None] = lambda text: None,
 ) -> Records:
-    """Return the share of held-out pairs that the model labels correctly, by number of operators and threshold.
+    """Compute the share of held-out pairs that the model labels correctly, for each number of operators and threshold.
 
     Args:
       model: the parameters.
@@ -58,8 +62,8 @@ def accuracy(
 
     Returns:
       A record for every bucket and threshold: {"bucket", "threshold", "accuracy", "majority" (the share of the
-      commonest label), "depth" (the mean number of blocks in the final state of a token), "rows" (expert rows run, per
-      token), "seconds" (for all pairs, without compiling), "pairs"}.
+      commonest label), "depth" (the mean number of blocks in the final state of a token), "rows" ((token, choice) pairs
+      that experts computed, per token), "seconds" (for all pairs, without compiling), "pairs"}.
     """
     if max_pairs < 1:
         raise ValueError(f"max_pairs={max_pairs} must be at least 1")
@@ -91,10 +95,10 @@ def accuracy(
 
 
 def batches_of(config: Config, bucket: int, max_pairs: int, B: int) -> list[tuple[dict[str, np.ndarray], np.ndarray]]:
-    """Return batches of B held-out pairs of one bucket, each with a mask of the rows that have a pair.
+    """Return batches of B held-out pairs of one bucket, each with a mask [B] that is True for rows that have a pair.
 
-    The other rows are padding. Sentences are padded to one of a few lengths. Raises ValueError if the bucket has no
-    pairs.
+    The other rows are padding. `bucket` is a number of operators, as in `accuracy`, and at most `max_pairs` pairs are
+    taken. Sentences are padded to one of a few lengths. Raises ValueError if the bucket has no pairs.
     """
     drawn = pair_examples(config, "test", T=10_000, buckets=[bucket])
     order = np.random.default_rng(0).permutation(len(drawn))[:max_pairs]
@@ -119,7 +123,10 @@ def batches_of(config: Config, bucket: int, max_pairs: int, B: int) -> list[tupl
 
 
 def table(runs: dict[str, Records]) -> Table:
-    """Return a table of the accuracy and mean depth of every run at its first threshold, a row per bucket."""
+    """Return a table of the accuracy and the mean depth of every run at its first threshold, with a row per bucket.
+
+    `runs` is {name of a run: the records of `accuracy`}.
+    """
     result = Table(title="held-out accuracy")
     for name in ("operators", "pairs", "commonest label", *runs, *(f"depth of {name}" for name in runs)):
         result.add_column(name, justify="right")
@@ -132,9 +139,9 @@ def table(runs: dict[str, Records]) -> Table:
 
 
 def savings(records: Records) -> Table:
-    """Return a table of accuracy, depth and time for every threshold, over all pairs.
+    """Return a table with a row per halting threshold: accuracy, depth and expert rows over all pairs, and the time.
 
-    The time is relative to the first threshold.
+    The time is a share of the time that the first threshold takes.
     """
     result = Table(title="what a lower halting threshold saves")
     for name in ("threshold", "accuracy", "depth", "expert rows per token", "time"):
@@ -155,7 +162,10 @@ def at_first_threshold(records: Records) -> Records:
 def report(
     model: PairClassifier, config: Config, folder: Path | None, max_pairs: int, say: Callable[[str], None]
 ) -> Records:
-    """Compute `accuracy` at several thresholds, and write accuracy.json and two pictures into the folder, if any."""
+    """Compute `accuracy` at the halting thresholds THRESHOLDS, and return its records.
+
+    If `folder` is given, accuracy.json and the pictures halting.png and depth.png are written into it.
+    """
     records = accuracy(model, config, thresholds=THRESHOLDS, max_pairs=max_pairs, say=say)
     if folder is None:
         return records
@@ -167,7 +177,10 @@ def report(
 
 
 def depths(model: PairClassifier, config: Config, bucket: int) -> list[tuple[list[str], np.ndarray]]:
-    """Return the tokens and the mean depth of each token, for both sentences of the first held-out pair of a bucket."""
+    """Return the tokens and the depths of both sentences of the first held-out pair with `bucket` operators.
+
+    The depth of a token is the mean number of blocks in its final state, at the config's halting threshold.
+    """
     ((batch, _),) = batches_of(config, bucket, 1, 1)
     _, found, _ = jax.device_get(_read(model, batch, jnp.float32(config.model.halting_threshold)))
     sides = [np.asarray(batch[side][0]) for side in ("left", "right")]

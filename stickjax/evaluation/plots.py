@@ -14,9 +14,10 @@ Records = list[dict[str, Any]]
 
 
 def figure(xlabel: str, ylabel: str, titles=("",), *, xscale=None, yscale=None, share=True):
-    """Return a new figure and its panels, which are in one row. It does not use pyplot's global state.
+    """Return a new figure and its panels, one per title, in one row.
 
-    A scale is a name or a pair (name, options). With `share`, all panels have the same axis limits.
+    `xscale` and `yscale` are the name of a Matplotlib scale, or a pair (name, options). With `share`, all panels have
+    the same axis limits. pyplot and its global state are not used.
     """
     from matplotlib.figure import Figure
 
@@ -47,13 +48,16 @@ def save(page, path) -> None:
 
 
 def ticks(axes, values) -> None:
-    """Put ticks with plain numbers at these values of the horizontal axis, and nowhere else."""
+    """Put ticks at `values` on the horizontal axis, labelled with plain numbers, and nowhere else."""
     axes.set_xticks(sorted(values), [f"{v:.10g}" for v in sorted(values)])
     axes.xaxis.minorticks_off()
 
 
 def group(records: Records, *keys: str) -> dict[Any, Records]:
-    """Group records by the value of a key, or by a tuple of values for several keys, in order of appearance."""
+    """Return {value of a key: the records with this value}, in order of appearance.
+
+    For several keys, a group is named by a tuple of their values.
+    """
     groups: dict[Any, Records] = {}
     for record in records:
         value = tuple(record[key] for key in keys)
@@ -62,16 +66,19 @@ def group(records: Records, *keys: str) -> dict[Any, Records]:
 
 
 def best_runs(records: Records, *keys: str) -> Records:
-    """Return the record with the smallest finite loss for every combination of values of `keys`.
+    """Return the record with the smallest "loss" for every combination of values of `keys`.
 
-    A combination whose runs have all diverged is left out.
+    Losses that are not finite are from runs that diverged. A combination with only such runs is left out.
     """
     groups = group([r for r in records if math.isfinite(r["loss"])], *keys)
     return [min(line, key=lambda r: r["loss"]) for line in groups.values()]
 
 
 def label(name: str) -> str:
-    """Escape a name for a legend, where two dollars enclose a formula and a name that begins with _ is left out.
+    """Return a name that a legend shows unchanged.
+
+    Matplotlib reads text between two dollars as a formula, and leaves out a name that begins with _. So a dollar gets a
+    backslash, and a first _ gets a space in front.
 
     >>> label("_lr$3")
     ' _lr\\\\$3'
@@ -80,7 +87,10 @@ def label(name: str) -> str:
 
 
 def plot_length_curves(runs: dict[str, Records], path) -> None:
-    """Plot held-out bits per byte against the context length, a line per run; the training length is marked."""
+    """Plot held-out bits per byte against the context length, a line per run; the training length is marked.
+
+    `runs` is {name of a run: the records of `evaluate`}.
+    """
     page, (axes,) = figure("context length (tokens)", "held-out bits per byte", xscale=("log", dict(base=2)))
     for name, records in runs.items():
         axes.plot([r["context"] for r in records], [r["bits_per_byte"] for r in records], "o-", label=label(name))
@@ -95,7 +105,10 @@ def plot_length_curves(runs: dict[str, Records], path) -> None:
 
 
 def plot_training(runs: dict[str, Records], path) -> None:
-    """Plot the training loss in bits per token and the learning rate against tokens, from rows of metrics.jsonl."""
+    """Plot the training loss in bits per token and the learning rate, both against the tokens trained so far.
+
+    `runs` is {name of a run: the rows of its metrics.jsonl}.
+    """
     page, panels = figure("tokens", "", ("training loss (bits per token)", "learning rate"), share=False)
     for name, rows in runs.items():
         tokens = [r["tokens"] for r in rows]
@@ -106,7 +119,10 @@ def plot_training(runs: dict[str, Records], path) -> None:
 
 
 def plot_attention(weights: np.ndarray, path, labels: list[str] | None = None) -> None:
-    """Plot attention weights [N, T, S], one panel per head: queries from top to bottom, keys from left to right."""
+    """Plot attention weights [N, T, S], one panel per head: queries from top to bottom, keys from left to right.
+
+    `labels` are the tokens as text, for both axes.
+    """
     page, panels = figure("key", "query", [f"head {n}" for n in range(len(weights))])
     for axes, weight in zip(panels, weights, strict=True):
         image = axes.imshow(np.asarray(weight), vmin=0, vmax=1, cmap="viridis")
@@ -120,7 +136,10 @@ def plot_attention(weights: np.ndarray, path, labels: list[str] | None = None) -
 
 
 def plot_accuracy(runs: dict[str, Records], path) -> None:
-    """Plot the accuracy by number of operators, a line per run, and the share of the commonest label."""
+    """Plot the accuracy against the number of operators, a line per run, and the share of the commonest label.
+
+    `runs` is {name of a run: the records of `pairs.accuracy` at one threshold}.
+    """
     page, (axes,) = figure("operators", "held-out accuracy")
     for name, records in runs.items():
         axes.plot([r["bucket"] for r in records], [r["accuracy"] for r in records], "o-", label=label(name))
@@ -131,7 +150,10 @@ def plot_accuracy(runs: dict[str, Records], path) -> None:
 
 
 def plot_halting(records: Records, path, groups=((0, 6), (7, 9), (10, 12))) -> None:
-    """Plot accuracy against mean depth: a point per halting threshold, a line per range of operators."""
+    """Plot accuracy against mean depth: a point per halting threshold, a line per range of operators.
+
+    `records` are from `pairs.accuracy`. `groups` are the smallest and largest number of operators of each line.
+    """
     page, (axes,) = figure("mean depth (blocks)", "held-out accuracy")
     for low, high in groups:
         line = []
@@ -150,7 +172,10 @@ def plot_halting(records: Records, path, groups=((0, 6), (7, 9), (10, 12))) -> N
 
 
 def plot_depth(sentences: list[tuple[list[str], np.ndarray]], path) -> None:
-    """Plot the mean number of blocks in the final state of every token, a row per sentence."""
+    """Plot the depth of every token, which is the mean number of blocks in its final state: a row per sentence.
+
+    `sentences` has (the tokens as text, their depths) for every sentence.
+    """
     from matplotlib.figure import Figure
 
     longest = max(len(tokens) for tokens, _ in sentences)
@@ -166,7 +191,10 @@ def plot_depth(sentences: list[tuple[list[str], np.ndarray]], path) -> None:
 
 
 def plot_module_use(use: dict[str, dict[str, Any]], information: dict[str, Any], path) -> None:
-    """Plot shares of the routed pairs, {source: {kind: [L, columns]}}: a row of panels per kind, a panel per source.
+    """Plot how much the text of each source uses each module: a row of panels per kind, a column per source.
+
+    `use` is {source: {kind: [L, columns]}}, the shares of the routed pairs of a layer. `information` is {kind: [L]},
+    the bits that the modules of a layer tell about the source.
 
     Modules of different layers are not related. So the modules of every layer are sorted separately, in the same order
     in all panels of a row. The modules that the first source uses more than the last source come first.
@@ -197,7 +225,10 @@ def plot_module_use(use: dict[str, dict[str, Any]], information: dict[str, Any],
 
 
 def plot_schedule(schedules: dict[str, Callable], path, *, tokens_per_step, total_tokens, log=False) -> None:
-    """Plot learning rates against tokens. With `log`, both axes are logarithmic, so that a power law is a line."""
+    """Plot learning rates against tokens. With `log`, both axes are logarithmic, so that a power law is a line.
+
+    `schedules` is {name: function of the step that returns the learning rate}.
+    """
     tokens = np.geomspace(tokens_per_step, total_tokens, 1000) if log else np.linspace(0, total_tokens, 1000)
     page, (axes,) = figure("tokens", "learning rate", **(dict(xscale="log", yscale="log") if log else {}))
     for name, schedule in schedules.items():
@@ -208,7 +239,10 @@ def plot_schedule(schedules: dict[str, Callable], path, *, tokens_per_step, tota
 
 
 def plot_learning_rate_sweep(records: Records, path) -> None:
-    """Plot loss against learning rate, a line per width with its minimum marked; muP and without muP side by side."""
+    """Plot loss against learning rate, a line per width with a star at its minimum.
+
+    There is one panel with muP and one without. A record has "mup", "width", "learning_rate" and "loss".
+    """
     runs = group(records, "mup")
     titles = ["muP" if mup else "without muP" for mup in runs]
     page, panels = figure("learning rate", "loss", titles, xscale=("log", dict(base=2)))
@@ -226,7 +260,10 @@ def plot_learning_rate_sweep(records: Records, path) -> None:
 
 
 def plot_power_law(best: Records, a: float, b: float, path) -> None:
-    """Plot the best gamma of every T and beta, and the fitted line."""
+    """Plot gamma = learning rate / beta of the best run for each T and beta, and the fitted line gamma = a T^b.
+
+    `best` has a record for every pair of T ("tokens") and beta ("batch_size", in sequences).
+    """
     page, (axes,) = figure("tokens T", r"$\gamma = \eta^*/\beta$ (per sequence)", xscale="log", yscale="log")
     for beta, line in sorted(group(best, "batch_size").items()):
         gamma = [r["learning_rate"] / beta for r in line]

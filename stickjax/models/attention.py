@@ -17,11 +17,14 @@ KeyValues = tuple[jax.Array, jax.Array | None]  # [B,S,K,H] each; None: the valu
 
 
 class Context(NamedTuple):
-    """The positions of the T tokens of a call among the S keys. They are the same for all layers.
+    """Where the T tokens of a call stand among the S keys. All layers use the same context.
 
-    On a mesh with "context", T counts the tokens of this device and S the keys of the whole sequence.
+    On a mesh with the axis "context", T counts the tokens of this device, and S the keys of the whole sequence.
+
     `segment_ids` [B,T] and `key_segment_ids` [B,S]: a token attends only to keys with the same id; a negative id is
-    padding. `positions` [B,T]: rotary positions. `offset`: the index of the first token among the keys.
+      padding. None: all tokens of a row belong together.
+    `positions` [B,T]: the rotary positions; None without rotary positions.
+    `offset`: the index of the first of the T tokens among the S keys.
     """
 
     segment_ids: jax.Array | None
@@ -31,11 +34,14 @@ class Context(NamedTuple):
 
 
 class Attention(nnx.Module):
-    """An attention layer: N query heads x W_q attend to K key/value heads x W_k and x W_v of dimension H.
+    """An attention layer with N query heads and K key/value heads, all of dimension H.
 
-    The outputs of the heads are multiplied by W_o and summed. `remainder` says what is added to the output of a head
-    for rem, the rest of its stick. none: nothing. value: rem times the value of the token itself. bias: rem times a
-    trainable vector per head, which starts at zero.
+    The queries are x W_q, the keys x W_k and the values x W_v. N / K query heads share a key/value head. The outputs of
+    the heads are multiplied by W_o and summed.
+
+    A head may leave a part of its stick unused: its rest, `rem`. The config field `remainder` says what is added to the
+    output of the head. "none": nothing. "value": rem times the value of the token itself. "bias": rem times a trainable
+    vector per head, which starts at zero.
     """
 
     def __init__(self, config: ModelConfig, key):
@@ -51,9 +57,11 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], context: Context, cache: KeyValues | None = None, token_mask=None, key=None
     ) -> tuple[Float[Array, "B T D"], KeyValues | None, RouterSums | None]:
-        """Return the output, the cache with this call's T tokens written at the offset, and the sums of a router.
+        """Apply the layer to x. Return (the output, the new cache, None).
 
-        The sums are None, because this layer has no router.
+        The new cache also has the keys and values of these T tokens. Without a cache, None stands in its place. The
+        third value is None, because this layer has no router. Layers with a router return its `RouterSums` there, and
+        use `token_mask` and `key`, which are not used here.
         """
         c = self.config
         # One product for all three, so that x is read once.
@@ -66,7 +74,14 @@ class Attention(nnx.Module):
         return reduce_from_tensor_parallel(jnp.einsum("BTNH,NHD->BTD", out, cast(self.output, c))), cache, None
 
     def attend(self, q, k, v, context: Context, cache: KeyValues | None = None):
-        """Return the outputs of the heads [B,T,N,H] for q [B,T,N,H] and this call's k, v [B,T,K,H]; and the cache."""
+        """Apply the attention variant of the config.
+
+        `q` [B,T,N,H] are the queries of the T tokens, and `k` and `v` [B,T,K,H] their keys and values. With a cache,
+        the keys and values are written into the cache first, and the queries attend to the whole cache.
+
+        Returns:
+          The outputs of the heads [B,T,N,H], and the new cache, or None without a cache.
+        """
         c, own, kind = self.config, v, variant(self.config.attention)
         if kind.rotary:
             q, k = (rotary(a, context.positions, c.rope_theta) for a in (q, k))
@@ -80,11 +95,13 @@ class Attention(nnx.Module):
             k, v = cache[0], cache[0] if cache[1] is None else cache[1]
         returned = kind.load()(c, q, k, v, context)
         if not isinstance(returned, tuple) or len(returned) != 2 or returned[0].shape != q.shape:
-            raise ValueError(f"attention={c.attention!r} must return (out, rest), with out.shape={q.shape} like q")
+            raise ValueError(
+                f"attention={c.attention!r}: the function must return (out, rest) with out.shape={q.shape}"
+            )
         out, rest = returned
         if c.remainder != "none":
             if rest is None:
-                raise ValueError(f"remainder={c.remainder!r}: attention={c.attention!r} returned no rest")
+                raise ValueError(f"remainder={c.remainder!r} needs a rest, but attention={c.attention!r} returned None")
             own = jnp.repeat(own, c.N // c.K, axis=2) if c.remainder == "value" else cast(self.head_bias, c)[None, None]
             out = (out.astype(jnp.float32) + rest[..., None] * own.astype(jnp.float32)).astype(out.dtype)
         if self.norm is not None:
@@ -93,7 +110,10 @@ class Attention(nnx.Module):
 
 
 def segment_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """Return the rotary position of every token: the distance to the first token of its segment."""
+    """Return the rotary position of every token [B,T]: its distance to the first token of its segment.
+
+    A segment is a run of neighbouring tokens with the same id in `segment_ids`.
+    """
     index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]
     first = jnp.concatenate([jnp.ones_like(segment_ids[:, :1], bool), segment_ids[:, 1:] != segment_ids[:, :-1]], 1)
     return index - jax.lax.cummax(jnp.where(first, index, 0), axis=1)

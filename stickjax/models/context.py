@@ -17,7 +17,11 @@ from stickjax.parallel.collectives import all_gather, size
 
 
 def whole_sequence(x: Float[Array, "B t ..."]) -> Float[Array, "B T ..."]:
-    """Return the whole sequence, in order: all-gather the two pieces of every device."""
+    """All-gather x along the mesh axis "context", and return the whole sequence in its order.
+
+    Every device has two pieces of the sequence in x, together t tokens. The result has T = t * (number of devices)
+    tokens.
+    """
     count, (B, t) = size("context"), x.shape[:2]
     x = all_gather(x, "context", 1, x.dtype).reshape(B, count, 2, t // 2, *x.shape[2:])
     early, late = x[:, :, 0], x[:, ::-1, 1]
@@ -32,7 +36,10 @@ def attention_in_context(
     key_segment_ids: Int[Array, "B T"],
     **options,
 ) -> tuple[Float[Array, "B t N H"], Float[Array, "B t N"]]:
-    """Return (out, rem) of `stick_breaking_attention` of the two pieces on this device to the whole sequence.
+    """Compute (out, rem) of `stick_breaking_attention` for the queries of this device and the keys of all devices.
+
+    t is the number of tokens on this device, in two pieces of t / 2 tokens. T is the length of the whole sequence.
+    `out` are the outputs of the heads, and `rem` is the rest of the stick of every query.
 
     Args:
       q, k, v: the queries, keys and values of the two pieces.
@@ -58,7 +65,13 @@ def attention_in_context(
     keys, values = jnp.split(whole_sequence(jnp.concatenate([k, v], axis=-1)), [k.shape[-1]], axis=-1)
 
     def piece(which, place, reach):
-        """Return the attention of the piece at `place`. On every device, its keys are in the first `reach` pieces."""
+        """Return (out, log_rem) of one piece, which attends to its own keys and to all keys on its left.
+
+        `out` are the outputs of the heads, and `log_rem` is the log of the rest of the stick of every query.
+
+        `which` is 0 for the early and 1 for the late piece of this device, and `place` is its index in the sequence.
+        `reach` is the same on all devices: the keys on the left are always among the first `reach` pieces.
+        """
         S = reach * C
         # A key that is not left of the piece counts as padding, so its tiles are never visited.
         left = jnp.where((jnp.arange(S) < place * C)[None], key_segment_ids[:, :S], -1)

@@ -20,7 +20,7 @@ ROUTERS = {"": ("ffn", "experts"), "attention_": ("attention", "attention_expert
 
 
 class Decoder(Family):
-    """The family of decoders; the model is in `stickjax.models.transformer`."""
+    """The methods of `Family` for decoders. The model itself is in `stickjax.models.transformer`."""
 
     config = ModelConfig
 
@@ -31,7 +31,11 @@ class Decoder(Family):
         return transformer.apply(model, batch, key)
 
     def loss(self, model: Transformer, batch, key):
-        """Return the mean cross-entropy over the targets in `loss_mask`, plus the weighted losses of all routers."""
+        """Return the loss of a batch, and its metrics.
+
+        The loss is the mean cross-entropy over the targets that `loss_mask` keeps, plus the weighted losses of all
+        routers. `batch` has `tokens`, `targets` and `loss_mask`, [B,T] each, and `segment_ids` if documents are packed.
+        """
         output = transformer.apply(model, batch, key)
         nll = cross_entropy(output.logits, batch["targets"])
         mask = batch["loss_mask"].astype(jnp.float32)
@@ -48,13 +52,19 @@ class Decoder(Family):
         return loss, metrics | ({"load": load} if load else {})
 
     def scalars(self, model: Transformer, metrics):
-        """Return the metrics as scalars; `load_max` is the largest load of any expert, and 1 if all loads are equal."""
+        """Return the metrics without the loads of the experts, which are replaced by `load_max`.
+
+        `load_max` is the largest load of any expert, times the number of experts: 1 if all loads are equal.
+        """
         load = metrics.get("load", {})
         scalars = {name: value for name, value in metrics.items() if name != "load"}
         return scalars | {f"{kind}load_max": (x * _experts(model, kind, x)).max() for kind, x in load.items()}
 
     def gradient_free_update(self, model: Transformer, metrics, trainable: Callable[[str], bool]):
-        """Move the selection biases of routers with `bias_rate` towards a balanced load."""
+        """Move the selection biases of routers with `bias_rate` towards a balanced load, and return the model.
+
+        `metrics["load"]` has the load of the step. Biases for which `trainable(name)` is False do not change.
+        """
         if not any(mixture.bias_rate for mixture in model.config.mixtures().values()):
             return model
         model = jax.tree.map(lambda x: x, model)  # a copy: modules are changed by assignment
@@ -68,7 +78,10 @@ class Decoder(Family):
         return model
 
     def parameter_counts(self, config: ModelConfig) -> tuple[int, int]:
-        """Return the number of all parameters, and of the active ones: k of E experts, without the input embedding."""
+        """Return (the number of all parameters, the number of active parameters).
+
+        Active parameters are the ones that one token uses: k of E experts, without the input embedding.
+        """
         shapes = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
         total, idle = sum(x.size for x in jax.tree.leaves(shapes)), shapes.embed.size
         for part, k in (("ffn", config.experts.k), ("attention", config.N // config.K)):
@@ -80,9 +93,10 @@ class Decoder(Family):
         return total, total - idle
 
     def flops_per_token(self, config: ModelConfig, T: int) -> float:
-        """Count 6 operations per active parameter, and 6 N H T per layer for causal attention.
+        """Return the floating-point operations of a training step per token, forward and backward together.
 
-        Operations that a remat policy computes again do not count again.
+        They are 6 per active parameter, and 6 N H T per layer for causal attention. Operations that a remat policy
+        computes again do not count again.
         """
         _, active = self.parameter_counts(config)
         if config.tied:
@@ -97,6 +111,10 @@ class Decoder(Family):
 
 
 def _experts(model: Transformer, kind: str, load: jax.Array) -> int | jax.Array:
-    """Return the number of experts that share a load [L,E]: one number, or [L,1] if some experts were pruned."""
+    """Return the number of experts that a layer has. If the load is balanced, each of them has the load 1 / number.
+
+    `kind` is a key of ROUTERS, and `load` [L,E] are the shares of the rows. The result is one number for all layers, or
+    [L,1] in a pruned model, whose layers may have different numbers of experts.
+    """
     slot = getattr(model.blocks, ROUTERS[kind][0]).router.slot
     return load.shape[-1] if slot is None else (slot[...] >= 0).sum(-1, keepdims=True)

@@ -11,13 +11,13 @@ FAMILIES: dict[str, Family] = {}
 
 
 def register(family: Family) -> None:
-    """Make a family known to all commands: its config, its model and its parameters.
+    """Register a model family, so that all commands can use it: its config class, its model and its parameters.
 
-    A file that is run again may register its family again: the newer one is used.
+    A family may be registered again when its file runs again. The newer definition is used then.
 
     Raises:
-      ValueError: the name of the family is taken, or a module of that name is already registered with different
-        parameters.
+      ValueError: another family has the same name, or the table of parameters already has other rows for one of the
+        module classes in `family.parameters`.
     """
     name = family.config.family
     if (known := FAMILIES.get(name)) is not None and not same_definition(type(known), type(family)):
@@ -25,13 +25,15 @@ def register(family: Family) -> None:
     others = PARAMETERS if known is None else {k: v for k, v in PARAMETERS.items() if k not in known.parameters}
     for module, rows in family.parameters.items():
         if others.get(module, rows) != rows:
-            raise ValueError(f"family={name!r}: a module {module} is registered already, with other parameters")
+            raise ValueError(f"family={name!r}: the table of parameters already has other rows for {module}")
     PARAMETERS.update({module: dict(rows) for module, rows in family.parameters.items()})
     FAMILIES[name] = family
 
 
 def family_of(config: FamilyConfig) -> Family:
-    """Return the family of a model config. Raises ValueError if the family is not registered.
+    """Return the `Family` object for a model config: the one that is registered under `config.family`.
+
+    Raises ValueError if no family has this name.
 
     >>> from stickjax.config import ModelConfig, SutConfig
     >>> family_of(ModelConfig()).parameter_counts(ModelConfig.powermoe_3b())[0]

@@ -15,7 +15,7 @@ def normal(key, shape, std: float, config: ModelConfig) -> nnx.Param:
 
 
 def uniform(key, shape, limit: float, config) -> nnx.Param:
-    """Return a parameter drawn uniformly between -limit and limit."""
+    """Return a new parameter, drawn uniformly between -limit and limit, in the type `config.param_dtype`."""
     return nnx.Param(jax.random.uniform(key, shape, config.param_dtype, -limit, limit))
 
 
@@ -27,32 +27,35 @@ def dropout(x, rate: float, key):
 
 
 def matrix_std(config: ModelConfig) -> float:
-    """Return the initial standard deviation of an internal matrix under muP."""
+    """Return the initial standard deviation of an internal matrix under muP: init_std / sqrt(m_width)."""
     return config.init_std / config.m_width**0.5
 
 
 def output_std(config: ModelConfig) -> float:
-    """Return the initial standard deviation under muP of a matrix that ends a residual branch.
+    """Return the initial standard deviation of a matrix that ends a residual branch: `matrix_std` / sqrt(2 L).
 
-    Every layer has two such branches.
+    2 L is the number of residual branches: every layer has an attention and a feed-forward network.
     """
     return matrix_std(config) / (2 * config.L) ** 0.5
 
 
 def cast(param: nnx.Param, config: ModelConfig) -> jax.Array:
-    """Return a parameter in the type of the computation, `config.dtype`."""
+    """Return the array of a parameter, converted to the type of the computation, `config.dtype`."""
     return param[...].astype(config.dtype)
 
 
 def all_experts(module, name: str) -> jax.Array:
-    """Return the weights `name` of all experts of a module, in the type of the computation. Added experts come last."""
+    """Return the parameter `name` of a module for all its experts, in the type `config.dtype`.
+
+    Experts that were added to a trained model are a separate parameter, `new_<name>`. They come last in the result.
+    """
     new, c = getattr(module, f"new_{name}"), module.config
     weights = cast(getattr(module, name), c)
     return weights if new is None else jnp.concatenate([weights, cast(new, c)])
 
 
 class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x^2) + eps) * scale, in fp32, over the last axis."""
+    """Normalise over the last axis, in fp32: x / sqrt(mean(x^2) + eps) * scale."""
 
     def __init__(self, config: ModelConfig, eps: float | None = None):
         self.eps = config.norm_eps if eps is None else eps
@@ -65,7 +68,7 @@ class RMSNorm(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """(x - mean) / sqrt(variance + eps) * scale + bias, in fp32, over the last axis."""
+    """Normalise over the last axis, in fp32: (x - mean) / sqrt(variance + eps) * scale + bias."""
 
     def __init__(self, config, eps: float | None = None):
         self.eps = config.norm_eps if eps is None else eps
@@ -79,7 +82,10 @@ class LayerNorm(nnx.Module):
 
 
 def norm_of(config: ModelConfig, eps: float | None = None) -> RMSNorm | LayerNorm:
-    """Return a new normalisation of the residual stream. With `eps` None, it uses `config.norm_eps`."""
+    """Return a new normalisation of the residual stream: an RMSNorm if `config.norm` is "rms", else a LayerNorm.
+
+    If `eps` is None, it is `config.norm_eps`.
+    """
     return (RMSNorm if config.norm == "rms" else LayerNorm)(config, eps)
 
 
@@ -92,7 +98,8 @@ def normalised(x, eps: float):
 class HeadNorm(nnx.Module):
     """GroupNorm with one group per head: mean 0 and variance 1 over H, then scale and bias per head and channel.
 
-    A row of values near zero is amplified by up to 1 / sqrt(eps). The first token always has such a row.
+    Values near zero are amplified by up to 1 / sqrt(eps). The first token can have such values, because with
+    stick-breaking attention there may be no key that it can attend to.
     """
 
     def __init__(self, config: ModelConfig):
@@ -108,9 +115,9 @@ class HeadNorm(nnx.Module):
 
 
 def rotary(x: Float[Array, "B T N H"], positions: Int[Array, "B T"], theta: float) -> Float[Array, "B T N H"]:
-    """Apply rotary positions (arXiv 2104.09864), half-split.
+    """Apply rotary positions (arXiv 2104.09864) to the queries or the keys x.
 
-    Channels i and i + H/2 are rotated together, by the angle position * theta^(-2i/H).
+    Channels i and i + H/2 form a pair. Each pair is rotated by the angle position * theta^(-2i/H).
     """
     half = x.shape[-1] // 2
     angle = positions[..., None, None].astype(jnp.float32) * (theta ** -(jnp.arange(half) / half))[None, None, None]
@@ -125,9 +132,9 @@ def gates(config: ModelConfig) -> int:
 
 
 class FeedForward(nnx.Module):
-    """A dense feed-forward network: act(x w_in) w_out, with w_in [D,G,F].
+    """A dense feed-forward network: act(x w_in) w_out, with w_in [D,G,F] and w_out [F,D].
 
-    G is 2 for a gated activation, with the gate first; else G is 1.
+    G is 2 for a gated activation, and w_in[:, 0] then computes the gate. Without a gate, G is 1.
     """
 
     def __init__(self, config: ModelConfig, key):

@@ -25,9 +25,10 @@ class MixtureOfHeads(Attention):
 
     The output is the sum over the chosen experts e of gate * attention(x W_query[e], x W_key, x W_value) W_output[e].
 
-    Every expert (`attention_experts`) has K heads. A token chooses N / K experts, so that it has N query heads. A
-    padding token uses no expert, and its output is zero. Keys and values are x W_key and x W_value, plus biases if
-    `key_value` is "biased". If `key_value` is "input", both are x itself, and the cache stores x only once.
+    `config.attention_experts` describes the experts. Every expert has K query heads. A token chooses N / K experts, so
+    that it has N query heads. A padding token uses no expert, and its output is zero. Keys and values are x W_key and
+    x W_value, plus biases if `key_value` is "biased". If `key_value` is "input", both are x itself, and the cache
+    stores x only once.
     """
 
     def __init__(self, config: ModelConfig, key):
@@ -134,7 +135,10 @@ class SharedHeads(nnx.Module):
 def expert_queries(
     x: Float[Array, "B T D"], weight: Float[Array, "E D KH"], routing: Routing, K: int, implementation
 ) -> Float[Array, "B T N H"]:
-    """Return the queries of the chosen experts, ordered by key head. Head j of every expert reads key head j."""
+    """Compute the queries x W_query[e] of the k experts e that `routing` chooses for each token.
+
+    The N = K * k query heads are ordered by key head. Query head j of every expert attends to key head j.
+    """
     (B, T, D), k = x.shape, routing.expert_indices.shape[1]
     q = expert_linear(x.reshape(-1, D), weight, routing, implementation=implementation)
     q = q.reshape(B, T, k, K, -1).swapaxes(2, 3)
@@ -144,7 +148,10 @@ def expert_queries(
 def expert_outputs(
     heads: Float[Array, "B T N H"], weight: Float[Array, "E KH D"], routing: Routing, gates, K: int, implementation
 ) -> Float[Array, "B T D"]:
-    """Multiply the outputs of the heads by the output matrices of their experts, and sum them weighted by the gates."""
+    """Multiply each head output by the output matrix of its expert, and sum over the chosen experts with their gates.
+
+    `heads` are the outputs of the heads, in the order of `expert_queries`, and `gates` are [B*T,k].
+    """
     B, T, N, H = heads.shape
     heads = heads.reshape(B, T, K, N // K, H).swapaxes(2, 3).reshape(-1, K * H)
     return expert_linear(heads, weight, routing, gates=gates, implementation=implementation).reshape(B, T, -1)

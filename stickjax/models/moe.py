@@ -24,8 +24,8 @@ class SparseExperts(nnx.Module):
     were added to a trained model are separate parameters (`new_w_in`, `new_w_out`), and come after the old ones.
     `output_bias` [D] (`experts.bias`) is added to the sum.
 
-    On a mesh with the axis "expert", every device has a part of the experts, and gets the rows for them from all
-    devices of that axis. No row is dropped, even if the load is not balanced.
+    On a mesh with the axis "expert", every device has a part of the experts, and gets the tokens of these experts from
+    all devices of that axis. No (token, choice) pair is dropped, even if the load is not balanced.
     """
 
     def __init__(self, config: ModelConfig, key):
@@ -59,7 +59,10 @@ class SparseExperts(nnx.Module):
 
 
 def add_output_bias(mixture, y: Float[Array, "B T D"], token_mask: Bool[Array, "B T"] | None) -> Float[Array, "B T D"]:
-    """Return y plus the output bias of the mixture, if it has one. Padding stays zero."""
+    """Return y plus the output bias of a mixture of experts, if it has one. Padding stays zero.
+
+    `mixture` is a module with a field `output_bias`, which is [D] or None.
+    """
     if mixture.output_bias is None:
         return y
     bias = mixture.output_bias[...].astype(y.dtype)[None, None]

@@ -1,7 +1,7 @@
 """The table of parameters: for every module, the name, the axes, the partition and the muP label of each parameter.
 
-Partitions, muP labels, the Hugging Face layouts, freezing and pruning read it. A parameter that is not in the table is
-an error. So a parameter never gets by accident the row of another parameter of the same name.
+Partitions, muP labels, the Hugging Face layouts, freezing and pruning are computed from this table. A parameter that is
+not in the table is an error. So a parameter never gets by accident the row of another parameter of the same name.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -40,7 +40,7 @@ class Parameter(NamedTuple):
         return PartitionSpec(*(None if axis == "-" else axis for axis in self.partition.split()))
 
     def axis(self, letter: str) -> int | None:
-        """Return the index of an axis, or None if the parameter has no such axis."""
+        """Return the index of the axis `letter`, without the axis L, or None if the parameter has no such axis."""
         axes = self.axes.split()
         return axes.index(letter) if letter in axes else None
 
@@ -143,7 +143,11 @@ class Leaf(NamedTuple):
 
 
 def leaves_of(tree, owner: type | None = None, path: tuple[str, ...] = ()) -> Iterator[Leaf]:
-    """Yield every array of a tree, in the order of `jax.tree.leaves`."""
+    """Yield every array of a tree as a `Leaf`, in the order of `jax.tree.leaves`.
+
+    `owner`: the module class of the arrays, if the tree is a dictionary with parameters of one module. `path`: the
+    names in front of the names in the tree; only the recursion uses it.
+    """
     inside = lambda node: node is not tree and isinstance(node, nnx.Module | nnx.Variable)  # noqa: E731
     owner = type(tree) if isinstance(tree, nnx.Module) else owner
     for keys, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=inside):
@@ -155,7 +159,10 @@ def leaves_of(tree, owner: type | None = None, path: tuple[str, ...] = ()) -> It
 
 
 def map_leaves(function: Callable[[Leaf], Any], tree, owner: type | None = None):
-    """Return the tree with `function(leaf)` in the place of every `Leaf`."""
+    """Return a tree like `tree` in which every array is replaced by `function(leaf)`, with the array as a `Leaf`.
+
+    `owner` is as in `leaves_of`.
+    """
     return jax.tree.unflatten(jax.tree.structure(tree), [function(leaf) for leaf in leaves_of(tree, owner)])
 
 
@@ -163,7 +170,8 @@ def parameter(leaf: Leaf) -> Parameter:
     """Return the row of the table for a parameter of a module.
 
     Raises:
-      ValueError: the module or its parameter is not in the table, or the parameter has another number of axes.
+      ValueError: the table has no row for this module class and this name, or the row has another number of axes than
+        the parameter.
     """
     last, rows = leaf.names[-1], {}
     for cls in reversed(leaf.owner.__mro__):
@@ -181,7 +189,7 @@ def parameter(leaf: Leaf) -> Parameter:
 
 
 def label(leaf: Leaf) -> str:
-    """Return the muP label of a parameter.
+    """Return the muP label of a parameter: "matrix", "embedding", "vector" or "frozen" (see `Parameter`).
 
     In a tree without modules, such as a dictionary of arrays, the label is looked up by name only. Raises ValueError if
     the table has no parameter of that name, or parameters of that name with different labels.
@@ -197,14 +205,15 @@ def label(leaf: Leaf) -> str:
 
 
 def partition(leaf: Leaf) -> PartitionSpec:
-    """Return the partition of an array of a model or of a training state.
+    """Return the partition of an array of a model or of a training state: which mesh axes divide which of its axes.
 
-    The counters of a training state are not divided. Raises ValueError for a matrix outside a module.
+    The counters of a training state, which no module owns, are not divided. Raises ValueError for an array with two or
+    more axes outside a module.
     """
     dims = np.ndim(leaf.value)
     if leaf.owner is None:
         if dims >= 2:
-            raise ValueError(f"no partition for {leaf.name!r} with {dims} axes, which no module owns")
+            raise ValueError(f"no partition for {leaf.name!r} with {dims} axes: it is outside a module")
         return PartitionSpec()
     row = parameter(leaf)
     stacked = dims == len(row.axes.split()) + 1  # the axis of the layers comes first
@@ -212,25 +221,28 @@ def partition(leaf: Leaf) -> PartitionSpec:
 
 
 def specs(tree):
-    """Return a tree like `tree` with the partition of every array; `tree` is a model or a whole training state."""
+    """Return a tree like `tree` with a `PartitionSpec` for every array.
+
+    `tree` is a model or a whole training state.
+    """
     return map_leaves(partition, tree)
 
 
 def shardings(mesh: Mesh, tree):
-    """Return a tree like `tree` with the sharding of every array on a mesh."""
+    """Return a tree like `tree` with a `NamedSharding` for every array: its partition on this mesh."""
     return map_leaves(lambda leaf: NamedSharding(mesh, partition(leaf)), tree)
 
 
 def axes_by_name(tree) -> Mapping[str, str]:
-    """Return {name of a parameter: the letters of its axes} for a model."""
+    """Return {name of a parameter: the letters of its axes} for all parameters of a model, without the axis L."""
     return {leaf.name: parameter(leaf).axes for leaf in leaves_of(tree)}
 
 
 def gather(tree, dtype, owner: type | None = None):
-    """All-gather parameters along the mesh axis "fsdp", in the type of the computation, `dtype`.
+    """All-gather the parameters that the mesh axis "fsdp" divides, in the type of the computation, `dtype`.
 
-    `tree` is a module, or parameters of the module class `owner`. If the mesh does not have that axis, the tree is
-    returned unchanged. Routers keep their type, because rounding changes which experts they choose.
+    `tree` is a module, or a dictionary with parameters of the module class `owner`. If the mesh does not have the axis,
+    `tree` is returned unchanged. Routers keep their type, because rounding changes which experts they choose.
     """
     if size("fsdp") == 1:
         return tree

@@ -10,7 +10,8 @@ from stickjax.models.layers import dropout
 def relative_scores(q: Float[Array, "B T K X H"], relative: Float[Array, "K H P"], S: int) -> Float[Array, "B K X T S"]:
     """Compute the scores q_i . R[j - i] of every query i and key j.
 
-    `relative` is R, with one vector per head for each of P = 2 * clip - 1 distances. Larger distances are clipped.
+    X query heads share a key head. `relative` is R, with one vector of dimension H per key head for each of the P =
+    2 * clip - 1 distances j - i from 1 - clip to clip - 1. Larger distances use the vector of the nearest of these.
 
     >>> scores = relative_scores(jnp.ones((1, 2, 1, 1, 1)), jnp.array([[[-1.0, 0.0, 1.0]]]), 3)
     >>> scores[0, 0, 0].tolist()
@@ -34,8 +35,9 @@ def softmax_attention(
     rate: float = 0.0,
     key=None,
 ) -> Float[Array, "B T N H"]:
-    """Compute sum_j softmax_j(scale * q_i . (k_j + R[j - i])) v_j over the keys of the mask, with the softmax in fp32.
+    """Compute sum_j softmax_j(scale * q_i . (k_j + R[j - i])) v_j for every query i, with the softmax in fp32.
 
+    The sum runs over the keys j for which `mask` is True. `relative` is R, as in `relative_scores`; None: R is zero.
     With a key, dropout at `rate` is applied to the weights.
     """
     (B, T, N, H), (S, K) = q.shape, k.shape[1:3]

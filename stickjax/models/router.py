@@ -25,11 +25,12 @@ NEVER = -1e9  # the logit of an expert that must not be chosen; finite, so that 
 
 
 class RouterSums(NamedTuple):
-    """The sums that a router's losses are computed from, over the unmasked tokens of this device.
+    """Sums over the unmasked tokens of this device, from which the losses of a router are computed.
 
-    `tokens`: the number of tokens. `pairs`: the number of (token, choice) pairs, tokens * k. `rows` [E]: the pairs per
-    expert.
-    `probability` [E], `z` and `entropy`, with g the softmax of the logits: sum g, sum logsumexp(logits)^2 and sum H(g).
+    `tokens`: the number of tokens. `pairs`: the number of (token, choice) pairs, tokens * k. `rows` [E]: the pairs of
+      each expert.
+    `probability` [E], `z` and `entropy`, with g the softmax of a token's logits and H(g) its entropy: the sums of g, of
+      logsumexp(logits)^2 and of H(g).
     """
 
     tokens: jax.Array
@@ -41,7 +42,10 @@ class RouterSums(NamedTuple):
 
 
 class RouterStats(NamedTuple):
-    """The unweighted losses of routers [L], and `load` [L,E]: the share of the T * k rows that went to each expert."""
+    """The unweighted losses of the routers of L layers, [L] each, and their `load`.
+
+    `load` [L,E] is the share of the (token, choice) pairs that went to each expert.
+    """
 
     switch: jax.Array
     z: jax.Array
@@ -51,9 +55,10 @@ class RouterStats(NamedTuple):
 
 
 def probabilities(logits: Float[Array, "T E"], trained: int | None = None) -> Float[Array, "T E"]:
-    """Return the softmax of logits, reproducible to the bit when an extended model has additional columns.
+    """Return the softmax of the logits, with the same bits before and after experts were added to a model.
 
-    If only columns with logits of -inf follow the first `trained` columns, these first columns keep every bit.
+    `trained` is the number of columns of the trained model; added columns follow. If all added columns have logits of
+    -inf, the results of the first `trained` columns have the same bits as without the added columns.
 
     In XLA the last bit of an exponential depends on the shape of its loop, and the last bit of a sum on its length. So
     the exponentials of the two parts are computed separately, with an optimization barrier around each. The sum is a
@@ -86,11 +91,16 @@ def choose_experts(
 ) -> tuple[Int[Array, "T k"], Float[Array, "T k"]]:
     """Return the indices of the k chosen experts of every token, and their gates.
 
-    `topk_softmax`: the experts with the k largest logits; the gates are the softmax of these (they sum to one).
-    `softmax_topk`: the gates are the k largest `probabilities` of the softmax over E, unchanged. `bias` [E] is added
-    for the selection only. Experts in `pruned` [E] are never selected. With a key, the last `sample_topk` of the k
-    experts are drawn by their probabilities without replacement instead (Gumbel top-k). Their gates are computed in the
-    same way.
+    Args:
+      logits: the logits of the experts.
+      k: how many experts a token uses.
+      order: "topk_softmax": the experts with the k largest logits; the gates are the softmax of these k logits and sum
+        to one. "softmax_topk": the gates are the k largest of the `probabilities` over all E experts, unchanged.
+      trained: as in `probabilities`.
+      bias: [E], added for the selection only; the gates do not contain it.
+      pruned: [E], True for experts that are never selected.
+      sample_topk, key: with a key, the last `sample_topk` of the k experts are drawn by their probabilities, without
+        replacement (Gumbel top-k). Their gates are computed in the same way.
     """
     logits = logits.astype(jnp.float32)
     scores = logits if order == "topk_softmax" else probabilities(logits, trained)
@@ -111,7 +121,9 @@ def choose_experts(
 def round_tokens(
     expert_indices: Int[Array, "T k"], gates: Float[Array, "T k"], num_experts: int, multiple: int
 ) -> Int[Array, "T k"]:
-    """Token rounding: every expert's rows are rounded down to a multiple, so that no tile of a kernel is partly empty.
+    """Drop rows, so that the number of rows of every expert is a multiple of `multiple` (token rounding).
+
+    A row is a (token, choice) pair. Then no tile of a kernel is partly empty.
 
     Each expert drops its rows with the smallest gates, at most `multiple` - 1 of them. A dropped row gets the index E,
     which means no expert (after arXiv 2512.14080, which also rounds up). The result depends on the device's whole
@@ -134,9 +146,10 @@ def router_sums(
     expert_indices: Int[Array, "T k"],
     weight: Float[Array, "T"] | Bool[Array, "T"] | None = None,
 ) -> RouterSums:
-    """Compute the sums of one router over its tokens, weighted by `weight`.
+    """Compute the `RouterSums` of one router over its tokens. `weight` is the weight of each token; None: all are 1.
 
-    A logit of -inf, the logit of an absent expert, counts as `NEVER`.
+    `expert_indices` may contain E, which means no expert. A logit of -inf belongs to an expert that does not exist, and
+    counts as `NEVER`.
     """
     logits = jnp.maximum(logits.astype(jnp.float32), NEVER)
     weight = jnp.ones(logits.shape[:1]) if weight is None else weight.astype(jnp.float32)
@@ -150,7 +163,9 @@ def router_sums(
 
 
 def router_stats(sums: RouterSums) -> RouterStats:
-    """Compute the losses over the tokens of all devices, for one router or for the routers of all layers.
+    """Sum over all devices, and compute the losses and the load of one router, or of the routers of all layers.
+
+    With g the softmax of a token's logits, H the entropy and e an expert:
 
     switch = E * sum_e f_e P_e, with f_e the share of the rows and P_e the mean of g_e: 1 at balance (arXiv 2101.03961;
       Hugging Face's variant does not divide the rows by k and is k at balance).
@@ -170,20 +185,20 @@ def router_stats(sums: RouterSums) -> RouterStats:
 def updated_router_bias(
     bias: Float[Array, "*L E"], load: Float[Array, "*L E"], rate: float, experts: int | Int[Array, "*L 1"]
 ) -> Float[Array, "*L E"]:
-    """Return the bias of the next step: b_e + rate * sign(mean load - load_e).
+    """Return the selection bias for the next step: b_e + rate * sign(mean load - load_e).
 
-    This is the auxiliary-loss-free balancing of arXiv 2408.15664. The mean is over the `experts` that exist; after
-    pruning, they are fewer than E.
+    This is the auxiliary-loss-free balancing of arXiv 2408.15664. `load` is the share of the rows that each expert got.
+    The mean is over the `experts` that exist; after pruning, they are fewer than the E columns.
     """
     return (bias + rate * jnp.sign(load.sum(-1, keepdims=True) / experts - load)).astype(bias.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class Experts:
-    """The numbers of experts of a router. `old` and `new` experts exist; `pruned` experts do not exist any more.
+    """How many experts a router has. `old` and `new` experts exist; `pruned` experts do not exist any more.
 
-    The router columns are in this order: old and pruned experts as they were trained, then new experts. The weights
-    contain only the old experts, then the new ones.
+    A router has a column of logits for each of them, in this order: the old and the pruned experts, as they were
+    trained, then the new experts. The weights of the experts contain only the old experts, then the new ones.
     """
 
     old: int
@@ -192,7 +207,7 @@ class Experts:
 
     @property
     def count(self) -> int:
-        """E, the number of experts that exist."""
+        """The number of experts that exist, which other docstrings call E."""
         return self.old + self.new
 
     @property
@@ -203,9 +218,9 @@ class Experts:
 class Router(nnx.Module):
     """A router: chooses k experts for a token x [D] by their logits, which are always computed in fp32.
 
-    The field `network` of the config says how. `linear`: x weight. `mlp`: gelu(x hidden + hidden_bias) weight. `gmm`:
-    exp(log_scale) cos(x hidden, weight_e), where weight_e is the centroid of expert e. `new_weight` has the columns of
-    experts that were added to a trained model.
+    The config field `network` says how the logits are computed. "linear": x weight. "mlp": gelu(x hidden + hidden_bias)
+    weight. "gmm": exp(log_scale) cos(x hidden, weight_e), where weight_e is the centroid of expert e. `new_weight` has
+    the columns of experts that were added to a trained model.
 
     `selection_bias` balances the load without a loss. It affects the choice but not the gates. In a pruned model
     `slot[column]` is the index of the expert's weights, or -1 if the expert was pruned. With
@@ -236,7 +251,10 @@ class Router(nnx.Module):
         self.slot = nnx.Param(jnp.arange(old + new, dtype=jnp.float32)) if mixture.pruning != "no" else None
 
     def logits(self, tokens: Float[Array, "T D"], key=None) -> tuple[Float[Array, "T E"], Any]:
-        """Return the logits of all columns (see `Experts`), and the key for sampling."""
+        """Return the logits of all router columns (see `Experts`), and a random key for the sampling of experts.
+
+        The key is the `key` of the call, unless a subclass uses a part of its randomness.
+        """
         exact = lambda param: param[...].astype(jnp.float32)  # noqa: E731
         x = tokens.astype(jnp.float32)
         if self.hidden is not None:
@@ -254,10 +272,10 @@ class Router(nnx.Module):
     def __call__(
         self, tokens: Float[Array, "T D"], token_weight: Float[Array, "T"] | Bool[Array, "T"] | None = None, key=None
     ) -> tuple[Int[Array, "T k"], Float[Array, "T k"], RouterSums]:
-        """Return the experts of every token, their gates, and the sums for the losses.
+        """Choose k experts for every token. Return their indices, their gates, and the `RouterSums` for the losses.
 
         `token_weight`: the weight of each token in the losses; a token mask is also accepted. A token of weight 0 has
-        no expert: its index is E.
+        no expert: all its indices are E. With a random `key`, the router samples and rounds as in training.
         """
         (logits, key), slot = self.logits(tokens, key), self.slot
         bias = None if self.selection_bias is None else self.selection_bias[...].astype(jnp.float32)

@@ -8,7 +8,11 @@ from stickjax.config import ModelConfig
 
 
 def attend(config: ModelConfig, q, k, v, context):
-    """Return (out [B,T,N,H], None), because softmax leaves no rest; see `config.attention.AttentionVariant`."""
+    """Compute causal softmax attention, as an `AttentionVariant` of `stickjax.config.attention`.
+
+    Return (out [B,T,N,H], None). None stands for the rest of the stick: softmax weights always sum to one. `context`
+    is a `Context` of `stickjax.models.attention`.
+    """
     c, T, S = config, q.shape[1], k.shape[1]
     # At most eight query tiles, each with only the keys that it can attend to: about half of all T * S scores.
     tile = max(64, -(-T // 8)) if isinstance(context.offset, int) else T

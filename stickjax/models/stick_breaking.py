@@ -7,9 +7,10 @@ from stickjax.parallel.collectives import size
 
 
 def attend(config: ModelConfig, q, k, v, context):
-    """Return (out [B,T,N,H], the rest of every query's stick [B,T,N]), as an `AttentionVariant` must.
+    """Compute stick-breaking attention, as an `AttentionVariant` of `stickjax.config.attention`.
 
-    See `stickjax.config.attention.AttentionVariant`.
+    Return (out [B,T,N,H], rest [B,T,N]). The rest is the part of the stick of a query that no key has taken.
+    `context` is a `Context` of `stickjax.models.attention`.
     """
     c, segments = config, (context.segment_ids, context.key_segment_ids)
     options = dict(

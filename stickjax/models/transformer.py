@@ -21,7 +21,7 @@ from stickjax.parallel.collectives import copy_to_tensor_parallel, size
 
 
 class Cache(NamedTuple):
-    """The keys and values of the tokens read so far. There are S places; the first `length` of them are filled.
+    """The keys and values of the tokens so far. There is room for S tokens; the first `length` places are filled.
 
     `key` and `value` are [L,B,S,K,H]. `value` is None if the values equal the keys (`key_value="input"`).
     `segment_ids` [B,S] is -1 for padding and for places that are not filled yet. `length` is a scalar.
@@ -36,9 +36,10 @@ class Cache(NamedTuple):
 class Output(NamedTuple):
     """The output of a decoder.
 
-    `logits` [B,T,V] are in fp32. On a mesh with "tensor", a device has only its part of V. `router` has the statistics
-    of the routers of the feed-forward experts in all layers, `attention_router` of the attention experts; None without
-    such experts. `cache` is None if the call had no cache.
+    `logits` [B,T,V] are in fp32. On a mesh with the axis "tensor", a device has only its part of V.
+    `router` and `attention_router` have the losses and loads of the routers in all layers: the routers of the
+      feed-forward experts, and the routers of the attention experts. None without such experts.
+    `cache` is None if the call had no cache.
     """
 
     logits: jax.Array
@@ -48,7 +49,7 @@ class Output(NamedTuple):
 
 
 class Block(nnx.Module):
-    """A layer: x + m_res * attention(norm(x)), then x + m_res * feed_forward(norm(x))."""
+    """A layer: x becomes x + m_res * attention(norm(x)), and then x + m_res * feed_forward(norm(x))."""
 
     def __init__(self, config: ModelConfig, key):
         self.config = config
@@ -129,7 +130,11 @@ class Transformer(nnx.Module):
 
 
 def _context(config: ModelConfig, tokens, segment_ids, cache: Cache | None) -> tuple[Context, Cache | None]:
-    """Return the context of the tokens, and the cache with their segment ids and its new length."""
+    """Return the `Context` of the tokens for the attention layers, and the new cache.
+
+    The new cache has the segment ids of the tokens, and its length counts them. The layers add keys and values later.
+    Without a cache, the second value is None.
+    """
     rotary = variant(config.attention).rotary
     if size("context") > 1:
         segment_ids = jnp.zeros_like(tokens) if segment_ids is None else segment_ids
@@ -150,7 +155,7 @@ def _context(config: ModelConfig, tokens, segment_ids, cache: Cache | None) -> t
 
 
 def empty_cache(config: ModelConfig, batch: int, size: int) -> Cache:
-    """Return an empty cache for `batch` sequences of up to `size` tokens, in the type of the computation."""
+    """Return an empty cache for `batch` sequences of up to `size` tokens each, in the type `config.dtype`."""
     shape = (config.L, batch, size, config.K, config.H)
     values = None if config.key_value == "input" else jnp.zeros(shape, config.dtype)
     return Cache(
@@ -162,13 +167,16 @@ def empty_cache(config: ModelConfig, batch: int, size: int) -> Cache:
 def decode_step(
     model: "Transformer", tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"], cache: Cache
 ) -> tuple[Float[Array, "B V"], Cache]:
-    """Return the logits after the last of the `tokens`, and the cache with the `tokens` added."""
+    """Run the model on `tokens`, which follow the tokens in the cache. A negative segment id is padding.
+
+    Return the logits after the last of the `tokens`, and the cache with the `tokens` added.
+    """
     output = model(tokens, segment_ids, cache=cache, last_only=True)
     return output.logits[:, -1], output.cache
 
 
 def init(config: ModelConfig, key: jax.Array) -> Transformer:
-    """Return a new model, which is also the pytree of its parameters.
+    """Return a new decoder with random parameters. The model is the pytree of its parameters.
 
     >>> model = init(ModelConfig(V=16, D=8, L=2, N=2, K=1, H=4, F=16), jax.random.key(0))
     >>> model.blocks.attention.query.shape

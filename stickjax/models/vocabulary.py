@@ -10,14 +10,17 @@ from stickjax.parallel.collectives import first_of, reduce_from_tensor_parallel,
 
 
 def _local(ids, count: int):
-    """Return the ids as indices into the `count` entries of this device, and a mask of the ids that it has."""
+    """Convert token ids to indices into the part of the vocabulary on this device, which has `count` entries.
+
+    Return the indices, and a mask that is True for the ids in this part. The other ids get the index 0.
+    """
     ids = ids - first_of("tensor", count)
     here = (ids >= 0) & (ids < count)
     return jnp.where(here, ids, 0), here
 
 
 def embedded(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """Return the rows of the table for the tokens."""
+    """Return the rows of the embedding `table` for the token ids. A device may have only a part of the V rows."""
     if size("tensor") == 1:
         return table[tokens]
     tokens, here = _local(tokens, table.shape[0])

@@ -22,7 +22,7 @@ from stickjax.plan.search import SWEPT
 
 
 def _hosts(devices: int) -> int:
-    """Return the smallest number of hosts that have at most eight devices each, the same number on every host."""
+    """Return the smallest number of hosts that have the same number of devices each, at most eight."""
     return next(hosts for hosts in range(max(1, -(-devices // 8)), max(1, devices) + 1) if devices % hosts == 0)
 
 

@@ -25,7 +25,10 @@ from stickjax.training.step import TrainState, init_state, jit_step
 
 
 class Machine(NamedTuple):
-    """The devices to compile for, the same number on every host. `memory`: bytes of one device, None if not known."""
+    """The devices to compile for, of which every host has the same number.
+
+    `chip`: what is known about the GPU, None for an unknown one. `memory`: bytes of one device, None if not known.
+    """
 
     devices: tuple[jax.Device, ...]
     hosts: int
@@ -41,7 +44,11 @@ class Machine(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A compiled step of a config. Bytes are per device; `work` is the work of all devices."""
+    """A compiled training step.
+
+    `arguments`, `temporaries` and `peak` are bytes on one device: the peak is the most that the step needs at once.
+    `work` is the work of all devices together.
+    """
 
     config: Config
     mesh: Mesh | None
@@ -98,7 +105,10 @@ def present_machine() -> Machine:
 
 
 def make_mesh(config: Config, machine: Machine) -> Mesh | None:
-    """Return the mesh of a config on a machine. Raises ValueError unless the mesh uses all devices."""
+    """Return the mesh of a config on a machine, or None for one device.
+
+    Raises ValueError unless the mesh uses all devices of the machine.
+    """
     mesh = mesh_module.make_mesh(config, list(machine.devices))
     if (used := 1 if mesh is None else mesh.size) != len(machine.devices):
         raise ValueError(f"the mesh has {used} devices, there are {len(machine.devices)}: --mesh.fsdp=-1 takes all")
@@ -106,7 +116,10 @@ def make_mesh(config: Config, machine: Machine) -> Mesh | None:
 
 
 def abstract_arguments(config: Config, mesh: Mesh | None, device: jax.Device) -> tuple[TrainState, dict]:
-    """Return the shapes, types and shardings of the state and the batch of a step. Without a mesh, use `device`."""
+    """Return the arguments of a step, the training state and the batch, as shapes with types and shardings.
+
+    Without a mesh, both are on `device`.
+    """
     alone = NamedSharding(Mesh([device], ("x",)), PartitionSpec())
     state = jax.eval_shape(lambda: init_state(config, jax.random.key(0)))
     places = jax.tree.map(lambda _: alone, state) if mesh is None else shardings(mesh, state)
@@ -118,9 +131,9 @@ def abstract_arguments(config: Config, mesh: Mesh | None, device: jax.Device) ->
 
 
 def compile_step(config: Config, machine: Machine) -> Compiled:
-    """Compile the step that `python -m stickjax.train` would run.
+    """Compile the step that `python -m stickjax.train` would run for a config, on the devices of a machine.
 
-    Raises ValueError if the mesh does not fit the config or the machine.
+    Nothing is executed. Raises ValueError if the mesh does not fit the config or the machine.
     """
     begun = time.perf_counter()
     mesh, device = make_mesh(config, machine), machine.devices[0]

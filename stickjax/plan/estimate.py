@@ -22,7 +22,11 @@ ASSUMPTIONS = (
 
 
 class Estimate(NamedTuple):
-    """The seconds of a step. `overlapped`: the slowest of the three hides the others. `serial`: one after the other."""
+    """The seconds that a step spends on compute, on memory traffic and on the network.
+
+    `overlapped` is the time of the step if the slowest of the three hides the others, and `serial` the time if they run
+    one after the other.
+    """
 
     compute: float
     memory: float
@@ -38,13 +42,13 @@ class Estimate(NamedTuple):
 
 
 def model_flops(compiled: Compiled) -> float:
-    """Return the floating-point operations of a step without recomputation; `mfu` is computed from them."""
+    """Return the floating-point operations of the model in a step, without recomputation, as `mfu` counts them."""
     data = compiled.config.data
     return family_of(compiled.config.model).flops_per_token(compiled.config.model, data.T) * data.tokens_per_step
 
 
 def estimate(compiled: Compiled, chip: Chip) -> Estimate:
-    """Estimate the time of a step under ASSUMPTIONS."""
+    """Estimate the time of a compiled step on GPUs of one kind, under the ASSUMPTIONS of this file."""
     n = compiled.devices
     moved = compiled.work.bytes / n + 2 * sum(compiled.state.values())
     sent = sum(c.sent * c.count / (chip.link if c.local else chip.network) for c in compiled.collectives)
@@ -52,7 +56,10 @@ def estimate(compiled: Compiled, chip: Chip) -> Estimate:
 
 
 def mfu(compiled: Compiled, chip: Chip, seconds: float) -> float:
-    """Return the model FLOPs as a share of the operations that the devices could do in this time at their peak."""
+    """Return the MFU: `model_flops` as a share of the operations that the devices can do at their peak in `seconds`.
+
+    `chip` says what the peak of a device is.
+    """
     return model_flops(compiled) / (compiled.devices * chip.flops * seconds)
 
 

@@ -16,10 +16,11 @@ from stickjax.system.memory import itemsize
 
 
 class Work(NamedTuple):
-    """`flops` of the matrix products and kernels (a multiply-add is two); `bytes` of their operands and results.
+    """The work of a program. Elementwise operations are not included, whether they are fused or not.
 
-    Neither includes elementwise operations, fused or not. `unknown`: the number of loops whose number of passes depends
-    on data and is not stated; each of them counts as one pass.
+    `flops`: the floating-point operations of matrix products and kernels; a multiply-add counts as two. `bytes`: the
+      size of their operands and results.
+    `unknown`: the number of loops whose number of passes depends on data and is not stated; each counts as one pass.
     """
 
     flops: float = 0.0
@@ -34,7 +35,7 @@ class Work(NamedTuple):
 
 
 def count(jaxpr: Jaxpr | ClosedJaxpr) -> Work:
-    """Return the work of all devices together.
+    """Return the work of a program, for all devices together.
 
     >>> import jax.numpy as jnp
     >>> def f(x, w):
@@ -46,7 +47,10 @@ def count(jaxpr: Jaxpr | ClosedJaxpr) -> Work:
 
 
 def _count(jaxpr, trips: float | None) -> Work:
-    """Return the work of a jaxpr. `trips`: the number of passes that a surrounding op states for its `while` loops."""
+    """Return the work of a jaxpr.
+
+    `trips`: the number of passes that the op around the jaxpr states for its `while` loops; None: it states no number.
+    """
     total = Work()
     for equation in jaxpr.jaxpr.eqns if isinstance(jaxpr, ClosedJaxpr) else jaxpr.eqns:
         total += _equation(equation, trips)

@@ -37,7 +37,7 @@ class Collective(NamedTuple):
 
     @property
     def sent(self) -> float:
-        """Return the bytes that a device sends in one run, around a ring."""
+        """Return the bytes that a device sends when the collective runs once, if its group is a ring."""
         share = (self.devices - 1) / self.devices
         if self.kind in ("collective-permute", "collective-broadcast"):
             return self.bytes
@@ -66,7 +66,7 @@ def collectives(text: str, mesh: Mesh | None, per_host: int | None = None) -> li
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """Return the lines of every computation, and the name of the computation that the program starts with."""
+    """Return {name of a computation: its lines of HLO}, and the name of the computation where the program starts."""
     computations, entry, current = {}, "", None
     for line in text.splitlines():
         if not line.startswith(" "):
@@ -79,7 +79,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _runs(computations: dict[str, list[str]], entry: str) -> dict[str, float]:
-    """Return how often each computation runs, through calls, loops and branches.
+    """Return {name of a computation: how often it runs}, counted from `entry` through calls, loops and branches.
 
     A loop counts by its trip count, or once if that is not known. All branches count as taken.
     """
@@ -118,7 +118,7 @@ def _collective(kind, start, type_, line, count, mesh, per_host) -> Collective:
 
 
 def _parts(type_: str) -> list[str]:
-    """Return the members of a tuple type. A type that is not a tuple is the only member."""
+    """Return the members of an HLO tuple type, as text. A type that is not a tuple is its own only member."""
     if not type_.startswith("("):
         return [type_]
     parts, depth = [""], 0
@@ -133,7 +133,7 @@ def _parts(type_: str) -> list[str]:
 
 
 def _bytes(type_: str) -> int:
-    """Return the bytes of all arrays in a type.
+    """Return the bytes of all arrays in an HLO type.
 
     >>> _bytes("(f32[2,3]{1,0}, /*index=1*/bf16[4]{0})")
     32
@@ -146,7 +146,7 @@ def _bytes(type_: str) -> int:
 
 
 def _groups(line: str, mesh: Mesh) -> np.ndarray | list[list[int]]:
-    """Return the groups of a collective, as indices into the program's order of devices."""
+    """Return the groups of devices of the collective in a line of HLO. A device is its index in the program's order."""
     everything = [list(range(mesh.size))]
     if pairs := re.search(r"source_target_pairs=\{(\{[\d,{} ]*\})\}", line):
         return [[int(n) for n in pair.split(",")] for pair in re.findall(r"\{([\d, ]+)\}", pairs[1])]
@@ -162,9 +162,10 @@ def _groups(line: str, mesh: Mesh) -> np.ndarray | list[list[int]]:
 
 
 def _named_groups(mesh: str, axes: str) -> list[list[int]]:
-    """Return the groups of the form mesh['a'=2,'b'=8] {'a','b':(2)4}.
+    """Return the groups of devices that XLA writes in the form mesh['a'=2,'b'=8] {'a','b':(2)4}.
 
-    Here 'b':(2)4 means that b is divided into 2 outer times 4 inner parts, and a group has the 4 inner parts.
+    `mesh` and `axes` are the two parts of this text. Here 'b':(2)4 means that b is divided into 2 outer times 4 inner
+    parts, and a group has the 4 inner parts.
     """
     sizes = {name: int(size) for name, size in re.findall(r"'(.*?)'=(\d+)", mesh)}
     chosen = re.findall(r"'(.*?)'(?::\((\d+)\)(\d+))?", axes)
@@ -186,7 +187,7 @@ def _named_groups(mesh: str, axes: str) -> list[list[int]]:
 
 
 def _axes(groups, mesh: Mesh) -> tuple[str, ...]:
-    """Return the mesh axes along which the members of a group differ."""
+    """Return the names of the mesh axes over which a collective runs: along them the devices of a group differ."""
     at = np.stack(np.unravel_index(np.arange(mesh.size), mesh.devices.shape), axis=1)
     differs = np.zeros(at.shape[1], bool)
     for group in groups:

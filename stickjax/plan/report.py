@@ -16,9 +16,10 @@ from stickjax.system.memory import gib
 
 
 def by_axes(compiled: Compiled) -> list[dict]:
-    """Group the collectives of one kind over the same axes.
+    """Group the collectives of the same kind that run over the same mesh axes, the ones that send the most first.
 
-    Per step, `count` is how often they run, `bytes` is their size on a device, and `sent` is what a device sends.
+    In each group, `count` is how often they run per step. `bytes` is the sum of their sizes on a device, and `sent` the
+    number of bytes that a device sends, both per step. `local` says whether they stay within a host.
     """
     groups = defaultdict(lambda: dict(count=0.0, bytes=0.0, sent=0.0))
     for c in compiled.collectives:
@@ -35,7 +36,7 @@ def mesh_words(axes: dict[str, int]) -> str:
 
 
 def as_dict(compiled: Compiled, machine: Machine) -> dict:
-    """Return all numbers of the report, for JSON."""
+    """Return all numbers of the report as one dictionary, for JSON. Sizes are in bytes, times in seconds."""
     total, active = family_of(compiled.config.model).parameter_counts(compiled.config.model)
     found = dict(
         machine=machine.description,
@@ -85,7 +86,10 @@ def time_words(compiled: Compiled, machine: Machine) -> str:
 
 
 def print_step(compiled: Compiled, machine: Machine, changes: list[tuple[dict, Compiled]]) -> None:
-    """Print the report of one step. `changes`: if the step does not fit, changes of the config that make it fit."""
+    """Print the report of one step.
+
+    If the step does not fit into memory, `changes` has pairs (changes of the config that make it fit, the step then).
+    """
     config, work = compiled.config, compiled.work
     total, active = family_of(config.model).parameter_counts(config.model)
     rows = config.data.B // config.train.accumulate
@@ -126,7 +130,10 @@ def print_step(compiled: Compiled, machine: Machine, changes: list[tuple[dict, C
 
 
 def print_sweep(steps: list[Compiled], left_out: list, machine: Machine) -> None:
-    """Print a table of steps, the shortest estimated time first."""
+    """Print a table of compiled steps, the shortest estimated time first.
+
+    `left_out` are the configs of the meshes that were not compiled.
+    """
     table = Table(title=machine.description)
     for column in ("mesh", "arguments", "temporaries", "peak", "fits", "sent", "overlapped", "serial", "MFU"):
         table.add_column(column, justify="left" if column == "mesh" else "right")
@@ -146,7 +153,12 @@ def print_sweep(steps: list[Compiled], left_out: list, machine: Machine) -> None
 
 
 def show(config: Config, machine: Machine, *, as_json: bool = False, swept: bool = False) -> None:
-    """Compile, search, and print the report. Raises ValueError if the mesh does not divide the batch and the model."""
+    """Compile the step of a config for a machine, and print the report.
+
+    If the step does not fit into memory, the report also has changes of the config that make it fit. `swept`: compare
+    several meshes instead. `as_json`: print JSON. Raises ValueError if the mesh does not divide the batch and the
+    model.
+    """
     config = with_vocabulary(config, devices=machine.devices)
     if swept:
         steps, left_out = sweep(config, machine)

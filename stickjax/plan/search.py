@@ -13,7 +13,7 @@ SWEPT = 8  # meshes that a sweep compiles
 
 
 class Change(NamedTuple):
-    """The changes that make a config fit, and its compiled step."""
+    """Changes of a config after which its step fits into memory, {field: value}, and the step compiled with them."""
 
     changes: dict[str, int | str]
     compiled: Compiled
@@ -57,7 +57,7 @@ def _more_remat(compiled: Compiled) -> Iterator[dict]:
 
 
 def _smaller_microbatches(compiled: Compiled, room: float) -> Iterator[dict]:
-    """Return at most three smaller microbatches, down to one sequence per device.
+    """Return changes to at most three smaller microbatches, down to one sequence per device. `room`: free bytes.
 
     Temporaries shrink at most in proportion to the microbatch. So microbatches that cannot fit are left out.
     """
@@ -68,7 +68,10 @@ def _smaller_microbatches(compiled: Compiled, room: float) -> Iterator[dict]:
 
 
 def _more_parts(compiled: Compiled) -> Iterator[dict]:
-    """Yield meshes with a smaller axis "data" and a larger axis "fsdp", so that more devices divide the parameters."""
+    """Yield changes to meshes with a smaller axis "data" and a larger axis "fsdp".
+
+    On such meshes more devices divide the parameters.
+    """
     data, fsdp = compiled.axes.get("data", 1), compiled.axes.get("fsdp", 1)
     for n in range(2, data + 1):
         if data % n == 0:
@@ -76,7 +79,7 @@ def _more_parts(compiled: Compiled) -> Iterator[dict]:
 
 
 def meshes(config: Config, machine: Machine) -> list[Config]:
-    """Return the config on every mesh of all devices that it allows.
+    """Return a copy of the config for every mesh that uses all devices of the machine and divides the config.
 
     Meshes with few axes larger than 1 come first, and among these the meshes that divide only the batch.
     """
@@ -102,9 +105,10 @@ def meshes(config: Config, machine: Machine) -> list[Config]:
 
 
 def sweep(config: Config, machine: Machine) -> tuple[list[Compiled], list[Config]]:
-    """Compile the step on the first SWEPT meshes. Return the compiled steps, and the configs that were left out.
+    """Compile the step of a config on the first SWEPT of its `meshes`.
 
-    Raises ValueError if no mesh divides the batch and the model.
+    Return the compiled steps, and the configs on the other meshes, which were not compiled. Raises ValueError if no
+    mesh divides the batch and the model.
     """
     configs = meshes(config, machine)
     if not configs:

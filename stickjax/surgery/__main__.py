@@ -32,9 +32,9 @@ from stickjax.system.text import json_text
 
 
 def source_of(data: DataConfig, words: str) -> DataConfig:
-    """Return the data config of one source, such as "stdlib" or "text:PATH".
+    """Return the data config of one source of text. `words` is a value of `--source`: "stdlib" or "text:PATH".
 
-    A source of the run that needs a path takes the path of the run.
+    Without a path in `words`, a source of the run that needs a path takes the path of the run.
 
     >>> source_of(DataConfig(source="stdlib,logic"), "logic").source
     'logic'
@@ -49,7 +49,10 @@ def source_of(data: DataConfig, words: str) -> DataConfig:
 
 
 def table(result: dict) -> Table:
-    """Return a table with a row per kind: bits about the source in every layer, and modules unused by each source."""
+    """Return a table of a `report`, with a row per kind of modules.
+
+    It has the number of modules, the number that each source does not use, and the bits about the source per layer.
+    """
     shown = Table(title=f"modules, on {result['max_tokens']} held-out tokens of each source")
     shown.add_column("kind")
     for column in ("modules", *(f"unused by {source}" for source in result["use"]), "bits about the source, by layer"):

@@ -13,13 +13,14 @@ from stickjax.surgery.kinds import KINDS, Kind, axes_of, kinds_of, rebuilt, slot
 
 
 def extend(model: Transformer, key: jax.Array, *, experts: int = 0, attention_experts: int = 0) -> Transformer:
-    """Return the model with new modules in every layer.
+    """Return a larger model, which has new modules in every layer.
 
-    The routers compute h'(x) = softmax([A; A'] r(x)), with the columns A of the old and A' of the new modules. The new
-    modules and A' are separate leaves (`new_*`), initialised as in a new model, so that patterns of `optim.trainable`
-    can select them (see `tune.TRAINABLE`). Modules that an earlier call has added become old ones first (`merged`).
+    A router computes softmax([A; A'] r(x)) for a token x. r(x) is the input of its last matrix, A are the columns of
+    the old modules, and A' the columns of the new ones. The new modules and A' are separate arrays (`new_*`),
+    initialised as in a new model, so that patterns of `optim.trainable` can select them (see `tune.TRAINABLE`).
+    Modules that an earlier call has added become old ones first (`merged`).
 
-    No old leaf changes. If A' is -inf, the routers return the same bits as before, and so does the model with
+    No old array changes. If A' is -inf, the routers return the same bits as before, and so does the model with
     implementation="reference". With "xla" the number of experts decides how many rows are multiplied at once. On a CPU
     this may change the last bit.
 
@@ -37,7 +38,9 @@ def extend(model: Transformer, key: jax.Array, *, experts: int = 0, attention_ex
     """
     added = {"ffn": experts, "attention": attention_experts}
     if min(added.values()) < 0 or not any(added.values()):
-        raise ValueError(f"nothing to add: experts={experts}, attention_experts={attention_experts}")
+        raise ValueError(
+            f"nothing to add: experts={experts}, attention_experts={attention_experts}; give numbers of 0 or more"
+        )
     model = merged(model)
     present = {kind.name for kind in kinds_of(model.config)}
     for name, number in added.items():
@@ -57,9 +60,9 @@ def extend(model: Transformer, key: jax.Array, *, experts: int = 0, attention_ex
 
 
 def merged(model: Transformer) -> Transformer:
-    """Return the model with its new modules joined to the old ones.
+    """Return the model in which the modules that `extend` has added are part of the same arrays as the old ones.
 
-    It computes the same function, up to rounding (see `router.probabilities`).
+    The new model computes the same function, up to rounding (see `router.probabilities`).
 
     >>> from stickjax.config import ExpertsConfig, ModelConfig
     >>> config = ModelConfig(V=16, D=8, L=2, N=2, K=1, H=4, F=16, experts=ExpertsConfig(4, 2, "softmax_topk"))
@@ -90,12 +93,13 @@ def prune(
 ) -> Transformer:
     """Return the model without the modules that are used least.
 
-    The weights of the layers are stacked, so every layer has as many places as the layer that keeps the most modules.
-    Places that a layer does not need are zero. `slot` of a router says which of its columns have a module.
+    The weights of the layers are stacked, so every layer has room for as many modules as the layer that keeps the most.
+    Room that a layer does not need is filled with zeros. `slot` of a router says which of its columns have a module.
 
     Args:
-      model: a trained model. New modules become old ones first (`merged`).
-      use: the result of `use(model, batches)`. A kind that is missing here, or below, is not pruned.
+      model: a trained model. Modules that `extend` has added become old ones first (`merged`).
+      use: {kind: [L, columns]}, the result of `use(model, batches)`. A kind that is missing here, or in `count` or
+        `threshold`, is not pruned.
       count: how many modules each layer keeps, the most used ones first. One number, or {kind: number}.
       threshold: a module is kept if it has at least this share of the routed pairs of its layer. Each layer keeps at
         least as many modules as a token needs (k, N / K). One number, or {kind: number}.
@@ -114,11 +118,11 @@ def prune(
     """
     one_of("denominator", denominator, ("old", "new"))
     if (count is None) == (threshold is None):
-        raise ValueError(f"one of count={count} and threshold={threshold} must be given")
+        raise ValueError(f"exactly one of count={count} and threshold={threshold} must be given")
     model = merged(model)
     config, leaves = model.config, named_leaves(model)
     if denominator == "old" and any(x.pruning == "new_denominator" for x in config.mixtures().values()):
-        raise ValueError("denominator='old' after a pruning with the new one: the pruned columns are no longer there")
+        raise ValueError("denominator='old' after a pruning with 'new': the pruned columns are no longer there")
     if missing := use.keys() - {kind.name for kind in kinds_of(config)}:
         raise ValueError(f"use has {', '.join(sorted(missing))}, but the model has no such modules")
     sizes = {}
@@ -136,9 +140,13 @@ def prune(
 
 
 def _kept(kind: Kind, alive, use, k: int, count: int | None, threshold: float | None) -> np.ndarray:
-    """Return a mask of the modules of each layer that remain, [L, columns]."""
+    """Return a mask [L, columns] that is True for the modules of one kind that remain.
+
+    `alive` [L, columns] is True for the modules that exist, and `use` [L, columns] counts their (token, choice) pairs.
+    k is the number of modules that a token uses. `count` and `threshold` are as in `prune`; one of them is None.
+    """
     if use.shape != alive.shape:
-        raise ValueError(f"use of {kind.name} is {list(use.shape)}, the routers are {list(alive.shape)}")
+        raise ValueError(f"the shape of use[{kind.name!r}] is {list(use.shape)}, the routers are {list(alive.shape)}")
     fewest = int(alive.sum(1).min())
     if count is not None and not k <= count <= fewest:
         raise ValueError(f"count={count} of {kind.name} must be from {k}, the number that a token uses, to {fewest}")
@@ -154,7 +162,11 @@ def _kept(kind: Kind, alive, use, k: int, count: int | None, threshold: float | 
 
 
 def _keep(model: Transformer, leaves: dict, kind: Kind, slot, keep, denominator: str) -> dict[str, int]:
-    """Remove the pruned modules of one kind from `leaves`, and return the changed fields of its mixture."""
+    """Remove the pruned modules of one kind from `leaves`, {name: array}, and return the changed fields of its mixture.
+
+    `slot` [L, columns] is from `slots`, and `keep` [L, columns] is True for the modules that remain. The fields are
+    "E", the number of modules for which a layer has room, and "pruned", the number of router columns beyond E.
+    """
     E = int(keep.sum(1).max())
     columns = np.argsort(~keep, axis=1, kind="stable")[:, :E]  # of the kept ones, in their order
     kept = np.take_along_axis(keep, columns, 1)

@@ -16,7 +16,10 @@ from stickjax.storage.checkpoints import named_leaves
 
 
 class Kind(NamedTuple):
-    """A kind of modules. `name`: the part of the block, `blocks.<name>`. `field`: the field of the config."""
+    """A kind of modules (experts). `blocks.<name>` is the part of a block that has them.
+
+    `field`: the field of the model config that describes them.
+    """
 
     name: str
     field: str
@@ -25,11 +28,11 @@ class Kind(NamedTuple):
         return getattr(config, self.field)
 
     def chosen(self, config: ModelConfig) -> int:
-        """Return the number of modules that a token uses."""
+        """Return the number of modules of this kind that a token uses in each layer."""
         return config.experts.k if self.name == "ffn" else config.N // config.K
 
     def changed(self, config: ModelConfig, **fields) -> ModelConfig:
-        """Return the config with some fields of this mixture changed."""
+        """Return the config of a model with some `fields` changed in the `ExpertsConfig` of this kind."""
         return dataclasses.replace(config, **{self.field: dataclasses.replace(self.mixture(config), **fields)})
 
 
@@ -37,7 +40,10 @@ KINDS = {"attention": Kind("attention", "attention_experts"), "ffn": Kind("ffn",
 
 
 def kinds_of(config: FamilyConfig) -> list[Kind]:
-    """Return the kinds of modules that a model has. Raises ValueError if it has none, or if they cannot change."""
+    """Return the kinds of modules that a model with this config has.
+
+    Raises ValueError if it has none, or if modules of this model family cannot be added or pruned.
+    """
     if not config.can_change_experts:
         raise ValueError(f"a model of family={config.family!r} has no modules that can be added or pruned")
     kinds = [kind for kind in KINDS.values() if kind.mixture(config).E]
@@ -47,14 +53,17 @@ def kinds_of(config: FamilyConfig) -> list[Kind]:
 
 
 def axes_of(model: Transformer, kind: Kind, letter: str) -> dict[str, int]:
-    """Return {leaf: index of its axis `letter`} for the leaves with this axis: "E" modules, "C" router columns."""
+    """Return {name of an array: index of its axis `letter`} for the arrays of one kind that have this axis.
+
+    `letter` is "E" for the axis of the modules, or "C" for the axis of the router columns. The axis L has index 0.
+    """
     leaves = leaves_of(getattr(model.blocks, kind.name))
     found = {"/".join(["blocks", kind.name, *leaf.names]): parameter(leaf).axis(letter) for leaf in leaves}
     return {name: axis + 1 for name, axis in found.items() if axis is not None}  # after L
 
 
 def slots(model: Transformer, kind: Kind) -> np.ndarray:
-    """Return [L, columns]: for every router column the index of its module in the weights, -1 if it was pruned."""
+    """Return [L, columns]: for each router column the index of its module in the weights, or -1 if it was pruned."""
     router = getattr(model.blocks, kind.name).router
     if router.slot is not None:
         return np.asarray(router.slot[...], int)
@@ -62,7 +71,10 @@ def slots(model: Transformer, kind: Kind) -> np.ndarray:
 
 
 def rebuilt(config: ModelConfig, leaves: dict[str, jax.Array], fresh: Transformer | None = None) -> Transformer:
-    """Return the model of `config` with the `leaves`, by name. A missing leaf is taken from the model `fresh`."""
+    """Return a model for `config` whose arrays are `leaves`, {name: array}. Names are as in `named_leaves`.
+
+    An array that is missing in `leaves` is taken from the model `fresh`.
+    """
     shape = fresh or jax.eval_shape(lambda: init(config, jax.random.key(0)))
     values = []
     for name, leaf in named_leaves(shape).items():

@@ -18,7 +18,9 @@ TRAINABLE = {"frozen": "*.new_*", "full": "*.new_*,*.router.*"}
 
 
 def freeze(config: Config, patterns: str) -> Config:
-    """Return the config with an `optim.trainable` that also freezes the parameters which match the patterns.
+    """Return a config that also freezes the parameters whose names match `patterns`, separated by commas.
+
+    The patterns are added to `optim.trainable`, each with a ! in front.
 
     >>> freeze(Config(), "*.router.*,embed").optim.trainable
     '*,!*.router.*,!embed'
@@ -29,9 +31,10 @@ def freeze(config: Config, patterns: str) -> Config:
 
 
 def frozen(model: Transformer, trainable: str):
-    """Return a mask for other optimizers: a tree like the model, True for frozen parameters.
+    """Return a mask for optimizers of your own: a tree like the model, with True for every frozen parameter.
 
-    `trainable` is a value of `optim.trainable`. Raises ValueError for a pattern that matches no parameter.
+    `trainable` is a value of the config field `optim.trainable`. Raises ValueError for a pattern that matches no
+    parameter.
 
     >>> import optax
     >>> from stickjax.config import ExpertsConfig, ModelConfig
@@ -50,13 +53,13 @@ def concentrate(
 ) -> Result:
     """Train the model of a run with the load-concentration loss, so that it uses few modules.
 
-    The losses that spread the load are off, the router biases that spread it are frozen, and all other parameters are
-    trainable, unless `changes` says otherwise. Afterwards `prune` can remove the unused modules.
+    This turns off the losses that spread the load, and freezes the router biases that spread it. All other parameters
+    are trainable. `changes` may say otherwise. Afterwards `prune` can remove the unused modules.
 
     Args:
       run: folder of a trained run.
       out: folder of the new run; if it was stopped, it is resumed.
-      weight: the weight of H(e), see `models.router.router_stats`.
+      weight: the weight of the load-concentration loss H(e), see `models.router.router_stats`.
       changes: changes of the config, as in `Config.replace`: {"data.source": "logic", "train.steps": 200}.
 
     Raises:

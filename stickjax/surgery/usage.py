@@ -24,7 +24,7 @@ def _rows(model: Transformer, batch: dict) -> dict[str, jax.Array]:
 
 
 def use(model: Transformer, batches: Iterable[Mapping[str, np.ndarray]]) -> Use:
-    """Count the (token, choice) pairs of unmasked tokens that went to every module.
+    """Count how many (token, choice) pairs went to every module. Padding tokens do not count.
 
     Args:
       model: a model with modules.
@@ -32,7 +32,8 @@ def use(model: Transformer, batches: Iterable[Mapping[str, np.ndarray]]) -> Use:
 
     Returns:
       {"attention": [L, columns], "ffn": [L, columns]}, whole numbers, for the kinds that the model has. A router has a
-      column for every module, the new ones last. It also has one for a pruned module that counts in its softmax.
+      column for every module, the new modules last. A pruned module still has a column if it counts in the softmax.
+
     Raises:
       ValueError: the model has no modules.
 
@@ -55,7 +56,9 @@ def use(model: Transformer, batches: Iterable[Mapping[str, np.ndarray]]) -> Use:
 
 
 def mutual_information(uses: Mapping[str, Use]) -> dict[str, np.ndarray]:
-    r"""Return the mutual information of the module of a routed pair and the source of its text, in bits, {kind: [L]}.
+    r"""Return how many bits the module that a token uses tells about the source of its text, {kind: [L]}.
+
+    This is the mutual information of a module m and a source s. `uses` is {source: the result of `use`}.
 
     .. math::
         I(m; s) = \frac1S \sum_s \sum_m p(m|s) \log_2 \frac{p(m|s)}{p(m)}, \qquad p(m) = \frac1S \sum_s p(m|s)
@@ -71,21 +74,23 @@ def mutual_information(uses: Mapping[str, Use]) -> dict[str, np.ndarray]:
 
 
 def _information(p: np.ndarray) -> np.ndarray:
-    """Return the mutual information for p(m|s) [S, L, columns]."""
+    """Return the mutual information in bits [L] for p(m|s), an array [S, L, columns] (see `mutual_information`)."""
     mean = np.broadcast_to(p.mean(0), p.shape)
     ratio = np.divide(p, mean, out=np.ones_like(p), where=p > 0)
     return (p * np.log2(ratio)).sum(-1).mean(0)
 
 
 def shares(use: np.ndarray) -> np.ndarray:
-    """Return the share of every module in the routed pairs of its layer, [L, columns]."""
+    """Convert the counts [L, columns] of `use` to shares: each module's share of the routed pairs of its layer."""
     return use / np.maximum(use.sum(-1, keepdims=True), 1)
 
 
 def batches_of(data: DataConfig, *, heldout: bool, max_tokens: int, batch_tokens: int = 2**12) -> list[dict]:
-    """Return batches [B,T] of windows drawn from the training or the held-out text, about `max_tokens` in all.
+    """Return batches of random windows of T tokens from the training text, or with `heldout` from the held-out text.
 
-    The last batch may end with rows of padding. Raises ValueError if the text has fewer than T + 1 tokens.
+    A batch has `tokens` and `segment_ids` [B,T], with B * T about `batch_tokens`. All batches have about `max_tokens`
+    tokens together. The last batch may end with rows of padding. Raises ValueError if the text has fewer than T + 1
+    tokens.
     """
     corpus, T = load_corpus(data)[heldout], data.T
     windows = (len(corpus.tokens) - 1) // T

@@ -14,7 +14,7 @@ from stickjax.parallel.mesh import AXES
 
 
 def banner(config: Config, data: TrainingData, mesh: Mesh | None = None) -> str:
-    """Describe a run: the model, the data, the steps and the devices."""
+    """Return the first lines that a training prints: its model, data, steps and devices."""
     m, d, family = config.model, config.data, family_of(config.model)
     (total, active), flops = family.parameter_counts(m), family.flops_per_token(m, d.T)
     parts = {axis: 1 for axis in AXES} if mesh is None else mesh.shape
@@ -30,7 +30,7 @@ def banner(config: Config, data: TrainingData, mesh: Mesh | None = None) -> str:
 
 
 def kernels(choices: Iterable[Choice]) -> str:
-    """List the kernels that one device runs in a step: one line per kernel, with the reason for its choice.
+    """Return the lines of the banner about the kernels that one device runs in a step, with the reason for each choice.
 
     `choices`: what `dispatch.recorded` collected while the step was traced.
     """

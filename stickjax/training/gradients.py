@@ -1,7 +1,7 @@
 """The gradients of a batch: summed over its microbatches, and over the devices of a mesh.
 
-On a mesh they are computed in one `jax.shard_map`. Kernels and routers see only the rows of their device, and all
-collectives are explicit (`stickjax.parallel.collectives`).
+On a mesh the gradients are computed in one `jax.shard_map`. Kernels and routers see only the rows of their device, and
+all collectives are explicit (`stickjax.parallel.collectives`).
 """
 
 from collections.abc import Callable
@@ -21,9 +21,9 @@ from stickjax.training.optimizer import stop_frozen_gradients
 
 
 def batch_gradients(config: Config) -> Callable:
-    """Return `f(params, batch, key) -> (gradients, metrics)`, which sums over `train.accumulate` microbatches.
+    """Return a function `f(params, batch, key)` that returns the gradients of the loss of a batch, and its metrics.
 
-    The gradients and metrics are from the loss of the model family.
+    The loss is the loss of the model family. f sums over `train.accumulate` microbatches.
     """
     loss, accumulate = family_of(config.model).loss, config.train.accumulate
     grad = jax.grad(lambda params, *inputs: loss(stop_frozen_gradients(config, params), *inputs), has_aux=True)
@@ -47,9 +47,10 @@ def batch_gradients(config: Config) -> Callable:
 
 
 def mesh_gradients(mesh: Mesh | None, gradients: Callable) -> Callable:
-    """Return `gradients(params, batch, key) -> (gradients, metrics)` as a function for a mesh.
+    """Return a function with the arguments of `gradients`, which runs it on all devices of a mesh.
 
-    Every device runs it on its part of the batch, and the gradients are summed over the devices.
+    `gradients(params, batch, key)` returns (gradients, metrics). Every device runs it on its part of the batch, and the
+    gradients are summed over the devices. Without a mesh, `gradients` itself is returned.
     """
     if mesh is None:
         return gradients

@@ -44,11 +44,13 @@ from stickjax.training.stopping import stop_requests
 
 
 class Result(NamedTuple):
-    """How a run ended.
+    """How a training ended.
 
-    `state`: None if it was interrupted before its first step. `tokens_per_second`: None if fewer than two steps were
-    measured. `outside`: share of the wall time spent outside the jitted step, without compilation time. `stopped_by`:
-    the number of the signal that stopped the run before its last step, or 0. `run`: the run folder.
+    `state`: the last training state; None if the run was interrupted before its first step. `finished`: whether the
+      last step was reached.
+    `tokens_per_second`: None if fewer than two steps were measured. `outside`: the share of the wall time that was
+      spent outside the jitted step, without compilation time.
+    `stopped_by`: the number of the signal that stopped the run before its last step, or 0. `run`: the run folder.
     """
 
     state: TrainState | None
@@ -76,8 +78,9 @@ class Result(NamedTuple):
 class Run:
     """A run while it trains: its config, its data, its files, its display, and requests to stop it.
 
-    `abstract`: the shapes of the state, with their shardings. `log`: None in a process that does not write.
-    `asked`: returns the number of the signal that asks for a stop, or 0.
+    `folder`: the run folder. `abstract`: the shapes of the training state, with their shardings. `loader`: the iterator
+    over batches. `asked`: a function that returns the number of the signal that asks for a stop, or 0. `log`: None in a
+    process that does not write. `trace`: the profile of a few steps, if one was requested.
     """
 
     folder: str
@@ -99,16 +102,19 @@ class Run:
         return shard_batch(self.mesh, next(self.loader), self.config.train.accumulate)
 
     def report(self, row: dict) -> None:
-        """Write a row of metrics, and show it."""
+        """Write a row of metrics to metrics.jsonl, and show it."""
         if self.log:
             self.log.write(row)
         self.progress.update(row)
 
     def save(self, state: TrainState, data_state: dict) -> None:
-        """Save a checkpoint with everything that a resumed run restores or checks."""
+        """Save a checkpoint: the training state, and everything else that a resumed run restores or checks.
+
+        `data_state` is the position of the data iterator after the batches that `state` has trained on.
+        """
         step, data = int(state.step), self.data
         if not all_finite(state.params):
-            raise self.not_finite(f"step {step}: its loss was finite, the parameters are not")
+            raise self.not_finite(f"step {step}: the loss was finite, but the new parameters are not")
         hashes = {
             "corpus": data.hash, "heldout": data.heldout_hash, "tokenizer": data.tokenizer and data.tokenizer.name
         }  # fmt: skip
@@ -123,7 +129,10 @@ class Run:
 
 
 def _start(run: Run, init_from: str | None, branch: str | None) -> tuple[TrainState, dict | None]:
-    """Return the first state of the training and of the data iterator: resumed, branched from another run, or new."""
+    """Return the first training state, and the state of the data iterator, None if the data begin with the first batch.
+
+    The run resumes if its folder has a checkpoint. Otherwise it branches from a checkpoint of another run, or is new.
+    """
     config, data = run.config, run.data
     if (restored := run.checkpoints.restore(run.abstract)) is not None:
         source = f"{run.checkpoints.folder.parent}@{restored.step}"
@@ -141,7 +150,7 @@ def _start(run: Run, init_from: str | None, branch: str | None) -> tuple[TrainSt
         source = f"{folder}@{restored.step}"
         check_trained(restored.extra, config, data.tokenizer, source)
         if restored.step >= config.train.steps:
-            steps = f"train.steps={config.train.steps} must be more than its step {restored.step}"
+            steps = f"train.steps={config.train.steps} must be more than {restored.step}, the step of the checkpoint"
             raise ValueError(f"--from {source}: {steps}")
         config.check_lengths(restored.step, tokens_of(restored.state))
         # A decay phase often uses another text. A new text is read from its start.
@@ -156,7 +165,10 @@ def _start(run: Run, init_from: str | None, branch: str | None) -> tuple[TrainSt
 
 
 def _check_text(what: str, where: str | None, found: str | None, recorded: str | None, source: str) -> None:
-    """Raise ValueError if the hash of the text differs from the one in the checkpoint `source`. None: no text."""
+    """Raise ValueError if a text has changed since the checkpoint `source`.
+
+    `what` and `where` name the text, `found` is its hash now, and `recorded` its hash in the checkpoint. None: no text.
+    """
     if None not in (found, recorded) and found != recorded:
         raise ValueError(
             f"the {what} has changed: the hash of {where} is now {found}, {source} was trained on {recorded}"
@@ -189,9 +201,10 @@ def _new(run: Run, init_from: str | None) -> TrainState:
 
 
 def _position(extra: dict, data: DataConfig) -> dict:
-    """Return the state of the data iterator at the position that a checkpoint has reached.
+    """Return the state of the data iterator with which a branch continues the text of a checkpoint.
 
-    The position is a number of batches. So it is converted in case the size of a batch has changed.
+    `extra` is what the checkpoint stores besides the training state, and `data` the data config of the branch. The
+    position in the text is stored as a number of batches. So it is converted in case the size of a batch has changed.
     """
     before, index = extra["config"]["data"], extra["data"]["next_index"]
     return extra["data"] | {"next_index": -(-index * before["B"] * before["T"] // data.tokens_per_step)}
@@ -230,7 +243,7 @@ def fit(
       quiet: print nothing.
 
     Raises:
-      ValueError: bad input, the folder belongs to another config, or another process is training in the folder.
+      ValueError: the config does not fit, the folder has another config, or another process trains in the folder.
       FloatingPointError: `max_bad_steps` consecutive steps, or all steps, were not finite; the last good checkpoint is
         kept.
       OSError: a checkpoint or the metrics could not be written.
@@ -274,7 +287,7 @@ def _check_same(config: Config, data: TrainingData) -> None:
 
 
 def _batch_part(config: Config, mesh) -> dict[str, int]:
-    """Return the bytes of the largest batch on one device."""
+    """Return {description of the largest batch: its bytes on one device}, for the check that a run fits into memory."""
     batch = abstract_batch(mesh, family_of(config.model).example_batch(config))
     return {f"a batch of B={config.data.B} x T={config.data.T}": local_bytes(batch)}
 

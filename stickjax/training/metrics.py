@@ -25,10 +25,10 @@ def peak_flops(devices: int = 1) -> float | None:
 
 
 class Pace:
-    """The speed of a training. The first step is not measured, because it takes longer.
+    """Measures the speed of a training. The first step is not measured, because it takes longer.
 
     `rate`: tokens per second, None before two steps are done. `outside`: the share of the wall time that was spent
-    outside the jitted step.
+    outside the jitted step. `peak`: the peak of all devices in FLOP per second, None if it is not known.
     """
 
     def __init__(self, tokens_per_step: int, flops_per_token: float, peak: float | None):
@@ -37,11 +37,11 @@ class Pace:
         self._started = self._now = time.perf_counter()
 
     def before(self) -> None:
-        """Must be called before every step."""
+        """Begin the measurement of a step. Call this before every step."""
         self._begun = time.perf_counter()
 
     def after(self) -> None:
-        """Must be called when the metrics of the step are on the host."""
+        """End the measurement of a step. Call this when the metrics of the step are on the host."""
         self._now = time.perf_counter()
         self._measured += 1
         if self._measured:
@@ -50,7 +50,7 @@ class Pace:
             self._started = self._now
 
     def end(self) -> None:
-        """Must be called when the last checkpoint is written, so that its time counts as well."""
+        """End the measurement. Call this when the last checkpoint is written, so that its time counts as well."""
         self._now = time.perf_counter()
 
     @property
@@ -66,9 +66,9 @@ class Pace:
         return max(self._now - self._started, 1e-9)
 
     def row(self) -> dict[str, float]:
-        """Return the tokens per second and, if the peak is known, `mfu`, the share of the peak.
+        """Return the speed for a row of metrics: `tokens_per_second` and, if the peak of the chip is known, `mfu`.
 
-        The result is empty before two steps are done.
+        `mfu` is the share of the peak. The result is empty before two steps are done.
         """
         if (rate := self.rate) is None:
             return {}
@@ -76,10 +76,10 @@ class Pace:
 
 
 class MetricsLog:
-    """One JSON object per line, in `run_folder/metrics.jsonl`.
+    """Writes rows of metrics to `run_folder/metrics.jsonl`, one JSON object per line.
 
-    Rows after `after_step` are deleted first, because a resumed run writes them again. Lines that `read_metrics` leaves
-    out are deleted too.
+    At the start, rows after the step `after_step` are deleted, because a resumed run writes them again. Lines that
+    `read_metrics` leaves out are deleted too.
     """
 
     def __init__(self, run_folder: str | os.PathLike, after_step: int):
@@ -103,10 +103,11 @@ def _is_number(value: Any) -> bool:
 
 
 def read_metrics(run_folder: str | os.PathLike) -> list[dict]:
-    """Return the rows of a run's metrics.jsonl, each with at least step, tokens, loss and learning_rate.
+    """Return the rows of metrics.jsonl in a run folder. Each row has at least step, tokens, loss and learning_rate.
 
-    null becomes NaN. Damaged lines, and lines that are not rows of metrics, are left out and logged. An incomplete last
-    line, which a crash leaves, is left out without a message.
+    A value null becomes NaN. Damaged lines, and lines that are not rows of metrics, are left out, and a warning is
+    logged. An incomplete last line, which a crash leaves, is left out without a warning. Without the file, the result
+    is empty.
     """
     path, rows, bad = Path(run_folder) / "metrics.jsonl", [], []
     *lines, last = path.read_bytes().split(b"\n") if path.is_file() else [b""]
@@ -123,11 +124,11 @@ def read_metrics(run_folder: str | os.PathLike) -> list[dict]:
     if bad:
         which = ", ".join(map(str, bad[:10])) + (", ..." if bad[10:] else "")
         s = "s"[len(bad) == 1 :]
-        log.warning("%s: left out %d damaged or foreign line%s: %s", printable(path), len(bad), s, which)
+        log.warning("%s: left out %d line%s without complete metrics: %s", printable(path), len(bad), s, which)
     return rows
 
 
 def metrics_of(run_folder: str | os.PathLike) -> Columns:
-    """Return the metrics of a run as columns: step, tokens, loss, learning_rate and then the others."""
+    """Return the logged metrics of a run as columns, {name: numpy array}: step, tokens, loss, learning_rate, others."""
     first = ("step", "tokens", "loss", "learning_rate")
     return Columns.of({name: row[name] for name in first} | row for row in read_metrics(run_folder))

@@ -24,7 +24,7 @@ def in_notebook() -> bool:
 
 
 def progress_of(run: str, config: Config, *, quiet: bool) -> Progress:
-    """Return the display for this process: for a notebook, or for a terminal."""
+    """Return the display of a training for this process: for a notebook, for a terminal, or a quiet one."""
     return NotebookProgress(run, config) if in_notebook() and not quiet else Progress(config, quiet=quiet)
 
 
@@ -73,7 +73,10 @@ class NotebookProgress(Progress):
         return f"{text.getvalue()} {row['step']}/{self._steps}  {self.words(row)}"
 
     def _display(self, name: str, content: dict[str, str]) -> None:
-        """Show the display `name`, or update it if it is already shown."""
+        """Show `content` below the cell, as the part with this name ("bar" or "picture"), or update that part.
+
+        `content` is {MIME type: data}.
+        """
         from IPython.display import display
 
         if name in self._handles:

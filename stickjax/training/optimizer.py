@@ -18,7 +18,10 @@ from stickjax.training.schedules import Transform, make_token_schedule, scale_by
 
 
 def is_trainable(name: str, trainable: str) -> bool:
-    """Return whether a parameter is trainable: it matches a pattern of `optim.trainable`, and no pattern after a !.
+    """Return whether the parameter `name` is trainable under a value `trainable` of the field `optim.trainable`.
+
+    It is trainable if its name matches a pattern without a !, and no pattern after a !. If all patterns have a !, the
+    first condition holds for every name.
 
     >>> [is_trainable("blocks.ffn.router.weight", patterns) for patterns in ("*.router.*", "!*.router.*", "*,!embed")]
     [True, False, True]
@@ -33,9 +36,9 @@ def is_trainable(name: str, trainable: str) -> bool:
 def label_tree(params, trainable: str = "*"):
     """Return a tree like `params` with the label of every parameter: "matrix", "embedding", "vector" or "frozen".
 
-    `trainable`: patterns of the names of trainable parameters (blocks.ffn.router.weight), separated by commas. A
-    pattern after a ! names frozen parameters; if all patterns have a !, all other parameters are trainable. Raises
-    ValueError for a pattern that matches no name.
+    `trainable` is a value of the config field `optim.trainable`: patterns of the names of trainable parameters, such as
+    blocks.ffn.router.weight, separated by commas. A pattern after a ! names frozen parameters. If all patterns have
+    a !, all other parameters are trainable. Raises ValueError for a pattern that matches no name.
     """
     patterns, names = [pattern.removeprefix("!") for pattern in trainable.split(",")], []
 
@@ -51,7 +54,7 @@ def label_tree(params, trainable: str = "*"):
 
 
 def stop_frozen_gradients(config: Config, params):
-    """Return the parameters, without a gradient for the ones that `optim.trainable` freezes."""
+    """Return the parameters, with a stopped gradient for every parameter that `optim.trainable` freezes."""
     freeze = lambda label, x: jax.lax.stop_gradient(x) if label == "frozen" else x  # noqa: E731
     return jax.tree.map(freeze, label_tree(params, config.optim.trainable), params)
 
@@ -62,7 +65,7 @@ def make_optimizer(config: Config, params) -> Transform:
     The optimizer is a chain: clipping, one Adam, decoupled weight decay (not of norms and biases), the learning rate by
     tokens, and the factor 1 / m_width of the matrices. This factor comes last. So it also divides the weight decay of
     the matrices, as in the published models; `scale_decay` multiplies this weight decay by m_width again (strict muP).
-    All is computed in float32. A trainable parameter of a smaller type has a float32 master in the state, which keeps
+    All values are float32. A trainable parameter of a smaller type has a float32 master in the state, which keeps
     small updates; `optax.apply_updates` sets the parameter to the rounded master.
 
     Args:
@@ -97,16 +100,18 @@ def make_optimizer(config: Config, params) -> Transform:
 
 
 class Masters(NamedTuple):
-    """The last part of the state of an optimizer that has masters."""
+    """The float32 masters of parameters, as the last part of the state of an optimizer."""
 
     masters: Any  # a tree like the parameters, with MaskedNode for a parameter without a master
 
 
 def _in_float32(tx: Transform, small) -> Transform:
-    """Return `tx` for float32 values, with a master for every parameter that is True in `small`.
+    """Return the optimizer `tx`, changed so that it computes everything in float32.
 
-    Without masters most updates of a bfloat16 parameter are lost, because they are below half a unit of its last place.
-    Moments in bfloat16 would lose small changes, and moments in float16 would underflow to 0 / 0.
+    `small` is a tree like the parameters, with True for every trainable parameter of a smaller type than float32. These
+    parameters get a master. Without masters most updates of a bfloat16 parameter are lost, because they are below half
+    a unit of its last place. Moments in bfloat16 would lose small changes, and moments in float16 would underflow to
+    0 / 0.
     """
     cast = lambda tree: optax.tree.cast(tree, jnp.float32)  # noqa: E731
     keep = lambda tree: Masters(jax.tree.map(lambda s, x: x if s else optax.MaskedNode(), small, tree))  # noqa: E731

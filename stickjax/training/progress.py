@@ -46,7 +46,10 @@ class Progress:
             self._console.print(text)
 
     def words(self, row: dict) -> str:
-        """Return a row of metrics as text. Without `tokens_per_second`, the rate and the time left are "-"."""
+        """Return a row of metrics as one line of text: loss, learning rate, speed, MFU and the time left.
+
+        Without `tokens_per_second` in the row, the speed and the time left are "-".
+        """
         share = f"{row['accuracy']:.1%} right" if "accuracy" in row else f"{row['loss'] / math.log(2):.3f} bits/token"
         rate = row.get("tokens_per_second")
         left = "-" if rate is None else f"{(self._steps - row['step']) * self._tokens_per_step / rate:,.0f} s"
@@ -64,7 +67,7 @@ class Progress:
 
 
 class _Output:
-    """A stream that ignores write errors. `unread`: the reader closed the pipe."""
+    """A stream that ignores write errors. `unread` becomes True when the reader of the stream has closed it."""
 
     def __init__(self, stream):
         self._stream, self.unread = stream, False

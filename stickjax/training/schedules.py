@@ -45,7 +45,8 @@ def power_by_tokens(
         run can be continued with a decay later, as if the decay had been planned from the start.
       decay_tokens: M, length of the decay at the end, in tokens; it starts from eta(N - M). None: it is N - W, so that
         the decay begins where the warmup ends.
-      decay: f, from 1 to d: exponential, (1 - d) e/(e-1) exp(-x) + (d e - 1)/(e-1); linear; sqrt, 1 - sqrt(x); cosine.
+      decay: the name of f, which falls from 1 to d: "exponential", (1 - d) e/(e-1) exp(-x) + (d e - 1)/(e-1); "linear";
+        "sqrt", 1 - sqrt(x) for d = 0; "cosine".
       a, b, max_value: scale and exponent of the law, and its cap eta_max.
       end_ratio: d, the last learning rate divided by the learning rate at the start of the decay.
 
@@ -85,10 +86,10 @@ def power_by_tokens(
 
 
 def wsd_by_tokens(*, warmup_tokens, **shape) -> TokenSchedule:
-    """Return the schedule warmup, stable, decay (arXiv 2404.06395): the Power schedule, always at its cap.
+    """Return the schedule warmup, stable, decay (arXiv 2404.06395): the Power schedule, always at its cap `max_value`.
 
     It takes the arguments of `power_by_tokens` except a and b. If the decay begins where the warmup ends, this is the
-    usual cosine (or linear) schedule. Without a decay, it is the constant schedule.
+    usual cosine (or linear) schedule. Without a decay, the learning rate is constant after the warmup.
 
     >>> learning_rate = wsd_by_tokens(warmup_tokens=100, total_tokens=1000, decay_tokens=200, decay="linear")
     >>> [f"{learning_rate(n, 1):.3f}" for n in (50, 100, 800, 900, 1000)]
@@ -98,7 +99,9 @@ def wsd_by_tokens(*, warmup_tokens, **shape) -> TokenSchedule:
 
 
 def power_schedule(*, tokens_per_step, batch_size=None, warmup_tokens, start_tokens=0, **law) -> optax.Schedule:
-    """Return `power_by_tokens` as a function of the step `count`, at n = start_tokens + count * tokens_per_step.
+    """Return `power_by_tokens` as a function of `count`, the number of the step.
+
+    The tokens trained before a step are n = start_tokens + count * tokens_per_step.
 
     Args:
       tokens_per_step: tokens in one step.
@@ -117,7 +120,7 @@ def power_schedule(*, tokens_per_step, batch_size=None, warmup_tokens, start_tok
 
 
 def wsd_schedule(*, tokens_per_step, warmup_tokens, start_tokens=0, **shape) -> optax.Schedule:
-    """Return `wsd_by_tokens` as a function of the step.
+    """Return `wsd_by_tokens` as a function of the number of the step.
 
     The arguments are as in `power_schedule`, without batch_size, a and b.
     """
@@ -171,11 +174,11 @@ class ScaleByTokensState(NamedTuple):
 
 
 def scale_by_tokens(schedule: TokenSchedule, tokens_per_step=None, *, batch_size=None, start_tokens=0) -> Transform:
-    """Multiply updates by -schedule(n, beta), where n is the exact number of tokens trained so far.
+    """Return an optax transform that multiplies updates by -schedule(n, beta), with n the tokens trained so far.
 
-    `update(updates, state, params, tokens=..., left=...)` takes the number of tokens of this step. It is added to a
-    counter in the state, which checkpoints save, so that a run may resume with another batch size. `left` is the number
-    of tokens still to come, including this step. It says where the run ends. Without `left`, the run ends at the
+    `update(updates, state, params, tokens=..., left=...)` takes the number of tokens of this step. It is added to an
+    exact counter in the state, which checkpoints save, so that a run may resume with another batch size. `left` is the
+    number of tokens still to come, including this step. It says where the run ends. Without `left`, the run ends at the
     schedule's total_tokens.
 
     Args:
@@ -212,7 +215,7 @@ def scale_by_tokens(schedule: TokenSchedule, tokens_per_step=None, *, batch_size
 
 
 def make_token_schedule(config: Config) -> TokenSchedule:
-    """Return the token schedule of `config.optim`.
+    """Return the token schedule that `config.optim` describes: a function of the tokens trained so far.
 
     The schedules power and wsd use `decay_tokens`; cosine decays from the end of the warmup to the end of the run.
     """
@@ -229,7 +232,7 @@ def make_token_schedule(config: Config) -> TokenSchedule:
 
 
 def make_schedule(config: Config) -> optax.Schedule:
-    """Return the schedule of `config.optim` as a function of the step, for logs and plots."""
+    """Return the learning rate of `config.optim` as a function of the number of the step, for logs and plots."""
     return _by_steps(make_token_schedule(config), config.data.tokens_per_step)
 
 
@@ -242,7 +245,7 @@ def _check_shape(warmup_tokens, total_tokens, decay_tokens, decay, a, b, max_val
     if decay not in DECAYS:
         raise ValueError(f"decay={decay!r} is not one of {', '.join(map(repr, DECAYS))}{nearest(str(decay), DECAYS)}")
     if total_tokens is None and decay_tokens != 0:
-        raise ValueError(f"{decay_tokens=} needs total_tokens: without an end there is nothing to decay to")
+        raise ValueError(f"{decay_tokens=} needs total_tokens: the decay ends at the end of the run")
     shortest = warmup_tokens + (decay_tokens or 0)
     if total_tokens is not None and not shortest <= total_tokens < math.inf:  # NaN fails, too
         raise ValueError(f"{warmup_tokens=} and {decay_tokens=} do not fit into {total_tokens=}")

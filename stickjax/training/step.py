@@ -16,8 +16,9 @@ from stickjax.training.optimizer import is_trainable, make_optimizer
 
 
 class TrainState(NamedTuple):
-    """Everything that a step changes.
+    """The training state: everything that a step changes.
 
+    `key`: the random key of the training; it stays the same, and each step derives its own key from it.
     `bad_steps`: how many steps in a row were skipped, because their loss or gradient was not finite.
     """
 
@@ -29,7 +30,7 @@ class TrainState(NamedTuple):
 
 
 def init_state(config: Config, key: jax.Array) -> TrainState:
-    """Return the state before the first step."""
+    """Return the state before the first step: new random parameters, a new optimizer state, and step 0."""
     k_init, k_train = jax.random.split(key)
     params = family_of(config.model).init(config.model, k_init)
     opt_state = make_optimizer(config, params).init(params)
@@ -38,9 +39,9 @@ def init_state(config: Config, key: jax.Array) -> TrainState:
 
 
 def tokens_of(state: TrainState) -> int:
-    """Return the number of tokens trained so far: the sum of B * T over the steps that were not skipped.
+    """Return the number of tokens that the model was trained on so far, as the optimizer counts them.
 
-    It uses the B and T that each step had.
+    It is the sum of B * T over the steps that were not skipped, with the B and T that each step had.
     """
     return int(optax.tree.get(state.opt_state, "tokens"))
 
@@ -57,10 +58,11 @@ def with_params(config: Config, state: TrainState, model) -> TrainState:
 
 
 def make_step(config: Config, mesh: Mesh | None = None) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
-    """Return the pure step `(state, batch) -> (state, metrics)`; `jit_step` jits it.
+    """Return the pure training step `(state, batch) -> (state, metrics)`, which `jit_step` jits.
 
-    On a mesh every device takes its part of each microbatch (`gradients.mesh_gradients`). `parameters.shardings` says
-    how the state is divided.
+    If the loss or the gradient is not finite, parameters and optimizer state stay the same, and `bad_steps` grows by 1.
+    On a mesh every device takes its part of each microbatch (`gradients.mesh_gradients`), and `parameters.shardings`
+    says how the state is divided.
     """
     family, steps = family_of(config.model), config.train.steps
     gradients = mesh_gradients(mesh, batch_gradients(config))
@@ -97,8 +99,8 @@ def make_step(config: Config, mesh: Mesh | None = None) -> Callable[[TrainState,
 def jit_step(config: Config, mesh: Mesh | None, state: TrainState) -> Callable:
     """Return the step of `make_step`, jitted.
 
-    The step donates the state, and the new state has the shardings of `parameters.shardings`. The values of `state` are
-    not read here, only its structure and its shapes.
+    The step donates the state, and the new state has the shardings of `parameters.shardings`. Only the structure and
+    the shapes of `state` are used here, not its values.
     """
     places = None if mesh is None else (shardings(mesh, state), None)
     return jax.jit(make_step(config, mesh), donate_argnums=0, out_shardings=places)

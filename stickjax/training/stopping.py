@@ -10,7 +10,7 @@ from stickjax.training.progress import Progress
 
 @contextlib.contextmanager
 def stop_requests(progress: Progress) -> Iterator[Callable[[], int]]:
-    """Yield a function that returns the number of the signal that asks for a stop, or 0.
+    """Handle requests to stop a training, and yield a function that returns the number of the signal, or 0 for none.
 
     The signals are SIGTERM, SIGINT (Ctrl-C) and SIGHUP, which a lost terminal sends. After nohup, SIGHUP is ignored.
     A closed output pipe counts as SIGPIPE, a lost launcher as SIGHUP. A second Ctrl-C interrupts at once.

@@ -37,9 +37,9 @@ SMALL = Config().replace(
 
 
 def at_width(config: Config, width: int, *, mup: bool, base: float | None = None) -> Config:
-    r"""Return the config with D = width.
+    r"""Return the config for a model with D = width, with muP or without.
 
-    N, K and F grow in proportion to D. H stays the same, and so does the scale of q.k.
+    N, K and F grow in proportion to D. H stays the same, and so does the scale of the products of queries and keys.
 
     .. math::
         m_{width} = width / base \text{ with muP}, \qquad m_{width} = 1 \text{ without}
@@ -73,9 +73,9 @@ def at_width(config: Config, width: int, *, mup: bool, base: float | None = None
 
 
 def activations(model: Transformer, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Return the activations of a model by name.
+    """Return {name: activation} for a model and a batch.
 
-    They are the embedding, the branches and the residual stream of every layer, and the logits.
+    The activations are the embedding, the branches and the residual stream of every layer, and the logits.
     """
     c, segment_ids = model.config, batch["segment_ids"]
     context = Context(segment_ids, segment_ids, segment_positions(segment_ids), 0)
@@ -100,10 +100,11 @@ def activations(model: Transformer, batch: dict[str, jax.Array]) -> dict[str, ja
 
 
 def transformer(config: Config, width: int, mup: bool) -> tuple:
-    """Return (params, optimizer, forward) of the model at a width, for `coordinate_check`.
+    """Return (params, optimizer, forward) of a model with D = width, for `coordinate_check`.
 
-    `forward(params)` is (training loss, activations) on the first batch of the config's text. The learning rate is
-    peak_lr from the first step on, because the few steps of a check would all lie in the warmup.
+    `forward(params)` returns (training loss, activations) for the first batch of the config's text. The learning rate
+    is peak_lr from the first step on, because the few steps of a check would all lie in the warmup. `mup` says whether
+    the model has muP.
     """
     constant = {"optim.schedule": "constant", "optim.warmup_tokens": 0, "optim.decay_tokens": 0}
     config = at_width(config, width, mup=mup).replace(constant)
@@ -118,7 +119,7 @@ def transformer(config: Config, width: int, mup: bool) -> tuple:
 
 @functools.lru_cache(maxsize=1)
 def training(config: Config) -> Callable[[float], np.ndarray]:
-    """Return a function `run(learning_rate)` that trains the config and returns the training loss of every step.
+    """Return a function `run(learning_rate)` that trains a new model and returns the training loss of every step.
 
     Every call starts from the same parameters and trains on the same batches. The learning rate is constant after the
     config's warmup; the config's schedule and peak_lr are not used. Nothing is written.
@@ -150,15 +151,18 @@ def training(config: Config) -> Callable[[float], np.ndarray]:
 
 
 def last_loss(losses: np.ndarray) -> float:
-    """Return the mean loss of the last quarter of the steps.
+    """Return the mean of the last quarter of `losses`, the training loss of every step.
 
-    Every batch is new text, so no held-out text is needed.
+    Every batch is new text, so no held-out text is needed to compare runs.
     """
     return float(losses[-max(1, len(losses) // 4) :].mean())
 
 
 def final_loss(config: Config, width: int, learning_rate: float, mup: bool) -> float:
-    """Return the loss at the end of a short training at a width, for `learning_rate_sweep`; NaN if it diverged."""
+    """Train a model of this width at a constant learning rate, and return its last loss; NaN if it diverged.
+
+    `mup` says whether the model has muP. `learning_rate_sweep` calls this function.
+    """
     return last_loss(training(at_width(config, width, mup=mup))(learning_rate))
 
 
@@ -198,14 +202,20 @@ def power_law_records(
 
 
 def _start(config: Config) -> TrainState:
-    """Return the state before the first step. Its random generator compiles in a third of the time."""
+    """Return the training state before the first step, with random parameters.
+
+    Its random generator, "rbg", compiles in a third of the time of the default one.
+    """
     start = lambda: init_state(config, jax.random.key(config.train.seed, impl="rbg"))  # noqa: E731
     check_fits(state_parts(jax.eval_shape(start)))
     return jax.jit(start)()
 
 
 def _batches(config: Config) -> list[dict[str, np.ndarray]]:
-    """Return the batches of all steps as a list, so that every run trains on the same batches."""
+    """Return the training batches of all steps of a config as a list, so that every run trains on the same batches.
+
+    Raises ValueError if V is smaller than the number of ids in the text.
+    """
     corpus = _corpus(config.data)
     with_vocabulary(config, corpus.tokenizer.vocab_size)  # checks V
     return list(itertools.islice(train_loader(corpus, config.data), config.train.steps))

@@ -72,9 +72,9 @@ class BiasedExperts(nnx.Module):
 
 
 class Branch(nnx.Module):
-    """A residual branch: norm(h + f(h)), or h + f(norm(h)) with `normalize_before`.
+    """A residual branch for the hidden states h: norm(h + f(h)), or h + f(norm(h)) with `normalize_before`.
 
-    f is the sum of the experts that the router chooses, weighted by their gates.
+    f(x) is the sum of the outputs of the experts that the router chooses, weighted by their gates.
     """
 
     def __init__(self, config: SutConfig, router: TanhRouter, experts: SharedHeads | BiasedExperts):
@@ -82,7 +82,11 @@ class Branch(nnx.Module):
         self.norm = LayerNorm(config)
 
     def __call__(self, h: Float[Array, "B T D"], running: Float[Array, "B T"], key, *inputs):
-        """Return the next h, and the router's sums for its losses. `inputs` are further arguments of the experts."""
+        """Return the next h, and the `RouterSums` for the losses.
+
+        `running`: the probability that each token still runs. It weights the tokens in the losses, and a token with
+        probability 0 uses no expert. `inputs` are further arguments of the experts.
+        """
         keys = [None] * 3 if key is None else jax.random.split(key, 3)
         x = self.norm(h) if self.config.normalize_before else h
         chosen, gates, sums = self.router(x.reshape(-1, x.shape[-1]), running.reshape(-1), keys[0])
@@ -92,10 +96,11 @@ class Branch(nnx.Module):
 
 
 class SutBlock(nnx.Module):
-    """Self-attention, cross-attention to `source` in a decoder, and a feed-forward network.
+    """The block of a Universal Transformer: self-attention, cross-attention to `source` in a decoder, feed-forward.
 
-    Self-attention computes its keys and values from the states s instead of h. So the tokens that still run attend to
-    the final states of the tokens that have halted.
+    h are the outputs of the previous block, and s the states of the tokens (see `Halting.state`). Queries come from h,
+    but self-attention computes its keys and values from s. So the tokens that still run attend to the final states of
+    the tokens that have halted.
     """
 
     def __init__(self, config: SutConfig, key, *, causal: bool, cross: bool = False):
@@ -121,7 +126,12 @@ class SutBlock(nnx.Module):
         source_segment_ids: Int[Array, "B S"] | None = None,
         key=None,
     ) -> tuple[Float[Array, "B T D"], dict[str, RouterSums]]:
-        """Return the next h, and {name of a router: its sums}."""
+        """Return the next h, and {name of a router: its `RouterSums`}.
+
+        `running`: the probability that each token still runs; a token with probability 0 uses no expert. `segment_ids`:
+        tokens attend only to tokens with the same id; a negative id is padding. `source` and `source_segment_ids` are
+        the sequence for cross-attention.
+        """
         keys, sums = [None] * 3 if key is None else jax.random.split(key, 3), {}
         seen = self.attention.norm(s) if self.config.normalize_before else s
         context = Context(segment_ids, segment_ids, None, 0)

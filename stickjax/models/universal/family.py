@@ -48,9 +48,10 @@ def apply(
 
 
 class TokenHistory(NamedTuple):
-    """The tokens that a language model has read so far; `length` is their number.
+    """The tokens that a language model has read so far, as its cache for text generation.
 
-    Their keys and values are not stored. For every new token the model runs on all tokens again.
+    `tokens` and `segment_ids` are [B,size]; the first `length` places are filled. Keys and values are not stored. For
+    every new token the model runs on all tokens again.
     """
 
     tokens: jax.Array
@@ -59,7 +60,7 @@ class TokenHistory(NamedTuple):
 
 
 def empty_cache(config: SutConfig, batch: int, size: int) -> TokenHistory:
-    """Return an empty cache for `batch` sequences of up to `size` tokens."""
+    """Return an empty `TokenHistory` for `batch` sequences of up to `size` tokens each."""
     return TokenHistory(
         jnp.zeros((batch, size), jnp.int32), jnp.full((batch, size), -1, jnp.int32), jnp.zeros((), jnp.int32)
     )
@@ -68,9 +69,9 @@ def empty_cache(config: SutConfig, batch: int, size: int) -> TokenHistory:
 def decode_step(
     model: LanguageModel, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"], cache: TokenHistory
 ) -> tuple[Float[Array, "B V"], TokenHistory]:
-    """Return the logits after the last of the `tokens`, and the cache with the `tokens` added.
+    """Run the model on the tokens in the cache and the new `tokens`. A negative segment id is padding.
 
-    Padding has a negative segment id.
+    Return the logits after the last of the `tokens`, and the cache with the `tokens` added.
     """
     put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, cache.length, axis=1)  # noqa: E731
     cache = TokenHistory(put(cache.tokens, tokens), put(cache.segment_ids, segment_ids), cache.length + tokens.shape[1])
@@ -132,7 +133,7 @@ def loss(
 
 
 def _mixture(config: SutConfig, router: str) -> ExpertsConfig:
-    """Return the config of the experts that the router with this name chooses from."""
+    """Return the config of the experts that a router chooses from. `router` is its name, such as "encoder_ffn"."""
     return config.experts if router.endswith("ffn") else config.attention_experts
 
 
@@ -157,7 +158,7 @@ class Universal(Family):
         return {"left": sentences, "right": sentences, "label": jax.ShapeDtypeStruct((config.data.B,), jnp.int32)}
 
     def parameter_counts(self, config: SutConfig) -> tuple[int, int]:
-        """Return the number of all parameters, and of the active ones.
+        """Return (the number of all parameters, the number of active parameters).
 
         Active parameters are the ones that one step applies to one token: k of E experts, without the embedding.
         """
@@ -169,7 +170,7 @@ class Universal(Family):
         return size(shapes), size(shapes.stack) - idle
 
     def flops_per_token(self, config: SutConfig, T: int) -> float:
-        """Count the operations as if no token halted before the last step.
+        """Return the floating-point operations of a training step per token, as if every token ran all L blocks.
 
         Bidirectional attention takes twice the operations of causal attention.
         """

@@ -46,12 +46,12 @@ class Halting(NamedTuple):
     `running` [B,T]: w, the probability that the token still runs. It is 0 for padding, and it becomes 0 as soon as it
       falls below 1 - threshold; then the token has halted.
     `depth` [B,T]: the mean number of blocks in `state`.
-    `act` [B,T]: the mean halting step. A loss on the depth needs its gradient. Unlike `depth`, it still changes after
-      the token has halted.
+    `act` [B,T]: the mean halting step, for a loss that makes tokens halt earlier. Unlike `depth`, it still changes
+      after the token has halted, so it has the gradient that this loss needs.
     `expected`, `expected_step`: the sums over the steps of p_l h_l and of p_l l.
-    `log_rest`: the log of the rest of the stick.
+    `log_rest`: the log of the rest of the stick, which is the probability that the token has not halted yet.
     `statistics`: the statistics of the block, summed over the steps.
-    `rows` [L]: the expert rows that each step has run.
+    `rows` [L]: the number of (token, choice) pairs that the experts computed in each step.
     """
 
     step: jax.Array
@@ -72,16 +72,19 @@ def halting_step(
 ) -> Halting:
     """Apply the block once, then decide which tokens halt.
 
-    With w = `running`, l the step and g the gate:
+    The names are fields of `Halting`; a prime marks the value after the step. With w = `running`, l the step, rest =
+    exp(`log_rest`), and g the probabilities from the gate:
 
       h' = block(h, state, w);   state' = expected + w h' where w > 0;
       p = rest * g_halt(h');   rest' = rest * g_go_on(h');   expected' = expected + p h';
       w' = rest' where rest' >= 1 - threshold, else 0.
 
     Args:
+      now: the state before this step.
       block: (h, state, w, l) -> (h', statistics, rows). Its attention computes keys and values from the state.
       gate: h -> the logs of the probabilities to go on and to halt, [B,T] each.
       token_mask: False for padding, which never runs.
+      threshold: a token halts when the probability that it has halted exceeds this number.
     """
     step, w = now.step, now.running
     hidden, statistics, rows = block(now.hidden, now.state.astype(now.hidden.dtype), w, step)
@@ -111,7 +114,10 @@ def halting_step(
 
 
 def start(x: Float[Array, "B T D"], token_mask: Bool[Array, "B T"], block: Callable, L: int) -> Halting:
-    """Return the state before the first step, in which every token except padding runs."""
+    """Return the state before the first step: all tokens except padding run, and all sums are zero.
+
+    `x` is the input of the first block. Only the shapes of the results of `block` are used here.
+    """
     state, zero = x.astype(jnp.float32), jnp.zeros(token_mask.shape, jnp.float32)
     first = jnp.zeros((), jnp.int32)
     _, statistics, rows = jax.eval_shape(block, x, x, zero, first)
@@ -143,7 +149,7 @@ def until_halted(
     """Run `halting_step` L times, or with `stop_early` only until all tokens have halted.
 
     Both give the same `state`, `depth`, `statistics` and `rows`. With `stop_early`, there is no reverse-mode
-    derivative.
+    derivative. `x` is the input of the first block; the other arguments are as in `halting_step`.
 
     >>> gate = lambda h: (jnp.full(h.shape[:2], jnp.log(0.5)),) * 2
     >>> block = lambda h, state, w, l: (h + 1, (), (w > 0).sum())

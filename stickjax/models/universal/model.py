@@ -24,9 +24,12 @@ class SutOutput(NamedTuple):
     """The output of a model for a batch.
 
     `logits` in fp32, [B,classes] or [B,T,V]. `depth` [B,T], for pairs [2,B,T]: the mean number of blocks in a token's
-    final state. `act`: the mean halting step of all tokens; a loss on it makes tokens halt earlier. `router`: the
-    statistics of every router over all steps, with every token weighted by the probability that it still runs.
-    `rows`: for every router name the expert rows [L] that this device ran in each step.
+      final state.
+    `act`: the halting step, as a mean over all tokens. A loss on it makes tokens halt earlier.
+    `router`: for every router name its losses and its load over all steps. Every token counts with the probability that
+      it still runs.
+    `rows`: for every router name an array [L], the number of (token, choice) pairs that the experts of this device
+      computed in each step.
     """
 
     logits: jax.Array
@@ -37,7 +40,10 @@ class SutOutput(NamedTuple):
 
 
 class UniversalStack(nnx.Module):
-    """One `SutBlock` for all steps, the gate that halts tokens, and with `normalize_before` a norm at the end."""
+    """One `SutBlock` that all steps share, the gate that halts tokens, and with `normalize_before` a final LayerNorm.
+
+    With `causal`, a token attends only to earlier tokens. With `cross`, the block also attends to another sequence.
+    """
 
     def __init__(self, config: SutConfig, key, *, causal: bool, cross: bool = False):
         self.config = config
@@ -57,9 +63,15 @@ class UniversalStack(nnx.Module):
         threshold=None,
         stop_early: bool = False,
     ) -> Halting:
-        """Apply the block up to L times, and return the state of the tokens at the end.
+        """Apply the block up to L times, and return the `Halting` at the end, with the final states of the tokens.
 
-        `segment_ids`: tokens attend only to tokens with the same id; a negative id is padding.
+        Args:
+          x: the embedded tokens.
+          segment_ids: tokens attend only to tokens with the same id; a negative id is padding.
+          source, source_segment_ids: the sequence for cross-attention, in a stack with `cross`.
+          key: randomness of a training step, or None.
+          threshold: replaces `halting_threshold` of the config.
+          stop_early: stop when all tokens have halted; then there is no reverse-mode derivative.
         """
         c = self.config
 
@@ -175,10 +187,10 @@ def sinusoidal(T: int, D: int) -> Float[np.ndarray, "T D"]:
 
 
 def embedded(config: SutConfig, embed, tokens, segment_ids, key):
-    """Return the input of the stack, and the random key of its steps.
+    """Return the input of a stack [B,T,D], and the random key for its steps.
 
-    The input is sqrt(D) * embedding, plus the sinusoidal positions within every segment if the config has them. It is
-    zero for padding.
+    The input is sqrt(D) * the embedding of each token, plus the sinusoidal positions within every segment if the config
+    has them. It is zero for padding. With a key, dropout is applied to it.
     """
     x = config.D**0.5 * cast(embed, config)[tokens]
     if config.sinusoidal and not config.causal:
@@ -189,7 +201,7 @@ def embedded(config: SutConfig, embed, tokens, segment_ids, key):
 
 
 def encoded(stack: UniversalStack, embed, tokens, key, **how) -> Halting:
-    """Embed tokens that are padded with 0, and run the stack on them."""
+    """Embed tokens that are padded with 0, and run the stack on them. `how` are further arguments of the stack."""
     segments = segments_of(tokens)
     x, key = embedded(stack.config, embed, tokens, segments, key)
     return stack(x, segments, key=key, **how)
@@ -200,9 +212,10 @@ def unembedded(state: Float[Array, "B T D"], embed: Float[Array, "V D"]) -> Floa
 
 
 def summary(logits, stacks, prefixes=("",)) -> SutOutput:
-    """Return the output of a model.
+    """Return the `SutOutput` of a model with these logits.
 
-    `stacks`: the final `Halting` and the token mask of each stack. `prefixes`: put before the router names of each.
+    `stacks`: for each stack the `Halting` at its end, and its token mask. `prefixes`: for each stack a prefix, which is
+    put in front of the names of its routers. `depth` is the depth of the first stack.
     """
     router, rows, act, tokens = {}, {}, 0.0, 0.0
     for (end, token_mask), prefix in zip(stacks, prefixes, strict=True):
