@@ -97,7 +97,7 @@ def rows(ceilings: Ceilings, *, quick: bool = False):
             versions = peer.versions
             stack.callback(peer.close)
         times = interleave(contestants, seconds=0.2 if quick else 40.0, least=3 if quick else 15)
-    case = f"B={config.data.B} T={config.data.T} D={m.D} L={m.L} E={m.E} k={m.k}"
+    case = f"B={config.data.B} T={config.data.T} D={m.D} L={m.L} E={m.experts.E} k={m.experts.k}"
     torch = times.get("torch GraniteMoe")
     for name, t in times.items():
         extra = {"tokens/s": 1e3 * tokens / t.median, "best tokens/s": 1e3 * tokens / t.best}

@@ -269,7 +269,7 @@ def test_damaged_bin_files_are_refused(mlp_gate, torch_save):
     torch_save(path, arrays, shape=(-1,), stride=(1,))
     refused("has a wrong shape")
     torch_save(path, arrays, shape=(4, 4), stride=(1, 4))
-    refused("transposed")
+    refused("contiguous")
     torch_save(path, arrays)
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])

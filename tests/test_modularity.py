@@ -37,7 +37,7 @@ def test_means_and_standard_errors_over_seeds():
 def test_half_of_the_modules_remain_the_most_used_or_any():
     model = init(MODEL, jax.random.key(0))
     pruned = modularity.pruned(model, CONFIG, "logic", None)
-    assert (pruned.config.E, pruned.config.attention_experts) == (2, 2)
+    assert (pruned.config.experts.E, pruned.config.attention_experts.E) == (2, 2)
     data = CONFIG.replace({"data.source": "logic"}).data
     counts = use(model, batches_of(data, heldout=False, max_tokens=modularity.TOKENS))
     kept = pruned.blocks.ffn.router.slot[...] >= 0

@@ -436,7 +436,8 @@ def test_concentrate(trained, tmp_path):
 
 
 def test_concentration_stops_the_bias_that_balances(trained, tmp_path):
-    config = load(trained.base).config.replace({"model.experts.bias_rate": 0.1, "train.steps": 1})
+    config = load(trained.base).config.replace({"train.steps": 1})
+    config = config.replace({f"model.{name}.bias_rate": 0.1 for name in config.model.mixtures()})
     base, few = str(tmp_path / "base"), str(tmp_path / "few")
     train.fit(config, base, quiet=True)
     concentrate(base, few)

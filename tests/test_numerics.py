@@ -11,7 +11,7 @@ from conftest import FORWARD, GRADIENT
 from pallas_kernels import expert_mlp, merge_stick_breaking, route, stick_breaking_attention
 from pallas_kernels.scatter_moe.call import ACTIVATIONS, GATED
 from stickjax.config import ExpertsConfig, ModelConfig
-from stickjax.models.router import Experts, Router, _unit
+from stickjax.models.router import Router, _unit
 
 IMPLEMENTATIONS = {"reference": {"implementation": "reference"}} | {
     name: STICK_IMPLEMENTATIONS[name] for name in ("xla", "xla-loop")
@@ -129,7 +129,7 @@ def test_a_vector_without_direction_has_no_gradient():
 @pytest.mark.parametrize("network", ["linear", "gmm"])
 def test_a_token_of_zeros_leaves_the_gradients_of_a_router_finite(network, order):
     config = ModelConfig(D=6, experts=ExpertsConfig(E=4, k=2, network=network, order=order, hidden=5))
-    router = Router(config, Experts(4), 2, jax.random.key(0))
+    router = Router(config, config.experts, 2, jax.random.key(0))
     tokens = jax.random.normal(jax.random.key(1), (5, 6)).at[0].set(0)
 
     def loss(router, tokens):

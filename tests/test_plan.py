@@ -80,7 +80,7 @@ def closed_form(config: Config) -> float:
     product = 2 * m.N * m.H * T / 2  # one product over the causal half of the scores
     if m.attention == "softmax":
         product *= 9 / 8  # eight query tiles, each with all keys up to the tile's end
-    up, down, router = 2 * m.k * m.D * 2 * m.F, 2 * m.k * m.F * m.D, 2 * m.D * m.E
+    up, down, router = 2 * m.experts.k * m.D * 2 * m.F, 2 * m.experts.k * m.F * m.D, 2 * m.D * m.experts.E
     forward = projections + 2 * product + up + down + router
     again = projections + 2 * product + up + router  # nothing needs the result of `down`, which ends the layer
     # Softmax has five products: dA, dv, dq, dk and the scores again. Stick-breaking has two kernels, and both compute
@@ -222,7 +222,7 @@ def test_collectives_are_those_of_the_strategy(compiled):
     gathers = [c for c in step.collectives if c.kind == "all-gather"]
     assert {c.axes for c in gathers} == {("fsdp",)}
     m = SMALL
-    layer = m.D * m.H * (2 * m.N + 2 * m.K) + m.D * m.E + 3 * m.E * m.D * m.F
+    layer = m.D * m.H * (2 * m.N + 2 * m.K) + m.D * m.experts.E + 3 * m.experts.E * m.D * m.F
     assert sum(c.bytes * c.count for c in gathers) == 4 * (2 * m.L * layer + m.vocabulary * m.D)
     scatters = [c for c in step.collectives if c.kind == "reduce-scatter"]
     assert sum(c.bytes * c.count for c in scatters) == 4 * (m.L * layer + m.vocabulary * m.D)

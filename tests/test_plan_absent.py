@@ -34,9 +34,9 @@ def test_nothing_is_gathered_beyond_the_strategy(planned):
     m, accumulate = config.model, config.train.accumulate
     # There is at most one all-gather for each of the seven matrices of a layer; XLA merges some of them.
     assert sum(c.count for c in gathers) <= accumulate * (2 * m.L * 7 + 1)
-    layer = m.D * m.H * (2 * m.N + 2 * m.K) + m.D * m.E + 3 * m.E * m.D * m.F
+    layer = m.D * m.H * (2 * m.N + 2 * m.K) + m.D * m.experts.E + 3 * m.experts.E * m.D * m.F
     # The parameters are gathered in bf16, the routers in float32.
-    values = accumulate * (2 * m.L * (layer + m.D * m.E) + m.vocabulary * m.D)
+    values = accumulate * (2 * m.L * (layer + m.D * m.experts.E) + m.vocabulary * m.D)
     assert sum(c.bytes * c.count for c in gathers) <= 2 * values
     assert {c.kind for c in step.collectives} == {"all-gather", "reduce-scatter", "all-reduce"}
     # Only small arrays are summed over all devices: norms, losses, and the scales of norms.
