@@ -237,9 +237,9 @@ def _spec(maps, axes, letters) -> PartitionSpec:
 
 
 def _axes(letters: Letters, arrays: list[_Array], mesh) -> dict[str, tuple[str, ...]]:
-    """Return {group: the mesh axes that divide the axes of this group}, for the groups of `letters.maps`.
+    """Return {group: the mesh axes that divide its letters}, for the groups of `letters.maps` that are divided.
 
-    Raise ValueError if the op cannot run with the arrays divided in this way.
+    `letters.maps` is {letter: group}.     Raise ValueError if the op cannot run with the arrays divided in this way.
     """
     maps, found, owners = letters.maps, {}, {}
 

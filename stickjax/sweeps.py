@@ -151,10 +151,10 @@ class PowerLaw(NamedTuple):
 
 
 def _refined(best: dict, line: Records) -> dict:
-    """Return the run `best` with its learning rate moved to the minimum of a parabola in ln(learning rate).
+    """Return a copy of the record `best` whose learning rate is the minimum of a parabola in ln(learning rate).
 
     The parabola goes through the losses of `best` and its two neighbours in `line`, the runs that differ only in their
-    learning rates. At the edge of the sweep, `best` is returned unchanged.
+    learning rates. The loss in the record does not change. `best` itself is returned at the edge of the sweep.
     """
     line = sorted(line, key=lambda r: r["learning_rate"])
     at = line.index(best)

@@ -1,6 +1,7 @@
 """Every model family works with every command, and so does a family or an attention variant from a user's file."""
 
 import dataclasses
+import functools
 import re
 from pathlib import Path
 
@@ -133,6 +134,10 @@ def test_an_attention_variant_of_the_user(monkeypatch):
     model = family.init(config, jax.random.key(0))
     other = family.init(dataclasses.replace(config, attention="halved"), jax.random.key(0))
     assert jnp.abs(family.apply(model, batch).logits - family.apply(other, batch).logits).max() > 1e-3
+    for function in ("module:function", functools.partial(halved), halved):  # whatever may be called
+        stickjax.register(AttentionVariant(function), f"as_{type(function).__name__}")
+        with pytest.raises(ValueError, match="attention='softmax' is registered already"):
+            stickjax.register(AttentionVariant(function), "softmax")
     with pytest.raises(ValueError, match="remainder='value' needs attention='stick_breaking'.*, not 'halved'"):
         ModelConfig(attention="halved", remainder="value")
 

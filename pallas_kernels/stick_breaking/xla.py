@@ -172,7 +172,10 @@ def _short_mask(call, rows, columns):
 
 
 def _short_forward(call: Call, reach):
-    """Return (out [G,T,Hv], log_rem [G,T], share of the key tiles computed []) of one key head. `reach` is None."""
+    """Return (out [G,T,Hv], log_rem [G,T], share of the key tiles computed []) of one short call.
+
+    The share is always 1. `reach` is None: only `_long_forward` uses it.
+    """
     G, _, _ = call.query.shape
     dtype = sum_type(call.query)
     outs, sticks, kept = [], [], jnp.ones_like(call.query, jnp.float32, ())

@@ -45,12 +45,13 @@ ATTENTION: dict[str, AttentionVariant] = {
 def register_attention(name: str, variant: AttentionVariant) -> None:
     """Register an attention variant, so that the config field `attention` can select it by `name`.
 
-    Raise ValueError if another variant is registered under `name`, or if an option of the variant is not in OPTIONS.
+    Raise ValueError if another function is registered under `name`, or if an option of the variant is not in OPTIONS.
+    The same function may be registered again, also when its definition has run twice.
     """
     for option in variant.options:
         one_of("option", option, tuple(OPTIONS))
-    known = ATTENTION.get(name, variant)
-    if isinstance(known.function, str) or not same_definition(known.function, variant.function):
+    known = ATTENTION.get(name, variant).function
+    if known != variant.function and not same_definition(known, variant.function):
         raise ValueError(f"attention={name!r} is registered already; choose another name")
     ATTENTION[name] = variant
 

@@ -53,7 +53,8 @@ class ExpertsConfig:
         E = self.E
         for f in dataclasses.fields(self) if options else ():
             if f.name not in options and (value := getattr(self, f.name)) != f.default:
-                raise ValueError(f"{name}.{f.name}={value!r} is not supported by this model, only {', '.join(options)}")
+                fields = ", ".join(options)
+                raise ValueError(f"{name}.{f.name}={value!r}: of the fields of {name}, this model reads only {fields}")
         if not E:
             counts = ("k", "token_rounding", "bias_rate", "added", "pruned")
             if used := [f"{field}={value}" for field in counts if (value := getattr(self, field))]:

@@ -255,7 +255,8 @@ def same_definition(one, other) -> bool:
 
     They are two objects with one definition if the file of the definition was run twice, as in a notebook.
     """
-    return (one.__module__, one.__qualname__) == (other.__module__, other.__qualname__)
+    names = [(getattr(x, "__module__", None), getattr(x, "__qualname__", None)) for x in (one, other)]
+    return names[0] == names[1] and None not in names[0]
 
 
 def one_of(name: str, value, choices) -> None:

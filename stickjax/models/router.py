@@ -148,7 +148,8 @@ def router_sums(
 ) -> RouterSums:
     """Compute the `RouterSums` of one router over its tokens. `weight` is the weight of each token; None: all are 1.
 
-    `expert_indices` may contain E, which means no expert. A logit of -inf belongs to an expert that does not exist, and
+    `expert_indices` may contain E, which means no expert. `weight` does not change `rows`: a token that must not count
+    there has the index E for all its choices. A logit of -inf belongs to an expert that does not exist, and
     counts as `NEVER`.
     """
     logits = jnp.maximum(logits.astype(jnp.float32), NEVER)

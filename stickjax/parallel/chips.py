@@ -97,7 +97,9 @@ def absent_devices(name: str = "h200", devices: int = 1, hosts: int = 1) -> list
     Every host has the same number of GPUs. Raise MissingWheels if jax[cuda13] is not installed.
     """
     if not has_wheels():
-        raise MissingWheels("needs jax[cuda13]: pip install 'stickjax[cuda13]' (jax_cuda13_plugin not found)")
+        raise MissingWheels(
+            "compiling for absent GPUs needs jax[cuda13]: pip install 'stickjax[cuda13]' (jax_cuda13_plugin not found)"
+        )
     topology = f"1x{hosts}x{devices // hosts}"  # slices x hosts x GPUs of a host
     return topologies.get_topology_desc(platform="cuda", target_config=chip(name).text, topology=topology).devices
 

@@ -120,7 +120,7 @@ def all_gather_for_experts(tokens, expert_indices, gates, count: int):
 
 
 def reduce_scatter_from_experts(outputs):
-    """Reduce-scatter over the mesh axis "expert", the inverse of `all_gather_for_experts`.
+    """Reduce-scatter over the mesh axis "expert": sum the experts' outputs, and return every token to its device.
 
     `outputs` [P T,D] has the outputs of this device's experts for the tokens of all P devices. The result [T,D] has
     the sum over all devices, for the tokens of this device.

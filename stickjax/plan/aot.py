@@ -95,7 +95,7 @@ def absent_machine(chip: Chip, devices: int, hosts: int) -> Machine:
 
 
 def present_machine() -> Machine:
-    """Return the machine of this process: the devices of all processes that train together."""
+    """Return the `Machine` of the devices that are present: those of all processes that train together."""
     devices = jax.devices()
     stats = devices[0].memory_stats() or {}
     chip = of_kind(devices[0].device_kind)
@@ -160,7 +160,10 @@ def compile_step(config: Config, machine: Machine) -> Compiled:
 
 
 def virtual_devices(number: int) -> None:
-    """Give this process `number` CPU devices. This has no effect once JAX has started."""
+    """Give this process at least `number` CPU devices.
+
+    This has no effect if JAX has initialised its devices already.
+    """
     try:
         jax.config.update("jax_num_cpu_devices", max(number, jax.config.jax_num_cpu_devices))
     except RuntimeError:

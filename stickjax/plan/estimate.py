@@ -42,7 +42,7 @@ class Estimate(NamedTuple):
 
 
 def model_flops(compiled: Compiled) -> float:
-    """Return the floating-point operations of the model in a step, without recomputation, as `mfu` counts them."""
+    """Return the floating-point operations of the model in a step, on all devices. Recomputed ones count once."""
     data = compiled.config.data
     return family_of(compiled.config.model).flops_per_token(compiled.config.model, data.T) * data.tokens_per_step
 

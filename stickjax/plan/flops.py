@@ -20,7 +20,8 @@ class Work(NamedTuple):
 
     `flops`: the floating-point operations of matrix products and kernels; a multiply-add counts as two. `bytes`: the
       size of their operands and results.
-    `unknown`: the number of loops whose number of passes depends on data and is not stated; each counts as one pass.
+    `unknown`: the number of loops whose number of passes depends on data and is not stated by `cost.loop`; each counts
+      as one pass.
     """
 
     flops: float = 0.0

@@ -1,4 +1,4 @@
-"""The two kinds of modules: where a block has them, and what the config calls them."""
+"""The two kinds of modules (experts), attention and feed-forward: their place in a block and in the config."""
 
 import dataclasses
 from typing import NamedTuple

@@ -159,9 +159,10 @@ def last_loss(losses: np.ndarray) -> float:
 
 
 def final_loss(config: Config, width: int, learning_rate: float, mup: bool) -> float:
-    """Train a model of this width at a constant learning rate, and return its last loss; NaN if it diverged.
+    """Train a model of this width, and return its `last_loss`: the mean loss of the last quarter of the steps.
 
-    `mup` says whether the model has muP. `learning_rate_sweep` calls this function.
+    The learning rate is constant after the warmup. If the training diverges, the loss may be NaN or infinite. `mup`
+    says whether the model has muP.
     """
     return last_loss(training(at_width(config, width, mup=mup))(learning_rate))
 

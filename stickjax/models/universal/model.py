@@ -1,4 +1,6 @@
-"""Three models with the Sparse Universal Transformer: one block of experts, applied until every token has halted.
+"""Three models: a classifier of pairs, a language model, and an encoder with a decoder for translation.
+
+Each stack of a model is one block of experts, applied until every token has halted.
 
 Tan et al., `Sparse Universal Transformer <https://arxiv.org/abs/2310.07096>`_.
 """
