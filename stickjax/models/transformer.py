@@ -36,10 +36,10 @@ class Cache(NamedTuple):
 class Output(NamedTuple):
     """The output of a decoder.
 
-    `logits` [B,T,V] are in fp32. On a mesh with the axis "tensor", a device has only its part of V.
-    `router` and `attention_router` have the losses and loads of the routers in all layers: the routers of the
-      feed-forward experts, and the routers of the attention experts. None without such experts.
-    `cache` is None if the call had no cache.
+    `logits`: [B,T,V], in float32. On a mesh with the axis "tensor", a device has only its part of V.
+    `router`, `attention_router`: the losses and loads of the routers in all layers, of the feed-forward experts and of
+      the attention experts. None without such experts.
+    `cache`: None if the call had no cache.
     """
 
     logits: jax.Array

@@ -25,8 +25,8 @@ from stickjax.parallel.collectives import psum_over_batch
 class SutOutput(NamedTuple):
     """The output of a model for a batch.
 
-    `logits` in fp32, [B,classes] or [B,T,V]. `depth` [B,T], for pairs [2,B,T]: the mean number of blocks in a token's
-      final state.
+    `logits`: [B,classes] or [B,T,V], in float32.
+    `depth`: [B,T], for pairs [2,B,T], the mean number of blocks in a token's final state.
     `act`: the halting step, as a mean over all tokens. A loss on it makes tokens halt earlier.
     `router`: for every router name its losses and its load over all steps. Every token counts with the probability that
       it still runs.
