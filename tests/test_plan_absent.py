@@ -75,5 +75,5 @@ def test_a_step_of_triton_kernels(gpu, hosts, tmp_path, capsys):
     machine = [f"--gpu={gpu}", "--devices=8", f"--hosts={hosts}"]
     assert command.main([str(path), *machine, "--model.implementation=triton", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
-    assert said["mesh"]["fsdp"] == 8 and "not here" in said["machine"] and said["unknown_loops"] == 0
+    assert said["mesh"]["fsdp"] == 8 and "not present" in said["machine"] and said["unknown_loops"] == 0
     assert all(row["local"] == (hosts == 1) for row in said["collectives"])
