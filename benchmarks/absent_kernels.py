@@ -84,7 +84,7 @@ def stick_breaking(
 
 
 def stick_breaking_decode() -> Kernel:
-    """Return a decode step: one query per sequence over a long cache. The heads of a group are the rows of one tile."""
+    """Return a decode step: every sequence has one query and a long cache. The rows of a tile are heads."""
     B, S, N, K, H = 8, 32768, 32, 8, 128
     query, cache = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((B, 1, N, H), (B, S, K, H)))
     return Kernel(

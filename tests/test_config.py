@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stickjax import Config, DataConfig, ModelConfig, OptimConfig, SutConfig, TrainConfig
+from stickjax import Config, DataConfig, ExpertsConfig, ModelConfig, OptimConfig, SutConfig, TrainConfig
 from stickjax.config import field_names, locate
 from stickjax.config.command_line import describe, load_config, named_configs, parse
 from stickjax.config.fields import LARGEST, field_types
@@ -94,6 +94,11 @@ def test_a_stored_config_with_an_unknown_field_is_refused():
     tree["model"]["widht"] = 3
     with pytest.raises(ValueError, match=r"unknown config key 'model.widht'"):
         Config.from_dict(tree)
+
+
+def test_a_single_expert_needs_no_choice():
+    """Its gate is 1 and there is nothing for a router to learn, so k=1 is no mistake, as it is with more experts."""
+    assert ModelConfig(experts=ExpertsConfig(E=1, k=1)).experts.k == 1
 
 
 def test_sections_are_frozen_and_hashable():

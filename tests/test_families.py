@@ -134,6 +134,9 @@ def test_an_attention_variant_of_the_user(monkeypatch):
     model = family.init(config, jax.random.key(0))
     other = family.init(dataclasses.replace(config, attention="halved"), jax.random.key(0))
     assert jnp.abs(family.apply(model, batch).logits - family.apply(other, batch).logits).max() > 1e-3
+    stickjax.register(AttentionVariant(lambda config, q, k, v, context: q), "bare")
+    with pytest.raises(ValueError, match=r"attention='bare': the function must return \(out, rest\)"):
+        family.apply(family.init(dataclasses.replace(config, attention="bare"), jax.random.key(0)), batch)
     for function in ("module:function", functools.partial(halved), halved):  # whatever may be called
         stickjax.register(AttentionVariant(function), f"as_{type(function).__name__}")
         with pytest.raises(ValueError, match="attention='softmax' is registered already"):

@@ -68,7 +68,7 @@ def joined(outputs: list) -> list:
     kept: list = []
     for output in outputs:
         if "text" in output:
-            output.text = FOLDER.sub("/tmp/folder", output.text)
+            output.text = FOLDER.sub("FOLDER", output.text)
         if output.output_type == "stream" and kept and kept[-1].get("name") == output.name:
             kept[-1].text += output.text
             continue
@@ -93,7 +93,7 @@ def shown(cell) -> str:
     """The text that a cell shows: what it prints, and the plain text of what it displays."""
     outputs = cell.get("outputs", ())
     texts = ("".join(o["text"]) if "text" in o else "".join(o["data"].get("text/plain", "")) + "\n" for o in outputs)
-    return FOLDER.sub("/tmp/folder", "".join(texts))
+    return FOLDER.sub("FOLDER", "".join(texts))
 
 
 def compare(stored: str, now: str) -> str | None:

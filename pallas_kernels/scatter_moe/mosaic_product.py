@@ -122,7 +122,7 @@ class Steps(NamedTuple):
 
 
 class Finish(NamedTuple):
-    """References to the arrays that `finish` of `product` and `activated` reads after the matrix product."""
+    """References to the arrays that `product` and `activated` read after the matrix product, in `finish`."""
 
     rows: Any  # [tiles * rows]: the row of the result for every row of a tile
     bias: Any  # [E + 1, parts, columns padded], or None
@@ -136,7 +136,7 @@ class Activated(NamedTuple):
 
 
 class Derivative(NamedTuple):
-    """References to the arrays that `finish` of `d_activated` reads after the matrix product."""
+    """References to the arrays that `d_activated` reads after the matrix product, in `finish`."""
 
     rows: Any  # [tiles * rows]: the sorted row of every row of a tile
     hidden: Any  # [parts, R, F]

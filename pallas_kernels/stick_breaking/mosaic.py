@@ -64,7 +64,7 @@ def _bytes(plan: Plan, rows: int) -> int:
 
 
 def _plan(call: Call, *, backward: bool = False, decoding: tuple[int, int] | None = None) -> Plan:
-    """Return the sizes for a call, as in `Kernels.plan`. In decoding, one warpgroup computes the only query tile."""
+    """Return the `Plan` of a call: its sizes and tiles. In decoding, one warpgroup computes the only query tile."""
     plan = Plan(stages=2, warpgroups=_warpgroups(call), **Plan.sizes_of(call))
     if decoding is None:
         stages = (MEMORY - _bytes(plan, plan.block_rows)) // _bytes(plan, KEYS)

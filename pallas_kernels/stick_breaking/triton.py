@@ -74,7 +74,7 @@ def _filled(size: int) -> int:
 
 
 def _plan(call: Call, *, backward: bool = False, decoding: tuple[int, int] | None = None) -> Plan:
-    """Return the sizes for a call, as in `Kernels.plan`. In decoding, one query tile holds all query rows of a head."""
+    """Return the `Plan` of a call: its sizes and tiles. In decoding, one query tile holds all query rows of a head."""
     sizes, itemsize = Plan.sizes_of(call), call.query.dtype.itemsize
     width = max(sizes["H"], sizes["Hv"])
     chosen = tuning.tuned(platform.chip(), "stick_breaking_triton", bytes=itemsize, width=width)

@@ -1,16 +1,16 @@
 """Load a config from a file, and change its fields by `--section.field=value` on the command line."""
 
-import dataclasses
 import difflib
 import inspect
 import json
+import operator
 import os
 import runpy
 import traceback
 from pathlib import Path
 from typing import Any
 
-from stickjax.config import Config, locate
+from stickjax.config import Config, field_names, locate
 from stickjax.config.experiment import types_of
 from stickjax.config.fields import shown
 
@@ -75,15 +75,11 @@ def parse(config: Config, argv: list[str]) -> Config:
 def describe(config: Config) -> str:
     """Return the text of --help about the config: a line per field with its key, its value and its help text."""
     lines = []
-    for section in dataclasses.fields(config):
-        part = getattr(config, section.name)
-        groups = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
-        for name, value in groups.items():
-            inside = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
-            for field in inside or [f for f in dataclasses.fields(part) if f.name == name]:
-                key = f"{name}.{field.name}" if inside else name
-                head = f"  --{section.name}.{key}={getattr(value, field.name) if inside else value}"
-                lines.append(f"{head:<44} {field.metadata['doc']}")
+    for key in field_names(type(config.model)):
+        group, _, name = key.rpartition(".")
+        owner = operator.attrgetter(group)(config)
+        head = f"  --{key}={getattr(owner, name)}"
+        lines.append(f"{head:<44} {owner.__dataclass_fields__[name].metadata['doc']}")
     return "\n".join(lines)
 
 

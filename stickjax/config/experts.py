@@ -64,7 +64,7 @@ class ExpertsConfig:
             raise ValueError(f"{name}: k={k} experts per token cannot exceed E={E} experts")
         if not k:
             raise ValueError(f"{name}: E={E} experts need k >= 1 experts per token")
-        if k == 1 < E and self.order == "topk_softmax":
+        if k == 1 < E and self.order == "topk_softmax":  # a single expert leaves nothing for a router to learn
             raise ValueError(
                 f"{name}: k=1 with order='topk_softmax' has a constant gate and trains no router; use k >= 2 or "
                 "'softmax_topk'"

@@ -46,7 +46,8 @@ _SCHEDULERS = (
     ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
 )
 PMI = ("PMI_SIZE", "PMI_RANK")  # of MPICH and Intel MPI; MPI_LOCALRANKID is the rank on this machine
-# Rank and number of processes, from launchers that set no coordinator. PMIx does not set the number either.
+# Environment variables with the rank and the number of processes, of launchers that do not name a coordinator. PMIx
+# sets only the rank.
 _UNKNOWN = (("PMIX_RANK", ""), ("FLUX_TASK_RANK", "FLUX_JOB_SIZE"), ("RANK", "WORLD_SIZE"))
 # Parts of the messages that XLA raises when another process is lost.
 _PEER_GONE = re.compile(r"Gloo|NCCL|coordination service|CoordinationService|[Cc]onnection (closed|reset|refused)")

@@ -22,7 +22,7 @@ _WHAT_TO_DO = "use a smaller model, a smaller batch, more devices or more memory
 
 
 class Free(NamedTuple):
-    """The number of free bytes, and for messages the limit behind it, such as "available on this machine"."""
+    """The number of free bytes, and the origin of this number for messages, such as "available on this machine"."""
 
     bytes: int
     source: str

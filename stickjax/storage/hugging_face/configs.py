@@ -232,7 +232,8 @@ def _logits_scaling(c: ModelConfig) -> float:
     return c.m_width if c.logits_scaling is None else c.logits_scaling
 
 
-# {model_type: (from config.json, to config.json, class in transformers, entry with the longest sequence length)}
+# {model_type: (reader of config.json, writer of config.json, class in transformers, the entry of config.json that has
+# the length of the longest sequence)}
 _TYPES = {
     "granite": (_granite, _to_granite, "GraniteForCausalLM", "max_position_embeddings"),
     "granitemoe": (_granitemoe, _to_granitemoe, "GraniteMoeForCausalLM", "max_position_embeddings"),
