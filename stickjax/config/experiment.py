@@ -26,10 +26,14 @@ from stickjax.config.fields import (
     shown,
     with_present_names,
 )
+from stickjax.config.ordered_memory import OrderedMemoryConfig
 from stickjax.config.synonyms import suggestion
 from stickjax.config.universal import SutConfig
 
-__all__ = ["Config", "DataConfig", "MeshConfig", "ModelConfig", "OptimConfig", "SutConfig", "TrainConfig", "locate"]
+__all__ = [
+    "Config", "DataConfig", "MeshConfig", "ModelConfig", "OptimConfig", "OrderedMemoryConfig", "SutConfig",
+    "TrainConfig", "locate",
+]  # fmt: skip
 
 log = logging.getLogger(__name__)
 

@@ -19,6 +19,16 @@ def uniform(key, shape, limit: float, config) -> nnx.Param:
     return nnx.Param(jax.random.uniform(key, shape, config.param_dtype, -limit, limit))
 
 
+def linear_weight(key, inputs: int, outputs: int, config) -> nnx.Param:
+    """Return a new matrix [inputs,outputs], drawn uniformly between -1/sqrt(inputs) and 1/sqrt(inputs)."""
+    return uniform(key, (inputs, outputs), inputs**-0.5, config)
+
+
+def linear_bias(key, inputs: int, outputs: int, config) -> nnx.Param:
+    """Return the new bias [outputs] for a matrix of `linear_weight`, drawn between the same limits as the matrix."""
+    return uniform(key, (outputs,), inputs**-0.5, config)
+
+
 def dropout(x, rate: float, key):
     """Set a share `rate` of the values of x to zero, and divide the others by 1 - rate. Without a key, return x."""
     if key is None or not rate:
@@ -70,10 +80,11 @@ class RMSNorm(nnx.Module):
 class LayerNorm(nnx.Module):
     """Normalise over the last axis, in fp32: (x - mean) / sqrt(variance + eps) * scale + bias."""
 
-    def __init__(self, config, eps: float | None = None):
+    def __init__(self, config, eps: float | None = None, size: int | None = None):
         self.eps = config.norm_eps if eps is None else eps
-        self.scale = nnx.Param(jnp.ones(config.D, config.param_dtype))
-        self.bias = nnx.Param(jnp.zeros(config.D, config.param_dtype))
+        size = config.D if size is None else size
+        self.scale = nnx.Param(jnp.ones(size, config.param_dtype))
+        self.bias = nnx.Param(jnp.zeros(size, config.param_dtype))
 
     def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
         ones = (1,) * (x.ndim - 1)

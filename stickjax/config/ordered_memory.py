@@ -1,0 +1,55 @@
+"""The config of Ordered Memory. Its fields with one capital letter are sizes of axes."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from stickjax.config.family import FamilyConfig
+from stickjax.config.fields import Dtype, check_fields, field
+
+
+@dataclass(frozen=True)
+class OrderedMemoryConfig(FamilyConfig):
+    """The config of a classifier of one sentence, or of a pair of sentences, with an Ordered Memory encoder.
+
+    The encoder reads a sentence token by token, and keeps phrases in a memory of N slots with H numbers each.
+    """
+
+    family: Literal["ordered_memory"] = field(
+        "ordered_memory", "the kind of model; a config file chooses it by its class"
+    )
+    V: int | None = field(None, "vocabulary size; None: the ids of the data (0 is padding)", at_least=1)
+    D: int = field(128, "width of the embeddings", at_least=1)
+    H: int = field(128, "numbers in one memory slot", at_least=1)
+    N: int = field(12, "memory slots", at_least=2)
+    evaluation_N: int = field(
+        0, "memory slots when the model is not trained, for deeper sentences than in training; 0: N", at_least=0
+    )
+    directions: int = field(1, "2: a second encoder reads the sentence from its end", at_least=1, at_most=2)
+    sentences: int = field(2, "sentences that have one label together", at_least=1, at_most=2)
+    classes: int | None = field(None, "number of labels; None: the labels of the data", at_least=2)
+    hidden: bool = field(True, "whether the classifier has a hidden layer of 4 times its width")
+    embedding_std: float = field(0.06, "standard deviation of new embeddings", above=0)
+    cell_dropout: float = field(
+        0.0, "dropout in training: of the inputs of both layers of the cell", at_least=0, below=1
+    )
+    memory_dropout: float = field(0.0, "dropout in training: in the distribution over the slots", at_least=0, below=1)
+    input_dropout: float = field(0.0, "dropout in training: of the embeddings", at_least=0, below=1)
+    output_dropout: float = field(0.0, "dropout in training: in the classifier", at_least=0, below=1)
+    norm_eps: float = field(1e-5, "epsilon of every normalisation", above=0)
+    dtype: Dtype = field("float32", "type of the computation")
+    param_dtype: Dtype = field(
+        "float32", "type of the stored parameters; if it is below float32, the optimizer state has float32 masters"
+    )
+    remat: Literal["none", "full"] = field("none", "what a step of the encoder recomputes in the backward pass")
+    implementation: str | None = field(None, "not used: Ordered Memory has no kernels")
+
+    accumulates = False  # the batch of a classifier has no mask of targets
+
+    def __post_init__(self):
+        check_fields(self)
+        if 0 < self.evaluation_N < self.N:
+            raise ValueError(f"evaluation_N={self.evaluation_N} must be at least N={self.N}, or 0")
+
+    @property
+    def reads(self) -> str:
+        return "pairs" if self.sentences == 2 else "sentences"

@@ -1,0 +1,136 @@
+"""Binary and other ordered trees over the words of a sentence: as text, as a picture, and compared by unlabelled F1.
+
+A tree is the index of a word, or a tuple of trees: (0, (1, 2)) joins the words 1 and 2, and then word 0 with both.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from stickjax.evaluation.plots import save
+
+Tree = int | tuple["Tree", ...]
+
+
+def from_brackets(words: Sequence[str], opening: str = "(", closing: str = ")") -> tuple[Tree, list[str]]:
+    """Return the tree that the brackets of a sentence give, and its words without the brackets.
+
+    Raises ValueError if the brackets do not match, or contain no word.
+
+    >>> from_brackets("( a ( and b ) )".split())
+    ((0, (1, 2)), ['a', 'and', 'b'])
+    """
+    stack: list[list] = [[]]
+    kept: list[str] = []
+    for word in words:
+        if word == opening:
+            stack.append([])
+        elif word == closing:
+            if len(stack) == 1:
+                raise ValueError(f"a bracket {closing!r} closes no bracket in: {' '.join(words)}")
+            node = stack.pop()
+            stack[-1].append(_node(node))
+        else:
+            stack[-1].append(len(kept))
+            kept.append(word)
+    if len(stack) > 1 or not kept:
+        raise ValueError(f"the brackets do not match, or there is no word, in: {' '.join(words)}")
+    return _node(stack[0]), kept
+
+
+def _node(children: list) -> Tree:
+    return children[0] if len(children) == 1 else tuple(children)
+
+
+def restricted(tree: Tree, keep: Callable[[int], bool]) -> Tree | None:
+    """Return the tree without the words for which `keep(index)` is False; None if no word is left.
+
+    The other words are numbered again. A node that has only one child left is replaced by this child.
+
+    >>> restricted(((0, 1), (2, 3)), lambda i: i != 1)
+    (0, (1, 2))
+    """
+    number = {old: new for new, old in enumerate(i for i in leaves(tree) if keep(i))}
+
+    def reduced(node: Tree) -> Tree | None:
+        if isinstance(node, int):
+            return number.get(node)
+        children = [child for part in node if (child := reduced(part)) is not None]
+        return _node(children) if children else None
+
+    return reduced(tree)
+
+
+def leaves(tree: Tree) -> list[int]:
+    """Return the indices of the words of a tree, from left to right."""
+    return [tree] if isinstance(tree, int) else [i for part in tree for i in leaves(part)]
+
+
+def spans(tree: Tree) -> set[tuple[int, int]]:
+    """Return (index of the first word, index of the last word) for every node of a tree that is not a word.
+
+    >>> sorted(spans((0, (1, 2))))
+    [(0, 2), (1, 2)]
+    """
+    if isinstance(tree, int):
+        return set()
+    words = leaves(tree)
+    return {(words[0], words[-1])}.union(*map(spans, tree))
+
+
+def f1(pairs: Iterable[tuple[Tree, Tree]]) -> float:
+    """Return the unlabelled F1 of predicted trees: 2 * matches / (spans of the predictions + spans of the true trees).
+
+    `pairs` are (predicted tree, true tree) of the same words. The spans are counted over all pairs together. The span
+    of a whole sentence counts too, as in the usual evaluation of parsers. Without any span, the result is 1.
+
+    >>> f1([(((0, 1), 2), (0, (1, 2)))])  # of two spans each, only the whole sentence matches
+    0.5
+    """
+    matches = total = 0
+    for predicted, true in pairs:
+        a, b = spans(predicted), spans(true)
+        matches, total = matches + 2 * len(a & b), total + len(a) + len(b)
+    return matches / total if total else 1.0
+
+
+def bracketed(tree: Tree, words: Sequence[str]) -> str:
+    """Return a tree as text.
+
+    >>> bracketed((0, (1, 2)), ["a", "and", "b"])
+    '(a (and b))'
+    """
+    return words[tree] if isinstance(tree, int) else f"({' '.join(bracketed(part, words) for part in tree)})"
+
+
+def height(tree: Tree) -> int:
+    """Return the number of nodes above the deepest word: 0 for a tree that is a single word."""
+    return 0 if isinstance(tree, int) else 1 + max(map(height, tree))
+
+
+def plot_trees(trees: Sequence[tuple[Tree, Sequence[str], str]], path) -> None:
+    """Draw trees below each other, and write the picture to `path`. Each entry is (tree, its words, a title)."""
+    from matplotlib.figure import Figure
+
+    sizes = [0.35 * height(tree) + 0.9 for tree, *_ in trees]
+    width = max(3.0, 0.6 * max(len(words) for _, words, _ in trees))
+    page = Figure(figsize=(width, sum(sizes)), dpi=150, layout="constrained")
+    panels = page.subplots(len(trees), 1, height_ratios=sizes, squeeze=False)[:, 0]
+    for axes, (tree, words, title) in zip(panels, trees, strict=True):
+        _draw(axes, tree)
+        for i in leaves(tree):
+            axes.text(i, -0.25, words[i], ha="center", va="top", fontsize=9)
+        axes.set_title(title, fontsize=9, loc="left")
+        axes.set(xlim=(-0.6, len(words) - 0.4), ylim=(-1.1, height(tree) + 0.3))
+        axes.set_axis_off()
+    save(page, path)
+
+
+def _draw(axes, tree: Tree) -> tuple[float, int]:
+    """Draw the lines of a tree, and return the position of its top: (x, height). Words stand at height 0."""
+    if isinstance(tree, int):
+        return tree, 0
+    tops = [_draw(axes, part) for part in tree]
+    x, y = sum(x for x, _ in tops) / len(tops), height(tree)
+    for child_x, child_y in tops:
+        axes.plot([x, child_x], [y, child_y], color="tab:blue", linewidth=1.2)
+    return x, y

@@ -1,0 +1,34 @@
+"""The last part of a classifier: from the vectors of one or two sentences to the logits of the labels."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from stickjax.models.layers import cast, linear_bias, linear_weight
+
+
+def compared(u: Float[Array, "B D"], v: Float[Array, "B D"]) -> Float[Array, "B 4D"]:
+    """Return the features [u; v; u * v; |u - v|] of a pair of sentences with the vectors u and v."""
+    return jnp.concatenate([u, v, u * v, jnp.abs(u - v)], -1)
+
+
+class Classifier(nnx.Module):
+    """The logits of the labels for features x: x w_out + out_bias, or with a hidden layer
+    elu(x w_in + in_bias) w_out + out_bias. The hidden layer is as wide as x if x belongs to a pair.
+    """
+
+    def __init__(self, config, key, width: int, hidden: int):
+        self.config = c = config
+        keys = jax.random.split(key, 4)
+        self.w_in = linear_weight(keys[0], width, hidden, c) if hidden else None
+        self.in_bias = linear_bias(keys[1], width, hidden, c) if hidden else None
+        last = hidden or width
+        self.w_out, self.out_bias = linear_weight(keys[2], last, c.classes, c), linear_bias(keys[3], last, c.classes, c)
+
+    def __call__(self, x: Float[Array, "B F"], dropped=lambda x, index: x) -> Float[Array, "B classes"]:
+        """Return the logits in float32. `dropped(x, index)` applies dropout number `index` to x."""
+        c, x = self.config, dropped(x, 0)
+        if self.w_in is not None:
+            x = dropped(jax.nn.elu(x @ cast(self.w_in, c) + cast(self.in_bias, c)[None]), 1)
+        return (x @ cast(self.w_out, c) + cast(self.out_bias, c)[None]).astype(jnp.float32)

@@ -1,0 +1,159 @@
+"""One step of Ordered Memory (Shen et al., arXiv 1910.13466): where to write in the memory, and what to write.
+
+The memory of a sentence has N slots of H numbers. Slot N holds the most complete phrase, and lower slots hold parts of
+it. A new token first decides, with a distribution p over the slots, how much of the memory it joins into one phrase.
+Then a cell composes the token with the slots, one slot after the other, from the lowest to the highest.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from stickjax.models.layers import LayerNorm, cast, linear_bias, linear_weight
+from stickjax.models.ordered_memory.compose import Weights, compose
+
+SMALLEST = 1e-5  # a cumulative probability below this counts as 0, so that a cell without weight need not run
+
+
+class Memory(NamedTuple):
+    """The memory of a batch of sentences after a token.
+
+    `slots` [B,N,H]: M, the memory. `candidates` [B,N,H]: Mh, what the last token would write into each slot.
+    `p` [B,N]: the distribution of the last token over the slots. It is 0 before the first token.
+    """
+
+    slots: jax.Array
+    candidates: jax.Array
+    p: jax.Array
+
+
+def empty_memory(B: int, N: int, H: int, dtype) -> Memory:
+    """Return the memory before the first token: zeros."""
+    return Memory(jnp.zeros((B, N, H), dtype), jnp.zeros((B, N, H), dtype), jnp.zeros((B, N), jnp.float32))
+
+
+class Distribution(nnx.Module):
+    r"""The distribution of a token x over the slots, from the candidates Mh and the distribution p' of the last token.
+
+    .. math::
+        \beta_i = (w \cdot relu(q + k_i) + b) / \sqrt{H}, \qquad q = LN(x W_q + b_q), \quad k_i = LN(Mh_i W_k + b_k)
+
+        p_i = c_i \exp(\beta_i) / \sum_m c_m \exp(\beta_m), \qquad
+        c_i = \sum_{m \le i + 1} p'_m \; (i < N), \quad c_N = 1
+
+    This breaks a stick: the token can move at most one slot below the lowest slot that the last token used. A c_i below
+    1e-5 counts as 0.
+    """
+
+    def __init__(self, config, key):
+        self.config = c = config
+        keys = jax.random.split(key, 6)
+        self.query, self.query_bias = linear_weight(keys[0], c.H, c.H, c), linear_bias(keys[1], c.H, c.H, c)
+        self.key, self.key_bias = linear_weight(keys[2], c.H, c.H, c), linear_bias(keys[3], c.H, c.H, c)
+        self.query_norm, self.key_norm = LayerNorm(c, size=c.H), LayerNorm(c, size=c.H)
+        self.weight, self.bias = linear_weight(keys[4], c.H, 1, c), linear_bias(keys[5], c.H, 1, c)
+
+    def queries(self, x: Float[Array, "*b H"]) -> Float[Array, "*b H"]:
+        """Return q for tokens x, in any number of leading axes."""
+        return self.query_norm(_affine(x, cast(self.query, self.config), cast(self.query_bias, self.config)))
+
+    def __call__(
+        self, q: Float[Array, "B H"], candidates: Float[Array, "B N H"], previous: Float[Array, "B N"], dropped
+    ) -> Float[Array, "B N"]:
+        """Return p in float32. `dropped(x, index)` applies dropout number `index` of the step to x."""
+        c = self.config
+        k = self.key_norm(_affine(dropped(candidates, 0), cast(self.key, c), cast(self.key_bias, c)))
+        hidden = dropped(jax.nn.relu(q[:, None] + k), 1)
+        beta = jnp.einsum("BNH,H->BN", hidden, cast(self.weight, c)[:, 0], preferred_element_type=jnp.float32)
+        beta = (beta + self.bias[...].astype(jnp.float32)[None]) * c.H**-0.5
+        return restricted_softmax(beta, reachable(previous))
+
+
+def reachable(previous: Float[Array, "B N"]) -> Float[Array, "B N"]:
+    """Return c, the factor that limits which slots a token can use, from the distribution of the token before it.
+
+    >>> reachable(jnp.array([[0.0, 0.0, 1.0]])).tolist()  # the last token used the highest slot only
+    [[0.0, 1.0, 1.0]]
+    """
+    c = jnp.concatenate([jnp.cumsum(previous, axis=1)[:, 1:], jnp.ones_like(previous[:, :1])], axis=1)
+    return jnp.where(c < SMALLEST, 0, c)
+
+
+def restricted_softmax(beta: Float[Array, "B N"], c: Float[Array, "B N"]) -> Float[Array, "B N"]:
+    """Return c_i exp(beta_i) / sum_m c_m exp(beta_m) over the last axis. It is 0 where c is 0."""
+    beta = beta - jax.lax.stop_gradient(jnp.where(c > 0, beta, -jnp.inf).max(1, keepdims=True))
+    weight = jnp.where(c > 0, c * jnp.exp(jnp.where(c > 0, beta, 0)), 0)
+    return weight / weight.sum(1, keepdims=True)
+
+
+class Cell(nnx.Module):
+    """The parameters of the cell that composes a vector h (the lower part of a phrase) and a memory slot m into one.
+
+    `stickjax.models.ordered_memory.compose` has the formula.
+    """
+
+    def __init__(self, config, key):
+        self.config = c = config
+        keys = jax.random.split(key, 4)
+        self.w_in, self.in_bias = linear_weight(keys[0], 2 * c.H, 4 * c.H, c), linear_bias(keys[1], 2 * c.H, 4 * c.H, c)
+        self.w_out, self.out_bias = (
+            linear_weight(keys[2], 4 * c.H, 4 * c.H, c),
+            linear_bias(keys[3], 4 * c.H, 4 * c.H, c),
+        )
+
+    def weights(self, norm: LayerNorm) -> Weights:
+        """Return the parameters of the cell and of the LayerNorm `norm`, in the type of the computation."""
+        return Weights(*(cast(p, self.config) for p in (
+            self.w_in, self.in_bias, self.w_out, self.out_bias, norm.scale, norm.bias
+        )))  # fmt: skip
+
+
+def step(
+    distribution: Distribution,
+    weights: Weights,
+    memory: Memory,
+    x: Float[Array, "B H"],
+    q: Float[Array, "B H"],
+    token_mask: Bool[Array, "B"],
+    is_first: Bool[Array, ""],
+    dropped,
+    masks=None,
+) -> tuple[Memory, Float[Array, "B H"]]:
+    r"""Return the memory after a token, and the output of the token, which is its candidate for the highest slot.
+
+    .. math::
+        M_i \leftarrow (1 - r_i) M_i + r_i Mh_i, \qquad r_i = \sum_{m \ge i} p_m
+
+        Mh_i = (1 - s_i) x + s_i \, cell(Mh_{i-1}, M_i), \qquad s_i = \sum_{m \le i} p_m, \quad Mh_0 = x
+
+    At the first position of the array, r is 1, and s and p are 0. After padding, memory and output are 0.
+
+    Args:
+      distribution: the module that computes p.
+      weights: the parameters of the cell.
+      memory: the memory before the token.
+      x: the projected token.
+      q: the query of the token (`Distribution.queries`).
+      token_mask: False for padding.
+      is_first: whether this is the first position of the array.
+      dropped: `dropped(x, index)` applies dropout to x; the index differs between the calls of one step.
+      masks: the dropout masks of the cell, see `compose`; None: no dropout.
+    """
+    p = distribution(q, memory.candidates, memory.p, dropped)
+    p = jnp.where(is_first, 0, p)
+    below = jnp.cumsum(p, axis=1)
+    above = jnp.where(is_first, 1, jnp.cumsum(p[:, ::-1], axis=1)[:, ::-1]).astype(x.dtype)
+    slots = memory.slots * (1 - above[..., None]) + memory.candidates * above[..., None]
+    candidates = compose(weights, x, slots, below.astype(x.dtype), masks)
+    memory = Memory(slots, candidates, p)
+    keep = lambda a: jnp.where(token_mask.reshape(-1, *[1] * (a.ndim - 1)), a, 0)  # noqa: E731
+    memory = jax.tree.map(keep, memory)
+    return memory, memory.candidates[:, -1]
+
+
+def _affine(x, weight, bias):
+    """Return x weight + bias, for x with any number of leading axes."""
+    return x @ weight + bias.reshape((1,) * (x.ndim - 1) + (-1,))

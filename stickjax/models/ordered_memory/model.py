@@ -1,0 +1,65 @@
+"""A classifier of one sentence or of a pair of sentences, with an Ordered Memory encoder."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from stickjax.config import OrderedMemoryConfig
+from stickjax.models.classifier import Classifier, compared
+from stickjax.models.layers import cast, normal
+from stickjax.models.ordered_memory.encoder import Encoder, dropout_of
+
+
+class ClassifierOutput(NamedTuple):
+    """The output of a classifier for a batch.
+
+    `logits` [B,classes], in float32. `p` [B,T,N], for pairs [2,B,T,N]: the distribution of every token over the memory
+    slots, which contains the induced tree (`stickjax.models.ordered_memory.trees`).
+    """
+
+    logits: jax.Array
+    p: jax.Array
+
+
+class OrderedMemoryClassifier(nnx.Module):
+    """The logits of the labels of one sentence, or of a pair of sentences.
+
+    A sentence is represented by the last output of the encoder, and with `directions=2` also by the last output of a
+    second encoder that reads it from its end. Token id 0 is padding, on the right or on the left.
+    """
+
+    def __init__(self, config: OrderedMemoryConfig, key):
+        self.config = c = config
+        k_embed, k_forward, k_backward, k_head = jax.random.split(key, 4)
+        self.embed = normal(k_embed, (c.vocabulary, c.D), c.embedding_std, c)
+        self.encoder = Encoder(c, k_forward)
+        self.backward = Encoder(c, k_backward) if c.directions == 2 else None
+        width = c.H * c.directions * (4 if c.sentences == 2 else 1)
+        self.head = Classifier(c, k_head, width, hidden=width if c.hidden else 0)
+
+    def __call__(self, batch: dict[str, jax.Array], key=None) -> ClassifierOutput:
+        c = self.config
+        tokens = jnp.concatenate([batch["left"], batch["right"]]) if c.sentences == 2 else batch["tokens"]
+        keys = (None,) * 4 if key is None else jax.random.split(key, 4)
+        embedded = dropout_of(keys[0], c.input_dropout)(cast(self.embed, c)[tokens], 0)
+        N = c.N if key is not None or not c.evaluation_N else c.evaluation_N
+        u, p = last_output(self.encoder, embedded, tokens != 0, N, keys[1])
+        if self.backward is not None:
+            v, _ = last_output(self.backward, embedded[:, ::-1], tokens[:, ::-1] != 0, N, keys[2])
+            u = jnp.concatenate([u, v], -1)
+        if c.sentences == 2:
+            u, p = compared(*jnp.split(u, 2)), p.reshape(2, -1, *p.shape[1:])
+        return ClassifierOutput(self.head(u, dropout_of(keys[3], c.output_dropout)), p)
+
+
+def last_output(
+    encoder: Encoder, embedded: Float[Array, "B T D"], token_mask: Bool[Array, "B T"], N: int, key
+) -> tuple[Float[Array, "B H"], Float[Array, "B T N"]]:
+    """Return the output of the encoder after the last token of every sentence, and the distributions of all tokens."""
+    end = encoder(embedded, token_mask, N, key)
+    T = token_mask.shape[1]
+    last = T - 1 - jnp.argmax(token_mask[:, ::-1], axis=1)
+    return jnp.take_along_axis(end.output, last[:, None, None], axis=1)[:, 0], end.p
