@@ -4,7 +4,6 @@ A tree is the index of a word, or a tuple of trees: (0, (1, 2)) joins the words 
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 
 from stickjax.evaluation.plots import save
 

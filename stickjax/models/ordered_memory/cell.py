@@ -21,7 +21,7 @@ SMALLEST = 1e-5  # a cumulative probability below this counts as 0, so that a ce
 class Memory(NamedTuple):
     """The memory of a batch of sentences after a token.
 
-    `slots` [B,N,H]: M, the memory. `candidates` [B,N,H]: Mh, what the last token would write into each slot.
+    `slots` [N,B,H]: M, the memory. `candidates` [N,B,H]: C, what the last token would write into each slot.
     `p` [B,N]: the distribution of the last token over the slots. It is 0 before the first token.
     """
 
@@ -32,14 +32,14 @@ class Memory(NamedTuple):
 
 def empty_memory(B: int, N: int, H: int, dtype) -> Memory:
     """Return the memory before the first token: zeros."""
-    return Memory(jnp.zeros((B, N, H), dtype), jnp.zeros((B, N, H), dtype), jnp.zeros((B, N), jnp.float32))
+    return Memory(jnp.zeros((N, B, H), dtype), jnp.zeros((N, B, H), dtype), jnp.zeros((B, N), jnp.float32))
 
 
 class Distribution(nnx.Module):
-    r"""The distribution of a token x over the slots, from the candidates Mh and the distribution p' of the last token.
+    r"""The distribution of a token x over the slots, from the candidates C and the distribution p' of the last token.
 
     .. math::
-        \beta_i = (w \cdot relu(q + k_i) + b) / \sqrt{H}, \qquad q = LN(x W_q + b_q), \quad k_i = LN(Mh_i W_k + b_k)
+        \beta_i = (w \cdot relu(q + k_i) + b) / \sqrt{H}, \qquad q = LN(x W_q + b_q), \quad k_i = LN(C_i W_k + b_k)
 
         p_i = c_i \exp(\beta_i) / \sum_m c_m \exp(\beta_m), \qquad
         c_i = \sum_{m \le i + 1} p'_m \; (i < N), \quad c_N = 1
@@ -61,13 +61,13 @@ class Distribution(nnx.Module):
         return self.query_norm(_affine(x, cast(self.query, self.config), cast(self.query_bias, self.config)))
 
     def __call__(
-        self, q: Float[Array, "B H"], candidates: Float[Array, "B N H"], previous: Float[Array, "B N"], dropped
+        self, q: Float[Array, "B H"], candidates: Float[Array, "N B H"], previous: Float[Array, "B N"], dropped
     ) -> Float[Array, "B N"]:
         """Return p in float32. `dropped(x, index)` applies dropout number `index` of the step to x."""
         c = self.config
         k = self.key_norm(_affine(dropped(candidates, 0), cast(self.key, c), cast(self.key_bias, c)))
-        hidden = dropped(jax.nn.relu(q[:, None] + k), 1)
-        beta = jnp.einsum("BNH,H->BN", hidden, cast(self.weight, c)[:, 0], preferred_element_type=jnp.float32)
+        hidden = dropped(jax.nn.relu(q[None] + k), 1)
+        beta = jnp.einsum("NBH,H->BN", hidden, cast(self.weight, c)[:, 0], preferred_element_type=jnp.float32)
         beta = (beta + self.bias[...].astype(jnp.float32)[None]) * c.H**-0.5
         return restricted_softmax(beta, reachable(previous))
 
@@ -125,9 +125,9 @@ def step(
     r"""Return the memory after a token, and the output of the token, which is its candidate for the highest slot.
 
     .. math::
-        M_i \leftarrow (1 - r_i) M_i + r_i Mh_i, \qquad r_i = \sum_{m \ge i} p_m
+        M_i \leftarrow (1 - r_i) M_i + r_i C_i, \qquad r_i = \sum_{m \ge i} p_m
 
-        Mh_i = (1 - s_i) x + s_i \, cell(Mh_{i-1}, M_i), \qquad s_i = \sum_{m \le i} p_m, \quad Mh_0 = x
+        C_i = (1 - s_i) x + s_i \, cell(C_{i-1}, M_i), \qquad s_i = \sum_{m \le i} p_m, \quad C_0 = x
 
     At the first position of the array, r is 1, and s and p are 0. After padding, memory and output are 0.
 
@@ -144,14 +144,13 @@ def step(
     """
     p = distribution(q, memory.candidates, memory.p, dropped)
     p = jnp.where(is_first, 0, p)
-    below = jnp.cumsum(p, axis=1)
-    above = jnp.where(is_first, 1, jnp.cumsum(p[:, ::-1], axis=1)[:, ::-1]).astype(x.dtype)
-    slots = memory.slots * (1 - above[..., None]) + memory.candidates * above[..., None]
-    candidates = compose(weights, x, slots, below.astype(x.dtype), masks)
-    memory = Memory(slots, candidates, p)
-    keep = lambda a: jnp.where(token_mask.reshape(-1, *[1] * (a.ndim - 1)), a, 0)  # noqa: E731
-    memory = jax.tree.map(keep, memory)
-    return memory, memory.candidates[:, -1]
+    share = jnp.cumsum(p, axis=1).astype(x.dtype)
+    above = jnp.where(is_first, 1, jnp.cumsum(p[:, ::-1], axis=1)[:, ::-1]).astype(x.dtype).T[..., None]
+    slots = memory.slots * (1 - above) + memory.candidates * above
+    candidates = compose(weights, x, slots, share.T, masks)
+    keep = token_mask[None, :, None]
+    memory = Memory(jnp.where(keep, slots, 0), jnp.where(keep, candidates, 0), jnp.where(token_mask[:, None], p, 0))
+    return memory, memory.candidates[-1]
 
 
 def _affine(x, weight, bias):

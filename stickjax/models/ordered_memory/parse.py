@@ -18,12 +18,12 @@ def induced_depths(p: np.ndarray) -> list[int]:
 def tree_of_depths(depths: Sequence[int]) -> Tree:
     """Return the binary tree over the words 0 .. T-1 for the slots that they used (`induced_depths`).
 
-    The words are pushed onto a stack, one after the other. A word that uses slot d joins the phrases below slot d first:
-    if the word before it used slot d', the two topmost phrases of the stack are joined d - d' + 1 times, as long as
-    there are two. After the last word, all phrases are joined, from the top.
+    The words are pushed onto a stack, one after the other. A word that uses slot d first joins the phrases below d: if
+    the word before it used slot d', the two topmost phrases of the stack are joined d - d' + 1 times, as long as there
+    are two. After the last word, all phrases are joined, from the top.
 
-    A word that goes one slot down joins nothing, so slots that fall by one give a tree that branches to the right; equal
-    slots give a tree that branches to the left.
+    A word that goes one slot down joins nothing. So slots that fall by one give a tree that branches to the right, and
+    equal slots give a tree that branches to the left.
 
     >>> tree_of_depths([4, 3, 2]), tree_of_depths([4, 4, 4])
     ((0, (1, 2)), ((0, 1), 2))

@@ -1,0 +1,20 @@
+"""Ordered Memory on propositional logic: how two sentences are related.
+
+python -m stickjax.train configs/om_logic.py
+"""
+
+from stickjax import Config, DataConfig, OptimConfig, TrainConfig
+from stickjax.config import OrderedMemoryConfig
+
+
+def get_config() -> Config:
+    model = OrderedMemoryConfig(
+        V=12, D=64, H=64, N=12, evaluation_N=24, classes=7,
+        cell_dropout=0.1, memory_dropout=0.1, input_dropout=0.05, output_dropout=0.2,
+    )  # fmt: skip
+    data = DataConfig(source="logic", examples=500_000, T=40, B=128)
+    step = data.tokens_per_step
+    optim = OptimConfig(
+        schedule="cosine", peak_lr=0.002, warmup_tokens=100 * step, beta2=0.98, eps=1e-9, weight_decay=0.001
+    )
+    return Config(model, data, optim, TrainConfig(steps=9000, log_every=20, checkpoint_every=500))
