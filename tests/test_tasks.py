@@ -229,7 +229,7 @@ def test_commands_mean_their_actions():
     pairs = scan.pairs()
     assert len(pairs) == len({row.command for row in pairs}) == 20910
     assert all(row.actions.split() == actions(row.command) for row in pairs)
-    assert (len(scan.COMMANDS) - 1, len(scan.ACTIONS) - 1) == (13, 6)
+    assert (len(scan.COMMANDS), len(scan.ACTIONS)) == (17, 10)
     known = {"jump": "I_JUMP", "turn opposite left": "I_TURN_LEFT I_TURN_LEFT", "run after look": "I_LOOK I_RUN"}
     assert known.items() <= dict(pairs).items()
 
@@ -241,6 +241,14 @@ def test_scan_splits_are_exact():
 
     train, test = ({row.actions.count(" ") + 1 for row in part} for part in scan.generate("length"))
     assert max(train) == 22 and test == {24, 25, 26, 27, 28, 30, 32, 33, 36, 40, 48}
+
+    train, test = ({row.actions.count(" ") + 1 for row in part} for part in scan.generate("length_tuning"))
+    assert max(train) == 18 and test == {20, 21, 22} | {19} & test
+
+    train, test = scan.generate("around_right")
+    assert (len(train), len(test)) == (15_225, 4_476), "the sizes of the published split"
+    assert not any("around right" in row.command for row in train)
+    assert all("around right" in row.command and "turn around right" not in row.command for row in test)
 
     for split, alone, times, unique in (("add_jump", "jump", 1467, 13204), ("add_turn_left", "turn left", 2189, 19702)):
         parts = scan.generate(split)
@@ -254,10 +262,11 @@ def test_a_command_as_arrays():
     test = scan.examples("test", split="length")
     assert len(test) == 3920
     for i in (0, 3919):
-        assert test[i]["command"].shape == (9,) and test[i]["actions"].shape == (48,)
-        command, done = scan.COMMANDS.decode(test[i]["command"]), scan.ACTIONS.decode(test[i]["actions"])
+        assert test[i]["source"].shape == (9,) and test[i]["target"].shape == (48,)
+        command, done = scan.COMMANDS.decode(test[i]["source"]), scan.ACTIONS.decode(test[i]["target"])
         assert done.split() == actions(command) and len(done.split()) > 22
-    assert max(np.count_nonzero(example["actions"]) for example in test) == 48
+    assert max(np.count_nonzero(example["target"]) for example in test) == 48
+    assert all(example["source"].max() < 17 and example["source"][0] >= 4 for example in itertools.islice(test, 99))
 
 
 # Recall
@@ -410,9 +419,9 @@ def test_a_mixture_has_equal_shares(tmp_path):
         (lambda: logic.examples(T=20, draws=2000), r"T=20 is shorter than the longest sentence of \d\d tokens"),
         (lambda: logic.examples("trian", draws=10), "part='trian' is not one of .*did you mean 'train'"),
         (lambda: logic.examples(split="D", draws=10), "split='D' is not one of 'A', 'B', 'C'"),
-        (lambda: listops.examples("dev", count=10), "part='dev' is not one of 'train', 'test'"),
+        (lambda: listops.examples("dev", count=10), "part='dev' is not one of 'train', 'valid', 'test'"),
         (lambda: scan.generate("add_jmp"), "split='add_jmp' is not one of .*did you mean 'add_jump'"),
-        (lambda: scan.examples("dev"), "part='dev' is not one of 'train', 'test'"),
+        (lambda: scan.examples("dev"), "part='dev' is not one of 'train', 'valid', 'test'"),
         (lambda: scan.examples(T=8), "T=8 is shorter than the longest command of 9 words"),
         (lambda: scan.examples("test", split="length", S=47), "S=47 is shorter than the longest actions of 48 words"),
         (lambda: recall.examples("dev"), "part='dev' is not one of 'train', 'test'"),
