@@ -12,7 +12,7 @@ from stickjax.config import DataConfig
 from stickjax.data.batches import batches, task_loader
 from stickjax.data.corpus import load_corpus
 from stickjax.data.heldout import heldout_windows
-from stickjax.data.tasks import TASKS, Vocabulary, documents, listops, logic, recall, scan
+from stickjax.data.tasks import TASKS, Vocabulary, documents, listops, logic, questions, recall, scan
 
 # Propositional logic
 
@@ -269,6 +269,60 @@ def test_a_command_as_arrays():
     assert all(example["source"].max() < 17 and example["source"][0] >= 4 for example in itertools.islice(test, 99))
 
 
+# Questions
+
+
+def main_auxiliary(words: list[str]) -> int:
+    """Return the position of the main auxiliary. The subject ends where the phrase after the first noun ends."""
+    end = 2
+    if words[end] in questions.PREPOSITIONS:
+        end += 3
+    elif words[end] in questions.RELATIVE:
+        after = words[end + 1] in ["do", "don't", "does", "doesn't"]
+        end += 3 if after and words[end + 2] in questions.INTRANSITIVE else 5
+    assert words[end] in ["do", "don't", "does", "doesn't"], words
+    return end
+
+
+def test_questions_move_the_main_auxiliary():
+    parts = questions.generate(seed=1, count=2000)
+    for row in itertools.chain(*parts):
+        *words, dot, kind = row.source.split()
+        assert dot == "." and 6 <= len(words) + 2 <= 18
+        main = main_auxiliary(words)
+        noun = words[main - 1] if main == 2 else words[1]
+        assert (noun in questions.PLURAL) == (words[main] in ("do", "don't"))
+        if kind == "quest":
+            moved = [words[main], *words[:main], *words[main + 1 :], "?", "quest"]
+            assert row.target.split() == moved
+        else:
+            assert kind == "decl" and row.target == row.source
+
+
+def test_questions_have_the_parts_of_the_published_data():
+    parts = questions.generate()
+    assert tuple(map(len, parts)) == (100_000, 1000, 10_000, 10_000)
+    assert len({row for part in parts for row in part}) == 121_000
+    for row in itertools.chain(*parts[:3]):
+        words = row.source.split()
+        assert words[-1] == "decl" or words[2] not in questions.RELATIVE, "withheld from these parts"
+    for row in parts.gen:
+        words = row.source.split()
+        main = main_auxiliary(words)
+        first = next(i for i, word in enumerate(words) if word in questions.AUXILIARIES[0] + questions.AUXILIARIES[1])
+        assert words[-1] == "quest" and words[2] in questions.RELATIVE and words[first] != words[main]
+        assert not set(words[main:]) & set(questions.RELATIVE), "the object has no relative clause"
+    # Shares of the published test part, within five standard errors of both.
+    rows = [row.source.split() for row in parts.test]
+    for kind, share, intransitive in (("quest", 0.4034, 0.0862), ("decl", 0.5966, 0.1299)):
+        of_kind = [words for words in rows if words[-1] == kind]
+        slack = 5 * (2 * share * (1 - share) / 10_000) ** 0.5
+        assert abs(len(of_kind) / 10_000 - share) < slack
+        without = sum(words[main_auxiliary(words) + 1] in questions.INTRANSITIVE for words in of_kind) / len(of_kind)
+        assert abs(without - intransitive) < 5 * (2 * intransitive * (1 - intransitive) / len(of_kind)) ** 0.5
+    assert len(questions.VOCABULARY) == 72
+
+
 # Recall
 
 
@@ -307,6 +361,7 @@ SMALL = {
     "listops": dict(count=300),
     "scan": dict(split="add_jump"),
     "recall": dict(count=50, keys=5),
+    "questions": dict(count=300),
 }
 
 
@@ -372,6 +427,9 @@ def test_text_is_true():
         command, done = re.fullmatch("IN: (.*) OUT: (.*)", line).groups()
         assert actions(command) == done.split()
     assert sum(1 for _ in scan.text(0, 30_000)) == 20910
+    for line in questions.text(0, 200):
+        source, target = re.fullmatch("IN: (.*) OUT: (.*)", line).groups()
+        assert sorted(source.replace(".", "?").split()) == sorted(target.replace(".", "?").split())
     for line in recall.text(0, 200):
         latest: dict[str, str] = {}
         words = iter(line.split())
@@ -424,6 +482,9 @@ def test_a_mixture_has_equal_shares(tmp_path):
         (lambda: scan.examples("dev"), "part='dev' is not one of 'train', 'valid', 'test'"),
         (lambda: scan.examples(T=8), "T=8 is shorter than the longest command of 9 words"),
         (lambda: scan.examples("test", split="length", S=47), "S=47 is shorter than the longest actions of 48 words"),
+        (lambda: questions.examples("dev"), "part='dev' is not one of 'train', 'valid', 'test', 'gen'"),
+        (lambda: questions.examples(T=9, count=10), "T=9 is shorter than the longest source of"),
+        (lambda: scan.examples("valid"), "valid_every=0 leaves no examples for validation"),
         (lambda: recall.examples("dev"), "part='dev' is not one of 'train', 'test'"),
         (lambda: recall.examples(T=7), "T=7 must be even and positive"),
         (lambda: recall.examples(keys=53), r"keys=53 must be in 1\.\.52"),

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from stickjax.config.fields import SEED, check_fields, field, one_of
 
-SOURCES = ("stdlib", "text", "tokens", "labelled", "logic", "listops", "scan", "questions", "recall")
+SOURCES = ("stdlib", "text", "tokens", "logic", "listops", "scan", "questions", "recall", "labelled")
 STORED = ("text", "tokens", "labelled")  # sources that read data.path
 # {source: its splits into a training part and a test part}
 SPLITS = {

@@ -14,7 +14,7 @@ import numpy as np
 
 from stickjax.config import Config, DataConfig
 from stickjax.data.batches import TrainingData, batches
-from stickjax.data.tasks import Examples, listops, logic, scan
+from stickjax.data.tasks import Examples, listops, logic, questions, scan
 
 
 class Task(NamedTuple):
@@ -55,11 +55,26 @@ def _scan(d: DataConfig) -> Task:
     return Task("translations of scan", ids, examples, {"source": scan.COMMANDS.decode, "target": scan.ACTIONS.decode})
 
 
+def _questions(d: DataConfig) -> Task:
+    if d.valid_every:
+        raise ValueError(
+            f"valid_every={d.valid_every} is not used by source='questions', which has a part of its own for validation"
+        )
+
+    def examples(part: str, T: int | None = None, **options) -> Examples:
+        return questions.examples(part, T=T, S=T, count=d.examples, **options)
+
+    ids, decode = len(questions.VOCABULARY), questions.VOCABULARY.decode
+    return Task(
+        "translations of questions", {"V": ids, "V_target": ids}, examples, {"source": decode, "target": decode}
+    )
+
+
 # {`reads` of the config of a model: {`data.source`: a function that returns the task of a data config}}
 TASKS_OF = {
     "pairs": {"logic": _logic},
     "sentences": {"listops": _listops},
-    "translation": {"scan": _scan},
+    "translation": {"scan": _scan, "questions": _questions},
 }
 
 
@@ -83,14 +98,15 @@ def task_of(config: Config) -> Task:
 
 
 def examples_of(config: Config, part: str, **options) -> Examples:
-    """Return the examples of a part, "train", "valid" or "test", that the model of a config reads.
+    """Return the examples of a part that the model of a config reads. The parts are "train", "valid" and "test".
 
-    Texts of the parts "train" and "valid" have at most `config.data.T` tokens. Texts of the part "test" may have any
-    length. `options` are passed to the task; with the option T, texts have at most T tokens.
+    The source "questions" also has a part "gen". Texts of the parts "train" and "valid" have at most `config.data.T`
+    tokens. Texts of other parts may have any length. `options` are passed to the task; with the option T, texts have at
+    most T tokens.
 
     Raises ValueError if the source does not have what the model reads, and for the same reasons as the task.
     """
-    options = {"T": None if part == "test" else config.data.T} | options
+    options = {"T": config.data.T if part in ("train", "valid") else None} | options
     return task_of(config).examples(part, **options)
 
 
