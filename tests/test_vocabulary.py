@@ -37,7 +37,7 @@ def test_v_is_that_of_the_tokenizer_unless_given(text):
     assert with_vocabulary(config.replace({"mesh.tensor": -1}), devices=jax.devices()[:3]).model.V == 6
     assert with_vocabulary(Config(SutConfig(classes=7), DataConfig(source="logic"))).model.V == 12
     with pytest.raises(ValueError, match="V=4 is smaller than the 5 ids of tokenizer="):
-        with_vocabulary(config.replace({"model.V": 4}), 5)
+        with_vocabulary(config.replace({"model.V": 4}), {"V": 5})
     with pytest.raises(ValueError, match="nowhere.json"):
         with_vocabulary(config.replace({"data.tokenizer": "nowhere.json"}))
 

@@ -11,6 +11,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from stickjax.config.data import DataConfig
 from stickjax.config.decoder import ModelConfig
 from stickjax.config.family import MODEL_CONFIGS, FamilyConfig
 from stickjax.config.fields import (
@@ -22,7 +23,6 @@ from stickjax.config.fields import (
     former_names,
     nearest,
     nested_fields,
-    one_of,
     shown,
     with_present_names,
 )
@@ -36,64 +36,6 @@ __all__ = [
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
-
-SOURCES = ("stdlib", "text", "tokens", "logic", "listops", "scan", "recall")
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """The source of the training data, its tokenizer and held-out part, and the size of a batch."""
-
-    source: str = field(
-        "stdlib",
-        "stdlib: the running Python's standard library; text: files, folders or jsonl; tokens: a token file; "
-        "logic, listops, scan, recall: generated; several, separated by commas: equal shares",
-    )
-    path: str | None = field(None, "file or folder of the text and tokens sources")
-    heldout_path: str | None = field(None, "held-out file or folder; None: one document in heldout_every is held out")
-    heldout_every: int = field(10, "one document in this many is held out", at_least=2)
-    tokenizer: str = field("byte", "byte, or the path of a Hugging Face tokenizer.json")
-    eot: str | None = field(
-        None, "added token of tokenizer.json that ends a text, such as '<|im_end|>'; None: the files beside it name it"
-    )
-    text_field: str = field("text", "field of a jsonl line that holds the text")
-    examples: int = field(
-        100_000, "lines of a generated source (scan has 20910), or pairs to draw for a classifier", at_least=1
-    )
-    T: int = field(256, "tokens in one sequence", at_least=1)
-    B: int = field(16, "sequences in one step, over all processes and accumulation steps", at_least=1)
-    seed: int = field(0, "seed of the order of the sequences", at_least=0, at_most=SEED)
-    curriculum: int = field(
-        0, "steps from drawing the shortest tenth of the pairs to drawing all of them; 0: always all", at_least=0
-    )
-
-    def __post_init__(self):
-        check_fields(self)
-        for i, source in enumerate(self.sources):
-            one_of("source", source, SOURCES)
-            if source in self.sources[:i]:
-                raise ValueError(f"source={self.source!r} names {source!r} twice")
-        if self.tokenizer == "byte" and self.eot is not None:
-            raise ValueError(
-                f"eot={self.eot!r} needs a tokenizer.json in data.tokenizer; the end of text of 'byte' is fixed"
-            )
-        if len(self.sources) > 1 and self.heldout_path is not None:
-            raise ValueError(f"heldout_path={self.heldout_path!r} needs one source, not source={self.source!r}")
-        stored = [source for source in self.sources if source in ("text", "tokens")]
-        if len(stored) > 1:
-            raise ValueError(f"source={self.source!r}: text and tokens both read data.path; use only one of them")
-        if not stored and self.path is not None:
-            raise ValueError(f"path={self.path!r} is not used by source={self.source!r}; did you mean source='text'?")
-        if stored and self.path is None:
-            raise ValueError(f"source={self.source!r} needs a path")
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        return tuple(self.source.split(","))
-
-    @property
-    def tokens_per_step(self) -> int:
-        return self.B * self.T
 
 
 @accept_former_names

@@ -14,12 +14,14 @@ class FamilyConfig:
 
     The config of a family is a subclass, a frozen dataclass. The default of its field `family` is the name of the
     family. The subclass needs at least the fields `family`, V (the vocabulary size; None: the number of ids of the
-    tokenizer), `dtype`, `param_dtype` and `implementation`.
+    tokenizer), `dtype`, `param_dtype` and `implementation`. A model of translations also has V_target (the vocabulary
+    size of the targets; None: their number of ids), and a classifier has `classes` (None: the number of labels).
     """
 
     family: str
     V: int | None
-    reads: ClassVar[Literal["text", "pairs"]] = "text"  # what a batch is made of: see `stickjax.data.readers`
+    # what a batch is made of: see `stickjax.data.readers`
+    reads: ClassVar[Literal["text", "pairs", "sentences", "translation"]] = "text"
     remat: str = "none"  # what a layer recomputes in the backward pass
     can_change_experts: ClassVar[bool] = False  # whether `stickjax.surgery` can add and prune its experts
     accumulates: ClassVar[bool] = True  # whether the loss of a batch is the sum over its microbatches

@@ -8,7 +8,7 @@
 token file, and `verify OUT` compares it with its sha256.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import grain
@@ -159,33 +159,43 @@ class TrainingData(NamedTuple):
     """The training data of a run.
 
     `loader(index, count)`: returns the iterator of batches for process `index` of `count`.
-    `vocab_size`: the number of ids. `hash`: 16 hex digits that identify the data; a resumed run needs the same hash.
+    `ids`: the sizes that a model needs, {field of the model config: number}; "V" is the number of ids.
+    `hash`: 16 hex digits that identify the data; a resumed run needs the same hash.
     `source`: the name of the data in messages. `summary`: a line for the training banner.
+    `files`: {name: content} of the files that a run folder keeps besides the files of the tokenizer.
     """
 
     loader: Callable[[int, int], grain.DatasetIterator]
-    vocab_size: int
+    ids: dict[str, int]
     hash: str
     source: str
     summary: str
-    tokenizer: Tokenizer | None = None  # only for a text
-    heldout_source: str | None = None  # only for a text
-    heldout_hash: str | None = None  # only for a text
+    tokenizer: Tokenizer | None = None  # only for a text and for labelled rows
+    heldout_source: str | None = None  # only for a text and for labelled rows
+    heldout_hash: str | None = None  # only for a text and for labelled rows
+    files: Mapping[str, bytes] = {}
 
 
 def text_data(config: Config) -> TrainingData:
     """Load the text of a config as training data.
 
-    Raises ValueError if the config has a curriculum, which a text does not support, or if the source cannot be read.
+    Raises ValueError if the config has a field that a text does not support, such as a curriculum, or if the source
+    cannot be read.
     """
     d = config.data
     if d.curriculum:
-        raise ValueError(f"curriculum={d.curriculum} orders pairs of sentences; this model reads a text")
+        raise ValueError(f"curriculum={d.curriculum} orders examples by their length; this model reads a text")
+    if d.split is not None:
+        raise ValueError(f"split={d.split!r} divides examples; this model reads a text")
+    if d.valid_every:
+        raise ValueError(f"valid_every={d.valid_every} divides examples; this model reads a text")
+    if d.source == "labelled":
+        raise ValueError("source='labelled' needs a classifier; this model reads a text")
     corpus, heldout = load_corpus(d)
     loader = lambda index, count: train_loader(corpus, d, process_index=index, process_count=count)  # noqa: E731
     held = f"{heldout.documents:,} documents ({len(heldout.tokens):,} tokens) are held out"
     summary = f"{corpus.summary()}; {held}"
     return TrainingData(
-        loader, corpus.tokenizer.vocab_size, corpus.hash, corpus.source, summary, corpus.tokenizer,
+        loader, {"V": corpus.tokenizer.vocab_size}, corpus.hash, corpus.source, summary, corpus.tokenizer,
         heldout.source, heldout.hash,
     )  # fmt: skip

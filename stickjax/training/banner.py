@@ -22,7 +22,7 @@ def banner(config: Config, data: TrainingData, mesh: Mesh | None = None) -> str:
     rows = [
         f"parameters {total:,} ({active:,} active, embedding left out), {flops:,.0f} FLOP per token",
         f"data {data.summary}",
-        *([f"V={m.V}, more than the {data.vocab_size} ids of the text"] if m.V != data.vocab_size else []),
+        *([f"V={m.V}, more than the {data.ids['V']} ids of the text"] if m.V != data.ids["V"] else []),
         f"{config.train.steps} steps of B={d.B} x T={d.T} on {math.prod(parts.values())} x "
         f"{jax.devices()[0].device_kind}{f' ({divided})' if divided else ''}",
     ]

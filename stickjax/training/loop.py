@@ -18,7 +18,7 @@ from stickjax.data.batches import TrainingData
 from stickjax.data.readers import training_data
 from stickjax.models.families import family_of
 from stickjax.models.parameters import shardings
-from stickjax.models.vocabulary_size import with_vocabulary
+from stickjax.models.vocabulary_size import with_sizes_of, with_vocabulary
 from stickjax.parallel import processes
 from stickjax.parallel.mesh import abstract_batch, make_mesh, rows_of_process, shard_batch
 from stickjax.storage.checkpoints import Checkpoints, all_finite, check_finite, named_leaves
@@ -250,9 +250,9 @@ def fit(
     """
     config = with_own_tokenizer(run, config)
     data = training_data(config)
-    if config.model.V is None and (Path(run) / "config.json").exists():
-        config = config.replace({"model.V": read_config(run).model.V})  # another mesh could need another V
-    config = with_vocabulary(config, data.vocab_size)
+    if (Path(run) / "config.json").exists():
+        config = with_sizes_of(config, read_config(run))  # another mesh could need another V
+    config = with_vocabulary(config, data.ids)
     mesh = make_mesh(config)
     abstract = with_shardings(mesh, jax.eval_shape(lambda: init_state(config, jax.random.key(config.train.seed))))
     check_fits(state_parts(abstract) | _batch_part(config, mesh), mesh)

@@ -218,7 +218,7 @@ def _batches(config: Config) -> list[dict[str, np.ndarray]]:
     Raises ValueError if V is smaller than the number of ids in the text.
     """
     corpus = _corpus(config.data)
-    with_vocabulary(config, corpus.tokenizer.vocab_size)  # checks V
+    with_vocabulary(config, {"V": corpus.tokenizer.vocab_size})  # checks V
     return list(itertools.islice(train_loader(corpus, config.data), config.train.steps))
 
 

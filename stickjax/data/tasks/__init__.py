@@ -2,7 +2,7 @@
 
 Every task is a module with two functions, and with vocabularies whose id 0 is padding:
 
-    examples(part, *, seed, ...) -> Examples   random access to dictionaries of arrays; part is "train" or "test"
+    examples(part, *, seed, ...) -> Examples   random access to dictionaries of arrays; part is such as "train"
     text(seed, count) -> Iterator[str]         `count` different lines of text for a language model
 
 `stickjax.data.task_loader` makes batches of examples. `documents` joins lines of text into documents, for a config
@@ -11,12 +11,12 @@ whose source of text is the task, such as `DataConfig(source="listops")`.
 
 from collections.abc import Iterator
 
-from stickjax.data.tasks import listops, logic, recall, scan
+from stickjax.data.tasks import listops, logic, questions, recall, scan
 from stickjax.data.tasks.encoding import Examples, Parts, Vocabulary
 
 __all__ = ["TASKS", "Examples", "Parts", "Vocabulary", "documents"]
 
-TASKS = {"listops": listops, "logic": logic, "recall": recall, "scan": scan}
+TASKS = {"listops": listops, "logic": logic, "questions": questions, "recall": recall, "scan": scan}
 
 
 def documents(task: str, count: int) -> Iterator[str]:

@@ -1,6 +1,7 @@
-"""The common code of all tasks: vocabularies, random access to examples, and the training and test parts."""
+"""The common code of all tasks: vocabularies, random access to examples, and their parts."""
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -9,19 +10,25 @@ from jaxtyping import Int
 
 from stickjax.config.fields import one_of
 
+PARTS = ("train", "valid", "test")
+SPECIAL = ("<unknown>", "<start>", "<end>")  # ids 1, 2 and 3 of the vocabularies of translations
+
 
 class Vocabulary:
     """A vocabulary of symbols for texts in which spaces separate the symbols. Id 0 is padding, which has no text.
 
-    `symbols` has all symbols with spaces between them; the first one has id 1.
+    `symbols` has all symbols with spaces between them; the first one has id 1. If there are `special` symbols, they
+    come first.
 
     >>> words = Vocabulary("a b")
     >>> words.encode("b a b", T=4), words.decode([2, 1, 2, 0]), len(words)
     (array([2, 1, 2, 0], dtype=int32), 'b a b', 3)
+    >>> Vocabulary("a b", SPECIAL).ids["a"]
+    4
     """
 
-    def __init__(self, symbols: str):
-        self.symbols = ("<pad>", *symbols.split())
+    def __init__(self, symbols: str, special: Sequence[str] = ()):
+        self.symbols = ("<pad>", *special, *symbols.split())
         self.ids = {symbol: i for i, symbol in enumerate(self.symbols)}
 
     def __len__(self) -> int:
@@ -51,16 +58,34 @@ class Examples:
     """Random access to examples, for `grain.MapDataset.source`. An example is a dictionary {name: array}.
 
     Example i is `arrays(rows[i])`, which is computed when the example is used.
+
+    Args:
+      rows: the examples in a compact form.
+      arrays: converts a row to the arrays of the example.
+      texts: groups of names of arrays. The arrays of a group have token ids, and are padded with 0 to one length. Such
+        groups are (("left", "right"),) for pairs and (("source",), ("target",)) for translations.
+      lengths: returns the largest number of tokens in each group of a row; needed if there are `texts`.
     """
 
-    def __init__(self, rows: Sequence, arrays: Callable[..., dict[str, np.ndarray]]):
-        self.rows, self.arrays = rows, arrays
+    def __init__(
+        self,
+        rows: Sequence,
+        arrays: Callable[..., dict[str, np.ndarray]],
+        texts: tuple[tuple[str, ...], ...] = (),
+        lengths: Callable[..., tuple[int, ...]] = lambda row: (),
+    ):
+        self.rows, self.arrays, self.texts, self._lengths = rows, arrays, texts, lengths
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         return self.arrays(self.rows[index])
+
+    def lengths(self) -> Int[np.ndarray, "examples groups"]:
+        """Return the largest number of tokens in each group of `texts`, for all examples."""
+        found = [self._lengths(row) for row in self.rows]
+        return np.array(found, int).reshape(len(found), len(self.texts))
 
 
 class Parts(NamedTuple):
@@ -69,9 +94,44 @@ class Parts(NamedTuple):
     train: Sequence
     test: Sequence
 
-    def part(self, name: str) -> Sequence:
-        one_of("part", name, self._fields)
-        return getattr(self, name)
+    def part(self, name: str, valid_every: int = 0) -> Sequence:
+        """Return the part "train", "valid" or "test".
+
+        The part "valid" is taken out of the training part: see `divided`.
+        """
+        one_of("part", name, PARTS)
+        return self.test if name == "test" else divided(self.train, name, valid_every)
+
+
+def divided(rows: Sequence, part: str, valid_every: int) -> Sequence:
+    """Return the part "train" or "valid" of training examples. With `valid_every` 0, all are in the part "train".
+
+    The part "valid" has `len(rows) // valid_every` examples, which are chosen at random, the same in every run. An
+    example that occurs several times stays in the part "train".
+
+    Raises ValueError for the part "valid" with `valid_every` 0.
+
+    >>> divided("abcdefgh", "valid", 4), divided("abcdefgh", "train", 4)
+    (['c', 'e'], ['a', 'b', 'd', 'f', 'g', 'h'])
+    """
+    if not valid_every:
+        if part == "valid":
+            raise ValueError("valid_every=0 leaves no examples for validation; data.valid_every=10 leaves a tenth")
+        return rows
+    count = Counter(rows)
+    once = [i for i in np.random.default_rng(0).permutation(len(rows)) if count[rows[i]] == 1]
+    chosen = set(once[: len(rows) // valid_every])
+    return [row for i, row in enumerate(rows) if (i in chosen) == (part == "valid")]
+
+
+def words_in(text: str) -> int:
+    """Return the number of symbols in a text in which single spaces separate the symbols."""
+    return text.count(" ") + 1
+
+
+def longest_of(rows: Iterable, *texts: str) -> int:
+    """Return the largest number of symbols in the fields `texts` of rows; 0 if there are no rows."""
+    return max((words_in(getattr(row, name)) for row in rows for name in texts), default=0)
 
 
 def distinct(drawn: Iterable, count: int) -> Iterator:

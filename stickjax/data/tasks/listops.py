@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from stickjax.data.tasks.encoding import Examples, Parts, Vocabulary, distinct
+from stickjax.data.tasks.encoding import Examples, Parts, Vocabulary, distinct, longest_of, words_in
 
 OPERATORS = {
     "[MIN": min,
@@ -83,12 +83,20 @@ def binary(text: str) -> str:
 
 
 def examples(
-    part: str = "train", *, T: int = 50, brackets: bool = False, seed: int = 0, count: int = 100_000
+    part: str = "train",
+    *,
+    T: int | None = 50,
+    brackets: bool = False,
+    seed: int = 0,
+    count: int = 100_000,
+    valid_every: int = 0,
 ) -> Examples:
-    """Return the examples of a part, "train" or "test": `tokens` [T] of an expression, and its value `label`, int32.
+    """Return the examples of a part: `tokens` [T] of an expression, and its value `label`, int32.
 
-    `count` expressions are generated with `seed` and divided into the two parts (see `generate`). Expressions of more
-    than T symbols are left out. With `brackets`, the expressions have the brackets of `binary`, which count as symbols.
+    `part` is "train", "valid" or "test". `count` expressions are generated with `seed` and divided into training and
+    test expressions (see `generate`). The part "valid" has one in `valid_every` training expressions, which the part
+    "train" does not have. Expressions of more than T symbols are left out; T None: none is left out. With `brackets`,
+    the expressions have the brackets of `binary`, which count as symbols.
 
     Raises ValueError for an unknown part.
 
@@ -97,9 +105,11 @@ def examples(
     {'tokens': (100,), 'label': ()}
     """
     form = binary if brackets else str
-    rows = [row._replace(text=form(row.text)) for row in generate(seed, count).part(part)]
-    rows = [row for row in rows if row.text.count(" ") < T]
-    return Examples(rows, lambda row: dict(tokens=VOCABULARY.encode(row.text, T), label=np.int32(row.label)))
+    rows = [row._replace(text=form(row.text)) for row in generate(seed, count).part(part, valid_every)]
+    T = longest_of(rows, "text") if T is None else T
+    rows = [row for row in rows if words_in(row.text) <= T]
+    arrays = lambda row: dict(tokens=VOCABULARY.encode(row.text, T), label=np.int32(row.label))  # noqa: E731
+    return Examples(rows, arrays, (("tokens",),), lambda row: (words_in(row.text),))
 
 
 def text(seed: int, count: int) -> Iterator[str]:

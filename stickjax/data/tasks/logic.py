@@ -14,12 +14,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from stickjax.config.data import SPLITS as ALL_SPLITS
 from stickjax.config.fields import one_of
-from stickjax.data.tasks.encoding import Examples, Parts, Vocabulary, distinct
+from stickjax.data.tasks.encoding import PARTS, Examples, Parts, Vocabulary, distinct, longest_of, words_in
 
 VOCABULARY = Vocabulary("( ) a b c d e f or and not")
+SPLITS = ALL_SPLITS["logic"]
 RELATIONS = ("<", ">", "=", "^", "|", "#", "v")  # a label is an index
-SPLITS = ("A", "B", "C")
 BUCKETS = 13  # by the larger number of operators of the two sentences: 0 .. 11, and 12 for all above
 
 _WORLDS = 2**64 - 1
@@ -134,19 +135,21 @@ def matches(example: Example, split: str) -> bool:
 def examples(
     part: str = "train",
     *,
-    T: int = 40,
+    T: int | None = 40,
     split: str | None = None,
     buckets: Sequence[int] = range(7),
     seed: int = 0,
     draws: int = 500_000,
+    valid_every: int = 0,
 ) -> Examples:
-    """Return the pairs of sentences of a part, "train" or "test": `left` [T], `right` [T], `label` and `bucket`, int32.
+    """Return the pairs of a part, "train", "valid" or "test": `left` [T], `right` [T], `label` and `bucket`, int32.
 
     `left` and `right` are the ids of the sentences, and `label` is the index of their relation in RELATIONS. `draws`
-    pairs are drawn with `seed` (see `generate`); only pairs in `buckets` are returned.
+    pairs are drawn with `seed` (see `generate`); only pairs in `buckets` are returned. T None: the longest sentence.
 
-    With split A, B or C, both parts come from the training parts of the buckets. The part "test" has the pairs that
-    match the pattern of the split (see `matches`), and the part "train" has all other pairs.
+    With split A, B or C, all parts come from the training parts of the buckets. The part "test" has the pairs that
+    match the pattern of the split (see `matches`), and the other parts have all other pairs. The part "valid" has one
+    in `valid_every` pairs of each bucket, which the part "train" does not have.
 
     Raises ValueError if a sentence has more than T tokens, or for an unknown part or split.
 
@@ -154,12 +157,15 @@ def examples(
     >>> {name: array.shape for name, array in pairs[0].items()}
     {'left': (80,), 'right': (80,), 'label': (), 'bucket': ()}
     """
-    one_of("part", part, Parts._fields)
-    generated = generate(seed, draws)
-    rows = [row for b in buckets for row in generated[b].part(part if split is None else "train")]
-    if split is not None:
-        rows = [row for row in rows if matches(row, split) == (part == "test")]
-    longest = max((side.count(" ") + 1 for row in rows for side in row[:2]), default=0)
+    one_of("part", part, PARTS)
+    generated = [generate(seed, draws)[b] for b in buckets]
+    if split is None:
+        rows = [row for bucket in generated for row in bucket.part(part, valid_every)]
+    else:
+        parts = [bucket.train if part == "test" else bucket.part(part, valid_every) for bucket in generated]
+        rows = [row for bucket in parts for row in bucket if matches(row, split) == (part == "test")]
+    longest = longest_of(rows, "left", "right")
+    T = longest if T is None else T
     if longest > T:
         raise ValueError(f"T={T} is shorter than the longest sentence of {longest} tokens")
 
@@ -167,7 +173,8 @@ def examples(
         left, right = VOCABULARY.encode(row.left, T), VOCABULARY.encode(row.right, T)
         return dict(left=left, right=right, label=np.int32(row.label), bucket=np.int32(row.bucket))
 
-    return Examples(rows, arrays)
+    lengths = lambda row: (max(words_in(row.left), words_in(row.right)),)  # noqa: E731
+    return Examples(rows, arrays, (("left", "right"),), lengths)
 
 
 def text(seed: int, count: int) -> Iterator[str]:

@@ -1,0 +1,111 @@
+"""The config of the training data: its source, its tokenizer, its held-out part and the size of a batch."""
+
+from dataclasses import dataclass
+
+from stickjax.config.fields import SEED, check_fields, field, one_of
+
+SOURCES = ("stdlib", "text", "tokens", "logic", "listops", "scan", "questions", "recall", "labelled")
+STORED = ("text", "tokens", "labelled")  # sources that read data.path
+# {source: its splits into a training part and a test part}
+SPLITS = {
+    "logic": ("A", "B", "C"),
+    "scan": ("simple", "length", "length_tuning", "add_jump", "add_turn_left", "around_right"),
+}
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The source of the training data, its tokenizer and held-out part, and the size of a batch."""
+
+    source: str = field(
+        "stdlib",
+        "stdlib: the running Python's standard library; text: files, folders or jsonl; tokens: a token file; "
+        "labelled: rows of a table, each with a label; logic, listops, scan, questions, recall: generated; several, "
+        "separated by commas: equal shares",
+    )
+    path: str | None = field(None, "file or folder of the text, tokens and labelled sources")
+    heldout_path: str | None = field(None, "held-out file or folder; None: one document in heldout_every is held out")
+    heldout_every: int = field(10, "one document, or one labelled row, in this many is held out", at_least=2)
+    split: str | None = field(
+        None,
+        "how a generated source is divided into training and test examples; logic: A, B, C; scan: simple, length, "
+        "length_tuning, add_jump, add_turn_left, around_right; None: at random",
+    )
+    valid_every: int = field(
+        0, "one training example in this many is left out of training, for validation; 0: none", at_least=0
+    )
+    tokenizer: str = field(
+        "byte", "byte; the path of a Hugging Face tokenizer.json; or words: the words of the labelled training rows"
+    )
+    eot: str | None = field(
+        None, "added token of tokenizer.json that ends a text, such as '<|im_end|>'; None: the files beside it name it"
+    )
+    min_count: int = field(1, "tokenizer=words: rarer words of the training rows become <unknown>", at_least=1)
+    text_field: str = field("text", "field of a jsonl line that holds the text")
+    left_field: str = field("sentence1", "labelled: field with the text, or with the first of two texts")
+    right_field: str | None = field(None, "labelled: field with the second text; None: a row has one text")
+    label_field: str = field("label", "labelled: field with the label")
+    unlabelled: str | None = field(
+        None, "labelled: rows with this label are left out, such as - in SNLI; None: every row counts"
+    )
+    labels: str | None = field(
+        None, "labelled: JSON file with the list of labels; None: the labels of the training rows. A run keeps its own"
+    )
+    examples: int = field(
+        100_000,
+        "lines of a generated source (scan has 20910), pairs to draw for a classifier, or training examples of "
+        "questions",
+        at_least=1,
+    )
+    T: int = field(256, "tokens in one sequence", at_least=1)
+    B: int = field(16, "sequences in one step, over all processes and accumulation steps", at_least=1)
+    seed: int = field(0, "seed of the order of the sequences", at_least=0, at_most=SEED)
+    curriculum: int = field(
+        0, "steps from drawing the shortest tenth of the examples to drawing all of them; 0: always all", at_least=0
+    )
+
+    def __post_init__(self):
+        check_fields(self)
+        for i, source in enumerate(self.sources):
+            one_of("source", source, SOURCES)
+            if source in self.sources[:i]:
+                raise ValueError(f"source={self.source!r} names {source!r} twice")
+        if self.tokenizer in ("byte", "words") and self.eot is not None:
+            raise ValueError(
+                f"eot={self.eot!r} needs a tokenizer.json in data.tokenizer; the end of text of "
+                f"{self.tokenizer!r} is fixed"
+            )
+        if len(self.sources) > 1 and self.heldout_path is not None:
+            raise ValueError(f"heldout_path={self.heldout_path!r} needs one source, not source={self.source!r}")
+        self._check_path()
+        self._check_parts()
+
+    def _check_path(self) -> None:
+        stored = [source for source in self.sources if source in STORED]
+        if "labelled" in stored and len(self.sources) > 1:
+            raise ValueError(f"source={self.source!r}: labelled rows cannot be mixed with other sources")
+        if len(stored) > 1:
+            raise ValueError(f"source={self.source!r}: text and tokens both read data.path; use only one of them")
+        if not stored and self.path is not None:
+            raise ValueError(f"path={self.path!r} is not used by source={self.source!r}; did you mean source='text'?")
+        if stored and self.path is None:
+            raise ValueError(f"source={self.source!r} needs a path")
+        if self.tokenizer == "words" and self.source != "labelled":
+            raise ValueError(f"tokenizer='words' needs source='labelled', not {self.source!r}: it is made of its rows")
+
+    def _check_parts(self) -> None:
+        if self.valid_every == 1:
+            raise ValueError("valid_every=1 leaves no example for training; it must be 0 or at least 2")
+        if self.split is not None:
+            if self.source not in SPLITS:
+                known = " and ".join(SPLITS)
+                raise ValueError(f"split={self.split!r} is not used by source={self.source!r}; {known} have splits")
+            one_of(f"source={self.source!r}: split", self.split, SPLITS[self.source])
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return tuple(self.source.split(","))
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.B * self.T

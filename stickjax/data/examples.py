@@ -1,0 +1,175 @@
+"""Training data for models that read examples: pairs of sentences, single sentences, or translations.
+
+A batch of pairs has `left` [B,T], `right` [B,T] and `label` [B]. A batch of sentences has `tokens` [B,T] and `label`
+[B]. A batch of translations has `source` [B,S] and `target` [B,T]. All are int32. Id 0 is padding, on the right.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import NamedTuple
+
+import grain
+import numpy as np
+
+from stickjax.config import Config, DataConfig
+from stickjax.data.batches import TrainingData, batches
+from stickjax.data.tasks import Examples, listops, logic, questions, scan
+
+
+class Task(NamedTuple):
+    """One source of examples, in the form that one kind of model reads.
+
+    `name`: the name in messages. `ids`: the sizes that the model needs: V (the number of ids), V_target (the number of
+    ids of targets, for translations) and classes (the number of labels), each as {field of the model config: number}.
+    `examples(part, T=..., **options)`: returns the examples of a part, such as "train", with at most T tokens in a
+    text; T None: texts of any length. `decode`: for each array of ids the function that returns its text. `labels`: the
+    names of the labels, in the order of their ids.
+    """
+
+    name: str
+    ids: dict[str, int]
+    examples: Callable[..., Examples]
+    decode: Mapping[str, Callable]
+    labels: tuple[str, ...] = ()
+
+
+def _logic(d: DataConfig) -> Task:
+    examples = partial(logic.examples, draws=d.examples, split=d.split, valid_every=d.valid_every)
+    ids = {"V": len(logic.VOCABULARY), "classes": len(logic.RELATIONS)}
+    return Task("pairs of logic", ids, examples, dict.fromkeys(["left", "right"], logic.VOCABULARY.decode),
+                logic.RELATIONS)  # fmt: skip
+
+
+def _listops(d: DataConfig) -> Task:
+    examples = partial(listops.examples, count=d.examples, valid_every=d.valid_every)
+    ids = {"V": len(listops.VOCABULARY), "classes": 10}
+    return Task("sentences of listops", ids, examples, {"tokens": listops.VOCABULARY.decode}, tuple("0123456789"))
+
+
+def _scan(d: DataConfig) -> Task:
+    def examples(part: str, T: int | None = None, **options) -> Examples:
+        return scan.examples(part, T=T, S=T, split=d.split or "simple", valid_every=d.valid_every, **options)
+
+    ids = {"V": len(scan.COMMANDS), "V_target": len(scan.ACTIONS)}
+    return Task("translations of scan", ids, examples, {"source": scan.COMMANDS.decode, "target": scan.ACTIONS.decode})
+
+
+def _questions(d: DataConfig) -> Task:
+    if d.valid_every:
+        raise ValueError(
+            f"valid_every={d.valid_every} is not used by source='questions', which has a part of its own for validation"
+        )
+
+    def examples(part: str, T: int | None = None, **options) -> Examples:
+        return questions.examples(part, T=T, S=T, count=d.examples, **options)
+
+    ids, decode = len(questions.VOCABULARY), questions.VOCABULARY.decode
+    return Task(
+        "translations of questions", {"V": ids, "V_target": ids}, examples, {"source": decode, "target": decode}
+    )
+
+
+# {`reads` of the config of a model: {`data.source`: a function that returns the task of a data config}}
+TASKS_OF = {
+    "pairs": {"logic": _logic},
+    "sentences": {"listops": _listops},
+    "translation": {"scan": _scan, "questions": _questions},
+}
+
+
+def task_of(config: Config) -> Task:
+    """Return the task of a config: its source, in the form that its model reads.
+
+    Raises ValueError if the source does not have what the model reads.
+
+    >>> from stickjax.config import SutConfig
+    >>> task_of(Config(SutConfig(classes=7), DataConfig(source="logic"))).ids
+    {'V': 12, 'classes': 7}
+    """
+    reads, d = config.model.reads, config.data
+    tasks = TASKS_OF[reads]
+    if d.source not in tasks:
+        known = " or ".join(map(repr, tasks))
+        raise ValueError(
+            f"this model of family={config.model.family!r} reads {reads}: source={known}, not {d.source!r}"
+        )
+    return tasks[d.source](d)
+
+
+def examples_of(config: Config, part: str, **options) -> Examples:
+    """Return the examples of a part that the model of a config reads. The parts are "train", "valid" and "test".
+
+    The source "questions" also has a part "gen". Texts of the parts "train" and "valid" have at most `config.data.T`
+    tokens. Texts of other parts may have any length. `options` are passed to the task; with the option T, texts have at
+    most T tokens.
+
+    Raises ValueError if the source does not have what the model reads, and for the same reasons as the task.
+    """
+    options = {"T": config.data.T if part in ("train", "valid") else None} | options
+    return task_of(config).examples(part, **options)
+
+
+def example_data(config: Config) -> TrainingData:
+    """Load the examples that the model of a config reads as training data.
+
+    Raises ValueError if the source does not have them, or has fewer than B.
+    """
+    d, task = config.data, task_of(config)
+    examples = task.examples("train", T=d.T)
+    if len(examples) < d.B:
+        raise ValueError(f"B={d.B} is more than the {len(examples)} training examples of {task.name}")
+    source = LengthBucketedBatches(examples, d.B, d.seed)
+    digest = hashlib.sha256("\n".join(f"{row}" for row in examples.rows).encode()).hexdigest()[:16]
+
+    def loader(index: int, count: int) -> grain.DatasetIterator:
+        rows = slice(index * d.B // count, (index + 1) * d.B // count)
+        own = lambda batch: {name: array[0][rows] for name, array in batch.items()}  # noqa: E731
+        return batches(source, 1, d.seed, transform=own, first=_ShortFirst(source, d.curriculum, d.seed))
+
+    return TrainingData(loader, task.ids, digest, task.name, f"{len(examples):,} {task.name}, {digest}")
+
+
+class LengthBucketedBatches:
+    """Random access to batches of B examples with about the same length. The batches are sorted, shortest first.
+
+    The length of an example is the number of tokens in its longest text. The texts of a batch are padded to a multiple
+    of 8, but to T at most; the sources and the targets of translations are padded separately. In a batch of random
+    examples, all texts would be padded to the longest one, and training would take twice the work. `seed` decides which
+    examples of the same length are in one batch.
+    """
+
+    def __init__(self, examples: Examples, B: int, seed: int):
+        lengths = examples.lengths()
+        longest = lengths.max(1, initial=0)
+        order = np.random.default_rng(seed).permutation(len(longest))
+        order = order[np.argsort(longest[order], kind="stable")]
+        self.examples, self.batches = examples, order[: len(order) // B * B].reshape(-1, B)
+        self.widths = -(-lengths[self.batches].max(1, initial=0) // 8) * 8
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        examples = [self.examples[i] for i in self.batches[index]]
+        batch = {name: np.stack([example[name] for example in examples]) for name in examples[0]}
+        for group, width in zip(self.examples.texts, self.widths[index], strict=True):
+            batch |= {name: batch[name][:, :width] for name in group}
+        return batch
+
+
+class _ShortFirst:
+    """A curriculum of `steps` steps over the batches of `source`, which are sorted by length.
+
+    Step i draws a random batch from the shortest ones: from the first max(1/10, (i + 1) / steps) of all batches.
+    """
+
+    def __init__(self, source: LengthBucketedBatches, steps: int, seed: int):
+        self.source, self.steps, self.seed = source, steps, seed
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        known = max(1, int(len(self.source) * max(0.1, (index + 1) / self.steps)))
+        return self.source[int(np.random.default_rng([self.seed, index]).integers(known))]

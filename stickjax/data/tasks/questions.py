@@ -1,0 +1,193 @@
+"""English question formation: copy a statement, or turn it into a question (McCoy, Frank and Linzen, 2020, 2001.03632).
+
+A source is a statement and the word `decl` or `quest`. With `decl`, the target is the source. With `quest`, the target
+is the question: the main auxiliary moves to the front, and `.` becomes `?`. In training, no question has a subject with
+a relative clause. So two rules fit the training data: to move the main auxiliary, or to move the first one. The part
+"gen" has questions for which the two rules differ.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from random import Random
+from typing import NamedTuple
+
+from stickjax.config.fields import one_of
+from stickjax.data.tasks.encoding import SPECIAL, Examples, Vocabulary, distinct, longest_of, words_in
+
+DETERMINERS = ("the", "some", "my", "your", "our", "her")
+SINGULAR = (
+    "newt", "orangutan", "peacock", "quail", "raven", "salamander", "tyrannosaurus", "unicorn", "vulture", "walrus",
+    "xylophone", "yak", "zebra",
+)  # fmt: skip
+PLURAL = tuple(f"{noun}es" if noun.endswith("us") else f"{noun}s" for noun in SINGULAR)
+INTRANSITIVE = ("giggle", "smile", "sleep", "swim", "wait", "move", "change", "read", "eat")
+TRANSITIVE = ("entertain", "amuse", "high_five", "applaud", "confuse", "admire", "accept", "remember", "comfort")
+AUXILIARIES = (("does", "doesn't"), ("do", "don't"))  # of singular and of plural subjects
+PREPOSITIONS = ("around", "near", "with", "upon", "by", "behind", "above", "below")
+RELATIVE = ("who", "that")
+# Ids 0 to 3 are as in `stickjax.data.tasks.scan`. Sources and targets have one vocabulary.
+VOCABULARY = Vocabulary(
+    " ".join(
+        [*DETERMINERS, *SINGULAR, *PLURAL, *INTRANSITIVE, *TRANSITIVE, *AUXILIARIES[0], *AUXILIARIES[1]]
+        + [*PREPOSITIONS, *RELATIVE, ".", "?", "decl", "quest"]
+    ),
+    SPECIAL,
+)
+
+# The subject of a sentence is a noun, a noun with a preposition, or a noun with a relative clause. Its verb has no
+# object, or an object of one of these kinds. The published grammar draws the three kinds of subject equally often, and
+# no object in half of the sentences. The published training and test sentences have other shares; they were measured on
+# the 10,000 test sentences. The published part "gen" has the shares of the grammar.
+SUBJECTS = ("noun",) * 9 + ("preposition",) * 4 + ("clause",) * 5
+OBJECTS = ("none", "noun", "preposition") * 3 + ("clause",) * 4
+GEN_OBJECTS = ("none", "none", "none", "noun", "preposition")
+
+Pick = Callable[[Sequence], object]  # draws one of several things, all equally likely
+
+
+class Example(NamedTuple):
+    source: str
+    target: str
+
+
+class QuestionParts(NamedTuple):
+    """The parts of the examples. `gen` tests the generalisation to subjects with a relative clause."""
+
+    train: tuple[Example, ...]
+    valid: tuple[Example, ...]
+    test: tuple[Example, ...]
+    gen: tuple[Example, ...]
+
+
+def _noun(pick: Pick, number: int | None = None) -> list:
+    """Draw a determiner and a noun. `number` is 0 for singular, 1 for plural, and None for either."""
+    number = pick((0, 1)) if number is None else number
+    return [pick(DETERMINERS), pick((SINGULAR, PLURAL)[number])]
+
+
+def _clause(pick: Pick, number: int) -> list:
+    """Draw a relative clause for a noun: two sixths `who does sleep`, two sixths `who does admire the newt`.
+
+    One sixth is `who the newt does admire`, and one sixth the same with a plural noun.
+    """
+    relative, form = pick(RELATIVE), pick((0, 0, 1, 1, 2, 3))
+    if form == 0:
+        return [relative, pick(AUXILIARIES[number]), pick(INTRANSITIVE)]
+    if form == 1:
+        return [relative, pick(AUXILIARIES[number]), pick(TRANSITIVE), *_noun(pick)]
+    other = form - 2
+    return [relative, *_noun(pick, other), pick(AUXILIARIES[other]), pick(TRANSITIVE)]
+
+
+def _phrase(pick: Pick, kind: str, number: int) -> list:
+    """Draw a noun of this number, with a preposition or a relative clause if `kind` says so."""
+    words = _noun(pick, number)
+    if kind == "preposition":
+        return [*words, pick(PREPOSITIONS), *_noun(pick)]
+    return [*words, *_clause(pick, number)] if kind == "clause" else words
+
+
+class _Sentence(NamedTuple):
+    subject: list
+    auxiliary: str
+    rest: list
+    has_clause: bool  # whether the subject has a relative clause
+
+
+def _sentence(pick: Pick, subjects: Sequence[str], objects: Sequence[str]) -> _Sentence:
+    """Draw a sentence, whose kinds of subject and object are drawn from `subjects` and `objects`."""
+    number, kind, other = pick((0, 1)), pick(subjects), pick(objects)
+    subject, auxiliary = _phrase(pick, kind, number), pick(AUXILIARIES[number])
+    rest = [pick(INTRANSITIVE)] if other == "none" else [pick(TRANSITIVE), *_phrase(pick, other, pick((0, 1)))]
+    return _Sentence(subject, auxiliary, rest, kind == "clause")
+
+
+def _example(sentence: _Sentence, is_question: bool) -> Example:
+    subject, auxiliary, rest, _ = sentence
+    source = " ".join([*subject, auxiliary, *rest, ".", "quest" if is_question else "decl"])
+    return Example(source, " ".join([auxiliary, *subject, *rest, "?", "quest"]) if is_question else source)
+
+
+def _picker(seed: int) -> Pick:
+    uniform = Random(seed).random
+    return lambda options: options[int(len(options) * uniform())]
+
+
+def _draws(pick: Pick) -> Iterator[Example]:
+    """Yield statements and questions, equally many, except that questions with a clause in the subject are left out."""
+    while True:
+        sentence, is_question = _sentence(pick, SUBJECTS, OBJECTS), pick((False, True))
+        if not (is_question and sentence.has_clause):
+            yield _example(sentence, is_question)
+
+
+def _gen_draws(pick: Pick) -> Iterator[Example]:
+    """Yield questions whose first auxiliary differs from the main one.
+
+    The first auxiliary is in the relative clause of the subject. The object has no relative clause.
+    """
+    while True:
+        sentence = _sentence(pick, ("clause",), GEN_OBJECTS)
+        first = next(word for word in sentence.subject if word in AUXILIARIES[0] + AUXILIARIES[1])
+        if first != sentence.auxiliary:
+            yield _example(sentence, True)
+
+
+@functools.lru_cache(maxsize=1)
+def generate(seed: int = 0, count: int = 100_000) -> QuestionParts:
+    """Generate `count` different training examples, then 1000 for validation, 10,000 for tests and 10,000 for "gen".
+
+    All examples differ, also between the parts. About 60 % of the first three parts are statements, and 40 % questions.
+    The part "gen" has only questions. A source has 6 to 18 words.
+
+    >>> parts = generate()
+    >>> [len(part) for part in parts]
+    [100000, 1000, 10000, 10000]
+    >>> parts.gen[0].source
+    "our walrus who doesn't swim does wait . quest"
+    >>> parts.gen[0].target
+    "does our walrus who doesn't swim wait ? quest"
+    >>> sum(row.source.endswith("quest") for row in parts.test) / 10_000
+    0.4018
+    """
+    pick = _picker(seed)
+    rows = tuple(distinct(_draws(pick), count + 11_000))
+    gen = tuple(distinct(_gen_draws(pick), 10_000))
+    return QuestionParts(rows[:count], rows[count : count + 1000], rows[count + 1000 :], gen)
+
+
+def examples(
+    part: str = "train", *, T: int | None = 18, S: int | None = None, seed: int = 0, count: int = 100_000
+) -> Examples:
+    """Return the examples of a part, "train", "valid", "test" or "gen": `source` [T] and `target` [S], both int32.
+
+    Both have the ids of VOCABULARY, padded with 0. `count` training examples are generated with `seed` (see
+    `generate`). T None: the longest source; S None: the longest target.
+
+    Raises ValueError if a source has more than T words or a target more than S, or for an unknown part.
+
+    >>> {name: array.shape for name, array in examples("gen", T=16, count=100)[0].items()}
+    {'source': (16,), 'target': (16,)}
+    """
+    one_of("part", part, QuestionParts._fields)
+    rows, sizes = getattr(generate(seed, count), part), []
+    for letter, size, name in (("T", T, "source"), ("S", S, "target")):
+        longest = longest_of(rows, name)
+        if size is not None and longest > size:
+            raise ValueError(f"{letter}={size} is shorter than the longest {name} of {longest} words")
+        sizes.append(longest if size is None else size)
+
+    def arrays(row: Example):
+        return dict(source=VOCABULARY.encode(row.source, sizes[0]), target=VOCABULARY.encode(row.target, sizes[1]))
+
+    lengths = lambda row: (words_in(row.source), words_in(row.target))  # noqa: E731
+    return Examples(rows, arrays, (("source",), ("target",)), lengths)
+
+
+def text(seed: int, count: int) -> Iterator[str]:
+    """Return an iterator over `count` different lines. A line is a source and its target.
+
+    >>> next(text(22, 1))
+    'IN: her peacocks do move . decl OUT: her peacocks do move . decl'
+    """
+    return (f"IN: {row.source} OUT: {row.target}" for row in distinct(_draws(_picker(seed)), count))
