@@ -2,7 +2,8 @@
 
 python -m stickjax.evaluate RUN [RUN ...] [--lengths 1,2,4] [--plot PNG]
 
-A classifier of pairs is evaluated by `stickjax.evaluation.pairs` instead.
+A model that reads examples, such as a classifier, is scored by its accuracy instead (`stickjax.evaluation.examples`).
+A Universal Transformer on logic is also scored at several halting thresholds (`stickjax.evaluation.pairs`).
 
 Numbers and pictures are written into the run folders. Nothing is written into a folder that is read-only or in the
 Hugging Face layout.
@@ -25,9 +26,10 @@ from stickjax.config import Config
 from stickjax.config.command import Parser, command, say_error
 from stickjax.config.command_line import parse_changes
 from stickjax.data.corpus import load_corpus
+from stickjax.data.examples import task_of
 from stickjax.data.heldout import heldout_windows
+from stickjax.evaluation import examples, plots
 from stickjax.evaluation import pairs as accuracy
-from stickjax.evaluation import plots
 from stickjax.evaluation.plots import Records
 from stickjax.models.families import family_of
 from stickjax.storage.run_folder import load, read_config, results_folder
@@ -180,7 +182,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--step", type=int, help="evaluate the checkpoint of this step")
     parser.add_argument("--lengths", default="1,2,4,8", help="contexts, in multiples of T (default: %(default)s)")
     parser.add_argument("--max-tokens", type=int, default=2**17, help="how many tokens to score")
-    parser.add_argument("--max-pairs", type=int, default=1024, help="for a classifier: how many pairs of a bucket")
+    parser.add_argument("--max-pairs", type=int, default=1024, help="for a classifier: how many examples of a bucket")
+    parser.add_argument("--part", default="test", help="for a classifier: test, or valid to choose settings")
     parser.add_argument("--plot", metavar="PNG", help="path of the curves; in the first run's folder by default")
     words, rest = parser.parse_with_fields(argv)
     runs, lengths = names(words.runs), _lengths(words.lengths)
@@ -188,7 +191,10 @@ def main(argv: list[str] | None = None) -> int:
     changes = {name: parse_changes(config, rest) for name, config in configs.items()}
     if len(reads := {config.model.reads for config in configs.values()}) > 1:
         raise ValueError("classifiers and language models are not compared: evaluate them in two commands")
-    pairs = reads == {"pairs"}
+    reads_examples = reads != {"text"}
+    pairs = reads_examples and all(map(accuracy.scores_halting, configs.values())) and words.part == "test"
+    if len(sources := {config.data.source for config in configs.values()}) > 1 and reads_examples:
+        raise ValueError(f"runs on {' and '.join(sorted(sources))} are not compared: evaluate them in several commands")
     if words.plot and not Path(words.plot).absolute().parent.is_dir():
         raise ValueError(f"--plot={words.plot}: {printable(Path(words.plot).parent)} is not a folder; make it first")
     results, places = {}, {}
@@ -202,6 +208,9 @@ def main(argv: list[str] | None = None) -> int:
         if pairs:
             results[name] = accuracy.report(loaded.model, loaded.config, place, words.max_pairs, say)
             continue
+        if reads_examples:
+            results[name] = examples.report(loaded.model, loaded.config, place, words.part, words.max_pairs, say)
+            continue
         options = dict(lengths=lengths, max_tokens=words.max_tokens, say=say)
         results[name] = evaluate(loaded.model, loaded.config, **options)
         if place and "depth" in results[name][0]:
@@ -209,17 +218,28 @@ def main(argv: list[str] | None = None) -> int:
         if place:
             record = {"run": name, "step": loaded.step, "lengths": results[name]}
             write_file(place / "evaluation.json", json_text(record, indent=2) + "\n")
-    print_table(accuracy.table(results) if pairs else table(results))
-    if pairs and len(results) == 1:
-        print_table(accuracy.savings(*results.values()))
     first = next(iter(places.values()))
-    picture = words.plot or (first and first / ("accuracy.png" if pairs else "length.png"))
+    picture = words.plot or (first and first / ("accuracy.png" if reads_examples else "length.png"))
+    if pairs:
+        print_table(accuracy.table(results))
+        if len(results) == 1:
+            print_table(accuracy.savings(*results.values()))
+        results = {name: accuracy.at_first_threshold(records) for name, records in results.items()}
+    elif reads_examples:
+        bucket_name = task_of(next(iter(configs.values()))).bucket_name
+        print_table(examples.table(results, bucket_name))
+    else:
+        print_table(table(results))
     if not picture:
         return 0
-    if pairs:
-        plots.plot_accuracy({name: accuracy.at_first_threshold(r) for name, r in results.items()}, picture)
-    else:
+    if not reads_examples:
         plots.plot_length_curves(results, picture)
+    elif pairs:
+        plots.plot_accuracy(results, picture)
+    elif len(next(iter(results.values()))) > 1:
+        plots.plot_accuracy(results, picture, bucket_name)
+    else:
+        return 0
     print(f"curves: {printable(picture)}")
     return 0
 

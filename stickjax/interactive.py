@@ -11,7 +11,7 @@ import jax
 from stickjax.config import Config
 from stickjax.config.command_line import config_name, load_config
 from stickjax.evaluate import LENGTHS, evaluate
-from stickjax.evaluation.pairs import accuracy
+from stickjax.evaluation import examples, pairs
 from stickjax.generate import generate_text
 from stickjax.storage import run_folder
 from stickjax.storage.checkpoints import Checkpoints
@@ -104,9 +104,11 @@ class TrainedModel(Loaded):
     def evaluate(self, *, lengths: Sequence[int] = LENGTHS, max_tokens: int = 2**17, max_pairs: int = 1024) -> Columns:
         """Return the held-out bits per byte as columns, with a row for each context of length * T tokens in `lengths`.
 
-        A classifier of pairs is scored by its accuracy instead, on `max_pairs` pairs for each number of operators.
-        Nothing is written into the run folder.
+        A model that reads examples is scored by its accuracy instead, on `max_pairs` examples of each bucket, such as
+        each number of operators. Nothing is written into the run folder.
         """
-        if self.config.model.reads == "pairs":
-            return Columns.of(accuracy(self.model, self.config, max_pairs=max_pairs))
+        if pairs.scores_halting(self.config):
+            return Columns.of(pairs.accuracy(self.model, self.config, max_pairs=max_pairs))
+        if self.config.model.reads != "text":
+            return Columns.of(examples.accuracy(self.model, self.config, max_examples=max_pairs))
         return Columns.of(evaluate(self.model, self.config, lengths=tuple(lengths), max_tokens=max_tokens))

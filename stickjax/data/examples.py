@@ -15,6 +15,7 @@ import numpy as np
 from stickjax.config import Config, DataConfig
 from stickjax.data.batches import TrainingData, batches
 from stickjax.data.tasks import Examples, listops, logic, questions, scan
+from stickjax.data.tasks.encoding import words_in
 
 
 class Task(NamedTuple):
@@ -25,6 +26,8 @@ class Task(NamedTuple):
     `examples(part, T=..., **options)`: returns the examples of a part, such as "train", with at most T tokens in a
     text; T None: texts of any length. `decode`: for each array of ids the function that returns its text. `labels`: the
     names of the labels, in the order of their ids.
+    `bucket(row)`: the number by which an evaluation groups examples, named `bucket_name`; None: one group.
+    `brackets(row)`: for every text of a row the same text with all brackets of its tree; None: there are no trees.
     """
 
     name: str
@@ -32,19 +35,33 @@ class Task(NamedTuple):
     examples: Callable[..., Examples]
     decode: Mapping[str, Callable]
     labels: tuple[str, ...] = ()
+    bucket: Callable[..., int] | None = None
+    bucket_name: str = ""
+    brackets: Callable[..., list[str]] | None = None
+
+
+def _up_to(length: int, bounds: tuple[int, ...]) -> int:
+    """Return the smallest of the bounds that is at least `length`; the largest bound if there is none."""
+    return next((bound for bound in bounds if length <= bound), bounds[-1])
 
 
 def _logic(d: DataConfig) -> Task:
     examples = partial(logic.examples, draws=d.examples, split=d.split, valid_every=d.valid_every)
     ids = {"V": len(logic.VOCABULARY), "classes": len(logic.RELATIONS)}
-    return Task("pairs of logic", ids, examples, dict.fromkeys(["left", "right"], logic.VOCABULARY.decode),
-                logic.RELATIONS)  # fmt: skip
+    return Task(
+        "pairs of logic", ids, examples, dict.fromkeys(["left", "right"], logic.VOCABULARY.decode), logic.RELATIONS,
+        lambda row: row.bucket, "operators", lambda row: [row.left, row.right],
+    )  # fmt: skip
 
 
 def _listops(d: DataConfig) -> Task:
     examples = partial(listops.examples, count=d.examples, valid_every=d.valid_every)
     ids = {"V": len(listops.VOCABULARY), "classes": 10}
-    return Task("sentences of listops", ids, examples, {"tokens": listops.VOCABULARY.decode}, tuple("0123456789"))
+    return Task(
+        "sentences of listops", ids, examples, {"tokens": listops.VOCABULARY.decode}, tuple("0123456789"),
+        lambda row: _up_to(words_in(row.text), (10, 20, 30, 40, 50, 100, 200, 400, 1000)), "tokens, up to",
+        lambda row: [listops.binary(row.text)],
+    )  # fmt: skip
 
 
 def _scan(d: DataConfig) -> Task:
@@ -52,7 +69,10 @@ def _scan(d: DataConfig) -> Task:
         return scan.examples(part, T=T, S=T, split=d.split or "simple", valid_every=d.valid_every, **options)
 
     ids = {"V": len(scan.COMMANDS), "V_target": len(scan.ACTIONS)}
-    return Task("translations of scan", ids, examples, {"source": scan.COMMANDS.decode, "target": scan.ACTIONS.decode})
+    return Task(
+        "translations of scan", ids, examples, {"source": scan.COMMANDS.decode, "target": scan.ACTIONS.decode},
+        bucket=lambda row: _up_to(words_in(row.actions), (8, 16, 22, 24, 28, 32, 40, 48)), bucket_name="actions, up to",
+    )  # fmt: skip
 
 
 def _questions(d: DataConfig) -> Task:

@@ -94,6 +94,11 @@ def accuracy(
     return records
 
 
+def scores_halting(config: Config) -> bool:
+    """Return whether `report` can score the model of a config: it halts tokens, and the task is logic."""
+    return hasattr(config.model, "halting_threshold") and config.data.source == "logic" and config.data.split is None
+
+
 def batches_of(config: Config, bucket: int, max_pairs: int, B: int) -> list[tuple[dict[str, np.ndarray], np.ndarray]]:
     """Return batches of B held-out pairs of one bucket, each with a mask [B] that is True for rows that have a pair.
 

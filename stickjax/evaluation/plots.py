@@ -135,15 +135,17 @@ def plot_attention(weights: np.ndarray, path, labels: list[str] | None = None) -
     save(page, path)
 
 
-def plot_accuracy(runs: dict[str, Records], path) -> None:
-    """Plot the accuracy against the number of operators, a line per run, and the share of the commonest label.
+def plot_accuracy(runs: dict[str, Records], path, xlabel: str = "operators") -> None:
+    """Plot the accuracy against the bucket, such as the number of operators, a line per run.
 
-    `runs` is {name of a run: the records of `pairs.accuracy` at one threshold}.
+    If the examples have labels, the share of the commonest label is a dotted line. `runs` is {name of a run: records of
+    `examples.accuracy`, or of `pairs.accuracy` at one threshold}.
     """
-    page, (axes,) = figure("operators", "held-out accuracy")
+    page, (axes,) = figure(xlabel, "held-out accuracy")
     for name, records in runs.items():
         axes.plot([r["bucket"] for r in records], [r["accuracy"] for r in records], "o-", label=label(name))
-    axes.plot([r["bucket"] for r in records], [r["majority"] for r in records], "k:", label="commonest label")
+    if "majority" in records[0]:
+        axes.plot([r["bucket"] for r in records], [r["majority"] for r in records], "k:", label="commonest label")
     axes.set_ylim(0, 1)
     axes.legend()
     save(page, path)

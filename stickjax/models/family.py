@@ -91,6 +91,23 @@ class Family(ABC):
         del T
         return 6 * self.parameter_counts(config)[1]
 
+    def predict(self, model, batch: dict[str, jax.Array]) -> jax.Array:
+        """Return what the model answers to a batch of examples, without training mode.
+
+        For a classifier, this is the most probable label of every example [B]. For translations it is the ids of the
+        most probable target [B,T], padded with 0 on the right. The default is for classifiers.
+        """
+        return self.apply(model, batch).logits.argmax(-1)
+
+    def induced_trees(self, model, batch: dict[str, jax.Array]) -> dict[str, list] | None:
+        """Return {name of an array of token ids [B,T]: a binary tree for each of its B texts}, or None.
+
+        The trees are over the tokens of a text, without padding (see `stickjax.evaluation.trees`). The default is
+        None: the model induces no trees.
+        """
+        del model, batch
+        return None
+
     def empty_cache(self, config, batch: int, size: int):
         """Return an empty cache for `decode_step`, with room for `size` tokens of each of `batch` sequences.
 

@@ -82,6 +82,10 @@ class Examples:
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         return self.arrays(self.rows[index])
 
+    def with_rows(self, rows: Sequence) -> "Examples":
+        """Return examples of the same kind, made from other rows."""
+        return Examples(rows, self.arrays, self.texts, self._lengths)
+
     def lengths(self) -> Int[np.ndarray, "examples groups"]:
         """Return the largest number of tokens in each group of `texts`, for all examples."""
         found = [self._lengths(row) for row in self.rows]

@@ -2,13 +2,20 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from stickjax.config import Config, OrderedMemoryConfig
 from stickjax.models.family import Family
 from stickjax.models.ordered_memory.model import ClassifierOutput, OrderedMemoryClassifier
+from stickjax.models.ordered_memory.parse import Tree, induced_tree
 from stickjax.models.parameters import Parameter
 from stickjax.parallel.collectives import psum_over_batch
+
+
+@jax.jit
+def _distributions(model: OrderedMemoryClassifier, batch: dict[str, jax.Array]) -> jax.Array:
+    return model(batch).p
 
 
 class OrderedMemory(Family):
@@ -53,6 +60,15 @@ class OrderedMemory(Family):
         nll = psum_over_batch(optax.softmax_cross_entropy_with_integer_labels(logits, labels).sum()) / count
         right = psum_over_batch((logits.argmax(-1) == labels).astype(jnp.float32).sum())
         return nll, {"loss": nll, "accuracy": right / count}
+
+    def induced_trees(self, model: OrderedMemoryClassifier, batch) -> dict[str, list[Tree]]:
+        names = ("left", "right") if model.config.sentences == 2 else ("tokens",)
+        p = jax.device_get(_distributions(model, batch)).reshape(len(names), *batch[names[0]].shape, -1)
+        masks = [np.asarray(batch[name]) != 0 for name in names]
+        return {
+            name: [induced_tree(one[keep]) for one, keep in zip(own, mask, strict=True)]
+            for name, own, mask in zip(names, p, masks, strict=True)
+        }
 
     def example_batch(self, config: Config) -> dict[str, jax.ShapeDtypeStruct]:
         names = ("left", "right") if config.model.sentences == 2 else ("tokens",)

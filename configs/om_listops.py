@@ -1,0 +1,20 @@
+"""Ordered Memory on ListOps: the value of nested lists of digits.
+
+python -m stickjax.train configs/om_listops.py
+"""
+
+from stickjax import Config, DataConfig, OptimConfig, TrainConfig
+from stickjax.config import OrderedMemoryConfig
+
+
+def get_config() -> Config:
+    model = OrderedMemoryConfig(
+        D=64, H=64, N=16, sentences=1, hidden=False, embedding_std=1.0,
+        cell_dropout=0.1, memory_dropout=0.1, input_dropout=0.05, output_dropout=0.1,
+    )  # fmt: skip
+    data = DataConfig(source="listops", T=50, B=128, valid_every=20, curriculum=1000)
+    step = data.tokens_per_step
+    optim = OptimConfig(
+        schedule="cosine", peak_lr=0.002, warmup_tokens=100 * step, beta2=0.98, eps=1e-9, weight_decay=0.001
+    )
+    return Config(model, data, optim, TrainConfig(steps=8000, log_every=20, checkpoint_every=500))

@@ -1,0 +1,196 @@
+"""The share of held-out examples that a model answers exactly: labels of sentences, and translations.
+
+`python -m stickjax.evaluate RUN` calls this for a model that reads examples.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from rich.table import Table
+
+from stickjax.config import Config
+from stickjax.data.examples import Task, examples_of, task_of
+from stickjax.data.tasks import Examples
+from stickjax.evaluation import trees
+from stickjax.evaluation.plots import Records
+from stickjax.models.families import family_of
+from stickjax.system.disk import write_file
+from stickjax.system.text import json_text
+
+Say = Callable[[str], None]
+
+
+def accuracy(
+    model,
+    config: Config,
+    *,
+    part: str = "test",
+    max_examples: int = 1024,
+    B: int = 128,
+    say: Say = lambda text: None,
+) -> Records:
+    """Compute the share of examples that the model answers exactly, for each bucket of the task.
+
+    Args:
+      model: the parameters.
+      config: its data section names the task.
+      part: the part of the examples, such as "test" or "valid".
+      max_examples: the largest number of examples in a bucket; they are drawn at random, the same in every call.
+      B: the largest number of examples in one call of the model.
+      say: is called with one line of progress before each bucket is evaluated.
+
+    Returns:
+      A record for every bucket: {"bucket" (None if the task has no buckets), "accuracy", "examples"}. Classifiers also
+      have "majority", the share of the commonest label. Translations also have "first_word", the share of examples
+      whose first word is right. Models that induce trees also have "f1", the unlabelled F1 of these trees.
+
+    Raises:
+      ValueError: `max_examples` below 1, an unknown part, or a part without examples.
+    """
+    if max_examples < 1:
+        raise ValueError(f"max_examples={max_examples} must be at least 1")
+    task, family = task_of(config), family_of(config.model)
+    predict = jax.jit(family.predict)
+    records = []
+    for bucket, examples in buckets_of(config, part, max_examples).items():
+        say(f"{len(examples):,} {task.name}" + ("" if bucket is None else f", {task.bucket_name}: {bucket}"))
+        right, first, labels, pairs = [], [], [], []
+        for batch, rows in batches_of(examples, min(B, max_examples)):
+            answers = jax.device_get(predict(model, batch))[: len(rows)]
+            if "label" in batch:
+                labels.append(batch["label"][: len(rows)])
+                right.append(answers == labels[-1])
+            else:
+                exact, word = _compared(answers, batch["target"][: len(rows)])
+                right.append(exact), first.append(word)
+            pairs += _tree_pairs(task, family.induced_trees(model, batch), rows)
+        record = {"bucket": bucket, "accuracy": float(np.concatenate(right).mean()), "examples": len(examples)}
+        if labels:
+            record["majority"] = float(np.bincount(np.concatenate(labels)).max() / len(examples))
+        if first:
+            record["first_word"] = float(np.concatenate(first).mean())
+        records.append(record | ({"f1": trees.f1(pairs)} if pairs else {}))
+    return records
+
+
+def buckets_of(config: Config, part: str, max_examples: int) -> dict[int | None, Examples]:
+    """Return {bucket: at most `max_examples` of its examples} for a part of the task of a config.
+
+    Raises ValueError if the part has no examples.
+    """
+    options = {"buckets": range(13)} if config.data.source == "logic" and config.data.split is None else {}
+    task, examples = task_of(config), examples_of(config, part, **options)
+    if not len(examples):
+        raise ValueError(f"the part {part!r} of {task.name} has no examples")
+    rows: dict = {}
+    for i in np.random.default_rng(0).permutation(len(examples)):
+        row = examples.rows[i]
+        own = rows.setdefault(task.bucket(row) if task.bucket else None, [])
+        if len(own) < max_examples:
+            own.append(row)
+    return {bucket: examples.with_rows(rows[bucket]) for bucket in sorted(rows, key=lambda bucket: bucket or 0)}
+
+
+def batches_of(examples: Examples, B: int):
+    """Yield (a batch of B examples, its rows) for all examples, the shortest first.
+
+    If the examples do not fill the last batch, it has the first example of the batch again at its end. Texts are
+    padded to a power of two, so that the model is compiled only a few times.
+    """
+    lengths = examples.lengths()
+    order = np.argsort(lengths.max(1, initial=0), kind="stable")
+    for start in range(0, len(order), B):
+        index = order[start : start + B]
+        chosen = [examples[i] for i in [*index, *[index[0]] * (B - len(index))]]
+        batch = {name: np.stack([example[name] for example in chosen]) for name in chosen[0]}
+        for group, longest in zip(examples.texts, lengths[index].max(0), strict=True):
+            width = max(8, 1 << int(longest - 1).bit_length())
+            batch |= {name: _padded(batch[name][:, :width], width) for name in group}
+        yield batch, [examples.rows[i] for i in index]
+
+
+def _padded(ids: np.ndarray, width: int) -> np.ndarray:
+    return np.pad(ids, ((0, 0), (0, width - ids.shape[1])))
+
+
+def _compared(answers: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return which of the answers [B,T] are the targets [B,S] exactly, and which have the same first word."""
+    T = max(answers.shape[1], targets.shape[1])
+    answers, targets = _padded(answers, T), _padded(targets, T)
+    return (answers == targets).all(1), answers[:, 0] == targets[:, 0]
+
+
+def _tree_pairs(task: Task, induced: dict[str, list] | None, rows: list) -> list[tuple]:
+    """Return (induced tree, true tree) without brackets for all texts of these rows; an empty list without trees."""
+    if induced is None or task.brackets is None:
+        return []
+    pairs = []
+    for i, row in enumerate(rows):
+        for own, text, plain in zip(induced.values(), task.brackets(row), _texts(row), strict=True):
+            words = plain.split()
+            true, _ = trees.from_brackets(text.split())
+            tree = trees.restricted(own[i], lambda i, words=words: words[i] not in "()")
+            pairs.append((tree, true))
+    return pairs
+
+
+def _texts(row) -> list[str]:
+    """Return the texts of a row, in the order of its fields."""
+    return [value for value in row if isinstance(value, str)]
+
+
+def table(runs: dict[str, Records], bucket_name: str) -> Table:
+    """Return a table of the accuracy of every run, with a row per bucket. `runs` is {name: records of `accuracy`}."""
+    first = next(iter(runs.values()))
+    extra = [name for name in ("majority", "first_word", "f1") if name in first[0]]
+    heads = {"majority": "commonest label", "first_word": "first word", "f1": "F1 of trees"}
+    result = Table(title="held-out accuracy")
+    for name in (bucket_name or "examples", "examples", *runs, *(heads[name] for name in extra)):
+        result.add_column(name, justify="right")
+    for rows in zip(*runs.values(), strict=True):
+        bucket = "all" if rows[0]["bucket"] is None else str(rows[0]["bucket"])
+        cells = [f"{r['accuracy']:.1%}" for r in rows] + [f"{rows[0][name]:.1%}" for name in extra]
+        result.add_row(bucket, str(rows[0]["examples"]), *cells)
+    return result
+
+
+def report(model, config: Config, folder: Path | None, part: str, max_examples: int, say: Say) -> Records:
+    """Compute `accuracy`, and return its records. If `folder` is given, write accuracy.json and trees.png into it.
+
+    trees.png has the induced and the true tree of three examples, if the model induces trees.
+    """
+    records = accuracy(model, config, part=part, max_examples=max_examples, say=say)
+    if folder is not None:
+        write_file(folder / "accuracy.json", json_text({"part": part, "buckets": records}, indent=2) + "\n")
+        if drawn := example_trees(model, config, part):
+            trees.plot_trees(drawn, folder / "trees.png")
+    return records
+
+
+def example_trees(model, config: Config, part: str, count: int = 3, longest: int = 24) -> list[tuple]:
+    """Return (tree, words, title) for the induced and the true tree of a few examples; an empty list without trees.
+
+    The examples are the longest ones of the part whose texts have at most `longest` words.
+    """
+    task, family = task_of(config), family_of(config.model)
+    if task.brackets is None:
+        return []
+    examples = examples_of(config, part)
+    lengths = examples.lengths().max(1)
+    fitting = np.flatnonzero(lengths <= longest)
+    chosen = fitting[np.argsort(-lengths[fitting], kind="stable")][:count]
+    drawn = []
+    if not len(chosen):
+        return drawn
+    for batch, rows in batches_of(examples.with_rows([examples.rows[i] for i in chosen]), len(chosen)):
+        if (induced := family.induced_trees(model, batch)) is None:
+            return []
+        pairs = _tree_pairs(task, induced, rows)
+        texts = [text for row in rows for text in task.brackets(row)]
+        for (tree, true), text in zip(pairs, texts, strict=True):
+            words = [word for word in text.split() if word not in "()"]
+            if len(words) > 1:
+                drawn += [(true, words, "true tree"), (tree, words, f"induced tree, F1 {trees.f1([(tree, true)]):.0%}")]
+    return drawn
