@@ -199,7 +199,9 @@ CONFIGS = {
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_run_is_the_same_on_two_devices_and_after_a_resume(name, tmp_path):
-    config = CONFIGS[name].replace({"train.steps": 4, "train.log_every": 1, "train.checkpoint_every": 2})
+    config = CONFIGS[name].replace(
+        {"train.steps": 4, "train.log_every": 1, "train.checkpoint_every": 2, "optim.eps": 1e-3}
+    )  # with a small epsilon, Adam enlarges the rounding of gradients that are nearly zero
     losses = {}
     for devices in (1, 2):
         run = str(tmp_path / str(devices))

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.arguments import sum_type
 from pallas_kernels.scatter_moe.call import ACTIVATIONS, GATED
 from stickjax.config import ModelConfig
 from stickjax.parallel.collectives import copy_to_tensor_parallel, reduce_from_tensor_parallel
@@ -78,7 +79,7 @@ class RMSNorm(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """Normalise over the last axis, in fp32: (x - mean) / sqrt(variance + eps) * scale + bias."""
+    """Normalise over the last axis, in fp32 (fp64 for fp64): (x - mean) / sqrt(variance + eps) * scale + bias."""
 
     def __init__(self, config, eps: float | None = None, size: int | None = None):
         self.eps = config.norm_eps if eps is None else eps
@@ -87,9 +88,9 @@ class LayerNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(size, config.param_dtype))
 
     def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
-        ones = (1,) * (x.ndim - 1)
-        scale, bias = (p[...].astype(jnp.float32).reshape(*ones, -1) for p in (self.scale, self.bias))
-        return (normalised(x.astype(jnp.float32), self.eps) * scale + bias).astype(x.dtype)
+        ones, exact = (1,) * (x.ndim - 1), sum_type(x)
+        scale, bias = (p[...].astype(exact).reshape(*ones, -1) for p in (self.scale, self.bias))
+        return (normalised(x.astype(exact), self.eps) * scale + bias).astype(x.dtype)
 
 
 def norm_of(config: ModelConfig, eps: float | None = None) -> RMSNorm | LayerNorm:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from pallas_kernels.arguments import sum_type
 from stickjax.models.layers import LayerNorm, cast, linear_bias, linear_weight
 from stickjax.models.ordered_memory.compose import Weights, compose
 
@@ -32,7 +33,9 @@ class Memory(NamedTuple):
 
 def empty_memory(B: int, N: int, H: int, dtype) -> Memory:
     """Return the memory before the first token: zeros."""
-    return Memory(jnp.zeros((N, B, H), dtype), jnp.zeros((N, B, H), dtype), jnp.zeros((B, N), jnp.float32))
+    return Memory(
+        jnp.zeros((N, B, H), dtype), jnp.zeros((N, B, H), dtype), jnp.zeros((B, N), sum_type(jnp.zeros((), dtype)))
+    )
 
 
 class Distribution(nnx.Module):
@@ -67,8 +70,8 @@ class Distribution(nnx.Module):
         c = self.config
         k = self.key_norm(_affine(dropped(candidates, 0), cast(self.key, c), cast(self.key_bias, c)))
         hidden = dropped(jax.nn.relu(q[None] + k), 1)
-        beta = jnp.einsum("NBH,H->BN", hidden, cast(self.weight, c)[:, 0], preferred_element_type=jnp.float32)
-        beta = (beta + self.bias[...].astype(jnp.float32)[None]) * c.H**-0.5
+        beta = jnp.einsum("NBH,H->BN", hidden, cast(self.weight, c)[:, 0], preferred_element_type=sum_type(q))
+        beta = (beta + self.bias[...].astype(beta.dtype)[None]) * c.H**-0.5
         return restricted_softmax(beta, reachable(previous))
 
 

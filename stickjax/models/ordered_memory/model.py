@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from stickjax.config import OrderedMemoryConfig
 from stickjax.models.classifier import Classifier, compared
@@ -48,7 +48,9 @@ class OrderedMemoryClassifier(nnx.Module):
         N = c.N if key is not None or not c.evaluation_N else c.evaluation_N
         u, p = last_output(self.encoder, embedded, tokens != 0, N, keys[1])
         if self.backward is not None:
-            v, _ = last_output(self.backward, embedded[:, ::-1], tokens[:, ::-1] != 0, N, keys[2])
+            reverse = reversed_places(tokens != 0)
+            turned = jnp.take_along_axis(embedded, reverse[..., None], axis=1)
+            v, _ = last_output(self.backward, turned, tokens != 0, N, keys[2])
             u = jnp.concatenate([u, v], -1)
         if c.sentences == 2:
             u, p = compared(*jnp.split(u, 2)), p.reshape(2, -1, *p.shape[1:])
@@ -63,3 +65,17 @@ def last_output(
     T = token_mask.shape[1]
     last = T - 1 - jnp.argmax(token_mask[:, ::-1], axis=1)
     return jnp.take_along_axis(end.output, last[:, None, None], axis=1)[:, 0], end.p
+
+
+def reversed_places(token_mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
+    """Return the indices that reverse the tokens of every sentence, and leave its padding where it is.
+
+    The tokens of a sentence must be next to each other, with padding on one side or on both sides.
+
+    >>> reversed_places(jnp.array([[True, True, True, False]])).tolist()
+    [[2, 1, 0, 3]]
+    """
+    T = token_mask.shape[1]
+    first, last = jnp.argmax(token_mask, axis=1), T - 1 - jnp.argmax(token_mask[:, ::-1], axis=1)
+    places = jnp.arange(T)[None]
+    return jnp.where(token_mask, (first + last)[:, None] - places, places)
