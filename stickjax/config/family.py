@@ -19,7 +19,9 @@ class FamilyConfig:
 
     family: str
     V: int | None
-    reads: ClassVar[Literal["text", "pairs"]] = "text"  # what a batch is made of: see `stickjax.data.readers`
+    reads: ClassVar[Literal["text", "pairs", "translation"]] = (
+        "text"  # what a batch is made of: see `stickjax.data.readers`
+    )
     remat: str = "none"  # what a layer recomputes in the backward pass
     can_change_experts: ClassVar[bool] = False  # whether `stickjax.surgery` can add and prune its experts
     accumulates: ClassVar[bool] = True  # whether the loss of a batch is the sum over its microbatches

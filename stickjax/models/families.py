@@ -49,5 +49,6 @@ def family_of(config: FamilyConfig) -> Family:
 for _name in (
     "stickjax.models.decoder:Decoder",
     "stickjax.models.universal:Universal",
+    "stickjax.models.latent_tree:LatentTree",
 ):
     register(pkgutil.resolve_name(_name)())

@@ -106,3 +106,12 @@ class Family(ABC):
         """
         del tokens, segment_ids, cache
         raise ValueError(f"a model of family={model.config.family!r} generates no text")
+
+    def decode(self, model, batch: dict[str, jax.Array], limit: int | None = None):
+        """Translate the sources of a batch. Return an object with `words` [B,T], padded with 0 on the right.
+
+        `limit` is the largest number of words T; None: as many as the model allows. The default raises ValueError: the
+        family does not translate.
+        """
+        del batch, limit
+        raise ValueError(f"a model of family={model.config.family!r} does not translate")

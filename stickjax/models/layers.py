@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.arguments import sum_type
 from pallas_kernels.scatter_moe.call import ACTIVATIONS, GATED
 from stickjax.config import ModelConfig
 from stickjax.parallel.collectives import copy_to_tensor_parallel, reduce_from_tensor_parallel
@@ -17,6 +18,16 @@ def normal(key, shape, std: float, config: ModelConfig) -> nnx.Param:
 def uniform(key, shape, limit: float, config) -> nnx.Param:
     """Return a new parameter, drawn uniformly between -limit and limit, in the type `config.param_dtype`."""
     return nnx.Param(jax.random.uniform(key, shape, config.param_dtype, -limit, limit))
+
+
+def linear_weight(key, inputs: int, outputs: int, config) -> nnx.Param:
+    """Return a new matrix [inputs,outputs], drawn uniformly between -1/sqrt(inputs) and 1/sqrt(inputs)."""
+    return uniform(key, (inputs, outputs), inputs**-0.5, config)
+
+
+def linear_bias(key, inputs: int, outputs: int, config) -> nnx.Param:
+    """Return the new bias [outputs] for a matrix of `linear_weight`, drawn between the same limits as the matrix."""
+    return uniform(key, (outputs,), inputs**-0.5, config)
 
 
 def dropout(x, rate: float, key):
@@ -68,17 +79,18 @@ class RMSNorm(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """Normalise over the last axis, in fp32: (x - mean) / sqrt(variance + eps) * scale + bias."""
+    """Normalise over the last axis, in fp32 (fp64 for fp64): (x - mean) / sqrt(variance + eps) * scale + bias."""
 
-    def __init__(self, config, eps: float | None = None):
+    def __init__(self, config, eps: float | None = None, size: int | None = None):
         self.eps = config.norm_eps if eps is None else eps
-        self.scale = nnx.Param(jnp.ones(config.D, config.param_dtype))
-        self.bias = nnx.Param(jnp.zeros(config.D, config.param_dtype))
+        size = config.D if size is None else size
+        self.scale = nnx.Param(jnp.ones(size, config.param_dtype))
+        self.bias = nnx.Param(jnp.zeros(size, config.param_dtype))
 
     def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
-        ones = (1,) * (x.ndim - 1)
-        scale, bias = (p[...].astype(jnp.float32).reshape(*ones, -1) for p in (self.scale, self.bias))
-        return (normalised(x.astype(jnp.float32), self.eps) * scale + bias).astype(x.dtype)
+        ones, exact = (1,) * (x.ndim - 1), sum_type(x)
+        scale, bias = (p[...].astype(exact).reshape(*ones, -1) for p in (self.scale, self.bias))
+        return (normalised(x.astype(exact), self.eps) * scale + bias).astype(x.dtype)
 
 
 def norm_of(config: ModelConfig, eps: float | None = None) -> RMSNorm | LayerNorm:
