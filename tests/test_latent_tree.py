@@ -52,7 +52,9 @@ def original(early_root):
     }  # fmt: skip
     norm = lambda module, name: {(module, "scale"): p[name + ".weight"], (module, "bias"): p[name + ".bias"]}  # noqa: E731
     cell, cell_bias = p[om + "cell.input_t.4.weight"].T, p[om + "cell.input_t.4.bias"]
-    gates = lambda x: np.stack([*np.moveaxis(x[..., : 3 * H].reshape(-1, H, 3), -1, 0), x[..., 3 * H :].reshape(-1, H)], 1)  # noqa: E731, E501
+    gates = lambda x: np.stack(
+        [*np.moveaxis(x[..., : 3 * H].reshape(-1, H, 3), -1, 0), x[..., 3 * H :].reshape(-1, H)], 1
+    )  # noqa: E731, E501
     distribution, attention = encoder.memory.distribution, decoder.attention
     weights = {
         (encoder, "embed"): p["encoder.embedding.weight"][:, :H],

@@ -4,13 +4,24 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from pallas_kernels.arguments import sum_type
 from stickjax.config.latent_tree import TreeConfig
 from stickjax.models.latent_tree.encoder import Encoding
-from stickjax.models.latent_tree.parts import TreeAttention, affine, attention_weights, dropped, split_key
+from stickjax.models.latent_tree.parts import (
+    TreeAttention,
+    affine,
+    attention_weights,
+    centred,
+    dropped,
+    inverse_deviation,
+    random_bytes,
+    split_key,
+)
 from stickjax.models.layers import LayerNorm, cast, linear_bias, linear_weight, normalised, uniform
 
 
@@ -29,13 +40,35 @@ class Production(NamedTuple):
 
 
 class Source(NamedTuple):
-    """What the nodes attend to: the keys of bank and words, [B,M+S,H], and their values and masks."""
+    """What the nodes attend to. `keys` [B,M+S,H] and `shifts` [B,M+S] are the keys of the bank and of the words.
+
+    `bank` [B,M,H] and `words` [B,S,H] are the values. `bank_mask` and `mask` are False for padding.
+    """
 
     keys: jax.Array
+    shifts: jax.Array
     bank: jax.Array
     bank_mask: jax.Array
     words: jax.Array
     mask: jax.Array
+
+
+class Level(NamedTuple):
+    """The nodes of a level: the left children of all parents, then their right children.
+
+    `x` and `context` [B,n,H] are the vectors. `leaf` [B,n,2] has the scores log p + h and log(1 - p) + h. `logits`
+    [B,n,V] and `attention` [B,n,S] are as in `Production`.
+    """
+
+    x: jax.Array
+    context: jax.Array
+    leaf: jax.Array
+    logits: jax.Array
+    attention: jax.Array
+
+
+# Parts of the random bytes of a node.
+SPLIT, QUERY, LEAF, LEAF_CONTEXT, OUTPUT = range(5)
 
 
 class TreeDecoder(nnx.Module):
@@ -79,59 +112,93 @@ class TreeDecoder(nnx.Module):
         return jnp.tanh(self.norm(x))
 
     def __call__(self, encoding: Encoding, key=None) -> Production:
-        c, keys = self.config, split_key(key, self.config.depth + 3)
-        e, split = encoding, split_key(keys[-1], 2)
-        of_bank, of_words = (self.attention.keys(y, k) for y, k in zip((e.bank, e.keys), split, strict=True))
+        c, (B, S, H) = self.config, encoding.keys.shape
+        k_nodes, k_keys = split_key(key, 2)
+        source = self._source(encoding, random_bytes(k_keys, B, encoding.bank.shape[1] + S, H))
+        random = random_bytes(k_nodes, (2 ** (c.depth + 1) - 1) * B * 5 * H)
+
+        def random_of(d: int):
+            n = 2**d
+            part = None if random is None else random[(n - 1) * B * 5 * H : (2 * n - 1) * B * 5 * H]
+            return [None] * 5 if part is None else part.reshape(5, B, n, H)
+
+        # Only some products of matrices are saved for the backward pass. The rest is cheaper to compute again.
+        policy = jax.checkpoint_policies.save_only_these_names("product")
+        expand = jax.checkpoint(self._expand, policy=policy)
+        x = self.activation(affine(encoding.root, self.root, self.root_bias, c))[:, None]
+        levels = [self._level(x, encoding.root[:, None], jnp.zeros_like(x[..., :1]), source, random_of(0))]
+        for d in range(1, c.depth + 1):
+            levels.append(expand(levels[-1], source, random_of(d - 1)[SPLIT], random_of(d)))
+        logits, attention = (_by_parent([getattr(level, name) for level in levels]) for name in ("logits", "attention"))
+        return Production(logits, attention, encoding.slots)
+
+    def _source(self, e: Encoding, random) -> Source:
+        c = self.config
+        keys, shifts = self.attention.keys(jnp.concatenate([e.bank, e.keys], 1), random)
         values = jnp.tanh(normalised(e.values, c.norm_eps))
-        source = Source(jnp.concatenate([of_bank, of_words], 1), e.bank, e.bank_mask, values, e.mask)
-        x = self.activation(affine(e.root, self.root, self.root_bias, c))[:, None]
-        context, words, seen = self._attend(x, source, keys[0])
-        context = e.root[:, None]
-        leaf = self._leaf(x, context, keys[0])
-        levels = [self._emitted(words, leaf, keys[0])]
-        seen = [seen]
-        for k in keys[1 : c.depth + 1]:
-            x = self._children(x, context, k)
-            context, words, attended = self._attend(x, source, k)
-            shared = jnp.repeat(leaf[..., 1:] / 2, 2, axis=1)
-            leaf = self._leaf(x, context, k) + shared
-            levels.append(self._emitted(words, leaf, k))
-            seen.append(attended)
-        return Production(jnp.concatenate(levels, 1), jnp.concatenate(seen, 1), e.slots)
+        return Source(keys, shifts, e.bank, e.bank_mask, values, e.mask)
 
-    def _children(self, x: Float[Array, "B n H"], context: Float[Array, "B n H"], key) -> Float[Array, "B 2n H"]:
-        c, (B, n, H) = self.config, x.shape
-        x = dropped(x, c.split_dropout, _fold(key, 0))
-        w_in = cast(self.w_in, c)
-        hidden = jax.nn.relu(x @ w_in[:H] + affine(context, w_in[H:], self.in_bias, c))
-        out = affine(hidden, self.w_out, self.out_bias, c).reshape(B, n, 4, H)
-        gate, new = jax.nn.sigmoid(out[:, :, :2]), self.activation(out[:, :, 2:])
-        return (gate * new + (1 - gate) * x[:, :, None]).reshape(B, 2 * n, H)
+    def _expand(self, parents: Level, source: Source, split_random, random) -> Level:
+        """Return the children of a level."""
+        c, H = self.config, self.config.H
+        x = dropped(parents.x, c.split_dropout, split_random)
+        w_in, w_out, out_bias = cast(self.w_in, c), cast(self.w_out, c), cast(self.out_bias, c)
+        hidden = jnp.concatenate([x, parents.context], -1) @ w_in
+        hidden = checkpoint_name(hidden, "product") + cast(self.in_bias, c)[None, None]
+        w_out = jnp.concatenate([w_out[:, : 2 * H], _centred_pair(w_out[:, 2 * H :])], -1)
+        out_bias = jnp.concatenate([out_bias[: 2 * H], _centred_pair(out_bias[2 * H :])])
+        out = checkpoint_name(jax.nn.relu(hidden) @ w_out, "product") + out_bias[None, None]
+        children = []
+        for j in (0, 1):
+            gate, new = (out[..., i * H : (i + 1) * H] for i in (j, 2 + j))
+            new = new * inverse_deviation(new, c.norm_eps) * cast(self.norm.scale, c)[None, None]
+            new = jnp.tanh(new + cast(self.norm.bias, c)[None, None])
+            children.append(x + jax.nn.sigmoid(gate) * (new - x))
+        shared = parents.leaf[..., 1:] / 2
+        return self._level(jnp.concatenate(children, 1), None, jnp.concatenate([shared] * 2, 1), source, random)
 
-    def _attend(self, x: Float[Array, "B n H"], source: Source, key):
-        """Return what nodes get from the bank and from the words [B,n,H], and the weights of the words [B,n,S]."""
-        query, M = self.attention.queries(x, _fold(key, 1)), source.bank.shape[1]
-        scores = jnp.einsum("BnH,BMH->BnM", query, source.keys)
-        of_bank = attention_weights(scores[..., :M], source.bank_mask).astype(x.dtype)
+    def _level(self, x: Float[Array, "B n H"], context, shared: Float[Array, "B n 1"], source: Source, random) -> Level:
+        """Return the nodes with the vectors x and the scores h, `shared`. Without `context`, they attend to the bank."""
+        c, M = self.config, source.bank.shape[1]
+        y, deviation = self.attention.queries(dropped(x, c.attention_dropout, random[QUERY]))
+        scores = jnp.einsum("BnH,BMH->BnM", checkpoint_name(y, "product"), source.keys)
+        scores = checkpoint_name(scores, "product") * deviation + source.shifts[:, None]
         of_words = attention_weights(scores[..., M:], source.mask).astype(x.dtype)
-        context = jnp.einsum("BnM,BMH->BnH", of_bank, source.bank)
-        return context, jnp.einsum("BnS,BSH->BnH", of_words, source.words), of_words
+        if context is None:
+            of_bank = attention_weights(scores[..., :M], source.bank_mask).astype(x.dtype)
+            context = checkpoint_name(jnp.einsum("BnM,BMH->BnH", of_bank, source.bank), "product")
+        words = checkpoint_name(jnp.einsum("BnS,BSH->BnH", of_words, source.words), "product")
+        leaf = self._leaf(x, context, random) + shared
+        table = jnp.tanh(normalised(cast(self.unembed, c), c.norm_eps))
+        logits = jnp.einsum("BnH,VH->BnV", dropped(words, c.output_dropout, random[OUTPUT]), table)
+        logits = jax.nn.log_softmax(logits.astype(leaf.dtype)) + leaf[..., :1]
+        return Level(x, context, leaf, logits, of_words)
 
-    def _leaf(self, x, context, key) -> Float[Array, "B n 2"]:
+    def _leaf(self, x, context, random) -> Float[Array, "B n 2"]:
         """Return the log-probabilities that nodes are leaves, and that they split."""
         c, H, rate = self.config, self.config.H, self.config.leaf_dropout
-        weight = cast(self.leaf, c)
-        logits = dropped(x, rate, _fold(key, 2)) @ weight[:H]
-        logits += affine(dropped(context, rate, _fold(key, 3)), weight[H:], self.leaf_bias, c)
-        return jax.nn.log_softmax(logits.astype(sum_type(logits)))
-
-    def _emitted(self, words: Float[Array, "B n H"], leaf: Float[Array, "B n 2"], key) -> Float[Array, "B n V"]:
-        """Return the scores of all words at nodes, from what the nodes get from the source words."""
-        c = self.config
-        table = jnp.tanh(normalised(cast(self.unembed, c), c.norm_eps))
-        logits = jnp.einsum("BnH,VH->BnV", dropped(words, c.output_dropout, _fold(key, 4)), table)
-        return jax.nn.log_softmax(logits.astype(leaf.dtype)) + leaf[..., :1]
+        weight, bias = cast(self.leaf, c), cast(self.leaf_bias, c)
+        weight = weight[:, 0] - weight[:, 1]
+        logit = dropped(x, rate, random[LEAF]) @ weight[:H] + dropped(context, rate, random[LEAF_CONTEXT]) @ weight[H:]
+        logit = (logit + (bias[0] - bias[1])).astype(sum_type(logit))
+        return jax.nn.log_sigmoid(jnp.stack([logit, -logit], -1))
 
 
-def _fold(key, index: int):
-    return None if key is None else jax.random.fold_in(key, index)
+def _centred_pair(weight):
+    """Centre each half of the last axis (`parts.centred`)."""
+    return jnp.concatenate([centred(half) for half in jnp.split(weight, 2, -1)], -1)
+
+
+def _by_parent(levels: list[jax.Array]) -> jax.Array:
+    """Concatenate arrays of levels, with the nodes in the order of `chart`: the children of a parent side by side.
+
+    In a `Level`, the index of a node has the choices left or right from its parent upwards as binary digits, and in
+    `chart` from the root downwards.
+    """
+    order = np.zeros(1, int)
+    ordered = [levels[0]]
+    for level in levels[1:]:
+        n = len(order)
+        order = np.stack([order, order + n], 1).reshape(-1)
+        ordered.append(level[:, order])
+    return jnp.concatenate(ordered, 1)

@@ -15,7 +15,7 @@ from stickjax.config.latent_tree import TreeConfig
 from stickjax.models.latent_tree.brackets import joins_of
 from stickjax.models.latent_tree.gru import BidirectionalGRU
 from stickjax.models.latent_tree.memory import OrderedMemory
-from stickjax.models.latent_tree.parts import affine, dropped, split_key
+from stickjax.models.latent_tree.parts import affine, dropped, random_bytes, split_key
 from stickjax.models.layers import cast, linear_bias, linear_weight, normal
 
 
@@ -142,10 +142,10 @@ class RecurrentEncoder(nnx.Module):
         mask, keys = source != 0, split_key(key, c.N)
         x, last = cast(self.embed, c)[source], []
         for i, layer in enumerate(self.layers):
-            x, end = layer(dropped(x, c.memory_dropout, keys[i]) if i else x, mask.sum(1))
+            x, end = layer(dropped(x, c.memory_dropout, random_bytes(keys[i], *x.shape)) if i else x, mask.sum(1))
             last.append(end)
         root = jnp.tanh(affine(jnp.concatenate(last, -1), self.w_root, self.root_bias, c))
-        root = dropped(root, c.encoder_dropout, keys[0])
+        root = dropped(root, c.encoder_dropout, random_bytes(keys[0], *root.shape))
         return Encoding(root, x, mask, x, cast(self.values, c)[source], mask)
 
 

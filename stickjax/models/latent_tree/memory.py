@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.arguments import sum_type
 from stickjax.config.latent_tree import TreeConfig
-from stickjax.models.latent_tree.parts import affine, dropped, split_key
+from stickjax.models.latent_tree.parts import affine, dropped, random_bytes, split_key
 from stickjax.models.layers import LayerNorm, cast, linear_bias, linear_weight, uniform
 
 SMALLEST = 1e-5  # a smaller factor c of a slot counts as 0
@@ -36,16 +36,18 @@ class SlotDistribution(nnx.Module):
         self.weight, self.bias = linear_weight(keys[4], c.H, 1, c), linear_bias(keys[5], c.H, 1, c)
         self.query_norm, self.key_norm = LayerNorm(c), LayerNorm(c)
 
-    def queries(self, x: Float[Array, "B S H"], key=None) -> Float[Array, "B S H"]:
+    def queries(self, x: Float[Array, "B S H"], random=None) -> Float[Array, "B S H"]:
+        """Return q for the projected words. `random`: random bytes for dropout, or None."""
         c = self.config
-        return self.query_norm(affine(dropped(x, c.memory_dropout, key), self.query, self.query_bias, c))
+        return self.query_norm(affine(dropped(x, c.memory_dropout, random), self.query, self.query_bias, c))
 
     def __call__(
-        self, query: Float[Array, "B H"], candidates: Float[Array, "B N H"], before: Float[Array, "B N"], key=None
+        self, query: Float[Array, "B H"], candidates: Float[Array, "B N H"], before: Float[Array, "B N"], random
     ) -> Float[Array, "B N"]:
-        c, (k_key, k_sum) = self.config, split_key(key, 2)
-        keys = self.key_norm(affine(dropped(candidates, c.memory_dropout, k_key), self.key, self.key_bias, c))
-        hidden = dropped(jax.nn.relu(query[:, None] + keys), c.memory_dropout, k_sum)
+        """Return p. `random`: two arrays of random bytes [B,N,H] for dropout, or None twice."""
+        c, rate = self.config, self.config.memory_dropout
+        keys = self.key_norm(affine(dropped(candidates, rate, random[0]), self.key, self.key_bias, c))
+        hidden = dropped(jax.nn.relu(query[:, None] + keys), rate, random[1])
         beta = affine(hidden, self.weight, self.bias, c)[..., 0].astype(sum_type(hidden)) * c.H**-0.5
         factor = jnp.cumsum(before, axis=1)[:, 1:]
         factor = jnp.pad(jnp.where(factor < SMALLEST, 0, factor), ((0, 0), (0, 1)), constant_values=1)
@@ -86,37 +88,39 @@ class OrderedMemory(nnx.Module):
 
         A word does not depend on later words, so padding on the right has no effect on the words before it.
         """
-        c, B, k_query = self.config, len(e), None if key is None else jax.random.fold_in(key, e.shape[1])
+        c, (B, S, H), (k_query, k_steps) = self.config, e.shape, split_key(key, 2)
         x = self.activation(affine(e, self.w_project, self.project_bias, c))
-        queries = self.distribution.queries(x, k_query)
+        queries = self.distribution.queries(x, random_bytes(k_query, B, S, H))
+        # For each word: the distribution needs 2 H bytes for a slot, and the cell 6 H.
+        random = random_bytes(k_steps, S, 8, B, c.N, H)
 
         def step(state, inputs):
             slots, candidates, p = state
-            t, word, query = inputs
-            k_slots, k_cell = split_key(None if key is None else jax.random.fold_in(key, t), 2)
-            p = jnp.where(t == 0, 0, self.distribution(query, candidates, p, k_slots))
+            t, word, query, random = inputs
+            random = [None] * 8 if random is None else random
+            p = jnp.where(t == 0, 0, self.distribution(query, candidates, p, random[:2]))
             below, above = jnp.cumsum(p, 1), jnp.where(t == 0, 1, jnp.cumsum(p[:, ::-1], 1)[:, ::-1])
             r = above.astype(e.dtype)[..., None]
             slots = slots * (1 - r) + candidates * r
-            candidates = self._compose(word, slots, below.astype(e.dtype), k_cell)
+            candidates = self._compose(word, slots, below.astype(e.dtype), random[2:])
             return (slots, candidates, p), (candidates, p)
 
         empty = jnp.zeros((B, c.N, c.H), e.dtype)
-        inputs = (jnp.arange(e.shape[1]), x.swapaxes(0, 1), queries.swapaxes(0, 1))
+        inputs = (jnp.arange(S), x.swapaxes(0, 1), queries.swapaxes(0, 1), random)
         _, (candidates, p) = jax.lax.scan(step, (empty, empty, jnp.zeros((B, c.N), sum_type(e))), inputs)
         return x, candidates.swapaxes(0, 1), p.swapaxes(0, 1)
 
-    def _compose(self, x: Float[Array, "B H"], slots: Float[Array, "B N H"], share: Float[Array, "B N"], key):
-        """Return the candidates m_1 .. m_N [B,N,H] of a word; `share` is s."""
+    def _compose(self, x: Float[Array, "B H"], slots: Float[Array, "B N H"], share: Float[Array, "B N"], random):
+        """Return the candidates m_1 .. m_N [B,N,H] of a word. `share` is s, and `random` 6 arrays of bytes [B,N,H]."""
         c = self.config
-        keys, rate = split_key(key, c.N + 1), c.encoder_dropout
+        rate, at = c.encoder_dropout, lambda array, i: None if array is None else array[:, i]
         w_in, w_out = cast(self.w_in, c), cast(self.w_out, c).reshape(4 * c.H, -1)
-        of_slots = affine(dropped(slots, rate, keys[-1]), w_in[c.H :], self.in_bias, c)  # of all slots at once
+        of_slots = affine(dropped(slots, rate, random[0]), w_in[c.H :], self.in_bias, c)  # of all slots at once
         h, found = x, []
         for i in range(c.N):
-            k_in, k_hidden = split_key(keys[i], 2)
-            hidden = jax.nn.relu(dropped(h, rate, k_in) @ w_in[: c.H] + of_slots[:, i])
-            out = (dropped(hidden, rate, k_hidden) @ w_out).reshape(-1, 4, c.H) + cast(self.out_bias, c)[None]
+            hidden = jax.nn.relu(dropped(h, rate, at(random[1], i)) @ w_in[: c.H] + of_slots[:, i])
+            of_hidden = None if random[2] is None else jnp.concatenate([at(one, i) for one in random[2:]], -1)
+            out = (dropped(hidden, rate, of_hidden) @ w_out).reshape(-1, 4, c.H) + cast(self.out_bias, c)[None]
             v, g, u = jnp.moveaxis(jax.nn.softmax(out[:, :3], axis=1), 1, 0)
             composed = v * h + g * slots[:, i] + u * self.activation(out[:, 3])
             h = x * (1 - share[:, i, None]) + composed * share[:, i, None]
