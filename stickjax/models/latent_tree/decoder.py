@@ -158,7 +158,7 @@ class TreeDecoder(nnx.Module):
         return self._level(jnp.concatenate(children, 1), None, jnp.concatenate([shared] * 2, 1), source, random)
 
     def _level(self, x: Float[Array, "B n H"], context, shared: Float[Array, "B n 1"], source: Source, random) -> Level:
-        """Return the nodes with the vectors x and the scores h, `shared`. Without `context`, they attend to the bank."""
+        """Return the nodes with the vectors x and the scores h in `shared`. Without `context`, they use the bank."""
         c, M = self.config, source.bank.shape[1]
         y, deviation = self.attention.queries(dropped(x, c.attention_dropout, random[QUERY]))
         scores = jnp.einsum("BnH,BMH->BnM", checkpoint_name(y, "product"), source.keys)

@@ -40,7 +40,7 @@ def sentence_log_likelihood(logits: Float[Array, "B n V"], target: Int[Array, "B
     `target` is padded with 0 on the right. A target without words has -inf.
 
     >>> logits = jnp.log(jnp.array([[[0.0, 0.3, 0.2], [0.0, 0.2, 0.4], [0.0, 0.4, 0.2]]]))
-    >>> float(jnp.exp(sentence_log_likelihood(logits, jnp.array([[2, 1]])))[0].round(4))  # 0.4 * 0.4
+    >>> round(float(jnp.exp(sentence_log_likelihood(logits, jnp.array([[2, 1]])))[0]), 4)  # 0.4 * 0.4
     0.16
     """
     # A product with 0 and 1: its derivative is a product too, and not a scatter.

@@ -100,12 +100,12 @@ def inverse_deviation(x, eps: float):
 def attention_weights(scores: Float[Array, "B n M"], mask: Bool[Array, "B M"]) -> Float[Array, "B n M"]:
     """Return the weights of `TreeAttention` for the scores s. They are 0 where the mask of the keys is False.
 
-    >>> attention_weights(jnp.array([[[0.0, 0.0, 9.0]]]), jnp.array([[True, True, False]])).round(4).tolist()
-    [[[0.4998000144958496, 0.4998000144958496, 0.0]]]
+    >>> weights = attention_weights(jnp.array([[[0.0, 0.0, 9.0]]]), jnp.array([[True, True, False]]))
+    >>> [round(weight, 4) for weight in weights[0, 0].tolist()]
+    [0.4998, 0.4998, 0.0]
     """
-    scores = jnp.where(mask[:, None], scores.astype(sum_type(scores)), -jnp.inf)
-    largest = scores.max(-1, keepdims=True)
-    largest = jnp.where(jnp.isfinite(largest), largest, 0)
-    weights = jnp.exp(scores - largest)
-    sink = SINK * jnp.exp(jnp.minimum(largest, LARGEST))
-    return weights / (weights.sum(-1, keepdims=True) + sink)
+    mask, scores = mask[:, None], scores.astype(sum_type(scores))
+    largest = jnp.where(mask, scores, -LARGEST).max(-1, keepdims=True)
+    largest = jnp.where(mask.any(-1, keepdims=True), largest, 0)  # a sentence without words has no keys
+    weights = jnp.where(mask, jnp.exp(jnp.where(mask, scores - largest, 0)), 0)
+    return weights / (weights.sum(-1, keepdims=True) + SINK * jnp.exp(jnp.minimum(largest, LARGEST)))
