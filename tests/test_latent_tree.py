@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 
 from stickjax import Config, DataConfig
 from stickjax.config.latent_tree import TreeConfig
+from stickjax.evaluation.tree_plots import plot_derivation
 from stickjax.models.families import family_of
 from stickjax.models.latent_tree import apply, decode, init, loss, sentence_log_likelihood
 from stickjax.models.latent_tree.brackets import joins_of
@@ -26,6 +27,7 @@ from stickjax.parallel.mesh import AXES, shard_batch
 from stickjax.training.gradients import mesh_gradients
 
 HERE = Path(__file__).parent
+run = jax.jit(apply)
 
 
 def drawn(config, scale=0.3):
@@ -115,13 +117,13 @@ def test_the_numbers_of_the_original(i, x64):
     """In float64. Its source and target ids begin at 4; it reads the root of the tree before the last word."""
     model, a = original(early_root=True)
     source, target = (jnp.asarray(a[f"{name}/{i}"])[None] for name in ("source", "target"))
-    logits = apply(model, {"source": source}).logits
+    logits = run(model, {"source": source}).logits
     expected = a[f"node_word_log_prob/{i}"]
     assert_close(logits[0, in_order(4)], expected, 1e-10)
     np.testing.assert_allclose(sentence_log_likelihood(logits, target)[0], a[f"log_likelihood/{i}"], rtol=1e-10)
     np.testing.assert_array_equal(a["param/decoder.order"], in_order(4))
     right, _ = original(early_root=False)
-    assert np.abs(apply(right, {"source": source}).logits - logits).max() > 0.01
+    assert np.abs(run(right, {"source": source}).logits - logits).max() > 0.01
 
 
 SIZES = dict(V=9, V_target=6, H=8, N=3, depth=4)
@@ -145,6 +147,7 @@ def sentences(B=4, S=6, T=7, seed=0):
     return {name: jnp.asarray(x) for name, x in batch.items()}
 
 
+@jax.jit
 def values_of(model, batch):
     logits = apply(model, batch).logits
     return logits, sentence_log_likelihood(logits, batch["target"])
@@ -152,16 +155,18 @@ def values_of(model, batch):
 
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_a_sentence_does_not_depend_on_its_batch(encoder):
-    """Neither its score, nor the scores of its nodes, nor its best tree depend on other sentences or on padding."""
+    """Neither its score nor the scores of its nodes depend on other sentences or on padding."""
     model, batch = drawn(TreeConfig(**SIZES, encoder=encoder)), sentences()
     logits, values = values_of(model, batch)
-    best = decode(model, batch)
-    for b, (s, t) in enumerate(zip((batch["source"] != 0).sum(1), (batch["target"] != 0).sum(1), strict=True)):
-        alone = {name: x[b : b + 1, : t if name == "target" else s] for name, x in batch.items()}
-        own_logits, own = values_of(model, alone)
-        assert_close(own_logits[0], logits[b], 1e-5)
-        np.testing.assert_allclose(own[0], values[b], rtol=1e-5)
-        assert decode(model, alone).nodes.tolist() == best.nodes[b : b + 1].tolist()
+    others = values_of(model, {name: x.at[0].set(jnp.roll(x[0], 1)) for name, x in batch.items()})
+    for before, after in zip((logits, values), others, strict=True):
+        np.testing.assert_array_equal(before[1:], after[1:])
+    s, t = ((batch[name][1] != 0).sum() for name in ("source", "target"))
+    alone = {name: x[1:2, : t if name == "target" else s] for name, x in batch.items()}
+    assert s < 6 and t < 7
+    own_logits, own = values_of(model, alone)
+    assert_close(own_logits[0], logits[1], 1e-5)
+    np.testing.assert_allclose(own[0], values[1], rtol=1e-5)
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
@@ -185,7 +190,7 @@ def test_gradients_are_those_of_finite_differences(encoder, x64):
     direction = map_leaves(lambda leaf: jnp.asarray(rng.normal(size=leaf.value.shape)), model)
     f = jax.jit(lambda m: loss(m, batch, None)[0])
     moved = [f(jax.tree.map(lambda p, d, s=s: p + s * d, model, direction)) for s in (step, -step)]
-    gradient = jax.grad(f)(model)
+    gradient = jax.jit(jax.grad(f))(model)
     along = sum(jnp.vdot(g, d) for g, d in zip(*map(jax.tree.leaves, (gradient, direction)), strict=True))
     np.testing.assert_allclose(along, (moved[0] - moved[1]) / (2 * step), rtol=1e-6)
 
@@ -193,8 +198,8 @@ def test_gradients_are_those_of_finite_differences(encoder, x64):
 def test_the_nodes_share_one_formula(x64):
     """The scores of a node are those that the formulas of the docstrings give, one node at a time."""
     model, batch = drawn(in_float64(TreeConfig(**SIZES))), sentences(B=2)
-    e, d = model.encoder(batch), model.decoder
-    found = model.decoder(e)
+    e, d = jax.jit(lambda m: m.encoder(batch))(model), model.decoder
+    found = run(model, batch)
 
     def norm(x):
         return (x - x.mean()) / np.sqrt(x.var() + 1e-5)
@@ -266,13 +271,13 @@ def test_the_best_tree_as_text():
         words, closing = read_brackets(bracketed(tree))
         assert words == leaves(tree) and sum(closing) == len(words) - 1
     source = [str(w) for w in batch["source"][0].tolist()]
-    assert leaves(slot_tree(apply(model, batch).slots[0], source)) == source
+    assert leaves(slot_tree(run(model, batch).slots[0], source)) == source
 
 
 def test_the_probability_of_the_best_tree_is_below_that_of_its_sentence():
     model, batch = drawn(TreeConfig(**SIZES)), sentences()
     found = decode(model, batch)
-    values = sentence_log_likelihood(apply(model, batch).logits, found.words)
+    _, values = values_of(model, batch | {"target": found.words})
     assert (found.scores <= values + 1e-6).all() and found.words.shape == (4, 16)
     assert (found.lengths > 0).all() and ((found.words != 0).sum(1) == found.lengths).all()
 
@@ -293,8 +298,8 @@ def test_a_target_that_does_not_fit():
 def test_sentences_without_words_do_not_count():
     model, batch = drawn(TreeConfig(**SIZES)), sentences()
     empty = {name: jnp.concatenate([x, jnp.zeros_like(x[:2])]) for name, x in batch.items()}
-    value, gradient = jax.value_and_grad(lambda m: loss(m, empty, None)[0])(model)
-    np.testing.assert_allclose(value, loss(model, batch, None)[0], rtol=1e-5)
+    value, gradient = jax.jit(jax.value_and_grad(lambda m: loss(m, empty, None)[0]))(model)
+    np.testing.assert_allclose(value, jax.jit(loss)(model, batch, None)[0], rtol=1e-5)
     map_leaves(lambda leaf: np.testing.assert_(jnp.isfinite(leaf.value).all(), leaf.name), gradient)
 
 
@@ -345,7 +350,7 @@ def test_a_few_sentences_are_learnt():
     low = dataclasses.replace(config, dtype="bfloat16")
     for part in (m for _, m in nnx.iter_modules(model) if hasattr(m, "config")):
         part.config = low
-    logits = apply(model, batch).logits
+    logits = run(model, batch).logits
     assert (
         logits.dtype == jnp.float32 and decode(model, batch, limit=5).words[0].tolist() == batch["target"][0].tolist()
     )
@@ -383,3 +388,13 @@ def flops(jaxpr) -> float:
             if hasattr(inner, "eqns"):
                 total += eqn.params.get("length", 1) * flops(inner)
     return total
+
+
+def test_the_picture_of_a_tree(tmp_path):
+    attention = np.random.default_rng(0).dirichlet(np.ones(3), 31)
+    for more in ({}, dict(source=["walk", "_left$", "twice"], attention=attention)):
+        plot_derivation([7, 8, 4, 2], ["a", "$b", "_c", "d$"], tmp_path / "tree.png", **more)
+        assert (tmp_path / "tree.png").stat().st_size > 5000
+    with pytest.raises(ValueError, match="2 leaves must have as many words, not 1"):
+        plot_derivation([1, 2], ["a"], tmp_path / "other.png")
+    assert not (tmp_path / "other.png").exists()

@@ -1,5 +1,7 @@
 """The family of latent-tree models: the methods that training, planning and evaluation call."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -73,6 +75,7 @@ def loss(
     return mean, {"loss": mean, "sentence_nll": per_sentence / jnp.maximum(count, 1)}
 
 
+@partial(jax.jit, static_argnames="limit")
 def decode(model: LatentTreeModel, batch: dict[str, jax.Array], limit: int | None = None) -> Derivation:
     """Return the best tree of every source of a batch, and its words: the most probable derivation.
 
