@@ -92,8 +92,9 @@ def x64():
 
 
 # Test files that compile with all optimisations, as users do: they measure rounding errors, or test that a resumed run
-# is bitwise equal.
-OPTIMISED = ("test_stick_breaking", "test_scatter_moe", "test_train")
+# is bitwise equal. Without optimisation, XLA compiles a wrong gradient of the attention of the latent tree: the gradient
+# without jit and the optimised gradient agree with finite differences, and the one without optimisation does not.
+OPTIMISED = ("test_stick_breaking", "test_scatter_moe", "test_train", "test_latent_tree")
 LONG = (
     "test_train",
     "test_processes",
