@@ -50,5 +50,6 @@ for _name in (
     "stickjax.models.decoder:Decoder",
     "stickjax.models.universal:Universal",
     "stickjax.models.ordered_memory:OrderedMemory",
+    "stickjax.models.latent_tree:LatentTree",
 ):
     register(pkgutil.resolve_name(_name)())

@@ -1,0 +1,43 @@
+"""The joins of a binary tree that is given by its brackets."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+
+def joins_of(
+    brackets: Int[Array, "B S"], mask: Bool[Array, "B S"]
+) -> tuple[Int[Array, "B S-1 2"], Bool[Array, "B S-1"]]:
+    """Return the joins of the binary tree of every sentence, in the order in which its brackets close.
+
+    The words are the parts 0 .. S-1, and join k makes part S + k from two earlier parts.
+
+    Args:
+      brackets: how many brackets close after each word. Each bracket joins the last two parts that are not yet joined.
+      mask: False for padding, whose brackets have no effect.
+
+    Returns:
+      The two parts of every join, and which joins exist: a sentence of n words has n - 1.
+
+    >>> joins_of(jnp.array([[0, 0, 2, 0]]), jnp.array([[True, True, True, False]]))[0].tolist()  # ( a ( b c ) )
+    [[[1, 2], [0, 4], [0, 0]]]
+    """
+    B, S = brackets.shape
+    rows, lengths = jnp.arange(B), mask.sum(1)
+    closed = jnp.cumsum(jnp.where(mask, brackets, 0), axis=1)
+
+    def step(_, state):
+        """Join two parts if a bracket closes after the last word that was read. Otherwise read a word."""
+        stack, size, read, done, pairs = state
+        is_join = (done < closed[rows, read - 1]) & (size > 1)
+        left, right = stack[rows, size - 2], stack[rows, size - 1]
+        pairs = pairs.at[rows, jnp.where(is_join, done, S)].set(jnp.stack([left, right], 1), mode="drop")
+        place = jnp.where(is_join, size - 2, size)
+        stack = stack.at[rows, place].set(jnp.where(is_join, S + done, read), mode="drop")
+        return stack, place + 1, read + ~is_join, done + is_join, pairs
+
+    zeros = jnp.zeros(B, int)
+    state = (jnp.zeros((B, S), int), zeros, zeros, zeros, jnp.zeros((B, S - 1, 2), int))
+    pairs = jax.lax.fori_loop(0, 2 * S - 1, step, state)[-1]
+    is_join = jnp.arange(S - 1)[None] < lengths[:, None] - 1
+    return jnp.where(is_join[..., None], pairs, 0), is_join

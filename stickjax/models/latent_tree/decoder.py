@@ -1,0 +1,204 @@
+"""The top-down decoder: from the vector of the root to the scores of all words at all nodes of a complete tree."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from pallas_kernels.arguments import sum_type
+from stickjax.config.latent_tree import TreeConfig
+from stickjax.models.latent_tree.encoder import Encoding
+from stickjax.models.latent_tree.parts import (
+    TreeAttention,
+    affine,
+    attention_weights,
+    centred,
+    dropped,
+    inverse_deviation,
+    random_bytes,
+    split_key,
+)
+from stickjax.models.layers import LayerNorm, cast, linear_bias, linear_weight, normalised, uniform
+
+
+class Production(NamedTuple):
+    """The scores of a batch of trees. Nodes are numbered as in `chart`: the children of node i are 2i + 1 and 2i + 2.
+
+    `logits` [B,n,V]: scores[i, w], the log-probability that node i is a leaf with the word w, plus the node's share of
+      the log-probabilities that its ancestors split.
+    `attention` [B,n,S]: the weights of the source words with which each node chooses its word.
+    `slots` [B,S,N]: the distributions of the encoder's memory, or None.
+    """
+
+    logits: jax.Array
+    attention: jax.Array
+    slots: jax.Array | None
+
+
+class Source(NamedTuple):
+    """What the nodes attend to. `keys` [B,M+S,H] and `shifts` [B,M+S] are the keys of the bank and of the words.
+
+    `bank` [B,M,H] and `words` [B,S,H] are the values. `bank_mask` and `mask` are False for padding.
+    """
+
+    keys: jax.Array
+    shifts: jax.Array
+    bank: jax.Array
+    bank_mask: jax.Array
+    words: jax.Array
+    mask: jax.Array
+
+
+class Level(NamedTuple):
+    """The nodes of a level: the left children of all parents, then their right children.
+
+    `x` and `context` [B,n,H] are the vectors. `leaf` [B,n,2] has the scores log p + h and log(1 - p) + h. `logits`
+    [B,n,V] and `attention` [B,n,S] are as in `Production`.
+    """
+
+    x: jax.Array
+    context: jax.Array
+    leaf: jax.Array
+    logits: jax.Array
+    attention: jax.Array
+
+
+# Parts of the random bytes of a node.
+SPLIT, QUERY, LEAF, LEAF_CONTEXT, OUTPUT = range(5)
+
+
+class TreeDecoder(nnx.Module):
+    r"""The production of a complete binary tree of depth D, level by level. All nodes share the parameters.
+
+    A node has a vector x and a context c. With act(x) = tanh(LN(x)) and the root vector r of the encoder, the root has
+    x = act(r root + root_bias) and c = r. The children y_1, y_2 of a node are
+
+      [a_1, a_2, b_1, b_2] = relu([x; c] w_in + in_bias) w_out + out_bias
+      y_j = sigmoid(a_j) act(b_j) + (1 - sigmoid(a_j)) x,   c_j = Attend(y_j, bank).
+
+    The node is a leaf with probability p, and splits with 1 - p, where [log p, log(1 - p)] is
+    log_softmax([x; c] leaf + leaf_bias). A leaf has the word w with the probability
+
+      softmax over w of N(unembed)_w . Attend(x, values),   N(v) = tanh((v - mean) / standard deviation).
+
+    `TreeAttention` is Attend. The score of a word w at a node is
+
+      log P(w) + log p + h,   where h = (log(1 - p') + h') / 2 for the parent's p' and h', and h = 0 for the root.
+
+    The log-probability that a node splits is so divided among all nodes below it. A tree counts it exactly once.
+
+    In training, one dropout mask of the keys and one of the query serve both attentions of a node, and one mask of the
+    keys serves all levels. The original code draws them separately.
+    """
+
+    def __init__(self, config: TreeConfig, key):
+        self.config = c = config
+        keys = jax.random.split(key, 5)
+        self.root, self.root_bias = linear_weight(keys[0], c.H, c.H, c), linear_bias(keys[1], c.H, c.H, c)
+        xavier = lambda k, i, o: uniform(k, (i, o), (6 / (i + o)) ** 0.5, c)  # noqa: E731
+        zeros = lambda *shape: nnx.Param(jnp.zeros(shape, c.param_dtype))  # noqa: E731
+        self.w_in, self.in_bias = xavier(keys[2], 2 * c.H, 2 * c.H), zeros(2 * c.H)
+        self.w_out, self.out_bias = xavier(keys[3], 2 * c.H, 4 * c.H), zeros(4 * c.H)
+        k_leaf, k_attention = jax.random.split(keys[4])
+        self.leaf, self.leaf_bias = zeros(2 * c.H, 2), linear_bias(k_leaf, 2 * c.H, 2, c)
+        self.unembed = zeros(c.target_vocabulary, c.H)
+        self.norm, self.attention = LayerNorm(c), TreeAttention(c, k_attention)
+
+    def activation(self, x):
+        return jnp.tanh(self.norm(x))
+
+    def __call__(self, encoding: Encoding, key=None) -> Production:
+        c, (B, S, H) = self.config, encoding.keys.shape
+        k_nodes, k_keys = split_key(key, 2)
+        source = self._source(encoding, random_bytes(k_keys, B, encoding.bank.shape[1] + S, H))
+        random = random_bytes(k_nodes, (2 ** (c.depth + 1) - 1) * B * 5 * H)
+
+        def random_of(d: int):
+            n = 2**d
+            part = None if random is None else random[(n - 1) * B * 5 * H : (2 * n - 1) * B * 5 * H]
+            return [None] * 5 if part is None else part.reshape(5, B, n, H)
+
+        # Only some products of matrices are saved for the backward pass. The rest is cheaper to compute again.
+        policy = jax.checkpoint_policies.save_only_these_names("product")
+        expand = jax.checkpoint(self._expand, policy=policy)
+        x = self.activation(affine(encoding.root, self.root, self.root_bias, c))[:, None]
+        levels = [self._level(x, encoding.root[:, None], jnp.zeros_like(x[..., :1]), source, random_of(0))]
+        for d in range(1, c.depth + 1):
+            levels.append(expand(levels[-1], source, random_of(d - 1)[SPLIT], random_of(d)))
+        logits, attention = (_by_parent([getattr(level, name) for level in levels]) for name in ("logits", "attention"))
+        return Production(logits, attention, encoding.slots)
+
+    def _source(self, e: Encoding, random) -> Source:
+        c = self.config
+        keys, shifts = self.attention.keys(jnp.concatenate([e.bank, e.keys], 1), random)
+        values = jnp.tanh(normalised(e.values, c.norm_eps))
+        return Source(keys, shifts, e.bank, e.bank_mask, values, e.mask)
+
+    def _expand(self, parents: Level, source: Source, split_random, random) -> Level:
+        """Return the children of a level."""
+        c, H = self.config, self.config.H
+        x = dropped(parents.x, c.split_dropout, split_random)
+        w_in, w_out, out_bias = cast(self.w_in, c), cast(self.w_out, c), cast(self.out_bias, c)
+        hidden = jnp.concatenate([x, parents.context], -1) @ w_in
+        hidden = checkpoint_name(hidden, "product") + cast(self.in_bias, c)[None, None]
+        w_out = jnp.concatenate([w_out[:, : 2 * H], _centred_pair(w_out[:, 2 * H :])], -1)
+        out_bias = jnp.concatenate([out_bias[: 2 * H], _centred_pair(out_bias[2 * H :])])
+        out = checkpoint_name(jax.nn.relu(hidden) @ w_out, "product") + out_bias[None, None]
+        children = []
+        for j in (0, 1):
+            gate, new = (out[..., i * H : (i + 1) * H] for i in (j, 2 + j))
+            new = new * inverse_deviation(new, c.norm_eps) * cast(self.norm.scale, c)[None, None]
+            new = jnp.tanh(new + cast(self.norm.bias, c)[None, None])
+            children.append(x + jax.nn.sigmoid(gate) * (new - x))
+        shared = parents.leaf[..., 1:] / 2
+        return self._level(jnp.concatenate(children, 1), None, jnp.concatenate([shared] * 2, 1), source, random)
+
+    def _level(self, x: Float[Array, "B n H"], context, shared: Float[Array, "B n 1"], source: Source, random) -> Level:
+        """Return the nodes with the vectors x and the scores h in `shared`. Without `context`, they use the bank."""
+        c, M = self.config, source.bank.shape[1]
+        y, deviation = self.attention.queries(dropped(x, c.attention_dropout, random[QUERY]))
+        scores = jnp.einsum("BnH,BMH->BnM", checkpoint_name(y, "product"), source.keys)
+        scores = checkpoint_name(scores, "product") * deviation + source.shifts[:, None]
+        of_words = attention_weights(scores[..., M:], source.mask).astype(x.dtype)
+        if context is None:
+            of_bank = attention_weights(scores[..., :M], source.bank_mask).astype(x.dtype)
+            context = checkpoint_name(jnp.einsum("BnM,BMH->BnH", of_bank, source.bank), "product")
+        words = checkpoint_name(jnp.einsum("BnS,BSH->BnH", of_words, source.words), "product")
+        leaf = self._leaf(x, context, random) + shared
+        table = jnp.tanh(normalised(cast(self.unembed, c), c.norm_eps))
+        logits = jnp.einsum("BnH,VH->BnV", dropped(words, c.output_dropout, random[OUTPUT]), table)
+        logits = jax.nn.log_softmax(logits.astype(leaf.dtype)) + leaf[..., :1]
+        return Level(x, context, leaf, logits, of_words)
+
+    def _leaf(self, x, context, random) -> Float[Array, "B n 2"]:
+        """Return the log-probabilities that nodes are leaves, and that they split."""
+        c, H, rate = self.config, self.config.H, self.config.leaf_dropout
+        weight, bias = cast(self.leaf, c), cast(self.leaf_bias, c)
+        weight = weight[:, 0] - weight[:, 1]
+        logit = dropped(x, rate, random[LEAF]) @ weight[:H] + dropped(context, rate, random[LEAF_CONTEXT]) @ weight[H:]
+        logit = (logit + (bias[0] - bias[1])).astype(sum_type(logit))
+        return jax.nn.log_sigmoid(jnp.stack([logit, -logit], -1))
+
+
+def _centred_pair(weight):
+    """Centre each half of the last axis (`parts.centred`)."""
+    return jnp.concatenate([centred(half) for half in jnp.split(weight, 2, -1)], -1)
+
+
+def _by_parent(levels: list[jax.Array]) -> jax.Array:
+    """Concatenate arrays of levels, with the nodes in the order of `chart`: the children of a parent side by side.
+
+    In a `Level`, the index of a node has the choices left or right from its parent upwards as binary digits, and in
+    `chart` from the root downwards.
+    """
+    order = np.zeros(1, int)
+    ordered = [levels[0]]
+    for level in levels[1:]:
+        n = len(order)
+        order = np.stack([order, order + n], 1).reshape(-1)
+        ordered.append(level[:, order])
+    return jnp.concatenate(ordered, 1)

@@ -1,0 +1,98 @@
+"""The best tree: the binary tree inside a complete binary tree whose leaves have the highest total score.
+
+`stickjax.models.latent_tree.chart` defines the nodes, the trees and the places of the line that the leaves cover.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from stickjax.models.latent_tree.chart import (
+    depth_of,
+    intervals,
+    levels_of,
+    reduced_at_ends,
+    shifted,
+    starts_of,
+)
+
+
+class Derivation(NamedTuple):
+    """The best tree of every sentence of a batch, with up to T leaves.
+
+    `words` [B,T]: the word of every leaf, from left to right; 0 after the last leaf.
+    `nodes` [B,T]: the node of every leaf; -1 after the last leaf.
+    `lengths` [B]: the number of leaves.
+    `scores` [B]: the sum of the scores of the leaves.
+    """
+
+    words: jax.Array
+    nodes: jax.Array
+    lengths: jax.Array
+    scores: jax.Array
+
+
+@partial(jax.jit, static_argnames="limit")
+def viterbi(scores: Float[Array, "B n V"], limit: int) -> Derivation:
+    """Find the tree and the words with the highest score, among all trees with at most `limit` leaves.
+
+    Every leaf i has the word w with the highest scores[i, w]. Word 0 is padding, and is never chosen. The result is
+    deterministic. Among equal scores, the smallest word, the shortest sentence, and then the shallowest last leaf win.
+
+    Args:
+      scores: the score of every node i for every word.
+      limit: the largest number of leaves.
+
+    Returns:
+      A `Derivation` with T = min(limit, 2^D).
+
+    Raises:
+      ValueError: n is not 2^(D+1) - 1 for any D, V is below 2, or `limit` is below 1.
+
+    >>> found = viterbi(jnp.log(jnp.array([[[0, 0.1, 0.2], [0, 0.9, 0.0], [0, 0.3, 0.7]]])), limit=4)
+    >>> found.words.tolist(), found.nodes.tolist(), round(float(jnp.exp(found.scores[0])), 2)
+    ([[1, 2]], [[1, 2]], 0.63)
+    """
+    B, n, V = scores.shape
+    depth = depth_of(n)
+    if V < 2 or limit < 1:
+        raise ValueError(f"V={V} must be at least 2 (id 0 is padding), and limit={limit} at least 1")
+    T = min(limit, 2**depth)
+    best_words = scores[..., 1:].argmax(-1).astype(jnp.int32) + 1
+    own = scores[..., 1:].max(-1).T
+    nodes = jnp.broadcast_to(jnp.arange(n)[:, None], (n, B))
+
+    def step(before, _):
+        levels = [start + score for start, score in zip(starts_of(before), levels_of(own), strict=True)]
+        after, last = reduced_at_ends(_better, list(zip(levels, levels_of(nodes), strict=True)))
+        return shifted(after, -jnp.inf), (after[-1], last)
+
+    first = jnp.full((2**depth, B), -jnp.inf, scores.dtype).at[0].set(0)
+    _, (totals, last) = jax.lax.scan(step, first, None, T)
+    lengths = totals.argmax(0) + 1
+    leaves = _leaves(last, lengths, depth)
+    words = jnp.take_along_axis(best_words, jnp.maximum(leaves, 0), axis=1)
+    return Derivation(jnp.where(leaves >= 0, words, 0), leaves, lengths, totals.max(0))
+
+
+def _better(one, other):
+    """Return the pairs (score, node) with the higher score; `one` where they are equal."""
+    is_other = other[0] > one[0]
+    return jnp.where(is_other, other[0], one[0]), jnp.where(is_other, other[1], one[1])
+
+
+def _leaves(last: Int[Array, "T P B"], lengths: Int[Array, " B"], depth: int) -> Int[Array, "B T"]:
+    """Follow the best last nodes from the end of the line to its start. Return the leaves; -1 after the last one."""
+    starts = jnp.asarray(intervals(depth)[0])
+
+    def step(end, inputs):
+        t, last = inputs
+        node = jnp.take_along_axis(last, end[None] - 1, axis=0)[0]
+        is_leaf = t < lengths
+        return jnp.where(is_leaf, starts[node], end), jnp.where(is_leaf, node, -1)
+
+    end = jnp.full(lengths.shape, 2**depth)
+    return jax.lax.scan(step, end, (jnp.arange(len(last)), last), reverse=True)[1].T

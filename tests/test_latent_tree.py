@@ -1,0 +1,400 @@
+"""The latent-tree model, compared with the original, and the properties of its likelihood and of its parts."""
+
+import dataclasses
+from functools import cache, partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import assert_close
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from stickjax import Config, DataConfig
+from stickjax.config.latent_tree import TreeConfig
+from stickjax.evaluation.tree_plots import plot_derivation
+from stickjax.models.families import family_of
+from stickjax.models.latent_tree import apply, decode, init, loss, sentence_log_likelihood
+from stickjax.models.latent_tree.brackets import joins_of
+from stickjax.models.latent_tree.chart import in_order
+from stickjax.models.latent_tree.parts import dropped, random_bytes
+from stickjax.models.latent_tree.trees import bracketed, derivation_tree, leaves, read_brackets, slot_tree
+from stickjax.models.parameters import label, leaves_of, map_leaves, partition, shardings
+from stickjax.parallel.mesh import AXES, shard_batch
+from stickjax.training.gradients import mesh_gradients
+
+HERE = Path(__file__).parent
+run = jax.jit(apply)
+
+
+def drawn(config, scale=0.3):
+    """Return a model with random parameters, also those that start at zero; NumPy draws them, nothing is compiled."""
+    rng = np.random.default_rng(0)
+
+    def draw(leaf):
+        return jnp.asarray(rng.normal(leaf.names[-1] == "scale", scale, leaf.value.shape), leaf.value.dtype)
+
+    return map_leaves(draw, jax.eval_shape(partial(init, config), jax.random.key(0)))
+
+
+def in_float64(config):
+    """Return a config whose computation and parameters are in float64, which users cannot choose."""
+    for name in ("dtype", "param_dtype"):
+        object.__setattr__(config, name, "float64")
+    return config
+
+
+@cache
+def original(early_root):
+    """Return the model with the original's weights, and the arrays of the original."""
+    with np.load(HERE / "oracles" / "latent_tree" / "scan_model.npz", allow_pickle=False) as arrays:
+        a = dict(arrays)
+    p = {key.removeprefix("param/"): a[key] for key in a if key.startswith("param/")}
+    config = in_float64(TreeConfig(V=17, V_target=10, H=8, depth=4, early_root=early_root))
+    model = jax.eval_shape(partial(init, config), jax.random.key(0))
+    encoder, decoder, H = model.encoder, model.decoder, 8
+    rnn, om, expand = "encoder.rnn_encode.rnn.", "encoder.OM_forward.", "decoder.expand."
+    both = lambda name: np.stack([p[rnn + name], p[rnn + name + "_reverse"]])  # noqa: E731
+    linear = lambda module, weight, bias, name: {  # noqa: E731
+        (module, weight): p[name + ".weight"].T, (module, bias): p[name + ".bias"]
+    }  # fmt: skip
+    norm = lambda module, name: {(module, "scale"): p[name + ".weight"], (module, "bias"): p[name + ".bias"]}  # noqa: E731
+    cell, cell_bias = p[om + "cell.input_t.4.weight"].T, p[om + "cell.input_t.4.bias"]
+
+    def gates(x):
+        """Return the outputs of the cell as [.., 4, H]: three gates and a vector."""
+        of_gates, vector = x[..., : 3 * H].reshape(-1, H, 3), x[..., 3 * H :].reshape(-1, 1, H)
+        return np.concatenate([of_gates.swapaxes(1, 2), vector], 1)
+
+    distribution, attention = encoder.memory.distribution, decoder.attention
+    weights = {
+        (encoder, "embed"): p["encoder.embedding.weight"][:, :H],
+        (encoder, "values"): p["encoder.embedding.weight"][:, H:],
+        (encoder.gru, "input"): both("weight_ih_l0").swapaxes(1, 2),
+        (encoder.gru, "input_bias"): both("bias_ih_l0"),
+        (encoder.gru, "recurrent"): both("weight_hh_l0").swapaxes(1, 2),
+        (encoder.gru, "recurrent_bias"): both("bias_hh_l0"),
+        **linear(encoder.memory, "w_project", "project_bias", om + "input_projection.0"),
+        **linear(encoder.memory, "w_in", "in_bias", om + "cell.input_t.1"),
+        (encoder.memory, "w_out"): gates(cell),
+        (encoder.memory, "out_bias"): gates(cell_bias)[0],
+        **norm(encoder.memory.norm, om + "activation.0"),
+        **linear(distribution, "query", "query_bias", om + "distribution.query.1"),
+        **norm(distribution.query_norm, om + "distribution.query.2"),
+        **linear(distribution, "key", "key_bias", om + "distribution.key.1"),
+        **norm(distribution.key_norm, om + "distribution.key.2"),
+        **linear(distribution, "weight", "bias", om + "distribution.beta.2"),
+        **linear(decoder, "root", "root_bias", expand + "in_transform.0"),
+        **linear(decoder, "w_in", "in_bias", expand + "cell.output_t.0"),
+        **linear(decoder, "w_out", "out_bias", expand + "cell.output_t.3"),
+        **linear(decoder, "leaf", "leaf_bias", expand + "leaf_transform.1"),
+        (decoder, "unembed"): p[expand + "_output_transform.weight"],
+        **norm(decoder.norm, "decoder.activation.0"),
+        **linear(attention, "query", "query_bias", expand + "attn.query_t.1"),
+        **norm(attention.query_norm, expand + "attn.query_t.2"),  # the original divides by sqrt(H) in float32
+        **linear(attention, "key", "key_bias", expand + "attn.key_t.1"),
+        **norm(attention.key_norm, expand + "attn.key_t.2"),
+    }
+    assert len(weights) == len(list(leaves_of(model)))
+    for (module, leaf), value in weights.items():
+        assert getattr(module, leaf).shape == value.shape, leaf
+        rounded = H**0.5 / p[expand + "attn.factor"] if module is attention.query_norm else 1
+        setattr(module, leaf, nnx.Param(jnp.asarray(value * rounded)))
+    return model, a
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.mark.parametrize("i", range(5))
+def test_the_numbers_of_the_original(i, x64):
+    """In float64. Its source and target ids begin at 4; it reads the root of the tree before the last word."""
+    model, a = original(early_root=True)
+    source, target = (jnp.asarray(a[f"{name}/{i}"])[None] for name in ("source", "target"))
+    logits = run(model, {"source": source}).logits
+    expected = a[f"node_word_log_prob/{i}"]
+    assert_close(logits[0, in_order(4)], expected, 1e-10)
+    np.testing.assert_allclose(sentence_log_likelihood(logits, target)[0], a[f"log_likelihood/{i}"], rtol=1e-10)
+    np.testing.assert_array_equal(a["param/decoder.order"], in_order(4))
+    right, _ = original(early_root=False)
+    assert np.abs(run(right, {"source": source}).logits - logits).max() > 0.01
+
+
+SIZES = dict(V=9, V_target=6, H=8, N=3, depth=4)
+ENCODERS = ("ordered_memory", "tree", "gru")
+
+
+def sentences(B=4, S=6, T=7, seed=0):
+    """Return sources with brackets, and targets. The first sentences are the longest, and the last have one word."""
+    rng = np.random.default_rng(seed)
+    batch = {name: np.zeros((B, size), np.int32) for name, size in (("source", S), ("target", T), ("brackets", S))}
+    for b in range(B):
+        s, t = (size if b == 0 else 1 if b == B - 1 else int(rng.integers(2, size)) for size in (S, T))
+        batch["source"][b, :s] = rng.integers(1, 9, s)
+        batch["target"][b, :t] = rng.integers(1, 6, t)
+        open_parts = 0
+        for i in range(s):
+            open_parts += 1
+            closed = open_parts - 1 if i == s - 1 else int(rng.integers(0, open_parts))
+            batch["brackets"][b, i] = closed
+            open_parts -= closed
+    return {name: jnp.asarray(x) for name, x in batch.items()}
+
+
+@jax.jit
+def values_of(model, batch):
+    logits = apply(model, batch).logits
+    return logits, sentence_log_likelihood(logits, batch["target"])
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_a_sentence_does_not_depend_on_its_batch(encoder):
+    """Neither its score nor the scores of its nodes depend on other sentences or on padding."""
+    model, batch = drawn(TreeConfig(**SIZES, encoder=encoder)), sentences()
+    logits, values = values_of(model, batch)
+    others = values_of(model, {name: x.at[0].set(jnp.roll(x[0], 1)) for name, x in batch.items()})
+    for before, after in zip((logits, values), others, strict=True):
+        np.testing.assert_array_equal(before[1:], after[1:])
+    s, t = ((batch[name][1] != 0).sum() for name in ("source", "target"))
+    alone = {name: x[1:2, : t if name == "target" else s] for name, x in batch.items()}
+    assert s < 6 and t < 7
+    own_logits, own = values_of(model, alone)
+    assert_close(own_logits[0], logits[1], 1e-5)
+    np.testing.assert_allclose(own[0], values[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_every_parameter_has_a_gradient_a_label_and_a_partition(encoder):
+    """With dropout. Only the embeddings of ids that are not in the batch have no gradient."""
+    model, batch = drawn(TreeConfig(**SIZES, encoder=encoder)), sentences()
+    gradients = jax.jit(jax.grad(lambda m: loss(m, batch, jax.random.key(0))[0]))(model)
+
+    def check(leaf):
+        assert jnp.isfinite(leaf.value).all() and (leaf.value != 0).any(), leaf.name
+        assert label(leaf) in ("matrix", "vector", "embedding") and partition(leaf) == PartitionSpec()
+
+    map_leaves(check, gradients)
+    assert not gradients.encoder.embed[0].any()
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_gradients_are_those_of_finite_differences(encoder, x64):
+    model, batch = drawn(in_float64(TreeConfig(**SIZES, encoder=encoder))), sentences()
+    rng, step = np.random.default_rng(1), 1e-5
+    direction = map_leaves(lambda leaf: jnp.asarray(rng.normal(size=leaf.value.shape)), model)
+    f = jax.jit(lambda m: loss(m, batch, None)[0])
+    moved = [f(jax.tree.map(lambda p, d, s=s: p + s * d, model, direction)) for s in (step, -step)]
+    gradient = jax.jit(jax.grad(f))(model)
+    along = sum(jnp.vdot(g, d) for g, d in zip(*map(jax.tree.leaves, (gradient, direction)), strict=True))
+    np.testing.assert_allclose(along, (moved[0] - moved[1]) / (2 * step), rtol=1e-6)
+
+
+def test_the_nodes_share_one_formula(x64):
+    """The scores of a node are those that the formulas of the docstrings give, one node at a time."""
+    model, batch = drawn(in_float64(TreeConfig(**SIZES))), sentences(B=2)
+    e, d = jax.jit(lambda m: m.encoder(batch))(model), model.decoder
+    found = run(model, batch)
+
+    def norm(x):
+        return (x - x.mean()) / np.sqrt(x.var() + 1e-5)
+
+    def act(x):
+        return np.tanh(norm(x) * d.norm.scale[...] + d.norm.bias[...])
+
+    def attend(x, keys, values, mask):
+        a = d.attention
+        q = norm(x @ a.query[...] + a.query_bias[...]) * a.query_norm.scale[...] + a.query_norm.bias[...]
+        k = [norm(y @ a.key[...] + a.key_bias[...]) * a.key_norm.scale[...] + a.key_norm.bias[...] for y in keys[mask]]
+        s = np.array([q @ one for one in k]) / np.sqrt(8)
+        gate = 1 / (1 + np.exp(-(np.log(np.exp(s).sum()) - 2 * s.max() + np.log(1000))))
+        return np.exp(s) / np.exp(s).sum() * gate @ values[mask]
+
+    def log_softmax(x):
+        return x - np.log(np.exp(x).sum())
+
+    table = np.stack([np.tanh(norm(row)) for row in np.asarray(d.unembed[...])])
+    for b in range(2):
+        bank = np.asarray(e.bank[b]), np.asarray(e.bank[b]), np.asarray(e.bank_mask[b])
+        words = (
+            np.asarray(e.keys[b]),
+            np.stack([np.tanh(norm(v)) for v in np.asarray(e.values[b])]),
+            np.asarray(e.mask[b]),
+        )
+
+        def visit(node, x, context, shared, b=b, bank=bank, words=words):
+            leaf = log_softmax(np.concatenate([x, context]) @ d.leaf[...] + d.leaf_bias[...]) + shared
+            expected = log_softmax(table @ attend(x, *words)) + leaf[0]
+            np.testing.assert_allclose(found.logits[b, node], expected, rtol=1e-9)
+            if node < 15:
+                hidden = np.maximum(np.concatenate([x, context]) @ d.w_in[...] + d.in_bias[...], 0)
+                out = (hidden @ d.w_out[...] + d.out_bias[...]).reshape(4, 8)
+                for j in (0, 1):
+                    gate = 1 / (1 + np.exp(-out[j]))
+                    child = gate * act(out[2 + j]) + (1 - gate) * x
+                    visit(2 * node + 1 + j, child, attend(child, *bank), leaf[1] / 2)
+
+        root = np.asarray(e.root[b])
+        visit(0, act(root @ d.root[...] + d.root_bias[...]), root, 0.0)
+
+
+def test_the_tree_of_an_encoder_with_brackets():
+    """joins_of gives the joins of every tree, and the root is the last join."""
+    for text in ("a", "( a b )", "( ( a b ) ( c d ) )", "( a ( b ( c d ) ) )", "( ( ( a b ) c ) ( d e ) )"):
+        words, closing = read_brackets(text)
+        n, S = len(words), 6
+        padded = jnp.zeros((1, S), int).at[0, :n].set(jnp.array(closing)).at[0, n:].set(3)
+        pairs, is_join = joins_of(padded, jnp.arange(S)[None] < n)
+        parts = dict(enumerate(words))
+        for k, (left, right) in enumerate(pairs[0].tolist()):
+            if is_join[0, k]:
+                parts[S + k] = (parts.pop(left), parts.pop(right))
+        assert [bracketed(tree) for i, tree in parts.items()] == [text]
+    for wrong in ("( a b c )", "( a )", "a b", "( a b", ")"):
+        with pytest.raises(ValueError, match="does not have exactly two parts|is not one binary tree"):
+            read_brackets(wrong)
+    with pytest.raises(ValueError, match="needs the array 'brackets'"):
+        apply(drawn(TreeConfig(**SIZES, encoder="tree")), {"source": jnp.ones((1, 2), int)})
+
+
+def test_the_best_tree_as_text():
+    model, batch = drawn(TreeConfig(**SIZES)), sentences()
+    found, names = decode(model, batch, limit=6), ["", *"abcde"]
+    for b in range(4):
+        tree = derivation_tree(found, b, names)
+        assert leaves(tree) == [names[w] for w in found.words[b].tolist() if w]
+        words, closing = read_brackets(bracketed(tree))
+        assert words == leaves(tree) and sum(closing) == len(words) - 1
+    source = [str(w) for w in batch["source"][0].tolist()]
+    assert leaves(slot_tree(run(model, batch).slots[0], source)) == source
+
+
+def test_the_probability_of_the_best_tree_is_below_that_of_its_sentence():
+    model, batch = drawn(TreeConfig(**SIZES)), sentences()
+    found = decode(model, batch)
+    _, values = values_of(model, batch | {"target": found.words})
+    assert (found.scores <= values + 1e-6).all() and found.words.shape == (4, 16)
+    assert (found.lengths > 0).all() and ((found.words != 0).sum(1) == found.lengths).all()
+
+
+def test_a_target_that_does_not_fit():
+    model, batch = drawn(TreeConfig(**SIZES)), sentences(T=17)
+    message = "a target of T=17 words does not fit in a tree of depth=4, which has at most 2\\^4=16 leaves"
+    with pytest.raises(ValueError, match=message):
+        loss(model, batch, None)
+    with pytest.raises(ValueError, match=message):
+        TreeConfig(**SIZES).check_mesh({"data": 1}, 17)
+    with pytest.raises(ValueError, match="data parallelism only"):
+        TreeConfig(**SIZES).check_mesh({"data": 1, "tensor": 2}, 16)
+    with pytest.raises(ValueError, match="H=7 must be even"):
+        TreeConfig(H=7)
+
+
+def test_sentences_without_words_do_not_count():
+    model, batch = drawn(TreeConfig(**SIZES)), sentences()
+    empty = {name: jnp.concatenate([x, jnp.zeros_like(x[:2])]) for name, x in batch.items()}
+    value, gradient = jax.jit(jax.value_and_grad(lambda m: loss(m, empty, None)[0]))(model)
+    np.testing.assert_allclose(value, jax.jit(loss)(model, batch, None)[0], rtol=1e-5)
+    map_leaves(lambda leaf: np.testing.assert_(jnp.isfinite(leaf.value).all(), leaf.name), gradient)
+
+
+def test_one_and_two_devices_have_the_same_loss_and_gradients():
+    model, batch = drawn(TreeConfig(**SIZES)), sentences(B=6)
+    batch["target"] = batch["target"].at[5].set(0)  # the devices have different numbers of sentences
+
+    def gradients(model, batch, key):
+        return jax.grad(lambda m: loss(m, batch, None), has_aux=True)(model)
+
+    expected, metrics = jax.jit(gradients)(model, batch, jax.random.key(0))
+    mesh = jax.make_mesh((2, 1, 1, 1, 1), AXES, devices=jax.devices()[:2])
+    placed = jax.device_put(model, shardings(mesh, model))
+    found, found_metrics = jax.jit(mesh_gradients(mesh, gradients))(placed, shard_batch(mesh, batch), jax.random.key(0))
+    for name, value in metrics.items():
+        np.testing.assert_allclose(found_metrics[name], value, rtol=1e-5, err_msg=name)
+    jax.tree.map(lambda a, b: assert_close(a, b, 1e-5), found, expected)
+
+
+def test_dropout_keeps_the_mean():
+    x, key = jnp.ones((200, 499)), jax.random.key(0)
+    for rate in (0.1, 0.6):
+        y = dropped(x, rate, random_bytes(key, *x.shape))
+        np.testing.assert_allclose((y == 0).mean(), round(256 * rate) / 256, atol=5e-3)
+        np.testing.assert_allclose(y.mean(), 1, atol=1e-2)
+    assert dropped(x, 0.1, None) is x
+
+
+def test_a_few_sentences_are_learnt():
+    """The model learns six pairs by heart, and decodes them exactly. It also decodes in bfloat16."""
+    config = TreeConfig(V=9, V_target=6, H=16, N=2, depth=3, attention_dropout=0.1)
+    model, batch = init(config, jax.random.key(0)), sentences(B=6, T=5)
+    optimizer = optax.adam(1e-2)
+
+    @jax.jit
+    def learn(model, state, key):
+        (value, _), g = jax.value_and_grad(loss, has_aux=True)(model, batch, key)
+        updates, state = optimizer.update(g, state, model)
+        return optax.apply_updates(model, updates), state, value
+
+    state, history = optimizer.init(model), []
+    for i in range(150):
+        model, state, value = learn(model, state, jax.random.key(i))
+        history.append(float(value))
+    assert history[-1] < 0.3 < 1 < history[0]
+    found = decode(model, batch, limit=5)
+    assert found.words.tolist() == batch["target"].tolist()
+    low = dataclasses.replace(config, dtype="bfloat16")
+    for part in (m for _, m in nnx.iter_modules(model) if hasattr(m, "config")):
+        part.config = low
+    logits = run(model, batch).logits
+    assert (
+        logits.dtype == jnp.float32 and decode(model, batch, limit=5).words[0].tolist() == batch["target"][0].tolist()
+    )
+
+
+def test_the_size_of_the_original():
+    config = TreeConfig(V=17, V_target=10)
+    family = family_of(config)
+    assert family.parameter_counts(config) == (772_995, 772_995 - 2 * 17 * 128)
+    batch = family.example_batch(Config(config, DataConfig(T=48, B=4)))
+    assert {name: x.shape for name, x in batch.items()} == {"source": (4, 48), "target": (4, 48)}
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_the_counted_operations(encoder):
+    """They are within a tenth of what XLA counts in the products of a step, where loops count once for each step."""
+    config = TreeConfig(V=9, V_target=6, H=64, N=3, depth=5, encoder=encoder)
+    T, B = 8, 2
+    batch = {name: jnp.ones((B, T), int) for name in ("source", "target", "brackets")}
+    model = jax.eval_shape(partial(init, config), jax.random.key(0))
+    counted = flops(jax.make_jaxpr(lambda m: apply(m, batch).logits)(model).jaxpr)
+    np.testing.assert_allclose(family_of(config).flops_per_token(config, T) * T * B / 3, counted, rtol=0.1)
+
+
+def flops(jaxpr) -> float:
+    """Return the operations of all products of matrices in a jaxpr; scans count for each step."""
+    total = 0.0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            size = np.prod([eqn.invars[0].aval.shape[i] for i in contracted])
+            total += 2 * np.prod(eqn.outvars[0].aval.shape) * size
+        for value in eqn.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                total += eqn.params.get("length", 1) * flops(inner)
+    return total
+
+
+def test_the_picture_of_a_tree(tmp_path):
+    attention = np.random.default_rng(0).dirichlet(np.ones(3), 31)
+    for more in ({}, dict(source=["walk", "_left$", "twice"], attention=attention)):
+        plot_derivation([7, 8, 4, 2], ["a", "$b", "_c", "d$"], tmp_path / "tree.png", **more)
+        assert (tmp_path / "tree.png").stat().st_size > 5000
+    with pytest.raises(ValueError, match="2 leaves must have as many words, not 1"):
+        plot_derivation([1, 2], ["a"], tmp_path / "other.png")
+    assert not (tmp_path / "other.png").exists()
