@@ -12,9 +12,9 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from . import experts, gpu, gpu_record, gpu_run, report, stick_breaking, timing, train
+from . import experts, gpu, gpu_record, gpu_run, ordered_memory, report, stick_breaking, timing, train
 
-PARTS = {module.PART: module for module in (stick_breaking, experts, train)}
+PARTS = {module.PART: module for module in (stick_breaking, experts, train, ordered_memory)}
 RESULTS = Path(__file__).parent / "results"
 
 

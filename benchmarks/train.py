@@ -35,15 +35,15 @@ ROOT = Path(__file__).parents[1]
 class TorchPeer:
     """The torch model in a child process; calling the object makes one training step there."""
 
-    def __init__(self, python: str, shape: dict):
-        command = [python, "-m", "benchmarks.torch_peer", "--serve", "--shape", json.dumps(shape)]
+    def __init__(self, python: str, shape: dict, program: str = "benchmarks.torch_peer"):
+        command = [python, "-m", program, "--serve", "--shape", json.dumps(shape)]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, bufsize=1, cwd=ROOT)
         self.versions = self._line()
 
     def __call__(self) -> None:
         self.process.stdin.write("step\n")
-        self._line()
+        self.last = self._line()
 
     def _line(self) -> str:
         line = self.process.stdout.readline()

@@ -1,0 +1,74 @@
+"""The training step of the original Ordered Memory in torch, as a peer of `benchmarks.ordered_memory`.
+
+The original code is read from .peers/Ordered-Memory, a clone of the repository yikangshen/Ordered-Memory. With --serve,
+the program makes one step for each line of standard input, and prints the loss and the peak of its memory in bytes.
+"""
+
+import argparse
+import importlib.util
+import json
+import resource
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+ORIGINAL = Path(__file__).parents[1] / ".peers" / "Ordered-Memory" / "ordered_memory.py"
+
+
+class Pairs(nn.Module):
+    """The original encoder with an embedding and the classifier of pairs of sentences."""
+
+    def __init__(self, encoder: type, V: int, D: int, H: int, N: int, classes: int, dropout: float):
+        super().__init__()
+        self.embed = nn.Embedding(V, D, padding_idx=0)
+        self.encoder = encoder(D, H, N, dropout=dropout, dropoutm=dropout)
+        self.head = nn.Sequential(
+            nn.Dropout(dropout), nn.Linear(4 * H, 4 * H), nn.ELU(), nn.Dropout(dropout), nn.Linear(4 * H, classes)
+        )
+
+    def forward(self, tokens):
+        u, v = self.encoder(self.embed(tokens), tokens != 0).chunk(2)
+        return self.head(torch.cat([u, v, u * v, (u - v).abs()], -1))
+
+
+def stepper(B: int, T: int, classes: int, **sizes):
+    """Return a function that makes one step (forward, backward, clipping, Adam) and returns the loss."""
+    spec = importlib.util.spec_from_file_location("ordered_memory", ORIGINAL)
+    original = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(original)
+    torch.manual_seed(0)
+    model = Pairs(original.OrderedMemory, classes=classes, **sizes)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, betas=(0.0, 0.999), eps=1e-9)
+    tokens = torch.randint(1, sizes["V"], (T, 2 * B))
+    labels = torch.randint(0, classes, (B,))
+
+    def step() -> float:
+        optimizer.zero_grad(set_to_none=True)
+        loss = nn.functional.cross_entropy(model(tokens), labels)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.torch_ordered_memory", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("--serve", action="store_true", help="make one step for each line of standard input")
+    parser.add_argument("--shape", type=json.loads, required=True, help="sizes by letter, as JSON")
+    arguments = parser.parse_args()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step = stepper(**arguments.shape)
+    print(f"torch {torch.__version__}; {torch.get_num_threads()} threads", flush=True)
+    for _ in sys.stdin:
+        loss = step()
+        print(loss, 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before), flush=True)
+
+
+if __name__ == "__main__":
+    main()
