@@ -11,6 +11,7 @@ from conftest import assert_same_state
 from stickjax import Config, DataConfig, ExpertsConfig, SutConfig, load
 from stickjax.__main__ import main
 from stickjax.data.examples import examples_of, task_of
+from stickjax.data.pairs import pair_examples
 from stickjax.data.readers import training_data
 from stickjax.data.tables import read_records
 from stickjax.data.tokenizer import WordTokenizer, load_tokenizer, words_of
@@ -327,6 +328,12 @@ def test_a_list_of_labels_that_is_none(tmp_path, content):
 def test_fields_that_do_not_go_together(options, message):
     with pytest.raises(ValueError, match=message):
         DataConfig(**options)
+
+
+def test_pairs_by_operators_are_pairs_of_logic(run):
+    with pytest.raises(ValueError, match="pairs by their number of operators need source='logic', not 'labelled'"):
+        pair_examples(read_config(run), "test", buckets=[1])
+    assert len(pair_examples(read_config(run), "test")) == 6
 
 
 def test_models_that_read_something_else(tmp_path):

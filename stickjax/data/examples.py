@@ -70,6 +70,8 @@ def task_of(config: Config) -> Task:
     {'V': 12, 'classes': 7}
     """
     reads, d = config.model.reads, config.data
+    if reads not in TASKS_OF:
+        raise ValueError(f"this model of family={config.model.family!r} reads {reads}, not examples")
     tasks = TASKS_OF[reads]
     if d.source not in tasks:
         known = " or ".join(map(repr, tasks))
