@@ -163,6 +163,8 @@ def test_tests_may_be_longer_than_training(families):
     ],
 )
 def test_data_that_do_not_fit_the_model(families, kind, options, message):
+    with pytest.raises(ValueError, match="this model of family='sut' reads text, not examples"):
+        examples_of(Config(families["text"], DataConfig(source="logic")), "train")
     with pytest.raises(ValueError, match=message) as error:
         training_data(Config(families[kind], DataConfig(**options)))
     assert "\n" not in str(error.value)

@@ -182,7 +182,10 @@ def test_what_a_step_takes_is_counted():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data.source": "stdlib"}, "this model of family='sut' reads pairs: source='logic', not 'stdlib'"),
+        (
+            {"data.source": "stdlib"},
+            "this model of family='sut' reads pairs: source='logic' or 'labelled', not 'stdlib'",
+        ),
         ({"model.classes": 3}, "classes=3 must be 7, the number of labels of pairs of logic"),
         (
             {"model.classes": 0, "data.curriculum": 9},

@@ -77,6 +77,9 @@ class DataConfig:
             )
         if len(self.sources) > 1 and self.heldout_path is not None:
             raise ValueError(f"heldout_path={self.heldout_path!r} needs one source, not source={self.source!r}")
+        for name in ("right_field", "unlabelled", "labels"):
+            if getattr(self, name) is not None and self.source != "labelled":
+                raise ValueError(f"{name}={getattr(self, name)!r} needs source='labelled', not {self.source!r}")
         self._check_path()
         self._check_parts()
 

@@ -4,40 +4,17 @@ A batch of pairs has `left` [B,T], `right` [B,T] and `label` [B]. A batch of sen
 [B]. A batch of translations has `source` [B,S] and `target` [B,T]. All are int32. Id 0 is padding, on the right.
 """
 
-import hashlib
-from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple
 
 import grain
 import numpy as np
 
 from stickjax.config import Config, DataConfig
 from stickjax.data.batches import TrainingData, batches
+from stickjax.data.labelled import labelled_task
+from stickjax.data.task import Task
 from stickjax.data.tasks import Examples, listops, logic, questions, scan
 from stickjax.data.tasks.encoding import words_in
-
-
-class Task(NamedTuple):
-    """One source of examples, in the form that one kind of model reads.
-
-    `name`: the name in messages. `ids`: the sizes that the model needs: V (the number of ids), V_target (the number of
-    ids of targets, for translations) and classes (the number of labels), each as {field of the model config: number}.
-    `examples(part, T=..., **options)`: returns the examples of a part, such as "train", with at most T tokens in a
-    text; T None: texts of any length. `decode`: for each array of ids the function that returns its text. `labels`: the
-    names of the labels, in the order of their ids.
-    `bucket(row)`: the number by which an evaluation groups examples, named `bucket_name`; None: one group.
-    `brackets(row)`: for every text of a row the same text with all brackets of its tree; None: there are no trees.
-    """
-
-    name: str
-    ids: dict[str, int]
-    examples: Callable[..., Examples]
-    decode: Mapping[str, Callable]
-    labels: tuple[str, ...] = ()
-    bucket: Callable[..., int] | None = None
-    bucket_name: str = ""
-    brackets: Callable[..., list[str]] | None = None
 
 
 def _up_to(length: int, bounds: tuple[int, ...]) -> int:
@@ -50,7 +27,7 @@ def _logic(d: DataConfig) -> Task:
     ids = {"V": len(logic.VOCABULARY), "classes": len(logic.RELATIONS)}
     return Task(
         "pairs of logic", ids, examples, dict.fromkeys(["left", "right"], logic.VOCABULARY.decode), logic.RELATIONS,
-        lambda row: row.bucket, "operators", lambda row: [row.left, row.right],
+        bucket=lambda row: row.bucket, bucket_name="operators", brackets=lambda row: [row.left, row.right],
     )  # fmt: skip
 
 
@@ -59,8 +36,8 @@ def _listops(d: DataConfig) -> Task:
     ids = {"V": len(listops.VOCABULARY), "classes": 10}
     return Task(
         "sentences of listops", ids, examples, {"tokens": listops.VOCABULARY.decode}, tuple("0123456789"),
-        lambda row: _up_to(words_in(row.text), (10, 20, 30, 40, 50, 100, 200, 400, 1000)), "tokens, up to",
-        lambda row: [listops.binary(row.text)],
+        bucket=lambda row: _up_to(words_in(row.text), (10, 20, 30, 40, 50, 100, 200, 400, 1000)),
+        bucket_name="tokens, up to", brackets=lambda row: [listops.binary(row.text)],
     )  # fmt: skip
 
 
@@ -92,8 +69,8 @@ def _questions(d: DataConfig) -> Task:
 
 # {`reads` of the config of a model: {`data.source`: a function that returns the task of a data config}}
 TASKS_OF = {
-    "pairs": {"logic": _logic},
-    "sentences": {"listops": _listops},
+    "pairs": {"logic": _logic, "labelled": partial(labelled_task, names=("left", "right"))},
+    "sentences": {"listops": _listops, "labelled": partial(labelled_task, names=("tokens",))},
     "translation": {"scan": _scan, "questions": _questions},
 }
 
@@ -108,6 +85,8 @@ def task_of(config: Config) -> Task:
     {'V': 12, 'classes': 7}
     """
     reads, d = config.model.reads, config.data
+    if reads not in TASKS_OF:
+        raise ValueError(f"this model of family={config.model.family!r} reads {reads}, not examples")
     tasks = TASKS_OF[reads]
     if d.source not in tasks:
         known = " or ".join(map(repr, tasks))
@@ -139,15 +118,23 @@ def example_data(config: Config) -> TrainingData:
     examples = task.examples("train", T=d.T)
     if len(examples) < d.B:
         raise ValueError(f"B={d.B} is more than the {len(examples)} training examples of {task.name}")
-    source = LengthBucketedBatches(examples, d.B, d.seed)
-    digest = hashlib.sha256("\n".join(f"{row}" for row in examples.rows).encode()).hexdigest()[:16]
+    source, digest = LengthBucketedBatches(examples, d.B, d.seed), examples.digest()
+    summary, heldout_hash = f"{len(examples):,} {task.name}, {digest}", None
+    if task.heldout is not None:  # a row that does not fit must be known before the training begins
+        heldout = task.examples("test")
+        heldout_hash, labels = heldout.digest(), ", ".join(task.labels)
+        summary += f"; {len(task.labels)} labels: {labels:.80}; {len(heldout):,} rows are held out"
+        if d.valid_every:
+            task.examples("valid", T=d.T)
 
     def loader(index: int, count: int) -> grain.DatasetIterator:
         rows = slice(index * d.B // count, (index + 1) * d.B // count)
         own = lambda batch: {name: array[0][rows] for name, array in batch.items()}  # noqa: E731
         return batches(source, 1, d.seed, transform=own, first=_ShortFirst(source, d.curriculum, d.seed))
 
-    return TrainingData(loader, task.ids, digest, task.name, f"{len(examples):,} {task.name}, {digest}")
+    return TrainingData(
+        loader, task.ids, digest, task.name, summary, task.tokenizer, task.heldout, heldout_hash, task.files
+    )
 
 
 class LengthBucketedBatches:

@@ -66,7 +66,7 @@ def files_below(folder: Path, skip: re.Pattern | None = None) -> list[Path]:
     return sorted(found, key=lambda file: file.relative_to(folder).as_posix())
 
 
-def _open(file: Path) -> BinaryIO:
+def open_text(file: Path) -> BinaryIO:
     """Open a file for reading bytes; the first read begins after the byte order mark of UTF-8, if there is one.
 
     Raises NotText if the file is no regular file or begins with a mark of UTF-16 or UTF-32. Raises ValueError if the
@@ -94,7 +94,7 @@ def read_text(file: Path) -> str:
 
     Raises NotText if the file is not UTF-8 text, and ValueError if it cannot be read.
     """
-    with _open(file) as stream:
+    with open_text(file) as stream:
         try:
             content = stream.read()
             return content.decode()
@@ -137,7 +137,7 @@ def _text_of(record: Any, text_field: str, where: str) -> str:
 
 
 def _jsonl_documents(file: Path, text_field: str) -> Iterator[str]:
-    with _open(file) as lines:
+    with open_text(file) as lines:
         yield from _lines_of_json(file, lines, text_field)
 
 

@@ -1,10 +1,12 @@
-"""Tokenizers, which convert text to token ids and back: one for bytes, one for a Hugging Face tokenizer.json."""
+"""Tokenizers, which convert text to token ids and back: for bytes, for words, and for a Hugging Face tokenizer.json."""
 
 import abc
 import codecs
 import hashlib
 import json
-from collections.abc import Iterable
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,10 @@ from stickjax.data import special_tokens
 
 # The end-of-text tokens of published tokenizers. If no file names one, the first one that is an added token is used.
 END_OF_TEXT = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[EOS]")
+
+WORDS_FILE = "words.json"  # the file of a `WordTokenizer`
+_WORDS_FORMAT = "stickjax-words"  # the value of "format" in a words.json
+_WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -31,7 +37,8 @@ class Tokenizer(abc.ABC):
     such as "<|endoftext|>", is encoded as ordinary text, except with `special=True`.
 
     Attributes:
-      name: identifies the tokenizer by its content: 'byte', or 'hf:' and 16 hex digits of the file's sha256.
+      name: identifies the tokenizer by its content: 'byte', or 'hf:' or 'words:' and 16 hex digits of the file's
+        sha256.
       vocab_size: the largest id plus one; there may be gaps between ids.
       eot: the id that ends a document.
       ends: the ids that end a generated text, including `eot`.
@@ -91,7 +98,7 @@ class Tokenizer(abc.ABC):
         return ids if len(ids) else np.array([self.eot], token_dtype(self.vocab_size))
 
     def save(self, folder: Path) -> None:
-        """Write the files of the tokenizer into a folder. `load_tokenizer(folder / "tokenizer.json")` reads them."""
+        """Write the files of the tokenizer into a folder. `load_tokenizer` reads its .json there."""
         special_tokens.write_files(self.files, folder)
 
 
@@ -118,6 +125,68 @@ class ByteTokenizer(Tokenizer):
 
     def count_bytes(self, ids) -> int:
         return int(np.count_nonzero(np.asarray(ids) < 256))
+
+
+def words_of(text: str) -> list[str]:
+    """Split a text into lower-case words and single punctuation marks. A word may contain apostrophes.
+
+    >>> words_of("The dog didn't bark, did it?")
+    ['the', 'dog', "didn't", 'bark', ',', 'did', 'it', '?']
+    """
+    return _WORD.findall(text.lower())
+
+
+class WordTokenizer(Tokenizer):
+    """A tokenizer of words. Id 0 is the end of text, id 1 is `<unknown>`, and the ids from 2 are `words`, in order.
+
+    `words_of` splits a text. Words that are not in `words` become `<unknown>`. The file of the tokenizer is words.json.
+
+    >>> tokenizer = WordTokenizer.made_of(["a dog", "A dog, a cat"], min_count=2)
+    >>> tokenizer.words, tokenizer.encode("a cat").tolist(), tokenizer.decode([2, 1])
+    (('a', 'dog'), [2, 1], 'a <unknown>')
+    """
+
+    eot = 0
+    ends = frozenset([0])
+
+    def __init__(self, words: Sequence[str]):
+        self.words = tuple(words)
+        self._ids = {word: i for i, word in enumerate(self.words, 2)}
+        content = (
+            json.dumps({"format": _WORDS_FORMAT, "words": self.words}, ensure_ascii=False, indent=0).encode() + b"\n"
+        )
+        self.files = {WORDS_FILE: content}
+        self.name = "words:" + hashlib.sha256(content).hexdigest()[:16]
+        self.vocab_size = 2 + len(self.words)
+
+    @classmethod
+    def made_of(cls, texts: Iterable[str], min_count: int = 1) -> "WordTokenizer":
+        """Make a tokenizer of the words that occur at least `min_count` times in texts, the most frequent first."""
+        count = Counter(word for text in texts for word in words_of(text))
+        return cls(sorted((word for word, n in count.items() if n >= min_count), key=lambda word: (-count[word], word)))
+
+    @classmethod
+    def read(cls, path: str | Path) -> "WordTokenizer":
+        """Read a words.json. Raises ValueError if it cannot be read or is no words.json."""
+        where = f"data.tokenizer={str(path)!r}"
+        try:
+            tree = json.loads(Path(path).read_text("utf-8"))
+        except OSError as error:
+            raise ValueError(f"{where} cannot be read: {error.strerror}") from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where} is not a words.json: {error}") from error
+        words = tree.get("words") if isinstance(tree, dict) and tree.get("format") == _WORDS_FORMAT else None
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            raise ValueError(f"{where} is not a words.json: it has no list of words")
+        if len(set(words)) < len(words):
+            raise ValueError(f"{where} is not a words.json: a word occurs twice")
+        return cls(words)
+
+    def _encode(self, text: str, special: bool) -> np.ndarray:
+        return np.array([self._ids.get(word, 1) for word in words_of(text)], token_dtype(self.vocab_size))
+
+    def decode(self, ids) -> str:
+        return " ".join("<unknown>" if i == 1 else self.words[i - 2] for i in map(int, np.asarray(ids)) if i)
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -226,7 +295,7 @@ def _listed(tokens: Iterable[str], most: int = 12) -> str:
 
 
 def load_tokenizer(name: str, eot: str | None = None) -> Tokenizer:
-    """Load a tokenizer: `name` is 'byte' or the path of a tokenizer.json, as in the config field `data.tokenizer`.
+    """Load a tokenizer: `name` is 'byte', or the path of a tokenizer.json or a words.json, as in `data.tokenizer`.
 
     `eot` is the text of the added token that ends a document, as in `data.eot`; None: the tokenizer chooses it.
 
@@ -235,7 +304,9 @@ def load_tokenizer(name: str, eot: str | None = None) -> Tokenizer:
     >>> load_tokenizer("byte").vocab_size
     257
     """
-    return ByteTokenizer() if name == "byte" else HuggingFaceTokenizer(name, eot)
+    if name == "byte":
+        return ByteTokenizer()
+    return WordTokenizer.read(name) if Path(name).name == WORDS_FILE else HuggingFaceTokenizer(name, eot)
 
 
 class StreamDecoder:

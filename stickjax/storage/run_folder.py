@@ -6,6 +6,7 @@ because Orbax can write an array only if the whole array is in memory.
 """
 
 import os
+from collections.abc import Mapping
 from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +19,8 @@ from stickjax.config import Config
 from stickjax.config.command import say_error
 from stickjax.config.command_line import read_json
 from stickjax.config.decoder import ModelConfig
-from stickjax.data.tokenizer import Tokenizer, load_tokenizer
+from stickjax.data.labelled import LABELS_FILE, read_labels
+from stickjax.data.tokenizer import WORDS_FILE, Tokenizer, load_tokenizer
 from stickjax.models.families import family_of
 from stickjax.models.parameters import shardings
 from stickjax.models.transformer import Transformer
@@ -33,7 +35,8 @@ from stickjax.system.text import printable
 
 MODEL_FILE = "model.safetensors"  # the file of a folder of one model, which has no checkpoints
 # Fields that hold paths. A checkpoint records hashes of the files, so the paths may change.
-PATH_FIELDS = ("data.path", "data.heldout_path", "data.tokenizer")
+PATH_FIELDS = ("data.path", "data.heldout_path", "data.labels", "data.tokenizer")
+_NO_PATHS = (None, "byte", "words")  # values of these fields that are not paths
 # Fields that may change when a run is resumed: they change neither the state nor the results of a step.
 _FREE = (
     "train.log_every",
@@ -61,32 +64,55 @@ class Loaded(NamedTuple):
 def read_config(run: str | os.PathLike) -> Config:
     """Return the config of a run folder or a Hugging Face folder.
 
-    `data.tokenizer` is the tokenizer.json in the folder, if there is one. Raise ValueError if the folder has no
-    config.json, or if the file cannot be read.
+    `data.tokenizer` is the tokenizer.json or the words.json in the folder, and `data.labels` the labels.json, if there
+    are such files. Raise ValueError if the folder has no config.json, or if the file cannot be read.
     """
     path = Path(run) / "config.json"
     if not path.exists():
         raise ValueError(f"{run} is not a run folder: it has no config.json")
     if hugging_face.is_folder(Path(run)):
         return hugging_face.read_config(Path(run))
-    config = read_json(path)
-    own = path.with_name("tokenizer.json")  # the tokenizer of the training, also after the folder was moved
-    return config.replace({"data.tokenizer": str(own)}) if own.exists() else config
+    # The files of the training are also there after the folder was moved.
+    return read_json(path).replace(_own_files(run))
 
 
-def with_own_tokenizer(run: str | os.PathLike, config: Config) -> Config:
-    """Return a copy of the config that uses the tokenizer.json in the run folder.
+def _own_files(run: str | os.PathLike) -> dict[str, str]:
+    """Return {field of the config: path} of the tokenizer and the labels that a run folder keeps."""
+    folder = Path(run)
+    files = {"data.tokenizer": "tokenizer.json", "data.labels": LABELS_FILE}
+    if not (folder / "tokenizer.json").exists():
+        files["data.tokenizer"] = WORDS_FILE
+    return {place: str(folder / name) for place, name in files.items() if (folder / name).exists()}
+
+
+def with_own_files(run: str | os.PathLike, config: Config) -> Config:
+    """Return a copy of the config that uses the files in the run folder: its tokenizer, and its list of labels.
 
     Without such a file, or with the byte tokenizer, return the config unchanged. Raise ValueError if the config names a
-    tokenizer.json with another content.
+    tokenizer or labels with another content.
     """
-    own, given = Path(run) / "tokenizer.json", Path(config.data.tokenizer)
-    if config.data.tokenizer == "byte" or not own.exists():
-        return config
-    if given.exists() and len({load_tokenizer(str(path), config.data.eot).name for path in (given, own)}) > 1:
-        both = f"data.tokenizer={str(given)!r} differs from {own}, the tokenizer of {run}"
-        raise ValueError(f"{both}; use the file in the run folder, or another run folder")
-    return config.replace({"data.tokenizer": str(own)})
+    changes = {}
+    for place, own in _own_files(run).items():
+        given = attrgetter(place)(config)
+        if place == "data.labels" and config.data.source != "labelled":
+            continue
+        if given == "byte" or (given == "words" and Path(own).name != WORDS_FILE):
+            continue  # `check_config` says that the run has another tokenizer
+        if (
+            given not in _NO_PATHS
+            and Path(given).exists()
+            and _content(place, given, config) != _content(place, own, config)
+        ):
+            what = "the tokenizer" if place == "data.tokenizer" else "the labels"
+            both = f"{place}={given!r} differs from {own}, {what} of {run}"
+            raise ValueError(f"{both}; use the file in the run folder, or another run folder")
+        changes[place] = own
+    return config.replace(changes)
+
+
+def _content(place: str, path: str, config: Config):
+    """Return what identifies the content of a tokenizer or of a list of labels."""
+    return load_tokenizer(path, config.data.eot).name if place == "data.tokenizer" else read_labels(path)
 
 
 def check_tokenizer(extra: dict, config: Config, tokenizer: Tokenizer | None, source: str) -> None:
@@ -122,10 +148,10 @@ def check_config(run: str | os.PathLike, config: Config) -> None:
         return
     if _is_model(run):
         raise ValueError(f"{run} holds a converted model; train in another --run folder with --init-from {run}")
-    before, free = read_config(run), (*_FREE, *(f"{place}:" for place in PATH_FIELDS))
-    if "byte" in (before.data.tokenizer, config.data.tokenizer):
-        free = free[:-1]
-    changed = [d for d in before.diff(config) if not d.startswith(free)]
+    before, free = read_config(run), [*_FREE, *(f"{place}:" for place in PATH_FIELDS)]
+    if {"byte", "words"} & {before.data.tokenizer, config.data.tokenizer}:
+        free.remove("data.tokenizer:")
+    changed = [d for d in before.diff(config) if not d.startswith(tuple(free))]
     if not (config.optim.decay_tokens or config.optim.schedule == "cosine"):
         # Without a decay, no step depends on the length of the run.
         changed = [d for d in changed if not d.startswith("train.steps")]
@@ -133,19 +159,25 @@ def check_config(run: str | os.PathLike, config: Config) -> None:
         raise ValueError(f"{run} is a run of another config ({'; '.join(changed)}); choose another --run folder")
 
 
-def write_config(run: str | os.PathLike, config: Config, tokenizer: Tokenizer | None = None) -> None:
-    """Create a run folder, and write the files of the tokenizer and config.json into it.
+def write_config(
+    run: str | os.PathLike, config: Config, tokenizer: Tokenizer | None = None, files: Mapping[str, bytes] | None = None
+) -> None:
+    """Create a run folder, and write the files of the tokenizer, other files and config.json into it.
 
-    Each file is written completely or not at all. Paths in the config become absolute, so that the run can be read from
-    any working folder.
+    `files` is {name: content}; None: the labels that the config names, if there are any. Each file is written
+    completely or not at all. Paths in the config become absolute, so that the run can be read from any working folder.
     """
-    folder = Path(run)
+    folder, labels = Path(run), config.data.labels
+    if files is None:
+        files = {LABELS_FILE: Path(labels).read_bytes()} if labels is not None and Path(labels).exists() else {}
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        write_file(folder / name, content)
     if tokenizer is not None:
         tokenizer.save(folder)
     places = {place: attrgetter(place)(config) for place in PATH_FIELDS}
-    places = {place: str(Path(path).absolute()) for place, path in places.items() if path not in (None, "byte")}
+    places = {place: str(Path(path).absolute()) for place, path in places.items() if path not in _NO_PATHS}
     write_file(folder / "config.json", config.replace(places).to_json())
 
 

@@ -28,7 +28,7 @@ from stickjax.storage.run_folder import (
     check_trained,
     load,
     read_config,
-    with_own_tokenizer,
+    with_own_files,
     with_shardings,
     write_config,
 )
@@ -248,7 +248,7 @@ def fit(
         kept.
       OSError: a checkpoint or the metrics could not be written.
     """
-    config = with_own_tokenizer(run, config)
+    config = with_own_files(run, config)
     data = training_data(config)
     if (Path(run) / "config.json").exists():
         config = with_sizes_of(config, read_config(run))  # another mesh could need another V
@@ -303,7 +303,8 @@ def _train(run: Run, state: TrainState, profile: bool) -> Result:
     check_program(traced.lower().compile(), "the step", run.mesh)
     folder = None
     if processes.is_writer():
-        write_config(run.folder, run.config, run.data.tokenizer)  # only now, so that a failed start leaves no folder
+        # Only now, so that a failed start leaves no folder.
+        write_config(run.folder, run.config, run.data.tokenizer, run.data.files)
         run.log, folder = MetricsLog(run.folder, after_step=step), Path(run.folder) / "profile" if profile else None
     run.trace = StepTrace(folder, step, run.config.train.steps, run.say)
     with contextlib.closing(run.log) if run.log else contextlib.nullcontext(), run.trace:

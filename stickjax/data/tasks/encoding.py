@@ -1,5 +1,7 @@
 """The common code of all tasks: vocabularies, random access to examples, and their parts."""
 
+import copy
+import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -84,7 +86,13 @@ class Examples:
 
     def with_rows(self, rows: Sequence) -> "Examples":
         """Return examples of the same kind, made from other rows."""
-        return Examples(rows, self.arrays, self.texts, self._lengths)
+        other = copy.copy(self)
+        other.rows = rows
+        return other
+
+    def digest(self) -> str:
+        """Return 16 hex digits that identify the examples and their order."""
+        return hashlib.sha256("\n".join(f"{row}" for row in self.rows).encode()).hexdigest()[:16]
 
     def lengths(self) -> Int[np.ndarray, "examples groups"]:
         """Return the largest number of tokens in each group of `texts`, for all examples."""
@@ -107,11 +115,11 @@ class Parts(NamedTuple):
         return self.test if name == "test" else divided(self.train, name, valid_every)
 
 
-def divided(rows: Sequence, part: str, valid_every: int) -> Sequence:
+def divided(rows: Sequence, part: str, valid_every: int, key: Callable = lambda row: row) -> Sequence:
     """Return the part "train" or "valid" of training examples. With `valid_every` 0, all are in the part "train".
 
     The part "valid" has `len(rows) // valid_every` examples, which are chosen at random, the same in every run. An
-    example that occurs several times stays in the part "train".
+    example that occurs several times stays in the part "train"; `key(row)` says which examples are the same.
 
     Raises ValueError for the part "valid" with `valid_every` 0.
 
@@ -122,8 +130,9 @@ def divided(rows: Sequence, part: str, valid_every: int) -> Sequence:
         if part == "valid":
             raise ValueError("valid_every=0 leaves no examples for validation; data.valid_every=10 leaves a tenth")
         return rows
-    count = Counter(rows)
-    once = [i for i in np.random.default_rng(0).permutation(len(rows)) if count[rows[i]] == 1]
+    keys = [key(row) for row in rows]
+    count = Counter(keys)
+    once = [i for i in np.random.default_rng(0).permutation(len(rows)) if count[keys[i]] == 1]
     chosen = set(once[: len(rows) // valid_every])
     return [row for i, row in enumerate(rows) if (i in chosen) == (part == "valid")]
 

@@ -1,0 +1,176 @@
+"""Labelled rows of a file as examples for a classifier: one or two texts, and a label."""
+
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from stickjax.config import DataConfig
+from stickjax.config.fields import one_of
+from stickjax.data.tables import Record, read_records
+from stickjax.data.task import Task
+from stickjax.data.tasks import Examples
+from stickjax.data.tasks.encoding import PARTS, divided
+from stickjax.data.tokenizer import Tokenizer, WordTokenizer, load_tokenizer
+from stickjax.system.text import printable
+
+LABELS_FILE = "labels.json"  # a JSON list of the labels in the order of their ids
+
+
+class Row(NamedTuple):
+    """A labelled row as ids: for each text its ids as the bytes of little-endian 32-bit numbers, and the label."""
+
+    texts: tuple[bytes, ...]
+    label: int
+    line: int  # in the file, from 1
+
+
+class LabelledExamples(Examples):
+    """Examples whose rows are of the class `Row`. The digest does not depend on the numbers of the lines."""
+
+    rows: Sequence[Row]
+
+    def digest(self) -> str:
+        found = hashlib.sha256()
+        for row in self.rows:
+            found.update(f"{row.label} {[len(text) for text in row.texts]}".encode())
+            found.update(b"".join(row.texts))
+        return found.hexdigest()[:16]
+
+
+def labelled_task(d: DataConfig, names: tuple[str, ...]) -> Task:
+    """Return the labelled rows of a config as a task. `names` are the names of the arrays, one for each text of a row.
+
+    The id of a token is the id of the tokenizer plus one, because id 0 is padding. So V is the number of ids of the
+    tokenizer plus one.
+
+    Raises ValueError if the config does not name as many fields as there are `names`, or if the rows cannot be read.
+    """
+    if len(names) == 2 and d.right_field is None:
+        raise ValueError("this model reads pairs: data.right_field must be the name of the field with the second text")
+    if len(names) == 1 and d.right_field is not None:
+        raise ValueError(f"right_field={d.right_field!r} is not used: this model reads one text; leave it out")
+    rows = LabelledRows(d, names)
+    kind = "pairs" if len(names) == 2 else "sentences"
+    name, heldout = f"{kind} of {printable(d.path or '')}", d.path if d.heldout_path is None else d.heldout_path
+    files = {LABELS_FILE: (json.dumps(rows.labels, ensure_ascii=False) + "\n").encode()}
+    ids = {"V": rows.tokenizer.vocab_size + 1, "classes": len(rows.labels)}
+    return Task(
+        name, ids, rows.examples, dict.fromkeys(names, rows.decode), rows.labels, rows.tokenizer, heldout, files
+    )
+
+
+class LabelledRows:
+    """The labelled rows of a config. A file is read when its rows are needed for the first time.
+
+    The labels of `data.labels` and a tokenizer with a file need no training rows. So the held-out rows of a run can be
+    read where the training rows are missing.
+    """
+
+    def __init__(self, data: DataConfig, names: tuple[str, ...]):
+        self.data, self.names = data, names
+
+    @functools.cached_property
+    def _rows(self) -> list[Record]:
+        return read_records(self.data.path, self.data)
+
+    def records(self, part: str) -> Sequence[Record]:
+        """Return the rows of a part, "train", "valid" or "test", as text.
+
+        Raises ValueError if the file cannot be read, has a single row, or if the part is unknown.
+        """
+        one_of("part", part, PARTS)
+        d = self.data
+        if part == "test" and d.heldout_path is not None:
+            return read_records(d.heldout_path, d, "data.heldout_path")
+        if d.heldout_path is not None:
+            train = self._rows
+        else:
+            if len(self._rows) < 2:
+                raise ValueError(
+                    f"data.path={d.path!r} has 1 row, but a training part and a held-out part need one each"
+                )
+            if part == "test":
+                return self._rows[:: d.heldout_every]
+            train = [row for i, row in enumerate(self._rows) if i % d.heldout_every]
+        return divided(train, part, d.valid_every, key=lambda row: row[:2])
+
+    @functools.cached_property
+    def labels(self) -> tuple[str, ...]:
+        """The labels in the order of their ids: from the file `data.labels`, or from the training rows, sorted.
+
+        Labels that are whole numbers are sorted as numbers.
+        """
+        if self.data.labels is not None:
+            return read_labels(self.data.labels)
+        found = {row.label for row in self.records("train")}
+        as_number = all(label.removeprefix("-").isdecimal() for label in found)
+        labels = tuple(sorted(found, key=int if as_number else str))
+        if len(labels) < 2:
+            raise ValueError(f"data.path={self.data.path!r}: all training rows have the label {labels[0]!r}")
+        return labels
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        if self.data.tokenizer != "words":
+            return load_tokenizer(self.data.tokenizer, self.data.eot)
+        texts = (text for row in self.records("train") for text in row.texts)
+        return WordTokenizer.made_of(texts, self.data.min_count)
+
+    def decode(self, ids) -> str:
+        return self.tokenizer.decode([int(i) - 1 for i in ids if i])
+
+    def examples(self, part: str, T: int | None = None) -> LabelledExamples:
+        """Return the examples of a part: the ids of each text [T], padded with 0, and `label`, int32.
+
+        T None: the longest text of the part. Raises ValueError, with the file and the line, for a text without tokens
+        or with more than T, and for a label that the training rows do not have.
+        """
+        d, label_ids = self.data, {label: i for i, label in enumerate(self.labels)}
+        file = printable((part == "test" and d.heldout_path) or d.path or "")
+        rows, too_long = [], []
+        for record in self.records(part):
+            where = f"{file}:{record.line}"
+            if record.label not in label_ids:
+                known = ", ".join(map(repr, self.labels))
+                raise ValueError(f"{where}: the label {record.label!r} is not one of the training rows: {known:.100}")
+            ids = [np.asarray(self.tokenizer.encode(text), "<i4") + 1 for text in record.texts]
+            if not all(map(len, ids)):
+                raise ValueError(f"{where}: a text has no tokens")
+            if T is not None and (longest := max(map(len, ids))) > T:
+                too_long.append((where, longest))
+            rows.append(Row(tuple(x.astype("<i4").tobytes() for x in ids), label_ids[record.label], record.line))
+        if too_long:
+            (where, n), most = too_long[0], max(n for _, n in too_long)
+            raise ValueError(f"{where}: a text of {n} tokens is longer than T={T}; the longest text has {most} tokens")
+        size = T or max((len(text) for row in rows for text in row.texts), default=0) // 4
+        lengths = lambda row: (max(map(len, row.texts)) // 4,)  # noqa: E731
+        return LabelledExamples(rows, functools.partial(_arrays, self.names, size), (self.names,), lengths)
+
+
+def _arrays(names: tuple[str, ...], T: int, row: Row) -> dict[str, np.ndarray]:
+    arrays = {name: np.zeros(T, np.int32) for name in names}
+    for name, text in zip(names, row.texts, strict=True):
+        ids = np.frombuffer(text, "<i4")
+        arrays[name][: len(ids)] = ids
+    return arrays | {"label": np.int32(row.label)}
+
+
+def read_labels(path: str) -> tuple[str, ...]:
+    """Read a labels.json. Raises ValueError if it cannot be read, or is not a list of different texts."""
+    where = f"data.labels={path!r}"
+    try:
+        labels = json.loads(Path(path).read_text("utf-8"))
+    except OSError as error:
+        raise ValueError(f"{where} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not JSON: {error}") from error
+    if not isinstance(labels, list) or len(labels) < 2 or not all(isinstance(label, str) for label in labels):
+        raise ValueError(f'{where} must be a JSON list of two labels or more, such as ["no", "yes"]')
+    if len(set(labels)) < len(labels):
+        raise ValueError(f"{where}: a label occurs twice")
+    return tuple(labels)
