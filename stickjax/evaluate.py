@@ -9,6 +9,7 @@ Numbers and pictures are written into the run folders. Nothing is written into a
 Hugging Face layout.
 """
 
+import functools
 import math
 import os
 import sys
@@ -28,11 +29,11 @@ from stickjax.config.command_line import parse_changes
 from stickjax.data.corpus import load_corpus
 from stickjax.data.examples import task_of
 from stickjax.data.heldout import heldout_windows
-from stickjax.evaluation import examples, plots
+from stickjax.evaluation import bias, examples, plots
 from stickjax.evaluation import pairs as accuracy
 from stickjax.evaluation.plots import Records
 from stickjax.models.families import family_of
-from stickjax.storage.run_folder import load, read_config, results_folder
+from stickjax.storage.run_folder import Loaded, load, read_config, results_folder
 from stickjax.system.disk import write_file
 from stickjax.system.tables import print_table
 from stickjax.system.text import json_text, printable
@@ -175,8 +176,7 @@ def _lengths(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(map(int, words)))
 
 
-@command
-def main(argv: list[str] | None = None) -> int:
+def _parser() -> Parser:
     parser = Parser(prog="python -m stickjax.evaluate")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders; several are drawn in one picture")
     parser.add_argument("--step", type=int, help="evaluate the checkpoint of this step")
@@ -184,17 +184,72 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max-tokens", type=int, default=2**17, help="how many tokens to score")
     parser.add_argument("--max-pairs", type=int, default=1024, help="for a classifier: how many examples of a bucket")
     parser.add_argument("--part", default="test", help="for a classifier: test, or valid to choose settings")
+    parser.add_argument("--filtered", metavar="FILE", help="write the labelled held-out rows that the run gets wrong")
     parser.add_argument("--plot", metavar="PNG", help="path of the curves; in the first run's folder by default")
-    words, rest = parser.parse_with_fields(argv)
-    runs, lengths = names(words.runs), _lengths(words.lengths)
+    return parser
+
+
+def _kind(configs: Iterable[Config], part: str) -> str:
+    """Return what the runs are scored by: "text" (bits per byte), "halting" (accuracy at thresholds) or "examples".
+
+    Raises ValueError if runs with these configs cannot be compared.
+    """
+    configs = list(configs)
+    if len(reads := {config.model.reads for config in configs}) > 1:
+        raise ValueError("classifiers and language models are not compared: evaluate them in two commands")
+    if reads == {"text"}:
+        return "text"
+    if len(sources := {config.data.source for config in configs}) > 1:
+        raise ValueError(f"runs on {' and '.join(sorted(sources))} are not compared: evaluate them in several commands")
+    return "halting" if part == "test" and all(map(accuracy.scores_halting, configs)) else "examples"
+
+
+def _records(kind: str, name: str, loaded: Loaded, place: Path | None, words, say: Callable[[str], None]) -> Records:
+    """Evaluate a run, and write its numbers and pictures into the folder `place`, if there is one."""
+    model, config = loaded.model, loaded.config
+    if kind == "halting":
+        return accuracy.report(model, config, place, words.max_pairs, say)
+    if kind == "examples":
+        return examples.report(model, config, place, words.part, words.max_pairs, say)
+    records = evaluate(model, config, lengths=_lengths(words.lengths), max_tokens=words.max_tokens, say=say)
+    if place and "depth" in records[0]:
+        plots.plot_depth(depths(model, config), place / "depth.png")
+    if place:
+        record = {"run": name, "step": loaded.step, "lengths": records}
+        write_file(place / "evaluation.json", json_text(record, indent=2) + "\n")
+    return records
+
+
+def _show(kind: str, results: dict[str, Records], bucket_name: str, picture: Path | str | None) -> None:
+    """Print the table of the runs, and draw their curves into `picture`, if it is given."""
+    if kind == "text":
+        print_table(table(results))
+        draw = plots.plot_length_curves
+    elif kind == "halting":
+        print_table(accuracy.table(results))
+        if len(results) == 1:
+            print_table(accuracy.savings(*results.values()))
+        results = {name: accuracy.at_first_threshold(records) for name, records in results.items()}
+        draw = plots.plot_accuracy
+    else:
+        print_table(examples.table(results, bucket_name))
+        if not bucket_name:  # a single bucket makes no curve
+            return
+        draw = functools.partial(plots.plot_accuracy, xlabel=bucket_name)
+    if picture:
+        draw(results, picture)
+        print(f"curves: {printable(picture)}")
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    words, rest = _parser().parse_with_fields(argv)
+    runs, _ = names(words.runs), _lengths(words.lengths)
     configs = {name: read_config(run) for name, run in runs.items()}
     changes = {name: parse_changes(config, rest) for name, config in configs.items()}
-    if len(reads := {config.model.reads for config in configs.values()}) > 1:
-        raise ValueError("classifiers and language models are not compared: evaluate them in two commands")
-    reads_examples = reads != {"text"}
-    pairs = reads_examples and all(map(accuracy.scores_halting, configs.values())) and words.part == "test"
-    if len(sources := {config.data.source for config in configs.values()}) > 1 and reads_examples:
-        raise ValueError(f"runs on {' and '.join(sorted(sources))} are not compared: evaluate them in several commands")
+    kind, first = _kind(configs.values(), words.part), next(iter(runs))
+    if words.filtered:
+        bias.check_filtered(configs[first].replace(changes[first]), Path(words.filtered))
     if words.plot and not Path(words.plot).absolute().parent.is_dir():
         raise ValueError(f"--plot={words.plot}: {printable(Path(words.plot).parent)} is not a folder; make it first")
     results, places = {}, {}
@@ -205,42 +260,12 @@ def main(argv: list[str] | None = None) -> int:
         place = places[name] = results_folder(run)
         if place and (rows := read_metrics(run)):
             plots.plot_training({name: rows}, place / "training.png")
-        if pairs:
-            results[name] = accuracy.report(loaded.model, loaded.config, place, words.max_pairs, say)
-            continue
-        if reads_examples:
-            results[name] = examples.report(loaded.model, loaded.config, place, words.part, words.max_pairs, say)
-            continue
-        options = dict(lengths=lengths, max_tokens=words.max_tokens, say=say)
-        results[name] = evaluate(loaded.model, loaded.config, **options)
-        if place and "depth" in results[name][0]:
-            plots.plot_depth(depths(loaded.model, loaded.config), place / "depth.png")
-        if place:
-            record = {"run": name, "step": loaded.step, "lengths": results[name]}
-            write_file(place / "evaluation.json", json_text(record, indent=2) + "\n")
-    first = next(iter(places.values()))
-    picture = words.plot or (first and first / ("accuracy.png" if reads_examples else "length.png"))
-    if pairs:
-        print_table(accuracy.table(results))
-        if len(results) == 1:
-            print_table(accuracy.savings(*results.values()))
-        results = {name: accuracy.at_first_threshold(records) for name, records in results.items()}
-    elif reads_examples:
-        bucket_name = task_of(next(iter(configs.values()))).bucket_name
-        print_table(examples.table(results, bucket_name))
-    else:
-        print_table(table(results))
-    if not picture:
-        return 0
-    if not reads_examples:
-        plots.plot_length_curves(results, picture)
-    elif pairs:
-        plots.plot_accuracy(results, picture)
-    elif len(next(iter(results.values()))) > 1:
-        plots.plot_accuracy(results, picture, bucket_name)
-    else:
-        return 0
-    print(f"curves: {printable(picture)}")
+        results[name] = _records(kind, name, loaded, place, words, say)
+        if words.filtered and name == first:
+            bias.report(loaded.model, loaded.config, Path(words.filtered), say)
+    file = "length.png" if kind == "text" else "accuracy.png"
+    bucket_name = "" if kind == "text" else task_of(configs[first]).bucket_name
+    _show(kind, results, bucket_name, words.plot or (places[first] and places[first] / file))
     return 0
 
 

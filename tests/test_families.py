@@ -14,9 +14,10 @@ from flax import nnx
 import stickjax
 from stickjax import Config, DataConfig, ModelConfig, SutConfig
 from stickjax.__main__ import main
-from stickjax.config import ExpertsConfig
+from stickjax.config import ExpertsConfig, OrderedMemoryConfig
 from stickjax.config.attention import ATTENTION, AttentionVariant
 from stickjax.config.family import MODEL_CONFIGS, FamilyConfig
+from stickjax.config.latent_tree import TreeConfig
 from stickjax.models.families import FAMILIES
 from stickjax.models.family import Family
 from stickjax.models.parameters import PARAMETERS
@@ -33,6 +34,8 @@ MODELS = {
     "decoder": Config(ModelConfig(**SIZES, N=2, experts=ExpertsConfig(E=4, k=2), attention="softmax"), TEXT),
     "sut": Config(SutConfig(**SIZES, **SUT), TEXT),
     "pairs": Config(SutConfig(**SIZES, **SUT, classes=7), PAIRS),
+    "ordered_memory": Config(OrderedMemoryConfig(D=8, H=8, N=3), PAIRS),
+    "latent_tree": Config(TreeConfig(H=8, N=2, depth=6), DataConfig(source="scan", T=48, B=2)),
 }
 NAMES = [*MODELS, "bigram"]
 PAGE = Path(__file__).parent.parent / "docs" / "contributing" / "extending.md"
@@ -59,6 +62,18 @@ REFUSED = {
     | {
         "generate": "a classifier of classes=7 generates no text",
         "convert": "no model_type is like a model of family='sut'",
+        "sweep": "has no m_width",
+    },
+    "ordered_memory": dict.fromkeys(["report", "extend", "prune", "concentrate"], MODULES)
+    | {
+        "generate": "a model of family='ordered_memory' generates no text",
+        "convert": "no model_type is like a model of family='ordered_memory'",
+        "sweep": "has no m_width",
+    },
+    "latent_tree": dict.fromkeys(["report", "extend", "prune", "concentrate"], MODULES)
+    | {
+        "generate": "a model of family='latent_tree' generates no text",
+        "convert": "no model_type is like a model of family='latent_tree'",
         "sweep": "has no m_width",
     },
     "bigram": dict.fromkeys(["report", "extend", "prune", "concentrate"], MODULES)
