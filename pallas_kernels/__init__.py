@@ -1,4 +1,4 @@
-"""Ops for stick-breaking attention and sparse experts: arrays in, arrays out. Needs only jax, numpy and jaxtyping."""
+"""Stick-breaking attention and sparse experts as functions of arrays. Needs only jax, numpy and jaxtyping."""
 
 from .dispatch import explain
 from .scatter_moe import Routing, expert_linear, expert_mlp, route
