@@ -1,10 +1,10 @@
-"""The choice of the implementation that runs an op, and the reasons for the choice.
+"""Chooses the implementation that runs an op, and states the reasons for the choice.
 
-An op, such as `stick_breaking_attention`, has several implementations. `NAMES` lists all names in order of preference.
-An implementation can refuse a call of the op, and then gives a reason. `implementation=None` takes the first one that
-does not refuse, and logs the choice and the reasons once. `explain` returns the same sentence. A named implementation
-works or raises an error: there is no silent fallback. `recorded` collects the choices that are made while code is
-traced.
+An op is a public function of this package, such as `stick_breaking_attention`. It has several implementations. `NAMES`
+lists their names in order of preference. An implementation can refuse a call of the op, and then gives a reason. With
+`implementation=None`, an op takes the first implementation that does not refuse, and logs the choice and the reasons
+once. `explain` returns the same sentence. A named implementation works or raises an error: there is no silent fallback.
+`recorded` collects the choices that the ops make while JAX traces code.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ logger = logging.getLogger("pallas_kernels")
 
 
 class Implementation(NamedTuple):
-    """One way to compute an op: three functions of a call, which is a result of `Op.prepare`.
+    """One implementation of an op, as three functions of `call`, the checked arguments of one call of the op.
 
     `run(call)` computes the results of the op. `refuses(call)` returns the reason why this implementation cannot run
     the call, or None if it can. `detail(call)` describes how it runs the call, such as the sizes of its tiles.
@@ -40,12 +40,12 @@ class Implementation(NamedTuple):
 
 
 class Op(NamedTuple):
-    """An op with its checks and its implementations.
+    """An op, that is, a public function such as `stick_breaking_attention`: its checks and its implementations.
 
-    `prepare(*args, **kwargs)` checks the arguments of the public function and returns a call: a NamedTuple of arrays
-    and settings that every implementation takes. `implementations` is {name of NAMES: implementation}. `letters(call)`
-    names the axes of the arrays and says along which of these axes a mesh may divide the op. Without `letters`, the op
-    has no rule for a mesh.
+    `prepare(*args, **kwargs)` checks the arguments of the public function. It returns them as a call: a NamedTuple of
+    arrays and settings that every implementation takes. `implementations` maps a name of NAMES to the implementation.
+    `letters(call)` names the axes of the arrays, and says along which of these axes a mesh may divide the op. If
+    `letters` is None, the op runs on its arrays without a rule for a mesh.
     """
 
     name: str
@@ -57,9 +57,9 @@ class Op(NamedTuple):
 class Choice(NamedTuple):
     """The implementation that was chosen for one call of an op. The backward pass uses the same implementation.
 
-    `sizes`: a pair (letter, size), such as ("T", 64), for the axes of the arrays on one device. `detail`: how the
-    implementation runs the call, such as the sizes of its tiles. `why`: why this implementation runs, and why the
-    preferred implementations do not. `str(choice)` says all of this in one line.
+    `op`: the name of the op. `sizes`: a pair (letter, size), such as ("T", 64), for the axes of the arrays on one
+    device. `detail`: how the implementation runs the call, such as the sizes of its tiles. `why`: why this
+    implementation runs, and why the preferred implementations do not. `str(choice)` says all of this in one line.
     """
 
     op: str
@@ -73,7 +73,7 @@ class Choice(NamedTuple):
         return f"{self.op}: {self._by()}{sizes and f' for {sizes}'}, {self.why}"
 
     def sentence(self) -> str:
-        """Return the line of `str(choice)` without the sizes. It is the line that is logged."""
+        """Return the choice as one line without the sizes: op, implementation and reasons. This line is logged."""
         return f"{self.op}: {self._by()}, {self.why}"
 
     def _by(self) -> str:
@@ -89,13 +89,17 @@ _traced: dict[Any, Counter] = {}
 
 
 def register(op: Op) -> Op:
-    """Make an op known to `run` and `explain` by its name, and return the op."""
+    """Register an op under its name, so that `run` and `explain` can find it. Return the op."""
     _ops[op.name] = op
     return op
 
 
 def _wanted(implementation: str | Sequence[str] | None) -> Sequence[str]:
-    """Return the names of the implementations to try, in this order. Raise ValueError if a name is unknown."""
+    """Return the names of the implementations to try, in this order. Raise ValueError if a name is unknown.
+
+    `implementation` is what the caller of the op passed: a name, names in order of preference, or None for all names
+    except "reference".
+    """
     if implementation is None:
         return NAMES[:-1]  # the reference runs only by its name
     wanted = (implementation,) if isinstance(implementation, str) else implementation
@@ -112,11 +116,12 @@ def _wanted(implementation: str | Sequence[str] | None) -> Sequence[str]:
 
 
 def choose(op: Op, call: Any, implementation: str | Sequence[str] | None) -> tuple[str, list[str]]:
-    """Return (the name of the implementation that runs `call`, the reasons why the names before it do not).
+    """Return (name, reasons): the first implementation that can run a call, and why those before it in the list cannot.
 
-    `implementation` is the argument of the op: a name, names in order of preference, or None for all names except
-    "reference". A reason is text such as "triton: needs compute capability 8.0 or newer, found cpu". Raise
-    NotImplementedError if every implementation refuses the call.
+    `call` has the checked arguments of the op, as `op.prepare` returns them. `implementation` is what the caller of the
+    op passed: a name, names in order of preference, or None for all names except "reference". `reasons` has one text
+    for every implementation that was tried before, such as "triton: needs compute capability 8.0 or newer, found cpu".
+    Raise NotImplementedError if none of the implementations can run the call.
     """
 
     def refuses(name):
@@ -142,9 +147,10 @@ def _choice(op: Op, call: Any, implementation: str | Sequence[str] | None) -> Ch
 
 
 def _sizes(op: Op, call: Any) -> tuple[tuple[str, int], ...]:
-    """Return a pair (letter, size), such as ("T", 64), for every axis of the arrays of a call.
+    """Return a pair (letter, size), such as ("T", 64), for every letter of the axes of the arrays in `call`.
 
-    An axis whose letters contain a digit, such as "2F", is left out.
+    `call` has the checked arguments of the op, as `op.prepare` returns them. An axis whose letters contain a digit,
+    such as "2F", is left out.
     """
     if op.letters is None:
         return ()
@@ -183,15 +189,16 @@ def recorded() -> Iterator[Counter]:
 
 
 def _record(choices: Counter) -> None:
-    """Add the choices to the records of all open `recorded` blocks."""
+    """Add the choices, {Choice: how often it was made}, to the records of all open `recorded` blocks."""
     for record in _records.get():
         record.update(choices)
 
 
 def _key(op: Op, call: Any, wanted: Sequence[str] | None) -> Any:
-    """Return a key for `_traced`. Two calls of an op have equal keys exactly if JAX uses one trace for both.
+    """Return the key under which `_traced` stores the choices of a call.
 
-    `wanted`: the names of the implementations that the caller named, or None.
+    Two calls of an op have equal keys exactly if JAX uses one trace for both. `call` has the checked arguments of the
+    op. `wanted` has the names of the implementations that the caller named, or is None.
     """
     leaves, tree = jax.tree.flatten(call)
     types = tuple(jax.typeof(x) if isinstance(x, jax.Array) else x for x in leaves)
@@ -199,10 +206,11 @@ def _key(op: Op, call: Any, wanted: Sequence[str] | None) -> Any:
 
 
 def run(op: Op, call: Any, implementation: str | Sequence[str] | None) -> Any:
-    """Choose an implementation for `call`, run it, and return the results of the op.
+    """Choose an implementation for one call of an op, run it, and return the results of the op.
 
-    `call` is a result of `op.prepare`. `implementation` is a name, names in order of preference, or None. On a mesh,
-    every device runs the op on its part of the arrays.
+    `call` has the checked arguments, as `op.prepare` returns them. `implementation` is a name, names in order of
+    preference, or None for the first one that can run the call. On a mesh, every device runs the op on its part of the
+    arrays.
     """
     wanted = None if implementation is None else tuple(_wanted(implementation))
     compute = partition.Bound(_run_here, (op.name, wanted))
@@ -225,7 +233,11 @@ def run(op: Op, call: Any, implementation: str | Sequence[str] | None) -> Any:
 
 
 def _run_here(call: Any, op_name: str, implementation: tuple[str, ...] | None) -> Any:
-    """Choose an implementation for the call of one device, record and log the choice, and run it."""
+    """Choose an implementation for the call on one device, record the choice, and run the implementation.
+
+    `call` has the checked arguments of the op, with this device's part of the arrays. The choice is logged if the
+    caller named no implementation and this sentence was not logged before.
+    """
     op = _ops[op_name]
     choice = _choice(op, call, implementation)
     _record(Counter([choice]))

@@ -1,4 +1,4 @@
-"""Checks of the chip, of the CUDA compiler and of the mesh: can kernels for Hopper GPUs run in this process?"""
+"""Checks of the GPU, the CUDA compiler and the mesh: can this process run kernels for Hopper GPUs?"""
 
 import jax
 
@@ -6,16 +6,19 @@ from . import automatic, platform
 
 
 def refuses(x) -> str | None:
-    """Return the reason why kernels for Hopper GPUs cannot run in this process on the array x, or None if they can."""
+    """Return the reason why kernels for Hopper GPUs cannot run in this process, or None if they can.
+
+    `x` is an array argument of the kernel. Only the mesh in its type is checked.
+    """
     if not platform.is_interpreted() and (chip := platform.chip()) != "sm_90":
         return f"needs compute capability 9.0, found {chip}"
     return compiler_refuses() or mesh_refuses(x)
 
 
 def compiler_refuses() -> str | None:
-    """Return the reason why the CUDA compiler of this process cannot be used, or None if it can.
+    """Return the reason why the CUDA compiler of this process must not be used, or None if it can be used.
 
-    Some versions of the compiler compile kernels to programs that compute wrong results.
+    Programs from some versions of the compiler compute wrong results.
     """
     if platform.is_interpreted() or jax.default_backend() != "gpu":
         return None
@@ -27,10 +30,10 @@ def compiler_refuses() -> str | None:
 
 
 def mesh_refuses(x) -> str | None:
-    """Return the reason why no kernel can run on the array x under the mesh of its type, or None if kernels can run.
+    """Return the reason why no kernel can take the array `x` on the mesh in its type, or None if a kernel can take it.
 
-    A kernel runs on a mesh only inside `jax.shard_map`. Elsewhere XLA divides the work over the mesh, and it
-    all-gathers every array that a kernel reads.
+    A kernel runs on a mesh of several devices only inside `jax.shard_map`. Elsewhere XLA divides the work over the
+    mesh, and it all-gathers every array that a kernel reads.
     """
     if automatic.is_tracing_part():
         return None

@@ -1,9 +1,10 @@
-"""Shims that copy rows of an array, given by their row numbers, to and from shared memory, for the ScatterMoE kernels.
+"""Copies of single rows between an array in global memory and a tile in shared memory, for the ScatterMoE kernels.
 
-Hopper's copy engine copies consecutive rows only. So the threads of a warpgroup copy single rows, in chunks of 16
-bytes. A tile [rows, columns] has the layout in shared memory that the tensor cores read: it consists of atoms of 8 rows
-x 128 bytes, one row of atoms after the other. In an atom, chunk c of row r is at position c ^ r of the row.
-docs/design/expert_kernels.md explains the barriers around these copies.
+The rows of an expert may be scattered over the array, so each row of the tile has a row number. Hopper's copy engine
+copies consecutive rows only. So the threads of a warpgroup copy single rows, in chunks of 16 bytes. A tile [rows,
+columns] has the layout in shared memory that the tensor cores read: it consists of atoms of 8 rows x 128 bytes, one row
+of atoms after the other. In an atom, chunk c of row r is at position c ^ r of the row. Each operation has a GPU body
+and a body for the Mosaic GPU interpreter. docs/design/expert_kernels.md explains the barriers around these copies.
 """
 
 import jax.experimental.pallas as pl
@@ -21,17 +22,19 @@ THREADS = 128  # of a warpgroup
 def atoms(dtype) -> tuple:
     """Return the Pallas transforms that give a tile of `dtype` in shared memory the layout that tensor cores read.
 
-    The tile consists of atoms of 8 rows x 128 bytes, swizzled in chunks of 16 bytes. See the docstring of the module.
+    The tile consists of atoms of 8 rows x 128 bytes. In an atom, the chunk of 16 bytes with number c in row r is at
+    position c ^ r of the row (a swizzle).
     """
     return plgpu.TilingTransform((ATOM[0], ATOM[1] // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(ATOM[1])
 
 
 def chunks(ops, rows: int, columns: int, itemsize: int):
-    """Return (the place of the first chunk that a thread copies, the distances from it to all chunks of the thread).
+    """Return (place, distances): where the first chunk is that a thread copies, and how far its chunks are from it.
 
-    The threads of a warpgroup copy a tile [rows, columns] of elements of `itemsize` bytes, in chunks of 16 bytes. The
-    place of the first chunk is (row, column, byte in shared memory), in the arithmetic of `ops`, a `_Thread`. A
-    distance is (rows, columns, bytes in shared memory). The distances are Python numbers, the same for every thread.
+    The 128 threads of a warpgroup copy a tile [rows, columns] of elements of `itemsize` bytes, in chunks of 16 bytes.
+    The place is (row, column, byte in shared memory). It depends on the thread, so it is computed by `ops`, a
+    `_Thread`. A distance is (rows, columns, bytes in shared memory), one for every chunk, beginning with 0 for the
+    first one. The distances are Python numbers, the same for every thread.
     """
     per_atom, across = ATOM[1] // CHUNK, columns * itemsize // ATOM[1]
     chunk, row = ops.remainder(ops.thread, per_atom), ops.divide(ops.thread, per_atom)
@@ -54,10 +57,11 @@ def gather(source, rows, column, tile) -> None:
     copies are only started: `gather_commit` closes a group of copies, and `gather_wait` waits for groups.
 
     Args:
-      source: reference to [R, D] in global memory, D a multiple of 16 bytes.
-      rows: reference to int32 [M] in global memory.
-      column: a multiple of 8 elements.
-      tile: reference to [M, C] in shared memory with `atoms`, C a multiple of 128 bytes.
+      source: reference to an array [R, D] in global memory. A row of D elements is a multiple of 16 bytes.
+      rows: reference to the row numbers, int32 [M] in global memory.
+      column: the first column to copy, a multiple of 8.
+      tile: reference to a tile [M, C] in shared memory with the layout of `atoms`. A row of C elements is a multiple of
+        128 bytes.
     """
     if platform.is_interpreted():
         tile[...] = _read_rows(source, rows, column, tile.shape)
@@ -74,15 +78,19 @@ def gather(source, rows, column, tile) -> None:
 
 
 def gather_commit() -> None:
-    """Close a group: all copies that this warpgroup has started with `gather` since the previous group."""
+    """Close a group of copies: all copies that this warpgroup has started with `gather` since its previous group.
+
+    `gather_wait` waits for groups.
+    """
     _asm("cp.async.commit_group;")
 
 
 def gather_wait(pending: int) -> None:
-    """Wait for all groups of copies of this warpgroup except the last `pending`, so that tensor cores can read them.
+    """Wait until the copies of `gather` are in shared memory, so that tensor cores can read them.
 
-    The copies (`cp.async`) write shared memory by one path, and tensor cores read it by another path. `commit_smem` is
-    the fence between the two paths.
+    Wait for all groups of copies of this warpgroup (`gather_commit`) except the last `pending` groups. The copies
+    (`cp.async`) write shared memory by one path, and tensor cores read it by another path. `commit_smem` is the fence
+    between the two paths.
     """
     _asm(f"cp.async.wait_group {pending};")
     plgpu.commit_smem()
@@ -91,10 +99,16 @@ def gather_wait(pending: int) -> None:
 def scatter(tile, rows, column, target) -> None:
     """Copy the rows of a tile to rows of an array: target[rows[r], column : column + C] = tile[r].
 
-    `tile`, `rows` and `column` are as in `gather`. `target` is a reference to [R, D] in global memory. A row with a
-    negative rows[r] is not written, and nothing is written beyond the last column of the target. A thread copies chunks
-    that other threads wrote. So the warpgroup needs a barrier (`plgpu.commit_smem`) before this call, and another one
-    before it overwrites the tile.
+    A row with a negative rows[r] is not written, and nothing is written beyond the last column of the target. A thread
+    copies chunks that other threads wrote. So the warpgroup needs a barrier (`plgpu.commit_smem`) before this call, and
+    another one before it overwrites the tile.
+
+    Args:
+      tile: reference to a tile [M, C] in shared memory with the layout of `atoms`. A row of C elements is a multiple of
+        128 bytes.
+      rows: reference to the row numbers, int32 [M] in global memory.
+      column: the first column to write, a multiple of 8.
+      target: reference to an array [R, D] in global memory. A row of D elements is a multiple of 16 bytes.
     """
     if platform.is_interpreted():
         _write_rows(tile, rows, column, target)
@@ -118,7 +132,11 @@ _SCALAR = plgpu.Layout.WG_SPLAT
 
 
 def _read_rows(source, rows, column, shape):
-    """Return the tile that `gather` copies, in the interpreter. Each array is read once: an access is slow there."""
+    """Do what `gather` does, in the Mosaic GPU interpreter: return the rows of `source` as a tile of the given shape.
+
+    `shape` is (M, C), for M row numbers in `rows` and C columns from `column` on. The whole source and all row numbers
+    are each read once, because every access is slow in the interpreter.
+    """
     numbers = rows[...]
     there = source[...][jnp.maximum(numbers, 0)]
     there = lax.dynamic_slice(jnp.pad(there, ((0, 0), (0, shape[1]))), (0, column), shape)
@@ -126,9 +144,9 @@ def _read_rows(source, rows, column, shape):
 
 
 def _write_rows(tile, rows, column, target) -> None:
-    """Do what `scatter` does, in the interpreter: copy rows with the copy engine.
+    """Do what `scatter` does, in the Mosaic GPU interpreter: write the rows of a tile to rows of `target`.
 
-    The copy engine writes nothing beyond the last column.
+    The copy engine copies one row at a time. It writes nothing beyond the last column of `target`.
     """
     numbers = rows[...]
 
@@ -144,7 +162,7 @@ def _write_rows(tile, rows, column, target) -> None:
 
 
 def _asm(text: str) -> None:
-    """Run one PTX instruction without operands in every thread. In the interpreter, do nothing."""
+    """Run one PTX instruction without operands in every thread of the warpgroup. In the interpreter, do nothing."""
     if platform.is_interpreted():
         return
 
@@ -156,7 +174,7 @@ def _asm(text: str) -> None:
 
 
 class _Thread:
-    """The integer arithmetic of one GPU thread, in MLIR. Tests replace it with arithmetic on Python numbers."""
+    """The integer arithmetic of one GPU thread, as MLIR operations. Tests replace it with Python arithmetic."""
 
     def __init__(self):
         from jax._src.lib.mlir import ir
@@ -183,10 +201,12 @@ class _Thread:
 
 
 def _copies(array, rows, column, tile):
-    """Yield a `_Thread` once for each chunk of 16 bytes that a thread copies between `array` and `tile`.
+    """For each chunk of 16 bytes that a thread copies between `array` and `tile`, yield where the chunk is.
 
-    Its attributes say where the chunk is. The address in shared memory is `shared` + `step`. The address in global
-    memory is `far`. `inside` says whether the row number is not negative and the column is a column of the array.
+    `array` is [R, D] in global memory, `tile` is [M, C] in shared memory, and `rows` is int32 [M] in global memory. Row
+    r of the tile belongs to row rows[r] of the array, from `column` on. The same `_Thread` is yielded each time, with
+    new attributes: `shared` + `step` is the address of the chunk in shared memory, and `far` is its address in global
+    memory. `inside` is true if the row number is not negative and the column is a column of the array.
     """
     from jax._src.lib.mlir import ir
     from jax._src.lib.mlir.dialects import arith, llvm
