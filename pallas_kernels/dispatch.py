@@ -104,9 +104,11 @@ def _wanted(implementation: str | Sequence[str] | None) -> Sequence[str]:
         return NAMES[:-1]  # the reference runs only by its name
     wanted = (implementation,) if isinstance(implementation, str) else implementation
     if not isinstance(wanted, Sequence) or not all(isinstance(name, str) for name in wanted):
-        raise ValueError(f"implementation={implementation!r} must be a name, a sequence of names or None")
+        raise ValueError(
+            f"implementation={implementation!r} must be the name of an implementation, a sequence of names or None"
+        )
     if not wanted:
-        raise ValueError("implementation=() names nothing; pass None for the best one")
+        raise ValueError("implementation=() names no implementation; pass None to take the best one")
     for name in wanted:
         if name not in NAMES:
             near = difflib.get_close_matches(name, NAMES, n=1)
@@ -126,7 +128,7 @@ def choose(op: Op, call: Any, implementation: str | Sequence[str] | None) -> tup
 
     def refuses(name):
         found = op.implementations.get(name)
-        return found.refuses(call) if found else "this op has no such kernel yet"
+        return found.refuses(call) if found else "this op has no such implementation yet"
 
     reasons = []
     for name in _wanted(implementation):
@@ -168,9 +170,9 @@ def recorded() -> Iterator[Counter]:
 
     An op chooses when it is traced. So the block must trace the program: `jax.jit(f).trace(...)`, `jax.eval_shape`,
     or the first call of a jitted function. JAX keeps the trace of a jitted function. If your function was traced before
-    the block, nothing is recorded. On a mesh, an op itself contains a jitted function. The choices of its first trace
-    are remembered, and they are recorded again when JAX uses that trace again. On a mesh of Auto axes, XLA divides the
-    arrays only when it compiles. So the recorded sizes are the sizes of the whole arrays.
+    the block, no op chooses in the block, and nothing is recorded. On a mesh, an op itself contains a jitted function.
+    The choices of its first trace are remembered, and they are recorded again when JAX uses that trace again. On a mesh
+    of Auto axes, XLA divides the arrays only when it compiles. So the recorded sizes are the sizes of the whole arrays.
 
     >>> import jax, jax.numpy as jnp
     >>> from pallas_kernels import stick_breaking_attention
@@ -223,7 +225,7 @@ def run(op: Op, call: Any, implementation: str | Sequence[str] | None) -> Any:
             raise
         raise TypeError(
             f"{op.name} has no forward-mode derivative on this mesh (jax.jvp, jax.jacfwd, jax.linearize); "
-            "take jax.grad, jax.vjp or jax.jacrev"
+            "use jax.grad, jax.vjp or jax.jacrev"
         ) from None
     if choices:
         _traced[_key(op, call, wanted)] = choices
@@ -252,15 +254,15 @@ def _run_here(call: Any, op_name: str, implementation: tuple[str, ...] | None) -
             raise
         raise TypeError(
             f"{op.name} by {name} has no forward-mode derivative (jax.jvp, jax.jacfwd, jax.linearize); "
-            "take jax.grad, jax.vjp or jax.jacrev, or implementation='reference', which has both"
+            "use jax.grad, jax.vjp or jax.jacrev, or implementation='reference', which has forward mode too"
         ) from None
 
 
 def explain(op_name: str, *args, **kwargs) -> str:
-    """Say in one line which implementation runs `op_name(*args, **kwargs)`, and why the preferred ones cannot run it.
+    """Return one line: which implementation runs `op_name(*args, **kwargs)`, and why the preferred ones cannot run it.
 
-    `op_name` is the name of the op's function, such as "stick_breaking_attention". Nothing is computed. Only shapes and
-    dtypes are read, so an argument may be a `jax.ShapeDtypeStruct` in place of an array.
+    `op_name` is the name of a public function of this package, such as "stick_breaking_attention". Nothing is computed.
+    Only shapes and dtypes are read, so an argument may be a `jax.ShapeDtypeStruct` in place of an array.
 
     >>> import jax, jax.numpy as jnp
     >>> x = jax.ShapeDtypeStruct((1, 64, 4, 32), jnp.float32)

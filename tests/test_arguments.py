@@ -54,7 +54,7 @@ BAD = {
     "float tiles": (_bad(tiles=(16.0, 8)), r"tiles\[0\] must be an int .*, got float"),
     "attend_current": (_bad(attend_current=jnp.ones((), bool)), r"attend_current must be True or False, got bool\[\]"),
     "word for a scale": (_bad(scale="big"), r"scale must be a number or an array without axes, got str"),
-    "implementations": (_bad(implementation=[None]), r"implementation=\[None\] must be a name, a sequence of names"),
+    "implementations": (_bad(implementation=[None]), r"implementation=\[None\] must be the name of an"),
     "scale": (_bad(scale=jnp.ones(4)), r"scale must be a number or an array without axes, got scale.shape=\(4,\)"),
 }  # fmt: skip
 
@@ -123,7 +123,7 @@ X, W, W_IN, W_OUT, G = (jnp.zeros(s) for s in ((6, 4), (3, 4, 5), (3, 4, 10), (3
         (lambda: expert_mlp(X, W_IN, W_OUT, R, None), r"gates must be an array \[T,k\], got None"),
         (lambda: expert_mlp(X, W_IN, W_OUT, R, G.astype(jnp.float8_e4m3fn)), "gates must be .*, got .*float8_e4m3fn"),
         (lambda: expert_mlp(X, W_IN, W_OUT, R, G, activation=["relu"]), r"activation=\['relu'\] is not one of"),
-        (lambda: expert_mlp(X, W_IN, W_OUT, R, G, implementation=3), "implementation=3 must be a name, a sequence"),
+        (lambda: expert_mlp(X, W_IN, W_OUT, R, G, implementation=3), "implementation=3 must be the name of an"),
     ],
 )
 def test_bad_calls_of_experts_name_letters_and_sizes(call, message):
