@@ -25,7 +25,7 @@ def is_array(x) -> bool:
 
 
 def array(name: str, x, letters: str):
-    """Check that `x`, the value of the argument `name`, is an array with certain axes. Return the array.
+    """Check that `x`, the value of the argument `name`, is an array with the right number of axes. Return the array.
 
     `letters` are the letters of the axes, separated by commas: "B,T,N,H" requires four axes of any size. `x` may also
     be a parameter of a module (an object with `__jax_array__`). Then its array is checked and returned. Raise
@@ -41,7 +41,7 @@ def array(name: str, x, letters: str):
 
 
 def floats(name: str, x, letters: str):
-    """Check that `x`, the value of the argument `name`, is a floating-point array with certain axes. Return it.
+    """Check that `x`, the value of the argument `name`, is a float array with the right number of axes. Return it.
 
     `letters` are the letters of the axes, separated by commas: "B,T,N,H" requires four axes of any size. Raise
     ValueError if the dtype of `x` is not one of FLOATS. A NumPy array of float64 is returned as float32 unless
@@ -56,7 +56,7 @@ def floats(name: str, x, letters: str):
 
 
 def integers(name: str, x, letters: str):
-    """Check that `x`, the value of the argument `name`, is an integer array with certain axes. Return it.
+    """Check that `x`, the value of the argument `name`, is an integer array with the right number of axes. Return it.
 
     `letters` are the letters of the axes, separated by commas: "B,T" requires two axes of any size. Raise ValueError if
     `x` is something else.

@@ -3,8 +3,8 @@
 An op is a public function of this package, such as `stick_breaking_attention`. Here each call of an op becomes one
 node: one operation of the program, with a rule that tells XLA's partitioner along which axes it may divide the arrays.
 The partitioner decides how the arrays are divided. Then it asks for the program of one device. This program is the op
-again, applied to the device's part of the arrays. The partitioner must not divide the code inside the op: XLA would run
-a `lax.map` over a divided axis one step after the other, and would all-gather every array that a kernel reads.
+again, applied to the device's part of the arrays. The partitioner must not divide the code inside the op: it would run
+the steps of a `lax.map` over a divided axis one after the other, and would all-gather every array that a kernel reads.
 
 The forward pass of a node saves only the arguments of the op for the backward pass. It saves no residuals of a kernel,
 because XLA has no rule for dividing such residuals. So the backward pass runs the forward pass again.
@@ -46,8 +46,8 @@ def is_tracing_part() -> bool:
     """Return whether JAX is now tracing the program of one device, for which XLA's partitioner asked.
 
     This happens on a mesh of Auto axes. The arrays of this program have the shapes of one device's part, but their
-    types (`jax.typeof`) still name the whole mesh. So a kernel may run although the types say that the arrays are
-    divided.
+    types (`jax.typeof`) still name the whole mesh. `hopper.mesh_refuses` calls this function, because kernels can run
+    in this program, although they cannot run elsewhere on such a mesh.
     """
     return _is_tracing_part.get()
 
@@ -55,7 +55,7 @@ def is_tracing_part() -> bool:
 @functools.partial(jax.jit, static_argnums=0)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def run(node: Node, arrays: tuple):
-    """Run a node on its arrays, in a program that XLA's partitioner divides over the mesh, and return the results.
+    """Run a node (one call of an op) in a program that XLA's partitioner divides over the mesh, and return the results.
 
     `arrays` are the undivided arrays, in the order of `node.letters`. `jax.grad` and `jax.vjp` work for every
     floating-point array.
@@ -86,7 +86,7 @@ run.__wrapped__.defvjp(_forward, _backward)
 
 
 def _pull(node, floats, *values):
-    """Return the gradients of the floating-point arrays of a node, on one device: its backward pass.
+    """Return the gradients of the floating-point arrays of a node (one call of an op), computed on one device.
 
     `floats` are the indices of these arrays in the node. `values` are one device's part of all arrays of the node,
     followed by the cotangents of its results. The function of the node runs again to make the residuals.
@@ -102,7 +102,7 @@ def _pull(node, floats, *values):
 
 
 def _divided(node: Node, *arrays):
-    """Run a node as an operation that XLA's partitioner divides over the mesh, and return its results.
+    """Run a node (one call of an op) as an operation that XLA's partitioner divides. Return the results.
 
     `arrays` are the undivided arrays of the node. `jax.vmap` turns the node into another node, whose mapped arrays have
     one more axis in front. XLA may divide this axis too.
@@ -127,7 +127,7 @@ def _divided(node: Node, *arrays):
 
 
 def _partitioned(node: Node) -> Callable:
-    """Return a node as a function of its arrays, with the rules by which XLA's partitioner divides it over the mesh.
+    """Return a node (one call of an op) as a function of its arrays that XLA's partitioner can divide over the mesh.
 
     XLA calls `_rule` to learn which axes it may divide, and `partition` to get the program of one device.
     """
@@ -154,7 +154,7 @@ def _partitioned(node: Node) -> Callable:
 
 
 def _as_part(node: Node, *arrays):
-    """Run the function of a node on one device's part of its arrays, and return this device's part of the results.
+    """Run the function of a node (one call of an op) on one device's part of its arrays. Return this device's results.
 
     Meanwhile `is_tracing_part` returns True.
     """
@@ -168,7 +168,7 @@ def _as_part(node: Node, *arrays):
 
 
 def _dimensions(node: Node, shapes) -> Iterator[tuple[int, str | None, int]]:
-    """Yield (index, group, size) for every axis of every array and every result of a node.
+    """Yield (index, group, size) for every axis of every array and every result of a node (one call of an op).
 
     `shapes` are the shapes of all arrays, then of all results, and `index` is an index into `shapes`. `group` is the
     group of the axis in `node.maps`: the axes of one group are divided over the same mesh axes. It is None for an axis
@@ -209,9 +209,9 @@ def _axes(node: Node, mesh, shaped) -> dict[str, tuple[str, ...]]:
     """Return {group: the names of the mesh axes over which the axes of this group are divided}.
 
     A group is a group of axes in `node.maps`. `shaped` has all arrays and then all results of the node, with the
-    shardings that XLA proposes. The first proposal for an axis of the group that fits is taken for the whole group. It
-    fits if the sizes of all axes of the group are multiples of the number of devices along the mesh axes, and if none
-    of its mesh axes divides another group already.
+    shardings that XLA proposes. Of the proposals for the axes of a group, the first one that fits is taken for the
+    whole group. It fits if the sizes of all axes of the group are multiples of the number of devices along its mesh
+    axes, and if none of these mesh axes divides another group already.
     """
     found, taken = {}, set()
     sizes = list(_dimensions(node, [x.shape for x in shaped]))

@@ -22,7 +22,7 @@ from jax.sharding import get_abstract_mesh
 
 from . import partition, platform
 
-# In order of preference.
+# The names of the implementations, in order of preference.
 NAMES = ("mosaic", "triton", "xla", "reference")
 logger = logging.getLogger("pallas_kernels")
 
@@ -82,9 +82,10 @@ class Choice(NamedTuple):
 
 _ops: dict[str, Op] = {}
 _logged: set[str] = set()
-# The records of all `recorded` blocks that are open in this thread.
+# The counters of all contexts of `recorded` that are open in this thread.
 _records: contextvars.ContextVar[tuple[Counter, ...]] = contextvars.ContextVar("records", default=())
-# The choices that were made when a call was traced. JAX keeps the trace, so an equal call does not choose again.
+# The choices that were made when a call was traced, by the key of the call (`_key`). JAX keeps the trace, so an equal
+# call does not choose again.
 _traced: dict[Any, Counter] = {}
 
 
@@ -118,7 +119,7 @@ def _wanted(implementation: str | Sequence[str] | None) -> Sequence[str]:
 
 
 def choose(op: Op, call: Any, implementation: str | Sequence[str] | None) -> tuple[str, list[str]]:
-    """Return (name, reasons): the first implementation that can run a call, and why those before it in the list cannot.
+    """Return (name, reasons): the first implementation that can run a call, and why the earlier ones cannot.
 
     `call` has the checked arguments of the op, as `op.prepare` returns them. `implementation` is what the caller of the
     op passed: a name, names in order of preference, or None for all names except "reference". `reasons` has one text
@@ -166,13 +167,14 @@ def _sizes(op: Op, call: Any) -> tuple[tuple[str, int], ...]:
 
 @contextlib.contextmanager
 def recorded() -> Iterator[Counter]:
-    """Collect the choices that the ops make in this block and in this thread: {Choice: how often it was traced}.
+    """In this context, collect the choices of implementations that ops make: {Choice: how often it was made}.
 
-    An op chooses when it is traced. So the block must trace the program: `jax.jit(f).trace(...)`, `jax.eval_shape`,
-    or the first call of a jitted function. JAX keeps the trace of a jitted function. If your function was traced before
-    the block, no op chooses in the block, and nothing is recorded. On a mesh, an op itself contains a jitted function.
-    The choices of its first trace are remembered, and they are recorded again when JAX uses that trace again. On a mesh
-    of Auto axes, XLA divides the arrays only when it compiles. So the recorded sizes are the sizes of the whole arrays.
+    Only choices in this thread are collected. An op chooses when JAX traces it. So the context must trace the program:
+    `jax.jit(f).trace(...)`, `jax.eval_shape`, or the first call of a jitted function. JAX keeps the trace of a jitted
+    function. If your function was traced before, no op chooses again, and nothing is collected. On a mesh, an op itself
+    contains a jitted function. The choices of its first trace are remembered, and they are collected again when JAX
+    uses that trace again. On a mesh of Auto axes, XLA divides the arrays only when it compiles. So the sizes in the
+    choices are the sizes of the whole arrays.
 
     >>> import jax, jax.numpy as jnp
     >>> from pallas_kernels import stick_breaking_attention
@@ -191,7 +193,7 @@ def recorded() -> Iterator[Counter]:
 
 
 def _record(choices: Counter) -> None:
-    """Add the choices, {Choice: how often it was made}, to the records of all open `recorded` blocks."""
+    """Add the choices, {Choice: how often it was made}, to the counters of all open contexts of `recorded`."""
     for record in _records.get():
         record.update(choices)
 

@@ -22,7 +22,7 @@ def compiler_refuses() -> str | None:
     """
     if platform.is_interpreted() or jax.default_backend() != "gpu":
         return None
-    from jax._src.lib import cuda_versions  # None without the plugin
+    from jax._src.lib import cuda_versions  # None without JAX's CUDA plugin
 
     if cuda_versions is not None and 12080 <= cuda_versions.cuda_runtime_get_version() < 12091:
         return "needs CUDA 12.9.1 or newer: the compiler of 12.8.0 to 12.9.0 miscompiles causal kernels"

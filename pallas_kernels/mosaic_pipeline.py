@@ -1,10 +1,10 @@
 """Code that all Mosaic kernels share: the launch, and the two barriers of every pipeline stage.
 
 A block of a kernel has several warpgroups. One of them copies tiles into shared memory, and the others compute with the
-tiles. The kernel takes steps, and each step uses the tiles of one pipeline stage. Shared memory has room for `stages`
-stages. They form a ring: step s uses stage s % stages. (In the attention kernel `d_key_value` with H or Hv above 128,
-the first warpgroup both copies and computes.) docs/design/attention_kernels.md and docs/design/expert_kernels.md
-explain the barriers of every kernel.
+tiles. A kernel works in steps. Shared memory has room for the tiles of `stages` steps: these places are the pipeline
+stages. They form a ring: the tiles of step s are in stage s % stages. (In the attention kernel `d_key_value` with H or
+Hv above 128, the first warpgroup both copies and computes.) docs/design/attention_kernels.md and
+docs/design/expert_kernels.md explain the barriers of every kernel.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,10 @@ from . import cost
 
 
 class Ring(NamedTuple):
-    """The barriers of a ring of pipeline stages in shared memory: two barriers for every stage."""
+    """The barriers of a ring of pipeline stages in shared memory: two barriers for every stage.
+
+    A warpgroup that computes waits for `full`. The warpgroup that copies waits for `used`.
+    """
 
     full: Any  # the stage can be read
     used: Any  # the stage can be overwritten

@@ -1,10 +1,12 @@
 """Copies of single rows between an array in global memory and a tile in shared memory, for the ScatterMoE kernels.
 
 The rows of an expert may be scattered over the array, so each row of the tile has a row number. Hopper's copy engine
-copies consecutive rows only. So the threads of a warpgroup copy single rows, in chunks of 16 bytes. A tile [rows,
-columns] has the layout in shared memory that the tensor cores read: it consists of atoms of 8 rows x 128 bytes, one row
-of atoms after the other. In an atom, chunk c of row r is at position c ^ r of the row. Each operation has a GPU body
-and a body for the Mosaic GPU interpreter. docs/design/expert_kernels.md explains the barriers around these copies.
+copies consecutive rows only. So the threads of a warpgroup copy single rows, in chunks of 16 bytes. Each operation has
+a GPU body and a body for the Mosaic GPU interpreter. docs/design/expert_kernels.md explains the barriers around these
+copies.
+
+In shared memory, a tile has the layout that the tensor cores read. It consists of atoms of 8 rows x 128 bytes, one row
+of atoms after the other. In an atom, chunk c of row r is at position c ^ r of the row.
 """
 
 import jax.experimental.pallas as pl
@@ -29,12 +31,12 @@ def atoms(dtype) -> tuple:
 
 
 def chunks(ops, rows: int, columns: int, itemsize: int):
-    """Return (place, distances): where the first chunk is that a thread copies, and how far its chunks are from it.
+    """Return (place, distances): the place of a thread's first chunk, and the distances from there to all its chunks.
 
     The 128 threads of a warpgroup copy a tile [rows, columns] of elements of `itemsize` bytes, in chunks of 16 bytes.
     The place is (row, column, byte in shared memory). It depends on the thread, so it is computed by `ops`, a
-    `_Thread`. A distance is (rows, columns, bytes in shared memory), one for every chunk, beginning with 0 for the
-    first one. The distances are Python numbers, the same for every thread.
+    `_Thread`. A distance is (rows, columns, bytes in shared memory). The first distance is zero. The distances are
+    Python numbers, the same for every thread.
     """
     per_atom, across = ATOM[1] // CHUNK, columns * itemsize // ATOM[1]
     chunk, row = ops.remainder(ops.thread, per_atom), ops.divide(ops.thread, per_atom)
@@ -78,7 +80,7 @@ def gather(source, rows, column, tile) -> None:
 
 
 def gather_commit() -> None:
-    """Close a group of copies: all copies that this warpgroup has started with `gather` since its previous group.
+    """Close a group of copies: all copies that this warpgroup started with `gather` since it closed the previous group.
 
     `gather_wait` waits for groups.
     """
@@ -132,10 +134,10 @@ _SCALAR = plgpu.Layout.WG_SPLAT
 
 
 def _read_rows(source, rows, column, shape):
-    """Do what `gather` does, in the Mosaic GPU interpreter: return the rows of `source` as a tile of the given shape.
+    """Return the tile [M, C] that `gather` copies, in the Mosaic GPU interpreter: source[rows[r], column : column + C].
 
-    `shape` is (M, C), for M row numbers in `rows` and C columns from `column` on. The whole source and all row numbers
-    are each read once, because every access is slow in the interpreter.
+    `shape` is (M, C). A row is zero if rows[r] is negative. The whole source and all row numbers are each read once,
+    because every access is slow in the interpreter.
     """
     numbers = rows[...]
     there = source[...][jnp.maximum(numbers, 0)]
@@ -144,9 +146,10 @@ def _read_rows(source, rows, column, shape):
 
 
 def _write_rows(tile, rows, column, target) -> None:
-    """Do what `scatter` does, in the Mosaic GPU interpreter: write the rows of a tile to rows of `target`.
+    """Do what `scatter` does, in the Mosaic GPU interpreter: target[rows[r], column : column + C] = tile[r].
 
-    The copy engine copies one row at a time. It writes nothing beyond the last column of `target`.
+    A row with a negative rows[r] is not written. The copy engine copies one row at a time, and writes nothing beyond
+    the last column of `target`.
     """
     numbers = rows[...]
 

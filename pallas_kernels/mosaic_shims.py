@@ -5,8 +5,8 @@ interpreter runs a kernel. docs/design/attention_kernels.md says which barriers 
 
 The register layout of an array [64, C] that tensor cores compute: the 128 threads of a warpgroup form quads of four
 neighbouring threads. A quad holds all C columns of two rows, which are 8 rows apart. Thread t of the quad (0 to 3)
-holds the columns 8 g + 2 t and 8 g + 2 t + 1 of every group g of 8 columns, in both rows. The part of a thread in the
-first of its two rows is its row half 0, and the part in the second row is its row half 1.
+holds the columns 8 g + 2 t and 8 g + 2 t + 1 of every group g of 8 columns, in both rows. What a thread holds of the
+first of these rows is its row half 0, and what it holds of the second row is its row half 1.
 """
 
 import jax
@@ -25,7 +25,8 @@ COLUMN = plgpu.Layout.WGMMA.reduce(0)  # [C], one number per column
 def product(a, b):
     """Return the matrix product a @ b, [64, C] in fp32 in registers.
 
-    `a` [64, D] and `b` [D, C] are references to shared memory. They may be transposed.
+    `a` [64, D] and `b` [D, C] are references to shared memory, where D is the axis that is summed. They may be
+    transposed.
     """
 
     def run(acc):
@@ -38,8 +39,8 @@ def product(a, b):
 def add_product(acc, a, b):
     """Return acc + a @ b, [64, C] in fp32 in registers, where `a` is [64, D] and `b` is [D, C].
 
-    `acc` [64, C] is in registers. `a` is in registers or is a reference to shared memory. `b` is a reference to shared
-    memory.
+    D is the axis that is summed. `acc` [64, C] is in registers. `a` is in registers or is a reference to shared memory.
+    `b` is a reference to shared memory.
     """
     if is_interpreted():
         result = acc + jnp.dot(a if isinstance(a, jax.Array) else a[...], b[...], preferred_element_type=jnp.float32)
@@ -53,8 +54,9 @@ def add_product(acc, a, b):
 def exp2_of_minus_abs(x):
     """Return 2^-|x| in fp32, for an array x [64, C] in registers.
 
-    The attention kernels compute log(1 + e^z) of the logits z with it. The GPU's exponential instruction can set the
-    sign of its operand, so this function takes one instruction. LLVM would emit another instruction for the sign.
+    The attention kernels use it for log2(1 + 2^x) = max(x, 0) + log2(1 + 2^-|x|), where x are the logits times log2(e).
+    The GPU's exponential instruction can set the sign of its operand, so this function takes one instruction. LLVM
+    would emit another instruction for the sign.
     """
     if is_interpreted():
         return jnp.exp2(-jnp.abs(x))
@@ -78,9 +80,10 @@ def exp2_of_minus_abs(x):
 def any_at_most(x, limit: float):
     """Return whether x[r] <= limit for at least one row r, for an array x [64] in registers with a number for each row.
 
-    The forward attention kernel uses it to stop early: `x` is the cumulative log-decay of the rows of a warpgroup. The
-    threads vote on a named barrier that only this warpgroup uses. `jnp.any` would use shared memory that all warpgroups
-    of a block share: two warpgroups that compute would overwrite each other's values.
+    The forward attention kernel uses it to stop early: `x` is the cumulative log-decay of the 64 query rows of a
+    warpgroup, and a row with x[r] <= limit needs more keys. The threads vote on a named barrier that only this
+    warpgroup uses. `jnp.any` would use shared memory that all warpgroups of a block share: two warpgroups that compute
+    would overwrite each other's values.
     """
     if is_interpreted():
         return (x <= limit).any()
@@ -174,7 +177,8 @@ def minus_sum_left(minuend, factor, x, start):
       sums[r] = sum of x[r, m] over all m
 
     `minuend`, `factor`, `x` and y are [64, C]. `start` and sums are [64]. All are in registers. A factor of None means
-    1. The backward kernels of the attention compute the gradients of the logits with it.
+    1. The backward kernels of the attention compute the gradients of the logits with it: `x` is a = A dA (the weights
+    times their gradients), `factor` is beta, and `minuend` is (1 - beta) a.
     """
     if is_interpreted():
         total = jnp.cumsum(x, axis=1)

@@ -142,9 +142,9 @@ def look(letters: Letters, call: Any, compute: Callable[[Any], Any]) -> Any:
 
 
 def whole(function: Callable, x, *static) -> Any:
-    """Return `function(x, *static)` for an array `x`, from the whole `x` on every device.
+    """Return `function(x, *static)` for an array `x`, from which every device of a mesh computes the whole result.
 
-    If Explicit axes of a mesh divide `x`, it is all-gathered first.
+    If Explicit axes of the mesh divide `x`, it is all-gathered first.
     """
     mesh = _mesh([_Array("", (), x)])
     if AxisType.Explicit not in mesh.axis_types:
@@ -177,7 +177,7 @@ def _varying(x) -> frozenset:
 
 
 def _mesh(arrays: list[_Array]) -> AbstractMesh:
-    """Return the mesh of the context. Without one, return the mesh of the arrays, or else a mesh without axes.
+    """Return the mesh of the context, else the mesh of the first array that has one, else a mesh without axes.
 
     The `axis_types` of the returned mesh are always a tuple, never None.
     """
@@ -249,7 +249,7 @@ def _sizes(mesh: AbstractMesh, axes) -> str:
 
 
 def _spec(maps, axes, letters) -> PartitionSpec:
-    """Return the PartitionSpec of an array whose axes have these letters.
+    """Return the PartitionSpec of an array whose axes have the letters `letters`.
 
     `maps` is {letter: group}, as in `Letters`. `axes` is {group: the mesh axes that divide the axes of this group}.
     """
