@@ -28,11 +28,13 @@ _is_tracing_part = contextvars.ContextVar("is_tracing_part", default=False)
 class Node(NamedTuple):
     """One call of an op as one operation of the program, which XLA's partitioner divides over the devices of a mesh.
 
-    `function(*arrays)` computes the results of one device from the device's part of the arrays. `letters` has the
-    letters of the axes of every array, such as "B T N H". `results` is a tree with the letters of every result. `maps`
-    has a pair (letter, group) for each letter along which the arrays may be divided, because every device can then
-    compute its part of the results alone. The axes of one group are divided over the same mesh axes: query heads N and
-    key heads K, for example. `mesh` is the mesh of the arrays.
+    `function`: computes the results of one device, from this device's part of the arrays: `function(*arrays)`.
+    `letters`: the letters of the axes of every array, such as "B T N H".
+    `results`: a tree with the letters of every result.
+    `maps`: a pair (letter, group) for each letter along which the arrays may be divided, because every device can then
+      compute its part of the results alone. The axes of one group are divided over the same mesh axes, as query heads N
+      and key heads K are.
+    `mesh`: the mesh of the arrays.
     """
 
     function: Callable

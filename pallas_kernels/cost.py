@@ -22,9 +22,9 @@ _NAME = re.compile(r"_(flops|trips|share)_(\d+(?:\.\d+)?(?:e[+-]?\d+)?)$")
 class Stated(NamedTuple):
     """The number in the name of a jitted function, which states the cost of its code. Exactly one of the fields is set.
 
-    `flops`: the number of floating-point operations of a kernel. `trips`: the expected number of passes through each
-    `while` loop of the function. `share`: the share of the operations that is useful work, from 0 to 1; the rest is
-    padding.
+    `flops`: the number of floating-point operations of a kernel.
+    `trips`: the expected number of passes through each `while` loop of the function.
+    `share`: the share of the operations that is useful work, from 0 to 1; the rest is padding.
     """
 
     flops: float | None = None

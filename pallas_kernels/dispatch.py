@@ -30,8 +30,9 @@ logger = logging.getLogger("pallas_kernels")
 class Implementation(NamedTuple):
     """One implementation of an op, as three functions of `call`, the checked arguments of one call of the op.
 
-    `run(call)` computes the results of the op. `refuses(call)` returns the reason why this implementation cannot run
-    the call, or None if it can. `detail(call)` describes how it runs the call, such as the sizes of its tiles.
+    `run`: computes the results of the op.
+    `refuses`: returns the reason why this implementation cannot run the call, or None if it can.
+    `detail`: describes how this implementation runs the call, such as the sizes of its tiles.
     """
 
     run: Callable[[Any], Any]
@@ -42,10 +43,12 @@ class Implementation(NamedTuple):
 class Op(NamedTuple):
     """An op, that is, a public function such as `stick_breaking_attention`: its checks and its implementations.
 
-    `prepare(*args, **kwargs)` checks the arguments of the public function. It returns them as a call: a NamedTuple of
-    arrays and settings that every implementation takes. `implementations` maps a name of NAMES to the implementation.
-    `letters(call)` names the axes of the arrays, and says along which of these axes a mesh may divide the op. If
-    `letters` is None, the op runs on its arrays without a rule for a mesh.
+    `name`: the name of the public function.
+    `prepare`: takes the arguments of the public function and checks them. It returns them as a call: a NamedTuple of
+      arrays and settings that every implementation takes.
+    `implementations`: {name from NAMES: implementation}.
+    `letters`: takes a call, names the axes of its arrays, and says along which of these axes a mesh may divide the op.
+      None: the op runs on its arrays without a rule for a mesh.
     """
 
     name: str
@@ -57,9 +60,13 @@ class Op(NamedTuple):
 class Choice(NamedTuple):
     """The implementation that was chosen for one call of an op. The backward pass uses the same implementation.
 
-    `op`: the name of the op. `sizes`: a pair (letter, size), such as ("T", 64), for the axes of the arrays on one
-    device. `detail`: how the implementation runs the call, such as the sizes of its tiles. `why`: why this
-    implementation runs, and why the preferred implementations do not. `str(choice)` says all of this in one line.
+    `op`: the name of the op.
+    `sizes`: a pair (letter, size), such as ("T", 64), for the axes of the arrays on one device.
+    `implementation`: the name of the implementation, such as "xla".
+    `detail`: how the implementation runs the call, such as the sizes of its tiles.
+    `why`: why this implementation runs, and why the preferred implementations do not.
+
+    `str(choice)` says all of this in one line.
     """
 
     op: str

@@ -32,12 +32,13 @@ STATIC, RECOMPUTED = "static", "anew"
 class Letters(NamedTuple):
     """The letters of the axes of all arrays in one call of an op, and the letters along which a mesh may divide the op.
 
-    `name`: the name of the op, for messages. `call`: a tree with the structure of the checked arguments of the call.
-    Each leaf has the letters of an array, such as "B T N H" for an array with four axes, or it is STATIC or RECOMPUTED.
-    `results`: a tree with the letters of every result. `maps`: {letter: group} for the letters along which arrays may
-    be divided. The axes of one group are divided over the same mesh axes, as query heads N and key heads K are.
-    `inside(call)`: takes the call of one device, where every leaf marked RECOMPUTED is None, and returns the complete
-    call.
+    `name`: the name of the op, for messages.
+    `call`: a tree with the structure of the checked arguments of the call. Each leaf has the letters of an array, such
+      as "B T N H" for an array with four axes, or it is STATIC or RECOMPUTED.
+    `results`: a tree with the letters of every result.
+    `maps`: {letter: group} for the letters along which arrays may be divided. The axes of one group are divided over
+      the same mesh axes, as query heads N and key heads K are.
+    `inside`: takes the call of one device, where every leaf marked RECOMPUTED is None, and returns the complete call.
     """
 
     name: str
@@ -74,9 +75,12 @@ class _Array(NamedTuple):
 class _Part(NamedTuple):
     """The program of one device: a function of the device's part of the arrays that returns the results of the op.
 
-    The function puts the arrays into the arguments of the op, and returns `compute` of these arguments. `tree`: the
-    structure of the arguments. `static`: their leaves, with `_Array` in the place of every array. `inside`: the
-    function of `Letters` that computes the leaves marked RECOMPUTED.
+    The function puts the arrays into the arguments of the op, and returns `compute` of these arguments.
+
+    `compute`: computes the results of the op from its complete arguments.
+    `inside`: the function of `Letters` that computes the leaves marked RECOMPUTED.
+    `tree`: the structure of the arguments.
+    `static`: the leaves of the arguments, with `_Array` in the place of every array.
     """
 
     compute: Callable[[Any], Any]

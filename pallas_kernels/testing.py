@@ -22,10 +22,13 @@ WIDE = ("reference", "xla")  # the implementations that take float64
 class Difference(NamedTuple):
     """How one array, an output or a gradient of an op, differs from the expected array.
 
-    `name`: which output or gradient it is. `tolerance`: the largest allowed `error`. `error`: the relative L2 error.
-    `largest`: the largest difference of an element, divided by the largest expected element. The element with this
-    difference is at `index`. It is `value`, and should be `expected`. `problem`: a text if the array cannot be compared
-    (NaN, infinity, wrong shape or wrong type), else None.
+    `name`: which output or gradient it is.
+    `tolerance`: the largest allowed `error`.
+    `error`: the relative L2 error of the array.
+    `largest`: the largest difference of an element, divided by the largest expected element.
+    `index`: the position of the element with the largest difference.
+    `value`, `expected`: what this element is, and what it should be.
+    `problem`: a text if the array cannot be compared (NaN, infinity, wrong shape or wrong type), else None.
     """
 
     name: str
@@ -188,8 +191,8 @@ def differences(
 class _Call:
     """A call `op(*args, **kwargs)` that can run again with other arrays of the same shapes.
 
-    `floats`: {name: array} for the floating-point arrays, which are differentiated. `others`: {name: array} for all
-    other arrays.
+    `floats`: {name: array} for the floating-point arrays, which are differentiated.
+    `others`: {name: array} for all other arrays.
     """
 
     def __init__(self, op, *args, **kwargs):
