@@ -44,8 +44,8 @@ def floats(name: str, x, letters: str):
     """Check that `x`, the value of the argument `name`, is a float array with the right number of axes. Return it.
 
     `letters` are the letters of the axes, separated by commas: "B,T,N,H" requires four axes of any size. Raise
-    ValueError if the dtype of `x` is not one of FLOATS. A NumPy array of float64 is returned as float32 unless
-    `jax_enable_x64` is set.
+    ValueError if the dtype of `x` is not float16, bfloat16, float32 or float64. A NumPy array of float64 is returned as
+    float32 unless `jax_enable_x64` is set.
     """
     x = array(name, x, letters)
     if not jnp.issubdtype(x.dtype, jnp.floating):

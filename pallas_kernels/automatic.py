@@ -32,8 +32,8 @@ class Node(NamedTuple):
     `letters`: the letters of the axes of every array, such as "B T N H".
     `results`: a tree with the letters of every result.
     `maps`: a pair (letter, group) for each letter along which the arrays may be divided, because every device can then
-      compute its part of the results alone. The axes of one group are divided over the same mesh axes, as query heads N
-      and key heads K are.
+      compute its part of the results alone. A group is a name. Axes whose letters have the same group are divided over
+      the same mesh axes: query heads N and key heads K, for example.
     `mesh`: the mesh of the arrays.
     """
 
@@ -45,11 +45,11 @@ class Node(NamedTuple):
 
 
 def is_tracing_part() -> bool:
-    """Return whether JAX is now tracing the program of one device, for which XLA's partitioner asked.
+    """Return whether JAX is now tracing the program of one device, at the request of XLA's partitioner.
 
     This happens on a mesh of Auto axes. The arrays of this program have the shapes of one device's part, but their
-    types (`jax.typeof`) still name the whole mesh. `hopper.mesh_refuses` calls this function, because kernels can run
-    in this program, although they cannot run elsewhere on such a mesh.
+    types (`jax.typeof`) still name the whole mesh. Kernels can run in this program, although they cannot run elsewhere
+    on a mesh of Auto axes. So `hopper.mesh_refuses` calls this function.
     """
     return _is_tracing_part.get()
 
@@ -158,7 +158,7 @@ def _partitioned(node: Node) -> Callable:
 def _as_part(node: Node, *arrays):
     """Run the function of a node (one call of an op) on one device's part of its arrays. Return this device's results.
 
-    Meanwhile `is_tracing_part` returns True.
+    While the function runs, `is_tracing_part` returns True.
     """
     token = _is_tracing_part.set(True)
     try:
@@ -211,9 +211,9 @@ def _axes(node: Node, mesh, shaped) -> dict[str, tuple[str, ...]]:
     """Return {group: the names of the mesh axes over which the axes of this group are divided}.
 
     A group is a group of axes in `node.maps`. `shaped` has all arrays and then all results of the node, with the
-    shardings that XLA proposes. Of the proposals for the axes of a group, the first one that fits is taken for the
-    whole group. It fits if the sizes of all axes of the group are multiples of the number of devices along its mesh
-    axes, and if none of these mesh axes divides another group already.
+    shardings that XLA proposes. Each sharding proposes mesh axes for the axes of an array. For every group, this
+    function takes the first proposal that fits. A proposal fits if the sizes of all axes of the group are multiples of
+    the number of devices along the proposed mesh axes, and if none of these mesh axes divides another group already.
     """
     found, taken = {}, set()
     sizes = list(_dimensions(node, [x.shape for x in shaped]))

@@ -35,9 +35,10 @@ class Stated(NamedTuple):
 def kernel(name: str, flops: float | int, run: Callable) -> Callable:
     """Return the function `run`, which launches a kernel, as a jitted function whose name states `flops`.
 
-    `flops` is the number of floating-point operations of the launch. The name begins with `name`. Inside
-    `jax.shard_map`, JAX does not know over which mesh axes the results of a kernel vary, that is, differ between
-    devices. So the results are marked as varying over every mesh axis over which at least one argument varies.
+    `flops` is the number of floating-point operations of the launch. The name of the jitted function consists of
+    `name`, "_flops_" and this number. Inside `jax.shard_map`, JAX does not know over which mesh axes the results of a
+    kernel vary, that is, differ between devices. So the results are marked as varying over every mesh axis over which
+    at least one argument varies.
     """
 
     def varying(*arguments):
@@ -59,7 +60,7 @@ def loop(trips: float | int, run: Callable) -> Callable:
 def share(part: float, run: Callable) -> Callable:
     """Return the function `run` as a jitted function whose name states `part`, the useful share of its operations.
 
-    `part` is a number from 0 to 1. The other operations are spent on padding. With `part` 1, return `run` itself.
+    `part` is a number from 0 to 1. The other operations are spent on padding. If `part` is 1, return `run` itself.
     """
     return run if part == 1 else _named(f"part_share_{part:.12g}", run)
 

@@ -2,9 +2,9 @@
 
 An op is a public function of this package, such as `stick_breaking_attention`. It has several implementations. `NAMES`
 lists their names in order of preference. An implementation can refuse a call of the op, and then gives a reason. With
-`implementation=None`, an op takes the first implementation that does not refuse, and logs the choice and the reasons
-once. `explain` returns the same sentence. A named implementation works or raises an error: there is no silent fallback.
-`recorded` collects the choices that the ops make while JAX traces code.
+`implementation=None`, an op takes the first implementation that does not refuse. It logs the choice and the reasons as
+one line, once. `explain` returns this line and does not run the op. A named implementation works or raises an error:
+there is no silent fallback. `recorded` collects the choices that the ops make while JAX traces code.
 """
 
 import contextlib
@@ -47,8 +47,8 @@ class Op(NamedTuple):
     `prepare`: takes the arguments of the public function and checks them. It returns them as a call: a NamedTuple of
       arrays and settings that every implementation takes.
     `implementations`: {name from NAMES: implementation}.
-    `letters`: takes a call, names the axes of its arrays, and says along which of these axes a mesh may divide the op.
-      None: the op runs on its arrays without a rule for a mesh.
+    `letters`: takes a call. It returns a `partition.Letters`: the letters of the axes of all arrays, and the letters
+      along which a mesh may divide the op. None: the op has no rule for a mesh.
     """
 
     name: str
@@ -145,7 +145,9 @@ def choose(op: Op, call: Any, implementation: str | Sequence[str] | None) -> tup
             return name, reasons
         reasons.append(f"{name}: {reason}")
     can = [name for name in op.implementations if refuses(name) is None]
-    raise NotImplementedError(f"{op.name} cannot run this call by {'; '.join(reasons)}; use {' or '.join(can)}")
+    raise NotImplementedError(
+        f"{op.name} cannot run this call with implementation {'; '.join(reasons)}; use {' or '.join(can)}"
+    )
 
 
 def _choice(op: Op, call: Any, implementation: str | Sequence[str] | None) -> Choice:
@@ -176,12 +178,12 @@ def _sizes(op: Op, call: Any) -> tuple[tuple[str, int], ...]:
 def recorded() -> Iterator[Counter]:
     """In this context, collect the choices of implementations that ops make: {Choice: how often it was made}.
 
-    Only choices in this thread are collected. An op chooses when JAX traces it. So the context must trace the program:
-    `jax.jit(f).trace(...)`, `jax.eval_shape`, or the first call of a jitted function. JAX keeps the trace of a jitted
-    function. If your function was traced before, no op chooses again, and nothing is collected. On a mesh, an op itself
-    contains a jitted function. The choices of its first trace are remembered, and they are collected again when JAX
-    uses that trace again. On a mesh of Auto axes, XLA divides the arrays only when it compiles. So the sizes in the
-    choices are the sizes of the whole arrays.
+    Only choices in this thread are collected. An op chooses its implementation when JAX traces the op. So trace the
+    program in the context: with `jax.jit(f).trace(...)`, `jax.eval_shape`, or the first call of a jitted function. A
+    second call of your jitted function collects nothing, because JAX does not trace your program again. On a mesh, an
+    op also has a jitted function of its own. If a new trace of your program uses the stored trace of that function, the
+    choices of the stored trace are collected again. On a mesh of Auto axes, the sizes in the choices are the sizes of
+    the undivided arrays, because XLA divides the arrays only when it compiles.
 
     >>> import jax, jax.numpy as jnp
     >>> from pallas_kernels import stick_breaking_attention
@@ -206,7 +208,7 @@ def _record(choices: Counter) -> None:
 
 
 def _key(op: Op, call: Any, wanted: Sequence[str] | None) -> Any:
-    """Return the key under which `_traced` stores the choices of a call.
+    """Return the key of a call of an op in `_traced`, which stores the choices that the op made when it was traced.
 
     Two calls of an op have equal keys exactly if JAX uses one trace for both. `call` has the checked arguments of the
     op. `wanted` has the names of the implementations that the caller named, or is None.
@@ -246,8 +248,8 @@ def run(op: Op, call: Any, implementation: str | Sequence[str] | None) -> Any:
 def _run_here(call: Any, op_name: str, implementation: tuple[str, ...] | None) -> Any:
     """Choose an implementation for the call on one device, record the choice, and run the implementation.
 
-    `call` has the checked arguments of the op, with this device's part of the arrays. The choice is logged if the
-    caller named no implementation and this sentence was not logged before.
+    `call` has the checked arguments of the op, with this device's part of the arrays. If the caller named no
+    implementation, the choice is logged as one line. The same line is logged only once.
     """
     op = _ops[op_name]
     choice = _choice(op, call, implementation)
@@ -262,8 +264,8 @@ def _run_here(call: Any, op_name: str, implementation: tuple[str, ...] | None) -
         if "forward-mode" not in str(error):
             raise
         raise TypeError(
-            f"{op.name} by {name} has no forward-mode derivative (jax.jvp, jax.jacfwd, jax.linearize); "
-            "use jax.grad, jax.vjp or jax.jacrev, or implementation='reference', which has forward mode too"
+            f"{op.name} with implementation {name} has no forward-mode derivative (jax.jvp, jax.jacfwd, jax.linearize)"
+            "; use jax.grad, jax.vjp or jax.jacrev, or implementation='reference', which has forward mode too"
         ) from None
 
 

@@ -1,10 +1,10 @@
 """Code that all Mosaic kernels share: the launch, and the two barriers of every pipeline stage.
 
 A block of a kernel has several warpgroups. One of them copies tiles into shared memory, and the others compute with the
-tiles. A kernel works in steps. Shared memory has room for the tiles of `stages` steps: these places are the pipeline
-stages. They form a ring: the tiles of step s are in stage s % stages. (In the attention kernel `d_key_value` with H or
-Hv above 128, the first warpgroup both copies and computes.) docs/design/attention_kernels.md and
-docs/design/expert_kernels.md explain the barriers of every kernel.
+tiles. A kernel works in steps. A pipeline stage is a part of shared memory that has room for the tiles of one step. The
+stages form a ring: with n stages, the tiles of step s are in stage s % n. There is one exception: in the attention
+kernel `d_key_value`, with a head dimension of the keys or of the values above 128, the first warpgroup both copies and
+computes. docs/design/attention_kernels.md and docs/design/expert_kernels.md explain the barriers of every kernel.
 """
 
 from collections.abc import Callable
@@ -19,11 +19,12 @@ from . import cost
 class Ring(NamedTuple):
     """The barriers of a ring of pipeline stages in shared memory: two barriers for every stage.
 
-    A warpgroup that computes waits for `full`. The warpgroup that copies waits for `used`.
+    `full`: completes when the tiles of the stage are in shared memory. The warpgroups that compute wait for it.
+    `used`: completes when all readers have read the tiles of the stage. The warpgroup that copies waits for it.
     """
 
-    full: Any  # the stage can be read
-    used: Any  # the stage can be overwritten
+    full: Any
+    used: Any
 
 
 def ring(stages: int, *, arrivals: int, readers: int) -> Ring:
@@ -44,7 +45,8 @@ def free_stage(ring: Ring, step, stages: int, *, when=None):
     """Wait until the pipeline stage of step `step` can be overwritten. Return the number of the stage, step % stages.
 
     The warpgroup that copies calls this before it copies the tiles of the step into shared memory. The wait ends when
-    all readers have read the tiles of step `step` - `stages`. If the traced condition `when` is false, do not wait.
+    all readers have read the tiles of step `step` - `stages`. There is no wait in the first `stages` steps, when the
+    stages are empty, and no wait if the traced condition `when` is false.
     """
     stage = step % stages
     is_occupied = step >= stages if when is None else when & (step >= stages)

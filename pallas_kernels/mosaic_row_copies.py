@@ -1,12 +1,12 @@
 """Copies of single rows between an array in global memory and a tile in shared memory, for the ScatterMoE kernels.
 
-The rows of an expert may be scattered over the array, so each row of the tile has a row number. Hopper's copy engine
-copies consecutive rows only. So the threads of a warpgroup copy single rows, in chunks of 16 bytes. Each operation has
-a GPU body and a body for the Mosaic GPU interpreter. docs/design/expert_kernels.md explains the barriers around these
-copies.
+The rows of an expert may be scattered over the array. So every row of the tile comes with the number of its row in the
+array. Hopper's copy engine copies consecutive rows only. So the threads of a warpgroup copy single rows, in chunks of
+16 bytes. Each operation has a GPU body and a body for the Mosaic GPU interpreter. docs/design/expert_kernels.md
+explains the barriers around these copies.
 
 In shared memory, a tile has the layout that the tensor cores read. It consists of atoms of 8 rows x 128 bytes, one row
-of atoms after the other. In an atom, chunk c of row r is at position c ^ r of the row.
+of atoms after the other. In an atom, chunk c of row r is at position c XOR r of the row.
 """
 
 import jax.experimental.pallas as pl
@@ -25,7 +25,7 @@ def atoms(dtype) -> tuple:
     """Return the Pallas transforms that give a tile of `dtype` in shared memory the layout that tensor cores read.
 
     The tile consists of atoms of 8 rows x 128 bytes. In an atom, the chunk of 16 bytes with number c in row r is at
-    position c ^ r of the row (a swizzle).
+    position c XOR r of the row (a swizzle).
     """
     return plgpu.TilingTransform((ATOM[0], ATOM[1] // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(ATOM[1])
 
@@ -34,9 +34,10 @@ def chunks(ops, rows: int, columns: int, itemsize: int):
     """Return (place, distances): the place of a thread's first chunk, and the distances from there to all its chunks.
 
     The 128 threads of a warpgroup copy a tile [rows, columns] of elements of `itemsize` bytes, in chunks of 16 bytes.
-    The place is (row, column, byte in shared memory). It depends on the thread, so it is computed by `ops`, a
-    `_Thread`. A distance is (rows, columns, bytes in shared memory). The first distance is zero. The distances are
-    Python numbers, the same for every thread.
+    A place is (row, column, byte): the row and the column in the tile, and the offset in bytes from the start of the
+    tile in shared memory. It depends on the thread, so it is computed by `ops`, a `_Thread`. `distances` is a list of
+    (rows, columns, bytes) with one entry for every chunk of the thread. The first entry is (0, 0, 0). The entries are
+    Python numbers, because they are the same for all threads.
     """
     per_atom, across = ATOM[1] // CHUNK, columns * itemsize // ATOM[1]
     chunk, row = ops.remainder(ops.thread, per_atom), ops.divide(ops.thread, per_atom)
@@ -134,10 +135,10 @@ _SCALAR = plgpu.Layout.WG_SPLAT
 
 
 def _read_rows(source, rows, column, shape):
-    """Return the tile [M, C] that `gather` copies, in the Mosaic GPU interpreter: source[rows[r], column : column + C].
+    """Return a tile [M, C] whose row r is source[rows[r], column : column + C]: the interpreter body of `gather`.
 
-    `shape` is (M, C). A row is zero if rows[r] is negative. The whole source and all row numbers are each read once,
-    because every access is slow in the interpreter.
+    `shape` is (M, C). A row is zero if rows[r] is negative. Every access to a reference is slow in the interpreter. So
+    `source` and `rows` are each read only once, with all their elements.
     """
     numbers = rows[...]
     there = source[...][jnp.maximum(numbers, 0)]
@@ -146,10 +147,10 @@ def _read_rows(source, rows, column, shape):
 
 
 def _write_rows(tile, rows, column, target) -> None:
-    """Do what `scatter` does, in the Mosaic GPU interpreter: target[rows[r], column : column + C] = tile[r].
+    """Set target[rows[r], column : column + C] = tile[r] for every row r: the interpreter body of `scatter`.
 
-    A row with a negative rows[r] is not written. The copy engine copies one row at a time, and writes nothing beyond
-    the last column of `target`.
+    A row with a negative rows[r] is not written. `plgpu.copy_smem_to_gmem` copies one row at a time, and writes nothing
+    beyond the last column of `target`.
     """
     numbers = rows[...]
 
@@ -177,7 +178,10 @@ def _asm(text: str) -> None:
 
 
 class _Thread:
-    """The integer arithmetic of one GPU thread, as MLIR operations. Tests replace it with Python arithmetic."""
+    """The integer arithmetic of one GPU thread: each function emits an MLIR operation into the kernel.
+
+    Tests replace this class with arithmetic on Python numbers.
+    """
 
     def __init__(self):
         from jax._src.lib.mlir import ir
@@ -204,12 +208,13 @@ class _Thread:
 
 
 def _copies(array, rows, column, tile):
-    """For each chunk of 16 bytes that a thread copies between `array` and `tile`, yield where the chunk is.
+    """Yield once for each chunk of 16 bytes that a thread copies between `array` and `tile`: a `_Thread`.
 
     `array` is [R, D] in global memory, `tile` is [M, C] in shared memory, and `rows` is int32 [M] in global memory. Row
-    r of the tile belongs to row rows[r] of the array, from `column` on. The same `_Thread` is yielded each time, with
-    new attributes: `shared` + `step` is the address of the chunk in shared memory, and `far` is its address in global
-    memory. `inside` is true if the row number is not negative and the column is a column of the array.
+    r of the tile corresponds to array[rows[r], column : column + C]. The attributes of the `_Thread` describe the
+    chunk: `shared` + `step` is its address in shared memory, and `far` is its address in global memory. `inside` is
+    true if the chunk is inside the array: its row number is not negative, and its first column is less than D. Use the
+    attributes before the next chunk: it is the same `_Thread` each time.
     """
     from jax._src.lib.mlir import ir
     from jax._src.lib.mlir.dialects import arith, llvm

@@ -4,9 +4,9 @@ The Mosaic kernels call these operations. The GPU body runs on a GPU. The interp
 interpreter runs a kernel. docs/design/attention_kernels.md says which barriers the GPU bodies rely on.
 
 The register layout of an array [64, C] that tensor cores compute: the 128 threads of a warpgroup form quads of four
-neighbouring threads. A quad holds all C columns of two rows, which are 8 rows apart. Thread t of the quad (0 to 3)
-holds the columns 8 g + 2 t and 8 g + 2 t + 1 of every group g of 8 columns, in both rows. What a thread holds of the
-first of these rows is its row half 0, and what it holds of the second row is its row half 1.
+neighbouring threads. A quad holds all C columns of two rows: an upper row, and the row 8 rows below it. Thread t of the
+quad (0 to 3) holds the columns 8 g + 2 t and 8 g + 2 t + 1 of every group g of 8 columns, in both rows. The elements of
+the upper row in a thread are its row half 0. The elements of the lower row are its row half 1.
 """
 
 import jax
@@ -25,8 +25,8 @@ COLUMN = plgpu.Layout.WGMMA.reduce(0)  # [C], one number per column
 def product(a, b):
     """Return the matrix product a @ b, [64, C] in fp32 in registers.
 
-    `a` [64, D] and `b` [D, C] are references to shared memory, where D is the axis that is summed. They may be
-    transposed.
+    `a` [64, D] and `b` [D, C] are references to shared memory, where D is the axis that is summed. Each of them may be
+    a transposed view of a tile.
     """
 
     def run(acc):
@@ -80,10 +80,10 @@ def exp2_of_minus_abs(x):
 def any_at_most(x, limit: float):
     """Return whether x[r] <= limit for at least one row r, for an array x [64] in registers with a number for each row.
 
-    The forward attention kernel uses it to stop early: `x` is the cumulative log-decay of the 64 query rows of a
-    warpgroup, and a row with x[r] <= limit needs more keys. The threads vote on a named barrier that only this
-    warpgroup uses. `jnp.any` would use shared memory that all warpgroups of a block share: two warpgroups that compute
-    would overwrite each other's values.
+    The forward attention kernel uses it to stop early. There, `x` is the cumulative log-decay (-log2 of the stick left)
+    of the 64 query rows of a warpgroup. The warpgroup needs more keys as long as x[r] <= limit in at least one row. The
+    threads vote on a named barrier that only this warpgroup uses. `jnp.any` would use shared memory that all warpgroups
+    of a block share: two warpgroups that compute would overwrite each other's values.
     """
     if is_interpreted():
         return (x <= limit).any()
@@ -114,8 +114,8 @@ def row_numbers():
     """Return the row numbers 0 to 63 of a tile, int32 [64] in registers. Every call computes them again.
 
     `broadcasted_iota` would give the same numbers. But the compiler computes equal `broadcasted_iota`s of a kernel only
-    once. If a kernel used them before a loop and in the loop, they would take registers during the loop. So this
-    function computes them from the number of the thread.
+    once. If a kernel used these numbers before a loop and in the loop, they would occupy registers during the loop. So
+    this function computes them from the number of the thread.
     """
     if is_interpreted():
         return jnp.arange(64, dtype=jnp.int32)
@@ -142,11 +142,12 @@ def row_numbers():
 
 
 def row_of_thread(thread, half: int, right, bits, either):
-    """Return the row of a tile [64, C] in registers that a thread holds in its row half `half`, 0 or 1.
+    """Return the number (0 to 63) of a row of a tile [64, C] in registers, of which a thread holds some elements.
 
-    `thread` is the number of the thread in its block. Each of the four warps of a warpgroup holds 16 rows. Each quad of
-    a warp holds one of the first 8 rows (half 0) and the row 8 rows below it (half 1). `right(x, n)`, `bits(x, n)` and
-    `either(x, y)` are x >> n, x & n and x | y, on numbers or on MLIR values.
+    A thread holds elements of two rows: `half` 0 means the upper row, and `half` 1 means the row 8 rows below it.
+    `thread` is the number of the thread in its block. Each of the four warps of a warpgroup holds 16 rows. Each quad
+    (four neighbouring threads) holds one of the first 8 of these rows and the row 8 rows below it. `right(x, n)`,
+    `bits(x, n)` and `either(x, y)` are x >> n, x & n and x | y, on numbers or on MLIR values.
     """
     warp, quad = bits(right(thread, 1), 48), bits(right(thread, 2), 7)
     return either(warp, either(quad, 8 * half))
@@ -159,9 +160,10 @@ def minus_sum_right(minuend, factor, x, start):
       sums[r] = sum of x[r, m] over all m
 
     `minuend`, `factor`, `x` and y are [64, C]. `start` and sums are [64]. All are in registers. A factor of None means
-    1. In the attention kernels, `x` is the log-decay of each key, `start` is the cumulative log-decay of the keys
-    further right, and y is the logarithm of the attention weights for the minuend log2(beta). This is one operation, so
-    that the sums over m > c of all columns are never in registers at the same time.
+    1. In the attention kernels, beta is the sigmoid of the logits, `minuend` is log2(beta), `x` is the log-decay
+    -log2(1 - beta) of each key, and `start` is the cumulative log-decay of the keys further right. Then y is log2 of
+    the attention weights. This is one operation, so that the sums over m > c of all columns are never in registers at
+    the same time.
     """
     if is_interpreted():
         total = jnp.cumsum(x[:, ::-1], axis=1)[:, ::-1]
@@ -177,8 +179,9 @@ def minus_sum_left(minuend, factor, x, start):
       sums[r] = sum of x[r, m] over all m
 
     `minuend`, `factor`, `x` and y are [64, C]. `start` and sums are [64]. All are in registers. A factor of None means
-    1. The backward kernels of the attention compute the gradients of the logits with it: `x` is a = A dA (the weights
-    times their gradients), `factor` is beta, and `minuend` is (1 - beta) a.
+    1. In the backward attention kernels, y is the gradient of the logits. There, `x` is a = A dA (the attention weights
+    times their gradients), `minuend` is (1 - beta) a, and `factor` is beta, the sigmoid of the logits. `start` is the
+    sum of a over the keys further left plus the gradient of the output log_rem.
     """
     if is_interpreted():
         total = jnp.cumsum(x, axis=1)
@@ -195,7 +198,10 @@ def _like(x, registers):
 
 
 class _GpuThread:
-    """The arithmetic of one GPU thread, as MLIR operations. Tests replace it with arithmetic on Python numbers."""
+    """The arithmetic of one GPU thread: each function emits MLIR operations into the kernel.
+
+    Tests replace this class with arithmetic on Python numbers.
+    """
 
     def __init__(self):
         from jax._src.lib.mlir import ir
@@ -217,12 +223,13 @@ class _GpuThread:
 
 
 def scan_registers(ops, minuend, factor, x, start, *, right: bool):
-    """Compute `minus_sum_right` (if `right`) or `minus_sum_left` in one thread. Return the registers of both results.
+    """Compute `minus_sum_right` (if `right`) or `minus_sum_left` in one thread. Return its registers of y and sums.
 
-    `ops` is the arithmetic of the thread, a `_GpuThread`. `minuend`, `factor` and `x` are arrays of registers [1,
-    groups, 1, 1, 2 row halves, ..]. A register has the two numbers that the thread holds of a group of 8 columns.
-    `start` is an array of registers [1, 1, 2 row halves, ..]. A register has one number, for the row of the row half.
-    For each group and row half, the thread exchanges two sums with the other threads of its quad.
+    `ops` is the arithmetic of the thread, a `_GpuThread`. The other arguments are arrays of this thread's registers. A
+    thread holds elements of two rows, the row halves. `minuend`, `factor` and `x` are [1, groups, 1, 1, 2 row halves,
+    ..]: a register has the two elements of the thread in a group of 8 columns. `start` is [1, 1, 2 row halves, ..]: a
+    register has the number of one row. For each group and row half, the thread exchanges two sums with the other
+    threads of its quad (four neighbouring threads).
     """
     # `near` and `far` are for the partner threads at distance 1 and 2. They are 1 if the columns of the partner are
     # summed before the columns of this thread, else 0.
@@ -256,7 +263,7 @@ def scan_registers(ops, minuend, factor, x, start, *, right: bool):
 
 
 def _scan(minuend, factor, x, start, *, right: bool):
-    """Compute `minus_sum_right` (if `right`) or `minus_sum_left` on a GPU, from arrays in registers."""
+    """Return (y, sums), computed on a GPU: the GPU body of `minus_sum_right` (if `right`) or of `minus_sum_left`."""
     arrays = (x, minuend) if factor is None else (x, minuend, factor)
 
     @plgpu.inline_mgpu(

@@ -2,16 +2,15 @@
 
 An op is a public function of this package, such as `stick_breaking_attention`. It names every axis of its arrays by a
 letter, such as B, T, N, H. It also names the letters along which its arrays may be divided, because every device can
-then compute its own part of the results without communication. The types of the arrays (`jax.typeof`) say how the
-arrays are divided:
+then compute its own part of the results without communication. What the op does depends on the axes of the mesh:
 
-- On Explicit axes of a mesh, the op wraps itself in `jax.shard_map`. If an array is divided along any other letter, the
-  op raises an error.
+- On Explicit axes, the types of the arrays (`jax.typeof`) say how the arrays are divided. The op wraps itself in
+  `jax.shard_map`. If an array is divided along a letter that the op does not permit, the op raises an error.
 - On a mesh of Auto axes, the types do not say how the arrays are divided. There the op is one operation of the program
   for XLA's partitioner, which decides the division and then asks for the program of one device (`automatic.py`).
-- On Manual axes, inside a `jax.shard_map` of the caller, the op runs on the part of the arrays that this device has.
-  First, all arrays are marked as varying over every mesh axis over which at least one of them varies, that is, differs
-  between devices. So JAX sums the gradient of an array that did not vary over these mesh axes.
+- On Manual axes, inside a `jax.shard_map` of the caller, the op runs on the part of the arrays that this device has. An
+  array varies over a mesh axis if it differs between the devices along this axis. If one array varies over a mesh axis,
+  the op first marks all arrays as varying over it. So JAX sums the gradients of the arrays that did not vary over it.
 """
 
 import functools
@@ -25,7 +24,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec, g
 
 from . import automatic
 
-# Words in the place of letters. STATIC: not an array. RECOMPUTED: every device computes it with `Letters.inside`.
+# Marks in the place of letters. STATIC: not an array. RECOMPUTED: every device computes it with `Letters.inside`.
 STATIC, RECOMPUTED = "static", "anew"
 
 
@@ -34,11 +33,13 @@ class Letters(NamedTuple):
 
     `name`: the name of the op, for messages.
     `call`: a tree with the structure of the checked arguments of the call. Each leaf has the letters of an array, such
-      as "B T N H" for an array with four axes, or it is STATIC or RECOMPUTED.
+      as "B T N H" for an array with four axes. The mark STATIC means that the argument is not an array. The mark
+      RECOMPUTED means that every device computes this array itself, from its part of the other arrays.
     `results`: a tree with the letters of every result.
-    `maps`: {letter: group} for the letters along which arrays may be divided. The axes of one group are divided over
-      the same mesh axes, as query heads N and key heads K are.
-    `inside`: takes the call of one device, where every leaf marked RECOMPUTED is None, and returns the complete call.
+    `maps`: {letter: group} for the letters along which arrays may be divided. A group is a name. Axes whose letters
+      have the same group are divided over the same mesh axes: query heads N and key heads K, for example.
+    `inside`: computes the arrays marked RECOMPUTED on one device. It takes the arguments of this device, in which these
+      arrays are None, and returns the complete arguments.
     """
 
     name: str
@@ -73,14 +74,15 @@ class _Array(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """The program of one device: a function of the device's part of the arrays that returns the results of the op.
+    """The program of one device, as a function: `part(*arrays)` returns the results of the op on this device.
 
-    The function puts the arrays into the arguments of the op, and returns `compute` of these arguments.
+    `arrays` are the device's part of the arrays of the op. The function puts them into the arguments of the op, and
+    returns `compute` of these arguments.
 
     `compute`: computes the results of the op from its complete arguments.
-    `inside`: the function of `Letters` that computes the leaves marked RECOMPUTED.
+    `inside`: the function `Letters.inside`. It computes the arrays that every device computes itself (RECOMPUTED).
     `tree`: the structure of the arguments.
-    `static`: the leaves of the arguments, with `_Array` in the place of every array.
+    `static`: the leaves of the arguments, with the class `_Array` in the place of every array.
     """
 
     compute: Callable[[Any], Any]
@@ -125,11 +127,12 @@ def run(letters: Letters, call: Any, compute: Callable[[Any], Any]) -> Any:
 
 
 def look(letters: Letters, call: Any, compute: Callable[[Any], Any]) -> Any:
-    """Return `compute(call)` for the call on one device, without running the op. `dispatch.explain` uses this.
+    """Return `compute` of the arguments that one device has when the op `run`s on a mesh. Nothing is executed.
 
-    `letters`, `call` and `compute` are the arguments of `run`. The call on one device has this device's part of the
-    arrays. On a mesh of Auto axes it has the whole arrays, because XLA divides them only when it compiles. On Explicit
-    or Auto axes, `compute` receives tracers, so nothing is executed. Otherwise `compute` receives `call` itself.
+    `dispatch.explain` uses this function: its `compute` returns a description of the chosen implementation. `letters`
+    and `call` are the arguments of `run`. On Explicit axes, `compute` receives tracers with the shapes of one device's
+    part of the arrays. On a mesh of Auto axes, the tracers have the shapes of the undivided arrays, because XLA divides
+    arrays only when it compiles. Otherwise `compute` receives `call` itself.
     """
     arrays, part = _arrays(letters, call, compute)
     mesh = _mesh(arrays)
@@ -146,9 +149,9 @@ def look(letters: Letters, call: Any, compute: Callable[[Any], Any]) -> Any:
 
 
 def whole(function: Callable, x, *static) -> Any:
-    """Return `function(x, *static)` for an array `x`, from which every device of a mesh computes the whole result.
+    """Return `function(x, *static)`. On a mesh of Explicit axes, every device computes it from the undivided array `x`.
 
-    If Explicit axes of the mesh divide `x`, it is all-gathered first.
+    If the mesh divides `x`, it is all-gathered first.
     """
     mesh = _mesh([_Array("", (), x)])
     if AxisType.Explicit not in mesh.axis_types:
@@ -216,8 +219,8 @@ def _over_mesh(function, mesh, ins, outs, *values):
         kinds = zip(get_abstract_mesh().axis_names, get_abstract_mesh().axis_types, strict=True)
         if left := [name for name, kind in kinds if kind is AxisType.Explicit]:
             raise ValueError(
-                f"jax.vmap runs over an array axis that {_sizes(mesh, left)} divides, and the op cannot be "
-                "divided along it; merge this array axis into B or T of the op instead of using jax.vmap"
+                f"jax.vmap runs over an array axis that {_sizes(mesh, left)} divides, which this op does not support; "
+                "merge this array axis into the axis B or T of the op instead of using jax.vmap"
             )
         return function(*values)
 
@@ -225,9 +228,9 @@ def _over_mesh(function, mesh, ins, outs, *values):
 
 
 def _arrays(letters: Letters, call, compute) -> tuple[list[_Array], _Part]:
-    """Return (the arrays of a call of an op, the program of one device as a function of its part of these arrays).
+    """Return (arrays, part): the arrays of a call of an op, and the program of one device, a `_Part`.
 
-    `letters`, `call` and `compute` are the arguments of `run`.
+    `part` is a function of the device's part of `arrays`. `letters`, `call` and `compute` are the arguments of `run`.
     """
     named, tree = jax.tree.flatten_with_path(letters.call)
     arrays, static = [], []
@@ -299,7 +302,7 @@ def _axes(letters: Letters, arrays: list[_Array], mesh) -> dict[str, tuple[str, 
             if size % math.prod(mesh.shape[axis] for axis in axes):
                 owner = owners[maps[at]]
                 raise ValueError(
-                    f"{at}={size} of {array} cannot be divided into equal parts by {sizes(axes)}, as {owner[0]} of "
-                    f"{owner[1]} is; change the division of {owner[1].name} with jax.sharding.reshard"
+                    f"{at}={size} of {array} must be divided like {owner[0]} of {owner[1]}, but cannot be divided into "
+                    f"equal parts by {sizes(axes)}; change the division of {owner[1].name} with jax.sharding.reshard"
                 )
     return found

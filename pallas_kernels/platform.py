@@ -66,8 +66,8 @@ def name() -> str:
 def chip() -> str:
     """Return the compute capability of the GPU for which JAX traces code, such as "sm_90".
 
-    Inside `absent_gpu`, it is the compute capability of the absent GPU. If the absent GPU is not in CAPABILITIES,
-    return the name of the GPU. Without a GPU, return the name of the platform, such as "cpu".
+    Inside `absent_gpu`, it is the compute capability of the absent GPU. If the table CAPABILITIES does not have this
+    GPU, return the name of the GPU. Without a GPU, return the name of the platform, such as "cpu".
     """
     device = get_abstract_mesh().abstract_device
     if device is not None and device.platform == "gpu":

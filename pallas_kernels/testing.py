@@ -1,7 +1,8 @@
 """Compares the results and gradients of two implementations of an op, for tests and notebooks.
 
-FORWARD has the tolerances of this project's own tests for outputs, and GRADIENT has them for gradients. A tolerance is
-the largest allowed relative L2 error. It depends on the dtype of the arguments.
+A tolerance is the largest allowed relative L2 error. It depends on the dtype of the arguments. FORWARD has the
+tolerances for outputs, and GRADIENT has the tolerances for gradients. The tests of this project use the same
+tolerances.
 """
 
 import collections
@@ -42,7 +43,7 @@ class Difference(NamedTuple):
 
     @property
     def ok(self) -> bool:
-        """Whether the array is right: no `problem`, `error` within the tolerance, `largest` within ten tolerances."""
+        """Whether the array is right: no `problem`, `error` <= `tolerance`, and `largest` <= 10 * `tolerance`."""
         return self.problem is None and self.error <= self.tolerance and self.largest <= ELEMENT * self.tolerance
 
     def __str__(self) -> str:
@@ -207,7 +208,10 @@ class _Call:
         self.others = {name: x for name, x in arrays.items() if name not in self.floats}
 
     def outputs(self, implementation, floats, others):
-        """Run the op by an implementation on the arrays `floats` and `others`. Return {name: floating-point output}."""
+        """Run the op with an implementation. Return {name: output} for the floating-point outputs.
+
+        `floats` and `others` are {name: array}, for the floating-point arrays and for all other arrays of the call.
+        """
         leaves = self.leaves | others | floats
         bound = inspect.BoundArguments(self.signature, self.tree.unflatten(leaves.values()))
         result = self.op(*bound.args, **bound.kwargs | {"implementation": implementation})
@@ -215,14 +219,14 @@ class _Call:
         return {f"output{jax.tree_util.keystr(path)}": y for path, y in paths if _is_float(y)}
 
     def shapes(self, implementation):
-        """Return {name: shape and dtype} for the floating-point outputs of the op by an implementation."""
+        """Return {name: shape and dtype} for the floating-point outputs of the op with an implementation."""
         return jax.eval_shape(functools.partial(self.outputs, implementation), self.floats, self.others)
 
     def run(self, implementation, floats, others, cotangents):
-        """Run the op by an implementation, forward and backward. Return ({name: output}, {name: gradient}).
+        """Run the op with an implementation, forward and backward. Return ({name: output}, {name: gradient}).
 
-        `floats` and `others` are {name: array}. The gradients are those of the arrays in `floats`. `cotangents` are
-        {name: cotangent of the output}.
+        `floats` and `others` are {name: array}. Every array in `floats` gets a gradient. `cotangents` is {name:
+        cotangent of the output}.
         """
         values, vjp = jax.vjp(lambda floats: self.outputs(implementation, floats, others), floats)
         return values, vjp({name: cotangents[name].astype(y.dtype) for name, y in values.items()})[0]

@@ -38,7 +38,8 @@ def interpret() -> Iterator[None]:
     try:
         if "triton" in sys.modules and not _was_imported_to_interpret():
             raise RuntimeError(
-                "triton was imported before interpret(); call interpret() before the import, or in another process"
+                "triton was imported before triton_call.interpret(), in order to compile kernels; call "
+                "triton_call.interpret() before the import, or in another process"
             )
         if is_installed():
             from triton.runtime.jit import mangle_type
@@ -82,7 +83,7 @@ def refuses(x) -> str | None:
     `x` is an array argument of the kernel. Only the mesh in its type is checked.
     """
     if platform.is_interpreted() and not is_interpreted():
-        return "runs only in its own interpreter, triton_call.interpret()"
+        return "cannot run in the Mosaic GPU interpreter (Triton has its own, triton_call.interpret())"
     if not is_interpreted() and (capability() or 0) < LEAST:
         return f"needs compute capability 8.0 or newer, found {platform.chip()}"
     if missing := _missing():
@@ -91,7 +92,7 @@ def refuses(x) -> str | None:
 
 
 def capability() -> int | None:
-    """Return the compute capability of the GPU for which JAX traces code, as an int: 90 for 9.0.
+    """Return the compute capability of the GPU for which JAX traces code, as an int, such as 90 for 9.0.
 
     The GPU may be absent (`platform.absent_gpu`). Without an NVIDIA GPU, return None.
     """
@@ -152,13 +153,17 @@ def _compiled(kernel, *arrays, out, grid, num_warps, num_stages, constants):
 
 @functools.cache
 def _jax_triton():
-    """Import jax_triton, correct its dead-code rule for this version of JAX, and return the module."""
+    """Import jax_triton and return the module.
+
+    By its dead-code rule, JAX removes a kernel whose results are not used. JAX 0.12 cannot call the rule of jax_triton
+    0.4.1 and older. There this function removes the rule.
+    """
     import jax_triton
     from jax._src.interpreters import partial_eval
     from jax_triton import triton_lib
 
-    # The dead-code rule of jax-triton up to 0.4.1 takes two arguments, but JAX 0.12 passes three. JAX's default rule
-    # works too, so the rule is removed.
+    # The dead-code rule of jax-triton up to 0.4.1 takes two arguments, but JAX 0.12 passes three. Without this rule,
+    # JAX takes its default rule, which works too.
     if jax.version.__version_info__ >= (0, 12) and jax_triton.__version_info__ <= (0, 4, 1):
         partial_eval.dce_rules.pop(triton_lib.triton_kernel_call_p, None)
     return jax_triton

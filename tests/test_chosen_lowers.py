@@ -95,7 +95,7 @@ def test_what_is_chosen_for_hopper_lowers(name, monkeypatch):
         (chosen,) = call.implementations()
         assert (chosen == "mosaic") == ("mosaic_gpu" in lowered(call, chosen))
         if chosen != "mosaic":
-            with pytest.raises(NotImplementedError, match="by mosaic: takes .*; use xla or reference"):
+            with pytest.raises(NotImplementedError, match="implementation mosaic: takes .*; use xla or reference"):
                 lowered(call, "mosaic")
 
 
@@ -109,7 +109,7 @@ def test_what_triton_takes_lowers(name):
             if "triton" in call.implementations():
                 assert ("triton_kernel_call" in lowered(call, "triton")) == has_tokens
             else:
-                with pytest.raises(NotImplementedError, match="by triton: takes .*; use (mosaic or )?xla"):
+                with pytest.raises(NotImplementedError, match="implementation triton: takes .*; use (mosaic or )?xla"):
                     lowered(call, "triton")
 
 

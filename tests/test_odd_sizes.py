@@ -55,7 +55,7 @@ def test_decoding_with_an_odd_cache_is_the_reference(name, hopper):
 )
 def test_what_the_kernels_do_not_take_is_refused_before_one_is_chosen(case, dtype, hopper):
     assert chosen(case, dtype).startswith("xla")
-    with pytest.raises(NotImplementedError, match="cannot run this call by mosaic: takes .*; use xla or reference"):
+    with pytest.raises(NotImplementedError, match="call with implementation mosaic: takes .*; use xla or reference"):
         run("mosaic", case, dtype)
     compare(run(None, case, dtype), expected(case, dtype, False), dtype)
 

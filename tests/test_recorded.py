@@ -152,6 +152,6 @@ def test_a_dry_run_says_the_same(capsys):
 
 
 def test_a_kernel_that_cannot_run_leaves_no_folder(tmp_path):
-    with pytest.raises(NotImplementedError, match="by mosaic: needs compute capability"):
+    with pytest.raises(NotImplementedError, match="implementation mosaic: needs compute capability"):
         fit(DECODER.replace({"model.implementation": "mosaic"}), str(tmp_path / "run"), quiet=True)
     assert not (tmp_path / "run").exists()

@@ -318,7 +318,7 @@ def bad_runs(tmp_path, uninterrupted):
     yield ["CONFIG", "--from", "nowhere@3"], "--from needs a new folder"
     yield ["CONFIG", "--from", f"{uninterrupted[0]}@7", "--run", str(tmp_path / "b")], "no checkpoint of step 7"
     yield ["CONFIG", "--init-from", str(tmp_path)], "is not a run folder"
-    yield ["CONFIG", "--model.implementation=mosaic"], "by mosaic: needs compute capability 9.0, found cpu"
+    yield ["CONFIG", "--model.implementation=mosaic"], "implementation mosaic: needs compute capability 9.0, found cpu"
     yield ["CONFIG", "--model.implementation=xal"], "did you mean 'xla'?"
 
 

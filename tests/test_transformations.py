@@ -327,8 +327,8 @@ def refusals():
             lambda: attend(divide(QUERY, "data"), divide(KEY, "model")),
         "mesh axis 'data'=2 divides both B of query":
             lambda: attend(divide(QUERY, "data"), divide(KEY, None, None, "data")),
-        "K=2 of key [B,S,K,H]=[2, 6, 2, 32] cannot be divided into equal parts by mesh axis 'data'=2 and mesh axis "
-        "'model'=2, as N of query":
+        "K=2 of key [B,S,K,H]=[2, 6, 2, 32] must be divided like N of query [B,T,N,H]=[2, 6, 4, 32], but cannot be "
+        "divided into equal parts by mesh axis 'data'=2 and mesh axis 'model'=2":
             lambda: attend(divide(QUERY, None, None, ("data", "model")), KEY),
         "x [T,D]=[4, 8] is divided along D by mesh axis 'data'=2, and expert_mlp can be divided along T only":
             lambda: mlp(divide(tokens, None, "data"), weight, weight, route(slots, E)),
