@@ -210,10 +210,11 @@ def _rule(node: Node, mesh, values, results) -> SdyShardingRule:
 def _axes(node: Node, mesh, shaped) -> dict[str, tuple[str, ...]]:
     """Return {group: the names of the mesh axes over which the axes of this group are divided}.
 
-    A group is a group of axes in `node.maps`. `shaped` has all arrays and then all results of the node, with the
-    shardings that XLA proposes. Each sharding proposes mesh axes for the axes of an array. For every group, this
-    function takes the first proposal that fits. A proposal fits if the sizes of all axes of the group are multiples of
-    the number of devices along the proposed mesh axes, and if none of these mesh axes divides another group already.
+    A group is a name in `node.maps`: all its axes are divided over the same mesh axes. `shaped` has all arrays and then
+    all results of the node, with the shardings that XLA proposes. Each sharding proposes mesh axes for the axes of an
+    array. For every group, this function takes the first proposal that fits. A proposal fits if the sizes of all axes
+    of the group are multiples of the number of devices along the proposed mesh axes, and if none of these mesh axes
+    divides another group already.
     """
     found, taken = {}, set()
     sizes = list(_dimensions(node, [x.shape for x in shaped]))

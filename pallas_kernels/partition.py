@@ -127,7 +127,7 @@ def run(letters: Letters, call: Any, compute: Callable[[Any], Any]) -> Any:
 
 
 def look(letters: Letters, call: Any, compute: Callable[[Any], Any]) -> Any:
-    """Return `compute` of the arguments that one device has when the op `run`s on a mesh. Nothing is executed.
+    """Return `compute` of the arguments that one device has when `run` runs the op on a mesh. Nothing is executed.
 
     `dispatch.explain` uses this function: its `compute` returns a description of the chosen implementation. `letters`
     and `call` are the arguments of `run`. On Explicit axes, `compute` receives tracers with the shapes of one device's

@@ -135,7 +135,7 @@ def launch(
 
 
 def _compiled(kernel, *arrays, out, grid, num_warps, num_stages, constants):
-    """Compile a Triton kernel, run it on a GPU, and return its outputs. The arguments are those of `launch`."""
+    """Compile a Triton kernel, run it on a GPU, and return its outputs. It takes the arguments of `launch`."""
     jax_triton = _jax_triton()
     if _was_imported_to_interpret():
         raise RuntimeError(

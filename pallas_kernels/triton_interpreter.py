@@ -103,7 +103,7 @@ def _bfloat16_as_on_a_gpu() -> Iterator[None]:
 def run(kernel, *arrays, out, grid, constants, **_):
     """Run a Triton kernel on the CPU in Triton's interpreter, and return its outputs. `triton_call.launch` calls this.
 
-    The arguments are those of `launch`. `num_warps` and `num_stages` have no effect here.
+    It takes the arguments of `launch`. `num_warps` and `num_stages` have no effect here.
     """
     leaves, tree = jax.tree.flatten(out)
 
