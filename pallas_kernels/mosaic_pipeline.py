@@ -1,8 +1,8 @@
 """Code that all Mosaic kernels share: the launch, and the two barriers of every pipeline stage.
 
 A block of a kernel has several warpgroups. One of them copies tiles into shared memory, and the others compute with the
-tiles. (There is one exception: in the attention kernel `d_key_value`, with a head dimension of the keys or of the values
-above 128, the first warpgroup both copies and computes.)
+tiles. (There is one exception: in the attention kernel `d_key_value`, with a head dimension of the keys or of the
+values above 128, the first warpgroup both copies and computes.)
 
 A kernel works in steps. A pipeline stage is a part of shared memory that has room for the tiles of one step. The stages
 form a ring: with n stages, the tiles of step s are in stage s % n. docs/design/attention_kernels.md and
