@@ -85,7 +85,7 @@ def refusal(implementation: str, op: str, arguments, options) -> str | None:
     try:
         explain(op, *arguments, **options, implementation=implementation)
     except NotImplementedError as error:
-        return re.search(rf"by {implementation}: (.*?)(, not .*|, got .*)?; use ", str(error))[1]
+        return re.search(rf"implementation {implementation}: (.*?)(, not .*|, got .*)?; use ", str(error))[1]
     return None
 
 
