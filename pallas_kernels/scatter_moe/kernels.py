@@ -34,9 +34,9 @@ class Kernels(Protocol):
     ) -> Any:  # fmt: skip
         """Return an array `out` [R, columns] with out[target[i]] = x[source[i]] @ weight[e] + bias[e].
 
-        The kernel does this for every tile row i, where e is the expert of the tile.
-        The weight is [E, D, F], or [E, F, D] if `transposed`. Of its F columns, `columns` are used, from column `first`
-        on. If `columns` is None, all columns are used. A bias [E, F] of None is zero.
+        The kernel does this for every tile row i, where e is the expert of the tile. The weight is [E, D, F], or
+        [E, F, D] if `transposed`. Of its F columns, `columns` are used, from column `first` on. If `columns` is None,
+        all columns are used. A bias [E, F] of None is zero.
         """
 
     def activated(self, activation: str, x, source, weight, tasks: Tasks, bias, *, keep: bool) -> tuple:
@@ -51,6 +51,7 @@ class Kernels(Protocol):
 
         The output of a token is the sum over its choices of gate * act(h) @ weight[e], d_out [T, D] is the cotangent of
         the output, and dy = d_out[source] @ weight[e]^T. `gates` is a result of `fused.by_tile`.
+
         `dh`: the gradient of h, in the shape of h: dy * gate times the derivative of act.
         `gate * act(h)`: not a derivative, but the factor `left` of the gradient of the weight (`d_weights`).
         `<act(h), dy>`: for every tile row, the gradient of its gate, without the share of the bias.
@@ -61,6 +62,7 @@ class Kernels(Protocol):
 
         d_out [T, F] is the cotangent of the output, and dy = d_out[source] @ weight[e]^T. `x_rows` says how x is
         ordered.
+
         `gate * dy`: the gradient of x, with rows in the order of x. If x has one row per token, it has one row per
           (token, choice) pair, and the caller sums the k rows of a token.
         `gate * x`, `left_numbers`: the arguments `left` and `left_numbers` of `d_weights`, for the gradient of the

@@ -1,6 +1,7 @@
-"""The reference of the expert ops: every expert computes every row, one expert after the other.
+"""The reference implementation of the expert ops: one expert after the other, each computed for all rows.
 
-Every sum is in fp32, or in fp64 for fp64 arrays, and every product is at the highest precision.
+It is slow and simple, to check the other implementations. All sums are in fp32 (fp64 for fp64 arrays), and all matrix
+products have the highest precision.
 """
 
 import jax.numpy as jnp
