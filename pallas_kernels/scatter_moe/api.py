@@ -124,7 +124,7 @@ def expert_mlp(
 def _check_one_dtype(**arrays):
     """Raise ValueError if the arrays do not all have the same dtype.
 
-    Each array is passed as a keyword: its name in the message.
+    The keywords are the names of the arrays, which the message repeats.
     """
     dtypes = [str(a.dtype) for a in arrays.values()]
     if len(set(dtypes)) > 1:
@@ -132,7 +132,7 @@ def _check_one_dtype(**arrays):
 
 
 def _floats(name, a, shape, letters):
-    """Check that `a` is None or a floating-point array of this shape, and return it.
+    """Check that `a` is None or a floating-point array of this shape, and return it. Otherwise raise ValueError.
 
     `name` is the name of the argument, and `letters` are the letters of its axes, such as "T,k", for the message.
     """
@@ -145,7 +145,7 @@ def _floats(name, a, shape, letters):
 
 
 def _sizes(routing):
-    """Check that `routing` is a `Routing`. Return its sizes (T, k, E): tokens, choices of each token, and experts."""
+    """Check that `routing` is a `Routing`. Return (T, k, E): the numbers of tokens, choices per token and experts."""
     if not isinstance(routing, Routing):
         raise ValueError(f"routing must be the result of route(expert_indices, E), got {type(routing).__name__}")
     return *routing.expert_indices.shape, routing.num_experts

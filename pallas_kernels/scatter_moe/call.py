@@ -1,4 +1,4 @@
-"""The checked arguments of `expert_linear` and `expert_mlp`, as all implementations take them, and the activations."""
+"""The checked arguments of the ops `expert_linear` and `expert_mlp`, and the activation functions."""
 
 import math
 from collections.abc import Iterator
@@ -37,7 +37,8 @@ class LinearCall(NamedTuple):
 class MlpCall(NamedTuple):
     """The checked arguments of a call of `expert_mlp`.
 
-    The result is the sum over the k choices of a token of gate * (act(x @ w_in[e] + b_in[e]) @ w_out[e] + b_out[e]).
+    The result is the sum over the k choices of a token of gate * (act(x @ w_in[e] + b_in[e]) @ w_out[e] + b_out[e]),
+    where e is the expert of the choice and act is the activation.
     """
 
     x: jax.Array  # [T, D]
@@ -73,7 +74,7 @@ def mlp_letters(call: MlpCall) -> Letters:
 
 
 def _routed(call):
-    """Return the call of one device with a new `routing`: the tokens of this device, sorted by expert."""
+    """Return the call of one device with a new `routing`: the (token, choice) pairs of this device, sorted again."""
     weight = call.weight if isinstance(call, LinearCall) else call.w_out
     return call._replace(routing=route(call.routing.expert_indices, weight.shape[0]))
 

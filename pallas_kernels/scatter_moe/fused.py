@@ -1,10 +1,10 @@
 """Code around the GPU kernels of the experts, shared by Mosaic and Triton: derivatives, and sums over the k choices.
 
-The forward pass of `mlp` saves its arguments and the pre-activation h. With y = act(h) w_out and dy = d_out w_out^T,
-the gradient of a gate is <y, d_out> = <act(h), dy>. So the backward pass does not need y. The kernels gather the rows
-of x and d_out when they load them, so no array with k copies of these rows is made. For every token, the k rows of the
-output and the k rows of the gradient of x are summed. XLA computes both sums as gathers, which it fuses. `kernels.py`
-says what the kernels take and return.
+The forward pass of `mlp` saves its arguments and the pre-activation h. Let d_out be the cotangent of the output, y =
+act(h) w_out and dy = d_out w_out^T. Then the gradient of a gate is <y, d_out> = <act(h), dy>, so the backward pass does
+not need y. The kernels gather the rows of x and d_out when they load them, so no array with k copies of these rows is
+made. For every token, the k rows of the output and the k rows of the gradient of x are summed. XLA computes both sums
+as gathers, which it fuses. `kernels.py` says what the kernels take and return.
 """
 
 from functools import partial
@@ -62,9 +62,9 @@ def _combined(kernels: Kernels, x, weight, routing, tasks, gates=None, bias=None
 def _d_gates(gates, d_gate, bias, d_out, routing):
     """Return the gradient of the gates, [T, k].
 
-    The output of a token is the sum over its choices of gate * (y + bias), so the gradient of a gate is <y, d_out> +
-    <bias, d_out>. `d_gate` has <y, d_out> of every (token, choice) pair, [T*k]. `bias` is [E, F] or None, and `d_out`
-    [T, F] is the cotangent of the output.
+    The output of a token is the sum over its choices of gate * (y + bias), where y is the result of the matrix product.
+    So the gradient of a gate is <y, d_out> + <bias, d_out>. `d_gate` has <y, d_out> of every (token, choice) pair,
+    [T*k]. `bias` is [E, F] or None, and `d_out` [T, F] is the cotangent of the output.
     """
     d_gates = d_gate.reshape(gates.shape)
     if bias is not None:

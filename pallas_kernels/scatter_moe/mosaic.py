@@ -24,7 +24,7 @@ def refuses(call: LinearCall | MlpCall) -> str | None:
 
 
 def detail(call: LinearCall | MlpCall) -> str:
-    """Describe for `explain` how the kernels run this call: the size of their tiles, padding and work of XLA."""
+    """Describe for `explain` how the kernels run this call, such as "128 x 256 tiles, activation by XLA"."""
     rows, experts = call.routing.order.shape[0], call.routing.num_experts
     odd = any(n % WIDTH for n in _widths(call))
     text = f"{ROWS * _warpgroups(rows, experts)} x {2 * COLUMNS} tiles"
@@ -34,7 +34,7 @@ def detail(call: LinearCall | MlpCall) -> str:
 
 
 def _widths(call) -> tuple[int, ...]:
-    """Return the sizes of the two axes of the weight of one expert: (D, F) of `weight`, or (F, D) of `w_out`."""
+    """Return the sizes of the axes of the weight of one expert: (D, F) for `expert_linear`, (F, D) for `expert_mlp`."""
     return call.weight.shape[1:] if isinstance(call, LinearCall) else call.w_out.shape[1:]
 
 
@@ -114,14 +114,17 @@ def _rows_of_tile(routing, x) -> int:
 
 
 def _parts(x):
-    """Return x as an array [parts, rows, width]: an array [rows, width] becomes [1, rows, width]."""
+    """Return x as an array [parts, rows, width]. The halves of a gated hidden layer are two parts.
+
+    An array [rows, width] becomes [1, rows, width].
+    """
     return x if x.ndim == 3 else x[None]
 
 
 def _plan(tasks, x, columns: int, *, parts: int = 1, **options) -> Plan:
     """Return the `Plan` of a kernel that takes x [parts of x, rows, width] and returns an array [parts, rows, columns].
 
-    `options` are other fields of `Plan`.
+    The rows are cut into the tiles of `tasks`. `options` are other fields of `Plan`.
     """
     warpgroups = tasks.rows_of_tile // ROWS
     return Plan(x.shape[0], x.shape[2], columns, parts, x.dtype, warpgroups, **options)
@@ -130,8 +133,8 @@ def _plan(tasks, x, columns: int, *, parts: int = 1, **options) -> Plan:
 def _bias(bias, parts: int = 1):
     """Return the bias of all experts as the kernels take it: fp32 [E + 1, parts, F padded to a multiple of 256].
 
-    `bias` is [E, parts * F] or None, which is returned unchanged. Entry E of the result is zero: it is the bias of rows
-    without an expert.
+    `bias` is [E, parts * F], or None, which is returned unchanged. There are two parts for the halves of a gated hidden
+    layer. Entry E of the result is zero: it is the bias of rows without an expert.
     """
     if bias is None:
         return None
@@ -159,9 +162,10 @@ def _d_activated(activation, d_out, source, weight, tasks, h, gates):
 
 
 def _d_gated(d_out, source, weight, tasks, x, x_rows, gates, routing):
-    """Implement `Kernels.d_gated`. A kernel computes only the product dy = d_out[source] @ weight^T.
+    """Return the gradients for `expert_linear` with gates, as `Kernels.d_gated` says.
 
-    XLA computes the other results, in arrays with one row per (token, choice) pair.
+    A Mosaic kernel computes dy = d_out[source] @ weight^T. XLA computes the results from dy, in arrays with one row per
+    (token, choice) pair.
     """
     k = gates.shape[1]
     dy = _product(d_out, source, weight, tasks, tasks.pairs, transposed=True).astype(jnp.float32)
@@ -179,7 +183,10 @@ def _d_weights(left, left_numbers, right, right_numbers, tasks):
 
 
 def _d_bias(bias, right, numbers, tasks, gates=None):
-    """Implement `Kernels.d_bias`: sum the rows of every expert as a matrix product with ones, or with the gates."""
+    """Return the gradient of the bias, as `Kernels.d_bias` says: for every expert, the sum of its rows of `right`.
+
+    A Mosaic kernel computes the sum as a matrix product with ones, or with the gates.
+    """
     gate_of_pair = jnp.ones((1, 1)) if gates is None else gates.reshape(-1, 1)
     left = jnp.broadcast_to(gate_of_pair.astype(right.dtype), (tasks.num_pairs, ONES))
     sums = _d_weights(left, tasks.pairs, right, numbers, tasks)[:, 0]

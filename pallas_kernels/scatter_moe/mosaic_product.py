@@ -51,12 +51,12 @@ class Plan(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """The number of rows of a tile."""
+        """The number of rows of one tile of the result: 64 for each multiplying warpgroup."""
         return ROWS * self.warpgroups
 
     @property
     def steps_of_part(self) -> int:
-        """The number of steps, each over 64 columns of x, for one part of x."""
+        """The number of steps of the matrix product for one part of x. A step multiplies 64 columns of x."""
         return -(-self.width // DEPTH)
 
 
@@ -64,11 +64,10 @@ class Kind(NamedTuple):
     """What differs between the kernels `product`, `activated` and `d_activated`: the work after the matrix product.
 
     After the matrix product of a tile, every multiplying warpgroup calls `finish(At, accumulators, inputs, outputs,
-    scratch)`. The `per_tile` accumulators are sums [64, 128] in registers. Their first columns are `apart` columns
-    apart in the weight. `finish` reads `inputs` and writes `outputs`, in global memory. `scratch` is shared memory and
-    barriers. The copying warpgroup calls `prefetch(tile, inputs, scratch)` after it has started all steps of the tile.
-    `prefetch` starts to copy the rows that `finish` reads. It returns the barrier at which the warpgroup arrives when
-    these rows have arrived.
+    scratch)`. The `per_tile` accumulators are sums [64, 128] in registers, for columns of the weight that begin `apart`
+    columns apart. `finish` reads `inputs` and writes `outputs` (global memory). `scratch` is shared memory and
+    barriers. The copying warpgroup calls `prefetch(tile, inputs, scratch)` when it has started all steps of the tile.
+    `prefetch` starts to copy rows that `finish` reads, and returns the barrier at which their arrival is reported.
     """
 
     name: str
@@ -84,7 +83,7 @@ class Kind(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """References to the arrays in global memory that every kernel reads."""
+    """References to the arrays in global memory that every kernel reads: x, the weights and the list of tiles."""
 
     x: Any  # [parts, rows, width]
     source: Any  # [tiles * rows]: the row of x for every row of the tiles
@@ -105,7 +104,7 @@ class Tile(NamedTuple):
 
 
 class At(NamedTuple):
-    """The place in the result of the accumulators of one warpgroup: 64 rows of one expert, and the first column."""
+    """Where the accumulators of one warpgroup are in the result: 64 rows of one expert, and the first column."""
 
     wg: jax.Array  # the number of the warpgroup
     rows: pl.Slice  # the 64 rows, numbered over all tiles
@@ -114,7 +113,7 @@ class At(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """Shared memory of a block, for the operands of STAGES steps, and the barriers of these stages."""
+    """Shared memory of a block, for the rows of x and the weights of STAGES steps, and the barriers of these stages."""
 
     x: Any  # [STAGES, W, ROWS, DEPTH]
     weights: tuple  # for every accumulator: [STAGES, DEPTH, COLUMNS] or transposed
@@ -122,21 +121,21 @@ class Steps(NamedTuple):
 
 
 class Finish(NamedTuple):
-    """The `inputs` of `finish` in the kernels `product` and `activated`: references to global memory."""
+    """References to the arrays that `Kind.finish` reads in the kernels `product` and `activated`."""
 
     rows: Any  # [tiles * rows]: the row of the result for every row of the tiles
     bias: Any  # [E + 1, parts, columns padded], or None
 
 
 class Activated(NamedTuple):
-    """The results of `activated`: act(h) and, if kept, h. One row per (token, choice) pair, sorted by expert."""
+    """The results of `activated`: act(h) and, if kept, the pre-activation h, with rows sorted by expert."""
 
     activated: Any  # [R, F]
     hidden: Any  # [parts, R, F], or None
 
 
 class Derivative(NamedTuple):
-    """The `inputs` of `finish` in the kernel `d_activated`: references to global memory."""
+    """References to the arrays that `Kind.finish` reads in the kernel `d_activated`. h is the pre-activation."""
 
     rows: Any  # [tiles * rows]: the sorted row for every row of the tiles
     hidden: Any  # [parts, R, F]: h
@@ -144,7 +143,7 @@ class Derivative(NamedTuple):
 
 
 class Derivatives(NamedTuple):
-    """The results of `d_activated`: the gradient of h, gate * act(h), and partial sums of the gradient of the gates."""
+    """The results of `d_activated`: the gradient of the pre-activation h, gate * act(h), and partial gate gradients."""
 
     d_hidden: Any  # [parts, R, F]
     gated: Any  # [R, F]: gate * act(h)
@@ -152,7 +151,7 @@ class Derivatives(NamedTuple):
 
 
 class DerivativeScratch(NamedTuple):
-    """Shared memory of `d_activated` for h and for gate * act(h), in addition to `Steps`, and two more barriers."""
+    """Shared memory for the pre-activation h and gate * act(h) in `d_activated`, besides `Steps`, and two barriers."""
 
     hidden: Any  # [parts, W, ROWS, COLUMNS]: h, which is then overwritten by its gradient
     gated: Any  # [W, ROWS, COLUMNS]: gate * act(h), before it is copied to global memory
@@ -240,7 +239,7 @@ def _copy(plan: Plan, kind: Kind, operands: Operands, steps_mem: Steps, own, for
 
 def _multiply(plan: Plan, kind: Kind, wg, operands: Operands, outputs, steps_mem: Steps, own,
               for_each_tile: Callable) -> None:  # fmt: skip
-    """Run multiplying warpgroup `wg`: for every tile, multiply 64 rows, and call `kind.finish` with the sums."""
+    """Run multiplying warpgroup `wg`: multiply 64 rows of x of every tile, and call `kind.finish` with the sums."""
 
     def multiply_tile(tile: Tile, step):
         def multiply(stage, accumulators):
@@ -281,8 +280,9 @@ def _biased(accumulator, bias_ref, part, at):
 def product(plan: Plan, x, source, weight, tasks: Tasks, target, rows: int, bias=None):
     """Return an array `out` [rows, columns] with out[target] = x[source] @ weight + bias. Other rows are not written.
 
-    x is [parts, rows of x, width]. The weight is [E, parts * width, F], or [E, F, parts * width] if `plan.transposed`.
-    The bias is [E + 1, 1, columns padded]. Its entry E is zero: it is the bias of rows without an expert.
+    `source` and `target` have a row number for every row of the tiles in `tasks`. x is [parts, rows of x, width]. The
+    weight is [E, parts * width, F], or [E, F, parts * width] if `plan.transposed`. The bias is
+    [E + 1, 1, columns padded]. Its entry E is zero: it is the bias of rows without an expert.
     """
 
     def finish(at, accumulators, inputs: Finish, out_ref, out_mem):
@@ -301,7 +301,7 @@ def product(plan: Plan, x, source, weight, tasks: Tasks, target, rows: int, bias
 def activated(plan: Plan, activation: str, x, source, weight, tasks: Tasks, bias=None, *, keep: bool):
     """Return (act(h) [R, F],) or, with `keep`, (act(h) [R, F], h [parts, R, F]), where h = x[source] @ weight + bias.
 
-    The rows of both results are sorted by expert. For a gated activation, the two parts of h are its halves.
+    The rows of both results are sorted by expert. For a gated activation, h has two parts, its two halves.
     """
     R, P = tasks.num_pairs, plan.parts
 

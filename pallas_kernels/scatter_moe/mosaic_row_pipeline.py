@@ -38,8 +38,8 @@ def ring(*, warpgroups: int, copies: int = 0) -> Ring:
 class Sent(NamedTuple):
     """Two counts of steps since the start of the kernel, in the copying warpgroup.
 
-    `started`: the steps whose copies it has started.
-    `handed_over`: the steps that it has handed over to the multiplying warpgroups.
+    `started`: the number of steps whose copies the warpgroup has started.
+    `handed_over`: the number of steps that the warpgroup has handed over to the multiplying warpgroups.
     """
 
     started: jax.Array
@@ -129,7 +129,10 @@ def accumulate(ring: Ring, steps, multiply: Callable, shape: tuple[int, int], co
 
 
 def blocks(most: int) -> int:
-    """Return the number of blocks of a kernel: one for each multiprocessor, but at most `most`, the pieces of work."""
+    """Return the number of blocks of a kernel: one for each multiprocessor, but at most one for each piece of work.
+
+    `most` is the number of pieces of work.
+    """
     return min(platform.multiprocessors(), most)
 
 

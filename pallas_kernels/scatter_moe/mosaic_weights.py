@@ -120,10 +120,10 @@ def d_weights(left, left_numbers, right, right_numbers, tasks: Tasks, out_dtype=
 
 
 def _copy(rows_of_tile: int, operands: Operands, scratch: Scratch, for_each_piece: Callable) -> None:
-    """Run the copying warpgroup of a block: copy the rows of every step of every piece from global to shared memory.
+    """Run the copying warpgroup of a block: copy rows of `left` and `right`, step by step, to shared memory.
 
-    `rows_of_tile` is M, the number of rows of a tile in `tasks`. `for_each_piece(body, state)` calls `state =
-    body(piece, state)` for each piece of the block.
+    `rows_of_tile` is M, the number of rows of a tile in `tasks`. `for_each_piece(body, state)` calls
+    `state = body(piece, state)` for each piece of the block.
     """
 
     def copy_piece(piece: Piece, sent):

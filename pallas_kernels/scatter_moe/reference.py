@@ -12,7 +12,7 @@ from .call import ACTIVATIONS, LinearCall, MlpCall
 
 
 def linear(call: LinearCall):
-    """Return the result of `expert_linear`, [T*k, F], or [T, F] with gates."""
+    """Return the result of `expert_linear`, [T*k, F], or [T, F] with gates, by the reference implementation."""
     dtype = sum_type(call.x)
     routing, (T, k) = call.routing, call.routing.expert_indices.shape
     by_pair = {"token": lambda x: jnp.repeat(x, k, 0), "pair": lambda x: x, "sorted": lambda x: x[routing.inverse]}
@@ -33,7 +33,7 @@ def linear(call: LinearCall):
 
 
 def mlp(call: MlpCall):
-    """Return the result of `expert_mlp`, [T, D]."""
+    """Return the result of `expert_mlp`, [T, D], by the reference implementation."""
     x = call.x.astype(sum_type(call.x))  # so that the hidden units have this type too
     up = LinearCall(x, call.w_in, call.b_in, None, call.routing, "token", "pair")
     hidden = ACTIVATIONS[call.activation](linear(up))

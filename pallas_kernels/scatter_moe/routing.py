@@ -70,8 +70,8 @@ def route(expert_indices: Int[Array, "T k"], num_experts: int) -> Routing:
 
     Raises:
       ValueError: expert_indices is no array of integers [T, k]; E or k is below 1; T * k is 2^31 or more; an index of a
-        NumPy array is below 0 or above E. The indices of a JAX array are checked only with `jax_enable_checks`, and
-        then when the program runs.
+        NumPy array is below 0 or above E. With `jax_enable_checks`, the indices of a JAX array are checked too, when
+        the program runs.
 
     Source: "Scattered Mixture-of-Experts Implementation", arXiv 2403.08245.
 
@@ -102,9 +102,9 @@ def route(expert_indices: Int[Array, "T k"], num_experts: int) -> Routing:
 
 
 def _sorted(expert_indices, num_experts: int):
-    """Return (order, inverse, offsets), three fields of a `Routing`.
+    """Return (order, inverse, offsets), the fields of a `Routing` that describe the sorted (token, choice) pairs.
 
-    `expert_indices` [T,k] has the expert of every (token, choice) pair, from 0 to E = `num_experts`.
+    `expert_indices` [T,k] has the expert of every pair, from 0 to E = `num_experts`, where E means no expert.
     """
     experts = expert_indices.reshape(-1)
     rows = experts.shape[0]

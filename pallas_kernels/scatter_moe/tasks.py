@@ -44,7 +44,7 @@ class Tasks(NamedTuple):
 
     @property
     def rows_of_tile(self) -> int:
-        """The number M of rows of a tile."""
+        """The number M of rows of every tile."""
         return self.pairs.shape[0] // self.expert.shape[0]
 
 
@@ -69,10 +69,11 @@ def make_tasks(routing: Routing, M: int) -> Tasks:
 
 
 def row_numbers(tasks: Tasks, rows: Rows, k: int):
-    """Return, for every tile row, the index of its row in an array, or -1 for an empty tile row: int32 [tiles * M].
+    """Return, for every row of the tiles, the index of this row in an array, or -1 for an empty row: int32 [tiles * M].
 
-    `rows` is the order of the rows of the array: "token" (one row per token), "pair" (one row per (token, choice) pair)
-    or "sorted" (one row per pair, sorted by expert). k is the number of choices of a token.
+    M is the number of rows of a tile. `rows` is the order of the rows of the array: "token" (one row per token), "pair"
+    (one row per (token, choice) pair) or "sorted" (one row per pair, sorted by expert). k is the number of choices of a
+    token.
     """
     if rows == "sorted":
         return tasks.sorted

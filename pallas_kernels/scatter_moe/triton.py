@@ -62,9 +62,9 @@ def _launch(name: str, flops: int, kernel: Callable, sizes: Sizes, *arrays, **op
 def _products(name: str, sizes: Sizes, tasks: Tasks, D: int, F: int, products: int, *arrays, **options):
     """Run the function `name` of `triton_product` on `arrays`, over all tiles of the result. Return its outputs.
 
-    The tiles are the tiles of rows in `tasks` times tiles of columns. The kernel multiplies rows [R, D] by `products`
-    weights [D, F] of the expert of each row. `options` are the outputs `out`, as in `triton_call.launch`, and the
-    constants of this kernel.
+    A tile of the result is a tile of rows in `tasks` times a tile of columns. The kernel multiplies each of R rows,
+    with D columns, by `products` weights [D, F] of its expert. `options` are the outputs `out`, as in
+    `triton_call.launch`, and the constants of this kernel.
     """
 
     def kernel():
@@ -115,9 +115,10 @@ def _d_activated(activation, d_out, source, weight, tasks, h, gates):
 
 
 def _d_gated(d_out, source, weight, tasks, x, x_rows, gates, routing):
-    """Implement `Kernels.d_gated` by the kernel for `Kernels.d_activated`.
+    """Return the gradients for `expert_linear` with gates, as `Kernels.d_gated` says.
 
-    A linear map with gates is a network with the hidden layer h = x whose activation is the identity.
+    The kernel `d_activated` of feed-forward networks computes them: a linear map with gates is a network with the
+    hidden layer h = x whose activation is the identity.
     """
     k = gates.shape[1]
     target, x_numbers = row_numbers(tasks, "pair" if x_rows == "token" else x_rows, k), row_numbers(tasks, x_rows, k)
@@ -127,10 +128,10 @@ def _d_gated(d_out, source, weight, tasks, x, x_rows, gates, routing):
 
 
 def _d_activated_rows(activation, d_out, source, weight, tasks, h, h_numbers, gates, target):
-    """Return the results of `Kernels.d_activated`, for an h whose rows are in any order.
+    """Return (dh, gate * act(h), <act(h), dy>), as `Kernels.d_activated` says, for an h whose rows are in any order.
 
     `h_numbers` [tiles * M] has, for every row of the tiles in `tasks`, its row in h. `target` [tiles * M] has its row
-    in dh and in gate * act(h). An entry of -1 means an empty tile row.
+    in dh and in gate * act(h). An entry of -1 means that the row of the tile is empty.
     """
     F, D = weight.shape[1:]
     sizes, R = product_sizes(tasks.rows_of_tile, D, F, d_out.dtype, widest=128), tasks.num_pairs
@@ -181,7 +182,7 @@ def _d_bias(bias, right, numbers, tasks, gates=None):
 
 
 class TritonKernels(Kernels):
-    """The expert kernels in Triton, as functions that `fused` calls."""
+    """The expert kernels in Triton, as functions that `fused` calls (`Kernels`)."""
 
     rows_of_tile, product = staticmethod(_rows_of_tile), staticmethod(_product)
     activated, d_activated = staticmethod(_activated), staticmethod(_d_activated)

@@ -35,7 +35,8 @@ _WIDE = 256  # columns of x; with fewer, recomputing the pre-activation is faste
 class _Plan(NamedTuple):
     """How many rows of an expert are computed at the same time.
 
-    `together`: C, the number of rows at the start of every expert that are computed in batched products of all experts.
+    `together`: C. The first C rows of every expert are computed together with those of all other experts, as batched
+      products.
     `block`: the other rows of an expert are computed in blocks of this number of rows.
     `pieces`: on CPUs, the first C rows may be computed in this number of batched products, of C / `pieces` rows each.
     """
@@ -61,7 +62,7 @@ def plan(rows: int, experts: int) -> _Plan:
 
 
 def detail(call: LinearCall | MlpCall) -> str:
-    """Describe for `explain` how many rows of an expert are computed at the same time, as text."""
+    """Describe for `explain` how a call runs, such as "48 rows of every expert together, the rest in blocks of 32"."""
     together, block, _ = plan(call.routing.order.shape[0], call.routing.num_experts)
     return f"{together} rows of every expert together, the rest in blocks of {block}"
 
