@@ -42,10 +42,10 @@ class MlpCall(NamedTuple):
     """
 
     x: jax.Array  # [T, D]
-    w_in: jax.Array  # [E, D, F], 2F for a gated activation, with the half for the gate first
+    w_in: jax.Array  # [E, D, F], or [E, D, 2F] for a gated activation: first the columns of `gate`, then of `up`
     w_out: jax.Array  # [E, F, D]
-    b_in: jax.Array | None
-    b_out: jax.Array | None
+    b_in: jax.Array | None  # [E, F] or [E, 2F]
+    b_out: jax.Array | None  # [E, D]
     gates: jax.Array  # [T, k]
     routing: Routing
     activation: str

@@ -54,7 +54,7 @@ def _combined(kernels: Kernels, x, weight, routing, tasks, gates=None, bias=None
         options = dict(first=first, columns=size, transposed=transposed)
         y = kernels.product(x, tasks.sorted, weight, tasks, tasks.sorted, bias, **options)
         out = _combine(y, routing, gates).astype(dtype)
-        x, out = lax.optimization_barrier((x, out))  # XLA must compute one y after the other
+        x, out = lax.optimization_barrier((x, out))  # XLA must compute one group after the other
         pieces.append(out)
     return jnp.concatenate(pieces, 1)
 

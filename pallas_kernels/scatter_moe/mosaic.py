@@ -67,7 +67,7 @@ def mlp(call: MlpCall):
     D, F = call.w_out.shape[2], call.w_out.shape[1]
     parts = 2 if call.activation in GATED else 1
 
-    def halves(x):  # x [.., parts * F]; every part is padded
+    def halves(x):  # x [.., parts * F]; each part is padded to a multiple of 64
         x = _padded(x.reshape(*x.shape[:-1], parts, F), x.ndim)
         return x.reshape(*x.shape[:-2], -1)
 

@@ -87,7 +87,7 @@ class Operands(NamedTuple):
 
     x: Any  # [parts, rows, width]
     source: Any  # [tiles * rows]: the row of x for every row of the tiles
-    expert: Any  # [tiles]
+    expert: Any  # [tiles]: the expert of every tile of rows
     count: Any  # [1]: the number of tiles in use
     weight: Any  # [E, parts * width, F] or transposed
     inputs: Any  # the arrays that `finish` reads
@@ -100,7 +100,7 @@ class Tile(NamedTuple):
     number: jax.Array  # the number of the tile of rows
     column: jax.Array  # the first column of the result
     expert: jax.Array
-    steps: jax.Array  # the number of steps
+    steps: jax.Array  # the number of steps of the matrix product
 
 
 class At(NamedTuple):
@@ -139,15 +139,15 @@ class Derivative(NamedTuple):
 
     rows: Any  # [tiles * rows]: the sorted row for every row of the tiles
     hidden: Any  # [parts, R, F]: h
-    gates: Any  # [tiles * rows]
+    gates: Any  # [tiles * rows]: the gate of every row of the tiles
 
 
 class Derivatives(NamedTuple):
     """The results of `d_activated`: the gradient of the pre-activation h, gate * act(h), and partial gate gradients."""
 
-    d_hidden: Any  # [parts, R, F]
+    d_hidden: Any  # [parts, R, F]: the gradient of h
     gated: Any  # [R, F]: gate * act(h)
-    d_gate: Any  # [tiles of columns, tiles * rows]
+    d_gate: Any  # [tiles of columns, tiles * rows]: summed over the first axis, the gradient of the gates
 
 
 class DerivativeScratch(NamedTuple):

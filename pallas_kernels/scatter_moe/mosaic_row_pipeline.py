@@ -114,7 +114,7 @@ def receive(ring: Ring, steps, multiply: Callable, products: int, step):
 
 
 def accumulate(ring: Ring, steps, multiply: Callable, shape: tuple[int, int], count: int, step):
-    """Multiply `steps` steps, from step number `step` on, and sum the products.
+    """Multiply `steps` steps, from step number `step` on, in a multiplying warpgroup, and sum the products.
 
     Return (the next step number, the sums): `count` arrays of this `shape`, in fp32, in registers. For each step,
     `multiply(stage, accumulators)` starts one product on the tensor cores for each accumulator.

@@ -25,7 +25,7 @@ class Tasks(NamedTuple):
     `first`: [E], the first tile of every expert.
     `rows`: [E], the number of pairs of every expert.
     `pairs`: [tiles * M], for every tile row the number of its pair, token * k + choice, or -1 if the tile row is empty.
-    `sorted`: [tiles * M], for every tile row the place of its pair in the order sorted by expert, or -1.
+    `sorted`: [tiles * M], for every tile row the place of its pair in the list sorted by expert, or -1.
     `tile_row`: [R], the tile row of every pair.
     """
 

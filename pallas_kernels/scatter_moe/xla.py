@@ -305,7 +305,7 @@ def _map_blocks(block, weights, arrays, in_rows, out_rows, routing: Routing):
         )
         return outs, jax.tree.map(lambda total, part: total.at[e].add(part), sums, expert_sums)
 
-    # The expected number of passes is 0 if C is above 0. With C = 0, it is the fewest blocks that hold all rows.
+    # The expected number of passes. With C > 0, it is 0, as for balanced experts. With C = 0, all rows are in blocks.
     trips = 0 if C else math.ceil(R / size)
     return cost.loop(trips, lambda state: lax.fori_loop(0, blocks[-1], add_block, state))((outs, sums))
 
