@@ -189,7 +189,7 @@ def d_activated(d_out, source, weight, hidden, hidden_numbers, gates, expert, co
         weight += e.to(tl.int64) * (D * F)
         dy, _ = _sums(d_out, tl.load(source + tile_rows), weight, columns, e < E, D, F, 1, D, 0, M, N, K)
         rows, gate = tl.load(target + tile_rows), tl.load(gates + tile_rows)[:, None]
-        hidden_rows = tl.where(e < E, tl.load(hidden_numbers + tile_rows), -1)  # without an expert, h is 0 and may be NaN in memory
+        hidden_rows = tl.where(e < E, tl.load(hidden_numbers + tile_rows), -1)  # without an expert, h counts as 0
         # Two halves, one after the other: both at once would not fit the registers.
         left, right = tl.split(tl.permute(tl.reshape(dy, (M, 2, N // 2)), (0, 2, 1)))
         half = across * N + tl.arange(0, N // 2)
