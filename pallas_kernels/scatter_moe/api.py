@@ -132,7 +132,7 @@ def _check_one_dtype(**arrays):
 
 
 def _floats(name, a, shape, letters):
-    """Check that `a` is None or a floating-point array of this shape, and return it. Otherwise raise ValueError.
+    """Check that `a` is None or a floating-point array of shape `shape`, and return it. Else raise ValueError.
 
     `name` is the name of the argument, and `letters` are the letters of its axes, such as "T,k", for the message.
     """

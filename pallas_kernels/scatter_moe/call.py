@@ -74,7 +74,7 @@ def mlp_letters(call: MlpCall) -> Letters:
 
 
 def _routed(call):
-    """Return the call of one device with a new `routing`: the (token, choice) pairs of this device, sorted again."""
+    """Return the call of one device of a mesh with a new `routing`, which sorts only the pairs of this device."""
     weight = call.weight if isinstance(call, LinearCall) else call.w_out
     return call._replace(routing=route(call.routing.expert_indices, weight.shape[0]))
 

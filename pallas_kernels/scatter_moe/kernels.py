@@ -60,7 +60,7 @@ class Kernels(Protocol):
 
         `dh`: the gradient of h, in the shape of h: gate * dy times the derivative of act.
         `gate * act(h)`: not a derivative. `d_weights` takes it as `left`, for the gradient of the weight.
-        `<act(h), dy>`: for every row of the tiles, the gradient of its gate, without the share of the bias.
+        `<act(h), dy>`: for every row of the tiles, the gradient of its gate, without the bias term <bias, d_out>.
         """
 
     def d_gated(self, d_out, source, weight, tasks: Tasks, x, x_rows: Rows, gates, routing: Routing) -> tuple:
@@ -73,7 +73,7 @@ class Kernels(Protocol):
           row per (token, choice) pair, and the caller sums the k rows of a token.
         `gate * x`, `left_numbers`: the arguments `left` and `left_numbers` of `d_weights`, for the gradient of the
           weight.
-        `<x, dy>`: the gradient of the gate of every pair, without the share of the bias.
+        `<x, dy>`: the gradient of the gate of every pair, without the bias term <bias, d_out>.
         """
 
     def d_weights(self, left, left_numbers, right, right_numbers, tasks: Tasks) -> Any:

@@ -3,9 +3,9 @@
 They compute out[target[i]] = x[source[i]] @ weight[expert of i] for every row i of the tiles in `tasks`. `source` and
 `target` are row numbers from `tasks.row_numbers`, so one kernel can read and write rows in any order: by token, by pair
 or sorted by expert. A block computes one tile of the result after the other. One or two warpgroups multiply 64 rows of
-the tile each, with one or two accumulators of 64 x 128 in registers. Another warpgroup copies the operands to shared
-memory ahead of them: rows by their numbers, and weights by the copy engine. The operation after the product (an
-activation or its derivative) runs on the accumulators. docs/design/expert_kernels.md explains the barriers.
+the tile each, with one or two accumulators of 64 x 128 in registers. Another warpgroup copies rows, by their
+numbers, to shared memory before they are needed, and the copy engine copies weights. The operation after the product
+(an activation or its derivative) runs on the accumulators. docs/design/expert_kernels.md explains the barriers.
 """
 
 from collections.abc import Callable
@@ -63,11 +63,11 @@ class Plan(NamedTuple):
 class Kind(NamedTuple):
     """What differs between the kernels `product`, `activated` and `d_activated`: the work after the matrix product.
 
-    After the matrix product of a tile, every multiplying warpgroup calls `finish(At, accumulators, inputs, outputs,
-    scratch)`. The `per_tile` accumulators are sums [64, 128] in registers, for columns of the weight that begin `apart`
-    columns apart. `finish` reads `inputs` and writes `outputs` (global memory). `scratch` is shared memory and
-    barriers. The copying warpgroup calls `prefetch(tile, inputs, scratch)` when it has started all steps of the tile.
-    `prefetch` starts to copy rows that `finish` reads, and returns the barrier at which their arrival is reported.
+    After the matrix product of a tile, every multiplying warpgroup calls `finish(at, accumulators, inputs, outputs,
+    scratch)`. The `per_tile` accumulators are sums [64, 128] in registers: accumulator p is for the 128 weight columns
+    from column + p * apart on. `finish` reads `inputs` and writes `outputs` (global memory). `scratch` is shared memory
+    and barriers. When the copying warpgroup has started all copies of a tile, it calls `prefetch(tile, inputs,
+    scratch)`, which starts to copy rows that `finish` reads, and returns the barrier that reports their arrival.
     """
 
     name: str
@@ -78,7 +78,7 @@ class Kind(NamedTuple):
 
     @property
     def step(self) -> int:
-        """The number of columns of each part of the result that one tile covers."""
+        """The number of columns of a tile of the result, in each part of the result."""
         return self.per_tile * COLUMNS if self.apart == COLUMNS else COLUMNS
 
 
@@ -272,7 +272,7 @@ def _store(values, numbers, memory, column, out_ref) -> None:
 
 
 def _biased(accumulator, bias_ref, part, at):
-    """Return the accumulator [64, 128] plus the bias of the expert for these columns, both in fp32, in registers."""
+    """Return the accumulator [64, 128] plus the bias of part `part` for the expert and columns of `at`."""
     bias = plgpu.load(bias_ref.at[at.expert, part, pl.ds(at.column, COLUMNS)], layout=shims.COLUMN, optimized=False)
     return accumulator + lax.broadcast_in_dim(bias, accumulator.shape, [1])
 

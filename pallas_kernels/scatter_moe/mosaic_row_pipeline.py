@@ -148,7 +148,7 @@ def every(blocks: int, total, body: Callable, state):
 
 
 def memory(shape, dtype):
-    """Return the declaration of shared memory of this shape, [.., rows, columns], for tiles [rows, columns].
+    """Return the declaration of shared memory of shape `shape`, [.., rows, columns], for tiles [rows, columns].
 
     The elements of a tile are in the order that `row_copies.gather` writes and tensor cores read.
     """

@@ -17,7 +17,7 @@ from .routing import Routing, first_positions
 class Tasks(NamedTuple):
     """The (token, choice) pairs, sorted by expert and cut into tiles of M rows, as arrays of int32.
 
-    The arrays have room for the tiles of every routing of R pairs. Only the first `count` tiles are in use. The rows of
+    The arrays are long enough for any routing of R pairs. Only the first `count` tiles are in use. The rows of
     all tiles are numbered: row m of tile i is tile row i * M + m. It holds one pair, or it is empty.
 
     `expert`: [tiles], the expert of every tile, in ascending order.
@@ -69,7 +69,7 @@ def make_tasks(routing: Routing, M: int) -> Tasks:
 
 
 def row_numbers(tasks: Tasks, rows: Rows, k: int):
-    """Return, for every row of the tiles, the index of this row in an array, or -1 for an empty row: int32 [tiles * M].
+    """Return, for every row of the tiles, its index in an array of rows, or -1 if it is empty: int32 [tiles * M].
 
     M is the number of rows of a tile. `rows` is the order of the rows of the array: "token" (one row per token), "pair"
     (one row per (token, choice) pair) or "sorted" (one row per pair, sorted by expert). k is the number of choices of a

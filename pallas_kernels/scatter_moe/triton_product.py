@@ -139,7 +139,7 @@ def activated(x, source, weight, bias, expert, count, target, out, hidden, E: tl
 @triton.jit
 def _d_activated(dy, gate, hidden, hidden_rows, rows, columns, dh, gated, F: tl.constexpr, GATED: tl.constexpr,
                  ACTIVATION: tl.constexpr):  # fmt: skip
-    """Write dh and gate * act(h) for some columns of `d_activated`. Return <act(h), dy> over these columns, [M].
+    """Write dh and gate * act(h) of `d_activated` for some columns. Return <act(h), dy> over these columns, [M].
 
     `columns` are the column numbers. `dy` [M, columns], `gate` [M, 1] and the returned sums are in registers. `hidden`,
     `dh` and `gated` point to global memory. `hidden_rows` [M] are the row numbers to read in `hidden`, and `rows` [M]

@@ -43,8 +43,8 @@ def fitting(most: int, size: int) -> int:
 def rows_of_tile(rows: int, experts: int, dtype) -> int:
     """Return the number of rows of a tile, for `rows` rows in total that are routed to `experts` experts.
 
-    It is a power of two, from 16 to 128 (64 for float32), and about the mean number of rows of an expert. So few rows
-    of a tile are empty.
+    It is a power of two, from 16 to 128 (64 for float32), and about the mean number of rows of an expert, which
+    keeps the number of empty rows small.
     """
     most = 64 if dtype == jnp.float32 else 128
     return max(16, min(most, _power(rows // experts)))
@@ -70,9 +70,9 @@ def _stages(rows: int, columns: int, depth: int, dtype, most: int) -> int:
 def product_sizes(rows: int, depth: int, columns: int, dtype, *, products: int = 1, widest: int = 256) -> Sizes:
     """Return the sizes of a program that multiplies a tile of rows by `products` weights of one expert.
 
-    The tile has `rows` rows of `depth` columns, and each weight is [depth, columns]. `widest` is the largest allowed
-    number of columns of a tile, counted over all products. Float32 products run without tensor cores. If a tile has few
-    rows, loading the weights takes most of the time.
+    The tile has `rows` rows of `depth` columns, and each weight is [depth, columns]. `products` times the number of
+    columns of a tile is at most `widest`. Tiles are narrow for float32, which runs without tensor cores, and if the
+    tile has few rows, because then loading the weights takes most of the time.
     """
     if dtype == jnp.float32:
         columns_most, depth_most, warps = 64, 32, 4
@@ -89,8 +89,8 @@ def product_sizes(rows: int, depth: int, columns: int, dtype, *, products: int =
 def weight_sizes(D: int, F: int, dtype) -> Sizes:
     """Return the sizes of a program that computes a tile of the gradient of a weight [D, F].
 
-    The program sums over the rows of an expert, `depth` rows at a time. It loads the row numbers ahead of the rows, and
-    these loads take half of the stages.
+    The program sums over the rows of an expert, `depth` rows at a time. It loads the row numbers ahead of the rows, so
+    it needs twice the number of stages.
     """
     if dtype == jnp.float32:
         rows_most, columns_most, depth, warps = 64, 64, 32, 4

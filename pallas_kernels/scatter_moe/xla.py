@@ -35,8 +35,7 @@ _WIDE = 256  # columns of x; with fewer, recomputing the pre-activation is faste
 class _Plan(NamedTuple):
     """How many rows of an expert are computed at the same time.
 
-    `together`: C. The first C rows of every expert are computed together with those of all other experts, as batched
-      products.
+    `together`: C. The first C rows of all experts are computed together, as batched products.
     `block`: the other rows of an expert are computed in blocks of this number of rows.
     `pieces`: on CPUs, the first C rows may be computed in this number of batched products, of C / `pieces` rows each.
     """
@@ -49,8 +48,8 @@ class _Plan(NamedTuple):
 def plan(rows: int, experts: int) -> _Plan:
     """Return how many rows of an expert are computed at the same time, given the total number of rows and of experts.
 
-    `rows` is the number of (token, choice) pairs. The mean number of rows of an expert decides, by a rule that was
-    measured on CPUs. On CPUs, batched products of fewer than 48 rows are slow.
+    `rows` is the number of (token, choice) pairs. The plan depends on the mean number of rows of an expert, by
+    a rule that was measured on CPUs. On CPUs, batched products of fewer than 48 rows are slow.
     """
     mean = rows / experts
     if mean < 4:
@@ -228,13 +227,13 @@ _jitted = jax.jit(_grouped, static_argnums=0)  # without a jit, the loop would b
 
 
 def _map_blocks(block, weights, arrays, in_rows, out_rows, routing: Routing):
-    """Call `block(weights, rows, valid) -> (row outputs, weight outputs)` until all rows of all experts are computed.
+    """Call `block` until all rows of all experts are computed. Return (row outputs, weight outputs).
 
-    Each call computes some rows of one expert. `block` receives the weights of this expert, these rows of each array in
-    `arrays`, and `valid`, bool [rows], which is False for a row of padding. The argument `weights` of this function has
-    arrays [E, ..]. `in_rows` and `out_rows` say how the rows of each array and of each row output are ordered, as in
-    `call.Rows`. Return (the row outputs of all rows, for every expert the sum of its weight outputs [E, ..]). A None
-    among the arrays or outputs stays None.
+    `block(weights of e, rows, valid)` computes some rows of one expert e: it takes these rows of each array in
+    `arrays`, and `valid`, bool [rows], which is False for a row of padding. It returns (row outputs, weight outputs).
+    The weight outputs are summed over all calls for an expert: [E, ..]. `weights` has arrays [E, ..]. `in_rows` and
+    `out_rows` say how the rows of each array and of each row output are ordered, as in `call.Rows`. A None among the
+    arrays or outputs stays None.
     """
     k = routing.expert_indices.shape[1]
     R, E = routing.order.shape[0], routing.num_experts
@@ -265,9 +264,9 @@ def _map_blocks(block, weights, arrays, in_rows, out_rows, routing: Routing):
     pair_rank = routing.inverse - starts[clipped]
 
     def placed(y, order):
-        """Return an array [R, ..] in the order `order` with the rows y [E, C, ..], the first C of every expert.
+        """Return an array [R, ..] with y [E, C, ..], the first C rows of every expert, in the order `order`.
 
-        All other rows of the array are zero.
+        `order` is "pair" or "sorted". All other rows of the array are zero.
         """
         expert, rank = (
             (pair_expert, pair_rank) if order == "pair" else (pair_expert[routing.order], pair_rank[routing.order])
@@ -313,10 +312,11 @@ def _map_blocks(block, weights, arrays, in_rows, out_rows, routing: Routing):
 def _together(run, weights, starts, ends, C: int, pieces: int):
     """Return the results of `run` for the first C rows of every expert e: arrays [E, ..].
 
-    `run(weights of e, p, ends[e])` computes the sorted rows p of expert e. The sorted rows of expert e are starts[e] to
-    ends[e] - 1. On a CPU, if C is large, two experts are computed at a time (one if E is odd). Their rows stay in the
-    cache, which saves more time than the copy of their weights takes. Their rows are computed in `pieces` pieces of
-    C / `pieces` rows. A piece in which these experts have no rows is left out, as happens after tokens have halted.
+    `run(weights of e, p, ends[e])` computes rows p of expert e, where p [rows] are indices in the list of rows sorted
+    by expert. Expert e has the rows starts[e] to ends[e] - 1 of this list. On a CPU, if C is large, two experts are
+    computed at a time (one if E is odd). Their rows stay in the cache, which saves more time than the copy of their
+    weights takes. Their rows are computed in `pieces` pieces of C / `pieces` rows. A piece in which these experts have
+    no rows is left out, as happens after tokens have halted.
     """
     E, size = len(starts), C // pieces
 
