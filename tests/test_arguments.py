@@ -87,7 +87,7 @@ X, W, W_IN, W_OUT, G = (jnp.zeros(s) for s in ((6, 4), (3, 4, 5), (3, 4, 10), (3
         (lambda: route(jnp.zeros((6, 0), int), 3), "k=0 experts per token must be at least 1"),
         (lambda: expert_linear(X[0], W, R), r"x must be \[R,D\], got x.shape=\(4,\)"),
         (lambda: expert_linear(X[:5], W, R), r"x must have T or T\*k rows with T=6, k=2, got x.shape=\(5, 4\)"),
-        (lambda: expert_linear(X, W, R, grouped_in=True), r"x must have T\*k \(because of grouped_in\) rows"),
+        (lambda: expert_linear(X, W, R, grouped_in=True), r"x must have T\*k rows \(because grouped_in=True\)"),
         (lambda: expert_linear(X, W[:2], R), r"weight must be \[E,D,F\] with E=3, D=4, got weight.shape=\(2, 4, 5\)"),
         (lambda: expert_linear(X, W_OUT, R), r"weight must be \[E,D,F\] with E=3, D=4"),
         (lambda: expert_linear(X, W[0], R), r"weight must be \[E,D,F\]"),
