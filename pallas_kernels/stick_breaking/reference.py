@@ -1,4 +1,4 @@
-"""The reference of stick-breaking attention: it computes the formulas directly, with all T * S weights in memory.
+"""The implementation "reference" of stick-breaking attention: the formulas, with all T * S weights in memory.
 
 Every sum is in fp32, or in fp64 for fp64 arrays, and every product is at the highest precision.
 """
@@ -13,9 +13,10 @@ from .logarithm import NOTHING
 
 
 def weights(call: Call):
-    """Return (A [B,N,T,S], log_rem [B,N,T]): the attention weights of a call, and the logarithm of the stick left.
+    """Return (A [B,N,T,S], log_rem [B,N,T]) of a call, without the use of its value array.
 
-    `log_rem` is a natural logarithm. The value array of the call is not used.
+    A are the attention weights. `log_rem` is the natural logarithm of the part of the stick that remains after all
+    keys.
     """
     dtype = sum_type(call.query)
     q, k = call.query.astype(dtype), call.key.astype(dtype)
@@ -33,9 +34,10 @@ def weights(call: Call):
 
 
 def attention(call: Call):
-    """Return (out [B,T,N,Hv], log_rem [B,T,N], share of the key tiles computed [B,K]), where all shares are 1.
+    """Return (out [B,T,N,Hv], log_rem [B,T,N], kept [B,K]) of a call.
 
-    `log_rem` is the natural logarithm of the stick left.
+    `log_rem` is the natural logarithm of the part of the stick that remains. `kept`, the share of the keys that was
+    computed, is always 1.
     """
     A, log_rem = weights(call)
     v = jnp.repeat(call.value.astype(A.dtype), A.shape[1] // call.value.shape[2], axis=2)
