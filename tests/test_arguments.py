@@ -34,7 +34,7 @@ BAD = {
     "float segments": (_bad(segment_ids=jnp.zeros((2, 8))), "segment_ids must be integers"),
     "key segments": (_bad(segment_ids=IDS, key_segment_ids=IDS[:1]), r"key_segment_ids .* \[B,S\]=\[2, 8\]"),
     "key segments alone": (_bad(key_segment_ids=IDS), "key_segment_ids .* is given without segment_ids"),
-    "one of two": (_bad(query=(2, 5, 4, 16), segment_ids=IDS[:, :5]), "T=5 queries and S=8 keys differ in number"),
+    "one of two": (_bad(query=(2, 5, 4, 16), segment_ids=IDS[:, :5]), "segment_ids alone needs T = S, got T=5 and S=8"),
     "window": (_bad(window=-1), "window=-1 must be at least 0"),
     "skip_below": (_bad(skip_below=0.0), "skip_below=0.0 must be a negative number"),
     "skip_below nan": (_bad(skip_below=math.nan), "must be a negative number"),

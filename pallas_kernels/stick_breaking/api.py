@@ -149,7 +149,7 @@ def _weights(call: Call):
 def merge_stick_breaking(
     near: tuple[Float[Array, "*b Hv"], Float[Array, "*b"]], far: tuple[Float[Array, "*b Hv"], Float[Array, "*b"]]
 ) -> tuple[Float[Array, "*b Hv"], Float[Array, "*b"]]:
-    """Merge two results of `stick_breaking_attention`, over nearer and over further keys, into one over all these keys.
+    """Merge two results of `stick_breaking_attention`, one over nearer and one over further keys, into one result.
 
     Both results are for the same queries. With output o and r = exp(log_rem), the part of the stick that remains:
     o = o_near + r_near * o_far and r = r_near * r_far. The operation is associative.
@@ -231,7 +231,7 @@ def _prepare(
         _check_segments("segment_ids", segment_ids, (B, T), "B,T")
         if key_segment_ids is None:
             if T != S:
-                raise ValueError(f"T={T} queries and S={S} keys differ in number; pass key_segment_ids [B,S] too")
+                raise ValueError(f"segment_ids alone needs T = S, got T={T} and S={S}; pass key_segment_ids [B,S] too")
             key_segment_ids = segment_ids
         _check_segments("key_segment_ids", key_segment_ids, (B, S), "B,S")
     elif key_segment_ids is not None:

@@ -47,8 +47,8 @@ class Mask(NamedTuple):
     def visible(self, where: Where, q, k):
         """Return whether each query sees each key, for one batch entry: bool [len(q), len(k)].
 
-        `q` and `k` are arrays of query indices and key indices. A query index of T or more (the padding of a tile) sees
-        no key, and no query sees a key index of S or more. `where` has the arrays of the batch entry, without axis B.
+        `q` and `k` are arrays of query indices and key indices. A query with an index of T or more is padding and sees
+        no keys. No query sees a key with an index of S or more. The arrays of `where` have no axis B.
         """
         offset = where.offset if self.static_offset is None else self.static_offset
         distance = (offset + q)[:, None] - k[None, :]
@@ -75,7 +75,7 @@ class Stats(NamedTuple):
 
 
 def letters(call: Call) -> Letters:
-    """Return the letters of the axes of every array of a call, and the axes that a mesh may divide.
+    """Return the letters of the axes of every array of a call, such as "B T N H", and the axes that a mesh may divide.
 
     A mesh may divide the batch B, the key heads K and the query heads N. Query heads are divided in the same way as the
     key heads that they use.

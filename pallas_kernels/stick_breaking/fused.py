@@ -97,9 +97,10 @@ def _for_tiles_of(plan: Plan, log_decay, reached):
 def _gradients(kernels: Kernels, plan: Plan, arrays, scale, planned):
     """Run the two kernels of the backward pass. Return (dq, d_scale, dk, dv).
 
-    d_scale is an array whose sum is the gradient of the scale. `arrays` are query, key, value, d_out, d_log_rem,
-    log_decay and reached. `planned` is a result of `_planned`. The first kernel writes snapshots, which the second
-    kernel reads. If the snapshots of all heads need more than SNAPSHOTS bytes, a few heads are computed at a time.
+    d_scale is an array whose sum is the gradient of the scale. `arrays` are (query, key, value, d_out, d_log_rem,
+    log_decay, reached), as in `Kernels.d_query`, and `planned` is a result of `_planned`. The first kernel writes
+    snapshots, which the second kernel reads. If the snapshots of all heads need more than SNAPSHOTS bytes, a few heads
+    are computed at a time.
     """
     query, key, value, d_out, d_log_rem, log_decay, reached = arrays
 
@@ -159,7 +160,7 @@ def _planned(call: Call, plan: Plan, per_position: int = 1):
 
 
 def _share_visited(plan: Plan, key_ranges, reached):
-    """Return [B,K]: the share of the key tiles that the forward pass visited, of all that the mask lets queries see.
+    """Return [B,K]: the number of key tiles that the forward pass visited, divided by the number that queries may see.
 
     `key_ranges` [B, query tiles, 4] are the key-tile ranges, and `reached` [B, N, query tiles] is the leftmost key tile
     that each query tile visited. Without `skip_below`, the share is 1.

@@ -16,7 +16,7 @@ CACHED = 16 * 2**20  # bytes of keys and values that fit into the level-2 cache 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The sizes and settings of one call of a kernel, fixed when it is compiled. Each backend adds more in a subclass.
+    """The sizes and settings of one call of a kernel, fixed when it is compiled. Backends add fields in subclasses.
 
     A block of the GPU computes one or two query tiles of one head. It visits the key tiles that these queries see.
     """
@@ -77,7 +77,7 @@ class Plan:
 
     @property
     def key_tiles(self) -> int:
-        """The number of key tiles of a head; the last tile may be partial."""
+        """The number of key tiles of a head. The last tile may have fewer keys than the others."""
         return -(-self.S // self.key_tile)
 
     @property
@@ -107,14 +107,15 @@ class Plan:
 class Kernels(Protocol):
     """The attention kernels of one backend. The object is hashable, so that it can be a static argument of a function.
 
-    The arrays of the methods, in sizes that are fields of the plan (rows and S may be padded to `row_multiple`):
+    The methods take these arrays. The sizes are fields of `Plan`. rows and S may be padded to multiples of
+    `row_multiple`.
     - query [B,rows,N,H], key [B,S,K,H], value [B,S,K,Hv] and scale [], the factor of the logits.
     - d_out [B,rows,N,Hv] and d_log_rem [B,N,padded]: the cotangents of the output and of log_rem, the natural logarithm
       of the part of the stick that remains.
     - reached [entries, N, query tiles]: the leftmost key tile that each query tile visited in the forward pass. A head
       has padded / row_tile query tiles.
-    - `*planned`: the key-tile ranges [entries, query tiles, 4], the offsets [B], and, if a call has segments, the
-      segment ids of its queries [B, padded] and of its keys [B, key_tiles * key_tile].
+    - `*planned`: the key-tile ranges [entries, query tiles, 4], the offsets [B], and, if a call has segments, the ids
+      of its queries [B, padded] and of its keys [B, key_tiles * key_tile].
     """
 
     snapshot_bytes: int  # bytes of the snapshots of one query row and one key tile
@@ -137,9 +138,9 @@ class Kernels(Protocol):
         """Compute the gradient of the queries. Return (d_query [B,rows,N,H], d_scale [B,N,padded], snapshots).
 
         d_scale is the contribution of every query row to the gradient of the scale. With the snapshots, `d_key_value`
-        can compute the key tiles in any order. There are two for every query row and key tile: the cumulative log-decay
-        with which the forward pass entered the tile, and P = d_log_rem + the sum of weight * <d_out, value> over the
-        keys on the left of the tile. Each backend chooses the shape of the array of snapshots.
+        can compute the key tiles in any order. For every query row and key tile (or half of one), they are two numbers:
+        the cumulative log-decay with which the forward pass entered the tile, and P = d_log_rem + the sum of weight *
+        <d_out, value> over the keys on the left of the tile. Each backend chooses the shape of the array.
         """
 
     def d_key_value(self, plan: Any, query, key, value, d_out, snapshots, reached, scale, *planned) -> tuple:

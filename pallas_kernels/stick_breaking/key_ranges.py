@@ -13,7 +13,7 @@ from .call import Call
 def key_tile_ranges(call: Call, rows: int, columns: int, per_position: int = 1):
     """Return the key-tile range of every query tile, (stop, whole_stop, whole_start, start): int32 [B, query tiles, 4].
 
-    The four entries of a range are numbers of key tiles, in descending order. The key tiles start..stop-1 are computed
+    The four entries of a range are indices of key tiles, in descending order. The key tiles start..stop-1 are computed
     for the query tile. The key tiles whole_start..whole_stop-1 need no mask, because every query of the query tile sees
     every key in them. An empty range starts and stops at 0.
 
@@ -61,7 +61,7 @@ def key_tile_ranges(call: Call, rows: int, columns: int, per_position: int = 1):
 def query_tile_ranges(key_ranges, reached, key_tiles: int):
     """Return, for every key tile, the range of the query tiles that visit it: int32 [B, N, key tiles, 4].
 
-    A query tile visits a key tile if it is computed with that key tile. The four entries of a range are numbers of
+    A query tile visits a key tile if it is computed with that key tile. The four entries of a range are indices of
     query tiles, (first, whole_first, whole_stop, stop), in ascending order. The query tiles whole_first..whole_stop-1
     visit the key tile and need no mask. Each of the other query tiles of first..stop-1 visits the key tile with a mask,
     or does not visit it.

@@ -67,7 +67,10 @@ class Outputs(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """The shared memory of a block, and its barriers. A step has `tiles` query tiles: 2, or 1 if `is_wide`."""
+    """The shared memory of a block, and the barriers that protect it.
+
+    The kernel loops over the query tiles in steps. A step has `tiles` query tiles: one if `is_wide`, else two.
+    """
 
     key: Any  # [2 halves, HALF, H]
     value: Any  # [2 halves, HALF, Hv]
@@ -92,9 +95,9 @@ class Block(NamedTuple):
 
 
 def has_steps_left(state):
-    """Return whether the search for the query tiles of the next step can go on.
+    """Return whether the loop over the query tiles, which has two passes, 0 and 1, has not yet ended.
 
-    `state` is (cursor, step). The cursor is (pass, query head, query tile), as in `_copies`. There are passes 0 and 1.
+    `state` is (cursor, step). The cursor is the place of the loop, (pass, query head, query tile), see `_copies`.
     """
     cursor, _ = state
     return cursor[0] < 2
@@ -165,11 +168,11 @@ def d_key_value(
 def _copies(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, copies: int):
     """Return the function offer(cursor, step) -> (next cursor, next step), which copies query tiles to shared memory.
 
-    A cursor is (pass, query head of the key head, query tile). It goes over all query tiles twice: pass 0 takes the
-    query tiles that need no mask, and pass 1 takes the query tiles that need a mask. (Of two query tiles of a step, one
-    that needs a mask is enough.) If the current pass takes the query tiles at the cursor, `offer` copies them to the
-    stage of step `step`, and the next step is `step` + 1. Otherwise the next step is `step`. After the last query tile
-    of a pass comes a step without query tiles, which tells the other warpgroups that the pass ends. `copies` is the
+    A cursor is the place of a loop over query tiles: (pass, query head of the key head, query tile). The loop goes over
+    all query tiles twice. Pass 0 takes the steps that need no mask, and pass 1 takes the steps that need a mask, where
+    a step is one query tile or two neighbouring ones. If the current pass takes the step at the cursor, `offer` copies
+    its query tiles to the stage of step `step`, and the next step is `step` + 1. Otherwise the next step is `step`.
+    A pass ends with a step without query tiles, which tells the other warpgroups that the pass ends. `copies` is the
     number of copies of one step.
     """
     b, head, j = block
@@ -177,7 +180,7 @@ def _copies(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, copies: 
     query_tiles = inputs.key_ranges.shape[1]
 
     def kind(n, i):
-        """Return the kind of query tile i of head n: 0 if it skips the keys, 1 if it needs a mask, 2 if not."""
+        """Return how query tile i of head n visits the keys of this block: 0 not at all, 1 with a mask, 2 without."""
         inside = i < query_tiles
         i = jnp.minimum(i, query_tiles - 1)
         stop, whole_stop, whole_start, start = (inputs.key_ranges[b, i, which] for which in range(4))
@@ -224,11 +227,12 @@ def _copies(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, copies: 
 
 
 def _sum(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, own: int, out_ref, offer) -> None:
-    """Run warpgroup `own` of the kernel: warpgroup 0 sums dv, warpgroup 1 sums dk, and both compute A and dz.
+    """Run warpgroup `own` of the kernel: warpgroup 0 sums dv, and warpgroup 1 sums dk.
 
-    With `offer`, a result of `_copies`, the warpgroup also copies query tiles, one step ahead. At the end, it copies
-    its sum to `out_ref` in global memory. On the way, the sum goes through the shared memory of the query tiles, so
-    the warpgroup first waits until the other warpgroup has read the last tile.
+    Each computes half of the weights A and of the gradients dz of the logits. If `offer`, a result of `_copies`, is not
+    None, the warpgroup also copies query tiles, one step ahead. At the end, it copies its sum to `out_ref` in global
+    memory. On the way, the sum goes through the shared memory of the query tiles, so the warpgroup first waits until
+    the other warpgroup has read the last tile.
     """
     b, head, j = block
     dtype, tiles = plan.dtype, len(scratch.query)
@@ -259,7 +263,10 @@ def _sum(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, own: int, o
         opaque = zeros(step, plan.H + plan.Hv > 64)
 
         def exchange(half):
-            """Compute A and dz, each [64, 32], of a query tile and half the keys, and write them to shared memory."""
+            """Compute the weights A and the gradients dz of the logits, and write them to shared memory.
+
+            Both are [64, 32], for the rows of a query tile and half `half` of the keys.
+            """
             at, keys = stage + opaque[half], half + opaque[half]
             z = shims.product(scratch.query[w].at[at], scratch.key.at[keys].transpose((1, 0))) * multiplier
             d_weights = shims.product(scratch.d_out[w].at[at], scratch.value.at[keys].transpose((1, 0)))

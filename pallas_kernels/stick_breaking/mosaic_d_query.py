@@ -65,9 +65,10 @@ def d_query(
     """Compute the gradient of the queries. Return (dq [B,T,N,H], d_scale [B,N,rows padded], snapshots).
 
     d_scale is what every query row adds to the gradient of the scale. The snapshots are [B, N, key tiles, 2 halves, 2,
-    rows padded]: for each half of a key tile, the cumulative log-decay with which the forward pass entered it, and P.
-    The snapshots of key tiles that a query tile does not visit are not written. The arguments are those of
-    `Kernels.d_query`: `log_decay` and `reached` are results of the forward pass.
+    rows padded]: for each half of a key tile, the cumulative log-decay with which the forward pass entered it, and P,
+    which is d_log_rem + the sum of weight * <d_out, value> over the keys further left. The snapshots of key tiles that
+    a query tile does not visit are not written. The arguments are those of `Kernels.d_query`: `log_decay` and `reached`
+    are results of the forward pass.
     """
     W, stages, dtype = plan.warpgroups, plan.stages, plan.dtype
     memory = partial(tile_memory, dtype=dtype, swizzle=SWIZZLE)

@@ -13,10 +13,9 @@ from .logarithm import NOTHING
 
 
 def weights(call: Call):
-    """Return (A [B,N,T,S], log_rem [B,N,T]) of a call, without the use of its value array.
+    """Return the attention weights A [B,N,T,S] and log_rem [B,N,T] of a call.
 
-    A are the attention weights. `log_rem` is the natural logarithm of the part of the stick that remains after all
-    keys.
+    `log_rem` is the natural logarithm of the part of the stick that remains. The value array of the call is not used.
     """
     dtype = sum_type(call.query)
     q, k = call.query.astype(dtype), call.key.astype(dtype)

@@ -61,8 +61,9 @@ def _sum_after(x, reverse: bool):
 def _sticks(q, k, mask, scale):
     """Return (z, exp(-|z|), log beta, softplus(z)), each [G,R,C], where z = scale * <q, k> are the logits.
 
-    beta = sigmoid(z) is the share of the stick that a key breaks off, and softplus(z) = -log(1 - beta). A masked logit
-    is set to NOTHING first, so that its weight, its softplus and all derivatives are zero.
+    q is [G,R,H], k is [C,H], and mask is bool [R,C], True if the query sees the key. beta = sigmoid(z) is the share of
+    the stick that a key breaks off, and softplus(z) = -log(1 - beta). A masked logit is set to NOTHING first, so that
+    its weight, its softplus and all derivatives are zero.
     """
     z = jnp.where(mask, scale * _dot("grh,ch->grc", q, k), NOTHING)
     y = jnp.exp(-jnp.abs(z))
@@ -71,14 +72,18 @@ def _sticks(q, k, mask, scale):
 
 
 def log_decay(q, k, mask, scale):
-    """Return the log-decay of each query over this tile [G,R]: the sum of -log(1 - beta) over the keys of the tile."""
+    """Return the log-decay of each query over one tile [G,R]: the sum of -log(1 - beta) over the keys of the tile.
+
+    q is [G,R,H], k is [C,H], and mask is bool [R,C], True if the query sees the key. beta is sigmoid(scale * <q, k>).
+    """
     return _sticks(q, k, mask, scale)[3].sum(-1)
 
 
 def forward(q, k, v, mask, log_rem, scale):
-    """Return (what the keys of this tile add to the output [G,R,Hv], log_rem after the tile [G,R]).
+    """Return (what the keys of one tile add to the output [G,R,Hv], log_rem after the tile [G,R]).
 
-    The argument `log_rem` is the natural logarithm of the part of the stick that remains before the tile.
+    q is [G,R,H], k is [C,H], v is [C,Hv], and mask is bool [R,C], True if the query sees the key. The argument
+    `log_rem` [G,R] is the natural logarithm of the part of each query's stick that remains before the tile.
     """
     _, _, log_beta, softplus = _sticks(q, k, mask, scale)
     nearer, total = _sum_after(softplus, reverse=False)
@@ -91,7 +96,7 @@ def backward(q, k, v, d_out, mask, log_rem, prefix, scale):
 
     The gradients are what this tile adds to dq, dk and dv. `d_out` [G,R,Hv] is the cotangent of the output. `prefix`
     [G,R] is the cotangent of the final log_rem plus the sum of a over all keys on the left of the tile, where
-    a = weight * <d_out, v>. So the tiles must be computed from left to right.
+    a = weight * <d_out, v>. So the tiles must be computed from left to right. The other arguments are as in `forward`.
     """
     z, y, log_beta, softplus = _sticks(q, k, mask, scale)
     nearer, _ = _sum_after(softplus, reverse=False)

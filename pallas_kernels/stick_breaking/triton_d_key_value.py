@@ -28,7 +28,8 @@ def visit(
 
     The tiles are in registers, and `dk` is not yet multiplied by the scale. k [C,Hp] and v [C,Hvp] are the keys and
     values, and `column` is the first key. `q_head`, `d_out_head` and `snapshots` point to the queries, the cotangent of
-    the output and the snapshots of one query head. `multiplier` is the scale times log2(e). `position` is the position
+    the output, and the snapshots of one query head and the key tile: the cumulative log-decay on entry, and P, which
+    are results of `d_query`. `multiplier` is the scale times log2(e). `position` is the position
     of the first query. If `masked`, some queries may not see some keys.
     """
     row = i * R

@@ -129,7 +129,7 @@ def _over_heads(one_head, call: Call, *extra):
 
 
 def _entries_together(call: Call) -> int:
-    """Return how many batch entries are computed at the same time: on all devices other than a CPU, it is B.
+    """Return how many batch entries are computed at the same time: B, except on a CPU.
 
     On a CPU, it is the largest divisor of B for which the tiles that are computed at the same time, one for every query
     head of these batch entries, have at most _CACHED_SCORES scores together.
