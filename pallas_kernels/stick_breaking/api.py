@@ -14,7 +14,7 @@ from . import call as calls
 from . import mosaic, reference, triton, xla
 from .call import Call, Mask, Stats, Where
 
-_WEIGHTS_BYTES = 2**30  # `stick_breaking_weights` returns at most this many
+_WEIGHTS_BYTES = 2**30  # the largest size in bytes of a result of `stick_breaking_weights`
 
 
 def stick_breaking_attention(

@@ -19,7 +19,7 @@ from .call import Call
 from .kernels import Kernels, Plan
 from .key_ranges import key_tile_ranges
 
-SNAPSHOTS = 2**31  # most bytes that the backward pass uses for snapshots (see `Kernels.d_query`) at the same time
+SNAPSHOTS = 2**31  # the largest number of bytes for snapshots (see `Kernels.d_query`) at the same time
 SPLIT = 256  # the smallest number of keys that decoding gives to one block
 ROUND = 512  # keys of the first round of decoding with skip_below; each further round has twice as many keys
 LN2 = math.log(2)

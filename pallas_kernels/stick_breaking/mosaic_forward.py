@@ -64,8 +64,8 @@ class Scratch(NamedTuple):
     rows: Any  # [W, 2, ROWS]: the cumulative log-decay of the rows, before it is copied to global memory
     key: Any  # [stages, KEYS, H]
     value: Any  # [stages, KEYS, Hv]
-    needs: Any  # [W, stages]: 1 if the warpgroup needs more tiles after the tile of this stage; for the early exit
-    stopped: Any  # [stages]: 1 if the copying warpgroup copied no tile and will copy no more
+    needs: Any  # [W, stages]: 1 if the warpgroup needs more tiles after the tile of this stage; for skip_below
+    stopped: Any  # [stages]: 1 if the warpgroup that copies has stopped, so the stage has no tile; for skip_below
     loaded: Any  # a barrier for each computing warpgroup: its query rows have arrived
     ring: pipeline.Ring  # `full`: the tile of the stage has arrived, or `stopped` says that there is none
 

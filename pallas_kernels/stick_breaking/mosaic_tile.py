@@ -50,7 +50,7 @@ class Assignment(NamedTuple):
     head: jax.Array  # key head
     i: jax.Array  # the block's number among the blocks of the head
     wg: jax.Array  # the warpgroup's number in the block
-    stop: jax.Array  # some warpgroup of the block visits the key tiles start..stop-1
+    stop: jax.Array  # the warpgroups of the block visit the key tiles start..stop-1
     start: jax.Array
 
 

@@ -24,7 +24,7 @@ def weights(call: Call):
     T, S = z.shape[2:]
     mask = jax.vmap(lambda where: call.mask.visible(where, jnp.arange(T), jnp.arange(S)))(call.where)[:, None]
     # The mask comes before the exponential. A `where` after an exponential that overflows has the right value, but its
-    # gradient is 0 * inf.
+    # gradient is 0 * inf = NaN.
     z = jnp.where(mask, z, NOTHING)
     log_beta, softplus = -jax.nn.softplus(-z), jax.nn.softplus(z)
     nearer = jnp.pad(softplus, ((0, 0),) * 3 + ((0, 1),))[..., 1:]  # leaves out the key itself

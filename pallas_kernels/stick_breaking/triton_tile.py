@@ -18,8 +18,8 @@ from . import logarithm
 
 LOG2E = tl.constexpr(logarithm.LOG2E)
 NOTHING = tl.constexpr(logarithm.NOTHING)
-# -log2(1 - beta) is limited to this. 2^-160 is zero in fp32, so in the limit, as above it, nothing of the stick remains
-# for further keys. float16 can represent 160.
+# -log2(1 - beta) is limited to this value. The limit changes no weight: at the limit and above it, the part of the stick
+# that remains for further keys is zero in fp32. float16 can represent 160.
 ENOUGH = tl.constexpr(160.0)
 LOG2P1 = tl.constexpr(tuple(logarithm.LOG2P1))
 DEGREE = tl.constexpr(len(logarithm.LOG2P1))
@@ -60,7 +60,7 @@ def pointers(ref, first, stride: tl.constexpr, rows: tl.constexpr, columns: tl.c
 def inside(first, limit, width: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr):
     """Return whether each element of a tile that begins at row `first` is in the array: bool [rows, columns].
 
-    It is, if its row is below `limit` and its column is below `width`.
+    An element is in the array if its row is below `limit` and its column is below `width`.
     """
     row, column = first + tl.arange(0, rows), tl.arange(0, columns)
     return (row < limit)[:, None] & (column < width)[None, :]
