@@ -18,8 +18,8 @@ from . import logarithm
 
 LOG2E = tl.constexpr(logarithm.LOG2E)
 NOTHING = tl.constexpr(logarithm.NOTHING)
-# -log2(1 - beta) is limited to this value. The limit changes no weight: at the limit and above it, the part of the stick
-# that remains for further keys is zero in fp32. float16 can represent 160.
+# -log2(1 - beta) is limited to this value. The limit changes no weight: at the limit and above it, the part of the
+# stick that remains for further keys is zero in fp32. float16 can represent 160.
 ENOUGH = tl.constexpr(160.0)
 LOG2P1 = tl.constexpr(tuple(logarithm.LOG2P1))
 DEGREE = tl.constexpr(len(logarithm.LOG2P1))
