@@ -210,7 +210,7 @@ def _checked(query, key, value):
 
 
 def _check_segments(name, ids, shape, letters):
-    """Raise ValueError if `ids`, the value of the argument `name`, is not an array of integers with this shape.
+    """Raise ValueError if `ids`, the value of the argument `name`, is not an array of integers of shape `shape`.
 
     `letters` are the letters of the axes for the message, such as "B,T".
     """

@@ -36,7 +36,7 @@ class Where(NamedTuple):
 
 
 class Mask(NamedTuple):
-    """The part of a mask that is known when a call is traced: the numbers of queries T and keys S, and the settings."""
+    """The part of a mask that is known when a call is traced: T queries, S keys, causality and the window."""
 
     T: int
     S: int

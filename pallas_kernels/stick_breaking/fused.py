@@ -1,9 +1,10 @@
 """The code around the attention kernels that the Mosaic and Triton backends share: derivatives and decoding.
 
 Decoding means few queries and many keys. For the backward pass, the forward pass saves query, key, value, the
-cumulative log-decay of every query row (two fp32 numbers), and the key tile at which every query tile stopped. It does
-not save the output. If the intermediate results for all heads would need too much memory, the backward pass computes a
-few heads at a time. kernels.py says what the kernels take and return.
+leftmost key tile that every query tile visited, and the cumulative log-decay of every query row: -log2 of the part of
+the stick that remains, as two fp32 numbers. It does not save the output. If the intermediate results for all heads
+would need too much memory, the backward pass computes a few heads at a time. kernels.py says what the kernels take and
+return.
 """
 
 import math
@@ -95,12 +96,12 @@ def _for_tiles_of(plan: Plan, log_decay, reached):
 
 
 def _gradients(kernels: Kernels, plan: Plan, arrays, scale, planned):
-    """Run the two kernels of the backward pass. Return (dq, d_scale, dk, dv).
+    """Run the kernels `d_query` and `d_key_value` of the backward pass. Return (dq, d_scale, dk, dv).
 
     d_scale is an array whose sum is the gradient of the scale. `arrays` are (query, key, value, d_out, d_log_rem,
-    log_decay, reached), as in `Kernels.d_query`, and `planned` is a result of `_planned`. The first kernel writes
-    snapshots, which the second kernel reads. If the snapshots of all heads need more than SNAPSHOTS bytes, a few heads
-    are computed at a time.
+    log_decay, reached), as in `Kernels.d_query`, and `planned` is a result of `_planned`. The snapshots that `d_query`
+    writes for `d_key_value` are large. If the snapshots of all heads need more than SNAPSHOTS bytes, a few heads are
+    computed at a time.
     """
     query, key, value, d_out, d_log_rem, log_decay, reached = arrays
 
@@ -143,9 +144,11 @@ def _gradients(kernels: Kernels, plan: Plan, arrays, scale, planned):
 def _planned(call: Call, plan: Plan, per_position: int = 1):
     """Return the arrays that describe the mask to a kernel. Every kernel of `Kernels` takes them as `*planned`.
 
-    They are [the key-tile ranges, the offsets, the segment ids of the queries, the segment ids of the keys]. The last
-    two are left out if the call has no segments. The ranges are padded to whole blocks, and the ids to whole tiles.
-    `per_position` is the number of query rows at one position: 1, or in decoding the query heads of one key head.
+    They are [the key-tile ranges, the offsets, the segment ids of the queries, the segment ids of the keys]. A key-tile
+    range says which key tiles are computed for a query tile (`key_tile_ranges`). An offset is the position of the first
+    query among the keys, for one batch entry. If the call has no segments, the segment ids are left out. The ranges
+    are padded to whole blocks, and the ids to whole tiles. `per_position` is the number of query rows at one position:
+    1, or in decoding the number of query heads that share a key head.
     """
     key_ranges = key_tile_ranges(call, plan.row_tile, plan.key_tile, per_position)
     missing = plan.padded // plan.row_tile - key_ranges.shape[1]
@@ -191,9 +194,8 @@ def splits(call: Call) -> int:
 def _decode(kernels: Kernels, call: Call):
     """Run a call with few queries and many keys. Return the same results as `attention`.
 
-    The keys are split into parts. Each part is computed by separate blocks, and the results are merged. With
-    skip_below, the keys are read in rounds, the nearest keys first, until less than 2^skip_below of every query's stick
-    remains.
+    The keys are split into parts. Separate blocks compute the parts, and the results are merged. With skip_below, the
+    keys are read in rounds, the nearest keys first, until less than 2^skip_below of every query's stick remains.
     """
     (B, _, N, H), (K, Hv), T = call.query.shape, call.value.shape[2:], call.mask.T
     G, P = N // K, splits(call)
@@ -204,9 +206,9 @@ def _decode(kernels: Kernels, call: Call):
     stop, start = key_ranges[..., 0], key_ranges[..., 3]
 
     def attend(high, low):
-        """Return (out [B,K,rows,Hv], log_decay [B,K,rows]) in fp32 over the key tiles low..high-1.
+        """Return (out [B,K,rows,Hv], log_decay [B,K,rows]) in fp32 of attention over only the key tiles low..high-1.
 
-        `low` and `high` are [B, query tiles].
+        `low` and `high` are [B, query tiles]. The rows of a key head are the T queries of all its query heads.
         """
         share = jnp.arange(P + 1).reshape(-1, 1, 1)
         edges = low[None] + (high - low)[None] * share // P

@@ -107,22 +107,23 @@ class Plan:
 class Kernels(Protocol):
     """The attention kernels of one backend. The object is hashable, so that it can be a static argument of a function.
 
-    The methods take these arrays. The sizes are fields of `Plan`. rows and S may be padded to multiples of
-    `row_multiple`.
+    The methods take these arrays. The sizes are fields of `Plan`. In the arrays, the numbers of query rows (`rows`) and
+    of keys (S) may be padded to multiples of `row_multiple`.
     - query [B,rows,N,H], key [B,S,K,H], value [B,S,K,Hv] and scale [], the factor of the logits.
     - d_out [B,rows,N,Hv] and d_log_rem [B,N,padded]: the cotangents of the output and of log_rem, the natural logarithm
       of the part of the stick that remains.
     - reached [entries, N, query tiles]: the leftmost key tile that each query tile visited in the forward pass. A head
       has padded / row_tile query tiles.
-    - `*planned`: the key-tile ranges [entries, query tiles, 4], the offsets [B], and, if a call has segments, the ids
-      of its queries [B, padded] and of its keys [B, key_tiles * key_tile].
+    - `*planned`: the key-tile ranges [entries, query tiles, 4] (`key_tile_ranges`), the position of the first query
+      among the keys [B], and, if a call has segments, the segment ids of its queries [B, padded] and of its keys
+      [B, key_tiles * key_tile].
     """
 
     snapshot_bytes: int  # bytes of the snapshots of one query row and one key tile
     row_multiple: int  # the numbers of queries and of keys of the arrays must be multiples of this
 
     def plan(self, call: Call, *, backward: bool = False, decoding: tuple[int, int] | None = None) -> Plan:
-        """Return the sizes of the kernels for a call: of the forward kernel or, if `backward`, of the other two.
+        """Return the sizes for a call of the kernel `forward` or, if `backward`, of `d_query` and `d_key_value`.
 
         `decoding`: (query heads that share a key head, parts into which the keys are split), or None.
         """
@@ -137,10 +138,11 @@ class Kernels(Protocol):
     def d_query(self, plan: Any, query, key, value, d_out, d_log_rem, log_decay, reached, scale, *planned) -> tuple:
         """Compute the gradient of the queries. Return (d_query [B,rows,N,H], d_scale [B,N,padded], snapshots).
 
-        d_scale is the contribution of every query row to the gradient of the scale. With the snapshots, `d_key_value`
-        can compute the key tiles in any order. For every query row and key tile (or half of one), they are two numbers:
-        the cumulative log-decay with which the forward pass entered the tile, and P = d_log_rem + the sum of weight *
-        <d_out, value> over the keys on the left of the tile. Each backend chooses the shape of the array.
+        d_scale is the contribution of every query row to the gradient of the scale. The snapshots are two numbers for
+        every query row and key tile (or half of a key tile): the cumulative log-decay with which the forward pass
+        entered the tile, and P = d_log_rem + the sum of weight * <d_out, value> over the keys on the left of the tile.
+        With the snapshots, `d_key_value` can compute the key tiles in any order. Each backend chooses the shape of
+        the array of snapshots.
         """
 
     def d_key_value(self, plan: Any, query, key, value, d_out, snapshots, reached, scale, *planned) -> tuple:

@@ -28,8 +28,9 @@ def weights_of(z, seen, entering):
 
     `z` [64, keys] are the logits times log2(e). `seen` is bool [64, keys], True if the query sees the key, or None if
     every query sees every key. `entering` [64] is the cumulative log-decay of each query row before these keys: minus
-    the sum of log2(1 - beta) over all keys on their right. It may also be a function that returns it, given the same
-    sum over these keys [64].
+    the sum of log2(1 - beta) over all keys on their right. `entering` may also be a function. Then `weights_of` calls
+    entering(total), where total [64] is minus the sum of log2(1 - beta) over these keys, and the function returns the
+    cumulative log-decay before these keys.
     """
     log_beta, softplus = sticks(z, seen)
     start = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), shims.ROW) if callable(entering) else entering

@@ -9,19 +9,19 @@ and exchange them through shared memory. Then the first warpgroup adds A^T dO to
 dk. So each warpgroup has only one of the two sums in registers. A sum of width H or Hv takes width / 2 registers of
 each thread. The kernel has two forms:
 
-- H and Hv up to 128: a step is two neighbouring query tiles, one for each warpgroup. A third warpgroup copies. With
-  three warpgroups, a thread has 168 registers.
+- H and Hv up to 128: a step is two neighbouring query tiles, one for each warpgroup. A third warpgroup copies the query
+  tiles to shared memory. With three warpgroups, a thread has 168 registers.
 - H or Hv above 128: a sum takes 128 registers, so 168 are not enough. There is no third warpgroup, so a thread has 255
-  registers. The first warpgroup also copies, one step ahead. A step is one query tile, and each warpgroup computes it
-  for one half of the keys. Two steps fit into the shared memory.
+  registers. The first warpgroup also copies the query tiles, one step ahead. A step is one query tile, and each
+  warpgroup computes it for one half of the keys. The query tiles of two steps fit into the shared memory.
 
 Predicted cost of one query tile at H = Hv = 256 (64 queries, 64 keys): 2560 clocks of the tensor cores, 1500 issue
-slots, and 66 KB to copy. Of the clocks, 512 are a loss: products with only 32 keys take 1.5 times as long, because they
-read the queries from shared memory for few columns.
+slots, and 66 KB to copy. Of the 2560 clocks, 512 are lost: products with only 32 keys take 1.5 times as long, because
+they read the queries from shared memory for few columns.
 
-Alternatively, one block could compute dk and another one dv. They would fit the registers of three warpgroups, but they
-would compute the weights twice: five products instead of four, six special functions for a score instead of four, and
-every query tile would be copied twice.
+Alternatively, one block could compute dk, and another block could compute dv. Then three warpgroups would have enough
+registers. But both blocks would compute the weights. For each query tile, that is five products instead of four, six
+special functions per score instead of four, and two copies to shared memory instead of one.
 """
 
 from functools import partial, reduce
@@ -95,9 +95,10 @@ class Block(NamedTuple):
 
 
 def has_steps_left(state):
-    """Return whether the loop over the query tiles, which has two passes, 0 and 1, has not yet ended.
+    """Return whether the loop over the query tiles, which has two passes, 0 and 1, has steps left.
 
-    `state` is (cursor, step). The cursor is the place of the loop, (pass, query head, query tile), see `_copies`.
+    `state` is (cursor, step): the place of the loop, (pass, query head, query tile), and the number of the next step.
+    `_copies` explains both.
     """
     cursor, _ = state
     return cursor[0] < 2
@@ -168,12 +169,12 @@ def d_key_value(
 def _copies(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, copies: int):
     """Return the function offer(cursor, step) -> (next cursor, next step), which copies query tiles to shared memory.
 
-    A cursor is the place of a loop over query tiles: (pass, query head of the key head, query tile). The loop goes over
-    all query tiles twice. Pass 0 takes the steps that need no mask, and pass 1 takes the steps that need a mask, where
-    a step is one query tile or two neighbouring ones. If the current pass takes the step at the cursor, `offer` copies
-    its query tiles to the stage of step `step`, and the next step is `step` + 1. Otherwise the next step is `step`.
-    A pass ends with a step without query tiles, which tells the other warpgroups that the pass ends. `copies` is the
-    number of copies of one step.
+    A step of the kernel computes one query tile, or two neighbouring ones. A loop goes over all query tiles twice. Pass
+    0 takes the query tiles that need no mask, and pass 1 takes the query tiles that need a mask. A cursor is the place
+    of this loop: (pass, query head of the key head, first query tile). If the pass takes the query tiles at the cursor,
+    `offer` copies them to shared memory as step number `step`, and returns `step` + 1. Otherwise `offer` copies nothing
+    and returns `step`. The last step of a pass has no query tiles, which tells the warpgroups that the pass ends.
+    `copies` is the number of copies of a step with query tiles.
     """
     b, head, j = block
     G, tiles = plan.N // plan.K, len(scratch.query)
@@ -229,10 +230,10 @@ def _copies(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, copies: 
 def _sum(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, own: int, out_ref, offer) -> None:
     """Run warpgroup `own` of the kernel: warpgroup 0 sums dv, and warpgroup 1 sums dk.
 
-    Each computes half of the weights A and of the gradients dz of the logits. If `offer`, a result of `_copies`, is not
-    None, the warpgroup also copies query tiles, one step ahead. At the end, it copies its sum to `out_ref` in global
-    memory. On the way, the sum goes through the shared memory of the query tiles, so the warpgroup first waits until
-    the other warpgroup has read the last tile.
+    Each of them computes half of the weights A and of the gradients dz of the logits. If `offer`, a result of
+    `_copies`, is not None, the warpgroup also copies query tiles, one step ahead. At the end, it copies its sum to
+    `out_ref` in global memory. On the way, the sum goes through the shared memory of the query tiles, so the warpgroup
+    first waits until the other warpgroup has read the last tile.
     """
     b, head, j = block
     dtype, tiles = plan.dtype, len(scratch.query)
@@ -246,7 +247,7 @@ def _sum(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, own: int, o
                 plgpu.copy_gmem_to_smem(part, mem.at[half], scratch.resident)
 
     def copy(cursor, step):
-        """Find the query tiles of step `step` from the cursor on, and start their copies. Return the next cursor."""
+        """Call `offer` from the cursor on until it has started the copies of step `step`. Return the next cursor."""
         is_to_find = lambda state: has_steps_left(state) & (state[1] == step)  # noqa: E731
         return lax.while_loop(is_to_find, lambda state: offer(*state), (cursor, step))[0]
 

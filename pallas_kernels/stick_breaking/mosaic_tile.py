@@ -55,7 +55,7 @@ class Assignment(NamedTuple):
 
 
 def tile_memory(shape, dtype, swizzle: int = 128):
-    """Return the declaration of an array in shared memory that tensor cores read, of this `shape`, [.., rows, width].
+    """Return the declaration of an array of shape `shape`, [.., rows, width], in shared memory, for tensor cores.
 
     `swizzle` is the width in bytes of the pattern in which the numbers are permuted in memory. It is limited to the
     width of a row. Both operands of a product need a swizzle of the same width.
@@ -136,10 +136,10 @@ def visible(plan: Plan, segments, b, first_row, first_column, columns, offset):
 def finished_padding(plan: Plan, segments, b, first_row):
     """Return the start value of the cumulative log-decay of 64 query rows: fp32 [64], 0, or FINISHED for padding rows.
 
-    A padding row is after the last query, or has a negative segment id. It may see no keys. Then a log-decay of 0 would
-    stay 0, and the row would always seem to need more keys. With `skip_below`, a block stops early only when no row
-    needs more keys. b is the batch entry, `first_row` is the number of the first row in its head, and `segments` is a
-    pair of references to the segment ids of the queries and of the keys.
+    A padding row is after the last query, or has a negative segment id. If a padding row sees no keys, its log-decay
+    would stay 0, and the row would always seem to need more keys. With `skip_below`, a block stops early only when no
+    row needs more keys. b is the batch entry, `first_row` is the number of the first row in its head, and `segments` is
+    a pair of references to the segment ids of the queries and of the keys.
     """
     is_query = first_row + shims.row_numbers() < plan.rows
     if plan.segments:

@@ -3,7 +3,8 @@
 G query heads share one key head. The arguments of the functions are q [G,R,H], k [C,H], v [C,Hv], mask bool [R,C] (True
 if the query sees the key), and log_rem [G,R], the natural logarithm of the part of each query's stick that remains when
 the query enters the tile. Keys are in the order of their positions. Nearer keys are on the right, and queries enter the
-tile from the right. The weight of a key is computed from its log beta and a sum over the keys on its right.
+tile from the right. With beta = sigmoid(scale * <q, k>), the weight of a key is
+exp(log_rem + log beta + the sum of log(1 - beta) over the keys on its right in the tile).
 """
 
 import jax.numpy as jnp
@@ -62,8 +63,8 @@ def _sticks(q, k, mask, scale):
     """Return (z, exp(-|z|), log beta, softplus(z)), each [G,R,C], where z = scale * <q, k> are the logits.
 
     q is [G,R,H], k is [C,H], and mask is bool [R,C], True if the query sees the key. beta = sigmoid(z) is the share of
-    the stick that a key breaks off, and softplus(z) = -log(1 - beta). A masked logit is set to NOTHING first, so that
-    its weight, its softplus and all derivatives are zero.
+    the stick that a key breaks off, and softplus(z) = -log(1 - beta). A masked logit is set to NOTHING (-1e30) first,
+    so that its weight, its softplus and all derivatives are zero.
     """
     z = jnp.where(mask, scale * _dot("grh,ch->grc", q, k), NOTHING)
     y = jnp.exp(-jnp.abs(z))

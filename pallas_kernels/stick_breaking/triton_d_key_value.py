@@ -2,9 +2,9 @@
 
 A block computes one key tile. It sums over the query tiles that visit the key tile:
     dk = scale dz^T Q,  dv = A^T dO,
-with the weights A, the gradients dz of the logits, and the cotangent dO of the output. It computes A and dz again from
-the snapshots: the cumulative log-decay of every query row on entry to the key tile, and P. triton_d_query.py has all
-formulas.
+with the weights A, the gradients dz of the logits, and the cotangent dO of the output. It computes A and dz again, with
+the snapshots of `d_query`. These are two numbers for every query row: the cumulative log-decay on entry to the key
+tile, and P, the prefix sum in the formula of dz. triton_d_query.py has all formulas.
 
 R is the number of rows of a query tile, and C is the number of keys of a key tile. Hp and Hvp are H and Hv, padded to
 powers of two.
@@ -24,13 +24,13 @@ def visit(
     attend_current: tl.constexpr, window: tl.constexpr, segments: tl.constexpr, precision: tl.constexpr,
     masked: tl.constexpr,
 ):  # fmt: skip
-    """Return `dk` [C,Hp] and `dv` [C,Hvp], the sums for the key tile of this block, with query tile i added.
+    """Add query tile i to the sums `dk` [C,Hp] and `dv` [C,Hvp] of the key tile of this block, and return the sums.
 
-    The tiles are in registers, and `dk` is not yet multiplied by the scale. k [C,Hp] and v [C,Hvp] are the keys and
-    values, and `column` is the first key. `q_head`, `d_out_head` and `snapshots` point to the queries, the cotangent of
-    the output, and the snapshots of one query head and the key tile: the cumulative log-decay on entry, and P, which
-    are results of `d_query`. `multiplier` is the scale times log2(e). `position` is the position
-    of the first query. If `masked`, some queries may not see some keys.
+    The sums are in registers, and `dk` is not yet multiplied by the scale. k [C,Hp] and v [C,Hvp], also in registers,
+    are the keys and values of the key tile, whose first key is `column`. `q_head` and `d_out_head` point to the queries
+    and to the cotangent of the output, for one query head. `snapshots` points to what `d_query` stored for this query
+    head and key tile: the cumulative log-decay on entry, and P. `multiplier` is the scale times log2(e). `position` is
+    the position of the first query. If `masked`, some queries may not see some keys.
     """
     row = i * R
     rows = row + tl.arange(0, R)

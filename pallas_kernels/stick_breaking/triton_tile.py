@@ -143,8 +143,9 @@ def key_tile(
     """Load key tile j. Return (keys [C,Hp], values [C,Hvp], logits [R,C] times log2(e)) for the queries q [R,Hp].
 
     `multiplier` is the scale times log2(e). `k_head` and `v_head` point to the keys and values of one head. If
-    `masked`, the logit of a key that a query does not see is NOTHING. The mask is computed from `last` and `first`
-    (results of `reach`), the segment ids `query_segments` [R], and the segment ids of the keys at `key_segments_ref`.
+    `masked`, the logit of a key that a query does not see is NOTHING (-1e30), which makes its beta 0. The mask is
+    computed from `last` and `first` (results of `reach`), the segment ids `query_segments` [R], and the segment ids of
+    the keys at `key_segments_ref`.
     """
     column = j * C
     k = keys_of(k_head, column, S, K * H, H, C, Hp, masked)
@@ -174,11 +175,11 @@ def sticks(z):
 def sum_of_nearer(softplus):
     """Return, for each query and key, the sum of `softplus` over the keys on the right of this key in the tile: [R,C].
 
-    `softplus` [R,C] is -log2(1 - beta), at most ENOUGH. The sums are a product with a strictly triangular matrix of
-    zeros and ones. `softplus` is split into two float16 numbers, which together keep 22 bits. A tensor core multiplies
-    them by ones without an error, and adds in fp32. The key itself is not in the sum, so no subtraction loses digits.
-    A scan from the right (`tl.cumsum(reverse=True)`) would be slower: it is a scan from the left, with an exchange of
-    every score between threads before and after it.
+    `softplus` [R,C] is -log2(1 - beta), limited to ENOUGH (160), so that it fits into float16. The sums are a product
+    with a strictly triangular matrix of zeros and ones. `softplus` is split into two float16 numbers, which together
+    keep 22 bits. A tensor core multiplies them by ones without an error, and adds in fp32. The key itself is not in the
+    sum, so no subtraction loses digits. A scan from the right (`tl.cumsum(reverse=True)`) would be slower: it is a scan
+    from the left, with an exchange of every score between threads before and after it.
     """
     key = tl.arange(0, softplus.shape[1])
     nearer = (key[:, None] > key[None, :]).to(tl.float16)
@@ -191,7 +192,7 @@ def sum_of_nearer(softplus):
 def weights_of(log_beta, softplus, entering):
     """Return the weights A [R,C]: beta times the product of 1 - beta over all nearer keys, in this tile and before it.
 
-    `log_beta` and `softplus` [R,C] are log2(beta) and -log2(1 - beta), where `softplus` is limited to ENOUGH.
+    `log_beta` and `softplus` [R,C] are log2(beta) and -log2(1 - beta), where `softplus` is limited to ENOUGH (160).
     `entering` [R] is the cumulative log-decay of each query row before this tile: the sum of -log2(1 - beta) over the
     keys on the right of the tile.
     """

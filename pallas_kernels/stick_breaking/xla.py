@@ -4,8 +4,7 @@ Scores are computed in tiles, with the functions of tile.py. There is code for s
 short call is an unrolled loop over query tiles. Each query tile has one key tile, with all keys that its queries may
 see. A long call is a loop over the query tiles, and for each of them a while loop over key tiles, from the nearest keys
 to the left. The while loop ends at the last key tile that the queries may see or, with `skip_below`, when less than
-2^skip_below remains of the stick of every query. The backward pass computes the weights again from query, key and
-value, and it does not need the output.
+2^skip_below remains of the stick of every query. The backward pass computes the weights again from its inputs.
 """
 
 import math
@@ -29,7 +28,7 @@ _SKIP_TILES = (128, 256)  # the same with skip_below
 
 
 def _is_short(call: Call) -> bool:
-    """Return whether a call is short: T is at most 512, one key tile can hold all keys, and no option needs a loop."""
+    """Return whether a call is short: T <= 512, a key tile can hold all keys, and `skip_below` and `tiles` are None."""
     T, S = call.mask.T, call.mask.S
     if 0 in call.query.shape + (S,):
         return True
@@ -254,10 +253,11 @@ def _within_mask(call: Call, offset):
 
 
 def _loop(call: Call):
-    """Return a function like `lax.while_loop` for the loop over the key tiles of a query tile, with a cost estimate.
+    """Return a function like `lax.while_loop`, for the loop over the key tiles of a query tile.
 
-    Its name states the expected number of passes (`cost.loop`): the mean number of key tiles that a query tile may see.
-    If the position of the first query is not known when the call is traced, the last query is assumed at the last key.
+    The loop is a jitted function whose name states the expected number of passes, for cost estimates (`cost.loop`): the
+    mean number of key tiles that a query tile may see. If the position of the first query is not known when the call is
+    traced, the last query is assumed at the last key.
     """
     mask = call.mask
     offset = mask.S - mask.T if mask.static_offset is None else mask.static_offset
@@ -335,7 +335,7 @@ class _Tiles:
 
 
 def _long_forward(call: Call, reach):
-    """Return (out [G,T,Hv], log_rem [G,T], share of the key tiles in `reach` that were computed []) of one key head."""
+    """Return (out [G,T,Hv], log_rem [G,T], share of the key tiles of `_reach` that was computed []) of a key head."""
     t, loop = _Tiles(call), _loop(call)
     G, T = call.query.shape[:2]
 
