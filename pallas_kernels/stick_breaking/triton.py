@@ -46,7 +46,7 @@ def refuses(call: Call) -> str | None:
     if call.query.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         return f"takes bfloat16, float16 and float32, not {call.query.dtype}"
     if max(H, Hv) > (most := WIDEST[call.query.dtype.itemsize]):
-        return f"takes H and Hv of {call.query.dtype} up to {most}, not H={H}, Hv={Hv}"
+        return f"takes H and Hv up to {most} in {call.query.dtype}, not H={H}, Hv={Hv}"
     if 0 in call.query.shape or 0 in call.value.shape:
         return f"needs queries, keys and channels, got query.shape={call.query.shape}, value.shape={call.value.shape}"
     if call.tiles is not None and any(size < LEAST or size & (size - 1) for size in call.tiles):
