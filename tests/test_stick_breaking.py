@@ -274,7 +274,7 @@ def test_weights_are_those_of_the_attention(name):
 
 def test_weights_that_take_much_memory_are_refused():
     x = jax.ShapeDtypeStruct((4, 16384, 12, 64), jnp.bfloat16)
-    message = "the weights of B=4, N=12, T=16384, S=16384 take 48.0 GiB, more than 1 GiB; pass fewer heads"
+    message = "the weights of B=4, N=12, T=16384, S=16384 take 48.0 GiB, more than the limit of 1 GiB; pass fewer heads"
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(stick_breaking_weights, x, x)
 
@@ -331,7 +331,7 @@ def test_merge_is_associative(x64):
 def test_merge_refuses_what_does_not_fit():
     out, log_rem = jnp.zeros((2, 3, 4)), jnp.zeros((2, 3))
     for part in (out, (out, log_rem, log_rem), (out, 0.0)):
-        with pytest.raises(ValueError, match=r"far must be \(out \[..., Hv\], log_rem \[...\]\), two arrays"):
+        with pytest.raises(ValueError, match=r"far must be a pair of arrays, \(out \[..., Hv\], log_rem \[...\]\)"):
             merge_stick_breaking((out, log_rem), part)
     with pytest.raises(ValueError, match=r"got near \(2, 3, 4\), \(2, 3\) and far \(2, 1, 4\), \(2, 1\)"):
         merge_stick_breaking((out, log_rem), (out[:, :1], log_rem[:, :1]))

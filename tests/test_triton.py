@@ -67,9 +67,9 @@ def test_it_says_what_it_does_not_take(installed):
     with on("NVIDIA A100"):
         with jax.enable_x64(True):
             assert "takes bfloat16, float16 and float32, not float64" in refusal(dtype="float64")
-        assert "takes H and Hv of bfloat16 up to 256, not H=257, Hv=257" in refusal((1, 8, 2, 257))
-        assert "takes H and Hv of float32 up to 128, not H=129, Hv=129" in refusal((1, 8, 2, 129), "float32")
-        assert "takes tiles of powers of two from 16 on, not (64, 24)" in refusal(tiles=(64, 24))
+        assert "takes H and Hv up to 256 in bfloat16, not H=257, Hv=257" in refusal((1, 8, 2, 257))
+        assert "takes H and Hv up to 128 in float32, not H=129, Hv=129" in refusal((1, 8, 2, 129), "float32")
+        assert "takes tile sizes that are powers of two from 16 on, not (64, 24)" in refusal(tiles=(64, 24))
         assert "needs queries, keys and channels" in refusal((1, 0, 2, 64))
 
 
