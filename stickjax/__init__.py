@@ -3,7 +3,7 @@
 In a notebook or a program, four lines train a model, read its loss and generate text with it:
 
     result = stickjax.fit("tiny")          # trains in runs/tiny; call it again to continue
-    result.metrics["loss"]                 # columns of numpy arrays
+    result.metrics["loss"]                 # a numpy array with a value per logged step
     model = stickjax.load("runs/tiny")
     model.generate("def main(", max_new_tokens=40)
 
@@ -46,8 +46,8 @@ def fit(
 ) -> "Result":
     """Train a model, and write its checkpoints and metrics into a run folder.
 
-    If the folder already has checkpoints, the training continues from the newest one. On a CPU, the results are then
-    the same bits as without the interruption.
+    If the folder already has checkpoints, the training continues from the newest one. On a CPU, the result is then the
+    same, bit for bit, as without the interruption.
 
     A notebook shows a progress bar and a plot of the loss. If you interrupt the notebook's kernel (Ctrl-C in a
     terminal), the training finishes its step, saves a checkpoint and returns. Call `fit` again to continue. A second
@@ -61,7 +61,7 @@ def fit(
         begin with the first batch.
       branch: "RUN@STEP", a checkpoint of another run. The training continues from it with `config`, which may for
         example add a learning-rate decay.
-      quiet: whether to print no progress.
+      quiet: True to print and show nothing.
 
     Returns:
       `Result`: the last training `state`; `finished`, whether all steps were done; `tokens_per_second`; `stopped_by`,

@@ -1,9 +1,9 @@
-"""Convert models to and from the Hugging Face layout. It needs neither torch nor a whole model in memory.
+"""Convert models to and from the Hugging Face layout. The conversion needs no torch, and no whole model in memory.
 
 python -m stickjax.convert FOLDER OUT [--step N] [--shard-bytes 5e9] [--eot TOKEN]
 
-If FOLDER is in the Hugging Face layout, OUT becomes a folder that the commands evaluate and generate and the option
-`--init-from` of train can read. If FOLDER is a run folder, OUT becomes a folder in the Hugging Face layout.
+If FOLDER is in the Hugging Face layout, OUT becomes a folder that `evaluate`, `generate` and `train --init-from` can
+read. If FOLDER is a run folder, OUT becomes a folder in the Hugging Face layout.
 """
 
 import math

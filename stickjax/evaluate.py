@@ -84,9 +84,9 @@ def evaluate(
       say: a function that is called with a line of progress before each length is evaluated.
 
     Returns:
-      A record for each length: "multiple" (m), "context" (m * T), "bits_per_byte", "bits_per_token", "tokens" and
-      "bytes" (the number of predicted tokens, and of the bytes of their text) and "text" (a hash of the held-out
-      text). For a model that halts tokens also "depth", the mean number of blocks of a token.
+      A record for each length: "multiple" (m), "context" (m * T), "bits_per_byte", "bits_per_token", "tokens" (the
+      number of predicted tokens), "bytes" (the number of bytes of their text) and "text" (a hash of the held-out text).
+      For a model that halts tokens also "depth", the mean number of blocks of a token.
 
     Raises:
       ValueError: a length does not divide the largest one, or `max_tokens` is below 1.
@@ -117,9 +117,9 @@ def evaluate(
 def depths(model: nnx.Module, config: Config, *, lines: int = 4, T: int = 64) -> list[tuple[list[str], np.ndarray]]:
     """Return (the tokens as text, the depth of each token) for a few pieces of held-out text, for `plot_depth`.
 
-    The model must halt tokens. The final state of a token is a weighted mean of the outputs after 1, 2, ... blocks, and
-    its depth is the mean number of blocks with the same weights. A piece has at most T tokens. `lines` is the number of
-    pieces; there are more if some are shorter than T.
+    The model must be one that halts tokens. The final state of a token is a weighted mean of the outputs of blocks 1, 2
+    and so on; its depth is the mean number of blocks with the same weights. A piece has at most T tokens. `lines` is
+    the number of pieces; there are more if some pieces are shorter than T.
     """
     _, heldout = load_corpus(config.data)
     T = min(T, config.data.T)

@@ -103,7 +103,7 @@ def _padded(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 def _advance(model, tokens, segment_ids, cache, key, index, *, temperature, top_k, top_p, vocab_size):
     """Run the model on `tokens` [B,T], and draw the next token of every row. Return (ids [B], the new cache).
 
-    `segment_ids` [B,T]: -1 for padding. `cache`: the keys and values of earlier tokens; those of `tokens` are added.
+    `segment_ids` [B,T]: -1 for padding. `cache`: the keys and values of earlier tokens; the new ones are added.
     The random numbers depend on `key`, on the row, and on `index`, the number of new tokens before this one in the row.
     If `temperature` is None, the most likely token is taken. Only ids below `vocab_size` are drawn.
     """
@@ -257,8 +257,8 @@ def generate_text(
         raise ValueError("prompts and stop must be lists of strings, as ['a', 'b'], and no stop string may be empty")
     if (tokenizer := loaded.tokenizer) is None:
         raise ValueError(
-            f"the tokenizer {loaded.config.data.tokenizer} does not exist, and without it there is no text: set "
-            "data.tokenizer to the path of the model's tokenizer.json, or to byte for a model of bytes"
+            f"the tokenizer {loaded.config.data.tokenizer}, which the model needs to read and write text, does not "
+            "exist: set data.tokenizer to the path of its tokenizer.json, or to byte for a model of bytes"
         )
     ids = [tokenizer.prompt(prompt, special=special_tokens) for prompt in prompts]
     streams, texts = [_TextStream(tokenizer, row, stop) for row in ids], ["" for _ in prompts]

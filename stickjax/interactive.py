@@ -68,7 +68,7 @@ class TrainedModel(Loaded):
 
     @property
     def metrics(self) -> Columns:
-        """The metrics that the training logged: {name: numpy array with a value per logged step}, or empty if none."""
+        """The metrics that the training logged: {name: numpy array with a value per logged step}. It may be empty."""
         return metrics_of(self.run)
 
     def generate(

@@ -120,7 +120,7 @@ def learning_rate_sweep(
       learning_rates: the peak learning rates.
       run: the function that trains: `run(width, learning_rate, mup)` returns the final loss, which is not finite if the
         training diverged.
-      mup: True to run the trainings with muP, False without; by default both.
+      mup: the parametrisations to run, as a tuple: True is with muP, False is without.
       plot: the path of a PNG to write; None: no plot.
 
     Returns:
@@ -174,7 +174,7 @@ def _refined(best: dict, line: Records) -> dict:
 
 
 def fit_power_law(records: Records, *, plot=None) -> PowerLaw:
-    r"""Fit the law of the Power schedule to a sweep of constant-rate (WSD) trainings.
+    r"""Fit the law of the Power schedule to the losses of many trainings with constant learning rates.
 
     .. math::
         \gamma = \eta^* / \beta = a T^b

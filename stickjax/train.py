@@ -43,7 +43,9 @@ def main(argv: list[str] | None = None) -> int:
     if words.run == "":
         raise ValueError("--run is empty: it must name a folder")
     if words.branch is not None and words.init_from is not None:
-        raise ValueError("--from continues a checkpoint, --init-from takes only its parameters: give one of them")
+        raise ValueError(
+            "--from continues a checkpoint, --init-from takes only the parameters of one: give only one of the two"
+        )
     if words.branch is not None and words.run is None:
         raise ValueError("--from needs a new folder: --run DIR")
     config = parse(config, rest)

@@ -69,7 +69,7 @@ def parse_changes(config: Config, argv: list[str]) -> dict[str, Any]:
 
 
 def parse(config: Config, argv: list[str]) -> Config:
-    """Return a copy of the config with the changes of the command line `argv`; see `parse_changes`."""
+    """Return a copy of the config with the changes in `argv`, words of a command line such as `--data.B=8`."""
     return config.replace(parse_changes(config, argv))
 
 

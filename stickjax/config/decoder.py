@@ -104,7 +104,9 @@ class ModelConfig(FamilyConfig):
         self.experts.check("experts", self.experts.k)
         chosen = self.N // self.K if self.attention_experts.E else 0
         if self.attention_experts.k not in (0, chosen):
-            raise ValueError(f"attention_experts.k={self.attention_experts.k} must be {chosen}: N / K, or 0 if E=0")
+            raise ValueError(
+                f"attention_experts.k={self.attention_experts.k} must be {chosen}: N / K, or 0 without experts"
+            )
         self.attention_experts.check("attention_experts", chosen)
         if self.attention_experts.E:
             self._check_attention_experts()

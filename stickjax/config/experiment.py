@@ -213,7 +213,7 @@ class Config:
         return self.train.steps * self.data.tokens_per_step
 
     def replace(self, changes: dict[str, Any]) -> "Config":
-        """Return a copy of the config with the changes `{"section.field": value}`.
+        """Return a copy of the config with changes such as {"data.B": 8, "model.experts.E": 4}.
 
         The new config is checked after all changes are made, so several fields can change together. Raise ValueError
         for an unknown field or a wrong value.

@@ -12,9 +12,9 @@ MODEL_CONFIGS: dict[str, type["FamilyConfig"]] = {}
 class FamilyConfig:
     """The base class for the config of a model family, such as the decoder.
 
-    A model family defines its config as a subclass, which must be a frozen dataclass. Its fields are the fields of the
-    section `model` of a config. It needs at least `family`, whose default is the name of the family; V, the vocabulary
-    size (None: the number of ids of the tokenizer); `dtype`; `param_dtype`; and `implementation`.
+    A model family defines its config as a subclass, which must be a frozen dataclass. Its fields become the section
+    `model` of a config. The subclass needs at least these fields: `family`, whose default is the name of the family; V,
+    the vocabulary size (None: the number of ids of the tokenizer); `dtype`; `param_dtype`; and `implementation`.
     """
 
     family: str

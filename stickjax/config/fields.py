@@ -58,9 +58,9 @@ def nested_fields(config: type) -> dict[str, type]:
 def former_names_in(config: type, values: dict[str, Any]) -> list[str]:
     """Return the keys of `values` that are former names of fields. `values` is {field: value} for a config class.
 
-    Former names of one present field come before former names of several. A former name, such as `attention_experts`,
-    may today be the name of a nested dataclass. Such a key counts as a former name only if its value is neither that
-    dataclass nor a dictionary.
+    The names that stand for one present field come first, then the names that stand for several. A former name, such as
+    `attention_experts`, may today be the name of a nested dataclass. Such a key counts as a former name only if its
+    value is neither that dataclass nor a dictionary.
     """
     former, nested = former_names(config), nested_fields(config)
     used = [was for was in former if was in values]
@@ -253,9 +253,9 @@ def nearest(name: str, known) -> str:
 
 
 def same_definition(one, other) -> bool:
-    """Return whether two classes or functions have the same module and name, so that one replaces the other.
+    """Return whether two classes or functions have the same module and name, as if one file was run twice.
 
-    Running a file or a notebook cell a second time makes a new object for the same definition.
+    A file or a notebook cell that runs again makes a new object, which may replace the old one in a registry.
     """
     names = [(getattr(x, "__module__", None), getattr(x, "__qualname__", None)) for x in (one, other)]
     return names[0] == names[1] and None not in names[0]
