@@ -38,7 +38,7 @@ def export(model: Loaded | Transformer, path: str, *, shard_bytes: int = SHARD_B
 
     `stickjax.load(path)` returns the same parameters, bit for bit. The model type in config.json is
 
-    - `moduleformer` for a model with stick-breaking attention,
+    - `moduleformer` for stick-breaking attention with attention experts and feed-forward experts,
     - `jetmoe` for softmax attention with attention experts,
     - `granitemoe` for softmax attention with feed-forward experts only,
     - `granite` for softmax attention without experts.
@@ -50,8 +50,8 @@ def export(model: Loaded | Transformer, path: str, *, shard_bytes: int = SHARD_B
         and an index file lists them.
 
     Raises:
-      ValueError: the folder exists, the model type cannot express the model (the message names the config fields), or
-        a parameter is not finite.
+      ValueError: the folder exists, no model type can express the model (the message names the config fields), or a
+        parameter is not finite.
 
     >>> import jax, tempfile
     >>> from stickjax import ModelConfig, load

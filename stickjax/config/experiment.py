@@ -103,11 +103,13 @@ class OptimConfig:
     peak_lr: float = field(
         0.02, "highest learning rate: cap of the power law, or plateau of the other schedules", above=0
     )
-    a: float = field(4.0, "power: a in the law beta * a * n^b (beta: batch in 4096 tokens, n: tokens trained)", above=0)
+    a: float = field(
+        4.0, "power: a in the law beta * a * n^b, with n tokens trained and batches of beta * 4096 tokens", above=0
+    )
     b: float = field(-0.51, "power: exponent b of this law")
-    warmup_tokens: int = field(0, "length of the linear warmup", at_least=0)
-    decay_tokens: int = field(0, "length of the decay at the end of the run; 0: no decay", at_least=0)
-    decay: Literal["exponential", "linear", "sqrt", "cosine"] = field("exponential", "shape of the decay")
+    warmup_tokens: int = field(0, "length of the linear warmup, in tokens", at_least=0)
+    decay_tokens: int = field(0, "length of the decay at the end of the run, in tokens; 0: no decay", at_least=0)
+    decay: Literal["exponential", "linear", "sqrt", "cosine"] = field("exponential", "shape of the learning-rate decay")
     end_ratio: float = field(
         0.0, "final learning rate divided by the learning rate at the start of the decay", at_least=0, at_most=1
     )
@@ -132,7 +134,7 @@ class OptimConfig:
 class TrainConfig:
     """The config of the training: its length, its log lines, its checkpoints, and its seed."""
 
-    steps: int = field(400, "optimizer steps", at_least=1, at_most=2**31 - 1)
+    steps: int = field(400, "number of optimizer steps", at_least=1, at_most=2**31 - 1)
     accumulate: int = field(1, "microbatches per step; B must be a multiple of it", at_least=1)
     seed: int = field(0, "seed of the initial parameters and of random choices in training", at_least=0, at_most=SEED)
     log_every: int = field(10, "steps between lines of metrics.jsonl", at_least=1)

@@ -15,7 +15,8 @@ class ExpertsConfig:
     E: int = field(0, "number of experts; 0: no mixture of experts", at_least=0)
     k: int = field(0, "number of experts that a token uses; for attention experts, 0 means N / K", at_least=0)
     order: Literal["topk_softmax", "softmax_topk"] = field(
-        "topk_softmax", "gates: the softmax over the k chosen logits, or the k largest values of the softmax over all"
+        "topk_softmax",
+        "gates: softmax over the k chosen logits (topk_softmax), or k largest values of the softmax over all",
     )
     network: Literal["linear", "mlp", "gmm"] = field(
         "linear", "network of the router logits: a matrix, two layers, or cosine similarity with a centroid per expert"

@@ -22,9 +22,7 @@ class FamilyConfig:
     reads: ClassVar[Literal["text", "pairs"]] = "text"  # the kind of training data, see `stickjax.data.readers`
     remat: str = "none"  # what a layer recomputes in the backward pass
     can_change_experts: ClassVar[bool] = False  # whether `stickjax.surgery` can add and prune its experts
-    accumulates: ClassVar[bool] = (
-        True  # whether gradient accumulation is possible: whether the loss of a batch is a sum over microbatches
-    )
+    accumulates: ClassVar[bool] = True  # whether train.accumulate > 1 works: the loss is a sum over microbatches
 
     def __init_subclass__(cls, **options):
         super().__init_subclass__(**options)

@@ -72,7 +72,7 @@ class SutConfig(FamilyConfig):
     param_dtype: Dtype = field(
         "float32", "number type of the parameters; for 16-bit types the optimizer keeps float32 copies (masters)"
     )
-    remat: Literal["none", "full"] = field("none", "what the backward pass recomputes: nothing, or all (full)")
+    remat: Literal["none", "full"] = field("none", "what the backward pass recomputes: nothing, or whole blocks")
     implementation: str | None = field(None, "kernels: mosaic, triton, xla, reference; None: the best that works")
 
     def __post_init__(self):
