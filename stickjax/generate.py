@@ -189,7 +189,9 @@ def _prompt_ids(row: int, prompt, eot: int | None, vocab_size: int) -> np.ndarra
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(f"prompt {row} must be a list of token ids, not {ids.dtype}{list(ids.shape)}")
     if ids.min() < 0 or ids.max() >= vocab_size:
-        raise ValueError(f"prompt {row} has ids {ids.min()}..{ids.max()}; ids must be from 0 to below {vocab_size}")
+        raise ValueError(
+            f"prompt {row} has ids {ids.min()}..{ids.max()}; ids must be at least 0 and below {vocab_size}"
+        )
     return ids
 
 
