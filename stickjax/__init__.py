@@ -157,8 +157,8 @@ def register(what, name: str | None = None) -> None:
 
     Args:
       what: a `stickjax.models.family.Family`, or a `stickjax.config.attention.AttentionVariant`.
-      name: for a variant, the value of the config field `model.attention` that selects it. For a family, None: its
-        config class contains the name of the family.
+      name: for a variant, the value of the config field `model.attention` that selects it. None for a family, because
+        the field `family` of its config class contains its name.
 
     Raises:
       ValueError: another family or variant has the same name; a `Family` comes with a `name`, or an `AttentionVariant`
@@ -174,6 +174,6 @@ def register(what, name: str | None = None) -> None:
         register_attention(name, what)
     else:
         raise ValueError(
-            f"register(what={what!r}, name={name!r}): what must be a Family, without a name, or an AttentionVariant, "
-            "with a name"
+            f"register(what={what!r}, name={name!r}): the argument what must be a Family, with no name, or an "
+            "AttentionVariant, with a name"
         )

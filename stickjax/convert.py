@@ -116,7 +116,7 @@ def convert(
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line, and return the exit code."""
+    """Run `python -m stickjax.convert` with the arguments `argv`; None: `sys.argv[1:]`. Return the exit code."""
     parser = Parser(prog="python -m stickjax.convert", description="Convert to or from Hugging Face folders.")
     parser.add_argument("folder", help="a folder in the Hugging Face layout, or a run folder")
     parser.add_argument("out", help="the folder to write, in the other layout; it must not exist")

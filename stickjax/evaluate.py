@@ -44,13 +44,14 @@ def _sums(model: nnx.Module, windows: jax.Array, target_mask: jax.Array) -> dict
     """Predict every token of a batch of texts from the tokens before it, and return sums over the batch.
 
     Args:
-      model: the parameters.
+      model: the module with the parameters.
       windows: token ids [B,T+1]. The first T of a row are inputs, and the last T are their targets.
       target_mask: [B,T], True for the targets that count, and False for padding.
 
     Returns:
-      {"nll": the sum of the negative log-likelihoods of the targets, in nats}. For a model that halts tokens also
-      "depth": the sum of the depths of the input tokens. The depth of a token is its mean number of blocks.
+      {"nll": the sum of the negative log-likelihoods of the targets, in nats}. For a model that halts tokens, such
+      as a Universal Transformer, also "depth": the sum of the depths of the input tokens. The depth of a token is the
+      mean number of blocks, weighted by the token's halting probabilities.
     """
     output = family_of(model.config).apply(model, {"tokens": windows[:, :-1]})
     by_token = {"nll": optax.softmax_cross_entropy_with_integer_labels(output.logits, windows[:, 1:])}
@@ -76,7 +77,7 @@ def evaluate(
     context.
 
     Args:
-      model: the parameters.
+      model: the module with the parameters.
       config: its data section names the text and the training length T.
       lengths: multiples of T; each must divide the largest. Lengths that no document reaches are left out.
       max_tokens: the largest number of tokens to predict; at least one window is used.
@@ -86,7 +87,7 @@ def evaluate(
     Returns:
       A record for each length: "multiple" (m), "context" (m * T), "bits_per_byte", "bits_per_token", "tokens" (the
       number of predicted tokens), "bytes" (the number of bytes of their text) and "text" (a hash of the held-out text).
-      For a model that halts tokens also "depth", the mean number of blocks of a token.
+      For a model that halts tokens, such as a Universal Transformer, also "depth", the mean number of blocks per token.
 
     Raises:
       ValueError: a length does not divide the largest one, or `max_tokens` is below 1.
@@ -117,9 +118,9 @@ def evaluate(
 def depths(model: nnx.Module, config: Config, *, lines: int = 4, T: int = 64) -> list[tuple[list[str], np.ndarray]]:
     """Return (the tokens as text, the depth of each token) for a few pieces of held-out text, for `plot_depth`.
 
-    The model must be one that halts tokens. The final state of a token is a weighted mean of the outputs of blocks 1, 2
-    and so on; its depth is the mean number of blocks with the same weights. A piece has at most T tokens. `lines` is
-    the number of pieces; there are more if some pieces are shorter than T.
+    `model` is a Universal Transformer, which halts tokens. The final state of a token is a weighted mean of the outputs
+    of blocks 1, 2 and so on; its depth is the mean number of blocks with the same weights. A piece has at most T
+    tokens, and all pieces together have at most lines * T tokens.
     """
     _, heldout = load_corpus(config.data)
     T = min(T, config.data.T)

@@ -42,7 +42,7 @@ def generate(
     A row is a prompt with its new tokens. It depends on the prompt, the row's index and the seed, not on other rows.
 
     Args:
-      model: the parameters, as `stickjax.load(run).model`.
+      model: the module with the parameters, such as `stickjax.load(run).model`.
       prompts: B arrays of token ids, of any lengths; an empty prompt becomes `eot`.
       max_new_tokens: the largest number of new tokens in a row.
       temperature: 0 always takes the most likely token.
@@ -50,7 +50,7 @@ def generate(
       top_p: of these, draw only from the most likely ones whose probabilities add up to top_p (arXiv 1904.09751).
       seed: the seed of the random draws.
       eot: end-of-text id; a row ends with it. None: no id ends a row.
-      vocab_size: only ids below this are drawn, because V may include padding; None: V.
+      vocab_size: only ids below this are drawn, because the model's V may include unused ids; None: all V ids.
       on_token: `on_token(row, id)` is called for each new token as soon as it is known; returning True ends the row.
 
     Returns B lists of new ids; the last id of a list is `eot` if `eot` has ended the row.
@@ -293,7 +293,7 @@ def _read_prompt(path: str | None) -> str:
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line, and return the exit code."""
+    """Run `python -m stickjax.generate` with the arguments `argv`; None: `sys.argv[1:]`. Return the exit code."""
     parser = Parser(prog="python -m stickjax.generate", description="Continue prompts with a trained model.")
     parser.add_argument("run", help="run folder")
     source = parser.add_mutually_exclusive_group()
@@ -313,7 +313,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--special-tokens", action="store_true", help="encode <|user|> in a prompt as a special token")
     parser.add_argument("--step", type=int, help="step of the checkpoint; by default the newest")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="set a field: model.window=64")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="set a config field: model.window=64"
+    )
     args = parser.parse_args(argv)
     sampling = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
     _check_options(args.max_new_tokens, **sampling)  # before the model is read

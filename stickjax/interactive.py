@@ -108,11 +108,14 @@ class TrainedModel(Loaded):
         return texts[0] if one else texts
 
     def evaluate(self, *, lengths: Sequence[int] = LENGTHS, max_tokens: int = 2**17, max_pairs: int = 1024) -> Columns:
-        """Compute the loss on held-out text in bits per byte, and return {name: numpy array with a value per length}.
+        """Compute the loss on held-out text, in bits per byte, with contexts of m * T tokens for every m in `lengths`.
 
-        The model is evaluated with contexts of m * T tokens for every m in `lengths`, on about `max_tokens` tokens. A
-        classifier of sentence pairs is evaluated by its accuracy instead, on up to `max_pairs` pairs for each number of
-        logical operators. Nothing is written into the run folder.
+        About `max_tokens` tokens are predicted. Returns {name: numpy array with a value per length}. The names are the
+        keys of the records of `stickjax.evaluate.evaluate`, such as "context" and "bits_per_byte".
+
+        For a classifier of sentence pairs, the accuracy is computed instead, on up to `max_pairs` pairs for each number
+        of logical operators. Then an array has a value per number of operators, and the names are the keys of the
+        records of `stickjax.evaluation.pairs.accuracy`. Nothing is written into the run folder.
         """
         if self.config.model.reads == "pairs":
             return Columns.of(accuracy(self.model, self.config, max_pairs=max_pairs))

@@ -91,9 +91,9 @@ class Processes:
     def wait(self) -> int | None:
         """Wait until one process fails, or until all have ended without a failure. Show their output meanwhile.
 
-        Return the index of the process that failed first, or None. A process may end only because it has lost the
-        connection to another one. That process is returned only if no process ends for another reason within
-        KILL_AFTER_SECONDS.
+        Return the index of the process that failed first, or None if no process failed. If the first failure is only a
+        lost connection to another process, wait up to KILL_AFTER_SECONDS for a process that fails for another reason,
+        and return the index of that process if there is one.
         """
         deadline = None  # set when the first process has failed
         while True:
@@ -176,7 +176,7 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line, and return the exit code."""
+    """Run `python -m stickjax.launch` with the arguments `argv`; None: `sys.argv[1:]`. Return the exit code."""
     words, train = _parse(argv)
     count, first = words.processes * words.hosts, words.processes * words.host
     address = words.coordinator or f"localhost:{free_port()}"

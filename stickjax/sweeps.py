@@ -206,7 +206,9 @@ def fit_power_law(records: Records, *, plot=None) -> PowerLaw:
     tokens = np.array([r["tokens"] for r in best], float)
     gamma = np.array([r["learning_rate"] / r["batch_size"] for r in best], float)
     if len(set(tokens)) < 2:
-        raise ValueError(f"a power law needs finite losses at two or more numbers of tokens, found {len(set(tokens))}")
+        raise ValueError(
+            f"a power law needs finite losses at two or more training lengths (in tokens), found {len(set(tokens))}"
+        )
     b, log_a = np.polyfit(np.log(tokens), np.log(gamma), 1)
     law = PowerLaw(float(np.exp(log_a)), float(b), best, np.log(gamma) - (log_a + b * np.log(tokens)))
     if plot is not None:
@@ -300,7 +302,7 @@ def _numbers(name: str, text: str, kind: type) -> list:
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line, and return the exit code."""
+    """Run `python -m stickjax.sweeps` with the arguments `argv`; None: `sys.argv[1:]`. Return the exit code."""
     parser = Parser(prog="python -m stickjax.sweeps")
     parser.add_argument("command", choices=_COMMANDS, help="power-law trains 1, 2, 4 and 8 times the config's steps")
     parser.add_argument("--config", help="a name, a .py file, or a run's config.json; by default a small model")

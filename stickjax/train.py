@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         config = Config() if words.config is None else load_config(words.config)
     if words.help:
-        print(f"{parser.format_help()}\nconfig fields, with their values here:\n{describe(config)}")
+        print(f"{parser.format_help()}\nconfig fields, with the values of CONFIG:\n{describe(config)}")
         return 0
     if words.config is None and words.branch is None:
         raise ValueError("CONFIG is missing: name a config, for example python -m stickjax.train tiny")
@@ -44,7 +44,8 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError("--run is empty: it must name a folder")
     if words.branch is not None and words.init_from is not None:
         raise ValueError(
-            "--from continues a checkpoint, --init-from takes only the parameters of one: give only one of the two"
+            "--from continues a checkpoint, --init-from uses only the parameters of a checkpoint: give only one of the "
+            "two"
         )
     if words.branch is not None and words.run is None:
         raise ValueError("--from needs a new folder: --run DIR")

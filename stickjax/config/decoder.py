@@ -64,15 +64,16 @@ class ModelConfig(FamilyConfig):
     )
     skip_below: float | None = field(
         None,
-        "such as -24: when less than 2^-24 of the stick is left, skip all keys further left (stick-breaking only); "
-        "None: skip no key",
+        "a log2, such as -24: when less than 2^-24 of the stick is left, skip all keys further left (stick-breaking "
+        "only); None: skip no key",
     )
     rope_theta: float = field(10_000.0, "base of the rotary frequencies (softmax only)", above=0)
     activation: Literal["swiglu", "geglu", "reglu", "gelu", "gelu_tanh", "relu", "relu2", "silu"] = field(
         "swiglu", "activation function of the feed-forward network"
     )
     key_value: Literal["projected", "biased", "input"] = field(
-        "projected", "keys and values of attention experts: projections, with a bias, or the input itself (K=1, H=D)"
+        "projected",
+        "keys and values of attention experts: projected, projected with a bias, or the input itself (K=1, H=D)",
     )
     tied: bool = field(True, "use the embedding matrix also as the output projection")
     norm: Literal["rms", "layer"] = field("rms", "normalisation: RMSNorm, or LayerNorm with a bias")
@@ -81,7 +82,7 @@ class ModelConfig(FamilyConfig):
     m_width: float = field(1.0, "muP width multiplier: D / base width; the base width is usually 256", above=0)
     m_emb: float = field(1.0, "multiplier of the embedding output", above=0)
     m_res: float = field(1.0, "multiplier of every residual branch: attention, feed-forward network", at_least=0)
-    attention_scale: float | None = field(None, "multiplier of q.k; None: 1/sqrt(H). muP needs constant / H")
+    attention_scale: float | None = field(None, "multiplier of q.k; None: 1/sqrt(H). For muP, set a constant / H")
     logits_scaling: float | None = field(None, "divisor of the output logits; None: m_width", above=0)
     init_std: float = field(
         0.1, "standard deviation of the initial embedding; for matrices it is divided by sqrt(m_width)", above=0
@@ -105,7 +106,8 @@ class ModelConfig(FamilyConfig):
         chosen = self.N // self.K if self.attention_experts.E else 0
         if self.attention_experts.k not in (0, chosen):
             raise ValueError(
-                f"attention_experts.k={self.attention_experts.k} must be {chosen}: N / K, or 0 without experts"
+                f"attention_experts.k={self.attention_experts.k} must be {chosen}: "
+                "N / K with attention experts, 0 without"
             )
         self.attention_experts.check("attention_experts", chosen)
         if self.attention_experts.E:
@@ -142,11 +144,13 @@ class ModelConfig(FamilyConfig):
         if sizes["expert"] > 1 and self.experts.added:
             old, added = self.experts.E, self.experts.added
             raise ValueError(
-                f"mesh axis expert={sizes['expert']}: experts.added={added} beside experts.E={old} needs expert=1"
+                f"mesh axis expert={sizes['expert']} must be 1 for a model with added experts: experts.E={old}, "
+                f"experts.added={added}"
             )
         if sizes["context"] > 1 and not variant(self.attention).divides_sequence:
             raise ValueError(
-                f"context={sizes['context']} needs attention={variants_with(lambda kind: kind.divides_sequence)}"
+                f"mesh axis context={sizes['context']} needs "
+                f"attention={variants_with(lambda kind: kind.divides_sequence)}"
             )
         tensor, context = sizes["tensor"], sizes["context"]
         divided = [

@@ -50,7 +50,8 @@ class DataConfig:
     heldout_every: int = field(10, "one document in this many is held out", at_least=2)
     tokenizer: str = field("byte", "byte, or the path of a Hugging Face tokenizer.json")
     eot: str | None = field(
-        None, "added token of tokenizer.json that ends a text, such as '<|im_end|>'; None: the files beside it name it"
+        None,
+        "added token that ends a text, such as '<|im_end|>'; None: the token that the files beside tokenizer.json name",
     )
     text_field: str = field("text", "field of a jsonl line that holds the text")
     examples: int = field(
@@ -60,7 +61,7 @@ class DataConfig:
     B: int = field(16, "sequences in one step, in all processes and microbatches together", at_least=1)
     seed: int = field(0, "seed of the order of the sequences", at_least=0, at_most=SEED)
     curriculum: int = field(
-        0, "steps from training a classifier on the shortest tenth of the pairs to all pairs; 0: always all", at_least=0
+        0, "steps in which a classifier's training pairs grow from the shortest tenth to all; 0: always all", at_least=0
     )
 
     def __post_init__(self):
@@ -104,9 +105,11 @@ class OptimConfig:
         0.02, "highest learning rate: cap of the power law, or plateau of the other schedules", above=0
     )
     a: float = field(
-        4.0, "power: a in the law beta * a * n^b, with n tokens trained and batches of beta * 4096 tokens", above=0
+        4.0,
+        "power: factor a of the learning rate beta * a * n^b, for n tokens trained and a batch of beta * 4096 tokens",
+        above=0,
     )
-    b: float = field(-0.51, "power: exponent b of this law")
+    b: float = field(-0.51, "power: exponent b of the learning rate beta * a * n^b")
     warmup_tokens: int = field(0, "length of the linear warmup, in tokens", at_least=0)
     decay_tokens: int = field(0, "length of the decay at the end of the run, in tokens; 0: no decay", at_least=0)
     decay: Literal["exponential", "linear", "sqrt", "cosine"] = field("exponential", "shape of the learning-rate decay")

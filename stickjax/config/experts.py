@@ -16,7 +16,8 @@ class ExpertsConfig:
     k: int = field(0, "number of experts that a token uses; for attention experts, 0 means N / K", at_least=0)
     order: Literal["topk_softmax", "softmax_topk"] = field(
         "topk_softmax",
-        "gates: softmax over the k chosen logits (topk_softmax), or k largest values of the softmax over all",
+        "gates: softmax over the k chosen logits (topk_softmax), or the k chosen values of the softmax over all logits "
+        "(softmax_topk)",
     )
     network: Literal["linear", "mlp", "gmm"] = field(
         "linear", "network of the router logits: a matrix, two layers, or cosine similarity with a centroid per expert"
@@ -24,10 +25,16 @@ class ExpertsConfig:
     hidden: int = field(256, "hidden width of the mlp and gmm router networks", at_least=1)
     bias: bool = field(False, "add a trainable bias to the output of the mixture")
     sample_topk: int = field(
-        0, "in training, this many of the k experts are drawn by the router's probabilities", at_least=0
+        0,
+        "in training, this many of the k experts are drawn at random, by the router's probabilities; the others are "
+        "the most probable ones",
+        at_least=0,
     )
     token_rounding: int = field(
-        0, "in training, each expert drops its smallest gates, down to a multiple of this many; 0: off", at_least=0
+        0,
+        "in training, each expert drops its tokens with the smallest gates, so that it gets a multiple of this many "
+        "tokens; 0: off",
+        at_least=0,
     )
     switch_weight: float = field(
         0.0, "weight of the load-balancing loss E * sum_e (load of e) * (mean probability of e)", at_least=0

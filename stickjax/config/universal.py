@@ -34,7 +34,7 @@ class SutConfig(FamilyConfig):
     )
     V: int | None = field(
         None,
-        "vocabulary size; None: number of ids of the tokenizer, or of the sentence pairs (0 is padding)",
+        "vocabulary size; None: the number of token ids of the data (of sentence pairs, with 0 for padding)",
         at_least=1,
     )
     D: int = field(128, "width of the residual stream", at_least=1)
@@ -49,7 +49,9 @@ class SutConfig(FamilyConfig):
     attention: Literal["softmax", "stick_breaking"] = field(
         "softmax", "softmax: not causal, with relative positions; stick_breaking: causal, without positions"
     )
-    clip: int = field(64, "tokens that are further apart count as this far apart (softmax only)", at_least=1)
+    clip: int = field(
+        64, "relative positions are -(clip - 1) to clip - 1; distances beyond are clipped (softmax only)", at_least=1
+    )
     sinusoidal: bool = field(True, "add sinusoidal positions to the embedding (softmax only)")
     normalize_before: bool = field(
         False,
@@ -57,7 +59,10 @@ class SutConfig(FamilyConfig):
         "stream after it",
     )
     halting_threshold: float = field(
-        0.999, "a token halts when its halting probabilities add up to this; may be changed later", above=0, at_most=1
+        0.999,
+        "a token halts when its halting probabilities add up to this; may be changed after training",
+        above=0,
+        at_most=1,
     )
     halting_bias: float = field(
         0.0, "added to the logit of not halting; 2, for example, makes a new model use more steps"

@@ -1,4 +1,4 @@
-"""Evaluate a classifier of sentence pairs: its accuracy, and how much work its halting saves.
+"""Evaluate a classifier of sentence pairs: its accuracy, and how much computation its halting of tokens saves.
 
 The sentences are formulas of propositional logic, and the accuracy is computed for each number of logical operators.
 `python -m stickjax.evaluate RUN` calls `report` for a model with `model.classes`.
@@ -31,7 +31,7 @@ def _read(model: PairClassifier, pairs: dict[str, jax.Array], threshold) -> tupl
 
     `pairs` has the token ids `left` and `right` [B,T]. Return (the predicted labels [B], the depth of every token of
     both sentences [2,B,T], the number of (token, choice) pairs that experts computed). The depth of a token is its mean
-    number of blocks.
+    number of blocks. A (token, choice) pair is a token with one of its chosen experts, in one block.
     """
     output = apply(model, pairs, threshold=threshold)
     return output.logits.argmax(-1), output.depth, sum(rows.sum() for rows in output.rows.values())
@@ -53,7 +53,7 @@ def accuracy(
     differ, the larger number counts. The last bucket also contains all pairs with more operators.
 
     Args:
-      model: the parameters.
+      model: the module with the parameters.
       config: its data section says how the pairs are generated.
       buckets: the numbers of operators to evaluate.
       thresholds: the halting thresholds to try; None: only the config's.
@@ -130,8 +130,8 @@ def batches_of(config: Config, bucket: int, max_pairs: int, B: int) -> list[tupl
 def table(runs: dict[str, Records]) -> Table:
     """Return a table of the accuracy and the mean depth of every run, with a row per number of operators.
 
-    `runs` is {name of a run: the records of `accuracy`}. The records of the first halting threshold are shown. The
-    depth is the number of blocks per token.
+    `runs` is {name of a run: the records of `accuracy`}. If the records of a run have several halting thresholds, only
+    the first is shown. The depth is the number of blocks per token.
     """
     result = Table(title="held-out accuracy")
     for name in ("operators", "pairs", "commonest label", *runs, *(f"depth of {name}" for name in runs)):
@@ -145,7 +145,7 @@ def table(runs: dict[str, Records]) -> Table:
 
 
 def savings(records: Records) -> Table:
-    """Return a table of what halting earlier saves, with a row per halting threshold in the records of `accuracy`.
+    """Return a table of accuracy and computation, with a row per halting threshold in the records of `accuracy`.
 
     The columns are means over all pairs of sentences: the accuracy; the depth, which is the number of blocks per token;
     and the number of (token, choice) pairs that experts computed per token. The last column is the time, as a share of

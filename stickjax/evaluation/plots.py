@@ -71,8 +71,8 @@ def group(records: Records, *keys: str) -> dict[Any, Records]:
 def best_runs(records: Records, *keys: str) -> Records:
     """Return the record with the smallest "loss" for every combination of values of `keys`.
 
-    Records with a loss that is not finite are ignored, because their runs have diverged. A combination without another
-    record is left out.
+    Records with a loss that is not finite are ignored, because their runs have diverged. A combination whose losses are
+    all not finite is left out.
     """
     groups = group([r for r in records if math.isfinite(r["loss"])], *keys)
     return [min(line, key=lambda r: r["loss"]) for line in groups.values()]
@@ -157,8 +157,8 @@ def plot_accuracy(runs: dict[str, Records], path) -> None:
 def plot_halting(records: Records, path, groups=((0, 6), (7, 9), (10, 12))) -> None:
     """Plot accuracy against mean depth (blocks per token), with a point per halting threshold.
 
-    Points of the same range of numbers of operators are joined by a line. `groups` has (the smallest, the largest)
-    number of operators of each line. `records` are the records of `pairs.accuracy`.
+    There is a line per range of numbers of logical operators in a pair of sentences. `groups` has the ranges, as (the
+    smallest, the largest) number. `records` are the records of `pairs.accuracy`.
     """
     page, (axes,) = figure("mean depth (blocks)", "held-out accuracy")
     for low, high in groups:
