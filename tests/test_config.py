@@ -224,9 +224,9 @@ FILES = {
     "raises.py": ("\n1 / 0\n", "raises.py:2: ZeroDivisionError: division by zero"),
     "imports.py": ("import nowhere_at_all\n", "imports.py:1: ModuleNotFoundError: No module named 'nowhere_at_all'"),
     "exits.py": ("raise SystemExit(0)\n", "exits.py:1: SystemExit: 0"),
-    "nothing.py": ("x = 1\n", "nothing.py: it defines no get_config()"),
-    "number.py": ("get_config = 3\n", "number.py:1: get_config() must need no arguments: 3 is not a callable object"),
-    "needs.py": ("\n\ndef get_config(x, y=1): pass\n", "needs.py:3: get_config() must need no arguments: missing a"),
+    "nothing.py": ("x = 1\n", "nothing.py: it defines no function get_config()"),
+    "number.py": ("get_config = 3\n", "number.py:1: get_config() must take no arguments: 3 is not a callable object"),
+    "needs.py": ("\n\ndef get_config(x, y=1): pass\n", "needs.py:3: get_config() must take no arguments: missing a"),
     "returns.py": (
         "def get_config(): return None\n",
         "returns.py: get_config() must return a stickjax.Config, not None",

@@ -186,9 +186,9 @@ def test_a_run_that_cannot_be_written_is_evaluated(runs, capsys, monkeypatch, tm
     [
         (["--max-tokens=0"], "max_tokens=0 must be at least 1"),
         (["--max-tokens=-3"], "max_tokens=-3 must be at least 1"),
-        (["--lengths=1,x"], "--lengths=1,x: expected multiples of T"),
-        (["--lengths="], "--lengths=: expected multiples of T"),
-        (["--lengths=0"], "--lengths=0: expected multiples of T"),
+        (["--lengths=1,x"], "--lengths=1,x: expected whole numbers"),
+        (["--lengths="], "--lengths=: expected whole numbers"),
+        (["--lengths=0"], "--lengths=0: expected whole numbers"),
         (["--lengths=2,3"], "every length must divide the largest: 2 does not divide 3"),
         (["--plot=no/folder/p.png"], "--plot=no/folder/p.png: no/folder is not a folder"),
     ],

@@ -181,9 +181,9 @@ def test_empty_prompts(model):
 @pytest.mark.parametrize(
     "prompt, options, message",
     [
-        ([24], {}, r"prompt 0 has ids 24..24, outside the vocabulary of 24"),
-        ([0, -1], {}, "outside the vocabulary"),
-        ([0, 20], dict(vocab_size=20), "vocabulary of 20"),
+        ([24], {}, r"prompt 0 has ids 24..24; ids must be at least 0 and below 24"),
+        ([0, -1], {}, "ids must be at least 0"),
+        ([0, 20], dict(vocab_size=20), "and below 20"),
         ([0.5], {}, r"not float64\[1\]"),
         ([[1, 2]], {}, r"not int64\[1, 2\]"),
         (3, {}, r"not int64\[\]"),

@@ -171,7 +171,7 @@ def test_an_interrupt_before_the_first_step_is_no_traceback(where, tmp_path, mon
         monkeypatch.setattr(loop, "_new", without_check(loop._new, monkeypatch))
     result = stickjax.fit(CONFIG, tmp_path / "run")
     assert not result.finished and result.stopped_by == signal.SIGINT
-    said = "interrupted at once; there is no checkpoint yet" if where == "_new" else "stopped at step 0, with nothing"
+    said = "interrupted; there is no checkpoint yet" if where == "_new" else "stopped at step 0, with nothing"
     assert said in capsys.readouterr().out
     step = None if where == "_new" else 0
     assert repr(result).startswith(f"Result(step={step}, finished=False")
@@ -186,7 +186,7 @@ def test_a_second_interrupt_ends_the_step_at_once(tmp_path, monkeypatch, capsys)
     at_step(monkeypatch, 3, twice)
     result = stickjax.fit(CONFIG.replace({"train.checkpoint_every": 2}), tmp_path / "run")
     assert result.state is None and result.stopped_by == signal.SIGINT
-    assert "interrupted at once; the newest checkpoint is step 2" in capsys.readouterr().out
+    assert "interrupted; the newest checkpoint is step 2" in capsys.readouterr().out
     assert not (tmp_path / "run" / "lock").exists()
 
 

@@ -114,7 +114,7 @@ def test_a_batch_is_as_wide_as_its_bucket_needs():
 
 
 def test_a_bucket_of_which_no_pair_was_drawn():
-    with pytest.raises(ValueError, match="data.examples=20 has no held-out pair with 12 operators"):
+    with pytest.raises(ValueError, match="data.examples=20 gives no held-out pair with 12 operators"):
         batches_of(PAIRS.replace({"data.examples": 20}), 12, 1, 1)
 
 

@@ -308,8 +308,8 @@ def bad_runs(tmp_path, uninterrupted):
     (tmp_path / "short.txt").write_text("too short")
     (tmp_path / "no.py").write_text("x = 1\n")
     yield [str(tmp_path / "none.py")], "none.py"
-    yield [str(tmp_path / "no.py")], "defines no get_config()"
-    yield [], "which config?"
+    yield [str(tmp_path / "no.py")], "defines no function get_config()"
+    yield [], "CONFIG is missing"
     yield ["--train.stesp=3", "CONFIG"], "did you mean 'train.steps'?"
     yield ["CONFIG", "--model.V=100"], "V=100 is smaller than the 257 ids of"
     yield ["CONFIG", "--data.source=text", f"--data.path={tmp_path / 'short.txt'}"], "T=32 needs 33 tokens"
