@@ -1,4 +1,4 @@
-"""The lines that a training prints before it begins."""
+"""Make the lines that a training run prints before its first step: the banner."""
 
 import math
 from collections.abc import Iterable
@@ -14,7 +14,10 @@ from stickjax.parallel.mesh import AXES
 
 
 def banner(config: Config, data: TrainingData, mesh: Mesh | None = None) -> str:
-    """Return the first lines that a training prints: its model, data, steps and devices."""
+    """Return the first lines that a training run prints: parameter counts, data, number of steps and devices.
+
+    `data`: the training data that the run has loaded. `mesh`: the mesh of the run; None: it uses one device.
+    """
     m, d, family = config.model, config.data, family_of(config.model)
     (total, active), flops = family.parameter_counts(m), family.flops_per_token(m, d.T)
     parts = {axis: 1 for axis in AXES} if mesh is None else mesh.shape
@@ -30,8 +33,9 @@ def banner(config: Config, data: TrainingData, mesh: Mesh | None = None) -> str:
 
 
 def kernels(choices: Iterable[Choice]) -> str:
-    """Return the lines of the banner about the kernels that one device runs in a step, with the reason for each choice.
+    """Return the lines of the banner about the kernels of a training step.
 
-    `choices`: what `dispatch.recorded` collected while the step was traced.
+    A line names an op, the implementation that runs it on each device, and the reason. `choices`: the choices of
+    implementations that `dispatch.recorded` collected while the step was traced.
     """
     return "\n".join(map(str, choices)) or "the step has neither an attention kernel nor an expert kernel"
