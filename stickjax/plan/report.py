@@ -105,7 +105,7 @@ def print_step(compiled: Compiled, machine: Machine, changes: list[tuple[dict, C
     print(f"memory        per device: {memory_words(compiled, machine)}")
     print(f"state         {', '.join(f'{name} {gib(size)}' for name, size in compiled.state.items())}")
     again = work.flops / estimate.model_flops(compiled)
-    print(f"work          {work.flops:.3g} FLOP, {again:.2f} x the FLOP of the model; {gib(work.bytes)} read and written")
+    print(f"work          {work.flops:.3g} FLOP, {again:.2f} x the FLOP of the model; {gib(work.bytes)} moved")
     if work.unknown:
         print(f"              {work.unknown} loops of unknown length count as one pass each")
     for row in by_axes(compiled):
