@@ -32,9 +32,9 @@ def use(model: Transformer, batches: Iterable[Mapping[str, np.ndarray]]) -> Use:
         Padding tokens do not count.
 
     Returns:
-      {"attention": [L, columns], "ffn": [L, columns]}, whole numbers, for the kinds of modules that the model has. The
-      router of each of the L layers has a column for every module, with the added modules last. A pruned module still
-      has a column if it counts in the softmax.
+      The numbers of pairs as whole numbers, in a dictionary with an entry for each kind of modules,
+      {"attention": [L, columns], "ffn": [L, columns]}. A router has a column for every module, and the added modules
+      are last. A pruned module still has a column if it counts in the softmax.
 
     Raises:
       ValueError: the model has no modules.
@@ -121,9 +121,11 @@ def report(
       below: a module with a smaller share of the (token, choice) pairs of its layer counts as unused.
 
     Returns:
-      A dictionary. "use": {source: {kind: [L, columns]}}, the share of the pairs of each router column;
-      "mutual_information": {kind: [L]}, the bits of `mutual_information`; "modules": {kind: how many modules all layers
-      have together}; "unused": {source: {kind: the number of unused modules}}; "below" and "max_tokens": the arguments.
+      A dictionary with the following entries.
+      "use": {source: {kind: [L, columns]}}, the share of the (token, choice) pairs of each router column;
+      "mutual_information": {kind: [L]}, the result of `mutual_information` in bits; "modules": {kind: how many modules
+      all layers have together}; "unused": {source: {kind: the number of unused modules}}; "below" and "max_tokens": the
+      arguments.
     Raises:
       ValueError: the model has no modules, there are no sources, or one of them is too short.
     """

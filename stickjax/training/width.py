@@ -184,8 +184,8 @@ def power_law_records(
       batch_sizes: the values of B, the number of sequences in a batch; None: only the config's B.
 
     Returns:
-      A list with a record for every length, batch size and learning rate: {"tokens", "batch_size" (in sequences of 4096
-      tokens), "learning_rate", "loss" (the mean of the last quarter of the steps)}.
+      A record for every length, batch size and learning rate. It has "tokens", "batch_size" (in sequences of 4096
+      tokens), "learning_rate" and "loss" (the mean of the last quarter of the steps).
 
     Raises:
       ValueError: a length is shorter than one step.
