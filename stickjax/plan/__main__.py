@@ -23,7 +23,7 @@ from stickjax.plan.search import SWEPT
 
 
 def _hosts(devices: int) -> int:
-    """Return the smallest number of hosts that have equally many of the `devices` devices, at most 8 on a host."""
+    """Return the smallest number of hosts that can share `devices` devices equally, with at most 8 devices each."""
     return next(hosts for hosts in range(max(1, -(-devices // 8)), max(1, devices) + 1) if devices % hosts == 0)
 
 

@@ -69,5 +69,8 @@ def mfu(compiled: Compiled, chip: Chip, seconds: float) -> float:
 
 
 def fits(compiled: Compiled, memory: int | None) -> bool:
-    """Return whether the step fits into a device with `memory` bytes. If `memory` is None (not known), return True."""
+    """Return whether the step fits into a device with `memory` bytes, of which it may use the share MEMORY_SHARE.
+
+    If `memory` is None (not known), return True.
+    """
     return memory is None or compiled.peak <= MEMORY_SHARE * memory

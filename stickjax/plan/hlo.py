@@ -54,8 +54,8 @@ def collectives(text: str, mesh: Mesh | None, per_host: int | None = None) -> li
     Args:
       text: the HLO of the program, `compiled.as_text()`.
       mesh: the mesh for which the program was compiled; None: the program has one device, and no collectives.
-      per_host: the number of devices of a host. Each host has the devices of the next `per_host` ids. None: there is
-        one host.
+      per_host: the number of devices of a host. The devices with the ids 0 to per_host - 1 are on the first host, and
+        so on. None: there is one host.
     """
     if mesh is None:
         return []
@@ -71,7 +71,10 @@ def collectives(text: str, mesh: Mesh | None, per_host: int | None = None) -> li
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """Split the HLO of a program into {name of a computation: its lines}, and return the name of its entry, too."""
+    """Split the HLO of a program into its computations.
+
+    Return ({name of a computation: its lines}, the name of the computation where the program starts).
+    """
     computations, entry, current = {}, "", None
     for line in text.splitlines():
         if not line.startswith(" "):
@@ -126,7 +129,7 @@ def _collective(kind, start, type_, line, count, mesh, per_host) -> Collective:
 def _parts(type_: str) -> list[str]:
     """Split the text of an HLO type, such as "(f32[2,3], s32[])", into the members of the tuple: ["f32[2,3]", "s32[]"].
 
-    A type that is not a tuple is the only member.
+    Any other type is returned as the only member.
     """
     if not type_.startswith("("):
         return [type_]

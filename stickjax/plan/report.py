@@ -180,5 +180,8 @@ def show(config: Config, machine: Machine, *, as_json: bool = False, swept: bool
 
 
 def dry_run(config: Config) -> None:
-    """Print the report of the training step of a config on the present devices. Nothing is trained or written."""
+    """Compile the training step of a config for the devices that are present, and print the report.
+
+    The step does not run, and no file is written.
+    """
     show(config, present_machine())

@@ -59,8 +59,8 @@ def _more_remat(compiled: Compiled) -> Iterator[dict]:
 def _smaller_microbatches(compiled: Compiled, room: float) -> Iterator[dict]:
     """Return at most three changes {"train.accumulate": number} that make the microbatches smaller.
 
-    They give the two largest microbatches that may fit, and the smallest one, with one sequence per device. `room`: the
-    bytes of a device that the arguments leave free. Temporaries shrink at most in proportion to the microbatch, so
+    The changes give the two largest microbatches that may fit, and the smallest, with one sequence per device. `room`:
+    the bytes of a device that the arguments leave free. Temporaries shrink at most in proportion to the microbatch, so
     microbatches that cannot fit are left out.
     """
     accumulate, B = compiled.config.train.accumulate, compiled.config.data.B
@@ -81,7 +81,7 @@ def _more_parts(compiled: Compiled) -> Iterator[dict]:
 
 
 def meshes(config: Config, machine: Machine) -> list[Config]:
-    """Return a copy of the config for every mesh that uses all devices and divides the sizes of batch and model.
+    """Return a copy of the config for every mesh that uses all devices and can divide the batch and the model.
 
     Meshes with fewer axes larger than 1 come first. Among meshes with the same number of such axes, the meshes with a
     large axis "data" come first.

@@ -6,6 +6,7 @@ python -m stickjax.surgery concentrate RUN OUT [--weight 0.1]
 python -m stickjax.surgery prune RUN OUT (--count N | --threshold X) [--kind ffn|attention|both] [--denominator old|new]
 python -m stickjax.surgery report RUN [--source stdlib --source text:FOLDER] [--plot PNG]
 
+concentrate trains the model further, so that it uses few modules. Then prune can remove the other modules.
 extend, freeze and prune write a run folder OUT that has only parameters, without an optimizer state. Train it by
 python -m stickjax.train OUT/config.json --run NEW --init-from OUT. All commands take --section.field=value.
 """
@@ -83,7 +84,7 @@ def _freeze(words, changes: dict) -> str:
     config = freeze(loaded.config, ",".join(words.patterns))
     mask = jax.tree.leaves(frozen(loaded.model, config.optim.trainable))
     if all(mask):
-        raise ValueError(f"optim.trainable={config.optim.trainable!r} freezes every parameter")
+        raise ValueError(f"optim.trainable={config.optim.trainable!r} freezes every parameter, so nothing would train")
     save(words.out, loaded.model, config)
     return f"{sum(mask)} of {len(mask)} parameters are frozen; {_how_to_train(words.out)}"
 

@@ -45,7 +45,7 @@ def extend(model: Transformer, key: jax.Array, *, experts: int = 0, attention_ex
     present = {kind.name for kind in kinds_of(model.config)}
     for name, number in added.items():
         if number and name not in present:
-            raise ValueError(f"cannot add {number} modules to {name}: the model has {KINDS[name].field}.E=0")
+            raise ValueError(f"cannot add {number} modules to {name}: the model has none, {KINDS[name].field}.E=0")
     config, leaves = model.config, named_leaves(model)
     for name in present:
         config = KINDS[name].changed(config, added=added[name])
@@ -101,7 +101,7 @@ def prune(
     Args:
       model: a trained model. Modules that `extend` added are first merged into the old modules (see `merged`).
       use: {kind: [L, columns]}, the number of (token, choice) pairs of each router column in each of the L layers, as
-        `use(model, batches)` returns it. A kind that is missing here, or in `count` or `threshold`, is not pruned.
+        `usage.use` returns it. A kind that is missing here, or in `count` or `threshold`, is not pruned.
       count: how many modules each layer keeps, the most used modules first. One number, or {kind: number}.
       threshold: a module is kept if it has at least this share of the (token, choice) pairs of its layer. Each layer
         keeps at least as many modules as a token uses: k, or N / K for attention. One number, or {kind: number}.
@@ -129,7 +129,7 @@ def prune(
             "are no longer there"
         )
     if missing := use.keys() - {kind.name for kind in kinds_of(config)}:
-        raise ValueError(f"use has the kind {', '.join(sorted(missing))}, but the model has no such modules")
+        raise ValueError(f"use has counts for {', '.join(sorted(missing))}, but the model has no such modules")
     sizes = {}
     for kind in kinds_of(config):
         slot = slots(model, kind)
@@ -173,11 +173,11 @@ def _kept(kind: Kind, alive, use, k: int, count: int | None, threshold: float | 
 
 
 def _keep(model: Transformer, leaves: dict, kind: Kind, slot, keep, denominator: str) -> dict[str, int]:
-    """Remove the pruned modules of one kind from the arrays `leaves`, {name: array}. Return its new config fields.
+    """Remove the pruned modules of one kind from the arrays `leaves`, {name: array}. Return the changed config fields.
 
-    These are fields of `ExpertsConfig`: "E" is the number of modules for which a layer has room, and "pruned" is the
-    number of router columns beyond E. `slot` [L, columns] has the index of each column's module (see `slots`), and
-    `keep` [L, columns] is True for the columns of the modules that remain.
+    The fields are in the `ExpertsConfig` of the kind: "E" is the number of modules for which a layer has room, and
+    "pruned" is the number of router columns beyond E. `slot` [L, columns] has the index of each column's module (see
+    `slots`), and `keep` [L, columns] is True for the columns of the modules that remain.
     """
     E = int(keep.sum(1).max())
     columns = np.argsort(~keep, axis=1, kind="stable")[:, :E]  # indices of the kept columns, in their order

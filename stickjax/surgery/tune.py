@@ -66,7 +66,7 @@ def concentrate(
         override the settings above.
 
     Raises:
-      ValueError: the model has no modules, a change is not valid, or `training.loop.fit` raises it.
+      ValueError: the model has no modules, a change is not valid, or for the reasons of `training.loop.fit`.
     """
     config = read_config(run)
     kinds_of(config.model)

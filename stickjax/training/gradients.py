@@ -51,8 +51,8 @@ def mesh_gradients(mesh: Mesh | None, gradients: Callable) -> Callable:
     """Return a function that runs `gradients` on all devices of a mesh, and has the same arguments and results.
 
     `gradients(params, batch, key)` returns (gradients, metrics). Every device runs it on its own part of the batch.
-    Then the gradients are summed over the devices. The metrics must already be the same on all devices, because
-    `gradients` sums them with collectives. Without a mesh, `gradients` itself is returned.
+    Then the gradients are summed over the devices. `gradients` itself must sum the metrics over the devices. Without a
+    mesh, the result is `gradients`.
     """
     if mesh is None:
         return gradients

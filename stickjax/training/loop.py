@@ -131,11 +131,11 @@ class Run:
 
 
 def _start(run: Run, init_from: str | None, branch: str | None) -> tuple[TrainState, dict | None]:
-    """Return (the training state to start with, the state of the data iterator; None: begin with the first batch).
+    """Return (the training state to start with, the state of the data iterator to start with).
 
-    If the run folder has a checkpoint, the run resumes from it. Otherwise `branch`, "RUN@STEP", names a checkpoint of
-    another run to continue from. Without `branch`, the training state is new; its parameters are random, or copied from
-    the run `init_from`.
+    The second value is None if the run begins with the first batch. If the run folder has a checkpoint, the run resumes
+    from it. Otherwise it continues from `branch`, "RUN@STEP", a checkpoint of another run. Without `branch`, the
+    training state is new; its parameters are random, or copied from the run `init_from`.
     """
     config, data = run.config, run.data
     if (restored := run.checkpoints.restore(run.abstract)) is not None:

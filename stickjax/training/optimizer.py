@@ -21,8 +21,8 @@ def is_trainable(name: str, trainable: str) -> bool:
     """Return whether the parameter `name` is trainable, for a value `trainable` of the config field `optim.trainable`.
 
     `trainable` has patterns, separated by commas, such as `*,!embed`. A parameter is trainable if its name matches a
-    pattern without a "!" and does not match any pattern after a "!". If all patterns have a "!", every name meets the
-    first condition.
+    pattern without a "!" and does not match any pattern after a "!". If all patterns have a "!", only the second
+    condition counts.
 
     >>> [is_trainable("blocks.ffn.router.weight", patterns) for patterns in ("*.router.*", "!*.router.*", "*,!embed")]
     [True, False, True]
@@ -38,6 +38,7 @@ def label_tree(params, trainable: str = "*"):
     """Return a tree like `params` with the label of every parameter: "matrix", "embedding", "vector" or "frozen".
 
     The optimizer chooses the learning rate and the weight decay of a parameter by its label.
+
     `trainable` is a value of the config field `optim.trainable`: patterns of the names of trainable parameters, such as
     blocks.ffn.router.weight, separated by commas. A pattern after a ! names frozen parameters. If all patterns have
     a !, all other parameters are trainable. Raises ValueError for a pattern that matches no name.

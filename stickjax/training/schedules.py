@@ -104,7 +104,7 @@ def wsd_by_tokens(*, warmup_tokens, **shape) -> TokenSchedule:
 def power_schedule(*, tokens_per_step, batch_size=None, warmup_tokens, start_tokens=0, **law) -> optax.Schedule:
     """Return the schedule `power_by_tokens` as an optax schedule: a function of `count`, the number of steps done.
 
-    Its number of tokens is n = start_tokens + count * tokens_per_step.
+    The tokens trained before a step are n = start_tokens + count * tokens_per_step.
 
     Args:
       tokens_per_step: tokens in one step.
@@ -113,8 +113,8 @@ def power_schedule(*, tokens_per_step, batch_size=None, warmup_tokens, start_tok
       start_tokens: tokens trained before step 0, for a run that continues another run with another batch size.
 
     Raises:
-      ValueError: `power_by_tokens` raises it, tokens_per_step or batch_size is not positive, or start_tokens is
-        negative.
+      ValueError: an argument of `power_by_tokens` is not valid, tokens_per_step or batch_size is not positive, or
+        start_tokens is negative.
 
     >>> schedule = power_schedule(tokens_per_step=128 * 4096, warmup_tokens=10**9)
     >>> f"{schedule(20_000):.6f}"
@@ -180,10 +180,10 @@ class ScaleByTokensState(NamedTuple):
 def scale_by_tokens(schedule: TokenSchedule, tokens_per_step=None, *, batch_size=None, start_tokens=0) -> Transform:
     """Return an optax transform that multiplies updates by -schedule(n, beta), with n the tokens trained so far.
 
-    In `update(updates, state, params, tokens=..., left=...)`, `tokens` is the number of tokens of this step. An exact
-    counter in the state adds it up. Checkpoints save the counter, so a run may resume with another batch size. `left`
-    is the number of tokens still to come, including this step; it tells the schedule where the run ends. Without
-    `left`, the run ends at the schedule's total_tokens.
+    In `update(updates, state, params, tokens=..., left=...)`, `tokens` is the number of tokens of this step. The number
+    is added to an exact counter in the state, which checkpoints save. So a run may resume with another batch size.
+    `left` is the number of tokens still to come, including this step; from `left` the schedule computes where the run
+    ends. Without `left`, the run ends at the schedule's total_tokens.
 
     Args:
       schedule: a token schedule, `power_by_tokens(...)` or `wsd_by_tokens(...)`. It may be a function of only

@@ -100,7 +100,7 @@ def make_step(config: Config, mesh: Mesh | None = None) -> Callable[[TrainState,
 def jit_step(config: Config, mesh: Mesh | None, state: TrainState) -> Callable:
     """Return the training step of `make_step`, jitted.
 
-    It donates the old state, so that the new state can use the same memory. On a mesh, the new state has the shardings
+    The step donates the old state, so that the new state can use its memory. On a mesh, the new state has the shardings
     of `models.parameters.shardings`. `state` gives only the structure and the shapes of the training state.
     """
     places = None if mesh is None else (shardings(mesh, state), None)

@@ -155,7 +155,7 @@ def training(config: Config) -> Callable[[float], np.ndarray]:
 def last_loss(losses: np.ndarray) -> float:
     """Return the mean of the last quarter of `losses`, the training loss of every step.
 
-    It compares runs without held-out text, because every batch is new text.
+    Runs can be compared by this mean, without held-out text, because every batch is new text.
     """
     return float(losses[-max(1, len(losses) // 4) :].mean())
 
