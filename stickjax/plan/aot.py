@@ -93,7 +93,10 @@ def absent_machine(chip: Chip, devices: int, hosts: int) -> Machine:
         description = f"{devices} virtual CPU devices instead of {named}, with the memory and collectives of a CPU "
         description += "program: pip install 'stickjax[cuda13]' to compile for the GPUs"
         if len(found) < devices:
-            raise ValueError(f"there are {len(found)} CPU devices, but {devices} are needed; make the plan in a new process")
+            raise ValueError(
+                f"JAX has started with {len(found)} virtual CPU devices, but {devices} are needed; make the plan in "
+                "a new process"
+            )
     description += f", {hosts} host{'s' if hosts > 1 else ''}"
     return Machine(tuple(found), hosts, chip, chip.memory, description, platforms)
 

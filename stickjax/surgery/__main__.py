@@ -84,7 +84,9 @@ def _freeze(words, changes: dict) -> str:
     config = freeze(loaded.config, ",".join(words.patterns))
     mask = jax.tree.leaves(frozen(loaded.model, config.optim.trainable))
     if all(mask):
-        raise ValueError(f"optim.trainable={config.optim.trainable!r} freezes every parameter, so nothing would train")
+        raise ValueError(
+            f"optim.trainable={config.optim.trainable!r} freezes every parameter: nothing would be trained"
+        )
     save(words.out, loaded.model, config)
     return f"{sum(mask)} of {len(mask)} parameters are frozen; {_how_to_train(words.out)}"
 
@@ -147,9 +149,11 @@ def _parser() -> Parser:
         added.add_argument("--tokens", type=number(int, at_least=1), default=2**15, help="tokens from each source")
 
     added = command("extend", _extend, "add modules to every layer")
-    added.add_argument("--experts", type=number(int, at_least=0), default=0, help="modules to add to each feed-forward")
     added.add_argument(
-        "--attention-experts", type=number(int, at_least=0), default=0, help="modules to add to each attention"
+        "--experts", type=number(int, at_least=0), default=0, help="modules to add to each feed-forward network"
+    )
+    added.add_argument(
+        "--attention-experts", type=number(int, at_least=0), default=0, help="modules to add to each attention layer"
     )
     added.add_argument(
         "--routing", choices=TRAINABLE, default="frozen", help="full: the old router columns are trainable, too"
@@ -168,11 +172,11 @@ def _parser() -> Parser:
     read(added, "training text for which the use is counted")
     added = command("concentrate", _concentrate, "fine-tune with the load-concentration loss; the same command resumes")
     added.add_argument("--weight", type=float, default=0.1, help="weight of the load-concentration loss")
-    added = command("report", _report, "which text uses which modules", out=False)
+    added = command("report", _report, "show which text uses which modules", out=False)
     read(added, "held-out text to compare")
     added.add_argument("--step", type=int, help="report on the checkpoint of this step")
     share = number(float, at_least=0, at_most=1)
-    added.add_argument("--below", type=share, default=0.01, help="share of a layer below which a module is unused")
+    added.add_argument("--below", type=share, default=0.01, help="a module with a smaller share is unused")
     added.add_argument("--plot", metavar="PNG", help="path of the picture; RUN/modules.png by default")
     return parser
 
