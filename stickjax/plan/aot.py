@@ -68,7 +68,7 @@ class Compiled:
 
     @property
     def axes(self) -> dict[str, int]:
-        """Return {mesh axis: size}, empty without a mesh."""
+        """Return {mesh axis: its size}, or {} without a mesh."""
         return {} if self.mesh is None else dict(self.mesh.shape)
 
 

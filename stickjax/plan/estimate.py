@@ -61,9 +61,9 @@ def estimate(compiled: Compiled, chip: Chip) -> Estimate:
 
 
 def mfu(compiled: Compiled, chip: Chip, seconds: float) -> float:
-    """Return the MFU: `model_flops` divided by the operations that all devices can do at their peak in `seconds`.
+    """Return the MFU (model FLOP utilisation): `model_flops` divided by the peak operations of all devices.
 
-    `seconds` is the time of the step, and `chip` is the GPU model, which has the peak of one device.
+    The peak operations are the ones that the devices can do in `seconds`, the time of the step, at the peak of `chip`.
     """
     return model_flops(compiled) / (compiled.devices * chip.flops * seconds)
 

@@ -37,7 +37,10 @@ def mesh_words(axes: dict[str, int]) -> str:
 
 
 def as_dict(compiled: Compiled, machine: Machine) -> dict:
-    """Return all numbers of a compiled step as a dictionary for JSON. Sizes are in bytes, times in seconds."""
+    """Return all numbers of the report on a compiled step as a dictionary for JSON.
+
+    Sizes are in bytes, times in seconds. If the GPU model of `machine` is known, the estimated times are included.
+    """
     total, active = family_of(compiled.config.model).parameter_counts(compiled.config.model)
     found = dict(
         machine=machine.description,

@@ -10,11 +10,12 @@ from stickjax.training.progress import Progress
 
 @contextlib.contextmanager
 def stop_requests(progress: Progress) -> Iterator[Callable[[], int]]:
-    """Catch requests to stop a training run, and yield a function that returns the first one: a signal number, or 0.
+    """Catch requests to stop a training run in a `with` block, and yield a function that returns the first request.
 
-    0 means that there is no request. The signals are SIGTERM, SIGINT (Ctrl-C) and SIGHUP, which a lost terminal sends.
-    After nohup, SIGHUP is ignored. If the reader of the output has closed its pipe, the function returns SIGPIPE. If
-    the launcher of this process has ended, it returns SIGHUP. A second Ctrl-C raises KeyboardInterrupt at once.
+    The function returns the number of a signal, or 0 if there is no request. The signals are SIGTERM, SIGINT (Ctrl-C)
+    and SIGHUP, which a lost terminal sends. After nohup, SIGHUP is ignored. The function returns SIGPIPE if the reader
+    of `progress` has closed the output, and SIGHUP if the launcher of this process has ended. A second Ctrl-C raises
+    KeyboardInterrupt at once.
     """
     asked: list[int] = []
 
