@@ -245,7 +245,7 @@ def fit(
     Args:
       config: the experiment.
       run: folder for config.json, metrics.jsonl and checkpoints.
-      init_from: a run folder. A new run starts with its parameters, a new optimizer state and the first batch.
+      init_from: the folder of a trained run. A new run starts with its parameters, and with a new optimizer state.
       branch: "RUN@STEP", a checkpoint from which a new run continues with this config, for example to decay the
         learning rate.
       profile: write a profiler trace of a few steps to `run/profile` (see `StepTrace`).
@@ -255,8 +255,8 @@ def fit(
       The last training state, and how the training ended.
 
     Raises:
-      ValueError: the config does not fit the data, the devices or their memory; the folder has another config; or
-        another process trains in the folder.
+      ValueError: the config does not fit the data, the devices or their memory; the folder has a run of another
+        config; or another process trains in the folder.
       FloatingPointError: the loss or the gradient was not finite in `max_bad_steps` steps in a row, or in all steps.
         The last good checkpoint is kept.
       OSError: a checkpoint or the metrics could not be written.
