@@ -245,7 +245,8 @@ def fit(
     Args:
       config: the experiment.
       run: folder for config.json, metrics.jsonl and checkpoints.
-      init_from: the folder of a trained run. A new run starts with its parameters, and with a new optimizer state.
+      init_from: the folder of a trained run. A new run starts with its parameters, a new optimizer and the first
+        batch.
       branch: "RUN@STEP", a checkpoint from which a new run continues with this config, for example to decay the
         learning rate.
       profile: write a profiler trace of a few steps to `run/profile` (see `StepTrace`).
