@@ -96,7 +96,7 @@ def plain_docstrings(app, what, name, subject, options, lines: list[str]) -> Non
 
 
 def docstrings_of_properties(app, what, name, subject, options, lines: list[str]) -> None:
-    """Set the `lines` of a property's docstring again, from the code.
+    """Replace `lines`, the docstring of a property as Sphinx has it, by the docstring in the code.
 
     Sphinx's extension Napoleon takes the words before the first colon as the type of the property, and removes them.
     """

@@ -102,7 +102,7 @@ def absent_machine(chip: Chip, devices: int, hosts: int) -> Machine:
 
 
 def present_machine() -> Machine:
-    """Return the `Machine` of the devices that are present, in all processes that train together."""
+    """Return a `Machine` with all devices that JAX has now: the devices of all processes that train together."""
     devices = jax.devices()
     stats = devices[0].memory_stats() or {}
     chip = of_kind(devices[0].device_kind)

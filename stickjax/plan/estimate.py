@@ -1,4 +1,7 @@
-"""Estimate the time of a compiled step from its compute, memory traffic and network traffic, and whether it fits."""
+"""Estimate the time of a compiled step from its compute, memory traffic and network traffic; check that it fits.
+
+A step fits if its peak memory is at most the share MEMORY_SHARE of the memory of a device.
+"""
 
 from typing import NamedTuple
 

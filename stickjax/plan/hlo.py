@@ -181,7 +181,8 @@ def _named_groups(mesh: str, axes: str) -> list[list[int]]:
 
     `mesh` is the text in the square brackets: all mesh axes with their sizes. `axes` is the text in the braces: the
     axes along which the devices of a group differ. Here 'b':(2)4 means that the axis b of size 8 is divided into 2
-    outer times 4 inner parts, and that a group differs only along the 4 inner parts.
+    outer times 4 inner parts, and that a group differs only along the 4 inner parts. So there are
+    2 groups of 8 devices.
     """
     sizes = {name: int(size) for name, size in re.findall(r"'(.*?)'=(\d+)", mesh)}
     chosen = re.findall(r"'(.*?)'(?::\((\d+)\)(\d+))?", axes)

@@ -100,7 +100,7 @@ def print_step(compiled: Compiled, machine: Machine, changes: list[tuple[dict, C
     rows = config.data.B // config.train.accumulate
     print(f"machine       {machine.description}")
     print(f"mesh          {mesh_words(compiled.axes)}")
-    print(f"parameters    {total:,} ({active:,} active, embedding left out)")
+    print(f"parameters    {total:,} ({active:,} active per token, without the embedding)")
     print(f"step          B={config.data.B} x T={config.data.T}, "
           f"{config.train.accumulate} microbatches of {rows} sequences, remat={config.model.remat}")  # fmt: skip
     for choice in compiled.kernels:
@@ -108,7 +108,7 @@ def print_step(compiled: Compiled, machine: Machine, changes: list[tuple[dict, C
     print(f"memory        per device: {memory_words(compiled, machine)}")
     print(f"state         {', '.join(f'{name} {gib(size)}' for name, size in compiled.state.items())}")
     again = work.flops / estimate.model_flops(compiled)
-    print(f"work          {work.flops:.3g} FLOP, {again:.2f} x the FLOP of the model; {gib(work.bytes)} moved")
+    print(f"work          {work.flops:.3g} FLOP, {again:.2f} x the FLOP of the model; {gib(work.bytes)} memory traffic")
     if work.unknown:
         print(f"              {work.unknown} loops of unknown length count as one pass each")
     for row in by_axes(compiled):
@@ -127,7 +127,7 @@ def print_step(compiled: Compiled, machine: Machine, changes: list[tuple[dict, C
             words = " ".join(f"--{key}={value}" for key, value in changed.items())
             print(f"would fit     {words}: peak {gib(other.peak)}; {time_words(other, machine)}")
         if compiled.arguments > estimate.MEMORY_SHARE * machine.memory:
-            print("would fit     not by more remat or smaller microbatches: the arguments alone take too much memory")
+            print("would fit     no change of remat or microbatches: state and batch alone take too much memory")
         elif not changes:
             print("would fit     nothing that was tried: more remat, smaller microbatches, a larger mesh.fsdp")
     for assumption in estimate.ASSUMPTIONS:

@@ -116,5 +116,5 @@ def sweep(config: Config, machine: Machine) -> tuple[list[Compiled], list[Config
     configs = meshes(config, machine)
     if not configs:
         make_mesh(config, machine)  # its message says what does not divide
-        raise ValueError("no mesh of these devices divides the batch and the model")
+        raise ValueError("no mesh of all devices divides the batch and the model; change data.B or the devices")
     return [compile_step(config, machine) for config in configs[:SWEPT]], configs[SWEPT:]

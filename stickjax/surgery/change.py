@@ -15,9 +15,9 @@ from stickjax.surgery.kinds import KINDS, Kind, axes_of, kinds_of, rebuilt, slot
 def extend(model: Transformer, key: jax.Array, *, experts: int = 0, attention_experts: int = 0) -> Transformer:
     """Return a larger model, which has new modules in every layer.
 
-    A router computes softmax([A; A'] r(x)) for a token x. [A; A'] is its last matrix: A has a column for each old
-    module, and A' for each new module. r(x) is the input of this matrix. The new modules and A' are separate arrays
-    (`new_*`), initialised as in a new model, so that patterns of `optim.trainable` can select them (see
+    A router computes softmax([A; A'] r(x)) for a token x. The matrix A gives the logits of the old modules, and the
+    matrix A' the logits of the new modules. r(x) is the input of both matrices. The new modules and A' are separate
+    arrays (`new_*`), initialised as in a new model, so that patterns of `optim.trainable` can select them (see
     `tune.TRAINABLE`). Modules from an earlier call of `extend` are first merged into the old modules (see `merged`).
 
     The weights of the old modules do not change. If the logits A' r(x) are -inf, the routers return the same bits as
@@ -45,7 +45,7 @@ def extend(model: Transformer, key: jax.Array, *, experts: int = 0, attention_ex
     present = {kind.name for kind in kinds_of(model.config)}
     for name, number in added.items():
         if number and name not in present:
-            raise ValueError(f"cannot add {number} modules to {name}: the model has none, {KINDS[name].field}.E=0")
+            raise ValueError(f"cannot add {number} {name} modules: the model has none, {KINDS[name].field}.E=0")
     config, leaves = model.config, named_leaves(model)
     for name in present:
         config = KINDS[name].changed(config, added=added[name])
@@ -60,10 +60,11 @@ def extend(model: Transformer, key: jax.Array, *, experts: int = 0, attention_ex
 
 
 def merged(model: Transformer) -> Transformer:
-    """Return the model with the modules that `extend` added moved into the arrays of the old modules.
+    """Return a copy of an extended model in which old and new modules are in the same arrays.
 
-    The result computes the same function, up to rounding (see `router.probabilities`). A model without added modules is
-    returned as it is.
+    `extend` keeps the new modules in separate arrays (`new_*`). This function appends them to the arrays of the old
+    modules. The result computes the same outputs, up to rounding (see `router.probabilities`). A model without new
+    modules is returned as it is.
 
     >>> from stickjax.config import ExpertsConfig, ModelConfig
     >>> config = ModelConfig(V=16, D=8, L=2, N=2, K=1, H=4, F=16, experts=ExpertsConfig(4, 2, "softmax_topk"))
@@ -149,7 +150,8 @@ def _kept(kind: Kind, alive, use, k: int, count: int | None, threshold: float | 
 
     `alive` [L, columns] is True for the columns whose module exists now, and `use` [L, columns] has the number of
     (token, choice) pairs of each column. `k` is the number of modules that a token uses. A layer keeps the `count` most
-    used modules, or the modules whose share of the pairs is at least `threshold`; the other argument is None.
+    used modules if `threshold` is None. If `count` is None, it keeps the modules whose share of the pairs is at least
+    `threshold`, and at least the `k` most used modules.
     """
     if use.shape != alive.shape:
         raise ValueError(
@@ -158,8 +160,8 @@ def _kept(kind: Kind, alive, use, k: int, count: int | None, threshold: float | 
     fewest = int(alive.sum(1).min())
     if count is not None and not k <= count <= fewest:
         raise ValueError(
-            f"count={count} of {kind.name} must be from {k}, the number that a token uses, to {fewest}, the number in "
-            "a layer"
+            f"count={count} of {kind.name} modules must be at least {k}, which a token uses, and at most {fewest}, "
+            "which a layer has"
         )
     if threshold is not None and not 0 <= threshold <= 1:
         raise ValueError(f"threshold={threshold} must be a share, from 0 to 1")

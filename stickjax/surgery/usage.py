@@ -92,8 +92,8 @@ def batches_of(data: DataConfig, *, heldout: bool, max_tokens: int, batch_tokens
     """Return batches of random windows of T tokens from the training text, or with `heldout` from the held-out text.
 
     A batch has `tokens` and `segment_ids` [B,T], with B * T about `batch_tokens`. All batches together have about
-    `max_tokens` tokens, or all of the text. The last batch may end with rows of padding, whose `segment_ids` are -1.
-    Raises ValueError if the text has fewer than T + 1 tokens.
+    `max_tokens` tokens, or all tokens of a shorter text. The last batch may end with rows of padding, whose
+    `segment_ids` are -1. Raises ValueError if the text has fewer than T + 1 tokens.
     """
     corpus, T = load_corpus(data)[heldout], data.T
     windows = (len(corpus.tokens) - 1) // T

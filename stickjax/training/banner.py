@@ -23,7 +23,7 @@ def banner(config: Config, data: TrainingData, mesh: Mesh | None = None) -> str:
     parts = {axis: 1 for axis in AXES} if mesh is None else mesh.shape
     divided = ", ".join(f"{axis}={size}" for axis, size in parts.items() if size > 1)
     rows = [
-        f"parameters {total:,} ({active:,} active, embedding left out), {flops:,.0f} FLOP per token",
+        f"parameters {total:,} ({active:,} active per token, without the embedding), {flops:,.0f} FLOP per token",
         f"data {data.summary}",
         *([f"V={m.V}, more than the {data.vocab_size} ids of the text"] if m.V != data.vocab_size else []),
         f"{config.train.steps} steps of B={d.B} x T={d.T} on {math.prod(parts.values())} x "
@@ -33,9 +33,9 @@ def banner(config: Config, data: TrainingData, mesh: Mesh | None = None) -> str:
 
 
 def kernels(choices: Iterable[Choice]) -> str:
-    """Return the lines of the banner about the kernels of a training step.
+    """Return the lines of the banner that say which kernels a training step uses.
 
-    A line names an op, the implementation that runs it on each device, and the reason. `choices`: the choices of
-    implementations that `dispatch.recorded` collected while the step was traced.
+    A line names an op, such as attention, the implementation that was chosen for it, and the reason. `choices`: one
+    `Choice` for each call of an op; `dispatch.recorded` collects them while JAX traces the step.
     """
     return "\n".join(map(str, choices)) or "the step has neither an attention kernel nor an expert kernel"

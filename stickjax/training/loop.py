@@ -44,7 +44,7 @@ from stickjax.training.stopping import stop_requests
 
 
 class Result(NamedTuple):
-    """How a training ended.
+    """The result of `fit`: the last training state, and how the training ended.
 
     `state`: the last training state; None if the run was interrupted before its first step. `finished`: whether the
       last step was reached.
@@ -109,7 +109,7 @@ class Run:
         self.progress.update(row)
 
     def save(self, state: TrainState, data_state: dict) -> None:
-        """Save a checkpoint: the training state, the position in the data, the config, and the hashes of the texts.
+        """Save a checkpoint: training state, position in the data, config, hashes of the training and held-out text.
 
         `data_state` is the state of the data iterator after the batches that `state` was trained on. Raises
         FloatingPointError if a parameter is not finite.
@@ -160,7 +160,7 @@ def _start(run: Run, init_from: str | None, branch: str | None) -> tuple[TrainSt
         # A decay phase often uses another text. A new text is read from its start.
         same_text = restored.extra["corpus"] == data.hash
         data_state = _position(restored.extra, config.data) if same_text else None
-        run.say(f"branching from {source}" + ("" if data_state else ", with other text"))
+        run.say(f"continuing from {source}" + ("" if data_state else ", with another text"))
     else:
         config.check_lengths()
         return _new(run, init_from), None
@@ -177,7 +177,7 @@ def _check_text(what: str, where: str | None, found: str | None, recorded: str |
     if None not in (found, recorded) and found != recorded:
         raise ValueError(
             f"the {what} has changed: the hash of {where} is now {found}, but {source} was saved with the hash "
-            f"{recorded}; give the old text, or use --from {source}"
+            f"{recorded}; give the old text, or start a new run with --from {source}"
         )
 
 
@@ -207,9 +207,9 @@ def _new(run: Run, init_from: str | None) -> TrainState:
 
 
 def _position(extra: dict, data: DataConfig) -> dict:
-    """Return the state of the data iterator with which a branch continues to read the text of a checkpoint.
+    """Return the data iterator's first state in a run that continues from a checkpoint of another run on the same text.
 
-    `extra` is what the checkpoint stores besides the training state, and `data` is the data config of the branch. The
+    `extra` is what the checkpoint stores besides the training state, and `data` is the data config of the new run. The
     checkpoint stores the position in the text as a number of batches. If B or T has changed, this number is converted,
     and rounded up.
     """
@@ -301,7 +301,7 @@ def _check_same(config: Config, data: TrainingData) -> None:
 
 
 def _batch_part(config: Config, mesh) -> dict[str, int]:
-    """Return {description of a batch: its bytes on one device}, for the check that the run fits into memory."""
+    """Return the bytes of a batch on one device as {description: bytes}, for the check that a run fits into memory."""
     batch = abstract_batch(mesh, family_of(config.model).example_batch(config))
     return {f"a batch of B={config.data.B} x T={config.data.T}": local_bytes(batch)}
 

@@ -30,10 +30,10 @@ def peak_flops(devices: int = 1) -> float | None:
 class Pace:
     """Measures the speed of a training run. The first step is not measured, because it takes longer.
 
-    `tokens_per_step`: the tokens in a step. `flops_per_token`: the floating-point operations of the model per token.
-    `peak`: the peak performance of all devices together in FLOP per second; None if it is not known. The property
-    `rate` is the tokens per second, None before two steps are done. `outside` is the share of the wall time that was
-    spent outside the jitted step, from 0 to 1.
+    `tokens_per_step`: the tokens in a step. `flops_per_token`: the floating-point operations of the forward
+    and the backward pass per token. `peak`: the peak performance of all devices together in FLOP per second; None if it
+    is not known. The property `rate` is the tokens per second, None before two steps are done. `outside` is the share
+    of the wall time that was spent outside the jitted step, from 0 to 1.
     """
 
     def __init__(self, tokens_per_step: int, flops_per_token: float, peak: float | None):
@@ -55,7 +55,10 @@ class Pace:
             self._started = self._now
 
     def end(self) -> None:
-        """End the measurement of the run. Call this after the last checkpoint is written: this time counts as well."""
+        """End the measurement of the run.
+
+        Call this after the last checkpoint is written, so that the time of writing counts as time outside the step.
+        """
         self._now = time.perf_counter()
 
     @property
@@ -111,9 +114,9 @@ def _is_number(value: Any) -> bool:
 def read_metrics(run_folder: str | os.PathLike) -> list[dict]:
     """Return the rows of metrics.jsonl in a run folder. Each row has at least step, tokens, loss and learning_rate.
 
-    A JSON null becomes NaN. Damaged lines, and lines without these four numbers, are left out, and a warning is logged.
-    An incomplete last line, which a crash leaves, is left out without a warning. If there is no file, the result is
-    empty.
+    Damaged lines, and lines in which one of these four numbers is missing, are left out, and a warning is logged. An
+    incomplete last line, which a crash leaves, is left out without a warning. A JSON null becomes NaN. If there is no
+    file, the result is empty.
     """
     path, rows, bad = Path(run_folder) / "metrics.jsonl", [], []
     *lines, last = path.read_bytes().split(b"\n") if path.is_file() else [b""]

@@ -65,12 +65,12 @@ def stop_frozen_gradients(config: Config, params):
 def make_optimizer(config: Config, params) -> Transform:
     """Return AdamW under muP, with the learning rate eta / m_width for matrices and eta for all other parameters.
 
-    eta is the learning rate of the schedule. The optimizer is a chain: clipping, Adam, decoupled weight decay (not of
-    norms and biases), multiplication by -eta, and the factor 1 / m_width of the matrices. This factor comes last. So it
-    also divides the weight decay of the matrices, as in the published models; `scale_decay` multiplies this weight
-    decay by m_width again (strict muP). All computations are in float32. A trainable parameter of a smaller type has a
-    float32 master in the state, which keeps small updates; `optax.apply_updates` sets the parameter to the rounded
-    master.
+    eta is the learning rate of the schedule, and m_width is the width multiplier of muP, a field of the model config.
+    The optimizer is a chain: gradient clipping, Adam, decoupled weight decay (not of norms and biases), multiplication
+    by -eta, and at last multiplication by 1 / m_width for matrices. The last factor also divides the weight decay of
+    the matrices, as in the published models. If `optim.scale_decay` is True (strict muP), this weight decay is
+    multiplied by m_width first. All computations are in float32. A trainable parameter of a smaller type has a float32
+    master in the state, which keeps small updates; `optax.apply_updates` sets the parameter to the rounded master.
 
     Args:
       config: the experiment. A step has B * T tokens, unless you call `update` with `tokens=` (see `scale_by_tokens`).

@@ -41,7 +41,7 @@ def power_by_tokens(
         Power(n) = \min(1, n/W) \; \eta(clip(n, W, N - M)) \; f(x), \quad x = clip((n - (N - M)) / M, 0, 1)
 
     Args:
-      warmup_tokens: W, length of the linear warmup (to eta(W), not to the cap), in tokens.
+      warmup_tokens: W, length of the linear warmup (to eta(W), not to eta_max), in tokens.
       total_tokens: N, length of the run including the warmup, in tokens. None: the learning rate never decays. Any
         checkpoint of a run with None can be continued with a decay, as if the decay had been planned from the start.
       decay_tokens: M, length of the decay at the end, in tokens; it starts from eta(N - M). None: M is N - W, so that
@@ -108,7 +108,7 @@ def power_schedule(*, tokens_per_step, batch_size=None, warmup_tokens, start_tok
 
     Args:
       tokens_per_step: tokens in one step.
-      batch_size: beta, in sequences of 4096 tokens; None: tokens_per_step / 4096, even if T is not 4096.
+      batch_size: beta, the batch size in sequences of 4096 tokens; None: tokens_per_step / 4096, for every T.
       warmup_tokens, **law: the arguments of `power_by_tokens`.
       start_tokens: tokens trained before step 0, for a run that continues another run with another batch size.
 
@@ -178,7 +178,9 @@ class ScaleByTokensState(NamedTuple):
 
 
 def scale_by_tokens(schedule: TokenSchedule, tokens_per_step=None, *, batch_size=None, start_tokens=0) -> Transform:
-    """Return an optax transform that multiplies updates by -schedule(n, beta), with n the tokens trained so far.
+    """Return an optax transform that multiplies updates by minus the learning rate, -schedule(n, beta).
+
+    n is the number of tokens trained so far, and beta the batch size in sequences of 4096 tokens.
 
     In `update(updates, state, params, tokens=..., left=...)`, `tokens` is the number of tokens of this step. The number
     is added to an exact counter in the state, which checkpoints save. So a run may resume with another batch size.
@@ -189,7 +191,7 @@ def scale_by_tokens(schedule: TokenSchedule, tokens_per_step=None, *, batch_size
       schedule: a token schedule, `power_by_tokens(...)` or `wsd_by_tokens(...)`. It may be a function of only
         (tokens, batch_size) if `left` is never given.
       tokens_per_step: the tokens of a step if `update` is called without `tokens=`.
-      batch_size: beta, in sequences of 4096 tokens; None: for each step, its number of tokens / 4096.
+      batch_size: beta, the same for all steps; None: for each step, its number of tokens / 4096.
       start_tokens: tokens trained before the first update.
     Raises:
       ValueError: an argument is out of range, or `tokens` is missing, negative or not an integer.

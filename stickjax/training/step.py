@@ -50,8 +50,8 @@ def tokens_of(state: TrainState) -> int:
 def with_params(config: Config, state: TrainState, model) -> TrainState:
     """Return the training state `state` with the parameters of `model` and a new optimizer state.
 
-    The parameters keep the types that they have in `state`, so larger types of `model` are rounded. If the optimizer
-    has float32 masters, the masters keep the values of `model` without this rounding.
+    The parameters keep the types that they have in `state`: values of `model` that have a larger type are rounded. If
+    the optimizer has float32 masters, the masters keep the values of `model` without this rounding.
     """
     values = jax.tree.unflatten(jax.tree.structure(state.params), jax.tree.leaves(model))
     params = jax.tree.map(lambda value, param: value.astype(param.dtype), values, state.params)
@@ -63,7 +63,8 @@ def make_step(config: Config, mesh: Mesh | None = None) -> Callable[[TrainState,
 
     `metrics` is {name: scalar}. If the loss or the gradient is not finite, the step is skipped: parameters and
     optimizer state stay the same, and `bad_steps` grows by 1. On a mesh every device computes its part of each
-    microbatch (see `gradients.mesh_gradients`), and the state is divided by `models.parameters.shardings`.
+    microbatch (see `gradients.mesh_gradients`), and the arrays of the state have the shardings that
+    `models.parameters.shardings` returns.
     """
     family, steps = family_of(config.model), config.train.steps
     gradients = mesh_gradients(mesh, batch_gradients(config))
@@ -101,7 +102,7 @@ def jit_step(config: Config, mesh: Mesh | None, state: TrainState) -> Callable:
     """Return the training step of `make_step`, jitted.
 
     The step donates the old state, so that the new state can use its memory. On a mesh, the new state has the shardings
-    of `models.parameters.shardings`. `state` gives only the structure and the shapes of the training state.
+    that `models.parameters.shardings` returns. Only the structure and the shapes of `state` are used.
     """
     places = None if mesh is None else (shardings(mesh, state), None)
     return jax.jit(make_step(config, mesh), donate_argnums=0, out_shardings=places)

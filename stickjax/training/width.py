@@ -40,13 +40,13 @@ def at_width(config: Config, width: int, *, mup: bool, base: float | None = None
     r"""Return the config of an experiment for a model of width D = width, with muP or without.
 
     The numbers of heads N and K, and the hidden width F, grow in proportion to D. The size H of a head stays the same,
-    and so does the scale of the products of queries and keys.
+    and so does the factor of the attention logits. m_width, the width multiplier of muP, becomes
 
     .. math::
         m_{width} = width / base \text{ with muP}, \qquad m_{width} = 1 \text{ without}
 
     The learning rate stays the same. `logits_scaling`, the divisor of the output logits, keeps its ratio to m_width.
-    So the models with and without muP differ only in muP, and are the same model at the base width.
+    So the models with and without muP differ only by m_width, and at width D = base they are the same model.
 
     Args:
       config: the experiment at some width.
@@ -218,7 +218,7 @@ def _start(config: Config) -> TrainState:
 def _batches(config: Config) -> list[dict[str, np.ndarray]]:
     """Return the training batches of all steps of a config as a list, so that every run trains on the same batches.
 
-    Raises ValueError if V is smaller than the number of ids in the text.
+    Raises ValueError if `model.V` is smaller than the vocabulary of the text's tokenizer.
     """
     corpus = _corpus(config.data)
     with_vocabulary(config, corpus.tokenizer.vocab_size)  # checks V
