@@ -329,7 +329,7 @@ def test_mutual_information_against_its_definition():
         (lambda m: extend(m, jax.random.key(0), experts=-1), "nothing to add: experts=-1"),
         (lambda m: prune(m, {}), "one of count=None and threshold=None must be given"),
         (lambda m: prune(m, {"ffn": np.ones((2, 6))}, count=1), "at least 2, which a token uses, and at most 6"),
-        (lambda m: prune(m, {"ffn": np.ones((2, 6))}, count=7), "count=7 of ffn must be"),
+        (lambda m: prune(m, {"ffn": np.ones((2, 6))}, count=7), "count=7 of ffn modules must be"),
         (lambda m: prune(m, {"ffn": np.ones((2, 5))}, count=3), r"has shape \[2, 5\], but must have \[2, 6\]"),
         (lambda m: prune(m, {"ffn": np.ones((2, 6))}, threshold=2), "threshold=2 must be a share"),
         (lambda m: prune(m, {}, count=3, denominator="odd"), "denominator='odd' is not one of 'old', 'new'"),

@@ -35,7 +35,7 @@ def banner(config: Config, data: TrainingData, mesh: Mesh | None = None) -> str:
 def kernels(choices: Iterable[Choice]) -> str:
     """Return the lines of the banner that say which kernels a training step uses.
 
-    A line names an op, such as attention, the implementation that was chosen for it, and the reason. `choices`: one
-    `Choice` for each call of an op; `dispatch.recorded` collects them while JAX traces the step.
+    A line names an op, such as attention, the implementation that was chosen for it, and the reason. `choices`: the
+    different choices of implementations that `dispatch.recorded` collected while JAX traced the step.
     """
     return "\n".join(map(str, choices)) or "the step has neither an attention kernel nor an expert kernel"

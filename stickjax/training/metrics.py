@@ -114,7 +114,7 @@ def _is_number(value: Any) -> bool:
 def read_metrics(run_folder: str | os.PathLike) -> list[dict]:
     """Return the rows of metrics.jsonl in a run folder. Each row has at least step, tokens, loss and learning_rate.
 
-    Damaged lines, and lines in which one of these four numbers is missing, are left out, and a warning is logged. An
+    Damaged lines, and lines in which one of these four is not a number, are left out, and a warning is logged. An
     incomplete last line, which a crash leaves, is left out without a warning. A JSON null becomes NaN. If there is no
     file, the result is empty.
     """

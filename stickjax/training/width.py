@@ -40,13 +40,13 @@ def at_width(config: Config, width: int, *, mup: bool, base: float | None = None
     r"""Return the config of an experiment for a model of width D = width, with muP or without.
 
     The numbers of heads N and K, and the hidden width F, grow in proportion to D. The size H of a head stays the same,
-    and so does the factor of the attention logits. m_width, the width multiplier of muP, becomes
+    and so does the scale of the attention logits. m_width, the width multiplier of muP, becomes
 
     .. math::
         m_{width} = width / base \text{ with muP}, \qquad m_{width} = 1 \text{ without}
 
     The learning rate stays the same. `logits_scaling`, the divisor of the output logits, keeps its ratio to m_width.
-    So the models with and without muP differ only by m_width, and at width D = base they are the same model.
+    So the models with and without muP differ only in muP, and at width = base they are the same model.
 
     Args:
       config: the experiment at some width.
