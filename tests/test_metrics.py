@@ -59,7 +59,7 @@ def test_damaged_and_foreign_lines_are_left_out_and_named(tmp_path, caplog):
     damaged(tmp_path)
     assert read_metrics(tmp_path) == [row(1), row(2), row(3)]
     assert (
-        f"metrics.jsonl: left out {len(DAMAGED)} lines without complete metrics: 2, 3, 4, 6, 7, 8, 9, 10, 11, 12"
+        f"metrics.jsonl: ignored {len(DAMAGED)} lines without complete metrics: line 2, 3, 4, 6, 7, 8, 9, 10, 11, 12"
         in caplog.text
     )
 

@@ -290,8 +290,8 @@ def test_the_command(config_file, no_wheels, capsys):
     ("words", "message"),
     [
         (["--gpu=h20"], "did you mean 'h200'?"),
-        (["--devices=6", "--hosts=4"], "6 devices must be a multiple of 4 hosts"),
-        (["--devices=4", "--mesh.fsdp=2"], "the mesh has 2 devices, there are 4"),
+        (["--devices=6", "--hosts=4"], "devices=6 must be a multiple of hosts=4"),
+        (["--devices=4", "--mesh.fsdp=2"], "the mesh has 2 devices, but there are 4"),
         (["--devices=3"], "multiple of"),
         (["--devices=2", "--mesh.fdsp=2"], "did you mean 'mesh.fsdp'?"),
         (["--devices=100"], "100 are needed"),

@@ -101,7 +101,8 @@ def test_steps_that_are_not_finite_are_skipped(tmp_path, poison, capsys):
     poison[0] = True
     (tmp_path / "config.json").write_text(config.replace({"train.steps": 24}).to_json())
     assert main([str(tmp_path / "config.json"), "--run", str(run)]) == 1
-    assert "step 9: 3 steps in a row were not finite; the last good checkpoint is step 6" in capsys.readouterr().err
+    said = "step 9: the loss or the gradient was not finite in 3 steps in a row; the last good checkpoint is step 6"
+    assert said in capsys.readouterr().err
     assert Checkpoints(run).steps()[-1] == 6
 
 
@@ -130,7 +131,7 @@ def test_what_was_learnt_before_bad_steps_is_saved(tmp_path, poison, monkeypatch
     result = fit(config.replace({"train.checkpoint_every": 100}), str(run))
     step = 6 if end == "finished" else 5
     out = capsys.readouterr().out
-    assert f"the last {step - 3} steps were not finite and were skipped" in out
+    assert f"the last {step - 3} steps were skipped, because their loss or gradient was not finite" in out
     assert Checkpoints(run).steps() == [step] and result.stopped_by == (0 if end == "finished" else signal.SIGTERM)
     assert int(result.state.bad_steps) == step - 3 and tokens_of(result.state) == 3 * 128
 
