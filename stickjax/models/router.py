@@ -313,6 +313,6 @@ class Router(nnx.Module):
 
 
 def _unit(x, axis):
-    """Divide the vectors of x along `axis` by their norms. With a norm below 1e-12, the result and its gradient are 0."""
+    """Divide the vectors of x along `axis` by their norms. If a norm is below 1e-12, return 0, with a gradient of 0."""
     square = jnp.square(x).sum(axis, keepdims=True)
     return x * jnp.where(square > 1e-24, jax.lax.rsqrt(jnp.maximum(square, 1e-24)), 0)
