@@ -161,7 +161,7 @@ def get_config():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("--data.B=9", "error: 9 sequences (B / accumulate) must be a multiple of fsdp=2"),
+        ("--data.B=9", "error: B / accumulate = 9 sequences must be a multiple of fsdp=2"),
         (None, "error: process 1: data.path='not-on-this-machine' does not exist"),
     ],
     ids=["all", "one"],

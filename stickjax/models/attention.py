@@ -86,7 +86,7 @@ class Attention(nnx.Module):
         cache, the keys and values are first written into the cache, and the queries attend to all keys of the cache.
 
         Returns:
-          (The outputs of the heads [B,T,N,H], the new cache). The new cache is None if `cache` is None.
+          The outputs of the heads [B,T,N,H], and the new cache, which is None if `cache` is None.
         """
         c, own, kind = self.config, v, variant(self.config.attention)
         if kind.rotary:
@@ -109,7 +109,8 @@ class Attention(nnx.Module):
         if c.remainder != "none":
             if rest is None:
                 raise ValueError(
-                    f"remainder={c.remainder!r} needs a rest [B,T,N], but attention={c.attention!r} returned rest=None"
+                    f"remainder={c.remainder!r}: the function of attention={c.attention!r} must return (out, rest) "
+                    "with rest [B,T,N], not None"
                 )
             own = jnp.repeat(own, c.N // c.K, axis=2) if c.remainder == "value" else cast(self.head_bias, c)[None, None]
             out = (out.astype(jnp.float32) + rest[..., None] * own.astype(jnp.float32)).astype(out.dtype)

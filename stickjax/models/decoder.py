@@ -35,8 +35,9 @@ class Decoder(Family):
 
         The loss is the mean cross-entropy over the targets for which `loss_mask` is True, plus the weighted losses of
         all routers. `batch` has `tokens`, `targets` and `loss_mask`, [B,T] each, and `segment_ids` [B,T] if a sequence
-        contains several documents. The metrics are `loss` (the cross-entropy alone), the mean of every router loss, and
-        `load`, which is {prefix in ROUTERS: [L,E], the share of the (token, choice) pairs that went to every expert}.
+        contains several documents. The metrics are `loss` (the cross-entropy alone), every router loss as a mean over
+        the layers, and `load`: {key of ROUTERS: array [L,E]}, the share of the (token, choice) pairs that chose each
+        expert.
         """
         output = transformer.apply(model, batch, key)
         nll = cross_entropy(output.logits, batch["targets"])
@@ -101,8 +102,9 @@ class Decoder(Family):
     def flops_per_token(self, config: ModelConfig, T: int) -> float:
         """Return the floating-point operations of a training step per token, forward and backward together.
 
-        Every active parameter takes 6 operations, and causal attention takes 6 N H T operations per layer. The output
-        matrix counts, also if it is the embedding. Operations that rematerialisation repeats count once.
+        T is the number of tokens of a sequence. Every active parameter takes 6 operations, and causal attention takes
+        6 N H T operations per layer. The output matrix counts, also if it is the embedding. Operations that
+        rematerialisation repeats count once.
         """
         _, active = self.parameter_counts(config)
         if config.tied:
@@ -117,9 +119,9 @@ class Decoder(Family):
 
 
 def _experts(model: Transformer, kind: str, load: jax.Array) -> int | jax.Array:
-    """Return how many experts a layer has, without pruned ones.
+    """Return how many experts each layer has, without the pruned ones.
 
-    `kind`: a key of ROUTERS. `load` [L,E]: the share of the (token, choice) pairs that went to every expert. The result
+    `kind`: a key of ROUTERS. `load` [L,E]: the share of the (token, choice) pairs that chose each expert. The result
     is one number for all layers, or [L,1] in a pruned model, whose layers may have different numbers of experts.
     """
     slot = getattr(model.blocks, ROUTERS[kind][0]).router.slot

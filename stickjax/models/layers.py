@@ -49,10 +49,10 @@ def cast(param: nnx.Param, config: ModelConfig) -> jax.Array:
 
 
 def all_experts(module, name: str) -> jax.Array:
-    """Return the weights `name` of all experts of a module, in the type of the computation, `config.dtype`.
+    """Return the weights of all experts of a module as one array, in the type of the computation, `config.dtype`.
 
-    The weights of experts that were added to a trained model are a separate parameter, `new_<name>`, or None. In the
-    result they follow the weights of the other experts, along the first axis.
+    `name` is a parameter of the module, such as "w_in", whose first axis counts the experts. If experts were added to a
+    trained model, their weights are the parameter `new_<name>`, and come last in the result. Else `new_<name>` is None.
     """
     new, c = getattr(module, f"new_{name}"), module.config
     weights = cast(getattr(module, name), c)

@@ -149,7 +149,7 @@ def leaves_of(tree, owner: type | None = None, path: tuple[str, ...] = ()) -> It
     """Yield a `Leaf` for every array of a tree, in the order of `jax.tree.leaves`.
 
     `owner`: the module class of the arrays, if the tree is a dictionary with parameters of one module. `path`: the
-    names from the root of the whole tree to this part of it; only the recursion gives this argument.
+    names from the root of the whole tree to this part of it; leave it out, because only the recursion uses it.
     """
     inside = lambda node: node is not tree and isinstance(node, nnx.Module | nnx.Variable)  # noqa: E731
     owner = type(tree) if isinstance(tree, nnx.Module) else owner
@@ -252,7 +252,7 @@ def gather(tree, dtype, owner: type | None = None):
 
     `tree` is a module, or a dictionary with parameters of the module class `owner`. The parameters are first converted
     to `dtype`, the type of the computation. Parameters of routers are not converted, because rounding changes which
-    experts they choose. If "fsdp" has one device, `tree` is returned unchanged.
+    experts they choose. If the axis "fsdp" has one device, `tree` is returned unchanged.
     """
     if size("fsdp") == 1:
         return tree

@@ -10,7 +10,7 @@ from stickjax.models.layers import dropout
 def relative_scores(q: Float[Array, "B T K X H"], relative: Float[Array, "K H P"], S: int) -> Float[Array, "B K X T S"]:
     """Compute the scores q_i . R[j - i] of every query i and key j: the part of the scores from relative positions.
 
-    `q`: K key heads are each shared by X query heads. `relative` is R. For every key head it has P = 2 * clip - 1
+    In `q`, X query heads share each of the K key heads. `relative` is R. For every key head it has P = 2 * clip - 1
     vectors of dimension H, one for each distance j - i from 1 - clip to clip - 1. A larger distance uses the vector of
     clip - 1, and a smaller one the vector of 1 - clip. `S` is the number of keys.
 

@@ -131,7 +131,7 @@ def round_tokens(
 ) -> Int[Array, "T k"]:
     """Drop (token, choice) pairs, so that every expert has a multiple of `multiple` pairs (token rounding).
 
-    With `multiple` equal to the height of a kernel tile, no tile is partly empty.
+    If `multiple` is the number of rows of a kernel tile, no tile is partly empty.
 
     Each expert drops its pairs with the smallest gates, at most `multiple` - 1 of them. Return the indices, in which a
     dropped pair has the index E = `num_experts`, which means no expert. The method is from arXiv 2512.14080, which also
@@ -178,7 +178,7 @@ def router_stats(sums: RouterSums) -> RouterStats:
     load of e: its share of the (token, choice) pairs.
 
     switch = E * sum_e f_e P_e (arXiv 2101.03961). It is 1 if all loads are equal. In Hugging Face's variant,
-      f_e is the number of pairs per token, so that it is k if all loads are equal.
+      f_e is the number of pairs of e per token, so that this loss is k if all loads are equal.
     z = mean(logsumexp(logits)^2) (arXiv 2202.08906).
     mutual_information = H(e|x) - H(e): the mean entropy of g minus the entropy of P (arXiv 2306.04640). It is minus
       the mutual information of the token x and the expert e.
@@ -207,11 +207,11 @@ def updated_router_bias(
 
 @dataclasses.dataclass(frozen=True)
 class Experts:
-    """The numbers of experts of a router: `old`, trained ones; `new`, added to the trained model; and `pruned` ones.
+    """The numbers of experts of a router. The three kinds are `old`, `new` and `pruned`.
 
-    Pruned experts do not exist any more, but the router still computes their logits. The columns of its logits are the
-    old and the pruned experts, in the order in which they were trained, and then the new experts. The weights of the
-    experts contain the old experts, and then the new ones.
+    Old experts belong to the trained model. New experts were added to it. Pruned experts were removed, but the router
+    still computes their logits. The columns of the logits are the old and the pruned experts, in the order in which
+    they were trained, and then the new experts. The weights of the experts contain the old and then the new experts.
     """
 
     old: int

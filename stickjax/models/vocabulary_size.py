@@ -1,4 +1,4 @@
-"""The vocabulary size V of a model. If the config does not set V, the number of ids of the tokenizer gives it."""
+"""The vocabulary size V of a model. If the config does not set V, it follows from the tokenizer."""
 
 from stickjax.config import Config
 from stickjax.data.readers import READERS
@@ -12,7 +12,7 @@ def with_vocabulary(config: Config, ids: int | None = None, devices=None) -> Con
 
     Args:
       config: the config of the experiment.
-      ids: the number of token ids; None: use the number of ids of the tokenizer, which is read if V is None.
+      ids: the number of token ids. None: if V is None, read the tokenizer and use its number of ids.
       devices: the devices of the mesh, which matter if the size of an axis is -1; None: all devices.
 
     Raises:

@@ -108,7 +108,7 @@ def absent_devices(name: str = "h200", devices: int = 1, hosts: int = 1) -> list
     """
     if not has_wheels():
         raise MissingWheels(
-            "compiling for GPUs without a GPU needs the package jax_cuda13_plugin: pip install 'stickjax[cuda13]'"
+            "compiling for GPUs that are not here needs the package jax_cuda13_plugin: pip install 'stickjax[cuda13]'"
         )
     topology = f"1x{hosts}x{devices // hosts}"  # slices x hosts x GPUs of a host
     return topologies.get_topology_desc(platform="cuda", target_config=chip(name).text, topology=topology).devices

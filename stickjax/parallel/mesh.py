@@ -75,7 +75,7 @@ def _check_sizes(config: Config, sizes: dict[str, int]) -> None:
     if d.B % (rows * accumulate):
         parts = " x ".join(f"{axis}={sizes[axis]}" for axis in ROW_AXES if sizes[axis] > 1)
         raise ValueError(
-            f"{d.B // accumulate} sequences (B / accumulate) must be a multiple of {parts}; "
+            f"B / accumulate = {d.B // accumulate} sequences must be a multiple of {parts}; "
             f"B={max(d.B // (rows * accumulate), 1) * rows * accumulate} would do"
         )
     config.model.check_mesh(sizes, d.T)

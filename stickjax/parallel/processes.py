@@ -108,7 +108,7 @@ class _Rank(NamedTuple):
 def _find(coordinator: str | None, count: int | None, index: int | None) -> "_Rank | None":
     """Find out how this process joins the others: from the arguments of `initialize`, or else from the environment.
 
-    Return None if neither says that there are other processes. Raise ValueError if they are incomplete.
+    Return None if this process trains alone. Raise ValueError if the arguments or the variables are incomplete.
     """
     local, method = None, None
     if count is None and index is None:
@@ -289,8 +289,8 @@ def shared(function: Callable, raises: type[Exception] = ()):
 def check_same(facts: dict) -> None:
     """Check that this process and process 0 have the same `facts`, {name: JSON value}.
 
-    All processes must call this function, and it waits for all of them. In a process with another value than process 0,
-    it raises ValueError.
+    All processes must call this function, and it waits for all of them. It raises ValueError in a process that has
+    another value than process 0.
 
     >>> check_same({"text": "914b8a1bc21f6cbc", "data.T": 256})
     """

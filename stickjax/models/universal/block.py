@@ -89,7 +89,7 @@ class Branch(nnx.Module):
 
         `running`: the probability that each token has not halted. It is the weight of the token in the losses, and a
         token with probability 0 uses no expert. `key`: a random key for a training step, or None. `inputs`: further
-        arguments of the experts: `SharedHeads` takes `source` and `context`.
+        arguments of the experts. For `SharedHeads` they are `source` and `context`, else there are none.
         """
         keys = [None] * 3 if key is None else jax.random.split(key, 3)
         x = self.norm(h) if self.config.normalize_before else h

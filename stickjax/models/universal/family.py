@@ -141,7 +141,7 @@ def _mixture(config: SutConfig, router: str) -> ExpertsConfig:
 
 
 class Universal(Family):
-    """The family of Universal Transformers: language models, or with `classes` classifiers of pairs of sentences."""
+    """The family of Universal Transformers: language models, and (with `classes`) classifiers of pairs of sentences."""
 
     config = SutConfig
 

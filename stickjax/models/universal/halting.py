@@ -20,8 +20,8 @@ class HaltingGate(nnx.Module):
     """A gate that computes, for every token, the logarithms of the probabilities to go on and to halt, [B,T] each.
 
     From the output h of the block it computes log_softmax(gelu(h w_in + bias) w_out + [halting_bias, 0]). w_out starts
-    at zero. So before training, the probability to go on is sigmoid(`halting_bias`), a field of the config. For a bias
-    of 0, it is 1/2.
+    at zero. So before training, the probability to go on is sigmoid(halting_bias), which is 1/2 for a bias of 0.
+    `halting_bias` is a field of the config.
     """
 
     def __init__(self, config, key):
@@ -41,7 +41,7 @@ class HaltingGate(nnx.Module):
 
 
 class Halting(NamedTuple):
-    """What is known about every token before step l, or after the last step. A step applies the block once.
+    """The result for every token before step l, or after the last step. A step applies the block once.
 
     All floating-point arrays except `hidden` are in fp32.
 
@@ -51,12 +51,12 @@ class Halting(NamedTuple):
       the token has halted.
     `running` [B,T]: w, the probability that the token has not halted yet. If it falls below 1 - threshold, the token
       has halted, and w becomes 0. For padding, w is 0.
-    `depth` [B,T]: the number of steps in `state`, as a mean with the same weights.
+    `depth` [B,T]: the mean number of steps, with the same weights as in `state`.
     `act` [B,T]: the mean halting step, for a loss that makes tokens halt earlier. Unlike `depth`, it still changes
       after the token has halted, so it has the gradient that this loss needs.
     `expected` [B,T,D], `expected_step` [B,T]: the sums over the steps so far of p_l h_l, and of p_l l.
-    `log_rest` [B,T]: the logarithm of the probability that the token has not halted yet (the rest of the stick). It
-      does not become -inf when the token has halted.
+    `log_rest` [B,T]: the logarithm of the probability that the token has not halted yet (the rest of the stick).
+      Unlike `running`, it still changes after the token has halted.
     `statistics`: the statistics that the block returns for the losses, summed over the steps.
     `rows`: the numbers of (token, choice) pairs that the experts computed in each step, arrays [L].
     """

@@ -28,7 +28,7 @@ class SutOutput(NamedTuple):
 
     `logits`: [B,classes] for pairs of sentences, else [B,T,V], in float32.
     `depth`: [B,T], for pairs [2,B,T]: for every token, the mean number of times that the block was applied to it.
-    `act`: the mean number of the step in which a token halts, over all tokens. A loss on it makes tokens halt earlier.
+    `act`: the number of the step in which a token halts, a mean over all tokens. A loss on it makes tokens halt sooner.
     `router`: {router name: its losses and its load over all steps}. In the losses, every token has a weight: the
       probability that it has not halted yet.
     `rows`: {router name: array [L]}, the number of (token, choice) pairs that the experts of this device computed in
@@ -43,7 +43,7 @@ class SutOutput(NamedTuple):
 
 
 class UniversalStack(nnx.Module):
-    """Applies one `SutBlock` in up to L steps, until every token has halted.
+    """A stack applies one `SutBlock` to the tokens in up to L steps, until every token has halted.
 
     The stack has the parameters of the block, which all steps share, of the gate that halts tokens, and, with
     `normalize_before` in the config, of a final LayerNorm. With `causal`, a token attends only to earlier tokens. With
