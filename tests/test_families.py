@@ -57,13 +57,13 @@ REFUSED = {
     | {"convert": "no model_type is like a model of family='sut'", "sweep": "has no m_width"},
     "pairs": dict.fromkeys(["report", "extend", "prune", "concentrate"], MODULES)
     | {
-        "generate": "a classifier (classes=7) generates no text",
+        "generate": "a classifier (classes=7) cannot generate text",
         "convert": "no model_type is like a model of family='sut'",
         "sweep": "has no m_width",
     },
     "bigram": dict.fromkeys(["report", "extend", "prune", "concentrate"], MODULES)
     | {
-        "generate": "a model of family='bigram' generates no text",
+        "generate": "a model of family='bigram' cannot generate text",
         "convert": "no model_type is like a model of family='bigram'",
         "sweep": "has no m_width",
     },

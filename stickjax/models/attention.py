@@ -20,11 +20,11 @@ KeyValues = tuple[jax.Array, jax.Array | None]  # (keys, values), [B,S,K,H] each
 
 
 class Context(NamedTuple):
-    """The documents and positions of the tokens that a layer computes, and of the keys that they may attend to.
+    """The documents and positions of the tokens in an attention layer, and the documents of their keys.
 
-    A layer computes T tokens per sequence, which attend to S keys. All layers of a model use the same context. If the
-    mesh axis "context" divides the sequences, T is the number of tokens on this device, and S is the number of keys of
-    the whole sequence.
+    In a layer, T query tokens per sequence attend to S keys. All layers of a model use the same context. If the mesh
+    axis "context" divides the sequences, T is the number of tokens on this device, and S is the number of keys of the
+    whole sequence.
 
     `segment_ids` [B,T], `key_segment_ids` [B,S]: the document of every token and of every key. A token attends only to
       keys with the same id; a negative id is padding. None: every sequence is one document.
@@ -102,15 +102,15 @@ class Attention(nnx.Module):
         returned = kind.load()(c, q, k, v, context)
         if not isinstance(returned, tuple) or len(returned) != 2 or returned[0].shape != q.shape:
             raise ValueError(
-                f"attention={c.attention!r}: the function of this variant must return (out, rest), with out of the "
-                f"shape {q.shape}, and rest [B,T,N] or None"
+                f"attention={c.attention!r}: the function of this variant must return (out, rest): out of the shape "
+                f"{q.shape}, and rest, which is None or 1 - the sum of the weights of each query, [B,T,N]"
             )
         out, rest = returned
         if c.remainder != "none":
             if rest is None:
                 raise ValueError(
-                    f"remainder={c.remainder!r}: the function of attention={c.attention!r} must return (out, rest) "
-                    "with rest [B,T,N], not None"
+                    f"remainder={c.remainder!r} needs 1 - the sum of the weights of each query, [B,T,N], as the second "
+                    f"result of the function of attention={c.attention!r}, not None; or set remainder='none'"
                 )
             own = jnp.repeat(own, c.N // c.K, axis=2) if c.remainder == "value" else cast(self.head_bias, c)[None, None]
             out = (out.astype(jnp.float32) + rest[..., None] * own.astype(jnp.float32)).astype(out.dtype)

@@ -1,12 +1,13 @@
 """Stick-breaking attention of sequences that the mesh axis "context" divides among devices.
 
-The result and its gradients are those of one device, up to rounding. Every device has two pieces of a sequence: one
-near its beginning, and one near its end (`stickjax.parallel.mesh.shard_batch`). So all devices compute the same number
-of (query, key) pairs. A piece first attends to its own keys, while the keys and values of all pieces are all-gathered.
-Then the piece attends to the keys on its left, and `pallas_kernels.merge_stick_breaking` merges the two results.
+A single device would compute the same result and the same gradients, up to rounding. Every device has two pieces of a
+sequence: one near the beginning of the sequence, and one near the end (`stickjax.parallel.mesh.shard_batch`). So all
+devices compute the same number of (query, key) pairs. The queries of a piece first attend to the keys of this piece,
+while the keys and values of all pieces are all-gathered. Then the queries attend to all keys before the piece, and
+`pallas_kernels.merge_stick_breaking` merges the two results.
 
-Why an all-gather, and not a ring of devices? The gathered keys and values have only K heads. A ring would store
-partial outputs with N heads for its backward pass.
+Why an all-gather, and not a ring of devices? The gathered keys and values have only K key heads. For its backward pass,
+a ring would store partial outputs with N query heads, and N is usually larger.
 """
 
 import jax.numpy as jnp
@@ -66,14 +67,14 @@ def attention_in_context(
     keys, values = jnp.split(whole_sequence(jnp.concatenate([k, v], axis=-1)), [k.shape[-1]], axis=-1)
 
     def piece(which, place, reach):
-        """Return (out, log_rem) of one piece of this device, which attends to its own keys and to all keys on its left.
+        """Compute attention of the C queries of one piece to the keys of this piece and to all keys before it.
 
-        `out` [B,C,N,H] are the outputs of the heads. `log_rem` [B,C,N] is the logarithm of the part of the stick that
-        no key takes. C is the number of tokens of a piece.
+        Return `out` [B,C,N,H], the outputs of the heads, and `log_rem` [B,C,N], the logarithm of the part of the stick
+        that no key takes.
 
         `which`: 0 for the early piece of this device, 1 for the late piece. `place`: the index of the piece in the
-        sequence. `reach`: on every device, the keys on the left of the piece are among the first `reach` pieces. This
-        number is the same on all devices, because all devices run the same program.
+        sequence. `reach`: the keys before the piece are among the first `reach` pieces. All devices use the same
+        `reach`, because they run the same program.
         """
         S = reach * C
         # A key that is not on the left of the piece gets the id of padding, so that the kernel skips its key tiles.

@@ -36,8 +36,8 @@ class Decoder(Family):
         The loss is the mean cross-entropy over the targets for which `loss_mask` is True, plus the weighted losses of
         all routers. `batch` has `tokens`, `targets` and `loss_mask`, [B,T] each, and `segment_ids` [B,T] if a sequence
         contains several documents. The metrics are `loss` (the cross-entropy alone), every router loss as a mean over
-        the layers, and `load`: {key of ROUTERS: array [L,E]}, the share of the (token, choice) pairs that chose each
-        expert.
+        the layers, and `load`: {kind of router: array [L,E]}, the share of the (token, choice) pairs that chose each
+        expert. The kind is "" for the routers of the feed-forward networks, "attention_" for the routers of attention.
         """
         output = transformer.apply(model, batch, key)
         nll = cross_entropy(output.logits, batch["targets"])
@@ -58,8 +58,8 @@ class Decoder(Family):
         """Convert the metrics to scalars: replace `load`, the loads of all experts, by `load_max`.
 
         The load of an expert is its share of the (token, choice) pairs. `load_max` is the largest load of any expert in
-        any layer, times the number of experts: 1 if all loads are equal. The metric of attention experts is called
-        `attention_load_max`.
+        any layer, times the number of experts: 1 if all loads are equal. For the experts of attention, this scalar is
+        called `attention_load_max`.
         """
         load = metrics.get("load", {})
         scalars = {name: value for name, value in metrics.items() if name != "load"}
@@ -100,7 +100,7 @@ class Decoder(Family):
         return total, total - idle
 
     def flops_per_token(self, config: ModelConfig, T: int) -> float:
-        """Return the floating-point operations of a training step per token, forward and backward together.
+        """Return the number of floating-point operations of a training step per token, forward and backward together.
 
         T is the number of tokens of a sequence. Every active parameter takes 6 operations, and causal attention takes
         6 N H T operations per layer. The output matrix counts, also if it is the embedding. Operations that
@@ -121,8 +121,9 @@ class Decoder(Family):
 def _experts(model: Transformer, kind: str, load: jax.Array) -> int | jax.Array:
     """Return how many experts each layer has, without the pruned ones.
 
-    `kind`: a key of ROUTERS. `load` [L,E]: the share of the (token, choice) pairs that chose each expert. The result
-    is one number for all layers, or [L,1] in a pruned model, whose layers may have different numbers of experts.
+    `kind`: "" for the experts of the feed-forward networks, "attention_" for the experts of attention. `load` [L,E]:
+    the share of the (token, choice) pairs that chose each expert. The result is one number for all layers, or [L,1] in
+    a pruned model, whose layers may have different numbers of experts.
     """
     slot = getattr(model.blocks, ROUTERS[kind][0]).router.slot
     return load.shape[-1] if slot is None else (slot[...] >= 0).sum(-1, keepdims=True)

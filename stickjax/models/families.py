@@ -13,12 +13,13 @@ FAMILIES: dict[str, Family] = {}
 def register(family: Family) -> None:
     """Register a model family, so that all commands can use its configs and its models.
 
-    The rows in `family.parameters` are added to the table of parameters. The same class may be registered again, for
-    example when a notebook cell runs twice. The newer definition then replaces the older one.
+    `family.parameters` describes the parameters of the family's module classes: their axes, partition and muP label.
+    These rows are added to the table in `stickjax.models.parameters`. The same family class may be registered again,
+    for example when a notebook cell runs twice. The newer definition then replaces the older one.
 
     Raises:
-      ValueError: another class is registered under the same name, or the table of parameters already has different rows
-        for one of the module classes in `family.parameters`.
+      ValueError: another family class is registered under the same name, or the table already has different rows for
+        one of the module classes in `family.parameters`.
     """
     name = family.config.family
     if (known := FAMILIES.get(name)) is not None and not same_definition(type(known), type(family)):
@@ -27,7 +28,7 @@ def register(family: Family) -> None:
     for module, rows in family.parameters.items():
         if others.get(module, rows) != rows:
             raise ValueError(
-                f"family={name!r}: the table of parameters has other rows for the class {module}; rename the class"
+                f"family={name!r}: the table of parameters has a class {module} with other rows; rename the class"
             )
     PARAMETERS.update({module: dict(rows) for module, rows in family.parameters.items()})
     FAMILIES[name] = family

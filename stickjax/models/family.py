@@ -32,8 +32,9 @@ class Family(ABC):
     def apply(self, model, batch: dict[str, jax.Array], key: jax.Array | None = None):
         """Run a model on a batch. With a random key, the model runs in training mode, for example with dropout.
 
-        The result is an object with the field `logits`, in float32. If the model halts tokens, the object also has
-        `depth`: for every token, the mean number of blocks that were applied to it.
+        The result is an object with the field `logits`, in float32. If the number of blocks can differ from token to
+        token, as in a Universal Transformer, the object also has `depth`: for every token, the mean number of blocks
+        that were applied to it.
         """
 
     @abstractmethod
@@ -97,16 +98,21 @@ class Family(ABC):
     def empty_cache(self, config, batch: int, size: int):
         """Return an empty cache for `decode_step`, with room for `size` tokens of each of `batch` sequences.
 
-        The default raises ValueError: the family generates no text.
+        The default raises ValueError, because a family without this method cannot generate text.
         """
         del batch, size
-        raise ValueError(f"a model of family={config.family!r} generates no text")
+        raise ValueError(
+            f"a model of family={config.family!r} cannot generate text; use another family, such as 'decoder'"
+        )
 
     def decode_step(self, model, tokens, segment_ids, cache):
         """Run the model on `tokens` [B,T], which follow the tokens in `cache`, to generate text.
 
         `segment_ids` [B,T]: a negative id is padding. Return (the logits [B,V] after the last of the `tokens`, the
-        cache with the `tokens` added). The default raises ValueError: the family generates no text.
+        cache with the `tokens` added). The default raises ValueError, because a family without this method cannot
+        generate text.
         """
         del tokens, segment_ids, cache
-        raise ValueError(f"a model of family={model.config.family!r} generates no text")
+        raise ValueError(
+            f"a model of family={model.config.family!r} cannot generate text; use another family, such as 'decoder'"
+        )

@@ -20,7 +20,10 @@ def uniform(key, shape, limit: float, config) -> nnx.Param:
 
 
 def dropout(x, rate: float, key):
-    """Set a share `rate` of the values of x to zero, and divide the others by 1 - rate. Without a key, return x."""
+    """Set each value of x to zero with probability `rate`, and divide the others by 1 - rate.
+
+    `key` is a random key. Without a key, x is returned unchanged.
+    """
     if key is None or not rate:
         return x
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
@@ -141,7 +144,8 @@ def gates(config: ModelConfig) -> int:
 class FeedForward(nnx.Module):
     """A dense feed-forward network: act(x w_in) w_out, with w_in [D,G,F] and w_out [F,D].
 
-    act is the activation of the config. With a gated activation, G is 2, and w_in[:, 0] computes the gate. Else G is 1.
+    F is the number of hidden units, and act is the activation of the config. With a gated activation, G is 2, and
+    w_in[:, 0] computes the gate. Else G is 1.
     """
 
     def __init__(self, config: ModelConfig, key):

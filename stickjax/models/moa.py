@@ -25,10 +25,10 @@ class MixtureOfHeads(Attention):
 
     The output is the sum over the chosen experts e of gate * attention(x W_query[e], x W_key, x W_value) W_output[e].
 
-    `config.attention_experts` describes the experts. Every expert has K query heads. The router chooses N / K experts
-    for every token, so that a token has N query heads. A padding token uses no expert, and its output is zero. Keys and
-    values are x W_key and x W_value, plus biases if `config.key_value` is "biased". If it is "input", keys and values
-    are both x itself, and the cache stores x only once.
+    `config.attention_experts` describes the experts. There are K key heads, and every expert has K query heads. The
+    router chooses N / K experts for every token, so that a token has N query heads. A padding token uses no expert, and
+    its output is zero. Keys and values are x W_key and x W_value, plus biases if `config.key_value` is "biased". If it
+    is "input", keys and values are both x itself, and the cache stores x only once.
     """
 
     def __init__(self, config: ModelConfig, key):
@@ -152,8 +152,9 @@ def expert_outputs(
 ) -> Float[Array, "B T D"]:
     """Multiply the head outputs by the output matrices of their experts, and sum over the experts of every token.
 
-    `heads` are the outputs of the N query heads, in the order of `expert_queries`. `weight` [E,KH,D] has the output
-    matrices. `gates` [B*T,k] are the weights of the k experts of every token in the sum.
+    `heads` are the outputs of the N = K * k query heads, ordered by key head, as `expert_queries` returns the queries.
+    `weight` [E,KH,D] has the output matrices, and KH is K * H. `routing` has the k experts of every token, and `gates`
+    [B*T,k] are their weights in the sum.
     """
     B, T, N, H = heads.shape
     heads = heads.reshape(B, T, K, N // K, H).swapaxes(2, 3).reshape(-1, K * H)

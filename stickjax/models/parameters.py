@@ -197,8 +197,9 @@ def parameter(leaf: Leaf) -> Parameter:
 def label(leaf: Leaf) -> str:
     """Return the muP label of a parameter: "matrix", "embedding", "vector" or "frozen" (see `Parameter`).
 
-    For an array outside of Flax modules, such as an array in a dictionary, the last name on its path decides. Raises
-    ValueError if the table of parameters has no row for this name, or rows with different labels.
+    An array outside of Flax modules, such as an array in a dictionary, gets the label that the table of parameters has
+    for the last name on the path of the array. Raises ValueError if the table has no row for this name, or rows with
+    different labels.
     """
     if leaf.owner is not None:
         return parameter(leaf).label
@@ -206,7 +207,10 @@ def label(leaf: Leaf) -> str:
     labels = {row.label for rows in PARAMETERS.values() for name, row in rows.items() if name == last}
     if len(labels) != 1:
         known = dict.fromkeys(name for rows in PARAMETERS.values() for name in rows)
-        raise ValueError(f"no muP label for {leaf.name!r}{nearest(last, known)}: the table of parameters must have one")
+        raise ValueError(
+            f"no muP label for {leaf.name!r}{nearest(last, known)}: PARAMETERS in stickjax.models.parameters must have "
+            "exactly one label for this name"
+        )
     return labels.pop()
 
 
@@ -219,7 +223,7 @@ def partition(leaf: Leaf) -> PartitionSpec:
     dims = np.ndim(leaf.value)
     if leaf.owner is None:
         if dims >= 2:
-            raise ValueError(f"no partition for {leaf.name!r} with {dims} axes: it must belong to a Flax module")
+            raise ValueError(f"no partition for {leaf.name!r} with {dims} axes: put it into a Flax module")
         return PartitionSpec()
     row = parameter(leaf)
     stacked = dims == len(row.axes.split()) + 1  # the axis of the layers comes first
@@ -229,7 +233,8 @@ def partition(leaf: Leaf) -> PartitionSpec:
 def specs(tree):
     """Return a tree like `tree`, with a `PartitionSpec` in place of every array.
 
-    `tree` is a model or a whole training state. The specs are those of the table of parameters (see `partition`).
+    `tree` is a model or a whole training state. The function `partition` computes the spec of every array from the
+    table of parameters.
     """
     return map_leaves(partition, tree)
 
@@ -243,16 +248,16 @@ def shardings(mesh: Mesh, tree):
 
 
 def axes_by_name(tree) -> Mapping[str, str]:
-    """Return {name: axes} for all parameters of a model, such as {"embed": "V D"}. The axis L is left out."""
+    """Return {name: axes} for all parameters of a model, such as {"embed": "V D"}, without the axis L."""
     return {leaf.name: parameter(leaf).axes for leaf in leaves_of(tree)}
 
 
 def gather(tree, dtype, owner: type | None = None):
-    """Return a tree of parameters in which all those that the mesh axis "fsdp" divides are all-gathered.
+    """All-gather every parameter of a tree that the mesh axis "fsdp" divides, and return the tree with the results.
 
-    `tree` is a module, or a dictionary with parameters of the module class `owner`. The parameters are first converted
-    to `dtype`, the type of the computation. Parameters of routers are not converted, because rounding changes which
-    experts they choose. If the axis "fsdp" has one device, `tree` is returned unchanged.
+    `tree` is a module, or a dictionary with parameters of the module class `owner`. The parameters that are gathered
+    are first converted to `dtype`, the type of the computation. Parameters of routers are not converted, because
+    rounding changes which experts a router chooses. If the axis "fsdp" has one device, `tree` is returned unchanged.
     """
     if size("fsdp") == 1:
         return tree

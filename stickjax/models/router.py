@@ -61,10 +61,11 @@ class RouterStats(NamedTuple):
 
 
 def probabilities(logits: Float[Array, "T E"], trained: int | None = None) -> Float[Array, "T E"]:
-    """Return the softmax of the logits of every token. Added experts with logits of -inf change no bit of the result.
+    """Return the softmax of the logits of every token, which added experts with logits of -inf do not change.
 
-    `trained` is the number of experts of the trained model, which are the first columns of `logits`. The experts that
-    were added to this model are the other columns. None: no experts were added.
+    The first `trained` columns of `logits` are the experts of the trained model. The other columns are experts that
+    were added to this model. If their logits are -inf, the probabilities of the trained experts are the same to the
+    last bit as without the added experts. `trained` is None if no experts were added.
 
     A usual softmax would change bits. In XLA, the last bit of an exponential depends on the shape of the loop that
     computes it, and the last bit of a sum depends on the number of summands. So the exponentials of the trained and of
@@ -108,7 +109,8 @@ def choose_experts(
       bias: [E], added to the logits or probabilities for the choice only; the gates do not contain it.
       pruned: [E], True for experts that are never chosen.
       sample_topk, key: with a random key, only the first k - `sample_topk` experts are chosen as above. The others are
-        drawn by their probabilities, without replacement (Gumbel top-k). Gates are computed in the same way.
+        drawn by the softmax of the logits, without replacement (Gumbel top-k). `order` says how the gates of all k
+        experts are computed.
     """
     logits = logits.astype(jnp.float32)
     scores = logits if order == "topk_softmax" else probabilities(logits, trained)
@@ -158,7 +160,7 @@ def router_sums(
 
     `expert_indices` are the chosen experts; the index E means no expert. `weight` is the weight of each token in the
     sums; None: all are 1. The weights do not change `rows`: to leave a token out of `rows`, set its indices to E. A
-    logit of -inf, of an expert that does not exist, is replaced by `NEVER`.
+    logit of -inf, of an expert that does not exist, is replaced by the finite number `NEVER`, so that no sum is NaN.
     """
     logits = jnp.maximum(logits.astype(jnp.float32), NEVER)
     weight = jnp.ones(logits.shape[:1]) if weight is None else weight.astype(jnp.float32)
@@ -236,9 +238,9 @@ class Router(nnx.Module):
     the columns of `weight` for experts that were added to a trained model.
 
     `selection_bias` balances the load without a loss: it changes which experts are chosen, but not their gates. In a
-    pruned model, `slot[column]` is the index of the expert in the weights of the experts, or -1 if it was pruned. With
-    `pruning="old_denominator"`, pruned experts still count in the denominator of the softmax. With "new_denominator",
-    they do not count.
+    pruned model, column c of the logits belongs to the expert with the index `slot[c]` in the weights of the experts.
+    `slot[c]` is -1 if this expert was pruned. With `pruning="old_denominator"`, pruned experts still count in the
+    denominator of the softmax. With "new_denominator", they do not count.
     """
 
     normalized = False  # whether the gates of a token are divided by their sum

@@ -8,13 +8,13 @@ from stickjax.config import ModelConfig
 
 
 def attend(config: ModelConfig, q, k, v, context):
-    """Compute causal softmax attention: the function of the `AttentionVariant` "softmax".
+    """Compute causal softmax attention. Models whose config has `attention="softmax"` call this function.
 
     q [B,T,N,H] are the queries, and k and v [B,S,K,H] are the keys and values. Queries and keys already have rotary
     positions. `context` is a `Context` of `stickjax.models.attention`.
 
-    Return (out [B,T,N,H], None). The second result of a variant is, for every query, 1 - the sum of its weights. None
-    means that the weights always sum to 1.
+    Return (out [B,T,N,H], None). The second result of an attention variant is, for every query, 1 - the sum of its
+    weights. None means that the weights always sum to 1.
     """
     c, T, S = config, q.shape[1], k.shape[1]
     # Compute at most eight query tiles, each with only the keys up to its end. This is about half of all T * S scores.

@@ -138,8 +138,8 @@ class Transformer(nnx.Module):
 def _context(config: ModelConfig, tokens, segment_ids, cache: Cache | None) -> tuple[Context, Cache | None]:
     """Return (the `Context` that all attention layers get, the new cache). Without a cache, the second value is None.
 
-    The new cache has the segment ids of `tokens`, and its `length` counts them. The layers add their keys and values
-    later.
+    The new cache already has the segment ids of `tokens`, and its `length` includes `tokens`. The layers add their keys
+    and values later.
     """
     rotary = variant(config.attention).rotary
     if size("context") > 1:

@@ -29,7 +29,7 @@ def size(axis: str) -> int:
 
 
 def several(axes: tuple[str, ...]) -> tuple[str, ...]:
-    """Return those of the mesh axes `axes` that have more than one device. The other axes need no collective."""
+    """Return the mesh axes among `axes` that have more than one device. The other axes need no collective."""
     return tuple(axis for axis in axes if size(axis) > 1)
 
 
@@ -100,10 +100,10 @@ def reduce_from_tensor_parallel(x):
 
 
 def first_of(axis: str, count: int):
-    """Return the index of the first expert of this device, if each device along the mesh axis has `count` experts.
+    """Return the index of the first item of this device, if each device along the mesh axis `axis` has `count` items.
 
-    For a vocabulary that a mesh axis divides, it is the first token id of this device. `count` is then the number of
-    ids per device.
+    The items are the experts of a model, or the token ids of its vocabulary. Device 0 has the items from 0 to
+    `count` - 1, device 1 has the next `count` items, and so on.
     """
     return lax.axis_index(axis) * count if size(axis) > 1 else 0
 

@@ -63,7 +63,8 @@ def mesh_sizes(config: Config, devices=None) -> dict[str, int]:
         if size == -1:
             if len(devices) % known:
                 raise ValueError(
-                    f"{axis}=-1: the product of the other mesh axes, {known}, does not divide {len(devices)} devices"
+                    f"{axis}=-1: the number of devices, {len(devices)}, must be a multiple of {known}, the product of "
+                    "the other mesh axes"
                 )
             sizes[axis] = len(devices) // known
     return sizes

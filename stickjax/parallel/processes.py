@@ -94,8 +94,9 @@ class _Rank(NamedTuple):
     """How this process joins the other processes: the arguments for `jax.distributed.initialize`.
 
     `coordinator`: HOST:PORT of process 0; None: JAX finds it in the environment. `count`: the number of processes.
-    `index`: the index of this process. `local`: the number of its device on this machine; None: JAX chooses its
-    devices. `method`: "deactivate" if JAX must ignore the environment variables of schedulers, else None.
+    `index`: the index of this process. `local`: the number, on this machine, of the device for this process; None:
+    JAX chooses the devices. `method`: "deactivate" if JAX must ignore the environment variables of schedulers, else
+    None.
     """
 
     coordinator: str | None
@@ -202,7 +203,7 @@ def check_address(address: str) -> tuple[str, int]:
     """
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise ValueError(f"--coordinator {address}: expected HOST:PORT")
+        raise ValueError(f"--coordinator {address}: expected HOST:PORT, with a port from 1 to 65535")
     return host, int(port)
 
 
@@ -217,7 +218,9 @@ def _check_free(port: int, coordinator: str) -> None:
         with socket.create_server(("", port)):
             pass
     except OSError as error:  # JAX would crash
-        raise ValueError(f"cannot open the port of --coordinator {coordinator}: {error.strerror}") from error
+        raise ValueError(
+            f"cannot open the port of --coordinator {coordinator}: {error.strerror}; choose another port"
+        ) from error
 
 
 def is_writer() -> bool:
@@ -314,7 +317,7 @@ def any_process(mesh: Mesh | None, flag: int, after=0):
 
     Args:
       mesh: the devices of all processes; None: there is one process.
-      flag: the flag of this process, 0 or larger.
+      flag: a whole number of this process, 0 or larger, such as the number of a signal that asks it to stop.
       after: an array on the mesh. The flags are compared after the program that computes this array, because programs
         that communicate must run in the same order in all processes.
 
@@ -333,18 +336,18 @@ def any_process(mesh: Mesh | None, flag: int, after=0):
 def orphaned() -> bool:
     """Return whether the launcher that started this process has ended. Without a launcher, return False.
 
-    A launcher ends this process if another process is lost. When the launcher has ended, nothing does that any more, so
+    The launcher ends all its processes if one of them is lost. After the launcher has ended, no program does this, so
     the training must stop.
     """
     return os.environ.get("STICKJAX_LAUNCHER", str(os.getppid())) != str(os.getppid())
 
 
 def fail(message: str, error: BaseException | None = None) -> int:
-    """Print the error `message`, and return the exit code 1. One of several processes ends here and does not return.
+    """Print the error `message`, and return the exit code 1. If this is one of several processes, end it instead.
 
-    `error` is the exception, if there is one. Of several processes, only the first one that fails prints its message.
-    The others fail in the same way, or because the first one is lost. They end by `os._exit`, because Python's normal
-    exit would wait for the other processes.
+    `error` is the exception, if there is one. Of several processes, only the first one that fails prints its message,
+    because the others fail in the same way, or because the first one is lost. A process ends by `os._exit`, because
+    Python's normal exit would wait for the other processes.
     """
     if not jax.distributed.is_initialized():
         print(message, file=sys.stderr)

@@ -102,9 +102,10 @@ class Branch(nnx.Module):
 class SutBlock(nnx.Module):
     """The block of a Universal Transformer: self-attention, cross-attention (in a decoder), and feed-forward experts.
 
-    h is the output of the previous application of the block. s is the state of every token: the mean of h over the
-    steps, weighted by the probabilities that the token halts at each step. Queries come from h, but self-attention
-    computes its keys and values from s. So tokens that still run attend to the final states of tokens that have halted.
+    The model applies the block once per step. h is the output of the previous step. s is the state of every token: the
+    mean of h over the steps so far, weighted by the probabilities that the token halts at each step. Queries come from
+    h, but self-attention computes its keys and values from s. So a token that has not halted attends to the final
+    states of the tokens that have halted.
     """
 
     def __init__(self, config: SutConfig, key, *, causal: bool, cross: bool = False):

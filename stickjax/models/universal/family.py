@@ -99,8 +99,8 @@ def loss(
     Returns:
       The loss, and the metrics: `loss` (the cross-entropy alone), `accuracy` (for pairs only), `depth` (the number of
       blocks, a mean over the tokens), `act` (the mean halting step), `mutual_information` (a mean over the routers) and
-      `load_max`. This is the largest share of (token, choice) pairs of any expert, times the number of experts: 1 if
-      all shares are equal.
+      `load_max`. `load_max` is the largest share of the (token, choice) pairs that any expert has, times the number of
+      experts: 1 if all shares are equal.
 
     >>> config = SutConfig(V=16, D=8, H=4, F=16)
     >>> batch = {"tokens": jnp.ones((2, 3), int), "targets": jnp.ones((2, 3), int), "loss_mask": jnp.ones((2, 3))}
@@ -185,7 +185,9 @@ class Universal(Family):
 
     def empty_cache(self, config: SutConfig, batch: int, size: int) -> TokenHistory:
         if config.classes:
-            raise ValueError(f"a classifier (classes={config.classes}) generates no text")
+            raise ValueError(
+                f"a classifier (classes={config.classes}) cannot generate text; use a model with classes=0"
+            )
         return empty_cache(config, batch, size)
 
     def decode_step(self, model: LanguageModel, tokens, segment_ids, cache):

@@ -41,24 +41,24 @@ class HaltingGate(nnx.Module):
 
 
 class Halting(NamedTuple):
-    """The result for every token before step l, or after the last step. A step applies the block once.
+    """The values for every token that one step of dynamic halting passes to the next step.
 
-    All floating-point arrays except `hidden` are in fp32.
+    A step applies the block once. The steps are numbered from 0. h_i is the output of step i, and p_i is the
+    probability that the token halts at step i. All floating-point arrays except `hidden` are in fp32.
 
-    `step`: l, from 0. `hidden` [B,T,D]: h, the output of the last step and the input of step l.
-    `state` [B,T,D]: the mean of h over the steps so far, weighted by the probability p_l that the token halts at step
-      l. The probability that it has not halted yet is added to that of the last step. `state` no longer changes once
-      the token has halted.
+    `step`: l, the number of the next step. `hidden` [B,T,D]: the output of the last step and the input of step l.
+    `state` [B,T,D]: the mean of h_i over the steps so far. h_i has the weight p_i, but the last h_i has all the
+      remaining weight, so that the weights sum to 1. `state` no longer changes once the token has halted.
     `running` [B,T]: w, the probability that the token has not halted yet. If it falls below 1 - threshold, the token
       has halted, and w becomes 0. For padding, w is 0.
-    `depth` [B,T]: the mean number of steps, with the same weights as in `state`.
-    `act` [B,T]: the mean halting step, for a loss that makes tokens halt earlier. Unlike `depth`, it still changes
-      after the token has halted, so it has the gradient that this loss needs.
-    `expected` [B,T,D], `expected_step` [B,T]: the sums over the steps so far of p_l h_l, and of p_l l.
+    `depth` [B,T]: the mean number of steps, i + 1, with the same weights as in `state`.
+    `act` [B,T]: the mean number i of the step in which the token halts. A loss on `act` makes tokens halt
+      earlier. Unlike `depth`, `act` still changes after the token has halted, so that this loss has a gradient.
+    `expected` [B,T,D], `expected_step` [B,T]: the sum of p_i h_i and the sum of p_i i, over the steps so far.
     `log_rest` [B,T]: the logarithm of the probability that the token has not halted yet (the rest of the stick).
       Unlike `running`, it still changes after the token has halted.
     `statistics`: the statistics that the block returns for the losses, summed over the steps.
-    `rows`: the numbers of (token, choice) pairs that the experts computed in each step, arrays [L].
+    `rows`: a tree of arrays [L]: the number of (token, choice) pairs that the experts computed in each of the L steps.
     """
 
     step: jax.Array
@@ -156,7 +156,8 @@ def until_halted(
 ) -> Halting:
     """Run `halting_step` L times, or with `stop_early` only until all tokens have halted. Return the last `Halting`.
 
-    Both give the same `state`, `depth`, `statistics` and `rows`. With `stop_early`, `jax.grad` raises an error.
+    `state`, `depth`, `statistics` and `rows` are the same with and without `stop_early`. With it, `jax.grad` raises an
+    error.
     `x` is the input of the first step. `block`, `gate`, `token_mask` and `threshold` are arguments of `halting_step`.
 
     >>> gate = lambda h: (jnp.full(h.shape[:2], jnp.log(0.5)),) * 2

@@ -28,7 +28,8 @@ class SutOutput(NamedTuple):
 
     `logits`: [B,classes] for pairs of sentences, else [B,T,V], in float32.
     `depth`: [B,T], for pairs [2,B,T]: for every token, the mean number of times that the block was applied to it.
-    `act`: the number of the step in which a token halts, a mean over all tokens. A loss on it makes tokens halt sooner.
+    `act`: the number of the step in which a token halts, a mean over all tokens; the first step is step 0. A loss on
+      `act` makes tokens halt sooner.
     `router`: {router name: its losses and its load over all steps}. In the losses, every token has a weight: the
       probability that it has not halted yet.
     `rows`: {router name: array [L]}, the number of (token, choice) pairs that the experts of this device computed in
@@ -45,9 +46,9 @@ class SutOutput(NamedTuple):
 class UniversalStack(nnx.Module):
     """A stack applies one `SutBlock` to the tokens in up to L steps, until every token has halted.
 
-    The stack has the parameters of the block, which all steps share, of the gate that halts tokens, and, with
-    `normalize_before` in the config, of a final LayerNorm. With `causal`, a token attends only to earlier tokens. With
-    `cross`, the block also attends to another sequence.
+    All steps use the same parameters. Besides the block, the stack has a gate, which decides when a token halts. With
+    `normalize_before` in the config, it also has a final LayerNorm. With `causal`, no token attends to later tokens.
+    With `cross`, the block also attends to another sequence.
     """
 
     def __init__(self, config: SutConfig, key, *, causal: bool, cross: bool = False):
@@ -151,7 +152,9 @@ class LanguageModel(nnx.Module):
 
 
 class SparseUniversalTransformer(nnx.Module):
-    """An encoder and a decoder for translation. One embedding serves source, target and output.
+    """An encoder and a decoder for translation.
+
+    One matrix is the embedding of the source, the embedding of the target and the output matrix.
 
     A batch has `source` [B,S] and `target` [B,T], both padded with 0. The logits [B,T,V] predict the token after
     each token of `target`.
@@ -194,11 +197,12 @@ def sinusoidal(T: int, D: int) -> Float[np.ndarray, "T D"]:
 
 
 def embedded(config: SutConfig, embed, tokens, segment_ids, key):
-    """Return (the input [B,T,D] of a stack, a new random key for the stack).
+    """Embed `tokens` [B,T]. Return (the input [B,T,D] of a stack, a new random key for the stack).
 
-    The input is sqrt(D) * the embedding of each token. If the config has `sinusoidal` and attention is not causal,
-    sinusoidal positions are added, which count from the first token of each segment. The input is zero for padding.
-    With a `key`, dropout is applied to the input. Without one, the new key is None.
+    `embed` [V,D] is the embedding. The input is sqrt(D) * the row of `embed` for each token. If the config has
+    `sinusoidal` and attention is not causal, sinusoidal positions are added, which count from the first token of each
+    segment. The input is zero for padding. With a random `key`, dropout is applied to the input. Without a key, the new
+    key is None.
     """
     x = config.D**0.5 * cast(embed, config)[tokens]
     if config.sinusoidal and not config.causal:
@@ -226,8 +230,8 @@ def unembedded(state: Float[Array, "B T D"], embed: Float[Array, "V D"]) -> Floa
 def summary(logits, stacks, prefixes=("",)) -> SutOutput:
     """Return the `SutOutput` of a model from its logits and from the results of its stacks.
 
-    `stacks`: for each stack (its last `Halting`, its token mask). `prefixes`: for each stack, what is put in front of
-    the names of its routers, such as "encoder_". The `depth` of the output is that of the first stack.
+    `stacks`: the pair (last `Halting`, token mask) of each stack. `prefixes`: for each stack, a prefix for the names of
+    its routers, such as "encoder_". The output has the `depth` of the first stack.
     """
     router, rows, act, tokens = {}, {}, 0.0, 0.0
     for (end, token_mask), prefix in zip(stacks, prefixes, strict=True):
