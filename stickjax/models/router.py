@@ -179,13 +179,13 @@ def router_stats(sums: RouterSums) -> RouterStats:
     Means are over tokens. g is the softmax of the logits of a token, P is the mean of g, and e is an expert. f_e is the
     load of e: its share of the (token, choice) pairs.
 
-    switch = E * sum_e f_e P_e (arXiv 2101.03961). It is 1 if all loads are equal. In Hugging Face's variant,
-      f_e is the number of pairs of e per token, so that this loss is k if all loads are equal.
+    switch = E * sum_e f_e P_e (arXiv 2101.03961). It is 1 if all loads are equal. The loss of
+      Hugging Face is k times as large, because its f_e is the number of pairs of e per token.
     z = mean(logsumexp(logits)^2) (arXiv 2202.08906).
     mutual_information = H(e|x) - H(e): the mean entropy of g minus the entropy of P (arXiv 2306.04640). It is minus
       the mutual information of the token x and the expert e.
-    concentration = H(e), the entropy of P: a smaller value means that fewer experts are used. The same paper describes
-      this loss without a formula or code; the formula is our reading of its description.
+    concentration = H(e), the entropy of P: a smaller value means that fewer experts are used. arXiv 2306.04640
+      describes this loss without a formula or code; the formula is our reading of the description.
     """
     sums = psum_over_batch(sums)
     tokens, pairs = jnp.maximum(sums.tokens, 1), jnp.maximum(sums.pairs, 1)

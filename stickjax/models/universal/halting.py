@@ -156,9 +156,9 @@ def until_halted(
 ) -> Halting:
     """Run `halting_step` L times, or with `stop_early` only until all tokens have halted. Return the last `Halting`.
 
-    `state`, `depth`, `statistics` and `rows` are the same with and without `stop_early`. With it, `jax.grad` raises an
-    error.
-    `x` is the input of the first step. `block`, `gate`, `token_mask` and `threshold` are arguments of `halting_step`.
+    `state`, `depth`, `statistics` and `rows` are the same with and without `stop_early`. With `stop_early`, `jax.grad`
+    raises an error. `x` is the input of the first step. `block`, `gate`, `token_mask` and `threshold` are arguments of
+    `halting_step`.
 
     >>> gate = lambda h: (jnp.full(h.shape[:2], jnp.log(0.5)),) * 2
     >>> block = lambda h, state, w, l: (h + 1, (), (w > 0).sum())
