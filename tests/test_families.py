@@ -57,13 +57,13 @@ REFUSED = {
     | {"convert": "no model_type is like a model of family='sut'", "sweep": "has no m_width"},
     "pairs": dict.fromkeys(["report", "extend", "prune", "concentrate"], MODULES)
     | {
-        "generate": "a classifier of classes=7 generates no text",
+        "generate": "a classifier (classes=7) cannot generate text",
         "convert": "no model_type is like a model of family='sut'",
         "sweep": "has no m_width",
     },
     "bigram": dict.fromkeys(["report", "extend", "prune", "concentrate"], MODULES)
     | {
-        "generate": "a model of family='bigram' generates no text",
+        "generate": "a model of family='bigram' cannot generate text",
         "convert": "no model_type is like a model of family='bigram'",
         "sweep": "has no m_width",
     },
@@ -135,7 +135,7 @@ def test_an_attention_variant_of_the_user(monkeypatch):
     other = family.init(dataclasses.replace(config, attention="halved"), jax.random.key(0))
     assert jnp.abs(family.apply(model, batch).logits - family.apply(other, batch).logits).max() > 1e-3
     stickjax.register(AttentionVariant(lambda config, q, k, v, context: q), "bare")
-    with pytest.raises(ValueError, match=r"attention='bare': the function must return \(out, rest\)"):
+    with pytest.raises(ValueError, match=r"attention='bare': the function of this variant must return \(out, rest\)"):
         family.apply(family.init(dataclasses.replace(config, attention="bare"), jax.random.key(0)), batch)
     for function in ("module:function", functools.partial(halved), halved):  # whatever may be called
         stickjax.register(AttentionVariant(function), f"as_{type(function).__name__}")

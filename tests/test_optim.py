@@ -425,7 +425,7 @@ def test_unknown_names_are_not_guessed(monkeypatch):
     with pytest.raises(ValueError, match="blocks.attention.qeury .Weights.qeury. is not in the table of parameters"):
         label_tree(model)
     monkeypatch.setitem(PARAMETERS, "Norm", {"scale": Parameter("N H", label="vector")})
-    with pytest.raises(ValueError, match="norm.scale has 1 axes; the table of parameters says 'N H'"):
+    with pytest.raises(ValueError, match="norm.scale has 1 axes, but in the table of parameters its axes are 'N H'"):
         label_tree(Model())
 
 

@@ -161,7 +161,7 @@ def get_config():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("--data.B=9", "error: 9 sequences (B / accumulate) must be a multiple of fsdp=2"),
+        ("--data.B=9", "error: B / accumulate = 9 sequences must be a multiple of fsdp=2"),
         (None, "error: process 1: data.path='not-on-this-machine' does not exist"),
     ],
     ids=["all", "one"],
@@ -207,7 +207,7 @@ def test_bad_commands_are_one_clear_line(capsys, config, monkeypatch):
     for name in ("SIZE", "RANK", "LOCAL_RANK"):
         monkeypatch.delenv(f"OMPI_COMM_WORLD_{name}")
     for environment, message in (
-        ({"PMI_SIZE": "2", "PMI_RANK": "1"}, "PMI_RANK=1 of PMI_SIZE=2: nothing says where process 0 listens"),
+        ({"PMI_SIZE": "2", "PMI_RANK": "1"}, "PMI_RANK=1 of PMI_SIZE=2: the address of process 0 is unknown"),
         ({"PMI_SIZE": "2", "PMI_RANK": "2"}, "process 2 of 2"),
         ({"PMIX_RANK": "0"}, "PMIX_RANK=0: this may be one of several processes"),
         ({"WORLD_SIZE": "2", "RANK": "0"}, "RANK=0: this may be one of several processes"),

@@ -1,4 +1,4 @@
-"""The vocabulary size V. A config may leave it open; then it follows from the number of ids of the tokenizer."""
+"""The vocabulary size V of a model. If the config does not set V, it follows from the tokenizer."""
 
 from stickjax.config import Config
 from stickjax.data.readers import READERS
@@ -6,14 +6,14 @@ from stickjax.parallel.mesh import mesh_sizes
 
 
 def with_vocabulary(config: Config, ids: int | None = None, devices=None) -> Config:
-    """Return the config with V set.
+    """Return the config with the vocabulary size `model.V` set.
 
-    If V is None, it becomes the number of ids, rounded up to a multiple of the size of the mesh axis `tensor`.
+    If V is None, it becomes the number of ids, rounded up to a multiple of the size of the mesh axis "tensor".
 
     Args:
-      config: the experiment.
-      ids: the number of ids; None: read the tokenizer and use its number of ids.
-      devices: as in `mesh.make_mesh`.
+      config: the config of the experiment.
+      ids: the number of token ids. None: if V is None, read the tokenizer and use its number of ids.
+      devices: the devices of the mesh, which matter if the size of an axis is -1; None: all devices.
 
     Raises:
       ValueError: the tokenizer cannot be read, or V is smaller than the number of ids.
