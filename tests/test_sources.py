@@ -76,13 +76,13 @@ def test_json_without_records_is_read_as_it_stands_and_that_is_said(tmp_path, co
         (
             "x.json",
             b'[{"text": "one"}, {"body": "two"}]',
-            "x.json: record 2: no text in .*; its fields are 'body'",
+            "x.json: record 2: no text in .*; the fields of this object are 'body'",
         ),
         ("x.json", LINE + b"[]", "x.json:2: no text in the field"),
         ("a\nb.jsonl", b"{", r"a\\nb.jsonl:1: not a line of JSON"),
         ("x.txt", "one".encode("utf-16"), "x.txt' is UTF-16 or UTF-32, not UTF-8 text: convert it"),
         ("x.jsonl", LINE.decode().encode("utf-32"), "x.jsonl' is UTF-16 or UTF-32, not UTF-8 text: convert it"),
-        ("x.txt", "one".encode("utf-16-le"), "x.txt' is not UTF-8 text: it has zero bytes"),
+        ("x.txt", "one".encode("utf-16-le"), "x.txt' is not UTF-8 text: it has NUL bytes \\(0x00\\), as UTF-16 has"),
         ("x.jsonl.GZ", b"\x1f\x8b\x08\x08", "is compressed: unpack it first"),
     ],
 )

@@ -182,9 +182,12 @@ def test_what_a_step_takes_is_counted():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data.source": "stdlib"}, "classes=7 needs pairs: source='logic', not 'stdlib'"),
+        ({"data.source": "stdlib"}, "classes=7 needs pairs of sentences: use source='logic', not 'stdlib'"),
         ({"model.classes": 3}, "classes=3 must be 7, the number of relations of source='logic'"),
-        ({"model.classes": 0, "data.curriculum": 9}, "curriculum=9 orders pairs of sentences; this model reads a text"),
+        (
+            {"model.classes": 0, "data.curriculum": 9},
+            "curriculum=9 is for pairs of sentences, but this model reads a text; set 0",
+        ),
         ({"data.T": 20}, "T=20 is shorter than the longest sentence of 37 tokens"),
         ({"model.V": 5}, "V=5 is smaller than the 12 ids of pairs of logic"),
     ],
