@@ -294,7 +294,7 @@ def test_what_ours_does_not_have_is_refused_by_name(tree):
     usual = dict(layer_types=["full_attention", "attention"], position_embedding_type="rope", rotary_percent=1.0)
     usual |= dict(qk_norm=False, shared_intermediate_size=0, attn_logit_softcapping=None, unheard_of=None)
     assert to_model_config(tree | usual) == to_model_config(tree)
-    with pytest.raises(ValueError, match=r"lambda_attention=0.5: not known, and may change .* delete it"):
+    with pytest.raises(ValueError, match=r"lambda_attention=0.5: unknown, and may change .* delete it"):
         to_model_config(tree | dict(lambda_attention=0.5))
 
 

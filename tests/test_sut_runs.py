@@ -203,7 +203,7 @@ def test_what_only_decoders_have(pairs, tmp_path):
         PAIRS.replace({"train.accumulate": 2})
     with pytest.raises(ValueError, match="fsdp=2 and tensor=2: a model of family='sut' supports data parallelism only"):
         make_mesh(PAIRS.replace({"mesh.fsdp": 2, "mesh.tensor": 2}))
-    with pytest.raises(ValueError, match="no model_type is like a model of family='sut'"):
+    with pytest.raises(ValueError, match="no Hugging Face model_type fits a model of family='sut'"):
         export(load(pairs).model, str(tmp_path / "out"))
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="a classifier of classes=7 generates no text"):
