@@ -1,9 +1,9 @@
 """Convert the tensors of a Hugging Face folder to the parameters of stickjax and back: their names and their axes.
 
 In this file, a tensor is an array of a Hugging Face folder, and a leaf is an array of the stickjax model. A tensor
-belongs to one layer; the leaf of all layers has a leading axis L. Every model type has a table, and every row of a table
-maps a tensor to a leaf: `theirs` is the name of the tensor, where {} stands for the number of the layer, `ours` is the
-name of the leaf, and `axes` are the axes of the tensor. `stickjax.models.parameters` has the axes of the leaf.
+belongs to one layer; the leaf of all layers has a leading axis L. Every model type has a table, and every row of a
+table maps a tensor to a leaf. `theirs` is the name of the tensor, where {} stands for the number of the layer. `ours`
+is the name of the leaf. `axes` are the axes of the tensor; `stickjax.models.parameters` has the axes of the leaf.
 
 Axes are written as in "NH D": spaces separate the axes, and every letter is a size. The letters are fields of
 ModelConfig, and E, the number of experts of the feed-forward network, A, the number of attention experts, and R, the
