@@ -408,5 +408,5 @@ def test_bad_loaders():
         train_loader(counting(99), CONFIG, process_count=3)
     with pytest.raises(ValueError, match="process_index=2 must be in 0..1"):
         train_loader(counting(99), CONFIG, process_index=2, process_count=2)
-    with pytest.raises(ValueError, match="the data has no examples: it is empty, or"):
+    with pytest.raises(ValueError, match="no example can be used: the data is empty"):
         batches([], B=4, seed=0)

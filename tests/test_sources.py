@@ -157,7 +157,7 @@ def test_tokenizing_into_the_folder_that_is_read(tmp_path, monkeypatch, tokenize
     first = tokenize(str(tmp_path), str(tmp_path / "tokens"))
     assert tokenize(str(tmp_path), str(tmp_path / "tokens")) == first and first["num_tokens"] == 4
     assert "left out 2 files: a token file (2: " in caplog.text
-    with pytest.raises(ValueError, match="is a token file: data.source='tokens' reads it"):
+    with pytest.raises(ValueError, match="is a token file: set data.source='tokens' to read it"):
         read(tmp_path / "tokens.bin")
 
 

@@ -186,7 +186,7 @@ def test_what_a_step_takes_is_counted():
         ({"model.classes": 3}, "classes=3 must be 7, the number of relations of source='logic'"),
         (
             {"model.classes": 0, "data.curriculum": 9},
-            "curriculum=9 is for pairs of sentences, but this model reads a text; set 0",
+            "curriculum=9 is for pairs of sentences, but this model reads a text; set it to 0",
         ),
         ({"data.T": 20}, "T=20 is shorter than the longest sentence of 37 tokens"),
         ({"model.V": 5}, "V=5 is smaller than the 12 ids of pairs of logic"),

@@ -421,7 +421,7 @@ def test_a_mixture_has_equal_shares(tmp_path):
         (lambda: Vocabulary("a b").encode("a b a", 2), "T=2 is shorter than an example of 3 symbols"),
         (lambda: Vocabulary("a b").encode("a c", 2), "symbol 'c' is not one of a b"),
         (lambda: task_loader("logik", DataConfig()), "task='logik' is not one of .*did you mean 'logic'"),
-        (lambda: task_loader("listops", DataConfig(T=2), count=300), "the data has no examples: it is empty, or"),
+        (lambda: task_loader("listops", DataConfig(T=2), count=300), "no example can be used: the data is empty"),
         (lambda: batches(range(8), B=3, seed=0, process_count=2), "B=3 sequences must be a multiple of"),
     ],
 )

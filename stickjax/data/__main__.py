@@ -1,4 +1,7 @@
-"""The command that makes and checks token files: python -m stickjax.data tokenize SOURCE OUT | verify OUT."""
+"""Two commands for token files, which are tokenized texts on disk: `tokenize SOURCE OUT` and `verify OUT`.
+
+They are run as `python -m stickjax.data tokenize SOURCE OUT` and `python -m stickjax.data verify OUT`.
+"""
 
 import sys
 

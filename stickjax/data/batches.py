@@ -4,8 +4,9 @@
     source -> Corpus (held-out part) -> stickjax.data.heldout: windows for evaluation
     stickjax.data.tasks -> task_loader: batches of examples, without a token stream
 
-A Corpus is one token stream. `stickjax.data.readers` chooses the training data of a model. To train on a text that
-does not fit into memory, `python -m stickjax.data tokenize SOURCE OUT` converts it to a token file, which is a source.
+A source is a text, such as a folder of files, and a Corpus is one token stream. `stickjax.data.readers` chooses the
+training data of a model. If a text does not fit into memory, `python -m stickjax.data tokenize SOURCE OUT` converts it
+to a token file, which is then the source.
 """
 
 from collections.abc import Callable, Sequence
@@ -74,14 +75,14 @@ def batches(
     transform: Callable | None = None,
     first: Sequence = (),
 ) -> grain.DatasetIterator:
-    """Return an endless iterator over the batches of one process: B // process_count stacked examples each.
+    """Return an endless iterator over the batches of one process. A batch has B // process_count examples, stacked.
 
     An epoch uses every example once, in an order that depends on `seed` and on the number of the epoch. The batches of
     all processes, concatenated in the order of process_index, are the batch of B examples that one process would have.
 
-    `get_state()` of the iterator returns its position as a small JSON value, which is the same in every process.
-    `set_state(value)` sets the position of a new iterator. Its next batches are then the same bit for bit, even if its
-    process_count differs.
+    `get_state()` of the iterator returns its position as a small JSON value, which is the same in every process. After
+    `set_state(value)`, a new iterator continues at this position. All processes together then have the same examples as
+    without the interruption, even if process_count differs.
 
     Args:
       source: the examples, with random access.
@@ -100,12 +101,14 @@ def batches(
     array([0, 1, 2, 3, 4, 5])
     """
     if B % process_count:
-        raise ValueError(f"B={B} sequences must be a multiple of process_count={process_count}")
+        raise ValueError(
+            f"B={B} sequences must be a multiple of process_count={process_count}, the number of processes"
+        )
     if not 0 <= process_index < process_count:
         raise ValueError(f"process_index={process_index} must be in 0..{process_count - 1}")
     if not len(source):
         raise ValueError(
-            "the data has no examples: it is empty, or has fewer pairs than a batch, or all are longer than T"
+            "no example can be used: the data is empty, has fewer pairs than a batch, or all examples exceed T"
         )
     # Grain shuffles epoch e by seed + e. Without this hash of `seed`, two runs with the seeds 0 and 1 would have the
     # same epochs, shifted by one.
@@ -127,7 +130,8 @@ def train_loader(
     """Return an endless iterator over the training batches of one process, made from the token stream `corpus`.
 
     An example is a window of T + 1 tokens. A batch is a dictionary of arrays [B // process_count, T]; `make_batch`
-    explains them. `config` has T, B and the seed of the order of the windows. The iterator is the result of `batches`.
+    explains them. `config` has T, B and the seed of the order of the windows. The function `batches` explains the
+    order, and how to save the position of the iterator.
 
     Args:
       corpus: the token stream.
@@ -156,7 +160,8 @@ def task_loader(
 ) -> grain.DatasetIterator:
     """Return an endless iterator over the batches of one process, made from the examples of a synthetic task.
 
-    A batch is a dictionary {name: array [B // process_count, ...]}. The iterator is the result of `batches`.
+    A batch is a dictionary {name: array [B // process_count, ...]}. The function `batches` explains the order of the
+    examples, and how to save the position of the iterator.
 
     Args:
       task: a key of `stickjax.data.tasks.TASKS`, such as "recall".
@@ -206,7 +211,9 @@ def text_data(config: Config) -> TrainingData:
     """
     d = config.data
     if d.curriculum:
-        raise ValueError(f"curriculum={d.curriculum} is for pairs of sentences, but this model reads a text; set 0")
+        raise ValueError(
+            f"curriculum={d.curriculum} is for pairs of sentences, but this model reads a text; set it to 0"
+        )
     corpus, heldout = load_corpus(d)
     loader = lambda index, count: train_loader(corpus, d, process_index=index, process_count=count)  # noqa: E731
     held = f"{heldout.documents:,} documents ({len(heldout.tokens):,} tokens) are held out"

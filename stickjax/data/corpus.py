@@ -34,7 +34,10 @@ class Corpus:
     hash: str  # 16 hex digits of the sha256 of the tokens; of a part of a stream: of the stream's hash and the cut
 
     def summary(self) -> str:
-        """Return a line that training prints: the source, its numbers of documents, tokens and bytes, and its hash."""
+        """Return one line about the text, which training prints when it starts.
+
+        The line has the source, the numbers of documents, tokens and bytes, the tokenizer and the hash.
+        """
         return (
             f"{printable(self.source)}: {self.documents:,} documents, {len(self.tokens):,} tokens, "
             f"{self.bytes:,} bytes, {self.tokenizer.name}, {self.hash}"
@@ -71,9 +74,9 @@ def document_ends(tokens: np.ndarray, eot: int) -> np.ndarray:
 def _cut(corpus: Corpus, heldout_every: int) -> tuple[Corpus, Corpus]:
     """Cut a stream of n tokens into a training part and a held-out part, and return both. They are views of the stream.
 
-    The held-out part has about n / heldout_every tokens. The cut is at the first document boundary from token
-    n - n / heldout_every on. If there is no boundary behind this token, the last document is held out. If the stream is
-    a single document, the cut is at this token, inside the document.
+    The held-out part has about n / heldout_every tokens: the cut is at the first document boundary at the position
+    n - n / heldout_every or later. If there is none before the end of the stream, the last document is held out. If the
+    stream is a single document, the cut is at this position, inside the document.
     """
     tokens, eot, n = corpus.tokens, corpus.tokenizer.eot, len(corpus.tokens)
     if n < 2:

@@ -52,7 +52,7 @@ def heldout_windows(
     begins as in training: with its `bos`, or with an end of text if it has no `bos`. All later tokens are targets.
 
     Windows of max(lengths) * T targets are taken first, in turn from all documents that are long enough. Then come
-    shorter documents and the rests of long ones. At least one window is taken.
+    shorter documents and the remaining parts of long documents. At least one window is taken.
 
     Args:
       corpus: the held-out token stream.

@@ -13,7 +13,7 @@ from stickjax.data.tasks import Examples, logic
 def pair_data(config: Config) -> TrainingData:
     """Generate the pairs of sentences that `config.data.source` names, and return them as data to train a classifier.
 
-    Raises ValueError if this source has no pairs, or if `model.classes` is not its number of labels.
+    Raises ValueError if this source has no pairs, or if `model.classes` is not the number of its labels.
     """
     d = config.data
     pairs = pair_examples(config, "train")
@@ -78,7 +78,7 @@ def pair_examples(config: Config, part: str, **options) -> Examples:
     `config.data.examples` pairs are drawn, duplicates are removed, and the rest is divided into the two parts.
     `options` are passed to `stickjax.data.tasks.logic.examples`, and replace the values of the config.
 
-    Raises ValueError if `config.data.source` has no pairs, or if `model.classes` is not its number of labels.
+    Raises ValueError if `config.data.source` has no pairs, or if `model.classes` is not the number of its labels.
     """
     if config.data.source != "logic":
         raise ValueError(

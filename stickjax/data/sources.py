@@ -162,9 +162,9 @@ def _lines_of_json(file: Path, lines: Iterable[bytes], text_field: str) -> Itera
 
 
 def _is_token_file(file: Path) -> bool:
-    """Return whether a file is one of the two files of a token file, which `stickjax.data.token_files` explains.
+    """Return True if a file belongs to a token file, which is a tokenized text on disk.
 
-    The two files have the same name with the endings .bin and .json. The .json file says that it describes token ids.
+    A token file consists of NAME.bin with the token ids, and NAME.json, whose entry "format" is TOKENS_FORMAT.
     """
     description = file.with_suffix(".json")
     try:
@@ -199,15 +199,15 @@ def _records(file: Path, text: str, text_field: str) -> Iterable[str] | None:
 
 
 def _documents(file: Path, text_field: str) -> tuple[Iterable[str], bool]:
-    """Return (documents, flag) of a file. The flag is True for a .json file that is read as one document.
+    """Return the documents of a file, and True if the file is a .json file that is read as one document.
 
-    `text_field` is the field of a JSON record that has the text. Raises NotText if the file is not text.
+    `text_field` is the field that has the text of a JSON object. Raises NotText if the file is not text.
     """
     suffix = file.suffix.lower()
     if suffix in (".jsonl", ".ndjson"):
         return _jsonl_documents(file, text_field), False
     if suffix in (".bin", ".json") and _is_token_file(file):
-        raise NotText("a token file", "data.source='tokens' reads it")
+        raise NotText("a token file", "set data.source='tokens' to read it")
     text = read_text(file)
     if "\0" in text:  # UTF-16 without a byte order mark may be valid UTF-8 by accident
         raise NotText("not UTF-8 text", "it has NUL bytes (0x00), as UTF-16 has")

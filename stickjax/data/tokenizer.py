@@ -36,7 +36,7 @@ class Tokenizer(abc.ABC):
       vocab_size: the largest token id plus one; some smaller numbers may be unused.
       eot: the id of the end of text, which ends a document in training.
       ends: the ids that end a generated text, including `eot`.
-      prefix: the ids that `encode` puts in front of every text, such as a begin of text.
+      prefix: the ids that `encode` puts in front of every text, such as a begin-of-text id.
       files: {name: content} of the files that define the tokenizer. A run folder gets a copy of them.
     """
 
@@ -92,8 +92,7 @@ class Tokenizer(abc.ABC):
     def prompt(self, text: str, *, special: bool = False) -> np.ndarray:
         """Return the token ids [n] of a prompt for a model: the ids of `encode(text)`, or `eot` if there are none.
 
-        A prompt needs at least one id. `eot` stands for the begin of a document, because it precedes every document in
-        training.
+        A prompt needs at least one id. `eot` is a good one, because it comes before every document in training.
         """
         ids = self.encode(text, special=special)
         return ids if len(ids) else np.array([self.eot], token_dtype(self.vocab_size))
@@ -131,9 +130,10 @@ class ByteTokenizer(Tokenizer):
 class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer from a file tokenizer.json at `path`, which the optional package `tokenizers` reads.
 
-    The end of text is one of the added tokens of the file. If `eot` is None, it is the token that other files in the
-    same folder name, as `special_tokens.named` finds it. If they name none, it is the first token of `END_OF_TEXT` that
-    is an added token. The attribute `prefix` has the ids that the post-processor of the file puts in front of a text.
+    The end of text is `eot`, the text of an added token of the file. If `eot` is None, it is the token that other files
+    in the same folder name, as `special_tokens.named` finds it. If they name none, it is the first token of
+    `END_OF_TEXT` that is an added token. The attribute `prefix` has the ids that the post-processor of the file puts in
+    front of a text.
     """
 
     def __init__(self, path: str | Path, eot: str | None = None):
@@ -216,9 +216,9 @@ class HuggingFaceTokenizer(Tokenizer):
         return np.array(ids, token_dtype(self.vocab_size))
 
     def _spelling(self, token: int) -> list[int]:
-        """Return ids of ordinary tokens whose text is the spelling of a special token, which has the id `token`.
+        """Return the ids that encode the spelling of a special token as ordinary text, letter by letter.
 
-        The spelling is encoded letter by letter.
+        `token` is the id of the special token. A text may contain such a spelling, and it must stay text.
         """
         model = self._tokenizer.model
         ids = [piece.id for letter in self._tokenizer.id_to_token(token) for piece in model.tokenize(letter)]
@@ -254,7 +254,7 @@ class StreamDecoder:
     """A decoder for generated token ids, which arrive one at a time. Several ids may be parts of one character.
 
     `feed` returns a character when all its ids have arrived. The returned texts together are the text that the ids add
-    to the text of `prompt`, which has the ids of the prompt. None means that the ids continue an unknown text.
+    to the text of the prompt. `prompt` has the ids of the prompt; if it is None, the prompt is an unknown text.
 
     >>> stream = StreamDecoder(ByteTokenizer())
     >>> [stream.feed(i) for i in "né".encode()]

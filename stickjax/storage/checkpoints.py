@@ -56,7 +56,7 @@ class Restored(NamedTuple):
 
 
 class Checkpoints(contextlib.AbstractContextManager):
-    """The checkpoints of a run, in `run_folder/checkpoints/<step>`. The newest `keep` checkpoints are kept.
+    """The checkpoints of a run, in `run_folder/checkpoints/<step>`. `save` deletes all but the newest `keep` of them.
 
     Only one process at a time may save. So `with Checkpoints(folder)` takes the lock of the run folder, and raises
     ValueError if another process has the lock. To restore a checkpoint, no lock is needed.
@@ -127,7 +127,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         self._position, self._proven = step, True
 
     def wait(self) -> None:
-        """Wait until the last save is complete. Raise OSError if this save failed."""
+        """Wait for the save that is in progress, if there is one. Raise OSError if this save failed."""
         if self._pending is not None:
             (step, done), self._pending = self._pending, None
             with self._saving(step):
@@ -163,7 +163,7 @@ class Checkpoints(contextlib.AbstractContextManager):
           prefix: the part of the saved state to read, such as "params". Then `abstract_state` has only this part.
 
         Raises:
-          ValueError: there is no checkpoint of `step`, or a name, shape or type differs from the checkpoint.
+          ValueError: there is no checkpoint of `step`, or `abstract_state` has other names, shapes or types.
           DamagedCheckpoint: there are checkpoints, but none is intact, or the checkpoint of `step` is damaged.
         """
         self.wait()
@@ -203,7 +203,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         (self.folder / f"{step}.tmp").mkdir(parents=True)
 
     def _complete(self, step: int, response, manifest: str) -> None:
-        """Wait until Orbax has written the arrays. Then write `manifest` and the checksums of the files."""
+        """Wait until Orbax has written the arrays. Then write manifest.json: the text `manifest` and file checksums."""
         response.result()
         path = self.folder / f"{step}.tmp" / "manifest.json"
         if not processes.is_writer():
@@ -217,7 +217,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         sync_folder(path.parent)
 
     def _read_back(self, step: int, arrays: dict[str, jax.Array]) -> None:
-        """Read `<step>.tmp` in parts. Raise DamagedCheckpoint if it differs from `arrays`, {name: saved array}."""
+        """Read the new checkpoint `<step>.tmp`. Raise DamagedCheckpoint if it differs from `arrays`, {name: array}."""
         folder = self.folder / f"{step}.tmp"
         manifest = processes.shared(partial(_read_manifest, folder, step), raises=DamagedCheckpoint)
         specs: dict[str, jax.ShapeDtypeStruct] = {}
@@ -263,7 +263,7 @@ def _is_step(name: str) -> bool:
 
 
 def named_leaves(tree, prefix: str = "") -> dict[str, Any]:
-    """Return {name: leaf} of a pytree. A name is `prefix/path` of the leaf, without the `value` of a Flax variable.
+    """Return {name: leaf} of a pytree. A name is `prefix` and the path of the leaf, without Flax's last part `value`.
 
     >>> named_leaves({"w": 1, "layers": [2, 3]}, prefix="params")
     {'params/layers/0': 2, 'params/layers/1': 3, 'params/w': 1}
@@ -330,7 +330,7 @@ def _rebuild(leaf, array):
 
 
 def _read_manifest(folder: Path, step: int) -> dict:
-    """Return the manifest of the checkpoint in `folder`. Raise DamagedCheckpoint if a file has another checksum."""
+    """Return the manifest of the checkpoint in `folder`. Raise DamagedCheckpoint if the checksum of a file is wrong."""
     try:
         outer = json.loads((folder / "manifest.json").read_text())
         manifest = outer["manifest"]
@@ -350,10 +350,10 @@ def _read_manifest(folder: Path, step: int) -> dict:
 
 
 def _match(leaves: dict, rows: dict, prefix: str, folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return {name: ShapeDtypeStruct} of the arrays to read from a checkpoint for a state with the leaves {name: leaf}.
+    """Compare the leaves of a state with a checkpoint. Return {name: ShapeDtypeStruct} of the arrays to read from it.
 
-    `rows` is {name: [shape, type, checksum]} of the arrays in the checkpoint. Raise ValueError if the names that begin
-    with `prefix`, the shapes or the types differ from the leaves. `folder` is the checkpoint, for messages.
+    `leaves` is {name: leaf}, and `rows` is {name: [shape, type, checksum]} of the arrays in the checkpoint `folder`.
+    Raise ValueError if the names that begin with `prefix`, the shapes or the types differ.
     """
     specs = {name: _spec(leaf) for name, leaf in leaves.items()}
     saved = {n for n in rows if not prefix or n == prefix or n.startswith(f"{prefix}/")}

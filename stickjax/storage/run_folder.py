@@ -50,7 +50,7 @@ class Loaded(NamedTuple):
 
     `model`: a language model is called as `model(tokens).logits`, a Universal Transformer as `model(batch).logits`.
     `config`: the config in the folder, with the changes that were given to `load`.
-    `tokenizer`: None if the model was converted from a folder without a tokenizer.
+    `tokenizer`: the tokenizer of the model; None if it was converted from a folder without a tokenizer.
     `step`: the training step of the checkpoint; 0 if the folder has one model without checkpoints.
     """
 
@@ -100,7 +100,7 @@ def check_tokenizer(extra: dict, config: Config, tokenizer: Tokenizer | None, so
     recorded = extra.get("tokenizer")
     if recorded and tokenizer and recorded != tokenizer.name:
         where = f"data.tokenizer={config.data.tokenizer!r}"
-        raise ValueError(f"{where} is {tokenizer.name}, but {source} was trained with {recorded}")
+        raise ValueError(f"{where} is the tokenizer {tokenizer.name}, but {source} was trained with {recorded}")
 
 
 def check_trained(extra: dict, config: Config, tokenizer: Tokenizer | None, source: str) -> None:
@@ -115,10 +115,11 @@ def check_trained(extra: dict, config: Config, tokenizer: Tokenizer | None, sour
 
 
 def check_config(run: str | os.PathLike, config: Config) -> None:
-    """Raise ValueError if a run with this config cannot train in the folder `run`.
+    """Raise ValueError if training with `config` cannot begin or continue in the folder `run`.
 
-    It can if the folder has no config.json, or if the config.json has the same values. Some fields may differ, such as
-    the paths of the data; the message lists the fields that must not. A folder with a converted model is refused.
+    It can begin if the folder has no config.json, and continue if the config.json there has the same fields. Fields
+    that do not change the training may differ, such as paths. The message lists the other fields that differ. Training
+    cannot continue in a folder with a converted model.
     """
     if not (Path(run) / "config.json").exists():
         return

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 class Lock:
-    """The lock of a folder. This process takes the lock now and owns it until it calls `release`.
+    """The lock of a folder. `Lock(folder)` takes the lock, and this process owns it until it calls `release`.
 
     The folder is created if it does not exist.
 
@@ -67,7 +67,7 @@ class Lock:
         self._thread.start()
 
     def check(self) -> None:
-        """Raise OSError if another process owns the lock now. It has taken the lock if this process seemed to be dead."""
+        """Raise OSError if another process owns the lock now, because it has judged this process to be dead."""
         owner = _read(self._path)
         if owner is not None and owner.get("token") != self._record["token"]:
             raise OSError(f"{self.folder} was taken over by {_name(owner)}; this process must not write there any more")

@@ -1,8 +1,8 @@
 """Compare the memory that arrays need on a device with its free memory, and raise an error if they do not fit.
 
 On a CPU, a process that needs too much memory hangs, or is killed without a message. So memory is checked before it is
-allocated, by two functions. `check_fits` uses the shapes of the training state, which is the least memory
-that a run needs. `check_program` uses the memory that the compiled training step needs.
+allocated, by two functions. `check_fits` uses the shapes of the training state, which is the least memory that a run
+needs. `check_program` uses the memory that the compiled training step needs.
 """
 
 import math
@@ -54,7 +54,7 @@ def _local_shape(x) -> tuple[int, ...]:
 
 
 def itemsize(dtype) -> int:
-    """Return the number of bytes of one element of type `dtype`. `dtype` may be the type of typed PRNG keys, too.
+    """Return the number of bytes of one element of the type `dtype`. For a typed PRNG key, its key data is counted.
 
     >>> itemsize(jnp.bfloat16), itemsize(jax.eval_shape(lambda: jax.random.key(0)).dtype)
     (2, 8)
@@ -121,7 +121,7 @@ def check_program(compiled: jax.stages.Compiled, what: str, mesh: Mesh | None = 
 def free_memory(mesh: Mesh | None = None) -> Free | None:
     """Return the free memory of one device of the mesh; None if it is unknown. Without a mesh, use the first device.
 
-    If the devices are CPUs, the free memory of the machine is divided by the number of devices of this process.
+    If the devices are CPUs, this is the free memory of the machine divided by the number of devices of this process.
     """
     devices = [jax.local_devices()[0]] if mesh is None else mesh.local_devices
     if devices[0].platform == "cpu":

@@ -108,9 +108,9 @@ def _draws(seed: int) -> Iterator[Example]:
 def generate(seed: int = 0, draws: int = 500_000) -> tuple[Parts, ...]:
     """Draw pairs of sentences, remove duplicates, and divide the pairs into BUCKETS buckets, short sentences first.
 
-    In bucket n, the sentence of a pair that has more operators has n operators. The last bucket also has all pairs with
-    more operators. The first 85 % of the pairs of each bucket are for training, the rest for tests. Sentences in the
-    training parts of the buckets 0 to 6 have at most 37 tokens; sentences in bucket 12 have at most about 74 tokens.
+    The bucket of a pair is the number of operators of its sentence with more operators, or 12 if that is more than 12.
+    The first 85 % of the pairs of each bucket are for training, the rest for tests. Sentences in the training parts of
+    the buckets 0 to 6 have at most 37 tokens; sentences in bucket 12 have at most about 74 tokens.
 
     `draws` is the number of pairs to draw, before duplicates are removed, and `seed` decides which ones.
 
@@ -131,9 +131,9 @@ def generate(seed: int = 0, draws: int = 500_000) -> tuple[Parts, ...]:
 def matches(example: Example, split: str) -> bool:
     """Return whether a pair of sentences has a pattern that `split` keeps out of training, to test generalization.
 
-    Split A: the pattern `( and ( not a ) )`.
-    Split B: the pattern `( and ( not X ) )` for any sentence X.
-    Split C: the pattern of split B, or the same pattern with `or` in place of `and`.
+    `A`: the pattern `( and ( not a ) )`.
+    `B`: the pattern `( and ( not X ) )` for any sentence X.
+    `C`: the pattern of split B, or the same pattern with `or` in place of `and`.
 
     >>> [matches(Example("( b ( or ( not a ) ) )", "c", 5, 2), split) for split in SPLITS]
     [False, False, True]
@@ -154,7 +154,7 @@ def examples(
 ) -> Examples:
     """Return the labelled pairs of sentences of one part. An example has int32 arrays with these names:
 
-    `left` [T], `right` [T]: the ids of the two sentences, padded with 0.
+    `left`, `right` [T]: the ids of the two sentences, padded with 0.
     `label` []: the index of their relation in RELATIONS.
     `bucket` []: the bucket of the pair, which says how long the pair is; `generate` explains it.
 

@@ -8,7 +8,7 @@ is the name of the leaf. `axes` are the axes of the tensor; `stickjax.models.par
 Axes are written as in "NH D": spaces separate the axes, and every letter is a size. The letters are fields of
 ModelConfig, and E, the number of experts of the feed-forward network, A, the number of attention experts, and R, the
 field `hidden` of their routers. Several letters together are one axis, whose last letter varies fastest. For example,
-the tensor "NH D" is the leaf "D N H".
+a tensor with the axes "NH D" becomes a leaf with the axes "D N H".
 
 A digit is a size, too: in the axis "2F", the rows of the gate come first, then the rows of the other half. If only the
 tensor or only the leaf has the digit, the row maps only one of these two parts, the one with the index `part`.
