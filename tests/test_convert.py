@@ -89,7 +89,7 @@ def test_a_run_with_checkpoints_is_exported(tmp_path, capsys):
         (dict(attention="stick_breaking"), "model_type fits: .* attention_experts.E=0 and experts.E=0"),
         (
             dict(attention="stick_breaking", attention_experts=ExpertsConfig(3), experts=ExpertsConfig(4, 2)),
-            "'moduleformer', the nearest to this model, cannot express .*attend_current=False",
+            "'moduleformer', the most similar to this model, cannot express .*attend_current=False",
         ),
         (dict(window=7), "'granite', .* cannot express window=7"),
         (dict(activation="geglu"), "cannot express activation='geglu'"),

@@ -258,7 +258,7 @@ def test_bad_token_files(tmp_path, edit, message):
         ("x.jsonl", b'["text"]', "x.jsonl:1: no text"),
         ("x.jsonl", b'{"text": "a"}\n{"text"', "x.jsonl:2: not a line of JSON"),
         ("x.jsonl", b'{"text": "\xff"}', "x.jsonl:1: not a line of JSON"),
-        ("x.jsonl", b'{"text": "\\ud800"}', "x.jsonl:1: the field 'text' has half a surrogate pair"),
+        ("x.jsonl", b'{"text": "\\ud800"}', "x.jsonl:1: the field 'text' contains half of a surrogate pair"),
     ],
 )
 def test_bad_text(tmp_path, name, content, message):

@@ -226,7 +226,7 @@ def test_the_originals_have_epsilons_of_their_own():
     jetmoe, moduleformer = (to_model_config(tree)[0] for tree in (JETMOE, MODULEFORMER))
     assert (jetmoe.norm_eps, jetmoe.final_norm_eps, moduleformer.norm_eps) == (1e-6, 0.05, 1e-5)
     assert to_config_json(jetmoe, 8)["rms_norm_eps"] == 0.05
-    with pytest.raises(ValueError, match="'jetmoe', the nearest to this model, cannot express norm_eps=1e-05"):
+    with pytest.raises(ValueError, match="'jetmoe', the most similar to this model, cannot express norm_eps=1e-05"):
         to_config_json(
             ModelConfig(
                 V=8,

@@ -61,7 +61,7 @@ def test_a_file_is_read_as_what_it_is(tmp_path, name, content, documents, caplog
 def test_json_without_records_is_read_as_it_stands_and_that_is_said(tmp_path, content, caplog):
     (tmp_path / "x.json").write_bytes(content)
     assert read(tmp_path) == [content.decode()]
-    assert ".json without a field 'text' is read as one document (1: " in caplog.text
+    assert ".json file without a field 'text' is read as one document (1: " in caplog.text
 
 
 @pytest.mark.parametrize(
