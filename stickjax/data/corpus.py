@@ -31,7 +31,7 @@ class Corpus:
     source: str  # the name of the text in messages
     documents: int  # number of documents
     bytes: int  # number of bytes of the UTF-8 text; an estimate from the number of tokens if one text was cut in two
-    hash: str  # 16 hex digits of the sha256 of the tokens; of a part of a stream: of the stream's hash and the cut
+    hash: str  # 16 hex digits of a sha256: of all tokens, or for a part of a stream, of its hash and positions
 
     def summary(self) -> str:
         """Return one line about the text, which training prints when it starts.

@@ -21,7 +21,7 @@ class EvalWindows:
 
     tokens: np.ndarray  # [W, longest + 1], int32: each row is the first input, the targets of one window, and padding
     targets: np.ndarray  # [W], the number of targets of each window; the longest window has `longest` targets
-    T: int  # number of tokens in the shortest unit of context, as in training
+    T: int  # the number of tokens of the context for m = 1
     lengths: tuple[int, ...]  # the values of m: a document is long enough for a context of m * T tokens
     bytes: int  # number of bytes of the text of all targets
 
@@ -95,7 +95,7 @@ def heldout_windows(
     windows = []
     for document, first, n in sorted(chosen):
         start = starts[document] + first
-        own = first or (start and corpus.tokens[start - 1] == bos)  # whether the token before belongs to this document
+        own = first or (start and corpus.tokens[start - 1] == bos)  # True if the previous token is in this document
         before = corpus.tokens[start - 1] if own else eot
         windows.append(np.append(before, corpus.tokens[start : start + n]).astype(np.int32))
     targets = np.array([len(window) - 1 for window in windows])

@@ -130,7 +130,7 @@ def check_config(run: str | os.PathLike, config: Config) -> None:
         free = free[:-1]
     changed = [d for d in before.diff(config) if not d.startswith(free)]
     if not (config.optim.decay_tokens or config.optim.schedule == "cosine"):
-        # Without a decay, no step depends on the length of the run.
+        # Without a decay of the learning rate, no step depends on the length of the run.
         changed = [d for d in changed if not d.startswith("train.steps")]
     if changed:
         raise ValueError(f"{run} is a run of another config ({'; '.join(changed)}); choose another --run folder")

@@ -163,7 +163,7 @@ class Lock:
         return False
 
     def _taken(self) -> ValueError:
-        for _ in range(10):  # a new owner may not have written its name yet
+        for _ in range(10):  # a new owner may not have written its process id yet
             if owner := _read(self._path):
                 break
             time.sleep(0.05)

@@ -29,7 +29,7 @@ class StepTrace(contextlib.AbstractContextManager):
     def __init__(self, folder: Path | None, first: int, last: int, say: Callable[[str], None]):
         self._folder, self._say = folder, say
         self._begin = max(first, min(first + WARMUP, last - STEPS))
-        self._begun = self._done = None  # steps done when the trace began, and steps done now
+        self._begun = self._done = None  # number of steps done when the trace began, and number done now
 
     def before(self, step: int) -> None:
         """Call this before each step. It starts the trace if the next step is the first to trace.

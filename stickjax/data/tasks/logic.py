@@ -20,9 +20,9 @@ from stickjax.config.fields import one_of
 from stickjax.data.tasks.encoding import Examples, Parts, Vocabulary, distinct
 
 VOCABULARY = Vocabulary("( ) a b c d e f or and not")
-RELATIONS = ("<", ">", "=", "^", "|", "#", "v")  # a label is an index
+RELATIONS = ("<", ">", "=", "^", "|", "#", "v")  # the label of a pair is the index of its relation here
 SPLITS = ("A", "B", "C")
-BUCKETS = 13  # in bucket n the sentence with more operators has n of them; in the last bucket, 12, it has 12 or more
+BUCKETS = 13  # the bucket of a pair is the larger number of operators of its two sentences, but at most 12
 
 _WORLDS = 2**64 - 1
 # The truth tables of the variables: bit w of variable i is bit i of the world w.
@@ -108,7 +108,7 @@ def _draws(seed: int) -> Iterator[Example]:
 def generate(seed: int = 0, draws: int = 500_000) -> tuple[Parts, ...]:
     """Draw pairs of sentences, remove duplicates, and divide the pairs into BUCKETS buckets, short sentences first.
 
-    The bucket of a pair is the number of operators of its sentence with more operators, or 12 if that is more than 12.
+    The bucket of a pair is the larger number of operators of its two sentences, but at most 12.
     The first 85 % of the pairs of each bucket are for training, the rest for tests. Sentences in the training parts of
     the buckets 0 to 6 have at most 37 tokens; sentences in bucket 12 have at most about 74 tokens.
 

@@ -20,7 +20,7 @@ from stickjax.storage.hugging_face.files import FLOATS, Lazy, write_sharded
 from stickjax.storage.hugging_face.folder import open_folder
 from stickjax.system.disk import write_file
 
-# Buffers, not parameters, in the files of the original ModuleFormer.
+# The names of buffers in the files of the original ModuleFormer: arrays that are not parameters.
 _BUFFERS = re.compile(r"transformer\.h\.\d+\.attn\.(mask|cum_weight)")
 
 
