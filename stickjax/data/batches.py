@@ -75,7 +75,7 @@ def batches(
     transform: Callable | None = None,
     first: Sequence = (),
 ) -> grain.DatasetIterator:
-    """Return an endless iterator over the batches of one process. A batch has B // process_count examples, stacked.
+    """Return an endless iterator over the batches of one process. A batch has B // process_count stacked examples.
 
     An epoch uses every example once, in an order that depends on `seed` and on the number of the epoch. The batches of
     all processes, concatenated in the order of process_index, are the batch of B examples that one process would have.

@@ -31,7 +31,7 @@ class Corpus:
     source: str  # the name of the text in messages
     documents: int  # number of documents
     bytes: int  # number of bytes of the UTF-8 text; an estimate from the number of tokens if one text was cut in two
-    hash: str  # 16 hex digits of a sha256: of all tokens, or for a part of a stream, of its hash and positions
+    hash: str  # 16 hex digits of a sha256: of all tokens; for a part of a stream, of the stream's hash and positions
 
     def summary(self) -> str:
         """Return one line about the text, which training prints when it starts.
@@ -74,9 +74,9 @@ def document_ends(tokens: np.ndarray, eot: int) -> np.ndarray:
 def _cut(corpus: Corpus, heldout_every: int) -> tuple[Corpus, Corpus]:
     """Cut a stream of n tokens into a training part and a held-out part, and return both. They are views of the stream.
 
-    The held-out part has about n / heldout_every tokens: the cut is at the first document boundary at the position
-    n - n / heldout_every or later. If there is none before the end of the stream, the last document is held out. If the
-    stream is a single document, the cut is at this position, inside the document.
+    The held-out part has about n / heldout_every tokens: the cut is at the first end of a document at or after the
+    position n - n / heldout_every. If this is the end of the stream, the cut is before the last document. A stream of a
+    single document is cut inside the document, at the position n - n / heldout_every.
     """
     tokens, eot, n = corpus.tokens, corpus.tokenizer.eot, len(corpus.tokens)
     if n < 2:

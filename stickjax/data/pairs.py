@@ -35,7 +35,7 @@ class LengthBucketedBatches:
     The length of a pair is the number of tokens of its longer sentence. The batches are sorted by length, shortest
     first. The sentences of a batch are padded to a multiple of 8 tokens. Batches of random pairs would need about twice
     the work, because all sentences of a batch are padded to the longest one. `seed` decides which pairs of the same
-    length are in one batch.
+    length are in one batch. The longest pairs are left out if they do not fill a batch.
     """
 
     def __init__(self, pairs: Examples, B: int, seed: int):

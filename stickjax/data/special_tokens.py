@@ -129,11 +129,13 @@ def named(files: Mapping[str, bytes], added: Mapping[str, int], folder: Path) ->
 
 
 def _ids(key: str, value: Any, added: Mapping[str, int], where: Path) -> list[int]:
-    """Return the token ids that an entry `key` of a JSON file stands for.
+    """Return the token ids that an entry of a JSON file stands for. Texts of tokens that are not added are left out.
 
     Args:
       key: the name of the entry, such as "eos_token_id".
-      value: an id, the text of an added token, an object whose "content" is the text of one, or a list of these.
+      value: the value of the entry: a token id if `key` ends in "_id", otherwise the text of a token or an object
+        {"content": text}. It may also be a list of these, or None. For the key "added_tokens_decoder", it is a
+        dictionary of objects {"content": text, "special": bool}; only those with a true "special" are used.
       added: {text: id} of the added tokens.
       where: the path of the file, for messages.
 

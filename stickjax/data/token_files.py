@@ -162,7 +162,10 @@ def open_tokens(path: str, tokenizer: Tokenizer, name: str) -> tuple[np.ndarray,
             f"but data.tokenizer is {tokenizer.name!r} with vocab_size={tokenizer.vocab_size} and eot={tokenizer.eot}"
         )
     if dtype != token_dtype(tokenizer.vocab_size):
-        raise ValueError(f"{name}={path!r}: dtype {dtype.str} does not fit vocab_size={tokenizer.vocab_size}")
+        raise ValueError(
+            f"{name}={path!r}: dtype {dtype.str} does not fit vocab_size={tokenizer.vocab_size}; the file is damaged; "
+            "make it again by python -m stickjax.data tokenize"
+        )
     size = data_path.stat().st_size
     if not n or size != n * dtype.itemsize:
         raise ValueError(

@@ -163,7 +163,7 @@ class Checkpoints(contextlib.AbstractContextManager):
           prefix: the part of the saved state to read, such as "params". Then `abstract_state` has only this part.
 
         Raises:
-          ValueError: there is no checkpoint of `step`, or `abstract_state` has other names, shapes or types.
+          ValueError: there is no checkpoint of `step`, or it has other names, shapes or types than `abstract_state`.
           DamagedCheckpoint: there are checkpoints, but none is intact, or the checkpoint of `step` is damaged.
         """
         self.wait()
@@ -198,7 +198,7 @@ class Checkpoints(contextlib.AbstractContextManager):
                 names = (f"{path.name}.aside{n or ''}" for n in itertools.count())
                 aside = next(a for a in map(self.folder.joinpath, names) if not a.exists())
                 warnings.warn(
-                    f"step {step} is trained again: {path} is renamed {path.rename(aside).name}", stacklevel=3
+                    f"step {step} is trained again: {path} is renamed to {path.rename(aside).name}", stacklevel=3
                 )
         (self.folder / f"{step}.tmp").mkdir(parents=True)
 
@@ -263,7 +263,7 @@ def _is_step(name: str) -> bool:
 
 
 def named_leaves(tree, prefix: str = "") -> dict[str, Any]:
-    """Return {name: leaf} of a pytree. A name is `prefix` and the path of the leaf, without Flax's last part `value`.
+    """Return {name: leaf} of a pytree. A name is `prefix/path`; a last part `value`, which Flax adds, is left out.
 
     >>> named_leaves({"w": 1, "layers": [2, 3]}, prefix="params")
     {'params/layers/0': 2, 'params/layers/1': 3, 'params/w': 1}

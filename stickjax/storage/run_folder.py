@@ -270,7 +270,7 @@ def _shape(leaf) -> tuple | None:
 
 
 def in_memory(params: Transformer) -> dict[str, Lazy]:
-    """Return {name: parameter} of a model in memory, as `Lazy` arrays, which the functions that write files take."""
+    """Return {name: parameter} of a model in memory. The parameters are `Lazy` arrays, for `write_safetensors`."""
 
     def leaf(array) -> Lazy:
         return Lazy(array.shape, array.dtype, lambda i: np.asarray(array if i is None else array[i]))

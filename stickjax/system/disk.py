@@ -19,10 +19,10 @@ _TEXTS = {os.strerror(code): code for code in REASONS}
 
 
 def system_error(error: BaseException) -> int | None:
-    """Return the error number (errno) of the operating system that caused an exception, such as errno.ENOSPC.
+    """Return the errno of an exception, such as errno.ENOSPC; None if the exception has no errno.
 
-    Return None if there is none. An OSError has the number as an attribute. In an exception of TensorStore or XLA, the
-    number is found in the text of the message.
+    An OSError has its errno as an attribute. TensorStore and XLA raise other exceptions, whose errno is found in the
+    text of the message.
 
     >>> system_error(RuntimeError("RESOURCE_EXHAUSTED: trace.pb; No space left on device")) == errno.ENOSPC
     True
@@ -36,9 +36,10 @@ def system_error(error: BaseException) -> int | None:
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike) -> Iterator[None]:
-    """A context for a `with` block that writes the file `path`. It converts an error into a clear OSError.
+    """Convert an error in a `with` block that writes the file `path` into an OSError with a clear reason.
 
-    The OSError has the reason, such as "the disk is full", and `path` instead of the path of a temporary file.
+    The message of the OSError has the reason, such as "the disk is full", and `path`, even if the block writes a
+    temporary file. A RuntimeError without an errno is raised unchanged.
 
     >>> with writing("run/config.json"):
     ...     raise OSError(errno.ENOSPC, "No space left on device", "run/config.json.tmp")
@@ -77,9 +78,9 @@ def write_file(path: str | os.PathLike, content: str | bytes) -> None:
 
 
 def sync_folder(folder: str | os.PathLike) -> None:
-    """Write the names in a folder to the disk now, so that a renamed file keeps its new name after a power loss.
+    """Call fsync on a folder, so that a renamed file in the folder keeps its new name after a power loss.
 
-    Errors are ignored, because some file systems do not support this.
+    Errors of fsync are ignored, because some file systems do not support it for folders.
     """
     number = os.open(folder, os.O_RDONLY)
     try:

@@ -1,8 +1,8 @@
 """Compare the memory that arrays need on a device with its free memory, and raise an error if they do not fit.
 
 On a CPU, a process that needs too much memory hangs, or is killed without a message. So memory is checked before it is
-allocated, by two functions. `check_fits` uses the shapes of the training state, which is the least memory that a run
-needs. `check_program` uses the memory that the compiled training step needs.
+allocated, by two functions. `check_fits` checks arrays, such as the training state. `check_program` checks the results
+and the temporary arrays of a compiled program, such as the training step.
 """
 
 import math
@@ -22,7 +22,7 @@ _WHAT_TO_DO = "use a smaller model, a smaller batch, more devices or more memory
 
 
 class Free(NamedTuple):
-    """The number of free bytes of memory, and what limits it, such as "available on this machine", for messages."""
+    """An amount of free memory: `bytes`, and for messages `source`, such as "available on this machine"."""
 
     bytes: int
     source: str
@@ -90,7 +90,7 @@ def check_fits(parts: dict[str, int], mesh: Mesh | None = None) -> None:
     if free is not None and needed > free.bytes:
         words = ", ".join(f"{name} {gib(size)}" for name, size in parts.items())
         raise ValueError(
-            f"this does NOT fit: {words}, together {gib(needed)}, but there are only {gib(free.bytes)} "
+            f"the model does NOT fit into memory: {words}, together {gib(needed)}, but only {gib(free.bytes)} are free "
             f"({free.source}); {_WHAT_TO_DO}"
         )
 
@@ -112,9 +112,9 @@ def check_program(compiled: jax.stages.Compiled, what: str, mesh: Mesh | None = 
     results, free = memory.output_size_in_bytes - memory.alias_size_in_bytes, free_memory(mesh)
     if free is not None and results + temporaries > free.bytes:
         raise ValueError(
-            f"{what} does NOT fit: {gib(arguments)} arguments + {gib(temporaries)} temporaries, "
-            f"peak {gib(arguments + results + temporaries)}; without the arguments, only {gib(free.bytes)} are free "
-            f"({free.source}); {_WHAT_TO_DO}"
+            f"{what} does NOT fit into memory: {gib(arguments)} arguments + {gib(temporaries)} temporaries, peak "
+            f"{gib(arguments + results + temporaries)} with the results, but only {gib(free.bytes)} are free "
+            f"in addition to the arguments ({free.source}); {_WHAT_TO_DO}"
         )
 
 

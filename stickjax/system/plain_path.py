@@ -42,5 +42,8 @@ def plain_path(folder: Path) -> Path:
         fresh.replace(link)  # made again at every call, because some systems delete old temporary files
     except OSError as error:
         fresh.unlink(missing_ok=True)
-        raise ValueError(f"{folder} needs a symbolic link {link}, which cannot be made: {error.strerror}") from error
+        raise ValueError(
+            f"the path {folder} has special characters, so it needs a symbolic link, but {link} cannot be made: "
+            f"{error.strerror}"
+        ) from error
     return link

@@ -61,9 +61,9 @@ class RenamedModules(MetaPathFinder, Loader):
         return module
 
     def exec_module(self, module) -> None:
-        """Give the module its own `__spec__` back, which the import system has replaced.
+        """Restore the `__spec__` of a module, which the import system has replaced by the spec of the old name.
 
-        The code of the module is not run again, because the import by the new name has run it.
+        The code of the module is not run again, because the import of the new name in `create_module` has run it.
         """
         module.__spec__ = module.__spec__.loader_state
 

@@ -1,4 +1,4 @@
-"""Tables: print a table without cut words in a terminal of any width, and keep a table as columns of numbers."""
+"""Print tables in terminals of any width without cutting words, and keep tables as columns of numbers."""
 
 import html
 import io
@@ -11,9 +11,9 @@ from rich.table import Table
 
 
 def print_table(table: Table) -> None:
-    """Print a table of the package rich. If the terminal is too narrow for its longest word, print one cell per line.
+    """Print a table of the package rich. If rich would cut a word in a narrow terminal, print one cell per line.
 
-    Square brackets in a cell are printed unchanged: they are not a markup of rich.
+    Square brackets in a cell are printed unchanged: they are not read as markup.
 
     >>> table = Table("run", "loss", title="training")
     >>> table.add_row("a-name-of-many-letters" * 20, "2.5")

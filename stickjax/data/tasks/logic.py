@@ -68,8 +68,9 @@ def relation(left: int, right: int) -> str:
 def _sentence(uniform: Callable[[], float], variables: Sequence[tuple], n: int) -> tuple[str, int, int]:
     """Draw a random sentence, and return (its text, its truth table, its number of operators).
 
-    `uniform` returns random numbers in [0, 1). `variables` are entries of _VARIABLES. `n` limits the length: the two
-    sentences inside a sentence are drawn with n // 2, and for n < 2 the sentence is a variable or its negation.
+    `uniform` returns random numbers in [0, 1). `variables` are triples (name, truth table, 0) of the variables to use.
+    `n` limits the length: the two sentences inside a sentence are drawn with n // 2, and for n < 2 the sentence is a
+    variable or its negation.
     """
     choice = int(9 * uniform())
     if choice > 3 or n < 2:

@@ -33,11 +33,12 @@ def is_folder(path: Path) -> bool:
 
 
 def read_config(path: Path) -> Config:
-    """Return a stickjax Config for the model in a Hugging Face folder. Its other fields have their default values.
+    """Return a stickjax Config for the model in a Hugging Face folder.
 
-    From the folder come: the fields of the model; `data.T`, the longest sequence length; `data.tokenizer`, the path of
-    tokenizer.json in the folder, even if this file does not exist; and `model.param_dtype`, the type of the tensors, or
-    float32 if the tensors have several types.
+    The model section is made from config.json. `model.param_dtype` is the type of the tensors, or float32 if they have
+    several types. `model.dtype` is the same type, but float32 instead of float16. `data.T` is the longest sequence
+    length, if config.json has it. `data.tokenizer` is the path of tokenizer.json in the folder, even if this file does
+    not exist. All other fields have their default values.
 
     Raise ValueError if the model is not supported or the folder is damaged.
     """
@@ -82,7 +83,8 @@ def write(
       leaves: the parameters, as {name in stickjax: parameter}.
       shard_bytes: the largest size of a file with tensors, in bytes. A file with a single tensor may be larger.
       tokenizer: the tokenizer of the model; None if it has no tokenizer.
-      files: {name: content} of the files to copy: the files of the tokenizer, or else files that name special tokens.
+      files: {name: content} of files to copy into the folder: `tokenizer.files`. Without a tokenizer, these are the
+        files that name special tokens.
     """
     c = config.model
     tree = configs.to_config_json(c, config.data.T)
@@ -116,10 +118,11 @@ def _listed(words: list[str], most: int = 8) -> str:
 
 
 def _tensors(path: Path, model: ModelConfig) -> dict[str, Lazy]:
-    """Return {published name: tensor} of a Hugging Face folder, without arrays that are no parameters (buffers).
+    """Return {published name: tensor} of a Hugging Face folder. Arrays that are no parameters (buffers) are left out.
 
-    `names.published` explains published names. If `model.tied` is set, the output matrix is the embedding, and a second
-    copy of it in the folder is left out. Raise ValueError if the second copy differs.
+    A published name is the name that the authors of the model use; `names.published` returns it. If `model.tied` is
+    set, the output matrix is the embedding, and a second copy of the embedding in the folder is left out. Raise
+    ValueError if the second copy differs.
     """
     tensors = {names.published(name): t for name, t in open_folder(path).items() if not _BUFFERS.fullmatch(name)}
     if model.tied and "lm_head.weight" in tensors:

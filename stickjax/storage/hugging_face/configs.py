@@ -1,7 +1,7 @@
 """Convert the config.json of a Hugging Face folder to a ModelConfig, and a ModelConfig to a config.json.
 
 Some entries that matter only in training are not converted: the dropout rates, and the weights of the router losses of
-granitemoe and jetmoe. These two compute one router loss over all layers together; stickjax computes one for each layer.
+granitemoe and jetmoe. These two model types have one router loss for all layers together; stickjax has one per layer.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ _FREE_OF_EXPERTS = (*ROUTER_LOSSES.values(), "sample_topk", "token_rounding")
 
 
 class _Tree:
-    """A reader of a config.json, which checks that every entry is understood.
+    """A reader of a config.json, which finds entries with a wrong type and entries that were not read.
 
     With get = _Tree(tree), `get(name, type)` returns the entry `name` after a check of its type, and `get.end()` raises
     ValueError if there are entries that were not read. An entry that is null counts as absent. `tree` is the content of
@@ -264,10 +264,10 @@ def to_model_config(tree: dict) -> tuple[ModelConfig, int | None]:
 
 
 def kind_of(c: ModelConfig | SutConfig) -> str:
-    """Return the model_type of transformers, such as "granite", as which a model with this config can be exported.
+    """Return the transformers model_type, such as "granite", that is the most similar to a model with this config.
 
-    `to_config_json` checks whether this model_type can express all fields of the config. Raise ValueError if there is
-    no such model_type.
+    `to_config_json` checks whether this model_type can express all fields of the config. Raise ValueError if no
+    model_type is similar.
     """
     if (nearest := _NEAREST.get(type(c))) is None:
         raise ValueError(f"no Hugging Face model_type fits a model of family={c.family!r}")
@@ -306,8 +306,8 @@ def to_config_json(c: ModelConfig, T: int) -> dict:
 def _effective(c: ModelConfig) -> dict:
     """Return {name: value} of all fields of a config that can change the logits of the model, to compare two configs.
 
-    Two configs with equal results describe models that compute the same function. A field that is None has the value
-    that None stands for.
+    Two configs with equal results describe models that compute the same function. If a field is None, its default is
+    returned: for example, `attention_scale` is 1 / sqrt(H) then.
     """
     stood_for = dict(V=c.vocabulary, logits_scaling=_logits_scaling(c), final_norm_eps=_final_norm_eps(c))
     c = dataclasses.replace(c, attention_scale=c.scale, **stood_for)

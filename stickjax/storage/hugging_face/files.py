@@ -24,12 +24,13 @@ FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.d
 
 @dataclass(frozen=True)
 class Lazy:
-    """An array in a file, which is read only when it is used. `read(None)` returns the array, `read(i)` its row i.
+    """An array that is read only when it is used, for example from a file.
 
+    `read`: read(None) returns the whole array, read(i) the entry i of the first axis, such as the values of layer i.
     `shape`: the shape of the array.
     `dtype`: its NumPy type; a string, such as "I64", if it is a type that no parameter has.
-    `stacked`: whether the array has a leading axis L of layers. Such an array may be larger than the memory, so it is
-      copied row by row.
+    `stacked`: whether the first axis is the axis L of layers. A stacked array may be larger than the memory, so it is
+      copied layer by layer.
     """
 
     shape: tuple[int, ...]
@@ -38,12 +39,12 @@ class Lazy:
     stacked: bool = False
 
     def pieces(self) -> Iterator[np.ndarray]:
-        """Yield the array in pieces that fit into memory: the rows of a stacked array, otherwise the whole array."""
+        """Yield the array in pieces that fit into memory: the layers of a stacked array, otherwise the whole array."""
         yield from (self.read(i) for i in range(self.shape[0])) if self.stacked else [self.read(None)]
 
 
 def finite(leaves: dict[str, Lazy], where: str | os.PathLike) -> dict[str, Lazy]:
-    """Return the arrays {name: array} with a check: to read an array with a NaN or an infinity raises ValueError.
+    """Add a check to Lazy arrays {name: array}, and return them: reading a NaN or an infinity raises ValueError.
 
     The message begins with `where`, such as the path of the file, and names the array.
     """
@@ -104,9 +105,9 @@ def open_safetensors(path: Path) -> dict[str, Lazy]:
 
 
 def write_safetensors(path: Path, arrays: dict[str, Lazy]) -> None:
-    """Write arrays {name: array} as a safetensors file. At any time, only one piece of one array is in memory.
+    """Write arrays {name: array} as a safetensors file. Only one array, or one layer of it, is in memory at a time.
 
-    The package `safetensors` can write a file only if all arrays are in memory. Raise OSError if the file cannot be
+    The package `safetensors` is not used, because it needs all arrays in memory. Raise OSError if the file cannot be
     written.
     """
     names, end = {dtype: name for name, dtype in FLOATS.items()}, 0

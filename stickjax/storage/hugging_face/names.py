@@ -10,8 +10,9 @@ ModelConfig, and E, the number of experts of the feed-forward network, A, the nu
 field `hidden` of their routers. Several letters together are one axis, whose last letter varies fastest. For example,
 a tensor with the axes "NH D" becomes a leaf with the axes "D N H".
 
-A digit is a size, too: in the axis "2F", the rows of the gate come first, then the rows of the other half. If only the
-tensor or only the leaf has the digit, the row maps only one of these two parts, the one with the index `part`.
+A digit is a size, too. For example, the axis "2F" of a gated feed-forward network has 2 * F entries: the F of the gate,
+then the F that the gate multiplies. If only the tensor or only the leaf has the digit 2, a row of the table maps one of
+the two parts: `part` is 0 or 1.
 """
 
 import operator
@@ -46,7 +47,7 @@ def _attention(layer: str) -> list[Row]:
 
 
 def _llama(c: ModelConfig) -> list[Row]:
-    """Return the rows that are the same for granite, granitemoe and jetmoe: embedding, normalisations and output."""
+    """Return the part of the table that granite, granitemoe and jetmoe share: embedding, normalisations and output."""
     return [
         Row("embed", "model.embed_tokens.weight", "V D"),
         Row("blocks/attention_norm/scale", "model.layers.{}.input_layernorm.weight", "D"),
@@ -169,9 +170,10 @@ def _checked(row: Row, known: dict[str, str]) -> str:
 
 
 def _sizes(c: ModelConfig, name: str, axes: str) -> str:
-    """Return the axes of the leaf `name` in the letters of this file, whose sizes `_size` finds in the config.
+    """Translate the axes of the leaf `name` from the letters of `stickjax.models.parameters` to those of this file.
 
-    `axes` are the axes of the leaf in the letters of `stickjax.models.parameters`.
+    E (experts) and C (router columns) become A in an attention layer and E in a feed-forward network. G becomes its
+    size, 1 or 2. R becomes D if the router is linear.
     """
     experts, mixture = ("A", c.attention_experts) if name.startswith("blocks.attention.") else ("E", c.experts)
     sizes = {"E": experts, "C": experts, "G": str(gates(c)), "R": "D" if mixture.network == "linear" else "R"}
@@ -188,9 +190,9 @@ _RENAMED = {
 
 
 def published(name: str) -> str:
-    """Return the published name of a tensor: the name in the files of the model's authors.
+    """Return the name under which the authors of a model have published a tensor.
 
-    `name` is this name, or the other name under which transformers 5 writes the tensor.
+    `name` is the published name, or the name that transformers 5 writes: some of these are different.
 
     >>> published("model.layers.3.block_sparse_moe.experts.down_proj")
     'model.layers.3.block_sparse_moe.output_linear.weight'
@@ -232,9 +234,10 @@ def _place(config: ModelConfig, target: np.ndarray, to: str, source: np.ndarray,
     to, of = to.replace(" ", ""), of.replace(" ", "")
 
     def common(array: np.ndarray, own: str, other: str) -> np.ndarray:
-        """Return a view of `array` that has one axis for every letter that both arrays have in their axes.
+        """Return a view of `array` that has one axis for every letter that is in both `own` and `other`.
 
-        `own` has the letters of the axes of `array`, and `other` has the letters of the axes of the other array.
+        `own` has the letters and digits of the axes of `array`, and `other` those of the array to compare with.
+        A digit that only `own` has is removed: the view has only the part with the index `part`.
         """
         view = array.reshape([_size(config, letter) for letter in own])
         return view[tuple(slice(None) if letter in other else part for letter in own)]
@@ -247,7 +250,7 @@ def _place(config: ModelConfig, target: np.ndarray, to: str, source: np.ndarray,
 
 
 def _numbered(table: list[Row], config: ModelConfig) -> dict[str, tuple[int | None, list[Row]]]:
-    """Return {name of a tensor: (number of its layer, its rows in the table)}, layer by layer.
+    """Return {name of a tensor: (number of its layer, its rows in `table`)}, layer by layer.
 
     The number is None for a tensor that belongs to no layer, such as the embedding. A tensor has several rows if it
     contains several leaves.

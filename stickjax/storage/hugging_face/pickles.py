@@ -90,7 +90,7 @@ class _Tensors(pickle._Unpickler):
             return lambda tensor, requires_grad, hooks: tensor
         if module == "torch" and name in _STORAGES:
             return name
-        raise ValueError(f"the pickle asks for {module}.{name}, which is no part of a tensor; it was not executed")
+        raise ValueError(f"the pickle asks for {module}.{name}, which is no part of a tensor and was not executed")
 
     def persistent_load(self, pid):
         """Return (type, path in the archive, number of elements) of a storage: the bytes of one or several tensors.
