@@ -327,5 +327,5 @@ def test_what_is_ignored_changes_no_logits():
         read(Tree(TREES[kind]))
         seen.discard(length)
     assert not seen & configs.IGNORED and not set(NOT_SUPPORTED) & configs.IGNORED
-    with pytest.raises(ValueError, match="not known"):
+    with pytest.raises(ValueError, match="unknown, and may change"):
         to_model_config(MODULEFORMER | dict(rotary_dim=4))
