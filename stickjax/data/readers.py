@@ -14,7 +14,7 @@ class Reader(NamedTuple):
     """The functions for one kind of training data, such as a text. Each function takes a Config.
 
     `data`: returns the training data.
-    `ids`: returns the number of different token ids in the data, for the size of the vocabulary.
+    `ids`: returns the number of token ids, which is the size of the vocabulary of the data.
     `source`: returns a text for messages, which says where the ids come from, such as "tokenizer='byte'".
     """
 

@@ -134,7 +134,7 @@ def _text_of(record: Any, text_field: str, where: str) -> str:
         if isinstance(record, dict):
             fields = f"the fields of this object are {', '.join(map(repr, record)) or 'none'}"
             more = f": its value is {text!r:.40}" if text_field in record else f"; {fields:.100}"
-        raise ValueError(f"{where}: no text in the field {text_field!r}, the name in data.text_field{more}")
+        raise ValueError(f"{where}: no text in the field {text_field!r} (data.text_field){more}")
     if re.search("[\ud800-\udfff]", text):  # possible in JSON, but not in UTF-8
         raise ValueError(
             f"{where}: the field {text_field!r} contains half of a surrogate pair, which is not a character"

@@ -129,7 +129,9 @@ def named(files: Mapping[str, bytes], added: Mapping[str, int], folder: Path) ->
 
 
 def _ids(key: str, value: Any, added: Mapping[str, int], where: Path) -> list[int]:
-    """Return the token ids that an entry of a JSON file stands for. Texts of tokens that are not added are left out.
+    """Return the token ids that an entry of a JSON file stands for.
+
+    Negative ids, and texts of tokens that are not in `added`, are left out.
 
     Args:
       key: the name of the entry, such as "eos_token_id".

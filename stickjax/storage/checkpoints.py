@@ -203,7 +203,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         (self.folder / f"{step}.tmp").mkdir(parents=True)
 
     def _complete(self, step: int, response, manifest: str) -> None:
-        """Wait until Orbax has written the arrays. Then write manifest.json: the text `manifest` and file checksums."""
+        """Wait for Orbax's future `response`. Then write manifest.json: the JSON `manifest` with checksums of files."""
         response.result()
         path = self.folder / f"{step}.tmp" / "manifest.json"
         if not processes.is_writer():

@@ -24,7 +24,7 @@ from stickjax.system.disk import remove, writing
 
 HEARTBEAT_SECONDS, DEAD_AFTER_SECONDS = 5, 20
 LEASE = 180  # seconds after which a file server has released the flock of a machine that crashed
-SETTLE = 1  # seconds to wait without flock, so that of two processes that start at once only one takes the lock
+SETTLE = 1  # seconds to wait if there is no flock: of two processes that start at once, only one then has the lock
 NAME = "lock"
 _NO_FLOCK = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK}
 

@@ -22,7 +22,7 @@ _WHAT_TO_DO = "use a smaller model, a smaller batch, more devices or more memory
 
 
 class Free(NamedTuple):
-    """An amount of free memory: `bytes`, and for messages `source`, such as "available on this machine"."""
+    """Free memory: its size in `bytes`, and in `source` what limits it, such as "available on this machine"."""
 
     bytes: int
     source: str

@@ -15,7 +15,7 @@ WARMUP = 3  # a long run is traced after this many steps
 class StepTrace(contextlib.AbstractContextManager):
     """A context around a training loop, which writes a profiler trace of STEPS training steps into a folder.
 
-    The trace begins after WARMUP steps, or earlier if the run has fewer than WARMUP + STEPS steps. It is written after
+    The trace begins after WARMUP steps, or earlier if fewer than WARMUP + STEPS steps are left. It is written after
     its last step, or at the end of the `with` block if the run stops earlier. Then `say` prints the numbers of the
     traced steps. The loop calls `before` and `after` for each step.
 

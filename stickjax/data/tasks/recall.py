@@ -38,7 +38,7 @@ def examples(part: str = "train", *, T: int = 128, keys: int = 16, seed: int = 0
     """Return random sequences of T / 2 statements, to train or test a language model. A sequence has these arrays [T]:
 
     `tokens`: int32, the ids of the symbols. A statement is two symbols.
-    `targets`: int32, the latest value of the key where the token is the key of a question; elsewhere 0.
+    `targets`: int32, the id of the latest value of the key where the token is the key of a question; elsewhere 0.
     `segment_ids`: int32, zeros.
     `loss_mask`: bool, True where the token is the key of a question.
 

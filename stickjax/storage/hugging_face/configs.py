@@ -306,8 +306,8 @@ def to_config_json(c: ModelConfig, T: int) -> dict:
 def _effective(c: ModelConfig) -> dict:
     """Return {name: value} of all fields of a config that can change the logits of the model, to compare two configs.
 
-    Two configs with equal results describe models that compute the same function. If a field is None, its default is
-    returned: for example, `attention_scale` is 1 / sqrt(H) then.
+    Two configs with equal results describe models that compute the same function. A field that is None is replaced
+    by the value that None stands for, such as 1 / sqrt(H) for `attention_scale`.
     """
     stood_for = dict(V=c.vocabulary, logits_scaling=_logits_scaling(c), final_norm_eps=_final_norm_eps(c))
     c = dataclasses.replace(c, attention_scale=c.scale, **stood_for)

@@ -107,8 +107,8 @@ def open_safetensors(path: Path) -> dict[str, Lazy]:
 def write_safetensors(path: Path, arrays: dict[str, Lazy]) -> None:
     """Write arrays {name: array} as a safetensors file. Only one array, or one layer of it, is in memory at a time.
 
-    The package `safetensors` is not used, because it needs all arrays in memory. Raise OSError if the file cannot be
-    written.
+    The package `safetensors` is not used to write, because it needs all arrays in memory. Raise OSError if the file
+    cannot be written.
     """
     names, end = {dtype: name for name, dtype in FLOATS.items()}, 0
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}  # without it transformers refuses the file

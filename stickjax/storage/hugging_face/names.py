@@ -10,9 +10,9 @@ ModelConfig, and E, the number of experts of the feed-forward network, A, the nu
 field `hidden` of their routers. Several letters together are one axis, whose last letter varies fastest. For example,
 a tensor with the axes "NH D" becomes a leaf with the axes "D N H".
 
-A digit is a size, too. For example, the axis "2F" of a gated feed-forward network has 2 * F entries: the F of the gate,
-then the F that the gate multiplies. If only the tensor or only the leaf has the digit 2, a row of the table maps one of
-the two parts: `part` is 0 or 1.
+A digit is a size, too. For example, the axis "2F" of a gated feed-forward network has 2 * F entries: F of the gate,
+then F that the gate multiplies. If only the tensor or only the leaf has the digit 2, a row of the table maps one of the
+two parts: `part` is 0 or 1.
 """
 
 import operator
@@ -170,7 +170,7 @@ def _checked(row: Row, known: dict[str, str]) -> str:
 
 
 def _sizes(c: ModelConfig, name: str, axes: str) -> str:
-    """Translate the axes of the leaf `name` from the letters of `stickjax.models.parameters` to those of this file.
+    """Translate the axes of the leaf `name` from the letters of `stickjax.models.parameters` to letters of this file.
 
     E (experts) and C (router columns) become A in an attention layer and E in a feed-forward network. G becomes its
     size, 1 or 2. R becomes D if the router is linear.
@@ -236,8 +236,8 @@ def _place(config: ModelConfig, target: np.ndarray, to: str, source: np.ndarray,
     def common(array: np.ndarray, own: str, other: str) -> np.ndarray:
         """Return a view of `array` that has one axis for every letter that is in both `own` and `other`.
 
-        `own` has the letters and digits of the axes of `array`, and `other` those of the array to compare with.
-        A digit that only `own` has is removed: the view has only the part with the index `part`.
+        `own` has the letters and digits of the axes of `array`, and `other` has the letters and digits of the axes of
+        the other array. If only `own` has a digit, the view is the part of `array` with the index `part`.
         """
         view = array.reshape([_size(config, letter) for letter in own])
         return view[tuple(slice(None) if letter in other else part for letter in own)]
