@@ -248,7 +248,7 @@ def test_damaged_is_passed_over_and_set_aside(tmp_path):
         with pytest.warns(UserWarning, match="checkpoints/3: ValueError: the crc32 of manifest.json differs"):
             assert checkpoints.restore(tree).step == 2
         assert checkpoints.steps() == [1, 2, 3]
-        with pytest.warns(UserWarning, match="back at step 3: .*3.aside"):
+        with pytest.warns(UserWarning, match="step 3 is trained again: .*3.aside"):
             checkpoints.save(3, small(30), {})
     assert (folder / "3.aside").is_dir() and checkpoints.steps() == [1, 2, 3]
     assert checkpoints.restore(tree).state["step"] == 30

@@ -86,10 +86,10 @@ def test_a_run_with_checkpoints_is_exported(tmp_path, capsys):
 @pytest.mark.parametrize(
     "changes, said",
     [
-        (dict(attention="stick_breaking"), "no model_type has .* attention_experts.E=0 and experts.E=0"),
+        (dict(attention="stick_breaking"), "model_type fits: .* attention_experts.E=0 and experts.E=0"),
         (
             dict(attention="stick_breaking", attention_experts=ExpertsConfig(3), experts=ExpertsConfig(4, 2)),
-            "'moduleformer', the nearest to this model, cannot express .*attend_current=False",
+            "'moduleformer', the most similar to this model, cannot express .*attend_current=False",
         ),
         (dict(window=7), "'granite', .* cannot express window=7"),
         (dict(activation="geglu"), "cannot express activation='geglu'"),
@@ -266,7 +266,7 @@ def test_a_converted_model_is_evaluated_sampled_and_trained(tmp_path, capsys):
     for folder in (hf, run):
         assert evaluate.main([folder, "--max-tokens=64", *(f"--{key}={value}" for key, value in data.items())]) == 0
     assert {file: file.stat().st_mtime_ns for file in Path(hf).iterdir()} == theirs, "a download must stay as it is"
-    assert "hf is in the Hugging Face layout: nothing is written into it" in capsys.readouterr().err
+    assert "hf is a Hugging Face folder: nothing is written into it" in capsys.readouterr().err
     assert (tmp_path / "run/evaluation.json").exists() and (tmp_path / "run/length.png").exists()
     config = stickjax.load(run, changes=data).config
     config = config.replace({"model.param_dtype": "float32", "train.steps": 1, "optim.schedule": "constant"})

@@ -54,17 +54,17 @@ MODULES = "modules that can be added or pruned"
 REFUSED = {
     "decoder": {},
     "sut": dict.fromkeys(["report", "extend", "prune", "concentrate"], MODULES)
-    | {"convert": "no model_type is like a model of family='sut'", "sweep": "has no m_width"},
+    | {"convert": "no Hugging Face model_type fits a model of family='sut'", "sweep": "has no m_width"},
     "pairs": dict.fromkeys(["report", "extend", "prune", "concentrate"], MODULES)
     | {
         "generate": "a classifier (classes=7) cannot generate text",
-        "convert": "no model_type is like a model of family='sut'",
+        "convert": "no Hugging Face model_type fits a model of family='sut'",
         "sweep": "has no m_width",
     },
     "bigram": dict.fromkeys(["report", "extend", "prune", "concentrate"], MODULES)
     | {
         "generate": "a model of family='bigram' cannot generate text",
-        "convert": "no model_type is like a model of family='bigram'",
+        "convert": "no Hugging Face model_type fits a model of family='bigram'",
         "sweep": "has no m_width",
     },
 }

@@ -96,14 +96,14 @@ BAD = {
     "layers": (edit_config(num_hidden_layers=2), "has unknown tensors: model.layers.2.input_layernorm.weight, .*more"),
     "missing": (edit_tensors(lambda a: (a.pop(Q), a.pop(UP))), f"lacks {UP}, {Q}"),
     "extra": (edit_tensors(lambda a: a.update(thing=np.ones(3, "f"))), "has unknown tensors: thing"),
-    "many-layers": (edit_config(num_hidden_layers=10**12), "L=1000000000000 layers, but there are only 29 tensors"),
+    "many-layers": (edit_config(num_hidden_layers=10**12), "1000000000000 layers, but the files have only 29 tensors"),
     "misnamed": (
         edit_tensors(lambda a: a.update({Q.replace("q_proj", "qproj"): a.pop(Q)})),
         f"lacks {Q} and has unknown tensors: .*qproj.weight .did you mean '{Q}'",
     ),
     "shape": (
         edit_tensors(lambda a: a.update({Q: a[Q][:32].copy()})),
-        rf"{Q} has shape \[32, 64\], the config says \[64, 64\]",
+        rf"{Q} has shape \[32, 64\], but the config says \[64, 64\]",
     ),
     "type": (
         edit_tensors(lambda a: a.update({Q: a[Q].astype("i4")})),

@@ -226,7 +226,7 @@ def test_the_originals_have_epsilons_of_their_own():
     jetmoe, moduleformer = (to_model_config(tree)[0] for tree in (JETMOE, MODULEFORMER))
     assert (jetmoe.norm_eps, jetmoe.final_norm_eps, moduleformer.norm_eps) == (1e-6, 0.05, 1e-5)
     assert to_config_json(jetmoe, 8)["rms_norm_eps"] == 0.05
-    with pytest.raises(ValueError, match="'jetmoe', the nearest to this model, cannot express norm_eps=1e-05"):
+    with pytest.raises(ValueError, match="'jetmoe', the most similar to this model, cannot express norm_eps=1e-05"):
         to_config_json(
             ModelConfig(
                 V=8,
@@ -294,7 +294,7 @@ def test_what_ours_does_not_have_is_refused_by_name(tree):
     usual = dict(layer_types=["full_attention", "attention"], position_embedding_type="rope", rotary_percent=1.0)
     usual |= dict(qk_norm=False, shared_intermediate_size=0, attn_logit_softcapping=None, unheard_of=None)
     assert to_model_config(tree | usual) == to_model_config(tree)
-    with pytest.raises(ValueError, match=r"lambda_attention=0.5: not known, and may change .* delete it"):
+    with pytest.raises(ValueError, match=r"lambda_attention=0.5: unknown, and may change .* delete it"):
         to_model_config(tree | dict(lambda_attention=0.5))
 
 
@@ -327,5 +327,5 @@ def test_what_is_ignored_changes_no_logits():
         read(Tree(TREES[kind]))
         seen.discard(length)
     assert not seen & configs.IGNORED and not set(NOT_SUPPORTED) & configs.IGNORED
-    with pytest.raises(ValueError, match="not known"):
+    with pytest.raises(ValueError, match="unknown, and may change"):
         to_model_config(MODULEFORMER | dict(rotary_dim=4))

@@ -194,7 +194,7 @@ def test_a_folder_that_was_made_for_nothing_goes(tmp_path, monkeypatch):
 
 def test_what_is_no_lock_stays(tmp_path):
     (tmp_path / "lock").write_text("the key is under the mat")
-    assert "is not the lock of a run" in taken(tmp_path)
+    assert "is not a lock file of stickjax" in taken(tmp_path)
     assert (tmp_path / "lock").read_text() == "the key is under the mat"
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="not a folder: '.*/file'"):

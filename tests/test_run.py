@@ -116,7 +116,7 @@ def test_a_run_goes_on_where_its_text_lies_now(project, tmp_path, monkeypatch, c
     (project / "tokenizer.json").unlink()
     monkeypatch.chdir(tmp_path)
     words = (f"{MOVED}/config.json", "--run", MOVED, "--train.steps=4")
-    assert "does not exist; --data.path=PATH says where it is" in refused(capsys, main, *words)
+    assert "does not exist; give the right path by --data.path=PATH" in refused(capsys, main, *words)
     assert "--data.path=PATH" in refused(capsys, evaluate.main, MOVED)
     assert f"resuming {tmp_path}/{MOVED}@2\n" in said(capsys, main, *words, "--data.path=texts")
     assert [row["step"] for row in read_metrics(MOVED)] == [1, 2, 3, 4]

@@ -182,9 +182,12 @@ def test_what_a_step_takes_is_counted():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data.source": "stdlib"}, "classes=7 needs pairs: source='logic', not 'stdlib'"),
+        ({"data.source": "stdlib"}, "classes=7 needs pairs of sentences: use source='logic', not 'stdlib'"),
         ({"model.classes": 3}, "classes=3 must be 7, the number of relations of source='logic'"),
-        ({"model.classes": 0, "data.curriculum": 9}, "curriculum=9 orders pairs of sentences; this model reads a text"),
+        (
+            {"model.classes": 0, "data.curriculum": 9},
+            "curriculum=9 is for pairs of sentences, but this model reads a text; set it to 0",
+        ),
         ({"data.T": 20}, "T=20 is shorter than the longest sentence of 37 tokens"),
         ({"model.V": 5}, "V=5 is smaller than the 12 ids of pairs of logic"),
     ],
@@ -200,7 +203,7 @@ def test_what_only_decoders_have(pairs, tmp_path):
         PAIRS.replace({"train.accumulate": 2})
     with pytest.raises(ValueError, match="fsdp=2 and tensor=2: a model of family='sut' supports data parallelism only"):
         make_mesh(PAIRS.replace({"mesh.fsdp": 2, "mesh.tensor": 2}))
-    with pytest.raises(ValueError, match="no model_type is like a model of family='sut'"):
+    with pytest.raises(ValueError, match="no Hugging Face model_type fits a model of family='sut'"):
         export(load(pairs).model, str(tmp_path / "out"))
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match=r"a classifier \(classes=7\) cannot generate text"):

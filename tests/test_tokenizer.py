@@ -125,8 +125,8 @@ def test_the_end_of_text_is_what_the_folder_says(folder, files, eot, ends):
     [
         (dict(generation_config={"eos_token_id": 2}), None, r"eos_token_id=2, which is no added token .* data\.eot"),
         (dict(tokenizer_config={"eos_token": "</s>"}), None, r"eos_token='</s>', which is no added token"),
-        (dict(generation_config={"eos_token_id": "258"}), None, r"config.json: eos_token_id='258' is not an id"),
-        (dict(generation_config={"eos_token_id": [True]}), None, "eos_token_id=True is not an id"),
+        (dict(generation_config={"eos_token_id": "258"}), None, r"config.json: eos_token_id='258' is not a token id"),
+        (dict(generation_config={"eos_token_id": [True]}), None, "eos_token_id=True is not a token id"),
         (dict(generation_config="{"), None, "generation_config.json is not JSON"),
         (dict(special_tokens_map=[1]), None, "special_tokens_map.json must be a JSON object, not a list"),
         (dict(), "<|end|>", r"data\.eot='<\|end\|>' is no added token .*'<\|im_end\|>'"),
@@ -147,7 +147,7 @@ def test_the_end_that_the_user_names_ends_documents(folder, tmp_path):
         assert (corpus.tokens == 256).sum() == corpus.documents
     meta = tokenize(source, str(tmp_path / "tokens"), **named)
     assert (meta["eot"], meta["num_tokens"]) == (256, 6 * 12)
-    with pytest.raises(ValueError, match="no end of text: no file beside it names one; set data.eot to one"):
+    with pytest.raises(ValueError, match="no end of text: no file in its folder names one; set data.eot to one"):
         load_corpus(DataConfig(source="text", path=source, tokenizer=tokenizer))
     with pytest.raises(ValueError, match="eot='<|im_end|>' needs a tokenizer.json"):
         DataConfig(eot="<|im_end|>")

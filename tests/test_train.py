@@ -128,7 +128,7 @@ def test_a_damaged_checkpoint_is_passed_over(uninterrupted, tmp_path, damage):
         flip(largest, largest.stat().st_size // 2)
     else:
         largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
-    with pytest.warns(UserWarning, match="damaged checkpoint.*24|training is back at step"):
+    with pytest.warns(UserWarning, match="damaged checkpoint.*24|step .* is trained again"):
         result = fit(SMALL, str(run), quiet=True)
     assert rows(run) == rows(uninterrupted[0])
     assert_same_state(result.state, uninterrupted[1])

@@ -11,9 +11,9 @@ from stickjax.data.tasks import Examples, logic
 
 
 def pair_data(config: Config) -> TrainingData:
-    """Load the pairs of sentences of `config.data.source` as training data.
+    """Generate the pairs of sentences that `config.data.source` names, and return them as data to train a classifier.
 
-    Raises ValueError if the source has no pairs, or other labels than the model.
+    Raises ValueError if this source has no pairs, or if `model.classes` is not the number of its labels.
     """
     d = config.data
     pairs = pair_examples(config, "train")
@@ -30,11 +30,12 @@ def pair_data(config: Config) -> TrainingData:
 
 
 class LengthBucketedBatches:
-    """Random access to batches of B pairs with about the same length. The batches are sorted, shortest pairs first.
+    """Random access to batches of B pairs of sentences, where the pairs of a batch have about the same length.
 
-    The length of a pair is the length of its longer sentence, in tokens. The sentences of a batch are padded to a
-    multiple of 8. In a batch of random pairs, all sentences would be padded to the longest one, and training would take
-    twice the work. `seed` decides which pairs of the same length are in one batch.
+    The length of a pair is the number of tokens of its longer sentence. The batches are sorted by length, shortest
+    first. The sentences of a batch are padded to a multiple of 8 tokens. Batches of random pairs would need about twice
+    the work, because all sentences of a batch are padded to the longest one. `seed` decides which pairs of the same
+    length are in one batch. The longest pairs are left out if they do not fill a batch.
     """
 
     def __init__(self, pairs: Examples, B: int, seed: int):
@@ -54,9 +55,10 @@ class LengthBucketedBatches:
 
 
 class _ShortFirst:
-    """A curriculum of `steps` steps over the batches of `source`, which are sorted by length.
+    """A curriculum: a sequence of `steps` batches, which begins with batches of short sentences.
 
-    Step i draws a random batch from the shortest ones: from the first max(1/10, (i + 1) / steps) of all batches.
+    Batch i is drawn at random from the first part of `source`, whose batches are sorted by length, shortest first. This
+    part is the share max(1/10, (i + 1) / steps) of all batches. `seed` decides the random numbers.
     """
 
     def __init__(self, source: LengthBucketedBatches, steps: int, seed: int):
@@ -71,13 +73,17 @@ class _ShortFirst:
 
 
 def pair_examples(config: Config, part: str, **options) -> Examples:
-    """Return the pairs of sentences for the classifier of a config; `part` is "train" or "test".
+    """Return labelled pairs of sentences to train or test the classifier of a config; `part` is "train" or "test".
 
-    `config.data.examples` pairs are drawn and divided into the two parts. `options` are passed to
-    `stickjax.data.tasks.logic.examples`. Raises ValueError if the source has no pairs, or other labels than the model.
+    `config.data.examples` pairs are drawn, duplicates are removed, and the rest is divided into the two parts.
+    `options` are passed to `stickjax.data.tasks.logic.examples`, and replace the values of the config.
+
+    Raises ValueError if `config.data.source` has no pairs, or if `model.classes` is not the number of its labels.
     """
     if config.data.source != "logic":
-        raise ValueError(f"classes={config.model.classes} needs pairs: source='logic', not {config.data.source!r}")
+        raise ValueError(
+            f"classes={config.model.classes} needs pairs of sentences: use source='logic', not {config.data.source!r}"
+        )
     if config.model.classes != (relations := len(logic.RELATIONS)):
         raise ValueError(
             f"classes={config.model.classes} must be {relations}, the number of relations of source='logic'"

@@ -11,10 +11,11 @@ from stickjax.data.tokenizer import load_tokenizer
 
 
 class Reader(NamedTuple):
-    """The functions that read one kind of training data, such as a text.
+    """The functions for one kind of training data, such as a text. Each function takes a Config.
 
-    `data(config)` returns the training data, and `ids(config)` returns the vocabulary size. `source(config)` returns a
-    text for messages that says where the vocabulary comes from, such as "tokenizer='byte'".
+    `data`: returns the training data.
+    `ids`: returns the number of token ids, which is the size of the vocabulary of the data.
+    `source`: returns a text for messages, which says where the ids come from, such as "tokenizer='byte'".
     """
 
     data: Callable[[Config], TrainingData]
@@ -22,7 +23,7 @@ class Reader(NamedTuple):
     source: Callable[[Config], str]
 
 
-# {`reads` of the config of a model: its reader}
+# {kind of data, as in the field `reads` of a model's config: the functions for this kind}
 READERS = {
     "text": Reader(
         text_data,
@@ -34,8 +35,8 @@ READERS = {
 
 
 def training_data(config: Config) -> TrainingData:
-    """Load the training data that the model of a config reads: a text, or pairs of sentences.
+    """Load the training data of a config: a text for a language model, or pairs of sentences for a classifier.
 
-    Raises ValueError if the source cannot be read, or does not have the kind of data that the model reads.
+    Raises ValueError if `config.data.source` cannot be read, or is not the kind of data that the model needs.
     """
     return READERS[config.model.reads].data(config)

@@ -1,4 +1,4 @@
-"""The common code of all tasks: vocabularies, random access to examples, and the training and test parts."""
+"""Code that all synthetic tasks use: vocabularies, random access to examples, and training and test parts."""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,9 +11,9 @@ from stickjax.config.fields import one_of
 
 
 class Vocabulary:
-    """A vocabulary of symbols for texts in which spaces separate the symbols. Id 0 is padding, which has no text.
+    """A vocabulary of symbols. It converts a text, in which spaces separate the symbols, to ids and back.
 
-    `symbols` has all symbols with spaces between them; the first one has id 1.
+    `symbols` is a text with all symbols, separated by spaces. The first symbol has id 1. Id 0 is padding.
 
     >>> words = Vocabulary("a b")
     >>> words.encode("b a b", T=4), words.decode([2, 1, 2, 0]), len(words)
@@ -43,14 +43,15 @@ class Vocabulary:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of ids [n]: their symbols with spaces between them, without padding."""
+        """Return the symbols of the ids [n] as a text, in which spaces separate the symbols. Padding is left out."""
         return " ".join(self.symbols[i] for i in ids if i)
 
 
 class Examples:
-    """Random access to examples, for `grain.MapDataset.source`. An example is a dictionary {name: array}.
+    """Random access to the examples of a task, for `grain.MapDataset.source`. An example is a dictionary {name: array}.
 
-    Example i is `arrays(rows[i])`, which is computed when the example is used.
+    `rows` has a short description of every example, such as its text. Example i is `arrays(rows[i])`: the function
+    `arrays` is called each time the example is used.
     """
 
     def __init__(self, rows: Sequence, arrays: Callable[..., dict[str, np.ndarray]]):
@@ -64,7 +65,7 @@ class Examples:
 
 
 class Parts(NamedTuple):
-    """The training part and the test part of the examples of a task."""
+    """The examples of a task, divided into a training part and a test part."""
 
     train: Sequence
     test: Sequence
@@ -75,7 +76,7 @@ class Parts(NamedTuple):
 
 
 def distinct(drawn: Iterable, count: int) -> Iterator:
-    """Return an iterator over the first `count` different values of `drawn`, in their order."""
+    """Return an iterator over the first `count` different values of `drawn`: a value that came before is left out."""
     seen: set = set()
     new = (value for value in drawn if value not in seen and not seen.add(value))
     return itertools.islice(new, count)

@@ -1,8 +1,10 @@
-"""SCAN: translate commands in English to actions (Lake and Baroni, 2018, arXiv 1711.00350); all 20,910 commands.
+"""SCAN: translate commands in English to sequences of actions (Lake and Baroni, 2018, arXiv 1711.00350).
 
-A command is V, `V twice` or `V thrice`, or two of these joined by `and` or `after`. V is a phrase: `u`, `u left`,
-`u opposite left` or `u around left`, or the same with `right`. u is a verb: walk, look, run or jump; before a direction
-it may also be turn.
+For example, the actions of the command `jump left and run` are `I_TURN_LEFT I_JUMP I_RUN`. There are 20,910 commands.
+
+A command is a phrase V, `V twice` or `V thrice`, or two of these joined by `and` or `after`. A phrase is `u`, `u left`,
+`u opposite left` or `u around left`, or the same with `right`. Here u is one of the verbs walk, look, run and jump; in
+front of a direction it may also be the verb turn.
 """
 
 import functools
@@ -25,7 +27,7 @@ class Example(NamedTuple):
 
 
 def _phrases() -> Iterator[tuple[str, list[str]]]:
-    """Yield all phrases V (see the top of this file), each with the list of its actions."""
+    """Yield (phrase, list of its actions) for every phrase, such as "turn left". Commands are made from phrases."""
     for u in (*PRIMITIVES, "turn"):
         act = [] if u == "turn" else [f"I_{u.upper()}"]
         if act:
@@ -39,7 +41,7 @@ def _phrases() -> Iterator[tuple[str, list[str]]]:
 
 @functools.cache
 def pairs() -> tuple[Example, ...]:
-    """Return all commands, each with its actions.
+    """Return all 20,910 commands, each as an Example with its actions.
 
     >>> len(pairs()), pairs()[0]
     (20910, Example(command='walk', actions='I_WALK'))
@@ -52,12 +54,13 @@ def pairs() -> tuple[Example, ...]:
 
 
 def generate(split: str = "simple", seed: int = 0) -> Parts:
-    """Return the training part and the test part of a split, which is one of SPLITS.
+    """Divide all commands into a training part and a test part. `split` is one of SPLITS:
 
-    simple: four fifths of the commands, chosen at random with `seed`, are for training, the rest for tests. length:
-    commands of up to 22 actions are for training, longer ones for tests. add_jump: the training part has all commands
-    without `jump`, and 1467 times the command `jump`; the test part has all other commands with `jump`. add_turn_left:
-    the same with `turn left`, which is 2189 times in the training part.
+    `simple`: four fifths of the commands, chosen at random with `seed`, are for training, the rest for tests.
+    `length`: commands of at most 22 actions are for training, longer ones for tests.
+    `add_jump`: for training are all commands without the word jump, and 1467 copies of the command `jump`. For tests
+      are all other commands with the word jump.
+    `add_turn_left`: the same with the words turn left, and 2189 copies of the command `turn left`.
 
     Raises ValueError for an unknown split.
 
@@ -79,11 +82,13 @@ def generate(split: str = "simple", seed: int = 0) -> Parts:
 
 
 def examples(part: str = "train", *, split: str = "simple", T: int = 9, S: int = 48, seed: int = 0) -> Examples:
-    """Return the examples of a part, "train" or "test": the ids `command` [T] and `actions` [S], both int32.
+    """Return the examples of one part. An example has the int32 arrays `command` [T] and `actions` [S].
 
-    The ids of a command are from the vocabulary COMMANDS, and the ids of its actions from ACTIONS. `split` and `seed`
-    are explained in `generate`. Raises ValueError if a command has more than T words or its actions more than S, or for
-    an unknown part or split.
+    `command` has the ids of the words of a command in the vocabulary COMMANDS. `actions` has the ids of its actions in
+    the vocabulary ACTIONS. Both are padded with 0. `part` is "train" or "test", and the function `generate` explains
+    `split` and `seed`.
+
+    Raises ValueError if a command has more than T words or more than S actions, or for an unknown part or split.
 
     >>> {name: array.shape for name, array in examples("test", split="length")[0].items()}
     {'command': (9,), 'actions': (48,)}
@@ -91,7 +96,7 @@ def examples(part: str = "train", *, split: str = "simple", T: int = 9, S: int =
     rows = generate(split, seed).part(part)
     for letter, size, name in (("T", T, "command"), ("S", S, "actions")):
         if (longest := max(getattr(row, name).count(" ") + 1 for row in rows)) > size:
-            raise ValueError(f"{letter}={size} is shorter than the longest {name} of {longest} words")
+            raise ValueError(f"{letter}={size} is too small: the longest entry of {name!r} has {longest} words")
 
     def arrays(row: Example):
         return dict(command=COMMANDS.encode(row.command, T), actions=ACTIONS.encode(row.actions, S))
@@ -100,9 +105,9 @@ def examples(part: str = "train", *, split: str = "simple", T: int = 9, S: int =
 
 
 def text(seed: int, count: int) -> Iterator[str]:
-    """Return an iterator over `count` different lines in random order, at most all 20,910.
+    """Return an iterator over `count` different lines of text for a language model, at most one for every command.
 
-    A line is a command and its actions.
+    A line has a command and its actions. `seed` decides the random order of the lines.
 
     >>> next(text(39, 1))
     'IN: jump left and run OUT: I_TURN_LEFT I_JUMP I_RUN'

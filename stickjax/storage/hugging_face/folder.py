@@ -1,4 +1,4 @@
-"""Open the tensors of a Hugging Face folder, which are in safetensors or torch .bin files, one file or several."""
+"""Open the tensors of a Hugging Face folder. They are in one or several safetensors files, or torch .bin files."""
 
 import json
 import os
@@ -9,11 +9,13 @@ from stickjax.storage.hugging_face.pickles import open_bin
 
 
 def open_folder(folder: str | os.PathLike) -> dict[str, Lazy]:
-    """Return {name: tensor} of a Hugging Face folder. A tensor is read from its file when it is used.
+    """Return {name: tensor} of a Hugging Face folder. Each tensor is read from its file when it is used.
 
-    If the folder has safetensors and .bin files, the safetensors are read. If it has one file and an index of several
-    files (shards), the shards are read. Raise ValueError if there are no tensors, if a shard is missing or damaged, or
-    if the index and the shards name different tensors.
+    The tensors are in model.safetensors, or in several files (shards) that an index lists, or in .bin files of torch.
+    If a folder has several of these, safetensors files are preferred to .bin files, and shards to a single file.
+
+    Raise ValueError if there are no tensors, if a shard is missing or damaged, or if the index and the shards name
+    different tensors.
     """
     folder = Path(folder)
     for single, open_file in (("model.safetensors", open_safetensors), ("pytorch_model.bin", open_bin)):
@@ -21,7 +23,7 @@ def open_folder(folder: str | os.PathLike) -> dict[str, Lazy]:
             return _open_shards(index, open_file)
         if (folder / single).exists():
             return open_file(folder / single)
-    raise ValueError(f"{folder} has neither model.safetensors nor pytorch_model.bin, nor the index of one")
+    raise ValueError(f"{folder} has neither model.safetensors nor pytorch_model.bin, nor an index of shards")
 
 
 def _open_shards(index: Path, open_file) -> dict[str, Lazy]:
@@ -40,6 +42,6 @@ def _open_shards(index: Path, open_file) -> dict[str, Lazy]:
         expected = {name for name, shard in weight_map.items() if shard == file}
         if wrong := sorted(found.keys() ^ expected):
             where = "lacks" if wrong[0] in expected else "also has"
-            raise ValueError(f"{index} and {file} disagree: the file {where} {wrong[0]}")
+            raise ValueError(f"{index} and {file} disagree: the file {where} the tensor {wrong[0]}")
         tensors |= found
     return tensors
