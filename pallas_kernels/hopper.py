@@ -8,7 +8,8 @@ from . import automatic, platform
 def refuses(x) -> str | None:
     """Return the reason why kernels for Hopper GPUs cannot run in this process, or None if they can.
 
-    `x` is an array argument of the kernel. Only the mesh in its type is checked.
+    The process is checked: the GPU and the compiler. `x` is an array argument of the kernel; of `x`, only the mesh that
+    divides it is checked.
     """
     if not platform.is_interpreted() and (chip := platform.chip()) != "sm_90":
         return f"needs compute capability 9.0, found {chip}"

@@ -226,9 +226,9 @@ def scan_registers(ops, minuend, factor, x, start, *, right: bool):
     """Compute `minus_sum_right` (if `right`) or `minus_sum_left` in one thread. Return its registers of y and sums.
 
     `ops` is the arithmetic of the thread, a `_GpuThread`. The other arguments are arrays of this thread's registers. A
-    thread holds elements of two rows, the row halves. `minuend`, `factor` and `x` are [1, groups, 1, 1, 2 row halves,
-    ..]: a register has the two elements of the thread in a group of 8 columns. `start` is [1, 1, 2 row halves, ..]: a
-    register has the number of one row. For each group and row half, the thread exchanges two sums with the other
+    thread holds elements of two rows of the tile. `minuend`, `factor` and `x` are [1, groups, 1, 1, 2 rows, ..]: a
+    register has the two elements of the thread in one row and one group of 8 columns. `start` is [1, 1, 2 rows, ..]: a
+    register has the start value of one row. For each group and row, the thread exchanges two sums with the other
     threads of its quad (four neighbouring threads).
     """
     # `near` and `far` are for the partner threads at distance 1 and 2. They are 1 if the columns of the partner are

@@ -80,7 +80,8 @@ def _was_imported_to_interpret() -> bool:
 def refuses(x) -> str | None:
     """Return the reason why no Triton kernel can run in this process on the array `x`, or None if a kernel can run.
 
-    `x` is an array argument of the kernel. Only the mesh in its type is checked.
+    The process is checked: the GPU, the installed packages and the compiler. `x` is an array argument of the kernel; of
+    `x`, only the mesh that divides it is checked.
     """
     if platform.is_interpreted() and not is_interpreted():
         return "cannot run in the Mosaic GPU interpreter (Triton has its own, triton_call.interpret())"

@@ -89,8 +89,8 @@ def product_sizes(rows: int, depth: int, columns: int, dtype, *, products: int =
 def weight_sizes(D: int, F: int, dtype) -> Sizes:
     """Return the sizes of a program that computes a tile of the gradient of a weight [D, F].
 
-    The program sums over the rows of an expert, `depth` rows at a time. It loads the row numbers ahead of the rows, so
-    it needs twice the number of stages.
+    The program sums over the rows of an expert, `depth` rows at a time. A step loads the numbers of rows first and then
+    the rows with these numbers. So the pipeline has twice the stages that fit into shared memory for the rows alone.
     """
     if dtype == jnp.float32:
         rows_most, columns_most, depth, warps = 64, 64, 32, 4

@@ -163,7 +163,7 @@ def until_halted(
     >>> gate = lambda h: (jnp.full(h.shape[:2], jnp.log(0.5)),) * 2
     >>> block = lambda h, state, w, l: (h + 1, (), (w > 0).sum())
     >>> end = until_halted(block, gate, jnp.zeros((1, 1, 1)), jnp.ones((1, 1), bool), 6, 0.7, stop_early=True)
-    >>> end.rows.tolist(), float(end.state[0, 0, 0]), float(end.depth[0, 0])  # half halts after one block, the rest now
+    >>> end.rows.tolist(), float(end.state[0, 0, 0]), float(end.depth[0, 0])  # 1/2 halts after 1 block, 1/2 after 2
     ([1, 1, 0, 0, 0, 0], 1.5, 1.5)
     """
     now = start(x, token_mask, block, L)

@@ -229,7 +229,8 @@ def _size(config: ModelConfig, letter: str) -> int:
 def _place(config: ModelConfig, target: np.ndarray, to: str, source: np.ndarray, of: str, part: int) -> None:
     """Copy the array `source` with the axes `of`, such as "NH D", into the array `target` with the axes `to`.
 
-    If only one of the two arrays has a digit in its axes, the other array is only a part of it, with the index `part`.
+    An axis may be a digit: "2 F D" are the axes of an array that consists of two arrays "F D". If only one of `to` and
+    `of` has a digit, the array without it is one of these two arrays, the one with the index `part`.
     """
     to, of = to.replace(" ", ""), of.replace(" ", "")
 
