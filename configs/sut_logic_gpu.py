@@ -19,7 +19,7 @@ def get_config() -> Config:
         experts=experts, attention_experts=experts, act_weight=0.001, dtype="bfloat16",
     )  # fmt: skip
     B = 128
-    epoch = 135_665 // B  # pairs of 0 to 6 operators
+    epoch = 135_665 // B  # steps of one epoch: 135,665 pairs of 0 to 6 operators
     data = DataConfig(source="logic", examples=500_000, T=40, B=B, curriculum=2 * epoch)
     optim = OptimConfig(
         schedule="cosine", peak_lr=5e-4, warmup_tokens=epoch * data.tokens_per_step, beta2=0.98, eps=1e-9,

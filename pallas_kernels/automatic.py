@@ -131,7 +131,8 @@ def _divided(node: Node, *arrays):
 def _partitioned(node: Node) -> Callable:
     """Return a node (one call of an op) as a function of its arrays that XLA's partitioner can divide over the mesh.
 
-    XLA calls `_rule` to learn which axes it may divide, and `partition` to get the program of one device.
+    XLA calls `_rule` to learn which axes it may divide. Then it calls `partition`, a function inside this one, to get
+    the program of one device.
     """
     function = custom_partitioning(functools.partial(_as_part, node))
 

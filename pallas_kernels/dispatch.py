@@ -48,7 +48,7 @@ class Op(NamedTuple):
       arrays and settings that every implementation takes.
     `implementations`: {name from NAMES: implementation}.
     `letters`: takes a call. It returns a `partition.Letters`: the letters of the axes of all arrays, and the letters
-      along which a mesh may divide the op. None: the op has no rule for a mesh.
+      along which a mesh may divide the op. None: the op has no rule for a mesh, and takes the undivided arrays.
     """
 
     name: str
@@ -109,7 +109,7 @@ def _wanted(implementation: str | Sequence[str] | None) -> Sequence[str]:
     except "reference".
     """
     if implementation is None:
-        return NAMES[:-1]  # the reference runs only by its name
+        return NAMES[:-1]  # an op runs the reference only if its caller names it
     wanted = (implementation,) if isinstance(implementation, str) else implementation
     if not isinstance(wanted, Sequence) or not all(isinstance(name, str) for name in wanted):
         raise ValueError(
@@ -161,8 +161,8 @@ def _choice(op: Op, call: Any, implementation: str | Sequence[str] | None) -> Ch
 def _sizes(op: Op, call: Any) -> tuple[tuple[str, int], ...]:
     """Return a pair (letter, size), such as ("T", 64), for every letter of the axes of the arrays in `call`.
 
-    `call` has the checked arguments of the op, as `op.prepare` returns them. An axis whose letters contain a digit,
-    such as "2F", is left out.
+    `call` has the checked arguments of the op, as `op.prepare` returns them. An axis of two times F elements has the
+    letters "2F". Such an axis is left out: "F" gives its size.
     """
     if op.letters is None:
         return ()
@@ -180,10 +180,10 @@ def recorded() -> Iterator[Counter]:
 
     Only choices in this thread are collected. An op chooses its implementation when JAX traces the op. So trace the
     program in the context: with `jax.jit(f).trace(...)`, `jax.eval_shape`, or the first call of a jitted function. A
-    second call of your jitted function collects nothing, because JAX does not trace your program again. On a mesh, an
-    op also has a jitted function of its own. If a new trace of your program uses the stored trace of that function, the
-    choices of the stored trace are collected again. On a mesh of Auto axes, the sizes in the choices are the sizes of
-    the undivided arrays, because XLA divides the arrays only when it compiles.
+    second call of your jitted function collects nothing, because JAX does not trace your program again. On a mesh, JAX
+    also stores a trace of every op. If a new trace of your program uses the stored trace of an op, the choices from the
+    stored trace are collected. On a mesh of Auto axes, the sizes in the choices are the sizes of the undivided arrays,
+    because XLA divides the arrays only when it compiles.
 
     >>> import jax, jax.numpy as jnp
     >>> from pallas_kernels import stick_breaking_attention

@@ -6,10 +6,10 @@ from . import automatic, platform
 
 
 def refuses(x) -> str | None:
-    """Return the reason why kernels for Hopper GPUs cannot run in this process, or None if they can.
+    """Return the reason why no kernel for Hopper GPUs can run in this process on the array `x`, or None if one can.
 
-    The process is checked: the GPU and the compiler. `x` is an array argument of the kernel; of `x`, only the mesh that
-    divides it is checked.
+    This function checks the GPU, the CUDA compiler, and the mesh that divides `x`. The caller checks the shape and the
+    dtype of `x`.
     """
     if not platform.is_interpreted() and (chip := platform.chip()) != "sm_90":
         return f"needs compute capability 9.0, found {chip}"
@@ -31,10 +31,11 @@ def compiler_refuses() -> str | None:
 
 
 def mesh_refuses(x) -> str | None:
-    """Return the reason why no kernel can take the array `x` on the mesh in its type, or None if a kernel can take it.
+    """Return the reason why no kernel can run on the mesh of the array `x`, or None if a kernel can run on it.
 
-    A kernel runs on a mesh of several devices only inside `jax.shard_map`. Elsewhere XLA divides the work over the
-    mesh, and it all-gathers every array that a kernel reads.
+    On a mesh of several devices, a kernel runs only inside `jax.shard_map`, or in the program of one device that XLA's
+    partitioner requests (`automatic.is_tracing_part`). Elsewhere XLA divides the work over the mesh, and it all-gathers
+    every array that a kernel reads.
     """
     if automatic.is_tracing_part():
         return None

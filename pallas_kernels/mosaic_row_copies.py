@@ -89,11 +89,11 @@ def gather_commit() -> None:
 
 
 def gather_wait(pending: int) -> None:
-    """Wait until the copies of `gather` are in shared memory, so that tensor cores can read them.
+    """Wait until copies of `gather` are in shared memory: all groups except the newest `pending` groups.
 
-    Wait for all groups of copies of this warpgroup (`gather_commit`) except the last `pending` groups. The copies
-    (`cp.async`) write shared memory by one path, and tensor cores read it by another path. `commit_smem` is the fence
-    between the two paths.
+    The groups are those of this warpgroup (`gather_commit`). After the wait, tensor cores can read the copied rows. The
+    copies (`cp.async`) write shared memory by one path, and tensor cores read it by another path. `commit_smem` is the
+    fence between the two paths.
     """
     _asm(f"cp.async.wait_group {pending};")
     plgpu.commit_smem()
@@ -166,7 +166,10 @@ def _write_rows(tile, rows, column, target) -> None:
 
 
 def _asm(text: str) -> None:
-    """Run one PTX instruction without operands in every thread of the warpgroup. In the interpreter, do nothing."""
+    """Run the PTX instruction `text` in every thread of the warpgroup. In the interpreter, do nothing.
+
+    The instruction must not use registers: its only operands are numbers in `text`.
+    """
     if platform.is_interpreted():
         return
 
@@ -208,13 +211,13 @@ class _Thread:
 
 
 def _copies(array, rows, column, tile):
-    """Yield once for each chunk of 16 bytes that a thread copies between `array` and `tile`: a `_Thread`.
+    """Yield a `_Thread` for each chunk of 16 bytes that a thread copies between `array` and `tile`.
 
     `array` is [R, D] in global memory, `tile` is [M, C] in shared memory, and `rows` is int32 [M] in global memory. Row
     r of the tile corresponds to array[rows[r], column : column + C]. The attributes of the `_Thread` describe the
     chunk: `shared` + `step` is its address in shared memory, and `far` is its address in global memory. `inside` is
     true if the chunk is inside the array: its row number is not negative, and its first column is less than D. Use the
-    attributes before the next chunk: it is the same `_Thread` each time.
+    attributes before the next chunk, because the same `_Thread` is yielded each time, with new attributes.
     """
     from jax._src.lib.mlir import ir
     from jax._src.lib.mlir.dialects import arith, llvm

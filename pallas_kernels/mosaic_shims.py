@@ -5,8 +5,8 @@ interpreter runs a kernel. docs/design/attention_kernels.md says which barriers 
 
 The register layout of an array [64, C] that tensor cores compute: the 128 threads of a warpgroup form quads of four
 neighbouring threads. A quad holds all C columns of two rows: an upper row, and the row 8 rows below it. Thread t of the
-quad (0 to 3) holds the columns 8 g + 2 t and 8 g + 2 t + 1 of every group g of 8 columns, in both rows. The elements of
-the upper row in a thread are its row half 0. The elements of the lower row are its row half 1.
+quad (0 to 3) holds the columns 8 g + 2 t and 8 g + 2 t + 1 of every group g of 8 columns, in both rows. In the code of
+this module, `half` is 0 for the upper row and 1 for the lower row.
 """
 
 import jax

@@ -127,12 +127,12 @@ def run(letters: Letters, call: Any, compute: Callable[[Any], Any]) -> Any:
 
 
 def look(letters: Letters, call: Any, compute: Callable[[Any], Any]) -> Any:
-    """Return `compute` of the arguments that one device has when `run` runs the op on a mesh. Nothing is executed.
+    """Return `compute` of the arguments of an op, for a `compute` that reads only the shapes and dtypes of the arrays.
 
-    `dispatch.explain` uses this function: its `compute` returns a description of the chosen implementation. `letters`
-    and `call` are the arguments of `run`. On Explicit axes, `compute` receives tracers with the shapes of one device's
-    part of the arrays. On a mesh of Auto axes, the tracers have the shapes of the undivided arrays, because XLA divides
-    arrays only when it compiles. Otherwise `compute` receives `call` itself.
+    Nothing is executed. `dispatch.explain` uses this function: its `compute` returns a description of the chosen
+    implementation. `letters` and `call` are the arguments of `run`. On Explicit axes, `compute` receives tracers with
+    the shapes of one device's part of the arrays. On a mesh of Auto axes, the tracers have the shapes of the undivided
+    arrays, because XLA divides arrays only when it compiles. Otherwise `compute` receives `call` itself.
     """
     arrays, part = _arrays(letters, call, compute)
     mesh = _mesh(arrays)

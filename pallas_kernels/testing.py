@@ -104,8 +104,8 @@ def relative_error(value, expected) -> float:
 def difference(name: str, value, expected, tolerance: float) -> Difference:
     """Return a `Difference`: how the array `value` differs from the array `expected` of the same shape.
 
-    `name` is the name of the array in the report. `tolerance` is the largest allowed relative L2 error. A NaN or
-    infinity in either array is a problem.
+    `name` is the name of the array in the report. `tolerance` is the largest allowed relative L2 error. If either
+    array has a NaN or an infinity, the `problem` of the `Difference` says where.
     """
     value, wanted = (np.asarray(x, np.float64) for x in (value, expected))
     if not value.size:

@@ -80,8 +80,8 @@ def _was_imported_to_interpret() -> bool:
 def refuses(x) -> str | None:
     """Return the reason why no Triton kernel can run in this process on the array `x`, or None if a kernel can run.
 
-    The process is checked: the GPU, the installed packages and the compiler. `x` is an array argument of the kernel; of
-    `x`, only the mesh that divides it is checked.
+    This function checks the GPU, the installed packages, the CUDA compiler, and the mesh that divides `x`. The caller
+    checks the shape and the dtype of `x`.
     """
     if platform.is_interpreted() and not is_interpreted():
         return "cannot run in the Mosaic GPU interpreter (Triton has its own, triton_call.interpret())"
@@ -156,8 +156,9 @@ def _compiled(kernel, *arrays, out, grid, num_warps, num_stages, constants):
 def _jax_triton():
     """Import jax_triton and return the module.
 
-    By its dead-code rule, JAX removes a kernel whose results are not used. JAX 0.12 cannot call the rule of jax_triton
-    0.4.1 and older. There this function removes the rule.
+    jax_triton registers a dead-code rule, by which JAX removes a kernel whose results are not used. JAX 0.12 and newer
+    cannot call this rule of jax_triton 0.4.1 and older. For these versions, this function removes the rule, and JAX
+    uses its default rule.
     """
     import jax_triton
     from jax._src.interpreters import partial_eval
