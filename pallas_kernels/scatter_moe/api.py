@@ -200,8 +200,9 @@ def _refuses_nothing(call) -> None:
 def _register(name, prepare, letters, mosaic_run, triton_run, xla_run, reference_run):
     """Register an expert op with its four implementations in `dispatch`, and return the op.
 
-    `prepare` checks the arguments of the public function and returns a call, a `LinearCall` or `MlpCall`. `letters`
-    names the axes of the arrays of a call. `mosaic_run` and the other three run functions compute the result of a call.
+    `prepare` takes the arguments of the public function, checks them, and returns a call: a `LinearCall` or an
+    `MlpCall`. `letters(call)` returns the letters of the axes of the arrays, and `mosaic_run(call)` and the other three
+    run functions return the result of the call.
     """
     implementations = {
         "mosaic": dispatch.Implementation(mosaic_run, mosaic.refuses, mosaic.detail),

@@ -99,7 +99,7 @@ def activate(name: str, gate, up=None):
     """Apply the activation `name`, such as "swiglu", to a hidden layer, element by element. Return an array [.., F].
 
     A gated activation takes the two halves of the hidden layer, `gate` [.., F] and `up` [.., F], and returns
-    f(gate) * up. Any other activation takes the complete hidden layer [.., F] as `gate`.
+    f(gate) * up, where f is silu for "swiglu". Any other activation takes the complete hidden layer [.., F] as `gate`.
     """
     return _POINTWISE[name](gate) if up is None else _POINTWISE[name](gate) * up
 

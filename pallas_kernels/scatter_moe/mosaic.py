@@ -81,7 +81,8 @@ def mlp(call: MlpCall):
 def _is_unfused(call: LinearCall | MlpCall) -> bool:
     """Return whether XLA computes the activation of `expert_mlp`, and not a kernel: for "gelu" and for float32.
 
-    Mosaic kernels have no error function, which "gelu" needs. Float32 is only for checks and small models.
+    Mosaic kernels have no error function, which "gelu" needs. For float32, there is only a kernel without activation,
+    because float32 is only for checks and small models.
     """
     return isinstance(call, MlpCall) and (call.activation == "gelu" or call.x.dtype == jnp.float32)
 
@@ -116,7 +117,7 @@ def _rows_of_tile(routing, x) -> int:
 def _parts(x):
     """Return x as an array [parts, rows, width]. The halves of a gated hidden layer are two parts.
 
-    An array [rows, width] becomes [1, rows, width].
+    An array [rows, width] becomes [1, rows, width]. An array [parts, rows, width] is returned unchanged.
     """
     return x if x.ndim == 3 else x[None]
 

@@ -278,7 +278,7 @@ def _biased(accumulator, bias_ref, part, at):
 
 
 def product(plan: Plan, x, source, weight, tasks: Tasks, target, rows: int, bias=None):
-    """Return an array `out` [rows, columns] with out[target] = x[source] @ weight + bias. Other rows are not written.
+    """Return `out` [rows, columns] with out[target] = x[source] @ weight + bias. Rows not in `target` are not written.
 
     `source` and `target` have a row number for every row of the tiles in `tasks`. x is [parts, rows of x, width]. The
     weight is [E, parts * width, F], or [E, F, parts * width] if `plan.transposed`. The bias is

@@ -55,7 +55,7 @@ def send(ring: Ring, steps, copy: Callable, sent: Sent) -> Sent:
     """Copy `steps` steps to shared memory, in the copying warpgroup. Return the new counts of steps.
 
     For each step s, wait until its stage is free, and call `copy(s, stage)`, which starts the copies. Then hand over
-    the steps whose rows have arrived: all but the last AHEAD steps.
+    all started steps except the newest AHEAD steps. Each one is handed over after its rows have arrived.
     """
 
     def one(s, sent):

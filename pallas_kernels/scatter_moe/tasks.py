@@ -69,7 +69,7 @@ def make_tasks(routing: Routing, M: int) -> Tasks:
 
 
 def row_numbers(tasks: Tasks, rows: Rows, k: int):
-    """Return, for every row of the tiles, its index in an array of rows, or -1 if it is empty: int32 [tiles * M].
+    """Return, for every row of the tiles, its index in an array, or -1 for an empty row: int32 [tiles * M].
 
     M is the number of rows of a tile. `rows` is the order of the rows of the array: "token" (one row per token), "pair"
     (one row per (token, choice) pair) or "sorted" (one row per pair, sorted by expert). k is the number of choices of a

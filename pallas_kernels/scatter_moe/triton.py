@@ -52,8 +52,9 @@ def linear(call: LinearCall):
 def _launch(name: str, flops: int, kernel: Callable, sizes: Sizes, *arrays, **options):
     """Run a Triton kernel on `arrays`, and return its outputs.
 
-    `name` and `flops` name the jitted function that runs the kernel (`cost.kernel`). `kernel()` returns the
-    `triton.jit` function. `options` are other keywords of `triton_call.launch`.
+    The kernel runs in a jitted function whose name consists of `name` and the number of operations `flops`, for cost
+    estimates (`cost.kernel`). `kernel()` returns the `triton.jit` function. `options` are other keywords of
+    `triton_call.launch`.
     """
     run = partial(triton_call.launch, kernel, num_warps=sizes.warps, num_stages=sizes.stages, **options)
     return cost.kernel(name, flops, run)(*arrays)

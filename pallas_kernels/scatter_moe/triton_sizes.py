@@ -53,7 +53,7 @@ def rows_of_tile(rows: int, experts: int, dtype) -> int:
 def _is_large() -> bool:
     """Return whether JAX traces code for a data centre GPU, Hopper or newer, whose tensor cores need wide tiles.
 
-    The tensor cores of these GPUs read their operands from shared memory, of which they have more than 200 KiB.
+    The tensor cores of these GPUs read their operands from shared memory, and a block has more than 200 KiB of it.
     """
     return triton_call.shared_memory() > 200 * 1024
 
@@ -89,8 +89,9 @@ def product_sizes(rows: int, depth: int, columns: int, dtype, *, products: int =
 def weight_sizes(D: int, F: int, dtype) -> Sizes:
     """Return the sizes of a program that computes a tile of the gradient of a weight [D, F].
 
-    The program sums over the rows of an expert, `depth` rows at a time. A step loads the numbers of rows first and then
-    the rows with these numbers. So the pipeline has twice the stages that fit into shared memory for the rows alone.
+    The program sums over the rows of an expert, `depth` rows in each step. A step has two loads, one after the other:
+    the numbers of the rows, and then the rows with these numbers. So the number of pipeline stages is twice the number
+    of steps whose rows fit into shared memory.
     """
     if dtype == jnp.float32:
         rows_most, columns_most, depth, warps = 64, 64, 32, 4

@@ -19,7 +19,7 @@ def d_weights(left, left_numbers, right, right_numbers, heavy, first, rows, out,
     that are not constants point to global memory. The rows of all experts are cut into tiles of M rows. Expert e has
     rows[e] rows, and the first one is tile row first[e] * M. `left` is [.., D], and `right` is [.., F]. `heavy` [E]
     lists the experts by their number of rows, the largest number first. A program computes DOWN x ACROSS elements of
-    out[e], R rows at a time.
+    out[e]. In each step, it adds the terms of R tile rows.
     """
     across: tl.constexpr = (F + ACROSS - 1) // ACROSS
     pieces: tl.constexpr = (D + DOWN - 1) // DOWN * across
@@ -49,7 +49,7 @@ def d_bias(right, right_numbers, gates, first, rows, out, F: tl.constexpr, WEIGH
     It is the sum of right[right_numbers[i]] over the tile rows i of the expert. If WEIGHED, each term is multiplied by
     gates[i]. All arguments that are not constants point to global memory. The rows of all experts are cut into tiles of
     M rows. Expert e has rows[e] rows, and the first one is tile row first[e] * M. `right` is [.., F], and `gates` has
-    the gate of every tile row. A program computes ACROSS columns of out[e], R rows at a time.
+    the gate of every tile row. A program computes ACROSS columns of out[e], and adds R tile rows in each step.
     """
     e, columns = tl.program_id(1), tl.program_id(0) * ACROSS + tl.arange(0, ACROSS)
     start, count, row = tl.load(first + e) * M, tl.load(rows + e), tl.arange(0, R)

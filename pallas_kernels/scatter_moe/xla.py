@@ -9,9 +9,9 @@ The cost is at most a fixed factor times the useful work, and no array has size 
 
 The backward pass applies the derivative of the function in the same way. If x has 256 columns or more, the forward pass
 of a feed-forward network saves the pre-activation, sorted by expert. (A remat policy can save it by the name
-PRE_ACTIVATION.) With fewer columns, the backward pass computes the pre-activation again. It always computes the hidden
-layer, after the activation, again. The derivatives of the gather of the rows and of the sum over the choices of a token
-are computed as gathers, without scatter-adds.
+PRE_ACTIVATION.) With fewer columns, the backward pass computes the pre-activation again. The hidden layer, which is the
+result of the activation, is always computed again. The derivatives of the gather of the rows and of the sum over the
+choices of a token are computed as gathers, without scatter-adds.
 """
 
 import math
@@ -49,7 +49,7 @@ def plan(rows: int, experts: int) -> _Plan:
     """Return how many rows of an expert are computed at the same time, given the total number of rows and of experts.
 
     `rows` is the number of (token, choice) pairs. The plan depends on the mean number of rows of an expert, by
-    a rule that was measured on CPUs. On CPUs, batched products of fewer than 48 rows are slow.
+    a rule that comes from measurements on CPUs. On CPUs, batched products of fewer than 48 rows are slow.
     """
     mean = rows / experts
     if mean < 4:
@@ -231,9 +231,10 @@ def _map_blocks(block, weights, arrays, in_rows, out_rows, routing: Routing):
 
     `block(weights of e, rows, valid)` computes some rows of one expert e: it takes these rows of each array in
     `arrays`, and `valid`, bool [rows], which is False for a row of padding. It returns (row outputs, weight outputs).
-    The weight outputs are summed over all calls for an expert: [E, ..]. `weights` has arrays [E, ..]. `in_rows` and
-    `out_rows` say how the rows of each array and of each row output are ordered, as in `call.Rows`. A None among the
-    arrays or outputs stays None.
+    The row outputs of all calls become arrays [R, ..] with a row for every (token, choice) pair. The weight outputs are
+    summed over all calls for an expert: [E, ..]. `weights` has arrays [E, ..]. `in_rows` and `out_rows` say how the
+    rows of each array and of each row output are ordered, as in `call.Rows`. A None among the arrays or outputs stays
+    None.
     """
     k = routing.expert_indices.shape[1]
     R, E = routing.order.shape[0], routing.num_experts
@@ -316,7 +317,7 @@ def _together(run, weights, starts, ends, C: int, pieces: int):
     by expert. Expert e has the rows starts[e] to ends[e] - 1 of this list. On a CPU, if C is large, two experts are
     computed at a time (one if E is odd). Their rows stay in the cache, which saves more time than the copy of their
     weights takes. Their rows are computed in `pieces` pieces of C / `pieces` rows. A piece in which these experts have
-    no rows is left out, as happens after tokens have halted.
+    no rows is left out, as happens if many tokens have no expert.
     """
     E, size = len(starts), C // pieces
 

@@ -76,7 +76,7 @@ def stick_breaking_attention(
     Raises:
       ValueError: the shapes or dtypes of the arrays do not fit (the message names the axes by their letters), or a
         mesh divides arrays along other axes than B, N and K (docs/reference/transformations.md).
-      NotImplementedError: a named implementation cannot run this call.
+      NotImplementedError: none of the implementations named in `implementation` can run this call.
       TypeError: a forward-mode derivative (`jax.jvp`) is taken. Only the implementation "reference" has one.
 
     Source: "Scaling Stick-Breaking Attention", arXiv 2410.17980.
@@ -163,6 +163,8 @@ def merge_stick_breaking(
 
     Raises:
       ValueError: `near` or `far` is not a pair of arrays, or their shapes differ.
+
+    In the example, the near keys are the keys 4..7. Counted from key 4, the first query is at position -4.
 
     >>> import jax, jax.numpy as jnp
     >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 8, 2, 16))

@@ -1,10 +1,10 @@
 """The code around the attention kernels that the Mosaic and Triton backends share: derivatives and decoding.
 
 Decoding means few queries and many keys. For the backward pass, the forward pass saves query, key, value, the
-leftmost key tile that every query tile visited, and the cumulative log-decay of every query row: -log2 of the part of
-the stick that remains, as two fp32 numbers. It does not save the output. If the intermediate results for all heads
-would need too much memory, the backward pass computes a few heads at a time. kernels.py says what the kernels take and
-return.
+leftmost key tile that each query tile visited, and the cumulative log-decay of each query row: -log2 of the part of the
+stick that remains, as two fp32 numbers. The forward pass does not save the output. If the intermediate results for all
+heads would need too much memory, the backward pass computes a few heads at a time. kernels.py says what the kernels
+take and return.
 """
 
 import math
@@ -85,9 +85,10 @@ _attention.defvjp(_forward, _backward)
 def _for_tiles_of(plan: Plan, log_decay, reached):
     """Return `log_decay` and `reached` of the forward pass, converted to the query tiles of the backward pass.
 
-    `log_decay` [2, B, N, padded rows] is the cumulative log-decay of every query row, as the sum of two numbers.
-    `reached` [B, N, query tiles] is the leftmost key tile that every query tile visited. `plan` is the plan of the
-    backward pass. Its query tiles have as many rows as the query tiles of the forward pass, or fewer.
+    `log_decay` [2, B, N, padded rows] is the cumulative log-decay of each query row (-log2 of the part of the stick
+    that remains), as the sum of two numbers. `reached` [B, N, query tiles] is the leftmost key tile that each query
+    tile visited. `plan` is the plan of the backward pass. A query tile of the backward pass has as many rows as a query
+    tile of the forward pass, or fewer.
     """
     times = log_decay.shape[-1] // reached.shape[-1] // plan.row_tile
     if times == 1:

@@ -56,7 +56,7 @@ def attention(call: Call):
 
 
 def _warpgroups(call: Call) -> int:
-    """Return the number of warpgroups that compute in each block: one for every 64 query rows of a tile."""
+    """Return the number of warpgroups that compute in each block: one for every 64 query rows of the block."""
     width = call.query.shape[-1] + call.value.shape[-1]
     rows, _ = call.tiles or tuning.tuned("sm_90", "stick_breaking", T=call.mask.T, width=width)["tiles"]
     return rows // ROWS

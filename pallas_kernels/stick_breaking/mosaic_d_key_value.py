@@ -52,7 +52,7 @@ class Inputs(NamedTuple):
     value: Any  # [B, S, K, Hv]
     d_out: Any  # [B, T, N, Hv], the cotangent of the output
     snapshots: Any  # [B, N, key tiles, 2 halves, 2, rows padded]: the cumulative log-decay on entry, and P
-    reached: Any  # [B, N, query tiles], the leftmost key tile that the forward pass visited
+    reached: Any  # [B, N, query tiles], the leftmost key tile that each query tile visited in the forward pass
     scale: Any  # [1]
     key_ranges: Any  # [B, query tiles, 4]: (stop, whole_stop, whole_start, start)
     offset: Any  # [B], the position of the first query
@@ -174,7 +174,7 @@ def _copies(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, copies: 
     of this loop: (pass, query head of the key head, first query tile). If the pass takes the query tiles at the cursor,
     `offer` copies them to shared memory as step number `step`, and returns `step` + 1. Otherwise `offer` copies nothing
     and returns `step`. The last step of a pass has no query tiles, which tells the warpgroups that the pass ends.
-    `copies` is the number of copies of a step with query tiles.
+    A step with query tiles starts `copies` copies: the queries, d_out and the snapshots of each query tile.
     """
     b, head, j = block
     G, tiles = plan.N // plan.K, len(scratch.query)
@@ -266,7 +266,8 @@ def _sum(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, own: int, o
         def exchange(half):
             """Compute the weights A and the gradients dz of the logits, and write them to shared memory.
 
-            Both are [64, 32], for the rows of a query tile and half `half` of the keys.
+            Both are [64, 32]: for the 64 rows of a query tile, and for the first 32 keys (`half` = 0) or the last 32
+            keys (`half` = 1) of the key tile.
             """
             at, keys = stage + opaque[half], half + opaque[half]
             z = shims.product(scratch.query[w].at[at], scratch.key.at[keys].transpose((1, 0))) * multiplier

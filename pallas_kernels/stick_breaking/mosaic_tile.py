@@ -84,9 +84,9 @@ def sticks(z, seen=None):
 
 
 def two_sum(high, low, x):
-    """Add x to the sum of two floats: return (high, low) with high + low + x as their sum.
+    """Add x to a number that is stored as the sum of two floats, high + low. Return the new pair of floats.
 
-    The new `high` is high + x in floating point, and its rounding error is added to `low`.
+    The first float of the new pair is high + x, rounded. The second one is `low` plus the error of this rounding.
     """
     total = high + x
     rest = total - high
@@ -98,8 +98,9 @@ def zeros(step, opaque: bool):
 
     An opaque zero saves registers. A product needs descriptors of its operands in shared memory, one for every 16
     columns. If a product reads the same memory in every iteration of a loop, the compiler keeps all these descriptors
-    in registers. If an opaque zero is added to the index of the memory, it computes them again, in uniform registers.
-    The zeros are computed from `step`, the number of the iteration, which must be below 2^24.
+    in registers. If an opaque zero is added to the index of the memory, the kernel computes the descriptors again in
+    each iteration, in uniform registers. The zeros are computed from `step`, the number of the iteration, which must be
+    below 2^24.
     """
     return [lax.shift_right_logical(step, 24 + half) if opaque else jnp.int32(0) for half in range(2)]
 
@@ -134,12 +135,13 @@ def visible(plan: Plan, segments, b, first_row, first_column, columns, offset):
 
 
 def finished_padding(plan: Plan, segments, b, first_row):
-    """Return the start value of the cumulative log-decay of 64 query rows: fp32 [64], 0, or FINISHED for padding rows.
+    """Return the start values of the cumulative log-decay of 64 query rows, fp32 [64]: FINISHED for padding, else 0.
 
-    A padding row is after the last query, or has a negative segment id. If a padding row sees no keys, its log-decay
-    would stay 0, and the row would always seem to need more keys. With `skip_below`, a block stops early only when no
-    row needs more keys. b is the batch entry, `first_row` is the number of the first row in its head, and `segments` is
-    a pair of references to the segment ids of the queries and of the keys.
+    A padding row is after the last query, or has a negative segment id. With `skip_below`, a block stops early when no
+    row needs more keys. A row needs more keys until its log-decay is above -skip_below. A padding row may see no keys,
+    so a log-decay of 0 would stay 0, and its block would never stop early. b is the batch entry, `first_row` is the
+    number of the first row in its head, and `segments` is a pair of references to the segment ids of the queries and of
+    the keys.
     """
     is_query = first_row + shims.row_numbers() < plan.rows
     if plan.segments:
@@ -151,10 +153,10 @@ def finished_padding(plan: Plan, segments, b, first_row):
 def block(plan: Plan):
     """Return what this block computes, (entry, query head, i), from the number of the block.
 
-    `entry` is the number of a batch entry and a split of its keys, below B * splits. `i` is the number of the block
-    among the blocks of the head, each of which computes one or two query tiles. The query tiles with the most keys come
-    first. Blocks that run at the same time compute only a few heads, so that the keys and values of these heads fit
-    into the cache.
+    The keys of a batch entry may be split into parts, and `entry` is (number of the part) * B + batch entry. `i` is the
+    number of the block among the blocks of the head. Each block computes one or two query tiles. The query tiles with
+    the most keys come first. Blocks that run at the same time compute only a few heads, so that the keys and values of
+    these heads fit into the cache.
     """
     together = plan.heads_together
     i = lax.axis_index("block")

@@ -21,7 +21,7 @@ _CHUNK = 64  # keys that one product with a triangular matrix sums over
 
 
 def _log1p(y):
-    """Return log(1 + y) for y from 0 to 1, by a polynomial. For fp64, use `jnp.log1p`."""
+    """Return log(1 + y) for y from 0 to 1, by a polynomial, or for fp64 by `jnp.log1p`."""
     if y.dtype == jnp.float64:
         return jnp.log1p(y)
     total = jnp.full_like(y, _LOG1P[0])
@@ -37,11 +37,11 @@ def _dot(spec, *operands):
 
 
 def _sum_after(x, reverse: bool):
-    """Return (the sums of x over the keys on the right of each key [.., C], the sum of x over all keys [..]).
+    """Return (for each key, the sum of x over the keys on its right [.., C], the sum of x over all keys [..]).
 
-    x is [.., C]. The sum for key c is over all keys m > c, or over all keys m < c if `reverse`. The last axis is cut
-    into chunks of 64 keys, so that the cost per score does not grow with C. The sums within a chunk are a product with
-    a triangular matrix.
+    x is [.., C]. If `reverse`, the sum for each key is over the keys on its left instead. The last axis is cut into
+    chunks of 64 keys, so that the cost per score does not grow with C. The sums within a chunk are a product with a
+    triangular matrix.
     """
     *rows, C = x.shape
     chunk = max(1, min(C, _CHUNK))

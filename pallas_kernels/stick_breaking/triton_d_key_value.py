@@ -30,7 +30,7 @@ def visit(
     are the keys and values of the key tile, whose first key is `column`. `q_head` and `d_out_head` point to the queries
     and to the cotangent of the output, for one query head. `snapshots` points to what `d_query` stored for this query
     head and key tile: the cumulative log-decay on entry, and P. `multiplier` is the scale times log2(e). `position` is
-    the position of the first query. If `masked`, some queries may not see some keys.
+    the position of the first query. If `masked`, the mask is computed. Otherwise every query sees every key.
     """
     row = i * R
     rows = row + tl.arange(0, R)

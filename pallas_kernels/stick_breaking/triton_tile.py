@@ -213,9 +213,9 @@ def d_logits(a, log_beta, softplus, prefix):
 
 @triton.jit
 def two_sum(high, low, x):
-    """Add x to the sum of two floats: return (high, low) with high + low + x as their sum.
+    """Add x to a number that is stored as the sum of two floats, high + low. Return the new pair of floats.
 
-    The new `high` is high + x in floating point, and its rounding error is added to `low`.
+    The first float of the new pair is high + x, rounded. The second one is `low` plus the error of this rounding.
     """
     total = high + x
     rest = total - high

@@ -3,7 +3,7 @@
 Scores are computed in tiles, with the functions of tile.py. There is code for short calls and code for long calls. A
 short call is an unrolled loop over query tiles. Each query tile has one key tile, with all keys that its queries may
 see. A long call is a loop over the query tiles, and for each of them a while loop over key tiles, from the nearest keys
-to the left. The while loop ends at the last key tile that the queries may see or, with `skip_below`, when less than
+to the left. The while loop ends at the leftmost key tile that the queries may see or, with `skip_below`, when less than
 2^skip_below remains of the stick of every query. The backward pass computes the weights again from its inputs.
 """
 
@@ -31,7 +31,7 @@ def _is_short(call: Call) -> bool:
     """Return whether a call is short: T <= 512, a key tile can hold all keys, and `skip_below` and `tiles` are None."""
     T, S = call.mask.T, call.mask.S
     if 0 in call.query.shape + (S,):
-        return True
+        return True  # an array is empty
     return call.skip_below is None and call.tiles is None and T <= 512 and min(T, _SHORT_ROWS) * S <= _SHORT_SCORES
 
 
