@@ -47,7 +47,7 @@ def generate(
       max_new_tokens: the largest number of new tokens in a row.
       temperature: 0 always takes the most likely token.
       top_k: draw only from the k most likely tokens.
-      top_p: of the tokens that top_k leaves, use only the fewest with a total of top_p or more (arXiv 1904.09751).
+      top_p: of the tokens that top_k leaves, take the fewest whose total probability is >= top_p (arXiv 1904.09751).
       seed: the seed of the random draws.
       eot: end-of-text id; a row ends with it. None: no id ends a row.
       vocab_size: only ids below this are drawn, because the model's V may include unused ids; None: all V ids.
