@@ -46,8 +46,8 @@ def fit(
 ) -> "Result":
     """Train a model, and write its checkpoints and metrics into a run folder.
 
-    If the folder already has checkpoints, the training continues from the newest one. On a CPU, the result is then the
-    same, bit for bit, as without the interruption.
+    If the folder already has checkpoints, the training continues from the newest one. On a CPU, a training that was
+    interrupted and continued has the same result, bit for bit, as a training without interruption.
 
     A notebook shows a progress bar and a plot of the loss. If you interrupt the notebook's kernel (Ctrl-C in a
     terminal), the training finishes its step, saves a checkpoint and returns. Call `fit` again to continue. A second

@@ -1,9 +1,11 @@
-"""Convert models to and from the Hugging Face layout. The conversion needs no torch, and no whole model in memory.
+"""Convert models to and from the Hugging Face layout. The conversion does not need torch.
 
 python -m stickjax.convert FOLDER OUT [--step N] [--shard-bytes 5e9] [--eot TOKEN]
 
 If FOLDER is in the Hugging Face layout, OUT becomes a folder that `evaluate`, `generate` and `train --init-from` can
 read. If FOLDER is a run folder, OUT becomes a folder in the Hugging Face layout.
+
+A checkpoint of a training is read into memory as a whole. All other models are copied one layer at a time.
 """
 
 import math

@@ -79,7 +79,8 @@ def evaluate(
     Args:
       model: the module with the parameters.
       config: its data section names the text and the training length T.
-      lengths: multiples of T; each must divide the largest. Lengths that no document reaches are left out.
+      lengths: the values of m; each must divide the largest. If no document has m * T tokens, m is left out, except
+        the smallest m.
       max_tokens: the largest number of tokens to predict; at least one window is used.
       batch_tokens: the largest number of tokens in one call of the model; at least one piece is used.
       say: a function that is called with a line of progress before each length is evaluated.

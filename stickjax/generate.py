@@ -47,7 +47,7 @@ def generate(
       max_new_tokens: the largest number of new tokens in a row.
       temperature: 0 always takes the most likely token.
       top_k: draw only from the k most likely tokens.
-      top_p: of these, draw only from the most likely ones whose probabilities add up to top_p (arXiv 1904.09751).
+      top_p: of the tokens that top_k leaves, take the fewest whose total probability is >= top_p (arXiv 1904.09751).
       seed: the seed of the random draws.
       eot: end-of-text id; a row ends with it. None: no id ends a row.
       vocab_size: only ids below this are drawn, because the model's V may include unused ids; None: all V ids.
@@ -104,7 +104,7 @@ def _advance(model, tokens, segment_ids, cache, key, index, *, temperature, top_
     """Run the model on `tokens` [B,T], and draw the next token of every row. Return (ids [B], the new cache).
 
     `segment_ids` [B,T]: -1 for padding. `cache`: the keys and values of earlier tokens; the new ones are added.
-    The random numbers depend on `key`, on the row, and on `index`, the number of new tokens before this one in the row.
+    The random numbers depend on `key`, on the row's index, and on `index`: how many new tokens the row already has.
     If `temperature` is None, the most likely token is taken. Only ids below `vocab_size` are drawn.
     """
     logits, cache = family_of(model.config).decode_step(model, tokens, segment_ids, cache)
@@ -153,8 +153,8 @@ def _cache(config, B: int, S: int, size: float):
 def _bucket(n: int) -> int:
     """Round a length `n` up, so that JAX compiles the model for a few lengths only.
 
-    Up to 512 the result is a multiple of 64. Above, it is one of 640, 768, 896, 1024, 1280, 1536, 1792, 2048, ...: four
-    lengths between two powers of two.
+    Up to 512, the result is a multiple of 64. Above 512, it is a power of two or one of three lengths between two
+    powers of two: 640, 768, 896, 1024, 1280, 1536, 1792, 2048, and so on.
     """
     step = max(64, 1 << n.bit_length() >> 3)
     return -(-n // step) * step

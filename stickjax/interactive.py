@@ -91,7 +91,7 @@ class TrainedModel(Loaded):
           max_new_tokens: the largest number of new tokens in a text.
           temperature: divides the logits; 0 always takes the most likely token.
           top_k: draw only from the k most likely tokens.
-          top_p: draw only from the fewest tokens whose total probability is top_p.
+          top_p: draw only from the fewest tokens whose total probability is at least top_p.
           seed: the seed of the random draws; the same seed gives the same text.
           stop: strings or special tokens that end a text; the text does not contain them.
           special_tokens: whether a special token in a prompt, such as <|user|>, is encoded as that token.
@@ -110,12 +110,13 @@ class TrainedModel(Loaded):
     def evaluate(self, *, lengths: Sequence[int] = LENGTHS, max_tokens: int = 2**17, max_pairs: int = 1024) -> Columns:
         """Compute the loss on held-out text, in bits per byte, with contexts of m * T tokens for every m in `lengths`.
 
-        About `max_tokens` tokens are predicted. Returns {name: numpy array with a value per length}. The names are the
-        keys of the records of `stickjax.evaluate.evaluate`, such as "context" and "bits_per_byte".
+        T is the training length. About `max_tokens` tokens are predicted. Returns {name: numpy array with a value per
+        length}. The names are the keys of the records of `stickjax.evaluate.evaluate`, such as "bits_per_byte".
 
-        For a classifier of sentence pairs, the accuracy is computed instead, on up to `max_pairs` pairs for each number
-        of logical operators. Then an array has a value per number of operators, and the names are the keys of the
-        records of `stickjax.evaluation.pairs.accuracy`. Nothing is written into the run folder.
+        For a classifier of sentence pairs, which are logic formulas, the accuracy is computed instead, on up to
+        `max_pairs` pairs for each number of logical operators. Then an array has a value per number of operators, and
+        the names are the keys of the records of `stickjax.evaluation.pairs.accuracy`. Nothing is written into the run
+        folder.
         """
         if self.config.model.reads == "pairs":
             return Columns.of(accuracy(self.model, self.config, max_pairs=max_pairs))

@@ -296,7 +296,7 @@ def _numbers(name: str, text: str, kind: type) -> list:
     except ValueError:
         values = []
     if not values or not all(0 < value < math.inf for value in values):
-        raise ValueError(f"--{name}={text}: expected positive numbers separated by commas")
+        raise ValueError(f"--{name}={text}: expected positive numbers separated by commas (whole numbers for --widths)")
     return values
 
 

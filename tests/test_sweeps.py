@@ -180,7 +180,7 @@ def test_fit_of_noisy_minima_and_diverged_runs():
 
 @pytest.mark.parametrize("changes", [dict(tokens=1e9), dict(loss=math.inf)])
 def test_fit_needs_two_numbers_of_tokens(changes):
-    with pytest.raises(ValueError, match="two or more numbers of tokens"):
+    with pytest.raises(ValueError, match="two or more training lengths"):
         fit_power_law(sweep(**changes))
 
 
@@ -307,7 +307,7 @@ def test_command_line(command, toy, tmp_path, capsys):
     # With too few rates, the best rate is at the edge of the range, and the table says so.
     if command != "coordinate":
         sweeps.main([command, "--out", str(tmp_path), "--widths=32", "--rates", str(RATES[0])])
-        assert "widen" in capsys.readouterr().out
+        assert "wider" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

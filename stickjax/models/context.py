@@ -80,8 +80,8 @@ def attention_in_context(
         # A key that is not on the left of the piece gets the id of padding, so that the kernel skips its key tiles.
         left = jnp.where((jnp.arange(S) < place * C)[None], key_segment_ids[:, :S], -1)
         own, segments = (x[:, which * C : (which + 1) * C] for x in (q, segment_ids))
-        # Of the (query, key) pairs in the first `reach` pieces, the share whose key is on the left of the piece. The
-        # share is a mean over the devices.
+        # For the cost estimate: only this share of the (query, key) pairs in the first `reach` pieces has a key on the
+        # left of the piece. It is a mean over the devices.
         part = cost.share((reach - (count + 1) / 2) / (reach - 1 / 2), attend)
         far = part(own, keys[:, :S], values[:, :S], place * C, segments, left)
         return merge_stick_breaking(tuple(x[:, which] for x in near), far)

@@ -35,9 +35,11 @@ class Decoder(Family):
 
         The loss is the mean cross-entropy over the targets for which `loss_mask` is True, plus the weighted losses of
         all routers. `batch` has `tokens`, `targets` and `loss_mask`, [B,T] each, and `segment_ids` [B,T] if a sequence
-        contains several documents. The metrics are `loss` (the cross-entropy alone), every router loss as a mean over
-        the layers, and `load`: {kind of router: array [L,E]}, the share of the (token, choice) pairs that chose each
-        expert. The kind is "" for the routers of the feed-forward networks, "attention_" for the routers of attention.
+        contains several documents. `key` is a random key for a training step, or None.
+
+        The metrics are `loss` (the cross-entropy alone), every router loss as a mean over the layers, and `load`: {kind
+        of router: array [L,E]}, the share of the (token, choice) pairs that chose each expert. The kind is "" for the
+        routers of the feed-forward networks, "attention_" for the routers of attention.
         """
         output = transformer.apply(model, batch, key)
         nll = cross_entropy(output.logits, batch["targets"])

@@ -41,7 +41,8 @@ class Family(ABC):
     def loss(self, model, batch: dict[str, jax.Array], key: jax.Array | None) -> tuple[jax.Array, dict[str, Any]]:
         """Return the loss of a batch, and its metrics: `loss` (the cross-entropy alone) and other values for the log.
 
-        On a mesh, an implementation must sum over the devices with `stickjax.parallel.collectives.psum_over_batch`.
+        `key` is a random key for a training step; None for inference. On a mesh, an implementation must sum over the
+        devices with `stickjax.parallel.collectives.psum_over_batch`.
 
         With gradient accumulation, this method runs once per microbatch, and the caller sums the results. The batch
         then also has `loss_scale`, which is 1 / (number of targets in the whole batch), and `share`, which is 1 /

@@ -140,6 +140,7 @@ def expert_queries(
 
     `weight` [E,D,KH] is W_query, and KH is K * H: every expert has K query heads. Query head j of an expert attends to
     key head j. The N = K * k query heads of a token are ordered by key head, as attention with shared key heads needs.
+    `implementation`: the kernel of the grouped GEMM, such as "triton"; None: the best one that works.
     """
     (B, T, D), k = x.shape, routing.expert_indices.shape[1]
     q = expert_linear(x.reshape(-1, D), weight, routing, implementation=implementation)
@@ -154,7 +155,7 @@ def expert_outputs(
 
     `heads` are the outputs of the N = K * k query heads, ordered by key head, as `expert_queries` returns the queries.
     `weight` [E,KH,D] has the output matrices, and KH is K * H. `routing` has the k experts of every token, and `gates`
-    [B*T,k] are their weights in the sum.
+    [B*T,k] are their weights in the sum. `implementation`: as in `expert_queries`.
     """
     B, T, N, H = heads.shape
     heads = heads.reshape(B, T, K, N // K, H).swapaxes(2, 3).reshape(-1, K * H)

@@ -24,8 +24,8 @@ class Parameter(NamedTuple):
     """A row of the table of parameters: the axes, the partition and the muP label of one parameter.
 
     `axes`: the names of its axes, separated by spaces. "E D KH" has three axes; the last one has the size K * H. E is
-      the axis of the experts, C the axis of the router columns, and a number is a size. The axis L of a model with
-      stacked layers, which comes first, is left out.
+      the axis of the experts, and C the axis of the router columns. An axis may also be a size: "2", or "4D" for 4 * D.
+      The axis L of a model with stacked layers, which comes first, is left out.
     `partition`: for every axis the mesh axis that divides it, or "-" if none does. "-" at the end may be left out. With
       "", every device has the whole parameter.
     `label`: the muP label. "matrix": an internal matrix; its learning rate is divided by m_width. "embedding" and

@@ -182,7 +182,7 @@ def decode_step(
 
 
 def init(config: ModelConfig, key: jax.Array) -> Transformer:
-    """Return a new decoder with random parameters. The model is a Flax module, and the pytree of its parameters.
+    """Return a new decoder with random parameters. The model is a Flax module and also the pytree of its parameters.
 
     >>> model = init(ModelConfig(V=16, D=8, L=2, N=2, K=1, H=4, F=16), jax.random.key(0))
     >>> model.blocks.attention.query.shape

@@ -4,8 +4,8 @@ On a single device there is no communication. On a mesh, gradients follow two ru
 
 Along the mesh axes that divide the batch ("data", "fsdp", "expert" and "context"), every device computes the terms of
 the loss that come from its own tokens, and the loss is computed from psums of these terms. In the backward pass, every
-device starts from its own terms. So the backward pass of `psum_over_batch` does not communicate. The backward pass of
-`all_gather` sums the gradients of all devices, because the terms of all devices depend on the gathered array.
+device differentiates only its own terms. So the backward pass of `psum_over_batch` does not communicate. The backward
+pass of `all_gather` sums the gradients of all devices, because the terms of all devices depend on the gathered array.
 
 Along the mesh axis "tensor", every device has the same tokens and the same loss, but only a part of the heads and
 hidden units. A layer calls `copy_to_tensor_parallel` on its input, computes its part, and then calls

@@ -102,7 +102,7 @@ def batch_spec(x) -> PartitionSpec:
 
 
 def abstract_batch(mesh: Mesh | None, shapes: dict) -> dict:
-    """Add to the shapes and types of a batch, {name: ShapeDtypeStruct}, the sharding of every array on the mesh.
+    """Return `shapes`, {name: ShapeDtypeStruct} of a batch, with the sharding of every array on the mesh.
 
     A program can be compiled for the result without data. Without a mesh, return `shapes` unchanged.
     """

@@ -55,10 +55,10 @@ _PEER_GONE = re.compile(r"Gloo|NCCL|coordination service|CoordinationService|[Cc
 def initialize(coordinator: str | None = None, count: int | None = None, index: int | None = None) -> None:
     """Connect this process with the others that train together. Call this before any other use of JAX.
 
-    Without arguments, the number of processes and the index of this one come from environment variables of SLURM, Open
-    MPI, MPICH or Intel MPI. Without such variables, this process trains alone, and nothing happens. Under such a
-    launcher, each process takes one device of its machine: the device whose number is the rank of the process on this
-    machine. If the launcher does not give the address of process 0, set JAX_COORDINATOR_ADDRESS to HOST:PORT.
+    Without arguments, the number of processes and the index of this one come from the environment variables of a
+    launcher: SLURM, Open MPI, MPICH or Intel MPI. Each process then takes one device of its machine: the device whose
+    number is the rank of the process on this machine. If the launcher does not give the address of process 0, set
+    JAX_COORDINATOR_ADDRESS to HOST:PORT. Without such variables, this process trains alone, and nothing happens.
 
     Args:
       coordinator: HOST:PORT, a free port of the machine of process 0.
@@ -85,7 +85,7 @@ def initialize(coordinator: str | None = None, count: int | None = None, index: 
     _join(rank)
     if jax.process_count() != count:  # otherwise every process would write
         found = f"process {index} of {count} has found only {jax.process_count() - 1} of the {count - 1} others"
-        raise ValueError(f"{found}; give all the same --coordinator and --processes, and each its own --process")
+        raise ValueError(f"{found}; give every process the same --coordinator and --processes, and its own --process")
     if index:
         logging.getLogger("stickjax").setLevel(logging.ERROR)  # process 0 warns for all
 
@@ -343,11 +343,11 @@ def orphaned() -> bool:
 
 
 def fail(message: str, error: BaseException | None = None) -> int:
-    """Print the error `message`, and return the exit code 1. If this is one of several processes, end it instead.
+    """Print the error `message`. If this process trains alone, return the exit code 1; else end this process.
 
-    `error` is the exception, if there is one. Of several processes, only the first one that fails prints its message,
-    because the others fail in the same way, or because the first one is lost. A process ends by `os._exit`, because
-    Python's normal exit would wait for the other processes.
+    `error` is the exception, if there is one. If it was raised because another process is lost, this is printed instead
+    of `message`. If another process has already printed its error, nothing is printed, because most errors are the same
+    in all processes. The process ends by `os._exit`, because Python's normal exit would wait for the other processes.
     """
     if not jax.distributed.is_initialized():
         print(message, file=sys.stderr)

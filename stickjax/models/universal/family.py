@@ -42,7 +42,7 @@ def apply(
     >>> pairs = {"left": jnp.array([[3, 4, 0]]), "right": jnp.array([[5, 0, 0]])}
     >>> model = init(SutConfig(V=16, D=8, H=4, F=16, classes=7), jax.random.key(0))
     >>> output = apply(model, pairs, threshold=0.5)
-    >>> output.logits.shape, output.rows["ffn"].tolist()  # 3 tokens have 2 experts each
+    >>> output.logits.shape, output.rows["ffn"].tolist()  # 2 steps, with 2 experts for each of 3 tokens
     ((1, 7), [6, 6, 0, 0, 0, 0])
     """
     return params(batch, key, threshold=threshold, stop_early=key is None)
@@ -90,7 +90,7 @@ def loss(
       mean cross-entropy + sum over routers of `mi_weight` * (H(e|x) - H(e)) + `act_weight` * mean halting step.
 
     `mi_weight` and `act_weight` are fields of the config. H(e|x) - H(e) is the loss `mutual_information` of a router
-    (see `router_stats`). The halting step is the number of the step in which a token halts.
+    (see `router_stats`). The halting step is the number, from 0, of the step in which a token halts.
 
     Args:
       batch: as in `apply`. Pairs of sentences also have `label` [B]; text also has `targets` and `loss_mask` [B,T].

@@ -82,7 +82,7 @@ def halting_step(
     The names are fields of `Halting`; a prime marks the value after the step. With w = `running`, l = `step`, h =
     `hidden`, rest = exp(`log_rest`), and the probabilities g_go_on and g_halt from the gate:
 
-      h' = block(h, state, w);   state' = expected + w h' where w > 0;
+      h' = block(h, state, w, l);   state' = expected + w h' where w > 0, else state;
       p = rest * g_halt(h');   rest' = rest * g_go_on(h');   expected' = expected + p h';
       w' = rest' where rest' >= 1 - threshold, else 0.
 
@@ -163,7 +163,7 @@ def until_halted(
     >>> gate = lambda h: (jnp.full(h.shape[:2], jnp.log(0.5)),) * 2
     >>> block = lambda h, state, w, l: (h + 1, (), (w > 0).sum())
     >>> end = until_halted(block, gate, jnp.zeros((1, 1, 1)), jnp.ones((1, 1), bool), 6, 0.7, stop_early=True)
-    >>> end.rows.tolist(), float(end.state[0, 0, 0]), float(end.depth[0, 0])  # 1/2 halts after 1 block, 1/2 after 2
+    >>> end.rows.tolist(), float(end.state[0, 0, 0]), float(end.depth[0, 0])  # 2 blocks, with weight 1/2 each
     ([1, 1, 0, 0, 0, 0], 1.5, 1.5)
     """
     now = start(x, token_mask, block, L)

@@ -99,10 +99,11 @@ class UniversalStack(nnx.Module):
 class PairClassifier(nnx.Module):
     """A classifier of pairs of sentences.
 
-    The logits of the label are W_2 elu(W_1 [u; v; u * v; |u - v|] + b_1) + b_2, with 4 D hidden units. u and v are the
-    final states of the first tokens of the two sentences. In the built-in data, a sentence is a logic formula, whose
-    first token is its outermost bracket. Other data must begin every sentence with a special token. With stick-breaking
-    attention, which is causal, u and v are the final states of the last tokens.
+    The logits of the label are W_2 elu(W_1 [u; v; u * v; |u - v|] + b_1) + b_2, with 4 D hidden units. u is the final
+    state of one token of the left sentence, and v of one token of the right sentence. With stick-breaking attention,
+    which is causal, this is the last token. With softmax attention, it is the first token. In the built-in data, a
+    sentence is a logic formula, whose first token is its outermost bracket. Other data must begin every sentence with a
+    special token.
     """
 
     def __init__(self, config: SutConfig, key):
