@@ -14,10 +14,10 @@ class AttentionVariant(NamedTuple):
     """A kind of attention that a decoder can use, such as stick-breaking or softmax.
 
     `function`: the function that computes the attention, or its name as "module:name", which is imported when the first
-      model needs it. `function(config, q, k, v, context)` takes q [B,T,N,H], the queries of N heads, and k and v
-      [B,S,K,H], the keys and values of K heads. `context` is a `stickjax.models.attention.Context`: the documents and
-      positions of the tokens. The function returns (out [B,T,N,H], rest [B,T,N]). The attention weights of a query sum
-      to 1 - rest. If they always sum to 1, `rest` may be None.
+      model needs it. `function(config, q, k, v, context)` takes the model config, q [B,T,N,H], the queries of N heads,
+      and k and v [B,S,K,H], the keys and values of K heads. `context` is a `stickjax.models.attention.Context`: the
+      documents and positions of the tokens. The function returns (out [B,T,N,H], rest [B,T,N]). The attention weights
+      of a query sum to 1 - rest. If they always sum to 1, `rest` may be None.
     `rotary`: whether rotary positions are applied to queries and keys before the function is called. H must then be
       even.
     `divides_sequence`: whether the function works if the mesh axis "context" divides every sequence over devices.

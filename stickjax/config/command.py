@@ -168,7 +168,10 @@ def say_error(line: str) -> None:
 
 
 def end_on_interrupt() -> None:
-    """Make Ctrl-C print "interrupted" and end this process. While a `command` runs, Ctrl-C raises KeyboardInterrupt."""
+    """Make Ctrl-C print "interrupted" and end this process at once, without a traceback.
+
+    While a function that `command` wraps is running, Ctrl-C raises KeyboardInterrupt instead.
+    """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # otherwise the signal is ignored, as under nohup
         signal.signal(signal.SIGINT, _end)
 

@@ -205,8 +205,9 @@ class ModelConfig(FamilyConfig):
 
     @classmethod
     def powerlm_3b(cls, **changes) -> "ModelConfig":
-        """Return the config of PowerLM-3B (arXiv 2408.13359). Its published m_width is 8, although D / 256 is 9.
+        """Return the config of PowerLM-3B (arXiv 2408.13359).
 
+        The muP width multiplier m_width is 8, as published, although its usual value, D / 256, is 9.
         `changes` are fields with other values, such as L=2.
         """
         return cls(**dict(_POWER, D=2304, L=40, N=36, K=36, F=9216, m_width=8.0, m_res=0.22) | changes)
@@ -226,8 +227,8 @@ class ModelConfig(FamilyConfig):
     def stickbreaking_3b(cls, **changes) -> "ModelConfig":
         """Return the config of the released 3B stick-breaking language model (arXiv 2410.17980).
 
-        It has no positions, the rest of the stick is not used, and the output projection is not tied to the embedding.
-        `changes` are fields with other values, such as L=2.
+        It has no position encoding. The rest of the stick, the attention weight that no key gets, is not used. The
+        output projection is not tied to the embedding. `changes` are fields with other values, such as L=2.
         """
         return cls(
             **dict(_POWER, V=50304, D=2304, L=40, N=36, K=36, F=9216, m_width=9.0, m_res=0.22)

@@ -72,7 +72,8 @@ class DataConfig:
                 raise ValueError(f"source={self.source!r} names {source!r} twice")
         if self.tokenizer == "byte" and self.eot is not None:
             raise ValueError(
-                f"eot={self.eot!r} needs a tokenizer.json in data.tokenizer; the end of text of 'byte' is fixed"
+                f"eot={self.eot!r} needs a tokenizer.json in data.tokenizer; the tokenizer 'byte' has its own "
+                "end-of-text token"
             )
         if len(self.sources) > 1 and self.heldout_path is not None:
             raise ValueError(f"heldout_path={self.heldout_path!r} needs one source, not source={self.source!r}")

@@ -37,7 +37,10 @@ class FamilyConfig:
 
     @property
     def vocabulary(self) -> int:
-        """The vocabulary size V. If V is None, it is 257: 256 bytes and the end-of-text token."""
+        """The vocabulary size: V, or 257 if V is None, for the byte tokenizer (256 bytes and the end-of-text token).
+
+        A training run first replaces None by the number of ids of its tokenizer (see `with_vocabulary`).
+        """
         return BYTES if self.V is None else self.V
 
     @property

@@ -195,7 +195,7 @@ def checked(name: str, value, kinds: tuple, bounds: dict) -> Any:
 
 
 def _finite(name: str, value) -> float:
-    """Return `value` as a float. Raise ValueError if float32, the type of most parameters, cannot represent it."""
+    """Return `value` as a float. Raise ValueError if it is not finite, or is too large or too small for float32."""
     try:
         number = float(value)
     except OverflowError:

@@ -1,7 +1,7 @@
 """Evaluate a classifier of sentence pairs: its accuracy, and how much computation its halting of tokens saves.
 
 The sentences are formulas of propositional logic, and the accuracy is computed for each number of logical operators.
-`python -m stickjax.evaluate RUN` calls `report` for a model with `model.classes`.
+`python -m stickjax.evaluate RUN` calls `report` if the model is a classifier (`model.classes` > 0).
 """
 
 import time
@@ -30,8 +30,9 @@ def _read(model: PairClassifier, pairs: dict[str, jax.Array], threshold) -> tupl
     """Run the model on B pairs of sentences, until all tokens have halted at the halting threshold `threshold`.
 
     `pairs` has the token ids `left` and `right` [B,T]. Return (the predicted labels [B], the depth of every token of
-    both sentences [2,B,T], the number of (token, choice) pairs that experts computed). The depth of a token is its mean
-    number of blocks. A (token, choice) pair is a token with one of its chosen experts, in one block.
+    both sentences [2,B,T], the number of (token, choice) pairs that experts computed). The depth of a token is the mean
+    number of blocks applied to it, weighted by its halting probabilities. A (token, choice) pair is a token with one of
+    its chosen experts, in one block.
     """
     output = apply(model, pairs, threshold=threshold)
     return output.logits.argmax(-1), output.depth, sum(rows.sum() for rows in output.rows.values())
@@ -49,8 +50,8 @@ def accuracy(
 ) -> Records:
     """Compute the share of held-out pairs that the model labels correctly, for each bucket and halting threshold.
 
-    A bucket contains the pairs of sentences with the same number of logical operators. If the two sentences of a pair
-    differ, the larger number counts. The last bucket also contains all pairs with more operators.
+    A bucket contains the pairs of sentences with the same number of logical operators. The number of a pair is
+    the larger one of its two sentences. The last bucket also contains all pairs with more operators.
 
     Args:
       model: the module with the parameters.
@@ -173,6 +174,7 @@ def report(
     """Compute the accuracy of a classifier at the halting thresholds THRESHOLDS. Return the records of `accuracy`.
 
     If `folder` is given, the records are written into it as accuracy.json, with the pictures halting.png and depth.png.
+    `max_pairs` and `say` are arguments of `accuracy`.
     """
     records = accuracy(model, config, thresholds=THRESHOLDS, max_pairs=max_pairs, say=say)
     if folder is None:
@@ -187,8 +189,8 @@ def report(
 def depths(model: PairClassifier, config: Config, bucket: int) -> list[tuple[list[str], np.ndarray]]:
     """Return (the tokens as text, the depth of each token) for both sentences of one held-out pair.
 
-    The pair has `bucket` logical operators. The depth of a token is its mean number of blocks, at the halting threshold
-    of the config.
+    The pair has `bucket` logical operators. The depth of a token is the mean number of blocks applied to it, weighted
+    by its halting probabilities, at the halting threshold of the config.
     """
     ((batch, _),) = batches_of(config, bucket, 1, 1)
     _, found, _ = jax.device_get(_read(model, batch, jnp.float32(config.model.halting_threshold)))

@@ -71,8 +71,8 @@ def group(records: Records, *keys: str) -> dict[Any, Records]:
 def best_runs(records: Records, *keys: str) -> Records:
     """Return the record with the smallest "loss" for every combination of values of `keys`.
 
-    Records with a loss that is not finite are ignored, because their runs have diverged. A combination whose losses are
-    all not finite is left out.
+    Records with a loss that is not finite are ignored, because their runs have diverged. A combination without a
+    finite loss is left out.
     """
     groups = group([r for r in records if math.isfinite(r["loss"])], *keys)
     return [min(line, key=lambda r: r["loss"]) for line in groups.values()]
@@ -178,9 +178,10 @@ def plot_halting(records: Records, path, groups=((0, 6), (7, 9), (10, 12))) -> N
 
 
 def plot_depth(sentences: list[tuple[list[str], np.ndarray]], path) -> None:
-    """Plot the depth of every token as a bar, with a row per sentence. The depth is the token's mean number of blocks.
+    """Plot the depth of every token as a bar, with a row per sentence.
 
-    `sentences` is a list of (the tokens as text, an array of their depths).
+    `sentences` is a list of (the tokens as text, an array of their depths). The depth of a token is the mean number of
+    blocks applied to it, weighted by its halting probabilities.
     """
     from matplotlib.figure import Figure
 

@@ -129,7 +129,7 @@ def _collective(kind, start, type_, line, count, mesh, per_host) -> Collective:
 def _parts(type_: str) -> list[str]:
     """Split the text of an HLO type, such as "(f32[2,3], s32[])", into the members of the tuple: ["f32[2,3]", "s32[]"].
 
-    Any other type is returned as the only member.
+    A type that is not a tuple is returned as the only member.
     """
     if not type_.startswith("("):
         return [type_]
@@ -181,8 +181,8 @@ def _named_groups(mesh: str, axes: str) -> list[list[int]]:
 
     `mesh` is the text in the square brackets: all mesh axes with their sizes. `axes` is the text in the braces: the
     axes along which the devices of a group differ. Here 'b':(2)4 means that the axis b of size 8 is divided into 2
-    outer times 4 inner parts, and that a group differs only along the 4 inner parts. So there are
-    2 groups of 8 devices.
+    outer times 4 inner parts, and that the devices of a group differ only along the 4 inner parts. So there are 2
+    groups of 8 devices.
     """
     sizes = {name: int(size) for name, size in re.findall(r"'(.*?)'=(\d+)", mesh)}
     chosen = re.findall(r"'(.*?)'(?::\((\d+)\)(\d+))?", axes)

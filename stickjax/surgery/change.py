@@ -107,8 +107,8 @@ def prune(
       threshold: a module is kept if it has at least this share of the (token, choice) pairs of its layer. Each layer
         keeps at least as many modules as a token uses: k, or N / K for attention. One number, or {kind: number}.
       denominator: the columns of the router's softmax, for both kinds. "old": all columns, also of pruned modules. Then
-        a layer returns the same bits as before for a token that uses no pruned module (as in `extend`). "new": only
-        the columns that remain, so the gates grow. With order="topk_softmax" both give the same function.
+        a layer returns the same bits as before for a token that uses no pruned module (for an exception, see `extend`).
+        "new": only the columns that remain, so the gates grow. With order="topk_softmax" both give the same function.
     Raises:
       ValueError: not exactly one of count and threshold is given, the count is too small or too large, the model has no
         modules, `use` has another shape, or denominator="old" after an earlier pruning with "new".
@@ -179,7 +179,8 @@ def _keep(model: Transformer, leaves: dict, kind: Kind, slot, keep, denominator:
 
     The fields are in the `ExpertsConfig` of the kind: "E" is the number of modules for which a layer has room, and
     "pruned" is the number of router columns beyond E. `slot` [L, columns] has the index of each column's module (see
-    `slots`), and `keep` [L, columns] is True for the columns of the modules that remain.
+    `slots`), and `keep` [L, columns] is True for the columns of the modules that remain. With `denominator` "new", the
+    router columns of the pruned modules are removed, too; with "old", the router keeps them.
     """
     E = int(keep.sum(1).max())
     columns = np.argsort(~keep, axis=1, kind="stable")[:, :E]  # indices of the kept columns, in their order

@@ -24,7 +24,8 @@ def batch_gradients(config: Config) -> Callable:
     """Return a function `f(params, batch, key)` that computes (the gradients of the loss, the metrics) of a batch.
 
     The model family of `config` defines the loss. f splits the batch into `train.accumulate` microbatches, and sums
-    their gradients and their metrics. The gradients of frozen parameters are zero.
+    their gradients and their metrics, which are scaled so that the sums are the results for the whole batch. The
+    gradients of frozen parameters are zero.
     """
     loss, accumulate = family_of(config.model).loss, config.train.accumulate
     grad = jax.grad(lambda params, *inputs: loss(stop_frozen_gradients(config, params), *inputs), has_aux=True)

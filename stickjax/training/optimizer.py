@@ -67,10 +67,11 @@ def make_optimizer(config: Config, params) -> Transform:
 
     eta is the learning rate of the schedule, and m_width is the width multiplier of muP, a field of the model config.
     The optimizer is a chain: gradient clipping, Adam, decoupled weight decay (not of norms and biases), multiplication
-    by -eta, and finally multiplication by 1 / m_width for matrices. The last factor also divides the weight decay of
-    the matrices, as in the published models. If `optim.scale_decay` is True (strict muP), this weight decay is
-    multiplied by m_width first. All computations are in float32. A trainable parameter of a smaller type has a float32
-    master in the state, which keeps small updates; `optax.apply_updates` sets the parameter to the rounded master.
+    by -eta, and finally multiplication by 1 / m_width for matrices. The factor 1 / m_width also reduces the weight
+    decay of the matrices, as in the published models. If `optim.scale_decay` is True (strict muP), it does not, because
+    this weight decay is multiplied by m_width first. All computations are in float32. A trainable parameter of a
+    smaller type has a float32 master in the state, which keeps small updates; `optax.apply_updates` sets the parameter
+    to the rounded master.
 
     Args:
       config: the experiment. A step has B * T tokens, unless you call `update` with `tokens=` (see `scale_by_tokens`).

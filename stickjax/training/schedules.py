@@ -40,6 +40,8 @@ def power_by_tokens(
         \eta(n) = \min(\eta_{max}, \beta a n^b), \qquad
         Power(n) = \min(1, n/W) \; \eta(clip(n, W, N - M)) \; f(x), \quad x = clip((n - (N - M)) / M, 0, 1)
 
+    beta is the batch size in sequences of 4096 tokens. The other letters are explained with the arguments.
+
     Args:
       warmup_tokens: W, length of the linear warmup (to eta(W), not to eta_max), in tokens.
       total_tokens: N, length of the run including the warmup, in tokens. None: the learning rate never decays. Any
@@ -108,7 +110,7 @@ def power_schedule(*, tokens_per_step, batch_size=None, warmup_tokens, start_tok
 
     Args:
       tokens_per_step: tokens in one step.
-      batch_size: beta, the batch size in sequences of 4096 tokens; None: tokens_per_step / 4096, for every T.
+      batch_size: beta, the batch size in sequences of 4096 tokens; None: tokens_per_step / 4096.
       warmup_tokens, **law: the arguments of `power_by_tokens`.
       start_tokens: tokens trained before step 0, for a run that continues another run with another batch size.
 

@@ -13,9 +13,9 @@ def stop_requests(progress: Progress) -> Iterator[Callable[[], int]]:
     """Catch requests to stop a training run in a `with` block, and yield a function that returns the first request.
 
     The function returns the number of a signal, or 0 if there is no request. The signals are SIGTERM, SIGINT (Ctrl-C)
-    and SIGHUP, which a lost terminal sends. After nohup, SIGHUP is ignored. The function returns SIGPIPE if the reader
-    of `progress` has closed the output, and SIGHUP if the launcher of this process has ended. A second Ctrl-C raises
-    KeyboardInterrupt at once.
+    and SIGHUP, which a lost terminal sends. After nohup, SIGHUP is ignored. The function returns SIGPIPE if the program
+    that reads the output of `progress` has closed it, and SIGHUP if the launcher of this process has ended. A second
+    Ctrl-C raises KeyboardInterrupt at once.
     """
     asked: list[int] = []
 

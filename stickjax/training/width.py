@@ -52,8 +52,8 @@ def at_width(config: Config, width: int, *, mup: bool, base: float | None = None
       config: the experiment at some width.
       width: the new D.
       mup: True: m_width is width / base. False: m_width is 1.
-      base: the width at which m_width is 1. None: D / m_width of the config, so that with muP width = D does not change
-        the config.
+      base: the width at which m_width is 1. None: D / m_width of the config; then, with muP, a `width` equal to the D
+        of the config leaves the config unchanged.
 
     Raises:
       ValueError: N, K or F would not be a whole number, or the model family has no m_width.
