@@ -119,7 +119,7 @@ def test_quick_experts():
 
 def test_gpu_without_a_gpu(capsys):
     assert cli.main(["--gpu"]) == 1
-    assert capsys.readouterr().err == "error: --gpu needs a GPU that JAX can see; this machine has none\n"
+    assert capsys.readouterr().err == "error: --gpu needs a GPU, but JAX finds no GPU on this machine\n"
 
 
 def test_gpu_check_sees_a_wrong_answer():

@@ -220,7 +220,7 @@ def test_only_one_case_runs_again_and_keeps_the_others(monkeypatch, tmp_path, ca
 @pytest.mark.parametrize("name, hint", [("decode skip", "'decode, skip'"), ("corect", "'correct'"), ("xyz", "one of")])
 def test_only_a_name_that_there_is(name, hint, capsys):
     assert cli.main(["--gpu", "--only", name]) == 2
-    assert f"error: --only {name!r} names nothing here" in (said := capsys.readouterr().err) and hint in said
+    assert f"error: --only {name!r} is an unknown name" in (said := capsys.readouterr().err) and hint in said
 
 
 def test_a_check_that_does_not_pass_is_in_the_table_and_in_the_exit_status(monkeypatch, tmp_path, capsys):
