@@ -138,8 +138,8 @@ def compile_kernel(function: Callable, *shapes, chip: str = "h200") -> list[Mach
         written = sorted(dump.glob("*.sass_ctrl"))
         if len(written) != len(distinct):
             raise RuntimeError(
-                f"Mosaic compiled only {len(written)} of {len(distinct)} kernels, because it compiles a kernel once per "
-                "process; use a new process"
+                f"Mosaic compiled only {len(written)} of {len(distinct)} kernels, because this process has already "
+                "compiled the others; use a new process"
             )
         return [_machine(path) for path in written]
 

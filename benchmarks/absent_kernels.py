@@ -165,9 +165,9 @@ def expert_heads(
 
     per_expert = -(-T * k // E)
     rows, depth = E * -(-per_expert // 128) * 2, 2 * E * -(-per_expert // 64)
-    # A float32 product is computed as several bfloat16 products. The factors `deep` and `wide` count sums that are three
-    # times as long, and gradients of the weights with twice the rows and twice the columns. In fact mosaic_float32.py
-    # computes six products, so the counts of iterations are too low for float32.
+    # A float32 product is computed as several bfloat16 products. The factors `deep` and `wide` count sums that are
+    # three times as long, and gradients of the weights with twice the rows and twice the columns. In fact
+    # mosaic_float32.py computes six products, so the counts of iterations are too low for float32.
     deep, wide = (3, 2) if dtype == jnp.float32 else (1, 1)
     to_slots, back = deep * rows * -(-F // 256) * (D // 64), deep * rows * -(-D // 256) * (F // 64)
     d_weights = [depth * -(-wide * left // 128) * wide * -(-right // 256) for left, right in ((D, F), (F, D))]
