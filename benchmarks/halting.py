@@ -57,7 +57,7 @@ def measured(run: str, seconds: float) -> list[Row]:
     pieces, real = heldout_windows(heldout, data.T, lengths=(1,), max_tokens=TOKENS).pieces(1)
     windows = jnp.asarray(pieces[real.all(1)])
     if not len(windows):
-        raise ValueError(f"no held-out document of {heldout.source} has data.T={data.T} tokens, as the model needs")
+        raise ValueError(f"every held-out document of {heldout.source} is shorter than data.T={data.T} tokens")
     calls = {f"{t:g}": partial(_read, loaded.model, windows, jnp.float32(t)) for t in THRESHOLDS}
     found, times = {t: map(float, call()) for t, call in calls.items()}, interleave(calls, seconds=seconds)
     case = f"F={loaded.config.model.F}, {windows.shape[0]} x {data.T} tokens"

@@ -53,7 +53,7 @@ class Loop:
 
     @property
     def bound(self) -> str:
-        """Return the resource with the most cycles. An iteration takes at least this time, even if nothing ever waits."""
+        """Return the resource with the most cycles. No iteration takes fewer cycles, even if nothing ever waits."""
         return max(self.cycles, key=self.cycles.get)
 
 
