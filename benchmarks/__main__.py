@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     info = report.machine()
     if info["load"][0] > 0.5 * info["cpu_count"]:
         print(
-            f"warning: other programs use this machine (load {info['load'][0]} on {info['cpu_count']} CPUs): "
+            f"warning: other programs use this machine (load average {info['load'][0]} on {info['cpu_count']} CPUs): "
             "the times will be too long and the ratios inexact",
             file=sys.stderr,
         )

@@ -1,14 +1,15 @@
 """python -m benchmarks.absent_gpu [--only NAME] [--json]: compile the Mosaic kernels for an H200, without a GPU.
 
-One table has the registers, the spilled bytes and the shared memory of each kernel. The other table has, for each main
-loop of a kernel, the smallest number of clock cycles that one iteration can take. With --json, the command also writes
-benchmarks/results/h200-static.json. It needs the CUDA wheels: pip install 'stickjax[cuda13]'.
+It prints two tables. The first has the registers, the spilled bytes and the shared memory of each kernel. The second
+has, for each main loop of a kernel, the smallest number of clock cycles that one iteration can take, and from this a
+lower bound of the time in milliseconds. With --json, the command also writes benchmarks/results/h200-static.json. It
+needs the CUDA wheels: pip install 'stickjax[cuda13]'.
 
 The machine code is read from the compiled program, that is, after the linker of the CUDA libraries. This linker ignores
 setmaxnreg, the instruction that gives some warps more registers than others. So each of the 384 threads of a block gets
 168 registers. The figures named `alone` are measured without the linker: ptxas compiles the same PTX alone, and ptxas
-respects setmaxnreg. The lower bounds of the time leave out memory traffic. A decode step is limited by its memory
-traffic, so it takes longer than its bound.
+respects setmaxnreg. The lower bounds leave out memory traffic. A decode step is limited by its memory traffic, so
+it takes longer than its bound.
 """
 
 import argparse
@@ -83,10 +84,11 @@ def _folder(package: str) -> Path:
 
 @contextlib.contextmanager
 def _dumping() -> Iterator[Path]:
-    """Return a context manager that yields a temporary folder. Inside it, Mosaic writes its PTX and logs to the folder.
+    """Return a context manager. In the context, Mosaic writes files about each kernel to the folder that it yields.
 
-    The context sets environment variables, which Mosaic reads at every compilation. It also puts nvdisasm, the
-    disassembler of the triton wheel, where Mosaic finds it.
+    The files are the PTX, the machine code and the logs of the compiler. The context sets environment variables, which
+    Mosaic reads at every compilation. It also puts nvdisasm, the disassembler of the triton wheel, where Mosaic finds
+    it.
     """
     import jax.experimental.mosaic.gpu  # noqa: F401  (the import sets MOSAIC_GPU_CUDA_ROOT, so it must precede ours)
 
@@ -151,10 +153,10 @@ def temporaries(kernel: Kernel) -> int:
 
 
 class Compiled(NamedTuple):
-    """The compiled kernels of one entry of KERNELS or WIDTHS. `tiles` and `scores` are those fields of its `Kernel`."""
+    """The compiled kernels of one call, an entry of KERNELS or WIDTHS in absent_kernels.py."""
 
-    tiles: tuple[int, ...]
-    scores: int
+    tiles: tuple[int, ...]  # the number of iterations of each main loop
+    scores: int  # attention scores per thread and iteration
     machines: list[Machine]
 
 
@@ -165,9 +167,9 @@ def compile_named(name: str) -> Compiled:
 
 
 def compile_all(names: Iterable[str]) -> dict[str, Compiled]:
-    """Compile the entries of KERNELS and WIDTHS with these names, and return the results by name.
+    """Compile the calls with these names in KERNELS or WIDTHS of absent_kernels.py, and return the results by name.
 
-    Each entry is compiled in a new process, because Mosaic compiles a kernel only once per process. Raises
+    Each call is compiled in a new process, because Mosaic compiles a kernel only once per process. Raises
     MissingWheels if jax[cuda13] or triton is not installed.
     """
     names = list(names)
@@ -236,7 +238,7 @@ def milliseconds(cycles_per_tile: float, tiles: int, sms: int = 132, ghz: float 
 
 
 def bound(machines: list[Machine], tiles: tuple[int, ...]) -> float | None:
-    """Return a lower bound of the milliseconds of some kernels: the sum over their main loops, one after the other.
+    """Return a lower bound of the milliseconds of the kernels `machines`: the sum over all their main loops.
 
     `tiles`: the number of iterations of each main loop. If it does not have one number per main loop, return None.
     """

@@ -1,7 +1,7 @@
-"""The calls of kernels that absent_gpu.py compiles. KERNELS maps a name to a function that returns a `Kernel`.
+"""The calls that absent_gpu.py compiles. KERNELS maps the name of a call to a function that returns a `Kernel`.
 
-To add one, write a function that returns a `Kernel` and enter the function in KERNELS. If it needs an import from the
-CUDA wheels, put the import inside the function.
+To add a call, write a function that returns a `Kernel` and enter the function in KERNELS. If it needs an import from
+the CUDA wheels, put the import inside the function.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from pallas_kernels.stick_breaking import mosaic
 
 
 class Kernel(NamedTuple):
-    """A function that runs GPU kernels, to be compiled, and how often the main loops of these kernels run."""
+    """A call to compile: a function that runs GPU kernels, its arguments, and how often the kernels' main loops run."""
 
     function: Callable  # takes arrays of `shapes`; not jitted
     shapes: tuple[jax.ShapeDtypeStruct, ...]
@@ -27,7 +27,7 @@ class Kernel(NamedTuple):
 
 
 def softmax_mosaic() -> Kernel:
-    """Return the causal softmax attention kernel of JAX for Hopper GPUs, for comparison with stick-breaking attention.
+    """Return a call to compile: JAX's own kernel of causal softmax attention for Hopper GPUs, for comparison.
 
     The inputs are float16, because the scratch memory of the kernel always has this type.
     """
@@ -58,12 +58,12 @@ def stick_breaking(
     backward: bool = False,
     **options,
 ) -> Kernel:
-    """Return causal stick-breaking attention, computed in tiles of 64 queries and 64 keys.
+    """Return a call to compile: causal stick-breaking attention, in tiles of 64 queries and 64 keys.
 
     The arrays have B sequences of T tokens, N heads, queries and keys of width H, and values of width `Hv` (None: H).
     `document`: the number of tokens of each packed document, an even number of tiles; None: one document per sequence.
     `backward`: whether to compile also the gradients. `options`: keyword arguments of `stick_breaking_attention`. With
-    `skip_below`, the number of skipped tiles depends on the data, so the iterations are counted as if none is skipped.
+    `skip_below`, the number of skipped tiles depends on the data, so `tiles` is counted as if none is skipped.
     """
     n, copies = (document or T) // 64, B * N * (T // (document or T))
     whole, diagonal = copies * n * (n - 1) // 2, copies * n
@@ -90,7 +90,7 @@ def stick_breaking(
 
 
 def stick_breaking_decode() -> Kernel:
-    """Return attention in a decode step: 8 sequences, each with one query and a cache of 32768 keys and values.
+    """Return a call to compile: attention in a decode step of 8 sequences, each with a cache of 32768 keys and values.
 
     The rows of a tile are the query heads that share a key head.
     """
@@ -114,7 +114,7 @@ def experts(
     bias: bool = False,
     implementation: str = "mosaic",
 ) -> Kernel:
-    """Return the forward and backward pass of `expert_mlp`: T tokens of width D, each with k of E experts of width F.
+    """Return a call to compile: `expert_mlp` and its gradients, for T tokens of width D with k of E experts of width F.
 
     `bias`: whether the experts have biases. The iterations are counted as if all experts got equally many tokens.
     """
@@ -148,7 +148,7 @@ def experts(
 def expert_heads(
     *, T: int, k: int, D: int, F: int, E: int, dtype=jnp.bfloat16, implementation: str = "mosaic"
 ) -> Kernel:
-    """Return the forward and backward pass of the two linear maps of a mixture of attention heads with E experts.
+    """Return a call to compile: the two linear maps of E experts in attention (mixture of heads), and their gradients.
 
     The first map computes, for each of T tokens of width D, k rows of width F: one per (token, choice) pair. The second
     map computes rows of width D from these rows, and sums the k rows of a token, weighted by the gates.
@@ -181,7 +181,7 @@ def expert_heads(
 
 
 def experts_decode(implementation: str = "mosaic") -> Kernel:
-    """Return `expert_mlp` in a decode step of 16 tokens, each with 8 of 40 experts.
+    """Return a call to compile: `expert_mlp` in a decode step of 16 tokens, each with 8 of 40 experts.
 
     A tile has 64 rows of one expert. The iterations are counted as if every expert were chosen and had one tile.
     """

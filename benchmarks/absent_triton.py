@@ -56,7 +56,7 @@ class Usage(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A function that runs Triton kernels, to be compiled, and the GPU to compile it for."""
+    """A call to compile: a function that runs Triton kernels, its arguments, and the GPU to compile for."""
 
     chip: str  # a GPU model, such as "h200"
     function: Callable  # takes arrays of `shapes`; not jitted
@@ -158,7 +158,7 @@ def compile_all(names: Iterable[str]) -> dict[str, list[Usage]]:
     """Compile the entries of CASES with these names, and return the resources of their kernels by name.
 
     Each case is compiled in a new process, because jax-triton compiles a kernel only once per process, and because a
-    process that has run Triton's interpreter cannot compile. Raises MissingWheels if a package is not installed.
+    process that has interpreted Triton kernels cannot compile any. Raises MissingWheels if a package is not installed.
     """
     names = list(names)
     workers = max(1, min(len(names), os.cpu_count() or 1, 4))

@@ -1,4 +1,4 @@
-"""The cost of an op: its floating-point operations, and the least memory traffic. The tables show both as time limits.
+"""The cost of an op: its floating-point operations and its least memory traffic. Both give lower limits of the time.
 
 Letters: batch size B, sequence length T or number of tokens T, N query heads, K key heads, head width H, model width D,
 expert width F, E experts, k experts per token. A multiply-add counts as two operations. The traffic counts every input
@@ -16,7 +16,10 @@ class Cost(NamedTuple):
         return Cost(self.flops + other.flops, self.bytes + other.bytes)
 
     def limits(self, ceilings: "Ceilings") -> dict[str, float]:
-        """Return the milliseconds that the operations alone and the bytes alone take at the speed `ceilings`."""
+        """Return the milliseconds that the operations alone take and that the bytes alone take, by name of the limit.
+
+        `ceilings`: the speed of the machine.
+        """
         return {
             "limit: compute": 1e3 * self.flops / ceilings.flops,
             "limit: bytes": 1e3 * self.bytes / ceilings.bytes,

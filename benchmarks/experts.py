@@ -19,7 +19,7 @@ BACKWARD = 1.3  # the bound of forward+backward is this many times the bound of 
 
 
 def inputs(key, T: int, k: int, D: int, F: int, E: int, dtype=jnp.float32):
-    """Return random inputs of expert networks: (cotangent, x, w_in, w_out, gates), expert indices.
+    """Return random inputs of expert networks, as a pair: (cotangent, x, w_in, w_out, gates) and the expert indices.
 
     Shapes: the cotangent of the output and x are [T,D], w_in [E,D,2F], w_out [E,F,D], gates and expert indices [T,k].
     Each token has k different experts; all experts are equally likely.

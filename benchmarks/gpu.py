@@ -125,10 +125,10 @@ def _time(run: Run, part, shape: dict, *arguments, **settings) -> None:
 
 
 def finished(collected: list[Row]) -> list[Row]:
-    """Return the rows that were measured, with the ratios of their times, and append two rows of summary.
+    """Return the rows `collected` so far, with the ratios of their times, and two more rows as a summary.
 
-    The first of the two says where the attention logits come from. The second counts the checks: passed, failed, left
-    out.
+    The first summary row says where the attention logits come from. The second counts the checks that passed and the
+    rows that were left out, and lists the checks that failed.
     """
     rows = with_ratios(collected, PEERS)
     checks = [row for row in rows if row.part in gpu_stages.STAGES or " checks" in row.part]
@@ -141,7 +141,7 @@ def finished(collected: list[Row]) -> list[Row]:
 
 
 def is_passed_check(row: Row) -> bool:
-    """Return whether the row is a check that passed, of a stage before the timing.
+    """Return whether the row is a passed check of the stages "lower", "correct" and "exit", before the timing.
 
     The printed table leaves these rows out, because there are hundreds of them.
     """

@@ -25,8 +25,8 @@ class Feature:
     Sizes: T queries, S keys (None: T), B batch entries, N query heads, K key heads (None: N), width H of queries and
     keys, width `Hv` of values (None: H).
     `offset`: the position of the first query among the keys; a tuple has one position per batch entry.
-    `segments`, `key_segments`: the lengths of packed documents of the queries (their sum is T) and of the keys (their
-    sum is S). A negative length -n is n tokens of padding.
+    `segments`, `key_segments`: the lengths of packed documents, T queries together and S keys together. A negative
+    length -n is n tokens of padding.
     `shift`: the mean of all logits. None: the logits are distributed as in a trained model.
     `forward_only`: compute no gradients. Needed for decode steps: with gradients the op would use the kernels for long
     queries.

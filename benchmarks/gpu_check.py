@@ -35,7 +35,7 @@ class Errors(NamedTuple):
 
 
 def attended(attention: Callable) -> Callable:
-    """Return a function that calls `attention`, which returns (out, rem), and that returns (out, 1 - rem).
+    """Return a function that returns (out, 1 - rem), from a function `attention` that returns (out, rem).
 
     rem is the part of the stick that remains after all keys. With `skip_below`, it is the part that remains where the
     kernel stopped, for example 2^-24 instead of 2^-90. Then the relative error of rem is large, although so small a
@@ -136,7 +136,7 @@ def _bits(x):
 
 
 def errors(function: Callable, expected, cotangent, arguments, look: Callable = lambda results: results) -> Errors:
-    """Run `function` and return the errors of its outputs and gradients against `expected`.
+    """Run `function` on `arguments` and return the errors of its outputs and gradients against `expected`.
 
     `expected`: the result of `exact` or `exact_forward`. `look` maps (outputs, gradients) to the parts that are
     compared. If gradients are expected, `function` runs once without and once with gradients, and both outputs are

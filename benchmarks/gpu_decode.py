@@ -47,9 +47,10 @@ def steps(function: Callable) -> Callable:
 
 
 def _step(implementation: str, S: int, **settings):
-    """Return a decode step, (query, key, value) -> result of stick_breaking_attention, with all queries at S - 1.
+    """Return the function (query, key, value) -> (out, rem) of a decode step in which all queries are at S - 1.
 
-    The positions of the queries are an array, as in generation, and not one number. `settings`: options of attention.
+    The positions of the queries are an array, as in generation, and not one number. `settings`: further keyword
+    arguments of stick_breaking_attention.
     """
 
     def run(query, key, value):
@@ -62,7 +63,7 @@ def _step(implementation: str, S: int, **settings):
 
 
 def _check(f: Callable, reference: Callable, arrays) -> gpu_check.Errors:
-    """Return the errors of the decode step `f` against `reference`. `f` runs all sequences; the first two are compared.
+    """Run the decode step `f` on all sequences, and return its errors against `reference` on the first two sequences.
 
     The reference copies the keys and values in fp32 for every query head. Copies for all sequences would not fit into
     memory.
@@ -126,9 +127,10 @@ def _time(run: Run, name: str, label: str, f: Callable, query, caches, size: int
 
 
 def _against_lengths(run: Run, shape: dict, label: str, lengths: tuple[int, int]) -> None:
-    """Add a row with the ratio of two times with `skip_below`: at the first (longer) length, over the second length.
+    """Add a row with the ratio of two times with `skip_below`: with a long cache, over the time with a short cache.
 
-    The times are in rows that were recorded before, with the contestant `label`. Without them, no row is added.
+    `lengths`: the two lengths of the cache, the longer one first. The times are in rows that were recorded before, with
+    the contestant `label`. Without these rows, no row is added.
     """
     prefix = "B{B} N{N} K{K} H{H} bf16".format(**shape)
     names = [f"{prefix} S{S}" for S in lengths]

@@ -23,7 +23,7 @@ def _have(*names: str) -> bool:
 
 
 def softmax(q, k, v):
-    """Compute causal softmax attention with cuDNN. Stick-breaking attention shall be as fast as this other function."""
+    """Compute causal softmax attention with cuDNN. Its speed is the goal for stick-breaking attention."""
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
 
 

@@ -30,11 +30,11 @@ def _is_source(path: Path) -> bool:
 
 
 class Record:
-    """The measured rows of a GPU run, which are also kept in a JSON file, so that a later run can continue.
+    """The measured rows of a GPU run. They are also written to a JSON file, so that a later run can continue.
 
-    `path`: the file. `info`: facts about the machine and the code, which are written to the file. `finish`: a function
-    that adds ratios and a summary to the rows before they are written. `fresh`: ignore the rows that are in the file.
-    `rows`: {(part, case, contestant): row}, in the order in which the rows were first added.
+    `path`: the JSON file. `info`: facts about the machine and the code, which are written to the file. `finish`: a
+    function that adds ratios and a summary to the rows before they are written. `fresh`: ignore the rows that are in
+    the file. `rows`: {(part, case, contestant): row}, in the order in which the rows were first added.
     """
 
     def __init__(self, path: Path, info: dict, finish: Callable[[list[Row]], list[Row]], *, fresh: bool = False):

@@ -1,6 +1,7 @@
-"""Measures rows on a GPU until a deadline. A row is the result of one contestant, an implementation, in one case.
+"""Measures the rows of the GPU benchmark until a deadline.
 
-If a contestant raises an error, its row records the error, and the next row is measured.
+A row is the result of one contestant, such as an implementation of an op, in one case, such as a shape. If a contestant
+raises an error, its row records the error, and the next row is measured.
 """
 
 import contextlib
@@ -67,7 +68,7 @@ def to_rotate(function: Callable, case: Case, passes: str, options: dict | None 
 
 @contextlib.contextmanager
 def give_up_after(seconds: float, report: Callable[[], None], leave=os._exit) -> Iterator[None]:
-    """Return a context manager: if its body takes longer than `seconds`, it calls `report` and ends the process.
+    """Return a context manager. If its body takes longer than `seconds`, it calls `report` and ends the process.
 
     Nothing else stops a kernel that waits for ever. `leave`: the function that ends the process.
     """
@@ -121,10 +122,10 @@ class Run:
         return cost.Ceilings(1e12 * row.extra["TFLOP/s"], 1e9 * row.extra["GB/s"])
 
     def row(self, part: str, case: str, contestant: str, make: Callable[[], dict]) -> Row:
-        """Return the row with these names. If it is not in the record, or with `again`, measure it and record it first.
+        """Return the row with these names. If it is not in the record yet, measure it and add it to the record first.
 
         `make()` measures the row and returns the other fields of `Row`. If `make()` raises an error, or the deadline is
-        over, the row records that instead.
+        over, the row records that instead. With `again`, a row that is in the record is measured once more.
         """
         row = self.record.find(part, case, contestant)
         if row is not None and not self.again:
@@ -150,7 +151,7 @@ class Run:
         return row
 
     def _hangs(self, part: str, case: str, contestant: str) -> None:
-        """Record that the row hangs, and print it. The next run then continues after this row."""
+        """Record and print that a row takes too long. The next run then continues after this row."""
         self.failed(part, case, contestant, RuntimeError(f"still running after {HANG_SECONDS} s"))
         print(
             f"error: {part}: {case}, {contestant} is still running after {HANG_SECONDS} s, so this run ends; "

@@ -91,7 +91,7 @@ class Checks:
         return {"runs": runs, "unlike the first": different, "passed": "NO" if different else "yes"}
 
     def _program(self, name: str, implementation: str) -> Future:
-        """Lower the program of a call with an implementation, and let a thread compile it. Return the future result."""
+        """Lower the call `name` with an implementation, and compile it in a thread. Return the future program."""
         key = name, implementation
         if key not in self._compiled:
             call = _call(name)
@@ -110,10 +110,10 @@ def _call(name: str):
 
 
 def _inputs(name: str):
-    """Return the inputs (cotangent, *arrays) of a call, as new arrays that always have the same numbers."""
+    """Return the inputs (cotangent, *arrays) of the call `name`, as new arrays that always have the same numbers."""
     return _call(name).inputs(jax.random.key(0))
 
 
 def _expected(name: str):
-    """Return the (outputs, gradients) of the reference for a call, computed in fp32 and copied to the host."""
+    """Return (outputs, gradients) of the call `name` by the reference, computed in fp32 and copied to the host."""
     return jax.device_get(_call(name).program("reference")(*gpu_check.fp32(_inputs(name))))

@@ -17,8 +17,8 @@ class Stick:
     Sizes: T queries, S keys (None: T), B batch entries, N query heads, K key heads (None: N), width H of queries and
     keys, width `Hv` of values (None: H).
     `offset`: the position of the first query among the keys; a tuple has one position per batch entry.
-    `segments`, `key_segments`: the lengths of packed documents of the queries (their sum is T) and of the keys (their
-    sum is S). A length -n is n tokens of padding. Batch entries 1, 3, ... have the documents in reverse order.
+    `segments`, `key_segments`: the lengths of packed documents, T queries together and S keys together. A negative
+    length -n is n tokens of padding. Batch entries 1, 3, ... have the documents in reverse order.
     """
 
     T: int = 37
@@ -116,7 +116,7 @@ DECODED = "T=1, S=1001", "T=2, S=1001, H=256"
 
 
 def dtype_of(name: str) -> str:
-    """Return the type of the inputs of a case in `KERNEL_CASES`, `ODD` or `KERNEL_EXPERTS`, such as "bfloat16"."""
+    """Return the dtype, such as "bfloat16", of the case with this name in KERNEL_CASES, ODD or KERNEL_EXPERTS."""
     return {"fp16": "float16", "fp32": "float32"}.get(name.split("-")[0], "bfloat16")
 
 

@@ -37,7 +37,7 @@ CLOCK = ("tokens_per_second", "mfu")  # the metrics that depend on the clock
 
 
 class Training:
-    """A new process with the training command. It writes to the run folder `folder / run`."""
+    """A new process that runs the training command with the config in `folder` and the run folder `folder / run`."""
 
     def __init__(self, folder: Path, run: str):
         command = [sys.executable, "-m", "stickjax.train", str(folder / "config.json"), "--run", str(folder / run)]
@@ -67,9 +67,9 @@ class Training:
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """Return the differences of two run folders, one text each: steps with other metrics, arrays of the last state.
+    """Compare two run folders bit for bit. Return a text for each difference; the list is empty if there is none.
 
-    The list is empty if the metrics (except CLOCK) and the states of the training are bitwise equal.
+    The metrics of every step are compared, except CLOCK, and all arrays of the last state of the training.
     """
     logs = [[{k: v for k, v in row.items() if k not in CLOCK} for row in read_metrics(run)] for run in (one, other)]
     found = [f"step {i}: {rows}" for i, rows in enumerate(zip(*logs, strict=False), 1) if rows[0] != rows[1]]

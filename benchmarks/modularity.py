@@ -10,9 +10,9 @@ For each seed, configs/moduleformer_tiny.py is trained on its mixture of two tex
 2. Pruning: the model is trained further on the first source, with a loss that concentrates the tokens on few modules.
    Then half of the modules of each kind are pruned, once those that are used least and once random ones. The result is
    the increase of the held-out loss on that source.
-3. Forgetting: the model is trained further on a third source. Once new modules are added and only they are trained, and
-   once the whole model is trained. The result is the increase of the held-out loss on the first two sources.
-Every training after the first has a third of its steps. Losses are held-out bits per token.
+3. Forgetting: the model is trained further on a third source, in two ways: by new modules, which alone are trained, and
+   by training the whole model. The result is the increase of the held-out loss on the first two sources.
+Every training after the first has a third of the steps of the first. Losses are held-out bits per token.
 """
 
 import json
@@ -50,10 +50,11 @@ def loss(model, config: Config, source: str) -> float:
 
 
 def follow(run: str, config: Config, steps: list[int]) -> list[dict]:
-    """Return the mutual information of module and source at some checkpoints of a run: [{"step": 0, "ffn": bits, ..}].
+    """Return how much the module of a token tells about its source, at some steps of a run: mutual information in bits.
 
-    `run`: the run folder. `config`: its config, which names the sources. `steps`: the steps of the checkpoints; step 0
-    is the model before the training. There is one number for each kind of module, a mean over the layers.
+    `run`: the run folder. `config`: its config, which names the sources. `steps`: steps with a checkpoint, or 0 for the
+    model before the training. The result has one dictionary per step, {"step": .., "attention": bits, "ffn": bits},
+    with the means over the layers.
     """
     sources = {name: config.replace({"data.source": name}).data for name in config.data.sources}
     found = []
@@ -84,9 +85,9 @@ def trained(loaded: Loaded, config: Config, changes: dict, folder: Path, name: s
 
 
 def pruned(model, config: Config, source: str, rng: np.random.Generator | None):
-    """Return the model with half of its modules of each kind, "attention" and "ffn". The other half is pruned.
+    """Prune half of the modules of each kind, attention and feed-forward. Return the smaller model.
 
-    `source`: the text whose tokens use the kept modules most. If `rng` is given, random modules are kept instead.
+    The modules that the tokens of `source` use most are kept. If `rng` is given, random modules are kept instead.
     """
     data = config.replace({"data.source": source}).data
     counts = use(model, batches_of(data, heldout=False, max_tokens=TOKENS))

@@ -50,7 +50,7 @@ class Row:
 
     @classmethod
     def from_dict(cls, row: dict) -> "Row":
-        """Return the row of a dictionary that `to_dict` made."""
+        """Return the row from a dictionary that `to_dict` has returned."""
         return cls(**{name: value for name, value in row.items() if name != "holds"})
 
     def to_dict(self) -> dict:

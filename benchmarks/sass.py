@@ -28,7 +28,7 @@ class Instruction(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """An innermost loop of the machine code. The counts are the instructions of one warp in one iteration."""
+    """A loop in the machine code of a kernel. The counts are the instructions of one warp in one iteration."""
 
     start: int  # address
     instructions: int
@@ -58,7 +58,7 @@ class Loop:
 
 
 def read(listing: str) -> tuple[list[Instruction], dict[str, int]]:
-    """Return the instructions in a listing of nvdisasm, and {label: address} of the targets of its branches."""
+    """Return (the instructions, {label: its address}) of a listing of machine code that nvdisasm printed."""
     instructions, labels, waiting = [], {}, []
     for line in listing.splitlines():
         if label := re.match(r"(\.L\w+):", line):

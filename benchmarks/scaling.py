@@ -52,7 +52,7 @@ def row(name: str, devices: int) -> dict:
 
 
 def markdown(rows: list[dict]) -> str:
-    """Return the dictionaries of `row` as a Markdown table, the table in docs/guides/planning.md."""
+    """Return the results of `row` as the Markdown table in docs/guides/planning.md."""
     lines = [HEAD, ("---",) * len(HEAD)]
     for r in rows:
         sizes = [gib(r["bytes"][key]) for key in ("arguments", "temporaries", "peak")]

@@ -24,8 +24,9 @@ BOUND = 1.10  # the largest allowed ratio of the times of xla and reference at T
 def inputs(key, B: int, T: int, N: int, H: int, dtype=jnp.float32, mean: float = 0.0):
     """Return random (cotangents of (out, rem), query, key, value). The logits have the distribution N(mean, 1).
 
-    The first channel of the queries and keys determines the mean, which must not be positive. With a mean of 0, only a
-    few keys of a query have a weight that matters. With -4, some hundred keys have one, as in trained models.
+    The first channel of the queries and keys determines the mean, which must not be positive. With a mean of 0, a query
+    attends only to the nearest few keys: all other weights are almost zero. With -4 it attends to some hundred keys, as
+    in trained models.
     """
     q, k, v, d_out = jax.random.normal(key, (4, B, T, N, H), jnp.float32)
     d_rem = jax.random.normal(jax.random.fold_in(key, 1), (B, T, N), jnp.float32)

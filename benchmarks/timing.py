@@ -61,13 +61,15 @@ def interleave(
 def rotating(
     function: Callable, sets: Sequence[tuple], *, seconds: float = 1.0, least: int = 5, block=jax.block_until_ready
 ) -> Times:
-    """Measure the time of a call on an asynchronous device, such as a GPU. Return the times of one call.
+    """Measure the time of a call of `function` on an asynchronous device, such as a GPU.
 
-    Each time is a mean over several calls. They are queued together and take some milliseconds; only the last one is
-    waited for. So the launch of a call from Python overlaps with the execution of earlier calls. The calls use `sets`,
-    the sets of arguments, in turn. If all sets together are larger than the cache, no call finds its inputs in the
-    cache. A call that is shorter than its launch (about 20 us) must be repeated inside one compiled function. The
-    measurement takes about `seconds`, and at least `least` times are taken. `block(result)` waits for a result.
+    Each of the returned times is a mean over several calls, which are queued together and take some milliseconds. Only
+    the last of these calls is waited for. So the launch of a call from Python overlaps with the execution of earlier
+    calls. A call that is shorter than its launch (about 20 us) must be repeated inside one compiled function.
+
+    `sets`: sets of arguments, which the calls use in turn. If all sets together are larger than the cache, no call
+    finds its inputs in the cache. `seconds`: how long to measure. `least`: the smallest number of times to return.
+    `block(result)` waits until a result is computed.
     """
 
     def queue(calls: int) -> float:

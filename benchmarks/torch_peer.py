@@ -3,7 +3,8 @@
 python -m benchmarks.torch_peer [--rounds 20]
 
 Prints tokens/s. Needs torch and transformers, but not stickjax. With --serve, the program makes one step for each line
-of standard input and prints the loss. So `benchmarks.train` can let this model and others take turns.
+of standard input and prints the loss. `benchmarks.train` uses `--serve`, so that this model and the JAX models can take
+turns.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """The time of a training step of three models: configs/tiny.py, its softmax variant, and GraniteMoe in torch.
 
 GraniteMoe is the model of Hugging Face with the same sizes. It runs in another process (`torch_peer --serve`), which
-takes turns with this process, because it may need another Python environment. This is the Python in the environment
-variable TORCH_PYTHON, or the Python of this process if it has torch, or `.peers/bin/python`.
+takes turns with this process, because it may need another Python environment. The Python of the other process is the
+one in the environment variable TORCH_PYTHON, or the Python of this process if it has torch, or `.peers/bin/python`.
 """
 
 import contextlib

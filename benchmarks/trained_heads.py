@@ -2,9 +2,9 @@
 
 python -m benchmarks.trained_heads [RUN] [--tokens N] [--out PATH]
 
-RUN is the run folder of a trained model, such as runs/tiny from `make demo`. The file runs/trained_heads.npz is
-written, from which benchmarks/trained_logits.py takes the queries and keys. The command also prints which share of the
-attention tiles is computed with `skip_below`.
+RUN is the run folder of a trained model, such as runs/tiny from `make demo`. The command writes the
+file runs/trained_heads.npz, which benchmarks/trained_logits.py reads. It also prints which share of the attention tiles
+is computed with `skip_below`.
 """
 
 import sys
@@ -28,7 +28,7 @@ from .trained_logits import SAVED, SKIP, Heads
 def of_model(model, tokens) -> Heads:
     """Return the queries and keys of all heads of all layers of a stick-breaking model, computed on `tokens` [P].
 
-    The tokens are one document. Raises ValueError if the model has another attention, or experts in its attention.
+    The tokens are read as one document. Raises ValueError if the model has another attention, or attention experts.
     """
     c = model.config
     if c.attention != "stick_breaking":

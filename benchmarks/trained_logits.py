@@ -43,14 +43,14 @@ def saved() -> Heads | None:
 
 
 def source() -> str:
-    """Return a text for the tables: whether the logits of the benchmarks are those of a trained model or random."""
+    """Return a text for the tables that says whether the logits are those of a trained model or random."""
     if (heads := saved()) is None:
         return "drawn, fitted to a trained model's"
     return "a trained model's, {} heads on {} tokens".format(*heads.key.shape)
 
 
 def means(N: int) -> np.ndarray:
-    """Return the mean logit [N] of each of N random heads.
+    """Return the mean logits [N] of N random heads.
 
     A head with a lower mean attends farther. The means are in random order, as in a trained model.
     """
