@@ -18,10 +18,10 @@ from pallas_kernels.stick_breaking import mosaic
 class Kernel(NamedTuple):
     """A call to compile: a function that runs GPU kernels, its arguments, and how often the kernels' main loops run."""
 
-    function: Callable  # takes arrays of `shapes`; not jitted
+    function: Callable  # a function of arrays with the shapes `shapes`; not jitted
     shapes: tuple[jax.ShapeDtypeStruct, ...]
-    # One number per main loop: its iterations, summed over all warpgroups. Kernels are ordered by name, the loops of a
-    # kernel by their place in the code.
+    # The number of iterations of each main loop, summed over all warpgroups. The kernels are in the order of their names,
+    # and the loops of a kernel in the order of its code.
     tiles: tuple[int, ...]
     scores: int = 32  # attention scores per thread and iteration of a main loop; 32 for a tile of 64 x 64
 
@@ -131,7 +131,7 @@ def experts(
     shapes = (T, D), (E, D, 2 * F), (E, F, D), (T, k), (T, k), (T, D)
     D, F = (-(-n // 64) * 64 for n in (D, F))
     per_expert = -(-T * k // E)
-    rows = E * -(-per_expert // 128) * 2  # tiles of 64
+    rows = E * -(-per_expert // 128) * 2  # the number of tiles of 64 rows
     up, d_hidden = (rows * -(-F // 128) * (D // 64),) * 2
     down, d_x = rows * -(-D // 256) * (F // 64), rows * -(-D // 256) * 2 * (F // 64)
     depth = 2 * E * -(-per_expert // 64)

@@ -45,7 +45,7 @@ class Usage(NamedTuple):
     """
 
     name: str
-    target: str  # sm_80 and so on
+    target: str  # the GPU architecture, such as "sm_80"
     registers: int
     spill_stores: int
     spill_loads: int
@@ -59,7 +59,7 @@ class Case(NamedTuple):
     """A call to compile: a function that runs Triton kernels, its arguments, and the GPU to compile for."""
 
     chip: str  # a GPU model, such as "h200"
-    function: Callable  # takes arrays of `shapes`; not jitted
+    function: Callable  # a function of arrays with the shapes `shapes`; not jitted
     shapes: tuple[jax.ShapeDtypeStruct, ...]
 
 

@@ -133,7 +133,7 @@ class Call(NamedTuple):
     inputs: Callable  # key -> (cotangent, *arrays)
     bind: Callable  # (*arrays) -> (arguments, options) of the op
     forward_only: bool = False
-    skips: bool = False  # attention with `skip_below`
+    skips: bool = False  # whether the call is attention with `skip_below`
 
     def function(self, implementation: str | None) -> Callable:
         def run(*arrays):

@@ -12,7 +12,7 @@ from .report import Row
 
 HERE = Path(__file__).parent
 MUST_MATCH = ("code", "device", "jax", "quick")  # a run continues an earlier file only if all of these are equal
-LEFT_OUT = "left out"  # the key in `extra` of a row for which no time was left; such a row runs the next time
+LEFT_OUT = "left out"  # key in `extra` of a row that the time limit left out; the next run measures the row
 
 
 @functools.cache

@@ -21,7 +21,7 @@ SPIN = {"SYNCS", "NANOSLEEP", "YIELD"}
 
 class Instruction(NamedTuple):
     address: int
-    op: str  # up to the first dot
+    op: str  # the name of the instruction, up to its first dot
     modifiers: str
     operands: str
 

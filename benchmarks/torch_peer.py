@@ -35,7 +35,7 @@ def stepper(V, D, L, N, K, H, F, E, k, B, T):
     )  # fmt: skip
     config._attn_implementation = "sdpa"
     model = transformers.GraniteMoeForCausalLM(config).float().train()
-    # foreach: one fused call for all parameters, which is faster.
+    # `foreach` updates all parameters in one fused call, which is faster.
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, foreach=True)
     tokens = torch.randint(0, V, (B, T))
 
