@@ -20,8 +20,8 @@ class Kernel(NamedTuple):
 
     function: Callable  # a function of arrays with the shapes `shapes`; not jitted
     shapes: tuple[jax.ShapeDtypeStruct, ...]
-    # The number of iterations of each main loop, summed over all warpgroups. The kernels are in the order of their names,
-    # and the loops of a kernel in the order of its code.
+    # The number of iterations of each main loop, summed over all warpgroups. The kernels are in the order of their
+    # names, and the loops of a kernel in the order of its code.
     tiles: tuple[int, ...]
     scores: int = 32  # attention scores per thread and iteration of a main loop; 32 for a tile of 64 x 64
 
