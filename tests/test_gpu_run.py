@@ -68,12 +68,12 @@ def test_a_row_without_time_runs_the_next_time(record):
 def test_rows_of_something_else_are_not_taken(name, value, record, tmp_path, capsys):
     record().add(report.Row("p", "a", "x", 1.0))
     other = gpu_record.Record(tmp_path / "rows.json", INFO | {name: value}, list)
-    assert not other.rows and f"is of other {name}: this run starts over" in capsys.readouterr().err
+    assert not other.rows and f"was measured with different {name}: this run starts over" in capsys.readouterr().err
 
 
 def test_a_file_that_is_no_record_stays(record, tmp_path):
     (tmp_path / "rows.json").write_text("{")
-    with pytest.raises(ValueError, match="rows.json is no JSON .*; --fresh starts over"):
+    with pytest.raises(ValueError, match="rows.json is not valid JSON .*; use --fresh to start over"):
         record()
     assert (tmp_path / "rows.json").read_text() == "{"
 
@@ -194,7 +194,7 @@ gpu_stages.Checks._correct = slow
     second = command(tmp_path)
     out, said = second.communicate()
     assert second.returncode == 0, said
-    assert "3 rows are in rows.json and do not run again" in said
+    assert "3 rows in rows.json are not measured again" in said
     assert rows_begun(said)[:2] == ["correct: decode, skip, xla", "exit: decode, skip, xla"]
     assert all(row.startswith("speed") for row in rows_begun(said)[2:])
     after = saved(tmp_path / "rows.json")
@@ -220,7 +220,7 @@ def test_only_one_case_runs_again_and_keeps_the_others(monkeypatch, tmp_path, ca
 @pytest.mark.parametrize("name, hint", [("decode skip", "'decode, skip'"), ("corect", "'correct'"), ("xyz", "one of")])
 def test_only_a_name_that_there_is(name, hint, capsys):
     assert cli.main(["--gpu", "--only", name]) == 2
-    assert f"error: --only {name!r} names nothing here" in (said := capsys.readouterr().err) and hint in said
+    assert f"error: --only {name!r} is an unknown name" in (said := capsys.readouterr().err) and hint in said
 
 
 def test_a_check_that_does_not_pass_is_in_the_table_and_in_the_exit_status(monkeypatch, tmp_path, capsys):
