@@ -1,4 +1,8 @@
-"""The Triton kernels, compiled for absent GPUs: they fit, blocks share nothing, and few registers are spilled."""
+"""The Triton kernels, compiled for GPUs that are not present.
+
+They fit into shared memory, their thread blocks share nothing, and no thread spills more registers than recorded
+before.
+"""
 
 import importlib.util
 import io

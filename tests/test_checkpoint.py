@@ -1,4 +1,7 @@
-"""Checkpoints are exact, atomic and verified: a damaged byte in any file is detected or changes nothing."""
+"""Checkpoints are exact, atomic and verified.
+
+A damaged byte in any file of a checkpoint is detected, or it changes nothing in the restored state.
+"""
 
 import doctest
 import errno
@@ -275,7 +278,10 @@ def test_none_intact_is_an_error_that_deletes_nothing(tmp_path):
 
 
 def changed_on_the_way(monkeypatch):
-    """Let the writer change an array, so that the files are intact but do not contain the caller's arrays."""
+    """Make the writer of checkpoints add 1 to the parameter `b` before it writes.
+
+    The files are then intact, but they do not contain the arrays that the caller saved.
+    """
     save_async = stickjax.storage.checkpoints.v1.save_async
     change = lambda folder, arrays: save_async(folder, arrays | {"params/b": arrays["params/b"] + 1})  # noqa: E731
     monkeypatch.setattr(stickjax.storage.checkpoints.v1, "save_async", change)

@@ -1,4 +1,4 @@
-"""A full disk gives one error line that names the path, and no file is left incomplete."""
+"""If the disk is full, a command prints one error line with the path, and leaves no incomplete file."""
 
 import errno
 import os
@@ -24,7 +24,10 @@ from stickjax.training.metrics import MetricsLog, read_metrics
 
 @pytest.fixture
 def limit():
-    """`limit(n)`: no file may be larger than n bytes, as if the disk were full."""
+    """A function of n that forbids this process to write a file of more than n bytes, as if the disk were full.
+
+    The limit ends with the test.
+    """
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     seconds = jax.config.jax_persistent_cache_min_compile_time_secs
     # The compilation cache writes files too. Once it is in use, JAX ignores the option that disables it.

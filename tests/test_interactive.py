@@ -1,4 +1,4 @@
-"""The Python API of a notebook: fit, interrupt, fit again, look at the metrics, load, generate, evaluate."""
+"""Use of the Python API in a notebook: fit, interrupt, fit again, read the metrics, load, generate, evaluate."""
 
 import inspect
 import io
@@ -39,7 +39,7 @@ def whole(tmp_path_factory):
 
 @pytest.fixture
 def displays(monkeypatch):
-    """A fake IPython that records displays: [(name of the display, whether it is new, its content)]."""
+    """A list to which a fake IPython adds every display as (number of the display, is it new, its content)."""
     shown = []
 
     class Handle:
@@ -68,7 +68,10 @@ def displays(monkeypatch):
 
 
 def at_step(monkeypatch, step, action):
-    """Call the action when the training reports this step; a request to stop takes effect at the next step."""
+    """Call `action` when the training reports step `step`.
+
+    If the action requests a stop, the training ends one step later.
+    """
     report = loop.Run.report
 
     def watched(self, row):
@@ -97,7 +100,7 @@ stickjax.fit(config).finished
 
 
 def test_a_notebook(displays, tmp_path, monkeypatch, capsys):
-    """The cells of a notebook, each with the value of its last line as the notebook shows it."""
+    """The cells of a typical notebook run, and each displays the right result, progress bar and plot."""
     monkeypatch.chdir(tmp_path)
     names, values = {"config": CONFIG}, []
     for cell in CELLS.split("---\n"):
