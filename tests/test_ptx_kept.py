@@ -1,4 +1,7 @@
-"""The kernels that are kept as PTX: the machine executes them, and they equal the current kernels."""
+"""The kernels whose PTX is stored in tests/ptx/kept.
+
+The PTX machine computes correct results with them, and compiling the current kernels gives the same PTX.
+"""
 
 import importlib.util
 

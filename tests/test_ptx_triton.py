@@ -1,4 +1,4 @@
-"""Compiled Triton kernels: how they are launched, and what the PTX machine computes when it runs them."""
+"""Compiled Triton kernels in the PTX machine: how they are launched, and that they compute correct results."""
 
 import jax.numpy as jnp
 import numpy as np
