@@ -1,4 +1,4 @@
-"""Compile a Mosaic GPU kernel with JAX's CUDA plugin, to get its PTX and the way it is launched; needs no GPU."""
+"""Compile a Mosaic GPU kernel with JAX's CUDA plugin, and return its PTX and the way it is launched. Needs no GPU."""
 
 import contextlib
 import functools
@@ -21,7 +21,10 @@ from .program import Program
 
 
 def compile_kernel(module) -> Program:
-    """Compile an MLIR module of Mosaic GPU for a Hopper GPU. Raises MissingWheels without jax[cuda13]."""
+    """Compile an MLIR module of Mosaic GPU for a Hopper GPU; return its Program.
+
+    Raises MissingWheels if jax[cuda13] is not installed.
+    """
     from jax._src.lib.mlir import ir
     from jax.experimental.mosaic.gpu import core
 
@@ -56,9 +59,9 @@ def _compile(module: bytes) -> Program:
 
 @contextlib.contextmanager
 def _printed() -> Iterator[Callable[[], str]]:
-    """Yield a function that returns what the compiler has printed in this context.
+    """Yield a function that returns the text which the compiler has printed inside this context.
 
-    For a kernel, the compiler prints its PTX and then the LLVM code that launches it.
+    For a kernel, the compiler prints its PTX, and then the LLVM code of the host function that launches it.
     """
     import jax.experimental.mosaic.gpu  # noqa: F401  (sets MOSAIC_GPU_CUDA_ROOT)
 
