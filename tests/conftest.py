@@ -75,7 +75,7 @@ def wait_for_step(run, step, process) -> None:
 
 @pytest.fixture(scope="session")
 def bpe(tmp_path_factory):
-    """The path of a tokenizer.json with a small byte-level BPE tokenizer of at most 300 tokens."""
+    """Return the path of a tokenizer.json with a small byte-level BPE tokenizer of at most 300 tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -120,10 +120,12 @@ def pytest_collection_modifyitems(items):
 def programs(request):
     """Compile most test files without optimisation, and drop the compiled programs after each file.
 
-    Without optimisation most files take half the time; the files in OPTIMISED keep it. The programs are dropped because
-    each of them maps memory. Linux allows a process 65,530 mappings, which is too few for the programs of all files. If
+    Without optimisation most files take half the time. The files in OPTIMISED are compiled with optimisation. If
     JAX_DISABLE_MOST_OPTIMIZATIONS is set in the environment, its value decides for all files; `make test-oldest` sets
     it.
+
+    The programs are dropped because each of them maps memory. Linux allows a process 65,530 mappings, which is too few
+    for the programs of all files.
     """
     name = "JAX_DISABLE_MOST_OPTIMIZATIONS"
     quick = name not in os.environ and request.path.stem not in OPTIMISED
@@ -141,8 +143,8 @@ def programs(request):
 def without_check(new, monkeypatch):
     """Return `new` (`loop._new`, which makes the initial state) without its check that its program fits into memory.
 
-    The check of the training step stays. Tests use this to replace `check_program` by a function that does something
-    once, namely when the step is checked.
+    The check of the training step stays. So a test can replace `check_program` by a function that sends a signal, for
+    example, and the signal is sent once.
     """
 
     def call(*arguments):

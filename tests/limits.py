@@ -27,7 +27,8 @@ def inputs(dtype):
     """Return (query, key, value), segment_ids, and the cotangents of (out, rem, log_rem), for arrays of type `dtype`.
 
     query, key, value and the cotangent of out are [B,T,1,H], the other cotangents [B,T,1], and segment_ids is [B,T].
-    NAMES has one name for each of the B batch entries: its logits are those of LOGITS, or its padding is huge.
+    Batch entry i is the case NAMES[i]. Its logits are those of LOGITS; in the last entry, keys and values at padding
+    are huge.
     """
     rng, B = np.random.default_rng(0), len(NAMES)
     q, k, v, d_out = rng.standard_normal((4, B, T, 1, H))
@@ -89,9 +90,10 @@ def results(dtype, **options) -> dict:
 
 
 def errors(values: dict, dtype) -> dict[str, float]:
-    """Return the relative L2 error of every output and gradient in every batch entry, by a name of both.
+    """Return the relative L2 error of every output and gradient in every batch entry.
 
-    `values` are the results of an implementation for `inputs(dtype)`. The error is infinite if a value is not finite.
+    The keys of the dict name the array and the batch entry. `values` are the results of an implementation for
+    `inputs(dtype)`. The error is infinite if a value is not finite.
     """
     found = {}
     for name, want in expected(*inputs(dtype)).items():

@@ -1,7 +1,7 @@
 """The Triton kernels, compiled for GPUs that are not present.
 
-They fit into shared memory, their thread blocks share nothing, and no thread spills more registers than recorded
-before.
+They fit into shared memory, have no instructions by which thread blocks communicate, and spill no more registers than
+recorded before.
 """
 
 import importlib.util

@@ -73,9 +73,9 @@ class Traced:
 
 @pytest.fixture(scope="module")
 def traced():
-    """A dict from the name of a kernel to its traces, one `Traced` for each time it was traced.
+    """Return a dict from the name of a kernel to its traces, one `Traced` for each time it was traced.
 
-    Replacements of Pallas' functions record the barriers.
+    During the tracing, replacements of Pallas' functions record the barriers.
     """
     found: dict[str, list[Traced]] = {}
     running: list[Traced] = []

@@ -1,8 +1,8 @@
 """Every kernel that dispatch chooses for a call on a GPU can be lowered for that GPU, which need not be present.
 
 The calls are those of the GPU benchmark, and random ones. If a kernel does not support a call, dispatch refuses it with
-a message that names implementations which do; the lowering itself never fails. Further calls of the Mosaic kernels are
-tested in test_lowering.py.
+a message that names the implementations that do; the lowering itself never fails. test_lowering.py tests further calls
+of the Mosaic kernels.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ def absent(kind: str):
 
 
 def documents(rng, size: int) -> tuple[int, ...]:
-    """Return random lengths of documents whose absolute values add up to `size`; a negative length is padding."""
+    """Return random lengths of documents; a negative length is padding. The absolute values add up to `size`."""
     cuts = np.unique(rng.integers(1, size, 3)) if size > 1 else []
     lengths = np.diff([0, *cuts, size])
     return tuple(int(n) for n in np.where(rng.random(len(lengths)) < 0.2, -lengths, lengths))

@@ -90,7 +90,7 @@ def test_words_that_a_person_tries_are_answered(word, meant, capsys):
 
 
 def test_values_follow_their_field_wherever_they_stand(capsys):
-    """The word after an option such as `--model.D` is its value, before or after the name of the config.
+    """The word after an option such as `--model.D` is its value, whether the config's name comes before or after it.
 
     In `--model.D 64 tiny`, 64 is the value of D and `tiny` is the config.
     """

@@ -147,7 +147,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, capsys, monkeypatch):
 
 @pytest.fixture
 def words(tmp_path):
-    """The path of a tokenizer.json with three words."""
+    """Return the path of a tokenizer.json with three words."""
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
     tokenizer = Tokenizer(models.WordLevel({"<|endoftext|>": 0, "a": 1, "b": 2}, unk_token="a"))

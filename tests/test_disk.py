@@ -24,7 +24,7 @@ from stickjax.training.metrics import MetricsLog, read_metrics
 
 @pytest.fixture
 def limit():
-    """A function of n that forbids this process to write a file of more than n bytes, as if the disk were full.
+    """Return a function of n that forbids this process to write a file of more than n bytes, as if the disk were full.
 
     The limit ends with the test.
     """

@@ -14,7 +14,7 @@ X = jax.ShapeDtypeStruct((2, 40, 4, 8), jnp.float32)
 
 @pytest.fixture
 def op():
-    """A test op of one number with three implementations.
+    """Yield a test op of one number that has three implementations.
 
     mosaic supports even numbers, xla supports positive numbers, and reference supports every number.
     """

@@ -91,7 +91,7 @@ def test_python_names_exist():
         try:
             pkgutil.resolve_name(name)
         except (AttributeError, ImportError):
-            pytest.fail(f"{name} does not exist")
+            pytest.fail(f"the Python name {name} on a page does not exist")
 
 
 def texts_of_the_code() -> list[str]:
@@ -113,7 +113,7 @@ def texts_of_the_code() -> list[str]:
 
 
 def test_the_errors_of_the_page_are_in_the_code():
-    """Every error message in docs/reference/errors.md can be raised by the code.
+    """Every error message in docs/reference/errors.md stands in a string of the code.
 
     In a message, "…" stands for any text. One string of the code must contain the words between them, in the same
     order.
@@ -121,7 +121,7 @@ def test_the_errors_of_the_page_are_in_the_code():
     page = (ROOT / "docs" / "reference" / "errors.md").read_text()
     messages, texts = re.findall(r"^```none\n(.*?)\n```$", page, re.DOTALL | re.MULTILINE), texts_of_the_code()
     assert len(messages) == len(set(messages)) >= 30
-    assert all(len(re.findall(r"\w{2,}", message)) >= 2 for message in messages), "one has too few words to find it"
+    assert all(len(re.findall(r"\w{2,}", message)) >= 2 for message in messages), "a message needs two words"
     patterns = {message: ".*".join(re.escape(part.strip()) for part in message.split("…")) for message in messages}
     missing = [message for message in messages if not any(re.search(patterns[message], text) for text in texts)]
-    assert not missing, f"no code says {missing}"
+    assert not missing, f"docs/reference/errors.md has messages that are not in the code: {missing}"

@@ -27,7 +27,7 @@ CONFIG = Config(
 
 @pytest.fixture
 def words(tmp_path):
-    """The command-line arguments that train CONFIG in the run folder `run`."""
+    """Return the command-line arguments that train CONFIG in the run folder `run`."""
     (tmp_path / "config.json").write_text(CONFIG.to_json())
     return [str(tmp_path / "config.json"), "--run", str(tmp_path / "run")]
 
@@ -39,7 +39,7 @@ def uninterrupted(tmp_path_factory):
 
 @pytest.fixture
 def at_step(monkeypatch):
-    """A function (step, action) that calls `action` when the training prints this step.
+    """Return a function (step, action) that makes the training call `action` when it prints this step.
 
     If the action requests a stop, the training ends one step later.
     """
@@ -58,7 +58,7 @@ def at_step(monkeypatch):
 
 @pytest.fixture
 def in_a_terminal():
-    """Set SIGHUP to its default, as in a terminal; the old handler returns after the test.
+    """Set SIGHUP to its default during the test, as in a terminal.
 
     Under nohup, the tests would inherit a SIGHUP that is ignored.
     """

@@ -30,7 +30,7 @@ EOT = 256
 def corpus_of(*lengths: int) -> Corpus:
     """Return a corpus with one document for each length, which includes the end-of-text token.
 
-    Every other token of document i is the byte i % 256.
+    All other tokens of document i are the byte i % 256.
     """
     tokens = np.concatenate([np.append(np.full(n - 1, i % 256), EOT) for i, n in enumerate(lengths)])
     return Corpus(tokens.astype(np.uint16), ByteTokenizer(), "memory", len(lengths), int(sum(lengths)), "0" * 16)
@@ -118,7 +118,7 @@ def test_bad_windows():
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A folder with three runs on documents of 9 to 40 bytes.
+    """Return a folder with three runs on documents of 9 to 40 bytes.
 
     `x/run` and `y/run` have the same name and T=8; `half` has T=4.
     """
@@ -154,7 +154,7 @@ def test_short_documents_of_several_runs(runs, capsys, monkeypatch, caplog):
     assert [row[0] for row in rows] == ["x/run", "y/run", "half"] and "curves: x/run/length.png" in said.out
     for row, (name, of) in zip(rows, records.items(), strict=True):
         T = 4 if name == "half" else 8
-        assert [r["context"] for r in of] == [T * m for m in (1, 2, 4, 8) if T * m <= 40], "no other length"
+        assert [r["context"] for r in of] == [T * m for m in (1, 2, 4, 8) if T * m <= 40], "there are other contexts"
         # Only one run reaches 8 times its T, so its context is in the heading instead of the cell.
         cells = [f"{r['bits_per_byte']:.3f}" + ("" if r["multiple"] == 8 else f" ({r['context']})") for r in of]
         assert row[1:] == cells + ["-"] * (4 - len(cells))

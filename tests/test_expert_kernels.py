@@ -34,7 +34,7 @@ def triton():
 
 @pytest.fixture(params=["mosaic", pytest.param("triton", marks=needs_triton)])
 def kernels(request):
-    """The name of an implementation, mosaic or triton, whose kernels run in an interpreter during the test."""
+    """Return the name of an implementation, mosaic or triton, whose kernels run in an interpreter during the test."""
     return request.getfixturevalue(request.param)
 
 
@@ -49,9 +49,9 @@ def test_mlp_is_the_loop_over_experts(name, kernels):
 
 
 def test_float32_is_not_rounded(kernels):
-    """With float32 inputs, the kernels stay within the tolerance of float32.
+    """With float32 inputs, the errors of the kernels are within the tolerance of float32.
 
-    A single matrix product in bfloat16 or tf32 would exceed this tolerance a hundred times.
+    A single matrix product in bfloat16 or tf32 would have an error a hundred times larger.
     """
     check_mlp(Experts(T=30, D=40, F=36, share=0.3, idle=0.5), kernels, dtype="float32")
 

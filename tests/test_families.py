@@ -43,7 +43,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "contributing" / "extending.md"
 
 @pytest.fixture(scope="module", autouse=True)
 def bigram():
-    """Register the example family of docs/contributing/extending.md while the tests of this file run."""
+    """Register the example family of docs/contributing/extending.md during the tests of this file; yield its class."""
     code = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[0]
     names: dict = {"__name__": "extending"}
     exec(compile(code, PAGE, "exec"), names)
@@ -89,7 +89,7 @@ COMMANDS = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A function from the name of a family to a run folder of this family, which is trained at the first call."""
+    """Return a function from the name of a family to a run folder of this family, trained at the first call."""
     folder, made = tmp_path_factory.mktemp("families"), {}
 
     def run(name: str) -> Path:

@@ -173,7 +173,7 @@ class Pickler(pickle.Pickler):
 
 @pytest.fixture
 def torch_save(monkeypatch):
-    """A function like torch.save for a dict of arrays, made without torch.
+    """Return a function like torch.save for a dict of arrays, made without torch.
 
     It works because the pickle contains only the names of torch's classes, which this fixture defines.
     """
@@ -215,7 +215,7 @@ def torch_save(monkeypatch):
 
 @pytest.fixture
 def mlp_gate(tmp_path):
-    """The folder of an original ModuleFormer without its weights, and the weights as a dict of arrays.
+    """Return the folder of an original ModuleFormer without its weights, and the weights as a dict of arrays.
 
     Tests write the weights into the folder as .bin files.
     """

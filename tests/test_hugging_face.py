@@ -25,7 +25,7 @@ each_folder = pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.n
 
 @pytest.fixture(scope="module")
 def loaded():
-    """A function from a test folder to its loaded model; every folder is loaded once.
+    """Return a function from a test folder to its loaded model; every folder is loaded once.
 
     The ops use the reference implementation, which compiles fastest. Other tests compare the other implementations with
     it.

@@ -177,7 +177,7 @@ def test_families_are_asked_through_their_protocol(path):
 def test_examples(path):
     name = module_name(path)
     if name in ELSEWHERE:
-        pytest.skip("its own test runs them")
+        pytest.skip("another test runs the examples of this module")
     result = doctest.testmod(importlib.import_module(name))
     assert result.attempted and not result.failed
 

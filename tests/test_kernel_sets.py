@@ -1,6 +1,6 @@
-"""The Mosaic and Triton kernel sets have every method of the protocol Kernels, with the same arguments.
+"""The Mosaic and Triton kernel sets have every method of their protocol, with the same arguments.
 
-The code that both share calls the kernels through this protocol.
+The code that Mosaic and Triton share calls the kernels through this protocol, `Kernels`.
 """
 
 import inspect

@@ -41,7 +41,10 @@ def interpreted(implementation: str):
 
 @pytest.fixture(params=INTERPRETERS)
 def kernels(request):
-    """The name of an implementation, mosaic or triton, whose kernels are interpreted or executed as PTX in the test."""
+    """Yield the name of an implementation, mosaic or triton.
+
+    During the test, its kernels are interpreted, or compiled and executed as PTX on the CPU.
+    """
     with interpreted(request.param) as name:
         yield name
 
@@ -51,12 +54,15 @@ def attend(kernels: str, case: Stick, **options):
 
 
 def run(kernels: str, case: Stick, dtype: str, *, twice: bool = False, **options) -> dict:
-    """Run one attention call on arrays of type `dtype`; return its outputs and gradients with the names of `expected`.
+    """Run one attention call and return a dict of its outputs and gradients.
 
-    The dict also has `kept`, the share of key tiles that each head computed, and `query`.
+    The keys are out, rem, log_rem, d_query, d_key, d_value, d_scale, `kept` (the share of key tiles that each head has
+    computed) and `query`.
 
     Args:
       kernels: the name of the implementation.
+      case: the sizes and arguments of the call.
+      dtype: the type of query, key and value.
       twice: run the call twice and require bitwise equal results.
       options: more arguments of the call.
     """

@@ -48,13 +48,13 @@ def batches(count=6):
 
 @pytest.fixture(scope="module")
 def published():
-    """A float32 model that the tests fine-tune."""
+    """Return a float32 model that the tests fine-tune."""
     return jax.jit(lambda: init(config("float32").model, jax.random.key(1)))()
 
 
 @pytest.fixture(scope="module")
 def tuned(published):
-    """A dict from float32 and bfloat16 to the state after six fine-tuning steps with parameters of this type."""
+    """Return a dict from float32 and bfloat16 to the state after six fine-tuning steps in this parameter type."""
     found = {}
     for dtype in ("float32", "bfloat16"):
         state = begin(config(dtype), published)
@@ -88,7 +88,7 @@ def test_parameters_are_their_masters_rounded(tuned):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_large_step_is_not_lost_either(dtype):
-    """After a step that shrinks a parameter by orders of magnitude, the parameter is still its rounded master."""
+    """After a step that shrinks a parameter by orders of magnitude, it still equals its master, rounded to its type."""
     params = {"w_in": jnp.array([1.0, -3.0, 1e4, 0.0], dtype)}
     tx = make_optimizer(Config().replace({"optim.schedule": "constant", "optim.peak_lr": 0.9999}), params)
     updates, state = tx.update({"w_in": jnp.array([1.0, -1.0, 1.0, -1.0], dtype)}, tx.init(params), params)

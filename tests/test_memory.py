@@ -36,7 +36,7 @@ GIB = 2**30
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """A function of {path: text} that replaces /proc and /sys/fs/cgroup by a folder with these files.
+    """Return a function of {path: text} that replaces /proc and /sys/fs/cgroup by a folder with these files.
 
     All other memory limits of the process are removed.
     """
@@ -71,7 +71,7 @@ MACHINE, GROUP = "available on this machine", "left by the limit of the control 
                 "cgroup/jobs/memory.current": f"{3 * GIB}\n",
                 "cgroup/jobs/memory.stat": f"anon 5\nactive_file {GIB // 4}\ninactive_file {GIB // 4}\n",
             },
-            Free(2 * GIB + GIB // 2, GROUP),  # 4 - 3 of the group, 1/2 of cached files, 1 of swap
+            Free(2 * GIB + GIB // 2, GROUP),  # GiB: 4 - 3 of the group, 1/2 of cached files, 1 of swap
         ),
         (
             MEMINFO
@@ -159,7 +159,7 @@ def test_a_step_that_does_not_fit_is_one_line(tmp_path, capsys, monkeypatch):
     No run folder is made.
     """
     (tmp_path / "config.json").write_text(CONFIG.to_json())
-    sizes = iter([GIB, GIB, 2000])  # before the state is made, when its program is compiled, when the step is
+    sizes = iter([GIB, GIB, 2000])  # before the state is made, after its program, after the step
     monkeypatch.setattr(memory, "free_memory", lambda mesh: Free(next(sizes), "of a test"))
     assert main([str(tmp_path / "config.json"), "--run", str(tmp_path / "run")]) == 1
     err = capsys.readouterr().err

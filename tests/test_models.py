@@ -50,9 +50,9 @@ def tokens_of(config, B=2, T=13, seed=1):
 
 
 def by_embedding(model, config, segment_ids=None):
-    """Return (a function from `extra` to the logits, zeros in the shape of `extra`), for derivatives by position.
+    """Return the logits as a function of an array `extra`, and zeros in the shape of `extra`.
 
-    `extra` [B, T, D] is added to the embedding at each position.
+    `extra` [B, T, D] is added to the embeddings, so that the logits can be differentiated by each position.
     """
     tokens = tokens_of(config)
 

@@ -193,11 +193,12 @@ def gelu(x, exact):
 
 
 def dense_ffn(ffn, x, alive, denominator):
-    """Return the output of one layer's experts on x [T, D], and the two chosen experts of each token, [T, 2].
+    """Return the output of the first layer's experts on x [T, D], and the two chosen experts of each token, [T, 2].
 
     NumPy computes every expert on all tokens.
 
     Args:
+      ffn: the expert parameters and routers of all layers.
       alive: a bool array [E], false for pruned experts, which are never chosen.
       denominator: the experts in the softmax of the gates: "new" for the experts that remain, "old" for all.
     """
@@ -379,7 +380,7 @@ def test_models_without_modules():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The folder of a trained run, and the path of the run: two steps of a tiny model on two generated tasks."""
+    """Train a tiny model for two steps on two generated tasks; return its folder, and the path of the run in it."""
     folder = tmp_path_factory.mktemp("modules")
     data = DataConfig(source="logic,recall", examples=300, T=24, B=2)
     optim = OptimConfig(schedule="constant", peak_lr=0.01)

@@ -220,7 +220,7 @@ def test_bytes_are_those_of_a_device(compiled):
 
 
 def test_collectives_are_those_of_the_strategy(compiled):
-    """With fsdp, a step gathers each layer once in the forward and once in the backward pass, the embedding once.
+    """With fsdp, a step gathers each layer once forward and once backward, and the embedding once.
 
     The gradients of all parameters are reduce-scattered once.
     """

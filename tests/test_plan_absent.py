@@ -23,14 +23,14 @@ CHANGES = {"mesh.fsdp": 64, "train.accumulate": 4}
 
 @pytest.fixture(scope="module")
 def planned():
-    """The config, the machine of 64 absent H200s, and the compiled step with its counted work."""
+    """Return the config, a machine of 64 absent H200s, and the training step compiled for it."""
     config = load_config("configs/powermoe_3b.py").replace(CHANGES)
     machine = aot.absent_machine(chips.chip("h200"), 64, 8)
     return config, machine, aot.compile_step(config, machine)
 
 
 def test_nothing_is_gathered_beyond_the_strategy(planned):
-    """In every microbatch, fsdp gathers each layer at most once forward and once backward, the embedding once."""
+    """In every microbatch, fsdp gathers each layer at most once forward and once backward, and the embedding once."""
     config, _, step = planned
     gathers = [c for c in step.collectives if c.kind == "all-gather"]
     assert {(c.axes, c.devices) for c in gathers} == {(("fsdp",), 64)}

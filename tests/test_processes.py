@@ -72,7 +72,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def eight(tmp_path_factory):
-    """A run folder after two steps by one process with eight devices."""
+    """Train two steps in one process with eight devices; return the run folder."""
     run = tmp_path_factory.mktemp("eight") / "run"
     fit(SMALL.replace({"train.steps": 2}), str(run), quiet=True)
     return run
@@ -80,7 +80,7 @@ def eight(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(eight, config, tmp_path_factory):
-    """A copy of the run folder `eight`, which two processes have trained to its end.
+    """Train a copy of the run folder `eight` to its end in two processes; return the copy.
 
     The processes find each other by the environment variables of SLURM.
     """

@@ -44,7 +44,7 @@ def write_tokenizer(path: Path, reverse=False) -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A project folder with text, a tokenizer and a run of two steps, trained with relative paths."""
+    """Make a project folder with text and a tokenizer, train a run of two steps in it, and return the folder."""
     folder = tmp_path_factory.mktemp("project")
     (folder / "text").mkdir()
     for i in range(3):
@@ -58,9 +58,9 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def project(trained, tmp_path, monkeypatch):
-    """A copy of the project folder `trained`, which is the current folder during the test.
+    """Return a copy of the project folder `trained`, which is the current folder during the test.
 
-    Its run config does not name the path of the original.
+    The config of its run does not name the path of the original.
     """
     folder = shutil.copytree(trained, tmp_path / "project")
     tree = json.loads((folder / "run/config.json").read_text().replace(str(trained), str(folder)))

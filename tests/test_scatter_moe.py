@@ -42,9 +42,9 @@ ACTIVATIONS = (*POINTWISE, *GATED)
 
 
 def _activate(name, h):
-    """Return act(h) for the activation `name`, and its vjp, a function from d_act(h) to d_h; `h` is [rows, columns].
+    """Return act(h) for the activation `name`, and its vjp: a function from the cotangent of act(h) to that of h.
 
-    A gated activation takes the gate and the value from the two halves of the columns.
+    `h` is [rows, columns]. A gated activation takes the gate and the value from the two halves of the columns.
     """
     f = POINTWISE[GATED.get(name, name)]
 
@@ -60,7 +60,7 @@ def _activate(name, h):
 def loop_linear(x, weight, bias, indices, dy):
     """Return y, dx, d_weight and d_bias of a linear map per expert, for the cotangent `dy` of y.
 
-    Row r uses expert indices[r]: y[r] = x[r] @ weight[e] + bias[e]. A row with another index than 0 to E-1 gives zeros.
+    Row r uses the expert e = indices[r]: y[r] = x[r] @ weight[e] + bias[e]. A row whose index is no expert gives zeros.
     """
     y, dx, d_weight, d_bias = (np.zeros(s) for s in (dy.shape, x.shape, weight.shape, bias.shape))
     for e in range(len(weight)):

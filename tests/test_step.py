@@ -70,7 +70,7 @@ def test_the_loss_masks_the_seams():
 
 @pytest.fixture
 def poison(monkeypatch):
-    """A list with one bool. While it is True, the loss of every new batch is NaN."""
+    """Return a list with one bool. While it is True, the loss of every new batch is NaN."""
     poison, loss_of, shard_batch = [True], Decoder.loss, loop.shard_batch
 
     def poisoned_loss(self, params, batch, key):

@@ -62,8 +62,8 @@ def results(arrays, options, cotangents, scale=None) -> dict:
 def random_cotangents(arrays, skips: bool) -> tuple:
     """Return random cotangents of out, rem and log_rem, in the type of the inputs.
 
-    The type avoids a rounding that would count as an error. If `skips`, the cotangent of log_rem is zero, because early
-    exit leaves another log_rem.
+    This type avoids a rounding that would count as an error. If `skips`, the call uses early exit, and the cotangent of
+    log_rem is zero: early exit stops before log_rem has its final value.
     """
     shape, rng = arrays[0].shape[:3], np.random.default_rng(1)
     shapes = (*shape, arrays[2].shape[-1]), shape, shape

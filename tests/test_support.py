@@ -1,4 +1,4 @@
-"""The table in docs/reference/support.md says what each implementation supports, and agrees with their answers."""
+"""The table in docs/reference/support.md says which calls each implementation supports, and this is true."""
 
 import contextlib
 import re

@@ -76,6 +76,7 @@ def each_step(stack, x, real, threshold):
     """Return the halting states after each of the L steps, stacked along the first axis.
 
     Args:
+      stack: the layers of the model.
       x: the input, [B, T, D].
       real: the token mask, [B, T].
       threshold: a token halts when its probability to have halted exceeds this.
@@ -106,9 +107,9 @@ def test_every_step_is_that_of_the_original_encoder(name):
 
 @pytest.fixture(scope="module")
 def encoder():
-    """The original post-norm encoder, its input x, the token mask, and a dict of jitted functions that run it.
+    """Return the original post-norm encoder, its input x, the token mask, and a dict of jitted functions that run it.
 
-    The keys of the dict say whether the loop stops early, when all tokens have halted. The tokens halt at different
+    The keys of the dict say whether the loop stops as soon as all tokens have halted. The tokens halt at different
     steps.
     """
     stack, x, real, _ = original_encoder("encoder_post_norm")
@@ -196,10 +197,10 @@ def test_neither_padding_nor_halted_tokens_change_others(encoder, halting_soon):
 
 
 def test_mutual_information_is_that_of_all_steps_together(encoder, halting_soon):
-    """The router statistics of all steps together give the mutual information of one distribution.
+    """The router statistics of all steps together give one mutual information, that of the attention's router.
 
-    It is H(e|x) - H(e) over all pairs (token, step), weighted by the probability that the token still runs. The router
-    is that of the attention.
+    It is H(e|x) - H(e) for experts e, over all pairs x = (token, step). Each pair is weighted by the probability that
+    the token still runs.
     """
     stack, x, real, _ = encoder
     router = stack.block.attention.router
@@ -304,7 +305,7 @@ def pair_gradients(model, batch, key):
 
 @pytest.fixture(scope="module")
 def classifier():
-    """A model that classifies pairs of sentences, a batch, and the jitted function of its gradients on one device."""
+    """Return a model that classifies pairs of sentences, a batch, and its jitted gradients on one device."""
     return drawn(init, MODELS["pairs"][0]), pairs(16, 6, jax.random.key(1)), jax.jit(pair_gradients)
 
 

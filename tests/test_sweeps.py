@@ -34,7 +34,8 @@ WIDTHS = [64, 256]
 def network(width, mup, learning_rate):
     """Return (parameters, optimizer, a function from parameters to (loss, activations)) of a small residual network.
 
-    It predicts a permutation of V tokens, and has an embedding, L residual layers and an output matrix.
+    It predicts a permutation of V tokens, and has an embedding, L residual layers and an output matrix. `mup`: whether
+    it is scaled by muP.
     """
     m_width = width / BASE if mup else 1.0
     changes = {"model.m_width": m_width, "optim.schedule": "constant", "optim.peak_lr": learning_rate}

@@ -149,7 +149,10 @@ def lists():
 
 
 def value(text: str) -> int:
-    """Return the value of a ListOps expression, in prefix form or with brackets in pairs, by means of a stack."""
+    """Return the value of a ListOps expression such as "[MAX 2 9 ]", computed with a stack.
+
+    Brackets "(" and ")", which group its parts in pairs, are skipped.
+    """
     stack: list = []
     for symbol in text.split():
         if symbol in "()":

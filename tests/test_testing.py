@@ -23,7 +23,7 @@ scaled.defvjp(lambda x, factor: (2 * x, factor), lambda factor, d: (2 * factor *
 
 
 def op(x, y, *, implementation, power=1, output=lambda a: a, gradient=1.0):
-    """A test op: returns first = (x y)^power and second = 2 x.
+    """Return first = (x y)^power and second = 2 x, as a test op with two implementations.
 
     With implementation="bad", first becomes output(first), and the gradient of second is multiplied by `gradient`.
     """

@@ -90,9 +90,9 @@ def word_level():
 
 @pytest.fixture
 def folder(tmp_path):
-    """A function that saves a tokenizer into a folder and loads it from there.
+    """Return a function that saves a tokenizer into a folder and loads it from there.
 
-    `eot` is the end-of-text token, and `files` are further JSON files of the folder, by name.
+    The function takes the tokenizer, `eot` (the end-of-text token), and the content of further JSON files by name.
     """
 
     def make(tokenizer, eot=None, **files):

@@ -176,7 +176,7 @@ PLAIN = SMALL.replace(
 
 @pytest.fixture(scope="module")
 def stable(tmp_path_factory):
-    """A run of eight steps of 128 tokens, four of them in the warmup and then four at a constant learning rate."""
+    """Train a run of eight steps of 128 tokens, four in the warmup and four at a constant rate; return its folder."""
     run = tmp_path_factory.mktemp("stable") / "run"
     fit(PLAIN.replace({"optim.warmup_tokens": 512}), str(run), quiet=True)
     return run

@@ -121,7 +121,7 @@ def value_and_gradients(f):
 
 
 def like(x, y):
-    """Return x with the sharding of y, if y is on a mesh with Explicit axes."""
+    """Return x with the sharding of y if y is on a mesh with Explicit axes, else x itself."""
     sharding = jax.typeof(y).sharding
     return jax.sharding.reshard(x, sharding) if AxisType.Explicit in (sharding.mesh.axis_types or ()) else x
 
@@ -221,7 +221,7 @@ ROWS_OF_TABLE = [
 
 
 def outcome(op: str, implementation: str, transformation: str) -> str:
-    """Test an op with a transformation; return what the page's table says about it: "yes", "traced" or "no"."""
+    """Test an op with a transformation; return the cell that the page's table must have: "yes", "traced" or "no"."""
     make, arrays, specs = OPS[op]
     transform = functools.partial(TRANSFORMATIONS[transformation], make(implementation))
     try:
@@ -332,9 +332,9 @@ def explicit(*shape):
 
 
 def refusals():
-    """Return {message: call} of calls that must give this error.
+    """Return a dict from an error message to a call that must raise it.
 
-    An array is partitioned along an axis that the op does not support, or two arrays do not fit together.
+    In each call, an array is partitioned along an axis that the op does not support, or two arrays do not fit together.
     """
     divide = functools.partial(put, mesh=explicit(2, 2))
     tokens, weight, slots, gates = normal(4, 8), normal(E, 8, 8), INDICES[:4], normal(4, k)

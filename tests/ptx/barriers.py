@@ -35,7 +35,7 @@ class NamedBarrier:
     def open(self, clocks) -> None:
         """Let all waiting warps continue.
 
-        In the vector clocks, each of them then knows of all accesses that any of them knew of when it arrived.
+        What one of them has done before it arrived is then ordered before what any of them does next.
         """
         for u, warps in self.parties:
             clocks.acquire(list(warps), self.known)
@@ -110,7 +110,8 @@ def named_barrier(decoder, x, match, operands, *, vote=None):
         expected = block.threads if count is None else int(np.max(count(u)))
         if barrier.expected not in (None, expected):
             raise DivergentBarrier(
-                f"barrier {int(numbers[0])} is told of {barrier.expected} threads and of {expected}, not one number"
+                f"barrier {int(numbers[0])} is told of {barrier.expected} threads and of {expected}; "
+                "all its instructions must name the same number"
             )
         barrier.expected = expected
         known = block.clocks.publish(warps)

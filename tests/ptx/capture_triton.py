@@ -107,7 +107,7 @@ def kernels_launched_by(launch: Callable, device: str = "NVIDIA A100") -> Iterat
 
 def _kernel(name, warps, clusters, shared, ptx, _, __, *scratch):
     if clusters != 1 or scratch:
-        raise NotImplementedError(f"{name}: clusters of {clusters} blocks, or {scratch} of scratch memory")
+        raise NotImplementedError(f"{name}: the PTX machine knows no clusters ({clusters}) and no scratch ({scratch})")
     return _Kernel(name, warps, clusters, shared, ptx)
 
 

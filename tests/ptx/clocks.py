@@ -20,10 +20,10 @@ class Clocks:
 
     def __init__(self, warps: int):
         self.warps, groups = warps, -(-warps // 4)
-        self.tensor = warps  # + warpgroup
-        self.bulk = self.tensor + groups  # + warp: copies out of shared memory
+        self.tensor = warps  # plus the number of a warpgroup: its tensor cores
+        self.bulk = self.tensor + groups  # plus the number of a warp: its bulk copies out of shared memory
         self.readers = self.bulk + warps
-        self.copies = self.readers  # + warp: cp.async
+        self.copies = self.readers  # plus the number of a warp: its cp.async copies
         self.mbarriers = self.copies + warps
         self.actors = self.mbarriers + MBARRIERS
         self.seen = np.zeros((warps + 1, self.actors), np.int32)  # the last row: see `joined`

@@ -51,7 +51,7 @@ def read_launch(code: str) -> Launch:
     """
     body = re.search(r"^define void @(?!_mlir_ciface)\w+\(ptr %0, ptr %1\) \{\n(.*?)^\}", code, re.M | re.S)
     if body is None:
-        raise ValueError("the LLVM module has no function of two pointers, such as the host function")
+        raise ValueError("the LLVM module has no host function, which is a function of two pointers")
     host = _Host()
     for line in body[1].splitlines():
         host.execute(line.strip())

@@ -210,7 +210,7 @@ def _number(text: str) -> int | float | None:
     if re.fullmatch(r"-?(?:0x[\da-fA-F]+|\d+)U?", text):
         return int(text.rstrip("U"), 0)
     if re.fullmatch(r"-?\d+\.\d*(?:[eE][+-]?\d+)?", text):
-        raise ValueError(f"an operand is a decimal fraction, which PTX writes as 0f or 0d: {text}")
+        raise ValueError(f"an operand is a decimal fraction, which PTX writes by its bits: {text}")
     return None
 
 
