@@ -327,7 +327,7 @@ def test_a_run_that_cannot_lie_there_is_refused_at_once(tmp_path, monkeypatch):
     for folder, message in ((tmp_path / "[a]/run", "TMPDIR="), (tmp_path.joinpath(*["x" * 200] * 20), "3800 bytes")):
         monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "[b]"))
         with pytest.raises(ValueError, match=message), Checkpoints(folder):
-            raise AssertionError("not reached")
+            raise AssertionError("Checkpoints must raise before this line")
     assert not list(tmp_path.iterdir())
 
 

@@ -121,11 +121,11 @@ def test_two_do_not_write_one_folder_at_once(tmp_path):
         assert names(folder) == ["lock"]
         (folder / "own").write_text("")
         with pytest.raises(ValueError, match="new.tmp is being written by process"), complete_folder(tmp_path / "new"):
-            raise AssertionError("not reached")
+            raise AssertionError("complete_folder must raise before this line")
     assert names(tmp_path) == ["new", "new/own"]
     lock = Lock(tmp_path / "other.tmp")
     with pytest.raises(ValueError, match="other.tmp is being written"), complete_folder(tmp_path / "other"):
-        raise AssertionError("not reached")
+        raise AssertionError("complete_folder must raise before this line")
     lock.release()
 
 

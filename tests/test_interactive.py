@@ -39,7 +39,10 @@ def whole(tmp_path_factory):
 
 @pytest.fixture
 def displays(monkeypatch):
-    """A list to which a fake IPython adds every display as (number of the display, is it new, its content)."""
+    """Return a list to which a fake IPython adds one entry at each display.
+
+    An entry is (number of the display, whether the display is new, its content).
+    """
     shown = []
 
     class Handle:

@@ -250,7 +250,7 @@ def move(decoder, x, match):
     parts = target.parts if target.kind == "vector" else source.parts
     bits = int(kind[1:]) // len(parts)
     if bits < 16:
-        raise UnknownInstruction(f"the PTX machine does not know this instruction: {x.text}")
+        raise UnknownInstruction(f"the PTX machine does not support this instruction: {x.text}")
     part = f"b{bits}"
     if target.kind == "vector":
         read, writes = decoder.read(source, f"b{kind[1:]}"), [decoder.write(p, part) for p in parts]

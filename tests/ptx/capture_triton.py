@@ -107,7 +107,10 @@ def kernels_launched_by(launch: Callable, device: str = "NVIDIA A100") -> Iterat
 
 def _kernel(name, warps, clusters, shared, ptx, _, __, *scratch):
     if clusters != 1 or scratch:
-        raise NotImplementedError(f"{name}: the PTX machine knows no clusters ({clusters}) and no scratch ({scratch})")
+        raise NotImplementedError(
+            f"{name}: the PTX machine supports neither clusters, here of {clusters} blocks, nor scratch memory, here "
+            f"{scratch}"
+        )
     return _Kernel(name, warps, clusters, shared, ptx)
 
 
@@ -118,7 +121,9 @@ def _program(kernel: _Kernel, grid: tuple[int, int, int], zeroed: list[int]) -> 
     each array, which is not 0 if the array must be zero before the launch.
     """
     if any(zeroed):
-        raise NotImplementedError(f"{kernel.name}: the PTX machine does not support outputs that must be zero before")
+        raise NotImplementedError(
+            f"{kernel.name}: the PTX machine does not support outputs that must be zero before the launch"
+        )
     entry = kernel.ptx.split(".entry", 1)[1]
     count = entry[: entry.index(")")].count(".param")
     parameters = (*range(len(zeroed)), *[NULL] * (count - len(zeroed)))

@@ -149,7 +149,8 @@ def _stored(decoder, operand: Operand, kind: str):
 def copy_async(decoder, x, match):
     """Decode a cp.async, an asynchronous copy from global to shared memory, into the function that executes it.
 
-    Each lane copies `size` bytes, the third operand. A fourth operand of 0 makes a lane write zeros instead.
+    The third operand is the number of bytes that each lane copies. If there is a fourth operand and it is 0, the lane
+    writes zeros instead.
     """
     target, source, size, *rest = x.operands
     target, source, size = decoder.pointer(target), decoder.pointer(source), size.value

@@ -99,13 +99,13 @@ class Decoder:
     def _step(self, x: Instruction) -> Step:
         found = _handler(x.op)
         if found is None:
-            raise UnknownInstruction(f"the PTX machine does not know this instruction: {x.text}")
+            raise UnknownInstruction(f"the PTX machine does not support this instruction: {x.text}")
         handler, match = found
         try:
             run = handler(self, x, match)
         except (UnknownInstruction, ValueError, LookupError, AttributeError, TypeError) as error:
-            # The handler knows the opcode, but does not know it with these operands.
-            raise UnknownInstruction(f"the PTX machine does not know this instruction: {x.text} ({error})") from error
+            # The handler supports the opcode, but not these operands.
+            raise UnknownInstruction(f"the PTX machine cannot run this instruction: {x.text} ({error})") from error
         predicate = None if x.predicate is None else self.rows[x.predicate][1]
         base, registers = x.base, _registers(x.operands)
         written = _registers(x.operands[:1]) if base not in _WRITES_NOTHING else frozenset()
@@ -131,7 +131,7 @@ class Decoder:
                 return lambda u: u.special[name].astype(DTYPES[kind])
             value = DTYPES[kind](self.address(operand.text))
             return lambda u: value
-        raise UnknownInstruction(f"the PTX machine does not know this kind of operand here: {operand}")
+        raise UnknownInstruction(f"the PTX machine does not support this kind of operand here: {operand}")
 
     @staticmethod
     def constant(operand: Operand, kind: str):

@@ -46,8 +46,7 @@ class Launch(NamedTuple):
 def read_launch(code: str) -> Launch:
     """Return the launch of a kernel: its grid, its block, its bytes of shared memory and its parameters.
 
-    `code` is the LLVM text that contains the host function. Raises ValueError for code that the interpreter does not
-    know.
+    `code` is the LLVM text that contains the host function. Raises ValueError for unsupported code.
     """
     body = re.search(r"^define void @(?!_mlir_ciface)\w+\(ptr %0, ptr %1\) \{\n(.*?)^\}", code, re.M | re.S)
     if body is None:
@@ -148,7 +147,9 @@ class _Host:
 
     def _launch(self, _, gx, gy, gz, cx, cy, cz, bx, by, bz, shared, early, count, pointers, sizes):
         if (cx, cy, cz, early) != (0, 0, 0, 0):
-            raise ValueError(f"the PTX machine knows no clusters ({cx, cy, cz} blocks) and no early launch ({early})")
+            raise ValueError(
+                f"the PTX machine supports neither clusters, here of {cx, cy, cz} blocks, nor early launches ({early})"
+            )
         parameters = [self._parameter(self.memory[pointers + 8 * i], self.memory[sizes + 4 * i]) for i in range(count)]
         self.launch = Launch((gx, gy, gz), (bx, by, bz), shared, tuple(parameters))
 

@@ -241,7 +241,7 @@ def launch(program: Program, arrays: list[np.ndarray], *, equal_writes: bool = F
       equal_writes: allow warps to write the same value to the same byte of shared memory without an order. Triton's
         warps do this if a tile has fewer rows than they need.
     Raises:
-      UnknownInstruction: the machine does not know an instruction of the program. No instruction has run then.
+      UnknownInstruction: the machine does not support an instruction of the program. No instruction has run then.
       Fault: the program does something whose result is undefined on the chip, or it waits for ever.
     """
     kernel = _parsed(program.ptx)
@@ -256,7 +256,7 @@ def launch(program: Program, arrays: list[np.ndarray], *, equal_writes: bool = F
     variables, size = {}, 0
     for name, (space, alignment, length) in kernel.variables.items():
         if space != "shared":
-            raise UnknownInstruction(f"the PTX machine does not know memory of the kind .{space}: {name}")
+            raise UnknownInstruction(f"the PTX machine does not support memory of the kind .{space}: {name}")
         if length == 0:
             continue
         size = -(-size // alignment) * alignment

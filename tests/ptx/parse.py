@@ -53,7 +53,7 @@ SIZES = {"b8": 1, "u8": 1, "s8": 1, "b16": 2, "u16": 2, "s16": 2, "f16": 2, "bf1
 
 
 def parse(ptx: str) -> Kernel:
-    """Parse PTX text with exactly one kernel; return the kernel. Raises ValueError for PTX that it does not know."""
+    """Parse PTX text with exactly one kernel; return the kernel. Raises ValueError for unsupported PTX."""
     ptx = _LINE_DIRECTIVE.sub("", _COMMENT.sub("", ptx))
     entries = list(re.finditer(r"\.entry\s+([$\w]+)\s*\(", ptx))
     if len(entries) != 1:
@@ -171,7 +171,7 @@ class _Reader:
                 size = 0  # this is how Mosaic declares its dynamic shared memory
             self.variables[name] = space, int(alignment or SIZES[kind]), size
         elif not text.startswith((".pragma", ".loc", ".file")):
-            raise ValueError(f"the PTX machine does not know this declaration: {text}")
+            raise ValueError(f"the PTX machine does not support this declaration: {text}")
 
     def _operand(self, text: str) -> Operand:
         text = text.strip()

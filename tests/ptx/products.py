@@ -70,7 +70,7 @@ def matrix_bytes(descriptor: int, rows: int, depth: int, is_transposed: bool, te
     leading, stride = (descriptor >> 16 & 0x3FFF) << 4, (descriptor >> 32 & 0x3FFF) << 4
     span = {0: 16, 1: 128, 2: 64, 3: 32}[descriptor >> 62]
     if descriptor >> 49 & 7:
-        raise UnknownInstruction(f"the PTX machine knows no matrix descriptor with a base offset: {text}")
+        raise UnknownInstruction(f"the PTX machine supports no matrix descriptor with a base offset: {text}")
     row, k = np.arange(rows)[:, None], np.arange(depth)[None]
     if not is_transposed:
         if span == 16:
@@ -81,7 +81,7 @@ def matrix_bytes(descriptor: int, rows: int, depth: int, is_transposed: bool, te
             addresses = start + row // 8 * stride + row % 8 * span + k * 2
     else:
         if span == 16:
-            raise UnknownInstruction(f"the PTX machine knows no transposed operand without a swizzle: {text}")
+            raise UnknownInstruction(f"the PTX machine supports no transposed operand without a swizzle: {text}")
         across = span // 2
         addresses = start + row // across * leading + k // 8 * stride + k % 8 * span + row % across * 2
     return swizzled(addresses, span) - SHARED
@@ -133,7 +133,7 @@ def wgmma(decoder, x, match):
     flags = [flag.value for flag in flags]
     signs, transposed = flags[:2], flags[2:]
     if match["b"] != kind or signs != [1, 1]:
-        raise UnknownInstruction(f"the PTX machine does not know this instruction: {x.text}")
+        raise UnknownInstruction(f"the PTX machine does not support this instruction: {x.text}")
     in_registers = a.kind == "vector"
     transposed = [0, *transposed] if in_registers else transposed
     adds = decoder.read(adds, "pred")
@@ -205,7 +205,7 @@ def _operand(u, descriptor: int, rows: int, is_transposed: int, kind: str, actor
     if at.min() < 0 or at.max() + 2 > shared.size:
         raise Fault(f"a matrix reaches byte {at.max() + 1} of shared memory, which has {shared.size} bytes: {text}")
     at = (at[..., None] + np.arange(2)).reshape(-1)
-    # The four warps issue the product together, so each of them must know that its operands are complete.
+    # The four warps issue the product together, so its operands must be complete for each of them.
     known = u.block.clocks.joined(u.warps)
     data = shared.read(at, actor, known, text, is_proxy=True, time=group)
     return _numbers(np.ascontiguousarray(data).view(np.uint16), kind).reshape(rows, 16)
@@ -288,7 +288,7 @@ def mma(decoder, x, match):
     """
     kind, depth = match["kind"], int(match["k"])
     if (depth == 16) == (kind == "tf32"):
-        raise UnknownInstruction(f"the PTX machine does not know this instruction: {x.text}")
+        raise UnknownInstruction(f"the PTX machine does not support this instruction: {x.text}")
     target, a, b, c = x.operands
     a, b = ([decoder.read(part, "b32") for part in o.parts] for o in (a, b))
     c, writes = [decoder.read(part, "f32") for part in c.parts], [decoder.write(part, "f32") for part in target.parts]
