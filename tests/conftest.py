@@ -1,4 +1,4 @@
-"""Settings, fixtures and comparisons that all tests share.
+"""Define the settings, fixtures and comparisons that all tests share.
 
 The tolerances of the comparisons come from `pallas_kernels.testing`.
 """

@@ -1,4 +1,4 @@
-"""Inputs of stick-breaking attention with saturated logits, and the exact results.
+"""Make inputs of stick-breaking attention with saturated logits, and compute the exact results.
 
 NumPy computes the expected outputs and gradients in float64.
 """

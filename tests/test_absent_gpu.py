@@ -1,6 +1,7 @@
-"""The Mosaic kernels, compiled for an H200 that is not present.
+"""Test the Mosaic kernels, compiled for an H200 that is not present.
 
-The machine code has no atomics and spills no registers; counting its instructions gives a lower bound on the time.
+Their machine code has no atomics and spills no registers. A lower bound on the time comes from a count of its
+instructions.
 """
 
 import importlib.util

@@ -1,4 +1,4 @@
-"""The Triton kernels, compiled for GPUs that are not present.
+"""Test the Triton kernels, compiled for GPUs that are not present.
 
 They fit into shared memory, have no instructions by which thread blocks communicate, and spill no more registers than
 recorded before.

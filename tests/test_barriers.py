@@ -46,7 +46,7 @@ def name_of(path) -> str:
 
 
 class Traced:
-    """One traced kernel: the barriers that it declares, and which operations arrive at or wait for each of them."""
+    """One trace of a kernel: the barriers that it declares, and which operations arrive at or wait for each of them."""
 
     def __init__(self, scratch_types, warpgroups: int):
         named = [(name_of(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(scratch_types)[0]]

@@ -1,4 +1,4 @@
-"""The exit codes and messages of the commands, and the command `stickjax`, which contains all others."""
+"""Test the exit codes and messages of the commands, and the command `stickjax`, which contains all others."""
 
 import os
 import signal

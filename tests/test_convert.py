@@ -1,4 +1,4 @@
-"""Conversion between run folders and Hugging Face folders.
+"""Test the conversion between run folders and Hugging Face folders.
 
 It is bitwise exact and needs little memory. A bad folder gives a clear error.
 """

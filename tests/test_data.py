@@ -1,4 +1,4 @@
-"""The data pipeline: text sources, token files, the held-out split, batches, resuming, and errors for bad input."""
+"""Test the data pipeline: text sources, token files, the held-out split, batches, resuming, and bad input."""
 
 import builtins
 import json

@@ -1,4 +1,4 @@
-"""Dispatch: which implementation an op chooses, how it explains the choice, and its errors for wrong names."""
+"""Test dispatch: which implementation an op chooses, how it explains the choice, and errors for wrong names."""
 
 import logging
 

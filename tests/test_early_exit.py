@@ -1,6 +1,6 @@
-"""Early exit of stick-breaking attention, which skips the far key tiles once little of the stick is left.
+"""Test early exit of stick-breaking attention, which skips the far key tiles once little of the stick is left.
 
-The tests check the error that it may make, the number of tiles that it keeps, and that the skipped keys are never read.
+The tests check the error that it may make, the number of tiles that it keeps, and that skipped keys are never read.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""How a training begins and ends: its messages, its checkpoints, and its exit code."""
+"""Test how a training begins and ends: its messages, its checkpoints, and its exit code."""
 
 import io
 import os

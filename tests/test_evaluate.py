@@ -1,4 +1,4 @@
-"""Evaluation on held-out text: how the text is cut into windows, and how several runs are compared.
+"""Test the evaluation on held-out text: how the text is cut into windows, and how several runs are compared.
 
 The runs may have the same name, different T, or lie in other folders.
 """

@@ -1,4 +1,4 @@
-"""The Mosaic and Triton kernels of the experts, run in interpreters and compared with a NumPy loop over the experts."""
+"""Test the Mosaic and Triton kernels of the experts in interpreters, against a NumPy loop over the experts."""
 
 import chex
 import jax

@@ -1,4 +1,4 @@
-"""Reading Hugging Face folders: one error line for each kind of bad folder, other number types, and torch files.
+"""Test reading Hugging Face folders: one error line for each kind of bad folder, and different number types.
 
 PyTorch's .bin files are read without torch.
 """

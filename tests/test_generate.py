@@ -1,4 +1,4 @@
-"""Text generation: decoding with the cache equals the full forward pass, and samples follow the distribution.
+"""Test text generation: decoding with the cache equals the full forward pass, and samples follow the distribution.
 
 Streamed text is complete: no character is cut, and no stop string is shown.
 """

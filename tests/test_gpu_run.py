@@ -1,4 +1,4 @@
-"""The control of the GPU benchmark: the order of its stages, and its result file after a run that was ended early.
+"""Test the control of the GPU benchmark: the order of its stages, and its result file after an early end.
 
 A CPU replaces the GPU, and a few small calls replace the measured ones.
 """

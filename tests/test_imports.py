@@ -1,4 +1,4 @@
-"""The source files: which file may import which, their dependencies, length, examples and annotations."""
+"""Test the source files: which file may import which, their dependencies, length, examples and annotations."""
 
 import ast
 import doctest

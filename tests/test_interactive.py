@@ -1,4 +1,4 @@
-"""Use of the Python API in a notebook: fit, interrupt, fit again, read the metrics, load, generate, evaluate."""
+"""Test the Python API as in a notebook: fit, interrupt, fit again, read the metrics, load, generate, evaluate."""
 
 import inspect
 import io

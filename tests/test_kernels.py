@@ -1,4 +1,4 @@
-"""The GPU kernels of stick-breaking attention, run in interpreters and compared with the reference.
+"""Test the GPU kernels of stick-breaking attention in interpreters, against the reference.
 
 With the CUDA wheels, the same tests also compile the kernels and execute their PTX on a CPU (`make test-ptx`).
 """

@@ -1,4 +1,4 @@
-"""Mixture of attention heads: compared with a loop over its experts and with the original layer, and in training."""
+"""Test the mixture of attention heads, against a loop over its experts and against the original layer."""
 
 import dataclasses
 from pathlib import Path
@@ -147,9 +147,9 @@ def test_shared_heads_are_softmax_attention_of_every_expert(kind):
 
 
 def test_training_balances_both_routers():
-    """A training step reports and weights the statistics of both routers, for experts and attention heads.
+    """A training step balances two routers, that of the experts and that of the attention heads.
 
-    It also moves the selection biases of both.
+    It reports the statistics of both, trains their weights, and moves their selection biases.
     """
     model = ModelConfig(
         **SIZES,

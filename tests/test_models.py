@@ -1,4 +1,4 @@
-"""The decoder model: causality, packed documents, experts, multipliers, presets and caches.
+"""Test the decoder model: causality, packed documents, experts, multipliers, presets and caches.
 
 A dense einsum over all experts gives the expected output of the experts.
 """

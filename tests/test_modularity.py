@@ -1,4 +1,4 @@
-"""The modularity benchmark: its random choice of the modules to prune, and its statistics over several seeds."""
+"""Test the modularity benchmark: its random choice of the modules to prune, and its statistics over seeds."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The Mosaic GPU kernels: the parts that the interpreter cannot run, the tables that plan the work, supported calls.
+"""Test the Mosaic GPU kernels: what the interpreter cannot run, the tables that plan the work, the supported calls.
 
 The results of the kernels are tested in tests/test_kernels.py.
 """

@@ -1,4 +1,4 @@
-"""Copies of rows with given numbers between global and shared memory, for the expert kernels.
+"""Test copies of rows with given numbers between global and shared memory, for the expert kernels.
 
 The tests run the interpreter body, and compute the addresses of the GPU body in NumPy.
 """

@@ -1,4 +1,4 @@
-"""The Power schedule, compared with the numbers and the seven traps of its specification; muP, compared with AdamW."""
+"""Test the Power schedule against the numbers and the seven traps of its specification, and muP against AdamW."""
 
 import doctest
 import math

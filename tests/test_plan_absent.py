@@ -1,4 +1,4 @@
-"""Plans for GPUs that are not present: the step of PowerMoE-3B on 64 H200s with Mosaic, and small Triton steps.
+"""Test plans for absent GPUs: the step of PowerMoE-3B on 64 H200s with Mosaic, and small steps with Triton.
 
 The tests check the collectives, the memory and the FLOPs.
 """

@@ -1,4 +1,4 @@
-"""The GPU benchmark's checks of results, with the PTX machine instead of a GPU.
+"""Test the same kernel calls as the GPU benchmark does, with the PTX machine instead of a GPU.
 
 The machine executes the compiled kernels on a CPU, and the tests compare the results with the reference.
 """

@@ -1,4 +1,4 @@
-"""How the PTX machine gets its input: the program, parameters, tensor maps and barriers of every kernel of a function.
+"""Test how the PTX machine gets its input: program, parameters, tensor maps and barriers of each kernel of a function.
 
 A stub replaces the execution of the kernels.
 """

@@ -1,4 +1,4 @@
-"""The kernels whose PTX is stored in tests/ptx/kept.
+"""Test the kernels whose PTX is stored in tests/ptx/kept.
 
 The PTX machine computes correct results with them, and compiling the current kernels gives the same PTX.
 """

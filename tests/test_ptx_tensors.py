@@ -1,4 +1,4 @@
-"""Copies of boxes, matrix fragments and matrix products of the PTX machine, compared with NumPy."""
+"""Test the PTX machine's copies of boxes, matrix fragments and matrix products against NumPy."""
 
 import numpy as np
 import pytest

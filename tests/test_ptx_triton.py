@@ -1,4 +1,4 @@
-"""Compiled Triton kernels in the PTX machine: how they are launched, and that they compute correct results."""
+"""Test compiled Triton kernels in the PTX machine: how they are launched, and that their results are correct."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -1,4 +1,4 @@
-"""The grouped GEMMs of the experts: every implementation is compared with a NumPy loop over the experts in float64."""
+"""Test every implementation of the experts' grouped GEMMs against a NumPy loop over the experts in float64."""
 
 import math
 from functools import lru_cache, partial

@@ -1,4 +1,4 @@
-"""Text sources: which files and folders are read as text, and errors for token files with wrong content."""
+"""Test text sources: which files and folders are read as text, and errors for token files with wrong content."""
 
 import json
 import os

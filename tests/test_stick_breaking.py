@@ -1,4 +1,4 @@
-"""Stick-breaking attention: every implementation is compared with the original code and a quadratic reference."""
+"""Test every implementation of stick-breaking attention against the original code and a quadratic reference."""
 
 from functools import lru_cache, partial
 from pathlib import Path

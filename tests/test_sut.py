@@ -1,4 +1,4 @@
-"""The Sparse Universal Transformer, compared with the original encoder, and the properties of its halting."""
+"""Test the Sparse Universal Transformer against the original encoder, and test the properties of its halting."""
 
 import dataclasses
 from functools import cache, partial

@@ -1,4 +1,4 @@
-"""Sparse Universal Transformers in the commands: train, resume, evaluate by number of operators, and generate."""
+"""Test Sparse Universal Transformers in the commands: train, resume, evaluate by number of operators, generate."""
 
 import json
 

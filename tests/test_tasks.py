@@ -1,4 +1,4 @@
-"""Generated tasks: their labels, sizes, splits, batches and texts.
+"""Test the generated tasks: their labels, sizes, splits, batches and texts.
 
 Other algorithms compute the expected labels, and the sizes are those of the published data.
 """

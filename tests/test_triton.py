@@ -1,4 +1,4 @@
-"""The Triton kernels of stick-breaking attention: supported calls and GPUs, and tiles of many sizes.
+"""Test the Triton kernels of stick-breaking attention: supported calls and GPUs, and tiles of many sizes.
 
 The results of the kernels are tested in tests/test_kernels.py.
 """

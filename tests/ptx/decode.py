@@ -31,7 +31,7 @@ _HANDLERS: list[tuple[re.Pattern, Callable]] = []
 
 
 class UnknownInstruction(NotImplementedError):
-    """The PTX machine does not support an instruction, or does not support it with these modifiers or operands."""
+    """Raised if the PTX machine does not support an instruction, or not with these modifiers or operands."""
 
 
 class Step(NamedTuple):
