@@ -348,7 +348,7 @@ def sparse_folder(folder, tree, shapes, shards):
       shapes: the shape of each tensor, by name.
       shards: the number of safetensors files.
     Returns:
-      the bytes of all tensors.
+      the number of bytes of all tensors together.
     """
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(tree))

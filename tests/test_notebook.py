@@ -86,7 +86,7 @@ def joined(outputs: list) -> list:
 
 
 def small(picture: str) -> str:
-    """Return a base64 PNG picture with at most 128 colours and 900 pixels in each direction, as base64."""
+    """Return a picture, a PNG in base64, reduced to 128 colours and at most 900 pixels in each direction."""
     from PIL import Image
 
     image = Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB")

@@ -83,7 +83,7 @@ def at_home(implementation: str):
 def refusal(implementation: str, op: str, arguments, options) -> str | None:
     """Return the reason with which an implementation refuses a call of `op`; None if it supports the call.
 
-    The reason contains no sizes of the call.
+    The sizes of the call are cut off from the reason.
     """
     try:
         explain(op, *arguments, **options, implementation=implementation)

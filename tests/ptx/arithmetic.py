@@ -159,7 +159,7 @@ def integer_product(decoder, x, match):
 
 @instruction(r"(?P<name>div|rem)\.(?P<kind>[su](?:32|64))")
 def integer_division(decoder, x, match):
-    """Decode an integer div or rem, which rounds toward zero, into the function that executes it.
+    """Decode instruction x, an integer div or rem that rounds toward zero, into the function that executes it.
 
     A division by zero gives an unspecified result on the chip; here it raises ZeroDivisionError.
     """
@@ -237,7 +237,7 @@ def select(decoder, x, match):
 
 @instruction(r"mov\.(?P<kind>[bsuf](?:16|32|64)|pred)")
 def move(decoder, x, match):
-    """Decode a mov into the function that executes it.
+    """Decode instruction x, a mov, into the function that executes it.
 
     A mov copies a register, packs several registers into a wider one, or unpacks one into several. The first of several
     registers has the lowest bits.
@@ -272,9 +272,10 @@ def move(decoder, x, match):
 
 @instruction(r"cvta(?:\.to)?\.(?:global|shared|param|local)\.u64|cvta\.u64")
 def convert_address(decoder, x, match):
-    """Decode a cvta, which converts an address between address spaces, into the function that executes it.
+    """Decode instruction x, a cvta, into the function that executes it.
 
-    It copies the address, because the machine has one address space for all kinds of memory.
+    A cvta converts an address between address spaces. Here it copies the address, because the machine has one address
+    space for all kinds of memory.
     """
     write, read = decoder.write(x.operands[0], "u64"), decoder.read(x.operands[1], "u64")
     return lambda u, mask: write(u, mask, read(u))
@@ -331,7 +332,7 @@ def _half_bits(kind):
 
 @instruction(r"cvt\.rn(?P<relu>\.relu)?\.(?P<kind>bf16|f16)x2\.f32")
 def convert_pair(decoder, x, match):
-    """Decode a cvt of two float32 numbers to 16 bits each into the function that executes it.
+    """Decode instruction x, a cvt of two float32 numbers to 16 bits each, into the function that executes it.
 
     The result is one 32-bit register, whose upper half comes from the first number.
     """

@@ -81,7 +81,7 @@ class Mbarrier:
 
 
 def named_barrier(decoder, x, match, operands, *, vote=None):
-    """Decode a bar.sync or bar.red into the function that executes it.
+    """Decode instruction x, a bar.sync or bar.red, into the function that executes it.
 
     The function (unit, mask) returns BLOCKED until the expected number of threads has arrived, and None after that.
 
@@ -200,7 +200,7 @@ def mbarrier_init(decoder, x, match):
 
 
 def find_mbarrier(u, address: int, warps, text: str) -> Mbarrier:
-    """Return the mbarrier at this address of shared memory.
+    """Return the mbarrier at this address of shared memory, for the instruction `text`.
 
     Raises Fault if there is none, or if no barrier orders its initialisation before this use by `warps`.
     """
@@ -248,7 +248,7 @@ def mbarrier_expect(decoder, x, match):
 
 @instruction(r"mbarrier\.(?:try|test)_wait\.parity(?:\.acquire)?(?:\.cta)?(?:\.shared(?:::cta)?)?\.b64")
 def mbarrier_wait(decoder, x, match):
-    """Decode mbarrier.try_wait or test_wait into the function that executes it.
+    """Decode instruction x, an mbarrier.try_wait or test_wait, into the function that executes it.
 
     It blocks until the phase of the given parity is complete, as the loop around this instruction in the PTX would. If
     the lanes wait for several phases and at least one is complete, nothing blocks: the instruction returns false in the
@@ -300,7 +300,7 @@ def proxy_fence(decoder, x, match):
     r"fence\.mbarrier_init\.release\.cluster|fence\.acq_rel\.(?:cta|gpu)|membar\.cta|fence\.proxy\.async\.global"
 )
 def other_fence(decoder, x, match):
-    """Decode a fence that has no effect in this machine.
+    """Decode instruction x, a fence that has no effect in this machine.
 
     Mbarriers are used in order here, clocks advance at barriers, and global memory has no clocks.
     """

@@ -24,9 +24,9 @@ from .program import TensorMap
 
 @instruction(r"ld\.param(?:::entry)?(?:\.v(?P<many>[24]))?\.(?P<kind>[bsuf](?:8|16|32|64))")
 def load_parameter(decoder, x, match):
-    """Decode a load of a kernel parameter into the function that executes it; all lanes get the same number.
+    """Decode instruction x, a load of a kernel parameter, into the function that executes it.
 
-    Raises Fault for a tensor map, which only bulk copies may read.
+    All lanes get the same number. Raises Fault for a tensor map, which only bulk copies may read.
     """
     target, source = x.operands
     targets = target.parts if target.kind == "vector" else (target,)
@@ -147,7 +147,7 @@ def _stored(decoder, operand: Operand, kind: str):
 
 @instruction(r"cp\.async\.c[ag]\.shared(?:::cta)?\.global(?:\.L2::[\w]+)*")
 def copy_async(decoder, x, match):
-    """Decode a cp.async, an asynchronous copy from global to shared memory, into the function that executes it.
+    """Decode instruction x, a cp.async from global to shared memory, into the function that executes it.
 
     The third operand is the number of bytes that each lane copies. If there is a fourth operand and it is 0, the lane
     writes zeros instead.
@@ -209,7 +209,7 @@ instruction(r"cp\.async\.bulk\.wait_group(?:\.read)?")(_wait("bulk"))
 
 @instruction(r"prefetch\.tensormap|prefetch\.global\.L[12](?:::[\w]+)*")
 def prefetch(decoder, x, match):
-    """Decode a prefetch, which does nothing here: it changes only how long later accesses take."""
+    """Decode instruction x, a prefetch, which does nothing here: it changes only how long later accesses take."""
     return lambda u, mask: None
 
 
@@ -261,7 +261,8 @@ def _tensor_map(u, address: int, text: str) -> TensorMap:
 def _box_in_shared(tensor: TensorMap, address: int, text: str) -> np.ndarray:
     """Return the offsets in shared memory of the bytes of a box that is copied to or from `address`.
 
-    The offsets include the swizzle. Raises Fault if the copy engine does not support the box or the address.
+    The offsets include the swizzle. Raises Fault if the copy engine does not support the box or the address. `text` is
+    the instruction, for the error.
     """
     if tensor.swizzle > 16 and tensor.box[0] * tensor.itemsize > tensor.swizzle:
         width = tensor.box[0] * tensor.itemsize

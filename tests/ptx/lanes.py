@@ -8,10 +8,10 @@ from .faults import Fault
 
 
 def _lanes_present(u, mask, text, members) -> np.ndarray:
-    """Return a bool array [warps, 32] that says which lanes execute an instruction.
+    """Return a bool array [warps, 32] that says which lanes execute the instruction `text`.
 
-    `members` is the instruction's member mask, whose bits are the lanes that must execute it. Raises Fault if other
-    lanes execute it, or if one of these lanes does not.
+    `members` is the member mask of the instruction, whose bits are the lanes that must execute it. Raises Fault if
+    other lanes execute it, or if one of these lanes does not.
     """
     present = (np.ones(u.lanes, bool) if mask is None else mask).reshape(-1, WARP)
     members = np.broadcast_to(np.asarray(members, np.uint32), (u.lanes,)).reshape(-1, WARP)
@@ -54,7 +54,7 @@ def shuffle(decoder, x, match):
 
 @instruction(r"elect\.sync")
 def elect(decoder, x, match):
-    """Decode an elect.sync into the function that executes it.
+    """Decode instruction x, an elect.sync, into the function that executes it.
 
     It chooses one lane of each warp: the lowest that takes part.
     """
@@ -94,7 +94,7 @@ def vote(decoder, x, match):
 
 @instruction(r"bfe\.(?P<kind>[us]32)")
 def bit_field(decoder, x, match):
-    """Decode a bfe, which extracts a field of bits from a number, into the function that executes it.
+    """Decode instruction x, a bfe, which extracts a field of bits from a number, into the function that executes it.
 
     For a signed type, the highest bit of the field is its sign.
     """
@@ -115,9 +115,10 @@ def bit_field(decoder, x, match):
 
 @instruction(r"lop3\.b32")
 def three_input_logic(decoder, x, match):
-    """Decode a lop3, any bitwise function of three operands a, b and c, into the function that executes it.
+    """Decode instruction x, a lop3, into the function that executes it.
 
-    Bit 4 a + 2 b + c of the fifth operand is the function's result for bits a, b and c.
+    A lop3 is any bitwise function of three operands a, b and c. Bit 4 a + 2 b + c of the fifth operand is its result
+    for bits a, b and c.
     """
     write = decoder.write(x.operands[0], "b32")
     reads = [decoder.read(o, "b32") for o in x.operands[1:4]]
@@ -137,10 +138,11 @@ def three_input_logic(decoder, x, match):
 
 @instruction(r"prmt\.b32")
 def permute_bytes(decoder, x, match):
-    """Decode a prmt into the function that executes it: it selects four of the eight bytes of two registers.
+    """Decode instruction x, a prmt, into the function that executes it.
 
-    The selector has four bits for each byte of the result. Three of them are the number of the selected byte. If the
-    fourth is set, all bits of the result are the sign bit of the selected byte.
+    A prmt selects four of the eight bytes of two registers. Its selector has four bits for each byte of the result.
+    Three of them are the number of the selected byte. If the fourth is set, all bits of the result are the sign bit of
+    the selected byte.
     """
     write, a, b, choice = decoder.write(x.operands[0], "b32"), *(decoder.read(o, "b32") for o in x.operands[1:])
 

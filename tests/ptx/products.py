@@ -123,7 +123,7 @@ def wgmma_wait(decoder, x, match):
 
 @instruction(r"wgmma\.mma_async\.sync\.aligned\.m64n(?P<n>\d+)k16\.f32\.(?P<a>bf16|f16)\.(?P<b>bf16|f16)")
 def wgmma(decoder, x, match):
-    """Decode a wgmma.mma_async into the function that executes it.
+    """Decode instruction x, a wgmma.mma_async, into the function that executes it.
 
     It computes D = A @ B, or D = A @ B + D if its predicate is true. A [64, 16] is in registers or in shared memory, B
     [16, n] in shared memory, and D [64, n] in registers.
@@ -196,9 +196,12 @@ def _operand(u, descriptor: int, rows: int, is_transposed: int, kind: str, actor
     """Read an operand of a wgmma from shared memory, as the tensor cores do; return it as float32 [rows, 16].
 
     Args:
+      u: the unit of warps that executes the wgmma.
       descriptor, rows, is_transposed: as for `matrix_bytes`.
       kind: the type of the elements, bf16 or f16.
-      actor, group: the number of the tensor cores in `Clocks`, and the group of the product, which is their time.
+      actor: the number of the tensor cores in `Clocks`.
+      group: the group of the product, which is the time of the tensor cores.
+      text: the instruction, for error messages.
     """
     shared = u.block.shared
     at = matrix_bytes(descriptor, rows, 16, bool(is_transposed), text)
@@ -230,8 +233,8 @@ def _require_registers(operand: Operand, count: int, text: str) -> None:
 def _row_bytes(u, mask, pointer, count: int, text: str):
     """Return where ldmatrix or stmatrix accesses shared memory: `count` matrices of 8 x 8 elements for each warp.
 
-    Returns three arrays: the byte offsets [warps, count, 8 rows, 16 bytes], the warp of each byte in the same shape,
-    and the index of each warp in the unit.
+    `pointer` gives the address of a row of a matrix in each lane. Returns three arrays: the byte offsets [warps, count,
+    8 rows, 16 bytes], the warp of each byte in the same shape, and the index of each warp in the unit.
     """
     warps = full_warps(u, mask, text)
     places = warps - u.warps[0]
@@ -282,7 +285,7 @@ def store_matrices(decoder, x, match):
 
 @instruction(r"mma\.sync\.aligned\.m16n8k(?P<k>8|16)\.row\.col\.f32\.(?P<kind>bf16|f16|tf32)\.(?P=kind)\.f32")
 def mma(decoder, x, match):
-    """Decode an mma.sync into the function that executes it: D = A @ B + C in each warp.
+    """Decode instruction x, an mma.sync, into the function that executes it: D = A @ B + C in each warp.
 
     A [16, k], B [k, 8], C and D [16, 8] are in registers.
     """
