@@ -1,4 +1,4 @@
-"""Every wrong argument of an op raises one ValueError that names the argument, its letters and its value."""
+"""A wrong argument of an op raises one ValueError that names the argument, its axes or shape, and its value."""
 
 import math
 
@@ -142,7 +142,7 @@ def test_wrong_indices_are_found_in_a_program_under_checks():
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_arrays_of_numpy_are_taken(implementation):
-    """NumPy arrays of float64 and int64, also non-contiguous ones, are accepted; the results are float32."""
+    """The ops accept NumPy arrays of float64 and int64, also non-contiguous ones, and return float32."""
     rng = np.random.default_rng(0)
     q, k, v = rng.standard_normal((3, 2, 6, 2, 8))[..., ::2]
     options = dict(segment_ids=np.zeros((2, 6), int), query_offset=np.arange(4)[::2], window=np.int64(3))

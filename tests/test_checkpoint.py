@@ -1,4 +1,7 @@
-"""Checkpoints are exact, atomic and verified: a damaged byte in any file is detected or changes nothing."""
+"""Checkpoints are exact, atomic and verified.
+
+A damaged byte in any file of a checkpoint is detected, or it changes nothing in the restored state.
+"""
 
 import doctest
 import errno
@@ -275,7 +278,10 @@ def test_none_intact_is_an_error_that_deletes_nothing(tmp_path):
 
 
 def changed_on_the_way(monkeypatch):
-    """Let the writer change an array, so that the files are intact but do not contain the caller's arrays."""
+    """Make the writer of checkpoints add 1 to the parameter `b` before it writes.
+
+    The files are then intact, but they do not contain the arrays that the caller saved.
+    """
     save_async = stickjax.storage.checkpoints.v1.save_async
     change = lambda folder, arrays: save_async(folder, arrays | {"params/b": arrays["params/b"] + 1})  # noqa: E731
     monkeypatch.setattr(stickjax.storage.checkpoints.v1, "save_async", change)
@@ -321,7 +327,7 @@ def test_a_run_that_cannot_lie_there_is_refused_at_once(tmp_path, monkeypatch):
     for folder, message in ((tmp_path / "[a]/run", "TMPDIR="), (tmp_path.joinpath(*["x" * 200] * 20), "3800 bytes")):
         monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "[b]"))
         with pytest.raises(ValueError, match=message), Checkpoints(folder):
-            raise AssertionError("not reached")
+            raise AssertionError("Checkpoints must raise before this line")
     assert not list(tmp_path.iterdir())
 
 

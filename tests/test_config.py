@@ -1,4 +1,4 @@
-"""Configs: parsing, storing, and one clear line for every kind of bad input."""
+"""Configs can be parsed, stored and read again, and every kind of bad input gives one clear line."""
 
 import json
 import math
@@ -97,7 +97,10 @@ def test_a_stored_config_with_an_unknown_field_is_refused():
 
 
 def test_a_single_expert_needs_no_choice():
-    """Its gate is 1 and there is nothing for a router to learn, so k=1 is no mistake, as it is with more experts."""
+    """A config with E=1, k=1 is valid, although k=1 is an error with more experts.
+
+    With one expert the gate is always 1, so the router has nothing to learn.
+    """
     assert ModelConfig(experts=ExpertsConfig(E=1, k=1)).experts.k == 1
 
 
@@ -116,7 +119,10 @@ OTHERS = [None, True, "", "16", "no", [], [16], {}, {"a": 1}]
 
 
 def allowed(section, name, value) -> bool:
-    """Return whether a field may have a value, judged only by its annotation and its bounds."""
+    """Return whether field `name` of the config class `section` may have `value`, by its annotation and its bounds.
+
+    The tests compare this with what the class accepts.
+    """
     kinds, bounds = field_types(section)[name], section.__dataclass_fields__[name].metadata["bounds"]
     if value is None:
         return type(None) in kinds
@@ -139,7 +145,10 @@ def allowed(section, name, value) -> bool:
 
 @pytest.mark.parametrize("kind, key", FIELDS, ids=lambda x: x)
 def test_every_field_is_held_to_its_type_and_bounds(kind, key):
-    """In JSON and in Python, a value of a wrong type or out of bounds gives one error line that names the field."""
+    """A value of a wrong type or out of bounds gives one line of error that names the field.
+
+    This holds in Python and in JSON, for every field of every kind of config.
+    """
     part, *group, name = key.split(".")
     section = type(operator.attrgetter(".".join([part, *group]))(CONFIGS[kind]))
     is_float = float in field_types(section)[name]

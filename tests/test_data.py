@@ -1,4 +1,4 @@
-"""Sources, token files, the held-out split, batches, resumption, and bad input."""
+"""Test the data pipeline: text sources, token files, the held-out split, batches, resuming, and bad input."""
 
 import builtins
 import json
@@ -26,7 +26,7 @@ EOT = 256
 
 
 def counting(n: int) -> Corpus:
-    """Return a corpus in which every token contains its position."""
+    """Return a corpus of n tokens in which token i is 1000 + i, so that a token shows its position."""
     return Corpus(np.arange(n, dtype=np.uint32) + 1000, ByteTokenizer(), "memory", 1, n, "0" * 16)
 
 
@@ -219,7 +219,10 @@ def test_the_command_prints_one_line_for_bad_input(tmp_path, capsys):
 
 
 def spoil(meta=None, **changes):
-    """Return a function that damages a token file: it changes its JSON or keeps only some of its bytes."""
+    """Return a function that damages the token file `t` in a folder: it writes a new t.json.
+
+    The new text is `meta` if it is given, otherwise the old JSON with the entries `changes`.
+    """
     return lambda folder: (folder / "t.json").write_text(
         meta or json.dumps(json.loads((folder / "t.json").read_text()) | changes)
     )

@@ -1,4 +1,4 @@
-"""The choice of an implementation, the messages about it, and the error for a wrong name."""
+"""Test dispatch: which implementation an op chooses, how it explains the choice, and errors for wrong names."""
 
 import logging
 
@@ -14,7 +14,10 @@ X = jax.ShapeDtypeStruct((2, 40, 4, 8), jnp.float32)
 
 @pytest.fixture
 def op():
-    """An op with three implementations: mosaic supports even numbers, xla positive numbers, reference all."""
+    """Yield a test op of one number that has three implementations.
+
+    mosaic supports even numbers, xla supports positive numbers, and reference supports every number.
+    """
     ran = dispatch.Implementation
     implementations = {
         "mosaic": ran(lambda n: ("mosaic", n), lambda n: "the number is odd" if n % 2 else None),

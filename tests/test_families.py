@@ -1,4 +1,7 @@
-"""Every model family works with every command, and so does a family or an attention variant from a user's file."""
+"""Every model family works with every command.
+
+This includes a family and an attention variant that a user defines in a file.
+"""
 
 import dataclasses
 import functools
@@ -40,7 +43,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "contributing" / "extending.md"
 
 @pytest.fixture(scope="module", autouse=True)
 def bigram():
-    """Register the family that the page defines while the tests of this file run."""
+    """Register the example family of docs/contributing/extending.md during the tests of this file; yield its class."""
     code = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[0]
     names: dict = {"__name__": "extending"}
     exec(compile(code, PAGE, "exec"), names)
@@ -86,7 +89,7 @@ COMMANDS = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A run folder of each family, trained at its first use."""
+    """Return a function from the name of a family to a run folder of this family, trained at the first call."""
     folder, made = tmp_path_factory.mktemp("families"), {}
 
     def run(name: str) -> Path:
@@ -118,7 +121,10 @@ def test_every_family_meets_every_command(name, command, runs, tmp_path, capsys)
 
 
 def test_an_attention_variant_of_the_user(monkeypatch):
-    """A variant that halves the output of stick-breaking attention works; an unknown variant is refused."""
+    """A user can register an attention variant; here it halves the output of stick-breaking attention.
+
+    An unknown variant, a wrong return value and a name that is taken give clear errors.
+    """
 
     def halved(config, q, k, v, context):
         out, rest = attend(config, q, k, v, context)
@@ -159,7 +165,7 @@ def test_what_cannot_be_registered(bigram):
 
 
 def test_the_file_of_a_family_may_run_again():
-    """In a notebook, for example, cells run again."""
+    """The code that registers a family may run twice, as a notebook cell does; the second class replaces the first."""
     code = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[0]
     again: dict = {"__name__": "extending"}
     exec(compile(code, PAGE, "exec"), again)
@@ -200,7 +206,10 @@ def test_a_family_without_a_loss_is_refused(bigram):
 
 
 def test_a_parameter_that_is_not_in_the_table_is_refused(bigram):
-    """It must not be divided and scaled like another parameter with the same name."""
+    """A parameter without an entry in the table PARAMETERS gives an error.
+
+    Otherwise it would be partitioned and scaled like a parameter of another module with the same name.
+    """
     config = MODELS["bigram"]
     model = bigram().init(config.model, jax.random.key(0))
     model.w_out = nnx.Param(jnp.zeros((4, 4)))

@@ -1,4 +1,7 @@
-"""Invalid Hugging Face folders, which give one error line each; other number types; torch's .bin without torch."""
+"""Test reading Hugging Face folders: one error line for each kind of bad folder, and different number types.
+
+PyTorch's .bin files are read without torch.
+"""
 
 import json
 import os
@@ -157,7 +160,7 @@ def test_tensors_of_several_types_become_float32(tmp_path):
 
 
 class Stored:
-    """The reference in the pickle that stands for the bytes of a tensor."""
+    """A stand-in for the reference by which a torch pickle names the bytes of a tensor in another file."""
 
     def __init__(self, kind, entry, count):
         self.pid = ("storage", kind, entry, "cpu", count)
@@ -170,7 +173,10 @@ class Pickler(pickle.Pickler):
 
 @pytest.fixture
 def torch_save(monkeypatch):
-    """torch.save for a dictionary of arrays, without torch: in a pickle, torch's classes are only names."""
+    """Return a function like torch.save for a dict of arrays, made without torch.
+
+    It works because the pickle contains only the names of torch's classes, which this fixture defines.
+    """
     torch, utils = types.ModuleType("torch"), types.ModuleType("torch._utils")
     for name in ("FloatStorage", "BFloat16Storage", "CharStorage"):
         setattr(torch, name, type(name, (), {"__module__": "torch"}))
@@ -209,7 +215,10 @@ def torch_save(monkeypatch):
 
 @pytest.fixture
 def mlp_gate(tmp_path):
-    """A folder of an original ModuleFormer without its weights, and the weights, for tests that write .bin files."""
+    """Return the folder of an original ModuleFormer without its weights, and the weights as a dict of arrays.
+
+    Tests write the weights into the folder as .bin files.
+    """
     folder = shutil.copytree(ORACLES / "moduleformer/mlp_gate", tmp_path / "bin")
     arrays = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()

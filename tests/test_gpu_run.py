@@ -1,4 +1,7 @@
-"""The GPU benchmark with replaced parts: the order of its stages, and the file after a run that ended early."""
+"""Test the control of the GPU benchmark: the order of its stages, and its result file after an early end.
+
+A CPU replaces the GPU, and a few small calls replace the measured ones.
+"""
 
 import json
 import os
@@ -37,7 +40,7 @@ def record(tmp_path):
 
 
 def saved(path) -> dict:
-    """Return the rows of a file by part and case."""
+    """Return the rows of a result file as a dict, by (part, case)."""
     return {(row["part"], row["case"]): row for row in json.loads(Path(path).read_text())["rows"]}
 
 
@@ -147,7 +150,10 @@ def test_features_are_calls_the_kernels_take(name, monkeypatch):
 
 
 def test_every_call_is_one_for_the_ops(monkeypatch):
-    """On a Hopper GPU without Triton, dispatch chooses mosaic if it supports the call, and plain JAX otherwise."""
+    """On a Hopper GPU without Triton, dispatch chooses an implementation for every call of the GPU benchmark.
+
+    It chooses mosaic if mosaic supports the call, and xla for the others.
+    """
     monkeypatch.setattr(triton_call, "_missing", lambda: ("triton",))
     with platform.absent_gpu():
         chosen = {name: call.implementations() for name, call in (gpu_cases.CALLS | gpu_cases.EXITS).items()}
@@ -173,7 +179,10 @@ def rows_begun(said: str) -> list[str]:
 
 
 def test_a_run_that_is_killed_loses_no_row_and_the_next_goes_on(tmp_path):
-    """The run is killed while it compares the second call with the reference."""
+    """If a benchmark is killed, its finished rows are in the file, and the next run continues after them.
+
+    Here it is killed while it compares the second call with the reference.
+    """
     code = """
 real = gpu_stages.Checks._correct
 def slow(self, name, implementation):

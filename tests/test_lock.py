@@ -1,4 +1,7 @@
-"""Only one process at a time writes a run folder: a living process keeps the lock, a dead process loses it."""
+"""Only one process at a time writes to a run folder.
+
+A process that runs keeps the lock; the lock of a process that has ended can be taken over.
+"""
 
 import doctest
 import errno
@@ -36,7 +39,10 @@ def test_docstring_examples(module):
 
 
 def owner(folder, **changes) -> dict:
-    """Write the lock file of another process, without its flock."""
+    """Write a lock file as another process would, but without holding its flock; return the content.
+
+    `changes` replace entries of the content, such as pid or host.
+    """
     lock = Lock(folder)
     record = lock._record | {"token": "another", "pid": 77, "host": "elsewhere"} | changes
     lock.release()

@@ -1,4 +1,7 @@
-"""A model that does not fit gives one error line before memory is allocated; a model that fits is never refused."""
+"""A model that does not fit into memory gives one error line, before memory is allocated.
+
+A model that fits is never refused.
+"""
 
 import types
 
@@ -33,7 +36,10 @@ GIB = 2**30
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """`machine({path: text})` replaces /proc and /sys/fs/cgroup by these files and removes all other limits."""
+    """Return a function of {path: text} that replaces /proc and /sys/fs/cgroup by a folder with these files.
+
+    All other memory limits of the process are removed.
+    """
     monkeypatch.setattr(memory, "PROC", tmp_path / "proc")
     monkeypatch.setattr(memory, "CGROUPS", tmp_path / "cgroup")
     monkeypatch.setattr(memory.resource, "getrlimit", lambda _: (memory.resource.RLIM_INFINITY,) * 2)
@@ -65,7 +71,7 @@ MACHINE, GROUP = "available on this machine", "left by the limit of the control 
                 "cgroup/jobs/memory.current": f"{3 * GIB}\n",
                 "cgroup/jobs/memory.stat": f"anon 5\nactive_file {GIB // 4}\ninactive_file {GIB // 4}\n",
             },
-            Free(2 * GIB + GIB // 2, GROUP),  # 4 - 3 of the group, 1/2 of cached files, 1 of swap
+            Free(2 * GIB + GIB // 2, GROUP),  # GiB: 4 - 3 of the group, 1/2 of cached files, 1 of swap
         ),
         (
             MEMINFO
@@ -139,7 +145,7 @@ def test_what_fits_exactly_is_not_refused(monkeypatch):
     ],
 )
 def test_a_model_that_cannot_fit_is_one_line(tmp_path, capsys, change, message):
-    """The error comes before anything is compiled, and nothing is written."""
+    """A model or batch that cannot fit gives one error line before compilation, and no run folder."""
     (tmp_path / "config.json").write_text(CONFIG.to_json())
     assert main([str(tmp_path / "config.json"), "--run", str(tmp_path / "run"), change]) == 1
     err = capsys.readouterr().err
@@ -148,9 +154,12 @@ def test_a_model_that_cannot_fit_is_one_line(tmp_path, capsys, change, message):
 
 
 def test_a_step_that_does_not_fit_is_one_line(tmp_path, capsys, monkeypatch):
-    """The state fits, but the temporaries of the compiled step do not."""
+    """If the state fits but the temporaries of the compiled step do not, the command prints one error line.
+
+    No run folder is made.
+    """
     (tmp_path / "config.json").write_text(CONFIG.to_json())
-    sizes = iter([GIB, GIB, 2000])  # before the state is made, when its program is compiled, when the step is
+    sizes = iter([GIB, GIB, 2000])  # before the state is made, after its program, after the step
     monkeypatch.setattr(memory, "free_memory", lambda mesh: Free(next(sizes), "of a test"))
     assert main([str(tmp_path / "config.json"), "--run", str(tmp_path / "run")]) == 1
     err = capsys.readouterr().err

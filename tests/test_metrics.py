@@ -1,4 +1,4 @@
-"""metrics.jsonl contains strict JSON, and invalid lines in it are skipped."""
+"""metrics.jsonl contains strict JSON, and a reader skips invalid lines in it."""
 
 import json
 import math
@@ -49,7 +49,10 @@ DAMAGED = {
 
 
 def damaged(run) -> None:
-    """Write a file with rows 1, 2 and 3 in lines 1, 5 and 13, nonsense between them, and an incomplete last row."""
+    """Write a metrics.jsonl with valid and invalid lines into the folder `run`.
+
+    Rows 1, 2 and 3 are in lines 1, 5 and 13. The lines between them are not valid, and the last row is incomplete.
+    """
     good = {1: row(1), 5: row(2), 13: row(3)}
     lines = [DAMAGED.get(n) or json_text(good[n]).encode() for n in range(1, 14)]
     (run / "metrics.jsonl").write_bytes(b"\n".join([*lines, b"", b'{"step": 4, "loss"']))

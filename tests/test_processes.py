@@ -1,4 +1,4 @@
-"""Several processes train like one process, end together, and resume bitwise exactly."""
+"""Several processes on one or more machines train like one process, end together, and resume exactly."""
 
 import os
 import shutil
@@ -72,7 +72,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def eight(tmp_path_factory):
-    """The run folder after two steps by one process on eight devices."""
+    """Train two steps in one process with eight devices; return the run folder."""
     run = tmp_path_factory.mktemp("eight") / "run"
     fit(SMALL.replace({"train.steps": 2}), str(run), quiet=True)
     return run
@@ -80,7 +80,10 @@ def eight(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(eight, config, tmp_path_factory):
-    """The run folder after the next steps by two processes, which find each other by the variables of SLURM."""
+    """Train a copy of the run folder `eight` to its end in two processes; return the copy.
+
+    The processes find each other by the environment variables of SLURM.
+    """
     run = tmp_path_factory.mktemp("two") / "run"
     shutil.copytree(eight, run)
     slurm = dict(SLURM_JOB_ID="7", SLURM_NTASKS="2", SLURM_STEP_NODELIST="localhost")
@@ -96,7 +99,10 @@ def two(eight, config, tmp_path_factory):
 
 
 def test_they_train_as_one_whatever_their_number(eight, two, config, tmp_path, capsys):
-    """One process with eight devices, then two processes, then four on two machines give the losses of one device."""
+    """The losses do not depend on the number of processes.
+
+    One process with eight devices, then two processes, then four on two machines give the losses of one device.
+    """
     four, alone = shutil.copytree(two, tmp_path / "four"), shutil.copytree(eight, tmp_path / "alone")
     (tmp_path / "hosts").write_text("localhost\n" * 2)
     (tmp_path / "ssh").write_text('#!/bin/sh\nshift 2\nexec sh -c "$1"\n')  # ssh to this machine under two names
@@ -220,7 +226,10 @@ def test_bad_commands_are_one_clear_line(capsys, config, monkeypatch):
 
 
 def test_the_process_manager_of_mpich_shares_an_address():
-    """The test plays the process manager of PMI version 1: after the barrier, all processes get the stored value."""
+    """With MPICH's process manager, all processes receive the coordinator's address, which the first process stores.
+
+    The test answers as the process manager does (PMI version 1).
+    """
     ours, theirs = zip(*(socket.socketpair() for _ in range(2)), strict=True)
     store, barrier = {}, threading.Barrier(2)
 

@@ -1,4 +1,4 @@
-"""Which files and folders are read as text, and token files that do not contain what they should."""
+"""Test text sources: which files and folders are read as text, and errors for token files with wrong content."""
 
 import json
 import os

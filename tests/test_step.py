@@ -1,4 +1,4 @@
-"""The training step: microbatches equal the whole batch, and a step with a non-finite loss changes nothing."""
+"""The training step: microbatches give the gradient of the whole batch, and a non-finite loss changes nothing."""
 
 import signal
 
@@ -37,7 +37,7 @@ EXPERTS = DENSE.replace(
 
 
 def test_accumulation_is_the_whole_batch():
-    """The gradient of two microbatches equals the gradient of the whole batch, although their target counts differ."""
+    """Two microbatches give the loss and the gradient of the whole batch, although their numbers of targets differ."""
     state = init_state(DENSE, jax.random.key(0))
     rng = np.random.default_rng(0)
     batch = {
@@ -70,7 +70,7 @@ def test_the_loss_masks_the_seams():
 
 @pytest.fixture
 def poison(monkeypatch):
-    """A list of one element. While the element is true, all losses are NaN."""
+    """Return a list with one bool. While it is True, the loss of every new batch is NaN."""
     poison, loss_of, shard_batch = [True], Decoder.loss, loop.shard_batch
 
     def poisoned_loss(self, params, batch, key):
@@ -83,7 +83,10 @@ def poison(monkeypatch):
 
 
 def test_steps_that_are_not_finite_are_skipped(tmp_path, poison, capsys):
-    """Such steps are skipped and counted. After max_bad_steps in a row, the run stops and keeps its last checkpoint."""
+    """A step with a non-finite loss or gradient is counted and changes neither parameters nor optimizer state.
+
+    After max_bad_steps such steps in a row, the run stops with an error and keeps its last checkpoint.
+    """
     config = EXPERTS.replace({"train.max_bad_steps": 3, "train.steps": 6})
     state = init_state(config, jax.random.key(0))
     tokens = jnp.zeros((4, 32), jnp.int32)
@@ -117,7 +120,10 @@ def test_a_run_without_a_finite_step_fails(tmp_path, poison, capsys):
 
 @pytest.mark.parametrize("end", ["finished", "stopped"])
 def test_what_was_learnt_before_bad_steps_is_saved(tmp_path, poison, monkeypatch, capsys, end):
-    """The run ends while steps are skipped: the saved state is the state after the last good step."""
+    """If a run ends while its steps are skipped, it saves the state after the last good step.
+
+    `end`: whether the run finishes or is stopped by a signal.
+    """
     poison[0], update = False, Progress.update
 
     def watched(self, row):
@@ -137,7 +143,7 @@ def test_what_was_learnt_before_bad_steps_is_saved(tmp_path, poison, monkeypatch
 
 
 def test_parameters_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
-    """The loss is finite, but the update is not."""
+    """If the loss is finite but the new parameters are not, the run stops with an error and saves nothing."""
     spoil = lambda params, updates: jax.tree.map(lambda x: x * jnp.inf, params)  # noqa: E731
     monkeypatch.setattr(step_module.optax, "apply_updates", spoil)
     with pytest.raises(

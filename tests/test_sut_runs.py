@@ -1,4 +1,4 @@
-"""Sparse Universal Transformers in the commands: training, resuming, evaluation by operators, generation."""
+"""Test Sparse Universal Transformers in the commands: train, resume, evaluate by number of operators, generate."""
 
 import json
 
@@ -62,7 +62,10 @@ def test_batches_are_of_about_one_length_and_leave_out_less_than_one():
 
 
 def test_a_curriculum_begins_with_the_shortest():
-    """After the curriculum, the order is that of a training without one. Resuming in the middle changes nothing."""
+    """With data.curriculum, training begins with the shortest pairs; later batches may contain longer ones.
+
+    After the curriculum, the order equals that of a training without one. Resuming in the middle changes nothing.
+    """
     config, steps = PAIRS.replace({"data.curriculum": 30}), 30
     rows = pair_examples(config, "train").rows
     lengths = np.sort([max(side.count(" ") + 1 for side in row[:2]) for row in rows])
@@ -108,7 +111,11 @@ def test_accuracy_is_that_of_a_direct_count(pairs):
 
 
 def test_a_batch_is_as_wide_as_its_bucket_needs():
-    """The width is not that of the drawn pairs, which have at most 40 tokens; the bucket's longest pairs have 43."""
+    """The width of an evaluation batch depends on its bucket of pairs, and not on the pairs that are drawn.
+
+    The pair that is drawn here has at most 40 tokens per sentence. The longest in its bucket has 43, so the width is
+    80.
+    """
     ((batch, _),) = batches_of(PAIRS.replace({"data.examples": 20_000}), 8, 1, 1)
     assert batch["left"].shape == (1, 80) and (batch["left"] != 0).sum() <= 40
 

@@ -1,4 +1,7 @@
-"""Generated tasks: labels checked by other algorithms, the sizes of the published data, splits, batches, text."""
+"""Test the generated tasks: their labels, sizes, splits, batches and texts.
+
+Other algorithms compute the expected labels, and the sizes are those of the published data.
+"""
 
 import itertools
 import json
@@ -23,7 +26,10 @@ def drawn():
 
 
 def parse(words: list[str]):
-    """Parse a sentence into nested tuples by recursive descent, and remove its words from the list."""
+    """Parse a logic sentence by recursive descent; return nested tuples such as ("and", "a", ("not", "b")).
+
+    The words of the sentence are removed from the list.
+    """
     word = words.pop(0)
     if word != "(":
         assert word in "abcdef"
@@ -143,7 +149,10 @@ def lists():
 
 
 def value(text: str) -> int:
-    """Compute the value of an expression in either form, with a stack."""
+    """Return the value of a ListOps expression such as "[MAX 2 9 ]", computed with a stack.
+
+    Brackets "(" and ")", which group its parts in pairs, are skipped.
+    """
     stack: list = []
     for symbol in text.split():
         if symbol in "()":
@@ -210,7 +219,10 @@ def test_a_list_as_arrays(lists, brackets):
 
 
 def actions(command: str) -> list[str]:
-    """Interpret a command by splitting it at the conjunction, then at the repetition, then at the direction."""
+    """Return the actions of a SCAN command.
+
+    The command is split at the conjunction, then at the repetition, then at the direction.
+    """
     for word, order in ((" and ", 1), (" after ", -1)):
         if word in command:
             return sum((actions(part) for part in command.split(word)[::order]), [])

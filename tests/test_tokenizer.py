@@ -1,4 +1,4 @@
-"""Downloaded tokenizers: their folder's settings are used, text never becomes a special token, and no text is lost."""
+"""Downloaded tokenizers: the settings in their folder are used, and no text is lost or becomes a special token."""
 
 import json
 import shutil
@@ -14,7 +14,13 @@ SPECIAL = ["<unk>", "<s>", "</s>", "<|user|>"]
 
 
 def byte_level(special=(), plain=(), pieces=()):
-    """Return a tokenizer like GPT-2's. `pieces` are merged tokens; `plain` are added tokens that are not special."""
+    """Return a byte-level BPE tokenizer like GPT-2's.
+
+    Args:
+      special: the special tokens.
+      plain: added tokens that are not special.
+      pieces: words that become one token by merges.
+    """
     vocabulary, merges = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []
     for piece in pieces:
         for n in range(1, len(piece)):
@@ -29,7 +35,10 @@ def byte_level(special=(), plain=(), pieces=()):
 
 
 def llama():
-    """Return SentencePiece's BPE with byte fallback. It adds a space before the text, which the decoder removes."""
+    """Return a BPE tokenizer like SentencePiece's in Llama, with a token for every byte.
+
+    It adds a space before the text, which the decoder removes.
+    """
     pieces = [*SPECIAL, *"\u2581helowrd.", *(f"<0x{b:02X}>" for b in range(256))]
     vocabulary, merges = {piece: i for i, piece in enumerate(pieces)}, []
     for word in ("\u2581hello", "\u2581world"):
@@ -48,7 +57,10 @@ def llama():
 
 
 def unigram():
-    """Return a tokenizer like T5's: a unigram model that contains the special tokens, and an end after every text."""
+    """Return a unigram tokenizer like T5's, which adds an end-of-text token to every text.
+
+    The special tokens are also pieces of its vocabulary.
+    """
     pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), ("<|user|>", 0.0), ("\u2581hello", -2.0), ("\u2581", -3.0)]
     pieces += [(letter, -4.0) for letter in "helowrd.</s>|u"]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0))
@@ -59,7 +71,7 @@ def unigram():
 
 
 def word_piece():
-    """Return a tokenizer like BERT's."""
+    """Return a WordPiece tokenizer like BERT's."""
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "hello", "world", "wor", "##ld", ".", "[", "]", "sep"]
     tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(vocabulary)}, unk_token="[UNK]"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
@@ -78,7 +90,10 @@ def word_level():
 
 @pytest.fixture
 def folder(tmp_path):
-    """A function that writes a folder with a tokenizer and JSON files, and loads the tokenizer."""
+    """Return a function that saves a tokenizer into a folder and loads it from there.
+
+    The function takes the tokenizer, `eot` (the end-of-text token), and the content of further JSON files by name.
+    """
 
     def make(tokenizer, eot=None, **files):
         shutil.rmtree(tmp_path / "folder", ignore_errors=True)
