@@ -29,8 +29,8 @@ class Context(NamedTuple):
     `segment_ids` [B,T], `key_segment_ids` [B,S]: the document of every token and of every key. A token attends only to
       keys with the same id; a negative id is padding. None: every sequence is one document.
     `positions` [B,T]: the positions for rotary embedding; None if the attention variant does not use it.
-    `offset`: the index of the first of the T tokens among the S keys. With a cache, it is the number of tokens that
-      the cache had before; without a cache, it is 0.
+    `offset`: the number of tokens that the cache had before this call; 0 without a cache. The place of this device's
+      tokens in a sequence that the mesh axis "context" divides is not part of it.
     """
 
     segment_ids: jax.Array | None
