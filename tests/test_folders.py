@@ -87,7 +87,7 @@ def moved(name, by):
 Q, UP = "model.layers.1.self_attn.q_proj.weight", "model.layers.0.mlp.up_proj.weight"
 BAD = {
     "model-type": (edit_config(model_type="granit"), r"model_type='granit' is not one of .*mean 'granite'"),
-    "no-size": (edit_config(hidden_size="absent"), "config.json: it has no hidden_size"),
+    "no-size": (edit_config(hidden_size="absent"), "config.json: the entry hidden_size is missing"),
     "wrong-type": (edit_config(hidden_size="64"), "hidden_size='64' must be of type int"),
     "heads": (edit_config(num_attention_heads=5), "hidden_size=64 must be a multiple of num_attention_heads=5"),
     "bias": (edit_config(attention_bias=True), "attention_bias=True is not supported, only False"),

@@ -207,7 +207,7 @@ class TrainingData(NamedTuple):
 def text_data(config: Config) -> TrainingData:
     """Load the text that a config names in its data section, and return it as training data for a language model.
 
-    Raises ValueError if the text cannot be read, or if the config has a curriculum, which only pairs of sentences have.
+    Raises ValueError if the text cannot be read, or if the config has a curriculum: that needs pairs of sentences.
     """
     d = config.data
     if d.curriculum:

@@ -57,7 +57,7 @@ def heldout_windows(
     Args:
       corpus: the held-out token stream.
       T: the number of tokens of the context for m = 1.
-      lengths: the values of m. If no document has m * T targets, m is left out with a log message, except the smallest.
+      lengths: the values of m. If no document has m * T targets, m is left out and logged. The smallest m is kept.
       max_tokens: the number of targets of all windows together is at most this number, or there is only one window.
       seed: decides the order in which documents are taken.
 

@@ -223,9 +223,9 @@ def text_documents(path: str, text_field: str = "text", name: str = "data.path")
     """Yield the documents of a text file, or of all text files in a folder and its subfolders, sorted by path.
 
     A document is a text; empty ones are left out. Most files are one document. A .jsonl or .ndjson file has one
-    document per line: the field `text_field` of the JSON object on the line. A .json file has several documents if it
-    has such objects on its lines or in an array. Any other .json file is one document, and a log message says so. A
-    byte order mark is removed.
+    document per line: the field `text_field` of the JSON object on the line. A .json file may contain such
+    objects too: a single object, one on every line, or an array. Then each object is a document. Any other .json file
+    is one document, and a log message says so. A byte order mark is removed.
 
     In a folder, hidden files are left out. Files that are not text are left out too, and a log message gives their
     number: files that are not UTF-8 or have NUL bytes, token files, pipes, sockets, devices and broken links. Links to

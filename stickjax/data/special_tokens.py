@@ -20,7 +20,7 @@ _TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls
 
 
 class Named(NamedTuple):
-    """The ids of special tokens that the files of a tokenizer's folder name: the result of the function `named`."""
+    """The ids of special tokens that are named in the files of a tokenizer's folder: the result of `named`."""
 
     ends: tuple[int, ...]  # each of these ids ends a generated text; the first also ends a document in training
     special: frozenset[int]  # the ids of all added tokens that a file names as special tokens, for any purpose
@@ -94,7 +94,7 @@ def with_end(files: Mapping[str, bytes], ends: Sequence[int], text: str, folder:
 
 
 def named(files: Mapping[str, bytes], added: Mapping[str, int], folder: Path) -> Named:
-    """Return the ids of the special tokens that the files of a tokenizer's folder name.
+    """Return the ids of the special tokens that are named in the files of a tokenizer's folder.
 
     Args:
       files: {name of the file: content}, the result of `read_files(folder)`. If several files name ends of text, the

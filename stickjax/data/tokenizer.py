@@ -84,7 +84,7 @@ class Tokenizer(abc.ABC):
         return next((i for i in self.prefix if i != self.eot), None)
 
     def document(self, text: str) -> np.ndarray:
-        """Return the token ids [n] of a document in training: the ids of `prefix` except `eot`, the text, and `eot`."""
+        """Return the token ids [n] of a document in training: `prefix` without `eot`, the ids of the text, `eot`."""
         dtype = token_dtype(self.vocab_size)
         begin = np.array([i for i in self.prefix if i != self.eot], dtype)
         return np.concatenate([begin, self._encode(text, False), np.array([self.eot], dtype)], dtype=dtype)
@@ -130,9 +130,9 @@ class ByteTokenizer(Tokenizer):
 class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer from a file tokenizer.json at `path`, which the optional package `tokenizers` reads.
 
-    The end of text is `eot`, the text of an added token of the file. If `eot` is None, it is the token that other files
-    in the same folder name, as `special_tokens.named` finds it. If they name none, it is the first token of
-    `END_OF_TEXT` that is an added token. The attribute `prefix` has the ids that the post-processor of the file puts in
+    The end of text is `eot`, the text of an added token of the file. If `eot` is None, the end of text is found by
+    `special_tokens.named` in other files of the same folder. If they name none, it is the first token of `END_OF_TEXT`
+    that is an added token. The attribute `prefix` has the ids that the post-processor of the file puts in
     front of a text.
     """
 
@@ -254,7 +254,8 @@ class StreamDecoder:
     """A decoder for generated token ids, which arrive one at a time. Several ids may be parts of one character.
 
     `feed` returns a character when all its ids have arrived. The returned texts together are the text that the ids add
-    to the text of the prompt. `prompt` has the ids of the prompt; if it is None, the prompt is an unknown text.
+    to the text of the prompt. `prompt` has the ids of the prompt. If it is None, the ids are decoded as if they came
+    after the text "a", because a tokenizer may drop a space at the start of a text.
 
     >>> stream = StreamDecoder(ByteTokenizer())
     >>> [stream.feed(i) for i in "né".encode()]

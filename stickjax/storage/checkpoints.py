@@ -203,7 +203,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         (self.folder / f"{step}.tmp").mkdir(parents=True)
 
     def _complete(self, step: int, response, manifest: str) -> None:
-        """Wait for Orbax's future `response`. Then write manifest.json: the JSON `manifest` with checksums of files."""
+        """Wait for `response`, Orbax's future of the arrays. Write `manifest` and file checksums to manifest.json."""
         response.result()
         path = self.folder / f"{step}.tmp" / "manifest.json"
         if not processes.is_writer():
@@ -330,7 +330,7 @@ def _rebuild(leaf, array):
 
 
 def _read_manifest(folder: Path, step: int) -> dict:
-    """Return the manifest of the checkpoint in `folder`. Raise DamagedCheckpoint if the checksum of a file is wrong."""
+    """Return the manifest in `folder`. Raise DamagedCheckpoint if it is not of `step` or if a checksum is wrong."""
     try:
         outer = json.loads((folder / "manifest.json").read_text())
         manifest = outer["manifest"]

@@ -48,9 +48,10 @@ _FREE = (
 class Loaded(NamedTuple):
     """A trained model with its config and tokenizer: the result of `load`.
 
-    `model`: a language model is called as `model(tokens).logits`, a Universal Transformer as `model(batch).logits`.
+    `model`: it is called as `model(tokens).logits`. A Universal Transformer is called as `model(batch).logits` with a
+      dictionary of arrays, such as {"tokens": tokens}.
     `config`: the config in the folder, with the changes that were given to `load`.
-    `tokenizer`: the tokenizer of the model; None if it was converted from a folder without a tokenizer.
+    `tokenizer`: the tokenizer of the model; None if the model was converted from a folder without a tokenizer.
     `step`: the training step of the checkpoint; 0 if the folder has one model without checkpoints.
     """
 
@@ -94,8 +95,9 @@ def with_own_tokenizer(run: str | os.PathLike, config: Config) -> Config:
 def check_tokenizer(extra: dict, config: Config, tokenizer: Tokenizer | None, source: str) -> None:
     """Raise ValueError if `tokenizer` is not the tokenizer with which a model was trained.
 
-    `extra` is the dictionary in the checkpoint of the model: extra["tokenizer"] is the name of its tokenizer. `source`
-    is the name of the checkpoint, for the message.
+    `extra` is the dictionary in the checkpoint of the model: extra["tokenizer"] is the name of its tokenizer. If it has
+    no such name, or if `tokenizer` is None, nothing is checked. `config` and `source`, the name of the checkpoint, are
+    for the message.
     """
     recorded = extra.get("tokenizer")
     if recorded and tokenizer and recorded != tokenizer.name:
@@ -106,8 +108,8 @@ def check_tokenizer(extra: dict, config: Config, tokenizer: Tokenizer | None, so
 def check_trained(extra: dict, config: Config, tokenizer: Tokenizer | None, source: str) -> None:
     """Raise ValueError if training cannot continue from a checkpoint.
 
-    Two things are checked: a training run has saved the checkpoint, and its tokenizer is `tokenizer`. `extra` is the
-    dictionary in the checkpoint, and `source` is the name of the checkpoint, for the message.
+    Two things are checked: a training run has saved the checkpoint, and the model was trained with `tokenizer`. `extra`
+    is the dictionary in the checkpoint. `config` and `source`, the name of the checkpoint, are for the message.
     """
     if missing := {"config", "corpus", "data"} - extra.keys():
         raise ValueError(f"{source} was not saved by a training run: it does not record {', '.join(sorted(missing))}")
@@ -117,9 +119,9 @@ def check_trained(extra: dict, config: Config, tokenizer: Tokenizer | None, sour
 def check_config(run: str | os.PathLike, config: Config) -> None:
     """Raise ValueError if training with `config` cannot begin or continue in the folder `run`.
 
-    It can begin if the folder has no config.json, and continue if the config.json there has the same fields. Fields
-    that do not change the training may differ, such as paths. The message lists the other fields that differ. Training
-    cannot continue in a folder with a converted model.
+    Training can begin if the folder has no config.json. It can continue if the config.json there differs from `config`
+    only in fields that do not change the training, such as paths. The message lists all other fields that differ.
+    Training cannot continue in a folder with a converted model.
     """
     if not (Path(run) / "config.json").exists():
         return
@@ -157,9 +159,10 @@ def _is_model(folder: str | os.PathLike) -> bool:
 
 
 def model_leaves(folder: str | os.PathLike, model: ModelConfig) -> dict[str, Lazy] | None:
-    """Return {name: parameter} of a Hugging Face folder or a folder of one model; None for a run with checkpoints.
+    """Return {name: parameter} of the model in a folder; None if the folder is a run folder with checkpoints.
 
-    Each parameter is read when it is used. Raise ValueError if the names or shapes differ from a model with the config
+    A folder with a model is a Hugging Face folder, or a folder that `save` or `stickjax.convert` has written. Each
+    parameter is read when it is used. Raise ValueError if the names or shapes differ from a model with the config
     `model`.
     """
     if not _is_model(folder):
@@ -204,7 +207,7 @@ def load(
     """Load a trained model with its config and tokenizer from a run folder or a Hugging Face folder.
 
     Args:
-      run: a run folder, a Hugging Face folder, or a folder that `stickjax.convert` has written.
+      run: a run folder, a Hugging Face folder, or a folder that `save` or `stickjax.convert` has written.
       step: the step of the checkpoint to load; None: the newest intact checkpoint. Only a run folder has checkpoints.
       changes: config fields to change, such as {"model.window": 128}. They must not change the shapes of parameters.
       mesh: the mesh of devices on which the parameters are placed; it may differ from the mesh in training. None: the
@@ -250,7 +253,7 @@ def _on_devices(leaf: Lazy, spec: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def save(run: str | os.PathLike, model: Transformer, config: Config) -> None:
-    """Write a model and its config as a new folder of one model. `load` and the option --init-from can read the folder.
+    """Write a model, its config and the files of its tokenizer into a new folder. `load` and --init-from can read it.
 
     Raises:
       ValueError: the folder exists, or the parameters have other names, shapes or types than `config.model` says.

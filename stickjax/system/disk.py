@@ -39,7 +39,7 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
     """Convert an error in a `with` block that writes the file `path` into an OSError with a clear reason.
 
     The message of the OSError has the reason, such as "the disk is full", and `path`, even if the block writes a
-    temporary file. A RuntimeError without an errno is raised unchanged.
+    temporary file. A RuntimeError without an errno, or an exception of another type, is raised unchanged.
 
     >>> with writing("run/config.json"):
     ...     raise OSError(errno.ENOSPC, "No space left on device", "run/config.json.tmp")

@@ -43,7 +43,7 @@ class StepTrace(contextlib.AbstractContextManager):
     def after(self, step: int) -> None:
         """Call this after each step. It stops and writes the trace if this step was the last to trace.
 
-        `step` is the number of training steps that are done, with this step.
+        `step` is the number of training steps that are done, including this step.
         """
         if self._begun is not None:
             self._done = step

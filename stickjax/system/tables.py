@@ -55,7 +55,7 @@ class Columns(dict):
 
     @classmethod
     def of(cls, rows: Iterable[dict]) -> "Columns":
-        """Make a table from rows. A row is {name of a column: value}. If a row has no value for a column, it is NaN."""
+        """Make a table from rows. A row is {name of a column: value}. A missing value becomes NaN."""
         rows = list(rows)
         names = dict.fromkeys(name for row in rows for name in row)
         return cls({name: np.array([row.get(name, math.nan) for row in rows]) for name in names})

@@ -46,9 +46,10 @@ class Example(NamedTuple):
 
 
 def relation(left: int, right: int) -> str:
-    """Return the relation of two sentences, as one of the signs in RELATIONS.
+    """Return the relation of two sentences: the first of the signs below whose condition holds.
 
-    `left` and `right` are the truth tables of the sentences: integers with one bit for each of the 64 worlds.
+    `left` and `right` are the truth tables of the sentences: integers with one bit for each of the 64 worlds. Each
+    sentence must be true in at least one world, and false in at least one world.
 
     `=`: the truth tables are equal.
     `<`: left implies right.
@@ -56,7 +57,7 @@ def relation(left: int, right: int) -> str:
     `^`: in every world exactly one sentence is true.
     `|`: in every world at most one sentence is true.
     `v`: in every world at least one sentence is true.
-    `#`: none of these.
+    `#`: none of these conditions holds.
 
     >>> relation(0b0011, 0b0111), relation(0b0011, 0b0100)
     ('<', '|')
@@ -68,9 +69,9 @@ def relation(left: int, right: int) -> str:
 def _sentence(uniform: Callable[[], float], variables: Sequence[tuple], n: int) -> tuple[str, int, int]:
     """Draw a random sentence, and return (its text, its truth table, its number of operators).
 
-    `uniform` returns random numbers in [0, 1). `variables` are triples (name, truth table, 0) of the variables to use.
-    `n` limits the length: the two sentences inside a sentence are drawn with n // 2, and for n < 2 the sentence is a
-    variable or its negation.
+    `uniform` returns random numbers in [0, 1). Each of `variables` is a triple like the result: (name, truth
+    table, 0). `n` limits the length: the two sentences inside a sentence are drawn with n // 2, and for n < 2 the
+    sentence is a variable or its negation.
     """
     choice = int(9 * uniform())
     if choice > 3 or n < 2:
@@ -89,7 +90,7 @@ def _sentence(uniform: Callable[[], float], variables: Sequence[tuple], n: int) 
 
 
 def _draws(seed: int) -> Iterator[Example]:
-    """Yield random pairs of sentences without end. The sentences of a pair use at most four of the six variables.
+    """Yield endlessly many random pairs of sentences. A pair uses at most four of the six variables.
 
     A pair is left out if one of its sentences is true in every world or in no world.
     """

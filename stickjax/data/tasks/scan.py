@@ -58,8 +58,8 @@ def generate(split: str = "simple", seed: int = 0) -> Parts:
 
     `simple`: four fifths of the commands, chosen at random with `seed`, are for training, the rest for tests.
     `length`: commands of at most 22 actions are for training, longer ones for tests.
-    `add_jump`: for training are all commands without the word jump, and 1467 copies of the command `jump`. For tests
-      are all other commands with the word jump.
+    `add_jump`: the commands without the word jump and 1467 copies of the command `jump` are for training, all other
+      commands for tests.
     `add_turn_left`: the same with the words turn left, and 2189 copies of the command `turn left`.
 
     Raises ValueError for an unknown split.

@@ -83,7 +83,7 @@ def write(
       leaves: the parameters, as {name in stickjax: parameter}.
       shard_bytes: the largest size of a file with tensors, in bytes. A file with a single tensor may be larger.
       tokenizer: the tokenizer of the model; None if it has no tokenizer.
-      files: {name: content} of files to copy into the folder: `tokenizer.files`. Without a tokenizer, these are the
+      files: {name: content} of files to copy into the folder: `tokenizer.files`, or, without a tokenizer, only the
         files that name special tokens.
     """
     c = config.model

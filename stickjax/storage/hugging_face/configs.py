@@ -63,7 +63,7 @@ class _Tree:
         value = self._tree.get(name)
         if value is None:
             if default is ...:
-                raise ValueError(f"it has no {name}")
+                raise ValueError(f"the entry {name} is missing")
             return default
         if kind is float and type(value) is int:
             value = float(value)

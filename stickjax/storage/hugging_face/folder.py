@@ -12,7 +12,8 @@ def open_folder(folder: str | os.PathLike) -> dict[str, Lazy]:
     """Return {name: tensor} of a Hugging Face folder. Each tensor is read from its file when it is used.
 
     The tensors are in model.safetensors, or in several files (shards) that an index lists, or in .bin files of torch.
-    If a folder has several of these, safetensors files are preferred to .bin files, and shards to a single file.
+    If a folder has safetensors files and .bin files, the safetensors files are read. If it has shards and a single file
+    of the same kind, the shards are read.
 
     Raise ValueError if there are no tensors, if a shard is missing or damaged, or if the index and the shards name
     different tensors.

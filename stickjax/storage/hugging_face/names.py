@@ -147,8 +147,8 @@ def table(model_type: str, c: ModelConfig) -> list[Row]:
     In these rows, `axes` are the axes of the tensor and the axes of the leaf in one layer, as in "NH D -> D N H".
 
     Raises:
-      ValueError: there is no table for the model type, or the model has no leaf with the name in a row, or the axes of
-        the tensor and the leaf of a row have different letters.
+      ValueError: there is no table for the model type, a row names a leaf that the model does not have, or the axes of
+        the tensor and the leaf in a row have different letters.
     """
     one_of("model_type", model_type, tuple(_TABLES))
     model = jax.eval_shape(lambda: init(c, jax.random.key(0)))
@@ -173,7 +173,7 @@ def _sizes(c: ModelConfig, name: str, axes: str) -> str:
     """Translate the axes of the leaf `name` from the letters of `stickjax.models.parameters` to letters of this file.
 
     E (experts) and C (router columns) become A in an attention layer and E in a feed-forward network. G becomes its
-    size, 1 or 2. R becomes D if the router is linear.
+    size: 2 for a gated activation, otherwise 1. R becomes D if the router is linear.
     """
     experts, mixture = ("A", c.attention_experts) if name.startswith("blocks.attention.") else ("E", c.experts)
     sizes = {"E": experts, "C": experts, "G": str(gates(c)), "R": "D" if mixture.network == "linear" else "R"}
@@ -229,8 +229,9 @@ def _size(config: ModelConfig, letter: str) -> int:
 def _place(config: ModelConfig, target: np.ndarray, to: str, source: np.ndarray, of: str, part: int) -> None:
     """Copy the array `source` with the axes `of`, such as "NH D", into the array `target` with the axes `to`.
 
-    An axis may be a digit: "2 F D" are the axes of an array that consists of two arrays "F D". If only one of `to` and
-    `of` has a digit, the array without it is one of these two arrays, the one with the index `part`.
+    An axis may be a digit: "2 F D" are the axes of an array that consists of two arrays "F D". If only `of` has a
+    digit, one of these two arrays is copied: the one with the index `part`. If only `to` has a digit, `source` is
+    copied into the one with the index `part`.
     """
     to, of = to.replace(" ", ""), of.replace(" ", "")
 
@@ -238,7 +239,7 @@ def _place(config: ModelConfig, target: np.ndarray, to: str, source: np.ndarray,
         """Return a view of `array` that has one axis for every letter that is in both `own` and `other`.
 
         `own` has the letters and digits of the axes of `array`, and `other` has the letters and digits of the axes of
-        the other array. If only `own` has a digit, the view is the part of `array` with the index `part`.
+        the other array. If only `own` has a digit, the view is the entry `part` of `array` on the axis of the digit.
         """
         view = array.reshape([_size(config, letter) for letter in own])
         return view[tuple(slice(None) if letter in other else part for letter in own)]
