@@ -80,7 +80,7 @@ class _Part(NamedTuple):
     returns `compute` of these arguments.
 
     `compute`: computes the results of the op from its complete arguments.
-    `inside`: the function `Letters.inside`. It computes the arrays that every device computes itself (RECOMPUTED).
+    `inside`: the function `Letters.inside`. On every device it computes the arrays marked RECOMPUTED from the others.
     `tree`: the structure of the arguments.
     `static`: the leaves of the arguments, with the class `_Array` in the place of every array.
     """

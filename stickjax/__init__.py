@@ -174,6 +174,6 @@ def register(what, name: str | None = None) -> None:
         register_attention(name, what)
     else:
         raise ValueError(
-            f"register(what={what!r}, name={name!r}): the argument what must be a Family, with no name, or an "
-            "AttentionVariant, with a name"
+            f"register(what={what!r}, name={name!r}): register a Family without a name, or an AttentionVariant with "
+            "a name"
         )

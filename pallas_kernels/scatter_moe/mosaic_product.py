@@ -78,7 +78,7 @@ class Kind(NamedTuple):
 
     @property
     def step(self) -> int:
-        """The number of columns of a tile of the result, in each part of the result."""
+        """The number of columns that a tile covers. A result of two parts, gate and input, has them in each part."""
         return self.per_tile * COLUMNS if self.apart == COLUMNS else COLUMNS
 
 
@@ -104,7 +104,7 @@ class Tile(NamedTuple):
 
 
 class At(NamedTuple):
-    """Where the accumulators of one warpgroup are in the result: 64 rows of one expert, and the first column."""
+    """The position of one warpgroup's accumulators in the result: 64 rows of one expert, and the column they start at."""
 
     wg: jax.Array  # the number of the warpgroup
     rows: pl.Slice  # the 64 rows, numbered over all tiles
@@ -143,11 +143,11 @@ class Derivative(NamedTuple):
 
 
 class Derivatives(NamedTuple):
-    """The results of `d_activated`: the gradient of the pre-activation h, gate * act(h), and partial gate gradients."""
+    """The results of `d_activated`. `gate` is the router's weight of a row, and h is the pre-activation of an expert."""
 
     d_hidden: Any  # [parts, R, F]: the gradient of h
     gated: Any  # [R, F]: gate * act(h)
-    d_gate: Any  # [tiles of columns, tiles * rows]: summed over the first axis, the gradient of the gates
+    d_gate: Any  # [tiles of columns, tiles * rows]: its sum over the first axis is the gradient of the gates
 
 
 class DerivativeScratch(NamedTuple):

@@ -132,7 +132,9 @@ class ModelConfig(FamilyConfig):
             known = variants_with(lambda kind: not kind.rotary)
             raise ValueError(f"key_value='input' needs attention={known}: rotary positions change keys, but not values")
         if self.head_norm or self.remainder == "bias":
-            raise ValueError("head_norm and remainder='bias' need heads that all tokens share: attention_experts.E=0")
+            raise ValueError(
+                "head_norm and remainder='bias' need heads that all tokens share; set attention_experts.E=0"
+            )
 
     def check_mesh(self, sizes: dict[str, int], T: int) -> None:
         """Raise ValueError if the model, or its sequences of T tokens, cannot be divided by a mesh axis.

@@ -223,7 +223,7 @@ def partition(leaf: Leaf) -> PartitionSpec:
     dims = np.ndim(leaf.value)
     if leaf.owner is None:
         if dims >= 2:
-            raise ValueError(f"no partition for {leaf.name!r} with {dims} axes: put it into a Flax module")
+            raise ValueError(f"{leaf.name!r} has {dims} axes but no partition: only arrays in Flax modules have one")
         return PartitionSpec()
     row = parameter(leaf)
     stacked = dims == len(row.axes.split()) + 1  # the axis of the layers comes first

@@ -337,7 +337,7 @@ def _read_manifest(folder: Path, step: int) -> dict:
         if zlib.crc32(json.dumps(manifest).encode()) != outer["crc32"]:
             raise ValueError("the crc32 of manifest.json differs from the recorded one")
         if manifest["step"] != step:
-            raise ValueError(f"manifest.json is from the checkpoint of step {manifest['step']}")
+            raise ValueError(f"manifest.json is of step {manifest['step']}, not of step {step}")
         for name, crc32 in manifest["files"].items():
             if crc32_of(folder / name) != crc32:
                 raise ValueError(f"the crc32 of {name} differs from the recorded one")

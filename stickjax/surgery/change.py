@@ -93,7 +93,7 @@ def prune(
     threshold: float | Mapping[str, float] | None = None,
     denominator: str = "old",
 ) -> Transformer:
-    """Return the model without the modules that are used least.
+    """Return the model without the modules (experts of the attention or of the feed-forward network) used least.
 
     The weights of the layers are stacked, so every layer has room for as many modules as the layer that keeps the most.
     Room that a layer does not need is filled with zeros. The parameter `slot` of a router has, for each router column,
@@ -101,14 +101,14 @@ def prune(
 
     Args:
       model: a trained model. Modules that `extend` added are first merged into the old modules (see `merged`).
-      use: {kind: [L, columns]}, the number of (token, choice) pairs of each router column in each of the L layers, as
+      use: {kind: [L, columns]} for the kinds "ffn" and "attention": the number of (token, choice) pairs of each router column in each of the L layers, as
         `usage.use` returns it. A kind that is missing here, or in `count` or `threshold`, is not pruned.
       count: how many modules each layer keeps, the most used modules first. One number, or {kind: number}.
       threshold: a module is kept if it has at least this share of the (token, choice) pairs of its layer. Each layer
-        keeps at least as many modules as a token uses: k, or N / K for attention. One number, or {kind: number}.
-      denominator: the columns of the router's softmax, for both kinds. "old": all columns, also of pruned modules. Then
+        keeps at least as many modules as a token uses: the field k of its experts. One number, or {kind: number}.
+      denominator: the logits that the softmax of a router sums over. "old": of all modules, also the pruned ones. Then
         a layer returns the same bits as before for a token that uses no pruned module (for an exception, see `extend`).
-        "new": only the columns that remain, so the gates grow. With order="topk_softmax" both give the same function.
+        "new": only of the modules that remain, so the gates grow. With order="topk_softmax" both give the same function.
     Raises:
       ValueError: not exactly one of count and threshold is given, the count is too small or too large, the model has no
         modules, `use` has another shape, or denominator="old" after an earlier pruning with "new".

@@ -24,17 +24,19 @@ def _rows(model: Transformer, batch: dict) -> dict[str, jax.Array]:
 
 
 def use(model: Transformer, batches: Iterable[Mapping[str, np.ndarray]]) -> Use:
-    """Count how many (token, choice) pairs every module gets. A token that uses k modules in a layer has k pairs there.
+    """Count how many (token, choice) pairs every module gets. A module is an expert of a layer.
+
+    A token that uses k modules of a layer has k pairs there.
 
     Args:
-      model: a model with modules.
+      model: a model with experts.
       batches: each batch has `tokens` [B,T] and, if there is padding, `segment_ids` [B,T], negative for padding.
         Padding tokens do not count.
 
     Returns:
       The numbers of pairs as whole numbers, in a dictionary with an entry for each kind of modules,
       {"attention": [L, columns], "ffn": [L, columns]}. A router has a column for every module, and the added modules
-      are last. A pruned module still has a column if it counts in the softmax.
+      are last. A pruned module keeps its column if its logit is still in the softmax of the router.
 
     Raises:
       ValueError: the model has no modules.
