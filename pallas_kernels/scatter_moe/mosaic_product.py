@@ -104,7 +104,7 @@ class Tile(NamedTuple):
 
 
 class At(NamedTuple):
-    """The position of one warpgroup's accumulators in the result: 64 rows of one expert, and the column they start at."""
+    """The position of one warpgroup's accumulators in the result: 64 rows of one expert, from a column on."""
 
     wg: jax.Array  # the number of the warpgroup
     rows: pl.Slice  # the 64 rows, numbered over all tiles
@@ -143,7 +143,7 @@ class Derivative(NamedTuple):
 
 
 class Derivatives(NamedTuple):
-    """The results of `d_activated`. `gate` is the router's weight of a row, and h is the pre-activation of an expert."""
+    """The results of `d_activated`. `gate` is the router's weight of a row; h is the expert's pre-activation."""
 
     d_hidden: Any  # [parts, R, F]: the gradient of h
     gated: Any  # [R, F]: gate * act(h)

@@ -101,14 +101,15 @@ def prune(
 
     Args:
       model: a trained model. Modules that `extend` added are first merged into the old modules (see `merged`).
-      use: {kind: [L, columns]} for the kinds "ffn" and "attention": the number of (token, choice) pairs of each router column in each of the L layers, as
-        `usage.use` returns it. A kind that is missing here, or in `count` or `threshold`, is not pruned.
+      use: {kind: [L, columns]} for the kinds "ffn" and "attention": the number of (token, choice) pairs of each router
+        column in each of the L layers, as `usage.use` returns it. A kind that is missing here, or in `count` or
+        `threshold`, is not pruned.
       count: how many modules each layer keeps, the most used modules first. One number, or {kind: number}.
       threshold: a module is kept if it has at least this share of the (token, choice) pairs of its layer. Each layer
         keeps at least as many modules as a token uses: the field k of its experts. One number, or {kind: number}.
       denominator: the logits that the softmax of a router sums over. "old": of all modules, also the pruned ones. Then
         a layer returns the same bits as before for a token that uses no pruned module (for an exception, see `extend`).
-        "new": only of the modules that remain, so the gates grow. With order="topk_softmax" both give the same function.
+        "new": only of the modules that remain, so the gates grow. With order="topk_softmax" both give the same result.
     Raises:
       ValueError: not exactly one of count and threshold is given, the count is too small or too large, the model has no
         modules, `use` has another shape, or denominator="old" after an earlier pruning with "new".
