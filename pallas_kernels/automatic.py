@@ -91,7 +91,7 @@ run.__wrapped__.defvjp(_forward, _backward)
 def _pull(node, floats, *values):
     """Return the gradients of the floating-point arrays of a node (one call of an op), computed on one device.
 
-    `floats` are the indices of these arrays in the arrays of the node. `values` are one device's part of all arrays of
+    `floats` are the indices of these arrays in `node.letters`. `values` are one device's part of all arrays of
     the node, followed by the cotangents of its results. The function of the node runs again to make the residuals.
     """
     arrays, cotangents = values[: len(node.letters)], values[len(node.letters) :]

@@ -102,7 +102,7 @@ def capability() -> int | None:
 
 
 def shared_memory() -> int:
-    """Return the bytes of shared memory that a block may have on the GPU for which JAX traces code.
+    """Return how many bytes of shared memory a block may have on the GPU for which JAX traces code.
 
     Without a GPU, return the smallest number of all supported GPUs: 99 KiB.
     """
