@@ -345,8 +345,8 @@ def field_names(*models: type) -> list[str]:
 def types_of(config: Config, section: str, name: str) -> tuple:
     """Return the types that the value of a config field may have, such as (int, NoneType).
 
-    `section` is the name of a section, such as "model". `name` is a field of the section, such as "D", "experts.E" for a
-    field of a nested dataclass, or a former name of a field.
+    `section` is the name of a section, such as "model". `name` is a field of the section, such as "D", "experts.E" for
+    a field of a nested dataclass, or a former name of a field.
     """
     kind = type(getattr(config, section))
     group, _, last = (former_names(kind).get(name, (name,))[0]).rpartition(".")
