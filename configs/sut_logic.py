@@ -10,8 +10,9 @@ of CPU time.
 
 The model is trained on pairs of sentences with 0 to 6 operators. The table has a column for each number of operators.
 Its rows are the accuracy on held-out pairs in percent, the share of pairs with the commonest label in percent, the mean
-depth of a token in blocks, and the published accuracy in percent of the original model (arXiv 2310.07096), which was
-also trained on 0 to 6 operators. Each column has 512 pairs, except 0 (all 6 pairs) and 1 (all 409 pairs):
+depth (the number of blocks applied to a token), and the published accuracy in percent of the original model (arXiv
+2310.07096), which was also trained on 0 to 6 operators. Each column has 512 pairs, except 0 (all 6 pairs) and 1 (all
+409 pairs):
 
     operators           0    1    2    3    4    5    6    7    8    9   10   11   12
     accuracy          100  100   96   93   88   86   79   77   66   64   61   59   55
@@ -22,8 +23,8 @@ also trained on 0 to 6 operators. Each column has 512 pairs, except 0 (all 6 pai
 On all 2241 pairs with 9 operators the accuracy is 62.0 %, and 49.9 % of these pairs have the commonest label.
 
 The original model is larger. Its sizes for this task and the length of its training are not published. It uses softmax
-attention with relative positions, and computes the label from the final state of the first token. We also trained a
-model of this kind with a curriculum (short pairs first). Its accuracy was no better than the share of the commonest
+attention with relative positions, and computes the label from the final state of the first token. We also trained such
+a softmax model, with a curriculum (short pairs first). Its accuracy was no better than the share of the commonest
 label.
 """
 

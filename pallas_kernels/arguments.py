@@ -1,7 +1,6 @@
 """Checks of the arguments of the ops. An op is a public function of this package, such as `stick_breaking_attention`.
 
-A wrong argument raises a ValueError. Its message has the name of the argument, the value it must have, and the value
-that was passed.
+A wrong argument raises a ValueError. The message says which argument is wrong, what it must be, and what was passed.
 """
 
 import numbers
@@ -28,8 +27,8 @@ def array(name: str, x, letters: str):
     """Check that `x`, the value of the argument `name`, is an array with the right number of axes. Return the array.
 
     `letters` are the letters of the axes, separated by commas: "B,T,N,H" requires four axes of any size. `x` may also
-    be a parameter of a module (an object with `__jax_array__`). Then its array is checked and returned. Raise
-    ValueError if `x` is no array, or has another number of axes.
+    be an object with `__jax_array__`, such as a parameter of a Flax module. Then the array of this object is checked
+    and returned. Raise ValueError if `x` is no array, or has another number of axes.
     """
     if not is_array(x) and hasattr(x, "__jax_array__"):
         x = x.__jax_array__()
@@ -107,7 +106,7 @@ def flag(name: str, x) -> bool:
 
 
 def _type(x) -> str:
-    """Return a description of `x` for an error message: "float32[2, 8]" for an array, else its type.
+    """Return a description of `x` for an error message: "float32[2, 8]" for an array, else the name of its type.
 
     A traced array gives "a traced float32[2, 8]".
     """

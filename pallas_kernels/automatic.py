@@ -3,8 +3,9 @@
 An op is a public function of this package, such as `stick_breaking_attention`. Here each call of an op becomes one
 node: one operation of the program, with a rule that tells XLA's partitioner along which axes it may divide the arrays.
 The partitioner decides how the arrays are divided. Then it asks for the program of one device. This program is the op
-again, applied to the device's part of the arrays. The partitioner must not divide the code inside the op: it would run
-the steps of a `lax.map` over a divided axis one after the other, and would all-gather every array that a kernel reads.
+again, applied to the device's part of the arrays. The partitioner must not divide the code inside the op: then every
+device would run all steps of a `lax.map` over a divided axis, and every array that a kernel reads would be
+all-gathered.
 
 The forward pass of a node saves only the arguments of the op for the backward pass. It saves no residuals of a kernel,
 because XLA has no rule for dividing such residuals. So the backward pass runs the forward pass again.
@@ -70,10 +71,10 @@ def _forward(node, arrays):
 
 
 def _backward(node, arrays, cotangents):
-    """Return the gradients of the arrays of `run`, from the arrays and the cotangents of its results.
+    """Run the backward pass of a node (one call of an op). Return the gradients of `arrays`, the arguments of the op.
 
-    The gradients are the results of a second node, whose function is `_pull`. So XLA's partitioner divides the backward
-    pass too. The gradient of an integer array is None.
+    `cotangents` are the cotangents of the results of the op. The gradients are the results of a second node, whose
+    function is `_pull`. So XLA's partitioner divides the backward pass too. The gradient of an integer array is None.
     """
     floats = tuple(i for i, x in enumerate(arrays) if jnp.issubdtype(x.dtype, jnp.floating))
     letters = (*node.letters, *jax.tree.leaves(node.results))
@@ -90,8 +91,8 @@ run.__wrapped__.defvjp(_forward, _backward)
 def _pull(node, floats, *values):
     """Return the gradients of the floating-point arrays of a node (one call of an op), computed on one device.
 
-    `floats` are the indices of these arrays in the node. `values` are one device's part of all arrays of the node,
-    followed by the cotangents of its results. The function of the node runs again to make the residuals.
+    `floats` are the indices of these arrays in `node.letters`. `values` are one device's part of all arrays of
+    the node, followed by the cotangents of its results. The function of the node runs again to make the residuals.
     """
     arrays, cotangents = values[: len(node.letters)], values[len(node.letters) :]
 
@@ -188,8 +189,8 @@ def _rule(node: Node, mesh, values, results) -> SdyShardingRule:
 
     `values` and `results` are the types of the arrays and of the results of the node; only their shapes are read. The
     axes of one group of `node.maps` are divided over the same mesh axes. The size of each of these axes is a multiple
-    of the smallest size in the group: N query heads are a multiple of K key heads. XLA may divide all of them into as
-    many parts as the smallest size allows. An axis without a group is not divided.
+    of the smallest size in the group: N query heads are a multiple of K key heads. XLA may divide all axes of the
+    group, into at most as many parts as the smallest axis has elements. An axis without a group is not divided.
     """
     shapes = [tuple(value.shape) for value in (*values, *results)]
     least, factors, whole, sizes = {}, [[] for _ in shapes], [], {}

@@ -1,10 +1,10 @@
 """Function names that state the cost of kernels and loops, so that `stickjax.plan.flops` can count it in a jaxpr.
 
 A jaxpr does not show three numbers: the floating-point operations of a kernel, the passes through a loop whose end
-depends on data, and the share of the operations that is useful work and not padding. So code with such a number runs in
-a jitted function whose name contains the number, such as "product_flops_1.5e+09". The name stays in the jaxpr under
-derivatives, rematerialisation and scans. If JAX removes the code, it removes the name too. The name takes no time when
-the program runs.
+depends on data, and the share of the operations that is useful work and not padding. So the code that such a number
+describes runs in a jitted function whose name contains the number, such as "product_flops_1.5e+09". The name stays in
+the jaxpr under derivatives, rematerialisation and scans. If JAX removes the code, it removes the name too. The name
+takes no time when the program runs.
 """
 
 import re

@@ -42,4 +42,4 @@ def mesh_refuses(x) -> str | None:
     mesh = jax.typeof(x).sharding.mesh
     axes = zip(mesh.axis_names, mesh.axis_types or (), mesh.axis_sizes, strict=True) if not mesh.empty else ()
     split = [str(name) for name, kind, size in axes if kind != jax.sharding.AxisType.Manual and size > 1]
-    return f"must be inside jax.shard_map under a mesh with the axes {', '.join(split)}" if split else None
+    return f"needs jax.shard_map over the mesh axes {', '.join(split)}" if split else None

@@ -44,7 +44,7 @@ def ring(stages: int, *, arrivals: int, readers: int) -> Ring:
 
 
 def free_stage(ring: Ring, step, stages: int, *, when=None):
-    """Wait until the pipeline stage of step `step` can be overwritten. Return the number of the stage, step % stages.
+    """Wait until the pipeline stage of step `step` can be overwritten. Return the index of the stage, step % stages.
 
     The warpgroup that copies calls this before it copies the tiles of the step into shared memory. The wait ends when
     all readers have read the tiles of step `step` - `stages`. There is no wait in the first `stages` steps, when the
@@ -61,7 +61,7 @@ def free_stage(ring: Ring, step, stages: int, *, when=None):
 
 
 def full_stage(ring: Ring, step, stages: int):
-    """Wait until the pipeline stage of step `step` can be read. Return the number of the stage, step % stages.
+    """Wait until the pipeline stage of step `step` can be read. Return the index of the stage, step % stages.
 
     A warpgroup that computes calls this. The wait ends when the tiles of the step are in shared memory.
     """
@@ -74,8 +74,8 @@ def run(kernel: Callable, *, name: str, flops: float, blocks: int, warpgroups: i
     """Return a function of arrays that launches a Mosaic GPU kernel and returns its results.
 
     The kernel receives pytrees of references: one for every argument, one for the results, and one for every entry of
-    `scratch`. In the kernel, `lax.axis_index("block")` is the number of the block, and `lax.axis_index("wg")` is the
-    number of the warpgroup in its block.
+    `scratch`. In the kernel, `lax.axis_index("block")` is the index of the block, and `lax.axis_index("wg")` is the
+    index of the warpgroup in its block.
 
     Args:
       kernel: the body of the kernel.

@@ -1,9 +1,9 @@
 """Copies of single rows between an array in global memory and a tile in shared memory, for the ScatterMoE kernels.
 
-The rows of an expert may be scattered over the array. So every row of the tile comes with the number of its row in the
-array. Hopper's copy engine copies consecutive rows only. So the threads of a warpgroup copy single rows, in chunks of
-16 bytes. Each operation has a GPU body and a body for the Mosaic GPU interpreter. docs/design/expert_kernels.md
-explains the barriers around these copies.
+The rows of an expert may be scattered over the array. So every row of the tile comes with its row number in the array.
+Hopper's copy engine copies consecutive rows only. So the threads of a warpgroup copy single rows, in chunks of 16
+bytes. Each operation has a GPU body and a body for the Mosaic GPU interpreter. docs/design/expert_kernels.md explains
+the barriers around these copies.
 
 In shared memory, a tile has the layout that the tensor cores read. It consists of atoms of 8 rows x 128 bytes, one row
 of atoms after the other. In an atom, chunk c of row r is at position c XOR r of the row.
@@ -24,8 +24,8 @@ THREADS = 128  # of a warpgroup
 def atoms(dtype) -> tuple:
     """Return the Pallas transforms that give a tile of `dtype` in shared memory the layout that tensor cores read.
 
-    The tile consists of atoms of 8 rows x 128 bytes. In an atom, the chunk of 16 bytes with number c in row r is at
-    position c XOR r of the row (a swizzle).
+    The tile consists of atoms of 8 rows x 128 bytes. In an atom, chunk c (16 bytes) of row r is at position c XOR r of
+    the row (a swizzle).
     """
     return plgpu.TilingTransform((ATOM[0], ATOM[1] // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(ATOM[1])
 
@@ -35,7 +35,7 @@ def chunks(ops, rows: int, columns: int, itemsize: int):
 
     The 128 threads of a warpgroup copy a tile [rows, columns] of elements of `itemsize` bytes, in chunks of 16 bytes.
     A place is (row, column, byte): the row and the column in the tile, and the offset in bytes from the start of the
-    tile in shared memory. It depends on the thread, so it is computed by `ops`, a `_Thread`. `distances` is a list of
+    tile in shared memory. The place depends on the thread, so `ops`, a `_Thread`, computes it. `distances` is a list of
     (rows, columns, bytes) with one entry for every chunk of the thread. The first entry is (0, 0, 0). The entries are
     Python numbers, because they are the same for all threads.
     """
@@ -56,12 +56,12 @@ def chunks(ops, rows: int, columns: int, itemsize: int):
 def gather(source, rows, column, tile) -> None:
     """Start to copy rows of an array into a tile: tile[r] = source[rows[r], column : column + C].
 
-    A row of the tile is zero if rows[r] is negative. Columns beyond the last column of the source are zero too. The
-    copies are only started: `gather_commit` closes a group of copies, and `gather_wait` waits for groups.
+    A row of the tile is zero if rows[r] is negative. Columns of the tile beyond the last column of the source are zero
+    too. The copies are only started: `gather_commit` closes a group of copies, and `gather_wait` waits for groups.
 
     Args:
       source: reference to an array [R, D] in global memory. A row of D elements is a multiple of 16 bytes.
-      rows: reference to the row numbers, int32 [M] in global memory.
+      rows: reference to the row numbers in the source, int32 [M] in global memory.
       column: the first column to copy, a multiple of 8.
       tile: reference to a tile [M, C] in shared memory with the layout of `atoms`. A row of C elements is a multiple of
         128 bytes.
@@ -109,7 +109,7 @@ def scatter(tile, rows, column, target) -> None:
     Args:
       tile: reference to a tile [M, C] in shared memory with the layout of `atoms`. A row of C elements is a multiple of
         128 bytes.
-      rows: reference to the row numbers, int32 [M] in global memory.
+      rows: reference to the row numbers in the target, int32 [M] in global memory.
       column: the first column to write, a multiple of 8.
       target: reference to an array [R, D] in global memory. A row of D elements is a multiple of 16 bytes.
     """

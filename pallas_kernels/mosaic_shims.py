@@ -18,8 +18,8 @@ import numpy as np
 from .platform import is_interpreted
 
 TILE = plgpu.Layout.WGMMA  # [64, C]
-ROW = plgpu.Layout.WGMMA.reduce(1)  # [64], one number per row
-COLUMN = plgpu.Layout.WGMMA.reduce(0)  # [C], one number per column
+ROW = plgpu.Layout.WGMMA.reduce(1)  # [64], one value per row
+COLUMN = plgpu.Layout.WGMMA.reduce(0)  # [C], one value per column
 
 
 def product(a, b):
@@ -78,12 +78,12 @@ def exp2_of_minus_abs(x):
 
 
 def any_at_most(x, limit: float):
-    """Return whether x[r] <= limit for at least one row r, for an array x [64] in registers with a number for each row.
+    """Return whether x[r] <= limit for at least one row r, for an array x [64] in registers, one value per row.
 
-    The forward attention kernel uses it to stop early. There, `x` is the cumulative log-decay (-log2 of the stick left)
-    of the 64 query rows of a warpgroup. The warpgroup needs more keys as long as x[r] <= limit in at least one row. The
-    threads vote on a named barrier that only this warpgroup uses. `jnp.any` would use shared memory that all warpgroups
-    of a block share: two warpgroups that compute would overwrite each other's values.
+    The forward attention kernel uses it to stop early. There, `x` is the cumulative log-decay (-log2 of the rest of the
+    stick) of the 64 query rows of a warpgroup. The warpgroup needs more keys as long as x[r] <= limit in at least one
+    row. The threads vote on a named barrier that only this warpgroup uses. `jnp.any` would use shared memory that all
+    warpgroups of a block share: two warpgroups that compute would overwrite each other's values.
     """
     if is_interpreted():
         return (x <= limit).any()
@@ -115,7 +115,7 @@ def row_numbers():
 
     `broadcasted_iota` would give the same numbers. But the compiler computes equal `broadcasted_iota`s of a kernel only
     once. If a kernel used these numbers before a loop and in the loop, they would occupy registers during the loop. So
-    this function computes them from the number of the thread.
+    this function computes them from the index of the thread.
     """
     if is_interpreted():
         return jnp.arange(64, dtype=jnp.int32)
@@ -145,7 +145,7 @@ def row_of_thread(thread, half: int, right, bits, either):
     """Return the number (0 to 63) of a row of a tile [64, C] in registers, of which a thread holds some elements.
 
     A thread holds elements of two rows: `half` 0 means the upper row, and `half` 1 means the row 8 rows below it.
-    `thread` is the number of the thread in its block. Each of the four warps of a warpgroup holds 16 rows. Each quad
+    `thread` is the index of the thread in its block. Each of the four warps of a warpgroup holds 16 rows. Each quad
     (four neighbouring threads) holds one of the first 8 of these rows and the row 8 rows below it. `right(x, n)`,
     `bits(x, n)` and `either(x, y)` are x >> n, x & n and x | y, on numbers or on MLIR values.
     """

@@ -24,7 +24,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec, g
 
 from . import automatic
 
-# Marks in the place of letters. STATIC: not an array. RECOMPUTED: every device computes it with `Letters.inside`.
+# Marks in the place of letters. STATIC: not an array. RECOMPUTED: every device computes the array by `Letters.inside`.
 STATIC, RECOMPUTED = "static", "anew"
 
 
@@ -100,15 +100,15 @@ def run(letters: Letters, call: Any, compute: Callable[[Any], Any]) -> Any:
     """Return `compute(call)`, the results of an op. On a mesh, every device runs `compute` on its part of the arrays.
 
     Args:
-      letters: the letters of the axes of all arrays of the call, and the letters that a mesh may divide.
+      letters: the letters of the axes of all arrays of the call, and the letters along which a mesh may divide them.
       call: a NamedTuple of the arrays and settings of one call of the op.
       compute: a hashable function of such a call, for example a `Bound`. Two functions that do the same work must be
         equal, so that they are compiled once.
 
     Raises:
       ValueError: an array is divided along a letter that is not in `letters.maps`; two arrays are divided differently
-        along letters of one group; a mesh axis divides two groups; the size of an axis is not a multiple of the size of
-        the mesh axes that divide it.
+        along letters of one group; a mesh axis divides two groups; the size of an axis is not a multiple of the number
+        of devices along the mesh axes that divide it.
     """
     arrays, part = _arrays(letters, call, compute)
     mesh = _mesh(arrays)
@@ -178,7 +178,7 @@ def _is_array(x) -> bool:
 def _varying(x) -> frozenset:
     """Return the names of the Manual mesh axes over which `x` varies, that is, may differ between devices.
 
-    A value that is no array varies over none.
+    A value that is no array varies over no mesh axis.
     """
     return jax.typeof(x).manual_axis_type.varying if _is_array(x) else frozenset()
 
@@ -265,7 +265,7 @@ def _spec(maps, axes, letters) -> PartitionSpec:
 
 
 def _axes(letters: Letters, arrays: list[_Array], mesh) -> dict[str, tuple[str, ...]]:
-    """Return {group: the mesh axes that divide its axes}, for the groups of letters along which the arrays are divided.
+    """Return {group: the mesh axes that divide the axes of this group}, for every group along which arrays are divided.
 
     `letters.maps` is {letter: group}. The types of the arrays say how they are divided. Raise ValueError if the op
     cannot run on arrays that are divided in this way.

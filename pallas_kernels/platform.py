@@ -31,9 +31,9 @@ def interpret(*, detect_races: bool = False) -> Iterator[None]:
     """In this context, run Mosaic GPU kernels on the CPU, with their barriers, shared memory and warpgroups.
 
     With `detect_races`, the interpreter also looks for data races. The interpreter runs every warpgroup in a thread of
-    XLA. The number of these threads is the number of CPU devices or the number of CPU cores, whichever is larger. With
-    fewer than four threads, a kernel would wait for ever. XLA_FLAGS=--xla_force_host_platform_device_count=8 makes
-    eight CPU devices.
+    XLA. XLA has one thread for each CPU device or one for each CPU core, whichever gives more threads. With fewer than
+    four threads, a kernel would wait for ever. XLA_FLAGS=--xla_force_host_platform_device_count=8 makes eight CPU
+    devices.
 
     Raises:
       RuntimeError: XLA has fewer than four threads.
@@ -83,7 +83,7 @@ def chip() -> str:
 def multiprocessors() -> int:
     """Return the number of streaming multiprocessors of the GPU for which JAX traces code.
 
-    Without a GPU, and in the interpreter, return 132, the number of an H200.
+    Without a GPU, and in the interpreter, return 132, as for an H200.
     """
     device = get_abstract_mesh().abstract_device
     if device is None and jax.default_backend() == "gpu":

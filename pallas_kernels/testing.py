@@ -26,9 +26,9 @@ class Difference(NamedTuple):
     `name`: which output or gradient it is.
     `tolerance`: the largest allowed `error`.
     `error`: the relative L2 error of the array.
-    `largest`: the largest difference of an element, divided by the largest expected element.
+    `largest`: the largest |element - expected element|, divided by the largest |expected element|.
     `index`: the position of the element with the largest difference.
-    `value`, `expected`: what this element is, and what it should be.
+    `value`, `expected`: what the element at `index` is, and what it should be.
     `problem`: a text if the array cannot be compared (NaN, infinity, wrong shape or wrong type), else None.
     """
 

@@ -54,7 +54,7 @@ def interpret() -> Iterator[None]:
 
 
 def is_interpreted() -> bool:
-    """Return whether Triton kernels run in Triton's own interpreter: the environment has TRITON_INTERPRET=1."""
+    """Return whether Triton kernels run in Triton's own interpreter, that is, whether TRITON_INTERPRET is 1."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -84,7 +84,7 @@ def refuses(x) -> str | None:
     checks the shape and the dtype of `x`.
     """
     if platform.is_interpreted() and not is_interpreted():
-        return "cannot run in the Mosaic GPU interpreter (Triton has its own, triton_call.interpret())"
+        return "cannot run in the Mosaic GPU interpreter (Triton has its own interpreter: triton_call.interpret())"
     if not is_interpreted() and (capability() or 0) < LEAST:
         return f"needs compute capability 8.0 or newer, found {platform.chip()}"
     if missing := _missing():
@@ -102,7 +102,7 @@ def capability() -> int | None:
 
 
 def shared_memory() -> int:
-    """Return the bytes of shared memory that a block may have on the GPU for which JAX traces code.
+    """Return how many bytes of shared memory a block may have on the GPU for which JAX traces code.
 
     Without a GPU, return the smallest number of all supported GPUs: 99 KiB.
     """

@@ -2,7 +2,7 @@
 
 For each chip and op, the file has a list of entries {"up_to": bounds, ..}, such as "up_to": {"T": 64}. For a call of
 the op, the first entry is taken whose bounds are at least as large as the sizes of the call. So a length that was never
-measured has an entry too. A kernel refuses a call that is larger than the bounds of all entries. A chip without its own
+measured has an entry too. A kernel refuses a call if no entry has bounds that are large enough. A chip without its own
 list takes the list of "any". "by" says where an entry comes from: a rule, a number read from the compiled kernel (such
 as spilled registers), or a measurement with its chip and date.
 """
@@ -32,4 +32,4 @@ def tuned(chip: str, op: str, **sizes: int) -> dict:
     for entry in table.get(chip, {}).get(op) or table["any"][op]:
         if all(sizes[name] <= most for name, most in entry["up_to"].items()):
             return entry
-    raise LookupError(f"tuned.json has no tile sizes of {op} for the chip {chip} and the sizes {sizes}")
+    raise LookupError(f"tuned.json has no tile sizes of {op} for the chip {chip} and a call as large as {sizes}")

@@ -263,7 +263,7 @@ def test_folders_and_names_that_are_no_config(tmp_path):
     with pytest.raises(ValueError, match="is a folder; a config is a name"):
         load_config(str(tmp_path))
     (tmp_path / "config.json").write_text("\ufeff" + Config().to_json())
-    with pytest.raises(ValueError, match=r"is a folder; did you mean .*config.json\? --init-from .* begins with"):
+    with pytest.raises(ValueError, match=r"is a folder; did you mean .*config.json\? To start from .*: --init-from "):
         load_config(str(tmp_path))
     assert load_config(f"{tmp_path}/config.json") == Config(), "a byte order mark is not part of the text"
     with pytest.raises(ValueError, match=r"^tinny does not exist \(did you mean 'tiny'\?\); a config is a name \("):

@@ -199,7 +199,7 @@ def test_in_a_shard_map_over_some_axes_it_asks_for_all():
     mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
     def local(x):
-        assert "must be inside jax.shard_map under a mesh with the axes model;" in refusal(x, x, x)
+        assert "needs jax.shard_map over the mesh axes model;" in refusal(x, x, x)
         return x
 
     x = jax.ShapeDtypeStruct((2, 104, 2, 64), jnp.bfloat16)

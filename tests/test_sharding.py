@@ -179,7 +179,7 @@ def test_a_run_goes_on_on_another_mesh(tmp_path):
         ({"mesh.fsdp": 4, "model.D": 18}, "D=18 must be a multiple of fsdp=4; D=20 would do"),
         ({"mesh.tensor": 2, "model.V": 257}, "V=257 must be a multiple of tensor=2; V=258 would do"),
         ({"mesh.tensor": 4}, "K=2 must be a multiple of tensor=4; K=4 would do"),
-        ({"mesh.context": 8, "data.T": 24}, "T=24 must be a multiple of 2 x context=8, .* T=32 would do"),
+        ({"mesh.context": 8, "data.T": 24}, "T=24 must be a multiple of 2 . context with context=8, .* T=32 would do"),
         ({"mesh.expert": 8}, "E=4 must be a multiple of expert=8; E=8 would do"),
         ({"mesh.expert": 2, "model.experts.E": 0, "model.experts.k": 0}, "axis expert=2 needs a model with experts"),
         ({"mesh.context": 2, "model.attention": "softmax"}, "context=2 needs attention='stick_breaking'"),

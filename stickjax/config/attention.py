@@ -60,7 +60,7 @@ def register_attention(name: str, variant: AttentionVariant) -> None:
 def variant(name: str) -> AttentionVariant:
     """Return the attention variant that is registered under `name`.
 
-    Raise ValueError, with the nearest registered name, if there is none.
+    Raise ValueError if no variant has this name. The message suggests the nearest registered name.
     """
     one_of("attention", name, tuple(ATTENTION))
     return ATTENTION[name]

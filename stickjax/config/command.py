@@ -103,9 +103,10 @@ def _options(parser: argparse.ArgumentParser) -> list[str]:
 
 
 def command(main: Callable[[list[str] | None], int | None]) -> Callable[..., int]:
-    """Wrap the function `main(argv)` of a command, so that it prints errors of the user and returns an exit code.
+    """Wrap the function `main(argv)` of a command, so that it prints errors that users can correct.
 
-    An exception leaves the wrapped function only if it is a bug. The top of this file lists the exit codes.
+    The wrapped function returns one of the exit codes that the top of this file lists. An exception leaves the wrapped
+    function only if the exception is a bug.
 
     >>> @command
     ... def main(argv):
@@ -200,7 +201,7 @@ def _print_what_a_terminal_can() -> None:
 
 
 def _print_plain_notices() -> None:
-    """Print log messages as "LEVEL: text". The log handler that Orbax installs would also print the module's name."""
+    """Print log messages as "LEVEL: text". Orbax's log handler would also print the name of the logger."""
     for handler in logging.root.handlers:
         if getattr(handler.formatter, "_fmt", None) == logging.BASIC_FORMAT:
             handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))

@@ -115,7 +115,7 @@ def load_config(path: str) -> Config:
     what = _WHAT.format(", ".join(named))
     if path and file.is_dir():
         if (file / "config.json").exists():
-            what = f"did you mean {file / 'config.json'}? --init-from {path} begins with the parameters of a run"
+            what = f"did you mean {file / 'config.json'}? To start from the parameters of a run: --init-from {path}"
         raise ValueError(f"{path} is a folder; {what}")
     if not path or not file.exists():
         near = difflib.get_close_matches(file.stem, named, n=1, cutoff=0.6)

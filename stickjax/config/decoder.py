@@ -137,7 +137,7 @@ class ModelConfig(FamilyConfig):
             )
 
     def check_mesh(self, sizes: dict[str, int], T: int) -> None:
-        """Raise ValueError if the model, or its sequences of T tokens, cannot be divided by a mesh axis.
+        """Raise ValueError if the model, or its sequences of T tokens, cannot be divided over the mesh.
 
         `sizes` is {mesh axis: its number of devices}.
         """
@@ -146,8 +146,8 @@ class ModelConfig(FamilyConfig):
         if sizes["expert"] > 1 and self.experts.added:
             old, added = self.experts.E, self.experts.added
             raise ValueError(
-                f"mesh axis expert={sizes['expert']} must be 1 for a model with added experts: experts.E={old}, "
-                f"experts.added={added}"
+                f"mesh axis expert={sizes['expert']} must be 1 for a model with added experts (it has "
+                f"experts.E={old} and experts.added={added})"
             )
         if sizes["context"] > 1 and not variant(self.attention).divides_sequence:
             raise ValueError(
@@ -160,7 +160,7 @@ class ModelConfig(FamilyConfig):
                 "T",
                 T,
                 context > 1 and 2 * context,
-                f"2 x context={context}, because every device takes two pieces",
+                f"2 * context with context={context}, because every device takes two pieces of a sequence",
             ),
             ("D", self.D, sizes["fsdp"], f"fsdp={sizes['fsdp']}"),
             ("E", self.experts.E, sizes["expert"], f"expert={sizes['expert']}"),
@@ -178,7 +178,7 @@ class ModelConfig(FamilyConfig):
                 raise ValueError(f"{letter}={size} must be a multiple of {divisor}; {letter}={near} would do")
 
     def mixtures(self) -> dict[str, ExpertsConfig]:
-        """Return {name of a field: its `ExpertsConfig`} for "experts" and "attention_experts", if they have E > 0."""
+        """Return {name: `ExpertsConfig`} for each of the fields "experts" and "attention_experts" that has E > 0."""
         return {name: x for name in ("experts", "attention_experts") if (x := getattr(self, name)).E}
 
     @property
@@ -255,7 +255,7 @@ class ModelConfig(FamilyConfig):
         """Return the config of MoLM-700M-4B, a released ModuleFormer (arXiv 2306.04640).
 
         The model has the sizes of MoLM-350M-4B, but in a layer a token uses four attention experts and four
-        feed-forward experts, instead of two and two. `changes` are fields with other values.
+        feed-forward experts, instead of two of each. `changes` are fields with other values.
         """
         return cls(**_molm(L=24, k=4) | changes)
 

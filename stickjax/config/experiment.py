@@ -72,8 +72,8 @@ class DataConfig:
                 raise ValueError(f"source={self.source!r} names {source!r} twice")
         if self.tokenizer == "byte" and self.eot is not None:
             raise ValueError(
-                f"eot={self.eot!r} needs a tokenizer.json in data.tokenizer; the tokenizer 'byte' has its own "
-                "end-of-text token"
+                f"eot={self.eot!r} needs a tokenizer.json: set data.tokenizer to its path; the tokenizer 'byte' has "
+                "its own end-of-text token"
             )
         if len(self.sources) > 1 and self.heldout_path is not None:
             raise ValueError(f"heldout_path={self.heldout_path!r} needs one source, not source={self.source!r}")
@@ -202,15 +202,15 @@ class Config:
         """Raise ValueError if the warmup and the decay together are longer than the run, in tokens.
 
         For a run that continues from a checkpoint, `step` is the step of the checkpoint and `tokens` is the number of
-        tokens trained before. Its length in tokens does not follow from the config alone, because the steps before may
-        have had another batch size.
+        tokens trained before. The length of such a run in tokens does not follow from the config alone, because the
+        steps before the checkpoint may have had another batch size.
         """
         total = tokens + (self.train.steps - step) * self.data.tokens_per_step
         if self.optim.warmup_tokens + self.optim.decay_tokens > total:
             before = f"{tokens} + (steps - {step})" if step else "steps"
             raise ValueError(
                 f"warmup_tokens={self.optim.warmup_tokens} and decay_tokens={self.optim.decay_tokens} "
-                f"exceed the run of {before} * B * T = {total} tokens"
+                f"together exceed the run of {before} * B * T = {total} tokens"
             )
 
     @property
@@ -250,7 +250,7 @@ class Config:
         if {"model_type", "architectures"} & tree.keys():
             raise ValueError(
                 "this is the config of a Hugging Face model; convert its folder first: "
-                "python -m stickjax.convert FOLDER RUN, then --init-from RUN"
+                "python -m stickjax.convert FOLDER RUN, then train with --init-from RUN"
             )
         for section, fields in tree.items():
             if section not in _SECTIONS:
@@ -343,10 +343,10 @@ def field_names(*models: type) -> list[str]:
 
 
 def types_of(config: Config, section: str, name: str) -> tuple:
-    """Return the types that a field of a config may have, such as (int, NoneType).
+    """Return the types that the value of a config field may have, such as (int, NoneType).
 
-    `section` is the name of a section, such as "model". `name` is a field of it, such as "D", "experts.E" for a field
-    of a nested dataclass, or a former name of a field.
+    `section` is the name of a section, such as "model". `name` is a field of the section, such as "D", "experts.E" for
+    a field of a nested dataclass, or a former name of a field.
     """
     kind = type(getattr(config, section))
     group, _, last = (former_names(kind).get(name, (name,))[0]).rpartition(".")

@@ -60,7 +60,7 @@ class ExpertsConfig:
         """Raise ValueError if the fields contradict each other, or if the model family does not support one of them.
 
         Args:
-          name: the field of the model that contains this mixture, such as "experts", for the message.
+          name: the field of the model's config that contains this mixture, such as "experts", for the message.
           k: the number of experts per token.
           options: the fields that the model family supports; the others must have their defaults. None: all fields.
         """
