@@ -27,7 +27,7 @@ PRODUCTS = (1, 1), (0, 2), (2, 0), (0, 1), (1, 0), (0, 0)
 def split(x):
     """Return three bfloat16 arrays, the largest first, whose sum is the float32 array x up to rounding.
 
-    For infinity and NaN, the second and third parts are zero. `lax.reduce_precision` rounds x to bfloat16, because XLA
+    For infinity and NaN, the second and third arrays are zero. `lax.reduce_precision` rounds x to bfloat16, because XLA
     removes a conversion to bfloat16 and back.
     """
     parts = []
