@@ -78,7 +78,7 @@ class Kind(NamedTuple):
 
     @property
     def step(self) -> int:
-        """The number of columns of the result that a tile covers. If h has two halves, it covers as many of each."""
+        """The number of columns of the result that a tile covers: in each half, if the hidden layer has two halves."""
         return self.per_tile * COLUMNS if self.apart == COLUMNS else COLUMNS
 
 
@@ -331,7 +331,7 @@ def d_activated(plan: Plan, activation: str, d_out, source, weight, tasks: Tasks
     """Return (dh [parts, R, F], gated [R, F], d_gate), for the backward pass of `expert_mlp`.
 
     The output of `expert_mlp` sums gate * act(h) @ weight over the choices of a token, `d_out` is its cotangent, and
-    dy = d_out[source] @ weight^T. `hidden` is h, sorted by expert. `gates` has the gate of every row of the tiles.
+    dy = d_out[source] @ weight^T. `hidden` is the pre-activation h, sorted by expert. `gates` has one gate per tile row.
 
     `dh`: the gradient of h, act'(h) * gate * dy.
     `gated`: gate * act(h). It is not a derivative, but a factor of the gradient of the weight.

@@ -171,8 +171,8 @@ def d_activated(d_out, source, weight, hidden, hidden_numbers, gates, expert, co
     """Write dh, gated and d_gate, for the backward pass of `expert_mlp`.
 
     The output of `expert_mlp` is the sum of gate * act(h) @ weight over the choices of a token. The weight is
-    [E, F, D], d_out [.., D] is the cotangent of the output, and dy = d_out[source] @ weight^T. h is
-    hidden[hidden_numbers].
+    [E, F, D], d_out [.., D] is the cotangent of the output, and dy = d_out[source] @ weight^T. The
+    pre-activation h is hidden[hidden_numbers].
 
     `dh`: the gradient of h, act'(h) * gate * dy, written to the rows `target`.
     `gated`: gate * act(h), a factor of the gradient of the weight, written to the rows `target`.
