@@ -6,7 +6,7 @@ products of parts, the six largest are summed. The other three are left out, sin
 
     x w = x_0 w_0 + (x_0 w_1 + x_1 w_0) + (x_0 w_2 + x_1 w_1 + x_2 w_0)
 
-Tensor cores can also round float32 numbers to tf32 and multiply them. But tf32 has a relative error of 2^-11, and it needs
+Tensor cores can also round float32 numbers to tf32 and multiply them. But tf32 has a relative error of 2^-11, and needs
 operands that are contiguous in memory along the axis that is summed. In the gradient of a weight, neither operand is
 contiguous along that axis.
 """

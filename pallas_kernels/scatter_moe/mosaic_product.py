@@ -331,7 +331,7 @@ def d_activated(plan: Plan, activation: str, d_out, source, weight, tasks: Tasks
     """Return (dh [parts, R, F], gated [R, F], d_gate), for the backward pass of `expert_mlp`.
 
     The output of `expert_mlp` sums gate * act(h) @ weight over the choices of a token, `d_out` is its cotangent, and
-    dy = d_out[source] @ weight^T. `hidden` is the pre-activation h, sorted by expert. `gates` has one gate per tile row.
+    dy = d_out[source] @ weight^T. `hidden` is the pre-activation h, sorted by expert. `gates` has a gate per tile row.
 
     `dh`: the gradient of h, act'(h) * gate * dy.
     `gated`: gate * act(h). It is not a derivative, but a factor of the gradient of the weight.
