@@ -260,7 +260,7 @@ def generate_text(
     if (tokenizer := loaded.tokenizer) is None:
         raise ValueError(
             f"the tokenizer {loaded.config.data.tokenizer}, which the model needs to read and write text, does not "
-            "exist: set data.tokenizer to the path of its tokenizer.json, or to byte for a model of bytes"
+            "exist: set data.tokenizer to the path of the model's tokenizer.json, or to byte for a model of bytes"
         )
     ids = [tokenizer.prompt(prompt, special=special_tokens) for prompt in prompts]
     streams, texts = [_TextStream(tokenizer, row, stop) for row in ids], ["" for _ in prompts]

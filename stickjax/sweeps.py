@@ -103,7 +103,10 @@ def slopes(records: Records, step: int | None = None) -> dict[str, float]:
         if len(set(width)) < 2:
             raise ValueError(f"a slope needs at least two widths, not {sorted(set(width))}")
         if not (np.isfinite(size) & (size > 0)).all():
-            raise ValueError(f"activation {name!r} is zero or not finite at step {step}: {size.tolist()}")
+            raise ValueError(
+                f"activation {name!r} is zero or not finite at step {step}: mean |activation| {size.tolist()}, "
+                "one value for each width"
+            )
         found[name] = float(np.polyfit(np.log2(width), np.log2(size), 1)[0])
     return found
 

@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
             "two"
         )
     if words.branch is not None and words.run is None:
-        raise ValueError("--from needs a new folder: --run DIR")
+        raise ValueError("--from needs a new folder: name it by --run DIR")
     config = parse(config, rest)
     if words.dry_run:
         from stickjax.plan.report import dry_run

@@ -342,10 +342,10 @@ def test_mutual_information_against_its_definition():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: extend(m, jax.random.key(0)), "nothing to add: experts=0, attention_experts=0"),
-        (lambda m: extend(m, jax.random.key(0), experts=-1), "nothing to add: experts=-1"),
+        (lambda m: extend(m, jax.random.key(0)), "must be 0 or more, and not both 0"),
+        (lambda m: extend(m, jax.random.key(0), experts=-1), "to add, experts=-1 and attention_experts=0, must be"),
         (lambda m: prune(m, {}), "one of count=None and threshold=None must be given"),
-        (lambda m: prune(m, {"ffn": np.ones((2, 6))}, count=1), "at least 2, which a token uses, and at most 6"),
+        (lambda m: prune(m, {"ffn": np.ones((2, 6))}, count=1), "uses in a layer, and at most 6, as many as the layer"),
         (lambda m: prune(m, {"ffn": np.ones((2, 6))}, count=7), "count=7 of ffn modules must be"),
         (lambda m: prune(m, {"ffn": np.ones((2, 5))}, count=3), r"has shape \[2, 5\], but must have \[2, 6\]"),
         (lambda m: prune(m, {"ffn": np.ones((2, 6))}, threshold=2), "threshold=2 must be a share"),
@@ -369,9 +369,9 @@ def test_models_without_modules():
         lambda: prune(dense, {}, count=2),
         lambda: use(dense, []),
     ):
-        with pytest.raises(ValueError, match="has no modules: experts.E=0"):
+        with pytest.raises(ValueError, match=r"has no modules \(experts\): its experts.E"):
             call()
-    with pytest.raises(ValueError, match="a model of family='sut' has no modules that can be added or pruned"):
+    with pytest.raises(ValueError, match="a model of family='sut' is not supported: its modules"):
         prune(SimpleNamespace(config=SutConfig(D=8, H=4, F=16)), {}, count=2)
 
 
@@ -469,7 +469,7 @@ def test_concentration_stops_the_bias_that_balances(trained, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("extend BASE OUT", "nothing to add"),
+        ("extend BASE OUT", "must be 0 or more, and not both 0"),
         ("extend BASE BASE --experts 2", "exists; choose another folder"),
         ("extend BASE OUT --experts 2 --model.F=13", "these parameters do not have the shape and type of the config"),
         (
@@ -480,7 +480,7 @@ def test_concentration_stops_the_bias_that_balances(trained, tmp_path):
         ("prune BASE OUT --count 1 --tokens 48", "count=1 of attention modules must be"),
         (
             "prune BASE OUT --count 5 --tokens 48",
-            "count=5 of attention modules must be at least 2, which a token uses, and at most 4",
+            "count=5 of attention modules must be at least 2, as many as a token uses in a layer, and at most 4",
         ),
         ("prune BASE OUT --count 3 --source logik", "source='logik' is not one of"),
         ("report BASE --source text", "source='text' needs a path"),

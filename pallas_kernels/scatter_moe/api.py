@@ -201,8 +201,8 @@ def _register(name, prepare, letters, mosaic_run, triton_run, xla_run, reference
     """Register an expert op with its four implementations in `dispatch`, and return the op.
 
     `prepare` takes the arguments of the public function, checks them, and returns a call: a `LinearCall` or an
-    `MlpCall`. `letters(call)` returns the letters of the axes of the arrays, and `mosaic_run(call)` and the other three
-    run functions return the result of the call.
+    `MlpCall`. `letters(call)` returns the letters of the axes of the arrays, such as "T D" for x. `mosaic_run(call)`
+    and the other three run functions return the result of the call.
     """
     implementations = {
         "mosaic": dispatch.Implementation(mosaic_run, mosaic.refuses, mosaic.detail),

@@ -19,9 +19,8 @@ Rows = Literal["token", "pair", "sorted"]
 class LinearCall(NamedTuple):
     """The checked arguments of a call of `expert_linear`.
 
-    The result is x @ weight[e] + bias[e] for every row of x, where e is the expert of the row.
-
-    If gates are given, every result row is multiplied by its gate, and the k result rows of a token are summed.
+    The result has x @ weight[e] + bias[e] for every (token, choice) pair, where x is the row of the pair and e is its
+    expert. If gates are given, every result row is multiplied by its gate, and the k result rows of a token are summed.
     `x_rows` and `out_rows` say how the rows of x and of the result are ordered (`Rows`).
     """
 
@@ -55,7 +54,7 @@ _ROUTING = Routing(order=RECOMPUTED, inverse=RECOMPUTED, offsets=RECOMPUTED, exp
 
 
 def linear_letters(call: LinearCall) -> Letters:
-    """Return the letters of the axes of the arrays of `expert_linear`, and the axes along which a mesh may divide it.
+    """Return the letters of the axes of the arrays of `expert_linear`, and those along which a mesh may divide the op.
 
     A mesh may divide the op along the tokens T and along the columns F of the result. If the rows of x or of the result
     are sorted by expert, it may divide the op only along F, because the sort mixes the tokens of all devices.
@@ -67,7 +66,7 @@ def linear_letters(call: LinearCall) -> Letters:
 
 
 def mlp_letters(call: MlpCall) -> Letters:
-    """Return the letters of the axes of the arrays of `expert_mlp`. A mesh may divide it along the tokens T only."""
+    """Return the letters of the axes of the arrays of `expert_mlp`. A mesh may divide the op along T only."""
     hidden = "2F" if call.activation in GATED else "F"
     arrays = MlpCall("T D", f"E D {hidden}", "E F D", f"E {hidden}", "E D", "T k", _ROUTING, activation=STATIC)
     return Letters("expert_mlp", arrays, "T D", {"T": "T"}, _routed)

@@ -45,9 +45,9 @@ class Kernels(Protocol):
     def activated(self, activation: str, x, source, weight, tasks: Tasks, bias, *, keep: bool) -> tuple:
         """Return (act(h) [R, F],) or, with `keep`, (act(h) [R, F], h), where h = x[source] @ weight[e] + bias[e].
 
-        `source` has the row of x for every row of the tiles in `tasks`, and e is the expert of the tile. The rows of
-        both results are sorted by expert. `activation` is the name of act, such as "swiglu". `weight` and `bias` are
-        w_in and b_in of `expert_mlp`. R is the number of (token, choice) pairs.
+        For every row of the tiles in `tasks`, `source` has the index of its row in x, and e is the expert of the tile.
+        The rows of both results are sorted by expert. `activation` is the name of act, such as "swiglu". `weight` and
+        `bias` are w_in and b_in of `expert_mlp`. R is the number of (token, choice) pairs.
         """
 
     def d_activated(self, activation: str, d_out, source, weight, tasks: Tasks, h, gates) -> tuple:
@@ -60,7 +60,8 @@ class Kernels(Protocol):
 
         `dh`: the gradient of h, in the shape of h: gate * dy times the derivative of act.
         `gate * act(h)`: not a derivative. `d_weights` takes it as `left`, for the gradient of the weight.
-        `<act(h), dy>`: for every row of the tiles, the gradient of its gate, without the bias term <bias, d_out>.
+        `<act(h), dy>`: for every row of the tiles, the gradient of its gate, except for the term <bias, d_out>,
+          which the caller adds.
         """
 
     def d_gated(self, d_out, source, weight, tasks: Tasks, x, x_rows: Rows, gates, routing: Routing) -> tuple:
@@ -73,7 +74,7 @@ class Kernels(Protocol):
           row per (token, choice) pair, and the caller sums the k rows of a token.
         `gate * x`, `left_numbers`: the arguments `left` and `left_numbers` of `d_weights`, for the gradient of the
           weight.
-        `<x, dy>`: the gradient of the gate of every pair, without the bias term <bias, d_out>.
+        `<x, dy>`: the gradient of the gate of every pair, except for the term <bias, d_out>, which the caller adds.
         """
 
     def d_weights(self, left, left_numbers, right, right_numbers, tasks: Tasks) -> Any:

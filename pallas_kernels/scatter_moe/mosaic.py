@@ -34,7 +34,7 @@ def detail(call: LinearCall | MlpCall) -> str:
 
 
 def _widths(call) -> tuple[int, ...]:
-    """Return the sizes of the axes of the weight of one expert: (D, F) for `expert_linear`, (F, D) for `expert_mlp`."""
+    """Return the sizes of the axes of the weight of one expert: (D, F) of `weight`, or (F, D) of `w_out`."""
     return call.weight.shape[1:] if isinstance(call, LinearCall) else call.w_out.shape[1:]
 
 
@@ -163,7 +163,7 @@ def _d_activated(activation, d_out, source, weight, tasks, h, gates):
 
 
 def _d_gated(d_out, source, weight, tasks, x, x_rows, gates, routing):
-    """Return the gradients for `expert_linear` with gates, as `Kernels.d_gated` says.
+    """Return the four results of `Kernels.d_gated`, for the backward pass of `expert_linear` with gates.
 
     A Mosaic kernel computes dy = d_out[source] @ weight^T. XLA computes the results from dy, in arrays with one row per
     (token, choice) pair.

@@ -6,7 +6,7 @@ products of parts, the six largest are summed. The other three are left out, sin
 
     x w = x_0 w_0 + (x_0 w_1 + x_1 w_0) + (x_0 w_2 + x_1 w_1 + x_2 w_0)
 
-Tensor cores can also round float32 numbers to tf32 and multiply them. The relative error of tf32 is 2^-11, and it needs
+Tensor cores can also round float32 numbers to tf32 and multiply them. But tf32 has a relative error of 2^-11, and needs
 operands that are contiguous in memory along the axis that is summed. In the gradient of a weight, neither operand is
 contiguous along that axis.
 """
@@ -27,7 +27,7 @@ PRODUCTS = (1, 1), (0, 2), (2, 0), (0, 1), (1, 0), (0, 0)
 def split(x):
     """Return three bfloat16 arrays, the largest first, whose sum is the float32 array x up to rounding.
 
-    For infinity and NaN, the second and third parts are zero. `lax.reduce_precision` rounds x to bfloat16, because XLA
+    For infinity and NaN, the second and third arrays are zero. `lax.reduce_precision` rounds x to bfloat16, because XLA
     removes a conversion to bfloat16 and back.
     """
     parts = []

@@ -3,9 +3,9 @@
 They compute out[target[i]] = x[source[i]] @ weight[expert of i] for every row i of the tiles in `tasks`. `source` and
 `target` are row numbers from `tasks.row_numbers`, so one kernel can read and write rows in any order: by token, by pair
 or sorted by expert. A block computes one tile of the result after the other. One or two warpgroups multiply 64 rows of
-the tile each, with one or two accumulators of 64 x 128 in registers. Another warpgroup copies rows, by their
-numbers, to shared memory before they are needed, and the copy engine copies weights. The operation after the product
-(an activation or its derivative) runs on the accumulators. docs/design/expert_kernels.md explains the barriers.
+the tile each, with one or two accumulators of 64 x 128 in registers. Another warpgroup copies the rows x[source[i]] to
+shared memory before they are needed, and the copy engine copies weights. The operation after the product (an activation
+or its derivative) runs on the accumulators. docs/design/expert_kernels.md explains the barriers.
 """
 
 from collections.abc import Callable
@@ -44,7 +44,7 @@ class Plan(NamedTuple):
     columns: int  # columns of a part of the result
     parts: int  # the number of parts of the result
     dtype: jnp.dtype
-    warpgroups: int  # of a block, that multiply
+    warpgroups: int  # the number of warpgroups of a block that multiply
     transposed: bool = False  # weight [E, columns, width]
     first: int = 0  # the column of the weight for the first column of the result
     out_dtype: jnp.dtype | None = None  # the type of the result of `product`; None: dtype
@@ -64,10 +64,10 @@ class Kind(NamedTuple):
     """What differs between the kernels `product`, `activated` and `d_activated`: the work after the matrix product.
 
     After the matrix product of a tile, every multiplying warpgroup calls `finish(at, accumulators, inputs, outputs,
-    scratch)`. The `per_tile` accumulators are sums [64, 128] in registers: accumulator p is for the 128 weight columns
-    from column + p * apart on. `finish` reads `inputs` and writes `outputs` (global memory). `scratch` is shared memory
-    and barriers. When the copying warpgroup has started all copies of a tile, it calls `prefetch(tile, inputs,
-    scratch)`, which starts to copy rows that `finish` reads, and returns the barrier that reports their arrival.
+    scratch)`. The `per_tile` accumulators are sums [64, 128] in registers: accumulator p has 128 columns of the
+    product, from at.column + p * apart on. `finish` reads `inputs` and writes `outputs` (global memory). `scratch` is
+    shared memory and barriers. When the copying warpgroup has started all copies of a tile, it calls
+    `prefetch(tile, inputs, scratch)`, which starts to copy rows for `finish` and returns the barrier of their arrival.
     """
 
     name: str
@@ -78,7 +78,7 @@ class Kind(NamedTuple):
 
     @property
     def step(self) -> int:
-        """The number of columns that a tile covers. A result of two parts, gate and input, has them in each part."""
+        """The number of columns of the result that a tile covers: in each half, if the hidden layer has two halves."""
         return self.per_tile * COLUMNS if self.apart == COLUMNS else COLUMNS
 
 
@@ -86,7 +86,7 @@ class Operands(NamedTuple):
     """References to the arrays in global memory that every kernel reads: x, the weights and the list of tiles."""
 
     x: Any  # [parts, rows, width]
-    source: Any  # [tiles * rows]: the row of x for every row of the tiles
+    source: Any  # [tiles * rows]: for every row of the tiles, the index of its row in x
     expert: Any  # [tiles]: the expert of every tile of rows
     count: Any  # [1]: the number of tiles in use
     weight: Any  # [E, parts * width, F] or transposed
@@ -96,8 +96,8 @@ class Operands(NamedTuple):
 class Tile(NamedTuple):
     """A piece of work of a block: the elements of the result in one tile of rows and one tile of columns."""
 
-    i: jax.Array  # the number of the piece within the block
-    number: jax.Array  # the number of the tile of rows
+    i: jax.Array  # the index of this piece among the pieces of the block
+    number: jax.Array  # the index of the tile of rows
     column: jax.Array  # the first column of the result
     expert: jax.Array
     steps: jax.Array  # the number of steps of the matrix product
@@ -106,14 +106,14 @@ class Tile(NamedTuple):
 class At(NamedTuple):
     """The position of one warpgroup's accumulators in the result: 64 rows of one expert, from a column on."""
 
-    wg: jax.Array  # the number of the warpgroup
-    rows: pl.Slice  # the 64 rows, numbered over all tiles
+    wg: jax.Array  # the index of the warpgroup
+    rows: pl.Slice  # the indices of the 64 rows, counted over the rows of all tiles
     expert: jax.Array
     column: jax.Array  # the first column of the result
 
 
 class Steps(NamedTuple):
-    """Shared memory of a block, for the rows of x and the weights of STAGES steps, and the barriers of these stages."""
+    """Shared memory of a block: STAGES stages, each for the rows of x and the weights of one step, and barriers."""
 
     x: Any  # [STAGES, W, ROWS, DEPTH]
     weights: tuple  # for every accumulator: [STAGES, DEPTH, COLUMNS] or transposed
@@ -123,7 +123,7 @@ class Steps(NamedTuple):
 class Finish(NamedTuple):
     """References to the arrays that `Kind.finish` reads in the kernels `product` and `activated`."""
 
-    rows: Any  # [tiles * rows]: the row of the result for every row of the tiles
+    rows: Any  # [tiles * rows]: for every row of the tiles, the index of its row in the result
     bias: Any  # [E + 1, parts, columns padded], or None
 
 
@@ -137,7 +137,7 @@ class Activated(NamedTuple):
 class Derivative(NamedTuple):
     """References to the arrays that `Kind.finish` reads in the kernel `d_activated`. h is the pre-activation."""
 
-    rows: Any  # [tiles * rows]: the sorted row for every row of the tiles
+    rows: Any  # [tiles * rows]: for every row of the tiles, the index of its row in h and in the results
     hidden: Any  # [parts, R, F]: h
     gates: Any  # [tiles * rows]: the gate of every row of the tiles
 
@@ -162,9 +162,9 @@ class DerivativeScratch(NamedTuple):
 def _product(plan: Plan, kind: Kind, x, source, weight, tasks: Tasks, inputs, out_type, scratch):
     """Launch the kernel of this kind and return its results, a pytree like `out_type`.
 
-    x is [parts, rows, width]. `source` [tiles * rows of a tile] has the row of x for every row of the tiles in `tasks`.
-    The weight is [E, parts * width, F], or [E, F, parts * width] if `plan.transposed`. `kind.finish` receives
-    references to `inputs`, to the outputs, and to shared memory and barriers as declared in `scratch`.
+    x is [parts, rows, width]. `source` [tiles * rows of a tile] has, for every row of the tiles in `tasks`, the index
+    of its row in x. The weight is [E, parts * width, F], or [E, F, parts * width] if `plan.transposed`. `kind.finish`
+    receives references to `inputs`, to the outputs, and to shared memory and barriers as declared in `scratch`.
     """
     W, E = plan.warpgroups, weight.shape[0]
     across = -(-plan.columns // kind.step)
@@ -239,7 +239,7 @@ def _copy(plan: Plan, kind: Kind, operands: Operands, steps_mem: Steps, own, for
 
 def _multiply(plan: Plan, kind: Kind, wg, operands: Operands, outputs, steps_mem: Steps, own,
               for_each_tile: Callable) -> None:  # fmt: skip
-    """Run multiplying warpgroup `wg`: multiply 64 rows of x of every tile, and call `kind.finish` with the sums."""
+    """Run multiplying warpgroup `wg`: multiply 64 rows of x of every tile, then call `kind.finish` with the sums."""
 
     def multiply_tile(tile: Tile, step):
         def multiply(stage, accumulators):
@@ -280,9 +280,9 @@ def _biased(accumulator, bias_ref, part, at):
 def product(plan: Plan, x, source, weight, tasks: Tasks, target, rows: int, bias=None):
     """Return `out` [rows, columns] with out[target] = x[source] @ weight + bias. Rows not in `target` are not written.
 
-    `source` and `target` have a row number for every row of the tiles in `tasks`. x is [parts, rows of x, width]. The
-    weight is [E, parts * width, F], or [E, F, parts * width] if `plan.transposed`. The bias is
-    [E + 1, 1, columns padded]. Its entry E is zero: it is the bias of rows without an expert.
+    For every row of the tiles in `tasks`, `source` has the index of its row in x, and `target` has the index of its row
+    in `out`. x is [parts, rows of x, width]. The weight is [E, parts * width, F], or [E, F, parts * width] if
+    `plan.transposed`. The bias is [E + 1, 1, columns padded]. Its entry E is zero, for rows without an expert.
     """
 
     def finish(at, accumulators, inputs: Finish, out_ref, out_mem):
@@ -331,7 +331,7 @@ def d_activated(plan: Plan, activation: str, d_out, source, weight, tasks: Tasks
     """Return (dh [parts, R, F], gated [R, F], d_gate), for the backward pass of `expert_mlp`.
 
     The output of `expert_mlp` sums gate * act(h) @ weight over the choices of a token, `d_out` is its cotangent, and
-    dy = d_out[source] @ weight^T. `hidden` is h, sorted by expert. `gates` has a gate for every row of the tiles.
+    dy = d_out[source] @ weight^T. `hidden` is the pre-activation h, sorted by expert. `gates` has a gate per tile row.
 
     `dh`: the gradient of h, act'(h) * gate * dy.
     `gated`: gate * act(h). It is not a derivative, but a factor of the gradient of the weight.

@@ -29,8 +29,8 @@ AHEAD = 2
 def ring(*, warpgroups: int, copies: int = 0) -> Ring:
     """Return the declaration of the barriers of the ring: one barrier `full` and one barrier `used` for every stage.
 
-    `warpgroups` is the number of warpgroups that read every stage. `copies` is the number of copies of the copy engine
-    into a stage, in addition to the rows that the copying warpgroup copies.
+    `warpgroups` is the number of warpgroups that read every stage. `copies` is how many times the copy engine copies
+    something into a stage, in addition to the rows that the copying warpgroup copies.
     """
     return mosaic_pipeline.ring(STAGES, arrivals=1 + copies, readers=warpgroups)
 
@@ -52,10 +52,11 @@ def nothing_sent() -> Sent:
 
 
 def send(ring: Ring, steps, copy: Callable, sent: Sent) -> Sent:
-    """Copy `steps` steps to shared memory, in the copying warpgroup. Return the new counts of steps.
+    """Copy the rows and weights of `steps` steps to shared memory, in the copying warpgroup.
 
-    For each step s, wait until its stage is free, and call `copy(s, stage)`, which starts the copies. Then hand over
-    all started steps except the newest AHEAD steps. Each one is handed over after its rows have arrived.
+    Return the new counts of steps. For each step s, wait until its stage is free, and call `copy(s, stage)`, which
+    starts the copies. Then hand over all started steps except the newest AHEAD steps. Each one is handed over after its
+    rows have arrived.
     """
 
     def one(s, sent):
@@ -67,7 +68,7 @@ def send(ring: Ring, steps, copy: Callable, sent: Sent) -> Sent:
 
 
 def hand_over(ring: Ring, sent: Sent, *, leave: int = 0, before=None) -> Sent:
-    """Hand steps over to the multiplying warpgroups, the oldest first, until at most `leave` started steps are left.
+    """Hand steps over to the multiplying warpgroups, the oldest first, until at most `leave` are left to hand over.
 
     Before a step is handed over, wait until its rows have arrived. If `before` is given, hand over only the steps
     before step number `before`. Return the new counts of steps.
@@ -140,7 +141,7 @@ def every(blocks: int, total, body: Callable, state):
     """Call `state = body(i, number, state)` for every piece of work of this block, and return the last state.
 
     The `blocks` blocks take the `total` pieces of work in turn: block b takes the pieces b, b + blocks, and so on.
-    `number` is the number of a piece among all pieces, and i counts the pieces of this block.
+    `number` is the index of the piece among all pieces, and i is its index among the pieces of this block.
     """
     block = lax.axis_index("block")
     count = (total - block + blocks - 1) // blocks

@@ -47,8 +47,8 @@ class Scratch(NamedTuple):
 class Operands(NamedTuple):
     """References to the arrays in global memory that the kernel reads.
 
-    The rows of every expert are cut into tiles of M rows. `left_numbers` and `right_numbers` have the row of `left` and
-    of `right` for every row of the tiles, or -1 for an empty row.
+    The rows of every expert are cut into tiles of M rows. For every row of the tiles, `left_numbers` has the index
+    of its row in `left`, and `right_numbers` has the index of its row in `right`, or -1 for an empty row.
     """
 
     left: Any  # [rows of left, D]
@@ -75,8 +75,8 @@ def d_weights(left, left_numbers, right, right_numbers, tasks: Tasks, out_dtype=
 
     `left` is [rows, D]. `right` is [parts, rows, F]: the two parts are the halves of a gated hidden layer, and other
     layers have one part. `left_numbers` and `right_numbers` [tiles * M] have, for every row of the tiles in `tasks`,
-    its row in `left` and in `right` (`tasks.row_numbers`). The result has the dtype `out_dtype`, or the dtype of `left`
-    if `out_dtype` is None.
+    the index of its row in `left` and in `right` (`tasks.row_numbers`). The result has the dtype `out_dtype`, or the
+    dtype of `left` if `out_dtype` is None.
     """
     (_, D), (P, _, F), E = left.shape, right.shape, tasks.rows.shape[0]
     dtype, out_dtype = left.dtype, jnp.dtype(out_dtype or left.dtype)

@@ -21,8 +21,8 @@ class Routing(NamedTuple):
     Choice s of token t is the pair with the number t * k + s. The sorted row of a pair is its place in the sorted list,
     from 0 to R - 1. Pairs without an expert (index E) are sorted last.
 
-    `order`: [R], the number of the pair in every sorted row.
-    `inverse`: [R], the sorted row of every pair.
+    `order`: [R], for every sorted row, the number t * k + s of its pair.
+    `inverse`: [R], for every pair, in the order of the numbers t * k + s, its sorted row.
     `offsets`: [E+1], where expert e has the sorted rows from offsets[e] to offsets[e+1] - 1.
     `expert_indices`: [T,k], the expert of every pair, from 0 to E.
 
@@ -61,8 +61,8 @@ def route(expert_indices: Int[Array, "T k"], num_experts: int) -> Routing:
 
     Args:
       expert_indices: [T, k], the expert of choice s of token t, from 0 to E. E means no expert: the output of the pair
-        is zero, the gradient of its gate is zero, and it adds nothing to the gradient of x. In a JAX array, an index
-        outside 0..E also means no expert, because a check would wait for the device.
+        is zero, the gradient of its gate is zero, and the pair adds nothing to the gradient of x. In a JAX array, an
+        index outside 0..E also means no expert, because a check would wait for the device.
       num_experts: the number E of experts.
 
     Returns:
@@ -121,12 +121,12 @@ def _sorted(expert_indices, num_experts: int):
 
 
 def first_positions(rows, values, *, after: bool = False):
-    """Return, for each of `values`, the index of its first copy in the sorted array `rows` [R].
+    """Return, for each of `values`, the index of the first equal element of the sorted array `rows` [R].
 
-    With `after`, return the index after its last copy. A value that is not in `rows` gets the index at which it would
-    be inserted. `jnp.searchsorted` does the same, but raises an error in a shard_map over only some axes of a mesh (JAX
-    0.12.0). The steps of the binary search are unrolled, because in a loop each step would be a separate kernel on a
-    GPU.
+    With `after`, return the index after the last equal element. A value that is not in `rows` gets the index at which
+    it would be inserted. `jnp.searchsorted` does the same, but raises an error in a shard_map over only some axes of a
+    mesh (JAX 0.12.0). The steps of the binary search are unrolled, because in a loop each step would be a separate
+    kernel on a GPU.
     """
     low, high = jnp.zeros_like(values, jnp.int32), jnp.full_like(values, rows.shape[0], jnp.int32)
     for _ in range(rows.shape[0].bit_length()):

@@ -22,7 +22,7 @@ class Tasks(NamedTuple):
 
     `expert`: [tiles], the expert of every tile, in ascending order.
     `count`: [1], the number of tiles in use.
-    `first`: [E], the first tile of every expert.
+    `first`: [E], the index of the first tile of every expert.
     `rows`: [E], the number of pairs of every expert.
     `pairs`: [tiles * M], for every tile row the number of its pair, token * k + choice, or -1 if the tile row is empty.
     `sorted`: [tiles * M], for every tile row the place of its pair in the list sorted by expert, or -1.

@@ -13,7 +13,7 @@ from .kernels import Kernels
 from .tasks import Tasks, row_numbers
 from .triton_sizes import Sizes, fitting, product_sizes, rows_of_tile, weight_sizes
 
-# The kernels call a gated activation by the function that they apply to the first half of the hidden layer.
+# The kernels call a gated activation by the name of the function that they apply to the first half of the hidden layer.
 POINTWISE = {"swiglu": "silu", "geglu": "gelu_tanh", "reglu": "relu"}
 
 
@@ -63,9 +63,9 @@ def _launch(name: str, flops: int, kernel: Callable, sizes: Sizes, *arrays, **op
 def _products(name: str, sizes: Sizes, tasks: Tasks, D: int, F: int, products: int, *arrays, **options):
     """Run the function `name` of `triton_product` on `arrays`, over all tiles of the result. Return its outputs.
 
-    A tile of the result is a tile of rows in `tasks` times a tile of columns. The kernel multiplies each of R rows,
-    with D columns, by `products` weights [D, F] of its expert. `options` are the outputs `out`, as in
-    `triton_call.launch`, and the constants of this kernel.
+    A tile of the result is a tile of rows in `tasks` times a tile of columns. The kernel multiplies the row of every
+    (token, choice) pair, with D columns, by `products` weights [D, F] of its expert. `options` are the outputs `out`,
+    as in `triton_call.launch`, and the constants of this kernel.
     """
 
     def kernel():
@@ -116,7 +116,7 @@ def _d_activated(activation, d_out, source, weight, tasks, h, gates):
 
 
 def _d_gated(d_out, source, weight, tasks, x, x_rows, gates, routing):
-    """Return the gradients for `expert_linear` with gates, as `Kernels.d_gated` says.
+    """Return the four results of `Kernels.d_gated`, for the backward pass of `expert_linear` with gates.
 
     The kernel `d_activated` of feed-forward networks computes them: a linear map with gates is a network with the
     hidden layer h = x whose activation is the identity.
@@ -131,8 +131,8 @@ def _d_gated(d_out, source, weight, tasks, x, x_rows, gates, routing):
 def _d_activated_rows(activation, d_out, source, weight, tasks, h, h_numbers, gates, target):
     """Return (dh, gate * act(h), <act(h), dy>), as `Kernels.d_activated` says, for an h whose rows are in any order.
 
-    `h_numbers` [tiles * M] has, for every row of the tiles in `tasks`, its row in h. `target` [tiles * M] has its row
-    in dh and in gate * act(h). An entry of -1 means that the row of the tile is empty.
+    For every row of the tiles in `tasks`, `h_numbers` [tiles * M] has the index of its row in h, and `target`
+    [tiles * M] the index of its row in dh and in gate * act(h). An entry of -1 means that the row of the tile is empty.
     """
     F, D = weight.shape[1:]
     sizes, R = product_sizes(tasks.rows_of_tile, D, F, d_out.dtype, widest=128), tasks.num_pairs

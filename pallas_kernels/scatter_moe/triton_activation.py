@@ -1,7 +1,7 @@
 """Activations and their derivatives inside Triton kernels, in fp32, with the formulas of `call.py`.
 
-NAME is the name of a function of one variable, such as "gelu". The names are as in `call.py`, with two differences: a
-gated activation is called by the function of its first half ("silu" for swiglu), and "none" is the identity.
+NAME is the name of a function of one variable, such as "gelu". The names are as in `call.py`, with two differences:
+NAME is the function of the first half for a gated activation ("silu" for swiglu), and "none" is the identity.
 """
 
 import triton

@@ -81,9 +81,9 @@ def product(x, source, weight, bias, expert, count, target, out, E: tl.constexpr
     """Write out[target] = x[source] @ weight + bias, for F columns of the weight from column FIRST on.
 
     All arguments that are not constants point to global memory. x is [.., D], and out is [.., F]. The weight is
-    [E, D, ALL], or [E, ALL, D] if TRANSPOSED. The bias is [E, ALL], and it is added if BIASED. `source` and `target`
-    [TILES * M] have the row numbers of all tile rows. `expert` [TILES] has the expert of every tile, or E for none.
-    `count` [1] is the number of tiles in use.
+    [E, D, ALL], or [E, ALL, D] if TRANSPOSED. The bias is [E, ALL], and it is added if BIASED. For every tile row,
+    `source` [TILES * M] has its row number in x, and `target` [TILES * M] has its row number in out. `expert` [TILES]
+    has the expert of every tile, or E for none. `count` [1] is the number of tiles in use.
     """
     tile, across = _tiles_of_program(TILES, F, N)
     if tile < tl.load(count):
@@ -171,8 +171,8 @@ def d_activated(d_out, source, weight, hidden, hidden_numbers, gates, expert, co
     """Write dh, gated and d_gate, for the backward pass of `expert_mlp`.
 
     The output of `expert_mlp` is the sum of gate * act(h) @ weight over the choices of a token. The weight is
-    [E, F, D], d_out [.., D] is the cotangent of the output, and dy = d_out[source] @ weight^T. h is in the rows
-    `hidden_numbers` of `hidden`.
+    [E, F, D], d_out [.., D] is the cotangent of the output, and dy = d_out[source] @ weight^T. The
+    pre-activation h is hidden[hidden_numbers].
 
     `dh`: the gradient of h, act'(h) * gate * dy, written to the rows `target`.
     `gated`: gate * act(h), a factor of the gradient of the weight, written to the rows `target`.

@@ -43,8 +43,8 @@ def fitting(most: int, size: int) -> int:
 def rows_of_tile(rows: int, experts: int, dtype) -> int:
     """Return the number of rows of a tile, for `rows` rows in total that are routed to `experts` experts.
 
-    It is a power of two, from 16 to 128 (64 for float32), and about the mean number of rows of an expert, which
-    keeps the number of empty rows small.
+    It is a power of two, from 16 to 128 (for float32, from 16 to 64), and about the mean number of rows of an expert,
+    which keeps the number of empty rows small.
     """
     most = 64 if dtype == jnp.float32 else 128
     return max(16, min(most, _power(rows // experts)))
@@ -71,8 +71,8 @@ def product_sizes(rows: int, depth: int, columns: int, dtype, *, products: int =
     """Return the sizes of a program that multiplies a tile of rows by `products` weights of one expert.
 
     The tile has `rows` rows of `depth` columns, and each weight is [depth, columns]. `products` times the number of
-    columns of a tile is at most `widest`. Tiles are narrow for float32, which runs without tensor cores, and if the
-    tile has few rows, because then loading the weights takes most of the time.
+    columns of a tile of the result is at most `widest`. Tiles are narrow for float32, which runs without tensor cores,
+    and if the tile has few rows, because then loading the weights takes most of the time.
     """
     if dtype == jnp.float32:
         columns_most, depth_most, warps = 64, 32, 4

@@ -46,10 +46,10 @@ class _Plan(NamedTuple):
 
 
 def plan(rows: int, experts: int) -> _Plan:
-    """Return how many rows of an expert are computed at the same time, given the total number of rows and of experts.
+    """Return how many rows of an expert are computed at the same time, for `rows` rows in total and `experts` experts.
 
-    `rows` is the number of (token, choice) pairs. The plan depends on the mean number of rows of an expert, by
-    a rule that comes from measurements on CPUs. On CPUs, batched products of fewer than 48 rows are slow.
+    A row is the row of a (token, choice) pair. The plan depends on the mean number of rows of an expert, by a rule that
+    comes from measurements on CPUs. On CPUs, batched products of fewer than 48 rows are slow.
     """
     mean = rows / experts
     if mean < 4:

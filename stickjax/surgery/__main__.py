@@ -7,7 +7,7 @@ python -m stickjax.surgery prune RUN OUT (--count N | --threshold X) [--kind ffn
 python -m stickjax.surgery report RUN [--source stdlib --source text:FOLDER] [--plot PNG]
 
 concentrate trains the model further, so that it uses few modules. Then prune can remove the other modules.
-extend, freeze and prune write a run folder OUT that has only parameters, without an optimizer state. Train it by
+extend, freeze and prune write a run folder OUT with parameters, but without an optimizer state. Train its model by
 python -m stickjax.train OUT/config.json --run NEW --init-from OUT. All commands take --section.field=value.
 """
 
@@ -51,7 +51,7 @@ def source_of(data: DataConfig, words: str) -> DataConfig:
 
 
 def table(result: dict) -> Table:
-    """Return a table of `result`, the result of `usage.report`, with a row for each kind of modules.
+    """Return a table of `result`, the result of `usage.report`, with a row for each kind of modules (experts).
 
     The columns are the number of modules, for each source the number of modules that it does not use, and for each
     layer the mutual information of modules and sources in bits.
@@ -95,7 +95,7 @@ def _prune(words, changes: dict) -> str:
     loaded = load(words.run, changes=changes)
     kinds = [kind.name for kind in kinds_of(loaded.config.model) if words.kind in (kind.name, "both")]
     if not kinds:
-        raise ValueError(f"{words.run} has no modules of --kind {words.kind}")
+        raise ValueError(f"{words.run} has no {words.kind} modules (experts): choose another --kind")
     counts = {kind: 0 for kind in kinds}
     for source in words.source or loaded.config.data.sources:
         data = source_of(loaded.config.data, source)
@@ -127,7 +127,7 @@ def _report(words, changes: dict) -> str:
     if place:
         write_file(place / "modules.json", json_text({"step": loaded.step} | result) + "\n")
     if not (picture := words.plot or (place and place / "modules.png")):
-        return "no picture was drawn"
+        return "no picture was written: give its path by --plot PNG"
     plots.plot_module_use(result["use"], result["mutual_information"], picture)
     return f"picture: {picture}"
 
@@ -164,10 +164,12 @@ def _parser() -> Parser:
     added = command("prune", _prune, "remove the modules that are used least")
     how = added.add_mutually_exclusive_group(required=True)
     how.add_argument("--count", type=int, help="how many modules of a kind each layer keeps")
-    how.add_argument("--threshold", type=float, help="keep modules with at least this share of a layer's load")
+    how.add_argument(
+        "--threshold", type=float, help="keep modules with at least this share of the (token, choice) pairs of a layer"
+    )
     added.add_argument("--kind", choices=("ffn", "attention", "both"), default="both", help="kind of modules to prune")
     added.add_argument(
-        "--denominator", choices=("old", "new"), default="old", help="old: the softmax also runs over pruned columns"
+        "--denominator", choices=("old", "new"), default="old", help="old: the softmax also includes pruned modules"
     )
     read(added, "training text for which the use is counted")
     added = command("concentrate", _concentrate, "fine-tune with the load-concentration loss; the same command resumes")
@@ -176,7 +178,9 @@ def _parser() -> Parser:
     read(added, "held-out text to compare")
     added.add_argument("--step", type=int, help="report on the checkpoint of this step")
     share = number(float, at_least=0, at_most=1)
-    added.add_argument("--below", type=share, default=0.01, help="a module with a smaller share is unused")
+    added.add_argument(
+        "--below", type=share, default=0.01, help="with a smaller share of the pairs of its layer, a module is unused"
+    )
     added.add_argument("--plot", metavar="PNG", help="path of the picture; RUN/modules.png by default")
     return parser
 

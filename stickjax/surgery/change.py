@@ -13,7 +13,7 @@ from stickjax.surgery.kinds import KINDS, Kind, axes_of, kinds_of, rebuilt, slot
 
 
 def extend(model: Transformer, key: jax.Array, *, experts: int = 0, attention_experts: int = 0) -> Transformer:
-    """Return a larger model, which has new modules in every layer.
+    """Return a larger model, which has new modules (experts) in every layer.
 
     A router computes softmax([A; A'] r(x)) for a token x. The matrix A gives the logits of the old modules, and the
     matrix A' the logits of the new modules. r(x) is the input of both matrices. The new modules and A' are separate
@@ -25,11 +25,11 @@ def extend(model: Transformer, key: jax.Array, *, experts: int = 0, attention_ex
     change, because the number of experts decides how many rows are multiplied at once.
 
     Args:
-      model: a trained model with modules.
+      model: a trained model with experts.
       key: random key of the new parameters.
       experts, attention_experts: how many modules to add to each feed-forward network and to each attention.
     Raises:
-      ValueError: nothing is added, a number is negative, or the model has no modules of that kind.
+      ValueError: nothing is added, a number is negative, or the model has no modules of the kind to add.
 
     >>> from stickjax.config import ExpertsConfig, ModelConfig
     >>> config = ModelConfig(V=16, D=8, L=2, N=2, K=1, H=4, F=16, experts=ExpertsConfig(4, 2, "softmax_topk"))
@@ -39,13 +39,16 @@ def extend(model: Transformer, key: jax.Array, *, experts: int = 0, attention_ex
     added = {"ffn": experts, "attention": attention_experts}
     if min(added.values()) < 0 or not any(added.values()):
         raise ValueError(
-            f"nothing to add: experts={experts}, attention_experts={attention_experts}; give 0 or more, and not both 0"
+            f"the numbers of modules to add, experts={experts} and attention_experts={attention_experts}, "
+            "must be 0 or more, and not both 0"
         )
     model = merged(model)
     present = {kind.name for kind in kinds_of(model.config)}
     for name, number in added.items():
         if number and name not in present:
-            raise ValueError(f"cannot add {number} {name} modules: the model has none, {KINDS[name].field}.E=0")
+            raise ValueError(
+                f"cannot add {number} {name} modules to a model without such modules: its {KINDS[name].field}.E is 0"
+            )
     config, leaves = model.config, named_leaves(model)
     for name in present:
         config = KINDS[name].changed(config, added=added[name])
@@ -60,7 +63,7 @@ def extend(model: Transformer, key: jax.Array, *, experts: int = 0, attention_ex
 
 
 def merged(model: Transformer) -> Transformer:
-    """Return a copy of an extended model in which old and new modules are in the same arrays.
+    """Return a copy of an extended model in which old and new modules (experts) are in the same arrays.
 
     `extend` keeps the new modules in separate arrays (`new_*`). This function appends them to the arrays of the old
     modules. The result computes the same outputs, up to rounding (see `router.probabilities`). A model without new
@@ -93,7 +96,7 @@ def prune(
     threshold: float | Mapping[str, float] | None = None,
     denominator: str = "old",
 ) -> Transformer:
-    """Return the model without the modules (experts of the attention or of the feed-forward network) used least.
+    """Return the model without the least used modules (experts of the attention or of the feed-forward network).
 
     The weights of the layers are stacked, so every layer has room for as many modules as the layer that keeps the most.
     Room that a layer does not need is filled with zeros. The parameter `slot` of a router has, for each router column,
@@ -107,9 +110,9 @@ def prune(
       count: how many modules each layer keeps, the most used modules first. One number, or {kind: number}.
       threshold: a module is kept if it has at least this share of the (token, choice) pairs of its layer. Each layer
         keeps at least as many modules as a token uses: the field k of its experts. One number, or {kind: number}.
-      denominator: the logits that the softmax of a router sums over. "old": of all modules, also the pruned ones. Then
+      denominator: what the softmax of a router sums over. "old": the columns of all modules, also the pruned ones. Then
         a layer returns the same bits as before for a token that uses no pruned module (for an exception, see `extend`).
-        "new": only of the modules that remain, so the gates grow. With order="topk_softmax" both give the same result.
+        "new": only the columns of the kept modules, so gates grow. With order="topk_softmax" both give the same gates.
     Raises:
       ValueError: not exactly one of count and threshold is given, the count is too small or too large, the model has no
         modules, `use` has another shape, or denominator="old" after an earlier pruning with "new".
@@ -128,7 +131,7 @@ def prune(
     if denominator == "old" and any(x.pruning == "new_denominator" for x in config.mixtures().values()):
         raise ValueError(
             "denominator='old' is not possible after a pruning with 'new': the router columns of the pruned modules "
-            "are no longer there"
+            "are no longer there; use denominator='new'"
         )
     if missing := use.keys() - {kind.name for kind in kinds_of(config)}:
         raise ValueError(f"use has counts for {', '.join(sorted(missing))}, but the model has no such modules")
@@ -147,7 +150,7 @@ def prune(
 
 
 def _kept(kind: Kind, alive, use, k: int, count: int | None, threshold: float | None) -> np.ndarray:
-    """Return a mask [L, columns] that is True for the router columns of the modules that `prune` keeps.
+    """Return a mask [L, columns] that is True for the router columns of the modules (experts) that `prune` keeps.
 
     `alive` [L, columns] is True for the columns whose module exists now, and `use` [L, columns] has the number of
     (token, choice) pairs of each column. `k` is the number of modules that a token uses. A layer keeps the `count` most
@@ -156,13 +159,14 @@ def _kept(kind: Kind, alive, use, k: int, count: int | None, threshold: float | 
     """
     if use.shape != alive.shape:
         raise ValueError(
-            f"use[{kind.name!r}] has shape {list(use.shape)}, but must have {list(alive.shape)}: [layers, columns]"
+            f"use[{kind.name!r}] has shape {list(use.shape)}, but must have {list(alive.shape)}: "
+            "[layers, router columns]"
         )
     fewest = int(alive.sum(1).min())
     if count is not None and not k <= count <= fewest:
         raise ValueError(
-            f"count={count} of {kind.name} modules must be at least {k}, which a token uses, and at most {fewest}, "
-            "which a layer has"
+            f"count={count} of {kind.name} modules must be at least {k}, as many as a token uses in a layer, and at "
+            f"most {fewest}, as many as the layer with the fewest has"
         )
     if threshold is not None and not 0 <= threshold <= 1:
         raise ValueError(f"threshold={threshold} must be a share, from 0 to 1")
@@ -176,7 +180,7 @@ def _kept(kind: Kind, alive, use, k: int, count: int | None, threshold: float | 
 
 
 def _keep(model: Transformer, leaves: dict, kind: Kind, slot, keep, denominator: str) -> dict[str, int]:
-    """Remove the pruned modules of one kind from the arrays `leaves`, {name: array}. Return the changed config fields.
+    """Remove the pruned modules (experts) of one kind from `leaves`, {name: array}. Return the changed config fields.
 
     The fields are in the `ExpertsConfig` of the kind: "E" is the number of modules for which a layer has room, and
     "pruned" is the number of router columns beyond E. `slot` [L, columns] has the index of each column's module (see

@@ -29,7 +29,7 @@ class Kind(NamedTuple):
         return getattr(config, self.field)
 
     def chosen(self, config: ModelConfig) -> int:
-        """Return the number of modules of this kind that a token uses in each layer."""
+        """Return the number of modules (experts) of this kind that a token uses in each layer."""
         return config.experts.k if self.name == "ffn" else config.N // config.K
 
     def changed(self, config: ModelConfig, **fields) -> ModelConfig:
@@ -41,22 +41,24 @@ KINDS = {"attention": Kind("attention", "attention_experts"), "ffn": Kind("ffn",
 
 
 def kinds_of(config: FamilyConfig) -> list[Kind]:
-    """Return the kinds of modules that a model with this config has.
+    """Return the kinds of modules (experts) that a model with this config has.
 
     Raises ValueError if it has none, or if modules of this model family cannot be added or pruned.
     """
     if not config.can_change_experts:
-        raise ValueError(f"a model of family={config.family!r} has no modules that can be added or pruned")
+        raise ValueError(
+            f"a model of family={config.family!r} is not supported: its modules (experts) cannot be added or pruned"
+        )
     kinds = [kind for kind in KINDS.values() if kind.mixture(config).E]
     if not kinds:
-        raise ValueError("the model has no modules: experts.E=0 and attention_experts.E=0")
+        raise ValueError("the model has no modules (experts): its experts.E and its attention_experts.E are both 0")
     return kinds
 
 
 def axes_of(model: Transformer, kind: Kind, letter: str) -> dict[str, int]:
-    """Return {name of a weight: index of its axis `letter`} for the weights of one kind of modules and their router.
+    """Return {name of a weight: index of its axis `letter`} for the weights of one kind of experts and their router.
 
-    `letter` is "E" for the axis of the modules, or "C" for the axis of the router columns. Weights without this axis
+    `letter` is "E" for the axis of the experts, or "C" for the axis of the router columns. Weights without this axis
     are left out. Index 0 is the axis of the layers.
     """
     leaves = leaves_of(getattr(model.blocks, kind.name))
@@ -65,7 +67,7 @@ def axes_of(model: Transformer, kind: Kind, letter: str) -> dict[str, int]:
 
 
 def slots(model: Transformer, kind: Kind) -> np.ndarray:
-    """Return an array [L, router columns] with the index of each column's module in the weights; -1 if pruned."""
+    """Return an array [L, router columns] with the index of each column's expert in the weights; -1 if pruned."""
     router = getattr(model.blocks, kind.name).router
     if router.slot is not None:
         return np.asarray(router.slot[...], int)

@@ -1,4 +1,4 @@
-"""Freeze parameters of a model, and train a model so that it uses few of its modules."""
+"""Freeze parameters of a model, and train a model so that it uses few of its modules (experts)."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,7 +51,7 @@ def frozen(model: Transformer, trainable: str):
 def concentrate(
     run: str | Path, out: str | Path, *, weight: float = 0.1, changes: Mapping[str, object] | None = None
 ) -> Result:
-    """Train the model of a run with the load-concentration loss, so that it uses few modules.
+    """Train the model of a run with the load-concentration loss, so that it uses few modules (experts).
 
     The training starts from the parameters of the run. The losses that distribute tokens evenly over the modules are
     turned off, and the router biases that do the same are frozen. All other parameters are trainable. Afterwards
@@ -63,7 +63,7 @@ def concentrate(
       weight: the weight of the load-concentration loss H(e), the entropy of the mean router probabilities over the
         modules (see `models.router.router_stats`).
       changes: changes of the config, as in `Config.replace`: {"data.source": "logic", "train.steps": 200}. They
-        override the settings above.
+        override the weights of the losses and the value of `optim.trainable` that this function sets.
 
     Raises:
       ValueError: the model has no modules, a change is not valid, or for the reasons of `training.loop.fit`.

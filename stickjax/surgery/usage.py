@@ -1,4 +1,4 @@
-"""Measure how much a text uses each module, and how much the used modules tell about the source of a text."""
+"""Measure how much a text uses each module (expert), and how much the used modules tell about the source of a text."""
 
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -35,8 +35,8 @@ def use(model: Transformer, batches: Iterable[Mapping[str, np.ndarray]]) -> Use:
 
     Returns:
       The numbers of pairs as whole numbers, in a dictionary with an entry for each kind of modules,
-      {"attention": [L, columns], "ffn": [L, columns]}. A router has a column for every module, and the added modules
-      are last. A pruned module keeps its column if its logit is still in the softmax of the router.
+      {"attention": [L, columns], "ffn": [L, columns]}. A router has a column for every module. The columns of added
+      modules are last. A pruned module keeps its column if its logit is still in the softmax of the router.
 
     Raises:
       ValueError: the model has no modules.
@@ -60,7 +60,7 @@ def use(model: Transformer, batches: Iterable[Mapping[str, np.ndarray]]) -> Use:
 
 
 def mutual_information(uses: Mapping[str, Use]) -> dict[str, np.ndarray]:
-    r"""Return the mutual information of modules and sources in bits, for each of the L layers: {kind: [L]}.
+    r"""Return the mutual information of modules (experts) and sources in bits, for each of the L layers: {kind: [L]}.
 
     It says how much the module m that a token uses tells about the source s of its text. `uses` is {source: the result
     of `use` for a text of this source}.
@@ -114,10 +114,10 @@ def batches_of(data: DataConfig, *, heldout: bool, max_tokens: int, batch_tokens
 def report(
     model: Transformer, sources: Mapping[str, DataConfig], *, max_tokens: int = 2**15, below: float = 0.01
 ) -> dict[str, Any]:
-    """Return how much the held-out text of each source uses each module, as numbers and lists for JSON.
+    """Return how much the held-out text of each source uses each module (expert), as numbers and lists for JSON.
 
     Args:
-      model: a model with modules.
+      model: a model with experts.
       sources: {name: the `DataConfig` of the text}.
       max_tokens: about how many tokens of each source are read.
       below: a module with a smaller share of the (token, choice) pairs of its layer counts as unused.
