@@ -30,11 +30,11 @@ class Inputs(NamedTuple):
     d_out: Any  # [B, T, N, Hv], the cotangent of the output
     d_log_rem: Any  # [B, N, rows padded], the cotangent of log_rem
     log_decay: Any  # [2, B, N, rows padded], a result of the forward pass: the cumulative log-decay in two floats
-    reached: Any  # [B, N, tiles * W], a result of the forward pass: the leftmost key tile that each query tile visited
+    reached: Any  # [B, N, tiles * W], a result of `forward`: index of the leftmost key tile that a query tile visited
     scale: Any  # [1]
     key_ranges: Any  # [B, tiles * W, 4]: (stop, whole_stop, whole_start, start)
-    offset: Any  # [B], the position of the first query
-    segments: Any  # (ids of the queries, ids of the keys), or None
+    offset: Any  # [B], the position of the first query among the keys
+    segments: Any  # (segment ids of the queries, segment ids of the keys), or None
 
 
 class Outputs(NamedTuple):

@@ -108,7 +108,7 @@ def zeros(step, opaque: bool):
 def visible(plan: Plan, segments, b, first_row, first_column, columns, offset):
     """Return whether each of 64 query rows sees each of `columns` keys: bool [64, columns] in registers.
 
-    `first_row` is the number of the first query row in its head, `first_column` is the first key, and b is the batch
+    `first_row` is the index of the first query row, `first_column` is the index of the first key, and b is the batch
     entry. `segments` are references to (segment ids of the queries, segment ids of the keys) in global memory, or None
     if the call has no segments. `offset` is the position of the first query among the keys.
     """
@@ -138,10 +138,10 @@ def finished_padding(plan: Plan, segments, b, first_row):
     """Return the start values of the cumulative log-decay of 64 query rows, fp32 [64]: FINISHED for padding, else 0.
 
     A padding row is after the last query, or has a negative segment id. With `skip_below`, a block stops early when no
-    row needs more keys. A row needs more keys until its log-decay is above -skip_below. A padding row may see no keys,
-    so a log-decay of 0 would stay 0, and its block would never stop early. b is the batch entry, `first_row` is the
-    number of the first row in its head, and `segments` is a pair of references to the segment ids of the queries and of
-    the keys.
+    row needs more keys. A row needs more keys until its log-decay is above -skip_below. Some padding rows see no
+    keys. If their log-decay started at 0, it would stay 0, and their block would never stop early. b is the batch
+    entry, `first_row` is the index of the first row, and `segments` is a pair of references to the segment ids of the
+    queries and of the keys.
     """
     is_query = first_row + shims.row_numbers() < plan.rows
     if plan.segments:

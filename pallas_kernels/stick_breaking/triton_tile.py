@@ -42,7 +42,7 @@ def block(heads: tl.constexpr, N: tl.constexpr, tiles: tl.constexpr, together: t
 
 @triton.jit
 def head_of(ref, b, head, tokens: tl.constexpr, heads: tl.constexpr, width: tl.constexpr):
-    """Return the pointer to the first number of head `head` of batch entry b of an array [batch,tokens,heads,width]."""
+    """Return the pointer to the first element of head `head` of batch entry b of `ref` [batch,tokens,heads,width]."""
     return ref + (b.to(tl.int64) * tokens * heads + head) * width
 
 
