@@ -97,7 +97,7 @@ class Block(NamedTuple):
 def has_steps_left(state):
     """Return whether the loop over the query tiles, which has two passes, 0 and 1, has steps left.
 
-    `state` is (cursor, step): the place of the loop, (pass, query head, query tile), and the number of the next step.
+    `state` is (cursor, step): the place of the loop, (pass, query head, query tile), and the index of the next step.
     `_copies` explains both.
     """
     cursor, _ = state

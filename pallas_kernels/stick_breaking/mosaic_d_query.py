@@ -113,7 +113,7 @@ def d_query(
 def _bound(inputs: Inputs, b, n, first, w, which):
     """Return entry `which` (0 to 3) of the key-tile range of query tile first + w, for batch entry b and query head n.
 
-    `first` is the first query tile of the block, and w is the number of a warpgroup. The range is (stop, whole_stop,
+    `first` is the first query tile of the block, and w is the index of a warpgroup. The range is (stop, whole_stop,
     whole_start, start), see `key_tile_ranges`. It is limited to the key tiles that the forward pass visited.
     """
     x = inputs.key_ranges[b, first + w, which]

@@ -48,8 +48,8 @@ class Assignment(NamedTuple):
     b: jax.Array  # batch entry
     n: jax.Array  # query head
     head: jax.Array  # key head
-    i: jax.Array  # the block's number among the blocks of the head
-    wg: jax.Array  # the warpgroup's number in the block
+    i: jax.Array  # index of the block among the blocks of the head
+    wg: jax.Array  # index of the warpgroup in the block
     stop: jax.Array  # the warpgroups of the block visit the key tiles start..stop-1
     start: jax.Array
 
@@ -99,7 +99,7 @@ def zeros(step, opaque: bool):
     An opaque zero saves registers. A product needs descriptors of its operands in shared memory, one for every 16
     columns. If a product reads the same memory in every iteration of a loop, the compiler keeps all these descriptors
     in registers. If an opaque zero is added to the index of the memory, the kernel computes the descriptors again in
-    each iteration, in uniform registers. The zeros are computed from `step`, the number of the iteration, which must be
+    each iteration, in uniform registers. The zeros are computed from `step`, the index of the iteration, which must be
     below 2^24.
     """
     return [lax.shift_right_logical(step, 24 + half) if opaque else jnp.int32(0) for half in range(2)]
@@ -151,10 +151,10 @@ def finished_padding(plan: Plan, segments, b, first_row):
 
 
 def block(plan: Plan):
-    """Return what this block computes, (entry, query head, i), from the number of the block.
+    """Return what this block computes, (entry, query head, i), from the index of the block.
 
-    The keys of a batch entry may be split into parts, and `entry` is (number of the part) * B + batch entry. `i` is the
-    number of the block among the blocks of the head. Each block computes one or two query tiles. The query tiles with
+    The keys of a batch entry may be split into parts, and `entry` is (index of the part) * B + batch entry. `i` is the
+    index of the block among the blocks of the head. Each block computes one or two query tiles. The query tiles with
     the most keys come first. Blocks that run at the same time compute only a few heads, so that the keys and values of
     these heads fit into the cache.
     """

@@ -223,7 +223,7 @@ def plot_module_use(use: dict[str, dict[str, Any]], information: dict[str, Any],
         for axes, source in zip(row, sources, strict=True):
             heat = np.take_along_axis(np.asarray(use[source][kind]), order, 1)
             image = axes.imshow(heat, vmin=0, vmax=highest, cmap="viridis", aspect="auto", interpolation="nearest")
-            axes.set(title=f"{kind}: {source}", xlabel="modules, in an order per layer", xticks=[])
+            axes.set(title=f"{kind}: {source}", xlabel="modules, sorted in each layer", xticks=[])
             axes.set_yticks(range(L), range(1, L + 1))
         row[0].set_ylabel("layer")
         if len(sources) > 1:

@@ -303,7 +303,7 @@ def _check_same(config: Config, data: TrainingData) -> None:
 
 
 def _batch_part(config: Config, mesh) -> dict[str, int]:
-    """Return the bytes of a batch on one device as {description: bytes}, for the check that a run fits into memory."""
+    """Return the size of a batch on one device, {description: bytes}, for the check that a run fits into memory."""
     batch = abstract_batch(mesh, family_of(config.model).example_batch(config))
     return {f"a batch of B={config.data.B} x T={config.data.T}": local_bytes(batch)}
 
