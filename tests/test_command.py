@@ -118,7 +118,7 @@ def test_a_folder_that_exists_is_a_run_also_with_an_at_sign(tmp_path):
     assert train.split_branch(folder) == (folder, None)
     assert train.split_branch(f"{folder}@7") == (folder, 7)
     for step in ("", "x", "-1", "²"):
-        with pytest.raises(ValueError, match="there is no such folder, and .* is not a step, as in RUN@STEP"):
+        with pytest.raises(ValueError, match="there is no such folder, and .* is not the number of a step"):
             train.split_branch(f"{folder}@{step}")
 
 

@@ -62,8 +62,8 @@ def stick_breaking_attention(
         2^skip_below remains of the stick of every query of a query tile, the keys further left are skipped. The skipped
         weights of a query sum to less than 2^skip_below, and `rem` is the length that remains at that point.
       return_stats: whether to return also `Stats(log_rem [B,T,N], kept [B,K])`. `log_rem` is the natural logarithm of
-        rem. It does not underflow, and it is differentiable. `kept` is the share of the key tiles that was computed,
-        of all key tiles that the mask lets the queries see. It is below 1 only with `skip_below`.
+        rem. It does not underflow, and it is differentiable. `kept` is the number of key tiles computed, divided by the
+        number of key tiles that the queries may see. It is below 1 only with `skip_below`.
       implementation: "mosaic", "triton", "xla", "reference", a sequence of these names in order of preference, or None
         for the best one that can run this call (see `explain`).
       tiles: (number of queries, number of keys) of the tiles in which the scores are computed. By default the
@@ -111,8 +111,9 @@ def stick_breaking_weights(
 
       A[q,k] = beta[q,k] * prod_{k < m < q} (1 - beta[q,m]),   beta = sigmoid(scale * <query_q, key_k>),
 
-    and zero for the keys that a query does not see. The weights of a query sum to 1 - rem. Use this function to inspect
-    the weights of small inputs: it keeps T * S numbers in memory for each head. `stick_breaking_attention` does not.
+    and zero for the keys that a query does not see. The weights of a query sum to 1 - rem, where rem is the part
+    of the stick that remains. Use this function to inspect the weights of small inputs: it keeps T * S numbers in
+    memory for each head. `stick_breaking_attention` does not.
 
     Args:
       query: [B, T, N, H], with T queries and N query heads.
@@ -136,7 +137,7 @@ def stick_breaking_weights(
     if size > _WEIGHTS_BYTES:
         raise ValueError(
             f"the weights of B={B}, N={N}, T={T}, S={S} take {size / 2**30:,.1f} GiB, more than the limit of "
-            f"{_WEIGHTS_BYTES / 2**30:g} GiB; pass fewer heads, or fewer queries and their query_offset"
+            f"{_WEIGHTS_BYTES / 2**30:g} GiB; pass fewer heads, or fewer queries with the query_offset of the first one"
         )
     letters = calls.letters(call)._replace(name="stick_breaking_weights", results="B N T S")
     return partition.run(letters, call, partition.Bound(_weights))
@@ -244,7 +245,7 @@ def _prepare(
         raise ValueError(f"skip_below={skip_below} must be a negative number, the log2 of a threshold below 1")
     if tiles is not None:
         if not isinstance(tiles, tuple | list) or len(tiles) != 2:
-            raise ValueError(f"tiles={tiles} must be two positive integers, (queries, keys) of a tile")
+            raise ValueError(f"tiles={tiles} must be two positive integers, the numbers of queries and keys of a tile")
         tiles = tuple(arguments.integer(f"tiles[{i}]", size, 1) for i, size in enumerate(tiles))
     scale = 1 / math.sqrt(H) if scale is None else arguments.number("scale", scale)
     static = None

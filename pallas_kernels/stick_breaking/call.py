@@ -21,7 +21,7 @@ class Call(NamedTuple):
     scale: float | jax.Array
     mask: "Mask"
     skip_below: float | None  # log2 of the part of a stick below which further keys are skipped
-    tiles: tuple[int, int] | None  # (queries, keys) of a tile
+    tiles: tuple[int, int] | None  # (number of queries, number of keys) of a tile
 
 
 class Where(NamedTuple):
@@ -42,7 +42,7 @@ class Mask(NamedTuple):
     S: int
     attend_current: bool  # whether a query also sees the key at its own position
     window: int | None  # how many positions before the query a key may be; None is no limit
-    static_offset: int | None  # the offset, if it is known when the call is traced
+    static_offset: int | None  # the position of the first query, if it is known when the call is traced
 
     def visible(self, where: Where, q, k):
         """Return whether each query sees each key, for one batch entry: bool [len(q), len(k)].
@@ -66,8 +66,8 @@ class Stats(NamedTuple):
     """The additional results that `stick_breaking_attention` returns with `return_stats`.
 
     `log_rem` [B,T,N]: the natural logarithm of the part of each query's stick that remains after all keys. `kept`
-    [B,K]: the share of the key tiles that was computed, of all key tiles that the mask lets the queries see. It is
-    below 1 only with `skip_below`.
+    [B,K]: the number of key tiles computed, divided by the number of key tiles that the queries may see. It is below 1
+    only with `skip_below`.
     """
 
     log_rem: jax.Array

@@ -1,10 +1,10 @@
 """The code around the attention kernels that the Mosaic and Triton backends share: derivatives and decoding.
 
-Decoding means few queries and many keys. For the backward pass, the forward pass saves query, key, value, the
-leftmost key tile that each query tile visited, and the cumulative log-decay of each query row: -log2 of the part of the
-stick that remains, as two fp32 numbers. The forward pass does not save the output. If the intermediate results for all
-heads would need too much memory, the backward pass computes a few heads at a time. kernels.py says what the kernels
-take and return.
+Decoding means few queries and many keys. For the backward pass, the forward pass saves query, key, value, the index of
+the leftmost key tile that each query tile visited, and the cumulative log-decay of each query row: -log2 of the part of
+the stick that remains, as the sum of two fp32 numbers. The forward pass does not save the output. If the intermediate
+results for all heads would need too much memory, the backward pass computes a few heads at a time. kernels.py says what
+the kernels take and return.
 """
 
 import math
@@ -29,10 +29,11 @@ LN2 = math.log(2)
 def attention(kernels: Kernels, call: Call):
     """Run a call with the kernels of a backend. Return (out [B,T,N,Hv], log_rem [B,T,N], kept [B,K]).
 
-    `log_rem` is the natural logarithm of the part of the stick that remains, and `kept` is the share of the key tiles
-    that was computed. First, the arrays are padded to multiples of `kernels.row_multiple` queries and keys. T and S of
-    `call.mask` do not count the padding, so no query sees a padded key. At the end, the rows of the padded queries are
-    removed from the results, so the cotangents of these rows are zero.
+    `log_rem` is the natural logarithm of the part of the stick that remains. `kept` is the number of key tiles
+    computed, divided by the number of key tiles that the queries may see. First, the arrays are padded to multiples of
+    `kernels.row_multiple` queries and keys. T and S of `call.mask` do not count the padding, so no query sees a padded
+    key. At the end, the rows of the padded queries are removed from the results, so the cotangents of these rows are
+    zero.
     """
     scale = jnp.full_like(call.query, call.scale, jnp.float32, shape=())  # varies over the same mesh axes as query
     static = call._replace(query=None, key=None, value=None, scale=None, where=None)
@@ -86,9 +87,9 @@ def _for_tiles_of(plan: Plan, log_decay, reached):
     """Return `log_decay` and `reached` of the forward pass, converted to the query tiles of the backward pass.
 
     `log_decay` [2, B, N, padded rows] is the cumulative log-decay of each query row (-log2 of the part of the stick
-    that remains), as the sum of two numbers. `reached` [B, N, query tiles] is the leftmost key tile that each query
-    tile visited. `plan` is the plan of the backward pass. A query tile of the backward pass has as many rows as a query
-    tile of the forward pass, or fewer.
+    that remains), as the sum of two numbers. `reached` [B, N, query tiles] is the index of the leftmost key tile
+    that each query tile visited. `plan` is the plan of the backward pass. A query tile of the backward pass has as many
+    rows as a query tile of the forward pass, or fewer.
     """
     times = log_decay.shape[-1] // reached.shape[-1] // plan.row_tile
     if times == 1:
@@ -164,10 +165,10 @@ def _planned(call: Call, plan: Plan, per_position: int = 1):
 
 
 def _share_visited(plan: Plan, key_ranges, reached):
-    """Return [B,K]: the number of key tiles that the forward pass visited, divided by the number that queries may see.
+    """Return [B,K]: how many key tiles the forward pass visited, divided by how many the queries may see.
 
-    `key_ranges` [B, query tiles, 4] are the key-tile ranges, and `reached` [B, N, query tiles] is the leftmost key tile
-    that each query tile visited. Without `skip_below`, the share is 1.
+    `key_ranges` [B, query tiles, 4] are the key-tile ranges, and `reached` [B, N, query tiles] is the index of the
+    leftmost key tile that each query tile visited. Without `skip_below`, the share is 1.
     """
     if plan.skip_below is None:
         return jnp.ones((plan.B, plan.K), jnp.float32)
@@ -209,7 +210,8 @@ def _decode(kernels: Kernels, call: Call):
     def attend(high, low):
         """Return (out [B,K,rows,Hv], log_decay [B,K,rows]) in fp32 of attention over only the key tiles low..high-1.
 
-        `low` and `high` are [B, query tiles]. The rows of a key head are the T queries of all its query heads.
+        `low` and `high` [B, query tiles] give these indices for each query tile. The rows of a key head are the T
+        queries of all its query heads.
         """
         share = jnp.arange(P + 1).reshape(-1, 1, 1)
         edges = low[None] + (high - low)[None] * share // P

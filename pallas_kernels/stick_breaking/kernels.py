@@ -112,8 +112,8 @@ class Kernels(Protocol):
     - query [B,rows,N,H], key [B,S,K,H], value [B,S,K,Hv] and scale [], the factor of the logits.
     - d_out [B,rows,N,Hv] and d_log_rem [B,N,padded]: the cotangents of the output and of log_rem, the natural logarithm
       of the part of the stick that remains.
-    - reached [entries, N, query tiles]: the leftmost key tile that each query tile visited in the forward pass. A head
-      has padded / row_tile query tiles.
+    - reached [entries, N, query tiles]: the index of the leftmost key tile that each query tile visited in the forward
+      pass. A head has padded / row_tile query tiles.
     - `*planned`: the key-tile ranges [entries, query tiles, 4] (`key_tile_ranges`), the position of the first query
       among the keys [B], and, if a call has segments, the segment ids of its queries [B, padded] and of its keys
       [B, key_tiles * key_tile].
@@ -132,7 +132,8 @@ class Kernels(Protocol):
         """Compute the forward pass. Return (out [entries,rows,N,Hv], log_decay [2,entries,N,padded], reached).
 
         `log_decay` is the cumulative log-decay of each query row, as the sum of two fp32 numbers: -log2 of the part of
-        the stick that remains, a positive number. `reached` is the leftmost key tile that each query tile visited.
+        the stick that remains, a positive number. `reached` has the index of the leftmost key tile that each query tile
+        visited.
         """
 
     def d_query(self, plan: Any, query, key, value, d_out, d_log_rem, log_decay, reached, scale, *planned) -> tuple:

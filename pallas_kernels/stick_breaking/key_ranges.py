@@ -68,7 +68,7 @@ def query_tile_ranges(key_ranges, reached, key_tiles: int):
 
     Args:
       key_ranges: a result of `key_tile_ranges`, [B, query tiles, 4].
-      reached: [B, N, query tiles], the leftmost key tile that each query tile visited in the forward pass.
+      reached: [B, N, query tiles], the index of the leftmost key tile that each query tile visited in the forward pass.
       key_tiles: the number of key tiles.
     """
     stop, whole_stop, whole_start, start = (key_ranges[:, None, :, None, which] for which in range(4))

@@ -39,7 +39,7 @@ def refuses(call: Call) -> str | None:
 def detail(call: Call) -> str:
     """Describe, for `explain`, how the kernels run a call: the sizes of its tiles, or how decoding splits its keys."""
     S = call.mask.S
-    copied = f", keys and values copied from S={S} to {S + -S % COPIED_ROWS} rows" if S % COPIED_ROWS else ""
+    copied = f", keys and values copied, padded from S={S} to {S + -S % COPIED_ROWS} rows" if S % COPIED_ROWS else ""
     if fused.is_decoding(call):
         return f"decoding, {fused.splits(call)} splits of the keys{copied}"
     skip = "" if call.skip_below is None else f", skipping below 2^{call.skip_below:g}"
@@ -49,8 +49,8 @@ def detail(call: Call) -> str:
 def attention(call: Call):
     """Run a call by the Mosaic kernels. Return (out [B,T,N,Hv], log_rem [B,T,N], kept [B,K]).
 
-    `log_rem` is the natural logarithm of the part of the stick that remains, and `kept` is the share of the key tiles
-    that was computed.
+    `log_rem` is the natural logarithm of the part of the stick that remains. `kept` is the number of key tiles
+    computed, divided by the number of key tiles that the queries may see.
     """
     return fused.attention(KERNELS, call)
 

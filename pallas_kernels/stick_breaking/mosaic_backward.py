@@ -29,7 +29,7 @@ def weights_of(z, seen, entering):
     `z` [64, keys] are the logits times log2(e). `seen` is bool [64, keys], True if the query sees the key, or None if
     every query sees every key. `entering` [64] is the cumulative log-decay of each query row before these keys: minus
     the sum of log2(1 - beta) over all keys on their right. `entering` may also be a function. Then `weights_of` calls
-    entering(total), where total [64] is minus the sum of log2(1 - beta) over these keys, and the function returns the
+    entering(total), where total [64] is minus the sum of log2(1 - beta) over these keys, and `entering` returns the
     cumulative log-decay before these keys.
     """
     log_beta, softplus = sticks(z, seen)
@@ -41,10 +41,10 @@ def weights_of(z, seen, entering):
 
 
 def d_logits(a, logs, prefix):
-    """Return (dz [64, keys], the sum of a over these keys [64]), where dz = (1 - beta) a - beta P, in registers.
+    """Return (dz [64, keys], the sum of a over the keys [64]), where dz = (1 - beta) a - beta P, in registers.
 
     dz is the gradient of the logits. `a` [64, keys] is the weight times the cotangent of the weight. `logs` are (log2
-    of beta, log2 of 1 - beta). `prefix` [64] is P of each query row at the leftmost of these keys: d_log_rem plus the
+    of beta, log2 of 1 - beta). `prefix` [64] is P of each query row at the leftmost key: d_log_rem plus the
     sum of a over all keys further left. beta and 1 - beta are each computed from a logarithm, because a difference from
     1 would lose precision.
     """

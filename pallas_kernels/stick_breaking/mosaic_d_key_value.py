@@ -11,13 +11,13 @@ each thread. The kernel has two forms:
 
 - H and Hv up to 128: a step is two neighbouring query tiles, one for each warpgroup. A third warpgroup copies the query
   tiles to shared memory. With three warpgroups, a thread has 168 registers.
-- H or Hv above 128: a sum takes 128 registers, so 168 are not enough. There is no third warpgroup, so a thread has 255
-  registers. The first warpgroup also copies the query tiles, one step ahead. A step is one query tile, and each
+- H or Hv above 128: a sum takes up to 128 registers, so 168 are not enough. There is no third warpgroup, so a thread
+  has 255 registers. The first warpgroup also copies the query tiles, one step ahead. A step is one query tile, and each
   warpgroup computes it for one half of the keys. The query tiles of two steps fit into the shared memory.
 
 Predicted cost of one query tile at H = Hv = 256 (64 queries, 64 keys): 2560 clocks of the tensor cores, 1500 issue
-slots, and 66 KB to copy. Of the 2560 clocks, 512 are lost: products with only 32 keys take 1.5 times as long, because
-they read the queries from shared memory for few columns.
+slots, and 66 KB to copy. Of the 2560 clocks, 512 are lost: a product with 32 keys takes 1.5 times as long as half of a
+product with 64 keys, because it reads the queries from shared memory for few columns.
 
 Alternatively, one block could compute dk, and another block could compute dv. Then three warpgroups would have enough
 registers. But both blocks would compute the weights. For each query tile, that is five products instead of four, six
@@ -52,11 +52,11 @@ class Inputs(NamedTuple):
     value: Any  # [B, S, K, Hv]
     d_out: Any  # [B, T, N, Hv], the cotangent of the output
     snapshots: Any  # [B, N, key tiles, 2 halves, 2, rows padded]: the cumulative log-decay on entry, and P
-    reached: Any  # [B, N, query tiles], the leftmost key tile that each query tile visited in the forward pass
+    reached: Any  # [B, N, query tiles], index of the leftmost key tile that each query tile visited in the forward pass
     scale: Any  # [1]
     key_ranges: Any  # [B, query tiles, 4]: (stop, whole_stop, whole_start, start)
-    offset: Any  # [B], the position of the first query
-    segments: Any  # (ids of the queries, ids of the keys), or None
+    offset: Any  # [B], the position of the first query among the keys
+    segments: Any  # (segment ids of the queries, segment ids of the keys), or None
 
 
 class Outputs(NamedTuple):
@@ -77,7 +77,7 @@ class Scratch(NamedTuple):
     query: Any  # for each tile of a step: [STAGES, ROWS, H]
     d_out: Any  # for each tile of a step: [STAGES, ROWS, Hv]
     snapshots: Any  # [STAGES, tiles, 2 halves, 2, ROWS]
-    visits: Any  # [STAGES, tiles, 2]: for each query tile its kind (see `_copies`) or END, and its first row
+    visits: Any  # [STAGES, tiles, 2]: for each query tile its `kind` (see `_copies`) or END, and its first row's index
     weights: Any  # [tiles, ROWS, KEYS]: A
     d_logits: Any  # [tiles, ROWS, KEYS]: dz
     resident: Any  # a barrier: the keys and values have arrived
@@ -97,7 +97,7 @@ class Block(NamedTuple):
 def has_steps_left(state):
     """Return whether the loop over the query tiles, which has two passes, 0 and 1, has steps left.
 
-    `state` is (cursor, step): the place of the loop, (pass, query head, query tile), and the number of the next step.
+    `state` is (cursor, step): the place of the loop, (pass, query head, query tile), and the index of the next step.
     `_copies` explains both.
     """
     cursor, _ = state

@@ -30,11 +30,11 @@ class Inputs(NamedTuple):
     d_out: Any  # [B, T, N, Hv], the cotangent of the output
     d_log_rem: Any  # [B, N, rows padded], the cotangent of log_rem
     log_decay: Any  # [2, B, N, rows padded], a result of the forward pass: the cumulative log-decay in two floats
-    reached: Any  # [B, N, tiles * W], a result of the forward pass: the leftmost key tile that each query tile visited
+    reached: Any  # [B, N, tiles * W], a result of `forward`: index of the leftmost key tile that a query tile visited
     scale: Any  # [1]
     key_ranges: Any  # [B, tiles * W, 4]: (stop, whole_stop, whole_start, start)
-    offset: Any  # [B], the position of the first query
-    segments: Any  # (ids of the queries, ids of the keys), or None
+    offset: Any  # [B], the position of the first query among the keys
+    segments: Any  # (segment ids of the queries, segment ids of the keys), or None
 
 
 class Outputs(NamedTuple):
@@ -113,7 +113,7 @@ def d_query(
 def _bound(inputs: Inputs, b, n, first, w, which):
     """Return entry `which` (0 to 3) of the key-tile range of query tile first + w, for batch entry b and query head n.
 
-    `first` is the first query tile of the block, and w is the number of a warpgroup. The range is (stop, whole_stop,
+    `first` is the first query tile of the block, and w is the index of a warpgroup. The range is (stop, whole_stop,
     whole_start, start), see `key_tile_ranges`. It is limited to the key tiles that the forward pass visited.
     """
     x = inputs.key_ranges[b, first + w, which]

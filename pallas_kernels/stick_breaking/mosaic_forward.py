@@ -44,8 +44,8 @@ class Inputs(NamedTuple):
     value: Any  # [B, S, K, Hv]
     scale: Any  # [1]
     key_ranges: Any  # [B * splits, tiles * W, 4]: (stop, whole_stop, whole_start, start)
-    offset: Any  # [B], the position of the first query
-    segments: Any  # (ids of the queries, ids of the keys), or None
+    offset: Any  # [B], the position of the first query among the keys
+    segments: Any  # (segment ids of the queries, segment ids of the keys), or None
 
 
 class Outputs(NamedTuple):
@@ -53,7 +53,7 @@ class Outputs(NamedTuple):
 
     out: Any  # [B * splits, T, N, Hv]
     log_decay: Any  # [2, B * splits, N, rows padded]: the cumulative log-decay in two floats
-    reached: Any  # [B * splits, N, tiles * W]: the leftmost key tile that was visited
+    reached: Any  # [B * splits, N, tiles * W]: the index of the leftmost key tile that each query tile visited
 
 
 class Scratch(NamedTuple):
@@ -75,7 +75,8 @@ def forward(plan: Plan, query, key, value, scale, key_ranges, offset, query_segm
 
     The arguments are those of `Kernels.forward`. `entries` is B times the number of parts into which the keys are
     split. `log_decay` is the cumulative log-decay of each query row, -log2 of the part of the stick that remains, as
-    the sum of two float32 numbers. `reached` is the leftmost key tile that each query tile of 64 rows visited.
+    the sum of two float32 numbers. `reached` is the index of the leftmost key tile that each query tile of 64
+    rows visited.
     """
     W, stages, dtype = plan.warpgroups, plan.stages, plan.dtype
     entries, out_dtype = plan.entries, plan.out_dtype or dtype
@@ -232,7 +233,7 @@ def _write(plan: Plan, assigned: Assignment, row, acc, log_decay, outputs: Outpu
     """Copy the output and the cumulative log-decay of 64 query rows from registers to global memory.
 
     They go through shared memory. `acc` [64, Hv] is the output, `log_decay` is a pair of arrays [64] whose sum is the
-    cumulative log-decay, and `row` is the first of the 64 rows.
+    cumulative log-decay, and `row` is the index of the first of the 64 rows.
     """
     wg, out_mem = assigned.wg, scratch.query if scratch.out is None else scratch.out
     out_mem[wg] = acc.astype(plan.out_dtype or plan.dtype)

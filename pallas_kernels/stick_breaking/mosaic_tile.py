@@ -48,8 +48,8 @@ class Assignment(NamedTuple):
     b: jax.Array  # batch entry
     n: jax.Array  # query head
     head: jax.Array  # key head
-    i: jax.Array  # the block's number among the blocks of the head
-    wg: jax.Array  # the warpgroup's number in the block
+    i: jax.Array  # index of the block among the blocks of the head
+    wg: jax.Array  # index of the warpgroup in the block
     stop: jax.Array  # the warpgroups of the block visit the key tiles start..stop-1
     start: jax.Array
 
@@ -99,7 +99,7 @@ def zeros(step, opaque: bool):
     An opaque zero saves registers. A product needs descriptors of its operands in shared memory, one for every 16
     columns. If a product reads the same memory in every iteration of a loop, the compiler keeps all these descriptors
     in registers. If an opaque zero is added to the index of the memory, the kernel computes the descriptors again in
-    each iteration, in uniform registers. The zeros are computed from `step`, the number of the iteration, which must be
+    each iteration, in uniform registers. The zeros are computed from `step`, the index of the iteration, which must be
     below 2^24.
     """
     return [lax.shift_right_logical(step, 24 + half) if opaque else jnp.int32(0) for half in range(2)]
@@ -108,7 +108,7 @@ def zeros(step, opaque: bool):
 def visible(plan: Plan, segments, b, first_row, first_column, columns, offset):
     """Return whether each of 64 query rows sees each of `columns` keys: bool [64, columns] in registers.
 
-    `first_row` is the number of the first query row in its head, `first_column` is the first key, and b is the batch
+    `first_row` is the index of the first query row, `first_column` is the index of the first key, and b is the batch
     entry. `segments` are references to (segment ids of the queries, segment ids of the keys) in global memory, or None
     if the call has no segments. `offset` is the position of the first query among the keys.
     """
@@ -138,10 +138,10 @@ def finished_padding(plan: Plan, segments, b, first_row):
     """Return the start values of the cumulative log-decay of 64 query rows, fp32 [64]: FINISHED for padding, else 0.
 
     A padding row is after the last query, or has a negative segment id. With `skip_below`, a block stops early when no
-    row needs more keys. A row needs more keys until its log-decay is above -skip_below. A padding row may see no keys,
-    so a log-decay of 0 would stay 0, and its block would never stop early. b is the batch entry, `first_row` is the
-    number of the first row in its head, and `segments` is a pair of references to the segment ids of the queries and of
-    the keys.
+    row needs more keys. A row needs more keys until its log-decay is above -skip_below. Some padding rows see no
+    keys. If their log-decay started at 0, it would stay 0, and their block would never stop early. b is the batch
+    entry, `first_row` is the index of the first row, and `segments` is a pair of references to the segment ids of the
+    queries and of the keys.
     """
     is_query = first_row + shims.row_numbers() < plan.rows
     if plan.segments:
@@ -151,10 +151,10 @@ def finished_padding(plan: Plan, segments, b, first_row):
 
 
 def block(plan: Plan):
-    """Return what this block computes, (entry, query head, i), from the number of the block.
+    """Return what this block computes, (entry, query head, i), from the index of the block.
 
-    The keys of a batch entry may be split into parts, and `entry` is (number of the part) * B + batch entry. `i` is the
-    number of the block among the blocks of the head. Each block computes one or two query tiles. The query tiles with
+    The keys of a batch entry may be split into parts, and `entry` is (index of the part) * B + batch entry. `i` is the
+    index of the block among the blocks of the head. Each block computes one or two query tiles. The query tiles with
     the most keys come first. Blocks that run at the same time compute only a few heads, so that the keys and values of
     these heads fit into the cache.
     """

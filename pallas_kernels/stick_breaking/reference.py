@@ -35,8 +35,8 @@ def weights(call: Call):
 def attention(call: Call):
     """Return (out [B,T,N,Hv], log_rem [B,T,N], kept [B,K]) of a call.
 
-    `log_rem` is the natural logarithm of the part of the stick that remains. `kept`, the share of the keys that was
-    computed, is always 1.
+    `log_rem` is the natural logarithm of the part of the stick that remains. `kept` is always 1: all
+    keys are computed.
     """
     A, log_rem = weights(call)
     v = jnp.repeat(call.value.astype(A.dtype), A.shape[1] // call.value.shape[2], axis=2)

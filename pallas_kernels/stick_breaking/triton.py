@@ -66,8 +66,8 @@ def detail(call: Call) -> str:
 def attention(call: Call):
     """Run a call by the Triton kernels. Return (out [B,T,N,Hv], log_rem [B,T,N], kept [B,K]).
 
-    `log_rem` is the natural logarithm of the part of the stick that remains, and `kept` is the share of the key tiles
-    that was computed.
+    `log_rem` is the natural logarithm of the part of the stick that remains. `kept` is the number of key tiles
+    computed, divided by the number of key tiles that the queries may see.
     """
     return fused.attention(KERNELS, call)
 

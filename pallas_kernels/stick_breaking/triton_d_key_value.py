@@ -27,10 +27,11 @@ def visit(
     """Add query tile i to the sums `dk` [C,Hp] and `dv` [C,Hvp] of the key tile of this block, and return the sums.
 
     The sums are in registers, and `dk` is not yet multiplied by the scale. k [C,Hp] and v [C,Hvp], also in registers,
-    are the keys and values of the key tile, whose first key is `column`. `q_head` and `d_out_head` point to the queries
-    and to the cotangent of the output, for one query head. `snapshots` points to what `d_query` stored for this query
-    head and key tile: the cumulative log-decay on entry, and P. `multiplier` is the scale times log2(e). `position` is
-    the position of the first query. If `masked`, the mask is computed. Otherwise every query sees every key.
+    are the keys and values of the key tile, and `column` is the index of its first key. `q_head` and `d_out_head` point
+    to the queries and to the cotangent of the output, for one query head. `snapshots` points to what `d_query` stored
+    for this query head and key tile: the cumulative log-decay on entry, and P. `multiplier` is the scale times log2(e).
+    `position` is the position of the first query among the keys. If `masked`, the mask is computed. Otherwise every
+    query sees every key.
     """
     row = i * R
     rows = row + tl.arange(0, R)

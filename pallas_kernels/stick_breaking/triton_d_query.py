@@ -30,10 +30,10 @@ def visit(
 
     These four sums are in registers. `acc` [R,Hp] is dq / scale. `prefix` [R] is P: the cotangent of log_rem plus the
     sum of a over the keys on the left of tile j, where a is the weight times the cotangent of the weight. high + low
-    [R] is the cumulative log-decay: the sum of -log2(1 - beta) over the keys of tile j and on its right. The returned
-    sums are for the next tile, j + 1. q [R,Hp] and `d_out` [R,Hvp] are the queries and the cotangent of the output.
-    `k_head` and `v_head` point to the keys and values of a head, and `snapshots` [R] to the snapshots for key tile 0.
-    The other arguments are those of `triton_tile.key_tile`.
+    [R] is the cumulative log-decay: the sum of -log2(1 - beta) over the keys of tile j and the keys on its right. The
+    returned sums are for the next tile, j + 1. q [R,Hp] and `d_out` [R,Hvp] are the queries and the cotangent of the
+    output. `k_head` and `v_head` point to the keys and values of a head, and `snapshots` [R] to the snapshots for key
+    tile 0. The other arguments are those of `triton_tile.key_tile`.
     """
     k, v, z = tile.key_tile(
         j, q, multiplier, k_head, v_head, last, first, query_segments, key_segments_ref, S, K, H, Hv, C, Hp, Hvp,

@@ -16,7 +16,7 @@ def visit(
     S: tl.constexpr, K: tl.constexpr, H: tl.constexpr, Hv: tl.constexpr, C: tl.constexpr, Hp: tl.constexpr,
     Hvp: tl.constexpr, window: tl.constexpr, segments: tl.constexpr, precision: tl.constexpr, masked: tl.constexpr,
 ):  # fmt: skip
-    """Add key tile j to the running sums `high`, `low` and `acc` of a query tile, and return them.
+    """Add key tile j to the running sums `high`, `low` and `acc` of a query tile, and return the new sums.
 
     The sums are in registers. high + low [R] is the cumulative log-decay of the query rows: -log2 of the part of the
     stick that remains. `acc` [R,Hvp] is the output. q [R,Hp] are the queries. `k_head` and `v_head` point to the keys

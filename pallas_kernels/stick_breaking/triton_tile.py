@@ -27,7 +27,7 @@ DEGREE = tl.constexpr(len(logarithm.LOG2P1))
 
 @triton.jit
 def block(heads: tl.constexpr, N: tl.constexpr, tiles: tl.constexpr, together: tl.constexpr):
-    """Return (batch entry, query head, query tile) that this block computes, from the number of the block.
+    """Return (batch entry, query head, query tile) that this block computes, from the index of the block.
 
     `heads` is the number of query heads of all batch entries, and `tiles` is the number of query tiles of a head. The
     query tiles with the most keys come first. Only `together` heads are computed at the same time, so that their keys
@@ -42,7 +42,7 @@ def block(heads: tl.constexpr, N: tl.constexpr, tiles: tl.constexpr, together: t
 
 @triton.jit
 def head_of(ref, b, head, tokens: tl.constexpr, heads: tl.constexpr, width: tl.constexpr):
-    """Return the pointer to the first number of head `head` of batch entry b of an array [batch,tokens,heads,width]."""
+    """Return the pointer to the first element of head `head` and batch entry b of `ref` [batch,tokens,heads,width]."""
     return ref + (b.to(tl.int64) * tokens * heads + head) * width
 
 

@@ -130,8 +130,8 @@ def _over_heads(one_head, call: Call, *extra):
 def _entries_together(call: Call) -> int:
     """Return how many batch entries are computed at the same time: B, except on a CPU.
 
-    On a CPU, it is the largest divisor of B for which the tiles that are computed at the same time, one for every query
-    head of these batch entries, have at most _CACHED_SCORES scores together.
+    On a CPU, it is the largest divisor of B for which the tiles that are computed at the same time, one for each query
+    head of each batch entry, have at most _CACHED_SCORES scores in total.
     """
     B, _, N, _ = call.query.shape
     if platform.name() != "cpu":
@@ -193,7 +193,7 @@ def _short_forward(call: Call, reach):
 def _short_backward(call: Call, reach, d_out, d_log_rem):
     """Return the gradients (dq / scale [G,T,H], dk / scale [S,H], dv [S,Hv]) of one key head of a short call.
 
-    `d_out` [G,T,Hv] and `d_log_rem` [G,T] are the cotangents of the two results. `reach` is not used.
+    `d_out` [G,T,Hv] and `d_log_rem` [G,T] are the cotangents of the output and of log_rem. `reach` is not used.
     """
     dtype = sum_type(call.query)
     dqs, dk, dv = [], jnp.zeros_like(call.key, dtype), jnp.zeros_like(call.value, dtype)
@@ -240,7 +240,7 @@ def _reach(call: Call, where: Where):
 def _within_mask(call: Call, offset):
     """Return whether any query of a query tile may see any key of a key tile: bool [B, query tiles, key tiles].
 
-    Causality and the window are considered, and segments are not. `offset` [B] is the position of the first query.
+    Causality and window are considered, segments are not. `offset` [B] is the first query's position among the keys.
     """
     mask, (rows, columns) = call.mask, _long_tiles(call)
     first_q, first_k = np.arange(0, mask.T, rows), np.arange(0, mask.S, columns)
@@ -257,7 +257,7 @@ def _loop(call: Call):
 
     The loop is a jitted function whose name states the expected number of passes, for cost estimates (`cost.loop`): the
     mean number of key tiles that a query tile may see. If the position of the first query is not known when the call is
-    traced, the last query is assumed at the last key.
+    traced, the last query is assumed at the position of the last key.
     """
     mask = call.mask
     offset = mask.S - mask.T if mask.static_offset is None else mask.static_offset
@@ -335,7 +335,7 @@ class _Tiles:
 
 
 def _long_forward(call: Call, reach):
-    """Return (out [G,T,Hv], log_rem [G,T], share of the key tiles of `_reach` that was computed []) of a key head."""
+    """Return (out [G,T,Hv], log_rem [G,T], share of the key tiles in `reach` that was computed []) of a key head."""
     t, loop = _Tiles(call), _loop(call)
     G, T = call.query.shape[:2]
 

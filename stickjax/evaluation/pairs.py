@@ -1,4 +1,4 @@
-"""Evaluate a classifier of sentence pairs: its accuracy, and how much computation its halting of tokens saves.
+"""Evaluate a classifier of sentence pairs: its accuracy, and how much computation it saves by halting tokens.
 
 The sentences are formulas of propositional logic, and the accuracy is computed for each number of logical operators.
 `python -m stickjax.evaluate RUN` calls `report` if the model is a classifier (`model.classes` > 0).
@@ -50,14 +50,14 @@ def accuracy(
 ) -> Records:
     """Compute the share of held-out pairs that the model labels correctly, for each bucket and halting threshold.
 
-    A bucket contains the pairs of sentences with the same number of logical operators. The number of a pair is
-    the larger one of its two sentences. The last bucket also contains all pairs with more operators.
+    A bucket contains the pairs of sentences with the same number of logical operators. For a pair, the sentence with
+    more operators counts. The last bucket also contains all pairs with more operators.
 
     Args:
       model: the module with the parameters.
       config: its data section says how the pairs are generated.
-      buckets: the numbers of operators to evaluate.
-      thresholds: the halting thresholds to try; None: only the config's.
+      buckets: the buckets to evaluate, by their numbers of operators.
+      thresholds: the halting thresholds to try; None: only the threshold of the config.
       max_pairs: the largest number of pairs per bucket. All thresholds use the same pairs.
       B: the largest number of pairs in one call of the model.
       say: a function that is called with a line of progress before each bucket is evaluated.
@@ -67,8 +67,9 @@ def accuracy(
 
     Returns:
       A record for every bucket and threshold: {"bucket", "threshold", "accuracy", "majority" (the share of the most
-      frequent label), "depth" (the mean number of blocks per token), "rows" (the number of (token, choice) pairs that
-      experts computed, per token), "seconds" (for all pairs, without compiling), "pairs" (their number)}.
+      frequent label), "depth" (the mean number of blocks per token), "rows" (how often an expert computed a token,
+      divided by the number of tokens), "seconds" (for all pairs of sentences, without compiling), "pairs" (the number
+      of pairs of sentences)}.
     """
     if max_pairs < 1:
         raise ValueError(f"max_pairs={max_pairs} must be at least 1")
@@ -103,15 +104,16 @@ def batches_of(config: Config, bucket: int, max_pairs: int, B: int) -> list[tupl
     """Return held-out pairs of sentences as a list of (batch, pair mask), for one number of logical operators.
 
     A batch is {"left": [B,T], "right": [B,T], "label": [B]}, with token ids that are 0 for padding. The pair mask [B]
-    is False where the last batch has no more pairs. T is a multiple of 40. `bucket` is the number of operators, as in
-    `accuracy`. At most `max_pairs` pairs are drawn. Raises ValueError if the bucket has no pairs.
+    is False for the entries that only fill up the last batch. T is a multiple of 40. `bucket` is the number of
+    operators, as in `accuracy`. At most `max_pairs` pairs are drawn. Raises ValueError if the bucket has no pairs.
     """
     drawn = pair_examples(config, "test", T=10_000, buckets=[bucket])
     order = np.random.default_rng(0).permutation(len(drawn))[:max_pairs]
     rows = [drawn.rows[i] for i in order]
     if not rows:
         raise ValueError(
-            f"data.examples={config.data.examples} gives no held-out pair with {bucket} operators; try a larger number"
+            f"data.examples={config.data.examples} gives no held-out pair with {bucket} operators; "
+            "try a larger data.examples"
         )
     # The model is compiled for every length, so the length is rounded up to a multiple of 40.
     T = -(-max(side.count(" ") + 1 for row in drawn.rows for side in row[:2]) // 40) * 40
@@ -132,7 +134,7 @@ def table(runs: dict[str, Records]) -> Table:
     """Return a table of the accuracy and the mean depth of every run, with a row per number of operators.
 
     `runs` is {name of a run: the records of `accuracy`}. If the records of a run have several halting thresholds, only
-    the first is shown. The depth is the number of blocks per token.
+    the results with the first threshold are shown. The depth is the number of blocks per token.
     """
     result = Table(title="held-out accuracy")
     for name in ("operators", "pairs", "commonest label", *runs, *(f"depth of {name}" for name in runs)):
@@ -149,8 +151,8 @@ def savings(records: Records) -> Table:
     """Return a table of accuracy and computation, with a row per halting threshold in the records of `accuracy`.
 
     The columns are means over all pairs of sentences: the accuracy; the depth, which is the number of blocks per token;
-    and the number of (token, choice) pairs that experts computed per token. The last column is the time, as a share of
-    the time with the first threshold.
+    and how often experts computed a token. The last column is the time, as a share of the time with the first
+    threshold.
     """
     result = Table(title="what a lower halting threshold saves")
     for name in ("threshold", "accuracy", "depth", "expert rows per token", "time"):

@@ -17,7 +17,7 @@ Records = list[dict[str, Any]]
 
 
 def figure(xlabel: str, ylabel: str, titles=("",), *, xscale=None, yscale=None, share=True):
-    """Return (a new Matplotlib figure, its panels), with a panel for each of `titles`, in one row.
+    """Return (a new Matplotlib figure, its panels), with a panel (Axes) for each of `titles`, in one row.
 
     `xscale` and `yscale` are the name of a Matplotlib scale, or a pair (name, options). With `share`, all panels have
     the same axis limits. pyplot is not used, because its state is global.
@@ -82,7 +82,7 @@ def label(name: str) -> str:
     """Return a text for `name` that a Matplotlib legend shows as it is.
 
     Matplotlib reads text between two dollars as a formula, and leaves out a name that begins with _. So a backslash is
-    put before every dollar, and a space before a first _.
+    put before every dollar, and a space before a _ at the beginning.
 
     >>> label("_lr$3")
     ' _lr\\\\$3'
@@ -157,8 +157,8 @@ def plot_accuracy(runs: dict[str, Records], path) -> None:
 def plot_halting(records: Records, path, groups=((0, 6), (7, 9), (10, 12))) -> None:
     """Plot accuracy against mean depth (blocks per token), with a point per halting threshold.
 
-    There is a line per range of numbers of logical operators in a pair of sentences. `groups` has the ranges, as (the
-    smallest, the largest) number. `records` are the records of `pairs.accuracy`.
+    The pairs of sentences are grouped by their number of logical operators, and there is a line for each group.
+    `groups` has (the smallest, the largest) number of each group. `records` are the records of `pairs.accuracy`.
     """
     page, (axes,) = figure("mean depth (blocks)", "held-out accuracy")
     for low, high in groups:
@@ -203,7 +203,8 @@ def plot_module_use(use: dict[str, dict[str, Any]], information: dict[str, Any],
     There is a row of panels for each kind of module ("ffn" or "attention"), and a column of panels for each source of
     text. A panel is an image with a row per layer and a column per module.
 
-    `use` is {source: {kind: [L,C]}}: the share of the (token, choice) pairs of a layer that each of its C modules gets.
+    `use` is {source: {kind: [L,C]}}: for each of L layers, the share of the tokens' choices that fell on each of the C
+    modules of the layer.
     `information` is {kind: [L]}: the mutual information of module and source in each layer, in bits.
 
     Modules of different layers are not related. So the modules of every layer are sorted separately, in the same order
@@ -222,7 +223,7 @@ def plot_module_use(use: dict[str, dict[str, Any]], information: dict[str, Any],
         for axes, source in zip(row, sources, strict=True):
             heat = np.take_along_axis(np.asarray(use[source][kind]), order, 1)
             image = axes.imshow(heat, vmin=0, vmax=highest, cmap="viridis", aspect="auto", interpolation="nearest")
-            axes.set(title=f"{kind}: {source}", xlabel="modules, in an order per layer", xticks=[])
+            axes.set(title=f"{kind}: {source}", xlabel="modules, sorted in each layer", xticks=[])
             axes.set_yticks(range(L), range(1, L + 1))
         row[0].set_ylabel("layer")
         if len(sources) > 1:
@@ -252,7 +253,7 @@ def plot_schedule(schedules: dict[str, Callable], path, *, tokens_per_step, tota
 def plot_learning_rate_sweep(records: Records, path) -> None:
     """Plot loss against learning rate, with a line per width and a star at the minimum of each line.
 
-    There is a panel for the runs with muP and a panel for the runs without. `records` are the result of
+    There is a panel for the runs with muP and a panel for the runs without muP. `records` are the result of
     `stickjax.sweeps.learning_rate_sweep`, with the keys "mup", "width", "learning_rate" and "loss".
     """
     runs = group(records, "mup")

@@ -200,7 +200,7 @@ def _new(run: Run, init_from: str | None) -> TrainState:
         changed = [d for d in loaded.config.diff(config) if d.startswith("model.")]
         fields = "; ".join(changed)
         raise ValueError(
-            f"--init-from {init_from} has another model than this config ({fields}); use the same model fields"
+            f"--init-from {init_from} has another model than this config ({fields}); use the run's values, on the left"
         )
     run.say(f"parameters from {init_from}@{loaded.step}")
     return with_params(config, state, loaded.model)
@@ -227,7 +227,9 @@ def split_branch(branch: str) -> tuple[str, int | None]:
     if not at or Path(branch).is_dir():
         return branch, None
     if not (step.isascii() and step.isdecimal()):
-        raise ValueError(f"--from {branch}: there is no such folder, and {step!r} is not a step, as in RUN@STEP")
+        raise ValueError(
+            f"--from {branch}: there is no such folder, and {step!r} is not the number of a step (RUN@STEP)"
+        )
     return run, int(step)
 
 
@@ -301,7 +303,7 @@ def _check_same(config: Config, data: TrainingData) -> None:
 
 
 def _batch_part(config: Config, mesh) -> dict[str, int]:
-    """Return the bytes of a batch on one device as {description: bytes}, for the check that a run fits into memory."""
+    """Return the size of a batch on one device, {description: bytes}, for the check that a run fits into memory."""
     batch = abstract_batch(mesh, family_of(config.model).example_batch(config))
     return {f"a batch of B={config.data.B} x T={config.data.T}": local_bytes(batch)}
 

@@ -114,9 +114,9 @@ def _is_number(value: Any) -> bool:
 def read_metrics(run_folder: str | os.PathLike) -> list[dict]:
     """Return the rows of metrics.jsonl in a run folder. Each row has at least step, tokens, loss and learning_rate.
 
-    Damaged lines, and lines in which one of these four is not a number, are left out, and a warning is logged. An
-    incomplete last line, which a crash leaves, is left out without a warning. A JSON null becomes NaN. If there is no
-    file, the result is empty.
+    Damaged lines, and lines in which one of these four values is not a number, are left out, and a warning is logged.
+    An incomplete last line, which a crash leaves, is left out without a warning. A JSON null becomes NaN. If there is
+    no file, the result is empty.
     """
     path, rows, bad = Path(run_folder) / "metrics.jsonl", [], []
     *lines, last = path.read_bytes().split(b"\n") if path.is_file() else [b""]

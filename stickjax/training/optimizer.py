@@ -79,7 +79,7 @@ def make_optimizer(config: Config, params) -> Transform:
     Returns:
       The optimizer. For logs, `optax.tree.get(state, name)` returns "learning_rate", "tokens" (`int()` converts it) or,
       if there are masters, "masters". `init` also accepts parameters in a larger type than `params`; then the masters
-      keep their values without rounding.
+      keep the values of these parameters without rounding.
     Raises:
       ValueError: a parameter is not in the table of `models.parameters`, a pattern of `optim.trainable` matches no
         parameter, or all parameters are frozen.

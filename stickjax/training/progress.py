@@ -67,7 +67,7 @@ class Progress:
 
 
 class _Output:
-    """Writes text to `stream`, and ignores write errors. `unread` becomes True when the reader has closed it."""
+    """Writes text to `stream`, and ignores write errors. `unread` becomes True when the reader has closed `stream`."""
 
     def __init__(self, stream):
         self._stream, self.unread = stream, False

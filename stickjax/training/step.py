@@ -20,7 +20,8 @@ class TrainState(NamedTuple):
 
     `step`: the number of steps done, including the skipped steps.
     `key`: the random key of the training; it stays the same, and each step derives its own key from it.
-    `bad_steps`: how many steps in a row were skipped, because their loss or gradient was not finite.
+    `bad_steps`: how many steps in a row, up to the last step, were skipped because their loss or gradient was not
+      finite.
     """
 
     params: Any  # the model
