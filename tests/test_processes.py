@@ -167,7 +167,7 @@ def get_config():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("--data.B=9", "error: B / accumulate = 9 sequences must be a multiple of fsdp=2"),
+        ("--data.B=9", "error: B / accumulate = 9 sequences must be a multiple of the mesh size fsdp=2"),
         (None, "error: process 1: data.path='not-on-this-machine' does not exist"),
     ],
     ids=["all", "one"],
@@ -215,8 +215,8 @@ def test_bad_commands_are_one_clear_line(capsys, config, monkeypatch):
     for environment, message in (
         ({"PMI_SIZE": "2", "PMI_RANK": "1"}, "PMI_RANK=1 of PMI_SIZE=2: the address of process 0 is unknown"),
         ({"PMI_SIZE": "2", "PMI_RANK": "2"}, "process 2 of 2"),
-        ({"PMIX_RANK": "0"}, "PMIX_RANK=0: this may be one of several processes"),
-        ({"WORLD_SIZE": "2", "RANK": "0"}, "RANK=0: this may be one of several processes"),
+        ({"PMIX_RANK": "0"}, "PMIX_RANK=0 in the environment: this may be one of several processes"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "RANK=0 in the environment: this may be one of several processes"),
         ({"WORLD_SIZE": "two", "RANK": "0"}, "WORLD_SIZE='two' in the environment must be a whole number"),
     ):
         with monkeypatch.context() as patch:

@@ -172,9 +172,9 @@ def test_a_run_goes_on_on_another_mesh(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mesh.data": 3}, "B / accumulate = 8 sequences must be a multiple of data=3; B=6 would do"),
-        ({"mesh.data": 4, "mesh.fsdp": 4, "data.B": 4}, "data=4 x fsdp=4 needs 16 devices, but there are 8"),
-        ({"mesh.data": 2, "mesh.expert": 2, "data.B": 2}, "multiple of data=2 x expert=2; B=4 would do"),
+        ({"mesh.data": 3}, "B / accumulate = 8 sequences must be a multiple of the mesh size data=3; B=6 would do"),
+        ({"mesh.data": 4, "mesh.fsdp": 4, "data.B": 4}, "the mesh data=4 x fsdp=4 needs 16 devices, but there are 8"),
+        ({"mesh.data": 2, "mesh.expert": 2, "data.B": 2}, "multiple of the mesh size data=2 x expert=2; B=4 would do"),
         ({"mesh.data": -1, "mesh.fsdp": 3}, "data=-1: the number of devices, 8, must be a multiple of 3, the product"),
         ({"mesh.fsdp": 4, "model.D": 18}, "D=18 must be a multiple of fsdp=4; D=20 would do"),
         ({"mesh.tensor": 2, "model.V": 257}, "V=257 must be a multiple of tensor=2; V=258 would do"),

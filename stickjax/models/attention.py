@@ -26,8 +26,8 @@ class Context(NamedTuple):
     axis "context" divides the sequences, T is the number of tokens on this device, and S is the number of keys of the
     whole sequence.
 
-    `segment_ids` [B,T], `key_segment_ids` [B,S]: the document of every token and of every key. A token attends only to
-      keys with the same id; a negative id is padding. None: every sequence is one document.
+    `segment_ids` [B,T], `key_segment_ids` [B,S]: the document id of every token and of every key. A token attends only
+      to keys with the same id; a negative id is padding. None: every sequence is one document.
     `positions` [B,T]: the positions for rotary embedding; None if the attention variant does not use it.
     `offset`: the number of tokens that the cache had before this call; 0 without a cache. The place of this device's
       tokens in a sequence that the mesh axis "context" divides is not part of it.
@@ -109,8 +109,9 @@ class Attention(nnx.Module):
         if c.remainder != "none":
             if rest is None:
                 raise ValueError(
-                    f"remainder={c.remainder!r} needs 1 - the sum of the weights of each query, [B,T,N], as the second "
-                    f"result of the function of attention={c.attention!r}, not None; or set remainder='none'"
+                    f"attention={c.attention!r}: with remainder={c.remainder!r}, the function of this variant must "
+                    "return (out, rest), where rest is 1 - the sum of the weights of each query, [B,T,N], not None; or "
+                    "set remainder='none'"
                 )
             own = jnp.repeat(own, c.N // c.K, axis=2) if c.remainder == "value" else cast(self.head_bias, c)[None, None]
             out = (out.astype(jnp.float32) + rest[..., None] * own.astype(jnp.float32)).astype(out.dtype)

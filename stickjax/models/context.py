@@ -41,7 +41,7 @@ def attention_in_context(
     """Compute stick-breaking attention of the queries on this device to the keys of all devices. Return (out, rem).
 
     t is the number of tokens on this device, in two pieces of t / 2 tokens. T is the length of the whole sequence.
-    `out` are the outputs of the heads. `rem` is, for every query, the part of the stick that no key takes.
+    `out` are the outputs of the heads. `rem` is, for every query, the part of its stick that no key takes.
 
     Args:
       q, k, v: the queries, keys and values of the two pieces.
@@ -69,8 +69,8 @@ def attention_in_context(
     def piece(which, place, reach):
         """Compute attention of the C queries of one piece to the keys of this piece and to all keys before it.
 
-        Return `out` [B,C,N,H], the outputs of the heads, and `log_rem` [B,C,N], the logarithm of the part of the stick
-        that no key takes.
+        Return `out` [B,C,N,H], the outputs of the heads, and `log_rem` [B,C,N], the logarithm of the part of a query's
+        stick that no key takes.
 
         `which`: 0 for the early piece of this device, 1 for the late piece. `place`: the index of the piece in the
         sequence. `reach`: the keys before the piece are among the first `reach` pieces. All devices use the same

@@ -70,8 +70,9 @@ class Decoder(Family):
     def gradient_free_update(self, model: Transformer, metrics, trainable: Callable[[str], bool]):
         """Update the selection biases of the routers, so that the loads of the experts become more equal.
 
-        Return the model with the new biases. Only a router whose config has a `bias_rate` has such a bias.
-        `metrics["load"]` has the loads of this step. A bias does not change if `trainable(name of the bias)` is False.
+        Return the model with the new biases. A router has a selection bias if the config of its experts has a
+        `bias_rate` above 0. `metrics["load"]` has the loads of this step. A bias does not change if `trainable(name of
+        the bias)` is False.
         """
         if not any(mixture.bias_rate for mixture in model.config.mixtures().values()):
             return model

@@ -14,8 +14,8 @@ def register(family: Family) -> None:
     """Register a model family, so that all commands can use its configs and its models.
 
     `family.parameters` describes the parameters of the family's module classes: their axes, partition and muP label.
-    These rows are added to the table in `stickjax.models.parameters`. The same family class may be registered again,
-    for example when a notebook cell runs twice. The newer definition then replaces the older one.
+    Its rows are added to the table of parameters in `stickjax.models.parameters`. The same family class may be
+    registered again, for example when a notebook cell runs twice. The newer definition then replaces the older one.
 
     Raises:
       ValueError: another family class is registered under the same name, or the table already has different rows for
@@ -28,7 +28,7 @@ def register(family: Family) -> None:
     for module, rows in family.parameters.items():
         if others.get(module, rows) != rows:
             raise ValueError(
-                f"family={name!r}: the table of parameters has a class {module} with other rows; rename the class"
+                f"family={name!r}: the table of parameters has rows for another class {module}; rename your class"
             )
     PARAMETERS.update({module: dict(rows) for module, rows in family.parameters.items()})
     FAMILIES[name] = family

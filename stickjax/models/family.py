@@ -41,13 +41,14 @@ class Family(ABC):
     def loss(self, model, batch: dict[str, jax.Array], key: jax.Array | None) -> tuple[jax.Array, dict[str, Any]]:
         """Return the loss of a batch, and its metrics: `loss` (the cross-entropy alone) and other values for the log.
 
-        `key` is a random key for a training step; None for inference. On a mesh, an implementation must sum over the
-        devices with `stickjax.parallel.collectives.psum_over_batch`.
+        `key` is a random key for a training step; None for inference. On a mesh, an implementation must add the sums of
+        all devices with `stickjax.parallel.collectives.psum_over_batch`.
 
-        With gradient accumulation, this method runs once per microbatch, and the caller sums the results. The batch
-        then also has `loss_scale`, which is 1 / (number of targets in the whole batch), and `share`, which is 1 /
-        (number of microbatches). An implementation must multiply its sums over targets by `loss_scale`, and its means
-        by `share`. So the sum of the results over the microbatches is the result for the whole batch.
+        With gradient accumulation, this method runs once per microbatch, and the caller adds the losses and the metrics
+        of all microbatches. The batch then also has `loss_scale`, which is 1 / (number of targets in the whole batch),
+        and `share`, which is 1 / (number of microbatches). An implementation must multiply its sums over targets by
+        `loss_scale`, and its means by `share`. So the sum of the results over the microbatches is the result for the
+        whole batch.
         """
 
     def scalars(self, model, metrics: dict[str, Any]) -> dict[str, jax.Array]:
@@ -70,8 +71,8 @@ class Family(ABC):
     def example_batch(self, config: Config) -> dict[str, jax.ShapeDtypeStruct]:
         """Return {name: shape and type} for the arrays of the largest batch that a training step can get.
 
-        The training step can be compiled for it without data. The default is a batch of text: arrays [B,T], for B
-        sequences of T tokens.
+        With these shapes, the training step can be compiled without data. The default is a batch of text: arrays [B,T],
+        for B sequences of T tokens.
         """
         types = dict(tokens=jnp.int32, targets=jnp.int32, segment_ids=jnp.int32, loss_mask=jnp.bool_)
         shape = (config.data.B, config.data.T)
@@ -81,7 +82,7 @@ class Family(ABC):
         """Return (the number of all parameters, the number of active parameters).
 
         Active parameters are the parameters that one token uses, without the embedding. The default counts all
-        parameters as active. Override it if the family has an embedding, or experts that a token does not use.
+        parameters as active. Override this method if the family has an embedding, or experts that a token does not use.
         """
         shapes = jax.eval_shape(lambda: self.init(config, jax.random.key(0)))
         total = sum(x.size for x in jax.tree.leaves(shapes))

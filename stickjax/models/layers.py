@@ -20,7 +20,7 @@ def uniform(key, shape, limit: float, config) -> nnx.Param:
 
 
 def dropout(x, rate: float, key):
-    """Set each value of x to zero with probability `rate`, and divide the others by 1 - rate.
+    """Set each value of x to zero with probability `rate`, and divide the other values by 1 - rate.
 
     `key` is a random key. Without a key, x is returned unchanged.
     """
@@ -137,7 +137,7 @@ def rotary(x: Float[Array, "B T N H"], positions: Int[Array, "B T"], theta: floa
 
 
 def gates(config: ModelConfig) -> int:
-    """Return G, the number of inputs of the activation per hidden unit: 2 if it has a gate, such as swiglu, else 1."""
+    """Return G, the number of inputs of the activation per hidden unit: 2 with a gate, as in swiglu, else 1."""
     return 2 if config.activation in GATED else 1
 
 

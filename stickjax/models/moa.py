@@ -21,9 +21,9 @@ from stickjax.parallel.collectives import copy_to_tensor_parallel, reduce_from_t
 
 
 class MixtureOfHeads(Attention):
-    """Attention whose query heads belong to experts. A router chooses the experts of every token x.
+    """Attention whose query heads belong to experts. A router chooses the experts and gates of every token x.
 
-    The output is the sum over the chosen experts e of gate * attention(x W_query[e], x W_key, x W_value) W_output[e].
+    The output is the sum over the chosen experts e of gate_e * attention(x W_query[e], x W_key, x W_value) W_output[e].
 
     `config.attention_experts` describes the experts. There are K key heads, and every expert has K query heads. The
     router chooses N / K experts for every token, so that a token has N query heads. A padding token uses no expert, and
@@ -83,15 +83,15 @@ class MixtureOfHeads(Attention):
 class SharedHeads(nnx.Module):
     """Attention whose query heads belong to experts, for the Universal Transformer. The caller runs the router.
 
-    The output for a token x is the sum over the chosen experts e of
+    The output for a token x is the sum over the experts e that the router chose for x of
 
-      gate * attention(x W_query[e], source W_key, source W_value) W_output[e].
+      gate_e * attention(x W_query[e], source W_key, source W_value) W_output[e].
 
-    `source` is the sequence of x (self-attention) or another sequence (cross-attention). A token for which the router
-    chose no expert has the output zero. With `causal`, the field `attention` of the config chooses stick-breaking or
-    causal softmax attention. Without `causal`, it is softmax attention to all keys. With `relative`, softmax attention
-    adds a trainable vector to each key: R [K,H,P] has one vector per key head for each of the P = 2 * clip - 1
-    distances between a query and a key.
+    gate_e is the weight that the router gave to the expert e. `source` is the sequence of x (self-attention) or another
+    sequence (cross-attention). A token for which the router chose no expert has the output zero. With `causal`, the
+    field `attention` of the config chooses stick-breaking or causal softmax attention. Without `causal`, the layer uses
+    softmax attention to all keys. With `relative`, softmax attention adds a trainable vector to each key: R [K,H,P] has
+    one vector per key head for each of the P = 2 * clip - 1 distances between a query and a key.
     """
 
     def __init__(self, config: SutConfig, key, *, causal: bool, relative: bool):

@@ -18,7 +18,7 @@ from stickjax.parallel.collectives import (
 
 
 class SparseExperts(nnx.Module):
-    """A feed-forward network of experts: the sum over the k chosen experts e of gate * act(x w_in[e]) w_out[e].
+    """A feed-forward network of experts: the sum over the k chosen experts e of gate_e * act(x w_in[e]) w_out[e].
 
     A router chooses the experts and gates of every token x. A padding token uses no expert, and its output is zero.
     w_in is [E,D,G,F], with G = 2 for an activation with a gate, else 1, and w_out is [E,F,D]. The weights of experts

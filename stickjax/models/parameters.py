@@ -1,8 +1,8 @@
 """The table of parameters: the axes, the partition and the muP label of each parameter of each module class.
 
-The table decides how a mesh divides a parameter, how muP scales its learning rate, and how it is converted to Hugging
-Face, frozen and pruned. A parameter that is not in the table is an error. So no parameter is treated by accident like
-another parameter of the same name.
+The table decides how a mesh divides a parameter, how muP scales its learning rate, and how the parameter is converted
+to Hugging Face, frozen and pruned. A parameter that is not in the table is an error. So no parameter is treated by
+accident like another parameter of the same name.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -28,8 +28,9 @@ class Parameter(NamedTuple):
       The axis L of a model with stacked layers, which comes first, is left out.
     `partition`: for every axis the mesh axis that divides it, or "-" if none does. "-" at the end may be left out. With
       "", every device has the whole parameter.
-    `label`: the muP label. "matrix": an internal matrix; its learning rate is divided by m_width. "embedding" and
-      "vector": the learning rate is not divided; a vector has no weight decay. "frozen": it has no gradient.
+    `label`: the muP label. "matrix": an internal matrix; its learning rate is divided by m_width, the width multiplier
+      of muP. "embedding" and "vector": the learning rate is not divided; a vector has no weight decay. "frozen": it has
+      no gradient.
     """
 
     axes: str
@@ -190,7 +191,9 @@ def parameter(leaf: Leaf) -> Parameter:
         )
     dims, axes = np.ndim(leaf.value), len(row.axes.split())
     if dims not in (axes, axes + 1):
-        raise ValueError(f"{leaf.name} has {dims} axes, but in the table of parameters its axes are {row.axes!r}")
+        raise ValueError(
+            f"{leaf.name} has {dims} axes, but in the table of parameters its axes are {row.axes!r}; correct the row"
+        )
     return row
 
 
@@ -217,13 +220,15 @@ def label(leaf: Leaf) -> str:
 def partition(leaf: Leaf) -> PartitionSpec:
     """Return the partition of an array of a model or of a training state: the mesh axis that divides each of its axes.
 
-    An array outside of Flax modules, such as a counter in a training state, is not divided. Raises ValueError if such
-    an array has two or more axes.
+    An array outside of Flax modules, such as a counter in a training state, is not divided. It must have fewer than two
+    axes; else the function raises ValueError.
     """
     dims = np.ndim(leaf.value)
     if leaf.owner is None:
         if dims >= 2:
-            raise ValueError(f"{leaf.name!r} has {dims} axes but no partition: only arrays in Flax modules have one")
+            raise ValueError(
+                f"{leaf.name!r} has {dims} axes but no partition, because it is not in a Flax module; put it into one"
+            )
         return PartitionSpec()
     row = parameter(leaf)
     stacked = dims == len(row.axes.split()) + 1  # the axis of the layers comes first

@@ -19,7 +19,7 @@ def relative_scores(q: Float[Array, "B T K X H"], relative: Float[Array, "K H P"
     [[0.0, 1.0, 1.0], [-1.0, 0.0, 1.0]]
     """
     T, far = q.shape[1], relative.shape[-1] // 2
-    # The table has a column for every distance from 1 - T to S. Row i of the result begins i columns left of row 0.
+    # The table has a column for every distance from 1 - T to S. Row i of the result begins at column T - 1 - i.
     table = relative[:, :, jnp.clip(jnp.arange(T + S) - (T - 1), -far, far) + far]
     scores = jnp.einsum("BTKXH,KHP->BKXTP", q, table, preferred_element_type=jnp.float32)
     flat = scores.reshape(*scores.shape[:3], -1)[..., T - 1 :]

@@ -105,7 +105,8 @@ def choose_experts(
       order: "topk_softmax": choose the experts with the k largest logits; the gates are the softmax of these k logits
         and sum to one. "softmax_topk": choose the experts with the k largest `probabilities`; the gates are these
         probabilities, and sum to at most one.
-      trained: the number of experts before experts were added to the model (see `probabilities`); None: all.
+      trained: the number of experts before experts were added to the model (see `probabilities`); None: no experts were
+        added.
       bias: [E], added to the logits or probabilities for the choice only; the gates do not contain it.
       pruned: [E], True for experts that are never chosen.
       sample_topk, key: with a random key, only the first k - `sample_topk` experts are chosen as above. The others are
@@ -136,8 +137,9 @@ def round_tokens(
     If `multiple` is the number of rows of a kernel tile, no tile is partly empty.
 
     Each expert drops its pairs with the smallest gates, at most `multiple` - 1 of them. Return the indices, in which a
-    dropped pair has the index E = `num_experts`, which means no expert. The method is from arXiv 2512.14080, which also
-    rounds up. Whether a pair is dropped depends on all tokens of the device, so this function is for training only.
+    dropped pair has the index E = `num_experts`, which means no expert. The method is from arXiv 2512.14080. The paper
+    also rounds up; this function only rounds down. Whether a pair is dropped depends on all tokens of the device, so
+    this function is for training only.
 
     >>> round_tokens(jnp.array([[0], [0], [1], [0]]), jnp.array([[0.3], [0.1], [0.9], [0.2]]), 2, 2).T
     Array([[0, 2, 2, 0]], dtype=int32)
@@ -209,11 +211,12 @@ def updated_router_bias(
 
 @dataclasses.dataclass(frozen=True)
 class Experts:
-    """The numbers of experts of a router. The three kinds are `old`, `new` and `pruned`.
+    """The numbers of `old`, `new` and `pruned` experts of a router.
 
     Old experts belong to the trained model. New experts were added to it. Pruned experts were removed, but the router
-    still computes their logits. The columns of the logits are the old and the pruned experts, in the order in which
-    they were trained, and then the new experts. The weights of the experts contain the old and then the new experts.
+    still computes their logits. The columns of the logits are the old and the pruned experts, in the order that they
+    have in the trained model, and then the new experts. The weights of the experts contain the old and then the new
+    experts.
     """
 
     old: int
@@ -234,8 +237,9 @@ class Router(nnx.Module):
     """A router: it computes a logit for every expert from a token x [D], always in fp32, and chooses k experts.
 
     The config field `network` says how the logits are computed. "linear": x weight. "mlp": gelu(x hidden + hidden_bias)
-    weight. "gmm": exp(log_scale) cos(x hidden, weight_e), where weight_e is the centroid of expert e. `new_weight` has
-    the columns of `weight` for experts that were added to a trained model.
+    weight. "gmm": exp(log_scale) cos(x hidden, weight_e), where weight_e is the centroid of expert e. `hidden` and
+    `weight` are matrices. `new_weight` has the further columns of `weight` for experts that were added to a trained
+    model.
 
     `selection_bias` balances the load without a loss: it changes which experts are chosen, but not their gates. In a
     pruned model, column c of the logits belongs to the expert with the index `slot[c]` in the weights of the experts.
@@ -290,8 +294,8 @@ class Router(nnx.Module):
         """Choose k experts for every token. Return their indices, their gates, and the `RouterSums` for the losses.
 
         `token_weight`: the weight of each token in the losses; a token mask is also accepted. A token of weight 0 uses
-        no expert: its indices are E. With a random `key`, the router works as in training: it applies `sample_topk` and
-        `token_rounding` of the config.
+        no expert: its indices equal the number of experts, which means no expert. With a random `key`, the router works
+        as in training: it applies `sample_topk` and `token_rounding` of the config.
         """
         (logits, key), slot = self.logits(tokens, key), self.slot
         bias = None if self.selection_bias is None else self.selection_bias[...].astype(jnp.float32)
@@ -315,6 +319,6 @@ class Router(nnx.Module):
 
 
 def _unit(x, axis):
-    """Divide the vectors of x along `axis` by their norms. If a norm is below 1e-12, return 0, with a gradient of 0."""
+    """Divide the vectors of x along `axis` by their norms. If a norm is below 1e-12, result and gradient are 0."""
     square = jnp.square(x).sum(axis, keepdims=True)
     return x * jnp.where(square > 1e-24, jax.lax.rsqrt(jnp.maximum(square, 1e-24)), 0)

@@ -10,11 +10,11 @@ def attend(config: ModelConfig, q, k, v, context):
     """Compute stick-breaking attention. Models whose config has `attention="stick_breaking"` call this function.
 
     q [B,T,N,H] are the queries, and k and v [B,S,K,H] are the keys and values. `context` is a `Context` of
-    `stickjax.models.attention`. If the mesh axis "context" divides the sequences, k and v have the keys and values of
-    this device, and the function all-gathers them.
+    `stickjax.models.attention`. If the mesh axis "context" divides the sequences, k and v are the keys and values of
+    the tokens on this device, and the function all-gathers them.
 
-    Return (out [B,T,N,H], rest [B,T,N]). The rest is the part of a query's stick that no key takes: 1 - the sum of its
-    weights.
+    Return (out [B,T,N,H], rest [B,T,N]). The rest is the part of a query's stick that no key takes: 1 - the sum of the
+    query's weights.
     """
     c, segments = config, (context.segment_ids, context.key_segment_ids)
     options = dict(

@@ -1,7 +1,7 @@
 """The GPU models that `stickjax.plan` supports, and a way to compile programs for them on a machine without a GPU.
 
 The table CHIPS has the peak rates of each GPU model, from the tables of the vendors. The file `targets/NAME.txtpb` has
-the other properties of the GPU model NAME, as CUDA reports them. XLA needs them to compile.
+the other properties of the GPU model NAME, as CUDA reports them. XLA needs these properties to compile.
 """
 
 import dataclasses

@@ -124,7 +124,7 @@ def all_gather_for_experts(tokens, expert_indices, gates, count: int):
       device. The index `count` stands for an expert of another device, which this device does not compute.
 
     The all-gather sends every token to the P - 1 other devices. An all-to-all of the (token, choice) pairs would send
-    k (P - 1) / P rows per token, which is more if P is below k.
+    every token k (P - 1) / P times on average, which is more if P is below k.
     """
     if size("expert") == 1:
         return tokens, expert_indices, gates

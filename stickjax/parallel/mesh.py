@@ -39,7 +39,8 @@ def make_mesh(config: Config, devices=None) -> Mesh | None:
     if count > len(devices):
         hint = "; JAX_NUM_CPU_DEVICES=N makes N devices from one CPU" if devices[0].platform == "cpu" else ""
         raise ValueError(
-            f"{axes} needs {count} devices, but there {'is' if len(devices) == 1 else 'are'} {len(devices)}{hint}"
+            f"the mesh {axes} needs {count} devices, but there "
+            f"{'is' if len(devices) == 1 else 'are'} {len(devices)}{hint}"
         )
     if jax.process_count() > 1 and count != len(devices):
         mesh = f"this mesh is {axes}" if axes else "this mesh has one device"
@@ -76,14 +77,14 @@ def _check_sizes(config: Config, sizes: dict[str, int]) -> None:
     if d.B % (rows * accumulate):
         parts = " x ".join(f"{axis}={sizes[axis]}" for axis in ROW_AXES if sizes[axis] > 1)
         raise ValueError(
-            f"B / accumulate = {d.B // accumulate} sequences must be a multiple of {parts}; "
+            f"B / accumulate = {d.B // accumulate} sequences must be a multiple of the mesh size {parts}; "
             f"B={max(d.B // (rows * accumulate), 1) * rows * accumulate} would do"
         )
     config.model.check_mesh(sizes, d.T)
 
 
 def rows_of_process(mesh: Mesh | None) -> tuple[int, int]:
-    """Return (index, count): every batch has `count` equal parts, and this process loads the part number `index`.
+    """Return (index, count): every batch has `count` equal parts, and this process loads part `index`, counted from 0.
 
     A part consists of whole sequences. If the mesh axis "context" or "tensor" spans several processes, these processes
     load the same part. Without a mesh, return (0, 1).

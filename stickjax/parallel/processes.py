@@ -58,7 +58,8 @@ def initialize(coordinator: str | None = None, count: int | None = None, index: 
     Without arguments, the number of processes and the index of this one come from the environment variables of a
     launcher: SLURM, Open MPI, MPICH or Intel MPI. Each process then takes one device of its machine: the device whose
     number is the rank of the process on this machine. If the launcher does not give the address of process 0, set
-    JAX_COORDINATOR_ADDRESS to HOST:PORT. Without such variables, this process trains alone, and nothing happens.
+    JAX_COORDINATOR_ADDRESS to HOST:PORT. Without arguments and without the variables of a launcher, this process trains
+    alone, and nothing happens.
 
     Args:
       coordinator: HOST:PORT, a free port of the machine of process 0.
@@ -172,13 +173,14 @@ def _number(name: str) -> int | None:
 def _check_alone() -> None:
     """Raise ValueError if the environment has the rank of this process, but not the address of process 0.
 
-    Some launchers set only the rank (see _UNKNOWN). To train alone would then be wrong: every process would do it.
+    Some launchers set only the rank (see _UNKNOWN). To train alone would then be wrong, because every process would
+    train its own model.
     """
     for rank, size in _UNKNOWN:
         if rank in os.environ and (not size or (_number(size) or 1) > 1):
             raise ValueError(
-                f"{rank}={os.environ[rank]}: this may be one of several processes, but process 0 has no known address; "
-                f"give --coordinator HOST:PORT --processes N --process I, or unset {rank}"
+                f"{rank}={os.environ[rank]} in the environment: this may be one of several processes, but process 0 "
+                f"has no known address; give --coordinator HOST:PORT --processes N --process I, or unset {rank}"
             )
 
 
@@ -298,7 +300,7 @@ def check_same(facts: dict) -> None:
     >>> check_same({"text": "914b8a1bc21f6cbc", "data.T": 256})
     """
     first = shared(lambda: facts)
-    other = [f"{name} is {facts[name]!r}, not {first[name]!r}" for name in facts if first[name] != facts[name]]
+    other = [f"{name} is {facts[name]!r} here, {first[name]!r} there" for name in facts if first[name] != facts[name]]
     if other:
         raise ValueError(f"this process differs from process 0 ({'; '.join(other)}); use the same config and data")
     if _several():
@@ -345,9 +347,10 @@ def orphaned() -> bool:
 def fail(message: str, error: BaseException | None = None) -> int:
     """Print the error `message`. If this process trains alone, return the exit code 1; else end this process.
 
-    `error` is the exception, if there is one. If it was raised because another process is lost, this is printed instead
-    of `message`. If another process has already printed its error, nothing is printed, because most errors are the same
-    in all processes. The process ends by `os._exit`, because Python's normal exit would wait for the other processes.
+    `error` is the exception, if there is one. If the exception was raised because another process is lost, a message
+    about the lost process is printed instead of `message`. If another process has already printed its error, nothing is
+    printed, because most errors are the same in all processes. The process ends by `os._exit`, because Python's normal
+    exit would wait for the other processes.
     """
     if not jax.distributed.is_initialized():
         print(message, file=sys.stderr)

@@ -43,7 +43,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{parser.format_help()}\nconfig fields, with their values here:\n{describe(config)}")
         return 0
     if words.config is None:
-        raise ValueError("which config? for example: python -m stickjax.plan powermoe_3b --devices 64")
+        raise ValueError(
+            "CONFIG is missing: name a config, for example python -m stickjax.plan powermoe_3b --devices 64"
+        )
     config = parse(config, rest)
     gpu = chip(words.gpu)
     if "JAX_PLATFORMS" not in os.environ:

@@ -1,4 +1,4 @@
-"""Estimate the time of a compiled step from its compute, memory traffic and network traffic; check that it fits.
+"""Estimate the time of a step from its compute, memory traffic and network traffic; check that it fits into memory.
 
 A step fits if its peak memory is at most the share MEMORY_SHARE of the memory of a device.
 """

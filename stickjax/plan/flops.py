@@ -18,10 +18,10 @@ from stickjax.system.memory import itemsize
 class Work(NamedTuple):
     """The work of a program: its operations and its memory traffic. Elementwise operations are not included.
 
-    `flops`: the floating-point operations of matrix products and kernels; a multiply-add counts as two. `bytes`: the
-      size of their operands and results.
-    `unknown`: the number of `while` loops whose number of passes is not known; each loop counts as one pass. The
-      number is known if `pallas_kernels.cost.loop` states it.
+    `flops`: the floating-point operations of matrix products and kernels; a multiply-add counts as two.
+    `bytes`: the size of the operands and results of matrix products and kernels.
+    `unknown`: the number of `while` loops whose number of passes is not known; each of these loops counts as one
+      pass. The number of passes is known if `pallas_kernels.cost.loop` states it.
     """
 
     flops: float = 0.0
@@ -86,7 +86,7 @@ def _equation(equation: JaxprEqn, trips: float | None) -> Work:
 
 
 def _inner(params: dict) -> list:
-    """Return all jaxprs in `params`, the parameters of an equation. A call, a custom derivative or a remat has some."""
+    """Return all jaxprs in `params`, the parameters of an equation. A call, a custom derivative or a remat has one."""
     leaves = jax.tree.leaves(list(params.values()), is_leaf=lambda x: isinstance(x, Jaxpr | ClosedJaxpr))
     return [leaf for leaf in leaves if isinstance(leaf, Jaxpr | ClosedJaxpr)]
 

@@ -33,8 +33,8 @@ class Collective(NamedTuple):
     """
 
     kind: str
-    axes: tuple[str, ...]  # of the mesh, only axes larger than 1
-    devices: int  # in each group of devices that communicate
+    axes: tuple[str, ...]  # of the mesh, only axes with more than one device
+    devices: int  # number in each group of devices that communicate
     bytes: int
     count: float
     local: bool  # whether every group is within one host

@@ -16,7 +16,7 @@ from stickjax.system.memory import gib
 
 
 def by_axes(compiled: Compiled) -> list[dict]:
-    """Return a dictionary for every group of collectives of the same `kind` over the same mesh `axes`.
+    """Return a dictionary for every group of collectives with the same `kind`, mesh `axes` and `local`.
 
     `count` is how often the collectives of the group run in a step. `bytes` is the sum of their sizes on one device,
     and `sent` is the number of bytes that one device sends, both per step. `local` says whether the collectives stay
@@ -93,7 +93,7 @@ def print_step(compiled: Compiled, machine: Machine, changes: list[tuple[dict, C
     """Print the report of one compiled step.
 
     `changes`: pairs ({config field: value}, the step compiled with these values) for changes of the config that make
-    the step fit into memory. It is not used if the step fits already.
+    the step fit into memory. `changes` is not used if the step fits already.
     """
     config, work = compiled.config, compiled.work
     total, active = family_of(config.model).parameter_counts(config.model)
@@ -137,7 +137,8 @@ def print_step(compiled: Compiled, machine: Machine, changes: list[tuple[dict, C
 def print_sweep(steps: list[Compiled], left_out: list, machine: Machine) -> None:
     """Print a table of compiled steps on different meshes, the shortest estimated time first.
 
-    `left_out`: the configs of the meshes for which no step was compiled. Their meshes are listed below the table.
+    `left_out`: the configs of the meshes for which no step was compiled. The first six of these meshes are printed
+    below the table.
     """
     table = Table(title=machine.description)
     for column in ("mesh", "arguments", "temporaries", "peak", "fits", "sent", "overlapped", "serial", "MFU"):

@@ -116,5 +116,7 @@ def sweep(config: Config, machine: Machine) -> tuple[list[Compiled], list[Config
     configs = meshes(config, machine)
     if not configs:
         make_mesh(config, machine)  # its message says what does not divide
-        raise ValueError("no mesh of all devices divides the batch and the model; change data.B or the devices")
+        raise ValueError(
+            "no mesh that uses all devices can divide the batch and the model; change data.B or the number of devices"
+        )
     return [compile_step(config, machine) for config in configs[:SWEPT]], configs[SWEPT:]

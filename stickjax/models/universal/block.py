@@ -47,9 +47,11 @@ class TanhRouter(Router):
 class BiasedExperts(nnx.Module):
     """Feed-forward experts with biases. The caller runs the router.
 
-    The output for a token x is the sum over the chosen experts e of
+    The output for a token x is the sum over the experts e that the router chose for x of
 
-      gate * (gelu(x w_in[e] + in_bias[e]) w_out[e] + out_bias[e]).
+      gate_e * (gelu(x w_in[e] + in_bias[e]) w_out[e] + out_bias[e]).
+
+    gate_e is the weight that the router gave to the expert e.
     """
 
     def __init__(self, config: SutConfig, key):
@@ -89,7 +91,7 @@ class Branch(nnx.Module):
 
         `running`: the probability that each token has not halted. It is the weight of the token in the losses, and a
         token with probability 0 uses no expert. `key`: a random key for a training step, or None. `inputs`: further
-        arguments of the experts. For `SharedHeads` they are `source` and `context`, else there are none.
+        arguments of the experts: `source` and `context` for `SharedHeads`, none for `BiasedExperts`.
         """
         keys = [None] * 3 if key is None else jax.random.split(key, 3)
         x = self.norm(h) if self.config.normalize_before else h
@@ -131,11 +133,13 @@ class SutBlock(nnx.Module):
         source_segment_ids: Int[Array, "B S"] | None = None,
         key=None,
     ) -> tuple[Float[Array, "B T D"], dict[str, RouterSums]]:
-        """Return the new h, and {name of a router: its `RouterSums`}.
+        """Apply the block to h, the output of the previous step. Return the new h, and {router name: its `RouterSums`}.
 
-        `running`: the probability that each token has not halted; a token with probability 0 uses no expert.
-        `segment_ids`: tokens attend only to tokens with the same id; a negative id is padding. `source` and
-        `source_segment_ids` are the sequence for cross-attention. `key`: a random key for a training step, or None.
+        `s`: the states of the tokens, from which self-attention computes its keys and values. `running`: the
+        probability that each token has not halted; a token with probability 0 uses no expert. `segment_ids`: tokens
+        attend only to tokens with the same id; a negative id is padding. `source` and `source_segment_ids`: the final
+        states and the segment ids of the encoder, for cross-attention. `key`: a random key for a training step, or
+        None.
         """
         keys, sums = [None] * 3 if key is None else jax.random.split(key, 3), {}
         seen = self.attention.norm(s) if self.config.normalize_before else s

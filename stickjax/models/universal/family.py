@@ -16,7 +16,7 @@ from stickjax.parallel.collectives import psum_over_batch
 def init(config: SutConfig, key: jax.Array) -> PairClassifier | LanguageModel:
     """Return a new model with random parameters: a classifier of pairs of sentences, or a language model.
 
-    It is a classifier if the config has `classes` of 1 or more. The model is also the pytree of its parameters.
+    The model is a classifier if the config has `classes` of 1 or more. It is also the pytree of its parameters.
 
     >>> model = init(SutConfig(V=16, D=8, H=4, F=16), jax.random.key(0))
     >>> model.stack.block.ffn.experts.w_in.shape
@@ -37,7 +37,7 @@ def apply(
       batch: for a classifier, the token ids `left` and `right` [B,T] of the sentences, padded with 0. For a language
         model, `tokens` [B,T], and `segment_ids` [B,T] if a sequence contains several documents.
       key: a random key for a training step; None for inference.
-      threshold: replaces `halting_threshold` of the config; a number or a scalar array.
+      threshold: a number or a scalar array that replaces `halting_threshold` of the config; None: do not replace it.
 
     >>> pairs = {"left": jnp.array([[3, 4, 0]]), "right": jnp.array([[5, 0, 0]])}
     >>> model = init(SutConfig(V=16, D=8, H=4, F=16, classes=7), jax.random.key(0))
@@ -87,20 +87,21 @@ def loss(
 
     The loss is
 
-      mean cross-entropy + sum over routers of `mi_weight` * (H(e|x) - H(e)) + `act_weight` * mean halting step.
+      mean cross-entropy + `act_weight` * mean halting step + sum over routers of `mi_weight` * (H(e|x) - H(e)).
 
-    `mi_weight` and `act_weight` are fields of the config. H(e|x) - H(e) is the loss `mutual_information` of a router
-    (see `router_stats`). The halting step is the number, from 0, of the step in which a token halts.
+    `act_weight` is a field of the config, and `mi_weight` a field of the config of a router's experts. H(e|x) - H(e)
+    is the loss `mutual_information` of a router (see `router_stats`). The halting step is the number, from 0, of the
+    step in which a token halts.
 
     Args:
       batch: as in `apply`. Pairs of sentences also have `label` [B]; text also has `targets` and `loss_mask` [B,T].
       key: a random key for a training step; None for inference.
 
     Returns:
-      The loss, and the metrics: `loss` (the cross-entropy alone), `accuracy` (for pairs only), `depth` (the number of
-      blocks, a mean over the tokens), `act` (the mean halting step), `mutual_information` (a mean over the routers) and
-      `load_max`. `load_max` is the largest share of the (token, choice) pairs that any expert has, times the number of
-      experts: 1 if all shares are equal.
+      The loss, and the metrics: `loss` (the cross-entropy alone), `accuracy` (for pairs only), `depth` (how often the
+      block is applied to a token, a mean over the tokens), `act` (the mean halting step), `mutual_information` (a mean
+      over the routers) and `load_max`. `load_max` is the largest share of the (token, choice) pairs that any expert of
+      any router has, times the number of experts: 1 if all shares are equal.
 
     >>> config = SutConfig(V=16, D=8, H=4, F=16)
     >>> batch = {"tokens": jnp.ones((2, 3), int), "targets": jnp.ones((2, 3), int), "loss_mask": jnp.ones((2, 3))}
@@ -141,7 +142,10 @@ def _mixture(config: SutConfig, router: str) -> ExpertsConfig:
 
 
 class Universal(Family):
-    """The family of Universal Transformers: language models, and (with `classes`) classifiers of pairs of sentences."""
+    """The family of Universal Transformers: language models, and classifiers of pairs of sentences.
+
+    A model is a classifier if its config has `classes` of 1 or more.
+    """
 
     config = SutConfig
 

@@ -46,19 +46,20 @@ class Halting(NamedTuple):
     A step applies the block once. The steps are numbered from 0. h_i is the output of step i, and p_i is the
     probability that the token halts at step i. All floating-point arrays except `hidden` are in fp32.
 
-    `step`: l, the number of the next step. `hidden` [B,T,D]: the output of the last step and the input of step l.
-    `state` [B,T,D]: the mean of h_i over the steps so far. h_i has the weight p_i, but the last h_i has all the
+    `step`: l, the number of the next step. `hidden` [B,T,D]: the input of step l, which is the output of step l - 1.
+    `state` [B,T,D]: the mean of h_i over the steps so far. h_i has the weight p_i, but the latest h_i has all the
       remaining weight, so that the weights sum to 1. `state` no longer changes once the token has halted.
-    `running` [B,T]: w, the probability that the token has not halted yet. If it falls below 1 - threshold, the token
-      has halted, and w becomes 0. For padding, w is 0.
-    `depth` [B,T]: the mean number of steps, i + 1, with the same weights as in `state`.
-    `act` [B,T]: the mean number i of the step in which the token halts. A loss on `act` makes tokens halt
+    `running` [B,T]: w, the probability that the token has not halted yet. If w falls below 1 - threshold, the token
+      halts, and w becomes 0. For padding, w is 0.
+    `depth` [B,T]: the number of steps: the mean of i + 1, with the same weights as in `state`.
+    `act` [B,T]: the mean of i, the number of the step in which the token halts. A loss on `act` makes tokens halt
       earlier. Unlike `depth`, `act` still changes after the token has halted, so that this loss has a gradient.
     `expected` [B,T,D], `expected_step` [B,T]: the sum of p_i h_i and the sum of p_i i, over the steps so far.
     `log_rest` [B,T]: the logarithm of the probability that the token has not halted yet (the rest of the stick).
       Unlike `running`, it still changes after the token has halted.
     `statistics`: the statistics that the block returns for the losses, summed over the steps.
-    `rows`: a tree of arrays [L]: the number of (token, choice) pairs that the experts computed in each of the L steps.
+    `rows`: a tree of arrays [L], such as one array per router: the number of (token, choice) pairs that the experts
+      computed in each of the L steps.
     """
 
     step: jax.Array
@@ -90,7 +91,7 @@ def halting_step(
       now: the `Halting` before this step.
       block: a function (h, state, w, l) -> (h', statistics, rows). Its attention computes keys and values from `state`.
       gate: a function h -> (log g_go_on, log g_halt), [B,T] each.
-      token_mask: False for padding, which never runs.
+      token_mask: False for padding, for which w' is always 0.
       threshold: a token halts when the sum of its halting probabilities p exceeds this number.
     """
     step, w = now.step, now.running
@@ -121,7 +122,7 @@ def halting_step(
 
 
 def start(x: Float[Array, "B T D"], token_mask: Bool[Array, "B T"], block: Callable, L: int) -> Halting:
-    """Return the `Halting` before the first step: all tokens except padding run, and all sums are zero.
+    """Return the `Halting` before the first step: `running` is 1, or 0 for padding, and all sums are zero.
 
     `x` is the input of the first step. `L` is the largest number of steps. `block` is not run: only the shapes of its
     results are needed.
@@ -163,7 +164,7 @@ def until_halted(
     >>> gate = lambda h: (jnp.full(h.shape[:2], jnp.log(0.5)),) * 2
     >>> block = lambda h, state, w, l: (h + 1, (), (w > 0).sum())
     >>> end = until_halted(block, gate, jnp.zeros((1, 1, 1)), jnp.ones((1, 1), bool), 6, 0.7, stop_early=True)
-    >>> end.rows.tolist(), float(end.state[0, 0, 0]), float(end.depth[0, 0])  # 2 blocks, with weight 1/2 each
+    >>> end.rows.tolist(), float(end.state[0, 0, 0]), float(end.depth[0, 0])  # 2 steps, with weight 1/2 each
     ([1, 1, 0, 0, 0, 0], 1.5, 1.5)
     """
     now = start(x, token_mask, block, L)

@@ -74,7 +74,8 @@ class UniversalStack(nnx.Module):
         Args:
           x: the embedded tokens.
           segment_ids: tokens attend only to tokens with the same id; a negative id is padding.
-          source, source_segment_ids: the sequence for cross-attention, in a stack with `cross`.
+          source, source_segment_ids: the final states [B,S,D] and the segment ids of the sequence to which
+            cross-attention attends, in a stack with `cross`.
           key: a random key for a training step, or None.
           threshold: replaces `halting_threshold` of the config; None: do not replace it.
           stop_early: stop when all tokens have halted; `jax.grad` then raises an error.
@@ -100,10 +101,10 @@ class PairClassifier(nnx.Module):
     """A classifier of pairs of sentences.
 
     The logits of the label are W_2 elu(W_1 [u; v; u * v; |u - v|] + b_1) + b_2, with 4 D hidden units. u is the final
-    state of one token of the left sentence, and v of one token of the right sentence. With stick-breaking attention,
-    which is causal, this is the last token. With softmax attention, it is the first token. In the built-in data, a
-    sentence is a logic formula, whose first token is its outermost bracket. Other data must begin every sentence with a
-    special token.
+    state of one token of the left sentence, and v is the final state of one token of the right sentence. With
+    stick-breaking attention, which is causal, this token is the last one of its sentence. With softmax attention, it is
+    the first one. In the built-in data, a sentence is a logic formula, whose first token is its outermost bracket. For
+    softmax attention, other data must begin every sentence with a special token.
     """
 
     def __init__(self, config: SutConfig, key):
@@ -202,8 +203,8 @@ def embedded(config: SutConfig, embed, tokens, segment_ids, key):
 
     `embed` [V,D] is the embedding. The input is sqrt(D) * the row of `embed` for each token. If the config has
     `sinusoidal` and attention is not causal, sinusoidal positions are added, which count from the first token of each
-    segment. The input is zero for padding. With a random `key`, dropout is applied to the input. Without a key, the new
-    key is None.
+    segment. The input is zero for padding, which has a negative segment id. With a random `key`, dropout is applied to
+    the input. Without a key, the new key is None.
     """
     x = config.D**0.5 * cast(embed, config)[tokens]
     if config.sinusoidal and not config.causal:
