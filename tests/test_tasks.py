@@ -419,7 +419,10 @@ def test_a_mixture_has_equal_shares(tmp_path):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: logic.examples(T=20, draws=2000), r"T=20 is shorter than the longest sentence of \d\d tokens"),
+        (
+            lambda: logic.examples(T=20, draws=2000),
+            r"T=20 must be at least \d\d, the number of tokens of the longest sentence",
+        ),
         (lambda: logic.examples("trian", draws=10), "part='trian' is not one of .*did you mean 'train'"),
         (lambda: logic.examples(split="D", draws=10), "split='D' is not one of 'A', 'B', 'C'"),
         (lambda: listops.examples("dev", count=10), "part='dev' is not one of 'train', 'test'"),
