@@ -122,8 +122,8 @@ def _read_meta(path: str, name: str) -> dict:
 def _sha256(file: Path, size: int, changed: int) -> str:
     """Return the sha256 of a file as hex digits. The result is cached.
 
-    `size` is the size of the file in bytes, and `changed` is the time of its last change in nanoseconds. They are
-    arguments so that a file that has changed is read again.
+    `size` is the size of the file in bytes, and `changed` is the time of its last change in nanoseconds. The
+    cache depends on both, so that a file that has changed is read again.
     """
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
