@@ -471,7 +471,10 @@ def test_concentration_stops_the_bias_that_balances(trained, tmp_path):
     [
         ("extend BASE OUT", "must be 0 or more, and not both 0"),
         ("extend BASE BASE --experts 2", "exists; choose another folder"),
-        ("extend BASE OUT --experts 2 --model.F=13", "these parameters do not have the shape and type of the config"),
+        (
+            "extend BASE OUT --experts 2 --model.F=13",
+            "the model and its config differ in the names, shapes or types of parameters",
+        ),
         (
             "extend BASE OUT --experts 2 --optim.trainabel=x",
             "unknown config key 'optim.trainabel' (did you mean 'optim.trainable'?)",

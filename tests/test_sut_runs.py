@@ -195,7 +195,7 @@ def test_what_a_step_takes_is_counted():
             {"model.classes": 0, "data.curriculum": 9},
             "curriculum=9 is for pairs of sentences, but this model reads a text; set it to 0",
         ),
-        ({"data.T": 20}, "T=20 is shorter than the longest sentence of 37 tokens"),
+        ({"data.T": 20}, "T=20 must be at least 37, the number of tokens of the longest sentence"),
         ({"model.V": 5}, "V=5 is smaller than the 12 ids of pairs of logic"),
     ],
 )

@@ -419,7 +419,10 @@ def test_a_mixture_has_equal_shares(tmp_path):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: logic.examples(T=20, draws=2000), r"T=20 is shorter than the longest sentence of \d\d tokens"),
+        (
+            lambda: logic.examples(T=20, draws=2000),
+            r"T=20 must be at least \d\d, the number of tokens of the longest sentence",
+        ),
         (lambda: logic.examples("trian", draws=10), "part='trian' is not one of .*did you mean 'train'"),
         (lambda: logic.examples(split="D", draws=10), "split='D' is not one of 'A', 'B', 'C'"),
         (lambda: listops.examples("dev", count=10), "part='dev' is not one of 'train', 'test'"),
@@ -430,7 +433,7 @@ def test_a_mixture_has_equal_shares(tmp_path):
         (lambda: recall.examples("dev"), "part='dev' is not one of 'train', 'test'"),
         (lambda: recall.examples(T=7), "T=7 must be even and positive"),
         (lambda: recall.examples(keys=53), r"keys=53 must be in 1\.\.52"),
-        (lambda: Vocabulary("a b").encode("a b a", 2), "T=2 is shorter than an example of 3 symbols"),
+        (lambda: Vocabulary("a b").encode("a b a", 2), "T=2 must be at least 3, the number of symbols of the text"),
         (lambda: Vocabulary("a b").encode("a c", 2), "symbol 'c' is not one of a b"),
         (lambda: task_loader("logik", DataConfig()), "task='logik' is not one of .*did you mean 'logic'"),
         (lambda: task_loader("listops", DataConfig(T=2), count=300), "no example can be used: the data is empty"),

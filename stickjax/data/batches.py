@@ -45,7 +45,7 @@ def make_batch(windows: np.ndarray, eot: int, bos: int | None = None) -> dict[st
 
     `tokens`: int32, the inputs of the model, which are the window without its last token.
     `targets`: int32, the token after each input.
-    `segment_ids`: int32, the number of the document of each input. The documents of a window are counted from 0.
+    `segment_ids`: int32, the index of the document of each input. The first document of a window has index 0.
     `loss_mask`: bool, False where the target is left out of the loss.
 
     `eot` is the id of the token that ends every document. If documents begin with a special token, `bos` is its id.
@@ -77,7 +77,7 @@ def batches(
 ) -> grain.DatasetIterator:
     """Return an endless iterator over the batches of one process. A batch has B // process_count stacked examples.
 
-    An epoch uses every example once, in an order that depends on `seed` and on the number of the epoch. The batches of
+    An epoch uses every example once, in an order that depends on `seed` and on the index of the epoch. The batches of
     all processes, concatenated in the order of process_index, are the batch of B examples that one process would have.
 
     `get_state()` of the iterator returns its position as a small JSON value, which is the same in every process. After
@@ -108,7 +108,8 @@ def batches(
         raise ValueError(f"process_index={process_index} must be in 0..{process_count - 1}")
     if not len(source):
         raise ValueError(
-            "no example can be used: the data is empty, has fewer pairs than a batch, or all examples exceed T"
+            "no example can be used: the data is empty, has fewer pairs of sentences than a batch needs, or has only "
+            "examples of more than T tokens"
         )
     # Grain shuffles epoch e by seed + e. Without this hash of `seed`, two runs with the seeds 0 and 1 would have the
     # same epochs, shifted by one.

@@ -152,9 +152,9 @@ def load_corpus(config: DataConfig) -> tuple[Corpus, Corpus]:
     are views of one array. Each stream has at least one token.
 
     Several sources, such as `source="stdlib,logic"`, are loaded one by one. Then the training streams of all sources
-    are cut to the length of the shortest and concatenated, so that all sources have equal shares. The held-out streams
-    are treated in the same way. The name of a task, such as "logic", is a source of `config.examples` generated lines,
-    which are the same in every run. They are joined into documents of about 4 KB.
+    are cut to the length of the shortest stream and concatenated, so that all sources have equal shares. The held-out
+    streams are treated in the same way. The name of a task, such as "logic", is a source of `config.examples` generated
+    lines, which are the same in every run. They are joined into documents of about 4 KB.
 
     Raises ValueError, naming the field or the file, if a file is missing, empty, cannot be read or decoded, or is a
     token file that another tokenizer than `config.tokenizer` made.

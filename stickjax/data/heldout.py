@@ -48,8 +48,8 @@ def heldout_windows(
 ) -> EvalWindows:
     """Choose windows of a held-out text, to compare the loss of a model with contexts of m * T tokens.
 
-    The targets (the tokens to predict) are the same for every m in `lengths`. A window is a part of one document, which
-    begins as in training: with its `bos`, or with an end of text if it has no `bos`. All later tokens are targets.
+    The targets (tokens to predict) are the same for every m in `lengths`. A window is an input token, then targets from
+    one document. At the start of a document, the input token is its `bos`, or an end of text if there is no `bos`.
 
     Windows of max(lengths) * T targets are taken first, in turn from all documents that are long enough. Then come
     shorter documents and the remaining parts of long documents. At least one window is taken.
@@ -57,8 +57,8 @@ def heldout_windows(
     Args:
       corpus: the held-out token stream.
       T: the number of tokens of the context for m = 1.
-      lengths: the values of m. If no document has m * T targets, m is left out and logged. The smallest m is kept.
-      max_tokens: the number of targets of all windows together is at most this number, or there is only one window.
+      lengths: the values of m. If no document has m * T targets, m is left out and logged. The smallest m always stays.
+      max_tokens: the largest number of targets in all windows. A first window with more targets is the only window.
       seed: decides the order in which documents are taken.
 
     Raises ValueError if a length does not divide the largest length, or if `max_tokens` is below 1.

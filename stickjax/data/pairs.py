@@ -75,8 +75,8 @@ class _ShortFirst:
 def pair_examples(config: Config, part: str, **options) -> Examples:
     """Return labelled pairs of sentences to train or test the classifier of a config; `part` is "train" or "test".
 
-    `config.data.examples` pairs are drawn, duplicates are removed, and the rest is divided into the two parts.
-    `options` are passed to `stickjax.data.tasks.logic.examples`, and replace the values of the config.
+    `config.data.examples` pairs are drawn, duplicates are removed, and the other pairs are divided into the two parts.
+    `options` are arguments for `stickjax.data.tasks.logic.examples`, and replace the values from the config.
 
     Raises ValueError if `config.data.source` has no pairs, or if `model.classes` is not the number of its labels.
     """

@@ -162,7 +162,7 @@ def _lines_of_json(file: Path, lines: Iterable[bytes], text_field: str) -> Itera
 
 
 def _is_token_file(file: Path) -> bool:
-    """Return True if a file belongs to a token file, which is a tokenized text on disk.
+    """Return True if `file` is one of the two files of a token file, which is a tokenized text on disk.
 
     A token file consists of NAME.bin with the token ids, and NAME.json, whose entry "format" is TOKENS_FORMAT.
     """
@@ -199,7 +199,7 @@ def _records(file: Path, text: str, text_field: str) -> Iterable[str] | None:
 
 
 def _documents(file: Path, text_field: str) -> tuple[Iterable[str], bool]:
-    """Return the documents of a file, and True if the file is a .json file that is read as one document.
+    """Return (the documents of a file, whether the file is a .json file that is read as one document).
 
     `text_field` is the field that has the text of a JSON object. Raises NotText if the file is not text.
     """
@@ -236,8 +236,8 @@ def text_documents(path: str, text_field: str = "text", name: str = "data.path")
       text_field: the name of the field of a JSON object that has the text.
       name: the name of the config field or argument that has the path, for messages.
 
-    Raises ValueError if the path does not exist, cannot be read, has no text or is not text. Raises it also if a JSON
-    object does not have the field `text_field`; the message names the file and the line.
+    Raises ValueError if the path does not exist, cannot be read, has no text or is not text. The same error is raised
+    if a JSON object does not have the field `text_field`; its message names the file and the line.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:

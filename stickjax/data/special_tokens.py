@@ -73,7 +73,7 @@ def write_files(files: Mapping[str, bytes], folder: Path) -> None:
 
 
 def with_end(files: Mapping[str, bytes], ends: Sequence[int], text: str, folder: Path) -> dict[str, bytes]:
-    """Return a copy of `files` in which the entries for the end of text are set to the ids `ends`.
+    """Return a copy of `files` in which the entries for the end of text have the ids `ends`, or the text `text`.
 
     Args:
       files: {name of the file: content}, the result of `read_files(folder)`.

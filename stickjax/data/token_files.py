@@ -47,7 +47,7 @@ def tokenize(source: str, out: str, tokenizer: str = "byte", text_field: str = "
       out: the path of the token file, without an ending.
       tokenizer: "byte" or the path of a tokenizer.json.
       text_field: the field of a JSON object that has the text.
-      eot: the added token that ends a document; None: the tokenizer chooses it.
+      eot: the text of the added token that ends a document; None: it is found in the files of the tokenizer.
 
     Raises ValueError if the text or the tokenizer cannot be read, or if a file cannot be written.
     """
@@ -105,10 +105,14 @@ def _read_meta(path: str, name: str) -> dict:
             )
         for key, kind in _TYPES.items():
             if type(meta[key]) is not kind or (kind is int and meta[key] < 0):
-                raise ValueError(f"{key}={meta[key]!r:.80} must be {'a whole number' if kind is int else 'a string'}")
+                raise ValueError(
+                    f"{key}={meta[key]!r:.80} must be {'a whole number, at least 0' if kind is int else 'a string'}"
+                )
         meta["dtype"] = np.dtype(meta["dtype"])
     except KeyError as error:
-        raise ValueError(f"{name}={path!r}: {meta_path} does not describe a token file: it has no {error}") from error
+        raise ValueError(
+            f"{name}={path!r}: {meta_path} does not describe a token file: it has no entry {error}"
+        ) from error
     except (ValueError, TypeError, RecursionError, NotText) as error:
         raise ValueError(f"{name}={path!r}: {meta_path} does not describe a token file: {error}") from error
     return meta
@@ -118,8 +122,8 @@ def _read_meta(path: str, name: str) -> dict:
 def _sha256(file: Path, size: int, changed: int) -> str:
     """Return the sha256 of a file as hex digits. The result is cached.
 
-    `size` is the size of the file in bytes, and `changed` is the time of its last change in nanoseconds. They are
-    arguments so that a file that has changed is read again.
+    `size` is the size of the file in bytes, and `changed` is the time of its last change in nanoseconds. The
+    cache depends on both, so that a file that has changed is read again.
     """
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

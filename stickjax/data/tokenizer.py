@@ -29,11 +29,12 @@ class Tokenizer(abc.ABC):
     """The interface of every tokenizer.
 
     Special tokens, such as the end of text, decode to the empty text. If a text contains the spelling of a special
-    token, such as "<|endoftext|>", this part is encoded as ordinary letters, except with `special=True`.
+    token, such as "<|endoftext|>", the spelling is encoded as ordinary letters, except by `encode` with
+    special=True.
 
     Attributes:
       name: 'byte', or 'hf:' and 16 hex digits of the sha256 of tokenizer.json. It is recorded with a trained model.
-      vocab_size: the largest token id plus one; some smaller numbers may be unused.
+      vocab_size: the largest token id plus one; some smaller ids may be unused.
       eot: the id of the end of text, which ends a document in training.
       ends: the ids that end a generated text, including `eot`.
       prefix: the ids that `encode` puts in front of every text, such as a begin-of-text id.
@@ -65,7 +66,7 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def decode(self, ids) -> str:
-        """Return the text of the token ids [n]. If the bytes of a character are incomplete, it becomes U+FFFD."""
+        """Return the text of the token ids [n]. If the bytes of a character are incomplete, the character is U+FFFD."""
 
     def special_id(self, text: str) -> int | None:
         """Return the id of the special token whose spelling is `text`; None if there is no such token."""
@@ -131,9 +132,9 @@ class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer from a file tokenizer.json at `path`, which the optional package `tokenizers` reads.
 
     The end of text is `eot`, the text of an added token of the file. If `eot` is None, the end of text is found by
-    `special_tokens.named` in other files of the same folder. If they name none, it is the first token of `END_OF_TEXT`
-    that is an added token. The attribute `prefix` has the ids that the post-processor of the file puts in
-    front of a text.
+    `special_tokens.named` in other files of the same folder. If these files name no end of text, the first token of
+    `END_OF_TEXT` that is an added token is used. The attribute `prefix` has the ids that the post-processor of the file
+    puts in front of a text.
     """
 
     def __init__(self, path: str | Path, eot: str | None = None):
@@ -218,7 +219,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def _spelling(self, token: int) -> list[int]:
         """Return the ids that encode the spelling of a special token as ordinary text, letter by letter.
 
-        `token` is the id of the special token. A text may contain such a spelling, and it must stay text.
+        `token` is the id of the special token. A text may contain the spelling, which must stay ordinary text.
         """
         model = self._tokenizer.model
         ids = [piece.id for letter in self._tokenizer.id_to_token(token) for piece in model.tokenize(letter)]

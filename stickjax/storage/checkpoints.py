@@ -1,4 +1,4 @@
-"""Checkpoints: the arrays and a JSON dictionary of one training step. They are restored bit for bit, or not at all.
+"""Checkpoints: the arrays of the training state and a JSON dictionary. They are restored bit for bit, or not at all.
 
 A run folder contains only data; nothing in it is ever executed. The checkpoint of a step is in the run folder as
 
@@ -106,7 +106,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         """
         self.wait()
         if self._position is not None and step <= self._position:
-            raise ValueError(f"step={step} is not after step {self._position}, which was saved or restored last")
+            raise ValueError(f"step={step} must be larger than {self._position}, the step saved or restored last")
         arrays = {name: _stored(name, leaf) for name, leaf in named_leaves(state).items()}
         rows = {name: [list(a.shape), str(a.dtype), checksum(a)] for name, a in arrays.items()}
         manifest = json.dumps({"step": step, "arrays": rows, "extra": extra}, default=_encode_bytes)
@@ -163,13 +163,13 @@ class Checkpoints(contextlib.AbstractContextManager):
           prefix: the part of the saved state to read, such as "params". Then `abstract_state` has only this part.
 
         Raises:
-          ValueError: there is no checkpoint of `step`, or it has other names, shapes or types than `abstract_state`.
+          ValueError: no checkpoint of `step` exists, or its arrays differ from `abstract_state` in name, shape or type.
           DamagedCheckpoint: there are checkpoints, but none is intact, or the checkpoint of `step` is damaged.
         """
         self.wait()
         steps, leaves, reasons = processes.shared(self.steps), named_leaves(abstract_state, prefix), []
         if step is not None and step not in steps:
-            raise ValueError(f"no checkpoint of step {step} in {self.folder}, only of {steps}")
+            raise ValueError(f"no checkpoint of step {step} in {self.folder}, only of the steps {steps}")
         for candidate in reversed(steps) if step is None else [step]:
             folder = self.folder / str(candidate)
             try:
@@ -198,12 +198,12 @@ class Checkpoints(contextlib.AbstractContextManager):
                 names = (f"{path.name}.aside{n or ''}" for n in itertools.count())
                 aside = next(a for a in map(self.folder.joinpath, names) if not a.exists())
                 warnings.warn(
-                    f"step {step} is trained again: {path} is renamed to {path.rename(aside).name}", stacklevel=3
+                    f"step {step} is trained again, so {path} is renamed to {path.rename(aside).name}", stacklevel=3
                 )
         (self.folder / f"{step}.tmp").mkdir(parents=True)
 
     def _complete(self, step: int, response, manifest: str) -> None:
-        """Wait for `response`, Orbax's future of the arrays. Write `manifest` and file checksums to manifest.json."""
+        """Wait for Orbax's save, the future `response`. Then write `manifest` and file checksums to manifest.json."""
         response.result()
         path = self.folder / f"{step}.tmp" / "manifest.json"
         if not processes.is_writer():
@@ -263,7 +263,7 @@ def _is_step(name: str) -> bool:
 
 
 def named_leaves(tree, prefix: str = "") -> dict[str, Any]:
-    """Return {name: leaf} of a pytree. A name is `prefix/path`; a last part `value`, which Flax adds, is left out.
+    """Return {name: leaf} of a pytree. A name is `prefix/path`, without the `value` that Flax adds at the end.
 
     >>> named_leaves({"w": 1, "layers": [2, 3]}, prefix="params")
     {'params/layers/0': 2, 'params/layers/1': 3, 'params/w': 1}
@@ -311,7 +311,7 @@ def _stored(name: str, leaf) -> jax.Array:
         return jax.random.key_data(leaf) if _is_key(leaf) else leaf
     array = jnp.array(leaf)  # a copy: the caller may change a NumPy array while it is being written
     if hasattr(leaf, "dtype") and array.dtype != leaf.dtype:
-        raise TypeError(f"{name} is a NumPy array of {leaf.dtype}, which JAX would store as {array.dtype}")
+        raise TypeError(f"{name} is a NumPy array of {leaf.dtype}, which JAX cannot store: convert it to {array.dtype}")
     return array
 
 
@@ -330,20 +330,20 @@ def _rebuild(leaf, array):
 
 
 def _read_manifest(folder: Path, step: int) -> dict:
-    """Return the manifest in `folder`. Raise DamagedCheckpoint if it is not of `step` or if a checksum is wrong."""
+    """Return the manifest in `folder`. Raise DamagedCheckpoint if its step is not `step`, or if a crc32 is wrong."""
     try:
         outer = json.loads((folder / "manifest.json").read_text())
         manifest = outer["manifest"]
         if zlib.crc32(json.dumps(manifest).encode()) != outer["crc32"]:
-            raise ValueError("the crc32 of manifest.json differs from the recorded one")
+            raise ValueError("the crc32 of manifest.json differs from the crc32 in it: the file is damaged")
         if manifest["step"] != step:
-            raise ValueError(f"manifest.json is of step {manifest['step']}, not of step {step}")
+            raise ValueError(f"manifest.json is for the checkpoint of step {manifest['step']}, but must be for {step}")
         for name, crc32 in manifest["files"].items():
             if crc32_of(folder / name) != crc32:
-                raise ValueError(f"the crc32 of {name} differs from the recorded one")
+                raise ValueError(f"the crc32 of {name} differs from the crc32 in manifest.json: the file is damaged")
         rows = manifest["arrays"].values()
         if not isinstance(manifest["extra"], dict) or any(list(map(type, row)) != [list, str, int] for row in rows):
-            raise ValueError("manifest.json does not describe a checkpoint")
+            raise ValueError("manifest.json does not describe a checkpoint: 'extra' or 'arrays' has a wrong type")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedCheckpoint(_line(error)) from error
     return manifest
@@ -380,7 +380,7 @@ def _read_arrays(folder: Path, specs: dict, rows: dict) -> dict[str, jax.Array]:
         raise DamagedCheckpoint(f"Orbax cannot read the arrays: {_line(error)}") from error
     for name, array in arrays.items():
         if checksum(array) != rows[name][2]:
-            raise DamagedCheckpoint(f"the checksum of {name} differs from the recorded one")
+            raise DamagedCheckpoint(f"the checksum of {name} differs from the checksum in manifest.json")
     return arrays
 
 

@@ -95,9 +95,9 @@ def with_own_tokenizer(run: str | os.PathLike, config: Config) -> Config:
 def check_tokenizer(extra: dict, config: Config, tokenizer: Tokenizer | None, source: str) -> None:
     """Raise ValueError if `tokenizer` is not the tokenizer with which a model was trained.
 
-    `extra` is the dictionary in the checkpoint of the model: extra["tokenizer"] is the name of its tokenizer. If it has
-    no such name, or if `tokenizer` is None, nothing is checked. `config` and `source`, the name of the checkpoint, are
-    for the message.
+    `extra` is the dictionary in the checkpoint of the model: extra["tokenizer"] is the name of its tokenizer. If this
+    entry is missing, or if `tokenizer` is None, nothing is checked. `config` and `source`, the name of the checkpoint,
+    are for the message.
     """
     recorded = extra.get("tokenizer")
     if recorded and tokenizer and recorded != tokenizer.name:
@@ -120,7 +120,7 @@ def check_config(run: str | os.PathLike, config: Config) -> None:
     """Raise ValueError if training with `config` cannot begin or continue in the folder `run`.
 
     Training can begin if the folder has no config.json. It can continue if the config.json there differs from `config`
-    only in fields that do not change the training, such as paths. The message lists all other fields that differ.
+    only in fields that do not change the training, such as paths. The message lists the fields that must not change.
     Training cannot continue in a folder with a converted model.
     """
     if not (Path(run) / "config.json").exists():
@@ -262,7 +262,9 @@ def save(run: str | os.PathLike, model: Transformer, config: Config) -> None:
     ours = named_leaves(jax.eval_shape(lambda: family_of(config.model).init(config.model, jax.random.key(0))))
     theirs = named_leaves(model)
     if wrong := [n for n in ours.keys() | theirs.keys() if _shape(ours.get(n)) != _shape(theirs.get(n))]:
-        raise ValueError(f"these parameters do not have the shape and type of the config: {', '.join(sorted(wrong))}")
+        raise ValueError(
+            f"the model and its config differ in the names, shapes or types of parameters: {', '.join(sorted(wrong))}"
+        )
     with complete_folder(run) as folder:
         write_config(folder, config, tokenizer_of(config))
         write_safetensors(folder / MODEL_FILE, in_memory(model))

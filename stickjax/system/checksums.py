@@ -10,8 +10,8 @@ import jax.numpy as jnp
 def checksum(array) -> int:
     """Return a checksum of the bits of an array: an integer from 0 to 2^32 - 1, which does not depend on the sharding.
 
-    The checksum is a sum over all devices of the array. This function waits until it is computed, so that two such sums
-    never run at the same time: on a CPU with several virtual devices, their threads could wait for each other for ever.
+    The checksum is a sum over all devices of the array. This function waits for the sum, so that two sums never run at
+    the same time: on a CPU with several virtual devices, the threads of two sums could wait for each other for ever.
     """
     return int(_mixed_sum(array))
 

@@ -67,7 +67,7 @@ class Lock:
         self._thread.start()
 
     def check(self) -> None:
-        """Raise OSError if another process has taken the lock, which it does if this process seems to be dead."""
+        """Raise OSError if another process has taken the lock. A process takes it if its owner seems to be dead."""
         owner = _read(self._path)
         if owner is not None and owner.get("token") != self._record["token"]:
             raise OSError(f"{self.folder} was taken over by {_name(owner)}; this process must not write there any more")

@@ -22,7 +22,7 @@ _WHAT_TO_DO = "use a smaller model, a smaller batch, more devices or more memory
 
 
 class Free(NamedTuple):
-    """Free memory: its size in `bytes`, and in `source` what limits it, such as "available on this machine"."""
+    """Free memory: `bytes` is its size, and `source` says what limits it, such as "available on this machine"."""
 
     bytes: int
     source: str
@@ -121,7 +121,8 @@ def check_program(compiled: jax.stages.Compiled, what: str, mesh: Mesh | None = 
 def free_memory(mesh: Mesh | None = None) -> Free | None:
     """Return the free memory of one device of the mesh; None if it is unknown. Without a mesh, use the first device.
 
-    If the devices are CPUs, this is the free memory of the machine divided by the number of devices of this process.
+    If the devices are CPUs, this is the free memory of the machine, divided by the number of mesh devices in this
+    process.
     """
     devices = [jax.local_devices()[0]] if mesh is None else mesh.local_devices
     if devices[0].platform == "cpu":

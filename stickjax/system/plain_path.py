@@ -18,7 +18,8 @@ def plain_path(folder: Path) -> Path:
 
     Orbax finds files by `glob`, in which `[0.1]`, `*` and `?` are patterns. TensorStore reads a backslash as a slash,
     and cannot open a path that is not UTF-8. If the real path has such characters, a symbolic link to the folder is
-    made in the folder for temporary files, and its path is returned. The link has the same name in all processes.
+    made in the folder for temporary files, and the path of the link is returned. The link has the same name in all
+    processes.
 
     Raise ValueError if the link cannot be made, or if the path is too long.
 

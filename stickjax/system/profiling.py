@@ -16,8 +16,8 @@ class StepTrace(contextlib.AbstractContextManager):
     """A context around a training loop, which writes a profiler trace of STEPS training steps into a folder.
 
     The trace begins after WARMUP steps, or earlier if fewer than WARMUP + STEPS steps are left. It is written after
-    its last step, or at the end of the `with` block if the run stops earlier. Then `say` prints the numbers of the
-    traced steps. The loop calls `before` and `after` for each step.
+    its last step, or at the end of the `with` block if the run stops earlier. Then `say` prints which steps were
+    traced. The loop calls `before` and `after` for each step.
 
     Args:
       folder: the folder for the trace; None: nothing is traced.

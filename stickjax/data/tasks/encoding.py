@@ -34,7 +34,7 @@ class Vocabulary:
         """
         words = text.split()
         if len(words) > T:
-            raise ValueError(f"T={T} is shorter than an example of {len(words)} symbols")
+            raise ValueError(f"T={T} must be at least {len(words)}, the number of symbols of the text")
         ids = np.zeros(T, np.int32)
         for i, word in enumerate(words):
             if word not in self.ids:

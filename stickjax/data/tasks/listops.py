@@ -87,9 +87,10 @@ def binary(text: str) -> str:
 def examples(
     part: str = "train", *, T: int = 50, brackets: bool = False, seed: int = 0, count: int = 100_000
 ) -> Examples:
-    """Return the examples of one part. An example has an expression, as its ids `tokens` [T], and its value `label`.
+    """Return examples for training or for tests. An example has the ids `tokens` [T] of an expression and its `label`.
 
-    Both arrays are int32. The function `generate` divides the expressions into the two parts.
+    `label` is the value of the expression. Both arrays are int32. The function `generate` divides the expressions into
+    training and test examples.
 
     Args:
       part: "train" or "test".

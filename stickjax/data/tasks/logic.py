@@ -110,11 +110,11 @@ def _draws(seed: int) -> Iterator[Example]:
 def generate(seed: int = 0, draws: int = 500_000) -> tuple[Parts, ...]:
     """Draw pairs of sentences, remove duplicates, and divide the pairs into BUCKETS buckets, short sentences first.
 
-    The bucket of a pair is the larger number of operators of its two sentences, but at most 12.
+    The index of the bucket of a pair is the larger number of operators of its two sentences, but at most 12.
     The first 85 % of the pairs of each bucket are for training, the rest for tests. Sentences in the training parts of
     the buckets 0 to 6 have at most 37 tokens; sentences in bucket 12 have at most about 74 tokens.
 
-    `draws` is the number of pairs to draw, before duplicates are removed, and `seed` decides which ones.
+    `draws` is the number of pairs to draw, before duplicates are removed, and `seed` decides which pairs.
 
     >>> [len(bucket.train) for bucket in generate(draws=1000)][:3]
     [30, 116, 63]
@@ -154,11 +154,11 @@ def examples(
     seed: int = 0,
     draws: int = 500_000,
 ) -> Examples:
-    """Return the labelled pairs of sentences of one part. An example has int32 arrays with these names:
+    """Return labelled pairs of sentences, for training or for tests. An example has int32 arrays with these names:
 
     `left`, `right` [T]: the ids of the two sentences, padded with 0.
     `label` []: the index of their relation in RELATIONS.
-    `bucket` []: the bucket of the pair, which says how long the pair is; `generate` explains it.
+    `bucket` []: the index of the bucket of the pair, which says how long the pair is; `generate` explains it.
 
     Args:
       part: "train" or "test".
@@ -182,7 +182,7 @@ def examples(
         rows = [row for row in rows if matches(row, split) == (part == "test")]
     longest = max((side.count(" ") + 1 for row in rows for side in row[:2]), default=0)
     if longest > T:
-        raise ValueError(f"T={T} is shorter than the longest sentence of {longest} tokens")
+        raise ValueError(f"T={T} must be at least {longest}, the number of tokens of the longest sentence")
 
     def arrays(row: Example) -> dict[str, np.ndarray]:
         left, right = VOCABULARY.encode(row.left, T), VOCABULARY.encode(row.right, T)

@@ -1,4 +1,4 @@
-"""Multi-query repeated associative recall: a model must answer which value a key has now.
+"""Multi-query repeated associative recall: a model must answer which value was last assigned to a key.
 
 A sequence has two kinds of statements in random order. `a 3` assigns the value 3 to the key a. `? a` asks for the value
 of the key a. If a key is assigned several times, the latest value counts (Tan et al., 2024, arXiv 2410.17980). In the
@@ -47,7 +47,7 @@ def examples(part: str = "train", *, T: int = 128, keys: int = 16, seed: int = 0
       T: the number of tokens of a sequence.
       keys: the number of different keys in a sequence.
       seed: the seed of the random statements.
-      count: the number of sequences. A sequence depends only on its index, `seed` and `part`.
+      count: the number of sequences. A sequence depends on its index and the other arguments, but not on `count`.
 
     Raises ValueError if T is odd, `keys` is not in 1..52, or for an unknown part.
 

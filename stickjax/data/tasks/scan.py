@@ -60,7 +60,7 @@ def generate(split: str = "simple", seed: int = 0) -> Parts:
     `length`: commands of at most 22 actions are for training, longer ones for tests.
     `add_jump`: the commands without the word jump and 1467 copies of the command `jump` are for training, all other
       commands for tests.
-    `add_turn_left`: the same with the words turn left, and 2189 copies of the command `turn left`.
+    `add_turn_left`: the same as `add_jump` for the words turn left, with 2189 copies of the command `turn left`.
 
     Raises ValueError for an unknown split.
 
@@ -82,7 +82,7 @@ def generate(split: str = "simple", seed: int = 0) -> Parts:
 
 
 def examples(part: str = "train", *, split: str = "simple", T: int = 9, S: int = 48, seed: int = 0) -> Examples:
-    """Return the examples of one part. An example has the int32 arrays `command` [T] and `actions` [S].
+    """Return examples for training or for tests. An example has the int32 arrays `command` [T] and `actions` [S].
 
     `command` has the ids of the words of a command in the vocabulary COMMANDS. `actions` has the ids of its actions in
     the vocabulary ACTIONS. Both are padded with 0. `part` is "train" or "test", and the function `generate` explains

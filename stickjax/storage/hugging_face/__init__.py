@@ -1,6 +1,6 @@
 """Read and write Hugging Face folders, which have a config.json and files with the parameters of a model.
 
-The parameters are tensors with the names that the model has in transformers. `configs` has the supported model types.
+The parameters are tensors, named as in the package transformers. `configs` has the supported model types.
 """
 
 import json
@@ -57,12 +57,16 @@ def read(path: Path, model: ModelConfig) -> dict[str, Lazy]:
     """Return {name in stickjax: parameter} of a Hugging Face folder. Each parameter is read when it is used.
 
     `path` is the folder, and `model` is the config of its model, as `read_config` returns it. Raise ValueError if
-    tensors are missing, unknown, of another shape or not floating-point numbers; the message names the tensors.
+    tensors are missing or unknown, or do not have the shapes of the model, or are not floating-point numbers.
+    The message names the tensors.
     """
     table = names.table(read_object((path / "config.json").read_bytes(), "it")["model_type"], model)
     tensors = _tensors(path, model)
     if model.L > len(tensors):  # checked first, because L may be huge and the names of all layers are made next
-        raise ValueError(f"{path}: config.json says {model.L} layers, but the files have only {len(tensors)} tensors")
+        raise ValueError(
+            f"{path}: config.json says {model.L} layers, but the files have only {len(tensors)} tensors, "
+            "less than one per layer"
+        )
     expected = names.tensor_shapes(table, model)
     check(tensors, expected, str(path))
     for name, tensor in tensors.items():
@@ -122,12 +126,12 @@ def _tensors(path: Path, model: ModelConfig) -> dict[str, Lazy]:
 
     A published name is the name that the authors of the model use; `names.published` returns it. If `model.tied` is
     set, the output matrix is the embedding, and a second copy of the embedding in the folder is left out. Raise
-    ValueError if the second copy differs.
+    ValueError if the second copy differs from the embedding.
     """
     tensors = {names.published(name): t for name, t in open_folder(path).items() if not _BUFFERS.fullmatch(name)}
     if model.tied and "lm_head.weight" in tensors:
         # A tied model may store its embedding a second time, as the output matrix. If they differ, it is not tied.
         head, embed = tensors.pop("lm_head.weight"), tensors.get("model.embed_tokens.weight")
         if embed is not None and not np.array_equal(head.read(None), embed.read(None)):
-            raise ValueError(f"{path}: lm_head.weight differs from the embedding, but tie_word_embeddings is true")
+            raise ValueError(f"{path}: lm_head.weight differs from the embedding, so tie_word_embeddings must be false")
     return tensors

@@ -52,7 +52,7 @@ class _Tree:
 
     With get = _Tree(tree), `get(name, type)` returns the entry `name` after a check of its type, and `get.end()` raises
     ValueError if there are entries that were not read. An entry that is null counts as absent. `tree` is the content of
-    the config.json, or of an object inside it; then `where` is the name of this object, for messages.
+    config.json, or an object inside it. For such an object, `where` is its name, for messages.
     """
 
     def __init__(self, tree: dict, where: str = ""):
@@ -278,8 +278,8 @@ def _nearest_decoder(c: ModelConfig) -> str:
     if c.attention == "stick_breaking":
         if len(c.mixtures()) < 2:
             raise ValueError(
-                "no Hugging Face model_type fits: stick-breaking attention needs experts of both kinds, but "
-                f"attention_experts.E={c.attention_experts.E} and experts.E={c.experts.E}"
+                "no Hugging Face model_type fits: a model with stick-breaking attention needs attention experts and "
+                f"feed-forward experts, but has attention_experts.E={c.attention_experts.E} and experts.E={c.experts.E}"
             )
         return "moduleformer"
     return "jetmoe" if c.attention_experts.E else "granitemoe" if c.experts.E else "granite"

@@ -26,7 +26,7 @@ FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.d
 class Lazy:
     """An array that is read only when it is used, for example from a file.
 
-    `read`: read(None) returns the whole array, read(i) the entry i of the first axis, such as the values of layer i.
+    `read`: read(None) returns the whole array, and read(i) returns array[i], such as the values of layer i.
     `shape`: the shape of the array.
     `dtype`: its NumPy type; a string, such as "I64", if it is a type that no parameter has.
     `stacked`: whether the first axis is the axis L of layers. A stacked array may be larger than the memory, so it is
@@ -44,7 +44,7 @@ class Lazy:
 
 
 def finite(leaves: dict[str, Lazy], where: str | os.PathLike) -> dict[str, Lazy]:
-    """Add a check to Lazy arrays {name: array}, and return them: reading a NaN or an infinity raises ValueError.
+    """Return copies of the Lazy arrays {name: array} that raise ValueError when a NaN or an infinity is read.
 
     The message begins with `where`, such as the path of the file, and names the array.
     """

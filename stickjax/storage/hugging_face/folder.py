@@ -12,8 +12,8 @@ def open_folder(folder: str | os.PathLike) -> dict[str, Lazy]:
     """Return {name: tensor} of a Hugging Face folder. Each tensor is read from its file when it is used.
 
     The tensors are in model.safetensors, or in several files (shards) that an index lists, or in .bin files of torch.
-    If a folder has safetensors files and .bin files, the safetensors files are read. If it has shards and a single file
-    of the same kind, the shards are read.
+    If a folder has safetensors files and .bin files, the safetensors files are read. If there are shards and a single
+    file of the same format, the shards are read.
 
     Raise ValueError if there are no tensors, if a shard is missing or damaged, or if the index and the shards name
     different tensors.
@@ -32,7 +32,7 @@ def _open_shards(index: Path, open_file) -> dict[str, Lazy]:
         weight_map = json.loads(index.read_text("utf-8-sig"))["weight_map"]
         files = sorted(set(weight_map.values()))
         if not all(file == Path(file).name for file in files):
-            raise ValueError("a shard lies outside of the folder")
+            raise ValueError("a shard is outside of the folder of the index")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{index} is not an index of shards: {type(error).__name__}: {error}") from error
     if missing := [file for file in files if not (index.parent / file).exists()]:

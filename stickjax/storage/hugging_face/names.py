@@ -1,18 +1,19 @@
 """Convert the tensors of a Hugging Face folder to the parameters of stickjax and back: their names and their axes.
 
 In this file, a tensor is an array of a Hugging Face folder, and a leaf is an array of the stickjax model. A tensor
-belongs to one layer; the leaf of all layers has a leading axis L. Every model type has a table, and every row of a
-table maps a tensor to a leaf. `theirs` is the name of the tensor, where {} stands for the number of the layer. `ours`
-is the name of the leaf. `axes` are the axes of the tensor; `stickjax.models.parameters` has the axes of the leaf.
+belongs to one layer; the leaf of all layers has a leading axis L. Every supported `model_type` has a table, and every
+row of a table maps a tensor to a leaf. `theirs` is the name of the tensor, where {} stands for the index of the layer.
+`ours` is the name of the leaf. `axes` are the axes of the tensor; the module `stickjax.models.parameters` has the axes
+of the leaf.
 
-Axes are written as in "NH D": spaces separate the axes, and every letter is a size. The letters are fields of
-ModelConfig, and E, the number of experts of the feed-forward network, A, the number of attention experts, and R, the
-field `hidden` of their routers. Several letters together are one axis, whose last letter varies fastest. For example,
-a tensor with the axes "NH D" becomes a leaf with the axes "D N H".
+Axes are written as in "NH D": spaces separate the axes, and every letter is a size. A letter is a field of ModelConfig,
+except three: E is the number of feed-forward experts, A is the number of attention experts, and R is the field `hidden`
+of their routers. Several letters together are one axis, whose last letter varies fastest. For example, a tensor with
+the axes "NH D" becomes a leaf with the axes "D N H".
 
-A digit is a size, too. For example, the axis "2F" of a gated feed-forward network has 2 * F entries: F of the gate,
-then F that the gate multiplies. If only the tensor or only the leaf has the digit 2, a row of the table maps one of the
-two parts: `part` is 0 or 1.
+A digit is a size, too. For example, the axis "2F" of a gated feed-forward network has 2 * F entries: F values of the
+gate, then the F values that the gate multiplies. If only the tensor or only the leaf has the digit 2, a row of the
+table maps one of the two parts: `part` is 0 or 1.
 """
 
 import operator
@@ -47,7 +48,7 @@ def _attention(layer: str) -> list[Row]:
 
 
 def _llama(c: ModelConfig) -> list[Row]:
-    """Return the part of the table that granite, granitemoe and jetmoe share: embedding, normalisations and output."""
+    """Return the rows that the tables of granite, granitemoe and jetmoe share: embedding, normalisations and output."""
     return [
         Row("embed", "model.embed_tokens.weight", "V D"),
         Row("blocks/attention_norm/scale", "model.layers.{}.input_layernorm.weight", "D"),
@@ -142,9 +143,10 @@ _TABLES = {"granite": _granite, "granitemoe": _granitemoe, "jetmoe": _jetmoe, "m
 
 
 def table(model_type: str, c: ModelConfig) -> list[Row]:
-    """Return the table of a model: one row for every tensor (or part of a tensor) and the leaf that belongs to it.
+    """Return the table that converts a model: each row maps a tensor, or a part of a tensor, to a leaf.
 
-    In these rows, `axes` are the axes of the tensor and the axes of the leaf in one layer, as in "NH D -> D N H".
+    A tensor is an array of a Hugging Face folder, and a leaf is a parameter of the stickjax model. In a row, `axes` are
+    the axes of the tensor and the axes of the leaf in one layer, as in "NH D -> D N H".
 
     Raises:
       ValueError: there is no table for the model type, a row names a leaf that the model does not have, or the axes of
@@ -157,7 +159,7 @@ def table(model_type: str, c: ModelConfig) -> list[Row]:
 
 
 def _checked(row: Row, known: dict[str, str]) -> str:
-    """Return the axes of the leaf in a row, after a check of the row. `known` is {name of a leaf: its axes}.
+    """Check a row of the table, and return the axes of its leaf. `known` is {name of a leaf: its axes} of the model.
 
     Raise ValueError if the model has no such leaf, or if the axes of the tensor and the leaf have different letters.
     """
@@ -165,7 +167,10 @@ def _checked(row: Row, known: dict[str, str]) -> str:
         raise ValueError(f"the row of {row.theirs} has an unknown parameter {row.ours!r}{nearest(row.ours, known)}")
     theirs, ours = (sorted(filter(str.isalpha, axes)) for axes in (row.axes, known[row.ours]))
     if theirs != ours:
-        raise ValueError(f"the row of {row.theirs} has the axes {row.axes!r}, but {row.ours} has {known[row.ours]!r}")
+        raise ValueError(
+            f"the row of {row.theirs} has the axes {row.axes!r}, but {row.ours} has {known[row.ours]!r}: "
+            "the letters must be the same"
+        )
     return known[row.ours]
 
 
@@ -192,7 +197,7 @@ _RENAMED = {
 def published(name: str) -> str:
     """Return the name under which the authors of a model have published a tensor.
 
-    `name` is the published name, or the name that transformers 5 writes: some of these are different.
+    `name` is the published name, or the name that transformers 5 writes. For most tensors, the two names are equal.
 
     >>> published("model.layers.3.block_sparse_moe.experts.down_proj")
     'model.layers.3.block_sparse_moe.output_linear.weight'
@@ -252,9 +257,9 @@ def _place(config: ModelConfig, target: np.ndarray, to: str, source: np.ndarray,
 
 
 def _numbered(table: list[Row], config: ModelConfig) -> dict[str, tuple[int | None, list[Row]]]:
-    """Return {name of a tensor: (number of its layer, its rows in `table`)}, layer by layer.
+    """Return {name of a tensor: (index of its layer, its rows in `table`)}, in the order of the layers.
 
-    The number is None for a tensor that belongs to no layer, such as the embedding. A tensor has several rows if it
+    The index is None for a tensor that belongs to no layer, such as the embedding. A tensor has several rows if it
     contains several leaves.
     """
     found: dict[str, tuple[int | None, list[Row]]] = {}

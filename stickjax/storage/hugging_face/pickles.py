@@ -34,7 +34,7 @@ def open_bin(path: Path) -> dict[str, Lazy]:
             places = {info.filename: (info, _begin(file, info)) for info in archive.infolist()}
             (root,) = {name.removesuffix("data.pkl") for name in places if name.endswith("/data.pkl")}
             if f"{root}byteorder" in places and archive.read(f"{root}byteorder") != b"little":
-                raise ValueError("its bytes are in big-endian order")
+                raise ValueError("its bytes are in big-endian order; only little-endian order can be read")
             with archive.open(f"{root}data.pkl") as program:
                 tensors = _Tensors(program, path, root, places).load()
         if not isinstance(tensors, dict):
@@ -56,7 +56,7 @@ def _begin(file, info: zipfile.ZipInfo) -> int:
     says how long it is. Raise ValueError if the entry is compressed.
     """
     if info.compress_type != zipfile.ZIP_STORED:
-        raise ValueError(f"{info.filename} is compressed")
+        raise ValueError(f"{info.filename} is compressed; save the file by torch.save")
     file.seek(info.header_offset)
     header = file.read(30)
     name, extra = struct.unpack("<HH", header[26:30])
