@@ -1,4 +1,5 @@
 """Benchmarks of the ops and of the training step: `python -m benchmarks`.
 
-Every time is compared with the hardware's limits and with other implementations, measured in the same run.
+Every time is compared with the limits of the hardware and with the times of other implementations. The limits and all
+times are measured in the same run.
 """

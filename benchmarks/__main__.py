@@ -1,8 +1,10 @@
-"""python -m benchmarks [--only NAME] [--gpu [--fresh]] [--quick] [--json [PATH]]
+"""Measure the time of the ops and of a training step, and print the results as tables.
 
-Prints tables. On the CPU, `--json` also writes the rows to PATH (default: benchmarks/results/cpu.json).
-With --gpu, every row is written to PATH (default: benchmarks/results/CHIP.json) as soon as it is measured; the checks
-come first. The same command, run again, continues where the last run ended.
+python -m benchmarks [--only NAME] [--gpu [--fresh]] [--quick] [--json [PATH]]
+
+On the CPU, `--json` also writes the rows of the tables to PATH (default: benchmarks/results/cpu.json). With `--gpu`,
+the command first checks the results of the kernels and then times them. It writes every row to PATH (default:
+benchmarks/results/CHIP.json) as soon as the row is measured. If the run ends early, the same command continues it.
 """
 
 import argparse
@@ -19,7 +21,10 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def cpu_rows(only: str | None = None, quick: bool = False) -> list[report.Row]:
-    """Return the rows of all parts, or of the part `only`. `quick` uses tiny shapes, to test that the code runs."""
+    """Measure all parts of the CPU benchmark, or only the part named `only`, and return the rows of the tables.
+
+    The parts are the names in PARTS. `quick` uses tiny shapes, to test that the code runs.
+    """
     size, copied = (128, 2**20) if quick else (1024, 2**30)
     ceilings = timing.ceilings(size, jnp.float32, copied, seconds=0.05 if quick else 5.0)
     rows = []
@@ -33,8 +38,10 @@ def cpu_rows(only: str | None = None, quick: bool = False) -> list[report.Row]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
     stages = ", ".join(gpu.STAGES)
-    parser.add_argument("--only", metavar="NAME", help=f"one of {', '.join(PARTS)}; with --gpu also {stages} or a case")
-    parser.add_argument("--gpu", action="store_true", help="check, then time, on the GPU of this machine")
+    parser.add_argument(
+        "--only", metavar="NAME", help=f"one of {', '.join(PARTS)}; with --gpu also {stages}, a call or a shape"
+    )
+    parser.add_argument("--gpu", action="store_true", help="check and then time the kernels on the GPU of this machine")
     parser.add_argument("--fresh", action="store_true", help="with --gpu: ignore the rows of earlier runs")
     parser.add_argument("--quick", action="store_true", help="tiny shapes and few rounds, to test that the code runs")
     parser.add_argument("--json", nargs="?", const="", metavar="PATH", help="write the rows to this JSON file")
@@ -42,15 +49,19 @@ def main(argv: list[str] | None = None) -> int:
     names = gpu.names() if arguments.gpu else list(PARTS)
     if arguments.only is not None and arguments.only not in names:
         near = difflib.get_close_matches(arguments.only, names, n=3)
-        said = f"did you mean {' or '.join(map(repr, near))}?" if near else f"one of {', '.join(names)}"
-        print(f"error: --only {arguments.only!r} names nothing here; {said}", file=sys.stderr)
+        said = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it must be one of {', '.join(names)}"
+        print(f"error: --only {arguments.only!r} is an unknown name; {said}", file=sys.stderr)
         return 2
     if arguments.gpu and not gpu.available():
-        print("error: --gpu needs a GPU that JAX can see; this machine has none", file=sys.stderr)
+        print("error: --gpu needs a GPU, but JAX finds no GPU on this machine", file=sys.stderr)
         return 1
     info = report.machine()
     if info["load"][0] > 0.5 * info["cpu_count"]:
-        print(f"the machine is busy (load {info['load'][0]}): times are too long, ratios inexact", file=sys.stderr)
+        print(
+            f"warning: other programs use this machine (load average {info['load'][0]} on {info['cpu_count']} CPUs): "
+            "the times will be too long and the ratios inexact",
+            file=sys.stderr,
+        )
     if arguments.gpu:
         return gpu_main(arguments, info)
     rows = cpu_rows(arguments.only, arguments.quick)
@@ -61,7 +72,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def gpu_main(arguments: argparse.Namespace, info: dict) -> int:
-    """Run the GPU benchmark. Return 0 if every requested row was measured and every check passed."""
+    """Run the GPU benchmark and return the exit status: 0 if every requested row was measured and every check passed.
+
+    `arguments`: the command line. `info`: facts about the machine, which are written to the result file.
+    """
     info |= {"code": gpu_record.code(), "quick": arguments.quick}
     path = arguments.json or RESULTS / f"{gpu.chip()}{'-quick' if arguments.quick else ''}.json"
     try:
@@ -73,13 +87,19 @@ def gpu_main(arguments: argparse.Namespace, info: dict) -> int:
     try:
         gpu.rows(run, arguments.only)
     except KeyboardInterrupt:
-        print(f"interrupted; the rows so far are in {path}; run the same command again to go on", file=sys.stderr)
+        print(
+            f"interrupted; the rows so far are in {path}; run the same command again to measure the rest",
+            file=sys.stderr,
+        )
         return 130
     rows = record.finished()
     _print([row for row in rows if not gpu.is_passed_check(row)], info)
     summary = rows[-1].extra
     if late := summary[gpu_record.LEFT_OUT]:
-        print(f"no time was left for {late} rows: run the same command again to add them", file=sys.stderr)
+        print(
+            f"{late} rows were not measured before the time limit; run the same command again to add them",
+            file=sys.stderr,
+        )
     return 1 if late or summary["did not"] != "none" else 0
 
 

@@ -1,11 +1,15 @@
-"""python -m benchmarks.absent_gpu [--only NAME] [--json]: compile the Mosaic kernels for an H200 without having one.
+"""python -m benchmarks.absent_gpu [--only NAME] [--json]: compile the Mosaic kernels for an H200, without a GPU.
 
-Prints the kernels' registers, spills and shared memory, and the least number of cycles that one iteration of each main
-loop takes. With --json also writes benchmarks/results/h200-static.json. Needs the CUDA wheels and no GPU.
+It prints two tables. The first has the registers, the spilled bytes and the shared memory of each kernel. The second
+has, for each main loop of a kernel, the smallest number of clock cycles that one iteration can take, and from this a
+lower bound of the time in milliseconds. With --json, the command also writes benchmarks/results/h200-static.json. It
+needs the CUDA wheels: pip install 'stickjax[cuda13]'.
 
-The machine code is taken from the executable, after the linker of the CUDA libraries. That linker ignores setmaxnreg,
-so 384 threads get 168 registers each. The figures named `alone` come from ptxas on the same PTX without the linker;
-ptxas respects setmaxnreg. The bounds leave memory traffic out, so decoding, which is limited by it, takes longer.
+The machine code is read from the compiled program, that is, after the linker of the CUDA libraries. This linker ignores
+setmaxnreg, the instruction that gives some warps more registers than others. So each of the 384 threads of a block gets
+168 registers. The figures named `alone` are measured without the linker: ptxas compiles the same PTX alone, and ptxas
+respects setmaxnreg. The lower bounds leave out memory traffic. A decode step is limited by its memory traffic, so
+it takes longer than its bound.
 """
 
 import argparse
@@ -46,7 +50,11 @@ SHARING = r"(?:atom|red|multimem|membar|cp\.reduce|(?:ld|st)\.(?:acquire|release
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """A compiled Mosaic kernel. Spills and stack are bytes per thread; shared memory is bytes per thread block."""
+    """The resources and the loops of one compiled Mosaic kernel, read from the files of the compiler.
+
+    `registers`: registers per thread. `stack`, `spill_stores` and `spill_loads`: bytes per thread. `static_shared` and
+    `dynamic_shared`: bytes of shared memory per thread block.
+    """
 
     name: str
     registers: int
@@ -63,7 +71,7 @@ class Machine:
 
     @property
     def main_loops(self) -> list[Loop]:
-        """The loops with matrix products; if no loop has one, the longest loop."""
+        """The loops that contain matrix products on tensor cores. If no loop does, the loop with most instructions."""
         return [x for x in self.loops if x.products] or sorted(self.loops, key=lambda x: -x.instructions)[:1]
 
 
@@ -76,9 +84,11 @@ def _folder(package: str) -> Path:
 
 @contextlib.contextmanager
 def _dumping() -> Iterator[Path]:
-    """Yield the folder into which Mosaic writes its compilation results inside this context.
+    """Return a context manager. In the context, Mosaic writes files about each kernel to the folder that it yields.
 
-    Mosaic reads the environment variables at every compilation. The context also makes nvdisasm available to it.
+    The files are the PTX, the machine code and the logs of the compiler. The context sets environment variables, which
+    Mosaic reads at every compilation. It also puts nvdisasm, the disassembler of the triton wheel, where Mosaic finds
+    it.
     """
     import jax.experimental.mosaic.gpu  # noqa: F401  (the import sets MOSAIC_GPU_CUDA_ROOT, so it must precede ours)
 
@@ -98,9 +108,10 @@ def _dumping() -> Iterator[Path]:
 
 
 def compile_for(function: Callable, *shapes, chip: str = "h200") -> tuple[jax.stages.Lowered, jax.stages.Compiled]:
-    """Lower and compile jit(function) for an absent chip. Raises MissingWheels.
+    """Lower and compile jit(function) for a GPU that this machine does not have. Return (lowered, compiled).
 
-    `shapes`: the arguments of `function`, pytrees of jax.ShapeDtypeStruct.
+    `shapes`: the arguments of `function`, pytrees of jax.ShapeDtypeStruct. `chip`: the name of the GPU model, as in
+    `stickjax.parallel.chips`. Raises MissingWheels if jax[cuda13] is not installed.
     """
     devices = absent_devices(chip)
     on = NamedSharding(Mesh(np.array(devices), ("x",)), PartitionSpec())
@@ -111,14 +122,16 @@ def compile_for(function: Callable, *shapes, chip: str = "h200") -> tuple[jax.st
 
 
 def compile_kernel(function: Callable, *shapes, chip: str = "h200") -> list[Machine]:
-    """Compile jit(function) for an absent chip with XLA, Mosaic and ptxas. Return the Mosaic kernels in it.
+    """Compile jit(function) for a GPU that this machine does not have. Return a `Machine` for each Mosaic kernel in it.
 
     Args:
       function: a function of arrays that can be lowered for the GPU.
-      shapes: its arguments, pytrees of jax.ShapeDtypeStruct.
+      shapes: the arguments of `function`, pytrees of jax.ShapeDtypeStruct.
+      chip: the name of the GPU model, as in `stickjax.parallel.chips`.
     Raises:
       MissingWheels: jax[cuda13] is not installed, or triton, which contains the disassembler.
-      RuntimeError: this process compiled one of the kernels before. Mosaic caches it and writes no files again.
+      RuntimeError: this process compiled one of the kernels before. Mosaic then takes the kernel from its cache and
+        writes no files.
     """
     absent_devices(chip)
     with _dumping() as dump:
@@ -126,21 +139,24 @@ def compile_kernel(function: Callable, *shapes, chip: str = "h200") -> list[Mach
         distinct = set(re.findall(r'kernel_hash = "[^"]*"', lowered.as_text()))
         written = sorted(dump.glob("*.sass_ctrl"))
         if len(written) != len(distinct):
-            raise RuntimeError(f"{len(written)} of {len(distinct)} kernels were compiled; use a new process")
+            raise RuntimeError(
+                f"Mosaic compiled only {len(written)} of {len(distinct)} kernels, because this process has already "
+                "compiled the others; use a new process"
+            )
         return [_machine(path) for path in written]
 
 
 def temporaries(kernel: Kernel) -> int:
-    """Return the bytes of GPU memory that the kernel needs for temporaries, besides its arguments and results."""
+    """Return the bytes of GPU memory that `kernel.function` needs besides its arguments and results."""
     _, compiled = compile_for(kernel.function, *kernel.shapes)
     return compiled.memory_analysis().temp_size_in_bytes
 
 
 class Compiled(NamedTuple):
-    """The compiled kernels of one entry of KERNELS or WIDTHS, with its `tiles` and `scores`."""
+    """The compiled kernels of one call, an entry of KERNELS or WIDTHS in absent_kernels.py."""
 
-    tiles: tuple[int, ...]
-    scores: int
+    tiles: tuple[int, ...]  # the number of iterations of each main loop
+    scores: int  # attention scores per thread and iteration
     machines: list[Machine]
 
 
@@ -151,7 +167,11 @@ def compile_named(name: str) -> Compiled:
 
 
 def compile_all(names: Iterable[str]) -> dict[str, Compiled]:
-    """Compile entries of KERNELS or WIDTHS, each in a new process (see compile_kernel). Raises MissingWheels."""
+    """Compile the calls with these names in KERNELS or WIDTHS of absent_kernels.py, and return the results by name.
+
+    Each call is compiled in a new process, because Mosaic compiles a kernel only once per process. Raises
+    MissingWheels if jax[cuda13] or triton is not installed.
+    """
     names = list(names)
     workers = max(1, min(len(names), os.cpu_count() or 1, 4))
     # JAX_PLATFORMS is for the new processes; this process does not ask JAX for a device.
@@ -163,7 +183,10 @@ def compile_all(names: Iterable[str]) -> dict[str, Compiled]:
 
 
 def _usage(log: str) -> dict[str, int]:
-    """Parse the resource usage of a kernel from the log of ptxas. If the linker repeats a line, its value counts."""
+    """Return the registers, stack, spills and static shared memory of a kernel, read from the log of ptxas.
+
+    If the log reports a resource twice, the last number counts: it is the number of the linker.
+    """
     patterns = {
         "registers": r"[Uu]sed (\d+) registers",
         "stack": r"(\d+) bytes stack frame",
@@ -176,7 +199,10 @@ def _usage(log: str) -> dict[str, int]:
 
 
 def _alone(ptx: Path) -> dict[str, int]:
-    """Return the usage when ptxas compiles the PTX without the linker, and so respects setmaxnreg."""
+    """Return the registers, stack and spills of a kernel if ptxas compiles its PTX alone, without the linker.
+
+    Unlike the linker, ptxas respects setmaxnreg, the instruction that gives some warps more registers than others.
+    """
     chip = re.search(r"^\.target (\w+)", ptx.read_text(), re.M)[1]
     tool = _folder("nvidia.cu13") / "bin" / "ptxas"
     with tempfile.TemporaryDirectory() as folder:
@@ -185,7 +211,7 @@ def _alone(ptx: Path) -> dict[str, int]:
 
 
 def _machine(path: Path) -> Machine:
-    """Read one kernel from the files that Mosaic wrote; `path` is the one with the suffix .sass_ctrl."""
+    """Return one compiled kernel, read from the files that Mosaic wrote. `path`: the file with suffix .sass_ctrl."""
     log, listing, ptx = (path.with_suffix(x).read_text(errors="replace") for x in (".ptxas", ".sass_ctrl", ".ptx"))
     with path.with_suffix(".mlir-passes.log").open(errors="replace") as passes:
         module = passes.read(2**22)  # the file is much larger; only its first passes still name the shared memory size
@@ -204,22 +230,28 @@ def _machine(path: Path) -> Machine:
 
 
 def milliseconds(cycles_per_tile: float, tiles: int, sms: int = 132, ghz: float = 1.755) -> float:
-    """Return the milliseconds that `tiles` iterations take, each by one warpgroup, spread evenly over the chip."""
+    """Return the milliseconds that `tiles` loop iterations take, spread evenly over `sms` multiprocessors.
+
+    `cycles_per_tile`: the clock cycles of a multiprocessor for one iteration of one warpgroup. `ghz`: the clock rate.
+    """
     return cycles_per_tile * tiles / (sms * ghz * 1e6)
 
 
 def bound(machines: list[Machine], tiles: tuple[int, ...]) -> float | None:
-    """Return the milliseconds of all main loops, run one after the other; None if len(tiles) is not their number."""
+    """Return a lower bound of the milliseconds of the kernels `machines`: the sum over all their main loops.
+
+    `tiles`: the number of iterations of each main loop. If it does not have one number per main loop, return None.
+    """
     loops = [loop for machine in machines for loop in machine.main_loops]
     if len(loops) == len(tiles):
         return sum(milliseconds(x.cycles[x.bound], n) for x, n in zip(loops, tiles, strict=True))
 
 
 def print_table(compiled: dict[str, Compiled], console: Console) -> None:
-    kernels = Table("kernel", title="bytes spilled by a thread: stores + loads; alone: without the linker")
+    kernels = Table("kernel", title="spilled: bytes per thread, stores + loads; alone: without the linker")
     for column in ("registers", "stack", "spilled", "alone: spilled", "shared", "atomics"):
         kernels.add_column(column, justify="right")
-    table = Table("kernel", "loop", title="main loops: instructions of a warp, cycles of a warpgroup, per iteration")
+    table = Table("kernel", "loop", title="main loops, per iteration: instructions of a warp, cycles of a warpgroup")
     for column in ("runs", "MUFU", "a score", "fp32", "SHFL", "HGMMA", "all", "special", "issue", "tensor"):
         table.add_column(column, justify="right")
     for name, (tiles, scores, machines) in compiled.items():
@@ -235,7 +267,7 @@ def print_table(compiled: dict[str, Compiled], console: Console) -> None:
                 cycles = (f"[bold]{n:.0f}[/bold]" if what == x.bound else f"{n:.0f}" for what, n in x.cycles.items())
                 table.add_row(m.name, f"{x.start:#x}", str(next(runs, "?")), *map(str, counts), *cycles)
         least = bound(machines, tiles)
-        said = f"no bound: tiles={tiles} is not one number per loop" if least is None else f"{least:.3f} ms"
+        said = f"no bound: tiles={tiles} must have one number per loop" if least is None else f"{least:.3f} ms"
         table.add_row(f"[bold]{name}[/bold]", said, end_section=True)
     console.print(kernels)
     for warning in sorted({w for x in compiled.values() for m in x.machines for w in m.warnings}):
@@ -261,7 +293,7 @@ def write_json(path: Path, compiled: dict[str, Compiled]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.absent_gpu", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--only", choices=KERNELS, help="one kernel")
+    parser.add_argument("--only", choices=KERNELS, help="compile only this entry")
     parser.add_argument("--json", action="store_true", help="also write benchmarks/results/h200-static.json")
     arguments = parser.parse_args(argv)
     try:

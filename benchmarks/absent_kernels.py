@@ -1,6 +1,7 @@
-"""The kernels that absent_gpu.py compiles: KERNELS maps a name to a function that makes the Kernel.
+"""The calls that absent_gpu.py compiles. KERNELS maps the name of a call to a function that returns a `Kernel`.
 
-To add a kernel, write such a function and enter it in KERNELS. Imports that need the CUDA wheels belong inside it.
+To add a call, write a function that returns a `Kernel` and enter the function in KERNELS. If it needs an import from
+the CUDA wheels, put the import inside the function.
 """
 
 from collections.abc import Callable
@@ -15,18 +16,21 @@ from pallas_kernels.stick_breaking import mosaic
 
 
 class Kernel(NamedTuple):
-    """A function to compile, and how often its main loops run."""
+    """A call to compile: a function that runs GPU kernels, its arguments, and how often the kernels' main loops run."""
 
-    function: Callable  # takes arrays of `shapes`; not jitted
+    function: Callable  # a function of arrays with the shapes `shapes`; not jitted
     shapes: tuple[jax.ShapeDtypeStruct, ...]
-    # One number per main loop: its iterations, summed over all warpgroups. Kernels are ordered by name, the loops of a
-    # kernel by their place in the code.
+    # The number of iterations of each main loop, summed over all warpgroups. The kernels are in the order of their
+    # names, and the loops of a kernel in the order of its code.
     tiles: tuple[int, ...]
     scores: int = 32  # attention scores per thread and iteration of a main loop; 32 for a tile of 64 x 64
 
 
 def softmax_mosaic() -> Kernel:
-    """Return JAX's Hopper attention kernel, causal. The inputs are float16, because its scratch always is."""
+    """Return a call to compile: JAX's own kernel of causal softmax attention for Hopper GPUs, for comparison.
+
+    The inputs are float16, because the scratch memory of the kernel always has this type.
+    """
     from jax.experimental.pallas.ops.gpu import attention_mgpu
 
     B, T, N, H, block_q, block_kv = 4, 4096, 12, 128, 64, 128
@@ -54,10 +58,12 @@ def stick_breaking(
     backward: bool = False,
     **options,
 ) -> Kernel:
-    """Return causal stick-breaking attention with tiles of 64 x 64.
+    """Return a call to compile: causal stick-breaking attention, in tiles of 64 queries and 64 keys.
 
-    `document` is the length of the packed documents, an even number of tiles. How many tiles skip_below skips depends
-    on the data, so the iterations are counted as if it skipped none.
+    The arrays have B sequences of T tokens, N heads, queries and keys of width H, and values of width `Hv` (None: H).
+    `document`: the number of tokens of each packed document, an even number of tiles; None: one document per sequence.
+    `backward`: whether to compile also the gradients. `options`: keyword arguments of `stick_breaking_attention`. With
+    `skip_below`, the number of skipped tiles depends on the data, so `tiles` is counted as if none is skipped.
     """
     n, copies = (document or T) // 64, B * N * (T // (document or T))
     whole, diagonal = copies * n * (n - 1) // 2, copies * n
@@ -84,7 +90,10 @@ def stick_breaking(
 
 
 def stick_breaking_decode() -> Kernel:
-    """Return a decode step: every sequence has one query and a long cache. The rows of a tile are heads."""
+    """Return a call to compile: attention in a decode step of 8 sequences, each with a cache of 32768 keys and values.
+
+    The rows of a tile are the query heads that share a key head.
+    """
     B, S, N, K, H = 8, 32768, 32, 8, 128
     query, cache = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((B, 1, N, H), (B, S, K, H)))
     return Kernel(
@@ -105,7 +114,10 @@ def experts(
     bias: bool = False,
     implementation: str = "mosaic",
 ) -> Kernel:
-    """Return forward and backward pass of gated expert networks. The rows are spread evenly over the experts."""
+    """Return a call to compile: `expert_mlp` and its gradients, for T tokens of width D with k of E experts of width F.
+
+    `bias`: whether the experts have biases. The iterations are counted as if all experts got equally many tokens.
+    """
 
     def run(x, w_in, w_out, gates, indices, d_out):
         def mlp(x, w_in, w_out, gates, b_in, b_out):
@@ -119,7 +131,7 @@ def experts(
     shapes = (T, D), (E, D, 2 * F), (E, F, D), (T, k), (T, k), (T, D)
     D, F = (-(-n // 64) * 64 for n in (D, F))
     per_expert = -(-T * k // E)
-    rows = E * -(-per_expert // 128) * 2  # tiles of 64
+    rows = E * -(-per_expert // 128) * 2  # the number of tiles of 64 rows
     up, d_hidden = (rows * -(-F // 128) * (D // 64),) * 2
     down, d_x = rows * -(-D // 256) * (F // 64), rows * -(-D // 256) * 2 * (F // 64)
     depth = 2 * E * -(-per_expert // 64)
@@ -136,9 +148,10 @@ def experts(
 def expert_heads(
     *, T: int, k: int, D: int, F: int, E: int, dtype=jnp.bfloat16, implementation: str = "mosaic"
 ) -> Kernel:
-    """Return forward and backward pass of the two linear maps of a mixture of attention heads.
+    """Return a call to compile: the two linear maps of E experts in attention (mixture of heads), and their gradients.
 
-    The first map takes tokens to (token, choice) pairs. The second takes the pairs back to tokens, weighted by gates.
+    The first map computes, for each of T tokens of width D, k rows of width F: one per (token, choice) pair. The second
+    map computes rows of width D from these rows, and sums the k rows of a token, weighted by the gates.
     """
 
     def run(x, w_in, w_out, gates, indices, d_out):
@@ -152,8 +165,9 @@ def expert_heads(
 
     per_expert = -(-T * k // E)
     rows, depth = E * -(-per_expert // 128) * 2, 2 * E * -(-per_expert // 64)
-    # A float32 product is computed as bfloat16 products: its sums are three times as long, and the gradients of the
-    # weights have twice the rows and twice the columns.
+    # A float32 product is computed as several bfloat16 products. The factors `deep` and `wide` count sums that are
+    # three times as long, and gradients of the weights with twice the rows and twice the columns. In fact
+    # mosaic_float32.py computes six products, so the counts of iterations are too low for float32.
     deep, wide = (3, 2) if dtype == jnp.float32 else (1, 1)
     to_slots, back = deep * rows * -(-F // 256) * (D // 64), deep * rows * -(-D // 256) * (F // 64)
     d_weights = [depth * -(-wide * left // 128) * wide * -(-right // 256) for left, right in ((D, F), (F, D))]
@@ -167,7 +181,10 @@ def expert_heads(
 
 
 def experts_decode(implementation: str = "mosaic") -> Kernel:
-    """Return a decode step of 16 tokens. Its tiles have 64 rows, and only chosen experts have tiles."""
+    """Return a call to compile: `expert_mlp` in a decode step of 16 tokens, each with 8 of 40 experts.
+
+    A tile has 64 rows of one expert. The iterations are counted as if every expert were chosen and had one tile.
+    """
     T, k, D, F, E = 16, 8, 1536, 512, 40
     bf16 = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((T, D), (E, D, 2 * F), (E, F, D), (T, k))]
     return Kernel(
@@ -201,8 +218,8 @@ KERNELS: dict[str, Callable[[], Kernel]] = {
     "experts_decode": experts_decode,
 }
 
-# Every pair of H and Hv that the Mosaic kernels support, with all options that need registers. The numbers of tiles are
-# not correct here.
+# Every pair of H and Hv that the Mosaic kernels support, with all options that need additional registers. Only the
+# registers are of interest: the field `tiles` is not correct here.
 WIDTHS: dict[str, Callable[[], Kernel]] = {
     f"{H}/{Hv}": partial(
         stick_breaking, B=1, T=256, N=1, H=H, Hv=Hv, backward=True,
@@ -212,7 +229,7 @@ WIDTHS: dict[str, Callable[[], Kernel]] = {
     for Hv in mosaic.WIDTHS
 }  # fmt: skip
 
-# Kernels whose memory is tested, each with the largest size allowed for its temporaries, in bytes.
+# Calls whose memory is tested, each with the largest number of bytes that it may need for temporaries.
 MEMORY: dict[str, tuple[Callable[[], Kernel], float]] = {
     "stick_breaking": (partial(stick_breaking, T=65536, N=12, H=128, backward=True), 8 * 2**30),
     "experts_powermoe_3b": (partial(experts, T=65536, k=8, D=1536, F=512, E=40), 3e9),

@@ -1,7 +1,7 @@
-"""python -m benchmarks.absent_triton [--only NAME] [--json]: compile the Triton kernels for absent GPUs.
+"""python -m benchmarks.absent_triton [--only NAME] [--json]: compile the Triton kernels for GPUs that are not here.
 
-Prints their registers, spills and shared memory. With --json also writes benchmarks/results/triton-static.json. Needs
-the CUDA wheels and jax-triton, but no GPU.
+Prints a table of the registers, the spilled bytes and the shared memory of each kernel. With --json, the command also
+writes benchmarks/results/triton-static.json. It needs the CUDA wheels and jax-triton: pip install 'stickjax[cuda13]'.
 """
 
 import argparse
@@ -38,10 +38,14 @@ PRODUCTS = r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b"
 
 
 class Usage(NamedTuple):
-    """A compiled Triton kernel. Spills are bytes per thread; shared memory is bytes per thread block."""
+    """The resources of one compiled Triton kernel.
+
+    `registers`: registers per thread. `spill_stores` and `spill_loads`: bytes per thread. `shared`: bytes of shared
+    memory per thread block.
+    """
 
     name: str
-    target: str  # sm_80 and so on
+    target: str  # the GPU architecture, such as "sm_80"
     registers: int
     spill_stores: int
     spill_loads: int
@@ -52,10 +56,10 @@ class Usage(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A function to compile, and the GPU to compile it for."""
+    """A call to compile: a function that runs Triton kernels, its arguments, and the GPU to compile for."""
 
-    chip: str
-    function: Callable  # takes arrays of `shapes`; not jitted
+    chip: str  # a GPU model, such as "h200"
+    function: Callable  # a function of arrays with the shapes `shapes`; not jitted
     shapes: tuple[jax.ShapeDtypeStruct, ...]
 
 
@@ -87,7 +91,7 @@ def experts(chip: str, make: Callable[..., absent_kernels.Kernel] = absent_kerne
 
 
 HEADS = dict(make=absent_kernels.expert_heads, T=8192, k=4, D=1024, F=256, E=16)
-# One size on every kind of tensor core, every size on one kind, and every call that has different loops.
+# One size for every generation of tensor cores, every size for one generation, and every call with different loops.
 CHIPS = {"sm_80": "a100-80", "sm_89": "l40s", "sm_90": "h200", "sm_100": "b200", "sm_120": "rtx-pro-6000"}
 CASES: dict[str, Callable[[], Case]] = {
     **{f"stick_breaking_{target}": partial(stick_breaking, chip, H=64) for target, chip in CHIPS.items()},
@@ -108,11 +112,12 @@ CASES: dict[str, Callable[[], Case]] = {
 
 
 def compile_kernels(case: Case) -> list[Usage]:
-    """Compile a case with Triton, XLA and ptxas, and return its Triton kernels.
+    """Compile the function of a case with Triton, XLA and ptxas. Return the resources of each of its Triton kernels.
 
     Raises:
       MissingWheels: jax[cuda13] or jax-triton is not installed.
-      RuntimeError: this process compiled the kernels before. jax-triton caches them and writes no files again.
+      RuntimeError: this process compiled the kernels before. jax-triton then takes them from its cache and writes no
+        files.
     """
     try:
         from jax_triton import triton_lib
@@ -128,7 +133,7 @@ def compile_kernels(case: Case) -> list[Usage]:
         compile_for(case.function, *case.shapes, chip=case.chip)
         written = list(Path(folder).glob("*/*.ptx"))
         if not written:
-            raise RuntimeError("no kernel was compiled; use a new process")
+            raise RuntimeError("no Triton kernel was compiled: this process compiled them before; use a new process")
         return sorted((_read(path, assembler / "ptxas") for path in written), key=lambda usage: usage[:-1])
 
 
@@ -150,7 +155,11 @@ def _compile_named(name: str) -> list[Usage]:
 
 
 def compile_all(names: Iterable[str]) -> dict[str, list[Usage]]:
-    """Compile cases by name, in new processes that have not interpreted any kernel. Raises MissingWheels."""
+    """Compile the entries of CASES with these names, and return the resources of their kernels by name.
+
+    Each case is compiled in a new process, because jax-triton compiles a kernel only once per process, and because a
+    process that has interpreted Triton kernels cannot compile any. Raises MissingWheels if a package is not installed.
+    """
     names = list(names)
     workers = max(1, min(len(names), os.cpu_count() or 1, 4))
     with mock.patch.dict(os.environ, JAX_PLATFORMS="cpu"):
@@ -180,11 +189,11 @@ def write_json(path: Path, compiled: dict[str, list[Usage]]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.absent_triton", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--only", choices=CASES, help="one case")
+    parser.add_argument("--only", choices=CASES, help="compile only this case")
     parser.add_argument("--json", action="store_true", help="also write benchmarks/results/triton-static.json")
     arguments = parser.parse_args(argv)
     if arguments.json and arguments.only:
-        parser.error("--json writes the table of all cases; leave out --only")
+        parser.error("--json writes the results of all cases, so it cannot be used together with --only")
     try:
         compiled = compile_all([arguments.only] if arguments.only else CASES)
     except MissingWheels as error:

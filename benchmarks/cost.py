@@ -1,7 +1,8 @@
-"""Floating-point operations and least memory traffic of the ops, for the limits in the tables.
+"""The cost of an op: its floating-point operations and its least memory traffic. Both give lower limits of the time.
 
-Letters as in the rest of the code. A multiply-add is two operations. Bytes count every input once and every output
-once, as if an ideal kernel moved them.
+Letters: batch size B, sequence length T or number of tokens T, N query heads, K key heads, head width H, model width D,
+expert width F, E experts, k experts per token. A multiply-add counts as two operations. The traffic counts every input
+and every output once, because an ideal kernel reads or writes each of them once.
 """
 
 from typing import NamedTuple
@@ -15,7 +16,10 @@ class Cost(NamedTuple):
         return Cost(self.flops + other.flops, self.bytes + other.bytes)
 
     def limits(self, ceilings: "Ceilings") -> dict[str, float]:
-        """Return the milliseconds that the operations and the bytes take at the machine's measured ceilings."""
+        """Return the milliseconds that the operations alone take and that the bytes alone take, by name of the limit.
+
+        `ceilings`: the speed of the machine.
+        """
         return {
             "limit: compute": 1e3 * self.flops / ceilings.flops,
             "limit: bytes": 1e3 * self.bytes / ceilings.bytes,
@@ -23,7 +27,10 @@ class Cost(NamedTuple):
 
 
 class Ceilings(NamedTuple):
-    """The machine's measured speed: FLOP/s of a large matrix product, bytes/s (read plus written) of a large copy."""
+    """The measured speed of the machine, from which the time limits are computed.
+
+    `flops`: FLOP/s in a large matrix product. `bytes`: bytes/s in a large copy, read plus written.
+    """
 
     flops: float
     bytes: float
@@ -36,10 +43,12 @@ def matmul(m: int, n: int, k: int, itemsize: int = 4) -> Cost:
 def stick_breaking(
     B: int, T: int, N: int, H: int, *, K: int | None = None, itemsize: int = 4, backward: bool = False
 ) -> Cost:
-    """Return the cost of causal attention.
+    """Return the cost of causal attention: of the forward pass, or with `backward` of both passes together.
 
-    Forward does two products over T^2 / 2 scores; `backward` adds five, because it recomputes the scores. Forward reads
-    q, k, v and writes out and rem (fp32). Backward reads q, k, v, dout, drem and writes dq, dk, dv.
+    The forward pass computes two matrix products over T^2 / 2 scores per head. The backward pass computes five, because
+    it recomputes the scores. The forward pass reads q, k, v and writes out and rem (fp32), the part of each stick that
+    remains. The backward pass reads q, k, v, the cotangents dout and drem, and writes the gradients dq, dk, dv.
+    `K` None means N key heads. `itemsize`: bytes per element of q, k, v and out.
     """
     query, keys, sticks = itemsize * B * T * N * H, itemsize * B * T * (K or N) * H, 4 * B * T * N
     product = 2 * B * N * (T * T / 2) * H
@@ -48,11 +57,13 @@ def stick_breaking(
 
 
 def experts(T: int, k: int, D: int, F: int, E: int, *, itemsize: int = 4, backward: bool = False) -> Cost:
-    """Return the cost of gated expert networks.
+    """Return the cost of gated expert networks: of the forward pass, or with `backward` of both passes together.
 
-    Forward does three products with [D, F] matrices per row; `backward` adds six. Forward reads x, the weights, gates
-    (fp32) and indices, and writes out. Backward reads x, dout, the weights, gates and indices, and writes dx and the
-    gradients of the weights and gates. All weights are counted as read, even if E is above T * k.
+    For each of the T * k (token, choice) pairs, the forward pass computes three products with [D, F] matrices, and the
+    backward pass six. The forward pass reads x, the weights, the gates (fp32) and the expert indices, and writes out.
+    The backward pass reads x, the cotangent dout, the weights, gates and indices, and writes dx and the gradients of
+    the weights and gates. All weights are counted as read, even if E is above T * k. `itemsize`: bytes per element of x
+    and the weights.
     """
     tokens, weights, gates = itemsize * T * D, itemsize * 3 * E * D * F, 4 * T * k
     product = 6 * T * k * D * F

@@ -1,4 +1,4 @@
-"""Time of expert networks on the CPU, compared with a dense network on the same number of rows."""
+"""The time of expert networks on the CPU, compared with a dense network that has one row per (token, choice) pair."""
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +13,15 @@ from .timing import forward_backward, interleave
 PART = "experts"
 SHAPE = dict(D=512, F=1024, k=2)
 EXPERTS = (8, 32)
-BOUNDS = {512: 1.3, 128: 1.8, 32: 2.6}  # forward, by the mean number of rows per expert
+# {mean number of rows per expert: the largest allowed ratio of the forward time to the time of the dense network}
+BOUNDS = {512: 1.3, 128: 1.8, 32: 2.6}
 BACKWARD = 1.3  # the bound of forward+backward is this many times the bound of forward
 
 
 def inputs(key, T: int, k: int, D: int, F: int, E: int, dtype=jnp.float32):
-    """Return (cotangent, x, w_in, w_out, gates) and the expert indices [T,k].
+    """Return random inputs of expert networks, as a pair: (cotangent, x, w_in, w_out, gates) and the expert indices.
 
+    Shapes: the cotangent of the output and x are [T,D], w_in [E,D,2F], w_out [E,F,D], gates and expert indices [T,k].
     Each token has k different experts; all experts are equally likely.
     """
     keys = jax.random.split(key, 6)
@@ -32,7 +34,11 @@ def inputs(key, T: int, k: int, D: int, F: int, E: int, dtype=jnp.float32):
 
 
 def experts(chosen, E: int, **settings):
-    """Return the function `(x, w_in, w_out, gates) -> out`. It also sorts the rows by expert, so that is timed too."""
+    """Return the function `(x, w_in, w_out, gates) -> out` of expert networks, for the expert indices `chosen` [T,k].
+
+    The function also sorts the (token, choice) pairs by expert, so the sort is part of the measured time. `settings`:
+    keyword arguments of `expert_mlp`.
+    """
     return lambda x, w_in, w_out, gates: expert_mlp(x, w_in, w_out, route(chosen, E), gates, **settings)
 
 

@@ -1,8 +1,9 @@
-"""The benchmark for a machine with a GPU: check every call against the fp32 reference, then time the calls that agree.
+"""The GPU benchmark: it checks the results of calls against the fp32 reference, and times the calls that agree.
 
-It runs in one process and takes less than eight minutes on an H200. The most important rows come first. Every stage has
-a time limit. A row that would begin after the limit is recorded as left out and runs the next time. `gpu_record`
-describes which rows a later run does not measure again.
+`python -m benchmarks --gpu` runs it. A run takes less than eight minutes on an H200 and uses one process. It measures
+the most important rows of the tables first. Every stage has a time limit. A row that would begin after the limit is
+recorded as left out, and the next run measures it. `gpu_record.py` decides which rows the next run takes from the file
+of the last run.
 """
 
 import os
@@ -26,36 +27,48 @@ TIMED = (stick_breaking.PART, experts.PART)
 
 
 def available() -> bool:
-    """Return whether JAX sees a GPU. Turns preallocation off, because the torch peers need memory of the same GPU."""
+    """Return whether JAX finds a GPU. Before that, turn off the preallocation of GPU memory.
+
+    JAX must not take all memory of the GPU, because the torch implementations that are timed use the same GPU.
+    """
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     return jax.default_backend() == "gpu"
 
 
 def chip() -> str:
-    """Return the GPU's name for use in a file name: "NVIDIA H200" -> "nvidia-h200"."""
+    """Return the name of the GPU as a part of a file name, such as "nvidia-h200" for "NVIDIA H200"."""
     return "-".join(jax.devices()[0].device_kind.lower().split())
 
 
 def names() -> list[str]:
-    """Return the allowed values of `only` in `rows`: stages, parts, checked calls, and timed shapes."""
+    """Return the names that the option `--only` accepts: stages, parts, calls to check, and shapes to time."""
     shapes = [*gpu_attention.SHAPES, *gpu_decode.SHAPES, *gpu_experts.SHAPES]
     return [*STAGES, *TIMED, *gpu_cases.CALLS, *gpu_cases.EXITS, *map(_name, shapes)]
 
 
 def is_one(only: str | None) -> bool:
-    """Return whether `only` names a single call or shape. Its rows then run again even if they are recorded."""
+    """Return whether `only` is the name of a single call or shape, and not of a stage or a part.
+
+    The rows of a single call or shape are measured again, even if an earlier run recorded them.
+    """
     return only is not None and only not in (*STAGES, *TIMED)
 
 
 def attention_kernels() -> tuple[str, ...]:
-    """Return the kernels that support a plain attention call on this GPU, the best first; ("xla",) if none does."""
+    """Return the kernels that can run attention without options on this GPU, the best first, such as ("triton",).
+
+    If no kernel can run it, return ("xla",), the implementation in plain JAX.
+    """
     x = jax.ShapeDtypeStruct((1, 64, 1, 64), jnp.bfloat16)
     every = tuple(implementations("stick_breaking_attention", x, x, x))
     return tuple(name for name in every if name != "xla") or every
 
 
 def rows(run: Run, only: str | None = None) -> None:
-    """Run the checks and the timings, or only those that `only` names. Each new row is added to the record of `run`."""
+    """Measure the rows of all checks and timings, and add each new row to the record of `run`.
+
+    `only`: a name from `names`, if only the rows of one stage, part, call or shape are to be measured.
+    """
 
     def wanted(*belongs_to: str) -> bool:
         return only is None or only in belongs_to
@@ -93,9 +106,10 @@ def _name(shape: dict) -> str:
 
 
 def _time(run: Run, part, shape: dict, *arguments, **settings) -> None:
-    """Time one shape. An error, such as too little memory for the inputs, ends this shape only.
+    """Check and time all implementations at one shape, by the function `rows` of the module `part`.
 
-    One extra row, with the contestant "every row", records that all rows of the shape are complete.
+    An error, such as too little memory for the inputs, ends only this shape. At the end, a row with the contestant
+    "every row" records that all rows of the shape are complete. If that row is there already, do nothing.
     """
     row = SPEED, f"{part.PART} {_name(shape)}", "every row"
     if run.record.find(*row) and not run.again:
@@ -111,7 +125,11 @@ def _time(run: Run, part, shape: dict, *arguments, **settings) -> None:
 
 
 def finished(collected: list[Row]) -> list[Row]:
-    """Return the rows so far with their ratios, followed by a summary of the checks."""
+    """Return the rows `collected` so far, with the ratios of their times, and two more rows as a summary.
+
+    The first summary row says where the attention logits come from. The second counts the checks that passed and the
+    rows that were left out, and lists the checks that failed.
+    """
     rows = with_ratios(collected, PEERS)
     checks = [row for row in rows if row.part in gpu_stages.STAGES or " checks" in row.part]
     passed = [row for row in checks if row.extra.get("passed") == "yes"]
@@ -123,5 +141,8 @@ def finished(collected: list[Row]) -> list[Row]:
 
 
 def is_passed_check(row: Row) -> bool:
-    """Return whether the row is a passed check of a stage before the timing. The table leaves these hundreds out."""
+    """Return whether the row is a passed check of the stages "lower", "correct" and "exit", before the timing.
+
+    The printed table leaves these rows out, because there are hundreds of them.
+    """
     return row.part in gpu_stages.STAGES and row.extra.get("passed") == "yes"

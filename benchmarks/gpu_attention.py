@@ -1,4 +1,4 @@
-"""Speed of stick-breaking attention on a GPU, at training shapes and on the logits of a trained model."""
+"""The time of stick-breaking attention on a GPU, at training shapes and with logits like those of a trained model."""
 
 import functools
 from functools import partial
@@ -22,21 +22,25 @@ SHAPES = [
     dict(B=4, T=8192, N=12, H=128),
 ]
 QUICK = [dict(B=1, T=96, N=2, H=32)]
-CHECKED = 1024  # queries that are checked all together: the scores of the reference fit into memory
-LAST = 256  # queries that are checked at the full size, the last ones
+CHECKED = 1024  # T of the check in which all queries are compared: the scores of the reference fit into memory
+LAST = 256  # how many queries are compared in the check at the full size: the last queries
 
 
 def _inputs(seed: int, shape: dict):
-    """Return (cotangent, query, key, value) in bfloat16."""
+    """Return the inputs of one shape: (cotangents, query, key, value), where cotangents are those of (out, rem).
+
+    All arrays are bfloat16, except the cotangent of rem, which is fp32.
+    """
     arrays = trained_logits.inputs(jax.random.key(seed), **shape, dtype=jnp.bfloat16, heads=trained_logits.saved())
     return trained_logits.cotangents(jax.random.key(seed + 100), arrays[0], arrays[2]), *arrays
 
 
 def check_last(function, reference, cotangent, arrays, last: int) -> gpu_check.Errors:
-    """Compare `function` with `reference` on the last `last` queries and all keys.
+    """Return the errors of `function` against `reference`, on the last `last` queries and all keys.
 
-    Only these queries get a cotangent, so the reference computes only their scores. The gradients of keys and values
-    then come from these queries alone. The gradients of all other queries must be zero.
+    `cotangent`: the cotangents of all outputs. `arrays`: query, key, value. The cotangents of all queries before the
+    last ones are set to zero. So the reference needs the scores of the last queries only, and the gradients of the keys
+    and values come from the last queries only. The gradients of all other queries must be zero.
     """
     tail = slice(arrays[0].shape[1] - last, None)
     small = jax.tree.map(lambda c: c[:, tail], cotangent)
@@ -78,10 +82,11 @@ def _kept(implementation: str, arrays) -> dict:
 
 
 def rows(run: Run, shape: dict, kernels: tuple[str, ...], *, others: tuple[str, ...] = (), tiles=None) -> None:
-    """Check and time all contestants at one shape.
+    """Check and time our implementations and the peers at one shape, and add the rows to the record of `run`.
 
-    `others`: implementations that are timed without `skip_below` and without a check.
-    `tiles`: for each kernel, tile sizes to time besides the sizes that the kernel chooses.
+    `kernels`: our implementations that are checked, and timed without and with `skip_below`.
+    `others`: our implementations that are only timed, without `skip_below`.
+    `tiles`: {implementation: pairs of tile sizes (queries, keys) to time besides the sizes that it chooses}.
     """
     name = "B{B} N{N} T{T} H{H} bf16".format(**shape)
     forward, both = (cost.stick_breaking(**shape, itemsize=2, backward=b) for b in (False, True))

@@ -1,4 +1,4 @@
-"""The calls of attention and of the experts that a GPU run checks before it times anything."""
+"""The calls of the attention op and the expert ops that the GPU benchmark checks before it times anything."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -20,11 +20,17 @@ from .timing import forward_backward
 
 @dataclass(frozen=True)
 class Feature:
-    """An attention call that shows one feature.
+    """A call of stick_breaking_attention that tests one feature, such as padding or a window.
 
-    `segments`: lengths of the documents; a negative length is padding. The last one ends at the last query or key.
-    `shift`: if given, the mean of the logits, instead of the logits of a trained model.
-    `forward_only`: no gradients are taken. For decoding: with gradients the op would use the kernels for long queries.
+    Sizes: T queries, S keys (None: T), B batch entries, N query heads, K key heads (None: N), width H of queries and
+    keys, width `Hv` of values (None: H).
+    `offset`: the position of the first query among the keys; a tuple has one position per batch entry.
+    `segments`, `key_segments`: the lengths of packed documents, T queries together and S keys together. A negative
+    length -n is n tokens of padding.
+    `shift`: the mean of all logits. None: the logits are distributed as in a trained model.
+    `forward_only`: compute no gradients. Needed for decode steps: with gradients the op would use the kernels for long
+    queries.
+    `settings`: further keyword arguments of the op.
     """
 
     T: int = 200
@@ -63,7 +69,7 @@ class Feature:
 
 
 def _documents(lengths: tuple[int, ...], B: int):
-    """Return the segment ids [B,T] of documents of these lengths; a negative length is padding."""
+    """Return the segment ids [B,T] of packed documents with these lengths. A length -n is n tokens of padding."""
     ids = np.concatenate([np.full(abs(n), i if n > 0 else -1, np.int32) for i, n in enumerate(lengths)])
     return jnp.tile(ids, (B, 1))
 
@@ -120,14 +126,14 @@ AT_SIZE = Feature(T=4096, B=4, N=12, settings=SKIP)
 
 
 class Call(NamedTuple):
-    """One call of an op: the arrays to differentiate, and how to pass them to the op."""
+    """One call of an op, for any of its implementations: its differentiable inputs and its other arguments."""
 
     op: Callable
     dtype: str
     inputs: Callable  # key -> (cotangent, *arrays)
     bind: Callable  # (*arrays) -> (arguments, options) of the op
     forward_only: bool = False
-    skips: bool = False  # attention with `skip_below`
+    skips: bool = False  # whether the call is attention with `skip_below`
 
     def function(self, implementation: str | None) -> Callable:
         def run(*arrays):
@@ -137,9 +143,9 @@ class Call(NamedTuple):
         return attended(run) if self.skips else run
 
     def program(self, implementation: str | None) -> Callable:
-        """Return the jitted function (cotangent, *arrays) -> (outputs, gradients).
+        """Return the jitted function (cotangent, *arrays) -> (outputs, gradients) of an implementation.
 
-        The gradients are () if the call is `forward_only`.
+        `implementation` None: the op chooses. If the call is `forward_only`, the gradients are ().
         """
         function = self.function(implementation)
         if self.forward_only:
@@ -150,9 +156,9 @@ class Call(NamedTuple):
         return jax.eval_shape(self.inputs, jax.random.key(0))
 
     def implementations(self) -> tuple[str, ...]:
-        """Return the kernels that support this call on this machine, the default of dispatch first.
+        """Return the names of the kernels that can run this call on this machine, such as ("mosaic", "triton").
 
-        Return ("xla",) if no kernel supports it.
+        The first is the kernel that the op chooses by default. If no kernel can run the call, return ("xla",).
         """
         found = []
 
@@ -165,7 +171,10 @@ class Call(NamedTuple):
 
 
 def implementations(op: str, *arguments, **settings) -> Iterator[str]:
-    """Yield the implementations of an op that support this call on this machine, except the quadratic reference."""
+    """Yield the names of the implementations that can run this call on this machine, except the quadratic reference.
+
+    `op`: the name of the op. `arguments` and `settings`: the arguments of the call.
+    """
     for name in dispatch.NAMES[:-1]:
         try:
             explain(op, *arguments, **settings, implementation=name)
@@ -205,10 +214,10 @@ def mlp(case: Experts, dtype: str, activation: str = "swiglu") -> Call:
 
 
 def linear(case: Experts, dtype: str, rows_in: str, rows_out: str) -> Call:
-    """Return a call of `expert_linear` with input rows and output rows in these orders.
+    """Return a call of `expert_linear` whose input rows are in the order `rows_in` and whose output rows in `rows_out`.
 
-    An order is "token", "pair" for (token, choice) pairs, or "sorted" by expert. Outputs by token are sums over the
-    token's experts, weighted by the gates.
+    An order is "token": one row per token; "pair": one row per (token, choice) pair; or "sorted": the rows of "pair",
+    sorted by expert. With `rows_out` "token", an output row is the sum over the experts of a token, weighted by gates.
     """
     T, k, E, D, F = case.T, case.k, case.E, case.D, case.F
     results, rows = (T if order == "token" else T * k for order in (rows_out, rows_in))
@@ -237,8 +246,8 @@ EXPERTS = {
     **{f"experts {name}, float32": mlp(case, "float32") for name, case in KERNEL_EXPERTS.items()},
 }
 CALLS = ATTENTION | EXPERTS | SMALL
-# The calls that are run a thousand times. "skip at size" is not compared with the reference, which would not fit into
-# memory.
+# The calls with skip_below, which are run a thousand times. "skip at size" is not compared with the reference, because
+# the reference would not fit into memory.
 EXITS = {name: ATTENTION[name] for name, case in FEATURES.items() if SKIP.items() <= case.settings.items()}
 EXITS |= {"skip at size": attention(AT_SIZE, "bfloat16")}
 QUICK = "one token", "decode, skip", "linear token to sorted"

@@ -1,4 +1,4 @@
-"""Comparison of an op on a GPU with its fp32 reference on the same numbers. Only calls that agree are timed."""
+"""Comparison of an op on a GPU with its fp32 reference on the same inputs. Only calls that agree are timed."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,7 +13,12 @@ from .timing import forward_backward
 
 
 class Errors(NamedTuple):
-    """Largest relative L2 errors (infinite if a value is not finite), and whether a second run gave the same bits."""
+    """How the results of an op differ from the results of the reference.
+
+    `forward`: the largest relative L2 error of an output. `gradient`: the largest relative L2 error of a gradient, or
+    None if no gradients were computed. An error is infinite if a value is not finite. `repeats`: whether a second run
+    gave the same bits.
+    """
 
     forward: float
     gradient: float | None
@@ -24,16 +29,17 @@ class Errors(NamedTuple):
         return self.forward <= FORWARD[name] and (self.gradient or 0) <= GRADIENT[name] and self.repeats
 
     def extra(self) -> dict:
-        """Return the errors as the `extra` of a row."""
+        """Return the errors as a dictionary for the field `extra` of a `report.Row`."""
         gradient = {} if self.gradient is None else {"gradient error": self.gradient}
         return {"error": self.forward} | gradient | {"two runs": "equal" if self.repeats else "DIFFER"}
 
 
 def attended(attention: Callable) -> Callable:
-    """Wrap an attention call that returns (out, rem), so that it returns (out, 1 - rem).
+    """Return a function that returns (out, 1 - rem), from a function `attention` that returns (out, rem).
 
-    With `skip_below`, `rem` is the remainder where the kernel stopped, for example 2^-24 instead of 2^-90. The relative
-    error of `rem` is then large although the difference does not matter. 1 - rem does not have this problem.
+    rem is the part of the stick that remains after all keys. With `skip_below`, it is the part that remains where the
+    kernel stopped, for example 2^-24 instead of 2^-90. Then the relative error of rem is large, although so small a
+    difference does not matter. The relative error of 1 - rem is small.
     """
 
     def run(*arrays):
@@ -44,7 +50,10 @@ def attended(attention: Callable) -> Callable:
 
 
 def poison(like) -> None:
-    """Fill memory that the next outputs probably reuse with NaN, so that a row which is never written is noticed."""
+    """Allocate arrays with the shapes of the pytree `like`, fill them with NaN (integers with -1), and free them.
+
+    The next outputs of these shapes probably use the same memory. If a kernel never writes a row, NaN stays in it.
+    """
 
     def nan(x):
         return jnp.full(x.shape, jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else -1, x.dtype)
@@ -57,12 +66,18 @@ def fp32(tree):
 
 
 def exact(reference: Callable, cotangent, arguments):
-    """Return (outputs, gradients) of the reference, computed in fp32 on the same numbers and copied to the host."""
+    """Return (outputs, gradients) of the function `reference`, computed in fp32 and copied to the host.
+
+    `cotangent` and `arguments`: the same inputs that the checked function gets. They are converted to fp32.
+    """
     return jax.device_get(forward_backward(reference)(*fp32((cotangent, *arguments))))
 
 
 def exact_forward(reference: Callable, arguments):
-    """Return (outputs, None) of the reference, computed in fp32 on the same numbers and copied to the host."""
+    """Return (outputs, None) of the function `reference`, computed in fp32 and copied to the host.
+
+    `arguments`: the same inputs that the checked function gets. They are converted to fp32.
+    """
     return jax.device_get(jax.jit(reference)(*fp32(arguments))), None
 
 
@@ -76,7 +91,7 @@ def _largest(got, want) -> float:
 
 
 def _twice(run: Callable, arguments):
-    """Run twice. Return the first results, on the host, and whether the second results have the same bits."""
+    """Run a function twice. Return (the first results, copied to the host; whether both results have the same bits)."""
     results = []
     for _ in range(2):
         poison(run.out_info if isinstance(run, jax.stages.Compiled) else jax.eval_shape(run, *arguments))
@@ -86,14 +101,20 @@ def _twice(run: Callable, arguments):
 
 
 def compared(program: Callable, expected, arguments) -> Errors:
-    """Return the errors of a compiled program against the `expected` (outputs, gradients); gradients may be ()."""
+    """Run a compiled program twice and return the errors of its (outputs, gradients) against `expected`.
+
+    `expected`: (outputs, gradients) of the reference. The gradients may be (), if none are to be compared.
+    """
     got, repeats = _twice(program, arguments)
     outputs, gradients = (_largest(a, b) if jax.tree.leaves(b) else None for a, b in zip(got, expected, strict=True))
     return Errors(outputs, gradients, repeats)
 
 
 def differing(program: Callable, arguments, runs: int) -> int:
-    """Repeat a program `runs` times without a pause. Return how many results differ in a bit from the first result."""
+    """Run a program once, then `runs` times more without a pause. Return how many results differ from the first.
+
+    Two results differ if one bit differs.
+    """
     first = program(*arguments)
 
     @jax.jit
@@ -115,10 +136,11 @@ def _bits(x):
 
 
 def errors(function: Callable, expected, cotangent, arguments, look: Callable = lambda results: results) -> Errors:
-    """Return the errors of `function` against `expected`, the result of `exact` or `exact_forward`.
+    """Run `function` on `arguments` and return the errors of its outputs and gradients against `expected`.
 
-    `look` maps (outputs, gradients) to the parts that are compared. The outputs are compared both without and with
-    gradients, because an op may use another kernel when it keeps residuals.
+    `expected`: the result of `exact` or `exact_forward`. `look` maps (outputs, gradients) to the parts that are
+    compared. If gradients are expected, `function` runs once without and once with gradients, and both outputs are
+    compared: for gradients, an op keeps residuals and may use another kernel.
     """
     wanted, wanted_gradients = expected
     alone, repeats = _twice(jax.jit(function), arguments)

@@ -1,6 +1,6 @@
-"""Speed of one decode step on a GPU: one query per sequence against a long cache.
+"""The time of one decode step of attention on a GPU: one query per sequence, and a long cache of keys and values.
 
-The limit is the time to read the cache from memory.
+A step cannot be faster than the time to read the cache from memory.
 """
 
 import itertools
@@ -25,16 +25,17 @@ QUICK = [dict(B=2, N=4, K=2, H=32)]
 LENGTHS = (32768, 4096)
 QUICK_LENGTHS = (200, 100)
 STEPS = 16
-# Bytes of all caches together. The steps use the caches in turn, and even the small part that a step with skip_below
-# reads of each must not stay in the L2 cache until the next turn.
+# Bytes of all caches of keys and values together. The steps use these caches in turn. With skip_below, a step reads
+# only a small part of a cache; even that part must not stay in the L2 cache of the GPU until the next turn.
 CACHES = 2**31
 
 
 def steps(function: Callable) -> Callable:
-    """Return `STEPS` decode steps as one compiled call; each step uses the next cache.
+    """Return the jitted function `(query, *caches) -> query` of STEPS decode steps, each with the next cache.
 
-    A single step takes less time than its launch, so a call of one step would measure the launch. Each query depends on
-    the previous output, as in generation, so that no step can be left out or begun early.
+    `function`: one decode step, (query, key, value) -> out. A cache is a pair (key, value). A call of a single step
+    would measure the time of its launch, because a step takes less time than its launch. Each query depends on the
+    previous output, as in generation, so that the compiler cannot leave out or reorder a step.
     """
 
     def run(query, *caches):
@@ -46,7 +47,11 @@ def steps(function: Callable) -> Callable:
 
 
 def _step(implementation: str, S: int, **settings):
-    """Return a decode step in which every query is at position S - 1. The offsets are an array, as in generation."""
+    """Return the function (query, key, value) -> (out, rem) of a decode step in which all queries are at S - 1.
+
+    The positions of the queries are an array, as in generation, and not one number. `settings`: further keyword
+    arguments of stick_breaking_attention.
+    """
 
     def run(query, key, value):
         offsets = jnp.full(query.shape[0], S - 1, jnp.int32)
@@ -58,7 +63,11 @@ def _step(implementation: str, S: int, **settings):
 
 
 def _check(f: Callable, reference: Callable, arrays) -> gpu_check.Errors:
-    """Run all sequences and compare the first two. The reference repeats keys and values in fp32; more do not fit."""
+    """Run the decode step `f` on all sequences, and return its errors against `reference` on the first two sequences.
+
+    The reference copies the keys and values in fp32 for every query head. Copies for all sequences would not fit into
+    memory.
+    """
     expected = gpu_check.exact_forward(reference, [x[:2] for x in arrays])
 
     def look(results):
@@ -68,9 +77,9 @@ def _check(f: Callable, reference: Callable, arrays) -> gpu_check.Errors:
 
 
 def rows(run: Run, shape: dict, kernels: tuple[str, ...], lengths: tuple[int, int] = LENGTHS) -> None:
-    """Check and time every kernel at every length, without and with `skip_below`.
+    """Check and time the decode step of every kernel at every length of the cache, without and with `skip_below`.
 
-    With `skip_below` the time should not depend on the length.
+    The rows are added to the record of `run`. With `skip_below` the time should not depend on the length.
     """
     for S in lengths:
         name = "B{B} N{N} K{K} H{H} bf16 S{S}".format(**shape, S=S)
@@ -93,7 +102,7 @@ def rows(run: Run, shape: dict, kernels: tuple[str, ...], lengths: tuple[int, in
 
 
 def _kept(implementation: str, S: int, skip: float | None, arrays) -> float:
-    """Return the share of the key tiles that a step reads."""
+    """Return the share of the key tiles that a decode step reads: 1 without `skip_below`."""
     if skip is None:
         return 1.0
     stats = jax.jit(_step(implementation, S, skip_below=skip, return_stats=True))(*arrays)[2]
@@ -101,7 +110,10 @@ def _kept(implementation: str, S: int, skip: float | None, arrays) -> float:
 
 
 def _time(run: Run, name: str, label: str, f: Callable, query, caches, size: int, share: Callable[[], float]) -> None:
-    """Add a row with the time of one step, and the GB/s at which it read the keys and values that it needed."""
+    """Time the decode step `f`. Add a row with the time of one step and the GB/s at which it read keys and values.
+
+    `size`: the bytes of one cache. `share`: returns the share of these bytes that a step reads.
+    """
 
     def make():
         kept = share()
@@ -115,7 +127,11 @@ def _time(run: Run, name: str, label: str, f: Callable, query, caches, size: int
 
 
 def _against_lengths(run: Run, shape: dict, label: str, lengths: tuple[int, int]) -> None:
-    """Add a row with a ratio: the time with skip_below at the greater length over the time at the smaller length."""
+    """Add a row with the ratio of two times with `skip_below`: with a long cache, over the time with a short cache.
+
+    `lengths`: the two lengths of the cache, the longer one first. The times are in rows that were recorded before, with
+    the contestant `label`. Without these rows, no row is added.
+    """
     prefix = "B{B} N{N} K{K} H{H} bf16".format(**shape)
     names = [f"{prefix} S{S}" for S in lengths]
     times = {r.case: r.milliseconds for r in run.rows if (r.part, r.contestant) == (PART, label) and r.milliseconds}

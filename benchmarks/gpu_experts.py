@@ -1,4 +1,4 @@
-"""Speed of expert networks on a GPU."""
+"""The time of expert networks on a GPU, compared with other implementations and with a dense network."""
 
 from functools import partial
 
@@ -26,12 +26,15 @@ SHAPES = [
     dict(T=65536, k=8, D=1536, F=512, E=40),
 ]
 QUICK = [dict(T=128, k=2, D=32, F=32, E=4)]
-TRITON = {"xla_gpu_experimental_use_ragged_dot_fusion": True}  # without this option every expert multiplies every row
-CHECKED = 2048  # tokens that are checked; few, because the reference sends every token through every expert
+TRITON = {"xla_gpu_experimental_use_ragged_dot_fusion": True}  # without it, XLA multiplies each row by all experts
+CHECKED = 2048  # tokens in a check; few, because the reference computes every expert for every token
 
 
 def rows(run: Run, shape: dict, implementations) -> None:
-    """Check and time all contestants at one shape. `implementations(op, *arguments)` yields the names of ours."""
+    """Check and time our implementations and the peers at one shape, and add the rows to the record of `run`.
+
+    `implementations(op, *arguments)` yields the names of our implementations that can run a call of the op.
+    """
     E, make = shape["E"], partial(experts.inputs, dtype=jnp.bfloat16)
     forward, both = (cost.experts(**shape, itemsize=2, backward=b) for b in (False, True))
     (first, chosen), (second, _) = (make(jax.random.key(i), **shape) for i in (0, 1))
@@ -57,7 +60,10 @@ def rows(run: Run, shape: dict, implementations) -> None:
 
 
 def _dense_inputs(seed: int, *, T: int, k: int, D: int, F: int, E: int):
-    """Return (cotangent, x, w_in, w_out) of a dense network that is as wide as the k experts of a token together."""
+    """Return random (cotangent, x, w_in, w_out) in bfloat16 of a dense network of hidden width k * F.
+
+    The dense network is as wide as the k experts of a token together, so both do the same work.
+    """
     keys = jax.random.split(jax.random.key(seed), 4)
     shapes = (T, D), (T, D), (D, 2 * k * F), (k * F, D)
     scales = 1, 1, D**-0.5, (k * F) ** -0.5

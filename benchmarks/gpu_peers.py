@@ -1,7 +1,8 @@
-"""Peers: other implementations that a user could choose, each called as its documentation says.
+"""Peers: implementations of other projects, which are timed for comparison. Each is called as its documentation says.
 
-A peer that is not installed is left out. A torch peer is a function `(shape, passes, seconds) -> Times`, which makes
-random inputs itself. A JAX peer gets the same inputs as our kernels.
+A peer that is not installed is left out. A peer in torch is a function `(shape, passes, seconds) -> Times`, which makes
+random inputs itself: `shape` has the sizes by letter, and `passes` is "forward", "backward" or "forward+backward". A
+peer in JAX gets the same inputs as our kernels.
 """
 
 import importlib.util
@@ -22,17 +23,20 @@ def _have(*names: str) -> bool:
 
 
 def softmax(q, k, v):
-    """Compute causal softmax attention by cuDNN. It is another function than ours; its speed is the goal."""
+    """Compute causal softmax attention with cuDNN. Its speed is the goal for stick-breaking attention."""
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
 
 
 def softmax_step(query, key, value):
-    """Compute softmax attention by cuDNN, with one query per sequence against the whole cache."""
+    """Compute a decode step of softmax attention with cuDNN: one query per sequence attends to the whole cache."""
     return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
 
 
 def ragged_dots() -> Iterator[tuple[str, Callable]]:
-    """Yield the names and functions of grouped GEMMs `(rows [R,D], weights [E,D,F], rows per expert [E]) -> [R,F]`."""
+    """Yield (name, function) for each library function that computes a grouped GEMM.
+
+    A function maps (R rows [R,D], sorted by expert; weights [E,D,F]; number of rows of each expert [E]) to [R,F].
+    """
     yield "jax.lax.ragged_dot", jax.lax.ragged_dot
     if _have("tokamax"):
         import tokamax
@@ -41,7 +45,11 @@ def ragged_dots() -> Iterator[tuple[str, Callable]]:
 
 
 def ragged_mlp(dot: Callable, chosen, E: int) -> Callable:
-    """Return expert networks: a gather, two grouped GEMMs by `dot`, a gather back; the usual use of a ragged_dot."""
+    """Return the function `(x, w_in, w_out, gates) -> out` of expert networks that use the grouped GEMM `dot`.
+
+    It works as most code with `ragged_dot` does: gather the rows by expert, two grouped GEMMs, gather the rows back by
+    token. `chosen` [T,k]: the expert indices.
+    """
 
     def run(x, w_in, w_out, gates):
         routing, (T, k) = route(chosen, E), chosen.shape
@@ -62,7 +70,11 @@ def experts() -> list[Callable]:
 
 
 def _torch_times(forward: Callable, make_inputs: Callable, parameters: list, passes: str, seconds: float) -> Times:
-    """Time `forward(*inputs)`, or the gradients of inputs and parameters, or both, on two sets of inputs in turn."""
+    """Time a torch function on two sets of inputs in turn.
+
+    `passes`: "forward" times `forward(*inputs)`, "backward" the gradients of inputs and `parameters`, and
+    "forward+backward" both. `make_inputs()` returns random inputs.
+    """
     import torch
 
     def gradients(out, d_out, *inputs, **how):
@@ -92,7 +104,7 @@ def _normal(*shape):
 
 
 def stickbreaking_attention(shape: dict, passes: str, seconds: float) -> Times:
-    """Time the original Triton kernel of stick-breaking attention, on arrays [B, N, T, H]."""
+    """Time the original Triton kernel of stick-breaking attention, which takes torch arrays [B, N, T, H]."""
     from stickbreaking_attention.sb_attn import sb_attn
 
     B, T, N, H = (shape[letter] for letter in "BTNH")
@@ -117,7 +129,7 @@ def scattermoe(shape: dict, passes: str, seconds: float) -> Times:
 
 
 def sonicmoe(shape: dict, passes: str, seconds: float) -> Times:
-    """Time SonicMoE. The time includes its router, one product with a [D, E] matrix more than the other peers."""
+    """Time SonicMoE. Unlike the other peers, it also computes the router: one more product, with a [D, E] matrix."""
     import torch
     from sonicmoe import KernelBackendMoE, MoE
     from sonicmoe.enums import ActivationType

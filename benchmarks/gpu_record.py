@@ -1,4 +1,4 @@
-"""The result file of a GPU run. Every row is written as soon as it is measured, and a later run does not repeat it."""
+"""The result file of the GPU benchmark. Every row is written as soon as it is measured; later runs do not repeat it."""
 
 import functools
 import hashlib
@@ -12,12 +12,12 @@ from .report import Row
 
 HERE = Path(__file__).parent
 MUST_MATCH = ("code", "device", "jax", "quick")  # a run continues an earlier file only if all of these are equal
-LEFT_OUT = "left out"  # the key in `extra` of a row for which no time was left; such a row runs the next time
+LEFT_OUT = "left out"  # key in `extra` of a row that the time limit left out; the next run measures the row
 
 
 @functools.cache
 def code() -> str:
-    """Return a fingerprint of all files of this repository that a row depends on."""
+    """Return a fingerprint of all files that can change a row: the code of `benchmarks` and `pallas_kernels`."""
     files = [p for folder in (HERE, HERE.parent / "pallas_kernels") for p in folder.rglob("*") if _is_source(p)]
     digest = hashlib.sha256()
     for path in sorted(files):
@@ -30,9 +30,11 @@ def _is_source(path: Path) -> bool:
 
 
 class Record:
-    """The rows of a run by (part, case, contestant), in the order in which they were first added.
+    """The measured rows of a GPU run. They are also written to a JSON file, so that a later run can continue.
 
-    `finish` adds the ratios and a summary; its result is written to the file.
+    `path`: the JSON file. `info`: facts about the machine and the code, which are written to the file. `finish`: a
+    function that adds ratios and a summary to the rows before they are written. `fresh`: ignore the rows that are in
+    the file. `rows`: {(part, case, contestant): row}, in the order in which the rows were first added.
     """
 
     def __init__(self, path: Path, info: dict, finish: Callable[[list[Row]], list[Row]], *, fresh: bool = False):
@@ -40,20 +42,23 @@ class Record:
         self.rows: dict[tuple[str, str, str], Row] = {} if fresh else {_key(row): row for row in self._before()}
 
     def _before(self) -> list[Row]:
-        """Return the rows of the earlier run; none if a field of MUST_MATCH differs there."""
+        """Return the rows that an earlier run wrote to the file, without its summary and the rows that it left out.
+
+        Return [] if there is no file, or if a field of MUST_MATCH, such as the device, has another value in the file.
+        """
         try:
             before = json.loads(self.path.read_text())
         except FileNotFoundError:
             return []
         except ValueError as error:
-            raise ValueError(f"{self.path} is no JSON ({error}); --fresh starts over") from None
+            raise ValueError(f"{self.path} is not valid JSON ({error}); use --fresh to start over") from None
         others = [name for name in MUST_MATCH if before.get(name) != self.info[name]]
         if others:
-            print(f"{self.path} is of other {', '.join(others)}: this run starts over", file=sys.stderr)
+            print(f"{self.path} was measured with different {', '.join(others)}: this run starts over", file=sys.stderr)
             return []
         rows = [Row.from_dict(row) for row in before["rows"]]
         rows = [row for row in rows if row.part != "summary" and LEFT_OUT not in row.extra]
-        print(f"{len(rows)} rows are in {self.path} and do not run again; --fresh starts over", file=sys.stderr)
+        print(f"{len(rows)} rows in {self.path} are not measured again; use --fresh to start over", file=sys.stderr)
         return rows
 
     def find(self, part: str, case: str, contestant: str) -> Row | None:

@@ -1,4 +1,8 @@
-"""The measuring of rows on a GPU, until a deadline. If a contestant raises an error, its row records the error."""
+"""Measures the rows of the GPU benchmark until a deadline.
+
+A row is the result of one contestant, such as an implementation of an op, in one case, such as a shape. If a contestant
+raises an error, its row records the error, and the next row is measured.
+"""
 
 import contextlib
 import dataclasses
@@ -19,15 +23,17 @@ from .gpu_record import LEFT_OUT, Record
 from .report import Row, ceiling_row
 from .timing import Times, ceilings, forward_backward, rotating
 
-HANG_SECONDS = 90  # seconds after which a row is taken to hang
+HANG_SECONDS = 90  # a row that takes longer counts as hanging
 MACHINE = ("machine", "ceilings", "matrix product, copy")
 PASSES = ("forward", "backward", "forward+backward")
 
 
 class Case(NamedTuple):
-    """One shape of one op: the cost of each pass, and sets of (cotangent, *arguments).
+    """One shape of one op, with what is needed to time it.
 
-    All sets together are larger than the L2 cache, so that no call finds its inputs there.
+    `part`: the part of the benchmark, such as "experts". `work`: {pass: its cost}, for the passes "forward", "backward"
+    and "forward+backward". `sets`: several sets of inputs (cotangent, *arguments), which the calls use in turn. All
+    sets together are larger than the L2 cache of the GPU, so that no call finds its inputs in the cache.
     """
 
     part: str
@@ -42,9 +48,10 @@ def work_of(forward: cost.Cost, both: cost.Cost) -> dict[str, cost.Cost]:
 
 
 def to_rotate(function: Callable, case: Case, passes: str, options: dict | None = None) -> tuple[Callable, list]:
-    """Return the function and the sets of inputs with which `rotating` times one pass.
+    """Return (jitted function, sets of inputs) with which `timing.rotating` times one pass of `function`.
 
-    For "backward", the residuals are computed beforehand and the function only applies the vjp.
+    `passes`: "forward", "backward" or "forward+backward". For "backward", the forward pass runs here, and the returned
+    function computes the gradients from its residuals. `options`: compiler options of XLA.
     """
     plain = [tuple(arguments) for _, *arguments in case.sets]
     jit = partial(jax.jit, compiler_options=options)
@@ -61,7 +68,10 @@ def to_rotate(function: Callable, case: Case, passes: str, options: dict | None 
 
 @contextlib.contextmanager
 def give_up_after(seconds: float, report: Callable[[], None], leave=os._exit) -> Iterator[None]:
-    """Call `report` and end the process if the body takes longer; nothing else stops a kernel that waits for ever."""
+    """Return a context manager. If its body takes longer than `seconds`, it calls `report` and ends the process.
+
+    Nothing else stops a kernel that waits for ever. `leave`: the function that ends the process.
+    """
 
     def give_up():
         report()
@@ -78,7 +88,11 @@ def give_up_after(seconds: float, report: Callable[[], None], leave=os._exit) ->
 
 
 class Run:
-    """Measures rows and adds each to a record at once. A row that is already recorded runs only with `again`."""
+    """Measures rows, and adds each row to `record` as soon as it is measured.
+
+    `quick`: measure for a short time, to test that the code runs. `again`: measure also the rows that are in the record
+    already.
+    """
 
     def __init__(self, record: Record, *, quick: bool = False, again: bool = False):
         self.record, self.quick, self.again = record, quick, again
@@ -86,7 +100,7 @@ class Run:
         self.begun, self.end = time.monotonic(), float("inf")
 
     def until(self, seconds: float) -> None:
-        """Set the deadline: no row begins later than this many seconds after the beginning of the run."""
+        """Set the deadline: no row begins later than `seconds` after the beginning of the run."""
         self.end = self.begun + seconds
 
     @property
@@ -95,7 +109,7 @@ class Run:
 
     @cached_property
     def ceilings(self) -> cost.Ceilings:
-        """The machine's speed, measured once per record, so that all rows are compared with the same limits."""
+        """The largest FLOP/s and bytes/s of the machine, measured once, so that all rows have the same limits."""
         size, copied = (256, 2**20) if self.quick else (8192, 2**32)
 
         def make():
@@ -104,13 +118,14 @@ class Run:
 
         row = self.row(*MACHINE, make)
         if "TFLOP/s" not in row.extra:
-            raise RuntimeError(f"without the ceilings of the machine nothing can be timed: {row.extra}")
+            raise RuntimeError(f"the speed of the machine, the limit for all rows, was not measured: {row.extra}")
         return cost.Ceilings(1e12 * row.extra["TFLOP/s"], 1e9 * row.extra["GB/s"])
 
     def row(self, part: str, case: str, contestant: str, make: Callable[[], dict]) -> Row:
-        """Return the recorded row, or add and return a row with the fields that `make()` returns.
+        """Return the row with these names. If it is not in the record yet, measure it and add it to the record first.
 
-        If `make()` raises an error or no time is left, the row says so.
+        `make()` measures the row and returns the other fields of `Row`. If `make()` raises an error, or the deadline is
+        over, the row records that instead. With `again`, a row that is in the record is measured once more.
         """
         row = self.record.find(part, case, contestant)
         if row is not None and not self.again:
@@ -120,14 +135,14 @@ class Run:
             self.require_time()
             with give_up_after(HANG_SECONDS, partial(self._hangs, part, case, contestant)):
                 row = Row(part, case, contestant, **make())
-        except Exception as error:  # for example out of memory, or a peer that does not run here: the row says so
+        except Exception as error:  # such as too little memory, or a peer that does not run here
             return self.failed(part, case, contestant, error)
         self.record.add(row)
         return row
 
     def require_time(self) -> None:
         if time.monotonic() > self.end:
-            raise TimeoutError(f"no time left after {self.end - self.begun:.0f} s")
+            raise TimeoutError(f"the time limit of {self.end - self.begun:.0f} s was over")
 
     def failed(self, part: str, case: str, contestant: str, error: Exception) -> Row:
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:90]
@@ -136,12 +151,19 @@ class Run:
         return row
 
     def _hangs(self, part: str, case: str, contestant: str) -> None:
-        """Record that the row hangs. The next run then continues after this row."""
+        """Record and print that a row takes too long. The next run then continues after this row."""
         self.failed(part, case, contestant, RuntimeError(f"still running after {HANG_SECONDS} s"))
-        print(f"error: still running after {HANG_SECONDS} s; run the same command again to go on", file=sys.stderr)
+        print(
+            f"error: {part}: {case}, {contestant} is still running after {HANG_SECONDS} s, so this run ends; "
+            "run the same command again to measure the other rows",
+            file=sys.stderr,
+        )
 
     def checked(self, part: str, case: str, contestant: str, dtype, check: Callable[[], Errors]) -> bool:
-        """Add a row with the errors, and return whether they are within the tolerances; False if the check raised."""
+        """Run `check` and add a row with the errors that it returns. Return whether they are within the tolerances.
+
+        `dtype`: the type of the inputs, which decides the tolerances. Return False if `check` raises an error.
+        """
 
         def make():
             found = check()
@@ -150,7 +172,11 @@ class Run:
         return self.row(part, case, contestant, make).extra.get("passed") == "yes"
 
     def passes(self, case: Case, name: str, measure: Callable[[str], Times], extra: Callable = dict) -> None:
-        """Add a row per pass: its time, its TFLOP/s, the larger limit as a share of its time, and `extra()`."""
+        """Time the passes of a case for the contestant `name`, and add one row per pass.
+
+        `measure(pass)` times a pass. A row has the time, the TFLOP/s, the larger of the two limits as a share of the
+        time, and the entries of `extra()`.
+        """
         for passes, work in case.work.items():
 
             def make(passes=passes, work=work):
@@ -162,7 +188,10 @@ class Run:
             self.row(case.part, f"{case.name} {passes}", name, make)
 
     def jax(self, case: Case, name: str, function: Callable, extra: Callable = dict, options=None) -> None:
-        """Add the rows of a JAX function; `options` are compiler options."""
+        """Time all passes of a JAX function as the contestant `name`, and add their rows.
+
+        `options`: compiler options of XLA. `extra()` returns further entries for the rows.
+        """
 
         def measure(passes):
             return rotating(*to_rotate(function, case, passes, options), seconds=self.seconds)
@@ -179,9 +208,10 @@ class Run:
 
 
 def with_ratios(rows: list[Row], peers: tuple[str, ...]) -> list[Row]:
-    """Return the rows grouped by case, with the ratios of their times to the times of all peers in the same case.
+    """Return the rows grouped by case, with the ratios of their times to the times of the peers in the same case.
 
-    `ratio` compares with the first of `peers` that was timed. The ratios to the other peers are in `extra`.
+    `peers`: names of contestants. The field `ratio` compares a row with the first of the peers that was timed. The
+    ratios to the other peers are in the field `extra`.
     """
     cases: dict[tuple, list[Row]] = {}
     for row in rows:

@@ -1,8 +1,10 @@
 """python -m benchmarks.halting RUN [--seconds S] [--json]: what a language model saves with a lower halting threshold.
 
-RUN is the folder of a language model trained as a Sparse Universal Transformer. For each threshold the benchmark counts
-the expert rows and measures the time. The thresholds take turns on the same held-out text, so that other work on the
-machine slows all of them alike. --json also writes benchmarks/results/halting.json.
+RUN is the run folder of a Sparse Universal Transformer that was trained as a language model. Such a model applies one
+block repeatedly. A token halts, that is, it takes no further blocks, when its halting probabilities add up to the
+threshold. For each threshold the benchmark measures the loss, the blocks per token, the rows that the experts compute
+per token, and the time. The thresholds take turns on the same held-out text, so that other work on the machine slows
+all of them equally. --json also writes benchmarks/results/halting.json.
 """
 
 import dataclasses
@@ -32,7 +34,10 @@ RESULTS = Path(__file__).parent / "results" / "halting.json"
 
 @jax.jit
 def _read(model, windows, threshold):
-    """Return bits per token, mean depth, and expert rows per token."""
+    """Return (loss in bits per token, mean number of blocks per token, rows that the experts compute per token).
+
+    `windows` [windows, T + 1]: held-out tokens. `threshold`: the halting threshold.
+    """
     output = universal.apply(model, {"tokens": windows[:, :-1]}, threshold=threshold)
     nll = optax.softmax_cross_entropy_with_integer_labels(output.logits, windows[:, 1:])
     rows = sum(counts.sum() for counts in output.rows.values())
@@ -40,16 +45,19 @@ def _read(model, windows, threshold):
 
 
 def measured(run: str, seconds: float) -> list[Row]:
-    """Return a row per threshold; its contestant is the threshold. Raises ValueError for a run of another model."""
+    """Measure the model in the run folder `run` for about `seconds`. Return one row per halting threshold.
+
+    The field `contestant` of a row is the threshold. Raises ValueError if the model is not a language model that halts.
+    """
     loaded = load(run)
     if not isinstance(loaded.model, universal.LanguageModel):
-        raise ValueError(f"{run} has no language model that halts; python -m stickjax.train configs/sut_lm_tiny.py")
+        raise ValueError(f"{run} has no language model that halts, such as a run of configs/sut_lm_tiny.py")
     data = loaded.config.data
     _, heldout = load_corpus(data)
     pieces, real = heldout_windows(heldout, data.T, lengths=(1,), max_tokens=TOKENS).pieces(1)
     windows = jnp.asarray(pieces[real.all(1)])
     if not len(windows):
-        raise ValueError(f"no held-out document of {heldout.source} has T={data.T} tokens")
+        raise ValueError(f"every held-out document of {heldout.source} is shorter than data.T={data.T} tokens")
     calls = {f"{t:g}": partial(_read, loaded.model, windows, jnp.float32(t)) for t in THRESHOLDS}
     found, times = {t: map(float, call()) for t, call in calls.items()}, interleave(calls, seconds=seconds)
     case = f"F={loaded.config.model.F}, {windows.shape[0]} x {data.T} tokens"
@@ -74,9 +82,9 @@ def table(rows: list[Row]) -> Table:
 @command
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m benchmarks.halting", description=__doc__.split("\n\n")[0])
-    parser.add_argument("run", help="folder of a run")
+    parser.add_argument("run", help="run folder of a language model that halts")
     parser.add_argument("--seconds", type=float, default=30.0, help="how long to measure (default 30)")
-    parser.add_argument("--json", action="store_true", help=f"also write {RESULTS.name} among the results")
+    parser.add_argument("--json", action="store_true", help=f"also write benchmarks/results/{RESULTS.name}")
     arguments = parser.parse_args(argv)
     info = machine()
     rows = measured(arguments.run, arguments.seconds)

@@ -1,7 +1,7 @@
 """Named calls of the ops that test the GPU kernels: small enough for an interpreter, with unusual sizes and options.
 
-The tests interpret these calls, lower them, and compile them for absent GPUs. `python -m benchmarks --gpu` checks them
-on the GPU of the machine.
+The tests run these calls in an interpreter, lower them, and compile them for GPUs that the machine does not have.
+`python -m benchmarks --gpu` checks them on the GPU of the machine.
 """
 
 from dataclasses import dataclass
@@ -12,10 +12,13 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Stick:
-    """A call of stick_breaking_attention with logits of mean `shift` and deviation `std`.
+    """A call of stick_breaking_attention on random inputs. The logits have mean `shift` and standard deviation `std`.
 
-    `segments`: lengths of the documents; a negative length is padding. Batch entries 1, 3, ... have them in reverse
-    order.
+    Sizes: T queries, S keys (None: T), B batch entries, N query heads, K key heads (None: N), width H of queries and
+    keys, width `Hv` of values (None: H).
+    `offset`: the position of the first query among the keys; a tuple has one position per batch entry.
+    `segments`, `key_segments`: the lengths of packed documents, T queries together and S keys together. A negative
+    length -n is n tokens of padding. Batch entries 1, 3, ... have the documents in reverse order.
     """
 
     T: int = 37
@@ -38,7 +41,7 @@ class Stick:
         return abs(self.shift) + self.std > 20
 
     def arrays(self, dtype=np.float32, seed=0):
-        """Return query, key and value."""
+        """Return random (query [B,T,N,H], key [B,S,K,H], value [B,S,K,Hv])."""
         S, K = self.T if self.S is None else self.S, self.K or self.N
         rng = np.random.default_rng(seed)
         q = self.std * rng.standard_normal((self.B, self.T, self.N, self.H))
@@ -59,7 +62,10 @@ class Stick:
 
 
 def documents(lengths: tuple[int, ...], B: int = 1):
-    """Return segment ids [B,T] of documents of these lengths; a negative length is padding."""
+    """Return the segment ids [B,T] of packed documents with these lengths. A length -n is n tokens of padding.
+
+    Batch entries 1, 3, ... have the documents in reverse order.
+    """
     ids = np.concatenate([np.full(abs(n), i if n > 0 else -1, np.int32) for i, n in enumerate(lengths)])
     return jnp.stack([ids[:: (-1) ** b] for b in range(B)])
 
@@ -80,7 +86,7 @@ KERNEL_CASES = {
     "offsets": Stick(T=60, S=140, B=3, N=1, H=32, offset=(70, 3, -40)),
     "packed": Stick(T=200, N=1, H=32, segments=(70, 1, 2, 127)),
     "padded": Stick(T=150, N=1, H=32, segments=(-30, 60, 20, -40)),
-    "left-padded": Stick(T=128, N=1, H=32, segments=(-70, 58)),  # 64 rows that see nothing, next to 64 that do
+    "left-padded": Stick(T=128, N=1, H=32, segments=(-70, 58)),  # the first tile of queries has only padding
     "window": Stick(T=200, N=1, H=32, window=70),
     "current-only": Stick(T=70, N=1, H=32, attend_current=True, window=0),
     "everything": Stick(
@@ -95,7 +101,7 @@ KERNEL_CASES = {
     "fp32-offsets": Stick(T=40, S=90, B=2, N=1, H=8, offset=(50, -7)),
     "fp32-saturated": Stick(T=70, N=1, H=16, std=4.0, shift=-3.0),
 }  # fmt: skip
-# Lengths that are no multiple of a tile, as real calls have them.
+# Numbers of queries and keys that are not multiples of the tile size, as in real calls.
 ODD = {
     "T=131": Stick(T=131, H=64),
     "T=1, S=1001": Stick(T=1, S=1001, N=12, K=1, H=64),
@@ -110,16 +116,17 @@ DECODED = "T=1, S=1001", "T=2, S=1001, H=256"
 
 
 def dtype_of(name: str) -> str:
-    """Return the type of a case of `KERNEL_CASES`, `ODD` or `KERNEL_EXPERTS`."""
+    """Return the dtype, such as "bfloat16", of the case with this name in KERNEL_CASES, ODD or KERNEL_EXPERTS."""
     return {"fp16": "float16", "fp32": "float32"}.get(name.split("-")[0], "bfloat16")
 
 
 @dataclass(frozen=True)
 class Experts:
-    """A call of expert_mlp or expert_linear.
+    """The sizes and the routing of a call of expert_mlp or expert_linear.
 
-    `share`: fraction of the (token, choice) pairs, chosen at random, that go to the first expert.
-    `idle`: fraction of the pairs, chosen at random, that go to no expert.
+    T tokens of width D, each with k of E experts of width F.
+    `share`: the fraction of the (token, choice) pairs, chosen at random, that go to the first expert.
+    `idle`: the fraction of the pairs, chosen at random, that go to no expert.
     """
 
     T: int = 37
@@ -129,7 +136,7 @@ class Experts:
     F: int = 12
     share: float = 0.0
     idle: float = 0.0
-    used: int | None = None  # if given, only the first `used` experts are ever chosen
+    used: int | None = None  # only the first `used` experts get tokens; None: all
 
     def indices(self, seed=0):
         rng = np.random.default_rng(seed)
@@ -146,8 +153,8 @@ class Experts:
         return self.T * self.k
 
 
-# Tiles have up to 128 rows, 128 columns and steps of 64. Cases of the same sizes share one program, because a program
-# takes much longer to compile than to run.
+# A tile has up to 128 rows and 128 columns, and its sums are computed in steps of 64. Some cases have the same sizes,
+# so that they share one program: a program takes much longer to compile than to run.
 KERNEL_EXPERTS = {
     "two-tiles": Experts(T=150, k=2, E=2, D=64, F=64),
     "odd": Experts(T=9, E=3, D=7, F=5),

@@ -1,8 +1,8 @@
 """python -m benchmarks.kill [--kills 20] [--seed 0] [--out DIR]: compare a run that is killed with one that is not.
 
-A small run of 60 steps, with a checkpoint every 5, is trained twice. SIGKILL ends the second training at random
-moments, some of them during its start, and each time the same command starts it again. At the end the whole state and
-all metrics that do not depend on the clock must be bitwise equal.
+A small model is trained twice for 60 steps, with a checkpoint every 5 steps. SIGKILL ends the second training at random
+moments, sometimes while it starts, and each time the same command starts it again. At the end, both runs must have
+bitwise equal states of the training and equal metrics, except for metrics that depend on the clock.
 """
 
 import os
@@ -33,11 +33,11 @@ CONFIG = Config().replace(
     }
 )  # fmt: skip
 START = 3  # seconds that a start takes at least: until then, no step has been trained
-CLOCK = ("tokens_per_second", "mfu")
+CLOCK = ("tokens_per_second", "mfu")  # the metrics that depend on the clock
 
 
 class Training:
-    """The training command, in a new process."""
+    """A new process that runs the training command with the config in `folder` and the run folder `folder / run`."""
 
     def __init__(self, folder: Path, run: str):
         command = [sys.executable, "-m", "stickjax.train", str(folder / "config.json"), "--run", str(folder / run)]
@@ -47,7 +47,7 @@ class Training:
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | cache)
 
     def until(self, step: int) -> int:
-        """Wait until the training prints this step. Return the last step that it printed, 0 if it printed none."""
+        """Wait until the training prints this step or ends. Return the last step that it printed, or 0."""
         said = 0
         for line in self.process.stdout:
             if line.startswith("step ") and "/" in line.split()[1]:
@@ -59,7 +59,7 @@ class Training:
     def finish(self) -> None:
         self.process.communicate()
         if self.process.returncode:
-            raise ValueError(f"the training has ended with exit code {self.process.returncode}")
+            raise ValueError(f"the training command failed with exit code {self.process.returncode}")
 
     def kill(self) -> None:
         self.process.kill()
@@ -67,11 +67,14 @@ class Training:
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """Return where two runs differ: the steps whose metrics differ, and the leaves of the last state."""
+    """Compare two run folders bit for bit. Return a text for each difference; the list is empty if there is none.
+
+    The metrics of every step are compared, except CLOCK, and all arrays of the last state of the training.
+    """
     logs = [[{k: v for k, v in row.items() if k not in CLOCK} for row in read_metrics(run)] for run in (one, other)]
     found = [f"step {i}: {rows}" for i, rows in enumerate(zip(*logs, strict=False), 1) if rows[0] != rows[1]]
     if len(logs[0]) != len(logs[1]):
-        found.append(f"{len(logs[0])} and {len(logs[1])} rows of metrics")
+        found.append(f"the runs have {len(logs[0])} and {len(logs[1])} rows of metrics")
     abstract = jax.eval_shape(lambda: init_state(CONFIG, jax.random.key(0)))
     states = [Checkpoints(run).restore(abstract, step=CONFIG.train.steps).state for run in (one, other)]
     for (name, a), b in zip(named_leaves(states[0]).items(), named_leaves(states[1]).values(), strict=True):
@@ -94,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     rng, steps = random.Random(words.seed), CONFIG.train.steps
     begun = time.monotonic()
     Training(folder, "whole").finish()
-    print(f"without interruption: {steps} steps in {time.monotonic() - begun:.0f} s, compiling included", flush=True)
+    print(f"without interruption: {steps} steps in {time.monotonic() - begun:.0f} s, including compilation", flush=True)
     moments = sorted(rng.uniform(0, steps) for _ in range(words.kills))
     for number, moment in enumerate(moments, 1):
         training = Training(folder, "killed")
@@ -109,13 +112,13 @@ def main(argv: list[str] | None = None) -> int:
             where = f"{1000 * delay:.0f} ms after step {step}"
         training.kill()
         left = Checkpoints(folder / "killed").steps()
-        print(f"kill {number} of {words.kills}: {where}; checkpoints {left or 'none'}", flush=True)
+        print(f"kill {number} of {words.kills}: {where}; steps with a checkpoint: {left or 'none'}", flush=True)
     Training(folder, "killed").finish()
     found = differences(folder / "whole", folder / "killed")
     for line in found:
         print(f"differs: {line}")
     count = len(jax.tree.leaves(jax.eval_shape(lambda: init_state(CONFIG, jax.random.key(0)))))
-    print(f"{'NOT equal' if found else 'equal'} to the bit: {steps} rows of metrics, {count} arrays of the state")
+    print(f"the runs are {'NOT ' if found else ''}bitwise equal: {steps} rows of metrics, {count} arrays of the state")
     return 1 if found else 0
 
 

@@ -1,15 +1,18 @@
-"""Do modules specialise, can half of them be pruned, and can new modules be trained without forgetting?
+"""Measure whether modules specialise, half of them can be pruned, and new modules can be trained without forgetting.
+
+A module is an expert of the feed-forward network or of the attention.
 
 python -m benchmarks.modularity [--seeds 3] [--json] [--section.field=value ...]
 
 For each seed, configs/moduleformer_tiny.py is trained on its mixture of two text sources. Three experiments follow:
-1. Specialisation: how much a module tells about the source of a token (mutual information in bits), and how this
-   rises during the training.
-2. Pruning: the model is concentrated on the first source. Then half of the modules of each kind are pruned, once by use
-   and once at random. The result is the increase of the held-out loss on that source.
-3. Forgetting: a third source is trained, once with new modules alone and once with the whole model. The result is the
-   increase of the held-out loss on the first two sources.
-Every training after the first has a third of its steps. Losses are held-out bits per token.
+1. Specialisation: how much the module that a token uses tells about the source of the token (mutual information in
+   bits), at several steps of the training.
+2. Pruning: the model is trained further on the first source, with a loss that concentrates the tokens on few modules.
+   Then half of the modules of each kind are pruned, once those that are used least and once random ones. The result is
+   the increase of the held-out loss on that source.
+3. Forgetting: the model is trained further on a third source, in two ways: by new modules, which alone are trained, and
+   by training the whole model. The result is the increase of the held-out loss on the first two sources.
+Every training after the first has a third of the steps of the first. Losses are held-out bits per token.
 """
 
 import json
@@ -37,19 +40,21 @@ from stickjax.training.step import init_state
 RESULTS = Path(__file__).parent / "results" / "modularity.json"
 CONFIG = Path(__file__).parent.parent / "configs" / "moduleformer_tiny.py"
 NEW = "listops"
-TOKENS = 2**14  # held-out tokens of each source, and training tokens on which the use of modules is counted
+TOKENS = 2**14  # how many held-out tokens of each source, and how many training tokens to count the use of modules
 
 
 def loss(model, config: Config, source: str) -> float:
-    """Return the loss in bits per token on held-out text of a source, at the training length."""
+    """Return the loss in bits per token on held-out text of a source, in windows of the length T of the training."""
     config = config.replace({"data.source": source})
     return evaluate(model, config, lengths=(1,), max_tokens=TOKENS)[0]["bits_per_token"]
 
 
 def follow(run: str, config: Config, steps: list[int]) -> list[dict]:
-    """Return the mutual information of module and source at some steps of a run, in bits, averaged over layers.
+    """Return how much the module of a token tells about its source, at some steps of a run: mutual information in bits.
 
-    Step 0 is the model before the training.
+    `run`: the run folder. `config`: its config, which names the sources. `steps`: steps with a checkpoint, or 0 for the
+    model before the training. The result has one dictionary per step, {"step": .., "attention": bits, "ffn": bits},
+    with the means over the layers.
     """
     sources = {name: config.replace({"data.source": name}).data for name in config.data.sources}
     found = []
@@ -61,7 +66,11 @@ def follow(run: str, config: Config, steps: list[int]) -> list[dict]:
 
 
 def trained(loaded: Loaded, config: Config, changes: dict, folder: Path, name: str) -> Loaded:
-    """Continue the training of a model for a third of the steps, with `changes` to the config."""
+    """Train a model further, for a third of `config.train.steps`, and return the trained model.
+
+    `loaded`: the model to begin with. `changes`: {field: value}, changes to `config`. The new run is written to the run
+    folder `folder / name`.
+    """
     steps = max(1, config.train.steps // 3)
     quarter = steps * config.data.tokens_per_step // 4
     config = config.replace(
@@ -76,9 +85,9 @@ def trained(loaded: Loaded, config: Config, changes: dict, folder: Path, name: s
 
 
 def pruned(model, config: Config, source: str, rng: np.random.Generator | None):
-    """Return the model with half of its modules of each kind.
+    """Prune half of the modules of each kind, attention and feed-forward. Return the smaller model.
 
-    The modules that the source uses most are kept, or random ones if `rng` is given.
+    The modules that the tokens of `source` use most are kept. If `rng` is given, random modules are kept instead.
     """
     data = config.replace({"data.source": source}).data
     counts = use(model, batches_of(data, heldout=False, max_tokens=TOKENS))
@@ -88,7 +97,10 @@ def pruned(model, config: Config, source: str, rng: np.random.Generator | None):
 
 
 def one(config: Config, seed: int, folder: Path) -> dict:
-    """Run all three experiments with one seed and return their numbers."""
+    """Train a model with one seed, run the three experiments on it, and return their results as a dictionary for JSON.
+
+    The runs are written into `folder`.
+    """
     steps = sorted({max(1, config.train.steps * i // 6) for i in range(1, 7)})
     config = config.replace({"train.seed": seed, "data.seed": seed, "train.keep": len(steps)})
     config = config.replace({"train.checkpoint_every": max(1, config.train.steps // 6)})
@@ -125,7 +137,10 @@ def one(config: Config, seed: int, folder: Path) -> dict:
 
 
 def statistics(results: list[dict]) -> dict[str, tuple[float, float]]:
-    """Return mean and standard error over the seeds of the main result of each experiment."""
+    """Return {main result of an experiment: (mean over the seeds, standard error of the mean)}.
+
+    `results`: the dictionaries of `one`, one for each seed.
+    """
     pairs = {
         "rise in bits about the source": [
             np.mean([r["information"][-1][kind] - r["information"][0][kind] for kind in ("attention", "ffn")])
@@ -166,7 +181,10 @@ def table(results: list[dict]) -> Table:
 
 
 def plot(results: list[dict], path) -> None:
-    """Plot the results of the three experiments, with one line per seed, and save the picture at `path`."""
+    """Plot the results of the three experiments, with one line per seed, and save the picture at `path`.
+
+    `results`: the dictionaries of `one`, one for each seed.
+    """
     page, panels = plots.figure("", "", ("bits about the source", "cost of pruning half", "forgotten"), share=False)
     for r in results:
         for i, kind in enumerate(("attention", "ffn")):

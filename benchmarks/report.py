@@ -19,17 +19,18 @@ PASSES = ("forward", "forward+backward")
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """The result of one contestant in one case.
+    """A row of a table: the result of one contestant, such as an implementation of an op, in one case.
 
-    `ratio` compares the row with the contestant `against`. It is a ratio of times, unless `extra["ratio of"]` names
-    another quantity. `at_most` and `at_least` are bounds on the ratio.
+    `part`: the part of the benchmark, such as "experts". `case`: the sizes and the pass. `ratio`: the time of this row
+    divided by the time of the contestant `against`, or a ratio of the quantity that `extra["ratio of"]` names.
+    `at_most` and `at_least`: bounds on the ratio. `extra`: further results by name.
     """
 
     part: str
     case: str
     contestant: str
     milliseconds: float | None = None  # median
-    best: float | None = None
+    best: float | None = None  # the shortest time, in milliseconds
     ratio: float | None = None
     against: str | None = None
     at_most: float | None = None
@@ -38,7 +39,7 @@ class Row:
 
     @property
     def holds(self) -> bool | None:
-        """Whether the ratio is within its bounds; None if the row has no bound."""
+        """Whether the ratio is within its bounds; None if the row has no ratio or no bound."""
         if self.ratio is None or (self.at_most is None and self.at_least is None):
             return None
         return self.ratio <= (self.at_most or float("inf")) and self.ratio >= (self.at_least or 0)
@@ -49,7 +50,7 @@ class Row:
 
     @classmethod
     def from_dict(cls, row: dict) -> "Row":
-        """The inverse of `to_dict`."""
+        """Return the row from a dictionary that `to_dict` has returned."""
         return cls(**{name: value for name, value in row.items() if name != "holds"})
 
     def to_dict(self) -> dict:
@@ -60,7 +61,11 @@ class Row:
 def compared(
     part: str, case: str, times: dict[str, Times], against: str, bounds: dict[str, float], limits: dict[str, float]
 ) -> list[Row]:
-    """Return a row per contestant, with the ratio of its time to the time of `against`, and a row per limit."""
+    """Return the rows of one case: a row per contestant, and a row per time limit.
+
+    `times`: {contestant: its times}. The ratio of a row compares its time with the time of the contestant `against`.
+    `bounds`: {contestant: the largest allowed ratio}. `limits`: {name: milliseconds}, such as the time to read memory.
+    """
     rows = [
         Row.timed(part, case, name, t)
         if name == against
@@ -71,7 +76,10 @@ def compared(
 
 
 def machine() -> dict:
-    """Return where and when the benchmark runs. Call it before the run: the load then shows work of other programs."""
+    """Return facts about the machine and the date, for the file of results: device, number of CPUs, load, JAX version.
+
+    Call this function before the benchmark runs. Then the load is the work of other programs only.
+    """
     return {
         "machine": platform.platform(),
         "device": jax.devices()[0].device_kind,

@@ -1,7 +1,7 @@
 """Parsing of Hopper machine code as nvdisasm prints it: instructions, innermost loops, and the cost of an iteration.
 
-A loop counts every instruction from its first to its last as executed once, including those that a branch may skip.
-Waiting for a barrier costs nothing.
+An iteration counts every instruction of the loop as executed once, even an instruction that a branch may skip. Waiting
+for a barrier costs nothing.
 """
 
 import dataclasses
@@ -21,26 +21,30 @@ SPIN = {"SYNCS", "NANOSLEEP", "YIELD"}
 
 class Instruction(NamedTuple):
     address: int
-    op: str  # up to the first dot
+    op: str  # the name of the instruction, up to its first dot
     modifiers: str
     operands: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """An innermost loop of the machine code. The counts are the instructions of one warp in one iteration."""
+    """A loop in the machine code of a kernel. The counts are the instructions of one warp in one iteration."""
 
     start: int  # address
     instructions: int
-    special: int  # MUFU
-    fp32: int
-    shuffles: int
+    special: int  # MUFU: special functions, such as exp2
+    fp32: int  # the instructions in FP32
+    shuffles: int  # SHFL: exchange of values between the threads of a warp
     products: dict[str, int]  # the number of HGMMA instructions of each shape
     flops: int  # floating-point operations of the products, for the whole warpgroup
 
     @property
     def cycles(self) -> dict[str, float]:
-        """Return the multiprocessor cycles of one iteration of one warpgroup, per resource, if nothing ever waits."""
+        """Return the clock cycles for which one iteration of one warpgroup occupies each resource of a multiprocessor.
+
+        The resources: "special": the units for special functions; "issue": the schedulers, which issue one instruction
+        of a warp per cycle; "tensor": the tensor cores.
+        """
         return {
             "special": self.special * WARPGROUP / SPECIAL_LANES,
             "issue": float(self.instructions),
@@ -49,12 +53,12 @@ class Loop:
 
     @property
     def bound(self) -> str:
-        """Return the resource with the most cycles. Even if everything overlaps, no iteration is shorter than that."""
+        """Return the resource with the most cycles. No iteration takes fewer cycles, even if nothing ever waits."""
         return max(self.cycles, key=self.cycles.get)
 
 
 def read(listing: str) -> tuple[list[Instruction], dict[str, int]]:
-    """Return the instructions that nvdisasm printed, and the address of each label."""
+    """Return (the instructions, {label: its address}) of a listing of machine code that nvdisasm printed."""
     instructions, labels, waiting = [], {}, []
     for line in listing.splitlines():
         if label := re.match(r"(\.L\w+):", line):
@@ -68,10 +72,11 @@ def read(listing: str) -> tuple[list[Instruction], dict[str, int]]:
 
 
 def find_loops(listing: str) -> list[Loop]:
-    """Return the innermost loops of a kernel's machine code, and the innermost loops with products.
+    """Return the loops that do the work of a kernel, found in the listing of its machine code by nvdisasm.
 
-    Loops that wait for a barrier are left out. A loop with products may contain a loop without products, for example a
-    search for the next tile to copy. It then counts the inner loop as executed once.
+    These are the innermost loops, and the innermost loops with matrix products. Loops that wait for a barrier are left
+    out. A loop with products may contain a loop without products, for example a search for the next tile to copy. The
+    inner loop then counts as executed once in each iteration.
     """
     instructions, labels = read(listing)
     found = [(i.address, re.search(r"\.L\w+", i.operands)) for i in instructions if i.op == "BRA"]

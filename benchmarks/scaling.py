@@ -1,7 +1,8 @@
-"""python -m benchmarks.scaling [--devices 8 64] [--json]: the cost of a step on many H200s, as a table for the README.
+"""python -m benchmarks.scaling [--devices 8 64] [--json]: the cost of a training step on many H200s, as a table.
 
-The steps are compiled for absent GPUs (`stickjax.plan`), with the mesh and the microbatch of LAYOUTS. --json also
-writes benchmarks/results/h200-scaling.json. Needs the CUDA wheels but no GPU. A row takes one or two minutes.
+The table is in docs/guides/planning.md. Each step is compiled for GPUs that this machine does not have, by
+`stickjax.plan`, with the mesh and the microbatches of LAYOUTS. --json also writes benchmarks/results/h200-scaling.json.
+Needs the CUDA wheels but no GPU. A row takes one or two minutes.
 """
 
 import argparse
@@ -19,9 +20,9 @@ from stickjax.plan.estimate import ASSUMPTIONS
 from stickjax.plan.report import as_dict, gib, mesh_words
 
 ROOT = Path(__file__).parents[1]
-# Changes to a config for each number of GPUs. The mesh axis with the most communication stays within a host: `expert`
-# for the large model and `fsdp` for the small one. The small model uses `fsdp` only on many hosts, where the reduction
-# of whole gradients between hosts would take too long.
+# {config: {number of GPUs: changes to the config}}. The mesh axis with the most communication stays within a host:
+# `expert` for the large model and `fsdp` for the small one. The small model uses `fsdp` only on many hosts, where the
+# reduction of whole gradients between hosts would take too long.
 LAYOUTS = {
     "powermoe_3b": {
         8: {"mesh.data": 8, "train.accumulate": 32},
@@ -40,7 +41,10 @@ HEAD = ("model", "GPUs", "mesh", "sequences", "arguments", "temporaries", "peak"
 
 
 def row(name: str, devices: int) -> dict:
-    """Compile one config for one number of GPUs, and return the report together with the config's name."""
+    """Compile the training step of a config for `devices` GPUs. Return its bytes, its collectives and its MFU.
+
+    `name`: the config, a key of LAYOUTS. The result is a dictionary for JSON.
+    """
     config = load_config(str(ROOT / "configs" / f"{name}.py")).replace(LAYOUTS[name][devices])
     machine = absent_machine(chip("h200"), devices, devices // 8)
     found = as_dict(compile_step(config, machine), machine)
@@ -48,7 +52,7 @@ def row(name: str, devices: int) -> dict:
 
 
 def markdown(rows: list[dict]) -> str:
-    """Return the rows as the Markdown table of the README."""
+    """Return the results of `row` as the Markdown table in docs/guides/planning.md."""
     lines = [HEAD, ("---",) * len(HEAD)]
     for r in rows:
         sizes = [gib(r["bytes"][key]) for key in ("arguments", "temporaries", "peak")]

@@ -1,4 +1,4 @@
-"""Time of stick-breaking attention on the CPU: the blockwise implementation compared with the quadratic reference."""
+"""The time of stick-breaking attention on the CPU: the blockwise implementation `xla` and the quadratic `reference`."""
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +22,11 @@ BOUND = 1.10  # the largest allowed ratio of the times of xla and reference at T
 
 
 def inputs(key, B: int, T: int, N: int, H: int, dtype=jnp.float32, mean: float = 0.0):
-    """Return (cotangents, query, key, value). The logits are N(mean, 1); the first component of q and k makes the mean.
+    """Return random (cotangents of (out, rem), query, key, value). The logits have the distribution N(mean, 1).
 
-    At a mean of 0 the stick is used up after a few keys. At -4 it reaches some hundred keys, as in trained models.
+    The first channel of the queries and keys determines the mean, which must not be positive. With a mean of 0, a query
+    attends only to the nearest few keys: all other weights are almost zero. With -4 it attends to some hundred keys, as
+    in trained models.
     """
     q, k, v, d_out = jax.random.normal(key, (4, B, T, N, H), jnp.float32)
     d_rem = jax.random.normal(jax.random.fold_in(key, 1), (B, T, N), jnp.float32)
@@ -36,7 +38,7 @@ def inputs(key, B: int, T: int, N: int, H: int, dtype=jnp.float32, mean: float =
 
 
 def attention(**settings):
-    """Return the function `(q, k, v) -> (out, rem)` of attention with these settings."""
+    """Return the function `(q, k, v) -> (out, rem)` of stick-breaking attention with these keyword arguments."""
     return lambda q, k, v: stick_breaking_attention(q, k, v, **settings)
 
 
@@ -78,9 +80,9 @@ def _long(shape, seconds, ceilings):
 
 
 def _memory(shape):
-    """Yield the temporary memory of the compiled forward and backward pass.
+    """Yield a row for each implementation: the temporary memory of its compiled forward and backward pass, in MB.
 
-    Nothing runs, so the reference can be compiled although its temporaries would not fit.
+    The passes are only compiled. They do not run, because the temporaries of the reference would not fit into memory.
     """
     cotangent, *qkv = jax.eval_shape(lambda: inputs(jax.random.key(0), **shape))
     for name in ("reference", "xla"):

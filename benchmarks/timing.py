@@ -1,4 +1,7 @@
-"""Functions that time calls. Contestants take turns, so that another job on the machine slows all of them alike."""
+"""Functions that measure the time of calls.
+
+The calls that are compared, the contestants, take turns. So other work on the machine slows all of them equally.
+"""
 
 import time
 from collections.abc import Callable, Sequence
@@ -12,7 +15,7 @@ from .cost import Ceilings, matmul
 
 
 class Times(NamedTuple):
-    """Milliseconds of every round, in the order of the rounds."""
+    """The measured times of one contestant: the milliseconds of every round, in the order of the rounds."""
 
     rounds: np.ndarray
 
@@ -25,9 +28,9 @@ class Times(NamedTuple):
         return float(np.min(self.rounds))
 
     def over(self, other: "Times") -> float:
-        """Return the ratio of these times to the times of `other`.
+        """Return the ratio of these times to the times of `other`, which were measured in the same rounds.
 
-        It is the median of the ratios of each round, because both contestants had the same load in the same round.
+        It is the median of the ratios of all rounds. In one round, the load of the machine is the same for both.
         """
         return float(np.median(self.rounds / other.rounds))
 
@@ -35,9 +38,11 @@ class Times(NamedTuple):
 def interleave(
     contestants: dict[str, Callable[[], Any]], *, seconds: float = 3.0, least: int = 5, block=jax.block_until_ready
 ) -> dict[str, Times]:
-    """Time the contestants in turn for about `seconds`, but at least `least` rounds, after two rounds to warm up.
+    """Measure the time of several calls, the contestants, and return {name: its times}. The contestants take turns.
 
-    Every second round runs in reverse order, so that no contestant always runs right after the same other one.
+    First, two rounds warm up the contestants. The measured rounds take about `seconds` together, and there are at least
+    `least` rounds. Every second round is in reverse order, so that no contestant always runs after the same other one.
+    `block(result)` waits until the result of a call is computed.
     """
     samples: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(2):
@@ -56,12 +61,15 @@ def interleave(
 def rotating(
     function: Callable, sets: Sequence[tuple], *, seconds: float = 1.0, least: int = 5, block=jax.block_until_ready
 ) -> Times:
-    """Time calls on an asynchronous device, which runs calls in the order in which they were queued.
+    """Measure the time of a call of `function` on an asynchronous device, such as a GPU.
 
-    A sample queues several calls, some milliseconds together, and waits for the last one. Their launch from Python so
-    overlaps with their execution. The calls use the sets of inputs in turn. If all sets together are larger than the
-    cache, no call finds its inputs in the cache. A call that is shorter than its launch (about 20 us) must be repeated
-    inside one compiled function.
+    Each of the returned times is a mean over several calls, which are queued together and take some milliseconds. Only
+    the last of these calls is waited for. So the launch of a call from Python overlaps with the execution of earlier
+    calls. A call that is shorter than its launch (about 20 us) must be repeated inside one compiled function.
+
+    `sets`: sets of arguments, which the calls use in turn. If all sets together are larger than the cache, no call
+    finds its inputs in the cache. `seconds`: how long to measure. `least`: the smallest number of times to return.
+    `block(result)` waits until a result is computed.
     """
 
     def queue(calls: int) -> float:
@@ -80,11 +88,11 @@ def rotating(
     return Times(np.array(samples))
 
 
-_SAMPLE = 0.02  # seconds
+_SAMPLE = 0.02  # the seconds that queued calls take together
 
 
 def forward_backward(function: Callable, **options) -> Callable:
-    """Return the function `(cotangent, *arguments) -> (output, gradients)`, jitted with these options."""
+    """Return the function `(cotangent, *arguments) -> (output, gradients)` of `function`, jitted with these options."""
 
     def run(cotangent, *arguments):
         output, vjp = jax.vjp(function, *arguments)
@@ -94,9 +102,11 @@ def forward_backward(function: Callable, **options) -> Callable:
 
 
 def ceilings(size: int, dtype, copied: int, *, seconds: float = 1.0, queued: bool = False) -> Ceilings:
-    """Measure the machine's speed: a product of [size, size] matrices, and a pass that reads and writes `copied` bytes.
+    """Measure the speed of the machine, as the limit for other measurements: FLOP/s and bytes/s.
 
-    `queued`: do not wait after every call; for an asynchronous device.
+    The FLOP/s are those of a product of [size, size] matrices of type `dtype`. The bytes/s are those of a pass that
+    reads and writes `copied` bytes. `seconds`: the time to measure. `queued`: do not wait after every call, as is right
+    for an asynchronous device.
     """
     a, b = jax.random.normal(jax.random.key(0), (2, size, size), dtype)
     x = jax.random.normal(jax.random.key(1), (copied // 4,), jnp.float32)

@@ -1,8 +1,10 @@
-"""The training step of Hugging Face's GraniteMoe in torch, at the shapes of configs/tiny.py's softmax twin.
+"""Measure the training step of the model GraniteMoe of Hugging Face in torch, with the sizes of configs/tiny.py.
 
-python -m benchmarks.torch_peer [--rounds 20]    prints tokens/s; needs torch and transformers, but not stickjax.
-With --serve, it makes one step for each line of standard input and prints the loss. `benchmarks.train` uses this to let
-it take turns with the other contestants.
+python -m benchmarks.torch_peer [--rounds 20]
+
+Prints tokens/s. Needs torch and transformers, but not stickjax. With --serve, the program makes one step for each line
+of standard input and prints the loss. `benchmarks.train` uses `--serve`, so that this model and the JAX models can take
+turns.
 """
 
 import argparse
@@ -18,7 +20,11 @@ TINY = dict(V=257, D=128, L=4, N=4, K=4, H=32, F=192, E=8, k=2, B=16, T=256)
 
 
 def stepper(V, D, L, N, K, H, F, E, k, B, T):
-    """A function that makes one step (forward, backward, clipping, AdamW) and returns the loss."""
+    """Return a function that makes one training step (forward, backward, clipping, AdamW) and returns the loss.
+
+    The arguments are the sizes of the model and of the batch: vocabulary V, model width D, L layers, N query heads, K
+    key heads, head width H, expert width F, E experts, k experts per token, B sequences of T tokens.
+    """
     torch.manual_seed(0)
     config = transformers.GraniteMoeConfig(
         vocab_size=V, hidden_size=D, intermediate_size=F, num_hidden_layers=L, num_attention_heads=N,
@@ -29,7 +35,7 @@ def stepper(V, D, L, N, K, H, F, E, k, B, T):
     )  # fmt: skip
     config._attn_implementation = "sdpa"
     model = transformers.GraniteMoeForCausalLM(config).float().train()
-    # foreach: one fused call for all parameters, which is faster.
+    # `foreach` updates all parameters in one fused call, which is faster.
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, foreach=True)
     tokens = torch.randint(0, V, (B, T))
 

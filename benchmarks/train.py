@@ -1,7 +1,8 @@
-"""Time of a training step of configs/tiny.py, its softmax variant, and Hugging Face's GraniteMoe in torch.
+"""The time of a training step of three models: configs/tiny.py, its softmax variant, and GraniteMoe in torch.
 
-Torch runs in a separate process (`torch_peer --serve`) that takes turns with the others, so it can have another Python
-and has another thread pool. Its Python is the environment variable TORCH_PYTHON, this environment, or `.peers/`.
+GraniteMoe is the model of Hugging Face with the same sizes. It runs in another process (`torch_peer --serve`), which
+takes turns with this process, because it may need another Python environment. The Python of the other process is the
+one in the environment variable TORCH_PYTHON, or the Python of this process if it has torch, or `.peers/bin/python`.
 """
 
 import contextlib
@@ -33,7 +34,11 @@ ROOT = Path(__file__).parents[1]
 
 
 class TorchPeer:
-    """The torch model in a child process; calling the object makes one training step there."""
+    """The torch model in another process. A call of this object makes one training step there and waits for its end.
+
+    `python`: the path of a Python that has torch and transformers. `shape`: the sizes of the model and of the batch, by
+    letter, as in `torch_peer.stepper`.
+    """
 
     def __init__(self, python: str, shape: dict, program: str = "benchmarks.torch_peer"):
         command = [python, "-m", program, "--serve", "--shape", json.dumps(shape)]
@@ -48,7 +53,7 @@ class TorchPeer:
     def _line(self) -> str:
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"the torch peer ended with code {self.process.wait()}")
+            raise RuntimeError(f"the torch process ended with exit code {self.process.wait()}")
         return line.strip()
 
     def close(self) -> None:
@@ -57,7 +62,10 @@ class TorchPeer:
 
 
 def torch_python() -> str | None:
-    """Return the path of a Python that has torch and transformers, or None."""
+    """Return the path of a Python that has torch and transformers, or None if there is none.
+
+    The first of: the environment variable TORCH_PYTHON, the Python of this process, `.peers/bin/python`.
+    """
     if named := os.environ.get("TORCH_PYTHON"):
         return named
     if all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
@@ -67,7 +75,10 @@ def torch_python() -> str | None:
 
 
 def stepper(config: Config):
-    """Return a function that makes one training step. It keeps the state and donates it to the next step."""
+    """Return a function that makes one training step of a new model, always on the same random batch.
+
+    It returns the metrics. It keeps the state of the training and donates it to the next step.
+    """
     step = jax.jit(make_step(config), donate_argnums=0)
     state = jax.jit(lambda: init_state(config, jax.random.key(0)))()
     eot = config.model.vocabulary - 1

@@ -1,9 +1,10 @@
-"""Save the queries and keys of all heads of a trained model on held-out text, as inputs of the benchmarks.
+"""Save the queries and keys of all attention heads of a trained model on held-out text, as inputs of the benchmarks.
 
 python -m benchmarks.trained_heads [RUN] [--tokens N] [--out PATH]
 
-Needs a trained run, such as runs/tiny from `make demo`. Writes runs/trained_heads.npz, which
-benchmarks/trained_logits.py reads, and prints which share of the attention tiles `skip_below` keeps.
+RUN is the run folder of a trained model, such as runs/tiny from `make demo`. The command writes the
+file runs/trained_heads.npz, which benchmarks/trained_logits.py reads. It also prints which share of the attention tiles
+is computed with `skip_below`.
 """
 
 import sys
@@ -25,12 +26,15 @@ from .trained_logits import SAVED, SKIP, Heads
 
 
 def of_model(model, tokens) -> Heads:
-    """Return the heads of all layers of a stick-breaking model on tokens [P], which are read as one document."""
+    """Return the queries and keys of all heads of all layers of a stick-breaking model, computed on `tokens` [P].
+
+    The tokens are read as one document. Raises ValueError if the model has another attention, or attention experts.
+    """
     c = model.config
     if c.attention != "stick_breaking":
-        raise ValueError(f"the logits are to be those of stick-breaking attention, this model's is {c.attention!r}")
+        raise ValueError(f"needs a model with stick-breaking attention, but the model has attention={c.attention!r}")
     if c.attention_experts.E:
-        raise ValueError(f"needs attention_experts.E=0, this model has {c.attention_experts.E}; use another run")
+        raise ValueError(f"needs a model with attention_experts.E=0, but the model has {c.attention_experts.E}")
 
     @jax.jit
     def layer(block, x):
@@ -49,7 +53,10 @@ def of_model(model, tokens) -> Heads:
 
 
 def kept(heads: Heads, T: int) -> np.ndarray:
-    """Return for each of the M heads the share of the 64 x 64 tiles that `skip_below` keeps, on the first T tokens."""
+    """Return for each of the M heads the share of its tiles that is computed with `skip_below`, on the first T tokens.
+
+    A tile has 64 queries and 64 keys. The other tiles are skipped, because almost nothing of the stick remains there.
+    """
     q, k = (jnp.asarray(x[:, :T]).swapaxes(0, 1)[None] for x in heads)
     settings = dict(skip_below=SKIP, tiles=(64, 64), scale=1.0, return_stats=True, implementation="xla")
     return np.asarray(jax.jit(lambda q, k: stick_breaking_attention(q, k, k, **settings)[2].kept[0])(q, k))
@@ -58,7 +65,7 @@ def kept(heads: Heads, T: int) -> np.ndarray:
 @command
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m benchmarks.trained_heads", description=__doc__.splitlines()[0])
-    parser.add_argument("run", nargs="?", default="runs/tiny", help="folder of a run (default runs/tiny)")
+    parser.add_argument("run", nargs="?", default="runs/tiny", help="run folder of a trained model (default runs/tiny)")
     parser.add_argument("--tokens", type=int, default=2**14, help="number of held-out tokens (default 16384)")
     parser.add_argument("--out", type=Path, default=SAVED, help="file to write (default runs/trained_heads.npz)")
     arguments = parser.parse_args(argv)
@@ -75,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     with whole.open("wb") as file:
         np.savez(file, query=heads.query.astype(np.float16), key=heads.key.astype(np.float16))
     whole.replace(arguments.out)
-    print(f"{heads.key.shape[0]} heads on {heads.key.shape[1]} tokens: {arguments.out}")
+    print(f"wrote {heads.key.shape[0]} heads on {heads.key.shape[1]} tokens to {arguments.out}")
     return 0
 
 

@@ -1,11 +1,12 @@
-"""Queries and keys for timing early exit, whose heads attend as far as the heads of a trained model.
+"""Queries and keys for the timing of early exit (`skip_below`). Their heads attend as far as those of a trained model.
 
-If benchmarks/trained_heads.py has written runs/trained_heads.npz, they are taken from the trained model in that file.
-Otherwise they are drawn at random: the logits of head n are N(mean_n, 1). The means are fitted to the share of the
-64 x 64 tiles that a trained model kept (0.9M parameters, source code as text, skip_below=-24): 34% at T=1024 and 21% at
-T=2048, with heads from 12% to 65%. In both cases most heads attend within one tile, and a few reach some hundred keys.
-Standard normal queries and keys would make early exit look too good, because nearly all tiles would be skipped. One
-mean for all heads would make it look too balanced, because all heads would have the same work.
+If benchmarks/trained_heads.py has written runs/trained_heads.npz, the queries and keys are taken from this file, which
+has the heads of a trained model. Otherwise they are drawn at random: the logits of head n have the distribution
+N(mean_n, 1). The means are fitted to the share of the tiles of 64 queries and 64 keys that a trained model computed
+(0.9M parameters, source code as text, skip_below=-24): 34% at T=1024 and 21% at T=2048, with heads from 12% to 65%. In
+both cases most heads attend to the keys of one tile, and a few heads attend to some hundred keys. With standard normal
+queries and keys, early exit would look too good, because nearly all tiles would be skipped. With one mean for all
+heads, the work would look too balanced, because all heads would have the same work.
 """
 
 import functools
@@ -17,20 +18,24 @@ import jax.numpy as jnp
 import numpy as np
 
 SKIP = -24.0  # the value of skip_below in all benchmarks of early exit
+# Fitted numbers: the mean logit of the head that attends farthest, and how fast the means of the other heads rise to 0.
 FARTHEST, CURVE = -4.1, 2.3
 SAVED = Path(__file__).parent.parent / "runs" / "trained_heads.npz"
 
 
 class Heads(NamedTuple):
-    """The M heads of a trained model on a text of P tokens. The query contains the scale: logits are query . key."""
+    """The queries and keys of M heads of width h of a trained model, on a text of P tokens.
+
+    The queries are multiplied by the scale of the attention: a logit is the product query . key.
+    """
 
     query: np.ndarray  # [M, P, h]
-    key: np.ndarray
+    key: np.ndarray  # [M, P, h]
 
 
 @functools.cache
 def saved() -> Heads | None:
-    """Return the heads that benchmarks/trained_heads.py has written, or None."""
+    """Return the queries and keys in the file that benchmarks/trained_heads.py writes, or None if there is no file."""
     if not SAVED.exists():
         return None
     with np.load(SAVED, allow_pickle=False) as arrays:
@@ -38,14 +43,17 @@ def saved() -> Heads | None:
 
 
 def source() -> str:
-    """Return a text for a table: the origin of the logits that `inputs` makes."""
+    """Return a text for the tables that says whether the logits are those of a trained model or random."""
     if (heads := saved()) is None:
         return "drawn, fitted to a trained model's"
     return "a trained model's, {} heads on {} tokens".format(*heads.key.shape)
 
 
 def means(N: int) -> np.ndarray:
-    """Return the mean logit of each of N drawn heads. Near and far heads are in random order, as after a training."""
+    """Return the mean logits [N] of N random heads.
+
+    A head with a lower mean attends farther. The means are in random order, as in a trained model.
+    """
     ordered = FARTHEST * np.linspace(0, 1, N) ** CURVE if N > 1 else np.array([FARTHEST / 2])
     return np.random.default_rng(0).permutation(ordered)
 
@@ -54,12 +62,17 @@ def inputs(
     key, B: int, T: int, N: int, H: int, *, K: int | None = None, S: int | None = None, dtype=jnp.float32,
     heads: Heads | None = None,
 ):  # fmt: skip
-    """Return (query [B,T,N,H], key and value [B,S,K,H]) for the default scale; the values are standard normal.
+    """Return (query [B,T,N,H], key [B,S,K,H], value [B,S,K,H]) for attention with the default scale H^-0.5.
 
-    Without `heads`, the logits are drawn as N(means(N), 1); the first channel makes the mean. With `heads`, the model's
-    heads are used in turn, again from the first if there are too few. Every batch entry and every such repetition
-    begins at a random place of the text; after the end of the text comes its beginning. A matrix with orthonormal rows
-    maps the h channels to H, which does not change the logits.
+    The values are standard normal. `K` None means N key heads, and `S` None means T keys.
+
+    Without `heads`, the logits of head n have the distribution N(means(N)[n], 1), whose mean comes from the first
+    channel. With `heads`, the M heads of a trained model are used in random order, and repeatedly if K is above M.
+    Every batch entry and every repetition of a head begins at a random place of the text. The beginning of the text
+    follows its end. A matrix with orthonormal rows maps the h channels of the trained heads to H channels, which does
+    not change the logits.
+
+    Raises ValueError if the width h of the trained heads is above H.
     """
     S, K = S or T, K or N
     shapes = ((B, T, N, H), (B, S, K, H), jnp.dtype(dtype))
@@ -67,7 +80,7 @@ def inputs(
     if heads is None:
         return jax.jit(_drawn, static_argnums=(1, 2, 3))(key, *shapes)
     if heads.key.shape[2] > H:
-        raise ValueError(f"heads of H={H} cannot hold the logits of a model's heads of H={heads.key.shape[2]}")
+        raise ValueError(f"H={H} must be at least H={heads.key.shape[2]} of the trained heads in {SAVED.name}")
     return jax.jit(_taken, static_argnums=(2, 3, 4))(key, Heads(*map(jnp.asarray, heads)), *shapes)
 
 
@@ -101,6 +114,6 @@ def _taken(key, heads: Heads, query_shape, key_shape, dtype):
 
 
 def cotangents(key, query, value):
-    """Return random cotangents of `out`, in the type of the values, and of `rem`, in fp32."""
+    """Return random cotangents of the results of attention: of out, in the type of `value`, and of rem, in fp32."""
     d_out = jax.random.normal(key, (*query.shape[:3], value.shape[-1]), value.dtype)
     return d_out, jax.random.normal(jax.random.fold_in(key, 1), query.shape[:3], jnp.float32)

@@ -1,10 +1,11 @@
-"""A small ModuleFormer on two kinds of text: Python source and formulas of logic.
+"""A small ModuleFormer (arXiv 2306.04640) for two kinds of text: Python source and formulas of logic.
 
 python -m stickjax.train configs/moduleformer_tiny.py
 python -m stickjax.surgery report runs/moduleformer_tiny
 
-It trains in about four minutes on two CPU cores. Measured once (2026-11-22): 3.25 held-out bits per byte of Python,
-0.61 of logic.
+In a ModuleFormer both the feed-forward network and the attention heads of a layer are experts. The second command
+prints which text uses which experts. Training takes about four minutes on two CPU cores. The held-out loss, measured
+once (2026-11-22), was 3.25 bits per byte of Python source and 0.61 bits per byte of logic.
 """
 
 from stickjax import Config, DataConfig, ExpertsConfig, ModelConfig, OptimConfig, TrainConfig

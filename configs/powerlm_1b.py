@@ -1,9 +1,10 @@
-"""The 1.2B dense model of the Power scheduler paper.
+"""The dense language model with 1.2B parameters of the Power scheduler paper (arXiv 2408.13359).
 
 python -m stickjax.train configs/powerlm_1b.py --data.path=TOKENS --data.tokenizer=tokenizer.json
 
-Time: we have not trained it. It takes 8.8e+21 FLOP, an estimated 256 H200-days at 40% of the bf16 peak.
-Expected: in the paper, the average over six tasks is 58.2 (Power) and 57.6 (WSD).
+TOKENS is a token file (`python -m stickjax.data tokenize`). We have not trained this model. Training takes 8.8e+21
+FLOP: an estimated 256 days on one H200 GPU, at 40% of its bf16 peak. In the paper, the average score over six tasks is
+58.2 with the Power schedule and 57.6 with the WSD (warmup-stable-decay) schedule.
 """
 
 from stickjax import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig

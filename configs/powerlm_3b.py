@@ -1,9 +1,9 @@
-"""PowerLM-3B: 3.5B parameters, dense.
+"""PowerLM-3B: the dense language model with 3.5B parameters of the Power scheduler paper (arXiv 2408.13359).
 
 python -m stickjax.train configs/powerlm_3b.py --data.path=TOKENS --data.tokenizer=tokenizer.json
 
-Time: we have not trained it. It takes 2.9e+22 FLOP, an estimated 853 H200-days at 40% of the bf16 peak.
-Expected: see arXiv 2408.13359.
+TOKENS is a token file (`python -m stickjax.data tokenize`). We have not trained this model. Training takes 2.9e+22
+FLOP: an estimated 853 days on one H200 GPU, at 40% of its bf16 peak. The paper has the expected results.
 """
 
 from stickjax import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig

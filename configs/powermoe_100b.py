@@ -1,11 +1,13 @@
-"""A stick-breaking mixture of experts with 99B parameters, 14B active: our design, for plans with many GPUs.
+"""A stick-breaking mixture of experts with 99B parameters, 14B of them active: our design, to plan runs on many GPUs.
 
+python -m stickjax.plan configs/powermoe_100b.py --devices 512
 python -m stickjax.train configs/powermoe_100b.py --data.path=TOKENS --data.tokenizer=tokenizer.json
 
-The sizes follow PowerMoE: 8 experts per token, m_width = D / 256 = 16, residual branches multiplied by 1.4 / sqrt(L).
-Time: we have not trained it. It takes 2.7e+23 FLOP, an estimated 8,000 H200-days at 40% of the bf16 peak.
-Expected: not known. `python -m stickjax.plan configs/powermoe_100b.py --devices 512` prints the time and memory of a
-step.
+The first command prints the time and memory of a training step. In the second command, TOKENS is a token file
+(`python -m stickjax.data tokenize`). The sizes follow PowerMoE (arXiv 2408.13359): 8 experts per token, the muP width
+multiplier m_width = D / 256 = 16, and residual branches multiplied by m_res = 1.4 / sqrt(L) = 0.2. We have not trained
+this model, and the results are not known. Training takes 2.7e+23 FLOP: an estimated 8,000 days on one H200 GPU, at 40%
+of its bf16 peak.
 """
 
 from stickjax import Config, DataConfig, ExpertsConfig, ModelConfig, OptimConfig, TrainConfig

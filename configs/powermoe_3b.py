@@ -1,9 +1,10 @@
-"""PowerMoE-3B: 3.3B parameters, 800M active.
+"""PowerMoE-3B: the mixture of experts with 3.3B parameters, 800M of them active, of the Power scheduler paper.
 
 python -m stickjax.train configs/powermoe_3b.py --data.path=TOKENS --data.tokenizer=tokenizer.json
 
-Time: we have not trained it. It takes 2.0e+22 FLOP, an estimated 571 H200-days at 40% of the bf16 peak.
-Expected: see arXiv 2408.13359.
+TOKENS is a token file (`python -m stickjax.data tokenize`). We have not trained this model. Training takes 2.0e+22
+FLOP: an estimated 571 days on one H200 GPU, at 40% of its bf16 peak. The paper (arXiv 2408.13359) has the expected
+results.
 """
 
 from stickjax import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig

@@ -1,12 +1,14 @@
-"""The 3B stick-breaking model: no positions, 36 heads of dimension 64, separate embedding and output matrices.
+"""The 3B language model of the stick-breaking attention paper (arXiv 2410.17980).
 
 python -m stickjax.train configs/stickbreaking_3b.py --data.path=TOKENS --data.tokenizer=tokenizer.json
 
-The released model was trained in two phases. This config is one run with the Power schedule. You can also branch its
-decay from a checkpoint (--from RUN@STEP).
+The model has no position embeddings, 36 heads of dimension 64, and separate embedding and output matrices. TOKENS is a
+token file (`python -m stickjax.data tokenize`). The released model was trained in two phases. This config is one run
+with the Power schedule. You can also train the decay phase alone as a new run, from a checkpoint of another run (--from
+RUN@STEP).
 
-Time: we have not trained it. It takes 2.3e+22 FLOP, an estimated 683 H200-days at 40% of the bf16 peak.
-Expected: see arXiv 2410.17980.
+We have not trained this model. Training takes 2.3e+22 FLOP: an estimated 683 days on one H200 GPU, at 40% of its bf16
+peak. The paper has the expected results.
 """
 
 from stickjax import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig

@@ -1,4 +1,4 @@
-"""How Sphinx builds these pages: `make docs`. The build needs no network."""
+"""The settings with which Sphinx builds the documentation (`make docs`). The build needs no network."""
 
 import dataclasses
 import inspect
@@ -46,10 +46,10 @@ html_show_sourcelink = False
 
 
 def escape(text: str) -> str:
-    """Text with the characters that have a meaning in reStructuredText escaped, except within `code`.
+    """Escape the characters of a text that have a meaning in reStructuredText, except within `code`.
 
-    A letter with a dot, as in "E.", would begin a list, and `code` that letters follow, as in `tree`s, would not end.
-    Options such as --run become code.
+    Without escapes, Sphinx would read a letter with a dot, as in "E.", as the beginning of a list, and it would not end
+    `code` before a letter, as in `tree`s. Options such as --run become code.
     """
     parts = re.split(r"(`[^`]+`|(?<![\w-])--[a-z][\w.-]*\w)", text)
     for i, part in enumerate(parts):
@@ -62,17 +62,20 @@ def escape(text: str) -> str:
 
 
 def bullets(paragraph: str) -> str:
-    """A paragraph in which every line that is not indented begins with "`name`:", as a list."""
+    """Convert a paragraph to a list, if every line that is not indented begins with "`name`:".
+
+    Return any other paragraph unchanged.
+    """
     if not re.fullmatch(r"(`[^`\n]+`(, `[^`\n]+`)*( \[[^]\n]*\])*:[^\n]*(\n +[^\n]*)*\n?){2,}", paragraph):
         return paragraph
     return re.sub("^`", "- `", re.sub("^ +", "  ", paragraph, flags=re.MULTILINE), flags=re.MULTILINE)
 
 
 def restructured(text: str) -> list[str]:
-    """The lines of a docstring as reStructuredText.
+    """Convert the text of a docstring to reStructuredText, and return its lines.
 
-    Docstrings are plain text in which examples, after >>>, `code` and directives alone have a markup. A paragraph that
-    is indented and stands alone, such as a formula, is shown as it is.
+    In a docstring only examples after >>>, `code` and directives are markup; everything else is plain text. An indented
+    paragraph without a heading, such as a formula, is shown with its spaces and line breaks.
     """
     found, indented = [], True
     for paragraph in re.split(r"\n\s*\n", text):
@@ -93,13 +96,20 @@ def plain_docstrings(app, what, name, subject, options, lines: list[str]) -> Non
 
 
 def docstrings_of_properties(app, what, name, subject, options, lines: list[str]) -> None:
-    """Napoleon has taken the words before a colon for the type of the property."""
+    """Replace `lines`, the docstring of a property as Sphinx has it, by the docstring in the code.
+
+    Sphinx's extension Napoleon takes the words before the first colon as the type of the property, and removes them.
+    """
     if what == "property":
         lines[:] = restructured(inspect.getdoc(subject) or "")
 
 
 def short_signature(app, what, name, subject, options, signature: str | None, returned: str | None):
-    """The signature of a config's class without its fields, which have tables; no returned type of many lines."""
+    """Return (signature, returned type) as Sphinx shows them: shorter than they are in the code.
+
+    A config class has `(**fields)`, because its fields have their own table. A Flax module has only the names of its
+    arguments. A returned type of more than 100 characters is left out.
+    """
     if what == "class" and dataclasses.is_dataclass(subject) and subject.__module__.startswith("stickjax.config."):
         signature = "(**fields)"
     elif what == "class" and (signature or "").startswith("(*args: Any"):  # of a Flax module

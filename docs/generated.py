@@ -1,4 +1,4 @@
-"""The pages that are made from the code when the documentation is built: config fields, and the notebooks."""
+"""Make the pages that do not exist as files in docs/: the table of all config fields, and copies of the notebooks."""
 
 import dataclasses
 import shutil
@@ -20,13 +20,13 @@ SECTIONS = {
 
 
 def write(docs: Path) -> None:
-    """Write the generated pages into the folder of the documentation, and copy the notebooks there."""
+    """Write the page of the config fields into `docs`, the folder of the documentation; copy the notebooks there."""
     (docs / "reference" / "config.md").write_text(config_page())
     shutil.copytree(docs.parent / "notebooks", docs / "notebooks", dirs_exist_ok=True)
 
 
 def config_page() -> str:
-    """All fields of a config with their types, defaults and help texts, a table for each class."""
+    """Return a Markdown page with all config fields: a table of names, types, defaults and meanings for each class."""
     text = "# Config fields\n\nEvery field is an option of the command line: `--section.field=value`.\n"
     for title, (section, config) in SECTIONS.items():
         text += f"\n## {title}\n\n| field | type | default | meaning |\n|---|---|---|---|\n"

@@ -1,4 +1,7 @@
-"""Ops for stick-breaking attention and sparse experts: arrays in, arrays out. Needs only jax, numpy and jaxtyping."""
+"""Stick-breaking attention and sparse experts, as functions that take arrays and return arrays.
+
+This package needs only jax, numpy and jaxtyping.
+"""
 
 from .dispatch import explain
 from .scatter_moe import Routing, expert_linear, expert_mlp, route

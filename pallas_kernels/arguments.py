@@ -1,6 +1,6 @@
-"""Checks of the arguments of the ops.
+"""Checks of the arguments of the ops. An op is a public function of this package, such as `stick_breaking_attention`.
 
-A wrong argument raises a ValueError that says the name of the argument, what it must be and what it was.
+A wrong argument raises a ValueError. The message says which argument is wrong, what it must be, and what was passed.
 """
 
 import numbers
@@ -14,7 +14,7 @@ FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 def sum_type(x):
-    """Return the dtype in which an op sums values of the array `x`: fp64 if `x` is fp64, else fp32."""
+    """Return the dtype in which an op sums the values of the array `x`: float64 if `x` is float64, else float32."""
     return jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
 
 
@@ -24,10 +24,11 @@ def is_array(x) -> bool:
 
 
 def array(name: str, x, letters: str):
-    """Check that the argument `name` is an array `x` with one axis for every letter, and return the array.
+    """Check that `x`, the value of the argument `name`, is an array with the right number of axes. Return the array.
 
-    `letters` are the letters of the axes, separated by commas: "B,T,N,H" for an array with four axes. If `x` is a
-    parameter of a module (it has `__jax_array__`), return its array.
+    `letters` are the letters of the axes, separated by commas: "B,T,N,H" requires four axes of any size. `x` may also
+    be an object with `__jax_array__`, such as a parameter of a Flax module. Then the array of this object is checked
+    and returned. Raise ValueError if `x` is no array, or has another number of axes.
     """
     if not is_array(x) and hasattr(x, "__jax_array__"):
         x = x.__jax_array__()
@@ -39,9 +40,11 @@ def array(name: str, x, letters: str):
 
 
 def floats(name: str, x, letters: str):
-    """Check the argument `name` as in `array`, and check that its dtype is one of FLOATS. Return the array.
+    """Check that `x`, the value of the argument `name`, is a float array with the right number of axes. Return it.
 
-    A NumPy array of float64 becomes float32 unless `jax_enable_x64` is set.
+    `letters` are the letters of the axes, separated by commas: "B,T,N,H" requires four axes of any size. Raise
+    ValueError if the dtype of `x` is not float16, bfloat16, float32 or float64. A NumPy array of float64 is returned as
+    float32 unless `jax_enable_x64` is set.
     """
     x = array(name, x, letters)
     if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -52,9 +55,10 @@ def floats(name: str, x, letters: str):
 
 
 def integers(name: str, x, letters: str):
-    """Check that the argument `name` is an array `x` of integers with one axis for every letter, and return it.
+    """Check that `x`, the value of the argument `name`, is an integer array with the right number of axes. Return it.
 
-    `letters` are the letters of the axes, separated by commas: "B,T" for an array with two axes.
+    `letters` are the letters of the axes, separated by commas: "B,T" requires two axes of any size. Raise ValueError if
+    `x` is something else.
     """
     if not is_array(x) or len(x.shape) != len(letters.split(",")) or not jnp.issubdtype(x.dtype, jnp.integer):
         got = f"{x.dtype}{list(x.shape)}" if is_array(x) else _type(x)
@@ -63,9 +67,10 @@ def integers(name: str, x, letters: str):
 
 
 def integer(name: str, x, least: int) -> int:
-    """Check that the argument `name` is an integer `x` of at least `least`, and return it as a Python int.
+    """Check that `x`, the value of the argument `name`, is an integer of `least` or more. Return it as a Python int.
 
-    A traced `x` is an error: the program depends on this number, so it must be known when the program is traced.
+    A traced `x` raises a ValueError too: the program depends on this number, so it must be known when JAX traces the
+    program.
     """
     try:
         value = operator.index(x)
@@ -77,7 +82,11 @@ def integer(name: str, x, least: int) -> int:
 
 
 def number(name: str, x):
-    """Check that the argument `name` is a real Python number or an array without axes, and return it."""
+    """Check that `x`, the value of the argument `name`, is one real number. Return it unchanged.
+
+    `x` may be a Python number or an array without axes, traced or not. Raise ValueError if it is something else, such
+    as a bool or a complex number.
+    """
     is_one = isinstance(x, numbers.Real) or (is_array(x) and jnp.issubdtype(x.dtype, jnp.number))
     if isinstance(x, bool) or not is_one or (is_array(x) and jnp.iscomplexobj(x)):
         raise ValueError(f"{name} must be a number or an array without axes, got {_type(x)}")
@@ -87,14 +96,20 @@ def number(name: str, x):
 
 
 def flag(name: str, x) -> bool:
-    """Check that the argument `name` is True or False, and return it as a Python bool. A traced `x` is an error."""
+    """Check that `x`, the value of the argument `name`, is True or False. Return it as a Python bool.
+
+    Raise ValueError if it is something else, such as a traced array.
+    """
     if not isinstance(x, bool | np.bool_):
         raise ValueError(f"{name} must be True or False, got {_type(x)}")
     return bool(x)
 
 
 def _type(x) -> str:
-    """Describe `x` in an error message: dtype and shape of an array, such as "float32[2, 8]", else the type's name."""
+    """Return a description of `x` for an error message: "float32[2, 8]" for an array, else the name of its type.
+
+    A traced array gives "a traced float32[2, 8]".
+    """
     if isinstance(x, jax.core.Tracer):
         return f"a traced {x.dtype}{list(x.shape)}"
     return f"{x.dtype}{list(x.shape)}" if is_array(x) else "None" if x is None else type(x).__name__

@@ -1,11 +1,14 @@
-"""An op on a mesh of Auto axes: one node for XLA's partitioner, with a rule that says which axes may be divided.
+"""Runs an op on a mesh of Auto axes, where XLA decides during compilation how arrays are divided over the devices.
 
-While XLA compiles, it decides how the arrays are divided. Then it asks for the program of one device. This program is
-the op again, applied to the device's part of the arrays. XLA must not partition the code inside the op: XLA would run a
-`lax.map` over a divided axis one step after the other, and would all-gather every array that a kernel reads.
+An op is a public function of this package, such as `stick_breaking_attention`. Here each call of an op becomes one
+node: one operation of the program, with a rule that tells XLA's partitioner along which axes it may divide the arrays.
+The partitioner decides how the arrays are divided. Then it asks for the program of one device. This program is the op
+again, applied to the device's part of the arrays. The partitioner must not divide the code inside the op: then every
+device would run all steps of a `lax.map` over a divided axis, and every array that a kernel reads would be
+all-gathered.
 
-The forward pass of a node saves only the arguments of the op, and no residuals of a kernel, because XLA has no rule for
-dividing such residuals. So the backward pass runs the forward pass again.
+The forward pass of a node saves only the arguments of the op for the backward pass. It saves no residuals of a kernel,
+because XLA has no rule for dividing such residuals. So the backward pass runs the forward pass again.
 """
 
 import contextvars
@@ -24,12 +27,15 @@ _is_tracing_part = contextvars.ContextVar("is_tracing_part", default=False)
 
 
 class Node(NamedTuple):
-    """An op as one node of the program that XLA's partitioner divides.
+    """One call of an op as one operation of the program, which XLA's partitioner divides over the devices of a mesh.
 
-    `function(*arrays)` computes the results of one device from its part of the arrays. `letters` has the letters of the
-    axes of every array, such as "B T N H". `results` has the letters of every result. `maps` has a pair (letter, group)
-    for each letter along which the op is a map, as in `partition.Letters`. The axes of one group are divided over the
-    same mesh axes. `mesh` is the mesh of the arrays.
+    `function`: computes the results of one device, from this device's part of the arrays: `function(*arrays)`.
+    `letters`: the letters of the axes of every array, such as "B T N H".
+    `results`: a tree with the letters of every result.
+    `maps`: a pair (letter, group) for each letter along which the arrays may be divided, because every device can then
+      compute its part of the results alone. A group is a name. Axes whose letters have the same group are divided over
+      the same mesh axes: query heads N and key heads K, for example.
+    `mesh`: the mesh of the arrays.
     """
 
     function: Callable
@@ -40,9 +46,11 @@ class Node(NamedTuple):
 
 
 def is_tracing_part() -> bool:
-    """Return whether JAX now traces the program of one device, for which XLA's partitioner asked.
+    """Return whether JAX is now tracing the program of one device, at the request of XLA's partitioner.
 
-    In this program, the arrays are the parts of one device, but their types (`jax.typeof`) still have the whole mesh.
+    This happens on a mesh of Auto axes. The arrays of this program have the shapes of one device's part, but their
+    types (`jax.typeof`) still name the whole mesh. Kernels can run in this program, although they cannot run elsewhere
+    on a mesh of Auto axes. So `hopper.mesh_refuses` calls this function.
     """
     return _is_tracing_part.get()
 
@@ -50,7 +58,11 @@ def is_tracing_part() -> bool:
 @functools.partial(jax.jit, static_argnums=0)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def run(node: Node, arrays: tuple):
-    """Return the results of a node for these arrays. They are differentiable in every floating-point array."""
+    """Run a node (one call of an op) in a program that XLA's partitioner divides over the mesh, and return the results.
+
+    `arrays` are the undivided arrays, in the order of `node.letters`. `jax.grad` and `jax.vjp` work for every
+    floating-point array.
+    """
     return _divided(node, *arrays)
 
 
@@ -59,7 +71,11 @@ def _forward(node, arrays):
 
 
 def _backward(node, arrays, cotangents):
-    """Return the gradients of the arrays. They are the results of another node, whose function is `_pull`."""
+    """Run the backward pass of a node (one call of an op). Return the gradients of `arrays`, the arguments of the op.
+
+    `cotangents` are the cotangents of the results of the op. The gradients are the results of a second node, whose
+    function is `_pull`. So XLA's partitioner divides the backward pass too. The gradient of an integer array is None.
+    """
     floats = tuple(i for i, x in enumerate(arrays) if jnp.issubdtype(x.dtype, jnp.floating))
     letters = (*node.letters, *jax.tree.leaves(node.results))
     back = node._replace(
@@ -73,9 +89,10 @@ run.__wrapped__.defvjp(_forward, _backward)
 
 
 def _pull(node, floats, *values):
-    """Return the gradients of the arrays of a node whose indices are in `floats`, on one device.
+    """Return the gradients of the floating-point arrays of a node (one call of an op), computed on one device.
 
-    `values` holds all arrays of the node, then the cotangents of its results.
+    `floats` are the indices of these arrays in `node.letters`. `values` are one device's part of all arrays of
+    the node, followed by the cotangents of its results. The function of the node runs again to make the residuals.
     """
     arrays, cotangents = values[: len(node.letters)], values[len(node.letters) :]
 
@@ -88,9 +105,10 @@ def _pull(node, floats, *values):
 
 
 def _divided(node: Node, *arrays):
-    """Return the results of a node, computed by the program that XLA's partitioner makes of it.
+    """Run a node (one call of an op) as an operation that XLA's partitioner divides. Return the results.
 
-    `jax.vmap` turns the node into a node whose arrays have one more axis, which may be divided too.
+    `arrays` are the undivided arrays of the node. `jax.vmap` turns the node into another node, whose mapped arrays have
+    one more axis in front. XLA may divide this axis too.
     """
 
     @jax.custom_batching.custom_vmap
@@ -112,7 +130,11 @@ def _divided(node: Node, *arrays):
 
 
 def _partitioned(node: Node) -> Callable:
-    """Return the node as a function of its arrays, with the rule by which XLA's partitioner divides it."""
+    """Return a node (one call of an op) as a function of its arrays that XLA's partitioner can divide over the mesh.
+
+    XLA calls `_rule` to learn which axes it may divide. Then it calls `partition`, a function inside this one, to get
+    the program of one device.
+    """
     function = custom_partitioning(functools.partial(_as_part, node))
 
     def partition(mesh, arrays, results):
@@ -136,7 +158,10 @@ def _partitioned(node: Node) -> Callable:
 
 
 def _as_part(node: Node, *arrays):
-    """Return the results of one device: the node's function of the parts of the arrays that this device has."""
+    """Run the function of a node (one call of an op) on one device's part of its arrays. Return this device's results.
+
+    While the function runs, `is_tracing_part` returns True.
+    """
     token = _is_tracing_part.set(True)
     try:
         with use_abstract_mesh(AbstractMesh((), (), abstract_device=node.mesh.abstract_device)):
@@ -147,9 +172,11 @@ def _as_part(node: Node, *arrays):
 
 
 def _dimensions(node: Node, shapes) -> Iterator[tuple[int, str | None, int]]:
-    """For every axis of the arrays and results of a node, yield (index of the array, group and size of the axis).
+    """Yield (index, group, size) for every axis of every array and every result of a node (one call of an op).
 
-    `shapes`: the shapes of all arrays, then of all results. The group is None if the op is not a map along the axis.
+    `shapes` are the shapes of all arrays, then of all results, and `index` is an index into `shapes`. `group` is the
+    group of the axis in `node.maps`: the axes of one group are divided over the same mesh axes. It is None for an axis
+    that must not be divided. `size` is the size of the axis.
     """
     maps = dict(node.maps)
     for i, (letters, shape) in enumerate(zip((*node.letters, *jax.tree.leaves(node.results)), shapes, strict=True)):
@@ -158,10 +185,12 @@ def _dimensions(node: Node, shapes) -> Iterator[tuple[int, str | None, int]]:
 
 
 def _rule(node: Node, mesh, values, results) -> SdyShardingRule:
-    """Return the rule that tells the partitioner which axes it may divide, and which of them it must divide together.
+    """Return the rule that tells XLA's partitioner which axes it may divide, and which axes it must divide together.
 
-    The axes of one group are divided together. The size of each of them is a multiple of the smallest size in the
-    group: N query heads are a multiple of K key heads. An axis along which the op is not a map stays whole.
+    `values` and `results` are the types of the arrays and of the results of the node; only their shapes are read. The
+    axes of one group of `node.maps` are divided over the same mesh axes. The size of each of these axes is a multiple
+    of the smallest size in the group: N query heads are a multiple of K key heads. XLA may divide all axes of the
+    group, into at most as many parts as the smallest axis has elements. An axis without a group is not divided.
     """
     shapes = [tuple(value.shape) for value in (*values, *results)]
     least, factors, whole, sizes = {}, [[] for _ in shapes], [], {}
@@ -181,11 +210,13 @@ def _rule(node: Node, mesh, values, results) -> SdyShardingRule:
 
 
 def _axes(node: Node, mesh, shaped) -> dict[str, tuple[str, ...]]:
-    """Return {group: the names of the mesh axes that divide the axes of this group}.
+    """Return {group: the names of the mesh axes over which the axes of this group are divided}.
 
-    `shaped`: the arrays and results, with the shardings that XLA proposes. The first of them that is divided along an
-    axis of a group decides for the group. Its mesh axes count only if their size divides the sizes of all axes of the
-    group, and if they do not divide another group already.
+    A group is a name in `node.maps`: all its axes are divided over the same mesh axes. `shaped` has all arrays and then
+    all results of the node, with the shardings that XLA proposes. Each sharding proposes mesh axes for the axes of an
+    array. For every group, this function takes the first proposal that fits. A proposal fits if the sizes of all axes
+    of the group are multiples of the number of devices along the proposed mesh axes, and if none of these mesh axes
+    divides another group already.
     """
     found, taken = {}, set()
     sizes = list(_dimensions(node, [x.shape for x in shaped]))
@@ -201,6 +232,9 @@ def _axes(node: Node, mesh, shaped) -> dict[str, tuple[str, ...]]:
 
 
 def _spec(node: Node, axes, letters: str) -> PartitionSpec:
-    """Return the PartitionSpec of an array with these letters. `axes`: {group: mesh axes}, as in `_axes`."""
+    """Return the PartitionSpec of an array whose axes have the letters `letters`, such as "B T N H".
+
+    `axes` is the result of `_axes`: {group: the names of the mesh axes over which the axes of this group are divided}.
+    """
     maps = dict(node.maps)
     return PartitionSpec(*(axes.get(maps.get(at)) for at in letters.split()))

@@ -1,9 +1,10 @@
-"""Function names that state the work of kernels and loops, so that `stickjax.plan.flops` can count it in a jaxpr.
+"""Function names that state the cost of kernels and loops, so that `stickjax.plan.flops` can count it in a jaxpr.
 
-A jaxpr does not show the number of operations of a kernel, the number of passes through a loop that depends on data, or
-the share of the rows that is padding. So such code runs in a jitted function whose name contains this number, such as
-"product_flops_1.5e+09". The name survives derivatives, rematerialisation and scans. If JAX removes the code, it removes
-the name too. The name takes no time when the program runs.
+A jaxpr does not show three numbers: the floating-point operations of a kernel, the passes through a loop whose end
+depends on data, and the share of the operations that is useful work and not padding. So the code that such a number
+describes runs in a jitted function whose name contains the number, such as "product_flops_1.5e+09". The name stays in
+the jaxpr under derivatives, rematerialisation and scans. If JAX removes the code, it removes the name too. The name
+takes no time when the program runs.
 """
 
 import re
@@ -19,10 +20,11 @@ _NAME = re.compile(r"_(flops|trips|share)_(\d+(?:\.\d+)?(?:e[+-]?\d+)?)$")
 
 
 class Stated(NamedTuple):
-    """The number that the name of a jitted function states. Exactly one of the three fields is set.
+    """The number in the name of a jitted function, which states the cost of its code. Exactly one of the fields is set.
 
-    `flops`: the number of floating-point operations of a kernel. `trips`: the expected number of passes through each
-    `while` loop. `share`: the share of the operations that is useful work, from 0 to 1; the rest is padding.
+    `flops`: the number of floating-point operations of a kernel.
+    `trips`: the expected number of passes through each `while` loop of the function.
+    `share`: the share of the operations that is useful work, from 0 to 1; the rest is padding.
     """
 
     flops: float | None = None
@@ -31,10 +33,12 @@ class Stated(NamedTuple):
 
 
 def kernel(name: str, flops: float | int, run: Callable) -> Callable:
-    """Return the kernel `run` as a jitted function whose name states its number of floating-point operations, `flops`.
+    """Return the function `run`, which launches a kernel, as a jitted function whose name states `flops`.
 
-    JAX does not know over which axes of a shard_map the results of a kernel vary. So the results are marked as varying
-    over every mesh axis over which at least one argument varies.
+    `flops` is the number of floating-point operations of the launch. The name of the jitted function consists of
+    `name`, "_flops_" and this number. Inside `jax.shard_map`, JAX does not know over which mesh axes the results of a
+    kernel vary, that is, differ between devices. So the results are marked as varying over every mesh axis over which
+    at least one argument varies.
     """
 
     def varying(*arguments):
@@ -45,17 +49,18 @@ def kernel(name: str, flops: float | int, run: Callable) -> Callable:
 
 
 def loop(trips: float | int, run: Callable) -> Callable:
-    """Return `run` as a jitted function. Its name states the expected number of passes of each `while` loop in `run`.
+    """Return the function `run` as a jitted function whose name states `trips`, the passes of its `while` loops.
 
-    `trips`: this number. It may be a fraction, such as a mean over the tiles of an array.
+    `trips` is the expected number of passes through each `while` loop in `run`. It may be a fraction, such as a mean
+    over the tiles of an array.
     """
     return _named(f"loop_trips_{trips:.12g}", run)
 
 
 def share(part: float, run: Callable) -> Callable:
-    """Return `run` as a jitted function whose name states `part`, the share of its operations that is useful work.
+    """Return the function `run` as a jitted function whose name states `part`, the useful share of its operations.
 
-    The other operations are spent on padding. With `part` 1, return `run` itself.
+    `part` is a number from 0 to 1. The other operations are spent on padding. If `part` is 1, return `run` itself.
     """
     return run if part == 1 else _named(f"part_share_{part:.12g}", run)
 
@@ -69,7 +74,7 @@ def _named(name: str, run: Callable) -> Callable:
 
 
 def stated(name: str) -> Stated | None:
-    """Return the number that the name of a jitted function states, or None if the name states no number.
+    """Return the number that the name of a jitted function states about its cost, or None if the name states no number.
 
     >>> stated("product_flops_1.5e+09"), stated("product")
     (Stated(flops=1500000000.0, trips=None, share=None), None)
@@ -79,10 +84,10 @@ def stated(name: str) -> Stated | None:
 
 
 def visible_scores(T: int, S: int, *, attend_current: bool = False, window: int | None = None) -> int:
-    """Return the number of (query, key) pairs that a causal mask keeps, for T queries and S keys.
+    """Return the number of (query, key) pairs that a causal mask allows, for T queries and S keys.
 
-    The last query is at the position of the last key. A query at position q sees the keys k < q, with `attend_current`
-    also the key k = q, and with a `window` only keys with q - k <= window.
+    The last query is at the position of the last key. A query at position q attends to the keys k < q. With
+    `attend_current` it also attends to the key k = q. With a `window` it attends only to keys with q - k <= window.
 
     >>> visible_scores(4, 4), visible_scores(4, 4, window=1), visible_scores(1, 8, attend_current=True)
     (6, 3, 8)

@@ -1,10 +1,10 @@
-"""The choice of the implementation that runs an op, and the reasons for the choice.
+"""Chooses the implementation that runs an op, and states the reasons for the choice.
 
-An op, such as `stick_breaking_attention`, has several implementations. `NAMES` lists all names in order of preference.
-An implementation can refuse a call of the op, and then gives a reason. `implementation=None` takes the first one that
-does not refuse, and logs the choice and the reasons once. `explain` returns the same sentence. A named implementation
-works or raises an error: there is no silent fallback. `recorded` collects the choices that are made while code is
-traced.
+An op is a public function of this package, such as `stick_breaking_attention`. It has several implementations. `NAMES`
+lists their names in order of preference. An implementation can refuse a call of the op, and then gives a reason. With
+`implementation=None`, an op takes the first implementation that does not refuse. It logs the choice and the reasons as
+one line, once. `explain` returns this line and does not run the op. A named implementation works or raises an error:
+there is no silent fallback. `recorded` collects the choices that the ops make while JAX traces code.
 """
 
 import contextlib
@@ -22,16 +22,17 @@ from jax.sharding import get_abstract_mesh
 
 from . import partition, platform
 
-# In order of preference.
+# The names of the implementations, in order of preference.
 NAMES = ("mosaic", "triton", "xla", "reference")
 logger = logging.getLogger("pallas_kernels")
 
 
 class Implementation(NamedTuple):
-    """One way to compute an op: three functions of a call, which is a result of `Op.prepare`.
+    """One implementation of an op, as three functions of `call`, the checked arguments of one call of the op.
 
-    `run(call)` computes the results of the op. `refuses(call)` returns the reason why this implementation cannot run
-    the call, or None if it can. `detail(call)` describes how it runs the call, such as the sizes of its tiles.
+    `run`: computes the results of the op.
+    `refuses`: returns the reason why this implementation cannot run the call, or None if it can.
+    `detail`: describes how this implementation runs the call, such as the sizes of its tiles.
     """
 
     run: Callable[[Any], Any]
@@ -40,12 +41,14 @@ class Implementation(NamedTuple):
 
 
 class Op(NamedTuple):
-    """An op with its checks and its implementations.
+    """An op, that is, a public function such as `stick_breaking_attention`: its checks and its implementations.
 
-    `prepare(*args, **kwargs)` checks the arguments of the public function and returns a call: a NamedTuple of arrays
-    and settings that every implementation takes. `implementations` is {name of NAMES: implementation}. `letters(call)`
-    names the axes of the arrays and says along which of these axes a mesh may divide the op. Without `letters`, the op
-    has no rule for a mesh.
+    `name`: the name of the public function.
+    `prepare`: takes the arguments of the public function and checks them. It returns them as a call: a NamedTuple of
+      arrays and settings that every implementation takes.
+    `implementations`: {name from NAMES: implementation}.
+    `letters`: takes a call. It returns a `partition.Letters`: the letters of the axes of all arrays, and the letters
+      along which a mesh may divide the op. None: the op has no rule for a mesh, and takes the undivided arrays.
     """
 
     name: str
@@ -57,9 +60,13 @@ class Op(NamedTuple):
 class Choice(NamedTuple):
     """The implementation that was chosen for one call of an op. The backward pass uses the same implementation.
 
-    `sizes`: a pair (letter, size), such as ("T", 64), for the axes of the arrays on one device. `detail`: how the
-    implementation runs the call, such as the sizes of its tiles. `why`: why this implementation runs, and why the
-    preferred implementations do not. `str(choice)` says all of this in one line.
+    `op`: the name of the op.
+    `sizes`: a pair (letter, size), such as ("T", 64), for the axes of the arrays on one device.
+    `implementation`: the name of the implementation, such as "xla".
+    `detail`: how the implementation runs the call, such as the sizes of its tiles.
+    `why`: why this implementation runs, and why the preferred implementations do not.
+
+    `str(choice)` says all of this in one line.
     """
 
     op: str
@@ -73,7 +80,7 @@ class Choice(NamedTuple):
         return f"{self.op}: {self._by()}{sizes and f' for {sizes}'}, {self.why}"
 
     def sentence(self) -> str:
-        """Return the line of `str(choice)` without the sizes. It is the line that is logged."""
+        """Return the choice as one line without the sizes: op, implementation and reasons. This line is logged."""
         return f"{self.op}: {self._by()}, {self.why}"
 
     def _by(self) -> str:
@@ -82,27 +89,34 @@ class Choice(NamedTuple):
 
 _ops: dict[str, Op] = {}
 _logged: set[str] = set()
-# The records of all `recorded` blocks that are open in this thread.
+# The counters of all contexts of `recorded` that are open in this thread.
 _records: contextvars.ContextVar[tuple[Counter, ...]] = contextvars.ContextVar("records", default=())
-# The choices that were made when a call was traced. JAX keeps the trace, so an equal call does not choose again.
+# The choices that were made when a call was traced, by the key of the call (`_key`). JAX keeps the trace, so an equal
+# call does not choose again.
 _traced: dict[Any, Counter] = {}
 
 
 def register(op: Op) -> Op:
-    """Make an op known to `run` and `explain` by its name, and return the op."""
+    """Register an op under its name, so that `run` and `explain` can find it. Return the op."""
     _ops[op.name] = op
     return op
 
 
 def _wanted(implementation: str | Sequence[str] | None) -> Sequence[str]:
-    """Return the names of the implementations to try, in this order. Raise ValueError if a name is unknown."""
+    """Return the names of the implementations to try, in this order. Raise ValueError if a name is unknown.
+
+    `implementation` is what the caller of the op passed: a name, names in order of preference, or None for all names
+    except "reference".
+    """
     if implementation is None:
-        return NAMES[:-1]  # the reference runs only by its name
+        return NAMES[:-1]  # an op runs the reference only if its caller names it
     wanted = (implementation,) if isinstance(implementation, str) else implementation
     if not isinstance(wanted, Sequence) or not all(isinstance(name, str) for name in wanted):
-        raise ValueError(f"implementation={implementation!r} must be a name, a sequence of names or None")
+        raise ValueError(
+            f"implementation={implementation!r} must be the name of an implementation, a sequence of names or None"
+        )
     if not wanted:
-        raise ValueError("implementation=() names nothing; pass None for the best one")
+        raise ValueError("implementation=() names no implementation; pass None to take the best one")
     for name in wanted:
         if name not in NAMES:
             near = difflib.get_close_matches(name, NAMES, n=1)
@@ -112,16 +126,17 @@ def _wanted(implementation: str | Sequence[str] | None) -> Sequence[str]:
 
 
 def choose(op: Op, call: Any, implementation: str | Sequence[str] | None) -> tuple[str, list[str]]:
-    """Return (the name of the implementation that runs `call`, the reasons why the names before it do not).
+    """Return (name, reasons): the first implementation that can run a call, and why the earlier ones cannot.
 
-    `implementation` is the argument of the op: a name, names in order of preference, or None for all names except
-    "reference". A reason is text such as "triton: needs compute capability 8.0 or newer, found cpu". Raise
-    NotImplementedError if every implementation refuses the call.
+    `call` has the checked arguments of the op, as `op.prepare` returns them. `implementation` is what the caller of the
+    op passed: a name, names in order of preference, or None for all names except "reference". `reasons` has one text
+    for every implementation that was tried before, such as "triton: needs compute capability 8.0 or newer, found cpu".
+    Raise NotImplementedError if none of the implementations can run the call.
     """
 
     def refuses(name):
         found = op.implementations.get(name)
-        return found.refuses(call) if found else "this op has no such kernel yet"
+        return found.refuses(call) if found else "this op has no such implementation yet"
 
     reasons = []
     for name in _wanted(implementation):
@@ -130,7 +145,9 @@ def choose(op: Op, call: Any, implementation: str | Sequence[str] | None) -> tup
             return name, reasons
         reasons.append(f"{name}: {reason}")
     can = [name for name in op.implementations if refuses(name) is None]
-    raise NotImplementedError(f"{op.name} cannot run this call by {'; '.join(reasons)}; use {' or '.join(can)}")
+    raise NotImplementedError(
+        f"{op.name} cannot run this call with implementation {'; '.join(reasons)}; use {' or '.join(can)}"
+    )
 
 
 def _choice(op: Op, call: Any, implementation: str | Sequence[str] | None) -> Choice:
@@ -142,9 +159,10 @@ def _choice(op: Op, call: Any, implementation: str | Sequence[str] | None) -> Ch
 
 
 def _sizes(op: Op, call: Any) -> tuple[tuple[str, int], ...]:
-    """Return a pair (letter, size), such as ("T", 64), for every axis of the arrays of a call.
+    """Return a pair (letter, size), such as ("T", 64), for every letter of the axes of the arrays in `call`.
 
-    An axis whose letters contain a digit, such as "2F", is left out.
+    `call` has the checked arguments of the op, as `op.prepare` returns them. An axis of two times F elements has the
+    letters "2F". Such an axis is left out: "F" gives its size.
     """
     if op.letters is None:
         return ()
@@ -158,13 +176,14 @@ def _sizes(op: Op, call: Any) -> tuple[tuple[str, int], ...]:
 
 @contextlib.contextmanager
 def recorded() -> Iterator[Counter]:
-    """Collect the choices that the ops make in this block and in this thread: {Choice: how often it was traced}.
+    """In this context, collect the choices of implementations that ops make: {Choice: how often it was made}.
 
-    An op chooses when it is traced. So the block must trace the program: `jax.jit(f).trace(...)`, `jax.eval_shape`,
-    or the first call of a jitted function. JAX keeps the trace of a jitted function. If your function was traced before
-    the block, nothing is recorded. On a mesh, an op itself contains a jitted function. The choices of its first trace
-    are remembered, and they are recorded again when JAX uses that trace again. On a mesh of Auto axes, XLA divides the
-    arrays only when it compiles. So the recorded sizes are the sizes of the whole arrays.
+    Only choices in this thread are collected. An op chooses its implementation when JAX traces the op. So trace the
+    program in the context: with `jax.jit(f).trace(...)`, `jax.eval_shape`, or the first call of a jitted function. A
+    second call of your jitted function collects nothing, because JAX does not trace your program again. On a mesh, JAX
+    also stores a trace of every op. If a new trace of your program uses the stored trace of an op, the choices from the
+    stored trace are collected. On a mesh of Auto axes, the sizes in the choices are the sizes of the undivided arrays,
+    because XLA divides the arrays only when it compiles.
 
     >>> import jax, jax.numpy as jnp
     >>> from pallas_kernels import stick_breaking_attention
@@ -183,15 +202,16 @@ def recorded() -> Iterator[Counter]:
 
 
 def _record(choices: Counter) -> None:
-    """Add the choices to the records of all open `recorded` blocks."""
+    """Add the choices, {Choice: how often it was made}, to the counters of all open contexts of `recorded`."""
     for record in _records.get():
         record.update(choices)
 
 
 def _key(op: Op, call: Any, wanted: Sequence[str] | None) -> Any:
-    """Return a key for `_traced`. Two calls of an op have equal keys exactly if JAX uses one trace for both.
+    """Return the key of a call of an op in `_traced`, which stores the choices that the op made when it was traced.
 
-    `wanted`: the names of the implementations that the caller named, or None.
+    Two calls of an op have equal keys exactly if JAX uses one trace for both. `call` has the checked arguments of the
+    op. `wanted` has the names of the implementations that the caller named, or is None.
     """
     leaves, tree = jax.tree.flatten(call)
     types = tuple(jax.typeof(x) if isinstance(x, jax.Array) else x for x in leaves)
@@ -199,10 +219,11 @@ def _key(op: Op, call: Any, wanted: Sequence[str] | None) -> Any:
 
 
 def run(op: Op, call: Any, implementation: str | Sequence[str] | None) -> Any:
-    """Choose an implementation for `call`, run it, and return the results of the op.
+    """Choose an implementation for one call of an op, run it, and return the results of the op.
 
-    `call` is a result of `op.prepare`. `implementation` is a name, names in order of preference, or None. On a mesh,
-    every device runs the op on its part of the arrays.
+    `call` has the checked arguments, as `op.prepare` returns them. `implementation` is a name, names in order of
+    preference, or None for the first one that can run the call. On a mesh, every device runs the op on its part of the
+    arrays.
     """
     wanted = None if implementation is None else tuple(_wanted(implementation))
     compute = partition.Bound(_run_here, (op.name, wanted))
@@ -215,7 +236,7 @@ def run(op: Op, call: Any, implementation: str | Sequence[str] | None) -> Any:
             raise
         raise TypeError(
             f"{op.name} has no forward-mode derivative on this mesh (jax.jvp, jax.jacfwd, jax.linearize); "
-            "take jax.grad, jax.vjp or jax.jacrev"
+            "use jax.grad, jax.vjp or jax.jacrev"
         ) from None
     if choices:
         _traced[_key(op, call, wanted)] = choices
@@ -225,7 +246,11 @@ def run(op: Op, call: Any, implementation: str | Sequence[str] | None) -> Any:
 
 
 def _run_here(call: Any, op_name: str, implementation: tuple[str, ...] | None) -> Any:
-    """Choose an implementation for the call of one device, record and log the choice, and run it."""
+    """Choose an implementation for the call on one device, record the choice, and run the implementation.
+
+    `call` has the checked arguments of the op, with this device's part of the arrays. If the caller named no
+    implementation, the choice is logged as one line. The same line is logged only once.
+    """
     op = _ops[op_name]
     choice = _choice(op, call, implementation)
     _record(Counter([choice]))
@@ -239,16 +264,16 @@ def _run_here(call: Any, op_name: str, implementation: tuple[str, ...] | None) -
         if "forward-mode" not in str(error):
             raise
         raise TypeError(
-            f"{op.name} by {name} has no forward-mode derivative (jax.jvp, jax.jacfwd, jax.linearize); "
-            "take jax.grad, jax.vjp or jax.jacrev, or implementation='reference', which has both"
+            f"{op.name} with implementation {name} has no forward-mode derivative (jax.jvp, jax.jacfwd, jax.linearize)"
+            "; use jax.grad, jax.vjp or jax.jacrev, or implementation='reference', which has forward mode too"
         ) from None
 
 
 def explain(op_name: str, *args, **kwargs) -> str:
-    """Say in one line which implementation runs `op_name(*args, **kwargs)`, and why the preferred ones cannot run it.
+    """Return one line: which implementation runs `op_name(*args, **kwargs)`, and why the preferred ones cannot run it.
 
-    `op_name` is the name of the op's function, such as "stick_breaking_attention". Nothing is computed. Only shapes and
-    dtypes are read, so an argument may be a `jax.ShapeDtypeStruct` in place of an array.
+    `op_name` is the name of a public function of this package, such as "stick_breaking_attention". Nothing is computed.
+    Only shapes and dtypes are read, so an argument may be a `jax.ShapeDtypeStruct` in place of an array.
 
     >>> import jax, jax.numpy as jnp
     >>> x = jax.ShapeDtypeStruct((1, 64, 4, 32), jnp.float32)

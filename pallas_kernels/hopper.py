@@ -1,4 +1,4 @@
-"""Checks of the chip, of the CUDA compiler and of the mesh: can kernels for Hopper GPUs run in this process?"""
+"""Checks of the GPU, the CUDA compiler and the mesh: can this process run kernels for Hopper GPUs?"""
 
 import jax
 
@@ -6,20 +6,24 @@ from . import automatic, platform
 
 
 def refuses(x) -> str | None:
-    """Return the reason why kernels for Hopper GPUs cannot run in this process on the array x, or None if they can."""
+    """Return the reason why no kernel for Hopper GPUs can run in this process on the array `x`, or None if one can.
+
+    This function checks the GPU, the CUDA compiler, and the mesh that divides `x`. The caller checks the shape and the
+    dtype of `x`.
+    """
     if not platform.is_interpreted() and (chip := platform.chip()) != "sm_90":
         return f"needs compute capability 9.0, found {chip}"
     return compiler_refuses() or mesh_refuses(x)
 
 
 def compiler_refuses() -> str | None:
-    """Return the reason why the CUDA compiler of this process cannot be used, or None if it can.
+    """Return the reason why the CUDA compiler of this process must not be used, or None if it can be used.
 
-    Some versions of the compiler compile kernels to programs that compute wrong results.
+    Programs from some versions of the compiler compute wrong results.
     """
     if platform.is_interpreted() or jax.default_backend() != "gpu":
         return None
-    from jax._src.lib import cuda_versions  # None without the plugin
+    from jax._src.lib import cuda_versions  # None without JAX's CUDA plugin
 
     if cuda_versions is not None and 12080 <= cuda_versions.cuda_runtime_get_version() < 12091:
         return "needs CUDA 12.9.1 or newer: the compiler of 12.8.0 to 12.9.0 miscompiles causal kernels"
@@ -27,14 +31,15 @@ def compiler_refuses() -> str | None:
 
 
 def mesh_refuses(x) -> str | None:
-    """Return the reason why no kernel can run on the array x under the mesh of its type, or None if kernels can run.
+    """Return the reason why no kernel can run on the mesh of the array `x`, or None if a kernel can run on it.
 
-    A kernel runs on a mesh only inside `jax.shard_map`. Elsewhere XLA divides the work over the mesh, and it
-    all-gathers every array that a kernel reads.
+    On a mesh of several devices, a kernel runs only inside `jax.shard_map`, or in the program of one device that XLA's
+    partitioner requests (`automatic.is_tracing_part`). Elsewhere XLA divides the work over the mesh, and it all-gathers
+    every array that a kernel reads.
     """
     if automatic.is_tracing_part():
         return None
     mesh = jax.typeof(x).sharding.mesh
     axes = zip(mesh.axis_names, mesh.axis_types or (), mesh.axis_sizes, strict=True) if not mesh.empty else ()
     split = [str(name) for name, kind, size in axes if kind != jax.sharding.AxisType.Manual and size > 1]
-    return f"must be inside jax.shard_map under a mesh with the axes {', '.join(split)}" if split else None
+    return f"needs jax.shard_map over the mesh axes {', '.join(split)}" if split else None

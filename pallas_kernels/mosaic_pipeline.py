@@ -1,9 +1,12 @@
 """Code that all Mosaic kernels share: the launch, and the two barriers of every pipeline stage.
 
-A block has several warpgroups. One warpgroup copies tiles into shared memory, which has room for `stages` steps at the
-same time: a ring of stages. The other warpgroups compute with these tiles. Step s uses stage s % stages. (In the
-attention kernel `d_key_value` with H or Hv above 128, the first warpgroup both copies and computes.) docs/design
-explains the barriers of every kernel.
+A block of a kernel has several warpgroups. One of them copies tiles into shared memory, and the others compute with the
+tiles. (There is one exception: in the attention kernel `d_key_value`, with a head dimension of the keys or of the
+values above 128, the first warpgroup both copies and computes.)
+
+A kernel works in steps. A pipeline stage is a part of shared memory that has room for the tiles of one step. The stages
+form a ring: with n stages, the tiles of step s are in stage s % n. docs/design/attention_kernels.md and
+docs/design/expert_kernels.md explain the barriers of every kernel.
 """
 
 from collections.abc import Callable
@@ -16,14 +19,18 @@ from . import cost
 
 
 class Ring(NamedTuple):
-    """The barriers of a ring: for every stage one barrier `full` and one barrier `used`."""
+    """The barriers of a ring of pipeline stages in shared memory: two barriers for every stage.
 
-    full: Any  # the stage can be read
-    used: Any  # the stage can be overwritten
+    `full`: completes when the tiles of the stage are in shared memory. The warpgroups that compute wait for it.
+    `used`: completes when all readers have read the tiles of the stage. The warpgroup that copies waits for it.
+    """
+
+    full: Any
+    used: Any
 
 
 def ring(stages: int, *, arrivals: int, readers: int) -> Ring:
-    """Return the barriers of a ring of stages, in the form in which a kernel declares its scratch memory.
+    """Return the barriers of a ring of pipeline stages, in the form in which a kernel declares its scratch memory.
 
     Args:
       stages: the number of stages.
@@ -37,9 +44,11 @@ def ring(stages: int, *, arrivals: int, readers: int) -> Ring:
 
 
 def free_stage(ring: Ring, step, stages: int, *, when=None):
-    """Wait until the stage of step `step` can be overwritten. Return the number of the stage, step % stages.
+    """Wait until the pipeline stage of step `step` can be overwritten. Return the index of the stage, step % stages.
 
-    If the traced condition `when` is false, do not wait.
+    The warpgroup that copies calls this before it copies the tiles of the step into shared memory. The wait ends when
+    all readers have read the tiles of step `step` - `stages`. There is no wait in the first `stages` steps, when the
+    stages are empty, and no wait if the traced condition `when` is false.
     """
     stage = step % stages
     is_occupied = step >= stages if when is None else when & (step >= stages)
@@ -52,7 +61,10 @@ def free_stage(ring: Ring, step, stages: int, *, when=None):
 
 
 def full_stage(ring: Ring, step, stages: int):
-    """Wait until the stage of step `step` can be read. Return the number of the stage, step % stages."""
+    """Wait until the pipeline stage of step `step` can be read. Return the index of the stage, step % stages.
+
+    A warpgroup that computes calls this. The wait ends when the tiles of the step are in shared memory.
+    """
     stage = step % stages
     plgpu.barrier_wait(ring.full.at[stage])
     return stage
@@ -62,17 +74,17 @@ def run(kernel: Callable, *, name: str, flops: float, blocks: int, warpgroups: i
     """Return a function of arrays that launches a Mosaic GPU kernel and returns its results.
 
     The kernel receives pytrees of references: one for every argument, one for the results, and one for every entry of
-    `scratch`. In the kernel, `lax.axis_index("block")` and `lax.axis_index("wg")` are the numbers of the block and of
-    the warpgroup.
+    `scratch`. In the kernel, `lax.axis_index("block")` is the index of the block, and `lax.axis_index("wg")` is the
+    index of the warpgroup in its block.
 
     Args:
       kernel: the body of the kernel.
       name: the name of the kernel.
-      flops: the number of floating-point operations, which the name of the jitted function states (`cost.kernel`).
+      flops: the number of floating-point operations. The name of the jitted function states it (`cost.kernel`).
       blocks: the number of blocks.
       warpgroups: the number of warpgroups of a block.
-      out_type: a pytree of jax.ShapeDtypeStruct, the results.
-      scratch: a tuple of pytrees of shared memory and barriers of a block.
+      out_type: a pytree of jax.ShapeDtypeStruct: the shapes and dtypes of the results.
+      scratch: a tuple of pytrees that declare the shared memory and the barriers of a block.
     """
     kernel.__name__ = name
     launch = plgpu.kernel(

@@ -1,9 +1,12 @@
-"""Shims that copy rows of an array, given by their row numbers, to and from shared memory, for the ScatterMoE kernels.
+"""Copies of single rows between an array in global memory and a tile in shared memory, for the ScatterMoE kernels.
 
+The rows of an expert may be scattered over the array. So every row of the tile comes with its row number in the array.
 Hopper's copy engine copies consecutive rows only. So the threads of a warpgroup copy single rows, in chunks of 16
-bytes. A tile [rows, columns] has the layout in shared memory that the tensor cores read: it consists of atoms of 8 rows
-x 128 bytes, one row of atoms after the other. In an atom, chunk c of row r is at position c ^ r of the row.
-docs/design/expert_kernels.md explains the barriers around these copies.
+bytes. Each operation has a GPU body and a body for the Mosaic GPU interpreter. docs/design/expert_kernels.md explains
+the barriers around these copies.
+
+In shared memory, a tile has the layout that the tensor cores read. It consists of atoms of 8 rows x 128 bytes, one row
+of atoms after the other. In an atom, chunk c of row r is at position c XOR r of the row.
 """
 
 import jax.experimental.pallas as pl
@@ -21,17 +24,20 @@ THREADS = 128  # of a warpgroup
 def atoms(dtype) -> tuple:
     """Return the Pallas transforms that give a tile of `dtype` in shared memory the layout that tensor cores read.
 
-    The tile consists of atoms of 8 rows x 128 bytes, swizzled in chunks of 16 bytes. See the docstring of the module.
+    The tile consists of atoms of 8 rows x 128 bytes. In an atom, chunk c (16 bytes) of row r is at position c XOR r of
+    the row (a swizzle).
     """
     return plgpu.TilingTransform((ATOM[0], ATOM[1] // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(ATOM[1])
 
 
 def chunks(ops, rows: int, columns: int, itemsize: int):
-    """Return (the place of the first chunk that a thread copies, the distances from it to all chunks of the thread).
+    """Return (place, distances): the place of a thread's first chunk, and the distances from there to all its chunks.
 
-    The threads of a warpgroup copy a tile [rows, columns] of elements of `itemsize` bytes, in chunks of 16 bytes. The
-    place of the first chunk is (row, column, byte in shared memory), in the arithmetic of `ops`, a `_Thread`. A
-    distance is (rows, columns, bytes in shared memory). The distances are Python numbers, the same for every thread.
+    The 128 threads of a warpgroup copy a tile [rows, columns] of elements of `itemsize` bytes, in chunks of 16 bytes.
+    A place is (row, column, byte): the row and the column in the tile, and the offset in bytes from the start of the
+    tile in shared memory. The place depends on the thread, so `ops`, a `_Thread`, computes it. `distances` is a list of
+    (rows, columns, bytes) with one entry for every chunk of the thread. The first entry is (0, 0, 0). The entries are
+    Python numbers, because they are the same for all threads.
     """
     per_atom, across = ATOM[1] // CHUNK, columns * itemsize // ATOM[1]
     chunk, row = ops.remainder(ops.thread, per_atom), ops.divide(ops.thread, per_atom)
@@ -50,14 +56,15 @@ def chunks(ops, rows: int, columns: int, itemsize: int):
 def gather(source, rows, column, tile) -> None:
     """Start to copy rows of an array into a tile: tile[r] = source[rows[r], column : column + C].
 
-    A row of the tile is zero if rows[r] is negative. Columns beyond the last column of the source are zero too. The
-    copies are only started: `gather_commit` closes a group of copies, and `gather_wait` waits for groups.
+    A row of the tile is zero if rows[r] is negative. Columns of the tile beyond the last column of the source are zero
+    too. The copies are only started: `gather_commit` closes a group of copies, and `gather_wait` waits for groups.
 
     Args:
-      source: reference to [R, D] in global memory, D a multiple of 16 bytes.
-      rows: reference to int32 [M] in global memory.
-      column: a multiple of 8 elements.
-      tile: reference to [M, C] in shared memory with `atoms`, C a multiple of 128 bytes.
+      source: reference to an array [R, D] in global memory. A row of D elements is a multiple of 16 bytes.
+      rows: reference to the row numbers in the source, int32 [M] in global memory.
+      column: the first column to copy, a multiple of 8.
+      tile: reference to a tile [M, C] in shared memory with the layout of `atoms`. A row of C elements is a multiple of
+        128 bytes.
     """
     if platform.is_interpreted():
         tile[...] = _read_rows(source, rows, column, tile.shape)
@@ -74,15 +81,19 @@ def gather(source, rows, column, tile) -> None:
 
 
 def gather_commit() -> None:
-    """Close a group: all copies that this warpgroup has started with `gather` since the previous group."""
+    """Close a group of copies: all copies that this warpgroup started with `gather` since it closed the previous group.
+
+    `gather_wait` waits for groups.
+    """
     _asm("cp.async.commit_group;")
 
 
 def gather_wait(pending: int) -> None:
-    """Wait for all groups of copies of this warpgroup except the last `pending`, so that tensor cores can read them.
+    """Wait until copies of `gather` are in shared memory: all groups except the newest `pending` groups.
 
-    The copies (`cp.async`) write shared memory by one path, and tensor cores read it by another path. `commit_smem` is
-    the fence between the two paths.
+    The groups are those of this warpgroup (`gather_commit`). After the wait, tensor cores can read the copied rows. The
+    copies (`cp.async`) write shared memory by one path, and tensor cores read it by another path. `commit_smem` is the
+    fence between the two paths.
     """
     _asm(f"cp.async.wait_group {pending};")
     plgpu.commit_smem()
@@ -91,10 +102,16 @@ def gather_wait(pending: int) -> None:
 def scatter(tile, rows, column, target) -> None:
     """Copy the rows of a tile to rows of an array: target[rows[r], column : column + C] = tile[r].
 
-    `tile`, `rows` and `column` are as in `gather`. `target` is a reference to [R, D] in global memory. A row with a
-    negative rows[r] is not written, and nothing is written beyond the last column of the target. A thread copies chunks
-    that other threads wrote. So the warpgroup needs a barrier (`plgpu.commit_smem`) before this call, and another one
-    before it overwrites the tile.
+    A row with a negative rows[r] is not written, and nothing is written beyond the last column of the target. A thread
+    copies chunks that other threads wrote. So the warpgroup needs a barrier (`plgpu.commit_smem`) before this call, and
+    another one before it overwrites the tile.
+
+    Args:
+      tile: reference to a tile [M, C] in shared memory with the layout of `atoms`. A row of C elements is a multiple of
+        128 bytes.
+      rows: reference to the row numbers in the target, int32 [M] in global memory.
+      column: the first column to write, a multiple of 8.
+      target: reference to an array [R, D] in global memory. A row of D elements is a multiple of 16 bytes.
     """
     if platform.is_interpreted():
         _write_rows(tile, rows, column, target)
@@ -118,7 +135,11 @@ _SCALAR = plgpu.Layout.WG_SPLAT
 
 
 def _read_rows(source, rows, column, shape):
-    """Return the tile that `gather` copies, in the interpreter. Each array is read once: an access is slow there."""
+    """Return a tile [M, C] whose row r is source[rows[r], column : column + C]: the interpreter body of `gather`.
+
+    `shape` is (M, C). A row is zero if rows[r] is negative. Every access to a reference is slow in the interpreter. So
+    `source` and `rows` are each read only once, with all their elements.
+    """
     numbers = rows[...]
     there = source[...][jnp.maximum(numbers, 0)]
     there = lax.dynamic_slice(jnp.pad(there, ((0, 0), (0, shape[1]))), (0, column), shape)
@@ -126,9 +147,10 @@ def _read_rows(source, rows, column, shape):
 
 
 def _write_rows(tile, rows, column, target) -> None:
-    """Do what `scatter` does, in the interpreter: copy rows with the copy engine.
+    """Set target[rows[r], column : column + C] = tile[r] for every row r: the interpreter body of `scatter`.
 
-    The copy engine writes nothing beyond the last column.
+    A row with a negative rows[r] is not written. `plgpu.copy_smem_to_gmem` copies one row at a time, and writes nothing
+    beyond the last column of `target`.
     """
     numbers = rows[...]
 
@@ -144,7 +166,10 @@ def _write_rows(tile, rows, column, target) -> None:
 
 
 def _asm(text: str) -> None:
-    """Run one PTX instruction without operands in every thread. In the interpreter, do nothing."""
+    """Run the PTX instruction `text` in every thread of the warpgroup. In the interpreter, do nothing.
+
+    The instruction must not use registers: its only operands are numbers in `text`.
+    """
     if platform.is_interpreted():
         return
 
@@ -156,7 +181,10 @@ def _asm(text: str) -> None:
 
 
 class _Thread:
-    """The integer arithmetic of one GPU thread, in MLIR. Tests replace it with arithmetic on Python numbers."""
+    """The integer arithmetic of one GPU thread: each function emits an MLIR operation into the kernel.
+
+    Tests replace this class with arithmetic on Python numbers.
+    """
 
     def __init__(self):
         from jax._src.lib.mlir import ir
@@ -183,10 +211,13 @@ class _Thread:
 
 
 def _copies(array, rows, column, tile):
-    """Yield a `_Thread` once for each chunk of 16 bytes that a thread copies between `array` and `tile`.
+    """Yield a `_Thread` for each chunk of 16 bytes that a thread copies between `array` and `tile`.
 
-    Its attributes say where the chunk is. The address in shared memory is `shared` + `step`. The address in global
-    memory is `far`. `inside` says whether the row number is not negative and the column is a column of the array.
+    `array` is [R, D] in global memory, `tile` is [M, C] in shared memory, and `rows` is int32 [M] in global memory. Row
+    r of the tile corresponds to array[rows[r], column : column + C]. The attributes of the `_Thread` describe the
+    chunk: `shared` + `step` is its address in shared memory, and `far` is its address in global memory. `inside` is
+    true if the chunk is inside the array: its row number is not negative, and its first column is less than D. Use the
+    attributes before the next chunk, because the same `_Thread` is yielded each time, with new attributes.
     """
     from jax._src.lib.mlir import ir
     from jax._src.lib.mlir.dialects import arith, llvm

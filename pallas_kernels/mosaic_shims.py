@@ -1,10 +1,12 @@
 """Shims: operations that the Mosaic GPU interpreter cannot run, each with a GPU body and an interpreter body.
 
-The Mosaic kernels call these operations. docs/design/attention_kernels.md says which barriers the GPU bodies rely on.
+The Mosaic kernels call these operations. The GPU body runs on a GPU. The interpreter body runs on a CPU, when the
+interpreter runs a kernel. docs/design/attention_kernels.md says which barriers the GPU bodies rely on.
 
-Register layout of an accumulator [64, C]: a quad is four neighbouring threads, and it holds whole rows. Thread t of a
-quad holds the columns 8 g + 2 t and 8 g + 2 t + 1 of every group g of 8 columns. It holds these columns of two rows,
-which are 8 rows apart. These two rows of a thread are called its row halves.
+The register layout of an array [64, C] that tensor cores compute: the 128 threads of a warpgroup form quads of four
+neighbouring threads. A quad holds all C columns of two rows: an upper row, and the row 8 rows below it. Thread t of the
+quad (0 to 3) holds the columns 8 g + 2 t and 8 g + 2 t + 1 of every group g of 8 columns, in both rows. In the code of
+this module, `half` is 0 for the upper row and 1 for the lower row.
 """
 
 import jax
@@ -16,12 +18,16 @@ import numpy as np
 from .platform import is_interpreted
 
 TILE = plgpu.Layout.WGMMA  # [64, C]
-ROW = plgpu.Layout.WGMMA.reduce(1)  # [64], one number per row
-COLUMN = plgpu.Layout.WGMMA.reduce(0)  # [C], one number per column
+ROW = plgpu.Layout.WGMMA.reduce(1)  # [64], one value per row
+COLUMN = plgpu.Layout.WGMMA.reduce(0)  # [C], one value per column
 
 
 def product(a, b):
-    """Return a @ b, [64, C] in fp32. a [64, D] and b [D, C] are references to shared memory, possibly transposed."""
+    """Return the matrix product a @ b, [64, C] in fp32 in registers.
+
+    `a` [64, D] and `b` [D, C] are references to shared memory, where D is the axis that is summed. Each of them may be
+    a transposed view of a tile.
+    """
 
     def run(acc):
         plgpu.wgmma(acc, a, b)
@@ -31,9 +37,10 @@ def product(a, b):
 
 
 def add_product(acc, a, b):
-    """Return acc + a @ b, [64, C] in fp32, for acc [64, C], a [64, D] and b [D, C].
+    """Return acc + a @ b, [64, C] in fp32 in registers, where `a` is [64, D] and `b` is [D, C].
 
-    acc is in registers, a is in registers or a reference to shared memory, and b is a reference to shared memory.
+    D is the axis that is summed. `acc` [64, C] is in registers. `a` is in registers or is a reference to shared memory.
+    `b` is a reference to shared memory.
     """
     if is_interpreted():
         result = acc + jnp.dot(a if isinstance(a, jax.Array) else a[...], b[...], preferred_element_type=jnp.float32)
@@ -45,10 +52,11 @@ def add_product(acc, a, b):
 
 
 def exp2_of_minus_abs(x):
-    """Return 2^-|x| for x [64, C] in registers, in fp32.
+    """Return 2^-|x| in fp32, for an array x [64, C] in registers.
 
-    The GPU's exponential instruction can set the sign of its operand, so this is one instruction. LLVM would emit
-    another instruction for the sign.
+    The attention kernels use it for log2(1 + 2^x) = max(x, 0) + log2(1 + 2^-|x|), where x are the logits times log2(e).
+    The GPU's exponential instruction can set the sign of its operand, so this function takes one instruction. LLVM
+    would emit another instruction for the sign.
     """
     if is_interpreted():
         return jnp.exp2(-jnp.abs(x))
@@ -70,9 +78,11 @@ def exp2_of_minus_abs(x):
 
 
 def any_at_most(x, limit: float):
-    """Return whether x[r] <= limit for at least one row r, for x [64] with one number for each row of a warpgroup.
+    """Return whether x[r] <= limit for at least one row r, for an array x [64] in registers, one value per row.
 
-    The threads vote on a named barrier that only this warpgroup uses. `jnp.any` would use shared memory that all
+    The forward attention kernel uses it to stop early. There, `x` is the cumulative log-decay (-log2 of the rest of the
+    stick) of the 64 query rows of a warpgroup. The warpgroup needs more keys as long as x[r] <= limit in at least one
+    row. The threads vote on a named barrier that only this warpgroup uses. `jnp.any` would use shared memory that all
     warpgroups of a block share: two warpgroups that compute would overwrite each other's values.
     """
     if is_interpreted():
@@ -103,9 +113,9 @@ def any_at_most(x, limit: float):
 def row_numbers():
     """Return the row numbers 0 to 63 of a tile, int32 [64] in registers. Every call computes them again.
 
-    The compiler computes equal `broadcasted_iota`s of a kernel only once. If a kernel used one before a loop and one in
-    the loop, the numbers would take registers during the loop. So this function computes them from the number of the
-    thread.
+    `broadcasted_iota` would give the same numbers. But the compiler computes equal `broadcasted_iota`s of a kernel only
+    once. If a kernel used these numbers before a loop and in the loop, they would occupy registers during the loop. So
+    this function computes them from the index of the thread.
     """
     if is_interpreted():
         return jnp.arange(64, dtype=jnp.int32)
@@ -132,23 +142,28 @@ def row_numbers():
 
 
 def row_of_thread(thread, half: int, right, bits, either):
-    """Return the number of the row of a tile [64, C] that thread `thread` holds in row half `half`, 0 or 1.
+    """Return the number (0 to 63) of a row of a tile [64, C] in registers, of which a thread holds some elements.
 
-    A warp holds 16 rows. A quad holds one of the first 8 rows and one of the last 8 rows of its warp.
-
-    `right(x, n)`, `bits(x, n)` and `either(x, y)` are x >> n, x & n and x | y, on numbers or on MLIR values.
+    A thread holds elements of two rows: `half` 0 means the upper row, and `half` 1 means the row 8 rows below it.
+    `thread` is the index of the thread in its block. Each of the four warps of a warpgroup holds 16 rows. Each quad
+    (four neighbouring threads) holds one of the first 8 of these rows and the row 8 rows below it. `right(x, n)`,
+    `bits(x, n)` and `either(x, y)` are x >> n, x & n and x | y, on numbers or on MLIR values.
     """
     warp, quad = bits(right(thread, 1), 48), bits(right(thread, 2), 7)
     return either(warp, either(quad, 8 * half))
 
 
 def minus_sum_right(minuend, factor, x, start):
-    """Return (y [64, C], the sum of each row of x [64]). For each column, y subtracts the sum of x on its right:
+    """Return (y, sums): `minuend` minus the sum of `x` on the right of each column, and the sum of each row of `x`.
 
       y[r, c] = minuend[r, c] - factor[r, c] * (start[r] + sum of x[r, m] over m > c)
+      sums[r] = sum of x[r, m] over all m
 
-    `minuend`, `factor` and `x` are [64, C], and `start` is [64], in registers. A factor of None means 1. This is one
-    operation, so that the sums over m > c of all columns are never in registers at the same time.
+    `minuend`, `factor`, `x` and y are [64, C]. `start` and sums are [64]. All are in registers. A factor of None means
+    1. In the attention kernels, beta is the sigmoid of the logits, `minuend` is log2(beta), `x` is the log-decay
+    -log2(1 - beta) of each key, and `start` is the cumulative log-decay of the keys further right. Then y is log2 of
+    the attention weights. This is one operation, so that the sums over m > c of all columns are never in registers at
+    the same time.
     """
     if is_interpreted():
         total = jnp.cumsum(x[:, ::-1], axis=1)[:, ::-1]
@@ -158,7 +173,16 @@ def minus_sum_right(minuend, factor, x, start):
 
 
 def minus_sum_left(minuend, factor, x, start):
-    """Do the same as `minus_sum_right`, with sums of x over the columns on the left: over m < c."""
+    """Return (y, sums): `minuend` minus the sum of `x` on the left of each column, and the sum of each row of `x`.
+
+      y[r, c] = minuend[r, c] - factor[r, c] * (start[r] + sum of x[r, m] over m < c)
+      sums[r] = sum of x[r, m] over all m
+
+    `minuend`, `factor`, `x` and y are [64, C]. `start` and sums are [64]. All are in registers. A factor of None means
+    1. In the backward attention kernels, y is the gradient of the logits. There, `x` is a = A dA (the attention weights
+    times their gradients), `minuend` is (1 - beta) a, and `factor` is beta, the sigmoid of the logits. `start` is the
+    sum of a over the keys further left plus the gradient of the output log_rem.
+    """
     if is_interpreted():
         total = jnp.cumsum(x, axis=1)
         before = start[:, None] + jnp.pad(total[:, :-1], ((0, 0), (1, 0)))
@@ -167,14 +191,17 @@ def minus_sum_left(minuend, factor, x, start):
 
 
 def _like(x, registers):
-    """Return an array of these registers with the register layout of `x`."""
+    """Return a Mosaic array in registers that consists of `registers` and has the register layout of `x`."""
     from jax.experimental.mosaic.gpu import FragmentedArray
 
     return FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=None)
 
 
 class _GpuThread:
-    """The arithmetic of one GPU thread, as MLIR operations. Tests replace it with arithmetic on Python numbers."""
+    """The arithmetic of one GPU thread: each function emits MLIR operations into the kernel.
+
+    Tests replace this class with arithmetic on Python numbers.
+    """
 
     def __init__(self):
         from jax._src.lib.mlir import ir
@@ -196,12 +223,13 @@ class _GpuThread:
 
 
 def scan_registers(ops, minuend, factor, x, start, *, right: bool):
-    """Return the registers of the two results of `minus_sum_right` (if `right`) or `minus_sum_left`, for one thread.
+    """Compute `minus_sum_right` (if `right`) or `minus_sum_left` in one thread. Return its registers of y and sums.
 
-    `ops` is the arithmetic of a thread (`_GpuThread`). `minuend`, `factor` and `x` are arrays of objects
-    [1, groups, 1, 1, 2 halves, ..], where each object is the pair of numbers that the thread holds of a group of 8
-    columns. `start` is an array of objects [1, 1, 2 halves, ..], where each object is the number of a row. For each
-    group and row half, the thread exchanges two sums with the other threads of its quad.
+    `ops` is the arithmetic of the thread, a `_GpuThread`. The other arguments are arrays of this thread's registers. A
+    thread holds elements of two rows of the tile. `minuend`, `factor` and `x` are [1, groups, 1, 1, 2 rows, ..]: a
+    register has the two elements of the thread in one row and one group of 8 columns. `start` is [1, 1, 2 rows, ..]: a
+    register has the start value of one row. For each group and row, the thread exchanges two sums with the other
+    threads of its quad (four neighbouring threads).
     """
     # `near` and `far` are for the partner threads at distance 1 and 2. They are 1 if the columns of the partner are
     # summed before the columns of this thread, else 0.
@@ -235,7 +263,7 @@ def scan_registers(ops, minuend, factor, x, start, *, right: bool):
 
 
 def _scan(minuend, factor, x, start, *, right: bool):
-    """Do what `minus_sum_right` (if `right`) or `minus_sum_left` does, on a GPU."""
+    """Return (y, sums), computed on a GPU: the GPU body of `minus_sum_right` (if `right`) or of `minus_sum_left`."""
     arrays = (x, minuend) if factor is None else (x, minuend, factor)
 
     @plgpu.inline_mgpu(

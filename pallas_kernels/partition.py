@@ -1,14 +1,16 @@
-"""How an op runs when its arrays are divided over the devices of a mesh.
+"""Runs an op on arrays that are divided over the devices of a mesh.
 
-An op names every axis of its arrays by a letter, such as B, T, N, H. It also names the letters along which it is a
-map: if arrays are divided along these axes, every device computes its own part without communication. The types of the
-arrays (`jax.typeof`) say how the arrays are divided:
-- On Explicit axes of a mesh, the op wraps itself in `jax.shard_map`. A division along any other letter is an error.
-- On a mesh of Auto axes, the types do not say how the arrays are divided. There the op is one node of the program for
-  XLA's partitioner. The partitioner decides the division and then asks for the program of one device (`automatic.py`).
-- On Manual axes, inside a shard_map of the caller, the op runs on the part of the arrays that this device has. First,
-  all arrays are marked as varying over every mesh axis over which at least one of them varies. So JAX sums the gradient
-  of an array that did not vary over these mesh axes.
+An op is a public function of this package, such as `stick_breaking_attention`. It names every axis of its arrays by a
+letter, such as B, T, N, H. It also names the letters along which its arrays may be divided, because every device can
+then compute its own part of the results without communication. What the op does depends on the axes of the mesh:
+
+- On Explicit axes, the types of the arrays (`jax.typeof`) say how the arrays are divided. The op wraps itself in
+  `jax.shard_map`. If an array is divided along a letter that the op does not permit, the op raises an error.
+- On a mesh of Auto axes, the types do not say how the arrays are divided. There the op is one operation of the program
+  for XLA's partitioner, which decides the division and then asks for the program of one device (`automatic.py`).
+- On Manual axes, inside a `jax.shard_map` of the caller, the op runs on the part of the arrays that this device has. An
+  array varies over a mesh axis if it differs between the devices along this axis. If one array varies over a mesh axis,
+  the op first marks all arrays as varying over it. So JAX sums the gradients of the arrays that did not vary over it.
 """
 
 import functools
@@ -22,18 +24,22 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec, g
 
 from . import automatic
 
-# Values in place of letters. STATIC: not an array. RECOMPUTED: `Letters.inside` computes it on every device.
+# Marks in the place of letters. STATIC: not an array. RECOMPUTED: every device computes the array by `Letters.inside`.
 STATIC, RECOMPUTED = "static", "anew"
 
 
 class Letters(NamedTuple):
-    """The letters of the axes of all arrays in one call of an op: "B T N H" for an array with four axes.
+    """The letters of the axes of all arrays in one call of an op, and the letters along which a mesh may divide the op.
 
-    `name`: the name of the op, for messages. `call`: a tree with the structure of the call of the op. Each leaf is the
-    letters of an array, STATIC or RECOMPUTED. `results`: a tree with the letters of every result. `maps`: {letter:
-    group} for the letters along which the op is a map. The axes of one group are divided over the same mesh axes, as
-    query heads N and key heads K are. `inside(call)`: takes the call of one device, where every leaf marked RECOMPUTED
-    is None, and returns the complete call.
+    `name`: the name of the op, for messages.
+    `call`: a tree with the structure of the checked arguments of the call. Each leaf has the letters of an array, such
+      as "B T N H" for an array with four axes. The mark STATIC means that the argument is not an array. The mark
+      RECOMPUTED means that every device computes this array itself, from its part of the other arrays.
+    `results`: a tree with the letters of every result.
+    `maps`: {letter: group} for the letters along which arrays may be divided. A group is a name. Axes whose letters
+      have the same group are divided over the same mesh axes: query heads N and key heads K, for example.
+    `inside`: computes the arrays marked RECOMPUTED on one device. It takes the arguments of this device, in which these
+      arrays are None, and returns the complete arguments.
     """
 
     name: str
@@ -44,7 +50,7 @@ class Letters(NamedTuple):
 
 
 class Bound(NamedTuple):
-    """A callable that fixes the last arguments of a function: `Bound(f, static)(*values)` is `f(*values, *static)`.
+    """A function with its last arguments fixed: `Bound(f, static)(*values)` is `f(*values, *static)`.
 
     Two `Bound`s with the same function and the same static values are equal, so that jit compiles them once.
     """
@@ -68,10 +74,15 @@ class _Array(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """A function of the arrays of one device. It rebuilds the call of the op from them, and runs `compute(call)`.
+    """The program of one device, as a function: `part(*arrays)` returns the results of the op on this device.
 
-    `inside`: as in `Letters`. `tree`: the structure of the call. `static`: the leaves of the call, where `_Array` marks
-    the place of an array.
+    `arrays` are the device's part of the arrays of the op. The function puts them into the arguments of the op, and
+    returns `compute` of these arguments.
+
+    `compute`: computes the results of the op from its complete arguments.
+    `inside`: the function `Letters.inside`. On every device it computes the arrays marked RECOMPUTED from the others.
+    `tree`: the structure of the arguments.
+    `static`: the leaves of the arguments, with the class `_Array` in the place of every array.
     """
 
     compute: Callable[[Any], Any]
@@ -89,14 +100,15 @@ def run(letters: Letters, call: Any, compute: Callable[[Any], Any]) -> Any:
     """Return `compute(call)`, the results of an op. On a mesh, every device runs `compute` on its part of the arrays.
 
     Args:
-      letters: the letters of the axes of all arrays of the call, and the letters that a mesh may divide.
+      letters: the letters of the axes of all arrays of the call, and the letters along which a mesh may divide them.
       call: a NamedTuple of the arrays and settings of one call of the op.
-      compute: a hashable function, such as a `Bound`. Two functions that do the same work must be equal, so that they
-        are compiled once.
+      compute: a hashable function of such a call, for example a `Bound`. Two functions that do the same work must be
+        equal, so that they are compiled once.
 
     Raises:
       ValueError: an array is divided along a letter that is not in `letters.maps`; two arrays are divided differently
-        along letters of one group; a mesh axis divides two groups; a size is no multiple of the size of its mesh axes.
+        along letters of one group; a mesh axis divides two groups; the size of an axis is not a multiple of the number
+        of devices along the mesh axes that divide it.
     """
     arrays, part = _arrays(letters, call, compute)
     mesh = _mesh(arrays)
@@ -115,10 +127,12 @@ def run(letters: Letters, call: Any, compute: Callable[[Any], Any]) -> Any:
 
 
 def look(letters: Letters, call: Any, compute: Callable[[Any], Any]) -> Any:
-    """Return `compute(call of one device)`, where the call of one device is the one that `run` would compute.
+    """Return `compute` of the arguments of an op, for a `compute` that reads only the shapes and dtypes of the arrays.
 
-    `dispatch.explain` uses this to describe a call without running it. On Explicit or Auto axes of a mesh, `compute`
-    receives tracers, so nothing is executed. Otherwise `compute` receives `call` itself.
+    Nothing is executed. `dispatch.explain` uses this function: its `compute` returns a description of the chosen
+    implementation. `letters` and `call` are the arguments of `run`. On Explicit axes, `compute` receives tracers with
+    the shapes of one device's part of the arrays. On a mesh of Auto axes, the tracers have the shapes of the undivided
+    arrays, because XLA divides arrays only when it compiles. Otherwise `compute` receives `call` itself.
     """
     arrays, part = _arrays(letters, call, compute)
     mesh = _mesh(arrays)
@@ -135,7 +149,10 @@ def look(letters: Letters, call: Any, compute: Callable[[Any], Any]) -> Any:
 
 
 def whole(function: Callable, x, *static) -> Any:
-    """Return `function(x, *static)` for an array x. On an Explicit mesh, every device computes it from the whole x."""
+    """Return `function(x, *static)`. On a mesh of Explicit axes, every device computes it from the undivided array `x`.
+
+    If the mesh divides `x`, it is all-gathered first.
+    """
     mesh = _mesh([_Array("", (), x)])
     if AxisType.Explicit not in mesh.axis_types:
         return function(x, *static)
@@ -143,9 +160,10 @@ def whole(function: Callable, x, *static) -> Any:
 
 
 def alike(*values) -> list:
-    """Return the values, with all arrays marked as varying over the same axes of a shard_map.
+    """Return the values as a list, with all arrays marked as varying over the same mesh axes, inside a `jax.shard_map`.
 
-    These are the mesh axes over which at least one of the arrays varies. A value that is no array is not changed.
+    An array varies over a mesh axis if its value differs between the devices along this axis. Every array is marked as
+    varying over all mesh axes over which at least one of the arrays varies. A value that is no array is not changed.
     """
     axes = [_varying(x) for x in values]
     every = frozenset().union(*axes)
@@ -158,14 +176,17 @@ def _is_array(x) -> bool:
 
 
 def _varying(x) -> frozenset:
-    """Return the names of the Manual mesh axes over which x varies. A value that is no array varies over none."""
+    """Return the names of the Manual mesh axes over which `x` varies, that is, may differ between devices.
+
+    A value that is no array varies over no mesh axis.
+    """
     return jax.typeof(x).manual_axis_type.varying if _is_array(x) else frozenset()
 
 
 def _mesh(arrays: list[_Array]) -> AbstractMesh:
-    """Return the mesh of the context. Without one, return the mesh of the arrays, or else a mesh without axes.
+    """Return the mesh of the context, else the mesh of the first array that has one, else a mesh without axes.
 
-    The `axis_types` of the returned mesh is always a tuple, never None.
+    The `axis_types` of the returned mesh are always a tuple, never None.
     """
     meshes = [get_abstract_mesh(), *(jax.typeof(array.value).sharding.mesh for array in arrays)]
     return next((mesh for mesh in meshes if mesh.axis_names), AbstractMesh((), (), axis_types=()))
@@ -186,7 +207,8 @@ class _Specs(NamedTuple):
 def _over_mesh(function, mesh, ins, outs, *values):
     """Return `function(*values)`, computed by `jax.shard_map` over the Explicit axes of the mesh.
 
-    `ins` has the PartitionSpec of every value. `outs` has the PartitionSpecs of the results.
+    `ins` has the PartitionSpec of every value. `outs` has the PartitionSpecs of the results. `function` receives one
+    device's part of every value.
     """
     values = [jax.sharding.reshard(x, NamedSharding(mesh, spec)) for x, spec in zip(values, ins, strict=True)]
     # By default shard_map makes all axes Manual, except the axes that vmap has taken.
@@ -197,8 +219,8 @@ def _over_mesh(function, mesh, ins, outs, *values):
         kinds = zip(get_abstract_mesh().axis_names, get_abstract_mesh().axis_types, strict=True)
         if left := [name for name, kind in kinds if kind is AxisType.Explicit]:
             raise ValueError(
-                f"jax.vmap runs over an axis that {_sizes(mesh, left)} divides, and the op cannot be divided along it; "
-                "merge this axis into B or T of the op instead of using jax.vmap"
+                f"jax.vmap runs over an array axis that {_sizes(mesh, left)} divides, which this op does not support; "
+                "merge this array axis into the axis B or T of the op instead of using jax.vmap"
             )
         return function(*values)
 
@@ -206,7 +228,10 @@ def _over_mesh(function, mesh, ins, outs, *values):
 
 
 def _arrays(letters: Letters, call, compute) -> tuple[list[_Array], _Part]:
-    """Return (the arrays of a call, a function of their values on one device that computes the results)."""
+    """Return (arrays, part): the arrays of a call of an op, and the program of one device, a `_Part`.
+
+    `part` is a function of the device's part of `arrays`. `letters`, `call` and `compute` are the arguments of `run`.
+    """
     named, tree = jax.tree.flatten_with_path(letters.call)
     arrays, static = [], []
     for (path, word), value in zip(named, tree.flatten_up_to(call), strict=True):
@@ -219,27 +244,31 @@ def _arrays(letters: Letters, call, compute) -> tuple[list[_Array], _Part]:
 
 
 def _divided(array: _Array) -> dict[str, tuple[str, ...]]:
-    """Return {letter: the names of the mesh axes that divide this axis} for the divided axes of an array."""
+    """Return {letter: the names of the mesh axes that divide this axis}, for the divided axes of an array."""
     entries = jax.typeof(array.value).sharding.spec
     entries = [(axes,) if isinstance(axes, str) else axes for axes in entries]
     return {at: tuple(axes) for at, axes in zip(array.letters, entries, strict=True) if isinstance(axes, tuple)}
 
 
 def _sizes(mesh: AbstractMesh, axes) -> str:
-    """Return the names and sizes of mesh axes for a message, such as "'data'=2 and 'model'=4"."""
-    return " and ".join(f"{axis!r}={mesh.shape[axis]}" for axis in axes)
+    """Return the names and sizes of mesh axes for a message: "mesh axis 'data'=2 and mesh axis 'model'=4"."""
+    return " and ".join(f"mesh axis {axis!r}={mesh.shape[axis]}" for axis in axes)
 
 
 def _spec(maps, axes, letters) -> PartitionSpec:
-    """Return the PartitionSpec of an array with these letters. `maps`: {letter: group}. `axes`: {group: mesh axes}."""
+    """Return the PartitionSpec of an array whose axes have the letters `letters`.
+
+    `maps` is {letter: group}, as in `Letters`. `axes` is {group: the mesh axes that divide the axes of this group}.
+    """
     entries = (axes.get(maps.get(at), ()) for at in letters)
     return PartitionSpec(*(entry[0] if len(entry) == 1 else entry or None for entry in entries))
 
 
 def _axes(letters: Letters, arrays: list[_Array], mesh) -> dict[str, tuple[str, ...]]:
-    """Return {group: the mesh axes that divide its letters}, for the groups of `letters.maps` that are divided.
+    """Return {group: the mesh axes that divide the axes of this group}, for every group along which arrays are divided.
 
-    `letters.maps` is {letter: group}.     Raise ValueError if the op cannot run with the arrays divided in this way.
+    `letters.maps` is {letter: group}. The types of the arrays say how they are divided. Raise ValueError if the op
+    cannot run on arrays that are divided in this way.
     """
     maps, found, owners = letters.maps, {}, {}
 
@@ -257,20 +286,23 @@ def _axes(letters: Letters, arrays: list[_Array], mesh) -> dict[str, tuple[str, 
             if found.setdefault(maps[at], axes) != axes:
                 raise ValueError(
                     f"{at} of {array} is divided by {sizes(axes)}, but {owner[0]} of {owner[1]} by "
-                    f"{sizes(found[maps[at]])}; give both the same division by jax.sharding.reshard"
+                    f"{sizes(found[maps[at]])}; divide both in the same way with jax.sharding.reshard"
                 )
     for at, axes in found.items():
         for other, more in found.items():
             if at < other and set(axes) & set(more):
                 pair = " and ".join(f"{letter} of {array}" for letter, array in (owners[at], owners[other]))
-                raise ValueError(f"{sizes(axes)} divides both {pair}; change one of them by jax.sharding.reshard")
+                raise ValueError(
+                    f"{sizes(axes)} divides both {pair}, but it may divide only one of them; "
+                    "change the division of one array with jax.sharding.reshard"
+                )
     for array in arrays:
         for at, size in zip(array.letters, array.value.shape, strict=True):
             axes = found.get(maps.get(at), ())
             if size % math.prod(mesh.shape[axis] for axis in axes):
                 owner = owners[maps[at]]
                 raise ValueError(
-                    f"{at}={size} of {array} is no multiple of {sizes(axes)}, which divides {owner[0]} of {owner[1]}; "
-                    f"change the division of {owner[1].name} by jax.sharding.reshard"
+                    f"{at}={size} of {array} must be divided like {owner[0]} of {owner[1]}, but cannot be divided into "
+                    f"equal parts by {sizes(axes)}; change the division of {owner[1].name} with jax.sharding.reshard"
                 )
     return found

@@ -21,7 +21,7 @@ _interpreted = contextvars.ContextVar("interpreted", default=False)
 
 @contextlib.contextmanager
 def absent_gpu() -> Iterator[None]:
-    """In this context, JAX traces and lowers programs for a Hopper GPU (an H200). This machine needs no GPU."""
+    """In this context, JAX traces and lowers programs for a Hopper GPU (an H200), which this machine need not have."""
     with use_abstract_mesh(AbstractMesh((), (), abstract_device=HOPPER)):
         yield
 
@@ -30,15 +30,18 @@ def absent_gpu() -> Iterator[None]:
 def interpret(*, detect_races: bool = False) -> Iterator[None]:
     """In this context, run Mosaic GPU kernels on the CPU, with their barriers, shared memory and warpgroups.
 
-    With `detect_races`, the interpreter also looks for data races. Every warpgroup needs a thread of XLA. XLA has one
-    thread for each CPU device or core. With fewer than four threads, a kernel would wait for ever.
-    XLA_FLAGS=--xla_force_host_platform_device_count=8 gives XLA eight threads.
+    With `detect_races`, the interpreter also looks for data races. The interpreter runs every warpgroup in a thread of
+    XLA. XLA has one thread for each CPU device or one for each CPU core, whichever gives more threads. With fewer than
+    four threads, a kernel would wait for ever. XLA_FLAGS=--xla_force_host_platform_device_count=8 makes eight CPU
+    devices.
 
     Raises:
       RuntimeError: XLA has fewer than four threads.
     """
     if max(jax.local_device_count("cpu"), os.cpu_count() or 1) < 4:
-        raise RuntimeError("the interpreter needs 4 CPU cores or XLA_FLAGS=--xla_force_host_platform_device_count=4")
+        raise RuntimeError(
+            "the Mosaic GPU interpreter needs 4 CPU cores or XLA_FLAGS=--xla_force_host_platform_device_count=4"
+        )
     token = _interpreted.set(True)
     try:
         with absent_gpu(), plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=detect_races)):
@@ -64,8 +67,8 @@ def name() -> str:
 def chip() -> str:
     """Return the compute capability of the GPU for which JAX traces code, such as "sm_90".
 
-    Inside `absent_gpu`, it is the compute capability of the absent GPU. An absent GPU that is not in CAPABILITIES gives
-    the name of the device. Without a GPU, return the name of the platform, such as "cpu".
+    Inside `absent_gpu`, it is the compute capability of the absent GPU. If the table CAPABILITIES does not have this
+    GPU, return the name of the GPU. Without a GPU, return the name of the platform, such as "cpu".
     """
     device = get_abstract_mesh().abstract_device
     if device is not None and device.platform == "gpu":
@@ -78,9 +81,9 @@ def chip() -> str:
 
 
 def multiprocessors() -> int:
-    """Return the number of multiprocessors of the GPU for which JAX traces code.
+    """Return the number of streaming multiprocessors of the GPU for which JAX traces code.
 
-    Without a GPU, and in the interpreter, it is the number of an H200: 132.
+    Without a GPU, and in the interpreter, return 132, as for an H200.
     """
     device = get_abstract_mesh().abstract_device
     if device is None and jax.default_backend() == "gpu":

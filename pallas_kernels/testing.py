@@ -1,7 +1,8 @@
-"""Compare the results and gradients of one implementation of an op with another one's, for tests and notebooks.
+"""Compares the results and gradients of two implementations of an op, for tests and notebooks.
 
-FORWARD and GRADIENT are the tolerances of this project's own tests, for the outputs and for the gradients: the largest
-allowed relative L2 error, for each dtype of the arguments.
+A tolerance is the largest allowed relative L2 error. It depends on the dtype of the arguments. FORWARD has the
+tolerances for outputs, and GRADIENT has the tolerances for gradients. The tests of this project use the same
+tolerances.
 """
 
 import collections
@@ -20,12 +21,15 @@ WIDE = ("reference", "xla")  # the implementations that take float64
 
 
 class Difference(NamedTuple):
-    """How one output or gradient of an op differs from the expected array.
+    """How one array, an output or a gradient of an op, differs from the expected array.
 
-    `name`: which output or gradient it is. `tolerance`: the largest allowed `error`. `error`: the relative L2 error.
-    `largest`: the largest difference of an element, relative to the largest expected element. The element with this
-    difference is at `index`: it is `value` in place of `expected`. `problem`: what is wrong with a NaN, an infinity, a
-    wrong shape or a wrong type, else None.
+    `name`: which output or gradient it is.
+    `tolerance`: the largest allowed `error`.
+    `error`: the relative L2 error of the array.
+    `largest`: the largest |element - expected element|, divided by the largest |expected element|.
+    `index`: the position of the element with the largest difference.
+    `value`, `expected`: what the element at `index` is, and what it should be.
+    `problem`: a text if the array cannot be compared (NaN, infinity, wrong shape or wrong type), else None.
     """
 
     name: str
@@ -39,7 +43,7 @@ class Difference(NamedTuple):
 
     @property
     def ok(self) -> bool:
-        """Whether there is no problem, the error is within the tolerance, and `largest` within ten tolerances."""
+        """Whether the array is right: no `problem`, `error` <= `tolerance`, and `largest` <= 10 * `tolerance`."""
         return self.problem is None and self.error <= self.tolerance and self.largest <= ELEMENT * self.tolerance
 
     def __str__(self) -> str:
@@ -56,7 +60,7 @@ class Differences(tuple[Difference, ...]):
     """A tuple with a `Difference` for every output and every gradient of an op.
 
     `str(differences)` is a report, with the wrong outputs and gradients first. `ok` is True if all of them are within
-    their tolerances. The truth value is the opposite: `bool(differences)` is True if at least one of them is not.
+    their tolerances. The truth value is the opposite: `bool(differences)` is True if at least one of them is wrong.
     """
 
     title: str
@@ -98,9 +102,10 @@ def relative_error(value, expected) -> float:
 
 
 def difference(name: str, value, expected, tolerance: float) -> Difference:
-    """Return how the array `value` differs from the array `expected` of the same shape, as a `Difference`.
+    """Return a `Difference`: how the array `value` differs from the array `expected` of the same shape.
 
-    `name` is the name of the array in the report. A NaN or infinity in either array is a problem.
+    `name` is the name of the array in the report. `tolerance` is the largest allowed relative L2 error. If either
+    array has a NaN or an infinity, the `problem` of the `Difference` says where.
     """
     value, wanted = (np.asarray(x, np.float64) for x in (value, expected))
     if not value.size:
@@ -117,7 +122,7 @@ def difference(name: str, value, expected, tolerance: float) -> Difference:
 
 
 def _without_numbers(name: str, problem: str | None = None) -> Difference:
-    """Return a `Difference` for an array that cannot be compared, or for an array without elements."""
+    """Return a `Difference` for an array without elements, or for one that cannot be compared (`problem` says why)."""
     return Difference(name, 0.0, 0.0, 0.0, (), 0.0, 0.0, problem)
 
 
@@ -185,9 +190,10 @@ def differences(
 
 
 class _Call:
-    """A call `op(*args, **kwargs)` whose arrays can be replaced by others of the same shapes.
+    """A call `op(*args, **kwargs)` that can run again with other arrays of the same shapes.
 
-    `floats`: {name: floating-point array}, which are differentiated. `others`: {name: array} for all other arrays.
+    `floats`: {name: array} for the floating-point arrays, which are differentiated.
+    `others`: {name: array} for all other arrays.
     """
 
     def __init__(self, op, *args, **kwargs):
@@ -197,12 +203,15 @@ class _Call:
         self.leaves = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in paths}
         self.floats = {name: x for name, x in self.leaves.items() if _is_float(x)}
         if not self.floats:
-            raise ValueError("differences needs at least one floating-point array among the arguments of the op")
+            raise ValueError("differences() needs at least one floating-point array among the arguments of the op")
         arrays = {name: x for name, x in self.leaves.items() if isinstance(x, jax.Array | np.ndarray)}
         self.others = {name: x for name, x in arrays.items() if name not in self.floats}
 
     def outputs(self, implementation, floats, others):
-        """Return {name: output} for the floating-point outputs of the op, with these arrays in place of its own."""
+        """Run the op with an implementation. Return {name: output} for the floating-point outputs.
+
+        `floats` and `others` are {name: array}, for the floating-point arrays and for all other arrays of the call.
+        """
         leaves = self.leaves | others | floats
         bound = inspect.BoundArguments(self.signature, self.tree.unflatten(leaves.values()))
         result = self.op(*bound.args, **bound.kwargs | {"implementation": implementation})
@@ -210,11 +219,15 @@ class _Call:
         return {f"output{jax.tree_util.keystr(path)}": y for path, y in paths if _is_float(y)}
 
     def shapes(self, implementation):
-        """Return {name: shape and dtype} for the floating-point outputs of the op."""
+        """Return {name: shape and dtype} for the floating-point outputs of the op with an implementation."""
         return jax.eval_shape(functools.partial(self.outputs, implementation), self.floats, self.others)
 
     def run(self, implementation, floats, others, cotangents):
-        """Return ({name: output}, {name: gradient of the array in `floats`}), given {name: cotangent of the output}."""
+        """Run the op with an implementation, forward and backward. Return ({name: output}, {name: gradient}).
+
+        `floats` and `others` are {name: array}. Every array in `floats` gets a gradient. `cotangents` is {name:
+        cotangent of the output}.
+        """
         values, vjp = jax.vjp(lambda floats: self.outputs(implementation, floats, others), floats)
         return values, vjp({name: cotangents[name].astype(y.dtype) for name, y in values.items()})[0]
 
@@ -222,7 +235,8 @@ class _Call:
 def _different_shapes(own_shapes, shapes) -> list[Difference]:
     """Return a `Difference` for every output whose shape or dtype is wrong, or that only one implementation returns.
 
-    `own_shapes`, `shapes`: {name: shape and dtype} of the outputs, and of the expected outputs.
+    `own_shapes` has {name: shape and dtype} of the outputs of the implementation to check, and `shapes` has them for
+    the expected outputs.
     """
 
     def described(y) -> str:

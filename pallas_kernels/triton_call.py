@@ -1,9 +1,9 @@
-"""Calls of Triton kernels from JAX.
+"""Calls Triton kernels from JAX.
 
 triton and jax-triton are imported only when they are first used, not when this package is imported.
 
-Under `interpret()`, or with TRITON_INTERPRET=1 in the environment, kernels run on the CPU in Triton's own interpreter.
-Triton reads this setting when it is imported. So a process either compiles its kernels or interprets them.
+In a context of `interpret()`, or with TRITON_INTERPRET=1 in the environment, kernels run on the CPU in Triton's own
+interpreter. Triton reads this setting when it is imported. So a process either compiles its kernels or interprets them.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import jax
 
 from . import hopper, platform, triton_interpreter
 
-LEAST = 80  # the lowest compute capability: it has asynchronous copies and bfloat16 products
+LEAST = 80  # the lowest supported compute capability, 8.0: it has asynchronous copies and bfloat16 products
 # Bytes of shared memory that a block may have, by compute capability; 99 KiB for the others.
 SHARED_MEMORY = {80: 163 * 1024, 87: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 103: 227 * 1024}
 # The PTX version of CUDA 12.9. By default, Triton writes PTX for its own assembler, which may be newer than JAX's.
@@ -31,13 +31,16 @@ def interpret() -> Iterator[None]:
     """In this context, run Triton kernels on the CPU, in Triton's own interpreter.
 
     Raises:
-      RuntimeError: this process has imported triton before, to compile kernels.
+      RuntimeError: this process has already imported triton outside such a context, in order to compile kernels.
     """
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1"
     try:
         if "triton" in sys.modules and not _was_imported_to_interpret():
-            raise RuntimeError("triton was imported to compile kernels; use interpret() earlier or in another process")
+            raise RuntimeError(
+                "triton was imported before triton_call.interpret(), in order to compile kernels; call "
+                "triton_call.interpret() before the import, or in another process"
+            )
         if is_installed():
             from triton.runtime.jit import mangle_type
 
@@ -51,7 +54,7 @@ def interpret() -> Iterator[None]:
 
 
 def is_interpreted() -> bool:
-    """Return whether Triton kernels run in Triton's own interpreter: the environment has TRITON_INTERPRET=1."""
+    """Return whether Triton kernels run in Triton's own interpreter, that is, whether TRITON_INTERPRET is 1."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -62,7 +65,7 @@ def is_installed() -> bool:
 
 @functools.cache
 def _missing() -> tuple[str, ...]:
-    """Return the names of PACKAGES that are not installed."""
+    """Return the names of the packages in PACKAGES that are not installed."""
     return tuple(name for name in PACKAGES if importlib.util.find_spec(name) is None)
 
 
@@ -75,9 +78,13 @@ def _was_imported_to_interpret() -> bool:
 
 
 def refuses(x) -> str | None:
-    """Return the reason why no Triton kernel can run in this process on the array x, or None if kernels can run."""
+    """Return the reason why no Triton kernel can run in this process on the array `x`, or None if a kernel can run.
+
+    This function checks the GPU, the installed packages, the CUDA compiler, and the mesh that divides `x`. The caller
+    checks the shape and the dtype of `x`.
+    """
     if platform.is_interpreted() and not is_interpreted():
-        return "runs only in its own interpreter, triton_call.interpret()"
+        return "cannot run in the Mosaic GPU interpreter (Triton has its own interpreter: triton_call.interpret())"
     if not is_interpreted() and (capability() or 0) < LEAST:
         return f"needs compute capability 8.0 or newer, found {platform.chip()}"
     if missing := _missing():
@@ -86,7 +93,7 @@ def refuses(x) -> str | None:
 
 
 def capability() -> int | None:
-    """Return the compute capability of the GPU for which JAX traces code, as an int: 90 for 9.0.
+    """Return the compute capability of the GPU for which JAX traces code, as an int, such as 90 for 9.0.
 
     The GPU may be absent (`platform.absent_gpu`). Without an NVIDIA GPU, return None.
     """
@@ -95,7 +102,7 @@ def capability() -> int | None:
 
 
 def shared_memory() -> int:
-    """Return the bytes of shared memory that a block may have on the GPU for which JAX traces code.
+    """Return how many bytes of shared memory a block may have on the GPU for which JAX traces code.
 
     Without a GPU, return the smallest number of all supported GPUs: 99 KiB.
     """
@@ -111,8 +118,8 @@ def launch(
     Under `jax.vmap`, the kernel runs once for every entry of the mapped axis.
 
     Args:
-      kernel: a function that returns the `triton.jit` function, so that triton is imported only by this call. The
-        `triton.jit` function takes pointers to the arrays, pointers to the outputs, and the constants.
+      kernel: a function without arguments that returns the `triton.jit` function, so that triton is imported only by
+        this call. The `triton.jit` function takes pointers to the arrays, pointers to the outputs, and the constants.
       *arrays: the input arrays.
       out: a pytree of jax.ShapeDtypeStruct: the shapes and dtypes of the outputs.
       grid: the number of blocks along each axis of the grid.
@@ -129,10 +136,12 @@ def launch(
 
 
 def _compiled(kernel, *arrays, out, grid, num_warps, num_stages, constants):
-    """Do what `launch` does, with the compiled kernel, on a GPU."""
+    """Compile a Triton kernel, run it on a GPU, and return its outputs. It takes the arguments of `launch`."""
     jax_triton = _jax_triton()
     if _was_imported_to_interpret():
-        raise RuntimeError("triton was imported to interpret kernels; compile kernels in another process")
+        raise RuntimeError(
+            "triton was imported to interpret kernels (TRITON_INTERPRET=1); compile kernels in another process"
+        )
     if jax_triton.__version_info__ >= (0, 4):
         options = dict(out_type=out, backend_options={"enable_fp_fusion": True, "ptx_version": PTX})
     else:  # older versions write the PTX version that triton chooses
@@ -145,13 +154,18 @@ def _compiled(kernel, *arrays, out, grid, num_warps, num_stages, constants):
 
 @functools.cache
 def _jax_triton():
-    """Import jax_triton, mend its dead-code rule for this version of JAX, and return the module."""
+    """Import jax_triton and return the module.
+
+    jax_triton registers a dead-code rule, by which JAX removes a kernel whose results are not used. JAX 0.12 and newer
+    cannot call this rule of jax_triton 0.4.1 and older. For these versions, this function removes the rule, and JAX
+    uses its default rule.
+    """
     import jax_triton
     from jax._src.interpreters import partial_eval
     from jax_triton import triton_lib
 
-    # The dead-code rule of jax-triton up to 0.4.1 takes two arguments, but JAX 0.12 passes three. JAX's default rule
-    # works too, so the rule is removed.
+    # The dead-code rule of jax-triton up to 0.4.1 takes two arguments, but JAX 0.12 passes three. Without this rule,
+    # JAX takes its default rule, which works too.
     if jax.version.__version_info__ >= (0, 12) and jax_triton.__version_info__ <= (0, 4, 1):
         partial_eval.dce_rules.pop(triton_lib.triton_kernel_call_p, None)
     return jax_triton

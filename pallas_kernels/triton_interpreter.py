@@ -1,4 +1,4 @@
-"""Runs Triton kernels in Triton's own interpreter, on NumPy arrays and with the rounding of a GPU."""
+"""Runs Triton kernels on the CPU in Triton's own interpreter, on NumPy arrays and with the rounding of a GPU."""
 
 import contextlib
 import threading
@@ -30,9 +30,10 @@ class _Tensor:
 
 @contextlib.contextmanager
 def _language_patched_once() -> Iterator[None]:
-    """In this context, the interpreter patches the Triton language only once for each module that defines functions.
+    """In this context, Triton's interpreter patches the Triton language only once for each Python module.
 
-    Without this context, it would patch the language at every call of a `triton.jit` function, which is slow.
+    Without this context, the interpreter would patch the language at every call of a `triton.jit` function, which is
+    slow.
     """
     from triton.language import tensor
     from triton.runtime import interpreter
@@ -58,11 +59,12 @@ def _language_patched_once() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _bfloat16_as_on_a_gpu() -> Iterator[None]:
-    """In this context, the interpreter rounds to the nearest bfloat16 number, and computes with bfloat16 values.
+    """In this context, Triton's interpreter computes with bfloat16 numbers and rounds them as a GPU does.
 
     The interpreter stores the bits of a bfloat16 number as an integer. Without this context, it would truncate float32
-    numbers to bfloat16, and it would multiply and add the integers. In this context, products of tensor cores use the
-    values, and other arithmetic rounds its result, as the instructions of a GPU do.
+    numbers to bfloat16, and it would multiply and add the integers. In this context, it computes with the values of the
+    numbers. The results of matrix products are float32 and are not rounded to bfloat16. Other arithmetic rounds its
+    result to the nearest bfloat16 number.
     """
     from triton.language import bfloat16, float32
     from triton.runtime.interpreter import InterpreterBuilder as Builder
@@ -99,7 +101,10 @@ def _bfloat16_as_on_a_gpu() -> Iterator[None]:
 
 
 def run(kernel, *arrays, out, grid, constants, **_):
-    """Do what `triton_call.launch` does, in Triton's interpreter. The arguments are those of `launch`."""
+    """Run a Triton kernel on the CPU in Triton's interpreter, and return its outputs. `triton_call.launch` calls this.
+
+    It takes the arguments of `launch`. `num_warps` and `num_stages` have no effect here.
+    """
     leaves, tree = jax.tree.flatten(out)
 
     def call(*arrays):

@@ -1,9 +1,10 @@
-"""Tile sizes for each chip and op, from the file tuned.json.
+"""Tile sizes of kernels for each chip and op, from the file tuned.json.
 
-The file has a list of entries {"up_to": bounds, ..} for each chip and op, such as "up_to": {"T": 64}. The first entry
-is taken whose bounds are not exceeded by the sizes of a call. A chip without its own list takes the list of "any". The
-bounds form buckets, so a length that was never measured has an entry too. Kernels refuse a call that exceeds the last
-bounds. "by" says where an entry comes from: a rule, a static count, or a measurement with its chip and date.
+For each chip and op, the file has a list of entries {"up_to": bounds, ..}, such as "up_to": {"T": 64}. For a call of
+the op, the first entry is taken whose bounds are at least as large as the sizes of the call. So a length that was never
+measured has an entry too. A kernel refuses a call if no entry has bounds that are large enough. A chip without its own
+list takes the list of "any". "by" says where an entry comes from: a rule, a number read from the compiled kernel (such
+as spilled registers), or a measurement with its chip and date.
 """
 
 import functools
@@ -18,9 +19,11 @@ def _table() -> dict:
 
 
 def tuned(chip: str, op: str, **sizes: int) -> dict:
-    """Return the first entry in tuned.json for an op on a chip that the sizes of a call do not exceed.
+    """Return the entry of tuned.json with the tile sizes for a call of an op on a chip.
 
-    `sizes` are the sizes of the call by the names in "up_to", such as T=1000. Raise LookupError if no entry fits.
+    `chip` is a compute capability, such as "sm_90". `op` is the name of a list in the file, such as "stick_breaking".
+    `sizes` are the sizes of the call, with the names that "up_to" has in the file. The first entry of the list is
+    returned whose bounds are at least as large as `sizes`. Raise LookupError if there is none.
 
     >>> tuned("sm_90", "stick_breaking", T=1000, width=256)["tiles"]
     [128, 64]
@@ -29,4 +32,4 @@ def tuned(chip: str, op: str, **sizes: int) -> dict:
     for entry in table.get(chip, {}).get(op) or table["any"][op]:
         if all(sizes[name] <= most for name, most in entry["up_to"].items()):
             return entry
-    raise LookupError(f"tuned.json has no entry of {op} for {chip} that fits {sizes}")
+    raise LookupError(f"tuned.json has no tile sizes of {op} for the chip {chip} and a call as large as {sizes}")

@@ -1,14 +1,15 @@
 """Sparse, stick-breaking language models in JAX.
 
-In a notebook or a program, four lines train a model, look at it and sample from it:
+In a notebook or a program, four lines train a model, read its loss and generate text with it:
 
     result = stickjax.fit("tiny")          # trains in runs/tiny; call it again to continue
-    result.metrics["loss"]                 # columns of numpy arrays
+    result.metrics["loss"]                 # a numpy array with a value per logged step
     model = stickjax.load("runs/tiny")
     model.generate("def main(", max_new_tokens=40)
 
-`help(stickjax.fit)` and `help(stickjax.load)` say more. The commands are the modules `stickjax.train`, `evaluate`,
-`generate`, `convert`, `plan`, `surgery` and `sweeps`. `stickjax.models` has the models, `pallas_kernels` the kernels.
+`help(stickjax.fit)` and `help(stickjax.load)` say more. The commands are `python -m stickjax.NAME`, where NAME is
+train, evaluate, generate, convert, plan, surgery, sweeps, launch or data. The package `stickjax.models` contains the
+models, and the package `pallas_kernels` contains the GPU kernels.
 """
 
 import sys
@@ -43,28 +44,35 @@ def fit(
     branch: str | None = None,
     quiet: bool = False,
 ) -> "Result":
-    """Train a model in a run folder. If the folder has checkpoints, the training resumes, bit for bit on a CPU.
+    """Train a model, and write its checkpoints and metrics into a run folder.
 
-    A notebook shows a bar and a picture of the loss during the training. If you interrupt the kernel (Ctrl-C in a
+    If the folder already has checkpoints, the training continues from the newest one. On a CPU, a training that was
+    interrupted and continued has the same result, bit for bit, as a training without interruption.
+
+    A notebook shows a progress bar and a plot of the loss. If you interrupt the notebook's kernel (Ctrl-C in a
     terminal), the training finishes its step, saves a checkpoint and returns. Call `fit` again to continue. A second
     interrupt ends the step at once, without a new checkpoint.
 
     Args:
       config: the experiment, or the name of a config such as "tiny", or the path of its file.
-      run: the run folder. None: `runs/NAME` for a config with a name. For a `Config` the name is a hash of its content,
-        so the same config gives the same folder.
-      init_from: a run folder. The training starts from its parameters, with a new optimizer and from the first batch.
-      branch: "RUN@STEP", a checkpoint from which to continue with this config, for example with a decay.
-      quiet: show nothing.
+      run: the run folder. None: `runs/NAME`, where NAME is the name of the config or of its file. For a `Config`
+        object, NAME is a hash of its content, so the same config gives the same folder.
+      init_from: a run folder whose parameters are the initial parameters. The optimizer state is new, and the data
+        begin with the first batch.
+      branch: "RUN@STEP", a checkpoint of another run. The training continues from it with `config`, which may for
+        example add a learning-rate decay.
+      quiet: True to print and show nothing.
 
     Returns:
-      `Result`: the last `state`, `finished`, `tokens_per_second`, `stopped_by` (the number of a signal, 0 if none),
-      `run`, and `metrics`, all logged rows as columns.
+      `Result`: the last training `state`; `finished`, whether all steps were done; `tokens_per_second`; `stopped_by`,
+      the number of the signal that stopped the training, or 0; `run`, the folder; and `metrics`, {name: numpy array
+      with a value per logged step}.
 
     Raises:
       ValueError: the config does not fit its data or devices, the folder belongs to another config, or another process
         is training in the folder.
-      FloatingPointError: too many steps were not finite; the last good checkpoint is kept.
+      FloatingPointError: the loss or the gradient was not finite in too many steps in a row (`train.max_bad_steps`).
+        The last good checkpoint is kept.
       OSError: a checkpoint or the metrics could not be written.
 
     >>> import stickjax, tempfile
@@ -85,12 +93,13 @@ def load(run: "str | os.PathLike", *, step: int | None = None, changes: dict | N
 
     Args:
       run: a run folder, a folder in the Hugging Face layout, or a folder that `stickjax.convert` wrote.
-      step: the step of the checkpoint to load; None: the newest one that is intact.
+      step: the step of the checkpoint to load; None: the newest intact checkpoint.
       changes: config fields to change, such as {"model.window": 128}. The shapes of the parameters must stay the same.
 
     Returns:
-      `TrainedModel`: `model`, the parameters, to call as `model.model(tokens).logits`; `config`; `tokenizer`; `step`,
-      the step of the checkpoint; `generate(prompts, max_new_tokens)`; `evaluate()`; and `metrics`, the logged metrics.
+      `TrainedModel` with the fields `model` (the module with the parameters: `model(tokens)` returns an object with
+      `logits`), `config`, `tokenizer`, `step` (the step of the checkpoint) and `metrics` (the logged metrics of the
+      training), and with the methods `generate(prompts, max_new_tokens)` and `evaluate()`.
 
     Raises:
       ValueError: there is no run folder or no checkpoint; the parameters have another shape, are not finite or do not
@@ -111,17 +120,18 @@ def load(run: "str | os.PathLike", *, step: int | None = None, changes: dict | N
 
 
 def export(model, path: "str | os.PathLike", *, shard_bytes: int = 5_000_000_000) -> None:
-    """Write a decoder in the Hugging Face layout: config.json, model.safetensors, and the tokenizer.json if it has one.
+    """Write a decoder as a Hugging Face folder: config.json, model.safetensors, and tokenizer.json if there is one.
 
-    `stickjax.load(path)` gives the same parameters, to the bit. `stickjax.convert.export` says which model types exist.
+    `stickjax.load(path)` returns the same parameters, bit for bit. `stickjax.convert.export` lists the model types.
 
     Args:
-      model: from `stickjax.load`, or the parameters alone.
+      model: the result of `stickjax.load`, or only the module with the parameters, which has no tokenizer.
       path: a folder that does not exist yet; it appears only when it is complete.
-      shard_bytes: the largest size of a file; a larger model becomes several files and an index.
+      shard_bytes: the largest size of a file with parameters, in bytes. A larger model is divided into several files,
+        and an index file lists them.
 
     Raises:
-      ValueError: the folder exists, no model type can express the model, or values are not finite.
+      ValueError: the folder exists, no Hugging Face model type can express the model, or a parameter is not finite.
 
     >>> import jax, stickjax, tempfile
     >>> from stickjax.models.transformer import init
@@ -143,16 +153,16 @@ def __dir__() -> list[str]:
 def register(what, name: str | None = None) -> None:
     """Register a model family, or an attention variant under a name, so that configs and commands can use it.
 
-    A config file may call `register`: then `python -m stickjax.train FILE` trains the family that the file defines.
+    A Python config file may define a family and call `register`. Then `python -m stickjax.train FILE` can train it.
 
     Args:
       what: a `stickjax.models.family.Family`, or a `stickjax.config.attention.AttentionVariant`.
-      name: the value of `model.attention` that selects the variant. For a family it is None, because the config class
-        of a family has its name.
+      name: for a variant, the value of the config field `model.attention` that selects it. None for a family, because
+        the field `family` of its config class contains its name.
 
     Raises:
-      ValueError: another family or variant has the name, or `what` is neither a `Family` without `name` nor an
-        `AttentionVariant` with a `name`.
+      ValueError: another family or variant has the same name; a `Family` comes with a `name`, or an `AttentionVariant`
+        without one; or `what` is neither of the two.
     """
     from stickjax.config.attention import AttentionVariant, register_attention
     from stickjax.models.families import Family
@@ -163,4 +173,7 @@ def register(what, name: str | None = None) -> None:
     elif isinstance(what, AttentionVariant) and name is not None:
         register_attention(name, what)
     else:
-        raise ValueError(f"register a Family, or an AttentionVariant with a name, not {what!r}")
+        raise ValueError(
+            f"register(what={what!r}, name={name!r}): register a Family without a name, or an AttentionVariant with "
+            "a name"
+        )

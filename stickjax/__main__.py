@@ -1,4 +1,4 @@
-"""The program `stickjax` runs every command by its name: `stickjax train tiny` or `python -m stickjax train tiny`."""
+"""Run a command by its name: `stickjax train tiny`, or `python -m stickjax train tiny`."""
 
 import importlib
 import sys
@@ -7,17 +7,17 @@ from stickjax import __version__
 from stickjax.config.command import UsageError, command, end_on_interrupt
 from stickjax.config.fields import nearest
 
-# Name of each command: its module, which is imported when the command runs, and what the command does.
+# {name of a command: (its module, what the command does)}. The module is imported when the command runs.
 COMMANDS = {
-    "train": ("stickjax.train", "train a config; resume, branch or begin with the parameters of another run"),
-    "evaluate": ("stickjax.evaluate", "the held-out loss of runs, at their training length and beyond"),
-    "generate": ("stickjax.generate", "continue a prompt"),
+    "train": ("stickjax.train", "train a model; resume a run, branch from it, or begin with its parameters"),
+    "evaluate": ("stickjax.evaluate", "compute the held-out loss of runs, at several lengths"),
+    "generate": ("stickjax.generate", "generate the text that follows a prompt"),
     "convert": ("stickjax.convert", "convert models to and from the Hugging Face layout"),
-    "plan": ("stickjax.plan.__main__", "the time and memory of a training step on GPUs that need not be present"),
-    "sweep": ("stickjax.sweeps", "coordinate checks, learning rates, and the fit of the Power schedule"),
-    "launch": ("stickjax.launch", "train in several processes"),
+    "plan": ("stickjax.plan.__main__", "estimate time and memory of a training step on GPUs that need not exist"),
+    "sweep": ("stickjax.sweeps", "run coordinate checks, learning-rate sweeps, and the fit of the Power schedule"),
+    "launch": ("stickjax.launch", "start several training processes"),
     "data": ("stickjax.data.__main__", "make token files from text, and verify them"),
-    "surgery": ("stickjax.surgery.__main__", "extend, freeze, concentrate, prune and report on experts"),
+    "surgery": ("stickjax.surgery.__main__", "extend, freeze, concentrate and prune experts, and report their use"),
 }
 _LIST = "\n".join(f"  {name:<10}{doc}" for name, (_, doc) in COMMANDS.items())
 HELP = f"""usage: stickjax COMMAND ...

@@ -1,9 +1,11 @@
-"""Convert models to and from the Hugging Face layout, without torch and without a whole model in memory.
+"""Convert models to and from the Hugging Face layout. The conversion does not need torch.
 
 python -m stickjax.convert FOLDER OUT [--step N] [--shard-bytes 5e9] [--eot TOKEN]
 
-If FOLDER is in the Hugging Face layout, OUT becomes a run folder, which `--init-from`, evaluate and generate read.
-If FOLDER is a run folder, OUT becomes a folder in the Hugging Face layout.
+If FOLDER is in the Hugging Face layout, OUT becomes a folder that `evaluate`, `generate` and `train --init-from` can
+read. If FOLDER is a run folder, OUT becomes a folder in the Hugging Face layout.
+
+A checkpoint of a training is read into memory as a whole. All other models are copied one layer at a time.
 """
 
 import math
@@ -34,20 +36,24 @@ SHARD_BYTES = 5_000_000_000
 
 
 def export(model: Loaded | Transformer, path: str, *, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write a model in the Hugging Face layout: config.json, model.safetensors and, if it has one, tokenizer.json.
+    """Write a decoder as a Hugging Face folder: config.json, model.safetensors, and tokenizer.json if there is one.
 
-    `stickjax.load(path)` gives the same parameters, to the bit. A dense model with softmax attention becomes a
-    `granite`, one with experts a `granitemoe`, and one with attention experts a `jetmoe`. A model with stick-breaking
-    attention becomes a `moduleformer`.
+    `stickjax.load(path)` returns the same parameters, bit for bit. The model type in config.json is
+
+    - `moduleformer` for stick-breaking attention with attention experts and feed-forward experts,
+    - `jetmoe` for softmax attention with attention experts,
+    - `granitemoe` for softmax attention with feed-forward experts only,
+    - `granite` for softmax attention without experts.
 
     Args:
-      model: from `stickjax.load`, or the parameters alone.
+      model: the result of `stickjax.load`, or only the module with the parameters, which has no tokenizer.
       path: a folder that does not exist yet; it appears only when it is complete.
-      shard_bytes: the largest size of a file; a larger model becomes several files and an index.
+      shard_bytes: the largest size of a file with parameters, in bytes. A larger model is divided into several files,
+        and an index file lists them.
 
     Raises:
-      ValueError: the folder exists, the model type cannot express the model (the message names the fields), or values
-        are not finite.
+      ValueError: the folder exists, no model type can express the model (the message names the config fields), or a
+        parameter is not finite.
 
     >>> import jax, tempfile
     >>> from stickjax import ModelConfig, load
@@ -69,20 +75,25 @@ def export(model: Loaded | Transformer, path: str, *, shard_bytes: int = SHARD_B
 def convert(
     source: str, path: str, *, step: int | None = None, shard_bytes: int = SHARD_BYTES, eot: str | None = None
 ) -> str:
-    """Convert a Hugging Face folder into a run folder, or the other way round. Return a sentence about the result.
+    """Convert a Hugging Face folder into a run folder, or a run folder into a Hugging Face folder.
 
-    One layer of one parameter is copied at a time, so the largest tensor has to fit into memory, not the whole model.
-    Only a training checkpoint is read as a whole, because Orbax cannot read a part of an array.
+    Parameters are copied one layer at a time, so only the largest tensor has to fit into memory. The exception is a
+    checkpoint of a training: it is read as a whole, because Orbax cannot read a part of an array.
 
     Args:
       source: the folder to read.
       path: the folder to write, which does not exist yet.
-      step: which checkpoint of a run; None: the newest.
-      shard_bytes: as in `export`.
-      eot: the added token that ends a text, for the field `data.eot`; None: the token that the folder names.
+      step: the step of the checkpoint, if `source` is a run folder; None: the newest checkpoint.
+      shard_bytes: the largest size of a file with parameters in a Hugging Face folder, in bytes.
+      eot: the added token of the tokenizer that ends a text, such as "<|im_end|>"; it becomes the config field
+        `data.eot`. None: the token that the files in `source` name.
+
+    Returns:
+      A line for the terminal that says what was written and how many parameters it has.
 
     Raises:
-      ValueError: as in `stickjax.load` and in `export`. Nothing is written then.
+      ValueError: the model cannot be read or written, for the reasons that `stickjax.load` and `export` list. Then
+        nothing is written.
     """
     to_run = hugging_face.is_folder(Path(source))
     config = read_config(source)
@@ -107,13 +118,13 @@ def convert(
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line, and return the exit code."""
+    """Run `python -m stickjax.convert` with the arguments `argv`; None: `sys.argv[1:]`. Return the exit code."""
     parser = Parser(prog="python -m stickjax.convert", description="Convert to or from Hugging Face folders.")
     parser.add_argument("folder", help="a folder in the Hugging Face layout, or a run folder")
     parser.add_argument("out", help="the folder to write, in the other layout; it must not exist")
-    parser.add_argument("--step", type=int, help="which checkpoint of a run; the newest by default")
-    parser.add_argument("--shard-bytes", type=float, default=SHARD_BYTES, help="largest file (default 5e9)")
-    parser.add_argument("--eot", metavar="TOKEN", help="added token that ends a text, if the folder names none")
+    parser.add_argument("--step", type=int, help="step of the checkpoint of a run; by default the newest")
+    parser.add_argument("--shard-bytes", type=float, default=SHARD_BYTES, help="largest size of a file (default 5e9)")
+    parser.add_argument("--eot", metavar="TOKEN", help="added token that ends a text, if FOLDER names none")
     words = parser.parse_args(argv)
     if not 1 <= words.shard_bytes < math.inf:
         raise ValueError(f"--shard-bytes={words.shard_bytes} must be a number of bytes, at least 1")

@@ -2,11 +2,12 @@
 
 python -m stickjax.evaluate RUN [RUN ...] [--lengths 1,2,4] [--plot PNG]
 
-A model that reads examples, such as a classifier, is scored by its accuracy instead (`stickjax.evaluation.examples`).
-A Universal Transformer on logic is also scored at several halting thresholds (`stickjax.evaluation.pairs`).
+For a model that reads examples, such as a classifier, the command computes its accuracy instead, by
+`stickjax.evaluation.examples`. A Universal Transformer on logic is evaluated at several halting thresholds, by
+`stickjax.evaluation.pairs`.
 
-Numbers and pictures are written into the run folders. Nothing is written into a folder that is read-only or in the
-Hugging Face layout.
+The command writes numbers and pictures into the run folders. It writes nothing into a folder that is read-only or in
+the Hugging Face layout.
 """
 
 import functools
@@ -44,10 +45,17 @@ LENGTHS = (1, 2, 4, 8)
 
 @jax.jit
 def _sums(model: nnx.Module, windows: jax.Array, target_mask: jax.Array) -> dict[str, jax.Array]:
-    """Score the tokens of windows [B, T+1] that `target_mask` [B, T] keeps, and return sums over them.
+    """Predict every token of a batch of texts from the tokens before it, and return sums over the batch.
 
-    The sums are "nll", the negative log-likelihood in nats, and for a model that halts tokens "depth", the number of
-    blocks.
+    Args:
+      model: the module with the parameters.
+      windows: token ids [B,T+1]. The first T of a row are inputs, and the last T are their targets.
+      target_mask: [B,T], True for the targets that count, and False for padding.
+
+    Returns:
+      {"nll": the sum of the negative log-likelihoods of the targets, in nats}. For a model that halts tokens, such
+      as a Universal Transformer, also "depth": the sum of the depths of the input tokens. The depth of a token is the
+      mean number of blocks, weighted by the token's halting probabilities.
     """
     output = family_of(model.config).apply(model, {"tokens": windows[:, :-1]})
     by_token = {"nll": optax.softmax_cross_entropy_with_integer_labels(output.logits, windows[:, 1:])}
@@ -65,23 +73,26 @@ def evaluate(
     batch_tokens: int = 2**13,
     say: Callable[[str], None] = lambda text: None,
 ) -> Records:
-    """Compute the bits per byte of the held-out text, at contexts of m * T tokens for every m of `lengths`.
+    """Compute the bits per byte of the held-out text, with contexts of m * T tokens for every m in `lengths`.
 
-    Windows of max(lengths) * T tokens, each within one document, are cut into pieces of m * T tokens. Every piece
-    begins without context. So all lengths score the same targets, and a longer length only adds context. Short
-    documents are scored whole (`heldout_windows`).
+    The text is divided into windows of max(lengths) * T tokens, each inside one document. A shorter document, or the
+    rest of a document, is a shorter window. For each m, the windows are cut into pieces of m * T tokens, and the model
+    reads every piece without the text before it. So the same tokens are predicted for every m; a larger m only adds
+    context.
 
     Args:
-      model: the parameters.
-      config: its data section names the text and T.
-      lengths: multiples of T; each must divide the largest. Lengths that no document reaches are left out.
-      max_tokens: targets to score.
-      batch_tokens: tokens in one call of the model.
-      say: is called with one line of progress before each length is evaluated.
+      model: the module with the parameters.
+      config: its data section names the text and the training length T.
+      lengths: the values of m; each must divide the largest. If no document has m * T tokens, m is left out, except
+        the smallest m.
+      max_tokens: the largest number of tokens to predict; at least one window is used.
+      batch_tokens: the largest number of tokens in one call of the model; at least one piece is used.
+      say: a function that is called with a line of progress before each length is evaluated.
 
     Returns:
-      A record {"multiple", "context", "bits_per_byte", "bits_per_token", "tokens", "bytes", "text"} per length; for a
-      model that halts also "depth", the mean number of blocks.
+      A record for each length: "multiple" (m), "context" (m * T), "bits_per_byte", "bits_per_token", "tokens" (the
+      number of predicted tokens), "bytes" (the number of bytes of their text) and "text" (a hash of the held-out text).
+      For a model that halts tokens, such as a Universal Transformer, also "depth", the mean number of blocks per token.
 
     Raises:
       ValueError: a length does not divide the largest one, or `max_tokens` is below 1.
@@ -110,10 +121,11 @@ def evaluate(
 
 
 def depths(model: nnx.Module, config: Config, *, lines: int = 4, T: int = 64) -> list[tuple[list[str], np.ndarray]]:
-    """Return the tokens as text and the depths of a few held-out windows of at most T tokens, for `plot_depth`.
+    """Return (the tokens as text, the depth of each token) for a few pieces of held-out text, for `plot_depth`.
 
-    The depth of a token is the mean number of blocks in its final state. The model must be one that halts tokens.
-    `lines` is about the number of windows.
+    `model` is a Universal Transformer, which halts tokens. The final state of a token is a weighted mean of the outputs
+    of blocks 1, 2 and so on; its depth is the mean number of blocks with the same weights. A piece has at most T
+    tokens, and all pieces together have at most lines * T tokens.
     """
     _, heldout = load_corpus(config.data)
     T = min(T, config.data.T)
@@ -128,10 +140,11 @@ def depths(model: nnx.Module, config: Config, *, lines: int = 4, T: int = 64) ->
 
 
 def table(runs: dict[str, Records]) -> Table:
-    """Return a table of held-out bits per byte, with a row per run and a column per multiple of T.
+    """Return a table of held-out bits per byte, with a row per run and a column per multiple of the training length T.
 
     `runs` is {name of a run: the records of `evaluate`}. The heading of a column shows the context in tokens if it is
-    the same for all runs; otherwise every cell shows it.
+    the same for all runs; otherwise every cell shows it. A run whose model halts tokens has a second row with the mean
+    depth, in blocks.
     """
     contexts: dict[int, set[int]] = {}
     for record in (record for records in runs.values() for record in records):
@@ -151,7 +164,10 @@ def table(runs: dict[str, Records]) -> Table:
 
 
 def names(runs: Iterable[str]) -> dict[str, Path]:
-    """Return {name: folder} of runs, with every folder once. A name is the shortest end of the path that is unique.
+    """Give every run folder a short name for tables and plots, and return {name: path of the folder}.
+
+    The name is the shortest end of the path that no other folder in `runs` has. A folder that occurs twice in `runs` is
+    returned once.
 
     >>> list(names(["x/run", "y/run", "/data/old", "x/run/"]))
     ['x/run', 'y/run', 'old']
@@ -172,20 +188,22 @@ def names(runs: Iterable[str]) -> dict[str, Path]:
 def _lengths(text: str) -> tuple[int, ...]:
     words = text.split(",")
     if not all(word.strip().isdecimal() and int(word) for word in words):
-        raise ValueError(f"--lengths={text}: expected multiples of T separated by commas, such as 1,2,4")
+        raise ValueError(
+            f"--lengths={text}: expected whole numbers separated by commas, such as 1,2,4 (multiples of T)"
+        )
     return tuple(dict.fromkeys(map(int, words)))
 
 
 def _parser() -> Parser:
     parser = Parser(prog="python -m stickjax.evaluate")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders; several are drawn in one picture")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder; several runs are drawn in one picture")
     parser.add_argument("--step", type=int, help="evaluate the checkpoint of this step")
     parser.add_argument("--lengths", default="1,2,4,8", help="contexts, in multiples of T (default: %(default)s)")
     parser.add_argument("--max-tokens", type=int, default=2**17, help="how many tokens to score")
-    parser.add_argument("--max-pairs", type=int, default=1024, help="for a classifier: how many examples of a bucket")
+    parser.add_argument("--max-pairs", type=int, default=1024, help="for a classifier: examples per bucket")
     parser.add_argument("--part", default="test", help="for a classifier: test, or valid to choose settings")
     parser.add_argument("--filtered", metavar="FILE", help="write the labelled held-out rows that the run gets wrong")
-    parser.add_argument("--plot", metavar="PNG", help="path of the curves; in the first run's folder by default")
+    parser.add_argument("--plot", metavar="PNG", help="path of the picture; by default in the first run's folder")
     return parser
 
 
@@ -196,7 +214,8 @@ def _kind(configs: Iterable[Config], part: str) -> str:
     """
     configs = list(configs)
     if len(reads := {config.model.reads for config in configs}) > 1:
-        raise ValueError("classifiers and language models are not compared: evaluate them in two commands")
+        kinds = " and some read ".join(sorted(reads))
+        raise ValueError(f"some of the runs read {kinds}: evaluate them in several commands")
     if reads == {"text"}:
         return "text"
     if len(sources := {config.data.source for config in configs}) > 1:
@@ -238,7 +257,7 @@ def _show(kind: str, results: dict[str, Records], bucket_name: str, picture: Pat
         draw = functools.partial(plots.plot_accuracy, xlabel=bucket_name)
     if picture:
         draw(results, picture)
-        print(f"curves: {printable(picture)}")
+        print(f"picture of the curves: {printable(picture)}")
 
 
 @command

@@ -1,4 +1,4 @@
-"""Generate text with a trained model: one call reads the prompts, then one jitted decode step computes each new token.
+"""Generate text with a trained model. One call reads the prompts; then each new token is one jitted decode step.
 
 python -m stickjax.generate RUN --prompt "def main(" [--temperature 0.8] [--top-p 0.95] [--stop TEXT ...]
 """
@@ -37,23 +37,23 @@ def generate(
     vocab_size: int | None = None,
     on_token: Callable[[int, int], bool | None] | None = None,
 ) -> list[list[int]]:
-    """Return the tokens that follow each of B prompts, drawn from softmax(logits / temperature).
+    """Return the token ids that follow each of B prompts, drawn from softmax(logits / temperature).
 
-    The tokens of a row depend on its prompt, its index and the seed, not on the other rows.
+    A row is a prompt with its new tokens. It depends on the prompt, the row's index and the seed, not on other rows.
 
     Args:
-      model: from `init` or `load`.
+      model: the module with the parameters, such as `stickjax.load(run).model`.
       prompts: B arrays of token ids, of any lengths; an empty prompt becomes `eot`.
       max_new_tokens: the largest number of new tokens in a row.
-      temperature: 0 takes the most likely token.
-      top_k: draw from the k most likely tokens only.
-      top_p: then draw from the fewest tokens that together have probability top_p (nucleus, arXiv 1904.09751).
-      seed: the seed of the draws.
+      temperature: 0 always takes the most likely token.
+      top_k: draw only from the k most likely tokens.
+      top_p: of the tokens that top_k leaves, take the fewest whose total probability is >= top_p (arXiv 1904.09751).
+      seed: the seed of the random draws.
       eot: end-of-text id; a row ends with it. None: no id ends a row.
-      vocab_size: only ids below this are chosen, because V may be padded; None: V.
-      on_token: `on_token(row, id)` is called for each new token as it comes; returning True ends the row.
+      vocab_size: only ids below this are drawn, because the model's V may include unused ids; None: all V ids.
+      on_token: `on_token(row, id)` is called for each new token as soon as it is known; returning True ends the row.
 
-    Returns B lists of new ids; the last id is `eot` if `eot` has ended the row.
+    Returns B lists of new ids; the last id of a list is `eot` if `eot` has ended the row.
     Raises ValueError for an option out of range, a prompt id outside the vocabulary, or an empty prompt without `eot`.
 
     >>> from stickjax.config import ModelConfig
@@ -87,9 +87,10 @@ def generate(
 
 
 def _padded(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the prompts as one array [B, T], and their segment ids [B, T], which are -1 for padding.
+    """Return B prompts as one array of token ids [B,T], and segment ids [B,T]: 0 for a token, -1 for padding.
 
-    Padding is on the left, so that all rows write to the same place of the cache at every step.
+    T is the longest length, rounded up by `_bucket`. Padding is on the left, so that in every decode step all rows
+    write to the same place of the cache.
     """
     T = _bucket(max(map(len, rows)))
     tokens, segment_ids = np.zeros((len(rows), T), np.int32), np.full((len(rows), T), -1, np.int32)
@@ -100,10 +101,11 @@ def _padded(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 @partial(jax.jit, static_argnames=("top_k", "vocab_size"), donate_argnames="cache")
 def _advance(model, tokens, segment_ids, cache, key, index, *, temperature, top_k, top_p, vocab_size):
-    """Add `tokens` [B,T] to the cache, and choose the next token of every row. Return (ids [B], the new cache).
+    """Run the model on `tokens` [B,T], and draw the next token of every row. Return (ids [B], the new cache).
 
-    `index` is the number of this new token in its row, from 0; it selects the random numbers. If `temperature` is None,
-    the most likely token is chosen. Only ids below `vocab_size` are chosen.
+    `segment_ids` [B,T]: -1 for padding. `cache`: the keys and values of earlier tokens; the new ones are added.
+    The random numbers depend on `key`, on the row's index, and on `index`: how many new tokens the row already has.
+    If `temperature` is None, the most likely token is taken. Only ids below `vocab_size` are drawn.
     """
     logits, cache = family_of(model.config).decode_step(model, tokens, segment_ids, cache)
 
@@ -126,7 +128,7 @@ def _advance(model, tokens, segment_ids, cache, key, index, *, temperature, top_
 
 
 def _cache_bytes(config) -> float:
-    """Return the bytes of the cache for one token of one sequence.
+    """Return how many bytes of the key/value cache one token of one sequence takes, for a model config.
 
     Raises ValueError for a model that generates no text.
     """
@@ -135,9 +137,9 @@ def _cache_bytes(config) -> float:
 
 
 def _cache(config, B: int, S: int, size: float):
-    """Return an empty cache for B sequences of S tokens. `size`: the bytes of the cache for one token.
+    """Return an empty cache for B sequences of S tokens. `size`: the bytes that one token of a sequence takes.
 
-    Raises ValueError if the cache does not fit into memory.
+    Raises ValueError if the cache does not fit into the free memory.
     """
     needed, free = B * S * size, free_memory()
     if free is not None and needed > free.bytes:
@@ -149,16 +151,17 @@ def _cache(config, B: int, S: int, size: float):
 
 
 def _bucket(n: int) -> int:
-    """Round a length `n` up to one of a few lengths, because JAX compiles the model once for every length.
+    """Round a length `n` up, so that JAX compiles the model for a few lengths only.
 
-    The lengths are multiples of 64, and above 512 four per power of two.
+    Up to 512, the result is a multiple of 64. Above 512, it is a power of two or one of three lengths between two
+    powers of two: 640, 768, 896, 1024, 1280, 1536, 1792, 2048, and so on.
     """
     step = max(64, 1 << n.bit_length() >> 3)
     return -(-n // step) * step
 
 
 def _options(max_new_tokens, temperature, top_k, top_p, seed, vocab_size) -> dict:
-    """Check the options of `generate`, and return the ones that `_advance` takes. A temperature of 0 becomes None."""
+    """Check options of `generate`, and return the keyword arguments of `_advance`. A temperature of 0 becomes None."""
     _check_options(max_new_tokens, temperature, top_k, top_p, seed)
     if not temperature:
         return dict(vocab_size=vocab_size, temperature=None, top_k=None, top_p=None)
@@ -182,28 +185,30 @@ def _check_options(max_new_tokens, temperature, top_k, top_p, seed) -> None:
 def _prompt_ids(row: int, prompt, eot: int | None, vocab_size: int) -> np.ndarray:
     ids = np.asarray(prompt if np.size(prompt) or eot is None else [eot])
     if not ids.size:
-        raise ValueError(f"prompt {row} is empty, and there is no end-of-text id (eot) to begin with")
+        raise ValueError(f"prompt {row} is empty: give it a token, or set the end-of-text id (eot)")
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(f"prompt {row} must be a list of token ids, not {ids.dtype}{list(ids.shape)}")
     if ids.min() < 0 or ids.max() >= vocab_size:
-        raise ValueError(f"prompt {row} has ids {ids.min()}..{ids.max()}, outside the vocabulary of {vocab_size} ids")
+        raise ValueError(
+            f"prompt {row} has ids {ids.min()}..{ids.max()}; ids must be at least 0 and below {vocab_size}"
+        )
     return ids
 
 
 class _TextStream:
-    """Converts the new tokens of one row to text, and holds text back until it is certain.
+    """Converts the new tokens of one prompt to text, token by token, and ends the text before a stop string.
 
-    Text is certain when it consists of whole characters that cannot be the beginning of a stop string. `stopped` says
-    whether a stop string has ended the row.
+    Text is returned only when it is certain: when its characters are complete and cannot be the beginning of a stop
+    string. `stopped` says whether a stop string has ended the text.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: np.ndarray, stop: Sequence[str]):
         self._decoder, self._stop, self._held, self.stopped = StreamDecoder(tokenizer, prompt), stop, "", False
 
     def feed(self, token: int | None) -> str:
-        """Add a new token id to the row, and return the text that has become certain with it.
+        """Add a new token id, and return the text that has become certain with it (see `_TextStream`).
 
-        `token` None ends the row: all held text is returned, and an incomplete character at its end is dropped.
+        `token` None ends the text: all text that was held back is returned, without an incomplete character at its end.
         """
         last = token is None
         self._held += self._decoder.flush().rstrip("\ufffd") if last else self._decoder.feed(token)
@@ -226,21 +231,21 @@ def generate_text(
     on_text: Callable[[int, str], None] | None = None,
     **sampling,
 ) -> list[str]:
-    """Return the texts that follow each of B prompts. A text ends at an end of text, a stop string or `max_new_tokens`.
+    """Return the text that follows each of B prompts.
 
-    The tokenizer puts the tokens that begin every text in front of a prompt. The prompt and the returned text together
-    are the decoded text of all ids. So with some tokenizers the returned text begins with a space.
+    A text ends at an end-of-text token, before a stop string, or after `max_new_tokens` tokens. The prompt and the new
+    tokens are decoded together, so with some tokenizers the returned text begins with a space.
 
     Args:
-      loaded: from `stickjax.load(run)`.
+      loaded: the trained model with its tokenizer, from `stickjax.load(run)`.
+      prompts: B strings. If the tokenizer begins every text with certain tokens, they are added in front of a prompt.
+      max_new_tokens: the largest number of new tokens for a prompt.
       stop: strings or special tokens that end a text; the text does not contain them.
-      special_tokens: whether a special token in the text of a prompt, such as <|user|>, is encoded as that token. If
-        False, it is encoded as ordinary text.
-      on_text: `on_text(row, piece)` is called with whole characters that will not change. All pieces of a row together
-        are its text.
-      max_new_tokens, **sampling: as in `generate`; sampling takes `temperature`, `top_k`, `top_p` and `seed`.
+      special_tokens: whether <|user|>, for example, is encoded as a special token; otherwise as ordinary text.
+      on_text: `on_text(row, piece)` is called with each new piece of the text of prompt number `row`.
+      **sampling: `temperature`, `top_k`, `top_p` and `seed` of `generate`.
 
-    Raises ValueError as in `generate`, for a string instead of a list, and for an empty stop string.
+    Raises ValueError for an option that `generate` refuses, a string instead of a list, or an empty stop string.
 
     >>> from stickjax import Config, ModelConfig
     >>> from stickjax.models.transformer import init
@@ -251,11 +256,11 @@ def generate_text(
     2
     """
     if isinstance(prompts, str) or isinstance(stop, str) or "" in stop:
-        raise ValueError("prompts and stop must be lists of strings, and no stop string may be empty")
+        raise ValueError("prompts and stop must be lists of strings, as ['a', 'b'], and no stop string may be empty")
     if (tokenizer := loaded.tokenizer) is None:
         raise ValueError(
-            f"there is no {loaded.config.data.tokenizer}, which this model needs to read and write text; "
-            "name a tokenizer by data.tokenizer, for example byte"
+            f"the tokenizer {loaded.config.data.tokenizer}, which the model needs to read and write text, does not "
+            "exist: set data.tokenizer to the path of the model's tokenizer.json, or to byte for a model of bytes"
         )
     ids = [tokenizer.prompt(prompt, special=special_tokens) for prompt in prompts]
     streams, texts = [_TextStream(tokenizer, row, stop) for row in ids], ["" for _ in prompts]
@@ -288,23 +293,29 @@ def _read_prompt(path: str | None) -> str:
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line, and return the exit code."""
+    """Run `python -m stickjax.generate` with the arguments `argv`; None: `sys.argv[1:]`. Return the exit code."""
     parser = Parser(prog="python -m stickjax.generate", description="Continue prompts with a trained model.")
     parser.add_argument("run", help="run folder")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--prompt", action="append", help="may be repeated; without any, the prompt is standard input")
-    source.add_argument("--prompt-file", help="a file with one prompt, including its last newline")
+    source.add_argument("--prompt", action="append", help="a prompt; may be repeated; by default standard input")
+    source.add_argument("--prompt-file", help="a file whose whole content is one prompt")
     parser.add_argument("--max-new-tokens", type=int, default=200)
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the most likely token (default 0.8)")
     parser.add_argument("--top-k", type=int, help="draw only from the k most likely tokens")
     parser.add_argument("--top-p", type=float, help="draw only from the most likely tokens with this total probability")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end before TEXT, or a special token; repeatable"
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end before this string or special token; repeatable",
     )
-    parser.add_argument("--special-tokens", action="store_true", help="a prompt may spell special tokens: <|user|>")
-    parser.add_argument("--step", type=int, help="which checkpoint; the newest by default")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as model.window=128")
+    parser.add_argument("--special-tokens", action="store_true", help="encode <|user|> in a prompt as a special token")
+    parser.add_argument("--step", type=int, help="step of the checkpoint; by default the newest")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="set a config field: model.window=64"
+    )
     args = parser.parse_args(argv)
     sampling = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
     _check_options(args.max_new_tokens, **sampling)  # before the model is read

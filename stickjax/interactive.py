@@ -23,7 +23,10 @@ from stickjax.training.metrics import metrics_of
 
 
 def fit(config: Config | str | os.PathLike, run: str | os.PathLike | None, *, quiet: bool, **options) -> Result:
-    """Do the work of `stickjax.fit`, which describes the arguments. `options` are `init_from` and `branch`."""
+    """Train a model in a run folder: the implementation of `stickjax.fit`, with the same arguments.
+
+    `options` are `init_from` and `branch`.
+    """
     name = None
     if not isinstance(config, Config):
         config, name = load_config(os.fspath(config)), config_name(config)
@@ -39,22 +42,22 @@ def fit(config: Config | str | os.PathLike, run: str | os.PathLike | None, *, qu
         if not quiet:
             newest = max(Checkpoints(run).steps(), default=None)
             kept = "there is no checkpoint yet" if newest is None else f"the newest checkpoint is step {newest}"
-            print(f"interrupted at once; {kept}")
+            print(f"interrupted; {kept}")
         return Result(None, False, None, 0.0, int(signal.SIGINT), run)
 
 
 def load(run: str | os.PathLike, *, step: int | None, changes: dict | None) -> "TrainedModel":
-    """Do the work of `stickjax.load`, which describes the arguments."""
+    """Load the model of a folder: the implementation of `stickjax.load`, with the same arguments."""
     model = TrainedModel(*run_folder.load(run, step=step, changes=changes))
     model.run = os.fspath(run)
     return model
 
 
 class TrainedModel(Loaded):
-    """A trained model. `stickjax.load` returns it.
+    """A trained model with its config and tokenizer, as `stickjax.load` returns it.
 
-    `model`: the parameters, as a module that can be called. `config`: the experiment. `tokenizer`: None if there is
-      none. `step`: the step of the checkpoint. `run`: the folder.
+    `model`: the module with the parameters; `model(tokens)` returns an object with `logits`. `config`: the experiment.
+      `tokenizer`: None if the folder has none. `step`: the step of the checkpoint. `run`: the path of the folder.
     """
 
     run: str = ""
@@ -65,7 +68,7 @@ class TrainedModel(Loaded):
 
     @property
     def metrics(self) -> Columns:
-        """The logged training metrics, {name: numpy array}; an empty table for a folder without them."""
+        """The metrics that the training logged: {name: numpy array with a value per logged step}. It may be empty."""
         return metrics_of(self.run)
 
     def generate(
@@ -81,15 +84,18 @@ class TrainedModel(Loaded):
         special_tokens: bool = False,
         on_text: Callable[[int, str], None] | None = None,
     ) -> str | list[str]:
-        """Return the text that follows a prompt. A list of prompts gives a list of texts.
+        """Return the text that follows a prompt; for a list of prompts, return a list of texts.
 
         Args:
-          prompts: one string, or a list.
+          prompts: one string, or a list of strings.
           max_new_tokens: the largest number of new tokens in a text.
-          temperature: 0 takes the most likely token.
-          top_k, top_p: draw from the k most likely tokens, or from the fewest tokens whose total probability is top_p.
-          seed: the seed of the draws; the same seed gives the same text.
-          stop, special_tokens, on_text: as in `stickjax.generate.generate_text`.
+          temperature: divides the logits; 0 always takes the most likely token.
+          top_k: draw only from the k most likely tokens.
+          top_p: draw only from the fewest tokens whose total probability is at least top_p.
+          seed: the seed of the random draws; the same seed gives the same text.
+          stop: strings or special tokens that end a text; the text does not contain them.
+          special_tokens: whether a special token in a prompt, such as <|user|>, is encoded as that token.
+          on_text: `on_text(row, piece)` is called with each new piece of the text of prompt number `row`.
 
         Raises:
           ValueError: an option is out of range, or the model has no tokenizer or is a classifier.
@@ -102,10 +108,16 @@ class TrainedModel(Loaded):
         return texts[0] if one else texts
 
     def evaluate(self, *, lengths: Sequence[int] = LENGTHS, max_tokens: int = 2**17, max_pairs: int = 1024) -> Columns:
-        """Return the held-out bits per byte as columns, with a row for each context of length * T tokens in `lengths`.
+        """Compute the loss on held-out text, in bits per byte, with contexts of m * T tokens for every m in `lengths`.
 
-        A model that reads examples is scored by its accuracy instead, on `max_pairs` examples of each bucket, such as
-        each number of operators. Nothing is written into the run folder.
+        T is the training length. About `max_tokens` tokens are predicted. Returns {name: numpy array with a value per
+        length}. The names are the keys of the records of `stickjax.evaluate.evaluate`, such as "bits_per_byte".
+
+        For a model that reads examples, such as a classifier, the accuracy is computed instead, on up to `max_pairs`
+        examples of each bucket, such as each number of logical operators. Then an array has a value per bucket. The
+        names are the keys of the records of `stickjax.evaluation.examples.accuracy`, or of
+        `stickjax.evaluation.pairs.accuracy` for a Universal Transformer on logic. Nothing is written into the run
+        folder.
         """
         if pairs.scores_halting(self.config):
             return Columns.of(pairs.accuracy(self.model, self.config, max_pairs=max_pairs))

@@ -1,12 +1,12 @@
-"""Train in several processes of this machine, and of other machines that run the same command.
+"""Train one model in several processes, on this machine and on other machines that run the same command.
 
 python -m stickjax.launch --processes 8 configs/tiny.py --mesh.data=-1
 python -m stickjax.launch --processes 8 --hosts 2 --host 0 --coordinator HOST:PORT configs/tiny.py --mesh.data=-1
 
-CONFIG and all arguments after it are the command line of `python -m stickjax.train`. With several processes, each takes
-one device of the machine; a single process takes all devices. SIGTERM, Ctrl-C and a lost terminal reach all processes:
-they save at the same step and end. When one process is lost, all processes end. The same command then continues from
-the last checkpoint.
+CONFIG and all arguments after it are the command line of `python -m stickjax.train`. If there are several processes on
+the machine, each uses one device; a single process uses all devices. After SIGTERM, Ctrl-C or the loss of the terminal,
+all processes save a checkpoint at the same step and end. If one process fails, all processes end. The same command then
+continues from the last checkpoint.
 """
 
 import argparse
@@ -29,15 +29,20 @@ from stickjax.parallel.processes import (
     lost,
 )
 
-KILL_AFTER_SECONDS = 5  # seconds between SIGTERM and SIGKILL for the other processes when one is lost
-# Seconds for which stderr is held back. When a process is lost, the others write long errors; these are then dropped.
+KILL_AFTER_SECONDS = 5  # seconds between SIGTERM and SIGKILL for the other processes when one has failed
+# Seconds for which stderr is held back. When a process fails, the others write long errors; these are then dropped.
 STDERR_DELAY_SECONDS = 0.5
 
 
 class Processes:
-    """The training processes of this machine, and their output to stderr, which is held briefly before it is shown.
+    """The training processes of this machine.
 
-    `commands` are the command lines of the processes, and `environments` the variables that are added to each one.
+    Their output to stderr is held for STDERR_DELAY_SECONDS before it is shown. So if a process fails, the errors that
+    the other processes write because of it can be dropped.
+
+    Args:
+      commands: the command line of each process.
+      environments: the environment variables that are added for each process.
     """
 
     def __init__(self, commands: list[list[str]], environments: list[dict[str, str]]):
@@ -57,7 +62,7 @@ class Processes:
             process.send_signal(number)  # nothing happens to one that has ended
 
     def read(self, timeout: float) -> None:
-        """Read the new output of the processes, and hold it. Wait at most `timeout` seconds for output."""
+        """Read new stderr output of the processes into a buffer. Wait at most `timeout` seconds for output."""
         if not self._pipes.get_map():
             time.sleep(timeout)
         for key, _ in self._pipes.select(timeout):
@@ -67,9 +72,9 @@ class Processes:
                 self._pipes.unregister(key.fileobj)
 
     def write(self, *, before: float = float("inf"), only: int | None = None) -> None:
-        """Write the held output to stderr, and hold it no longer.
+        """Write the buffered output of the processes to stderr, and remove it from the buffer.
 
-        `before`: write only output that was read before this time (`time.monotonic`). `only`: write the output of the
+        `before`: only the output that was read before this time (`time.monotonic`). `only`: write the output of the
         process with this index, and drop the output of all others.
         """
         due = [piece for piece in self._held if piece[0] < before]
@@ -80,14 +85,15 @@ class Processes:
         sys.stderr.flush()
 
     def has_printed(self, index: int, words: bytes) -> bool:
-        """Return whether the held output of process `index` contains `words`."""
+        """Return whether the buffered stderr output of process `index` contains `words`."""
         return words in b"".join(data for _, who, data in self._held if who == index)
 
     def wait(self) -> int | None:
-        """Wait until all processes have succeeded or were stopped, or until one fails.
+        """Wait until one process fails, or until all have ended without a failure. Show their output meanwhile.
 
-        Return the index of the process that failed first, or None. A process may end only because another process is
-        lost. It counts as failed only if no other failure follows.
+        Return the index of the process that failed first, or None if no process failed. If the first failure is only a
+        lost connection to another process, wait up to KILL_AFTER_SECONDS for a process that fails for another reason,
+        and return the index of that process if there is one.
         """
         deadline = None  # set when the first process has failed
         while True:
@@ -111,7 +117,7 @@ class Processes:
             process.stderr.close()
 
     def end(self) -> None:
-        """End all processes by SIGTERM. After KILL_AFTER_SECONDS, end the ones that still run by SIGKILL."""
+        """Send SIGTERM to all processes. After KILL_AFTER_SECONDS, send SIGKILL to the processes that still run."""
         deadline = time.monotonic() + KILL_AFTER_SECONDS
         self.send(signal.SIGTERM)
         while any(process.poll() is None for process in self.all):
@@ -122,9 +128,10 @@ class Processes:
 
 @contextlib.contextmanager
 def _forwarded(processes: Processes):
-    """Forward SIGTERM, SIGINT (Ctrl-C) and SIGHUP to the processes, as SIGTERM. A second Ctrl-C kills them.
+    """Inside this context, send SIGTERM to the processes when this process receives SIGTERM, SIGINT or SIGHUP.
 
-    Yield a list to which the number of every received signal is added.
+    SIGINT (Ctrl-C) after an earlier signal sends SIGKILL instead. The context yields a list, to which the number of
+    every received signal is added.
     """
     got: list[int] = []
 
@@ -133,7 +140,7 @@ def _forwarded(processes: Processes):
         got.append(number)
 
     numbers = [signal.SIGTERM, signal.SIGINT]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as after nohup
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # it is ignored after nohup
         numbers.append(signal.SIGHUP)
     old = {number: signal.signal(number, handle) for number in numbers}
     try:
@@ -152,7 +159,7 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="processes on this machine (default 1)")
     parser.add_argument("--hosts", type=int, default=1, metavar="H", help="machines, each with N processes (default 1)")
     parser.add_argument("--host", type=int, default=0, metavar="I", help="index of this machine, from 0")
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="a free port of machine 0, needed with --hosts")
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="a free port of the first machine; for --hosts")
     parser.add_argument("train", nargs=argparse.REMAINDER, metavar="CONFIG ...", help="as for python -m stickjax.train")
     words = parser.parse_args(argv)
     for name in ("processes", "hosts"):
@@ -161,7 +168,7 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     if not 0 <= words.host < words.hosts:
         raise ValueError(f"--host {words.host} must be at least 0 and below --hosts {words.hosts}")
     if words.hosts > 1 and words.coordinator is None:
-        raise ValueError(f"--hosts {words.hosts} needs --coordinator HOST:PORT, a free port of machine 0")
+        raise ValueError(f"--hosts {words.hosts} needs --coordinator HOST:PORT, a free port of the machine of --host 0")
     if words.coordinator is not None:
         check_address(words.coordinator)
     return words, words.train[1:] if words.train[:1] == ["--"] else words.train
@@ -169,7 +176,7 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line, and return the exit code."""
+    """Run `python -m stickjax.launch` with the arguments `argv`; None: `sys.argv[1:]`. Return the exit code."""
     words, train = _parse(argv)
     count, first = words.processes * words.hosts, words.processes * words.host
     address = words.coordinator or f"localhost:{free_port()}"
@@ -200,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
         1,
         EXIT_ERROR_PRINTED,
         EXIT_PEER_LOST,
-    ):  # a process with one of these codes has printed an error already
+    ):  # a process that ends with one of these codes has already printed its error
         what = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         print(f"error: process {first + bad} of {count} {what}; {RESUME_HINT}", file=sys.stderr)
     return 128 - code if code < 0 else 1

@@ -1,7 +1,9 @@
-"""Sweeps: coordinate checks of muP, learning-rate sweeps, and the fit of the power law gamma = a T^b, with plots.
+"""Experiments with many short trainings: coordinate checks of muP, learning-rate sweeps, and the fit of a power law.
 
-Every experiment takes the training as a callable, and returns its records as plain dictionaries, ready for JSON. Every
-plot takes such records and writes a PNG. `stickjax.training.width` has the trainings of the decoder.
+The power law gamma = a T^b of the Power schedule says how the best learning rate, divided by the batch size, depends on
+the training length T in tokens. Every experiment takes a function that trains, and returns its results as dictionaries,
+ready for JSON. Every plot takes these dictionaries and writes a PNG. `stickjax.training.width` has the functions that
+train the decoder.
 
 python -m stickjax.sweeps coordinate|learning-rate|power-law [--config FILE] [--out DIR] [--section.field=value ...]
 """
@@ -40,21 +42,22 @@ from stickjax.training import width as models
 
 
 def coordinate_check(widths: Iterable[int], make: Callable, *, steps: int = 4, plot=None) -> Records:
-    """Measure the mean size of every activation at initialisation and after each of a few steps, at several widths.
+    """Measure the mean absolute value of every activation before training and after each of a few steps.
 
-    Under muP no activation grows or shrinks with the width: the slope of log2 mean |activation| against log2 width is
-    between -0.1 and 0.1. Without muP some slope exceeds 0.3. The logits are an exception if the output matrix does not
-    start at zero: they start at width^-1/2 and reach their final size only in training.
+    Models of several widths are compared, to test that they follow muP. Under muP no activation grows or shrinks with
+    the width: the slope of log2 mean |activation| against log2 width is between -0.1 and 0.1. Without muP some slope
+    exceeds 0.3. The logits are an exception if the output matrix does not start at zero: they start in proportion to
+    width^-1/2, and reach their final size only in training.
 
     Args:
-      widths: the widths, at least two for a slope.
+      widths: the widths of the models; a slope needs at least two.
       make: `make(width)` returns (params, optimizer, forward) for a model of this width. `forward(params)` returns
         (loss, {name: activation}).
-      steps: the number of optimizer steps. All use the same batch, which `forward` contains.
-      plot: the path of a PNG, which shows the last step.
+      steps: the number of optimizer steps. All steps use the same batch, which `forward` contains.
+      plot: the path of a PNG to write, which shows the last step; None: no plot.
 
     Returns:
-      A record {"width", "step", "name", "mean_abs"} for every width, step 0...steps and activation.
+      A record {"width", "step", "name", "mean_abs"} for every width, step from 0 to `steps`, and activation.
 
     References: Yang et al., `Tensor Programs V <https://arxiv.org/abs/2203.03466>`_, 2022, appendix D.1.
 
@@ -84,12 +87,14 @@ def coordinate_check(widths: Iterable[int], make: Callable, *, steps: int = 4, p
 
 
 def slopes(records: Records, step: int | None = None) -> dict[str, float]:
-    """Return {activation: the slope of log2 mean |activation| against log2 width} at one step of `coordinate_check`.
+    """Return {name of an activation: the slope of log2 mean |activation| against log2 width}.
 
-    `step` None is the last step.
+    Args:
+      records: the result of `coordinate_check`.
+      step: the optimizer step at which the slopes are taken; None: the last step.
 
     Raises:
-      ValueError: there is only one width, or an activation is zero or not finite.
+      ValueError: the records have only one width, or an activation is zero or not finite.
     """
     step = max(r["step"] for r in records) if step is None else step
     found = {}
@@ -98,7 +103,10 @@ def slopes(records: Records, step: int | None = None) -> dict[str, float]:
         if len(set(width)) < 2:
             raise ValueError(f"a slope needs at least two widths, not {sorted(set(width))}")
         if not (np.isfinite(size) & (size > 0)).all():
-            raise ValueError(f"activation {name!r} is zero or not finite at step {step}: {size.tolist()}")
+            raise ValueError(
+                f"activation {name!r} is zero or not finite at step {step}: mean |activation| {size.tolist()}, "
+                "one value for each width"
+            )
         found[name] = float(np.polyfit(np.log2(width), np.log2(size), 1)[0])
     return found
 
@@ -106,19 +114,20 @@ def slopes(records: Records, step: int | None = None) -> dict[str, float]:
 def learning_rate_sweep(
     widths: Iterable[int], learning_rates: Iterable[float], run: Callable, *, mup=(True, False), plot=None
 ) -> Records:
-    """Run a short training for every width and learning rate, with muP and without, and return the last losses.
+    """Run a short training for every width and learning rate, with muP and without, and return the final losses.
 
     Under muP the best learning rate is the same at every width, and a wider model is better at every learning rate.
 
     Args:
-      widths: the widths.
+      widths: the widths of the models.
       learning_rates: the peak learning rates.
-      run: `run(width, learning_rate, mup) -> loss`; for a run that diverged the loss is not finite.
-      mup: the parametrisations to run, True with muP and False without.
-      plot: path of a PNG.
+      run: the function that trains: `run(width, learning_rate, mup)` returns the final loss, which is not finite if the
+        training diverged.
+      mup: the parametrisations to run, as a tuple: True is with muP, False is without.
+      plot: the path of a PNG to write; None: no plot.
 
     Returns:
-      A record {"width", "learning_rate", "loss", "mup"} for every run.
+      A record {"width", "learning_rate", "loss", "mup"} for every training.
 
     >>> run = lambda width, rate, mup: (math.log2(rate * (1 if mup else width)) + 7) ** 2 / width
     >>> records = learning_rate_sweep([16, 32], [2**-12, 2**-11, 2**-7], run)
@@ -138,10 +147,10 @@ def learning_rate_sweep(
 
 
 class PowerLaw(NamedTuple):
-    """The law gamma = a T^b, where gamma is the best learning rate divided by the batch size beta, and T is in tokens.
+    """The fitted law gamma = a T^b. gamma: best learning rate / batch size beta. T: training length in tokens.
 
-    `best`: the record of the best run for every pair of T and beta. `residuals`: for each of these records, ln(gamma)
-    minus the ln(gamma) of the law.
+    `best`: the record of the best run for every pair of T and beta. `residuals`: for each record in `best`, its
+    ln(gamma) minus the ln(gamma) of the law.
     """
 
     a: float
@@ -151,10 +160,11 @@ class PowerLaw(NamedTuple):
 
 
 def _refined(best: dict, line: Records) -> dict:
-    """Return a copy of the record `best` whose learning rate is the minimum of a parabola in ln(learning rate).
+    """Return a copy of the record `best` with a more precise best learning rate: the minimum of a parabola.
 
-    The parabola goes through the losses of `best` and its two neighbours in `line`, the runs that differ only in their
-    learning rates. The loss in the record does not change. `best` itself is returned at the edge of the sweep.
+    `line` has the records of the runs that differ only in their learning rates, and `best` is the one with the smallest
+    loss. The parabola, in ln(learning rate), goes through the losses of `best` and its two neighbours. If `best` has
+    only one neighbour, it is returned unchanged. The loss in the record does not change.
     """
     line = sorted(line, key=lambda r: r["learning_rate"])
     at = line.index(best)
@@ -167,22 +177,23 @@ def _refined(best: dict, line: Records) -> dict:
 
 
 def fit_power_law(records: Records, *, plot=None) -> PowerLaw:
-    r"""Fit the law of the Power schedule to a sweep of constant-rate (WSD) trainings.
+    r"""Fit the law of the Power schedule to the losses of many trainings with constant learning rates.
 
     .. math::
         \gamma = \eta^* / \beta = a T^b
 
-    eta* is the learning rate with the smallest loss for a pair of T and beta: the minimum of the parabola through the
-    best run and its two neighbours. The fit is by least squares of ln(gamma) on ln(T). If the best learning rate is at
-    the edge of the sweep, it is not a minimum yet: widen the sweep.
+    eta* is the learning rate with the smallest loss, for a training length T in tokens and a batch size beta. It is the
+    minimum of the parabola through the best run and its two neighbours. a and b are the least-squares fit of ln(gamma)
+    against ln(T). If the best learning rate is the smallest or the largest of the sweep, repeat the sweep with a wider
+    range, because the minimum may be outside.
 
     Args:
       records: dictionaries with "tokens" (T), "batch_size" (beta, in sequences of 4096 tokens), "learning_rate"
         and "loss"; other keys are ignored.
-      plot: path of a PNG.
+      plot: the path of a PNG to write; None: no plot.
 
     Raises:
-      ValueError: runs with a finite loss have fewer than two different numbers of tokens.
+      ValueError: the records with a finite loss have fewer than two different values of T.
 
     References: Shen et al., `Power Scheduler <https://arxiv.org/abs/2408.13359>`_, 2024: a = 4.6, b = -0.51.
 
@@ -198,7 +209,9 @@ def fit_power_law(records: Records, *, plot=None) -> PowerLaw:
     tokens = np.array([r["tokens"] for r in best], float)
     gamma = np.array([r["learning_rate"] / r["batch_size"] for r in best], float)
     if len(set(tokens)) < 2:
-        raise ValueError(f"a power law needs finite losses at two or more numbers of tokens, found {len(set(tokens))}")
+        raise ValueError(
+            f"a power law needs finite losses at two or more training lengths (in tokens), found {len(set(tokens))}"
+        )
     b, log_a = np.polyfit(np.log(tokens), np.log(gamma), 1)
     law = PowerLaw(float(np.exp(log_a)), float(b), best, np.log(gamma) - (log_a + b * np.log(tokens)))
     if plot is not None:
@@ -207,10 +220,10 @@ def fit_power_law(records: Records, *, plot=None) -> PowerLaw:
 
 
 def plot_coordinate_check(runs: dict[str, Records], path, step: int | None = None) -> None:
-    """Plot mean |activation| against width, one panel per run, with the slope of every activation in the legend.
+    """Plot mean |activation| against width, with a panel per run and the slope of every activation in the legend.
 
-    `runs` is {name: the records of `coordinate_check`}, for example for "muP" and "without muP". `step` is the step to
-    plot; None: the last one.
+    `runs` is {name of a run: its records of `coordinate_check`}, for example with the names "muP" and "without muP".
+    `step` is the optimizer step to plot; None: the last one.
     """
     scales = dict(xscale=("log", dict(base=2)), yscale=("log", dict(base=2)))
     page, panels = figure("width", "mean |activation|", list(runs), **scales)
@@ -277,7 +290,7 @@ _COMMANDS = {"coordinate": _coordinate, "learning-rate": _learning_rate, "power-
 
 def _edge(best: Records, rates) -> str | None:
     at_edge = any(r["learning_rate"] in (min(rates), max(rates)) for r in best)
-    return "a best rate at the edge of --rates may not be a minimum: widen them" if at_edge else None
+    return "a best learning rate is the first or last of --rates: try a wider range" if at_edge else None
 
 
 def _numbers(name: str, text: str, kind: type) -> list:
@@ -286,18 +299,18 @@ def _numbers(name: str, text: str, kind: type) -> list:
     except ValueError:
         values = []
     if not values or not all(0 < value < math.inf for value in values):
-        raise ValueError(f"--{name}={text}: expected positive numbers separated by commas")
+        raise ValueError(f"--{name}={text}: expected positive numbers separated by commas (whole numbers for --widths)")
     return values
 
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line, and return the exit code."""
+    """Run `python -m stickjax.sweeps` with the arguments `argv`; None: `sys.argv[1:]`. Return the exit code."""
     parser = Parser(prog="python -m stickjax.sweeps")
     parser.add_argument("command", choices=_COMMANDS, help="power-law trains 1, 2, 4 and 8 times the config's steps")
     parser.add_argument("--config", help="a name, a .py file, or a run's config.json; by default a small model")
     parser.add_argument("--out", default="runs/sweeps", help="folder for COMMAND.json and COMMAND.png")
-    parser.add_argument("--widths", help="widths, such as 64,128,256; by default D, 2D and 4D of the config")
+    parser.add_argument("--widths", help="values of D, such as 64,128,256; by default 1, 2 and 4 times the config's D")
     parser.add_argument("--rates", help="learning rates, such as 1e-3,2e-3; by default 2^-2 ... 2^4 times peak_lr")
     words, rest = parser.parse_with_fields(argv)
     console = Console(highlight=False)

@@ -1,4 +1,4 @@
-"""python -m stickjax.train configs/tiny.py [--run DIR] [--section.field=value ...]: train a model."""
+"""Train a model: python -m stickjax.train configs/tiny.py [--run DIR] [--section.field=value ...]"""
 
 import sys
 from pathlib import Path
@@ -17,7 +17,7 @@ __all__ = ["Result", "fit", "main"]
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m stickjax.train", add_help=False)
     parser.add_argument("config", metavar="CONFIG", nargs="?", help="a name such as tiny, a .py file, a config.json")
-    parser.add_argument("--run", help="run folder; runs/NAME of the config file by default")
+    parser.add_argument("--run", help="run folder; by default runs/NAME, with the name of the config")
     parser.add_argument("--init-from", metavar="RUN", help="begin with the parameters of another run")
     parser.add_argument(
         "--from", dest="branch", metavar="RUN@STEP", help="continue from a checkpoint with a changed config"
@@ -36,16 +36,19 @@ def main(argv: list[str] | None = None) -> int:
     else:
         config = Config() if words.config is None else load_config(words.config)
     if words.help:
-        print(f"{parser.format_help()}\nconfig fields, with their values here:\n{describe(config)}")
+        print(f"{parser.format_help()}\nconfig fields, with the values of CONFIG:\n{describe(config)}")
         return 0
     if words.config is None and words.branch is None:
-        raise ValueError("which config? for example: python -m stickjax.train tiny")
+        raise ValueError("CONFIG is missing: name a config, for example python -m stickjax.train tiny")
     if words.run == "":
         raise ValueError("--run is empty: it must name a folder")
     if words.branch is not None and words.init_from is not None:
-        raise ValueError("--from continues a checkpoint, --init-from takes only its parameters: give one of them")
+        raise ValueError(
+            "--from continues a checkpoint, --init-from uses only the parameters of a checkpoint: give only one of the "
+            "two"
+        )
     if words.branch is not None and words.run is None:
-        raise ValueError("--from needs a new folder: --run DIR")
+        raise ValueError("--from needs a new folder: name it by --run DIR")
     config = parse(config, rest)
     if words.dry_run:
         from stickjax.plan.report import dry_run

@@ -1,4 +1,7 @@
-"""Named calls of the ops. Every implementation runs all of them; to test a new implementation, add one line here."""
+"""Named calls of stick-breaking attention and of the expert ops, which the tests run with every implementation.
+
+To test a new implementation of an op, add one line for it to the table of implementations in this file.
+"""
 
 from benchmarks.kernel_cases import DECODED, KERNEL_CASES, KERNEL_EXPERTS, ODD, Experts, Stick, documents, dtype_of
 

@@ -1,4 +1,7 @@
-"""Settings for all tests, shared fixtures, and comparisons. The tolerances are defined in `pallas_kernels.testing`."""
+"""Define the settings, fixtures and comparisons that all tests share.
+
+The tolerances of the comparisons come from `pallas_kernels.testing`.
+"""
 
 import atexit
 import gc
@@ -59,7 +62,10 @@ def assert_same_state(a, b) -> None:
 
 
 def wait_for_step(run, step, process) -> None:
-    """Wait until the training of `process` has logged this step in the run folder `run`."""
+    """Wait until a running training has written the metrics of step `step` into its run folder `run`.
+
+    `process` is the training as a subprocess.Popen. The test fails if it ends early or takes more than 120 s.
+    """
     deadline = time.monotonic() + 120
     while not any(row["step"] >= step for row in read_metrics(run)):
         assert process.poll() is None, process.communicate()
@@ -69,7 +75,7 @@ def wait_for_step(run, step, process) -> None:
 
 @pytest.fixture(scope="session")
 def bpe(tmp_path_factory):
-    """The path of a small byte-level BPE tokenizer.json."""
+    """Return the path of a tokenizer.json with a small byte-level BPE tokenizer of at most 300 tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -113,11 +119,14 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True, scope="module")
 def programs(request):
-    """Compile most files without optimisation, and drop the compiled programs after each file.
+    """Compile most test files without optimisation, and drop the compiled programs after each file.
 
-    Without optimisation most files take half the time. The programs are dropped because each of them maps memory, and
-    Linux allows a process 65,530 mappings, which is not enough for all files. If JAX_DISABLE_MOST_OPTIMIZATIONS is set
-    in the environment, its value decides for all files; `make test-oldest` sets it.
+    Without optimisation most files take half the time. The files in OPTIMISED are compiled with optimisation. If
+    JAX_DISABLE_MOST_OPTIMIZATIONS is set in the environment, its value decides for all files; `make test-oldest` sets
+    it.
+
+    The programs are dropped because each of them maps memory. Linux allows a process 65,530 mappings, which is too few
+    for the programs of all files.
     """
     name = "JAX_DISABLE_MOST_OPTIMIZATIONS"
     quick = name not in os.environ and request.path.stem not in OPTIMISED
@@ -133,7 +142,11 @@ def programs(request):
 
 
 def without_check(new, monkeypatch):
-    """Wrap `new` (`loop._new`) so that the program it compiles is not checked. The program of the step still is."""
+    """Return `new` (`loop._new`, which makes the initial state) without its check that its program fits into memory.
+
+    The check of the training step stays. So a test can replace `check_program` by a function that sends a signal, for
+    example, and the signal is sent once.
+    """
 
     def call(*arguments):
         with monkeypatch.context() as patch:

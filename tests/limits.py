@@ -1,4 +1,7 @@
-"""Stick-breaking attention with saturated logits, and its expected outputs and gradients, computed by numpy in fp64."""
+"""Make inputs of stick-breaking attention with saturated logits, and compute the exact results.
+
+NumPy computes the expected outputs and gradients in float64.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +24,11 @@ FIRST = 256.0  # the first channel of every query, so that keys for logits of 1e
 
 
 def inputs(dtype):
-    """Return (query, key, value), segment_ids, and the cotangents of (out, rem, log_rem).
+    """Return (query, key, value), segment_ids, and the cotangents of (out, rem, log_rem), for arrays of type `dtype`.
 
-    The arrays are [B,T,1,H] and the segment ids [B,T], with one batch entry for each of NAMES.
+    query, key, value and the cotangent of out are [B,T,1,H], the other cotangents [B,T,1], and segment_ids is [B,T].
+    Batch entry i is the case NAMES[i]. Its logits are those of LOGITS; in the last entry, keys and values at padding
+    are huge.
     """
     rng, B = np.random.default_rng(0), len(NAMES)
     q, k, v, d_out = rng.standard_normal((4, B, T, 1, H))
@@ -40,7 +45,11 @@ def inputs(dtype):
 
 
 def expected(arrays, segments, cotangents) -> dict:
-    """Return outputs and gradients of `stick_breaking_attention` at scale 1, by its formulas."""
+    """Return the exact outputs and gradients of `stick_breaking_attention` at scale 1, computed in float64.
+
+    The arguments are the three results of `inputs`. The dict has the keys out, rem, log_rem, d_query, d_key and
+    d_value.
+    """
     q, k, v = (np.asarray(x, np.float64)[:, :, 0] for x in arrays)
     d_out, d_rem, d_log_rem = (np.asarray(x, np.float64)[:, :, 0] for x in cotangents)
     mask = np.tri(T, k=-1, dtype=bool) & (segments[:, :, None] >= 0) & (segments[:, None] == segments[:, :, None])
@@ -59,7 +68,10 @@ def expected(arrays, segments, cotangents) -> dict:
 
 
 def results(dtype, **options) -> dict:
-    """Return outputs and gradients of an implementation, with the same names as `expected`."""
+    """Run `stick_breaking_attention` on `inputs(dtype)`; return its outputs and gradients, with the keys of `expected`.
+
+    `options` are more arguments of the call, such as `implementation`.
+    """
     arrays, segments, cotangents = inputs(dtype)
 
     @jax.jit
@@ -78,7 +90,11 @@ def results(dtype, **options) -> dict:
 
 
 def errors(values: dict, dtype) -> dict[str, float]:
-    """Return the relative L2 error of every output and gradient in every batch entry; infinite if it is not finite."""
+    """Return the relative L2 error of every output and gradient in every batch entry.
+
+    The keys of the dict name the array and the batch entry. `values` are the results of an implementation for
+    `inputs(dtype)`. The error is infinite if a value is not finite.
+    """
     found = {}
     for name, want in expected(*inputs(dtype)).items():
         got = np.asarray(values[name], np.float64).reshape(want.shape)

@@ -1,4 +1,8 @@
-"""The Triton kernels, compiled for absent GPUs: they fit, blocks share nothing, and few registers are spilled."""
+"""Test the Triton kernels, compiled for GPUs that are not present.
+
+They fit into shared memory, have no instructions by which thread blocks communicate, and spill no more registers than
+recorded before.
+"""
 
 import importlib.util
 import io

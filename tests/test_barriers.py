@@ -1,4 +1,7 @@
-"""The barriers in docs/design are those that the Mosaic kernels declare and use, in their traces and in their PTX."""
+"""The barrier tables in docs/design agree with the Mosaic kernels.
+
+The barriers that a kernel declares and uses are recorded while it is traced, and read from its compiled PTX.
+"""
 
 import functools
 import math
@@ -34,13 +37,16 @@ class Barrier(NamedTuple):
 
 
 def name_of(path) -> str:
-    """Return the name of the innermost field in a path; the path itself if it has no field."""
+    """Return the name of the innermost named field in `path`, a key path of jax.tree_util.
+
+    A path without named fields gives the text of the whole path.
+    """
     names = [key.name for key in path if hasattr(key, "name")]
     return names[-1] if names else jax.tree_util.keystr(path)
 
 
 class Traced:
-    """A traced kernel: its barriers by name, and the arrivals at each of them."""
+    """One trace of a kernel: the barriers that it declares, and which operations arrive at or wait for each of them."""
 
     def __init__(self, scratch_types, warpgroups: int):
         named = [(name_of(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(scratch_types)[0]]
@@ -67,7 +73,10 @@ class Traced:
 
 @pytest.fixture(scope="module")
 def traced():
-    """All traced kernels by name; a kernel that was traced several times has several entries."""
+    """Return a dict from the name of a kernel to its traces, one `Traced` for each time it was traced.
+
+    During the tracing, replacements of Pallas' functions record the barriers.
+    """
     found: dict[str, list[Traced]] = {}
     running: list[Traced] = []
     kernel, copy = plgpu.kernel, plgpu.copy_gmem_to_smem
@@ -133,7 +142,10 @@ def trace_all() -> None:
 
 
 def tables(page: str) -> dict[str, list[dict[str, str]]]:
-    """Return the rows of the barrier table of every kernel that has a heading on the page, by column name."""
+    """Return the barrier tables of a page in Markdown, by the name of the kernel in the heading above the table.
+
+    A table is a list of rows. A row is a dict from the name of the column to the text of the cell.
+    """
     found = {}
     for section in re.split(r"^##+ ", page, flags=re.MULTILINE)[1:]:
         heading, _, text = section.partition("\n")

@@ -1,4 +1,4 @@
-"""The benchmarks run and print what they should; no test asserts a time."""
+"""The benchmarks run and print the expected rows. No test checks a measured time."""
 
 import json
 from pathlib import Path
@@ -38,7 +38,11 @@ def test_matmul_cost():
 
 
 def test_stick_breaking_cost_is_that_of_the_specification():
-    """B4 N12 H128 bf16, T=4096: 0.206 TFLOP and 203 MB forward; 3.5 times the operations with the backward pass."""
+    """The counted cost of attention equals the specification, and a count by hand at a tiny size.
+
+    Specification, for B=4, N=12, H=128, T=4096 in bfloat16: the forward pass needs 0.206 TFLOP and 203 MB; forward and
+    backward pass together need 3.5 times the operations.
+    """
     shape = dict(B=4, T=4096, N=12, H=128, itemsize=2)
     forward, both = cost.stick_breaking(**shape), cost.stick_breaking(**shape, backward=True)
     assert forward.flops == pytest.approx(0.206e12, rel=2e-3) and both.flops == 3.5 * forward.flops
@@ -51,7 +55,11 @@ def test_stick_breaking_cost_is_that_of_the_specification():
 
 
 def test_experts_cost_is_that_of_the_specification():
-    """PowerMoE-3B at T=8192 and 790 TFLOP/s: 0.391 ms forward and 1.174 ms with the backward pass."""
+    """The counted cost of the experts equals the specification, and a count by hand at a tiny size.
+
+    Specification, for PowerMoE-3B with T=8192 on a GPU of 790 TFLOP/s: 0.391 ms forward, and 1.174 ms with the backward
+    pass.
+    """
     shape = dict(T=8192, k=8, D=1536, F=512, E=40, itemsize=2)
     ceilings = cost.Ceilings(790e12, 4.3e12)
     assert cost.experts(**shape).limits(ceilings)["limit: compute"] == pytest.approx(0.391, abs=1e-3)
@@ -63,7 +71,10 @@ def test_experts_cost_is_that_of_the_specification():
 
 
 def test_ratios_pair_the_rounds():
-    """The load doubles in the last two rounds. `over` compares round by round, so this does not matter."""
+    """`Times.over` compares two contestants round by round, so a load that changes between rounds has no effect.
+
+    In this test, both contestants take twice as long in the last two rounds.
+    """
     slow, fast = Times(np.array([2.0, 4.0, 4.0])), Times(np.array([1.0, 2.0, 2.0]))
     assert slow.over(fast) == 2 and (slow.median, slow.best) == (4, 2)
 
@@ -119,11 +130,14 @@ def test_quick_experts():
 
 def test_gpu_without_a_gpu(capsys):
     assert cli.main(["--gpu"]) == 1
-    assert capsys.readouterr().err == "error: --gpu needs a GPU that JAX can see; this machine has none\n"
+    assert capsys.readouterr().err == "error: --gpu needs a GPU, but JAX finds no GPU on this machine\n"
 
 
 def test_gpu_check_sees_a_wrong_answer():
-    """The check before the timing accepts rounding, but no wrong gradient, unwritten row or changing result."""
+    """`gpu_check`, which runs before the timing, accepts rounding errors and reports wrong results.
+
+    It reports a wrong gradient, rows that were never written, and results that differ between two runs.
+    """
     x, cotangent = jax.random.normal(jax.random.key(0), (2, 8, 4), jnp.bfloat16)
     expected = gpu_check.exact(lambda x: 2 * x, cotangent, (x,))
 
@@ -140,7 +154,10 @@ def test_gpu_check_sees_a_wrong_answer():
 
 
 def test_gpu_check_of_the_last_queries():
-    """The check of the last queries of a long call, whose reference computes only their scores, sees a missing key."""
+    """`check_last` accepts a correct attention and reports a missing key.
+
+    It checks only the last queries of a long call, so that the reference has few scores to compute.
+    """
     cotangent, *arrays = gpu_attention._inputs(0, dict(B=1, T=48, N=2, H=32))
     reference = stick_breaking.attention(implementation="reference")
 
@@ -152,7 +169,10 @@ def test_gpu_check_of_the_last_queries():
 
 
 def test_trained_logits_keep_what_a_trained_model_keeps():
-    """They keep 34% of the 64 x 64 tiles at T=1024 and 21% at T=2048; the heads keep from 12% to 65%."""
+    """The drawn benchmark inputs keep the same share of the attention tiles as a trained model, under early exit.
+
+    The share of 64 x 64 tiles is 34% at T=1024 and 21% at T=2048. At T=2048, single heads keep from 12% to 65%.
+    """
     settings = dict(skip_below=-24.0, tiles=(64, 64), return_stats=True, implementation="xla")
     kept = {}
     for T in (1024, 2048):
@@ -177,12 +197,15 @@ def test_heads_of_a_model_are_those_it_attends_with():
     x = block.attention_norm(model.config.m_emb * model.embed[...][tokens][None])
     query = jnp.einsum("BTD,DNH->NTH", x, block.attention.query[...]) * 0.5
     assert_close(heads.query[:4], query, FORWARD["float32"], "queries")
-    with pytest.raises(ValueError, match="stick-breaking attention, this model's is 'softmax'"):
+    with pytest.raises(ValueError, match="stick-breaking attention, but the model has attention='softmax'"):
         recipe.of_model(init(ModelConfig(**MODEL, attention="softmax"), jax.random.key(0)), tokens)
 
 
 def test_inputs_keep_the_logits_of_the_heads():
-    """The logits are kept with wider heads, more heads and a longer text than the model's, and with grouped heads."""
+    """Benchmark inputs made from a trained model's heads have the logits of these heads.
+
+    This holds for a larger H, more heads or a longer text than the model's, and for grouped key heads.
+    """
     rng = np.random.default_rng(0)
     heads = trained.Heads(*rng.normal(size=(2, 3, 20, 8)).astype(np.float32))
     every = np.einsum("Mih,Mjh->Mij", *heads)
@@ -199,12 +222,15 @@ def test_inputs_keep_the_logits_of_the_heads():
             assert len(found) == 1, found
             # The last query is at the position of the last key, or up to N // K - 1 tokens before it, by its group.
             assert (found[0][2] + 32 - found[0][1] - 6) % 20 < N // K
-    with pytest.raises(ValueError, match="H=4 cannot hold .* H=8"):
+    with pytest.raises(ValueError, match="H=4 must be at least H=8"):
         trained.inputs(jax.random.key(0), B=1, T=4, N=1, H=4, heads=heads)
 
 
 def test_the_recipe_of_trained_heads(tmp_path, monkeypatch, capsys):
-    """A run folder becomes inputs of the benchmarks. A folder without a run gives one error line, and no file."""
+    """`benchmarks.trained_heads` saves the attention heads of a run folder as inputs of the benchmarks.
+
+    A folder without a run gives one line with an error, and no file is written.
+    """
     run, out = tmp_path / "run", tmp_path / "heads.npz"
     changes = [f"--model.{name}={value}" for name, value in MODEL.items()]
     fast = [
@@ -251,7 +277,10 @@ def test_gpu_ratios():
 
 
 def test_gpu_rows_on_this_backend(monkeypatch, tmp_path):
-    """The whole script at tiny shapes: contestants that cannot run here say so in their rows; all others are timed."""
+    """The GPU benchmark runs completely on this backend, with tiny shapes.
+
+    A contestant that cannot run here gets a row with the reason; all other contestants are timed.
+    """
     assert list(gpu_cases.implementations("stick_breaking_attention", *[jnp.ones((1, 4, 1, 8))] * 3)) == ["xla"]
     monkeypatch.setattr(gpu_decode, "STEPS", 2)
     monkeypatch.setattr(gpu_attention, "QUICK", [dict(B=1, T=32, N=2, H=32)])

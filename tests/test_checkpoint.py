@@ -1,4 +1,7 @@
-"""Checkpoints are exact, atomic and verified: a damaged byte in any file is detected or changes nothing."""
+"""Checkpoints are exact, atomic and verified.
+
+A damaged byte in any file of a checkpoint is detected, or it changes nothing in the restored state.
+"""
 
 import doctest
 import errno
@@ -134,14 +137,14 @@ def test_numpy_leaf_may_change_after_save(tmp_path):
 def test_keeps_the_newest(tmp_path):
     folder = write(tmp_path, 1, 2, 3, 10, 11, keep=2)
     assert sorted(p.name for p in folder.iterdir()) == ["10", "11"]
-    with pytest.raises(ValueError, match="only of \\[10, 11\\]"):
+    with pytest.raises(ValueError, match="only of the steps \\[10, 11\\]"):
         Checkpoints(tmp_path).restore(abstract(small(0)), step=3)
 
 
 def test_step_must_advance(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(5, small(5), {})
-        with pytest.raises(ValueError, match="step=5 is not after step 5"):
+        with pytest.raises(ValueError, match="step=5 must be larger than 5"):
             checkpoints.save(5, small(5), {})
 
 
@@ -248,7 +251,7 @@ def test_damaged_is_passed_over_and_set_aside(tmp_path):
         with pytest.warns(UserWarning, match="checkpoints/3: ValueError: the crc32 of manifest.json differs"):
             assert checkpoints.restore(tree).step == 2
         assert checkpoints.steps() == [1, 2, 3]
-        with pytest.warns(UserWarning, match="back at step 3: .*3.aside"):
+        with pytest.warns(UserWarning, match="step 3 is trained again, .*3.aside"):
             checkpoints.save(3, small(30), {})
     assert (folder / "3.aside").is_dir() and checkpoints.steps() == [1, 2, 3]
     assert checkpoints.restore(tree).state["step"] == 30
@@ -275,7 +278,10 @@ def test_none_intact_is_an_error_that_deletes_nothing(tmp_path):
 
 
 def changed_on_the_way(monkeypatch):
-    """Let the writer change an array, so that the files are intact but do not contain the caller's arrays."""
+    """Make the writer of checkpoints add 1 to the parameter `b` before it writes.
+
+    The files are then intact, but they do not contain the arrays that the caller saved.
+    """
     save_async = stickjax.storage.checkpoints.v1.save_async
     change = lambda folder, arrays: save_async(folder, arrays | {"params/b": arrays["params/b"] + 1})  # noqa: E731
     monkeypatch.setattr(stickjax.storage.checkpoints.v1, "save_async", change)
@@ -321,7 +327,7 @@ def test_a_run_that_cannot_lie_there_is_refused_at_once(tmp_path, monkeypatch):
     for folder, message in ((tmp_path / "[a]/run", "TMPDIR="), (tmp_path.joinpath(*["x" * 200] * 20), "3800 bytes")):
         monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "[b]"))
         with pytest.raises(ValueError, match=message), Checkpoints(folder):
-            raise AssertionError("not reached")
+            raise AssertionError("Checkpoints must raise before this line")
     assert not list(tmp_path.iterdir())
 
 

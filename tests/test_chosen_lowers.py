@@ -1,7 +1,8 @@
-"""The kernel that dispatch chooses for a call on a GPU can be lowered for that GPU.
+"""Every kernel that dispatch chooses for a call on a GPU can be lowered for that GPU, which need not be present.
 
-The calls are those of the GPU benchmark, and calls with random sizes. If a kernel does not support a shape, dispatch
-refuses it with a message that names what does; lowering never fails. `test_lowering` tests the calls of Mosaic.
+The calls are those of the GPU benchmark, and random ones. If a kernel does not support a call, dispatch refuses it with
+a message that names the implementations that do; the lowering itself never fails. test_lowering.py tests further calls
+of the Mosaic kernels.
 """
 
 import contextlib
@@ -32,7 +33,7 @@ def absent(kind: str):
 
 
 def documents(rng, size: int) -> tuple[int, ...]:
-    """Return random lengths of documents that add up to `size`; some of them are padding."""
+    """Return random lengths of documents; a negative length is padding. The absolute values add up to `size`."""
     cuts = np.unique(rng.integers(1, size, 3)) if size > 1 else []
     lengths = np.diff([0, *cuts, size])
     return tuple(int(n) for n in np.where(rng.random(len(lengths)) < 0.2, -lengths, lengths))
@@ -59,7 +60,10 @@ def an_attention(seed: int) -> Feature:
 
 
 def an_expert_call(seed: int) -> Call:
-    """Return a random call of one of the two ops, with rows in any order; k may be larger than E."""
+    """Return a random call of `expert_mlp` or `expert_linear`.
+
+    The order of its input and output rows is random too, and k may be larger than E.
+    """
     rng = np.random.default_rng(seed)
     T, k, E = int(rng.choice([1, 5, 131, 300])), int(rng.integers(1, 6)), int(rng.choice([1, 3, 8, 40]))
     D, F = (int(rng.choice([1, 7, 64, 100, 129, 300])) for _ in range(2))
@@ -95,7 +99,7 @@ def test_what_is_chosen_for_hopper_lowers(name, monkeypatch):
         (chosen,) = call.implementations()
         assert (chosen == "mosaic") == ("mosaic_gpu" in lowered(call, chosen))
         if chosen != "mosaic":
-            with pytest.raises(NotImplementedError, match="by mosaic: takes .*; use xla or reference"):
+            with pytest.raises(NotImplementedError, match="implementation mosaic: takes .*; use xla or reference"):
                 lowered(call, "mosaic")
 
 
@@ -109,12 +113,15 @@ def test_what_triton_takes_lowers(name):
             if "triton" in call.implementations():
                 assert ("triton_kernel_call" in lowered(call, "triton")) == has_tokens
             else:
-                with pytest.raises(NotImplementedError, match="by triton: takes .*; use (mosaic or )?xla"):
+                with pytest.raises(NotImplementedError, match="implementation triton: takes .*; use (mosaic or )?xla"):
                     lowered(call, "triton")
 
 
 def test_the_calls_by_chance_are_of_both_kinds(monkeypatch):
-    """Mosaic supports some of the random calls, with every option, and refuses others; refusals alone prove nothing."""
+    """Mosaic supports some of the random attention calls of this file and refuses others.
+
+    The supported calls include every option. If all calls were refused, the other tests would prove nothing.
+    """
     monkeypatch.setattr(triton_call, "_missing", lambda: ("triton",))
     with absent(HOPPER):
         taken = [case for name, case in FEATURES.items() if CALLS[name].implementations() == ("mosaic",)]

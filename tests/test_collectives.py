@@ -1,4 +1,4 @@
-"""The compiled step of every parallel strategy has the expected collectives, and no others."""
+"""The compiled training step has exactly the expected collectives, for every parallel strategy."""
 
 import math
 from collections import Counter

@@ -1,4 +1,4 @@
-"""The exit codes and messages of commands, and the command `stickjax` that contains all others."""
+"""Test the exit codes and messages of the commands, and the command `stickjax`, which contains all others."""
 
 import os
 import signal
@@ -90,7 +90,10 @@ def test_words_that_a_person_tries_are_answered(word, meant, capsys):
 
 
 def test_values_follow_their_field_wherever_they_stand(capsys):
-    """In `--model.D 64 tiny`, 64 is the value of the field, not the config."""
+    """The word after an option such as `--model.D` is its value, whether the config's name comes before or after it.
+
+    In `--model.D 64 tiny`, 64 is the value of D and `tiny` is the config.
+    """
     assert train.main(["--model.D", "-5", "tiny"]) == train.main(["tiny", "--model.D", "-5"]) == 1
     assert capsys.readouterr().err == "error: D=-5 must be at least 1\n" * 2
 
@@ -115,7 +118,7 @@ def test_a_folder_that_exists_is_a_run_also_with_an_at_sign(tmp_path):
     assert train.split_branch(folder) == (folder, None)
     assert train.split_branch(f"{folder}@7") == (folder, 7)
     for step in ("", "x", "-1", "²"):
-        with pytest.raises(ValueError, match="there is no such folder, and .* is not a step, as in RUN@STEP"):
+        with pytest.raises(ValueError, match="there is no such folder, and .* is not the number of a step"):
             train.split_branch(f"{folder}@{step}")
 
 
@@ -176,7 +179,10 @@ def test_ctrl_c_is_one_line_from_the_first_import_on(phase):
 
 
 def test_nobody_reads():
-    """`stickjax | head -0` prints nothing about a broken pipe, neither at once nor when Python ends."""
+    """A command prints nothing about a broken pipe if the reader of its output has ended, as in `stickjax | head -0`.
+
+    This holds while the command writes and also when Python exits.
+    """
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run([sys.executable, "-m", "stickjax", "--help"], stdout=write, stderr=subprocess.PIPE, text=True)

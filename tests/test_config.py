@@ -1,4 +1,4 @@
-"""Configs: parsing, storing, and one clear line for every kind of bad input."""
+"""Configs can be parsed, stored and read again, and every kind of bad input gives one clear line."""
 
 import json
 import math
@@ -97,7 +97,10 @@ def test_a_stored_config_with_an_unknown_field_is_refused():
 
 
 def test_a_single_expert_needs_no_choice():
-    """Its gate is 1 and there is nothing for a router to learn, so k=1 is no mistake, as it is with more experts."""
+    """A config with E=1, k=1 is valid, although k=1 is an error with more experts.
+
+    With one expert the gate is always 1, so the router has nothing to learn.
+    """
     assert ModelConfig(experts=ExpertsConfig(E=1, k=1)).experts.k == 1
 
 
@@ -116,7 +119,10 @@ OTHERS = [None, True, "", "16", "no", [], [16], {}, {"a": 1}]
 
 
 def allowed(section, name, value) -> bool:
-    """Return whether a field may have a value, judged only by its annotation and its bounds."""
+    """Return whether field `name` of the config class `section` may have `value`, by its annotation and its bounds.
+
+    The tests compare this with what the class accepts.
+    """
     kinds, bounds = field_types(section)[name], section.__dataclass_fields__[name].metadata["bounds"]
     if value is None:
         return type(None) in kinds
@@ -139,7 +145,10 @@ def allowed(section, name, value) -> bool:
 
 @pytest.mark.parametrize("kind, key", FIELDS, ids=lambda x: x)
 def test_every_field_is_held_to_its_type_and_bounds(kind, key):
-    """In JSON and in Python, a value of a wrong type or out of bounds gives one error line that names the field."""
+    """A value of a wrong type or out of bounds gives one line of error that names the field.
+
+    This holds in Python and in JSON, for every field of every kind of config.
+    """
     part, *group, name = key.split(".")
     section = type(operator.attrgetter(".".join([part, *group]))(CONFIGS[kind]))
     is_float = float in field_types(section)[name]
@@ -224,9 +233,9 @@ FILES = {
     "raises.py": ("\n1 / 0\n", "raises.py:2: ZeroDivisionError: division by zero"),
     "imports.py": ("import nowhere_at_all\n", "imports.py:1: ModuleNotFoundError: No module named 'nowhere_at_all'"),
     "exits.py": ("raise SystemExit(0)\n", "exits.py:1: SystemExit: 0"),
-    "nothing.py": ("x = 1\n", "nothing.py: it defines no get_config()"),
-    "number.py": ("get_config = 3\n", "number.py:1: get_config() must need no arguments: 3 is not a callable object"),
-    "needs.py": ("\n\ndef get_config(x, y=1): pass\n", "needs.py:3: get_config() must need no arguments: missing a"),
+    "nothing.py": ("x = 1\n", "nothing.py: it defines no function get_config()"),
+    "number.py": ("get_config = 3\n", "number.py:1: get_config() must take no arguments: 3 is not a callable object"),
+    "needs.py": ("\n\ndef get_config(x, y=1): pass\n", "needs.py:3: get_config() must take no arguments: missing a"),
     "returns.py": (
         "def get_config(): return None\n",
         "returns.py: get_config() must return a stickjax.Config, not None",
@@ -254,7 +263,7 @@ def test_folders_and_names_that_are_no_config(tmp_path):
     with pytest.raises(ValueError, match="is a folder; a config is a name"):
         load_config(str(tmp_path))
     (tmp_path / "config.json").write_text("\ufeff" + Config().to_json())
-    with pytest.raises(ValueError, match=r"is a folder; did you mean .*config.json\? --init-from .* begins with"):
+    with pytest.raises(ValueError, match=r"is a folder; did you mean .*config.json\? To start from .*: --init-from "):
         load_config(str(tmp_path))
     assert load_config(f"{tmp_path}/config.json") == Config(), "a byte order mark is not part of the text"
     with pytest.raises(ValueError, match=r"^tinny does not exist \(did you mean 'tiny'\?\); a config is a name \("):

@@ -1,9 +1,9 @@
-"""The pages of docs/contributing that show a change of the project are followed to the letter, in a copy of it.
+"""The instructions of the pages in docs/contributing work: a copy of the project is changed as each page says.
 
-- A `python` block whose first line is "# path/of/file.py" is a new file; that line is not part of it.
-- A `diff` block whose first line is "--- path/of/file.py" changes a file. Lines with "-" and lines with " " stand there
-  one below the other, in one place only. Lines with "+" are new.
-- The first command with pytest in an `sh` block is the check.
+- A `python` block whose first line is "# path/of/file.py" is the text of a new file, without its first line.
+- A `diff` block whose first line is "--- path/of/file.py" changes this file. Its lines that begin with "-" or a space
+  must occur in the file one below the other, in exactly one place. Lines with "+" are new.
+- The first pytest command in an `sh` block must pass in the changed copy.
 """
 
 import os
@@ -36,7 +36,7 @@ def new_files(text: str) -> dict[str, str]:
 
 
 def changes(text: str) -> list[tuple[str, str, str]]:
-    """(file, old lines, new lines) of every diff."""
+    """Return (file, old lines, new lines) for every `diff` block of a page in Markdown."""
     found = []
     for block in blocks(text, "diff"):
         head, *lines = block.splitlines(keepends=True)
@@ -57,7 +57,7 @@ def follow(text: str, folder: Path) -> None:
 
 
 def first_check(text: str) -> list[str]:
-    """The arguments of pytest."""
+    """Return the arguments of the first pytest command in the `sh` blocks of a page in Markdown."""
     lines = [line for block in blocks(text, "sh") for line in block.splitlines() if " -m pytest " in line]
     return shlex.split(lines[0])[3:]
 

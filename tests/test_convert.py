@@ -1,4 +1,7 @@
-"""Conversion of folders between the two layouts: bitwise exact, in little memory, with clear errors for bad folders."""
+"""Test the conversion between run folders and Hugging Face folders.
+
+It is bitwise exact and needs little memory. A bad folder gives a clear error.
+"""
 
 import json
 import os
@@ -31,7 +34,7 @@ SIZES = dict(V=257, D=16, L=2, N=2, K=1, H=8, F=24, attention="softmax")
 
 
 def tensors(folder):
-    """Return all tensors of a Hugging Face folder."""
+    """Return all tensors of a Hugging Face folder as arrays, by name."""
     return {name: array for path in sorted(folder.glob("*.safetensors")) for name, array in load_file(path).items()}
 
 
@@ -86,10 +89,10 @@ def test_a_run_with_checkpoints_is_exported(tmp_path, capsys):
 @pytest.mark.parametrize(
     "changes, said",
     [
-        (dict(attention="stick_breaking"), "no model_type has .* attention_experts.E=0 and experts.E=0"),
+        (dict(attention="stick_breaking"), "model_type fits: .* attention_experts.E=0 and experts.E=0"),
         (
             dict(attention="stick_breaking", attention_experts=ExpertsConfig(3), experts=ExpertsConfig(4, 2)),
-            "'moduleformer', the nearest to this model, cannot express .*attend_current=False",
+            "'moduleformer', the most similar to this model, cannot express .*attend_current=False",
         ),
         (dict(window=7), "'granite', .* cannot express window=7"),
         (dict(activation="geglu"), "cannot express activation='geglu'"),
@@ -144,7 +147,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, capsys, monkeypatch):
 
 @pytest.fixture
 def words(tmp_path):
-    """A folder with a tokenizer.json of three words."""
+    """Return the path of a tokenizer.json with three words."""
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
     tokenizer = Tokenizer(models.WordLevel({"<|endoftext|>": 0, "a": 1, "b": 2}, unk_token="a"))
@@ -266,7 +269,7 @@ def test_a_converted_model_is_evaluated_sampled_and_trained(tmp_path, capsys):
     for folder in (hf, run):
         assert evaluate.main([folder, "--max-tokens=64", *(f"--{key}={value}" for key, value in data.items())]) == 0
     assert {file: file.stat().st_mtime_ns for file in Path(hf).iterdir()} == theirs, "a download must stay as it is"
-    assert "hf is in the Hugging Face layout: nothing is written into it" in capsys.readouterr().err
+    assert "hf is a Hugging Face folder: nothing is written into it" in capsys.readouterr().err
     assert (tmp_path / "run/evaluation.json").exists() and (tmp_path / "run/length.png").exists()
     config = stickjax.load(run, changes=data).config
     config = config.replace({"model.param_dtype": "float32", "train.steps": 1, "optim.schedule": "constant"})
@@ -299,7 +302,10 @@ print(peak() - before, peak())
 
 
 def granitemoe(L, D, F, E):
-    """Return a config.json of GraniteMoe, and the shapes of its tensors."""
+    """Return the config.json of a GraniteMoe model as a dict, and the shapes of its tensors by name.
+
+    The model has L layers, width D, and E experts with F hidden units each.
+    """
     H, tree = 64, json.loads((ORACLES / "hf/granitemoe/config.json").read_text())
     tree |= dict(num_hidden_layers=L, hidden_size=D, intermediate_size=F, num_local_experts=E, vocab_size=512)
     tree |= dict(num_attention_heads=D // H, num_key_value_heads=D // H)
@@ -313,7 +319,10 @@ def granitemoe(L, D, F, E):
 
 
 def molm_700m_8b():
-    """Return the config.json and the shapes of the published model, including the unused buffers of its checkpoint."""
+    """Return the config.json of the published MoLM-700M-8B as a dict, and the shapes of its tensors by name.
+
+    The shapes include the buffers that the published checkpoint contains and that the model does not use.
+    """
     V, L, D, F, R, S, heads, experts = 50_295, 48, 1024, 2048, 256, 1024, 16, 32
     shapes = {"transformer.wte.weight": (V, D), "lm_head.weight": (V, D)}
     shapes |= {f"transformer.ln_f.{part}": (D,) for part in ("weight", "bias")}
@@ -330,7 +339,17 @@ def molm_700m_8b():
 
 
 def sparse_folder(folder, tree, shapes, shards):
-    """Write a bfloat16 folder whose tensors are holes in sparse files. Return the bytes of the tensors."""
+    """Write a Hugging Face folder of a large model that takes almost no disk space.
+
+    The tensors are holes in sparse files; most are bfloat16.
+
+    Args:
+      tree: the content of config.json.
+      shapes: the shape of each tensor, by name.
+      shards: the number of safetensors files.
+    Returns:
+      the number of bytes of all tensors together.
+    """
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(tree))
     weight_map, total = {}, 0
@@ -351,7 +370,10 @@ def sparse_folder(folder, tree, shapes, shards):
 
 
 def converted(source, out):
-    """Convert a folder in a new process. Return its peak memory without the imports, and its whole peak memory."""
+    """Convert the folder `source` to the folder `out` in a new process, and measure the memory of the process.
+
+    Return (peak memory above the memory after the imports, peak memory), in bytes.
+    """
     command = [sys.executable, "-c", STREAM, str(source), str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr

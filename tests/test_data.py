@@ -1,4 +1,4 @@
-"""Sources, token files, the held-out split, batches, resumption, and bad input."""
+"""Test the data pipeline: text sources, token files, the held-out split, batches, resuming, and bad input."""
 
 import builtins
 import json
@@ -26,7 +26,7 @@ EOT = 256
 
 
 def counting(n: int) -> Corpus:
-    """Return a corpus in which every token contains its position."""
+    """Return a corpus of n tokens in which token i is 1000 + i, so that a token shows its position."""
     return Corpus(np.arange(n, dtype=np.uint32) + 1000, ByteTokenizer(), "memory", 1, n, "0" * 16)
 
 
@@ -219,7 +219,10 @@ def test_the_command_prints_one_line_for_bad_input(tmp_path, capsys):
 
 
 def spoil(meta=None, **changes):
-    """Return a function that damages a token file: it changes its JSON or keeps only some of its bytes."""
+    """Return a function that damages the token file `t` in a folder: it writes a new t.json.
+
+    The new text is `meta` if it is given, otherwise the old JSON with the entries `changes`.
+    """
     return lambda folder: (folder / "t.json").write_text(
         meta or json.dumps(json.loads((folder / "t.json").read_text()) | changes)
     )
@@ -230,11 +233,11 @@ def spoil(meta=None, **changes):
     [
         (lambda folder: os.truncate(folder / "t.bin", 7), "has 7 bytes instead of num_tokens=22 times 2"),
         (lambda folder: (folder / "t.json").unlink(), "no .*t.json; make it by"),
-        (lambda folder: (folder / "t.bin").write_bytes(b"\xff" * 44), "token 65535 is outside vocab_size=257"),
+        (lambda folder: (folder / "t.bin").write_bytes(b"\xff" * 44), "token id 65535 must be below vocab_size=257"),
         (spoil("{"), "does not describe a token file"),
         (spoil("[]"), "does not describe a token file"),
         (spoil(version=9), "version 9"),
-        (spoil(dtype="<u4"), "dtype <u4 is wrong for vocab_size=257"),
+        (spoil(dtype="<u4"), "dtype <u4 does not fit vocab_size=257"),
         (spoil(vocab_size=300), "with vocab_size=300"),
     ],
 )
@@ -251,14 +254,14 @@ def test_bad_token_files(tmp_path, edit, message):
     "name, content, message",
     [
         ("none.txt", None, "data.path='.*none.txt' does not exist"),
-        ("empty.txt", b"", "data.path=.* holds no text"),
+        ("empty.txt", b"", "data.path=.* contains no text"),
         ("latin.txt", "né".encode("latin-1"), "latin.txt' is not UTF-8 text: .* at byte 1"),
-        ("x.jsonl", b'{"text": "a"}\n\n{"body": "b"}', r"x.jsonl:3: no text in the field data.text_field='text'"),
+        ("x.jsonl", b'{"text": "a"}\n\n{"body": "b"}', r"x.jsonl:3: no text in the field 'text' .data.text_field.;"),
         ("x.jsonl", b'{"text": 3}', "x.jsonl:1: no text"),
         ("x.jsonl", b'["text"]', "x.jsonl:1: no text"),
         ("x.jsonl", b'{"text": "a"}\n{"text"', "x.jsonl:2: not a line of JSON"),
         ("x.jsonl", b'{"text": "\xff"}', "x.jsonl:1: not a line of JSON"),
-        ("x.jsonl", b'{"text": "\\ud800"}', "x.jsonl:1: the field 'text' has half a surrogate pair"),
+        ("x.jsonl", b'{"text": "\\ud800"}', "x.jsonl:1: the field 'text' contains half of a surrogate pair"),
     ],
 )
 def test_bad_text(tmp_path, name, content, message):
@@ -271,7 +274,7 @@ def test_bad_text(tmp_path, name, content, message):
 
 def test_empty_folders_and_unreadable_files(tmp_path, folder, monkeypatch):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="data.path=.* holds no text"):
+    with pytest.raises(ValueError, match="data.path=.* contains no text"):
         load_corpus(DataConfig(source="text", path=str(tmp_path / "empty")))
     with pytest.raises(ValueError, match="data.heldout_path='no' does not exist"):
         load_corpus(DataConfig(source="text", path=str(folder), heldout_path="no"))
@@ -402,11 +405,11 @@ def test_loader_reads_a_token_file(tmp_path):
 
 
 def test_bad_loaders():
-    with pytest.raises(ValueError, match="T=8 needs 9 tokens, but memory has 8 to train on"):
+    with pytest.raises(ValueError, match="T=8 needs at least 9 tokens, but the training part of memory has 8"):
         train_loader(counting(8), CONFIG)
     with pytest.raises(ValueError, match="B=4 sequences must be a multiple of process_count=3"):
         train_loader(counting(99), CONFIG, process_count=3)
     with pytest.raises(ValueError, match="process_index=2 must be in 0..1"):
         train_loader(counting(99), CONFIG, process_index=2, process_count=2)
-    with pytest.raises(ValueError, match="there are no examples for a batch of B=4"):
+    with pytest.raises(ValueError, match="no example can be used: the data is empty"):
         batches([], B=4, seed=0)

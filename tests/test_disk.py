@@ -1,4 +1,4 @@
-"""A full disk gives one error line that names the path, and no file is left incomplete."""
+"""If the disk is full, a command prints one error line with the path, and leaves no incomplete file."""
 
 import errno
 import os
@@ -24,7 +24,10 @@ from stickjax.training.metrics import MetricsLog, read_metrics
 
 @pytest.fixture
 def limit():
-    """`limit(n)`: no file may be larger than n bytes, as if the disk were full."""
+    """Return a function of n that forbids this process to write a file of more than n bytes, as if the disk were full.
+
+    The limit ends with the test.
+    """
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     seconds = jax.config.jax_persistent_cache_min_compile_time_secs
     # The compilation cache writes files too. Once it is in use, JAX ignores the option that disables it.
@@ -118,11 +121,11 @@ def test_two_do_not_write_one_folder_at_once(tmp_path):
         assert names(folder) == ["lock"]
         (folder / "own").write_text("")
         with pytest.raises(ValueError, match="new.tmp is being written by process"), complete_folder(tmp_path / "new"):
-            raise AssertionError("not reached")
+            raise AssertionError("complete_folder must raise before this line")
     assert names(tmp_path) == ["new", "new/own"]
     lock = Lock(tmp_path / "other.tmp")
     with pytest.raises(ValueError, match="other.tmp is being written"), complete_folder(tmp_path / "other"):
-        raise AssertionError("not reached")
+        raise AssertionError("complete_folder must raise before this line")
     lock.release()
 
 

@@ -1,4 +1,4 @@
-"""The choice of an implementation, the messages about it, and the error for a wrong name."""
+"""Test dispatch: which implementation an op chooses, how it explains the choice, and errors for wrong names."""
 
 import logging
 
@@ -14,7 +14,10 @@ X = jax.ShapeDtypeStruct((2, 40, 4, 8), jnp.float32)
 
 @pytest.fixture
 def op():
-    """An op with three implementations: mosaic supports even numbers, xla positive numbers, reference all."""
+    """Yield a test op of one number that has three implementations.
+
+    mosaic supports even numbers, xla supports positive numbers, and reference supports every number.
+    """
     ran = dispatch.Implementation
     implementations = {
         "mosaic": ran(lambda n: ("mosaic", n), lambda n: "the number is odd" if n % 2 else None),
@@ -48,9 +51,9 @@ def test_the_first_that_takes_the_call_runs(op, implementation, number, ran):
     [
         ("mosiac", 2, ValueError, r"'mosiac' is not one of mosaic, triton, xla, reference \(did you mean 'mosaic'\?\)"),
         (("xla", "cuda"), 2, ValueError, "implementation='cuda' is not one of"),
-        ((), 2, ValueError, "names nothing"),
-        ("triton", 2, NotImplementedError, "by triton: this op has no such kernel yet; use mosaic or xla or reference"),
-        ("mosaic", 3, NotImplementedError, "by mosaic: the number is odd; use xla or reference"),
+        ((), 2, ValueError, "names no implementation"),
+        ("triton", 2, NotImplementedError, "triton: this op has no such implementation yet; use mosaic or xla or"),
+        ("mosaic", 3, NotImplementedError, "implementation mosaic: the number is odd; use xla or reference"),
         (("triton", "mosaic"), 3, NotImplementedError, "triton: .*; mosaic: the number is odd; use xla or reference"),
         (None, -3, NotImplementedError, "mosaic: the number is odd; .*xla: the number is negative; use reference"),
     ],
@@ -69,7 +72,7 @@ def test_the_choice_is_logged_once_with_its_reasons(op, caplog):
         for number in (3, 3, 5, 3):
             dispatch.run(op, number, None)
         dispatch.run(op, 3, "xla")
-    reasons = f"on {jax.default_backend()}; mosaic: the number is odd; triton: this op has no such kernel yet"
+    reasons = f"on {jax.default_backend()}; mosaic: the number is odd; triton: this op has no such implementation yet"
     assert caplog.messages == [f"count: xla (3 steps), {reasons}", f"count: xla (5 steps), {reasons}"]
     assert explain("count", 3) == caplog.messages[0]
     assert explain("count", 3, implementation="xla") == "count: xla (3 steps), asked for"

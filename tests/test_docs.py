@@ -1,4 +1,7 @@
-"""The Python of every page runs, and what a page names exists: commands, options, files, links and Python names."""
+"""The documentation is true: its Python code runs, and everything that a page names exists.
+
+This includes commands, options, files, links, Python names and error messages.
+"""
 
 import ast
 import contextlib
@@ -23,7 +26,10 @@ ALL = "\n".join(PAGES.values())
 
 
 def blocks(name: str) -> list[tuple[str, str]]:
-    """(language, text) of the Python of a page, and of what it prints, which stands below it as ```text."""
+    """Return the code blocks of the page `name` as (language, text), in their order.
+
+    The language is `python`, or `text` for what the Python block above it prints.
+    """
     return re.findall(r"^```(python|text)\n(.*?)^```", PAGES[name], re.DOTALL | re.MULTILINE)
 
 
@@ -35,7 +41,7 @@ RUN = [name for name in PAGES if name not in FILES and any(kind == "python" for 
 
 @pytest.mark.parametrize("name", RUN)
 def test_the_python_of_a_page_runs(name, tmp_path, monkeypatch):
-    """From top to bottom, in one namespace; every line that the page says is printed, is printed."""
+    """The Python blocks of a page run from top to bottom in one namespace, and print every line that the page shows."""
     monkeypatch.chdir(tmp_path)
     os.symlink(ROOT / "configs", "configs")
     names, printed, before = {}, "", ""
@@ -85,11 +91,14 @@ def test_python_names_exist():
         try:
             pkgutil.resolve_name(name)
         except (AttributeError, ImportError):
-            pytest.fail(f"{name} does not exist")
+            pytest.fail(f"the Python name {name} on a page does not exist")
 
 
 def texts_of_the_code() -> list[str]:
-    """All strings of the packages except docstrings, with "…" in the place of what an f-string fills in."""
+    """Return every string in the packages except docstrings.
+
+    In the text of an f-string, "…" stands for each inserted value.
+    """
     found = []
     for path in [*(ROOT / "stickjax").rglob("*.py"), *(ROOT / "pallas_kernels").rglob("*.py")]:
         tree = ast.parse(path.read_text())
@@ -104,11 +113,15 @@ def texts_of_the_code() -> list[str]:
 
 
 def test_the_errors_of_the_page_are_in_the_code():
-    """The words between two "…" of a message stand in one string of the code, in the same order."""
+    """Every error message in docs/reference/errors.md stands in a string of the code.
+
+    In a message, "…" stands for any text. One string of the code must contain the words between them, in the same
+    order.
+    """
     page = (ROOT / "docs" / "reference" / "errors.md").read_text()
     messages, texts = re.findall(r"^```none\n(.*?)\n```$", page, re.DOTALL | re.MULTILINE), texts_of_the_code()
     assert len(messages) == len(set(messages)) >= 30
-    assert all(len(re.findall(r"\w{2,}", message)) >= 2 for message in messages), "one has too few words to find it"
+    assert all(len(re.findall(r"\w{2,}", message)) >= 2 for message in messages), "a message needs two words"
     patterns = {message: ".*".join(re.escape(part.strip()) for part in message.split("…")) for message in messages}
     missing = [message for message in messages if not any(re.search(patterns[message], text) for text in texts)]
-    assert not missing, f"no code says {missing}"
+    assert not missing, f"docs/reference/errors.md has messages that are not in the code: {missing}"

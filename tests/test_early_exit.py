@@ -1,4 +1,7 @@
-"""Early exit of stick-breaking attention: the error it may make, the tiles it counts, and the keys it never reads."""
+"""Test early exit of stick-breaking attention, which skips the far key tiles once little of the stick is left.
+
+The tests check the error that it may make, the number of tiles that it keeps, and that skipped keys are never read.
+"""
 
 import math
 from functools import partial
@@ -16,7 +19,16 @@ SKIP = {"implementation": "xla", "tiles": (16, 16), "skip_below": -24.0}
 
 
 def kept_tiles(query, key, threshold, size, padding=None) -> float:
-    """Return the share of the tiles left of the diagonal that one head needs, counted one by one."""
+    """Return the share of the tiles on and left of the diagonal that early exit must compute, for one head.
+
+    NumPy counts them one by one. A tile is needed if, for one of its queries or more, the keys right of the tile leave
+    at least 2^`threshold` of the stick.
+
+    Args:
+      query, key: arrays [T, H].
+      size: the number of queries, and of keys, in a tile.
+      padding: a bool array [T] that is true at padding; None: no padding.
+    """
     z = np.asarray(query, np.float64) @ np.asarray(key, np.float64).T / math.sqrt(query.shape[-1])
     T = len(z)
     spent = np.where(np.tri(T, k=-1, dtype=bool), np.logaddexp(0, z), 0) / math.log(2)

@@ -1,4 +1,4 @@
-"""How a training begins and ends: its messages, its checkpoints, and its exit code."""
+"""Test how a training begins and ends: its messages, its checkpoints, and its exit code."""
 
 import io
 import os
@@ -27,7 +27,7 @@ CONFIG = Config(
 
 @pytest.fixture
 def words(tmp_path):
-    """The arguments of a command that trains CONFIG in the folder `run`."""
+    """Return the command-line arguments that train CONFIG in the run folder `run`."""
     (tmp_path / "config.json").write_text(CONFIG.to_json())
     return [str(tmp_path / "config.json"), "--run", str(tmp_path / "run")]
 
@@ -39,7 +39,10 @@ def uninterrupted(tmp_path_factory):
 
 @pytest.fixture
 def at_step(monkeypatch):
-    """`at_step(4, action)` calls the action when step 4 is printed; a request to stop takes effect at the next step."""
+    """Return a function (step, action) that makes the training call `action` when it prints this step.
+
+    If the action requests a stop, the training ends one step later.
+    """
     update = Progress.update
 
     def register(step, action):
@@ -55,7 +58,10 @@ def at_step(monkeypatch):
 
 @pytest.fixture
 def in_a_terminal():
-    """Set the default handler of SIGHUP, as in a terminal; under nohup, the tests inherit an ignored SIGHUP."""
+    """Set SIGHUP to its default during the test, as in a terminal.
+
+    Under nohup, the tests would inherit a SIGHUP that is ignored.
+    """
     old = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, old)
@@ -76,7 +82,7 @@ def test_a_signal_saves_and_the_exit_code_is_its_own(words, uninterrupted, at_st
 
 
 def test_a_terminal_that_is_left_on_purpose_stops_nothing(words, at_step, tmp_path):
-    """With nohup, SIGHUP is ignored, and the training must ignore it too."""
+    """A training that was started with nohup ignores SIGHUP and trains to its end."""
     old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         at_step(4, lambda: signal.raise_signal(signal.SIGHUP))
@@ -87,7 +93,10 @@ def test_a_terminal_that_is_left_on_purpose_stops_nothing(words, at_step, tmp_pa
 
 
 def test_a_closed_pipe_saves_and_stops(words, at_step, tmp_path, monkeypatch, capfd):
-    """The reader of the output closes the pipe, as in `train | head`."""
+    """If the reader of the output closes the pipe, the training saves a checkpoint and ends without an error message.
+
+    This happens in `train | head`, for example.
+    """
     reader, writer = os.pipe()
     monkeypatch.setattr(sys, "stdout", os.fdopen(writer, "w"))
     at_step(3, lambda: os.close(reader))
@@ -154,7 +163,10 @@ def test_a_finished_run_says_so_and_nothing_else(words, capsys, tmp_path):
 
 
 def test_a_branch_without_steps_is_refused(words, capsys, tmp_path):
-    """Such a branch would end at once, without a checkpoint."""
+    """A branch whose train.steps is not above the step of its checkpoint gives an error, and no folder is made.
+
+    It would have nothing to train.
+    """
     assert main([*words, "--train.steps=2"]) == 0
     assert main([*words[:1], "--from", words[2], "--run", str(tmp_path / "branch"), "--train.steps=2"]) == 1
     assert "run@2: train.steps=2 must be more than 2, the step of the checkpoint" in capsys.readouterr().err

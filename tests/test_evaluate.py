@@ -1,4 +1,7 @@
-"""Held-out windows, and the evaluation of several runs: with equal names, with different T, and in other folders."""
+"""Test the evaluation on held-out text: how the text is cut into windows, and how several runs are compared.
+
+The runs may have the same name, different T, or lie in other folders.
+"""
 
 import dataclasses
 import json
@@ -25,7 +28,10 @@ EOT = 256
 
 
 def corpus_of(*lengths: int) -> Corpus:
-    """Return documents of these lengths (including the end of text); every byte is the number of its document."""
+    """Return a corpus with one document for each length, which includes the end-of-text token.
+
+    All other tokens of document i are the byte i % 256.
+    """
     tokens = np.concatenate([np.append(np.full(n - 1, i % 256), EOT) for i, n in enumerate(lengths)])
     return Corpus(tokens.astype(np.uint16), ByteTokenizer(), "memory", len(lengths), int(sum(lengths)), "0" * 16)
 
@@ -112,7 +118,10 @@ def test_bad_windows():
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Two runs with the same name, and one with another T, on documents of 9 to 40 bytes."""
+    """Return a folder with three runs on documents of 9 to 40 bytes.
+
+    `x/run` and `y/run` have the same name and T=8; `half` has T=4.
+    """
     folder = tmp_path_factory.mktemp("runs")
     lines = ({"text": f"{'stick ' * (i % 6 + 1)}{i:03}"} for i in range(60))
     (folder / "short.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -128,7 +137,7 @@ def runs(tmp_path_factory):
 
 
 def strict(path: Path):
-    """Read a file as strict JSON, in which NaN and Infinity are errors."""
+    """Read a file as strict JSON. NaN and Infinity raise a ValueError."""
 
     def refuse(word):
         raise ValueError(word)
@@ -145,7 +154,7 @@ def test_short_documents_of_several_runs(runs, capsys, monkeypatch, caplog):
     assert [row[0] for row in rows] == ["x/run", "y/run", "half"] and "curves: x/run/length.png" in said.out
     for row, (name, of) in zip(rows, records.items(), strict=True):
         T = 4 if name == "half" else 8
-        assert [r["context"] for r in of] == [T * m for m in (1, 2, 4, 8) if T * m <= 40], "no other length"
+        assert [r["context"] for r in of] == [T * m for m in (1, 2, 4, 8) if T * m <= 40], "there are other contexts"
         # Only one run reaches 8 times its T, so its context is in the heading instead of the cell.
         cells = [f"{r['bits_per_byte']:.3f}" + ("" if r["multiple"] == 8 else f" ({r['context']})") for r in of]
         assert row[1:] == cells + ["-"] * (4 - len(cells))
@@ -186,9 +195,9 @@ def test_a_run_that_cannot_be_written_is_evaluated(runs, capsys, monkeypatch, tm
     [
         (["--max-tokens=0"], "max_tokens=0 must be at least 1"),
         (["--max-tokens=-3"], "max_tokens=-3 must be at least 1"),
-        (["--lengths=1,x"], "--lengths=1,x: expected multiples of T"),
-        (["--lengths="], "--lengths=: expected multiples of T"),
-        (["--lengths=0"], "--lengths=0: expected multiples of T"),
+        (["--lengths=1,x"], "--lengths=1,x: expected whole numbers"),
+        (["--lengths="], "--lengths=: expected whole numbers"),
+        (["--lengths=0"], "--lengths=0: expected whole numbers"),
         (["--lengths=2,3"], "every length must divide the largest: 2 does not divide 3"),
         (["--plot=no/folder/p.png"], "--plot=no/folder/p.png: no/folder is not a folder"),
     ],

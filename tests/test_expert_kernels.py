@@ -1,4 +1,4 @@
-"""The GPU kernels of the experts, run in their interpreters and compared with the loop over experts."""
+"""Test the Mosaic and Triton kernels of the experts in interpreters, against a NumPy loop over the experts."""
 
 import chex
 import jax
@@ -34,7 +34,7 @@ def triton():
 
 @pytest.fixture(params=["mosaic", pytest.param("triton", marks=needs_triton)])
 def kernels(request):
-    """The name of an implementation, whose kernels are interpreted."""
+    """Return the name of an implementation, mosaic or triton, whose kernels run in an interpreter during the test."""
     return request.getfixturevalue(request.param)
 
 
@@ -49,7 +49,10 @@ def test_mlp_is_the_loop_over_experts(name, kernels):
 
 
 def test_float32_is_not_rounded(kernels):
-    """The errors are within the tolerance of float32; one bfloat16 or tf32 product would exceed it a hundred times."""
+    """With float32 inputs, the errors of the kernels are within the tolerance of float32.
+
+    A single matrix product in bfloat16 or tf32 would have an error a hundred times larger.
+    """
     check_mlp(Experts(T=30, D=40, F=36, share=0.3, idle=0.5), kernels, dtype="float32")
 
 
@@ -60,7 +63,10 @@ def test_linear_in_every_order(rows_in, rows_out, kernels):
 
 
 def test_rows_that_no_expert_reads_may_hold_anything_and_two_runs_are_equal(kernels):
-    """The results are bitwise equal, so the run with other values in the idle rows is also the second run."""
+    """Rows of tokens without an expert have no effect, even if they contain NaN, and results are reproducible.
+
+    Two runs, one with NaN and infinity in these rows, give bitwise equal results.
+    """
     case = Experts(T=40, E=3)
     *inputs, d_out = mlp_inputs(case, "swiglu", "bfloat16")
     indices = case.indices()
@@ -100,7 +106,10 @@ def test_triton_has_every_activation(activation, triton):
 @needs_triton
 @pytest.mark.parametrize("rows_in", ["token", "pair", "sorted"])
 def test_gates_of_a_linear_map_to_float32(rows_in, triton):
-    """The gradients of gates and rows come from the same grouped GEMM. Idle rows are never read."""
+    """Triton's expert_linear computes correct gradients of gates and rows in float32, for every order of input rows.
+
+    Both gradients come from the same grouped GEMM. Some rows have no expert and must not be read.
+    """
     check_linear(EXPERTS["some-idle"], rows_in, "token", triton)
 
 
@@ -119,14 +128,20 @@ def test_triton_keeps_its_inputs_and_the_pre_activation(triton):
 
 @needs_triton
 def test_columns_in_pieces(triton, monkeypatch):
-    """If the rows of all pairs do not fit into UNCOMBINED bytes, the result is computed a few columns at a time."""
+    """The result is correct when it is computed a few columns at a time.
+
+    The kernels do this if the rows of all (token, choice) pairs need more than UNCOMBINED bytes.
+    """
     monkeypatch.setattr("pallas_kernels.scatter_moe.fused.UNCOMBINED", 1)
     check_mlp(Experts(T=3, k=1, E=2, D=300, F=20), triton, "gelu")
 
 
 @needs_triton
 def test_under_transformations(triton):
-    """The transformations apply to every argument, including the indices, and gradients are taken."""
+    """The gradients under vmap, scan and checkpoint equal the gradients of separate calls.
+
+    Every argument is mapped, including the expert indices.
+    """
     case = Experts(T=5, E=4, share=0.5)
     indices = jnp.stack([case.indices(seed) for seed in range(2)])
     inputs = [jnp.stack([x, 0.5 * x]) for x in mlp_inputs(case, "swiglu")[:4]]

@@ -1,4 +1,7 @@
-"""Every model family works with every command, and so does a family or an attention variant from a user's file."""
+"""Every model family works with every command.
+
+This includes a family and an attention variant that a user defines in a file.
+"""
 
 import dataclasses
 import functools
@@ -43,7 +46,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "contributing" / "extending.md"
 
 @pytest.fixture(scope="module", autouse=True)
 def bigram():
-    """Register the family that the page defines while the tests of this file run."""
+    """Register the example family of docs/contributing/extending.md during the tests of this file; yield its class."""
     code = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[0]
     names: dict = {"__name__": "extending"}
     exec(compile(code, PAGE, "exec"), names)
@@ -57,11 +60,11 @@ MODULES = "modules that can be added or pruned"
 REFUSED = {
     "decoder": {},
     "sut": dict.fromkeys(["report", "extend", "prune", "concentrate"], MODULES)
-    | {"convert": "no model_type is like a model of family='sut'", "sweep": "has no m_width"},
+    | {"convert": "no Hugging Face model_type fits a model of family='sut'", "sweep": "has no m_width"},
     "pairs": dict.fromkeys(["report", "extend", "prune", "concentrate"], MODULES)
     | {
-        "generate": "a classifier of classes=7 generates no text",
-        "convert": "no model_type is like a model of family='sut'",
+        "generate": "a classifier (classes=7) cannot generate text",
+        "convert": "no Hugging Face model_type fits a model of family='sut'",
         "sweep": "has no m_width",
     },
     "ordered_memory": dict.fromkeys(["report", "extend", "prune", "concentrate"], MODULES)
@@ -78,8 +81,8 @@ REFUSED = {
     },
     "bigram": dict.fromkeys(["report", "extend", "prune", "concentrate"], MODULES)
     | {
-        "generate": "a model of family='bigram' generates no text",
-        "convert": "no model_type is like a model of family='bigram'",
+        "generate": "a model of family='bigram' cannot generate text",
+        "convert": "no Hugging Face model_type fits a model of family='bigram'",
         "sweep": "has no m_width",
     },
 }
@@ -101,7 +104,7 @@ COMMANDS = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A run folder of each family, trained at its first use."""
+    """Return a function from the name of a family to a run folder of this family, trained at the first call."""
     folder, made = tmp_path_factory.mktemp("families"), {}
 
     def run(name: str) -> Path:
@@ -133,7 +136,10 @@ def test_every_family_meets_every_command(name, command, runs, tmp_path, capsys)
 
 
 def test_an_attention_variant_of_the_user(monkeypatch):
-    """A variant that halves the output of stick-breaking attention works; an unknown variant is refused."""
+    """A user can register an attention variant; here it halves the output of stick-breaking attention.
+
+    An unknown variant, a wrong return value and a name that is taken give clear errors.
+    """
 
     def halved(config, q, k, v, context):
         out, rest = attend(config, q, k, v, context)
@@ -150,7 +156,7 @@ def test_an_attention_variant_of_the_user(monkeypatch):
     other = family.init(dataclasses.replace(config, attention="halved"), jax.random.key(0))
     assert jnp.abs(family.apply(model, batch).logits - family.apply(other, batch).logits).max() > 1e-3
     stickjax.register(AttentionVariant(lambda config, q, k, v, context: q), "bare")
-    with pytest.raises(ValueError, match=r"attention='bare': the function must return \(out, rest\)"):
+    with pytest.raises(ValueError, match=r"attention='bare': the function of this variant must return \(out, rest\)"):
         family.apply(family.init(dataclasses.replace(config, attention="bare"), jax.random.key(0)), batch)
     for function in ("module:function", functools.partial(halved), halved):  # whatever may be called
         stickjax.register(AttentionVariant(function), f"as_{type(function).__name__}")
@@ -161,7 +167,7 @@ def test_an_attention_variant_of_the_user(monkeypatch):
 
 
 def test_what_cannot_be_registered(bigram):
-    with pytest.raises(ValueError, match="register a Family, or an AttentionVariant with a name, not 3"):
+    with pytest.raises(ValueError, match=r"register\(what=3, name=None\): register a Family"):
         stickjax.register(3)
 
     class Other(bigram):
@@ -174,7 +180,7 @@ def test_what_cannot_be_registered(bigram):
 
 
 def test_the_file_of_a_family_may_run_again():
-    """In a notebook, for example, cells run again."""
+    """The code that registers a family may run twice, as a notebook cell does; the second class replaces the first."""
     code = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[0]
     again: dict = {"__name__": "extending"}
     exec(compile(code, PAGE, "exec"), again)
@@ -215,7 +221,10 @@ def test_a_family_without_a_loss_is_refused(bigram):
 
 
 def test_a_parameter_that_is_not_in_the_table_is_refused(bigram):
-    """It must not be divided and scaled like another parameter with the same name."""
+    """A parameter without an entry in the table PARAMETERS gives an error.
+
+    Otherwise it would be partitioned and scaled like a parameter of another module with the same name.
+    """
     config = MODELS["bigram"]
     model = bigram().init(config.model, jax.random.key(0))
     model.w_out = nnx.Param(jnp.zeros((4, 4)))

@@ -1,4 +1,7 @@
-"""Invalid Hugging Face folders, which give one error line each; other number types; torch's .bin without torch."""
+"""Test reading Hugging Face folders: one error line for each kind of bad folder, and different number types.
+
+PyTorch's .bin files are read without torch.
+"""
 
 import json
 import os
@@ -84,7 +87,7 @@ def moved(name, by):
 Q, UP = "model.layers.1.self_attn.q_proj.weight", "model.layers.0.mlp.up_proj.weight"
 BAD = {
     "model-type": (edit_config(model_type="granit"), r"model_type='granit' is not one of .*mean 'granite'"),
-    "no-size": (edit_config(hidden_size="absent"), "config.json: it has no hidden_size"),
+    "no-size": (edit_config(hidden_size="absent"), "config.json: the entry hidden_size is missing"),
     "wrong-type": (edit_config(hidden_size="64"), "hidden_size='64' must be of type int"),
     "heads": (edit_config(num_attention_heads=5), "hidden_size=64 must be a multiple of num_attention_heads=5"),
     "bias": (edit_config(attention_bias=True), "attention_bias=True is not supported, only False"),
@@ -96,14 +99,14 @@ BAD = {
     "layers": (edit_config(num_hidden_layers=2), "has unknown tensors: model.layers.2.input_layernorm.weight, .*more"),
     "missing": (edit_tensors(lambda a: (a.pop(Q), a.pop(UP))), f"lacks {UP}, {Q}"),
     "extra": (edit_tensors(lambda a: a.update(thing=np.ones(3, "f"))), "has unknown tensors: thing"),
-    "many-layers": (edit_config(num_hidden_layers=10**12), "L=1000000000000 layers, but there are only 29 tensors"),
+    "many-layers": (edit_config(num_hidden_layers=10**12), "1000000000000 layers, but the files have only 29 tensors"),
     "misnamed": (
         edit_tensors(lambda a: a.update({Q.replace("q_proj", "qproj"): a.pop(Q)})),
         f"lacks {Q} and has unknown tensors: .*qproj.weight .did you mean '{Q}'",
     ),
     "shape": (
         edit_tensors(lambda a: a.update({Q: a[Q][:32].copy()})),
-        rf"{Q} has shape \[32, 64\], the config says \[64, 64\]",
+        rf"{Q} has shape \[32, 64\], but the config says \[64, 64\]",
     ),
     "type": (
         edit_tensors(lambda a: a.update({Q: a[Q].astype("i4")})),
@@ -157,7 +160,7 @@ def test_tensors_of_several_types_become_float32(tmp_path):
 
 
 class Stored:
-    """The reference in the pickle that stands for the bytes of a tensor."""
+    """A stand-in for the reference by which a torch pickle names the bytes of a tensor in another file."""
 
     def __init__(self, kind, entry, count):
         self.pid = ("storage", kind, entry, "cpu", count)
@@ -170,7 +173,10 @@ class Pickler(pickle.Pickler):
 
 @pytest.fixture
 def torch_save(monkeypatch):
-    """torch.save for a dictionary of arrays, without torch: in a pickle, torch's classes are only names."""
+    """Return a function like torch.save for a dict of arrays, made without torch.
+
+    It works because the pickle contains only the names of torch's classes, which this fixture defines.
+    """
     torch, utils = types.ModuleType("torch"), types.ModuleType("torch._utils")
     for name in ("FloatStorage", "BFloat16Storage", "CharStorage"):
         setattr(torch, name, type(name, (), {"__module__": "torch"}))
@@ -209,7 +215,10 @@ def torch_save(monkeypatch):
 
 @pytest.fixture
 def mlp_gate(tmp_path):
-    """A folder of an original ModuleFormer without its weights, and the weights, for tests that write .bin files."""
+    """Return the folder of an original ModuleFormer without its weights, and the weights as a dict of arrays.
+
+    Tests write the weights into the folder as .bin files.
+    """
     folder = shutil.copytree(ORACLES / "moduleformer/mlp_gate", tmp_path / "bin")
     arrays = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()

@@ -1,4 +1,7 @@
-"""Decoding with the cache equals the full forward pass, samples follow the distribution, streamed text is complete."""
+"""Test text generation: decoding with the cache equals the full forward pass, and samples follow the distribution.
+
+Streamed text is complete: no character is cut, and no stop string is shown.
+"""
 
 import dataclasses
 import doctest
@@ -28,7 +31,10 @@ TINY = dict(V=24, D=16, L=1, N=2, K=2, H=4, F=16)
 
 
 def random_model(std=0.5, **changes):
-    """Return a model in which all parameters are random, also those that start at zero or one. NumPy draws them."""
+    """Return a tiny model with random parameters of deviation `std`, also where training would start from 0 or 1.
+
+    NumPy draws the parameters. `changes` are fields of ModelConfig.
+    """
     abstract = jax.eval_shape(lambda: init(ModelConfig(**SMALL | changes), jax.random.key(0)))
     rng = np.random.default_rng(1)
     return jax.tree.map(lambda x: jnp.asarray(std * rng.standard_normal(x.shape), x.dtype), abstract)
@@ -181,9 +187,9 @@ def test_empty_prompts(model):
 @pytest.mark.parametrize(
     "prompt, options, message",
     [
-        ([24], {}, r"prompt 0 has ids 24..24, outside the vocabulary of 24"),
-        ([0, -1], {}, "outside the vocabulary"),
-        ([0, 20], dict(vocab_size=20), "vocabulary of 20"),
+        ([24], {}, r"prompt 0 has ids 24..24; ids must be at least 0 and below 24"),
+        ([0, -1], {}, "ids must be at least 0"),
+        ([0, 20], dict(vocab_size=20), "and below 20"),
         ([0.5], {}, r"not float64\[1\]"),
         ([[1, 2]], {}, r"not int64\[1, 2\]"),
         (3, {}, r"not int64\[\]"),
@@ -281,7 +287,14 @@ def test_an_empty_text_begins_with_the_end_of_text(reciter):
 
 
 def of_letters(tmp_path, end="</s>", **files):
-    """Write a folder with a tokenizer.json of letters. Texts begin with <s> and a space, which the decoder removes."""
+    """Write a tokenizer.json with a token for each of the letters a to f, and return the loaded tokenizer.
+
+    Encoded texts begin with <s> and a space, which the decoder removes.
+
+    Args:
+      end: the end-of-text token.
+      files: the content of further JSON files in the folder, by name without `.json`.
+    """
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
     pieces = ["<unk>", "<s>", end, "<|user|>", "\u2581", *"abcdef"]
@@ -298,7 +311,10 @@ def of_letters(tmp_path, end="</s>", **files):
 
 
 def reciting_ids(tokenizer, *chains) -> Loaded:
-    """Return a model that recites chains of token ids."""
+    """Return a model that continues each token with a fixed next token.
+
+    `chains` are lists of token ids, in which each id is followed by the id that the model predicts after it.
+    """
     model, table = reciting("ab").model, np.zeros((257, 257), np.float32)
     for chain in chains:
         table[chain[:-1], chain[1:]] = 1

@@ -1,4 +1,7 @@
-"""The GPU benchmark with replaced parts: the order of its stages, and the file after a run that ended early."""
+"""Test the control of the GPU benchmark: the order of its stages, and its result file after an early end.
+
+A CPU replaces the GPU, and a few small calls replace the measured ones.
+"""
 
 import json
 import os
@@ -37,7 +40,7 @@ def record(tmp_path):
 
 
 def saved(path) -> dict:
-    """Return the rows of a file by part and case."""
+    """Return the rows of a result file as a dict, by (part, case)."""
     return {(row["part"], row["case"]): row for row in json.loads(Path(path).read_text())["rows"]}
 
 
@@ -68,12 +71,12 @@ def test_a_row_without_time_runs_the_next_time(record):
 def test_rows_of_something_else_are_not_taken(name, value, record, tmp_path, capsys):
     record().add(report.Row("p", "a", "x", 1.0))
     other = gpu_record.Record(tmp_path / "rows.json", INFO | {name: value}, list)
-    assert not other.rows and f"is of other {name}: this run starts over" in capsys.readouterr().err
+    assert not other.rows and f"was measured with different {name}: this run starts over" in capsys.readouterr().err
 
 
 def test_a_file_that_is_no_record_stays(record, tmp_path):
     (tmp_path / "rows.json").write_text("{")
-    with pytest.raises(ValueError, match="rows.json is no JSON .*; --fresh starts over"):
+    with pytest.raises(ValueError, match="rows.json is not valid JSON .*; use --fresh to start over"):
         record()
     assert (tmp_path / "rows.json").read_text() == "{"
 
@@ -147,7 +150,10 @@ def test_features_are_calls_the_kernels_take(name, monkeypatch):
 
 
 def test_every_call_is_one_for_the_ops(monkeypatch):
-    """On a Hopper GPU without Triton, dispatch chooses mosaic if it supports the call, and plain JAX otherwise."""
+    """On a Hopper GPU without Triton, dispatch chooses an implementation for every call of the GPU benchmark.
+
+    It chooses mosaic if mosaic supports the call, and xla for the others.
+    """
     monkeypatch.setattr(triton_call, "_missing", lambda: ("triton",))
     with platform.absent_gpu():
         chosen = {name: call.implementations() for name, call in (gpu_cases.CALLS | gpu_cases.EXITS).items()}
@@ -173,7 +179,10 @@ def rows_begun(said: str) -> list[str]:
 
 
 def test_a_run_that_is_killed_loses_no_row_and_the_next_goes_on(tmp_path):
-    """The run is killed while it compares the second call with the reference."""
+    """If a benchmark is killed, its finished rows are in the file, and the next run continues after them.
+
+    Here it is killed while it compares the second call with the reference.
+    """
     code = """
 real = gpu_stages.Checks._correct
 def slow(self, name, implementation):
@@ -194,7 +203,7 @@ gpu_stages.Checks._correct = slow
     second = command(tmp_path)
     out, said = second.communicate()
     assert second.returncode == 0, said
-    assert "3 rows are in rows.json and do not run again" in said
+    assert "3 rows in rows.json are not measured again" in said
     assert rows_begun(said)[:2] == ["correct: decode, skip, xla", "exit: decode, skip, xla"]
     assert all(row.startswith("speed") for row in rows_begun(said)[2:])
     after = saved(tmp_path / "rows.json")
@@ -220,7 +229,7 @@ def test_only_one_case_runs_again_and_keeps_the_others(monkeypatch, tmp_path, ca
 @pytest.mark.parametrize("name, hint", [("decode skip", "'decode, skip'"), ("corect", "'correct'"), ("xyz", "one of")])
 def test_only_a_name_that_there_is(name, hint, capsys):
     assert cli.main(["--gpu", "--only", name]) == 2
-    assert f"error: --only {name!r} names nothing here" in (said := capsys.readouterr().err) and hint in said
+    assert f"error: --only {name!r} is an unknown name" in (said := capsys.readouterr().err) and hint in said
 
 
 def test_a_check_that_does_not_pass_is_in_the_table_and_in_the_exit_status(monkeypatch, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Hugging Face folders give the numbers of the original code: logits, greedy tokens, losses, gradients."""
+"""Models from Hugging Face folders give the original code's logits, greedy tokens, losses and gradients."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,11 @@ each_folder = pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.n
 
 @pytest.fixture(scope="module")
 def loaded():
-    """Every folder, loaded once, with the ops that compile fastest; other tests compare the other ops with these."""
+    """Return a function from a test folder to its loaded model; every folder is loaded once.
+
+    The ops use the reference implementation, which compiles fastest. Other tests compare the other implementations with
+    it.
+    """
     models, changes = {}, {"model.implementation": "reference"}
     return lambda folder: models.setdefault(folder, stickjax.load(folder, changes=changes))
 
@@ -62,10 +66,12 @@ def test_greedy_tokens_are_the_originals(loaded, folder):
 
 
 def of_all_routers(*repeats):
-    """Return `router_stats` as transformers computes it: it averages the rows and probabilities of all routers first.
+    """Return a replacement of `router_stats` that computes the load-balancing loss as transformers does.
 
-    `repeats`: how often transformers counts the routers of each kind. It records the routers of JetMoE's attention
-    twice: once in the attention and once in the router.
+    transformers averages the routed rows and the probabilities over all routers, and then computes one loss.
+
+    `repeats`: for each kind of router, how often transformers counts it. It counts the routers of JetMoE's attention
+    twice, because both the attention and the router itself record them.
     """
     seen = []
 
@@ -116,13 +122,16 @@ def test_losses_and_gradients_are_the_originals(loaded, folder, monkeypatch):
 
 
 def test_a_row_whose_axes_do_not_fit_is_refused(monkeypatch):
-    """A wrong axis would leave a part of the leaf unread."""
+    """A row of the tensor-name table gives an error if its axes differ from the axes of the parameter it names.
+
+    With wrong axes, a part of the parameter would not be filled.
+    """
     c = ModelConfig(V=16, D=8, L=1, N=2, K=1, H=4, F=16, attention="softmax")
     rows = names._TABLES["granite"](c)
     query = next(i for i, row in enumerate(rows) if row.ours.endswith("query"))
     for change, message in (
         (dict(axes="K D"), "the row of .* has the axes 'K D', but blocks/attention/query has 'D N H'"),
-        (dict(ours="blocks/attention/qery"), "names no leaf of the model: .* .did you mean 'blocks/attention/query'"),
+        (dict(ours="blocks/attention/qery"), "has an unknown parameter .* .did you mean 'blocks/attention/query'"),
     ):
         wrong = [*rows[:query], rows[query]._replace(**change), *rows[query + 1 :]]
         monkeypatch.setitem(names._TABLES, "granite", lambda _, wrong=wrong: wrong)

@@ -1,4 +1,7 @@
-"""Every entry of config.json that we read, at a value other than the default, compared with the original formulas."""
+"""Every supported entry of config.json has the effect that it has in the original model.
+
+Each entry has a value other than its default. NumPy versions of the original models give the expected logits.
+"""
 
 import json
 import math
@@ -64,7 +67,7 @@ def layer_norm(x, w, name):
 
 
 def turn(x, theta):
-    """Apply rotary positions to x [T, heads, H]."""
+    """Return x [T, heads, H] rotated by rotary position embeddings with base `theta`."""
     T, _, H = x.shape
     angle = np.arange(T)[:, None, None] * theta ** -(np.arange(H // 2) / (H // 2))
     a, b = x[..., : H // 2], x[..., H // 2 :]
@@ -72,7 +75,11 @@ def turn(x, theta):
 
 
 def attend(q, k, v, scale, stick_breaking=False):
-    """Return attention [T, N, H], in which query head n uses key head n."""
+    """Return the output of causal attention, [T, N, H]; q, k and v are [T, N, H], and query head n uses key head n.
+
+    It is softmax attention or, if `stick_breaking`, stick-breaking attention in which each token also attends to
+    itself.
+    """
     T, out = len(q), np.zeros_like(q)
     for n in range(q.shape[1]):
         z = scale * q[:, n] @ k[:, n].T
@@ -86,7 +93,10 @@ def attend(q, k, v, scale, stick_breaking=False):
 
 
 def chosen(logits, k, over_all=False):
-    """Return for each token its k (expert, gate) pairs, the best first."""
+    """Return for each token a list of k pairs (expert, gate), the largest logit first; `logits` are [T, E].
+
+    The gates are a softmax over the k chosen experts or, if `over_all`, over all experts.
+    """
     best = np.argsort(-logits, axis=-1)[:, :k]
     gates = softmax(logits) if over_all else softmax(np.where(logits >= np.sort(logits)[:, -k, None], logits, -np.inf))
     return [[(e, gates[t, e]) for e in row] for t, row in enumerate(best)]
@@ -177,7 +187,10 @@ TOKENS = np.random.default_rng(0).integers(0, 23, 9)
 
 
 def weights(tree):
-    """Return random weights, small enough that every epsilon matters."""
+    """Return random weights for the model of the config.json `tree`, as a dict by tensor name.
+
+    They are so small that every epsilon of the model changes the logits.
+    """
     rng, model = np.random.default_rng(1), to_model_config(tree)[0]
     shapes = names.tensor_shapes(names.table(tree["model_type"], model), model)
     return {name: (0.3 * rng.standard_normal(shape)).astype(np.float32) for name, shape in shapes.items()}
@@ -226,7 +239,7 @@ def test_the_originals_have_epsilons_of_their_own():
     jetmoe, moduleformer = (to_model_config(tree)[0] for tree in (JETMOE, MODULEFORMER))
     assert (jetmoe.norm_eps, jetmoe.final_norm_eps, moduleformer.norm_eps) == (1e-6, 0.05, 1e-5)
     assert to_config_json(jetmoe, 8)["rms_norm_eps"] == 0.05
-    with pytest.raises(ValueError, match="'jetmoe', the nearest to this model, cannot express norm_eps=1e-05"):
+    with pytest.raises(ValueError, match="'jetmoe', the most similar to this model, cannot express norm_eps=1e-05"):
         to_config_json(
             ModelConfig(
                 V=8,
@@ -294,7 +307,7 @@ def test_what_ours_does_not_have_is_refused_by_name(tree):
     usual = dict(layer_types=["full_attention", "attention"], position_embedding_type="rope", rotary_percent=1.0)
     usual |= dict(qk_norm=False, shared_intermediate_size=0, attn_logit_softcapping=None, unheard_of=None)
     assert to_model_config(tree | usual) == to_model_config(tree)
-    with pytest.raises(ValueError, match=r"lambda_attention=0.5: not known, and may change .* delete it"):
+    with pytest.raises(ValueError, match=r"lambda_attention=0.5: unknown, and may change .* delete it"):
         to_model_config(tree | dict(lambda_attention=0.5))
 
 
@@ -315,7 +328,10 @@ def test_a_jetmoe_that_is_another_is_refused(changes, said):
 
 
 def test_what_is_ignored_changes_no_logits():
-    """No model type reads any of the entries that are ignored."""
+    """The entries of config.json that are listed as ignored are read for no model type.
+
+    An entry that is neither read nor ignored gives an error.
+    """
     seen = set()
 
     class Tree(configs._Tree):
@@ -327,5 +343,5 @@ def test_what_is_ignored_changes_no_logits():
         read(Tree(TREES[kind]))
         seen.discard(length)
     assert not seen & configs.IGNORED and not set(NOT_SUPPORTED) & configs.IGNORED
-    with pytest.raises(ValueError, match="not known"):
+    with pytest.raises(ValueError, match="unknown, and may change"):
         to_model_config(MODULEFORMER | dict(rotary_dim=4))

@@ -1,4 +1,4 @@
-"""The source files: which may import which, their dependencies, their length, their examples, their annotations."""
+"""Test the source files: which file may import which, their dependencies, length, examples and annotations."""
 
 import ast
 import doctest
@@ -43,7 +43,7 @@ def module_name(path: Path) -> str:
 
 
 def folder(name: str) -> str | None:
-    """Return the entry of `LAYERS` that a module belongs to; None if it is not a module of this repository."""
+    """Return the longest name in `LAYERS` that contains the module `name`; None for a module of another project."""
     return max((prefix for prefix in LAYERS if name == prefix or name.startswith(f"{prefix}.")), key=len, default=None)
 
 
@@ -53,7 +53,7 @@ def may_import(importer: str, imported: str) -> bool:
 
 
 def imports(path: Path) -> set[str]:
-    """Return the modules that a file imports, at its top or inside its functions."""
+    """Return the names of all modules that a file imports, at its top or inside its functions."""
     package = module_name(path).split(".") if path.stem == "__init__" else module_name(path).split(".")[:-1]
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -68,7 +68,10 @@ def imports(path: Path) -> set[str]:
 
 
 def test_what_is_installed_is_what_is_there():
-    """pyproject.toml lists all packages, and also the configs, which are inside stickjax where it is installed."""
+    """pyproject.toml lists every package of the repository, and its patterns for data files match files.
+
+    The folder `configs` is installed as the package `stickjax.configs`.
+    """
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     folders = {".".join(path.relative_to(ROOT).parent.parts) for path in FILES}
     assert set(setuptools["packages"]) == folders | {"stickjax.configs"}
@@ -97,7 +100,10 @@ def test_imports_go_one_way(path):
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)
 def test_private_names_stay_in_their_folder(path):
-    """Private names of JAX and its packages are allowed, because the kernels need them."""
+    """No file imports a private name of this repository from another folder.
+
+    Private names of JAX and other packages are allowed, because the kernels need them.
+    """
     name = module_name(path)
     wrong = {
         found
@@ -108,7 +114,10 @@ def test_private_names_stay_in_their_folder(path):
 
 
 def circles(graph: dict[str, set[str]]) -> list[str]:
-    """Return the circular imports: modules that import each other, directly or through others."""
+    """Return the modules of `graph` that import themselves, directly or through other modules.
+
+    `graph` maps a module to the modules that it imports.
+    """
 
     def reached(start: str) -> set[str]:
         seen, todo = set(), [start]
@@ -151,7 +160,10 @@ def test_the_package_is_a_few_rooms():
 
 @pytest.mark.parametrize("path", [p for p in FILES if "stickjax" in p.parts], ids=module_name)
 def test_families_are_asked_through_their_protocol(path):
-    """Only the files of a family may know its classes; stickjax.data.pairs may too."""
+    """Only the files of a model family use its classes and fields; all others use the methods of the protocol Family.
+
+    stickjax.data.pairs is an exception.
+    """
     if "universal" in module_name(path) or module_name(path) == "stickjax.data.pairs":
         return
     asked = re.findall(
@@ -165,7 +177,7 @@ def test_families_are_asked_through_their_protocol(path):
 def test_examples(path):
     name = module_name(path)
     if name in ELSEWHERE:
-        pytest.skip("its own test runs them")
+        pytest.skip("another test runs the examples of this module")
     result = doctest.testmod(importlib.import_module(name))
     assert result.attempted and not result.failed
 
@@ -196,7 +208,11 @@ pallas_kernels.expert_mlp(x[0, :, 0], jnp.ones((2, 8, 8)), jnp.ones((2, 4, 8)), 
 
 
 def test_annotations_hold():
-    """Beartype checks the annotations at run time, in a new process: here, our error messages must come first."""
+    """Correct calls pass beartype's checks of the annotations, and a call with a wrong shape does not.
+
+    The checks run in a new process. In this one they would raise before the error messages of the ops, which other
+    tests check.
+    """
     _python("""
 from jaxtyping import TypeCheckError, install_import_hook
 with install_import_hook("pallas_kernels", "beartype.beartype"):

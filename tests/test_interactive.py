@@ -1,4 +1,4 @@
-"""The Python API of a notebook: fit, interrupt, fit again, look at the metrics, load, generate, evaluate."""
+"""Test the Python API as in a notebook: fit, interrupt, fit again, read the metrics, load, generate, evaluate."""
 
 import inspect
 import io
@@ -39,7 +39,10 @@ def whole(tmp_path_factory):
 
 @pytest.fixture
 def displays(monkeypatch):
-    """A fake IPython that records displays: [(name of the display, whether it is new, its content)]."""
+    """Return a list to which a fake IPython adds one entry at each display.
+
+    An entry is (number of the display, whether the display is new, its content).
+    """
     shown = []
 
     class Handle:
@@ -68,7 +71,10 @@ def displays(monkeypatch):
 
 
 def at_step(monkeypatch, step, action):
-    """Call the action when the training reports this step; a request to stop takes effect at the next step."""
+    """Call `action` when the training reports step `step`.
+
+    If the action requests a stop, the training ends one step later.
+    """
     report = loop.Run.report
 
     def watched(self, row):
@@ -97,7 +103,7 @@ stickjax.fit(config).finished
 
 
 def test_a_notebook(displays, tmp_path, monkeypatch, capsys):
-    """The cells of a notebook, each with the value of its last line as the notebook shows it."""
+    """The cells of a typical notebook run, and each displays the right result, progress bar and plot."""
     monkeypatch.chdir(tmp_path)
     names, values = {"config": CONFIG}, []
     for cell in CELLS.split("---\n"):
@@ -171,7 +177,7 @@ def test_an_interrupt_before_the_first_step_is_no_traceback(where, tmp_path, mon
         monkeypatch.setattr(loop, "_new", without_check(loop._new, monkeypatch))
     result = stickjax.fit(CONFIG, tmp_path / "run")
     assert not result.finished and result.stopped_by == signal.SIGINT
-    said = "interrupted at once; there is no checkpoint yet" if where == "_new" else "stopped at step 0, with nothing"
+    said = "interrupted; there is no checkpoint yet" if where == "_new" else "stopped at step 0, with nothing"
     assert said in capsys.readouterr().out
     step = None if where == "_new" else 0
     assert repr(result).startswith(f"Result(step={step}, finished=False")
@@ -186,7 +192,7 @@ def test_a_second_interrupt_ends_the_step_at_once(tmp_path, monkeypatch, capsys)
     at_step(monkeypatch, 3, twice)
     result = stickjax.fit(CONFIG.replace({"train.checkpoint_every": 2}), tmp_path / "run")
     assert result.state is None and result.stopped_by == signal.SIGINT
-    assert "interrupted at once; the newest checkpoint is step 2" in capsys.readouterr().out
+    assert "interrupted; the newest checkpoint is step 2" in capsys.readouterr().out
     assert not (tmp_path / "run" / "lock").exists()
 
 

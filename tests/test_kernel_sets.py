@@ -1,4 +1,7 @@
-"""The kernels that Mosaic and Triton pass to `fused` have every method of its Protocol, with the same arguments."""
+"""The Mosaic and Triton kernel sets have every method of their protocol, with the same arguments.
+
+The code that Mosaic and Triton share calls the kernels through this protocol, `Kernels`.
+"""
 
 import inspect
 
@@ -20,7 +23,7 @@ SETS = {
 
 
 def positional(method) -> list[str]:
-    """Return the names of a method's arguments, without `self` and without *args and **kwargs."""
+    """Return the names of a method's arguments, without `self`, *args and **kwargs."""
     kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
     return [name for name, p in inspect.signature(method).parameters.items() if p.kind in kinds and name != "self"]
 

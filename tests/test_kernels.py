@@ -1,6 +1,6 @@
-"""The GPU kernels of stick-breaking attention, run in their interpreters and compared with the reference.
+"""Test the GPU kernels of stick-breaking attention in interpreters, against the reference.
 
-With the CUDA wheels, the same tests also execute the PTX of the kernels (`make test-ptx`).
+With the CUDA wheels, the same tests also compile the kernels and execute their PTX on a CPU (`make test-ptx`).
 """
 
 import contextlib
@@ -41,7 +41,10 @@ def interpreted(implementation: str):
 
 @pytest.fixture(params=INTERPRETERS)
 def kernels(request):
-    """The name of an implementation."""
+    """Yield the name of an implementation, mosaic or triton.
+
+    During the test, its kernels are interpreted, or compiled and executed as PTX on the CPU.
+    """
     with interpreted(request.param) as name:
         yield name
 
@@ -51,7 +54,18 @@ def attend(kernels: str, case: Stick, **options):
 
 
 def run(kernels: str, case: Stick, dtype: str, *, twice: bool = False, **options) -> dict:
-    """Return outputs and gradients with the names of `expected`. `twice`: run twice; the results must be equal."""
+    """Run one attention call and return a dict of its outputs and gradients.
+
+    The keys are out, rem, log_rem, d_query, d_key, d_value, d_scale, `kept` (the share of key tiles that each head has
+    computed) and `query`.
+
+    Args:
+      kernels: the name of the implementation.
+      case: the sizes and arguments of the call.
+      dtype: the type of query, key and value.
+      twice: run the call twice and require bitwise equal results.
+      options: more arguments of the call.
+    """
     arrays = case.arrays(dtype)
 
     def function(query, key, value, scale):
@@ -109,14 +123,20 @@ def test_skipping_stops_early_forward_and_backward(kernels):
 
 
 def test_skipping_beside_a_tile_without_queries(kernels):
-    """There are nine tiles of 64 queries, two per block. The last block has an empty tile, which must not wait."""
+    """Early exit is correct if the last thread block has a tile without queries, which must not wait for keys.
+
+    There are nine tiles of 64 queries and two tiles per thread block.
+    """
     case = Stick(T=520, N=1, H=32)
     values = run(kernels, case, "bfloat16", skip_below=-24.0)
     compare(values, expected(case, "bfloat16", True), "bfloat16", skips=True)
 
 
 def test_padding_does_not_keep_a_tile_from_stopping_early(kernels):
-    """The last 64 rows are padding except two. The tile must stop as early as it does without the padding."""
+    """A query tile that is mostly padding stops as early as it does without the padding.
+
+    In the last tile with queries, two rows are queries and all others are padding.
+    """
     case = Stick(T=320, N=1, H=32, segments=(258, -62))
     values = run(kernels, case, "bfloat16", skip_below=-24.0)
     compare(values, expected(case, "bfloat16", True), "bfloat16", skips=True)
@@ -125,7 +145,11 @@ def test_padding_does_not_keep_a_tile_from_stopping_early(kernels):
 
 
 def test_an_entry_without_keys_left_does_not_keep_the_others_reading(kernels):
-    """A decode step with 100 and 4000 keys: the first entry has stick left at the end, the second uses it up soon."""
+    """In a decode step, early exit works for each batch entry by itself.
+
+    The first entry has 100 keys and still has much of its stick at its last key. The second has 4000 keys and uses up
+    its stick soon, so it must stop early.
+    """
     case = Stick(T=1, S=4000, B=2, N=2, K=1, H=32, offset=(100, 3999))
     query, key, value = case.arrays("bfloat16")
     key = key.at[0].set(0).at[0, :, :, 0].set(-9)
@@ -137,7 +161,10 @@ def test_an_entry_without_keys_left_does_not_keep_the_others_reading(kernels):
 
 
 def test_far_keys_keep_their_weight_behind_a_long_row(kernels):
-    """The backward pass goes from a remaining stick of 2^-2000 to 2^0; a carry in one float would lose the digits."""
+    """The gradients are exact although the remaining stick grows from 2^-2000 to 1 in the backward pass.
+
+    A running sum in one float32 number would lose the digits of the far keys.
+    """
     case = Stick(T=300, N=1, H=32, std=0.3, shift=7.0)
     values, wanted = run(kernels, case, "bfloat16"), expected(case, "bfloat16", False)
     assert wanted["log_rem"].min() < -1000
@@ -157,7 +184,11 @@ def test_the_gradient_of_the_scale_is_no_quotient_by_it(kernels):
 
 
 def test_saturated_logits_give_the_limits_and_their_gradients(kernels):
-    """Only d_value may be wrong, if a logit is 1e5: a sum of millions has no digits left for the keys on its right."""
+    """Saturated logits give correct and finite outputs and gradients.
+
+    One exception is allowed: with logits of 1e5, Mosaic's d_value may be wrong, because a sum of millions in float32
+    has no digits left for the nearer keys.
+    """
     errors = limits.errors(limits.results("bfloat16", implementation=kernels), "bfloat16")
     assert np.isfinite(list(errors.values())).all(), errors
     beyond = [entry for entry, logits in limits.LOGITS.items() if kernels == "mosaic" and max(logits) > 1e3]
@@ -204,7 +235,10 @@ def test_decoding_reads_the_recent_cache_only(kernels):
 
 
 def test_shards_of_the_keys_join_forward_and_backward(kernels):
-    """Context parallelism: the gradients of a shard need only d_out and d_log_rem, which the merge rule passes on."""
+    """Two calls on two parts of the keys, joined by `merge_stick_breaking`, equal one call on all keys.
+
+    Context parallelism needs this. The gradients of each part need only d_out and d_log_rem, which the merge passes on.
+    """
     case = Stick(T=90, N=1, H=32)
     query, key, value = case.arrays("bfloat16")
 

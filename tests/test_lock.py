@@ -1,4 +1,7 @@
-"""Only one process at a time writes a run folder: a living process keeps the lock, a dead process loses it."""
+"""Only one process at a time writes to a run folder.
+
+A process that runs keeps the lock; the lock of a process that has ended can be taken over.
+"""
 
 import doctest
 import errno
@@ -36,7 +39,10 @@ def test_docstring_examples(module):
 
 
 def owner(folder, **changes) -> dict:
-    """Write the lock file of another process, without its flock."""
+    """Write a lock file as another process would, but without holding its flock; return the content.
+
+    `changes` replace entries of the content, such as pid or host.
+    """
     lock = Lock(folder)
     record = lock._record | {"token": "another", "pid": 77, "host": "elsewhere"} | changes
     lock.release()
@@ -194,7 +200,7 @@ def test_a_folder_that_was_made_for_nothing_goes(tmp_path, monkeypatch):
 
 def test_what_is_no_lock_stays(tmp_path):
     (tmp_path / "lock").write_text("the key is under the mat")
-    assert "is not the lock of a run" in taken(tmp_path)
+    assert "is not a lock file of stickjax" in taken(tmp_path)
     assert (tmp_path / "lock").read_text() == "the key is under the mat"
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="not a folder: '.*/file'"):

@@ -1,6 +1,6 @@
-"""Every case of the Mosaic kernels is lowered for an absent Hopper GPU; needs neither the CUDA wheels nor a GPU.
+"""Every test case of the Mosaic kernels can be lowered for a Hopper GPU, without the CUDA wheels and without a GPU.
 
-The interpreter does not lower kernels. Errors of lowering, and races that lowering introduces, appear only here.
+The interpreter does not lower kernels. Errors of the lowering, and races that it introduces, are found only here.
 """
 
 import contextlib
@@ -22,7 +22,10 @@ CASES = {f"{which}: {name}": case for which, cases in LISTS.items() for name, ca
 
 @contextlib.contextmanager
 def reductions_through_shared_memory(monkeypatch) -> Iterator[list]:
-    """Yield a list of the reductions lowered in this context that use the scratch memory shared by the whole block."""
+    """Yield a list that receives the shape of every reduction that is lowered with a scratch buffer in shared memory.
+
+    All warpgroups of a block share this buffer, so such a reduction can be a race between two of them.
+    """
     found, reduce = [], FragmentedArray.reduce
 
     def recorded(self, op, axis, scratch=None, **options):
@@ -42,7 +45,7 @@ def lower(function, *arrays) -> str:
 
 
 def forward_and_backward(function):
-    """Return a function that computes `function` and its gradients for cotangents of ones."""
+    """Return a function that computes `function` and its gradients, for cotangents of ones."""
 
     def run(*arrays):
         outputs, vjp = jax.vjp(function, *arrays)
@@ -52,7 +55,10 @@ def forward_and_backward(function):
 
 
 def prepared(name: str):
-    """Return (arrays, options, whether the case has a backward pass)."""
+    """Return (arrays, options, whether the case has a backward pass) for the test case `name`.
+
+    The arrays and options are the arguments of the op.
+    """
     case = CASES[name]
     if isinstance(case, Stick):
         return case.arrays(dtype_of(name.split(": ")[1])), case.options(), name.removeprefix("odd: ") not in DECODED
@@ -95,6 +101,6 @@ def test_experts_that_are_chosen_for_hopper_lower(name, dtype, monkeypatch):
 def test_an_odd_cache_is_copied_and_explain_says_so():
     q, k = (jax.ShapeDtypeStruct((1, n, 2, 64), jnp.bfloat16) for n in (1, 1001))
     with platform.absent_gpu():
-        assert "keys and values copied from S=1001 to 1008 rows" in explain("stick_breaking_attention", q, k, k)
+        assert "keys and values copied, padded from S=1001 to 1008 rows" in explain("stick_breaking_attention", q, k, k)
         even = jax.ShapeDtypeStruct((1, 1000, 2, 64), jnp.bfloat16)
         assert "copied" not in explain("stick_breaking_attention", q, even, even)

@@ -1,4 +1,7 @@
-"""Parameters stored in less than float32 train like float32 ones: their float32 masters add up small updates."""
+"""Parameters in bfloat16 or float16 train as well as parameters in float32.
+
+The optimizer keeps a float32 copy of them, the masters, which adds up updates that are too small for the 16-bit type.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +31,7 @@ def config(dtype, **changes) -> Config:
 
 
 def begin(config: Config, model=None):
-    """Return the state before the first step, with the parameters of `model` if it is given."""
+    """Return the training state before the first step, with the parameters of `model` if it is given."""
     new = lambda: init_state(config, jax.random.key(0))  # noqa: E731
     return jax.jit(new if model is None else lambda: with_params(config, new(), model))()
 
@@ -45,13 +48,13 @@ def batches(count=6):
 
 @pytest.fixture(scope="module")
 def published():
-    """A float32 model to fine-tune."""
+    """Return a float32 model that the tests fine-tune."""
     return jax.jit(lambda: init(config("float32").model, jax.random.key(1)))()
 
 
 @pytest.fixture(scope="module")
 def tuned(published):
-    """The states after six steps of fine-tuning, by the type of the parameters."""
+    """Return a dict from float32 and bfloat16 to the state after six fine-tuning steps in this parameter type."""
     found = {}
     for dtype in ("float32", "bfloat16"):
         state = begin(config(dtype), published)
@@ -63,7 +66,10 @@ def tuned(published):
 
 
 def test_no_update_is_lost(published, tuned):
-    """The masters move as in float32, except for the rounding of the forward pass."""
+    """The masters of a bfloat16 model move as the parameters of a float32 model do.
+
+    Only the rounding in the forward pass makes a difference.
+    """
     begun, masters = named_leaves(published), masters_of(tuned["bfloat16"])
     assert masters.keys() == begun.keys()
     for name, exact in named_leaves(tuned["float32"].params).items():
@@ -82,7 +88,7 @@ def test_parameters_are_their_masters_rounded(tuned):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_large_step_is_not_lost_either(dtype):
-    """A parameter that shrinks by orders of magnitude in one step is still equal to its rounded master."""
+    """After a step that shrinks a parameter by orders of magnitude, it still equals its master, rounded to its type."""
     params = {"w_in": jnp.array([1.0, -3.0, 1e4, 0.0], dtype)}
     tx = make_optimizer(Config().replace({"optim.schedule": "constant", "optim.peak_lr": 0.9999}), params)
     updates, state = tx.update({"w_in": jnp.array([1.0, -1.0, 1.0, -1.0], dtype)}, tx.init(params), params)
@@ -132,7 +138,10 @@ def test_masters_are_divided_as_their_parameters_are(tuned, published):
 
 
 def test_microbatches_add_up_in_float32():
-    """256 equal gradients are added; a sum in bfloat16 would stop growing after a part of them."""
+    """The gradients of microbatches are added in float32, also for bfloat16 parameters.
+
+    256 equal gradients are added. A sum in bfloat16 would stop growing before the end.
+    """
     c = config("bfloat16", **{"data.B": 256, "data.T": 2})
     batch = {name: jnp.tile(jnp.array([[3, 5]]), (256, 1)) for name in ("tokens", "targets")}
     batch |= dict(segment_ids=0 * batch["tokens"], loss_mask=batch["tokens"] > 0)

@@ -1,4 +1,7 @@
-"""A model that does not fit gives one error line before memory is allocated; a model that fits is never refused."""
+"""A model that does not fit into memory gives one error line, before memory is allocated.
+
+A model that fits is never refused.
+"""
 
 import types
 
@@ -33,7 +36,10 @@ GIB = 2**30
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """`machine({path: text})` replaces /proc and /sys/fs/cgroup by these files and removes all other limits."""
+    """Return a function of {path: text} that replaces /proc and /sys/fs/cgroup by a folder with these files.
+
+    All other memory limits of the process are removed.
+    """
     monkeypatch.setattr(memory, "PROC", tmp_path / "proc")
     monkeypatch.setattr(memory, "CGROUPS", tmp_path / "cgroup")
     monkeypatch.setattr(memory.resource, "getrlimit", lambda _: (memory.resource.RLIM_INFINITY,) * 2)
@@ -65,7 +71,7 @@ MACHINE, GROUP = "available on this machine", "left by the limit of the control 
                 "cgroup/jobs/memory.current": f"{3 * GIB}\n",
                 "cgroup/jobs/memory.stat": f"anon 5\nactive_file {GIB // 4}\ninactive_file {GIB // 4}\n",
             },
-            Free(2 * GIB + GIB // 2, GROUP),  # 4 - 3 of the group, 1/2 of cached files, 1 of swap
+            Free(2 * GIB + GIB // 2, GROUP),  # GiB: 4 - 3 of the group, 1/2 of cached files, 1 of swap
         ),
         (
             MEMINFO
@@ -119,25 +125,27 @@ def test_parts_of_a_state_by_hand():
 def test_what_fits_exactly_is_not_refused(monkeypatch):
     monkeypatch.setattr(memory, "free_memory", lambda mesh: Free(100, "of a test"))
     check_fits({"parameters": 60, "moments": 40})
-    with pytest.raises(ValueError, match=r"NOT fit: parameters 60 B, moments 41 B, together 101 B of 100 B \(of"):
+    with pytest.raises(
+        ValueError, match=r"memory: parameters 60 B, moments 41 B, together 101 B, but .* 100 B are free"
+    ):
         check_fits({"parameters": 60, "moments": 41})
     program = jax.jit(lambda x: x.T @ x).lower(np.zeros((4, 4), np.float32)).compile()
     check_program(program, "a product")
     monkeypatch.setattr(memory, "free_memory", lambda mesh: Free(63, "of a test"))
-    with pytest.raises(ValueError, match="a product does NOT fit: 64 B arguments [+] .* temporaries, peak .* 63 B are"):
+    with pytest.raises(ValueError, match="a product does NOT fit into memory: 64 B arguments [+] .* 63 B are free"):
         check_program(program, "a product")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("--model.D=1e12", "this does NOT fit: parameters 1.3 PiB, moments 2.5 PiB, a batch of B=4 x T=16"),
-        ("--model.L=1e9", "this does NOT fit: parameters 5.7 TiB, moments"),
-        ("--data.B=1e12", "a batch of B=1000000000000 x T=16 189.2 TiB, together 189.2 TiB of"),
+        ("--model.D=1e12", "NOT fit into memory: parameters 1.3 PiB, moments 2.5 PiB, a batch of B=4 x T=16"),
+        ("--model.L=1e9", "the model does NOT fit into memory: parameters 5.7 TiB, moments"),
+        ("--data.B=1e12", "a batch of B=1000000000000 x T=16 189.2 TiB, together 189.2 TiB, but only"),
     ],
 )
 def test_a_model_that_cannot_fit_is_one_line(tmp_path, capsys, change, message):
-    """The error comes before anything is compiled, and nothing is written."""
+    """A model or batch that cannot fit gives one error line before compilation, and no run folder."""
     (tmp_path / "config.json").write_text(CONFIG.to_json())
     assert main([str(tmp_path / "config.json"), "--run", str(tmp_path / "run"), change]) == 1
     err = capsys.readouterr().err
@@ -146,20 +154,24 @@ def test_a_model_that_cannot_fit_is_one_line(tmp_path, capsys, change, message):
 
 
 def test_a_step_that_does_not_fit_is_one_line(tmp_path, capsys, monkeypatch):
-    """The state fits, but the temporaries of the compiled step do not."""
+    """If the state fits but the temporaries of the compiled step do not, the command prints one error line.
+
+    No run folder is made.
+    """
     (tmp_path / "config.json").write_text(CONFIG.to_json())
-    sizes = iter([GIB, GIB, 2000])  # before the state is made, when its program is compiled, when the step is
+    sizes = iter([GIB, GIB, 2000])  # before the state is made, after its program, after the step
     monkeypatch.setattr(memory, "free_memory", lambda mesh: Free(next(sizes), "of a test"))
     assert main([str(tmp_path / "config.json"), "--run", str(tmp_path / "run")]) == 1
     err = capsys.readouterr().err
-    assert "error: the step does NOT fit: " in err and "temporaries, peak" in err and err.count("\n") == 1, err
+    assert "error: the step does NOT fit into memory: " in err and "temporaries, peak" in err, err
+    assert err.count("\n") == 1, err
     assert not (tmp_path / "run").exists(), "the corrected command may use the same folder"
 
 
 def test_a_model_is_not_read_where_it_does_not_fit(tmp_path, monkeypatch):
     run.save(tmp_path / "run", jax.jit(lambda: init_state(CONFIG, jax.random.key(0)).params)(), CONFIG)
     monkeypatch.setattr(memory, "free_memory", lambda mesh: Free(1000, "of a test"))
-    with pytest.raises(ValueError, match="this does NOT fit: parameters 2[0-9].. KiB, together .* of 1000 B"):
+    with pytest.raises(ValueError, match="NOT fit into memory: parameters 2[0-9].. KiB, together .* only 1000 B"):
         run.load(tmp_path / "run")
 
 

@@ -1,4 +1,4 @@
-"""metrics.jsonl contains strict JSON, and invalid lines in it are skipped."""
+"""metrics.jsonl contains strict JSON, and a reader skips invalid lines in it."""
 
 import json
 import math
@@ -49,7 +49,10 @@ DAMAGED = {
 
 
 def damaged(run) -> None:
-    """Write a file with rows 1, 2 and 3 in lines 1, 5 and 13, nonsense between them, and an incomplete last row."""
+    """Write a metrics.jsonl with valid and invalid lines into the folder `run`.
+
+    Rows 1, 2 and 3 are in lines 1, 5 and 13. The lines between them are not valid, and the last row is incomplete.
+    """
     good = {1: row(1), 5: row(2), 13: row(3)}
     lines = [DAMAGED.get(n) or json_text(good[n]).encode() for n in range(1, 14)]
     (run / "metrics.jsonl").write_bytes(b"\n".join([*lines, b"", b'{"step": 4, "loss"']))
@@ -59,7 +62,7 @@ def test_damaged_and_foreign_lines_are_left_out_and_named(tmp_path, caplog):
     damaged(tmp_path)
     assert read_metrics(tmp_path) == [row(1), row(2), row(3)]
     assert (
-        f"metrics.jsonl: left out {len(DAMAGED)} lines without complete metrics: 2, 3, 4, 6, 7, 8, 9, 10, 11, 12"
+        f"metrics.jsonl: ignored {len(DAMAGED)} lines without complete metrics: line 2, 3, 4, 6, 7, 8, 9, 10, 11, 12"
         in caplog.text
     )
 

@@ -1,4 +1,4 @@
-"""Mixture of attention heads, compared with a loop over its experts and with the original layer, and in training."""
+"""Test the mixture of attention heads, against a loop over its experts and against the original layer."""
 
 import dataclasses
 from pathlib import Path
@@ -26,7 +26,10 @@ HERE = Path(__file__).parent
 
 
 def every_expert(layer, x):
-    """Compute the definition: all experts at all tokens, with zero gates for the experts that are not chosen."""
+    """Return the layer's output for x [B, T, D] by its definition.
+
+    Every expert computes all tokens; the gate is zero where an expert was not chosen.
+    """
     c, (B, T, _) = layer.config, x.shape
     chosen, gates = choose_experts(
         (x @ layer.router.weight[...]).reshape(B * T, -1), c.N // c.K, c.attention_experts.order
@@ -78,7 +81,10 @@ def test_padding_runs_no_expert():
 
 
 def test_the_shared_heads_are_those_of_the_original_layer():
-    """Outputs and losses agree, for softmax self-attention with one head per expert and masked keys."""
+    """The mixture of heads gives the outputs and router losses of the original code.
+
+    The layer has softmax self-attention, one head per expert, and padded keys.
+    """
     with np.load(HERE / "oracles" / "moa" / "attention.npz", allow_pickle=False) as arrays:
         x, out = (jnp.asarray(arrays[name].swapaxes(0, 1)) for name in ("x", "out"))  # [B,T,D]
         pad, aux = jnp.asarray(arrays["pad"]), arrays["aux"]
@@ -105,7 +111,11 @@ def test_the_shared_heads_are_those_of_the_original_layer():
 
 @pytest.mark.parametrize("kind", ["cross", "relative", "causal"])
 def test_shared_heads_are_softmax_attention_of_every_expert(kind):
-    """Keys are from the same or another sequence, without its padding; distances of `clip` or more share a vector."""
+    """The layer equals softmax attention of each expert, computed with explicit arrays.
+
+    `kind` says whether the keys come from another sequence, positions are relative, or the mask is causal. Padded keys
+    have no effect. With relative positions, all distances of 2 or more in one direction share one vector.
+    """
     B, T, S, config = 2, 7, 5 if kind == "cross" else 7, SutConfig(**SHARED, clip=3)
     layer = SharedHeads(config, jax.random.key(0), causal=kind == "causal", relative=kind == "relative")
     x = jax.random.normal(jax.random.key(1), (B, T, 16))
@@ -137,7 +147,10 @@ def test_shared_heads_are_softmax_attention_of_every_expert(kind):
 
 
 def test_training_balances_both_routers():
-    """The statistics of both routers are reported and weighted, and the biases of both move."""
+    """A training step balances two routers, that of the experts and that of the attention heads.
+
+    It reports the statistics of both, trains their weights, and moves their selection biases.
+    """
     model = ModelConfig(
         **SIZES,
         N=4,
@@ -185,7 +198,7 @@ def test_experts_may_be_sampled_for_the_heads_alone():
         (dict(N=2, K=2, attention_experts=ExpertsConfig(4)), "order='topk_softmax' has a constant gate"),
         (dict(N=4, K=2, attention_experts=ExpertsConfig(4), head_norm=True), "need heads that all tokens share"),
         (dict(N=4, K=2, attention_experts=ExpertsConfig(4, sample_topk=3)), "sample_topk=3 cannot exceed k=2"),
-        (dict(N=4, K=2, attention_experts=ExpertsConfig(4, k=3)), "attention_experts.k=3 must be N / K = 2"),
+        (dict(N=4, K=2, attention_experts=ExpertsConfig(4, k=3)), "attention_experts.k=3 must be 2: N / K"),
     ],
 )
 def test_configs_that_make_no_sense(changes, message):

@@ -1,4 +1,7 @@
-"""The decoder: causality, packing, experts compared with a dense einsum, multipliers, presets, caches."""
+"""Test the decoder model: causality, packed documents, experts, multipliers, presets and caches.
+
+A dense einsum over all experts gives the expected output of the experts.
+"""
 
 import dataclasses
 import os
@@ -47,7 +50,10 @@ def tokens_of(config, B=2, T=13, seed=1):
 
 
 def by_embedding(model, config, segment_ids=None):
-    """Return the logits as a function of embeddings that are added at each position, to differentiate by position."""
+    """Return the logits as a function of an array `extra`, and zeros in the shape of `extra`.
+
+    `extra` [B, T, D] is added to the embeddings, so that the logits can be differentiated by each position.
+    """
     tokens = tokens_of(config)
 
     def logits(extra):
@@ -64,7 +70,11 @@ def by_embedding(model, config, segment_ids=None):
 
 
 def influence(config, segment_ids=None):
-    """Return [B, T, T]: how much the output at position (row) depends on the embedding at position (column)."""
+    """Return an array [B, T, B, T]: how much the output at one position depends on the embedding at another.
+
+    The first two axes are the output's batch entry and position, the last two those of the embedding. Zero means
+    independent.
+    """
     config = dataclasses.replace(config, tied=False)
     logits, zero = by_embedding(init(config, jax.random.key(0)), config, segment_ids)
     jacobian = jax.jacrev(lambda x: jnp.square(logits(x)).sum(-1))(zero)
@@ -258,7 +268,7 @@ def test_stickbreaking_3b_tied_and_active_counts():
 
 
 def test_multipliers():
-    """m_emb, m_res, the attention scale and the divisor of the logits are applied where the specification says."""
+    """The model applies m_emb, m_res, the attention scale and the divisor of the logits as specified."""
     config = ModelConfig(**SMALL, m_emb=3.0, m_res=0.0, m_width=4.0)
     model, tokens = init(config, jax.random.key(0)), tokens_of(config)
     x = 3.0 * np.asarray(model.embed[...])[tokens]  # m_res = 0 removes every layer
@@ -330,7 +340,7 @@ def test_gradients_are_finite_and_reach_every_parameter(config):
 
 
 def test_tree_mode_of_nnx():
-    """The modules are plain pytrees, so they work with NNX's graph mode switched off."""
+    """The modules are plain pytrees: jit and grad work on them with NNX's graph mode switched off."""
     code = """
 import jax, jax.numpy as jnp
 from stickjax.config import ExpertsConfig, ModelConfig

@@ -1,4 +1,4 @@
-"""The experiments on modules: the random choice of pruned modules, and the statistics over several seeds."""
+"""Test the modularity benchmark: its random choice of the modules to prune, and its statistics over seeds."""
 
 import json
 

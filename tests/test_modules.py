@@ -1,4 +1,4 @@
-"""Modules are added, pruned and counted, from Python and from the command line."""
+"""Modules (experts and attention experts) can be added, pruned and counted, from Python and from the command line."""
 
 import dataclasses
 import json
@@ -67,7 +67,10 @@ def same(a, b):
 
 @pytest.mark.parametrize(("E", "new"), [(6, 2), (8, 5), (16, 16), (5, 1)])
 def test_probabilities_keep_their_bits(compiled, E, new):
-    """The test runs with 7 and with 700 tokens, because XLA compiles small and large loops differently."""
+    """New experts whose logit is -inf do not change one bit of the old experts' indices, gates and probabilities.
+
+    The test runs with 7 and with 700 tokens, because XLA compiles small and large loops differently.
+    """
     rng = np.random.default_rng(E)
     for T in (7, 700):
         x, w = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((T, 16), (16, E)))
@@ -125,7 +128,10 @@ def test_merged_is_the_same_function(model):
 
 @pytest.mark.parametrize("routing", TRAINABLE)
 def test_what_is_frozen_does_not_move(routing):
-    """Frozen parameters stay bitwise equal, although every router has losses and the bias moves without a gradient."""
+    """Training leaves frozen parameters bitwise equal.
+
+    This holds although every router has losses, and although the selection bias moves without a gradient.
+    """
     changes = dict(bias_rate=0.01, switch_weight=0.1)
     model = CONFIG
     for kind in KINDS_OF_MODULES.values():
@@ -187,7 +193,15 @@ def gelu(x, exact):
 
 
 def dense_ffn(ffn, x, alive, denominator):
-    """Compute the first layer's experts in NumPy on all tokens. Also return which experts each token uses."""
+    """Return the output of the first layer's experts on x [T, D], and the two chosen experts of each token, [T, 2].
+
+    NumPy computes every expert on all tokens.
+
+    Args:
+      ffn: the expert parameters and routers of all layers.
+      alive: a bool array [E], false for pruned experts, which are never chosen.
+      denominator: the experts in the softmax of the gates: "new" for the experts that remain, "old" for all.
+    """
     p = {name: np.asarray(leaf[0], np.float64) for name, leaf in named_leaves(ffn).items()}
     logits = gelu(x @ p["router/hidden"] + p["router/hidden_bias"], True) @ p["router/weight"]
     if denominator == "new":
@@ -246,7 +260,7 @@ def test_pruned_heads_leave_other_tokens_alone(model):
 
 @pytest.mark.parametrize("denominator", ["old", "new"])
 def test_a_pruned_module_is_never_drawn(model, denominator):
-    """With sample_topk, training draws the last of the chosen modules at random, but never a pruned one."""
+    """A router with sample_topk, which draws the last of the chosen experts at random, never draws a pruned one."""
     counts = {"ffn": np.array([[9, 1, 8, 2, 7, 6], [1, 2, 3, 4, 5, 6]])}
     pruned = prune(model, counts, count=3, denominator=denominator)
     router = jax.tree.map(lambda leaf: leaf[0], pruned.blocks.ffn.router)
@@ -273,7 +287,10 @@ def test_a_threshold_keeps_what_a_token_needs(model):
 
 @pytest.mark.parametrize("denominator", ["old", "new"])
 def test_prune_again_and_extend(model, denominator):
-    """Pruning in two steps equals pruning once. A pruned and extended model routes only to kept and new modules."""
+    """Pruning in two steps gives the same model as pruning once.
+
+    A model that is pruned and then extended routes only to the experts that remain and to the new ones.
+    """
     counts = {"ffn": np.array([[9, 1, 8, 2, 7, 6], [1, 2, 3, 4, 5, 6]]), "attention": np.array([[4, 3, 2, 1]] * 2)}
     once = prune(model, counts, count={"ffn": 3, "attention": 2}, denominator=denominator)
     half = prune(model, counts, count={"ffn": 5, "attention": 2}, denominator=denominator)
@@ -308,7 +325,7 @@ def test_uneven_layers_and_the_new_denominator(model):
     assert not pruned.blocks.ffn.w_in[1, 3].any()
     with pytest.raises(ValueError, match="are no longer there"):
         prune(pruned, {"ffn": np.ones((2, 4))}, count=2, denominator="old")
-    with pytest.raises(ValueError, match="count=4 of ffn must be from 2, the number that a token uses, to 3"):
+    with pytest.raises(ValueError, match="count=4 of ffn modules must be at least 2, which .* at most 3"):
         prune(pruned, {"ffn": np.ones((2, 4))}, count=4, denominator="new")
 
 
@@ -325,15 +342,15 @@ def test_mutual_information_against_its_definition():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: extend(m, jax.random.key(0)), "nothing to add: experts=0, attention_experts=0"),
-        (lambda m: extend(m, jax.random.key(0), experts=-1), "nothing to add: experts=-1"),
+        (lambda m: extend(m, jax.random.key(0)), "must be 0 or more, and not both 0"),
+        (lambda m: extend(m, jax.random.key(0), experts=-1), "to add, experts=-1 and attention_experts=0, must be"),
         (lambda m: prune(m, {}), "one of count=None and threshold=None must be given"),
-        (lambda m: prune(m, {"ffn": np.ones((2, 6))}, count=1), "from 2, the number that a token uses, to 6"),
-        (lambda m: prune(m, {"ffn": np.ones((2, 6))}, count=7), "count=7 of ffn must be"),
-        (lambda m: prune(m, {"ffn": np.ones((2, 5))}, count=3), r"is \[2, 5\], the routers are \[2, 6\]"),
+        (lambda m: prune(m, {"ffn": np.ones((2, 6))}, count=1), "uses in a layer, and at most 6, as many as the layer"),
+        (lambda m: prune(m, {"ffn": np.ones((2, 6))}, count=7), "count=7 of ffn modules must be"),
+        (lambda m: prune(m, {"ffn": np.ones((2, 5))}, count=3), r"has shape \[2, 5\], but must have \[2, 6\]"),
         (lambda m: prune(m, {"ffn": np.ones((2, 6))}, threshold=2), "threshold=2 must be a share"),
         (lambda m: prune(m, {}, count=3, denominator="odd"), "denominator='odd' is not one of 'old', 'new'"),
-        (lambda m: prune(m, {"heads": np.ones((2, 6))}, count=3), "use has heads, but the model has no such modules"),
+        (lambda m: prune(m, {"heads": np.ones((2, 6))}, count=3), "use has counts for heads, but the model has"),
         (lambda m: report(m, {}), "at least one source"),
         (lambda m: save(".", m, Config(CONFIG)), r"\. exists"),
     ],
@@ -352,9 +369,9 @@ def test_models_without_modules():
         lambda: prune(dense, {}, count=2),
         lambda: use(dense, []),
     ):
-        with pytest.raises(ValueError, match="has no modules: experts.E=0"):
+        with pytest.raises(ValueError, match=r"has no modules \(experts\): its experts.E"):
             call()
-    with pytest.raises(ValueError, match="a model of family='sut' has no modules that can be added or pruned"):
+    with pytest.raises(ValueError, match="a model of family='sut' is not supported: its modules"):
         prune(SimpleNamespace(config=SutConfig(D=8, H=4, F=16)), {}, count=2)
 
 
@@ -363,7 +380,7 @@ def test_models_without_modules():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run of two steps: a tiny model on two generated sources."""
+    """Train a tiny model for two steps on two generated tasks; return its folder, and the path of the run in it."""
     folder = tmp_path_factory.mktemp("modules")
     data = DataConfig(source="logic,recall", examples=300, T=24, B=2)
     optim = OptimConfig(schedule="constant", peak_lr=0.01)
@@ -452,18 +469,21 @@ def test_concentration_stops_the_bias_that_balances(trained, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("extend BASE OUT", "nothing to add"),
+        ("extend BASE OUT", "must be 0 or more, and not both 0"),
         ("extend BASE BASE --experts 2", "exists; choose another folder"),
-        ("extend BASE OUT --experts 2 --model.F=13", "the parameters of the model are not as its config says"),
+        (
+            "extend BASE OUT --experts 2 --model.F=13",
+            "the model and its config differ in the names, shapes or types of parameters",
+        ),
         (
             "extend BASE OUT --experts 2 --optim.trainabel=x",
             "unknown config key 'optim.trainabel' (did you mean 'optim.trainable'?)",
         ),
         ("extend OUT OUT2 --experts 2", "is not a run folder"),
-        ("prune BASE OUT --count 1 --tokens 48", "count=1 of attention must be"),
+        ("prune BASE OUT --count 1 --tokens 48", "count=1 of attention modules must be"),
         (
             "prune BASE OUT --count 5 --tokens 48",
-            "count=5 of attention must be from 2, the number that a token uses, to 4",
+            "count=5 of attention modules must be at least 2, as many as a token uses in a layer, and at most 4",
         ),
         ("prune BASE OUT --count 3 --source logik", "source='logik' is not one of"),
         ("report BASE --source text", "source='text' needs a path"),

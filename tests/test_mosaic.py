@@ -1,6 +1,6 @@
-"""The Mosaic GPU kernels: the code that their interpreter cannot run, their plan, and the calls that they support.
+"""Test the Mosaic GPU kernels: what the interpreter cannot run, the tables that plan the work, the supported calls.
 
-tests/test_kernels.py tests their results.
+The results of the kernels are tested in tests/test_kernels.py.
 """
 
 import operator
@@ -30,7 +30,10 @@ def interpreted():
 
 
 class Numbers:
-    """The arithmetic of `mosaic_shims.scan_registers` for all 128 threads at once; a register is [128, elements]."""
+    """NumPy operations that replace the GPU operations of `mosaic_shims.scan_registers`, for 128 threads at once.
+
+    A register is an array [128, elements]: its values in every thread.
+    """
 
     thread = np.arange(128)
     zero = np.zeros(128)
@@ -48,7 +51,10 @@ class Numbers:
 
 
 def registers(layout, x):
-    """Return the elements of x in the registers of each thread, by the layout's tiling, warp and lane dimensions."""
+    """Return the elements of x that each thread holds, if x is in registers with this Mosaic layout.
+
+    The result is an array of objects with one entry per register. An entry is an array [128, elements].
+    """
     for tile in layout.tiling.tiles:
         kept = x.ndim - len(tile)
         split = [size for n, t in zip(x.shape[kept:], tile, strict=True) for size in (n // t, t)]
@@ -136,7 +142,11 @@ def test_key_tile_ranges_hold_every_visible_key_and_whole_tiles_are_whole(
 
 
 def test_query_tile_ranges_hold_the_query_tiles_that_visit_a_key_tile():
-    """The ranges are random, but like those of `key_tile_ranges`; two query heads stopped early at different tiles."""
+    """`query_tile_ranges` returns, for each key tile, a range that contains all query tiles which read this key tile.
+
+    It also returns the part of the range in which no mask is needed. The input tables are random, in the form that
+    `key_tile_ranges` gives them; two query heads stopped early at different key tiles.
+    """
     rng = np.random.default_rng(0)
     for _ in range(50):
         table = -np.sort(-rng.integers(0, 9, (2, 6, 4)), -1)
@@ -189,7 +199,7 @@ def test_in_a_shard_map_over_some_axes_it_asks_for_all():
     mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
     def local(x):
-        assert "must be inside jax.shard_map under a mesh with the axes model;" in refusal(x, x, x)
+        assert "needs jax.shard_map over the mesh axes model;" in refusal(x, x, x)
         return x
 
     x = jax.ShapeDtypeStruct((2, 104, 2, 64), jnp.bfloat16)

@@ -1,4 +1,7 @@
-"""Copies of numbered rows to and from shared memory: the interpreter body, and the addresses of the GPU body."""
+"""Test copies of rows with given numbers between global and shared memory, for the expert kernels.
+
+The tests run the interpreter body, and compute the addresses of the GPU body in NumPy.
+"""
 
 import jax
 import jax.experimental.pallas as pl
@@ -12,7 +15,11 @@ from pallas_kernels import mosaic_row_copies, platform
 
 
 def move(x, source_rows, target_rows, out_rows: int, columns: int = 64):
-    """Copy rows of x to rows of an array of NaN, 64 rows at a time, through shared memory."""
+    """Copy rows of x through shared memory to rows of a new array with `out_rows` rows.
+
+    Row source_rows[i] of x becomes row target_rows[i] of the result; rows that are not written are NaN. A block copies
+    64 rows, `columns` columns at a time.
+    """
     blocks = source_rows.shape[0] // 64
 
     def kernel(x_ref, source_ref, target_ref, out_ref, tile):
@@ -58,7 +65,7 @@ def test_rows_move(width):
 
 
 class Numbers:
-    """The arithmetic of addresses for all threads at once, in NumPy."""
+    """NumPy operations that replace the integer operations of the address computation, for all threads at once."""
 
     thread = np.arange(mosaic_row_copies.THREADS)
     add, multiply, exclusive_or = staticmethod(np.add), staticmethod(np.multiply), staticmethod(np.bitwise_xor)
@@ -68,7 +75,10 @@ class Numbers:
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("rows, columns", [(64, 64), (64, 128), (128, 64), (16, 256)])
 def test_every_chunk_is_copied_once_to_where_the_tensor_cores_read_it(rows, columns, itemsize):
-    """With a swizzle of 128 bytes, bits 4 to 6 of an address are XORed with bits 7 to 9."""
+    """Each 16-byte chunk of a tile is copied exactly once, to the swizzled address at which the tensor cores read it.
+
+    With a swizzle of 128 bytes, bits 4 to 6 of an address are XORed with bits 7 to 9.
+    """
     seen = {}
     first, steps = mosaic_row_copies.chunks(Numbers, rows, columns, itemsize)
     for step in steps:

@@ -1,7 +1,7 @@
-"""The notebooks run from top to bottom, and their stored outputs are still what their code prints.
+"""The notebooks run from top to bottom, and print what their files show as output.
 
-`python tests/test_notebook.py [NAME ...]` runs the notebooks and stores their outputs, with small pictures. A cell with
-the tag "varies" prints something that every machine prints differently, such as sampled text; it is not compared.
+`python tests/test_notebook.py [NAME ...]` runs the notebooks and stores their outputs, with small pictures. The output
+of a cell with the tag "varies" is not compared, because it differs between machines; sampled text is an example.
 """
 
 import base64
@@ -28,7 +28,10 @@ NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d*)?(?:e[+-]?\d+)?(?![\w.])")
 
 
 def run(name: str, folder: Path):
-    """The notebook, executed by a kernel of this very interpreter; `folder` gets the files of Jupyter."""
+    """Run the notebook `name` and return it with its outputs.
+
+    Its kernel is the Python that runs the tests. Jupyter writes its files into `folder`.
+    """
     import nbformat
     from nbclient import NotebookClient
 
@@ -49,7 +52,7 @@ def run(name: str, folder: Path):
 
 
 def store(name: str) -> None:
-    """Run a notebook and write its outputs into its file."""
+    """Run the notebook `name` and write the outputs into its file."""
     import nbformat
 
     with tempfile.TemporaryDirectory() as folder:
@@ -64,7 +67,11 @@ def store(name: str) -> None:
 
 
 def joined(outputs: list) -> list:
-    """The outputs with neighbouring pieces of a stream in one, without this machine's folders, with small pictures."""
+    """Return the outputs of a cell in the form in which they are stored.
+
+    Consecutive texts of one stream become one output, names of temporary folders become FOLDER, and pictures become
+    small.
+    """
     kept: list = []
     for output in outputs:
         if "text" in output:
@@ -79,7 +86,7 @@ def joined(outputs: list) -> list:
 
 
 def small(picture: str) -> str:
-    """A PNG, in base64, with 128 colours and at most 900 pixels wide."""
+    """Return a picture, a PNG in base64, reduced to 128 colours and at most 900 pixels in each direction."""
     from PIL import Image
 
     image = Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB")
@@ -90,17 +97,17 @@ def small(picture: str) -> str:
 
 
 def shown(cell) -> str:
-    """The text that a cell shows: what it prints, and the plain text of what it displays."""
+    """Return the text of a cell's outputs: what it prints, and the plain text of what it displays."""
     outputs = cell.get("outputs", ())
     texts = ("".join(o["text"]) if "text" in o else "".join(o["data"].get("text/plain", "")) + "\n" for o in outputs)
     return FOLDER.sub("FOLDER", "".join(texts))
 
 
 def compare(stored: str, now: str) -> str | None:
-    """What differs between two texts, or None.
+    """Return a message with the first line that differs between the stored output and the new output, or None.
 
-    The words and the whole numbers must be the same. A number with a point may be up to twice or half the stored one,
-    or 0.1 away from it; one with an exponent is not compared. `VARIES` and the widths of gaps are left out.
+    Words and whole numbers must be equal. A number with a decimal point may be half to twice the stored one, or differ
+    by 0.1. Numbers with an exponent, texts that match `VARIES`, and the widths of gaps are not compared.
     """
     for text, other in zip_lines(stored, now):
         words, others = (re.findall(r"[\w#~.']+|\S", NUMBER.sub("#", VARIES.sub("~", line))) for line in (text, other))

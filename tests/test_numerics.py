@@ -1,4 +1,4 @@
-"""Extreme numbers: saturated logits, masked keys with huge numbers, vectors of zeros. Gradients stay finite."""
+"""Extreme numbers, such as saturated logits, huge values at masked keys and zero vectors, give finite gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ def test_saturated_logits_give_the_limits_and_their_gradients(options, dtype):
 
 @every_implementation
 def test_logits_that_overflow_are_finite_where_they_are_masked(options):
-    """The products of these queries and keys are infinite or, as inf - inf, NaN."""
+    """The gradients are finite if the logits of masked keys overflow to infinity or NaN."""
     query = jnp.full((1, 6, 1, 32), 1e25).at[..., 1::2].multiply(-1)
     key = jnp.full((1, 6, 1, 32), 1e25).at[:, :3].set(1e-30)  # the last query sees only the first three keys
     value, segments = jnp.full_like(key, 3e38).at[:, :3].set(1), jnp.array([[0, 0, 0, 1, 1, 1]])
@@ -91,7 +91,10 @@ def test_no_keys_and_empty_sticks_merge_with_finite_gradients(options):
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
 def test_activations_of_large_hidden_units_have_finite_gradients(activation, implementation):
-    """The third power of 150 is too large for float16."""
+    """In float16, a hidden value of 150 gives finite outputs and gradients with every activation.
+
+    Some activations contain a third power, and 150^3 is too large for float16.
+    """
     x = jnp.asarray([[150.0, 1.0], [-150.0, 1.0]], jnp.float16)
     parts = 2 if activation in GATED else 1
     w_in = jnp.zeros((1, 2, parts), x.dtype).at[0, 0, 0].set(1).at[0, 1, parts - 1].add(parts - 1)

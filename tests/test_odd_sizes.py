@@ -1,4 +1,4 @@
-"""Sizes that are no multiple of a tile: the chosen implementation runs and agrees with the reference."""
+"""For sizes that are no multiple of a tile, dispatch chooses an implementation that agrees with the reference."""
 
 import jax
 import numpy as np
@@ -16,14 +16,17 @@ DECODING = *DECODED, "T=3, S=1001"
 
 @pytest.fixture
 def hopper(monkeypatch):
-    """Interpret kernels as on a Hopper GPU with two multiprocessors; more would only take more time."""
+    """Make dispatch choose as on a Hopper GPU with two multiprocessors, and interpret the chosen kernels.
+
+    More multiprocessors would only make the test slower.
+    """
     monkeypatch.setattr("pallas_kernels.platform.multiprocessors", lambda: 2)
     with platform.interpret():
         yield
 
 
 def chosen(case: Stick, dtype: str) -> str:
-    """Return what dispatch chooses for a call without `implementation`, and why."""
+    """Return which implementation dispatch chooses for an attention call that names none, and why, as a sentence."""
     sentence = explain("stick_breaking_attention", *case.arrays(dtype), **case.options())
     return sentence.removeprefix("stick_breaking_attention: ")
 
@@ -55,13 +58,16 @@ def test_decoding_with_an_odd_cache_is_the_reference(name, hopper):
 )
 def test_what_the_kernels_do_not_take_is_refused_before_one_is_chosen(case, dtype, hopper):
     assert chosen(case, dtype).startswith("xla")
-    with pytest.raises(NotImplementedError, match="cannot run this call by mosaic: takes .*; use xla or reference"):
+    with pytest.raises(NotImplementedError, match="call with implementation mosaic: takes .*; use xla or reference"):
         run("mosaic", case, dtype)
     compare(run(None, case, dtype), expected(case, dtype, False), dtype)
 
 
 def test_experts_without_a_name(hopper):
-    """A token has more choices than there are experts. All numbers are positive, so that no gates nearly cancel."""
+    """The chosen implementation of expert_mlp is correct if a token has more choices than there are experts.
+
+    All numbers are positive, so that sums over the choices do not cancel to nearly zero.
+    """
     check_mlp(Experts(T=131, k=2, E=1, D=7, F=5), None, dtype="bfloat16", positive=True)
 
 

@@ -1,4 +1,7 @@
-"""A run folder of version 0.1, in which modules had other names, can still be loaded and trained further."""
+"""A run folder that version 0.1 has written can still be loaded and trained further.
+
+Since then, modules have been renamed.
+"""
 
 import shutil
 from pathlib import Path
@@ -24,7 +27,10 @@ def test_it_loads(old_run):
 
 
 def test_it_trains_on(old_run):
-    """The parameters, the optimizer and the order of the data continue from the checkpoint."""
+    """Training continues from the old checkpoint: parameters, optimizer state and order of the data are restored.
+
+    The loss at step 4 is the loss that version 0.1 computed.
+    """
     result = fit(read_config(old_run).replace({"train.steps": 4}), str(old_run), quiet=True)
     assert result.finished
     losses = {row["step"]: row["loss"] for row in read_metrics(old_run)}

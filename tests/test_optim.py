@@ -1,4 +1,4 @@
-"""The Power schedule, compared with the numbers of its specification and its seven traps; muP, compared with AdamW."""
+"""Test the Power schedule against the numbers and the seven traps of its specification, and muP against AdamW."""
 
 import doctest
 import math
@@ -42,7 +42,12 @@ HALF_DIGIT = 5e-10  # the golden values are printed with nine decimals
 
 
 def place_in_decay(decay) -> float:
-    """Return the tolerance: in float32, n has an error of 6e-8 N and x of 6e-7; sqrt x at 0 has the root of that."""
+    """Return the tolerance for the learning rate in the decay, relative to the rate at its beginning.
+
+    `decay` is the shape of the decay. In float32 the token count n has an error of about 6e-8 of the run, so the
+    position x in the decay has an error of 6e-7. The shape "sqrt" uses sqrt(x), whose error at x = 0 is the root of
+    that.
+    """
     return 8e-4 if decay == "sqrt" else 2e-6
 
 
@@ -394,7 +399,7 @@ NORM = {"scale": Parameter("D", label="vector")}
 
 @pytest.fixture(autouse=True)
 def table(monkeypatch):
-    """Add the modules that this file defines to the table of parameters."""
+    """Add the modules of this file to the table of parameters, which the optimizer reads, during each test."""
     mine = {"Weights": WEIGHTS, "Norm": NORM, "Model": {"unembed": Parameter("D V", label="embedding")}}
     for module, rows in mine.items():
         monkeypatch.setitem(PARAMETERS, module, rows)
@@ -425,12 +430,15 @@ def test_unknown_names_are_not_guessed(monkeypatch):
     with pytest.raises(ValueError, match="blocks.attention.qeury .Weights.qeury. is not in the table of parameters"):
         label_tree(model)
     monkeypatch.setitem(PARAMETERS, "Norm", {"scale": Parameter("N H", label="vector")})
-    with pytest.raises(ValueError, match="norm.scale has 1 axes; the table of parameters says 'N H'"):
+    with pytest.raises(ValueError, match="norm.scale has 1 axes, but in the table of parameters its axes are 'N H'"):
         label_tree(Model())
 
 
 def mup_step(model, **changes):
-    """Return the first update for a gradient of ones, divided by the learning rate, by parameter name."""
+    """Return -update / learning rate of the first step for gradients of ones, as a dict by parameter name.
+
+    `changes` are fields of the config.
+    """
     changes = {"model.m_width": 4.0, "optim.peak_lr": 1e-3, "optim.schedule": "constant"} | changes
     tx = make_optimizer(Config().replace(changes), model)
     update = jax.jit(lambda model: tx.update(jax.tree.map(jnp.ones_like, model), tx.init(model), model))
@@ -440,7 +448,11 @@ def mup_step(model, **changes):
 
 @pytest.mark.parametrize("scale_decay", [False, True])
 def test_mup_learning_rates_and_decay_by_numbers(scale_decay):
-    """Adam's first step is the sign of the gradient: 1 + decay * p for each parameter, and a quarter for matrices."""
+    """With muP at m_width=4, each kind of parameter gets the right learning rate and weight decay.
+
+    Adam's first step is the sign of the gradient, so the expected step is 1 + decay * p for a parameter p. A matrix
+    gets a quarter of it, vectors get no decay, and frozen parameters get no step.
+    """
     found = mup_step(Model(), **{"optim.scale_decay": scale_decay, "optim.weight_decay": 0.1})
     matrix = (1 + 0.1 * 2.0 * (4 if scale_decay else 1)) / 4
     values = {"matrix": matrix, "vector": 1.0, "frozen": 0.0}
@@ -450,7 +462,7 @@ def test_mup_learning_rates_and_decay_by_numbers(scale_decay):
 
 
 def test_against_plain_adamw():
-    """With m_width = 1 and only matrices, the optimizer equals optax's AdamW after gradient clipping."""
+    """With m_width=1 and only matrices, five steps of the optimizer equal optax's gradient clipping and AdamW."""
     params = {"w_in": jnp.linspace(-1, 1, 6).reshape(2, 3)}
     config = Config().replace({"optim.schedule": "constant", "optim.peak_lr": 1e-2})
     ours = make_optimizer(config, params)

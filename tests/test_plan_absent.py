@@ -1,4 +1,7 @@
-"""The step of PowerMoE-3B, compiled with Mosaic for 64 absent H200s: its collectives, its memory, its work."""
+"""Test plans for absent GPUs: the step of PowerMoE-3B on 64 H200s with Mosaic, and small steps with Triton.
+
+The tests check the collectives, the memory and the FLOPs.
+"""
 
 import importlib.util
 import json
@@ -20,14 +23,14 @@ CHANGES = {"mesh.fsdp": 64, "train.accumulate": 4}
 
 @pytest.fixture(scope="module")
 def planned():
-    """The config, the absent machine, and the compiled step."""
+    """Return the config, a machine of 64 absent H200s, and the training step compiled for it."""
     config = load_config("configs/powermoe_3b.py").replace(CHANGES)
     machine = aot.absent_machine(chips.chip("h200"), 64, 8)
     return config, machine, aot.compile_step(config, machine)
 
 
 def test_nothing_is_gathered_beyond_the_strategy(planned):
-    """In every microbatch, each layer is gathered once forward and once backward, and the embedding once."""
+    """In every microbatch, fsdp gathers each layer at most once forward and once backward, and the embedding once."""
     config, _, step = planned
     gathers = [c for c in step.collectives if c.kind == "all-gather"]
     assert {(c.axes, c.devices) for c in gathers} == {(("fsdp",), 64)}
@@ -51,7 +54,7 @@ def test_bytes_are_exact(planned):
 
 
 def test_work_is_the_kernels_and_the_rest(planned):
-    """The work of the step equals the work of one device with the same rows: nothing is counted 64 times."""
+    """The FLOPs of the step on 64 devices equal those of one device with as many rows as each of the 64 has."""
     config, _, step = planned
     alone = config.replace({"mesh.fsdp": 1, "train.accumulate": config.data.B // 4})
     machine = aot.absent_machine(chips.chip("h200"), 1, 1)
@@ -63,7 +66,10 @@ def test_work_is_the_kernels_and_the_rest(planned):
 
 @pytest.mark.parametrize("gpu, hosts", [("a100-80", 1), ("b200", 2)])
 def test_a_step_of_triton_kernels(gpu, hosts, tmp_path, capsys):
-    """The implementation is named, so nothing else may run. Eight GPUs need shard_map, or the kernels would refuse."""
+    """`stickjax plan` compiles a step with Triton kernels for eight absent GPUs.
+
+    The config names triton, so no other implementation can be used. On eight GPUs the kernels need shard_map.
+    """
     path = tmp_path / "small.py"
     path.write_text(
         "from stickjax import Config, DataConfig, ExpertsConfig, ModelConfig\n"

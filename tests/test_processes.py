@@ -1,4 +1,4 @@
-"""Several processes train like one process, end together, and resume bitwise exactly."""
+"""Several processes on one or more machines train like one process, end together, and resume exactly."""
 
 import os
 import shutil
@@ -72,7 +72,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def eight(tmp_path_factory):
-    """The run folder after two steps by one process on eight devices."""
+    """Train two steps in one process with eight devices; return the run folder."""
     run = tmp_path_factory.mktemp("eight") / "run"
     fit(SMALL.replace({"train.steps": 2}), str(run), quiet=True)
     return run
@@ -80,7 +80,10 @@ def eight(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(eight, config, tmp_path_factory):
-    """The run folder after the next steps by two processes, which find each other by the variables of SLURM."""
+    """Train a copy of the run folder `eight` to its end in two processes; return the copy.
+
+    The processes find each other by the environment variables of SLURM.
+    """
     run = tmp_path_factory.mktemp("two") / "run"
     shutil.copytree(eight, run)
     slurm = dict(SLURM_JOB_ID="7", SLURM_NTASKS="2", SLURM_STEP_NODELIST="localhost")
@@ -96,7 +99,10 @@ def two(eight, config, tmp_path_factory):
 
 
 def test_they_train_as_one_whatever_their_number(eight, two, config, tmp_path, capsys):
-    """One process with eight devices, then two processes, then four on two machines give the losses of one device."""
+    """The losses do not depend on the number of processes.
+
+    One process with eight devices, then two processes, then four on two machines give the losses of one device.
+    """
     four, alone = shutil.copytree(two, tmp_path / "four"), shutil.copytree(eight, tmp_path / "alone")
     (tmp_path / "hosts").write_text("localhost\n" * 2)
     (tmp_path / "ssh").write_text('#!/bin/sh\nshift 2\nexec sh -c "$1"\n')  # ssh to this machine under two names
@@ -161,7 +167,7 @@ def get_config():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("--data.B=9", "error: 9 sequences (B / accumulate) must be a multiple of fsdp=2"),
+        ("--data.B=9", "error: B / accumulate = 9 sequences must be a multiple of the mesh size fsdp=2"),
         (None, "error: process 1: data.path='not-on-this-machine' does not exist"),
     ],
     ids=["all", "one"],
@@ -207,10 +213,10 @@ def test_bad_commands_are_one_clear_line(capsys, config, monkeypatch):
     for name in ("SIZE", "RANK", "LOCAL_RANK"):
         monkeypatch.delenv(f"OMPI_COMM_WORLD_{name}")
     for environment, message in (
-        ({"PMI_SIZE": "2", "PMI_RANK": "1"}, "PMI_RANK=1 of PMI_SIZE=2: nothing says where process 0 listens"),
+        ({"PMI_SIZE": "2", "PMI_RANK": "1"}, "PMI_RANK=1 of PMI_SIZE=2: the address of process 0 is unknown"),
         ({"PMI_SIZE": "2", "PMI_RANK": "2"}, "process 2 of 2"),
-        ({"PMIX_RANK": "0"}, "PMIX_RANK=0: this may be one of several processes"),
-        ({"WORLD_SIZE": "2", "RANK": "0"}, "RANK=0: this may be one of several processes"),
+        ({"PMIX_RANK": "0"}, "PMIX_RANK=0 in the environment: this may be one of several processes"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "RANK=0 in the environment: this may be one of several processes"),
         ({"WORLD_SIZE": "two", "RANK": "0"}, "WORLD_SIZE='two' in the environment must be a whole number"),
     ):
         with monkeypatch.context() as patch:
@@ -220,7 +226,10 @@ def test_bad_commands_are_one_clear_line(capsys, config, monkeypatch):
 
 
 def test_the_process_manager_of_mpich_shares_an_address():
-    """The test plays the process manager of PMI version 1: after the barrier, all processes get the stored value."""
+    """With MPICH's process manager, all processes receive the coordinator's address, which the first process stores.
+
+    The test answers as the process manager does (PMI version 1).
+    """
     ours, theirs = zip(*(socket.socketpair() for _ in range(2)), strict=True)
     store, barrier = {}, threading.Barrier(2)
 

@@ -1,4 +1,4 @@
-"""docs/reference/proven.md agrees with the lists of tests: how every Mosaic call is tested."""
+"""docs/reference/proven.md says for every call of the Mosaic kernels how it is tested, and agrees with the tests."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ column "executed as PTX" has shapes instead of "yes", the call was executed with
 
 
 def names_of(test, argument: str = "name") -> list[str]:
-    """Return the values of an argument with which a test is parametrized."""
+    """Return the values with which pytest parametrizes the argument `argument` of `test`."""
     marks = (mark for mark in test.pytestmark if mark.name == "parametrize" and mark.args[0] == argument)
     return [value for mark in marks for value in mark.args[1]]
 
@@ -62,7 +62,10 @@ def executed() -> set[str]:
 
 
 def on_a_chip() -> dict[str, str]:
-    """Return the chips on which each call passed, from the result files of GPU runs."""
+    """Return a dict from the name of a call to the GPU on which it gave correct results.
+
+    The result files of the GPU benchmark contain these facts.
+    """
     passed: dict[str, str] = {}
     for path in sorted((ROOT / "benchmarks" / "results").glob("nvidia-*.json")):
         found = json.loads(path.read_text())
@@ -91,7 +94,10 @@ def page() -> str:
 
 
 def test_the_page_is_what_the_tests_run():
-    """If this fails, `python tests/test_proven.py` writes the page again."""
+    """docs/reference/proven.md equals the page that the tests' lists give.
+
+    After a change, `python tests/test_proven.py` writes the page again.
+    """
     assert PAGE.read_text() == page()
 
 
@@ -101,7 +107,7 @@ def test_every_kind_of_call_is_executed(name):
 
 
 def test_every_call_is_lowered_or_executed():
-    """A call that is executed is also lowered and compiled."""
+    """Every call that Mosaic supports is executed as PTX, which includes lowering and compiling it."""
     lacks = {f"small {name}" for name in test_kernels.LACKS["mosaic"]}
     assert set(CALLS) - lacks <= executed()
 

@@ -1,4 +1,7 @@
-"""The calls that check a GPU first, executed by the PTX machine and compared with the reference."""
+"""Test the same kernel calls as the GPU benchmark does, with the PTX machine instead of a GPU.
+
+The machine executes the compiled kernels on a CPU, and the tests compare the results with the reference.
+"""
 
 import dataclasses
 
@@ -58,7 +61,10 @@ def test_a_call_is_the_reference(name, monkeypatch):
 
 @pytest.mark.parametrize("name", ["skip", "skip, H=64, grouped, packed"])
 def test_a_smaller_call_still_stops_early(name):
-    """One head of the call skips key tiles, and another head computes all of them."""
+    """The calls with early exit, made smaller for the PTX machine, still skip key tiles in one head.
+
+    Another head computes all key tiles.
+    """
     case = smaller(name)
     options = case.options() | dict(tiles=(64, 64), implementation="xla", return_stats=True)
     stats = stick_breaking_attention(*case.arrays(jax.random.key(0)), **options)[-1]

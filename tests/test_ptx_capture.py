@@ -1,4 +1,7 @@
-"""The launch data that the PTX machine gets: parameters, tensor maps and barriers. A stub replaces the machine."""
+"""Test how the PTX machine gets its input: program, parameters, tensor maps and barriers of each kernel of a function.
+
+A stub replaces the execution of the kernels.
+"""
 
 import contextlib
 import importlib.util
@@ -105,7 +108,7 @@ def test_host_code_of_another_kind_is_an_error(old, new, message):
 
 
 def test_kernels_get_the_arrays_of_the_function_and_their_results_go_on():
-    """Two kernels run one after the other; the second reads the output of the first."""
+    """Two kernels of one function run one after the other, and the second gets the output of the first."""
     case, launches = Stick(T=70, N=1, H=32), []
 
     def launch(program, arrays):
@@ -153,7 +156,10 @@ def test_an_error_of_the_machine_comes_before_what_follows_from_it():
 
 
 def test_barriers_have_names_in_the_order_in_which_they_are_initialised(monkeypatch):
-    """With two warpgroups, the barriers `used` and `full` expect the same number of arrivals, so they are equal."""
+    """Each barrier gets its right name, also if two barriers are of one type and Mosaic initialises them together.
+
+    With two warpgroups, the barriers `used` and `full` expect the same number of arrivals, so their types are equal.
+    """
     initialised, handed_out = [], []
     initialize, reserve = DialectBarrierRef.initialize, lowering.ModuleContext.reserve_barrier
 

@@ -1,4 +1,7 @@
-"""The PTX machine finds faults that are planted in a correct kernel, the kept forward pass of attention."""
+"""The PTX machine reports faults that the tests plant into a correct kernel.
+
+The kernel is the forward pass of attention whose PTX is stored in tests/ptx/kept.
+"""
 
 import re
 
@@ -16,7 +19,10 @@ CASE = kept.attention()
 
 
 def error(change=lambda program: program) -> float:
-    """Return the relative error of the output after a change of the program."""
+    """Run the kernel after a change; return the relative error of its output.
+
+    `change` is a function from a Program to a changed Program.
+    """
     out = capture.run(
         CASE.function,
         *CASE.arrays,
@@ -28,7 +34,10 @@ def error(change=lambda program: program) -> float:
 
 
 def replaced(pattern: str, new: str, first: int = 0, count: int | None = 1):
-    """Return a change that replaces `count` matches in the PTX, starting at match number `first`; None: all of them."""
+    """Return a change of the PTX that replaces matches of the regular expression `pattern` by `new`.
+
+    It replaces `count` matches, beginning with match number `first`; all of them if `count` is None.
+    """
 
     def change(program):
         matches = list(re.finditer(pattern, program.ptx))[first:]
@@ -42,7 +51,10 @@ def replaced(pattern: str, new: str, first: int = 0, count: int | None = 1):
 
 
 def changed_map(place: int, **changes):
-    """Return a change of a tensor map; the value of each field is a function of the old map."""
+    """Return a change of tensor map number `place`.
+
+    `changes` gives for each changed field a function from the old tensor map to the new value.
+    """
 
     def change(program):
         *rest, maps = program.parameters
@@ -54,7 +66,7 @@ def changed_map(place: int, **changes):
 
 
 def arrivals(place: int, more: int):
-    """Return a change that makes mbarrier number `place` expect `more` arrivals."""
+    """Return a change of the PTX after which mbarrier number `place` expects `more` more arrivals than before."""
 
     def change(program):
         inits = re.findall(r"(mbarrier\.init\S* \[%r\d+\], )(%r\d+);", program.ptx)
@@ -68,7 +80,10 @@ def arrivals(place: int, more: int):
 
 
 def skip_the_wait_before(pattern: str):
-    """Return a change that removes the wait for the copies which an instruction reads."""
+    """Return a change that removes the last mbarrier wait before the instruction that matches `pattern`.
+
+    The instruction then reads shared memory before the copies into it are complete.
+    """
 
     def change(program):
         end = re.search(pattern, program.ptx).start()
@@ -143,7 +158,7 @@ def _keys_and_values_in_one_place(ptx: str) -> str:
 
 
 def _another_sum(ptx: str) -> str:
-    """Read the second register of the first product instead of the first register."""
+    """Change the PTX so that one instruction reads the second register of the first product instead of the first."""
     first, second = re.search(r"wgmma\.mma_async\S* \{(%r\d+),(%r\d+)", ptx).groups()
     changed, count = re.subn(rf"(mul\.f32 \t%r\d+, %r\d+), {first};", rf"\1, {second};", ptx, count=1)
     assert count
@@ -170,7 +185,10 @@ def test_a_deadlock_names_the_barrier_and_who_waits():
 
 @pytest.mark.skipif(not HAS_WHEELS, reason="needs the CUDA wheels and no GPU: make test-ptx")
 def test_a_reduction_of_two_warpgroups_through_one_scratch_is_a_race(monkeypatch):
-    """`mosaic_shims.any_at_most` exists to avoid this race."""
+    """The machine reports a race if two warpgroups reduce through the same scratch memory.
+
+    `mosaic_shims.any_at_most` exists to avoid this; the test replaces it by jnp.min.
+    """
     rng = np.random.default_rng(0)
     arrays = [jnp.asarray(rng.standard_normal((1, 330, 1, 32)), jnp.bfloat16) for _ in range(3)]
 

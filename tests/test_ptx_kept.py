@@ -1,4 +1,7 @@
-"""The kernels that are kept as PTX: the machine executes them, and they equal the current kernels."""
+"""Test the kernels whose PTX is stored in tests/ptx/kept.
+
+The PTX machine computes correct results with them, and compiling the current kernels gives the same PTX.
+"""
 
 import importlib.util
 
@@ -33,6 +36,6 @@ def test_the_machine_computes_with_a_kept_kernel_what_the_reference_does(name):
 @pytest.mark.skipif(not has_wheels, reason="needs the CUDA wheels and no GPU: make test-ptx")
 def test_kept_kernels_are_the_current_ones(capsys):
     if any(kept.made_with(name) != kept.makers() for name in NAMES):
-        pytest.skip("other versions compile to other PTX")
+        pytest.skip("the stored PTX was made with other versions of the compiler")
     assert kept.main(["--check"]) == 0, capsys.readouterr().err
     assert sorted(kept.current()) == NAMES

@@ -1,4 +1,4 @@
-"""The PTX machine runs small handwritten kernels: warps, barriers, and every kind of fault."""
+"""The PTX machine runs small handwritten programs correctly, and reports every kind of fault in them."""
 
 import numpy as np
 import pytest
@@ -14,14 +14,21 @@ def words(n: int) -> np.ndarray:
 
 
 def each_thread(body: str, threads: int = 32, **options) -> np.ndarray:
-    """Run a body and return the final value of %r59 in every thread."""
+    """Run a body of PTX and return the final value of register %r59 in every thread.
+
+    `options` are arguments of `written.run`.
+    """
     out = words(threads)
     written.run(f"{MINE} {body} add.s64 %d51, %d0, %d50; st.global.b32 [%d51], %r59;", out, threads=threads, **options)
     return out
 
 
 def test_lanes_leave_a_loop_one_by_one_and_meet_again():
-    """Each lane counts Collatz steps, which differ per lane; then the lanes of a warp add their counts."""
+    """Lanes that leave a loop after different numbers of rounds execute the instruction after the loop together.
+
+    Each lane counts the Collatz steps of its number in the loop. After it, neighbouring lanes exchange their counts by
+    a shuffle.
+    """
     out = each_thread(
         """mov.u32 %r59, 0; add.u32 %r1, %r60, 1;
         NEXT: setp.eq.u32 %p1, %r1, 1; @%p1 bra DONE;
@@ -56,7 +63,11 @@ def test_shuffles_stay_in_their_segment(how, by, clamp):
 
 
 def test_votes_and_the_elected_lane_are_of_the_lanes_that_take_part():
-    """Only the upper half of the warp votes. The lower half, whose predicates are set, is at another instruction."""
+    """Votes and elections count only the lanes that take part.
+
+    The upper half of the warp votes, while the lower half, whose predicates are true, has jumped to another
+    instruction.
+    """
     vote = """setp.ne.u32 %p1, %r62, 20; mov.u32 %r59, 0; setp.lt.u32 %p2, %r62, 16; @%p2 bra END;
         {} END:"""
     ballot = each_thread(vote.format("vote.sync.ballot.b32 %r59, %p1, 0xffff0000;"))
@@ -78,7 +89,10 @@ VOTES = [("or", 1, 0, 1), ("or", 0, 0, 0), ("and", 0, 1, 0), ("and", 1, 1, 1)]
 
 @pytest.mark.parametrize("how, one, others, want", VOTES)
 def test_a_barrier_counts_the_votes_of_all_its_warps(how, one, others, want):
-    """Two warpgroups vote, and thread 200 may differ. A first vote on the opposite must not affect the second vote."""
+    """bar.red combines the predicates of all 256 threads, and begins anew at its next use.
+
+    Thread 200 votes `one`, all other threads `others`. A vote with the opposite values comes first and must not matter.
+    """
     out = each_thread(
         f"""setp.eq.u32 %p1, %r60, 200; selp.u32 %r1, {one}, {others}, %p1; setp.ne.u32 %p2, %r1, 0;
         bar.red.{how}.pred %p3, 2, 256, !%p2; bar.red.{how}.pred %p3, 2, 256, %p2; selp.u32 %r59, 1, 0, %p3;""",
@@ -103,7 +117,10 @@ def test_two_warps_need_a_barrier_to_exchange_numbers():
 
 
 def reduction(stride: int) -> str:
-    """Return a body in which the four warps of a warpgroup add a number of each warp through 16 bytes."""
+    """Return a body of PTX in which the four warps of each warpgroup add one number per warp through 16 bytes.
+
+    `stride`: the distance between the bytes of two warpgroups; below 16, they overlap.
+    """
     return f"""shr.u32 %r1, %r61, 2; mad.lo.u32 %r2, %r1, {stride}, %r63; and.b32 %r3, %r61, 3; shl.b32 %r3, %r3, 2;
         add.u32 %r4, %r2, %r3; add.u32 %r5, %r1, 1; setp.eq.u32 %p1, %r62, 0;
         @%p1 st.shared.b32 [%r4], %r61; bar.sync %r5, 128; ld.shared.v4.b32 {{%r10, %r11, %r12, %r13}}, [%r2];
@@ -117,7 +134,10 @@ def test_two_warpgroups_may_not_reduce_through_the_same_bytes():
 
 
 def test_warps_of_a_unit_reach_a_barrier_at_different_times():
-    """Warps 4 and 5 wait for warps 0 to 3, while warps 6 and 7 are already at the barrier."""
+    """Warps of one unit can be at different barriers: some already at bar.sync, others still at an mbarrier.
+
+    Warps 4 and 5 wait for arrivals of warps 0 to 3, while warps 6 and 7 are already at bar.sync.
+    """
     body = """setp.eq.u32 %p0, %r60, 0; @%p0 mbarrier.init.shared.b64 [%r63+1024], 128; bar.sync 0;
         shr.u32 %r1, %r61, 1; setp.ne.u32 %p1, %r1, 2; @%p1 bra OTHERS;
         WAIT: mbarrier.try_wait.parity.shared.b64 %p2, [%r63+1024], 0; @!%p2 bra WAIT;
@@ -145,7 +165,10 @@ def test_warps_that_wait_at_different_mbarriers_learn_different_things():
 
 
 def test_warps_of_a_unit_pass_an_mbarrier_one_after_the_other():
-    """Warp 1 waits for warp 0, and warp 0 waits at the same instruction for warp 2."""
+    """Two warps that wait at the same instruction for different mbarriers can pass it at different times.
+
+    Warp 0 waits for warp 2, and warp 1 waits for warp 0.
+    """
     body = """setp.eq.u32 %p0, %r60, 0; @!%p0 bra READY;
         mbarrier.init.shared.b64 [%r63+1024], 32; mbarrier.init.shared.b64 [%r63+1032], 32;
         READY: bar.sync 0; shl.b32 %r2, %r61, 3; add.u32 %r2, %r2, %r63; setp.eq.u32 %p1, %r61, 2; @%p1 bra SIGNAL;

@@ -1,4 +1,4 @@
-"""The results of single instructions of the PTX machine, compared with Python's integers and floats."""
+"""Single instructions of the PTX machine give the results of Python's integers and floats."""
 
 import itertools
 import math
@@ -34,7 +34,7 @@ def flushed(x):
 
 
 def number(function):
-    """Wrap a function of floats so that it returns NaN where Python raises an error."""
+    """Wrap a function of floats, so that it returns NaN where Python would raise an error."""
 
     def run(*values):
         try:
@@ -86,7 +86,7 @@ def by_table(table):
 
 
 def half(kind, x):
-    """Return the bits of a 16-bit float. NaN is always 0x7fff, as on the chip."""
+    """Return the bits of x as a 16-bit float of type `kind`; NaN is always 0x7fff, as on the chip."""
     with np.errstate(over="ignore"):
         return 0x7FFF if math.isnan(x) else int(np.array(x, np.float32).astype(kind).view(np.uint16))
 

@@ -1,4 +1,4 @@
-"""The PTX machine copies boxes and loads matrix fragments, with the same results as NumPy indexing."""
+"""Test the PTX machine's copies of boxes, matrix fragments and matrix products against NumPy."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,10 @@ MINE = "shl.b32 %r50, %r60, 2; cvt.u64.u32 %d50, %r50;"
 @pytest.mark.parametrize("swizzle", [16, 32, 64, 128])
 @pytest.mark.parametrize("row, column", [(2, 0), (-3, -8), (15, 72)])
 def test_boxes_at_the_edges_are_swizzled_both_ways(swizzle, row, column):
-    """A box of 8 rows is copied to shared memory, read there in its swizzled order, and copied to another array."""
+    """A box that lies partly outside its array is copied correctly to shared memory and back, with every swizzle.
+
+    Elements outside are zero in shared memory and are not written back. The bytes in shared memory are checked too.
+    """
     source = np.arange(20 * 80, dtype=np.uint16).reshape(20, 80) + 1
     width = swizzle // 2
     seen, copy = np.zeros(8 * width, np.uint16), np.zeros_like(source)
@@ -72,7 +75,10 @@ def test_a_fragment_needs_the_whole_warp():
 
 @pytest.mark.parametrize("kind", ["f16", "bf16", "tf32"])
 def test_a_product_of_a_warp(kind):
-    """The numbers are small integers, which every type represents, so the sums are exact."""
+    """The instruction mma computes A @ B + C for every type, with the fragments in the layout of the chip.
+
+    The numbers are small integers, so the result is exact.
+    """
     rng = np.random.default_rng(0)
     depth = 8 if kind == "tf32" else 16
     a, b, c = rng.integers(-8, 8, (16, depth)), rng.integers(-8, 8, (depth, 8)), rng.integers(-8, 8, (16, 8))

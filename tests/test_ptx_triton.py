@@ -1,4 +1,4 @@
-"""Compiled Triton kernels: how they are launched, and what the PTX machine computes when it runs them."""
+"""Test compiled Triton kernels in the PTX machine: how they are launched, and that their results are correct."""
 
 import jax.numpy as jnp
 import numpy as np

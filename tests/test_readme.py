@@ -1,4 +1,4 @@
-"""The README is short and shows the pages; two pages of docs/contributing hold for this very tree."""
+"""The README is short and links to the pages of docs, and two pages of docs/contributing agree with the sources."""
 
 import os
 import re

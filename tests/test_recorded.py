@@ -1,4 +1,7 @@
-"""The chosen implementations are recorded while a step is traced: for every family, on a mesh, and repeatedly."""
+"""While a step is traced, dispatch records which implementations its ops chose.
+
+This works for every family, on a mesh, and when JAX reuses an earlier trace.
+"""
 
 import threading
 
@@ -71,7 +74,10 @@ def test_records_are_nested_and_each_thread_has_its_own():
 
 @pytest.mark.parametrize("kind", ["Explicit", "Auto", "alone"])
 def test_what_jax_has_traced_before_is_recorded_again(kind):
-    """On a mesh, an op jits a part of itself. JAX caches that trace, but the second step must be recorded too."""
+    """A choice is recorded again when JAX uses a cached trace instead of tracing the op again.
+
+    On a mesh, an op jits a part of itself, and JAX caches the trace of this part.
+    """
     x = X + 0
     if kind != "alone":
         mesh = jax.make_mesh((2,), ("a",), axis_types=(getattr(jax.sharding.AxisType, kind),))
@@ -86,7 +92,7 @@ def test_what_jax_has_traced_before_is_recorded_again(kind):
 
 
 def recorded_step(config: Config) -> list[str]:
-    """Trace a step as the training does, without arrays, and return the recorded lines."""
+    """Trace a training step without arrays; return the recorded choices as lines of text."""
     mesh = make_mesh(config)
     state, batch = aot.abstract_arguments(config, mesh, jax.devices()[0])
     with dispatch.recorded() as choices:
@@ -152,6 +158,6 @@ def test_a_dry_run_says_the_same(capsys):
 
 
 def test_a_kernel_that_cannot_run_leaves_no_folder(tmp_path):
-    with pytest.raises(NotImplementedError, match="by mosaic: needs compute capability"):
+    with pytest.raises(NotImplementedError, match="implementation mosaic: needs compute capability"):
         fit(DECODER.replace({"model.implementation": "mosaic"}), str(tmp_path / "run"), quiet=True)
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""The names of the previous version still work, and a message tells the new name."""
+"""The names of the previous version still work, and a message says the new name."""
 
 import dataclasses
 import importlib
@@ -35,7 +35,10 @@ def test_other_names_are_not_found():
 
 
 def test_former_names_of_fields_are_accepted(tmp_path, caplog):
-    """In Python and on the command line, a line tells the new name. The config of an old run is read without one."""
+    """An old name of a config field works in Python and on the command line, with a message that says the new name.
+
+    In the stored config of an old run it works without a message.
+    """
     with pytest.warns(FutureWarning, match="learn is now trainable; the next version removes the old name"):
         config = OptimConfig(learn="*,!embed")
     assert config.trainable == "*,!embed"
@@ -85,7 +88,10 @@ BEFORE = [
 
 @pytest.mark.parametrize("stored, expected", BEFORE, ids=["both", "heads", "dense", "sut"])
 def test_a_stored_model_of_the_version_before_is_read(stored, expected, caplog):
-    """A value for all experts applies to all mixtures of the model. No line is printed, because the file stays."""
+    """A model config that the previous version has stored is read as the config that it means today, without a message.
+
+    Old fields that held for all experts, such as bias_rate, are now fields of each mixture of experts.
+    """
     assert Config.from_dict({"model": stored}).model == expected and not caplog.messages
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")

@@ -1,4 +1,7 @@
-"""A run folder can be moved: it contains its tokenizer, and it identifies its text by a hash, never by a path."""
+"""A run folder can be moved or copied.
+
+It contains its tokenizer, and it recognises its training text by a hash and not by a path.
+"""
 
 import json
 import shutil
@@ -30,7 +33,7 @@ MOVED = "lr[0.1] :x: 100%"  # it looks like a glob pattern, a terminal style, an
 
 
 def write_tokenizer(path: Path, reverse=False) -> None:
-    """Write a tokenizer in which each letter is a token; `reverse` gives the letters other ids."""
+    """Write a tokenizer.json in which each byte is a token; with `reverse`, the bytes have other ids."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet(), reverse=reverse)
     tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -41,7 +44,7 @@ def write_tokenizer(path: Path, reverse=False) -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A project folder in which two steps were trained, with relative paths."""
+    """Make a project folder with text and a tokenizer, train a run of two steps in it, and return the folder."""
     folder = tmp_path_factory.mktemp("project")
     (folder / "text").mkdir()
     for i in range(3):
@@ -55,7 +58,10 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def project(trained, tmp_path, monkeypatch):
-    """A copy of the project folder, in which the test runs; its config names no path of the original."""
+    """Return a copy of the project folder `trained`, which is the current folder during the test.
+
+    The config of its run does not name the path of the original.
+    """
     folder = shutil.copytree(trained, tmp_path / "project")
     tree = json.loads((folder / "run/config.json").read_text().replace(str(trained), str(folder)))
     (folder / "run/config.json").write_text(json.dumps(tree))
@@ -116,7 +122,7 @@ def test_a_run_goes_on_where_its_text_lies_now(project, tmp_path, monkeypatch, c
     (project / "tokenizer.json").unlink()
     monkeypatch.chdir(tmp_path)
     words = (f"{MOVED}/config.json", "--run", MOVED, "--train.steps=4")
-    assert "does not exist; --data.path=PATH says where it is" in refused(capsys, main, *words)
+    assert "does not exist; give the right path by --data.path=PATH" in refused(capsys, main, *words)
     assert "--data.path=PATH" in refused(capsys, evaluate.main, MOVED)
     assert f"resuming {tmp_path}/{MOVED}@2\n" in said(capsys, main, *words, "--data.path=texts")
     assert [row["step"] for row in read_metrics(MOVED)] == [1, 2, 3, 4]
@@ -128,7 +134,10 @@ def test_a_run_goes_on_where_its_text_lies_now(project, tmp_path, monkeypatch, c
 
 
 def test_a_run_of_before_is_read(project, capsys):
-    """A run of an earlier version, without its own tokenizer.json and without the hash."""
+    """A run of an earlier version can be used and trained further.
+
+    It has neither its own tokenizer.json nor the hash of its text. The training adds the tokenizer.json.
+    """
     abstract = jax.eval_shape(lambda: init_state(SMALL, jax.random.key(0)))
     _, state, extra = Checkpoints("run").restore(abstract)
     del extra["tokenizer"]

@@ -1,4 +1,4 @@
-"""Grouped GEMMs of the experts: every implementation, compared with a loop over experts in numpy, fp64."""
+"""Test every implementation of the experts' grouped GEMMs against a NumPy loop over the experts in float64."""
 
 import math
 from functools import lru_cache, partial
@@ -42,7 +42,10 @@ ACTIVATIONS = (*POINTWISE, *GATED)
 
 
 def _activate(name, h):
-    """Return act(h), and its vjp: the function from the cotangent of act(h) to the cotangent of h."""
+    """Return act(h) for the activation `name`, and its vjp: a function from the cotangent of act(h) to that of h.
+
+    `h` is [rows, columns]. A gated activation takes the gate and the value from the two halves of the columns.
+    """
     f = POINTWISE[GATED.get(name, name)]
 
     def slope(x):
@@ -55,7 +58,10 @@ def _activate(name, h):
 
 
 def loop_linear(x, weight, bias, indices, dy):
-    """Return y, dx, d_weight and d_bias for rows x, each of which has one expert."""
+    """Return y, dx, d_weight and d_bias of a linear map per expert, for the cotangent `dy` of y.
+
+    Row r uses the expert e = indices[r]: y[r] = x[r] @ weight[e] + bias[e]. A row whose index is no expert gives zeros.
+    """
     y, dx, d_weight, d_bias = (np.zeros(s) for s in (dy.shape, x.shape, weight.shape, bias.shape))
     for e in range(len(weight)):
         rows = indices == e
@@ -66,7 +72,10 @@ def loop_linear(x, weight, bias, indices, dy):
 
 
 def loop_mlp(x, w_in, w_out, gates, b_in, b_out, indices, activation, d_out):
-    """Return the output, and the gradients of the first six arguments."""
+    """Return the output of the expert networks, and for the cotangent `d_out` the gradients of the first six arguments.
+
+    The gradients come in the order x, w_in, w_out, gates, b_in, b_out. `indices` [T, k] are the experts of each token.
+    """
     T, k = indices.shape
     flat, slots = indices.reshape(-1), np.repeat(x, k, 0)
     h, *_ = loop_linear(slots, w_in, b_in, flat, np.zeros((T * k, w_in.shape[2])))
@@ -85,7 +94,10 @@ MLP_NAMES = "out", "x", "w_in", "w_out", "gates", "b_in", "b_out"
 
 @lru_cache
 def mlp_inputs(case: Experts, activation: str, dtype="float32", positive=False):
-    """Return x, w_in, w_out, gates, b_in, b_out and the cotangent, rounded to `dtype`."""
+    """Return random x, w_in, w_out, gates, b_in, b_out and a cotangent of the output, of type `dtype`.
+
+    `case` gives the sizes. If `positive`, all numbers are positive.
+    """
     rng = np.random.default_rng(0)
     width = case.F * (2 if activation in GATED else 1)
     shapes = {
@@ -146,7 +158,10 @@ def test_half_precision(dtype, implementation):
 
 
 def test_sums_over_many_blocks_are_not_rounded_to_half_precision():
-    """One expert has the rows of 400 blocks. If its gradient were summed in bf16, the error would be 5e-2."""
+    """For bfloat16 inputs, the gradient of a weight is summed in float32 over all blocks of rows.
+
+    One expert has the rows of 400 blocks. A sum in bfloat16 would have an error of 5e-2.
+    """
     case = Experts(T=6400, k=2, E=400, D=4, F=4)
     check_mlp(case, "xla", "relu2", "bfloat16", np.zeros((6400, 2), np.int32), positive=True)
 
@@ -158,7 +173,10 @@ def test_double_precision(implementation, x64):
 
 @pytest.mark.parametrize("E", [2, 3])
 def test_many_rows_are_taken_in_pieces(E):
-    """The first expert has most rows, more than the pieces hold, and a quarter of the tokens have halted."""
+    """The XLA implementation is correct if it computes the rows in several pieces.
+
+    The first expert has most of the rows, more than the pieces hold. A quarter of the tokens have no expert.
+    """
     case = Experts(T=1300 * E, k=1, E=E, D=4, F=4)
     T = np.arange(case.T)[:, None]
     assert xla.plan(case.rows, E).pieces > 1
@@ -176,7 +194,10 @@ def test_only_pieces_with_rows_run():
 
 
 def test_the_cases_reach_both_parts_of_the_algorithm():
-    """There are cases with only the joint part, with only the loop, and with both."""
+    """The test cases use both parts of the XLA implementation, each alone and both in one call.
+
+    One part computes the first rows of all experts together; the other is a loop over the rows that remain.
+    """
     reached = set()
     for case in EXPERTS.values():
         if case.T:
@@ -295,7 +316,10 @@ def test_routing_is_a_stable_sort(name, wide, monkeypatch):
 
 
 def test_routing_of_many_rows_does_not_pack():
-    """If (E + 1) * T * k >= 2^31, expert and pair do not fit into one int32."""
+    """`route` sorts pairs that are packed into one int32 only if they fit, and uses argsort otherwise.
+
+    A packed number holds the expert and the index of the (token, choice) pair, so (E + 1) * T * k must be below 2^31.
+    """
 
     def packs(T, E):
         indices = jax.ShapeDtypeStruct((T, 8), jnp.int32)
@@ -316,7 +340,10 @@ TRANSFORMATIONS = {
 @pytest.mark.parametrize("T", [5, 60])
 @every_implementation
 def test_transformations(implementation, T):
-    """The transformations apply to all arguments at once, including the indices, and gradients are taken."""
+    """Values and gradients under vmap, scan and checkpoint equal those of separate calls.
+
+    All arguments are mapped at once, including the expert indices.
+    """
     cases = Experts(T=T, E=4, share=0.5), Experts(T=T, E=4, used=2)
     indices = jnp.stack([case.indices() for case in cases])
     inputs = [jnp.stack([x, 0.5 * x]) for x in mlp_inputs(cases[0], "swiglu")[:4]]
@@ -353,7 +380,10 @@ def _equations(jaxpr):
 
 
 def test_the_work_does_not_grow_with_the_number_of_experts():
-    """No intermediate has about T * E rows. There is no dense product and no ragged_dot, which is dense by default."""
+    """No array in forward and backward pass has about T * E rows, so the work does not grow with E.
+
+    The program has no ragged_dot, which computes all experts for all rows by default.
+    """
     T, E, k, D, F = 2048, 64, 2, 64, 64
     shapes = (T, D), (E, D, 2 * F), (E, F, D), (T, k)
     inputs = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
@@ -372,7 +402,10 @@ def test_the_work_does_not_grow_with_the_number_of_experts():
 
 @every_implementation
 def test_traced_indices_outside_of_the_experts_are_no_expert(implementation):
-    """Such indices contribute nothing to the output, and their gates and rows get no gradient."""
+    """Traced expert indices outside of 0 to E-1 mean "no expert", as the index E does.
+
+    They contribute nothing to the output, and their gates and rows get no gradient.
+    """
     case = Experts(T=6, E=5)
     *inputs, d_out = mlp_inputs(case, "swiglu")
     clean = case.indices()
@@ -395,7 +428,10 @@ def test_indices_of_any_integer_type(dtype):
 
 @pytest.mark.parametrize("D", [8, xla._WIDE])
 def test_the_backward_pass_keeps_the_inputs_and_in_wide_models_the_pre_activation(D):
-    """A remat policy can name the pre-activation."""
+    """The backward pass saves only the inputs and the routing and, if D is large, also the pre-activation.
+
+    A remat policy can name the pre-activation to save it.
+    """
     T, F, E, k = 6, 20, 4, 2
     routing = route(np.array([[0, 1], [1, 2], [3, 0], [0, 3], [2, 1], [1, 0]]), E)
     rng = np.random.default_rng(0)
@@ -407,7 +443,10 @@ def test_the_backward_pass_keeps_the_inputs_and_in_wide_models_the_pre_activatio
         return expert_mlp(*arguments[:3], routing, arguments[3], implementation="xla")
 
     def pre_activations(f):
-        """Return how many residuals have the pre-activation's shape; only inputs and routing may be kept besides."""
+        """Return how many arrays of the pre-activation's shape f saves for its backward pass.
+
+        Other saved arrays must have the shape of an input or of the routing.
+        """
         inputs = {a.shape for a in (x, w_in, w_out, gates, gates.reshape(-1, 1), *jax.tree.leaves(routing))}
         shapes = [a.shape for a in jax.tree.leaves(jax.vjp(f, x, w_in, w_out, gates)[1])]
         other = [s for s in shapes if s not in inputs and np.prod(s) > 1]

@@ -1,4 +1,7 @@
-"""Steps on several devices equal steps on one device: losses, statistics, gradients, and runs that change the mesh."""
+"""Training steps on several devices equal steps on one device, also if a run changes its mesh.
+
+The tests compare losses, statistics, gradients and parameters.
+"""
 
 import dataclasses
 import functools
@@ -63,7 +66,10 @@ def mesh_of(config):
 
 
 def batches(config):
-    """Yield batches of packed documents; one sequence has fewer targets than the others."""
+    """Yield one batch of packed documents for each training step.
+
+    One sequence has far fewer targets than the others, so that a mean per device would be wrong.
+    """
     rng = np.random.default_rng(0)
     for _ in range(config.train.steps):
         tokens = rng.integers(0, config.model.vocabulary, (config.data.B, config.data.T + 1), np.int32)
@@ -74,7 +80,10 @@ def batches(config):
 
 
 def trained(config):
-    """Return the metrics of every step, the gradients of the first step, and the last state."""
+    """Train on `batches(config)`; return the metrics of every step, the first step's gradients, and the last state.
+
+    The gradients are multiplied by a constant, because they are read from Adam's first moment.
+    """
     mesh = mesh_of(config)
     state, places = init_state(config, jax.random.key(0)), None
     if mesh is not None:
@@ -95,7 +104,10 @@ def alone(config):
 
 
 def assert_same(config, expected):
-    """Compare losses and statistics of all steps, first gradients, and the parameters after 20 steps of rounding."""
+    """Train with `config` and assert that the result equals `expected`, which is a result of `trained`.
+
+    It compares the metrics of all steps, the gradients of the first step and, less strictly, the last parameters.
+    """
     (metrics, first, state), (wanted_metrics, wanted_first, wanted_state) = trained(config), expected
     for i, (row, wanted) in enumerate(zip(metrics, wanted_metrics, strict=True)):
         assert row.keys() == wanted.keys()
@@ -119,7 +131,10 @@ def test_steps_are_those_of_one_device(name, mesh):
 
 
 def test_accumulation_on_a_mesh():
-    """The router losses are means over a microbatch, so one device must use the same microbatches."""
+    """With microbatches on a mesh, the metrics and parameters equal those of one device.
+
+    The router losses are means over a microbatch, so the device uses the same microbatches.
+    """
     config = experiment(dataclasses.replace(MODELS["heads"], L=1)).replace({"train.accumulate": 2, "train.steps": 3})
     assert_same(config.replace({"mesh.data": 2, "mesh.context": 2, "mesh.tensor": 2}), alone(config))
 
@@ -135,12 +150,12 @@ def test_parameters_and_optimizer_state_are_divided():
 
 
 def test_a_matrix_without_a_partition_is_an_error():
-    with pytest.raises(ValueError, match="no partition for 'unheard_of' with 2 axes"):
+    with pytest.raises(ValueError, match="'unheard_of' has 2 axes but no partition"):
         specs({"unheard_of": jnp.ones((2, 2))})
 
 
 def test_a_run_goes_on_on_another_mesh(tmp_path):
-    """A run on one device, then on eight, then on one again has the metrics of a run on one device."""
+    """A run on one device, continued on eight and then on one, has the losses of a run on one device."""
     text = Path(__file__).parent / "ptx"
     config = experiment(dataclasses.replace(MODELS["experts"], V=258)).replace(
         {"data.source": "text", "data.path": str(text), "train.steps": 4, "train.log_every": 1}
@@ -157,16 +172,16 @@ def test_a_run_goes_on_on_another_mesh(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mesh.data": 3}, r"8 sequences \(B / accumulate\) must be a multiple of data=3; B=6 would do"),
-        ({"mesh.data": 4, "mesh.fsdp": 4, "data.B": 4}, "data=4 x fsdp=4 needs 16 devices, but there are 8"),
-        ({"mesh.data": 2, "mesh.expert": 2, "data.B": 2}, "multiple of data=2 x expert=2; B=4 would do"),
-        ({"mesh.data": -1, "mesh.fsdp": 3}, "data=-1: the other axes make 3 parts, which do not divide 8 dev"),
+        ({"mesh.data": 3}, "B / accumulate = 8 sequences must be a multiple of the mesh size data=3; B=6 would do"),
+        ({"mesh.data": 4, "mesh.fsdp": 4, "data.B": 4}, "the mesh data=4 x fsdp=4 needs 16 devices, but there are 8"),
+        ({"mesh.data": 2, "mesh.expert": 2, "data.B": 2}, "multiple of the mesh size data=2 x expert=2; B=4 would do"),
+        ({"mesh.data": -1, "mesh.fsdp": 3}, "data=-1: the number of devices, 8, must be a multiple of 3, the product"),
         ({"mesh.fsdp": 4, "model.D": 18}, "D=18 must be a multiple of fsdp=4; D=20 would do"),
         ({"mesh.tensor": 2, "model.V": 257}, "V=257 must be a multiple of tensor=2; V=258 would do"),
         ({"mesh.tensor": 4}, "K=2 must be a multiple of tensor=4; K=4 would do"),
-        ({"mesh.context": 8, "data.T": 24}, "T=24 must be a multiple of 2 x context=8, .* T=32 would do"),
+        ({"mesh.context": 8, "data.T": 24}, "T=24 must be a multiple of 2 . context with context=8, .* T=32 would do"),
         ({"mesh.expert": 8}, "E=4 must be a multiple of expert=8; E=8 would do"),
-        ({"mesh.expert": 2, "model.experts.E": 0, "model.experts.k": 0}, "expert=2 needs a model with experts"),
+        ({"mesh.expert": 2, "model.experts.E": 0, "model.experts.k": 0}, "axis expert=2 needs a model with experts"),
         ({"mesh.context": 2, "model.attention": "softmax"}, "context=2 needs attention='stick_breaking'"),
         ({"mesh.data": -1, "mesh.fsdp": -1}, "only one axis of the mesh may be -1, not data and fsdp"),
         ({"mesh.tensor": 0}, "tensor=0 must be at least 1"),

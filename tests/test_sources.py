@@ -1,4 +1,4 @@
-"""Which files and folders are read as text, and token files that do not contain what they should."""
+"""Test text sources: which files and folders are read as text, and errors for token files with wrong content."""
 
 import json
 import os
@@ -61,7 +61,7 @@ def test_a_file_is_read_as_what_it_is(tmp_path, name, content, documents, caplog
 def test_json_without_records_is_read_as_it_stands_and_that_is_said(tmp_path, content, caplog):
     (tmp_path / "x.json").write_bytes(content)
     assert read(tmp_path) == [content.decode()]
-    assert ".json without a field 'text' is read as one document (1: " in caplog.text
+    assert ".json file without a field 'text' is read as one document (1: " in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -76,13 +76,13 @@ def test_json_without_records_is_read_as_it_stands_and_that_is_said(tmp_path, co
         (
             "x.json",
             b'[{"text": "one"}, {"body": "two"}]',
-            "x.json: record 2: no text in .*; its fields are 'body'",
+            "x.json: record 2: no text in .*; the fields of this object are 'body'",
         ),
         ("x.json", LINE + b"[]", "x.json:2: no text in the field"),
         ("a\nb.jsonl", b"{", r"a\\nb.jsonl:1: not a line of JSON"),
         ("x.txt", "one".encode("utf-16"), "x.txt' is UTF-16 or UTF-32, not UTF-8 text: convert it"),
         ("x.jsonl", LINE.decode().encode("utf-32"), "x.jsonl' is UTF-16 or UTF-32, not UTF-8 text: convert it"),
-        ("x.txt", "one".encode("utf-16-le"), "x.txt' is not UTF-8 text: it has zero bytes"),
+        ("x.txt", "one".encode("utf-16-le"), "x.txt' is not UTF-8 text: it has NUL bytes \\(0x00\\), as UTF-16 has"),
         ("x.jsonl.GZ", b"\x1f\x8b\x08\x08", "is compressed: unpack it first"),
     ],
 )
@@ -157,7 +157,7 @@ def test_tokenizing_into_the_folder_that_is_read(tmp_path, monkeypatch, tokenize
     first = tokenize(str(tmp_path), str(tmp_path / "tokens"))
     assert tokenize(str(tmp_path), str(tmp_path / "tokens")) == first and first["num_tokens"] == 4
     assert "left out 2 files: a token file (2: " in caplog.text
-    with pytest.raises(ValueError, match="is a token file: data.source='tokens' reads it"):
+    with pytest.raises(ValueError, match="is a token file: set data.source='tokens' to read it"):
         read(tmp_path / "tokens.bin")
 
 
@@ -166,7 +166,7 @@ def test_a_token_file_needs_a_name(tmp_path, out, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text("one")
     assert main(["tokenize", "a.txt", out]) == 1
-    assert re.match("error: ('.*' has no name|cannot write no/folder.bin)", capsys.readouterr().err)
+    assert re.match("error: ('.*' is not the name of a file|cannot write no/folder.bin)", capsys.readouterr().err)
     assert os.listdir() == ["a.txt"]
 
 

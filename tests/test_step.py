@@ -1,4 +1,4 @@
-"""The training step: microbatches equal the whole batch, and a step with a non-finite loss changes nothing."""
+"""The training step: microbatches give the gradient of the whole batch, and a non-finite loss changes nothing."""
 
 import signal
 
@@ -37,7 +37,7 @@ EXPERTS = DENSE.replace(
 
 
 def test_accumulation_is_the_whole_batch():
-    """The gradient of two microbatches equals the gradient of the whole batch, although their target counts differ."""
+    """Two microbatches give the loss and the gradient of the whole batch, although their numbers of targets differ."""
     state = init_state(DENSE, jax.random.key(0))
     rng = np.random.default_rng(0)
     batch = {
@@ -70,7 +70,7 @@ def test_the_loss_masks_the_seams():
 
 @pytest.fixture
 def poison(monkeypatch):
-    """A list of one element. While the element is true, all losses are NaN."""
+    """Return a list with one bool. While it is True, the loss of every new batch is NaN."""
     poison, loss_of, shard_batch = [True], Decoder.loss, loop.shard_batch
 
     def poisoned_loss(self, params, batch, key):
@@ -83,7 +83,10 @@ def poison(monkeypatch):
 
 
 def test_steps_that_are_not_finite_are_skipped(tmp_path, poison, capsys):
-    """Such steps are skipped and counted. After max_bad_steps in a row, the run stops and keeps its last checkpoint."""
+    """A step with a non-finite loss or gradient is counted and changes neither parameters nor optimizer state.
+
+    After max_bad_steps such steps in a row, the run stops with an error and keeps its last checkpoint.
+    """
     config = EXPERTS.replace({"train.max_bad_steps": 3, "train.steps": 6})
     state = init_state(config, jax.random.key(0))
     tokens = jnp.zeros((4, 32), jnp.int32)
@@ -101,7 +104,8 @@ def test_steps_that_are_not_finite_are_skipped(tmp_path, poison, capsys):
     poison[0] = True
     (tmp_path / "config.json").write_text(config.replace({"train.steps": 24}).to_json())
     assert main([str(tmp_path / "config.json"), "--run", str(run)]) == 1
-    assert "step 9: 3 steps in a row were not finite; the last good checkpoint is step 6" in capsys.readouterr().err
+    said = "step 9: the loss or the gradient was not finite in 3 steps in a row; the last good checkpoint is step 6"
+    assert said in capsys.readouterr().err
     assert Checkpoints(run).steps()[-1] == 6
 
 
@@ -116,7 +120,10 @@ def test_a_run_without_a_finite_step_fails(tmp_path, poison, capsys):
 
 @pytest.mark.parametrize("end", ["finished", "stopped"])
 def test_what_was_learnt_before_bad_steps_is_saved(tmp_path, poison, monkeypatch, capsys, end):
-    """The run ends while steps are skipped: the saved state is the state after the last good step."""
+    """If a run ends while its steps are skipped, it saves the state after the last good step.
+
+    `end`: whether the run finishes or is stopped by a signal.
+    """
     poison[0], update = False, Progress.update
 
     def watched(self, row):
@@ -130,13 +137,13 @@ def test_what_was_learnt_before_bad_steps_is_saved(tmp_path, poison, monkeypatch
     result = fit(config.replace({"train.checkpoint_every": 100}), str(run))
     step = 6 if end == "finished" else 5
     out = capsys.readouterr().out
-    assert f"the last {step - 3} steps were not finite and were skipped" in out
+    assert f"the last {step - 3} steps were skipped, because their loss or gradient was not finite" in out
     assert Checkpoints(run).steps() == [step] and result.stopped_by == (0 if end == "finished" else signal.SIGTERM)
     assert int(result.state.bad_steps) == step - 3 and tokens_of(result.state) == 3 * 128
 
 
 def test_parameters_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
-    """The loss is finite, but the update is not."""
+    """If the loss is finite but the new parameters are not, the run stops with an error and saves nothing."""
     spoil = lambda params, updates: jax.tree.map(lambda x: x * jnp.inf, params)  # noqa: E731
     monkeypatch.setattr(step_module.optax, "apply_updates", spoil)
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""Stick-breaking attention: every implementation, compared with the original's numbers and the quadratic reference."""
+"""Test every implementation of stick-breaking attention against the original code and a quadratic reference."""
 
 from functools import lru_cache, partial
 from pathlib import Path
@@ -41,7 +41,14 @@ def _run(arrays, scale, cotangents, given, options):
 
 
 def results(arrays, options, cotangents, scale=None) -> dict:
-    """Return the outputs, and the gradients for the cotangents of out, rem and log_rem."""
+    """Run one attention call and return a dict of out, rem, log_rem, d_query, d_key, d_value and d_scale.
+
+    Args:
+      arrays: query, key and value.
+      options: the other arguments of the call.
+      cotangents: the cotangents of out, rem and log_rem.
+      scale: the scale of the logits; None: H^-0.5.
+    """
     query = arrays[0]
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     given = {name: x for name, x in options.items() if isinstance(x, jax.Array)}
@@ -53,7 +60,11 @@ def results(arrays, options, cotangents, scale=None) -> dict:
 
 
 def random_cotangents(arrays, skips: bool) -> tuple:
-    """Return random cotangents in the type of the inputs, so that their rounding is not counted as an error."""
+    """Return random cotangents of out, rem and log_rem, in the type of the inputs.
+
+    This type avoids a rounding that would count as an error. If `skips`, the call uses early exit, and the cotangent of
+    log_rem is zero: early exit stops before log_rem has its final value.
+    """
     shape, rng = arrays[0].shape[:3], np.random.default_rng(1)
     shapes = (*shape, arrays[2].shape[-1]), shape, shape
     out, rem, log_rem = (jnp.asarray(rng.standard_normal(s), arrays[0].dtype) for s in shapes)
@@ -62,7 +73,10 @@ def random_cotangents(arrays, skips: bool) -> tuple:
 
 @lru_cache(maxsize=64)
 def expected(case: Stick, dtype: str, skips: bool) -> dict:
-    """Return the results of the reference in fp64, on inputs and cotangents rounded to `dtype`."""
+    """Return the results of the reference for a case, computed in float64.
+
+    Inputs and cotangents are rounded to `dtype` before. `skips`: whether the call under test uses early exit.
+    """
     arrays = case.arrays(dtype)
     cotangents = random_cotangents(arrays, skips)
     with jax.enable_x64(True):
@@ -72,7 +86,10 @@ def expected(case: Stick, dtype: str, skips: bool) -> dict:
 
 
 def assert_close_d_scale(value, wanted: dict, query, tolerance: float) -> None:
-    """Assert that d_scale is close. It is one large sum that may be near zero, so its terms set the tolerance."""
+    """Assert that `value`, a gradient of the scale, is close to wanted["d_scale"].
+
+    It is one large sum that can be nearly zero, so the tolerance is relative to the size of its terms.
+    """
     want = wanted["d_scale"]
     terms = float(np.linalg.norm(np.asarray(wanted["d_query"]) * np.asarray(query, np.float64)))
     assert abs(value - want) <= tolerance * (abs(want) + terms * query.shape[-1] ** 0.5), (value, want, terms)
@@ -258,7 +275,10 @@ def test_two_runs_are_bitwise_equal(options):
 
 @pytest.mark.parametrize("name", ["plain", "saturated", "everything", "no-keys", "half"])
 def test_weights_are_those_of_the_attention(name):
-    """The weights equal the attention output when the values are the identity."""
+    """`stick_breaking_weights` returns the weights that the attention uses.
+
+    They equal the attention's output if the values are the identity matrix.
+    """
     case = STICK["window" if name == "half" else name]
     query, key, _ = case.arrays("bfloat16" if name == "half" else "float32")
     B, S, K, _ = key.shape
@@ -274,7 +294,7 @@ def test_weights_are_those_of_the_attention(name):
 
 def test_weights_that_take_much_memory_are_refused():
     x = jax.ShapeDtypeStruct((4, 16384, 12, 64), jnp.bfloat16)
-    message = "the weights of B=4, N=12, T=16384, S=16384 take 48.0 GiB, more than 1 GiB; pass fewer heads"
+    message = "the weights of B=4, N=12, T=16384, S=16384 take 48.0 GiB, more than the limit of 1 GiB; pass fewer heads"
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(stick_breaking_weights, x, x)
 
@@ -331,7 +351,7 @@ def test_merge_is_associative(x64):
 def test_merge_refuses_what_does_not_fit():
     out, log_rem = jnp.zeros((2, 3, 4)), jnp.zeros((2, 3))
     for part in (out, (out, log_rem, log_rem), (out, 0.0)):
-        with pytest.raises(ValueError, match=r"far must be \(out \[..., Hv\], log_rem \[...\]\), two arrays"):
+        with pytest.raises(ValueError, match=r"far must be a pair of arrays, \(out \[..., Hv\], log_rem \[...\]\)"):
             merge_stick_breaking((out, log_rem), part)
     with pytest.raises(ValueError, match=r"got near \(2, 3, 4\), \(2, 3\) and far \(2, 1, 4\), \(2, 1\)"):
         merge_stick_breaking((out, log_rem), (out[:, :1], log_rem[:, :1]))
@@ -356,7 +376,10 @@ TRANSFORMATIONS = {
 
 @every_implementation
 def test_transformations(options):
-    """Gradients of vmap, scan and checkpoint over all arguments at once, including the scale."""
+    """Values and gradients under vmap, scan and checkpoint equal those of separate calls.
+
+    All arguments are mapped at once, including the scale.
+    """
     arrays, integers = _stacked()
 
     def one(query, key, value, scale, offset, segments):
@@ -448,7 +471,11 @@ def test_log1p_by_multiply_adds():
 
 @pytest.mark.parametrize("options", [*STICK_IMPLEMENTATIONS.values(), REFERENCE])
 def test_the_gradient_at_a_logit_of_zero(options):
-    """Every key takes half of the remaining stick. A softplus by absolute values has a kink at this logit."""
+    """The gradient is correct where all logits are zero, so that every key takes half of the remaining stick.
+
+    A softplus that is computed from absolute values would have a kink there. A difference quotient gives the expected
+    value.
+    """
 
     def total(query):
         out, rem = attend(query, key, value, **options)

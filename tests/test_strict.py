@@ -1,4 +1,4 @@
-"""With jax_numpy_dtype_promotion=strict everything still works: no type is promoted implicitly."""
+"""Ops, models and training steps work with jax_numpy_dtype_promotion=strict: no type is promoted implicitly."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""The table of docs/reference/support.md agrees with what the implementations say about the cases of the tests."""
+"""The table in docs/reference/support.md says which calls each implementation supports, and this is true."""
 
 import contextlib
 import re
@@ -71,7 +71,7 @@ FEATURES = {
 
 @contextlib.contextmanager
 def at_home(implementation: str):
-    """Trace as on the device on which an implementation runs."""
+    """Trace as on the device for which an implementation is made: an H200 for mosaic, an A100 for triton."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.enable_x64(True))
         if implementation in GPUS:
@@ -81,11 +81,14 @@ def at_home(implementation: str):
 
 
 def refusal(implementation: str, op: str, arguments, options) -> str | None:
-    """Return why an implementation refuses a call, without the call's sizes; None if it does not."""
+    """Return the reason with which an implementation refuses a call of `op`; None if it supports the call.
+
+    The sizes of the call are cut off from the reason.
+    """
     try:
         explain(op, *arguments, **options, implementation=implementation)
     except NotImplementedError as error:
-        return re.search(rf"by {implementation}: (.*?)(, not .*|, got .*)?; use ", str(error))[1]
+        return re.search(rf"implementation {implementation}: (.*?)(, not .*|, got .*)?; use ", str(error))[1]
     return None
 
 
@@ -103,13 +106,16 @@ def table() -> str:
 
 
 def test_the_table_of_the_readme_is_what_the_implementations_say(monkeypatch):
-    """If this fails, `python tests/test_support.py` writes the table again."""
+    """The table in docs/reference/support.md equals the table that the implementations' answers give.
+
+    After a change, `python tests/test_support.py` writes the table again.
+    """
     monkeypatch.setattr(triton_call, "_missing", tuple)
     assert table() == written()[1].rstrip()
 
 
 def written() -> tuple[str, str, str]:
-    """Return the text before the table, the table, and the text after it."""
+    """Return docs/reference/support.md in three parts: the text before the table, the table, the text after it."""
     before, rest = PAGE.read_text().split("<!-- support -->\n")
     between, after = rest.split("<!-- end of support -->")
     return before, between, after

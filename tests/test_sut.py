@@ -1,4 +1,4 @@
-"""The Sparse Universal Transformer, compared with the original encoder, and the properties of halting."""
+"""Test the Sparse Universal Transformer against the original encoder, and test the properties of its halting."""
 
 import dataclasses
 from functools import cache, partial
@@ -28,7 +28,10 @@ HERE = Path(__file__).parent
 
 @cache
 def original_encoder(name):
-    """Return the stack with the original's weights, its inputs, and the original's outputs, [.., B, T, D]."""
+    """Return our stack with the original's weights, its input x [B, T, D], the token mask [B, T], and a dict of arrays.
+
+    `name` is a file in tests/oracles/sut. The dict contains the original encoder's results of every step.
+    """
     with np.load(HERE / "oracles" / "sut" / f"{name}.npz", allow_pickle=False) as arrays:
         a = dict(arrays)
     p = {key.removeprefix("param/").removeprefix("mod."): a[key] for key in a if key.startswith("param/")}
@@ -70,7 +73,14 @@ def original_encoder(name):
 
 @jax.jit
 def each_step(stack, x, real, threshold):
-    """Return the states after every step."""
+    """Return the halting states after each of the L steps, stacked along the first axis.
+
+    Args:
+      stack: the layers of the model.
+      x: the input, [B, T, D].
+      real: the token mask, [B, T].
+      threshold: a token halts when its probability to have halted exceeds this.
+    """
 
     def block(h, s, running, step):
         h, sums = stack.block(h, s, running, jnp.where(real, 0, -1))
@@ -97,7 +107,11 @@ def test_every_step_is_that_of_the_original_encoder(name):
 
 @pytest.fixture(scope="module")
 def encoder():
-    """The post-norm encoder, its inputs, and jitted functions that run it. Its tokens halt at different steps."""
+    """Return the original post-norm encoder, its input x, the token mask, and a dict of jitted functions that run it.
+
+    The keys of the dict say whether the loop stops as soon as all tokens have halted. The tokens halt at different
+    steps.
+    """
     stack, x, real, _ = original_encoder("encoder_post_norm")
     segments = jnp.where(real, 0, -1)
     run = {
@@ -117,7 +131,11 @@ def halting_soon(encoder):
 
 @pytest.mark.parametrize("bias", [0.0, 2.0])
 def test_depth_at_the_start_is_that_of_equal_coins(bias):
-    """A gate halts with probability 1/2, or as `halting_bias` says. Tokens that are left halt at the last step."""
+    """Before training, the expected depth of a token is that of L coin tosses.
+
+    A token halts at each step with probability 1/2, or with the probability that `halting_bias` gives. Tokens that are
+    left halt at the last step.
+    """
     config, L = SutConfig(D=4, H=2, halting_bias=bias), 5
     x, real = jnp.ones((2, 3, 4)), jnp.arange(3)[None] < jnp.array([[3], [1]])
     end = until_halted(
@@ -179,7 +197,11 @@ def test_neither_padding_nor_halted_tokens_change_others(encoder, halting_soon):
 
 
 def test_mutual_information_is_that_of_all_steps_together(encoder, halting_soon):
-    """It is H(e|x) - H(e) over all (token, step) pairs, weighted by w, for the router that reads the states."""
+    """The router statistics of all steps together give one mutual information, that of the attention's router.
+
+    It is H(e|x) - H(e) for experts e, over all pairs x = (token, step). Each pair is weighted by the probability that
+    the token still runs.
+    """
     stack, x, real, _ = encoder
     router = stack.block.attention.router
     inputs = np.concatenate([x[None], halting_soon.hidden[:-1]]).reshape(-1, 32)
@@ -208,7 +230,10 @@ SAMPLED = BALANCED | dict(attention_experts=ExpertsConfig(3, 2, mi_weight=0.01, 
 
 
 def pairs(B, T, key):
-    """Return random pairs of sentences of different lengths, with labels."""
+    """Return a batch of B random pairs of sentences with up to T tokens, and random labels.
+
+    0 is padding.
+    """
     k_words, k_length, k_label = jax.random.split(key, 3)
     words = jax.random.randint(k_words, (2, B, T), 1, 12)
     words = jnp.where(jnp.arange(T)[None, None] < jax.random.randint(k_length, (2, B, 1), 1, T + 1), words, 0)
@@ -226,7 +251,10 @@ def translation(B, T, key):
 
 
 def drawn(make, config):
-    """Return a model with random parameters, also those that start at zero; NumPy draws them, nothing is compiled."""
+    """Return the model make(config, key) with random parameters, also where training would start from zero.
+
+    NumPy draws them, so that nothing is compiled.
+    """
     rng = np.random.default_rng(0)
 
     def draw(leaf):
@@ -277,7 +305,7 @@ def pair_gradients(model, batch, key):
 
 @pytest.fixture(scope="module")
 def classifier():
-    """A model of pairs, a batch, and the compiled gradients on one device."""
+    """Return a model that classifies pairs of sentences, a batch, and its jitted gradients on one device."""
     return drawn(init, MODELS["pairs"][0]), pairs(16, 6, jax.random.key(1)), jax.jit(pair_gradients)
 
 
@@ -325,7 +353,10 @@ def test_a_causal_classifier_reads_the_last_tokens():
 
 
 def test_a_translation_depends_on_what_is_read_and_on_what_was_written_before():
-    """It does not depend on later words or on the padding of the source. Stopping early changes nothing."""
+    """The logits of a translation depend on every source token and on earlier target tokens.
+
+    They depend neither on later target tokens nor on the padding of the source. Stopping early changes nothing.
+    """
     config = MODELS["translation"][0]
     model = drawn(SparseUniversalTransformer, config)
     run = jax.jit(lambda source, target: model({"source": source, "target": target}).logits)
@@ -342,7 +373,11 @@ def test_a_translation_depends_on_what_is_read_and_on_what_was_written_before():
 
 
 def test_no_token_depends_on_later_ones_or_on_other_documents():
-    """Tested by gradients of the state and of the expected depth, and by values, because halting is a decision."""
+    """In a causal model, no token depends on later tokens or on other documents.
+
+    The test checks the gradients of the state and of the expected depth. It also checks values, because the decision to
+    halt has no gradient.
+    """
     model = drawn(init, SutConfig(**TINY, attention="stick_breaking"))
     segments, t = jnp.array([[0, 0, 1, 1, 1, 1, 1, -1]]), 4
     x = jax.random.normal(jax.random.key(1), (1, 8, 16))
@@ -365,7 +400,10 @@ def test_no_token_depends_on_later_ones_or_on_other_documents():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_type_of_the_computation_is_kept(name):
-    """Every carry of the loop keeps the computation type. Routing, halting and losses are in fp32."""
+    """With dtype bfloat16, every carry of the loop keeps this type.
+
+    Routing, halting and losses are in float32.
+    """
     config, make, batch, f = MODELS[name]
     config = dataclasses.replace(config, dtype="bfloat16")
     model = jax.eval_shape(partial(make, config), jax.random.key(0))
@@ -374,7 +412,7 @@ def test_the_type_of_the_computation_is_kept(name):
 
 
 def test_hidden_units_that_drop_out_have_a_path_of_their_own():
-    """Dropout uses another code path. At a rate near zero, it gives the same results as the path without dropout."""
+    """Dropout of hidden units, which uses another code path, gives equal results at a rate of nearly zero."""
     config = SutConfig(**TINY, dropout=1e-9)
     experts = BiasedExperts(config, jax.random.key(0))
     x = jax.random.normal(jax.random.key(1), (1, 5, 16))
@@ -386,7 +424,7 @@ def test_hidden_units_that_drop_out_have_a_path_of_their_own():
 
 
 def test_presets_have_the_published_sizes():
-    """The presets have 66M and 110M parameters, with the same vocabulary."""
+    """The presets sut_base and sut_big have 66M and 110M parameters, as published."""
     for config, millions in ((SutConfig.sut_base(), 66), (SutConfig.sut_big(), 110)):
         shapes = jax.eval_shape(partial(SparseUniversalTransformer, config), jax.random.key(0))
         assert round(sum(x.size for x in jax.tree.leaves(shapes)) / 1e6) == millions
@@ -404,7 +442,7 @@ def test_presets_have_the_published_sizes():
         (dict(experts=ExpertsConfig()), "experts.E=0 must be at least 1"),
         (
             dict(experts=ExpertsConfig(4, 2, network="mlp")),
-            "experts.network='mlp': of the fields of experts, this model reads only",
+            "experts.network='mlp': this model family supports only these fields of experts",
         ),
         (dict(D=15), "D=15 must be even"),
         (dict(halting_threshold=0.0), "halting_threshold=0.0 must be above 0"),

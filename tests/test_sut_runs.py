@@ -1,4 +1,4 @@
-"""Sparse Universal Transformers in the commands: training, resuming, evaluation by operators, generation."""
+"""Test Sparse Universal Transformers in the commands: train, resume, evaluate by number of operators, generate."""
 
 import json
 
@@ -62,7 +62,10 @@ def test_batches_are_of_about_one_length_and_leave_out_less_than_one():
 
 
 def test_a_curriculum_begins_with_the_shortest():
-    """After the curriculum, the order is that of a training without one. Resuming in the middle changes nothing."""
+    """With data.curriculum, training begins with the shortest pairs; later batches may contain longer ones.
+
+    After the curriculum, the order equals that of a training without one. Resuming in the middle changes nothing.
+    """
     config, steps = PAIRS.replace({"data.curriculum": 30}), 30
     rows = pair_examples(config, "train").rows
     lengths = np.sort([max(side.count(" ") + 1 for side in row[:2]) for row in rows])
@@ -108,13 +111,17 @@ def test_accuracy_is_that_of_a_direct_count(pairs):
 
 
 def test_a_batch_is_as_wide_as_its_bucket_needs():
-    """The width is not that of the drawn pairs, which have at most 40 tokens; the bucket's longest pairs have 43."""
+    """The width of an evaluation batch depends on its bucket of pairs, and not on the pairs that are drawn.
+
+    The pair that is drawn here has at most 40 tokens per sentence. The longest in its bucket has 43, so the width is
+    80.
+    """
     ((batch, _),) = batches_of(PAIRS.replace({"data.examples": 20_000}), 8, 1, 1)
     assert batch["left"].shape == (1, 80) and (batch["left"] != 0).sum() <= 40
 
 
 def test_a_bucket_of_which_no_pair_was_drawn():
-    with pytest.raises(ValueError, match="data.examples=20 has no held-out pair with 12 operators"):
+    with pytest.raises(ValueError, match="data.examples=20 gives no held-out pair with 12 operators"):
         batches_of(PAIRS.replace({"data.examples": 20}), 12, 1, 1)
 
 
@@ -189,9 +196,9 @@ def test_what_a_step_takes_is_counted():
         ({"model.classes": 3}, "classes=3 must be 7, the number of labels of pairs of logic"),
         (
             {"model.classes": 0, "data.curriculum": 9},
-            "curriculum=9 orders examples by their length; this model reads a text",
+            "curriculum=9 is for examples, such as pairs of sentences, but this model reads a text; set it to 0",
         ),
-        ({"data.T": 20}, "T=20 is shorter than the longest sentence of 37 tokens"),
+        ({"data.T": 20}, "T=20 must be at least 37, the number of tokens of the longest sentence"),
         ({"model.V": 5}, "V=5 is smaller than the 12 ids of pairs of logic"),
     ],
 )
@@ -206,10 +213,10 @@ def test_what_only_decoders_have(pairs, tmp_path):
         PAIRS.replace({"train.accumulate": 2})
     with pytest.raises(ValueError, match="fsdp=2 and tensor=2: a model of family='sut' supports data parallelism only"):
         make_mesh(PAIRS.replace({"mesh.fsdp": 2, "mesh.tensor": 2}))
-    with pytest.raises(ValueError, match="no model_type is like a model of family='sut'"):
+    with pytest.raises(ValueError, match="no Hugging Face model_type fits a model of family='sut'"):
         export(load(pairs).model, str(tmp_path / "out"))
     assert not list(tmp_path.iterdir())
-    with pytest.raises(ValueError, match="a classifier of classes=7 generates no text"):
+    with pytest.raises(ValueError, match=r"a classifier \(classes=7\) cannot generate text"):
         generate(load(pairs).model, [[1]], 1)
 
 

@@ -1,6 +1,6 @@
 """Sweeps: with muP, the activations and the best learning rate do not depend on the width; without muP they do.
 
-The first tests use a small residual network, for speed. The last ones use the model.
+The first tests use a small residual network, because it is fast. The last ones use the model.
 """
 
 import doctest
@@ -32,7 +32,11 @@ WIDTHS = [64, 256]
 
 
 def network(width, mup, learning_rate):
-    """Return a network that predicts a permutation of V tokens: embedding, L residual layers, output matrix."""
+    """Return (parameters, optimizer, a function from parameters to (loss, activations)) of a small residual network.
+
+    It predicts a permutation of V tokens, and has an embedding, L residual layers and an output matrix. `mup`: whether
+    it is scaled by muP.
+    """
     m_width = width / BASE if mup else 1.0
     changes = {"model.m_width": m_width, "optim.schedule": "constant", "optim.peak_lr": learning_rate}
     random = np.random.default_rng(0)
@@ -70,7 +74,10 @@ def network(width, mup, learning_rate):
 
 @pytest.fixture(scope="module", autouse=True)
 def compile_quickly():
-    """Compile with few optimisations: optimising would take most of the time, and the programs run for milliseconds."""
+    """Compile the programs of this file with few optimisations.
+
+    Optimisation would take most of the time, and each program runs only for milliseconds.
+    """
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -115,7 +122,10 @@ RATES = 2.0 ** np.arange(-11, 0)
 
 @functools.cache
 def losses(width, mup):
-    """Return the losses after a few steps for all RATES at once: each rate multiplies the update for a rate of one."""
+    """Return a dict from each learning rate in RATES to the loss after five steps of the small network.
+
+    All rates train at once: each multiplies the update of learning rate 1.
+    """
     params, optimizer, forward = network(width, mup, 1.0)
 
     def run(rate):
@@ -142,7 +152,11 @@ def test_the_best_learning_rate_stays_with_mup_only():
 
 
 def sweep(noise=0.0, **changes):
-    """Return losses at three batch sizes, with minima exactly on the law gamma = 4.6 T^-0.51."""
+    """Return the records of an invented learning-rate sweep at three batch sizes.
+
+    The best rates follow the law gamma = 4.6 T^-0.51 exactly, or with a random factor if `noise` is above 0. `changes`
+    replace entries of the records.
+    """
     random = np.random.default_rng(0)
     return [
         dict(tokens=tokens, batch_size=beta, learning_rate=rate, loss=2 + math.log(rate / best) ** 2, unused=None)
@@ -180,7 +194,7 @@ def test_fit_of_noisy_minima_and_diverged_runs():
 
 @pytest.mark.parametrize("changes", [dict(tokens=1e9), dict(loss=math.inf)])
 def test_fit_needs_two_numbers_of_tokens(changes):
-    with pytest.raises(ValueError, match="two or more numbers of tokens"):
+    with pytest.raises(ValueError, match="two or more training lengths"):
         fit_power_law(sweep(**changes))
 
 
@@ -284,7 +298,7 @@ def test_sweeps_of_the_model():
 
 @pytest.fixture
 def toy(monkeypatch):
-    """Let the command line use the small network."""
+    """Make the command `sweep` use the small network instead of the model."""
     monkeypatch.setattr(models, "transformer", lambda config, width, mup: network(width, mup, 0.005))
     monkeypatch.setattr(models, "final_loss", lambda config, width, rate, mup: losses(width, mup)[rate])
     loss = lambda n, rate: math.log(rate / n**-0.5) ** 2  # noqa: E731
@@ -307,7 +321,7 @@ def test_command_line(command, toy, tmp_path, capsys):
     # With too few rates, the best rate is at the edge of the range, and the table says so.
     if command != "coordinate":
         sweeps.main([command, "--out", str(tmp_path), "--widths=32", "--rates", str(RATES[0])])
-        assert "widen" in capsys.readouterr().out
+        assert "wider" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -315,7 +329,7 @@ def test_command_line(command, toy, tmp_path, capsys):
     [
         (["coordinate", "--widths=48,x"], "--widths=48,x: expected positive numbers separated by commas"),
         (["power-law", "--rates=0.1,-1"], "--rates=0.1,-1: expected positive numbers separated by commas"),
-        (["coordinate", "--widths=33"], "width=33: N=4, K=4 and F=128 at D=64 do not scale to whole numbers"),
+        (["coordinate", "--widths=33"], "width=33 must scale N=4, K=4, F=128 of D=64 to positive whole numbers"),
         (["learning-rate", "--model.V=100", "--widths=16"], "V=100 is smaller than the 257 ids of tokenizer='byte'"),
         (["coordinate", "--model.WIDTH=3"], "unknown config key 'model.WIDTH'"),
         (["coordinate", "--widths=64000000"], "does NOT fit"),

@@ -1,4 +1,7 @@
-"""Generated tasks: labels checked by other algorithms, the sizes of the published data, splits, batches, text."""
+"""Test the generated tasks: their labels, sizes, splits, batches and texts.
+
+Other algorithms compute the expected labels, and the sizes are those of the published data.
+"""
 
 import itertools
 import json
@@ -23,7 +26,10 @@ def drawn():
 
 
 def parse(words: list[str]):
-    """Parse a sentence into nested tuples by recursive descent, and remove its words from the list."""
+    """Parse a logic sentence by recursive descent; return nested tuples such as ("and", "a", ("not", "b")).
+
+    The words of the sentence are removed from the list.
+    """
     word = words.pop(0)
     if word != "(":
         assert word in "abcdef"
@@ -143,7 +149,10 @@ def lists():
 
 
 def value(text: str) -> int:
-    """Compute the value of an expression in either form, with a stack."""
+    """Return the value of a ListOps expression such as "[MAX 2 9 ]", computed with a stack.
+
+    Brackets "(" and ")", which group its parts in pairs, are skipped.
+    """
     stack: list = []
     for symbol in text.split():
         if symbol in "()":
@@ -210,7 +219,10 @@ def test_a_list_as_arrays(lists, brackets):
 
 
 def actions(command: str) -> list[str]:
-    """Interpret a command by splitting it at the conjunction, then at the repetition, then at the direction."""
+    """Return the actions of a SCAN command.
+
+    The command is split at the conjunction, then at the repetition, then at the direction.
+    """
     for word, order in ((" and ", 1), (" after ", -1)):
         if word in command:
             return sum((actions(part) for part in command.split(word)[::order]), [])
@@ -474,24 +486,27 @@ def test_a_mixture_has_equal_shares(tmp_path):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: logic.examples(T=20, draws=2000), r"T=20 is shorter than the longest sentence of \d\d tokens"),
+        (
+            lambda: logic.examples(T=20, draws=2000),
+            r"T=20 must be at least \d\d, the number of tokens of the longest sentence",
+        ),
         (lambda: logic.examples("trian", draws=10), "part='trian' is not one of .*did you mean 'train'"),
         (lambda: logic.examples(split="D", draws=10), "split='D' is not one of 'A', 'B', 'C'"),
         (lambda: listops.examples("dev", count=10), "part='dev' is not one of 'train', 'valid', 'test'"),
         (lambda: scan.generate("add_jmp"), "split='add_jmp' is not one of .*did you mean 'add_jump'"),
         (lambda: scan.examples("dev"), "part='dev' is not one of 'train', 'valid', 'test'"),
-        (lambda: scan.examples(T=8), "T=8 is shorter than the longest command of 9 words"),
-        (lambda: scan.examples("test", split="length", S=47), "S=47 is shorter than the longest actions of 48 words"),
+        (lambda: scan.examples(T=8), "T=8 is too small: the longest entry of 'command' has 9 words"),
+        (lambda: scan.examples("test", split="length", S=47), "S=47 is too small: .* 'actions' has 48 words"),
         (lambda: questions.examples("dev"), "part='dev' is not one of 'train', 'valid', 'test', 'gen'"),
-        (lambda: questions.examples(T=9, count=10), "T=9 is shorter than the longest source of"),
+        (lambda: questions.examples(T=9, count=10), "T=9 is too small: the longest entry of 'source' has"),
         (lambda: scan.examples("valid"), "valid_every=0 leaves no examples for validation"),
         (lambda: recall.examples("dev"), "part='dev' is not one of 'train', 'test'"),
         (lambda: recall.examples(T=7), "T=7 must be even and positive"),
         (lambda: recall.examples(keys=53), r"keys=53 must be in 1\.\.52"),
-        (lambda: Vocabulary("a b").encode("a b a", 2), "T=2 is shorter than an example of 3 symbols"),
+        (lambda: Vocabulary("a b").encode("a b a", 2), "T=2 must be at least 3, the number of symbols of the text"),
         (lambda: Vocabulary("a b").encode("a c", 2), "symbol 'c' is not one of a b"),
         (lambda: task_loader("logik", DataConfig()), "task='logik' is not one of .*did you mean 'logic'"),
-        (lambda: task_loader("listops", DataConfig(T=2), count=300), "there are no examples for a batch of B=16"),
+        (lambda: task_loader("listops", DataConfig(T=2), count=300), "no example can be used: the data is empty"),
         (lambda: batches(range(8), B=3, seed=0, process_count=2), "B=3 sequences must be a multiple of"),
     ],
 )

@@ -1,4 +1,4 @@
-"""`pallas_kernels.testing.differences` finds wrong results, names their place, and accepts correct results."""
+"""`pallas_kernels.testing.differences` reports wrong results with their place, and accepts correct ones."""
 
 from functools import partial
 
@@ -15,7 +15,7 @@ X, Y = np.random.default_rng(0).standard_normal((2, 4, 30)).astype(np.float32)
 
 @jax.custom_vjp
 def scaled(x, factor):
-    """Return 2 x, with a gradient that is `factor` times the correct one."""
+    """Return 2 x, with a gradient that is `factor` times the correct one, for tests of wrong gradients."""
     return 2 * x
 
 
@@ -23,7 +23,10 @@ scaled.defvjp(lambda x, factor: (2 * x, factor), lambda factor, d: (2 * factor *
 
 
 def op(x, y, *, implementation, power=1, output=lambda a: a, gradient=1.0):
-    """Return (x y)^power and 2 x. The implementation "bad" changes the first result and the gradient of the second."""
+    """Return first = (x y)^power and second = 2 x, as a test op with two implementations.
+
+    With implementation="bad", first becomes output(first), and the gradient of second is multiplied by `gradient`.
+    """
     bad = implementation == "bad"
     first, second = (x * y) ** power, scaled(x, jnp.asarray(gradient if bad else 1.0, x.dtype))
     return {"first": output(first) if bad else first, "second": second}
@@ -38,7 +41,10 @@ def test_what_is_right_has_no_differences():
 
 
 def one_wrong(a):
-    """Change one element by less than the L2 tolerance of bfloat16; elements are also compared one by one."""
+    """Return `a` with one wrong element, whose error is below the L2 tolerance of bfloat16.
+
+    `differences` must find it, because it also compares single elements.
+    """
     return a.at[1, 2].add(0.1 * jnp.abs(a).max().astype(a.dtype))
 
 

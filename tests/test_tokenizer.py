@@ -1,4 +1,4 @@
-"""Downloaded tokenizers: their folder's settings are used, text never becomes a special token, and no text is lost."""
+"""Downloaded tokenizers: the settings in their folder are used, and no text is lost or becomes a special token."""
 
 import json
 import shutil
@@ -14,7 +14,13 @@ SPECIAL = ["<unk>", "<s>", "</s>", "<|user|>"]
 
 
 def byte_level(special=(), plain=(), pieces=()):
-    """Return a tokenizer like GPT-2's. `pieces` are merged tokens; `plain` are added tokens that are not special."""
+    """Return a byte-level BPE tokenizer like GPT-2's.
+
+    Args:
+      special: the special tokens.
+      plain: added tokens that are not special.
+      pieces: words that become one token by merges.
+    """
     vocabulary, merges = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []
     for piece in pieces:
         for n in range(1, len(piece)):
@@ -29,7 +35,10 @@ def byte_level(special=(), plain=(), pieces=()):
 
 
 def llama():
-    """Return SentencePiece's BPE with byte fallback. It adds a space before the text, which the decoder removes."""
+    """Return a BPE tokenizer like SentencePiece's in Llama, with a token for every byte.
+
+    It adds a space before the text, which the decoder removes.
+    """
     pieces = [*SPECIAL, *"\u2581helowrd.", *(f"<0x{b:02X}>" for b in range(256))]
     vocabulary, merges = {piece: i for i, piece in enumerate(pieces)}, []
     for word in ("\u2581hello", "\u2581world"):
@@ -48,7 +57,10 @@ def llama():
 
 
 def unigram():
-    """Return a tokenizer like T5's: a unigram model that contains the special tokens, and an end after every text."""
+    """Return a unigram tokenizer like T5's, which adds an end-of-text token to every text.
+
+    The special tokens are also pieces of its vocabulary.
+    """
     pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), ("<|user|>", 0.0), ("\u2581hello", -2.0), ("\u2581", -3.0)]
     pieces += [(letter, -4.0) for letter in "helowrd.</s>|u"]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0))
@@ -59,7 +71,7 @@ def unigram():
 
 
 def word_piece():
-    """Return a tokenizer like BERT's."""
+    """Return a WordPiece tokenizer like BERT's."""
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "hello", "world", "wor", "##ld", ".", "[", "]", "sep"]
     tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(vocabulary)}, unk_token="[UNK]"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
@@ -78,7 +90,10 @@ def word_level():
 
 @pytest.fixture
 def folder(tmp_path):
-    """A function that writes a folder with a tokenizer and JSON files, and loads the tokenizer."""
+    """Return a function that saves a tokenizer into a folder and loads it from there.
+
+    The function takes the tokenizer, `eot` (the end-of-text token), and the content of further JSON files by name.
+    """
 
     def make(tokenizer, eot=None, **files):
         shutil.rmtree(tmp_path / "folder", ignore_errors=True)
@@ -125,8 +140,8 @@ def test_the_end_of_text_is_what_the_folder_says(folder, files, eot, ends):
     [
         (dict(generation_config={"eos_token_id": 2}), None, r"eos_token_id=2, which is no added token .* data\.eot"),
         (dict(tokenizer_config={"eos_token": "</s>"}), None, r"eos_token='</s>', which is no added token"),
-        (dict(generation_config={"eos_token_id": "258"}), None, r"config.json: eos_token_id='258' is not an id"),
-        (dict(generation_config={"eos_token_id": [True]}), None, "eos_token_id=True is not an id"),
+        (dict(generation_config={"eos_token_id": "258"}), None, r"config.json: eos_token_id='258' is not a token id"),
+        (dict(generation_config={"eos_token_id": [True]}), None, "eos_token_id=True is not a token id"),
         (dict(generation_config="{"), None, "generation_config.json is not JSON"),
         (dict(special_tokens_map=[1]), None, "special_tokens_map.json must be a JSON object, not a list"),
         (dict(), "<|end|>", r"data\.eot='<\|end\|>' is no added token .*'<\|im_end\|>'"),
@@ -147,7 +162,7 @@ def test_the_end_that_the_user_names_ends_documents(folder, tmp_path):
         assert (corpus.tokens == 256).sum() == corpus.documents
     meta = tokenize(source, str(tmp_path / "tokens"), **named)
     assert (meta["eot"], meta["num_tokens"]) == (256, 6 * 12)
-    with pytest.raises(ValueError, match="no end of text: no file beside it names one; set data.eot to one"):
+    with pytest.raises(ValueError, match="no end of text: no file in its folder names one; set data.eot to one"):
         load_corpus(DataConfig(source="text", path=source, tokenizer=tokenizer))
     with pytest.raises(ValueError, match="eot='<|im_end|>' needs a tokenizer.json"):
         DataConfig(eot="<|im_end|>")

@@ -1,4 +1,4 @@
-"""Training: after any interruption the run is bitwise the same, and every error is one clear line."""
+"""Training: a run that was interrupted gives bitwise the same result, and every error is one clear line."""
 
 import json
 import operator
@@ -41,7 +41,7 @@ def words(config: Config) -> list[str]:
 
 
 def rows(run) -> list[dict]:
-    """Return the metrics of a run, without those that depend on the clock."""
+    """Return the metrics of a run as a list of rows, without the one that depends on the time."""
     return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in read_metrics(run)]
 
 
@@ -128,7 +128,7 @@ def test_a_damaged_checkpoint_is_passed_over(uninterrupted, tmp_path, damage):
         flip(largest, largest.stat().st_size // 2)
     else:
         largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
-    with pytest.warns(UserWarning, match="damaged checkpoint.*24|training is back at step"):
+    with pytest.warns(UserWarning, match="damaged checkpoint.*24|step .* is trained again"):
         result = fit(SMALL, str(run), quiet=True)
     assert rows(run) == rows(uninterrupted[0])
     assert_same_state(result.state, uninterrupted[1])
@@ -150,7 +150,10 @@ def test_not_finite_parameters_are_refused(uninterrupted, tmp_path, capsys):
 
 
 def test_a_branch_with_a_decay_is_the_run_that_had_planned_it(uninterrupted, tmp_path):
-    """The advantage of the Power schedule: a decay can be added to any checkpoint of a run that never decays."""
+    """A branch that adds a decay to a checkpoint equals a run that planned this decay from its beginning.
+
+    The Power schedule makes this possible: until the decay, it does not depend on the length of the run.
+    """
     decay = SMALL.replace({"train.steps": 15, "optim.decay_tokens": 5 * 128})
     fit(decay, str(tmp_path / "branch"), branch=f"{uninterrupted[0]}@10", quiet=True)
     fit(decay, str(tmp_path / "planned"), quiet=True)
@@ -173,7 +176,7 @@ PLAIN = SMALL.replace(
 
 @pytest.fixture(scope="module")
 def stable(tmp_path_factory):
-    """A run of eight steps of 128 tokens at a constant rate, four of them in the warmup."""
+    """Train a run of eight steps of 128 tokens, four in the warmup and four at a constant rate; return its folder."""
     run = tmp_path_factory.mktemp("stable") / "run"
     fit(PLAIN.replace({"optim.warmup_tokens": 512}), str(run), quiet=True)
     return run
@@ -181,7 +184,11 @@ def stable(tmp_path_factory):
 
 @pytest.mark.parametrize(("B", "T"), [(4, 32), (8, 32), (2, 32), (2, 64), (1, 32)])
 def test_a_branch_decays_over_its_own_tokens_whatever_their_batch(stable, tmp_path, B, T):
-    """The decay uses counted tokens. With B=1, the run has 1024 + 8 * 32 tokens; steps * B * T would give 512."""
+    """A branch with another batch size decays over exactly its own tokens.
+
+    The schedule uses the tokens that were counted: for B=1, T=32 the run has 1024 + 8 * 32. The formula steps * B * T
+    would give 512.
+    """
     changes = {"data.B": B, "data.T": T, "train.steps": 16, "optim.warmup_tokens": 512, "optim.decay_tokens": 8 * B * T}
     fit(PLAIN.replace(changes), str(tmp_path / "run"), branch=f"{stable}@8", quiet=True)
     found = rows(tmp_path / "run")
@@ -197,7 +204,10 @@ def test_a_branch_decays_over_its_own_tokens_whatever_their_batch(stable, tmp_pa
 
 
 def test_a_branch_of_another_batch_follows_the_cosine_to_its_end(stable, tmp_path):
-    """1024 of 1024 + 8 * 64 tokens are before the branch, 512 of them in the warmup: half of the cosine is over."""
+    """A branch with another batch size follows the cosine schedule to its end.
+
+    At the branch, 512 tokens of warmup and 512 of the cosine's 1024 tokens are over, so half of the cosine is left.
+    """
     changes = {"data.B": 2, "train.steps": 16, "optim.warmup_tokens": 512, "optim.schedule": "cosine"}
     fit(PLAIN.replace(changes), str(tmp_path / "run"), branch=str(stable), quiet=True)
     expected = 0.002 * np.sin(np.pi / 2 * (0.5 - np.arange(8) / 16)) ** 2
@@ -308,8 +318,8 @@ def bad_runs(tmp_path, uninterrupted):
     (tmp_path / "short.txt").write_text("too short")
     (tmp_path / "no.py").write_text("x = 1\n")
     yield [str(tmp_path / "none.py")], "none.py"
-    yield [str(tmp_path / "no.py")], "defines no get_config()"
-    yield [], "which config?"
+    yield [str(tmp_path / "no.py")], "defines no function get_config()"
+    yield [], "CONFIG is missing"
     yield ["--train.stesp=3", "CONFIG"], "did you mean 'train.steps'?"
     yield ["CONFIG", "--model.V=100"], "V=100 is smaller than the 257 ids of"
     yield ["CONFIG", "--data.source=text", f"--data.path={tmp_path / 'short.txt'}"], "T=32 needs 33 tokens"
@@ -318,7 +328,7 @@ def bad_runs(tmp_path, uninterrupted):
     yield ["CONFIG", "--from", "nowhere@3"], "--from needs a new folder"
     yield ["CONFIG", "--from", f"{uninterrupted[0]}@7", "--run", str(tmp_path / "b")], "no checkpoint of step 7"
     yield ["CONFIG", "--init-from", str(tmp_path)], "is not a run folder"
-    yield ["CONFIG", "--model.implementation=mosaic"], "by mosaic: needs compute capability 9.0, found cpu"
+    yield ["CONFIG", "--model.implementation=mosaic"], "implementation mosaic: needs compute capability 9.0, found cpu"
     yield ["CONFIG", "--model.implementation=xal"], "did you mean 'xla'?"
 
 
@@ -338,7 +348,10 @@ def test_bad_input_is_one_clear_line(uninterrupted, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_full_disk_is_one_clear_line(tmp_path):
-    """Files are limited to 100 kB. The checkpoint does not fit; earlier checkpoints (none) and the metrics stay."""
+    """If the disk is full, the command prints one error line, and the metrics that were written remain.
+
+    Files are limited to 100 kB, so the checkpoint does not fit.
+    """
     dense = {
         "model.D": 64,
         "model.L": 1,

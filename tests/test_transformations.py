@@ -1,4 +1,4 @@
-"""Every op with every JAX transformation and on every kind of mesh: docs/reference/transformations.md is the table."""
+"""Every op works with the JAX transformations and meshes that docs/reference/transformations.md lists in its table."""
 
 import contextlib
 import functools
@@ -62,7 +62,10 @@ def merge(_):
 
 
 def routed(_):
-    """Return a function that computes the experts of the rows from the order that `route` makes."""
+    """Return a function of rows and expert indices whose result depends on all outputs of `route`.
+
+    It adds to each row its expert, found from the sorted order.
+    """
 
     def run(x, indices):
         routing = route(indices, E)
@@ -95,14 +98,18 @@ HAVE_NO_IMPLEMENTATIONS = "merge_stick_breaking", "route"
 
 
 def loss(f, floats, others):
-    """Return a weighted sum of the output, so that the cotangent differs at every place, and the output."""
+    """Return (a weighted sum of f's output, the output).
+
+    The weights differ, so that the cotangent differs at every element. `floats` are the arguments with gradients, and
+    `others` the integer arguments.
+    """
     out = f(*floats, *others)
     weights = jnp.cos(jnp.arange(out.size, dtype=out.dtype)).reshape(out.shape)
     return (out * like(weights, out)).sum(), out
 
 
 def value_and_gradients(f):
-    """Return the function of value and gradients, for the arrays that have gradients."""
+    """Return a function of f's arguments that returns f's output and the gradients of the floating-point arguments."""
 
     def run(*arrays):
         floats = [x for x in arrays if jnp.issubdtype(x.dtype, jnp.floating)]
@@ -114,20 +121,23 @@ def value_and_gradients(f):
 
 
 def like(x, y):
-    """Return x, divided over the mesh like y."""
+    """Return x with the sharding of y if y is on a mesh with Explicit axes, else x itself."""
     sharding = jax.typeof(y).sharding
     return jax.sharding.reshard(x, sharding) if AxisType.Explicit in (sharding.mesh.axis_types or ()) else x
 
 
 def several(x):
-    """Return two arrays with the shape of x."""
+    """Return two different arrays with the shape of x, stacked, or their abstract type if x is abstract."""
     if isinstance(x, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct((2, *x.shape), x.dtype)
     return np.stack([x, x[::-1] if x.ndim else 2 * x])
 
 
 def mesh(kind, arrays=()):
-    """Return a mesh of four devices; of absent GPUs if the arrays are abstract."""
+    """Return a 2 x 2 mesh with axes "data" and "model" of type `kind`.
+
+    Its devices are absent GPUs if an array of `arrays` is abstract.
+    """
     absent = any(isinstance(x, jax.ShapeDtypeStruct) for x in arrays)
     make = functools.partial(AbstractMesh, abstract_device=platform.HOPPER) if absent else jax.make_mesh
     return make(
@@ -199,7 +209,7 @@ TRANSFORMATIONS = {
 
 @functools.cache
 def expected(op):
-    """Return the results of the reference on one device."""
+    """Return the output and the gradients of the op's reference implementation on one device."""
     make, arrays, _ = OPS[op]
     return jax.jit(value_and_gradients(make("reference")))(*arrays)
 
@@ -211,7 +221,7 @@ ROWS_OF_TABLE = [
 
 
 def outcome(op: str, implementation: str, transformation: str) -> str:
-    """Return a cell of the table."""
+    """Test an op with a transformation; return the cell that the page's table must have: "yes", "traced" or "no"."""
     make, arrays, specs = OPS[op]
     transform = functools.partial(TRANSFORMATIONS[transformation], make(implementation))
     try:
@@ -238,7 +248,12 @@ def outcome(op: str, implementation: str, transformation: str) -> str:
 
 
 def traced(transform, arrays, specs) -> str:
-    """Return "traced" if the transformation can be traced with kernels for an absent GPU, otherwise "no"."""
+    """Return "traced" if the transformed op can be traced with the kernels for an absent GPU, otherwise "no".
+
+    Args:
+      transform: a function of (arrays, specs) that returns a function to trace and its arguments.
+      specs: the partition of each array on a mesh.
+    """
     types = {np.dtype(np.float32): jnp.bfloat16}
     absent = [jax.ShapeDtypeStruct(x.shape, types.get(x.dtype, x.dtype) if x.ndim else x.dtype) for x in arrays]
     function, placed = transform(absent, specs)
@@ -254,7 +269,10 @@ def line(*cells: str) -> str:
 
 
 def written() -> tuple[str, str, str]:
-    """Return the text before the table, the table, and the text after it."""
+    """Return the page in three parts: the text before the table, the table, and the text after it.
+
+    The page is docs/reference/transformations.md.
+    """
     before, rest = PAGE.read_text().split("<!-- table -->\n")
     between, after = rest.split("<!-- end of table -->")
     return before, between, after
@@ -262,7 +280,7 @@ def written() -> tuple[str, str, str]:
 
 @functools.cache
 def cells() -> dict[tuple[str, str, str], str]:
-    """Return the cells of the page's table, by op, implementation and transformation."""
+    """Return the cells of the page's table as a dict by (op, implementation, transformation)."""
     head, _, *lines = [row[2:-2].split(" | ") for row in written()[1].splitlines()]
     return {
         (op.strip("`"), name, by): cell for op, name, *found in lines for by, cell in zip(head[2:], found, strict=True)
@@ -276,7 +294,7 @@ def test_ops_are_themselves_under_every_transformation(op, implementation, trans
 
 
 def test_the_page_runs():
-    """The code of the page runs, and its table has the tested cells."""
+    """The Python code of the page runs, and its table has a cell for every tested combination."""
     assert list(cells()) == [(*row, name) for row in ROWS_OF_TABLE for name in TRANSFORMATIONS]
     exec(PAGE.read_text().split("```python\n")[1].split("```")[0], {})
 
@@ -290,7 +308,10 @@ def test_the_page_runs():
     ids=str,
 )
 def test_nothing_is_sent_on_an_auto_mesh(options, gradients):
-    """Batch and heads are divided, and the compiled program has no collectives."""
+    """On a mesh with Auto axes, attention that is partitioned along batch and heads needs no collectives.
+
+    The output is partitioned in the same way.
+    """
 
     def attend(query, key, value, segments):
         return stick_breaking_attention(query, key, value, segment_ids=segments, return_stats=True, **options)
@@ -306,34 +327,41 @@ def test_nothing_is_sent_on_an_auto_mesh(options, gradients):
 
 
 def explicit(*shape):
-    """Return a mesh with the Explicit axes data and model; Explicit is JAX's default."""
+    """Return a mesh of this shape with axes "data" and "model" of type Explicit, JAX's default."""
     return jax.make_mesh(shape, ("data", "model"), devices=jax.devices()[: np.prod(shape)])
 
 
 def refusals():
-    """Return {message: call} for calls whose arrays are divided along an axis that the op does not map over."""
+    """Return a dict from an error message to a call that must raise it.
+
+    In each call, an array is partitioned along an axis that the op does not support, or two arrays do not fit together.
+    """
     divide = functools.partial(put, mesh=explicit(2, 2))
     tokens, weight, slots, gates = normal(4, 8), normal(E, 8, 8), INDICES[:4], normal(4, k)
     attend = functools.partial(stick_breaking_attention, value=VALUE)
     mlp = functools.partial(expert_mlp, gates=gates, activation="relu")
     return {
-        "query [B,T,N,H]=[2, 6, 4, 32] is divided along T by 'model'=2, and stick_breaking_attention can be divided "
-        "along B, N, K only; pass jax.sharding.reshard(query, P('data', None, None, None)) instead":
+        "query [B,T,N,H]=[2, 6, 4, 32] is divided along T by mesh axis 'model'=2, and stick_breaking_attention can be "
+        "divided along B, N, K only; pass jax.sharding.reshard(query, P('data', None, None, None)) instead":
             lambda: attend(divide(QUERY, "data", "model"), KEY),
-        "key [B,S,K,H]=[2, 6, 2, 32] is divided along H by 'data'=2":
+        "key [B,S,K,H]=[2, 6, 2, 32] is divided along H by mesh axis 'data'=2":
             lambda: attend(QUERY, divide(KEY, None, None, None, "data")),
-        "B of key [B,S,K,H]=[2, 6, 2, 32] is divided by 'model'=2, but B of query [B,T,N,H]=[2, 6, 4, 32] by 'data'=2":
+        "B of key [B,S,K,H]=[2, 6, 2, 32] is divided by mesh axis 'model'=2, but B of query [B,T,N,H]=[2, 6, 4, 32] by "
+        "mesh axis 'data'=2":
             lambda: attend(divide(QUERY, "data"), divide(KEY, "model")),
-        "'data'=2 divides both B of query": lambda: attend(divide(QUERY, "data"), divide(KEY, None, None, "data")),
-        "K=2 of key [B,S,K,H]=[2, 6, 2, 32] is no multiple of 'data'=2 and 'model'=2, which divides N of query":
+        "mesh axis 'data'=2 divides both B of query":
+            lambda: attend(divide(QUERY, "data"), divide(KEY, None, None, "data")),
+        "K=2 of key [B,S,K,H]=[2, 6, 2, 32] must be divided like N of query [B,T,N,H]=[2, 6, 4, 32], but cannot be "
+        "divided into equal parts by mesh axis 'data'=2 and mesh axis 'model'=2":
             lambda: attend(divide(QUERY, None, None, ("data", "model")), KEY),
-        "x [T,D]=[4, 8] is divided along D by 'data'=2, and expert_mlp can be divided along T only":
+        "x [T,D]=[4, 8] is divided along D by mesh axis 'data'=2, and expert_mlp can be divided along T only":
             lambda: mlp(divide(tokens, None, "data"), weight, weight, route(slots, E)),
-        "x [R,D]=[8, 8] is divided along R by 'data'=2, and expert_linear of sorted rows can be divided along F only":
+        "x [R,D]=[8, 8] is divided along R by mesh axis 'data'=2, and expert_linear of sorted rows can be "
+        "divided along F only":
             lambda: expert_linear(divide(normal(8, 8), "data"), weight, route(slots, E), grouped_in=True),
-        "expert_indices [T,k]=[4, 2] is divided along T by 'data'=2, and expert_linear of sorted rows":
+        "expert_indices [T,k]=[4, 2] is divided along T by mesh axis 'data'=2, and expert_linear of sorted rows":
             lambda: expert_linear(tokens, weight, route(divide(slots, "data"), E), grouped_out=True),
-        "jax.vmap runs over an axis that 'model'=2 divides":
+        "jax.vmap runs over an array axis that mesh axis 'model'=2 divides":
             lambda: jax.vmap(lambda x: attend(x, KEY))(divide(normal(2, B, T, N, H), "model", "data")),
     }  # fmt: skip
 
@@ -346,7 +374,7 @@ def test_what_is_no_map_is_refused_in_one_line():
 
 
 def test_some_axes_manual_and_others_automatic():
-    """If some mesh axes are Manual, the op runs on the part of a device along these; XLA divides along the others."""
+    """An op works inside a shard_map over some mesh axes, while XLA partitions along the other, Auto axes."""
     _, arrays, specs = OPS["expert_mlp"]
     where = mesh(AxisType.Auto)
     some = jax.shard_map(mlp("xla"), mesh=where, in_specs=specs, out_specs=ROWS, axis_names={"data"})
@@ -363,14 +391,20 @@ def test_forward_mode_on_a_mesh_is_refused_in_one_line(kind):
 
 
 def test_what_divides_one_array_divides_the_others():
-    """Arrays that are replicated on every device are divided without communication."""
+    """If one argument is partitioned along an axis and another is replicated, the result is partitioned.
+
+    Partitioning a replicated array needs no communication.
+    """
     divide = functools.partial(put, mesh=explicit(2, 2))
     out, rem = stick_breaking_attention(divide(QUERY, "data"), divide(KEY, None, None, "model"), VALUE)
     assert out.sharding.spec == P("data", None, "model", None) and rem.sharding.spec == P("data", None, "model")
 
 
 def test_columns_of_a_linear_map_are_divided_too():
-    """The counts of `route` include the rows of all devices."""
+    """The weights of expert_linear can be partitioned along their columns, and the indices along the tokens.
+
+    The counts of `route` then include the rows of all devices.
+    """
     divide = functools.partial(put, mesh=explicit(2, 2))
     _, (x, weight, bias, gates, indices), _ = OPS["expert_linear"]
 

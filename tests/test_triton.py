@@ -1,6 +1,6 @@
-"""The Triton kernels of stick-breaking attention: the calls and GPUs that they support, and tiles of many sizes.
+"""Test the Triton kernels of stick-breaking attention: supported calls and GPUs, and tiles of many sizes.
 
-tests/test_kernels.py tests their results.
+The results of the kernels are tested in tests/test_kernels.py.
 """
 
 from functools import partial
@@ -22,12 +22,12 @@ TRITON_ONLY = {"implementation": "triton"}
 
 @pytest.fixture
 def installed(monkeypatch):
-    """Pretend that Triton is installed; nothing is compiled."""
+    """Make the code believe that Triton is installed; nothing is compiled."""
     monkeypatch.setattr(triton_call, "_missing", tuple)
 
 
 def on(kind: str):
-    """Trace as on an absent GPU of this kind."""
+    """Return a context in which functions are traced as on an absent GPU with the name `kind`."""
     device = AbstractDevice(device_kind=kind, platform="gpu", num_cores=100)
     return use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
 
@@ -67,9 +67,9 @@ def test_it_says_what_it_does_not_take(installed):
     with on("NVIDIA A100"):
         with jax.enable_x64(True):
             assert "takes bfloat16, float16 and float32, not float64" in refusal(dtype="float64")
-        assert "takes H and Hv of bfloat16 up to 256, not H=257, Hv=257" in refusal((1, 8, 2, 257))
-        assert "takes H and Hv of float32 up to 128, not H=129, Hv=129" in refusal((1, 8, 2, 129), "float32")
-        assert "takes tiles of powers of two from 16 on, not (64, 24)" in refusal(tiles=(64, 24))
+        assert "takes H and Hv up to 256 in bfloat16, not H=257, Hv=257" in refusal((1, 8, 2, 257))
+        assert "takes H and Hv up to 128 in float32, not H=129, Hv=129" in refusal((1, 8, 2, 129), "float32")
+        assert "takes tile sizes that are powers of two from 16 on, not (64, 24)" in refusal(tiles=(64, 24))
         assert "needs queries, keys and channels" in refusal((1, 0, 2, 64))
 
 
@@ -88,7 +88,10 @@ def test_every_case_of_the_portable_list_is_taken_or_refused_with_a_reason(insta
 
 @pytest.mark.parametrize("keys", [16, 32, 64])
 def test_the_sum_over_nearer_keys_keeps_its_digits_beside_large_numbers(keys):
-    """Numbers from 2^-24 to 160, the largest on the left. The total minus the left sum would lose all digits."""
+    """`sum_of_nearer` keeps the digits of small sums: for each key, it adds the numbers of the keys on its right.
+
+    The numbers go from 160 on the left to 2^-24. The total minus the sum on the left would lose all digits.
+    """
     rng = np.random.default_rng(0)
     x = np.sort(2 ** rng.uniform(-24, 7, (16, keys)), axis=1)[:, ::-1]
     x[:, :4], x[0] = 160, rng.uniform(0, 1, keys)
@@ -115,7 +118,10 @@ def test_tiles_that_are_no_squares(tiles):
 
 
 def test_skipping_where_the_backward_pass_has_smaller_tiles():
-    """Tiles have 128 rows in the forward and 64 in the backward pass: two backward tiles share one forward exit."""
+    """Early exit is correct if tiles have 128 rows in the forward pass and 64 in the backward pass.
+
+    Two backward tiles then stop at the same key tile as the forward tile.
+    """
     case = Stick(T=300, N=1, H=72, std=2.0)
     with interpreted("triton"):
         values = run("triton", case, "float16", skip_below=-24.0)

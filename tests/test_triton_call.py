@@ -1,4 +1,7 @@
-"""Calls of a Triton kernel: in the interpreter, for an absent GPU, and the errors where it cannot run."""
+"""`triton_call.launch` runs a Triton kernel in the interpreter and compiles it for an absent GPU.
+
+Where a kernel cannot run, an error says why.
+"""
 
 import importlib.util
 import os
@@ -51,7 +54,7 @@ def test_what_a_kernel_does_not_write_is_no_result():
 
 
 def round_by(name: str, *arrays, out):
-    """Run a kernel of triton_round.py in one thread block."""
+    """Run kernel `name` of triton_round.py in the interpreter, in one thread block; return its output."""
 
     def kernel():
         import triton_round

@@ -1,4 +1,7 @@
-"""V is taken from the tokenizer unless it is given, and is rounded up so that the devices can divide it."""
+"""The vocabulary size V comes from the tokenizer unless the config gives it.
+
+It is rounded up so that the mesh can partition it.
+"""
 
 import json
 
@@ -48,7 +51,10 @@ def test_a_model_by_itself_has_bytes():
 
 
 def test_a_run_keeps_its_v(text, tmp_path, capsys):
-    """V was rounded up for the mesh of the first start. A resumed run keeps it, also on a mesh that needs another V."""
+    """A resumed run keeps the V of its first start, which was rounded up for the first mesh.
+
+    This holds also on a mesh that would give another V.
+    """
     model = ModelConfig(D=8, L=1, N=2, K=2, H=4, F=8)
     config = Config(model, text, train=TrainConfig(steps=1, log_every=1), optim=Config().optim).replace(
         {"optim.schedule": "constant", "mesh.tensor": 2}

@@ -1,4 +1,4 @@
-"""A kernel for test_triton_call.py."""
+"""A Triton kernel that adds two arrays, for tests/test_triton_call.py."""
 
 import triton
 import triton.language as tl

@@ -1,4 +1,4 @@
-"""A kernel for test_triton.py that runs one device function of stick-breaking attention alone."""
+"""A Triton kernel for tests/test_triton.py that runs `sum_of_nearer`, a device function of the attention kernels."""
 
 import triton
 import triton.language as tl

@@ -1,4 +1,4 @@
-"""The public names of sparse experts, computed by grouped matrix products. `api` has the functions and their checks."""
+"""Sparse experts by grouped GEMMs (ScatterMoE): `route`, `expert_linear` and `expert_mlp`."""
 
 from .api import expert_linear, expert_mlp
 from .routing import Routing, route

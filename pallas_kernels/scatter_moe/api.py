@@ -1,4 +1,7 @@
-"""Sparse experts by scatter-gather grouped matrix products: the public functions and their checks."""
+"""The public functions of sparse experts, `expert_linear` and `expert_mlp`, and the checks of their arguments.
+
+Both compute grouped matrix products (grouped GEMMs): every row is multiplied by the weight matrix of its own expert.
+"""
 
 from collections.abc import Sequence
 
@@ -21,19 +24,19 @@ def expert_linear(
     bias: Float[Array, "E F"] | None = None,
     implementation: str | Sequence[str] | None = None,
 ) -> Float[Array, "Q F"]:
-    r"""Multiply every row by the weight of the expert to which it is routed: a grouped matrix product.
+    r"""Multiply every row of x by the weight of the expert to which the row is routed: a grouped matrix product.
 
     For choice s of token t, whose expert is e = expert_indices[t,s]:
 
       y[t,s] = x[t,s] weight[e] + bias[e],   and with gates   out[t] = sum_s gates[t,s] y[t,s]   (in fp32).
 
     The rows of x and of the result are "scattered" (in the order of the tokens) or "grouped" (sorted by expert, in the
-    order of `routing.order`). No rows are padded, and no array has a copy of x for every expert. The expert index E
-    means no expert: the output is exactly zero, and no bias is added.
+    order of `routing.order`). No rows are padded, and no array has a copy of x for every expert. An expert index of E
+    means that the pair has no expert: y[t,s] is exactly zero, and no bias is added.
 
     Args:
-      x: [T, D], where the k choices of token t read row t, or [T*k, D], where choice s of token t reads row t * k + s.
-        With `grouped_in`, x is [T*k, D] and its rows are sorted.
+      x: [T, D], where row t is the input of all k choices of token t, or [T*k, D], where row t * k + s is the input of
+        choice s of token t. With `grouped_in`, x is [T*k, D] and its rows are sorted by expert.
       weight: [E, D, F], one matrix for each expert.
       routing: a result of `route`, which has the expert of every (token, choice) pair.
       grouped_in: whether the rows of x are sorted by expert.
@@ -44,14 +47,14 @@ def expert_linear(
         the best one that can run this call (see `explain`).
 
     Returns:
-      y [T*k, F], or out [T, F] with gates, in the type of x.
+      y [T*k, F], or out [T, F] with gates, in the dtype of x.
 
     Raises:
-      ValueError: the shapes or dtypes of the arrays do not fit (the message names the axes by their letters); there are
-        gates and `grouped_out` is True; a mesh divides arrays along other axes than T and F
-        (docs/reference/transformations.md).
-      NotImplementedError: a named implementation cannot run this call.
-      TypeError: a forward-mode derivative (`jax.jvp`) is taken. Only the implementation "reference" has one.
+      ValueError: the shapes or dtypes of the arrays do not fit together (the message names the axes by their letters);
+        gates are given and `grouped_out` is True; an array is divided over a mesh along an axis other than T and F, or
+        along T while rows are sorted by expert (docs/reference/transformations.md).
+      NotImplementedError: none of the implementations named in `implementation` can run this call.
+      TypeError: a forward-mode derivative (`jax.jvp`) is taken. Only the implementation "reference" supports it.
 
     Source: "Scattered Mixture-of-Experts Implementation", arXiv 2403.08245 (ParallelLinear).
 
@@ -77,32 +80,33 @@ def expert_mlp(
     activation: str = "swiglu",
     implementation: str | Sequence[str] | None = None,
 ) -> Float[Array, "T D"]:
-    r"""Apply feed-forward networks, one for each expert, to the tokens that are routed to them, and sum with the gates.
+    r"""Apply to every token the feed-forward networks of its k experts, and sum their outputs, weighted by the gates.
 
       out[t] = sum_s gates[t,s] (act(x[t] w_in[e] + b_in[e]) w_out[e] + b_out[e]),   e = expert_indices[t,s].
 
     Args:
-      x: [T, D].
-      w_in: [E, D, F], or [E, D, 2F] for swiglu, geglu and reglu. There the first F columns give the half of the hidden
-        layer that goes through the function, and the last F columns give the half that multiplies it.
+      x: [T, D], one row for each token.
+      w_in: [E, D, F], or [E, D, 2F] for swiglu, geglu and reglu, where the hidden layer has two halves: the first F
+        columns compute the half a, and the last F columns compute the half b.
       w_out: [E, F, D].
       routing: a result of `route`, which has the expert of every (token, choice) pair.
       gates: [T, k], the weights for the sum of the k outputs of a token.
-      b_in: [E, F] or [E, 2F], as w_in.
+      b_in: [E, F], or [E, 2F] if w_in is [E, D, 2F].
       b_out: [E, D].
-      activation: "swiglu" (silu of the first half * second half), "geglu" (the same with the tanh form of gelu),
-        "reglu" (with relu), "gelu" (exact), "gelu_tanh", "relu", "relu2" (relu squared) or "silu".
+      activation: "swiglu" (silu(a) * b), "geglu" (gelu_tanh(a) * b), "reglu" (relu(a) * b), "gelu" (exact), "gelu_tanh"
+        (the tanh form of gelu), "relu", "relu2" (relu squared) or "silu".
       implementation: "mosaic", "triton", "xla", "reference", a sequence of them in order of preference, or None for
         the best one that can run this call (see `explain`).
 
     Returns:
-      [T, D] in the type of x. The output of a token without experts is exactly zero.
+      out [T, D], in the dtype of x. The output of a token without experts (all its expert indices are E) is exactly 0.
 
     Raises:
-      ValueError: the shapes or dtypes of the arrays do not fit (the message names the axes by their letters); the
-        activation is unknown; a mesh divides arrays along other axes than T (docs/reference/transformations.md).
-      NotImplementedError: a named implementation cannot run this call.
-      TypeError: a forward-mode derivative (`jax.jvp`) is taken. Only the implementation "reference" has one.
+      ValueError: the shapes or dtypes of the arrays do not fit together (the message names the axes by their letters);
+        the activation is unknown; an array is divided over a mesh along an axis other than T
+        (docs/reference/transformations.md).
+      NotImplementedError: none of the implementations named in `implementation` can run this call.
+      TypeError: a forward-mode derivative (`jax.jvp`) is taken. Only the implementation "reference" supports it.
 
     Source: "Scattered Mixture-of-Experts Implementation", arXiv 2403.08245.
 
@@ -118,14 +122,20 @@ def expert_mlp(
 
 
 def _check_one_dtype(**arrays):
-    """Raise ValueError if the arrays, given by their names, do not all have the same dtype."""
+    """Raise ValueError if the arrays do not all have the same dtype.
+
+    The keywords are the names of the arrays, which the message repeats.
+    """
     dtypes = [str(a.dtype) for a in arrays.values()]
     if len(set(dtypes)) > 1:
         raise ValueError(f"{', '.join(arrays)} must have one dtype, got {', '.join(dtypes)}")
 
 
 def _floats(name, a, shape, letters):
-    """Check that the argument `name` is a floating-point array `a` of this shape, or None, and return it."""
+    """Check that `a` is None or a floating-point array of shape `shape`, and return it. Else raise ValueError.
+
+    `name` is the name of the argument, and `letters` are the letters of its axes, such as "T,k", for the message.
+    """
     if a is None:
         return None
     a = arguments.floats(name, a, letters)
@@ -135,7 +145,7 @@ def _floats(name, a, shape, letters):
 
 
 def _sizes(routing):
-    """Return (T, k, E): the numbers of tokens, of choices of a token, and of experts. Check that it is a `Routing`."""
+    """Check that `routing` is a `Routing`. Return (T, k, E): the numbers of tokens, choices per token and experts."""
     if not isinstance(routing, Routing):
         raise ValueError(f"routing must be the result of route(expert_indices, E), got {type(routing).__name__}")
     return *routing.expert_indices.shape, routing.num_experts
@@ -152,10 +162,10 @@ def _prepare_linear(x, weight, routing, *, grouped_in=False, grouped_out=False, 
         raise ValueError(f"weight must be [E,D,F] with E={E}, D={x.shape[1]}, got weight.shape={weight.shape}")
     allowed = (T * k,) if grouped_in else (T, T * k)
     if x.shape[0] not in allowed:
-        names = "T*k (because of grouped_in)" if grouped_in else "T or T*k"
-        raise ValueError(f"x must have {names} rows with T={T}, k={k}, got x.shape={x.shape}")
+        names = "T*k rows (because grouped_in=True)" if grouped_in else "T or T*k rows"
+        raise ValueError(f"x must have {names} with T={T}, k={k}, got x.shape={x.shape}")
     if gates is not None and grouped_out:
-        raise ValueError("gates sum the k outputs of a token, so they need grouped_out=False")
+        raise ValueError("gates sum the k outputs of each token, so they need grouped_out=False, got grouped_out=True")
     gates, bias = _floats("gates", gates, (T, k), "T,k"), _floats("bias", bias, (E, weight.shape[2]), "E,F")
     x_rows = "sorted" if grouped_in else "token" if x.shape[0] == T else "pair"
     out_rows = "token" if gates is not None else "sorted" if grouped_out else "pair"
@@ -188,7 +198,12 @@ def _refuses_nothing(call) -> None:
 
 
 def _register(name, prepare, letters, mosaic_run, triton_run, xla_run, reference_run):
-    """Make an expert op with its four implementations known to `dispatch`, and return the op."""
+    """Register an expert op with its four implementations in `dispatch`, and return the op.
+
+    `prepare` takes the arguments of the public function, checks them, and returns a call: a `LinearCall` or an
+    `MlpCall`. `letters(call)` returns the letters of the axes of the arrays, such as "T D" for x. `mosaic_run(call)`
+    and the other three run functions return the result of the call.
+    """
     implementations = {
         "mosaic": dispatch.Implementation(mosaic_run, mosaic.refuses, mosaic.detail),
         "triton": dispatch.Implementation(triton_run, triton.refuses, triton.detail),

@@ -1,4 +1,4 @@
-"""The checked arguments of one call of an expert op, in the form that all implementations take."""
+"""The checked arguments of the ops `expert_linear` and `expert_mlp`, and the activation functions."""
 
 import math
 from collections.abc import Iterator
@@ -17,9 +17,11 @@ Rows = Literal["token", "pair", "sorted"]
 
 
 class LinearCall(NamedTuple):
-    """The checked arguments of a call of `expert_linear`: x @ weight[e] + bias[e] for every row of expert e.
+    """The checked arguments of a call of `expert_linear`.
 
-    If gates are given, every result row is multiplied by its gate, and the k rows of a token are summed.
+    The result has x @ weight[e] + bias[e] for every (token, choice) pair, where x is the row of the pair and e is its
+    expert. If gates are given, every result row is multiplied by its gate, and the k result rows of a token are summed.
+    `x_rows` and `out_rows` say how the rows of x and of the result are ordered (`Rows`).
     """
 
     x: jax.Array  # [T, D] or [T*k, D]
@@ -34,14 +36,15 @@ class LinearCall(NamedTuple):
 class MlpCall(NamedTuple):
     """The checked arguments of a call of `expert_mlp`.
 
-    The result is the sum over the k choices of a token of gate * (act(x @ w_in[e] + b_in[e]) @ w_out[e] + b_out[e]).
+    The result is the sum over the k choices of a token of gate * (act(x @ w_in[e] + b_in[e]) @ w_out[e] + b_out[e]),
+    where e is the expert of the choice and act is the activation.
     """
 
     x: jax.Array  # [T, D]
-    w_in: jax.Array  # [E, D, F], 2F for a gated activation, with the half for the gate first
+    w_in: jax.Array  # [E, D, F], or [E, D, 2F] for a gated activation: first the columns of `gate`, then of `up`
     w_out: jax.Array  # [E, F, D]
-    b_in: jax.Array | None
-    b_out: jax.Array | None
+    b_in: jax.Array | None  # [E, F] or [E, 2F]
+    b_out: jax.Array | None  # [E, D]
     gates: jax.Array  # [T, k]
     routing: Routing
     activation: str
@@ -51,10 +54,10 @@ _ROUTING = Routing(order=RECOMPUTED, inverse=RECOMPUTED, offsets=RECOMPUTED, exp
 
 
 def linear_letters(call: LinearCall) -> Letters:
-    """Return the letters of the axes of all arrays of a call, and the axes along which a mesh may divide the op.
+    """Return the letters of the axes of the arrays of `expert_linear`, and those along which a mesh may divide the op.
 
-    These are the tokens T and the columns F of the result. With sorted rows, it is only F, because a sort by expert
-    mixes the tokens of all devices.
+    A mesh may divide the op along the tokens T and along the columns F of the result. If the rows of x or of the result
+    are sorted by expert, it may divide the op only along F, because the sort mixes the tokens of all devices.
     """
     arrays = LinearCall("T D", "E D F", "E F", "T k", _ROUTING, x_rows=STATIC, out_rows=STATIC)
     if "sorted" in (call.x_rows, call.out_rows):
@@ -63,19 +66,19 @@ def linear_letters(call: LinearCall) -> Letters:
 
 
 def mlp_letters(call: MlpCall) -> Letters:
-    """Return the letters of the axes of all arrays of a call. A mesh may divide the op along the tokens T only."""
+    """Return the letters of the axes of the arrays of `expert_mlp`. A mesh may divide the op along T only."""
     hidden = "2F" if call.activation in GATED else "F"
     arrays = MlpCall("T D", f"E D {hidden}", "E F D", f"E {hidden}", "E D", "T k", _ROUTING, activation=STATIC)
     return Letters("expert_mlp", arrays, "T D", {"T": "T"}, _routed)
 
 
 def _routed(call):
-    """Return the call of one device. Its routing is computed again from the tokens of this device."""
+    """Return the call of one device of a mesh with a new `routing`, which sorts only the pairs of this device."""
     weight = call.weight if isinstance(call, LinearCall) else call.w_out
     return call._replace(routing=route(call.routing.expert_indices, weight.shape[0]))
 
 
-# The name of the pre-activation that the forward pass of `expert_mlp` keeps. A remat policy can save it by this name:
+# The name of the pre-activation x @ w_in + b_in, which the forward pass saves. A remat policy can use it:
 # jax.checkpoint_policies.save_only_these_names(PRE_ACTIVATION).
 PRE_ACTIVATION = "expert_pre_activation"
 GATED = ("swiglu", "geglu", "reglu")
@@ -92,10 +95,10 @@ _POINTWISE = {
 
 
 def activate(name: str, gate, up=None):
-    """Return the activation `name` of a hidden layer [.., F], element by element.
+    """Apply the activation `name`, such as "swiglu", to a hidden layer, element by element. Return an array [.., F].
 
-    A gated activation takes the two halves of the layer, `gate` and `up`, and multiplies f(gate) by up. Any other
-    activation takes the whole layer as `gate`.
+    A gated activation takes the two halves of the hidden layer, `gate` [.., F] and `up` [.., F], and returns
+    f(gate) * up, where f is silu for "swiglu". Any other activation takes the complete hidden layer [.., F] as `gate`.
     """
     return _POINTWISE[name](gate) if up is None else _POINTWISE[name](gate) * up
 
@@ -133,9 +136,10 @@ _SLOPES = {
 
 
 def d_activate(name: str, d, gate, up=None) -> Iterator:
-    """Yield the gradient of `gate`, and for a gated activation then the gradient of `up`.
+    """Yield the gradient of `gate` and then, for a gated activation, the gradient of `up`.
 
-    d is the cotangent of `activate(name, gate, up)`. The gradients come one after the other, to save registers.
+    d is the cotangent of `activate(name, gate, up)`, of the shape of `gate`. A kernel can store the first gradient
+    before it computes the second one, which saves registers.
     """
     slope = d * _SLOPES[name](gate)
     yield slope if up is None else slope * up
@@ -144,7 +148,10 @@ def d_activate(name: str, d, gate, up=None) -> Iterator:
 
 
 def _activation(name: str):
-    """Return the activation as a function of a whole hidden layer: [.., F] to [.., F], or [.., 2F] to [.., F]."""
+    """Return the activation `name` as a function of one array, the hidden layer.
+
+    The function takes [.., F], or [.., 2F] for a gated activation, and returns [.., F].
+    """
     parts = 2 if name in GATED else 1
 
     def run(h):

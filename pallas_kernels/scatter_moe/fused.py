@@ -1,9 +1,10 @@
-"""Code around the expert kernels that Mosaic and Triton share: the derivatives, and the sums over the k choices.
+"""Code around the GPU kernels of the experts, shared by Mosaic and Triton: derivatives, and sums over the k choices.
 
-The forward pass of `mlp` saves its arguments and the pre-activation h. With y = act(h) w_out and dy = d_out w_out^T,
-the gradient of a gate is <y, d_out> = <act(h), dy>, so y is not saved. The products gather their rows when they load
-them, so no array with copies of the rows of x or d_out is made. The two sums over the k choices of a token, for the
-output and for the gradient of x, are gathers, which XLA fuses. `kernels.py` says what the kernels take and return.
+The forward pass of `mlp` saves its arguments and the pre-activation h. Let d_out be the cotangent of the output, y =
+act(h) w_out and dy = d_out w_out^T. Then the gradient of a gate is <y, d_out> = <act(h), dy>, so the backward pass does
+not need y. The kernels gather the rows of x and d_out when they load them, so no array with k copies of these rows is
+made. For every token, the k rows of the output and the k rows of the gradient of x are summed. XLA computes both sums
+as gathers, which it fuses. `kernels.py` says what the kernels take and return.
 """
 
 from functools import partial
@@ -17,28 +18,33 @@ from .call import PRE_ACTIVATION, LinearCall, MlpCall
 from .kernels import Kernels
 from .tasks import Tasks, row_numbers
 
-UNCOMBINED = 2**30  # bytes; if the outputs of all (token, choice) pairs take more, a few columns are computed at a time
-STEP = 256  # the number of columns at a time is a multiple of this
+UNCOMBINED = 2**30  # bytes; if the outputs of all (token, choice) pairs take more, columns are computed in groups
+STEP = 256  # the number of columns of a group is a multiple of this
 
 
 def by_tile(gates, tasks: Tasks):
-    """Return the gate of every row of the tiles, fp32 [tiles * M], from gates [T, k]. It is 0 for an empty row."""
+    """Return the gate of every row of the tiles in `tasks`, fp32 [tiles * M], from gates [T, k].
+
+    M is the number of rows of a tile. A tile row without a (token, choice) pair gets 0.
+    """
     return jnp.where(tasks.pairs < 0, 0, gates.astype(jnp.float32).reshape(-1)[jnp.maximum(tasks.pairs, 0)])
 
 
 def _combine(y, routing, gates=None):
-    """Return the sum of the k rows of each token, fp32 [T, F], for y [R, F] sorted by expert.
+    """Return the sum of the k expert outputs of each token, fp32 [T, F]. The outputs y [T*k, F] are sorted by expert.
 
-    With gates [T, k], each row is multiplied by its gate.
+    With gates [T, k], each output is multiplied by its gate before the sum.
     """
     y = y[routing.inverse].reshape(*routing.expert_indices.shape, y.shape[-1]).astype(jnp.float32)
     return (y if gates is None else gates.astype(jnp.float32)[..., None] * y).sum(1)
 
 
 def _combined(kernels: Kernels, x, weight, routing, tasks, gates=None, bias=None, *, dtype, transposed=False):
-    """Multiply the sorted rows x by the weights of their experts, and sum the k rows of each token: [T, F] in `dtype`.
+    """Return, for each token, the sum over its k choices of gate * (x @ weight[e] + bias[e]): [T, F] in `dtype`.
 
-    A few columns are computed at a time, so that the rows before the sum fit into UNCOMBINED bytes.
+    x has one row for every (token, choice) pair, and the rows are sorted by expert. The weight is [E, D, F], or
+    [E, F, D] if `transposed`. Without gates, every gate is 1. The columns are computed in groups, so that the terms of
+    the sum, [T*k, columns of a group], take about UNCOMBINED bytes or less.
     """
     columns = weight.shape[1 if transposed else 2]
     at_once = max(1, UNCOMBINED // (routing.order.shape[0] * dtype.itemsize) // STEP) * STEP
@@ -48,15 +54,17 @@ def _combined(kernels: Kernels, x, weight, routing, tasks, gates=None, bias=None
         options = dict(first=first, columns=size, transposed=transposed)
         y = kernels.product(x, tasks.sorted, weight, tasks, tasks.sorted, bias, **options)
         out = _combine(y, routing, gates).astype(dtype)
-        x, out = lax.optimization_barrier((x, out))  # XLA must compute one y after the other
+        x, out = lax.optimization_barrier((x, out))  # XLA must compute one group after the other
         pieces.append(out)
     return jnp.concatenate(pieces, 1)
 
 
 def _d_gates(gates, d_gate, bias, d_out, routing):
-    """Return the gradient of the gates [T, k], where the output of a token is the sum of gate * (y + bias).
+    """Return the gradient of the gates, [T, k].
 
-    `d_gate` [R] has <y, d_out> of every pair, and the bias adds <bias, d_out>.
+    The output of a token is the sum over its choices of gate * (y + bias), where y is the result of the matrix product.
+    So the gradient of a gate is <y, d_out> + <bias, d_out>. `d_gate` has <y, d_out> of every (token, choice) pair,
+    [T*k]. `bias` is [E, F] or None, and `d_out` [T, F] is the cotangent of the output.
     """
     d_gates = d_gate.reshape(gates.shape)
     if bias is not None:
@@ -69,7 +77,10 @@ def _d_gates(gates, d_gate, bias, d_out, routing):
 
 
 def mlp(kernels: Kernels, call: MlpCall):
-    """Return the result of `expert_mlp`, [T, D], computed by `kernels`."""
+    """Return the result of `expert_mlp`, [T, D].
+
+    `kernels` are the GPU kernels of Mosaic or Triton.
+    """
     arrays = call.x, call.w_in, call.w_out, call.b_in, call.b_out, call.gates
     return _mlp(*arrays, call.routing, call.activation, kernels)
 
@@ -108,7 +119,10 @@ _mlp.defvjp(_mlp_forward, _mlp_backward)
 
 
 def linear(kernels: Kernels, call: LinearCall):
-    """Return the result of `expert_linear`, [R, F], or [T, F] with gates, computed by `kernels`."""
+    """Return the result of `expert_linear`, [T*k, F], or [T, F] with gates.
+
+    `kernels` are the GPU kernels of Mosaic or Triton.
+    """
     arrays = call.x, call.weight, call.bias, call.gates
     return _linear(*arrays, call.routing, call.x_rows, call.out_rows, kernels)
 

@@ -1,4 +1,4 @@
-"""The interface between `fused` and the backends Mosaic and Triton: a set of kernels for grouped matrix products."""
+"""The interface between `fused` and its backends, Mosaic and Triton: a set of kernels for grouped matrix products."""
 
 from typing import Any, Protocol, runtime_checkable
 
@@ -9,61 +9,84 @@ from .tasks import Tasks, make_tasks
 
 @runtime_checkable
 class Kernels(Protocol):
-    """The expert kernels of one backend. The object is hashable, so that it can be a static argument of a function.
+    """The expert kernels of one backend, Mosaic or Triton.
 
-    `source`, `target`, `numbers` and `.._numbers` are row numbers [tiles * M]: for every row of the tiles of `tasks`,
-    its row in an array, or -1 if it has none (`tasks.row_numbers`). x[source] are the rows of x in this order, each of
-    which is multiplied by the weight of the expert of its tile. R is the number of (token, choice) pairs. The hidden
-    rows `h` are the pre-activations of `expert_mlp`, sorted by expert. Each backend chooses the shape of `h`: `product`
-    takes this shape as `x`, and `d_weights` and `d_bias` take it as `right`.
+    The object is hashable, so that it can be a static argument of a jitted function.
+
+    `tasks` cuts the rows of the experts into tiles of M rows. A tile has rows of one expert e, and R is the number of
+    (token, choice) pairs. The arguments `source`, `target`, `numbers`, `left_numbers` and `right_numbers` are int32
+    [tiles * M]: for every row i of the tiles, the index of this row in an array, or -1 if tile row i is empty
+    (`tasks.row_numbers`). For example, x[source[i]] is the row of x for tile row i.
+
+    h is the pre-activation of `expert_mlp`, with rows sorted by expert. Each backend chooses the shape of h. `product`
+    accepts this shape as `x`, and `d_weights` and `d_bias` accept it as `right`.
     """
 
     def rows_of_tile(self, routing: Routing, x) -> int: ...
 
     def tasks(self, routing: Routing, x) -> Tasks:
-        """Return the work list of the kernels for this routing and for rows x."""
+        """Return the work list of the kernels: the (token, choice) pairs, sorted by expert and cut into tiles.
+
+        x is the array whose rows are multiplied. The number of rows of a tile depends on the routing and on x.
+        """
         return make_tasks(routing, self.rows_of_tile(routing, x))
 
     def product(
         self, x, source, weight, tasks: Tasks, target, bias=None, *, first: int = 0, columns: int | None = None,
         transposed: bool = False,
     ) -> Any:  # fmt: skip
-        """Return an array [R, columns] that has x[source] @ weight + bias in its rows `target`.
+        """Return an array `out` [R, columns] with out[target[i]] = x[source[i]] @ weight[e] + bias[e].
 
-        The weight is [E, D, F], or [E, F, D] if `transposed`. Only `columns` of its F columns are used, from column
-        `first` on. None means all columns.
+        The kernel does this for every row i of the tiles in `tasks`, where e is the expert of the tile. R is the number
+        of (token, choice) pairs. The weight is [E, D, F], or [E, F, D] if `transposed`. Of its F columns, `columns` are
+        used, from column `first` on. If `columns` is None, all columns are used. A bias [E, F] of None is zero.
         """
 
     def activated(self, activation: str, x, source, weight, tasks: Tasks, bias, *, keep: bool) -> tuple:
-        """Return (act(h) [R, F],) or, with `keep`, (act(h) [R, F], h), where h = x[source] @ weight + bias.
+        """Return (act(h) [R, F],) or, with `keep`, (act(h) [R, F], h), where h = x[source] @ weight[e] + bias[e].
 
-        The rows of both results are sorted by expert.
+        For every row of the tiles in `tasks`, `source` has the index of its row in x, and e is the expert of the tile.
+        The rows of both results are sorted by expert. `activation` is the name of act, such as "swiglu". `weight` and
+        `bias` are w_in and b_in of `expert_mlp`. R is the number of (token, choice) pairs.
         """
 
     def d_activated(self, activation: str, d_out, source, weight, tasks: Tasks, h, gates) -> tuple:
-        """Return the derivatives (dh, gate * act(h) [R, F], <act(h), dy> [tiles * M]), where dh has the shape of h.
+        """Return (dh, gate * act(h) [R, F], <act(h), dy> [tiles * M]), for the backward pass of `expert_mlp`.
 
-        The forward pass is the sum over the choices of a token of gate * act(h) @ weight, d_out is its cotangent, and
-        dy = d_out[source] @ weight^T. <act(h), dy> is the gradient of the gate of every row of the tiles. `gates` is a
-        result of `fused.by_tile`.
+        The output of a token is the sum over its choices of gate * act(h) @ weight[e], where h is the pre-activation
+        and `weight` is w_out [E, F, D]. d_out [T, D] is the cotangent of the output, and
+        dy = d_out[source] @ weight[e]^T. `gates` [tiles * M] has the gate of every row of the tiles in `tasks`
+        (`fused.by_tile`).
+
+        `dh`: the gradient of h, in the shape of h: gate * dy times the derivative of act.
+        `gate * act(h)`: not a derivative. `d_weights` takes it as `left`, for the gradient of the weight.
+        `<act(h), dy>`: for every row of the tiles, the gradient of its gate, except for the term <bias, d_out>,
+          which the caller adds.
         """
 
     def d_gated(self, d_out, source, weight, tasks: Tasks, x, x_rows: Rows, gates, routing: Routing) -> tuple:
-        """Return (gate * dy, gate * x, the row numbers of gate * x, <x, dy> [R]) for `expert_linear` with gates.
+        """Return (gate * dy, gate * x, left_numbers, <x, dy> [R]), for the backward pass of `expert_linear` with gates.
 
-        They are the gradient of x, the left factor of the gradient of the weight, and the gradient of the gate of every
-        pair, where dy = d_out[source] @ weight^T. gate * dy has its rows in the order of x. If x has one row per token,
-        gate * dy has one row per pair.
+        d_out [T, F] is the cotangent of the output, and dy = d_out[source] @ weight[e]^T. `x_rows` is the order of the
+        rows of x: "token", "pair" or "sorted".
+
+        `gate * dy`: the gradient of x, with rows in the order of x. If x has one row per token, this gradient has one
+          row per (token, choice) pair, and the caller sums the k rows of a token.
+        `gate * x`, `left_numbers`: the arguments `left` and `left_numbers` of `d_weights`, for the gradient of the
+          weight.
+        `<x, dy>`: the gradient of the gate of every pair, except for the term <bias, d_out>, which the caller adds.
         """
 
     def d_weights(self, left, left_numbers, right, right_numbers, tasks: Tasks) -> Any:
-        """Return the gradient of the weights: for every expert, the sum of left[r]^T right[r] over its rows r.
+        """Return the gradient of the weights of all experts. The caller reshapes it to [E, D, F].
 
-        Row r is in row left_numbers[r] of `left` and in row right_numbers[r] of `right`.
+        For every expert, it is the sum of left[left_numbers[i]]^T right[right_numbers[i]] over all rows i of the tiles
+        of this expert in `tasks`. Rows of `left` have D elements, and rows of `right` have F elements.
         """
 
     def d_bias(self, bias, right, numbers, tasks: Tasks, gates=None) -> Any:
-        """Return the gradient of `bias`, with the shape of `bias`: for every expert, the sum of its rows of `right`.
+        """Return the gradient of `bias`, with the shape of `bias`: for every expert, the sum of right[numbers[i]].
 
-        With gates [T, k], each row is multiplied by its gate. Row r is in row numbers[r] of `right`.
+        The sum is over all rows i of the tiles of this expert in `tasks`. With gates [T, k], each term is multiplied by
+        the gate of its (token, choice) pair.
         """

@@ -1,4 +1,4 @@
-"""Sparse experts by Mosaic kernels for Hopper GPUs: which calls they take, their sizes, and how they are called."""
+"""Sparse experts by Pallas Mosaic kernels, for Hopper GPUs: which calls the kernels can run, and their launches."""
 
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -10,12 +10,12 @@ from .kernels import Kernels
 from .mosaic_float32 import d_weights, product
 from .mosaic_product import COLUMNS, ROWS, Plan, activated, d_activated
 
-WIDTH = 64  # columns of a tile in shared memory; widths are padded to whole tiles for the copy engine
-ONES = 8  # columns of ones: a product with them sums rows. 8, because a copy takes at least 16 bytes
+WIDTH = 64  # columns of a tile in shared memory; D and F are padded to multiples, for the copy engine
+ONES = 8  # columns of the array of ones in `_d_bias`: one would do, but a copy takes at least 16 bytes
 
 
 def refuses(call: LinearCall | MlpCall) -> str | None:
-    """Return the reason why the kernels cannot run a call, or None if they can."""
+    """Return the reason why the Mosaic kernels cannot run this call, or None if they can."""
     if reason := hopper.refuses(call.x):
         return reason
     if call.x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
@@ -24,35 +24,42 @@ def refuses(call: LinearCall | MlpCall) -> str | None:
 
 
 def detail(call: LinearCall | MlpCall) -> str:
-    """Describe for `explain` how the kernels run a call: the tiles, and what is special about the call."""
+    """Describe for `explain` how the kernels run this call, such as "128 x 256 tiles, activation by XLA"."""
     rows, experts = call.routing.order.shape[0], call.routing.num_experts
     odd = any(n % WIDTH for n in _widths(call))
     text = f"{ROWS * _warpgroups(rows, experts)} x {2 * COLUMNS} tiles"
-    text += f", padded to {WIDTH} columns" if odd else ""
-    text += ", the activation by XLA" if _is_unfused(call) else ""
+    text += f", D and F padded to multiples of {WIDTH}" if odd else ""
+    text += ", activation by XLA" if _is_unfused(call) else ""
     return text + (", float32 as six products of bfloat16" if call.x.dtype == jnp.float32 else "")
 
 
 def _widths(call) -> tuple[int, ...]:
-    """Return the sizes of the two axes of the weight of one expert: (D, F), or (F, D) for a network."""
+    """Return the sizes of the axes of the weight of one expert: (D, F) of `weight`, or (F, D) of `w_out`."""
     return call.weight.shape[1:] if isinstance(call, LinearCall) else call.w_out.shape[1:]
 
 
 def _warpgroups(rows: int, experts: int) -> int:
-    """Return the number of warpgroups of a block that multiply, for `rows` rows of all `experts` experts.
+    """Return how many warpgroups of a block multiply, for `rows` rows in total that are routed to `experts` experts.
 
-    It is 2, or 1 if most tiles of two warpgroups (128 rows) would be half empty, as in decoding.
+    A tile has 64 rows for each of these warpgroups. The number is 2 if an expert has 128 rows or more on average. With
+    fewer rows, as in decoding, most tiles of 128 rows would have many empty rows, and the number is 1.
     """
     return 2 if rows >= 2 * ROWS * experts else 1
 
 
 def _padded(x, *axes: int):
-    """Return x, padded with zeros along these axes to multiples of 64. Without padding, x is not copied."""
+    """Return x, padded with zeros so that its sizes along `axes` are multiples of 64.
+
+    An array that needs no padding is not copied.
+    """
     return jnp.pad(x, [(0, -n % WIDTH if axis in axes else 0) for axis, n in enumerate(x.shape)])
 
 
 def mlp(call: MlpCall):
-    """Return the result of `expert_mlp`, [T, D]."""
+    """Return the result of `expert_mlp`, [T, D], by Mosaic kernels. If an array is empty, plain JAX computes it.
+
+    D and F are padded with zeros to multiples of 64, because the copy engine copies complete tiles.
+    """
     if 0 in call.x.shape + call.w_out.shape:
         return xla.mlp(call)
     if _is_unfused(call):
@@ -60,7 +67,7 @@ def mlp(call: MlpCall):
     D, F = call.w_out.shape[2], call.w_out.shape[1]
     parts = 2 if call.activation in GATED else 1
 
-    def halves(x):  # x [.., parts * F]; every part is padded
+    def halves(x):  # x [.., parts * F]; each part is padded to a multiple of 64
         x = _padded(x.reshape(*x.shape[:-1], parts, F), x.ndim)
         return x.reshape(*x.shape[:-2], -1)
 
@@ -72,22 +79,27 @@ def mlp(call: MlpCall):
 
 
 def _is_unfused(call: LinearCall | MlpCall) -> bool:
-    """Return whether XLA computes the activation of a network, and not a kernel: for gelu and for float32.
+    """Return whether XLA computes the activation of `expert_mlp`, and not a kernel: for "gelu" and for float32.
 
-    Mosaic kernels have no error function, which the exact gelu needs. float32 is only for checks and small models.
+    Mosaic kernels have no error function, which "gelu" needs. For float32, there is only a kernel without activation,
+    because float32 is only for checks and small models.
     """
     return isinstance(call, MlpCall) and (call.activation == "gelu" or call.x.dtype == jnp.float32)
 
 
 def _mlp_of_linears(call: MlpCall):
-    """Return the result of `expert_mlp`: kernels compute the matrix products, XLA the activation between them."""
+    """Return the result of `expert_mlp`, [T, D], by two calls of `linear`. XLA computes the activation between them."""
     up = LinearCall(call.x, call.w_in, call.b_in, None, call.routing, "token", "sorted")
     hidden = ACTIVATIONS[call.activation](checkpoint_name(linear(up), PRE_ACTIVATION))
     return linear(LinearCall(hidden, call.w_out, call.b_out, call.gates, call.routing, "sorted", "token"))
 
 
 def linear(call: LinearCall):
-    """Return the result of `expert_linear`, [T*k, F], or [T, F] with gates."""
+    """Return the result of `expert_linear`, [T*k, F], or [T, F] with gates, by Mosaic kernels.
+
+    If an array is empty, plain JAX computes the result. D and F are padded with zeros to multiples of 64, because the
+    copy engine copies complete tiles.
+    """
     if 0 in call.x.shape + call.weight.shape:
         return xla.linear(call)
     bias = None if call.bias is None else _padded(call.bias, 1)
@@ -95,7 +107,7 @@ def linear(call: LinearCall):
     return fused.linear(KERNELS, padded)[:, : call.weight.shape[2]]
 
 
-# The kernels in the form that `fused` takes. Hidden rows are [parts, R, F]: the halves of a gated layer are two parts.
+# The functions of `Kernels`. The pre-activation h is [parts, R, F]: the halves for a gated activation are two parts.
 
 
 def _rows_of_tile(routing, x) -> int:
@@ -103,18 +115,28 @@ def _rows_of_tile(routing, x) -> int:
 
 
 def _parts(x):
-    """Return x as an array [parts, rows, width]. An array [rows, width] is one part."""
+    """Return x as an array [parts, rows, width]. The halves of a gated hidden layer are two parts.
+
+    An array [rows, width] becomes [1, rows, width]. An array [parts, rows, width] is returned unchanged.
+    """
     return x if x.ndim == 3 else x[None]
 
 
 def _plan(tasks, x, columns: int, *, parts: int = 1, **options) -> Plan:
-    """Return the sizes of a kernel that takes x [parts of x, rows, width] and returns [parts, rows, columns]."""
+    """Return the `Plan` of a kernel that takes x [parts of x, rows, width] and returns an array [parts, rows, columns].
+
+    The rows are cut into the tiles of `tasks`. `options` are other fields of `Plan`.
+    """
     warpgroups = tasks.rows_of_tile // ROWS
     return Plan(x.shape[0], x.shape[2], columns, parts, x.dtype, warpgroups, **options)
 
 
 def _bias(bias, parts: int = 1):
-    """Return a bias [E, parts * F] as fp32 [E + 1, parts, F padded]. Entry E, for rows without an expert, is zero."""
+    """Return the bias of all experts as the kernels take it: fp32 [E + 1, parts, F padded to a multiple of 256].
+
+    `bias` is [E, parts * F], or None, which is returned unchanged. There are two parts for the halves of a gated hidden
+    layer. Entry E of the result is zero: it is the bias of rows without an expert.
+    """
     if bias is None:
         return None
     bias = bias.astype(jnp.float32).reshape(bias.shape[0], parts, -1)
@@ -141,7 +163,11 @@ def _d_activated(activation, d_out, source, weight, tasks, h, gates):
 
 
 def _d_gated(d_out, source, weight, tasks, x, x_rows, gates, routing):
-    """Do what `Kernels.d_gated` says. Only the product is a kernel. XLA does the rest, in the order of the pairs."""
+    """Return the four results of `Kernels.d_gated`, for the backward pass of `expert_linear` with gates.
+
+    A Mosaic kernel computes dy = d_out[source] @ weight^T. XLA computes the results from dy, in arrays with one row per
+    (token, choice) pair.
+    """
     k = gates.shape[1]
     dy = _product(d_out, source, weight, tasks, tasks.pairs, transposed=True).astype(jnp.float32)
     by_pair = {"token": lambda: jnp.repeat(x, k, 0), "pair": lambda: x, "sorted": lambda: x[routing.inverse]}
@@ -158,7 +184,10 @@ def _d_weights(left, left_numbers, right, right_numbers, tasks):
 
 
 def _d_bias(bias, right, numbers, tasks, gates=None):
-    """Do what `Kernels.d_bias` says: sum the rows of every expert by a product with ones, or with the gates."""
+    """Return the gradient of the bias, as `Kernels.d_bias` says: for every expert, the sum of its rows of `right`.
+
+    A Mosaic kernel computes the sum as a matrix product with ones, or with the gates.
+    """
     gate_of_pair = jnp.ones((1, 1)) if gates is None else gates.reshape(-1, 1)
     left = jnp.broadcast_to(gate_of_pair.astype(right.dtype), (tasks.num_pairs, ONES))
     sums = _d_weights(left, tasks.pairs, right, numbers, tasks)[:, 0]
@@ -166,7 +195,7 @@ def _d_bias(bias, right, numbers, tasks, gates=None):
 
 
 class MosaicKernels(Kernels):
-    """The expert kernels for Hopper GPUs, as functions that `fused` calls."""
+    """The expert kernels for Hopper GPUs, as functions that `fused` calls (`Kernels`)."""
 
     rows_of_tile, product = staticmethod(_rows_of_tile), staticmethod(_product)
     activated, d_activated = staticmethod(_activated), staticmethod(_d_activated)

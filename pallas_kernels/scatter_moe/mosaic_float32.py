@@ -2,12 +2,13 @@
 
 A float32 number has 24 significant bits, a bfloat16 number has 8. So x is the sum of three bfloat16 parts,
 x = x_0 + x_1 + x_2, where each part is at most about 2^-8 of the part before it. The same holds for w. Of the nine
-products of parts, the six largest are summed, and the other three, about 2^-24 of x w, are left out:
+products of parts, the six largest are summed. The other three are left out, since they are only about 2^-24 of x w:
 
     x w = x_0 w_0 + (x_0 w_1 + x_1 w_0) + (x_0 w_2 + x_1 w_1 + x_2 w_0)
 
-Tensor cores can also round float32 numbers to tf32 and multiply them. The relative error of tf32 is 2^-11, and it needs
-operands that are contiguous in memory along the axis that is summed. In the gradient of a weight, no operand is.
+Tensor cores can also round float32 numbers to tf32 and multiply them. But tf32 has a relative error of 2^-11, and needs
+operands that are contiguous in memory along the axis that is summed. In the gradient of a weight, neither operand is
+contiguous along that axis.
 """
 
 import jax.numpy as jnp
@@ -24,9 +25,9 @@ PRODUCTS = (1, 1), (0, 2), (2, 0), (0, 1), (1, 0), (0, 0)
 
 
 def split(x):
-    """Return the three bfloat16 parts of a float32 array x, the largest first. Their sum is x, up to rounding.
+    """Return three bfloat16 arrays, the largest first, whose sum is the float32 array x up to rounding.
 
-    The second and third parts of infinity and NaN are zero. `lax.reduce_precision` does the rounding, because XLA
+    For infinity and NaN, the second and third arrays are zero. `lax.reduce_precision` rounds x to bfloat16, because XLA
     removes a conversion to bfloat16 and back.
     """
     parts = []
@@ -38,13 +39,16 @@ def split(x):
 
 
 def product(plan: Plan, x, source, weight, tasks: Tasks, target, rows: int, bias=None):
-    """Return the result of `mosaic_product.product`. For float32, compute it as six products of bfloat16 arrays."""
+    """Return x[source] @ weight + bias, as `mosaic_product.product` does, also for float32.
+
+    The arguments are those of `mosaic_product.product`. If `plan.dtype` is float32, the result is the sum of six
+    products of bfloat16 arrays.
+    """
     if plan.dtype == jnp.float32:
         if plan.x_parts != 1:
-            raise NotImplementedError(f"a float32 product takes x [1, rows, width], not x of {plan.x_parts} parts")
+            raise NotImplementedError(f"in float32, x must be [1, rows, width], got x [{plan.x_parts}, rows, width]")
         x, w = split(x[0]), split(weight)
-        # The kernel computes the six products as one product of rows that are six times as long. So its accumulators
-        # sum the six products.
+        # The kernel computes one product of rows that are six times as long. So its accumulators sum the six products.
         x = jnp.stack([x[i] for i, _ in PRODUCTS])
         weight = jnp.concatenate([w[j] for _, j in PRODUCTS], axis=2 if plan.transposed else 1)
         plan = plan._replace(x_parts=len(PRODUCTS), dtype=jnp.dtype(jnp.bfloat16), out_dtype=plan.dtype)
@@ -52,7 +56,11 @@ def product(plan: Plan, x, source, weight, tasks: Tasks, target, rows: int, bias
 
 
 def d_weights(left, left_numbers, right, right_numbers, tasks: Tasks):
-    """Return the result of `mosaic_weights.d_weights`. For float32, compute it as six products of bfloat16 arrays."""
+    """Return the gradients of expert weights, as `mosaic_weights.d_weights` does, also for float32.
+
+    The arguments are those of `mosaic_weights.d_weights`. For a float32 `left`, the result is the sum of six products
+    of bfloat16 arrays.
+    """
     if left.dtype != jnp.float32:
         return mosaic_weights.d_weights(left, left_numbers, right, right_numbers, tasks)
     lefts, rights = split(left), split(right)

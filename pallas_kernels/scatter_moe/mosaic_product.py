@@ -1,11 +1,11 @@
 """The kernels that multiply rows by the weights of their experts on Hopper GPUs (Pallas Mosaic GPU).
 
-out[target[r]] = x[source[r]] @ weight[expert of r], for every row r of the tiles of `tasks`. The row numbers `source`
-and `target` come from `tasks.row_numbers`, so one kernel covers all four cases of sorted and scattered rows of x and of
-out. A block computes one tile after the other. In each tile, one or two warpgroups
-multiply 64 rows each, with one or two accumulators of 64 x 128. Another warpgroup copies ahead of them: rows by their
-numbers, and weights with the copy engine. The operation after the product (an activation or its derivative) runs on
-the accumulators. docs/design/expert_kernels.md explains the barriers.
+They compute out[target[i]] = x[source[i]] @ weight[expert of i] for every row i of the tiles in `tasks`. `source` and
+`target` are row numbers from `tasks.row_numbers`, so one kernel can read and write rows in any order: by token, by pair
+or sorted by expert. A block computes one tile of the result after the other. One or two warpgroups multiply 64 rows of
+the tile each, with one or two accumulators of 64 x 128 in registers. Another warpgroup copies the rows x[source[i]] to
+shared memory before they are needed, and the copy engine copies weights. The operation after the product (an activation
+or its derivative) runs on the accumulators. docs/design/expert_kernels.md explains the barriers.
 """
 
 from collections.abc import Callable
@@ -27,17 +27,16 @@ from .call import activate, d_activate
 from .mosaic_row_pipeline import STAGES, memory
 from .tasks import Tasks
 
-ROWS = 64  # rows of a warpgroup
+ROWS = 64  # rows of a tile that one warpgroup multiplies
 COLUMNS = 128  # columns of an accumulator
 HALF = COLUMNS // 2
 DEPTH = 64  # the size of a step along the dimension that is summed
 
 
 class Plan(NamedTuple):
-    """The static sizes of one call of a kernel.
+    """The static sizes of one call of a kernel, for x [x_parts, rows, width] and a result [parts, rows, columns].
 
-    A row of x or of the result may be split into parts of the same width, such as the two halves of a gated layer. Then
-    the array is [parts, rows, width].
+    A row may have several parts of the same width, such as the two halves of a gated hidden layer.
     """
 
     x_parts: int
@@ -45,30 +44,30 @@ class Plan(NamedTuple):
     columns: int  # columns of a part of the result
     parts: int  # the number of parts of the result
     dtype: jnp.dtype
-    warpgroups: int
+    warpgroups: int  # the number of warpgroups of a block that multiply
     transposed: bool = False  # weight [E, columns, width]
     first: int = 0  # the column of the weight for the first column of the result
     out_dtype: jnp.dtype | None = None  # the type of the result of `product`; None: dtype
 
     @property
     def rows(self) -> int:
-        """The number of rows of a tile."""
+        """The number of rows of one tile of the result: 64 for each multiplying warpgroup."""
         return ROWS * self.warpgroups
 
     @property
     def steps_of_part(self) -> int:
-        """The number of steps along the width of one part of x."""
+        """The number of steps of the matrix product for one part of x. A step multiplies 64 columns of x."""
         return -(-self.width // DEPTH)
 
 
 class Kind(NamedTuple):
-    """What differs between the kernels `product`, `activated` and `d_activated`.
+    """What differs between the kernels `product`, `activated` and `d_activated`: the work after the matrix product.
 
-    `finish(At, accumulators, inputs, outputs, scratch)` is called after the matrix product of a tile. It receives the
-    sums in registers, computes the results and writes them. Its last three arguments are pytrees of references. A tile
-    has `per_tile` accumulators. Their first columns are `apart` columns apart. `prefetch(tile, inputs, scratch)` starts
-    to copy the rows that `finish` reads, after the steps of the tile. It returns the barrier to arrive at when these
-    rows have arrived.
+    After the matrix product of a tile, every multiplying warpgroup calls `finish(at, accumulators, inputs, outputs,
+    scratch)`. The `per_tile` accumulators are sums [64, 128] in registers: accumulator p has 128 columns of the
+    product, from at.column + p * apart on. `finish` reads `inputs` and writes `outputs` (global memory). `scratch` is
+    shared memory and barriers. When the copying warpgroup has started all copies of a tile, it calls
+    `prefetch(tile, inputs, scratch)`, which starts to copy rows for `finish` and returns the barrier of their arrival.
     """
 
     name: str
@@ -79,42 +78,42 @@ class Kind(NamedTuple):
 
     @property
     def step(self) -> int:
-        """The distance between two tiles of columns: how many columns of each part of the result one tile covers."""
+        """The number of columns of the result that a tile covers: in each half, if the hidden layer has two halves."""
         return self.per_tile * COLUMNS if self.apart == COLUMNS else COLUMNS
 
 
 class Operands(NamedTuple):
-    """References to the arrays that every kernel reads."""
+    """References to the arrays in global memory that every kernel reads: x, the weights and the list of tiles."""
 
     x: Any  # [parts, rows, width]
-    source: Any  # [tiles * rows]: the row of x for every row of a tile
-    expert: Any  # [tiles]
-    count: Any  # [1]: tiles in use
+    source: Any  # [tiles * rows]: for every row of the tiles, the index of its row in x
+    expert: Any  # [tiles]: the expert of every tile of rows
+    count: Any  # [1]: the number of tiles in use
     weight: Any  # [E, parts * width, F] or transposed
     inputs: Any  # the arrays that `finish` reads
 
 
 class Tile(NamedTuple):
-    """A piece of work of a block: one tile of rows times one tile of columns."""
+    """A piece of work of a block: the elements of the result in one tile of rows and one tile of columns."""
 
-    i: jax.Array  # the number of the piece within the block
-    number: jax.Array  # the number of the tile of rows
+    i: jax.Array  # the index of this piece among the pieces of the block
+    number: jax.Array  # the index of the tile of rows
     column: jax.Array  # the first column of the result
     expert: jax.Array
-    steps: jax.Array  # the number of steps
+    steps: jax.Array  # the number of steps of the matrix product
 
 
 class At(NamedTuple):
-    """The place in the result of the sums that a warpgroup holds in its accumulators."""
+    """The position of one warpgroup's accumulators in the result: 64 rows of one expert, from a column on."""
 
-    wg: jax.Array  # the warpgroup
-    rows: pl.Slice  # the 64 rows, numbered over all tiles
+    wg: jax.Array  # the index of the warpgroup
+    rows: pl.Slice  # the indices of the 64 rows, counted over the rows of all tiles
     expert: jax.Array
     column: jax.Array  # the first column of the result
 
 
 class Steps(NamedTuple):
-    """Shared memory of the steps of a block, and the barriers of the stages."""
+    """Shared memory of a block: STAGES stages, each for the rows of x and the weights of one step, and barriers."""
 
     x: Any  # [STAGES, W, ROWS, DEPTH]
     weights: tuple  # for every accumulator: [STAGES, DEPTH, COLUMNS] or transposed
@@ -122,52 +121,50 @@ class Steps(NamedTuple):
 
 
 class Finish(NamedTuple):
-    """References to the arrays that `product` and `activated` read after the matrix product, in `finish`."""
+    """References to the arrays that `Kind.finish` reads in the kernels `product` and `activated`."""
 
-    rows: Any  # [tiles * rows]: the row of the result for every row of a tile
+    rows: Any  # [tiles * rows]: for every row of the tiles, the index of its row in the result
     bias: Any  # [E + 1, parts, columns padded], or None
 
 
 class Activated(NamedTuple):
-    """The results of `activated`, in rows sorted by expert. R is the number of (token, choice) pairs."""
+    """The results of `activated`: act(h) and, if kept, the pre-activation h, with rows sorted by expert."""
 
     activated: Any  # [R, F]
     hidden: Any  # [parts, R, F], or None
 
 
 class Derivative(NamedTuple):
-    """References to the arrays that `d_activated` reads after the matrix product, in `finish`."""
+    """References to the arrays that `Kind.finish` reads in the kernel `d_activated`. h is the pre-activation."""
 
-    rows: Any  # [tiles * rows]: the sorted row of every row of a tile
-    hidden: Any  # [parts, R, F]
-    gates: Any  # [tiles * rows]
+    rows: Any  # [tiles * rows]: for every row of the tiles, the index of its row in h and in the results
+    hidden: Any  # [parts, R, F]: h
+    gates: Any  # [tiles * rows]: the gate of every row of the tiles
 
 
 class Derivatives(NamedTuple):
-    """The results of `d_activated`: the gradient of h, gate * act(h), and partial sums of the gradient of the gates."""
+    """The results of `d_activated`. `gate` is the router's weight of a row; h is the expert's pre-activation."""
 
-    d_hidden: Any  # [parts, R, F]
-    gated: Any  # [R, F]
-    d_gate: Any  # [tiles of columns, tiles * rows]
+    d_hidden: Any  # [parts, R, F]: the gradient of h
+    gated: Any  # [R, F]: gate * act(h)
+    d_gate: Any  # [tiles of columns, tiles * rows]: its sum over the first axis is the gradient of the gates
 
 
 class DerivativeScratch(NamedTuple):
-    """Shared memory of `d_activated` in addition to `Steps`, and two more barriers."""
+    """Shared memory for the pre-activation h and gate * act(h) in `d_activated`, besides `Steps`, and two barriers."""
 
-    hidden: Any  # [parts, W, ROWS, COLUMNS]; the gradient overwrites it
-    gated: Any  # [W, ROWS, COLUMNS], before it is copied to global memory
-    arrived: Any  # barrier: `hidden` holds the hidden rows of this tile
+    hidden: Any  # [parts, W, ROWS, COLUMNS]: h, which is then overwritten by its gradient
+    gated: Any  # [W, ROWS, COLUMNS]: gate * act(h), before it is copied to global memory
+    arrived: Any  # barrier: the rows of h for this tile have arrived in `hidden`
     free: Any  # barrier: every multiplying warpgroup is done with `hidden`
 
 
-def _product(
-    plan: Plan, kind: Kind, x, source, weight, tasks: Tasks, inputs, out_type, scratch
-):  # fmt: skip
+def _product(plan: Plan, kind: Kind, x, source, weight, tasks: Tasks, inputs, out_type, scratch):
     """Launch the kernel of this kind and return its results, a pytree like `out_type`.
 
-    x is [parts, rows, width]. `source` [tiles * rows of a tile] has the row of x for every row of the tiles. The weight
-    is [E, parts * width, F], or with its last two axes swapped if `plan.transposed`. `kind.finish` receives references
-    to `inputs`, to the outputs, and to shared memory and barriers as declared in `scratch`.
+    x is [parts, rows, width]. `source` [tiles * rows of a tile] has, for every row of the tiles in `tasks`, the index
+    of its row in x. The weight is [E, parts * width, F], or [E, F, parts * width] if `plan.transposed`. `kind.finish`
+    receives references to `inputs`, to the outputs, and to shared memory and barriers as declared in `scratch`.
     """
     W, E = plan.warpgroups, weight.shape[0]
     across = -(-plan.columns // kind.step)
@@ -180,8 +177,7 @@ def _product(
             def one(i, number, state):
                 tile, column = number // across, number % across * kind.step
                 e = operands.expert[tile]
-                # A tile of rows without an expert has no steps.
-                steps = jnp.where(e < E, plan.x_parts * plan.steps_of_part, 0)
+                steps = jnp.where(e < E, plan.x_parts * plan.steps_of_part, 0)  # none for rows without an expert
                 return body(Tile(i, tile, column, e, steps), state)
 
             return pipeline.every(blocks, operands.count[0] * across, one, state)
@@ -209,10 +205,10 @@ def _product(
 
 
 def _copy(plan: Plan, kind: Kind, operands: Operands, steps_mem: Steps, own, for_each_tile: Callable) -> None:
-    """Do the work of the warpgroup that copies the rows and weights of every step to shared memory.
+    """Run the copying warpgroup of a block: copy the rows and weights of every step from global to shared memory.
 
-    `for_each_tile(body, state)` calls `state = body(tile, state)` for each tile of the block. `own` is the scratch of
-    the kind of kernel.
+    `for_each_tile(body, state)` calls `state = body(tile, state)` for each tile of the block. `own` is the shared
+    memory and the barriers that only this kind of kernel has.
     """
     ring, per_part = steps_mem.ring, plan.steps_of_part
 
@@ -241,10 +237,9 @@ def _copy(plan: Plan, kind: Kind, operands: Operands, steps_mem: Steps, own, for
     pipeline.hand_over(ring, for_each_tile(copy_tile, pipeline.nothing_sent()))
 
 
-def _multiply(
-    plan: Plan, kind: Kind, wg, operands: Operands, outputs, steps_mem: Steps, own, for_each_tile: Callable
-) -> None:  # fmt: skip
-    """Do the work of warpgroup `wg`: multiply 64 rows of every tile, and call `kind.finish` with the sums."""
+def _multiply(plan: Plan, kind: Kind, wg, operands: Operands, outputs, steps_mem: Steps, own,
+              for_each_tile: Callable) -> None:  # fmt: skip
+    """Run multiplying warpgroup `wg`: multiply 64 rows of x of every tile, then call `kind.finish` with the sums."""
 
     def multiply_tile(tile: Tile, step):
         def multiply(stage, accumulators):
@@ -264,9 +259,9 @@ def _multiply(
 
 
 def _store(values, numbers, memory, column, out_ref) -> None:
-    """Write `values` [64, 128] to the rows `numbers` [64] of `out_ref`, from column `column` on.
+    """Write `values` [64, 128] from registers to the rows `numbers` [64] of `out_ref` [R, F], from column `column` on.
 
-    The values pass through `memory`, shared memory for 64 rows and for all of the columns or half of them.
+    `out_ref` is in global memory. The values pass through `memory`, shared memory for 64 rows and 128 or 64 columns.
     """
     at_once = memory.shape[1]
     for first in range(0, COLUMNS, at_once):
@@ -277,16 +272,17 @@ def _store(values, numbers, memory, column, out_ref) -> None:
 
 
 def _biased(accumulator, bias_ref, part, at):
-    """Return the sums [64, 128] of an accumulator with the bias of the expert added."""
+    """Return the accumulator [64, 128] plus the bias of part `part` for the expert and columns of `at`."""
     bias = plgpu.load(bias_ref.at[at.expert, part, pl.ds(at.column, COLUMNS)], layout=shims.COLUMN, optimized=False)
     return accumulator + lax.broadcast_in_dim(bias, accumulator.shape, [1])
 
 
 def product(plan: Plan, x, source, weight, tasks: Tasks, target, rows: int, bias=None):
-    """Return an array [rows, columns] with x[source] @ weight + bias in its rows `target`. Other rows are not written.
+    """Return `out` [rows, columns] with out[target] = x[source] @ weight + bias. Rows not in `target` are not written.
 
-    x is [parts, rows of x, width]. The weight is [E, parts * width, F], or [E, F, parts * width] if `plan.transposed`.
-    The bias is [E + 1, 1, columns padded], where entry E, for rows without an expert, is zero.
+    For every row of the tiles in `tasks`, `source` has the index of its row in x, and `target` has the index of its row
+    in `out`. x is [parts, rows of x, width]. The weight is [E, parts * width, F], or [E, F, parts * width] if
+    `plan.transposed`. The bias is [E + 1, 1, columns padded]. Its entry E is zero, for rows without an expert.
     """
 
     def finish(at, accumulators, inputs: Finish, out_ref, out_mem):
@@ -305,7 +301,7 @@ def product(plan: Plan, x, source, weight, tasks: Tasks, target, rows: int, bias
 def activated(plan: Plan, activation: str, x, source, weight, tasks: Tasks, bias=None, *, keep: bool):
     """Return (act(h) [R, F],) or, with `keep`, (act(h) [R, F], h [parts, R, F]), where h = x[source] @ weight + bias.
 
-    The rows of both results are sorted by expert. A gated activation has two parts, one for each half.
+    The rows of both results are sorted by expert. For a gated activation, h has two parts, its two halves.
     """
     R, P = tasks.num_pairs, plan.parts
 
@@ -332,11 +328,15 @@ def activated(plan: Plan, activation: str, x, source, weight, tasks: Tasks, bias
 
 
 def d_activated(plan: Plan, activation: str, d_out, source, weight, tasks: Tasks, hidden, gates):
-    """Return (dh [parts, R, F], gate * act(h) [R, F], d_gate), the derivatives of the sum of gate * act(h) @ weight.
+    """Return (dh [parts, R, F], gated [R, F], d_gate), for the backward pass of `expert_mlp`.
 
-    `hidden` [parts, R, F] is h, sorted by expert. `gates` [tiles * rows] has the gate of every row of the tiles.
-    `d_gate` [tiles of columns, tiles * rows] has <act(h), dy> of every row of the tiles, where dy = d_out[source] @
-    weight^T. It has one partial sum for each tile of columns: the sum over the first axis is the gradient of the gate.
+    The output of `expert_mlp` sums gate * act(h) @ weight over the choices of a token, `d_out` is its cotangent, and
+    dy = d_out[source] @ weight^T. `hidden` is the pre-activation h, sorted by expert. `gates` has a gate per tile row.
+
+    `dh`: the gradient of h, act'(h) * gate * dy.
+    `gated`: gate * act(h). It is not a derivative, but a factor of the gradient of the weight.
+    `d_gate`: [tiles of columns, tiles * rows], <act(h), dy> over the columns of each tile of columns. Its sum over the
+      first axis is the gradient of the gates.
     """
     R, (P, _, F) = tasks.num_pairs, hidden.shape
     W, dtype = plan.warpgroups, plan.dtype
@@ -360,7 +360,7 @@ def d_activated(plan: Plan, activation: str, d_out, source, weight, tasks: Tasks
         plgpu.barrier_wait(own.arrived)
         d_gate = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), shims.ROW)
 
-        # Two passes, each in two halves: everything at once would not fit the registers.
+        # Two passes, each over two halves of the columns: all at once would not fit into the registers.
         def halves():
             for first in range(0, COLUMNS, HALF):
                 parts = [own.hidden.at[p, at.wg, :, pl.ds(first, HALF)] for p in range(P)]

@@ -1,8 +1,10 @@
-"""A ring of stages, in which one warpgroup copies rows and weights ahead of the warpgroups that multiply them.
+"""The pipeline of the Mosaic expert kernels: one warpgroup copies rows and weights, the other warpgroups multiply them.
 
-A step is the content of one stage. The copying warpgroup starts to copy the rows of a step (`row_copies.gather`) and
-goes on to the next step. Some steps later the rows have arrived, and it hands the step over. The copy engine copies the
-weights, and it reports their arrival itself. docs/design/expert_kernels.md explains the barriers.
+Shared memory has a ring of STAGES stages. A step is the piece of the matrix product whose operands fit into one stage,
+and it uses stage `step % STAGES`. The copying warpgroup starts to copy the rows of a step (`row_copies.gather`) and
+goes on to the next step. AHEAD steps later, it waits until the rows have arrived, and hands the step over: it arrives
+at the barrier `full` of the stage. The copy engine copies the weights, and it arrives at `full` itself.
+docs/design/expert_kernels.md explains the barriers.
 """
 
 from collections.abc import Callable
@@ -25,31 +27,36 @@ AHEAD = 2
 
 
 def ring(*, warpgroups: int, copies: int = 0) -> Ring:
-    """Return the barriers of the ring, in the form in which a kernel declares them.
+    """Return the declaration of the barriers of the ring: one barrier `full` and one barrier `used` for every stage.
 
-    `warpgroups` warpgroups read every stage. The copy engine makes `copies` copies into a stage, in addition to the
-    rows that the copying warpgroup copies.
+    `warpgroups` is the number of warpgroups that read every stage. `copies` is how many times the copy engine copies
+    something into a stage, in addition to the rows that the copying warpgroup copies.
     """
     return mosaic_pipeline.ring(STAGES, arrivals=1 + copies, readers=warpgroups)
 
 
 class Sent(NamedTuple):
-    """How many steps the copying warpgroup has started to copy, and how many it has handed over, since its start."""
+    """Two counts of steps since the start of the kernel, in the copying warpgroup.
+
+    `started`: the number of steps whose copies the warpgroup has started.
+    `handed_over`: the number of steps that the warpgroup has handed over to the multiplying warpgroups.
+    """
 
     started: jax.Array
     handed_over: jax.Array
 
 
 def nothing_sent() -> Sent:
-    """Return the counts at the start of a kernel: zero steps."""
+    """Return the counts of steps at the start of a kernel: zero started, zero handed over."""
     return Sent(jnp.int32(0), jnp.int32(0))
 
 
 def send(ring: Ring, steps, copy: Callable, sent: Sent) -> Sent:
-    """Copy `steps` steps, in the copying warpgroup. Return the new counts.
+    """Copy the rows and weights of `steps` steps to shared memory, in the copying warpgroup.
 
-    `copy(s, stage)` starts the copies of step s. It is called as soon as the stage of the step is free. Steps whose
-    rows have arrived are handed over.
+    Return the new counts of steps. For each step s, wait until its stage is free, and call `copy(s, stage)`, which
+    starts the copies. Then hand over all started steps except the newest AHEAD steps. Each one is handed over after its
+    rows have arrived.
     """
 
     def one(s, sent):
@@ -61,10 +68,10 @@ def send(ring: Ring, steps, copy: Callable, sent: Sent) -> Sent:
 
 
 def hand_over(ring: Ring, sent: Sent, *, leave: int = 0, before=None) -> Sent:
-    """Hand steps over to the multiplying warpgroups, the oldest first, until only `leave` steps are not handed over.
+    """Hand steps over to the multiplying warpgroups, the oldest first, until at most `leave` are left to hand over.
 
-    A step is handed over when its rows have arrived. If `before` is given, hand over only the steps before step
-    `before`. Return the new counts.
+    Before a step is handed over, wait until its rows have arrived. If `before` is given, hand over only the steps
+    before step number `before`. Return the new counts of steps.
     """
     for others in range(AHEAD, leave - 1, -1):
         go = sent.started - sent.handed_over > others
@@ -81,10 +88,10 @@ def hand_over(ring: Ring, sent: Sent, *, leave: int = 0, before=None) -> Sent:
 
 
 def receive(ring: Ring, steps, multiply: Callable, products: int, step):
-    """Multiply `steps` steps, from number `step` on, in a multiplying warpgroup. Return the number of the next step.
+    """Multiply `steps` steps, from step number `step` on, in a multiplying warpgroup. Return the next step number.
 
-    For each step, wait until its stage can be read, and call `multiply(stage)`, which starts `products` products. The
-    stage is given back for new copies one step later, when its products are done.
+    For each step, wait until its stage can be read, and call `multiply(stage)`, which starts `products` products on the
+    tensor cores. One step later these products are done, and the copying warpgroup may overwrite the stage.
     """
 
     def one(s, step):
@@ -108,10 +115,10 @@ def receive(ring: Ring, steps, multiply: Callable, products: int, step):
 
 
 def accumulate(ring: Ring, steps, multiply: Callable, shape: tuple[int, int], count: int, step):
-    """Multiply `steps` steps, from number `step` on. Return (the number of the next step, `count` sums of products).
+    """Multiply `steps` steps, from step number `step` on, in a multiplying warpgroup, and sum the products.
 
-    Each sum is an array of this `shape`, in fp32. `multiply(stage, accumulators)` starts one product for each
-    accumulator.
+    Return (the next step number, the sums): `count` arrays of this `shape`, in fp32, in registers. For each step,
+    `multiply(stage, accumulators)` starts one product on the tensor cores for each accumulator.
     """
 
     def run(*accumulators):
@@ -123,15 +130,18 @@ def accumulate(ring: Ring, steps, multiply: Callable, shape: tuple[int, int], co
 
 
 def blocks(most: int) -> int:
-    """Return the number of blocks: one for each multiprocessor, but at most `most`, the number of pieces of work."""
+    """Return the number of blocks of a kernel: one for each multiprocessor, but at most one for each piece of work.
+
+    `most` is the number of pieces of work.
+    """
     return min(platform.multiprocessors(), most)
 
 
 def every(blocks: int, total, body: Callable, state):
     """Call `state = body(i, number, state)` for every piece of work of this block, and return the last state.
 
-    `number` is the number of the piece among all `total` pieces, and i is its number among the pieces of this block.
-    The `blocks` blocks take the pieces in turn.
+    The `blocks` blocks take the `total` pieces of work in turn: block b takes the pieces b, b + blocks, and so on.
+    `number` is the index of the piece among all pieces, and i is its index among the pieces of this block.
     """
     block = lax.axis_index("block")
     count = (total - block + blocks - 1) // blocks
@@ -139,8 +149,8 @@ def every(blocks: int, total, body: Callable, state):
 
 
 def memory(shape, dtype):
-    """Return the declaration of shared memory of this shape, for tiles [.., rows, columns].
+    """Return the declaration of shared memory of shape `shape`, [.., rows, columns], for tiles [rows, columns].
 
-    The tiles have the layout that `row_copies.gather` writes and tensor cores read.
+    The elements of a tile are in the order that `row_copies.gather` writes and tensor cores read.
     """
     return plgpu.SMEM(shape, dtype, transforms=row_copies.atoms(dtype))

@@ -1,8 +1,9 @@
 """The kernel for the gradients of expert weights on Hopper GPUs (Pallas Mosaic GPU).
 
-d_weight[e] = sum of left[r]^T right[r] over the rows r of expert e. The rows of `left` and `right` are copied by row
-number, so neither array is transposed or padded in memory. Empty rows of a tile are zeros. An expert without rows gets
-zeros. Each warpgroup that multiplies holds 64 x 256 elements of a weight. Experts with many rows come first.
+The gradient of the weight of expert e is the sum of left[r]^T right[r] over the rows r of the expert. The kernel copies
+the rows of `left` and `right` by their row numbers, so neither array is transposed or padded in memory. The empty rows
+of a tile are zeros. The gradient of an expert without rows is zero. Each multiplying warpgroup computes 64 x 256
+elements of a gradient at a time. The experts with the most rows come first, which balances the work of the blocks.
 docs/design/expert_kernels.md explains the barriers.
 """
 
@@ -25,13 +26,17 @@ from .tasks import Tasks
 
 ROWS = 64  # rows of a step
 WARPGROUPS = 2  # warpgroups of a block that multiply
-LEFT = 64  # columns of the left rows that a warpgroup takes
-RIGHT = 128  # columns of the right rows that an accumulator takes
+LEFT = 64  # columns of `left` that a warpgroup multiplies
+RIGHT = 128  # columns of `right` for one accumulator
 ACCUMULATORS = 2  # accumulators of a warpgroup
 
 
 class Scratch(NamedTuple):
-    """Shared memory of a block, and its barriers."""
+    """Shared memory of a block, and its barriers.
+
+    `left` and `right` have the operands of STAGES steps. The multiplying warpgroups write a part of the gradient to
+    `out`, from where the copy engine copies it to global memory.
+    """
 
     left: Any  # [STAGES, WARPGROUPS, ROWS, LEFT]
     right: Any  # [STAGES, ACCUMULATORS, ROWS, RIGHT]
@@ -40,11 +45,15 @@ class Scratch(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """References to the arrays that the kernel reads."""
+    """References to the arrays in global memory that the kernel reads.
 
-    left: Any  # [Q, D]
+    The rows of every expert are cut into tiles of M rows. For every row of the tiles, `left_numbers` has the index
+    of its row in `left`, and `right_numbers` has the index of its row in `right`, or -1 for an empty row.
+    """
+
+    left: Any  # [rows of left, D]
     left_numbers: Any  # [tiles * M]
-    right: Any  # [parts, Q', F]
+    right: Any  # [parts, rows of right, F]
     right_numbers: Any  # [tiles * M]
     heavy_first: Any  # [E]: the experts, sorted by their number of rows, the largest first
     first: Any  # [E]: the first tile of every expert
@@ -55,17 +64,19 @@ class Piece(NamedTuple):
     """A piece of work of a block: 128 x 256 elements of the gradient of the weight of one expert."""
 
     expert: jax.Array
-    row: jax.Array  # the first row of the weight
+    row: jax.Array  # the first row of the gradient
     part: jax.Array  # the part of `right`
-    column: jax.Array  # the first column of the weight
-    steps: jax.Array  # the number of steps
+    column: jax.Array  # the first column of the gradient
+    steps: jax.Array  # the number of steps, of 64 rows of the expert each
 
 
 def d_weights(left, left_numbers, right, right_numbers, tasks: Tasks, out_dtype=None):
-    """Return the gradients of the weights [E, D, parts, F], given left [Q, D] and right [parts, Q', F].
+    """Return the gradients of the weights [E, D, parts, F]: for every expert, the sum of left^T right over its rows.
 
-    `left_numbers` and `right_numbers` [tiles * M] say where the rows of the tiles are in `left` and in `right`
-    (`tasks.row_numbers`). An `out_dtype` of None is the dtype of `left`.
+    `left` is [rows, D]. `right` is [parts, rows, F]: the two parts are the halves of a gated hidden layer, and other
+    layers have one part. `left_numbers` and `right_numbers` [tiles * M] have, for every row of the tiles in `tasks`,
+    the index of its row in `left` and in `right` (`tasks.row_numbers`). The result has the dtype `out_dtype`, or the
+    dtype of `left` if `out_dtype` is None.
     """
     (_, D), (P, _, F), E = left.shape, right.shape, tasks.rows.shape[0]
     dtype, out_dtype = left.dtype, jnp.dtype(out_dtype or left.dtype)
@@ -109,9 +120,10 @@ def d_weights(left, left_numbers, right, right_numbers, tasks: Tasks, out_dtype=
 
 
 def _copy(rows_of_tile: int, operands: Operands, scratch: Scratch, for_each_piece: Callable) -> None:
-    """Do the work of the warpgroup that copies the rows of every step to shared memory, for all pieces of the block.
+    """Run the copying warpgroup of a block: copy rows of `left` and `right`, step by step, to shared memory.
 
-    `for_each_piece(body, state)` calls `state = body(piece, state)` for each piece of the block.
+    `rows_of_tile` is M, the number of rows of a tile in `tasks`. `for_each_piece(body, state)` calls
+    `state = body(piece, state)` for each piece of the block.
     """
 
     def copy_piece(piece: Piece, sent):
@@ -130,8 +142,12 @@ def _copy(rows_of_tile: int, operands: Operands, scratch: Scratch, for_each_piec
 
 
 def _multiply(wg, out_ref, scratch: Scratch, for_each_piece: Callable) -> None:
-    """Do the work of warpgroup `wg`: multiply 64 columns of the left rows of every piece, and write the sums."""
-    at_once = scratch.out.shape[2]  # columns that are copied to global memory at once
+    """Run multiplying warpgroup `wg` of a block: compute and write 64 rows of the gradient of every piece.
+
+    These rows of the gradient belong to 64 columns of `left`. `out_ref` is the result [E, D, parts, F] in global
+    memory. `for_each_piece(body, state)` calls `state = body(piece, state)` for each piece of the block.
+    """
+    at_once = scratch.out.shape[2]  # columns that are copied to global memory at the same time
 
     def multiply_piece(piece: Piece, step):
         def multiply(stage, accumulators):

@@ -1,6 +1,7 @@
-"""The reference of the expert ops: every expert computes every row, one expert after the other.
+"""The reference implementation of the expert ops: one expert after the other, each computed for all rows.
 
-Every sum is in fp32, or in fp64 for fp64 arrays, and every product is at the highest precision.
+It is slow and simple, to check the other implementations. All sums are in fp32 (fp64 for fp64 arrays), and all matrix
+products have the highest precision.
 """
 
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from .call import ACTIVATIONS, LinearCall, MlpCall
 
 
 def linear(call: LinearCall):
-    """Return the result of `expert_linear`, [T*k, F], or [T, F] with gates."""
+    """Return the result of `expert_linear`, [T*k, F], or [T, F] with gates, by the reference implementation."""
     dtype = sum_type(call.x)
     routing, (T, k) = call.routing, call.routing.expert_indices.shape
     by_pair = {"token": lambda x: jnp.repeat(x, k, 0), "pair": lambda x: x, "sorted": lambda x: x[routing.inverse]}
@@ -32,7 +33,7 @@ def linear(call: LinearCall):
 
 
 def mlp(call: MlpCall):
-    """Return the result of `expert_mlp`, [T, D]."""
+    """Return the result of `expert_mlp`, [T, D], by the reference implementation."""
     x = call.x.astype(sum_type(call.x))  # so that the hidden units have this type too
     up = LinearCall(x, call.w_in, call.b_in, None, call.routing, "token", "pair")
     hidden = ACTIVATIONS[call.activation](linear(up))

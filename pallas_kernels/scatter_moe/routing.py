@@ -1,4 +1,7 @@
-"""The routing: which tokens go to which experts. A layer makes its routing once, and all its expert ops take it."""
+"""The routing of tokens to experts: the (token, choice) pairs, sorted by expert.
+
+A layer calls `route` once and passes the result to all its expert ops.
+"""
 
 from typing import NamedTuple
 
@@ -9,17 +12,22 @@ from jaxtyping import Array, Int
 
 from .. import arguments, partition
 
-_PACKED_BELOW = 2**31  # the sort packs (expert, pair) into one int32 if all these numbers are below this
+_PACKED_BELOW = 2**31  # if (E + 1) * R is below this, the sort packs expert and pair into one int32
 
 
 class Routing(NamedTuple):
-    """The R = T * k (token, choice) pairs, sorted by expert. The pair of token t and its choice s has number t * k + s.
+    """The result of `route`: the R = T * k (token, choice) pairs, sorted by expert.
 
-    A sorted row is a place in the sorted list of pairs, from 0 to R - 1. `order` [R]: the pair of every sorted row.
-    `inverse` [R]: the sorted row of every pair. `offsets` [E+1]: the sorted rows of expert e are offsets[e] to
-    offsets[e+1] - 1. `expert_indices` [T,k]: the expert of every pair, from 0 to E. Pairs without an expert (index E)
-    are sorted last. On a mesh, the first three arrays describe the rows of all devices, and an expert op sorts the rows
-    of each device again.
+    Choice s of token t is the pair with the number t * k + s. The sorted row of a pair is its place in the sorted list,
+    from 0 to R - 1. Pairs without an expert (index E) are sorted last.
+
+    `order`: [R], for every sorted row, the number t * k + s of its pair.
+    `inverse`: [R], for every pair, in the order of the numbers t * k + s, its sorted row.
+    `offsets`: [E+1], where expert e has the sorted rows from offsets[e] to offsets[e+1] - 1.
+    `expert_indices`: [T,k], the expert of every pair, from 0 to E.
+
+    On a mesh, `order`, `inverse` and `offsets` describe the pairs of all devices. An expert op that is divided along T
+    sorts the pairs of each device again.
     """
 
     order: jax.Array
@@ -29,17 +37,17 @@ class Routing(NamedTuple):
 
     @property
     def num_experts(self) -> int:
-        """The number E of experts."""
+        """The number of experts, E."""
         return self.offsets.shape[-1] - 1
 
     @property
     def counts(self) -> jax.Array:
-        """The number of rows of every expert, [E]."""
+        """The number of (token, choice) pairs of every expert, [E]."""
         return jnp.diff(self.offsets)
 
 
 def _check_indices(indices, E: int) -> None:
-    """Raise ValueError if an index [T,k] is below 0 or above E."""
+    """Raise ValueError if one of the expert indices, `indices` [T,k], is below 0 or above E."""
     wrong = np.argwhere((indices < 0) | (indices > E))
     if len(wrong):
         t, s = wrong[0]
@@ -47,20 +55,23 @@ def _check_indices(indices, E: int) -> None:
 
 
 def route(expert_indices: Int[Array, "T k"], num_experts: int) -> Routing:
-    """Sort the T * k (token, choice) pairs by expert, for the expert ops. The sort is stable: every run gives the same.
+    """Sort the T * k (token, choice) pairs by expert, for the expert ops.
+
+    The sort is stable: the pairs of one expert stay in the order of their numbers t * k + s.
 
     Args:
-      expert_indices: [T, k], the expert of choice s of token t, from 0 to E. E means no expert: the pair is not
-        computed, its output is zero, and the gradients of its gate and its row are zero. In a JAX array, an index
-        outside 0..E also means no expert, because a check would wait for the device.
+      expert_indices: [T, k], the expert of choice s of token t, from 0 to E. E means no expert: the output of the pair
+        is zero, the gradient of its gate is zero, and the pair adds nothing to the gradient of x. In a JAX array, an
+        index outside 0..E also means no expert, because a check would wait for the device.
       num_experts: the number E of experts.
 
     Returns:
-      A `Routing`, which `expert_linear` and `expert_mlp` take.
+      A `Routing`, an argument of `expert_linear` and `expert_mlp`.
 
     Raises:
-      ValueError: expert_indices are not integers [T,k]; E or k is below 1; T * k is 2^31 or more; an index is below 0
-        or above E. The indices of a JAX array are checked only with `jax_enable_checks`, when the program runs.
+      ValueError: expert_indices is no array of integers [T, k]; E or k is below 1; T * k is 2^31 or more; an index of a
+        NumPy array is below 0 or above E. With `jax_enable_checks`, the indices of a JAX array are checked too, when
+        the program runs.
 
     Source: "Scattered Mixture-of-Experts Implementation", arXiv 2403.08245.
 
@@ -75,7 +86,9 @@ def route(expert_indices: Int[Array, "T k"], num_experts: int) -> Routing:
         raise ValueError(f"k={expert_indices.shape[1]} experts per token must be at least 1")
     (T, k), E = expert_indices.shape, num_experts
     if T * k >= 2**31:
-        raise ValueError(f"T={T} tokens with k={k} choices make T * k rows, which must be below 2^31; split the tokens")
+        raise ValueError(
+            f"T={T} tokens with k={k} choices make T * k rows, which must be below 2^31: route fewer tokens at once"
+        )
     if isinstance(expert_indices, np.ndarray):
         _check_indices(expert_indices, E)
     elif jax.config.jax_enable_checks:
@@ -89,7 +102,10 @@ def route(expert_indices: Int[Array, "T k"], num_experts: int) -> Routing:
 
 
 def _sorted(expert_indices, num_experts: int):
-    """Return the fields (order, inverse, offsets) of a `Routing`, from indices [T,k] between 0 and E."""
+    """Return (order, inverse, offsets), the fields of a `Routing` that describe the sorted (token, choice) pairs.
+
+    `expert_indices` [T,k] has the expert of every pair, from 0 to E = `num_experts`, where E means no expert.
+    """
     experts = expert_indices.reshape(-1)
     rows = experts.shape[0]
     pairs = jnp.arange(rows, dtype=jnp.int32)
@@ -105,11 +121,12 @@ def _sorted(expert_indices, num_experts: int):
 
 
 def first_positions(rows, values, *, after: bool = False):
-    """Return, for each value, its first position in `rows` [R], or with `after` the position after its last one.
+    """Return, for each of `values`, the index of the first equal element of the sorted array `rows` [R].
 
-    `rows` are sorted. A value that is not in `rows` gets the position where it would be. `jnp.searchsorted` does the
-    same, but raises an error in a shard_map over only some axes of a mesh (JAX 0.12.0). The steps of the binary search
-    are unrolled. In a loop, each step would be a separate kernel on a GPU.
+    With `after`, return the index after the last equal element. A value that is not in `rows` gets the index at which
+    it would be inserted. `jnp.searchsorted` does the same, but raises an error in a shard_map over only some axes of a
+    mesh (JAX 0.12.0). The steps of the binary search are unrolled, because in a loop each step would be a separate
+    kernel on a GPU.
     """
     low, high = jnp.zeros_like(values, jnp.int32), jnp.full_like(values, rows.shape[0], jnp.int32)
     for _ in range(rows.shape[0].bit_length()):

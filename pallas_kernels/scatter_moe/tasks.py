@@ -1,8 +1,8 @@
-"""Tasks: the sorted rows of all experts, cut into tiles of rows. They are the work list of the GPU kernels.
+"""The work list of the GPU kernels: the (token, choice) pairs, sorted by expert and cut into tiles of rows.
 
-A tile has rows of one expert only, and an expert without rows has no tile. The program does not grow with the number of
-experts. The (token, choice) pairs without an expert form the tiles of an additional expert E. The results of these
-tiles are zero. So every row of every result is written.
+All rows of a tile belong to one expert, and an expert without rows has no tile. The size of the compiled program does
+not depend on the number of experts. The pairs without an expert form tiles of an additional expert with the number E.
+The kernels write zeros for them, so every row of every result is written.
 """
 
 from typing import NamedTuple
@@ -15,13 +15,18 @@ from .routing import Routing, first_positions
 
 
 class Tasks(NamedTuple):
-    """A list of tiles of M rows, long enough for every routing of R pairs. The first `count` [1] tiles are in use.
+    """The (token, choice) pairs, sorted by expert and cut into tiles of M rows, as arrays of int32.
 
-    `expert` [tiles]: the expert of every tile, in ascending order. `first` [E]: the first tile of every expert. `rows`
-    [E]: the number of rows of every expert. The rows of all tiles have the numbers tile * M + row. `pairs`
-    [tiles * M]: the (token, choice) pair in every row of the tiles, or -1 if the row is empty. `sorted` [tiles * M]:
-    the same, with the sorted row of the `Routing` in place of the pair. `tile_row` [R]: the row of every pair in the
-    tiles.
+    The arrays are long enough for any routing of R pairs. Only the first `count` tiles are in use. The rows of
+    all tiles are numbered: row m of tile i is tile row i * M + m. It holds one pair, or it is empty.
+
+    `expert`: [tiles], the expert of every tile, in ascending order.
+    `count`: [1], the number of tiles in use.
+    `first`: [E], the index of the first tile of every expert.
+    `rows`: [E], the number of pairs of every expert.
+    `pairs`: [tiles * M], for every tile row the number of its pair, token * k + choice, or -1 if the tile row is empty.
+    `sorted`: [tiles * M], for every tile row the place of its pair in the list sorted by expert, or -1.
+    `tile_row`: [R], the tile row of every pair.
     """
 
     expert: jax.Array
@@ -39,12 +44,12 @@ class Tasks(NamedTuple):
 
     @property
     def rows_of_tile(self) -> int:
-        """The number M of rows of a tile."""
+        """The number M of rows of every tile."""
         return self.pairs.shape[0] // self.expert.shape[0]
 
 
 def make_tasks(routing: Routing, M: int) -> Tasks:
-    """Return the work list of a routing, in tiles of M rows."""
+    """Cut the sorted pairs of a routing into tiles of M rows, and return the tiles as `Tasks`."""
     R, E = routing.order.shape[0], routing.num_experts
     starts = routing.offsets
     rows = jnp.append(routing.counts, R - starts[-1]).astype(jnp.int32)
@@ -64,9 +69,11 @@ def make_tasks(routing: Routing, M: int) -> Tasks:
 
 
 def row_numbers(tasks: Tasks, rows: Rows, k: int):
-    """Return, for every row of the tiles, the number of its row in an array, or -1 if it is empty: int32 [tiles * M].
+    """Return, for every row of the tiles, its index in an array, or -1 for an empty row: int32 [tiles * M].
 
-    `rows` says how the rows of the array are ordered: by token, by pair, or sorted by expert. Every token has k pairs.
+    M is the number of rows of a tile. `rows` is the order of the rows of the array: "token" (one row per token), "pair"
+    (one row per (token, choice) pair) or "sorted" (one row per pair, sorted by expert). k is the number of choices of a
+    token.
     """
     if rows == "sorted":
         return tasks.sorted

@@ -1,4 +1,4 @@
-"""Sparse experts by Triton kernels, for GPUs from sm_80 on: which calls the kernels take, and their launches."""
+"""Sparse experts by Triton kernels, for GPUs from sm_80 on: which calls the kernels can run, and their launches."""
 
 from collections.abc import Callable
 from functools import partial
@@ -13,12 +13,12 @@ from .kernels import Kernels
 from .tasks import Tasks, row_numbers
 from .triton_sizes import Sizes, fitting, product_sizes, rows_of_tile, weight_sizes
 
-# In the kernels, a gated activation has the name of the function of its first half.
+# The kernels call a gated activation by the name of the function that they apply to the first half of the hidden layer.
 POINTWISE = {"swiglu": "silu", "geglu": "gelu_tanh", "reglu": "relu"}
 
 
 def refuses(call: LinearCall | MlpCall) -> str | None:
-    """Return the reason why the kernels cannot run a call, or None if they can."""
+    """Return the reason why the Triton kernels cannot run this call, or None if they can."""
     if reason := triton_call.refuses(call.x):
         return reason
     if call.x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
@@ -27,35 +27,45 @@ def refuses(call: LinearCall | MlpCall) -> str | None:
 
 
 def detail(call: LinearCall | MlpCall) -> str:
-    """Describe for `explain` the tiles of a call: rows x columns."""
+    """Describe for `explain` how the kernels run this call: the size of their tiles, such as "128 x 256 tiles"."""
     weight = call.weight if isinstance(call, LinearCall) else call.w_out
     rows = _rows_of_tile(call.routing, call.x)
     return f"{rows} x {product_sizes(rows, *weight.shape[1:], call.x.dtype).columns} tiles"
 
 
 def mlp(call: MlpCall):
-    """Return the result of `expert_mlp`, [T, D]."""
+    """Return the result of `expert_mlp`, [T, D], by Triton kernels. If an array is empty, plain JAX computes it."""
     return xla.mlp(call) if 0 in call.x.shape + call.w_out.shape else fused.mlp(KERNELS, call)
 
 
 def linear(call: LinearCall):
-    """Return the result of `expert_linear`, [T*k, F], or [T, F] with gates."""
+    """Return the result of `expert_linear`, [T*k, F], or [T, F] with gates, by Triton kernels.
+
+    If an array is empty, plain JAX computes the result.
+    """
     return xla.linear(call) if 0 in call.x.shape + call.weight.shape else fused.linear(KERNELS, call)
 
 
-# The kernels in the form that `fused` takes. Hidden rows are [R, F], or [R, 2F] in a gated layer.
+# The functions of `Kernels`. The pre-activation h is [R, F], or [R, 2F] for a gated activation.
 
 
 def _launch(name: str, flops: int, kernel: Callable, sizes: Sizes, *arrays, **options):
-    """Run a Triton kernel under a name that states its `flops`. `options` are those of `triton_call.launch`."""
+    """Run a Triton kernel on `arrays`, and return its outputs.
+
+    The kernel runs in a jitted function whose name consists of `name` and the number of operations `flops`, for cost
+    estimates (`cost.kernel`). `kernel()` returns the `triton.jit` function. `options` are other keywords of
+    `triton_call.launch`.
+    """
     run = partial(triton_call.launch, kernel, num_warps=sizes.warps, num_stages=sizes.stages, **options)
     return cost.kernel(name, flops, run)(*arrays)
 
 
 def _products(name: str, sizes: Sizes, tasks: Tasks, D: int, F: int, products: int, *arrays, **options):
-    """Run the kernel `name` of `triton_product` on `arrays`, over all tiles of rows and of columns. Return its outputs.
+    """Run the function `name` of `triton_product` on `arrays`, over all tiles of the result. Return its outputs.
 
-    It computes `products` products of rows [R, D] with weights [D, F]. `options` are the outputs `out` and constants.
+    A tile of the result is a tile of rows in `tasks` times a tile of columns. The kernel multiplies the row of every
+    (token, choice) pair, with D columns, by `products` weights [D, F] of its expert. `options` are the outputs `out`,
+    as in `triton_call.launch`, and the constants of this kernel.
     """
 
     def kernel():
@@ -106,7 +116,11 @@ def _d_activated(activation, d_out, source, weight, tasks, h, gates):
 
 
 def _d_gated(d_out, source, weight, tasks, x, x_rows, gates, routing):
-    """Do what `Kernels.d_gated` says: a linear map with gates is a network whose activation is the identity."""
+    """Return the four results of `Kernels.d_gated`, for the backward pass of `expert_linear` with gates.
+
+    The kernel `d_activated` of feed-forward networks computes them: a linear map with gates is a network with the
+    hidden layer h = x whose activation is the identity.
+    """
     k = gates.shape[1]
     target, x_numbers = row_numbers(tasks, "pair" if x_rows == "token" else x_rows, k), row_numbers(tasks, x_rows, k)
     tiled = fused.by_tile(gates, tasks)
@@ -115,10 +129,10 @@ def _d_gated(d_out, source, weight, tasks, x, x_rows, gates, routing):
 
 
 def _d_activated_rows(activation, d_out, source, weight, tasks, h, h_numbers, gates, target):
-    """Return the results of `Kernels.d_activated`, for h in any order of rows.
+    """Return (dh, gate * act(h), <act(h), dy>), as `Kernels.d_activated` says, for an h whose rows are in any order.
 
-    `h_numbers` [tiles * M] says where the rows of the tiles are in h. `target` [tiles * M] says where they are in dh
-    and in gate * act(h).
+    For every row of the tiles in `tasks`, `h_numbers` [tiles * M] has the index of its row in h, and `target`
+    [tiles * M] the index of its row in dh and in gate * act(h). An entry of -1 means that the row of the tile is empty.
     """
     F, D = weight.shape[1:]
     sizes, R = product_sizes(tasks.rows_of_tile, D, F, d_out.dtype, widest=128), tasks.num_pairs
@@ -169,7 +183,7 @@ def _d_bias(bias, right, numbers, tasks, gates=None):
 
 
 class TritonKernels(Kernels):
-    """The expert kernels in Triton, as functions that `fused` calls."""
+    """The expert kernels in Triton, as functions that `fused` calls (`Kernels`)."""
 
     rows_of_tile, product = staticmethod(_rows_of_tile), staticmethod(_product)
     activated, d_activated = staticmethod(_activated), staticmethod(_d_activated)

@@ -1,14 +1,14 @@
 """The Triton kernels that multiply rows by the weights of their experts.
 
-out[target[r]] = x[source[r]] @ weight[expert of r], for every row r of the tiles of `tasks`. The row numbers `source`
-and `target` come from `tasks.row_numbers`, so one kernel covers all four cases of sorted and scattered rows of x and of
-out. A kernel gathers rows when it loads them, and scatters rows when it stores them. A program computes one tile of
-rows, all of one expert, times one tile of columns. The operation after the product (an activation or its derivative)
-runs on the sums in registers.
+They compute out[target[i]] = x[source[i]] @ weight[expert of i] for every row i of the tiles in `tasks`. `source` and
+`target` are row numbers from `tasks.row_numbers`, so one kernel can read and write rows in any order: by token, by pair
+or sorted by expert. A program computes one tile of rows, all of one expert, times one tile of columns. It gathers the
+rows of x when it loads them, and scatters the rows of the result when it stores them. The operation after the product
+(an activation or its derivative) runs on the sums in registers.
 
-Sizes in capitals: a row of x has D columns, and a row of the result has F columns. A program computes M rows and N
-columns, in steps of K along D. Addresses of rows have 64 bits, because the rows of all (token, choice) pairs may have
-more elements than 32 bits can count.
+The constants in capitals: a row of x has D columns, and a row of the result has F columns. `tasks` has TILES tiles of M
+rows, and E is the number of experts. A program computes M rows and N columns, in steps of K along D. Addresses of rows
+have 64 bits, because the rows of all (token, choice) pairs may have more elements than 32 bits can count.
 """
 
 import triton
@@ -16,12 +16,16 @@ import triton.language as tl
 
 from .triton_activation import activate, slope
 
-_TOGETHER = tl.constexpr(8)  # row tiles that use a column tile at the same time, so that its weights are loaded once
+_TOGETHER = tl.constexpr(8)  # tiles of rows whose programs use the same tile of columns at about the same time
 
 
 @triton.jit
 def _tiles_of_program(TILES: tl.constexpr, F: tl.constexpr, N: tl.constexpr):
-    """Return (the tile of rows, the tile of columns) that this program computes, from the number of the program."""
+    """Return (the tile of rows, the tile of columns) that this program computes.
+
+    There are TILES tiles of rows, and F columns in tiles of N columns. Programs with successive numbers compute the
+    same tile of columns for up to 8 tiles of rows, so that weights which they share stay in the cache.
+    """
     across: tl.constexpr = (F + N - 1) // N
     program = tl.program_id(0)
     first = program // (_TOGETHER * across) * _TOGETHER
@@ -32,9 +36,10 @@ def _tiles_of_program(TILES: tl.constexpr, F: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def _elements(rows, columns, WIDTH: tl.constexpr):
-    """Return (the offsets of elements in an array [.., WIDTH], whether they exist), each [rows, columns].
+    """Return (the offsets of elements in an array [.., WIDTH], whether these elements exist), each [rows, columns].
 
-    Elements in rows with a negative number or in columns from WIDTH on do not exist.
+    `rows` and `columns` are the row and column numbers of a tile. An element does not exist if its row number is
+    negative, or if its column number is WIDTH or more.
     """
     return rows.to(tl.int64)[:, None] * WIDTH + columns[None, :], (rows >= 0)[:, None] & (columns < WIDTH)[None, :]
 
@@ -42,11 +47,12 @@ def _elements(rows, columns, WIDTH: tl.constexpr):
 @triton.jit
 def _sums(x, rows, weight, columns, alive, D: tl.constexpr, LIMIT: tl.constexpr, DOWN: tl.constexpr,
           ACROSS: tl.constexpr, APART: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):  # fmt: skip
-    """Return (x[rows] @ weight[:, columns], with APART also x[rows] @ weight[:, columns + APART]), each [M, N] in fp32.
+    """Return (x[rows] @ weight[:, columns], x[rows] @ weight[:, columns + APART]), each [M, N] in fp32, in registers.
 
-    Both are zero unless `alive`. A row with a negative number counts as zeros. `weight` points to the weight of the
-    expert. Its rows are DOWN elements apart, and its columns are ACROSS elements apart. Columns from LIMIT on do not
-    exist.
+    If APART is 0, the second result is not computed. `x` points to an array [.., D] in global memory. `weight` points
+    to the weight of one expert: its D rows are DOWN elements apart, and its columns are ACROSS elements apart. `rows`
+    [M] and `columns` [N] are the row numbers and column numbers to use. A negative row number gives a row of zeros. A
+    column number of LIMIT or more gives a column of zeros. If `alive` is false, both results are zero.
     """
     inner = tl.arange(0, K)
     exists = rows >= 0
@@ -74,7 +80,10 @@ def product(x, source, weight, bias, expert, count, target, out, E: tl.constexpr
             TILES: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):  # fmt: skip
     """Write out[target] = x[source] @ weight + bias, for F columns of the weight from column FIRST on.
 
-    The weight is [E, D, ALL], or [E, ALL, D] if TRANSPOSED. The bias is [E, ALL], and it is added if BIASED.
+    All arguments that are not constants point to global memory. x is [.., D], and out is [.., F]. The weight is
+    [E, D, ALL], or [E, ALL, D] if TRANSPOSED. The bias is [E, ALL], and it is added if BIASED. For every tile row,
+    `source` [TILES * M] has its row number in x, and `target` [TILES * M] has its row number in out. `expert` [TILES]
+    has the expert of every tile, or E for none. `count` [1] is the number of tiles in use.
     """
     tile, across = _tiles_of_program(TILES, F, N)
     if tile < tl.load(count):
@@ -96,7 +105,9 @@ def activated(x, source, weight, bias, expert, count, target, out, hidden, E: tl
               KEEP: tl.constexpr, TILES: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):  # fmt: skip
     """Write out[target] = act(h) and, with KEEP, hidden[target] = h, where h = x[source] @ weight + bias.
 
-    A row of h has F columns, or 2 F columns if GATED. Then act(h) is the function of the first half times the second.
+    A row of h has F columns, or 2 F columns if GATED. If GATED, act(h) = f(first half of h) * second half, and
+    ACTIVATION is the name of f. Otherwise ACTIVATION is the name of act. All arguments that are not constants point to
+    global memory. `source`, `target`, `expert` and `count` are as in `product`.
     """
     all_columns: tl.constexpr = 2 * F if GATED else F
     tile, across = _tiles_of_program(TILES, F, N)
@@ -128,9 +139,11 @@ def activated(x, source, weight, bias, expert, count, target, out, hidden, E: tl
 @triton.jit
 def _d_activated(dy, gate, hidden, hidden_rows, rows, columns, dh, gated, F: tl.constexpr, GATED: tl.constexpr,
                  ACTIVATION: tl.constexpr):  # fmt: skip
-    """Write dh and gated, the results of `d_activated`, for the columns `columns`. Return their part of d_gate [M].
+    """Write dh and gate * act(h) of `d_activated` for some columns. Return <act(h), dy> over these columns, [M].
 
-    dy is in registers, [M, columns].
+    `columns` are the column numbers. `dy` [M, columns], `gate` [M, 1] and the returned sums are in registers. `hidden`,
+    `dh` and `gated` point to global memory. `hidden_rows` [M] are the row numbers to read in `hidden`, and `rows` [M]
+    are the row numbers to write in `dh` and `gated`. A negative number means no row.
     """
     all_columns: tl.constexpr = 2 * F if GATED else F
     at, there = _elements(rows, columns, F)
@@ -155,10 +168,19 @@ def _d_activated(dy, gate, hidden, hidden_rows, rows, columns, dh, gated, F: tl.
 def d_activated(d_out, source, weight, hidden, hidden_numbers, gates, expert, count, target, dh, gated, d_gate,
                 E: tl.constexpr, D: tl.constexpr, F: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
                 TILES: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):  # fmt: skip
-    """Write the derivatives of the sum of gate * act(h) @ weight, where h is in the rows `hidden_numbers` of `hidden`.
+    """Write dh, gated and d_gate, for the backward pass of `expert_mlp`.
 
-    With the weight [E, F, D] and dy = d_out[source] @ weight^T, write dh = act'(h) gate dy and gated = gate act(h) to
-    the rows `target`. For each tile of columns, write d_gate = <act(h), dy> over its columns, [TILES * M].
+    The output of `expert_mlp` is the sum of gate * act(h) @ weight over the choices of a token. The weight is
+    [E, F, D], d_out [.., D] is the cotangent of the output, and dy = d_out[source] @ weight^T. The
+    pre-activation h is hidden[hidden_numbers].
+
+    `dh`: the gradient of h, act'(h) * gate * dy, written to the rows `target`.
+    `gated`: gate * act(h), a factor of the gradient of the weight, written to the rows `target`.
+    `d_gate`: [tiles of columns, TILES * M], <act(h), dy> over the columns of each tile of columns. The sum over the
+      first axis is the gradient of the gates.
+
+    All arguments that are not constants point to global memory. `source`, `target`, `expert` and `count` are as in
+    `product`. `gates` [TILES * M] has the gate of every tile row.
     """
     tile, across = _tiles_of_program(TILES, F, N)
     if tile < tl.load(count):
@@ -167,7 +189,7 @@ def d_activated(d_out, source, weight, hidden, hidden_numbers, gates, expert, co
         weight += e.to(tl.int64) * (D * F)
         dy, _ = _sums(d_out, tl.load(source + tile_rows), weight, columns, e < E, D, F, 1, D, 0, M, N, K)
         rows, gate = tl.load(target + tile_rows), tl.load(gates + tile_rows)[:, None]
-        hidden_rows = tl.where(e < E, tl.load(hidden_numbers + tile_rows), -1)  # without an expert, h is not written
+        hidden_rows = tl.where(e < E, tl.load(hidden_numbers + tile_rows), -1)  # without an expert, h counts as 0
         # Two halves, one after the other: both at once would not fit the registers.
         left, right = tl.split(tl.permute(tl.reshape(dy, (M, 2, N // 2)), (0, 2, 1)))
         half = across * N + tl.arange(0, N // 2)

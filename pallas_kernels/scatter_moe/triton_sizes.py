@@ -1,8 +1,8 @@
-"""Tile sizes of the Triton kernels for experts, by a rule that is not yet measured.
+"""Tile sizes of the Triton kernels for experts. They come from rules that have not been measured yet.
 
-The rule uses the chip, the dtype and the number of rows of an expert. Tensor cores before Hopper read their operands
-from registers, so a thread has registers for only half as many sums as on Hopper. The tensor cores of data centre GPUs
-since Hopper read their operands from shared memory, and these GPUs have more shared memory.
+The sizes depend on the GPU, the dtype and the number of rows of an expert. Tensor cores before Hopper read their
+operands from registers, so a thread has registers for only half as many sums as on Hopper. On data centre GPUs since
+Hopper, tensor cores read their operands from shared memory, and a block has more shared memory.
 """
 
 from typing import NamedTuple
@@ -13,10 +13,10 @@ from .. import triton_call
 
 
 class Sizes(NamedTuple):
-    """The sizes of a Triton program.
+    """The sizes of a Triton program, which computes one tile of the result.
 
-    It computes a tile of `rows` x `columns` elements, in steps of `depth` along the axis that is summed. `warps` is the
-    number of its warps, and `stages` is the number of stages of its software pipeline.
+    The tile has `rows` x `columns` elements. The program computes it in steps of `depth` along the axis that is summed.
+    `warps` is the number of warps of the program, and `stages` is the number of stages of its software pipeline.
     """
 
     rows: int
@@ -27,47 +27,52 @@ class Sizes(NamedTuple):
 
 
 def _power(n: int) -> int:
-    """Return the largest power of two that is at most n, or 1 if n is 0."""
+    """Return the largest power of two that is at most n. Return 1 if n is 0."""
     return 1 << max(0, n.bit_length() - 1)
 
 
 def fitting(most: int, size: int) -> int:
-    """Return the size of a tile along an axis of size `size`: a power of two, from 16 to `most`.
+    """Return the size of a tile along an axis with `size` elements: a power of two, from 16 to `most`.
 
-    It is `most`, or less if the axis is shorter. A tensor core needs at least 16.
+    It is `most`, or for a shorter axis the smallest power of two that covers the axis. It is at least 16 for tensor
+    cores.
     """
     return min(most, max(16, _power(2 * size - 1)))
 
 
 def rows_of_tile(rows: int, experts: int, dtype) -> int:
-    """Return the number of rows of a tile: a power of two, from 16 to 128 (64 for float32).
+    """Return the number of rows of a tile, for `rows` rows in total that are routed to `experts` experts.
 
-    It is about the mean number of rows of an expert, rows / experts, so that few rows of a tile are empty.
+    It is a power of two, from 16 to 128 (for float32, from 16 to 64), and about the mean number of rows of an expert,
+    which keeps the number of empty rows small.
     """
     most = 64 if dtype == jnp.float32 else 128
     return max(16, min(most, _power(rows // experts)))
 
 
 def _is_large() -> bool:
-    """Return whether JAX traces code for a data centre GPU, Hopper or newer.
+    """Return whether JAX traces code for a data centre GPU, Hopper or newer, whose tensor cores need wide tiles.
 
-    The tensor cores of such a GPU read their operands from shared memory and need wide tiles.
+    The tensor cores of these GPUs read their operands from shared memory, and a block has more than 200 KiB of it.
     """
     return triton_call.shared_memory() > 200 * 1024
 
 
 def _stages(rows: int, columns: int, depth: int, dtype, most: int) -> int:
-    """Return how many stages of tiles [rows, depth] and [depth, columns] fit into shared memory, from 2 to `most`."""
+    """Return how many stages of a software pipeline fit into shared memory, from 2 to `most`.
+
+    A stage holds two tiles, [rows, depth] and [depth, columns], of elements of `dtype`.
+    """
     stage = (rows + columns) * depth * jnp.dtype(dtype).itemsize
     return max(2, min(most, triton_call.shared_memory() // stage))
 
 
 def product_sizes(rows: int, depth: int, columns: int, dtype, *, products: int = 1, widest: int = 256) -> Sizes:
-    """Return the sizes of a program that computes products of a tile of rows with the weight of an expert.
+    """Return the sizes of a program that multiplies a tile of rows by `products` weights of one expert.
 
-    The rows are [rows, depth], and each of the `products` products has a weight [depth, columns]. `widest` is the most
-    columns of a tile, over all products. Float32 products run without tensor cores. With few rows, loading the weights
-    takes the most time.
+    The tile has `rows` rows of `depth` columns, and each weight is [depth, columns]. `products` times the number of
+    columns of a tile of the result is at most `widest`. Tiles are narrow for float32, which runs without tensor cores,
+    and if the tile has few rows, because then loading the weights takes most of the time.
     """
     if dtype == jnp.float32:
         columns_most, depth_most, warps = 64, 32, 4
@@ -82,9 +87,11 @@ def product_sizes(rows: int, depth: int, columns: int, dtype, *, products: int =
 
 
 def weight_sizes(D: int, F: int, dtype) -> Sizes:
-    """Return the sizes of a program for the gradient of a weight [D, F]. It sums over `depth` rows at a time.
+    """Return the sizes of a program that computes a tile of the gradient of a weight [D, F].
 
-    The row numbers are loaded ahead of the rows, which takes half of the stages.
+    The program sums over the rows of an expert, `depth` rows in each step. A step has two loads, one after the other:
+    the numbers of the rows, and then the rows with these numbers. So the number of pipeline stages is twice the number
+    of steps whose rows fit into shared memory.
     """
     if dtype == jnp.float32:
         rows_most, columns_most, depth, warps = 64, 64, 32, 4

@@ -1,9 +1,9 @@
 """The Triton kernels for the gradients of expert weights and biases: sums over the rows of each expert.
 
-The rows are gathered by row number when they are loaded, so no array is transposed, padded or copied in memory. A
+The kernels gather rows by row number when they load them, so no array is transposed, padded or copied in memory. A
 program computes one piece of the gradient of one expert: it sums over all rows of the expert in their order, and writes
-the piece once. So there are no atomics, and every run gives the same bits. An expert without rows gets zeros. For
-weights, experts with many rows come first.
+the piece once. So there are no atomic operations, and every run gives the same bits. The gradient of an expert without
+rows is zero. For weights, the programs of experts with many rows have the lowest numbers: they start first.
 """
 
 import triton
@@ -13,10 +13,13 @@ import triton.language as tl
 @triton.jit
 def d_weights(left, left_numbers, right, right_numbers, heavy, first, rows, out, D: tl.constexpr, F: tl.constexpr,
               M: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, R: tl.constexpr):  # fmt: skip
-    """Write out[e] [D, F] = the sum of left[left_numbers[r]]^T right[right_numbers[r]] over the rows r of expert e.
+    """Write out[e] [D, F], the gradient of the weight of every expert e.
 
-    A program computes DOWN x ACROSS elements, R rows at a time. `heavy` are the experts, those with the most rows
-    first. The row numbers of expert e begin at number first[e] * M, and there are rows[e] of them.
+    It is the sum of left[left_numbers[i]]^T right[right_numbers[i]] over the tile rows i of the expert. All arguments
+    that are not constants point to global memory. The rows of all experts are cut into tiles of M rows. Expert e has
+    rows[e] rows, and the first one is tile row first[e] * M. `left` is [.., D], and `right` is [.., F]. `heavy` [E]
+    lists the experts by their number of rows, the largest number first. A program computes DOWN x ACROSS elements of
+    out[e]. In each step, it adds the terms of R tile rows.
     """
     across: tl.constexpr = (F + ACROSS - 1) // ACROSS
     pieces: tl.constexpr = (D + DOWN - 1) // DOWN * across
@@ -41,10 +44,12 @@ def d_weights(left, left_numbers, right, right_numbers, heavy, first, rows, out,
 @triton.jit
 def d_bias(right, right_numbers, gates, first, rows, out, F: tl.constexpr, WEIGHED: tl.constexpr, M: tl.constexpr,
            ACROSS: tl.constexpr, R: tl.constexpr):  # fmt: skip
-    """Write out[e] [F] = the sum of right[right_numbers[r]] over the rows r of expert e, times the gates if WEIGHED.
+    """Write out[e] [F], the gradient of the bias of every expert e.
 
-    A program computes ACROSS columns, R rows at a time. The row numbers and gates of expert e begin at number
-    first[e] * M, and there are rows[e] of them.
+    It is the sum of right[right_numbers[i]] over the tile rows i of the expert. If WEIGHED, each term is multiplied by
+    gates[i]. All arguments that are not constants point to global memory. The rows of all experts are cut into tiles of
+    M rows. Expert e has rows[e] rows, and the first one is tile row first[e] * M. `right` is [.., F], and `gates` has
+    the gate of every tile row. A program computes ACROSS columns of out[e], and adds R tile rows in each step.
     """
     e, columns = tl.program_id(1), tl.program_id(0) * ACROSS + tl.arange(0, ACROSS)
     start, count, row = tl.load(first + e) * M, tl.load(rows + e), tl.arange(0, R)

@@ -1,16 +1,17 @@
-"""Sparse experts in plain JAX: grouped matrix products, for any routing.
+"""Sparse experts in plain JAX: grouped matrix products, for any routing and on any device.
 
 `_grouped` applies a function of one expert, such as its feed-forward network, to the rows of every expert:
 - The first C rows of every expert are computed together, as one batched product that reads every weight in place. C is
   a little above the mean number of rows of an expert.
-- The rows of an expert beyond C are computed block by block in a loop. It has one pass for each such block: none if the
-  experts are balanced. With few rows (decoding), C is 0 and the loop computes only the chosen experts.
+- The other rows of an expert are computed block by block in a loop. The loop has one pass for each block, and no pass
+  if the experts are balanced. With few rows (decoding), C is 0, and the loop computes only experts that have rows.
 The cost is at most a fixed factor times the useful work, and no array has size T * E.
 
-The backward pass applies the derivative of the function in the same way. If D is not small, the forward pass of a
-feed-forward network saves the pre-activation for the backward pass, sorted by expert. (A remat policy can save it by
-the name PRE_ACTIVATION.) The backward pass computes the hidden rows from it again. The derivatives of the gather of the
-rows and of the sum over the choices are gathers too, without scatter-adds.
+The backward pass applies the derivative of the function in the same way. If x has 256 columns or more, the forward pass
+of a feed-forward network saves the pre-activation, sorted by expert. (A remat policy can save it by the name
+PRE_ACTIVATION.) With fewer columns, the backward pass computes the pre-activation again. The hidden layer, which is the
+result of the activation, is always computed again. The derivatives of the gather of the rows and of the sum over the
+choices of a token are computed as gathers, without scatter-adds.
 """
 
 import math
@@ -28,14 +29,15 @@ from .call import ACTIVATIONS, PRE_ACTIVATION, LinearCall, MlpCall
 from .routing import Routing, first_positions
 
 _MANY_ROWS = 512  # rows of one expert; a CPU computes more rows in pieces of about this size
-_WIDE = 256  # columns of x; with fewer, a CPU recomputes the pre-activation faster than it writes and reads it
+_WIDE = 256  # columns of x; with fewer, recomputing the pre-activation is faster on a CPU than saving it
 
 
 class _Plan(NamedTuple):
     """How many rows of an expert are computed at the same time.
 
-    The first C = `together` rows of every expert are one batched product, or `pieces` batched products of C / `pieces`
-    rows. Then the other rows of an expert follow, in blocks of `block` rows.
+    `together`: C. The first C rows of all experts are computed together, as batched products.
+    `block`: the other rows of an expert are computed in blocks of this number of rows.
+    `pieces`: on CPUs, the first C rows may be computed in this number of batched products, of C / `pieces` rows each.
     """
 
     together: int
@@ -44,10 +46,10 @@ class _Plan(NamedTuple):
 
 
 def plan(rows: int, experts: int) -> _Plan:
-    """Return the sizes for `rows` (token, choice) pairs and `experts` experts.
+    """Return how many rows of an expert are computed at the same time, for `rows` rows in total and `experts` experts.
 
-    The mean number of rows of an expert decides, by a rule that was measured on CPUs. On CPUs, batched products of
-    fewer than 48 rows are slow.
+    A row is the row of a (token, choice) pair. The plan depends on the mean number of rows of an expert, by a rule that
+    comes from measurements on CPUs. On CPUs, batched products of fewer than 48 rows are slow.
     """
     mean = rows / experts
     if mean < 4:
@@ -59,33 +61,33 @@ def plan(rows: int, experts: int) -> _Plan:
 
 
 def detail(call: LinearCall | MlpCall) -> str:
-    """Describe for `explain` how many rows of an expert are computed at the same time."""
+    """Describe for `explain` how a call runs, such as "48 rows of every expert together, the rest in blocks of 32"."""
     together, block, _ = plan(call.routing.order.shape[0], call.routing.num_experts)
     return f"{together} rows of every expert together, the rest in blocks of {block}"
 
 
 def _dot(x, w):
-    """Return x @ w in fp32, or in fp64 for fp64 arrays."""
+    """Return x @ w at the highest precision, in fp32, or in fp64 for fp64 arrays."""
     dtype = sum_type(x)
     return jnp.matmul(x, w, precision="highest", preferred_element_type=dtype)
 
 
 def _affine(x, w, b):
-    """Return x @ w + b for the rows of one expert. A bias b of None is zero."""
+    """Return x @ w + b for rows x [rows, D], a weight w [D, F] and a bias b [F]. A bias of None is zero."""
     y = _dot(x, w)
     return y if b is None else y + b.astype(y.dtype)[None]
 
 
 def _gated(gate, y):
-    """Return y, where each row is multiplied by its gate [rows, 1]. A gate of None is 1."""
+    """Return y [rows, F] with every row multiplied by its gate [rows, 1]. A gate of None is 1."""
     return y if gate is None else gate.astype(y.dtype) * y
 
 
 def _affine_backward(x, w, b, gate, dy):
     """Return the gradients (dx, dw, db, dgate) of y = gate * (x @ w + b), given the cotangent dy of y.
 
-    Shapes: x [rows, D], w [D, F], b [F] or None, gate [rows, 1] or None, dy [rows, F]. With dx' = dy @ w^T,
-    dgate = <x, dx'> + <b, dy>. So x @ w is not needed again.
+    Shapes: x [rows, D], w [D, F], b [F] or None, gate [rows, 1] or None, dy [rows, F]. The gradient of a gate is
+    <x @ w + b, dy> = <x, dy @ w^T> + <b, dy>, so x @ w is not computed again.
     """
     dx, gated, d_gate, d_b = _dot(dy.astype(x.dtype), w.T), _gated(gate, dy), None, None
     if gate is not None:
@@ -101,24 +103,25 @@ def _affine_backward(x, w, b, gate, dy):
 class _Function(NamedTuple):
     """A function of the weights and rows of one expert, with its derivative, for `_grouped`.
 
-    `forward(weights, rows) -> (y, saved)` computes the result rows y, and arrays of rows that the backward pass may
-    read. `backward(weights, rows, saved, dy) -> (d_weights, d_rows)` computes the gradients. `in_rows`, `out_rows` and
-    `saved_rows` say how the rows of each array in `rows`, of y and of each saved array are ordered: "token", "pair" or
-    "sorted", as in `call.Rows`.
+    `forward`: (weights, rows) -> (y, saved), the result rows y, and a tuple of arrays of rows to save for the backward
+      pass.
+    `backward`: (weights, rows, saved, dy) -> (d_weights, d_rows), the gradients, where dy is the cotangent of y.
+    `in_rows`, `out_rows`, `saved_rows`: how the rows of each array in `rows`, of y and of each saved array are ordered:
+      "token", "pair" or "sorted", as in `call.Rows`.
     """
 
     forward: object
     backward: object
     in_rows: tuple
     out_rows: str
-    saved_rows: tuple = ()  # one entry for each saved array that the backward pass reads
+    saved_rows: tuple = ()  # one entry for each saved array that is kept for the backward pass
 
 
 def _linear_forward(weights, rows):
     weight, bias = weights
     x, gate = rows
     y = _gated(gate, _affine(x, weight, bias))
-    return (y.astype(x.dtype) if gate is None else y), ()  # rows with a gate stay in fp32 until they are summed over k
+    return (y.astype(x.dtype) if gate is None else y), ()  # with gates, y is in fp32 until the sum over the k rows
 
 
 def _linear_backward(weights, rows, saved, dy):
@@ -150,7 +153,7 @@ _MLP = {name: (partial(_mlp_forward, name), partial(_mlp_backward, name)) for na
 
 
 def linear(call: LinearCall):
-    """Return the result of `expert_linear`, [T*k, F], or [T, F] with gates."""
+    """Return the result of `expert_linear`, [T*k, F], or [T, F] with gates, in plain JAX."""
     gates = None if call.gates is None else call.gates.reshape(-1, 1)
     out_rows = "pair" if call.out_rows == "token" else call.out_rows
     function = _Function(_linear_forward, _linear_backward, (call.x_rows, "pair"), out_rows)
@@ -159,7 +162,7 @@ def linear(call: LinearCall):
 
 
 def mlp(call: MlpCall):
-    """Return the result of `expert_mlp`, [T, D]."""
+    """Return the result of `expert_mlp`, [T, D], in plain JAX."""
     saved = ("sorted",) if call.x.shape[1] >= _WIDE else ()
     function = _Function(*_MLP[call.activation], ("token", "pair"), "pair", saved)
     weights = (call.w_in, call.b_in, call.w_out, call.b_out)
@@ -168,15 +171,16 @@ def mlp(call: MlpCall):
 
 
 def _sum_over_choices(y, routing):
-    """Return the sum of the k rows of each token, [T, F], for y [T*k, F] in the order of the pairs."""
+    """Return the sum of the k rows of each token, [T, F]. The rows y [T*k, F] are in the order of the pairs."""
     return y.reshape(*routing.expert_indices.shape, y.shape[-1]).sum(1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _grouped(function: _Function, weights, rows, routing):
-    """Return `function.forward` of every row with the weights of its expert. A row without an expert gives zero.
+    """Apply `function.forward` to every row with the weights of the expert of the row. Return the result rows.
 
-    `weights` are arrays [E, ..], one entry for each expert. `rows` are arrays in the orders `function.in_rows`.
+    The result of a row without an expert is zero. `weights` are arrays [E, ..], one entry for each expert. `rows` are
+    arrays whose rows are in the orders `function.in_rows`.
     """
 
     def block(w, xs, valid):
@@ -200,13 +204,13 @@ def _grouped_backward(function, residuals, dy):
     weights, rows, routing, saved = residuals
 
     def block(w, inputs, valid):
-        # A padding row reads some other row, which may hold NaN. It must be zeroed, because 0 * NaN is NaN.
+        # A row of padding is a copy of some other row, which may hold NaN. It is set to zero, because 0 * NaN is NaN.
         inputs = [None if a is None else jnp.where(valid[:, None], a, 0) for a in inputs]
         xs, d, saved_rows = tuple(inputs[: len(rows)]), inputs[len(rows)], tuple(inputs[len(rows) + 1 :])
         d_w, d_xs = function.backward(w, xs, saved_rows, d.astype(sum_type(d)))
         return d_xs, d_w
 
-    # The gradient of the row of a token is the sum over its k choices, so the block returns one row per pair.
+    # The gradient of the row of a token is a sum over its k choices. So `block` returns one gradient row per pair.
     d_rows = tuple("pair" if r == "token" else r for r in function.in_rows)
     orders = (*function.in_rows, function.out_rows, *function.saved_rows)
     d_xs, d_w = _map_blocks(block, weights, (*rows, dy, *saved), orders, d_rows, routing)
@@ -223,11 +227,14 @@ _jitted = jax.jit(_grouped, static_argnums=0)  # without a jit, the loop would b
 
 
 def _map_blocks(block, weights, arrays, in_rows, out_rows, routing: Routing):
-    """Run `block(weights of e, rows of e, valid) -> (row outputs, weight outputs)` over all rows of all experts e.
+    """Call `block` until all rows of all experts are computed. Return (row outputs, weight outputs).
 
-    `weights` are arrays [E, ..], and `arrays` have rows. `valid` is bool [rows]: False for a row of padding. `in_rows`
-    and `out_rows` say how the rows of each array and of each row output are ordered. Return (the row outputs in this
-    order, the sum of the weight outputs of every expert [E, ..]). A None among the arrays or outputs stays None.
+    `block(weights of e, rows, valid)` computes some rows of one expert e: it takes these rows of each array in
+    `arrays`, and `valid`, bool [rows], which is False for a row of padding. It returns (row outputs, weight outputs).
+    The row outputs of all calls become arrays [R, ..] with a row for every (token, choice) pair. The weight outputs are
+    summed over all calls for an expert: [E, ..]. `weights` has arrays [E, ..]. `in_rows` and `out_rows` say how the
+    rows of each array and of each row output are ordered, as in `call.Rows`. A None among the arrays or outputs stays
+    None.
     """
     k = routing.expert_indices.shape[1]
     R, E = routing.order.shape[0], routing.num_experts
@@ -258,7 +265,10 @@ def _map_blocks(block, weights, arrays, in_rows, out_rows, routing: Routing):
     pair_rank = routing.inverse - starts[clipped]
 
     def placed(y, order):
-        """Return rows y [E, C, ..], the first C of every expert, in the order of an output. Its other rows are zero."""
+        """Return an array [R, ..] with y [E, C, ..], the first C rows of every expert, in the order `order`.
+
+        `order` is "pair" or "sorted". All other rows of the array are zero.
+        """
         expert, rank = (
             (pair_expert, pair_rank) if order == "pair" else (pair_expert[routing.order], pair_rank[routing.order])
         )
@@ -295,18 +305,19 @@ def _map_blocks(block, weights, arrays, in_rows, out_rows, routing: Routing):
         )
         return outs, jax.tree.map(lambda total, part: total.at[e].add(part), sums, expert_sums)
 
-    # The expected number of passes: none if the experts are balanced. With C = 0: the fewest blocks that hold all rows.
+    # The expected number of passes. With C > 0, it is 0, as for balanced experts. With C = 0, all rows are in blocks.
     trips = 0 if C else math.ceil(R / size)
     return cost.loop(trips, lambda state: lax.fori_loop(0, blocks[-1], add_block, state))((outs, sums))
 
 
 def _together(run, weights, starts, ends, C: int, pieces: int):
-    """Return `run(weights of e, sorted rows of e, end of e)` for the first C rows of every expert e: arrays [E, ..].
+    """Return the results of `run` for the first C rows of every expert e: arrays [E, ..].
 
-    The sorted rows of expert e are starts[e] to ends[e] - 1. On a CPU, if C is large, two experts are computed at a
-    time. Their rows stay in the cache, which saves more time than the copy of their weights takes. They are also
-    computed in `pieces` pieces of C / `pieces` rows. A piece is left out if neither of the two experts has rows in it.
-    There are such pieces when tokens have halted.
+    `run(weights of e, p, ends[e])` computes rows p of expert e, where p [rows] are indices in the list of rows sorted
+    by expert. Expert e has the rows starts[e] to ends[e] - 1 of this list. On a CPU, if C is large, two experts are
+    computed at a time (one if E is odd). Their rows stay in the cache, which saves more time than the copy of their
+    weights takes. Their rows are computed in `pieces` pieces of C / `pieces` rows. A piece in which these experts have
+    no rows is left out, as happens if many tokens have no expert.
     """
     E, size = len(starts), C // pieces
 

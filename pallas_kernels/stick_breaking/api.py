@@ -1,4 +1,4 @@
-"""Stick-breaking attention: the public functions and their checks."""
+"""The public functions of stick-breaking attention, and the checks of their arguments."""
 
 import math
 import numbers
@@ -14,7 +14,7 @@ from . import call as calls
 from . import mosaic, reference, triton, xla
 from .call import Call, Mask, Stats, Where
 
-_WEIGHTS_BYTES = 2**30  # `stick_breaking_weights` returns at most this many
+_WEIGHTS_BYTES = 2**30  # the largest size in bytes of a result of `stick_breaking_weights`
 
 
 def stick_breaking_attention(
@@ -33,47 +33,50 @@ def stick_breaking_attention(
     implementation: str | Sequence[str] | None = None,
     tiles: tuple[int, int] | None = None,
 ):
-    r"""Compute stick-breaking attention: each key takes a share of what the nearer keys leave of a stick.
+    r"""Compute stick-breaking attention: attention without softmax, in which nearer keys take their weight first.
 
-    Query q has a stick of length one and visits its keys from right to left, the nearest key first. Every key breaks
-    off a share beta[q,k] = sigmoid(z[q,k]) of the stick that is left, with z[q,k] = scale * <query_q, key_k>:
+    The query at position q has a stick of length 1. Its keys are taken from right to left, the nearest key first. The
+    key at position k breaks off a share beta[q,k] = sigmoid(z[q,k]) of the part of the stick that remains, where
+    z[q,k] = scale * <query_q, key_k> is the logit:
 
       A[q,k] = beta[q,k] * prod_{k < m < q} (1 - beta[q,m]),   out[q] = sum_k A[q,k] value_k,
       rem[q] = prod_k (1 - beta[q,k]) = 1 - sum_k A[q,k].
 
-    A[q,k] is the weight of key k, and rem[q] is the stick left after all keys. The weights of a query and its `rem` sum
-    to one, so there is no normalisation. There is no position embedding. Query head n reads key head n // (N // K).
-    Sums are in float32, or in float64 if the arrays are float64.
+    A[q,k] is the weight of key k, and rem[q] is the length that remains of the stick after all keys. The weights of a
+    query and its `rem` sum to 1, so there is no normalisation. There is no position embedding. Query head n uses key
+    head n // (N // K). Sums are in float32, or in float64 if the arrays are float64.
 
     Args:
-      query: [B, T, N, H].
-      key: [B, S, K, H], N a multiple of K.
+      query: [B, T, N, H], with T queries and N query heads.
+      key: [B, S, K, H], with S keys and K key heads. N must be a multiple of K.
       value: [B, S, K, Hv].
-      segment_ids: [B, T], the document of each query. A query sees only keys with the same id. A query with a negative
-        id is padding: its out is 0, and its rem is 1.
-      key_segment_ids: [B, S], by default `segment_ids` (when T = S).
-      query_offset: position of the first query among the keys, an int or [B]; S - T by default.
-      scale: multiplier of the logits, 1 / sqrt(H) by default; differentiable.
-      attend_current: whether the key at the position of the query also breaks off a share.
-      window: a query attends only to keys with q - k <= window, where q and k are positions.
-      skip_below: the logarithm to base 2 of a threshold, such as -24. When every query of a query tile has less than
-        2^skip_below of its stick left, the keys further left are skipped. The skipped weights of a query sum to less
-        than 2^skip_below, and `rem` is the stick left at that point.
+      segment_ids: [B, T], the id of the document of each query. A query sees only keys with the same id. A query with
+        a negative id is padding: its out is 0, and its rem is 1.
+      key_segment_ids: [B, S], the id of the document of each key. By default `segment_ids`, which needs T = S.
+      query_offset: the position of the first query among the keys: one integer, or [B] integers, one for each batch
+        entry. By default S - T, so that the last query is at the position of the last key.
+      scale: the factor of the logits, 1 / sqrt(H) by default. If it is an array, it also gets a gradient.
+      attend_current: whether a query also sees the key at its own position. By default it sees only earlier keys.
+      window: a query sees only keys that are at most `window` positions before it: q - k <= window.
+      skip_below: the logarithm to base 2 of a threshold, such as -24. Keys are computed tile by tile. When less than
+        2^skip_below remains of the stick of every query of a query tile, the keys further left are skipped. The skipped
+        weights of a query sum to less than 2^skip_below, and `rem` is the length that remains at that point.
       return_stats: whether to return also `Stats(log_rem [B,T,N], kept [B,K])`. `log_rem` is the natural logarithm of
-        the stick left. It does not underflow, and it is differentiable. `kept` is the share of the key tiles in reach
-        that were computed.
-      implementation: "mosaic", "triton", "xla", "reference", a sequence of them in order of preference, or None for
-        the best one that can run this call (see `explain`).
-      tiles: (query rows, key columns) of a tile. By default the implementation chooses.
+        rem. It does not underflow, and it is differentiable. `kept` is the number of key tiles computed, divided by the
+        number of key tiles that the queries may see. It is below 1 only with `skip_below`.
+      implementation: "mosaic", "triton", "xla", "reference", a sequence of these names in order of preference, or None
+        for the best one that can run this call (see `explain`).
+      tiles: (number of queries, number of keys) of the tiles in which the scores are computed. By default the
+        implementation chooses.
 
     Returns:
       (out [B,T,N,Hv] in the type of `value`, rem [B,T,N] in fp32 or fp64), both differentiable; with `return_stats`
       also the `Stats`.
 
     Raises:
-      ValueError: the shapes or dtypes of the arrays do not fit (the message names the axes by their letters); a mesh
-        divides arrays along other axes than B, N and K (docs/reference/transformations.md).
-      NotImplementedError: a named implementation cannot run this call.
+      ValueError: the shapes or dtypes of the arrays do not fit (the message names the axes by their letters), or a
+        mesh divides arrays along other axes than B, N and K (docs/reference/transformations.md).
+      NotImplementedError: none of the implementations named in `implementation` can run this call.
       TypeError: a forward-mode derivative (`jax.jvp`) is taken. Only the implementation "reference" has one.
 
     Source: "Scaling Stick-Breaking Attention", arXiv 2410.17980.
@@ -104,20 +107,21 @@ def stick_breaking_weights(
     attend_current: bool = False,
     window: int | None = None,
 ) -> Float[Array, "B N T S"]:
-    r"""Return the weights of `stick_breaking_attention`, for inspection: A [B,N,T,S], float32 or float64.
+    r"""Return the weight of every key for every query in `stick_breaking_attention`: A [B,N,T,S], float32 or float64.
 
       A[q,k] = beta[q,k] * prod_{k < m < q} (1 - beta[q,m]),   beta = sigmoid(scale * <query_q, key_k>),
 
-    and zero for the keys that a query does not see. The weights of a query sum to 1 - rem. This function computes the
-    formula directly, with T * S numbers in memory for each head. `stick_breaking_attention` makes no such array.
+    and zero for the keys that a query does not see. The weights of a query sum to 1 - rem, where rem is the part
+    of the stick that remains. Use this function to inspect the weights of small inputs: it keeps T * S numbers in
+    memory for each head. `stick_breaking_attention` does not.
 
     Args:
-      query: [B, T, N, H].
-      key: [B, S, K, H], N a multiple of K.
+      query: [B, T, N, H], with T queries and N query heads.
+      key: [B, S, K, H], with S keys and K key heads. N must be a multiple of K.
       segment_ids, key_segment_ids, query_offset, scale, attend_current, window: as in `stick_breaking_attention`.
 
     Raises:
-      ValueError: for the reasons of `stick_breaking_attention`, or because the weights take more than 1 GiB.
+      ValueError: the arguments do not fit, as in `stick_breaking_attention`, or the weights take more than 1 GiB.
 
     >>> import jax.numpy as jnp
     >>> zeros = jnp.zeros((1, 4, 1, 8))  # every beta is one half
@@ -132,8 +136,8 @@ def stick_breaking_weights(
     size = B * N * T * S * max(4, call.query.dtype.itemsize)
     if size > _WEIGHTS_BYTES:
         raise ValueError(
-            f"the weights of B={B}, N={N}, T={T}, S={S} take {size / 2**30:,.1f} GiB, more than "
-            f"{_WEIGHTS_BYTES / 2**30:g} GiB; pass fewer heads, or fewer queries with query_offset"
+            f"the weights of B={B}, N={N}, T={T}, S={S} take {size / 2**30:,.1f} GiB, more than the limit of "
+            f"{_WEIGHTS_BYTES / 2**30:g} GiB; pass fewer heads, or fewer queries with the query_offset of the first one"
         )
     letters = calls.letters(call)._replace(name="stick_breaking_weights", results="B N T S")
     return partition.run(letters, call, partition.Bound(_weights))
@@ -146,20 +150,22 @@ def _weights(call: Call):
 def merge_stick_breaking(
     near: tuple[Float[Array, "*b Hv"], Float[Array, "*b"]], far: tuple[Float[Array, "*b Hv"], Float[Array, "*b"]]
 ) -> tuple[Float[Array, "*b Hv"], Float[Array, "*b"]]:
-    """Merge two results of stick-breaking attention of the same queries over two ranges of keys into one result.
+    """Merge two results of `stick_breaking_attention`, one over nearer and one over further keys, into one result.
 
-    With output o and stick left r: o = o_near + r_near * o_far, r = r_near * r_far. The operation is associative.
+    Both results are for the same queries. With output o and r = exp(log_rem), the part of the stick that remains:
+    o = o_near + r_near * o_far and r = r_near * r_far. The operation is associative.
 
     Args:
-      near: (out [..., Hv], log_rem [...]) over the keys nearer to the queries. log_rem is the natural logarithm of the
-        stick left, from `Stats`.
+      near: (out [..., Hv], log_rem [...]) over the keys nearer to the queries. `log_rem` is a field of `Stats`.
       far: (out [..., Hv], log_rem [...]) over the keys further left.
 
     Returns:
       (out [..., Hv], log_rem [...]) over the keys of both ranges.
 
     Raises:
-      ValueError: `near` or `far` is no pair of arrays, or the shapes differ.
+      ValueError: `near` or `far` is not a pair of arrays, or their shapes differ.
+
+    In the example, the near keys are the keys 4..7. Counted from key 4, the first query is at position -4.
 
     >>> import jax, jax.numpy as jnp
     >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 8, 2, 16))
@@ -173,12 +179,12 @@ def merge_stick_breaking(
     parts = []
     for name, part in (("near", near), ("far", far)):
         if not isinstance(part, tuple | list) or len(part) != 2 or not all(map(arguments.is_array, part)):
-            raise ValueError(f"{name} must be (out [..., Hv], log_rem [...]), two arrays")
+            raise ValueError(f"{name} must be a pair of arrays, (out [..., Hv], log_rem [...])")
         parts.append(tuple(map(jnp.asarray, part)))
     (out_near, log_near), (out_far, log_far) = parts
     if out_near.shape != out_far.shape or log_near.shape != log_far.shape or out_near.shape[:-1] != log_near.shape:
         raise ValueError(
-            f"near and far must both be out [..., Hv] and log_rem [...] of the same shapes, "
+            f"near and far must have the same shapes, out [..., Hv] and log_rem [...], "
             f"got near {out_near.shape}, {log_near.shape} and far {out_far.shape}, {log_far.shape}"
         )
     out = out_near.astype(log_near.dtype) + jnp.exp(log_near)[..., None] * out_far.astype(log_near.dtype)
@@ -186,7 +192,10 @@ def merge_stick_breaking(
 
 
 def _checked(query, key, value):
-    """Check the shapes and dtypes of the three arrays and return them. Raise ValueError if they do not fit."""
+    """Check that the shapes and dtypes of `query`, `key` and `value` fit, and return the three arrays.
+
+    Raise ValueError if they do not fit.
+    """
     query = arguments.floats("query", query, "B,T,N,H")
     key, value = arguments.floats("key", key, "B,S,K,H"), arguments.floats("value", value, "B,S,K,Hv")
     if not query.dtype == key.dtype == value.dtype:
@@ -204,7 +213,10 @@ def _checked(query, key, value):
 
 
 def _check_segments(name, ids, shape, letters):
-    """Raise ValueError if the argument `name` is not an array `ids` of integers of this shape."""
+    """Raise ValueError if `ids`, the value of the argument `name`, is not an array of integers of shape `shape`.
+
+    `letters` are the letters of the axes for the message, such as "B,T".
+    """
     arguments.integers(name, ids, letters)
     if ids.shape != shape:
         raise ValueError(f"{name} must be integers [{letters}]={list(shape)}, got {ids.dtype}{list(ids.shape)}")
@@ -222,18 +234,18 @@ def _prepare(
         _check_segments("segment_ids", segment_ids, (B, T), "B,T")
         if key_segment_ids is None:
             if T != S:
-                raise ValueError(f"T={T} queries and S={S} keys need key_segment_ids [B,S] next to segment_ids [B,T]")
+                raise ValueError(f"segment_ids alone needs T = S, got T={T} and S={S}; pass key_segment_ids [B,S] too")
             key_segment_ids = segment_ids
         _check_segments("key_segment_ids", key_segment_ids, (B, S), "B,S")
     elif key_segment_ids is not None:
-        raise ValueError("key_segment_ids needs segment_ids")
+        raise ValueError("key_segment_ids [B,S] is given without segment_ids [B,T]; pass both")
     window = None if window is None else arguments.integer("window", window, 0)
     attend_current = arguments.flag("attend_current", attend_current)
     if skip_below is not None and (not isinstance(skip_below, numbers.Real) or not skip_below < 0):
-        raise ValueError(f"skip_below={skip_below} is a log2 of the stick left and must be negative")
+        raise ValueError(f"skip_below={skip_below} must be a negative number, the log2 of a threshold below 1")
     if tiles is not None:
         if not isinstance(tiles, tuple | list) or len(tiles) != 2:
-            raise ValueError(f"tiles={tiles} must be two positive sizes, query rows and key columns")
+            raise ValueError(f"tiles={tiles} must be two positive integers, the numbers of queries and keys of a tile")
         tiles = tuple(arguments.integer(f"tiles[{i}]", size, 1) for i, size in enumerate(tiles))
     scale = 1 / math.sqrt(H) if scale is None else arguments.number("scale", scale)
     static = None
@@ -244,7 +256,7 @@ def _prepare(
         is_array = arguments.is_array(query_offset)
         if not is_array or query_offset.shape not in ((), (B,)) or not jnp.issubdtype(query_offset.dtype, jnp.integer):
             got = f"{query_offset.dtype}{list(query_offset.shape)}" if is_array else repr(query_offset)
-            raise ValueError(f"query_offset must be an int or integers [B]=[{B}], got {got}")
+            raise ValueError(f"query_offset must be an int or an array of integers [B]=[{B}], got {got}")
         offset = jnp.broadcast_to(query_offset, (B,)).astype(jnp.int32)
     return Call(
         query, key, value, Where(offset, segment_ids, key_segment_ids), scale,

@@ -1,4 +1,7 @@
-"""The checked arguments of one call of stick-breaking attention, and its mask. Every implementation takes them."""
+"""The types of one call of stick-breaking attention: its checked arguments, and the mask that hides keys from queries.
+
+Every implementation takes a `Call`.
+"""
 
 from typing import NamedTuple
 
@@ -17,14 +20,14 @@ class Call(NamedTuple):
     where: "Where"
     scale: float | jax.Array
     mask: "Mask"
-    skip_below: float | None  # log2 of the stick left
-    tiles: tuple[int, int] | None  # query rows, key columns
+    skip_below: float | None  # log2 of the part of a stick below which further keys are skipped
+    tiles: tuple[int, int] | None  # (number of queries, number of keys) of a tile
 
 
 class Where(NamedTuple):
-    """The positions and segment ids of the queries and keys, which the mask reads.
+    """The arrays that a `Mask` needs to decide which query sees which key: positions and segment ids.
 
-    Code that runs under a vmap over the batch receives one batch entry, where the arrays have no axis B.
+    Code that runs under a vmap over the batch receives one batch entry. Then the arrays have no axis B.
     """
 
     offset: jax.Array  # [B], position of the first query among the keys
@@ -33,19 +36,19 @@ class Where(NamedTuple):
 
 
 class Mask(NamedTuple):
-    """The static part of the mask of a call: the numbers of queries T and keys S, and the settings of the mask."""
+    """The part of a mask that is known when a call is traced: T queries, S keys, causality and the window."""
 
     T: int
     S: int
-    attend_current: bool
-    window: int | None
-    static_offset: int | None  # the offset, if it is known when the call is traced
+    attend_current: bool  # whether a query also sees the key at its own position
+    window: int | None  # how many positions before the query a key may be; None is no limit
+    static_offset: int | None  # the position of the first query, if it is known when the call is traced
 
     def visible(self, where: Where, q, k):
         """Return whether each query sees each key, for one batch entry: bool [len(q), len(k)].
 
-        `q` and `k` are arrays of query indices and key indices. A query index of T or more (the padding of a tile) sees
-        no key, and no query sees a key index of S or more. `where` has the arrays of the batch entry, without axis B.
+        `q` and `k` are arrays of query indices and key indices. A query with an index of T or more is padding and sees
+        no keys. No query sees a key with an index of S or more. The arrays of `where` have no axis B.
         """
         offset = where.offset if self.static_offset is None else self.static_offset
         distance = (offset + q)[:, None] - k[None, :]
@@ -60,10 +63,11 @@ class Mask(NamedTuple):
 
 
 class Stats(NamedTuple):
-    """Additional results of `stick_breaking_attention`, with `return_stats`.
+    """The additional results that `stick_breaking_attention` returns with `return_stats`.
 
-    `log_rem` [B,T,N]: the natural logarithm of the stick left. `kept` [B,K]: the share of the key tiles in reach of the
-    queries that was computed. It is below 1 only with `skip_below`.
+    `log_rem` [B,T,N]: the natural logarithm of the part of each query's stick that remains after all keys. `kept`
+    [B,K]: the number of key tiles computed, divided by the number of key tiles that the queries may see. It is below 1
+    only with `skip_below`.
     """
 
     log_rem: jax.Array
@@ -71,10 +75,10 @@ class Stats(NamedTuple):
 
 
 def letters(call: Call) -> Letters:
-    """Return the letters of the axes of all arrays of a call, and the axes along which a mesh may divide the op.
+    """Return the letters of the axes of every array of a call, such as "B T N H", and the axes that a mesh may divide.
 
-    These are the batch B, the key heads K and the query heads N. Query heads are divided like the key heads that they
-    read.
+    A mesh may divide the batch B, the key heads K and the query heads N. Query heads are divided in the same way as the
+    key heads that they use.
     """
     del call
     arrays = Call(

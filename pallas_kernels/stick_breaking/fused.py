@@ -1,8 +1,10 @@
-"""Code around the attention kernels that Mosaic and Triton share: the derivative of the op, and decoding.
+"""The code around the attention kernels that the Mosaic and Triton backends share: derivatives and decoding.
 
-The forward pass saves query, key, value, the cumulative log-decay of every query row (two fp32 numbers), and the key
-tile at which every query tile stopped. The output is not saved. The backward pass computes a few heads at a time, if
-the memory for all heads would be too large. `kernels.py` says what the kernels take and return.
+Decoding means few queries and many keys. For the backward pass, the forward pass saves query, key, value, the index of
+the leftmost key tile that each query tile visited, and the cumulative log-decay of each query row: -log2 of the part of
+the stick that remains, as the sum of two fp32 numbers. The forward pass does not save the output. If the intermediate
+results for all heads would need too much memory, the backward pass computes a few heads at a time. kernels.py says what
+the kernels take and return.
 """
 
 import math
@@ -18,18 +20,20 @@ from .call import Call
 from .kernels import Kernels, Plan
 from .key_ranges import key_tile_ranges
 
-SNAPSHOTS = 2**31  # bytes; if all snapshots need more, the backward pass takes fewer heads at a time
-SPLIT = 256  # the fewest keys of a split
-ROUND = 512  # keys read first when decoding with skip_below; every further round reads twice as many
+SNAPSHOTS = 2**31  # the largest number of bytes for snapshots (see `Kernels.d_query`) at the same time
+SPLIT = 256  # the smallest number of keys that decoding gives to one block
+ROUND = 512  # keys of the first round of decoding with skip_below; each further round has twice as many keys
 LN2 = math.log(2)
 
 
 def attention(kernels: Kernels, call: Call):
-    """Return (out [B,T,N,Hv], log_rem [B,T,N], share of the key tiles computed [B,K]), computed by `kernels`.
+    """Run a call with the kernels of a backend. Return (out [B,T,N,Hv], log_rem [B,T,N], kept [B,K]).
 
-    First, the arrays are padded to multiples of `kernels.row_multiple` queries and keys. T and S of `call.mask` do not
-    count the padding, so no query sees a padded key. The rows of padded queries are cut off the results, so their
-    cotangents are zero.
+    `log_rem` is the natural logarithm of the part of the stick that remains. `kept` is the number of key tiles
+    computed, divided by the number of key tiles that the queries may see. First, the arrays are padded to multiples of
+    `kernels.row_multiple` queries and keys. T and S of `call.mask` do not count the padding, so no query sees a padded
+    key. At the end, the rows of the padded queries are removed from the results, so the cotangents of these rows are
+    zero.
     """
     scale = jnp.full_like(call.query, call.scale, jnp.float32, shape=())  # varies over the same mesh axes as query
     static = call._replace(query=None, key=None, value=None, scale=None, where=None)
@@ -80,10 +84,12 @@ _attention.defvjp(_forward, _backward)
 
 
 def _for_tiles_of(plan: Plan, log_decay, reached):
-    """Convert `log_decay` and `reached` from the query tiles of the forward pass to the tiles of the backward pass.
+    """Return `log_decay` and `reached` of the forward pass, converted to the query tiles of the backward pass.
 
-    `plan` is the plan of the backward pass. Its query tiles have as many rows as the tiles of the forward pass, or
-    fewer. `log_decay` is [2, B, N, padded rows], and `reached` is [B, N, query tiles].
+    `log_decay` [2, B, N, padded rows] is the cumulative log-decay of each query row (-log2 of the part of the stick
+    that remains), as the sum of two numbers. `reached` [B, N, query tiles] is the index of the leftmost key tile
+    that each query tile visited. `plan` is the plan of the backward pass. A query tile of the backward pass has as many
+    rows as a query tile of the forward pass, or fewer.
     """
     times = log_decay.shape[-1] // reached.shape[-1] // plan.row_tile
     if times == 1:
@@ -92,10 +98,12 @@ def _for_tiles_of(plan: Plan, log_decay, reached):
 
 
 def _gradients(kernels: Kernels, plan: Plan, arrays, scale, planned):
-    """Return (dq, parts of d_scale, dk, dv). The sum of all parts of d_scale is the gradient of the scale.
+    """Run the kernels `d_query` and `d_key_value` of the backward pass. Return (dq, d_scale, dk, dv).
 
-    `arrays` are query, key, value, d_out, d_log_rem, log_decay and reached. `planned` are the last arguments of a
-    kernel. A few heads are computed at a time, so that their snapshots fit into SNAPSHOTS bytes.
+    d_scale is an array whose sum is the gradient of the scale. `arrays` are (query, key, value, d_out, d_log_rem,
+    log_decay, reached), as in `Kernels.d_query`, and `planned` is a result of `_planned`. The snapshots that `d_query`
+    writes for `d_key_value` are large. If the snapshots of all heads need more than SNAPSHOTS bytes, a few heads are
+    computed at a time.
     """
     query, key, value, d_out, d_log_rem, log_decay, reached = arrays
 
@@ -136,10 +144,13 @@ def _gradients(kernels: Kernels, plan: Plan, arrays, scale, planned):
 
 
 def _planned(call: Call, plan: Plan, per_position: int = 1):
-    """Return the last arguments of a kernel, as in `Kernels`.
+    """Return the arrays that describe the mask to a kernel. Every kernel of `Kernels` takes them as `*planned`.
 
-    They are the key-tile ranges, padded to whole blocks, the offsets, and the segment ids, padded to whole tiles.
-    `per_position` is the number of query rows at one position: 1, or in decoding the query heads of a key head.
+    They are [the key-tile ranges, the offsets, the segment ids of the queries, the segment ids of the keys]. A key-tile
+    range says which key tiles are computed for a query tile (`key_tile_ranges`). An offset is the position of the first
+    query among the keys, for one batch entry. If the call has no segments, the segment ids are left out. The ranges
+    are padded to whole blocks, and the ids to whole tiles. `per_position` is the number of query rows at one position:
+    1, or in decoding the number of query heads that share a key head.
     """
     key_ranges = key_tile_ranges(call, plan.row_tile, plan.key_tile, per_position)
     missing = plan.padded // plan.row_tile - key_ranges.shape[1]
@@ -154,9 +165,10 @@ def _planned(call: Call, plan: Plan, per_position: int = 1):
 
 
 def _share_visited(plan: Plan, key_ranges, reached):
-    """Return the share of the key tiles in reach of the queries that the forward pass visited, [B,K].
+    """Return [B,K]: how many key tiles the forward pass visited, divided by how many the queries may see.
 
-    `key_ranges` and `reached` are as in `Kernels`. The share is 1 without `skip_below`.
+    `key_ranges` [B, query tiles, 4] are the key-tile ranges, and `reached` [B, N, query tiles] is the index of the
+    leftmost key tile that each query tile visited. Without `skip_below`, the share is 1.
     """
     if plan.skip_below is None:
         return jnp.ones((plan.B, plan.K), jnp.float32)
@@ -166,7 +178,7 @@ def _share_visited(plan: Plan, key_ranges, reached):
     return jnp.where(in_reach == 0, 1, visited / jnp.maximum(in_reach, 1)).astype(jnp.float32)
 
 
-# Decoding. The query heads of a group are the rows of one tile, and the keys are split over the multiprocessors.
+# Decoding. The query heads that share a key head are the rows of one tile. The keys are split over several blocks.
 
 
 def is_decoding(call: Call) -> bool:
@@ -176,16 +188,16 @@ def is_decoding(call: Call) -> bool:
 
 
 def splits(call: Call) -> int:
-    """Return the number of parts into which decoding splits the keys, so that all multiprocessors have work."""
+    """Return the number of parts into which decoding splits the keys of a head, to give every multiprocessor work."""
     B, K = call.query.shape[0], call.key.shape[2]
     return max(1, min(platform.multiprocessors() // (B * K), call.mask.S // SPLIT))
 
 
 def _decode(kernels: Kernels, call: Call):
-    """Return (out [B,T,N,Hv], log_rem [B,T,N], share of the key tiles computed [B,K]) of a call with few queries.
+    """Run a call with few queries and many keys. Return the same results as `attention`.
 
-    The keys are split. Each split is computed separately, and the results are merged. With skip_below, the keys are
-    read in rounds, the nearest keys first, until every query has less than 2^skip_below of its stick left.
+    The keys are split into parts. Separate blocks compute the parts, and the results are merged. With skip_below, the
+    keys are read in rounds, the nearest keys first, until less than 2^skip_below of every query's stick remains.
     """
     (B, _, N, H), (K, Hv), T = call.query.shape, call.value.shape[2:], call.mask.T
     G, P = N // K, splits(call)
@@ -196,7 +208,11 @@ def _decode(kernels: Kernels, call: Call):
     stop, start = key_ranges[..., 0], key_ranges[..., 3]
 
     def attend(high, low):
-        """Return (out [B,K,rows,Hv], log_decay [B,K,rows]) in fp32 over the key tiles low..high-1 [B, query tiles]."""
+        """Return (out [B,K,rows,Hv], log_decay [B,K,rows]) in fp32 of attention over only the key tiles low..high-1.
+
+        `low` and `high` [B, query tiles] give these indices for each query tile. The rows of a key head are the T
+        queries of all its query heads.
+        """
         share = jnp.arange(P + 1).reshape(-1, 1, 1)
         edges = low[None] + (high - low)[None] * share // P
         clipped = jnp.clip(key_ranges[None], edges[:-1, ..., None], edges[1:, ..., None])
@@ -226,7 +242,7 @@ def _decode(kernels: Kernels, call: Call):
         def has_next_round(state):
             _, high, _, log_decay = state
             has_stick_left = (~is_padding & (log_decay <= -call.skip_below)).any((1, 2))
-            return ((high > start).any(1) & has_stick_left).any()  # some batch entry has both keys and stick left
+            return ((high > start).any(1) & has_stick_left).any()  # at least one entry needs more keys
 
         zeros = jnp.zeros_like(query, jnp.float32, (B, K, plan.rows))
         nothing = jnp.zeros_like(query, jnp.float32, (B, K, plan.rows, Hv))

@@ -1,4 +1,7 @@
-"""The interface between `fused` and the backends Mosaic and Triton: three attention kernels and their static sizes."""
+"""The interface of the attention kernels, which fused.py calls. The Mosaic and Triton backends implement it.
+
+`Kernels` has the three kernels of a backend, and `Plan` has the sizes that are fixed when a kernel is compiled.
+"""
 
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
@@ -13,32 +16,32 @@ CACHED = 16 * 2**20  # bytes of keys and values that fit into the level-2 cache 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The static sizes of one call of a kernel. Each backend has a subclass with the sizes that only its kernels need.
+    """The sizes and settings of one call of a kernel, fixed when it is compiled. Backends add fields in subclasses.
 
-    A block of the GPU computes a few query tiles of one head. It visits the key tiles that these queries see.
+    A block of the GPU computes one or two query tiles of one head. It visits the key tiles that these queries see.
     """
 
     B: int
-    rows: int  # query rows of a head: T, or T * G if the heads of a group are packed (decoding)
+    rows: int  # query rows of a head: T, or in decoding T * G, because the G query heads of a key head are packed
     S: int
     N: int
     K: int
     H: int
     Hv: int
     dtype: jnp.dtype
-    row_tile: int  # query rows of a tile; every tile has its key-tile range
+    row_tile: int  # query rows of a tile; every query tile has one key-tile range
     key_tile: int  # keys of a tile
     attend_current: bool
     window: int | None
     skip_below: float | None
     segments: bool  # whether the call has segment ids
-    per_position: int = 1  # query rows at one position
+    per_position: int = 1  # query rows at one position: 1, or G in decoding
     splits: int = 1  # parts of the keys; each part is a batch entry in the key-tile ranges and in the results
-    out_dtype: jnp.dtype | None = None  # None: dtype
+    out_dtype: jnp.dtype | None = None  # of the output; None is `dtype`
 
     @staticmethod
     def sizes_of(call: Call) -> dict[str, Any]:
-        """Return the fields of a plan that depend only on the call, as {name: value}."""
+        """Return the fields of a plan that depend on the call and not on the backend, as {name: value}."""
         (B, _, N, H), (K, Hv), mask = call.query.shape, call.value.shape[2:], call.mask
         return dict(
             B=B, rows=mask.T, S=mask.S, N=N, K=K, H=H, Hv=Hv, dtype=call.query.dtype, window=mask.window,
@@ -47,10 +50,10 @@ class Plan:
         )  # fmt: skip
 
     def decoding(self, G: int, splits: int, **sizes: Any) -> "Plan":
-        """Return this plan changed for decoding, that is, for few queries and many keys.
+        """Return a copy of this plan for decoding, that is, for few queries and many keys.
 
-        The G query heads of a key head become query rows of one head. The keys are split into `splits` parts. `sizes`
-        are other fields to replace.
+        The G query heads that share a key head become query rows of one head. The keys are split into `splits` parts.
+        `sizes` are other fields of the copy, as name=value.
         """
         return replace(
             self, rows=self.rows * G, N=self.K, per_position=G, splits=splits, out_dtype=jnp.float32, skip_below=None,
@@ -69,17 +72,17 @@ class Plan:
 
     @property
     def padded(self) -> int:
-        """The number of query rows of a head, padded to whole blocks."""
+        """The number of query rows of a head, rounded up to whole blocks."""
         return self.tiles * self.block_rows
 
     @property
     def key_tiles(self) -> int:
-        """The number of key tiles of a head; the last tile may be partial."""
+        """The number of key tiles of a head. The last tile may have fewer keys than the others."""
         return -(-self.S // self.key_tile)
 
     @property
     def entries(self) -> int:
-        """The number of batch entries of the results: each of the B entries once for every split of its keys."""
+        """The number of batch entries of the results: B times the number of parts into which the keys are split."""
         return self.B * self.splits
 
     @property
@@ -91,7 +94,7 @@ class Plan:
 
     @property
     def scores(self) -> int:
-        """The number of (query, key) pairs that the causal mask keeps, over all batch entries and query heads.
+        """The number of (query, key) pairs that causality and the window keep, in all batch entries and query heads.
 
         The last query is assumed to be at the position of the last key. Segments are not considered.
         """
@@ -104,37 +107,47 @@ class Plan:
 class Kernels(Protocol):
     """The attention kernels of one backend. The object is hashable, so that it can be a static argument of a function.
 
-    The arrays are query [B,rows,N,H], key [B,S,K,H], value [B,S,K,Hv], d_out [B,rows,N,Hv] and d_log_rem [B,N,padded].
-    The sizes are fields of the plan; rows and S of the arrays may be padded to multiples of `row_multiple`. The last
-    arguments of every kernel are `*planned`: the key-tile ranges [entries, query tiles, 4], the offsets [B], and, if a
-    call has segments, the ids of its queries [B, padded] and of its keys [B, key_tiles * key_tile]. A head has padded /
-    row_tile query tiles. `reached` [entries, N, query tiles] is the leftmost key tile that each query tile visited in
-    the forward pass.
+    The methods take these arrays. The sizes are fields of `Plan`. In the arrays, the numbers of query rows (`rows`) and
+    of keys (S) may be padded to multiples of `row_multiple`.
+    - query [B,rows,N,H], key [B,S,K,H], value [B,S,K,Hv] and scale [], the factor of the logits.
+    - d_out [B,rows,N,Hv] and d_log_rem [B,N,padded]: the cotangents of the output and of log_rem, the natural logarithm
+      of the part of the stick that remains.
+    - reached [entries, N, query tiles]: the index of the leftmost key tile that each query tile visited in the forward
+      pass. A head has padded / row_tile query tiles.
+    - `*planned`: the key-tile ranges [entries, query tiles, 4] (`key_tile_ranges`), the position of the first query
+      among the keys [B], and, if a call has segments, the segment ids of its queries [B, padded] and of its keys
+      [B, key_tiles * key_tile].
     """
 
     snapshot_bytes: int  # bytes of the snapshots of one query row and one key tile
     row_multiple: int  # the numbers of queries and of keys of the arrays must be multiples of this
 
     def plan(self, call: Call, *, backward: bool = False, decoding: tuple[int, int] | None = None) -> Plan:
-        """Return the sizes of the kernels for a call, forward or `backward`.
+        """Return the sizes for a call of the kernel `forward` or, if `backward`, of `d_query` and `d_key_value`.
 
-        `decoding`: (the number of query heads of a key head, the number of splits of the keys), or None.
+        `decoding`: (query heads that share a key head, parts into which the keys are split), or None.
         """
 
     def forward(self, plan: Any, query, key, value, scale, *planned) -> tuple:
-        """Return (out [entries,rows,N,Hv], log_decay [2,entries,N,padded], reached): the forward pass.
+        """Compute the forward pass. Return (out [entries,rows,N,Hv], log_decay [2,entries,N,padded], reached).
 
-        `log_decay` is the cumulative log-decay of each query row: -log2 of the stick left, a positive number, as the
-        sum of two fp32 numbers.
+        `log_decay` is the cumulative log-decay of each query row, as the sum of two fp32 numbers: -log2 of the part of
+        the stick that remains, a positive number. `reached` has the index of the leftmost key tile that each query tile
+        visited.
         """
 
     def d_query(self, plan: Any, query, key, value, d_out, d_log_rem, log_decay, reached, scale, *planned) -> tuple:
-        """Return (d_query, the contribution of every row to the gradient of the scale [B,N,padded], snapshots).
+        """Compute the gradient of the queries. Return (d_query [B,rows,N,H], d_scale [B,N,padded], snapshots).
 
-        The snapshots are what `d_key_value` needs to compute any key tile alone: for every query row and key tile, the
-        cumulative log-decay on entry to the tile, and P = d_log_rem + the sum of weight * <d_out, value> over the keys
-        on the left of the tile. Each backend chooses their shape. Every element belongs to one head and one key tile.
+        d_scale is the contribution of every query row to the gradient of the scale. The snapshots are two numbers for
+        every query row and key tile (or half of a key tile): the cumulative log-decay with which the forward pass
+        entered the tile, and P = d_log_rem + the sum of weight * <d_out, value> over the keys on the left of the tile.
+        With the snapshots, `d_key_value` can compute the key tiles in any order. Each backend chooses the shape of
+        the array of snapshots.
         """
 
     def d_key_value(self, plan: Any, query, key, value, d_out, snapshots, reached, scale, *planned) -> tuple:
-        """Return (d_key [B,S,K,H], d_value [B,S,K,Hv]), given the snapshots that `d_query` returned."""
+        """Compute the gradients of the keys and values from the snapshots of `d_query`. Return (d_key, d_value).
+
+        d_key is [B,S,K,H], and d_value is [B,S,K,Hv].
+        """

@@ -1,7 +1,7 @@
-"""Key-tile ranges: which tiles of keys a tile of queries must visit, and which of these need no mask.
+"""Key-tile ranges: which key tiles must be computed for each query tile, and which of them need no mask.
 
-A range is computed from causality, windows, offsets, segments and partial tiles. So a GPU kernel has only two loop
-bodies: one with a mask and one without.
+The ranges account for everything that hides keys from queries: causality, window, offset, segments, and the padding of
+the last tiles. So a GPU kernel has only two loop bodies: one with a mask and one without.
 """
 
 import jax.numpy as jnp
@@ -13,15 +13,16 @@ from .call import Call
 def key_tile_ranges(call: Call, rows: int, columns: int, per_position: int = 1):
     """Return the key-tile range of every query tile, (stop, whole_stop, whole_start, start): int32 [B, query tiles, 4].
 
-    The four numbers of a range are key tiles, in descending order. A query tile visits the key tiles start..stop-1. The
-    key tiles whole_start..whole_stop-1 need no mask, because every query of the query tile sees every key in them. An
-    empty range starts and stops at 0.
+    The four entries of a range are indices of key tiles, in descending order. The key tiles start..stop-1 are computed
+    for the query tile. The key tiles whole_start..whole_stop-1 need no mask, because every query of the query tile sees
+    every key in them. An empty range starts and stops at 0.
 
     Args:
       call: the checked arguments of the op.
       rows: the number of query rows of a query tile.
       columns: the number of keys of a key tile.
-      per_position: the number of query rows at one position. In decoding, the query heads of a key head are such rows.
+      per_position: the number of query rows at one position. It is 1, except in decoding, where all query heads that
+        share a key head are rows at the same position.
     """
     mask, where = call.mask, call.where
     T = mask.T * per_position
@@ -48,7 +49,7 @@ def key_tile_ranges(call: Call, rows: int, columns: int, per_position: int = 1):
         return jnp.zeros((reached.shape[0], len(first_q), 4), jnp.int32)
     stop = jnp.where(reached, tile + 1, 0).max(-1)
     start = jnp.minimum(jnp.where(reached, tile, n).min(-1), stop)
-    # Of the runs of tiles that need no mask, the run that ends nearest to the queries.
+    # Several runs of neighbouring key tiles may need no mask. Take the rightmost run.
     whole_stop = jnp.where(whole, tile + 1, 0).max(-1)
     broken = jnp.where(~whole & (tile < whole_stop[..., None]), tile + 1, 0).max(-1)
     is_empty = whole_stop <= start
@@ -58,15 +59,16 @@ def key_tile_ranges(call: Call, rows: int, columns: int, per_position: int = 1):
 
 
 def query_tile_ranges(key_ranges, reached, key_tiles: int):
-    """Return, for every key tile, which query tiles visit it: int32 [B, N, key tiles, 4].
+    """Return, for every key tile, the range of the query tiles that visit it: int32 [B, N, key tiles, 4].
 
-    The four numbers are query tiles (first, whole_first, whole_stop, stop), in ascending order. The query tiles
-    whole_first..whole_stop-1 visit the key tile and need no mask. The other query tiles of first..stop-1 need a mask,
-    and not all of them visit the key tile.
+    A query tile visits a key tile if it is computed with that key tile. The four entries of a range are indices of
+    query tiles, (first, whole_first, whole_stop, stop), in ascending order. The query tiles whole_first..whole_stop-1
+    visit the key tile and need no mask. Each of the other query tiles of first..stop-1 visits the key tile with a mask,
+    or does not visit it.
 
     Args:
       key_ranges: a result of `key_tile_ranges`, [B, query tiles, 4].
-      reached: [B, N, query tiles], the leftmost key tile that each query tile visited in the forward pass.
+      reached: [B, N, query tiles], the index of the leftmost key tile that each query tile visited in the forward pass.
       key_tiles: the number of key tiles.
     """
     stop, whole_stop, whole_start, start = (key_ranges[:, None, :, None, which] for which in range(4))

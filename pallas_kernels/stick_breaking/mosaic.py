@@ -1,4 +1,4 @@
-"""Stick-breaking attention by Mosaic kernels for Hopper GPUs: which calls they take, and the sizes of their tiles."""
+"""The implementation "mosaic" of stick-breaking attention, for Hopper GPUs: its limits and the sizes of its tiles."""
 
 from dataclasses import replace
 
@@ -15,11 +15,11 @@ from .mosaic_tile import KEYS, ROWS, Plan
 
 WIDTHS = (32, 64, 128, 256)
 MEMORY = 208 * 1024  # bytes of shared memory that the tiles of a block may take
-COPIED_ROWS = 8  # the copy engine needs a number of rows that is a multiple of this
+COPIED_ROWS = 8  # the copy engine takes only arrays whose number of rows is a multiple of this
 
 
 def refuses(call: Call) -> str | None:
-    """Return the reason why the kernels cannot run a call, or None if they can."""
+    """Return the reason why the Mosaic kernels cannot run a call, or None if they can."""
     H, (S, Hv) = call.query.shape[-1], call.value.shape[1::2]
     if reason := hopper.refuses(call.query):
         return reason
@@ -28,7 +28,7 @@ def refuses(call: Call) -> str | None:
     if H not in WIDTHS or Hv not in WIDTHS:
         return f"takes H and Hv of {', '.join(map(str, WIDTHS))}, not H={H}, Hv={Hv}"
     if 0 in call.query.shape or S == 0:
-        return f"needs queries and keys, got query {call.query.shape} and S={S}"
+        return f"needs queries and keys, got query.shape={call.query.shape} and S={S}"
     if call.tiles is not None and call.tiles not in ((ROWS, KEYS), (2 * ROWS, KEYS)):
         return f"takes tiles of (64, 64) and (128, 64), not {call.tiles}"
     if call.tiles == (2 * ROWS, KEYS) and H == Hv == max(WIDTHS):
@@ -37,9 +37,9 @@ def refuses(call: Call) -> str | None:
 
 
 def detail(call: Call) -> str:
-    """Describe for `explain` how the kernels run a call: the tiles, or the splits of the keys in decoding."""
+    """Describe, for `explain`, how the kernels run a call: the sizes of its tiles, or how decoding splits its keys."""
     S = call.mask.S
-    copied = f", keys and values copied from S={S} to {S + -S % COPIED_ROWS} rows" if S % COPIED_ROWS else ""
+    copied = f", keys and values copied, padded from S={S} to {S + -S % COPIED_ROWS} rows" if S % COPIED_ROWS else ""
     if fused.is_decoding(call):
         return f"decoding, {fused.splits(call)} splits of the keys{copied}"
     skip = "" if call.skip_below is None else f", skipping below 2^{call.skip_below:g}"
@@ -47,35 +47,42 @@ def detail(call: Call) -> str:
 
 
 def attention(call: Call):
-    """Return (out [B,T,N,Hv], log_rem [B,T,N], share of the key tiles computed [B,K])."""
+    """Run a call by the Mosaic kernels. Return (out [B,T,N,Hv], log_rem [B,T,N], kept [B,K]).
+
+    `log_rem` is the natural logarithm of the part of the stick that remains. `kept` is the number of key tiles
+    computed, divided by the number of key tiles that the queries may see.
+    """
     return fused.attention(KERNELS, call)
 
 
 def _warpgroups(call: Call) -> int:
-    """Return the number of warpgroups of a block that compute: one for every 64 query rows of a tile."""
+    """Return the number of warpgroups that compute in each block: one for every 64 query rows of the block."""
     width = call.query.shape[-1] + call.value.shape[-1]
     rows, _ = call.tiles or tuning.tuned("sm_90", "stick_breaking", T=call.mask.T, width=width)["tiles"]
     return rows // ROWS
 
 
 def _bytes(plan: Plan, rows: int) -> int:
-    """Return the bytes of two arrays in the dtype of the call: [rows, H] and [rows, Hv]."""
+    """Return the size in bytes of two arrays together, [rows, H] and [rows, Hv], such as a tile of keys and values."""
     return rows * (plan.H + plan.Hv) * jnp.dtype(plan.dtype).itemsize
 
 
 def _plan(call: Call, *, backward: bool = False, decoding: tuple[int, int] | None = None) -> Plan:
-    """Return the `Plan` of a call: its sizes and tiles. In decoding, one warpgroup computes the only query tile."""
+    """Return the `Plan` of a call: the sizes of its arrays and tiles. The arguments are those of `Kernels.plan`.
+
+    In decoding, one warpgroup computes the only query tile of a head.
+    """
     plan = Plan(stages=2, warpgroups=_warpgroups(call), **Plan.sizes_of(call))
     if decoding is None:
         stages = (MEMORY - _bytes(plan, plan.block_rows)) // _bytes(plan, KEYS)
         return replace(plan, stages=max(2, min(3 if backward else 4, stages)))
-    # The results are float32 and do not share the memory of the queries: at H = Hv = 256 only one stage fits.
+    # The results are float32, so they need memory besides the memory of the queries. At H = Hv = 256, one stage fits.
     bytes_of_rows = ROWS * (plan.H * plan.dtype.itemsize + plan.Hv * 4)
     return plan.decoding(*decoding, warpgroups=1, stages=max(1, min(4, (MEMORY - bytes_of_rows) // _bytes(plan, KEYS))))
 
 
 class MosaicKernels(Kernels):
-    """The attention kernels for Hopper GPUs, as functions that `fused` calls."""
+    """The attention kernels for Hopper GPUs, with the interface `Kernels` that fused.py calls."""
 
     snapshot_bytes, row_multiple = 16, COPIED_ROWS
     plan, forward = staticmethod(_plan), staticmethod(forward)

@@ -1,12 +1,15 @@
-"""The backward pass on Hopper GPUs (Pallas Mosaic GPU): two kernels, seven products, no atomics.
+"""Code that the two backward kernels for Hopper GPUs share: the weights A and the gradients dz of the logits of a tile.
 
-With the weights A, the cotangent dO of the output, dA = dO V^T, a = A dA (element by element) and P = d_log_rem + the
-sum of a over the keys further left,
+For a query q and a key k, z = scale * <q, k> is the logit, beta = sigmoid(z) is the share that the key breaks off, and
+the weight A is beta times the product of 1 - beta over the nearer keys. dO is the cotangent of the output, d_log_rem is
+the cotangent of log_rem, and log_rem is the sum of log(1 - beta) over all keys. Then, with dA = dO V^T, a = A * dA
+(element by element), and P = d_log_rem + the sum of a over the keys further left:
     dz = (1 - beta) a - beta P,  dq = scale dz K,  dk = scale dz^T Q,  dv = A^T dO.
-A warpgroup of `d_query` owns 64 query rows and visits the key tiles from the left, so P is a running sum. For every
-pair of a query tile and a key tile, it stores the snapshots of the rows: P, and the cumulative log-decay with which the
-forward pass entered the tile. A block of `d_key_value` owns 64 keys and reads the snapshots in any order. This file has
-the code that both kernels share: they compute the weights of a tile again, one half of its keys after the other.
+In the kernel `d_query`, a warpgroup computes 64 query rows and visits the key tiles from left to right, so P is a
+running sum. For every query row and half of a key tile, it stores two snapshots: P, and the cumulative log-decay, which
+is minus the sum of log2(1 - beta) over the nearer keys. In the kernel `d_key_value`, a block computes 64 keys and reads
+the snapshots, so it can take the query tiles in any order. Both kernels compute the weights of a tile again, first for
+one half of its keys and then for the other half. Together they have seven matrix products and no atomics.
 """
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -16,16 +19,18 @@ from jax import lax
 from .. import mosaic_shims as shims
 from .mosaic_tile import KEYS, ROWS, sticks
 
-HALF = KEYS // 2  # a whole tile would not fit the registers next to the sums
-SWIZZLE = 64  # bytes: the width of half a tile, because a product takes one half
+HALF = KEYS // 2  # the scores of all keys of a tile would not fit the registers next to the sums of the gradients
+SWIZZLE = 64  # bytes: the width of half a tile of 16-bit numbers, because a product takes one half
 
 
 def weights_of(z, seen, entering):
-    """Return (A, (log2 of beta, log2 of 1 - beta)), each [64, keys], for logits z [64, keys] times log2(e).
+    """Return the weights A and (log2 of beta, log2 of 1 - beta), each [64, keys] in registers, of part of a key tile.
 
-    `seen` is bool [64, keys], or None if every query sees every key. `entering` [64] is the cumulative log-decay with
-    which each row enters these keys from the right. It may also be a function that takes the log-decay over these keys
-    [64] and returns the cumulative log-decay on entry.
+    `z` [64, keys] are the logits times log2(e). `seen` is bool [64, keys], True if the query sees the key, or None if
+    every query sees every key. `entering` [64] is the cumulative log-decay of each query row before these keys: minus
+    the sum of log2(1 - beta) over all keys on their right. `entering` may also be a function. Then `weights_of` calls
+    entering(total), where total [64] is minus the sum of log2(1 - beta) over these keys, and `entering` returns the
+    cumulative log-decay before these keys.
     """
     log_beta, softplus = sticks(z, seen)
     start = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), shims.ROW) if callable(entering) else entering
@@ -36,10 +41,12 @@ def weights_of(z, seen, entering):
 
 
 def d_logits(a, logs, prefix):
-    """Return (dz [64, keys], the sum of a over these keys [64]), with the formula of the module.
+    """Return (dz [64, keys], the sum of a over the keys [64]), where dz = (1 - beta) a - beta P, in registers.
 
-    `a` is [64, keys]. `logs` are (log2 of beta, log2 of 1 - beta). `prefix` [64] is P of the rows at the leftmost of
-    these keys. beta and 1 - beta each come from a logarithm. To compute one as 1 minus the other would lose precision.
+    dz is the gradient of the logits. `a` [64, keys] is the weight times the cotangent of the weight. `logs` are (log2
+    of beta, log2 of 1 - beta). `prefix` [64] is P of each query row at the leftmost key: d_log_rem plus the
+    sum of a over all keys further left. beta and 1 - beta are each computed from a logarithm, because a difference from
+    1 would lose precision.
     """
     beta, rest = (jnp.exp2(x) for x in logs)
     return shims.minus_sum_left(rest * a, beta, a, prefix)

@@ -1,25 +1,27 @@
-"""The kernel for the gradients of the keys and of the values on Hopper GPUs. mosaic_backward.py has the formulas.
+"""The kernel for dk and dv, the gradients of the keys and values, on Hopper GPUs.
 
-docs/design/attention_kernels.md explains the barriers.
+mosaic_backward.py has the formulas for the weights A, the gradients dz of the logits, dk = scale dz^T Q and
+dv = A^T dO, where dO is the cotangent of the output. docs/design/attention_kernels.md explains the barriers.
 
-A block owns 64 keys of one key head. In steps, it computes the query tiles that visit these keys. The steps that need
-no mask come first. Two warpgroups compute A and dz of a step, half of it each, and exchange them through shared memory.
-Then the first warpgroup adds A^T dO to dv, and the second one adds dz^T Q to dk. So no warpgroup holds both sums, dv
-and dk. A sum of width H or Hv takes width / 2 registers of a thread. There are two arrangements:
+A block computes dk and dv of 64 keys of one key head. It loops over the query tiles that visit these keys, in steps of
+one or two query tiles. The steps that need no mask come first. Two warpgroups each compute half of A and dz of a step,
+and exchange them through shared memory. Then the first warpgroup adds A^T dO to dv, and the second one adds dz^T Q to
+dk. So each warpgroup has only one of the two sums in registers. A sum of width H or Hv takes width / 2 registers of
+each thread. The kernel has two forms:
 
-- H and Hv up to 128: a step is two neighbouring query tiles, one for each warpgroup. A third warpgroup copies. With
-  three warpgroups, a thread has 168 registers.
-- H or Hv above 128: a sum takes 128 registers, so 168 are not enough. There is no third warpgroup, so a thread has 255
-  registers. The first warpgroup also copies, one step ahead. A step is one query tile, and each warpgroup computes it
-  for one half of the keys. Two steps fit into the shared memory.
+- H and Hv up to 128: a step is two neighbouring query tiles, one for each warpgroup. A third warpgroup copies the query
+  tiles to shared memory. With three warpgroups, a thread has 168 registers.
+- H or Hv above 128: a sum takes up to 128 registers, so 168 are not enough. There is no third warpgroup, so a thread
+  has 255 registers. The first warpgroup also copies the query tiles, one step ahead. A step is one query tile, and each
+  warpgroup computes it for one half of the keys. The query tiles of two steps fit into the shared memory.
 
-Prediction at H = Hv = 256, for 64 queries and 64 keys: 2560 clocks of the tensor cores, 1500 issue slots, 66 KB to
-copy. The clocks are 2048 plus 512: the products with 32 keys take half as long again, because they read the queries
-from shared memory for few columns.
+Predicted cost of one query tile at H = Hv = 256 (64 queries, 64 keys): 2560 clocks of the tensor cores, 1500 issue
+slots, and 66 KB to copy. Of the 2560 clocks, 512 are lost: a product with 32 keys takes 1.5 times as long as half of a
+product with 64 keys, because it reads the queries from shared memory for few columns.
 
-The alternative is one block for each sum. It would fit the registers of three warpgroups, but it would compute the
-weights twice: five products instead of four, six special functions for a score instead of four, and every query tile
-would be copied twice.
+Alternatively, one block could compute dk, and another block could compute dv. Then three warpgroups would have enough
+registers. But both blocks would compute the weights. For each query tile, that is five products instead of four, six
+special functions per score instead of four, and two copies to shared memory instead of one.
 """
 
 from functools import partial, reduce
@@ -37,52 +39,55 @@ from .logarithm import LOG2E
 from .mosaic_backward import HALF, SWIZZLE, d_logits, weights_of
 from .mosaic_tile import KEYS, ROWS, Plan, tile_memory, visible, zeros
 
-STAGES = 2  # steps in shared memory
+STAGES = 2  # how many steps are in shared memory at the same time
 NOWHERE = -(2**30)  # a position to the left of all keys
-END = -1  # the kind of the tiles in the step that ends a pass; this step has no tiles
+END = -1  # stands in place of the kind of a query tile, in the step without query tiles that ends a pass
 
 
 class Inputs(NamedTuple):
-    """References to the arrays that the kernel reads."""
+    """References to the arrays in global memory that the kernel reads."""
 
     query: Any  # [B, T, N, H]
     key: Any  # [B, S, K, H]
     value: Any  # [B, S, K, Hv]
-    d_out: Any  # [B, T, N, Hv]
-    snapshots: Any  # [B, N, key tiles, 2 halves, 2, rows padded]: the log-decay on entry, and P
-    reached: Any  # [B, N, query tiles]
+    d_out: Any  # [B, T, N, Hv], the cotangent of the output
+    snapshots: Any  # [B, N, key tiles, 2 halves, 2, rows padded]: the cumulative log-decay on entry, and P
+    reached: Any  # [B, N, query tiles], index of the leftmost key tile that each query tile visited in the forward pass
     scale: Any  # [1]
-    key_ranges: Any  # [B, query tiles, 4]
-    offset: Any  # [B]
-    segments: Any  # (ids of the queries, ids of the keys), or None
+    key_ranges: Any  # [B, query tiles, 4]: (stop, whole_stop, whole_start, start)
+    offset: Any  # [B], the position of the first query among the keys
+    segments: Any  # (segment ids of the queries, segment ids of the keys), or None
 
 
 class Outputs(NamedTuple):
-    """References to the arrays that the kernel writes."""
+    """References to the arrays in global memory that the kernel writes: the gradients of the keys and values."""
 
     d_key: Any  # [B, S, K, H]
     d_value: Any  # [B, S, K, Hv]
 
 
 class Scratch(NamedTuple):
-    """Shared memory of a block, then its barriers. A step has `tiles` query tiles: 2, or 1 if `is_wide`."""
+    """The shared memory of a block, and the barriers that protect it.
+
+    The kernel loops over the query tiles in steps. A step has `tiles` query tiles: one if `is_wide`, else two.
+    """
 
     key: Any  # [2 halves, HALF, H]
     value: Any  # [2 halves, HALF, Hv]
     query: Any  # for each tile of a step: [STAGES, ROWS, H]
     d_out: Any  # for each tile of a step: [STAGES, ROWS, Hv]
     snapshots: Any  # [STAGES, tiles, 2 halves, 2, ROWS]
-    visits: Any  # [STAGES, tiles, 2]: the kind of each tile, or END; its first row
-    weights: Any  # [tiles, ROWS, KEYS]
-    d_logits: Any  # [tiles, ROWS, KEYS]
-    resident: Any  # the keys and values have arrived
-    ring: pipeline.Ring
-    exchanged: Any  # both warpgroups have written their A and dz of the step
-    drained: Any  # both warpgroups have read the A and dz of the step
+    visits: Any  # [STAGES, tiles, 2]: for each query tile its `kind` (see `_copies`) or END, and its first row's index
+    weights: Any  # [tiles, ROWS, KEYS]: A
+    d_logits: Any  # [tiles, ROWS, KEYS]: dz
+    resident: Any  # a barrier: the keys and values have arrived
+    ring: pipeline.Ring  # two barriers for each stage: it can be read, it can be overwritten
+    exchanged: Any  # a barrier: both warpgroups have written their A and dz of the step
+    drained: Any  # a barrier: both warpgroups have read the A and dz of the step
 
 
 class Block(NamedTuple):
-    """The keys that a block owns."""
+    """The 64 keys whose gradients a block computes: key tile j of a key head of a batch entry."""
 
     b: Any  # batch entry
     head: Any  # key head
@@ -90,13 +95,17 @@ class Block(NamedTuple):
 
 
 def has_steps_left(state):
-    """Return whether there are steps at this cursor or after it. `state` is (cursor, step number), see `_copies`."""
+    """Return whether the loop over the query tiles, which has two passes, 0 and 1, has steps left.
+
+    `state` is (cursor, step): the place of the loop, (pass, query head, query tile), and the index of the next step.
+    `_copies` explains both.
+    """
     cursor, _ = state
     return cursor[0] < 2
 
 
 def is_wide(plan: Plan) -> bool:
-    """Return whether dk or dv takes so many registers that a block can have only two warpgroups: H or Hv above 128."""
+    """Return whether H or Hv is above 128. Then dk or dv takes many registers, so a block has only two warpgroups."""
     return max(plan.H, plan.Hv) > 128
 
 
@@ -104,7 +113,10 @@ def d_key_value(
     plan: Plan, query, key, value, d_out, snapshots, reached, scale, key_ranges, offset,
     query_segments=None, key_segments=None,
 ):  # fmt: skip
-    """Return (dk [B,S,K,H], dv [B,S,K,Hv]). The arguments are those of `Kernels.d_key_value`."""
+    """Return (dk [B,S,K,H], dv [B,S,K,Hv]), the gradients of the keys and values.
+
+    The arguments are those of `Kernels.d_key_value`.
+    """
     wide, dtype = is_wide(plan), plan.dtype
     tiles = 1 if wide else 2
     copies = 3 * tiles  # the number of copies of a step
@@ -155,19 +167,21 @@ def d_key_value(
 
 
 def _copies(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, copies: int):
-    """Return the function offer(cursor, step) -> (next cursor, next step). It copies query tiles if they are due.
+    """Return the function offer(cursor, step) -> (next cursor, next step), which copies query tiles to shared memory.
 
-    A cursor is (pass, query head of the key head, query tile), and `step` is the number of the next step. The cursor
-    goes over all query tiles twice. In the first pass, the query tiles that need no mask are due. In the second pass,
-    the query tiles that need a mask are due. Query tiles that are due become step `step`: they are copied to its stage.
-    A pass ends with a step without query tiles, which is always due. `copies` is the number of copies of a step.
+    A step of the kernel computes one query tile, or two neighbouring ones. A loop goes over all query tiles twice. Pass
+    0 takes the query tiles that need no mask, and pass 1 takes the query tiles that need a mask. A cursor is the place
+    of this loop: (pass, query head of the key head, first query tile). If the pass takes the query tiles at the cursor,
+    `offer` copies them to shared memory as step number `step`, and returns `step` + 1. Otherwise `offer` copies nothing
+    and returns `step`. The last step of a pass has no query tiles, which tells the warpgroups that the pass ends.
+    A step with query tiles starts `copies` copies: the queries, d_out and the snapshots of each query tile.
     """
     b, head, j = block
     G, tiles = plan.N // plan.K, len(scratch.query)
     query_tiles = inputs.key_ranges.shape[1]
 
     def kind(n, i):
-        """Return 0 if query tile i of head n does not visit the keys, 1 if it needs a mask, 2 if it needs no mask."""
+        """Return how query tile i of head n visits the keys of this block: 0 not at all, 1 with a mask, 2 without."""
         inside = i < query_tiles
         i = jnp.minimum(i, query_tiles - 1)
         stop, whole_stop, whole_start, start = (inputs.key_ranges[b, i, which] for which in range(4))
@@ -193,7 +207,7 @@ def _copies(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, copies: 
         @pl.when(is_due & ~is_end)
         def _():
             for w in range(tiles):
-                # A tile that does not visit the keys is replaced by the other tile, with a mask that hides all keys.
+                # If only one of two tiles visits the keys, it is copied twice, and its second copy sees no keys.
                 row = (i + jnp.where(kinds[w] > 0, w, tiles - 1 - w)) * ROWS
                 for what, x in enumerate((kinds[w], row)):
                     scratch.visits[stage, w, what] = x
@@ -214,10 +228,12 @@ def _copies(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, copies: 
 
 
 def _sum(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, own: int, out_ref, offer) -> None:
-    """Do the work of warpgroup `own`: warpgroup 0 sums dv, warpgroup 1 sums dk, and both compute A and dz.
+    """Run warpgroup `own` of the kernel: warpgroup 0 sums dv, and warpgroup 1 sums dk.
 
-    With `offer` (see `_copies`), the warpgroup also copies, one step ahead. At the end, it copies its sum to `out_ref`
-    through the shared memory of query tiles, after the other warpgroup has read the last tile.
+    Each of them computes half of the weights A and of the gradients dz of the logits. If `offer`, a result of
+    `_copies`, is not None, the warpgroup also copies query tiles, one step ahead. At the end, it copies its sum to
+    `out_ref` in global memory. On the way, the sum goes through the shared memory of the query tiles, so the warpgroup
+    first waits until the other warpgroup has read the last tile.
     """
     b, head, j = block
     dtype, tiles = plan.dtype, len(scratch.query)
@@ -231,7 +247,7 @@ def _sum(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, own: int, o
                 plgpu.copy_gmem_to_smem(part, mem.at[half], scratch.resident)
 
     def copy(cursor, step):
-        """Move the cursor to the query tiles of step `step`, and start their copies. Return the cursor after them."""
+        """Call `offer` from the cursor on until it has started the copies of step `step`. Return the next cursor."""
         is_to_find = lambda state: has_steps_left(state) & (state[1] == step)  # noqa: E731
         return lax.while_loop(is_to_find, lambda state: offer(*state), (cursor, step))[0]
 
@@ -248,7 +264,11 @@ def _sum(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, own: int, o
         opaque = zeros(step, plan.H + plan.Hv > 64)
 
         def exchange(half):
-            """Compute A and dz [64, 32] of a query tile and one half of the keys, and write them to shared memory."""
+            """Compute the weights A and the gradients dz of the logits, and write them to shared memory.
+
+            Both are [64, 32]: for the 64 rows of a query tile, and for the first 32 keys (`half` = 0) or the last 32
+            keys (`half` = 1) of the key tile.
+            """
             at, keys = stage + opaque[half], half + opaque[half]
             z = shims.product(scratch.query[w].at[at], scratch.key.at[keys].transpose((1, 0))) * multiplier
             d_weights = shims.product(scratch.d_out[w].at[at], scratch.value.at[keys].transpose((1, 0)))

@@ -1,6 +1,8 @@
-"""The kernel for the gradient of the queries on Hopper GPUs. It also writes the snapshots that `d_key_value` reads.
+"""The kernel for dq, the gradient of the queries, on Hopper GPUs. It also writes snapshots for the next kernel.
 
-mosaic_backward.py has the formulas and says what a snapshot is. docs/design/attention_kernels.md explains the barriers.
+For every query row and half of a key tile, the snapshots are the cumulative log-decay on entry, and P = d_log_rem + the
+sum of a over the keys further left, where a is the weight times its cotangent. The kernel `d_key_value` reads them.
+mosaic_backward.py has all formulas. docs/design/attention_kernels.md explains the barriers.
 """
 
 from functools import partial
@@ -20,51 +22,53 @@ from .mosaic_tile import KEYS, ROWS, Assignment, Plan, block, tile_memory, two_s
 
 
 class Inputs(NamedTuple):
-    """References to the arrays that the kernel reads. W is the number of warpgroups that compute."""
+    """References to the arrays in global memory that the kernel reads. W is the number of warpgroups that compute."""
 
     query: Any  # [B, T, N, H]
     key: Any  # [B, S, K, H]
     value: Any  # [B, S, K, Hv]
-    d_out: Any  # [B, T, N, Hv]
-    d_log_rem: Any  # [B, N, rows padded]
-    log_decay: Any  # [2, B, N, rows padded], a result of the forward pass
-    reached: Any  # [B, N, tiles * W], a result of the forward pass
+    d_out: Any  # [B, T, N, Hv], the cotangent of the output
+    d_log_rem: Any  # [B, N, rows padded], the cotangent of log_rem
+    log_decay: Any  # [2, B, N, rows padded], a result of the forward pass: the cumulative log-decay in two floats
+    reached: Any  # [B, N, tiles * W], a result of `forward`: index of the leftmost key tile that a query tile visited
     scale: Any  # [1]
-    key_ranges: Any  # [B, tiles * W, 4]
-    offset: Any  # [B]
-    segments: Any  # (ids of the queries, ids of the keys), or None
+    key_ranges: Any  # [B, tiles * W, 4]: (stop, whole_stop, whole_start, start)
+    offset: Any  # [B], the position of the first query among the keys
+    segments: Any  # (segment ids of the queries, segment ids of the keys), or None
 
 
 class Outputs(NamedTuple):
-    """References to the arrays that the kernel writes."""
+    """References to the arrays in global memory that the kernel writes."""
 
     d_query: Any  # [B, T, N, H]
-    d_scale: Any  # [B, N, rows padded]: the part of every row
-    snapshots: Any  # [B, N, key tiles, 2 halves, 2, rows padded]: the log-decay on entry, and P
+    d_scale: Any  # [B, N, rows padded]: what every query row adds to the gradient of the scale
+    snapshots: Any  # [B, N, key tiles, 2 halves, 2, rows padded]: the cumulative log-decay on entry, and P
 
 
 class Scratch(NamedTuple):
-    """Shared memory of a block, then its barriers. W is the number of warpgroups that compute."""
+    """The shared memory of a block, and its barriers. W is the number of warpgroups that compute."""
 
-    query: Any  # [W, ROWS, H]; at the end, the gradient overwrites it
+    query: Any  # [W, ROWS, H]; at the end, dq overwrites it
     d_out: Any  # [W, ROWS, Hv]
-    rows: Any  # [W, 3, ROWS]: the gradient of log_rem, and the log-decay in two floats
+    rows: Any  # [W, 3, ROWS]: d_log_rem, and the cumulative log-decay in two floats
     key: Any  # two halves of [stages, HALF, H]
     value: Any  # two halves of [stages, HALF, Hv]
     snapshots: Any  # [W, 2 halves, 2, ROWS], before they are copied to global memory
     loaded: Any  # a barrier for each computing warpgroup: its query rows have arrived
-    ring: pipeline.Ring
+    ring: pipeline.Ring  # two barriers for each stage: it can be read, it can be overwritten
 
 
 def d_query(
     plan: Plan, query, key, value, d_out, d_log_rem, log_decay, reached, scale, key_ranges, offset,
     query_segments=None, key_segments=None,
 ):  # fmt: skip
-    """Return (dq [B,T,N,H], the contribution of every row to the gradient of the scale [B,N,rows padded], snapshots).
+    """Compute the gradient of the queries. Return (dq [B,T,N,H], d_scale [B,N,rows padded], snapshots).
 
-    The snapshots are [B, N, key tiles, 2 halves, 2, rows padded]: for each half of a key tile, the cumulative log-decay
-    on entry, and P. Snapshots of key tiles that no row visits are not written. The arguments are those of
-    `Kernels.d_query`: `log_decay` and `reached` are results of the forward pass.
+    d_scale is what every query row adds to the gradient of the scale. The snapshots are [B, N, key tiles, 2 halves, 2,
+    rows padded]: for each half of a key tile, the cumulative log-decay with which the forward pass entered it, and P,
+    which is d_log_rem + the sum of weight * <d_out, value> over the keys further left. The snapshots of key tiles that
+    a query tile does not visit are not written. The arguments are those of `Kernels.d_query`: `log_decay` and `reached`
+    are results of the forward pass.
     """
     W, stages, dtype = plan.warpgroups, plan.stages, plan.dtype
     memory = partial(tile_memory, dtype=dtype, swizzle=SWIZZLE)
@@ -107,16 +111,17 @@ def d_query(
 
 
 def _bound(inputs: Inputs, b, n, first, w, which):
-    """Return entry `which` of the key-tile range of query tile first + w, for batch entry b and query head n.
+    """Return entry `which` (0 to 3) of the key-tile range of query tile first + w, for batch entry b and query head n.
 
-    The range is (stop, whole_stop, whole_start, start), without the key tiles that the forward pass skipped.
+    `first` is the first query tile of the block, and w is the index of a warpgroup. The range is (stop, whole_stop,
+    whole_start, start), see `key_tile_ranges`. It is limited to the key tiles that the forward pass visited.
     """
     x = inputs.key_ranges[b, first + w, which]
     return jnp.maximum(x, inputs.reached[b, n, first + w]) if which else x
 
 
 def _copy(plan: Plan, assigned: Assignment, inputs: Inputs, scratch: Scratch) -> None:
-    """Do the work of the warpgroup that copies key tiles to shared memory, from left to right."""
+    """Run the warpgroup that copies the tiles of keys and values to shared memory, from left to right."""
 
     def copy(step, _):
         stage = pipeline.free_stage(scratch.ring, step, plan.stages)
@@ -130,10 +135,10 @@ def _copy(plan: Plan, assigned: Assignment, inputs: Inputs, scratch: Scratch) ->
 
 
 def _compute(plan: Plan, assigned: Assignment, inputs: Inputs, outputs: Outputs, scratch: Scratch) -> None:
-    """Do the work of a warpgroup that computes 64 query rows.
+    """Run a warpgroup that computes dq, d_scale and the snapshots of 64 query rows.
 
-    It visits the key tiles of its rows. At key tiles that only the other warpgroup visits, it waits and arrives at the
-    barriers.
+    It computes with the key tiles that its rows visit, from left to right. At key tiles that only the other warpgroup
+    needs, it only waits for the barriers and arrives at them.
     """
     b, n, wg, dtype = assigned.b, assigned.n, assigned.wg, plan.dtype
     row = (assigned.i * plan.warpgroups + wg) * ROWS
@@ -198,12 +203,14 @@ def _compute(plan: Plan, assigned: Assignment, inputs: Inputs, outputs: Outputs,
 def _write(
     plan: Plan, assigned: Assignment, rows, acc, inputs: Inputs, outputs: Outputs, scratch: Scratch
 ) -> None:  # fmt: skip
-    """Write the results of a warpgroup: d_scale of its rows, and the gradient of its queries through shared memory.
+    """Write d_scale and dq of the 64 query rows of a warpgroup to global memory. dq goes through shared memory.
 
-    `acc` [64, H] in registers is the sum of dz K over all keys.
+    `acc` [64, H], in registers, is the sum of dz K over all keys, where dz is the gradient of the logits. So dq is
+    scale * acc. `rows` is the slice of the query rows.
     """
     b, n, wg = assigned.b, assigned.n, assigned.wg
-    # The sum of dz * q.k over the keys, before anything is rounded. It is computed in pieces, to save registers.
+    # d_scale is the sum of dz * <q, k> over the keys, which is <acc, q>. It is computed before acc is rounded, and in
+    # pieces, to save registers.
     d_scale = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), shims.ROW)
     for first in range(0, plan.H, HALF):
         q = plgpu.load(scratch.query.at[wg, :, pl.ds(first, HALF)], layout=shims.TILE).astype(jnp.float32)

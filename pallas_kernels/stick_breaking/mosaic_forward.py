@@ -1,10 +1,10 @@
-"""The forward pass on Hopper GPUs (Pallas Mosaic GPU). docs/design/attention_kernels.md explains its barriers.
+"""The kernel for the forward pass on Hopper GPUs. docs/design/attention_kernels.md explains its barriers.
 
-A block has one or two warpgroups that compute, and each of them owns 64 query rows of one head. They visit the key
-tiles from the nearest one to the left. One more warpgroup copies the key tiles to shared memory ahead of them.
+A block has one or two warpgroups that compute, each with 64 query rows of one head. They visit the key tiles from the
+nearest one to the left. One more warpgroup copies the tiles of keys and values to shared memory before they are needed.
 
 The kernel does not move registers from the copying warpgroup to the others, because the linker of the CUDA libraries
-ignores the instruction for it. The kernel needs no more than the 168 registers that each of 384 threads has.
+ignores the instruction for it. With three warpgroups, each thread has 168 registers, which are enough.
 """
 
 from functools import partial
@@ -37,35 +37,35 @@ from .mosaic_tile import (
 
 
 class Inputs(NamedTuple):
-    """References to the arrays that the kernel reads. W is the number of warpgroups that compute."""
+    """References to the arrays in global memory that the kernel reads. W is the number of warpgroups that compute."""
 
     query: Any  # [B, T, N, H]
     key: Any  # [B, S, K, H]
     value: Any  # [B, S, K, Hv]
     scale: Any  # [1]
-    key_ranges: Any  # [B * splits, tiles * W, 4]
-    offset: Any  # [B]
-    segments: Any  # (ids of the queries, ids of the keys), or None
+    key_ranges: Any  # [B * splits, tiles * W, 4]: (stop, whole_stop, whole_start, start)
+    offset: Any  # [B], the position of the first query among the keys
+    segments: Any  # (segment ids of the queries, segment ids of the keys), or None
 
 
 class Outputs(NamedTuple):
-    """References to the arrays that the kernel writes. They mean the same as the results of `forward`."""
+    """References to the arrays in global memory that the kernel writes: the results of `forward`."""
 
     out: Any  # [B * splits, T, N, Hv]
-    log_decay: Any  # [2, B * splits, N, rows padded]
-    reached: Any  # [B * splits, N, tiles * W]
+    log_decay: Any  # [2, B * splits, N, rows padded]: the cumulative log-decay in two floats
+    reached: Any  # [B * splits, N, tiles * W]: the index of the leftmost key tile that each query tile visited
 
 
 class Scratch(NamedTuple):
-    """Shared memory of a block, then its barriers. W is the number of warpgroups that compute."""
+    """The shared memory of a block, and its barriers. W is the number of warpgroups that compute."""
 
     query: Any  # [W, ROWS, H]
     out: Any  # [W, ROWS, Hv], or None if the output overwrites the query
-    rows: Any  # [W, 2, ROWS]: the log-decay of the rows, before it is copied to global memory
+    rows: Any  # [W, 2, ROWS]: the cumulative log-decay of the rows, before it is copied to global memory
     key: Any  # [stages, KEYS, H]
     value: Any  # [stages, KEYS, Hv]
-    needs: Any  # [W, stages]: 1 if the warpgroup needs more tiles after the tile of this stage; for the early exit
-    stopped: Any  # [stages]: 1 if the copying warpgroup copied no tile and will copy no more
+    needs: Any  # [W, stages]: 1 if the warpgroup needs more tiles after the tile of this stage; for skip_below
+    stopped: Any  # [stages]: 1 if the warpgroup that copies has stopped, so the stage has no tile; for skip_below
     loaded: Any  # a barrier for each computing warpgroup: its query rows have arrived
     ring: pipeline.Ring  # `full`: the tile of the stage has arrived, or `stopped` says that there is none
 
@@ -73,9 +73,10 @@ class Scratch(NamedTuple):
 def forward(plan: Plan, query, key, value, scale, key_ranges, offset, query_segments=None, key_segments=None):
     """Return (out [entries,T,N,Hv], log_decay [2,entries,N,rows padded], reached [entries,N,tiles * warpgroups]).
 
-    The arguments are those of `Kernels.forward`. `entries` is B times the number of splits of the keys. `log_decay` is
-    the cumulative log-decay of each query row, as the sum of two float32 numbers. `reached` is the leftmost key tile
-    that each query tile of 64 rows visited.
+    The arguments are those of `Kernels.forward`. `entries` is B times the number of parts into which the keys are
+    split. `log_decay` is the cumulative log-decay of each query row, -log2 of the part of the stick that remains, as
+    the sum of two float32 numbers. `reached` is the index of the leftmost key tile that each query tile of 64
+    rows visited.
     """
     W, stages, dtype = plan.warpgroups, plan.stages, plan.dtype
     entries, out_dtype = plan.entries, plan.out_dtype or dtype
@@ -119,9 +120,9 @@ def forward(plan: Plan, query, key, value, scale, key_ranges, offset, query_segm
 
 
 def _copy(plan: Plan, assigned: Assignment, inputs: Inputs, scratch: Scratch) -> None:
-    """Do the work of the warpgroup that copies key tiles to shared memory, from right to left.
+    """Run the warpgroup that copies the tiles of keys and values to shared memory, from right to left.
 
-    With `skip_below`, it stops when no computing warpgroup needs more key tiles.
+    With `skip_below`, it stops when no warpgroup that computes needs more key tiles.
     """
     stages, skip, start = plan.stages, plan.skip_below is not None, assigned.start
     ring, needs = scratch.ring, scratch.needs
@@ -155,10 +156,10 @@ def _copy(plan: Plan, assigned: Assignment, inputs: Inputs, scratch: Scratch) ->
 
 
 def _compute(plan: Plan, assigned: Assignment, inputs: Inputs, outputs: Outputs, scratch: Scratch) -> None:
-    """Do the work of a warpgroup that computes 64 query rows.
+    """Run a warpgroup that computes the output and the cumulative log-decay of 64 query rows.
 
-    It visits the key tiles of its rows. At key tiles that only the other warpgroup visits, it waits and arrives at the
-    barriers.
+    It computes with the key tiles that its rows visit, from right to left. At key tiles that only the other warpgroup
+    needs, it only waits for the barriers and arrives at them.
     """
     stages, dtype, skip = plan.stages, plan.dtype, plan.skip_below is not None
     ring, needs, wg = scratch.ring, scratch.needs, assigned.wg
@@ -172,7 +173,7 @@ def _compute(plan: Plan, assigned: Assignment, inputs: Inputs, outputs: Outputs,
     def visit(masked, state):
         j, _, high, low, acc = state
         stage = pipeline.full_stage(ring, assigned.stop - 1 - j, stages)
-        # With document masks and the early exit, no registers are left for the descriptors of the query.
+        # With segments and skip_below, no registers remain for the descriptors of the query, see `zeros`.
         (zero, _) = zeros(assigned.stop - 1 - j, masked and plan.segments and skip)
         z = shims.product(scratch.query.at[wg + zero], scratch.key.at[stage].transpose((1, 0))) * multiplier
         seen = None
@@ -190,7 +191,7 @@ def _compute(plan: Plan, assigned: Assignment, inputs: Inputs, outputs: Outputs,
         plgpu.barrier_arrive(ring.used.at[stage])
         return j - 1, alive, high, low, acc
 
-    # Raised to `start`: a warpgroup without key tiles has the range from 0 to 0, left of the copied tiles.
+    # The entries are raised to `start`, because an empty range is from 0 to 0, on the left of the copied tiles.
     own_stop, whole_stop, whole_start, own_start = (
         jnp.maximum(inputs.key_ranges[assigned.entry, tile, which], assigned.start) for which in range(4)
     )
@@ -211,7 +212,7 @@ def _compute(plan: Plan, assigned: Assignment, inputs: Inputs, outputs: Outputs,
     zero = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), shims.ROW)
     acc = plgpu.layout_cast(jnp.zeros((ROWS, plan.Hv), jnp.float32), shims.TILE)
     high = finished_padding(plan, inputs.segments, assigned.b, row) if skip else zero
-    # A warpgroup without key tiles may have left `idle` early. It visits no tile in this case too.
+    # A warpgroup without key tiles may have stopped `idle` early. The loops below visit no tile in this case.
     state = (own_stop - 1, jnp.bool_(True), high, zero, acc)
     for masked, until in ((True, whole_stop), (False, whole_start), (True, own_start)):
         if skip:
@@ -229,9 +230,10 @@ def _compute(plan: Plan, assigned: Assignment, inputs: Inputs, outputs: Outputs,
 
 
 def _write(plan: Plan, assigned: Assignment, row, acc, log_decay, outputs: Outputs, scratch: Scratch) -> None:
-    """Copy the results of a warpgroup to global memory, through shared memory: the output and log-decay of its rows.
+    """Copy the output and the cumulative log-decay of 64 query rows from registers to global memory.
 
-    `acc` [64, Hv] and the two floats of `log_decay` [64] are in registers. `row` is the first row of the warpgroup.
+    They go through shared memory. `acc` [64, Hv] is the output, `log_decay` is a pair of arrays [64] whose sum is the
+    cumulative log-decay, and `row` is the index of the first of the 64 rows.
     """
     wg, out_mem = assigned.wg, scratch.query if scratch.out is None else scratch.out
     out_mem[wg] = acc.astype(plan.out_dtype or plan.dtype)

@@ -1,8 +1,9 @@
-"""Code that the three kernels for Hopper GPUs share: sizes, masks, and the arithmetic of one tile in registers.
+"""Code that the three attention kernels for Hopper GPUs share: sizes, masks, and the arithmetic of one tile.
 
-All logarithms are base 2. The cumulative log-decay of a query row is -log2 of the stick left, a positive number, kept
-as the sum of two floats (`two_sum`). The backward pass subtracts the terms that the forward pass added, and it must not
-lose small terms.
+All logarithms are base 2. z is a logit, scale * <q, k>, and beta = sigmoid(z) is the share that a key breaks off the
+part of the stick that remains. The cumulative log-decay of a query row is -log2 of that part, a positive number: the
+sum of -log2(1 - beta) over the nearer keys. It is stored as the sum of two floats (`two_sum`), because the backward
+pass subtracts the terms that the forward pass added, and must not lose small terms.
 """
 
 from dataclasses import dataclass
@@ -20,15 +21,18 @@ from .logarithm import LOG2P1, NOTHING
 
 ROWS = 64  # query rows of a warpgroup
 KEYS = 64  # keys of a tile
-FINISHED = 1e30  # the log-decay of a row that needs no key; all other rows have a smaller one
+FINISHED = 1e30  # the cumulative log-decay of a row that needs no keys; all other rows have a smaller one
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(kernels.Plan):
-    """The static sizes of one call of an attention kernel for Hopper GPUs."""
+    """The sizes of one call of an attention kernel for Hopper GPUs, fixed when it is compiled.
 
-    stages: int  # key tiles in shared memory
-    warpgroups: int  # warpgroups of a block that compute; one more copies
+    The fields here are added to the fields of `kernels.Plan`.
+    """
+
+    stages: int  # how many key tiles are in shared memory at the same time
+    warpgroups: int  # how many warpgroups of a block compute; one more warpgroup copies
     row_tile: int = ROWS
     key_tile: int = KEYS
 
@@ -40,21 +44,21 @@ class Plan(kernels.Plan):
 class Assignment(NamedTuple):
     """The rows that a warpgroup of `forward` or `d_query` computes, and the key tiles that its block visits."""
 
-    entry: jax.Array  # batch entry and split, below B * splits
+    entry: jax.Array  # index of the batch entry and the split of the keys, below B * splits; `b` is entry % B
     b: jax.Array  # batch entry
     n: jax.Array  # query head
     head: jax.Array  # key head
-    i: jax.Array  # query tile of the block
-    wg: jax.Array  # warpgroup
-    stop: jax.Array  # some warpgroup of the block visits the key tiles start..stop-1
+    i: jax.Array  # index of the block among the blocks of the head
+    wg: jax.Array  # index of the warpgroup in the block
+    stop: jax.Array  # the warpgroups of the block visit the key tiles start..stop-1
     start: jax.Array
 
 
 def tile_memory(shape, dtype, swizzle: int = 128):
-    """Return the declaration of shared memory of this `shape`, [.., rows, width], whose tiles tensor cores read.
+    """Return the declaration of an array of shape `shape`, [.., rows, width], in shared memory, for tensor cores.
 
-    `swizzle`: the width of the swizzle in bytes. It is limited to the width of a row. Both operands of a product need
-    a swizzle of the same width.
+    `swizzle` is the width in bytes of the pattern in which the numbers are permuted in memory. It is limited to the
+    width of a row. Both operands of a product need a swizzle of the same width.
     """
     size = jnp.dtype(dtype).itemsize
     swizzle = min(swizzle, shape[-1] * size)
@@ -63,10 +67,11 @@ def tile_memory(shape, dtype, swizzle: int = 128):
 
 
 def sticks(z, seen=None):
-    """Return (log2 of beta, -log2 of 1 - beta), each of the shape of z, where beta = 1 / (1 + 2^-z).
+    """Return (log2 of beta, -log2 of 1 - beta), each [64, keys] in registers, where beta = 1 / (1 + 2^-z).
 
-    z [64, keys] are the logits times log2(e). `seen` is bool [64, keys], or None if every query sees every key. beta is
-    0 for a key that the query does not see.
+    `z` [64, keys] are the logits times log2(e). beta is the share that a key breaks off the stick. `seen` is bool
+    [64, keys], True if the query sees the key, or None if every query sees every key. If a query does not see a key,
+    beta is 0.
     """
     if seen is not None:
         z = jnp.where(seen, z, NOTHING)
@@ -79,36 +84,41 @@ def sticks(z, seen=None):
 
 
 def two_sum(high, low, x):
-    """Return two floats whose sum is high + low + x. The second one takes the rounding error of the first one."""
+    """Add x to a number that is stored as the sum of two floats, high + low. Return the new pair of floats.
+
+    The first float of the new pair is high + x, rounded. The second one is `low` plus the error of this rounding.
+    """
     total = high + x
     rest = total - high
     return total, low + ((high - (total - rest)) + (x - rest))
 
 
 def zeros(step, opaque: bool):
-    """Return two integers 0, one for each half of a key tile. If `opaque`, the compiler cannot know their values.
+    """Return two integers 0, one for each half of a key tile. If `opaque`, the compiler cannot know that they are 0.
 
-    They are computed from `step`, the number of an iteration, which must be below 2^24. A product that reads the same
-    memory in every iteration needs the same descriptors, one for every 16 columns. The compiler would keep all
-    descriptors in registers, from half to half and from iteration to iteration. An opaque zero that is added to the
-    index makes the compiler compute them again, in uniform registers.
+    An opaque zero saves registers. A product needs descriptors of its operands in shared memory, one for every 16
+    columns. If a product reads the same memory in every iteration of a loop, the compiler keeps all these descriptors
+    in registers. If an opaque zero is added to the index of the memory, the kernel computes the descriptors again in
+    each iteration, in uniform registers. The zeros are computed from `step`, the index of the iteration, which must be
+    below 2^24.
     """
     return [lax.shift_right_logical(step, 24 + half) if opaque else jnp.int32(0) for half in range(2)]
 
 
 def visible(plan: Plan, segments, b, first_row, first_column, columns, offset):
-    """Return which keys each of 64 query rows sees: bool [64, columns] in registers.
+    """Return whether each of 64 query rows sees each of `columns` keys: bool [64, columns] in registers.
 
-    The query rows begin at `first_row` of a head, and the keys begin at `first_column`. b is the batch entry.
-    `segments`: references (ids of the queries, ids of the keys), or None if the plan has no segments. `offset`: the
-    position of the first query among the keys.
+    `first_row` is the index of the first query row, `first_column` is the index of the first key, and b is the batch
+    entry. `segments` are references to (segment ids of the queries, segment ids of the keys) in global memory, or None
+    if the call has no segments. `offset` is the position of the first query among the keys.
     """
     shape = (ROWS, columns)
-    # The row numbers stay in registers from one tile to the next, unless the document ids need these registers.
+    # The row numbers stay in registers from one tile to the next, unless the segment ids need these registers.
     rows = shims.row_numbers() if plan.segments else plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=shims.ROW)
     row = first_row + rows
     column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=shims.TILE)
-    # The last and the first column that a row sees count from the start of the tile, so each costs one comparison.
+    # `column`, and the last and the first column that a row sees, count from the first key of the tile. So each limit
+    # takes one comparison.
     position = offset + (row // plan.per_position if plan.per_position > 1 else row)
     last = jnp.minimum(position if plan.attend_current else position - 1, plan.S - 1) - first_column
     if plan.segments:
@@ -125,10 +135,13 @@ def visible(plan: Plan, segments, b, first_row, first_column, columns, offset):
 
 
 def finished_padding(plan: Plan, segments, b, first_row):
-    """Return the log-decay with which each of 64 query rows starts, fp32 [64] in registers: 0, or FINISHED for padding.
+    """Return the start values of the cumulative log-decay of 64 query rows, fp32 [64]: FINISHED for padding, else 0.
 
-    A padding row is after the last query or has a negative segment id. It may see no key. Then a log-decay of 0 would
-    stay 0, and a block with `skip_below` could not stop early, because it stops only when no row needs more keys.
+    A padding row is after the last query, or has a negative segment id. With `skip_below`, a block stops early when no
+    row needs more keys. A row needs more keys until its log-decay is above -skip_below. Some padding rows see no
+    keys. If their log-decay started at 0, it would stay 0, and their block would never stop early. b is the batch
+    entry, `first_row` is the index of the first row, and `segments` is a pair of references to the segment ids of the
+    queries and of the keys.
     """
     is_query = first_row + shims.row_numbers() < plan.rows
     if plan.segments:
@@ -138,10 +151,12 @@ def finished_padding(plan: Plan, segments, b, first_row):
 
 
 def block(plan: Plan):
-    """Return (batch entry and split, query head, query tile) that this block computes, from the number of the block.
+    """Return what this block computes, (entry, query head, i), from the index of the block.
 
-    Query tiles with the most keys come first. Blocks that run at the same time compute few heads, whose keys and values
-    fit into the cache.
+    The keys of a batch entry may be split into parts, and `entry` is (index of the part) * B + batch entry. `i` is the
+    index of the block among the blocks of the head. Each block computes one or two query tiles. The query tiles with
+    the most keys come first. Blocks that run at the same time compute only a few heads, so that the keys and values of
+    these heads fit into the cache.
     """
     together = plan.heads_together
     i = lax.axis_index("block")
@@ -151,9 +166,10 @@ def block(plan: Plan):
 
 
 def visited(bound, warpgroups: int):
-    """Return (stop, start): at least one warpgroup of a block visits the key tiles start..stop-1.
+    """Return (stop, start) of a block: the key tiles start..stop-1 cover the key-tile ranges of all its warpgroups.
 
-    `bound(w, which)` returns entry `which` of the key-tile range of warpgroup w: 0 is its stop, 3 is its start.
+    `warpgroups` is 1 or 2. `bound(w, which)` returns the stop (for which = 0) or the start (for which = 3) of the
+    key-tile range of warpgroup w.
     """
     if warpgroups == 1:
         return bound(0, 0), bound(0, 3)

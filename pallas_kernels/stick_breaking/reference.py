@@ -1,4 +1,4 @@
-"""The reference of stick-breaking attention: it computes the formulas directly, with all T * S weights in memory.
+"""The implementation "reference" of stick-breaking attention: the formulas, with all T * S weights in memory.
 
 Every sum is in fp32, or in fp64 for fp64 arrays, and every product is at the highest precision.
 """
@@ -13,9 +13,9 @@ from .logarithm import NOTHING
 
 
 def weights(call: Call):
-    """Return (A [B,N,T,S], log_rem [B,N,T]): the attention weights of a call, and the logarithm of the stick left.
+    """Return the attention weights A [B,N,T,S] and log_rem [B,N,T] of a call.
 
-    `log_rem` is a natural logarithm. The value array of the call is not used.
+    `log_rem` is the natural logarithm of the part of the stick that remains. The value array of the call is not used.
     """
     dtype = sum_type(call.query)
     q, k = call.query.astype(dtype), call.key.astype(dtype)
@@ -24,7 +24,7 @@ def weights(call: Call):
     T, S = z.shape[2:]
     mask = jax.vmap(lambda where: call.mask.visible(where, jnp.arange(T), jnp.arange(S)))(call.where)[:, None]
     # The mask comes before the exponential. A `where` after an exponential that overflows has the right value, but its
-    # gradient is 0 * inf.
+    # gradient is 0 * inf = NaN.
     z = jnp.where(mask, z, NOTHING)
     log_beta, softplus = -jax.nn.softplus(-z), jax.nn.softplus(z)
     nearer = jnp.pad(softplus, ((0, 0),) * 3 + ((0, 1),))[..., 1:]  # leaves out the key itself
@@ -33,9 +33,10 @@ def weights(call: Call):
 
 
 def attention(call: Call):
-    """Return (out [B,T,N,Hv], log_rem [B,T,N], share of the key tiles computed [B,K]), where all shares are 1.
+    """Return (out [B,T,N,Hv], log_rem [B,T,N], kept [B,K]) of a call.
 
-    `log_rem` is the natural logarithm of the stick left.
+    `log_rem` is the natural logarithm of the part of the stick that remains. `kept` is always 1: all
+    keys are computed.
     """
     A, log_rem = weights(call)
     v = jnp.repeat(call.value.astype(A.dtype), A.shape[1] // call.value.shape[2], axis=2)

@@ -1,9 +1,10 @@
-"""The arithmetic of one tile of R queries and one tile of C keys, forward and backward, for `xla`.
+"""The arithmetic of one tile of R queries and one tile of C keys, forward and backward, for the implementation "xla".
 
-G query heads share one key head. The arrays of all functions are q [G,R,H], k [C,H], v [C,Hv], mask bool [R,C] (True if
-the query sees the key), and for the rows log_rem [G,R], the natural logarithm of the stick left when the queries reach
-the tile. Keys are in the order of their positions, so nearer keys are on the right, and queries visit the tile from the
-right. A weight is computed from log beta of its key and a sum over the strictly nearer keys, which excludes the key.
+G query heads share one key head. The arguments of the functions are q [G,R,H], k [C,H], v [C,Hv], mask bool [R,C] (True
+if the query sees the key), and log_rem [G,R], the natural logarithm of the part of each query's stick that remains when
+the query enters the tile. Keys are in the order of their positions. Nearer keys are on the right, and queries enter the
+tile from the right. With beta = sigmoid(scale * <q, k>), the weight of a key is
+exp(log_rem + log beta + the sum of log(1 - beta) over the keys on its right in the tile).
 """
 
 import jax.numpy as jnp
@@ -12,15 +13,15 @@ import numpy as np
 from ..arguments import sum_type
 from .logarithm import NOTHING
 
-# log1p(y) / y on [0, 1], highest power first, interpolated at Chebyshev nodes, within 1e-9. Multiply-adds vectorise,
-# but the library's log1p does not. Small y keep their relative precision.
+# The coefficients of a polynomial for log1p(y) / y on [0, 1], highest power first, with an error of at most 1e-9. XLA
+# vectorises its multiply-adds, but not log1p. The relative error of log1p(y) is small for small y too.
 _LOG1P = np.polynomial.Chebyshev.interpolate(lambda y: np.log1p(y) / y, 10, [0, 1])
 _LOG1P = _LOG1P.convert(kind=np.polynomial.Polynomial).coef[::-1].tolist()  # Python floats take the type of y
-_CHUNK = 64  # keys of a triangular product
+_CHUNK = 64  # keys that one product with a triangular matrix sums over
 
 
 def _log1p(y):
-    """Return log(1 + y) for y from 0 to 1: by a polynomial, or by the library for fp64."""
+    """Return log(1 + y) for y from 0 to 1, by a polynomial, or for fp64 by `jnp.log1p`."""
     if y.dtype == jnp.float64:
         return jnp.log1p(y)
     total = jnp.full_like(y, _LOG1P[0])
@@ -30,16 +31,17 @@ def _log1p(y):
 
 
 def _dot(spec, *operands):
-    """Return the einsum `spec` of the operands: products in their dtype, sums in fp32 (in fp64 for fp64 operands)."""
+    """Return the einsum `spec` of the operands: products of their dtype, summed in fp32 (in fp64 for fp64 operands)."""
     dtype = sum_type(operands[0])
     return jnp.einsum(spec, *operands, precision="highest", preferred_element_type=dtype)
 
 
 def _sum_after(x, reverse: bool):
-    """Return (sums of x over the keys on one side of each key [.., C], the sum of x over all keys [..]), for x [.., C].
+    """Return (for each key, the sum of x over the keys on its right [.., C], the sum of x over all keys [..]).
 
-    The sums for key c are over m > c, or over m < c if `reverse`. The last axis is cut into chunks of 64 keys, so that
-    the cost per score does not grow with C. The sums within a chunk are a product with a triangular matrix.
+    x is [.., C]. If `reverse`, the sum for each key is over the keys on its left instead. The last axis is cut into
+    chunks of 64 keys, so that the cost per score does not grow with C. The sums within a chunk are a product with a
+    triangular matrix.
     """
     *rows, C = x.shape
     chunk = max(1, min(C, _CHUNK))
@@ -58,10 +60,11 @@ def _sum_after(x, reverse: bool):
 
 
 def _sticks(q, k, mask, scale):
-    """Return (z, exp(-|z|), log beta, softplus(z)), each [G,R,C], for the logits z = scale * <q, k>.
+    """Return (z, exp(-|z|), log beta, softplus(z)), each [G,R,C], where z = scale * <q, k> are the logits.
 
-    beta = sigmoid(z) is the share of the stick that a key breaks off, and softplus(z) = -log(1 - beta). A masked logit
-    is set to NOTHING first, so that its weight, its softplus and all derivatives are zero.
+    q is [G,R,H], k is [C,H], and mask is bool [R,C], True if the query sees the key. beta = sigmoid(z) is the share of
+    the stick that a key breaks off, and softplus(z) = -log(1 - beta). A masked logit is set to NOTHING (-1e30) first,
+    so that its weight, its softplus and all derivatives are zero.
     """
     z = jnp.where(mask, scale * _dot("grh,ch->grc", q, k), NOTHING)
     y = jnp.exp(-jnp.abs(z))
@@ -70,12 +73,19 @@ def _sticks(q, k, mask, scale):
 
 
 def log_decay(q, k, mask, scale):
-    """Return the log-decay over this tile, [G,R]: -log of the share of the stick that the keys of the tile leave."""
+    """Return the log-decay of each query over one tile [G,R]: the sum of -log(1 - beta) over the keys of the tile.
+
+    q is [G,R,H], k is [C,H], and mask is bool [R,C], True if the query sees the key. beta is sigmoid(scale * <q, k>).
+    """
     return _sticks(q, k, mask, scale)[3].sum(-1)
 
 
 def forward(q, k, v, mask, log_rem, scale):
-    """Return (the contribution of the keys of this tile to the output [G,R,Hv], log_rem after the tile [G,R])."""
+    """Return (what the keys of one tile add to the output [G,R,Hv], log_rem after the tile [G,R]).
+
+    q is [G,R,H], k is [C,H], v is [C,Hv], and mask is bool [R,C], True if the query sees the key. The argument
+    `log_rem` [G,R] is the natural logarithm of the part of each query's stick that remains before the tile.
+    """
     _, _, log_beta, softplus = _sticks(q, k, mask, scale)
     nearer, total = _sum_after(softplus, reverse=False)
     weights = jnp.exp(log_beta - nearer + log_rem[..., None])
@@ -85,9 +95,9 @@ def forward(q, k, v, mask, log_rem, scale):
 def backward(q, k, v, d_out, mask, log_rem, prefix, scale):
     """Return (dq / scale [G,R,H], dk / scale [C,H], dv [C,Hv], the prefix after the tile [G,R]).
 
-    The gradients are the contributions of this tile. `d_out` [G,R,Hv] is the cotangent of the output. `prefix` [G,R] is
-    the cotangent of log_rem plus the sum of a over all keys on the left of the tile, where a = weight * <d_out, v>. So
-    the tiles are visited from left to right.
+    The gradients are what this tile adds to dq, dk and dv. `d_out` [G,R,Hv] is the cotangent of the output. `prefix`
+    [G,R] is the cotangent of the final log_rem plus the sum of a over all keys on the left of the tile, where
+    a = weight * <d_out, v>. So the tiles must be computed from left to right. The other arguments are as in `forward`.
     """
     z, y, log_beta, softplus = _sticks(q, k, mask, scale)
     nearer, _ = _sum_after(softplus, reverse=False)

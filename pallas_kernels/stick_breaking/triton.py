@@ -1,4 +1,4 @@
-"""Stick-breaking attention by Triton kernels: which calls the kernels take, their sizes, and their launches."""
+"""The implementation "triton" of stick-breaking attention: its limits, and the sizes and launches of its kernels."""
 
 from dataclasses import dataclass, replace
 
@@ -10,19 +10,22 @@ from . import fused, kernels
 from .call import Call
 from .key_ranges import query_tile_ranges
 
-WIDEST = {2: 256, 4: 128}  # the largest H and Hv, by the bytes of a number
-LEAST = 16  # the fewest rows, keys and channels of a product of tensor cores
-# Keys of a tile. With the rows and warps of tuned.json, a thread has 16 scores or fewer, and its registers are nearly
-# enough. All of these tiles fit into 99 KiB of shared memory.
+WIDEST = {2: 256, 4: 128}  # the largest H and Hv, for numbers of 2 bytes and of 4 bytes
+LEAST = 16  # the smallest number of rows, keys and channels that a product on tensor cores takes
+# The number of keys of a tile. With the rows and warps of tuned.json, a thread has 16 scores or fewer, so few of its
+# registers are spilled. All of these tiles fit into 99 KiB of shared memory.
 KEYS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(kernels.Plan):
-    """The static sizes of one call of a Triton attention kernel: also its warps, and the stages of its loops."""
+    """The sizes of one call of a Triton attention kernel, fixed when it is compiled.
 
-    warps: int
-    stages: int
+    The fields here are added to the fields of `kernels.Plan`.
+    """
+
+    warps: int  # warps of a block
+    stages: int  # stages into which Triton pipelines the loops of a kernel
 
     @property
     def constants(self) -> dict:
@@ -36,23 +39,23 @@ class Plan(kernels.Plan):
 
 
 def refuses(call: Call) -> str | None:
-    """Return the reason why the kernels cannot run a call, or None if they can."""
+    """Return the reason why the Triton kernels cannot run a call, or None if they can."""
     H, Hv = call.query.shape[-1], call.value.shape[-1]
     if reason := triton_call.refuses(call.query):
         return reason
     if call.query.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         return f"takes bfloat16, float16 and float32, not {call.query.dtype}"
     if max(H, Hv) > (most := WIDEST[call.query.dtype.itemsize]):
-        return f"takes H and Hv of {call.query.dtype} up to {most}, not H={H}, Hv={Hv}"
+        return f"takes H and Hv up to {most} in {call.query.dtype}, not H={H}, Hv={Hv}"
     if 0 in call.query.shape or 0 in call.value.shape:
-        return f"needs queries, keys and channels, got query {call.query.shape} and value {call.value.shape}"
+        return f"needs queries, keys and channels, got query.shape={call.query.shape}, value.shape={call.value.shape}"
     if call.tiles is not None and any(size < LEAST or size & (size - 1) for size in call.tiles):
-        return f"takes tiles of powers of two from {LEAST} on, not {call.tiles}"
+        return f"takes tile sizes that are powers of two from {LEAST} on, not {call.tiles}"
     return None
 
 
 def detail(call: Call) -> str:
-    """Describe for `explain` how the kernels run a call: the tiles, or the splits of the keys in decoding."""
+    """Describe, for `explain`, how the kernels run a call: the sizes of its tiles, or how decoding splits its keys."""
     if fused.is_decoding(call):
         return f"decoding, {fused.splits(call)} splits of the keys"
     plan = _plan(call)
@@ -61,7 +64,11 @@ def detail(call: Call) -> str:
 
 
 def attention(call: Call):
-    """Return (out [B,T,N,Hv], log_rem [B,T,N], share of the key tiles computed [B,K])."""
+    """Run a call by the Triton kernels. Return (out [B,T,N,Hv], log_rem [B,T,N], kept [B,K]).
+
+    `log_rem` is the natural logarithm of the part of the stick that remains. `kept` is the number of key tiles
+    computed, divided by the number of key tiles that the queries may see.
+    """
     return fused.attention(KERNELS, call)
 
 
@@ -69,12 +76,15 @@ def attention(call: Call):
 
 
 def _filled(size: int) -> int:
-    """Return the smallest power of two that is at least `size` and at least 16, the least that tensor cores take."""
+    """Return the smallest power of two that is at least `size` and at least 16, the smallest size for tensor cores."""
     return max(LEAST, 1 << (size - 1).bit_length())
 
 
 def _plan(call: Call, *, backward: bool = False, decoding: tuple[int, int] | None = None) -> Plan:
-    """Return the `Plan` of a call: its sizes and tiles. In decoding, one query tile holds all query rows of a head."""
+    """Return the `Plan` of a call: the sizes of its arrays and tiles. The arguments are those of `Kernels.plan`.
+
+    In decoding, one query tile has all query rows of a head.
+    """
     sizes, itemsize = Plan.sizes_of(call), call.query.dtype.itemsize
     width = max(sizes["H"], sizes["Hv"])
     chosen = tuning.tuned(platform.chip(), "stick_breaking_triton", bytes=itemsize, width=width)
@@ -92,9 +102,9 @@ def _plan(call: Call, *, backward: bool = False, decoding: tuple[int, int] | Non
 
 
 def _arrays(plan: Plan, scale, key_ranges, offset, query_segments=None, key_segments=None):
-    """Return the arrays that are the last arguments of every kernel: scale, key-tile ranges, offsets and segment ids.
+    """Return the last arguments of every kernel: scale, key-tile ranges, offsets, and two arrays of segment ids.
 
-    Without segments, the kernel does not read the segment ids, so the offsets take their places.
+    In a call without segments, the kernel does not read the segment ids. Then the offsets are passed in their place.
     """
     segments = (query_segments, key_segments) if plan.segments else (offset, offset)
     return scale.reshape(1).astype(jnp.float32), key_ranges, offset, *segments
@@ -159,7 +169,7 @@ def _d_key_value(plan: Plan, query, key, value, d_out, snapshots, reached, scale
 
 
 class TritonKernels(kernels.Kernels):
-    """The attention kernels in Triton, as functions that `fused` calls."""
+    """The attention kernels in Triton, with the interface `Kernels` that fused.py calls."""
 
     snapshot_bytes, row_multiple = 8, 1
     plan, forward = staticmethod(_plan), staticmethod(_forward)

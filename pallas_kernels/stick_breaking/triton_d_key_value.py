@@ -1,8 +1,13 @@
-"""The Triton kernel for the gradients of the keys and of the values.
+"""The Triton kernel for dk and dv, the gradients of the keys and values.
 
-A block owns a key tile and sums over the query tiles that visit it. triton_d_query.py has the formulas, and says what
-the snapshots are. R and C are the numbers of rows of a query tile and of keys of a key tile; Hp and Hvp are H and Hv,
-padded to powers of two.
+A block computes one key tile. It sums over the query tiles that visit the key tile:
+    dk = scale dz^T Q,  dv = A^T dO,
+with the weights A, the gradients dz of the logits, and the cotangent dO of the output. It computes A and dz again, with
+the snapshots of `d_query`. These are two numbers for every query row: the cumulative log-decay on entry to the key
+tile, and P, the prefix sum in the formula of dz. triton_d_query.py has all formulas.
+
+R is the number of rows of a query tile, and C is the number of keys of a key tile. Hp and Hvp are H and Hv, padded to
+powers of two.
 """
 
 import triton
@@ -19,7 +24,15 @@ def visit(
     attend_current: tl.constexpr, window: tl.constexpr, segments: tl.constexpr, precision: tl.constexpr,
     masked: tl.constexpr,
 ):  # fmt: skip
-    """Return (dk [C,Hp], dv [C,Hvp]) with the contribution of query tile i added, for the key tile of this block."""
+    """Add query tile i to the sums `dk` [C,Hp] and `dv` [C,Hvp] of the key tile of this block, and return the sums.
+
+    The sums are in registers, and `dk` is not yet multiplied by the scale. k [C,Hp] and v [C,Hvp], also in registers,
+    are the keys and values of the key tile, and `column` is the index of its first key. `q_head` and `d_out_head` point
+    to the queries and to the cotangent of the output, for one query head. `snapshots` points to what `d_query` stored
+    for this query head and key tile: the cumulative log-decay on entry, and P. `multiplier` is the scale times log2(e).
+    `position` is the position of the first query among the keys. If `masked`, the mask is computed. Otherwise every
+    query sees every key.
+    """
     row = i * R
     rows = row + tl.arange(0, R)
     q = tile.load(q_head, row, T, N * H, H, R, Hp)
@@ -54,7 +67,11 @@ def d_key_value(
     tiles: tl.constexpr, attend_current: tl.constexpr, window: tl.constexpr, segments: tl.constexpr,
     precision: tl.constexpr,
 ):  # fmt: skip
-    """Write dk and dv of one key tile of one key head."""
+    """Compute dk and dv of one key tile of one key head, and write them to global memory.
+
+    The arguments whose names end in `_ref` point to the arrays of `Kernels.d_key_value`. `query_ranges_ref` points to a
+    result of `query_tile_ranges`.
+    """
     program = tl.program_id(0)
     key_tiles: tl.constexpr = (S + C - 1) // C
     j, b, head = program // (B * K), program // K % B, program % K  # the tiles that most queries see come first

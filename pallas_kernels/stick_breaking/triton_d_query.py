@@ -1,12 +1,16 @@
-"""The Triton kernel for the gradient of the queries. It also writes the snapshots that `d_key_value` reads.
+"""The Triton kernel for dq, the gradient of the queries. It also writes the snapshots that `d_key_value` reads.
 
-With the weights A, the cotangent dO of the output, dA = dO V^T, a = A dA (element by element) and P = d_log_rem + the
-sum of a over the keys further left,
+For a query q and a key k, z = scale * <q, k> is the logit, beta = sigmoid(z) is the share that the key breaks off, and
+the weight A is beta times the product of 1 - beta over the nearer keys. dO is the cotangent of the output, d_log_rem is
+the cotangent of log_rem, and log_rem is the sum of log(1 - beta) over all keys. Then, with dA = dO V^T, a = A * dA
+(element by element), and P = d_log_rem + the sum of a over the keys further left:
     dz = (1 - beta) a - beta P,  dq = scale dz K,  dk = scale dz^T Q,  dv = A^T dO.
-A block owns a tile of query rows and visits the key tiles from the left, so P is a running sum. For every key tile, it
-stores the snapshots of the rows: the cumulative log-decay with which the forward pass entered the tile, and P.
-`d_key_value` reads the snapshots in any order. R and C are the numbers of rows of a query tile and of keys of a key
-tile; Hp and Hvp are H and Hv, padded to powers of two.
+A block computes one query tile and visits the key tiles from left to right, so P is a running sum. For every query row
+and key tile, it stores two snapshots: P, and the cumulative log-decay, which is minus the sum of log2(1 - beta) over
+the nearer keys, those on the right of the tile. `d_key_value` reads the snapshots in any order.
+
+R is the number of rows of a query tile, and C is the number of keys of a key tile. Hp and Hvp are H and Hv, padded to
+powers of two.
 """
 
 import triton
@@ -22,9 +26,14 @@ def visit(
     C: tl.constexpr, Hp: tl.constexpr, Hvp: tl.constexpr, padded: tl.constexpr, window: tl.constexpr,
     segments: tl.constexpr, precision: tl.constexpr, masked: tl.constexpr,
 ):  # fmt: skip
-    """Visit key tile j: store its snapshots. Return (P [R], the log-decay as two floats [R], dq / scale [R,Hp]).
+    """Add key tile j to dq of a query tile, and store its snapshots. Return `prefix`, `high`, `low` and `acc`, updated.
 
-    The results are the arguments `prefix`, `high`, `low` and `acc`, updated for the next key tile.
+    These four sums are in registers. `acc` [R,Hp] is dq / scale. `prefix` [R] is P: the cotangent of log_rem plus the
+    sum of a over the keys on the left of tile j, where a is the weight times the cotangent of the weight. high + low
+    [R] is the cumulative log-decay: the sum of -log2(1 - beta) over the keys of tile j and the keys on its right. The
+    returned sums are for the next tile, j + 1. q [R,Hp] and `d_out` [R,Hvp] are the queries and the cotangent of the
+    output. `k_head` and `v_head` point to the keys and values of a head, and `snapshots` [R] to the snapshots for key
+    tile 0. The other arguments are those of `triton_tile.key_tile`.
     """
     k, v, z = tile.key_tile(
         j, q, multiplier, k_head, v_head, last, first, query_segments, key_segments_ref, S, K, H, Hv, C, Hp, Hvp,
@@ -55,7 +64,10 @@ def d_query(
     tiles: tl.constexpr, together: tl.constexpr, attend_current: tl.constexpr, window: tl.constexpr,
     segments: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
-    """Write the results of `Kernels.d_query` for one query tile of one head."""
+    """Compute one query tile of one head, and write its part of the results of `Kernels.d_query` to global memory.
+
+    The arguments whose names end in `_ref` point to the arrays of `Kernels.d_query`.
+    """
     b, n, i = tile.block(B * N, N, tiles, together)
     head = n // (N // K)
     row = i * R
@@ -89,7 +101,7 @@ def d_query(
             )  # fmt: skip
         begin = tl.maximum(begin, until)
 
-    # The part of every row in the gradient of the scale: the sum of dz * q.k over the keys, before anything is rounded.
+    # What every row adds to the gradient of the scale: the sum of dz * <q, k> over the keys, before acc is rounded.
     tl.store(d_scale_ref + own, tl.sum(acc * q.to(tl.float32), 1))
     dq = tile.pointers(tile.head_of(dq_ref, b, n, T, N, H), row, N * H, R, Hp)
     tl.store(dq, (acc * tl.load(scale_ref)).to(dq_ref.dtype.element_ty), mask=tile.inside(row, T, H, R, Hp))

@@ -1,7 +1,7 @@
 """The Triton kernel for the forward pass of stick-breaking attention.
 
-A block owns a tile of R query rows and visits the key tiles, of C keys each, from the nearest one to the left. Hp and
-Hvp are H and Hv, padded to powers of two.
+A block computes a tile of R query rows. It visits the key tiles, of C keys each, from the nearest one to the left. Hp
+and Hvp are H and Hv, padded to powers of two.
 """
 
 import triton
@@ -16,9 +16,11 @@ def visit(
     S: tl.constexpr, K: tl.constexpr, H: tl.constexpr, Hv: tl.constexpr, C: tl.constexpr, Hp: tl.constexpr,
     Hvp: tl.constexpr, window: tl.constexpr, segments: tl.constexpr, precision: tl.constexpr, masked: tl.constexpr,
 ):  # fmt: skip
-    """Visit key tile j, and return (the two floats of the log-decay [R], the output [R,Hvp]) with its keys added.
+    """Add key tile j to the running sums `high`, `low` and `acc` of a query tile, and return the new sums.
 
-    The results are the arguments `high`, `low` and `acc`, updated for the next key tile.
+    The sums are in registers. high + low [R] is the cumulative log-decay of the query rows: -log2 of the part of the
+    stick that remains. `acc` [R,Hvp] is the output. q [R,Hp] are the queries. `k_head` and `v_head` point to the keys
+    and values of one head. The other arguments are those of `triton_tile.key_tile`.
     """
     k, v, z = tile.key_tile(
         j, q, multiplier, k_head, v_head, last, first, query_segments, key_segments_ref, S, K, H, Hv, C, Hp, Hvp,
@@ -41,7 +43,10 @@ def forward(
     window: tl.constexpr, segments: tl.constexpr, skip: tl.constexpr, threshold: tl.constexpr,
     precision: tl.constexpr,
 ):  # fmt: skip
-    """Write the results of the forward pass, as in `Kernels.forward`, for one query tile of one head."""
+    """Compute one query tile of one head, and write its part of the results of `Kernels.forward` to global memory.
+
+    The arguments whose names end in `_ref` point to the arrays of `Kernels.forward`.
+    """
     entry, n, i = tile.block(entries * N, N, tiles, together)
     b = entry % B
     head = n // (N // K)

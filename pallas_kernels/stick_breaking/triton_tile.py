@@ -1,11 +1,14 @@
-"""Code that the three Triton kernels share: the tile of a block, loads, masks, and the arithmetic of one tile.
+"""Code that the three Triton attention kernels share: loads, masks, and the arithmetic of one tile.
 
-All logarithms are base 2. The cumulative log-decay of a query row is -log2 of the stick left, a positive number, kept
-as the sum of two floats (`two_sum`). So the backward pass can subtract the terms again without losing the small ones.
+All logarithms are base 2. z is a logit, scale * <q, k>, and beta = sigmoid(z) is the share that a key breaks off the
+part of the stick that remains. The cumulative log-decay of a query row is -log2 of that part, a positive number: the
+sum of -log2(1 - beta) over the nearer keys. It is stored as the sum of two floats (`two_sum`), so that the backward
+pass can subtract the terms again without losing the small ones.
 
-Queries, keys and values are arrays [batch, tokens, heads, width]. A tile in registers is [rows, columns], where
-`columns` is the width, padded with zeros to a power of two.
-docs/design/triton_kernels.md says what Triton does for the kernels.
+Queries, keys and values are arrays [batch, tokens, heads, width] in global memory. A tile in registers is
+[rows, columns], where `columns` is the width, padded with zeros to a power of two. R is the number of queries of a
+tile, C is the number of keys, and Hp and Hvp are the padded H and Hv. docs/design/triton_kernels.md says what Triton
+does for the kernels.
 """
 
 import triton
@@ -15,8 +18,8 @@ from . import logarithm
 
 LOG2E = tl.constexpr(logarithm.LOG2E)
 NOTHING = tl.constexpr(logarithm.NOTHING)
-# The upper limit of -log2(1 - beta). 2^-160 is zero in fp32, so with a larger value too, nothing is left for further
-# keys. float16 can hold 160.
+# -log2(1 - beta) is limited to this value. The limit changes no weight: at the limit and above it, the part of the
+# stick that remains for further keys is zero in fp32. float16 can represent 160.
 ENOUGH = tl.constexpr(160.0)
 LOG2P1 = tl.constexpr(tuple(logarithm.LOG2P1))
 DEGREE = tl.constexpr(len(logarithm.LOG2P1))
@@ -24,10 +27,11 @@ DEGREE = tl.constexpr(len(logarithm.LOG2P1))
 
 @triton.jit
 def block(heads: tl.constexpr, N: tl.constexpr, tiles: tl.constexpr, together: tl.constexpr):
-    """Return (batch entry, query head, query tile) that this block computes, from the number of the block.
+    """Return (batch entry, query head, query tile) that this block computes, from the index of the block.
 
-    `heads` is the number of query heads of all batch entries, and `tiles` is the number of query tiles of a head. Query
-    tiles with the most keys come first. Only `together` heads are computed at the same time.
+    `heads` is the number of query heads of all batch entries, and `tiles` is the number of query tiles of a head. The
+    query tiles with the most keys come first. Only `together` heads are computed at the same time, so that their keys
+    and values fit into the cache.
     """
     program = tl.program_id(0)
     group = program // (together * tiles)
@@ -38,15 +42,15 @@ def block(heads: tl.constexpr, N: tl.constexpr, tiles: tl.constexpr, together: t
 
 @triton.jit
 def head_of(ref, b, head, tokens: tl.constexpr, heads: tl.constexpr, width: tl.constexpr):
-    """Return the pointer to the first number of head `head` of batch entry b of an array [batch,tokens,heads,width]."""
+    """Return the pointer to the first element of head `head` and batch entry b of `ref` [batch,tokens,heads,width]."""
     return ref + (b.to(tl.int64) * tokens * heads + head) * width
 
 
 @triton.jit
 def pointers(ref, first, stride: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr):
-    """Return pointers [rows, columns] to the elements of a tile that begins at row `first`.
+    """Return pointers [rows, columns] to the elements of the tile of an array that begins at row `first`.
 
-    `ref` points to row 0 of the array. Its rows are `stride` elements apart.
+    `ref` points to row 0 of the array in global memory. The rows are `stride` elements apart.
     """
     row, column = tl.arange(0, rows), tl.arange(0, columns)
     return ref + first.to(tl.int64) * stride + (row[:, None] * stride + column[None, :])
@@ -54,9 +58,9 @@ def pointers(ref, first, stride: tl.constexpr, rows: tl.constexpr, columns: tl.c
 
 @triton.jit
 def inside(first, limit, width: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr):
-    """Return bool [rows, columns]: which elements of a tile that begins at row `first` exist.
+    """Return whether each element of a tile that begins at row `first` is in the array: bool [rows, columns].
 
-    They are those whose row is before `limit` and whose column is before `width`.
+    An element is in the array if its row is below `limit` and its column is below `width`.
     """
     row, column = first + tl.arange(0, rows), tl.arange(0, columns)
     return (row < limit)[:, None] & (column < width)[None, :]
@@ -64,9 +68,10 @@ def inside(first, limit, width: tl.constexpr, rows: tl.constexpr, columns: tl.co
 
 @triton.jit
 def load(ref, first, limit, stride: tl.constexpr, width: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr):
-    """Return a tile [rows, columns] from memory, from row `first` on.
+    """Load the tile [rows, columns] that begins at row `first` from global memory to registers.
 
-    It has zeros in the rows from `limit` on and in the columns from `width` on.
+    `ref` points to row 0 of the array, whose rows are `stride` elements apart. The tile has zeros in the rows from
+    `limit` on and in the columns from `width` on.
     """
     mask = inside(first, limit, width, rows, columns)
     return tl.load(pointers(ref, first, stride, rows, columns), mask=mask, other=0.0)
@@ -74,9 +79,9 @@ def load(ref, first, limit, stride: tl.constexpr, width: tl.constexpr, rows: tl.
 
 @triton.jit
 def load_whole(ref, first, stride: tl.constexpr, width: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr):
-    """Return a tile [rows, columns] from memory, from row `first` on, all of whose rows exist.
+    """Load a tile [rows, columns], like `load`, but all its rows must be in the array.
 
-    It has zeros in the columns from `width` on.
+    The tile begins at row `first`. It has zeros in the columns from `width` on.
     """
     if width == columns:
         return tl.load(pointers(ref, first, stride, rows, columns))
@@ -86,7 +91,10 @@ def load_whole(ref, first, stride: tl.constexpr, width: tl.constexpr, rows: tl.c
 @triton.jit
 def keys_of(ref, first, S: tl.constexpr, stride: tl.constexpr, width: tl.constexpr, rows: tl.constexpr,
             columns: tl.constexpr, masked: tl.constexpr):  # fmt: skip
-    """Return a tile [rows, columns] of keys or values, from key `first` on. If `masked`, keys from S on are zeros."""
+    """Load a tile [rows, columns] of keys or values, which begins at key `first`, from global memory to registers.
+
+    `ref` points to key 0. If `masked`, the rows from S on are zeros. Otherwise all rows must be below S.
+    """
     if masked:
         return load(ref, first, S, stride, width, rows, columns)
     return load_whole(ref, first, stride, width, rows, columns)
@@ -94,15 +102,15 @@ def keys_of(ref, first, S: tl.constexpr, stride: tl.constexpr, width: tl.constex
 
 @triton.jit
 def product(a, b, precision: tl.constexpr):
-    """Return a @ b in fp32, for tiles a and b. `precision` says how float32 numbers are multiplied."""
+    """Return a @ b in fp32, for tiles a and b in registers. `precision` is the `input_precision` of `tl.dot`."""
     return tl.dot(a, b, input_precision=precision)
 
 
 @triton.jit
 def reach(position, attend_current: tl.constexpr, window: tl.constexpr, S: tl.constexpr):
-    """Return (last, first): without segments, a query at this position sees the keys first..last.
+    """Return (last, first): by causality and window, a query at position `position` sees the keys first..last.
 
-    A `window` of -1 means no window; then `first` is 0.
+    Segments are not considered. A `window` of -1 means no window. Then `first` is 0.
     """
     last = position if attend_current else position - 1
     first = position - window if window >= 0 else position * 0
@@ -111,10 +119,11 @@ def reach(position, attend_current: tl.constexpr, window: tl.constexpr, S: tl.co
 
 @triton.jit
 def visible(column, last, first, query_segments, key_segments_ref, window: tl.constexpr, segments: tl.constexpr):
-    """Return which keys each query sees: bool [rows, columns].
+    """Return whether each query sees each key: bool [R,C].
 
-    `column` [columns] are key indices. `last` and `first` [rows] are results of `reach`. `query_segments` [rows] are
-    segment ids, and `key_segments_ref` points to the segment ids of all keys of the batch entry.
+    `column` [C] are key indices. Without segments, query r sees the keys first[r]..last[r], where `last` and `first`
+    [R] are results of `reach`. `query_segments` [R] are the segment ids of the queries, and `key_segments_ref` points
+    to the segment ids of all keys of the batch entry. They are used only if `segments`.
     """
     seen = column[None, :] <= last[:, None]
     if window >= 0:
@@ -131,9 +140,12 @@ def key_tile(
     H: tl.constexpr, Hv: tl.constexpr, C: tl.constexpr, Hp: tl.constexpr, Hvp: tl.constexpr, window: tl.constexpr,
     segments: tl.constexpr, precision: tl.constexpr, masked: tl.constexpr,
 ):  # fmt: skip
-    """Return (keys [C,Hp], values [C,Hvp], logits [R,C] times log2(e)) of key tile j for the queries q [R,Hp].
+    """Load key tile j. Return (keys [C,Hp], values [C,Hvp], logits [R,C] times log2(e)) for the queries q [R,Hp].
 
-    `multiplier` is the scale times log2(e). If `masked`, the logit of a key that a query does not see is NOTHING.
+    `multiplier` is the scale times log2(e). `k_head` and `v_head` point to the keys and values of one head. If
+    `masked`, the logit of a key that a query does not see is NOTHING (-1e30), which makes its beta 0. The mask is
+    computed from `last` and `first` (results of `reach`), the segment ids `query_segments` [R], and the segment ids of
+    the keys at `key_segments_ref`.
     """
     column = j * C
     k = keys_of(k_head, column, S, K * H, H, C, Hp, masked)
@@ -147,7 +159,10 @@ def key_tile(
 
 @triton.jit
 def sticks(z):
-    """Return (log2 of beta, -log2 of 1 - beta), each [R,C], for logits z [R,C] times log2(e)."""
+    """Return (log2 of beta, -log2 of 1 - beta), each [R,C], where beta = 1 / (1 + 2^-z).
+
+    z [R,C] are the logits times log2(e). beta is the share of the stick that a key breaks off.
+    """
     y = tl.exp2(-tl.abs(z))
     polynomial = tl.zeros_like(z) + LOG2P1[0]
     for power in tl.static_range(1, DEGREE):
@@ -158,12 +173,13 @@ def sticks(z):
 
 @triton.jit
 def sum_of_nearer(softplus):
-    """Return, for each query and key, the sum of `softplus` [R,C] over the keys on the right of the key in the tile.
+    """Return, for each query and key, the sum of `softplus` over the keys on the right of this key in the tile: [R,C].
 
-    This is a product with a strictly triangular 0/1 matrix. `softplus` is at most ENOUGH. It is split into two float16
-    numbers, which keep 22 bits. A tensor core multiplies them by ones without an error and adds in fp32. The key itself
-    is not in the sum, so nothing cancels. A scan from the right (`tl.cumsum(reverse=True)`) would exchange every score
-    between threads before and after a scan from the left.
+    `softplus` [R,C] is -log2(1 - beta), limited to ENOUGH (160), so that it fits into float16. The sums are a product
+    with a strictly triangular matrix of zeros and ones. `softplus` is split into two float16 numbers, which together
+    keep 22 bits. A tensor core multiplies them by ones without an error, and adds in fp32. The key itself is not in the
+    sum, so no subtraction loses digits. A scan from the right (`tl.cumsum(reverse=True)`) would be slower: it is a scan
+    from the left, with an exchange of every score between threads before and after it.
     """
     key = tl.arange(0, softplus.shape[1])
     nearer = (key[:, None] > key[None, :]).to(tl.float16)
@@ -174,20 +190,22 @@ def sum_of_nearer(softplus):
 
 @triton.jit
 def weights_of(log_beta, softplus, entering):
-    """Return the weights A [R,C]: beta times the share of the stick that the nearer keys leave.
+    """Return the weights A [R,C]: beta times the product of 1 - beta over all nearer keys, in this tile and before it.
 
-    `log_beta` and `softplus` are results of `sticks`, where `softplus` is limited to ENOUGH. `entering` [R] is the
-    cumulative log-decay, a positive number, with which the rows enter the tile from the right.
+    `log_beta` and `softplus` [R,C] are log2(beta) and -log2(1 - beta), where `softplus` is limited to ENOUGH (160).
+    `entering` [R] is the cumulative log-decay of each query row before this tile: the sum of -log2(1 - beta) over the
+    keys on the right of the tile.
     """
     return tl.exp2(log_beta - (sum_of_nearer(softplus) + entering[:, None]))
 
 
 @triton.jit
 def d_logits(a, log_beta, softplus, prefix):
-    """Return dz [R,C], the gradient of the logits, by the formula of triton_d_query.py.
+    """Return dz [R,C], the gradient of the logits: dz = (1 - beta) a - beta P.
 
-    `a` is A dA [R,C]. `prefix` [R] is P at the leftmost key of the tile. beta and 1 - beta are each computed from a
-    logarithm, so neither loses digits.
+    `a` [R,C] is the weight times the cotangent of the weight. P is the cotangent of log_rem plus the sum of a over the
+    keys further left. `prefix` [R] is P at the leftmost key of the tile. `log_beta` and `softplus` are log2(beta) and
+    -log2(1 - beta). beta and 1 - beta are each computed from a logarithm, so both are precise.
     """
     further = prefix[:, None] + (tl.cumsum(a, 1) - a)
     return tl.exp2(-softplus) * a - tl.exp2(log_beta) * further
@@ -195,7 +213,10 @@ def d_logits(a, log_beta, softplus, prefix):
 
 @triton.jit
 def two_sum(high, low, x):
-    """Return two floats whose sum is high + low + x. The second one takes the rounding error of the first one."""
+    """Add x to a number that is stored as the sum of two floats, high + low. Return the new pair of floats.
+
+    The first float of the new pair is high + x, rounded. The second one is `low` plus the error of this rounding.
+    """
     total = high + x
     rest = total - high
     return total, low + ((high - (total - rest)) + (x - rest))

@@ -1,11 +1,10 @@
-"""Stick-breaking attention in plain JAX: computed tile by tile from the nearest keys to the left, memory linear in T.
+"""The implementation "xla" of stick-breaking attention, in plain JAX, with memory linear in T.
 
-There is code for short calls and code for long calls. Both use the arithmetic of `tile.py`. A short call unrolls a loop
-over query tiles. For each query tile it computes one key tile, which has all keys that these queries may see. A long
-call loops over the query tiles, and for each of them over the key tiles. The loop over the key tiles is a while loop.
-It stops at the last key tile in reach or, with `skip_below`, when every row of the query tile has less than
-2^skip_below of its stick left. The backward pass computes the weights again from query, key and value, and it does not
-need the output.
+Scores are computed in tiles, with the functions of tile.py. There is code for short calls and code for long calls. A
+short call is an unrolled loop over query tiles. Each query tile has one key tile, with all keys that its queries may
+see. A long call is a loop over the query tiles, and for each of them a while loop over key tiles, from the nearest keys
+to the left. The while loop ends at the leftmost key tile that the queries may see or, with `skip_below`, when less than
+2^skip_below remains of the stick of every query. The backward pass computes the weights again from its inputs.
 """
 
 import math
@@ -21,23 +20,23 @@ from ..arguments import sum_type
 from . import tile
 from .call import Call, Where
 
-_SHORT_ROWS = 64  # rows of a query tile of a short call
-_SHORT_SCORES = 2**18  # scores per head of one unrolled query tile
-_CACHED_SCORES = 2**18  # 1 MiB of fp32
-_LONG_TILES = (256, 256)
-_SKIP_TILES = (128, 256)
+_SHORT_ROWS = 64  # queries of a query tile of a short call
+_SHORT_SCORES = 2**18  # most scores of one query head in a query tile of a short call
+_CACHED_SCORES = 2**18  # scores that fit into the cache of a CPU core: 1 MiB of fp32
+_LONG_TILES = (256, 256)  # (queries, keys) of a tile of a long call
+_SKIP_TILES = (128, 256)  # the same with skip_below
 
 
 def _is_short(call: Call) -> bool:
-    """Return whether a call is short: T is at most 512, one key tile can hold all keys, and no option needs a loop."""
+    """Return whether a call is short: T <= 512, a key tile can hold all keys, and `skip_below` and `tiles` are None."""
     T, S = call.mask.T, call.mask.S
     if 0 in call.query.shape + (S,):
-        return True
+        return True  # an array is empty
     return call.skip_below is None and call.tiles is None and T <= 512 and min(T, _SHORT_ROWS) * S <= _SHORT_SCORES
 
 
 def detail(call: Call) -> str:
-    """Describe the tiles of a call for `explain`."""
+    """Describe, for `explain`, the sizes of the tiles in which a call is computed."""
     if _is_short(call):
         rows = _short_rows(call)
         tiles = -(-call.mask.T // rows)
@@ -48,7 +47,7 @@ def detail(call: Call) -> str:
 
 
 def attention(call: Call):
-    """Return (out [B,T,N,Hv], log_rem [B,T,N], share of the key tiles computed [B,K])."""
+    """Run a call in plain JAX. Return (out [B,T,N,Hv], log_rem [B,T,N], share of the key tiles computed [B,K])."""
     dtype = sum_type(call.query)
     scale = jnp.full_like(call.query, call.scale, dtype, shape=())  # varies over the same mesh axes as query
     static = call._replace(query=None, key=None, value=None, scale=None, where=None)
@@ -84,25 +83,25 @@ _jitted = jax.jit(_attention, static_argnums=5)  # without a jit, the loops woul
 
 
 def _to_heads(call, x):
-    """Reshape [B,T,N,...] to [B,K,G,T,...]. Query head n belongs to key head n // G."""
+    """Reshape x [B,T,N,...] to [B,K,G,T,...]: the G query heads that use one key head are together."""
     B, T, N = x.shape[:3]
     K = call.key.shape[2]
     return jnp.moveaxis(x.reshape(B, T, K, N // K, *x.shape[3:]), 1, 3)
 
 
 def _to_tokens(x):
-    """Reshape [B,K,G,T,...] to [B,T,N,...]."""
+    """Reshape x [B,K,G,T,...] to [B,T,N,...], the inverse of `_to_heads`. N is K * G."""
     x = jnp.moveaxis(x, 3, 1)
     return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3], *x.shape[4:])
 
 
 def _over_heads(one_head, call: Call, *extra):
-    """Return `one_head(call of one key head, reach, *extra)` for all batch entries and key heads: arrays [B, K, ..].
+    """Compute `one_head(call of one key head, reach, *extra)` for all batch entries and key heads: arrays [B, K, ..].
 
-    The call of one key head has query [G,T,H], key [S,H] and value [S,Hv]. `reach` is a result of `_reach`. `extra` are
-    more arrays [B, K, ..]. On a CPU, only a few batch entries run together, so that their tiles fit into the cache of a
-    core. Otherwise all data would pass through memory several times. With `skip_below`, one head runs after the other:
-    heads stop at very different tiles, and heads that run together would all wait for the last one.
+    The call of one key head has query [G,T,H], key [S,H] and value [S,Hv]. `reach` is a result of `_reach`, or None for
+    a short call. `extra` are more arrays [B, K, ..]. On a CPU, only a few batch entries run together, so that their
+    tiles fit into the cache of a core. Otherwise all data would pass through memory several times. With `skip_below`,
+    one head runs after the other: heads stop at different tiles, and together they would all wait for the last one.
     """
     arrays = (_to_heads(call, call.query), call.key.swapaxes(1, 2), call.value.swapaxes(1, 2), *extra)
 
@@ -129,10 +128,10 @@ def _over_heads(one_head, call: Call, *extra):
 
 
 def _entries_together(call: Call) -> int:
-    """Return how many batch entries are computed at the same time.
+    """Return how many batch entries are computed at the same time: B, except on a CPU.
 
-    On a CPU, it is the largest divisor of B for which one tile of every head of these entries has, all together, at
-    most _CACHED_SCORES scores. On other devices, it is B.
+    On a CPU, it is the largest divisor of B for which the tiles that are computed at the same time, one for each query
+    head of each batch entry, have at most _CACHED_SCORES scores in total.
     """
     B, _, N, _ = call.query.shape
     if platform.name() != "cpu":
@@ -146,15 +145,15 @@ def _entries_together(call: Call) -> int:
 
 
 def _short_rows(call):
-    """Return the number of query rows of a tile in a short call."""
+    """Return the number of queries of a query tile in a short call."""
     return max(1, min(call.mask.T, _SHORT_ROWS))
 
 
 def _short_tiles(call: Call):
     """Yield (slice of the queries, slice of the keys) for every query tile of a short call.
 
-    If the offset is known when the call is traced, the slice of the keys has only the keys in reach of the queries.
-    Otherwise it has all keys.
+    If the position of the first query is known when the call is traced, the slice of the keys has only keys that the
+    queries may see by causality and window. Otherwise it has all keys.
     """
     mask, rows = call.mask, _short_rows(call)
     for start in range(0, mask.T, rows):
@@ -167,14 +166,14 @@ def _short_tiles(call: Call):
 
 
 def _short_mask(call, rows, columns):
-    """Return which queries of the slice `rows` see which keys of the slice `columns`: bool [rows, columns]."""
+    """Return whether each query of the slice `rows` sees each key of the slice `columns`: bool [rows, columns]."""
     return call.mask.visible(call.where, np.arange(rows.start, rows.stop), np.arange(columns.start, columns.stop))
 
 
 def _short_forward(call: Call, reach):
-    """Return (out [G,T,Hv], log_rem [G,T], share of the key tiles computed []) of one short call.
+    """Return (out [G,T,Hv], log_rem [G,T], share of the key tiles computed []) of one key head of a short call.
 
-    The share is always 1. `reach` is None: only `_long_forward` uses it.
+    The share is always 1. `reach` is not used. It is an argument because `_long_forward` needs it.
     """
     G, _, _ = call.query.shape
     dtype = sum_type(call.query)
@@ -192,7 +191,10 @@ def _short_forward(call: Call, reach):
 
 
 def _short_backward(call: Call, reach, d_out, d_log_rem):
-    """Return (dq / scale [G,T,H], dk / scale [S,H], dv [S,Hv]) of one key head. `reach` is None."""
+    """Return the gradients (dq / scale [G,T,H], dk / scale [S,H], dv [S,Hv]) of one key head of a short call.
+
+    `d_out` [G,T,Hv] and `d_log_rem` [G,T] are the cotangents of the output and of log_rem. `reach` is not used.
+    """
     dtype = sum_type(call.query)
     dqs, dk, dv = [], jnp.zeros_like(call.key, dtype), jnp.zeros_like(call.value, dtype)
     for rows, columns in _short_tiles(call):
@@ -208,16 +210,16 @@ def _short_backward(call: Call, reach, d_out, d_log_rem):
 
 
 def _long_tiles(call):
-    """Return (query rows, keys) of a tile in a long call."""
-    # With skip_below a tile goes on until its last row can stop, so tiles of fewer rows stop earlier.
+    """Return (number of queries, number of keys) of a tile in a long call."""
+    # With skip_below, a query tile goes on until all its queries can stop. Tiles with fewer queries stop earlier.
     rows, columns = call.tiles or (_LONG_TILES if call.skip_below is None else _SKIP_TILES)
     return max(1, min(rows, call.mask.T)), max(1, min(columns, call.mask.S))
 
 
 def _reach(call: Call, where: Where):
-    """Return the key tiles that some query of each query tile may see, in any batch entry: int32 [2, query tiles].
+    """Return (first, last), int32 [2, query tiles]: query tile i may see the key tiles first[i]..last[i]-1.
 
-    For each query tile, these are the numbers of the first key tile and of the key tile after the last one.
+    These are the key tiles that at least one query of the query tile may see in at least one batch entry of `where`.
     """
     rows, columns = _long_tiles(call)
     needed = _within_mask(call, where.offset)
@@ -236,9 +238,9 @@ def _reach(call: Call, where: Where):
 
 
 def _within_mask(call: Call, offset):
-    """Return whether some query of a query tile sees some key of a key tile: bool [B, query tiles, key tiles].
+    """Return whether any query of a query tile may see any key of a key tile: bool [B, query tiles, key tiles].
 
-    `offset` [B] is the position of the first query among the keys. Segments are not considered.
+    Causality and window are considered, segments are not. `offset` [B] is the first query's position among the keys.
     """
     mask, (rows, columns) = call.mask, _long_tiles(call)
     first_q, first_k = np.arange(0, mask.T, rows), np.arange(0, mask.S, columns)
@@ -251,10 +253,11 @@ def _within_mask(call: Call, offset):
 
 
 def _loop(call: Call):
-    """Return `lax.while_loop` for a loop over the key tiles of a query tile, under a name that states its passes.
+    """Return a function like `lax.while_loop`, for the loop over the key tiles of a query tile.
 
-    The expected number of passes (`cost.loop`) is the mean number of key tiles that the mask allows for a query tile.
-    If the offset is known only when the program runs, the queries are assumed to be at the end of the keys.
+    The loop is a jitted function whose name states the expected number of passes, for cost estimates (`cost.loop`): the
+    mean number of key tiles that a query tile may see. If the position of the first query is not known when the call is
+    traced, the last query is assumed at the position of the last key.
     """
     mask = call.mask
     offset = mask.S - mask.T if mask.static_offset is None else mask.static_offset
@@ -267,9 +270,9 @@ def _loop(call: Call):
 
 
 def _segment_range(segments, size):
-    """Return (smallest segment id, largest segment id) of every tile of `size` tokens, each [B, tiles].
+    """Return (smallest segment id, largest segment id) of every tile of `size` queries or keys, each [B, tiles].
 
-    `segments` is [B, length]. The smallest id does not count padding, which has negative ids.
+    `segments` [B, length] are the ids. The smallest id does not count padding, which has negative ids.
     """
     pad = -segments.shape[1] % size
     tiles = jnp.pad(segments, ((0, 0), (0, pad)), mode="edge").reshape(segments.shape[0], -1, size)
@@ -278,16 +281,16 @@ def _segment_range(segments, size):
 
 
 def _pad(x, axis, size):
-    """Return x, padded with zeros along one axis to a multiple of `size`."""
+    """Return x, padded with zeros at the end of axis `axis` to a multiple of `size`."""
     pads = [(0, 0)] * x.ndim
     pads[axis] = (0, -x.shape[axis] % size)
     return jnp.pad(x, pads)
 
 
 class _Tiles:
-    """The padded arrays of one key head, and functions that return one tile of them.
+    """The arrays of one key head in a long call, padded to whole tiles, and methods that return one tile of them.
 
-    Query tile i has the rows from i * `rows` on, and key tile j has the keys from j * `columns` on. i and j may be
+    Query tile i has the queries from i * `rows` on, and key tile j has the keys from j * `columns` on. i and j may be
     traced.
     """
 
@@ -300,27 +303,27 @@ class _Tiles:
         self.dtype = sum_type(call.query)
 
     def zeros(self, *shape):
-        """Return zeros of this shape, the start of a sum. They vary over the same mesh axes as the query array."""
+        """Return zeros of shape `shape`, the start of a sum. They vary over the same mesh axes as the query array."""
         return jnp.zeros_like(self.q, self.dtype, shape)
 
     def queries(self, i, x):
-        """Return the rows of query tile i of x [G, padded T, ..]."""
+        """Return the part of x [G, padded T, ..] that belongs to query tile i: [G, rows, ..]."""
         return lax.dynamic_slice_in_dim(x, i * self.rows, self.rows, 1)
 
     def keys(self, j):
-        """Return an iterator over key tile j [columns, H] and value tile j [columns, Hv]."""
+        """Return an iterator over two arrays: the keys [columns, H] and the values [columns, Hv] of key tile j."""
         return (lax.dynamic_slice_in_dim(x, j * self.columns, self.columns, 0) for x in (self.k, self.v))
 
     def mask(self, i, j):
-        """Return which queries of query tile i see which keys of key tile j: bool [rows, columns]."""
+        """Return whether each query of query tile i sees each key of key tile j: bool [rows, columns]."""
         q, k = i * self.rows + jnp.arange(self.rows), j * self.columns + jnp.arange(self.columns)
         return self.call.mask.visible(self.call.where, q, k)
 
     def has_stick_left(self, i, log_rem):
-        """Return whether at least one query of query tile i still needs keys further left.
+        """Return whether at least one query of query tile i needs keys further left.
 
-        It does if it has at least 2^skip_below of its stick left: `log_rem` [G, rows] is the natural logarithm of the
-        stick left. Padding rows need no keys. Without `skip_below`, the answer is always True.
+        `log_rem` [G, rows] is the natural logarithm of the part of the stick that remains. A query needs more keys if
+        this part is at least 2^skip_below. Padding rows need no keys. Without `skip_below`, the answer is always True.
         """
         if self.call.skip_below is None:
             return True
@@ -332,7 +335,7 @@ class _Tiles:
 
 
 def _long_forward(call: Call, reach):
-    """Return (out [G,T,Hv], log_rem [G,T], share of the key tiles in reach that were computed []) of one key head."""
+    """Return (out [G,T,Hv], log_rem [G,T], share of the key tiles in `reach` that was computed []) of a key head."""
     t, loop = _Tiles(call), _loop(call)
     G, T = call.query.shape[:2]
 
@@ -356,7 +359,7 @@ def _long_forward(call: Call, reach):
 
 
 def _long_backward(call: Call, reach, d_out, d_log_rem):
-    """Return (dq / scale [G,T,H], dk / scale [S,H], dv [S,Hv]) of one key head."""
+    """Return the gradients (dq / scale [G,T,H], dk / scale [S,H], dv [S,Hv]) of one key head of a long call."""
     t, loop = _Tiles(call), _loop(call)
     G, T = call.query.shape[:2]
     d_out, d_log_rem = _pad(d_out, 1, t.rows), _pad(d_log_rem, 1, t.rows)
@@ -365,7 +368,7 @@ def _long_backward(call: Call, reach, d_out, d_log_rem):
         q, (first, last) = t.queries(i, t.q), reach[:, i]
         do, prefix = t.queries(i, d_out), t.queries(i, d_log_rem)
 
-        # From right to left: find the stick left on entry to every tile, and the tile where the forward pass stopped.
+        # From right to left: compute log_rem on entry to every tile, and find the tile where the forward pass stopped.
         def add_log_decay(state):
             j, log_rem, sticks = state
             sticks = lax.dynamic_update_index_in_dim(sticks, log_rem, j, 0)
@@ -392,6 +395,6 @@ def _long_backward(call: Call, reach, d_out, d_log_rem):
 
 
 def _add_at(total, part, j):
-    """Return `total` with `part` added to its key tile j. Both have keys along the first axis."""
+    """Return `total` [keys, width] with `part` [keys of a tile, width] added to its key tile j."""
     size = part.shape[0]
     return lax.dynamic_update_slice_in_dim(total, lax.dynamic_slice_in_dim(total, j * size, size) + part, j * size, 0)

@@ -1,4 +1,4 @@
-"""The config of an experiment: nested dataclasses, whose fields a command line can change."""
+"""The config of an experiment: nested dataclasses. A command line can change each field by --section.field=value."""
 
 from stickjax.config.experiment import (
     Config,

@@ -1,4 +1,4 @@
-"""The attention variants of the decoder: the function of each variant, and the config fields that it supports."""
+"""The table of attention variants of the decoder: the function of each one, and the config fields that it supports."""
 
 import pkgutil
 from collections.abc import Callable
@@ -6,21 +6,22 @@ from typing import NamedTuple
 
 from stickjax.config.fields import one_of, same_definition
 
-# Fields of `ModelConfig` that only some variants support, with their values for "not used".
+# {field of `ModelConfig` that only some attention variants support: the value that means "not used"}
 OPTIONS = {"attend_current": False, "skip_below": None, "remainder": "none"}
 
 
 class AttentionVariant(NamedTuple):
     """A kind of attention that a decoder can use, such as stick-breaking or softmax.
 
-    `function`: the function that computes the attention, or "module:name", which is imported when the first model needs
-      it. `function(config, q, k, v, context)` takes B sequences: q [B,T,N,H] for T queries of N heads, and k, v
-      [B,S,K,H] for S keys of K heads. `context` is a `stickjax.models.attention.Context`: documents and positions. The
-      function returns out [B,T,N,H], and `rest` [B,T,N] or None. The attention weights of a query sum to 1 - `rest`;
-      None means that they always sum to 1.
-    `rotary`: whether queries and keys get rotary positions before the function is called; then H must be even.
-    `divides_sequence`: whether the variant works when the mesh axis "context" divides the sequences.
-    `options`: the optional fields of `ModelConfig` that the variant supports. Each must be a key of OPTIONS.
+    `function`: the function that computes the attention, or its name as "module:name", which is imported when the first
+      model needs it. `function(config, q, k, v, context)` takes the model config, q [B,T,N,H], the queries of N heads,
+      and k and v [B,S,K,H], the keys and values of K heads. `context` is a `stickjax.models.attention.Context`: the
+      documents and positions of the tokens. The function returns (out [B,T,N,H], rest [B,T,N]). The attention weights
+      of a query sum to 1 - rest. If they always sum to 1, `rest` may be None.
+    `rotary`: whether rotary positions are applied to queries and keys before the function is called. H must then be
+      even.
+    `divides_sequence`: whether the function works if the mesh axis "context" divides every sequence over devices.
+    `options`: the names of the fields in OPTIONS that the variant supports.
     """
 
     function: Callable | str
@@ -43,30 +44,30 @@ ATTENTION: dict[str, AttentionVariant] = {
 
 
 def register_attention(name: str, variant: AttentionVariant) -> None:
-    """Register an attention variant, so that the config field `attention` can select it by `name`.
+    """Register an attention variant, so that the config field `model.attention` can select it by `name`.
 
-    Raise ValueError if another function is registered under `name`, or if an option of the variant is not in OPTIONS.
-    The same function may be registered again, also when its definition has run twice.
+    A function may be registered again under the same name, as when a notebook cell runs twice. Raise ValueError if
+    another function has this name, or if an option of the variant is not in OPTIONS.
     """
     for option in variant.options:
         one_of("option", option, tuple(OPTIONS))
     known = ATTENTION.get(name, variant).function
     if known != variant.function and not same_definition(known, variant.function):
-        raise ValueError(f"attention={name!r} is registered already; choose another name")
+        raise ValueError(f"attention={name!r} is registered already, for another function; choose another name")
     ATTENTION[name] = variant
 
 
 def variant(name: str) -> AttentionVariant:
     """Return the attention variant that is registered under `name`.
 
-    Raise ValueError, with the nearest registered name, if there is none.
+    Raise ValueError if no variant has this name. The message suggests the nearest registered name.
     """
     one_of("attention", name, tuple(ATTENTION))
     return ATTENTION[name]
 
 
 def variants_with(fits: Callable[[AttentionVariant], bool]) -> str:
-    """Return the names of the attention variants for which `fits(variant)` is true, as "'a' or 'b'" for a message.
+    """Return the names of the attention variants for which `fits(variant)` is true, as the text "'a' or 'b'".
 
     >>> variants_with(lambda variant: "remainder" in variant.options).split(" or ")[0]
     "'stick_breaking'"

@@ -1,4 +1,4 @@
-"""The common code of all commands: it parses the command line, prints errors and chooses the exit code.
+"""The common code of all commands: it parses the command line, prints errors and returns the exit code.
 
 Exit code 0: the command succeeded. Exit code 1: an error that the user can correct, printed as one line on stderr. Exit
 code 2: the command line is wrong, printed as one line too. Exit code 130: Ctrl-C. Exit code 141: the output pipe was
@@ -51,10 +51,11 @@ class Parser(argparse.ArgumentParser):
         return words
 
     def parse_with_fields(self, argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-        """Parse a command line that also changes fields of a config. None stands for the words in `sys.argv`.
+        """Parse a command line that has options of the command and changes of config fields.
 
-        Return the parsed arguments of the command, and the words that remain, such as `--section.field=value`.
-        Raise UsageError for an option that is neither.
+        `argv` are the words after the name of the command; None: take them from `sys.argv`. Return the parsed options,
+        and the list of all other words, such as `--section.field=value`. Raise UsageError for an option that the
+        command does not have, unless its name has a dot, as config fields do.
         """
         words: list[str] = []
         for word in sys.argv[1:] if argv is None else argv:
@@ -71,9 +72,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind: type, **bounds: float) -> Callable[[str], int | float]:
-    """Return a function that parses a number, for the argument `type` of argparse's `add_argument`.
+    """Return a function that parses and checks a number, for the argument `type` of argparse's `add_argument`.
 
-    `kind` is int or float. `bounds` limits the number: any of at_least, above, at_most and below.
+    `kind` is int or float. `bounds` are the limits of the number: any of at_least, above, at_most and below.
 
     >>> number(int, at_least=1)("1e6")
     1000000
@@ -92,7 +93,7 @@ SEED_TYPE = number(int, at_least=0, at_most=SEED)
 
 
 def _options(parser: argparse.ArgumentParser) -> list[str]:
-    """Return the names of all arguments of a parser and its subcommands, such as "--run" and "CONFIG"."""
+    """Return the names of all arguments of a parser and of its subcommands, such as "--run" and "CONFIG"."""
     parsers = [parser]
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -102,9 +103,10 @@ def _options(parser: argparse.ArgumentParser) -> list[str]:
 
 
 def command(main: Callable[[list[str] | None], int | None]) -> Callable[..., int]:
-    """Wrap the function `main(argv)` of a command, so that it prints every expected error and returns an exit code.
+    """Wrap the function `main(argv)` of a command, so that it prints errors that users can correct.
 
-    Only a bug still raises an exception. The exit codes are listed at the top of this file.
+    The wrapped function returns one of the exit codes that the top of this file lists. An exception leaves the wrapped
+    function only if the exception is a bug.
 
     >>> @command
     ... def main(argv):
@@ -148,7 +150,7 @@ def command(main: Callable[[list[str] | None], int | None]) -> Callable[..., int
 
 
 def in_one_line(error: BaseException) -> str:
-    """Return the message of an error as one line. For an OSError with a file name, that is the path and the reason.
+    """Return the message of an error as one line. For an OSError with a file name, the line is "path: reason".
 
     >>> in_one_line(FileNotFoundError(2, "No such file or directory", "a.py"))
     'a.py: No such file or directory'
@@ -167,8 +169,11 @@ def say_error(line: str) -> None:
 
 
 def end_on_interrupt() -> None:
-    """From now on, Ctrl-C prints "interrupted" and ends this process. Inside a command it raises KeyboardInterrupt."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # otherwise it is ignored, as under nohup
+    """Make Ctrl-C print "interrupted" and end this process at once, without a traceback.
+
+    While a function that `command` wraps is running, Ctrl-C raises KeyboardInterrupt instead.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # otherwise the signal is ignored, as under nohup
         signal.signal(signal.SIGINT, _end)
 
 
@@ -190,13 +195,13 @@ def _interrupts_raise():
 
 
 def _print_what_a_terminal_can() -> None:
-    """From now on, print '?' for a character that the encoding of stdout lacks, instead of raising an error."""
+    """Make stdout print '?' for a character that its encoding does not have, instead of raising an error."""
     if getattr(sys.stdout, "errors", None) == "strict" and hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
 
 
 def _print_plain_notices() -> None:
-    """From now on, a log message begins with its level. The log handler of Orbax would also print the module's name."""
+    """Print log messages as "LEVEL: text". Orbax's log handler would also print the name of the logger."""
     for handler in logging.root.handlers:
         if getattr(handler.formatter, "_fmt", None) == logging.BASIC_FORMAT:
             handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))

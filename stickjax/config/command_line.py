@@ -16,9 +16,10 @@ from stickjax.config.fields import shown
 
 
 def parse_value(text: str, kinds: tuple):
-    """Convert a word of the command line to one of the types `kinds` of a field, such as (int, type(None)).
+    """Convert the text of a config field on the command line to a value: "8" becomes 8, "none" becomes None.
 
-    A word that fits none of the types is returned unchanged. The config then raises an error that names the field.
+    `kinds` are the types that the field may have, such as (int, type(None)). A text that fits none of them is returned
+    unchanged; then the config class raises an error that names the field.
     """
     if type(None) in kinds and text.lower() in ("none", "null"):
         return None
@@ -41,7 +42,7 @@ def parse_changes(config: Config, argv: list[str]) -> dict[str, Any]:
     """Parse the changes of config fields on a command line: `--section.field=value` or `--section.field value`.
 
     Args:
-      config: the config that the changes are for; its fields decide which keys exist and which types they have.
+      config: the config to change. It is only used to check the keys and to convert the values to their types.
       argv: the words of the command line.
 
     Returns:
@@ -68,12 +69,12 @@ def parse_changes(config: Config, argv: list[str]) -> dict[str, Any]:
 
 
 def parse(config: Config, argv: list[str]) -> Config:
-    """Return a copy of the config with the changes of the command line `argv`; see `parse_changes`."""
+    """Return a copy of the config with the changes in `argv`, words of a command line such as `--data.B=8`."""
     return config.replace(parse_changes(config, argv))
 
 
 def describe(config: Config) -> str:
-    """Return the text of --help about the config: a line per field with its key, its value and its help text."""
+    """Return the part of --help about a config: a line per field, with its key, its value and its help text."""
     lines = []
     for key in field_names(type(config.model)):
         group, _, name = key.rpartition(".")
@@ -100,9 +101,10 @@ def named_configs() -> dict[str, Path]:
 
 
 def load_config(path: str) -> Config:
-    """Load a config. `path` is the name of a config of stickjax, a Python file or a config.json.
+    """Load a config. `path` is the name of a config that comes with stickjax, a Python file, or a config.json.
 
-    A name, such as "tiny", is a key of `named_configs`. A Python file is run; its `get_config()` returns the config.
+    A name is a key of `named_configs()`, such as "tiny". A Python file is run, and its function `get_config()` returns
+    the config.
 
     Raises:
       ValueError: there is no such config, or it cannot be read. For a Python file, the message has the line number.
@@ -113,7 +115,7 @@ def load_config(path: str) -> Config:
     what = _WHAT.format(", ".join(named))
     if path and file.is_dir():
         if (file / "config.json").exists():
-            what = f"did you mean {file / 'config.json'}? --init-from {path} begins with the parameters of a run"
+            what = f"did you mean {file / 'config.json'}? To start from the parameters of a run: --init-from {path}"
         raise ValueError(f"{path} is a folder; {what}")
     if not path or not file.exists():
         near = difflib.get_close_matches(file.stem, named, n=1, cutoff=0.6)
@@ -151,19 +153,19 @@ def read_json(path: str | os.PathLike) -> Config:
 
 
 def _run(file: Path) -> Config:
-    """Run a Python file and return the config that its `get_config()` returns.
+    """Run a Python file, call its function `get_config()` and return the config.
 
     Raise ValueError, with the file and the line, for any error in the file.
     """
     try:
         get_config = runpy.run_path(str(file)).get("get_config")
         if get_config is None:
-            raise ValueError("it defines no get_config()")
+            raise ValueError("it defines no function get_config()")
         try:
             inspect.signature(get_config).bind()
         except TypeError as error:
             line = getattr(getattr(get_config, "__code__", None), "co_firstlineno", 1)
-            raise SyntaxError(f"get_config() must need no arguments: {error}", (str(file), line, None, None)) from error
+            raise SyntaxError(f"get_config() must take no arguments: {error}", (str(file), line, None, None)) from error
         config = get_config()
         if not isinstance(config, Config):
             raise ValueError(f"get_config() must return a stickjax.Config, not {shown(config)}")

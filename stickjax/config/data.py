@@ -15,7 +15,7 @@ SPLITS = {
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The source of the training data, its tokenizer and held-out part, and the size of a batch."""
+    """The config of the data: their source and held-out part, the tokenizer, and the size of a batch."""
 
     source: str = field(
         "stdlib",
@@ -23,7 +23,7 @@ class DataConfig:
         "labelled: rows of a table, each with a label; logic, listops, scan, questions, recall: generated; several, "
         "separated by commas: equal shares",
     )
-    path: str | None = field(None, "file or folder of the text, tokens and labelled sources")
+    path: str | None = field(None, "file or folder that the sources text, tokens and labelled read")
     heldout_path: str | None = field(None, "held-out file or folder; None: one document in heldout_every is held out")
     heldout_every: int = field(10, "one document, or one labelled row, in this many is held out", at_least=2)
     split: str | None = field(
@@ -38,7 +38,8 @@ class DataConfig:
         "byte", "byte; the path of a Hugging Face tokenizer.json; or words: the words of the labelled training rows"
     )
     eot: str | None = field(
-        None, "added token of tokenizer.json that ends a text, such as '<|im_end|>'; None: the files beside it name it"
+        None,
+        "added token that ends a text, such as '<|im_end|>'; None: the token that the files beside tokenizer.json name",
     )
     min_count: int = field(1, "tokenizer=words: rarer words of the training rows become <unknown>", at_least=1)
     text_field: str = field("text", "field of a jsonl line that holds the text")
@@ -53,15 +54,15 @@ class DataConfig:
     )
     examples: int = field(
         100_000,
-        "lines of a generated source (scan has 20910), pairs to draw for a classifier, or training examples of "
-        "questions",
+        "number of lines of a generated source (scan: at most 20910), of pairs for a classifier, or of training "
+        "examples of questions",
         at_least=1,
     )
     T: int = field(256, "tokens in one sequence", at_least=1)
-    B: int = field(16, "sequences in one step, over all processes and accumulation steps", at_least=1)
+    B: int = field(16, "sequences in one step, in all processes and microbatches together", at_least=1)
     seed: int = field(0, "seed of the order of the sequences", at_least=0, at_most=SEED)
     curriculum: int = field(
-        0, "steps from drawing the shortest tenth of the examples to drawing all of them; 0: always all", at_least=0
+        0, "steps in which the training examples grow from the shortest tenth to all; 0: always all", at_least=0
     )
 
     def __post_init__(self):
@@ -72,8 +73,8 @@ class DataConfig:
                 raise ValueError(f"source={self.source!r} names {source!r} twice")
         if self.tokenizer in ("byte", "words") and self.eot is not None:
             raise ValueError(
-                f"eot={self.eot!r} needs a tokenizer.json in data.tokenizer; the end of text of "
-                f"{self.tokenizer!r} is fixed"
+                f"eot={self.eot!r} needs a tokenizer.json: set data.tokenizer to its path; the tokenizer "
+                f"{self.tokenizer!r} has its own end-of-text token"
             )
         if len(self.sources) > 1 and self.heldout_path is not None:
             raise ValueError(f"heldout_path={self.heldout_path!r} needs one source, not source={self.source!r}")
@@ -92,7 +93,7 @@ class DataConfig:
         if not stored and self.path is not None:
             raise ValueError(f"path={self.path!r} is not used by source={self.source!r}; did you mean source='text'?")
         if stored and self.path is None:
-            raise ValueError(f"source={self.source!r} needs a path")
+            raise ValueError(f"source={self.source!r} needs a path: set data.path to a file or folder")
         if self.tokenizer == "words" and self.source != "labelled":
             raise ValueError(f"tokenizer='words' needs source='labelled', not {self.source!r}: it is made of its rows")
 

@@ -1,4 +1,4 @@
-"""The config of the decoder. Its fields with one capital letter are sizes of axes (docs/reference/letters.md)."""
+"""The config of the decoder. A field of one capital letter is the size of an axis (docs/reference/letters.md)."""
 
 import math
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from stickjax.config.fields import Dtype, accept_former_names, check_fields, fie
 @accept_former_names
 @dataclass(frozen=True)
 class ModelConfig(FamilyConfig):
-    """The config of a decoder-only language model. A field with one capital letter is the size of an axis."""
+    """The config of a decoder-only language model. A field of one capital letter is the size of an axis, such as D."""
 
     MOVED: ClassVar = {
         "E": ("experts.E",), "k": ("experts.k",), "attention_experts": ("attention_experts.E",),
@@ -35,55 +35,66 @@ class ModelConfig(FamilyConfig):
 
     can_change_experts = True
 
-    family: Literal["decoder"] = field("decoder", "the kind of model; a config file chooses it by its class")
-    V: int | None = field(None, "vocabulary size; None: the ids of the tokenizer", at_least=1)
+    family: Literal["decoder"] = field(
+        "decoder", "name of the model family; it belongs to the config class, so it cannot be changed"
+    )
+    V: int | None = field(None, "vocabulary size; None: the number of ids of the tokenizer", at_least=1)
     D: int = field(128, "width of the residual stream", at_least=1)
     L: int = field(4, "number of layers", at_least=1)
-    N: int = field(4, "query heads", at_least=1)
-    K: int = field(4, "key/value heads; N must be a multiple of K", at_least=1)
+    N: int = field(4, "number of query heads", at_least=1)
+    K: int = field(4, "number of key/value heads; N must be a multiple of K", at_least=1)
     H: int = field(32, "dimension of one head", at_least=1)
     F: int = field(384, "hidden width of the feed-forward network, or of one expert", at_least=1)
-    experts: ExpertsConfig = field(ExpertsConfig(), "experts of the feed-forward network; E=0: it is dense")
+    experts: ExpertsConfig = field(ExpertsConfig(), "experts of the feed-forward network; E=0: a dense network")
     attention_experts: ExpertsConfig = field(
         ExpertsConfig(), "experts with K query heads each; E=0: all tokens use the same heads"
     )
     attention: str = field(
-        "stick_breaking", "stick_breaking, or softmax with rotary positions, or a registered variant"
+        "stick_breaking", "attention variant: stick_breaking, softmax (with rotary positions), or a registered one"
     )
     remainder: Literal["none", "value", "bias"] = field(
-        "none", "what the rest of the stick weights: nothing, the token's own value, or a trainable bias"
+        "none", "what gets the rest of the stick as its weight: nothing, the token's own value, or a trainable vector"
     )
     head_norm: bool = field(
-        False, "normalise every head's output (GroupNorm, a group per head) before the output projection"
+        False, "normalise the output of every head (GroupNorm, one group per head) before the output projection"
     )
     attend_current: bool = field(False, "let a token attend to itself (stick-breaking only)")
-    window: int | None = field(None, "attend only to keys at most this far to the left; None: to all", at_least=0)
+    window: int | None = field(
+        None, "attend only to keys at most this many tokens to the left; None: to all", at_least=0
+    )
     skip_below: float | None = field(
-        None, "skip all keys further left once log2 of the rest of the stick is below this (stick-breaking only)"
+        None,
+        "a log2, such as -24: when less than 2^-24 of the stick is left, skip all keys further left (stick-breaking "
+        "only); None: skip no key",
     )
     rope_theta: float = field(10_000.0, "base of the rotary frequencies (softmax only)", above=0)
     activation: Literal["swiglu", "geglu", "reglu", "gelu", "gelu_tanh", "relu", "relu2", "silu"] = field(
-        "swiglu", "feed-forward activation"
+        "swiglu", "activation function of the feed-forward network"
     )
     key_value: Literal["projected", "biased", "input"] = field(
-        "projected", "keys and values of attention experts: projected, projected with a bias, or the input (K=1, H=D)"
+        "projected",
+        "keys and values of attention experts: projected, projected with a bias, or the input itself (K=1, H=D)",
     )
-    tied: bool = field(True, "share the embedding with the output projection")
+    tied: bool = field(True, "use the embedding matrix also as the output projection")
     norm: Literal["rms", "layer"] = field("rms", "normalisation: RMSNorm, or LayerNorm with a bias")
     norm_eps: float = field(1e-5, "epsilon of every normalisation", above=0)
     final_norm_eps: float | None = field(None, "epsilon of the last normalisation; None: norm_eps", above=0)
-    m_width: float = field(1.0, "muP width multiplier; D / 256 if the base width is 256, as usual", above=0)
+    m_width: float = field(1.0, "muP width multiplier: D / base width; the base width is usually 256", above=0)
     m_emb: float = field(1.0, "multiplier of the embedding output", above=0)
-    m_res: float = field(1.0, "multiplier of every residual branch", at_least=0)
-    attention_scale: float | None = field(None, "multiplier of q.k; None: 1/sqrt(H). muP needs a constant divided by H")
+    m_res: float = field(1.0, "multiplier of every residual branch: attention, feed-forward network", at_least=0)
+    attention_scale: float | None = field(None, "multiplier of q.k; None: 1/sqrt(H). For muP, set a constant / H")
     logits_scaling: float | None = field(None, "divisor of the output logits; None: m_width", above=0)
-    init_std: float = field(0.1, "standard deviation of the embedding; matrices have init_std / sqrt(m_width)", above=0)
-    dtype: Dtype = field("float32", "type of the computation")
+    init_std: float = field(
+        0.1, "standard deviation of the initial embedding; for matrices it is divided by sqrt(m_width)", above=0
+    )
+    dtype: Dtype = field("float32", "number type of the computation")
     param_dtype: Dtype = field(
-        "float32", "type of the stored parameters; if it is below float32, the optimizer state has float32 masters"
+        "float32", "number type of the parameters; for 16-bit types the optimizer keeps float32 copies (masters)"
     )
     remat: Literal["none", "dots", "full"] = field(
-        "none", "what a layer recomputes in the backward pass; none also keeps the parameters that fsdp gathers"
+        "none",
+        "what the backward pass recomputes: nothing, all but the matrix products (dots), or whole layers (full); "
+        "none also keeps the parameters that fsdp gathers",
     )
     implementation: str | None = field(None, "kernels: mosaic, triton, xla, reference; None: the best that works")
 
@@ -94,7 +105,10 @@ class ModelConfig(FamilyConfig):
         self.experts.check("experts", self.experts.k)
         chosen = self.N // self.K if self.attention_experts.E else 0
         if self.attention_experts.k not in (0, chosen):
-            raise ValueError(f"attention_experts.k={self.attention_experts.k} must be N / K = {chosen}")
+            raise ValueError(
+                f"attention_experts.k={self.attention_experts.k} must be {chosen}: "
+                "N / K with attention experts, 0 without"
+            )
         self.attention_experts.check("attention_experts", chosen)
         if self.attention_experts.E:
             self._check_attention_experts()
@@ -118,21 +132,27 @@ class ModelConfig(FamilyConfig):
             known = variants_with(lambda kind: not kind.rotary)
             raise ValueError(f"key_value='input' needs attention={known}: rotary positions change keys, but not values")
         if self.head_norm or self.remainder == "bias":
-            raise ValueError("head_norm and remainder='bias' need heads that all tokens share, not attention_experts")
+            raise ValueError(
+                "head_norm and remainder='bias' need heads that all tokens share; set attention_experts.E=0"
+            )
 
     def check_mesh(self, sizes: dict[str, int], T: int) -> None:
-        """Raise ValueError if the model, or its sequences of T tokens, cannot be divided by a mesh axis.
+        """Raise ValueError if the model, or its sequences of T tokens, cannot be divided over the mesh.
 
         `sizes` is {mesh axis: its number of devices}.
         """
         if sizes["expert"] > 1 and not self.experts.E:
-            raise ValueError(f"expert={sizes['expert']} needs a model with experts, but E=0")
+            raise ValueError(f"mesh axis expert={sizes['expert']} needs a model with experts, but experts.E=0")
         if sizes["expert"] > 1 and self.experts.added:
             old, added = self.experts.E, self.experts.added
-            raise ValueError(f"expert={sizes['expert']}: experts.added={added} beside E={old} needs expert=1")
+            raise ValueError(
+                f"mesh axis expert={sizes['expert']} must be 1 for a model with added experts (it has "
+                f"experts.E={old} and experts.added={added})"
+            )
         if sizes["context"] > 1 and not variant(self.attention).divides_sequence:
             raise ValueError(
-                f"context={sizes['context']} needs attention={variants_with(lambda kind: kind.divides_sequence)}"
+                f"mesh axis context={sizes['context']} needs "
+                f"attention={variants_with(lambda kind: kind.divides_sequence)}"
             )
         tensor, context = sizes["tensor"], sizes["context"]
         divided = [
@@ -140,7 +160,7 @@ class ModelConfig(FamilyConfig):
                 "T",
                 T,
                 context > 1 and 2 * context,
-                f"2 x context={context}, because every device takes two pieces",
+                f"2 * context with context={context}, because every device takes two pieces of a sequence",
             ),
             ("D", self.D, sizes["fsdp"], f"fsdp={sizes['fsdp']}"),
             ("E", self.experts.E, sizes["expert"], f"expert={sizes['expert']}"),
@@ -150,7 +170,7 @@ class ModelConfig(FamilyConfig):
                 if mixture.network != "linear"
             ),
             *((letter, getattr(self, letter), tensor, f"tensor={tensor}") for letter in "NKF"),
-            ("V", self.V or tensor, tensor, f"tensor={tensor}"),  # if V is None, a multiple is chosen
+            ("V", self.V or tensor, tensor, f"tensor={tensor}"),  # if V is None, a multiple of tensor is chosen later
         ]
         for letter, size, parts, divisor in divided:
             if parts and size % parts:
@@ -158,7 +178,7 @@ class ModelConfig(FamilyConfig):
                 raise ValueError(f"{letter}={size} must be a multiple of {divisor}; {letter}={near} would do")
 
     def mixtures(self) -> dict[str, ExpertsConfig]:
-        """Return {field: config} of the mixtures of experts in the model; a mixture with E=0 is left out."""
+        """Return {name: `ExpertsConfig`} for each of the fields "experts" and "attention_experts" that has E > 0."""
         return {name: x for name in ("experts", "attention_experts") if (x := getattr(self, name)).E}
 
     @property
@@ -168,14 +188,17 @@ class ModelConfig(FamilyConfig):
 
     @classmethod
     def powerlm_1b(cls, **changes) -> "ModelConfig":
-        """Return the config of the 1.2B dense model in the Power scheduler paper (arXiv 2408.13359), with `changes`."""
+        """Return the config of the 1.2B dense model in the Power scheduler paper, arXiv 2408.13359.
+
+        `changes` are fields with other values, such as L=2.
+        """
         return cls(**dict(_POWER, D=1536, L=40, N=24, K=24, F=4096, m_width=6.0, m_res=0.22) | changes)
 
     @classmethod
     def powermoe_1b(cls, **changes) -> "ModelConfig":
-        """Return the config of the 1.3B mixture-of-experts model in the paper arXiv 2408.13359, with `changes`.
+        """Return the config of the 1.3B mixture-of-experts model in the Power scheduler paper, arXiv 2408.13359.
 
-        A token uses 377M of the parameters.
+        A token uses 377M of the parameters. `changes` are fields with other values, such as L=2.
         """
         return cls(
             **dict(_POWER, D=1024, L=24, N=16, K=8, F=512, m_width=4.0, m_res=0.28, experts=ExpertsConfig(E=32, k=8))
@@ -184,12 +207,19 @@ class ModelConfig(FamilyConfig):
 
     @classmethod
     def powerlm_3b(cls, **changes) -> "ModelConfig":
-        """Return the config of PowerLM-3B, with `changes`. Its published m_width is 8, although D / 256 is 9."""
+        """Return the config of PowerLM-3B (arXiv 2408.13359).
+
+        The muP width multiplier m_width is 8, as published, although its usual value, D / 256, is 9.
+        `changes` are fields with other values, such as L=2.
+        """
         return cls(**dict(_POWER, D=2304, L=40, N=36, K=36, F=9216, m_width=8.0, m_res=0.22) | changes)
 
     @classmethod
     def powermoe_3b(cls, **changes) -> "ModelConfig":
-        """Return the config of PowerMoE-3B, with `changes`. It has 3.3B parameters, of which a token uses 800M."""
+        """Return the config of PowerMoE-3B (arXiv 2408.13359). A token uses 800M of its 3.3B parameters.
+
+        `changes` are fields with other values, such as L=2.
+        """
         return cls(
             **dict(_POWER, D=1536, L=32, N=24, K=8, F=512, m_width=6.0, m_res=0.22, experts=ExpertsConfig(E=40, k=8))
             | changes
@@ -197,9 +227,10 @@ class ModelConfig(FamilyConfig):
 
     @classmethod
     def stickbreaking_3b(cls, **changes) -> "ModelConfig":
-        """Return the config of the released 3B stick-breaking model, with `changes`.
+        """Return the config of the released 3B stick-breaking language model (arXiv 2410.17980).
 
-        The model has no positions and no remainder, and its output projection has its own matrix.
+        It has no position encoding. The rest of the stick, the attention weight that no key gets, is not used. The
+        output projection is not tied to the embedding. `changes` are fields with other values, such as L=2.
         """
         return cls(
             **dict(_POWER, V=50304, D=2304, L=40, N=36, K=36, F=9216, m_width=9.0, m_res=0.22)
@@ -209,30 +240,37 @@ class ModelConfig(FamilyConfig):
 
     @classmethod
     def molm_350m_4b(cls, **changes) -> "ModelConfig":
-        """Return the config of MoLM-350M-4B, a released ModuleFormer (arXiv 2306.04640), with `changes`.
+        """Return the config of MoLM-350M-4B, a released ModuleFormer (arXiv 2306.04640).
 
-        The model has 4.1B parameters, of which a token uses 366M. A new model is initialised like every decoder here,
-        by a normal distribution with `init_std`. The original code initialised the experts by a uniform distribution
-        between -1/n and 1/n, where n is the number of inputs of the matrix.
+        A token uses 366M of the 4.1B parameters. `changes` are fields with other values, such as L=2.
+
+        The initial parameters are drawn from a normal distribution with `init_std`, as for all decoders here. The
+        original code initialised the experts by a uniform distribution between -1/n and 1/n, where n is the number of
+        inputs of the matrix.
         """
         return cls(**_molm(L=24, k=2) | changes)
 
     @classmethod
     def molm_700m_4b(cls, **changes) -> "ModelConfig":
-        """Return the config of MoLM-700M-4B, with `changes`.
+        """Return the config of MoLM-700M-4B, a released ModuleFormer (arXiv 2306.04640).
 
-        It has the sizes of MoLM-350M-4B, but a token uses four modules of each kind: attention and feed-forward.
+        The model has the sizes of MoLM-350M-4B, but in a layer a token uses four attention experts and four
+        feed-forward experts, instead of two of each. `changes` are fields with other values.
         """
         return cls(**_molm(L=24, k=4) | changes)
 
     @classmethod
     def molm_700m_8b(cls, **changes) -> "ModelConfig":
-        """Return the config of MoLM-700M-8B, with `changes`. It has 8.2B parameters in 48 layers."""
+        """Return the config of MoLM-700M-8B, a released ModuleFormer (arXiv 2306.04640).
+
+        The model has 8.2B parameters in 48 layers. `changes` are fields with other values.
+        """
         return cls(**_molm(L=48, k=2) | changes)
 
 
-# With these fields, the decoder is a ModuleFormer. It has modules for attention and for the feed-forward network. The
-# gates are a softmax over all modules of a kind. A token also attends to itself, and the rest of the stick is ignored.
+# With these fields, the decoder is a ModuleFormer. Its attention and its feed-forward networks are mixtures of experts,
+# called modules. The gates are a softmax over all modules of a layer. A token also attends to itself, and the rest of
+# the stick is not used.
 MODULES: dict[str, Any] = dict(
     attention="stick_breaking", attend_current=True, remainder="none", activation="gelu_tanh", norm="layer", tied=False
 )

@@ -1,7 +1,7 @@
 """The config of one experiment as nested frozen dataclasses. Every field has a default, a type and a help text.
 
-Sizes of the model have the names of their axes, such as D and L (docs/reference/letters.md). A config is stored as JSON
-and read with `Config.from_dict`. `stickjax.config.command_line` changes fields of a config from a command line.
+A field of one capital letter, such as D or L, is the size of an axis (docs/reference/letters.md). `Config.to_json`
+stores a config, and `Config.from_dict` reads it. `stickjax.config.command_line` parses changes on a command line.
 """
 
 import dataclasses
@@ -42,28 +42,38 @@ log = logging.getLogger(__name__)
 @accept_former_names
 @dataclass(frozen=True)
 class OptimConfig:
-    """The optimizer (AdamW with muP) and the learning-rate schedule. All lengths of the schedule are in tokens."""
+    """The config of the optimizer (AdamW with muP) and of the learning-rate schedule, whose lengths are in tokens."""
 
-    schedule: Literal["power", "wsd", "cosine", "constant"] = field("power", "shape of the learning rate")
-    peak_lr: float = field(0.02, "highest learning rate: cap of the power law, or plateau of the others", above=0)
-    a: float = field(4.0, "power: scale of the law beta * a * n^b", above=0)
-    b: float = field(-0.51, "power: exponent of the law")
-    warmup_tokens: int = field(0, "length of the linear warmup", at_least=0)
-    decay_tokens: int = field(0, "length of the decay at the end of the run; 0: no decay", at_least=0)
-    decay: Literal["exponential", "linear", "sqrt", "cosine"] = field("exponential", "shape of the decay")
+    schedule: Literal["power", "wsd", "cosine", "constant"] = field(
+        "power", "learning rate after the warmup: Power scheduler, warmup-stable-decay, cosine decay, or constant"
+    )
+    peak_lr: float = field(
+        0.02, "highest learning rate: cap of the power law, or plateau of the other schedules", above=0
+    )
+    a: float = field(
+        4.0,
+        "power: factor a of the learning rate beta * a * n^b, for n tokens trained and a batch of beta * 4096 tokens",
+        above=0,
+    )
+    b: float = field(-0.51, "power: exponent b of the learning rate beta * a * n^b")
+    warmup_tokens: int = field(0, "length of the linear warmup, in tokens", at_least=0)
+    decay_tokens: int = field(0, "length of the decay at the end of the run, in tokens; 0: no decay", at_least=0)
+    decay: Literal["exponential", "linear", "sqrt", "cosine"] = field("exponential", "shape of the learning-rate decay")
     end_ratio: float = field(
         0.0, "final learning rate divided by the learning rate at the start of the decay", at_least=0, at_most=1
     )
     beta1: float = field(0.9, "Adam: decay of the first moment", at_least=0, below=1)
     beta2: float = field(0.95, "Adam: decay of the second moment", at_least=0, below=1)
     eps: float = field(1e-10, "Adam: epsilon", at_least=0)
-    weight_decay: float = field(0.1, "decoupled weight decay, not on norms and biases", at_least=0)
+    weight_decay: float = field(0.1, "decoupled weight decay; norms and biases have none", at_least=0)
     scale_decay: bool = field(False, "strict muP: multiply the weight decay of hidden matrices by m_width")
     trainable: str = field(
-        "*", "patterns of trainable parameters, as in *.new_*,*.router.*, or after a ! of frozen ones, as in !embed",
+        "*", "name patterns of the parameters to train, such as *.new_*,*.router.*; a pattern after ! freezes: !embed",
         was="learn",
     )  # fmt: skip
-    clip: float | None = field(1.0, "largest global norm of the gradient; None: no clipping", above=0)
+    clip: float | None = field(
+        1.0, "a gradient with a larger global norm is scaled down to this; None: no clipping", above=0
+    )
 
     def __post_init__(self):
         check_fields(self)
@@ -71,14 +81,14 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The length of a run, its log lines and its checkpoints."""
+    """The config of the training: its length, its log lines, its checkpoints, and its seed."""
 
-    steps: int = field(400, "optimizer steps", at_least=1, at_most=2**31 - 1)
+    steps: int = field(400, "number of optimizer steps", at_least=1, at_most=2**31 - 1)
     accumulate: int = field(1, "microbatches per step; B must be a multiple of it", at_least=1)
-    seed: int = field(0, "seed of the initialisation and of sampled routing", at_least=0, at_most=SEED)
+    seed: int = field(0, "seed of the initial parameters and of random choices in training", at_least=0, at_most=SEED)
     log_every: int = field(10, "steps between lines of metrics.jsonl", at_least=1)
     checkpoint_every: int = field(100, "steps between checkpoints; the last step always has one", at_least=1)
-    keep: int = field(3, "checkpoints kept", at_least=1)
+    keep: int = field(3, "number of newest checkpoints to keep", at_least=1)
     max_bad_steps: int = field(
         10, "stop after this many steps in a row with a loss or gradient that is not finite", at_least=1
     )
@@ -89,14 +99,15 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """The number of parts into which each mesh axis divides the work. If all are 1, the run has a single device.
+    """The config of the device mesh: for each mesh axis, the number of parts into which it divides the work.
 
-    One axis may be -1: it takes the devices that the other axes leave.
+    The run uses as many devices as the product of all numbers. One axis may be -1: it takes all devices that the other
+    axes leave.
     """
 
-    data: int = field(1, "parts of the batch; each device keeps all parameters", at_least=-1)
-    fsdp: int = field(1, "parts of the batch; these devices also divide parameters and optimizer state", at_least=-1)
-    expert: int = field(1, "parts of the batch; these devices also divide the experts", at_least=-1)
+    data: int = field(1, "parts of the batch; every device has all parameters", at_least=-1)
+    fsdp: int = field(1, "parts of the batch, and of the parameters and optimizer state (fully sharded)", at_least=-1)
+    expert: int = field(1, "parts of the batch, and of the experts", at_least=-1)
     context: int = field(1, "parts of every sequence (stick-breaking only)", at_least=-1)
     tensor: int = field(1, "parts of the heads, the hidden units and the vocabulary", at_least=-1)
 
@@ -105,7 +116,7 @@ class MeshConfig:
         sizes = dataclasses.asdict(self)
         for axis, size in sizes.items():
             if size == 0:
-                raise ValueError(f"{axis}={size} must be at least 1, or -1 for all devices that the others leave")
+                raise ValueError(f"{axis}={size} must be at least 1, or -1 for all devices that the other axes leave")
         if len(left := [axis for axis, size in sizes.items() if size == -1]) > 1:
             raise ValueError(f"only one axis of the mesh may be -1, not {' and '.join(left)}")
 
@@ -133,17 +144,18 @@ class Config:
             self.check_lengths()
 
     def check_lengths(self, step: int = 0, tokens: int = 0) -> None:
-        """Raise ValueError if the warmup and the decay together are longer than the run.
+        """Raise ValueError if the warmup and the decay together are longer than the run, in tokens.
 
-        The run begins at `step`, after `tokens` tokens of training; 0 and 0 mean a new run. A run that continues
-        another one may follow larger batches, so its length in tokens cannot be computed from the config alone.
+        For a run that continues from a checkpoint, `step` is the step of the checkpoint and `tokens` is the number of
+        tokens trained before. The length of such a run in tokens does not follow from the config alone, because the
+        steps before the checkpoint may have had another batch size.
         """
         total = tokens + (self.train.steps - step) * self.data.tokens_per_step
         if self.optim.warmup_tokens + self.optim.decay_tokens > total:
             before = f"{tokens} + (steps - {step})" if step else "steps"
             raise ValueError(
                 f"warmup_tokens={self.optim.warmup_tokens} and decay_tokens={self.optim.decay_tokens} "
-                f"exceed the run of {before} * B * T = {total} tokens"
+                f"together exceed the run of {before} * B * T = {total} tokens"
             )
 
     @property
@@ -152,7 +164,7 @@ class Config:
         return self.train.steps * self.data.tokens_per_step
 
     def replace(self, changes: dict[str, Any]) -> "Config":
-        """Return a copy of the config with the changes `{"section.field": value}`.
+        """Return a copy of the config with changes such as {"data.B": 8, "model.experts.E": 4}.
 
         The new config is checked after all changes are made, so several fields can change together. Raise ValueError
         for an unknown field or a wrong value.
@@ -183,7 +195,7 @@ class Config:
         if {"model_type", "architectures"} & tree.keys():
             raise ValueError(
                 "this is the config of a Hugging Face model; convert its folder first: "
-                "python -m stickjax.convert FOLDER RUN, then --init-from RUN"
+                "python -m stickjax.convert FOLDER RUN, then train with --init-from RUN"
             )
         for section, fields in tree.items():
             if section not in _SECTIONS:
@@ -206,9 +218,9 @@ class Config:
         )
 
     def diff(self, other: "Config") -> list[str]:
-        """Return a line 'section.field: value here -> value in other' for every field whose value differs.
+        """Compare two configs. Return a line 'section.field: own value -> value in other' for each field that differs.
 
-        If the families of the models differ, the only line is about `model.family`.
+        If the model families differ, the only line is about `model.family`.
         """
         if self.model.family != other.model.family:
             return [f"model.family: {self.model.family!r} -> {other.model.family!r}"]
@@ -228,9 +240,9 @@ _SECTIONS = tuple(section.name for section in dataclasses.fields(Config))
 
 
 def _flat(section: type, fields: dict) -> dict:
-    """Flatten the fields of a section of a config: {"group": {"field": value}} becomes {"group.field": value}.
+    """Flatten the {field: value} of a section of a config: {"experts": {"E": 8}} becomes {"experts.E": 8}.
 
-    A group is a field of the dataclass `section` that is a dataclass itself, such as `experts`.
+    Only a field that is a dataclass itself, such as `experts`, is flattened. `section` is the class of the section.
     """
     flat = {}
     for name, value in fields.items():
@@ -242,9 +254,9 @@ def _flat(section: type, fields: dict) -> dict:
 
 
 def _changed(section, changes: dict[str, Any]):
-    """Return a copy of a section of a config with the changes {"field": value} or {"group.field": value}.
+    """Return a copy of a section of a config, such as `config.model`, with changes such as {"D": 64, "experts.E": 8}.
 
-    A group is a field of the section that is a dataclass itself, such as `experts`.
+    In a key with a dot, the first part is a field of the section that is a dataclass itself.
     """
     values: dict[str, Any] = {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
     for group in nested_fields(type(section)):
@@ -257,9 +269,10 @@ def _changed(section, changes: dict[str, Any]):
 
 @functools.cache
 def field_names(*models: type) -> list[str]:
-    """Return the keys of all fields of a config, as 'section.field' or 'section.group.field'.
+    """Return the keys of all fields of a config, such as 'data.B' or 'model.experts.E'.
 
-    `models`: the classes that the model section may have; without arguments, the classes of all families.
+    `models` are the classes that the section `model` may have. Without arguments, they are the config classes of all
+    model families.
     """
     sections = [(s.name, s.default_factory) for s in dataclasses.fields(Config) if s.name != "model"]
     sections = [("model", model) for model in models or MODEL_CONFIGS.values()] + sections
@@ -275,9 +288,10 @@ def field_names(*models: type) -> list[str]:
 
 
 def types_of(config: Config, section: str, name: str) -> tuple:
-    """Return the types that the value of the field `name` in a section of the config may have.
+    """Return the types that the value of a config field may have, such as (int, NoneType).
 
-    `name` is a field, "group.field" for a field of a nested dataclass, or a former name of a field.
+    `section` is the name of a section, such as "model". `name` is a field of the section, such as "D", "experts.E" for
+    a field of a nested dataclass, or a former name of a field.
     """
     kind = type(getattr(config, section))
     group, _, last = (former_names(kind).get(name, (name,))[0]).rpartition(".")
@@ -287,7 +301,8 @@ def types_of(config: Config, section: str, name: str) -> tuple:
 def locate(config: Config, key: str) -> tuple[str, str]:
     """Check that a config has the field `key`, and split the key: "model.experts.E" -> ("model", "experts.E").
 
-    `key` may have a former name of the field. Raise ValueError, with the nearest key, for an unknown key.
+    `key` may also contain a former name of the field. Raise ValueError for an unknown key; the message suggests the
+    nearest one.
     """
     section, _, name = key.partition(".")
     known = field_names(type(config.model))

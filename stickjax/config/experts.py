@@ -1,4 +1,4 @@
-"""The config of a mixture of experts, in the feed-forward network or in the attention."""
+"""The config of a mixture of experts, which replaces the feed-forward network or the attention of every layer."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -10,51 +10,67 @@ from stickjax.config.fields import accept_former_names, check_fields, field
 @accept_former_names
 @dataclass(frozen=True)
 class ExpertsConfig:
-    """The config of one mixture: its number of experts, how tokens are routed to them, and the router losses."""
+    """The config of a mixture of experts: their number, the routing of tokens, and the weights of the router losses."""
 
-    E: int = field(0, "number of experts; 0: none", at_least=0)
-    k: int = field(0, "experts chosen per token; for attention experts, 0 means N / K", at_least=0)
-    order: Literal["topk_softmax", "softmax_topk"] = field("topk_softmax", "order of the selection and the softmax")
+    E: int = field(0, "number of experts; 0: no mixture of experts", at_least=0)
+    k: int = field(0, "number of experts that a token uses; for attention experts, 0 means N / K", at_least=0)
+    order: Literal["topk_softmax", "softmax_topk"] = field(
+        "topk_softmax",
+        "gates: softmax over the k chosen logits (topk_softmax), or the k chosen values of the softmax over all logits "
+        "(softmax_topk)",
+    )
     network: Literal["linear", "mlp", "gmm"] = field(
-        "linear", "network that computes the router logits; gmm: cosine similarity with a centroid per expert"
+        "linear", "network of the router logits: a matrix, two layers, or cosine similarity with a centroid per expert"
     )
     hidden: int = field(256, "hidden width of the mlp and gmm router networks", at_least=1)
-    bias: bool = field(False, "add a bias to the output")
+    bias: bool = field(False, "add a trainable bias to the output of the mixture")
     sample_topk: int = field(
-        0, "in training, this many of the k experts are sampled from the router's probabilities", at_least=0
+        0,
+        "in training, this many of the k experts are drawn at random, by the router's probabilities; the others are "
+        "the most probable ones",
+        at_least=0,
     )
     token_rounding: int = field(
-        0, "token rounding in training: drop an expert's smallest gates, to a multiple of rows; 0: no", at_least=0
+        0,
+        "in training, each expert drops its tokens with the smallest gates, so that it gets a multiple of this many "
+        "tokens; 0: off",
+        at_least=0,
     )
-    switch_weight: float = field(0.0, "weight of the load-balancing loss E * sum_e f_e P_e", at_least=0)
-    z_weight: float = field(0.0, "weight of mean(logsumexp(router logits)^2)", at_least=0)
-    mi_weight: float = field(0.0, "weight of the mutual-information loss H(e|x) - H(e)", at_least=0)
+    switch_weight: float = field(
+        0.0, "weight of the load-balancing loss E * sum_e (load of e) * (mean probability of e)", at_least=0
+    )
+    z_weight: float = field(0.0, "weight of the z-loss, mean(logsumexp(router logits)^2)", at_least=0)
+    mi_weight: float = field(
+        0.0, "weight of the mutual-information loss H(e|x) - H(e): clear choices, balanced experts", at_least=0
+    )
     concentration_weight: float = field(
-        0.0, "weight of the entropy H(e); fine-tuning with it concentrates the tokens on few experts", at_least=0
+        0.0, "weight of the loss H(e), the entropy of the mean probabilities: few experts get the tokens", at_least=0
     )
     bias_rate: float = field(0.0, "update step of the auxiliary-loss-free router bias; 0: no bias", at_least=0)
-    added: int = field(0, "new experts beside the E trained ones; their parameters are separate leaves", at_least=0)
-    pruned: int = field(0, "number of pruned experts that still count in the router's softmax", at_least=0)
+    added: int = field(0, "number of new experts beside the E trained ones, as separate parameters", at_least=0)
+    pruned: int = field(0, "number of pruned experts that are still in the router's softmax", at_least=0)
     pruning: Literal["no", "old_denominator", "new_denominator"] = field(
-        "no", "whether experts were pruned, and whether they still count in the router's softmax"
+        "no", "whether experts were pruned, and if so, whether the router's softmax still includes them (old) or not"
     )
 
     def __post_init__(self):
         check_fields(self)
 
     def check(self, name: str, k: int, options: tuple[str, ...] | None = None) -> None:
-        """Raise ValueError if the fields contradict each other, or if the model does not support one of them.
+        """Raise ValueError if the fields contradict each other, or if the model family does not support one of them.
 
         Args:
-          name: the field of the model that contains this mixture, such as "experts", for the message.
+          name: the field of the model's config that contains this mixture, such as "experts", for the message.
           k: the number of experts per token.
-          options: the fields that the model supports; all other fields must keep their defaults. None: all fields.
+          options: the fields that the model family supports; the others must have their defaults. None: all fields.
         """
         E = self.E
         for f in dataclasses.fields(self) if options else ():
             if f.name not in options and (value := getattr(self, f.name)) != f.default:
                 fields = ", ".join(options)
-                raise ValueError(f"{name}.{f.name}={value!r}: of the fields of {name}, this model reads only {fields}")
+                raise ValueError(
+                    f"{name}.{f.name}={value!r}: this model family supports only these fields of {name}: {fields}"
+                )
         if not E:
             counts = ("k", "token_rounding", "bias_rate", "added", "pruned")
             if used := [f"{field}={value}" for field in counts if (value := getattr(self, field))]:
@@ -66,8 +82,8 @@ class ExpertsConfig:
             raise ValueError(f"{name}: E={E} experts need k >= 1 experts per token")
         if k == 1 < E and self.order == "topk_softmax":  # a single expert leaves nothing for a router to learn
             raise ValueError(
-                f"{name}: k=1 with order='topk_softmax' has a constant gate and trains no router; use k >= 2 or "
-                "'softmax_topk'"
+                f"{name}: k=1 with order='topk_softmax' has a constant gate, so the router is not trained; use k >= 2 "
+                "or order='softmax_topk'"
             )
         if self.sample_topk > k:
             raise ValueError(f"{name}: sample_topk={self.sample_topk} cannot exceed k={k}")

@@ -1,4 +1,4 @@
-"""The base class of all model configs, and the registry of config classes by family."""
+"""The base class of all model configs, and the table {name of a model family: its config class}."""
 
 import dataclasses
 from typing import ClassVar, Literal
@@ -10,21 +10,22 @@ MODEL_CONFIGS: dict[str, type["FamilyConfig"]] = {}
 
 
 class FamilyConfig:
-    """The base class for the config of a model family.
+    """The base class for the config of a model family, such as the decoder.
 
-    The config of a family is a subclass, a frozen dataclass. The default of its field `family` is the name of the
-    family. The subclass needs at least the fields `family`, V (the vocabulary size; None: the number of ids of the
-    tokenizer), `dtype`, `param_dtype` and `implementation`. A model of translations also has V_target (the vocabulary
-    size of the targets; None: their number of ids), and a classifier has `classes` (None: the number of labels).
+    A model family defines its config as a subclass, which must be a frozen dataclass. Its fields become the section
+    `model` of a config. The subclass needs at least these fields: `family`, whose default is the name of the family; V,
+    the vocabulary size (None: the number of ids of the tokenizer); `dtype`; `param_dtype`; and `implementation`. A
+    model of translations also needs V_target, the vocabulary size of the targets (None: the number of ids of the
+    targets). A classifier also needs `classes`, the number of labels (None: the number of labels of the data).
     """
 
     family: str
     V: int | None
-    # what a batch is made of: see `stickjax.data.readers`
+    # the kind of training data, see `stickjax.data.readers`
     reads: ClassVar[Literal["text", "pairs", "sentences", "translation"]] = "text"
     remat: str = "none"  # what a layer recomputes in the backward pass
     can_change_experts: ClassVar[bool] = False  # whether `stickjax.surgery` can add and prune its experts
-    accumulates: ClassVar[bool] = True  # whether the loss of a batch is the sum over its microbatches
+    accumulates: ClassVar[bool] = True  # whether train.accumulate > 1 works: the loss is a sum over microbatches
 
     def __init_subclass__(cls, **options):
         super().__init_subclass__(**options)
@@ -32,14 +33,17 @@ class FamilyConfig:
             return  # another class of the same family
         name = family.default if isinstance(family, dataclasses.Field) else family
         if not isinstance(name, str):
-            raise TypeError(f"{cls.__name__}.family must have a default: the name of the family")
+            raise TypeError(f"{cls.__name__}.family must have a default: the name of the model family, a string")
         if not same_definition(MODEL_CONFIGS.get(name, cls), cls):
             raise TypeError(f"family={name!r} of {cls.__name__} is already taken by {MODEL_CONFIGS[name].__name__}")
         MODEL_CONFIGS[name] = cls
 
     @property
     def vocabulary(self) -> int:
-        """The vocabulary size V. If V is None, it is 257: 256 bytes and the end-of-text token."""
+        """The vocabulary size: V, or 257 if V is None, for the byte tokenizer (256 bytes and the end-of-text token).
+
+        A training run first replaces None by the number of ids of its tokenizer (see `with_vocabulary`).
+        """
         return BYTES if self.V is None else self.V
 
     @property
@@ -50,7 +54,8 @@ class FamilyConfig:
     def check_mesh(self, sizes: dict[str, int], T: int) -> None:
         """Raise ValueError if the model cannot be trained on the mesh with sequences of T tokens.
 
-        `sizes` is {mesh axis: its number of devices}. This default supports only the axis "data".
+        `sizes` is {name of a mesh axis: its number of devices}. This default accepts only the axis "data"; a family
+        that can divide its parameters or sequences overrides it.
         """
         if other := [f"{axis}={n}" for axis, n in sizes.items() if axis != "data" and n > 1]:
             raise ValueError(f"{' and '.join(other)}: a model of family={self.family!r} supports data parallelism only")

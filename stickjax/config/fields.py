@@ -1,4 +1,4 @@
-"""Fields of a config, each with a default, a type, a help text and bounds. `check_fields` checks the values."""
+"""Define and check fields of a config. Each has a default, a type, a help text and perhaps bounds of its value."""
 
 import dataclasses
 import difflib
@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 BYTES = 257  # vocabulary size of the byte tokenizer: 256 bytes and the end-of-text token
 LARGEST = 10**15  # upper bound of every whole number; arithmetic on larger sizes may overflow
-Dtype = Literal["float32", "bfloat16", "float16"]  # types of the computation and of the stored parameters
+Dtype = Literal["float32", "bfloat16", "float16"]  # number types of the computation and of the stored parameters
 SEED = 2**31 - 1  # the largest seed; some random number generators cannot distinguish larger ones
 
 _BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
@@ -22,14 +22,14 @@ _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: 
 
 
 def field(default, doc: str, group: type | None = None, *, was: str | None = None, **bounds: float):
-    """Return a dataclass field that also stores a help text, the bounds of its value, and its former name.
+    """Return a dataclass field that also stores a help text, bounds of its value, and its former name.
 
     Args:
-      default: the default value; not used if there is a `group`.
+      default: the default value; not used if `group` is given.
       doc: the help text of the field, one sentence.
-      group: a dataclass, for a field that is a dataclass itself; the default is then an instance of it.
-      was: the name of the field in the version before, which `accept_former_names` still accepts.
-      bounds: the bounds of a number: any of at_least, above, at_most and below.
+      group: for a field whose value is a dataclass, such as `Config.data`: its class. The default is `group()`.
+      was: the name that the field had in the previous version. `accept_former_names` still accepts it.
+      bounds: the limits of a number: any of at_least, above, at_most and below.
     """
     metadata = {"doc": doc, "bounds": bounds, "was": was}
     if group is not None:
@@ -39,9 +39,10 @@ def field(default, doc: str, group: type | None = None, *, was: str | None = Non
 
 @functools.cache
 def former_names(config: type) -> dict[str, tuple[str, ...]]:
-    """Return {former name: present names} for the fields of a dataclass that were renamed or moved.
+    """Return {former name: present names} for the fields of a config class that were renamed or moved.
 
-    A present name with a dot is a field of a nested dataclass. `MOVED` of the dataclass lists the moved fields.
+    A present name with a dot, such as "experts.E", is a field of a nested dataclass. The class attribute `MOVED` lists
+    the moved fields.
     """
     renamed = {was: (f.name,) for f in dataclasses.fields(config) if (was := f.metadata.get("was")) is not None}
     return renamed | getattr(config, "MOVED", {})
@@ -55,11 +56,11 @@ def nested_fields(config: type) -> dict[str, type]:
 
 
 def former_names_in(config: type, values: dict[str, Any]) -> list[str]:
-    """Return the keys of `values`, the {field: value} of a dataclass, that are former names of fields.
+    """Return the keys of `values` that are former names of fields. `values` is {field: value} for a config class.
 
-    Names that stand for one present field come before names that stand for several. A former name of a field may now be
-    the name of a nested dataclass. Then the value decides: the key counts as a former name only if its value is neither
-    the nested dataclass nor a dictionary.
+    The names that stand for one present field come first, then the names that stand for several. A former name, such as
+    `attention_experts`, may today be the name of a nested dataclass. Such a key counts as a former name only if its
+    value is neither that dataclass nor a dictionary.
     """
     former, nested = former_names(config), nested_fields(config)
     used = [was for was in former if was in values]
@@ -68,10 +69,11 @@ def former_names_in(config: type, values: dict[str, Any]) -> list[str]:
 
 
 def with_present_names(config: type, values: dict[str, Any]) -> dict[str, Any]:
-    """Return a copy of `values`, the {field: value} of a dataclass, in which former names are replaced by present ones.
+    """Return a copy of `values` with present names of fields instead of former ones. `values` is {field: value}.
 
     In `values`, a nested dataclass may be a dictionary of its fields. If a field has moved into several nested
-    dataclasses, its value is set in every one that has experts, or in the first one if none has experts.
+    dataclasses (the configs of mixtures of experts), its value is set in each one with E > 0, or in the first one if
+    none has E > 0.
     """
     old = {was: values[was] for was in former_names_in(config, values)}
     new = {name: value for name, value in values.items() if name not in old}
@@ -89,9 +91,9 @@ def with_present_names(config: type, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _made(kind: type, name: str, values: Any):
-    """Make the nested dataclass of class `kind` from `values`, a dictionary of its fields.
+    """Return kind(**values), a nested dataclass; if `values` is not a dictionary, return it unchanged.
 
-    Anything but a dictionary is returned unchanged. Error messages begin with `name`, the field with this dataclass.
+    `name` is the field that contains the nested dataclass, such as "experts". Error messages begin with it.
     """
     if not isinstance(values, dict):
         return values
@@ -105,9 +107,9 @@ def _made(kind: type, name: str, values: Any):
 
 
 def accept_former_names(config: type) -> type:
-    """Make a dataclass also accept the former names of its fields, as arguments and as attributes.
+    """Class decorator: make a dataclass also accept former names of its fields, as arguments and as attributes.
 
-    Each use of a former name causes a FutureWarning that says the present name.
+    Each use of a former name gives a FutureWarning with the present name.
     """
 
     def warn(was: str) -> None:
@@ -137,7 +139,7 @@ def accept_former_names(config: type) -> type:
 
 @functools.cache
 def field_types(config: type) -> dict[str, tuple]:
-    """Return {field: the types that its value may have} for a dataclass.
+    """Return {field: a tuple of the types that its value may have} for a dataclass.
 
     >>> from stickjax.config import OptimConfig
     >>> field_types(OptimConfig)["clip"]
@@ -150,9 +152,9 @@ def field_types(config: type) -> dict[str, tuple]:
 
 
 def check_fields(config) -> None:
-    """Raise ValueError for the first field whose value has a wrong type or is out of bounds.
+    """Check the fields of a config. Raise ValueError for the first one with a wrong type or out of its bounds.
 
-    NumPy numbers become Python numbers, and paths become text, so that every config can be stored as JSON.
+    NumPy numbers are replaced by Python numbers, and paths by text, so that every config can be stored as JSON.
 
     >>> from stickjax.config import DataConfig
     >>> DataConfig(T="64")
@@ -166,10 +168,10 @@ def check_fields(config) -> None:
 
 
 def checked(name: str, value, kinds: tuple, bounds: dict) -> Any:
-    """Return `value` as one of the types `kinds`, after a check of its bounds.
+    """Check the type and the bounds of `value`, and return it as one of the types `kinds`, such as 1.0 for 1.
 
-    `bounds` has the keys at_least, above, at_most and below, or some of them. Raise ValueError, which names the field
-    `name`, if the value has another type or is out of bounds.
+    `bounds` is {at_least, above, at_most or below: a limit}. Raise ValueError if the value has another type or is out
+    of bounds. The message begins with `name`, the name of the field.
 
     >>> checked("top_p", 1, (float,), {"above": 0, "at_most": 1})
     1.0
@@ -193,7 +195,7 @@ def checked(name: str, value, kinds: tuple, bounds: dict) -> Any:
 
 
 def _finite(name: str, value) -> float:
-    """Return `value` as a float. Raise ValueError if float32, the type of most parameters, cannot represent it."""
+    """Return `value` as a float. Raise ValueError if it is not finite, or is too large or too small for float32."""
     try:
         number = float(value)
     except OverflowError:
@@ -251,9 +253,9 @@ def nearest(name: str, known) -> str:
 
 
 def same_definition(one, other) -> bool:
-    """Return whether two classes or functions have the same module and name.
+    """Return whether two classes or functions have the same module and name, as if one file was run twice.
 
-    They are two objects with one definition if the file of the definition was run twice, as in a notebook.
+    A file or a notebook cell that runs again makes a new object, which may replace the old one in a registry.
     """
     names = [(getattr(x, "__module__", None), getattr(x, "__qualname__", None)) for x in (one, other)]
     return names[0] == names[1] and None not in names[0]

@@ -1,6 +1,6 @@
-"""Suggest an option or a config field for a word that names none, such as "batch_size" for data.B.
+"""Suggest the right option or config field for a wrong word, such as data.B for "batch_size".
 
-The suggestion is a field that other programs call by this word (SYNONYMS), or a name that is similar to the word.
+The suggestion is a field that other programs call by the wrong word (SYNONYMS), or a field with a similar name.
 """
 
 import difflib

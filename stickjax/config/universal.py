@@ -1,4 +1,4 @@
-"""The config of the Sparse Universal Transformer. Its fields with one capital letter are sizes of axes."""
+"""The config of the Sparse Universal Transformer. A field of one capital letter is the size of an axis."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -11,10 +11,10 @@ from stickjax.config.fields import Dtype, accept_former_names, check_fields, fie
 @accept_former_names
 @dataclass(frozen=True)
 class SutConfig(FamilyConfig):
-    """The config of a Sparse Universal Transformer: one block of experts that is applied up to L times.
+    """The config of a Sparse Universal Transformer: a model whose single layer, the block, is applied up to L times.
 
-    After each application of the block, a halting probability is computed for every token. A token halts when the sum
-    of its halting probabilities reaches `halting_threshold`.
+    After each application of the block, a halting probability is computed for every token. A token halts, that is, the
+    block no longer changes it, when the sum of its halting probabilities reaches `halting_threshold`.
 
     `act_weight` and the `mi_weight` of the experts multiply losses that are added to the *mean* cross-entropy of the
     tokens. The original code adds these losses to the *sum* of the cross-entropy over the 8192 tokens of a worker. So a
@@ -27,16 +27,20 @@ class SutConfig(FamilyConfig):
         "mi_weight": ("experts.mi_weight", "attention_experts.mi_weight"),
     }  # fmt: skip
 
-    accumulates = False  # the mean halting step is taken over the whole batch
+    accumulates = False  # because the mean halting step in the loss is a mean over the whole batch
 
-    family: Literal["sut"] = field("sut", "the kind of model; a config file chooses it by its class")
+    family: Literal["sut"] = field(
+        "sut", "name of the model family; it belongs to the config class, so it cannot be changed"
+    )
     V: int | None = field(
-        None, "vocabulary size; None: the ids of the tokenizer, or of the pairs of sentences (0 is padding)", at_least=1
+        None,
+        "vocabulary size; None: the number of token ids of the data (of sentence pairs, with 0 for padding)",
+        at_least=1,
     )
     D: int = field(128, "width of the residual stream", at_least=1)
-    L: int = field(6, "largest number of steps, that is, of applications of the block", at_least=1)
+    L: int = field(6, "largest number of times that the block is applied", at_least=1)
     K: int = field(
-        2, "query heads of one attention expert; also the key/value heads, which all experts share", at_least=1
+        2, "query heads of one attention expert; also the number of key/value heads, which experts share", at_least=1
     )
     H: int = field(32, "dimension of one head", at_least=1)
     F: int = field(256, "hidden width of one feed-forward expert", at_least=1)
@@ -45,26 +49,35 @@ class SutConfig(FamilyConfig):
     attention: Literal["softmax", "stick_breaking"] = field(
         "softmax", "softmax: not causal, with relative positions; stick_breaking: causal, without positions"
     )
-    clip: int = field(64, "relative positions are clipped to this distance (softmax only)", at_least=1)
+    clip: int = field(
+        64, "relative positions are -(clip - 1) to clip - 1; distances beyond are clipped (softmax only)", at_least=1
+    )
     sinusoidal: bool = field(True, "add sinusoidal positions to the embedding (softmax only)")
     normalize_before: bool = field(
-        False, "pre-norm: normalise the input of every layer; otherwise the residual stream after the layer"
+        False,
+        "pre-norm: normalise the input of every attention and feed-forward network; False: normalise the residual "
+        "stream after it",
     )
     halting_threshold: float = field(
-        0.999, "a token halts once its halting probabilities sum to this; may change after training", above=0, at_most=1
+        0.999,
+        "a token halts when its halting probabilities add up to this; may be changed after training",
+        above=0,
+        at_most=1,
     )
-    halting_bias: float = field(0.0, "added to the logit of going on; a few units make a new model use many steps")
-    act_weight: float = field(0.0, "weight of the mean expected number of steps", at_least=0)
+    halting_bias: float = field(
+        0.0, "added to the logit of not halting; 2, for example, makes a new model use more steps"
+    )
+    act_weight: float = field(0.0, "weight of the loss that is the mean halting step of the tokens", at_least=0)
     dropout: float = field(
         0.0, "dropout in training: of embeddings, branches, attention, hidden units and routers", at_least=0, below=1
     )
     classes: int = field(0, "number of labels of a pair of sentences; 0: a causal language model", at_least=0)
     norm_eps: float = field(1e-5, "epsilon of every normalisation", above=0)
-    dtype: Dtype = field("float32", "type of the computation")
+    dtype: Dtype = field("float32", "number type of the computation")
     param_dtype: Dtype = field(
-        "float32", "type of the stored parameters; if it is below float32, the optimizer state has float32 masters"
+        "float32", "number type of the parameters; for 16-bit types the optimizer keeps float32 copies (masters)"
     )
-    remat: Literal["none", "full"] = field("none", "what a step recomputes in the backward pass")
+    remat: Literal["none", "full"] = field("none", "what the backward pass recomputes: nothing, or whole blocks")
     implementation: str | None = field(None, "kernels: mosaic, triton, xla, reference; None: the best that works")
 
     def __post_init__(self):
@@ -87,18 +100,19 @@ class SutConfig(FamilyConfig):
 
     @classmethod
     def sut_base(cls, **changes) -> "SutConfig":
-        """Return the config of the base translation model of arXiv 2310.07096, with `changes`.
+        """Return the config of the base translation model of the paper arXiv 2310.07096.
 
-        It is a config for `models.universal.SparseUniversalTransformer(config, key)`. The vocabulary size V is chosen
-        so that `sut_base` has 66M parameters and `sut_big` has 110M, as in the paper.
+        It is a config for `models.universal.SparseUniversalTransformer(config, key)`, an encoder and a decoder. V is
+        chosen so that the model has 66M parameters, as in the paper. `changes` are fields with other values.
         """
         return cls(**_translation(E=24) | changes)
 
     @classmethod
     def sut_big(cls, **changes) -> "SutConfig":
-        """Return the config of the big translation model of arXiv 2310.07096, with `changes`.
+        """Return the config of the big translation model of the paper arXiv 2310.07096, with 110M parameters.
 
-        It has twice as many experts as `sut_base`. A token uses as many experts as in `sut_base`.
+        It has twice as many experts as `sut_base`; a token uses the same number of experts in both. `changes` are
+        fields with other values.
         """
         return cls(**_translation(E=48, sample_topk=1) | dict(act_weight=1 / 8192) | changes)
 

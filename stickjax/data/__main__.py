@@ -1,4 +1,7 @@
-"""The command that makes and checks token files: python -m stickjax.data tokenize SOURCE OUT | verify OUT."""
+"""Two commands for token files, which are tokenized texts on disk: `tokenize SOURCE OUT` and `verify OUT`.
+
+They are run as `python -m stickjax.data tokenize SOURCE OUT` and `python -m stickjax.data verify OUT`.
+"""
 
 import sys
 
@@ -9,10 +12,11 @@ from stickjax.system.text import printable
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    """Run the command with the words `argv`; None stands for the words in `sys.argv`.
+    """Run the command with the arguments `argv`; None stands for the arguments in `sys.argv`.
 
-    `tokenize SOURCE OUT [--tokenizer byte|tokenizer.json] [--eot TOKEN] [--text-field text]` makes a token file.
-    `verify OUT` checks one.
+    `tokenize SOURCE OUT [--tokenizer byte|tokenizer.json] [--eot TOKEN] [--text-field text]` converts the text SOURCE
+    to the token file OUT. `verify OUT` compares a token file with the sha256 that was recorded when it was made. Both
+    commands print the numbers of documents, tokens and bytes.
     """
     parser = Parser(prog="python -m stickjax.data")
     commands = parser.add_subparsers(required=True, dest="command")

@@ -4,8 +4,9 @@
     source -> Corpus (held-out part) -> stickjax.data.heldout: windows for evaluation
     stickjax.data.tasks -> task_loader: batches of examples, without a token stream
 
-`stickjax.data.readers` chooses the training data of a model. `python -m stickjax.data tokenize SOURCE OUT` writes a
-token file, and `verify OUT` compares it with its sha256.
+A source is a text, such as a folder of files, and a Corpus is one token stream. `stickjax.data.readers` chooses the
+training data of a model. If a text does not fit into memory, `python -m stickjax.data tokenize SOURCE OUT` converts it
+to a token file, which is then the source.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,9 +23,11 @@ from stickjax.data.tokenizer import Tokenizer
 
 
 class _Windows:
-    """Random access to the windows [T + 1] of a token stream, for `grain.MapDataset.source`.
+    """Random access to the windows of T + 1 tokens in the token stream `tokens` [n], for `grain.MapDataset.source`.
 
-    A window begins every T tokens, so its last token is the first token of the next one. No target is in two windows.
+    Window i begins at token i * T, so the last token of a window is also the first token of the next window. The
+    targets of a window are its last T tokens, so no target is in two windows. Tokens after the last full window are
+    left out.
     """
 
     def __init__(self, tokens: np.ndarray, T: int):
@@ -38,16 +41,17 @@ class _Windows:
 
 
 def make_batch(windows: np.ndarray, eot: int, bos: int | None = None) -> dict[str, np.ndarray]:
-    """Convert B windows of tokens [B, T + 1] into a training batch: a dictionary of arrays [B, T].
+    """Convert B windows of tokens [B, T + 1] into a training batch: a dictionary of four arrays [B, T].
 
-    `tokens` (int32) is a window without its last token, and `targets` (int32) is a window without its first token.
-    `segment_ids` (int32) number the documents within the window from 0. `loss_mask` (bool) is False where the target is
-    not trained.
+    `tokens`: int32, the inputs of the model, which are the window without its last token.
+    `targets`: int32, the token after each input.
+    `segment_ids`: int32, the index of the document of each input. The first document of a window has index 0.
+    `loss_mask`: bool, False where the target is left out of the loss.
 
-    `eot` is the id that ends every document. A document begins in training as it does when text is generated: its first
-    token is predicted from `eot`. So `eot` as an input belongs to the next document, and `eot` as a target belongs to
-    the document that it ends. There is one exception: if the next document begins with the id `bos`, then `eot` is the
-    last input of the document that it ends, and the target of this input, `bos`, is not trained.
+    `eot` is the id of the token that ends every document. If documents begin with a special token, `bos` is its id.
+    Without `bos`, the model predicts the first token of a document from the `eot` in front of the document, as it does
+    when it generates a text. So an input `eot` is in the segment of the next document. With `bos`, an input `eot` in
+    front of a `bos` stays in the segment of the document that it ends, and its target `bos` is left out of the loss.
 
     >>> {name: array.tolist() for name, array in make_batch(np.array([[7, 8, 9, 5]]), eot=8).items()}
     {'tokens': [[7, 8, 9]], 'targets': [[8, 9, 5]], 'segment_ids': [[0, 1, 1]], 'loss_mask': [[True, True, True]]}
@@ -71,13 +75,14 @@ def batches(
     transform: Callable | None = None,
     first: Sequence = (),
 ) -> grain.DatasetIterator:
-    """Return an endless iterator of batches. A batch of this process has B // process_count examples, stacked.
+    """Return an endless iterator over the batches of one process. A batch has B // process_count stacked examples.
 
-    Every epoch uses every example once, in a new order that depends on `seed`. If the batches of all processes are
-    concatenated in the order of process_index, the result is the batch of B examples that a single process would have.
+    An epoch uses every example once, in an order that depends on `seed` and on the index of the epoch. The batches of
+    all processes, concatenated in the order of process_index, are the batch of B examples that one process would have.
 
-    `get_state()` of the iterator returns a small JSON value, which is the same in every process. `set_state()` with
-    this value continues at once with the next batch, bit for bit, with any process_count.
+    `get_state()` of the iterator returns its position as a small JSON value, which is the same in every process. After
+    `set_state(value)`, a new iterator continues at this position. All processes together then have the same examples as
+    without the interruption, even if process_count differs.
 
     Args:
       source: the examples, with random access.
@@ -85,22 +90,29 @@ def batches(
       seed: the seed of the order of the examples.
       process_index: the index of this process, from 0.
       process_count: the number of processes.
-      transform: a function that is applied to each batch.
-      first: examples that come before the first epoch, in their own order.
+      transform: a function from a batch to a batch, which is applied to each batch.
+      first: examples that come before the first epoch, in the order of this sequence.
 
-    Raises ValueError if there are no examples, or if B is not a multiple of process_count.
+    Raises ValueError if `source` is empty, if B is not a multiple of process_count, or if process_index is not in
+    0..process_count - 1.
 
     >>> loader = batches(range(6), B=3, seed=0)
     >>> np.sort(np.concatenate([next(loader), next(loader)]))
     array([0, 1, 2, 3, 4, 5])
     """
     if B % process_count:
-        raise ValueError(f"B={B} sequences must be a multiple of process_count={process_count}")
+        raise ValueError(
+            f"B={B} sequences must be a multiple of process_count={process_count}, the number of processes"
+        )
     if not 0 <= process_index < process_count:
         raise ValueError(f"process_index={process_index} must be in 0..{process_count - 1}")
     if not len(source):
-        raise ValueError(f"there are no examples for a batch of B={B}")
-    # Epoch e is shuffled by seed + e. Without this hash, runs with neighbouring seeds would share all but one epoch.
+        raise ValueError(
+            "no example can be used: the data is empty, has fewer pairs of sentences than a batch needs, or has only "
+            "examples of more than T tokens"
+        )
+    # Grain shuffles epoch e by seed + e. Without this hash of `seed`, two runs with the seeds 0 and 1 would have the
+    # same epochs, shifted by one.
     seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     epochs = grain.MapDataset.source(source).shuffle(seed=seed)
     if len(first):  # concatenated datasets must be finite; so `first` comes again, but only after 10,000 epochs
@@ -116,10 +128,17 @@ def batches(
 def train_loader(
     corpus: Corpus, config: DataConfig, *, process_index: int = 0, process_count: int = 1
 ) -> grain.DatasetIterator:
-    """Return an endless iterator of training batches from a text (see `batches`), for process `process_index`.
+    """Return an endless iterator over the training batches of one process, made from the token stream `corpus`.
 
-    A batch is a dictionary of arrays [B // process_count, T] (see `make_batch`). T, B and the seed of the order come
-    from `config`.
+    An example is a window of T + 1 tokens. A batch is a dictionary of arrays [B // process_count, T]; `make_batch`
+    explains them. `config` has T, B and the seed of the order of the windows. The function `batches` explains the
+    order, and how to save the position of the iterator.
+
+    Args:
+      corpus: the token stream.
+      config: the data section of a config.
+      process_index: the index of this process, from 0.
+      process_count: the number of processes, which share the batch of B examples.
 
     Raises ValueError if the text has fewer than T + 1 tokens, or if B is not a multiple of process_count.
 
@@ -130,7 +149,8 @@ def train_loader(
     windows, eot, bos = _Windows(corpus.tokens, config.T), corpus.tokenizer.eot, corpus.tokenizer.bos
     if not len(windows):
         raise ValueError(
-            f"T={config.T} needs {config.T + 1} tokens, but {corpus.source} has {len(corpus.tokens)} to train on"
+            f"T={config.T} needs at least {config.T + 1} tokens, but the training part of {corpus.source} has "
+            f"{len(corpus.tokens)}"
         )
     share = dict(process_index=process_index, process_count=process_count)
     return batches(windows, config.B, config.seed, **share, transform=lambda windows: make_batch(windows, eot, bos))
@@ -139,10 +159,18 @@ def train_loader(
 def task_loader(
     task: str, config: DataConfig, part: str = "train", *, process_index: int = 0, process_count: int = 1, **options
 ) -> grain.DatasetIterator:
-    """Return an endless iterator of batches from a synthetic task (see `batches`), for process `process_index`.
+    """Return an endless iterator over the batches of one process, made from the examples of a synthetic task.
 
-    `task` is a key of `stickjax.data.tasks.TASKS`. The function `examples(part, T=config.T, **options)` of the task
-    makes the examples. `config.seed` decides the order of the examples; the option `seed` decides their content.
+    A batch is a dictionary {name: array [B // process_count, ...]}. The function `batches` explains the order of the
+    examples, and how to save the position of the iterator.
+
+    Args:
+      task: a key of `stickjax.data.tasks.TASKS`, such as "recall".
+      config: the data section of a config; T, B and `seed` are used. `seed` decides the order of the examples.
+      part: "train" or "test".
+      process_index: the index of this process, from 0.
+      process_count: the number of processes, which share the batch of B examples.
+      options: arguments for the function `examples` of the task. Its option `seed` decides the content of the examples.
 
     Raises ValueError for an unknown task, and for the same reasons as `examples` and `batches`.
 
@@ -156,12 +184,15 @@ def task_loader(
 
 
 class TrainingData(NamedTuple):
-    """The training data of a run.
+    """The training data of a run: a loader of batches, and what a run records and prints about its data.
 
-    `loader(index, count)`: returns the iterator of batches for process `index` of `count`.
-    `ids`: the sizes that a model needs, {field of the model config: number}; "V" is the number of ids.
-    `hash`: 16 hex digits that identify the data; a resumed run needs the same hash.
-    `source`: the name of the data in messages. `summary`: a line for the training banner.
+    `loader`: a function from (process_index, process_count) to the endless iterator over the batches of this process.
+    `ids`: the sizes of the data, {field of the model config: number}, such as {"V": 257}; V is the number of token ids.
+    `hash`: 16 hex digits that identify the data; a run can be resumed only with data of the same hash.
+    `source`: the name of the data in messages.
+    `summary`: a line about the data, which training prints at its start.
+    `tokenizer`, `heldout_source`, `heldout_hash`: the tokenizer, and the name and the hash of the held-out data. They
+      are None if the data are neither a text nor labelled rows.
     `files`: {name: content} of the files that a run folder keeps besides the files of the tokenizer.
     """
 
@@ -177,14 +208,17 @@ class TrainingData(NamedTuple):
 
 
 def text_data(config: Config) -> TrainingData:
-    """Load the text of a config as training data.
+    """Load the text that a config names in its data section, and return it as training data for a language model.
 
-    Raises ValueError if the config has a field that a text does not support, such as a curriculum, or if the source
-    cannot be read.
+    Raises ValueError if the text cannot be read, or if the config has a field that needs examples instead of a text,
+    such as a curriculum.
     """
     d = config.data
     if d.curriculum:
-        raise ValueError(f"curriculum={d.curriculum} orders examples by their length; this model reads a text")
+        raise ValueError(
+            f"curriculum={d.curriculum} is for examples, such as pairs of sentences, but this model reads a text; "
+            "set it to 0"
+        )
     if d.split is not None:
         raise ValueError(f"split={d.split!r} divides examples; this model reads a text")
     if d.valid_every:

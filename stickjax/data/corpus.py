@@ -1,4 +1,4 @@
-"""Load a source of text as two token streams, which are arrays [n] of ids: one for training, one held out."""
+"""Load a text as two token streams, one for training and one held out. A token stream is an array [n] of token ids."""
 
 import dataclasses
 import hashlib
@@ -21,17 +21,23 @@ _BLOCK = 2**22  # tokens read at a time from a file that may not fit into memory
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """One token stream: the ids of documents, one document after the other. `tokenizer.document` encodes each one."""
+    """One token stream: the ids of all documents, one document after the other, and facts about the text.
+
+    The ids of each document are `tokenizer.document(text)`, so every document ends with the token `tokenizer.eot`.
+    """
 
     tokens: np.ndarray  # [n], uint8, uint16 or uint32; a memmap for token files
     tokenizer: Tokenizer
-    source: str  # for messages
-    documents: int
-    bytes: int  # of UTF-8 text; in proportion to the tokens if one text was cut in two
-    hash: str  # 16 hex digits of a sha256: of the tokens, or of the hash of a token file and the part of it
+    source: str  # the name of the text in messages
+    documents: int  # number of documents
+    bytes: int  # number of bytes of the UTF-8 text; an estimate from the number of tokens if one text was cut in two
+    hash: str  # 16 hex digits of a sha256: of all tokens; for a part of a stream, of the stream's hash and positions
 
     def summary(self) -> str:
-        """Return a line for the training banner: the source, its sizes, the tokenizer and the hash."""
+        """Return one line about the text, which training prints when it starts.
+
+        The line has the source, the numbers of documents, tokens and bytes, the tokenizer and the hash.
+        """
         return (
             f"{printable(self.source)}: {self.documents:,} documents, {len(self.tokens):,} tokens, "
             f"{self.bytes:,} bytes, {self.tokenizer.name}, {self.hash}"
@@ -44,17 +50,21 @@ def _of_token_file(path: str, tokenizer: Tokenizer, name: str) -> Corpus:
 
 
 def _pack(documents: list[tuple[np.ndarray, int]], tokenizer: Tokenizer, source: str) -> Corpus:
-    """Join documents into one token stream. A document is given as (ids [n], number of bytes of its text)."""
+    """Concatenate documents into one token stream. Each document is a pair (its ids [n], number of bytes of its text).
+
+    `source` is the name of the text in messages.
+    """
     tokens = np.concatenate([ids for ids, _ in documents], dtype=token_dtype(tokenizer.vocab_size))
     num_bytes = sum(size for _, size in documents)
     return Corpus(tokens, tokenizer, source, len(documents), num_bytes, hashlib.sha256(tokens).hexdigest()[:16])
 
 
 def document_ends(tokens: np.ndarray, eot: int) -> np.ndarray:
-    """Return the end position of every document in a stream [n] of ids: the position after its last token, in order.
+    """Return the end of every document in a token stream: an increasing array of positions in `tokens` [n].
 
-    The id `eot` ends a document, and the end of the stream ends the last one. The ids are read in blocks, because a
-    token file may be larger than the memory.
+    The end of a document is the position after its last token. The id `eot` is the last token of a document. The last
+    document may also end without `eot`, at the end of the stream. The ids are read in blocks, because a token file may
+    be larger than the memory.
     """
     blocks = range(0, len(tokens), _BLOCK)
     ends = np.concatenate([np.flatnonzero(tokens[b : b + _BLOCK] == eot) + b + 1 for b in blocks])
@@ -62,14 +72,15 @@ def document_ends(tokens: np.ndarray, eot: int) -> np.ndarray:
 
 
 def _cut(corpus: Corpus, heldout_every: int) -> tuple[Corpus, Corpus]:
-    """Cut a stream into a training part and a held-out part, which are views of the stream.
+    """Cut a stream of n tokens into a training part and a held-out part, and return both. They are views of the stream.
 
-    The cut is at the first document boundary after 1 - 1/heldout_every of the tokens. If there is none, the last
-    document is held out. A stream of one document is cut inside the document.
+    The held-out part has about n / heldout_every tokens: the cut is at the first end of a document at or after the
+    position n - n / heldout_every. If this is the end of the stream, the cut is before the last document. A stream of a
+    single document is cut inside the document, at the position n - n / heldout_every.
     """
     tokens, eot, n = corpus.tokens, corpus.tokenizer.eot, len(corpus.tokens)
     if n < 2:
-        raise ValueError(f"{corpus.source} has {n} token, but a training part and a held-out part need one each")
+        raise ValueError(f"{corpus.source} has {n} token, but training and held-out text need at least one token each")
     target = n - max(1, n // heldout_every)
     cut = target  # this is inside a document; it is used only if there is a single document
     later = document_ends(tokens[target - 1 :], eot) + target - 1
@@ -88,7 +99,10 @@ def _cut(corpus: Corpus, heldout_every: int) -> tuple[Corpus, Corpus]:
 
 
 def _load(source: str, config: DataConfig, tokenizer: Tokenizer) -> tuple[Corpus, Corpus]:
-    """Load the training stream and the held-out stream of one source, such as "stdlib"; see `load_corpus`."""
+    """Return the training stream and the held-out stream of one source. `load_corpus` says how the text is divided.
+
+    `source` is one of the names in `config.sources`, such as "stdlib".
+    """
 
     def encoded(documents: Iterable[str]) -> list[tuple[np.ndarray, int]]:
         return [(tokenizer.document(text), len(text.encode())) for text in documents]
@@ -115,9 +129,9 @@ def _load(source: str, config: DataConfig, tokenizer: Tokenizer) -> tuple[Corpus
 
 
 def _mix(corpora: Iterable[Corpus]) -> Corpus:
-    """Concatenate streams into one, after each is cut to the length of the shortest.
+    """Concatenate several token streams into one. First, each stream is cut to the length of the shortest stream.
 
-    The last token of each part becomes an end of text, because the cut may be inside a document.
+    Then the last token of each stream is replaced by the end of text, because the cut may be inside a document.
     """
     corpora = list(corpora)
     tokenizer = corpora[0].tokenizer
@@ -130,20 +144,20 @@ def _mix(corpora: Iterable[Corpus]) -> Corpus:
 
 
 def load_corpus(config: DataConfig) -> tuple[Corpus, Corpus]:
-    """Load the training stream and the held-out stream of a config.
+    """Load the text that `config` names, and return two token streams: (for training, held out for evaluation).
+
+    How the text is divided: if `heldout_path` is set, all text of `path` is for training, and the text of
+    `heldout_path` is held out. Otherwise the documents 0, heldout_every, 2 * heldout_every, ... are held out. For a
+    token file or a single document, the last 1 / heldout_every of the tokens is held out instead; then both streams
+    are views of one array. Each stream has at least one token.
 
     Several sources, such as `source="stdlib,logic"`, are loaded one by one. Then the training streams of all sources
-    are cut to the length of the shortest and concatenated, so that all sources have equal shares. The same is done with
-    the held-out streams. A generated source (`stickjax.data.tasks`) has `config.examples` lines, in documents of about
-    4 KB, which are the same in every run.
-
-    With `heldout_path`, the training stream comes from `path` and the held-out stream from `heldout_path`. Otherwise,
-    the documents 0, heldout_every, 2 * heldout_every, ... are held out. In a token file, the last 1 / heldout_every of
-    the tokens is held out, so that both streams stay views of the file. If there is a single document, it is cut in
-    two at the same place. Neither stream is ever empty.
+    are cut to the length of the shortest stream and concatenated, so that all sources have equal shares. The held-out
+    streams are treated in the same way. The name of a task, such as "logic", is a source of `config.examples` generated
+    lines, which are the same in every run. They are joined into documents of about 4 KB.
 
     Raises ValueError, naming the field or the file, if a file is missing, empty, cannot be read or decoded, or is a
-    token file of another tokenizer than `config.tokenizer`.
+    token file that another tokenizer than `config.tokenizer` made.
 
     >>> train, heldout = load_corpus(DataConfig(heldout_every=10))
     >>> train.tokens.dtype, len(train.tokens) > 8 * len(heldout.tokens) > 0

@@ -138,12 +138,13 @@ def example_data(config: Config) -> TrainingData:
 
 
 class LengthBucketedBatches:
-    """Random access to batches of B examples with about the same length. The batches are sorted, shortest first.
+    """Random access to batches of B examples, where the examples of a batch have about the same length.
 
-    The length of an example is the number of tokens in its longest text. The texts of a batch are padded to a multiple
-    of 8, but to T at most; the sources and the targets of translations are padded separately. In a batch of random
-    examples, all texts would be padded to the longest one, and training would take twice the work. `seed` decides which
-    examples of the same length are in one batch.
+    The length of an example is the number of tokens of its longest text. The batches are sorted by length, shortest
+    first. The texts of a batch are padded to a multiple of 8 tokens, but to T tokens at most; the sources and the
+    targets of translations are padded separately. Batches of random examples would need about twice the work, because
+    all texts of a batch are padded to the longest one. `seed` decides which examples of the same length are in one
+    batch. The longest examples are left out if they do not fill a batch.
     """
 
     def __init__(self, examples: Examples, B: int, seed: int):
@@ -166,9 +167,10 @@ class LengthBucketedBatches:
 
 
 class _ShortFirst:
-    """A curriculum of `steps` steps over the batches of `source`, which are sorted by length.
+    """A curriculum: a sequence of `steps` batches, which begins with batches of short examples.
 
-    Step i draws a random batch from the shortest ones: from the first max(1/10, (i + 1) / steps) of all batches.
+    Batch i is drawn at random from the first part of `source`, whose batches are sorted by length, shortest first. This
+    part is the share max(1/10, (i + 1) / steps) of all batches. `seed` decides the random numbers.
     """
 
     def __init__(self, source: LengthBucketedBatches, steps: int, seed: int):

@@ -1,4 +1,4 @@
-"""Windows of held-out text, in which a model predicts the same target tokens at several context lengths."""
+"""Windows of held-out text to evaluate a model: it predicts the same target tokens with several lengths of context."""
 
 import logging
 from collections.abc import Iterator
@@ -14,19 +14,23 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class EvalWindows:
-    """W windows of held-out text. A window is inside one document and has at most max(lengths) * T target tokens."""
+    """W windows of held-out text, to evaluate a model with contexts of m * T tokens, for every m in `lengths`.
 
-    tokens: np.ndarray  # [W, longest + 1], int32; the first token is the input of the first target
-    targets: np.ndarray  # [W], the number of targets of each window; the rest of its row of `tokens` is padding
-    T: int
-    lengths: tuple[int, ...]  # multiples of T that some document reaches
+    A window is a part of one document: one input token, then at most max(lengths) * T target tokens to predict.
+    """
+
+    tokens: np.ndarray  # [W, longest + 1], int32: each row is the first input, the targets of one window, and padding
+    targets: np.ndarray  # [W], the number of targets of each window; the longest window has `longest` targets
+    T: int  # the number of tokens of the context for m = 1
+    lengths: tuple[int, ...]  # the values of m: a document is long enough for a context of m * T tokens
     bytes: int  # number of bytes of the text of all targets
 
     def pieces(self, m: int) -> tuple[np.ndarray, np.ndarray]:
-        """Cut the windows into P pieces with a context of m * T tokens: (tokens [P, size + 1], target mask [P, size]).
+        """Cut the windows into P pieces, in which the context of a target is at most m * T tokens.
 
-        The mask at [p, i] is True if token i + 1 of piece p is a target, and False if it is padding. `size` is m * T,
-        or less if all windows are short. For every m, each target is in exactly one piece.
+        Return (tokens [P, size + 1], target mask [P, size]). The inputs of a piece are its first `size` tokens. The
+        mask at [p, i] is True if token i + 1 of piece p is a target, and False if this token is padding. `size` is
+        m * T, or less if all windows are shorter. For every m, each target is in exactly one piece.
         """
         W, longest = len(self.tokens), self.tokens.shape[1] - 1
         size = min(m * self.T, -(-longest // 64) * 64)
@@ -42,18 +46,20 @@ class EvalWindows:
 def heldout_windows(
     corpus: Corpus, T: int, *, lengths: tuple[int, ...] = (1, 2, 4, 8), max_tokens: int = 2**17, seed: int = 0
 ) -> EvalWindows:
-    """Choose windows of a text in which contexts of m * T tokens have the same targets, for every m in `lengths`.
+    """Choose windows of a held-out text, to compare the loss of a model with contexts of m * T tokens.
 
-    Every window is inside one document. The first input of a document is the same as in training: the first token of
-    the document, if this is the tokenizer's bos; otherwise an end of text in front of the document. All later tokens
-    are targets, including the end of text of the document.
+    The targets (tokens to predict) are the same for every m in `lengths`. A window is an input token, then targets from
+    one document. At the start of a document, the input token is its `bos`, or an end of text if there is no `bos`.
 
-    Full windows of M * T targets come first, where M is the largest length. Every document that is long enough gives
-    one full window before any document gives a second one; `seed` decides the order of the documents. Then come the
-    remaining parts: whole short documents, and the ends of longer documents. At least one window is taken. More windows
-    are taken as long as all windows together have at most `max_tokens` targets.
+    Windows of max(lengths) * T targets are taken first, in turn from all documents that are long enough. Then come
+    shorter documents and the remaining parts of long documents. At least one window is taken.
 
-    Lengths that no document reaches are left out, with a log message. The smallest length is never left out.
+    Args:
+      corpus: the held-out token stream.
+      T: the number of tokens of the context for m = 1.
+      lengths: the values of m. If no document has m * T targets, m is left out and logged. The smallest m always stays.
+      max_tokens: the largest number of targets in all windows. A first window with more targets is the only window.
+      seed: decides the order in which documents are taken.
 
     Raises ValueError if a length does not divide the largest length, or if `max_tokens` is below 1.
 
@@ -89,7 +95,7 @@ def heldout_windows(
     windows = []
     for document, first, n in sorted(chosen):
         start = starts[document] + first
-        own = first or (start and corpus.tokens[start - 1] == bos)  # whether the token before belongs to this document
+        own = first or (start and corpus.tokens[start - 1] == bos)  # True if the previous token is in this document
         before = corpus.tokens[start - 1] if own else eot
         windows.append(np.append(before, corpus.tokens[start : start + n]).astype(np.int32))
     targets = np.array([len(window) - 1 for window in windows])
@@ -100,10 +106,10 @@ def heldout_windows(
 
 
 def _parts(targets: np.ndarray, size: int, seed: int) -> Iterator[tuple[int, int, int]]:
-    """Yield parts of documents with at most `size` targets, full parts first.
+    """Divide documents into parts of at most `size` targets (tokens to predict). Yield the full parts first.
 
-    A part is (index of the document, index of its first target in the document, number of its targets).
-    `targets` has the number of targets of each document. `seed` decides the order of the documents.
+    A part is (index of the document, index of the part's first target in the document, number of targets in the part).
+    `targets` [n] has the number of targets of each of the n documents. `seed` decides the order of the documents.
     """
     rng = np.random.default_rng(seed)
     order, turn = rng.permutation(np.flatnonzero(targets >= size)), 0

@@ -6,11 +6,15 @@ from stickjax.data.tasks import Examples
 
 
 def pair_examples(config: Config, part: str, **options) -> Examples:
-    """Return the pairs of sentences for the classifier of a config; `part` is "train", "valid" or "test".
+    """Return labelled pairs of sentences to train or test the classifier of a config.
 
-    Texts have at most `config.data.T` tokens, or T if it is one of the `options`; the others are passed to the source,
-    such as `buckets` to `stickjax.data.tasks.logic.examples`. Raises ValueError if the source has no pairs, or no
-    buckets.
+    `part` is "train", "valid" or "test".
+
+    `options` are arguments for the function `examples` of the source, such as `buckets` for
+    `stickjax.data.tasks.logic.examples`. A sentence has at most `config.data.T` tokens, or T if T is among the options.
+
+    Raises ValueError if `config.data.source` has no pairs, if it has no buckets but `buckets` is one of the options, or
+    if a sentence has more than T tokens.
     """
     if "buckets" in options and config.data.source != "logic":
         raise ValueError(f"pairs by their number of operators need source='logic', not {config.data.source!r}")

@@ -10,12 +10,13 @@ from stickjax.data.tokenizer import load_tokenizer
 
 
 class Reader(NamedTuple):
-    """The functions that read one kind of training data, such as a text.
+    """The functions for one kind of training data, such as a text. Each function takes a Config.
 
-    `data(config)` returns the training data. `ids(config)` returns the sizes that a model needs for it, as {field of
-    the model config: number}, such as {"V": 12, "classes": 7}: V is the number of ids, V_target the number of ids of
-    targets of translations, and classes the number of labels. `source(config)` returns a text for messages that says
-    where they come from, such as "tokenizer='byte'".
+    `data`: returns the training data.
+    `ids`: returns the sizes of the data as {field of the model config: number}, such as {"V": 12, "classes": 7}. V is
+      the number of token ids, V_target is the number of ids of the targets of translations, and classes is the number
+      of labels.
+    `source`: returns a text for messages, which says where the ids come from, such as "tokenizer='byte'".
     """
 
     data: Callable[[Config], TrainingData]
@@ -24,7 +25,7 @@ class Reader(NamedTuple):
 
 
 _EXAMPLES = Reader(example_data, lambda config: task_of(config).ids, lambda config: task_of(config).name)
-# {`reads` of the config of a model: its reader}
+# {kind of data, as in the field `reads` of a model's config: the functions for this kind}
 READERS = {
     "text": Reader(
         text_data,
@@ -35,8 +36,11 @@ READERS = {
 
 
 def training_data(config: Config) -> TrainingData:
-    """Load the training data that the model of a config reads: a text, pairs, sentences or translations.
+    """Load the training data of a config, of the kind that its model reads.
 
-    Raises ValueError if the source cannot be read, or does not have the kind of data that the model reads.
+    A language model reads a text. A classifier reads pairs of sentences or single sentences. A model of translations
+    reads translations.
+
+    Raises ValueError if `config.data.source` cannot be read, or is not the kind of data that the model needs.
     """
     return READERS[config.model.reads].data(config)

@@ -30,14 +30,18 @@ _GENERATED = re.compile(r"generated (by|from)|automatically generated", re.IGNOR
 
 
 class NotText(Exception):
-    """Raised for a file that is not text. Arguments: the kind of the file, such as "a folder", and perhaps advice."""
+    """Raised for a file that is not text.
+
+    Arguments: what the file is, such as "compressed", and sometimes what the user can do, such as "unpack it first".
+    """
 
 
 def files_below(folder: Path, skip: re.Pattern | None = None) -> list[Path]:
-    """Return the paths of all files in a folder and its subfolders, sorted by their path below the folder.
+    """Return the paths of all files in a folder and its subfolders, sorted by the path relative to the folder.
 
-    Hidden files and folders are left out, and so are folders whose name matches `skip`. Links are followed. A file with
-    several paths is listed once: by its real path if that is below the folder, otherwise by the path of a link.
+    Hidden files and folders are left out, and so are folders whose name matches `skip`. Symbolic links are followed. A
+    file that has several paths is returned once: with its real path if the real path is inside the folder, otherwise
+    with the path of a link.
 
     Raises ValueError if a folder cannot be read.
     """
@@ -67,10 +71,10 @@ def files_below(folder: Path, skip: re.Pattern | None = None) -> list[Path]:
 
 
 def open_text(file: Path) -> BinaryIO:
-    """Open a file for reading bytes; the first read begins after the byte order mark of UTF-8, if there is one.
+    """Open a text file to read its bytes. A byte order mark of UTF-8 at the start of the file is skipped.
 
-    Raises NotText if the file is no regular file or begins with a mark of UTF-16 or UTF-32. Raises ValueError if the
-    file cannot be read.
+    Raises NotText if the file is not a regular file, or if it begins with a byte order mark of UTF-16 or UTF-32. Raises
+    ValueError if the file cannot be read.
     """
     try:
         mode = file.stat().st_mode
@@ -90,7 +94,7 @@ def open_text(file: Path) -> BinaryIO:
 
 
 def read_text(file: Path) -> str:
-    """Return the text of a UTF-8 file, without its byte order mark.
+    """Return the text of a UTF-8 file, without the byte order mark that some files begin with.
 
     Raises NotText if the file is not UTF-8 text, and ValueError if it cannot be read.
     """
@@ -107,7 +111,7 @@ def read_text(file: Path) -> str:
 
 
 def stdlib_documents() -> Iterator[str]:
-    """Yield the text of each source file in the standard library of the running Python.
+    """Yield the text of each Python file in the standard library of the running Python: a text to train on offline.
 
     Tests, generated tables and files that are not UTF-8 are left out.
     """
@@ -126,13 +130,15 @@ def stdlib_documents() -> Iterator[str]:
 def _text_of(record: Any, text_field: str, where: str) -> str:
     text = record.get(text_field) if isinstance(record, dict) else None
     if not isinstance(text, str):
-        more = f"; it is a {type(record).__name__}, not an object"
+        more = f"; this value is a {type(record).__name__}, not a JSON object"
         if isinstance(record, dict):
-            fields = f"its fields are {', '.join(map(repr, record)) or 'none'}"
-            more = f": it is {text!r:.40}" if text_field in record else f"; {fields:.100}"
-        raise ValueError(f"{where}: no text in the field data.text_field={text_field!r}{more}")
+            fields = f"the fields of this object are {', '.join(map(repr, record)) or 'none'}"
+            more = f": its value is {text!r:.40}" if text_field in record else f"; {fields:.100}"
+        raise ValueError(f"{where}: no text in the field {text_field!r} (data.text_field){more}")
     if re.search("[\ud800-\udfff]", text):  # possible in JSON, but not in UTF-8
-        raise ValueError(f"{where}: the field {text_field!r} has half a surrogate pair, which is not a character")
+        raise ValueError(
+            f"{where}: the field {text_field!r} contains half of a surrogate pair, which is not a character"
+        )
     return text
 
 
@@ -156,7 +162,10 @@ def _lines_of_json(file: Path, lines: Iterable[bytes], text_field: str) -> Itera
 
 
 def _is_token_file(file: Path) -> bool:
-    """Return whether a file is the OUT.bin or the OUT.json of a token file (see `stickjax.data.token_files`)."""
+    """Return True if `file` is one of the two files of a token file, which is a tokenized text on disk.
+
+    A token file consists of NAME.bin with the token ids, and NAME.json, whose entry "format" is TOKENS_FORMAT.
+    """
     description = file.with_suffix(".json")
     try:
         if description.stat().st_size > 2**16:  # the description of a token file has less than a KiB
@@ -170,8 +179,8 @@ def _is_token_file(file: Path) -> bool:
 def _records(file: Path, text: str, text_field: str) -> Iterable[str] | None:
     """Return the texts of the records in a .json file; None if the file has no records.
 
-    `text` is the content of the file. A record is a JSON object with a string in the field `text_field`. The file may
-    be an array of records, have a record on every line, or be a single record.
+    A record is a JSON object that has a text in its field `text_field`. The file may contain an array of records, one
+    record on every line, or a single record. `text` is the content of the file, and `file` is its path for messages.
     """
     first = next((line for line in text.split("\n") if line.strip()), "")
     for part in (text, first):
@@ -190,18 +199,18 @@ def _records(file: Path, text: str, text_field: str) -> Iterable[str] | None:
 
 
 def _documents(file: Path, text_field: str) -> tuple[Iterable[str], bool]:
-    """Return the documents of a file, and whether the file is a .json file that is read as a single document.
+    """Return (the documents of a file, whether the file is a .json file that is read as one document).
 
-    Raises NotText if the file is not text.
+    `text_field` is the field that has the text of a JSON object. Raises NotText if the file is not text.
     """
     suffix = file.suffix.lower()
     if suffix in (".jsonl", ".ndjson"):
         return _jsonl_documents(file, text_field), False
     if suffix in (".bin", ".json") and _is_token_file(file):
-        raise NotText("a token file", "data.source='tokens' reads it")
+        raise NotText("a token file", "set data.source='tokens' to read it")
     text = read_text(file)
-    if "\0" in text:  # such as UTF-16 without a byte order mark, which may decode by accident
-        raise NotText("not UTF-8 text", "it has zero bytes")
+    if "\0" in text:  # UTF-16 without a byte order mark may be valid UTF-8 by accident
+        raise NotText("not UTF-8 text", "it has NUL bytes (0x00), as UTF-16 has")
     records = _records(file, text, text_field) if suffix == ".json" else None
     return ([text], suffix == ".json") if records is None else (records, False)
 
@@ -211,19 +220,24 @@ def _count(files: list[Path], root: Path) -> str:
 
 
 def text_documents(path: str, text_field: str = "text", name: str = "data.path") -> Iterator[str]:
-    """Yield the documents of a file, or of all files below a folder; empty documents are left out.
+    """Yield the documents of a text file, or of all text files in a folder and its subfolders, sorted by path.
 
-    A file is one document, with two exceptions. A .jsonl or .ndjson file (in upper or lower case) has a JSON object on
-    every line, whose field `text_field` is a document. The same holds for a .json file that has such objects on its
-    lines or in an array. Any other .json file is one document, with a log message. A byte order mark is not part of a
-    document.
+    A document is a text; empty ones are left out. Most files are one document. A .jsonl or .ndjson file has one
+    document per line: the field `text_field` of the JSON object on the line. A .json file may contain such
+    objects too: a single object, one on every line, or an array. Then each object is a document. Any other .json file
+    is one document, and a log message says so. A byte order mark is removed.
 
-    In a folder, hidden files are left out. Files that are not text are left out too, and their number is logged: files
-    that are not UTF-8 or have zero bytes, token files, pipes, sockets, devices and broken links. Links to folders are
-    followed; no file is read twice.
+    In a folder, hidden files are left out. Files that are not text are left out too, and a log message gives their
+    number: files that are not UTF-8 or have NUL bytes, token files, pipes, sockets, devices and broken links. Links to
+    folders are followed. No file is read twice.
 
-    `name` is the name of the path in messages. Raises ValueError if the path does not exist, cannot be read, has no
-    text or is not text, and if a JSON object does not have the field (with file and line).
+    Args:
+      path: the file or folder.
+      text_field: the name of the field of a JSON object that has the text.
+      name: the name of the config field or argument that has the path, for messages.
+
+    Raises ValueError if the path does not exist, cannot be read, has no text or is not text. The same error is raised
+    if a JSON object does not have the field `text_field`; its message names the file and the line.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -234,7 +248,7 @@ def text_documents(path: str, text_field: str = "text", name: str = "data.path")
     """
     root, empty, left_out, as_they_stand = Path(path), True, {}, []
     if not os.path.lexists(root):
-        hint = f"; --{name}=PATH says where it is" if name.startswith("data.") else ""
+        hint = f"; give the right path by --{name}=PATH" if name.startswith("data.") else ""
         raise ValueError(f"{name}={path!r} does not exist{hint}")
     for file in files_below(root) if root.is_dir() else [root]:
         try:
@@ -256,6 +270,8 @@ def text_documents(path: str, text_field: str = "text", name: str = "data.path")
         log.warning("%s=%r: left out %d file%s: %s", name, path, n, "s"[n == 1 :], kinds)
     if as_they_stand:
         counts = _count(as_they_stand, root)
-        log.warning("%s=%r: .json without a field %r is read as one document (%s)", name, path, text_field, counts)
+        log.warning(
+            "%s=%r: a .json file without a field %r is read as one document (%s)", name, path, text_field, counts
+        )
     if empty:
-        raise ValueError(f"{name}={path!r} holds no text")
+        raise ValueError(f"{name}={path!r} contains no text")

@@ -1,4 +1,4 @@
-"""Find the special tokens, such as the end of text, that the files beside a tokenizer.json name."""
+"""Find special tokens, such as the end of text: their ids are in files next to a tokenizer.json, in the same folder."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -20,11 +20,11 @@ _TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls
 
 
 class Named(NamedTuple):
-    """The ids of the special tokens that the files of a folder name; see `named`."""
+    """The ids of special tokens that are named in the files of a tokenizer's folder: the result of `named`."""
 
-    ends: tuple[int, ...]  # each of them ends a text; the first also ends a document in training
-    special: frozenset[int]  # all ids of added tokens that a file names, for any purpose
-    problem: str = ""  # why `ends` is empty although a file names an end
+    ends: tuple[int, ...]  # each of these ids ends a generated text; the first also ends a document in training
+    special: frozenset[int]  # the ids of all added tokens that a file names as special tokens, for any purpose
+    problem: str = ""  # a message, if a file names an end of text that the tokenizer does not have
 
 
 def read_object(content: bytes, where: str | Path) -> dict[str, Any]:
@@ -45,10 +45,10 @@ def read_object(content: bytes, where: str | Path) -> dict[str, Any]:
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
-    """Read the files of `FILES` that exist in a folder, and return {name: content}.
+    """Read the files of a tokenizer's folder that may name special tokens, and return {name of the file: content}.
 
-    The ids of special tokens in a Hugging Face config.json are added as the content of a file with the name TOKEN_IDS.
-    Raise ValueError for a file that cannot be read.
+    These are the files in `FILES` that exist. A Hugging Face config.json also has ids of special tokens: they are
+    returned as the content of a file with the name TOKEN_IDS. Raise ValueError if a file cannot be read.
     """
     files = {}
     for name in (*FILES, "config.json"):
@@ -67,22 +67,26 @@ def read_files(folder: Path) -> dict[str, bytes]:
 
 
 def write_files(files: Mapping[str, bytes], folder: Path) -> None:
-    """Write files, given as {name: content}, into a folder. Every file is written completely or not at all."""
+    """Write `files`, {name of the file: content}, into a folder. Each file is written completely or not at all."""
     for name, content in files.items():
         write_file(folder / name, content)
 
 
 def with_end(files: Mapping[str, bytes], ends: Sequence[int], text: str, folder: Path) -> dict[str, bytes]:
-    """Return a copy of `files` (see `read_files`) in which the ids `ends` are the ends of text.
+    """Return a copy of `files` in which the entries for the end of text have the ids `ends`, or the text `text`.
 
-    `text` is the text of the token with the first id. `folder` is the folder of the files, for error messages.
+    Args:
+      files: {name of the file: content}, the result of `read_files(folder)`.
+      ends: the ids that end a generated text. The first of them also ends a document in training.
+      text: the text of the token whose id is ends[0].
+      folder: the folder of the files, for messages.
     """
     ids = ends[0] if len(ends) == 1 else list(ends)
     changed = dict(files)
     for name, key, value in (
         (GENERATION, "eos_token_id", ids), (TOKEN_IDS, "eos_token_id", ids), (TOKENIZER_CONFIG, "eos_token", text),
     ):  # fmt: skip
-        # Without a GENERATION file, programs that generate look for the ids in config.json.
+        # If there is no GENERATION file, other programs read the ids for generation from config.json.
         if name != GENERATION or name in files:
             tree = read_object(files.get(name, b"{}"), folder / name)
             changed[name] = (json.dumps(tree | {key: value}, indent=2) + "\n").encode()
@@ -90,10 +94,15 @@ def with_end(files: Mapping[str, bytes], ends: Sequence[int], text: str, folder:
 
 
 def named(files: Mapping[str, bytes], added: Mapping[str, int], folder: Path) -> Named:
-    """Find the ids of special tokens in `files`, the result of `read_files(folder)`.
+    """Return the ids of the special tokens that are named in the files of a tokenizer's folder.
 
-    `added` is {text: id} of the added tokens in the tokenizer.json of the folder. The ends of text come from the first
-    file that names any. Raises ValueError for a file that is not a JSON object, and for an id that is not a number.
+    Args:
+      files: {name of the file: content}, the result of `read_files(folder)`. If several files name ends of text, the
+        first file in the order of `FILES` decides.
+      added: {text: id} of the added tokens in the tokenizer.json of the folder.
+      folder: the folder of the files, for messages.
+
+    Raises ValueError if a file is not a JSON object, or if an entry is neither an id nor a token.
 
     >>> named({"generation_config.json": b'{"eos_token_id": [5, 6]}'}, {"<|end|>": 5}, Path("folder"))
     Named(ends=(5, 6), special=frozenset({5}), problem='')
@@ -120,10 +129,19 @@ def named(files: Mapping[str, bytes], added: Mapping[str, int], folder: Path) ->
 
 
 def _ids(key: str, value: Any, added: Mapping[str, int], where: Path) -> list[int]:
-    """Return the ids that the entry `key` of the file `where` names.
+    """Return the token ids that an entry of a JSON file stands for.
 
-    `value` is an id, the text of an added token, an object whose "content" is such a text, or a list of these. `added`
-    is {text: id} of the added tokens. Raises ValueError for any other value.
+    Negative ids, and texts of tokens that are not in `added`, are left out.
+
+    Args:
+      key: the name of the entry, such as "eos_token_id".
+      value: the value of the entry: a token id if `key` ends in "_id", otherwise the text of a token or an object
+        {"content": text}. It may also be a list of these, or None. For the key "added_tokens_decoder", it is a
+        dictionary of objects {"content": text, "special": bool}; only those with a true "special" are used.
+      added: {text: id} of the added tokens.
+      where: the path of the file, for messages.
+
+    Raises ValueError for any other value.
     """
     if value is None:
         return []
@@ -138,5 +156,7 @@ def _ids(key: str, value: Any, added: Mapping[str, int], where: Path) -> list[in
         elif isinstance(text, str) and not key.endswith("_id"):
             ids += [added[text]] if text in added else []
         else:
-            raise ValueError(f"{where}: {key}={entry!r} is not {'an id' if key.endswith('_id') else 'a token'}")
+            raise ValueError(
+                f"{where}: {key}={entry!r} is not {'a token id' if key.endswith('_id') else 'the text of a token'}"
+            )
     return ids

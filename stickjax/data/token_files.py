@@ -1,4 +1,8 @@
-"""Token files, for texts that do not fit into memory. OUT.bin contains the token ids, and OUT.json describes them."""
+"""Token files: tokenized texts on disk, which may be larger than the memory.
+
+A token file OUT consists of two files: OUT.bin has the token ids of the text, and OUT.json says which tokenizer made
+them, how many there are, and the sha256 of OUT.bin.
+"""
 
 import functools
 import hashlib
@@ -25,20 +29,27 @@ _TYPES = dict(
 
 
 def token_paths(path: str) -> tuple[Path, Path]:
-    """Return the paths OUT.bin and OUT.json of a token file; `path` is OUT, OUT.bin or OUT.json."""
+    """Return the two paths OUT.bin and OUT.json of a token file. `path` is OUT, OUT.bin or OUT.json."""
     stem = Path(path).with_suffix("") if Path(path).suffix in (".bin", ".json") else Path(path)
     if not stem.name:
-        raise ValueError(f"{path!r} has no name to which .bin and .json could be added")
+        raise ValueError(f"{path!r} is not the name of a file, to which .bin and .json can be added")
     return stem.with_name(stem.name + ".bin"), stem.with_name(stem.name + ".json")
 
 
 def tokenize(source: str, out: str, tokenizer: str = "byte", text_field: str = "text", eot: str | None = None) -> dict:
-    """Write the documents of a text as the token file out.bin and out.json, and return the content of out.json.
+    """Convert a text to a token file, which consists of out.bin and out.json. Return the content of out.json.
 
-    `source` is a text file, a .jsonl file or a folder. `tokenizer`, `text_field` and `eot` have the meaning of the
-    config fields with these names. One document is in memory at a time. Both files get their names only when they are
-    complete, the .json last. Raises ValueError if the text or the tokenizer cannot be read, or if a file cannot be
-    written.
+    Only one document is in memory at a time. Both files are written under temporary names and renamed when they are
+    complete, the .json last.
+
+    Args:
+      source: a text file, a .jsonl file, or a folder of such files.
+      out: the path of the token file, without an ending.
+      tokenizer: "byte" or the path of a tokenizer.json.
+      text_field: the field of a JSON object that has the text.
+      eot: the text of the added token that ends a document; None: it is found in the files of the tokenizer.
+
+    Raises ValueError if the text or the tokenizer cannot be read, or if a file cannot be written.
     """
     encoder, (data_path, meta_path) = load_tokenizer(tokenizer, eot), token_paths(out)
     dtype, digest = token_dtype(encoder.vocab_size), hashlib.sha256()
@@ -75,10 +86,10 @@ def tokenize(source: str, out: str, tokenizer: str = "byte", text_field: str = "
 
 
 def _read_meta(path: str, name: str) -> dict:
-    """Return the content of the .json of a token file, with "dtype" as a NumPy dtype.
+    """Return the content of the .json file of a token file, where the value of "dtype" is converted to a NumPy dtype.
 
-    `name` is the name of the path in messages. Raise ValueError if the .bin or the .json does not exist, or if a field
-    of the .json is missing or has a wrong type.
+    `path` is the path of the token file, and `name` is the config field or argument that has this path, for messages.
+    Raise ValueError if the .bin or the .json does not exist, or if a field of the .json is missing or has a wrong type.
     """
     data_path, meta_path = token_paths(path)
     for file in (data_path, meta_path):
@@ -89,13 +100,19 @@ def _read_meta(path: str, name: str) -> dict:
     try:
         meta = json.loads(read_text(meta_path))
         if (meta["format"], meta["version"]) != (TOKENS_FORMAT, 1):
-            raise ValueError(f"its format is {meta['format']!r}, version {meta['version']}")
+            raise ValueError(
+                f"its format is {meta['format']!r}, version {meta['version']}, instead of {TOKENS_FORMAT!r}, version 1"
+            )
         for key, kind in _TYPES.items():
             if type(meta[key]) is not kind or (kind is int and meta[key] < 0):
-                raise ValueError(f"{key}={meta[key]!r:.80} must be {'a whole number' if kind is int else 'a string'}")
+                raise ValueError(
+                    f"{key}={meta[key]!r:.80} must be {'a whole number, at least 0' if kind is int else 'a string'}"
+                )
         meta["dtype"] = np.dtype(meta["dtype"])
     except KeyError as error:
-        raise ValueError(f"{name}={path!r}: {meta_path} does not describe a token file: it has no {error}") from error
+        raise ValueError(
+            f"{name}={path!r}: {meta_path} does not describe a token file: it has no entry {error}"
+        ) from error
     except (ValueError, TypeError, RecursionError, NotText) as error:
         raise ValueError(f"{name}={path!r}: {meta_path} does not describe a token file: {error}") from error
     return meta
@@ -103,19 +120,20 @@ def _read_meta(path: str, name: str) -> dict:
 
 @functools.cache
 def _sha256(file: Path, size: int, changed: int) -> str:
-    """Return the sha256 of a file. The result is cached for the same `size` in bytes and the same time of change.
+    """Return the sha256 of a file as hex digits. The result is cached.
 
-    `changed` is the time of the last change, in nanoseconds.
+    `size` is the size of the file in bytes, and `changed` is the time of its last change in nanoseconds. The
+    cache depends on both, so that a file that has changed is read again.
     """
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def verify(path: str, name: str = "PATH") -> dict:
-    """Check the sha256 of a token file, and return the content of its .json.
+    """Check that a token file is intact: that its .bin has the sha256 that its .json records. Return the .json content.
 
-    `name` is the name of the path in messages. Raises ValueError if the .bin does not have the sha256 that the .json
-    records, or if the .json does not describe a token file.
+    `path` is the path of the token file, and `name` is the config field or argument that has this path, for messages.
+    Raises ValueError if the sha256 differs, or if the .json does not describe a token file.
     """
     meta, (file, _) = _read_meta(path, name), token_paths(path)
     state = file.stat()
@@ -128,12 +146,16 @@ def verify(path: str, name: str = "PATH") -> dict:
 
 
 def open_tokens(path: str, tokenizer: Tokenizer, name: str) -> tuple[np.ndarray, dict]:
-    """Open a token file: return its ids [n], as a memmap, and the content of its .json.
+    """Open a token file, and return (its token ids [n], the content of its .json). The ids are a memmap of the .bin.
 
-    If the .bin has up to 1 GiB, its sha256 is checked. For a larger file, a log message says that it is not verified.
-    `name` is the name of the path in messages.
+    If the .bin has at most 1 GiB, its sha256 is checked. If it is larger, a log message says that it is not verified.
 
-    Raises ValueError if the token file is damaged or was not made by `tokenizer`.
+    Args:
+      path: the path of the token file.
+      tokenizer: the tokenizer that must have made the token file.
+      name: the name of the config field that has the path, for messages.
+
+    Raises ValueError if the token file is damaged or was made by another tokenizer.
     """
     meta, (data_path, _) = _read_meta(path, name), token_paths(path)
     n, dtype = meta["num_tokens"], meta["dtype"]
@@ -144,7 +166,10 @@ def open_tokens(path: str, tokenizer: Tokenizer, name: str) -> tuple[np.ndarray,
             f"but data.tokenizer is {tokenizer.name!r} with vocab_size={tokenizer.vocab_size} and eot={tokenizer.eot}"
         )
     if dtype != token_dtype(tokenizer.vocab_size):
-        raise ValueError(f"{name}={path!r}: dtype {dtype.str} is wrong for vocab_size={tokenizer.vocab_size}")
+        raise ValueError(
+            f"{name}={path!r}: dtype {dtype.str} does not fit vocab_size={tokenizer.vocab_size}; the file is damaged; "
+            "make it again by python -m stickjax.data tokenize"
+        )
     size = data_path.stat().st_size
     if not n or size != n * dtype.itemsize:
         raise ValueError(
@@ -154,9 +179,11 @@ def open_tokens(path: str, tokenizer: Tokenizer, name: str) -> tuple[np.ndarray,
     tokens = np.memmap(data_path, dtype, mode="r")
     largest = max(int(tokens[:_BLOCK].max()), int(tokens[-_BLOCK:].max()))
     if largest >= tokenizer.vocab_size:
-        raise ValueError(f"{name}={path!r}: token {largest} is outside vocab_size={tokenizer.vocab_size}")
+        raise ValueError(f"{name}={path!r}: token id {largest} must be below vocab_size={tokenizer.vocab_size}")
     if size <= _VERIFIED:
         verify(path, name)
     else:
-        log.warning("%s=%r has more than 1 GiB: not verified; python -m stickjax.data verify does that", name, path)
+        log.warning(
+            "%s=%r has more than 1 GiB, so it is not verified; python -m stickjax.data verify checks it", name, path
+        )
     return tokens, meta

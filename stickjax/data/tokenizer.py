@@ -13,7 +13,8 @@ import numpy as np
 
 from stickjax.data import special_tokens
 
-# The end-of-text tokens of published tokenizers. If no file names one, the first one that is an added token is used.
+# The end-of-text tokens of published tokenizers. If no file names the end of text of a tokenizer, it is the first of
+# these tokens that is an added token of the tokenizer.
 END_OF_TEXT = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[EOS]")
 
 WORDS_FILE = "words.json"  # the file of a `WordTokenizer`
@@ -22,7 +23,7 @@ _WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """Return the smallest unsigned integer type, in little-endian order, for the ids 0 to vocab_size - 1.
+    """Return the smallest unsigned integer type that can store the ids 0 to vocab_size - 1. It is little-endian.
 
     >>> token_dtype(257)
     dtype('uint16')
@@ -33,17 +34,18 @@ def token_dtype(vocab_size: int) -> np.dtype:
 class Tokenizer(abc.ABC):
     """The interface of every tokenizer.
 
-    Special tokens, such as the end of text, decode to an empty text of 0 bytes. A text that spells a special token,
-    such as "<|endoftext|>", is encoded as ordinary text, except with `special=True`.
+    Special tokens, such as the end of text, decode to the empty text. If a text contains the spelling of a special
+    token, such as "<|endoftext|>", the spelling is encoded as ordinary letters, except by `encode` with
+    special=True.
 
     Attributes:
-      name: identifies the tokenizer by its content: 'byte', or 'hf:' or 'words:' and 16 hex digits of the file's
-        sha256.
-      vocab_size: the largest id plus one; there may be gaps between ids.
-      eot: the id that ends a document.
+      name: 'byte', or 'hf:' or 'words:' and 16 hex digits of the sha256 of the file of the tokenizer. It is recorded
+        with a trained model.
+      vocab_size: the largest token id plus one; some smaller ids may be unused.
+      eot: the id of the end of text, which ends a document in training.
       ends: the ids that end a generated text, including `eot`.
-      prefix: the ids that `encode` puts in front of every text.
-      files: {name: content} of the files that define the tokenizer, to copy them into another folder.
+      prefix: the ids that `encode` puts in front of every text, such as a begin-of-text id.
+      files: {name: content} of the files that define the tokenizer. A run folder gets a copy of them.
     """
 
     name: str
@@ -54,51 +56,57 @@ class Tokenizer(abc.ABC):
     files: dict[str, bytes] = {}
 
     def encode(self, text: str, *, special: bool = False) -> np.ndarray:
-        """Return the ids [n] of a text, which begin with the ids of `prefix`.
+        """Return the token ids [n] of a text, with the ids of `prefix` in front.
 
-        With `special`, text that spells a special token is encoded as that token. If the ids of the text begin with the
-        prefix already, as with chat templates, the prefix is not added again.
+        With `special`, a part of the text that spells a special token is encoded as this token. The prefix is added
+        only once: a text from a chat template may already begin with it.
         """
         ids, prefix = self._encode(text, special).tolist(), list(self.prefix)
         return np.array(ids if ids[: len(prefix)] == prefix else prefix + ids, token_dtype(self.vocab_size))
 
     @abc.abstractmethod
     def _encode(self, text: str, special: bool) -> np.ndarray:
-        """Return the ids [n] of a text without the prefix; `special` is explained in `encode`."""
+        """Return the token ids [n] of a text, without the ids of `prefix` in front.
+
+        With `special`, a part of the text that spells a special token is encoded as this token.
+        """
 
     @abc.abstractmethod
     def decode(self, ids) -> str:
-        """Return the text of ids [n]. An incomplete character becomes U+FFFD."""
+        """Return the text of the token ids [n]. If the bytes of a character are incomplete, the character is U+FFFD."""
 
     def special_id(self, text: str) -> int | None:
-        """Return the id of the special token with this text; None if there is none."""
+        """Return the id of the special token whose spelling is `text`; None if there is no such token."""
         return None
 
     def count_bytes(self, ids) -> int:
-        """Return the number of UTF-8 bytes in the text of ids [n]. A character cut at an end counts as U+FFFD."""
+        """Return the number of UTF-8 bytes in the text of the token ids [n], to compute a loss per byte.
+
+        If the first or the last character is incomplete, it is counted as U+FFFD, which has 3 bytes.
+        """
         return len(self.decode(ids).encode())
 
     @property
     def bos(self) -> int | None:
-        """The id that begins a document, if it differs from `eot`; otherwise None."""
+        """The id of the token that begins a document in training; None if there is no such token, or if it is `eot`."""
         return next((i for i in self.prefix if i != self.eot), None)
 
     def document(self, text: str) -> np.ndarray:
-        """Return the ids [n] of a document for training: the prefix without `eot`, the text, and `eot`."""
+        """Return the token ids [n] of a document in training: `prefix` without `eot`, the ids of the text, `eot`."""
         dtype = token_dtype(self.vocab_size)
         begin = np.array([i for i in self.prefix if i != self.eot], dtype)
         return np.concatenate([begin, self._encode(text, False), np.array([self.eot], dtype)], dtype=dtype)
 
     def prompt(self, text: str, *, special: bool = False) -> np.ndarray:
-        """Return the ids [n] of a prompt for a model: the ids of `encode`, but at least one id.
+        """Return the token ids [n] of a prompt for a model: the ids of `encode(text)`, or `eot` if there are none.
 
-        If `encode` returns no ids, as for an empty text, the prompt is `eot`, which precedes a document in training.
+        A prompt needs at least one id. `eot` is a good one, because it comes before every document in training.
         """
         ids = self.encode(text, special=special)
         return ids if len(ids) else np.array([self.eot], token_dtype(self.vocab_size))
 
     def save(self, folder: Path) -> None:
-        """Write the files of the tokenizer into a folder. `load_tokenizer` reads its .json there."""
+        """Write the files of the tokenizer into a folder. `load_tokenizer` loads it from its .json file there."""
         special_tokens.write_files(self.files, folder)
 
 
@@ -190,11 +198,12 @@ class WordTokenizer(Tokenizer):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A tokenizer from a file tokenizer.json, which the optional package `tokenizers` reads.
+    """A tokenizer from a file tokenizer.json at `path`, which the optional package `tokenizers` reads.
 
-    The end of text is an added token of the file: `eot`; if that is None, the token that the files in the same folder
-    name (`special_tokens.named`); if they name none, the first added token in `END_OF_TEXT`. The prefix consists of the
-    ids that the post-processor of the file puts in front of a text.
+    The end of text is `eot`, the text of an added token of the file. If `eot` is None, the end of text is found by
+    `special_tokens.named` in other files of the same folder. If these files name no end of text, the first token of
+    `END_OF_TEXT` that is an added token is used. The attribute `prefix` has the ids that the post-processor of the file
+    puts in front of a text.
     """
 
     def __init__(self, path: str | Path, eot: str | None = None):
@@ -240,10 +249,10 @@ class HuggingFaceTokenizer(Tokenizer):
         for text, i in added.items():
             if (other := self._tokenizer.token_to_id(text)) != i:
                 raise ValueError(
-                    f"{where}: its added token {text!r} has id {i}, but the tokenizers package says {other}"
+                    f"{where}: its added token {text!r} has id {i}, but the package tokenizers gives it id {other}"
                 )
         if not ends:
-            problem = problem or f"{where} has no end of text: no file beside it names one"
+            problem = problem or f"{where} has no end of text: no file in its folder names one"
             raise ValueError(f"{problem}; set data.eot to one of its added tokens: {_listed(added)}")
         self._tokenizer.encode_special_tokens = True  # text that spells a special token is encoded as ordinary text
         # The name comes from the content, because a path means nothing on another machine.
@@ -256,9 +265,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self._forbidden = np.array(sorted({*self._special.values()} - ({unknown} - self.ends)), int)
 
     def _prefix(self, text: str) -> tuple[int, ...]:
-        """Return the ids that the post-processor puts in front of `text`, which should be an added token.
+        """Return the special token ids that the post-processor of the tokenizer puts in front of `text`.
 
-        Every tokenizer can encode an added token.
+        `text` should be an added token, because every tokenizer can encode an added token.
         """
         encoding = self._tokenizer.encode(text)
         return tuple(encoding.ids[: (encoding.special_tokens_mask + [0]).index(0)])
@@ -277,7 +286,10 @@ class HuggingFaceTokenizer(Tokenizer):
         return np.array(ids, token_dtype(self.vocab_size))
 
     def _spelling(self, token: int) -> list[int]:
-        """Return the ids of the text that spells a special token. The text is encoded letter by letter."""
+        """Return the ids that encode the spelling of a special token as ordinary text, letter by letter.
+
+        `token` is the id of the special token. A text may contain the spelling, which must stay ordinary text.
+        """
         model = self._tokenizer.model
         ids = [piece.id for letter in self._tokenizer.id_to_token(token) for piece in model.tokenize(letter)]
         return [i for i in ids if i not in self._forbidden]
@@ -295,9 +307,10 @@ def _listed(tokens: Iterable[str], most: int = 12) -> str:
 
 
 def load_tokenizer(name: str, eot: str | None = None) -> Tokenizer:
-    """Load a tokenizer: `name` is 'byte', or the path of a tokenizer.json or a words.json, as in `data.tokenizer`.
+    """Load a tokenizer. `name` is 'byte' or the path of a tokenizer.json or a words.json, as in `data.tokenizer`.
 
-    `eot` is the text of the added token that ends a document, as in `data.eot`; None: the tokenizer chooses it.
+    `eot` is the text of the added token that ends a document, as in the config field `data.eot`. If it is None, the
+    end of text is found in the files of the tokenizer.
 
     Raises ValueError if the file cannot be read or has no end of text, or if the package `tokenizers` is missing.
 
@@ -310,10 +323,11 @@ def load_tokenizer(name: str, eot: str | None = None) -> Tokenizer:
 
 
 class StreamDecoder:
-    """A decoder of ids that arrive one at a time. The text of a character is returned when all its ids have arrived.
+    """A decoder for generated token ids, which arrive one at a time. Several ids may be parts of one character.
 
-    `prompt` has the ids before the stream. The text of the prompt, followed by the text of the stream, is the text of
-    all ids. None means that the stream continues an unknown text.
+    `feed` returns a character when all its ids have arrived. The returned texts together are the text that the ids add
+    to the text of the prompt. `prompt` has the ids of the prompt. If it is None, the ids are decoded as if they came
+    after the text "a", because a tokenizer may drop a space at the start of a text.
 
     >>> stream = StreamDecoder(ByteTokenizer())
     >>> [stream.feed(i) for i in "né".encode()]
@@ -329,7 +343,7 @@ class StreamDecoder:
         self._seen = len(self._ids)
 
     def feed(self, token: int) -> str:
-        """Add the next id of the stream, and return the text that it completes; '' while a character is incomplete."""
+        """Add the next token id, and return the text that it completes. Return '' while a character is incomplete."""
         token = int(token)
         if token == self._tokenizer.eot or token >= self._tokenizer.vocab_size:  # V may be padded with unused ids
             return ""
@@ -341,7 +355,7 @@ class StreamDecoder:
         return "" if held else self._emit()
 
     def flush(self) -> str:
-        """End the stream, and return the text of the ids whose character was incomplete until now."""
+        """End the decoding, and return the text of the last ids if their character is still incomplete."""
         return self._bytes.decode(b"", final=True) if self._bytes else self._emit()
 
     def _emit(self) -> str:

@@ -1,1 +1,1 @@
-"""Evaluation: the accuracy of classifiers of pairs, and plots."""
+"""Evaluate trained models: the accuracy of classifiers of sentence pairs, and plots."""

@@ -1,6 +1,7 @@
-"""The accuracy of a classifier of sentence pairs for each number of logical operators, and what its halting saves.
+"""Evaluate a classifier of sentence pairs: its accuracy, and how much computation it saves by halting tokens.
 
-`python -m stickjax.evaluate RUN` calls this for a model with classes.
+The sentences are formulas of propositional logic, and the accuracy is computed for each number of logical operators.
+`python -m stickjax.evaluate RUN` calls `report` if the model is a classifier (`model.classes` > 0).
 """
 
 import time
@@ -26,10 +27,12 @@ THRESHOLDS = (0.999, 0.8, 0.6, 0.5, 0.3)
 
 @jax.jit
 def _read(model: PairClassifier, pairs: dict[str, jax.Array], threshold) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Run the model on a batch of pairs, and stop as soon as all tokens have halted at `threshold`.
+    """Run the model on B pairs of sentences, until all tokens have halted at the halting threshold `threshold`.
 
-    Return the labels that the model chooses [B], the mean number of blocks of every token [2,B,T] for both sentences,
-    and the number of (token, choice) pairs that experts computed.
+    `pairs` has the token ids `left` and `right` [B,T]. Return (the predicted labels [B], the depth of every token of
+    both sentences [2,B,T], the number of (token, choice) pairs that experts computed). The depth of a token is the mean
+    number of blocks applied to it, weighted by its halting probabilities. A (token, choice) pair is a token with one of
+    its chosen experts, in one block.
     """
     output = apply(model, pairs, threshold=threshold)
     return output.logits.argmax(-1), output.depth, sum(rows.sum() for rows in output.rows.values())
@@ -45,25 +48,28 @@ def accuracy(
     B: int = 128,
     say: Callable[[str], None] = lambda text: None,
 ) -> Records:
-    """Compute the share of held-out pairs that the model labels correctly, for each number of operators and threshold.
+    """Compute the share of held-out pairs that the model labels correctly, for each bucket and halting threshold.
+
+    A bucket contains the pairs of sentences with the same number of logical operators. For a pair, the sentence with
+    more operators counts. The last bucket also contains all pairs with more operators.
 
     Args:
-      model: the parameters.
-      config: its data section names the task.
-      buckets: numbers of operators. The bucket of a pair is the larger number of its two sentences; the last bucket
-        also has all pairs with more operators.
-      thresholds: the halting thresholds to try; None: only the config's.
+      model: the module with the parameters.
+      config: its data section says how the pairs are generated.
+      buckets: the buckets to evaluate, by their numbers of operators.
+      thresholds: the halting thresholds to try; None: only the threshold of the config.
       max_pairs: the largest number of pairs per bucket. All thresholds use the same pairs.
       B: the largest number of pairs in one call of the model.
-      say: is called with one line of progress before each bucket is evaluated.
+      say: a function that is called with a line of progress before each bucket is evaluated.
 
     Raises:
-      ValueError: `max_pairs` below 1, or a bucket without pairs.
+      ValueError: `max_pairs` is below 1, or a bucket has no pairs.
 
     Returns:
-      A record for every bucket and threshold: {"bucket", "threshold", "accuracy", "majority" (the share of the
-      commonest label), "depth" (the mean number of blocks in the final state of a token), "rows" ((token, choice) pairs
-      that experts computed, per token), "seconds" (for all pairs, without compiling), "pairs"}.
+      A record for every bucket and threshold: {"bucket", "threshold", "accuracy", "majority" (the share of the most
+      frequent label), "depth" (the mean number of blocks per token), "rows" (how often an expert computed a token,
+      divided by the number of tokens), "seconds" (for all pairs of sentences, without compiling), "pairs" (the number
+      of pairs of sentences)}.
     """
     if max_pairs < 1:
         raise ValueError(f"max_pairs={max_pairs} must be at least 1")
@@ -75,7 +81,7 @@ def accuracy(
         labels = np.concatenate([batch["label"][pair_mask] for batch, pair_mask in pairs])
         say(f"pairs with {bucket} operators: {len(labels):,} at {len(thresholds)} halting thresholds")
         majority = np.bincount(labels).max() / len(labels)
-        jax.block_until_ready(_read(model, pairs[0][0], thresholds[0]))  # compiled, so that it is not timed
+        jax.block_until_ready(_read(model, pairs[0][0], thresholds[0]))  # compiles, so that compilation is not timed
         for threshold in thresholds:
             started = time.perf_counter()
             right, depth, rows, tokens = 0, 0.0, 0, 0
@@ -100,19 +106,21 @@ def scores_halting(config: Config) -> bool:
 
 
 def batches_of(config: Config, bucket: int, max_pairs: int, B: int) -> list[tuple[dict[str, np.ndarray], np.ndarray]]:
-    """Return batches of B held-out pairs of one bucket, each with a mask [B] that is True for rows that have a pair.
+    """Return held-out pairs of sentences as a list of (batch, pair mask), for one number of logical operators.
 
-    The other rows are padding. `bucket` is a number of operators, as in `accuracy`, and at most `max_pairs` pairs are
-    taken. Sentences are padded to one of a few lengths. Raises ValueError if the bucket has no pairs.
+    A batch is {"left": [B,T], "right": [B,T], "label": [B]}, with token ids that are 0 for padding. The pair mask [B]
+    is False for the entries that only fill up the last batch. T is a multiple of 40. `bucket` is the number of
+    operators, as in `accuracy`. At most `max_pairs` pairs are drawn. Raises ValueError if the bucket has no pairs.
     """
     drawn = pair_examples(config, "test", T=10_000, buckets=[bucket])
     order = np.random.default_rng(0).permutation(len(drawn))[:max_pairs]
     rows = [drawn.rows[i] for i in order]
     if not rows:
         raise ValueError(
-            f"data.examples={config.data.examples} has no held-out pair with {bucket} operators; try a larger number"
+            f"data.examples={config.data.examples} gives no held-out pair with {bucket} operators; "
+            "try a larger data.examples"
         )
-    # The model is compiled once per length, so only multiples of 40 are used.
+    # The model is compiled for every length, so the length is rounded up to a multiple of 40.
     T = -(-max(side.count(" ") + 1 for row in drawn.rows for side in row[:2]) // 40) * 40
     pairs = Examples(rows, pair_examples(config, "test", T=T, buckets=[bucket]).arrays)
     batches = []
@@ -128,9 +136,10 @@ def batches_of(config: Config, bucket: int, max_pairs: int, B: int) -> list[tupl
 
 
 def table(runs: dict[str, Records]) -> Table:
-    """Return a table of the accuracy and the mean depth of every run at its first threshold, with a row per bucket.
+    """Return a table of the accuracy and the mean depth of every run, with a row per number of operators.
 
-    `runs` is {name of a run: the records of `accuracy`}.
+    `runs` is {name of a run: the records of `accuracy`}. If the records of a run have several halting thresholds, only
+    the results with the first threshold are shown. The depth is the number of blocks per token.
     """
     result = Table(title="held-out accuracy")
     for name in ("operators", "pairs", "commonest label", *runs, *(f"depth of {name}" for name in runs)):
@@ -144,9 +153,11 @@ def table(runs: dict[str, Records]) -> Table:
 
 
 def savings(records: Records) -> Table:
-    """Return a table with a row per halting threshold: accuracy, depth and expert rows over all pairs, and the time.
+    """Return a table of accuracy and computation, with a row per halting threshold in the records of `accuracy`.
 
-    The time is a share of the time that the first threshold takes.
+    The columns are means over all pairs of sentences: the accuracy; the depth, which is the number of blocks per token;
+    and how often experts computed a token. The last column is the time, as a share of the time with the first
+    threshold.
     """
     result = Table(title="what a lower halting threshold saves")
     for name in ("threshold", "accuracy", "depth", "expert rows per token", "time"):
@@ -167,9 +178,10 @@ def at_first_threshold(records: Records) -> Records:
 def report(
     model: PairClassifier, config: Config, folder: Path | None, max_pairs: int, say: Callable[[str], None]
 ) -> Records:
-    """Compute `accuracy` at the halting thresholds THRESHOLDS, and return its records.
+    """Compute the accuracy of a classifier at the halting thresholds THRESHOLDS. Return the records of `accuracy`.
 
-    If `folder` is given, accuracy.json and the pictures halting.png and depth.png are written into it.
+    If `folder` is given, the records are written into it as accuracy.json, with the pictures halting.png and depth.png.
+    `max_pairs` and `say` are arguments of `accuracy`.
     """
     records = accuracy(model, config, thresholds=THRESHOLDS, max_pairs=max_pairs, say=say)
     if folder is None:
@@ -182,9 +194,10 @@ def report(
 
 
 def depths(model: PairClassifier, config: Config, bucket: int) -> list[tuple[list[str], np.ndarray]]:
-    """Return the tokens and the depths of both sentences of the first held-out pair with `bucket` operators.
+    """Return (the tokens as text, the depth of each token) for both sentences of one held-out pair.
 
-    The depth of a token is the mean number of blocks in its final state, at the config's halting threshold.
+    The pair has `bucket` logical operators. The depth of a token is the mean number of blocks applied to it, weighted
+    by its halting probabilities, at the halting threshold of the config.
     """
     ((batch, _),) = batches_of(config, bucket, 1, 1)
     _, found, _ = jax.device_get(_read(model, batch, jnp.float32(config.model.halting_threshold)))

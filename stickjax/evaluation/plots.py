@@ -1,4 +1,7 @@
-"""Pictures of runs: learning curves, context length, attention weights. Matplotlib is imported when used."""
+"""Plot results: learning curves, loss against context length, attention weights, halting, learning rates.
+
+Matplotlib is imported only when a plot is made. Records are results as a list of dictionaries with the same keys.
+"""
 
 import io
 import math
@@ -14,10 +17,10 @@ Records = list[dict[str, Any]]
 
 
 def figure(xlabel: str, ylabel: str, titles=("",), *, xscale=None, yscale=None, share=True):
-    """Return a new figure and its panels, one per title, in one row.
+    """Return (a new Matplotlib figure, its panels), with a panel (Axes) for each of `titles`, in one row.
 
     `xscale` and `yscale` are the name of a Matplotlib scale, or a pair (name, options). With `share`, all panels have
-    the same axis limits. pyplot and its global state are not used.
+    the same axis limits. pyplot is not used, because its state is global.
     """
     from matplotlib.figure import Figure
 
@@ -35,9 +38,9 @@ def figure(xlabel: str, ylabel: str, titles=("",), *, xscale=None, yscale=None, 
 
 
 def save(page, path) -> None:
-    """Write a figure to a path or, as PNG, to an open file.
+    """Write a Matplotlib figure to a path, or as PNG to an open file.
 
-    A path is written atomically, in the format of its suffix, or as PNG if it has none.
+    The suffix of the path says the format; without a suffix it is PNG. The file appears only when it is complete.
     """
     if hasattr(path, "write"):
         page.savefig(path)
@@ -48,15 +51,15 @@ def save(page, path) -> None:
 
 
 def ticks(axes, values) -> None:
-    """Put ticks at `values` on the horizontal axis, labelled with plain numbers, and nowhere else."""
+    """Put the ticks of the horizontal axis exactly at `values`, with plain numbers as labels."""
     axes.set_xticks(sorted(values), [f"{v:.10g}" for v in sorted(values)])
     axes.xaxis.minorticks_off()
 
 
 def group(records: Records, *keys: str) -> dict[Any, Records]:
-    """Return {value of a key: the records with this value}, in order of appearance.
+    """Divide records into groups: return {value of a key: the records with this value}, in order of appearance.
 
-    For several keys, a group is named by a tuple of their values.
+    If there are several `keys`, the groups are {tuple of their values: the records with these values}.
     """
     groups: dict[Any, Records] = {}
     for record in records:
@@ -68,17 +71,18 @@ def group(records: Records, *keys: str) -> dict[Any, Records]:
 def best_runs(records: Records, *keys: str) -> Records:
     """Return the record with the smallest "loss" for every combination of values of `keys`.
 
-    Losses that are not finite are from runs that diverged. A combination with only such runs is left out.
+    Records with a loss that is not finite are ignored, because their runs have diverged. A combination without a
+    finite loss is left out.
     """
     groups = group([r for r in records if math.isfinite(r["loss"])], *keys)
     return [min(line, key=lambda r: r["loss"]) for line in groups.values()]
 
 
 def label(name: str) -> str:
-    """Return a name that a legend shows unchanged.
+    """Return a text for `name` that a Matplotlib legend shows as it is.
 
-    Matplotlib reads text between two dollars as a formula, and leaves out a name that begins with _. So a dollar gets a
-    backslash, and a first _ gets a space in front.
+    Matplotlib reads text between two dollars as a formula, and leaves out a name that begins with _. So a backslash is
+    put before every dollar, and a space before a _ at the beginning.
 
     >>> label("_lr$3")
     ' _lr\\\\$3'
@@ -87,7 +91,7 @@ def label(name: str) -> str:
 
 
 def plot_length_curves(runs: dict[str, Records], path) -> None:
-    """Plot held-out bits per byte against the context length, a line per run; the training length is marked.
+    """Plot held-out bits per byte against the context length, with a line per run and a mark at the training length.
 
     `runs` is {name of a run: the records of `evaluate`}.
     """
@@ -105,9 +109,9 @@ def plot_length_curves(runs: dict[str, Records], path) -> None:
 
 
 def plot_training(runs: dict[str, Records], path) -> None:
-    """Plot the training loss in bits per token and the learning rate, both against the tokens trained so far.
+    """Plot the training loss in bits per token, and the learning rate, against the number of tokens trained.
 
-    `runs` is {name of a run: the rows of its metrics.jsonl}.
+    `runs` is {name of a run: the rows of its metrics.jsonl, as dictionaries}.
     """
     page, panels = figure("tokens", "", ("training loss (bits per token)", "learning rate"), share=False)
     for name, rows in runs.items():
@@ -119,9 +123,9 @@ def plot_training(runs: dict[str, Records], path) -> None:
 
 
 def plot_attention(weights: np.ndarray, path, labels: list[str] | None = None) -> None:
-    """Plot attention weights [N, T, S], one panel per head: queries from top to bottom, keys from left to right.
+    """Plot attention weights [N,T,S] as images, a panel per head, with T queries downwards and S keys to the right.
 
-    `labels` are the tokens as text, for both axes.
+    `labels` are the tokens as text, which label both axes (T = S); None: no labels.
     """
     page, panels = figure("key", "query", [f"head {n}" for n in range(len(weights))])
     for axes, weight in zip(panels, weights, strict=True):
@@ -136,10 +140,11 @@ def plot_attention(weights: np.ndarray, path, labels: list[str] | None = None) -
 
 
 def plot_accuracy(runs: dict[str, Records], path, xlabel: str = "operators") -> None:
-    """Plot the accuracy against the bucket, such as the number of operators, a line per run.
+    """Plot the accuracy against the bucket, such as the number of logical operators, with a line per run.
 
-    If the examples have labels, the share of the commonest label is a dotted line. `runs` is {name of a run: records of
-    `examples.accuracy`, or of `pairs.accuracy` at one threshold}.
+    If the examples have labels, a dotted line shows the share of the most frequent label, which a model that ignores
+    its input can reach. `runs` is {name of a run: the records of `examples.accuracy`, or of `pairs.accuracy` at one
+    halting threshold}.
     """
     page, (axes,) = figure(xlabel, "held-out accuracy")
     for name, records in runs.items():
@@ -152,9 +157,10 @@ def plot_accuracy(runs: dict[str, Records], path, xlabel: str = "operators") -> 
 
 
 def plot_halting(records: Records, path, groups=((0, 6), (7, 9), (10, 12))) -> None:
-    """Plot accuracy against mean depth: a point per halting threshold, a line per range of operators.
+    """Plot accuracy against mean depth (blocks per token), with a point per halting threshold.
 
-    `records` are from `pairs.accuracy`. `groups` are the smallest and largest number of operators of each line.
+    The pairs of sentences are grouped by their number of logical operators, and there is a line for each group.
+    `groups` has (the smallest, the largest) number of each group. `records` are the records of `pairs.accuracy`.
     """
     page, (axes,) = figure("mean depth (blocks)", "held-out accuracy")
     for low, high in groups:
@@ -174,9 +180,10 @@ def plot_halting(records: Records, path, groups=((0, 6), (7, 9), (10, 12))) -> N
 
 
 def plot_depth(sentences: list[tuple[list[str], np.ndarray]], path) -> None:
-    """Plot the depth of every token, which is the mean number of blocks in its final state: a row per sentence.
+    """Plot the depth of every token as a bar, with a row per sentence.
 
-    `sentences` has (the tokens as text, their depths) for every sentence.
+    `sentences` is a list of (the tokens as text, an array of their depths). The depth of a token is the mean number of
+    blocks applied to it, weighted by its halting probabilities.
     """
     from matplotlib.figure import Figure
 
@@ -193,10 +200,14 @@ def plot_depth(sentences: list[tuple[list[str], np.ndarray]], path) -> None:
 
 
 def plot_module_use(use: dict[str, dict[str, Any]], information: dict[str, Any], path) -> None:
-    """Plot how much the text of each source uses each module: a row of panels per kind, a column per source.
+    """Plot how much the text of each source uses each module, which is an expert of one layer.
 
-    `use` is {source: {kind: [L, columns]}}, the shares of the routed pairs of a layer. `information` is {kind: [L]},
-    the bits that the modules of a layer tell about the source.
+    There is a row of panels for each kind of module ("ffn" or "attention"), and a column of panels for each source of
+    text. A panel is an image with a row per layer and a column per module.
+
+    `use` is {source: {kind: [L,C]}}: for each of L layers, the share of the tokens' choices that fell on each of the C
+    modules of the layer.
+    `information` is {kind: [L]}: the mutual information of module and source in each layer, in bits.
 
     Modules of different layers are not related. So the modules of every layer are sorted separately, in the same order
     in all panels of a row. The modules that the first source uses more than the last source come first.
@@ -214,7 +225,7 @@ def plot_module_use(use: dict[str, dict[str, Any]], information: dict[str, Any],
         for axes, source in zip(row, sources, strict=True):
             heat = np.take_along_axis(np.asarray(use[source][kind]), order, 1)
             image = axes.imshow(heat, vmin=0, vmax=highest, cmap="viridis", aspect="auto", interpolation="nearest")
-            axes.set(title=f"{kind}: {source}", xlabel="modules, in an order per layer", xticks=[])
+            axes.set(title=f"{kind}: {source}", xlabel="modules, sorted in each layer", xticks=[])
             axes.set_yticks(range(L), range(1, L + 1))
         row[0].set_ylabel("layer")
         if len(sources) > 1:
@@ -227,9 +238,10 @@ def plot_module_use(use: dict[str, dict[str, Any]], information: dict[str, Any],
 
 
 def plot_schedule(schedules: dict[str, Callable], path, *, tokens_per_step, total_tokens, log=False) -> None:
-    """Plot learning rates against tokens. With `log`, both axes are logarithmic, so that a power law is a line.
+    """Plot learning rates against the number of tokens trained, with a line per schedule.
 
-    `schedules` is {name: function of the step that returns the learning rate}.
+    `schedules` is {name: function of the step that returns the learning rate}. A step has `tokens_per_step` tokens, and
+    the plot ends at `total_tokens`. With `log`, both axes are logarithmic, so that a power law is a straight line.
     """
     tokens = np.geomspace(tokens_per_step, total_tokens, 1000) if log else np.linspace(0, total_tokens, 1000)
     page, (axes,) = figure("tokens", "learning rate", **(dict(xscale="log", yscale="log") if log else {}))
@@ -241,9 +253,10 @@ def plot_schedule(schedules: dict[str, Callable], path, *, tokens_per_step, tota
 
 
 def plot_learning_rate_sweep(records: Records, path) -> None:
-    """Plot loss against learning rate, a line per width with a star at its minimum.
+    """Plot loss against learning rate, with a line per width and a star at the minimum of each line.
 
-    There is one panel with muP and one without. A record has "mup", "width", "learning_rate" and "loss".
+    There is a panel for the runs with muP and a panel for the runs without muP. `records` are the result of
+    `stickjax.sweeps.learning_rate_sweep`, with the keys "mup", "width", "learning_rate" and "loss".
     """
     runs = group(records, "mup")
     titles = ["muP" if mup else "without muP" for mup in runs]
@@ -262,9 +275,10 @@ def plot_learning_rate_sweep(records: Records, path) -> None:
 
 
 def plot_power_law(best: Records, a: float, b: float, path) -> None:
-    """Plot gamma = learning rate / beta of the best run for each T and beta, and the fitted line gamma = a T^b.
+    """Plot gamma = best learning rate / batch size beta against the training length T, and the law gamma = a T^b.
 
-    `best` has a record for every pair of T ("tokens") and beta ("batch_size", in sequences).
+    `best` has the record of the best run for every pair of T ("tokens") and beta ("batch_size", in sequences of 4096
+    tokens), as in `stickjax.sweeps.PowerLaw`. a and b are the constants of the fitted law.
     """
     page, (axes,) = figure("tokens T", r"$\gamma = \eta^*/\beta$ (per sequence)", xscale="log", yscale="log")
     for beta, line in sorted(group(best, "batch_size").items()):

@@ -1,4 +1,7 @@
-"""The attention layer, with an optional key/value cache; `stickjax.config.attention` lists the variants."""
+"""The attention layer of the decoder, with an optional cache of keys and values.
+
+`stickjax.config.attention` lists the variants of attention that a layer can use, such as stick-breaking and softmax.
+"""
 
 from typing import NamedTuple
 
@@ -13,18 +16,21 @@ from stickjax.models.layers import HeadNorm, cast, matrix_std, normal, output_st
 from stickjax.models.router import RouterSums
 from stickjax.parallel.collectives import copy_to_tensor_parallel, reduce_from_tensor_parallel
 
-KeyValues = tuple[jax.Array, jax.Array | None]  # [B,S,K,H] each; None: the values equal the keys
+KeyValues = tuple[jax.Array, jax.Array | None]  # (keys, values), [B,S,K,H] each; values None: they equal the keys
 
 
 class Context(NamedTuple):
-    """Where the T tokens of a call stand among the S keys. All layers use the same context.
+    """The documents and positions of the tokens in an attention layer, and the documents of their keys.
 
-    On a mesh with the axis "context", T counts the tokens of this device, and S the keys of the whole sequence.
+    In a layer, T query tokens per sequence attend to S keys. All layers of a model use the same context. If the mesh
+    axis "context" divides the sequences, T is the number of tokens on this device, and S is the number of keys of the
+    whole sequence.
 
-    `segment_ids` [B,T] and `key_segment_ids` [B,S]: a token attends only to keys with the same id; a negative id is
-      padding. None: all tokens of a row belong together.
-    `positions` [B,T]: the rotary positions; None without rotary positions.
-    `offset`: the index of the first of the T tokens among the S keys.
+    `segment_ids` [B,T], `key_segment_ids` [B,S]: the document id of every token and of every key. A token attends only
+      to keys with the same id; a negative id is padding. None: every sequence is one document.
+    `positions` [B,T]: the positions for rotary embedding; None if the attention variant does not use it.
+    `offset`: the number of tokens that the cache had before this call; 0 without a cache. The place of this device's
+      tokens in a sequence that the mesh axis "context" divides is not part of it.
     """
 
     segment_ids: jax.Array | None
@@ -39,9 +45,9 @@ class Attention(nnx.Module):
     The queries are x W_q, the keys x W_k and the values x W_v. N / K query heads share a key/value head. The outputs of
     the heads are multiplied by W_o and summed.
 
-    A head may leave a part of its stick unused: its rest, `rem`. The config field `remainder` says what is added to the
-    output of the head. "none": nothing. "value": rem times the value of the token itself. "bias": rem times a trainable
-    vector per head, which starts at zero.
+    The stick-breaking weights of a query sum to 1 - rem, where rem is the part of the stick that no key takes. The
+    config field `remainder` says what is added to the output of a head. "none": nothing. "value": rem times the value
+    of the query's own token. "bias": rem times a trainable vector of the head, which starts at zero.
     """
 
     def __init__(self, config: ModelConfig, key):
@@ -57,14 +63,14 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], context: Context, cache: KeyValues | None = None, token_mask=None, key=None
     ) -> tuple[Float[Array, "B T D"], KeyValues | None, RouterSums | None]:
-        """Apply the layer to x. Return (the output, the new cache, None).
+        """Apply the layer to x. Return (the output [B,T,D], the new cache, None).
 
-        The new cache also has the keys and values of these T tokens. Without a cache, None stands in its place. The
-        third value is None, because this layer has no router. Layers with a router return its `RouterSums` there, and
-        use `token_mask` and `key`, which are not used here.
+        `cache` has the keys and values of earlier tokens. The new cache also has the keys and values of the tokens of
+        x; it is None if `cache` is None. The third result is None, because this layer has no router: attention with
+        experts returns its `RouterSums` there. Only attention with experts uses `token_mask` and `key`.
         """
         c = self.config
-        # One product for all three, so that x is read once.
+        # One matrix product for queries, keys and values, so that x is read once.
         weights = [cast(w, c) for w in (self.query, self.key, self.value)]
         N, K = weights[0].shape[1], weights[1].shape[1]  # the heads of this device
         q, k, v = jnp.split(
@@ -74,13 +80,13 @@ class Attention(nnx.Module):
         return reduce_from_tensor_parallel(jnp.einsum("BTNH,NHD->BTD", out, cast(self.output, c))), cache, None
 
     def attend(self, q, k, v, context: Context, cache: KeyValues | None = None):
-        """Apply the attention variant of the config.
+        """Compute the outputs of the heads from the queries, keys and values, with the attention variant of the config.
 
-        `q` [B,T,N,H] are the queries of the T tokens, and `k` and `v` [B,T,K,H] their keys and values. With a cache,
-        the keys and values are written into the cache first, and the queries attend to the whole cache.
+        `q` [B,T,N,H] are the queries of the T tokens, and `k` and `v` [B,T,K,H] are their keys and values. With a
+        cache, the keys and values are first written into the cache, and the queries attend to all keys of the cache.
 
         Returns:
-          The outputs of the heads [B,T,N,H], and the new cache, or None without a cache.
+          The outputs of the heads [B,T,N,H], and the new cache, which is None if `cache` is None.
         """
         c, own, kind = self.config, v, variant(self.config.attention)
         if kind.rotary:
@@ -96,12 +102,17 @@ class Attention(nnx.Module):
         returned = kind.load()(c, q, k, v, context)
         if not isinstance(returned, tuple) or len(returned) != 2 or returned[0].shape != q.shape:
             raise ValueError(
-                f"attention={c.attention!r}: the function must return (out, rest) with out.shape={q.shape}"
+                f"attention={c.attention!r}: the function of this variant must return (out, rest): out of the shape "
+                f"{q.shape}, and rest, which is None or 1 - the sum of the weights of each query, [B,T,N]"
             )
         out, rest = returned
         if c.remainder != "none":
             if rest is None:
-                raise ValueError(f"remainder={c.remainder!r} needs a rest, but attention={c.attention!r} returned None")
+                raise ValueError(
+                    f"attention={c.attention!r}: with remainder={c.remainder!r}, the function of this variant must "
+                    "return (out, rest), where rest is 1 - the sum of the weights of each query, [B,T,N], not None; or "
+                    "set remainder='none'"
+                )
             own = jnp.repeat(own, c.N // c.K, axis=2) if c.remainder == "value" else cast(self.head_bias, c)[None, None]
             out = (out.astype(jnp.float32) + rest[..., None] * own.astype(jnp.float32)).astype(out.dtype)
         if self.norm is not None:

@@ -1,11 +1,13 @@
-"""Stick-breaking attention of sequences that are divided among devices; exact in the forward and the backward pass.
+"""Stick-breaking attention of sequences that the mesh axis "context" divides among devices.
 
-Every device has two pieces of a sequence, one from its beginning and one from its end (`mesh.shard_batch`). So all
-devices attend to equally many keys. A piece first attends to itself, while the keys and values of all pieces are
-gathered. Then it attends to the pieces on its left, and the merge rule combines the two results.
+A single device would compute the same result and the same gradients, up to rounding. Every device has two pieces of a
+sequence: one near the beginning of the sequence, and one near the end (`stickjax.parallel.mesh.shard_batch`). So all
+devices compute the same number of (query, key) pairs. The queries of a piece first attend to the keys of this piece,
+while the keys and values of all pieces are all-gathered. Then the queries attend to all keys before the piece, and
+`pallas_kernels.merge_stick_breaking` merges the two results.
 
-Keys and values are all-gathered instead of passed around a ring. They have only K heads. A ring would have to store
-partial results with N heads for its backward pass.
+Why an all-gather, and not a ring of devices? The gathered keys and values have only K key heads. For its backward pass,
+a ring would store partial outputs with N query heads, and N is usually larger.
 """
 
 import jax.numpy as jnp
@@ -17,10 +19,10 @@ from stickjax.parallel.collectives import all_gather, size
 
 
 def whole_sequence(x: Float[Array, "B t ..."]) -> Float[Array, "B T ..."]:
-    """All-gather x along the mesh axis "context", and return the whole sequence in its order.
+    """All-gather x along the mesh axis "context", and return the whole sequences, with their tokens in order.
 
-    Every device has two pieces of the sequence in x, together t tokens. The result has T = t * (number of devices)
-    tokens.
+    On every device, x has two pieces of every sequence, one near its beginning and one near its end. The two pieces
+    have t tokens together. The result has all T = t * (number of devices) tokens of every sequence.
     """
     count, (B, t) = size("context"), x.shape[:2]
     x = all_gather(x, "context", 1, x.dtype).reshape(B, count, 2, t // 2, *x.shape[2:])
@@ -36,16 +38,16 @@ def attention_in_context(
     key_segment_ids: Int[Array, "B T"],
     **options,
 ) -> tuple[Float[Array, "B t N H"], Float[Array, "B t N"]]:
-    """Compute (out, rem) of `stick_breaking_attention` for the queries of this device and the keys of all devices.
+    """Compute stick-breaking attention of the queries on this device to the keys of all devices. Return (out, rem).
 
     t is the number of tokens on this device, in two pieces of t / 2 tokens. T is the length of the whole sequence.
-    `out` are the outputs of the heads, and `rem` is the rest of the stick of every query.
+    `out` are the outputs of the heads. `rem` is, for every query, the part of its stick that no key takes.
 
     Args:
       q, k, v: the queries, keys and values of the two pieces.
       segment_ids: the segment ids of the two pieces.
-      key_segment_ids: the segment ids of the whole sequence, in order.
-      options: further arguments of `stick_breaking_attention`.
+      key_segment_ids: the segment ids of the whole sequence, with its tokens in order.
+      options: further arguments of `pallas_kernels.stick_breaking_attention`.
     """
     count, index, (B, t) = size("context"), lax.axis_index("context"), q.shape[:2]
     C = t // 2
@@ -65,18 +67,21 @@ def attention_in_context(
     keys, values = jnp.split(whole_sequence(jnp.concatenate([k, v], axis=-1)), [k.shape[-1]], axis=-1)
 
     def piece(which, place, reach):
-        """Return (out, log_rem) of one piece, which attends to its own keys and to all keys on its left.
+        """Compute attention of the C queries of one piece to the keys of this piece and to all keys before it.
 
-        `out` are the outputs of the heads, and `log_rem` is the log of the rest of the stick of every query.
+        Return `out` [B,C,N,H], the outputs of the heads, and `log_rem` [B,C,N], the logarithm of the part of a query's
+        stick that no key takes.
 
-        `which` is 0 for the early and 1 for the late piece of this device, and `place` is its index in the sequence.
-        `reach` is the same on all devices: the keys on the left are always among the first `reach` pieces.
+        `which`: 0 for the early piece of this device, 1 for the late piece. `place`: the index of the piece in the
+        sequence. `reach`: the keys before the piece are among the first `reach` pieces. All devices use the same
+        `reach`, because they run the same program.
         """
         S = reach * C
-        # A key that is not left of the piece counts as padding, so its tiles are never visited.
+        # A key that is not on the left of the piece gets the id of padding, so that the kernel skips its key tiles.
         left = jnp.where((jnp.arange(S) < place * C)[None], key_segment_ids[:, :S], -1)
         own, segments = (x[:, which * C : (which + 1) * C] for x in (q, segment_ids))
-        # The share of these keys that are left of the piece, on average over the devices.
+        # For the cost estimate: only this share of the (query, key) pairs in the first `reach` pieces has a key on the
+        # left of the piece. It is a mean over the devices.
         part = cost.share((reach - (count + 1) / 2) / (reach - 1 / 2), attend)
         far = part(own, keys[:, :S], values[:, :S], place * C, segments, left)
         return merge_stick_breaking(tuple(x[:, which] for x in near), far)

@@ -15,7 +15,7 @@ from stickjax.models.transformer import Transformer
 from stickjax.models.vocabulary import cross_entropy
 from stickjax.parallel.collectives import psum_over_batch
 
-# {beginning of a metric's name: (the part of the block, the field of the config)}
+# The routers of a block, {prefix of the metric names: (module of `Block` with the router, config field of its experts)}
 ROUTERS = {"": ("ffn", "experts"), "attention_": ("attention", "attention_experts")}
 
 
@@ -33,8 +33,13 @@ class Decoder(Family):
     def loss(self, model: Transformer, batch, key):
         """Return the loss of a batch, and its metrics.
 
-        The loss is the mean cross-entropy over the targets that `loss_mask` keeps, plus the weighted losses of all
-        routers. `batch` has `tokens`, `targets` and `loss_mask`, [B,T] each, and `segment_ids` if documents are packed.
+        The loss is the mean cross-entropy over the targets for which `loss_mask` is True, plus the weighted losses of
+        all routers. `batch` has `tokens`, `targets` and `loss_mask`, [B,T] each, and `segment_ids` [B,T] if a sequence
+        contains several documents. `key` is a random key for a training step, or None.
+
+        The metrics are `loss` (the cross-entropy alone), every router loss as a mean over the layers, and `load`: {kind
+        of router: array [L,E]}, the share of the (token, choice) pairs that chose each expert. The kind is "" for the
+        routers of the feed-forward networks, "attention_" for the routers of attention.
         """
         output = transformer.apply(model, batch, key)
         nll = cross_entropy(output.logits, batch["targets"])
@@ -52,18 +57,22 @@ class Decoder(Family):
         return loss, metrics | ({"load": load} if load else {})
 
     def scalars(self, model: Transformer, metrics):
-        """Return the metrics without the loads of the experts, which are replaced by `load_max`.
+        """Convert the metrics to scalars: replace `load`, the loads of all experts, by `load_max`.
 
-        `load_max` is the largest load of any expert, times the number of experts: 1 if all loads are equal.
+        The load of an expert is its share of the (token, choice) pairs. `load_max` is the largest load of any expert in
+        any layer, times the number of experts: 1 if all loads are equal. For the experts of attention, this scalar is
+        called `attention_load_max`.
         """
         load = metrics.get("load", {})
         scalars = {name: value for name, value in metrics.items() if name != "load"}
         return scalars | {f"{kind}load_max": (x * _experts(model, kind, x)).max() for kind, x in load.items()}
 
     def gradient_free_update(self, model: Transformer, metrics, trainable: Callable[[str], bool]):
-        """Move the selection biases of routers with `bias_rate` towards a balanced load, and return the model.
+        """Update the selection biases of the routers, so that the loads of the experts become more equal.
 
-        `metrics["load"]` has the load of the step. Biases for which `trainable(name)` is False do not change.
+        Return the model with the new biases. A router has a selection bias if the config of its experts has a
+        `bias_rate` above 0. `metrics["load"]` has the loads of this step. A bias does not change if `trainable(name of
+        the bias)` is False.
         """
         if not any(mixture.bias_rate for mixture in model.config.mixtures().values()):
             return model
@@ -80,7 +89,8 @@ class Decoder(Family):
     def parameter_counts(self, config: ModelConfig) -> tuple[int, int]:
         """Return (the number of all parameters, the number of active parameters).
 
-        Active parameters are the ones that one token uses: k of E experts, without the input embedding.
+        Active parameters are the parameters that one token uses: of E experts only k count. The input embedding does
+        not count.
         """
         shapes = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
         total, idle = sum(x.size for x in jax.tree.leaves(shapes)), shapes.embed.size
@@ -93,10 +103,11 @@ class Decoder(Family):
         return total, total - idle
 
     def flops_per_token(self, config: ModelConfig, T: int) -> float:
-        """Return the floating-point operations of a training step per token, forward and backward together.
+        """Return the number of floating-point operations of a training step per token, forward and backward together.
 
-        They are 6 per active parameter, and 6 N H T per layer for causal attention. Operations that a remat policy
-        computes again do not count again.
+        T is the number of tokens of a sequence. Every active parameter takes 6 operations, and causal attention takes
+        6 N H T operations per layer. The output matrix counts, also if it is the embedding. Operations that
+        rematerialisation repeats count once.
         """
         _, active = self.parameter_counts(config)
         if config.tied:
@@ -111,10 +122,11 @@ class Decoder(Family):
 
 
 def _experts(model: Transformer, kind: str, load: jax.Array) -> int | jax.Array:
-    """Return the number of experts that a layer has. If the load is balanced, each of them has the load 1 / number.
+    """Return how many experts each layer has, without the pruned ones.
 
-    `kind` is a key of ROUTERS, and `load` [L,E] are the shares of the rows. The result is one number for all layers, or
-    [L,1] in a pruned model, whose layers may have different numbers of experts.
+    `kind`: "" for the experts of the feed-forward networks, "attention_" for the experts of attention. `load` [L,E]:
+    the share of the (token, choice) pairs that chose each expert. The result is one number for all layers, or [L,1] in
+    a pruned model, whose layers may have different numbers of experts.
     """
     slot = getattr(model.blocks, ROUTERS[kind][0]).router.slot
     return load.shape[-1] if slot is None else (slot[...] >= 0).sum(-1, keepdims=True)

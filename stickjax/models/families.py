@@ -1,4 +1,4 @@
-"""The registry of model families. A config names its family in `model.family`."""
+"""The registry of model families: {name: `Family` object}. A model config has the name in its field `family`."""
 
 import pkgutil
 
@@ -11,29 +11,33 @@ FAMILIES: dict[str, Family] = {}
 
 
 def register(family: Family) -> None:
-    """Register a model family, so that all commands can use it: its config class, its model and its parameters.
+    """Register a model family, so that all commands can use its configs and its models.
 
-    A family may be registered again when its file runs again. The newer definition is used then.
+    `family.parameters` describes the parameters of the family's module classes: their axes, partition and muP label.
+    Its rows are added to the table of parameters in `stickjax.models.parameters`. The same family class may be
+    registered again, for example when a notebook cell runs twice. The newer definition then replaces the older one.
 
     Raises:
-      ValueError: another family has the same name, or the table of parameters already has other rows for one of the
-        module classes in `family.parameters`.
+      ValueError: another family class is registered under the same name, or the table already has different rows for
+        one of the module classes in `family.parameters`.
     """
     name = family.config.family
     if (known := FAMILIES.get(name)) is not None and not same_definition(type(known), type(family)):
-        raise ValueError(f"family={name!r} is registered already, by {type(known).__name__}")
+        raise ValueError(f"family={name!r} is registered already, by {type(known).__name__}; choose another name")
     others = PARAMETERS if known is None else {k: v for k, v in PARAMETERS.items() if k not in known.parameters}
     for module, rows in family.parameters.items():
         if others.get(module, rows) != rows:
-            raise ValueError(f"family={name!r}: the table of parameters already has other rows for {module}")
+            raise ValueError(
+                f"family={name!r}: the table of parameters has rows for another class {module}; rename your class"
+            )
     PARAMETERS.update({module: dict(rows) for module, rows in family.parameters.items()})
     FAMILIES[name] = family
 
 
 def family_of(config: FamilyConfig) -> Family:
-    """Return the `Family` object for a model config: the one that is registered under `config.family`.
+    """Return the `Family` object for a model config: the object that is registered under the name `config.family`.
 
-    Raises ValueError if no family has this name.
+    Raises ValueError if no family is registered under this name.
 
     >>> from stickjax.config import ModelConfig, SutConfig
     >>> family_of(ModelConfig()).parameter_counts(ModelConfig.powermoe_3b())[0]
@@ -45,7 +49,7 @@ def family_of(config: FamilyConfig) -> Family:
     return FAMILIES[config.family]
 
 
-# The families of this project, one line each: "module:class".
+# The families of this project, one line each: "module:class of the family".
 for _name in (
     "stickjax.models.decoder:Decoder",
     "stickjax.models.universal:Universal",

@@ -1,4 +1,4 @@
-"""The protocol of a family of models: the methods that the rest of the project calls."""
+"""The base class of all model families: the methods that training, evaluation, planning and generation call."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -13,15 +13,15 @@ from stickjax.models.parameters import Parameter
 
 
 class Family(ABC):
-    """A family of models. A subclass must define `config`, `init`, `apply` and `loss`. The other methods have defaults.
+    """A family of models, such as decoders. A subclass must define `config`, `init`, `apply` and `loss`.
 
-    `config` is the class of the family's model configs. A model is a Flax module, whose field `config` is an instance
-    of that class. The families are listed in `stickjax.models.families`.
+    All other methods have defaults. `config` is the class of the family's model configs. A model is a Flax module,
+    whose field `config` is an instance of that class. `stickjax.models.families` lists the families.
     """
 
     config: ClassVar[type[FamilyConfig]]
-    # {class of module: {name: Parameter}}, the rows that this family adds to the table of
-    # `stickjax.models.parameters`.
+    # {name of a module class: {name of a parameter: Parameter}}, the rows that this family adds to the table of
+    # parameters in `stickjax.models.parameters`.
     parameters: ClassVar[Mapping[str, Mapping[str, Parameter]]] = {}
 
     @abstractmethod
@@ -32,19 +32,23 @@ class Family(ABC):
     def apply(self, model, batch: dict[str, jax.Array], key: jax.Array | None = None):
         """Run a model on a batch. With a random key, the model runs in training mode, for example with dropout.
 
-        The result is an object with `logits`, in float32. A model that halts tokens also returns `depth`, the mean
-        number of blocks that each token went through.
+        The result is an object with the field `logits`, in float32. If the number of blocks can differ from token to
+        token, as in a Universal Transformer, the object also has `depth`: for every token, the mean number of blocks
+        that were applied to it.
         """
 
     @abstractmethod
     def loss(self, model, batch: dict[str, jax.Array], key: jax.Array | None) -> tuple[jax.Array, dict[str, Any]]:
         """Return the loss of a batch, and its metrics: `loss` (the cross-entropy alone) and other values for the log.
 
-        With gradient accumulation, this method runs once per microbatch, and the caller sums the results. The caller
-        sets `batch["loss_scale"]` to 1 / (number of targets in the whole batch) and `batch["share"]` to 1 / (number of
-        microbatches). Multiply sums over targets by `loss_scale`, and means by `share`. Then the sum over the
-        microbatches is the value of the whole batch. On a mesh, sum over the devices with
-        `stickjax.parallel.collectives.psum_over_batch`.
+        `key` is a random key for a training step; None for inference. On a mesh, an implementation must add the sums of
+        all devices with `stickjax.parallel.collectives.psum_over_batch`.
+
+        With gradient accumulation, this method runs once per microbatch, and the caller adds the losses and the metrics
+        of all microbatches. The batch then also has `loss_scale`, which is 1 / (number of targets in the whole batch),
+        and `share`, which is 1 / (number of microbatches). An implementation must multiply its sums over targets by
+        `loss_scale`, and its means by `share`. So the sum of the results over the microbatches is the result for the
+        whole batch.
         """
 
     def scalars(self, model, metrics: dict[str, Any]) -> dict[str, jax.Array]:
@@ -65,9 +69,10 @@ class Family(ABC):
         return model
 
     def example_batch(self, config: Config) -> dict[str, jax.ShapeDtypeStruct]:
-        """Return the name, shape and type of every array in the largest batch of a training step.
+        """Return {name: shape and type} for the arrays of the largest batch that a training step can get.
 
-        The default is a batch of text, with arrays of shape [B,T]: B sequences of T tokens.
+        With these shapes, the training step can be compiled without data. The default is a batch of text: arrays [B,T],
+        for B sequences of T tokens.
         """
         types = dict(tokens=jnp.int32, targets=jnp.int32, segment_ids=jnp.int32, loss_mask=jnp.bool_)
         shape = (config.data.B, config.data.T)
@@ -76,17 +81,18 @@ class Family(ABC):
     def parameter_counts(self, config) -> tuple[int, int]:
         """Return (the number of all parameters, the number of active parameters).
 
-        Active parameters are the ones that one token uses, without the embedding. The default counts all parameters as
-        active: override it if the family has an embedding, or experts that a token does not use.
+        Active parameters are the parameters that one token uses, without the embedding. The default counts all
+        parameters as active. Override this method if the family has an embedding, or experts that a token does not use.
         """
         shapes = jax.eval_shape(lambda: self.init(config, jax.random.key(0)))
         total = sum(x.size for x in jax.tree.leaves(shapes))
         return total, total
 
     def flops_per_token(self, config, T: int) -> float:
-        """Return the floating-point operations of a training step per token, in sequences of T tokens.
+        """Return the number of floating-point operations that a training step takes per token.
 
-        The forward and the backward pass both count. The default is 6 operations per active parameter, for every T.
+        The forward and the backward pass both count. T is the number of tokens of a sequence. The default is 6
+        operations per active parameter, for every T.
         """
         del T
         return 6 * self.parameter_counts(config)[1]
@@ -111,15 +117,21 @@ class Family(ABC):
     def empty_cache(self, config, batch: int, size: int):
         """Return an empty cache for `decode_step`, with room for `size` tokens of each of `batch` sequences.
 
-        The default raises ValueError: the family generates no text.
+        The default raises ValueError, because a family without this method cannot generate text.
         """
         del batch, size
-        raise ValueError(f"a model of family={config.family!r} generates no text")
+        raise ValueError(
+            f"a model of family={config.family!r} cannot generate text; use another family, such as 'decoder'"
+        )
 
     def decode_step(self, model, tokens, segment_ids, cache):
-        """Add `tokens` [B,T] to the cache. Return (the logits [B,V] after the last token, the new cache).
+        """Run the model on `tokens` [B,T], which follow the tokens in `cache`, to generate text.
 
-        `segment_ids` [B,T]: a negative id is padding. The default raises ValueError: the family generates no text.
+        `segment_ids` [B,T]: a negative id is padding. Return (the logits [B,V] after the last of the `tokens`, the
+        cache with the `tokens` added). The default raises ValueError, because a family without this method cannot
+        generate text.
         """
         del tokens, segment_ids, cache
-        raise ValueError(f"a model of family={model.config.family!r} generates no text")
+        raise ValueError(
+            f"a model of family={model.config.family!r} cannot generate text; use another family, such as 'decoder'"
+        )

@@ -1,4 +1,4 @@
-"""Small parts: initialisers, normalisations, rotary positions, the dense feed-forward network."""
+"""Small parts of models: initialisers, normalisations, rotary positions, the dense feed-forward network."""
 
 import jax
 import jax.numpy as jnp
@@ -31,21 +31,28 @@ def linear_bias(key, inputs: int, outputs: int, config) -> nnx.Param:
 
 
 def dropout(x, rate: float, key):
-    """Set a share `rate` of the values of x to zero, and divide the others by 1 - rate. Without a key, return x."""
+    """Set each value of x to zero with probability `rate`, and divide the other values by 1 - rate.
+
+    `key` is a random key. Without a key, x is returned unchanged.
+    """
     if key is None or not rate:
         return x
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
 
 
 def matrix_std(config: ModelConfig) -> float:
-    """Return the initial standard deviation of an internal matrix under muP: init_std / sqrt(m_width)."""
+    """Return the initial standard deviation of an internal matrix under muP: init_std / sqrt(m_width).
+
+    Internal matrices are all matrices except the embedding and the output matrix. `init_std` and `m_width`, the width
+    multiplier of muP, are fields of the config.
+    """
     return config.init_std / config.m_width**0.5
 
 
 def output_std(config: ModelConfig) -> float:
-    """Return the initial standard deviation of a matrix that ends a residual branch: `matrix_std` / sqrt(2 L).
+    """Return the initial standard deviation of the last matrix of a residual branch: `matrix_std(config)` / sqrt(2 L).
 
-    2 L is the number of residual branches: every layer has an attention and a feed-forward network.
+    2 L is the number of residual branches: each of the L layers has an attention and a feed-forward network.
     """
     return matrix_std(config) / (2 * config.L) ** 0.5
 
@@ -56,9 +63,10 @@ def cast(param: nnx.Param, config: ModelConfig) -> jax.Array:
 
 
 def all_experts(module, name: str) -> jax.Array:
-    """Return the parameter `name` of a module for all its experts, in the type `config.dtype`.
+    """Return the weights of all experts of a module as one array, in the type of the computation, `config.dtype`.
 
-    Experts that were added to a trained model are a separate parameter, `new_<name>`. They come last in the result.
+    `name` is a parameter of the module, such as "w_in", whose first axis counts the experts. If experts were added to a
+    trained model, their weights are the parameter `new_<name>`, and come last in the result. Else `new_<name>` is None.
     """
     new, c = getattr(module, f"new_{name}"), module.config
     weights = cast(getattr(module, name), c)
@@ -96,22 +104,23 @@ class LayerNorm(nnx.Module):
 def norm_of(config: ModelConfig, eps: float | None = None) -> RMSNorm | LayerNorm:
     """Return a new normalisation of the residual stream: an RMSNorm if `config.norm` is "rms", else a LayerNorm.
 
-    If `eps` is None, it is `config.norm_eps`.
+    `eps` is added to the mean square or to the variance; None: `config.norm_eps`.
     """
     return (RMSNorm if config.norm == "rms" else LayerNorm)(config, eps)
 
 
 def normalised(x, eps: float):
-    """Normalise x to mean 0 and variance 1 over the last axis."""
+    """Normalise x over its last axis: (x - mean) / sqrt(variance + eps)."""
     x = x - x.mean(-1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps)
 
 
 class HeadNorm(nnx.Module):
-    """GroupNorm with one group per head: mean 0 and variance 1 over H, then scale and bias per head and channel.
+    """Normalise the output of every attention head: a GroupNorm with one group per head.
 
-    Values near zero are amplified by up to 1 / sqrt(eps). The first token can have such values, because with
-    stick-breaking attention there may be no key that it can attend to.
+    The H values of a head get mean 0 and variance 1. Then a trainable scale and bias [N,H] are applied. An output whose
+    values are near zero is multiplied by up to 1 / sqrt(eps). The first token of a sequence can have such an output:
+    with stick-breaking attention, there may be no key that it can attend to.
     """
 
     def __init__(self, config: ModelConfig):
@@ -127,9 +136,10 @@ class HeadNorm(nnx.Module):
 
 
 def rotary(x: Float[Array, "B T N H"], positions: Int[Array, "B T"], theta: float) -> Float[Array, "B T N H"]:
-    """Apply rotary positions (arXiv 2104.09864) to the queries or the keys x.
+    """Apply rotary positions (arXiv 2104.09864) to x, which are the queries or the keys.
 
-    Channels i and i + H/2 form a pair. Each pair is rotated by the angle position * theta^(-2i/H).
+    The channels i and i + H/2 of a head form a pair, for i < H/2. The pair is rotated by the angle
+    position * theta^(-2i/H).
     """
     half = x.shape[-1] // 2
     angle = positions[..., None, None].astype(jnp.float32) * (theta ** -(jnp.arange(half) / half))[None, None, None]
@@ -139,14 +149,15 @@ def rotary(x: Float[Array, "B T N H"], positions: Int[Array, "B T"], theta: floa
 
 
 def gates(config: ModelConfig) -> int:
-    """Return G, the number of inputs that the activation takes per hidden unit: 2 if it is gated, else 1."""
+    """Return G, the number of inputs of the activation per hidden unit: 2 with a gate, as in swiglu, else 1."""
     return 2 if config.activation in GATED else 1
 
 
 class FeedForward(nnx.Module):
     """A dense feed-forward network: act(x w_in) w_out, with w_in [D,G,F] and w_out [F,D].
 
-    G is 2 for a gated activation, and w_in[:, 0] then computes the gate. Without a gate, G is 1.
+    F is the number of hidden units, and act is the activation of the config. With a gated activation, G is 2, and
+    w_in[:, 0] computes the gate. Else G is 1.
     """
 
     def __init__(self, config: ModelConfig, key):

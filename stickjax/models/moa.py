@@ -1,4 +1,4 @@
-"""Mixture of attention heads: every expert has its query heads, and all experts share the keys and values.
+"""Mixture of attention heads: every expert has its own query heads, and all experts share the keys and values.
 
 Zhang et al., `Mixture of Attention Heads <https://arxiv.org/abs/2210.05144>`_. With several heads per expert, this is
 the attention of the Sparse Universal Transformer and of ModuleFormer.
@@ -21,14 +21,14 @@ from stickjax.parallel.collectives import copy_to_tensor_parallel, reduce_from_t
 
 
 class MixtureOfHeads(Attention):
-    """Attention whose query heads belong to experts.
+    """Attention whose query heads belong to experts. A router chooses the experts and gates of every token x.
 
-    The output is the sum over the chosen experts e of gate * attention(x W_query[e], x W_key, x W_value) W_output[e].
+    The output is the sum over the chosen experts e of gate_e * attention(x W_query[e], x W_key, x W_value) W_output[e].
 
-    `config.attention_experts` describes the experts. Every expert has K query heads. A token chooses N / K experts, so
-    that it has N query heads. A padding token uses no expert, and its output is zero. Keys and values are x W_key and
-    x W_value, plus biases if `key_value` is "biased". If `key_value` is "input", both are x itself, and the cache
-    stores x only once.
+    `config.attention_experts` describes the experts. There are K key heads, and every expert has K query heads. The
+    router chooses N / K experts for every token, so that a token has N query heads. A padding token uses no expert, and
+    its output is zero. Keys and values are x W_key and x W_value, plus biases if `config.key_value` is "biased". If it
+    is "input", keys and values are both x itself, and the cache stores x only once.
     """
 
     def __init__(self, config: ModelConfig, key):
@@ -47,7 +47,7 @@ class MixtureOfHeads(Attention):
         self.key_bias = zeros(c.K, c.H) if c.key_value == "biased" else None
         self.value_bias = zeros(c.K, c.H) if c.key_value == "biased" else None
         self.output_bias = zeros(c.D) if c.attention_experts.bias else None
-        self.head_bias = self.norm = None  # head n differs from token to token
+        self.head_bias = self.norm = None  # head n belongs to different experts for different tokens
 
     def __call__(
         self,
@@ -81,16 +81,17 @@ class MixtureOfHeads(Attention):
 
 
 class SharedHeads(nnx.Module):
-    """Attention whose query heads belong to experts, for the Universal Transformer.
+    """Attention whose query heads belong to experts, for the Universal Transformer. The caller runs the router.
 
-    The output is the sum over the chosen experts e of
+    The output for a token x is the sum over the experts e that the router chose for x of
 
-      gate * attention(x W_query[e], source W_key, source W_value) W_output[e].
+      gate_e * attention(x W_query[e], source W_key, source W_value) W_output[e].
 
-    In contrast to `MixtureOfHeads`, the caller runs the router, and `source` may be another sequence. With `causal`,
-    the config chooses stick-breaking or softmax attention; otherwise it is softmax attention over all keys. With
-    `relative`, softmax attention adds to the keys trainable vectors R [K,H,P], one for each of P = 2 * clip - 1
-    distances. The output of a token without experts is zero.
+    gate_e is the weight that the router gave to the expert e. `source` is the sequence of x (self-attention) or another
+    sequence (cross-attention). A token for which the router chose no expert has the output zero. With `causal`, the
+    field `attention` of the config chooses stick-breaking or causal softmax attention. Without `causal`, the layer uses
+    softmax attention to all keys. With `relative`, softmax attention adds a trainable vector to each key: R [K,H,P] has
+    one vector per key head for each of the P = 2 * clip - 1 distances between a query and a key.
     """
 
     def __init__(self, config: SutConfig, key, *, causal: bool, relative: bool):
@@ -135,9 +136,11 @@ class SharedHeads(nnx.Module):
 def expert_queries(
     x: Float[Array, "B T D"], weight: Float[Array, "E D KH"], routing: Routing, K: int, implementation
 ) -> Float[Array, "B T N H"]:
-    """Compute the queries x W_query[e] of the k experts e that `routing` chooses for each token.
+    """Compute the queries x W_query[e] of every token x, for the k experts e that `routing` has for the token.
 
-    The N = K * k query heads are ordered by key head. Query head j of every expert attends to key head j.
+    `weight` [E,D,KH] is W_query, and KH is K * H: every expert has K query heads. Query head j of an expert attends to
+    key head j. The N = K * k query heads of a token are ordered by key head, as attention with shared key heads needs.
+    `implementation`: the kernel of the grouped GEMM, such as "triton"; None: the best one that works.
     """
     (B, T, D), k = x.shape, routing.expert_indices.shape[1]
     q = expert_linear(x.reshape(-1, D), weight, routing, implementation=implementation)
@@ -148,9 +151,11 @@ def expert_queries(
 def expert_outputs(
     heads: Float[Array, "B T N H"], weight: Float[Array, "E KH D"], routing: Routing, gates, K: int, implementation
 ) -> Float[Array, "B T D"]:
-    """Multiply each head output by the output matrix of its expert, and sum over the chosen experts with their gates.
+    """Multiply the head outputs by the output matrices of their experts, and sum over the experts of every token.
 
-    `heads` are the outputs of the heads, in the order of `expert_queries`, and `gates` are [B*T,k].
+    `heads` are the outputs of the N = K * k query heads, ordered by key head, as `expert_queries` returns the queries.
+    `weight` [E,KH,D] has the output matrices, and KH is K * H. `routing` has the k experts of every token, and `gates`
+    [B*T,k] are their weights in the sum. `implementation`: as in `expert_queries`.
     """
     B, T, N, H = heads.shape
     heads = heads.reshape(B, T, K, N // K, H).swapaxes(2, 3).reshape(-1, K * H)

@@ -18,14 +18,15 @@ from stickjax.parallel.collectives import (
 
 
 class SparseExperts(nnx.Module):
-    """A feed-forward network of experts: the sum over the k chosen experts e of gate * act(x w_in[e]) w_out[e].
+    """A feed-forward network of experts: the sum over the k chosen experts e of gate_e * act(x w_in[e]) w_out[e].
 
-    A padding token uses no expert, and its output is zero. w_in is [E,D,G,F], with G as in `FeedForward`. Experts that
-    were added to a trained model are separate parameters (`new_w_in`, `new_w_out`), and come after the old ones.
-    `output_bias` [D] (`experts.bias`) is added to the sum.
+    A router chooses the experts and gates of every token x. A padding token uses no expert, and its output is zero.
+    w_in is [E,D,G,F], with G = 2 for an activation with a gate, else 1, and w_out is [E,F,D]. The weights of experts
+    that were added to a trained model are the parameters `new_w_in` and `new_w_out`; the indices of these experts come
+    last. If the config has `experts.bias`, a trainable `output_bias` [D] is added to the sum.
 
-    On a mesh with the axis "expert", every device has a part of the experts, and gets the tokens of these experts from
-    all devices of that axis. No (token, choice) pair is dropped, even if the load is not balanced.
+    If the mesh axis "expert" divides the experts, every device computes its own experts for the tokens of all devices
+    along this axis. No (token, choice) pair is dropped, even if the load is not balanced.
     """
 
     def __init__(self, config: ModelConfig, key):
@@ -47,11 +48,11 @@ class SparseExperts(nnx.Module):
         tokens = x.reshape(-1, c.D)
         chosen, weights, sums = self.router(tokens, None if token_mask is None else token_mask.reshape(-1), key)
         w_in, w_out = (all_experts(self, name) for name in ("w_in", "w_out"))
-        E, D, G, F = w_in.shape  # E and F are the parts of this device
+        E, D, G, F = w_in.shape  # E and F count the experts and hidden units of this device
         tokens, weights = copy_to_tensor_parallel((tokens, weights))
         tokens, chosen, weights = all_gather_for_experts(tokens, chosen, weights, E)
         options = dict(activation=c.activation, implementation=c.implementation)
-        # With balanced experts each device has its share of the rows; rows for experts of other devices are empty.
+        # With a balanced load, this is the share of the (token, choice) pairs that choose an expert of this device.
         run = cost.share(E / self.router.experts.count, lambda *arrays: expert_mlp(*arrays, **options))
         y = run(tokens, w_in.reshape(E, D, G * F), w_out, route(chosen, E), weights)
         y = reduce_scatter_from_experts(reduce_from_tensor_parallel(y)).reshape(x.shape)
@@ -59,9 +60,9 @@ class SparseExperts(nnx.Module):
 
 
 def add_output_bias(mixture, y: Float[Array, "B T D"], token_mask: Bool[Array, "B T"] | None) -> Float[Array, "B T D"]:
-    """Return y plus the output bias of a mixture of experts, if it has one. Padding stays zero.
+    """Return y, the sum of the outputs of the experts, plus the output bias of the mixture, if it has one.
 
-    `mixture` is a module with a field `output_bias`, which is [D] or None.
+    `mixture` is a module with a field `output_bias`, which is [D] or None. The output of a padding token stays zero.
     """
     if mixture.output_bias is None:
         return y

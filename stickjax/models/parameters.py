@@ -1,7 +1,8 @@
-"""The table of parameters: for every module, the name, the axes, the partition and the muP label of each parameter.
+"""The table of parameters: the axes, the partition and the muP label of each parameter of each module class.
 
-Partitions, muP labels, the Hugging Face layouts, freezing and pruning are computed from this table. A parameter that is
-not in the table is an error. So a parameter never gets by accident the row of another parameter of the same name.
+The table decides how a mesh divides a parameter, how muP scales its learning rate, and how the parameter is converted
+to Hugging Face, frozen and pruned. A parameter that is not in the table is an error. So no parameter is treated by
+accident like another parameter of the same name.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -20,15 +21,16 @@ LABELS = ("matrix", "embedding", "vector", "frozen")
 
 
 class Parameter(NamedTuple):
-    """A row of the table: what is known about a parameter.
+    """A row of the table of parameters: the axes, the partition and the muP label of one parameter.
 
-    `axes`: its axes as letters, separated by spaces; letters written together are one axis ("E D KH" has three).
-      E is the axis of the experts, C the axis of the router columns, and a digit is a size. Layers that are stacked
-      have one more axis L in front.
-    `partition`: for every axis the mesh axis that divides it, or "-". You may omit trailing "-". With "" every device
-      has the whole parameter.
-    `label`: the muP label. "matrix": an internal matrix; its learning rate is divided by m_width. "embedding" and
-      "vector": the learning rate is not divided; a vector has no weight decay. "frozen": it has no gradient.
+    `axes`: the names of its axes, separated by spaces. "E D KH" has three axes; the last one has the size K * H. E is
+      the axis of the experts, and C the axis of the router columns. An axis may also be a size: "2", or "4D" for 4 * D.
+      The axis L of a model with stacked layers, which comes first, is left out.
+    `partition`: for every axis the mesh axis that divides it, or "-" if none does. "-" at the end may be left out. With
+      "", every device has the whole parameter.
+    `label`: the muP label. "matrix": an internal matrix; its learning rate is divided by m_width, the width multiplier
+      of muP. "embedding" and "vector": the learning rate is not divided; a vector has no weight decay. "frozen": it has
+      no gradient.
     """
 
     axes: str
@@ -40,7 +42,7 @@ class Parameter(NamedTuple):
         return PartitionSpec(*(None if axis == "-" else axis for axis in self.partition.split()))
 
     def axis(self, letter: str) -> int | None:
-        """Return the index of the axis `letter`, without the axis L, or None if the parameter has no such axis."""
+        """Return the index of the axis `letter` among the `axes`. Return None if the parameter has no such axis."""
         axes = self.axes.split()
         return axes.index(letter) if letter in axes else None
 
@@ -82,7 +84,7 @@ PARAMETERS: dict[str, dict[str, Parameter]] = {
         "w_out": Parameter("E F D", "expert tensor fsdp"),
         "output_bias": Parameter("D", label="vector"),
     },
-    # R is D for a linear router.
+    # R is the hidden width of the router; in a linear router it is D.
     "Router": {
         "hidden": Parameter("D R", "fsdp"),
         "hidden_bias": Parameter("R", label="vector"),
@@ -130,7 +132,9 @@ PARAMETERS: dict[str, dict[str, Parameter]] = {
 class Leaf(NamedTuple):
     """An array of a model or of a training state: its value, the names on its path, and the class that owns it.
 
-    `owner` is None outside of Flax modules: in a dictionary, and for the counters of a training state.
+    `names`: the field names and keys from the root of the tree to the array, such as ("blocks", "ffn", "w_in").
+    `owner`: the class of the Flax module that contains the array. None for an array outside of Flax modules, such as an
+      array in a dictionary, or a counter in a training state.
     """
 
     value: Any
@@ -143,10 +147,10 @@ class Leaf(NamedTuple):
 
 
 def leaves_of(tree, owner: type | None = None, path: tuple[str, ...] = ()) -> Iterator[Leaf]:
-    """Yield every array of a tree as a `Leaf`, in the order of `jax.tree.leaves`.
+    """Yield a `Leaf` for every array of a tree, in the order of `jax.tree.leaves`.
 
     `owner`: the module class of the arrays, if the tree is a dictionary with parameters of one module. `path`: the
-    names in front of the names in the tree; only the recursion uses it.
+    names from the root of the whole tree to this part of it; leave it out, because only the recursion uses it.
     """
     inside = lambda node: node is not tree and isinstance(node, nnx.Module | nnx.Variable)  # noqa: E731
     owner = type(tree) if isinstance(tree, nnx.Module) else owner
@@ -159,19 +163,22 @@ def leaves_of(tree, owner: type | None = None, path: tuple[str, ...] = ()) -> It
 
 
 def map_leaves(function: Callable[[Leaf], Any], tree, owner: type | None = None):
-    """Return a tree like `tree` in which every array is replaced by `function(leaf)`, with the array as a `Leaf`.
+    """Return a tree like `tree` in which `function(leaf)` replaces every array. `leaf` is the `Leaf` of the array.
 
-    `owner` is as in `leaves_of`.
+    `owner`: the module class of the arrays, if the tree is a dictionary with parameters of one module.
     """
     return jax.tree.unflatten(jax.tree.structure(tree), [function(leaf) for leaf in leaves_of(tree, owner)])
 
 
 def parameter(leaf: Leaf) -> Parameter:
-    """Return the row of the table for a parameter of a module.
+    """Return the row of the table of parameters for a parameter of a Flax module.
+
+    A module class also has the rows of its base classes. A parameter `new_<name>`, of added experts, has the row of
+    `<name>`.
 
     Raises:
-      ValueError: the table has no row for this module class and this name, or the row has another number of axes than
-        the parameter.
+      ValueError: the table has no row for this module class and this name, or the number of axes in the row does not
+        fit the parameter.
     """
     last, rows = leaf.names[-1], {}
     for cls in reversed(leaf.owner.__mro__):
@@ -180,19 +187,22 @@ def parameter(leaf: Leaf) -> Parameter:
     if row is None:
         raise ValueError(
             f"{leaf.name} ({leaf.owner.__name__}.{last}) is not in the table of parameters{nearest(last, rows)}: "
-            "add its row to `parameters` of its family, or to PARAMETERS in stickjax.models.parameters"
+            "add a row to `parameters` of the Family class, or to PARAMETERS in stickjax.models.parameters"
         )
     dims, axes = np.ndim(leaf.value), len(row.axes.split())
     if dims not in (axes, axes + 1):
-        raise ValueError(f"{leaf.name} has {dims} axes; the table of parameters says {row.axes!r}")
+        raise ValueError(
+            f"{leaf.name} has {dims} axes, but in the table of parameters its axes are {row.axes!r}; correct the row"
+        )
     return row
 
 
 def label(leaf: Leaf) -> str:
     """Return the muP label of a parameter: "matrix", "embedding", "vector" or "frozen" (see `Parameter`).
 
-    In a tree without modules, such as a dictionary of arrays, the label is looked up by name only. Raises ValueError if
-    the table has no parameter of that name, or parameters of that name with different labels.
+    An array outside of Flax modules, such as an array in a dictionary, gets the label that the table of parameters has
+    for the last name on the path of the array. Raises ValueError if the table has no row for this name, or rows with
+    different labels.
     """
     if leaf.owner is not None:
         return parameter(leaf).label
@@ -200,20 +210,25 @@ def label(leaf: Leaf) -> str:
     labels = {row.label for rows in PARAMETERS.values() for name, row in rows.items() if name == last}
     if len(labels) != 1:
         known = dict.fromkeys(name for rows in PARAMETERS.values() for name in rows)
-        raise ValueError(f"no muP label for {leaf.name!r}{nearest(last, known)}")
+        raise ValueError(
+            f"no muP label for {leaf.name!r}{nearest(last, known)}: PARAMETERS in stickjax.models.parameters must have "
+            "exactly one label for this name"
+        )
     return labels.pop()
 
 
 def partition(leaf: Leaf) -> PartitionSpec:
-    """Return the partition of an array of a model or of a training state: which mesh axes divide which of its axes.
+    """Return the partition of an array of a model or of a training state: the mesh axis that divides each of its axes.
 
-    The counters of a training state, which no module owns, are not divided. Raises ValueError for an array with two or
-    more axes outside a module.
+    An array outside of Flax modules, such as a counter in a training state, is not divided. It must have fewer than two
+    axes; else the function raises ValueError.
     """
     dims = np.ndim(leaf.value)
     if leaf.owner is None:
         if dims >= 2:
-            raise ValueError(f"no partition for {leaf.name!r} with {dims} axes: it is outside a module")
+            raise ValueError(
+                f"{leaf.name!r} has {dims} axes but no partition, because it is not in a Flax module; put it into one"
+            )
         return PartitionSpec()
     row = parameter(leaf)
     stacked = dims == len(row.axes.split()) + 1  # the axis of the layers comes first
@@ -221,28 +236,33 @@ def partition(leaf: Leaf) -> PartitionSpec:
 
 
 def specs(tree):
-    """Return a tree like `tree` with a `PartitionSpec` for every array.
+    """Return a tree like `tree`, with a `PartitionSpec` in place of every array.
 
-    `tree` is a model or a whole training state.
+    `tree` is a model or a whole training state. The function `partition` computes the spec of every array from the
+    table of parameters.
     """
     return map_leaves(partition, tree)
 
 
 def shardings(mesh: Mesh, tree):
-    """Return a tree like `tree` with a `NamedSharding` for every array: its partition on this mesh."""
+    """Return a tree like `tree`, with a `NamedSharding` in place of every array: its partition on `mesh`.
+
+    `tree` is a model or a whole training state.
+    """
     return map_leaves(lambda leaf: NamedSharding(mesh, partition(leaf)), tree)
 
 
 def axes_by_name(tree) -> Mapping[str, str]:
-    """Return {name of a parameter: the letters of its axes} for all parameters of a model, without the axis L."""
+    """Return {name: axes} for all parameters of a model, such as {"embed": "V D"}, without the axis L."""
     return {leaf.name: parameter(leaf).axes for leaf in leaves_of(tree)}
 
 
 def gather(tree, dtype, owner: type | None = None):
-    """All-gather the parameters that the mesh axis "fsdp" divides, in the type of the computation, `dtype`.
+    """All-gather every parameter of a tree that the mesh axis "fsdp" divides, and return the tree with the results.
 
-    `tree` is a module, or a dictionary with parameters of the module class `owner`. If the mesh does not have the axis,
-    `tree` is returned unchanged. Routers keep their type, because rounding changes which experts they choose.
+    `tree` is a module, or a dictionary with parameters of the module class `owner`. The parameters that are gathered
+    are first converted to `dtype`, the type of the computation. Parameters of routers are not converted, because
+    rounding changes which experts a router chooses. If the axis "fsdp" has one device, `tree` is returned unchanged.
     """
     if size("fsdp") == 1:
         return tree

@@ -1,4 +1,4 @@
-"""Softmax attention with trainable relative positions, of a sequence to itself or to another sequence."""
+"""Softmax attention with trainable relative positions, for self-attention and for cross-attention."""
 
 import jax
 import jax.numpy as jnp
@@ -8,17 +8,18 @@ from stickjax.models.layers import dropout
 
 
 def relative_scores(q: Float[Array, "B T K X H"], relative: Float[Array, "K H P"], S: int) -> Float[Array, "B K X T S"]:
-    """Compute the scores q_i . R[j - i] of every query i and key j.
+    """Compute the scores q_i . R[j - i] of every query i and key j: the part of the scores from relative positions.
 
-    X query heads share a key head. `relative` is R, with one vector of dimension H per key head for each of the P =
-    2 * clip - 1 distances j - i from 1 - clip to clip - 1. Larger distances use the vector of the nearest of these.
+    In `q`, X query heads share each of the K key heads. `relative` is R. For every key head it has P = 2 * clip - 1
+    vectors of dimension H, one for each distance j - i from 1 - clip to clip - 1. A larger distance uses the vector of
+    clip - 1, and a smaller one the vector of 1 - clip. `S` is the number of keys.
 
     >>> scores = relative_scores(jnp.ones((1, 2, 1, 1, 1)), jnp.array([[[-1.0, 0.0, 1.0]]]), 3)
     >>> scores[0, 0, 0].tolist()
     [[0.0, 1.0, 1.0], [-1.0, 0.0, 1.0]]
     """
     T, far = q.shape[1], relative.shape[-1] // 2
-    # The table has a column for every distance from 1 - T to S. Row i of the result begins i columns left of row 0.
+    # The table has a column for every distance from 1 - T to S. Row i of the result begins at column T - 1 - i.
     table = relative[:, :, jnp.clip(jnp.arange(T + S) - (T - 1), -far, far) + far]
     scores = jnp.einsum("BTKXH,KHP->BKXTP", q, table, preferred_element_type=jnp.float32)
     flat = scores.reshape(*scores.shape[:3], -1)[..., T - 1 :]
@@ -37,8 +38,9 @@ def softmax_attention(
 ) -> Float[Array, "B T N H"]:
     """Compute sum_j softmax_j(scale * q_i . (k_j + R[j - i])) v_j for every query i, with the softmax in fp32.
 
-    The sum runs over the keys j for which `mask` is True. `relative` is R, as in `relative_scores`; None: R is zero.
-    With a key, dropout at `rate` is applied to the weights.
+    The sum runs over the keys j for which `mask` is True. `relative` is R, trainable vectors for the distances j - i
+    (see `relative_scores`); None: R is zero. With a random `key`, dropout is applied to the weights: a weight becomes
+    zero with the probability `rate`.
     """
     (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
     q = scale * q.reshape(B, T, K, N // K, H)

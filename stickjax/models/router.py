@@ -1,6 +1,7 @@
-"""Routers choose the experts and gates of every token, and compute the losses that balance or concentrate the load.
+"""Routers choose the experts of every token, and compute the losses that balance or concentrate the load.
 
-The losses are means over all tokens of the batch, over all devices.
+The gate of an expert is the weight of its output. The load of an expert is its share of the (token, choice) pairs. The
+losses are means over all tokens of the batch, on all devices.
 """
 
 import dataclasses
@@ -16,21 +17,25 @@ from stickjax.config.experts import ExpertsConfig
 from stickjax.models.layers import matrix_std, normal
 from stickjax.parallel.collectives import psum_over_batch
 
-# {name of a loss in `RouterStats` and in metrics: the field of the config with its weight}.
+# {name of a loss in `RouterStats` and in the metrics: the field of `ExpertsConfig` with its weight}.
 ROUTER_LOSSES = {
     "switch": "switch_weight", "z": "z_weight", "mutual_information": "mi_weight",
     "concentration": "concentration_weight",
 }  # fmt: skip
-NEVER = -1e9  # the logit of an expert that must not be chosen; finite, so that zero times it is zero
+NEVER = -1e9  # the logit of an expert that must not be chosen; finite, so that 0 * NEVER is 0 and not NaN
 
 
 class RouterSums(NamedTuple):
-    """Sums over the unmasked tokens of this device, from which the losses of a router are computed.
+    """Sums over the tokens of this device, without padding, from which `router_stats` computes the losses of a router.
 
-    `tokens`: the number of tokens. `pairs`: the number of (token, choice) pairs, tokens * k. `rows` [E]: the pairs of
-      each expert.
-    `probability` [E], `z` and `entropy`, with g the softmax of a token's logits and H(g) its entropy: the sums of g, of
-      logsumexp(logits)^2 and of H(g).
+    Every token has a weight (see `router_sums`), by default 1. g [E] is the softmax of the logits of a token.
+
+    `tokens`: the sum of the weights, by default the number of tokens.
+    `pairs`: the number of (token, choice) pairs. It is `tokens` * k, or in a Universal Transformer the sum of `rows`.
+    `rows` [E]: the number of (token, choice) pairs that chose each expert.
+    `probability` [E]: the weighted sum of g.
+    `z`: the weighted sum of logsumexp(logits)^2.
+    `entropy`: the weighted sum of the entropy of g.
     """
 
     tokens: jax.Array
@@ -42,9 +47,10 @@ class RouterSums(NamedTuple):
 
 
 class RouterStats(NamedTuple):
-    """The unweighted losses of the routers of L layers, [L] each, and their `load`.
+    """The losses of the routers of L layers, [L] each, and the load of every expert.
 
-    `load` [L,E] is the share of the (token, choice) pairs that went to each expert.
+    The losses are not yet multiplied by their weights from the config. `router_stats` has their formulas. `load` [L,E]
+    is the share of the (token, choice) pairs that chose each expert.
     """
 
     switch: jax.Array
@@ -55,14 +61,16 @@ class RouterStats(NamedTuple):
 
 
 def probabilities(logits: Float[Array, "T E"], trained: int | None = None) -> Float[Array, "T E"]:
-    """Return the softmax of the logits, with the same bits before and after experts were added to a model.
+    """Return the softmax of the logits of every token, which added experts with logits of -inf do not change.
 
-    `trained` is the number of columns of the trained model; added columns follow. If all added columns have logits of
-    -inf, the results of the first `trained` columns have the same bits as without the added columns.
+    The first `trained` columns of `logits` are the experts of the trained model. The other columns are experts that
+    were added to this model. If their logits are -inf, the probabilities of the trained experts are the same to the
+    last bit as without the added experts. `trained` is None if no experts were added.
 
-    In XLA the last bit of an exponential depends on the shape of its loop, and the last bit of a sum on its length. So
-    the exponentials of the two parts are computed separately, with an optimization barrier around each. The sum is a
-    pairwise tree, so that zeros at the end do not change it.
+    A usual softmax would change bits. In XLA, the last bit of an exponential depends on the shape of the loop that
+    computes it, and the last bit of a sum depends on the number of summands. So the exponentials of the trained and of
+    the added columns are computed separately, with an optimization barrier around each part. The sum is a pairwise
+    tree, so that zeros at its end do not change it.
 
     >>> probabilities(jnp.array([[1.0, 1.0, -jnp.inf]]), trained=2).tolist()
     [[0.5, 0.5, 0.0]]
@@ -89,18 +97,21 @@ def choose_experts(
     sample_topk: int = 0,
     key=None,
 ) -> tuple[Int[Array, "T k"], Float[Array, "T k"]]:
-    """Return the indices of the k chosen experts of every token, and their gates.
+    """Choose k experts for every token. Return their indices and their gates.
 
     Args:
-      logits: the logits of the experts.
+      logits: the router logits of every expert.
       k: how many experts a token uses.
-      order: "topk_softmax": the experts with the k largest logits; the gates are the softmax of these k logits and sum
-        to one. "softmax_topk": the gates are the k largest of the `probabilities` over all E experts, unchanged.
-      trained: as in `probabilities`.
-      bias: [E], added for the selection only; the gates do not contain it.
-      pruned: [E], True for experts that are never selected.
-      sample_topk, key: with a key, the last `sample_topk` of the k experts are drawn by their probabilities, without
-        replacement (Gumbel top-k). Their gates are computed in the same way.
+      order: "topk_softmax": choose the experts with the k largest logits; the gates are the softmax of these k logits
+        and sum to one. "softmax_topk": choose the experts with the k largest `probabilities`; the gates are these
+        probabilities, and sum to at most one.
+      trained: the number of experts before experts were added to the model (see `probabilities`); None: no experts were
+        added.
+      bias: [E], added to the logits or probabilities for the choice only; the gates do not contain it.
+      pruned: [E], True for experts that are never chosen.
+      sample_topk, key: with a random key, only the first k - `sample_topk` experts are chosen as above. The others are
+        drawn by the softmax of the logits, without replacement (Gumbel top-k). `order` says how the gates of all k
+        experts are computed.
     """
     logits = logits.astype(jnp.float32)
     scores = logits if order == "topk_softmax" else probabilities(logits, trained)
@@ -121,13 +132,14 @@ def choose_experts(
 def round_tokens(
     expert_indices: Int[Array, "T k"], gates: Float[Array, "T k"], num_experts: int, multiple: int
 ) -> Int[Array, "T k"]:
-    """Drop rows, so that the number of rows of every expert is a multiple of `multiple` (token rounding).
+    """Drop (token, choice) pairs, so that every expert has a multiple of `multiple` pairs (token rounding).
 
-    A row is a (token, choice) pair. Then no tile of a kernel is partly empty.
+    If `multiple` is the number of rows of a kernel tile, no tile is partly empty.
 
-    Each expert drops its rows with the smallest gates, at most `multiple` - 1 of them. A dropped row gets the index E,
-    which means no expert (after arXiv 2512.14080, which also rounds up). The result depends on the device's whole
-    batch, so this is for training only.
+    Each expert drops its pairs with the smallest gates, at most `multiple` - 1 of them. Return the indices, in which a
+    dropped pair has the index E = `num_experts`, which means no expert. The method is from arXiv 2512.14080. The paper
+    also rounds up; this function only rounds down. Whether a pair is dropped depends on all tokens of the device, so
+    this function is for training only.
 
     >>> round_tokens(jnp.array([[0], [0], [1], [0]]), jnp.array([[0.3], [0.1], [0.9], [0.2]]), 2, 2).T
     Array([[0, 2, 2, 0]], dtype=int32)
@@ -146,11 +158,11 @@ def router_sums(
     expert_indices: Int[Array, "T k"],
     weight: Float[Array, "T"] | Bool[Array, "T"] | None = None,
 ) -> RouterSums:
-    """Compute the `RouterSums` of one router over its tokens. `weight` is the weight of each token; None: all are 1.
+    """Compute the `RouterSums` of one router over its tokens.
 
-    `expert_indices` may contain E, which means no expert. `weight` does not change `rows`: a token that must not count
-    there has the index E for all its choices. A logit of -inf belongs to an expert that does not exist, and
-    counts as `NEVER`.
+    `expert_indices` are the chosen experts; the index E means no expert. `weight` is the weight of each token in the
+    sums; None: all are 1. The weights do not change `rows`: to leave a token out of `rows`, set its indices to E. A
+    logit of -inf, of an expert that does not exist, is replaced by the finite number `NEVER`, so that no sum is NaN.
     """
     logits = jnp.maximum(logits.astype(jnp.float32), NEVER)
     weight = jnp.ones(logits.shape[:1]) if weight is None else weight.astype(jnp.float32)
@@ -164,16 +176,18 @@ def router_sums(
 
 
 def router_stats(sums: RouterSums) -> RouterStats:
-    """Sum over all devices, and compute the losses and the load of one router, or of the routers of all layers.
+    """Compute the losses and the load of one router, or of the routers of all layers, from the sums on all devices.
 
-    With g the softmax of a token's logits, H the entropy and e an expert:
+    Means are over tokens. g is the softmax of the logits of a token, P is the mean of g, and e is an expert. f_e is the
+    load of e: its share of the (token, choice) pairs.
 
-    switch = E * sum_e f_e P_e, with f_e the share of the rows and P_e the mean of g_e: 1 at balance (arXiv 2101.03961;
-      Hugging Face's variant does not divide the rows by k and is k at balance).
+    switch = E * sum_e f_e P_e (arXiv 2101.03961). It is 1 if all loads are equal. The loss of
+      Hugging Face is k times as large, because its f_e is the number of pairs of e per token.
     z = mean(logsumexp(logits)^2) (arXiv 2202.08906).
-    mutual information = H(e|x) - H(e), the mean entropy of g_t minus the entropy of P (arXiv 2306.04640).
-    concentration = H(e): a smaller value means that fewer experts are used. The same paper gives no formula and no
-      code; this is our reading of its description.
+    mutual_information = H(e|x) - H(e): the mean entropy of g minus the entropy of P (arXiv 2306.04640). It is minus
+      the mutual information of the token x and the expert e.
+    concentration = H(e), the entropy of P: a smaller value means that fewer experts are used. arXiv 2306.04640
+      describes this loss without a formula or code; the formula is our reading of the description.
     """
     sums = psum_over_batch(sums)
     tokens, pairs = jnp.maximum(sums.tokens, 1), jnp.maximum(sums.pairs, 1)
@@ -186,20 +200,23 @@ def router_stats(sums: RouterSums) -> RouterStats:
 def updated_router_bias(
     bias: Float[Array, "*L E"], load: Float[Array, "*L E"], rate: float, experts: int | Int[Array, "*L 1"]
 ) -> Float[Array, "*L E"]:
-    """Return the selection bias for the next step: b_e + rate * sign(mean load - load_e).
+    """Return the selection bias of each expert e for the next step: bias_e + rate * sign(mean load - load_e).
 
-    This is the auxiliary-loss-free balancing of arXiv 2408.15664. `load` is the share of the rows that each expert got.
-    The mean is over the `experts` that exist; after pruning, they are fewer than the E columns.
+    This is the auxiliary-loss-free balancing of arXiv 2408.15664. `load` is the share of the (token, choice) pairs that
+    chose each expert. `experts` is the number of experts that exist, over which the mean is taken: after pruning, it is
+    smaller than E, the number of router columns.
     """
     return (bias + rate * jnp.sign(load.sum(-1, keepdims=True) / experts - load)).astype(bias.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class Experts:
-    """How many experts a router has. `old` and `new` experts exist; `pruned` experts do not exist any more.
+    """The numbers of `old`, `new` and `pruned` experts of a router.
 
-    A router has a column of logits for each of them, in this order: the old and the pruned experts, as they were
-    trained, then the new experts. The weights of the experts contain only the old experts, then the new ones.
+    Old experts belong to the trained model. New experts were added to it. Pruned experts were removed, but the router
+    still computes their logits. The columns of the logits are the old and the pruned experts, in the order that they
+    have in the trained model, and then the new experts. The weights of the experts contain the old and then the new
+    experts.
     """
 
     old: int
@@ -208,7 +225,7 @@ class Experts:
 
     @property
     def count(self) -> int:
-        """The number of experts that exist, which other docstrings call E."""
+        """The number of experts that exist, without the pruned ones."""
         return self.old + self.new
 
     @property
@@ -217,16 +234,17 @@ class Experts:
 
 
 class Router(nnx.Module):
-    """A router: chooses k experts for a token x [D] by their logits, which are always computed in fp32.
+    """A router: it computes a logit for every expert from a token x [D], always in fp32, and chooses k experts.
 
     The config field `network` says how the logits are computed. "linear": x weight. "mlp": gelu(x hidden + hidden_bias)
-    weight. "gmm": exp(log_scale) cos(x hidden, weight_e), where weight_e is the centroid of expert e. `new_weight` has
-    the columns of experts that were added to a trained model.
+    weight. "gmm": exp(log_scale) cos(x hidden, weight_e), where weight_e is the centroid of expert e. `hidden` and
+    `weight` are matrices. `new_weight` has the further columns of `weight` for experts that were added to a trained
+    model.
 
-    `selection_bias` balances the load without a loss. It affects the choice but not the gates. In a pruned model
-    `slot[column]` is the index of the expert's weights, or -1 if the expert was pruned. With
-    `pruning="old_denominator"` a pruned expert's probability remains in the softmax; with "new_denominator" it does
-    not.
+    `selection_bias` balances the load without a loss: it changes which experts are chosen, but not their gates. In a
+    pruned model, column c of the logits belongs to the expert with the index `slot[c]` in the weights of the experts.
+    `slot[c]` is -1 if this expert was pruned. With `pruning="old_denominator"`, pruned experts still count in the
+    denominator of the softmax. With "new_denominator", they do not count.
     """
 
     normalized = False  # whether the gates of a token are divided by their sum
@@ -246,15 +264,15 @@ class Router(nnx.Module):
         self.log_scale = zeros(1) if network == "gmm" else None
         self.weight = normal(key, (rows, old), std, c)
         self.new_weight = normal(k_new, (rows, new), std, c) if new else None
-        # In float32, because a smaller type would lose steps of bias_rate once the bias is large.
+        # In float32: in a smaller type, the small step `bias_rate` would be lost when it is added to a large bias.
         self.selection_bias = zeros(old + new, jnp.float32) if mixture.bias_rate else None
-        # A float, because all parameters are floats; it represents every index of an expert exactly.
+        # Indices as floats, because all parameters are floats; float32 represents every index exactly.
         self.slot = nnx.Param(jnp.arange(old + new, dtype=jnp.float32)) if mixture.pruning != "no" else None
 
     def logits(self, tokens: Float[Array, "T D"], key=None) -> tuple[Float[Array, "T E"], Any]:
         """Return the logits of all router columns (see `Experts`), and a random key for the sampling of experts.
 
-        The key is the `key` of the call, unless a subclass uses a part of its randomness.
+        The returned key is `key`. A subclass that needs random numbers itself, such as for dropout, returns a new key.
         """
         exact = lambda param: param[...].astype(jnp.float32)  # noqa: E731
         x = tokens.astype(jnp.float32)
@@ -264,7 +282,7 @@ class Router(nnx.Module):
             x = jax.nn.gelu(x + exact(self.hidden_bias)[None], approximate=False)
         if self.log_scale is not None:
             x = _unit(x, 1) * jnp.exp(exact(self.log_scale))[None]
-        # Two products, so that new experts do not change a bit of the old logits.
+        # Separate products for old and new experts, so that new experts change no bit of the old logits.
         weights = [exact(w) for w in (self.weight, self.new_weight) if w is not None]
         if self.log_scale is not None:
             weights = [_unit(w, 0) for w in weights]
@@ -275,8 +293,9 @@ class Router(nnx.Module):
     ) -> tuple[Int[Array, "T k"], Float[Array, "T k"], RouterSums]:
         """Choose k experts for every token. Return their indices, their gates, and the `RouterSums` for the losses.
 
-        `token_weight`: the weight of each token in the losses; a token mask is also accepted. A token of weight 0 has
-        no expert: all its indices are E. With a random `key`, the router samples and rounds as in training.
+        `token_weight`: the weight of each token in the losses; a token mask is also accepted. A token of weight 0 uses
+        no expert: its indices equal the number of experts, which means no expert. With a random `key`, the router works
+        as in training: it applies `sample_topk` and `token_rounding` of the config.
         """
         (logits, key), slot = self.logits(tokens, key), self.slot
         bias = None if self.selection_bias is None else self.selection_bias[...].astype(jnp.float32)
@@ -300,6 +319,6 @@ class Router(nnx.Module):
 
 
 def _unit(x, axis):
-    """Return x / |x|. A vector shorter than 1e-12 has no direction: the result and its gradient are zero."""
+    """Divide the vectors of x along `axis` by their norms. If a norm is below 1e-12, result and gradient are 0."""
     square = jnp.square(x).sum(axis, keepdims=True)
     return x * jnp.where(square > 1e-24, jax.lax.rsqrt(jnp.maximum(square, 1e-24)), 0)

@@ -1,4 +1,4 @@
-"""Causal softmax attention on keys with rotary positions, as the decoder calls it."""
+"""The attention variant "softmax" of the decoder: causal softmax attention."""
 
 import jax
 import jax.numpy as jnp
@@ -8,13 +8,16 @@ from stickjax.config import ModelConfig
 
 
 def attend(config: ModelConfig, q, k, v, context):
-    """Compute causal softmax attention, as an `AttentionVariant` of `stickjax.config.attention`.
+    """Compute causal softmax attention. Models whose config has `attention="softmax"` call this function.
 
-    Return (out [B,T,N,H], None). None stands for the rest of the stick: softmax weights always sum to one. `context`
-    is a `Context` of `stickjax.models.attention`.
+    q [B,T,N,H] are the queries, and k and v [B,S,K,H] are the keys and values. Queries and keys already have rotary
+    positions. `context` is a `Context` of `stickjax.models.attention`.
+
+    Return (out [B,T,N,H], None). The second result of an attention variant is, for every query, 1 - the sum of its
+    weights. None means that the weights always sum to 1.
     """
     c, T, S = config, q.shape[1], k.shape[1]
-    # At most eight query tiles, each with only the keys that it can attend to: about half of all T * S scores.
+    # Compute at most eight query tiles, each with only the keys up to its end. This is about half of all T * S scores.
     tile = max(64, -(-T // 8)) if isinstance(context.offset, int) else T
 
     @jax.checkpoint  # saves q, k and v instead of the T * S weights of every head

@@ -1,4 +1,4 @@
-"""Stick-breaking attention as the decoder calls it, on one device or along the mesh axis "context"."""
+"""The attention variant "stick_breaking" of the decoder, also for sequences that a mesh axis divides."""
 
 from pallas_kernels import stick_breaking_attention
 from stickjax.config import ModelConfig
@@ -7,10 +7,14 @@ from stickjax.parallel.collectives import size
 
 
 def attend(config: ModelConfig, q, k, v, context):
-    """Compute stick-breaking attention, as an `AttentionVariant` of `stickjax.config.attention`.
+    """Compute stick-breaking attention. Models whose config has `attention="stick_breaking"` call this function.
 
-    Return (out [B,T,N,H], rest [B,T,N]). The rest is the part of the stick of a query that no key has taken.
-    `context` is a `Context` of `stickjax.models.attention`.
+    q [B,T,N,H] are the queries, and k and v [B,S,K,H] are the keys and values. `context` is a `Context` of
+    `stickjax.models.attention`. If the mesh axis "context" divides the sequences, k and v are the keys and values of
+    the tokens on this device, and the function all-gathers them.
+
+    Return (out [B,T,N,H], rest [B,T,N]). The rest is the part of a query's stick that no key takes: 1 - the sum of the
+    query's weights.
     """
     c, segments = config, (context.segment_ids, context.key_segment_ids)
     options = dict(

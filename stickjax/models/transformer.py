@@ -1,4 +1,4 @@
-"""The decoder: embedding, L layers under one scan, output. `init` makes a model, `apply` runs it on a batch."""
+"""The decoder: an embedding, L layers in one `lax.scan`, and the logits. `init` makes a model, `apply` runs it."""
 
 from typing import NamedTuple
 
@@ -21,10 +21,11 @@ from stickjax.parallel.collectives import copy_to_tensor_parallel, size
 
 
 class Cache(NamedTuple):
-    """The keys and values of the tokens so far. There is room for S tokens; the first `length` places are filled.
+    """The keys and values of all earlier tokens, in all L layers, for the generation of text.
 
-    `key` and `value` are [L,B,S,K,H]. `value` is None if the values equal the keys (`key_value="input"`).
-    `segment_ids` [B,S] is -1 for padding and for places that are not filled yet. `length` is a scalar.
+    `key` and `value` are [L,B,S,K,H], with room for S tokens per sequence. `length` is a scalar: the first `length`
+    places are filled. `value` is None if the values equal the keys (`key_value="input"` in the config). `segment_ids`
+    [B,S] is -1 for padding and for places that are not filled yet.
     """
 
     key: jax.Array
@@ -37,9 +38,9 @@ class Output(NamedTuple):
     """The output of a decoder.
 
     `logits`: [B,T,V], in float32. On a mesh with the axis "tensor", a device has only its part of V.
-    `router`, `attention_router`: the losses and loads of the routers in all layers, of the feed-forward experts and of
-      the attention experts. None without such experts.
-    `cache`: None if the call had no cache.
+    `router`: the losses and loads of the routers of all feed-forward networks; None if they have no experts.
+    `cache`: the cache with the new tokens added; None if the model was called without a cache.
+    `attention_router`: the losses and loads of the routers of all attentions; None if they have no experts.
     """
 
     logits: jax.Array
@@ -49,7 +50,10 @@ class Output(NamedTuple):
 
 
 class Block(nnx.Module):
-    """A layer: x becomes x + m_res * attention(norm(x)), and then x + m_res * feed_forward(norm(x))."""
+    """A layer: x becomes x + m_res * attention(norm(x)), and then x + m_res * feed_forward(norm(x)).
+
+    The multiplier `m_res` is a field of the config. Attention and feed-forward network may consist of experts.
+    """
 
     def __init__(self, config: ModelConfig, key):
         self.config = config
@@ -69,7 +73,7 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """A language model. `blocks` has the parameters of all layers, stacked on a leading axis L."""
+    """A decoder language model. Its field `blocks` has the parameters of all layers, stacked on a leading axis L."""
 
     def __init__(self, config: ModelConfig, key):
         self.config = c = config
@@ -91,10 +95,12 @@ class Transformer(nnx.Module):
         """Compute the logits of the next token at every position.
 
         Args:
-          tokens: [B, T].
-          segment_ids: [B, T]; a token attends only to tokens of its segment; a negative id is padding.
-          cache: from `empty_cache`; this call's keys and values are appended to it.
-          key: randomness of a training step (`sample_topk`, `token_rounding`); None for inference.
+          tokens: [B, T], the token ids.
+          segment_ids: [B, T], the document of every token. A token attends only to tokens with the same id; a negative
+            id is padding. None: every sequence is one document.
+          cache: the keys and values of earlier tokens, from `empty_cache` or from the `Output` of an earlier call. The
+            returned cache also has the keys and values of `tokens`.
+          key: a random key for a training step, in which `sample_topk` and `token_rounding` apply; None for inference.
           last_only: compute only the logits [B, 1, V] of the last position. For a long prompt, the B * T * V floats of
             all positions would take too much memory.
         """
@@ -125,15 +131,15 @@ class Transformer(nnx.Module):
         x = copy_to_tensor_parallel(self.norm(x[:, -1:] if last_only else x))
         logits = jnp.einsum("BTD,DV->BTV", x, unembed, preferred_element_type=jnp.float32)
         logits = logits / (c.m_width if c.logits_scaling is None else c.logits_scaling)
-        experts, heads = (layers and router_stats(layers) for layers in sums)  # of all layers at once
+        experts, heads = (layers and router_stats(layers) for layers in sums)  # for all layers at once
         return Output(logits, experts, cache, heads)
 
 
 def _context(config: ModelConfig, tokens, segment_ids, cache: Cache | None) -> tuple[Context, Cache | None]:
-    """Return the `Context` of the tokens for the attention layers, and the new cache.
+    """Return (the `Context` that all attention layers get, the new cache). Without a cache, the second value is None.
 
-    The new cache has the segment ids of the tokens, and its length counts them. The layers add keys and values later.
-    Without a cache, the second value is None.
+    The new cache already has the segment ids of `tokens`, and its `length` includes `tokens`. The layers add their keys
+    and values later.
     """
     rotary = variant(config.attention).rotary
     if size("context") > 1:
@@ -155,7 +161,7 @@ def _context(config: ModelConfig, tokens, segment_ids, cache: Cache | None) -> t
 
 
 def empty_cache(config: ModelConfig, batch: int, size: int) -> Cache:
-    """Return an empty cache for `batch` sequences of up to `size` tokens each, in the type `config.dtype`."""
+    """Return an empty `Cache` for `batch` sequences of up to `size` tokens each, in the type `config.dtype`."""
     shape = (config.L, batch, size, config.K, config.H)
     values = None if config.key_value == "input" else jnp.zeros(shape, config.dtype)
     return Cache(
@@ -167,16 +173,16 @@ def empty_cache(config: ModelConfig, batch: int, size: int) -> Cache:
 def decode_step(
     model: "Transformer", tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"], cache: Cache
 ) -> tuple[Float[Array, "B V"], Cache]:
-    """Run the model on `tokens`, which follow the tokens in the cache. A negative segment id is padding.
+    """Run the model on `tokens`, which follow the tokens in `cache`. A negative segment id is padding.
 
-    Return the logits after the last of the `tokens`, and the cache with the `tokens` added.
+    Return (the logits [B,V] after the last of the `tokens`, the cache with the `tokens` added).
     """
     output = model(tokens, segment_ids, cache=cache, last_only=True)
     return output.logits[:, -1], output.cache
 
 
 def init(config: ModelConfig, key: jax.Array) -> Transformer:
-    """Return a new decoder with random parameters. The model is the pytree of its parameters.
+    """Return a new decoder with random parameters. The model is a Flax module and also the pytree of its parameters.
 
     >>> model = init(ModelConfig(V=16, D=8, L=2, N=2, K=1, H=4, F=16), jax.random.key(0))
     >>> model.blocks.attention.query.shape
@@ -186,7 +192,10 @@ def init(config: ModelConfig, key: jax.Array) -> Transformer:
 
 
 def apply(params: Transformer, batch: dict[str, jax.Array], key: jax.Array | None = None) -> Output:
-    """Run the model on a batch with `tokens` [B,T] and, when documents are packed, `segment_ids` [B,T].
+    """Run the model `params` on a batch, which has `tokens` [B,T] and may have `segment_ids` [B,T].
+
+    `segment_ids` are needed if a sequence contains several documents. `key` is a random key for a training step, or
+    None for inference.
 
     >>> model = init(ModelConfig(V=16, D=8, L=2, N=2, K=1, H=4, F=16), jax.random.key(0))
     >>> apply(model, {"tokens": jnp.zeros((3, 5), jnp.int32)}).logits.shape

@@ -1,4 +1,4 @@
-"""Embedding and cross-entropy. The mesh axis "tensor" may divide the vocabulary among its devices."""
+"""Embedding and cross-entropy, also for a vocabulary that the mesh axis "tensor" divides among devices."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,10 @@ def _local(ids, count: int):
 
 
 def embedded(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """Return the rows of the embedding `table` for the token ids. A device may have only a part of the V rows."""
+    """Return the row of the embedding `table` for every token id.
+
+    If the mesh axis "tensor" divides the V rows, every device has a part of them and gets the whole result.
+    """
     if size("tensor") == 1:
         return table[tokens]
     tokens, here = _local(tokens, table.shape[0])
@@ -28,7 +31,9 @@ def embedded(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Arr
 
 
 def cross_entropy(logits: Float[Array, "B T V"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
-    """Compute log(sum_v exp(logits_v)) - logits_target. A device may have only a part of the V logits.
+    """Compute the cross-entropy of every target: log(sum_v exp(logits_v)) - logits_target.
+
+    If the mesh axis "tensor" divides the V logits, every device has a part of them and gets the whole result.
 
     >>> cross_entropy(jnp.zeros((1, 1, 4)), jnp.zeros((1, 1), jnp.int32)).tolist() == [[float(jnp.log(4.0))]]
     True

@@ -1,4 +1,4 @@
-"""The sizes of a model that follow from its data: V, V_target and classes. A config may leave them open."""
+"""The sizes of a model that follow from its data, if the config does not set them: V, V_target and classes."""
 
 from collections.abc import Mapping
 
@@ -10,15 +10,16 @@ SIZES = ("V", "V_target", "classes")
 
 
 def with_vocabulary(config: Config, ids: Mapping[str, int] | None = None, devices=None) -> Config:
-    """Return the config with V set, and for some families also V_target and classes.
+    """Return the config with the vocabulary size `model.V` set, and for some families also V_target and classes.
 
     A size that is None becomes the size of the data. V and V_target are rounded up to a multiple of the size of the
-    mesh axis `tensor`. Sizes that the model config does not have are left out.
+    mesh axis "tensor". Sizes that the model config does not have are left out.
 
     Args:
-      config: the experiment.
-      ids: the sizes of the data, such as {"V": 257}; None: read them from the tokenizer or the examples.
-      devices: as in `mesh.make_mesh`.
+      config: the config of the experiment.
+      ids: the sizes of the data, such as {"V": 257}. None: if a size is None, read them from the tokenizer or the
+        examples.
+      devices: the devices of the mesh, which matter if the size of an axis is -1; None: all devices.
 
     Raises:
       ValueError: the tokenizer or the examples cannot be read, V or V_target is smaller than the number of ids, or

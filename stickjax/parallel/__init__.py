@@ -1,1 +1,1 @@
-"""Code for several devices and several processes: GPU models, the mesh, collectives, and how processes find others."""
+"""Several devices and several processes: GPU models, the mesh, collectives, and how processes find one another."""

@@ -1,6 +1,7 @@
-"""The GPU models for which `stickjax.plan` computes: their rates from the vendors' tables, and devices to compile for.
+"""The GPU models that `stickjax.plan` supports, and a way to compile programs for them on a machine without a GPU.
 
-XLA reads the properties of a GPU from the file `targets/NAME.txtpb`, whose numbers are those that CUDA reports.
+The table CHIPS has the peak rates of each GPU model, from the tables of the vendors. The file `targets/NAME.txtpb` has
+the other properties of the GPU model NAME, as CUDA reports them. XLA needs these properties to compile.
 """
 
 import dataclasses
@@ -21,22 +22,22 @@ TARGETS = Path(__file__).parent / "targets"
 
 
 class MissingWheels(ImportError):
-    """Raised if the packages that compile for NVIDIA GPUs are missing. The message says how to install them."""
+    """The package that compiles for NVIDIA GPUs, jax_cuda13_plugin, is missing. The message says how to install it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A GPU model. Bandwidths are in bytes/s, in one direction."""
+    """A GPU model, with its peak rates. Bandwidths are in bytes/s, in one direction."""
 
     name: str
-    kind: str  # the beginning of its device_kind in JAX
+    kind: str  # the beginning of `jax.Device.device_kind` for this model
     flops: float  # dense bf16 peak, FLOP/s
-    link: float  # bandwidth to the other GPUs of its host
+    link: float  # bandwidth of a GPU to the other GPUs of its host
     network: float  # bandwidth to other hosts: one GPU's share of the network adapters of the host
 
     @functools.cached_property
     def text(self) -> str:
-        """The properties of the GPU as text for XLA: the content of its file in `targets`."""
+        """The properties of the GPU in the text format that XLA reads: the content of `targets/NAME.txtpb`."""
         return (TARGETS / f"{self.name}.txtpb").read_text()
 
     def _number(self, field: str) -> float:
@@ -70,7 +71,9 @@ CHIPS = {
 
 
 def chip(name: str) -> Chip:
-    """Return the GPU model with this name in CHIPS. Raise ValueError, with the nearest name, if there is none.
+    """Return the GPU model that CHIPS lists under `name`.
+
+    Raise ValueError if CHIPS does not have this name. The message suggests the most similar name.
 
     >>> chip("h200").memory, chip("h200").bandwidth
     (150754820096, 4800000000000.0)
@@ -81,7 +84,7 @@ def chip(name: str) -> Chip:
 
 
 def of_kind(device_kind: str) -> Chip | None:
-    """Return the GPU model in CHIPS for a `device_kind` of JAX, such as "NVIDIA H200"; None if there is none."""
+    """Return the GPU model for a `jax.Device.device_kind`, such as "NVIDIA H200". Return None if CHIPS has none."""
     return next((chip for chip in CHIPS.values() if device_kind.startswith(chip.kind)), None)
 
 
@@ -92,13 +95,20 @@ def has_wheels() -> bool:
 
 @functools.cache
 def absent_devices(name: str = "h200", devices: int = 1, hosts: int = 1) -> list[jax.Device]:
-    """Return `devices` GPUs of the model `name` on `hosts` hosts, to compile programs for. They need not exist.
+    """Return JAX devices for which programs can be compiled, although the GPUs do not exist on this machine.
 
-    Every host has the same number of GPUs. Raise MissingWheels if jax[cuda13] is not installed.
+    Args:
+      name: the GPU model, a name in CHIPS.
+      devices: the number of GPUs.
+      hosts: the number of hosts. Every host has devices / hosts GPUs.
+
+    Raises:
+      MissingWheels: jax[cuda13] is not installed.
+      ValueError: CHIPS has no such name.
     """
     if not has_wheels():
         raise MissingWheels(
-            "compiling for absent GPUs needs jax[cuda13]: pip install 'stickjax[cuda13]' (jax_cuda13_plugin not found)"
+            "compiling for GPUs that are not here needs the package jax_cuda13_plugin: pip install 'stickjax[cuda13]'"
         )
     topology = f"1x{hosts}x{devices // hosts}"  # slices x hosts x GPUs of a host
     return topologies.get_topology_desc(platform="cuda", target_config=chip(name).text, topology=topology).devices
@@ -106,7 +116,10 @@ def absent_devices(name: str = "h200", devices: int = 1, hosts: int = 1) -> list
 
 @contextmanager
 def tracing_for(device: jax.Device) -> Iterator[None]:
-    """Inside this context, kernels are chosen as if the program ran on `device`. The device need not exist."""
+    """Return a context manager. Programs that are traced inside it choose their kernels for `device`.
+
+    `device` may be a GPU that does not exist on this machine (see `absent_devices`).
+    """
     abstract = AbstractDevice(device.device_kind, getattr(device, "core_count", None), device.platform)
     with use_abstract_mesh(AbstractMesh((), (), abstract_device=abstract)):
         yield

@@ -1,6 +1,6 @@
-"""The mesh of devices, and how a batch is divided on the mesh. A single device has no mesh: it is None.
+"""The mesh of devices, and how its axes divide a batch. With a single device, the mesh is None.
 
-The partitions of the parameters are in the table of `stickjax.models.parameters`.
+How the axes divide the parameters is in the table of `stickjax.models.parameters`.
 """
 
 import math
@@ -19,16 +19,16 @@ BATCH = PartitionSpec(ROW_AXES, "context")
 
 
 def make_mesh(config: Config, devices=None) -> Mesh | None:
-    """Make the mesh of a config. Return None if the config needs a single device.
+    """Make the mesh that a config describes. Return None if all mesh axes have size 1.
 
     Args:
-      config: its section `mesh` has the sizes of the mesh axes. The size of one axis may be -1: it takes the devices
-        that the other axes leave.
+      config: its section `mesh` has the sizes of the mesh axes. The size of one axis may be -1. It then becomes the
+        number of devices divided by the product of the other sizes.
       devices: the devices to use; None: all devices.
 
     Raises:
-      ValueError: the mesh needs more devices than there are, or a size of the model or of the batch is not a multiple
-        of the mesh axis that divides it.
+      ValueError: the mesh needs more devices than there are, or uses only a part of the devices of several processes,
+        or a size of the model or of the batch is not a multiple of the size of the mesh axis that divides it.
 
     >>> make_mesh(Config()) is None
     True
@@ -37,13 +37,14 @@ def make_mesh(config: Config, devices=None) -> Mesh | None:
     sizes = mesh_sizes(config, devices)
     count, axes = math.prod(sizes.values()), " x ".join(f"{axis}={n}" for axis, n in sizes.items() if n > 1)
     if count > len(devices):
-        hint = "; JAX_NUM_CPU_DEVICES=N makes N devices of one CPU" if devices[0].platform == "cpu" else ""
+        hint = "; JAX_NUM_CPU_DEVICES=N makes N devices from one CPU" if devices[0].platform == "cpu" else ""
         raise ValueError(
-            f"{axes} needs {count} devices, but there {'is' if len(devices) == 1 else 'are'} {len(devices)}{hint}"
+            f"the mesh {axes} needs {count} devices, but there "
+            f"{'is' if len(devices) == 1 else 'are'} {len(devices)}{hint}"
         )
     if jax.process_count() > 1 and count != len(devices):
-        mesh = f"the mesh is {axes}" if axes else "the mesh has one part"
-        raise ValueError(f"several processes train on all their {len(devices)} devices, but {mesh}; add --mesh.data=-1")
+        mesh = f"this mesh is {axes}" if axes else "this mesh has one device"
+        raise ValueError(f"a mesh of several processes needs all {len(devices)} devices; {mesh}; add --mesh.data=-1")
     _check_sizes(config, sizes)
     if count == 1:
         return None
@@ -51,9 +52,10 @@ def make_mesh(config: Config, devices=None) -> Mesh | None:
 
 
 def mesh_sizes(config: Config, devices=None) -> dict[str, int]:
-    """Return {mesh axis: its size} for a config. A size of -1 becomes the number that uses all devices.
+    """Return {mesh axis: its size} for a config. All sizes are positive.
 
-    Raise ValueError if the number of devices is not a multiple of the product of the other sizes.
+    A size of -1 in the config is replaced by the number of devices divided by the product of the other sizes. Raise
+    ValueError if this quotient is not a whole number. `devices`: the devices to use; None: all devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {axis: getattr(config.mesh, axis) for axis in AXES}
@@ -62,7 +64,8 @@ def mesh_sizes(config: Config, devices=None) -> dict[str, int]:
         if size == -1:
             if len(devices) % known:
                 raise ValueError(
-                    f"{axis}=-1: the other axes make {known} parts, which do not divide {len(devices)} devices"
+                    f"{axis}=-1: the number of devices, {len(devices)}, must be a multiple of {known}, the product of "
+                    "the other mesh axes"
                 )
             sizes[axis] = len(devices) // known
     return sizes
@@ -74,17 +77,17 @@ def _check_sizes(config: Config, sizes: dict[str, int]) -> None:
     if d.B % (rows * accumulate):
         parts = " x ".join(f"{axis}={sizes[axis]}" for axis in ROW_AXES if sizes[axis] > 1)
         raise ValueError(
-            f"{d.B // accumulate} sequences (B / accumulate) must be a multiple of {parts}; "
+            f"B / accumulate = {d.B // accumulate} sequences must be a multiple of the mesh size {parts}; "
             f"B={max(d.B // (rows * accumulate), 1) * rows * accumulate} would do"
         )
     config.model.check_mesh(sizes, d.T)
 
 
 def rows_of_process(mesh: Mesh | None) -> tuple[int, int]:
-    """Return (index, count): this process loads part `index` of the `count` equal parts of every batch.
+    """Return (index, count): every batch has `count` equal parts, and this process loads part `index`, counted from 0.
 
     A part consists of whole sequences. If the mesh axis "context" or "tensor" spans several processes, these processes
-    load the same sequences.
+    load the same part. Without a mesh, return (0, 1).
     """
     if mesh is None:
         return 0, 1
@@ -95,12 +98,15 @@ def rows_of_process(mesh: Mesh | None) -> tuple[int, int]:
 
 
 def batch_spec(x) -> PartitionSpec:
-    """Return how the mesh axes divide an array [B,T] or [B] of a batch, as a PartitionSpec."""
+    """Return the PartitionSpec of an array x [B,T] or [B] of a batch: which mesh axes divide B, and which divide T."""
     return PartitionSpec(*BATCH[: np.ndim(x)])
 
 
 def abstract_batch(mesh: Mesh | None, shapes: dict) -> dict:
-    """Return the batch `shapes`, {name: ShapeDtypeStruct}, with shardings on the mesh; unchanged without a mesh."""
+    """Return `shapes`, {name: ShapeDtypeStruct} of a batch, with the sharding of every array on the mesh.
+
+    A program can be compiled for the result without data. Without a mesh, return `shapes` unchanged.
+    """
     if mesh is None:
         return shapes
     placed = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, batch_spec(x)))  # noqa: E731
@@ -108,12 +114,13 @@ def abstract_batch(mesh: Mesh | None, shapes: dict) -> dict:
 
 
 def shard_batch(mesh: Mesh | None, batch: dict, accumulate: int = 1) -> dict:
-    """Place a batch on the devices of the mesh; return it unchanged without a mesh.
+    """Return a batch whose arrays are divided among the devices of the mesh. Without a mesh, return it unchanged.
 
-    `batch` is {name: array [B,T] or [B]} with the sequences of this process (see `rows_of_process`). `accumulate` is
-    the number of microbatches. The sequences are ordered so that the i-th microbatches of all devices together form the
-    i-th microbatch of the batch. Along the mesh axis "context", a device takes one piece near the beginning of a
-    sequence and one near its end, so that every device has the same number of (query, key) pairs.
+    `batch` is {name: array [B,T] or [B]}, with the B sequences that this process loads (see `rows_of_process`).
+    `accumulate` is the number of microbatches. The sequences are ordered so that the i-th microbatches of all devices
+    together are the i-th microbatch of the whole batch. If the mesh axis "context" divides T, every device gets two
+    pieces of a sequence: one near its beginning and one near its end. So all devices have the same number of
+    (query, key) pairs.
     """
     if mesh is None:
         return batch

@@ -1,21 +1,21 @@
 """Share the address of process 0 through the process manager of MPICH and Intel MPI (PMI version 1).
 
-Every process has a file descriptor, through which it sends lines of `key=value` words to the process manager. One
-process stores a value there. Then all processes wait for each other, and read the value.
+Every process has a file descriptor, through which it sends commands to the process manager: lines of `key=value` words.
+Process 0 stores its address in the process manager. Then all processes wait for one another, and read the address.
 """
 
 import os
 
 
 def share(file: int, value: str | None) -> str:
-    """Share the value of one process with all processes, and return it. Every process must call this function, once.
+    """Send `value` from one process to all processes, and return it. Every process must call this function once.
 
     Args:
       file: the file descriptor of the process manager: the number in the environment variable PMI_FD.
       value: the value to share, in one process; None in all other processes.
 
     Raises:
-      ValueError: the process manager does not answer by PMI version 1.
+      ValueError: the process manager does not answer as PMI version 1 demands.
     """
     try:
         _ask(file, "init pmi_version=1 pmi_subversion=1")
@@ -26,7 +26,7 @@ def share(file: int, value: str | None) -> str:
         found = _ask(file, f"get kvsname={store} key=stickjax")["value"]
         _ask(file, "finalize")
     except (OSError, KeyError) as error:
-        problem = f"the process manager behind PMI_FD={file} gives no address: {error!r}"
+        problem = f"the process manager at the file descriptor PMI_FD={file} gives no address: {error!r}"
         raise ValueError(f"{problem}; give --coordinator HOST:PORT") from error
     return found
 

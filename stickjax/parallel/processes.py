@@ -1,8 +1,7 @@
-"""Processes that train together: they find one another, share values, and end when one of them is lost.
+"""Processes that train one model together: they find one another, share values, and end when one of them is lost.
 
-Every process has different devices and reads different sequences of a batch. Only process 0 writes files. It also runs
-JAX's coordination service. If a process is lost, the service tells all other processes within `HEARTBEAT_SECONDS`, and
-they end.
+Every process has its own devices. Only process 0 writes files. Process 0 also runs JAX's coordination service. If a
+process ends or does not answer, the service tells all other processes within `HEARTBEAT_SECONDS`, and they end.
 """
 
 import contextlib
@@ -31,7 +30,7 @@ from stickjax.parallel import pmi
 HEARTBEAT_SECONDS, JOIN_SECONDS, SHUTDOWN_SECONDS = 20, 300, 1800
 ERROR_GRACE_SECONDS = 1  # after an error, the other processes wait this long, so that process 0 reports it first
 _WAIT_MILLISECONDS = 24 * 3600 * 1000  # long, because the heartbeat detects a lost process, and not this limit
-# Exit codes: this process has printed its error; another process has printed one, or was lost.
+# Exit codes: this process has printed its error; this process ends because another process failed or was lost.
 EXIT_ERROR_PRINTED, EXIT_PEER_LOST = 3, 4
 
 # Exit codes of a process that saved and stopped, because of a signal or a closed output pipe.
@@ -54,11 +53,13 @@ _PEER_GONE = re.compile(r"Gloo|NCCL|coordination service|CoordinationService|[Cc
 
 
 def initialize(coordinator: str | None = None, count: int | None = None, index: int | None = None) -> None:
-    """Join the other processes; do nothing if there are none. Call this before any other use of JAX.
+    """Connect this process with the others that train together. Call this before any other use of JAX.
 
-    Without arguments, the number and the index of the processes come from the environment of SLURM, Open MPI, MPICH or
-    Intel MPI. Each process then takes one device of its machine: the device whose number is the rank of the process on
-    this machine. If the environment does not name the coordinator, set JAX_COORDINATOR_ADDRESS.
+    Without arguments, the number of processes and the index of this one come from the environment variables of a
+    launcher: SLURM, Open MPI, MPICH or Intel MPI. Each process then takes one device of its machine: the device whose
+    number is the rank of the process on this machine. If the launcher does not give the address of process 0, set
+    JAX_COORDINATOR_ADDRESS to HOST:PORT. Without arguments and without the variables of a launcher, this process trains
+    alone, and nothing happens.
 
     Args:
       coordinator: HOST:PORT, a free port of the machine of process 0.
@@ -67,8 +68,8 @@ def initialize(coordinator: str | None = None, count: int | None = None, index: 
 
     Raises:
       ValueError: only some of the three arguments are given, one is out of range, the port is in use, or the
-        environment is that of several processes but does not say how they find one another.
-      RuntimeError: JAX cannot find the coordinator in the environment.
+        environment says that there are several processes, but not how they find one another.
+      RuntimeError: JAX cannot find the address of process 0 in the environment.
     """
     rank = _find(coordinator, count, index)
     if rank is None:
@@ -84,18 +85,19 @@ def initialize(coordinator: str | None = None, count: int | None = None, index: 
             _check_free(port, coordinator)
     _join(rank)
     if jax.process_count() != count:  # otherwise every process would write
-        found = f"process {index} of {count} has found only {jax.process_count() - 1} of the other {count - 1}"
-        raise ValueError(f"{found}; check --coordinator, --processes and --process of all of them")
+        found = f"process {index} of {count} has found only {jax.process_count() - 1} of the {count - 1} others"
+        raise ValueError(f"{found}; give every process the same --coordinator and --processes, and its own --process")
     if index:
         logging.getLogger("stickjax").setLevel(logging.ERROR)  # process 0 warns for all
 
 
 class _Rank(NamedTuple):
-    """How this process joins the others: the arguments of `jax.distributed.initialize`.
+    """How this process joins the other processes: the arguments for `jax.distributed.initialize`.
 
-    `coordinator`: HOST:PORT of process 0, or None. `count`: the number of processes. `index`: the index of this one.
-    `local`: the number of its device on this machine; None: JAX chooses its devices. `method`: "deactivate", or None if
-    JAX may read the environment of a scheduler.
+    `coordinator`: HOST:PORT of process 0; None: JAX finds it in the environment. `count`: the number of processes.
+    `index`: the index of this process. `local`: the number, on this machine, of the device for this process; None:
+    JAX chooses the devices. `method`: "deactivate" if JAX must ignore the environment variables of schedulers, else
+    None.
     """
 
     coordinator: str | None
@@ -106,9 +108,9 @@ class _Rank(NamedTuple):
 
 
 def _find(coordinator: str | None, count: int | None, index: int | None) -> "_Rank | None":
-    """Find the index and the number of the processes in the arguments of `initialize`, or else in the environment.
+    """Find out how this process joins the others: from the arguments of `initialize`, or else from the environment.
 
-    Return None if there is a single process.
+    Return None if this process trains alone. Raise ValueError if the arguments or the variables are incomplete.
     """
     local, method = None, None
     if count is None and index is None:
@@ -127,15 +129,15 @@ def _find(coordinator: str | None, count: int | None, index: int | None) -> "_Ra
     else:
         method = "deactivate"  # the numbers are given, so JAX must ignore the environment of SLURM or Open MPI
         if coordinator is None or count is None or index is None:
-            raise ValueError("--coordinator HOST:PORT, --processes N and --process I belong together")
+            raise ValueError("--coordinator HOST:PORT, --processes N and --process I belong together: give all or none")
     return _Rank(coordinator, count, index, local, method)
 
 
 def _join(rank: _Rank) -> None:
-    """Join the other processes. If this takes JOIN_SECONDS, print which process is missing, and end this process."""
+    """Join the other processes. If one is still missing after JOIN_SECONDS, print an error and end this process."""
     coordinator, count, index, local, method = rank
     # When the time is over, JAX aborts with a stack trace. Shortly before, this timer prints which process is missing.
-    missing = f"process 0{f' at {coordinator}' if coordinator else ''}" if index else "the others"
+    missing = f"process 0{f' at {coordinator}' if coordinator else ''}" if index else "the other processes"
     late = f"error: process {index} of {count} has waited {JOIN_SECONDS} s for {missing}"
     end = lambda: (print(late, file=sys.stderr, flush=True), os._exit(EXIT_ERROR_PRINTED))  # noqa: E731
     timer = threading.Timer(JOIN_SECONDS - 2, end)
@@ -164,47 +166,51 @@ def _number(name: str) -> int | None:
         return None if text is None else int(text)
     except ValueError as error:
         raise ValueError(
-            f"{name}={text!r} in the environment must be a whole number; set it to one, or unset it"
+            f"{name}={text!r} in the environment must be a whole number; correct the variable, or unset it"
         ) from error
 
 
 def _check_alone() -> None:
-    """Raise ValueError if a launcher has set the rank of this process, but no coordinator (see _UNKNOWN)."""
+    """Raise ValueError if the environment has the rank of this process, but not the address of process 0.
+
+    Some launchers set only the rank (see _UNKNOWN). To train alone would then be wrong, because every process would
+    train its own model.
+    """
     for rank, size in _UNKNOWN:
         if rank in os.environ and (not size or (_number(size) or 1) > 1):
             raise ValueError(
-                f"{rank}={os.environ[rank]}: this may be one of several processes, but no coordinator is named; "
-                f"give --coordinator HOST:PORT --processes N --process I, or unset {rank}"
+                f"{rank}={os.environ[rank]} in the environment: this may be one of several processes, but process 0 "
+                f"has no known address; give --coordinator HOST:PORT --processes N --process I, or unset {rank}"
             )
 
 
 def _agree(count: int, index: int) -> str:
-    """Return HOST:PORT of process 0 in all processes that MPICH or Intel MPI has started.
+    """Return HOST:PORT of process 0, the same in all processes that MPICH or Intel MPI has started.
 
-    Process 0 chooses a free port and shares the address through the process manager (see `stickjax.parallel.pmi`).
+    Process 0 chooses a free port. It shares its address through the process manager (see `stickjax.parallel.pmi`).
     """
     if "PMI_FD" not in os.environ:
         raise ValueError(
-            f"PMI_RANK={index} of PMI_SIZE={count}: nothing says where process 0 listens; give --coordinator HOST:PORT"
+            f"PMI_RANK={index} of PMI_SIZE={count}: the address of process 0 is unknown; give --coordinator HOST:PORT"
         )
     here = "localhost" if _number("MPI_LOCALNRANKS") == count else os.environ.get("PMI_HOSTNAME", socket.gethostname())
     return pmi.share(int(os.environ["PMI_FD"]), None if index else f"{here}:{free_port()}")
 
 
 def check_address(address: str) -> tuple[str, int]:
-    """Parse HOST:PORT into (host, port). Raise ValueError for anything else.
+    """Parse an address HOST:PORT into (host, port). Raise ValueError if it has another form.
 
     >>> check_address("localhost:1234")
     ('localhost', 1234)
     """
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise ValueError(f"--coordinator {address}: expected HOST:PORT")
+        raise ValueError(f"--coordinator {address}: expected HOST:PORT, with a port from 1 to 65535")
     return host, int(port)
 
 
 def free_port() -> int:
-    """Return a free port of this machine."""
+    """Return the number of a TCP port of this machine that no program uses now."""
     with socket.create_server(("", 0)) as one:
         return one.getsockname()[1]
 
@@ -214,7 +220,9 @@ def _check_free(port: int, coordinator: str) -> None:
         with socket.create_server(("", port)):
             pass
     except OSError as error:  # JAX would crash
-        raise ValueError(f"cannot open the port of --coordinator {coordinator}: {error.strerror}") from error
+        raise ValueError(
+            f"cannot open the port of --coordinator {coordinator}: {error.strerror}; choose another port"
+        ) from error
 
 
 def is_writer() -> bool:
@@ -237,7 +245,7 @@ def _several() -> bool:
 
 
 def joined() -> bool:
-    """Return whether this process has joined other processes in `initialize`."""
+    """Return whether `initialize` has connected this process with other processes."""
     return jax.distributed.is_initialized()
 
 
@@ -245,9 +253,9 @@ _turn = {"shared": 0, "barrier": 0}
 
 
 def _name(kind: str) -> str:
-    """Return a new key for JAX's key-value store: "stickjax/KIND/NUMBER", where the number counts the calls.
+    """Return a new key for JAX's key-value store: "stickjax/KIND/NUMBER", where NUMBER counts the calls with this kind.
 
-    All processes get the same key if they make their calls in the same order.
+    `kind` is "shared" or "barrier". All processes get the same key, because they make their calls in the same order.
     """
     _turn[kind] += 1
     return f"stickjax/{kind}/{_turn[kind]}"
@@ -260,8 +268,8 @@ def shared(function: Callable, raises: type[Exception] = ()):
 
     Args:
       function: a function without arguments, whose value can be stored as JSON.
-      raises: a class of exceptions. If `function` raises one, all processes raise it. Any other exception must end
-        process 0.
+      raises: a class of exceptions. If `function` raises one, all processes raise it. After any other exception,
+        process 0 must end, because the other processes still wait for the value.
 
     >>> shared(lambda: [1, "two"])
     [1, 'two']
@@ -284,14 +292,15 @@ def shared(function: Callable, raises: type[Exception] = ()):
 
 
 def check_same(facts: dict) -> None:
-    """Compare {name: JSON value} with the values in process 0, and wait until all processes have done so.
+    """Check that this process and process 0 have the same `facts`, {name: JSON value}.
 
-    Raise ValueError in a process with another value than process 0. All processes must call this.
+    All processes must call this function, and it waits for all of them. It raises ValueError in a process that has
+    another value than process 0.
 
     >>> check_same({"text": "914b8a1bc21f6cbc", "data.T": 256})
     """
     first = shared(lambda: facts)
-    other = [f"{name}: {first[name]!r} -> {facts[name]!r}" for name in facts if first[name] != facts[name]]
+    other = [f"{name} is {facts[name]!r} here, {first[name]!r} there" for name in facts if first[name] != facts[name]]
     if other:
         raise ValueError(f"this process differs from process 0 ({'; '.join(other)}); use the same config and data")
     if _several():
@@ -306,15 +315,15 @@ def _any(mesh: Mesh) -> tuple[Callable, NamedSharding]:
 
 
 def any_process(mesh: Mesh | None, flag: int, after=0):
-    """Return the largest `flag` of all processes. All processes must call this, and all get the same result.
+    """Return the largest `flag` of all processes. All processes must call this function, and get the same result.
 
     Args:
       mesh: the devices of all processes; None: there is one process.
-      flag: the flag of this process, 0 or larger.
-      after: an array on the mesh. Programs that communicate must run in the same order in all processes. This program
-        runs after the program that computes `after`.
+      flag: a whole number of this process, 0 or larger, such as the number of a signal that asks it to stop.
+      after: an array on the mesh. The flags are compared after the program that computes this array, because programs
+        that communicate must run in the same order in all processes.
 
-    Returns an array that may not be computed yet; `int` waits for it.
+    Returns an array that may not be computed yet; `int(...)` of it waits. With one process, returns `flag`.
 
     >>> any_process(None, 15)
     15
@@ -327,19 +336,21 @@ def any_process(mesh: Mesh | None, flag: int, after=0):
 
 
 def orphaned() -> bool:
-    """Return whether the launcher that started this process has ended.
+    """Return whether the launcher that started this process has ended. Without a launcher, return False.
 
-    The launcher would end this process if another process is lost. Without the launcher, the training must stop.
+    The launcher ends all its processes if one of them is lost. After the launcher has ended, no program does this, so
+    the training must stop.
     """
     return os.environ.get("STICKJAX_LAUNCHER", str(os.getppid())) != str(os.getppid())
 
 
 def fail(message: str, error: BaseException | None = None) -> int:
-    """Print an error and return the exit code of a single process. One of several processes exits in this function.
+    """Print the error `message`. If this process trains alone, return the exit code 1; else end this process.
 
-    Of several processes, only the first one that fails prints its error. The others fail in the same way, or because
-    the first one is lost. This function calls `os._exit`, because Python's normal exit would wait for the other
-    processes.
+    `error` is the exception, if there is one. If the exception was raised because another process is lost, a message
+    about the lost process is printed instead of `message`. If another process has already printed its error, nothing is
+    printed, because most errors are the same in all processes. The process ends by `os._exit`, because Python's normal
+    exit would wait for the other processes.
     """
     if not jax.distributed.is_initialized():
         print(message, file=sys.stderr)
@@ -368,10 +379,10 @@ def fail(message: str, error: BaseException | None = None) -> int:
 
 
 def lost(index: int, count: int) -> str:
-    """Return the message of a process that ends because another process is lost."""
+    """Return the message of process `index` of `count`, which ends because another process is lost."""
     return f"process {index} of {count} has lost another process; {RESUME_HINT}"
 
 
 def _lost_another(error: BaseException | None) -> bool:
-    """Return whether XLA raised this error, or the error that caused it, because another process is lost."""
+    """Return whether an error, or one of its causes, was raised by XLA because another process is lost."""
     return error is not None and (bool(_PEER_GONE.search(str(error))) or _lost_another(error.__cause__))

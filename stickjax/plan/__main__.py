@@ -2,9 +2,10 @@
 
 python -m stickjax.plan configs/powermoe_3b.py --gpu h200 --devices 64 [--sweep] [--json] [--section.field=value ...]
 
-The command compiles the training step ahead of time. It prints parameters, memory, work, collectives and an estimated
-time. If the step does not fit into memory, it also prints the smallest changes that make it fit; they are compiled too.
-With the CUDA wheels the step is compiled for the GPUs, otherwise for virtual CPU devices.
+The command compiles the training step ahead of time. It prints the numbers of parameters, bytes and floating-point
+operations, the collectives and an estimated time. If the step does not fit into memory, the command also prints the
+smallest changes of the config that make it fit; the changed steps are compiled, too. If the CUDA wheels are installed,
+the step is compiled for the GPUs, otherwise for virtual CPU devices.
 """
 
 import os
@@ -22,7 +23,7 @@ from stickjax.plan.search import SWEPT
 
 
 def _hosts(devices: int) -> int:
-    """Return the smallest number of hosts that have the same number of devices each, at most eight."""
+    """Return the smallest number of hosts that can share `devices` devices equally, with at most 8 devices each."""
     return next(hosts for hosts in range(max(1, -(-devices // 8)), max(1, devices) + 1) if devices % hosts == 0)
 
 
@@ -31,10 +32,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m stickjax.plan", add_help=False)
     parser.add_argument("config", metavar="CONFIG", nargs="?", help="a name such as tiny, a .py file, a config.json")
     parser.add_argument("--gpu", default="h200", help=f"one of {', '.join(CHIPS)}; h200 by default")
-    parser.add_argument("--devices", type=number(int, at_least=1), default=8, help="GPUs; 8 by default")
-    parser.add_argument("--hosts", type=number(int, at_least=1), help="machines; one for every 8 GPUs by default")
+    parser.add_argument("--devices", type=number(int, at_least=1), default=8, help="number of GPUs; 8 by default")
+    parser.add_argument("--hosts", type=number(int, at_least=1), help="number of hosts; one per 8 GPUs by default")
     parser.add_argument("--sweep", action="store_true", help=f"compare mesh shapes, {SWEPT} at most")
-    parser.add_argument("--json", action="store_true", help="machine-readable, to stdout")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("-h", "--help", action="store_true")
     words, rest = parser.parse_with_fields(argv)
     config = Config() if words.config is None else load_config(words.config)
@@ -42,7 +43,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{parser.format_help()}\nconfig fields, with their values here:\n{describe(config)}")
         return 0
     if words.config is None:
-        raise ValueError("which config? for example: python -m stickjax.plan powermoe_3b --devices 64")
+        raise ValueError(
+            "CONFIG is missing: name a config, for example python -m stickjax.plan powermoe_3b --devices 64"
+        )
     config = parse(config, rest)
     gpu = chip(words.gpu)
     if "JAX_PLATFORMS" not in os.environ:

@@ -1,7 +1,7 @@
 """Compile a training step ahead of time: for absent GPUs, for virtual CPU devices, or for the devices of this process.
 
-A plan reads from the compiled step the exact bytes of the arguments, the bytes of the temporaries, and the collectives.
-It reads the work from the traced step.
+The compiled step gives the exact bytes of its arguments, the bytes of its temporaries, and its collectives. The traced
+step, a jaxpr, gives its floating-point operations and its memory traffic.
 """
 
 import dataclasses
@@ -25,9 +25,10 @@ from stickjax.training.step import TrainState, init_state, jit_step
 
 
 class Machine(NamedTuple):
-    """The devices to compile for, of which every host has the same number.
+    """The devices for which a step is compiled. Every host has the same number of them.
 
-    `chip`: what is known about the GPU, None for an unknown one. `memory`: bytes of one device, None if not known.
+    `chip`: the GPU model and its peak rates; None for an unknown device. `memory`: the bytes of memory of one device;
+    None if not known.
     """
 
     devices: tuple[jax.Device, ...]
@@ -35,7 +36,7 @@ class Machine(NamedTuple):
     chip: Chip | None
     memory: int | None
     description: str  # for the report
-    platforms: tuple[str, ...] | None = None  # to lower for, if the devices do not tell JAX
+    platforms: tuple[str, ...] | None = None  # for which to lower; None: the platform of the devices
 
     @property
     def per_host(self) -> int:
@@ -44,10 +45,10 @@ class Machine(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A compiled training step.
+    """The numbers of a compiled training step that a plan needs.
 
     `arguments`, `temporaries` and `peak` are bytes on one device: the peak is the most that the step needs at once.
-    `work` is the work of all devices together.
+    `work` is the floating-point operations and the memory traffic of all devices together.
     """
 
     config: Config
@@ -55,10 +56,10 @@ class Compiled:
     arguments: int
     temporaries: int
     peak: int
-    state: dict[str, int]  # bytes of the training state, by part; they are among the arguments
+    state: dict[str, int]  # bytes of each part of the training state on one device, included in `arguments`
     work: Work
     collectives: list[Collective]
-    kernels: tuple[dispatch.Choice, ...]  # the implementations that the ops chose, on one device
+    kernels: tuple[dispatch.Choice, ...]  # the implementations that were chosen for the ops
     seconds: float  # compile time
 
     @property
@@ -67,19 +68,22 @@ class Compiled:
 
     @property
     def axes(self) -> dict[str, int]:
-        """Return {mesh axis: size}."""
+        """Return {mesh axis: its size}, or {} without a mesh."""
         return {} if self.mesh is None else dict(self.mesh.shape)
 
 
 def absent_machine(chip: Chip, devices: int, hosts: int) -> Machine:
-    """Return a machine of absent GPUs or, without the CUDA wheels, of the same number of virtual CPU devices.
+    """Return a `Machine` of GPUs of the model `chip`, which need not be present.
+
+    `devices` is the number of GPUs on all hosts together. Without the CUDA wheels, the machine has the same number of
+    virtual CPU devices instead.
 
     Raises:
-      ValueError: the hosts cannot all have the same number of devices, or there are fewer CPU devices than needed (see
-        `virtual_devices`).
+      ValueError: the number of devices is not a multiple of the number of hosts, or this process has fewer CPU devices
+        than needed (see `virtual_devices`).
     """
     if devices < 1 or hosts < 1 or devices % hosts:
-        raise ValueError(f"{devices} devices must be a multiple of {hosts} hosts")
+        raise ValueError(f"devices={devices} must be a multiple of hosts={hosts}")
     named = f"{devices} x {chip.kind}"
     if has_wheels():
         found, platforms = absent_devices(chip.name, devices, hosts), ("cuda",)
@@ -89,13 +93,16 @@ def absent_machine(chip: Chip, devices: int, hosts: int) -> Machine:
         description = f"{devices} virtual CPU devices instead of {named}, with the memory and collectives of a CPU "
         description += "program: pip install 'stickjax[cuda13]' to compile for the GPUs"
         if len(found) < devices:
-            raise ValueError(f"there are {len(found)} virtual CPU devices, {devices} are needed; plan in a new process")
+            raise ValueError(
+                f"JAX has started with {len(found)} virtual CPU devices, but {devices} are needed; make the plan in "
+                "a new process"
+            )
     description += f", {hosts} host{'s' if hosts > 1 else ''}"
     return Machine(tuple(found), hosts, chip, chip.memory, description, platforms)
 
 
 def present_machine() -> Machine:
-    """Return the `Machine` of the devices that are present: those of all processes that train together."""
+    """Return a `Machine` with all devices that JAX has now: the devices of all processes that train together."""
     devices = jax.devices()
     stats = devices[0].memory_stats() or {}
     chip = of_kind(devices[0].device_kind)
@@ -107,18 +114,18 @@ def present_machine() -> Machine:
 def make_mesh(config: Config, machine: Machine) -> Mesh | None:
     """Return the mesh of a config on a machine, or None for one device.
 
-    Raises ValueError unless the mesh uses all devices of the machine.
+    Raises ValueError if the mesh does not fit the config, or does not use all devices of the machine.
     """
     mesh = mesh_module.make_mesh(config, list(machine.devices))
     if (used := 1 if mesh is None else mesh.size) != len(machine.devices):
-        raise ValueError(f"the mesh has {used} devices, there are {len(machine.devices)}: --mesh.fsdp=-1 takes all")
+        raise ValueError(f"the mesh has {used} devices, but there are {len(machine.devices)}; --mesh.fsdp=-1 uses all")
     return mesh
 
 
 def abstract_arguments(config: Config, mesh: Mesh | None, device: jax.Device) -> tuple[TrainState, dict]:
-    """Return the arguments of a step, the training state and the batch, as shapes with types and shardings.
+    """Return the arguments of a training step, (state, batch), as ShapeDtypeStructs with shardings on the mesh.
 
-    Without a mesh, both are on `device`.
+    Without a mesh, all arrays are on `device`.
     """
     alone = NamedSharding(Mesh([device], ("x",)), PartitionSpec())
     state = jax.eval_shape(lambda: init_state(config, jax.random.key(0)))
@@ -131,9 +138,9 @@ def abstract_arguments(config: Config, mesh: Mesh | None, device: jax.Device) ->
 
 
 def compile_step(config: Config, machine: Machine) -> Compiled:
-    """Compile the step that `python -m stickjax.train` would run for a config, on the devices of a machine.
+    """Compile the training step that `python -m stickjax.train` would run for a config, for the devices of a machine.
 
-    Nothing is executed. Raises ValueError if the mesh does not fit the config or the machine.
+    The step is not executed. Raises ValueError if the mesh does not fit the config or the machine.
     """
     begun = time.perf_counter()
     mesh, device = make_mesh(config, machine), machine.devices[0]
@@ -160,9 +167,9 @@ def compile_step(config: Config, machine: Machine) -> Compiled:
 
 
 def virtual_devices(number: int) -> None:
-    """Give this process at least `number` CPU devices.
+    """Give this process at least `number` virtual CPU devices.
 
-    This has no effect if JAX has initialised its devices already.
+    This has no effect if JAX has already initialised its devices.
     """
     try:
         jax.config.update("jax_num_cpu_devices", max(number, jax.config.jax_num_cpu_devices))

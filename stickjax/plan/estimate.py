@@ -1,4 +1,7 @@
-"""Estimate the time of a compiled step from compute, memory and network, and whether it fits into memory."""
+"""Estimate the time of a step from its compute, memory traffic and network traffic; check that it fits into memory.
+
+A step fits if its peak memory is at most the share MEMORY_SHARE of the memory of a device.
+"""
 
 from typing import NamedTuple
 
@@ -11,21 +14,23 @@ from stickjax.plan.aot import Compiled
 COMPUTE, MEMORY = 0.78, 0.9
 MEMORY_SHARE = 0.92  # of the device's memory: the rest is for CUDA, NCCL's buffers and fragmentation
 ASSUMPTIONS = (
-    f"compute: {COMPUTE:.0%} of the bf16 peak, as large products reach on an H200; only matrix products and kernels",
-    f"memory: {MEMORY:.0%} of the bandwidth, operands and results of products and kernels once, parameters and "
-    "optimizer state read and written once; elementwise operations are fused",
-    "network: a ring per group at the rated bandwidth of one direction, over the host's links where the group lies "
-    "within a host, over the GPU's own adapter otherwise; no latency, no congestion",
-    "experts are balanced, attention computes its whole mask, no step is skipped",
-    f"fits: at most {MEMORY_SHARE:.0%} of the memory",
+    f"compute: {COMPUTE:.0%} of the bf16 peak, which large matrix products reach on an H200; only matrix products and "
+    "kernels count",
+    f"memory: {MEMORY:.0%} of the bandwidth; operands and results of matrix products and kernels are moved once, "
+    "parameters and optimizer state are read and written once; elementwise operations are fused",
+    "network: the devices of a collective form a ring at the rated bandwidth of one direction, of the links within a "
+    "host or of each GPU's network adapter between hosts; no latency, no congestion",
+    "every expert gets the same number of tokens, attention computes all scores of its mask, no training step is "
+    "skipped",
+    f"fits: the peak is at most {MEMORY_SHARE:.0%} of the device's memory",
 )
 
 
 class Estimate(NamedTuple):
     """The seconds that a step spends on compute, on memory traffic and on the network.
 
-    `overlapped` is the time of the step if the slowest of the three hides the others, and `serial` the time if they run
-    one after the other.
+    `overlapped` is the time of the step if these three overlap completely: their maximum. `serial` is the time if they
+    run one after the other: their sum.
     """
 
     compute: float
@@ -42,13 +47,16 @@ class Estimate(NamedTuple):
 
 
 def model_flops(compiled: Compiled) -> float:
-    """Return the floating-point operations of the model in a step, on all devices. Recomputed ones count once."""
+    """Return the floating-point operations that the model needs for a step, on all devices together.
+
+    Operations that are recomputed count only once.
+    """
     data = compiled.config.data
     return family_of(compiled.config.model).flops_per_token(compiled.config.model, data.T) * data.tokens_per_step
 
 
 def estimate(compiled: Compiled, chip: Chip) -> Estimate:
-    """Estimate the time of a compiled step on GPUs of one kind, under the ASSUMPTIONS of this file."""
+    """Estimate the time of a compiled step on GPUs of the model `chip`, under the ASSUMPTIONS of this file."""
     n = compiled.devices
     moved = compiled.work.bytes / n + 2 * sum(compiled.state.values())
     sent = sum(c.sent * c.count / (chip.link if c.local else chip.network) for c in compiled.collectives)
@@ -56,13 +64,16 @@ def estimate(compiled: Compiled, chip: Chip) -> Estimate:
 
 
 def mfu(compiled: Compiled, chip: Chip, seconds: float) -> float:
-    """Return the MFU: `model_flops` as a share of the operations that the devices can do at their peak in `seconds`.
+    """Return the MFU (model FLOP utilisation): `model_flops` divided by the peak operations of all devices.
 
-    `chip` says what the peak of a device is.
+    The peak operations are the ones that the devices can do in `seconds`, the time of the step, at the peak of `chip`.
     """
     return model_flops(compiled) / (compiled.devices * chip.flops * seconds)
 
 
 def fits(compiled: Compiled, memory: int | None) -> bool:
-    """Return whether the step fits into the memory of a device; True if the memory is not known."""
+    """Return whether the step fits into a device with `memory` bytes, of which it may use the share MEMORY_SHARE.
+
+    If `memory` is None (not known), return True.
+    """
     return memory is None or compiled.peak <= MEMORY_SHARE * memory

@@ -1,8 +1,8 @@
-"""Floating-point operations and memory traffic of a jaxpr, as it is executed.
+"""Count the floating-point operations and the memory traffic of a jaxpr, as it is executed.
 
-A loop counts as often as it runs. Operations that a remat policy computes again count again. A body that runs on every
-device of a mesh counts once for each device. XLA's analysis is not used: it counts a loop only once, and it does not
-exist for an absent GPU.
+The body of a loop counts as often as it runs. Operations that a remat policy computes again count again. The body of a
+shard_map counts once for each device. XLA's cost analysis is not used: it counts the body of a loop only once, and it
+does not exist for an absent GPU.
 """
 
 import math
@@ -16,12 +16,12 @@ from stickjax.system.memory import itemsize
 
 
 class Work(NamedTuple):
-    """The work of a program. Elementwise operations are not included, whether they are fused or not.
+    """The work of a program: its operations and its memory traffic. Elementwise operations are not included.
 
-    `flops`: the floating-point operations of matrix products and kernels; a multiply-add counts as two. `bytes`: the
-      size of their operands and results.
-    `unknown`: the number of loops whose number of passes depends on data and is not stated by `cost.loop`; each counts
-      as one pass.
+    `flops`: the floating-point operations of matrix products and kernels; a multiply-add counts as two.
+    `bytes`: the size of the operands and results of matrix products and kernels.
+    `unknown`: the number of `while` loops whose number of passes is not known; each of these loops counts as one
+      pass. The number of passes is known if `pallas_kernels.cost.loop` states it.
     """
 
     flops: float = 0.0
@@ -36,7 +36,7 @@ class Work(NamedTuple):
 
 
 def count(jaxpr: Jaxpr | ClosedJaxpr) -> Work:
-    """Return the work of a program, for all devices together.
+    """Return the `Work` of a program, given as a jaxpr, for all devices together.
 
     >>> import jax.numpy as jnp
     >>> def f(x, w):
@@ -48,9 +48,10 @@ def count(jaxpr: Jaxpr | ClosedJaxpr) -> Work:
 
 
 def _count(jaxpr, trips: float | None) -> Work:
-    """Return the work of a jaxpr.
+    """Return the `Work` of a jaxpr.
 
-    `trips`: the number of passes that the op around the jaxpr states for its `while` loops; None: it states no number.
+    `trips`: the number of passes of each `while` loop in the jaxpr, if the name of the function around it states this
+    number (see `pallas_kernels.cost.loop`); None: the number is not known.
     """
     total = Work()
     for equation in jaxpr.jaxpr.eqns if isinstance(jaxpr, ClosedJaxpr) else jaxpr.eqns:
@@ -85,7 +86,7 @@ def _equation(equation: JaxprEqn, trips: float | None) -> Work:
 
 
 def _inner(params: dict) -> list:
-    """Return the jaxprs in the parameters of an equation, such as a call, a derivative rule or a remat."""
+    """Return all jaxprs in `params`, the parameters of an equation. A call, a custom derivative or a remat has one."""
     leaves = jax.tree.leaves(list(params.values()), is_leaf=lambda x: isinstance(x, Jaxpr | ClosedJaxpr))
     return [leaf for leaf in leaves if isinstance(leaf, Jaxpr | ClosedJaxpr)]
 

@@ -1,6 +1,6 @@
-"""The collectives of a compiled program: how often each runs, its bytes, and the axes of the mesh it runs over.
+"""Find the collectives of a compiled program: how often each runs, its bytes, and the mesh axes over which it runs.
 
-They are read from the text of the optimised program, because XLA merges, splits and moves collectives.
+They are read from the text (HLO) of the optimised program, because XLA merges, splits and moves collectives.
 """
 
 import math
@@ -26,18 +26,22 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 
 class Collective(NamedTuple):
-    """A collective of the program. `bytes`: the larger of its input and output on a device; `count`: runs per step."""
+    """A collective of a compiled program. `kind` is one of KINDS, such as "all-gather".
+
+    `bytes`: the size of its input or its output on one device, whichever is larger. `count`: how often it runs when the
+    program runs once.
+    """
 
     kind: str
-    axes: tuple[str, ...]  # of the mesh, only axes larger than 1
-    devices: int  # in a group
+    axes: tuple[str, ...]  # of the mesh, only axes with more than one device
+    devices: int  # number in each group of devices that communicate
     bytes: int
     count: float
     local: bool  # whether every group is within one host
 
     @property
     def sent(self) -> float:
-        """Return the bytes that a device sends when the collective runs once, if its group is a ring."""
+        """Return the bytes that one device sends when the collective runs once, if each group of devices is a ring."""
         share = (self.devices - 1) / self.devices
         if self.kind in ("collective-permute", "collective-broadcast"):
             return self.bytes
@@ -45,12 +49,13 @@ class Collective(NamedTuple):
 
 
 def collectives(text: str, mesh: Mesh | None, per_host: int | None = None) -> list[Collective]:
-    """Return the collectives of a program on a mesh, except groups of one device, which move nothing.
+    """Return the collectives of a compiled program. Collectives within a single device are left out: they move nothing.
 
     Args:
-      text: `compiled.as_text()`.
-      mesh: the mesh, with its devices in the order of the program; None: one device, without collectives.
-      per_host: devices of one host; devices fill the hosts in the order of their ids. None: there is one host.
+      text: the HLO of the program, `compiled.as_text()`.
+      mesh: the mesh for which the program was compiled; None: the program has one device, and no collectives.
+      per_host: the number of devices of a host. The devices with the ids 0 to per_host - 1 are on the first host, and
+        so on. None: there is one host.
     """
     if mesh is None:
         return []
@@ -66,7 +71,10 @@ def collectives(text: str, mesh: Mesh | None, per_host: int | None = None) -> li
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """Return {name of a computation: its lines of HLO}, and the name of the computation where the program starts."""
+    """Split the HLO of a program into its computations.
+
+    Return ({name of a computation: its lines}, the name of the computation where the program starts).
+    """
     computations, entry, current = {}, "", None
     for line in text.splitlines():
         if not line.startswith(" "):
@@ -79,9 +87,10 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _runs(computations: dict[str, list[str]], entry: str) -> dict[str, float]:
-    """Return {name of a computation: how often it runs}, counted from `entry` through calls, loops and branches.
+    """Return {name of a computation: how often it runs}, if the computation `entry` runs once.
 
-    A loop counts by its trip count, or once if that is not known. All branches count as taken.
+    `computations` is {name: its lines of HLO}. The body of a loop runs as often as the trip count in the HLO says, or
+    once if there is no trip count. All branches of a conditional count as taken.
     """
     calls = {name: [] for name in computations}
     for name, lines in computations.items():
@@ -118,7 +127,10 @@ def _collective(kind, start, type_, line, count, mesh, per_host) -> Collective:
 
 
 def _parts(type_: str) -> list[str]:
-    """Return the members of an HLO tuple type, as text. A type that is not a tuple is its own only member."""
+    """Split the text of an HLO type, such as "(f32[2,3], s32[])", into the members of the tuple: ["f32[2,3]", "s32[]"].
+
+    A type that is not a tuple is returned as the only member.
+    """
     if not type_.startswith("("):
         return [type_]
     parts, depth = [""], 0
@@ -133,7 +145,7 @@ def _parts(type_: str) -> list[str]:
 
 
 def _bytes(type_: str) -> int:
-    """Return the bytes of all arrays in an HLO type.
+    """Return the bytes of all arrays in an HLO type, which is given as text.
 
     >>> _bytes("(f32[2,3]{1,0}, /*index=1*/bf16[4]{0})")
     32
@@ -146,7 +158,10 @@ def _bytes(type_: str) -> int:
 
 
 def _groups(line: str, mesh: Mesh) -> np.ndarray | list[list[int]]:
-    """Return the groups of devices of the collective in a line of HLO. A device is its index in the program's order."""
+    """Return the groups of devices that communicate in the collective of this line of HLO.
+
+    A device is given as its index in `mesh.devices.flat`. If the line names no groups, all devices are one group.
+    """
     everything = [list(range(mesh.size))]
     if pairs := re.search(r"source_target_pairs=\{(\{[\d,{} ]*\})\}", line):
         return [[int(n) for n in pair.split(",")] for pair in re.findall(r"\{([\d, ]+)\}", pairs[1])]
@@ -164,8 +179,10 @@ def _groups(line: str, mesh: Mesh) -> np.ndarray | list[list[int]]:
 def _named_groups(mesh: str, axes: str) -> list[list[int]]:
     """Return the groups of devices that XLA writes in the form mesh['a'=2,'b'=8] {'a','b':(2)4}.
 
-    `mesh` and `axes` are the two parts of this text. Here 'b':(2)4 means that b is divided into 2 outer times 4 inner
-    parts, and a group has the 4 inner parts.
+    `mesh` is the text in the square brackets: all mesh axes with their sizes. `axes` is the text in the braces: the
+    axes along which the devices of a group differ. Here 'b':(2)4 means that the axis b of size 8 is divided into 2
+    outer times 4 inner parts, and that the devices of a group differ only along the 4 inner parts. So there are 2
+    groups of 8 devices.
     """
     sizes = {name: int(size) for name, size in re.findall(r"'(.*?)'=(\d+)", mesh)}
     chosen = re.findall(r"'(.*?)'(?::\((\d+)\)(\d+))?", axes)
@@ -187,7 +204,10 @@ def _named_groups(mesh: str, axes: str) -> list[list[int]]:
 
 
 def _axes(groups, mesh: Mesh) -> tuple[str, ...]:
-    """Return the names of the mesh axes over which a collective runs: along them the devices of a group differ."""
+    """Return the names of the mesh axes over which a collective runs: the devices of a group differ along these axes.
+
+    `groups`: lists of devices, each device as its index in `mesh.devices.flat`.
+    """
     at = np.stack(np.unravel_index(np.arange(mesh.size), mesh.devices.shape), axis=1)
     differs = np.zeros(at.shape[1], bool)
     for group in groups:

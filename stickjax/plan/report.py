@@ -1,4 +1,4 @@
-"""The report of a plan: one compiled step with its estimate, or a table of several steps."""
+"""Print the report of a plan: the numbers of one compiled step with its estimated time, or a table of several steps."""
 
 import json
 from collections import defaultdict
@@ -16,10 +16,11 @@ from stickjax.system.memory import gib
 
 
 def by_axes(compiled: Compiled) -> list[dict]:
-    """Group the collectives of the same kind that run over the same mesh axes, the ones that send the most first.
+    """Return a dictionary for every group of collectives with the same `kind`, mesh `axes` and `local`.
 
-    In each group, `count` is how often they run per step. `bytes` is the sum of their sizes on a device, and `sent` the
-    number of bytes that a device sends, both per step. `local` says whether they stay within a host.
+    `count` is how often the collectives of the group run in a step. `bytes` is the sum of their sizes on one device,
+    and `sent` is the number of bytes that one device sends, both per step. `local` says whether the collectives stay
+    within a host. The group that sends the most bytes comes first.
     """
     groups = defaultdict(lambda: dict(count=0.0, bytes=0.0, sent=0.0))
     for c in compiled.collectives:
@@ -36,7 +37,10 @@ def mesh_words(axes: dict[str, int]) -> str:
 
 
 def as_dict(compiled: Compiled, machine: Machine) -> dict:
-    """Return all numbers of the report as one dictionary, for JSON. Sizes are in bytes, times in seconds."""
+    """Return all numbers of the report on a compiled step as a dictionary for JSON.
+
+    Sizes are in bytes, times in seconds. If the GPU model of `machine` is known, the estimated times are included.
+    """
     total, active = family_of(compiled.config.model).parameter_counts(compiled.config.model)
     found = dict(
         machine=machine.description,
@@ -86,53 +90,55 @@ def time_words(compiled: Compiled, machine: Machine) -> str:
 
 
 def print_step(compiled: Compiled, machine: Machine, changes: list[tuple[dict, Compiled]]) -> None:
-    """Print the report of one step.
+    """Print the report of one compiled step.
 
-    If the step does not fit into memory, `changes` has pairs (changes of the config that make it fit, the step then).
+    `changes`: pairs ({config field: value}, the step compiled with these values) for changes of the config that make
+    the step fit into memory. `changes` is not used if the step fits already.
     """
     config, work = compiled.config, compiled.work
     total, active = family_of(config.model).parameter_counts(config.model)
     rows = config.data.B // config.train.accumulate
     print(f"machine       {machine.description}")
     print(f"mesh          {mesh_words(compiled.axes)}")
-    print(f"parameters    {total:,} ({active:,} active, embedding left out)")
-    print(f"step          B={config.data.B} x T={config.data.T}, {config.train.accumulate} x {rows} sequences, "
-          f"remat={config.model.remat}")  # fmt: skip
+    print(f"parameters    {total:,} ({active:,} active per token, without the embedding)")
+    print(f"step          B={config.data.B} x T={config.data.T}, "
+          f"{config.train.accumulate} microbatches of {rows} sequences, remat={config.model.remat}")  # fmt: skip
     for choice in compiled.kernels:
         print(f"kernel        {choice}")
     print(f"memory        per device: {memory_words(compiled, machine)}")
     print(f"state         {', '.join(f'{name} {gib(size)}' for name, size in compiled.state.items())}")
     again = work.flops / estimate.model_flops(compiled)
-    print(f"work          {work.flops:.3g} FLOP, {again:.2f} x the FLOP of the model; {gib(work.bytes)} of operands")
+    print(f"work          {work.flops:.3g} FLOP, {again:.2f} x the FLOP of the model; {gib(work.bytes)} memory traffic")
     if work.unknown:
-        print(f"              {work.unknown} loops of unknown length counted once")
+        print(f"              {work.unknown} loops of unknown length count as one pass each")
     for row in by_axes(compiled):
         where = "within hosts" if row["local"] else "between hosts"
-        print(f"collective    {row['kind']} over {' and '.join(row['axes']) or 'nothing'}, {where}: "
-              f"{row['count']:,.0f} runs, {gib(row['sent'])} sent by a device")  # fmt: skip
+        print(f"collective    {row['kind']} over {' and '.join(row['axes']) or 'no mesh axis'}, {where}: "
+              f"{row['count']:,.0f} runs per step, {gib(row['sent'])} sent by each device")  # fmt: skip
     if not compiled.collectives:
         print("collective    none")
     if machine.chip is not None:
         print(f"time          {time_words(compiled, machine)}")
     else:
-        print("time          not estimated: this device is not in the table of chips")
+        print("time          not estimated: the speed of this device is not known")
     print(f"compiled in   {compiled.seconds:.0f} s")
     if not estimate.fits(compiled, machine.memory):
         for changed, other in changes:
             words = " ".join(f"--{key}={value}" for key, value in changed.items())
             print(f"would fit     {words}: peak {gib(other.peak)}; {time_words(other, machine)}")
         if compiled.arguments > estimate.MEMORY_SHARE * machine.memory:
-            print("would fit     not by remat or smaller microbatches: the arguments alone take too much memory")
+            print("would fit     no change of remat or microbatches: state and batch alone take too much memory")
         elif not changes:
-            print("would fit     nothing that was tried: neither remat, smaller microbatches nor a larger fsdp suffice")
+            print("would fit     nothing that was tried: more remat, smaller microbatches, a larger mesh.fsdp")
     for assumption in estimate.ASSUMPTIONS:
         print(f"assumed       {assumption}")
 
 
 def print_sweep(steps: list[Compiled], left_out: list, machine: Machine) -> None:
-    """Print a table of compiled steps, the shortest estimated time first.
+    """Print a table of compiled steps on different meshes, the shortest estimated time first.
 
-    `left_out` are the configs of the meshes that were not compiled.
+    `left_out`: the configs of the meshes for which no step was compiled. The first six of these meshes are printed
+    below the table.
     """
     table = Table(title=machine.description)
     for column in ("mesh", "arguments", "temporaries", "peak", "fits", "sent", "overlapped", "serial", "MFU"):
@@ -147,7 +153,7 @@ def print_sweep(steps: list[Compiled], left_out: list, machine: Machine) -> None
     Console(width=140).print(table)
     if left_out:
         names = [mesh_words(config.to_dict()["mesh"]) for config in left_out]
-        print(f"left out: {len(names)} more meshes ({'; '.join(names[:6])}{'; ...' if len(names) > 6 else ''})")
+        print(f"not compiled: {len(names)} more meshes ({'; '.join(names[:6])}{'; ...' if len(names) > 6 else ''})")
     for assumption in estimate.ASSUMPTIONS:
         print(f"assumed: {assumption}")
 
@@ -155,9 +161,9 @@ def print_sweep(steps: list[Compiled], left_out: list, machine: Machine) -> None
 def show(config: Config, machine: Machine, *, as_json: bool = False, swept: bool = False) -> None:
     """Compile the step of a config for a machine, and print the report.
 
-    If the step does not fit into memory, the report also has changes of the config that make it fit. `swept`: compare
-    several meshes instead. `as_json`: print JSON. Raises ValueError if the mesh does not divide the batch and the
-    model.
+    If the step does not fit into memory, the report also has changes of the config that make it fit. With `swept`, the
+    report is a table that compares several meshes. `as_json`: print JSON. Raises ValueError if the mesh does not divide
+    the batch and the model.
     """
     config = with_vocabulary(config, devices=machine.devices)
     if swept:
@@ -178,5 +184,8 @@ def show(config: Config, machine: Machine, *, as_json: bool = False, swept: bool
 
 
 def dry_run(config: Config) -> None:
-    """Print the report for the devices of this process; nothing is written."""
+    """Compile the training step of a config for the devices that are present, and print the report.
+
+    The step does not run, and no file is written.
+    """
     show(config, present_machine())

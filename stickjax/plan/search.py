@@ -1,4 +1,4 @@
-"""The search for other configs: changes that make a step fit, and the meshes of a sweep."""
+"""Search for configs: changes of a config that make its step fit into memory, and meshes to compare."""
 
 import math
 from collections.abc import Iterator
@@ -13,19 +13,19 @@ SWEPT = 8  # meshes that a sweep compiles
 
 
 class Change(NamedTuple):
-    """Changes of a config after which its step fits into memory, {field: value}, and the step compiled with them."""
+    """Changes of a config, {field: value}, that make its step fit into memory, and the step compiled with them."""
 
     changes: dict[str, int | str]
     compiled: Compiled
 
 
 def nearest_changes(compiled: Compiled, machine: Machine) -> list[Change]:
-    """Find changes of the config that make a step fit: the smallest change of each kind.
+    """Find changes of the config that make a step fit into memory: the smallest change of each kind.
 
-    There are three kinds: more remat, a smaller microbatch, and more devices that divide the parameters and the
-    optimizer state. The first two do not change the size of the arguments, so they are left out if the arguments alone
-    do not fit. If no kind suffices alone, the largest changes of all kinds are tried together. Every candidate is
-    compiled.
+    There are three kinds: more remat, smaller microbatches, and a larger mesh axis "fsdp", which divides the parameters
+    and the optimizer state among more devices. The first two kinds do not change the size of the arguments, so they are
+    not tried if the arguments alone do not fit. If no kind is enough alone, the largest changes of all kinds are tried
+    together. The step is compiled for every change that is tried.
     """
     found, room = [], estimate.MEMORY_SHARE * machine.memory - compiled.arguments
     kinds = [list(_more_parts(compiled))]
@@ -57,9 +57,11 @@ def _more_remat(compiled: Compiled) -> Iterator[dict]:
 
 
 def _smaller_microbatches(compiled: Compiled, room: float) -> Iterator[dict]:
-    """Return changes to at most three smaller microbatches, down to one sequence per device. `room`: free bytes.
+    """Return at most three changes {"train.accumulate": number} that make the microbatches smaller.
 
-    Temporaries shrink at most in proportion to the microbatch. So microbatches that cannot fit are left out.
+    The changes give the two largest microbatches that may fit, and the smallest, with one sequence per device. `room`:
+    the bytes of a device that the arguments leave free. Temporaries shrink at most in proportion to the microbatch, so
+    microbatches that cannot fit are left out.
     """
     accumulate, B = compiled.config.train.accumulate, compiled.config.data.B
     rows = B // accumulate // math.prod(compiled.axes.get(axis, 1) for axis in ROW_AXES)
@@ -68,9 +70,9 @@ def _smaller_microbatches(compiled: Compiled, room: float) -> Iterator[dict]:
 
 
 def _more_parts(compiled: Compiled) -> Iterator[dict]:
-    """Yield changes to meshes with a smaller axis "data" and a larger axis "fsdp".
+    """Yield changes of the mesh that make the axis "data" smaller and the axis "fsdp" larger.
 
-    On such meshes more devices divide the parameters.
+    Then the parameters and the optimizer state are divided among more devices.
     """
     data, fsdp = compiled.axes.get("data", 1), compiled.axes.get("fsdp", 1)
     for n in range(2, data + 1):
@@ -79,9 +81,10 @@ def _more_parts(compiled: Compiled) -> Iterator[dict]:
 
 
 def meshes(config: Config, machine: Machine) -> list[Config]:
-    """Return a copy of the config for every mesh that uses all devices of the machine and divides the config.
+    """Return a copy of the config for every mesh that uses all devices and can divide the batch and the model.
 
-    Meshes with few axes larger than 1 come first, and among these the meshes that divide only the batch.
+    Meshes with fewer axes larger than 1 come first. Among meshes with the same number of such axes, the meshes with a
+    large axis "data" come first.
     """
     axes = list(config.to_dict()["mesh"])
 
@@ -105,13 +108,15 @@ def meshes(config: Config, machine: Machine) -> list[Config]:
 
 
 def sweep(config: Config, machine: Machine) -> tuple[list[Compiled], list[Config]]:
-    """Compile the step of a config on the first SWEPT of its `meshes`.
+    """Compile the training step of a config for several meshes: for the first SWEPT results of `meshes`.
 
-    Return the compiled steps, and the configs on the other meshes, which were not compiled. Raises ValueError if no
+    Return (the compiled steps, the configs with the other meshes, which were not compiled). Raises ValueError if no
     mesh divides the batch and the model.
     """
     configs = meshes(config, machine)
     if not configs:
         make_mesh(config, machine)  # its message says what does not divide
-        raise ValueError("no mesh of these devices divides the batch and the model")
+        raise ValueError(
+            "no mesh that uses all devices can divide the batch and the model; change data.B or the number of devices"
+        )
     return [compile_step(config, machine) for config in configs[:SWEPT]], configs[SWEPT:]

@@ -1,1 +1,1 @@
-"""Models on disk: checkpoints, run folders and Hugging Face folders."""
+"""Models on disk: checkpoints of training, folders of training runs, and Hugging Face folders."""

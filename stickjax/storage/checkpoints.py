@@ -1,15 +1,15 @@
-"""Checkpoints: the arrays and a JSON dictionary of one training step. They are restored bit for bit, or not at all.
+"""Checkpoints: the arrays of the training state and a JSON dictionary. They are restored bit for bit, or not at all.
 
-A run folder contains only data; nothing in it is ever executed. It has config.json, metrics.jsonl and
+A run folder contains only data; nothing in it is ever executed. The checkpoint of a step is in the run folder as
 
-    checkpoints/<step>/arrays/          written by Orbax; names are paths, such as "params/blocks/attention/query"
-    checkpoints/<step>/manifest.json    shapes, types and checksums of the arrays, the caller's dictionary,
+    checkpoints/<step>/arrays/          arrays, written by Orbax; names are such as "params/blocks/attention/query"
+    checkpoints/<step>/manifest.json    shapes, types and checksums of the arrays, the JSON dictionary,
                                         the crc32 of every file and of the manifest itself
 
-A checkpoint is written as `<step>.tmp` and renamed when it is complete. There are two kinds of checksums. Every file
-has a checksum, so that Orbax never reads a damaged file: Orbax would print pages of errors, and trust the sizes in the
-file. Every array has a checksum, because Orbax may write other values than the device has. The first checkpoint that a
-process writes is read again before it is renamed. This detects a path or a file system that loses data.
+A checkpoint is written as `<step>.tmp` and renamed when it is complete. Every file has a checksum, so that Orbax never
+reads a damaged file: Orbax would print pages of errors, and trust the sizes in the file. Every array has a checksum,
+because Orbax might write other values than the array has on the device. The first checkpoint that a process writes is
+read again before it is renamed. This detects a path or a file system that loses data.
 """
 
 import base64
@@ -56,10 +56,10 @@ class Restored(NamedTuple):
 
 
 class Checkpoints(contextlib.AbstractContextManager):
-    """The newest `keep` checkpoints of a run, in `run_folder/checkpoints/<step>`.
+    """The checkpoints of a run, in `run_folder/checkpoints/<step>`. `save` deletes all but the newest `keep` of them.
 
-    Only one run at a time may write into a run folder. So `with Checkpoints(folder)` takes the lock of the run folder,
-    and raises ValueError if another run has it. Reading needs no lock.
+    Only one process at a time may save. So `with Checkpoints(folder)` takes the lock of the run folder, and raises
+    ValueError if another process has the lock. To restore a checkpoint, no lock is needed.
 
     >>> import tempfile
     >>> folder, state = tempfile.mkdtemp(), {"params": {"w": jnp.arange(3.0)}, "key": jax.random.key(0)}
@@ -90,24 +90,23 @@ class Checkpoints(contextlib.AbstractContextManager):
     def save(self, step: int, state, extra: dict) -> None:
         """Save a checkpoint without waiting for the disk. When this returns, `state` may be donated or changed.
 
-        The first save is different: it waits until its checkpoint is written and read again. Every later save waits for
-        the previous save. If the folder has a checkpoint of `step` or of a later step, that one is damaged, or its step
-        is trained again. It is renamed to `<step>.aside`, and never overwritten or deleted.
+        The first save of this object waits until its checkpoint is written and verified. Every later save waits for the
+        previous save. If training was resumed from an earlier step, the folder may have checkpoints of `step` or later
+        steps. They are renamed to `<step>.aside`, and never overwritten or deleted.
 
         Args:
-          step: the number of done training steps, larger than the step that this object saved or restored last.
+          step: the number of training steps so far; larger than the step that this object saved or restored last.
           state: any pytree of arrays, typed PRNG keys and numbers (stored as JAX arrays).
           extra: a dictionary of JSON values and bytes, which `restore` returns.
 
         Raises:
-          ValueError: `step` is not larger, or two leaves have the same name.
-          TypeError: `extra` is not JSON, or JAX would store a NumPy array with fewer bits.
-          OSError: this save or the previous save failed, with errno ENOSPC on a full disk. Older checkpoints are
-            intact.
+          ValueError: `step` is too small, or two leaves of `state` have the same name.
+          TypeError: `extra` has other values, or JAX would convert a NumPy array to a type with fewer bits.
+          OSError: this save or the previous one failed (errno ENOSPC: the disk is full). Older checkpoints are intact.
         """
         self.wait()
         if self._position is not None and step <= self._position:
-            raise ValueError(f"step={step} is not after step {self._position}, which was saved or restored last")
+            raise ValueError(f"step={step} must be larger than {self._position}, the step saved or restored last")
         arrays = {name: _stored(name, leaf) for name, leaf in named_leaves(state).items()}
         rows = {name: [list(a.shape), str(a.dtype), checksum(a)] for name, a in arrays.items()}
         manifest = json.dumps({"step": step, "arrays": rows, "extra": extra}, default=_encode_bytes)
@@ -128,7 +127,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         self._position, self._proven = step, True
 
     def wait(self) -> None:
-        """Wait for the save in progress, and raise its OSError if it failed."""
+        """Wait for the save that is in progress, if there is one. Raise OSError if this save failed."""
         if self._pending is not None:
             (step, done), self._pending = self._pending, None
             with self._saving(step):
@@ -153,24 +152,24 @@ class Checkpoints(contextlib.AbstractContextManager):
                 self._lock = self._lock.release()
 
     def restore(self, abstract_state, step: int | None = None, prefix: str = "") -> Restored | None:
-        """Read and verify the newest intact checkpoint, or the checkpoint of `step`. Return None if there is none.
+        """Read and verify a checkpoint, and return it as (step, state, extra). Return None if there is no checkpoint.
 
-        If `step` is None, a damaged checkpoint is skipped, and stays where it is. A warning names it and the reason.
+        If `step` is None, damaged checkpoints are skipped, but not deleted. A warning names each one and the reason.
 
         Args:
-          abstract_state: a pytree like the saved state, with arrays or ShapeDtypeStructs as leaves. An array is placed
-            by the `sharding` of its leaf, or on the first device if the leaf has no sharding.
-          step: the step of the checkpoint; None: the newest.
-          prefix: the branch of the saved state to read, such as "params"; `abstract_state` is then like this branch.
+          abstract_state: a pytree with the structure of the saved state; its leaves are arrays or ShapeDtypeStructs. A
+            restored array gets the `sharding` of its leaf, or is on the first device if the leaf has no sharding.
+          step: the step of the checkpoint; None: the newest intact checkpoint.
+          prefix: the part of the saved state to read, such as "params". Then `abstract_state` has only this part.
 
         Raises:
-          ValueError: there is no checkpoint of `step`, or a name, shape or type differs from the checkpoint.
+          ValueError: no checkpoint of `step` exists, or its arrays differ from `abstract_state` in name, shape or type.
           DamagedCheckpoint: there are checkpoints, but none is intact, or the checkpoint of `step` is damaged.
         """
         self.wait()
         steps, leaves, reasons = processes.shared(self.steps), named_leaves(abstract_state, prefix), []
         if step is not None and step not in steps:
-            raise ValueError(f"no checkpoint of step {step} in {self.folder}, only of {steps}")
+            raise ValueError(f"no checkpoint of step {step} in {self.folder}, only of the steps {steps}")
         for candidate in reversed(steps) if step is None else [step]:
             folder = self.folder / str(candidate)
             try:
@@ -199,12 +198,12 @@ class Checkpoints(contextlib.AbstractContextManager):
                 names = (f"{path.name}.aside{n or ''}" for n in itertools.count())
                 aside = next(a for a in map(self.folder.joinpath, names) if not a.exists())
                 warnings.warn(
-                    f"training is back at step {step}: {path} is renamed {path.rename(aside).name}", stacklevel=3
+                    f"step {step} is trained again, so {path} is renamed to {path.rename(aside).name}", stacklevel=3
                 )
         (self.folder / f"{step}.tmp").mkdir(parents=True)
 
     def _complete(self, step: int, response, manifest: str) -> None:
-        """Wait until Orbax has written the arrays, then write the manifest."""
+        """Wait for Orbax's save, the future `response`. Then write `manifest` and file checksums to manifest.json."""
         response.result()
         path = self.folder / f"{step}.tmp" / "manifest.json"
         if not processes.is_writer():
@@ -218,7 +217,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         sync_folder(path.parent)
 
     def _read_back(self, step: int, arrays: dict[str, jax.Array]) -> None:
-        """Raise DamagedCheckpoint if `<step>.tmp` differs from `arrays`. About READ_BACK_BYTES are read at a time."""
+        """Read the new checkpoint `<step>.tmp`. Raise DamagedCheckpoint if it differs from `arrays`, {name: array}."""
         folder = self.folder / f"{step}.tmp"
         manifest = processes.shared(partial(_read_manifest, folder, step), raises=DamagedCheckpoint)
         specs: dict[str, jax.ShapeDtypeStruct] = {}
@@ -264,7 +263,7 @@ def _is_step(name: str) -> bool:
 
 
 def named_leaves(tree, prefix: str = "") -> dict[str, Any]:
-    """Return {name: leaf} of a pytree. A name is `prefix` and the path of the leaf, without the `.value` of Flax.
+    """Return {name: leaf} of a pytree. A name is `prefix/path`, without the `value` that Flax adds at the end.
 
     >>> named_leaves({"w": 1, "layers": [2, 3]}, prefix="params")
     {'params/layers/0': 2, 'params/layers/1': 3, 'params/w': 1}
@@ -280,7 +279,7 @@ def named_leaves(tree, prefix: str = "") -> dict[str, Any]:
 
 
 def check_finite(params, where: str) -> None:
-    """Raise ValueError if a floating-point array in the pytree `params` has a NaN or an infinity.
+    """Raise ValueError if a floating-point array in the pytree `params` contains a NaN or an infinity.
 
     The message begins with `where`, such as "step 100", and names the array.
 
@@ -294,7 +293,7 @@ def check_finite(params, where: str) -> None:
 
 
 def all_finite(params) -> bool:
-    """Return whether no floating-point array in a pytree has a NaN or an infinity."""
+    """Return True if all values of the floating-point arrays in a pytree are finite: no NaN and no infinity."""
     return bool(_all_finite([leaf for leaf in jax.tree.leaves(params) if jnp.issubdtype(leaf.dtype, jnp.floating)]))
 
 
@@ -312,7 +311,7 @@ def _stored(name: str, leaf) -> jax.Array:
         return jax.random.key_data(leaf) if _is_key(leaf) else leaf
     array = jnp.array(leaf)  # a copy: the caller may change a NumPy array while it is being written
     if hasattr(leaf, "dtype") and array.dtype != leaf.dtype:
-        raise TypeError(f"{name} is a NumPy array of {leaf.dtype}, which JAX would store as {array.dtype}")
+        raise TypeError(f"{name} is a NumPy array of {leaf.dtype}, which JAX cannot store: convert it to {array.dtype}")
     return array
 
 
@@ -331,29 +330,30 @@ def _rebuild(leaf, array):
 
 
 def _read_manifest(folder: Path, step: int) -> dict:
-    """Return the manifest in `folder`. Raise DamagedCheckpoint if it, or a file that it names, has changed."""
+    """Return the manifest in `folder`. Raise DamagedCheckpoint if its step is not `step`, or if a crc32 is wrong."""
     try:
         outer = json.loads((folder / "manifest.json").read_text())
         manifest = outer["manifest"]
         if zlib.crc32(json.dumps(manifest).encode()) != outer["crc32"]:
-            raise ValueError("the crc32 of manifest.json differs from the recorded one")
+            raise ValueError("the crc32 of manifest.json differs from the crc32 in it: the file is damaged")
         if manifest["step"] != step:
-            raise ValueError(f"manifest.json is from the checkpoint of step {manifest['step']}")
+            raise ValueError(f"manifest.json is for the checkpoint of step {manifest['step']}, but must be for {step}")
         for name, crc32 in manifest["files"].items():
             if crc32_of(folder / name) != crc32:
-                raise ValueError(f"the crc32 of {name} differs from the recorded one")
+                raise ValueError(f"the crc32 of {name} differs from the crc32 in manifest.json: the file is damaged")
         rows = manifest["arrays"].values()
         if not isinstance(manifest["extra"], dict) or any(list(map(type, row)) != [list, str, int] for row in rows):
-            raise ValueError("manifest.json does not describe a checkpoint")
+            raise ValueError("manifest.json does not describe a checkpoint: 'extra' or 'arrays' has a wrong type")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedCheckpoint(_line(error)) from error
     return manifest
 
 
 def _match(leaves: dict, rows: dict, prefix: str, folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return {name: ShapeDtypeStruct} to read the leaves {name: leaf} of a state from a checkpoint.
+    """Compare the leaves of a state with a checkpoint. Return {name: ShapeDtypeStruct} of the arrays to read from it.
 
-    `rows` are the arrays in the manifest. Raise ValueError if they have other names, shapes or types than the leaves.
+    `leaves` is {name: leaf}, and `rows` is {name: [shape, type, checksum]} of the arrays in the checkpoint `folder`.
+    Raise ValueError if the names that begin with `prefix`, the shapes or the types differ.
     """
     specs = {name: _spec(leaf) for name, leaf in leaves.items()}
     saved = {n for n in rows if not prefix or n == prefix or n.startswith(f"{prefix}/")}
@@ -380,7 +380,7 @@ def _read_arrays(folder: Path, specs: dict, rows: dict) -> dict[str, jax.Array]:
         raise DamagedCheckpoint(f"Orbax cannot read the arrays: {_line(error)}") from error
     for name, array in arrays.items():
         if checksum(array) != rows[name][2]:
-            raise DamagedCheckpoint(f"the checksum of {name} differs from the recorded one")
+            raise DamagedCheckpoint(f"the checksum of {name} differs from the checksum in manifest.json")
     return arrays
 
 

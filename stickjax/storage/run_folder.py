@@ -1,8 +1,8 @@
-"""Read and write run folders: config.json, metrics.jsonl and checkpoints. They are only data, and never executed.
+"""Read and write run folders, which have config.json, metrics.jsonl and checkpoints. Nothing in them is executed.
 
 Two other kinds of folders can be read like a run folder: a Hugging Face folder, and a folder of one model, which `save`
-or `stickjax.convert` writes. A folder of one model has the parameters in model.safetensors instead of checkpoints,
-because Orbax can write an array only if the whole array is in memory.
+or `stickjax.convert` writes. A folder of one model has config.json, and model.safetensors instead of checkpoints,
+because a safetensors file can be written piece by piece. Orbax can write an array only if all of it is in memory.
 """
 
 import os
@@ -33,7 +33,7 @@ from stickjax.system.lock import complete_folder
 from stickjax.system.memory import check_fits, local_bytes
 from stickjax.system.text import printable
 
-MODEL_FILE = "model.safetensors"  # the file of a folder of one model, which has no checkpoints
+MODEL_FILE = "model.safetensors"  # the file with the parameters in a folder of one model, which has no checkpoints
 # Fields that hold paths. A checkpoint records hashes of the files, so the paths may change.
 PATH_FIELDS = ("data.path", "data.heldout_path", "data.labels", "data.tokenizer")
 _NO_PATHS = (None, "byte", "words")  # values of these fields that are not paths
@@ -49,10 +49,13 @@ _FREE = (
 
 
 class Loaded(NamedTuple):
-    """A trained model with its config and tokenizer, as `load` returns it.
+    """A trained model with its config and tokenizer: the result of `load`.
 
-    Call the model as `model(tokens).logits`; a Universal Transformer as `model(batch).logits`. `tokenizer` is None for
-    a converted model without a tokenizer. `step` is the training step of the checkpoint; 0 for a converted model.
+    `model`: it is called as `model(tokens).logits`. A Universal Transformer is called as `model(batch).logits` with a
+      dictionary of arrays, such as {"tokens": tokens}.
+    `config`: the config in the folder, with the changes that were given to `load`.
+    `tokenizer`: the tokenizer of the model; None if the model was converted from a folder without a tokenizer.
+    `step`: the training step of the checkpoint; 0 if the folder has one model without checkpoints.
     """
 
     model: Transformer | LanguageModel | PairClassifier
@@ -62,10 +65,11 @@ class Loaded(NamedTuple):
 
 
 def read_config(run: str | os.PathLike) -> Config:
-    """Return the config of a run folder or a Hugging Face folder.
+    """Return the config in a run folder, or a config for the model in a Hugging Face folder.
 
-    `data.tokenizer` is the tokenizer.json or the words.json in the folder, and `data.labels` the labels.json, if there
-    are such files. Raise ValueError if the folder has no config.json, or if the file cannot be read.
+    If the folder has a tokenizer.json or a words.json, `data.tokenizer` of the result is the path of this file. If it
+    has a labels.json, `data.labels` is the path of this file. Raise ValueError if the folder has no config.json, or if
+    config.json cannot be read.
     """
     path = Path(run) / "config.json"
     if not path.exists():
@@ -86,10 +90,10 @@ def _own_files(run: str | os.PathLike) -> dict[str, str]:
 
 
 def with_own_files(run: str | os.PathLike, config: Config) -> Config:
-    """Return a copy of the config that uses the files in the run folder: its tokenizer, and its list of labels.
+    """Return a copy of `config` in which `data.tokenizer` and `data.labels` are the files in the run folder `run`.
 
-    Without such a file, or with the byte tokenizer, return the config unchanged. Raise ValueError if the config names a
-    tokenizer or labels with another content.
+    If the run folder has no such file, the field stays unchanged. `data.tokenizer` also stays unchanged if the config
+    uses the byte tokenizer. Raise ValueError if the config names a tokenizer or labels with another content.
     """
     changes = {}
     for place, own in _own_files(run).items():
@@ -116,22 +120,23 @@ def _content(place: str, path: str, config: Config):
 
 
 def check_tokenizer(extra: dict, config: Config, tokenizer: Tokenizer | None, source: str) -> None:
-    """Raise ValueError if a model was trained with another tokenizer.
+    """Raise ValueError if `tokenizer` is not the tokenizer with which a model was trained.
 
-    `extra` is the dictionary in its checkpoint; "tokenizer" there is the name of the tokenizer in training. `source` is
-    the name of the checkpoint in the message.
+    `extra` is the dictionary in the checkpoint of the model: extra["tokenizer"] is the name of its tokenizer. If this
+    entry is missing, or if `tokenizer` is None, nothing is checked. `config` and `source`, the name of the checkpoint,
+    are for the message.
     """
     recorded = extra.get("tokenizer")
     if recorded and tokenizer and recorded != tokenizer.name:
         where = f"data.tokenizer={config.data.tokenizer!r}"
-        raise ValueError(f"{where} is {tokenizer.name}, but {source} was trained with {recorded}")
+        raise ValueError(f"{where} is the tokenizer {tokenizer.name}, but {source} was trained with {recorded}")
 
 
 def check_trained(extra: dict, config: Config, tokenizer: Tokenizer | None, source: str) -> None:
     """Raise ValueError if training cannot continue from a checkpoint.
 
-    It cannot continue if the checkpoint is not from a training run, or if the tokenizer is another one. `extra` is the
-    dictionary in the checkpoint, and `source` is the name of the checkpoint in the message.
+    Two things are checked: a training run has saved the checkpoint, and the model was trained with `tokenizer`. `extra`
+    is the dictionary in the checkpoint. `config` and `source`, the name of the checkpoint, are for the message.
     """
     if missing := {"config", "corpus", "data"} - extra.keys():
         raise ValueError(f"{source} was not saved by a training run: it does not record {', '.join(sorted(missing))}")
@@ -139,10 +144,11 @@ def check_trained(extra: dict, config: Config, tokenizer: Tokenizer | None, sour
 
 
 def check_config(run: str | os.PathLike, config: Config) -> None:
-    """Raise ValueError if the folder `run` has a run that `config` cannot resume, or a converted model.
+    """Raise ValueError if training with `config` cannot begin or continue in the folder `run`.
 
-    The message lists the fields that differ. Some fields may differ, such as the paths of the data. A folder without
-    config.json passes.
+    Training can begin if the folder has no config.json. It can continue if the config.json there differs from `config`
+    only in fields that do not change the training, such as paths. The message lists the fields that must not change.
+    Training cannot continue in a folder with a converted model.
     """
     if not (Path(run) / "config.json").exists():
         return
@@ -153,7 +159,7 @@ def check_config(run: str | os.PathLike, config: Config) -> None:
         free.remove("data.tokenizer:")
     changed = [d for d in before.diff(config) if not d.startswith(tuple(free))]
     if not (config.optim.decay_tokens or config.optim.schedule == "cosine"):
-        # Without a decay, no step depends on the length of the run.
+        # Without a decay of the learning rate, no step depends on the length of the run.
         changed = [d for d in changed if not d.startswith("train.steps")]
     if changed:
         raise ValueError(f"{run} is a run of another config ({'; '.join(changed)}); choose another --run folder")
@@ -162,10 +168,11 @@ def check_config(run: str | os.PathLike, config: Config) -> None:
 def write_config(
     run: str | os.PathLike, config: Config, tokenizer: Tokenizer | None = None, files: Mapping[str, bytes] | None = None
 ) -> None:
-    """Create a run folder, and write the files of the tokenizer, other files and config.json into it.
+    """Create the run folder `run`, and write config.json, the files of the tokenizer and other files into it.
 
-    `files` is {name: content}; None: the labels that the config names, if there are any. Each file is written
-    completely or not at all. Paths in the config become absolute, so that the run can be read from any working folder.
+    `files` is {name: content} of the other files; None: the labels that the config names, if there are any. Each file
+    is written completely or not at all. Paths in the config are converted to absolute paths, so that the run can be
+    read from any working directory.
     """
     folder, labels = Path(run), config.data.labels
     if files is None:
@@ -186,10 +193,11 @@ def _is_model(folder: str | os.PathLike) -> bool:
 
 
 def model_leaves(folder: str | os.PathLike, model: ModelConfig) -> dict[str, Lazy] | None:
-    """Return {name: leaf} of the parameters in a Hugging Face folder or a folder of one model.
+    """Return {name: parameter} of the model in a folder; None if the folder is a run folder with checkpoints.
 
-    Return None for a run with checkpoints. A leaf is read when it is used. Raise ValueError if the names or shapes
-    are not the names or shapes of a model with this config.
+    A folder with a model is a Hugging Face folder, or a folder that `save` or `stickjax.convert` has written. Each
+    parameter is read when it is used. Raise ValueError if the names or shapes differ from a model with the config
+    `model`.
     """
     if not _is_model(folder):
         return None
@@ -202,12 +210,12 @@ def model_leaves(folder: str | os.PathLike, model: ModelConfig) -> dict[str, Laz
 
 
 def results_folder(run: Path) -> Path | None:
-    """Return `run`, the folder of a run, if results such as a table may be written into it; otherwise None.
+    """Return the folder into which results, such as a table, may be written: the run folder `run`, or None.
 
-    For a Hugging Face folder, and for a folder that cannot be written, print a message and return None.
+    If `run` is a Hugging Face folder or cannot be written, print a message and return None.
     """
     if hugging_face.is_folder(run):
-        reason = "is in the Hugging Face layout"
+        reason = "is a Hugging Face folder"
     elif not os.access(run, os.W_OK):
         reason = "cannot be written"
     else:
@@ -217,7 +225,10 @@ def results_folder(run: Path) -> Path | None:
 
 
 def with_shardings(mesh: Mesh | None, abstract):
-    """Return a pytree of parameters, as ShapeDtypeStructs, with shardings on the mesh; unchanged without a mesh."""
+    """Return a copy of `abstract`, a pytree of ShapeDtypeStructs of parameters, with their shardings on the mesh.
+
+    Without a mesh, return `abstract` itself.
+    """
     if mesh is None:
         return abstract
     places = shardings(mesh, abstract)
@@ -227,19 +238,18 @@ def with_shardings(mesh: Mesh | None, abstract):
 def load(
     run: str | os.PathLike, *, step: int | None = None, changes: dict | None = None, mesh: Mesh | None = None
 ) -> Loaded:
-    """Load the model in a run folder or a Hugging Face folder.
-
-    From a run with checkpoints, load the newest intact checkpoint, or the checkpoint of `step`.
+    """Load a trained model with its config and tokenizer from a run folder or a Hugging Face folder.
 
     Args:
-      run: the folder of a run, a folder in the Hugging Face layout, or a folder from `stickjax.convert`.
-      step: the step of the checkpoint; only a run has several checkpoints.
-      changes: config fields to change, such as {"model.window": 128}; the parameters must stay the same.
-      mesh: the devices that get the parameters; it may differ from the mesh in training. None: the first device.
+      run: a run folder, a Hugging Face folder, or a folder that `save` or `stickjax.convert` has written.
+      step: the step of the checkpoint to load; None: the newest intact checkpoint. Only a run folder has checkpoints.
+      changes: config fields to change, such as {"model.window": 128}. They must not change the shapes of parameters.
+      mesh: the mesh of devices on which the parameters are placed; it may differ from the mesh in training. None: the
+        first device.
 
     Raises:
-      ValueError: there is no run folder or no checkpoint. The parameters have another shape, are not finite or do not
-        fit into the free memory. A Hugging Face folder is damaged, or its model is not supported.
+      ValueError: there is no run folder or no checkpoint. The parameters do not have the shapes of the config, are not
+        finite, or do not fit into the free memory. A Hugging Face folder is damaged, or its model is not supported.
     """
     config = read_config(run).replace(changes or {})
     shapes = jax.eval_shape(lambda: family_of(config.model).init(config.model, jax.random.key(0)))
@@ -264,29 +274,31 @@ def load(
 
 
 def tokenizer_of(config: Config) -> Tokenizer | None:
-    """Load the tokenizer of a config. Return None if its file does not exist, as for some converted models."""
+    """Load the tokenizer of a config. Return None if its file does not exist: a converted model may have none."""
     name = config.data.tokenizer
     return load_tokenizer(name, config.data.eot) if name == "byte" or Path(name).exists() else None
 
 
 def _on_devices(leaf: Lazy, spec: jax.ShapeDtypeStruct) -> jax.Array:
-    """Read an array, convert it to the type of `spec`, and place it on the devices by the sharding of `spec`."""
+    """Read an array from its file, and place it on devices, with the type and the sharding that `spec` has."""
     host = leaf.read(None).astype(spec.dtype, copy=False)
     sharding = spec.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.make_array_from_callback(spec.shape, sharding, lambda index: host[index])
 
 
 def save(run: str | os.PathLike, model: Transformer, config: Config) -> None:
-    """Write the parameters of a model and its config as a new folder, which `load` and --init-from can read.
+    """Write a model, its config and the files of its tokenizer into a new folder. `load` and --init-from can read it.
 
     Raises:
-      ValueError: the folder exists, or the parameters do not have the shapes of `config.model`.
+      ValueError: the folder exists, or the parameters have other names, shapes or types than `config.model` says.
       OSError: the folder could not be written.
     """
     ours = named_leaves(jax.eval_shape(lambda: family_of(config.model).init(config.model, jax.random.key(0))))
     theirs = named_leaves(model)
     if wrong := [n for n in ours.keys() | theirs.keys() if _shape(ours.get(n)) != _shape(theirs.get(n))]:
-        raise ValueError(f"the parameters of the model are not as its config says: {', '.join(sorted(wrong))}")
+        raise ValueError(
+            f"the model and its config differ in the names, shapes or types of parameters: {', '.join(sorted(wrong))}"
+        )
     with complete_folder(run) as folder:
         write_config(folder, config, tokenizer_of(config))
         write_safetensors(folder / MODEL_FILE, in_memory(model))
@@ -297,7 +309,7 @@ def _shape(leaf) -> tuple | None:
 
 
 def in_memory(params: Transformer) -> dict[str, Lazy]:
-    """Return {name: leaf} of a model in memory. The leaves are `Lazy` arrays, as from a file."""
+    """Return {name: parameter} of a model in memory. The parameters are `Lazy` arrays, for `write_safetensors`."""
 
     def leaf(array) -> Lazy:
         return Lazy(array.shape, array.dtype, lambda i: np.asarray(array if i is None else array[i]))

@@ -1,6 +1,6 @@
-"""Change the modules of a trained model: add, freeze, concentrate and prune them, and report which text uses which.
+"""Change the modules of a trained model: add, freeze and prune modules, and report which text uses which modules.
 
-A module is an expert: of a feed-forward network ("ffn") or of the attention heads ("attention"), as in ModuleFormer
+A module is an expert of a feed-forward network ("ffn") or of the attention heads ("attention"), as in ModuleFormer
 (Shen et al., arXiv 2306.04640). `change.py` makes larger and smaller models from a trained one. `tune.py` freezes
 parameters, and trains a model so that it uses few modules. `usage.py` counts the use of modules. The command
 `python -m stickjax.surgery` (`__main__.py`) does all of this on run folders.

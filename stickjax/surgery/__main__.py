@@ -6,7 +6,8 @@ python -m stickjax.surgery concentrate RUN OUT [--weight 0.1]
 python -m stickjax.surgery prune RUN OUT (--count N | --threshold X) [--kind ffn|attention|both] [--denominator old|new]
 python -m stickjax.surgery report RUN [--source stdlib --source text:FOLDER] [--plot PNG]
 
-extend, freeze and prune write a run folder OUT that has only parameters, without an optimizer state. Train it by
+concentrate trains the model further, so that it uses few modules. Then prune can remove the other modules.
+extend, freeze and prune write a run folder OUT with parameters, but without an optimizer state. Train its model by
 python -m stickjax.train OUT/config.json --run NEW --init-from OUT. All commands take --section.field=value.
 """
 
@@ -32,9 +33,10 @@ from stickjax.system.text import json_text
 
 
 def source_of(data: DataConfig, words: str) -> DataConfig:
-    """Return the data config of one source of text. `words` is a value of `--source`: "stdlib" or "text:PATH".
+    """Return a copy of the data config `data` that reads one source of text.
 
-    Without a path in `words`, a source of the run that needs a path takes the path of the run.
+    `words` names the source as in `--source`: "stdlib" or "text:PATH". If `words` has no path, and `data` has this
+    source already, the source keeps its path.
 
     >>> source_of(DataConfig(source="stdlib,logic"), "logic").source
     'logic'
@@ -49,9 +51,10 @@ def source_of(data: DataConfig, words: str) -> DataConfig:
 
 
 def table(result: dict) -> Table:
-    """Return a table of a `report`, with a row per kind of modules.
+    """Return a table of `result`, the result of `usage.report`, with a row for each kind of modules (experts).
 
-    It has the number of modules, the number that each source does not use, and the bits about the source per layer.
+    The columns are the number of modules, for each source the number of modules that it does not use, and for each
+    layer the mutual information of modules and sources in bits.
     """
     shown = Table(title=f"modules, on {result['max_tokens']} held-out tokens of each source")
     shown.add_column("kind")
@@ -81,7 +84,9 @@ def _freeze(words, changes: dict) -> str:
     config = freeze(loaded.config, ",".join(words.patterns))
     mask = jax.tree.leaves(frozen(loaded.model, config.optim.trainable))
     if all(mask):
-        raise ValueError(f"optim.trainable={config.optim.trainable!r} freezes every parameter")
+        raise ValueError(
+            f"optim.trainable={config.optim.trainable!r} freezes every parameter: nothing would be trained"
+        )
     save(words.out, loaded.model, config)
     return f"{sum(mask)} of {len(mask)} parameters are frozen; {_how_to_train(words.out)}"
 
@@ -90,7 +95,7 @@ def _prune(words, changes: dict) -> str:
     loaded = load(words.run, changes=changes)
     kinds = [kind.name for kind in kinds_of(loaded.config.model) if words.kind in (kind.name, "both")]
     if not kinds:
-        raise ValueError(f"{words.run} has no modules of --kind {words.kind}")
+        raise ValueError(f"{words.run} has no {words.kind} modules (experts): choose another --kind")
     counts = {kind: 0 for kind in kinds}
     for source in words.source or loaded.config.data.sources:
         data = source_of(loaded.config.data, source)
@@ -122,7 +127,7 @@ def _report(words, changes: dict) -> str:
     if place:
         write_file(place / "modules.json", json_text({"step": loaded.step} | result) + "\n")
     if not (picture := words.plot or (place and place / "modules.png")):
-        return "no picture was drawn"
+        return "no picture was written: give its path by --plot PNG"
     plots.plot_module_use(result["use"], result["mutual_information"], picture)
     return f"picture: {picture}"
 
@@ -141,15 +146,17 @@ def _parser() -> Parser:
 
     def read(added, doc):
         added.add_argument("--source", action="append", metavar="SOURCE[:PATH]", help=f"{doc}; the run's by default")
-        added.add_argument("--tokens", type=number(int, at_least=1), default=2**15, help="tokens of each source")
+        added.add_argument("--tokens", type=number(int, at_least=1), default=2**15, help="tokens from each source")
 
     added = command("extend", _extend, "add modules to every layer")
-    added.add_argument("--experts", type=number(int, at_least=0), default=0, help="to add to each feed-forward network")
     added.add_argument(
-        "--attention-experts", type=number(int, at_least=0), default=0, help="to add to each attention layer"
+        "--experts", type=number(int, at_least=0), default=0, help="modules to add to each feed-forward network"
     )
     added.add_argument(
-        "--routing", choices=TRAINABLE, default="frozen", help="the old router columns; full: they are trainable"
+        "--attention-experts", type=number(int, at_least=0), default=0, help="modules to add to each attention layer"
+    )
+    added.add_argument(
+        "--routing", choices=TRAINABLE, default="frozen", help="full: the old router columns are trainable, too"
     )
     added.add_argument("--seed", type=SEED_TYPE, default=0, help="random seed of the new parameters")
     added = command("freeze", _freeze, "make only a part of the model trainable")
@@ -157,19 +164,23 @@ def _parser() -> Parser:
     added = command("prune", _prune, "remove the modules that are used least")
     how = added.add_mutually_exclusive_group(required=True)
     how.add_argument("--count", type=int, help="how many modules of a kind each layer keeps")
-    how.add_argument("--threshold", type=float, help="keep modules with at least this share of a layer's load")
-    added.add_argument("--kind", choices=("ffn", "attention", "both"), default="both", help="which modules")
+    how.add_argument(
+        "--threshold", type=float, help="keep modules with at least this share of the (token, choice) pairs of a layer"
+    )
+    added.add_argument("--kind", choices=("ffn", "attention", "both"), default="both", help="kind of modules to prune")
     added.add_argument(
-        "--denominator", choices=("old", "new"), default="old", help="old: the softmax also runs over pruned columns"
+        "--denominator", choices=("old", "new"), default="old", help="old: the softmax also includes pruned modules"
     )
     read(added, "training text for which the use is counted")
     added = command("concentrate", _concentrate, "fine-tune with the load-concentration loss; the same command resumes")
-    added.add_argument("--weight", type=float, default=0.1, help="weight of this loss")
-    added = command("report", _report, "which text uses which modules", out=False)
+    added.add_argument("--weight", type=float, default=0.1, help="weight of the load-concentration loss")
+    added = command("report", _report, "show which text uses which modules", out=False)
     read(added, "held-out text to compare")
     added.add_argument("--step", type=int, help="report on the checkpoint of this step")
     share = number(float, at_least=0, at_most=1)
-    added.add_argument("--below", type=share, default=0.01, help="modules with a smaller share count as unused")
+    added.add_argument(
+        "--below", type=share, default=0.01, help="with a smaller share of the pairs of its layer, a module is unused"
+    )
     added.add_argument("--plot", metavar="PNG", help="path of the picture; RUN/modules.png by default")
     return parser
 

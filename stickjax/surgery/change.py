@@ -1,4 +1,4 @@
-"""Make larger and smaller models from a trained model, which does not change."""
+"""Make a larger or a smaller model from a trained model. The trained model itself does not change."""
 
 from collections.abc import Mapping
 
@@ -13,23 +13,23 @@ from stickjax.surgery.kinds import KINDS, Kind, axes_of, kinds_of, rebuilt, slot
 
 
 def extend(model: Transformer, key: jax.Array, *, experts: int = 0, attention_experts: int = 0) -> Transformer:
-    """Return a larger model, which has new modules in every layer.
+    """Return a larger model, which has new modules (experts) in every layer.
 
-    A router computes softmax([A; A'] r(x)) for a token x. r(x) is the input of its last matrix, A are the columns of
-    the old modules, and A' the columns of the new ones. The new modules and A' are separate arrays (`new_*`),
-    initialised as in a new model, so that patterns of `optim.trainable` can select them (see `tune.TRAINABLE`).
-    Modules that an earlier call has added become old ones first (`merged`).
+    A router computes softmax([A; A'] r(x)) for a token x. The matrix A gives the logits of the old modules, and the
+    matrix A' the logits of the new modules. r(x) is the input of both matrices. The new modules and A' are separate
+    arrays (`new_*`), initialised as in a new model, so that patterns of `optim.trainable` can select them (see
+    `tune.TRAINABLE`). Modules from an earlier call of `extend` are first merged into the old modules (see `merged`).
 
-    No old array changes. If A' is -inf, the routers return the same bits as before, and so does the model with
-    implementation="reference". With "xla" the number of experts decides how many rows are multiplied at once. On a CPU
-    this may change the last bit.
+    The weights of the old modules do not change. If the logits A' r(x) are -inf, the routers return the same bits as
+    before, and so does the model with implementation="reference". With implementation="xla" on a CPU, the last bit may
+    change, because the number of experts decides how many rows are multiplied at once.
 
     Args:
-      model: a trained model with modules.
+      model: a trained model with experts.
       key: random key of the new parameters.
       experts, attention_experts: how many modules to add to each feed-forward network and to each attention.
     Raises:
-      ValueError: nothing is added, a number is negative, or the model has no modules of that kind.
+      ValueError: nothing is added, a number is negative, or the model has no modules of the kind to add.
 
     >>> from stickjax.config import ExpertsConfig, ModelConfig
     >>> config = ModelConfig(V=16, D=8, L=2, N=2, K=1, H=4, F=16, experts=ExpertsConfig(4, 2, "softmax_topk"))
@@ -39,13 +39,16 @@ def extend(model: Transformer, key: jax.Array, *, experts: int = 0, attention_ex
     added = {"ffn": experts, "attention": attention_experts}
     if min(added.values()) < 0 or not any(added.values()):
         raise ValueError(
-            f"nothing to add: experts={experts}, attention_experts={attention_experts}; give numbers of 0 or more"
+            f"the numbers of modules to add, experts={experts} and attention_experts={attention_experts}, "
+            "must be 0 or more, and not both 0"
         )
     model = merged(model)
     present = {kind.name for kind in kinds_of(model.config)}
     for name, number in added.items():
         if number and name not in present:
-            raise ValueError(f"cannot add {number} modules to {name}: the model has none, {KINDS[name].field}.E=0")
+            raise ValueError(
+                f"cannot add {number} {name} modules to a model without such modules: its {KINDS[name].field}.E is 0"
+            )
     config, leaves = model.config, named_leaves(model)
     for name in present:
         config = KINDS[name].changed(config, added=added[name])
@@ -60,9 +63,11 @@ def extend(model: Transformer, key: jax.Array, *, experts: int = 0, attention_ex
 
 
 def merged(model: Transformer) -> Transformer:
-    """Return the model in which the modules that `extend` has added are part of the same arrays as the old ones.
+    """Return a copy of an extended model in which old and new modules (experts) are in the same arrays.
 
-    The new model computes the same function, up to rounding (see `router.probabilities`).
+    `extend` keeps the new modules in separate arrays (`new_*`). This function appends them to the arrays of the old
+    modules. The result computes the same outputs, up to rounding (see `router.probabilities`). A model without new
+    modules is returned as it is.
 
     >>> from stickjax.config import ExpertsConfig, ModelConfig
     >>> config = ModelConfig(V=16, D=8, L=2, N=2, K=1, H=4, F=16, experts=ExpertsConfig(4, 2, "softmax_topk"))
@@ -91,21 +96,23 @@ def prune(
     threshold: float | Mapping[str, float] | None = None,
     denominator: str = "old",
 ) -> Transformer:
-    """Return the model without the modules that are used least.
+    """Return the model without the least used modules (experts of the attention or of the feed-forward network).
 
     The weights of the layers are stacked, so every layer has room for as many modules as the layer that keeps the most.
-    Room that a layer does not need is filled with zeros. `slot` of a router says which of its columns have a module.
+    Room that a layer does not need is filled with zeros. The parameter `slot` of a router has, for each router column,
+    the index of its module, or -1 if the module was pruned.
 
     Args:
-      model: a trained model. Modules that `extend` has added become old ones first (`merged`).
-      use: {kind: [L, columns]}, the result of `use(model, batches)`. A kind that is missing here, or in `count` or
+      model: a trained model. Modules that `extend` added are first merged into the old modules (see `merged`).
+      use: {kind: [L, columns]} for the kinds "ffn" and "attention": the number of (token, choice) pairs of each router
+        column in each of the L layers, as `usage.use` returns it. A kind that is missing here, or in `count` or
         `threshold`, is not pruned.
-      count: how many modules each layer keeps, the most used ones first. One number, or {kind: number}.
-      threshold: a module is kept if it has at least this share of the routed pairs of its layer. Each layer keeps at
-        least as many modules as a token needs (k, N / K). One number, or {kind: number}.
-      denominator: the columns of the router's softmax, for both kinds. "old": all columns, also of pruned modules. Then
-        a layer returns the same bits as before for a token that uses no pruned module (as in `extend`). "new": only
-        the columns that remain, so the gates grow. With order="topk_softmax" both give the same function.
+      count: how many modules each layer keeps, the most used modules first. One number, or {kind: number}.
+      threshold: a module is kept if it has at least this share of the (token, choice) pairs of its layer. Each layer
+        keeps at least as many modules as a token uses: the field k of its experts. One number, or {kind: number}.
+      denominator: what the softmax of a router sums over. "old": the columns of all modules, also the pruned ones. Then
+        a layer returns the same bits as before for a token that uses no pruned module (for an exception, see `extend`).
+        "new": only the columns of the kept modules, so gates grow. With order="topk_softmax" both give the same gates.
     Raises:
       ValueError: not exactly one of count and threshold is given, the count is too small or too large, the model has no
         modules, `use` has another shape, or denominator="old" after an earlier pruning with "new".
@@ -122,9 +129,12 @@ def prune(
     model = merged(model)
     config, leaves = model.config, named_leaves(model)
     if denominator == "old" and any(x.pruning == "new_denominator" for x in config.mixtures().values()):
-        raise ValueError("denominator='old' after a pruning with 'new': the pruned columns are no longer there")
+        raise ValueError(
+            "denominator='old' is not possible after a pruning with 'new': the router columns of the pruned modules "
+            "are no longer there; use denominator='new'"
+        )
     if missing := use.keys() - {kind.name for kind in kinds_of(config)}:
-        raise ValueError(f"use has {', '.join(sorted(missing))}, but the model has no such modules")
+        raise ValueError(f"use has counts for {', '.join(sorted(missing))}, but the model has no such modules")
     sizes = {}
     for kind in kinds_of(config):
         slot = slots(model, kind)
@@ -140,19 +150,27 @@ def prune(
 
 
 def _kept(kind: Kind, alive, use, k: int, count: int | None, threshold: float | None) -> np.ndarray:
-    """Return a mask [L, columns] that is True for the modules of one kind that remain.
+    """Return a mask [L, columns] that is True for the router columns of the modules (experts) that `prune` keeps.
 
-    `alive` [L, columns] is True for the modules that exist, and `use` [L, columns] counts their (token, choice) pairs.
-    k is the number of modules that a token uses. `count` and `threshold` are as in `prune`; one of them is None.
+    `alive` [L, columns] is True for the columns whose module exists now, and `use` [L, columns] has the number of
+    (token, choice) pairs of each column. `k` is the number of modules that a token uses. A layer keeps the `count` most
+    used modules if `threshold` is None. If `count` is None, it keeps the modules whose share of the pairs is at least
+    `threshold`, and at least the `k` most used modules.
     """
     if use.shape != alive.shape:
-        raise ValueError(f"the shape of use[{kind.name!r}] is {list(use.shape)}, the routers are {list(alive.shape)}")
+        raise ValueError(
+            f"use[{kind.name!r}] has shape {list(use.shape)}, but must have {list(alive.shape)}: "
+            "[layers, router columns]"
+        )
     fewest = int(alive.sum(1).min())
     if count is not None and not k <= count <= fewest:
-        raise ValueError(f"count={count} of {kind.name} must be from {k}, the number that a token uses, to {fewest}")
+        raise ValueError(
+            f"count={count} of {kind.name} modules must be at least {k}, as many as a token uses in a layer, and at "
+            f"most {fewest}, as many as the layer with the fewest has"
+        )
     if threshold is not None and not 0 <= threshold <= 1:
         raise ValueError(f"threshold={threshold} must be a share, from 0 to 1")
-    # Modules that are already pruned come last. Of equally used modules the first column is kept.
+    # Modules that were pruned before come last. Among equally used modules, the first columns are kept.
     order = np.argsort(np.where(alive, -use.astype(float), np.inf), axis=1, kind="stable")
     rank = np.argsort(order, axis=1)
     if count is not None:
@@ -162,13 +180,15 @@ def _kept(kind: Kind, alive, use, k: int, count: int | None, threshold: float | 
 
 
 def _keep(model: Transformer, leaves: dict, kind: Kind, slot, keep, denominator: str) -> dict[str, int]:
-    """Remove the pruned modules of one kind from `leaves`, {name: array}, and return the changed fields of its mixture.
+    """Remove the pruned modules (experts) of one kind from `leaves`, {name: array}. Return the changed config fields.
 
-    `slot` [L, columns] is from `slots`, and `keep` [L, columns] is True for the modules that remain. The fields are
-    "E", the number of modules for which a layer has room, and "pruned", the number of router columns beyond E.
+    The fields are in the `ExpertsConfig` of the kind: "E" is the number of modules for which a layer has room, and
+    "pruned" is the number of router columns beyond E. `slot` [L, columns] has the index of each column's module (see
+    `slots`), and `keep` [L, columns] is True for the columns of the modules that remain. With `denominator` "new", the
+    router columns of the pruned modules are removed, too; with "old", the router keeps them.
     """
     E = int(keep.sum(1).max())
-    columns = np.argsort(~keep, axis=1, kind="stable")[:, :E]  # of the kept ones, in their order
+    columns = np.argsort(~keep, axis=1, kind="stable")[:, :E]  # indices of the kept columns, in their order
     kept = np.take_along_axis(keep, columns, 1)
     places = np.where(kept, np.arange(E)[None], -1)
     place = f"blocks/{kind.name}"

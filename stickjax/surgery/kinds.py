@@ -1,4 +1,4 @@
-"""The two kinds of modules (experts), attention and feed-forward: their place in a block and in the config."""
+"""The two kinds of modules (experts), "attention" and "ffn": where they are in a model and in its config."""
 
 import dataclasses
 from typing import NamedTuple
@@ -16,9 +16,10 @@ from stickjax.storage.checkpoints import named_leaves
 
 
 class Kind(NamedTuple):
-    """A kind of modules (experts). `blocks.<name>` is the part of a block that has them.
+    """A kind of modules (experts): `name` is "attention" or "ffn".
 
-    `field`: the field of the model config that describes them.
+    The modules are in the part `blocks.<name>` of a model. `field` is the field of the model config that describes
+    them with an `ExpertsConfig`.
     """
 
     name: str
@@ -28,11 +29,11 @@ class Kind(NamedTuple):
         return getattr(config, self.field)
 
     def chosen(self, config: ModelConfig) -> int:
-        """Return the number of modules of this kind that a token uses in each layer."""
+        """Return the number of modules (experts) of this kind that a token uses in each layer."""
         return config.experts.k if self.name == "ffn" else config.N // config.K
 
     def changed(self, config: ModelConfig, **fields) -> ModelConfig:
-        """Return the config of a model with some `fields` changed in the `ExpertsConfig` of this kind."""
+        """Return a copy of the model config `config`, with `fields` changed in the `ExpertsConfig` of this kind."""
         return dataclasses.replace(config, **{self.field: dataclasses.replace(self.mixture(config), **fields)})
 
 
@@ -40,22 +41,25 @@ KINDS = {"attention": Kind("attention", "attention_experts"), "ffn": Kind("ffn",
 
 
 def kinds_of(config: FamilyConfig) -> list[Kind]:
-    """Return the kinds of modules that a model with this config has.
+    """Return the kinds of modules (experts) that a model with this config has.
 
     Raises ValueError if it has none, or if modules of this model family cannot be added or pruned.
     """
     if not config.can_change_experts:
-        raise ValueError(f"a model of family={config.family!r} has no modules that can be added or pruned")
+        raise ValueError(
+            f"a model of family={config.family!r} is not supported: its modules (experts) cannot be added or pruned"
+        )
     kinds = [kind for kind in KINDS.values() if kind.mixture(config).E]
     if not kinds:
-        raise ValueError("the model has no modules: experts.E=0 and attention_experts.E=0")
+        raise ValueError("the model has no modules (experts): its experts.E and its attention_experts.E are both 0")
     return kinds
 
 
 def axes_of(model: Transformer, kind: Kind, letter: str) -> dict[str, int]:
-    """Return {name of an array: index of its axis `letter`} for the arrays of one kind that have this axis.
+    """Return {name of a weight: index of its axis `letter`} for the weights of one kind of experts and their router.
 
-    `letter` is "E" for the axis of the modules, or "C" for the axis of the router columns. The axis L has index 0.
+    `letter` is "E" for the axis of the experts, or "C" for the axis of the router columns. Weights without this axis
+    are left out. Index 0 is the axis of the layers.
     """
     leaves = leaves_of(getattr(model.blocks, kind.name))
     found = {"/".join(["blocks", kind.name, *leaf.names]): parameter(leaf).axis(letter) for leaf in leaves}
@@ -63,7 +67,7 @@ def axes_of(model: Transformer, kind: Kind, letter: str) -> dict[str, int]:
 
 
 def slots(model: Transformer, kind: Kind) -> np.ndarray:
-    """Return [L, columns]: for each router column the index of its module in the weights, or -1 if it was pruned."""
+    """Return an array [L, router columns] with the index of each column's expert in the weights; -1 if pruned."""
     router = getattr(model.blocks, kind.name).router
     if router.slot is not None:
         return np.asarray(router.slot[...], int)
@@ -71,9 +75,10 @@ def slots(model: Transformer, kind: Kind) -> np.ndarray:
 
 
 def rebuilt(config: ModelConfig, leaves: dict[str, jax.Array], fresh: Transformer | None = None) -> Transformer:
-    """Return a model for `config` whose arrays are `leaves`, {name: array}. Names are as in `named_leaves`.
+    """Return a model for `config` whose arrays are `leaves`, {name: array}.
 
-    An array that is missing in `leaves` is taken from the model `fresh`.
+    The names are the ones of `named_leaves`, such as "blocks/ffn/w_in". An array that is missing in `leaves` is taken
+    from the model `fresh`.
     """
     shape = fresh or jax.eval_shape(lambda: init(config, jax.random.key(0)))
     values = []

@@ -1,4 +1,4 @@
-"""Choose the trainable parameters of a model, and train a model so that it uses few of its modules."""
+"""Freeze parameters of a model, and train a model so that it uses few of its modules (experts)."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,9 +18,9 @@ TRAINABLE = {"frozen": "*.new_*", "full": "*.new_*,*.router.*"}
 
 
 def freeze(config: Config, patterns: str) -> Config:
-    """Return a config that also freezes the parameters whose names match `patterns`, separated by commas.
+    """Return a copy of a config that also freezes the parameters whose names match one of `patterns`.
 
-    The patterns are added to `optim.trainable`, each with a ! in front.
+    `patterns` are separated by commas. They are added to `optim.trainable`, each with a ! in front.
 
     >>> freeze(Config(), "*.router.*,embed").optim.trainable
     '*,!*.router.*,!embed'
@@ -31,7 +31,7 @@ def freeze(config: Config, patterns: str) -> Config:
 
 
 def frozen(model: Transformer, trainable: str):
-    """Return a mask for optimizers of your own: a tree like the model, with True for every frozen parameter.
+    """Return a mask for an optimizer of your own: a tree like the model, with True for every frozen parameter.
 
     `trainable` is a value of the config field `optim.trainable`. Raises ValueError for a pattern that matches no
     parameter.
@@ -51,19 +51,22 @@ def frozen(model: Transformer, trainable: str):
 def concentrate(
     run: str | Path, out: str | Path, *, weight: float = 0.1, changes: Mapping[str, object] | None = None
 ) -> Result:
-    """Train the model of a run with the load-concentration loss, so that it uses few modules.
+    """Train the model of a run with the load-concentration loss, so that it uses few modules (experts).
 
-    This turns off the losses that spread the load, and freezes the router biases that spread it. All other parameters
-    are trainable. `changes` may say otherwise. Afterwards `prune` can remove the unused modules.
+    The training starts from the parameters of the run. The losses that distribute tokens evenly over the modules are
+    turned off, and the router biases that do the same are frozen. All other parameters are trainable. Afterwards
+    `prune` can remove the unused modules.
 
     Args:
       run: folder of a trained run.
-      out: folder of the new run; if it was stopped, it is resumed.
-      weight: the weight of the load-concentration loss H(e), see `models.router.router_stats`.
-      changes: changes of the config, as in `Config.replace`: {"data.source": "logic", "train.steps": 200}.
+      out: folder of the new run. If `out` has a checkpoint already, the training resumes.
+      weight: the weight of the load-concentration loss H(e), the entropy of the mean router probabilities over the
+        modules (see `models.router.router_stats`).
+      changes: changes of the config, as in `Config.replace`: {"data.source": "logic", "train.steps": 200}. They
+        override the weights of the losses and the value of `optim.trainable` that this function sets.
 
     Raises:
-      ValueError: the model has no modules, the changes do not fit, or as in `training.loop.fit`.
+      ValueError: the model has no modules, a change is not valid, or for the reasons of `training.loop.fit`.
     """
     config = read_config(run)
     kinds_of(config.model)

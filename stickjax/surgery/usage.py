@@ -1,4 +1,4 @@
-"""Measure how much a text uses every module, and how much a module says about the source of a text."""
+"""Measure how much a text uses each module (expert), and how much the used modules tell about the source of a text."""
 
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -24,15 +24,19 @@ def _rows(model: Transformer, batch: dict) -> dict[str, jax.Array]:
 
 
 def use(model: Transformer, batches: Iterable[Mapping[str, np.ndarray]]) -> Use:
-    """Count how many (token, choice) pairs went to every module. Padding tokens do not count.
+    """Count how many (token, choice) pairs every module gets. A module is an expert of a layer.
+
+    A token that uses k modules of a layer has k pairs there.
 
     Args:
-      model: a model with modules.
-      batches: `tokens` [B,T] and, if there is padding, `segment_ids` [B,T], negative for padding.
+      model: a model with experts.
+      batches: each batch has `tokens` [B,T] and, if there is padding, `segment_ids` [B,T], negative for padding.
+        Padding tokens do not count.
 
     Returns:
-      {"attention": [L, columns], "ffn": [L, columns]}, whole numbers, for the kinds that the model has. A router has a
-      column for every module, the new modules last. A pruned module still has a column if it counts in the softmax.
+      The numbers of pairs as whole numbers, in a dictionary with an entry for each kind of modules,
+      {"attention": [L, columns], "ffn": [L, columns]}. A router has a column for every module. The columns of added
+      modules are last. A pruned module keeps its column if its logit is still in the softmax of the router.
 
     Raises:
       ValueError: the model has no modules.
@@ -56,15 +60,16 @@ def use(model: Transformer, batches: Iterable[Mapping[str, np.ndarray]]) -> Use:
 
 
 def mutual_information(uses: Mapping[str, Use]) -> dict[str, np.ndarray]:
-    r"""Return how many bits the module that a token uses tells about the source of its text, {kind: [L]}.
+    r"""Return the mutual information of modules (experts) and sources in bits, for each of the L layers: {kind: [L]}.
 
-    This is the mutual information of a module m and a source s. `uses` is {source: the result of `use`}.
+    It says how much the module m that a token uses tells about the source s of its text. `uses` is {source: the result
+    of `use` for a text of this source}.
 
     .. math::
         I(m; s) = \frac1S \sum_s \sum_m p(m|s) \log_2 \frac{p(m|s)}{p(m)}, \qquad p(m) = \frac1S \sum_s p(m|s)
 
-    with p(m|s) the share of source s's pairs that went to module m: all S sources have the same weight. It is 0 if
-    every source uses the modules in the same way, and log2 S if no two sources share a module.
+    with p(m|s) the share of the (token, choice) pairs of source s that went to module m. All S sources have the same
+    weight. I is 0 if every source uses the modules in the same way, and log2 S if no two sources share a module.
 
     >>> mutual_information({"a": {"ffn": np.array([[4, 0], [1, 1]])}, "b": {"ffn": np.array([[0, 7], [3, 3]])}})
     {'ffn': array([1., 0.])}
@@ -74,28 +79,28 @@ def mutual_information(uses: Mapping[str, Use]) -> dict[str, np.ndarray]:
 
 
 def _information(p: np.ndarray) -> np.ndarray:
-    """Return the mutual information in bits [L] for p(m|s), an array [S, L, columns] (see `mutual_information`)."""
+    """Return the mutual information in bits [L] for `p`, the shares p(m|s) [S, L, columns] of `mutual_information`."""
     mean = np.broadcast_to(p.mean(0), p.shape)
     ratio = np.divide(p, mean, out=np.ones_like(p), where=p > 0)
     return (p * np.log2(ratio)).sum(-1).mean(0)
 
 
 def shares(use: np.ndarray) -> np.ndarray:
-    """Convert the counts [L, columns] of `use` to shares: each module's share of the routed pairs of its layer."""
+    """Convert the counts [L, columns] of `use` to each module's share of the (token, choice) pairs of its layer."""
     return use / np.maximum(use.sum(-1, keepdims=True), 1)
 
 
 def batches_of(data: DataConfig, *, heldout: bool, max_tokens: int, batch_tokens: int = 2**12) -> list[dict]:
     """Return batches of random windows of T tokens from the training text, or with `heldout` from the held-out text.
 
-    A batch has `tokens` and `segment_ids` [B,T], with B * T about `batch_tokens`. All batches have about `max_tokens`
-    tokens together. The last batch may end with rows of padding. Raises ValueError if the text has fewer than T + 1
-    tokens.
+    A batch has `tokens` and `segment_ids` [B,T], with B * T about `batch_tokens`. All batches together have about
+    `max_tokens` tokens, or all tokens of a shorter text. The last batch may end with rows of padding, whose
+    `segment_ids` are -1. Raises ValueError if the text has fewer than T + 1 tokens.
     """
     corpus, T = load_corpus(data)[heldout], data.T
     windows = (len(corpus.tokens) - 1) // T
     if not windows:
-        raise ValueError(f"T={T} needs {T + 1} tokens, but {corpus.source} has {len(corpus.tokens)}")
+        raise ValueError(f"T={T} needs a text of {T + 1} tokens or more, but {corpus.source} has {len(corpus.tokens)}")
     chosen = np.random.default_rng(0).permutation(windows)[: max(1, max_tokens // T)]
     cut = np.stack([corpus.tokens[i * T : (i + 1) * T + 1] for i in np.sort(chosen)]).astype(np.int32)
     B = min(len(cut), max(1, batch_tokens // T))
@@ -109,18 +114,20 @@ def batches_of(data: DataConfig, *, heldout: bool, max_tokens: int, batch_tokens
 def report(
     model: Transformer, sources: Mapping[str, DataConfig], *, max_tokens: int = 2**15, below: float = 0.01
 ) -> dict[str, Any]:
-    """Report which modules the held-out text of each source uses, as numbers and lists for JSON.
+    """Return how much the held-out text of each source uses each module (expert), as numbers and lists for JSON.
 
     Args:
-      model: a model with modules.
+      model: a model with experts.
       sources: {name: the `DataConfig` of the text}.
-      max_tokens: the tokens to read of each source.
-      below: a module with a smaller share of its layer's pairs counts as unused.
+      max_tokens: about how many tokens of each source are read.
+      below: a module with a smaller share of the (token, choice) pairs of its layer counts as unused.
 
     Returns:
-      "use": {source: {kind: [L, columns]}}, shares; "mutual_information": {kind: [L]} in bits; "modules":
-      {kind: how many modules all layers have together}; "unused": {source: {kind: the number of unused modules}};
-      "below" and "max_tokens".
+      A dictionary with the following entries.
+      "use": {source: {kind: [L, columns]}}, the share of the (token, choice) pairs of each router column;
+      "mutual_information": {kind: [L]}, the result of `mutual_information` in bits; "modules": {kind: how many modules
+      all layers have together}; "unused": {source: {kind: the number of unused modules}}; "below" and "max_tokens": the
+      arguments.
     Raises:
       ValueError: the model has no modules, there are no sources, or one of them is too short.
     """

@@ -1,1 +1,1 @@
-"""Files, locks, memory, profiling, and text for a terminal. This package imports no other part of stickjax."""
+"""Functions for files, locks, memory, profiling and terminals. This package imports no other part of stickjax."""

@@ -1,4 +1,4 @@
-"""Checksums of files, and of arrays. The checksum of an array is computed on the devices that store the array."""
+"""Checksums of files and of arrays. The checksum of an array is computed on the devices, without a copy to the host."""
 
 import zlib
 from pathlib import Path
@@ -8,21 +8,22 @@ import jax.numpy as jnp
 
 
 def checksum(array) -> int:
-    """Return a checksum of the bits of an array, from 0 to 2^32 - 1. It is the same for every sharding.
+    """Return a checksum of the bits of an array: an integer from 0 to 2^32 - 1, which does not depend on the sharding.
 
-    This function waits for the result, because only one program that sums over devices may run at a time. If one CPU
-    has several virtual devices, the threads of two such programs would wait for each other for ever.
+    The checksum is a sum over all devices of the array. This function waits for the sum, so that two sums never run at
+    the same time: on a CPU with several virtual devices, the threads of two sums could wait for each other for ever.
     """
     return int(_mixed_sum(array))
 
 
 @jax.jit
 def _mixed_sum(array):
-    """Compute sum_i mix(bits_i + i * 0x9E3779B9) mod 2^32 over the elements i of an array.
+    """Compute a checksum of an array: sum_i mix(bits_i + i * 0x9E3779B9) mod 2^32.
 
-    i is the position of an element in row-major order, bits_i are its bits as an integer, and mix is the last step of
-    MurmurHash3. A sum of integers is the same for every sharding. mix is one-to-one, so a change of one element is
-    always detected. Without mix, changes of the high bits (signs) of two elements would cancel in the sum.
+    i is the position of an element in row-major order, bits_i are the bits of element i as an integer, and mix is the
+    last step of the hash function MurmurHash3. A sum of integers does not depend on the order of its terms, so it is
+    the same for every sharding. mix is one-to-one, so a change of one element always changes the sum. Without mix,
+    changes of the highest bits (the signs) of two elements would cancel in the sum.
     """
     array = array.astype(jnp.uint8) if array.dtype == bool else array
     bits = jax.lax.bitcast_convert_type(array, f"uint{min(32, 8 * array.dtype.itemsize)}").astype(jnp.uint32)

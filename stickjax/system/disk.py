@@ -1,4 +1,4 @@
-"""Write files completely or not at all, and raise an OSError with one clear reason if that fails."""
+"""Write files completely or not at all. If a file cannot be written, an OSError with one clear reason is raised."""
 
 import contextlib
 import errno
@@ -19,9 +19,10 @@ _TEXTS = {os.strerror(code): code for code in REASONS}
 
 
 def system_error(error: BaseException) -> int | None:
-    """Return the system's error number (errno) behind an exception, such as errno.ENOSPC; None if it has none.
+    """Return the errno of an exception, such as errno.ENOSPC; None if the exception has no errno.
 
-    An OSError has the number as an attribute. In an error of TensorStore or XLA, the number is found from the text.
+    An OSError has its errno as an attribute. TensorStore and XLA raise other exceptions, whose errno is found in the
+    text of the message.
 
     >>> system_error(RuntimeError("RESOURCE_EXHAUSTED: trace.pb; No space left on device")) == errno.ENOSPC
     True
@@ -35,7 +36,10 @@ def system_error(error: BaseException) -> int | None:
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike) -> Iterator[None]:
-    """Convert an error of the block, which writes the file `path`, into an OSError with the reason and with `path`.
+    """Convert an error in a `with` block that writes the file `path` into an OSError with a clear reason.
+
+    The message of the OSError has the reason, such as "the disk is full", and `path`, even if the block writes a
+    temporary file. A RuntimeError without an errno, or an exception of another type, is raised unchanged.
 
     >>> with writing("run/config.json"):
     ...     raise OSError(errno.ENOSPC, "No space left on device", "run/config.json.tmp")
@@ -53,10 +57,10 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
 
 
 def write_file(path: str | os.PathLike, content: str | bytes) -> None:
-    """Replace a file atomically: a reader finds either the old content or the new content, never a mixture.
+    """Write `content` as the file `path`, atomically: a reader finds the old content or the new, never a mixture.
 
-    Several processes may write the same file; then it has the content of the last one. Raise OSError, with the reason
-    and `path`, if the file cannot be written; then it still has its old content.
+    If several processes write the same file, it has the content of the last process. If the file cannot be written, it
+    keeps its old content, and OSError with the reason and `path` is raised.
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")  # a name that no other process has
@@ -74,7 +78,10 @@ def write_file(path: str | os.PathLike, content: str | bytes) -> None:
 
 
 def sync_folder(folder: str | os.PathLike) -> None:
-    """Flush the entries of a folder to the disk, so that a rename survives a power loss. Ignore errors of the flush."""
+    """Call fsync on a folder, so that a renamed file in the folder keeps its new name after a power loss.
+
+    Errors of fsync are ignored, because some file systems do not support it for folders.
+    """
     number = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):
@@ -84,7 +91,7 @@ def sync_folder(folder: str | os.PathLike) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file, a link or a folder with its content. Parts of a folder that cannot be deleted remain."""
+    """Delete a file, a link, or a folder with everything in it. Parts of a folder that cannot be deleted remain."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

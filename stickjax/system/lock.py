@@ -1,9 +1,10 @@
-"""A lock of a run folder: only the process that owns the lock writes into the folder.
+"""A lock of a run folder: only the process that owns the lock may write into the folder.
 
-The owner holds flock() on the file `lock` in the folder. The owner also writes its host, its process id and a counter
-into the file, and increases the counter every HEARTBEAT_SECONDS. When a process ends, even by SIGKILL, the kernel
-releases its flock. If the owner is on another machine or uses another mount, or if the file system has no flock, then
-another process reads the counter. If the counter does not change for DEAD_AFTER_SECONDS, the owner counts as dead.
+The owner calls flock() on the file `lock` in the folder. When a process ends, even by SIGKILL, the kernel releases its
+flock. The owner also writes its host, its process id and a counter into the file, and increases the counter every
+HEARTBEAT_SECONDS. Another process reads the counter if flock does not show whether the owner still runs: if the owner
+is on another machine or uses another mount, or if the file system has no flock. If the counter does not change for
+DEAD_AFTER_SECONDS, the owner counts as dead.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ from stickjax.system.disk import remove, writing
 
 HEARTBEAT_SECONDS, DEAD_AFTER_SECONDS = 5, 20
 LEASE = 180  # seconds after which a file server has released the flock of a machine that crashed
-SETTLE = 1  # seconds to wait without flock, so that two processes that start at once see each other
+SETTLE = 1  # seconds to wait if there is no flock: of two processes that start at once, only one then has the lock
 NAME = "lock"
 _NO_FLOCK = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK}
 
@@ -31,7 +32,9 @@ log = logging.getLogger(__name__)
 
 
 class Lock:
-    """The lock of a folder, held by this process until `release`. The folder is created if it does not exist.
+    """The lock of a folder. `Lock(folder)` takes the lock, and this process owns it until it calls `release`.
+
+    The folder is created if it does not exist.
 
     >>> import tempfile
     >>> folder = tempfile.mkdtemp() + "/run"
@@ -45,7 +48,7 @@ class Lock:
     False
 
     Raises:
-      ValueError: a running process has the lock; nothing was changed.
+      ValueError: another running process owns the lock; nothing was changed.
       OSError: the folder cannot be written.
     """
 
@@ -64,21 +67,21 @@ class Lock:
         self._thread.start()
 
     def check(self) -> None:
-        """Raise OSError if another process owns the lock now, because it took this process for dead."""
+        """Raise OSError if another process has taken the lock. A process takes it if its owner seems to be dead."""
         owner = _read(self._path)
         if owner is not None and owner.get("token") != self._record["token"]:
             raise OSError(f"{self.folder} was taken over by {_name(owner)}; this process must not write there any more")
 
     def clear(self) -> None:
-        """Delete everything in the folder except the lock."""
+        """Delete everything in the folder except the lock file."""
         for path in self.folder.iterdir():
             if path != self._path:
                 remove(path)
 
     def release(self, folder: Path | None = None) -> None:
-        """Release the lock and delete its file. Delete the folder too, if this lock created it and it is empty.
+        """Release the lock, and delete the lock file. Delete the folder too, if this object created it and it is empty.
 
-        `folder`: the new path of the folder, if the folder was renamed while it was locked.
+        If the folder was renamed while it was locked, `folder` is its new path.
         """
         self._path = (folder or self.folder) / NAME
         self._ended.set()
@@ -141,12 +144,13 @@ class Lock:
                 raise self._taken()
 
     def _is_alive(self, owner: dict) -> bool:
-        """Return whether `owner`, the content of the lock file, changes within DEAD_AFTER_SECONDS.
+        """Return whether the process that wrote `owner`, the content of the lock file, still runs.
 
-        A running owner increases the counter in the file. False means that the owner is dead or has released the lock.
+        A running owner increases the counter in the file. So this function waits up to DEAD_AFTER_SECONDS for a change
+        of the file. False means that the owner is dead or has released the lock.
         """
         log.warning(
-            "%s is locked by %s: waiting %s s to see whether that process still runs",
+            "%s is locked by %s: waiting up to %s s to find out whether that process still runs",
             self.folder,
             _name(owner),
             DEAD_AFTER_SECONDS,
@@ -159,7 +163,7 @@ class Lock:
         return False
 
     def _taken(self) -> ValueError:
-        for _ in range(10):  # a new owner may not have written its name yet
+        for _ in range(10):  # a new owner may not have written its process id yet
             if owner := _read(self._path):
                 break
             time.sleep(0.05)
@@ -175,7 +179,10 @@ class Lock:
 
 
 def _flock(file: int) -> bool | None:
-    """Try to get the flock of an open file. Return whether that succeeded; None if the file system has no flock."""
+    """Try to take the flock of an open file. Return True if this process has it now, False if another process has it.
+
+    Return None if the file system has no flock. `file` is the file descriptor.
+    """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
@@ -195,7 +202,10 @@ def _is_at(file: int, path: Path) -> bool:
 
 
 def _kernel() -> str:
-    """Return an id of the running kernel. All containers of a machine have the same id; a reboot changes it."""
+    """Return an id of the running kernel, to find out whether two processes run on the same machine.
+
+    All containers of a machine have the same id. A reboot changes the id.
+    """
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -203,9 +213,9 @@ def _kernel() -> str:
 
 
 def _read(path: Path) -> dict | None:
-    """Read a lock file: the dictionary that its owner wrote, {} if it has no owner, None if there is no file.
+    """Return the content of the lock file `path`: the dictionary that the owner of the lock has written.
 
-    Raise ValueError if the content of the file is not a lock.
+    Return {} if the file is empty, and None if there is no file. Raise ValueError if the file is not a lock file.
     """
     try:
         content = path.read_bytes().strip(b"\0\n")  # opening the file makes NFS ask the server for new content
@@ -216,7 +226,7 @@ def _read(path: Path) -> dict | None:
     except ValueError:
         owner = None
     if not isinstance(owner, dict):
-        raise ValueError(f"{path} is not the lock of a run; remove it or choose another folder")
+        raise ValueError(f"{path} is not a lock file of stickjax; remove it or choose another folder")
     return owner
 
 
@@ -234,10 +244,10 @@ def _name(owner: dict | None) -> str:
 
 @contextlib.contextmanager
 def complete_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """Create the folder `path` completely or not at all.
+    """A context in which a `with` block creates the folder `path` completely or not at all.
 
-    Yield a temporary folder, which the `with` block fills. The temporary folder is renamed to `path` if the block
-    succeeds, and deleted if the block raises an exception. Raise ValueError if `path` exists already.
+    The context yields the path of a temporary folder, into which the block writes. The temporary folder is renamed to
+    `path` if the block succeeds, and deleted if the block raises an exception. Raise ValueError if `path` exists.
     """
     target = Path(path)
     if target.exists():

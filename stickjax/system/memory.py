@@ -1,8 +1,8 @@
-"""Memory: the bytes that arrays need on a device, the bytes that are free, and an error if the arrays do not fit.
+"""Compare the memory that arrays need on a device with its free memory, and raise an error if they do not fit.
 
-On a CPU, a process without enough memory hangs, or is killed without a message. So memory is checked before it is
-allocated. The first check uses the shapes of the training state: a run needs at least this memory. The second check
-uses the compiled program.
+On a CPU, a process that needs too much memory hangs, or is killed without a message. So memory is checked before it is
+allocated, by two functions. `check_fits` checks arrays, such as the training state. `check_program` checks the results
+and the temporary arrays of a compiled program, such as the training step.
 """
 
 import math
@@ -22,7 +22,7 @@ _WHAT_TO_DO = "use a smaller model, a smaller batch, more devices or more memory
 
 
 class Free(NamedTuple):
-    """The number of free bytes, and the origin of this number for messages, such as "available on this machine"."""
+    """Free memory: `bytes` is its size, and `source` says what limits it, such as "available on this machine"."""
 
     bytes: int
     source: str
@@ -41,9 +41,9 @@ def gib(size: float) -> str:
 
 
 def local_bytes(tree) -> int:
-    """Return the bytes that a pytree of arrays, or of ShapeDtypeStructs, takes on each device.
+    """Return the number of bytes that a pytree needs on each device. Its leaves are arrays or ShapeDtypeStructs.
 
-    A sharded array counts with the part of one device. An array without a sharding counts in full.
+    Of a sharded array, only the part on one device is counted. An array without a sharding is counted in full.
     """
     return sum(math.prod(_local_shape(x)) * itemsize(x.dtype) for x in jax.tree.leaves(tree))
 
@@ -54,7 +54,7 @@ def _local_shape(x) -> tuple[int, ...]:
 
 
 def itemsize(dtype) -> int:
-    """Return the bytes of one element of an array of this type; for a typed PRNG key, the bytes of its key data.
+    """Return the number of bytes of one element of the type `dtype`. For a typed PRNG key, its key data is counted.
 
     >>> itemsize(jnp.bfloat16), itemsize(jax.eval_shape(lambda: jax.random.key(0)).dtype)
     (2, 8)
@@ -66,9 +66,11 @@ def itemsize(dtype) -> int:
 
 
 def state_parts(state) -> dict[str, int]:
-    """Return the bytes that a training state takes on each device: {"parameters" or another purpose: bytes}.
+    """Return the number of bytes that a training state needs on each device, as {purpose: bytes}.
 
-    `state` has the pytrees `params` and `opt_state`, whose leaves are arrays or ShapeDtypeStructs.
+    The purposes are "parameters", "float32 masters" (the optimizer's copy of the parameters in float32) and "moments".
+    A purpose that needs no memory is left out. `state` has the attributes `params` and `opt_state`: two pytrees of
+    arrays or ShapeDtypeStructs.
     """
     masters = local_bytes(optax.tree.get(state.opt_state, "masters"))
     moments = local_bytes(state.opt_state) - masters
@@ -77,25 +79,31 @@ def state_parts(state) -> dict[str, int]:
 
 
 def check_fits(parts: dict[str, int], mesh: Mesh | None = None) -> None:
-    """Raise ValueError if the arrays of `parts` together need more bytes than a device has free.
+    """Raise ValueError if arrays need more memory than a device has free. Call this before the arrays are allocated.
 
     Args:
-      parts: {purpose of some arrays: the bytes that they need on each device}; the message lists them.
-      mesh: the devices; None: the first device.
+      parts: the memory that the arrays need on each device, as {purpose: bytes}, such as {"parameters": 4096}. The
+        message lists all purposes.
+      mesh: the mesh of devices on which the arrays will be; None: the first device.
     """
     needed, free = sum(parts.values()), free_memory(mesh)
     if free is not None and needed > free.bytes:
         words = ", ".join(f"{name} {gib(size)}" for name, size in parts.items())
         raise ValueError(
-            f"this does NOT fit: {words}, together {gib(needed)} of {gib(free.bytes)} ({free.source}); {_WHAT_TO_DO}"
+            f"the model does NOT fit into memory: {words}, together {gib(needed)}, but only {gib(free.bytes)} are free "
+            f"({free.source}); {_WHAT_TO_DO}"
         )
 
 
 def check_program(compiled: jax.stages.Compiled, what: str, mesh: Mesh | None = None) -> None:
-    """Raise ValueError if a compiled program needs more memory than the devices of the mesh have free.
+    """Raise ValueError if a compiled program needs more memory than a device has free. Call this before it runs.
 
-    The program needs memory for its results and temporaries; its arguments are in memory already. `what` is the name of
-    the program in the message. Without a mesh, the program runs on the first device.
+    The program needs memory for its results and its temporary arrays. Its arguments must be in memory already.
+
+    Args:
+      compiled: the program.
+      what: the name of the program in the message, such as "the step".
+      mesh: the mesh of devices on which the program runs; None: the first device.
     """
     memory = compiled.memory_analysis()
     if memory is None:  # not every backend provides it
@@ -104,16 +112,17 @@ def check_program(compiled: jax.stages.Compiled, what: str, mesh: Mesh | None = 
     results, free = memory.output_size_in_bytes - memory.alias_size_in_bytes, free_memory(mesh)
     if free is not None and results + temporaries > free.bytes:
         raise ValueError(
-            f"{what} does NOT fit: {gib(arguments)} arguments + {gib(temporaries)} temporaries, "
-            f"peak {gib(arguments + results + temporaries)}; beside the arguments {gib(free.bytes)} are free "
-            f"({free.source}); {_WHAT_TO_DO}"
+            f"{what} does NOT fit into memory: {gib(arguments)} arguments + {gib(temporaries)} temporaries, peak "
+            f"{gib(arguments + results + temporaries)} with the results, but only {gib(free.bytes)} are free "
+            f"in addition to the arguments ({free.source}); {_WHAT_TO_DO}"
         )
 
 
 def free_memory(mesh: Mesh | None = None) -> Free | None:
-    """Return the free bytes of one device of the mesh, or of the first device without a mesh; None if unknown.
+    """Return the free memory of one device of the mesh; None if it is unknown. Without a mesh, use the first device.
 
-    If the devices are CPUs, the free memory of the machine is divided by their number.
+    If the devices are CPUs, this is the free memory of the machine, divided by the number of mesh devices in this
+    process.
     """
     devices = [jax.local_devices()[0]] if mesh is None else mesh.local_devices
     if devices[0].platform == "cpu":
@@ -126,9 +135,10 @@ def free_memory(mesh: Mesh | None = None) -> Free | None:
 
 
 def host_memory() -> Free | None:
-    """Return the bytes that this process can still allocate; None if nothing limits them.
+    """Return the memory that this process can still allocate; None if no limit is known.
 
-    This is the least of what the machine, the control groups of the process and ulimit -v leave.
+    This is the smallest of three numbers: the memory that the machine has free, the memory that the control groups of
+    the process still allow, and the address space that `ulimit -v` still allows.
     """
     limits = []
     swap = _meminfo("SwapFree") or 0
@@ -154,9 +164,10 @@ def _address_space() -> int:
 
 
 def _left_by_cgroups() -> Iterator[int]:
-    """Yield the bytes that each control group of this process still allows, from the innermost group to the root.
+    """Yield the number of bytes that each Linux control group (cgroup) of this process still allows.
 
-    Memory that caches files counts as free. Groups without a limit are left out.
+    The innermost group comes first. Groups without a limit are left out. Memory that is a cache of files counts as
+    free, because the kernel can drop it.
     """
     for line in _read(PROC / "self" / "cgroup").splitlines():
         _, controllers, path = line.split(":", 2)

@@ -1,4 +1,4 @@
-"""Paths for libraries that interpret some characters of a path as patterns or addresses."""
+"""Make paths safe for Orbax and TensorStore, which read some characters of a path as a pattern or as an address."""
 
 import hashlib
 import os
@@ -14,13 +14,14 @@ MOST_BYTES = 3800  # the longest path; Linux allows 4096, and the files below th
 
 
 def plain_path(folder: Path) -> Path:
-    r"""Return a path of `folder` that Orbax and TensorStore cannot misread: its real path, or a link to the folder.
+    r"""Return a path of `folder` that Orbax and TensorStore read correctly: its real path, or a symbolic link to it.
 
-    Orbax looks for the files of every process by glob, in which `[0.1]`, `*` and `?` are patterns. TensorStore takes a
-    backslash for a slash, and cannot open a path that is not UTF-8. If the path of the folder has such characters, the
-    result is a link with a plain name in the folder for temporary files. The link has the same name in all processes.
+    Orbax finds files by `glob`, in which `[0.1]`, `*` and `?` are patterns. TensorStore reads a backslash as a slash,
+    and cannot open a path that is not UTF-8. If the real path has such characters, a symbolic link to the folder is
+    made in the folder for temporary files, and the path of the link is returned. The link has the same name in all
+    processes.
 
-    Raise ValueError if no such link can be made, or the path is too long.
+    Raise ValueError if the link cannot be made, or if the path is too long.
 
     >>> plain_path(Path("/data/run 1/checkpoints"))
     PosixPath('/data/run 1/checkpoints')
@@ -34,7 +35,7 @@ def plain_path(folder: Path) -> Path:
         return Path(real)
     link = Path(tempfile.gettempdir()) / f"stickjax-{os.getuid()}-{hashlib.sha256(os.fsencode(real)).hexdigest()[:32]}"
     if not _PLAIN.fullmatch(os.fspath(link)):
-        both = f"the path {folder} has special characters, and TMPDIR={link.parent} has some too"
+        both = f"the path {folder} has special characters, and TMPDIR={link.parent} has some, too"
         raise ValueError(f"{both}; choose another run folder or another TMPDIR")
     fresh = link.with_name(f"{link.name}-{os.getpid()}-{threading.get_ident()}")
     try:
@@ -42,5 +43,8 @@ def plain_path(folder: Path) -> Path:
         fresh.replace(link)  # made again at every call, because some systems delete old temporary files
     except OSError as error:
         fresh.unlink(missing_ok=True)
-        raise ValueError(f"{folder} needs a link at {link}, which cannot be made: {error.strerror}") from error
+        raise ValueError(
+            f"the path {folder} has special characters, so it needs a symbolic link, but {link} cannot be made: "
+            f"{error.strerror}"
+        ) from error
     return link

@@ -1,4 +1,4 @@
-"""A profiler trace of a few steps of a training run."""
+"""Write a profiler trace of a few steps of a training run, to find out what takes the time of a step."""
 
 import contextlib
 from collections.abc import Callable
@@ -13,31 +13,38 @@ WARMUP = 3  # a long run is traced after this many steps
 
 
 class StepTrace(contextlib.AbstractContextManager):
-    """A context that writes a profiler trace of STEPS training steps; of all steps, if the run is shorter.
+    """A context around a training loop, which writes a profiler trace of STEPS training steps into a folder.
 
-    The trace begins after WARMUP steps, or earlier if the run would end before the trace is complete. The trace is
-    written after its last step, or at the end of the `with` block if the run stops earlier.
+    The trace begins after WARMUP steps, or earlier if fewer than WARMUP + STEPS steps are left. It is written after
+    its last step, or at the end of the `with` block if the run stops earlier. Then `say` prints which steps were
+    traced. The loop calls `before` and `after` for each step.
 
     Args:
       folder: the folder for the trace; None: nothing is traced.
-      first: the number of steps that are done when the run starts or is resumed.
-      last: the number of steps that are done when the run ends.
-      say: a function that prints one line, which names the traced steps.
+      first: the number of training steps that were done before this loop, which is not 0 if a run is resumed.
+      last: the number of training steps that will be done at the end of the loop.
+      say: a function that prints one line of text.
     """
 
     def __init__(self, folder: Path | None, first: int, last: int, say: Callable[[str], None]):
         self._folder, self._say = folder, say
         self._begin = max(first, min(first + WARMUP, last - STEPS))
-        self._begun = self._done = None  # steps done when the trace began, and steps done now
+        self._begun = self._done = None  # number of steps done when the trace began, and number done now
 
     def before(self, step: int) -> None:
-        """Start the trace if it begins with the next step. Call this before each step; `step` steps are done."""
+        """Call this before each step. It starts the trace if the next step is the first to trace.
+
+        `step` is the number of training steps that are done.
+        """
         if self._folder and step == self._begin:
             jax.profiler.start_trace(str(self._folder))
             self._begun = self._done = step
 
     def after(self, step: int) -> None:
-        """Stop the trace if it has all its steps. Call this after each step; `step` steps are done."""
+        """Call this after each step. It stops and writes the trace if this step was the last to trace.
+
+        `step` is the number of training steps that are done, including this step.
+        """
         if self._begun is not None:
             self._done = step
             if step == self._begun + STEPS:
@@ -57,9 +64,9 @@ class StepTrace(contextlib.AbstractContextManager):
 
 
 def stop_trace(folder: Path) -> None:
-    """Write the trace that `jax.profiler.start_trace(folder)` began.
+    """Stop the trace that `jax.profiler.start_trace(folder)` has started, and write its files into the folder.
 
-    If the trace cannot be written, delete its files and raise OSError.
+    If the files cannot be written, delete the incomplete files and raise OSError.
     """
     before = set(folder.rglob("*"))
     try:

@@ -1,6 +1,6 @@
-"""Let modules be imported by their names of version 0.1, with a FutureWarning that says the new name.
+"""Keep the module names of version 0.1 working: an import of an old name gives the module with the new name.
 
-The next version will remove the old names.
+A FutureWarning says the new name. The next version will remove the old names.
 """
 
 import importlib
@@ -44,7 +44,7 @@ NEW_NAMES = {
 
 
 class RenamedModules(MetaPathFinder, Loader):
-    """An import hook for the old names of modules. An import by an old name returns the module with the new name."""
+    """An import hook, which finds a module by its old name in NEW_NAMES and imports the module with the new name."""
 
     def find_spec(self, fullname, path=None, target=None) -> ModuleSpec | None:
         if (new := NEW_NAMES.get(fullname)) is None:
@@ -61,7 +61,10 @@ class RenamedModules(MetaPathFinder, Loader):
         return module
 
     def exec_module(self, module) -> None:
-        """Restore the `__spec__` of the module, which the import system has replaced. The module has already run."""
+        """Restore the `__spec__` of a module, which the import system has replaced by the spec of the old name.
+
+        The code of the module is not run again, because the import of the new name in `create_module` has run it.
+        """
         module.__spec__ = module.__spec__.loader_state
 
 

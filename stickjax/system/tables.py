@@ -1,4 +1,4 @@
-"""Tables: print one completely in a terminal of any width, and keep one as columns to compute with."""
+"""Print tables in terminals of any width without cutting words, and keep tables as columns of numbers."""
 
 import html
 import io
@@ -11,9 +11,9 @@ from rich.table import Table
 
 
 def print_table(table: Table) -> None:
-    """Print a table. If the terminal is too narrow for a word of the table, print one line per cell instead.
+    """Print a table of the package rich. If rich would cut a word in a narrow terminal, print one cell per line.
 
-    Square brackets in a cell are printed as they are, and not read as markup of rich.
+    Square brackets in a cell are printed unchanged: they are not read as markup.
 
     >>> table = Table("run", "loss", title="training")
     >>> table.add_row("a-name-of-many-letters" * 20, "2.5")
@@ -40,9 +40,10 @@ def print_table(table: Table) -> None:
 
 
 class Columns(dict):
-    """A table to compute with: {name of a column: NumPy array}. Its repr shows the first and the last rows.
+    """A table whose columns are NumPy arrays: {name of a column: array}. All arrays have the same length.
 
-    If pandas is installed, `pandas.DataFrame(columns)` converts the table to a data frame.
+    Its repr is the table as text, with the first and the last rows. If pandas is installed, `pandas.DataFrame(columns)`
+    converts the table to a data frame.
 
     >>> Columns.of([{"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.25, "rate": 7.0}])
     step  loss  rate
@@ -54,13 +55,16 @@ class Columns(dict):
 
     @classmethod
     def of(cls, rows: Iterable[dict]) -> "Columns":
-        """Make the table from its rows, each {name of a column: value}. A value that a row does not have is NaN."""
+        """Make a table from rows. A row is {name of a column: value}. A missing value becomes NaN."""
         rows = list(rows)
         names = dict.fromkeys(name for row in rows for name in row)
         return cls({name: np.array([row.get(name, math.nan) for row in rows]) for name in names})
 
     def _cells(self) -> list[list[str]]:
-        """Return the text of the table to show: a list of the column names, then a list for each row that is shown."""
+        """Return the cells to show as text: first the list of the column names, then one list for each row to show.
+
+        Of a long table, only the first and the last rows are shown, with a row of "..." between them.
+        """
         count, half = len(next(iter(self.values()), ())), self.SHOWN // 2
         which = range(count) if count <= self.SHOWN else [*range(half), None, *range(count - half, count)]
         return [list(self), *(["..." if i is None else _cell(column[i]) for column in self.values()] for i in which)]

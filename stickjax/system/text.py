@@ -7,7 +7,7 @@ from typing import Any
 
 
 def printable(path: str | os.PathLike) -> str:
-    r"""Return a path as one line of printable characters. Other characters, such as a newline, are escaped.
+    r"""Return a path as one line of printable characters, for messages. Other characters are escaped.
 
     >>> print(printable("two\nlines"))
     two\nlines
@@ -16,9 +16,9 @@ def printable(path: str | os.PathLike) -> str:
 
 
 def json_text(value: Any, **options) -> str:
-    """Return `value` as JSON. Infinity and NaN, which JSON does not have, become null.
+    """Return `value` as JSON text. Infinity and NaN are written as null, because JSON has no number for them.
 
-    `value` consists of dictionaries, lists, strings and numbers. `options` are passed to `json.dumps`.
+    `value` consists of dictionaries, lists, strings and numbers. `options` are keyword arguments of `json.dumps`.
 
     >>> json_text({"step": 3, "loss": math.nan})
     '{"step": 3, "loss": null}'

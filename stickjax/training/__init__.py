@@ -1,1 +1,1 @@
-"""Training: the loop, the step, the optimizer, muP, the metrics, and the display of a run."""
+"""Train a model: the training loop, the jitted step, the optimizer, muP, the metrics, and the display of a run."""

@@ -1,4 +1,4 @@
-"""The lines that a training prints before it begins."""
+"""Make the lines that a training run prints before its first step: the banner."""
 
 import math
 from collections.abc import Iterable
@@ -14,13 +14,16 @@ from stickjax.parallel.mesh import AXES
 
 
 def banner(config: Config, data: TrainingData, mesh: Mesh | None = None) -> str:
-    """Return the first lines that a training prints: its model, data, steps and devices."""
+    """Return the first lines that a training run prints: parameter counts, data, number of steps and devices.
+
+    `data`: the training data that the run has loaded. `mesh`: the mesh of the run; None: it uses one device.
+    """
     m, d, family = config.model, config.data, family_of(config.model)
     (total, active), flops = family.parameter_counts(m), family.flops_per_token(m, d.T)
     parts = {axis: 1 for axis in AXES} if mesh is None else mesh.shape
     divided = ", ".join(f"{axis}={size}" for axis, size in parts.items() if size > 1)
     rows = [
-        f"parameters {total:,} ({active:,} active, embedding left out), {flops:,.0f} FLOP per token",
+        f"parameters {total:,} ({active:,} active per token, without the embedding), {flops:,.0f} FLOP per token",
         f"data {data.summary}",
         *([f"V={m.V}, more than the {data.ids['V']} ids of the text"] if m.V != data.ids["V"] else []),
         f"{config.train.steps} steps of B={d.B} x T={d.T} on {math.prod(parts.values())} x "
@@ -30,8 +33,9 @@ def banner(config: Config, data: TrainingData, mesh: Mesh | None = None) -> str:
 
 
 def kernels(choices: Iterable[Choice]) -> str:
-    """Return the lines of the banner about the kernels that one device runs in a step, with the reason for each choice.
+    """Return the lines of the banner that say which kernels a training step uses.
 
-    `choices`: what `dispatch.recorded` collected while the step was traced.
+    A line names an op, such as attention, the implementation that was chosen for it, and the reason. `choices`: the
+    different choices of implementations that `dispatch.recorded` collected while JAX traced the step.
     """
     return "\n".join(map(str, choices)) or "the step has neither an attention kernel nor an expert kernel"

@@ -1,7 +1,7 @@
-"""The gradients of a batch: summed over its microbatches, and over the devices of a mesh.
+"""Compute the gradients of a batch: their sum over the microbatches, and over the devices of a mesh.
 
-On a mesh the gradients are computed in one `jax.shard_map`. Kernels and routers see only the rows of their device, and
-all collectives are explicit (`stickjax.parallel.collectives`).
+On a mesh the gradients are computed in one `jax.shard_map`. A kernel or a router gets only the part of the batch on its
+device, and all collectives are explicit calls (`stickjax.parallel.collectives`).
 """
 
 from collections.abc import Callable
@@ -21,9 +21,11 @@ from stickjax.training.optimizer import stop_frozen_gradients
 
 
 def batch_gradients(config: Config) -> Callable:
-    """Return a function `f(params, batch, key)` that returns the gradients of the loss of a batch, and its metrics.
+    """Return a function `f(params, batch, key)` that computes (the gradients of the loss, the metrics) of a batch.
 
-    The loss is the loss of the model family. f sums over `train.accumulate` microbatches.
+    The model family of `config` defines the loss. f splits the batch into `train.accumulate` microbatches, and sums
+    their gradients and their metrics, which are scaled so that the sums are the results for the whole batch. The
+    gradients of frozen parameters are zero.
     """
     loss, accumulate = family_of(config.model).loss, config.train.accumulate
     grad = jax.grad(lambda params, *inputs: loss(stop_frozen_gradients(config, params), *inputs), has_aux=True)
@@ -47,10 +49,11 @@ def batch_gradients(config: Config) -> Callable:
 
 
 def mesh_gradients(mesh: Mesh | None, gradients: Callable) -> Callable:
-    """Return a function with the arguments of `gradients`, which runs it on all devices of a mesh.
+    """Return a function that runs `gradients` on all devices of a mesh, and has the same arguments and results.
 
-    `gradients(params, batch, key)` returns (gradients, metrics). Every device runs it on its part of the batch, and the
-    gradients are summed over the devices. Without a mesh, `gradients` itself is returned.
+    `gradients(params, batch, key)` returns (gradients, metrics). Every device runs it on its own part of the batch.
+    Then the gradients are summed over the devices. `gradients` itself must sum the metrics over the devices. Without a
+    mesh, the result is `gradients`.
     """
     if mesh is None:
         return gradients

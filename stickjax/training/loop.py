@@ -1,4 +1,4 @@
-"""Training: a loop around the jitted step that logs, checkpoints, resumes and stops cleanly.
+"""Train a model: a loop around the jitted training step that logs, saves checkpoints, resumes and stops cleanly.
 
 python -m stickjax.train configs/tiny.py [--run DIR] [--section.field=value ...]
 """
@@ -44,12 +44,12 @@ from stickjax.training.stopping import stop_requests
 
 
 class Result(NamedTuple):
-    """How a training ended.
+    """The result of `fit`: the last training state, and how the training ended.
 
     `state`: the last training state; None if the run was interrupted before its first step. `finished`: whether the
       last step was reached.
-    `tokens_per_second`: None if fewer than two steps were measured. `outside`: the share of the wall time that was
-      spent outside the jitted step, without compilation time.
+    `tokens_per_second`: the speed after the first step; None if fewer than two steps ran. `outside`: the share of the
+      wall time after the first step that was spent outside the jitted step, from 0 to 1.
     `stopped_by`: the number of the signal that stopped the run before its last step, or 0. `run`: the run folder.
     """
 
@@ -62,7 +62,7 @@ class Result(NamedTuple):
 
     @property
     def metrics(self) -> Columns:
-        """All logged rows of the run, including earlier starts: {name: numpy array}."""
+        """All rows of metrics.jsonl in the run folder as columns, {name of a metric: numpy array}."""
         return metrics_of(self.run)
 
     def __repr__(self) -> str:  # for notebooks; the full state would be too long to print
@@ -78,9 +78,10 @@ class Result(NamedTuple):
 class Run:
     """A run while it trains: its config, its data, its files, its display, and requests to stop it.
 
-    `folder`: the run folder. `abstract`: the shapes of the training state, with their shardings. `loader`: the iterator
-    over batches. `asked`: a function that returns the number of the signal that asks for a stop, or 0. `log`: None in a
-    process that does not write. `trace`: the profile of a few steps, if one was requested.
+    `folder`: the run folder. `abstract`: the training state as shapes and types with shardings. `loader`: the iterator
+    over the batches of this process. `asked`: a function that returns the number of the signal that asks for a stop, or
+    0. `log`: the writer of metrics.jsonl; None in a process that writes no files. `trace`: the writer of a profiler
+    trace of a few steps.
     """
 
     folder: str
@@ -102,15 +103,16 @@ class Run:
         return shard_batch(self.mesh, next(self.loader), self.config.train.accumulate)
 
     def report(self, row: dict) -> None:
-        """Write a row of metrics to metrics.jsonl, and show it."""
+        """Write `row`, {name of a metric: value}, to metrics.jsonl, and show it on the display."""
         if self.log:
             self.log.write(row)
         self.progress.update(row)
 
     def save(self, state: TrainState, data_state: dict) -> None:
-        """Save a checkpoint: the training state, and everything else that a resumed run restores or checks.
+        """Save a checkpoint: training state, position in the data, config, hashes of the training and held-out text.
 
-        `data_state` is the position of the data iterator after the batches that `state` has trained on.
+        `data_state` is the state of the data iterator after the batches that `state` was trained on. Raises
+        FloatingPointError if a parameter is not finite.
         """
         step, data = int(state.step), self.data
         if not all_finite(state.params):
@@ -129,9 +131,11 @@ class Run:
 
 
 def _start(run: Run, init_from: str | None, branch: str | None) -> tuple[TrainState, dict | None]:
-    """Return the first training state, and the state of the data iterator, None if the data begin with the first batch.
+    """Return (the training state to start with, the state of the data iterator to start with).
 
-    The run resumes if its folder has a checkpoint. Otherwise it branches from a checkpoint of another run, or is new.
+    The second value is None if the run begins with the first batch. If the run folder has a checkpoint, the run resumes
+    from it. Otherwise it continues from `branch`, "RUN@STEP", a checkpoint of another run. Without `branch`, the
+    training state is new; its parameters are random, or copied from the run `init_from`.
     """
     config, data = run.config, run.data
     if (restored := run.checkpoints.restore(run.abstract)) is not None:
@@ -146,7 +150,7 @@ def _start(run: Run, init_from: str | None, branch: str | None) -> tuple[TrainSt
         folder, step = split_branch(branch)
         restored = Checkpoints(folder).restore(run.abstract, step=step)
         if restored is None:
-            raise ValueError(f"{folder} has no checkpoint to branch from")
+            raise ValueError(f"--from {branch}: the folder {folder} has no checkpoint")
         source = f"{folder}@{restored.step}"
         check_trained(restored.extra, config, data.tokenizer, source)
         if restored.step >= config.train.steps:
@@ -156,7 +160,7 @@ def _start(run: Run, init_from: str | None, branch: str | None) -> tuple[TrainSt
         # A decay phase often uses another text. A new text is read from its start.
         same_text = restored.extra["corpus"] == data.hash
         data_state = _position(restored.extra, config.data) if same_text else None
-        run.say(f"branching from {source}" + ("" if data_state else ", with other text"))
+        run.say(f"continuing from {source}" + ("" if data_state else ", with another text"))
     else:
         config.check_lengths()
         return _new(run, init_from), None
@@ -165,13 +169,15 @@ def _start(run: Run, init_from: str | None, branch: str | None) -> tuple[TrainSt
 
 
 def _check_text(what: str, where: str | None, found: str | None, recorded: str | None, source: str) -> None:
-    """Raise ValueError if a text has changed since the checkpoint `source`.
+    """Raise ValueError if the training text or the held-out text has changed since a checkpoint was saved.
 
-    `what` and `where` name the text, `found` is its hash now, and `recorded` its hash in the checkpoint. None: no text.
+    `what` and `where` name the text in the message, and `source` names the checkpoint. `found` is the hash of the text
+    now, and `recorded` is the hash in the checkpoint. If one of the hashes is None, there is nothing to compare.
     """
     if None not in (found, recorded) and found != recorded:
         raise ValueError(
-            f"the {what} has changed: the hash of {where} is now {found}, {source} was trained on {recorded}"
+            f"the {what} has changed: the hash of {where} is now {found}, but {source} was saved with the hash "
+            f"{recorded}; give the old text, or start a new run with --from {source}"
         )
 
 
@@ -194,32 +200,36 @@ def _new(run: Run, init_from: str | None) -> TrainState:
         changed = [d for d in loaded.config.diff(config) if d.startswith("model.")]
         fields = "; ".join(changed)
         raise ValueError(
-            f"--init-from {init_from} has another model than this config ({fields}); use the same model fields"
+            f"--init-from {init_from} has another model than this config ({fields}); use the run's values, on the left"
         )
     run.say(f"parameters from {init_from}@{loaded.step}")
     return with_params(config, state, loaded.model)
 
 
 def _position(extra: dict, data: DataConfig) -> dict:
-    """Return the state of the data iterator with which a branch continues the text of a checkpoint.
+    """Return the data iterator's first state in a run that continues from a checkpoint of another run on the same text.
 
-    `extra` is what the checkpoint stores besides the training state, and `data` the data config of the branch. The
-    position in the text is stored as a number of batches. So it is converted in case the size of a batch has changed.
+    `extra` is what the checkpoint stores besides the training state, and `data` is the data config of the new run. The
+    checkpoint stores the position in the text as a number of batches. If B or T has changed, this number is converted,
+    and rounded up.
     """
     before, index = extra["config"]["data"], extra["data"]["next_index"]
     return extra["data"] | {"next_index": -(-index * before["B"] * before["T"] // data.tokens_per_step)}
 
 
 def split_branch(branch: str) -> tuple[str, int | None]:
-    """Split 'RUN@STEP' into the folder and the step. 'RUN' alone has the step None, for the newest checkpoint.
+    """Split 'RUN@STEP' into (folder, step). 'RUN' alone gives the step None, which means the newest checkpoint.
 
-    An existing folder is a RUN, even if its name contains an @.
+    If `branch` is an existing folder, it is a RUN, even if its name contains an @. Raises ValueError if STEP is not a
+    number.
     """
     run, at, step = branch.rpartition("@")
     if not at or Path(branch).is_dir():
         return branch, None
     if not (step.isascii() and step.isdecimal()):
-        raise ValueError(f"--from {branch}: there is no such folder, and {step!r} is not a step, as in RUN@STEP")
+        raise ValueError(
+            f"--from {branch}: there is no such folder, and {step!r} is not the number of a step (RUN@STEP)"
+        )
     return run, int(step)
 
 
@@ -232,20 +242,26 @@ def fit(
     profile: bool = False,
     quiet: bool = False,
 ) -> Result:
-    """Train `config` in the folder `run`. If the folder has checkpoints, the training resumes, bit for bit.
+    """Train the model of `config` in the run folder `run`. If the folder has a checkpoint, resume from it, bit for bit.
 
     Args:
       config: the experiment.
       run: folder for config.json, metrics.jsonl and checkpoints.
-      init_from: a run folder. The training starts from its parameters, with a new optimizer and from the first batch.
-      branch: "RUN@STEP", a checkpoint from which to continue with this config, for example with a decay.
-      profile: write a trace of a few steps to `run/profile` (see `StepTrace`).
+      init_from: the folder of a trained run. A new run starts with its parameters, a new optimizer and the first
+        batch.
+      branch: "RUN@STEP", a checkpoint from which a new run continues with this config, for example to decay the
+        learning rate.
+      profile: write a profiler trace of a few steps to `run/profile` (see `StepTrace`).
       quiet: print nothing.
 
+    Returns:
+      The last training state, and how the training ended.
+
     Raises:
-      ValueError: the config does not fit, the folder has another config, or another process trains in the folder.
-      FloatingPointError: `max_bad_steps` consecutive steps, or all steps, were not finite; the last good checkpoint is
-        kept.
+      ValueError: the config does not fit the data, the devices or their memory; the folder has a run of another
+        config; or another process trains in the folder.
+      FloatingPointError: the loss or the gradient was not finite in `max_bad_steps` steps in a row, or in all steps.
+        The last good checkpoint is kept.
       OSError: a checkpoint or the metrics could not be written.
     """
     config = with_own_files(run, config)
@@ -260,7 +276,7 @@ def fit(
     _check_same(config, data)
     quiet = quiet or not processes.is_writer()
     with progress_of(run, config, quiet=quiet) as progress, Checkpoints(run, config.train.keep) as checkpoints:
-        check_config(run, config)  # under the lock, nobody else writes the folder
+        check_config(run, config)  # this process has locked the folder
         this = Run(run, config, mesh, abstract, data, loader, checkpoints, progress)
         words, steps = banner(config, data, mesh), config.train.steps
         perhaps_finished = max(checkpoints.steps(), default=0) >= steps  # the newest one may be damaged
@@ -279,7 +295,7 @@ def fit(
 
 
 def _check_same(config: Config, data: TrainingData) -> None:
-    """Check that all processes have the same config and data. The paths of text and tokenizer may differ."""
+    """Raise ValueError if this process has another config or other data than process 0. Paths of files may differ."""
     fields = {f"{s}.{n}": value for s, section in config.to_dict().items() for n, value in section.items()}
     tokenizer = data.tokenizer and data.tokenizer.name
     content = {"text": data.hash, "held-out text": data.heldout_hash, "tokenizer": tokenizer}
@@ -287,13 +303,16 @@ def _check_same(config: Config, data: TrainingData) -> None:
 
 
 def _batch_part(config: Config, mesh) -> dict[str, int]:
-    """Return {description of the largest batch: its bytes on one device}, for the check that a run fits into memory."""
+    """Return the size of a batch on one device, {description: bytes}, for the check that a run fits into memory."""
     batch = abstract_batch(mesh, family_of(config.model).example_batch(config))
     return {f"a batch of B={config.data.B} x T={config.data.T}": local_bytes(batch)}
 
 
 def _train(run: Run, state: TrainState, profile: bool) -> Result:
-    """Compile the step, and train from `state` to the last step."""
+    """Compile the training step, and train from `state` to the last step, or until a signal asks for a stop.
+
+    `profile`: whether to write a profiler trace of a few steps.
+    """
     step, batch = int(state.step), run.next_batch()
     step_function = jit_step(run.config, run.mesh, state)
     with dispatch.recorded() as choices:
@@ -316,14 +335,14 @@ def _loop(run: Run, step_function: Callable, state: TrainState, batch: dict) -> 
     pace = Pace(
         config.data.tokens_per_step, family_of(config.model).flops_per_token(config.model, config.data.T), _peak(mesh)
     )
-    first = step = good = saved = int(state.step)  # good: the last step that was finite
+    first = step = good = saved = int(state.step)  # good: the last step with a finite loss and gradient
     bad_steps, stopped_by = 0, int(processes.any_process(mesh, run.asked()))
     while not stopped_by and step < steps:
         data_state = run.loader.get_state()  # the position of the data after the batch of this step
         run.trace.before(step)
         pace.before()
         state, metrics = step_function(state, batch)
-        asked_any = processes.any_process(mesh, run.asked(), after=metrics["loss"])  # all stop at the same step
+        asked_any = processes.any_process(mesh, run.asked(), after=metrics["loss"])  # all processes stop together
         batch = run.next_batch()  # while the device works
         metrics = jax.device_get(metrics)
         pace.after()
@@ -332,7 +351,7 @@ def _loop(run: Run, step_function: Callable, state: TrainState, batch: dict) -> 
         bad_steps = int(metrics["bad_steps"])
         good = good if bad_steps else step
         if bad_steps >= config.train.max_bad_steps:
-            raise run.not_finite(f"step {step}: {bad_steps} steps in a row were not finite")
+            raise run.not_finite(f"step {step}: the loss or the gradient was not finite in {bad_steps} steps in a row")
         stopped_by = int(asked_any)
         ends = bool(stopped_by) or step == steps
         if step % config.train.log_every == 0 or step == steps:
@@ -347,7 +366,7 @@ def _loop(run: Run, step_function: Callable, state: TrainState, batch: dict) -> 
         raise run.not_finite(f"no step from {first + 1} to {step} had a finite loss and gradient")
     pace.end()
     if bad_steps:
-        run.say(f"the last {bad_steps} steps were not finite and were skipped")
+        run.say(f"the last {bad_steps} steps were skipped, because their loss or gradient was not finite")
     if step < steps:
         kept = f"saved at {saved}" if saved else "with nothing to save"
         run.say(f"stopped at step {step}, {kept}; run the same command again to go on")

@@ -1,4 +1,4 @@
-"""The metrics of a run: the file metrics.jsonl, the speed of the training, and the peak performance of the chip."""
+"""Write and read the metrics of a run, measure its speed, and look up the peak performance of the devices."""
 
 import json
 import logging
@@ -19,16 +19,21 @@ log = logging.getLogger(__name__)
 
 
 def peak_flops(devices: int = 1) -> float | None:
-    """Return the bf16 peak of `devices` devices together, in FLOP per second; None if the chip is not known."""
+    """Return the peak bf16 performance of `devices` devices together, in FLOP per second; None if it is not known.
+
+    All devices are taken to be of the same kind as the first device of JAX.
+    """
     chip = of_kind(jax.devices()[0].device_kind)
     return None if chip is None else devices * chip.flops
 
 
 class Pace:
-    """Measures the speed of a training. The first step is not measured, because it takes longer.
+    """Measures the speed of a training run. The first step is not measured, because it takes longer.
 
-    `rate`: tokens per second, None before two steps are done. `outside`: the share of the wall time that was spent
-    outside the jitted step. `peak`: the peak of all devices in FLOP per second, None if it is not known.
+    `tokens_per_step`: the tokens in a step. `flops_per_token`: the floating-point operations of the forward
+    and the backward pass per token. `peak`: the peak performance of all devices together in FLOP per second; None if it
+    is not known. The property `rate` is the tokens per second, None before two steps are done. `outside` is the share
+    of the wall time that was spent outside the jitted step, from 0 to 1.
     """
 
     def __init__(self, tokens_per_step: int, flops_per_token: float, peak: float | None):
@@ -37,11 +42,11 @@ class Pace:
         self._started = self._now = time.perf_counter()
 
     def before(self) -> None:
-        """Begin the measurement of a step. Call this before every step."""
+        """Start the clock of a step. Call this before every step."""
         self._begun = time.perf_counter()
 
     def after(self) -> None:
-        """End the measurement of a step. Call this when the metrics of the step are on the host."""
+        """Stop the clock of a step. Call this when the metrics of the step are on the host."""
         self._now = time.perf_counter()
         self._measured += 1
         if self._measured:
@@ -50,7 +55,10 @@ class Pace:
             self._started = self._now
 
     def end(self) -> None:
-        """End the measurement. Call this when the last checkpoint is written, so that its time counts as well."""
+        """End the measurement of the run.
+
+        Call this after the last checkpoint is written, so that the time of writing counts as time outside the step.
+        """
         self._now = time.perf_counter()
 
     @property
@@ -66,9 +74,10 @@ class Pace:
         return max(self._now - self._started, 1e-9)
 
     def row(self) -> dict[str, float]:
-        """Return the speed for a row of metrics: `tokens_per_second` and, if the peak of the chip is known, `mfu`.
+        """Return the speed for a row of metrics: {"tokens_per_second": number, "mfu": number}.
 
-        `mfu` is the share of the peak. The result is empty before two steps are done.
+        `mfu` is the model's FLOP per second divided by the peak of the devices. It is left out if the peak is not
+        known. The result is empty before two steps are done.
         """
         if (rate := self.rate) is None:
             return {}
@@ -78,8 +87,8 @@ class Pace:
 class MetricsLog:
     """Writes rows of metrics to `run_folder/metrics.jsonl`, one JSON object per line.
 
-    At the start, rows after the step `after_step` are deleted, because a resumed run writes them again. Lines that
-    `read_metrics` leaves out are deleted too.
+    The constructor deletes the rows of all steps after `after_step`, because a resumed run writes them again. It also
+    deletes damaged lines (see `read_metrics`).
     """
 
     def __init__(self, run_folder: str | os.PathLike, after_step: int):
@@ -105,9 +114,9 @@ def _is_number(value: Any) -> bool:
 def read_metrics(run_folder: str | os.PathLike) -> list[dict]:
     """Return the rows of metrics.jsonl in a run folder. Each row has at least step, tokens, loss and learning_rate.
 
-    A value null becomes NaN. Damaged lines, and lines that are not rows of metrics, are left out, and a warning is
-    logged. An incomplete last line, which a crash leaves, is left out without a warning. Without the file, the result
-    is empty.
+    Damaged lines, and lines in which one of these four values is not a number, are left out, and a warning is logged.
+    An incomplete last line, which a crash leaves, is left out without a warning. A JSON null becomes NaN. If there is
+    no file, the result is empty.
     """
     path, rows, bad = Path(run_folder) / "metrics.jsonl", [], []
     *lines, last = path.read_bytes().split(b"\n") if path.is_file() else [b""]
@@ -116,7 +125,7 @@ def read_metrics(run_folder: str | os.PathLike) -> list[dict]:
             row = {key: math.nan if value is None else value for key, value in json.loads(line).items()}
             numbers = [row[key] for key in ("step", "tokens", "loss", "learning_rate")]
             if type(numbers[0]) is not int or not all(map(_is_number, numbers)):
-                raise ValueError("not a row of metrics")
+                raise ValueError("step must be an integer; tokens, loss and learning_rate must be numbers")
             rows.append(row)
         except (ValueError, KeyError, AttributeError, RecursionError):
             if number <= len(lines) and line.strip():
@@ -124,11 +133,14 @@ def read_metrics(run_folder: str | os.PathLike) -> list[dict]:
     if bad:
         which = ", ".join(map(str, bad[:10])) + (", ..." if bad[10:] else "")
         s = "s"[len(bad) == 1 :]
-        log.warning("%s: left out %d line%s without complete metrics: %s", printable(path), len(bad), s, which)
+        log.warning("%s: ignored %d line%s without complete metrics: line %s", printable(path), len(bad), s, which)
     return rows
 
 
 def metrics_of(run_folder: str | os.PathLike) -> Columns:
-    """Return the logged metrics of a run as columns, {name: numpy array}: step, tokens, loss, learning_rate, others."""
+    """Return the metrics of a run as columns, {name of a metric: numpy array with one value per row of metrics.jsonl}.
+
+    The columns step, tokens, loss and learning_rate come first. A value that a row does not have is NaN.
+    """
     first = ("step", "tokens", "loss", "learning_rate")
     return Columns.of({name: row[name] for name in first} | row for row in read_metrics(run_folder))

@@ -1,4 +1,4 @@
-"""The display of a run in a notebook: lines, a bar, and a picture of the loss that is updated during the training."""
+"""Display a run in a notebook: text lines, a progress bar, and a plot of the loss that is updated during the run."""
 
 import base64
 import io
@@ -18,18 +18,24 @@ PICTURE_SHARE = 0.05  # the largest share of the time of a run that is spent on 
 
 
 def in_notebook() -> bool:
-    """Return whether this process is the kernel of a notebook. The IPython shell in a terminal is not."""
+    """Return whether this process is the kernel of a notebook. In an IPython shell in a terminal, return False."""
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     return hasattr(shell, "kernel")
 
 
 def progress_of(run: str, config: Config, *, quiet: bool) -> Progress:
-    """Return the display of a training for this process: for a notebook, for a terminal, or a quiet one."""
+    """Return the display of the run in the folder `run`: for a notebook, or else for a terminal or a file.
+
+    With `quiet`, the display shows nothing.
+    """
     return NotebookProgress(run, config) if in_notebook() and not quiet else Progress(config, quiet=quiet)
 
 
 class NotebookProgress(Progress):
-    """The display below a cell: lines, a bar with the newest row and, with matplotlib, a picture of the loss."""
+    """The display of a run below a notebook cell: text lines, a progress bar, and a plot of the loss.
+
+    The bar line also shows the newest row of metrics. The plot needs matplotlib.
+    """
 
     _is_terminal = False  # a notebook kernel sets FORCE_COLOR, so rich would detect a terminal
 
@@ -73,9 +79,9 @@ class NotebookProgress(Progress):
         return f"{text.getvalue()} {row['step']}/{self._steps}  {self.words(row)}"
 
     def _display(self, name: str, content: dict[str, str]) -> None:
-        """Show `content` below the cell, as the part with this name ("bar" or "picture"), or update that part.
+        """Show `content`, {MIME type: data}, below the cell. `name`: the part of the display, "bar" or "picture".
 
-        `content` is {MIME type: data}.
+        If this part is already there, `content` replaces it.
         """
         from IPython.display import display
 

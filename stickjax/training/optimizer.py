@@ -1,6 +1,6 @@
-"""AdamW under muP, its learning rate by tokens, and float32 masters of parameters that are stored in a smaller type.
+"""AdamW under muP, with a learning rate that depends on the tokens trained so far, and with float32 masters.
 
-A parameter that is stored in a smaller type than float32 has a float32 copy in the optimizer state, its master. The
+If a parameter is stored in a smaller type than float32, the optimizer state has a float32 copy of it, its master. The
 updates are added to the master, and the parameter is set to the rounded master.
 """
 
@@ -18,10 +18,11 @@ from stickjax.training.schedules import Transform, make_token_schedule, scale_by
 
 
 def is_trainable(name: str, trainable: str) -> bool:
-    """Return whether the parameter `name` is trainable under a value `trainable` of the field `optim.trainable`.
+    """Return whether the parameter `name` is trainable, for a value `trainable` of the config field `optim.trainable`.
 
-    It is trainable if its name matches a pattern without a !, and no pattern after a !. If all patterns have a !, the
-    first condition holds for every name.
+    `trainable` has patterns, separated by commas, such as `*,!embed`. A parameter is trainable if its name matches a
+    pattern without a "!" and does not match any pattern after a "!". If all patterns have a "!", only the second
+    condition counts.
 
     >>> [is_trainable("blocks.ffn.router.weight", patterns) for patterns in ("*.router.*", "!*.router.*", "*,!embed")]
     [True, False, True]
@@ -35,6 +36,8 @@ def is_trainable(name: str, trainable: str) -> bool:
 
 def label_tree(params, trainable: str = "*"):
     """Return a tree like `params` with the label of every parameter: "matrix", "embedding", "vector" or "frozen".
+
+    The optimizer chooses the learning rate and the weight decay of a parameter by its label.
 
     `trainable` is a value of the config field `optim.trainable`: patterns of the names of trainable parameters, such as
     blocks.ffn.router.weight, separated by commas. A pattern after a ! names frozen parameters. If all patterns have
@@ -54,7 +57,7 @@ def label_tree(params, trainable: str = "*"):
 
 
 def stop_frozen_gradients(config: Config, params):
-    """Return the parameters, with a stopped gradient for every parameter that `optim.trainable` freezes."""
+    """Return `params`, with `stop_gradient` applied to every frozen parameter. Its gradient is then zero."""
     freeze = lambda label, x: jax.lax.stop_gradient(x) if label == "frozen" else x  # noqa: E731
     return jax.tree.map(freeze, label_tree(params, config.optim.trainable), params)
 
@@ -62,20 +65,24 @@ def stop_frozen_gradients(config: Config, params):
 def make_optimizer(config: Config, params) -> Transform:
     """Return AdamW under muP, with the learning rate eta / m_width for matrices and eta for all other parameters.
 
-    The optimizer is a chain: clipping, one Adam, decoupled weight decay (not of norms and biases), the learning rate by
-    tokens, and the factor 1 / m_width of the matrices. This factor comes last. So it also divides the weight decay of
-    the matrices, as in the published models; `scale_decay` multiplies this weight decay by m_width again (strict muP).
-    All values are float32. A trainable parameter of a smaller type has a float32 master in the state, which keeps
-    small updates; `optax.apply_updates` sets the parameter to the rounded master.
+    eta is the learning rate of the schedule, and m_width is the width multiplier of muP, a field of the model config.
+    The optimizer is a chain: gradient clipping, Adam, decoupled weight decay (not of norms and biases), multiplication
+    by -eta, and finally multiplication by 1 / m_width for matrices. The factor 1 / m_width also reduces the weight
+    decay of the matrices, as in the published models. If `optim.scale_decay` is True (strict muP), it does not, because
+    this weight decay is multiplied by m_width first. All computations are in float32. A trainable parameter of a
+    smaller type has a float32 master in the state, which keeps small updates; `optax.apply_updates` sets the parameter
+    to the rounded master.
 
     Args:
-      config: the experiment. Its tokens_per_step is used for updates without `tokens=`, see `scale_by_tokens`.
-      params: the parameters, or their shapes; their names and types are read.
+      config: the experiment. A step has B * T tokens, unless you call `update` with `tokens=` (see `scale_by_tokens`).
+      params: the parameters, or their ShapeDtypeStructs; their values are not used.
     Returns:
-      The optimizer. For logs, `optax.tree.get(state, name)` has "learning_rate", "tokens" (`int()` converts it) and, if
-      there are masters, "masters". `init` also takes values in a larger type than `params`; the masters keep them.
+      The optimizer. For logs, `optax.tree.get(state, name)` returns "learning_rate", "tokens" (`int()` converts it) or,
+      if there are masters, "masters". `init` also accepts parameters in a larger type than `params`; then the masters
+      keep the values of these parameters without rounding.
     Raises:
-      ValueError: a parameter has no label, a pattern of `optim.trainable` matches nothing, or all are frozen.
+      ValueError: a parameter is not in the table of `models.parameters`, a pattern of `optim.trainable` matches no
+        parameter, or all parameters are frozen.
     """
     o, m_width = config.optim, config.model.m_width
     labels = label_tree(params, o.trainable)
@@ -100,7 +107,7 @@ def make_optimizer(config: Config, params) -> Transform:
 
 
 class Masters(NamedTuple):
-    """The float32 masters of parameters, as the last part of the state of an optimizer."""
+    """The float32 masters (copies) of parameters of a smaller type. They are the last part of an optimizer state."""
 
     masters: Any  # a tree like the parameters, with MaskedNode for a parameter without a master
 
@@ -109,9 +116,9 @@ def _in_float32(tx: Transform, small) -> Transform:
     """Return the optimizer `tx`, changed so that it computes everything in float32.
 
     `small` is a tree like the parameters, with True for every trainable parameter of a smaller type than float32. These
-    parameters get a master. Without masters most updates of a bfloat16 parameter are lost, because they are below half
-    a unit of its last place. Moments in bfloat16 would lose small changes, and moments in float16 would underflow to
-    0 / 0.
+    parameters get a float32 master. Without masters most updates of a bfloat16 parameter would be lost, because they
+    are smaller than half the distance to the next bfloat16 number. Adam's moments in bfloat16 would lose small changes,
+    and moments in float16 would underflow to 0 / 0.
     """
     cast = lambda tree: optax.tree.cast(tree, jnp.float32)  # noqa: E731
     keep = lambda tree: Masters(jax.tree.map(lambda s, x: x if s else optax.MaskedNode(), small, tree))  # noqa: E731
@@ -129,7 +136,7 @@ def _in_float32(tx: Transform, small) -> Transform:
         values = jax.tree.map(lambda s, p, master: master if s else p, small, cast(params), state[-1].masters)
         updates, inner = tx.update(cast(updates), state[:-1], values, **extra)
         new = optax.apply_updates(values, updates)
-        # The difference between the parameter and its rounded master: the sum of both is the rounded master, exactly.
+        # The update is (rounded master - parameter), so adding it gives exactly the rounded master.
         rounded = lambda s, u, new, p: new.astype(p.dtype).astype(u.dtype) - p.astype(u.dtype) if s else u  # noqa: E731
         return jax.tree.map(rounded, small, updates, new, params), (*inner, keep(new))
 

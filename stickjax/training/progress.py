@@ -1,4 +1,4 @@
-"""The display of a run: a bar on a terminal, plain lines otherwise, nothing when quiet."""
+"""Display a run: with a progress bar on a terminal, with plain lines otherwise, or not at all if quiet."""
 
 import math
 import sys
@@ -12,7 +12,7 @@ from stickjax.config.command import drop_output
 
 
 class Progress:
-    """The display of a run: `say` prints a line, `update` shows a row of metrics, and both do nothing when quiet."""
+    """The display of a run: `say` prints a line, `update` shows a row of metrics. With `quiet`, both do nothing."""
 
     _is_terminal: bool | None = None  # None: rich detects it
 
@@ -38,7 +38,7 @@ class Progress:
 
     @property
     def unread(self) -> bool:
-        """Whether the reader of the output has closed it, as in `... | head`."""
+        """Whether the program that reads the output has closed it, as `head` does in `... | head`."""
         return self._output.unread
 
     def say(self, text: str) -> None:
@@ -46,7 +46,7 @@ class Progress:
             self._console.print(text)
 
     def words(self, row: dict) -> str:
-        """Return a row of metrics as one line of text: loss, learning rate, speed, MFU and the time left.
+        """Return a row of metrics, {name: value}, as one line: loss, learning rate, speed, MFU and the time left.
 
         Without `tokens_per_second` in the row, the speed and the time left are "-".
         """
@@ -59,7 +59,7 @@ class Progress:
         return words + f"  {left} left"
 
     def update(self, row: dict) -> None:
-        """Show a row of metrics."""
+        """Show a row of metrics, {name: value}: next to the bar on a terminal, otherwise as a line."""
         if self._bar:
             self._bar.update(self._task, completed=row["step"], description=self.words(row))
         elif not self._quiet:
@@ -67,7 +67,7 @@ class Progress:
 
 
 class _Output:
-    """A stream that ignores write errors. `unread` becomes True when the reader of the stream has closed it."""
+    """Writes text to `stream`, and ignores write errors. `unread` becomes True when the reader has closed `stream`."""
 
     def __init__(self, stream):
         self._stream, self.unread = stream, False

@@ -1,7 +1,8 @@
-"""The Power learning-rate schedule (arXiv 2408.13359) and similar ones. All lengths are in tokens.
+"""The Power learning-rate schedule (arXiv 2408.13359) and similar schedules. All lengths are in tokens.
 
-A *token schedule* is a pure function `(tokens, batch_size, left) -> learning rate`. `power_schedule` computes the
-tokens from the number of the step. `scale_by_tokens` counts the tokens exactly, also when the batch size changes.
+A *token schedule* is a pure function `(tokens, batch_size, left) -> learning rate`, with the tokens trained so far, the
+batch size in sequences of 4096 tokens, and the tokens still to come. `power_schedule` computes the tokens from the
+number of steps. `scale_by_tokens` counts the tokens exactly, even if the batch size changes.
 """
 
 import math
@@ -39,23 +40,26 @@ def power_by_tokens(
         \eta(n) = \min(\eta_{max}, \beta a n^b), \qquad
         Power(n) = \min(1, n/W) \; \eta(clip(n, W, N - M)) \; f(x), \quad x = clip((n - (N - M)) / M, 0, 1)
 
+    beta is the batch size in sequences of 4096 tokens. The other letters are explained with the arguments.
+
     Args:
-      warmup_tokens: W, length of the linear warmup (to eta(W), not to the cap), in tokens.
-      total_tokens: N, length of the run including the warmup, in tokens. None: never decays. Any checkpoint of such a
-        run can be continued with a decay later, as if the decay had been planned from the start.
-      decay_tokens: M, length of the decay at the end, in tokens; it starts from eta(N - M). None: it is N - W, so that
+      warmup_tokens: W, length of the linear warmup (to eta(W), not to eta_max), in tokens.
+      total_tokens: N, length of the run including the warmup, in tokens. None: the learning rate never decays. Any
+        checkpoint of a run with None can be continued with a decay, as if the decay had been planned from the start.
+      decay_tokens: M, length of the decay at the end, in tokens; it starts from eta(N - M). None: M is N - W, so that
         the decay begins where the warmup ends.
-      decay: the name of f, which falls from 1 to d: "exponential", (1 - d) e/(e-1) exp(-x) + (d e - 1)/(e-1); "linear";
-        "sqrt", 1 - sqrt(x) for d = 0; "cosine".
-      a, b, max_value: scale and exponent of the law, and its cap eta_max.
+      decay: the shape of f, which falls from 1 to d: "exponential", (1 - d) e/(e-1) exp(-x) + (d e - 1)/(e-1);
+        "linear"; "sqrt", 1 - sqrt(x) for d = 0; "cosine".
+      a, b, max_value: scale and exponent of the law beta a n^b, and its cap eta_max.
       end_ratio: d, the last learning rate divided by the learning rate at the start of the decay.
 
     Returns:
-      `(tokens, batch_size, left=None) -> learning rate`, in float32, not weakly typed; batch_size is beta, in sequences
-      of 4096 tokens. `left` is the number of tokens still to come; None: N - n. Pass `left` if earlier batches of the
-      run had another size; N is then n + left.
+      `(tokens, batch_size, left=None) -> learning rate`, in float32, not weakly typed. `tokens` is n, and batch_size is
+      beta, in sequences of 4096 tokens. `left` is the number of tokens still to come; None: N - n. Pass `left` if
+      earlier batches of the run had another size; N is then n + left.
     Raises:
-      ValueError: a length is negative or not finite, warmup and decay exceed the run, or the decay is unknown.
+      ValueError: a length is negative or not finite, warmup and decay together are longer than the run, a parameter of
+        the law is out of range, or `decay` is unknown.
 
     >>> learning_rate = power_by_tokens(warmup_tokens=10**9, total_tokens=32 * 10**9, decay_tokens=32 * 10**8)
     >>> [f"{learning_rate(n, 128):.6f}" for n in (0, 10**9, 10**10, 32 * 10**9)]
@@ -86,10 +90,11 @@ def power_by_tokens(
 
 
 def wsd_by_tokens(*, warmup_tokens, **shape) -> TokenSchedule:
-    """Return the schedule warmup, stable, decay (arXiv 2404.06395): the Power schedule, always at its cap `max_value`.
+    """Return the warmup-stable-decay (WSD) schedule (arXiv 2404.06395) as a function of the tokens trained so far.
 
-    It takes the arguments of `power_by_tokens` except a and b. If the decay begins where the warmup ends, this is the
-    usual cosine (or linear) schedule. Without a decay, the learning rate is constant after the warmup.
+    The learning rate rises to `max_value`, stays there, and decays at the end. The arguments are the ones of
+    `power_by_tokens` except a and b. If the decay begins where the warmup ends, this is the usual cosine (or linear)
+    schedule. Without a decay, the learning rate is constant after the warmup.
 
     >>> learning_rate = wsd_by_tokens(warmup_tokens=100, total_tokens=1000, decay_tokens=200, decay="linear")
     >>> [f"{learning_rate(n, 1):.3f}" for n in (50, 100, 800, 900, 1000)]
@@ -99,18 +104,19 @@ def wsd_by_tokens(*, warmup_tokens, **shape) -> TokenSchedule:
 
 
 def power_schedule(*, tokens_per_step, batch_size=None, warmup_tokens, start_tokens=0, **law) -> optax.Schedule:
-    """Return `power_by_tokens` as a function of `count`, the number of the step.
+    """Return the schedule `power_by_tokens` as an optax schedule: a function of `count`, the number of steps done.
 
     The tokens trained before a step are n = start_tokens + count * tokens_per_step.
 
     Args:
       tokens_per_step: tokens in one step.
-      batch_size: beta, in sequences of 4096 tokens; None: tokens_per_step / 4096, also if T is not 4096.
+      batch_size: beta, the batch size in sequences of 4096 tokens; None: tokens_per_step / 4096.
       warmup_tokens, **law: the arguments of `power_by_tokens`.
-      start_tokens: tokens trained before step 0, for a run that continues with another batch size.
+      start_tokens: tokens trained before step 0, for a run that continues another run with another batch size.
 
     Raises:
-      ValueError: as `power_by_tokens`, or tokens_per_step or batch_size is not positive.
+      ValueError: an argument of `power_by_tokens` is not valid, tokens_per_step or batch_size is not positive, or
+        start_tokens is negative.
 
     >>> schedule = power_schedule(tokens_per_step=128 * 4096, warmup_tokens=10**9)
     >>> f"{schedule(20_000):.6f}"
@@ -120,9 +126,9 @@ def power_schedule(*, tokens_per_step, batch_size=None, warmup_tokens, start_tok
 
 
 def wsd_schedule(*, tokens_per_step, warmup_tokens, start_tokens=0, **shape) -> optax.Schedule:
-    """Return `wsd_by_tokens` as a function of the number of the step.
+    """Return the schedule `wsd_by_tokens` as an optax schedule: a function of the number of steps done.
 
-    The arguments are as in `power_schedule`, without batch_size, a and b.
+    The arguments are the ones of `power_schedule` except batch_size, a and b.
     """
     return _by_steps(wsd_by_tokens(warmup_tokens=warmup_tokens, **shape), tokens_per_step, None, start_tokens)
 
@@ -139,9 +145,9 @@ def _by_steps(schedule: TokenSchedule, tokens_per_step, batch_size=None, start_t
 
 
 class TokenCount(NamedTuple):
-    """A number of tokens in two uint32 words, exact below 2^64.
+    """A number of tokens in two uint32 words, high * 2^32 + low. It is exact below 2^64.
 
-    JAX has no int64 by default, and float32 is exact only up to 2^24.
+    JAX has no int64 by default, and float32 represents every integer only up to 2^24.
     """
 
     high: jax.Array
@@ -150,7 +156,7 @@ class TokenCount(NamedTuple):
     @classmethod
     def of(cls, tokens) -> "TokenCount":
         if not jnp.issubdtype(jnp.result_type(tokens), jnp.integer):
-            raise ValueError(f"tokens must be an integer, not {jnp.result_type(tokens)}: float32 is exact only to 2^24")
+            raise ValueError(f"tokens must be an integer, not {jnp.result_type(tokens)}, which can round large numbers")
         if isinstance(tokens, jax.Array):
             return cls(jnp.zeros((), jnp.uint32), tokens.astype(jnp.uint32))
         if not 0 <= tokens < 2**64:
@@ -174,18 +180,20 @@ class ScaleByTokensState(NamedTuple):
 
 
 def scale_by_tokens(schedule: TokenSchedule, tokens_per_step=None, *, batch_size=None, start_tokens=0) -> Transform:
-    """Return an optax transform that multiplies updates by -schedule(n, beta), with n the tokens trained so far.
+    """Return an optax transform that multiplies updates by minus the learning rate, -schedule(n, beta).
 
-    `update(updates, state, params, tokens=..., left=...)` takes the number of tokens of this step. It is added to an
-    exact counter in the state, which checkpoints save, so that a run may resume with another batch size. `left` is the
-    number of tokens still to come, including this step. It says where the run ends. Without `left`, the run ends at the
-    schedule's total_tokens.
+    n is the number of tokens trained so far, and beta the batch size in sequences of 4096 tokens.
+
+    In `update(updates, state, params, tokens=..., left=...)`, `tokens` is the number of tokens of this step. The number
+    is added to an exact counter in the state, which checkpoints save. So a run may resume with another batch size.
+    `left` is the number of tokens still to come, including this step; from `left` the schedule computes where the run
+    ends. Without `left`, the run ends at the schedule's total_tokens.
 
     Args:
-      schedule: a token schedule, `power_by_tokens(...)` or `wsd_by_tokens(...)`; it may have two arguments if `left`
-        is never given.
+      schedule: a token schedule, `power_by_tokens(...)` or `wsd_by_tokens(...)`. It may be a function of only
+        (tokens, batch_size) if `left` is never given.
       tokens_per_step: the tokens of a step if `update` is called without `tokens=`.
-      batch_size: beta, in sequences of 4096 tokens; None: tokens / 4096 of each step.
+      batch_size: beta, the same for all steps; None: for each step, its number of tokens / 4096.
       start_tokens: tokens trained before the first update.
     Raises:
       ValueError: an argument is out of range, or `tokens` is missing, negative or not an integer.
@@ -203,7 +211,7 @@ def scale_by_tokens(schedule: TokenSchedule, tokens_per_step=None, *, batch_size
     def update(updates, state, params=None, *, tokens=None, left=None, **extra):
         tokens = tokens_per_step if tokens is None else tokens
         if tokens is None:
-            raise ValueError("the number of tokens of this step is missing: update(grads, state, params, tokens=...)")
+            raise ValueError("this step's number of tokens is missing: call update(grads, state, params, tokens=...)")
         step = TokenCount.of(tokens)
         beta = step.float32() / SEQUENCE if batch_size is None else batch_size
         rate = schedule(state.tokens.float32(), beta, *([] if left is None else [left]))
@@ -217,7 +225,8 @@ def scale_by_tokens(schedule: TokenSchedule, tokens_per_step=None, *, batch_size
 def make_token_schedule(config: Config) -> TokenSchedule:
     """Return the token schedule that `config.optim` describes: a function of the tokens trained so far.
 
-    The schedules power and wsd use `decay_tokens`; cosine decays from the end of the warmup to the end of the run.
+    The schedules "power" and "wsd" decay during the last `decay_tokens` tokens. "cosine" decays from the end of the
+    warmup to the end of the run. "constant" does not decay.
     """
     o = config.optim
     # A run that warmed up with larger batches has more tokens than steps * B * T.
@@ -232,7 +241,7 @@ def make_token_schedule(config: Config) -> TokenSchedule:
 
 
 def make_schedule(config: Config) -> optax.Schedule:
-    """Return the learning rate of `config.optim` as a function of the number of the step, for logs and plots."""
+    """Return the learning rate that `config.optim` describes as a function of the number of steps done, for plots."""
     return _by_steps(make_token_schedule(config), config.data.tokens_per_step)
 
 
@@ -245,7 +254,7 @@ def _check_shape(warmup_tokens, total_tokens, decay_tokens, decay, a, b, max_val
     if decay not in DECAYS:
         raise ValueError(f"decay={decay!r} is not one of {', '.join(map(repr, DECAYS))}{nearest(str(decay), DECAYS)}")
     if total_tokens is None and decay_tokens != 0:
-        raise ValueError(f"{decay_tokens=} needs total_tokens: the decay ends at the end of the run")
+        raise ValueError(f"{decay_tokens=} needs total_tokens, because the decay ends at the end of the run")
     shortest = warmup_tokens + (decay_tokens or 0)
     if total_tokens is not None and not shortest <= total_tokens < math.inf:  # NaN fails, too
         raise ValueError(f"{warmup_tokens=} and {decay_tokens=} do not fit into {total_tokens=}")

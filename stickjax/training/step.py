@@ -1,4 +1,4 @@
-"""The pure training step: state and batch in, state and metrics out."""
+"""The training step: a pure function (state, batch) -> (new state, metrics)."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,8 +18,10 @@ from stickjax.training.optimizer import is_trainable, make_optimizer
 class TrainState(NamedTuple):
     """The training state: everything that a step changes.
 
+    `step`: the number of steps done, including the skipped steps.
     `key`: the random key of the training; it stays the same, and each step derives its own key from it.
-    `bad_steps`: how many steps in a row were skipped, because their loss or gradient was not finite.
+    `bad_steps`: how many steps in a row, up to the last step, were skipped because their loss or gradient was not
+      finite.
     """
 
     params: Any  # the model
@@ -41,16 +43,16 @@ def init_state(config: Config, key: jax.Array) -> TrainState:
 def tokens_of(state: TrainState) -> int:
     """Return the number of tokens that the model was trained on so far, as the optimizer counts them.
 
-    It is the sum of B * T over the steps that were not skipped, with the B and T that each step had.
+    It is the sum of B * T over the steps that were not skipped. B and T may have changed between steps.
     """
     return int(optax.tree.get(state.opt_state, "tokens"))
 
 
 def with_params(config: Config, state: TrainState, model) -> TrainState:
-    """Return the state before the first step, with the parameters of `model`.
+    """Return the training state `state` with the parameters of `model` and a new optimizer state.
 
-    `model` may store them in a larger type than `state`. If the optimizer has float32 masters, these keep the values
-    of `model` exactly.
+    The parameters keep the types that they have in `state`: values of `model` that have a larger type are rounded. If
+    the optimizer has float32 masters, the masters keep the values of `model` without this rounding.
     """
     values = jax.tree.unflatten(jax.tree.structure(state.params), jax.tree.leaves(model))
     params = jax.tree.map(lambda value, param: value.astype(param.dtype), values, state.params)
@@ -58,11 +60,12 @@ def with_params(config: Config, state: TrainState, model) -> TrainState:
 
 
 def make_step(config: Config, mesh: Mesh | None = None) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
-    """Return the pure training step `(state, batch) -> (state, metrics)`, which `jit_step` jits.
+    """Return the training step as a pure function `(state, batch) -> (new state, metrics)`, without jit.
 
-    If the loss or the gradient is not finite, parameters and optimizer state stay the same, and `bad_steps` grows by 1.
-    On a mesh every device takes its part of each microbatch (`gradients.mesh_gradients`), and `parameters.shardings`
-    says how the state is divided.
+    `metrics` is {name: scalar}. If the loss or the gradient is not finite, the step is skipped: parameters and
+    optimizer state stay the same, and `bad_steps` grows by 1. On a mesh every device computes its part of each
+    microbatch (see `gradients.mesh_gradients`), and the arrays of the state have the shardings that
+    `models.parameters.shardings` returns.
     """
     family, steps = family_of(config.model), config.train.steps
     gradients = mesh_gradients(mesh, batch_gradients(config))
@@ -97,10 +100,10 @@ def make_step(config: Config, mesh: Mesh | None = None) -> Callable[[TrainState,
 
 
 def jit_step(config: Config, mesh: Mesh | None, state: TrainState) -> Callable:
-    """Return the step of `make_step`, jitted.
+    """Return the training step of `make_step`, jitted.
 
-    The step donates the state, and the new state has the shardings of `parameters.shardings`. Only the structure and
-    the shapes of `state` are used here, not its values.
+    The step donates the old state, so that the new state can use its memory. On a mesh, the new state has the shardings
+    that `models.parameters.shardings` returns. Only the structure and the shapes of `state` are used.
     """
     places = None if mesh is None else (shardings(mesh, state), None)
     return jax.jit(make_step(config, mesh), donate_argnums=0, out_shardings=places)

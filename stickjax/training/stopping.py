@@ -1,4 +1,4 @@
-"""Requests to stop a training: a signal, a lost terminal, a closed output pipe, a lost launcher."""
+"""Handle requests to stop a training run: a signal, a lost terminal, a closed output pipe or a lost launcher."""
 
 import contextlib
 import signal
@@ -10,10 +10,12 @@ from stickjax.training.progress import Progress
 
 @contextlib.contextmanager
 def stop_requests(progress: Progress) -> Iterator[Callable[[], int]]:
-    """Handle requests to stop a training, and yield a function that returns the number of the signal, or 0 for none.
+    """Catch requests to stop a training run in a `with` block, and yield a function that returns the first request.
 
-    The signals are SIGTERM, SIGINT (Ctrl-C) and SIGHUP, which a lost terminal sends. After nohup, SIGHUP is ignored.
-    A closed output pipe counts as SIGPIPE, a lost launcher as SIGHUP. A second Ctrl-C interrupts at once.
+    The function returns the number of a signal, or 0 if there is no request. The signals are SIGTERM, SIGINT (Ctrl-C)
+    and SIGHUP, which a lost terminal sends. After nohup, SIGHUP is ignored. The function returns SIGPIPE if the program
+    that reads the output of `progress` has closed it, and SIGHUP if the launcher of this process has ended. A second
+    Ctrl-C raises KeyboardInterrupt at once.
     """
     asked: list[int] = []
 
@@ -34,7 +36,7 @@ def stop_requests(progress: Progress) -> Iterator[Callable[[], int]]:
         numbers.append(signal.SIGHUP)
     try:
         old = {number: signal.signal(number, handle) for number in numbers}
-    except ValueError:  # signals belong to the main thread; in another one there is nothing to handle
+    except ValueError:  # only the main thread can handle signals
         old = {}
     try:
         yield first

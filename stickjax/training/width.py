@@ -1,4 +1,4 @@
-"""The model at any width, with muP and without, and the short trainings that `stickjax.sweeps` compares.
+"""Make models of any width, with and without muP, and run the short trainings that `stickjax.sweeps` compares.
 
 Under muP (Yang et al., `Tensor Programs V <https://arxiv.org/abs/2203.03466>`_) the best learning rate is the same at
 every width.
@@ -37,25 +37,26 @@ SMALL = Config().replace(
 
 
 def at_width(config: Config, width: int, *, mup: bool, base: float | None = None) -> Config:
-    r"""Return the config for a model with D = width, with muP or without.
+    r"""Return the config of an experiment for a model of width D = width, with muP or without.
 
-    N, K and F grow in proportion to D. H stays the same, and so does the scale of the products of queries and keys.
+    The numbers of heads N and K, and the hidden width F, grow in proportion to D. The size H of a head stays the same,
+    and so does the scale of the attention logits. m_width, the width multiplier of muP, becomes
 
     .. math::
         m_{width} = width / base \text{ with muP}, \qquad m_{width} = 1 \text{ without}
 
-    The learning rate stays the same, and `logits_scaling` keeps its ratio to m_width. So the two parametrisations
-    differ by muP alone, and they are the same model at the base width.
+    The learning rate stays the same. `logits_scaling`, the divisor of the output logits, keeps its ratio to m_width.
+    So the models with and without muP differ only in muP, and at width = base they are the same model.
 
     Args:
       config: the experiment at some width.
       width: the new D.
-      mup: whether m_width follows the width.
-      base: the width at which m_width is 1. None: D / m_width of the config, so that width = D does not change the
-        config.
+      mup: True: m_width is width / base. False: m_width is 1.
+      base: the width at which m_width is 1. None: D / m_width of the config; then, with muP, a `width` equal to the D
+        of the config leaves the config unchanged.
 
     Raises:
-      ValueError: N, K or F would not be a whole number.
+      ValueError: N, K or F would not be a whole number, or the model family has no m_width.
 
     >>> model = at_width(SMALL, 256, mup=True).model
     >>> model.D, model.N, model.K, model.H, model.F, model.m_width
@@ -63,9 +64,11 @@ def at_width(config: Config, width: int, *, mup: bool, base: float | None = None
     """
     m = config.model
     if "m_width" not in {f.name for f in dataclasses.fields(m)}:
-        raise ValueError(f"a model of family={m.family!r} has no m_width: it is not parametrised by muP")
+        raise ValueError(
+            f"a model of family={m.family!r} has no m_width, the width multiplier of muP; use family='decoder'"
+        )
     if width < 1 or any(getattr(m, name) * width % m.D for name in ("N", "K", "F")):
-        raise ValueError(f"width={width}: N={m.N}, K={m.K} and F={m.F} at D={m.D} do not scale to whole numbers")
+        raise ValueError(f"width={width} must scale N={m.N}, K={m.K}, F={m.F} of D={m.D} to positive whole numbers")
     scaled = {f"model.{name}": getattr(m, name) * width // m.D for name in ("D", "N", "K", "F")}
     m_width = width / (m.D / m.m_width if base is None else base) if mup else 1.0
     logits = None if m.logits_scaling is None else m.logits_scaling * m_width / m.m_width
@@ -73,9 +76,10 @@ def at_width(config: Config, width: int, *, mup: bool, base: float | None = None
 
 
 def activations(model: Transformer, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Return {name: activation} for a model and a batch.
+    """Run a model on a batch, and return its activations by name: {name: array}.
 
-    The activations are the embedding, the branches and the residual stream of every layer, and the logits.
+    The names are "embedding", "logits", and for every layer i "attention i" and "ffn i", the outputs of its two
+    branches, and "residual i", the residual stream after the layer. `batch` has `tokens` and `segment_ids` [B,T].
     """
     c, segment_ids = model.config, batch["segment_ids"]
     context = Context(segment_ids, segment_ids, segment_positions(segment_ids), 0)
@@ -93,18 +97,18 @@ def activations(model: Transformer, batch: dict[str, jax.Array]) -> dict[str, ja
     for i in range(c.L):
         block = jax.tree.map(lambda leaf, i=i: leaf[i], model.blocks)
         watched = {name: watch(f"{name} {i}", getattr(block, name)) for name in ("attention", "ffn")}
-        # The code of the block itself runs on its parts; two of them are replaced to record what they return.
+        # Run the code of `Block`, but replace attention and ffn by functions that record their results.
         x, _, _ = Block.__call__(SimpleNamespace(**vars(block) | watched), x, context, None, None, None)
         seen[f"residual {i}"] = x
     return seen | {"logits": apply(model, batch).logits}
 
 
 def transformer(config: Config, width: int, mup: bool) -> tuple:
-    """Return (params, optimizer, forward) of a model with D = width, for `coordinate_check`.
+    """Return (params, optimizer, forward) of a new model of width D = width, for `stickjax.sweeps.coordinate_check`.
 
-    `forward(params)` returns (training loss, activations) for the first batch of the config's text. The learning rate
-    is peak_lr from the first step on, because the few steps of a check would all lie in the warmup. `mup` says whether
-    the model has muP.
+    `forward(params)` returns (training loss, activations) for the first batch of the config's text. `mup` says whether
+    the model uses muP. The learning rate is always `peak_lr`: with a warmup, it would be too small in the few steps of
+    the check.
     """
     constant = {"optim.schedule": "constant", "optim.warmup_tokens": 0, "optim.decay_tokens": 0}
     config = at_width(config, width, mup=mup).replace(constant)
@@ -122,7 +126,7 @@ def training(config: Config) -> Callable[[float], np.ndarray]:
     """Return a function `run(learning_rate)` that trains a new model and returns the training loss of every step.
 
     Every call starts from the same parameters and trains on the same batches. The learning rate is constant after the
-    config's warmup; the config's schedule and peak_lr are not used. Nothing is written.
+    config's warmup; the config's schedule and peak_lr are not used. No file is written.
     """
     changes = {"optim.schedule": "constant", "optim.peak_lr": 1.0, "optim.decay_tokens": 0}
     # In float32, because with masters the update at rate 1 would be rounded before it is scaled below.
@@ -153,16 +157,16 @@ def training(config: Config) -> Callable[[float], np.ndarray]:
 def last_loss(losses: np.ndarray) -> float:
     """Return the mean of the last quarter of `losses`, the training loss of every step.
 
-    Every batch is new text, so no held-out text is needed to compare runs.
+    Runs can be compared by this mean, without held-out text, because every batch is new text.
     """
     return float(losses[-max(1, len(losses) // 4) :].mean())
 
 
 def final_loss(config: Config, width: int, learning_rate: float, mup: bool) -> float:
-    """Train a model of this width, and return its `last_loss`: the mean loss of the last quarter of the steps.
+    """Train a model of width D = width, and return the mean training loss of the last quarter of its steps.
 
-    The learning rate is constant after the warmup. If the training diverges, the loss may be NaN or infinite. `mup`
-    says whether the model has muP.
+    The learning rate is constant after the warmup. `mup` says whether the model uses muP. If the training diverges, the
+    result may be NaN or infinite.
     """
     return last_loss(training(at_width(config, width, mup=mup))(learning_rate))
 
@@ -170,19 +174,20 @@ def final_loss(config: Config, width: int, learning_rate: float, mup: bool) -> f
 def power_law_records(
     config: Config, learning_rates: Iterable[float], *, tokens: Iterable[int], batch_sizes: Iterable[int] | None = None
 ) -> Records:
-    """Return the losses of trainings of several lengths at constant learning rates, for `fit_power_law`.
+    """Return the losses of training runs of several lengths at constant learning rates, for `sweeps.fit_power_law`.
 
-    Without a decay, a long run contains all shorter ones. So there is one run for every rate and batch size.
+    At a constant learning rate, a long run contains all shorter runs. So only the longest run is trained for every
+    learning rate and batch size.
 
     Args:
-      config: the experiment; its steps and schedule are not read.
-      learning_rates: the constant rates.
+      config: the experiment; its number of steps and its schedule are not used.
+      learning_rates: the learning rates, constant after the config's warmup.
       tokens: the lengths of training, in tokens.
-      batch_sizes: values of B; None: only the config's B.
+      batch_sizes: the values of B, the number of sequences in a batch; None: only the config's B.
 
     Returns:
-      A record {"tokens", "batch_size" (in sequences of 4096 tokens), "learning_rate", "loss"} for every length, batch
-      size and learning rate.
+      A record for every length, batch size and learning rate. It has "tokens", "batch_size" (in sequences of 4096
+      tokens), "learning_rate" and "loss" (the mean of the last quarter of the steps).
 
     Raises:
       ValueError: a length is shorter than one step.
@@ -205,7 +210,7 @@ def power_law_records(
 def _start(config: Config) -> TrainState:
     """Return the training state before the first step, with random parameters.
 
-    Its random generator, "rbg", compiles in a third of the time of the default one.
+    The random keys use the generator "rbg", which compiles in a third of the time of JAX's default generator.
     """
     start = lambda: init_state(config, jax.random.key(config.train.seed, impl="rbg"))  # noqa: E731
     check_fits(state_parts(jax.eval_shape(start)))
@@ -215,7 +220,7 @@ def _start(config: Config) -> TrainState:
 def _batches(config: Config) -> list[dict[str, np.ndarray]]:
     """Return the training batches of all steps of a config as a list, so that every run trains on the same batches.
 
-    Raises ValueError if V is smaller than the number of ids in the text.
+    Raises ValueError if `model.V` is smaller than the vocabulary of the text's tokenizer.
     """
     corpus = _corpus(config.data)
     with_vocabulary(config, {"V": corpus.tokenizer.vocab_size})  # checks V

@@ -1,7 +1,8 @@
-"""The PTX machine: it executes on a CPU, in NumPy, the PTX of GPU kernels. See docs/design/ptx_machine.md.
+"""The PTX machine: it executes the PTX of compiled GPU kernels on a CPU, in NumPy. See docs/design/ptx_machine.md.
 
-capture.py takes the kernels out of a JAX function. compiled.py and host.py find the PTX of a kernel and the way it is
-launched, as a `Program` of program.py. machine.py runs a program. The other files are the parts of the machine.
+capture.py and capture_triton.py find the kernels of a JAX function. compiled.py and host.py turn a kernel into a
+`Program` of program.py, which is its PTX and the way it is launched. machine.py runs a program. The other files are
+parts of the machine.
 """
 
 import importlib.util

@@ -1,7 +1,8 @@
-"""Instructions that compute within a lane.
+"""PTX instructions that compute within one lane: arithmetic, comparisons, conversions and moves.
 
-A float32 fma is computed in float64 and then rounded to float32. It is rounded twice, but on the chip only once, so the
-results differ in about one of 2^29 cases. The approximate functions are NumPy's, rounded to float32.
+A float32 fma is computed in float64 and then rounded to float32. So it is rounded twice, and on the chip only once; the
+results differ in about one of 2^29 cases. Approximate instructions such as ex2 use NumPy's functions, rounded to
+float32.
 """
 
 import numpy as np
@@ -12,12 +13,16 @@ WARP = 32
 
 
 def _flushed(x):
-    """Replace denormal float32 numbers by zero, as `.ftz` requires."""
+    """Return float32 numbers x with denormal ones replaced by zero of the same sign, as the modifier `.ftz` does."""
     return np.where(np.abs(x) < np.float32(2.0**-126), np.copysign(np.float32(0), x), x)
 
 
 def _elementwise(decoder, x, kind, function, out_kind=None, ftz=False):
-    """Return the instruction d = function(a, b, ..), where d is the first operand and all others have type `kind`."""
+    """Decode instruction x, which computes d = function(a, b, ..) in each lane, into the function that executes it.
+
+    The first operand is d, of type `out_kind` (None: `kind`); the others have type `kind`. `ftz`: replace denormal
+    numbers by zero.
+    """
     write = decoder.write(x.operands[0], out_kind or kind)
     reads = [decoder.read(operand, kind) for operand in x.operands[1:]]
     if ftz:
@@ -118,7 +123,10 @@ def shift(decoder, x, match):
 
 
 def _high(kind):
-    """Return a function that computes the upper half of a product of two integers."""
+    """Return a function of two integer arrays that gives the upper half of their products, as `mul.hi` does.
+
+    `kind` is the type of the integers: "s32", "u32" or "u64".
+    """
     if kind in ("s32", "u32"):
         wide = np.int64 if kind == "s32" else np.uint64
         return lambda a, b: ((a.astype(wide) * b.astype(wide)) >> wide(32)).astype(DTYPES[kind])
@@ -151,7 +159,10 @@ def integer_product(decoder, x, match):
 
 @instruction(r"(?P<name>div|rem)\.(?P<kind>[su](?:32|64))")
 def integer_division(decoder, x, match):
-    """Divide and round toward zero. A division by zero is unspecified on the chip; here it raises an error."""
+    """Decode instruction x, an integer div or rem that rounds toward zero, into the function that executes it.
+
+    A division by zero gives an unspecified result on the chip; here it raises ZeroDivisionError.
+    """
     kind, is_quotient = match["kind"], match["name"] == "div"
     write, a, b = decoder.write(x.operands[0], kind), *(decoder.read(o, kind) for o in x.operands[1:])
 
@@ -174,9 +185,9 @@ _COMPARISONS = {
 
 
 def _comparison(name, kind):
-    """Return the function of a comparison.
+    """Return the function of two arrays that the PTX comparison `name` computes, for operands of type `kind`.
 
-    For floats, eq, ne, lt and so on are false if an operand is NaN; equ, neu, ltu and so on are true.
+    For floats, eq, ne, lt, .. are false if an operand is NaN, while equ, neu, ltu, .. are true.
     """
     if kind[0] != "f":
         return _COMPARISONS[name]
@@ -226,7 +237,11 @@ def select(decoder, x, match):
 
 @instruction(r"mov\.(?P<kind>[bsuf](?:16|32|64)|pred)")
 def move(decoder, x, match):
-    """Copy a register, pack a vector of registers into one, or unpack one into several; the first has the low bits."""
+    """Decode instruction x, a mov, into the function that executes it.
+
+    A mov copies a register, packs several registers into a wider one, or unpacks one into several. The first of several
+    registers has the lowest bits.
+    """
     target, source = x.operands
     kind = match["kind"]
     if target.kind != "vector" and source.kind != "vector":
@@ -235,7 +250,7 @@ def move(decoder, x, match):
     parts = target.parts if target.kind == "vector" else source.parts
     bits = int(kind[1:]) // len(parts)
     if bits < 16:
-        raise UnknownInstruction(f"the PTX machine does not know this instruction: {x.text}")
+        raise UnknownInstruction(f"the PTX machine does not support this instruction: {x.text}")
     part = f"b{bits}"
     if target.kind == "vector":
         read, writes = decoder.read(source, f"b{kind[1:]}"), [decoder.write(p, part) for p in parts]
@@ -257,7 +272,11 @@ def move(decoder, x, match):
 
 @instruction(r"cvta(?:\.to)?\.(?:global|shared|param|local)\.u64|cvta\.u64")
 def convert_address(decoder, x, match):
-    """Copy the address: in this machine, all addresses are in one space."""
+    """Decode instruction x, a cvta, into the function that executes it.
+
+    A cvta converts an address between address spaces. Here it copies the address, because the machine has one address
+    space for all kinds of memory.
+    """
     write, read = decoder.write(x.operands[0], "u64"), decoder.read(x.operands[1], "u64")
     return lambda u, mask: write(u, mask, read(u))
 
@@ -302,7 +321,10 @@ def float_to_integer(decoder, x, match):
 
 
 def _half_bits(kind):
-    """Return the function from float32 to the 16 bits of a bfloat16 or float16 number; a NaN becomes 0x7fff."""
+    """Return a function from float32 numbers to their 16 bits as bfloat16 (`kind` "bf16") or float16 ("f16").
+
+    NaN becomes 0x7fff, as on the chip.
+    """
     if kind == "bf16":
         return float32_to_bfloat16
     return lambda x: np.where(np.isnan(x), np.uint16(0x7FFF), np.asarray(x).astype(np.float16).view(np.uint16))
@@ -310,7 +332,10 @@ def _half_bits(kind):
 
 @instruction(r"cvt\.rn(?P<relu>\.relu)?\.(?P<kind>bf16|f16)x2\.f32")
 def convert_pair(decoder, x, match):
-    """Convert two numbers to 16 bits each and pack them; the first becomes the upper half."""
+    """Decode instruction x, a cvt of two float32 numbers to 16 bits each, into the function that executes it.
+
+    The result is one 32-bit register, whose upper half comes from the first number.
+    """
     bits, relu = _half_bits(match["kind"]), match["relu"]
     write, high, low = decoder.write(x.operands[0], "b32"), *(decoder.read(o, "f32") for o in x.operands[1:])
 

@@ -1,4 +1,4 @@
-"""Barriers of a thread block: the sixteen named barriers, and mbarriers in shared memory."""
+"""The barriers of a thread block: the sixteen named barriers (bar.sync, bar.red), and mbarriers in shared memory."""
 
 import numpy as np
 
@@ -11,25 +11,32 @@ BLOCKED = "blocked"  # the result of an instruction that must wait: its strand t
 
 
 def full_warps(u, mask, text: str) -> np.ndarray:
-    """Return the warps in the mask. Raises DivergentBarrier if only some lanes of a warp are in it."""
+    """Return the numbers of the warps that execute an instruction.
+
+    `u` is the unit of warps, `mask` [lanes] says which of its lanes execute the instruction `text` (None: all). Raises
+    DivergentBarrier if only some lanes of a warp do.
+    """
     if mask is None:
         return u.warps
     parts = mask.reshape(-1, WARP)
     some = parts.any(1)
     if (some & ~parts.all(1)).any():
-        raise DivergentBarrier(f"{u.name}: only some lanes of a warp are at: {text}")
+        raise DivergentBarrier(f"{u.name}: only some lanes of a warp execute this instruction: {text}")
     return u.warps[some]
 
 
 class NamedBarrier:
-    """The named barrier with one number, used by bar.sync and bar.red."""
+    """The state of one of the sixteen named barriers of a block, which bar.sync and bar.red use."""
 
     def __init__(self):
         self.parties: list[tuple] = []  # the waiting (unit, warps)
         self.arrived, self.expected, self.known, self.votes = 0, None, None, None
 
     def open(self, clocks) -> None:
-        """Let all waiting warps continue; each of them now knows what the others knew when they arrived."""
+        """Let all waiting warps continue.
+
+        What one of them has done before it arrived is then ordered before what any of them does next.
+        """
         for u, warps in self.parties:
             clocks.acquire(list(warps), self.known)
             u.released[warps] = self.votes
@@ -37,7 +44,11 @@ class NamedBarrier:
 
 
 class Mbarrier:
-    """An mbarrier in shared memory. `phase` is the number of completed phases."""
+    """The state of an mbarrier in shared memory.
+
+    `count` is the number of arrivals per phase, `pending` the arrivals that the current phase still needs, `bytes` the
+    bytes of copies that it still waits for, and `phase` the number of complete phases.
+    """
 
     def __init__(self, index: int, name: str, count: int):
         self.index, self.name, self.count = index, name, count
@@ -45,7 +56,10 @@ class Mbarrier:
         self.known = self.released = None
 
     def arrive(self, known, arrivals: int) -> bool:
-        """Count arrivals. Return whether they completed the phase."""
+        """Count `arrivals` arrivals of warps; return whether they complete the phase.
+
+        `known` are the vector clocks of these warps, which the waiting warps receive at the end of the phase.
+        """
         self.known = known if self.known is None else tuple(map(np.maximum, self.known, known))
         self.pending -= arrivals
         if self.pending < 0:
@@ -62,12 +76,19 @@ class Mbarrier:
     def __str__(self):
         return (
             f"mbarrier {self.name} in phase {self.phase}: {self.pending} of {self.count} arrivals and {self.bytes} "
-            "bytes to come"
+            "bytes to copy are still missing"
         )
 
 
 def named_barrier(decoder, x, match, operands, *, vote=None):
-    """Return the function of (unit, mask) of a barrier instruction at which all participating warps wait."""
+    """Decode instruction x, a bar.sync or bar.red, into the function that executes it.
+
+    The function (unit, mask) returns BLOCKED until the expected number of threads has arrived, and None after that.
+
+    Args:
+      operands: the number of the barrier and, if not all threads of the block take part, their number.
+      vote: the reduction of bar.red; None for bar.sync.
+    """
     number = decoder.read(operands[0], "u32")
     count = decoder.read(operands[1], "u32") if len(operands) > 1 else None
 
@@ -75,7 +96,7 @@ def named_barrier(decoder, x, match, operands, *, vote=None):
         block, warps = u.block, full_warps(u, mask, x.text)
         numbers = np.unique(np.broadcast_to(number(u), (u.lanes,))[slice(None) if mask is None else mask])
         if len(numbers) != 1:
-            raise DivergentBarrier(f"{u.name}: its warps are at different barriers {numbers}: {x.text}")
+            raise DivergentBarrier(f"{u.name}: the lanes name several barriers, {numbers}, instead of one: {x.text}")
         barrier = block.named_barrier(int(numbers[0]))
         key = tuple(warps.tolist())
         if key in u.released:  # these warps waited, and the barrier has opened
@@ -88,7 +109,10 @@ def named_barrier(decoder, x, match, operands, *, vote=None):
             return BLOCKED
         expected = block.threads if count is None else int(np.max(count(u)))
         if barrier.expected not in (None, expected):
-            raise DivergentBarrier(f"barrier {int(numbers[0])} is told of {barrier.expected} threads and of {expected}")
+            raise DivergentBarrier(
+                f"barrier {int(numbers[0])} is told of {barrier.expected} threads and of {expected}; "
+                "all its instructions must name the same number"
+            )
         barrier.expected = expected
         known = block.clocks.publish(warps)
         barrier.known = known if barrier.known is None else tuple(map(np.maximum, barrier.known, known))
@@ -98,7 +122,9 @@ def named_barrier(decoder, x, match, operands, *, vote=None):
             barrier.votes = vote.combine(barrier.votes, u, mask)
         block.changed = True
         if barrier.arrived > expected:
-            raise DivergentBarrier(f"barrier {int(numbers[0])}: {barrier.arrived} threads for {expected}: {x.text}")
+            raise DivergentBarrier(
+                f"barrier {int(numbers[0])}: {barrier.arrived} threads arrived, but it expects {expected}: {x.text}"
+            )
         if barrier.arrived == expected:
             barrier.open(block.clocks)
             return run(u, mask)
@@ -113,7 +139,7 @@ def bar_sync(decoder, x, match):
 
 
 class _Vote:
-    """The reduction of bar.red: whether the predicate is true in any lane, or in all lanes."""
+    """The reduction of bar.red: whether a predicate is true in any lane (or), or in all lanes (and), of all warps."""
 
     def __init__(self, write, read, how):
         self.write, self.read, self.how = write, read, how
@@ -145,7 +171,10 @@ def warp_barrier(decoder, x, match):
 
 
 def lanes_of(u, mask, *values):
-    """Return each value in the participating lanes, and the warps of these lanes."""
+    """Return each of `values` as an array over the lanes that take part, and then the number of each lane's warp.
+
+    `mask` [lanes] says which lanes of the unit `u` take part; None: all.
+    """
     lanes = np.arange(u.lanes) if mask is None else np.flatnonzero(mask)
     return *(np.broadcast_to(v, (u.lanes,))[lanes] for v in values), u.warps[lanes // WARP]
 
@@ -160,7 +189,7 @@ def mbarrier_init(decoder, x, match):
             at = u.block.shared.offsets(np.array([a]), 8, x.text)
             index = len(u.block.mbarriers)
             if index >= MBARRIERS:
-                raise Fault(f"more than {MBARRIERS} mbarriers")
+                raise Fault(f"the block has more than {MBARRIERS} mbarriers, the limit of the PTX machine")
             names = u.block.program.barriers
             name = names[index] if index < len(names) else f"at byte {a - SHARED}"
             u.block.shared.write(at, np.zeros(8, np.uint8), warp, warp, x.text)
@@ -171,12 +200,15 @@ def mbarrier_init(decoder, x, match):
 
 
 def find_mbarrier(u, address: int, warps, text: str) -> Mbarrier:
-    """Return the mbarrier at an address. Raises Fault if the warps cannot know that it is initialised."""
+    """Return the mbarrier at this address of shared memory, for the instruction `text`.
+
+    Raises Fault if there is none, or if no barrier orders its initialisation before this use by `warps`.
+    """
     if int(address) not in u.block.mbarriers:
         raise Fault(f"no mbarrier at byte {int(address) - SHARED} of shared memory: {text}")
     shared, at = u.block.shared, int(address) - SHARED
     if np.any(u.block.clocks.seen[warps, shared.writer[at]] < shared.write_time[at]):
-        raise Fault(f"{u.name} uses an mbarrier whose initialisation nothing orders before: {text}")
+        raise Fault(f"{u.name} use an mbarrier with no barrier after its initialisation by another warp: {text}")
     return u.block.mbarriers[int(address)]
 
 
@@ -216,10 +248,11 @@ def mbarrier_expect(decoder, x, match):
 
 @instruction(r"mbarrier\.(?:try|test)_wait\.parity(?:\.acquire)?(?:\.cta)?(?:\.shared(?:::cta)?)?\.b64")
 def mbarrier_wait(decoder, x, match):
-    """Wait until the phase of the given parity is complete, like the loop around this instruction in the PTX.
+    """Decode instruction x, an mbarrier.try_wait or test_wait, into the function that executes it.
 
-    If the lanes ask for several phases, some complete and some not, nothing waits. The instruction returns false in the
-    lanes whose phase is not complete, and their loop repeats it.
+    It blocks until the phase of the given parity is complete, as the loop around this instruction in the PTX would. If
+    the lanes wait for several phases and at least one is complete, nothing blocks: the instruction returns false in the
+    other lanes, and their loop repeats it.
     """
     target, address, parity = x.operands[:3]
     write, address, parity = decoder.write(target, "pred"), decoder.pointer(address), decoder.read(parity, "u32")
@@ -237,7 +270,7 @@ def mbarrier_wait(decoder, x, match):
                 raise Fault(f"mbarrier {barrier.name}: the parity {p} is neither 0 nor 1: {x.text}")
             complete[a, p] = barrier.phase % 2 != p
             if not complete[a, p]:
-                u.waits_for = f"{barrier}, for the end of a phase of parity {p}"
+                u.waits_for = f"{barrier}; they wait for the end of a phase of parity {p}"
                 continue
             if barrier.released is not None:
                 clocks.acquire(members, barrier.released)
@@ -267,5 +300,8 @@ def proxy_fence(decoder, x, match):
     r"fence\.mbarrier_init\.release\.cluster|fence\.acq_rel\.(?:cta|gpu)|membar\.cta|fence\.proxy\.async\.global"
 )
 def other_fence(decoder, x, match):
-    """Do nothing: mbarriers are used in order here, clocks advance at barriers, and global memory has no clocks."""
+    """Decode instruction x, a fence that has no effect in this machine.
+
+    Mbarriers are used in order here, clocks advance at barriers, and global memory has no clocks.
+    """
     return lambda u, mask: None

@@ -1,4 +1,4 @@
-"""Run JAX functions on a CPU and execute their Mosaic GPU kernels as the PTX that a Hopper GPU would run.
+"""Run a JAX function on a CPU, and execute the PTX that its Mosaic GPU kernels have on a Hopper GPU.
 
 XLA's CPU code computes everything between the kernels.
 """
@@ -19,13 +19,13 @@ from .program import Program
 
 
 def run(function: Callable, *arrays, launch: Callable | None = None, program_of: Callable = compile_kernel):
-    """Return function(*arrays), traced as for a Hopper GPU.
+    """Return function(*arrays), computed on the CPU; the function is traced as for a Hopper GPU.
 
     Args:
-      function: a function of pytrees of arrays.
-      launch: a function of a program and the arrays of a kernel, inputs before outputs. It writes the outputs in place.
-        None: `machine.launch`.
-      program_of: a function that returns the Program of an MLIR module of Mosaic GPU.
+      function: a function of pytrees of arrays, which may contain Mosaic kernels.
+      launch: a function (program, arrays) that runs a kernel. The arrays are the kernel's inputs and then its outputs,
+        which it writes in place. None: `machine.launch`.
+      program_of: a function that turns an MLIR module of Mosaic GPU into a Program.
     """
     if launch is None:
         from .machine import launch
@@ -34,7 +34,10 @@ def run(function: Callable, *arrays, launch: Callable | None = None, program_of:
 
 
 def programs(function: Callable, *arrays) -> list[Program]:
-    """Return the distinct Mosaic kernels of a function, in the order in which they are lowered. Nothing runs."""
+    """Return the different Mosaic kernels of a function as Programs, in the order in which they are lowered.
+
+    The function is traced for arrays of these shapes; nothing runs.
+    """
     with kernels_launched_by(lambda *_: None) as found:
         jax.jit(lambda *arguments: function(*arguments)).trace(*arrays).lower()
     return list({program.ptx: program for program in found}.values())
@@ -42,10 +45,10 @@ def programs(function: Callable, *arrays) -> list[Program]:
 
 @contextlib.contextmanager
 def kernels_launched_by(launch: Callable, program_of: Callable = compile_kernel) -> Iterator[list[Program]]:
-    """Let functions that are compiled inside this context see a Hopper GPU, and call `launch` for their Mosaic kernels.
+    """Inside this context, compile functions as for a Hopper GPU, and run their Mosaic kernels by `launch`.
 
-    The yielded list receives the program of every kernel that is lowered. The first error that `launch` raises is
-    raised again at the end of the context.
+    The list that is yielded receives the Program of every kernel that is lowered. At the end, the context raises the
+    first error that `launch` has raised. The arguments are those of `run`.
     """
     from jax._src.pallas import mpmd
     from jax._src.pallas.mosaic_gpu import pallas_call_registration as registration
@@ -56,7 +59,7 @@ def kernels_launched_by(launch: Callable, program_of: Callable = compile_kernel)
     def lower(ctx, *arguments, jaxprs, **parameters):
         def call(ctx, *arguments, module, input_output_aliases=(), **_):
             if input_output_aliases:
-                raise NotImplementedError("kernels with inputs that are outputs too")
+                raise NotImplementedError("the PTX machine does not support kernels whose inputs are also outputs")
             program = program_of(module)._replace(barriers=barrier_names(jaxprs[0]))
             found.append(program)
             return host.call(ctx, program, *arguments)
@@ -72,13 +75,19 @@ def kernels_launched_by(launch: Callable, program_of: Callable = compile_kernel)
 
 
 class Host:
-    """Launches programs from inside XLA's code. It keeps their exceptions, which XLA would turn into a text."""
+    """Launches programs from inside XLA's CPU code, by a callback.
+
+    It keeps the exceptions of the launches, because XLA would turn them into text.
+    """
 
     def __init__(self, launch: Callable):
         self.launch, self.errors, self.one_at_a_time = launch, [], threading.Lock()
 
     def call(self, ctx, program: Program, *arguments):
-        """Emit a call of the host for a lowering rule, instead of the call of a kernel on the GPU."""
+        """Emit the code of a callback that launches `program`, in a lowering rule for a kernel call.
+
+        `ctx` and `arguments` are those of the lowering rule. The result is the outputs of the kernel.
+        """
         from jax._src.interpreters import mlir
 
         outputs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in ctx.avals_out]
@@ -96,20 +105,24 @@ class Host:
         return mlir.lower_fun(lambda *inputs: jax.pure_callback(on_host, outputs, *inputs))(ctx, *arguments)
 
     def raise_error(self) -> None:
-        """Raise the first error of the launches, if there was one."""
+        """Raise the first error of all launches, if there was one."""
         if self.errors:
             raise self.errors[0]
 
 
 def _poisoned(x) -> np.ndarray:
-    """Return an output array of NaN or, for integers, 99, so that an unwritten element does not look like a result."""
+    """Return an output array of x's shape and type that is full of NaN or, for integers, of 99.
+
+    An element that the kernel does not write then does not look like a result.
+    """
     return np.full(x.shape, jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else 99, x.dtype)
 
 
 def barrier_names(kernel) -> tuple[str, ...]:
-    """Return the names of a kernel's mbarriers in the order in which the kernel initialises them.
+    """Return the names of a kernel's mbarriers, in the order in which the compiled kernel initialises them.
 
-    `kernel` is a jaxpr. Equal barriers form one group at the place of the first of them, in reverse order.
+    `kernel` is the jaxpr of the kernel. Barriers of equal type and size form one group, at the place of the first of
+    them and in reverse order.
     """
     from jax._src.pallas.mosaic_gpu import core
 

@@ -1,6 +1,6 @@
-"""Run JAX functions on a CPU and execute their Triton kernels as the PTX that a GPU would run.
+"""Run a JAX function on a CPU, and execute the PTX that its Triton kernels have on a GPU.
 
-Like capture.py, but for Triton. Needs triton and jax-triton, but neither the CUDA wheels nor a GPU.
+capture.py does the same for Mosaic kernels. Needs triton and jax-triton, but neither the CUDA wheels nor a GPU.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ NULL = bytes(8)  # a null pointer, for the parameters that Triton adds for debug
 
 
 class _Kernel(NamedTuple):
-    """The first arguments, in order, that jax-triton passes to the library that launches kernels."""
+    """A compiled Triton kernel: the first arguments, in order, that jax-triton passes to its launch library."""
 
     name: str
     warps: int
@@ -35,13 +35,20 @@ launch = functools.partial(machine.launch, equal_writes=True)
 
 
 def run(function: Callable, *arrays, launch: Callable = launch, device: str = "NVIDIA A100"):
-    """Return function(*arrays), traced as for a GPU with the name `device`; `launch` as in `capture.run`."""
+    """Return function(*arrays), computed on the CPU; the function is traced as for a GPU with the name `device`.
+
+    `launch` is a function (program, arrays) that runs a kernel and writes its outputs, which are the last arrays, in
+    place.
+    """
     with kernels_launched_by(launch, device):
         return jax.block_until_ready(jax.jit(lambda *arguments: function(*arguments))(*arrays))
 
 
 def programs(function: Callable, *arrays, device: str = "NVIDIA A100") -> list[Program]:
-    """Return the distinct Triton kernels of a function, in the order in which they are lowered. Nothing runs."""
+    """Return the different Triton kernels of a function as Programs, in the order in which they are lowered.
+
+    The function is traced for arrays of these shapes on a GPU with the name `device`; nothing runs.
+    """
     with kernels_launched_by(lambda *_: None, device) as found:
         jax.jit(lambda *arguments: function(*arguments)).trace(*arrays).lower()
     return list({program.ptx: program for program in found}.values())
@@ -49,10 +56,10 @@ def programs(function: Callable, *arrays, device: str = "NVIDIA A100") -> list[P
 
 @contextlib.contextmanager
 def kernels_launched_by(launch: Callable, device: str = "NVIDIA A100") -> Iterator[list[Program]]:
-    """Let functions that are compiled inside this context see this GPU, and call `launch` for their Triton kernels.
+    """Inside this context, compile functions as for the GPU `device`, and run their Triton kernels by `launch`.
 
-    The yielded list receives the program of every kernel that is lowered. The first error that `launch` raises is
-    raised again at the end of the context.
+    The list that is yielded receives the Program of every kernel that is lowered. At the end, the context raises the
+    first error that `launch` has raised.
     """
     from jax._src.interpreters import mlir
     from jax_triton import triton_lib
@@ -60,7 +67,10 @@ def kernels_launched_by(launch: Callable, device: str = "NVIDIA A100") -> Iterat
     host, found = Host(launch), []
 
     def lower(ctx, *arguments, **parameters):
-        """Run jax-triton's lowering rule, which compiles, with another launch library and another emitted call."""
+        """Lower a kernel call by jax-triton's rule, which compiles the kernel, with two parts of it replaced.
+
+        The launch library only records the kernel, and the emitted code calls the host instead of a GPU.
+        """
 
         def launched(kernel, *grid_and_parameters):
             *grid, parameters = grid_and_parameters
@@ -97,14 +107,23 @@ def kernels_launched_by(launch: Callable, device: str = "NVIDIA A100") -> Iterat
 
 def _kernel(name, warps, clusters, shared, ptx, _, __, *scratch):
     if clusters != 1 or scratch:
-        raise NotImplementedError(f"{name}: clusters of {clusters} blocks, or {scratch} of scratch memory")
+        raise NotImplementedError(
+            f"{name}: the PTX machine supports neither clusters, here of {clusters} blocks, nor scratch memory, here "
+            f"{scratch}"
+        )
     return _Kernel(name, warps, clusters, shared, ptx)
 
 
 def _program(kernel: _Kernel, grid: tuple[int, int, int], zeroed: list[int]) -> Program:
-    """Return the program of a kernel; its parameters are the arrays in their order, then null pointers."""
+    """Return the Program of a kernel.
+
+    Its parameters are the arrays in their order and then null pointers, which Triton adds. `zeroed` has a number for
+    each array, which is not 0 if the array must be zero before the launch.
+    """
     if any(zeroed):
-        raise NotImplementedError(f"{kernel.name}: outputs that are zero before the launch")
+        raise NotImplementedError(
+            f"{kernel.name}: the PTX machine does not support outputs that must be zero before the launch"
+        )
     entry = kernel.ptx.split(".entry", 1)[1]
     count = entry[: entry.index(")")].count(".param")
     parameters = (*range(len(zeroed)), *[NULL] * (count - len(zeroed)))

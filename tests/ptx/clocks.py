@@ -1,9 +1,9 @@
-"""Vector clocks: the order of the accesses to the shared memory of a block.
+"""Vector clocks that order the accesses to a block's shared memory, so that races are found.
 
-An actor is something that accesses shared memory: a warp, the tensor cores working for a warpgroup, the copy engine
-reading for a warp, the asynchronous copies of a warp, or the copies that complete on an mbarrier. Every actor has a
-time, which it counts. `seen[w, a]` is the time up to which warp w knows that the accesses of actor a are done. `fenced`
-is the same for the asynchronous proxy, through which the copy engine and the tensor cores access memory: a
+An actor is something that accesses shared memory: a warp, the tensor cores on behalf of a warpgroup, the copy engine
+that reads for a warp, the asynchronous copies of a warp, or the copies that complete on one mbarrier. Every actor has a
+time, a counter. `seen[w, a]` is a time of actor a: warp w is ordered after all accesses of a up to this time. `fenced`
+is the same for the asynchronous proxy, through which the copy engine and the tensor cores access memory;
 fence.proxy.async raises `fenced` to `seen`.
 """
 
@@ -13,14 +13,17 @@ MBARRIERS = 128  # the most mbarriers that a block may have
 
 
 class Clocks:
-    """The clocks of one block. The actors that read come first: only their accesses can be overtaken by a write."""
+    """The vector clocks of one block.
+
+    Actors that read memory have the lowest numbers, because a write must be compared only with the reads of these.
+    """
 
     def __init__(self, warps: int):
         self.warps, groups = warps, -(-warps // 4)
-        self.tensor = warps  # + warpgroup
-        self.bulk = self.tensor + groups  # + warp: copies out of shared memory
+        self.tensor = warps  # plus the number of a warpgroup: its tensor cores
+        self.bulk = self.tensor + groups  # plus the number of a warp: its bulk copies out of shared memory
         self.readers = self.bulk + warps
-        self.copies = self.readers  # + warp: cp.async
+        self.copies = self.readers  # plus the number of a warp: its cp.async copies
         self.mbarriers = self.copies + warps
         self.actors = self.mbarriers + MBARRIERS
         self.seen = np.zeros((warps + 1, self.actors), np.int32)  # the last row: see `joined`
@@ -33,7 +36,10 @@ class Clocks:
         return self.seen[warps, warps]
 
     def tick(self, warps) -> None:
-        """Advance the warps' time after a release or fence: later accesses are not part of what they published."""
+        """Advance the time of these warps by one, after a release or a fence.
+
+        Their later accesses then have a later time than the accesses that they have published.
+        """
         self.seen[warps, warps] += 1
 
     def fence(self, warps) -> None:
@@ -41,7 +47,10 @@ class Clocks:
         self.tick(warps)
 
     def publish(self, warps) -> tuple[np.ndarray, np.ndarray]:
-        """Return all that these warps know together, so that other warps can acquire it."""
+        """Return the clocks (seen, fenced) of these warps joined by maximum, for other warps to acquire.
+
+        Then advance the time of these warps.
+        """
         known = self.seen[warps].max(0), self.fenced[warps].max(0)
         self.tick(warps)
         return known
@@ -51,11 +60,15 @@ class Clocks:
             mine[warps] = np.maximum(mine[warps], theirs)
 
     def wait_for(self, warps, actor: int, time: int) -> None:
-        """Record that the warps waited for an actor's operations up to a time."""
+        """Record that these warps have waited for the operations of an actor up to time `time`."""
         self.seen[warps, actor] = np.maximum(self.seen[warps, actor], time)
 
     def joined(self, warps) -> int:
-        """Return an extra warp that represents several warps acting together: it knows only what each of them knows."""
+        """Return the number of an extra row of the clocks that stands for several warps that act together.
+
+        Its clocks are the minimum over these warps: an access is ordered before it only if it is ordered before each of
+        them.
+        """
         least = [matrix[warps].min(0) for matrix in (self.seen, self.fenced)]
         self.seen[-1], self.fenced[-1] = least
         return self.warps

@@ -1,4 +1,4 @@
-"""Loads and stores, and asynchronous copies: cp.async, and the bulk copies of the copy engine."""
+"""PTX instructions that move data: loads, stores, cp.async, and the bulk copies of the copy engine."""
 
 from functools import cache
 
@@ -24,15 +24,18 @@ from .program import TensorMap
 
 @instruction(r"ld\.param(?:::entry)?(?:\.v(?P<many>[24]))?\.(?P<kind>[bsuf](?:8|16|32|64))")
 def load_parameter(decoder, x, match):
-    """Load a parameter, one number for all lanes. Tensor maps cannot be loaded; only copies read them."""
+    """Decode instruction x, a load of a kernel parameter, into the function that executes it.
+
+    All lanes get the same number. Raises Fault for a tensor map, which only bulk copies may read.
+    """
     target, source = x.operands
     targets = target.parts if target.kind == "vector" else (target,)
     size = SIZES[match["kind"]]
     data = decoder.parameters.get(source.text)
     if data is None:
-        raise UnknownInstruction(f"no parameter of that name: {x.text}")
+        raise UnknownInstruction(f"the kernel has no parameter of this name: {x.text}")
     if not isinstance(data, bytes):
-        raise Fault(f"reads the bytes of a tensor map: {x.text}")
+        raise Fault(f"loads a tensor map, which only bulk copies may read: {x.text}")
     writes = []
     for i, part in enumerate(targets):
         start = source.value + i * size
@@ -56,13 +59,17 @@ _ACCESS = (
 
 
 def _is_shared(addresses: np.ndarray, space: str | None, text: str) -> bool:
-    """Return whether an instruction accesses shared memory. If its name has no state space, the addresses decide."""
+    """Return whether an instruction accesses shared memory, given the addresses of its lanes.
+
+    `space` is the state space in the name of the instruction `text`, or None. Raises Fault if the addresses are in both
+    memories or not in `space`.
+    """
     below = addresses < PARAMETERS
     if below.all() != below.any():
-        raise Fault(f"touches shared and global memory at once: {text}")
+        raise Fault(f"the lanes of one instruction access both shared and global memory: {text}")
     is_shared = bool(below.all())
     if space and is_shared != space.startswith(".shared"):
-        raise Fault(f"an address of the other memory: {text}")
+        raise Fault(f"an address is not in the memory that the instruction names: {text}")
     return is_shared
 
 
@@ -128,7 +135,10 @@ def store(decoder, x, match):
 
 
 def _stored(decoder, operand: Operand, kind: str):
-    """Return the function that reads the bits of an operand, as unsigned integers."""
+    """Return a function from a unit to the bits of an operand's values, as unsigned integers.
+
+    `kind` is the type of the values.
+    """
     unsigned = width(kind)
     if operand.kind == "register":
         unsigned = decoder.rows[operand.text][0]
@@ -137,7 +147,11 @@ def _stored(decoder, operand: Operand, kind: str):
 
 @instruction(r"cp\.async\.c[ag]\.shared(?:::cta)?\.global(?:\.L2::[\w]+)*")
 def copy_async(decoder, x, match):
-    """Copy `size` bytes per lane. The last operand is the number of bytes to read; the rest becomes zero."""
+    """Decode instruction x, a cp.async from global to shared memory, into the function that executes it.
+
+    The third operand is the number of bytes that each lane copies. If there is a fourth operand and it is 0, the lane
+    writes zeros instead.
+    """
     target, source, size, *rest = x.operands
     target, source, size = decoder.pointer(target), decoder.pointer(source), size.value
     filled = decoder.read(rest[0], "u32") if rest else (lambda u: np.uint32(size))
@@ -147,7 +161,7 @@ def copy_async(decoder, x, match):
         clocks = u.block.clocks
         data = np.zeros((len(to), size), np.uint8)
         if not np.isin(count, (0, size)).all():
-            raise Fault(f"copies a part of {size} bytes, which the machine does not model: {x.text}")
+            raise Fault(f"the PTX machine can copy all {size} bytes or none, but not a part of them: {x.text}")
         if (some := count > 0).any():
             data[some] = u.block.memory.read(start[some], size, x.text)
         at = u.block.shared.offsets(to, size, x.text)
@@ -195,14 +209,15 @@ instruction(r"cp\.async\.bulk\.wait_group(?:\.read)?")(_wait("bulk"))
 
 @instruction(r"prefetch\.tensormap|prefetch\.global\.L[12](?:::[\w]+)*")
 def prefetch(decoder, x, match):
-    """Do nothing: a prefetch only changes how long later accesses take."""
+    """Decode instruction x, a prefetch, which does nothing here: it changes only how long later accesses take."""
     return lambda u, mask: None
 
 
 def swizzled(addresses: np.ndarray, span: int) -> np.ndarray:
-    """Return swizzled addresses: chunk c of 16 bytes in row r of 128 bytes is stored at chunk c ^ (r % chunks).
+    """Return the addresses at which a swizzled copy stores the bytes of these addresses.
 
-    `chunks` is the number of 16-byte chunks in the swizzle's span: 1, 2, 4 or 8.
+    In a row r of 128 bytes, the chunk c of 16 bytes is stored at chunk c ^ (r % chunks). `chunks` is the number of
+    chunks in `span` bytes, the span of the swizzle: 1, 2, 4 or 8.
     """
     bits = {16: 0, 32: 1, 64: 3, 128: 7}[span]
     return addresses ^ ((addresses >> 7 & bits) << 4)
@@ -210,7 +225,11 @@ def swizzled(addresses: np.ndarray, span: int) -> np.ndarray:
 
 @cache
 def _box(tensor: TensorMap) -> tuple[list[np.ndarray], int]:
-    """Return the indices along each dimension, shaped for broadcasting (outermost first), and the bytes of a box."""
+    """Return the indices along each dimension of a box, and the bytes of the box.
+
+    A box is the part of an array that one copy moves. Each index array has the shape to broadcast against the others,
+    so that the outermost dimension is the first axis.
+    """
     rank = len(tensor.box)
     grids = [np.arange(n).reshape((-1,) + (1,) * d) for d, n in enumerate(tensor.box)]
     assert all(grid.ndim <= rank for grid in grids)
@@ -218,7 +237,10 @@ def _box(tensor: TensorMap) -> tuple[list[np.ndarray], int]:
 
 
 def _elements(tensor: TensorMap, coordinates) -> tuple[np.ndarray, np.ndarray]:
-    """Return (byte offset in the array, whether it is inside the array) of each element of a box, innermost fastest."""
+    """Return the byte offset in the array, and whether it is inside the array, of each element of a box.
+
+    `coordinates` is the position of the box in the array. The innermost dimension varies fastest.
+    """
     offset, inside = np.int64(tensor.offset), np.bool_(True)
     for grid, start, size, stride in zip(_box(tensor)[0], coordinates, tensor.sizes, tensor.strides, strict=True):
         index = grid + int(start)
@@ -232,15 +254,19 @@ def _tensor_map(u, address: int, text: str) -> TensorMap:
     parameters = u.block.program.parameters
     maps = parameters[index] if 0 <= index < len(parameters) else None
     if not isinstance(maps, tuple) or offset % 128 or offset // 128 >= len(maps):
-        raise Fault(f"no tensor map at that address: {text}")
+        raise Fault(f"no tensor map is at the address that the copy names: {text}")
     return maps[offset // 128]
 
 
 def _box_in_shared(tensor: TensorMap, address: int, text: str) -> np.ndarray:
-    """Return the shared-memory offsets of the bytes of a box."""
+    """Return the offsets in shared memory of the bytes of a box that is copied to or from `address`.
+
+    The offsets include the swizzle. Raises Fault if the copy engine does not support the box or the address. `text` is
+    the instruction, for the error.
+    """
     if tensor.swizzle > 16 and tensor.box[0] * tensor.itemsize > tensor.swizzle:
         width = tensor.box[0] * tensor.itemsize
-        raise Fault(f"a box with rows of {width} bytes is swizzled by {tensor.swizzle} bytes: {text}")
+        raise Fault(f"a box with rows of {width} bytes is swizzled by {tensor.swizzle} bytes, which is less: {text}")
     if address % 128:
         raise Fault(f"the copy engine needs a multiple of 128 bytes in shared memory, not {address}: {text}")
     return swizzled(address + np.arange(_box(tensor)[1]), tensor.swizzle) - SHARED
@@ -248,12 +274,12 @@ def _box_in_shared(tensor: TensorMap, address: int, text: str) -> np.ndarray:
 
 def _coordinates(decoder, operand: Operand, rank: int, text: str):
     if len(operand.parts) != rank:
-        raise UnknownInstruction(f"{len(operand.parts)} coordinates: {text}")
+        raise UnknownInstruction(f"{len(operand.parts)} coordinates for a box of rank {rank}: {text}")
     return [decoder.read(part, "s32") for part in operand.parts]
 
 
 def _each_lane(u, mask, *values):
-    """Return a tuple of Python numbers for each participating lane: (*values, warp)."""
+    """Return one tuple for each lane of unit `u` that takes part: (*values of the lane, number of its warp)."""
     return [tuple(map(int, row)) for row in zip(*lanes_of(u, mask, *values), strict=True)]
 
 
@@ -290,7 +316,7 @@ def load_box(decoder, x, match):
 
 def _require_room(u, at: np.ndarray, text: str) -> None:
     if at.min() < 0 or at.max() >= u.block.shared.size:
-        raise Fault(f"the copy engine is sent to byte {at.max()} of {u.block.shared.size} of shared memory: {text}")
+        raise Fault(f"a copy reaches byte {at.max()} of shared memory, which has {u.block.shared.size} bytes: {text}")
 
 
 @instruction(r"cp\.async\.bulk\.tensor\.(?P<rank>[1-5])d\.global\.shared::cta(?:\.tile)?\.bulk_group")
@@ -328,7 +354,7 @@ def store_bytes(decoder, x, match):
     def run(u, mask):
         for to, start, count, warp in _each_lane(u, mask, target(u), source(u), size(u)):
             if count % 16 or to % 16 or start % 16:
-                raise Fault(f"bulk copies are of multiples of 16 bytes, at multiples of 16: {x.text}")
+                raise Fault(f"size and addresses of a bulk copy must be multiples of 16 bytes: {x.text}")
             if count:
                 at = np.arange(count) + start - SHARED
                 _require_room(u, at, x.text)
@@ -348,7 +374,7 @@ def load_bytes(decoder, x, match):
     def run(u, mask):
         for to, start, count, done, warp in _each_lane(u, mask, target(u), source(u), size(u), barrier(u)):
             if count % 16 or to % 16 or start % 16:
-                raise Fault(f"bulk copies are of multiples of 16 bytes, at multiples of 16: {x.text}")
+                raise Fault(f"size and addresses of a bulk copy must be multiples of 16 bytes: {x.text}")
             mbarrier, clocks = find_mbarrier(u, done, warp, x.text), u.block.clocks
             if count:
                 data = u.block.memory.read(np.array([start]) + np.arange(count), 1, x.text).reshape(-1)

@@ -1,8 +1,8 @@
-"""Decoding: the registry of known instructions, and the functions that read and write their operands.
+"""Decoding of PTX: the registry of known instructions, and functions that read and write their operands.
 
-A unit is up to four warps that share one set of registers. Each register is an array with one number per lane. A
-decoded instruction is a function of (unit, mask). `mask` is None if all lanes of the unit participate, else a bool
-array [lanes].
+A unit is up to four warps whose lanes execute each instruction together. Each of its registers is an array with one
+number per lane. A decoded instruction is a function of (unit, mask). `mask` is None if all lanes of the unit execute
+it, else a bool array [lanes].
 """
 
 import re
@@ -31,11 +31,11 @@ _HANDLERS: list[tuple[re.Pattern, Callable]] = []
 
 
 class UnknownInstruction(NotImplementedError):
-    """The machine does not know an instruction, or does not know it with these modifiers."""
+    """Raised if the PTX machine does not support an instruction, or not with these modifiers or operands."""
 
 
 class Step(NamedTuple):
-    """A decoded instruction."""
+    """A decoded instruction: the function that executes it, its predicate, and the registers that it uses."""
 
     run: Callable  # (unit, mask) -> None, BLOCKED, or the index of the instruction to jump to; see machine.py
     predicate: int | None  # the row of the predicate's register
@@ -47,9 +47,10 @@ class Step(NamedTuple):
 
 
 def instruction(pattern: str) -> Callable:
-    """Register a handler for all opcodes that `pattern`, a regular expression, matches completely.
+    """Return a decorator that registers a function as the handler of all opcodes that `pattern` matches completely.
 
-    The handler is called as handler(decoder, instruction, match) and returns a function of (unit, mask).
+    `pattern` is a regular expression. The handler is called as handler(decoder, instruction, match). It returns the
+    function of (unit, mask) that executes the instruction.
     """
 
     def register(handler):
@@ -67,14 +68,20 @@ def _handler(op: str) -> tuple[Callable, re.Match] | None:
 
 @cache
 def width(kind: str) -> str:
-    """Return the type of the registers that hold values of type `kind`: "s32" -> "b32"."""
+    """Return the type of the registers that hold values of type `kind`: "b32" for "s32"."""
     if kind in _HOLDS:
         return _HOLDS[kind]
     return {"f16": "b16", "bf16": "b16", "f32": "b32", "f64": "b64"}.get(kind, "b" + kind.lstrip("bsuf"))
 
 
 class Decoder:
-    """Decodes the instructions of one kernel for one launch."""
+    """Decodes the instructions of one kernel for one launch.
+
+    Args:
+      kernel: the parsed kernel.
+      variables: the address of each variable in shared memory, by name.
+      parameters: the value of each kernel parameter, by name.
+    """
 
     def __init__(self, kernel: Kernel, variables: dict[str, int], parameters: dict[str, int | bytes]):
         self.kernel, self.variables, self.parameters = kernel, variables, parameters
@@ -92,20 +99,20 @@ class Decoder:
     def _step(self, x: Instruction) -> Step:
         found = _handler(x.op)
         if found is None:
-            raise UnknownInstruction(f"the PTX machine does not know this instruction: {x.text}")
+            raise UnknownInstruction(f"the PTX machine does not support this instruction: {x.text}")
         handler, match = found
         try:
             run = handler(self, x, match)
         except (UnknownInstruction, ValueError, LookupError, AttributeError, TypeError) as error:
-            # The handler knows the opcode, but does not know it with these operands.
-            raise UnknownInstruction(f"the PTX machine does not know this instruction: {x.text} ({error})") from error
+            # The handler supports the opcode, but not these operands.
+            raise UnknownInstruction(f"the PTX machine cannot run this instruction: {x.text} ({error})") from error
         predicate = None if x.predicate is None else self.rows[x.predicate][1]
         base, registers = x.base, _registers(x.operands)
         written = _registers(x.operands[:1]) if base not in _WRITES_NOTHING else frozenset()
         return Step(run, predicate, x.predicate_is_negated, registers, written, base == "wgmma", x.text)
 
     def read(self, operand: Operand, kind: str) -> Callable:
-        """Return a function from a unit to the operand's values of type `kind`: an array [lanes] or one number."""
+        """Return a function from a unit to the values of an operand as type `kind`: an array [lanes] or one number."""
         if operand.kind == "register":
             held, row = self.rows[operand.text]
             if kind == "pred":
@@ -113,7 +120,7 @@ class Decoder:
                     return lambda u: ~u.files["pred"][row]
                 return lambda u: u.files["pred"][row]
             if held != width(kind):
-                raise UnknownInstruction(f"{operand.text} is a .{held} register, used as .{kind}")
+                raise UnknownInstruction(f"register {operand.text} has type .{held}, but is read as .{kind}")
             return lambda u: u.files[kind][row]
         if operand.kind == "number":
             value = self.constant(operand, kind)
@@ -124,7 +131,7 @@ class Decoder:
                 return lambda u: u.special[name].astype(DTYPES[kind])
             value = DTYPES[kind](self.address(operand.text))
             return lambda u: value
-        raise UnknownInstruction(f"an operand that is not understood here: {operand}")
+        raise UnknownInstruction(f"the PTX machine does not support this kind of operand here: {operand}")
 
     @staticmethod
     def constant(operand: Operand, kind: str):
@@ -135,20 +142,23 @@ class Decoder:
         return bits.view(dtype)[()]
 
     def address(self, name: str) -> int:
-        """Return the address of a variable or of a parameter."""
+        """Return the address of the variable or kernel parameter with this name."""
         if name in self.variables:
             return self.variables[name]
         if name in self.parameters:
             return PARAMETERS + list(self.parameters).index(name) * PARAMETER_BYTES
-        raise UnknownInstruction(f"a name that is not understood: {name}")
+        raise UnknownInstruction(f"no variable or parameter has the name {name}")
 
     def write(self, operand: Operand, kind: str) -> Callable:
-        """Return a function of (unit, mask, values) that sets a register. For the operand "_" it does nothing."""
+        """Return a function (unit, mask, values) that writes values of type `kind` into the register `operand`.
+
+        For the operand "_", which PTX uses for an unwanted result, the function does nothing.
+        """
         if operand.kind == "nothing":
             return lambda u, mask, values: None
         held, row = self.rows[operand.text]
         if held != width(kind):
-            raise UnknownInstruction(f"{operand.text} is a .{held} register, written as .{kind}")
+            raise UnknownInstruction(f"register {operand.text} has type .{held}, but is written as .{kind}")
 
         def run(u, mask, values):
             if mask is None:
@@ -159,7 +169,10 @@ class Decoder:
         return run
 
     def pointer(self, operand: Operand) -> Callable:
-        """Return a function from a unit to the addresses in an operand like [%rd1+16]: int64 [lanes] or one number."""
+        """Return a function from a unit to the addresses of an operand such as [%rd1+16].
+
+        The addresses are an int64 array [lanes] or one number.
+        """
         if not operand.text:
             value = np.int64(operand.value)
             return lambda u: value
@@ -185,7 +198,7 @@ def bfloat16_to_float32(x):
 
 
 def float32_to_bfloat16(x):
-    """Return the bits of x rounded to the nearest bfloat16, ties to even; NaN stays NaN."""
+    """Return the bits of x rounded to the nearest bfloat16, ties to even. NaN becomes 0x7fff."""
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     return np.where(np.isnan(x), np.uint32(0x7FFF), rounded).astype(np.uint16)

@@ -1,21 +1,21 @@
-"""The errors that the machine raises for a program that would be wrong on the chip."""
+"""The errors that the PTX machine raises for a kernel that would be wrong on the chip."""
 
 
 class Fault(RuntimeError):
-    """The program does something that is undefined on the chip, or it waits for ever."""
+    """Raised if the kernel does something whose result is undefined on the chip, or if it waits for ever."""
 
 
 class Race(Fault):
-    """Nothing orders two accesses to the same byte of memory, one of which is a write."""
+    """Raised if two accesses to the same byte of memory have no order, and at least one of them is a write."""
 
 
 class MissingProxyFence(Fault):
-    """The copy engine or the tensor cores access bytes that threads wrote, without a fence.proxy.async between."""
+    """Raised if the copy engine or the tensor cores access bytes that threads wrote, with no proxy fence between."""
 
 
 class Deadlock(Fault):
-    """Every warp that has not ended waits for a barrier."""
+    """Raised if all warps that have not ended wait for barriers."""
 
 
 class DivergentBarrier(Fault):
-    """Only a part of a warp or warpgroup is at an instruction that all its lanes must execute together."""
+    """Raised if only some lanes of a warp or warpgroup execute an instruction that needs all of its lanes."""

@@ -1,8 +1,8 @@
-"""An interpreter of the host code of a kernel, which finds out how the kernel is launched.
+"""An interpreter of the host code of a compiled kernel, which finds out how the kernel is launched.
 
-Mosaic GPU compiles the host code and prints it as LLVM text. The host code writes the tensor maps and the parameters of
-the kernel, and then launches it. It has no branches and no loops. The interpreter gives every array an invented address
-and later recognises the array by this address.
+The host code is a function that Mosaic GPU compiles for the CPU and prints as LLVM text. It writes the tensor maps and
+parameters of the kernel, and then launches it. It has no branches and no loops. The interpreter gives every array an
+invented address, by which it recognises the array later.
 """
 
 import operator
@@ -44,23 +44,23 @@ class Launch(NamedTuple):
 
 
 def read_launch(code: str) -> Launch:
-    """Return the launch that the host function makes, given the text of its LLVM module.
+    """Return the launch of a kernel: its grid, its block, its bytes of shared memory and its parameters.
 
-    Raises ValueError for unknown code.
+    `code` is the LLVM text that contains the host function. Raises ValueError for unsupported code.
     """
     body = re.search(r"^define void @(?!_mlir_ciface)\w+\(ptr %0, ptr %1\) \{\n(.*?)^\}", code, re.M | re.S)
     if body is None:
-        raise ValueError("no host function of two pointers in the LLVM module")
+        raise ValueError("the LLVM module has no host function, which is a function of two pointers")
     host = _Host()
     for line in body[1].splitlines():
         host.execute(line.strip())
     if host.launch is None:
-        raise ValueError("the host function launches nothing")
+        raise ValueError("the host function launches nothing: it does not call mosaic_gpu_build_kernel_spec")
     return host.launch
 
 
 class _Host:
-    """The state of the host function: its values by name, and its memory by address."""
+    """The state of the interpreted host function: its values by name, its memory by address, and the launch."""
 
     def __init__(self):
         self.values: dict[str, int | dict] = {"%0": 0, "%1": TABLE}
@@ -128,7 +128,11 @@ class _Host:
             raise ValueError(f"unknown call in the host code: {function}")
 
     def _tensor_map(self, address, base, kind, rank, sizes, strides, swizzle, box):
-        """Record a tensor map. Mosaic orders dimensions from the outermost inwards, with strides in elements."""
+        """Record a tensor map, as the host code's call of mosaic_gpu_init_tma_desc would make it.
+
+        Mosaic orders the dimensions from the outermost to the innermost and counts strides in elements. `TensorMap` has
+        the opposite order, and bytes.
+        """
         inwards = [[self.memory[start + 8 * i] for i in reversed(range(rank))] for start in (sizes, strides, box)]
         itemsize = ITEMSIZES[kind]
         self.maps[address] = TensorMap(
@@ -143,7 +147,9 @@ class _Host:
 
     def _launch(self, _, gx, gy, gz, cx, cy, cz, bx, by, bz, shared, early, count, pointers, sizes):
         if (cx, cy, cz, early) != (0, 0, 0, 0):
-            raise ValueError(f"clusters of {cx, cy, cz} blocks or an early launch ({early}) are unknown")
+            raise ValueError(
+                f"the PTX machine supports neither clusters, here of {cx, cy, cz} blocks, nor early launches ({early})"
+            )
         parameters = [self._parameter(self.memory[pointers + 8 * i], self.memory[sizes + 4 * i]) for i in range(count)]
         self.launch = Launch((gx, gy, gz), (bx, by, bz), shared, tuple(parameters))
 
@@ -152,7 +158,7 @@ class _Host:
             return tuple(self.maps[address + place] for place in range(0, size, MAP_BYTES))
         pointer = self.memory[address]
         if pointer < ARRAY or pointer % ARRAY:
-            raise ValueError(f"a parameter of the kernel is {pointer:#x}, which is no array")
+            raise ValueError(f"a parameter of the kernel is {pointer:#x}, which is the address of no array")
         return pointer // ARRAY - 1
 
 
@@ -161,7 +167,11 @@ def _fields(struct: str) -> list[str]:
 
 
 def _size(kind: str) -> int:
-    """Return the bytes of an LLVM type; structures here have fields of 8 bytes, followed by arrays of bytes."""
+    """Return the bytes of an LLVM type, given its name.
+
+    Fields of a structure have no padding between them: in the host code they have 8 bytes, and arrays of bytes come
+    last.
+    """
     if kind == "ptr":
         return 8
     if kind.startswith("{"):

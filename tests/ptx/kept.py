@@ -1,7 +1,7 @@
 """python -m tests.ptx.kept [--check]: write the PTX of a few small kernels to tests/ptx/kept, or compare it.
 
-With the kept kernels, the machine is tested even without the CUDA wheels, which compile kernels. The exit status is 1
-if a kernel differs from the kept one.
+The stored kernels let the tests of the PTX machine run without the CUDA wheels, which compile kernels. With --check,
+the exit status is 1 if a stored kernel differs from the current one.
 """
 
 import argparse
@@ -39,9 +39,10 @@ def _random(rng, *shape):
 
 
 def attention() -> Case:
-    """Return attention of 330 tokens.
+    """Return a case with the forward pass of attention on 330 tokens.
 
-    It has six tiles of 64 rows in three blocks, and six tiles of 64 keys, more than shared memory holds at once.
+    It has six tiles of 64 queries in three thread blocks, and six tiles of 64 keys, more than shared memory holds at
+    once.
     """
     rng = np.random.default_rng(0)
 
@@ -52,7 +53,7 @@ def attention() -> Case:
 
 
 def experts() -> Case:
-    """Return expert networks for 150 tokens; each token uses both experts."""
+    """Return a case with two expert networks on 150 tokens; each token uses both experts, in random order."""
     rng, (T, k, E, D, F) = np.random.default_rng(0), (150, 2, 2, 64, 64)
     chosen = jnp.asarray(rng.permuted(np.tile(np.arange(E), (T, 1)), axis=1), jnp.int32)
 
@@ -71,7 +72,10 @@ CASES: dict[str, Callable[[], Case]] = {"attention": attention, "experts": exper
 
 
 def current() -> dict[str, Program]:
-    """Return the kernels of CASES by file name. Raises MissingWheels without jax[cuda13]."""
+    """Compile the kernels of CASES; return them by the name of the file in which they are stored.
+
+    Raises MissingWheels if jax[cuda13] is not installed.
+    """
     cases = [make() for make in CASES.values()]
     found = [program for case in cases for program in capture.programs(case.function, *case.arrays)]
     return {program.name.removesuffix("_mosaic_gpu_kernel"): program for program in map(_without_lines, found)}
@@ -87,7 +91,10 @@ def load(name: str) -> Program:
 
 
 def program_of(module) -> Program:
-    """Return the kept program with the name of an MLIR module of Mosaic GPU; for `capture.run` on CASES."""
+    """Return the stored program of a kernel, found by the name of its MLIR module, instead of compiling it.
+
+    Use it as the argument `program_of` of `capture.run`, for functions of CASES.
+    """
     from jax._src.lib.mlir import ir
 
     return load(ir.StringAttr(module.operation.attributes["sym_name"]).value)
@@ -102,7 +109,7 @@ def made_with(name: str) -> dict[str, str]:
 
 
 def _without_lines(program: Program) -> Program:
-    """Remove the references to lines of Python code, which change with every edit of the code."""
+    """Return the program without the references in its PTX to lines of Python code, which change with every edit."""
     text = re.sub(r"^\s*\.(?:loc|file|section)\b.*\n|^\$L__(?:tmp|func_)\w+:\n", "", program.ptx, flags=re.M)
     return program._replace(ptx=text.rstrip() + "\n")
 
@@ -131,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
         if not arguments.check:
             write(name, program)
         elif made_with(name) != makers():
-            print(f"{name}: made with {made_with(name)}, here are {makers()}")
+            print(f"{name}: not compared, because it was made with {made_with(name)}, and here are {makers()}")
         elif load(name) != program:
             print(f"{name}: differs from the current kernel; run python -m tests.ptx.kept", file=sys.stderr)
             differs = 1

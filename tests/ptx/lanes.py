@@ -1,4 +1,4 @@
-"""Instructions that exchange registers between the lanes of a warp, and instructions on bits and bytes."""
+"""PTX instructions that exchange registers between the lanes of a warp, and instructions on bits and bytes."""
 
 import numpy as np
 
@@ -8,14 +8,18 @@ from .faults import Fault
 
 
 def _lanes_present(u, mask, text, members) -> np.ndarray:
-    """Return the participating lanes, [warps, 32]. Raises Fault if they differ from the instruction's member mask."""
+    """Return a bool array [warps, 32] that says which lanes execute the instruction `text`.
+
+    `members` is the member mask of the instruction, whose bits are the lanes that must execute it. Raises Fault if
+    other lanes execute it, or if one of these lanes does not.
+    """
     present = (np.ones(u.lanes, bool) if mask is None else mask).reshape(-1, WARP)
     members = np.broadcast_to(np.asarray(members, np.uint32), (u.lanes,)).reshape(-1, WARP)
     is_named = (members[:, :, None] >> np.arange(WARP, dtype=np.uint32)) & np.uint32(1) == 1  # [warps, by, lane]
     if (present[:, :, None] & is_named & ~present[:, None, :]).any():
-        raise Fault(f"{u.name}: lanes that the instruction waits for are elsewhere: {text}")
+        raise Fault(f"{u.name}: the member mask names lanes that are elsewhere: {text}")
     if (present[:, :, None] & ~is_named & present[:, None, :]).any():
-        raise Fault(f"{u.name}: lanes take part that the member mask does not name: {text}")
+        raise Fault(f"{u.name}: the member mask does not name all lanes that execute this: {text}")
     return present
 
 
@@ -40,7 +44,7 @@ def shuffle(decoder, x, match):
         inside = partner >= most if how == "up" else partner <= most
         partner = np.where(inside, partner, lane)
         if mask is not None and not mask[first + partner][mask].all():
-            raise Fault(f"{u.name}: reads the register of a lane that does not take part: {x.text}")
+            raise Fault(f"{u.name}: reads a register of a lane that does not execute this shuffle: {x.text}")
         write(u, mask, np.asarray(np.broadcast_to(source(u), (u.lanes,)))[first + partner])
         if inside_to:
             inside_to(u, mask, inside)
@@ -50,7 +54,10 @@ def shuffle(decoder, x, match):
 
 @instruction(r"elect\.sync")
 def elect(decoder, x, match):
-    """Elect one lane of each warp: the lowest participating one."""
+    """Decode instruction x, an elect.sync, into the function that executes it.
+
+    It chooses one lane of each warp: the lowest that takes part.
+    """
     target, members = x.operands
     leader, chosen = target.parts
     members = decoder.read(members, "u32")
@@ -87,7 +94,10 @@ def vote(decoder, x, match):
 
 @instruction(r"bfe\.(?P<kind>[us]32)")
 def bit_field(decoder, x, match):
-    """Extract a bit field of a number. For a signed type, the highest bit of the field is the sign."""
+    """Decode instruction x, a bfe, which extracts a field of bits from a number, into the function that executes it.
+
+    For a signed type, the highest bit of the field is its sign.
+    """
     kind = match["kind"]
     write, value = decoder.write(x.operands[0], kind), decoder.read(x.operands[1], kind)
     start, length = (decoder.read(o, "u32") for o in x.operands[2:])
@@ -105,7 +115,11 @@ def bit_field(decoder, x, match):
 
 @instruction(r"lop3\.b32")
 def three_input_logic(decoder, x, match):
-    """Compute any bitwise function of three operands, given as a table of eight results."""
+    """Decode instruction x, a lop3, into the function that executes it.
+
+    A lop3 is any bitwise function of three operands a, b and c. Bit 4 a + 2 b + c of the fifth operand is its result
+    for bits a, b and c.
+    """
     write = decoder.write(x.operands[0], "b32")
     reads = [decoder.read(o, "b32") for o in x.operands[1:4]]
     table = int(x.operands[4].value)
@@ -124,7 +138,12 @@ def three_input_logic(decoder, x, match):
 
 @instruction(r"prmt\.b32")
 def permute_bytes(decoder, x, match):
-    """Choose four bytes from eight. If bit 3 of a choice is set, the result is the byte's sign bit, eight times."""
+    """Decode instruction x, a prmt, into the function that executes it.
+
+    A prmt selects four of the eight bytes of two registers. Its selector has four bits for each byte of the result.
+    Three of them are the number of the selected byte. If the fourth is set, all bits of the result are the sign bit of
+    the selected byte.
+    """
     write, a, b, choice = decoder.write(x.operands[0], "b32"), *(decoder.read(o, "b32") for o in x.operands[1:])
 
     def run(u, mask):

@@ -1,8 +1,8 @@
-"""The machine: `launch` runs a program on arrays, one block after the other.
+"""The PTX machine: `launch` runs a program on arrays, one thread block after the other.
 
-Four warps of a block form a unit, which executes each instruction for all its lanes together. If lanes branch
-differently, each branch becomes a strand with a mask. The strand at the earliest instruction runs first, and two
-strands at the same instruction merge. While a strand waits, the others run. The order is always the same.
+Four warps of a block form a unit, whose lanes execute each instruction together. If lanes branch differently, each
+branch becomes a strand, with a mask of its lanes. The strand at the earliest instruction runs first, and two strands at
+the same instruction merge. While a strand waits, the others run. The order of execution is the same in every run.
 """
 
 from functools import lru_cache
@@ -26,7 +26,7 @@ _DTYPES = {"b16": np.uint16, "b32": np.uint32, "b64": np.uint64, "pred": np.bool
 
 
 class Strand:
-    """The lanes of a unit that are at the same instruction. `mask` is None if these are all lanes."""
+    """A group of lanes of a unit that are at the same instruction. `mask` [lanes] says which; None: all."""
 
     def __init__(self, at: int, mask: np.ndarray | None):
         self.at, self.mask, self.is_waiting = at, mask, False
@@ -34,7 +34,7 @@ class Strand:
 
 
 class Unit:
-    """Up to four warps with their registers."""
+    """Up to four warps of a block, with their registers. Their lanes execute instructions together."""
 
     def __init__(self, block: "Block", index: int, lanes: int, counts: dict[str, int]):
         self.block, self.index, self.lanes = block, index, lanes
@@ -68,7 +68,7 @@ class Unit:
         self.written: set[str] = set()  # registers written since the last wgmma.fence
 
     def run(self, steps: list) -> None:
-        """Run the strands until each of them has ended or waits."""
+        """Run the strands of this unit until each of them has ended or waits. `steps` are the decoded instructions."""
         while strand := min((s for s in self.strands if not s.is_waiting), key=lambda s: s.at, default=None):
             if len(self.strands) > 1:
                 strand = self._merged(strand)
@@ -85,7 +85,7 @@ class Unit:
         return strand
 
     def _advance(self, strand: Strand, steps: list) -> None:
-        """Execute instructions of a strand until it splits, ends or waits, or another strand has to run first."""
+        """Execute instructions of a strand until it splits, ends or waits, or until another strand has to run first."""
         alone = len(self.strands) == 1
         while True:
             step, mask = steps[strand.at], strand.mask
@@ -121,7 +121,10 @@ class Unit:
                 return
 
     def _wait(self, strand: Strand, mask: np.ndarray | None) -> None:
-        """Let a strand wait. Its warps that have no lane in `mask` go on, as a new strand."""
+        """Make a strand wait at its instruction; `mask` says which lanes execute the instruction.
+
+        Warps without such a lane continue at the next instruction, as a new strand.
+        """
         if mask is not None:
             everyone = np.ones(self.lanes, bool) if strand.mask is None else strand.mask
             stay = np.repeat(mask.reshape(-1, WARP).any(1), WARP) & everyone
@@ -131,7 +134,7 @@ class Unit:
         strand.is_waiting, strand.waits_for = True, self.waits_for
 
     def lanes_of(self, strand: Strand) -> str:
-        """Return a description of the warps of a strand, for error messages."""
+        """Return a text that names the warps of a strand, for error messages."""
         if strand.mask is None:
             return self.name
         parts = zip(self.warps, strand.mask.reshape(-1, WARP), strict=True)
@@ -139,7 +142,10 @@ class Unit:
         return f"warps {', '.join(warps)} of block {self.block.place}"
 
     def _jump(self, strand: Strand, mask: np.ndarray | None, target: int) -> None:
-        """Let the lanes in `mask` jump to the target, or end if it is END. The other lanes of the strand go on."""
+        """Move the lanes in `mask` to instruction number `target`, or end them if it is END.
+
+        The other lanes of the strand continue at the next instruction.
+        """
         everyone = np.ones(self.lanes, bool) if strand.mask is None else strand.mask
         gone = everyone if mask is None else mask & everyone
         stay = everyone & ~gone
@@ -162,7 +168,7 @@ END = -1
 def branch(decoder, x, match):
     target = decoder.kernel.labels.get(x.operands[0].text)
     if target is None:
-        raise UnknownInstruction(f"no such label: {x.text}")
+        raise UnknownInstruction(f"the kernel does not have the label of this jump: {x.text}")
     return lambda u, mask: target
 
 
@@ -172,13 +178,13 @@ def leave(decoder, x, match):
 
 
 class Block:
-    """One block of the grid, with its shared memory and its barriers."""
+    """One thread block of the grid, with its units, its shared memory and its barriers."""
 
     def __init__(self, program: Program, place, memory: GlobalMemory, shared: int, counts, equal_writes: bool):
         self.program, self.place, self.memory = program, place, memory
         self.threads = int(np.prod(program.block))
         if self.threads % WARP:
-            raise Fault(f"a block of {self.threads} threads is not made of whole warps")
+            raise Fault(f"a block has {self.threads} threads, which is not a multiple of {WARP}")
         self.clocks = Clocks(self.threads // WARP)
         self.shared = SharedMemory(shared, self.clocks, equal_writes)
         self.mbarriers: dict[int, Mbarrier] = {}
@@ -189,7 +195,7 @@ class Block:
 
     def named_barrier(self, number: int) -> NamedBarrier:
         if not 0 <= number < 16:
-            raise Fault(f"there is no barrier {number}")
+            raise Fault(f"there is no barrier {number}; a block has barriers 0 to 15")
         return self.named.setdefault(number, NamedBarrier())
 
     def run(self, steps: list) -> None:
@@ -206,7 +212,7 @@ class Block:
 
     def _deadlock(self):
         waits = "; ".join(f"{u.lanes_of(s)} wait for {s.waits_for}" for u in self.units for s in u.strands)
-        raise Deadlock(f"{self.program.name}: {waits}")
+        raise Deadlock(f"{self.program.name} waits for ever: {waits}")
 
     def _ended(self) -> None:
         clocks = self.clocks
@@ -220,7 +226,7 @@ class Block:
             raise Fault(f"block {self.place} ends while {actor} write shared memory, which nobody has waited for")
         for barrier in self.mbarriers.values():
             if barrier.bytes:
-                raise Fault(f"block {self.place} ends: {barrier}")
+                raise Fault(f"block {self.place} ends before its copies are complete: {barrier}")
 
 
 _parsed = lru_cache(8)(parse)  # enough for the kernels of one call; a parsed kernel takes tens of megabytes
@@ -230,12 +236,13 @@ def launch(program: Program, arrays: list[np.ndarray], *, equal_writes: bool = F
     """Run a program on arrays, which it reads and writes in place.
 
     Args:
-      arrays: contiguous arrays. The program's parameters and tensor maps refer to them by their index.
-      equal_writes: allow warps to write the same value to the same byte of shared memory in no order. Triton's warps do
-        this if a tile has fewer rows than they need.
+      program: the PTX of a kernel and how it is launched.
+      arrays: contiguous arrays. The parameters and tensor maps of the program refer to them by index.
+      equal_writes: allow warps to write the same value to the same byte of shared memory without an order. Triton's
+        warps do this if a tile has fewer rows than they need.
     Raises:
-      UnknownInstruction: the machine does not know an instruction of the program. Nothing has run then.
-      Fault: the program does something that is undefined on the chip, or it waits for ever.
+      UnknownInstruction: the machine does not support an instruction of the program. No instruction has run then.
+      Fault: the program does something whose result is undefined on the chip, or it waits for ever.
     """
     kernel = _parsed(program.ptx)
     memory = GlobalMemory(arrays)
@@ -244,12 +251,12 @@ def launch(program: Program, arrays: list[np.ndarray], *, equal_writes: bool = F
         if isinstance(value, int):
             value = GlobalMemory.address(value).to_bytes(8, "little")
         elif isinstance(value, tuple) and size != 128 * len(value) and value:
-            raise ValueError(f"{name} has {size} bytes, which is not {len(value)} tensor maps")
+            raise ValueError(f"parameter {name} has {size} bytes, but {len(value)} tensor maps need 128 each")
         parameters[name] = value
     variables, size = {}, 0
     for name, (space, alignment, length) in kernel.variables.items():
         if space != "shared":
-            raise UnknownInstruction(f"memory of the kind .{space}: {name}")
+            raise UnknownInstruction(f"the PTX machine does not support memory of the kind .{space}: {name}")
         if length == 0:
             continue
         size = -(-size // alignment) * alignment

@@ -1,4 +1,7 @@
-"""The memory of a launch: arrays in global memory, and the shared memory of a block with the clocks of its bytes."""
+"""The memory of a launch: the arrays in global memory, and the shared memory of a block.
+
+Shared memory records for each byte who has accessed it and when, so that races are found.
+"""
 
 import numpy as np
 
@@ -8,7 +11,10 @@ from .faults import Fault, MissingProxyFence, Race
 
 
 def spread(addresses: np.ndarray, size: int) -> np.ndarray:
-    """Return the addresses of `size` bytes starting at each address, [len(addresses) * size]."""
+    """Return the addresses of all bytes of accesses with `size` bytes that begin at `addresses`.
+
+    The result has shape [len(addresses) * size].
+    """
     return (np.asarray(addresses, np.int64)[:, None] + np.arange(size)).reshape(-1)
 
 
@@ -16,7 +22,7 @@ NOBODY, SEVERAL = -1, -2  # instead of a block's number: no block, or several bl
 
 
 class GlobalMemory:
-    """The arrays of a launch. If one block writes a byte, no other block may read or write it."""
+    """The arrays of a launch. An access raises Race if a block reads or writes a byte that another block writes."""
 
     def __init__(self, arrays: list[np.ndarray]):
         if not all(x.flags.c_contiguous for x in arrays):
@@ -34,7 +40,7 @@ class GlobalMemory:
         arrays = (addresses >> ARRAY_SHIFT) - 1
         array = int(arrays[0])
         if not (arrays == array).all():
-            raise Fault(f"the lanes of one instruction touch several arrays: {text}")
+            raise Fault(f"the lanes of one instruction access several arrays: {text}")
         offsets = addresses & ((1 << ARRAY_SHIFT) - 1)
         self._require_inside(array, spread(offsets, size), text)
         if (offsets % size).any():
@@ -42,7 +48,7 @@ class GlobalMemory:
         return array, spread(offsets, size)
 
     def read(self, addresses: np.ndarray, size: int, text: str) -> np.ndarray:
-        """Return the bytes at the addresses, uint8 [lanes, size]."""
+        """Return the `size` bytes at each address, uint8 [lanes, size], for the instruction `text`."""
         array, at = self._locate(addresses, size, text)
         return self.read_bytes(array, at, text).reshape(-1, size)
 
@@ -56,7 +62,7 @@ class GlobalMemory:
         readers = self.readers[array]
         if readers is not None and (bad := ~np.isin(readers[at], (NOBODY, self.block))).any():
             first = int(np.asarray(at)[bad][0])
-            raise Race(f"byte {first} of array {array}: block {self.block} writes what another block reads: {text}")
+            raise Race(f"byte {first} of array {array}: block {self.block} writes it, another block reads it: {text}")
         if self.writers[array] is None:
             self.writers[array] = np.full(self.bytes[array].size, NOBODY, np.int32)
         self.writers[array][at] = self.block
@@ -78,7 +84,7 @@ class GlobalMemory:
             raise Fault(f"global memory: an address outside of all arrays: {text}")
         if at.min() < 0 or at.max() >= self.bytes[array].size:
             worst = at.min() if at.min() < 0 else at.max()
-            raise Fault(f"global memory: byte {worst} of array {array}, which has {self.bytes[array].size}: {text}")
+            raise Fault(f"access to byte {worst} of array {array}, which has {self.bytes[array].size} bytes: {text}")
 
     def _require_own(self, array: int, at: np.ndarray, text: str) -> None:
         writers = self.writers[array]
@@ -86,14 +92,14 @@ class GlobalMemory:
             others = writers[at]
             if (bad := (others >= 0) & (others != self.block)).any():
                 first = int(at[bad][0])
-                who = f"block {self.block} touches what block {others[bad][0]} wrote"
+                who = f"block {self.block} accesses it, block {others[bad][0]} wrote it"
                 raise Race(f"byte {first} of array {array}: {who}: {text}")
 
 
 class SharedMemory:
-    """The shared memory of one block. Addresses begin at SHARED.
+    """The shared memory of one block, with checks for races. Its addresses begin at SHARED.
 
-    `equal_writes`: it is not a race if two warps write the same value to a byte in no order.
+    `equal_writes`: two warps may write the same value to a byte without an order.
     """
 
     def __init__(self, size: int, clocks: Clocks, equal_writes: bool):
@@ -108,19 +114,26 @@ class SharedMemory:
         self.is_barrier = np.zeros(size, bool)
 
     def offsets(self, addresses: np.ndarray, size: int, text: str) -> np.ndarray:
-        """Return the offsets of all bytes that accesses of `size` bytes at these addresses touch."""
+        """Return the offsets of all bytes that the instruction `text` accesses, with `size` bytes at each address.
+
+        Raises Fault if they are outside of shared memory, or if an address is not a multiple of `size`.
+        """
         offsets = np.asarray(addresses, np.int64) - SHARED
         if offsets.min() < 0 or offsets.max() + size > self.size:
             worst = offsets.min() if offsets.min() < 0 else offsets.max() + size - 1
-            raise Fault(f"shared memory: byte {worst} of {self.size}: {text}")
+            raise Fault(f"access to byte {worst} of {self.size} bytes of shared memory: {text}")
         if (offsets % size).any():
             raise Fault(f"shared memory: an address is not a multiple of {size} bytes: {text}")
         return spread(offsets, size)
 
     def read(self, at: np.ndarray, actors, warps: np.ndarray | int, text: str, *, is_proxy: bool = False, time=None):
-        """Return the bytes at offsets `at`, read by `actors` (one per byte, or one for all) on behalf of `warps`.
+        """Return the bytes at the offsets `at`, for the instruction `text`.
+
+        Raises Race, MissingProxyFence or Fault if the access is wrong.
 
         Args:
+          actors: who reads, as numbers of `Clocks`: one per byte, or one for all.
+          warps: the warps on whose behalf the actors read, one per byte or one for all.
           is_proxy: whether the copy engine or the tensor cores read.
           time: the time of the actor; by default the time of the warps.
         """
@@ -143,10 +156,19 @@ class SharedMemory:
         return self.bytes[at]
 
     def write(self, at, values, actors, warps, text: str, *, is_proxy: bool = False, time=None) -> None:
-        """Write bytes at offsets `at`; the other arguments are as for `read`."""
+        """Write `values` to the bytes at the offsets `at`, for the instruction `text`.
+
+        Raises Race, MissingProxyFence or Fault if the access is wrong.
+
+        Args:
+          actors: who writes, as numbers of `Clocks`: one per byte, or one for all.
+          warps: the warps on whose behalf the actors write, one per byte or one for all.
+          is_proxy: whether the copy engine writes.
+          time: the time of the actor; by default the time of the warps.
+        """
         seen = self.clocks.seen
         if self.is_barrier[at].any():
-            raise Fault(f"writes over an mbarrier: {text}")
+            raise Fault(f"an instruction writes over an mbarrier: {text}")
         writer, written = self.writer[at], self.write_time[at]
         late = seen[warps, writer] < written
         if self.equal_writes and not is_proxy:
@@ -170,12 +192,12 @@ class SharedMemory:
 
     def _race(self, what: str, at, actors, late, text: str):
         first = int(np.asarray(at)[late][0])
-        who = f"{self.clocks.name(int(actors[late][0]))} has {what} it, and nothing orders that before"
+        who = f"{self.clocks.name(int(actors[late][0]))} has {what} it, and no barrier comes between"
         raise Race(f"shared memory at byte {first}: {who}: {text}")
 
     def _unfenced(self, at, actors, hidden, text: str):
         first = int(np.asarray(at)[hidden][0])
         raise MissingProxyFence(
-            f"shared memory at byte {first}: {self.clocks.name(int(actors[hidden][0]))} wrote it without "
-            f"fence.proxy.async before: {text}"
+            f"shared memory at byte {first}: {self.clocks.name(int(actors[hidden][0]))} wrote it, and no "
+            f"fence.proxy.async came after that: {text}"
         )

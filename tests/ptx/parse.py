@@ -1,7 +1,7 @@
-"""A parser of PTX text: one kernel with its registers, shared memory, instructions and labels.
+"""A parser of PTX text with one kernel. It returns the kernel's registers, variables, instructions and labels.
 
 Scopes of inline assembly (`{ .reg .pred p; ... }`) have their own registers and labels. The parser appends the number
-of the scope to their names, so that the result is one flat list of instructions.
+of the scope to these names, so that the result is one flat list of instructions.
 """
 
 import re
@@ -18,7 +18,7 @@ _REGISTERS = re.compile(r"([%\w]+?)<(\d+)>")
 
 
 class Operand(NamedTuple):
-    """An operand. `kind` says which of the other fields are used."""
+    """An operand of a PTX instruction. `kind` says which of the other fields are used."""
 
     kind: str  # "register", "number", "address", "vector", "pair" (predicate d|p), "name", "nothing"
     text: str = ""  # a register or name; in an address, the base register or name, or ""
@@ -53,13 +53,13 @@ SIZES = {"b8": 1, "u8": 1, "s8": 1, "b16": 2, "u16": 2, "s16": 2, "f16": 2, "bf1
 
 
 def parse(ptx: str) -> Kernel:
-    """Parse a PTX file with exactly one kernel. Raises ValueError for unknown PTX."""
+    """Parse PTX text with exactly one kernel; return the kernel. Raises ValueError for unsupported PTX."""
     ptx = _LINE_DIRECTIVE.sub("", _COMMENT.sub("", ptx))
     entries = list(re.finditer(r"\.entry\s+([$\w]+)\s*\(", ptx))
     if len(entries) != 1:
-        raise ValueError(f"the PTX has {len(entries)} entries; expected 1")
+        raise ValueError(f"the PTX has {len(entries)} kernels (.entry); expected 1")
     if re.search(r"^\s*(?:\.\w+\s+)*\.func\b", ptx, re.M):
-        raise ValueError("the PTX has functions; only one entry is understood")
+        raise ValueError("the PTX has functions (.func); the PTX machine runs only a kernel without them")
     entry = entries[0]
     end = ptx.index(")", entry.end())
     reader = _Reader(_body(ptx, ptx.index("{", end)))
@@ -71,7 +71,7 @@ def parse(ptx: str) -> Kernel:
 
 
 def _body(ptx: str, start: int) -> str:
-    """Return the text between the brace at `start` and its closing brace."""
+    """Return the text between the brace at index `start` of `ptx` and the brace that closes it."""
     depth = 0
     for brace in re.finditer(r"[{}]", ptx[start:]):
         depth += 1 if brace[0] == "{" else -1
@@ -92,7 +92,7 @@ def _parameter(line: str) -> tuple[str, int]:
 
 
 class _Reader:
-    """Reads the statements of a kernel's body, with its nested scopes."""
+    """Reads the statements of a kernel's body, including its nested scopes."""
 
     def __init__(self, body: str):
         self.body, self.at = body, 0
@@ -124,7 +124,10 @@ class _Reader:
                 self.at = stop + 1
 
     def _enter(self) -> None:
-        """Enter a scope and collect its names. Labels must be known before their definition, for forward jumps."""
+        """Enter a scope, and collect the names that it declares.
+
+        A jump may name a label that comes later, so all labels of the scope must be known first.
+        """
         inside = _body(self.body, self.at)
         self.count += 1
         own = set()
@@ -168,7 +171,7 @@ class _Reader:
                 size = 0  # this is how Mosaic declares its dynamic shared memory
             self.variables[name] = space, int(alignment or SIZES[kind]), size
         elif not text.startswith((".pragma", ".loc", ".file")):
-            raise ValueError(f"not a declaration that is understood: {text}")
+            raise ValueError(f"the PTX machine does not support this declaration: {text}")
 
     def _operand(self, text: str) -> Operand:
         text = text.strip()
@@ -189,7 +192,7 @@ class _Reader:
         return Operand("name", name)
 
     def _address(self, text: str) -> Operand:
-        """Parse the inside of an address: [base], [base+8], [8], or [descriptor, {x, y}]."""
+        """Parse the text inside the brackets of an address: [base], [base+8], [8], or [descriptor, {x, y}]."""
         first, *rest = _split(text)
         coordinates = self._operand(rest[0]).parts if rest else ()
         match = re.fullmatch(r"\s*([%$A-Za-z_][%$\w]*)?\s*(?:\+?\s*(-?(?:0x[\da-fA-F]+|\d+)))?\s*", first)
@@ -207,10 +210,10 @@ def _number(text: str) -> int | float | None:
     if re.fullmatch(r"-?(?:0x[\da-fA-F]+|\d+)U?", text):
         return int(text.rstrip("U"), 0)
     if re.fullmatch(r"-?\d+\.\d*(?:[eE][+-]?\d+)?", text):
-        raise ValueError(f"a decimal fraction among the operands: {text}")
+        raise ValueError(f"an operand is a decimal fraction, which PTX writes by its bits: {text}")
     return None
 
 
 def _split(text: str) -> list[str]:
-    """Split at the commas that are outside braces and brackets."""
+    """Split a list of operands at the commas that are not inside braces or brackets."""
     return [part for part in _PART.findall(text) if part.strip()]

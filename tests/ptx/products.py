@@ -1,7 +1,8 @@
-"""Matrix products of the tensor cores, and the loads and stores of their fragments.
+"""PTX instructions of the tensor cores: matrix products, and loads and stores of matrix fragments.
 
-Hopper's wgmma is asynchronous. Until a thread has waited for its group, its registers may not be accessed, and its
-operands in shared memory may not be written. The order in which a tensor core adds is undefined; here it is NumPy's.
+Hopper's wgmma is asynchronous. Until a thread has waited for the group of a wgmma, it must not access the registers of
+the wgmma, and must not write its operands in shared memory. In which order a tensor core adds is undefined; here it is
+NumPy's.
 """
 
 from functools import cache
@@ -19,11 +20,11 @@ WARPGROUP = 128
 
 def _require_warpgroup(u, mask, text: str) -> None:
     if u.lanes != WARPGROUP or not (mask is None or mask.all()):
-        raise DivergentBarrier(f"{u.name}: only a part of the warpgroup is at: {text}")
+        raise DivergentBarrier(f"{u.name}: only a part of the warpgroup executes this instruction: {text}")
 
 
 def _numbers(bits: np.ndarray, kind: str) -> np.ndarray:
-    """Convert the bits of bf16, f16 or tf32 numbers to float32."""
+    """Convert the bits of numbers of type `kind` (bf16, f16 or tf32) to float32."""
     if kind == "bf16":
         return bfloat16_to_float32(bits)
     if kind == "f16":
@@ -33,7 +34,10 @@ def _numbers(bits: np.ndarray, kind: str) -> np.ndarray:
 
 @cache
 def _accumulator(columns: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return (row, column) in a [64, columns] accumulator of every register and thread, arrays [registers, 128]."""
+    """Return (row, column): where each register of a wgmma accumulator [64, columns] belongs, for every thread.
+
+    Both are integer arrays that broadcast to [registers, 128 threads].
+    """
     thread, register = np.arange(WARPGROUP)[None], np.arange(columns // 2)[:, None]
     row = thread // WARP * 16 + thread % WARP // 4 + register // 2 % 2 * 8
     return row, register // 4 * 8 + thread % 4 * 2 + register % 2
@@ -41,23 +45,32 @@ def _accumulator(columns: int) -> tuple[np.ndarray, np.ndarray]:
 
 @cache
 def _fragment() -> tuple[np.ndarray, np.ndarray]:
-    """Return (row, column) in a [64, 16] operand of every register, half and thread, arrays [4, 2, 128]."""
+    """Return (row, column): where the 16-bit numbers of a wgmma operand A [64, 16] in registers belong.
+
+    Both are integer arrays [4 registers, 2 halves of a register, 128 threads].
+    """
     thread, half, register = np.arange(WARPGROUP), np.arange(2)[:, None], np.arange(4)[:, None, None]
     row = thread // WARP * 16 + thread % WARP // 4 + register % 2 * 8
     return np.broadcast_to(row, (4, 2, WARPGROUP)), thread % 4 * 2 + half + register // 2 * 8
 
 
 def matrix_bytes(descriptor: int, rows: int, depth: int, is_transposed: bool, text: str) -> np.ndarray:
-    """Return the shared-memory offsets of a matrix [rows, depth] of 16-bit elements, given its wgmma descriptor.
+    """Return the offsets in shared memory of the elements of a wgmma operand, an int array [rows, depth].
 
-    Each offset is that of the element's first byte. The rows are the rows of A or the columns of B. Elements are
-    contiguous along the depth, or along the rows if `is_transposed`.
+    The elements have 16 bits; an offset is that of the first byte.
+
+    Args:
+      descriptor: the matrix descriptor of the operand, as wgmma gets it.
+      rows: the number of rows of A or of columns of B.
+      depth: the size of the axis over which the product sums.
+      is_transposed: whether elements are contiguous along the rows; otherwise along the depth.
+      text: the instruction, for error messages.
     """
     start = (descriptor & 0x3FFF) << 4
     leading, stride = (descriptor >> 16 & 0x3FFF) << 4, (descriptor >> 32 & 0x3FFF) << 4
     span = {0: 16, 1: 128, 2: 64, 3: 32}[descriptor >> 62]
     if descriptor >> 49 & 7:
-        raise UnknownInstruction(f"a matrix descriptor with a base offset: {text}")
+        raise UnknownInstruction(f"the PTX machine supports no matrix descriptor with a base offset: {text}")
     row, k = np.arange(rows)[:, None], np.arange(depth)[None]
     if not is_transposed:
         if span == 16:
@@ -68,7 +81,7 @@ def matrix_bytes(descriptor: int, rows: int, depth: int, is_transposed: bool, te
             addresses = start + row // 8 * stride + row % 8 * span + k * 2
     else:
         if span == 16:
-            raise UnknownInstruction(f"a transposed operand without a swizzle: {text}")
+            raise UnknownInstruction(f"the PTX machine supports no transposed operand without a swizzle: {text}")
         across = span // 2
         addresses = start + row // across * leading + k // 8 * stride + k % 8 * span + row % across * 2
     return swizzled(addresses, span) - SHARED
@@ -110,22 +123,23 @@ def wgmma_wait(decoder, x, match):
 
 @instruction(r"wgmma\.mma_async\.sync\.aligned\.m64n(?P<n>\d+)k16\.f32\.(?P<a>bf16|f16)\.(?P<b>bf16|f16)")
 def wgmma(decoder, x, match):
-    """Compute D = A @ B, plus D if the predicate is true.
+    """Decode instruction x, a wgmma.mma_async, into the function that executes it.
 
-    A [64, 16] is in registers or in shared memory, B [16, n] in shared memory.
+    It computes D = A @ B, or D = A @ B + D if its predicate is true. A [64, 16] is in registers or in shared memory, B
+    [16, n] in shared memory, and D [64, n] in registers.
     """
     columns, kind = int(match["n"]), match["a"]
     target, a, b, adds, *flags = x.operands
     flags = [flag.value for flag in flags]
     signs, transposed = flags[:2], flags[2:]
     if match["b"] != kind or signs != [1, 1]:
-        raise UnknownInstruction(f"the PTX machine does not know this instruction: {x.text}")
+        raise UnknownInstruction(f"the PTX machine does not support this instruction: {x.text}")
     in_registers = a.kind == "vector"
     transposed = [0, *transposed] if in_registers else transposed
     adds = decoder.read(adds, "pred")
     rows = [decoder.rows[part.text][1] for part in target.parts]
     if len(rows) != columns // 2:
-        raise Fault(f"{len(rows)} registers for {columns} columns: {x.text}")
+        raise Fault(f"{len(rows)} registers cannot hold the {columns} columns of the result: {x.text}")
     a_reads = [decoder.read(part, "b32") for part in a.parts] if in_registers else None
     a_descriptor = None if in_registers else _descriptor(decoder, a)
     b_descriptor = _descriptor(decoder, b)
@@ -142,7 +156,7 @@ def wgmma(decoder, x, match):
             raise Fault(f"{u.name} wrote {min(missing)} after its last wgmma.fence: {x.text}")
         running = u.in_flight.keys()
         if clash := factors & running & u.results or results & running - u.results:
-            raise Fault(f"{u.name}: {min(clash)} is of another use in a wgmma that nothing has waited for: {x.text}")
+            raise Fault(f"{u.name}: {min(clash)} is of another use (operand or result) in a running wgmma: {x.text}")
         if in_registers:
             values = np.stack([np.broadcast_to(read(u), (u.lanes,)) for read in a_reads])
             halves = np.ascontiguousarray(values).view(np.uint16).reshape(4, WARPGROUP, 2).transpose(0, 2, 1)
@@ -155,7 +169,7 @@ def wgmma(decoder, x, match):
         files = u.files["f32"]
         adding = np.broadcast_to(adds(u), (u.lanes,))
         if adding.all() != adding.any():
-            raise Fault(f"only some lanes add to the accumulator: {x.text}")
+            raise Fault(f"the predicate of a wgmma is true in some lanes and false in others: {x.text}")
         for register, where in zip(rows, zip(row, column, strict=True), strict=True):
             own = result[where]
             files[register][...] = files[register] + own if adding[0] else own
@@ -179,13 +193,22 @@ def _descriptor(decoder, operand: Operand):
 
 
 def _operand(u, descriptor: int, rows: int, is_transposed: int, kind: str, actor: int, group: int, text: str):
-    """Return an operand that the tensor cores read from shared memory, float32 [rows, 16]."""
+    """Read an operand of a wgmma from shared memory, as the tensor cores do; return it as float32 [rows, 16].
+
+    Args:
+      u: the unit of warps that executes the wgmma.
+      descriptor, rows, is_transposed: as for `matrix_bytes`.
+      kind: the type of the elements, bf16 or f16.
+      actor: the number of the tensor cores in `Clocks`.
+      group: the group of the product, which is the time of the tensor cores.
+      text: the instruction, for error messages.
+    """
     shared = u.block.shared
     at = matrix_bytes(descriptor, rows, 16, bool(is_transposed), text)
     if at.min() < 0 or at.max() + 2 > shared.size:
-        raise Fault(f"a matrix reaches byte {at.max() + 1} of {shared.size} of shared memory: {text}")
+        raise Fault(f"a matrix reaches byte {at.max() + 1} of shared memory, which has {shared.size} bytes: {text}")
     at = (at[..., None] + np.arange(2)).reshape(-1)
-    # The four warps issue the product together, so each of them must know that its operands are complete.
+    # The four warps issue the product together, so its operands must be complete for each of them.
     known = u.block.clocks.joined(u.warps)
     data = shared.read(at, actor, known, text, is_proxy=True, time=group)
     return _numbers(np.ascontiguousarray(data).view(np.uint16), kind).reshape(rows, 16)
@@ -193,7 +216,7 @@ def _operand(u, descriptor: int, rows: int, is_transposed: int, kind: str, actor
 
 @cache
 def _matrix_lanes(is_transposed: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Return (row, column) of the two elements of an 8 x 8 matrix that each lane holds, arrays [32, 2]."""
+    """Return (row, column) of the two elements that each lane holds of an 8 x 8 matrix, arrays [32 lanes, 2]."""
     lane, half = np.arange(WARP)[:, None], np.arange(2)[None]
     row, column = np.broadcast_to(lane // 4, (WARP, 2)), lane % 4 * 2 + half
     return (column, row) if is_transposed else (row, column)
@@ -208,9 +231,10 @@ def _require_registers(operand: Operand, count: int, text: str) -> None:
 
 
 def _row_bytes(u, mask, pointer, count: int, text: str):
-    """Return the byte offsets of `count` 8 x 8 matrices for each participating warp.
+    """Return where ldmatrix or stmatrix accesses shared memory: `count` matrices of 8 x 8 elements for each warp.
 
-    Returns the offsets and the warp of each, both [warps, count, 8 rows, 16], and the indices of the warps in the unit.
+    `pointer` gives the address of a row of a matrix in each lane. Returns three arrays: the byte offsets [warps, count,
+    8 rows, 16 bytes], the warp of each byte in the same shape, and the index of each warp in the unit.
     """
     warps = full_warps(u, mask, text)
     places = warps - u.warps[0]
@@ -261,10 +285,13 @@ def store_matrices(decoder, x, match):
 
 @instruction(r"mma\.sync\.aligned\.m16n8k(?P<k>8|16)\.row\.col\.f32\.(?P<kind>bf16|f16|tf32)\.(?P=kind)\.f32")
 def mma(decoder, x, match):
-    """Compute D = A @ B + C in each warp, with A [16, k] and B [k, 8]."""
+    """Decode instruction x, an mma.sync, into the function that executes it: D = A @ B + C in each warp.
+
+    A [16, k], B [k, 8], C and D [16, 8] are in registers.
+    """
     kind, depth = match["kind"], int(match["k"])
     if (depth == 16) == (kind == "tf32"):
-        raise UnknownInstruction(f"the PTX machine does not know this instruction: {x.text}")
+        raise UnknownInstruction(f"the PTX machine does not support this instruction: {x.text}")
     target, a, b, c = x.operands
     a, b = ([decoder.read(part, "b32") for part in o.parts] for o in (a, b))
     c, writes = [decoder.read(part, "f32") for part in c.parts], [decoder.write(part, "f32") for part in target.parts]
@@ -272,7 +299,10 @@ def mma(decoder, x, match):
     group, place = lane // 4, lane % 4
 
     def matrix(u, reads, rows):
-        """Return an operand [warps, rows, depth]. Its registers are ordered by depth half, then by group of 8 rows."""
+        """Return an operand as float32 [warps, rows, depth], read from its registers.
+
+        The registers are ordered by half of the depth, and in each half by group of 8 rows.
+        """
         result = np.empty((u.lanes // WARP, rows, depth), np.float32)
         halves = rows // 8
         for i, read in enumerate(reads):

@@ -1,10 +1,10 @@
-"""The data of a kernel launch: the PTX, the grid, and the sources of the parameters."""
+"""The data of a kernel launch: the PTX, the grid, and where the parameters come from."""
 
 from typing import NamedTuple
 
 
 class TensorMap(NamedTuple):
-    """The copy engine's description of an array. Dimensions are ordered from the innermost to the outermost."""
+    """The copy engine's description of an array, from which it copies boxes. The innermost dimension comes first."""
 
     array: int  # the index of the array among the arrays of the launch
     offset: int  # the offset of the first element, in bytes
@@ -16,7 +16,7 @@ class TensorMap(NamedTuple):
 
 
 class Program(NamedTuple):
-    """One kernel and how it is launched."""
+    """One compiled kernel, and how it is launched."""
 
     name: str
     ptx: str

@@ -1,8 +1,9 @@
-"""Handwritten programs for the tests of the machine: `run` makes a kernel from a body of PTX and runs it on arrays.
+"""Handwritten programs for the tests of the PTX machine: `run` makes a kernel of a few lines of PTX and runs it.
 
-A body may use the registers %p0 to %p15, %h0 to %h31 (16 bits), %r0 to %r63, %f0 to %f63 and %d0 to %d63 (64 bits).
-At its beginning, %d0, %d1, .. contain the addresses of the arrays, %d60 the address of the tensor maps, %r60 the number
-of the thread, %r61 of the warp, %r62 of the lane, and %r63 the address of the shared memory.
+The lines, called the body, may use the registers %p0 to %p15, %h0 to %h31 (16 bits), %r0 to %r63, %f0 to %f63 and %d0
+to %d63 (64 bits). When the body begins, these registers have values: %d0, %d1, .. the addresses of the arrays, %d60 the
+address of the tensor maps, %r60 the number of the thread, %r61 of its warp, %r62 of its lane in the warp, and %r63 the
+address of shared memory.
 """
 
 import itertools
@@ -33,7 +34,15 @@ BITS = {"pred": 32, "f32": 32} | {f"{c}{n}": n for c in "bsu" for n in (8, 16, 3
 
 
 def run(body: str, *arrays: np.ndarray, threads=32, grid=1, shared=4096, maps: tuple[TensorMap, ...] = ()) -> None:
-    """Run a body of PTX on arrays, which it changes in place."""
+    """Run a body of PTX on arrays, which it changes in place.
+
+    Args:
+      body: the lines of PTX.
+      threads: the number of threads per block.
+      grid: the number of blocks.
+      shared: the bytes of shared memory.
+      maps: the tensor maps of the copies.
+    """
     parameters = [f".param .u64 a{i}" for i in range(len(arrays))]
     addresses = [f"ld.param.u64 %d{i}, [a{i}];" for i in range(len(arrays))]
     if maps:
@@ -53,7 +62,7 @@ def run(body: str, *arrays: np.ndarray, threads=32, grid=1, shared=4096, maps: t
 
 
 def encode(kind: str, value) -> int:
-    """Return the bits of a value of type `kind`."""
+    """Return the bits of a number as a value of type `kind`, such as s32 or f32."""
     if kind == "f32":
         with np.errstate(over="ignore"):
             return int(np.float32(value).view(np.uint32))
@@ -61,7 +70,7 @@ def encode(kind: str, value) -> int:
 
 
 def decode(kind: str, bits: int):
-    """Return the value of bits of type `kind`, as a Python number."""
+    """Return the Python number whose bits as a value of type `kind` are `bits`."""
     if kind == "f32":
         return float(np.uint32(bits).view(np.float32))
     bits &= (1 << BITS[kind]) - 1
@@ -74,12 +83,13 @@ MASKED_OFF = 0x5A5A5A5A5A5A5A5A  # the result in lanes that an instruction does 
 
 
 def apply(text: str, out: str, kinds: list[str], cases: list[tuple], *, odd_lanes_only=False) -> list:
-    """Return the results of instructions for `cases`, which are tuples of operands; each lane runs one case.
+    """Run instructions on many cases, one case per lane; return the result of each case.
 
     Args:
-      text: the instructions, with {d} for the result's register and {0}, {1}, .. for the operands' registers.
-      out, kinds: the types of the result and of the operands.
-      odd_lanes_only: make the instruction's predicate false in the even lanes. Their result is then MASKED_OFF.
+      text: the instructions, with {d} for the register of the result and {0}, {1}, .. for those of the operands.
+      out, kinds: the type of the result, and the types of the operands.
+      cases: a tuple of operands for each case.
+      odd_lanes_only: make the predicate of the instructions false in the even lanes, whose result is then MASKED_OFF.
     """
     threads = -(-len(cases) // 32) * 32
     padded = list(itertools.islice(itertools.cycle(cases), threads))

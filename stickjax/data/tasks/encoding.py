@@ -1,4 +1,4 @@
-"""The common code of all tasks: vocabularies, random access to examples, and their parts."""
+"""Code that all synthetic tasks use: vocabularies, random access to examples, and parts for training and tests."""
 
 import copy
 import hashlib
@@ -17,10 +17,10 @@ SPECIAL = ("<unknown>", "<start>", "<end>")  # ids 1, 2 and 3 of the vocabularie
 
 
 class Vocabulary:
-    """A vocabulary of symbols for texts in which spaces separate the symbols. Id 0 is padding, which has no text.
+    """A vocabulary of symbols. It converts a text, in which spaces separate the symbols, to ids and back.
 
-    `symbols` has all symbols with spaces between them; the first one has id 1. If there are `special` symbols, they
-    come first.
+    `symbols` is a text with all symbols, separated by spaces. The first symbol has id 1. Id 0 is padding. If there are
+    `special` symbols, they come before the others, so the first of them has id 1.
 
     >>> words = Vocabulary("a b")
     >>> words.encode("b a b", T=4), words.decode([2, 1, 2, 0]), len(words)
@@ -43,7 +43,7 @@ class Vocabulary:
         """
         words = text.split()
         if len(words) > T:
-            raise ValueError(f"T={T} is shorter than an example of {len(words)} symbols")
+            raise ValueError(f"T={T} must be at least {len(words)}, the number of symbols of the text")
         ids = np.zeros(T, np.int32)
         for i, word in enumerate(words):
             if word not in self.ids:
@@ -52,21 +52,21 @@ class Vocabulary:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of ids [n]: their symbols with spaces between them, without padding."""
+        """Return the symbols of the ids [n] as a text, in which spaces separate the symbols. Padding is left out."""
         return " ".join(self.symbols[i] for i in ids if i)
 
 
 class Examples:
-    """Random access to examples, for `grain.MapDataset.source`. An example is a dictionary {name: array}.
+    """Random access to the examples of a task, for `grain.MapDataset.source`. An example is a dictionary {name: array}.
 
-    Example i is `arrays(rows[i])`, which is computed when the example is used.
+    Example i is `arrays(rows[i])`: the function `arrays` is called each time the example is used.
 
     Args:
-      rows: the examples in a compact form.
-      arrays: converts a row to the arrays of the example.
+      rows: a short description of every example, such as its text.
+      arrays: a function from a row to the arrays of the example.
       texts: groups of names of arrays. The arrays of a group have token ids, and are padded with 0 to one length. Such
         groups are (("left", "right"),) for pairs and (("source",), ("target",)) for translations.
-      lengths: returns the largest number of tokens in each group of a row; needed if there are `texts`.
+      lengths: a function from a row to the largest number of tokens in each group; needed if there are `texts`.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Examples:
 
 
 class Parts(NamedTuple):
-    """The training part and the test part of the examples of a task."""
+    """The examples of a task, divided into a training part and a test part."""
 
     train: Sequence
     test: Sequence
@@ -148,7 +148,7 @@ def longest_of(rows: Iterable, *texts: str) -> int:
 
 
 def distinct(drawn: Iterable, count: int) -> Iterator:
-    """Return an iterator over the first `count` different values of `drawn`, in their order."""
+    """Return an iterator over the first `count` different values of `drawn`: a value that came before is left out."""
     seen: set = set()
     new = (value for value in drawn if value not in seen and not seen.add(value))
     return itertools.islice(new, count)

@@ -1,7 +1,7 @@
 """ListOps: compute the value of nested lists of digits (Nangia and Bowman, 2018, arXiv 1804.06028; data set "d20s").
 
-An expression is a digit or `[op X1 .. Xn ]` with n from 2 to 5 and op MIN, MAX, MED (the median, rounded down)
-or SM (the sum modulo 10).
+An expression is a digit, or a list `[op X1 .. Xn ]` of 2 to 5 expressions X1 .. Xn. The operator op is MIN, MAX, MED
+(the median, rounded down) or SM (the sum modulo 10). For example, `[MAX 2 [SM 5 6 ] ]` has the value 2.
 """
 
 import functools
@@ -30,10 +30,10 @@ class Example(NamedTuple):
 
 
 def _expression(uniform: Callable[[], float], depth: int = 1) -> tuple[str, int]:
-    """Draw a random expression, and return its text and its value, a digit.
+    """Draw a random expression, and return (its text, its value). The value is a digit.
 
-    The expression is a list with probability 1/4, and otherwise a digit. At depth 20 of nested lists it is always a
-    digit. `uniform` returns random numbers in [0, 1).
+    The expression is a list with probability 1/4, and otherwise a digit. `depth` is 1 plus the number of lists around
+    the expression; at depth 20 the expression is always a digit. `uniform` returns random numbers in [0, 1).
     """
     if uniform() > 0.25 or depth >= 20:
         digit = int(10 * uniform())
@@ -51,9 +51,9 @@ def _draws(seed: int) -> Iterator[Example]:
 
 @functools.lru_cache(maxsize=1)
 def generate(seed: int = 0, count: int = 100_000) -> Parts:
-    """Generate `count` different expressions in a random order, the first nine tenths for training, the rest for tests.
+    """Generate `count` different expressions, and divide them at random: nine tenths for training, the rest for tests.
 
-    Then the expressions of a single digit are removed from both parts.
+    Expressions that are a single digit are removed from both parts.
 
     >>> generate(count=1000).train[0]
     Example(text='[MIN 6 3 4 ]', label=3)
@@ -65,7 +65,9 @@ def generate(seed: int = 0, count: int = 100_000) -> Parts:
 
 
 def binary(text: str) -> str:
-    """Return an expression with added brackets "(" and ")", which group its symbols in pairs, from the left.
+    """Return an expression with additional brackets "(" and ")", which group its symbols in pairs from left to right.
+
+    So the expression becomes a binary tree.
 
     >>> binary("[SM 6 5 ]")
     '( ( ( [SM 6 ) 5 ) ] )'
@@ -91,12 +93,20 @@ def examples(
     count: int = 100_000,
     valid_every: int = 0,
 ) -> Examples:
-    """Return the examples of a part: `tokens` [T] of an expression, and its value `label`, int32.
+    """Return the examples of a part. An example has the ids `tokens` [T] of an expression and its `label`.
 
-    `part` is "train", "valid" or "test". `count` expressions are generated with `seed` and divided into training and
-    test expressions (see `generate`). The part "valid" has one in `valid_every` training expressions, which the part
-    "train" does not have. Expressions of more than T symbols are left out; T None: none is left out. With `brackets`,
-    the expressions have the brackets of `binary`, which count as symbols.
+    `label` is the value of the expression. Both arrays are int32. The function `generate` divides the expressions into
+    training and test examples.
+
+    Args:
+      part: "train", "valid" or "test".
+      T: the number of ids. Expressions of more than T symbols are left out; shorter ones are padded with 0. None: the
+        number of symbols of the longest expression, so that none is left out.
+      brackets: whether to add brackets to the expressions, as the function `binary` does. They count as symbols.
+      seed: the seed of the random expressions.
+      count: the number of expressions to generate, for all parts together.
+      valid_every: the part "valid" gets one in `valid_every` training expressions, and the part "train" the others. 0:
+        the part "train" has all of them.
 
     Raises ValueError for an unknown part.
 
@@ -113,7 +123,9 @@ def examples(
 
 
 def text(seed: int, count: int) -> Iterator[str]:
-    """Return an iterator over `count` different lines. A line is a list, `=`, and the value of the list.
+    """Return an iterator over `count` different random lines of text for a language model.
+
+    A line has a list, then `=`, then the value of the list. `seed` decides the lists.
 
     >>> list(text(0, 2))
     ['[SM [SM [MIN 8 0 5 1 ] 7 8 ] 9 5 ] = 9', '[MED 0 8 8 9 ] = 8']

@@ -1,9 +1,11 @@
-"""Propositional logic: find the relation of two sentences (Bowman, Manning and Potts, 2015, arXiv 1506.04834).
+"""Propositional logic: classify how two sentences are related (Bowman, Manning and Potts, 2015, arXiv 1506.04834).
 
-A sentence is a variable a .. f, `( not X )` or `( L ( op R ) )`, where X, L and R are sentences and op is `and` or
-`or`. A world assigns a truth value to each of the six variables. The truth table of a sentence is a number with one bit
-for each of the 64 worlds: whether the sentence holds in the world. So a few bit operations compute the relation of two
-sentences.
+A sentence is one of the variables a to f, `( not X )` or `( L ( op R ) )`, where X, L and R are sentences and op is
+`and` or `or`. For example, the sentence `a` implies the sentence `( a ( or b ) )`: their relation is `<`.
+
+A world is an assignment of true or false to the six variables, so there are 2^6 = 64 worlds. The truth table of a
+sentence is a 64-bit integer: bit w is 1 if the sentence is true in world w. The relation of two sentences is computed
+from their truth tables by a few bit operations.
 """
 
 import functools
@@ -20,13 +22,13 @@ from stickjax.data.tasks.encoding import PARTS, Examples, Parts, Vocabulary, dis
 
 VOCABULARY = Vocabulary("( ) a b c d e f or and not")
 SPLITS = ALL_SPLITS["logic"]
-RELATIONS = ("<", ">", "=", "^", "|", "#", "v")  # a label is an index
-BUCKETS = 13  # by the larger number of operators of the two sentences: 0 .. 11, and 12 for all above
+RELATIONS = ("<", ">", "=", "^", "|", "#", "v")  # the label of a pair is the index of its relation here
+BUCKETS = 13  # the bucket of a pair is the larger number of operators of its two sentences, but at most 12
 
 _WORLDS = 2**64 - 1
 # The truth tables of the variables: bit w of variable i is bit i of the world w.
 _VARIABLES = [(name, sum(1 << w for w in range(64) if w >> i & 1), 0) for i, name in enumerate("abcdef")]
-# {(is there a world where both hold, only the left, only the right, neither): relation}
+# {(is there a world in which both are true, only the left, only the right, neither): relation}
 _RELATIONS = {
     (True, False, False, True): "=",
     (True, False, True, True): "<",
@@ -45,11 +47,18 @@ class Example(NamedTuple):
 
 
 def relation(left: int, right: int) -> str:
-    """Return the relation of two sentences, given by their truth tables of 64 bits.
+    """Return the relation of two sentences: the first of the signs below whose condition holds.
 
-    `=`: the truth tables are equal. `<`: left implies right. `>`: right implies left. `^`: in every world exactly one
-    sentence holds. `|`: in no world both sentences hold. `v`: in every world at least one sentence holds. `#`: none of
-    these.
+    `left` and `right` are the truth tables of the sentences: integers with one bit for each of the 64 worlds. Each
+    sentence must be true in at least one world, and false in at least one world.
+
+    `=`: the truth tables are equal.
+    `<`: left implies right.
+    `>`: right implies left.
+    `^`: in every world exactly one sentence is true.
+    `|`: in every world at most one sentence is true.
+    `v`: in every world at least one sentence is true.
+    `#`: none of these conditions holds.
 
     >>> relation(0b0011, 0b0111), relation(0b0011, 0b0100)
     ('<', '|')
@@ -59,10 +68,11 @@ def relation(left: int, right: int) -> str:
 
 
 def _sentence(uniform: Callable[[], float], variables: Sequence[tuple], n: int) -> tuple[str, int, int]:
-    """Draw a random sentence, and return its text, its truth table and its number of operators.
+    """Draw a random sentence, and return (its text, its truth table, its number of operators).
 
-    `uniform` returns random numbers in [0, 1). `variables` are entries of _VARIABLES. `n` limits the size: the two
-    parts of a sentence are drawn with n // 2, and a sentence with n < 2 is a variable or its negation.
+    `uniform` returns random numbers in [0, 1). Each of `variables` is a triple like the result: (name, truth
+    table, 0). `n` limits the length: the two sentences inside a sentence are drawn with n // 2, and for n < 2 the
+    sentence is a variable or its negation.
     """
     choice = int(9 * uniform())
     if choice > 3 or n < 2:
@@ -81,9 +91,9 @@ def _sentence(uniform: Callable[[], float], variables: Sequence[tuple], n: int) 
 
 
 def _draws(seed: int) -> Iterator[Example]:
-    """Yield random pairs of sentences without end. Both sentences of a pair use the same four of the six variables.
+    """Yield endlessly many random pairs of sentences. A pair uses at most four of the six variables.
 
-    Pairs with a sentence that holds in every world or in no world are left out.
+    A pair is left out if one of its sentences is true in every world or in no world.
     """
     uniform = Random(seed).random
     labels = {relation: label for label, relation in enumerate(RELATIONS)}
@@ -99,10 +109,13 @@ def _draws(seed: int) -> Iterator[Example]:
 
 @functools.lru_cache(maxsize=1)
 def generate(seed: int = 0, draws: int = 500_000) -> tuple[Parts, ...]:
-    """Draw pairs of sentences, remove duplicates, and return them in BUCKETS buckets by their number of operators.
+    """Draw pairs of sentences, remove duplicates, and divide the pairs into BUCKETS buckets, short sentences first.
 
-    The first 85 % of each bucket are for training, the rest for tests. Sentences in the training parts of buckets 0..6
-    have at most 37 tokens. Sentences in bucket 12 have at most about twice as many.
+    The index of the bucket of a pair is the larger number of operators of its two sentences, but at most 12.
+    The first 85 % of the pairs of each bucket are for training, the rest for tests. Sentences in the training parts of
+    the buckets 0 to 6 have at most 37 tokens; sentences in bucket 12 have at most about 74 tokens.
+
+    `draws` is the number of pairs to draw, before duplicates are removed, and `seed` decides which pairs.
 
     >>> [len(bucket.train) for bucket in generate(draws=1000)][:3]
     [30, 116, 63]
@@ -119,10 +132,11 @@ def generate(seed: int = 0, draws: int = 500_000) -> tuple[Parts, ...]:
 
 
 def matches(example: Example, split: str) -> bool:
-    """Return whether a sentence of the pair has the pattern that `split` removes from the training part.
+    """Return whether a pair of sentences has a pattern that `split` keeps out of training, to test generalization.
 
-    Pattern of split A: `( and ( not a ) )`. Pattern of split B: `( and ( not X ) )` for any sentence X. Split C has the
-    pattern of B, and the same pattern with `or` in place of `and`.
+    `A`: the pattern `( and ( not a ) )`.
+    `B`: the pattern `( and ( not X ) )` for any sentence X.
+    `C`: the pattern of split B, or the same pattern with `or` in place of `and`.
 
     >>> [matches(Example("( b ( or ( not a ) ) )", "c", 5, 2), split) for split in SPLITS]
     [False, False, True]
@@ -142,14 +156,23 @@ def examples(
     draws: int = 500_000,
     valid_every: int = 0,
 ) -> Examples:
-    """Return the pairs of a part, "train", "valid" or "test": `left` [T], `right` [T], `label` and `bucket`, int32.
+    """Return the labelled pairs of sentences of a part. An example has int32 arrays with these names:
 
-    `left` and `right` are the ids of the sentences, and `label` is the index of their relation in RELATIONS. `draws`
-    pairs are drawn with `seed` (see `generate`); only pairs in `buckets` are returned. T None: the longest sentence.
+    `left`, `right` [T]: the ids of the two sentences, padded with 0.
+    `label` []: the index of their relation in RELATIONS.
+    `bucket` []: the index of the bucket of the pair, which says how long the pair is; `generate` explains it.
 
-    With split A, B or C, all parts come from the training parts of the buckets. The part "test" has the pairs that
-    match the pattern of the split (see `matches`), and the other parts have all other pairs. The part "valid" has one
-    in `valid_every` pairs of each bucket, which the part "train" does not have.
+    Args:
+      part: "train", "valid" or "test".
+      T: the number of ids of a sentence; None: the number of tokens of the longest sentence.
+      split: None, "A", "B" or "C". With A, B or C, all parts are made from the training pairs: those with the pattern
+        of the split are the part "test", and all others are for the parts "train" and "valid". `matches` has the
+        patterns.
+      buckets: the buckets whose pairs are returned.
+      seed: the seed of the random sentences.
+      draws: the number of pairs to draw, for all buckets and all parts.
+      valid_every: the part "valid" gets one in `valid_every` training pairs of each bucket, and the part "train" the
+        others. 0: the part "train" has all of them.
 
     Raises ValueError if a sentence has more than T tokens, or for an unknown part or split.
 
@@ -167,7 +190,7 @@ def examples(
     longest = longest_of(rows, "left", "right")
     T = longest if T is None else T
     if longest > T:
-        raise ValueError(f"T={T} is shorter than the longest sentence of {longest} tokens")
+        raise ValueError(f"T={T} must be at least {longest}, the number of tokens of the longest sentence")
 
     def arrays(row: Example) -> dict[str, np.ndarray]:
         left, right = VOCABULARY.encode(row.left, T), VOCABULARY.encode(row.right, T)
@@ -178,7 +201,9 @@ def examples(
 
 
 def text(seed: int, count: int) -> Iterator[str]:
-    """Return an iterator over `count` different lines. A line is a left sentence, a relation and a right sentence.
+    """Return an iterator over `count` different random lines of text for a language model.
+
+    A line has the left sentence, the sign of the relation, and the right sentence. `seed` decides the sentences.
 
     >>> list(text(0, 2))
     ['( not c ) ^ c', 'd # b']

@@ -174,7 +174,7 @@ def examples(
     for letter, size, name in (("T", T, "source"), ("S", S, "target")):
         longest = longest_of(rows, name)
         if size is not None and longest > size:
-            raise ValueError(f"{letter}={size} is shorter than the longest {name} of {longest} words")
+            raise ValueError(f"{letter}={size} is too small: the longest entry of {name!r} has {longest} words")
         sizes.append(longest if size is None else size)
 
     def arrays(row: Example):
@@ -185,7 +185,9 @@ def examples(
 
 
 def text(seed: int, count: int) -> Iterator[str]:
-    """Return an iterator over `count` different lines. A line is a source and its target.
+    """Return an iterator over `count` different lines of text for a language model.
+
+    A line has a source and its target. `seed` decides the examples.
 
     >>> next(text(22, 1))
     'IN: her peacocks do move . decl OUT: her peacocks do move . decl'

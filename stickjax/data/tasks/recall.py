@@ -1,8 +1,8 @@
-"""Multi-query repeated associative recall: find the latest value of a key.
+"""Multi-query repeated associative recall: a model must answer which value was last assigned to a key.
 
-A sequence is a mixture of two kinds of statements: `a 3` assigns the value 3 to the key a, and `? a` asks for the value
-of the key a. A key may be assigned again, and then its earlier values are wrong (Tan et al., 2024, arXiv 2410.17980).
-In the task of Arora et al. (2023, arXiv 2312.04927), a key is assigned only once.
+A sequence has two kinds of statements in random order. `a 3` assigns the value 3 to the key a. `? a` asks for the value
+of the key a. If a key is assigned several times, the latest value counts (Tan et al., 2024, arXiv 2410.17980). In the
+simpler task of Arora et al. (2023, arXiv 2312.04927), each key is assigned only once.
 """
 
 import string
@@ -19,9 +19,10 @@ VOCABULARY = Vocabulary(" ".join([*KEYS, *VALUES, QUERY]))
 
 
 def _statements(random: Random, count: int, keys: int) -> Iterator[tuple[str, str, bool]]:
-    """Yield `count` statements about `keys` random keys: (key, its latest value, whether the statement asks for it).
+    """Yield `count` random statements, each as (key, latest value of the key, whether the statement is a question).
 
-    The first statement assigns a value. Each later statement asks for a value with probability 1/2.
+    `keys` different keys are chosen at random with `random`. The first statement assigns a value. Each later statement
+    is a question with probability 1/2, and otherwise assigns a random value to a random key.
     """
     latest: dict[str, str] = {}
     names = random.sample(KEYS, keys)
@@ -34,11 +35,19 @@ def _statements(random: Random, count: int, keys: int) -> Iterator[tuple[str, st
 
 
 def examples(part: str = "train", *, T: int = 128, keys: int = 16, seed: int = 0, count: int = 100_000) -> Examples:
-    """Return `count` sequences of T / 2 statements about `keys` keys, for `part` "train" or "test".
+    """Return random sequences of T / 2 statements, to train or test a language model. A sequence has these arrays [T]:
 
-    A sequence depends only on its index, `seed` and `part`. It has the arrays of a training batch for language models,
-    each [T]: `tokens`, `targets`, `segment_ids` (zeros) and `loss_mask`. Where a sequence asks for a key, `loss_mask`
-    is True and the target is the latest value of the key. Elsewhere the target is 0.
+    `tokens`: int32, the ids of the symbols. A statement is two symbols.
+    `targets`: int32, the id of the latest value of the key where the token is the key of a question; elsewhere 0.
+    `segment_ids`: int32, zeros.
+    `loss_mask`: bool, True where the token is the key of a question.
+
+    Args:
+      part: "train" or "test", which have different sequences.
+      T: the number of tokens of a sequence.
+      keys: the number of different keys in a sequence.
+      seed: the seed of the random statements.
+      count: the number of sequences. A sequence depends on its index and the other arguments, but not on `count`.
 
     Raises ValueError if T is odd, `keys` is not in 1..52, or for an unknown part.
 
@@ -70,7 +79,9 @@ def examples(part: str = "train", *, T: int = 128, keys: int = 16, seed: int = 0
 
 
 def text(seed: int, count: int) -> Iterator[str]:
-    """Return an iterator over `count` different lines of 32 statements about 8 keys. The answer follows each question.
+    """Return an iterator over `count` different random lines of text for a language model.
+
+    A line has 32 statements about 8 keys, where the value follows each question. `seed` decides the statements.
 
     >>> next(text(0, 1))[:40]
     'q 7 ? q 7 q 2 q 8 A 4 ? q 8 G 7 G 6 ? G '

@@ -1,8 +1,10 @@
-"""SCAN: translate commands in English to actions (Lake and Baroni, 2018, arXiv 1711.00350); all 20,910 commands.
+"""SCAN: translate commands in English to sequences of actions (Lake and Baroni, 2018, arXiv 1711.00350).
 
-A command is V, `V twice` or `V thrice`, or two of these joined by `and` or `after`. V is a phrase: `u`, `u left`,
-`u opposite left` or `u around left`, or the same with `right`. u is a verb: walk, look, run or jump; before a direction
-it may also be turn.
+For example, the actions of the command `jump left and run` are `I_TURN_LEFT I_JUMP I_RUN`. There are 20,910 commands.
+
+A command is a phrase V, `V twice` or `V thrice`, or two of these joined by `and` or `after`. A phrase is `u`, `u left`,
+`u opposite left` or `u around left`, or the same with `right`. Here u is one of the verbs walk, look, run and jump; in
+front of a direction it may also be the verb turn.
 """
 
 import functools
@@ -28,7 +30,7 @@ class Example(NamedTuple):
 
 
 def _phrases() -> Iterator[tuple[str, list[str]]]:
-    """Yield all phrases V (see the top of this file), each with the list of its actions."""
+    """Yield (phrase, list of its actions) for every phrase, such as "turn left". Commands are made from phrases."""
     for u in (*PRIMITIVES, "turn"):
         act = [] if u == "turn" else [f"I_{u.upper()}"]
         if act:
@@ -42,7 +44,7 @@ def _phrases() -> Iterator[tuple[str, list[str]]]:
 
 @functools.cache
 def pairs() -> tuple[Example, ...]:
-    """Return all commands, each with its actions.
+    """Return all 20,910 commands, each as an Example with its actions.
 
     >>> len(pairs()), pairs()[0]
     (20910, Example(command='walk', actions='I_WALK'))
@@ -55,23 +57,18 @@ def pairs() -> tuple[Example, ...]:
 
 
 def generate(split: str = "simple", seed: int = 0) -> Parts:
-    """Return the training part and the test part of a split, which is one of SPLITS.
+    """Divide all commands into a training part and a test part. `split` is one of SPLITS:
 
-    simple: four fifths of the commands, chosen at random with `seed`, are for training, the rest for tests.
-
-    length: commands of up to 22 actions are for training, longer ones for tests.
-
-    length_tuning: only commands of the training part of `length`. Up to 18 actions are for training, 19 to 22 for
-    tests. A model for `length` can be tuned on this split without the test part of `length`.
-
-    add_jump: the training part has all commands without `jump`, and 1467 times the command `jump`; the test part has
-    all other commands with `jump`.
-
-    add_turn_left: the same with `turn left`, which is 2189 times in the training part.
-
-    around_right (Loula, Baroni and Lake, 2018, arXiv 1807.07545): the training part has all commands without
-    `around right`. The test part has the commands with `around right`, except those with `turn around right`, which
-    are in no part.
+    `simple`: four fifths of the commands, chosen at random with `seed`, are for training, the rest for tests.
+    `length`: commands of at most 22 actions are for training, longer ones for tests.
+    `length_tuning`: of the training commands of `length`, those of at most 18 actions are for training, those of 19 to
+      22 actions for tests. A model for `length` can be tuned on this split without the test commands of `length`.
+    `add_jump`: the commands without the word jump and 1467 copies of the command `jump` are for training, all other
+      commands for tests.
+    `add_turn_left`: the same as `add_jump` for the words turn left, with 2189 copies of the command `turn left`.
+    `around_right` (Loula, Baroni and Lake, 2018, arXiv 1807.07545): the commands without the words around right are for
+      training. The commands with these words are for tests, except commands with the words turn around right, which are
+      left out.
 
     Raises ValueError for an unknown split.
 
@@ -106,13 +103,15 @@ def examples(
     seed: int = 0,
     valid_every: int = 0,
 ) -> Examples:
-    """Return the examples of a part, "train", "valid" or "test": the ids `source` [T] and `target` [S], both int32.
+    """Return the examples of a part. An example has the int32 arrays `source` [T] and `target` [S].
 
-    `source` is a command in the vocabulary COMMANDS, and `target` its actions in the vocabulary ACTIONS. T or S None:
-    the longest text. `split` and `seed` are explained in `generate`. The part "valid" has one in `valid_every` training
-    examples, which the part "train" does not have.
+    `source` has the ids of the words of a command in the vocabulary COMMANDS. `target` has the ids of its actions in
+    the vocabulary ACTIONS. Both are padded with 0. If T or S is None, it is the length of the longest text.
 
-    Raises ValueError if a command has more than T words or its actions more than S, or for an unknown part or split.
+    `part` is "train", "valid" or "test", and the function `generate` explains `split` and `seed`. The part "valid" gets
+    one in `valid_every` training examples, and the part "train" the others; with 0, the part "train" has all of them.
+
+    Raises ValueError if a command has more than T words or more than S actions, or for an unknown part or split.
 
     >>> {name: array.shape for name, array in examples("test", split="length")[0].items()}
     {'source': (9,), 'target': (48,)}
@@ -122,7 +121,7 @@ def examples(
     for letter, size, name in (("T", T, "command"), ("S", S, "actions")):
         longest = longest_of(rows, name)
         if size is not None and longest > size:
-            raise ValueError(f"{letter}={size} is shorter than the longest {name} of {longest} words")
+            raise ValueError(f"{letter}={size} is too small: the longest entry of {name!r} has {longest} words")
         sizes.append(longest if size is None else size)
 
     def arrays(row: Example):
@@ -133,9 +132,9 @@ def examples(
 
 
 def text(seed: int, count: int) -> Iterator[str]:
-    """Return an iterator over `count` different lines in random order, at most all 20,910.
+    """Return an iterator over `count` different lines of text for a language model, at most one for every command.
 
-    A line is a command and its actions.
+    A line has a command and its actions. `seed` decides the random order of the lines.
 
     >>> next(text(39, 1))
     'IN: jump left and run OUT: I_TURN_LEFT I_JUMP I_RUN'

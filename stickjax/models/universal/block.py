@@ -1,4 +1,4 @@
-"""The block of the Sparse Universal Transformer: an attention and a feed-forward network, each a mixture of experts.
+"""The block of the Sparse Universal Transformer: attention and a feed-forward network, which both consist of experts.
 
 Tan et al., `Sparse Universal Transformer <https://arxiv.org/abs/2310.07096>`_.
 """
@@ -20,7 +20,7 @@ from stickjax.models.router import Experts, Router, RouterSums
 
 
 class TanhRouter(Router):
-    """A router with the logits dropout(tanh(x w_in + bias)) weight.
+    """A router that computes the logits of the experts for a token x as dropout(tanh(x w_in + bias)) weight.
 
     The gates of a token are the k largest values of the softmax of its logits, divided by their sum.
     """
@@ -45,9 +45,13 @@ class TanhRouter(Router):
 
 
 class BiasedExperts(nnx.Module):
-    """Feed-forward experts with biases.
+    """Feed-forward experts with biases. The caller runs the router.
 
-    The output is the sum over the chosen experts e of gate * (gelu(x w_in[e] + in_bias[e]) w_out[e] + out_bias[e]).
+    The output for a token x is the sum over the experts e that the router chose for x of
+
+      gate_e * (gelu(x w_in[e] + in_bias[e]) w_out[e] + out_bias[e]).
+
+    gate_e is the weight that the router gave to the expert e.
     """
 
     def __init__(self, config: SutConfig, key):
@@ -72,9 +76,10 @@ class BiasedExperts(nnx.Module):
 
 
 class Branch(nnx.Module):
-    """A residual branch for the hidden states h: norm(h + f(h)), or h + f(norm(h)) with `normalize_before`.
+    """A residual branch with experts: h becomes norm(h + f(h)), or h + f(norm(h)) if the config has `normalize_before`.
 
-    f(x) is the sum of the outputs of the experts that the router chooses, weighted by their gates.
+    h [B,T,D] are the hidden states. f(h) is the sum of the outputs of the experts that the router chooses for each
+    token, weighted by their gates.
     """
 
     def __init__(self, config: SutConfig, router: TanhRouter, experts: SharedHeads | BiasedExperts):
@@ -82,10 +87,11 @@ class Branch(nnx.Module):
         self.norm = LayerNorm(config)
 
     def __call__(self, h: Float[Array, "B T D"], running: Float[Array, "B T"], key, *inputs):
-        """Return the next h, and the `RouterSums` for the losses.
+        """Return the new h, and the `RouterSums` from which the losses of the router are computed.
 
-        `running`: the probability that each token still runs. It weights the tokens in the losses, and a token with
-        probability 0 uses no expert. `inputs` are further arguments of the experts.
+        `running`: the probability that each token has not halted. It is the weight of the token in the losses, and a
+        token with probability 0 uses no expert. `key`: a random key for a training step, or None. `inputs`: further
+        arguments of the experts: `source` and `context` for `SharedHeads`, none for `BiasedExperts`.
         """
         keys = [None] * 3 if key is None else jax.random.split(key, 3)
         x = self.norm(h) if self.config.normalize_before else h
@@ -96,11 +102,12 @@ class Branch(nnx.Module):
 
 
 class SutBlock(nnx.Module):
-    """The block of a Universal Transformer: self-attention, cross-attention to `source` in a decoder, feed-forward.
+    """The block of a Universal Transformer: self-attention, cross-attention (in a decoder), and feed-forward experts.
 
-    h are the outputs of the previous block, and s the states of the tokens (see `Halting.state`). Queries come from h,
-    but self-attention computes its keys and values from s. So the tokens that still run attend to the final states of
-    the tokens that have halted.
+    The model applies the block once per step. h is the output of the previous step. s is the state of every token: the
+    mean of h over the steps so far, weighted by the probabilities that the token halts at each step. Queries come from
+    h, but self-attention computes its keys and values from s. So a token that has not halted attends to the final
+    states of the tokens that have halted.
     """
 
     def __init__(self, config: SutConfig, key, *, causal: bool, cross: bool = False):
@@ -126,11 +133,13 @@ class SutBlock(nnx.Module):
         source_segment_ids: Int[Array, "B S"] | None = None,
         key=None,
     ) -> tuple[Float[Array, "B T D"], dict[str, RouterSums]]:
-        """Return the next h, and {name of a router: its `RouterSums`}.
+        """Apply the block to h, the output of the previous step. Return the new h, and {router name: its `RouterSums`}.
 
-        `running`: the probability that each token still runs; a token with probability 0 uses no expert. `segment_ids`:
-        tokens attend only to tokens with the same id; a negative id is padding. `source` and `source_segment_ids` are
-        the sequence for cross-attention.
+        `s`: the states of the tokens, from which self-attention computes its keys and values. `running`: the
+        probability that each token has not halted; a token with probability 0 uses no expert. `segment_ids`: tokens
+        attend only to tokens with the same id; a negative id is padding. `source` and `source_segment_ids`: the final
+        states and the segment ids of the encoder, for cross-attention. `key`: a random key for a training step, or
+        None.
         """
         keys, sums = [None] * 3 if key is None else jax.random.split(key, 3), {}
         seen = self.attention.norm(s) if self.config.normalize_before else s

@@ -14,9 +14,9 @@ from stickjax.parallel.collectives import psum_over_batch
 
 
 def init(config: SutConfig, key: jax.Array) -> PairClassifier | LanguageModel:
-    """Return a new model: a classifier of pairs if the config has `classes`, else a language model.
+    """Return a new model with random parameters: a classifier of pairs of sentences, or a language model.
 
-    The model is also the pytree of its parameters.
+    The model is a classifier if the config has `classes` of 1 or more. It is also the pytree of its parameters.
 
     >>> model = init(SutConfig(V=16, D=8, H=4, F=16), jax.random.key(0))
     >>> model.stack.block.ffn.experts.w_in.shape
@@ -28,30 +28,31 @@ def init(config: SutConfig, key: jax.Array) -> PairClassifier | LanguageModel:
 def apply(
     params: PairClassifier | LanguageModel, batch: dict[str, jax.Array], key: jax.Array | None = None, *, threshold=None
 ) -> SutOutput:
-    """Run a model on a batch.
+    """Run the model `params` on a batch.
 
     With a key, the model runs in training mode. Without a key, it stops as soon as all tokens have halted, and the
-    output has no reverse-mode derivative.
+    output has no gradient: `jax.grad` raises an error.
 
     Args:
-      batch: `left` and `right` [B,T], padded with 0; or `tokens` [B,T] and, when documents are packed, `segment_ids`.
-      key: randomness of a training step, or None.
-      threshold: replaces `halting_threshold`; a number or a scalar array.
+      batch: for a classifier, the token ids `left` and `right` [B,T] of the sentences, padded with 0. For a language
+        model, `tokens` [B,T], and `segment_ids` [B,T] if a sequence contains several documents.
+      key: a random key for a training step; None for inference.
+      threshold: a number or a scalar array that replaces `halting_threshold` of the config; None: do not replace it.
 
     >>> pairs = {"left": jnp.array([[3, 4, 0]]), "right": jnp.array([[5, 0, 0]])}
     >>> model = init(SutConfig(V=16, D=8, H=4, F=16, classes=7), jax.random.key(0))
     >>> output = apply(model, pairs, threshold=0.5)
-    >>> output.logits.shape, output.rows["ffn"].tolist()  # 3 tokens have 2 experts each
+    >>> output.logits.shape, output.rows["ffn"].tolist()  # 2 steps, with 2 experts for each of 3 tokens
     ((1, 7), [6, 6, 0, 0, 0, 0])
     """
     return params(batch, key, threshold=threshold, stop_early=key is None)
 
 
 class TokenHistory(NamedTuple):
-    """The tokens that a language model has read so far, as its cache for text generation.
+    """All earlier tokens, as the cache of a language model for the generation of text.
 
-    `tokens` and `segment_ids` are [B,size]; the first `length` places are filled. Keys and values are not stored. For
-    every new token the model runs on all tokens again.
+    `tokens` and `segment_ids` are [B,size], with room for `size` tokens; the first `length` places are filled. Keys and
+    values are not stored: for every new token, the model runs on all tokens again.
     """
 
     tokens: jax.Array
@@ -69,9 +70,9 @@ def empty_cache(config: SutConfig, batch: int, size: int) -> TokenHistory:
 def decode_step(
     model: LanguageModel, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"], cache: TokenHistory
 ) -> tuple[Float[Array, "B V"], TokenHistory]:
-    """Run the model on the tokens in the cache and the new `tokens`. A negative segment id is padding.
+    """Run the model on the tokens in `cache` and on the `tokens` after them. A negative segment id is padding.
 
-    Return the logits after the last of the `tokens`, and the cache with the `tokens` added.
+    Return (the logits [B,V] after the last of the `tokens`, the cache with the `tokens` added).
     """
     put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, cache.length, axis=1)  # noqa: E731
     cache = TokenHistory(put(cache.tokens, tokens), put(cache.segment_ids, segment_ids), cache.length + tokens.shape[1])
@@ -86,18 +87,21 @@ def loss(
 
     The loss is
 
-      mean cross-entropy + sum over routers of `mi_weight` * (H(e|x) - H(e)) + `act_weight` * mean halting step
+      mean cross-entropy + `act_weight` * mean halting step + sum over routers of `mi_weight` * (H(e|x) - H(e)).
 
-    with the entropies H of `router_stats`.
+    `act_weight` is a field of the config, and `mi_weight` a field of the config of a router's experts. H(e|x) - H(e)
+    is the loss `mutual_information` of a router (see `router_stats`). The halting step is the number, from 0, of the
+    step in which a token halts.
 
     Args:
-      batch: as in `apply`. Pairs also have `label` [B]; text also has `targets` [B,T] and `loss_mask` [B,T].
-      key: randomness of a training step, or None.
+      batch: as in `apply`. Pairs of sentences also have `label` [B]; text also has `targets` and `loss_mask` [B,T].
+      key: a random key for a training step; None for inference.
 
     Returns:
-      The loss, and the metrics: `loss` (the cross-entropy alone), `accuracy` (for pairs only), `depth` (mean over
-      tokens), `act` (the mean halting step), `mutual_information` (mean over routers) and `load_max` (the largest share
-      of rows of any expert, times the number of experts: 1 at balance).
+      The loss, and the metrics: `loss` (the cross-entropy alone), `accuracy` (for pairs only), `depth` (how often the
+      block is applied to a token, a mean over the tokens), `act` (the mean halting step), `mutual_information` (a mean
+      over the routers) and `load_max`. `load_max` is the largest share of the (token, choice) pairs that any expert of
+      any router has, times the number of experts: 1 if all shares are equal.
 
     >>> config = SutConfig(V=16, D=8, H=4, F=16)
     >>> batch = {"tokens": jnp.ones((2, 3), int), "targets": jnp.ones((2, 3), int), "loss_mask": jnp.ones((2, 3))}
@@ -138,7 +142,10 @@ def _mixture(config: SutConfig, router: str) -> ExpertsConfig:
 
 
 class Universal(Family):
-    """The family of Universal Transformers: language models, and classifiers of pairs if the config has `classes`."""
+    """The family of Universal Transformers: language models, and classifiers of pairs of sentences.
+
+    A model is a classifier if its config has `classes` of 1 or more.
+    """
 
     config = SutConfig
 
@@ -160,7 +167,8 @@ class Universal(Family):
     def parameter_counts(self, config: SutConfig) -> tuple[int, int]:
         """Return (the number of all parameters, the number of active parameters).
 
-        Active parameters are the ones that one step applies to one token: k of E experts, without the embedding.
+        Active parameters are the parameters that one application of the block uses for one token. Of E experts only k
+        count, and the embedding does not count.
         """
         shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
         block, size = shapes.stack.block, lambda tree: sum(x.size for x in jax.tree.leaves(tree))
@@ -170,9 +178,10 @@ class Universal(Family):
         return size(shapes), size(shapes.stack) - idle
 
     def flops_per_token(self, config: SutConfig, T: int) -> float:
-        """Return the floating-point operations of a training step per token, as if every token ran all L blocks.
+        """Return the number of floating-point operations that a training step takes per token, if no token halts early.
 
-        Bidirectional attention takes twice the operations of causal attention.
+        The block is then applied L times to every token. T is the number of tokens of a sequence. Bidirectional
+        attention takes twice as many operations as causal attention.
         """
         _, active = self.parameter_counts(config)
         heads, directions = config.attention_experts.k * config.K, 1 if config.causal else 2
@@ -180,7 +189,9 @@ class Universal(Family):
 
     def empty_cache(self, config: SutConfig, batch: int, size: int) -> TokenHistory:
         if config.classes:
-            raise ValueError(f"a classifier of classes={config.classes} generates no text")
+            raise ValueError(
+                f"a classifier (classes={config.classes}) cannot generate text; use a model with classes=0"
+            )
         return empty_cache(config, batch, size)
 
     def decode_step(self, model: LanguageModel, tokens, segment_ids, cache):

@@ -1,4 +1,6 @@
-"""Dynamic halting by stick-breaking: a block is applied to every token until that token halts.
+"""Dynamic halting: a block is applied to every token again and again, until that token halts.
+
+In every step, a token breaks off a part of a stick of length one: the probability that it halts at this step.
 
 Tan et al., `Sparse Universal Transformer <https://arxiv.org/abs/2310.07096>`_.
 """
@@ -15,10 +17,11 @@ from stickjax.models.layers import cast, uniform
 
 
 class HaltingGate(nnx.Module):
-    """A gate that returns the logs of the probabilities to go on and to halt, [B,T] each, for every token.
+    """A gate that computes, for every token, the logarithms of the probabilities to go on and to halt, [B,T] each.
 
-    They are log_softmax(gelu(h w_in + bias) w_out + [halting_bias, 0]). w_out starts at zero. So before training, the
-    probability to go on is sigmoid(`halting_bias`), which is 1/2 for a bias of 0.
+    From the output h of the block it computes log_softmax(gelu(h w_in + bias) w_out + [halting_bias, 0]). w_out starts
+    at zero. So before training, the probability to go on is sigmoid(halting_bias), which is 1/2 for a bias of 0.
+    `halting_bias` is a field of the config.
     """
 
     def __init__(self, config, key):
@@ -38,20 +41,25 @@ class HaltingGate(nnx.Module):
 
 
 class Halting(NamedTuple):
-    """The state of every token before step l, or at the end. Floating-point arrays except `hidden` are in fp32.
+    """The values for every token that one step of dynamic halting passes to the next step.
 
-    `step`: l. `hidden` [B,T,D]: h, the output of the last block and the input of the next one.
-    `state` [B,T,D]: the mean of h over the steps, weighted by the probability p_l that the token halts at step l. The
-      rest of the stick counts as halting at the latest step. `state` no longer changes once the token has halted.
-    `running` [B,T]: w, the probability that the token still runs. It is 0 for padding, and it becomes 0 as soon as it
-      falls below 1 - threshold; then the token has halted.
-    `depth` [B,T]: the mean number of blocks in `state`.
-    `act` [B,T]: the mean halting step, for a loss that makes tokens halt earlier. Unlike `depth`, it still changes
-      after the token has halted, so it has the gradient that this loss needs.
-    `expected`, `expected_step`: the sums over the steps of p_l h_l and of p_l l.
-    `log_rest`: the log of the rest of the stick, which is the probability that the token has not halted yet.
-    `statistics`: the statistics of the block, summed over the steps.
-    `rows` [L]: the number of (token, choice) pairs that the experts computed in each step.
+    A step applies the block once. The steps are numbered from 0. h_i is the output of step i, and p_i is the
+    probability that the token halts at step i. All floating-point arrays except `hidden` are in fp32.
+
+    `step`: l, the number of the next step. `hidden` [B,T,D]: the input of step l, which is the output of step l - 1.
+    `state` [B,T,D]: the mean of h_i over the steps so far. h_i has the weight p_i, but the latest h_i has all the
+      remaining weight, so that the weights sum to 1. `state` no longer changes once the token has halted.
+    `running` [B,T]: w, the probability that the token has not halted yet. If w falls below 1 - threshold, the token
+      halts, and w becomes 0. For padding, w is 0.
+    `depth` [B,T]: the number of steps: the mean of i + 1, with the same weights as in `state`.
+    `act` [B,T]: the mean of i, the number of the step in which the token halts. A loss on `act` makes tokens halt
+      earlier. Unlike `depth`, `act` still changes after the token has halted, so that this loss has a gradient.
+    `expected` [B,T,D], `expected_step` [B,T]: the sum of p_i h_i and the sum of p_i i, over the steps so far.
+    `log_rest` [B,T]: the logarithm of the probability that the token has not halted yet (the rest of the stick).
+      Unlike `running`, it still changes after the token has halted.
+    `statistics`: the statistics that the block returns for the losses, summed over the steps.
+    `rows`: a tree of arrays [L], such as one array per router: the number of (token, choice) pairs that the experts
+      computed in each of the L steps.
     """
 
     step: jax.Array
@@ -70,21 +78,21 @@ class Halting(NamedTuple):
 def halting_step(
     now: Halting, block: Callable, gate: Callable, token_mask: Bool[Array, "B T"], threshold: float | Float[Array, ""]
 ) -> Halting:
-    """Apply the block once, then decide which tokens halt.
+    """Apply the block once, then decide which tokens halt. Return the `Halting` after this step.
 
-    The names are fields of `Halting`; a prime marks the value after the step. With w = `running`, l the step, rest =
-    exp(`log_rest`), and g the probabilities from the gate:
+    The names are fields of `Halting`; a prime marks the value after the step. With w = `running`, l = `step`, h =
+    `hidden`, rest = exp(`log_rest`), and the probabilities g_go_on and g_halt from the gate:
 
-      h' = block(h, state, w);   state' = expected + w h' where w > 0;
+      h' = block(h, state, w, l);   state' = expected + w h' where w > 0, else state;
       p = rest * g_halt(h');   rest' = rest * g_go_on(h');   expected' = expected + p h';
       w' = rest' where rest' >= 1 - threshold, else 0.
 
     Args:
-      now: the state before this step.
-      block: (h, state, w, l) -> (h', statistics, rows). Its attention computes keys and values from the state.
-      gate: h -> the logs of the probabilities to go on and to halt, [B,T] each.
-      token_mask: False for padding, which never runs.
-      threshold: a token halts when the probability that it has halted exceeds this number.
+      now: the `Halting` before this step.
+      block: a function (h, state, w, l) -> (h', statistics, rows). Its attention computes keys and values from `state`.
+      gate: a function h -> (log g_go_on, log g_halt), [B,T] each.
+      token_mask: False for padding, for which w' is always 0.
+      threshold: a token halts when the sum of its halting probabilities p exceeds this number.
     """
     step, w = now.step, now.running
     hidden, statistics, rows = block(now.hidden, now.state.astype(now.hidden.dtype), w, step)
@@ -114,9 +122,10 @@ def halting_step(
 
 
 def start(x: Float[Array, "B T D"], token_mask: Bool[Array, "B T"], block: Callable, L: int) -> Halting:
-    """Return the state before the first step: all tokens except padding run, and all sums are zero.
+    """Return the `Halting` before the first step: `running` is 1, or 0 for padding, and all sums are zero.
 
-    `x` is the input of the first block. Only the shapes of the results of `block` are used here.
+    `x` is the input of the first step. `L` is the largest number of steps. `block` is not run: only the shapes of its
+    results are needed.
     """
     state, zero = x.astype(jnp.float32), jnp.zeros(token_mask.shape, jnp.float32)
     first = jnp.zeros((), jnp.int32)
@@ -146,15 +155,16 @@ def until_halted(
     *,
     stop_early: bool,
 ) -> Halting:
-    """Run `halting_step` L times, or with `stop_early` only until all tokens have halted.
+    """Run `halting_step` L times, or with `stop_early` only until all tokens have halted. Return the last `Halting`.
 
-    Both give the same `state`, `depth`, `statistics` and `rows`. With `stop_early`, there is no reverse-mode
-    derivative. `x` is the input of the first block; the other arguments are as in `halting_step`.
+    `state`, `depth`, `statistics` and `rows` are the same with and without `stop_early`. With `stop_early`, `jax.grad`
+    raises an error. `x` is the input of the first step. `block`, `gate`, `token_mask` and `threshold` are arguments of
+    `halting_step`.
 
     >>> gate = lambda h: (jnp.full(h.shape[:2], jnp.log(0.5)),) * 2
     >>> block = lambda h, state, w, l: (h + 1, (), (w > 0).sum())
     >>> end = until_halted(block, gate, jnp.zeros((1, 1, 1)), jnp.ones((1, 1), bool), 6, 0.7, stop_early=True)
-    >>> end.rows.tolist(), float(end.state[0, 0, 0]), float(end.depth[0, 0])  # half halts after one block, the rest now
+    >>> end.rows.tolist(), float(end.state[0, 0, 0]), float(end.depth[0, 0])  # 2 steps, with weight 1/2 each
     ([1, 1, 0, 0, 0, 0], 1.5, 1.5)
     """
     now = start(x, token_mask, block, L)

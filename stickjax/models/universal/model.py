@@ -1,6 +1,7 @@
-"""Three models: a classifier of pairs, a language model, and an encoder with a decoder for translation.
+"""The Sparse Universal Transformers: a classifier of pairs of sentences, a language model, and a translation model.
 
-Each stack of a model is one block of experts, applied until every token has halted.
+A model has one stack, or an encoder stack and a decoder stack. A stack applies one block of experts again and again,
+until every token has halted.
 
 Tan et al., `Sparse Universal Transformer <https://arxiv.org/abs/2310.07096>`_.
 """
@@ -23,15 +24,16 @@ from stickjax.parallel.collectives import psum_over_batch
 
 
 class SutOutput(NamedTuple):
-    """The output of a model for a batch.
+    """The output of a Universal Transformer for a batch.
 
-    `logits`: [B,classes] or [B,T,V], in float32.
-    `depth`: [B,T], for pairs [2,B,T], the mean number of blocks in a token's final state.
-    `act`: the halting step, as a mean over all tokens. A loss on it makes tokens halt earlier.
-    `router`: for every router name its losses and its load over all steps. Every token counts with the probability that
-      it still runs.
-    `rows`: for every router name an array [L], the number of (token, choice) pairs that the experts of this device
-      computed in each step.
+    `logits`: [B,classes] for pairs of sentences, else [B,T,V], in float32.
+    `depth`: [B,T], for pairs [2,B,T]: for every token, the mean number of times that the block was applied to it.
+    `act`: the number of the step in which a token halts, a mean over all tokens; the first step is step 0. A loss on
+      `act` makes tokens halt sooner.
+    `router`: {router name: its losses and its load over all steps}. In the losses, every token has a weight: the
+      probability that it has not halted yet.
+    `rows`: {router name: array [L]}, the number of (token, choice) pairs that the experts of this device computed in
+      each step.
     """
 
     logits: jax.Array
@@ -42,9 +44,11 @@ class SutOutput(NamedTuple):
 
 
 class UniversalStack(nnx.Module):
-    """One `SutBlock` that all steps share, the gate that halts tokens, and with `normalize_before` a final LayerNorm.
+    """A stack applies one `SutBlock` to the tokens in up to L steps, until every token has halted.
 
-    With `causal`, a token attends only to earlier tokens. With `cross`, the block also attends to another sequence.
+    All steps use the same parameters. Besides the block, the stack has a gate, which decides when a token halts. With
+    `normalize_before` in the config, it also has a final LayerNorm. With `causal`, no token attends to later tokens.
+    With `cross`, the block also attends to another sequence.
     """
 
     def __init__(self, config: SutConfig, key, *, causal: bool, cross: bool = False):
@@ -65,15 +69,16 @@ class UniversalStack(nnx.Module):
         threshold=None,
         stop_early: bool = False,
     ) -> Halting:
-        """Apply the block up to L times, and return the `Halting` at the end, with the final states of the tokens.
+        """Apply the block up to L times. Return the last `Halting`; its `state` has the final states of the tokens.
 
         Args:
           x: the embedded tokens.
           segment_ids: tokens attend only to tokens with the same id; a negative id is padding.
-          source, source_segment_ids: the sequence for cross-attention, in a stack with `cross`.
-          key: randomness of a training step, or None.
-          threshold: replaces `halting_threshold` of the config.
-          stop_early: stop when all tokens have halted; then there is no reverse-mode derivative.
+          source, source_segment_ids: the final states [B,S,D] and the segment ids of the sequence to which
+            cross-attention attends, in a stack with `cross`.
+          key: a random key for a training step, or None.
+          threshold: replaces `halting_threshold` of the config; None: do not replace it.
+          stop_early: stop when all tokens have halted; `jax.grad` then raises an error.
         """
         c = self.config
 
@@ -95,10 +100,11 @@ class UniversalStack(nnx.Module):
 class PairClassifier(nnx.Module):
     """A classifier of pairs of sentences.
 
-    The logits of the label are W_2 elu(W_1 [u; v; u * v; |u - v|] + b_1) + b_2, with 4 D hidden units. u and v are the
-    final states of the first tokens of the two sentences. The first token of a formula is its outermost bracket; other
-    data must begin every sentence with a special token. Stick-breaking attention is causal: with it, u and v are the
-    final states of the last tokens.
+    The logits of the label are W_2 elu(W_1 [u; v; u * v; |u - v|] + b_1) + b_2, with 4 D hidden units. u is the final
+    state of one token of the left sentence, and v is the final state of one token of the right sentence. With
+    stick-breaking attention, which is causal, this token is the last one of its sentence. With softmax attention, it is
+    the first one. In the built-in data, a sentence is a logic formula, whose first token is its outermost bracket. For
+    softmax attention, other data must begin every sentence with a special token.
     """
 
     def __init__(self, config: SutConfig, key):
@@ -128,9 +134,9 @@ class PairClassifier(nnx.Module):
 
 
 class LanguageModel(nnx.Module):
-    """A causal language model; its embedding is also the output matrix.
+    """A causal language model, whose embedding is also the output matrix.
 
-    The state of a token and its halting do not depend on later tokens.
+    The state of a token, and the step in which it halts, do not depend on later tokens.
     """
 
     def __init__(self, config: SutConfig, key):
@@ -148,7 +154,9 @@ class LanguageModel(nnx.Module):
 
 
 class SparseUniversalTransformer(nnx.Module):
-    """Encoder and decoder for translation, with one embedding for source, target and output.
+    """An encoder and a decoder for translation.
+
+    One matrix is the embedding of the source, the embedding of the target and the output matrix.
 
     A batch has `source` [B,S] and `target` [B,T], both padded with 0. The logits [B,T,V] predict the token after
     each token of `target`.
@@ -179,7 +187,9 @@ def segments_of(tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
 
 
 def sinusoidal(T: int, D: int) -> Float[np.ndarray, "T D"]:
-    """Return sinusoidal positions (arXiv 1706.03762): the sines, then the cosines, of t * 10000^(-i / (D/2)).
+    """Return the sinusoidal embeddings [T,D] of the positions t from 0 to T - 1 (arXiv 1706.03762).
+
+    They are the sines, and then the cosines, of t * 10000^(-i / (D/2)) for i from 0 to D/2 - 1.
 
     >>> sinusoidal(2, 4)[:, 2:].tolist() == [[1, 1], [np.float32(np.cos(1)), np.float32(np.cos(0.01))]]
     True
@@ -189,10 +199,12 @@ def sinusoidal(T: int, D: int) -> Float[np.ndarray, "T D"]:
 
 
 def embedded(config: SutConfig, embed, tokens, segment_ids, key):
-    """Return the input of a stack [B,T,D], and the random key for its steps.
+    """Embed `tokens` [B,T]. Return (the input [B,T,D] of a stack, a new random key for the stack).
 
-    The input is sqrt(D) * the embedding of each token, plus the sinusoidal positions within every segment if the config
-    has them. It is zero for padding. With a key, dropout is applied to it.
+    `embed` [V,D] is the embedding. The input is sqrt(D) * the row of `embed` for each token. If the config has
+    `sinusoidal` and attention is not causal, sinusoidal positions are added, which count from the first token of each
+    segment. The input is zero for padding, which has a negative segment id. With a random `key`, dropout is applied to
+    the input. Without a key, the new key is None.
     """
     x = config.D**0.5 * cast(embed, config)[tokens]
     if config.sinusoidal and not config.causal:
@@ -203,7 +215,11 @@ def embedded(config: SutConfig, embed, tokens, segment_ids, key):
 
 
 def encoded(stack: UniversalStack, embed, tokens, key, **how) -> Halting:
-    """Embed tokens that are padded with 0, and run the stack on them. `how` are further arguments of the stack."""
+    """Embed `tokens` [B,T], which are padded with 0, and run the stack on them. Return the last `Halting`.
+
+    `embed` [V,D] is the embedding, and `key` a random key for a training step, or None. `how`: further arguments of
+    the stack.
+    """
     segments = segments_of(tokens)
     x, key = embedded(stack.config, embed, tokens, segments, key)
     return stack(x, segments, key=key, **how)
@@ -214,10 +230,10 @@ def unembedded(state: Float[Array, "B T D"], embed: Float[Array, "V D"]) -> Floa
 
 
 def summary(logits, stacks, prefixes=("",)) -> SutOutput:
-    """Return the `SutOutput` of a model with these logits.
+    """Return the `SutOutput` of a model from its logits and from the results of its stacks.
 
-    `stacks`: for each stack the `Halting` at its end, and its token mask. `prefixes`: for each stack a prefix, which is
-    put in front of the names of its routers. `depth` is the depth of the first stack.
+    `stacks`: the pair (last `Halting`, token mask) of each stack. `prefixes`: for each stack, a prefix for the names of
+    its routers, such as "encoder_". The output has the `depth` of the first stack.
     """
     router, rows, act, tokens = {}, {}, 0.0, 0.0
     for (end, token_mask), prefix in zip(stacks, prefixes, strict=True):

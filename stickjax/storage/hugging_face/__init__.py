@@ -1,4 +1,7 @@
-"""Read and write Hugging Face folders: a config.json, and weights in files. `configs` has the supported model types."""
+"""Read and write Hugging Face folders, which have a config.json and files with the parameters of a model.
+
+The parameters are tensors, named as in the package transformers. `configs` has the supported model types.
+"""
 
 import json
 import re
@@ -17,12 +20,12 @@ from stickjax.storage.hugging_face.files import FLOATS, Lazy, write_sharded
 from stickjax.storage.hugging_face.folder import open_folder
 from stickjax.system.disk import write_file
 
-# Buffers, not parameters, in the files of the original ModuleFormer.
+# The names of buffers in the files of the original ModuleFormer: arrays that are not parameters.
 _BUFFERS = re.compile(r"transformer\.h\.\d+\.attn\.(mask|cum_weight)")
 
 
 def is_folder(path: Path) -> bool:
-    """Return whether a folder is a Hugging Face folder: whether it has a config.json with a `model_type`."""
+    """Return True if a folder is a Hugging Face folder, which has a config.json with the entry `model_type`."""
     try:
         return "model_type" in read_object((path / "config.json").read_bytes(), path)
     except (OSError, ValueError):
@@ -30,11 +33,14 @@ def is_folder(path: Path) -> bool:
 
 
 def read_config(path: Path) -> Config:
-    """Return a Config for the model in a Hugging Face folder.
+    """Return a stickjax Config for the model in a Hugging Face folder.
 
-    Three parts of it come from the folder: the model, the path of its tokenizer.json (also if there is no such file),
-    and the sequence length. The type of the parameters is the type of the tensors in the files; if these have several
-    types, it is float32. Raise ValueError if the model is not supported or the folder is damaged.
+    The model section is made from config.json. `model.param_dtype` is the type of the tensors, or float32 if they have
+    several types. `model.dtype` is the same type, but float32 instead of float16. `data.T` is the longest sequence
+    length, if config.json has it. `data.tokenizer` is the path of tokenizer.json in the folder, even if this file does
+    not exist. All other fields have their default values.
+
+    Raise ValueError if the model is not supported or the folder is damaged.
     """
     try:
         model, T = configs.to_model_config(read_object((path / "config.json").read_bytes(), "it"))
@@ -48,14 +54,19 @@ def read_config(path: Path) -> Config:
 
 
 def read(path: Path, model: ModelConfig) -> dict[str, Lazy]:
-    """Return {name: leaf} of the parameters of `model` from a Hugging Face folder. A leaf is read when it is used.
+    """Return {name in stickjax: parameter} of a Hugging Face folder. Each parameter is read when it is used.
 
-    Raise ValueError, naming the tensors, if some are missing, unknown, of another shape or not floating-point numbers.
+    `path` is the folder, and `model` is the config of its model, as `read_config` returns it. Raise ValueError if
+    tensors are missing or unknown, or do not have the shapes of the model, or are not floating-point numbers.
+    The message names the tensors.
     """
     table = names.table(read_object((path / "config.json").read_bytes(), "it")["model_type"], model)
     tensors = _tensors(path, model)
     if model.L > len(tensors):  # checked first, because L may be huge and the names of all layers are made next
-        raise ValueError(f"{path}: the config says L={model.L} layers, but there are only {len(tensors)} tensors")
+        raise ValueError(
+            f"{path}: config.json says {model.L} layers, but the files have only {len(tensors)} tensors, "
+            "less than one per layer"
+        )
     expected = names.tensor_shapes(table, model)
     check(tensors, expected, str(path))
     for name, tensor in tensors.items():
@@ -72,11 +83,12 @@ def write(
 
     Args:
       path: the folder; it is created if it does not exist.
-      config: the config of the model; its `data.T` becomes the longest sequence length.
-      leaves: {name: leaf} of the parameters.
-      shard_bytes: the largest size of a file with weights, in bytes; a single tensor may be larger.
-      tokenizer: the tokenizer of the model; None if there is none.
-      files: {name: content} of the files of the tokenizer; without a tokenizer, the files about special tokens.
+      config: the config of the model. Its `data.T` is written as the longest sequence length.
+      leaves: the parameters, as {name in stickjax: parameter}.
+      shard_bytes: the largest size of a file with tensors, in bytes. A file with a single tensor may be larger.
+      tokenizer: the tokenizer of the model; None if it has no tokenizer.
+      files: {name: content} of files to copy into the folder: `tokenizer.files`, or, without a tokenizer, only the
+        files that name special tokens.
     """
     c = config.model
     tree = configs.to_config_json(c, config.data.T)
@@ -91,7 +103,7 @@ def write(
 
 
 def check(found: dict[str, Lazy], expected: dict[str, tuple[int, ...]], where: str) -> None:
-    """Raise ValueError if the tensors {name: tensor} have other names or shapes than expected, {name: shape}.
+    """Raise ValueError if the tensors `found` {name: tensor} have other names or shapes than `expected` {name: shape}.
 
     The message begins with `where`, such as the folder of the tensors.
     """
@@ -102,7 +114,7 @@ def check(found: dict[str, Lazy], expected: dict[str, tuple[int, ...]], where: s
         raise ValueError(f"{where} {' and '.join(problems)}{hint}")
     for name, shape in expected.items():
         if found[name].shape != shape:
-            raise ValueError(f"{where}: {name} has shape {list(found[name].shape)}, the config says {list(shape)}")
+            raise ValueError(f"{where}: {name} has shape {list(found[name].shape)}, but the config says {list(shape)}")
 
 
 def _listed(words: list[str], most: int = 8) -> str:
@@ -110,14 +122,16 @@ def _listed(words: list[str], most: int = 8) -> str:
 
 
 def _tensors(path: Path, model: ModelConfig) -> dict[str, Lazy]:
-    """Return {published name: tensor} of a Hugging Face folder, without buffers (arrays that are no parameters).
+    """Return {published name: tensor} of a Hugging Face folder. Arrays that are no parameters (buffers) are left out.
 
-    If the model is tied, the second copy of its embedding is left out. Raise ValueError if that copy differs.
+    A published name is the name that the authors of the model use; `names.published` returns it. If `model.tied` is
+    set, the output matrix is the embedding, and a second copy of the embedding in the folder is left out. Raise
+    ValueError if the second copy differs from the embedding.
     """
     tensors = {names.published(name): t for name, t in open_folder(path).items() if not _BUFFERS.fullmatch(name)}
     if model.tied and "lm_head.weight" in tensors:
         # A tied model may store its embedding a second time, as the output matrix. If they differ, it is not tied.
         head, embed = tensors.pop("lm_head.weight"), tensors.get("model.embed_tokens.weight")
         if embed is not None and not np.array_equal(head.read(None), embed.read(None)):
-            raise ValueError(f"{path}: lm_head.weight differs from the embedding, but tie_word_embeddings is true")
+            raise ValueError(f"{path}: lm_head.weight differs from the embedding, so tie_word_embeddings must be false")
     return tensors

@@ -1,7 +1,7 @@
 """Convert the config.json of a Hugging Face folder to a ModelConfig, and a ModelConfig to a config.json.
 
-Entries that matter only in training are not converted: the dropout rates, and the router losses of granitemoe and
-jetmoe. granitemoe and jetmoe compute one router loss over all layers together; stickjax computes one for each layer.
+Some entries that matter only in training are not converted: the dropout rates, and the weights of the router losses of
+granitemoe and jetmoe. These two model types have one router loss for all layers together; stickjax has one per layer.
 """
 
 import dataclasses
@@ -13,8 +13,8 @@ from stickjax.config.fields import nearest
 from stickjax.config.universal import SutConfig
 from stickjax.models.router import ROUTER_LOSSES
 
-# Entries with only one supported value; an absent entry or null means the same value. `_ONLY` is for all model types,
-# `_ONLY_LLAMA` for the model types like Llama.
+# Entries of which stickjax supports only one value. An entry that is absent or null means this value. `_ONLY` is for
+# all model types, `_ONLY_LLAMA` for the model types that are similar to Llama: granite, granitemoe and jetmoe.
 _ONLY = {
     "quantization_config": None, "is_encoder_decoder": False, "add_cross_attention": False, "pruned_heads": {},
     "cross_attention_hidden_size": None, "per_layer_config": None,
@@ -42,15 +42,17 @@ _NO_LOGITS = """
     max_position_embeddings n_positions block_size history_length n_ctx
 """
 IGNORED = frozenset(_NO_LOGITS.split())
-# Fields that do not change the logits, or only the way in which they are computed.
+# Fields of ModelConfig that do not change the logits, or only change how the logits are computed.
 _FREE = ("m_width", "init_std", "dtype", "param_dtype", "remat", "implementation", "skip_below")
 _FREE_OF_EXPERTS = (*ROUTER_LOSSES.values(), "sample_topk", "token_rounding")
 
 
 class _Tree:
-    """A reader of a config.json: `get(name, type)` returns an entry, and `end` raises for entries that were not read.
+    """A reader of a config.json, which finds entries with a wrong type and entries that were not read.
 
-    `where` is put in front of entries in error messages. An entry that is null counts as absent.
+    With get = _Tree(tree), `get(name, type)` returns the entry `name` after a check of its type, and `get.end()` raises
+    ValueError if there are entries that were not read. An entry that is null counts as absent. `tree` is the content of
+    config.json, or an object inside it. For such an object, `where` is its name, for messages.
     """
 
     def __init__(self, tree: dict, where: str = ""):
@@ -61,7 +63,7 @@ class _Tree:
         value = self._tree.get(name)
         if value is None:
             if default is ...:
-                raise ValueError(f"it has no {name}")
+                raise ValueError(f"the entry {name} is missing")
             return default
         if kind is float and type(value) is int:
             value = float(value)
@@ -76,7 +78,10 @@ class _Tree:
                 raise ValueError(f"{self._where}{name}={value!r} is not supported, only {wanted!r}")
 
     def either(self, name: str, other: str, kind: type, default=...) -> Any:
-        """Return an entry that has two possible names. Raise ValueError if both are present and their values differ."""
+        """Return an entry that may have the name `name` or the name `other`, or `default` if it has neither.
+
+        Raise ValueError if both names are present and their values differ.
+        """
         found = {n: value for n in (name, other) if (value := self(n, kind, None)) is not None}
         if len(set(found.values())) > 1:
             both = f"{name}={found[name]!r} and {other}={found[other]!r}"
@@ -84,12 +89,12 @@ class _Tree:
         return next(iter(found.values())) if found else self(name, kind, default)
 
     def end(self) -> None:
-        """Raise ValueError if config.json has entries that were not read and are not in IGNORED; name these entries."""
+        """Raise ValueError if config.json has entries that were not read and are not in IGNORED."""
         rest = sorted(n for n, x in self._tree.items() if x is not None and n not in self._known | IGNORED)
         if rest:
             unread = ", ".join(f"{name}={self._tree[name]!r:.60}" for name in rest[:8])
             raise ValueError(
-                f"{self._where}{unread}: not known, and may change what the model computes; if not, delete "
+                f"{self._where}{unread}: unknown, and may change what the model computes; if it does not, delete "
                 f"{'it' if len(rest) == 1 else 'them'} from config.json"
             )
 
@@ -139,9 +144,9 @@ def _granitemoe(get: _Tree) -> dict:
 
 
 def _jetmoe(get: _Tree) -> dict:
-    """Return the ModelConfig fields for a config.json of JetMoE.
+    """Return {field of ModelConfig: value} for a config.json of the model type jetmoe, which `get` reads.
 
-    Its entries may have the names in transformers or the names in the original code.
+    Some entries have one name in transformers and another name in the original code of JetMoE. Both are accepted.
     """
     get.only({"activation_function": "silu", "glu": True, "bias": True})
     E, k = (
@@ -232,8 +237,8 @@ def _logits_scaling(c: ModelConfig) -> float:
     return c.m_width if c.logits_scaling is None else c.logits_scaling
 
 
-# {model_type: (reader of config.json, writer of config.json, class in transformers, the entry of config.json that has
-# the length of the longest sequence)}
+# {model_type: (function that reads config.json, function that writes config.json, class in transformers, entry of
+# config.json that has the length of the longest sequence)}
 _TYPES = {
     "granite": (_granite, _to_granite, "GraniteForCausalLM", "max_position_embeddings"),
     "granitemoe": (_granitemoe, _to_granitemoe, "GraniteMoeForCausalLM", "max_position_embeddings"),
@@ -243,10 +248,10 @@ _TYPES = {
 
 
 def to_model_config(tree: dict) -> tuple[ModelConfig, int | None]:
-    """Return the ModelConfig for `tree`, the content of a config.json, and the longest sequence length of the model.
+    """Convert a config.json to (ModelConfig, longest sequence length of the model). `tree` is its content.
 
-    The length is None if config.json does not have it. Raise ValueError for an unknown model_type (with the nearest
-    known one), and for an entry that is missing, has a wrong type, is not supported or is not known.
+    The length is None if config.json does not have it. Raise ValueError if the model_type is unknown, or if an entry is
+    missing, has a wrong type, is not supported or is unknown.
     """
     kind = tree["model_type"]
     if kind not in _TYPES:
@@ -259,12 +264,13 @@ def to_model_config(tree: dict) -> tuple[ModelConfig, int | None]:
 
 
 def kind_of(c: ModelConfig | SutConfig) -> str:
-    """Return the model_type of transformers whose models are most like a model with this config, such as "granite".
+    """Return the transformers model_type, such as "granite", that is the most similar to a model with this config.
 
-    Raise ValueError if there is none.
+    `to_config_json` checks whether this model_type can express all fields of the config. Raise ValueError if no
+    model_type is similar.
     """
     if (nearest := _NEAREST.get(type(c))) is None:
-        raise ValueError(f"no model_type is like a model of family={c.family!r}")
+        raise ValueError(f"no Hugging Face model_type fits a model of family={c.family!r}")
     return nearest(c)
 
 
@@ -272,8 +278,8 @@ def _nearest_decoder(c: ModelConfig) -> str:
     if c.attention == "stick_breaking":
         if len(c.mixtures()) < 2:
             raise ValueError(
-                "no model_type has stick-breaking attention without experts of both kinds, but "
-                f"attention_experts.E={c.attention_experts.E} and experts.E={c.experts.E}"
+                "no Hugging Face model_type fits: a model with stick-breaking attention needs attention experts and "
+                f"feed-forward experts, but has attention_experts.E={c.attention_experts.E} and experts.E={c.experts.E}"
             )
         return "moduleformer"
     return "jetmoe" if c.attention_experts.E else "granitemoe" if c.experts.E else "granite"
@@ -283,23 +289,25 @@ _NEAREST = {ModelConfig: _nearest_decoder}
 
 
 def to_config_json(c: ModelConfig, T: int) -> dict:
-    """Return the content of config.json for a model that was trained with sequences of T tokens.
+    """Return the content of a Hugging Face config.json for a model that was trained with sequences of T tokens.
 
-    Raise ValueError if the nearest model_type cannot express some fields that change the logits; name these fields.
+    Raise ValueError if some fields that change the logits cannot be expressed with the model_type that `kind_of`
+    returns. The message names the fields.
     """
     kind = kind_of(c)
     _, write, architecture, length = _TYPES[kind]
     tree = {"model_type": kind, "architectures": [architecture], length: T, "torch_dtype": c.param_dtype} | write(c)
     found, wanted = (_effective(config) for config in (to_model_config(tree)[0], c))
     if lost := [f"{n}={wanted[n]!r}" for n in wanted if wanted[n] != found[n]]:
-        raise ValueError(f"model_type {kind!r}, the nearest to this model, cannot express {', '.join(lost)}")
+        raise ValueError(f"model_type {kind!r}, the most similar to this model, cannot express {', '.join(lost)}")
     return tree
 
 
 def _effective(c: ModelConfig) -> dict:
-    """Return {field: value} of the fields that can change the logits of a model with this config.
+    """Return {name: value} of all fields of a config that can change the logits of the model, to compare two configs.
 
-    Two configs with equal results describe the same function. None is replaced by the value that it stands for.
+    Two configs with equal results describe models that compute the same function. A field that is None is replaced
+    by the value that None stands for, such as 1 / sqrt(H) for `attention_scale`.
     """
     stood_for = dict(V=c.vocabulary, logits_scaling=_logits_scaling(c), final_norm_eps=_final_norm_eps(c))
     c = dataclasses.replace(c, attention_scale=c.scale, **stood_for)

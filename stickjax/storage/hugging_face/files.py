@@ -1,6 +1,6 @@
-"""Read and write safetensors files, one tensor at a time.
+"""Read and write safetensors files, one tensor at a time, so that a model may be larger than the memory.
 
-The files are not mapped into memory, because their pages would count as memory of this process until the system
+The files are read, and not mapped into memory: mapped pages would count as memory of this process until the system
 reclaims the pages.
 """
 
@@ -24,10 +24,13 @@ FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.d
 
 @dataclass(frozen=True)
 class Lazy:
-    """An array that is read from its file on demand: `read(None)` returns the whole array, `read(i)` returns its row i.
+    """An array that is read only when it is used, for example from a file.
 
-    `dtype` is a string if no parameter can have this type. `stacked` is whether row i belongs to layer i; such an array
-    may be larger than the memory, so it is read row by row.
+    `read`: read(None) returns the whole array, and read(i) returns array[i], such as the values of layer i.
+    `shape`: the shape of the array.
+    `dtype`: its NumPy type; a string, such as "I64", if it is a type that no parameter has.
+    `stacked`: whether the first axis is the axis L of layers. A stacked array may be larger than the memory, so it is
+      copied layer by layer.
     """
 
     shape: tuple[int, ...]
@@ -36,12 +39,12 @@ class Lazy:
     stacked: bool = False
 
     def pieces(self) -> Iterator[np.ndarray]:
-        """Yield the rows of the array, one after the other, if it is stacked; otherwise yield the whole array."""
+        """Yield the array in pieces that fit into memory: the layers of a stacked array, otherwise the whole array."""
         yield from (self.read(i) for i in range(self.shape[0])) if self.stacked else [self.read(None)]
 
 
 def finite(leaves: dict[str, Lazy], where: str | os.PathLike) -> dict[str, Lazy]:
-    """Return the arrays {name: array} with a check: reading an array raises ValueError if a value is not finite.
+    """Return copies of the Lazy arrays {name: array} that raise ValueError when a NaN or an infinity is read.
 
     The message begins with `where`, such as the path of the file, and names the array.
     """
@@ -60,7 +63,10 @@ def finite(leaves: dict[str, Lazy], where: str | os.PathLike) -> dict[str, Lazy]
 
 
 def in_file(path: Path, dtype: np.dtype | str, shape: tuple[int, ...], offset: int, stacked: bool = False) -> Lazy:
-    """Return an array in a file. `offset` is the position of its first byte; `stacked` is explained in `Lazy`."""
+    """Return a Lazy array, which reads its values from the file `path`.
+
+    `offset` is the position of the first byte of the array in the file. The other arguments are attributes of `Lazy`.
+    """
 
     def read(row: int | None) -> np.ndarray:
         own = shape if row is None else shape[1:]
@@ -74,10 +80,11 @@ def in_file(path: Path, dtype: np.dtype | str, shape: tuple[int, ...], offset: i
 
 
 def open_safetensors(path: Path) -> dict[str, Lazy]:
-    """Return {name: tensor} of a safetensors file. A tensor whose name begins with "blocks/" is stacked (see `Lazy`).
+    """Return {name: tensor} of a safetensors file. Each tensor is read when it is used.
 
-    Raise ValueError if the file cannot be read, is truncated, or has a damaged header: wrong JSON, or positions of
-    tensors that overlap or are outside of the file.
+    A tensor whose name begins with "blocks/" has a leading axis of layers, so it is a stacked `Lazy` array. Raise
+    ValueError if the file cannot be read, is truncated, or has a damaged header: wrong JSON, or tensors that overlap or
+    are outside of the file.
     """
     try:
         with safe_open(path, framework="np"):  # this checks the whole header against the size of the file
@@ -98,9 +105,10 @@ def open_safetensors(path: Path) -> dict[str, Lazy]:
 
 
 def write_safetensors(path: Path, arrays: dict[str, Lazy]) -> None:
-    """Write arrays {name: array} as a safetensors file. One piece of one array is in memory at a time.
+    """Write arrays {name: array} as a safetensors file. Only one array, or one layer of it, is in memory at a time.
 
-    The writer of the package `safetensors` would need all arrays in memory. Raise OSError if the disk refuses the file.
+    The package `safetensors` is not used to write, because it needs all arrays in memory. Raise OSError if the file
+    cannot be written.
     """
     names, end = {dtype: name for name, dtype in FLOATS.items()}, 0
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}  # without it transformers refuses the file
@@ -117,9 +125,10 @@ def write_safetensors(path: Path, arrays: dict[str, Lazy]) -> None:
 
 
 def write_sharded(folder: Path, arrays: dict[str, Lazy], shard_bytes: int) -> None:
-    """Write tensors {name: array} into a folder, as model.safetensors or as several files (shards) with an index.
+    """Write tensors {name: tensor} into a folder: as the file model.safetensors if they fit into one file.
 
-    A shard has at most `shard_bytes` bytes of tensors, or a single larger tensor.
+    Otherwise they are written as several files (shards) and an index, a JSON file that says which shard has which
+    tensor. A shard has at most `shard_bytes` bytes of tensors, or a single larger tensor.
     """
     shards, sizes = [{}], [0]
     for name, array in arrays.items():

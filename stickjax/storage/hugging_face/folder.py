@@ -1,4 +1,4 @@
-"""Open the tensors of a Hugging Face folder, which are in safetensors or torch .bin files, one file or several."""
+"""Open the tensors of a Hugging Face folder. They are in one or several safetensors files, or torch .bin files."""
 
 import json
 import os
@@ -9,11 +9,14 @@ from stickjax.storage.hugging_face.pickles import open_bin
 
 
 def open_folder(folder: str | os.PathLike) -> dict[str, Lazy]:
-    """Return {name: tensor} of a Hugging Face folder. A tensor is read from its file when it is used.
+    """Return {name: tensor} of a Hugging Face folder. Each tensor is read from its file when it is used.
 
-    If the folder has safetensors and .bin files, the safetensors are read. If it has one file and an index of several
-    files (shards), the shards are read. Raise ValueError if there are no tensors, if a shard is missing or damaged, or
-    if the index and the shards name different tensors.
+    The tensors are in model.safetensors, or in several files (shards) that an index lists, or in .bin files of torch.
+    If a folder has safetensors files and .bin files, the safetensors files are read. If there are shards and a single
+    file of the same format, the shards are read.
+
+    Raise ValueError if there are no tensors, if a shard is missing or damaged, or if the index and the shards name
+    different tensors.
     """
     folder = Path(folder)
     for single, open_file in (("model.safetensors", open_safetensors), ("pytorch_model.bin", open_bin)):
@@ -21,7 +24,7 @@ def open_folder(folder: str | os.PathLike) -> dict[str, Lazy]:
             return _open_shards(index, open_file)
         if (folder / single).exists():
             return open_file(folder / single)
-    raise ValueError(f"{folder} has neither model.safetensors nor pytorch_model.bin, nor the index of one")
+    raise ValueError(f"{folder} has neither model.safetensors nor pytorch_model.bin, nor an index of shards")
 
 
 def _open_shards(index: Path, open_file) -> dict[str, Lazy]:
@@ -29,7 +32,7 @@ def _open_shards(index: Path, open_file) -> dict[str, Lazy]:
         weight_map = json.loads(index.read_text("utf-8-sig"))["weight_map"]
         files = sorted(set(weight_map.values()))
         if not all(file == Path(file).name for file in files):
-            raise ValueError("a shard lies outside of the folder")
+            raise ValueError("a shard is outside of the folder of the index")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{index} is not an index of shards: {type(error).__name__}: {error}") from error
     if missing := [file for file in files if not (index.parent / file).exists()]:
@@ -40,6 +43,6 @@ def _open_shards(index: Path, open_file) -> dict[str, Lazy]:
         expected = {name for name, shard in weight_map.items() if shard == file}
         if wrong := sorted(found.keys() ^ expected):
             where = "lacks" if wrong[0] in expected else "also has"
-            raise ValueError(f"{index} and {file} disagree: the file {where} {wrong[0]}")
+            raise ValueError(f"{index} and {file} disagree: the file {where} the tensor {wrong[0]}")
         tensors |= found
     return tensors

@@ -1,15 +1,19 @@
-"""Map the tensors of a Hugging Face folder to the parameters (leaves) of stickjax, and their axes to our axes.
+"""Convert the tensors of a Hugging Face folder to the parameters of stickjax and back: their names and their axes.
 
-A table has the rows of one model type. A row maps the tensor `theirs` to the leaf `ours`. In `theirs`, {} stands for
-the number of the layer. `axes` are the axes of the tensor. The axes of the leaf come from the table in
-`stickjax.models.parameters`, without the leading axis L of the layers.
+In this file, a tensor is an array of a Hugging Face folder, and a leaf is an array of the stickjax model. A tensor
+belongs to one layer; the leaf of all layers has a leading axis L. Every supported `model_type` has a table, and every
+row of a table maps a tensor to a leaf. `theirs` is the name of the tensor, where {} stands for the index of the layer.
+`ours` is the name of the leaf. `axes` are the axes of the tensor; the module `stickjax.models.parameters` has the axes
+of the leaf.
 
-A letter of an axis is a field of ModelConfig, or one of three others: E is the number of experts of the feed-forward
-network, A is the number of attention experts, and R is the field `hidden` of their routers. Letters written together
-are one axis, whose last letter varies fastest: torch's weight "NH D" of N heads is our "D N H".
+Axes are written as in "NH D": spaces separate the axes, and every letter is a size. A letter is a field of ModelConfig,
+except three: E is the number of feed-forward experts, A is the number of attention experts, and R is the field `hidden`
+of their routers. Several letters together are one axis, whose last letter varies fastest. For example, a tensor with
+the axes "NH D" becomes a leaf with the axes "D N H".
 
-A digit is a size: "2F D" has first the rows of the gate, then the rows of the other half. If only the tensor or only
-the leaf has a digit, the row maps only the entry `part` of that axis.
+A digit is a size, too. For example, the axis "2F" of a gated feed-forward network has 2 * F entries: F values of the
+gate, then the F values that the gate multiplies. If only the tensor or only the leaf has the digit 2, a row of the
+table maps one of the two parts: `part` is 0 or 1.
 """
 
 import operator
@@ -44,7 +48,7 @@ def _attention(layer: str) -> list[Row]:
 
 
 def _llama(c: ModelConfig) -> list[Row]:
-    """Return the rows that granite, granitemoe and jetmoe have in common: embedding, normalisations and output."""
+    """Return the rows that the tables of granite, granitemoe and jetmoe share: embedding, normalisations and output."""
     return [
         Row("embed", "model.embed_tokens.weight", "V D"),
         Row("blocks/attention_norm/scale", "model.layers.{}.input_layernorm.weight", "D"),
@@ -139,11 +143,14 @@ _TABLES = {"granite": _granite, "granitemoe": _granitemoe, "jetmoe": _jetmoe, "m
 
 
 def table(model_type: str, c: ModelConfig) -> list[Row]:
-    """Return the table of a model: its rows, with the axes of the tensor and of the leaf, as in "NH D -> D N H".
+    """Return the table that converts a model: each row maps a tensor, or a part of a tensor, to a leaf.
+
+    A tensor is an array of a Hugging Face folder, and a leaf is a parameter of the stickjax model. In a row, `axes` are
+    the axes of the tensor and the axes of the leaf in one layer, as in "NH D -> D N H".
 
     Raises:
-      ValueError: there is no table for the model type, or a row names no leaf of the model, or the tensor and the leaf
-        of a row have different letters.
+      ValueError: there is no table for the model type, a row names a leaf that the model does not have, or the axes of
+        the tensor and the leaf in a row have different letters.
     """
     one_of("model_type", model_type, tuple(_TABLES))
     model = jax.eval_shape(lambda: init(c, jax.random.key(0)))
@@ -152,29 +159,34 @@ def table(model_type: str, c: ModelConfig) -> list[Row]:
 
 
 def _checked(row: Row, known: dict[str, str]) -> str:
-    """Return the axes of the leaf in a row; `known` is {leaf of the model: its axes}.
+    """Check a row of the table, and return the axes of its leaf. `known` is {name of a leaf: its axes} of the model.
 
-    Raise ValueError if there is no such leaf, or if the tensor and the leaf have different letters.
+    Raise ValueError if the model has no such leaf, or if the axes of the tensor and the leaf have different letters.
     """
     if row.ours not in known:
-        raise ValueError(f"the row of {row.theirs} names no leaf of the model: {row.ours!r}{nearest(row.ours, known)}")
+        raise ValueError(f"the row of {row.theirs} has an unknown parameter {row.ours!r}{nearest(row.ours, known)}")
     theirs, ours = (sorted(filter(str.isalpha, axes)) for axes in (row.axes, known[row.ours]))
     if theirs != ours:
-        raise ValueError(f"the row of {row.theirs} has the axes {row.axes!r}, but {row.ours} has {known[row.ours]!r}")
+        raise ValueError(
+            f"the row of {row.theirs} has the axes {row.axes!r}, but {row.ours} has {known[row.ours]!r}: "
+            "the letters must be the same"
+        )
     return known[row.ours]
 
 
 def _sizes(c: ModelConfig, name: str, axes: str) -> str:
-    """Return the axes of the leaf `name`, with letters for which `_size` finds a size in the config.
+    """Translate the axes of the leaf `name` from the letters of `stickjax.models.parameters` to letters of this file.
 
-    `axes` are its axes in the table of parameters.
+    E (experts) and C (router columns) become A in an attention layer and E in a feed-forward network. G becomes its
+    size: 2 for a gated activation, otherwise 1. R becomes D if the router is linear.
     """
     experts, mixture = ("A", c.attention_experts) if name.startswith("blocks.attention.") else ("E", c.experts)
     sizes = {"E": experts, "C": experts, "G": str(gates(c)), "R": "D" if mixture.network == "linear" else "R"}
     return " ".join(sizes.get(axis, axis) for axis in axes.split())
 
 
-# {name in transformers 5: published name} for the experts of granitemoe. Versions 4 and 5 read the published names.
+# {end of a name in transformers 5: end of the published name} for the experts of granitemoe. The versions 4 and 5 of
+# transformers can read the published names.
 _RENAMED = {
     "block_sparse_moe.experts.gate_up_proj": "block_sparse_moe.input_linear.weight",
     "block_sparse_moe.experts.down_proj": "block_sparse_moe.output_linear.weight",
@@ -183,7 +195,9 @@ _RENAMED = {
 
 
 def published(name: str) -> str:
-    """Return the name of a tensor in published files. transformers 5 writes some tensors under other names.
+    """Return the name under which the authors of a model have published a tensor.
+
+    `name` is the published name, or the name that transformers 5 writes. For most tensors, the two names are equal.
 
     >>> published("model.layers.3.block_sparse_moe.experts.down_proj")
     'model.layers.3.block_sparse_moe.output_linear.weight'
@@ -194,13 +208,15 @@ def published(name: str) -> str:
 
 
 def axes(row: Row) -> tuple[str, str]:
-    """Return the axes of the tensor in a row of `table`, and the axes of one layer of the leaf."""
+    """Return (axes of the tensor, axes of the leaf in one layer) of a row that the function `table` has returned."""
     theirs, ours = row.axes.split(" -> ")
     return theirs, ours
 
 
 def shape(config: ModelConfig, layout: str) -> tuple[int, ...]:
-    """Return the shape of an array whose axes are `layout`, such as "2KH D" (see the top of this file).
+    """Return the shape of an array with the axes `layout`, such as "2KH D", in a model with the config `config`.
+
+    Each axis has the product of the sizes of its letters and digits.
 
     >>> shape(ModelConfig(D=24, K=2, H=8), "2KH D")
     (32, 24)
@@ -216,16 +232,19 @@ def _size(config: ModelConfig, letter: str) -> int:
 
 
 def _place(config: ModelConfig, target: np.ndarray, to: str, source: np.ndarray, of: str, part: int) -> None:
-    """Copy the array `source`, with the axes `of`, into the array `target`, with the axes `to`.
+    """Copy the array `source` with the axes `of`, such as "NH D", into the array `target` with the axes `to`.
 
-    If only one of them has an axis whose letter is a digit, only the entry `part` of this axis is copied.
+    An axis may be a digit: "2 F D" are the axes of an array that consists of two arrays "F D". If only `of` has a
+    digit, one of these two arrays is copied: the one with the index `part`. If only `to` has a digit, `source` is
+    copied into the one with the index `part`.
     """
     to, of = to.replace(" ", ""), of.replace(" ", "")
 
     def common(array: np.ndarray, own: str, other: str) -> np.ndarray:
-        """Return a view of an array with one axis for every letter that both arrays have.
+        """Return a view of `array` that has one axis for every letter that is in both `own` and `other`.
 
-        `own` has the letters of the array's axes, and `other` has the letters of the other array's axes.
+        `own` has the letters and digits of the axes of `array`, and `other` has the letters and digits of the axes of
+        the other array. If only `own` has a digit, the view is the entry `part` of `array` on the axis of the digit.
         """
         view = array.reshape([_size(config, letter) for letter in own])
         return view[tuple(slice(None) if letter in other else part for letter in own)]
@@ -238,9 +257,10 @@ def _place(config: ModelConfig, target: np.ndarray, to: str, source: np.ndarray,
 
 
 def _numbered(table: list[Row], config: ModelConfig) -> dict[str, tuple[int | None, list[Row]]]:
-    """Return {name of a tensor: (number of its layer, its rows)}, layer by layer.
+    """Return {name of a tensor: (index of its layer, its rows in `table`)}, in the order of the layers.
 
-    The number is None for a tensor outside of the layers.
+    The index is None for a tensor that belongs to no layer, such as the embedding. A tensor has several rows if it
+    contains several leaves.
     """
     found: dict[str, tuple[int | None, list[Row]]] = {}
     for i in range(config.L):
@@ -252,14 +272,14 @@ def _numbered(table: list[Row], config: ModelConfig) -> dict[str, tuple[int | No
 
 
 def tensor_shapes(table: list[Row], config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Return {name: shape} of the tensors that a Hugging Face folder of a model with this config has."""
+    """Return {name: shape} of all tensors that a Hugging Face folder must have for a model with this config."""
     return {name: shape(config, axes(rows[0])[0]) for name, (_, rows) in _numbered(table, config).items()}
 
 
 def leaves_from_tensors(table: list[Row], config: ModelConfig, tensors: dict[str, Lazy]) -> dict[str, Lazy]:
-    """Return {name: leaf} of our parameters, made from the tensors {name: tensor} of a Hugging Face folder.
+    """Convert the tensors {name: tensor} of a Hugging Face folder to the parameters {name: leaf} of the stickjax model.
 
-    A leaf of the layers has a leading axis L. The tensors are read when a leaf is read.
+    `table` is the result of the function `table`. Tensors are read only when the leaf that they belong to is read.
     """
 
     def leaf(rows: list[Row]) -> Lazy:
@@ -289,9 +309,10 @@ def leaves_from_tensors(table: list[Row], config: ModelConfig, tensors: dict[str
 
 
 def tensors_from_leaves(table: list[Row], config: ModelConfig, leaves: dict[str, Lazy]) -> dict[str, Lazy]:
-    """Return {name: tensor} of a Hugging Face folder, layer by layer, made from the leaves {name: leaf}.
+    """Convert the parameters {name: leaf} of a stickjax model to the tensors {name: tensor} of a Hugging Face folder.
 
-    The leaves are read when a tensor is read.
+    The tensors are in the order of the layers. `table` is the result of the function `table`. A leaf is read only when
+    a tensor that belongs to it is read.
     """
 
     def tensor(number: int | None, rows: list[Row]) -> Lazy:

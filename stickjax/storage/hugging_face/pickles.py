@@ -1,7 +1,7 @@
-"""Read the .bin files of torch without torch. Such a file is a zip archive of a pickle and of the tensors' bytes.
+"""Read the .bin files of torch without torch. A .bin file is a zip archive of a pickle and the bytes of tensors.
 
-A pickle is a program. Here a pickle may only make dictionaries of tensors. If it names anything else, an error is
-raised, and nothing of that name is executed.
+A pickle is a program, and could execute any function. The reader in this file makes only dictionaries of tensors. If a
+pickle names any other function or class, ValueError is raised, and the function is not executed.
 """
 
 import math
@@ -24,20 +24,21 @@ _STORAGES = {
 
 
 def open_bin(path: Path) -> dict[str, Lazy]:
-    """Return {name: tensor} of a file that torch.save wrote from a state_dict. A tensor is read when it is used.
+    """Return {name: tensor} of a .bin file, which torch.save has written from a state_dict.
 
-    Raise ValueError if the file is damaged, contains anything but tensors, or was written in another way.
+    Each tensor is read when it is used. Raise ValueError if the file is damaged, contains other values than tensors, or
+    has another format.
     """
     try:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
             places = {info.filename: (info, _begin(file, info)) for info in archive.infolist()}
             (root,) = {name.removesuffix("data.pkl") for name in places if name.endswith("/data.pkl")}
             if f"{root}byteorder" in places and archive.read(f"{root}byteorder") != b"little":
-                raise ValueError("its bytes are in big-endian order")
+                raise ValueError("its bytes are in big-endian order; only little-endian order can be read")
             with archive.open(f"{root}data.pkl") as program:
                 tensors = _Tensors(program, path, root, places).load()
         if not isinstance(tensors, dict):
-            raise ValueError(f"it holds a {type(tensors).__name__}, not a dictionary of tensors")
+            raise ValueError(f"it contains a {type(tensors).__name__}, not a dictionary of tensors")
         for name, tensor in tensors.items():
             if not (isinstance(name, str) and isinstance(tensor, Lazy)):
                 raise ValueError(f"entry {name!r:.80} is a {type(tensor).__name__}, not a tensor")
@@ -49,13 +50,13 @@ def open_bin(path: Path) -> dict[str, Lazy]:
 
 
 def _begin(file, info: zipfile.ZipInfo) -> int:
-    """Return the position in the file at which the bytes of an entry of the archive begin.
+    """Return the position in a zip archive at which the bytes of one entry begin.
 
-    They follow the header of the entry, whose length is not in the index of the archive. Raise ValueError if the entry
-    is compressed.
+    `file` is the open archive, and `info` describes the entry. The bytes follow a header, and only the header itself
+    says how long it is. Raise ValueError if the entry is compressed.
     """
     if info.compress_type != zipfile.ZIP_STORED:
-        raise ValueError(f"{info.filename} is compressed")
+        raise ValueError(f"{info.filename} is compressed; save the file by torch.save")
     file.seek(info.header_offset)
     header = file.read(30)
     name, extra = struct.unpack("<HH", header[26:30])
@@ -63,10 +64,16 @@ def _begin(file, info: zipfile.ZipInfo) -> int:
 
 
 class _Tensors(pickle._Unpickler):
-    """An unpickler that can only make tensors, and dictionaries of them.
+    """An unpickler that makes only tensors and dictionaries of tensors, and raises ValueError for anything else.
 
-    It extends the unpickler that is written in Python: the one in C allocates any size that a damaged file names.
-    `root` is the folder inside the archive; `places` is {path in the archive: (its ZipInfo, position of its bytes)}.
+    It is derived from the unpickler that is written in Python, because the unpickler in C allocates memory of any size
+    that a damaged file names.
+
+    Args:
+      program: the open pickle.
+      path: the path of the archive.
+      root: the folder inside the archive.
+      places: {path in the archive: (its ZipInfo, position of its first byte in the archive)}.
     """
 
     def __init__(self, program, path: Path, root: str, places: dict):
@@ -83,12 +90,12 @@ class _Tensors(pickle._Unpickler):
             return lambda tensor, requires_grad, hooks: tensor
         if module == "torch" and name in _STORAGES:
             return name
-        raise ValueError(f"the pickle asks for {module}.{name}, which is no part of a tensor; it was not executed")
+        raise ValueError(f"the pickle asks for {module}.{name}, which is no part of a tensor and was not executed")
 
     def persistent_load(self, pid):
-        """Return (type, path in the archive, number of elements) of the bytes that tensors are made from.
+        """Return (type, path in the archive, number of elements) of a storage: the bytes of one or several tensors.
 
-        `pid` is the id that torch writes for them: ("storage", type, entry, device, number of elements).
+        In a pickle, torch writes `pid` for a storage: ("storage", type, entry, device, number of elements).
         """
         _, kind, entry, _, count = pid
         return _STORAGES[kind], f"{self._root}data/{entry}", count
