@@ -69,14 +69,14 @@ REFUSED = {
     },
     "ordered_memory": dict.fromkeys(["report", "extend", "prune", "concentrate"], MODULES)
     | {
-        "generate": "a model of family='ordered_memory' generates no text",
-        "convert": "no model_type is like a model of family='ordered_memory'",
+        "generate": "a model of family='ordered_memory' cannot generate text",
+        "convert": "no Hugging Face model_type fits a model of family='ordered_memory'",
         "sweep": "has no m_width",
     },
     "latent_tree": dict.fromkeys(["report", "extend", "prune", "concentrate"], MODULES)
     | {
-        "generate": "a model of family='latent_tree' generates no text",
-        "convert": "no model_type is like a model of family='latent_tree'",
+        "generate": "a model of family='latent_tree' cannot generate text",
+        "convert": "no Hugging Face model_type fits a model of family='latent_tree'",
         "sweep": "has no m_width",
     },
     "bigram": dict.fromkeys(["report", "extend", "prune", "concentrate"], MODULES)
