@@ -17,7 +17,7 @@ class ClassifierOutput(NamedTuple):
     """The output of a classifier for a batch.
 
     `logits` [B,classes], in float32. `p` [B,T,N], for pairs [2,B,T,N]: the distribution of every token over the memory
-    slots, which contains the induced tree (`stickjax.models.ordered_memory.trees`).
+    slots, which contains the induced tree (`stickjax.models.ordered_memory.parse`).
     """
 
     logits: jax.Array
