@@ -322,7 +322,7 @@ def test_a_list_of_labels_that_is_none(tmp_path, content):
         (dict(right_field="b"), "right_field='b' needs source='labelled', not 'stdlib'"),
         (dict(unlabelled="-"), "unlabelled='-' needs source='labelled'"),
         (dict(tokenizer="words"), "tokenizer='words' needs source='labelled', not 'stdlib'"),
-        (dict(source="labelled", path="x", tokenizer="words", eot="a"), "the end of text of 'words' is fixed"),
+        (dict(source="labelled", path="x", tokenizer="words", eot="a"), "'words' has its own end-of-text token"),
     ],
 )
 def test_fields_that_do_not_go_together(options, message):
