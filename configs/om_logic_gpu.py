@@ -1,0 +1,29 @@
+"""Ordered Memory on propositional logic at the size of the paper (arXiv 1910.13466). It was not run.
+
+python -m stickjax.train configs/om_logic_gpu.py
+python -m stickjax.evaluate runs/om_logic_gpu
+
+The published accuracy in percent, after training on 0 to 6 operators, by number of operators; every sentence is read
+with twice the slots of the training:
+
+    operators     7    8    9   10   11   12
+    published    98   97   96   94   93   92
+
+The original trains for 50 epochs and halves the learning rate when the validation accuracy stops rising. Here the
+learning rate follows a cosine over the same number of steps.
+"""
+
+from stickjax import Config, DataConfig, OptimConfig, TrainConfig
+from stickjax.config import OrderedMemoryConfig
+
+EPOCH = 128_882 // 128  # steps of one epoch: the training pairs without one in twenty, in batches of 128
+
+
+def get_config() -> Config:
+    model = OrderedMemoryConfig(
+        D=200, H=200, N=12, evaluation_N=24, cell_dropout=0.2, memory_dropout=0.2, input_dropout=0.1,
+        output_dropout=0.3,
+    )  # fmt: skip
+    data = DataConfig(source="logic", examples=500_000, T=40, B=128, valid_every=20)
+    optim = OptimConfig(schedule="cosine", peak_lr=0.001, beta1=0.0, beta2=0.999, eps=1e-9, weight_decay=0.0)
+    return Config(model, data, optim, TrainConfig(steps=50 * EPOCH, log_every=20, checkpoint_every=EPOCH))
