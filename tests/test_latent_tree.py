@@ -20,8 +20,9 @@ from stickjax.models.families import family_of
 from stickjax.models.latent_tree import apply, decode, init, loss, sentence_log_likelihood
 from stickjax.models.latent_tree.brackets import joins_of
 from stickjax.models.latent_tree.chart import in_order
-from stickjax.models.latent_tree.parts import dropped, random_bytes
+from stickjax.models.latent_tree.parts import dropped
 from stickjax.models.latent_tree.trees import bracketed, derivation_tree, leaves, read_brackets, slot_tree
+from stickjax.models.layers import random_bytes
 from stickjax.models.parameters import label, leaves_of, map_leaves, partition, shardings
 from stickjax.parallel.mesh import AXES, shard_batch
 from stickjax.training.gradients import mesh_gradients
