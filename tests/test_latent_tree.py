@@ -16,12 +16,13 @@ from jax.sharding import PartitionSpec
 from stickjax import Config, DataConfig
 from stickjax.config.latent_tree import TreeConfig
 from stickjax.evaluation.tree_plots import plot_derivation
+from stickjax.evaluation.trees import bracketed, from_brackets, leaves
 from stickjax.models.families import family_of
 from stickjax.models.latent_tree import apply, decode, init, loss, sentence_log_likelihood
 from stickjax.models.latent_tree.brackets import joins_of
 from stickjax.models.latent_tree.chart import in_order
 from stickjax.models.latent_tree.parts import dropped
-from stickjax.models.latent_tree.trees import bracketed, derivation_tree, leaves, read_brackets, slot_tree
+from stickjax.models.latent_tree.trees import closing_brackets, derivation_tree
 from stickjax.models.layers import random_bytes
 from stickjax.models.parameters import label, leaves_of, map_leaves, partition, shardings
 from stickjax.parallel.mesh import AXES, shard_batch
@@ -107,12 +108,6 @@ def original(early_root):
     return model, a
 
 
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
-
-
 @pytest.mark.parametrize("i", range(5))
 def test_the_numbers_of_the_original(i, x64):
     """In float64. Its source and target ids begin at 4; it reads the root of the tree before the last word."""
@@ -180,6 +175,9 @@ def test_every_parameter_has_a_gradient_a_label_and_a_partition(encoder):
         assert jnp.isfinite(leaf.value).all() and (leaf.value != 0).any(), leaf.name
         assert label(leaf) in ("matrix", "vector", "embedding") and partition(leaf) == PartitionSpec()
 
+    if encoder == "ordered_memory":  # a number that is added to all scores of a softmax has the gradient 0
+        assert jnp.abs(gradients.encoder.memory.distribution.bias[...]) < 1e-6
+        gradients.encoder.memory.distribution.bias = nnx.Param(jnp.ones(1))
     map_leaves(check, gradients)
     assert not gradients.encoder.embed[0].any()
 
@@ -246,33 +244,35 @@ def test_the_nodes_share_one_formula(x64):
 
 def test_the_tree_of_an_encoder_with_brackets():
     """joins_of gives the joins of every tree, and the root is the last join."""
-    for text in ("a", "( a b )", "( ( a b ) ( c d ) )", "( a ( b ( c d ) ) )", "( ( ( a b ) c ) ( d e ) )"):
-        words, closing = read_brackets(text)
+    for text in ("a", "(a b)", "((a b) (c d))", "(a (b (c d)))", "(((a b) c) (d e))"):
+        tree, words = from_brackets(text.replace("(", "( ").replace(")", " )").split())
         n, S = len(words), 6
-        padded = jnp.zeros((1, S), int).at[0, :n].set(jnp.array(closing)).at[0, n:].set(3)
+        padded = jnp.zeros((1, S), int).at[0, :n].set(jnp.array(closing_brackets(tree))).at[0, n:].set(3)
         pairs, is_join = joins_of(padded, jnp.arange(S)[None] < n)
-        parts = dict(enumerate(words))
+        parts = dict(enumerate(range(n)))
         for k, (left, right) in enumerate(pairs[0].tolist()):
             if is_join[0, k]:
                 parts[S + k] = (parts.pop(left), parts.pop(right))
-        assert [bracketed(tree) for i, tree in parts.items()] == [text]
-    for wrong in ("( a b c )", "( a )", "a b", "( a b", ")"):
-        with pytest.raises(ValueError, match="does not have exactly two parts|is not one binary tree"):
-            read_brackets(wrong)
+        assert list(parts.values()) == [tree] and bracketed(tree, words) == text
+    with pytest.raises(ValueError, match="has two parts in every pair of brackets, not 3"):
+        closing_brackets((0, 1, 2))
     with pytest.raises(ValueError, match="needs the array 'brackets'"):
         apply(drawn(TreeConfig(**SIZES, encoder="tree")), {"source": jnp.ones((1, 2), int)})
 
 
-def test_the_best_tree_as_text():
+def test_the_trees_of_a_batch():
+    """The tree of a derivation has its words as leaves; those of the memory have the words of the sources."""
     model, batch = drawn(TreeConfig(**SIZES)), sentences()
-    found, names = decode(model, batch, limit=6), ["", *"abcde"]
-    for b in range(4):
-        tree = derivation_tree(found, b, names)
-        assert leaves(tree) == [names[w] for w in found.words[b].tolist() if w]
-        words, closing = read_brackets(bracketed(tree))
-        assert words == leaves(tree) and sum(closing) == len(words) - 1
-    source = [str(w) for w in batch["source"][0].tolist()]
-    assert leaves(slot_tree(run(model, batch).slots[0], source)) == source
+    found, family = decode(model, batch), family_of(model.config)
+    np.testing.assert_array_equal(family.predict(model, batch), found.words)
+    for nodes, length in zip(found.nodes, found.lengths.tolist(), strict=True):
+        tree = derivation_tree(nodes.tolist())
+        assert leaves(tree) == list(range(length)) and sum(closing_brackets(tree)) == length - 1
+    induced = family.induced_trees(model, batch)["source"]
+    assert [leaves(tree) for tree in induced] == [list(range(n)) for n in (batch["source"] != 0).sum(1).tolist()]
+    assert all(len(closing_brackets(tree)) == len(leaves(tree)) for tree in induced)  # binary
+    other = drawn(TreeConfig(**SIZES, encoder="gru"))
+    assert family.induced_trees(other, batch) is None
 
 
 def test_the_probability_of_the_best_tree_is_below_that_of_its_sentence():

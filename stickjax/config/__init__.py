@@ -9,6 +9,7 @@ from stickjax.config.experiment import (
     OrderedMemoryConfig,
     SutConfig,
     TrainConfig,
+    TreeConfig,
     field_names,
     locate,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "OrderedMemoryConfig",
     "SutConfig",
     "TrainConfig",
+    "TreeConfig",
     "field_names",
     "locate",
 ]

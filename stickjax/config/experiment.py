@@ -26,13 +26,14 @@ from stickjax.config.fields import (
     shown,
     with_present_names,
 )
+from stickjax.config.latent_tree import TreeConfig
 from stickjax.config.ordered_memory import OrderedMemoryConfig
 from stickjax.config.synonyms import suggestion
 from stickjax.config.universal import SutConfig
 
 __all__ = [
     "Config", "DataConfig", "MeshConfig", "ModelConfig", "OptimConfig", "OrderedMemoryConfig", "SutConfig",
-    "TrainConfig", "locate",
+    "TrainConfig", "TreeConfig", "locate",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)

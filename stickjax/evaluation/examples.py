@@ -65,7 +65,8 @@ def accuracy(
             else:
                 exact, word = _compared(answers, batch["target"][: len(rows)])
                 right.append(exact), first.append(word)
-            pairs += _tree_pairs(task, family.induced_trees(model, batch), rows)
+            if task.brackets:
+                pairs += _tree_pairs(task, family.induced_trees(model, batch), rows)
         record = {"bucket": bucket, "accuracy": float(np.concatenate(right).mean()), "examples": len(examples)}
         if labels:
             record["majority"] = float(np.bincount(np.concatenate(labels)).max() / len(examples))
@@ -123,8 +124,11 @@ def _compared(answers: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def _tree_pairs(task: Task, induced: dict[str, list] | None, rows: list) -> list[tuple]:
-    """Return (induced tree, true tree) without brackets for all texts of these rows; an empty list without trees."""
-    if induced is None or task.brackets is None:
+    """Return (induced tree, true tree) without brackets for all texts of these rows; an empty list if none is induced.
+
+    The task must have `brackets`.
+    """
+    if induced is None:
         return []
     pairs = []
     for i, row in enumerate(rows):
