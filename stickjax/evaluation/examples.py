@@ -58,7 +58,8 @@ def accuracy(
         say(f"{len(examples):,} {task.name}" + ("" if bucket is None else f", {task.bucket_name}: {bucket}"))
         right, first, labels, pairs = [], [], [], []
         for batch, rows in batches_of(examples, min(B, max_examples)):
-            answers = jax.device_get(predict(model, batch))[: len(rows)]
+            inputs = {name: x for name, x in batch.items() if name not in ("label", "target")}
+            answers = jax.device_get(predict(model, inputs))[: len(rows)]
             if "label" in batch:
                 labels.append(batch["label"][: len(rows)])
                 right.append(answers == labels[-1])
