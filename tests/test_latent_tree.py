@@ -16,12 +16,15 @@ from jax.sharding import PartitionSpec
 from stickjax import Config, DataConfig
 from stickjax.config.latent_tree import TreeConfig
 from stickjax.evaluation.tree_plots import plot_derivation
+from stickjax.evaluation.trees import bracketed, from_brackets, leaves
 from stickjax.models.families import family_of
 from stickjax.models.latent_tree import apply, decode, init, loss, sentence_log_likelihood
 from stickjax.models.latent_tree.brackets import joins_of
 from stickjax.models.latent_tree.chart import in_order
-from stickjax.models.latent_tree.parts import dropped, random_bytes
-from stickjax.models.latent_tree.trees import bracketed, derivation_tree, leaves, read_brackets, slot_tree
+from stickjax.models.latent_tree.parts import dropped
+from stickjax.models.latent_tree.trees import closing_brackets, derivation_tree
+from stickjax.models.latent_tree.viterbi import viterbi
+from stickjax.models.layers import random_bytes
 from stickjax.models.parameters import label, leaves_of, map_leaves, partition, shardings
 from stickjax.parallel.mesh import AXES, shard_batch
 from stickjax.training.gradients import mesh_gradients
@@ -106,27 +109,27 @@ def original(early_root):
     return model, a
 
 
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
+def test_the_numbers_of_the_original(x64):
+    """In float64. Its source and target ids begin at 4; it reads the root of the tree before the last word.
 
-
-@pytest.mark.parametrize("i", range(5))
-def test_the_numbers_of_the_original(i, x64):
-    """In float64. Its source and target ids begin at 4; it reads the root of the tree before the last word."""
+    The sentences were scored one by one. Here they are one batch, because padding has no effect.
+    """
     model, a = original(early_root=True)
-    source, target = (jnp.asarray(a[f"{name}/{i}"])[None] for name in ("source", "target"))
+    source, target = (
+        jnp.stack([jnp.pad(ids, (0, max(map(len, texts)) - len(ids))) for ids in texts])
+        for texts in ([jnp.asarray(a[f"{name}/{i}"]) for i in range(5)] for name in ("source", "target"))
+    )
     logits = run(model, {"source": source}).logits
-    expected = a[f"node_word_log_prob/{i}"]
-    assert_close(logits[0, in_order(4)], expected, 1e-10)
-    np.testing.assert_allclose(sentence_log_likelihood(logits, target)[0], a[f"log_likelihood/{i}"], rtol=1e-10)
+    values = sentence_log_likelihood(logits, target)
+    for i in range(5):
+        assert_close(logits[i, in_order(4)], a[f"node_word_log_prob/{i}"], 1e-10)
+        np.testing.assert_allclose(values[i], a[f"log_likelihood/{i}"], rtol=1e-10)
     np.testing.assert_array_equal(a["param/decoder.order"], in_order(4))
     right, _ = original(early_root=False)
-    assert np.abs(run(right, {"source": source}).logits - logits).max() > 0.01
+    assert jnp.abs(run(right, {"source": source}).logits - logits).max((1, 2)).min() > 0.01
 
 
-SIZES = dict(V=9, V_target=6, H=8, N=3, depth=4)
+SIZES = dict(V=9, V_target=6, H=16, N=2, depth=3, attention_dropout=0.1)
 ENCODERS = ("ordered_memory", "tree", "gru")
 
 
@@ -147,16 +150,32 @@ def sentences(B=4, S=6, T=7, seed=0):
     return {name: jnp.asarray(x) for name, x in batch.items()}
 
 
+# Most tests are in float64 and have batches of the same shapes, so that they share compiled functions.
+
+
+def exact(encoder="ordered_memory"):
+    """Return a model in float64."""
+    return drawn(in_float64(TreeConfig(**SIZES, encoder=encoder)))
+
+
 @jax.jit
 def values_of(model, batch):
     logits = apply(model, batch).logits
     return logits, sentence_log_likelihood(logits, batch["target"])
 
 
+def mean_of(model, batch):
+    return jax.grad(lambda m: loss(m, batch, None), has_aux=True)(model)
+
+
+mean_gradients = jax.jit(mean_of)
+training_gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))  # with dropout
+
+
 @pytest.mark.parametrize("encoder", ENCODERS)
-def test_a_sentence_does_not_depend_on_its_batch(encoder):
+def test_a_sentence_does_not_depend_on_its_batch(encoder, x64):
     """Neither its score nor the scores of its nodes depend on other sentences or on padding."""
-    model, batch = drawn(TreeConfig(**SIZES, encoder=encoder)), sentences()
+    model, batch = exact(encoder), sentences()
     logits, values = values_of(model, batch)
     others = values_of(model, {name: x.at[0].set(jnp.roll(x[0], 1)) for name, x in batch.items()})
     for before, after in zip((logits, values), others, strict=True):
@@ -165,41 +184,47 @@ def test_a_sentence_does_not_depend_on_its_batch(encoder):
     alone = {name: x[1:2, : t if name == "target" else s] for name, x in batch.items()}
     assert s < 6 and t < 7
     own_logits, own = values_of(model, alone)
-    assert_close(own_logits[0], logits[1], 1e-5)
-    np.testing.assert_allclose(own[0], values[1], rtol=1e-5)
-
-
-@pytest.mark.parametrize("encoder", ENCODERS)
-def test_every_parameter_has_a_gradient_a_label_and_a_partition(encoder):
-    """With dropout. Only the embeddings of ids that are not in the batch have no gradient."""
-    model, batch = drawn(TreeConfig(**SIZES, encoder=encoder)), sentences()
-    gradients = jax.jit(jax.grad(lambda m: loss(m, batch, jax.random.key(0))[0]))(model)
-
-    def check(leaf):
-        assert jnp.isfinite(leaf.value).all() and (leaf.value != 0).any(), leaf.name
-        assert label(leaf) in ("matrix", "vector", "embedding") and partition(leaf) == PartitionSpec()
-
-    map_leaves(check, gradients)
-    assert not gradients.encoder.embed[0].any()
+    assert_close(own_logits[0], logits[1], 1e-12)
+    np.testing.assert_allclose(own[0], values[1], rtol=1e-12)
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_gradients_are_those_of_finite_differences(encoder, x64):
-    model, batch = drawn(in_float64(TreeConfig(**SIZES, encoder=encoder))), sentences()
-    rng, step = np.random.default_rng(1), 1e-5
-    direction = map_leaves(lambda leaf: jnp.asarray(rng.normal(size=leaf.value.shape)), model)
-    f = jax.jit(lambda m: loss(m, batch, None)[0])
-    moved = [f(jax.tree.map(lambda p, d, s=s: p + s * d, model, direction)) for s in (step, -step)]
-    gradient = jax.jit(jax.grad(f))(model)
-    along = sum(jnp.vdot(g, d) for g, d in zip(*map(jax.tree.leaves, (gradient, direction)), strict=True))
-    np.testing.assert_allclose(along, (moved[0] - moved[1]) / (2 * step), rtol=1e-6)
+    """Of each array of parameters by itself, and without optimisation by XLA (see tests/conftest.py).
+
+    Every parameter has a gradient, a label and a partition. Only the embeddings of ids that are not in the batch, and a
+    number that is added to all scores of a softmax, have the gradient 0.
+    """
+    model, batch, rng, step = exact(encoder), sentences(), np.random.default_rng(1), 1e-5
+    gradient, metrics = mean_gradients(model, batch)
+    value = lambda m: -(values_of(m, batch)[1] / (batch["target"] != 0).sum(1)).mean()  # noqa: E731
+    np.testing.assert_allclose(value(model), metrics["loss"], rtol=1e-12)
+    leaves, structure = jax.tree.flatten(model)
+    for i, (leaf, found) in enumerate(zip(leaves_of(model), jax.tree.leaves(gradient), strict=True)):
+        direction = rng.normal(size=leaf.value.shape)
+        moved = [
+            value(structure.unflatten([*leaves[:i], leaf.value + s * direction, *leaves[i + 1 :]]))
+            for s in (step, -step)
+        ]
+        expected = (moved[0] - moved[1]) / (2 * step)
+        np.testing.assert_allclose(jnp.vdot(found, direction), expected, rtol=1e-6, atol=1e-9, err_msg=leaf.name)
+        assert jnp.abs(found).max() > 1e-7 or leaf.name == "encoder.memory.distribution.bias", leaf.name
+        assert label(leaf) in ("matrix", "vector", "embedding") and partition(leaf) == PartitionSpec()
+    assert not gradient.encoder.embed[0].any()
+
+
+def test_dropout_follows_the_key():
+    model, batch = drawn(TreeConfig(**SIZES, encoder="gru")), sentences()
+    one, same, other = (run(model, batch, jax.random.key(i)).logits for i in (0, 0, 1))
+    np.testing.assert_array_equal(one, same)
+    assert jnp.isfinite(one).all() and jnp.abs(one - other).max((1, 2)).min() > 0.01
 
 
 def test_the_nodes_share_one_formula(x64):
     """The scores of a node are those that the formulas of the docstrings give, one node at a time."""
-    model, batch = drawn(in_float64(TreeConfig(**SIZES))), sentences(B=2)
+    model, batch = exact(), sentences()
     e, d = jax.jit(lambda m: m.encoder(batch))(model), model.decoder
-    found = run(model, batch)
+    logits, _ = values_of(model, batch)
 
     def norm(x):
         return (x - x.mean()) / np.sqrt(x.var() + 1e-5)
@@ -211,7 +236,7 @@ def test_the_nodes_share_one_formula(x64):
         a = d.attention
         q = norm(x @ a.query[...] + a.query_bias[...]) * a.query_norm.scale[...] + a.query_norm.bias[...]
         k = [norm(y @ a.key[...] + a.key_bias[...]) * a.key_norm.scale[...] + a.key_norm.bias[...] for y in keys[mask]]
-        s = np.array([q @ one for one in k]) / np.sqrt(8)
+        s = np.array([q @ one for one in k]) / np.sqrt(16)
         gate = 1 / (1 + np.exp(-(np.log(np.exp(s).sum()) - 2 * s.max() + np.log(1000))))
         return np.exp(s) / np.exp(s).sum() * gate @ values[mask]
 
@@ -219,7 +244,7 @@ def test_the_nodes_share_one_formula(x64):
         return x - np.log(np.exp(x).sum())
 
     table = np.stack([np.tanh(norm(row)) for row in np.asarray(d.unembed[...])])
-    for b in range(2):
+    for b in (0, 1):
         bank = np.asarray(e.bank[b]), np.asarray(e.bank[b]), np.asarray(e.bank_mask[b])
         words = (
             np.asarray(e.keys[b]),
@@ -230,10 +255,10 @@ def test_the_nodes_share_one_formula(x64):
         def visit(node, x, context, shared, b=b, bank=bank, words=words):
             leaf = log_softmax(np.concatenate([x, context]) @ d.leaf[...] + d.leaf_bias[...]) + shared
             expected = log_softmax(table @ attend(x, *words)) + leaf[0]
-            np.testing.assert_allclose(found.logits[b, node], expected, rtol=1e-9)
-            if node < 15:
+            np.testing.assert_allclose(logits[b, node], expected, rtol=1e-9)
+            if node < 7:
                 hidden = np.maximum(np.concatenate([x, context]) @ d.w_in[...] + d.in_bias[...], 0)
-                out = (hidden @ d.w_out[...] + d.out_bias[...]).reshape(4, 8)
+                out = (hidden @ d.w_out[...] + d.out_bias[...]).reshape(4, 16)
                 for j in (0, 1):
                     gate = 1 / (1 + np.exp(-out[j]))
                     child = gate * act(out[2 + j]) + (1 - gate) * x
@@ -245,78 +270,79 @@ def test_the_nodes_share_one_formula(x64):
 
 def test_the_tree_of_an_encoder_with_brackets():
     """joins_of gives the joins of every tree, and the root is the last join."""
-    for text in ("a", "( a b )", "( ( a b ) ( c d ) )", "( a ( b ( c d ) ) )", "( ( ( a b ) c ) ( d e ) )"):
-        words, closing = read_brackets(text)
+    for text in ("a", "(a b)", "((a b) (c d))", "(a (b (c d)))", "(((a b) c) (d e))"):
+        tree, words = from_brackets(text.replace("(", "( ").replace(")", " )").split())
         n, S = len(words), 6
-        padded = jnp.zeros((1, S), int).at[0, :n].set(jnp.array(closing)).at[0, n:].set(3)
+        padded = jnp.zeros((1, S), int).at[0, :n].set(jnp.array(closing_brackets(tree))).at[0, n:].set(3)
         pairs, is_join = joins_of(padded, jnp.arange(S)[None] < n)
-        parts = dict(enumerate(words))
+        parts = dict(enumerate(range(n)))
         for k, (left, right) in enumerate(pairs[0].tolist()):
             if is_join[0, k]:
                 parts[S + k] = (parts.pop(left), parts.pop(right))
-        assert [bracketed(tree) for i, tree in parts.items()] == [text]
-    for wrong in ("( a b c )", "( a )", "a b", "( a b", ")"):
-        with pytest.raises(ValueError, match="does not have exactly two parts|is not one binary tree"):
-            read_brackets(wrong)
+        assert list(parts.values()) == [tree] and bracketed(tree, words) == text
+    with pytest.raises(ValueError, match="has two parts in every pair of brackets, not 3"):
+        closing_brackets((0, 1, 2))
     with pytest.raises(ValueError, match="needs the array 'brackets'"):
         apply(drawn(TreeConfig(**SIZES, encoder="tree")), {"source": jnp.ones((1, 2), int)})
 
 
-def test_the_best_tree_as_text():
-    model, batch = drawn(TreeConfig(**SIZES)), sentences()
-    found, names = decode(model, batch, limit=6), ["", *"abcde"]
-    for b in range(4):
-        tree = derivation_tree(found, b, names)
-        assert leaves(tree) == [names[w] for w in found.words[b].tolist() if w]
-        words, closing = read_brackets(bracketed(tree))
-        assert words == leaves(tree) and sum(closing) == len(words) - 1
-    source = [str(w) for w in batch["source"][0].tolist()]
-    assert leaves(slot_tree(run(model, batch).slots[0], source)) == source
+def test_the_trees_of_a_batch(x64):
+    """The tree of a derivation has its words as leaves; those of the memory have the words of the sources."""
+    model, batch = exact(), sentences()
+    found, family = decode(model, batch), family_of(model.config)
+    np.testing.assert_array_equal(family.predict(model, batch), found.words)
+    for nodes, length in zip(found.nodes, found.lengths.tolist(), strict=True):
+        tree = derivation_tree(nodes.tolist())
+        assert leaves(tree) == list(range(length)) and sum(closing_brackets(tree)) == length - 1
+    induced = family.induced_trees(model, batch)["source"]
+    assert [leaves(tree) for tree in induced] == [list(range(n)) for n in (batch["source"] != 0).sum(1).tolist()]
+    assert all(len(closing_brackets(tree)) == len(leaves(tree)) for tree in induced)  # binary
+    assert family.induced_trees(exact("gru"), batch) is None
 
 
-def test_the_probability_of_the_best_tree_is_below_that_of_its_sentence():
-    model, batch = drawn(TreeConfig(**SIZES)), sentences()
+def test_the_probability_of_the_best_tree_is_below_that_of_its_sentence(x64):
+    model, batch = exact(), sentences()
     found = decode(model, batch)
-    _, values = values_of(model, batch | {"target": found.words})
-    assert (found.scores <= values + 1e-6).all() and found.words.shape == (4, 16)
+    assert found.words.shape == (4, 8)
+    values = sentence_log_likelihood(values_of(model, batch)[0], found.words)
+    assert (found.scores <= values + 1e-12).all()
     assert (found.lengths > 0).all() and ((found.words != 0).sum(1) == found.lengths).all()
 
 
 def test_a_target_that_does_not_fit():
-    model, batch = drawn(TreeConfig(**SIZES)), sentences(T=17)
-    message = "a target of T=17 words does not fit in a tree of depth=4, which has at most 2\\^4=16 leaves"
+    model, batch = drawn(TreeConfig(**SIZES)), sentences(T=9)
+    message = "a target of T=9 words does not fit in a tree of depth=3, which has at most 2\\^3=8 leaves"
     with pytest.raises(ValueError, match=message):
         loss(model, batch, None)
     with pytest.raises(ValueError, match=message):
-        TreeConfig(**SIZES).check_mesh({"data": 1}, 17)
+        TreeConfig(**SIZES).check_mesh({"data": 1}, 9)
     with pytest.raises(ValueError, match="data parallelism only"):
-        TreeConfig(**SIZES).check_mesh({"data": 1, "tensor": 2}, 16)
+        TreeConfig(**SIZES).check_mesh({"data": 1, "tensor": 2}, 8)
     with pytest.raises(ValueError, match="H=7 must be even"):
         TreeConfig(H=7)
 
 
-def test_sentences_without_words_do_not_count():
-    model, batch = drawn(TreeConfig(**SIZES)), sentences()
-    empty = {name: jnp.concatenate([x, jnp.zeros_like(x[:2])]) for name, x in batch.items()}
-    value, gradient = jax.jit(jax.value_and_grad(lambda m: loss(m, empty, None)[0]))(model)
-    np.testing.assert_allclose(value, jax.jit(loss)(model, batch, None)[0], rtol=1e-5)
+def test_sentences_without_words_do_not_count(x64):
+    """Without target words, or without any words."""
+    model, batch = exact(), sentences()
+    batch = {name: x.at[3].set(0) for name, x in batch.items()} | {"target": batch["target"].at[2:].set(0)}
+    gradient, metrics = mean_gradients(model, batch)
+    values = values_of(model, batch)[1][:2] / (batch["target"][:2] != 0).sum(1)
+    np.testing.assert_allclose(metrics["loss"], -values.mean(), rtol=1e-12)
     map_leaves(lambda leaf: np.testing.assert_(jnp.isfinite(leaf.value).all(), leaf.name), gradient)
 
 
-def test_one_and_two_devices_have_the_same_loss_and_gradients():
-    model, batch = drawn(TreeConfig(**SIZES)), sentences(B=6)
-    batch["target"] = batch["target"].at[5].set(0)  # the devices have different numbers of sentences
-
-    def gradients(model, batch, key):
-        return jax.grad(lambda m: loss(m, batch, None), has_aux=True)(model)
-
-    expected, metrics = jax.jit(gradients)(model, batch, jax.random.key(0))
+def test_one_and_two_devices_have_the_same_loss_and_gradients(x64):
+    model, batch = exact("gru"), sentences()
+    batch["target"] = batch["target"].at[3].set(0)  # the devices have different numbers of sentences
+    expected, metrics = mean_gradients(model, batch)
     mesh = jax.make_mesh((2, 1, 1, 1, 1), AXES, devices=jax.devices()[:2])
     placed = jax.device_put(model, shardings(mesh, model))
-    found, found_metrics = jax.jit(mesh_gradients(mesh, gradients))(placed, shard_batch(mesh, batch), jax.random.key(0))
+    step = jax.jit(mesh_gradients(mesh, lambda model, batch, key: mean_of(model, batch)))
+    found, found_metrics = step(placed, shard_batch(mesh, batch), jax.random.key(0))
     for name, value in metrics.items():
-        np.testing.assert_allclose(found_metrics[name], value, rtol=1e-5, err_msg=name)
-    jax.tree.map(lambda a, b: assert_close(a, b, 1e-5), found, expected)
+        np.testing.assert_allclose(found_metrics[name], value, rtol=1e-12, err_msg=name)
+    jax.tree.map(lambda a, b: assert_close(a, b, 1e-10), found, expected)
 
 
 def test_dropout_keeps_the_mean():
@@ -329,31 +355,29 @@ def test_dropout_keeps_the_mean():
 
 
 def test_a_few_sentences_are_learnt():
-    """The model learns six pairs by heart, and decodes them exactly. It also decodes in bfloat16."""
-    config = TreeConfig(V=9, V_target=6, H=16, N=2, depth=3, attention_dropout=0.1)
-    model, batch = init(config, jax.random.key(0)), sentences(B=6, T=5)
-    optimizer = optax.adam(1e-2)
+    """The model learns four pairs by heart, and decodes them exactly. It also decodes in bfloat16."""
+    config = TreeConfig(**SIZES)
+    model, batch, optimizer = init(config, jax.random.key(0)), sentences(), optax.adam(1e-2)
 
     @jax.jit
-    def learn(model, state, key):
-        (value, _), g = jax.value_and_grad(loss, has_aux=True)(model, batch, key)
-        updates, state = optimizer.update(g, state, model)
-        return optax.apply_updates(model, updates), state, value
+    def updated(model, state, gradients):
+        updates, state = optimizer.update(gradients, state, model)
+        return optax.apply_updates(model, updates), state
 
     state, history = optimizer.init(model), []
     for i in range(150):
-        model, state, value = learn(model, state, jax.random.key(i))
+        (value, _), gradients = training_gradients(model, batch, jax.random.key(i))
+        model, state = updated(model, state, gradients)
         history.append(float(value))
+        assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(gradients))
     assert history[-1] < 0.3 < 1 < history[0]
-    found = decode(model, batch, limit=5)
-    assert found.words.tolist() == batch["target"].tolist()
-    low = dataclasses.replace(config, dtype="bfloat16")
-    for part in (m for _, m in nnx.iter_modules(model) if hasattr(m, "config")):
-        part.config = low
-    logits = run(model, batch).logits
-    assert (
-        logits.dtype == jnp.float32 and decode(model, batch, limit=5).words[0].tolist() == batch["target"][0].tolist()
-    )
+    for dtype in ("float32", "bfloat16"):
+        for part in (m for _, m in nnx.iter_modules(model) if hasattr(m, "config")):
+            part.config = dataclasses.replace(config, dtype=dtype)
+        logits = run(model, batch).logits
+        assert logits.dtype == jnp.float32, dtype
+        words = viterbi(logits, limit=7).words
+        np.testing.assert_array_equal(words, batch["target"], err_msg=dtype)
 
 
 def test_the_size_of_the_original():

@@ -58,14 +58,16 @@ def accuracy(
         say(f"{len(examples):,} {task.name}" + ("" if bucket is None else f", {task.bucket_name}: {bucket}"))
         right, first, labels, pairs = [], [], [], []
         for batch, rows in batches_of(examples, min(B, max_examples)):
-            answers = jax.device_get(predict(model, batch))[: len(rows)]
+            inputs = {name: x for name, x in batch.items() if name not in ("label", "target")}
+            answers = jax.device_get(predict(model, inputs))[: len(rows)]
             if "label" in batch:
                 labels.append(batch["label"][: len(rows)])
                 right.append(answers == labels[-1])
             else:
                 exact, word = _compared(answers, batch["target"][: len(rows)])
                 right.append(exact), first.append(word)
-            pairs += _tree_pairs(task, family.induced_trees(model, batch), rows)
+            if task.brackets:
+                pairs += _tree_pairs(task, family.induced_trees(model, batch), rows)
         record = {"bucket": bucket, "accuracy": float(np.concatenate(right).mean()), "examples": len(examples)}
         if labels:
             record["majority"] = float(np.bincount(np.concatenate(labels)).max() / len(examples))
@@ -125,8 +127,11 @@ def _compared(answers: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def _tree_pairs(task: Task, induced: dict[str, list] | None, rows: list) -> list[tuple]:
-    """Return (induced tree, true tree) without brackets for all texts of these rows; an empty list without trees."""
-    if induced is None or task.brackets is None:
+    """Return (induced tree, true tree) without brackets for all texts of these rows; an empty list if none is induced.
+
+    The task must have `brackets`.
+    """
+    if induced is None:
         return []
     pairs = []
     for i, row in enumerate(rows):

@@ -6,8 +6,7 @@ A tree is the index of a word, or a tuple of trees: (0, (1, 2)) joins the words 
 from collections.abc import Callable, Iterable, Sequence
 
 from stickjax.evaluation.plots import save
-
-Tree = int | tuple["Tree", ...]
+from stickjax.models.ordered_memory.parse import Tree
 
 
 def from_brackets(words: Sequence[str], opening: str = "(", closing: str = ")") -> tuple[Tree, list[str]]:

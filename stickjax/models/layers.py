@@ -1,9 +1,11 @@
 """Small parts of models: initialisers, normalisations, rotary positions, the dense feed-forward network."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
 from pallas_kernels.arguments import sum_type
 from pallas_kernels.scatter_moe.call import ACTIVATIONS, GATED
@@ -38,6 +40,21 @@ def dropout(x, rate: float, key):
     if key is None or not rate:
         return x
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
+
+
+def random_bytes(key, *shape: int) -> UInt8[Array, "..."] | None:
+    """Return random numbers of 8 bits, for dropout masks of this shape. Without a key, return None.
+
+    They are parts of random numbers of 32 bits. On a CPU, `jax.random.bits` takes five times as long for 8 bits.
+
+    >>> random_bytes(jax.random.key(0), 2, 3).shape
+    (2, 3)
+    """
+    if key is None:
+        return None
+    count = math.prod(shape)
+    words = jax.random.bits(key, (-(-count // 4),), jnp.uint32)
+    return jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(-1)[:count].reshape(shape)
 
 
 def matrix_std(config: ModelConfig) -> float:

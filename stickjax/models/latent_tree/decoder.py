@@ -19,10 +19,9 @@ from stickjax.models.latent_tree.parts import (
     centred,
     dropped,
     inverse_deviation,
-    random_bytes,
     split_key,
 )
-from stickjax.models.layers import LayerNorm, cast, linear_bias, linear_weight, normalised, uniform
+from stickjax.models.layers import LayerNorm, cast, linear_bias, linear_weight, normalised, random_bytes, uniform
 
 
 class Production(NamedTuple):

@@ -15,8 +15,8 @@ from stickjax.config.latent_tree import TreeConfig
 from stickjax.models.latent_tree.brackets import joins_of
 from stickjax.models.latent_tree.gru import BidirectionalGRU
 from stickjax.models.latent_tree.memory import OrderedMemory
-from stickjax.models.latent_tree.parts import affine, dropped, random_bytes, split_key
-from stickjax.models.layers import cast, linear_bias, linear_weight, normal
+from stickjax.models.latent_tree.parts import affine, dropped, split_key
+from stickjax.models.layers import cast, linear_bias, linear_weight, normal, random_bytes
 
 
 class Encoding(NamedTuple):

@@ -12,6 +12,7 @@ from stickjax.models.family import Family
 from stickjax.models.latent_tree.decoder import Production
 from stickjax.models.latent_tree.model import LatentTreeModel, sentence_log_likelihood
 from stickjax.models.latent_tree.viterbi import Derivation, viterbi
+from stickjax.models.ordered_memory.parse import Tree, induced_tree
 from stickjax.models.parameters import Parameter
 from stickjax.parallel.collectives import psum_over_batch
 
@@ -93,6 +94,11 @@ def decode(model: LatentTreeModel, batch: dict[str, jax.Array], limit: int | Non
     return viterbi(apply(model, batch).logits, 2**model.config.depth if limit is None else limit)
 
 
+@jax.jit
+def _slots(model: LatentTreeModel, batch) -> jax.Array:
+    return model.encoder(batch).slots
+
+
 _vector = lambda axes: Parameter(axes, label="vector")  # noqa: E731
 _TABLES = {"embed": Parameter("V D", label="embedding"), "values": Parameter("V D", label="embedding")}
 _PARAMETERS = {
@@ -159,6 +165,13 @@ class LatentTree(Family):
 
     def predict(self, model, batch) -> jax.Array:
         return decode(model, batch).words
+
+    def induced_trees(self, model, batch) -> dict[str, list[Tree]] | None:
+        """Return the trees of the sources that the memory of the encoder ordered_memory induces."""
+        if model.config.encoder != "ordered_memory":
+            return None
+        slots, source = jax.device_get((_slots(model, batch), batch["source"]))
+        return {"source": [induced_tree(p[ids != 0]) for p, ids in zip(slots, source, strict=True)]}
 
     def example_batch(self, config: Config) -> dict[str, jax.ShapeDtypeStruct]:
         sentences = jax.ShapeDtypeStruct((config.data.B, config.data.T), jnp.int32)

@@ -11,8 +11,8 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.arguments import sum_type
 from stickjax.config.latent_tree import TreeConfig
-from stickjax.models.latent_tree.parts import affine, dropped, random_bytes, split_key
-from stickjax.models.layers import LayerNorm, cast, linear_bias, linear_weight, uniform
+from stickjax.models.latent_tree.parts import affine, dropped, split_key
+from stickjax.models.layers import LayerNorm, cast, linear_bias, linear_weight, random_bytes, uniform
 
 SMALLEST = 1e-5  # a smaller factor c of a slot counts as 0
 
@@ -51,7 +51,7 @@ class SlotDistribution(nnx.Module):
         beta = affine(hidden, self.weight, self.bias, c)[..., 0].astype(sum_type(hidden)) * c.H**-0.5
         factor = jnp.cumsum(before, axis=1)[:, 1:]
         factor = jnp.pad(jnp.where(factor < SMALLEST, 0, factor), ((0, 0), (0, 1)), constant_values=1)
-        p = jnp.exp(beta - beta.max(1, keepdims=True)) * factor
+        p = jnp.exp(beta - jax.lax.stop_gradient(beta).max(1, keepdims=True)) * factor
         return p / p.sum(1, keepdims=True)
 
 

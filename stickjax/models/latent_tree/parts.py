@@ -1,7 +1,5 @@
 """Small parts of the model: affine maps, dropout, and the attention that nodes and words share."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -20,22 +18,10 @@ def affine(x: Float[Array, "*b I"], weight, bias, config) -> Float[Array, "*b O"
     return x @ weight + bias.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
-def random_bytes(key, *shape: int) -> Array | None:
-    """Return random numbers of 8 bits for the dropout masks of this shape; None without a key.
-
-    They are parts of random numbers of 32 bits, which takes a fifth of the time of `jax.random.bits` for 8 bits.
-    """
-    if key is None:
-        return None
-    count = math.prod(shape)
-    words = jax.random.bits(key, (-(-count // 4),), jnp.uint32)
-    return jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(-1)[:count].reshape(shape)
-
-
 def dropped(x, rate: float, random: Array | None):
     """Set a share `rate` of the values of x to zero, and divide the others by 1 - rate. Without `random`, return x.
 
-    `random` are `random_bytes` of the shape of x. The rate is rounded to a multiple of 1/256.
+    `random` are `layers.random_bytes` of the shape of x. The rate is rounded to a multiple of 1/256.
     """
     level = round(256 * rate)
     if random is None or not level:
@@ -105,7 +91,22 @@ def attention_weights(scores: Float[Array, "B n M"], mask: Bool[Array, "B M"]) -
     [0.4998, 0.4998, 0.0]
     """
     mask, scores = mask[:, None], scores.astype(sum_type(scores))
-    largest = jnp.where(mask, scores, -LARGEST).max(-1, keepdims=True)
+    largest = largest_of(jnp.where(mask, scores, -LARGEST))
     largest = jnp.where(mask.any(-1, keepdims=True), largest, 0)  # a sentence without words has no keys
     weights = jnp.where(mask, jnp.exp(jnp.where(mask, scores - largest, 0)), 0)
     return weights / (weights.sum(-1, keepdims=True) + SINK * jnp.exp(jnp.minimum(largest, LARGEST)))
+
+
+def largest_of(x: Float[Array, "B n M"]) -> Float[Array, "B n 1"]:
+    """Return the maximum over the last axis. The gradient belongs to the first element that has it.
+
+    The derivative of `jnp.max` compares x with its maximum, and divides by the number of equal elements. XLA may
+    compute x once for the maximum and again for the comparison, and round differently: with a product and a sum in one
+    instruction, or in two. Then no element is equal, and the gradient is 0, infinite or NaN. This happens on CPUs with
+    such instructions, under JAX_DISABLE_MOST_OPTIMIZATIONS. The comparison of indices here is exact.
+
+    >>> jax.grad(lambda x: largest_of(x).sum())(jnp.array([[[1.0, 3.0, 3.0]]])).tolist()
+    [[[0.0, 1.0, 0.0]]]
+    """
+    index = jax.lax.stop_gradient(x).argmax(-1, keepdims=True)
+    return jnp.where(jnp.arange(x.shape[-1])[None, None] == index, x, 0).sum(-1, keepdims=True)

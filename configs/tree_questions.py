@@ -1,0 +1,19 @@
+"""Latent trees on English questions: a statement becomes a question, whose first word is the main auxiliary verb.
+
+python -m stickjax.train configs/tree_questions.py
+
+The training examples leave open whether the auxiliary verb is the main one or the first one (McCoy et al., 2020). The
+part "gen" of the examples tells them apart: python -m stickjax.evaluate RUN --part gen
+"""
+
+from stickjax import Config, DataConfig, OptimConfig, TrainConfig
+from stickjax.config import TreeConfig
+
+
+def get_config() -> Config:
+    model = TreeConfig(H=128, N=5, depth=7)
+    data = DataConfig(source="questions", T=24, B=100)
+    optim = OptimConfig(
+        schedule="cosine", peak_lr=3e-4, beta1=0.0, beta2=0.999, eps=1e-9, weight_decay=0.0, clip=1.0,
+    )  # fmt: skip
+    return Config(model, data, optim, TrainConfig(steps=10_000, log_every=20, checkpoint_every=500))

@@ -1,0 +1,19 @@
+"""Latent trees on SCAN, split by length: commands to actions, with tests that are longer than all training examples.
+
+python -m stickjax.train configs/tree_scan.py
+
+The sizes, the dropout rates and the optimizer are those of the original code (arXiv 2010.04704), but its learning rate
+is halved when the validation accuracy stops to rise, and here it falls along a cosine over 50 epochs.
+"""
+
+from stickjax import Config, DataConfig, OptimConfig, TrainConfig
+from stickjax.config import TreeConfig
+
+
+def get_config() -> Config:
+    model = TreeConfig(H=128, N=5, depth=8)
+    data = DataConfig(source="scan", split="length", valid_every=10, T=24, B=100)
+    optim = OptimConfig(
+        schedule="cosine", peak_lr=3e-4, beta1=0.0, beta2=0.999, eps=1e-9, weight_decay=0.0, clip=1.0,
+    )  # fmt: skip
+    return Config(model, data, optim, TrainConfig(steps=7600, log_every=20, checkpoint_every=500))

@@ -1,0 +1,34 @@
+"""A latent-tree model on SCAN and on questions, from its config to the accuracy that the command prints."""
+
+import pytest
+
+from stickjax.config.command_line import load_config
+from stickjax.data.examples import examples_of, task_of
+from stickjax.evaluate import main
+from stickjax.training.loop import fit
+from stickjax.training.metrics import read_metrics
+
+SMALL = {
+    "model.depth": 5, "model.H": 4, "model.N": 1, "model.encoder": "gru", "data.B": 4, "train.steps": 2,
+    "train.log_every": 1,
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_run_on_scan(tmp_path, capsys):
+    """The tests of the split are longer than all training examples. They are scored by their number of actions."""
+    run = str(tmp_path / "run")
+    fit(load_config("tree_scan").replace(SMALL), run, quiet=True)
+    assert all(row["loss"] < row["sentence_nll"] for row in read_metrics(run))
+    capsys.readouterr()
+    assert main([run, "--max-pairs", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert all(text in printed for text in ("actions, up to", "first word", "24", "48")), printed
+
+
+def test_the_parts_of_questions():
+    """The targets have as many words as the sources, and fit in the tree of the config."""
+    config = load_config("tree_questions").replace({"data.examples": 100})
+    assert task_of(config).ids["V"] == task_of(config).ids["V_target"]
+    for part in ("train", "valid", "test", "gen"):
+        assert examples_of(config, part).lengths().max() <= config.data.T <= 2**config.model.depth
