@@ -55,7 +55,7 @@ def bigram():
     del FAMILIES["bigram"], MODEL_CONFIGS["bigram"], PARAMETERS["BigramModel"]
 
 
-MODULES = "modules that can be added or pruned"
+MODULES = "its modules (experts) cannot be added or pruned"
 # {family: {command: the end of its error message}}; every other pair of family and command works.
 REFUSED = {
     "decoder": {},
