@@ -1,5 +1,4 @@
-"""The interface `Kernels` to the GPU kernels of the experts: Mosaic and Triton implement it, and `fused.py` calls it.
-"""
+"""The interface to the GPU kernels of the experts: Mosaic and Triton implement it, and `fused.py` calls it."""
 
 from typing import Any, Protocol, runtime_checkable
 
@@ -39,34 +38,34 @@ class Kernels(Protocol):
         """Multiply rows of x by the weights of their experts. Return `out` [R, columns].
 
         For every row i of the tiles in `tasks`, out[target[i]] = x[source[i]] @ weight[e] + bias[e], where e is the
-        expert of the tile. R is the number of (token, choice) pairs. `source` and `target` [tiles * M] are row indices,
-        or -1 for an empty row. The weight is [E, D, F], or [E, F, D] if `transposed`. Of the F columns of the result,
-        only `columns` are computed, from column `first` on. If `columns` is None, all are computed. The bias is [E, F],
-        or None for zero.
+        expert of the tile. R is the number of (token, choice) pairs. `source` and `target` have a row index for every
+        row of the tiles, or -1 for an empty row. The weight is [E, D, F], or [E, F, D] if `transposed`. Of the F
+        columns of the result, only `columns` are computed, from column `first` on. If `columns` is None, all are
+        computed. The bias is [E, F], or None for zero.
         """
 
     def activated(self, activation: str, x, source, weight, tasks: Tasks, bias, *, keep: bool) -> tuple:
         """Compute the hidden layer of `expert_mlp`. Return (act(h),), or (act(h), h) if `keep`.
 
-        For every row i of the tiles in `tasks`, whose expert is e, the pre-activation h is x[source[i]] @ weight[e] +
-        bias[e]. `source` [tiles * M] are row indices in x, or -1 for an empty row. `activation` is the name of act,
-        such as "swiglu". `weight` and `bias` are w_in and b_in of `expert_mlp`. The rows of the results are sorted by
-        expert. act(h) is [R, F], where R is the number of (token, choice) pairs.
+        For every row i of the tiles in `tasks`, whose expert is e, the pre-activation h is
+        x[source[i]] @ weight[e] + bias[e]. `source` has, for every row of the tiles, a row index in x, or -1 for an
+        empty row. `activation` is the name of act, such as "swiglu". `weight` and `bias` are w_in and b_in of
+        `expert_mlp`. The rows of the results are sorted by expert. act(h) is [R, F], where R is the number of
+        (token, choice) pairs.
         """
 
     def d_activated(self, activation: str, d_out, source, weight, tasks: Tasks, h, gates) -> tuple:
         """Compute the backward pass of gate * act(h) @ weight[e], the output of one expert in `expert_mlp`.
 
         h is the pre-activation, sorted by expert, and `weight` [E, F, D] is w_out. d_out [T, D] is the cotangent of the
-        output of `expert_mlp`. Row i of the tiles in `tasks` has the token source[i] and the gate gates[i]; both arrays
-        are [tiles * M]. The cotangent of its gate * act(h) is dy = d_out[source[i]] @ weight[e]^T. Return (dh, gated,
-        d_gate):
+        output of `expert_mlp`. Row i of the tiles in `tasks` has the token source[i] and the gate gates[i]. The
+        cotangent of its gate * act(h) is dy = d_out[source[i]] @ weight[e]^T. Return (dh, gated, d_gate):
 
         `dh`: the gradient of h, in the shape of h: gate * dy times the derivative of act.
         `gated` [R, F]: gate * act(h), sorted by expert. The caller multiplies it by d_out for the gradient of the
           weight.
-        `d_gate` [tiles * M]: the dot products <act(h), dy>. Each one is the gradient of a gate, except for the term
-          <bias[e], d_out>, which the caller adds.
+        `d_gate`: for every row of the tiles, the dot product <act(h), dy>. It is the gradient of the gate of the row,
+          except for the term <bias[e], d_out>, which the caller adds.
         """
 
     def d_gated(self, d_out, source, weight, tasks: Tasks, x, x_rows: Rows, gates, routing: Routing) -> tuple:
@@ -76,26 +75,27 @@ class Kernels(Protocol):
         source[i]. The cotangent of its gate * x is dy = d_out[source[i]] @ weight[e]^T. `x_rows` says how the rows of x
         are ordered: "token", "pair" or "sorted". `gates` is [T, k]. Return (dx, gated, gated_numbers, d_gate):
 
-        `dx`: the gradient of x, gate * dy, in the order of x. If x has one row per token, dx has one row per (token,
-          choice) pair, and the caller sums the k rows of a token.
+        `dx`: the gradient of x, gate * dy, in the order of x. If x has one row per token, dx has one row per
+          (token, choice) pair, and the caller sums the k rows of a token.
         `gated`, `gated_numbers`: gate * x, and the index of its row for every row of the tiles. The caller passes both
           to `d_weights` as `left` and `left_numbers`, for the gradient of the weight.
-        `d_gate` [R]: the dot products <x, dy>. Each one is the gradient of the gate of a pair, except for the term
-          <bias[e], d_out>, which the caller adds.
+        `d_gate`: for every (token, choice) pair, the dot product <x, dy>. It is the gradient of the gate of the pair,
+          except for the term <bias[e], d_out>, which the caller adds.
         """
 
     def d_weights(self, left, left_numbers, right, right_numbers, tasks: Tasks) -> Any:
         """Compute the gradients of the weights of all experts: sums of products of rows, left^T right.
 
-        For expert e, it is the sum of left[left_numbers[i]]^T right[right_numbers[i]] over every row i of its tiles in
-        `tasks`. `left` has rows of D elements, and `right` has rows of F elements. `left_numbers` and `right_numbers`
-        [tiles * M] are row indices, or -1 for an empty row. The caller reshapes the result to [E, D, F].
+        The gradient of the weight of expert e is the sum of left[left_numbers[i]]^T right[right_numbers[i]] over every
+        row i of its tiles in `tasks`. `left` has rows of D elements, and `right` has rows of F elements. `left_numbers`
+        and `right_numbers` have a row index for every row of the tiles, or -1 for an empty row. The caller reshapes the
+        result to [E, D, F].
         """
 
     def d_bias(self, bias, right, numbers, tasks: Tasks, gates=None) -> Any:
-        """Compute the gradient of `bias` [E, F], in its shape: for every expert, the sum of its rows in `right`.
+        """Compute the gradient of `bias` [E, F]: for every expert, the sum of the cotangents of its outputs.
 
-        `right` is an array of rows of F elements. For expert e, the sum of right[numbers[i]] is over every row i of its
-        tiles in `tasks`, and `numbers` [tiles * M] are row indices, or -1 for an empty row. With gates [T, k], each
-        term is multiplied by the gate of its (token, choice) pair.
+        `right` has rows of F elements, the cotangents. Expert e has the rows right[numbers[i]], for every row i of its
+        tiles in `tasks`. `numbers` has a row index for every row of the tiles, or -1 for an empty row. With gates
+        [T, k], each cotangent is multiplied by the gate of its (token, choice) pair.
         """

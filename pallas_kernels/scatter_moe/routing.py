@@ -1,4 +1,4 @@
-"""The routing of tokens to experts: the (token, choice) pairs, sorted by expert.
+"""The routing of tokens to experts: `route` sorts the (token, choice) pairs by expert.
 
 A layer calls `route` once and passes the result to all its expert ops.
 """
@@ -26,8 +26,8 @@ class Routing(NamedTuple):
     `offsets`: [E+1], where expert e has the sorted rows from offsets[e] to offsets[e+1] - 1.
     `expert_indices`: [T,k], the expert of every pair, from 0 to E.
 
-    On a mesh, `order`, `inverse` and `offsets` describe the pairs of all devices. An expert op that is divided along T
-    sorts the pairs of each device again.
+    On a mesh, `order`, `inverse` and `offsets` describe the pairs of all devices. If the arrays of an expert op are
+    sharded along T, each device sorts its own pairs again.
     """
 
     order: jax.Array
@@ -102,9 +102,12 @@ def route(expert_indices: Int[Array, "T k"], num_experts: int) -> Routing:
 
 
 def _sorted(expert_indices, num_experts: int):
-    """Return (order, inverse, offsets), the fields of a `Routing` that describe the sorted (token, choice) pairs.
+    """Sort the (token, choice) pairs by expert. Return (order, inverse, offsets), the fields of a `Routing`.
 
-    `expert_indices` [T,k] has the expert of every pair, from 0 to E = `num_experts`, where E means no expert.
+    `expert_indices` [T,k] has the expert of every pair, from 0 to E = `num_experts`, where E means no expert. `order`
+    [R] lists the numbers t * k + s of the pairs, sorted by expert. `inverse` [R] has the place of every pair in this
+    list. `offsets` [E+1] has the place of the first pair of every expert, and at the end the number of pairs that have
+    an expert.
     """
     experts = expert_indices.reshape(-1)
     rows = experts.shape[0]
