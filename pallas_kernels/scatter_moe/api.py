@@ -208,8 +208,8 @@ def _register(name, prepare, letters, mosaic_run, triton_run, xla_run, reference
     A `call` is the checked arguments of the op, a `LinearCall` or an `MlpCall`.
 
     `prepare`: takes the arguments of the public function, checks them, and returns them as a call.
-    `letters`: takes a call, and returns the axes of every array by their letters, such as "T D" for x, and the axes
-      along which arrays may be sharded over a mesh (`partition.Letters`).
+    `letters`: takes a call, and returns a `partition.Letters`: the letters of the axes of every array, such as "T D"
+      for x, and which of these axes may be sharded over a mesh.
     `mosaic_run`, `triton_run`, `xla_run`, `reference_run`: take a call, and return the result of the op.
     """
     implementations = {

@@ -21,7 +21,8 @@ class LinearCall(NamedTuple):
 
     For every (token, choice) pair, the op multiplies the row of x by the weight matrix of the expert e of the pair, and
     adds the bias of e. If gates are given, it multiplies every result row by its gate, and sums the k result rows of a
-    token. `x_rows` and `out_rows` say how the rows of x and of the result are ordered: "token", "pair" or "sorted".
+    token. `x_rows` and `out_rows` say which rows x and the result have: "token" (one per token), "pair" (one per pair)
+    or "sorted" (one per pair, sorted by expert).
     """
 
     x: jax.Array  # [T, D] or [T*k, D]
@@ -54,11 +55,11 @@ _ROUTING = Routing(order=RECOMPUTED, inverse=RECOMPUTED, offsets=RECOMPUTED, exp
 
 
 def linear_letters(call: LinearCall) -> Letters:
-    """Return the letters of the axes of all arrays of `expert_linear`, such as "T D" for x, and its rule for a mesh.
+    """Return the letters of the axes of all arrays of `expert_linear`, and which of these axes may be sharded.
 
-    The rule: arrays may be sharded over mesh axes along the tokens T and along the columns F of the result. If the rows
-    of x or of the result are sorted by expert, they may be sharded only along F, because the sort mixes the tokens of
-    all devices.
+    The letters of x are "T D", for example. Arrays may be sharded over mesh axes along the tokens T and along the
+    columns F of the result. But if the rows of x or of the result are sorted by expert, arrays may be sharded only
+    along F, because the sort mixes the tokens of all devices.
     """
     arrays = LinearCall("T D", "E D F", "E F", "T k", _ROUTING, x_rows=STATIC, out_rows=STATIC)
     if "sorted" in (call.x_rows, call.out_rows):
@@ -67,9 +68,9 @@ def linear_letters(call: LinearCall) -> Letters:
 
 
 def mlp_letters(call: MlpCall) -> Letters:
-    """Return the letters of the axes of all arrays of `expert_mlp`, such as "T D" for x, and its rule for a mesh.
+    """Return the letters of the axes of all arrays of `expert_mlp`, and which of these axes may be sharded.
 
-    The rule: arrays may be sharded over mesh axes along the tokens T only.
+    The letters of x are "T D", for example. Arrays may be sharded over mesh axes only along the tokens T.
     """
     hidden = "2F" if call.activation in GATED else "F"
     arrays = MlpCall("T D", f"E D {hidden}", "E F D", f"E {hidden}", "E D", "T k", _ROUTING, activation=STATIC)
@@ -79,8 +80,8 @@ def mlp_letters(call: MlpCall) -> Letters:
 def _routed(call):
     """Return `call` with a new `routing`, which sorts the (token, choice) pairs of one device of a mesh by expert.
 
-    `call` has the part of the arrays that is on this device. The routing that the caller made sorts the pairs of all
-    devices, so it does not fit this part.
+    `call`, a `LinearCall` or an `MlpCall`, has the part of the arrays that is on this device. Its routing was made from
+    the pairs of all devices, so it does not fit this part.
     """
     weight = call.weight if isinstance(call, LinearCall) else call.w_out
     return call._replace(routing=route(call.routing.expert_indices, weight.shape[0]))
@@ -145,9 +146,9 @@ _SLOPES = {
 
 
 def d_activate(name: str, d, gate, up=None) -> Iterator:
-    """Yield the gradient of `gate` and then, if `up` is given, the gradient of `up`, for the result of `activate`.
+    """Yield the gradients of the arguments of `activate(name, gate, up)`: of `gate`, and then of `up` if it is given.
 
-    `d` [.., F] is the cotangent of `activate(name, gate, up)`. All arrays have the same shape. A kernel can store the
+    `d` [.., F] is the cotangent of the result of `activate`. All arrays have the same shape. A kernel can store the
     first gradient before it computes the second one, which saves registers.
     """
     slope = d * _SLOPES[name](gate)

@@ -27,8 +27,8 @@ STEP = 256  # the number of columns of a group is a multiple of this
 def by_tile(gates, tasks: Tasks):
     """Return the gates in the order in which the kernels compute the rows: fp32 [tiles * M], from gates [T, k].
 
-    `tasks` cuts the (token, choice) pairs, sorted by expert, into tiles of M rows. Each row of a tile is one pair, and
-    gets the gate of this pair, or it is empty, and gets 0.
+    `tasks` cuts the (token, choice) pairs, sorted by expert, into tiles of M rows. A row of a tile gets the gate of its
+    pair. An empty row gets 0.
     """
     return jnp.where(tasks.pairs < 0, 0, gates.astype(jnp.float32).reshape(-1)[jnp.maximum(tasks.pairs, 0)])
 
@@ -67,9 +67,9 @@ def _combined(kernels: Kernels, x, weight, routing, tasks, gates=None, bias=None
 def _d_gates(gates, d_gate, bias, d_out, routing):
     """Return the gradient of the gates, [T, k]: <y, d_out[t]> + <bias[e], d_out[t]> for every choice of token t.
 
-    The output of token t is the sum over its choices of gate * (y + bias[e]), where y is a row times the weight of the
-    expert e of the choice. d_out [T, F] is the cotangent of the output. `d_gate` [T*k] has the dot products <y,
-    d_out[t]>. `bias` is [E, F], or None for zero.
+    The output of token t is the sum over its choices of gate * (y + bias[e]), where y is the row of the choice times
+    the weight of its expert e. d_out [T, F] is the cotangent of the output. `d_gate` [T*k] has the dot products
+    <y, d_out[t]>. `bias` is [E, F], or None for zero.
     """
     d_gates = d_gate.reshape(gates.shape)
     if bias is not None:

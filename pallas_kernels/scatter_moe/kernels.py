@@ -18,8 +18,8 @@ class Kernels(Protocol):
     `source`, `target`, `numbers`, `left_numbers`, `right_numbers`: int32 [tiles * M]. The rows of all tiles are
       numbered i = 0, 1, and so on. Entry i is the index of a row in some array, or -1 if row i is empty. For example,
       the kernel multiplies x[source[i]] for row i.
-    `h`: the pre-activation x @ w_in + b_in of `expert_mlp`, with rows sorted by expert. Each implementation chooses its
-      shape. `product` accepts this shape as `x`, and `d_weights` and `d_bias` accept it as `right`.
+    `h`: the pre-activation x @ w_in + b_in of `expert_mlp`, with rows sorted by expert. Its shape differs between
+      Mosaic and Triton. `product` accepts this shape as `x`, and `d_weights` and `d_bias` accept it as `right`.
     """
 
     def rows_of_tile(self, routing: Routing, x) -> int: ...
@@ -87,9 +87,9 @@ class Kernels(Protocol):
         """Compute the gradients of the weights of all experts: sums of products of rows, left^T right.
 
         The gradient of the weight of expert e is the sum of left[left_numbers[i]]^T right[right_numbers[i]] over every
-        row i of its tiles in `tasks`. `left` has rows of D elements, and `right` has rows of F elements. `left_numbers`
-        and `right_numbers` have a row index for every row of the tiles, or -1 for an empty row. The caller reshapes the
-        result to [E, D, F].
+        row i of its tiles in `tasks`. `left` has the inputs of the products, rows of D elements. `right` has the
+        cotangents of their results, rows of F elements. `left_numbers` and `right_numbers` have a row index for every
+        row of the tiles, or -1 for an empty row. The caller reshapes the result to [E, D, F].
         """
 
     def d_bias(self, bias, right, numbers, tasks: Tasks, gates=None) -> Any:

@@ -37,7 +37,7 @@ def detail(call: LinearCall | MlpCall) -> str:
 
 
 def _widths(call) -> tuple[int, ...]:
-    """Return the shape of the weight matrix of one expert: (D, F) for `expert_linear`, or (F, D) of `w_out`."""
+    """Return the shape of the weight matrix of one expert: (D, F), or (F, D) of `w_out` for `expert_mlp`."""
     return call.weight.shape[1:] if isinstance(call, LinearCall) else call.w_out.shape[1:]
 
 
@@ -51,9 +51,9 @@ def _warpgroups(rows: int, experts: int) -> int:
 
 
 def _padded(x, *axes: int):
-    """Return x, padded with zeros so that its size along each of the axes `axes` (their indices) is a multiple of 64.
+    """Return x, padded with zeros so that its size along every axis in `axes` is a multiple of 64.
 
-    An array that needs no padding is not copied.
+    `axes` are the indices of these axes. An array that needs no padding is not copied.
     """
     return jnp.pad(x, [(0, -n % WIDTH if axis in axes else 0) for axis, n in enumerate(x.shape)])
 
@@ -120,8 +120,8 @@ def _rows_of_tile(routing, x) -> int:
 def _parts(x):
     """Return x as an array [parts, rows, width].
 
-    An array [rows, width] becomes [1, rows, width]. An array [parts, rows, width] is returned unchanged: its parts are
-    the two halves of the hidden layer of a gated activation.
+    An array [rows, width] becomes [1, rows, width]. An array [parts, rows, width] is returned unchanged. It has two
+    parts, the halves of the hidden layer, for a gated activation, else one.
     """
     return x if x.ndim == 3 else x[None]
 

@@ -28,8 +28,9 @@ AHEAD = 2
 
 
 def ring(*, warpgroups: int, copies: int = 0) -> Ring:
-    """Return the declaration of the barriers of the ring: one barrier `full` and one barrier `used` for every stage.
+    """Declare the barriers of the ring of stages: one barrier `full` and one barrier `used` for every stage.
 
+    `full` completes when the operands of a step are in the stage, and `used` when they have been multiplied.
     `warpgroups` is the number of warpgroups that read every stage. `copies` is how many times the copy engine copies
     something into a stage, in addition to the rows that the copying warpgroup copies.
     """
@@ -56,9 +57,9 @@ def nothing_sent() -> Sent:
 def send(ring: Ring, steps, copy: Callable, sent: Sent) -> Sent:
     """Copy the rows and weights of the next `steps` steps to shared memory. The copying warpgroup calls this.
 
-    For each s from 0 to `steps` - 1, wait until a stage is free, and call `copy(s, stage)`, which starts the copies.
-    Then let the multiplying warpgroups read all started steps, except the newest AHEAD steps, after their rows have
-    arrived. `sent` is the progress before, and the returned `Sent` is the progress after these steps.
+    For each s from 0 to `steps` - 1, wait until the next stage of the ring is free, and call `copy(s, stage)`, which
+    starts the copies. Then let the multiplying warpgroups read all started steps, except the newest AHEAD steps, after
+    their rows have arrived. `sent` is the progress before, and the returned `Sent` is the progress after these steps.
     """
 
     def one(s, sent):

@@ -1,6 +1,6 @@
 """The routing of tokens to experts: `route` sorts the (token, choice) pairs by expert.
 
-A layer calls `route` once and passes the result to all its expert ops.
+A layer calls `route` once and passes the result to all its calls of `expert_linear` and `expert_mlp`.
 """
 
 from typing import NamedTuple
@@ -19,7 +19,7 @@ class Routing(NamedTuple):
     """The result of `route`: the R = T * k (token, choice) pairs, sorted by expert.
 
     Choice s of token t is the pair with the number t * k + s. The sorted row of a pair is its place in the sorted list,
-    from 0 to R - 1. Pairs without an expert (index E) are sorted last.
+    from 0 to R - 1. Pairs without an expert (their index is E, the number of experts) are sorted last.
 
     `order`: [R], for every sorted row, the number t * k + s of its pair.
     `inverse`: [R], for every pair, in the order of the numbers t * k + s, its sorted row.
@@ -55,7 +55,7 @@ def _check_indices(indices, E: int) -> None:
 
 
 def route(expert_indices: Int[Array, "T k"], num_experts: int) -> Routing:
-    """Sort the T * k (token, choice) pairs by expert, for the expert ops.
+    """Sort the T * k (token, choice) pairs by expert, for `expert_linear` and `expert_mlp`.
 
     The sort is stable: the pairs of one expert stay in the order of their numbers t * k + s.
 

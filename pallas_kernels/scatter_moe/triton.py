@@ -136,9 +136,12 @@ def _d_activated_rows(activation, d_out, source, weight, tasks, h, h_numbers, ga
     """Compute the backward pass of gate * act(h) @ weight[e], the output of one expert, for rows of h in any order.
 
     For row i of the tiles in `tasks`, the token is source[i], the row of h is h[h_numbers[i]], and the gate is
-    gates[i]. The cotangent of gate * act(h) is dy = d_out[source[i]] @ weight[e]^T. Return (dh, gate * act(h), <act(h),
-    dy>): dh is the gradient of h, and <act(h), dy> is the gradient of gates[i], in the order of the tiles. The other
-    two have their row for i at index target[i]. A row index of -1 means that row i is empty.
+    gates[i]. The cotangent of gate * act(h) is dy = d_out[source[i]] @ weight[e]^T. A row index of -1 means that row i
+    is empty. Return (dh, gated, d_gate):
+
+    `dh`: the gradient of h, gate * dy times the derivative of act. The values for row i are at index target[i].
+    `gated`: gate * act(h), a factor of the gradient of the weight. The values for row i are at index target[i].
+    `d_gate` [tiles * M]: the dot products <act(h), dy>, the gradients of `gates`.
     """
     F, D = weight.shape[1:]
     sizes, R = product_sizes(tasks.rows_of_tile, D, F, d_out.dtype, widest=128), tasks.num_pairs

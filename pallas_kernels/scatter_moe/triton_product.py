@@ -53,7 +53,8 @@ def _sums(x, rows, weight, columns, alive, D: tl.constexpr, LIMIT: tl.constexpr,
     If APART is 0, the second result is not computed. `x` points to an array [.., D] in global memory. `weight` points
     to the weight of one expert: its D rows are DOWN elements apart, and its columns are ACROSS elements apart. `rows`
     [M] and `columns` [N] are the row numbers and column numbers to use. A negative row number gives a row of zeros. A
-    column number of LIMIT or more gives a column of zeros. If `alive` is false, both results are zero.
+    column number of LIMIT or more gives a column of zeros. If `alive` is false, as for rows without an expert, both
+    results are zero.
     """
     inner = tl.arange(0, K)
     exists = rows >= 0
@@ -151,13 +152,13 @@ def activated(x, source, weight, bias, expert, count, target, out, hidden, E: tl
 @triton.jit
 def _d_activated(dy, gate, hidden, hidden_rows, rows, columns, dh, gated, F: tl.constexpr, GATED: tl.constexpr,
                  ACTIVATION: tl.constexpr):  # fmt: skip
-    """Compute the gradient of h and gate * act(h) for M rows and the columns `columns`. Write both to global memory.
+    """Write the gradient of h to `dh`, and gate * act(h) to `gated`, for M rows and the columns `columns`.
 
-    h is the pre-activation, and `dy` [M, columns] is the cotangent of gate * act(h). Return <act(h), dy> over these
-    columns, [M]: summed over all columns, it is the gradient of the gates. `dy`, `gate` [M, 1] and the returned sums
-    are in registers. `hidden` (h), `dh` and `gated` point to global memory. `hidden_rows` [M] are the indices of the
-    rows to read from `hidden`, and `rows` [M] are the indices of the rows to write in `dh` and `gated`. A negative
-    index means no row.
+    h is the pre-activation, and `dy` [M, columns] is the cotangent of gate * act(h). Return the dot products
+    <act(h), dy> over these columns, [M]. Their sum over all columns is the gradient of the gates. `dy`, `gate` [M, 1]
+    and the returned values are in registers. `hidden`, which has h, and `dh` and `gated` point to global memory.
+    `hidden_rows` [M] are the indices of the rows of `hidden` to read, and `rows` [M] are the indices of the rows of
+    `dh` and `gated` to write. A negative index means no row.
     """
     all_columns: tl.constexpr = 2 * F if GATED else F
     at, there = _elements(rows, columns, F)

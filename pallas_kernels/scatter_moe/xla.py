@@ -35,7 +35,8 @@ _WIDE = 256  # columns of x; with fewer, recomputing the pre-activation is faste
 class _Plan(NamedTuple):
     """How many rows of an expert are computed at the same time.
 
-    `together`: C. The first C rows of all experts are computed together, as batched products.
+    `together`: C, the number of rows of every expert that are computed together with the rows of the other experts, as
+      batched products.
     `block`: the other rows of an expert are computed in blocks of this number of rows.
     `pieces`: on CPUs, the first C rows may be computed in this number of batched products, of C / `pieces` rows each.
     """
@@ -79,15 +80,15 @@ def _affine(x, w, b):
 
 
 def _gated(gate, y):
-    """Multiply every row of y [rows, F] by its gate, the router's weight of the row: [rows, 1], or None for 1."""
+    """Return y [rows, F] with every row multiplied by its gate. `gate` is [rows, 1], or None for a factor of 1."""
     return y if gate is None else gate.astype(y.dtype) * y
 
 
 def _affine_backward(x, w, b, gate, dy):
     """Return the gradients (dx, dw, db, dgate) of y = gate * (x @ w + b), given the cotangent dy of y.
 
-    Shapes: x [rows, D], w [D, F], b [F] or None, gate [rows, 1] or None, dy [rows, F]. The gradient of a gate is <x @ w
-    + b, dy> = <x, dy @ w^T> + <b, dy>, so x @ w is not computed again.
+    Shapes: x [rows, D], w [D, F], b [F] or None, gate [rows, 1] or None, dy [rows, F]. The gradient of a gate is
+    <x @ w + b, dy> = <x, dy @ w^T> + <b, dy>, so x @ w is not computed again.
     """
     dx, gated, d_gate, d_b = _dot(dy.astype(x.dtype), w.T), _gated(gate, dy), None, None
     if gate is not None:
