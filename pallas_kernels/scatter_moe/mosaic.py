@@ -137,7 +137,7 @@ def _plan(tasks, x, columns: int, *, parts: int = 1, **options) -> Plan:
 
 
 def _bias(bias, parts: int = 1):
-    """Return the biases of all experts in the form that the kernels read: fp32 [E + 1, parts, F padded to 256 columns].
+    """Return the biases of all experts in the form that the kernels read: fp32 [E + 1, parts, F padded].
 
     F is padded to a multiple of 256. `bias` is [E, parts * F], or None, which is returned unchanged. There are two
     parts for the halves of the hidden layer of a gated activation, else one. Entry E of the result is zero: it is the
