@@ -158,7 +158,7 @@ def merge_stick_breaking(
 
     Args:
       near: (out [..., Hv], log_rem [...]) over the keys nearer to the queries. `log_rem` is a field of `Stats`.
-      far: (out [..., Hv], log_rem [...]) over the keys further left.
+      far: (out [..., Hv], log_rem [...]) over the keys further left, at smaller positions.
 
     Returns:
       (out [..., Hv], log_rem [...]) over the keys of both results.
@@ -225,7 +225,7 @@ def _prepare(
     query, key, value, *, segment_ids=None, key_segment_ids=None, query_offset=None, scale=None, attend_current=False,
     window=None, skip_below=None, tiles=None, return_stats=False,
 ) -> Call:  # fmt: skip
-    """Check the arguments of `stick_breaking_attention`, fill in the defaults, and return them as a `Call`."""
+    """Check the arguments of `stick_breaking_attention` and fill in the defaults. Return the arguments as a `Call`."""
     arguments.flag("return_stats", return_stats)
     query, key, value = _checked(query, key, value)
     (B, T, _, H), S = query.shape, key.shape[1]

@@ -79,7 +79,7 @@ class Stats(NamedTuple):
 
 
 def letters(call: Call) -> Letters:
-    """Return the axes of every array of `stick_breaking_attention`, such as "B T N H", and which may be sharded.
+    """Return the axes of the arrays of `stick_breaking_attention`, such as "B T N H", and the axes that may be sharded.
 
     The batch B, the query heads N and the key heads K may be sharded over a mesh. N and K are sharded over the same
     mesh axes, so that each device has the key heads that its query heads use. The result is the same for every call.

@@ -1,10 +1,10 @@
 """The code around the attention kernels that the Mosaic and Triton backends share: derivatives and decoding.
 
-Decoding means few queries and many keys. For the backward pass, the forward pass saves query, key, value, the index of
-the leftmost key tile that each query tile visited, and the cumulative log-decay of each query row: -log2 of the part of
-the stick that remains, as the sum of two fp32 numbers. The forward pass does not save the output. If the intermediate
-results for all heads would need too much memory, the backward pass computes a few heads at a time. kernels.py says what
-the kernels take and return.
+Decoding means few queries and many keys. For the backward pass, the forward pass saves its inputs and two results of
+the kernel `forward`. One is the index of the leftmost key tile that was computed for each query tile. The other one is
+the cumulative log-decay of each query row: -log2 of the part of the stick that remains, as the sum of two fp32 numbers.
+The output is not saved. If the intermediate results for all heads would need too much memory, the backward pass
+computes a few heads at a time. kernels.py says what the kernels take and return.
 """
 
 import math

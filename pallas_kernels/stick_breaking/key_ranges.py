@@ -59,7 +59,7 @@ def key_tile_ranges(call: Call, rows: int, columns: int, per_position: int = 1):
 
 
 def query_tile_ranges(key_ranges, reached, key_tiles: int):
-    """Return, for every key tile and query head, the range of the query tiles for which it is computed.
+    """Return, for every key tile and query head, the range of query tiles for which the key tile is computed.
 
     The result is int32 [B, N, key tiles, 4]. The four numbers of a range, (first, whole_first, whole_stop, stop), are
     indices of query tiles, in ascending order. For the query tiles whole_first..whole_stop-1, the key tile is computed

@@ -24,13 +24,13 @@ SWIZZLE = 64  # bytes: the width of half a tile of 16-bit numbers, because a pro
 
 
 def weights_of(z, seen, entering):
-    """Compute the weights A of 64 query rows for part of a key tile. Return (A, (log2 of beta, log2 of 1 - beta)).
+    """Compute the attention weights A of 64 query rows for half of a key tile. Return (A, (log2 beta, log2(1 - beta))).
 
     The results are [64, keys], in registers. A is beta times the product of 1 - beta over all nearer keys. `z`
     [64, keys] are the logits times log2(e). `seen` is bool [64, keys], True if the query sees the key, or None if every
-    query sees every key. `entering` [64] is the cumulative log-decay of each query row before these keys: the sum of
-    -log2(1 - beta) over all keys on their right. `entering` may also be a function that returns this array. Its
-    argument is the sum of -log2(1 - beta) over these keys, [64].
+    query sees every key. `entering` [64] is the cumulative log-decay of each query row before this half: the sum of
+    -log2(1 - beta) over all keys on its right. `entering` may also be a function that returns this array. The argument
+    of the function is the sum of -log2(1 - beta) over the keys of the half, [64].
     """
     log_beta, softplus = sticks(z, seen)
     start = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), shims.ROW) if callable(entering) else entering
@@ -41,12 +41,12 @@ def weights_of(z, seen, entering):
 
 
 def d_logits(a, logs, prefix):
-    """Compute dz = (1 - beta) a - beta P, the gradients of the logits. Return (dz [64, keys], total_a [64]).
+    """Return (dz [64, keys], total_a [64]), where dz = (1 - beta) a - beta P are the gradients of the logits.
 
-    All arrays are in registers. `a` [64, keys] is the weight times the cotangent of the weight, and total_a is the sum
-    of a over these keys. P of a key is d_log_rem plus the sum of a over all keys further left, and `prefix` [64] is P
-    of the leftmost of these keys. `logs` are (log2 of beta, log2 of 1 - beta), each [64, keys]. Both beta and 1 - beta
-    are computed from a logarithm, because a difference from 1 would lose precision.
+    All arrays are in registers. `a` [64, keys] is the attention weight times the cotangent of the weight, and total_a
+    is the sum of a over the keys. P of a key is the cotangent of log_rem plus the sum of a over all keys further left,
+    and `prefix` [64] is P of the leftmost key. `logs` are (log2 of beta, log2 of 1 - beta), each [64, keys]. Both beta
+    and 1 - beta are computed from a logarithm, because a difference from 1 would lose precision.
     """
     beta, rest = (jnp.exp2(x) for x in logs)
     return shims.minus_sum_left(rest * a, beta, a, prefix)

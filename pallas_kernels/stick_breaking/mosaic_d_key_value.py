@@ -239,8 +239,8 @@ def _sum(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, own: int, o
 
     In every step, each warpgroup also computes half of the weights A and of the gradients dz of the logits. If `offer`,
     a result of `_copies`, is not None, the warpgroup also copies query tiles to shared memory, one step ahead. At the
-    end, it writes the gradient over query tiles in shared memory, which the other warpgroup must have read before, and
-    copies it to `out_ref` in global memory.
+    end, it waits until the other warpgroup has read the shared memory of the query tiles, writes the gradient there,
+    and copies it from there to `out_ref` in global memory.
     """
     b, head, j = block
     dtype, tiles = plan.dtype, len(scratch.query)

@@ -1,8 +1,9 @@
-"""The kernel for dq, the gradient of the queries, on Hopper GPUs. It also writes snapshots for the next kernel.
+"""The kernel for dq, the gradient of the queries, on Hopper GPUs. It also writes snapshots for `d_key_value`.
 
-For every query row and half of a key tile, the snapshots are the cumulative log-decay on entry, and P = d_log_rem + the
-sum of a over the keys further left, where a is the weight times its cotangent. The kernel `d_key_value` reads them.
-mosaic_backward.py has all formulas. docs/design/attention_kernels.md explains the barriers.
+The snapshots are two numbers for every query row and half of a key tile. One is the cumulative log-decay before the
+half: the sum of -log2(1 - beta) over all keys on its right. The other one is P = d_log_rem + the sum of a over all keys
+on its left, where a is the weight times the cotangent of the weight. mosaic_backward.py has all formulas.
+docs/design/attention_kernels.md explains the barriers.
 """
 
 from functools import partial
@@ -24,7 +25,8 @@ from .mosaic_tile import KEYS, ROWS, Assignment, Plan, block, tile_memory, two_s
 class Inputs(NamedTuple):
     """References to the arrays in global memory that the kernel for dq reads.
 
-    In the shapes, W is the number of warpgroups of a block that compute, and `tiles` is the number of blocks of a head.
+    In the shapes of the fields, W is the number of warpgroups of a block that compute, and `tiles` is the number of
+    blocks of a head.
     """
 
     query: Any  # [B, T, N, H]
@@ -51,8 +53,8 @@ class Outputs(NamedTuple):
 class Scratch(NamedTuple):
     """The shared memory of a block, and the barriers that protect it.
 
-    In the shapes, W is the number of warpgroups of the block that compute, and `stages` is the number of key tiles that
-    are in shared memory at the same time.
+    In the shapes of the fields, W is the number of warpgroups of the block that compute, and `stages` is the number of
+    key tiles that are in shared memory at the same time.
     """
 
     query: Any  # [W, ROWS, H]; at the end, dq overwrites it
@@ -146,8 +148,8 @@ def _copy(plan: Plan, assigned: Assignment, inputs: Inputs, scratch: Scratch) ->
 def _compute(plan: Plan, assigned: Assignment, inputs: Inputs, outputs: Outputs, scratch: Scratch) -> None:
     """Run a warpgroup that computes dq, d_scale and the snapshots of 64 query rows.
 
-    Its rows have a range of key tiles, which the warpgroup computes from left to right. The other warpgroup of the
-    block may have a longer range. At the key tiles that only the other one needs, this warpgroup only waits for the
+    Its rows have a range of key tiles, which the warpgroup computes from left to right. A second warpgroup that
+    computes may have another range. At the key tiles that only the second one needs, this warpgroup only waits for the
     barriers and arrives at them.
     """
     b, n, wg, dtype = assigned.b, assigned.n, assigned.wg, plan.dtype

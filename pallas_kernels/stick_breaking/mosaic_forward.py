@@ -39,7 +39,8 @@ from .mosaic_tile import (
 class Inputs(NamedTuple):
     """References to the arrays in global memory that the kernel for the forward pass reads.
 
-    In the shapes, W is the number of warpgroups of a block that compute, and `tiles` is the number of blocks of a head.
+    In the shapes of the fields, W is the number of warpgroups of a block that compute, and `tiles` is the number of
+    blocks of a head.
     """
 
     query: Any  # [B, T, N, H]
@@ -54,7 +55,8 @@ class Inputs(NamedTuple):
 class Outputs(NamedTuple):
     """References to the arrays in global memory that the kernel for the forward pass writes.
 
-    In the shapes, W is the number of warpgroups of a block that compute, and `tiles` is the number of blocks of a head.
+    In the shapes of the fields, W is the number of warpgroups of a block that compute, and `tiles` is the number of
+    blocks of a head.
     """
 
     out: Any  # [B * splits, T, N, Hv]
@@ -65,8 +67,8 @@ class Outputs(NamedTuple):
 class Scratch(NamedTuple):
     """The shared memory of a block, and the barriers that protect it.
 
-    In the shapes, W is the number of warpgroups of the block that compute, and `stages` is the number of key tiles that
-    are in shared memory at the same time.
+    In the shapes of the fields, W is the number of warpgroups of the block that compute, and `stages` is the number of
+    key tiles that are in shared memory at the same time.
     """
 
     query: Any  # [W, ROWS, H]
@@ -168,8 +170,8 @@ def _copy(plan: Plan, assigned: Assignment, inputs: Inputs, scratch: Scratch) ->
 def _compute(plan: Plan, assigned: Assignment, inputs: Inputs, outputs: Outputs, scratch: Scratch) -> None:
     """Run a warpgroup that computes the output and the cumulative log-decay of 64 query rows.
 
-    Its rows have a range of key tiles, which the warpgroup computes from right to left. The other warpgroup of the
-    block may have a longer range. At the key tiles that only the other one needs, this warpgroup only waits for the
+    Its rows have a range of key tiles, which the warpgroup computes from right to left. A second warpgroup that
+    computes may have another range. At the key tiles that only the second one needs, this warpgroup only waits for the
     barriers and arrives at them.
     """
     stages, dtype, skip = plan.stages, plan.dtype, plan.skip_below is not None

@@ -59,7 +59,7 @@ class Assignment(NamedTuple):
 
 
 def tile_memory(shape, dtype, swizzle: int = 128):
-    """Declare an array in shared memory that tensor cores read, with the shape `shape`, [.., rows, width].
+    """Return the declaration of an array of shape `shape`, [.., rows, width], in shared memory, for tensor cores.
 
     `swizzle` is the width in bytes of the pattern in which the numbers are permuted in memory. It is limited to the
     width of a row. Both operands of a product need a swizzle of the same width.
@@ -142,9 +142,9 @@ def finished_padding(plan: Plan, segments, b, first_row):
     """Return the start values of the cumulative log-decay of 64 query rows, fp32 [64]: 1e30 for padding, else 0.
 
     With `skip_below`, a block stops when the log-decay of all its rows is above -skip_below. A padding row (after the
-    last query, or with a negative segment id) may see no keys, and its log-decay would stay 0, so it starts at 1e30
-    (FINISHED). b is the index of the batch entry, and `first_row` is the index of the first row. `segments` is a pair
-    of references to the segment ids of the queries and of the keys.
+    last query, or with a negative segment id) may see no keys. If its log-decay were 0, it would stay 0, and the block
+    would not stop. So it starts at 1e30 (FINISHED). b is the index of the batch entry, and `first_row` is the index of
+    the first row. `segments` is a pair of references to the segment ids of the queries and of the keys.
     """
     is_query = first_row + shims.row_numbers() < plan.rows
     if plan.segments:
@@ -169,7 +169,7 @@ def block(plan: Plan):
 
 
 def visited(bound, warpgroups: int):
-    """Return (stop, start): the key tiles start..stop-1 of a block, which cover the key-tile ranges of its warpgroups.
+    """Return (stop, start), so that the key tiles start..stop-1 cover the key-tile ranges of all warpgroups of a block.
 
     `warpgroups` is the number of warpgroups that compute, 1 or 2. `bound(w, which)` returns the stop (for which = 0) or
     the start (for which = 3) of the key-tile range of warpgroup w.

@@ -1,11 +1,10 @@
 """The implementation "xla" of stick-breaking attention, in plain JAX, with memory linear in T.
 
-Scores are computed in tiles, with the functions of tile.py. There are two algorithms. A "short call" has few queries
-and keys. It is an unrolled loop over query tiles, and each query tile has one key tile, with all keys that its queries
-may see. A "long call" is a loop over the query tiles, and for each of them a while loop over key tiles, from the
-nearest keys to the left. The while loop ends at the leftmost key tile that the queries may see or, with `skip_below`,
-when less than 2^skip_below remains of the stick of every query. The backward pass computes the weights again from its
-inputs.
+Scores are computed in tiles, with the functions of tile.py. A "short call", with few queries and keys, is an unrolled
+loop over query tiles. Each query tile has one key tile, with all keys that its queries may see. A "long call" is a loop
+over the query tiles, and for each of them a while loop over key tiles, from the nearest keys to the left. The while
+loop ends at the leftmost key tile that the queries may see or, with `skip_below`, when less than 2^skip_below remains
+of the stick of every query. The backward pass computes the weights again from its inputs.
 """
 
 import math
@@ -32,7 +31,7 @@ def _is_short(call: Call) -> bool:
     """Return whether a call is short: it has few queries and keys, so that one key tile has all keys.
 
     A short call has T <= 512, at most _SHORT_SCORES scores of a query tile and all keys, and no `skip_below` or
-    `tiles`.
+    `tiles`. A call with an empty array is short too.
     """
     T, S = call.mask.T, call.mask.S
     if 0 in call.query.shape + (S,):
@@ -52,7 +51,10 @@ def detail(call: Call) -> str:
 
 
 def attention(call: Call):
-    """Compute stick-breaking attention. Return (out [B,T,N,Hv], log_rem [B,T,N], kept [B,K]): the output and `Stats`."""
+    """Compute stick-breaking attention in plain JAX. Return (out [B,T,N,Hv], log_rem [B,T,N], kept [B,K]).
+
+    `log_rem` is the logarithm of the part of the stick that remains, and `kept` the share of the key tiles computed.
+    """
     dtype = sum_type(call.query)
     scale = jnp.full_like(call.query, call.scale, dtype, shape=())  # varies over the same mesh axes as query
     static = call._replace(query=None, key=None, value=None, scale=None, where=None)
@@ -101,13 +103,12 @@ def _to_tokens(x):
 
 
 def _over_heads(one_head, call: Call, *extra):
-    """Run `one_head` for every batch entry and key head, and return its results as arrays [B, K, ..].
+    """Call `one_head` for every batch entry and key head. Return its results, stacked to arrays [B, K, ..].
 
-    It is called as one_head(call, reach, *extra). The arrays of this call are query [G,T,H], key [S,H] and value
-    [S,Hv]. `reach` is a result of `_reach`, or None if `_is_short`. `extra` are more arrays: [B, K, ..] here, [..] in
+    Each call is one_head(head, reach, *extra). `head` is a `Call` with query [G,T,H], key [S,H] and value [S,Hv].
+    `reach` is a result of `_reach`, or None for a short call. `extra` are more arrays, [B, K, ..] here and [..] in
     `one_head`. On a CPU, only a few batch entries run together, so that their tiles fit into the cache of a core. With
-    `skip_below`, one head runs after the other: heads stop at different tiles, and together they would all wait for the
-    last one.
+    `skip_below`, one head runs after the other, so that no head waits for another one to stop.
     """
     arrays = (_to_heads(call, call.query), call.key.swapaxes(1, 2), call.value.swapaxes(1, 2), *extra)
 
@@ -169,10 +170,9 @@ def _short_mask(call, rows, columns):
 
 
 def _short_forward(call: Call, reach):
-    """Compute one key head without a loop over key tiles. Return (out [G,T,Hv], log_rem [G,T], kept []).
+    """Compute attention for one key head, without a loop over key tiles. Return (out [G,T,Hv], log_rem [G,T], kept []).
 
-    The head is used by G query heads: query [G,T,H], key [S,H], value [S,Hv]. `kept` is the share of the key tiles
-    computed, here 1. `reach` is not used.
+    The arrays of `call` are query [G,T,H], key [S,H] and value [S,Hv]. `kept` is 1. `reach` is not used.
     """
     G, _, _ = call.query.shape
     dtype = sum_type(call.query)
@@ -190,10 +190,9 @@ def _short_forward(call: Call, reach):
 
 
 def _short_backward(call: Call, reach, d_out, d_log_rem):
-    """Compute the gradients of a key head without a loop over key tiles. Return (dq [G,T,H], dk [S,H], dv [S,Hv]).
+    """Compute the gradients of a key head, without a loop over key tiles. Return (dq [G,T,H], dk [S,H], dv [S,Hv]).
 
-    dq and dk are not yet multiplied by the scale. `d_out` [G,T,Hv] and `d_log_rem` [G,T] are the cotangents of the
-    output and of log_rem. `reach` is not used.
+    dq and dk are not yet multiplied by the scale. `d_out` and `d_log_rem` are cotangents. `reach` is not used.
     """
     dtype = sum_type(call.query)
     dqs, dk, dv = [], jnp.zeros_like(call.key, dtype), jnp.zeros_like(call.value, dtype)
@@ -253,7 +252,8 @@ def _loop(call: Call):
     """Return a function like `lax.while_loop`, for the loop over the key tiles of a query tile.
 
     For cost estimates, the name of the jitted loop states its expected number of iterations: the mean number of key
-    tiles that a query tile may see. If the first query's position is traced, the last query is assumed at the last key.
+    tiles that a query tile may see. If the first query's position is traced, the last query is assumed at the last
+    key's position.
     """
     mask = call.mask
     offset = mask.S - mask.T if mask.static_offset is None else mask.static_offset
@@ -329,9 +329,9 @@ class _Tiles:
 
 
 def _long_forward(call: Call, reach):
-    """Compute one key head by a loop over key tiles. Return (out [G,T,Hv], log_rem [G,T], kept []).
+    """Compute attention for one key head, by a loop over key tiles. Return (out [G,T,Hv], log_rem [G,T], kept []).
 
-    `kept` is the share of the key tiles that was computed, of those in `reach`, a result of `_reach`.
+    `kept` is the share of the key tiles that was computed, of those in the ranges `reach`, a result of `_reach`.
     """
     t, loop = _Tiles(call), _loop(call)
     G, T = call.query.shape[:2]
@@ -356,9 +356,9 @@ def _long_forward(call: Call, reach):
 
 
 def _long_backward(call: Call, reach, d_out, d_log_rem):
-    """Compute the gradients of one key head by a loop over key tiles. Return (dq [G,T,H], dk [S,H], dv [S,Hv]).
+    """Compute the gradients of a key head, by a loop over key tiles. Return (dq [G,T,H], dk [S,H], dv [S,Hv]).
 
-    dq and dk are not yet multiplied by the scale. `d_out` and `d_log_rem` are cotangents, and `reach` is from `_reach`.
+    dq and dk have no factor `scale` yet. `d_out` and `d_log_rem` are cotangents. `reach` is a result of `_reach`.
     """
     t, loop = _Tiles(call), _loop(call)
     G, T = call.query.shape[:2]
