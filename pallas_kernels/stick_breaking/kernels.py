@@ -83,7 +83,7 @@ class Plan:
 
     @property
     def entries(self) -> int:
-        """The first axis of the results: B times the number of parts into which the keys are split."""
+        """The size of the batch axis of the results: B times the number of parts into which the keys are split."""
         return self.B * self.splits
 
     @property

@@ -76,8 +76,8 @@ def d_query(
     d_scale is what every query row adds to the gradient of the scale. The snapshots
     [B, N, key tiles, 2 halves, 2, rows padded] are two numbers for every query row and half of a key tile: the
     cumulative log-decay before the half, which counts all keys on its right, and P = d_log_rem + the sum of
-    weight * <d_out, value> over all keys on its left. They are written only for the key tiles that a query tile
-    computes. `log_decay` and `reached` are results of the forward pass, and the last arguments describe the mask (see
+    weight * <d_out, value> over all keys on its left. They are written only for the key tiles that are computed for a
+    query tile. `log_decay` and `reached` are results of the forward pass, and the last arguments describe the mask (see
     `Kernels.d_query`).
     """
     W, stages, dtype = plan.warpgroups, plan.stages, plan.dtype

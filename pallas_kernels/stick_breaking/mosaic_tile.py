@@ -142,9 +142,9 @@ def finished_padding(plan: Plan, segments, b, first_row):
     """Return the start values of the cumulative log-decay of 64 query rows, fp32 [64]: 1e30 for padding, else 0.
 
     With `skip_below`, a block stops when the log-decay of all its rows is above -skip_below. A padding row (after the
-    last query, or with a negative segment id) may see no keys. If its log-decay were 0, it would stay 0, and the block
-    would not stop. So it starts at 1e30 (FINISHED). b is the index of the batch entry, and `first_row` is the index of
-    the first row. `segments` is a pair of references to the segment ids of the queries and of the keys.
+    last query, or with a negative segment id) may see no keys. If its log-decay started at 0, it would stay 0, and the
+    block would not stop. So it starts at 1e30 (FINISHED). b is the index of the batch entry, and `first_row` is the
+    index of the first row. `segments` is a pair of references to the segment ids of the queries and of the keys.
     """
     is_query = first_row + shims.row_numbers() < plan.rows
     if plan.segments:

@@ -31,7 +31,7 @@ def _log1p(y):
 
 
 def _dot(spec, *operands):
-    """Return jnp.einsum(spec, *operands) at the highest precision, in fp32, or in fp64 if the operands are fp64."""
+    """Return `jnp.einsum(spec, *operands)` at the highest precision, in fp32, or in fp64 if the operands are fp64."""
     dtype = sum_type(operands[0])
     return jnp.einsum(spec, *operands, precision="highest", preferred_element_type=dtype)
 

@@ -105,7 +105,7 @@ def _to_tokens(x):
 def _over_heads(one_head, call: Call, *extra):
     """Call `one_head` for every batch entry and key head. Return its results, stacked to arrays [B, K, ..].
 
-    Each call is one_head(head, reach, *extra). `head` is a `Call` with query [G,T,H], key [S,H] and value [S,Hv].
+    Each call is `one_head(head, reach, *extra)`. `head` is a `Call` with query [G,T,H], key [S,H] and value [S,Hv].
     `reach` is a result of `_reach`, or None for a short call. `extra` are more arrays, [B, K, ..] here and [..] in
     `one_head`. On a CPU, only a few batch entries run together, so that their tiles fit into the cache of a core. With
     `skip_below`, one head runs after the other, so that no head waits for another one to stop.
@@ -317,7 +317,7 @@ class _Tiles:
     def has_stick_left(self, i, log_rem):
         """Return whether some query of query tile i, padding excluded, has at least 2^skip_below of its stick left.
 
-        `log_rem` [G, rows] is the logarithm of the part that is left. Without `skip_below`, the result is always True.
+        `log_rem` [G, rows] is the natural logarithm of what is left. Without `skip_below`, the result is always True.
         """
         if self.call.skip_below is None:
             return True
