@@ -172,7 +172,7 @@ def _short_mask(call, rows, columns):
 def _short_forward(call: Call, reach):
     """Compute attention for one key head, without a loop over key tiles. Return (out [G,T,Hv], log_rem [G,T], kept []).
 
-    The arrays of `call` are query [G,T,H], key [S,H] and value [S,Hv]. `kept` is 1. `reach` is not used.
+    `call` has query [G,T,H], key [S,H], value [S,Hv]. `kept`, the share of the tiles computed, is 1. `reach` is unused.
     """
     G, _, _ = call.query.shape
     dtype = sum_type(call.query)
