@@ -17,9 +17,9 @@ def refuses(x) -> str | None:
 
 
 def compiler_refuses() -> str | None:
-    """Return the reason why programs of this process's CUDA compiler must not be used, or None if they can be used.
+    """Return the reason why the CUDA compiler of this process must not be used, or None if it can be used.
 
-    Some versions of the compiler miscompile kernels, so that they compute wrong results.
+    Some versions of the compiler translate kernels wrongly, so that the kernels compute wrong results.
     """
     if platform.is_interpreted() or jax.default_backend() != "gpu":
         return None

@@ -92,9 +92,9 @@ def gather_commit() -> None:
 
 
 def gather_wait(pending: int) -> None:
-    """Wait until the copies that this warpgroup started with `gather` are done, except the newest `pending` groups.
+    """Wait until all copies that this warpgroup started with `gather` are done, except the newest `pending` groups.
 
-    `gather_commit` makes a group of copies. After the wait, tensor cores can read the copied rows. The copies
+    `gather_commit` puts copies into a group. After the wait, tensor cores can read the copied rows. The copies
     (`cp.async`) and the tensor cores use two different paths to shared memory, so this function calls `commit_smem`, a
     fence between the two paths.
     """

@@ -79,9 +79,9 @@ def exp2_of_minus_abs(x):
 def any_at_most(x, limit: float):
     """Return whether x[r] <= limit for at least one row r. `x` [64] is in registers, with one value for every row.
 
-    The forward attention kernel uses it to stop early. There, x[r] is the cumulative log-decay of query row r in a
-    warpgroup: -log2 of the rest of the stick. The warpgroup needs more keys as long as x[r] <= limit in at least one
-    row.
+    The forward attention kernel uses it to stop early. There, x[r] is the cumulative log-decay of query row r: -log2 of
+    the part of the stick that is left for further keys. The warpgroup needs more keys as long as x[r] <= limit in at
+    least one row.
 
     The threads vote on a named barrier that only this warpgroup uses. `jnp.any` would use shared memory that all
     warpgroups of a block share: two warpgroups that compute would overwrite each other's values.

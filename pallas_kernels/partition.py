@@ -80,7 +80,7 @@ class _Part(NamedTuple):
     takes.
 
     `compute`: computes the results of the op from its arguments.
-    `inside`: adds the arrays to the arguments that every device computes itself, as in `Letters`.
+    `inside`: computes the arrays that are marked RECOMPUTED in `Letters`, and adds them to the arguments.
     `tree`: the pytree structure of the arguments.
     `static`: the leaves of the arguments, with the class `_Array` in the place of every array.
     """

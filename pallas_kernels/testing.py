@@ -213,8 +213,8 @@ class _Call:
     def outputs(self, implementation, floats, others):
         """Run the op with an implementation. Return {name: output} for the floating-point outputs.
 
-        `floats` has the floating-point arrays of the call, and `others` has all its other arrays. Both are {name:
-        array}.
+        `floats` is {name: array} of all floating-point arrays of the call. `others` is {name: array} of all its other
+        arrays.
         """
         leaves = self.leaves | others | floats
         bound = inspect.BoundArguments(self.signature, self.tree.unflatten(leaves.values()))
@@ -229,16 +229,16 @@ class _Call:
     def run(self, implementation, floats, others, cotangents):
         """Run the op with an implementation, forward and backward. Return ({name: output}, {name: gradient}).
 
-        `floats` has the floating-point arrays of the call, which all get a gradient. `others` has all its other arrays.
-        Both are {name: array}. `cotangents` has a cotangent for every floating-point output: {name of the output:
-        cotangent}.
+        `floats`: {name: array} of all floating-point arrays of the call. Each of them gets a gradient.
+        `others`: {name: array} of all other arrays of the call.
+        `cotangents`: {name: cotangent} of all floating-point outputs.
         """
         values, vjp = jax.vjp(lambda floats: self.outputs(implementation, floats, others), floats)
         return values, vjp({name: cotangents[name].astype(y.dtype) for name, y in values.items()})[0]
 
 
 def _different_shapes(own_shapes, shapes) -> list[Difference]:
-    """Return a `Difference` for every output with a wrong shape or dtype, and for every output that one side lacks.
+    """Return a `Difference` for every output whose shape or dtype is wrong, or that one implementation does not return.
 
     Both arguments are {name of the output: shape and dtype}: `own_shapes` for the implementation that is checked,
     `shapes` for the implementation that computes the expected outputs.

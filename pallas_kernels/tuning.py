@@ -3,8 +3,10 @@
 For each chip and op, the file has a list of entries {"up_to": bounds, ..}, such as "up_to": {"T": 64}. For a call of
 the op, the first entry is taken whose bounds are at least as large as the sizes of the call. So there is an entry for
 lengths that were never measured, too. A kernel refuses a call if no entry has bounds that are large enough. A chip
-without its own list takes the list of "any". "by" says where an entry comes from: a rule, a number read from the
-compiled kernel (such as spilled registers), or a measurement with its chip and date.
+without its own list takes the list of the chip "any".
+
+The field "by" of an entry says where the entry comes from: a rule, a number read from the compiled kernel (such as
+spilled registers), or a measurement with its chip and date.
 """
 
 import functools

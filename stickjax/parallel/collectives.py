@@ -5,12 +5,13 @@ On a single device there is no communication. On a mesh, gradients follow two ru
 Mesh axes that shard the batch ("data", "fsdp", "expert" and "context"): every device has its own tokens. The devices
 compute sums over the batch by a psum, so they all get the same loss. In the backward pass, a device computes the
 gradient of this loss with respect to its own summand. This needs no communication, so `psum_over_batch` has no psum in
-its backward pass. An array from `all_gather` affects the tokens of all devices. So its backward pass sums the gradients
-of all devices.
+its backward pass. An array from `all_gather` affects the tokens of all devices. So the backward pass of `all_gather`
+sums the gradients of all devices.
 
 Mesh axis "tensor": every device has the same tokens and the same loss, but only a part of the heads and hidden units. A
 layer calls `copy_to_tensor_parallel` on its input, computes its part, and calls `reduce_from_tensor_parallel` on its
-output. The backward pass of the latter has no psum. A psum would add the gradient of the same loss once per device.
+output. The backward pass of `reduce_from_tensor_parallel` has no psum, because all devices compute the gradient of the
+same loss: a psum would count this gradient once per device.
 """
 
 import functools
@@ -102,10 +103,11 @@ def reduce_from_tensor_parallel(x):
 
 
 def first_of(axis: str, count: int):
-    """Return the index of the first expert (or of the first token id of the vocabulary) that this device has.
+    """Return the index of the first expert that this device has, among the experts of all devices.
 
-    Every device along the mesh axis `axis` has `count` of them. Device 0 has the experts 0 to `count` - 1, device 1 has
-    the next `count` experts, and so on.
+    Every device along the mesh axis `axis` has `count` experts. Device 0 has the experts 0 to `count` - 1, device 1 has
+    the next `count` experts, and so on. The function also works for the token ids of a vocabulary, if every device has
+    `count` of them.
     """
     return lax.axis_index(axis) * count if size(axis) > 1 else 0
 
@@ -137,7 +139,7 @@ def all_gather_for_experts(tokens, expert_indices, gates, count: int):
 
 
 def reduce_scatter_from_experts(outputs):
-    """For every token of this device, sum the outputs of all its experts: a reduce-scatter over the mesh axis "expert".
+    """Sum the outputs of all experts for every token of this device, by a reduce-scatter over the mesh axis "expert".
 
     `outputs` [P*T,D] has the outputs of this device's experts, for the tokens of all P devices along the axis. The
     result [T,D] has the sums over the experts of all devices, for the T tokens of this device.

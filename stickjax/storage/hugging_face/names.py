@@ -149,8 +149,8 @@ def table(model_type: str, c: ModelConfig) -> list[Row]:
     """Return the table that converts a Hugging Face model to a stickjax model: each row maps a tensor to a leaf.
 
     A tensor is an array of a Hugging Face folder, and a leaf is a parameter of the stickjax model. Several rows can map
-    parts of one tensor. In each row, `axes` are the axes of the tensor and the axes of the leaf in one layer, as in "NH
-    D -> D N H".
+    parts of one tensor. In a row, `axes` has the axes of the tensor, and then the axes of the leaf in one layer: for
+    example "NH D -> D N H".
 
     Raises:
       ValueError: there is no table for the model type; a row names a leaf that the model does not have; or the axes of
@@ -187,7 +187,8 @@ def _sizes(c: ModelConfig, name: str, axes: str) -> str:
     `name` is the name of the leaf, and `axes` are its axes in the letters of `stickjax.models.parameters`. These
     letters are replaced:
 
-    `E`, `C`: experts and columns of a router. They become A in an attention layer, and E in a feed-forward network.
+    `E`, `C`: the axis of the experts, and the axis of the router columns. They become A in an attention layer, and E in
+      a feed-forward network.
     `G`: the number of inputs of the activation. It becomes a digit: 2 for a gated activation, otherwise 1.
     `R`: the number of inputs of the router's last matrix. In a linear router it becomes D, because this matrix is the
       only one, and its inputs have the model width D.

@@ -56,7 +56,7 @@ def _begin(file, info: zipfile.ZipInfo) -> int:
     in the header itself. Raise ValueError if the entry is compressed.
     """
     if info.compress_type != zipfile.ZIP_STORED:
-        raise ValueError(f"{info.filename} is compressed; save the file by torch.save")
+        raise ValueError(f"{info.filename} is compressed; save the file with torch.save")
     file.seek(info.header_offset)
     header = file.read(30)
     name, extra = struct.unpack("<HH", header[26:30])
@@ -66,8 +66,8 @@ def _begin(file, info: zipfile.ZipInfo) -> int:
 class _Tensors(pickle._Unpickler):
     """An unpickler that makes only tensors and dictionaries of tensors, and raises ValueError for anything else.
 
-    It is derived from Python's unpickler that is written in Python. The unpickler in C would allocate as much memory as
-    a damaged file says.
+    Its base class is the unpickler that is written in Python. The usual one, which is written in C, would allocate as
+    much memory as a damaged file asks for.
 
     Args:
       program: the open pickle.
