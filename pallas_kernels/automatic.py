@@ -179,6 +179,7 @@ def _dimensions(node: Node, shapes) -> Iterator[tuple[int, str | None, int]]:
     """Yield (index, group, size) for every axis of every array and of every result in one call of an op (`node`).
 
     `shapes` has the shapes of all arrays, followed by the shapes of all results.
+
     `index`: shapes[index] is the shape to which the axis belongs.
     `group`: a name from `node.maps`. Axes in the same group are sharded over the same mesh axes. None means that the
       axis must not be sharded.
