@@ -291,7 +291,10 @@ def _numbered(table: list[Row], config: ModelConfig) -> dict[str, tuple[int | No
 
 
 def tensor_shapes(table: list[Row], config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Return {name: shape} of all tensors that a Hugging Face folder must have for a model with this config."""
+    """Return {name: shape} of all tensors that a Hugging Face folder must have for a model with this config.
+
+    `table` is the result of the function `table` for the type of the model.
+    """
     return {name: shape(config, axes(rows[0])[0]) for name, (_, rows) in _numbered(table, config).items()}
 
 
