@@ -6,7 +6,7 @@ from . import automatic, platform
 
 
 def refuses(x) -> str | None:
-    """Return the reason why no kernel for Hopper GPUs can run on the array `x` in this process. None: one can run.
+    """Return the reason why no kernel for Hopper GPUs can run in this process on the array `x`, or None if one can.
 
     This function checks the GPU, the CUDA compiler, and the mesh over which `x` is sharded. The caller checks the shape
     and the dtype of `x`.
