@@ -152,11 +152,11 @@ def activated(x, source, weight, bias, expert, count, target, out, hidden, E: tl
 @triton.jit
 def _d_activated(dy, gate, hidden, hidden_rows, rows, columns, dh, gated, F: tl.constexpr, GATED: tl.constexpr,
                  ACTIVATION: tl.constexpr):  # fmt: skip
-    """Write the gradient of h to `dh`, and gate * act(h) to `gated`, for M rows and the columns `columns`.
+    """Write the gradient of h to `dh`, and gate * act(h) to `gated`, for M rows and C columns.
 
-    h is the pre-activation, and `dy` [M, columns] is the cotangent of gate * act(h). Return the dot products
+    `columns` [C] are the indices of the columns. h is the pre-activation, and `dy` [M, C] is the cotangent of gate * act(h). Return the dot products
     <act(h), dy> over these columns, [M]. Their sum over all columns is the gradient of the gates. `dy`, `gate` [M, 1]
-    and the returned values are in registers. `hidden`, which has h, and `dh` and `gated` point to global memory.
+    and the returned values are in registers. `hidden`, `dh` and `gated` are pointers to global memory; h is read from `hidden`.
     `hidden_rows` [M] are the indices of the rows of `hidden` to read, and `rows` [M] are the indices of the rows of
     `dh` and `gated` to write. A negative index means no row.
     """

@@ -1,4 +1,4 @@
-"""Choose the training data and the vocabulary of a model: a text, or pairs of sentences."""
+"""Choose the training data of a model, which are a text or pairs of sentences, and its vocabulary."""
 
 from collections.abc import Callable
 from typing import NamedTuple

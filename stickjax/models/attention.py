@@ -103,7 +103,7 @@ class Attention(nnx.Module):
         if not isinstance(returned, tuple) or len(returned) != 2 or returned[0].shape != q.shape:
             raise ValueError(
                 f"attention={c.attention!r}: the function of this variant must return (out, rest): out of the shape "
-                f"{q.shape}, and rest, which is None or 1 - the sum of the weights of each query, [B,T,N]"
+                f"{q.shape}, and rest, which is None or an array [B,T,N]: one minus the sum of each query's weights"
             )
         out, rest = returned
         if c.remainder != "none":

@@ -177,7 +177,7 @@ def _check_text(what: str, where: str | None, found: str | None, recorded: str |
     if None not in (found, recorded) and found != recorded:
         raise ValueError(
             f"the {what} has changed: the hash of {where} is now {found}, but {source} was saved with the hash "
-            f"{recorded}; give the old text, or start a new run with --from {source}"
+            f"{recorded}; restore the old text, or start a new run with --from {source}"
         )
 
 
