@@ -1,1 +1,1 @@
-"""Several devices and processes: the mesh, collectives, makes of GPU and their speeds, how processes find each other."""
+"""Several devices and processes: the mesh, collectives, makes of GPU with their speeds, and how processes meet."""
