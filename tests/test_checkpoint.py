@@ -292,7 +292,7 @@ def test_arrays_are_compared_with_those_on_the_device(tmp_path, monkeypatch):
         checkpoints.save(1, small(1), {})
         changed_on_the_way(monkeypatch)
         checkpoints.save(2, small(2), {})
-    with pytest.raises(DamagedCheckpoint, match="checksum of params/b"):
+    with pytest.raises(DamagedCheckpoint, match="params/b is damaged: its checksum differs"):
         Checkpoints(tmp_path).restore(abstract(small(0)), step=2)
 
 
@@ -301,7 +301,7 @@ def test_the_first_save_is_read_back(tmp_path, monkeypatch, at_once):
     monkeypatch.setattr(stickjax.storage.checkpoints, "READ_BACK_BYTES", at_once)
     folder = write(tmp_path, 1)
     changed_on_the_way(monkeypatch)
-    message = "step 2 was not saved: .*checksum of params/b differs .*; the run has checkpoints \\[1\\]"
+    message = "step 2 was not saved: .*params/b is damaged: its checksum differs .*; the run has checkpoints \\[1\\]"
     with pytest.raises(OSError, match=message):
         write(tmp_path, 2)
     assert [path.name for path in folder.iterdir()] == ["1"]
