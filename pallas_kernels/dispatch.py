@@ -291,7 +291,7 @@ def explain(op_name: str, *args, **kwargs) -> str:
       NotImplementedError: no implementation, or none of the named ones, can run the call.
     """
     if op_name not in _ops:
-        raise ValueError(f"{op_name!r} is no op; the ops are {', '.join(_ops)}")
+        raise ValueError(f"there is no op {op_name!r}; the ops are {', '.join(_ops)}")
     op = _ops[op_name]
     implementation = kwargs.pop("implementation", None)
 

@@ -305,7 +305,8 @@ def _axes(letters: Letters, arrays: list[_Array], mesh) -> dict[str, tuple[str, 
             if size % math.prod(mesh.shape[axis] for axis in axes):
                 owner = owners[maps[at]]
                 raise ValueError(
-                    f"{at}={size} of {array} must be sharded like {owner[0]} of {owner[1]}, over {sizes(axes)}, but it "
-                    f"is not a multiple of the number of shards; reshard {owner[1].name} with jax.sharding.reshard"
+                    f"{at}={size} of {array} must be sharded like {owner[0]} of {owner[1]}, over {sizes(axes)}, but "
+                    f"{size} is not a multiple of the number of shards; reshard {owner[1].name} with "
+                    "jax.sharding.reshard"
                 )
     return found

@@ -34,4 +34,4 @@ def tuned(chip: str, op: str, **sizes: int) -> dict:
     for entry in table.get(chip, {}).get(op) or table["any"][op]:
         if all(sizes[name] <= most for name, most in entry["up_to"].items()):
             return entry
-    raise LookupError(f"tuned.json has no tile sizes of {op} for the chip {chip} and a call as large as {sizes}")
+    raise LookupError(f"tuned.json has no tile sizes of {op} for the chip {chip} and a call of the sizes {sizes}")

@@ -354,7 +354,7 @@ def refusals():
         "'data' of size 2, but only one of them may be":
             lambda: attend(divide(QUERY, "data"), divide(KEY, None, None, "data")),
         "K=2 of key [B,S,K,H]=[2, 6, 2, 32] must be sharded like N of query [B,T,N,H]=[2, 6, 4, 32], over the mesh "
-        "axis 'data' of size 2 and the mesh axis 'model' of size 2, but it is not a multiple of the number of shards":
+        "axis 'data' of size 2 and the mesh axis 'model' of size 2, but 2 is not a multiple of the number of shards":
             lambda: attend(divide(QUERY, None, None, ("data", "model")), KEY),
         "x [T,D]=[4, 8] is sharded along D over the mesh axis 'data' of size 2, but expert_mlp can be sharded only "
         "along T;":

@@ -170,7 +170,7 @@ def _prepare_linear(x, weight, routing, *, grouped_in=False, grouped_out=False, 
         names = "T*k rows (because grouped_in=True)" if grouped_in else "T or T*k rows"
         raise ValueError(f"x must have {names} with T={T}, k={k}, got x.shape={x.shape}")
     if gates is not None and grouped_out:
-        raise ValueError("gates sum the k outputs of each token, so they need grouped_out=False, got grouped_out=True")
+        raise ValueError("with gates, which sum the k outputs of each token, grouped_out must be False, got True")
     gates, bias = _floats("gates", gates, (T, k), "T,k"), _floats("bias", bias, (E, weight.shape[2]), "E,F")
     x_rows = "sorted" if grouped_in else "token" if x.shape[0] == T else "pair"
     out_rows = "token" if gates is not None else "sorted" if grouped_out else "pair"

@@ -51,7 +51,7 @@ def _check_indices(indices, E: int) -> None:
     wrong = np.argwhere((indices < 0) | (indices > E))
     if len(wrong):
         t, s = wrong[0]
-        raise ValueError(f"expert_indices[{t},{s}]={indices[t, s]} is not from 0 to E={E}, where E means no expert")
+        raise ValueError(f"expert_indices[{t},{s}]={indices[t, s]} must be from 0 to E={E}, where E means no expert")
 
 
 def route(expert_indices: Int[Array, "T k"], num_experts: int) -> Routing:

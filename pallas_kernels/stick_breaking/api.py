@@ -138,7 +138,7 @@ def stick_breaking_weights(
     if size > _WEIGHTS_BYTES:
         raise ValueError(
             f"the weights of B={B}, N={N}, T={T}, S={S} take {size / 2**30:,.1f} GiB, more than the limit of "
-            f"{_WEIGHTS_BYTES / 2**30:g} GiB; pass fewer heads or queries (query_offset: the first query's position)"
+            f"{_WEIGHTS_BYTES / 2**30:g} GiB; pass fewer heads, or a part of the queries with its query_offset"
         )
     letters = calls.letters(call)._replace(name="stick_breaking_weights", results="B N T S")
     return partition.run(letters, call, partition.Bound(_weights))

@@ -213,7 +213,7 @@ def text_data(config: Config) -> TrainingData:
     d = config.data
     if d.curriculum:
         raise ValueError(
-            f"curriculum={d.curriculum} is for pairs of sentences, but this model reads a text; set it to 0"
+            f"curriculum={d.curriculum} is for pairs of sentences, but this model reads a text; set data.curriculum=0"
         )
     corpus, heldout = load_corpus(d)
     loader = lambda index, count: train_loader(corpus, d, process_index=index, process_count=count)  # noqa: E731

@@ -226,7 +226,8 @@ def partition(leaf: Leaf) -> PartitionSpec:
     if leaf.owner is None:
         if dims >= 2:
             raise ValueError(
-                f"{leaf.name!r} has {dims} axes but no partition, because it is not in a Flax module; put it into one"
+                f"{leaf.name!r} has {dims} axes, so it must be an attribute of a Flax module, whose class "
+                "says how it is sharded"
             )
         return PartitionSpec()
     row = parameter(leaf)

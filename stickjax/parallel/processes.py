@@ -76,7 +76,9 @@ def initialize(coordinator: str | None = None, count: int | None = None, index: 
         return
     coordinator, count, index = rank.coordinator, rank.count, rank.index
     if not 0 <= index < count:
-        raise ValueError(f"process {index} of {count}: the index must be from 0 to {count - 1}")
+        raise ValueError(
+            f"the index of this process must be from 0 to {count - 1} (with {count} processes), got {index}"
+        )
     if count == 1:
         return
     if coordinator is not None:
@@ -301,7 +303,9 @@ def check_same(facts: dict) -> None:
     >>> check_same({"text": "914b8a1bc21f6cbc", "data.T": 256})
     """
     first = shared(lambda: facts)
-    other = [f"{name} is {facts[name]!r} here, {first[name]!r} there" for name in facts if first[name] != facts[name]]
+    other = [
+        f"{name} is {facts[name]!r} here, {first[name]!r} in process 0" for name in facts if first[name] != facts[name]
+    ]
     if other:
         raise ValueError(f"this process differs from process 0 ({'; '.join(other)}); use the same config and data")
     if _several():

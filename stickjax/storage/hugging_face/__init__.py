@@ -43,7 +43,7 @@ def read_config(path: Path) -> Config:
     Raise ValueError if the model is not supported or the folder is damaged.
     """
     try:
-        model, T = configs.to_model_config(read_object((path / "config.json").read_bytes(), "it"))
+        model, T = configs.to_model_config(read_object((path / "config.json").read_bytes(), "the file"))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path / 'config.json'}: {error}") from error
     found = {tensor.dtype for tensor in _tensors(path, model).values()} & set(FLOATS.values())
@@ -60,7 +60,7 @@ def read(path: Path, model: ModelConfig) -> dict[str, Lazy]:
     folder lacks tensors or has unknown ones, or if a tensor has a wrong shape or a dtype other than F32, F16 and BF16.
     The message names the tensors.
     """
-    table = names.table(read_object((path / "config.json").read_bytes(), "it")["model_type"], model)
+    table = names.table(read_object((path / "config.json").read_bytes(), "the file")["model_type"], model)
     tensors = _tensors(path, model)
     if model.L > len(tensors):  # checked first, because L may be huge and the names of all layers are made next
         raise ValueError(
@@ -134,5 +134,8 @@ def _tensors(path: Path, model: ModelConfig) -> dict[str, Lazy]:
         # A tied model may store its embedding a second time, as the output matrix. If they differ, it is not tied.
         head, embed = tensors.pop("lm_head.weight"), tensors.get("model.embed_tokens.weight")
         if embed is not None and not np.array_equal(head.read(None), embed.read(None)):
-            raise ValueError(f"{path}: lm_head.weight differs from the embedding, so tie_word_embeddings must be false")
+            raise ValueError(
+                f"{path}: lm_head.weight differs from the embedding, so tie_word_embeddings in config.json must "
+                "be false"
+            )
     return tensors

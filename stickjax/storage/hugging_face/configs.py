@@ -98,8 +98,8 @@ class _Tree:
         if rest:
             unread = ", ".join(f"{name}={self._tree[name]!r:.60}" for name in rest[:8])
             raise ValueError(
-                f"{self._where}{unread}: unknown, and may change what the model computes; if it does not, delete "
-                f"{'it' if len(rest) == 1 else 'them'} from config.json"
+                f"{self._where}{unread}: unknown, and may change what the model computes; delete "
+                f"{'it' if len(rest) == 1 else 'them'} from config.json if that does not change the model"
             )
 
     def quotient(self, name: str, by: str) -> int:
@@ -176,7 +176,7 @@ def _moduleformer(get: _Tree) -> dict:
     D, A, K = (get(name, int) for name in ("n_embd", "att_hidden", "n_head"))
     loss, weight = get("aux_loss_type", str, "mi"), get("aux_loss_weight", float, 0.0)
     if loss not in ("mi", "switch"):
-        raise ValueError(f"aux_loss_type={loss!r} is not supported; it must be 'mi' or 'switch'")
+        raise ValueError(f"aux_loss_type={loss!r} is not supported; aux_loss_type must be 'mi' or 'switch'")
     losses = dict(mi_weight=weight) if loss == "mi" else dict(switch_weight=weight, z_weight=0.1 * weight)
     router = (
         MODULE_ROUTER

@@ -34,11 +34,11 @@ def open_bin(path: Path) -> dict[str, Lazy]:
             places = {info.filename: (info, _begin(file, info)) for info in archive.infolist()}
             (root,) = {name.removesuffix("data.pkl") for name in places if name.endswith("/data.pkl")}
             if f"{root}byteorder" in places and archive.read(f"{root}byteorder") != b"little":
-                raise ValueError("its bytes are in big-endian order; only little-endian order can be read")
+                raise ValueError("the bytes are in big-endian order, but must be in little-endian order")
             with archive.open(f"{root}data.pkl") as program:
                 tensors = _Tensors(program, path, root, places).load()
         if not isinstance(tensors, dict):
-            raise ValueError(f"it contains a {type(tensors).__name__}, not a dictionary of tensors")
+            raise ValueError(f"the file contains a {type(tensors).__name__}, not a dictionary of tensors")
         for name, tensor in tensors.items():
             if not (isinstance(name, str) and isinstance(tensor, Lazy)):
                 raise ValueError(f"entry {name!r:.80} is a {type(tensor).__name__}, not a tensor")
