@@ -1,7 +1,7 @@
 """Evaluate a classifier of sentence pairs: its accuracy, and how much computation it saves by halting tokens.
 
 The sentences are formulas of propositional logic, and the accuracy is computed for each number of logical operators.
-`python -m stickjax.evaluate RUN` calls `report` if the model is a classifier (`model.classes` > 0).
+`python -m stickjax.evaluate RUN` calls `report` if the model is a classifier.
 """
 
 import time
